@@ -1,0 +1,89 @@
+# Two commands: `make demo` and `make test`. Both set up everything from a bare Python.
+#
+#   make test PYTHON=python3.13    the same on another interpreter, with the newest jax and flax
+
+SHELL := /bin/bash
+.DELETE_ON_ERROR:
+
+# The first interpreter that runs and is 3.11 or newer; 3.11 first, because constraints.txt pins exactly that.
+PYTHON ?= $(shell ./.ci/find_python.sh 3.11)
+SERIES := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+VENV ?= .venv$(if $(filter 3.11,$(SERIES)),,-$(SERIES))
+BIN := $(VENV)/bin
+# Exact versions on the floor; the newest that fit pyproject.toml elsewhere.
+PINS := $(if $(filter 3.11,$(SERIES)),-c constraints.txt)
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+# Fewer page faults: XLA's scratch memory in huge pages where the C library can (ignored elsewhere).
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
+# The tests simulate devices on the CPU, and the demo is made for one; JAX_PLATFORMS=cuda make demo uses a GPU.
+export JAX_PLATFORMS ?= cpu
+export TF_CPP_MIN_LOG_LEVEL ?= 2
+
+DEMO ?= runs/demo
+TESTS ?= tests
+# What runs on a second interpreter too: the rooms that lean most on jax and flax.
+FAST := tests/model tests/objectives tests/generation tests/data_pipelines
+
+.PHONY: demo test test-newest fast check lint types contract format constraints clean help
+
+help:
+	@echo "make demo   pretrain a tiny mPLUG-2 on pictures, clips and text, and read what it says (about 5 minutes)"
+	@echo "make test   lint, types, import contract and all tests"
+
+demo: $(VENV)/.installed
+	$(BIN)/mplug2 train --config configs/demo.py --workdir $(DEMO)
+	$(BIN)/mplug2 data sample --kind video --count 2 --out $(DEMO)/samples
+	$(BIN)/mplug2 generate --workdir $(DEMO) $(DEMO)/samples/video-0.mp4 $(DEMO)/samples/video-1.mp4 --instruction "what happens?"
+
+test: check
+	$(BIN)/pytest $(TESTS) -m "not slow" -n 2 --dist loadfile
+	$(BIN)/pytest $(TESTS) -m slow
+
+# A fast subset with the newest jax and flax, on an interpreter >= 3.12 if there is one.
+test-newest:
+	@newest="$$(./.ci/find_python.sh 3.13 3.12 3.14)"; if [ -z "$$newest" ]; then echo "no Python >= 3.12 here: skipped"; \
+	else $(MAKE) --no-print-directory fast PYTHON="$$newest"; fi
+
+fast: $(VENV)/.installed-dev
+	$(BIN)/pytest $(FAST) -m "not slow" -n 2 --dist loadfile
+
+check: lint types contract
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed-dev
+	$(BIN)/mypy
+
+contract: $(VENV)/.installed-dev
+	$(BIN)/lint-imports --no-logo
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Renews the exact versions, from a fresh environment of the floor's interpreter.
+constraints:
+	rm -rf .venv-constraints && $(PYTHON) -m venv .venv-constraints
+	.venv-constraints/bin/python -m pip install --quiet -e '.[dev,tpu,torch]'
+	{ sed -n '/^#/p' constraints.txt; .venv-constraints/bin/python -m pip freeze --exclude-editable | grep -vE '^(nvidia|cuda|triton)'; } > .constraints.new
+	mv .constraints.new constraints.txt && rm -rf .venv-constraints
+
+$(BIN)/python:
+	@if [ -z "$(SERIES)" ]; then echo "no Python 3.11 or newer found: install one, or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python" >&2; exit 2; fi
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing into $(VENV) ..."
+	$(PIP) $(PINS) -e .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing into $(VENV) ..."
+	$(PIP) $(PINS) -e '.[dev]'
+	@touch $@ $(VENV)/.installed
+
+clean:
+	rm -rf .venv .venv-* .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

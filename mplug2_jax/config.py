@@ -1,0 +1,194 @@
+"""From a recipe (an ml_collections page of Python) to frozen dataclasses, checked field by field.
+
+A recipe holds every field, so that any of them can be overridden on the command line; ``as_recipe`` turns a dataclass
+into such a page. Errors name the field, what was found and the nearest valid choice.
+"""
+
+import ast
+import dataclasses
+import re
+import runpy
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from ml_collections import ConfigDict
+
+from mplug2_jax.errors import UserError, did_you_mean
+
+T = TypeVar("T")
+
+
+def defaults_of(value: Any) -> Any:
+    """A dataclass instance as plain dicts and tuples, ready to be a recipe or JSON."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: defaults_of(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {key: defaults_of(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return tuple(defaults_of(item) for item in value)
+    return value
+
+
+def as_recipe(value: Any) -> ConfigDict:
+    """A dataclass instance as an ml_collections page, whose every field can be overridden."""
+    return ConfigDict(defaults_of(value), type_safe=False)
+
+
+def build(cls: type[T], values: Mapping[str, Any], where: str = "config") -> T:
+    """An instance of a frozen dataclass from a mapping; nested dataclasses, mappings and tuples are built too.
+
+    Raises:
+        UserError: unknown or missing fields and wrong types, named by their path from ``where``.
+    """
+    hints = get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for name in values:
+        if name not in fields:
+            raise UserError(f"{where}.{name} is not a field: {did_you_mean(name, fields)}")
+    required = [
+        f.name
+        for f in fields.values()
+        if f.default is f.default_factory is dataclasses.MISSING and f.name not in values
+    ]
+    if required:
+        raise UserError(f"{where} lacks {', '.join(required)}")
+    return cls(**{name: _convert(hints[name], value, f"{where}.{name}") for name, value in values.items()})
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    origin, args = get_origin(hint), get_args(hint)
+    if isinstance(value, ConfigDict):
+        value = value.to_dict()
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        (hint,) = (a for a in args if a is not type(None))
+        return _convert(hint, value, where)
+    if origin is Literal:
+        if value not in args:
+            raise UserError(f"{where}={value!r}: {did_you_mean(str(value), map(str, args))}")
+        return value
+    if dataclasses.is_dataclass(hint):
+        if isinstance(value, hint):  # type: ignore[arg-type]
+            return value
+        if not isinstance(value, Mapping):
+            raise UserError(f"{where}={value!r} should be a group of fields ({hint.__name__})")  # type: ignore[union-attr]
+        return build(hint, value, where)  # type: ignore[arg-type]
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        if not isinstance(value, Mapping):
+            raise UserError(f"{where}={value!r} should be a group of named values")
+        return {key: _convert(args[1], item, f"{where}.{key}") for key, item in value.items()}
+    if origin is tuple:
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            raise UserError(f"{where}={value!r} should be a tuple")
+        return tuple(_convert(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    return _scalar(hint, value, where)
+
+
+def _scalar(hint: type, value: Any, where: str) -> Any:
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise UserError(f"{where}={value!r} is {type(value).__name__}, expected {hint.__name__}")
+    return value
+
+
+def load_recipe(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
+    """Runs ``get_config(arg)`` of ``path.py[:arg]`` or of a shipped recipe's name, and applies ``--config.a.b=value``.
+
+    Raises:
+        UserError: no such recipe, an error inside it, or an override that does not fit.
+    """
+    name, _, arg = spec.partition(":")
+    path = find_recipe(name)
+    try:
+        get_config = runpy.run_path(str(path))["get_config"]
+        recipe = get_config(arg) if arg else get_config()
+    except UserError:
+        raise
+    except KeyError as error:
+        raise UserError(f"recipe {path} defines no {error}") from error
+    except Exception as error:
+        raise UserError(f"recipe {path} fails with {type(error).__name__}: {error}") from error
+    if not isinstance(recipe, ConfigDict):
+        raise UserError(
+            f"get_config() of recipe {path} returned {type(recipe).__name__}, expected an ml_collections ConfigDict"
+        )
+    return override(recipe, overrides)
+
+
+def recipe_folder() -> Path:
+    """Where the shipped recipes are: inside an installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    return next((p for p in (package / "configs", package.parent / "configs") if p.is_dir()), package / "configs")
+
+
+def find_recipe(name: str) -> Path:
+    """A recipe's file: a path, or the name of a shipped recipe ("demo", "configs/demo.py").
+
+    Raises:
+        UserError: neither, with the shipped recipe of the nearest name.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    shipped = {p.stem: p for p in sorted(recipe_folder().glob("*.py")) if not p.stem.startswith("_")}
+    stem = name.removeprefix("configs/").removesuffix(".py")
+    if stem in shipped:
+        return shipped[stem]
+    raise UserError(f"recipe '{name}' is neither a file nor a shipped recipe: {did_you_mean(stem, shipped)}")
+
+
+def override(recipe: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
+    """Applies ``--config.a.b=value`` words to a recipe, in place.
+
+    Raises:
+        UserError: an unknown field, with the nearest name, or a value of another type.
+    """
+    for text in overrides:
+        _override(recipe, text)
+    return recipe
+
+
+_OVERRIDE = re.compile(r"--config\.(?P<path>[\w.]+)=(?P<value>.*)", re.DOTALL)
+
+
+def _override(recipe: ConfigDict, text: str) -> None:
+    match = _OVERRIDE.fullmatch(text)
+    if not match:
+        raise UserError(f"cannot read '{text}': an override looks like --config.field=value")
+    *groups, leaf = match["path"].split(".")
+    node, where = recipe, "config"
+    for name in (*groups, leaf):
+        if not isinstance(node, ConfigDict):
+            raise UserError(
+                f"{where} is a value, not a group of fields, so {text.partition('=')[0][2:]} does not exist"
+            )
+        if name not in node:
+            raise UserError(f"{where}.{name} is not a field: {did_you_mean(name, node.keys())}")
+        where = f"{where}.{name}"
+        node, parent = node[name], node
+    if isinstance(node, ConfigDict):
+        raise UserError(f"{where} is a group of fields ({', '.join(sorted(node.keys()))}); override one of them")
+    parent[leaf] = _parse(match["value"], node, where)
+
+
+def _parse(text: str, like: Any, where: str) -> Any:
+    """The override's text as a value of the same type as the one it replaces."""
+    if isinstance(like, str):
+        return text
+    try:
+        value = ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(text.lower(), text))
+    except (ValueError, SyntaxError):
+        value = text
+    if like is None or value is None:
+        return value
+    if isinstance(like, tuple) and isinstance(value, list):
+        value = tuple(value)
+    if isinstance(like, float) and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) is not type(like):
+        raise UserError(f"{where}={text} is {type(value).__name__}, expected {type(like).__name__} (like {like!r})")
+    return value

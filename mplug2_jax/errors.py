@@ -1,0 +1,21 @@
+"""The one exception that people are meant to read: a sentence that says what, where, and the remedy."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Something the user can mend. The command line prints it as one sentence and exits with status 2."""
+
+
+def did_you_mean(name: str, choices: Iterable[str]) -> str:
+    """The end of an error sentence: the nearest valid name, and all of them while they are few.
+
+    Example:
+        >>> did_you_mean("viscon", ["vision", "text"])
+        "did you mean 'vision'? (valid: text, vision)"
+    """
+    valid = sorted(choices)
+    near = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    listing = f"valid: {', '.join(valid)}" if len(valid) <= 24 else f"{len(valid)} valid names"
+    return f"did you mean '{near[0]}'? ({listing})" if near else listing
