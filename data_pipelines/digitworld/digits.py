@@ -1,0 +1,38 @@
+"""The handwritten digits of scikit-learn, and which of them only held-out scenes show."""
+
+import functools
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Float, Int
+
+Split = Literal["train", "heldout"]
+
+HELD_OUT_EVERY = 5
+
+
+@functools.cache
+def _load() -> tuple[Float[np.ndarray, "glyph 8 8"], Int[np.ndarray, " glyph"]]:
+    # Imported here because the import takes longer than everything else of this package together.
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    return (data.images / 16).astype(np.float32), data.target
+
+
+def glyph_image(glyph: int) -> Float[np.ndarray, "8 8"]:
+    """One of the 1797 digits: ink 0..1 in 16 steps."""
+    image: Float[np.ndarray, "8 8"] = _load()[0][glyph]
+    return image
+
+
+@functools.cache
+def glyphs_of(digit: int, split: Split) -> Int[np.ndarray, " n"]:
+    """The glyphs of a digit that a split may show.
+
+    In the order of the data set, every fifth glyph of each digit is held out, the others are for training.
+    """
+    glyphs = np.flatnonzero(_load()[1] == digit)
+    held_out = np.arange(len(glyphs)) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+    chosen: Int[np.ndarray, " n"] = glyphs[held_out if split == "heldout" else ~held_out]
+    return chosen

@@ -1,0 +1,140 @@
+"""DigitWorld as a source of records."""
+
+import operator
+from collections.abc import Iterator
+from typing import Literal, SupportsIndex, TypeVar, get_args
+
+import numpy as np
+
+from data_pipelines.digitworld import language
+from data_pipelines.digitworld.digits import Split
+from data_pipelines.digitworld.render import box_of, render
+from data_pipelines.digitworld.scene import DIGITS, DIRECTIONS, Scene, draw_scene
+from data_pipelines.errors import DataError
+from data_pipelines.record import Expression, Record
+
+Kind = Literal["image", "video", "text"]
+Choice = TypeVar("Choice", bound=str)
+
+KINDS: tuple[Kind, ...] = get_args(Kind)
+SPLITS: tuple[Split, ...] = get_args(Split)
+
+IMAGE_LABELS = DIGITS
+VIDEO_LABELS = ("still", *(f"moving {direction}" for direction in DIRECTIONS), "appears")
+
+MIN_IMAGE_SIZE = 16  # a small digit is then five pixels high
+
+
+class DigitWorld:
+    """Pictures, clips or pieces of text about one or two handwritten digits on a dark canvas.
+
+    A record is a function of (seed, split, kind, index) alone; its scene does not depend on ``image_size`` and
+    ``num_frames``. Held-out records show handwriting that no training record shows.
+
+    The label of a picture is its largest digit (``IMAGE_LABELS``), that of a clip what its largest digit does
+    (``VIDEO_LABELS``). Text records have sentences and entailments, no frames.
+
+    Args:
+        kind: what the records are: "image", "video" or "text".
+        split: "train", or "heldout" for other scenes in other handwriting.
+        seed: a different world for each.
+        size: number of records.
+        image_size: side of the frames in pixels.
+        num_frames: frames of a clip; the motion spreads over them however many they are.
+
+    Raises:
+        DataError: an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        kind: str = "image",
+        *,
+        split: str = "train",
+        seed: int = 0,
+        size: int = 100_000,
+        image_size: int = 32,
+        num_frames: int = 4,
+    ) -> None:
+        self.kind = _one_of("kind", kind, KINDS)
+        self.split = _one_of("split", split, SPLITS)
+        at_least = {"seed": 0, "size": 1, "image_size": MIN_IMAGE_SIZE, "num_frames": 2 if kind == "video" else 1}
+        for field, value in (("seed", seed), ("size", size), ("image_size", image_size), ("num_frames", num_frames)):
+            if value < at_least[field]:
+                raise DataError(f"DigitWorld's {field} is {value}, expected at least {at_least[field]}")
+        self.seed, self.size, self.image_size = seed, size, image_size
+        self.num_frames = num_frames if kind == "video" else 1
+
+    def __len__(self) -> int:
+        """Number of records."""
+        return self.size
+
+    def _draw(self, index: int) -> tuple[Scene, bool, np.random.Generator]:
+        """A scene, whether its things may move, and the generator for what is said of it."""
+        if not 0 <= index < self.size:
+            raise IndexError(f"record {index} of a DigitWorld of {self.size}")
+        rng = np.random.default_rng([self.seed, SPLITS.index(self.split), KINDS.index(self.kind), index])
+        moving = self.kind == "video" or (self.kind == "text" and bool(rng.integers(2)))
+        return draw_scene(rng, self.split, moving=moving), moving, rng
+
+    def scene(self, index: SupportsIndex) -> Scene:
+        """What a record shows or speaks of. Raises IndexError outside 0..size-1."""
+        return self._draw(operator.index(index))[0]
+
+    def __getitem__(self, index: SupportsIndex) -> Record:
+        """One record. Raises IndexError outside 0..size-1."""
+        index = operator.index(index)
+        scene, moving, rng = self._draw(index)
+        key = f"digitworld/{self.kind}/{self.split}/{self.seed}/{index}"
+        if self.kind == "text":
+            return Record(
+                key=key,
+                texts=language.sentences(scene, rng, moving=moving),
+                entailments=language.entailments(scene, rng, moving=moving),
+            )
+        return Record(
+            key=key,
+            frames=render(scene, self.image_size, self.num_frames),
+            captions=language.captions(scene, rng, moving=moving),
+            questions=language.questions(scene, rng, moving=moving),
+            expressions=self._expressions(scene, rng),
+            label=_label(scene, moving),
+        )
+
+    def _expressions(self, scene: Scene, rng: np.random.Generator) -> tuple[Expression, ...]:
+        """Phrases for all that is visible in the first frame, in random order."""
+        expressions = [
+            Expression(phrase, box_of(thing, self.image_size))
+            for thing in scene.things
+            if thing.visible_at(0.0)
+            for phrase in language.referring_expressions(thing, rng)
+        ]
+        return tuple(expressions[i] for i in rng.permutation(len(expressions)))
+
+
+def _one_of(field: str, value: str, choices: tuple[Choice, ...]) -> Choice:
+    for choice in choices:
+        if choice == value:
+            return choice
+    raise DataError(f"DigitWorld's {field} is {value!r}, expected one of {', '.join(choices)}")
+
+
+def _label(scene: Scene, moving: bool) -> str:
+    largest = scene.things[0]
+    if not moving:
+        return largest.name
+    motion = largest.motion
+    return f"moving {motion.direction}" if motion.kind == "moves" else motion.kind
+
+
+def vocabulary_texts(count: int = 2000, seed: int = 0) -> Iterator[str]:
+    """All that is said, asked and answered in ``count`` training scenes of each kind: what to train a tokeniser on."""
+    for kind in KINDS:
+        world = DigitWorld(kind, seed=seed, size=count)
+        for record in map(world.__getitem__, range(count)):
+            yield from (*record.captions, *record.texts)
+            for question in record.questions:
+                yield from (question.question, question.answer)
+            yield from (expression.text for expression in record.expressions)
+            for entailment in record.entailments:
+                yield from (entailment.premise, entailment.hypothesis, entailment.answer)

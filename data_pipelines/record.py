@@ -1,0 +1,60 @@
+"""A record: one image, clip or piece of text with everything that is known of it, before any task has chosen."""
+
+import dataclasses
+from typing import Literal, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import UInt8
+
+Box = tuple[float, float, float, float]  # x0, y0, x1, y1 in 0..1 of the frame, x to the right, y down
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """A question and its one right answer; ``kind`` groups questions for reports ("colour", "count", ...)."""
+
+    question: str
+    answer: str
+    kind: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Expression:
+    """A phrase that refers to exactly one thing in the picture, and where it is (in the first frame of a clip)."""
+
+    text: str
+    box: Box
+
+
+@dataclasses.dataclass(frozen=True)
+class Entailment:
+    """Whether a hypothesis follows from a premise."""
+
+    premise: str
+    hypothesis: str
+    answer: Literal["yes", "no", "maybe"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One record of a source. Whatever a source does not know is empty."""
+
+    key: str  # stable and unique inside its source
+    frames: UInt8[np.ndarray, "t y x 3"] | None = None  # an image is one frame
+    captions: tuple[str, ...] = ()
+    questions: tuple[Question, ...] = ()
+    expressions: tuple[Expression, ...] = ()
+    label: str | None = None
+    texts: tuple[str, ...] = ()
+    entailments: tuple[Entailment, ...] = ()
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Random access to records; the same index always gives the same record."""
+
+    def __len__(self) -> int:
+        """Number of records."""
+
+    def __getitem__(self, index: int) -> Record:
+        """One record."""

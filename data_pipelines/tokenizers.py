@@ -1,0 +1,283 @@
+"""Tokenisers: one interface over BERT's word pieces and SentencePiece, trained here or read from files.
+
+Both give ``[CLS] tokens [SEP]`` with padding 0. Text is only ever text: a literal "[SEP]" in a caption is spelt with
+ordinary pieces, so that no data set can end a sequence early (``data_pipelines.text`` holds the release's form, which
+does recognise it).
+"""
+
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import sentencepiece
+from jaxtyping import Bool
+from tokenizers import Tokenizer as LibraryTokenizer
+from tokenizers import models, normalizers, pre_tokenizers, trainers
+
+from data_pipelines.errors import DataError
+
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+WORDPIECE_FILE = "vocab.txt"
+SENTENCEPIECE_FILE = "sentencepiece.model"
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """Text to token ids and back. Instances are picklable and hold no state that encoding changes."""
+
+    pad_id: int  # always 0
+    cls_id: int
+    sep_id: int
+    mask_id: int
+    unk_id: int
+    vocab_size: int
+
+    def encode(self, text: str, max_length: int | None = None, close: bool = True) -> list[int]:
+        """Token ids ``[CLS] tokens``, and ``[SEP]`` if ``close``, which truncation to ``max_length`` ids keeps."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, without ``[PAD]``, ``[CLS]`` and ``[SEP]``."""
+
+    def tokens(self, ids: Sequence[int]) -> list[str]:
+        """The piece of each id, special tokens spelt out."""
+
+    def word_starts(self, ids: Sequence[int]) -> Bool[np.ndarray, " l"]:
+        """True where a new word begins; every special token is a word of its own."""
+
+    def save(self, directory: Path) -> Path:
+        """Writes the tokeniser into a directory that ``load_tokenizer`` reads; returns the file."""
+
+
+def _frame(pieces: list[int], cls_id: int, sep_id: int, max_length: int | None, close: bool) -> list[int]:
+    """``[CLS] pieces``, and ``[SEP]`` if ``close``, with the pieces cut to fit."""
+    ends = [sep_id] if close else []
+    if max_length is None:
+        return [cls_id, *pieces, *ends]
+    room = max_length - 1 - len(ends)
+    if room < 0:
+        raise DataError(f"max_length is {max_length}, expected at least {1 + len(ends)} to hold the special tokens")
+    return [cls_id, *pieces[:room], *ends]
+
+
+def join_wordpieces(tokens: Sequence[str]) -> str:
+    """Word pieces as text, with BERT's usual clean-up of the spaces before punctuation and in contractions.
+
+    Words with a hyphen come back as "off - road": the pieces do not say whether there were spaces.
+    """
+    text = " ".join(tokens).replace(" ##", "").strip()
+    for mark in (".", "?", "!", ","):
+        text = text.replace(f" {mark}", mark)
+    text = text.replace(" ' ", "'")
+    for suffix in ("n't", "'m", "'s", "'ve", "'re"):
+        text = text.replace(f" {suffix}", suffix)
+    return text
+
+
+class WordPieceTokenizer:
+    """BERT's uncased word pieces: lower case, accents stripped, greedy longest match, ``##`` continues a word.
+
+    Args:
+        vocab: the pieces; a piece's position is its id. ``[PAD]`` comes first, and all of ``SPECIAL_TOKENS`` occur.
+        name: what an error calls the vocabulary, usually its file.
+
+    Raises:
+        DataError: a special token is missing, ``[PAD]`` is not first, or a piece is empty or occurs twice.
+    """
+
+    def __init__(self, vocab: Sequence[str], name: str = "the vocabulary") -> None:
+        ids = {piece: position for position, piece in enumerate(vocab)}
+        missing = [token for token in SPECIAL_TOKENS if token not in ids]
+        if missing:
+            raise DataError(
+                f"{name} has {len(vocab)} entries and lacks {', '.join(missing)}; expected a BERT vocabulary, "
+                "one piece per line"
+            )
+        if vocab[0] != "[PAD]":
+            raise DataError(f"{name} begins with {vocab[0]!r}, expected [PAD] first because padding has id 0")
+        if len(ids) != len(vocab) or "" in ids:
+            raise DataError(f"{name} has {len(vocab)} entries, some empty or twice; expected each piece once")
+        self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = (ids[token] for token in SPECIAL_TOKENS)
+        self.vocab_size = len(vocab)
+        self._vocab, self._ids = tuple(vocab), ids
+        self._library = _library_tokenizer(ids)
+        self._starts = np.array([not piece.startswith("##") for piece in vocab])
+
+    def encode(self, text: str, max_length: int | None = None, close: bool = True) -> list[int]:
+        """See ``Tokenizer``. Raises DataError when ``max_length`` cannot hold the special tokens."""
+        pieces: list[int] = self._library.encode(text, add_special_tokens=False).ids
+        return _frame(pieces, self.cls_id, self.sep_id, max_length, close)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """See ``Tokenizer``; spaces are cleaned up as in ``join_wordpieces``."""
+        hidden = (self.pad_id, self.cls_id, self.sep_id)
+        return join_wordpieces(self.tokens([i for i in ids if i not in hidden]))
+
+    def tokens(self, ids: Sequence[int]) -> list[str]:
+        """See ``Tokenizer``."""
+        return [self._vocab[i] for i in ids]
+
+    def token_id(self, token: str) -> int:
+        """The id of one piece, which must exist."""
+        return self._ids[token]
+
+    def word_starts(self, ids: Sequence[int]) -> Bool[np.ndarray, " l"]:
+        """See ``Tokenizer``."""
+        return self._starts[np.asarray(ids, np.int64)]
+
+    def save(self, directory: Path) -> Path:
+        """See ``Tokenizer``: writes ``vocab.txt``, one piece per line."""
+        directory.mkdir(parents=True, exist_ok=True)
+        path = directory / WORDPIECE_FILE
+        path.write_text("\n".join(self._vocab) + "\n", encoding="utf-8", newline="\n")
+        return path
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece model behind the five special tokens: piece i of the model has id i + 5.
+
+    The model's own control symbols (``<s>``, ``</s>``, ``<pad>``, whichever it has) are never produced; its unknown
+    piece is ``unk_id``. So any model file serves, whatever ids it gave them.
+
+    Args:
+        model: the bytes of a ``.model`` file.
+        name: what an error calls the model, usually its file.
+
+    Raises:
+        DataError: the bytes are not a SentencePiece model.
+    """
+
+    pad_id, unk_id, cls_id, sep_id, mask_id = range(len(SPECIAL_TOKENS))
+
+    def __init__(self, model: bytes, name: str = "the model") -> None:
+        try:
+            # The library takes an empty model and fails at its first use; a zero byte it refuses.
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model or b"\0")
+        except RuntimeError as error:
+            raise DataError(
+                f"{name} is damaged: its {len(model)} bytes are not a SentencePiece model; fetch it again"
+            ) from error
+        self._model = model
+        self._offset = len(SPECIAL_TOKENS)
+        self.vocab_size = self._offset + self._processor.vocab_size()
+        self._pieces = (*SPECIAL_TOKENS, *map(self._processor.id_to_piece, range(self._processor.vocab_size())))
+        self._starts = np.array([i < self._offset or p.startswith("\u2581") for i, p in enumerate(self._pieces)])
+
+    def encode(self, text: str, max_length: int | None = None, close: bool = True) -> list[int]:
+        """See ``Tokenizer``. Raises DataError when ``max_length`` cannot hold the special tokens."""
+        unknown = self._processor.unk_id()
+        pieces = [self.unk_id if i == unknown else i + self._offset for i in self._processor.encode(text)]
+        return _frame(pieces, self.cls_id, self.sep_id, max_length, close)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """See ``Tokenizer``."""
+        shown = {self.unk_id: "[UNK]", self.mask_id: "[MASK]"}
+        hidden = (self.pad_id, self.cls_id, self.sep_id)
+        text: str = self._processor.decode([shown.get(i, self._pieces[i]) for i in ids if i not in hidden])
+        return text
+
+    def tokens(self, ids: Sequence[int]) -> list[str]:
+        """See ``Tokenizer``."""
+        return [self._pieces[i] for i in ids]
+
+    def word_starts(self, ids: Sequence[int]) -> Bool[np.ndarray, " l"]:
+        """See ``Tokenizer``."""
+        return self._starts[np.asarray(ids, np.int64)]
+
+    def save(self, directory: Path) -> Path:
+        """See ``Tokenizer``: writes ``sentencepiece.model``."""
+        directory.mkdir(parents=True, exist_ok=True)
+        path = directory / SENTENCEPIECE_FILE
+        path.write_bytes(self._model)
+        return path
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Reads a tokeniser.
+
+    Args:
+        path: a BERT ``vocab.txt``, a SentencePiece ``*.model``, or a directory that holds one of them.
+
+    Raises:
+        DataError: there is no such file, or it is damaged.
+    """
+    if path.is_dir():
+        files = [path / WORDPIECE_FILE] if (path / WORDPIECE_FILE).is_file() else sorted(path.glob("*.model"))
+        if len(files) != 1:
+            raise DataError(f"{path} holds {len(files)} tokenisers, expected one {WORDPIECE_FILE} or one *.model file")
+        path = files[0]
+    if not path.is_file():
+        raise DataError(f"{path} does not exist; expected a {WORDPIECE_FILE}, a *.model file or a directory with one")
+    data = path.read_bytes()
+    if path.suffix == ".model":
+        return SentencePieceTokenizer(data, str(path))
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is damaged: byte {error.start} is not UTF-8; fetch the vocabulary again") from error
+    # Not splitlines: BERT vocabularies hold characters that Python counts as line ends.
+    return WordPieceTokenizer(text.replace("\r\n", "\n").removesuffix("\n").split("\n"), str(path))
+
+
+def _library_tokenizer(vocab: dict[str, int]) -> LibraryTokenizer:
+    library = LibraryTokenizer(models.WordPiece(vocab, unk_token="[UNK]", max_input_chars_per_word=100))
+    library.normalizer = normalizers.BertNormalizer(lowercase=True, strip_accents=True)
+    library.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    return library
+
+
+def train_wordpiece(texts: Iterable[str], vocab_size: int) -> WordPieceTokenizer:
+    """Trains word pieces; the same texts always give the same vocabulary.
+
+    Args:
+        texts: what to learn from; held in memory.
+        vocab_size: the largest vocabulary; fewer texts may give a smaller one. The special tokens come first.
+
+    Raises:
+        DataError: ``vocab_size`` is smaller than what the special tokens and the characters of the texts need.
+    """
+    library = _library_tokenizer({"[UNK]": 0})
+    texts = [library.normalizer.normalize_str(text) for text in texts]
+    alphabet = sorted({character for text in texts for character in text if not character.isspace()})
+    # The library would number the continuing characters in the random order of a hash table, which decides ties
+    # between merges: given as special tokens they have fixed ids.
+    fixed = [*SPECIAL_TOKENS, *(f"##{character}" for character in alphabet)]
+    needed = len(fixed) + len(alphabet)
+    if vocab_size < needed:
+        raise DataError(
+            f"vocab_size is {vocab_size}, expected at least {needed}: {len(SPECIAL_TOKENS)} special tokens and "
+            f"2 x {len(alphabet)} characters of the texts"
+        )
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size, special_tokens=fixed, initial_alphabet=alphabet, limit_alphabet=len(alphabet),
+        min_frequency=0, show_progress=False,
+    )  # fmt: skip
+    library.train_from_iterator(texts, trainer)
+    vocab: dict[str, int] = library.get_vocab()
+    return WordPieceTokenizer(sorted(vocab, key=vocab.__getitem__))
+
+
+def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> SentencePieceTokenizer:
+    """Trains a unigram SentencePiece model, which keeps case; the same texts always give the same model.
+
+    Args:
+        texts: what to learn from.
+        vocab_size: the largest vocabulary, special tokens included; few texts may give a smaller one.
+
+    Raises:
+        DataError: there is no text, or ``vocab_size`` is too small for the characters of the texts.
+    """
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts), model_writer=model, vocab_size=vocab_size - len(SPECIAL_TOKENS),
+            unk_id=0, bos_id=-1, eos_id=-1, pad_id=-1, character_coverage=1.0, hard_vocab_limit=False, num_threads=1,
+            minloglevel=2,
+        )  # fmt: skip
+    except RuntimeError as error:
+        raise DataError(
+            f"vocab_size {vocab_size} does not fit the texts to train on ({str(error).rpartition('] ')[2] or error}); "
+            "expected some text, and a size above the number of its characters"
+        ) from error
+    return SentencePieceTokenizer(model.getvalue())
