@@ -1,0 +1,182 @@
+"""Sizes of the model, from one table, and the parts it is composed of."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from mplug2_jax.errors import UserError, did_you_mean
+
+Remat = Literal["none", "dots", "full"]
+AttentionKernel = Literal["auto", "xla", "splash", "cudnn"]
+
+PARTS: Mapping[str, str] = {
+    "vision": "dual-vision encoder: one CLIP ViT for images and videos",
+    "temporal": "local temporal units in the vision tower, run for videos only",
+    "text": "text encoder: embeddings and BERT's layers below the universal ones",
+    "universal": "layers shared by text and vision; with vision also latents and cross attention",
+    "fusion": "text attends to the visual tokens",
+    "decoder": "shared decoder with its head: answers, captions, labels, boxes",
+    "mlm": "masked-language head, tied to the text encoder's word table",
+    "contrastive": "projections and temperature for vision-language contrast",
+    "matching": "does this text belong to this picture? on the fused [CLS]",
+    "classifier": "class logits from the visual [CLS], or the text's where there is no vision",
+}
+_NEEDS = {
+    "temporal": ("vision",),
+    "fusion": ("text", "vision"),
+    "mlm": ("text",),
+    "contrastive": ("text", "vision"),
+    "matching": ("fusion",),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SpecialTokens:
+    """Ids that mean something to objectives and search. The defaults are BERT's uncased vocabulary."""
+
+    pad: int = 0
+    begin: int = 101
+    end: int = 102
+    mask: int = 103
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RematConfig:
+    """What the backward pass recomputes, tower by tower.
+
+    ``none`` keeps every activation; ``dots`` keeps matmul outputs; ``full`` keeps only the layers' inputs.
+    """
+
+    vision: Remat = "none"
+    text: Remat = "none"  # and the universal layers
+    fusion: Remat = "none"
+    decoder: Remat = "none"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Every size of the model. Make one with :func:`model_config`, which starts from the table below."""
+
+    vision_width: int
+    vision_layers: int
+    vision_heads: int
+    patch_size: int
+    image_size: int  # pixels; fixes the grid of the position table, other sizes resize it
+    width: int  # of everything but the vision tower
+    heads: int
+    mlp_width: int
+    text_layers: int  # below the universal ones: N - S of the paper
+    universal_layers: int = 2  # S of the paper
+    num_latents: int = 50  # K of the paper: the learnable queries of the universal layers
+    fusion_layers: int
+    fusion_stride: int = 0  # every stride-th fusion layer mixes image and text in one self attention; 0 = none does
+    decoder_layers: int
+    vocab_size: int = 30522
+    max_positions: int = 512  # text length
+    temporal_downsampling: bool = False  # patches see 3 frames, every second one is kept; off in every released model
+    contrastive_width: int = 256
+    num_classes: int = 0
+    dropout: float = 0.1  # hidden states of the BERT parts
+    attention_dropout: float = 0.1  # attention probabilities there; flash kernels need 0
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # compute; parameters, softmax, LayerNorm, loss stay float32
+    attention: AttentionKernel = "auto"
+    remat: RematConfig = RematConfig()
+    scan_unroll: int = 1  # layers per scan iteration; >= the depth removes the loop (exact cost counts, CPU speed)
+
+    def __post_init__(self) -> None:
+        """Checks that the sizes fit together.
+
+        Raises:
+            UserError: names the field, what was found and what would fit.
+        """
+        for width, heads in (("vision_width", "vision_heads"), ("width", "heads")):
+            if getattr(self, width) % getattr(self, heads):
+                raise UserError(
+                    f"model.{width}={getattr(self, width)} does not divide into model.{heads}={getattr(self, heads)} "
+                    f"heads; choose a multiple"
+                )
+        if self.image_size % self.patch_size:
+            raise UserError(
+                f"model.image_size={self.image_size} is not a multiple of model.patch_size={self.patch_size}; the "
+                f"nearest sizes are {self.image_size // self.patch_size * self.patch_size} and "
+                f"{-(-self.image_size // self.patch_size) * self.patch_size}"
+            )
+        if self.universal_layers < 0 or self.text_layers < 0 or self.fusion_stride < 0:
+            raise UserError("model.text_layers, model.universal_layers and model.fusion_stride must not be negative")
+
+    @property
+    def patches(self) -> int:
+        """Patches per frame at the configured image size."""
+        return (self.image_size // self.patch_size) ** 2
+
+    def tubes(self, frames: int) -> int:
+        """Frames that the tower's blocks see, for clips of ``frames`` frames."""
+        return (frames - 1) // 2 + 1 if self.temporal_downsampling and frames > 1 else frames
+
+    def visual_tokens(self, frames: int, image_size: int | None = None) -> int:
+        """Length of the visual sequence: one class token and every patch of every frame."""
+        patches = self.patches if image_size is None else (image_size // self.patch_size) ** 2
+        return 1 + self.tubes(frames) * patches
+
+
+# fmt: off
+_BERT_BASE = {
+    "width": 768, "heads": 12, "mlp_width": 3072, "text_layers": 10, "fusion_layers": 3, "decoder_layers": 12,
+}
+_BERT_LARGE = {
+    "width": 1024, "heads": 16, "mlp_width": 4096, "text_layers": 22, "fusion_layers": 6, "decoder_layers": 12,
+}
+_VIT_B16 = {"vision_width": 768, "vision_layers": 12, "vision_heads": 12, "patch_size": 16, "image_size": 224}
+_VIT_L14 = {"vision_width": 1024, "vision_layers": 24, "vision_heads": 16, "patch_size": 14, "image_size": 224}
+
+SIZES: Mapping[str, Mapping[str, Any]] = {
+    "tiny": {
+        "vision_width": 128, "vision_layers": 4, "vision_heads": 4, "patch_size": 8, "image_size": 32,
+        "width": 128, "heads": 4, "mlp_width": 512, "text_layers": 1, "fusion_layers": 2, "decoder_layers": 2,
+        "num_latents": 8, "vocab_size": 512, "max_positions": 64, "contrastive_width": 64,
+    },
+    "base": {**_VIT_B16, **_BERT_BASE},
+    "large": {**_VIT_L14, **_BERT_LARGE},
+}
+# fmt: on
+
+
+def model_config(size: str, **overrides: Any) -> ModelConfig:
+    """A configuration from the table, with any field replaced.
+
+    Raises:
+        UserError: an unknown size or field, with the nearest valid name.
+
+    Example:
+        >>> model_config("base", dtype="float32").vision_width
+        768
+    """
+    if size not in SIZES:
+        raise UserError(f"model.size='{size}' is unknown: {did_you_mean(size, SIZES)}")
+    fields = {f.name for f in dataclasses.fields(ModelConfig)}
+    for name in overrides:
+        if name not in fields:
+            raise UserError(f"model.{name} is not a field of the model: {did_you_mean(name, fields)}")
+    return ModelConfig(**{**SIZES[size], **overrides})
+
+
+def check_parts(parts: tuple[str, ...], config: ModelConfig) -> None:
+    """Checks that a list of parts makes a model.
+
+    Raises:
+        UserError: an unknown part, or one whose foundations are missing.
+    """
+    for part in parts:
+        if part not in PARTS:
+            raise UserError(f"part '{part}' is unknown: {did_you_mean(part, PARTS)}")
+        missing = [need for need in _NEEDS.get(part, ()) if need not in parts]
+        if missing:
+            raise UserError(f"part '{part}' needs {' and '.join(missing)}, but the parts are: {', '.join(parts)}")
+    if "classifier" in parts and config.num_classes < 2:
+        raise UserError(f"part 'classifier' needs model.num_classes >= 2, found {config.num_classes}")
+    if not set(parts) & {"vision", "text"}:
+        raise UserError(f"a model needs 'vision' or 'text', but the parts are: {', '.join(parts) or 'none'}")
+    if "universal" in parts and config.universal_layers < 1:
+        raise UserError("part 'universal' needs model.universal_layers >= 1")
+    if "temporal" not in parts and config.temporal_downsampling:
+        raise UserError("model.temporal_downsampling needs the part 'temporal'")

@@ -1,0 +1,114 @@
+"""The shared decoder: causal self attention, cross attention to a memory, MLP; a word head tied to its own table.
+
+Several sequences may share one memory (the answers to a question, the beams of a clip): ids come as [b*r, m], the
+memory as [b, s, d], and the memory's keys and values are projected once for all r.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from mplug2_jax.model.config import ModelConfig
+from mplug2_jax.model.layers import BertLayer, scan_layers, split_rng, stack
+from mplug2_jax.model.taps import Taps, tap
+from mplug2_jax.model.text import Embeddings, MlmHead
+from mplug2_jax.parallel.logical import constrain
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecoderCache:
+    """What decoding one token at a time remembers, with a leading layer axis ``i`` for the scan."""
+
+    self_keys: Float[Array, "i br m h k"]
+    self_values: Float[Array, "i br m h k"]
+    cross_keys: Float[Array, "i b s h k"]
+    cross_values: Float[Array, "i b s h k"]
+    memory_mask: Bool[Array, "b s"]
+
+    def reorder(self, rows: Int[Array, " br"]) -> "DecoderCache":
+        """The cache after a search has kept the sequences ``rows``; the memory's part is shared, so it stays."""
+        return dataclasses.replace(self, self_keys=self.self_keys[:, rows], self_values=self.self_values[:, rows])
+
+
+class Decoder(nnx.Module):
+    """Embeddings, layers and head."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        self.embeddings = Embeddings(config, rngs=rngs)
+        self.layers = stack(lambda r: BertLayer(config, cross=True, rngs=r), config.decoder_layers, rngs)
+        self.head = MlmHead(config, rngs=rngs)
+        self.config = config
+
+    def __call__(
+        self,
+        ids: Int[Array, "br m"],
+        mask: Bool[Array, "br m"] | None,
+        memory: Float[Array, "b s d"],
+        memory_mask: Bool[Array, "b s"] | None = None,
+        *,
+        rng: PRNGKeyArray | None = None,
+        taps: Taps | None = None,
+    ) -> Float[Array, "br m v"]:
+        """Teacher forcing: logits at every position, each for the token after it."""
+        rng_embed, rng_layers = split_rng(rng, 2)
+        x = constrain(self.embeddings(ids, rng=rng_embed), "batch", None, None)
+        tap(taps, "decoder/embed", x)
+
+        def body(layer: BertLayer, x: Array, key: PRNGKeyArray | None, _extra: None) -> tuple[Array, None]:
+            return constrain(layer(x, mask, memory, memory_mask, causal=True, rng=key), "batch", None, None), None
+
+        x, _ = scan_layers(
+            self.layers, x, body, rng=rng_layers, remat=self.config.remat.decoder, unroll=self.config.scan_unroll,
+            taps=taps, name="decoder/layer",
+        )  # fmt: skip
+        return self.head(x, self.embeddings.words[...])
+
+    def start(
+        self,
+        memory: Float[Array, "b s d"],
+        memory_mask: Bool[Array, "b s"],
+        *,
+        sequences: int,
+        length: int,
+    ) -> DecoderCache:
+        """An empty cache for ``sequences`` per memory, up to ``length`` tokens each; projects the memory, once."""
+
+        def body(
+            layer: BertLayer, x: Array, _key: PRNGKeyArray | None, _extra: None
+        ) -> tuple[Array, tuple[Array, ...]]:
+            return x, layer.cross_attention.project(x)
+
+        _, (keys, values) = scan_layers(self.layers, memory, body, unroll=self.config.scan_unroll)
+        rows = memory.shape[0] * sequences
+        empty = jnp.zeros((keys.shape[0], rows, length, *keys.shape[3:]), keys.dtype)
+        empty = constrain(empty, None, "batch", None, "heads", None)
+        return DecoderCache(empty, empty, keys, values, memory_mask)
+
+    def step(
+        self, tokens: Int[Array, " br"], position: Int[Array, ""], cache: DecoderCache
+    ) -> tuple[Float[Array, "br v"], DecoderCache]:
+        """One more token for each sequence: logits for the next, and the cache with this one in it."""
+        x = self.embeddings(tokens[:, None], start=position)
+        seen = jnp.broadcast_to(jnp.arange(cache.self_keys.shape[2]) <= position, cache.self_keys.shape[1:3])
+
+        def body(
+            layer: BertLayer, x: Array, _key: PRNGKeyArray | None, extra: tuple[Array, Array, Array, Array]
+        ) -> tuple[Array, tuple[Array, Array]]:
+            self_keys, self_values, cross_keys, cross_values = extra
+            key, value = layer.self_attention.project(x)
+            self_keys = jax.lax.dynamic_update_slice_in_dim(self_keys, key, position, axis=1)
+            self_values = jax.lax.dynamic_update_slice_in_dim(self_values, value, position, axis=1)
+            x = layer.add_self(x, layer.self_attention.attend(x, self_keys, self_values, seen), None)
+            x = layer.add_cross(x, layer.cross_attention.attend(x, cross_keys, cross_values, cache.memory_mask), None)
+            return layer.add_mlp(x, None), (self_keys, self_values)
+
+        per_layer = (cache.self_keys, cache.self_values, cache.cross_keys, cache.cross_values)
+        x, (self_keys, self_values) = scan_layers(
+            self.layers, x, body, carry_in=per_layer, unroll=self.config.scan_unroll
+        )
+        logits = self.head(x, self.embeddings.words[...])[:, 0]
+        return logits, dataclasses.replace(cache, self_keys=self_keys, self_values=self_values)

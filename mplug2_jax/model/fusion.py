@@ -1,0 +1,83 @@
+"""Fusion: text attends to itself, then to the visual tokens; every stride-th layer may mix the two in one attention."""
+
+import itertools
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
+
+from mplug2_jax.model.config import ModelConfig
+from mplug2_jax.model.layers import BertLayer, layer_at, scan_layers, split_rng, stack
+from mplug2_jax.model.taps import Taps, tap
+from mplug2_jax.parallel.logical import constrain
+
+
+def mixing_layers(depth: int, stride: int) -> tuple[int, ...]:
+    """Indices of the layers that mix: every stride-th but the first. With stride 0, none."""
+    return tuple(j for j in range(1, depth) if j % stride == 0) if stride else ()
+
+
+class Fusion(nnx.Module):
+    """Two stacks: layers that read the visual tokens, and layers that mix both streams (none in released sizes)."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        mixing = len(mixing_layers(config.fusion_layers, config.fusion_stride))
+        reading = config.fusion_layers - mixing
+        self.layers = stack(lambda r: BertLayer(config, cross=True, rngs=r), reading, rngs)
+        if mixing:
+            self.mixing = stack(lambda r: BertLayer(config, cross=False, rngs=r), mixing, rngs)
+        self.config = config
+
+    def __call__(
+        self,
+        text: Float[Array, "b l d"],
+        text_mask: Bool[Array, "b l"],
+        visual: Float[Array, "b s d"],
+        *,
+        rng: PRNGKeyArray | None = None,
+        taps: Taps | None = None,
+    ) -> tuple[Float[Array, "b s d"], Float[Array, "b l d"]]:
+        """Returns the visual stream (changed by mixing layers only) and the fused text."""
+        config = self.config
+        mixing = mixing_layers(config.fusion_layers, config.fusion_stride)
+        bounds = [-1, *mixing, config.fusion_layers]
+        keys = split_rng(rng, 2 * len(bounds))
+        read = 0
+        for i, (last, stop) in enumerate(itertools.pairwise(bounds)):
+            if last >= 0:
+                visual, text = self._mix(layer_at(self.mixing, i - 1), visual, text, text_mask, keys[2 * i])
+                tap(taps, f"fusion/layer{last}", text)
+            count = stop - last - 1
+            if count:
+                layers = layer_at(self.layers, slice(read, read + count))
+                text = self._read(layers, visual, text, text_mask, keys[2 * i + 1], taps, last + 1)
+                read += count
+        return visual, text
+
+    def _read(
+        self,
+        layers: BertLayer,
+        visual: Array,
+        text: Array,
+        text_mask: Array,
+        rng: PRNGKeyArray | None,
+        taps: Taps | None,
+        first: int,
+    ) -> Array:
+        def body(layer: BertLayer, x: Array, key: PRNGKeyArray | None, _extra: None) -> tuple[Array, None]:
+            return constrain(layer(x, text_mask, visual, rng=key), "batch", None, None), None
+
+        return scan_layers(
+            layers, text, body, rng=rng, remat=self.config.remat.fusion, unroll=self.config.scan_unroll, taps=taps,
+            name=f"fusion/layers_from{first}",
+        )[0]  # fmt: skip
+
+    @staticmethod
+    def _mix(
+        layer: BertLayer, visual: Array, text: Array, text_mask: Array, rng: PRNGKeyArray | None
+    ) -> tuple[Array, Array]:
+        """One self attention over both; as in the release, the image's part is added to it, the text's replaces it."""
+        cut = visual.shape[1]
+        mask = jnp.concatenate([jnp.ones(visual.shape[:2], bool), text_mask], axis=1)
+        both = layer(jnp.concatenate([visual, text], axis=1), mask, rng=rng)
+        return visual + both[:, :cut], both[:, cut:]

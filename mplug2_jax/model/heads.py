@@ -1,0 +1,44 @@
+"""Small heads on top of the towers: contrast, matching, classification."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from mplug2_jax.model.config import ModelConfig
+from mplug2_jax.model.layers import Linear, parameter
+
+
+class ContrastiveHead(nnx.Module):
+    """Projections of both modalities onto one sphere, and the temperature that divides their similarities."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        def project() -> Linear:
+            return Linear(config.width, config.contrastive_width, ("embed", "feature"), dtype="float32", rngs=rngs)
+
+        self.visual, self.text = project(), project()
+        self.temperature = parameter(rngs, nnx.initializers.constant(0.07), (), ())
+
+    def visual_features(self, tokens: Float[Array, "b s d"]) -> Float[Array, "b e"]:
+        """Unit vectors of pictures, from visual token 0."""
+        return _unit(self.visual(tokens[:, 0].astype(jnp.float32)))
+
+    def text_features(self, tokens: Float[Array, "b l d"]) -> Float[Array, "b e"]:
+        """Unit vectors of texts, from [CLS]."""
+        return _unit(self.text(tokens[:, 0].astype(jnp.float32)))
+
+
+def _unit(x: Float[Array, "b e"]) -> Float[Array, "b e"]:
+    # The squared norm is floored (torch's normalize: norm at least 1e-12), which also keeps the gradient finite at 0.
+    return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, -1, keepdims=True), 1e-24))
+
+
+class ClassHead(nnx.Module):
+    """Dropout-free linear logits from the first token, in float32."""
+
+    def __init__(self, config: ModelConfig, classes: int, *, rngs: nnx.Rngs) -> None:
+        self.dense = Linear(config.width, classes, ("embed", "class"), dtype="float32", rngs=rngs)
+
+    def __call__(self, tokens: Float[Array, "b l d"]) -> Float[Array, "b c"]:
+        """Logits of each class."""
+        return self.dense(tokens[:, 0].astype(jnp.float32))

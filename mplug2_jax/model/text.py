@@ -1,0 +1,108 @@
+"""Text encoder: BERT's embeddings and the layers below the universal ones."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from mplug2_jax.errors import UserError
+from mplug2_jax.model.config import ModelConfig
+from mplug2_jax.model.layers import (
+    BERT_EPS,
+    BERT_INIT,
+    BertLayer,
+    LayerNorm,
+    Linear,
+    dropout,
+    gelu,
+    matmul,
+    parameter,
+    scan_layers,
+    split_rng,
+    stack,
+)  # fmt: skip
+from mplug2_jax.model.taps import Taps, tap
+from mplug2_jax.parallel.logical import constrain
+
+PAD_ID = 0
+
+
+class Embeddings(nnx.Module):
+    """Word + position + type rows, normalised. The text encoder and the decoder have one each, not shared."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        width = config.width
+        self.words = parameter(rngs, BERT_INIT, (config.vocab_size, width), ("vocab", "embed"))
+        self.positions = parameter(rngs, BERT_INIT, (config.max_positions, width), ("position", "embed"))
+        # Two rows as in BERT, so that its checkpoints fit; only row 0 is ever looked up.
+        self.types = parameter(rngs, BERT_INIT, (2, width), (None, "embed"))
+        self.norm = LayerNorm(width, BERT_EPS, rngs=rngs)
+        self.dropout, self.dtype = config.dropout, config.dtype
+
+    def __call__(
+        self, ids: Int[Array, "b l"], *, start: Int[Array, ""] | int = 0, rng: PRNGKeyArray | None = None
+    ) -> Float[Array, "b l d"]:
+        """Embeds token ids that stand at positions ``start``, ``start + 1``, ...
+
+        Raises:
+            UserError: a text longer than the position table.
+        """
+        rows, length = self.positions[...].shape[0], ids.shape[1]
+        if length > rows:
+            raise UserError(f"a text of {length} tokens exceeds model.max_positions={rows}; truncate it or raise that")
+        x = self.words[...][ids]
+        # The pad row is looked up but, as in torch, learns nothing through the lookup.
+        x = jnp.where((ids == PAD_ID)[..., None], jax.lax.stop_gradient(x), x) + self.types[...][0]
+        x = x + jax.lax.dynamic_slice_in_dim(self.positions[...], start, length)
+        return dropout(self.norm(x).astype(self.dtype), self.dropout, rng)
+
+
+class TextEncoder(nnx.Module):
+    """Embeddings and the first N - S layers; the universal layers finish the encoding."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        self.embeddings = Embeddings(config, rngs=rngs)
+        if config.text_layers:
+            self.layers = stack(lambda r: BertLayer(config, cross=False, rngs=r), config.text_layers, rngs)
+        self.config = config
+
+    def __call__(
+        self,
+        ids: Int[Array, "b l"],
+        mask: Bool[Array, "b l"],
+        *,
+        rng: PRNGKeyArray | None = None,
+        taps: Taps | None = None,
+    ) -> Float[Array, "b l d"]:
+        """Encodes token ids up to the universal layers."""
+        rng_embed, rng_layers = split_rng(rng, 2)
+        x = constrain(self.embeddings(ids, rng=rng_embed), "batch", None, None)
+        tap(taps, "text/embed", x)
+        if not self.config.text_layers:
+            return x
+
+        def body(layer: BertLayer, x: Array, key: PRNGKeyArray | None, _extra: None) -> tuple[Array, None]:
+            return constrain(layer(x, mask, rng=key), "batch", None, None), None
+
+        return scan_layers(
+            self.layers, x, body, rng=rng_layers, remat=self.config.remat.text, unroll=self.config.scan_unroll,
+            taps=taps, name="text/layer",
+        )[0]  # fmt: skip
+
+
+class MlmHead(nnx.Module):
+    """Dense -> GELU -> LayerNorm -> the word table it is given, plus a bias for each word.
+
+    The same head serves the masked-language objective (with the text encoder's table) and the decoder (with its own).
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        self.dense = Linear(config.width, config.width, ("embed", "mlp"), dtype=config.dtype, rngs=rngs)
+        self.norm = LayerNorm(config.width, BERT_EPS, rngs=rngs)
+        self.bias = parameter(rngs, nnx.initializers.zeros, (config.vocab_size,), ("vocab",))
+
+    def __call__(self, x: Float[Array, "b l d"], words: Float[Array, "v d"]) -> Float[Array, "b l v"]:
+        """Logits over the vocabulary, in float32."""
+        x = self.norm(gelu(self.dense(x)))
+        logits = matmul(x, words, True).astype(jnp.float32) + self.bias[...]
+        return constrain(logits, "batch", None, "vocab")

@@ -1,0 +1,184 @@
+"""The dual-vision encoder: one CLIP ViT for images and videos, with local temporal modelling for videos only.
+
+Images and videos share every weight but the temporal units, which an image batch (t = 1) skips. Frames are folded into
+the batch for spatial attention, so attention never crosses frames; only the temporal units and the mean class token do.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, PRNGKeyArray, UInt8
+
+from mplug2_jax.errors import UserError
+from mplug2_jax.model.config import ModelConfig
+from mplug2_jax.model.layers import (
+    CLIP_EPS,
+    MLP,
+    Attention,
+    LayerNorm,
+    Linear,
+    parameter,
+    quick_gelu,
+    scan_layers,
+    stack,
+    uniform_fan_in,
+)  # fmt: skip
+from mplug2_jax.model.taps import Taps, tap
+from mplug2_jax.parallel.logical import constrain
+
+PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
+PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
+# The release always starts this tower from CLIP, so its fresh initialisation is ours to choose.
+VIT_INIT = nnx.initializers.xavier_uniform()
+
+
+def normalise_pixels(frames: UInt8[Array, "b t y x 3"]) -> Float[Array, "b t y x 3"]:
+    """CLIP's normalisation, on the device: bytes travel, floats do not."""
+    return (frames.astype(jnp.float32) / 255.0 - jnp.asarray(PIXEL_MEAN)) / jnp.asarray(PIXEL_STD)
+
+
+def resize_positions(table: Float[Array, "p w"], grid: int) -> Float[Array, "n w"]:
+    """Resizes the grid rows of a position table (class row first), bilinear with half-pixel centres, no antialias."""
+    side = math.isqrt(table.shape[0] - 1)
+    if side == grid:
+        return table
+    rows = table[1:].reshape(side, side, -1)
+    rows = jax.image.resize(rows, (grid, grid, rows.shape[-1]), "bilinear", antialias=False)
+    return jnp.concatenate([table[:1], rows.reshape(grid * grid, -1)])
+
+
+class LocalTemporal(nnx.Module):
+    """LN -> down-projection -> depthwise convolution over three frames -> QuickGELU -> up-projection, for patches.
+
+    The convolution is three shifted multiply-adds; what lies before the first and after the last frame is zero. The
+    up-projection starts at zero, so that a fresh unit changes nothing.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        width, half = config.vision_width, config.vision_width // 2
+        self.norm = LayerNorm(width, CLIP_EPS, rngs=rngs)
+        self.down = Linear(
+            width, half, ("embed", "mlp"), dtype=config.dtype, kernel_init=uniform_fan_in(width),
+            bias_init=uniform_fan_in(width), rngs=rngs,
+        )  # fmt: skip
+        self.kernel = parameter(rngs, uniform_fan_in(3), (3, half), (None, "mlp"))
+        self.bias = parameter(rngs, uniform_fan_in(3), (half,), ("mlp",))
+        zeros = nnx.initializers.zeros
+        self.up = Linear(half, width, ("mlp", "embed"), dtype=config.dtype, kernel_init=zeros, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b t n w"]) -> Float[Array, "b t n w"]:
+        """The update of every token from its own frame and the two beside it."""
+        y = self.down(self.norm(x))
+        kernel, bias = self.kernel[...].astype(y.dtype), self.bias[...].astype(y.dtype)
+        before = jnp.pad(y[:, :-1], ((0, 0), (1, 0), (0, 0), (0, 0)))
+        after = jnp.pad(y[:, 1:], ((0, 0), (0, 1), (0, 0), (0, 0)))
+        y = before * kernel[0] + y * kernel[1] + after * kernel[2] + bias
+        return self.up(quick_gelu(y))
+
+
+class VisionBlock(nnx.Module):
+    """CLIP's pre-norm block, with a local temporal unit before each of its two halves."""
+
+    def __init__(self, config: ModelConfig, *, temporal: bool, rngs: nnx.Rngs) -> None:
+        width, dtype = config.vision_width, config.dtype
+        if temporal:
+            self.temporal_1 = LocalTemporal(config, rngs=rngs)
+        self.norm_1 = LayerNorm(width, CLIP_EPS, rngs=rngs)
+        self.attention = Attention(
+            width, config.vision_heads, dtype=dtype, kernel=config.attention, init=VIT_INIT, rngs=rngs
+        )
+        if temporal:
+            self.temporal_2 = LocalTemporal(config, rngs=rngs)
+        self.norm_2 = LayerNorm(width, CLIP_EPS, rngs=rngs)
+        self.mlp = MLP(width, 4 * width, quick_gelu, dtype=dtype, init=VIT_INIT, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "bt n w"], frames: int) -> Float[Array, "bt n w"]:
+        """Runs the block on ``bt = b * frames`` frames; with one frame the temporal units are skipped."""
+        if frames > 1:
+            x = x + self._patches_only(self.temporal_1, x, frames)
+        x = x + self.attention(self.norm_1(x))
+        if frames > 1:
+            x = x + self._patches_only(self.temporal_2, x, frames)
+        return x + self.mlp(self.norm_2(x))
+
+    @staticmethod
+    def _patches_only(unit: LocalTemporal, x: Float[Array, "bt n w"], frames: int) -> Float[Array, "bt n w"]:
+        # The class token rides along and is zeroed: cheaper than cutting 257 tokens into 1 + 256 and gluing them again.
+        update = unit(x.reshape(-1, frames, *x.shape[1:])).reshape(x.shape)
+        return jnp.where((jnp.arange(x.shape[1]) > 0)[:, None], update, jnp.zeros((), update.dtype))
+
+
+class VisionTower(nnx.Module):
+    """Patches -> blocks -> one class token (the mean over frames) and all patches of all frames."""
+
+    def __init__(self, config: ModelConfig, *, temporal: bool, rngs: nnx.Rngs) -> None:
+        width = config.vision_width
+        taken = 3 if config.temporal_downsampling else 1
+        self.patch = Linear(
+            taken * 3 * config.patch_size**2, width, ("patch", "embed"), dtype=config.dtype, bias=False,
+            kernel_init=nnx.initializers.lecun_normal(), rngs=rngs,
+        )  # fmt: skip
+        init = nnx.initializers.truncated_normal(0.02)
+        self.class_token = parameter(rngs, init, (width,), ("norm",))
+        self.positions = parameter(rngs, init, (config.patches + 1, width), ("position", "embed"))
+        self.norm_pre = LayerNorm(width, CLIP_EPS, rngs=rngs)
+        self.blocks = stack(lambda r: VisionBlock(config, temporal=temporal, rngs=r), config.vision_layers, rngs)
+        self.norm_post = LayerNorm(width, CLIP_EPS, rngs=rngs)
+        self.config, self.temporal = config, temporal
+
+    def __call__(
+        self,
+        frames: Float[Array, "b t y x 3"],
+        *,
+        rng: PRNGKeyArray | None = None,
+        taps: Taps | None = None,
+    ) -> Float[Array, "b s w"]:
+        """Encodes normalised frames; any number of them, any square size.
+
+        The tower has no dropout; ``rng`` is taken so that all towers are called alike.
+
+        Raises:
+            UserError: frames that are not square or not a multiple of the patch, or clips without temporal units.
+        """
+        b, t = frames.shape[:2]
+        if t > 1 and not self.temporal:
+            raise UserError(f"clips of {t} frames need the part 'temporal', which this model was built without")
+        patches = self._patches(frames)
+        t, n = patches.shape[1], patches.shape[2]
+        x = self.patch(patches.reshape(b * t, n, -1).astype(self.config.dtype))
+        class_token = jnp.broadcast_to(self.class_token[...].astype(x.dtype), (b * t, 1, x.shape[-1]))
+        x = jnp.concatenate([class_token, x], axis=1)
+        x = x + resize_positions(self.positions[...], math.isqrt(n)).astype(x.dtype)
+        x = constrain(self.norm_pre(x), "batch", None, None)
+        tap(taps, "vision/norm_pre", x)
+
+        def body(block: VisionBlock, x: Array, _key: PRNGKeyArray | None, _extra: None) -> tuple[Array, None]:
+            return constrain(block(x, t), "batch", None, None), None
+
+        x, _ = scan_layers(
+            self.blocks, x, body, remat=self.config.remat.vision, unroll=self.config.scan_unroll, taps=taps,
+            name="vision/block",
+        )  # fmt: skip
+        x = x.reshape(b, t, n + 1, -1)
+        x = jnp.concatenate([x[:, :, 0].mean(1, keepdims=True), x[:, :, 1:].reshape(b, t * n, -1)], axis=1)
+        x = constrain(self.norm_post(x), "batch", None, None)
+        tap(taps, "vision/out", x)
+        return x
+
+    def _patches(self, frames: Float[Array, "b t y x 3"]) -> Float[Array, "b t2 n p"]:
+        """Cuts frames into rows of pixels, (dt, dy, dx, colour) inside a patch, so that a matmul embeds them."""
+        b, t, height, width, _ = frames.shape
+        p = self.config.patch_size
+        if height != width or height % p:
+            raise UserError(
+                f"frames are {height}x{width} pixels, but the tower takes squares whose side is a multiple of {p}"
+            )
+        g = height // p
+        x = frames.reshape(b, t, g, p, g, p, 3).transpose(0, 1, 2, 4, 3, 5, 6).reshape(b, t, g * g, p * p * 3)
+        if not self.config.temporal_downsampling:
+            return x
+        kept = self.config.tubes(t)
+        padded = jnp.pad(x, ((0, 0), (1, 1), (0, 0), (0, 0)))
+        return jnp.concatenate([padded[:, k : k + 2 * kept - 1 : 2] for k in range(3)], axis=-1)

@@ -1,0 +1,72 @@
+"""Logical axis names, and the two tables that map them to mesh axes.
+
+The model says what a dimension *is* ("embed", "heads", ...); only these tables say where it lives. There are two,
+because parameters live spread out (``fsdp``) while compute lives with the batch.
+"""
+
+from collections.abc import Mapping
+
+import jax
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Shaped
+
+MeshAxes = str | tuple[str, ...] | None
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+PARAMETER_RULES: Mapping[str, MeshAxes] = {
+    "layers": None,  # the stacked depth that the scan walks
+    "embed": "fsdp",  # the residual stream's width
+    "heads": "tensor",  # all heads side by side
+    "mlp": "tensor",
+    "vocab": "tensor",
+    "norm": None,  # vectors as wide as the residual stream; too small to be worth a gather
+    "patch": None,
+    "position": None,
+    "latent": None,
+    "feature": None,
+    "class": None,
+}
+
+ACTIVATION_RULES: Mapping[str, MeshAxes] = {
+    "batch": ("data", "fsdp"),
+    "heads": "tensor",
+    "mlp": "tensor",
+    "vocab": "tensor",
+}
+
+
+def activation_spec(
+    names: tuple[str | None, ...], axis_sizes: Mapping[str, int], shape: tuple[int, ...]
+) -> PartitionSpec:
+    """The partition of an activation; a dimension that its mesh axes do not divide stays whole."""
+
+    def place(name: str | None, size: int) -> MeshAxes:
+        axes = ACTIVATION_RULES[name] if name else None
+        if axes is None:
+            return None
+        present = tuple(a for a in ((axes,) if isinstance(axes, str) else axes) if axis_sizes.get(a, 1) > 1)
+        count = 1
+        for axis in present:
+            count *= axis_sizes[axis]
+        return present if present and size % count == 0 else None
+
+    return PartitionSpec(*(place(n, s) for n, s in zip(names, shape, strict=True)))
+
+
+def constrain(x: Shaped[Array, "..."], *names: str | None) -> Shaped[Array, "..."]:
+    """Pins an activation's layout by logical names, one for each dimension; does nothing when no mesh is in context.
+
+    Example:
+        ``constrain(tokens, "batch", None, None)`` keeps the examples where the batch is, and the rest whole.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, activation_spec(names, dict(mesh.shape), x.shape))
+
+
+def platform() -> str:
+    """The platform a program is being built for: the mesh in context knows (also ahead of time), else the default."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device is not None else jax.default_backend()

@@ -1,0 +1,108 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mplug2_jax.model import attention as module
+from mplug2_jax.model.attention import attention, splash
+
+
+def inputs(b=2, l=5, s=7, h=2, k=8, seed=0):
+    keys = jax.random.split(jax.random.key(seed), 4)
+    query, key, value = (jax.random.normal(r, (b, n, h, k)) for r, n in zip(keys, (l, s, s), strict=False))
+    mask = jax.random.bernoulli(keys[3], 0.6, (b, s)).at[:, 0].set(True)
+    return query, key, value, mask
+
+
+def reference(query, key, value, mask=None, causal=False):
+    """In float64, with loops: slow and plain."""
+    query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
+    out = np.zeros(query.shape)
+    for b, l, h in np.ndindex(query.shape[:3]):
+        scores = key[b, :, h] @ query[b, l, h] / np.sqrt(query.shape[-1])
+        if mask is not None:
+            scores = np.where(np.asarray(mask)[b], scores, -np.inf)
+        if causal:
+            scores = np.where(np.arange(len(scores)) <= l, scores, -np.inf)
+        weights = np.exp(scores - scores.max())
+        out[b, l, h] = (weights / weights.sum()) @ value[b, :, h]
+    return out
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+def test_xla_equals_plain_softmax(masked, causal):
+    query, key, value, mask = inputs(l=7)
+    mask = mask if masked else None
+    out = attention(query, key, value, key_mask=mask, causal=causal, kernel="xla")
+    np.testing.assert_allclose(out, reference(query, key, value, mask, causal), atol=1e-6)
+
+
+def test_16_bit_inputs_are_computed_in_float32_inside():
+    query, key, value, mask = inputs()
+    half = [x.astype(jnp.bfloat16) for x in (query, key, value)]
+    out = attention(*half, key_mask=mask, kernel="xla")
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_allclose(out.astype(jnp.float32), reference(*half, mask), atol=0.02)
+
+
+def test_dropout_keeps_the_expectation_and_is_off_without_a_key():
+    query, key, value, _ = inputs()
+    plain = attention(query, key, value, kernel="xla")
+    np.testing.assert_array_equal(attention(query, key, value, dropout=0.5, kernel="xla"), plain)
+    dropped = jax.vmap(lambda r: attention(query, key, value, dropout=0.5, rng=r, kernel="xla"))
+    samples = dropped(jax.random.split(jax.random.key(0), 4000))
+    assert float(jnp.abs(samples[0] - plain).max()) > 0.1
+    np.testing.assert_allclose(samples.mean(0), plain, atol=0.1)
+
+
+@pytest.mark.parametrize(("l", "s"), [(257, 257), (50, 257), (128, 130)])
+def test_splash_equals_xla_for_any_length(l, s):
+    query, key, value, _ = inputs(b=2, l=l, s=s, h=2, k=64)
+    mask = jnp.arange(s)[None] < jnp.array([[s], [s - 57]])
+
+    def loss(kernel, *qkv):
+        if kernel == "splash":
+            return jnp.sum(splash(*qkv, mask, interpret=True) ** 2)
+        return jnp.sum(attention(*qkv, key_mask=mask, kernel="xla") ** 2)
+
+    for kernel_value, plain_value in zip(
+        jax.tree.leaves(jax.value_and_grad(lambda *x: loss("splash", *x), argnums=(0, 1, 2))(query, key, value)),
+        jax.tree.leaves(jax.value_and_grad(lambda *x: loss("xla", *x), argnums=(0, 1, 2))(query, key, value)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(kernel_value, plain_value, rtol=1e-4, atol=1e-5)
+
+
+def test_blocks_divide_padded_lengths():
+    assert module._block(4224, 512) == 384
+    assert module._block(4224, 1536) == 1408
+    assert module._block(128, 512) == 128
+
+
+@pytest.mark.parametrize(
+    ("platform", "l", "dtype", "dropped", "causal", "expected"),
+    [
+        ("tpu", 4097, "bfloat16", False, False, "splash"),
+        ("tpu", 257, "bfloat16", False, False, "xla"),
+        ("tpu", 4097, "bfloat16", True, False, "xla"),
+        ("tpu", 4097, "bfloat16", False, True, "xla"),
+        ("gpu", 4097, "bfloat16", False, False, "cudnn"),
+        ("gpu", 4097, "float32", False, False, "xla"),
+        ("cpu", 4097, "bfloat16", False, False, "xla"),
+    ],
+)
+def test_auto_picks_by_platform_and_length(monkeypatch, platform, l, dtype, dropped, causal, expected):
+    monkeypatch.setattr(module, "platform", lambda: platform)
+    chosen = []
+    x = jax.ShapeDtypeStruct((1, l, 16, 64), dtype)
+    jax.eval_shape(lambda x: chosen.append(module._pick(x, x, causal=causal, dropped=dropped)), x)
+    assert chosen == [expected]
+
+
+def test_named_kernels_refuse_what_they_cannot_do():
+    query, key, value, _ = inputs()
+    with pytest.raises(ValueError, match="no dropout"):
+        attention(query, key, value, dropout=0.1, rng=jax.random.key(0), kernel="splash")
+    with pytest.raises(ValueError, match="causal"):
+        attention(query, key, value, causal=True, kernel="splash")

@@ -1,0 +1,59 @@
+import pytest
+
+from mplug2_jax.errors import UserError
+from mplug2_jax.model.config import PARTS, check_parts, model_config
+from mplug2_jax.model.fusion import mixing_layers
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        ({"visoin_width": 64}, "model.visoin_width is not a field of the model: did you mean 'vision_width'?"),
+        ({"heads": 5}, "model.width=128 does not divide into model.heads=5"),
+        ({"image_size": 30}, "not a multiple of model.patch_size=8; the nearest sizes are 24 and 32"),
+        ({"text_layers": -1}, "must not be negative"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(overrides, sentence):
+    with pytest.raises(UserError, match=sentence.replace("?", r"\?").replace("(", r"\(")):
+        model_config("tiny", **overrides)
+
+
+def test_unknown_sizes_are_refused_with_the_nearest():
+    with pytest.raises(UserError, match="did you mean 'large'"):
+        model_config("larg")
+
+
+@pytest.mark.parametrize(
+    ("parts", "sentence"),
+    [
+        (("vision", "universel"), "did you mean 'universal'"),
+        (("vision", "fusion"), "part 'fusion' needs text"),
+        (("text", "mlm", "matching"), "part 'matching' needs fusion"),
+        (("text", "classifier"), "num_classes >= 2"),
+        (("decoder",), "needs 'vision' or 'text'"),
+        ((), "needs 'vision' or 'text'"),
+    ],
+)
+def test_parts_without_foundations_are_refused(parts, sentence):
+    with pytest.raises(UserError, match=sentence):
+        check_parts(parts, model_config("tiny"))
+
+
+def test_every_part_is_described():
+    assert all(PARTS.values())
+
+
+def test_token_counts():
+    large = model_config("large")
+    assert large.visual_tokens(16) == 4097
+    assert large.visual_tokens(1) == 257
+    assert large.visual_tokens(4, image_size=448) == 1 + 4 * 1024
+    halved = model_config("large", temporal_downsampling=True)
+    assert [halved.tubes(t) for t in (1, 2, 5, 16)] == [1, 1, 3, 8]
+
+
+def test_mixing_layers_are_every_stride_th_but_the_first():
+    assert mixing_layers(6, 0) == ()
+    assert mixing_layers(6, 3) == (3,)
+    assert mixing_layers(3, 1) == (1, 2)

@@ -1,0 +1,106 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from mplug2_jax.model.config import model_config
+from mplug2_jax.model.layers import BertLayer, LayerNorm, dropout, layer_at, matmul, scan_layers, stack
+
+CONFIG = model_config("tiny", dtype="float32", width=32, heads=4, mlp_width=64)
+
+
+@pytest.fixture(scope="module")
+def layers():
+    with nnx.use_eager_sharding(False):
+        return stack(lambda r: BertLayer(CONFIG, cross=False, rngs=r), 3, nnx.Rngs(0))
+
+
+def body(layer, x, key, _extra):
+    return layer(x, rng=key), None
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_matmul_is_a_product_with_the_product_rule(tied):
+    x = jax.random.normal(jax.random.key(0), (2, 3, 4))
+    weight = jax.random.normal(jax.random.key(1), (5, 4) if tied else (4, 5))
+    out = jax.random.normal(jax.random.key(2), (2, 3, 5))
+
+    def ours(x, w):
+        return jnp.sum(matmul(x, w, tied) * out)
+
+    def plain(x, w):
+        return jnp.sum((x @ (w.T if tied else w)) * out)
+
+    for a, b in zip(
+        jax.tree.leaves(jax.value_and_grad(ours, (0, 1))(x, weight)),
+        jax.tree.leaves(jax.value_and_grad(plain, (0, 1))(x, weight)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_matmul_gives_float32_gradients_to_float32_weights_of_16_bit_compute():
+    x = jax.random.normal(jax.random.key(0), (512, 4)).astype(jnp.bfloat16)
+    weight = jnp.ones((4, 2), jnp.float32)
+    gradient = jax.grad(lambda w: matmul(x, w).astype(jnp.float32).sum())(weight)
+    assert gradient.dtype == jnp.float32
+    assert matmul(x, weight).dtype == jnp.bfloat16
+    # Rounded to 16 bits, these sums of 512 numbers would be off by about 1e-2.
+    np.testing.assert_allclose(gradient[:, 0], np.asarray(x, np.float64).sum(0), rtol=1e-5, atol=1e-4)
+
+
+def test_layer_norm_computes_in_float32_and_returns_its_input_dtype():
+    with nnx.use_eager_sharding(False):
+        norm = LayerNorm(8, 1e-12, rngs=nnx.Rngs(0))
+    x = 1000 + jax.random.normal(jax.random.key(0), (3, 8))
+    wide = np.asarray(x, np.float64)
+    expected = (wide - wide.mean(-1, keepdims=True)) / wide.std(-1, keepdims=True)
+    np.testing.assert_allclose(norm(x), expected, atol=2e-3)
+    assert norm(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+
+
+def test_dropout_is_a_function_of_its_key():
+    x = jnp.ones((1000,))
+    once = dropout(x, 0.25, jax.random.key(1))
+    np.testing.assert_array_equal(once, dropout(x, 0.25, jax.random.key(1)))
+    assert set(np.unique(once)) == {0.0, np.float32(1 / 0.75)}
+    np.testing.assert_array_equal(dropout(x, 0.25, None), x)
+
+
+def test_scan_equals_a_loop(layers):
+    x = jax.random.normal(jax.random.key(0), (2, 5, 32))
+    scanned, _ = scan_layers(layers, x, body)
+    looped = x
+    for i in range(3):
+        looped = layer_at(layers, i)(looped)
+    np.testing.assert_allclose(scanned, looped, atol=1e-6)
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("unroll", [1, 3])
+def test_remat_and_unrolling_change_neither_values_nor_gradients(layers, remat, unroll):
+    graphdef, params = nnx.split(layers, nnx.Param)
+    x = jax.random.normal(jax.random.key(0), (2, 5, 32))
+
+    def run(params, **how):
+        return scan_layers(nnx.merge(graphdef, params), x, body, rng=jax.random.key(3), **how)[0].sum()
+
+    plain = jax.tree.leaves(jax.jit(jax.value_and_grad(run))(params))
+    other = jax.tree.leaves(jax.jit(jax.value_and_grad(lambda p: run(p, remat=remat, unroll=unroll)))(params))
+    for a, b in zip(plain, other, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_remat_keeps_fewer_values_for_the_backward_pass(layers):
+    graphdef, params = nnx.split(layers, nnx.Param)
+    x = jnp.zeros((2, 5, 32))
+
+    def kept(remat):
+        def run(params):
+            return scan_layers(nnx.merge(graphdef, params), x, body, remat=remat)[0].sum()
+
+        _, backward = jax.eval_shape(lambda p: jax.vjp(run, p), params)
+        return sum(leaf.size for leaf in jax.tree.leaves(backward))
+
+    assert kept("full") < kept("dots") < kept("none")

@@ -1,0 +1,136 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from mplug2_jax.errors import UserError
+from mplug2_jax.model.config import model_config
+from mplug2_jax.model.vision import LocalTemporal, VisionTower, normalise_pixels, resize_positions
+
+CONFIG = model_config("tiny", dtype="float32", vision_width=32, vision_layers=2)
+
+
+@functools.cache
+def tower(config=CONFIG, temporal=True):
+    with nnx.use_eager_sharding(False):
+        built = VisionTower(config, temporal=temporal, rngs=nnx.Rngs(0))
+    graphdef, params = nnx.split(built, nnx.Param)
+    # A fresh temporal unit changes nothing, because its last map starts at zero: give it something to do.
+    params = jax.tree.map(lambda p: p + 0.02 * jax.random.normal(jax.random.key(1), p.shape), params)
+    return nnx.merge(graphdef, params)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run(graphdef, params, clip):
+    return nnx.merge(graphdef, params)(clip)
+
+
+def run(model, clip):
+    return _run(*nnx.split(model, nnx.Param), clip)
+
+
+def frames(b=2, t=3, size=32, seed=0):
+    return jax.random.normal(jax.random.key(seed), (b, t, size, size, 3))
+
+
+def test_position_tables_are_resized_as_in_the_release(reference):
+    golden = np.load(reference / "goldens" / "recipe_pixels.npz")
+    for name in golden:
+        if name.startswith("posemb_out_"):
+            grid = int(name.removeprefix("posemb_out_").split("x")[0])
+            ours = resize_positions(jnp.asarray(golden["posemb_in"]), grid)
+            np.testing.assert_allclose(ours, golden[name].reshape(ours.shape), atol=1e-6)
+
+
+def test_pixels_are_normalised_as_clip_does():
+    bytes_ = jnp.asarray([[[[[0, 128, 255]]]]], jnp.uint8)
+    expected = [(0 - 0.48145466) / 0.26862954, (128 / 255 - 0.4578275) / 0.26130258, (1 - 0.40821073) / 0.27577711]
+    np.testing.assert_allclose(normalise_pixels(bytes_)[0, 0, 0, 0], expected, rtol=1e-5)
+
+
+def test_the_temporal_unit_is_a_depthwise_convolution_over_time():
+    with nnx.use_eager_sharding(False):
+        unit = LocalTemporal(CONFIG, rngs=nnx.Rngs(0))
+    unit.up.kernel[...] = jax.random.normal(jax.random.key(1), unit.up.kernel.shape)
+    x = jax.random.normal(jax.random.key(0), (2, 5, 4, 32))
+    y = unit.down(unit.norm(x))
+    convolved = jax.lax.conv_general_dilated(
+        y.transpose(0, 2, 1, 3).reshape(8, 5, 16), unit.kernel[...][:, None, :], (1,), ((1, 1),),
+        dimension_numbers=("NWC", "WIO", "NWC"), feature_group_count=16,
+    )  # fmt: skip
+    convolved = convolved.reshape(2, 4, 5, 16).transpose(0, 2, 1, 3) + unit.bias[...]
+    np.testing.assert_allclose(unit(x), unit.up(convolved * jax.nn.sigmoid(1.702 * convolved)), atol=1e-5)
+
+
+def still(model):
+    """The model with temporal units that change nothing."""
+    graphdef, params = nnx.split(model, nnx.Param)
+    silence = lambda path, p: p * 0 if {"temporal_1", "temporal_2"} & set(path) else p  # noqa: E731
+    return nnx.merge(graphdef, nnx.map_state(silence, params))
+
+
+def test_images_skip_the_temporal_units():
+    images = frames(t=1)
+    np.testing.assert_array_equal(run(tower(), images), run(still(tower()), images))
+    clip = frames(t=2)
+    assert float(jnp.abs(run(tower(), clip) - run(still(tower()), clip)).max()) > 1e-3
+
+
+def test_without_temporal_units_frames_do_not_meet():
+    clip = frames()
+    together = run(still(tower()), clip)[:, 1:]
+    apart = [run(tower(), clip[:, i : i + 1])[:, 1:] for i in range(3)]
+    np.testing.assert_allclose(together, jnp.concatenate(apart, axis=1), atol=1e-5)
+
+
+def test_a_changed_frame_reaches_two_neighbours_in_one_block():
+    one_block = tower(model_config("tiny", dtype="float32", vision_width=32, vision_layers=1))
+    clip = frames(t=7)
+    changed = clip.at[:, 0].add(1.0)
+    difference = np.abs(run(one_block, changed) - run(one_block, clip))[:, 1:].reshape(2, 7, -1).max((0, 2))
+    assert (difference[:3] > 1e-4).all()  # two units in a block, one frame each
+    np.testing.assert_array_equal(difference[3:], 0)
+
+
+@pytest.mark.parametrize("t", [1, 2, 5])
+@pytest.mark.parametrize("size", [24, 32, 40])
+def test_any_number_of_frames_and_any_square_size(t, size):
+    out = run(tower(), frames(t=t, size=size))
+    assert out.shape == (2, CONFIG.visual_tokens(t, size), 32)
+    assert jnp.isfinite(out).all()
+
+
+def test_patches_are_what_a_strided_convolution_sees():
+    model, images = tower(), frames(t=1)
+    kernel = model.patch.kernel[...].reshape(8, 8, 3, 32)
+    convolved = jax.lax.conv_general_dilated(
+        images[:, 0], kernel, (8, 8), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    np.testing.assert_allclose(model.patch(model._patches(images))[:, 0], convolved.reshape(2, 16, 32), atol=1e-5)
+
+
+@pytest.mark.parametrize("t", [1, 2, 4, 5])
+def test_temporal_downsampling_is_a_strided_convolution_over_time(t):
+    model = tower(model_config("tiny", dtype="float32", vision_width=32, vision_layers=1, temporal_downsampling=True))
+    clip = frames(t=t)
+    kernel = model.patch.kernel[...].reshape(3, 8, 8, 3, 32)
+    convolved = jax.lax.conv_general_dilated(
+        clip, kernel, (2, 8, 8), ((1, 1), (0, 0), (0, 0)), dimension_numbers=("NDHWC", "DHWIO", "NDHWC")
+    )
+    patches = model.patch(model._patches(clip))
+    np.testing.assert_allclose(patches, convolved.reshape(2, -1, 16, 32), atol=1e-5)
+    assert run(model, clip).shape[1] == 1 + 16 * ((t - 1) // 2 + 1)
+
+
+@pytest.mark.parametrize(("shape", "sentence"), [((1, 1, 32, 24, 3), "32x24"), ((1, 1, 30, 30, 3), "multiple of 8")])
+def test_frames_of_a_wrong_shape_are_refused(shape, sentence):
+    with pytest.raises(UserError, match=sentence):
+        tower()(jnp.zeros(shape))
+
+
+def test_clips_need_temporal_units():
+    with pytest.raises(UserError, match="clips of 3 frames need the part 'temporal'"):
+        tower(temporal=False)(frames())
