@@ -1,0 +1,138 @@
+"""Evaluating a model on held-out data: predict on the mesh, score on the host, keep samples to look at."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from numpy.typing import NDArray
+
+from data_pipelines.examples import Example
+from data_pipelines.loader import DataConfig, EvaluationSet
+from data_pipelines.media import write_image
+from data_pipelines.tokenizers import Tokenizer
+from mplug2_jax.errors import UserError
+from mplug2_jax.model.mplug2 import ModelDef, Params
+from mplug2_jax.parallel.placement import check_batch, put_batch
+from mplug2_jax.tasks import TASKS
+from mplug2_jax.tasks.base import TaskContext
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """A task on held-out data. ``samples`` examples are kept for people to look at."""
+
+    task: str
+    data: DataConfig
+    samples: int = 6
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One example with what the model said to it."""
+
+    example: Example
+    said: str
+
+    @property
+    def true(self) -> tuple[str, ...]:
+        """What would have been right."""
+        return self.example.answers or (self.example.text,)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationResult:
+    """Figures beside their baselines, and samples."""
+
+    name: str
+    task: str
+    step: int
+    examples: int
+    seconds: float
+    figures: Mapping[str, float]
+    baselines: Mapping[str, float]
+    samples: tuple[Sample, ...]
+
+
+class Evaluation:
+    """One evaluation of a run, compiled once and run as often as wanted.
+
+    Raises:
+        UserError: a batch size that the mesh cannot split, or batches that lack what the task reads.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        config: EvaluationConfig,
+        definition: ModelDef,
+        context: TaskContext,
+        tokenizer: Tokenizer,
+        mesh: Mesh,
+        *,
+        seed: int,
+    ) -> None:
+        self.name, self._config, self._mesh, self._tokenizer = name, config, mesh, tokenizer
+        where = f"config.evaluations.{name}"
+        check_batch(f"{where}.data.batch_size", config.data.batch_size, mesh)
+        self._set = EvaluationSet(config.data.source, config.data.examples, tokenizer, seed=seed)
+        task = TASKS[config.task]
+        task.check(set(self._set[0].arrays), where)
+        missing = set(task.parts) - set(definition.parts)
+        if missing:
+            raise UserError(
+                f"{where}: task '{task.name}' needs the parts {', '.join(sorted(missing))}, which this model lacks "
+                f"(it has {', '.join(definition.parts)})"
+            )
+        assert task.predict is not None
+        assert task.score is not None
+        predict, self._score = task.predict, task.score
+        self._predict = jax.jit(lambda params, batch: predict(definition.bind(params), batch, context))
+
+    def run(self, params: Params, step: int) -> EvaluationResult:
+        """Predicts all examples and scores them."""
+        start = time.perf_counter()
+        rows: list[dict[str, NDArray[Any]]] = []
+        examples: list[Example] = []
+        for batch, theirs in self._set.batches(self._config.data.batch_size):
+            with jax.set_mesh(self._mesh):
+                predicted = self._predict(params, put_batch(batch, self._mesh))
+            rows.append({name: np.asarray(value)[: len(theirs)] for name, value in predicted.items()})
+            examples.extend(theirs)
+        predictions = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+        scored = self._score(predictions, examples, self._tokenizer.decode)
+        samples = tuple(Sample(e, s) for e, s in zip(examples, scored.said, strict=True))[: self._config.samples]
+        return EvaluationResult(
+            self.name, self._config.task, step, len(examples), time.perf_counter() - start, scored.figures,
+            scored.baselines, samples,
+        )  # fmt: skip
+
+
+def save_result(result: EvaluationResult, workdir: Path) -> Path:
+    """Writes ``evaluations/STEP/NAME.json``, and the samples' frames beside it as strips of pictures."""
+    folder = workdir / "evaluations" / str(result.step)
+    folder.mkdir(parents=True, exist_ok=True)
+    samples = []
+    for i, sample in enumerate(result.samples):
+        row: dict[str, Any] = {
+            "key": sample.example.key, "instruction": sample.example.instruction, "text": sample.example.text,
+            "said": sample.said, "true": list(sample.true),
+        }  # fmt: skip
+        frames = sample.example.arrays.get("frames")
+        if frames is not None:
+            row["frames"] = f"{result.name}-{i}.png"
+            scale = max(1, 96 // frames.shape[1])
+            write_image(folder / row["frames"], np.concatenate(list(frames), axis=1), scale)
+        samples.append(row)
+    fields = ("name", "task", "step", "examples", "seconds", "figures", "baselines")
+    content = {field: getattr(result, field) for field in fields} | {"samples": samples}
+    path = folder / f"{result.name}.json"
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    temporary.replace(path)
+    return path

@@ -1,0 +1,127 @@
+"""Beam search with the release's results, as one compiled loop. One beam is greedy search.
+
+What is particular about the release's search (its ``TextGenerator``), and kept:
+
+* Scores are length-normalised at every step by ((5 + length) / 6) ** 0.6, and ranked normalised.
+* A beam that emits the end token is stored but stays alive, and may be extended beyond it; a clip is done when its
+  best beam has just ended, and then all its beams are stored, ended or not.
+* log(softmax(x)) rather than log_softmax(x): a probability that underflows is minus infinity.
+* The prompt is not fed: generation starts from the begin token alone.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Protocol, Self, TypeVar, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from mplug2_jax.model.config import SpecialTokens
+from mplug2_jax.model.decoder import Decoder
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SearchConfig:
+    """How to search. Lengths count generated tokens: the begin token is not one, the end token is."""
+
+    beams: int = 5
+    min_length: int = 1
+    max_length: int = 20
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """The best sequences of each clip, best first; ids start with the begin token and are 0 after ``lengths``."""
+
+    ids: Int[Array, "b r m"]
+    scores: Float[Array, "b r"]
+    lengths: Int[Array, "b r"]
+
+
+@runtime_checkable
+class SearchState(Protocol):
+    """What a step function carries from token to token, one row for each sequence."""
+
+    def reorder(self, rows: Int[Array, " br"]) -> Self:
+        """The state after the search has kept these rows."""
+
+
+State = TypeVar("State", bound=SearchState)
+Step = Callable[[Int[Array, " br"], Int[Array, ""], State], tuple[Float[Array, "br v"], State]]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Loop:
+    """Everything the search remembers between two tokens."""
+
+    ids: Int[Array, "b r m"]
+    log_probs: Float[Array, "b r"]
+    found: Found
+    live: Bool[Array, " b"]
+
+
+def beam_search(step: Step[State], state: State, batch: int, config: SearchConfig, tokens: SpecialTokens) -> Found:
+    """Searches ``config.beams`` sequences for each of ``batch`` clips, up to ``config.max_length`` tokens.
+
+    ``step(tokens, position, state)`` takes the newest token of every sequence and returns logits for the next one.
+    The loop ends early once every clip is done.
+    """
+    b, r, length = batch, config.beams, config.max_length + 1
+    normaliser = jnp.asarray(((5 + np.arange(config.max_length) + 1) / 6) ** 0.6, jnp.float32)
+    start = jnp.zeros((b, r, length), jnp.int32).at[:, :, 0].set(tokens.begin)
+    nothing = Found(jnp.zeros_like(start), jnp.full((b, r), -jnp.inf), jnp.zeros((b, r), jnp.int32))
+    first_only = jnp.where(jnp.arange(r) == 0, 0.0, -jnp.inf)
+    loop = _Loop(start, jnp.broadcast_to(first_only, (b, r)), nothing, jnp.ones(b, bool))
+
+    def go_on(carry: tuple[Int[Array, ""], _Loop, State]) -> Bool[Array, ""]:
+        position, loop, _ = carry
+        return (position < config.max_length) & loop.live.any()
+
+    def advance(carry: tuple[Int[Array, ""], _Loop, State]) -> tuple[Int[Array, ""], _Loop, State]:
+        position, loop, state = carry
+        newest = jax.lax.dynamic_index_in_dim(loop.ids, position, axis=2, keepdims=False)
+        logits, state = step(newest.reshape(-1), position, state)
+        log_probs = jnp.log(jax.nn.softmax(logits.astype(jnp.float32), axis=-1)).reshape(b, r, -1)
+        too_short = (position < config.min_length) & (jnp.arange(log_probs.shape[-1]) == tokens.end)
+        log_probs = jnp.where(too_short, -1e20, log_probs)
+
+        scores = (loop.log_probs[..., None] + log_probs) / normaliser[position]
+        scores, flat = jax.lax.top_k(scores.reshape(b, -1), r)
+        parent, token = flat // log_probs.shape[-1], (flat % log_probs.shape[-1]).astype(jnp.int32)
+        ids = jnp.take_along_axis(loop.ids, parent[..., None], axis=1)
+        ids = jax.lax.dynamic_update_index_in_dim(ids, token, position + 1, axis=2)
+        state = state.reorder((parent + r * jnp.arange(b)[:, None]).reshape(-1))
+
+        finished = (token == tokens.end) | (position == config.max_length - 1)
+        done = finished[:, 0]
+        stored = (finished | done[:, None]) & loop.live[:, None]
+        found = _keep_best(loop.found, Found(ids, jnp.where(stored, scores, -jnp.inf), jnp.full((b, r), position + 2)))
+        loop = _Loop(ids, scores * normaliser[position], found, loop.live & ~done)
+        return position + 1, loop, state
+
+    _, loop, _ = jax.lax.while_loop(go_on, advance, (jnp.zeros((), jnp.int32), loop, state))
+    return loop.found
+
+
+def _keep_best(old: Found, new: Found) -> Found:
+    """The best of both; equal scores keep the order in which they were stored."""
+    both = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), old, new)
+    scores, kept = jax.lax.top_k(both.scores, old.scores.shape[1])
+    ids = jnp.take_along_axis(both.ids, kept[..., None], axis=1)
+    return Found(ids, scores, jnp.take_along_axis(both.lengths, kept, axis=1))
+
+
+def generate(
+    decoder: Decoder,
+    memory: Float[Array, "b s d"],
+    memory_mask: Bool[Array, "b s"],
+    config: SearchConfig,
+    tokens: SpecialTokens,
+) -> Found:
+    """Beam search with a cache: the memory is projected once for each clip and shared by its beams."""
+    cache = decoder.start(memory, memory_mask, sequences=config.beams, length=config.max_length)
+    return beam_search(decoder.step, cache, memory.shape[0], config, tokens)

@@ -1,0 +1,37 @@
+"""Answer ranking: which of a fixed list of answers does the decoder find most likely?"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from mplug2_jax.model.decoder import Decoder
+
+
+def rank_answers(
+    decoder: Decoder,
+    memory: Float[Array, "b s d"],
+    memory_mask: Bool[Array, "b s"],
+    answers: Int[Array, "a m"],
+    answers_mask: Bool[Array, "a m"],
+    *,
+    keep: int,
+) -> tuple[Int[Array, "b r"], Float[Array, "b r"]]:
+    """The ``keep`` best answers of each example, best first, and their share of probability among themselves.
+
+    As in the release: the answers are first narrowed by the probability of their first token, then scored by
+    log(that probability) - sum of cross entropies, in which the first token is counted a second time. Answers are
+    ``[CLS] words [SEP] pad``.
+    """
+    b = memory.shape[0]
+    begin = jnp.broadcast_to(answers[0, :1], (b, 1))
+    first = jax.nn.softmax(decoder(begin, None, memory, memory_mask)[:, 0], axis=-1)
+    probabilities, chosen = jax.lax.top_k(first[:, answers[:, 1]], keep)
+
+    ids = answers[chosen].reshape(b * keep, -1)
+    mask = answers_mask[chosen].reshape(b * keep, -1)
+    logits = decoder(ids, mask, memory, memory_mask)
+    log_likelihood = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), ids[:, 1:, None], axis=-1)[..., 0]
+    total = jnp.sum(log_likelihood * mask[:, 1:], axis=-1).reshape(b, keep)
+
+    share, order = jax.lax.top_k(jax.nn.softmax(jnp.log(probabilities) + total, axis=-1), keep)
+    return jnp.take_along_axis(chosen, order, axis=1), share

@@ -1,0 +1,114 @@
+"""Losses on decoded text: captions, answers and instructed answers, and distillation from a teacher's decoder.
+
+Targets are ``[CLS] words [SEP] pad``; logits at t predict the token at t + 1. ``target_weights`` say which tokens
+count as predictions: 0 for padding and for whatever of a prompt is not to be learned.
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from mplug2_jax.objectives.forward import Forward, Metrics, Outcome, weighted_mean
+
+
+def next_token_loss(logits: Float[Array, "a m v"], target: Int[Array, "a m"]) -> Float[Array, "a m1"]:
+    """Cross entropy of each following token, [a, m - 1]."""
+    log_probs = jax.nn.log_softmax(logits[:, :-1], axis=-1)
+    return -jnp.take_along_axis(log_probs, target[:, 1:, None], axis=-1)[..., 0]
+
+
+def answer_sums(
+    logits: Float[Array, "a m v"], target: Int[Array, "a m"], weights: Float[Array, "a m"]
+) -> Float[Array, " a"]:
+    """The release's loss of an answer: the sum over its tokens."""
+    return jnp.sum(next_token_loss(logits, target) * weights[:, 1:], axis=-1)
+
+
+def distillation_sums(
+    logits: Float[Array, "a m v"],
+    teacher_probabilities: Float[Array, "a m1 v"],
+    weights: Float[Array, "a m"],
+    *,
+    over: Literal["vocabulary", "time"],
+) -> Float[Array, " a"]:
+    """Cross entropy against a teacher's distribution at each position, summed over an answer's tokens.
+
+    The release normalises the student over the wrong axis, ``time`` (padding included); ``vocabulary`` is what was
+    meant.
+    """
+    log_probs = jax.nn.log_softmax(logits[:, :-1], axis=-1 if over == "vocabulary" else 1)
+    return jnp.sum(-jnp.sum(log_probs * teacher_probabilities, axis=-1) * weights[:, 1:], axis=-1)
+
+
+def _token_mean(logits: Array, target: Array, weights: Array, counts: Array) -> Outcome:
+    weights = weights[:, 1:] * counts[:, None]
+    loss = weighted_mean(next_token_loss(logits, target), weights)
+    hit = (jnp.argmax(logits[:, :-1], axis=-1) == target[:, 1:]).astype(jnp.float32)
+    return Outcome(loss, {"loss": loss, "token_accuracy": weighted_mean(hit, weights)})
+
+
+def caption_loss(forward: Forward) -> Outcome:
+    """Caption from the picture alone: mean over all counted tokens of the batch, as in the release."""
+    batch, visual = forward.batch, forward.visual
+    mask = batch["target"] != 0
+    logits = forward.model.decoder(batch["target"], mask, visual, rng=forward.key("decoder"))
+    return _token_mean(logits, batch["target"], batch["target_weights"], forward.counts)
+
+
+def ilm_loss(forward: Forward) -> Outcome:
+    """Instruction-based generation: the answer to ``instruction``, mean over all counted tokens of the batch."""
+    batch = forward.batch
+    memory, memory_mask = forward.instructed
+    mask = batch["target"] != 0
+    logits = forward.model.decoder(batch["target"], mask, memory, memory_mask, rng=forward.key("decoder"))
+    return _token_mean(logits, batch["target"], batch["target_weights"], forward.counts)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistillationConfig:
+    """Learning from an exponential moving average of oneself.
+
+    ``over="time"`` and ``fusion=False`` are the release's forms: the student is normalised over the wrong axis, and
+    the fusion module is in no pair of the teacher's update. The release also drops ``alpha`` on its way to the
+    decoder, so that its distillation is inert: that form is ``alpha=0``.
+    """
+
+    alpha: float = 0.4
+    momentum: float = 0.995
+    ramp_steps: int = 0  # alpha grows linearly from 0 over these steps
+    over: Literal["vocabulary", "time"] = "vocabulary"
+    fusion: bool = True  # whether the teacher's fusion module follows the student's
+
+
+def answer_loss(forward: Forward, distillation: DistillationConfig | None = None) -> Outcome:
+    """The release's question answering: token sums per answer, weighted, over the number of questions.
+
+    A question may have several answers: ``target`` is [b*r, m], ``answer_weights`` [b*r] (0 for padding, 1 if absent).
+    With a teacher the loss is (1 - alpha) * cross entropy + alpha * distillation.
+    """
+    batch, counts, teacher, alpha = forward.batch, forward.counts, forward.teacher, forward.alpha
+    target, weights = batch["target"], batch["target_weights"]
+    memory, memory_mask = forward.instructed
+    logits = forward.model.decoder(target, target != 0, memory, memory_mask, rng=forward.key("decoder"))
+    sums = answer_sums(logits, target, weights)
+    metrics: Metrics = {"cross_entropy": jnp.mean(sums)}
+    if teacher is not None and distillation is not None:
+        soft = teacher_probabilities(teacher)
+        distilled = distillation_sums(logits, soft, weights, over=distillation.over)
+        sums = (1.0 - alpha) * sums + alpha * distilled
+        metrics |= {"distillation": jnp.mean(distilled)}
+    per_question = jnp.repeat(counts, target.shape[0] // counts.shape[0])
+    answer_weights = batch.get("answer_weights", jnp.ones(target.shape[0])) * per_question
+    loss = jnp.sum(sums * answer_weights) / jnp.maximum(jnp.sum(counts), 1.0)
+    return Outcome(loss, {"loss": loss, **metrics})
+
+
+def teacher_probabilities(teacher: Forward) -> Float[Array, "a m1 v"]:
+    """What the teacher expects at each position, without gradient."""
+    target = teacher.batch["target"]
+    memory, memory_mask = teacher.instructed
+    logits = teacher.model.decoder(target, target != 0, memory, memory_mask, rng=teacher.key("decoder"))
+    return jax.lax.stop_gradient(jax.nn.softmax(logits[:, :-1], axis=-1))

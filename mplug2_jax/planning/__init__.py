@@ -1,0 +1,1 @@
+"""What a program costs, known before it runs."""

@@ -1,0 +1,46 @@
+"""Question answering by generation: question and picture in, answer out."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import jax.numpy as jnp
+
+from data_pipelines.examples import Example
+from mplug2_jax.generation.beam import generate
+from mplug2_jax.model.mplug2 import Mplug2
+from mplug2_jax.objectives.forward import DeviceBatch, Forward, Outcome
+from mplug2_jax.objectives.language import answer_loss
+from mplug2_jax.tasks.base import HostPredictions, Predictions, Scored, Task, TaskContext
+
+
+def loss(forward: Forward, context: TaskContext) -> Outcome:
+    """The release's loss: token sums per answer over the number of questions; with a teacher also distillation."""
+    return answer_loss(forward, context.settings.distillation)
+
+
+def predict(model: Mplug2, batch: DeviceBatch, context: TaskContext) -> Predictions:
+    """The best answer's ids."""
+    memory, mask = Forward(model, batch).instructed
+    found = generate(model.decoder, memory, mask, context.settings.search, context.tokens)
+    kept = jnp.arange(found.ids.shape[-1]) < found.lengths[:, :1]
+    return {"ids": jnp.where(kept, found.ids[:, 0], context.tokens.pad)}
+
+
+def score(predictions: HostPredictions, examples: Sequence[Example], decode: Callable[[Sequence[int]], str]) -> Scored:
+    """Share of answers that equal a right one to the letter, beside always giving the most frequent answer."""
+    said = [decode(row.tolist()) for row in predictions["ids"]]
+    hits = sum(s in example.answers for s, example in zip(said, examples, strict=True))
+    majority = Counter(example.answers[0] for example in examples).most_common(1)[0][1]
+    share = 1 / len(examples)
+    return Scored(figures={"accuracy": hits * share}, baselines={"accuracy": majority * share}, said=said)
+
+
+TASK = Task(
+    name="answer",
+    parts=("text", "universal", "decoder"),
+    picture_parts=("vision", "fusion"),
+    keys=("instruction", "instruction_mask", "target", "target_weights"),
+    loss=loss,
+    predict=predict,
+    score=score,
+)

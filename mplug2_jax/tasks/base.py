@@ -1,0 +1,88 @@
+"""What a task is, and the settings that all tasks share."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from numpy.typing import NDArray
+
+from data_pipelines.batch import BATCH_KEYS
+from data_pipelines.examples import Example
+from mplug2_jax.errors import UserError
+from mplug2_jax.generation.beam import SearchConfig
+from mplug2_jax.model.config import PARTS, SpecialTokens
+from mplug2_jax.model.mplug2 import Mplug2
+from mplug2_jax.objectives.forward import DeviceBatch, Forward, Outcome
+from mplug2_jax.objectives.language import DistillationConfig
+from mplug2_jax.objectives.mlm import MlmConfig
+from mplug2_jax.objectives.vlc import VlcConfig
+from mplug2_jax.objectives.vlm import VlmConfig
+
+Predictions = dict[str, Any]  # arrays with a leading example axis
+HostPredictions = Mapping[str, NDArray[Any]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskSettings:
+    """Everything the objectives and predictions of a run can be told."""
+
+    mlm: MlmConfig = MlmConfig()
+    vlc: VlcConfig = VlcConfig()
+    vlm: VlmConfig = VlmConfig()
+    distillation: DistillationConfig | None = None
+    search: SearchConfig = SearchConfig()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskContext:
+    """The settings, and the ids of the run's tokeniser."""
+
+    settings: TaskSettings
+    tokens: SpecialTokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """The result of an evaluation: figures by name, shares as fractions, scores as their field quotes them."""
+
+    figures: Mapping[str, float]
+    baselines: Mapping[str, float]  # the same figures for something that has learned nothing
+    said: Sequence[str]  # for each example, what the model said, in words
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task:
+    """One task.
+
+    ``loss`` trains it. ``predict`` runs on the device under jit, ``score`` on the host over all examples; a task that
+    has none cannot be evaluated by itself.
+    """
+
+    name: str
+    parts: tuple[str, ...]
+    keys: tuple[str, ...]
+    loss: Callable[[Forward, TaskContext], Outcome]
+    picture_parts: tuple[str, ...] = ()  # needed too where batches bring frames
+    predict: Callable[[Mplug2, DeviceBatch, TaskContext], Predictions] | None = None
+    score: Callable[[HostPredictions, Sequence[Example], Callable[[Sequence[int]], str]], Scored] | None = None
+
+    def check(self, batch_keys: set[str], where: str) -> None:
+        """Checks that batches bring what the task reads.
+
+        Raises:
+            UserError: names the missing keys.
+        """
+        missing = [key for key in self.keys if key not in batch_keys]
+        if missing:
+            brought = ", ".join(sorted(batch_keys & BATCH_KEYS))
+            raise UserError(f"{where}: task '{self.name}' reads {', '.join(missing)}, but its batches bring {brought}")
+
+
+def parts_for(uses: Sequence[tuple[Task, bool, bool]]) -> tuple[str, ...]:
+    """The parts of a model for some uses, each (task, batches bring frames, frames are clips), in the table's order."""
+    needed: set[str] = set()
+    for task, pictures, clips in uses:
+        needed |= {*task.parts, *(task.picture_parts if pictures else ())}
+        if clips and "vision" in needed:
+            needed.add("temporal")
+    return tuple(part for part in PARTS if part in needed)

@@ -1,0 +1,51 @@
+"""Captioning: the picture alone as in the release, or asked for by an instruction where the batch brings one."""
+
+from collections.abc import Callable, Sequence
+
+import jax.numpy as jnp
+
+from data_pipelines.examples import Example
+from mplug2_jax.evaluation.metrics.caption import cider
+from mplug2_jax.generation.beam import generate
+from mplug2_jax.model.mplug2 import Mplug2
+from mplug2_jax.objectives.forward import DeviceBatch, Forward, Outcome
+from mplug2_jax.objectives.language import caption_loss
+from mplug2_jax.tasks.base import HostPredictions, Predictions, Scored, Task, TaskContext
+
+
+def loss(forward: Forward, context: TaskContext) -> Outcome:
+    """Cross entropy of the caption's tokens."""
+    del context
+    return caption_loss(forward)
+
+
+def predict(model: Mplug2, batch: DeviceBatch, context: TaskContext) -> Predictions:
+    """The best caption's ids."""
+    forward = Forward(model, batch)
+    if "instruction" in batch and "fusion" in model.parts:
+        memory, mask = forward.instructed
+    else:
+        memory, mask = forward.visual, jnp.ones(forward.visual.shape[:2], bool)
+    found = generate(model.decoder, memory, mask, context.settings.search, context.tokens)
+    kept = jnp.arange(found.ids.shape[-1]) < found.lengths[:, :1]
+    return {"ids": jnp.where(kept, found.ids[:, 0], context.tokens.pad)}
+
+
+def score(predictions: HostPredictions, examples: Sequence[Example], decode: Callable[[Sequence[int]], str]) -> Scored:
+    """CIDEr against all captions of a picture, beside the captions of another picture."""
+    said = [decode(row.tolist()) for row in predictions["ids"]]
+    references = [example.answers for example in examples]
+    shifted = [answers[0] for answers in (*references[1:], references[0])]
+    return Scored(
+        figures={"cider": cider(said, references)}, baselines={"cider": cider(shifted, references)}, said=said
+    )
+
+
+TASK = Task(
+    name="caption",
+    parts=("vision", "universal", "decoder"),
+    keys=("frames", "target", "target_weights"),
+    loss=loss,
+    predict=predict,
+    score=score,
+)

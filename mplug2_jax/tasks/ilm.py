@@ -1,0 +1,23 @@
+"""Instruction-based generation: any instruction in, its answer out; with a picture through fusion, or text alone."""
+
+from mplug2_jax.objectives.forward import Forward, Outcome
+from mplug2_jax.objectives.language import ilm_loss
+from mplug2_jax.tasks.answer import predict, score
+from mplug2_jax.tasks.base import Task, TaskContext
+
+
+def loss(forward: Forward, context: TaskContext) -> Outcome:
+    """Cross entropy of the answer's tokens."""
+    del context
+    return ilm_loss(forward)
+
+
+TASK = Task(
+    name="ilm",
+    parts=("text", "universal", "decoder"),
+    picture_parts=("vision", "fusion"),
+    keys=("instruction", "instruction_mask", "target", "target_weights"),
+    loss=loss,
+    predict=predict,
+    score=score,
+)

@@ -1,0 +1,49 @@
+"""Masked-language modelling: text encoder and universal layers, no picture."""
+
+from collections.abc import Callable, Sequence
+
+import jax.numpy as jnp
+
+from data_pipelines.examples import Example
+from mplug2_jax.model.mplug2 import Mplug2
+from mplug2_jax.objectives.forward import DeviceBatch, Forward, Outcome
+from mplug2_jax.objectives.mlm import masked_predictions, mlm_loss
+from mplug2_jax.tasks.base import HostPredictions, Predictions, Scored, Task, TaskContext
+
+
+def loss(forward: Forward, context: TaskContext) -> Outcome:
+    """Cross entropy of the masked tokens."""
+    return mlm_loss(forward, context.tokens, context.settings.mlm)
+
+
+def predict(model: Mplug2, batch: DeviceBatch, context: TaskContext) -> Predictions:
+    """Each token's best guess, and which tokens were masked."""
+    log_probs, chosen = masked_predictions(Forward(model, batch), context.tokens, context.settings.mlm)
+    return {"ids": jnp.where(chosen > 0, jnp.argmax(log_probs, -1), batch["text"]), "chosen": chosen > 0}
+
+
+def score(predictions: HostPredictions, examples: Sequence[Example], decode: Callable[[Sequence[int]], str]) -> Scored:
+    """Share of masked tokens that were guessed, beside always guessing the most frequent masked token."""
+    chosen = predictions["chosen"]
+    true = [example.arrays["text"][mask] for example, mask in zip(examples, chosen, strict=True)]
+    hits = sum(int((ids[mask] == t).sum()) for ids, mask, t in zip(predictions["ids"], chosen, true, strict=True))
+    total = int(chosen.sum())
+    counts: dict[int, int] = {}
+    for token in (int(t) for row in true for t in row):
+        counts[token] = counts.get(token, 0) + 1
+    share = 1 / max(total, 1)
+    return Scored(
+        figures={"accuracy": hits * share},
+        baselines={"accuracy": max(counts.values(), default=0) * share},
+        said=[decode(row.tolist()) for row in predictions["ids"]],
+    )
+
+
+TASK = Task(
+    name="mlm",
+    parts=("text", "universal", "mlm"),
+    keys=("text", "text_mask", "example_id"),
+    loss=loss,
+    predict=predict,
+    score=score,
+)

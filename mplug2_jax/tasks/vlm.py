@@ -1,0 +1,18 @@
+"""Vision-language matching: does this text belong to this picture?"""
+
+from mplug2_jax.objectives.forward import Forward, Outcome
+from mplug2_jax.objectives.vlm import vlm_loss
+from mplug2_jax.tasks.base import Task, TaskContext
+
+
+def loss(forward: Forward, context: TaskContext) -> Outcome:
+    """Two-way cross entropy over true pairs and hard negatives."""
+    return vlm_loss(forward, context.settings.vlm)
+
+
+TASK = Task(
+    name="vlm",
+    parts=("vision", "text", "universal", "fusion", "contrastive", "matching"),
+    keys=("frames", "text", "text_mask", "example_id"),
+    loss=loss,
+)
