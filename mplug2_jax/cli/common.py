@@ -1,0 +1,95 @@
+"""What several commands share: their parsers' form, opening a run, tables."""
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from data_pipelines.tokenizers import Tokenizer
+    from mplug2_jax.evaluation.loop import EvaluationResult
+    from mplug2_jax.model.mplug2 import Params
+    from mplug2_jax.training.state import Blueprint
+
+
+def add_command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], int], *, what: str, example: str, config: bool = False
+) -> argparse.ArgumentParser:
+    """A sub-parser with a description and an example; ``config`` lets ``--config.field=value`` through."""
+    added: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=what,
+        description=what,
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    added.set_defaults(run=run)
+    if config:
+        added.set_defaults(overrides=[])
+    return added
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
+    """The options that choose a run and a step of it."""
+    parser.add_argument("--workdir", type=Path, required=True, help="work directory of a training run")
+    parser.add_argument("--step", type=int, help="checkpoint to use (default: the last)")
+
+
+def open_run(args: argparse.Namespace) -> "tuple[Blueprint, Params, int, Tokenizer]":
+    """The run of a work directory, with overrides: its plan, the parameters of a step, that step, its tokeniser."""
+    from mplug2_jax.config import as_recipe, build, override
+    from mplug2_jax.parallel.mesh import make_mesh
+    from mplug2_jax.training.checkpoints import Checkpoints
+    from mplug2_jax.training.config import RunConfig
+    from mplug2_jax.training.state import plan_run
+    from mplug2_jax.training.workdir import WorkDir, special_tokens
+
+    workdir = WorkDir(args.workdir)
+    config = build(RunConfig, override(as_recipe(workdir.read_config()), args.overrides))
+    tokenizer = workdir.tokenizer(config.tokenizer, config.model)
+    plan = plan_run(config, special_tokens(tokenizer), make_mesh(config.mesh))
+    checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint)
+    try:
+        params, step = checkpoints.restore_params(plan.shapes["params"], args.step)
+    finally:
+        checkpoints.close()
+    return plan, params, step, tokenizer
+
+
+def table(rows: Sequence[Sequence[str]], header: Sequence[str], right: Sequence[int] = ()) -> str:
+    """Aligned columns; those in ``right`` are aligned to the right."""
+    lines = [list(header), *map(list, rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+
+    def show(line: Sequence[str]) -> str:
+        cells = (c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+        return "  ".join(cells).rstrip()
+
+    return "\n".join([show(lines[0]), "  ".join("-" * w for w in widths), *map(show, lines[1:])])
+
+
+def results_table(results: "Sequence[EvaluationResult]") -> str:
+    """Every figure beside its baseline."""
+    rows = []
+    for result in results:
+        for what, value in result.figures.items():
+            base = result.baselines[what]
+            times = f"{value / base:.1f}x" if base else "-"
+            rows.append((result.name, what, _score(what, value), _score(what, base), times, str(result.examples)))
+    return table(rows, ("evaluation", "figure", "model", "baseline", "ratio", "examples"), right=(2, 3, 4, 5))
+
+
+def _score(figure: str, value: float) -> str:
+    """CIDEr as papers quote it, shares as percentages."""
+    return f"{value:.1f}" if figure == "cider" else f"{value:.1%}"
+
+
+def sample_lines(results: "Sequence[EvaluationResult]", each: int = 2) -> str:
+    """A few things the model said, beside what was true."""
+    lines = []
+    for result in results:
+        for sample in result.samples[:each]:
+            asked = sample.example.instruction or "text for the picture" * (result.task == "vlc") or "masked words"
+            lines += [f"{result.name}: {asked}", f"    said: {sample.said}", f"    true: {sample.true[0]}"]
+    return "\n".join(lines)

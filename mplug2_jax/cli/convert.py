@@ -1,0 +1,76 @@
+"""``mplug2 convert``: weights from and to other worlds, with proof."""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from mplug2_jax.cli.common import add_command, table
+
+
+def add_parser(commands: Any) -> None:
+    """Adds the command with its sub-commands."""
+    parser = commands.add_parser("convert", help="Compare and convert weights between PyTorch and this stack.")
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="COMMAND")
+    parity = add_command(
+        kinds, "parity", run_parity,
+        what="Compute every number of a golden folder with our model from the release's weights, and compare.",
+        example="mplug2 convert parity ../shared/reference/goldens/c1_fc --summary",
+    )  # fmt: skip
+    parity.add_argument("folder", type=Path, metavar="DIR", help="golden folder: config.json, weights, inputs, outputs")
+    parity.add_argument("--summary", action="store_true", help="a row per group of parameters; failures always in full")
+    parity.add_argument("--json", type=Path, metavar="FILE", help="also write all rows as JSON")
+
+
+def run_parity(args: argparse.Namespace) -> int:
+    """Prints one row per array; 1 if any differs by more than its tolerance."""
+    from mplug2_jax.conversion.parity import Row, run_parity
+
+    start = time.perf_counter()
+    rows: list[Row] = []
+    for row in run_parity(args.folder):
+        rows.append(row)
+        if not args.summary:
+            print(_line(row), flush=True)
+    if args.summary:
+        print(table([_cells(row) for row in _grouped(rows)], HEADER, right=(3, 4)))
+    failed = [row for row in rows if not row.passed]
+    if args.json:
+        args.json.write_text(json.dumps([vars(row) for row in rows], indent=1), encoding="utf-8")
+    seconds = time.perf_counter() - start
+    print(f"\n{args.folder}: {len(rows) - len(failed)} of {len(rows)} rows pass, {len(failed)} fail ({seconds:.0f} s)")
+    if failed and not args.summary:
+        print("\n".join(_line(row) for row in failed))
+    return 1 if failed else 0
+
+
+HEADER = ("model", "array", "shape", "max abs", "max rel", "verdict")
+
+
+def _cells(row: Any) -> tuple[str, ...]:
+    shape = "x".join(map(str, row.shape)) or "-"
+    verdict = ("ok" if row.passed else "FAIL") + (f": {row.note}" if row.note else "")
+    return row.section, row.name, shape, f"{row.absolute:.1e}", f"{row.relative:.1e}", verdict
+
+
+def _line(row: Any) -> str:
+    section, name, shape, absolute, relative, verdict = _cells(row)
+    return f"{section:<30} {name:<72} {shape:>14} {absolute:>9} {relative:>9}  {verdict}"
+
+
+def _grouped(rows: list[Any]) -> list[Any]:
+    """Rows of single arrays as they are; rows of a group's parameters as one, under its worst; failures all."""
+    import dataclasses
+
+    groups: dict[str, list[Any]] = {}
+    out: list[Any] = []
+    for row in rows:
+        if "." in row.section and row.passed and not row.note and row.name != "losses":
+            groups.setdefault(row.section, []).append(row)
+        else:
+            out.append(row)
+    for members in groups.values():
+        worst = max(members, key=lambda row: row.relative)
+        out.append(dataclasses.replace(worst, name=f"{len(members)} rows, worst: {worst.name}"))
+    return out

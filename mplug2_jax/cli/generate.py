@@ -1,0 +1,111 @@
+"""``mplug2 generate``: an image, video or text file in, text out."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mplug2_jax.cli.common import add_command, add_run, open_run
+from mplug2_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from mplug2_jax.training.config import RunConfig
+
+
+def add_parser(commands: Any) -> None:
+    """Adds the command."""
+    parser = add_command(
+        commands, "generate", run, config=True,
+        what="Answer an instruction about images or videos, or the instruction that a text file holds.",
+        example='mplug2 generate --workdir runs/demo clip.mp4 --instruction "which way does the red digit move?"',
+    )  # fmt: skip
+    add_run(parser)
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="image, video, GIF or .txt")
+    parser.add_argument("--instruction", help="what to do or answer; in it {text} stands for a text file's content")
+    parser.add_argument("--beams", type=int, default=5, help="beams of the search; 1 is greedy (default: %(default)s)")
+    parser.add_argument("--max-length", type=int, default=20, help="most tokens of an answer (default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints one line per file."""
+    import jax
+    import jax.numpy as jnp
+
+    from mplug2_jax.generation.beam import SearchConfig, generate
+    from mplug2_jax.objectives.forward import Forward
+
+    if args.beams < 1 or args.max_length < 1:
+        raise UserError(f"--beams {args.beams} and --max-length {args.max_length} must be at least 1")
+    inputs = [(path, *read_input(path, args.instruction)) for path in args.files if check_file(path)]
+    plan, params, _, tokenizer = open_run(args)
+    config = plan.config
+    if "decoder" not in plan.definition.parts:
+        raise UserError(f"the model in {args.workdir} has no decoder (its parts: {', '.join(plan.definition.parts)})")
+    search = SearchConfig(beams=args.beams, max_length=min(args.max_length, config.model.max_positions))
+
+    @jax.jit
+    def answer(params: Any, batch: Any) -> Any:
+        model = plan.definition.bind(params)
+        forward = Forward(model, batch)
+        if "instruction" in batch:
+            memory, mask = forward.instructed
+        else:
+            memory, mask = forward.visual, jnp.ones(forward.visual.shape[:2], bool)
+        found = generate(model.decoder, memory, mask, search, plan.context.tokens)
+        return found.ids[:, 0], found.lengths[:, 0]
+
+    for path, is_picture, instruction in inputs:
+        batch: dict[str, Any] = {}
+        if is_picture:
+            batch["frames"] = jnp.asarray(read_frames(path, config))[None]
+            if "vision" not in plan.definition.parts:
+                raise UserError(f"{path} is a picture, but the model in {args.workdir} has no vision")
+        if instruction and "text" in plan.definition.parts:
+            ids = tokenizer.encode(instruction, max_length=config.model.max_positions)
+            batch["instruction"] = jnp.asarray([ids], jnp.int32)
+            batch["instruction_mask"] = jnp.ones((1, len(ids)), bool)
+        with jax.set_mesh(plan.mesh):
+            ids, length = answer(params, batch)
+        print(f"{path}: {tokenizer.decode(ids[0, : int(length[0])].tolist())}", flush=True)
+    return 0
+
+
+def check_file(path: Path) -> bool:
+    """True for a file that exists.
+
+    Raises:
+        UserError: there is none.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} does not exist or is no file; expected an image, a video or a .txt file")
+    return True
+
+
+def read_input(path: Path, instruction: str | None) -> tuple[bool, str]:
+    """Whether a file is a picture, and the instruction for it.
+
+    Raises:
+        UserError: a text file that is not UTF-8 or empty.
+    """
+    if path.suffix.lower() != ".txt":
+        return True, instruction or "describe the picture"
+    try:
+        text = path.read_text(encoding="utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
+    if not text:
+        raise UserError(
+            f"{path} is empty; a text file holds the instruction, or what {{text}} in --instruction stands for"
+        )
+    return False, (instruction or "{text}").replace("{text}", text)
+
+
+def read_frames(path: Path, config: "RunConfig") -> "NDArray[Any]":
+    """A picture's frames at the model's size: one of an image, as many of a video as the run was trained on."""
+    from data_pipelines.frames import resize_frames
+    from data_pipelines.media import read_media
+
+    sources = [stream.data.source for stream in config.streams.values()]
+    counts = [source.num_frames for source in sources if source.kind == "video"]
+    return resize_frames(read_media(path, max(counts, default=1)), config.model.image_size, "bicubic")

@@ -1,0 +1,37 @@
+"""``mplug2 train``: run a recipe."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from mplug2_jax.cli.common import add_command, results_table, sample_lines
+
+
+def add_parser(commands: Any) -> None:
+    """Adds the command."""
+    parser = add_command(
+        commands, "train", run, config=True,
+        what="Train a recipe, or go on where its work directory ends; every field of the recipe can be overridden.",
+        example="mplug2 train --config configs/demo.py --config.steps=50 --workdir runs/short",
+    )  # fmt: skip
+    parser.add_argument(
+        "--config", required=True, help="recipe: a file, or the name of a shipped one; FILE:ARG passes ARG"
+    )
+    parser.add_argument(
+        "--workdir", type=Path, required=True, help="where the run keeps everything; resumes if it exists"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Trains, prints the evaluations and writes the report."""
+    from mplug2_jax.config import build, load_recipe
+    from mplug2_jax.report import write_report
+    from mplug2_jax.training.config import RunConfig
+    from mplug2_jax.training.loop import train
+
+    config = build(RunConfig, load_recipe(args.config, args.overrides))
+    results = train(config, args.workdir)
+    if results:
+        print(f"\n{results_table(results)}\n\n{sample_lines(results)}\n")
+    print(f"report: {write_report(args.workdir)}")
+    return 0

@@ -1,0 +1,1 @@
+"""Other worlds' checkpoints and ours: name maps, loaders, and the proof that nothing was lost."""

@@ -1,0 +1,163 @@
+"""Golden folders: sizes, inputs, official weights and the numbers that the release computed with them."""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mplug2_jax.conversion.official import HostArray, Slot, load_official, slots
+from mplug2_jax.conversion.sources import SafetensorsSource
+from mplug2_jax.errors import UserError
+from mplug2_jax.model.config import ModelConfig
+from mplug2_jax.model.mplug2 import ModelDef, Params, define
+
+CAPTION_PARTS = ("vision", "temporal", "universal", "decoder")
+QUESTION_PARTS = ("vision", "temporal", "text", "universal", "fusion", "decoder")
+MATCHING_PARTS = ("vision", "text", "fusion", "contrastive", "matching")  # mPLUG v1's retrieval model
+
+Arrays = Mapping[str, HostArray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Golden:
+    """One model of a golden folder, loaded into ours."""
+
+    model: str  # caption, videoqa or retrieval
+    definition: ModelDef
+    params: Params
+    teacher: Params | None
+    source: SafetensorsSource
+    fusion_start: int
+    settings: Mapping[str, Any]  # config.json
+    inputs: Arrays
+    outputs: Arrays
+    stats: Mapping[str, Any]
+    account: str
+
+    @functools.cached_property
+    def slots(self) -> list[Slot]:
+        """Where every official tensor in use stands in our tree."""
+        return slots(self.definition.config, self.definition.parts, self.fusion_start)
+
+    def fusion_with_stride(self, stride: int) -> tuple[ModelDef, Params]:
+        """The fusion module rebuilt with another stride from the same weights, as a model of its own.
+
+        The text part comes along only because a model without its foundations is refused.
+        """
+        config = dataclasses.replace(self.definition.config, fusion_stride=stride)
+        definition = define(config, self.definition.parts)
+        return definition, load_official(self.source, definition, self.fusion_start)[0]
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file.
+
+    Raises:
+        UserError: the file is missing or no JSON.
+    """
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from error
+
+
+def read_npz(path: Path) -> Arrays:
+    """All arrays of an npz file; pickled objects are refused.
+
+    Raises:
+        UserError: the file is missing, truncated, or holds pickles.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except Exception as error:  # zipfile, zlib and numpy each raise their own for a damaged file
+        raise UserError(f"{path} is damaged or holds more than plain arrays: {error}") from error
+
+
+def official_sizes(settings: Mapping[str, Any], source: SafetensorsSource, prefix: str = "") -> tuple[ModelConfig, int]:
+    """Our sizes from the release's ``config.json``, and the first fusion layer in use. Weights tell the table sizes."""
+    try:
+        vision, bert = settings["vision"], settings["bert"]
+        names = set(source.names())
+        patch = vision["patch_size"]
+        table = source.shape("visual_encoder.visual.positional_embedding")[0]
+        universal = bert.get("num_uni_layer", 0)
+        latents = f"text_encoder.encoder.layer.{bert['text_encoder_layers'] - universal}.latents"
+        fusion_start = max(0, bert["num_hidden_layers"] - bert["fusion_layers"])
+        config = ModelConfig(
+            vision_width=vision["width"],
+            vision_layers=vision["layers"],
+            vision_heads=vision["heads"],
+            patch_size=patch,
+            image_size=round((table - 1) ** 0.5) * patch,
+            temporal_downsampling=bool(settings.get("temporal_downsampling", False)),
+            width=bert["hidden_size"],
+            heads=bert["num_attention_heads"],
+            mlp_width=bert["intermediate_size"],
+            text_layers=bert["text_encoder_layers"] - universal,
+            universal_layers=universal,
+            num_latents=source.shape(latents)[0] if latents in names else 1,
+            fusion_layers=bert["num_hidden_layers"] - fusion_start,
+            fusion_stride=bert["stride_layer"] if bert["stride_layer"] < bert["fusion_layers"] else 0,
+            decoder_layers=bert["text_decode_layers"],
+            vocab_size=bert["vocab_size"],
+            max_positions=bert["max_position_embeddings"],
+            contrastive_width=settings.get("embed_dim", 1),
+            dropout=bert["hidden_dropout_prob"],
+            attention_dropout=bert["attention_probs_dropout_prob"],
+            dtype="float32",
+        )
+    except KeyError as error:
+        raise UserError(f"the golden folder's config.json lacks {error}") from error
+    return config, fusion_start
+
+
+def load_goldens(folder: Path) -> list[Golden]:
+    """Every model that a golden folder holds.
+
+    Raises:
+        UserError: no golden folder, or one whose files are missing or damaged.
+    """
+    if not folder.is_dir():
+        raise UserError(f"golden folder {folder} does not exist")
+    settings = read_json(folder / "config.json")
+    found = [
+        _load(folder, settings, model, parts)
+        for model, parts in (("caption", CAPTION_PARTS), ("videoqa", QUESTION_PARTS))
+        if (folder / f"{model}_weights.safetensors").exists() or (folder / f"{model}_outputs.npz").exists()
+    ]
+    if (folder / "weights.safetensors").exists():
+        found.append(_load(folder, settings, "retrieval", MATCHING_PARTS))
+    if not found:
+        raise UserError(f"{folder} holds no model: expected caption_, videoqa_ or plain weights.safetensors")
+    return found
+
+
+def _load(folder: Path, settings: Mapping[str, Any], model: str, parts: tuple[str, ...]) -> Golden:
+    retrieval = model == "retrieval"
+    source = SafetensorsSource(folder / ("weights.safetensors" if retrieval else f"{model}_weights.safetensors"))
+    config, fusion_start = official_sizes(settings, source)
+    definition = define(config, parts)
+    params, account = load_official(source, definition, fusion_start)
+    teacher = None
+    if retrieval:
+        taught = define(config, ("vision", "text", "contrastive"))
+        teacher = load_official(source, taught, fusion_start, teacher=True)[0]
+        outputs = read_npz(folder / "data.npz")
+        inputs, stats = outputs, {"grads": read_json(folder / "grads.json")}
+    else:
+        if model == "videoqa" and settings.get("distill"):
+            teacher = load_official(source, definition, fusion_start, teacher=True)[0]
+        inputs, outputs = read_npz(folder / "inputs.npz"), read_npz(folder / f"{model}_outputs.npz")
+        stats = read_json(folder / f"{model}_stats.json")
+    return Golden(
+        model, definition, params, teacher, source, fusion_start, settings, inputs, outputs, stats, str(account)
+    )

@@ -1,0 +1,177 @@
+"""What is on the page: gathered from the work directory's files into plain data, and rendered."""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from mplug2_jax.errors import UserError
+from mplug2_jax.report.curves import Group, draw_groups
+from mplug2_jax.report.metrics import read_metrics
+from mplug2_jax.report.names import human
+from mplug2_jax.report.results import Evaluation, read_evaluations
+
+_MAX_NOTES = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """One of the batches that a step consumes."""
+
+    name: str
+    source: str
+    batch_size: str
+    objectives: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Page:
+    """Everything that the template shows."""
+
+    name: str
+    step: int
+    steps: int | None
+    model: str
+    streams: Sequence[Stream]
+    evaluations: Sequence[Evaluation]
+    groups: Sequence[Group]
+    config: str
+    notes: Sequence[str]
+
+    @property
+    def done(self) -> float:
+        """Percent of the planned steps."""
+        return round(100 * min(self.step / self.steps, 1.0), 1) if self.steps else 0.0
+
+    @property
+    def evaluated_at(self) -> int | None:
+        """The step of all evaluations, if it is one."""
+        steps = {evaluation.step for evaluation in self.evaluations}
+        return steps.pop() if len(steps) == 1 else None
+
+    @property
+    def baselines(self) -> str:
+        """What the evaluations' baselines are."""
+        said: dict[str, list[str]] = {}
+        for evaluation in self.evaluations:
+            said.setdefault(evaluation.words.baseline, []).append(human(evaluation.name))
+        return "; ".join(f"{baseline} ({', '.join(names)})" for baseline, names in said.items() if baseline)
+
+
+def write_report(workdir: Path) -> Path:
+    """Writes ``report.html`` into a work directory: one file that needs no other and no network.
+
+    Returns:
+        Its path.
+
+    Raises:
+        UserError: no run in this folder, a damaged config, or a folder that cannot be written to.
+    """
+    path = workdir / "report.html"
+    html = render(gather(workdir))
+    temporary = path.with_suffix(".tmp")
+    try:
+        temporary.write_text(html, encoding="utf-8", errors="replace")  # lone surrogates of JSON are no UTF-8
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror}); give a work directory that is writable") from error
+    return path
+
+
+def gather(workdir: Path) -> Page:
+    """Reads a work directory.
+
+    Raises:
+        UserError: no run in this folder, or a damaged config.
+    """
+    config = _read_config(workdir / "config.json")
+    notes: list[str] = []
+    evaluations = read_evaluations(workdir, list(_dict(config.get("evaluations"))), notes)
+    metrics = read_metrics(workdir / "metrics.jsonl")
+    if metrics.damaged:
+        lines = "1 line is" if metrics.damaged == 1 else f"{metrics.damaged:,} lines are"
+        notes.append(f"metrics.jsonl: {lines} damaged and left out of the curves")
+    steps = config.get("steps")
+    return Page(
+        name=str(config.get("name") or workdir.resolve().name),
+        step=max([metrics.last_step, *(evaluation.step for evaluation in evaluations)]),
+        steps=steps if isinstance(steps, int) and steps > 0 else None,
+        model=_model(config),
+        streams=[_stream(name, _dict(stream)) for name, stream in _dict(config.get("streams")).items()],
+        evaluations=evaluations,
+        groups=draw_groups(metrics.curves, {e.name: e.baselines for e in evaluations}),
+        config="\n".join(_listing(config)),
+        notes=[*notes[:_MAX_NOTES], *([f"and {len(notes) - _MAX_NOTES:,} more"] if len(notes) > _MAX_NOTES else [])],
+    )
+
+
+def render(page: Page) -> str:
+    """The page as HTML. Everything but our own style sheet and drawings is escaped."""
+    folder = files("mplug2_jax.report")
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["human"] = human
+    style = Markup((folder / "style.css").read_text(encoding="utf-8"))
+    template = environment.from_string((folder / "template.html").read_text(encoding="utf-8"))
+    return template.render(page=page, style=style)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(f"{path.parent} holds no run: {path.name} is missing; give a training run's work directory")
+    try:
+        config = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}); restore it to draw this run") from error
+    if not isinstance(config, dict):
+        raise UserError(f"{path} holds a {type(config).__name__} and not a run's config; restore it to draw this run")
+    return config
+
+
+def _dict(value: Any) -> Mapping[str, Any]:
+    """Configs of other versions may lack a group; the page then says less."""
+    return value if isinstance(value, dict) else {}
+
+
+def _stream(name: str, stream: Mapping[str, Any]) -> Stream:
+    data = _dict(stream.get("data"))
+    source = _dict(data.get("source"))
+    weights = _dict(stream.get("objectives"))
+    return Stream(
+        name=human(name),
+        source=" ".join(str(source[key]) for key in ("name", "kind") if source.get(key)),
+        batch_size=str(data.get("batch_size", "?")),
+        objectives=", ".join(human(o) + (f" × {w}" if w != 1 else "") for o, w in weights.items()),
+    )
+
+
+def _model(config: Mapping[str, Any]) -> str:
+    """The sizes of the towers in a line; pictures only where a stream has any."""
+    model, streams = _dict(config.get("model")), _dict(config.get("streams")).values()
+    kinds = {_dict(_dict(_dict(stream).get("data")).get("source")).get("kind") for stream in streams}
+    rows = []
+    if kinds - {"text"} and "vision_layers" in model:
+        rows.append(f"vision {model['vision_layers']} × {model.get('vision_width')}")
+        rows[-1] += f" on {model.get('image_size')} px in patches of {model.get('patch_size')}"
+    towers = [(part, model.get(f"{part}_layers")) for part in ("text", "universal", "fusion", "decoder")]
+    depths = ", ".join(f"{part} {layers}" for part, layers in towers if layers)
+    if depths:
+        rows.append(f"{depths} × {model.get('width')}")
+    return "; ".join(rows)
+
+
+def _listing(value: Any, indent: int = 0) -> Iterator[str]:
+    """A nested config as indented ``key: value`` lines."""
+    for key, item in value.items():
+        if isinstance(item, dict) and item:
+            yield f"{'  ' * indent}{key}:"
+            yield from _listing(item, indent + 1)
+        else:
+            said = item if isinstance(item, str) and item else json.dumps(item, ensure_ascii=False)
+            yield f"{'  ' * indent}{key}: {said}"

@@ -1,0 +1,217 @@
+"""``evaluations/STEP/NAME.json`` and its pictures as plain data, the last of each name."""
+
+import base64
+import dataclasses
+import difflib
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from mplug2_jax.report.names import TaskWords, human, is_share, task_words
+
+# Frames of real pictures make PNG strips of megabytes; above this size they go into the page as JPEG.
+_MAX_PNG = 128 * 1024
+_MAX_FILE = 64 * 1024 * 1024
+_MAX_STRIP = (2160, 320)
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """A figure beside its baseline."""
+
+    name: str
+    value: str
+    baseline: str
+    ratio: str
+    below: bool
+    bar: float  # percent of the bar's width
+    mark: float | None  # where on the bar the baseline is
+
+
+@dataclasses.dataclass(frozen=True)
+class Strip:
+    """Frames side by side."""
+
+    uri: str
+    width: int
+    height: int
+    frames: int
+
+    @property
+    def pixelated(self) -> bool:
+        """Whether its pixels are to be seen: tiny frames are kept enlarged, photographs only suffer from it."""
+        return self.height <= 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Word:
+    """A word, and whether the other sentence has another in its place."""
+
+    text: str
+    differs: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """What the model said to one example."""
+
+    key: str
+    instruction: str
+    said: Sequence[Word]
+    true: Sequence[Word]
+    also_true: Sequence[str]
+    right: bool
+    strip: Strip | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """The last readable evaluation of a name."""
+
+    name: str
+    words: TaskWords
+    step: int
+    examples: int
+    figures: Sequence[Figure]
+    samples: Sequence[Sample]
+    baselines: Mapping[str, float]
+
+
+def read_evaluations(workdir: Path, order: Sequence[str], notes: list[str]) -> list[Evaluation]:
+    """The last readable evaluation of each name: first in the config's order, then by name.
+
+    Args:
+        workdir: the run's work directory.
+        order: names as the config lists them.
+        notes: takes a sentence for each file that could not be read.
+    """
+    steps = [d for d in workdir.glob("evaluations/*") if d.is_dir() and d.name.isascii() and d.name.isdecimal()]
+    found: dict[str, Evaluation] = {}
+    for folder in sorted(steps, key=lambda d: int(d.name), reverse=True):
+        for path in sorted(folder.glob("*.json")):
+            if path.stem in found:
+                continue
+            try:
+                found[path.stem] = _read(path, notes)
+            except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+                reason = f"{error} is missing" if isinstance(error, KeyError) else str(error) or type(error).__name__
+                notes.append(f"{path.relative_to(workdir)} is damaged and was left out: {reason}")
+    rank = {name: i for i, name in enumerate(order)}
+    return [found[name] for name in sorted(found, key=lambda name: (rank.get(name, len(rank)), name))]
+
+
+def _read(path: Path, notes: list[str]) -> Evaluation:
+    content = json.loads(path.read_bytes())
+    task, figures, baselines = str(content["task"]), _numbers(content["figures"]), _numbers(content["baselines"])
+    # Pictures are noted only once the rest has proved readable.
+    strips: list[str] = []
+    samples = [_sample(task, row, path, strips) for row in content["samples"]]
+    result = Evaluation(
+        path.stem, task_words(task), int(content["step"]), int(content["examples"]),
+        [_figure(name, value, baselines.get(name, math.nan)) for name, value in figures.items()], samples, baselines,
+    )  # fmt: skip
+    notes.extend(strips)
+    return result
+
+
+def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    return {name: math.nan if value is None else float(value) for name, value in values.items()}
+
+
+def _figure(name: str, value: float, baseline: float) -> Figure:
+    ratio = value / baseline if baseline > 0 else math.nan
+    # Shares fill a bar at 100 %; CIDEr, which has no such end, at 150, where good captioners on easy data stand.
+    full = 1.0 if is_share(name) else max(150.0, *(v for v in (value, baseline) if math.isfinite(v)), 0)
+
+    def along(number: float) -> float:
+        return round(100 * min(max(number / full, 0.0), 1.0), 2) if math.isfinite(number) else 0.0
+
+    return Figure(
+        human(name), show(name, value), show(name, baseline), _times(ratio), ratio < 1, along(value),
+        along(baseline) if math.isfinite(baseline) else None,
+    )  # fmt: skip
+
+
+def show(figure: str, value: float) -> str:
+    """A figure as people read it: shares in percent, CIDEr as it is, each with one decimal."""
+    if not math.isfinite(value):
+        return "–"
+    return f"{value:.1%}" if is_share(figure) else f"{value:.1f}"
+
+
+def _times(ratio: float) -> str:
+    if not math.isfinite(ratio):
+        return "–"
+    return f"{ratio:,.0f}×" if ratio >= 9.95 else f"{ratio:.1f}×"
+
+
+def _sample(task: str, row: Mapping[str, Any], path: Path, notes: list[str]) -> Sample:
+    said, text, true = str(row["said"]), str(row.get("text") or ""), [str(t) for t in row["true"]]
+    # Of several right captions the one that the example itself bears is shown.
+    shown = text if text in true or not true else true[0]
+    if task == "mlm":
+        said_words, true_words = _difference(said, shown)
+    else:
+        said_words, true_words = [Word(said)], [Word(shown)]
+    try:
+        strip = _strip(path.parent, row["frames"]) if row.get("frames") is not None else None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        strip = None
+        notes.append(f"{path.parent.parent.name}/{path.parent.name}/{path.name}: a picture was left out: {error}")
+    others = [t for t in true if t != shown]
+    return Sample(
+        str(row.get("key") or ""),
+        str(row.get("instruction") or ""),
+        said_words,
+        true_words,
+        others,
+        said in true,
+        strip,
+    )
+
+
+def _strip(folder: Path, name: object) -> Strip:
+    """A picture of the evaluation's own folder.
+
+    Raises:
+        OSError, ValueError, SyntaxError: anything but a plain name of a picture in this folder.
+    """
+    # A file name in a JSON file is other people's word: it must not make this page carry files from elsewhere.
+    if not isinstance(name, str) or name != Path(name).name or "\\" in name or "\0" in name:
+        raise ValueError(f"{name!r} is not the plain name of a file in the same folder")
+    path = folder / name
+    if path.resolve().parent != folder.resolve() or not path.is_file():
+        raise ValueError(f"{name!r} is no file of the same folder")
+    if path.stat().st_size > _MAX_FILE:
+        raise ValueError(f"{name!r} is larger than {_MAX_FILE >> 20} MiB")
+    data, kind = path.read_bytes(), "png"
+    with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+        image.load()
+        width, height = image.size
+        frames = 1 if width % height else max(width // height, 1)  # frames are square
+        if len(data) > _MAX_PNG:
+            smaller = image.convert("RGB")
+            smaller.thumbnail(_MAX_STRIP)
+            width, height = smaller.size
+            buffer = io.BytesIO()
+            smaller.save(buffer, "JPEG", quality=85)
+            data, kind = buffer.getvalue(), "jpeg"
+    return Strip(f"data:image/{kind};base64,{base64.b64encode(data).decode()}", width, height, frames)
+
+
+def _difference(said: str, true: str) -> tuple[list[Word], list[Word]]:
+    """Two sentences word by word, with the words in which they differ."""
+    ours, theirs = said.split(), true.split()
+    if len(ours) == len(theirs):  # the rule: only masked words can differ, each in its place
+        pairs = list(zip(ours, theirs, strict=True))
+        return [Word(a, a != b) for a, b in pairs], [Word(b, a != b) for a, b in pairs]
+    said_words, true_words = [], []
+    for kind, a, b, c, d in difflib.SequenceMatcher(None, ours, theirs, autojunk=False).get_opcodes():
+        said_words += [Word(word, kind != "equal") for word in ours[a:b]]
+        true_words += [Word(word, kind != "equal") for word in theirs[c:d]]
+    return said_words, true_words

@@ -1,0 +1,1 @@
+"""A run: its config, state, optimiser, step, checkpoints, telemetry, and the loop that tells the story."""

@@ -1,0 +1,117 @@
+"""Everything a run can be told, as frozen dataclasses. A recipe fills it in; ``config.json`` keeps what was used."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Literal
+
+from data_pipelines.loader import DataConfig
+from mplug2_jax.errors import UserError, did_you_mean
+from mplug2_jax.evaluation.loop import EvaluationConfig
+from mplug2_jax.model.config import ModelConfig
+from mplug2_jax.parallel.mesh import MeshConfig
+from mplug2_jax.tasks import TASKS
+from mplug2_jax.tasks.base import TaskSettings, parts_for
+from mplug2_jax.training.optimizer import AdamWConfig
+from mplug2_jax.training.schedule import ScheduleConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """A tokeniser file, or one that the run trains on DigitWorld's texts and keeps in its work directory."""
+
+    path: str = ""  # a vocab.txt or a SentencePiece model; empty: train one
+    kind: Literal["wordpiece", "sentencepiece"] = "wordpiece"
+    vocab_size: int = 512
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StreamConfig:
+    """One of the batches that a step consumes, and what it is for: weights of objectives, by the tasks' names."""
+
+    data: DataConfig
+    objectives: Mapping[str, float]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When to save, and how many to keep. The last step is always saved."""
+
+    every_steps: int = 1000
+    keep: int = 3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A whole run."""
+
+    name: str
+    steps: int
+    seed: int = 0
+    model: ModelConfig
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    streams: Mapping[str, StreamConfig]
+    tasks: TaskSettings = TaskSettings()
+    mesh: MeshConfig = MeshConfig()
+    optimizer: AdamWConfig = AdamWConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    accumulate: int = 1  # micro-batches per step; each stream's batch is cut into so many
+    evaluations: Mapping[str, EvaluationConfig] = dataclasses.field(default_factory=dict)
+    evaluate_every: int = 0  # steps; 0 = only after the last
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log_every: int = 10  # steps
+
+    def __post_init__(self) -> None:
+        """Checks what spans several groups of fields.
+
+        Raises:
+            UserError: names the field, what was found and what is valid.
+        """
+        if self.steps < 1 or self.accumulate < 1 or self.log_every < 1 or self.checkpoint.every_steps < 1:
+            raise UserError("config.steps, .accumulate, .log_every and .checkpoint.every_steps must be at least 1")
+        if not self.streams:
+            raise UserError("config.streams is empty: a run needs at least one stream of batches")
+        for name, stream in self.streams.items():
+            where = f"config.streams.{name}"
+            if not stream.objectives:
+                raise UserError(f"{where}.objectives is empty: {did_you_mean('', TASKS)}")
+            for objective in stream.objectives:
+                if objective not in TASKS:
+                    raise UserError(f"{where}.objectives.{objective} is unknown: {did_you_mean(objective, TASKS)}")
+            micro, rest = divmod(stream.data.batch_size, self.accumulate)
+            if rest:
+                raise UserError(
+                    f"{where}.data.batch_size={stream.data.batch_size} is not a multiple of "
+                    f"config.accumulate={self.accumulate}"
+                )
+            group = self.tasks.vlm.group
+            if "vlm" in stream.objectives and group and micro % group:
+                raise UserError(
+                    f"{where}: {micro} examples per micro-batch are not a multiple of config.tasks.vlm.group={group}"
+                )
+            queue = self.tasks.vlc.queue_size
+            if "vlc" in stream.objectives and queue and queue % micro:
+                raise UserError(
+                    f"config.tasks.vlc.queue_size={queue} is not a multiple of {where}'s {micro} examples per "
+                    "micro-batch"
+                )
+        for name, evaluation in self.evaluations.items():
+            able = [task for task in TASKS if TASKS[task].predict]
+            if evaluation.task not in able:
+                raise UserError(
+                    f"config.evaluations.{name}.task={evaluation.task!r}: {did_you_mean(evaluation.task, able)}"
+                )
+
+    def parts(self) -> tuple[str, ...]:
+        """The parts that the streams' objectives need, and no others."""
+        return parts_for(
+            [
+                (TASKS[objective], stream.data.source.kind != "text", stream.data.source.kind == "video")
+                for stream in self.streams.values()
+                for objective in stream.objectives
+            ]
+        )
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether an averaged copy of the parameters is kept, for distillation or for momentum contrast."""
+        return self.tasks.distillation is not None or self.tasks.vlc.queue_size > 0

@@ -1,0 +1,99 @@
+"""AdamW with the release's parameter groups: {vision, rest} x {decayed, not decayed}."""
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mplug2_jax.model.mplug2 import Params
+
+DecayRule = Literal["matrices", "released"]
+
+
+def is_vision(path: tuple[str, ...]) -> bool:
+    """Whether a parameter belongs to the vision tower, which has a learning rate of its own."""
+    return path[0] == "vision"
+
+
+def is_decayed(path: tuple[str, ...], rule: DecayRule) -> bool:
+    """Whether weight decay acts on a parameter.
+
+    ``matrices``: the kernels of linear maps alone. ``released``: everything but biases and BERT's LayerNorm scales,
+    because the release looks for the substrings "bias" and "LayerNorm.weight" in names; so CLIP's norms, the norms
+    around the visual stream, latents and all embeddings are decayed.
+    """
+    if rule == "matrices":
+        return path[-1] == "kernel" and len(path) > 1 and not path[-2].startswith("temporal_")
+    visual_norms = path[0] in ("vision", "vision_projection") or path[:2] == ("universal", "visual_norm")
+    return path[-1] != "bias" and (path[-1] != "scale" or visual_norms)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdamWConfig:
+    """AdamW. Learning rates are per group; the schedule scales between its floor and them."""
+
+    learning_rate: float = 1e-4
+    vision_learning_rate: float | None = None  # None: the same as learning_rate
+    weight_decay: float = 0.02
+    decay: DecayRule = "matrices"
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    clip_norm: float = 1.0  # of the gradient over all parameters; 0 = no clipping
+
+
+def scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+    """Adam's direction, with optax's state and bias corrections that are exact in float32.
+
+    optax forms ``1 - b2**t`` in float32, which is off by 5e-5 in the first step (0.999 has no exact neighbour there);
+    ``-expm1(t log b2)`` is not, and the release's losses after a step are met to 2e-6 instead of 4e-5.
+    """
+
+    def update(
+        gradients: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        del params
+        assert isinstance(state, optax.ScaleByAdamState)
+        mu = jax.tree.map(lambda m, g: b1 * m + (1.0 - b1) * g, state.mu, gradients)
+        nu = jax.tree.map(lambda v, g: b2 * v + (1.0 - b2) * g * g, state.nu, gradients)
+        count = state.count + 1
+        first, second = -jnp.expm1(count * math.log(b1)), -jnp.expm1(count * math.log(b2))
+        direction = jax.tree.map(lambda m, v: (m / first) / (jnp.sqrt(v / second) + eps), mu, nu)
+        return direction, optax.ScaleByAdamState(count, mu, nu)
+
+    return optax.GradientTransformation(optax.scale_by_adam(b1, b2, eps).init, update)
+
+
+def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
+    """Scales gradients down to a global norm, as one factor that fuses into the update instead of a pass of its own."""
+
+    def update(
+        gradients: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        del params
+        factor = jnp.minimum(1.0, limit / jnp.maximum(optax.global_norm(gradients), 1e-12))
+        return jax.tree.map(lambda g: g * factor, gradients), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def adamw(config: AdamWConfig, rest: optax.ScalarOrSchedule, vision: optax.ScalarOrSchedule) -> Any:
+    """The optimiser: clipping, Adam, decoupled decay, one learning rate for vision and one for the rest."""
+
+    def paths(tree: Params, choose: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(lambda p, _: choose(tuple(key.key for key in p)), tree)
+
+    steps = [
+        scale_by_adam(config.b1, config.b2, config.eps),
+        optax.add_decayed_weights(config.weight_decay, lambda p: paths(p, lambda q: is_decayed(q, config.decay))),
+        optax.partition(
+            {"vision": optax.scale_by_learning_rate(vision), "rest": optax.scale_by_learning_rate(rest)},
+            lambda p: paths(p, lambda q: "vision" if is_vision(q) else "rest"),
+        ),
+    ]
+    if config.clip_norm > 0:
+        steps.insert(0, clip_by_global_norm(config.clip_norm))
+    return optax.chain(*steps)

@@ -1,0 +1,48 @@
+"""Learning-rate schedules: ours from optax, and the release's with its quirks."""
+
+import dataclasses
+from typing import Literal
+
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """Warm-up from ``start`` to the group's learning rate, then a cosine down to ``floor``.
+
+    ``kind="released"`` follows the release's loop: the rate in force is that of the step before; the cosine's length is
+    the whole run less 200 steps, counted from the end of the warm-up; ``released_caption`` also falls back to an early
+    warm-up value for one step after every 100 of the first epoch.
+    """
+
+    kind: Literal["cosine", "released", "released_caption"] = "cosine"
+    warmup_steps: int = 100
+    start: float = 0.0
+    floor: float = 0.0
+    steps_per_epoch: int = 0  # released_caption needs it
+
+
+def make_schedule(config: ScheduleConfig, peak: float, steps: int) -> optax.Schedule:
+    """The learning rate of a group at the optimiser's step 0, 1, ..., ``steps`` - 1."""
+    if config.kind == "cosine":
+        warmup = min(config.warmup_steps, max(steps - 1, 0))
+        return optax.warmup_cosine_decay_schedule(config.start, peak, warmup, max(steps, warmup + 1), config.floor)
+    warmup, start, floor = config.warmup_steps, config.start, config.floor
+    length = steps - 200  # the release subtracts 200 whatever its warm-up
+
+    def at(step: Int[Array, ""]) -> Float[Array, ""]:
+        after = step - warmup
+        down = floor + 0.5 * (peak - floor) * (1.0 + jnp.cos(jnp.pi * after / length))
+        decayed = jnp.where(after >= length, floor, down)
+        return jnp.where(step < warmup, start + step * (peak - start) / warmup, decayed)
+
+    def in_force(step: Int[Array, ""]) -> Float[Array, ""]:
+        called = jnp.maximum(step - 1, 0)
+        if config.kind == "released_caption":
+            dips = (called % 100 == 0) & (called <= 20000) & (called < config.steps_per_epoch)
+            called = jnp.where(dips, called // 100, called)
+        return jnp.where(step == 0, start, at(called))
+
+    return in_force

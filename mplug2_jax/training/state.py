@@ -1,0 +1,96 @@
+"""The train state: a plain nested dict of arrays, made where it lives."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from mplug2_jax.model.config import SpecialTokens
+from mplug2_jax.model.mplug2 import ModelDef, define
+from mplug2_jax.objectives.queue import fresh_queue
+from mplug2_jax.parallel.placement import Placement, place_parameters, replicated
+from mplug2_jax.tasks.base import TaskContext
+from mplug2_jax.training.config import RunConfig
+from mplug2_jax.training.optimizer import adamw
+from mplug2_jax.training.schedule import make_schedule
+
+TrainState = dict[str, Any]
+"""``params``, ``opt`` (optax), ``step`` (int32); ``teacher`` and ``queues`` where the run has them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Blueprint:
+    """Everything that is known of a run's arrays before there are any."""
+
+    config: RunConfig
+    context: TaskContext
+    mesh: Mesh
+    definition: ModelDef
+    optimizer: optax.GradientTransformation
+    rates: Mapping[str, optax.Schedule]
+    placement: Placement
+    shapes: TrainState  # of jax.ShapeDtypeStruct with shardings
+    shardings: TrainState
+
+    def init(self) -> TrainState:
+        """A fresh state; every shard is made on its device, nothing is ever whole on one host."""
+        make = jax.jit(lambda: _fresh(self.config, self.definition, self.optimizer), out_shardings=self.shardings)
+        with jax.set_mesh(self.mesh):
+            return make()
+
+
+def plan_run(config: RunConfig, tokens: SpecialTokens, mesh: Mesh) -> Blueprint:
+    """Describes a run on a mesh; no array is made.
+
+    Raises:
+        UserError: parts and sizes that do not make a model.
+    """
+    definition = define(config.model, config.parts())
+    peak = config.optimizer.learning_rate
+    vision_peak = config.optimizer.vision_learning_rate
+    rates = {
+        "rest": make_schedule(config.schedule, peak, config.steps),
+        "vision": make_schedule(config.schedule, peak if vision_peak is None else vision_peak, config.steps),
+    }
+    optimizer = adamw(config.optimizer, rates["rest"], rates["vision"])
+    placement = place_parameters(definition.shapes, definition.axes, mesh)
+    shapes = jax.eval_shape(lambda: _fresh(config, definition, optimizer))
+    shardings = _state_shardings(shapes, placement, optimizer, mesh)
+    described = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    context = TaskContext(settings=config.tasks, tokens=tokens)
+    return Blueprint(config, context, mesh, definition, optimizer, rates, placement, described, shardings)
+
+
+def _fresh(config: RunConfig, definition: ModelDef, optimizer: optax.GradientTransformation) -> TrainState:
+    key = jax.random.key(config.seed)
+    params = definition.init(key)
+    state: TrainState = {"params": params, "opt": optimizer.init(params), "step": jnp.zeros((), jnp.int32)}
+    if config.has_teacher:
+        state["teacher"] = jax.tree.map(jnp.copy, params)
+    size = config.tasks.vlc.queue_size
+    if size:
+        state["queues"] = {
+            name: fresh_queue(jax.random.fold_in(key, i), size, config.model.contrastive_width)
+            for i, (name, stream) in enumerate(sorted(config.streams.items()))
+            if "vlc" in stream.objectives
+        }
+    return state
+
+
+def _state_shardings(
+    shapes: TrainState, placement: Placement, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    whole = replicated(mesh)
+    shardings: TrainState = jax.tree.map(lambda _: whole, shapes)
+    shardings["params"] = placement.shardings
+    # Moments live with their parameters. Without saying so they would all be put on one device.
+    shardings["opt"] = optax.tree_utils.tree_map_params(
+        optimizer, lambda _, s: s, shapes["opt"], placement.shardings, transform_non_params=lambda _: whole
+    )
+    if "teacher" in shapes:
+        shardings["teacher"] = placement.shardings
+    return shardings

@@ -1,0 +1,140 @@
+"""A run's work directory: its config, tokeniser, checkpoints, metrics and evaluations, so that it explains itself."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from data_pipelines.digitworld.source import vocabulary_texts
+from data_pipelines.tokenizers import Tokenizer, load_tokenizer, train_sentencepiece, train_wordpiece
+from mplug2_jax.config import build, defaults_of
+from mplug2_jax.errors import UserError
+from mplug2_jax.model.config import ModelConfig, SpecialTokens
+from mplug2_jax.training.config import RunConfig, TokenizerConfig
+
+# What may change when a run resumes: none of it changes what is computed.
+FREE_FIELDS = ("mesh", "checkpoint", "log_every", "evaluate_every", "evaluations")
+
+
+class WorkDir:
+    """A folder that holds one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.metrics = path / "metrics.jsonl"
+        self._config = path / "config.json"
+        self._tokenizer = path / "tokenizer"
+
+    def exists(self) -> bool:
+        """Whether a run has begun here."""
+        return self._config.exists()
+
+    def read_config(self) -> RunConfig:
+        """The config that the run was started with.
+
+        Raises:
+            UserError: no run here, or a damaged or unknown config.
+        """
+        if not self.exists():
+            raise UserError(
+                f"{self.path} holds no run: {self._config.name} is missing; give the --workdir of a training run"
+            )
+        try:
+            values = json.loads(self._config.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(
+                f"{self._config} is not valid JSON ({error}); restore it or use another --workdir"
+            ) from error
+        return build(RunConfig, _tuples(values))
+
+    def begin(self, config: RunConfig) -> bool:
+        """Keeps the config of a new run; True if the run was here before and may go on.
+
+        Raises:
+            UserError: the folder holds something else, or a run whose config differs where it matters.
+        """
+        values = defaults_of(config)
+        if not self.exists():
+            if self.path.exists() and any(self.path.iterdir()):
+                raise UserError(f"--workdir {self.path} is not empty and holds no run; choose a new folder")
+            self.path.mkdir(parents=True, exist_ok=True)
+            _write_json(self._config, values)
+            return False
+        before, now = (_flat(json.loads(json.dumps(v))) for v in (defaults_of(self.read_config()), values))
+        changed = [
+            f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
+            for name in sorted({*before, *now})
+            if before.get(name) != now.get(name) and name.split(".")[0] not in FREE_FIELDS
+        ]
+        if changed:
+            more = f", and {len(changed) - 3} more" if len(changed) > 3 else ""
+            raise UserError(
+                f"--workdir {self.path} holds a run with another config: {'; '.join(changed[:3])}{more}. Use the same "
+                "config to resume it, or a new --workdir"
+            )
+        _write_json(self._config, values)
+        return True
+
+    def tokenizer(self, config: TokenizerConfig, model: ModelConfig) -> Tokenizer:
+        """The run's tokeniser; at first it is loaded or trained, and kept here.
+
+        Raises:
+            UserError: it has more tokens than the model's tables have rows.
+            DataError: no tokeniser at the given path, or a damaged one.
+        """
+        if not self._tokenizer.exists():
+            if config.path:
+                tokenizer = load_tokenizer(Path(config.path))
+            else:
+                train = train_wordpiece if config.kind == "wordpiece" else train_sentencepiece
+                tokenizer = train(training_texts(), config.vocab_size)
+            check_vocabulary(tokenizer, model)
+            tokenizer.save(self._tokenizer)
+        tokenizer = load_tokenizer(self._tokenizer)
+        check_vocabulary(tokenizer, model)
+        return tokenizer
+
+
+def training_texts() -> Iterator[str]:
+    """What a run without a tokeniser file trains its own on: DigitWorld's texts, and the numbers of boxes."""
+    yield from vocabulary_texts()
+    yield from (str(number) for number in range(32) for _ in range(100))
+
+
+def check_vocabulary(tokenizer: Tokenizer, model: ModelConfig) -> None:
+    """Checks that every token has a row.
+
+    Raises:
+        UserError: a vocabulary of the model that is too small.
+    """
+    if tokenizer.vocab_size > model.vocab_size:
+        raise UserError(
+            f"config.model.vocab_size={model.vocab_size} is too small for the tokeniser's {tokenizer.vocab_size} "
+            f"tokens; raise it to at least {tokenizer.vocab_size}"
+        )
+
+
+def special_tokens(tokenizer: Tokenizer) -> SpecialTokens:
+    """The ids that objectives and search need."""
+    return SpecialTokens(pad=tokenizer.pad_id, begin=tokenizer.cls_id, end=tokenizer.sep_id, mask=tokenizer.mask_id)
+
+
+def _write_json(path: Path, values: Any) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(values, indent=1), encoding="utf-8")
+    temporary.replace(path)
+
+
+def _tuples(value: Any) -> Any:
+    """JSON's lists as tuples."""
+    if isinstance(value, dict):
+        return {key: _tuples(item) for key, item in value.items()}
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def _flat(value: Any, path: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {path: value}
+    inner = (_flat(item, f"{path}.{key}".lstrip(".")) for key, item in value.items())
+    return {name: leaf for leaves in inner for name, leaf in leaves.items()}
