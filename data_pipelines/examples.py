@@ -5,7 +5,7 @@ Everything random comes from the generator that is passed in, which the loader m
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -13,7 +13,17 @@ from numpy.typing import NDArray
 
 from data_pipelines.errors import DataError
 from data_pipelines.record import Record
-from data_pipelines.tokenizers import Tokenizer
+from data_pipelines.text import (
+    pre_caption,
+    pre_question,
+    release_answer,
+    release_caption,
+    release_decode,
+    release_encode,
+    release_prompt_length,
+    release_read_caption,
+)  # fmt: skip
+from data_pipelines.tokenizers import Tokenizer, WordPieceTokenizer
 
 InstructionKind = Literal["caption", "question", "label", "box", "entailment"]
 BOX_BINS = 32
@@ -32,7 +42,12 @@ class InstructionConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExampleConfig:
-    """What an example holds. Lengths are in tokens, specials included; 0 leaves the field out."""
+    """What an example holds. Lengths are in tokens, specials included; 0 leaves the field out.
+
+    ``form="released"`` writes texts as the release's data code does: punctuation dropped, instructions without a
+    closing ``[SEP]``, truncation that cuts it off captions, and captions glued to ``prompt`` without a space, whose
+    first pieces are no targets. It needs BERT's word pieces.
+    """
 
     text: Literal["caption", "sentence"] = "caption"
     text_length: int = 0
@@ -40,15 +55,26 @@ class ExampleConfig:
     instructions: Mapping[InstructionKind, InstructionConfig] = dataclasses.field(default_factory=dict)
     instruction_length: int = 0
     target_length: int = 0
+    form: Literal["standard", "released"] = "standard"
+    prompt: str = ""  # released captions begin with it
 
     def __post_init__(self) -> None:
-        """Checks that what is asked for has room.
+        """Checks that what is asked for has room and a meaning.
 
         Raises:
-            DataError: instructions without lengths for them.
+            DataError: instructions without a length for their answers, or a prompt that nothing reads.
         """
-        if self.instructions and not (self.instruction_length and self.target_length):
-            raise DataError("an example with instructions needs instruction_length and target_length")
+        if self.instructions and not self.target_length:
+            raise DataError("an example with instructions needs target_length, the room for their answers")
+        if self.prompt and self.form == "standard":
+            raise DataError(f"prompt={self.prompt!r} is for form='released'; elsewhere write it into the templates")
+
+    def reader(self, tokenizer: Tokenizer) -> Callable[[Sequence[int]], str]:
+        """What turns generated ids into words; in the released form what follows the prompt."""
+        if self.form == "standard":
+            return tokenizer.decode
+        wordpieces = _wordpieces(tokenizer)
+        return lambda ids: release_read_caption(release_decode(wordpieces, ids), self.prompt)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +145,7 @@ def make_example(record: Record, config: ExampleConfig, tokenizer: Tokenizer, rn
     Raises:
         DataError: the record has nothing that the config asks for.
     """
-    arrays: dict[str, NDArray[Any]] = {"example_id": np.int64(example_id(record.key))}  # type: ignore[dict-item]
+    arrays: dict[str, NDArray[Any]] = {"example_id": np.asarray(example_id(record.key), np.int64)}
     text = instruction = ""
     answers: tuple[str, ...] = ()
     if record.frames is not None:
@@ -129,18 +155,23 @@ def make_example(record: Record, config: ExampleConfig, tokenizer: Tokenizer, rn
         if not choices:
             raise DataError(f"record {record.key} has no {config.text}, which the stream's examples ask for")
         text = choices[rng.integers(len(choices))]
-        arrays["text"], arrays["text_mask"] = _padded(tokenizer, text, config.text_length)
+        arrays["text"], arrays["text_mask"] = _padded(_text_ids(text, config, tokenizer), config.text_length)
         if config.word_starts:
             arrays["word_starts"] = tokenizer.word_starts(arrays["text"].tolist())
     if config.instructions:
-        instruction, answers = _instruct(record, config, rng)
-        arrays["instruction"], arrays["instruction_mask"] = _padded(tokenizer, instruction, config.instruction_length)
-        arrays["target"], mask = _padded(tokenizer, answers[0], config.target_length)
-        arrays["target_weights"] = mask.astype(np.float32)
+        kind, instruction, answers = _instruct(record, config, rng)
+        if config.instruction_length:
+            ids = instruction_ids(instruction, config, tokenizer, config.instruction_length)
+            arrays["instruction"], arrays["instruction_mask"] = _padded(ids, config.instruction_length)
+        ids, unlearned = _target_ids(kind, answers[0], config, tokenizer)
+        arrays["target"], mask = _padded(ids, config.target_length)
+        arrays["target_weights"] = (mask & (np.arange(config.target_length) >= unlearned)).astype(np.float32)
     return Example(arrays, record.key, text, instruction, answers)
 
 
-def _instruct(record: Record, config: ExampleConfig, rng: np.random.Generator) -> tuple[str, tuple[str, ...]]:
+def _instruct(
+    record: Record, config: ExampleConfig, rng: np.random.Generator
+) -> tuple[InstructionKind, str, tuple[str, ...]]:
     kinds = [kind for kind in config.instructions if getattr(record, _KINDS[kind][0])]
     if not kinds:
         raise DataError(f"record {record.key} has none of what is asked for: {', '.join(config.instructions)}")
@@ -150,7 +181,7 @@ def _instruct(record: Record, config: ExampleConfig, rng: np.random.Generator) -
     templates = config.instructions[kind].templates
     template = templates[rng.integers(len(templates))]
     try:
-        return template.format(**words), answers
+        return kind, template.format(**words), answers
     except (KeyError, IndexError, ValueError) as error:
         valid = ", ".join(f"{{{word}}}" for word in words) or "none"
         raise DataError(
@@ -158,10 +189,49 @@ def _instruct(record: Record, config: ExampleConfig, rng: np.random.Generator) -
         ) from error
 
 
+# The release's limits on words, before those on tokens.
+_CAPTION_WORDS, _QUESTION_WORDS = 80, 30
+
+
+def _wordpieces(tokenizer: Tokenizer) -> WordPieceTokenizer:
+    if not isinstance(tokenizer, WordPieceTokenizer):
+        raise DataError(
+            f"form='released' needs BERT's word pieces, found a {type(tokenizer).__name__}; "
+            "set tokenizer.kind='wordpiece'"
+        )
+    return tokenizer
+
+
+def _text_ids(text: str, config: ExampleConfig, tokenizer: Tokenizer) -> list[int]:
+    if config.form == "standard":
+        return tokenizer.encode(text, max_length=config.text_length)
+    return release_encode(_wordpieces(tokenizer), f"{pre_caption(text, _CAPTION_WORDS)}[SEP]", config.text_length)
+
+
+def instruction_ids(text: str, config: ExampleConfig, tokenizer: Tokenizer, max_length: int) -> list[int]:
+    """Token ids of an instruction, in the examples' form."""
+    if config.form == "standard":
+        return tokenizer.encode(text, max_length=max_length)
+    return release_encode(_wordpieces(tokenizer), pre_question(text, _QUESTION_WORDS), max_length)
+
+
+def _target_ids(
+    kind: InstructionKind, answer: str, config: ExampleConfig, tokenizer: Tokenizer
+) -> tuple[list[int], int]:
+    """Ids of the answer, and how many of the first are not to be learned."""
+    if config.form == "standard":
+        return tokenizer.encode(answer, max_length=config.target_length), 0
+    wordpieces = _wordpieces(tokenizer)
+    if kind != "caption":
+        return release_answer(wordpieces, answer)[: config.target_length], 0
+    ids = release_caption(wordpieces, pre_caption(answer, _CAPTION_WORDS), config.target_length, config.prompt)
+    # One too few: the last piece of the prompt is learned, because the release does not count [CLS].
+    return ids, release_prompt_length(wordpieces, config.prompt) if config.prompt else 0
+
+
 def _padded(
-    tokenizer: Tokenizer, text: str, length: int
+    ids: Sequence[int], length: int
 ) -> tuple[np.ndarray[Any, np.dtype[np.int32]], np.ndarray[Any, np.dtype[np.bool_]]]:
-    ids = tokenizer.encode(text, max_length=length)
-    padded = np.full(length, tokenizer.pad_id, np.int32)
+    padded = np.zeros(length, np.int32)  # every tokeniser's padding is 0
     padded[: len(ids)] = ids
     return padded, np.arange(length) < len(ids)

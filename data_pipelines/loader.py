@@ -34,6 +34,7 @@ class SourceConfig:
     size: int = 100_000
     image_size: int = 32
     num_frames: int = 4
+    resize: Literal["bicubic", "nearest"] = "bicubic"  # files to image_size; DigitWorld draws at that size
 
     def open(self) -> Source:
         """The source itself.

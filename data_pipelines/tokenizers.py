@@ -38,7 +38,10 @@ class Tokenizer(Protocol):
         """Token ids ``[CLS] tokens``, and ``[SEP]`` if ``close``, which truncation to ``max_length`` ids keeps."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids, without ``[PAD]``, ``[CLS]`` and ``[SEP]``."""
+        """The text of token ids, without ``[PAD]``, ``[CLS]`` and ``[SEP]``.
+
+        An id beyond the vocabulary reads ``[UNK]``: a model's table may have more rows than there are tokens.
+        """
 
     def tokens(self, ids: Sequence[int]) -> list[str]:
         """The piece of each id, special tokens spelt out."""
@@ -116,7 +119,7 @@ class WordPieceTokenizer:
 
     def tokens(self, ids: Sequence[int]) -> list[str]:
         """See ``Tokenizer``."""
-        return [self._vocab[i] for i in ids]
+        return [self._vocab[i] if i < self.vocab_size else "[UNK]" for i in ids]
 
     def token_id(self, token: str) -> int:
         """The id of one piece, which must exist."""
@@ -172,14 +175,13 @@ class SentencePieceTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """See ``Tokenizer``."""
-        shown = {self.unk_id: "[UNK]", self.mask_id: "[MASK]"}
         hidden = (self.pad_id, self.cls_id, self.sep_id)
-        text: str = self._processor.decode([shown.get(i, self._pieces[i]) for i in ids if i not in hidden])
+        text: str = self._processor.decode(self.tokens([i for i in ids if i not in hidden]))
         return text
 
     def tokens(self, ids: Sequence[int]) -> list[str]:
         """See ``Tokenizer``."""
-        return [self._pieces[i] for i in ids]
+        return [self._pieces[i] if i < self.vocab_size else "[UNK]" for i in ids]
 
     def word_starts(self, ids: Sequence[int]) -> Bool[np.ndarray, " l"]:
         """See ``Tokenizer``."""

@@ -85,11 +85,14 @@ def _score(figure: str, value: float) -> str:
     return f"{value:.1f}" if figure == "cider" else f"{value:.1%}"
 
 
+_UNASKED = {"vlc": "text for the picture", "mlm": "masked words"}
+
+
 def sample_lines(results: "Sequence[EvaluationResult]", each: int = 2) -> str:
     """A few things the model said, beside what was true."""
     lines = []
     for result in results:
         for sample in result.samples[:each]:
-            asked = sample.example.instruction or "text for the picture" * (result.task == "vlc") or "masked words"
+            asked = sample.example.instruction or _UNASKED.get(result.task, result.task)
             lines += [f"{result.name}: {asked}", f"    said: {sample.said}", f"    true: {sample.true[0]}"]
     return "\n".join(lines)

@@ -1,6 +1,7 @@
 """``mplug2 generate``: an image, video or text file in, text out."""
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,8 @@ def run(args: argparse.Namespace) -> int:
     import jax
     import jax.numpy as jnp
 
-    from mplug2_jax.generation.beam import SearchConfig, generate
+    from data_pipelines.examples import ExampleConfig, instruction_ids
+    from mplug2_jax.generation.beam import generate
     from mplug2_jax.objectives.forward import Forward
 
     if args.beams < 1 or args.max_length < 1:
@@ -42,7 +44,11 @@ def run(args: argparse.Namespace) -> int:
     config = plan.config
     if "decoder" not in plan.definition.parts:
         raise UserError(f"the model in {args.workdir} has no decoder (its parts: {', '.join(plan.definition.parts)})")
-    search = SearchConfig(beams=args.beams, max_length=min(args.max_length, config.model.max_positions))
+    longest = config.model.max_positions
+    search = dataclasses.replace(config.tasks.search, beams=args.beams, max_length=min(args.max_length, longest))
+    trained = [stream.data.examples for stream in config.streams.values() if stream.data.examples.instructions]
+    form = trained[0] if trained else ExampleConfig()
+    read = form.reader(tokenizer)
 
     @jax.jit
     def answer(params: Any, batch: Any) -> Any:
@@ -62,12 +68,14 @@ def run(args: argparse.Namespace) -> int:
             if "vision" not in plan.definition.parts:
                 raise UserError(f"{path} is a picture, but the model in {args.workdir} has no vision")
         if instruction and "text" in plan.definition.parts:
-            ids = tokenizer.encode(instruction, max_length=config.model.max_positions)
+            ids = instruction_ids(instruction, form, tokenizer, longest)
             batch["instruction"] = jnp.asarray([ids], jnp.int32)
             batch["instruction_mask"] = jnp.ones((1, len(ids)), bool)
+        elif not is_picture:
+            raise UserError(f"{path} is a text, but the model in {args.workdir} has no text encoder")
         with jax.set_mesh(plan.mesh):
             ids, length = answer(params, batch)
-        print(f"{path}: {tokenizer.decode(ids[0, : int(length[0])].tolist())}", flush=True)
+        print(f"{path}: {read(ids[0, : int(length[0])].tolist())}", flush=True)
     return 0
 
 
@@ -108,4 +116,6 @@ def read_frames(path: Path, config: "RunConfig") -> "NDArray[Any]":
 
     sources = [stream.data.source for stream in config.streams.values()]
     counts = [source.num_frames for source in sources if source.kind == "video"]
-    return resize_frames(read_media(path, max(counts, default=1)), config.model.image_size, "bicubic")
+    seen = [source for source in sources if source.kind != "text"]
+    frames = read_media(path, max(counts, default=1))
+    return resize_frames(frames, config.model.image_size, seen[0].resize if seen else "bicubic")

@@ -178,7 +178,7 @@ def _searches(golden: Golden, memory: jax.Array, mask: jax.Array) -> Named:
     limits = settings[f"{golden.model}_generation"]
     tokens = SpecialTokens(begin=settings["bos"], end=settings["eos"])
     for width in sorted({int(m[1]) for m in map(re.compile(r"beam(\d+)_ids").fullmatch, golden.outputs) if m}):
-        config = SearchConfig(beams=width, **limits)
+        config = SearchConfig(beams=width, extend_finished=True, **limits)
 
         @jax.jit
         def search(params: Params, memory: jax.Array, mask: jax.Array, config: SearchConfig = config) -> Any:
@@ -273,7 +273,7 @@ def question_arrays(golden: Golden) -> Named:
     ranked = jax.jit(
         lambda p, m, n: rank_answers(
             golden.definition.bind(p).decoder, m, n, jnp.asarray(candidates, jnp.int32), jnp.asarray(candidates_mask),
-            keep=golden.settings["rank_k"],
+            keep=golden.settings["rank_k"], first_twice=True,
         )
     )(golden.params, memory, memory_mask)  # fmt: skip
     yield "rank_ids", np.asarray(ranked[0]).astype(np.int64)
@@ -283,10 +283,6 @@ def question_arrays(golden: Golden) -> Named:
 def released_distillation(golden: Golden, *, alpha: float) -> DistillationConfig:
     """The release's form, which normalises over time and leaves the fusion teacher alone."""
     return DistillationConfig(alpha=alpha, momentum=golden.settings["momentum"], over="time", fusion=False)
-
-
-def _frozen(config: DistillationConfig) -> tuple[str, ...]:
-    return () if config.fusion else ("fusion",)
 
 
 def _distilled_loss(golden: Golden, batch: DeviceBatch, alpha: float) -> Callable[[Params, Params], jax.Array]:
@@ -304,7 +300,7 @@ def _distillation_arrays(golden: Golden, batch: DeviceBatch, rows: HostArray) ->
     assert golden.teacher is not None
     alpha = golden.settings["alpha"]
     config = released_distillation(golden, alpha=alpha)
-    teacher = update_teacher(golden.teacher, golden.params, config.momentum, frozen=_frozen(config))
+    teacher = update_teacher(golden.teacher, golden.params, config.momentum, frozen=config.frozen)
     # The release asks for alpha but drops it on the way to the decoder: its distillation is alpha = 0.
     yield "vqa_loss_release_distill", np.asarray(jax.jit(_distilled_loss(golden, batch, 0.0))(golden.params, teacher))
     yield (
@@ -345,7 +341,7 @@ def _against_stats(golden: Golden) -> Iterator[Row]:
     if golden.teacher is not None:
         alpha = golden.settings["alpha"]
         config = released_distillation(golden, alpha=alpha)
-        teacher = update_teacher(golden.teacher, params, config.momentum, frozen=_frozen(config))
+        teacher = update_teacher(golden.teacher, params, config.momentum, frozen=config.frozen)
         distilled = jax.jit(jax.grad(_distilled_loss(golden, batch, alpha)))(params, teacher)
         yield from _gradients(golden, f"grads_distill_alpha{alpha}", distilled)
         recorded = stats["teacher_after_1_update"]
@@ -377,7 +373,7 @@ def _training(golden: Golden, loss: Callable[[Params], jax.Array]) -> Iterator[R
         decay="released", clip_norm=0.0,
     )  # fmt: skip
     optimizer = adamw(config, train["lr_other"], train["lr_visual"])
-    frozen = _frozen(released_distillation(golden, alpha=0.0))
+    frozen = released_distillation(golden, alpha=0.0).frozen
 
     @jax.jit
     def step(params: Params, state: Any) -> Any:

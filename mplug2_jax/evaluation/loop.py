@@ -105,7 +105,7 @@ class Evaluation:
             rows.append({name: np.asarray(value)[: len(theirs)] for name, value in predicted.items()})
             examples.extend(theirs)
         predictions = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
-        scored = self._score(predictions, examples, self._tokenizer.decode)
+        scored = self._score(predictions, examples, self._config.data.examples.reader(self._tokenizer))
         samples = tuple(Sample(e, s) for e, s in zip(examples, scored.said, strict=True))[: self._config.samples]
         return EvaluationResult(
             self.name, self._config.task, step, len(examples), time.perf_counter() - start, scored.figures,

@@ -1,17 +1,14 @@
-"""Beam search with the release's results, as one compiled loop. One beam is greedy search.
-
-What is particular about the release's search (its ``TextGenerator``), and kept:
+"""Beam search as one compiled loop, with the release's results where asked. One beam is greedy search.
 
 * Scores are length-normalised at every step by ((5 + length) / 6) ** 0.6, and ranked normalised.
-* A beam that emits the end token is stored but stays alive, and may be extended beyond it; a clip is done when its
-  best beam has just ended, and then all its beams are stored, ended or not.
-* log(softmax(x)) rather than log_softmax(x): a probability that underflows is minus infinity.
+* A beam that emits the end token is stored; a clip is done when its best beam has just ended.
+* log(softmax(x)) rather than log_softmax(x), as in the release: a probability that underflows is minus infinity.
 * The prompt is not fed: generation starts from the begin token alone.
 """
 
 import dataclasses
 from collections.abc import Callable
-from typing import Protocol, Self, TypeVar, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +21,16 @@ from mplug2_jax.model.decoder import Decoder
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SearchConfig:
-    """How to search. Lengths count generated tokens: the begin token is not one, the end token is."""
+    """How to search. Lengths count generated tokens: the begin token is not one, the end token is.
+
+    With ``extend_finished`` beams that ended go on, beyond their end token, and when a clip is done all its beams are
+    stored, ended or not: so the release (its ``TextGenerator``) searches.
+    """
 
     beams: int = 5
     min_length: int = 1
     max_length: int = 20
+    extend_finished: bool = False
 
 
 @jax.tree_util.register_dataclass
@@ -41,11 +43,14 @@ class Found:
     lengths: Int[Array, "b r"]
 
 
+Kept = TypeVar("Kept")  # not typing.Self, which the run-time type checks of the tests cannot read in a decorated method
+
+
 @runtime_checkable
 class SearchState(Protocol):
     """What a step function carries from token to token, one row for each sequence."""
 
-    def reorder(self, rows: Int[Array, " br"]) -> Self:
+    def reorder(self: Kept, rows: Int[Array, " br"]) -> Kept:
         """The state after the search has kept these rows."""
 
 
@@ -98,9 +103,12 @@ def beam_search(step: Step[State], state: State, batch: int, config: SearchConfi
 
         finished = (token == tokens.end) | (position == config.max_length - 1)
         done = finished[:, 0]
-        stored = (finished | done[:, None]) & loop.live[:, None]
+        stored = (finished | (done[:, None] & config.extend_finished)) & loop.live[:, None]
         found = _keep_best(loop.found, Found(ids, jnp.where(stored, scores, -jnp.inf), jnp.full((b, r), position + 2)))
-        loop = _Loop(ids, scores * normaliser[position], found, loop.live & ~done)
+        log_probs = scores * normaliser[position]
+        if not config.extend_finished:
+            log_probs = jnp.where(token == tokens.end, -jnp.inf, log_probs)
+        loop = _Loop(ids, log_probs, found, loop.live & ~done)
         return position + 1, loop, state
 
     _, loop, _ = jax.lax.while_loop(go_on, advance, (jnp.zeros((), jnp.int32), loop, state))

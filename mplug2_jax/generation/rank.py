@@ -15,12 +15,12 @@ def rank_answers(
     answers_mask: Bool[Array, "a m"],
     *,
     keep: int,
+    first_twice: bool = False,
 ) -> tuple[Int[Array, "b r"], Float[Array, "b r"]]:
     """The ``keep`` best answers of each example, best first, and their share of probability among themselves.
 
-    As in the release: the answers are first narrowed by the probability of their first token, then scored by
-    log(that probability) - sum of cross entropies, in which the first token is counted a second time. Answers are
-    ``[CLS] words [SEP] pad``.
+    The answers are first narrowed by the probability of their first token, then scored by their log-likelihood; with
+    ``first_twice`` the first token counts a second time, as in the release. Answers are ``[CLS] words [SEP] pad``.
     """
     b = memory.shape[0]
     begin = jnp.broadcast_to(answers[0, :1], (b, 1))
@@ -33,5 +33,7 @@ def rank_answers(
     log_likelihood = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), ids[:, 1:, None], axis=-1)[..., 0]
     total = jnp.sum(log_likelihood * mask[:, 1:], axis=-1).reshape(b, keep)
 
-    share, order = jax.lax.top_k(jax.nn.softmax(jnp.log(probabilities) + total, axis=-1), keep)
+    if first_twice:
+        total += jnp.log(probabilities)
+    share, order = jax.lax.top_k(jax.nn.softmax(total, axis=-1), keep)
     return jnp.take_along_axis(chosen, order, axis=1), share

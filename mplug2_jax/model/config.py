@@ -73,6 +73,7 @@ class ModelConfig:
     decoder_layers: int
     vocab_size: int = 30522
     max_positions: int = 512  # text length
+    positions_init: Literal["normal", "zeros"] = "normal"  # of the vision tower; the release loses CLIP's: "zeros"
     temporal_downsampling: bool = False  # patches see 3 frames, every second one is kept; off in every released model
     contrastive_width: int = 256
     num_classes: int = 0

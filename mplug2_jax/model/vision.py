@@ -122,7 +122,8 @@ class VisionTower(nnx.Module):
         )  # fmt: skip
         init = nnx.initializers.truncated_normal(0.02)
         self.class_token = parameter(rngs, init, (width,), ("norm",))
-        self.positions = parameter(rngs, init, (config.patches + 1, width), ("position", "embed"))
+        positions = init if config.positions_init == "normal" else nnx.initializers.zeros
+        self.positions = parameter(rngs, positions, (config.patches + 1, width), ("position", "embed"))
         self.norm_pre = LayerNorm(width, CLIP_EPS, rngs=rngs)
         self.blocks = stack(lambda r: VisionBlock(config, temporal=temporal, rngs=r), config.vision_layers, rngs)
         self.norm_post = LayerNorm(width, CLIP_EPS, rngs=rngs)

@@ -82,6 +82,11 @@ class DistillationConfig:
     over: Literal["vocabulary", "time"] = "vocabulary"
     fusion: bool = True  # whether the teacher's fusion module follows the student's
 
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """Parts of the teacher that never move."""
+        return () if self.fusion else ("fusion",)
+
 
 def answer_loss(forward: Forward, distillation: DistillationConfig | None = None) -> Outcome:
     """The release's question answering: token sums per answer, weighted, over the number of questions.

@@ -89,6 +89,10 @@ class RunConfig:
                     f"{where}: {micro} examples per micro-batch are not a multiple of config.tasks.vlm.group={group}"
                 )
             queue = self.tasks.vlc.queue_size
+            if "vlc" in stream.objectives and queue and self.tasks.distillation is None:
+                raise UserError(
+                    f"config.tasks.vlc.queue_size={queue} is filled by a teacher: set config.tasks.distillation too"
+                )
             if "vlc" in stream.objectives and queue and queue % micro:
                 raise UserError(
                     f"config.tasks.vlc.queue_size={queue} is not a multiple of {where}'s {micro} examples per "
@@ -113,5 +117,5 @@ class RunConfig:
 
     @property
     def has_teacher(self) -> bool:
-        """Whether an averaged copy of the parameters is kept, for distillation or for momentum contrast."""
-        return self.tasks.distillation is not None or self.tasks.vlc.queue_size > 0
+        """Whether an averaged copy of the parameters is kept, for distillation and momentum contrast."""
+        return self.tasks.distillation is not None

@@ -74,8 +74,12 @@ def train(config: RunConfig, path: Path) -> list[EvaluationResult]:
             batch = {name: put_batch(next(source), mesh) for name, source in batches.items()}
             meter.clock.waited(time.perf_counter() - waiting)
             if number == start + 1:
-                meter.count_flops(batch)
-            state, metrics = step(state, batch)
+                with meter.pause():
+                    progress.say("compiling the step ...")
+                    meter.count_flops(batch)
+                    state, metrics = step(state, batch)
+            else:
+                state, metrics = step(state, batch)
             if pending is not None:
                 meter.finished(number - 1, pending)
             pending = metrics

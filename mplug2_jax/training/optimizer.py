@@ -8,8 +8,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mplug2_jax.model.mplug2 import Params
-
 DecayRule = Literal["matrices", "released"]
 
 
@@ -83,7 +81,7 @@ def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
 def adamw(config: AdamWConfig, rest: optax.ScalarOrSchedule, vision: optax.ScalarOrSchedule) -> Any:
     """The optimiser: clipping, Adam, decoupled decay, one learning rate for vision and one for the rest."""
 
-    def paths(tree: Params, choose: Any) -> Any:
+    def paths(tree: Any, choose: Any) -> Any:  # parameters, or optax's placeholder for them
         return jax.tree_util.tree_map_with_path(lambda p, _: choose(tuple(key.key for key in p)), tree)
 
     steps = [

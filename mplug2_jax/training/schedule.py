@@ -14,7 +14,7 @@ class ScheduleConfig:
 
     ``kind="released"`` follows the release's loop: the rate in force is that of the step before; the cosine's length is
     the whole run less 200 steps, counted from the end of the warm-up; ``released_caption`` also falls back to an early
-    warm-up value for one step after every 100 of the first epoch.
+    warm-up value for one step after every 100 of the first epoch. All of it counts micro-batches.
     """
 
     kind: Literal["cosine", "released", "released_caption"] = "cosine"
@@ -24,13 +24,13 @@ class ScheduleConfig:
     steps_per_epoch: int = 0  # released_caption needs it
 
 
-def make_schedule(config: ScheduleConfig, peak: float, steps: int) -> optax.Schedule:
-    """The learning rate of a group at the optimiser's step 0, 1, ..., ``steps`` - 1."""
+def make_schedule(config: ScheduleConfig, peak: float, steps: int, accumulate: int = 1) -> optax.Schedule:
+    """The learning rate of a group at the optimiser's step 0, 1, ..., each of ``accumulate`` micro-batches."""
     if config.kind == "cosine":
         warmup = min(config.warmup_steps, max(steps - 1, 0))
         return optax.warmup_cosine_decay_schedule(config.start, peak, warmup, max(steps, warmup + 1), config.floor)
     warmup, start, floor = config.warmup_steps, config.start, config.floor
-    length = steps - 200  # the release subtracts 200 whatever its warm-up
+    length = steps * accumulate - 200  # the release subtracts 200 whatever its warm-up
 
     def at(step: Int[Array, ""]) -> Float[Array, ""]:
         after = step - warmup
@@ -39,10 +39,11 @@ def make_schedule(config: ScheduleConfig, peak: float, steps: int) -> optax.Sche
         return jnp.where(step < warmup, start + step * (peak - start) / warmup, decayed)
 
     def in_force(step: Int[Array, ""]) -> Float[Array, ""]:
-        called = jnp.maximum(step - 1, 0)
+        micro = step * accumulate + accumulate - 1  # the optimiser acts on the last of them
+        called = jnp.maximum(micro - 1, 0)
         if config.kind == "released_caption":
-            dips = (called % 100 == 0) & (called <= 20000) & (called < config.steps_per_epoch)
+            dips = (called % 100 == 0) & (called <= 20000) & (called < config.steps_per_epoch * accumulate)
             called = jnp.where(dips, called // 100, called)
-        return jnp.where(step == 0, start, at(called))
+        return jnp.where(micro == 0, start, at(called))
 
     return in_force

@@ -53,8 +53,8 @@ def plan_run(config: RunConfig, tokens: SpecialTokens, mesh: Mesh) -> Blueprint:
     peak = config.optimizer.learning_rate
     vision_peak = config.optimizer.vision_learning_rate
     rates = {
-        "rest": make_schedule(config.schedule, peak, config.steps),
-        "vision": make_schedule(config.schedule, peak if vision_peak is None else vision_peak, config.steps),
+        group: make_schedule(config.schedule, rate, config.steps, config.accumulate)
+        for group, rate in (("rest", peak), ("vision", peak if vision_peak is None else vision_peak))
     }
     optimizer = adamw(config.optimizer, rates["rest"], rates["vision"])
     placement = place_parameters(definition.shapes, definition.axes, mesh)

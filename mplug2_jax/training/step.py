@@ -68,11 +68,9 @@ def train_step(plan: Blueprint, state: TrainState, batches: StreamBatches) -> tu
     config, params = plan.config, state["params"]
     rng = jax.random.fold_in(jax.random.key(config.seed), state["step"])
     teacher = state.get("teacher")
-    if teacher is not None:  # moved first and then asked, as in the release
-        distillation = config.tasks.distillation
-        momentum = 0.995 if distillation is None else distillation.momentum
-        frozen = () if distillation is None or distillation.fusion else ("fusion",)
-        teacher = update_teacher(teacher, params, momentum, frozen=frozen)
+    distillation = config.tasks.distillation
+    if teacher is not None and distillation is not None:  # moved first and then asked, as in the release
+        teacher = update_teacher(teacher, params, distillation.momentum, frozen=distillation.frozen)
     alpha = _alpha(config, state["step"])
 
     def loss(params: Params, queues: Queues, batches: StreamBatches, rng: PRNGKeyArray) -> Any:

@@ -85,6 +85,13 @@ def test_special_tokens_come_first_and_are_their_own_words(tokenizer: Tokenizer)
 
 
 @both
+def test_ids_beyond_the_vocabulary_read_unknown(tokenizer: Tokenizer) -> None:
+    beyond = tokenizer.vocab_size + 7
+    assert tokenizer.tokens([beyond]) == ["[UNK]"]
+    assert "[UNK]" in tokenizer.decode([tokenizer.encode("red")[1], beyond])
+
+
+@both
 def test_unknown_and_masked_stay_visible(tokenizer: Tokenizer) -> None:
     unknown = tokenizer.encode("a 好 red")
     assert tokenizer.unk_id in unknown

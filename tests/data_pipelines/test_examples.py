@@ -1,0 +1,162 @@
+"""Examples: fields, lengths and both forms of text; the released one against the golden tokeniser."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data_pipelines.digitworld.source import DigitWorld, vocabulary_texts
+from data_pipelines.errors import DataError
+from data_pipelines.examples import ExampleConfig, InstructionConfig, box_words, example_id, make_example
+from data_pipelines.record import Question, Record
+from data_pipelines.tokenizers import WordPieceTokenizer, train_sentencepiece, train_wordpiece
+
+TOKENIZER = train_wordpiece(vocabulary_texts(100), 200)
+CAPTION = {"caption": InstructionConfig(templates=("describe the picture",))}
+
+
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+def test_lengths_decide_which_fields_there_are() -> None:
+    record = DigitWorld("image")[0]
+    bare = make_example(record, ExampleConfig(), TOKENIZER, rng())
+    assert set(bare.arrays) == {"example_id", "frames"}
+    texts = make_example(record, ExampleConfig(text_length=16, word_starts=True), TOKENIZER, rng())
+    assert {"text", "text_mask", "word_starts"} <= set(texts.arrays)
+    unasked = make_example(record, ExampleConfig(instructions=CAPTION, target_length=16), TOKENIZER, rng())
+    assert {"target", "target_weights"} <= set(unasked.arrays)
+    assert "instruction" not in unasked.arrays
+    asked = ExampleConfig(instructions=CAPTION, target_length=16, instruction_length=8)
+    assert {"instruction", "instruction_mask", "target"} <= set(make_example(record, asked, TOKENIZER, rng()).arrays)
+
+
+def test_masks_and_weights_cover_exactly_the_tokens() -> None:
+    config = ExampleConfig(text_length=24, instructions=CAPTION, instruction_length=12, target_length=24)
+    example = make_example(DigitWorld("video")[3], config, TOKENIZER, rng())
+    for ids, mask in (("text", "text_mask"), ("instruction", "instruction_mask"), ("target", "target_weights")):
+        np.testing.assert_array_equal(example.arrays[ids] != 0, example.arrays[mask] > 0)
+    words = TOKENIZER.decode(example.arrays["target"].tolist())
+    assert example.answers[0].startswith(words)
+
+
+def test_kinds_are_drawn_by_weight_among_those_the_record_has() -> None:
+    config = ExampleConfig(
+        instructions={
+            "caption": InstructionConfig(templates=("describe",), weight=1.0),
+            "question": InstructionConfig(templates=("{question}",), weight=3.0),
+            "entailment": InstructionConfig(templates=("{premise}",), weight=100.0),  # pictures have none
+        },
+        instruction_length=16,
+        target_length=24,
+    )
+    record, generator = DigitWorld("image")[0], rng()
+    asked = [make_example(record, config, TOKENIZER, generator).instruction == "describe" for _ in range(400)]
+    assert 0.18 < np.mean(asked) < 0.32
+
+
+def test_every_kind_has_words_and_answers() -> None:
+    picture, text = DigitWorld("image")[0], DigitWorld("text")[0]
+    for kind, record, template in (
+        ("caption", picture, "describe"), ("question", picture, "{question}"), ("label", picture, "which digit?"),
+        ("box", picture, "where is {expression}?"), ("entailment", text, "{premise} so {hypothesis}?"),
+    ):  # fmt: skip
+        config = ExampleConfig(
+            instructions={kind: InstructionConfig(templates=(template,))}, instruction_length=32, target_length=24
+        )
+        example = make_example(record, config, TOKENIZER, rng())
+        assert example.instruction
+        assert "{" not in example.instruction
+        assert all(example.answers)
+
+
+def test_boxes_are_words_of_a_grid() -> None:
+    assert box_words((0.0, 0.25, 0.5, 1.0)) == "0 8 16 31"
+
+
+def test_ids_are_stable_and_fit_a_signed_integer() -> None:
+    assert example_id("a") == example_id("a") != example_id("b")
+    assert all(0 <= example_id(str(i)) < 2**63 for i in range(100))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"instructions": CAPTION}, "needs target_length"),
+        ({"prompt": "a video of"}, "prompt='a video of' is for form='released'"),
+    ],
+)
+def test_configs_without_a_meaning_are_refused(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        ExampleConfig(**config)
+
+
+def test_records_without_what_is_asked_for_are_refused() -> None:
+    with pytest.raises(DataError, match="record r has no caption"):
+        make_example(Record(key="r"), ExampleConfig(text_length=8), TOKENIZER, rng())
+    with pytest.raises(DataError, match="record r has none of what is asked for: caption"):
+        make_example(Record(key="r"), ExampleConfig(instructions=CAPTION, target_length=8), TOKENIZER, rng())
+
+
+def test_a_template_with_unknown_braces_names_the_valid_ones() -> None:
+    config = ExampleConfig(instructions={"question": InstructionConfig(templates=("{what}",))}, target_length=8)
+    with pytest.raises(DataError, match=r"valid braces: \{question\}"):
+        make_example(DigitWorld("image")[0], config, TOKENIZER, rng())
+
+
+# --- the released form ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bert(reference: Path) -> WordPieceTokenizer:
+    return WordPieceTokenizer(json.loads((reference / "goldens" / "tokenizer.json").read_text())["vocab"])
+
+
+@pytest.fixture(scope="module")
+def golden(reference: Path) -> dict[str, Any]:
+    return json.loads((reference / "goldens" / "tokenizer.json").read_text())
+
+
+def test_released_captions_are_glued_to_the_prompt_whose_first_pieces_are_not_learned(bert) -> None:
+    config = ExampleConfig(form="released", prompt="a video of", instructions=CAPTION, target_length=20)
+    record = Record(key="r", captions=("A man!",))
+    example = make_example(record, config, bert, rng())
+    pieces = bert.tokens(example.arrays["target"][example.arrays["target"] != 0].tolist())
+    glued = "".join(piece.removeprefix("##") for piece in pieces[1:-1])
+    assert glued == "avideoofaman"
+    assert pieces[3:5] == ["of", "##a"]  # one word, "ofa", is what the weights expect
+    assert pieces[-1] == "[SEP]"
+    learned = example.arrays["target_weights"]
+    assert learned[:3].tolist() == [0, 0, 0]
+    assert learned[3] == 1  # the release masks one label too few
+    assert config.reader(bert)(example.arrays["target"].tolist()) == "a man"
+
+
+def test_released_questions_end_without_sep_and_answers_with_one(bert) -> None:
+    config = ExampleConfig(
+        form="released", instructions={"question": InstructionConfig(templates=("{question}",))},
+        instruction_length=20, target_length=10,
+    )  # fmt: skip
+    record = Record(key="r", questions=(Question("What is a man playing?", "riding"),))
+    arrays = make_example(record, config, bert, rng()).arrays
+    assert bert.tokens(arrays["instruction"][arrays["instruction_mask"]].tolist())[-1] == "playing"
+    assert bert.tokens(arrays["target"][arrays["target"] != 0].tolist())[-1] == "[SEP]"
+    assert arrays["target_weights"].tolist() == (arrays["target"] != 0).astype(float).tolist()
+
+
+def test_a_long_released_caption_loses_its_sep(bert) -> None:
+    config = ExampleConfig(form="released", prompt="a video of", instructions=CAPTION, target_length=6)
+    record = Record(key="r", captions=("a man is riding a man is riding",))
+    target = make_example(record, config, bert, rng()).arrays["target"]
+    assert target.all()
+    assert bert.sep_id not in target
+
+
+def test_the_released_form_needs_word_pieces() -> None:
+    pieces = train_sentencepiece(vocabulary_texts(100), 160)
+    config = ExampleConfig(form="released", text_length=8)
+    with pytest.raises(DataError, match="found a SentencePieceTokenizer"):
+        make_example(DigitWorld("image")[0], config, pieces, rng())
