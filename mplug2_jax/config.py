@@ -37,7 +37,7 @@ def as_recipe(value: Any) -> ConfigDict:
     return ConfigDict(defaults_of(value), type_safe=False)
 
 
-def build(cls: type[T], values: Mapping[str, Any], where: str = "config") -> T:
+def build(cls: type[T], values: Mapping[str, Any] | ConfigDict, where: str = "config") -> T:
     """An instance of a frozen dataclass from a mapping; nested dataclasses, mappings and tuples are built too.
 
     Raises:

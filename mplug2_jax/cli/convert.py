@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mplug2_jax.cli.common import add_command, table
+from mplug2_jax.errors import UserError
 
 
 def add_parser(commands: Any) -> None:
@@ -27,6 +28,8 @@ def run_parity(args: argparse.Namespace) -> int:
     """Prints one row per array; 1 if any differs by more than its tolerance."""
     from mplug2_jax.conversion.parity import Row, run_parity
 
+    if args.json and args.json.exists():
+        raise UserError(f"--json {args.json} exists; choose a new file")
     start = time.perf_counter()
     rows: list[Row] = []
     for row in run_parity(args.folder):

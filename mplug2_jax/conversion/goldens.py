@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mplug2_jax.conversion.official import HostArray, Slot, load_official, slots
@@ -158,6 +160,7 @@ def _load(folder: Path, settings: Mapping[str, Any], model: str, parts: tuple[st
             teacher = load_official(source, definition, fusion_start, teacher=True)[0]
         inputs, outputs = read_npz(folder / "inputs.npz"), read_npz(folder / f"{model}_outputs.npz")
         stats = read_json(folder / f"{model}_stats.json")
+    params, teacher = jax.tree.map(jnp.asarray, (params, teacher))
     return Golden(
         model, definition, params, teacher, source, fusion_start, settings, inputs, outputs, stats, str(account)
     )

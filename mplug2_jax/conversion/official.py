@@ -6,7 +6,7 @@ the list must be explained by a rule (tied, dead, a buffer, the teacher's), or l
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -255,19 +255,18 @@ class Account:
         return ", ".join(f"{self.count(f)} {f}" for f in fates) + f" of {len(self.rows)}"
 
 
-def load_official(
-    source: TensorSource, definition: ModelDef, fusion_start: int, *, teacher: bool = False
-) -> tuple[Params, Account]:
-    """Reads official weights into our parameter tree, as float32 on the host, and accounts for every tensor.
+Wanted = dict[str, list[Slot]]  # stored name -> the places that it fills
 
-    With ``teacher`` the teacher's copy is loaded and the student's stays aside, else the other way round.
+
+def account_for(
+    names: Sequence[str], definition: ModelDef, fusion_start: int, *, teacher: bool = False
+) -> tuple[Wanted, Account]:
+    """What to read of a checkpoint with these names, and what becomes of every one of them.
 
     Raises:
-        UserError: tensors that nothing explains, missing ones, or wrong shapes; all of them at once.
+        UserError: tensors that nothing explains, and missing ones.
     """
-    by_name: dict[str, list[Slot]] = {}
-    for slot in slots(definition.config, definition.parts, fusion_start):
-        by_name.setdefault(slot.name, []).append(slot)
+    by_name = _by_name(slots(definition.config, definition.parts, fusion_start))
     rules = dead_rules(definition.config, definition.parts, fusion_start)
 
     def explain(name: str) -> tuple[Fate, str] | None:
@@ -278,7 +277,6 @@ def load_official(
         return next((("dead", why) for pattern, why in rules if pattern.fullmatch(name)), None)
 
     stored = {(teacher_name(name) if teacher else name): its_slots for name, its_slots in by_name.items()}
-    names = source.names()
     rows: dict[str, tuple[Fate, str]] = {}
     unexpected: list[str] = []
     for name in names:
@@ -290,11 +288,25 @@ def load_official(
             rows[name] = ("aside", "the student's copy" if teacher else "the teacher's copy")
         else:
             rows[name] = fate
-    _refuse(unexpected, missing=[name for name in stored if name not in set(names)])
+    present = set(names)
+    _refuse(unexpected, missing=[name for name in stored if name not in present])
+    return stored, Account(rows)
 
+
+def load_official(
+    source: TensorSource, definition: ModelDef, fusion_start: int, *, teacher: bool = False
+) -> tuple[Params, Account]:
+    """Reads official weights into our parameter tree, as float32 on the host, and accounts for every tensor.
+
+    With ``teacher`` the teacher's copy is loaded and the student's stays aside, else the other way round.
+
+    Raises:
+        UserError: tensors that nothing explains, missing ones, or wrong shapes; all of them at once.
+    """
+    wanted, account = account_for(source.names(), definition, fusion_start, teacher=teacher)
     params: Params = {}
     wrong: list[str] = []
-    for name, its_slots in stored.items():
+    for name, its_slots in wanted.items():
         tensor = source.read(name)
         for slot in its_slots:
             shape = _shape_at(definition.shapes, slot)
@@ -305,7 +317,7 @@ def load_official(
                 wrong.append(f"{name} {list(tensor.shape)} does not fit {'/'.join(slot.path)} {list(shape)}")
     if wrong:
         raise UserError(f"weights of another size: {_examples(wrong)}; check the model's sizes against the checkpoint")
-    return params, Account(rows)
+    return params, account
 
 
 def _refuse(unexpected: list[str], missing: list[str]) -> None:
@@ -335,21 +347,26 @@ def _place(params: Params, slot: Slot, shape: tuple[int, ...], value: HostArray)
     for key in slot.path[:-1]:
         node = node.setdefault(key, {})
     if slot.layer is None:
-        node[slot.path[-1]] = np.ascontiguousarray(value, np.float32)
+        node[slot.path[-1]] = np.array(value, np.float32, order="C")
     else:
         node.setdefault(slot.path[-1], np.empty(shape, np.float32))[slot.layer] = value
 
 
 def to_official(tree: Params, found: list[Slot], source: TensorSource) -> Iterator[tuple[str, HostArray]]:
     """A tree shaped like the parameters as official tensors, with the shapes that ``source`` has."""
-    by_name: dict[str, list[Slot]] = {}
-    for slot in found:
-        by_name.setdefault(slot.name, []).append(slot)
-    for name, its_slots in by_name.items():
+    for name, its_slots in _by_name(found).items():
         shape = source.shape(name)
         one = shape if its_slots[0].third is None else (shape[0] // 3, *shape[1:])
         cuts = [slot.to_theirs(take(tree, slot), one) for slot in its_slots]
         yield name, cuts[0] if len(cuts) == 1 else np.concatenate(cuts)
+
+
+def _by_name(found: list[Slot]) -> Wanted:
+    """Slots by the official tensor that they are cut from."""
+    by_name: Wanted = {}
+    for slot in found:
+        by_name.setdefault(slot.name, []).append(slot)
+    return by_name
 
 
 def take(tree: Params, slot: Slot) -> HostArray:

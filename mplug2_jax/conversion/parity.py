@@ -6,7 +6,7 @@ so a folder with new arrays can never pass by being ignored.
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,7 @@ def compare_summary(section: str, name: str, ours: HostArray, theirs: dict[str, 
         abs(float(flat.sum()) - total),
         float(np.abs(head - first).max()),
     )
-    relative = max(gaps[0] / length, gaps[1] / length, gaps[2] / typical) if length else max(gaps)
+    relative = float(max(gaps[0] / length, gaps[1] / length, gaps[2] / typical) if length else max(gaps))
     return Row(section, name, ours.shape, gaps[2], relative, relative <= tolerance)
 
 
@@ -152,7 +152,7 @@ def _question_batch(golden: Golden) -> DeviceBatch:
 # --- arrays -----------------------------------------------------------------------------------------------------------
 
 
-def _visual_arrays(taps: Taps, golden: Golden) -> Named:
+def _visual_arrays(taps: Mapping[str, jax.Array], golden: Golden) -> Named:
     yield "vision_ln_pre", np.asarray(taps["vision/norm_pre"])
     for i, block in enumerate(taps["vision/block"]):
         yield f"vision_block{i}", np.asarray(block).transpose(1, 0, 2)
@@ -165,7 +165,7 @@ def _visual_arrays(taps: Taps, golden: Golden) -> Named:
     yield "visn_embeds_post", np.asarray(taps["visual/out"])
 
 
-def _decoder_arrays(taps: Taps, logits: jax.Array, rows: HostArray) -> Named:
+def _decoder_arrays(taps: Mapping[str, jax.Array], logits: jax.Array, rows: HostArray) -> Named:
     yield "dec_embed", np.asarray(taps["decoder/embed"])[rows]
     for i, layer in enumerate(taps["decoder/layer"]):
         yield f"dec_layer{i}", np.asarray(layer)[rows]
@@ -216,7 +216,7 @@ def caption_arrays(golden: Golden) -> Named:
     yield from _searches(golden, visual, jnp.ones(visual.shape[:2], bool))
 
 
-def _fusion_arrays(taps: Taps, golden: Golden) -> Named:
+def _fusion_arrays(taps: Mapping[str, jax.Array], golden: Golden) -> Named:
     stacked: list[jax.Array] = []
     for j in range(golden.definition.config.fusion_layers):
         if f"fusion/layer{j}" in taps:
@@ -349,6 +349,11 @@ def _against_stats(golden: Golden) -> Iterator[Row]:
             section = f"{golden.model}.teacher_after_1_update"
             yield compare_summary(section, teacher_name(name), ours, recorded[teacher_name(name)], GRADIENT_TOLERANCE)
     yield from _training(golden, plain)
+    known = {"grads", "train"}
+    if golden.teacher is not None:
+        known |= {f"grads_distill_alpha{golden.settings['alpha']}", "teacher_after_1_update"}
+    for kind in sorted(set(stats) - known):
+        yield Row(golden.model, kind, (), np.inf, np.inf, False, "not computed")
 
 
 def _gradients(golden: Golden, kind: str, gradients: Params) -> Iterator[Row]:
@@ -357,7 +362,7 @@ def _gradients(golden: Golden, kind: str, gradients: Params) -> Iterator[Row]:
     reached = {name for name, value in recorded.items() if value is not None}
     differing = sorted(reached ^ set(ours))
     yield Row(
-        section, "which parameters get a gradient", (len(reached),), len(differing), 0.0, not differing,
+        section, "which parameters get a gradient", (len(reached),), float(len(differing)), 0.0, not differing,
         f"differ: {', '.join(differing[:4])}" if differing else "",
     )  # fmt: skip
     for name in sorted(reached & set(ours)):

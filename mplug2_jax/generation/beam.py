@@ -8,7 +8,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -33,9 +33,7 @@ class SearchConfig:
     extend_finished: bool = False
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Found:
+class Found(NamedTuple):
     """The best sequences of each clip, best first; ids start with the begin token and are 0 after ``lengths``."""
 
     ids: Int[Array, "b r m"]
@@ -58,9 +56,7 @@ State = TypeVar("State", bound=SearchState)
 Step = Callable[[Int[Array, " br"], Int[Array, ""], State], tuple[Float[Array, "br v"], State]]
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _Loop:
+class _Loop(NamedTuple):
     """Everything the search remembers between two tokens."""
 
     ids: Int[Array, "b r m"]

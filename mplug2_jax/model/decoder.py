@@ -4,7 +4,7 @@ Several sequences may share one memory (the answers to a question, the beams of 
 memory as [b, s, d], and the memory's keys and values are projected once for all r.
 """
 
-import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +18,7 @@ from mplug2_jax.model.text import Embeddings, MlmHead
 from mplug2_jax.parallel.logical import constrain
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class DecoderCache:
+class DecoderCache(NamedTuple):
     """What decoding one token at a time remembers, with a leading layer axis ``i`` for the scan."""
 
     self_keys: Float[Array, "i br m h k"]
@@ -31,7 +29,7 @@ class DecoderCache:
 
     def reorder(self, rows: Int[Array, " br"]) -> "DecoderCache":
         """The cache after a search has kept the sequences ``rows``; the memory's part is shared, so it stays."""
-        return dataclasses.replace(self, self_keys=self.self_keys[:, rows], self_values=self.self_values[:, rows])
+        return self._replace(self_keys=self.self_keys[:, rows], self_values=self.self_values[:, rows])
 
 
 class Decoder(nnx.Module):
@@ -111,4 +109,4 @@ class Decoder(nnx.Module):
             self.layers, x, body, carry_in=per_layer, unroll=self.config.scan_unroll
         )
         logits = self.head(x, self.embeddings.words[...])[:, 0]
-        return logits, dataclasses.replace(cache, self_keys=self_keys, self_values=self_values)
+        return logits, cache._replace(self_keys=self_keys, self_values=self_values)

@@ -30,13 +30,13 @@ class Fusion(nnx.Module):
 
     def __call__(
         self,
-        text: Float[Array, "b l d"],
-        text_mask: Bool[Array, "b l"],
+        text: Float[Array, "br l d"],
+        text_mask: Bool[Array, "br l"],
         visual: Float[Array, "b s d"],
         *,
         rng: PRNGKeyArray | None = None,
         taps: Taps | None = None,
-    ) -> tuple[Float[Array, "b s d"], Float[Array, "b l d"]]:
+    ) -> tuple[Float[Array, "b s d"], Float[Array, "br l d"]]:
         """Returns the visual stream (changed by mixing layers only) and the fused text."""
         config = self.config
         mixing = mixing_layers(config.fusion_layers, config.fusion_stride)

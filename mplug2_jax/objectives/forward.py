@@ -85,8 +85,8 @@ class Forward:
         """1 for examples that count, 0 for padding."""
         mask = self.batch.get("example_mask")
         if mask is None:
-            first = next(iter(self.batch.values()))
-            return jnp.ones(first.shape[0], jnp.float32)
+            # Answers may be more rows than there are examples, never fewer.
+            return jnp.ones(min(value.shape[0] for value in self.batch.values()), jnp.float32)
         return mask.astype(jnp.float32)
 
 

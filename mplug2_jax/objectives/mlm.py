@@ -4,7 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 
 from mplug2_jax.model.config import SpecialTokens
 from mplug2_jax.objectives.forward import DeviceBatch, Forward, Outcome, weighted_mean
@@ -19,7 +19,7 @@ class MlmConfig:
 
 
 def mask_tokens(
-    keys: PRNGKeyArray,
+    keys: Key[Array, " b"],
     batch: DeviceBatch,
     vocab_size: int,
     tokens: SpecialTokens,

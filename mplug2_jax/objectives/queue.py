@@ -1,15 +1,13 @@
 """A queue of past features, which a contrast against a momentum teacher draws its candidates from."""
 
-import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Queue:
+class Queue(NamedTuple):
     """The last Q examples' teacher features, and where the next ones go."""
 
     visual: Float[Array, "z e"]

@@ -38,7 +38,8 @@ def tiles_for(batch: int, width: int) -> int:
     mesh = jax.sharding.get_abstract_mesh()
     sizes = {} if mesh.empty else dict(mesh.shape)
     axes = activation_spec(("batch",), sizes, (batch,))[0]
-    shards = math.prod(sizes[a] for a in axes) if axes else 1
+    axes = (axes,) if isinstance(axes, str) else axes or ()  # PartitionSpec turns a tuple of one into its element
+    shards = math.prod(sizes[a] for a in axes)
     rows = batch // shards
     divisors = [d for d in range(1, rows + 1) if rows % d == 0]
     return next((d for d in divisors if batch * width * 4 / d <= _TILE_BYTES), rows)
@@ -59,6 +60,8 @@ def contrastive_loss(
     """
     batch, width = visual.shape
     tiles = tiles or tiles_for(batch, width)
+    # Gradients take the layout of what they belong to; unpinned, that of the texts may come out whole on every chip.
+    visual, text = constrain(visual, "batch", None), constrain(text, "batch", None)
 
     def cut(x: Array) -> Array:  # every tile takes its rows from every chip
         return jnp.moveaxis(x.reshape(batch // tiles, tiles, *x.shape[1:]), 1, 0)

@@ -1,0 +1,76 @@
+"""The parity command: whole golden folders pass, and folders that differ anywhere fail."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from mplug2_jax.cli.main import main
+
+
+@pytest.fixture(autouse=True)
+def compiles_fast() -> Iterator[None]:
+    """These programs run once each, so most of the time would go into optimising them."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def copy(reference: Path, tmp_path: Path) -> Path:
+    """A golden folder that may be changed: the smallest."""
+    folder = tmp_path / "golden"
+    shutil.copytree(reference / "goldens" / "v1_itc_itm", folder, copy_function=shutil.copyfile)
+    folder.chmod(0o755)
+    return folder
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("folder", "least"), [("c1_fc", 2383), ("c1_eq", 2067), ("v1_itc_itm", 139)])
+def test_a_whole_folder_passes(reference: Path, tmp_path: Path, folder: str, least: int, capsys) -> None:
+    report = tmp_path / "rows.json"
+    status = main(["convert", "parity", str(reference / "goldens" / folder), "--summary", "--json", str(report)])
+    printed = capsys.readouterr().out
+    assert status == 0, printed
+    assert "FAIL" not in printed
+    rows = json.loads(report.read_text())
+    assert len(rows) >= least
+    assert all(row["passed"] for row in rows)
+
+
+def test_a_number_that_differs_fails(copy: Path, capsys) -> None:
+    data = dict(np.load(copy / "data.npz"))
+    data["image_feat"] = data["image_feat"] + 1e-4
+    np.savez(copy / "data.npz", **data)
+    assert main(["convert", "parity", str(copy), "--summary"]) == 1
+    failed = [line for line in capsys.readouterr().out.splitlines() if "FAIL" in line]
+    assert len(failed) == 1
+    assert "image_feat" in failed[0]
+
+
+def test_an_array_that_nothing_computes_fails(copy: Path, capsys) -> None:
+    data = dict(np.load(copy / "data.npz"))
+    np.savez(copy / "data.npz", **data, pooled=np.zeros(3, np.float32))
+    assert main(["convert", "parity", str(copy), "--summary"]) == 1
+    assert "FAIL: not computed" in capsys.readouterr().out
+
+
+def test_a_changed_weight_fails(copy: Path, capsys) -> None:
+    weights = load_file(copy / "weights.safetensors")
+    weights["itm_head.weight"] = weights["itm_head.weight"] * 1.01
+    save_file(weights, copy / "weights.safetensors")
+    assert main(["convert", "parity", str(copy), "--summary"]) == 1
+    assert "loss_itm" in next(line for line in capsys.readouterr().out.splitlines() if "FAIL" in line)
+
+
+def test_a_report_is_never_written_over_a_file(copy: Path, tmp_path: Path, capsys) -> None:
+    mine = tmp_path / "mine.json"
+    mine.write_text("precious")
+    assert main(["convert", "parity", str(copy), "--json", str(mine)]) == 2
+    assert "choose a new file" in capsys.readouterr().err
+    assert mine.read_text() == "precious"
