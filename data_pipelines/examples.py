@@ -62,8 +62,17 @@ class ExampleConfig:
         """Checks that what is asked for has room and a meaning.
 
         Raises:
-            DataError: instructions without a length for their answers, or a prompt that nothing reads.
+            DataError: instructions without words, without weight or without a length for their answers, or a prompt
+                that nothing reads.
         """
+        for kind, instruction in self.instructions.items():
+            if not instruction.templates or instruction.weight < 0:
+                raise DataError(
+                    f"instructions.{kind} has {len(instruction.templates)} templates and weight {instruction.weight}; "
+                    "expected at least one template, and a weight of at least 0"
+                )
+        if self.instructions and not any(instruction.weight for instruction in self.instructions.values()):
+            raise DataError(f"the instructions {', '.join(self.instructions)} all have weight 0; expected one above 0")
         if self.instructions and not self.target_length:
             raise DataError("an example with instructions needs target_length, the room for their answers")
         if self.prompt and self.form == "standard":

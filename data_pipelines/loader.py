@@ -43,7 +43,10 @@ class SourceConfig:
             DataError: an empty source, or arguments out of range.
         """
         if self.size < 1:
-            raise DataError(f"the source {self.name} ({self.kind}, {self.split}) is empty: size={self.size}")
+            raise DataError(
+                f"the source {self.name} ({self.kind}, {self.split}) is empty: source.size={self.size}, expected at "
+                "least 1"
+            )
         return DigitWorld(
             self.kind, split=self.split, seed=self.seed, size=self.size, image_size=self.image_size,
             num_frames=self.num_frames,

@@ -270,6 +270,8 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> SentencePieceT
     Raises:
         DataError: there is no text, or ``vocab_size`` is too small for the characters of the texts.
     """
+    if vocab_size <= len(SPECIAL_TOKENS):
+        raise DataError(f"vocab_size is {vocab_size}, expected more than the {len(SPECIAL_TOKENS)} special tokens")
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(

@@ -80,6 +80,9 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if isinstance(origin, type) and issubclass(origin, Mapping):
         if not isinstance(value, Mapping):
             raise UserError(f"{where}={value!r} should be a group of named values")
+        for key in value:
+            if get_origin(args[0]) is Literal and key not in get_args(args[0]):
+                raise UserError(f"{where}.{key} is not a field: {did_you_mean(str(key), get_args(args[0]))}")
         return {key: _convert(args[1], item, f"{where}.{key}") for key, item in value.items()}
     if origin is tuple:
         if isinstance(value, str) or not isinstance(value, Sequence):
@@ -105,12 +108,12 @@ def load_recipe(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     name, _, arg = spec.partition(":")
     path = find_recipe(name)
     try:
-        get_config = runpy.run_path(str(path))["get_config"]
+        get_config = runpy.run_path(str(path)).get("get_config")
+        if get_config is None:
+            raise UserError(f"recipe {path} defines no function get_config, which returns the config")
         recipe = get_config(arg) if arg else get_config()
     except UserError:
         raise
-    except KeyError as error:
-        raise UserError(f"recipe {path} defines no {error}") from error
     except Exception as error:
         raise UserError(f"recipe {path} fails with {type(error).__name__}: {error}") from error
     if not isinstance(recipe, ConfigDict):

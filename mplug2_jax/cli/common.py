@@ -12,10 +12,25 @@ if TYPE_CHECKING:
     from mplug2_jax.training.state import Blueprint
 
 
+def add_group(commands: Any, name: str, *, what: str, example: str) -> Any:
+    """A command that only has sub-commands; they are added to what is returned."""
+    return _add_parser(commands, name, what, example).add_subparsers(
+        dest="subcommand", required=True, metavar="COMMAND"
+    )
+
+
 def add_command(
     commands: Any, name: str, run: Callable[[argparse.Namespace], int], *, what: str, example: str, config: bool = False
 ) -> argparse.ArgumentParser:
     """A sub-parser with a description and an example; ``config`` lets ``--config.field=value`` through."""
+    added = _add_parser(commands, name, what, example)
+    added.set_defaults(run=run)
+    if config:
+        added.set_defaults(overrides=[])
+    return added
+
+
+def _add_parser(commands: Any, name: str, what: str, example: str) -> argparse.ArgumentParser:
     added: argparse.ArgumentParser = commands.add_parser(
         name,
         help=what,
@@ -24,9 +39,6 @@ def add_command(
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    added.set_defaults(run=run)
-    if config:
-        added.set_defaults(overrides=[])
     return added
 
 
@@ -49,7 +61,7 @@ def open_run(args: argparse.Namespace) -> "tuple[Blueprint, Params, int, Tokeniz
     config = build(RunConfig, override(as_recipe(workdir.read_config()), args.overrides))
     tokenizer = workdir.tokenizer(config.tokenizer, config.model)
     plan = plan_run(config, special_tokens(tokenizer), make_mesh(config.mesh))
-    checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint)
+    checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint, writes=False)
     try:
         params, step = checkpoints.restore_params(plan.shapes["params"], args.step)
     finally:

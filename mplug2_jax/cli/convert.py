@@ -6,14 +6,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mplug2_jax.cli.common import add_command, table
+from mplug2_jax.cli.common import add_command, add_group, table
 from mplug2_jax.errors import UserError
 
 
 def add_parser(commands: Any) -> None:
     """Adds the command with its sub-commands."""
-    parser = commands.add_parser("convert", help="Compare and convert weights between PyTorch and this stack.")
-    kinds = parser.add_subparsers(dest="kind", required=True, metavar="COMMAND")
+    kinds = add_group(
+        commands, "convert",
+        what="Compare and convert weights between PyTorch and this stack.",
+        example="mplug2 convert parity ../shared/reference/goldens/c1_fc --summary",
+    )  # fmt: skip
     parity = add_command(
         kinds, "parity", run_parity,
         what="Compute every number of a golden folder with our model from the release's weights, and compare.",

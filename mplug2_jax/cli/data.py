@@ -5,14 +5,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mplug2_jax.cli.common import add_command
+from mplug2_jax.cli.common import add_command, add_group
 from mplug2_jax.errors import UserError
 
 
 def add_parser(commands: Any) -> None:
     """Adds the command with its sub-commands."""
-    parser = commands.add_parser("data", help="Train tokenisers, write sample files.")
-    kinds = parser.add_subparsers(dest="kind", required=True, metavar="COMMAND")
+    kinds = add_group(
+        commands, "data",
+        what="Train tokenisers, write sample files.",
+        example="mplug2 data sample --kind video --count 2 --out runs/samples",
+    )  # fmt: skip
     tokenizer = add_command(
         kinds, "tokenizer", run_tokenizer,
         what="Train a WordPiece or SentencePiece tokeniser on lines of text, or on DigitWorld's texts.",
@@ -41,21 +44,25 @@ def run_tokenizer(args: argparse.Namespace) -> int:
 
     if args.out.exists():
         raise UserError(f"--out {args.out} exists; choose a new folder")
+    texts = list(_lines(args.texts) if args.texts else training_texts())
+    if not texts:
+        raise UserError(f"{', '.join(map(str, args.texts))}: no text to train on; expected lines of words")
     train = train_wordpiece if args.kind == "wordpiece" else train_sentencepiece
-    tokenizer = train(_lines(args.texts) if args.texts else training_texts(), args.vocab_size)
+    tokenizer = train(texts, args.vocab_size)
     print(f"{tokenizer.save(args.out)}: {tokenizer.vocab_size} tokens")
     return 0
 
 
 def _lines(paths: list[Path]) -> Iterator[str]:
     for path in paths:
-        try:
-            with path.open(encoding="utf-8") as file:
-                yield from (line.strip() for line in file if line.strip())
-        except FileNotFoundError:
-            raise UserError(f"text file {path} does not exist") from None
-        except UnicodeDecodeError as error:
-            raise UserError(f"text file {path} is not UTF-8 ({error.reason} at byte {error.start})") from error
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                try:
+                    text = line.decode("utf-8").strip()
+                except UnicodeDecodeError as error:
+                    raise UserError(f"text file {path} is not UTF-8: {error.reason} in line {number}") from error
+                if text:
+                    yield text
 
 
 def run_sample(args: argparse.Namespace) -> int:
@@ -63,13 +70,16 @@ def run_sample(args: argparse.Namespace) -> int:
     from data_pipelines.digitworld.source import DigitWorld
     from data_pipelines.media import write_image, write_video
 
-    world = DigitWorld(args.kind, split="heldout", size=max(args.count, 1))
+    if args.count < 1:
+        raise UserError(f"--count {args.count} should be at least 1")
+    suffix = "png" if args.kind == "image" else "mp4"
+    paths = [args.out / f"{args.kind}-{i}.{suffix}" for i in range(args.count)]
+    if taken := [path for path in paths if path.exists()]:
+        raise UserError(f"{taken[0]} exists; choose another --out")
+    world = DigitWorld(args.kind, split="heldout", size=args.count)
     args.out.mkdir(parents=True, exist_ok=True)
-    for i in range(args.count):
+    for i, path in enumerate(paths):
         record = world[i]
-        path = args.out / f"{args.kind}-{i}.{'png' if args.kind == 'image' else 'mp4'}"
-        if path.exists():
-            raise UserError(f"{path} exists; choose another --out")
         assert record.frames is not None
         if args.kind == "image":
             write_image(path, record.frames[0], scale=8)

@@ -94,7 +94,7 @@ def read_input(path: Path, instruction: str | None) -> tuple[bool, str]:
     """Whether a file is a picture, and the instruction for it.
 
     Raises:
-        UserError: a text file that is not UTF-8 or empty.
+        UserError: a text file that is not UTF-8 or empty, or an instruction that leaves it out.
     """
     if path.suffix.lower() != ".txt":
         return True, instruction or "describe the picture"
@@ -106,6 +106,8 @@ def read_input(path: Path, instruction: str | None) -> tuple[bool, str]:
         raise UserError(
             f"{path} is empty; a text file holds the instruction, or what {{text}} in --instruction stands for"
         )
+    if instruction and "{text}" not in instruction:
+        raise UserError(f"--instruction {instruction!r} has no {{text}}, so the content of {path} would go unread")
     return False, (instruction or "{text}").replace("{text}", text)
 
 

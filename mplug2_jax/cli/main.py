@@ -41,7 +41,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run(args)
     except (UserError, DataError) as error:
-        print(f"mplug2: error: {error}", file=sys.stderr)
+        print(f"mplug2: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"mplug2: error: {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("mplug2: interrupted", file=sys.stderr)

@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 from numpy.typing import NDArray
 
+from data_pipelines.errors import DataError
 from data_pipelines.examples import Example
 from data_pipelines.loader import DataConfig, EvaluationSet
 from data_pipelines.media import write_image
@@ -20,7 +21,7 @@ from mplug2_jax.errors import UserError
 from mplug2_jax.model.mplug2 import ModelDef, Params
 from mplug2_jax.parallel.placement import check_batch, put_batch
 from mplug2_jax.tasks import TASKS
-from mplug2_jax.tasks.base import TaskContext
+from mplug2_jax.tasks.base import TaskContext, parts_for
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,10 +81,16 @@ class Evaluation:
         self.name, self._config, self._mesh, self._tokenizer = name, config, mesh, tokenizer
         where = f"config.evaluations.{name}"
         check_batch(f"{where}.data.batch_size", config.data.batch_size, mesh)
-        self._set = EvaluationSet(config.data.source, config.data.examples, tokenizer, seed=seed)
+        try:
+            self._set = EvaluationSet(config.data.source, config.data.examples, tokenizer, seed=seed)
+            first = self._set[0]
+        except DataError as error:
+            raise UserError(f"{where}.data: {error}") from error
         task = TASKS[config.task]
-        task.check(set(self._set[0].arrays), where)
-        missing = set(task.parts) - set(definition.parts)
+        task.check(set(first.arrays), where)
+        frames = first.arrays.get("frames")
+        needed = parts_for([(task, frames is not None, frames is not None and len(frames) > 1)])
+        missing = set(needed) - set(definition.parts)
         if missing:
             raise UserError(
                 f"{where}: task '{task.name}' needs the parts {', '.join(sorted(missing))}, which this model lacks "

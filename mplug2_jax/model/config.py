@@ -90,6 +90,12 @@ class ModelConfig:
         Raises:
             UserError: names the field, what was found and what would fit.
         """
+        for name in (
+            "vision_width", "vision_heads", "patch_size", "image_size", "width", "heads", "mlp_width", "vocab_size",
+            "max_positions",
+        ):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise UserError(f"model.{name}={getattr(self, name)} must be at least 1")
         for width, heads in (("vision_width", "vision_heads"), ("width", "heads")):
             if getattr(self, width) % getattr(self, heads):
                 raise UserError(

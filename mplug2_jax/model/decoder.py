@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from mplug2_jax.errors import UserError
 from mplug2_jax.model.config import ModelConfig
 from mplug2_jax.model.layers import BertLayer, scan_layers, split_rng, stack
 from mplug2_jax.model.taps import Taps, tap
@@ -73,7 +74,16 @@ class Decoder(nnx.Module):
         sequences: int,
         length: int,
     ) -> DecoderCache:
-        """An empty cache for ``sequences`` per memory, up to ``length`` tokens each; projects the memory, once."""
+        """An empty cache for ``sequences`` per memory, up to ``length`` tokens each; projects the memory, once.
+
+        Raises:
+            UserError: more tokens than the position table has rows.
+        """
+        if length > self.config.max_positions:
+            raise UserError(
+                f"generating {length} tokens exceeds model.max_positions={self.config.max_positions}; lower the "
+                "search's max_length or raise that"
+            )
 
         def body(
             layer: BertLayer, x: Array, _key: PRNGKeyArray | None, _extra: None

@@ -36,10 +36,12 @@ class Fusion(nnx.Module):
         *,
         rng: PRNGKeyArray | None = None,
         taps: Taps | None = None,
-    ) -> tuple[Float[Array, "b s d"], Float[Array, "br l d"]]:
-        """Returns the visual stream (changed by mixing layers only) and the fused text."""
+    ) -> tuple[Float[Array, "bv s d"], Float[Array, "br l d"]]:
+        """Returns the visual stream (changed by mixing layers only, and then one for each text) and the fused text."""
         config = self.config
         mixing = mixing_layers(config.fusion_layers, config.fusion_stride)
+        if mixing:
+            visual = jnp.repeat(visual, text.shape[0] // visual.shape[0], axis=0)
         bounds = [-1, *mixing, config.fusion_layers]
         keys = split_rng(rng, 2 * len(bounds))
         read = 0

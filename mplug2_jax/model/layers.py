@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 from mplug2_jax.model.attention import attention
 from mplug2_jax.model.config import AttentionKernel, ModelConfig, Remat
 from mplug2_jax.model.taps import Taps, tap
-from mplug2_jax.parallel.logical import platform
+from mplug2_jax.parallel.logical import gathered, platform
 
 Initializer = Callable[..., Array]
 BERT_INIT: Initializer = nnx.initializers.normal(0.02)
@@ -113,11 +113,11 @@ class Linear(nnx.Module):
         self.kernel = parameter(rngs, kernel_init, (in_dim, out_dim), axes)
         if bias:
             self.bias = parameter(rngs, bias_init, (out_dim,), ("norm" if axes[1] == "embed" else axes[1],))
-        self.has_bias, self.dtype = bias, dtype
+        self.has_bias, self.dtype, self.axes = bias, dtype, axes
 
     def __call__(self, x: Float[Array, "*batch i"]) -> Float[Array, "*batch o"]:
         """Maps the last axis."""
-        y = checkpoint_name(matmul(x.astype(self.dtype), self.kernel[...]), DOT)
+        y = checkpoint_name(matmul(x.astype(self.dtype), gathered(self.kernel[...], self.axes)), DOT)
         return y + self.bias[...].astype(y.dtype) if self.has_bias else y
 
 

@@ -22,7 +22,7 @@ from mplug2_jax.model.layers import (
     stack,
 )  # fmt: skip
 from mplug2_jax.model.taps import Taps, tap
-from mplug2_jax.parallel.logical import constrain
+from mplug2_jax.parallel.logical import constrain, gathered
 
 PAD_ID = 0
 
@@ -50,7 +50,7 @@ class Embeddings(nnx.Module):
         rows, length = self.positions[...].shape[0], ids.shape[1]
         if length > rows:
             raise UserError(f"a text of {length} tokens exceeds model.max_positions={rows}; truncate it or raise that")
-        x = self.words[...][ids]
+        x = constrain(gathered(self.words[...], ("vocab", "embed"))[ids], "batch", None, None)
         # The pad row is looked up but, as in torch, learns nothing through the lookup.
         x = jnp.where((ids == PAD_ID)[..., None], jax.lax.stop_gradient(x), x) + self.types[...][0]
         x = x + jax.lax.dynamic_slice_in_dim(self.positions[...], start, length)
@@ -104,5 +104,5 @@ class MlmHead(nnx.Module):
     def __call__(self, x: Float[Array, "b l d"], words: Float[Array, "v d"]) -> Float[Array, "b l v"]:
         """Logits over the vocabulary, in float32."""
         x = self.norm(gelu(self.dense(x)))
-        logits = matmul(x, words, True).astype(jnp.float32) + self.bias[...]
+        logits = matmul(x, gathered(words, ("vocab", "embed")), True).astype(jnp.float32) + self.bias[...]
         return constrain(logits, "batch", None, "vocab")

@@ -162,7 +162,9 @@ def _evaluations(names: Mapping[str, Curve], baselines: Mapping[str, Mapping[str
 
 
 def _draw(plan: _Plan, curves: Mapping[str, Curve]) -> Panel:
-    with matplotlib.rc_context({"svg.fonttype": "none", "font.size": 8, "axes.linewidth": 0.6}):
+    # The salt makes ids that differ between panels and are the same whenever a run is drawn.
+    salt = repr((plan.title, plan.lines))
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt, "font.size": 8, "axes.linewidth": 0.6}):
         figure = Figure(figsize=(4.6, 2.1))
         FigureCanvasSVG(figure)
         axes = figure.add_axes((0.115, 0.125, 0.865, 0.82))
@@ -220,9 +222,10 @@ def _for_page(svg: str) -> Markup:
     viewbox, _, body = svg[svg.index("<svg") :].partition(">")
     box = re.search(r'viewBox="[\d. ]+"', viewbox)
     svg = f'<svg {box[0] if box else ""} aria-hidden="true">{body}'
-    svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.DOTALL)
-    svg = re.sub(r' id="[a-z0-9]+_\d+"', "", svg)  # axes_1 and the like would be there once per panel
-    svg = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", svg)
+    svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->|<style.*?</style>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r' id="[a-z0-9.]+_\d+"', "", svg)  # axes_1 and the like would be there once per panel
+    svg = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", svg)  # as older versions write it
+    svg = re.sub(r"font-family: [^;\"]*; ?", "", svg)
     # Hundredths of a pixel will do; numbers outside of attributes are labels and stay as they are.
     svg = re.sub(r'"[^"]*"', lambda quoted: re.sub(r"(\.\d\d)\d+", r"\1", quoted[0]), svg)
     for colour, variable in _VARIABLES.items():

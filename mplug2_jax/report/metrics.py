@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 MAX_POINTS = 400  # a curve is drawn some 300 pixels wide
 _CHUNK = 10_000  # lines held at a time
 
-Bins = Float[NDArray[Any], "n 6"]
+Bins = Float[NDArray[Any], "_ 6"]
 _FIRST, _LAST, _TOTAL, _COUNT, _LOW, _HIGH = range(6)
 
 
@@ -117,6 +117,7 @@ def _parse(line: bytes) -> tuple[int, dict[str, float]]:
     row = json.loads(line)
     if not isinstance(row, dict) or not isinstance(row.get("step"), int):
         raise ValueError("no step")
+    float(row["step"])  # a whole number in JSON may be beyond all floats
     return row.pop("step"), {name: math.nan if value is None else float(value) for name, value in row.items()}
 
 

@@ -98,7 +98,7 @@ def read_evaluations(workdir: Path, order: Sequence[str], notes: list[str]) -> l
                 continue
             try:
                 found[path.stem] = _read(path, notes)
-            except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
                 reason = f"{error} is missing" if isinstance(error, KeyError) else str(error) or type(error).__name__
                 notes.append(f"{path.relative_to(workdir)} is damaged and was left out: {reason}")
     rank = {name: i for i, name in enumerate(order)}

@@ -30,14 +30,20 @@ class Position:
 
 
 class Checkpoints:
-    """The checkpoints of a work directory. Saves run in the background; call ``close`` before the process ends."""
+    """The checkpoints of a work directory. Saves run in the background; call ``close`` before the process ends.
 
-    def __init__(self, folder: Path, config: CheckpointConfig) -> None:
+    A reader (``writes=False``) leaves the folder alone: what looks unfinished may be a save of a run that goes on.
+    """
+
+    def __init__(self, folder: Path, config: CheckpointConfig, *, writes: bool = True) -> None:
         self.folder, self._config = folder, config
         self._manager = ocp.CheckpointManager(
             folder.absolute(),
-            item_names=("state", "meta"),
-            options=ocp.CheckpointManagerOptions(max_to_keep=config.keep, cleanup_tmp_directories=True),
+            # Named here, so that a process that has saved nothing can read the arrays' shapes.
+            item_handlers={"state": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()},
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=config.keep, create=writes, cleanup_tmp_directories=writes
+            ),
         )
 
     def steps(self) -> list[int]:
@@ -65,10 +71,7 @@ class Checkpoints:
         try:
             restored = self._manager.restore(step, args=ocp.args.Composite(state=target))
         except Exception as error:  # tensorstore, zarr and orbax each raise their own for a damaged file
-            raise UserError(
-                f"checkpoint {self.folder / str(step)} is damaged ({_first_line(error)}); use another step of "
-                f"{self.steps()}, or move the folder away to resume from the step before"
-            ) from error
+            raise self._unreadable(step, f"damaged ({_reason(error)})") from error
         return restored.state, position
 
     def restore_params(self, like: Any, step: int | None = None) -> tuple[Any, int]:
@@ -83,10 +86,7 @@ class Checkpoints:
         try:
             restored = self._manager.restore(step, args=ocp.args.Composite(state=target))
         except Exception as error:
-            raise UserError(
-                f"checkpoint {self.folder / str(step)} is damaged ({_first_line(error)}); use another step "
-                f"of {self.steps()}"
-            ) from error
+            raise self._unreadable(step, f"damaged ({_reason(error)})") from error
         return restored.state["params"], step
 
     def _pick(self, step: int | None) -> int:
@@ -104,9 +104,7 @@ class Checkpoints:
             position = Position(**meta["position"])
             found = meta["format"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"checkpoint {path.parent.parent} is incomplete: {path.name} is missing or damaged"
-            ) from error
+            raise self._unreadable(step, "incomplete: meta/metadata is missing or damaged") from error
         if found > FORMAT:
             raise UserError(
                 f"checkpoint {path.parent.parent} has format {found}, but this version reads up to {FORMAT}"
@@ -116,10 +114,12 @@ class Checkpoints:
     def _check_shapes(self, step: int, like: Any) -> None:
         """Compares names, shapes and types with what is stored, so that the error can name the first difference."""
         try:
-            stored = self._manager.item_metadata(step).state.tree
+            stored = self._manager.item_metadata(step).state
         except Exception as error:
-            raise UserError(f"checkpoint {self.folder / str(step)} is damaged ({_first_line(error)})") from error
-        found = {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(stored)}
+            raise self._unreadable(step, f"damaged ({_reason(error)})") from error
+        if stored is None:
+            raise self._unreadable(step, "incomplete: state/_METADATA is missing")
+        found = {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(stored.tree)}
         for path, leaf in jax.tree_util.tree_leaves_with_path(like):
             name = _name(path)
             if name not in found:
@@ -131,6 +131,13 @@ class Checkpoints:
                     f"checkpoint {self.folder / str(step)} is of another size: {name} is "
                     f"{list(found[name].shape)} there, {list(leaf.shape)} in this model"
                 )
+
+    def _unreadable(self, step: int, how: str) -> UserError:
+        others = [other for other in self.steps() if other != step]
+        remedy = f"steps {others} are left: choose one" if others else "it is the only one: restore it from a copy"
+        return UserError(
+            f"checkpoint {self.folder / str(step)} is {how}; {remedy}, or move it away to train without it"
+        )
 
     def wait(self) -> None:
         """Blocks until background saves are on disk."""
@@ -146,5 +153,6 @@ def _name(path: Any) -> str:
     return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).split("\n")[0][:160]
+def _reason(error: BaseException) -> str:
+    """The beginning of what a library says, which goes on with its own addresses in memory."""
+    return (str(error).strip() or type(error).__name__).split("\n")[0].partition(". See full")[0][:160]

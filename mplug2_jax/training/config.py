@@ -66,12 +66,17 @@ class RunConfig:
         Raises:
             UserError: names the field, what was found and what is valid.
         """
-        if self.steps < 1 or self.accumulate < 1 or self.log_every < 1 or self.checkpoint.every_steps < 1:
-            raise UserError("config.steps, .accumulate, .log_every and .checkpoint.every_steps must be at least 1")
+        for field, value, least in (
+            ("steps", self.steps, 1), ("accumulate", self.accumulate, 1), ("log_every", self.log_every, 1),
+            ("evaluate_every", self.evaluate_every, 0), ("seed", self.seed, 0),
+            ("checkpoint.every_steps", self.checkpoint.every_steps, 1), ("checkpoint.keep", self.checkpoint.keep, 1),
+        ):  # fmt: skip
+            _at_least(least, f"config.{field}", value)
         if not self.streams:
             raise UserError("config.streams is empty: a run needs at least one stream of batches")
         for name, stream in self.streams.items():
             where = f"config.streams.{name}"
+            self._check_data(f"{where}.data", stream.data)
             if not stream.objectives:
                 raise UserError(f"{where}.objectives is empty: {did_you_mean('', TASKS)}")
             for objective in stream.objectives:
@@ -99,10 +104,25 @@ class RunConfig:
                     "micro-batch"
                 )
         for name, evaluation in self.evaluations.items():
+            self._check_data(f"config.evaluations.{name}.data", evaluation.data)
+            _at_least(0, f"config.evaluations.{name}.samples", evaluation.samples)
             able = [task for task in TASKS if TASKS[task].predict]
             if evaluation.task not in able:
                 raise UserError(
                     f"config.evaluations.{name}.task={evaluation.task!r}: {did_you_mean(evaluation.task, able)}"
+                )
+
+    def _check_data(self, where: str, data: DataConfig) -> None:
+        for field, value, least in (
+            ("batch_size", data.batch_size, 1), ("threads", data.threads, 0), ("prefetch", data.prefetch, 0),
+        ):  # fmt: skip
+            _at_least(least, f"{where}.{field}", value)
+        for field in ("text_length", "instruction_length", "target_length"):
+            length = getattr(data.examples, field)
+            if length > self.model.max_positions:
+                raise UserError(
+                    f"{where}.examples.{field}={length} exceeds config.model.max_positions={self.model.max_positions}; "
+                    "lower it or raise that"
                 )
 
     def parts(self) -> tuple[str, ...]:
@@ -119,3 +139,8 @@ class RunConfig:
     def has_teacher(self) -> bool:
         """Whether an averaged copy of the parameters is kept, for distillation and momentum contrast."""
         return self.tasks.distillation is not None
+
+
+def _at_least(least: int, where: str, value: int) -> None:
+    if value < least:
+        raise UserError(f"{where}={value} must be at least {least}")

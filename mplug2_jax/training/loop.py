@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from data_pipelines.errors import DataError
 from data_pipelines.loader import HostBatch, Shard, example_sequence, training_batches
 from data_pipelines.tokenizers import Tokenizer
 from mplug2_jax.errors import UserError
@@ -39,7 +40,7 @@ def train(config: RunConfig, path: Path) -> list[EvaluationResult]:
     for name, stream in config.streams.items():
         check_batch(f"config.streams.{name}.data.batch_size", stream.data.batch_size // config.accumulate, mesh)
     workdir = WorkDir(path)
-    resumes = workdir.begin(config)
+    resumes = workdir.check(config)
     tokenizer = workdir.tokenizer(config.tokenizer, config.model)
     plan = plan_run(config, special_tokens(tokenizer), mesh)
     progress.say(describe(plan))
@@ -49,6 +50,10 @@ def train(config: RunConfig, path: Path) -> list[EvaluationResult]:
         Evaluation(name, evaluation, plan.definition, plan.context, tokenizer, mesh, seed=config.seed)
         for name, evaluation in config.evaluations.items()
     ]
+    check_streams(config, tokenizer)
+
+    # Nothing was written until here, so that a run that is refused can be started again.
+    workdir.begin(config, tokenizer)
 
     # State: fresh, or the last checkpoint's.
     checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint)
@@ -113,22 +118,29 @@ def describe(plan: Blueprint) -> str:
     return "\n".join(lines)
 
 
-def stream_batches(config: RunConfig, tokenizer: Tokenizer, start: int) -> dict[str, Iterator[HostBatch]]:
-    """This process's part of every stream's batches, from step ``start`` on.
+def check_streams(config: RunConfig, tokenizer: Tokenizer) -> None:
+    """Makes the first example of every stream.
 
     Raises:
-        UserError: a stream whose batches lack what an objective reads.
+        UserError: a stream that has none, or whose batches lack what an objective reads.
     """
-    shard = Shard(jax.process_index(), jax.process_count())
-    batches = {}
     for name, stream in config.streams.items():
-        first = example_sequence(stream.data, tokenizer, name=name, seed=config.seed)[0]
+        where = f"config.streams.{name}"
+        try:
+            first = example_sequence(stream.data, tokenizer, name=name, seed=config.seed)[0]
+        except DataError as error:
+            raise UserError(f"{where}.data: {error}") from error
         for objective in stream.objectives:
-            TASKS[objective].check(set(first), f"config.streams.{name}")
-        batches[name] = training_batches(
-            stream.data, tokenizer, name=name, seed=config.seed, start_step=start, shard=shard
-        )
-    return batches
+            TASKS[objective].check(set(first), where)
+
+
+def stream_batches(config: RunConfig, tokenizer: Tokenizer, start: int) -> dict[str, Iterator[HostBatch]]:
+    """This process's part of every stream's batches, from step ``start`` on."""
+    shard = Shard(jax.process_index(), jax.process_count())
+    return {
+        name: training_batches(stream.data, tokenizer, name=name, seed=config.seed, start_step=start, shard=shard)
+        for name, stream in config.streams.items()
+    }
 
 
 def position_after(step: int, config: RunConfig) -> Position:

@@ -72,7 +72,7 @@ def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
         gradients: optax.Updates, state: optax.OptState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.OptState]:
         del params
-        factor = jnp.minimum(1.0, limit / jnp.maximum(optax.global_norm(gradients), 1e-12))
+        factor = jnp.minimum(1.0, limit / jnp.maximum(optax.tree.norm(gradients), 1e-12))
         return jax.tree.map(lambda g: g * factor, gradients), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)

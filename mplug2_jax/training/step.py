@@ -100,7 +100,7 @@ def train_step(plan: Blueprint, state: TrainState, batches: StreamBatches) -> tu
         after["teacher"] = teacher
     if queues:
         after["queues"] = queues
-    metrics["gradient_norm"] = optax.global_norm(gradients)
+    metrics["gradient_norm"] = optax.tree.norm(gradients)
     metrics |= {f"learning_rate/{group}": rate(state["step"]) for group, rate in plan.rates.items()}
     return after, metrics
 

@@ -73,13 +73,15 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All whole lines of a metrics file; a last line that a killed process cut short is left out."""
+    """All whole lines of a metrics file; what is damaged is left out, like a last line that a killed process cut."""
     lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for text in path.read_bytes().split(b"\n"):
         try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
+            line = json.loads(text)
+        except ValueError:
             continue
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            lines.append(line)
     return lines
 
 
@@ -116,7 +118,8 @@ class Clock:
 class Progress:
     """The line that people watch: rewritten in place on a terminal, a line each elsewhere."""
 
-    def __init__(self, steps: int, out: TextIO = sys.stdout) -> None:
+    def __init__(self, steps: int, out: TextIO | None = None) -> None:
+        out = out or sys.stdout  # now, and not what it was when this module was imported
         self._steps, self._out, self._live = steps, out, out.isatty()
 
     def show(self, step: int, loss: float, figures: Mapping[str, float], seconds_per_step: float) -> None:

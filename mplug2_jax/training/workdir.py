@@ -42,26 +42,28 @@ class WorkDir:
             )
         try:
             values = json.loads(self._config.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(
                 f"{self._config} is not valid JSON ({error}); restore it or use another --workdir"
             ) from error
-        return build(RunConfig, _tuples(values))
+        if not isinstance(values, dict):
+            raise UserError(f"{self._config} holds a {type(values).__name__}, not a run's config; restore it")
+        try:
+            return build(RunConfig, _tuples(values))
+        except UserError as error:
+            raise UserError(f"{self._config} is damaged or of another version: {error}") from error
 
-    def begin(self, config: RunConfig) -> bool:
-        """Keeps the config of a new run; True if the run was here before and may go on.
+    def check(self, config: RunConfig) -> bool:
+        """True if the run was here before and may go on, False if it may begin here. Writes nothing.
 
         Raises:
             UserError: the folder holds something else, or a run whose config differs where it matters.
         """
-        values = defaults_of(config)
         if not self.exists():
-            if self.path.exists() and any(self.path.iterdir()):
+            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
                 raise UserError(f"--workdir {self.path} is not empty and holds no run; choose a new folder")
-            self.path.mkdir(parents=True, exist_ok=True)
-            _write_json(self._config, values)
             return False
-        before, now = (_flat(json.loads(json.dumps(v))) for v in (defaults_of(self.read_config()), values))
+        before, now = (_flat(json.loads(json.dumps(defaults_of(v)))) for v in (self.read_config(), config))
         changed = [
             f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
             for name in sorted({*before, *now})
@@ -73,25 +75,29 @@ class WorkDir:
                 f"--workdir {self.path} holds a run with another config: {'; '.join(changed[:3])}{more}. Use the same "
                 "config to resume it, or a new --workdir"
             )
-        _write_json(self._config, values)
         return True
 
+    def begin(self, config: RunConfig, tokenizer: Tokenizer) -> None:
+        """Keeps the config and the tokeniser of a run that was checked, so that a refused one leaves no trace."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        _write_json(self._config, defaults_of(config))
+        if not self._tokenizer.exists():
+            tokenizer.save(self._tokenizer)
+
     def tokenizer(self, config: TokenizerConfig, model: ModelConfig) -> Tokenizer:
-        """The run's tokeniser; at first it is loaded or trained, and kept here.
+        """The run's tokeniser: the one that is kept here, or before there is one, loaded or trained as configured.
 
         Raises:
             UserError: it has more tokens than the model's tables have rows.
             DataError: no tokeniser at the given path, or a damaged one.
         """
-        if not self._tokenizer.exists():
-            if config.path:
-                tokenizer = load_tokenizer(Path(config.path))
-            else:
-                train = train_wordpiece if config.kind == "wordpiece" else train_sentencepiece
-                tokenizer = train(training_texts(), config.vocab_size)
-            check_vocabulary(tokenizer, model)
-            tokenizer.save(self._tokenizer)
-        tokenizer = load_tokenizer(self._tokenizer)
+        if self._tokenizer.exists():
+            tokenizer = load_tokenizer(self._tokenizer)
+        elif config.path:
+            tokenizer = load_tokenizer(Path(config.path))
+        else:
+            train = train_wordpiece if config.kind == "wordpiece" else train_sentencepiece
+            tokenizer = train(training_texts(), config.vocab_size)
         check_vocabulary(tokenizer, model)
         return tokenizer
 

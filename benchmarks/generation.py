@@ -1,0 +1,81 @@
+"""What the key-value cache saves in beam search, in operations by XLA's own count. Nothing runs; programs are lowered.
+
+    python benchmarks/generation.py                # large, beam 5, 20 tokens, 16 frames: 4,097 visual tokens
+    python benchmarks/generation.py --size base --frames 4
+
+Without a cache every step runs the decoder over the whole prefix of every beam; the release also gives each beam its
+own copy of the memory, whose keys and values are projected anew each time. The middle row shares the memory.
+"""
+
+import argparse
+import os
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import jax.numpy as jnp
+
+from mplug2_jax.generation.beam import SearchConfig, generate
+from mplug2_jax.model.config import SpecialTokens, model_config
+from mplug2_jax.model.mplug2 import define
+
+
+def operations(fn: Any, *args: Any) -> float:
+    """XLA's count for a program; a loop of unknown length counts once."""
+    cost = jax.jit(fn).lower(*args).cost_analysis()
+    return float(cost["flops"])
+
+
+def main() -> None:
+    """Counts and prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="large", help="row of the model table (default: %(default)s)")
+    parser.add_argument("--frames", type=int, default=16)
+    parser.add_argument("--beams", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=20, help="tokens generated (default: %(default)s)")
+    args = parser.parse_args()
+
+    config = model_config(args.size, dtype="float32", attention="xla", scan_unroll=64)
+    definition = define(config, ("vision", "temporal", "universal", "decoder"))
+    search = SearchConfig(beams=args.beams, max_length=args.tokens)
+    length = config.visual_tokens(args.frames)
+
+    def memory(rows: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+        return (
+            jax.ShapeDtypeStruct((rows, length, config.width), jnp.float32),
+            jax.ShapeDtypeStruct((rows, length), jnp.bool_),
+        )
+
+    def decoder(params: Any) -> Any:
+        return definition.bind(params).decoder
+
+    start = operations(
+        lambda p, m, k: decoder(p).start(m, k, sequences=args.beams, length=args.tokens), definition.shapes, *memory(1)
+    )
+    once = operations(
+        lambda p, m, k: generate(decoder(p), m, k, search, SpecialTokens()), definition.shapes, *memory(1)
+    )
+    cached = start + (once - start) * args.tokens  # the loop's body is the same program for every token
+
+    def uncached(rows: int) -> float:
+        total = 0.0
+        for prefix in range(1, args.tokens + 1):
+            ids = jax.ShapeDtypeStruct((args.beams, prefix), jnp.int32)
+            total += operations(lambda p, i, m, k: decoder(p)(i, None, m, k), definition.shapes, ids, *memory(rows))
+        return total
+
+    print(
+        f"{args.size} decoder, beam {args.beams} x {args.tokens} tokens over {length:,} visual tokens, XLA's count:\n"
+    )
+    rows = (
+        ("with cache", cached),
+        ("without cache, beams share the memory", uncached(1)),
+        ("without cache, a copy for each beam (the release)", uncached(args.beams)),
+    )
+    for name, flops in rows:
+        print(f"{name:<50} {flops / 1e9:12,.1f} GFLOP   1/{flops / cached:.1f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""A whole training step on this machine: its time, peak memory, and share of what one large matmul reaches.
+
+    python benchmarks/step.py                      # base, caption, 1 clip of 4 frames at 224 px, float32
+    python benchmarks/step.py --size tiny --steps 3
+
+The share is (operations of the model's matmuls, forward and backward) / (time of a step) / (rate of a square float32
+matmul measured between the steps of the same process), so it does not depend on how fast the machine is today.
+"""
+
+import argparse
+import os
+import resource
+import time
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from data_pipelines.examples import ExampleConfig, InstructionConfig
+from data_pipelines.loader import DataConfig, SourceConfig
+from mplug2_jax.model.config import SpecialTokens, model_config
+from mplug2_jax.parallel.mesh import MeshConfig, make_mesh
+from mplug2_jax.parallel.placement import put_batch
+from mplug2_jax.planning.flops import training_flops
+from mplug2_jax.training.config import RunConfig, StreamConfig
+from mplug2_jax.training.state import Blueprint, plan_run
+from mplug2_jax.training.step import StreamBatches, compile_step, streams_loss
+
+
+def plan(args: argparse.Namespace) -> Blueprint:
+    """The run that is measured: captions alone, layers unrolled."""
+    model = model_config(
+        args.size, dtype="float32", image_size=args.image_size, scan_unroll=64, dropout=args.dropout,
+        attention_dropout=args.dropout,
+    )  # fmt: skip
+    caption = ExampleConfig(instructions={"caption": InstructionConfig(templates=("",))}, target_length=args.tokens)
+    source = SourceConfig(kind="video", image_size=args.image_size, num_frames=args.frames)
+    stream = StreamConfig(
+        data=DataConfig(source=source, examples=caption, batch_size=args.batch), objectives={"caption": 1.0}
+    )
+    config = RunConfig(name="benchmark", steps=1000, model=model, streams={"video": stream})
+    return plan_run(config, SpecialTokens(), make_mesh(MeshConfig()))
+
+
+def random_batch(args: argparse.Namespace, vocabulary: int) -> dict[str, np.ndarray]:
+    """Pixels and captions; what they show costs nothing."""
+    rng = np.random.default_rng(0)
+    shape = (args.batch, args.frames, args.image_size, args.image_size, 3)
+    return {
+        "frames": rng.integers(0, 256, shape, np.uint8),
+        "target": rng.integers(1, vocabulary, (args.batch, args.tokens), np.int32),
+        "target_weights": np.ones((args.batch, args.tokens), np.float32),
+    }
+
+
+def count(described: Blueprint, batches: StreamBatches) -> int:
+    """Operations of one step by our own count."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return training_flops(
+        lambda p, b, k: streams_loss(described, p, None, {}, b, k, jnp.zeros(())),
+        described.shapes["params"],
+        batches,
+        key,
+    )
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="base", help="row of the model table (default: %(default)s)")
+    parser.add_argument("--image-size", type=int, help="pixels (default: the size's own)")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--frames", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=20, help="caption length (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=5, help="steps measured (default: %(default)s)")
+    parser.add_argument("--dropout", type=float, default=0.1)
+    parser.add_argument("--matmul", type=int, default=4096, help="side of the matmul (default: %(default)s)")
+    args = parser.parse_args()
+    args.image_size = args.image_size or model_config(args.size).image_size
+
+    described = plan(args)
+    batches = {"video": put_batch(random_batch(args, described.config.model.vocab_size), described.mesh)}
+    flops = count(described, batches)
+    step, state = compile_step(described), described.init()
+    square = jax.random.normal(jax.random.key(0), (args.matmul, args.matmul))
+    multiply = jax.jit(jnp.matmul)
+    jax.block_until_ready(multiply(square, square))
+
+    start = time.perf_counter()
+    state, metrics = step(state, batches)
+    jax.block_until_ready((state, metrics))
+    compiled = time.perf_counter() - start
+
+    times, rates = [], []
+    for _ in range(args.steps):
+        start = time.perf_counter()
+        jax.block_until_ready(multiply(square, square))
+        rates.append(2 * args.matmul**3 / (time.perf_counter() - start))
+        start = time.perf_counter()
+        state, metrics = step(state, batches)
+        jax.block_until_ready((state, metrics))
+        times.append(time.perf_counter() - start)
+        print(
+            f"step {times[-1]:.3f} s  matmul {rates[-1] / 1e9:,.0f} GFLOP/s  loss {float(metrics['loss']):.3f}",
+            flush=True,
+        )
+
+    seconds, rate = float(np.median(times)), float(np.median(rates))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(
+        f"\n{args.size}, caption, batch {args.batch} x {args.frames} frames x {args.image_size} px, float32, "
+        f"dropout {args.dropout}, {described.definition.count():,} parameters"
+    )
+    print(f"compile and first step   {compiled:8.1f} s")
+    print(f"step (median of {args.steps:2})     {seconds:8.3f} s")
+    print(f"operations per step      {flops / 1e9:8.1f} GFLOP (matmuls, forward and backward)")
+    print(f"peak memory of process   {peak:8.2f} GiB")
+    print(f"matmul {args.matmul} x {args.matmul}      {rate / 1e9:8.1f} GFLOP/s (median of {args.steps})")
+    print(f"share of matmul rate     {flops / seconds / rate:8.1%}")
+
+
+if __name__ == "__main__":
+    main()

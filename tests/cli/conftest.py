@@ -1,0 +1,177 @@
+"""Two small runs in work directories, made once, and the command line as a function."""
+
+import contextlib
+import dataclasses
+import io
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_pipelines.digitworld import vocabulary_texts
+from data_pipelines.media import write_image, write_video
+from data_pipelines.tokenizers import train_wordpiece
+from mplug2_jax.cli.main import main
+
+RECIPE = """
+import functools
+
+from ml_collections import ConfigDict
+
+from mplug2_jax.config import load_recipe
+
+
+def get_config():
+    recipe = load_recipe("demo", {overrides})
+    recipe.evaluations.more_words = recipe.evaluations.masked_words.copy_and_resolve_references()
+    for path, kept in {kept}:
+        group = functools.reduce(ConfigDict.__getitem__, path.split("."), recipe)
+        for name in set(group.keys()) - set(kept):
+            del group[name]
+    return recipe
+"""
+MODEL = {
+    "vision_width": 32, "vision_layers": 1, "vision_heads": 2, "image_size": 16, "width": 32, "heads": 2,
+    "mlp_width": 64, "universal_layers": 1, "fusion_layers": 1, "decoder_layers": 1, "num_latents": 4,
+    "contrastive_width": 8, "vocab_size": 160, "scan_unroll": 1,
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True, scope="package")
+def compiles_fast() -> Iterator[None]:
+    """These programs run once or twice: optimising them would take most of the time."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a command gave back."""
+
+    status: int
+    out: str
+    err: str
+
+
+def command(*words: object) -> Outcome:
+    """Runs ``mplug2 WORDS``."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = main([str(word) for word in words])
+        except SystemExit as stop:
+            status = int(stop.code or 0)
+    return Outcome(status, out.getvalue(), err.getvalue())
+
+
+@pytest.fixture(scope="package")
+def mplug2() -> Callable[..., Outcome]:
+    return command
+
+
+@pytest.fixture(scope="package")
+def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A vocab.txt of at most 160 tokens."""
+    return train_wordpiece(vocabulary_texts(60), 160).save(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="package")
+def recipes(tmp_path_factory: pytest.TempPathFactory, vocabulary: Path) -> Path:
+    """A folder with two recipes, both the demo's but tiny: text.py masks words, pictures.py answers about clips."""
+    folder = tmp_path_factory.mktemp("recipes")
+    common = {f"model.{name}": value for name, value in MODEL.items()}
+    common |= {"tokenizer.path": vocabulary, "steps": 2, "log_every": 1}
+    text = {
+        "streams.text.data.batch_size": 8, "evaluations.masked_words.data.batch_size": 8,
+        "evaluations.masked_words.data.source.size": 11, "evaluations.masked_words.samples": 2,
+    }  # fmt: skip
+    pictures = {
+        "streams.video_text.data.batch_size": 8, "streams.video_text.data.source.num_frames": 2,
+        "streams.video_text.data.source.image_size": 16,
+    }  # fmt: skip
+    for name, stream, objective, evaluations, values in (
+        ("text", "text", "mlm", ["masked_words", "more_words"], text),
+        ("pictures", "video_text", "ilm", [], pictures),
+    ):
+        overrides = [f"--config.{field}={value}" for field, value in (common | values).items()]
+        kept = [("streams", [stream]), (f"streams.{stream}.objectives", [objective]), ("evaluations", evaluations)]
+        (folder / f"{name}.py").write_text(RECIPE.format(overrides=overrides, kept=kept), encoding="utf-8")
+    return folder
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A finished run, and what its training printed."""
+
+    workdir: Path
+    recipe: Path
+    printed: Outcome
+
+
+@pytest.fixture(scope="package")
+def trained(tmp_path_factory: pytest.TempPathFactory, recipes: Path, compiles_fast: None) -> Trained:
+    """A model of text, trained for two steps. Tests that change the folder copy it."""
+    workdir, recipe = tmp_path_factory.mktemp("runs") / "text", recipes / "text.py"
+    return Trained(workdir, recipe, command("train", "--config", recipe, "--workdir", workdir))
+
+
+@pytest.fixture
+def workdir(trained: Trained, tmp_path: Path) -> Path:
+    """A copy of the trained run's work directory."""
+    return shutil.copytree(trained.workdir, tmp_path / "run")
+
+
+@pytest.fixture(scope="package")
+def pictures(tmp_path_factory: pytest.TempPathFactory, recipes: Path) -> Path:
+    """The work directory of a model that sees; it was saved without having learned anything."""
+    from mplug2_jax.config import build, load_recipe
+    from mplug2_jax.parallel.mesh import make_mesh
+    from mplug2_jax.training.checkpoints import Checkpoints
+    from mplug2_jax.training.config import RunConfig
+    from mplug2_jax.training.loop import position_after
+    from mplug2_jax.training.state import plan_run
+    from mplug2_jax.training.workdir import WorkDir, special_tokens
+
+    rng = np.random.default_rng(0)
+    path = tmp_path_factory.mktemp("runs") / "pictures"
+    config = build(RunConfig, load_recipe(str(recipes / "pictures.py")))
+    workdir = WorkDir(path)
+    tokenizer = workdir.tokenizer(config.tokenizer, config.model)
+    workdir.begin(config, tokenizer)
+    shapes = plan_run(config, special_tokens(tokenizer), make_mesh(config.mesh)).shapes
+    state = jax.tree.map(lambda s: jax.device_put(0.1 * rng.normal(size=s.shape).astype(s.dtype), s.sharding), shapes)
+    checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint)
+    checkpoints.save(state, position_after(1, config))
+    checkpoints.close()
+    return path
+
+
+@pytest.fixture(scope="package")
+def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a picture, a video, a GIF and a text: a.png, a.mp4, a.gif, a.txt."""
+    folder = tmp_path_factory.mktemp("media")
+    frames = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), np.uint8)
+    write_image(folder / "a.png", frames[0])
+    write_video(folder / "a.mp4", frames)
+    first, *rest = map(Image.fromarray, frames)
+    first.save(folder / "a.gif", save_all=True, append_images=rest, duration=100)
+    (folder / "a.txt").write_text("a red digit", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="package")
+def snapshot() -> Callable[[Path], dict[str, bytes]]:
+    """Every file below a folder with its bytes, and every folder as nothing."""
+
+    def take(folder: Path) -> dict[str, bytes]:
+        return {
+            str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b""
+            for path in sorted(folder.rglob("*"))
+        }
+
+    return take

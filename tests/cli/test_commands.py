@@ -1,0 +1,175 @@
+"""The commands on two small runs: what they print, what they leave behind, and what they leave alone."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from data_pipelines.media import read_media
+from data_pipelines.tokenizers import load_tokenizer
+from mplug2_jax.training import workdir as workdir_module
+
+from .conftest import Outcome, Trained
+
+Mplug2 = Callable[..., Outcome]
+
+
+def tables(printed: str) -> list[list[str]]:
+    """The rows of the results table, without its header."""
+    rows = printed.split("\n\n")
+    (table,) = [row for row in rows if row.startswith("evaluation ")]
+    return [line.split() for line in table.splitlines()[2:]]
+
+
+def test_training_prints_what_runs_and_ends_with_results_samples_and_the_report(trained: Trained) -> None:
+    status, out, err = trained.printed.status, trained.printed.out, trained.printed.err
+    assert (status, err) == (0, "")
+    assert re.match(r"demo: [\d,]+ parameters in text, universal, mlm\nmesh data=1, fsdp=8, tensor=1 on cpu\n", out)
+    assert re.findall(r"^step (\d)/2  loss \d+\.\d+  examples/s ", out, re.MULTILINE) == ["1", "2"]
+    assert [(row[:2], row[-1]) for row in tables(out)] == [
+        (["masked_words", "accuracy"], "11"), (["more_words", "accuracy"], "11")
+    ]  # fmt: skip
+    assert out.count("    said: ") == out.count("    true: ") == 4
+    assert out.endswith(f"report: {trained.workdir / 'report.html'}\n")
+
+
+def test_training_leaves_everything_in_the_work_directory(trained: Trained) -> None:
+    path = trained.workdir
+    assert {entry.name for entry in path.iterdir()} == {
+        "checkpoints", "config.json", "evaluations", "metrics.jsonl", "report.html", "tensorboard", "tokenizer"
+    }  # fmt: skip
+    assert [entry.name for entry in (path / "checkpoints").iterdir()] == ["2"]
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2]
+    assert sorted(name for line in lines for name in line if name.startswith("eval/")) == [
+        "eval/masked_words/accuracy", "eval/more_words/accuracy"
+    ]  # fmt: skip
+    page = (path / "report.html").read_text()
+    assert "masked words" in page
+    assert "<svg" in page
+
+
+def test_eval_finds_what_training_found(trained: Trained, workdir: Path, mplug2: Mplug2) -> None:
+    results = workdir / "evaluations/2/masked_words.json"
+    before = json.loads(results.read_text())
+    results.unlink()
+    done = mplug2("eval", "--workdir", workdir)
+    assert (done.status, done.err) == (0, "")
+    assert tables(done.out) == tables(trained.printed.out)
+    after = json.loads(results.read_text())
+    assert after | {"seconds": 0} == before | {"seconds": 0}
+
+
+def test_eval_only_evaluates_what_is_named_and_leaves_the_checkpoints_alone(
+    snapshot: Callable[[Path], dict[str, bytes]], workdir: Path, mplug2: Mplug2
+) -> None:
+    # What a run that goes on would be saving just now.
+    unfinished = workdir / "checkpoints" / "3.orbax-checkpoint-tmp-1"
+    unfinished.mkdir()
+    (unfinished / "part").write_text("half")
+    before = snapshot(workdir)
+    done = mplug2(
+        "eval",
+        "--workdir",
+        workdir,
+        "--only",
+        "more_words",
+        "--step",
+        2,
+        "--config.mesh.data=-1",
+        "--config.mesh.fsdp=1",
+    )
+    assert done.status == 0
+    assert [row[0] for row in tables(done.out)] == ["more_words"]
+    assert re.search(r"^step 2  more_words: 11 examples in ", done.out, re.MULTILINE)
+    after = snapshot(workdir)
+    assert {name for name in after if before.get(name) != after[name]} <= {"evaluations/2/more_words.json"}
+    assert before.keys() == after.keys()
+
+
+def test_a_finished_run_is_evaluated_again_and_loses_nothing(
+    snapshot: Callable[[Path], dict[str, bytes]], trained: Trained, workdir: Path, mplug2: Mplug2
+) -> None:
+    before = snapshot(workdir)
+    mesh = ("--config.mesh.data=2", "--config.mesh.fsdp=4")
+    done = mplug2("train", "--config", trained.recipe, "--workdir", workdir, "--config.log_every=7", *mesh)
+    assert (done.status, done.err) == (0, "")
+    assert "resuming from step 2\n" in done.out
+    assert "all 2 steps were done before\n" in done.out
+    assert "loss" not in done.out
+    assert tables(done.out) == tables(trained.printed.out)
+    after = snapshot(workdir)
+    assert {name: after[name] for name in after if name.startswith("checkpoints/")} == {
+        name: content for name, content in before.items() if name.startswith("checkpoints/")
+    }
+    assert before.keys() <= after.keys()
+    old, new = (files["metrics.jsonl"].decode().splitlines() for files in (before, after))
+    assert [json.loads(line) for line in new[: len(old)]] == [json.loads(line) for line in old]
+    assert all("eval/" in line for line in new[len(old) :])
+    assert json.loads(after["config.json"])["log_every"] == 7
+
+
+def test_a_run_with_damaged_metrics_goes_on(trained: Trained, workdir: Path, mplug2: Mplug2) -> None:
+    with (workdir / "metrics.jsonl").open("ab") as file:
+        file.write(b'5\n{"no": "step"}\n\xff\xfe\n{"step": 2, "lo')
+    fewer = "--config.evaluations.more_words.samples=0"
+    done = mplug2("train", "--config", trained.recipe, "--workdir", workdir, fewer)
+    assert (done.status, done.err) == (0, "")
+    steps = [json.loads(line)["step"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 2, 2, 2, 2]
+
+
+def test_generate_prints_a_line_for_each_file(pictures: Path, media: Path, mplug2: Mplug2) -> None:
+    files = [media / name for name in ("a.png", "a.mp4", "a.gif", "a.txt")]
+    done = mplug2(
+        "generate", "--workdir", pictures, *files, "--instruction", "is {text} here?", "--beams", 2, "--max-length", 3
+    )
+    assert (done.status, done.err) == (0, "")
+    assert [line.partition(": ")[0] for line in done.out.splitlines()] == [str(file) for file in files]
+
+
+@pytest.mark.parametrize(("kind", "suffix", "frames"), [("image", "png", 1), ("video", "mp4", 4)])
+def test_data_sample_writes_files_and_says_what_they_show(
+    kind: str, suffix: str, frames: int, tmp_path: Path, mplug2: Mplug2
+) -> None:
+    done = mplug2("data", "sample", "--kind", kind, "--count", 2, "--out", tmp_path / "new" / "folder")
+    assert (done.status, done.err) == (0, "")
+    files = [tmp_path / "new" / "folder" / f"{kind}-{i}.{suffix}" for i in range(2)]
+    assert sorted((tmp_path / "new" / "folder").iterdir()) == files
+    for file, line in zip(files, done.out.splitlines(), strict=True):
+        assert re.fullmatch(rf"{re.escape(str(file))}: .+; .+\? .+", line)
+        assert read_media(file, frames).shape == (frames, 256, 256, 3)
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "sentencepiece"])
+def test_data_tokenizer_learns_from_files(kind: str, tmp_path: Path, mplug2: Mplug2) -> None:
+    texts = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    texts[0].write_text("a small red digit moves\n\nthe blue one stays\n" * 20)
+    texts[1].write_text("what happens here\n" * 20)
+    out = tmp_path / "deep" / "pieces"
+    done = mplug2("data", "tokenizer", *texts, "--kind", kind, "--vocab-size", 70, "--out", out)
+    assert (done.status, done.err) == (0, "")
+    (file,) = out.iterdir()
+    tokenizer = load_tokenizer(out)
+    assert done.out == f"{file}: {tokenizer.vocab_size} tokens\n"
+    assert 30 < tokenizer.vocab_size <= 70
+    assert tokenizer.decode(tokenizer.encode("what small red digit stays")) == "what small red digit stays"
+
+
+def test_data_tokenizer_learns_from_digitworld_without_files(
+    tmp_path: Path, mplug2: Mplug2, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workdir_module, "vocabulary_texts", lambda: iter(["a yellow seven"] * 9))
+    done = mplug2("data", "tokenizer", "--vocab-size", 90, "--out", tmp_path / "pieces")
+    assert done.status == 0
+    tokenizer = load_tokenizer(tmp_path / "pieces")
+    assert tokenizer.decode(tokenizer.encode("yellow seven 31 0")) == "yellow seven 31 0"
+    assert tokenizer.unk_id not in tokenizer.encode("0 1 2 3 4 5 6 7 8 9")
+
+
+def test_report_prints_where_the_page_is(workdir: Path, mplug2: Mplug2) -> None:
+    (workdir / "report.html").unlink()
+    assert mplug2("report", workdir) == Outcome(0, f"{workdir / 'report.html'}\n", "")
+    assert (workdir / "report.html").stat().st_size > 10_000

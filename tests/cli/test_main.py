@@ -1,0 +1,122 @@
+"""The command line's form: help with an example that works, one status for wrong arguments, errors in one line."""
+
+import argparse
+import re
+import shlex
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from data_pipelines.errors import DataError
+from mplug2_jax import __version__
+from mplug2_jax.cli import report
+from mplug2_jax.cli.main import main, parser
+from mplug2_jax.errors import UserError
+
+from .conftest import Outcome
+
+
+def walk(parser: argparse.ArgumentParser, *names: str) -> Iterator[tuple[str, ...]]:
+    """Every command and sub-command, and none for the command line itself."""
+    yield names
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, child in action.choices.items():
+                yield from walk(child, *names, name)
+
+
+COMMANDS = list(walk(parser()))
+every_command = pytest.mark.parametrize("names", COMMANDS, ids=[" ".join(("mplug2", *names)) for names in COMMANDS])
+
+
+def example(shown: Outcome) -> list[str]:
+    """The words of the example in a command's help, without the program's name."""
+    (line,) = re.findall(r"^example:\n  mplug2 (.*)$", shown.out, re.MULTILINE)
+    return shlex.split(line)
+
+
+def test_the_commands_are_found() -> None:
+    assert {("train",), ("eval",), ("generate",), ("data", "sample"), ("convert", "parity")} <= set(COMMANDS)
+
+
+@every_command
+def test_help_shows_an_example_that_parses(names: tuple[str, ...], mplug2: Callable[..., Outcome]) -> None:
+    shown = mplug2(*names, "--help")
+    assert (shown.status, shown.err) == (0, "")
+    words = example(shown)
+    assert tuple(words[: len(names)]) == names
+    args, rest = parser().parse_known_args(words)
+    assert callable(args.run)
+    assert all(word.startswith("--config.") for word in rest)
+    assert not rest or hasattr(args, "overrides")
+
+
+@every_command
+def test_help_says_what_each_command_is_for(names: tuple[str, ...], mplug2: Callable[..., Outcome]) -> None:
+    text = mplug2(*names, "--help").out.partition("\n\n")[2]
+    assert re.match(r"\w.*\.\n", text)
+
+
+@every_command
+def test_unknown_arguments_are_refused(names: tuple[str, ...], mplug2: Callable[..., Outcome]) -> None:
+    refused = mplug2(*example(mplug2(*names, "--help")), "--no-such-option")
+    assert (refused.status, refused.out) == (2, "")
+    assert refused.err.endswith("mplug2: error: unrecognised arguments: --no-such-option\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("eval --workdir w --no-such-option --config.steps=3", "unrecognised arguments: --no-such-option"),
+        ("report w --config.steps=3", "unrecognised arguments: --config.steps=3"),
+        ("eval --workd w", "required: --workdir"),
+        ("trian", "invalid choice: 'trian'"),
+        ("eval --workdir w --step two", "invalid int value: 'two'"),
+    ],
+)
+def test_a_wrong_argument_is_named(words: str, said: str, mplug2: Callable[..., Outcome]) -> None:
+    refused = mplug2(*words.split())
+    assert refused.status == 2
+    assert said in refused.err.splitlines()[-1]
+
+
+def test_the_version_is_told(mplug2: Callable[..., Outcome]) -> None:
+    assert mplug2("--version") == Outcome(0, f"mplug2 {__version__}\n", "")
+
+
+@pytest.mark.parametrize("kind", [UserError, DataError])
+def test_an_error_is_one_line_whatever_a_library_put_into_it(
+    kind: type[Exception], monkeypatch: pytest.MonkeyPatch, mplug2: Callable[..., Outcome]
+) -> None:
+    def run(args: argparse.Namespace) -> int:
+        raise kind("config.steps is wrong:\n  because  of\n\nthis")
+
+    monkeypatch.setattr(report, "run", run)
+    assert mplug2("report", "w") == Outcome(2, "", "mplug2: error: config.steps is wrong: because of this\n")
+
+
+def test_a_file_that_the_system_refuses_is_named(
+    monkeypatch: pytest.MonkeyPatch, mplug2: Callable[..., Outcome]
+) -> None:
+    def run(args: argparse.Namespace) -> int:
+        raise PermissionError(13, "Permission denied", "runs/x/config.json")
+
+    monkeypatch.setattr(report, "run", run)
+    assert mplug2("report", "w") == Outcome(2, "", "mplug2: error: runs/x/config.json: Permission denied\n")
+
+
+def test_an_interruption_is_no_error(monkeypatch: pytest.MonkeyPatch, mplug2: Callable[..., Outcome]) -> None:
+    def run(args: argparse.Namespace) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(report, "run", run)
+    assert mplug2("report", "w") == Outcome(130, "", "mplug2: interrupted\n")
+
+
+def test_a_mistake_of_ours_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(args: argparse.Namespace) -> int:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(report, "run", run)
+    with pytest.raises(ZeroDivisionError):
+        main(["report", "w"])

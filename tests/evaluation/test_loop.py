@@ -1,0 +1,131 @@
+"""The evaluation loop: batches change nothing, results are kept, wrong set-ups are refused."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_pipelines.examples import Example, ExampleConfig, InstructionConfig
+from data_pipelines.loader import DataConfig, SourceConfig
+from data_pipelines.tokenizers import SPECIAL_TOKENS, WordPieceTokenizer
+from mplug2_jax.errors import UserError
+from mplug2_jax.evaluation.loop import Evaluation, EvaluationConfig, EvaluationResult, Sample, save_result
+from mplug2_jax.model.config import SpecialTokens, model_config
+from mplug2_jax.model.mplug2 import define
+from mplug2_jax.objectives.mlm import MlmConfig
+from mplug2_jax.parallel.mesh import MeshConfig, make_mesh
+from mplug2_jax.tasks.base import TaskContext, TaskSettings
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+TOKENIZER = WordPieceTokenizer([*SPECIAL_TOKENS, "?", *LETTERS, *(f"##{letter}" for letter in LETTERS)])
+CONTEXT = TaskContext(
+    settings=TaskSettings(mlm=MlmConfig(rate=0.5)),
+    tokens=SpecialTokens(begin=TOKENIZER.cls_id, end=TOKENIZER.sep_id, mask=TOKENIZER.mask_id),
+)
+MODEL = model_config(
+    "tiny", dtype="float32", width=16, heads=2, mlp_width=16, vision_width=16, vision_layers=1, text_layers=0,
+    universal_layers=1, fusion_layers=1, decoder_layers=1, num_latents=2, vocab_size=TOKENIZER.vocab_size,
+)  # fmt: skip
+SENTENCES = ExampleConfig(text="sentence", text_length=24)
+QUESTIONS = ExampleConfig(
+    instructions={"question": InstructionConfig(templates=("{question}",))}, instruction_length=24, target_length=8
+)
+SIZE = 20
+
+
+def evaluation(task, parts, examples, *, batch_size=SIZE, kind="text", size=SIZE, samples=SIZE, mesh=None):
+    source = SourceConfig(kind=kind, split="heldout", size=size, num_frames=3)
+    config = EvaluationConfig(
+        task=task, data=DataConfig(source=source, examples=examples, batch_size=batch_size), samples=samples
+    )
+    one = make_mesh(MeshConfig(), jax.devices()[:1])
+    return Evaluation("held", config, define(MODEL, parts), CONTEXT, TOKENIZER, mesh or one, seed=0)
+
+
+@pytest.fixture(scope="module")
+def results():
+    """The same evaluation in batches of everything, of 7 (the last holds 6), and of 16 (the last holds 4) on a mesh."""
+    parts = ("text", "universal", "mlm")
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda s: (rng.normal(size=s.shape) * 0.3).astype(np.float32), define(MODEL, parts).shapes)
+    return {
+        size: evaluation("mlm", parts, SENTENCES, batch_size=size, mesh=mesh).run(params, 3)
+        for size, mesh in ((SIZE, None), (7, None), (16, make_mesh(MeshConfig(data=2, fsdp=4))))
+    }
+
+
+@pytest.mark.parametrize("size", [7, 16])
+def test_neither_the_batch_size_nor_padding_nor_the_mesh_changes_what_is_predicted(results, size):
+    whole, ours = results[SIZE], results[size]
+    assert [sample.said for sample in ours.samples] == [sample.said for sample in whole.samples]
+    assert [sample.example.key for sample in ours.samples] == [sample.example.key for sample in whole.samples]
+    assert ours.figures == whole.figures
+    assert ours.baselines == whole.baselines
+    assert ours.examples == SIZE
+
+
+def test_a_result_says_what_was_evaluated_and_when(results):
+    result = results[7]
+    assert (result.name, result.task, result.step) == ("held", "mlm", 3)
+    assert set(result.figures) == {"accuracy"}
+    assert len({sample.example.key for sample in result.samples}) == SIZE
+    assert all(sample.true == (sample.example.text,) for sample in result.samples)
+
+
+def test_only_so_many_samples_are_kept_as_asked_for(monkeypatch):
+    few = evaluation("mlm", ("text", "universal", "mlm"), SENTENCES, samples=2, size=3, batch_size=4)
+    said = {"ids": jnp.full((4, 24), 7), "chosen": jnp.ones((4, 24), bool)}
+    monkeypatch.setattr(few, "_predict", lambda params, batch: said)
+    result = few.run({}, 0)
+    assert len(result.samples) == 2
+    assert result.examples == 3
+
+
+def test_a_result_is_saved_as_json_with_strips_of_its_samples_frames_beside_it(tmp_path):
+    clip = np.arange(2 * 32 * 32 * 3, dtype=np.uint8).reshape(2, 32, 32, 3)
+    samples = (
+        Sample(Example({"frames": clip}, "clip-1", text="t", instruction="q?", answers=("right", "also")), "wrong"),
+        Sample(Example({}, "text-2", text="only text"), "said"),
+    )
+    result = EvaluationResult("held", "answer", 70, 2, 1.5, {"accuracy": 0.5}, {"accuracy": 0.25}, samples)
+    path = save_result(result, tmp_path)
+    assert path == tmp_path / "evaluations" / "70" / "held.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    assert content == {
+        "name": "held", "task": "answer", "step": 70, "examples": 2, "seconds": 1.5,
+        "figures": {"accuracy": 0.5}, "baselines": {"accuracy": 0.25},
+        "samples": [
+            {"key": "clip-1", "instruction": "q?", "text": "t", "said": "wrong", "true": ["right", "also"],
+             "frames": "held-0.png"},
+            {"key": "text-2", "instruction": "", "text": "only text", "said": "said", "true": ["only text"]},
+        ],
+    }  # fmt: skip
+    with Image.open(path.parent / "held-0.png") as strip:
+        pixels = np.asarray(strip)
+    # Both frames side by side, each pixel three times as large.
+    np.testing.assert_array_equal(pixels[::3, ::3], np.concatenate(list(clip), axis=1))
+    assert pixels.shape == (96, 192, 3)
+    assert {p.name for p in path.parent.iterdir()} == {"held.json", "held-0.png"}
+
+
+@pytest.mark.parametrize(
+    ("task", "parts", "examples", "changes", "sentence"),
+    [
+        ("mlm", ("text", "universal"), SENTENCES, {}, "task 'mlm' needs the parts mlm, which this model lacks"),
+        ("mlm", ("text", "mlm", "universal"), QUESTIONS, {"kind": "image"}, "task 'mlm' reads text, text_mask"),
+        ("answer", ("text", "universal", "decoder"), QUESTIONS, {"kind": "image"}, "needs the parts fusion, vision"),
+        ("answer", ("vision", "text", "universal", "fusion", "decoder"), QUESTIONS, {"kind": "video"},
+         "needs the parts temporal"),
+        ("mlm", ("text", "universal", "mlm"), SENTENCES, {"size": 0}, "is empty"),
+        ("mlm", ("text", "universal", "mlm"), SENTENCES, {"mesh": 8}, "batch_size=20 does not split .* 16 or 24"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_evaluated_is_refused_before_anything_runs(task, parts, examples, changes, sentence):
+    if "mesh" in changes:
+        changes = {"mesh": make_mesh(MeshConfig(fsdp=changes["mesh"]))}
+    with pytest.raises(UserError, match=sentence) as error:
+        evaluation(task, parts, examples, **changes)
+    assert str(error.value).startswith("config.evaluations.held")

@@ -1,0 +1,254 @@
+"""Beam search against a plain restatement of the release's, with and without a cache."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jaxtyping import Array, Float, Int
+
+from mplug2_jax.errors import UserError
+from mplug2_jax.generation.beam import SearchConfig, beam_search, generate
+from mplug2_jax.model.config import SpecialTokens, model_config
+from mplug2_jax.model.decoder import Decoder
+
+# Compiling is most of the work here: let it be quick.
+quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+TOKENS = SpecialTokens(pad=0, begin=1, end=2, mask=3)
+VOCABULARY, STATES = 9, 1009
+FLOAT = np.float32
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class History:
+    """What the toy decoder remembers of each sequence: a number that depends on all of its tokens, in their order."""
+
+    value: Int[Array, " br"]
+    table: Float[Array, "n v"]
+
+    def reorder(self, rows):
+        return History(self.value[rows], self.table)
+
+
+def toy_step(tokens, position, state):
+    value = (state.value * 31 + tokens * 7 + position) % STATES
+    return state.table[value], History(value, state.table)
+
+
+def toy_logits(start, prefix, table):
+    """The same, for one sequence from its beginning."""
+    value = start
+    for position, token in enumerate(prefix):
+        value = (value * 31 + token * 7 + position) % STATES
+    return table[value]
+
+
+def search_one(logits_of, config, vocabulary):
+    """One clip, with lists: all results, best first, as (score, ids). Follows the facts of the release."""
+    beams = [(FLOAT(0.0), [TOKENS.begin])] + [(FLOAT(-np.inf), [TOKENS.begin])] * (config.beams - 1)
+    pool = []
+    for step in range(config.max_length):
+        penalty = FLOAT(((5 + step + 1) / 6) ** 0.6)
+        candidates = []
+        for parent, (total, prefix) in enumerate(beams):
+            logits = np.asarray(logits_of(prefix), FLOAT)
+            exponentials = np.exp(logits - logits.max())
+            with np.errstate(divide="ignore"):
+                log_probs = np.log(exponentials / exponentials.sum())
+            if step < config.min_length:
+                log_probs[TOKENS.end] = FLOAT(-1e20)
+            candidates += [((total + log_probs[token]) / penalty, parent, token) for token in range(vocabulary)]
+        candidates.sort(key=lambda c: -c[0])  # stable: equal scores keep the order of the flattened beams
+        best = [(score, [*beams[parent][1], token]) for score, parent, token in candidates[: config.beams]]
+        last = step == config.max_length - 1
+        ended = [last or ids[-1] == TOKENS.end for _, ids in best]
+        if ended[0] and config.extend_finished:
+            ended = [True] * config.beams
+        pool += [found for found, end in zip(best, ended, strict=True) if end]
+        if ended[0]:
+            break
+        beams = [
+            (FLOAT(-np.inf) if ids[-1] == TOKENS.end and not config.extend_finished else FLOAT(score * penalty), ids)
+            for score, ids in best
+        ]
+    return sorted((p for p in pool if p[0] > -np.inf), key=lambda p: -p[0])[: config.beams]
+
+
+def assert_same(found, expected, config, atol=1e-5):
+    """Compares the results for every clip; what there are too few results for is empty."""
+    for clip, results in enumerate(expected):
+        for rank in range(config.beams):
+            score, ids = results[rank] if rank < len(results) else (-np.inf, [])
+            assert int(found.lengths[clip, rank]) == len(ids)
+            padded = [*ids, *[0] * (config.max_length + 1 - len(ids))]
+            np.testing.assert_array_equal(found.ids[clip, rank], padded)
+            np.testing.assert_allclose(found.scores[clip, rank], score, rtol=1e-5, atol=atol)
+
+
+@functools.partial(quick, static_argnames="config")
+def toy_search(starts, table, config):
+    state = History(jnp.repeat(starts, config.beams), table)
+    return beam_search(toy_step, state, starts.shape[0], config, TOKENS)
+
+
+def tables(seed, sharpness, end_bias):
+    table = np.random.default_rng(seed).normal(size=(STATES, VOCABULARY)) * sharpness
+    table[:, TOKENS.end] += end_bias
+    return table.astype(FLOAT)
+
+
+@pytest.mark.parametrize(
+    ("batch", "beams", "min_length", "max_length", "extend"),
+    [
+        (3, 1, 0, 6, True),
+        (1, 2, 1, 7, False),
+        (2, 3, 4, 8, True),
+        (3, 4, 0, 1, True),
+        (2, 4, 2, 8, False),
+        (2, 5, 1, 9, True),
+        (1, 5, 9, 9, False),
+    ],
+)
+@settings(max_examples=15, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    sharpness=st.sampled_from([0.3, 1.0, 4.0]),
+    end_bias=st.sampled_from([-4.0, 0.0, 1.0, 4.0]),
+)
+def test_search_finds_what_a_plain_restatement_finds(
+    batch, beams, min_length, max_length, extend, seed, sharpness, end_bias
+):
+    config = SearchConfig(beams=beams, min_length=min_length, max_length=max_length, extend_finished=extend)
+    table = tables(seed, sharpness, end_bias)
+    starts = np.arange(batch) * 13 + seed % 100
+    found = toy_search(jnp.asarray(starts, jnp.int32), jnp.asarray(table), config)
+    expected = [search_one(lambda prefix, s=int(s): toy_logits(s, prefix, table), config, VOCABULARY) for s in starts]
+    assert_same(found, expected, config)
+
+
+def chain(*rows):
+    """A table for sequences whose next logits depend on the position alone: probabilities of each token."""
+    return jnp.log(jnp.asarray(rows) + 1e-9)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Stateless:
+    """A state that remembers nothing."""
+
+    def reorder(self, rows):
+        return self
+
+
+def run_chain(table, config):
+    step = lambda tokens, position, state: (jnp.broadcast_to(table[position], (*tokens.shape, table.shape[-1])), state)  # noqa: E731
+    return beam_search(step, Stateless(), 1, config, TOKENS)
+
+
+def test_a_hand_computed_search():
+    """At each position: probability of (pad, begin, end, a, b)."""
+    table = chain((0, 0, 0.3, 0.5, 0.2), (0, 0, 0.8, 0.12, 0.08))
+    found = run_chain(table, SearchConfig(beams=2, min_length=0, max_length=2, extend_finished=True))
+    second = (7 / 6) ** 0.6  # the penalty at step 1; at step 0 it is 1
+    # Step 0: a (0.5), then end (0.3), which is stored and lives on. Step 1: a end (0.4), end end (0.24): done.
+    np.testing.assert_array_equal(found.ids[0], [[1, 3, 2], [1, 2, 0]])
+    np.testing.assert_array_equal(found.lengths[0], [3, 2])
+    np.testing.assert_allclose(found.scores[0], [np.log(0.4) / second, np.log(0.3)], rtol=1e-5)
+
+
+def test_released_search_goes_on_beyond_an_end_and_the_standard_one_does_not():
+    table = chain((0, 0, 0.4, 0.6, 0), (0, 0, 0.03, 0.95, 0.02), (0, 0, 0.98, 0.01, 0.01))
+    released, standard = (
+        run_chain(table, SearchConfig(beams=2, min_length=0, max_length=3, extend_finished=extend))
+        for extend in (True, False)
+    )
+    np.testing.assert_array_equal(released.ids[0], [[1, 3, 3, 2], [1, 2, 3, 2]])
+    np.testing.assert_array_equal(standard.ids[0], [[1, 3, 3, 2], [1, 2, 0, 0]])
+
+
+@pytest.mark.parametrize("min_length", [0, 3])
+def test_the_end_comes_no_earlier_than_the_minimal_length(min_length):
+    table = chain(*[(0, 0, 0.98, 0.01, 0.01)] * 6)
+    found = run_chain(table, SearchConfig(beams=1, min_length=min_length, max_length=6))
+    assert found.ids[0, 0].tolist().index(TOKENS.end) == min_length + 1
+
+
+def test_a_search_ends_as_soon_as_every_clip_is_done():
+    positions = []
+
+    def step(tokens, position, state):
+        jax.debug.callback(lambda p: positions.append(int(p)), position)
+        return jnp.broadcast_to(chain((0, 0, 0.9, 0.05, 0.05)), (*tokens.shape, 5)), state
+
+    found = beam_search(step, Stateless(), 2, SearchConfig(beams=1, min_length=2, max_length=50), TOKENS)
+    jax.block_until_ready(found)
+    jax.effects_barrier()
+    assert positions == [0, 1, 2]
+
+
+CONFIG = model_config(
+    "tiny", dtype="float32", width=32, heads=4, mlp_width=64, vocab_size=VOCABULARY, max_positions=12, decoder_layers=2
+)
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    """A decoder whose predictions are far from uniform, and four memories of which parts are masked."""
+    rng = np.random.default_rng(0)
+    with nnx.use_eager_sharding(False):
+        graphdef, shapes = nnx.split(nnx.eval_shape(lambda: Decoder(CONFIG, rngs=nnx.Rngs(0))), nnx.Param)
+    params = jax.tree.map(lambda s: jnp.asarray(0.5 * rng.normal(size=s.shape), jnp.float32), shapes)
+    memory = jnp.asarray(rng.normal(size=(4, 6, 32)), jnp.float32)
+    return graphdef, params, memory, jnp.arange(6) < jnp.asarray([[6], [3], [1], [5]])
+
+
+@functools.partial(quick, static_argnums=(0, 4))
+def cached(graphdef, params, memory, mask, config):
+    return generate(nnx.merge(graphdef, params), memory, mask, config, TOKENS)
+
+
+@functools.partial(quick, static_argnums=0)
+def forward(graphdef, params, ids, memory, mask):
+    return nnx.merge(graphdef, params)(ids, None, memory, mask)
+
+
+@pytest.mark.parametrize(("beams", "extend"), [(1, False), (4, False), (4, True)])
+def test_a_cache_changes_nothing(decoder, beams, extend):
+    graphdef, params, memory, mask = decoder
+    config = SearchConfig(beams=beams, min_length=1, max_length=7, extend_finished=extend)
+
+    def logits_of(clip, prefix):  # the whole prefix at once; what follows it changes nothing under a causal mask
+        ids = np.zeros((4, config.max_length), np.int32)
+        ids[:, : len(prefix)] = prefix
+        return forward(graphdef, params, ids, memory, mask)[clip, len(prefix) - 1]
+
+    found = cached(graphdef, params, memory, mask, config)
+    expected = [search_one(functools.partial(logits_of, clip), config, VOCABULARY) for clip in range(4)]
+    assert_same(found, expected, config)
+    assert len({tuple(results[0][1]) for results in expected}) > 1  # the memories do matter
+
+
+def test_a_search_beyond_the_position_table_is_refused(decoder):
+    with pytest.raises(UserError, match=r"13 tokens exceeds model\.max_positions=12"):
+        cached(*decoder, SearchConfig(beams=1, max_length=13))
+
+
+def test_clips_of_a_batch_do_not_influence_each_other_and_masked_memory_is_not_seen(decoder):
+    graphdef, params, memory, mask = decoder
+    config = SearchConfig(beams=3, min_length=1, max_length=7)
+    together = cached(graphdef, params, memory, mask, config)
+    # Every clip but one is replaced, and what is masked is filled with noise.
+    for kept in range(4):
+        others = jnp.where((jnp.arange(4) == kept)[:, None, None], memory, memory[::-1] + 1)
+        noisy = jnp.where(mask[..., None], others, 50.0)
+        found = cached(graphdef, params, noisy, mask, config)
+        np.testing.assert_array_equal(found.ids[kept], together.ids[kept])
+        np.testing.assert_allclose(found.scores[kept], together.scores[kept], atol=1e-5)
+    unmasked = cached(graphdef, params, memory, jnp.ones_like(mask), config)
+    assert float(jnp.abs(unmasked.scores[1:] - together.scores[1:]).max()) > 1e-3

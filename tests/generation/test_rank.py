@@ -1,0 +1,93 @@
+"""Answer ranking against a plain restatement of the release's."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from mplug2_jax.generation.rank import rank_answers
+from mplug2_jax.model.config import model_config
+from mplug2_jax.model.decoder import Decoder
+
+# Compiling is most of the work here: let it be quick.
+quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+CONFIG = model_config(
+    "tiny", dtype="float32", width=32, heads=4, mlp_width=64, vocab_size=12, max_positions=8, decoder_layers=1
+)
+BEGIN, END = 1, 2
+# Two begin with the same word, one is empty, one is longer than the others.
+ANSWERS = ([3], [4, 5], [4, 6], [7, 8, 9, 10], [], [11, 3], [5])
+LENGTH = 7
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    rng = np.random.default_rng(0)
+    with nnx.use_eager_sharding(False):
+        graphdef, shapes = nnx.split(nnx.eval_shape(lambda: Decoder(CONFIG, rngs=nnx.Rngs(0))), nnx.Param)
+    params = jax.tree.map(lambda s: jnp.asarray(0.5 * rng.normal(size=s.shape), jnp.float32), shapes)
+    answers = np.zeros((len(ANSWERS), LENGTH), np.int32)
+    for row, words in zip(answers, ANSWERS, strict=True):
+        row[: len(words) + 2] = [BEGIN, *words, END]
+    memory = jnp.asarray(rng.normal(size=(3, 5, 32)), jnp.float32)
+    mask = jnp.arange(5) < jnp.asarray([[5], [2], [4]])
+    return graphdef, params, memory, mask, jnp.asarray(answers)
+
+
+@functools.partial(quick, static_argnames=("graphdef", "keep", "first_twice"))
+def rank(graphdef, params, memory, mask, answers, *, keep, first_twice):
+    decoder = nnx.merge(graphdef, params)
+    return rank_answers(decoder, memory, mask, answers, answers != 0, keep=keep, first_twice=first_twice)
+
+
+def log_softmax(x):
+    x = np.asarray(x, np.float64)
+    return x - x.max() - np.log(np.exp(x - x.max()).sum())
+
+
+def reference(log_probs, keep, first_twice):
+    """One question: ``log_probs[a, t]`` is what the decoder expects after t tokens of answer a."""
+    first = [log_probs[a, 0][[*words, END][0]] for a, words in enumerate(ANSWERS)]
+    chosen = sorted(range(len(ANSWERS)), key=lambda a: -first[a])[:keep]
+    scores = []
+    for a in chosen:
+        total = first[a] if first_twice else 0.0
+        for t, token in enumerate([*ANSWERS[a], END]):
+            total += log_probs[a, t][token]
+        scores.append(total)
+    shares = np.exp(scores - np.max(scores))
+    shares /= shares.sum()
+    order = np.argsort(-shares, kind="stable")
+    return [chosen[i] for i in order], shares[order]
+
+
+@pytest.fixture(scope="module")
+def log_probs(inputs):
+    """For each question and answer, what the decoder expects after each token."""
+    graphdef, params, memory, mask, answers = inputs
+    forward = quick(lambda ids, m, seen: nnx.merge(graphdef, params)(ids, None, m, seen))
+    ids = jnp.tile(answers, (3, 1))
+    logits = forward(ids, *(jnp.repeat(x, len(ANSWERS), 0) for x in (memory, mask)))
+    return np.apply_along_axis(log_softmax, -1, logits).reshape(3, len(ANSWERS), LENGTH, -1)
+
+
+@pytest.mark.parametrize(("keep", "first_twice"), [(3, True), (3, False), (7, True)])
+def test_ranking_equals_a_plain_restatement(inputs, log_probs, keep, first_twice):
+    found, shares = rank(*inputs, keep=keep, first_twice=first_twice)
+    assert found.shape == shares.shape == (3, keep)
+    for question in range(3):
+        expected, expected_shares = reference(log_probs[question], keep, first_twice)
+        np.testing.assert_array_equal(found[question], expected)
+        np.testing.assert_allclose(shares[question], expected_shares, rtol=1e-4, atol=1e-7)
+
+
+def test_questions_narrowing_and_the_first_token_matter_in_these_cases(log_probs):
+    (everything, shares), (narrowed, _), (_, twice) = (
+        reference(log_probs[0], keep, first_twice) for keep, first_twice in ((7, False), (3, False), (7, True))
+    )
+    assert everything != reference(log_probs[1], 7, False)[0]
+    assert everything[:3] != narrowed
+    assert not np.allclose(shares, twice, atol=1e-3)

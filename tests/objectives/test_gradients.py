@@ -1,0 +1,110 @@
+"""What a stream's batch does not touch gets a gradient of exactly zero, in a model that has every part."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from data_pipelines.examples import ExampleConfig
+from data_pipelines.loader import DataConfig, SourceConfig
+from mplug2_jax.model.config import PARTS, SpecialTokens, model_config
+from mplug2_jax.objectives.mlm import MlmConfig
+from mplug2_jax.objectives.vlm import VlmConfig
+from mplug2_jax.parallel.mesh import MeshConfig, make_mesh
+from mplug2_jax.tasks.base import TaskSettings
+from mplug2_jax.training.config import RunConfig, StreamConfig
+from mplug2_jax.training.state import plan_run
+from mplug2_jax.training.step import streams_loss
+
+BATCH, VOCABULARY = 4, 32
+MODEL = model_config(
+    "tiny", dtype="float32", dropout=0.0, width=32, heads=2, mlp_width=32, vision_width=16, vision_heads=2,
+    vision_layers=1, image_size=16, text_layers=1, universal_layers=1, fusion_layers=1, decoder_layers=1,
+    num_latents=2, vocab_size=VOCABULARY, max_positions=8, contrastive_width=8,
+)  # fmt: skip
+EVERYTHING = {"image": {"vlm": 1.0}, "video": {"caption": 1.0}, "text": {"mlm": 1.0}}
+OBJECTIVES = {
+    "image": {"ilm": 2.0},
+    "video": {"vlc": 1.0},
+    "text": {"mlm": 0.5},
+}
+
+
+def run_of(streams):
+    """A run with these streams, each with its weighted objectives."""
+
+    def data(kind):
+        return DataConfig(source=SourceConfig(kind=kind), examples=ExampleConfig(), batch_size=BATCH)
+
+    return RunConfig(
+        name="gradients", steps=1, model=MODEL, tasks=TaskSettings(vlm=VlmConfig(group=BATCH), mlm=MlmConfig(rate=0.5)),
+        streams={kind: StreamConfig(data=data(kind), objectives=weights) for kind, weights in streams.items()},
+    )  # fmt: skip
+
+
+def batch_of(kind):
+    rng = np.random.default_rng(0)
+
+    def tokens():
+        return jnp.asarray(rng.integers(4, VOCABULARY, size=(BATCH, 6)), jnp.int32).at[:, 0].set(1)
+
+    mask = jnp.arange(6) < jnp.asarray([[6], [5], [4], [6]])
+    batch = {
+        "text": tokens(), "text_mask": mask, "instruction": tokens(), "instruction_mask": mask, "target": tokens(),
+        "target_weights": jnp.ones((BATCH, 6)), "example_id": jnp.arange(BATCH, dtype=jnp.int32),
+    }  # fmt: skip
+    if kind != "text":
+        shape = (BATCH, {"image": 1, "video": 3}[kind], 16, 16, 3)
+        batch["frames"] = jnp.asarray(rng.integers(0, 256, size=shape), jnp.uint8)
+    return batch
+
+
+@pytest.fixture(scope="module")
+def plan():
+    """A run whose model has every part; its parameters are all random, so that none hides behind another's zero."""
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    plan = plan_run(run_of(EVERYTHING), SpecialTokens(begin=1, end=2, mask=3), mesh)
+    rng = np.random.default_rng(1)
+    params = jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape) * 0.3, jnp.float32), plan.definition.shapes)
+    params["contrastive"]["temperature"] = jnp.asarray(0.07)
+    assert set(plan.definition.parts) == set(PARTS) - {"classifier"}
+    return plan, params
+
+
+def largest_gradients(plan, params, kind):
+    """The largest gradient of every parameter, from a batch of one stream; and the metrics."""
+    one = dataclasses.replace(plan, config=run_of({kind: OBJECTIVES[kind]}))
+
+    def loss(params, batch):
+        return streams_loss(one, params, None, {}, {kind: batch}, jax.random.key(3), jnp.zeros(()))
+
+    # Compiling is all the work here: let it be quick.
+    options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+    run = jax.jit(jax.grad(loss, has_aux=True), compiler_options=options)
+    gradients, (metrics, _) = run(params, batch_of(kind))
+    leaves = jax.tree_util.tree_leaves_with_path(gradients)
+    return {"/".join(key.key for key in path): float(np.abs(leaf).max()) for path, leaf in leaves}, metrics
+
+
+def untouched(name, kind):
+    """Whether a parameter has no part in what a stream's objectives compute."""
+    if kind == "text":
+        visual = ("vision", "universal/latents", "universal/visual_norm", "universal/layers/cross")
+        return name.startswith((*visual, "fusion/", "decoder/", "contrastive/", "matching/"))
+    if kind == "image":
+        return "/temporal_" in name or name.startswith(("mlm/", "contrastive/", "matching/"))
+    return name.startswith(("fusion/", "decoder/", "mlm/", "matching/"))
+
+
+@pytest.mark.parametrize("kind", ["text", "image", "video"])
+def test_gradients_are_exactly_zero_where_a_stream_does_not_reach_and_only_there(plan, kind):
+    largest, metrics = largest_gradients(*plan, kind)
+    for name, value in largest.items():
+        if untouched(name, kind):
+            assert value == 0, name
+        elif not name.endswith("key/bias"):  # which no softmax sees: rounding noise, or none
+            assert value > 0, name
+    weighted = sum(weight * metrics[f"{kind}/{objective}/loss"] for objective, weight in OBJECTIVES[kind].items())
+    np.testing.assert_allclose(metrics["loss"], weighted, rtol=1e-6)

@@ -1,0 +1,184 @@
+"""Losses on decoded text, and distillation, against numpy."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mplug2_jax.objectives.forward import Forward, weighted_mean
+from mplug2_jax.objectives.language import (
+    DistillationConfig,
+    answer_loss,
+    answer_sums,
+    caption_loss,
+    distillation_sums,
+    ilm_loss,
+    next_token_loss,
+    teacher_probabilities,
+)  # fmt: skip
+
+ANSWERS, LENGTH, VOCABULARY = 6, 5, 7
+
+
+class Prepared(Forward):
+    """A forward pass whose decoder says what it is told to; no model runs."""
+
+    def __init__(self, batch, logits, teacher=None, alpha=0.0):
+        self.batch, self.rng, self.teacher, self.alpha = batch, None, teacher, alpha
+        self.visual = jnp.zeros((1, 1, 1))
+        self.instructed = (jnp.zeros((1, 1, 1)), jnp.ones((1, 1), bool))
+        self.model = types.SimpleNamespace(decoder=lambda *args, rng: logits)
+
+
+def log_softmax(x, axis=-1):
+    x = np.asarray(x, np.float64)
+    x = x - x.max(axis, keepdims=True)
+    return x - np.log(np.exp(x).sum(axis, keepdims=True))
+
+
+def case(seed):
+    """Logits, targets of several lengths whose first predictions do not count, and a teacher's probabilities."""
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(size=(ANSWERS, LENGTH, VOCABULARY)) * 3
+    target = rng.integers(1, VOCABULARY, size=(ANSWERS, LENGTH))
+    lengths = rng.integers(2, LENGTH + 1, size=(ANSWERS, 1))
+    target[np.arange(LENGTH) >= lengths] = 0
+    weights = ((target > 0) & (np.arange(LENGTH) >= rng.integers(0, 3, size=(ANSWERS, 1)))).astype(np.float32)
+    soft = np.exp(log_softmax(rng.normal(size=(ANSWERS, LENGTH - 1, VOCABULARY)) * 2))
+    return (
+        jnp.asarray(x, d) for x, d in ((logits, "float32"), (target, "int32"), (weights, "float32"), (soft, "float32"))
+    )
+
+
+def losses_of(logits, target):
+    """Cross entropy of token t + 1 by the logits at t, with loops."""
+    log_probs = log_softmax(logits)
+    return np.asarray([[-log_probs[a, t, target[a, t + 1]] for t in range(LENGTH - 1)] for a in range(ANSWERS)])
+
+
+seeds = given(seed=st.integers(0, 2**32 - 1))
+few = settings(max_examples=15, deadline=None)
+
+
+@few
+@seeds
+def test_logits_at_t_predict_the_token_at_t_plus_1(seed):
+    logits, target, weights, _ = case(seed)
+    losses = losses_of(logits, target)
+    np.testing.assert_allclose(jax.jit(next_token_loss)(logits, target), losses, rtol=1e-4, atol=1e-5)
+    sums = (losses * np.asarray(weights)[:, 1:]).sum(1)
+    np.testing.assert_allclose(jax.jit(answer_sums)(logits, target, weights), sums, rtol=1e-4, atol=1e-5)
+
+
+@few
+@seeds
+@pytest.mark.parametrize("over", ["vocabulary", "time"])
+def test_distillation_is_cross_entropy_with_a_student_normalised_over_the_axis_that_is_asked_for(seed, over):
+    logits, _, weights, soft = case(seed)
+    student = log_softmax(np.asarray(logits)[:, :-1], axis={"vocabulary": 2, "time": 1}[over])
+    expected = (-(student * np.asarray(soft, np.float64)).sum(-1) * np.asarray(weights)[:, 1:]).sum(1)
+    sums = jax.jit(distillation_sums, static_argnames="over")(logits, soft, weights, over=over)
+    np.testing.assert_allclose(sums, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_teacher_that_is_sure_of_the_target_distils_to_plain_cross_entropy():
+    logits, target, weights, _ = case(0)
+    sure = jax.nn.one_hot(target[:, 1:], VOCABULARY)
+    np.testing.assert_allclose(
+        distillation_sums(logits, sure, weights, over="vocabulary"), answer_sums(logits, target, weights), rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("objective", [caption_loss, ilm_loss])
+def test_captions_and_instructed_answers_take_the_mean_over_all_counted_tokens_of_the_batch(objective):
+    logits, target, weights, _ = case(1)
+    mask = np.asarray([True, True, False, True, True, False])
+    batch = {"target": target, "target_weights": weights, "example_mask": jnp.asarray(mask)}
+    outcome = objective(Prepared(batch, logits))
+    counted = np.asarray(weights)[:, 1:] * mask[:, None]
+    hits = np.asarray(logits)[:, :-1].argmax(-1) == np.asarray(target)[:, 1:]
+    expected = (losses_of(logits, target) * counted).sum() / counted.sum()
+    np.testing.assert_allclose(outcome.loss, expected, rtol=1e-5)
+    np.testing.assert_allclose(outcome.metrics["token_accuracy"], (hits * counted).sum() / counted.sum(), rtol=1e-5)
+    # Not the mean of means: here it would be another number.
+    some = counted.sum(1) > 0
+    means = (losses_of(logits, target) * counted).sum(1)[some] / counted.sum(1)[some]
+    assert abs(means.mean() - expected) > 1e-2
+
+
+def test_the_decoder_is_masked_where_the_target_is_padding():
+    logits, target, weights, _ = case(1)
+    seen = []
+    forward = Prepared({"target": target, "target_weights": weights}, logits)
+    forward.model.decoder = lambda ids, mask, *memory, rng: seen.append((ids, mask)) or logits
+    for objective in (caption_loss, ilm_loss, answer_loss):
+        objective(forward)
+    for ids, mask in seen:
+        np.testing.assert_array_equal(ids, target)
+        np.testing.assert_array_equal(mask, target != 0)
+    assert len(seen) == 3
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("questions", [6, 3, 2])
+def test_answers_are_token_sums_weighted_over_the_number_of_questions(questions, weighted, masked):
+    logits, target, weights, _ = case(2)
+    repeat = ANSWERS // questions
+    batch = {"target": target, "target_weights": weights, "example_id": jnp.arange(questions)}
+    answer_weights = np.ones(ANSWERS)
+    counts = np.ones(questions)
+    if weighted:
+        answer_weights = np.asarray([0.5, 0.25, 0.0, 1.0, 0.75, 0.0])
+        batch["answer_weights"] = jnp.asarray(answer_weights, jnp.float32)
+    if masked:
+        counts[0] = 0
+        batch["example_mask"] = jnp.asarray(counts > 0)
+    sums = (losses_of(logits, target) * np.asarray(weights)[:, 1:]).sum(1)
+    expected = (sums * answer_weights * counts.repeat(repeat)).sum() / counts.sum()
+    # Under jit a batch's keys come in alphabetical order: that of the answers' weights first.
+    outcome = jax.jit(lambda batch: answer_loss(Prepared(batch, logits)).loss)(batch)
+    np.testing.assert_allclose(outcome, expected, rtol=1e-5)
+
+
+def test_distillation_mixes_in_the_teachers_view_by_alpha():
+    logits, target, weights, _ = case(3)
+    other, *_ = case(4)
+    batch = {"target": target, "target_weights": weights}
+    config = DistillationConfig(over="time")
+    soft = np.exp(log_softmax(np.asarray(other)[:, :-1]))
+    np.testing.assert_allclose(teacher_probabilities(Prepared(batch, other)), soft, atol=1e-6)
+    plain = answer_loss(Prepared(batch, logits)).loss
+    distilled = distillation_sums(logits, jnp.asarray(soft, jnp.float32), weights, over="time").mean()
+    for alpha in (0.0, 0.4, 1.0):
+        outcome = answer_loss(Prepared(batch, logits, Prepared(batch, other), alpha), config)
+        np.testing.assert_allclose(outcome.loss, (1 - alpha) * plain + alpha * distilled, rtol=1e-5)
+    # A teacher that nobody asked to teach (it is there for the contrast) changes nothing.
+    assert answer_loss(Prepared(batch, logits, Prepared(batch, other), 0.4), None).loss == plain
+
+
+def test_the_teacher_gets_no_gradient_and_the_student_does():
+    logits, target, weights, _ = case(3)
+    batch = {"target": target, "target_weights": weights}
+
+    @jax.jit
+    def gradients(own, theirs):
+        def loss(own, theirs):
+            return answer_loss(Prepared(batch, own, Prepared(batch, theirs), 0.4), DistillationConfig()).loss
+
+        return jax.grad(loss, argnums=(0, 1))(own, theirs)
+
+    own, theirs = gradients(logits, logits[::-1])
+    assert float(jnp.abs(own).max()) > 0.01
+    np.testing.assert_array_equal(theirs, 0)
+
+
+def test_a_mean_over_nothing_is_0_with_a_finite_gradient():
+    value, gradient = jax.value_and_grad(weighted_mean)(jnp.asarray([3.0, 4.0]), jnp.zeros(2))
+    assert float(value) == 0
+    np.testing.assert_array_equal(gradient, 0)
+    np.testing.assert_allclose(weighted_mean(jnp.asarray([3.0, 4.0]), jnp.asarray([1.0, 3.0])), 3.75)

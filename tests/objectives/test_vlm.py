@@ -1,0 +1,245 @@
+"""Vision-language matching: which negatives are drawn, and what the loss makes of them."""
+
+import functools
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mplug2_jax.model.config import model_config
+from mplug2_jax.model.fusion import Fusion
+from mplug2_jax.objectives.forward import Forward
+from mplug2_jax.objectives.vlm import VlmConfig, hard_negatives, take_in_group, vlm_loss
+from mplug2_jax.parallel.mesh import MeshConfig, make_mesh
+from mplug2_jax.parallel.placement import batch_sharding
+
+# Compiling is most of the work here: let it be quick.
+quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+BATCH, WIDTH = 12, 6
+
+
+def case(seed, num_ids=5, padded=2, batch=BATCH):
+    rng = np.random.default_rng(seed)
+    features = rng.normal(size=(2, batch, WIDTH))
+    features = (features / np.linalg.norm(features, axis=-1, keepdims=True)).astype(np.float32)
+    counts = np.ones(batch, np.float32)
+    counts[rng.permutation(batch)[:padded]] = 0
+    ids = rng.integers(num_ids, size=batch).astype(np.int32)
+    return tuple(jnp.asarray(x) for x in (features[0], features[1], ids, counts))
+
+
+def draw_from_themselves(visual, text, ids, counts, rng=None, temperature=0.07, group=4):
+    pair = (visual, text)
+    return hard_negatives(pair, pair, ids, counts, jnp.asarray(temperature), group, rng)
+
+
+draw = quick(draw_from_themselves, static_argnames="group")
+
+
+def whole(index, group):
+    """Indices inside groups as indices of the batch."""
+    index = np.asarray(index)
+    return (index + group * np.arange(len(index))[:, None]).reshape(-1)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 2**31 - 1), num_ids=st.sampled_from([1, 2, 4, 100]), padded=st.integers(0, 12),
+    group=st.sampled_from([4, 12]), drawn=st.booleans(),
+)  # fmt: skip
+def test_negatives_are_others_of_the_group_with_another_id_that_count(seed, num_ids, padded, group, drawn):
+    visual, text, ids, counts = case(seed, num_ids, padded)
+    found = draw(visual, text, ids, counts, jax.random.key(seed) if drawn else None, group=group)
+    ids, counts, exists = np.asarray(ids), np.asarray(counts), np.asarray(found[2]).reshape(-1)
+    for i in range(BATCH):
+        members = range(i // group * group, i // group * group + group)
+        possible = {j for j in members if ids[j] != ids[i] and counts[i] and counts[j]}
+        assert exists[i] == bool(possible)
+        for index in found[:2]:
+            assert 0 <= np.asarray(index).reshape(-1)[i] < group
+            assert not possible or whole(index, group)[i] in possible
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 2**31 - 1))
+def test_the_most_similar_is_drawn_without_a_key_and_at_a_low_temperature(seed):
+    visual, text, ids, counts = case(seed, padded=1)
+    exists = np.asarray(draw(visual, text, ids, counts)[2]).reshape(-1)
+    similarity = np.asarray(text) @ np.asarray(visual).T  # texts are rows
+    same_group = np.arange(BATCH)[:, None] // 4 == np.arange(BATCH) // 4
+    wrong = same_group & (np.asarray(ids)[:, None] != np.asarray(ids)) & (np.asarray(counts) > 0)
+    pictures = np.where(wrong, similarity, -np.inf).argmax(1)
+    texts = np.where(wrong, similarity.T, -np.inf).argmax(1)
+    for rng, temperature in ((None, 0.07), (jax.random.key(seed), 1e-6)):
+        found = draw(visual, text, ids, counts, rng, temperature)
+        np.testing.assert_array_equal(whole(found[0], 4)[exists], pictures[exists])
+        np.testing.assert_array_equal(whole(found[1], 4)[exists], texts[exists])
+
+
+def test_draws_are_in_proportion_to_the_softmax_of_similarity_over_temperature():
+    visual, text, _, counts = case(1, padded=0, batch=4)
+    ids, temperature, draws = jnp.asarray([0, 1, 0, 2]), 0.5, 4000
+    run = quick(jax.vmap(lambda key: draw_from_themselves(visual, text, ids, counts, key, temperature)[:2]))
+    pictures, texts = (np.asarray(x)[:, 0] for x in run(jax.random.split(jax.random.key(0), draws)))
+    scores = np.asarray(text) @ np.asarray(visual).T / temperature
+    wrong = np.asarray(ids)[:, None] != np.asarray(ids)
+    for found, score in ((pictures, scores), (texts, scores.T)):
+        expected = np.where(wrong, np.exp(score), 0)
+        expected /= expected.sum(1, keepdims=True)
+        shares = np.stack([np.bincount(found[:, i], minlength=4) / draws for i in range(4)])
+        np.testing.assert_allclose(shares, expected, atol=5 * np.sqrt(0.25 / draws))
+    assert (pictures != texts).any()  # the two draws are independent
+
+
+def test_another_groups_examples_change_no_draw():
+    visual, text, ids, counts = case(2)
+    rng, first = jax.random.key(3), jnp.arange(BATCH) < 4
+    before = draw(visual, text, ids, counts, rng)
+    after = draw(
+        jnp.where(first[:, None], visual, -visual), jnp.where(first[:, None], text, visual),
+        jnp.where(first, ids, ids + 1), jnp.where(first, counts, 1.0), rng,
+    )  # fmt: skip
+    for a, b in zip(before, after, strict=True):
+        np.testing.assert_array_equal(a[0], b[0])
+    assert any((np.asarray(a) != np.asarray(b)).any() for a, b in zip(before, after, strict=True))
+
+
+def test_candidates_may_be_a_teachers_features():
+    visual, text, ids, counts = case(5, num_ids=100, padded=0)
+    own, theirs = (visual, text), (visual[::-1], text[::-1])
+    run = quick(hard_negatives, static_argnums=5)
+    temperature = jnp.asarray(0.07)
+    crossed = run(own, theirs, ids, counts, temperature, 4, None)
+    wrong = ~np.eye(4, dtype=bool)
+    for index, rows, columns in ((crossed[0], text, theirs[0]), (crossed[1], visual, theirs[1])):
+        scores = np.einsum("gie,gje->gij", rows.reshape(3, 4, -1), columns.reshape(3, 4, -1))
+        np.testing.assert_array_equal(index, np.where(wrong, scores, -np.inf).argmax(-1))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "bool"])
+def test_rows_are_taken_inside_their_group_exactly(dtype):
+    x = jax.random.normal(jax.random.key(0), (6, 2, 3))
+    x = x > 0 if dtype == "bool" else x.astype(dtype)
+    taken = take_in_group(x, jnp.asarray([[2, 0, 0], [1, 1, 2]]))
+    assert taken.dtype == x.dtype
+    np.testing.assert_array_equal(taken, x[np.asarray([2, 0, 0, 4, 4, 5])])
+
+
+class Prepared(Forward):
+    """A forward pass whose tokens carry their own number, and whose match of text i with picture j is a table's."""
+
+    def __init__(self, batch, features, table, rng=None):
+        rows = len(batch["example_id"])
+        self.batch, self.features, self.rng, self.teacher = batch, features, rng, None
+        self.text = jnp.zeros((rows, 3, 2)).at[:, 0, 0].set(jnp.arange(rows))
+        self.visual = jnp.zeros((rows, 5, 2)).at[:, 0, 0].set(jnp.arange(rows))
+        self.model = types.SimpleNamespace(
+            fusion=self.fusion, matching=lambda fused: jnp.where(fused[:, :1] < 0, jnp.nan, table[*fused.T]),
+            contrastive=types.SimpleNamespace(temperature=jnp.asarray(0.07)),
+        )  # fmt: skip
+
+    def fusion(self, text, mask, visual, rng):
+        """[text's number, picture's number]; as in the model, texts that share a picture stand side by side."""
+        pictures = jnp.repeat(visual[:, 0, 0], len(text) // len(visual)).astype(int)
+        numbers = text[:, 0, 0].astype(int)
+        own_mask = mask.sum(1) == numbers % 3 + 1
+        return visual, jnp.where(own_mask[:, None], jnp.stack([numbers, pictures], axis=1), -1)
+
+
+def loss_and_negatives(batch, features, table, rng, group):
+    forward = Prepared(batch, features, table, rng)
+    key = forward.key("vlm/negatives")
+    counts = batch["example_mask"].astype(jnp.float32)
+    negatives = draw_from_themselves(*features, batch["example_id"], counts, key, group=group or len(table))
+    return vlm_loss(forward, VlmConfig(group=group)), negatives
+
+
+loss_of = quick(loss_and_negatives, static_argnames="group")
+
+
+def pairs_to_match(seed, padded=0, num_ids=5, batch=BATCH):
+    visual, text, ids, counts = case(seed, num_ids, padded, batch)
+    arrays = {
+        "text_mask": jnp.arange(3) < (jnp.arange(batch) % 3 + 1)[:, None],
+        "example_id": ids,
+        "example_mask": counts > 0,
+    }
+    return arrays, (visual, text), jax.random.normal(jax.random.key(seed), (batch, batch, 2))
+
+
+@pytest.mark.parametrize("group", [4, 0])
+def test_the_loss_is_over_true_pairs_wrong_pictures_and_wrong_texts(group):
+    batch, features, table = pairs_to_match(0, padded=3)
+    outcome, (pictures, texts, exists) = loss_of(batch, features, table, jax.random.key(0), group)
+    pictures, texts = (whole(index, group or BATCH) for index in (pictures, texts))
+    losses, hits = [], []
+    for i in np.flatnonzero(batch["example_mask"]):
+        pairs = [(i, i, 1)]
+        if np.asarray(exists).reshape(-1)[i]:
+            pairs += [(texts[i], i, 0), (i, pictures[i], 0)]
+        for text, picture, label in pairs:
+            logits = np.asarray(table[text, picture], np.float64)
+            losses.append(np.log(np.exp(logits).sum()) - logits[label])
+            hits.append(logits.argmax() == label)
+    np.testing.assert_allclose(outcome.loss, np.mean(losses), rtol=1e-5)
+    np.testing.assert_allclose(outcome.metrics["accuracy"], np.mean(hits), rtol=1e-5)
+
+
+def test_without_a_group_negatives_come_from_the_whole_batch():
+    batch, features, table = pairs_to_match(0, num_ids=1000)
+    _, (pictures, texts, exists) = loss_of(batch, features, table, jax.random.key(0), 0)
+    assert pictures.shape == texts.shape == exists.shape == (1, BATCH)
+    assert (np.abs(np.asarray(pictures) - np.arange(BATCH)) >= 4).any()
+
+
+def test_examples_without_a_possible_negative_count_as_true_pairs_alone():
+    batch, features, table = pairs_to_match(1, num_ids=1)
+    true = np.asarray(table, np.float64)[np.arange(BATCH), np.arange(BATCH)]
+    expected = (np.log(np.exp(true).sum(1)) - true[:, 1]).mean()
+    np.testing.assert_allclose(loss_of(batch, features, table, jax.random.key(0), 4)[0].loss, expected, rtol=1e-5)
+
+
+def test_negatives_are_a_choice_through_which_no_gradient_flows():
+    batch, features, table = pairs_to_match(2)
+
+    def loss(features, table):
+        return loss_and_negatives(batch, features, table, jax.random.key(0), 4)[0].loss
+
+    to_features, to_table = quick(jax.grad(loss, argnums=(0, 1)))(features, table)
+    np.testing.assert_array_equal(to_features, np.zeros((2, BATCH, WIDTH)))
+    assert float(jnp.abs(to_table).max()) > 0
+
+
+@pytest.mark.parametrize("stride", [0, 1])
+def test_texts_that_share_a_picture_are_fused_as_if_each_had_its_own(stride):
+    config = model_config(
+        "tiny", dtype="float32", width=16, heads=2, mlp_width=16, fusion_layers=2, fusion_stride=stride
+    )  # fmt: skip
+    with nnx.use_eager_sharding(False):
+        graphdef, shapes = nnx.split(nnx.eval_shape(lambda: Fusion(config, rngs=nnx.Rngs(0))), nnx.Param)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape) * 0.3, jnp.float32), shapes)
+    texts, pictures = jnp.asarray(rng.normal(size=(6, 3, 16))), jnp.asarray(rng.normal(size=(3, 5, 16)))
+    mask = jnp.arange(3) < jnp.asarray([[3], [1], [2], [3], [3], [2]])
+    fuse = quick(lambda *args: nnx.merge(graphdef, params)(*args)[1])
+    own = jnp.repeat(pictures, 2, axis=0)
+    np.testing.assert_allclose(fuse(texts, mask, pictures), fuse(texts, mask, own), atol=1e-5)
+    assert float(jnp.abs(fuse(texts, mask, pictures) - fuse(texts, mask, own[::-1])).max()) > 1e-2
+
+
+def test_the_mesh_changes_neither_draw_nor_loss():
+    batch, features, table = pairs_to_match(7, padded=2, num_ids=9, batch=16)
+    key = jax.random.key(11)
+    expected, negatives = loss_of(batch, features, table, key, 4)
+    mesh = make_mesh(MeshConfig(fsdp=8))  # groups of 4 over shards of 2
+    placed = jax.device_put((batch, features), batch_sharding(mesh))
+    with jax.set_mesh(mesh):
+        outcome, found = loss_of(*placed, table, key, 4)
+    for ours, plain in zip(found, negatives, strict=True):
+        np.testing.assert_array_equal(ours, plain)
+    np.testing.assert_allclose(outcome.loss, expected.loss, rtol=1e-6)

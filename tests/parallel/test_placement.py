@@ -1,0 +1,69 @@
+"""Placement: parameters by the table, with reasons; batches over the mesh; ids that stay different."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from mplug2_jax.errors import UserError
+from mplug2_jax.model.config import model_config
+from mplug2_jax.model.mplug2 import define
+from mplug2_jax.parallel.logical import PARAMETER_RULES, activation_spec
+from mplug2_jax.parallel.mesh import MeshConfig, make_mesh
+from mplug2_jax.parallel.placement import check_batch, parameter_spec, place_parameters, put_batch
+
+SIZES = {"data": 2, "fsdp": 2, "tensor": 2}
+
+
+def test_axes_follow_the_table_and_reasons_are_given() -> None:
+    assert parameter_spec((64, 128), ("embed", "mlp"), SIZES) == (PartitionSpec("fsdp", "tensor"), [])
+    spec, why = parameter_spec((63, 128), ("embed", "mlp"), SIZES)
+    assert spec == PartitionSpec(None, "tensor")
+    assert why == ["'embed' stays whole: 63 is not a multiple of fsdp=2"]
+    spec, why = parameter_spec((64, 64), ("embed", "embed"), SIZES)
+    assert spec == PartitionSpec("fsdp", None)
+    assert "already splits" in why[0]
+
+
+def test_a_large_model_lives_in_shards() -> None:
+    """No device holds more than its part of the matrices; what stays whole is small."""
+    definition = define(model_config("large"), ("vision", "temporal", "text", "universal", "fusion", "decoder"))
+    mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
+    placement = place_parameters(definition.shapes, definition.axes, mesh)
+    shapes, shardings = jax.tree.leaves(definition.shapes), jax.tree.leaves(placement.shardings)
+    held = sum(int(np.prod(s.shard_shape(x.shape))) for x, s in zip(shapes, shardings, strict=True))
+    assert held < 1.05 * definition.count() / 8
+    assert all("stays whole" in why for why in placement.reasons.values())
+
+
+def test_every_logical_axis_of_the_model_has_a_rule() -> None:
+    parts = ("vision", "temporal", "text", "universal", "fusion", "decoder", "mlm", "contrastive", "matching")
+    definition = define(model_config("tiny", num_classes=10), (*parts, "classifier"))
+    leaves = jax.tree.leaves(definition.axes, is_leaf=lambda x: isinstance(x, tuple))
+    names = {name for axes in leaves for name in axes if name is not None}
+    assert names <= set(PARAMETER_RULES)
+
+
+def test_activations_that_do_not_divide_stay_whole() -> None:
+    assert activation_spec(("batch", None), SIZES, (8, 3)) == PartitionSpec(("data", "fsdp"), None)
+    assert activation_spec(("batch", None), SIZES, (6, 3)) == PartitionSpec(None, None)
+    assert activation_spec(("batch", "heads"), {"data": 1, "fsdp": 1, "tensor": 1}, (8, 4)) == PartitionSpec(None, None)
+
+
+def test_batches_are_split_and_their_ids_folded() -> None:
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+    ids = np.array([2**62 + i for i in range(8)], np.int64)
+    placed = put_batch({"text": np.arange(16).reshape(8, 2), "example_id": ids}, mesh)
+    assert placed["text"].sharding.shard_shape((8, 2)) == (1, 2)
+    assert placed["example_id"].dtype == np.int32
+    assert len(set(np.asarray(placed["example_id"]).tolist())) == 8
+    assert (np.asarray(placed["example_id"]) >= 0).all()
+
+
+def test_a_batch_that_does_not_split_names_the_nearest_sizes() -> None:
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+    check_batch("config.x", 16, mesh)
+    with pytest.raises(UserError, match=r"config.x=12 does not split .* 8 batch shards .*; use 8 or 16"):
+        check_batch("config.x", 12, mesh)
+    with pytest.raises(UserError, match=r"use 8$"):
+        check_batch("config.x", 3, mesh)

@@ -1,0 +1,191 @@
+"""Evaluations as plain data: the last of each name, damaged files noted, pictures from their own folder alone."""
+
+import base64
+import io
+import json
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mplug2_jax.report import results
+from mplug2_jax.report.results import Evaluation, read_evaluations
+
+from .conftest import Run, sample
+
+
+def read(run: Run, *order: str) -> tuple[dict[str, Evaluation], list[str]]:
+    notes: list[str] = []
+    return {evaluation.name: evaluation for evaluation in read_evaluations(run.path, order, notes)}, notes
+
+
+def test_the_last_step_of_each_name_is_read(run: Run) -> None:
+    for step in (5, 20, 100):
+        run.evaluation("often", step)
+    run.evaluation("once", 20)
+    (run.path / "evaluations" / "300").mkdir()
+    (run.path / "evaluations" / "999.tmp").mkdir()
+    found, notes = read(run)
+    assert {name: evaluation.step for name, evaluation in found.items()} == {"often": 100, "once": 20}
+    assert notes == []
+
+
+def test_the_order_is_the_configs_then_by_name(run: Run) -> None:
+    for name in ("a", "b", "c", "d"):
+        run.evaluation(name)
+    assert list(read(run, "d", "b")[0]) == ["d", "b", "a", "c"]
+
+
+def test_figures_stand_beside_their_baselines(run: Run) -> None:
+    figures = {"accuracy": 0.381, "cider": 61.23, "text_to_visual_r5": 0.02, "lost": None, "alone": 0.5}
+    run.evaluation("a", figures=figures, baselines={"accuracy": 0.25, "cider": 5.0, "text_to_visual_r5": 0.04})
+    shown = {figure.name: figure for figure in read(run)[0]["a"].figures}
+    assert [shown["accuracy"].value, shown["accuracy"].baseline, shown["accuracy"].ratio] == ["38.1%", "25.0%", "1.5×"]
+    assert [shown["CIDEr"].value, shown["CIDEr"].ratio] == ["61.2", "12×"]
+    assert shown["text → picture R@5"].below
+    assert not shown["accuracy"].below
+    assert (shown["lost"].value, shown["lost"].bar) == ("–", 0.0)
+    assert (shown["alone"].baseline, shown["alone"].mark) == ("–", None)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        ("", "Expecting value"),
+        ('{"task": "answer", "figu', "Unterminated string"),
+        ("[1, 2]", "list"),
+        ("null", "NoneType"),
+        ("[" * 100_000, "recursion"),
+        ({"task": None}, "'task' is missing"),
+        ({"figures": {"accuracy": "high"}}, "could not convert"),
+        ({"figures": {"accuracy": 10**400}}, "too large"),
+        ({"examples": math.inf}, "infinity"),
+        ({"samples": ["x"]}, ""),
+        ({"samples": [{"said": "x"}]}, "'true' is missing"),
+    ],
+)
+def test_a_damaged_file_is_noted_and_the_evaluation_before_it_shown(run: Run, damage: Any, said: str) -> None:
+    run.evaluation("a", 5)
+    run.evaluation("b", 100)
+    path = run.evaluation("a", 100, **(damage if isinstance(damage, dict) else {}))
+    if isinstance(damage, str):
+        path.write_text(damage)
+    found, notes = read(run)
+    assert {name: evaluation.step for name, evaluation in found.items()} == {"a": 5, "b": 100}
+    assert len(notes) == 1
+    assert notes[0].startswith("evaluations/100/a.json is damaged and was left out: ")
+    assert said in notes[0]
+
+
+def test_a_strip_comes_along_whole(run: Run) -> None:
+    picture = run.picture("a-0.png", frames=4)
+    run.evaluation("a", samples=[sample(frames="a-0.png"), sample()])
+    first, second = read(run)[0]["a"].samples
+    assert first.strip is not None
+    assert (first.strip.width, first.strip.height, first.strip.frames) == (32, 8, 4)
+    kind, _, data = first.strip.uri.partition(",")
+    assert kind == "data:image/png;base64"
+    assert base64.b64decode(data) == picture.read_bytes()
+    assert second.strip is None
+
+
+def test_a_large_strip_becomes_a_small_jpeg(run: Run) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (400, 3200, 3), np.uint8)
+    (run.path / "evaluations/100").mkdir(parents=True)
+    Image.fromarray(pixels).save(run.path / "evaluations/100/a-0.png")
+    run.evaluation("a", samples=[sample(frames="a-0.png")])
+    strip = read(run)[0]["a"].samples[0].strip
+    assert strip is not None
+    assert strip.frames == 8
+    kind, _, data = strip.uri.partition(",")
+    assert kind == "data:image/jpeg;base64"
+    with Image.open(io.BytesIO(base64.b64decode(data))) as image:
+        assert image.size == (strip.width, strip.height)
+        assert strip.width <= 2160
+        assert strip.height <= 320
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../secret.png", "../../secret.png", "/secret.png", "./a-0.png", ".", "..", "", "a/../a-0.png",
+        "..\\secret.png", "link.png", "a-0.png\0", "missing.png", "x" * 5000, "\ud800.png", 7, ["a-0.png"], {"a": 1},
+        "note.png", "cut.png", "photo.png",
+    ],
+)  # fmt: skip
+def test_frames_that_are_no_picture_of_the_same_folder_are_refused_and_noted(run: Run, name: Any) -> None:
+    picture = run.picture("a-0.png")
+    folder = picture.parent
+    secret = run.path / "evaluations" / "secret.png"
+    secret.write_bytes(picture.read_bytes())
+    (run.path / "secret.png").write_bytes(picture.read_bytes())
+    (folder / "link.png").symlink_to(secret)
+    (folder / "note.png").write_text("no picture")
+    (folder / "cut.png").write_bytes(picture.read_bytes()[:-40])
+    Image.new("RGB", (9, 9)).save(folder / "photo.png", "JPEG")
+    path = str(secret) if name == "/secret.png" else name
+    run.evaluation("a", samples=[sample(frames=path), sample(frames="a-0.png")])
+    found, notes = read(run)
+    refused, shown = found["a"].samples
+    assert refused.strip is None
+    assert shown.strip is not None
+    assert len(notes) == 1
+    assert notes[0].startswith("evaluations/100/a.json: a picture was left out: ")
+
+
+def test_a_picture_file_that_is_too_large_is_not_read(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(results, "_MAX_FILE", 100)
+    run.picture("a-0.png")
+    run.evaluation("a", samples=[sample(frames="a-0.png")])
+    found, notes = read(run)
+    assert found["a"].samples[0].strip is None
+    assert "is larger than" in notes[0]
+
+
+def test_no_damaged_picture_stops_the_page(run: Run) -> None:
+    whole = run.picture("a-0.png").read_bytes()
+    rng = np.random.default_rng(0)
+    for i in range(300):
+        data = bytearray(whole[: rng.integers(len(whole))] if i % 2 else whole)
+        for _ in range(3):
+            if data:
+                data[rng.integers(len(data))] = rng.integers(256)
+        (run.path / "evaluations/100" / f"{i}.png").write_bytes(data)
+    run.evaluation("a", samples=[sample(frames=f"{i}.png") for i in range(300)])
+    found, notes = read(run)
+    assert len(found["a"].samples) == 300
+    assert notes
+    assert all(note.startswith("evaluations/100/a.json: a picture was left out") for note in notes)
+
+
+def test_words_that_differ_are_marked_for_masked_words_alone(run: Run) -> None:
+    pair = sample(said="the eight is top", true=["the eight is purple"], text="the eight is purple")
+    longer = sample(said="the the eight", true=["the eight is purple"])
+    run.evaluation("masked", task="mlm", samples=[pair, longer])
+    run.evaluation("answers", task="answer", samples=[pair])
+    found, _ = read(run)
+    same, other = found["masked"].samples
+
+    def marked(words: Any) -> list[str]:
+        return [word.text for word in words if word.differs]
+
+    assert (marked(same.said), marked(same.true)) == (["top"], ["purple"])
+    assert (marked(other.said), marked(other.true)) == (["the"], ["is", "purple"])
+    assert marked(found["answers"].samples[0].said) == []
+
+
+def test_the_examples_own_caption_is_shown_of_several_right_ones(run: Run) -> None:
+    run.evaluation("a", task="caption", samples=[sample(said="c", text="b", true=["a", "b", "c"])])
+    (only,) = read(run)[0]["a"].samples
+    assert [word.text for word in only.true] == ["b"]
+    assert list(only.also_true) == ["a", "c"]
+    assert only.right
+
+
+def test_a_task_of_another_version_is_shown_in_plain_words(run: Run) -> None:
+    path = run.evaluation("a", task="telepathy", samples=[sample()])
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"invented": 1}))
+    assert read(run)[0]["a"].words.said == "said"

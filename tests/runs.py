@@ -1,0 +1,63 @@
+"""The smallest run that has everything: three streams, all objectives, every part of the model."""
+
+from typing import Any
+
+from data_pipelines.examples import ExampleConfig, InstructionConfig
+from data_pipelines.loader import DataConfig, SourceConfig
+from mplug2_jax.evaluation.loop import EvaluationConfig
+from mplug2_jax.generation.beam import SearchConfig
+from mplug2_jax.model.config import ModelConfig, model_config
+from mplug2_jax.tasks.base import TaskSettings
+from mplug2_jax.training.config import CheckpointConfig, RunConfig, StreamConfig, TokenizerConfig
+from mplug2_jax.training.optimizer import AdamWConfig
+from mplug2_jax.training.schedule import ScheduleConfig
+
+QUESTION = {"question": InstructionConfig(templates=("{question}",))}
+ENTAILMENT = {"entailment": InstructionConfig(templates=("{premise} means {hypothesis}?",))}
+
+
+def small_model(**overrides: Any) -> ModelConfig:
+    """One layer of each kind, 32 wide."""
+    sizes = {
+        "vision_width": 32, "vision_layers": 1, "vision_heads": 2, "image_size": 16, "width": 32, "heads": 2,
+        "mlp_width": 64, "fusion_layers": 1, "decoder_layers": 1, "num_latents": 4, "vocab_size": 256,
+        "contrastive_width": 16, "dtype": "float32",
+    }  # fmt: skip
+    return model_config("tiny", **(sizes | overrides))
+
+
+def stream(kind: str, batch_size: int, examples: ExampleConfig, **objectives: float) -> StreamConfig:
+    """A stream of DigitWorld at 16 pixels and 2 frames."""
+    source = SourceConfig(kind=kind, image_size=16, num_frames=2, size=1000)
+    return StreamConfig(data=DataConfig(source=source, examples=examples, batch_size=batch_size), objectives=objectives)
+
+
+def small_run(**overrides: Any) -> RunConfig:
+    """Pictures and clips with contrast, matching and instructions; text with masked words and instructions."""
+    pairs = ExampleConfig(text_length=12, instructions=QUESTION, instruction_length=12, target_length=6)
+    sentences = ExampleConfig(
+        text="sentence", text_length=12, instructions=ENTAILMENT, instruction_length=16, target_length=4
+    )
+    heldout = DataConfig(
+        source=SourceConfig(kind="image", split="heldout", image_size=16, size=10),
+        examples=ExampleConfig(instructions=QUESTION, instruction_length=12, target_length=6),
+        batch_size=8,
+    )
+    fields: dict[str, Any] = {
+        "name": "small",
+        "steps": 4,
+        "model": small_model(),
+        "tokenizer": TokenizerConfig(vocab_size=200),
+        "streams": {
+            "image_text": stream("image", 8, pairs, vlc=1.0, vlm=1.0, ilm=1.0),
+            "video_text": stream("video", 8, pairs, vlc=1.0, vlm=1.0, ilm=1.0),
+            "text": stream("text", 8, sentences, mlm=1.0, ilm=0.5),
+        },
+        "tasks": TaskSettings(search=SearchConfig(beams=1, max_length=5)),
+        "optimizer": AdamWConfig(learning_rate=1e-3),
+        "schedule": ScheduleConfig(warmup_steps=1),
+        "evaluations": {"questions": EvaluationConfig(task="answer", data=heldout, samples=2)},
+        "checkpoint": CheckpointConfig(every_steps=2, keep=2),
+        "log_every": 1,
+    }
+    return RunConfig(**(fields | overrides))

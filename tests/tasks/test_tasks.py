@@ -1,0 +1,225 @@
+"""Every task: what it needs, what it refuses, what it predicts and how that is scored."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from data_pipelines.examples import Example
+from mplug2_jax.errors import UserError
+from mplug2_jax.generation.beam import SearchConfig
+from mplug2_jax.model.config import PARTS, SpecialTokens, model_config
+from mplug2_jax.model.mplug2 import define
+from mplug2_jax.objectives.forward import Forward
+from mplug2_jax.objectives.mlm import MlmConfig
+from mplug2_jax.objectives.vlm import VlmConfig
+from mplug2_jax.tasks import TASKS, answer, caption, mlm, vlc
+from mplug2_jax.tasks.base import TaskContext, TaskSettings, parts_for
+
+BATCH, LENGTH, VOCABULARY = 4, 5, 16
+CONFIG = model_config(
+    "tiny", dtype="float32", width=16, heads=2, mlp_width=16, vision_width=16, vision_heads=2, vision_layers=1,
+    image_size=8, text_layers=1, universal_layers=1, fusion_layers=1, decoder_layers=1, num_latents=2,
+    vocab_size=VOCABULARY, max_positions=8, contrastive_width=8,
+)  # fmt: skip
+SETTINGS = TaskSettings(
+    mlm=MlmConfig(rate=0.5), vlm=VlmConfig(group=BATCH), search=SearchConfig(beams=2, min_length=1, max_length=4)
+)
+CONTEXT = TaskContext(settings=SETTINGS, tokens=SpecialTokens(begin=1, end=2, mask=3))
+WORDS = ["", "", "", "", *"abcdefghijkl"]
+
+
+def decode(ids):
+    return " ".join(WORDS[i] for i in ids if WORDS[i])
+
+
+def batch_of(frames=1):
+    """A batch with every key that tasks read."""
+    rng = np.random.default_rng(0)
+    ids = lambda: rng.integers(4, VOCABULARY, size=(BATCH, LENGTH)).astype(np.int32)  # noqa: E731
+    mask = np.arange(LENGTH) < np.asarray([[5], [4], [5], [3]])
+    batch = {
+        "text": ids() * mask, "text_mask": mask, "instruction": ids() * mask, "instruction_mask": mask,
+        "target": ids() * mask, "target_weights": mask.astype(np.float32),
+        "example_id": np.arange(BATCH, dtype=np.int32),
+    }  # fmt: skip
+    if frames:
+        batch["frames"] = rng.integers(0, 256, size=(BATCH, frames, 8, 8, 3)).astype(np.uint8)
+    return batch
+
+
+def examples_of(batch):
+    """The examples that a batch was made of."""
+    rows = [{name: value[i] for name, value in batch.items()} for i in range(BATCH)]
+    return [
+        Example(row, f"key{i}", decode(row["text"]), decode(row["instruction"]), (decode(row["target"]), "b a"))
+        for i, row in enumerate(rows)
+    ]
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_task_is_listed_under_its_name_with_parts_that_exist(name):
+    task = TASKS[name]
+    assert task.name == name
+    assert {*task.parts, *task.picture_parts} <= set(PARTS)
+    assert (task.predict is None) == (task.score is None)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_batches_that_lack_a_key_are_refused_with_what_is_missing_and_what_there_is(name):
+    task = TASKS[name]
+    task.check({*task.keys, "box"}, "config.streams.x")
+    for key in task.keys:
+        brought = {*task.keys, "box"} - {key}
+        with pytest.raises(UserError) as error:
+            task.check(brought, "config.streams.x")
+        sentence = str(error.value)
+        assert sentence.startswith(f"config.streams.x: task '{name}' reads {key}, ")
+        assert sentence.endswith(", ".join(sorted(brought)))
+
+
+USES = [*[(name, 1) for name in TASKS], ("ilm", 0), ("caption", 3)]
+
+
+@pytest.mark.parametrize(("name", "frames"), USES)
+def test_parts_for_a_task_are_those_that_its_loss_reads_and_its_prediction_needs_no_others(name, frames):
+    task = TASKS[name]
+    batch = batch_of(0 if name == "mlm" else frames)
+    batch = {key: value for key, value in batch.items() if key in {*task.keys, "frames"}}
+    parts = parts_for([(task, "frames" in batch, frames > 1)])
+    definition = define(CONFIG, parts)
+
+    def loss(params, batch):
+        return task.loss(Forward(definition.bind(params), batch, jax.random.key(0)), CONTEXT).loss
+
+    traced = jax.make_jaxpr(loss)(definition.shapes, batch).jaxpr
+    read = {id(variable) for eqn in traced.eqns for variable in eqn.invars}
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(definition.shapes)]
+    reached = {path[0].key for path, variable in zip(paths, traced.invars, strict=False) if id(variable) in read}
+    assert reached == set(definition.shapes)
+    assert ("temporal" in parts) == (frames > 1)
+    if task.predict:
+        predict = lambda params, batch: task.predict(definition.bind(params), batch, CONTEXT)  # noqa: E731
+        predicted = jax.eval_shape(predict, definition.shapes, batch)
+        assert all(value.shape[0] == BATCH for value in predicted.values())
+
+
+def test_parts_for_several_uses_are_their_union_in_the_order_of_the_table():
+    assert parts_for([]) == ()
+    assert parts_for([(TASKS["mlm"], False, False)]) == ("text", "universal", "mlm")
+    assert parts_for([(TASKS["mlm"], False, True)]) == ("text", "universal", "mlm")  # no vision, so no clips
+    assert parts_for([(TASKS["ilm"], False, False)]) == ("text", "universal", "decoder")
+    everything = [(TASKS["mlm"], False, False), (TASKS["vlm"], True, True), (TASKS["ilm"], True, False)]
+    assert parts_for(everything) == tuple(part for part in PARTS if part != "classifier")
+    assert parts_for(everything[::-1]) == parts_for(everything)
+
+
+@pytest.fixture(scope="module")
+def predictions():
+    """What a model that has every part, and is as good as untrained, predicts in every task; and each loss."""
+    parts = tuple(part for part in PARTS if part not in ("classifier", "temporal"))
+    definition = define(CONFIG, parts)
+    rng = np.random.default_rng(1)
+    params = jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape) * 0.3, jnp.float32), definition.shapes)
+    params["contrastive"]["temperature"] = jnp.asarray(0.07)
+
+    def run(params, batch):
+        model = definition.bind(params)
+        forward = Forward(model, batch)
+        predicted = {
+            # The instruction-based task predicts as question answering does.
+            name: task.predict(model, batch, CONTEXT)
+            for name, task in TASKS.items()
+            if task.predict and name != "ilm"
+        }
+        return predicted, {name: task.loss(forward, CONTEXT) for name, task in TASKS.items()}
+
+    # Compiling is all the work here: let it be quick.
+    options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+    predicted, losses = jax.device_get(jax.jit(run, compiler_options=options)(params, batch_of()))
+    assert TASKS["ilm"].predict is TASKS["answer"].predict
+    return predicted | {"ilm": predicted["answer"]}, losses
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_losses_are_finite_and_name_themselves_in_their_metrics(predictions, name):
+    outcome = predictions[1][name]
+    assert np.isfinite(outcome.loss)
+    assert outcome.loss > 0
+    assert outcome.metrics["loss"] == outcome.loss
+    assert all(np.isfinite(value) for value in outcome.metrics.values())
+
+
+@pytest.mark.parametrize("name", [name for name, task in TASKS.items() if task.predict])
+def test_predictions_are_scored_in_finite_figures_each_beside_its_baseline(predictions, name):
+    examples = examples_of(batch_of())
+    scored = TASKS[name].score(predictions[0][name], examples, decode)
+    assert scored.figures
+    assert scored.figures.keys() == scored.baselines.keys()
+    for value in (*scored.figures.values(), *scored.baselines.values()):
+        assert np.isfinite(value)
+        assert 0 <= value <= (1000 if name == "caption" else 1)
+    assert len(scored.said) == BATCH
+    assert all(isinstance(sentence, str) for sentence in scored.said)
+
+
+@pytest.mark.parametrize("name", ["answer", "caption"])
+def test_generated_ids_begin_with_the_begin_token_and_end_in_padding(predictions, name):
+    ids = predictions[0][name]["ids"]
+    assert ids.shape == (BATCH, SETTINGS.search.max_length + 1)
+    assert (ids[:, 0] == CONTEXT.tokens.begin).all()
+    for row in ids.tolist():
+        if CONTEXT.tokens.end in row:
+            assert not any(row[row.index(CONTEXT.tokens.end) + 1 :])
+
+
+def sample(**fields):
+    return Example(**{"arrays": {}, "key": "", **fields})
+
+
+def test_an_answer_is_right_if_it_equals_any_of_the_right_ones():
+    examples = [sample(answers=("a", "b")), sample(answers=("a",)), sample(answers=("c",)), sample(answers=("a b",))]
+    ids = np.asarray([[1, 5, 2, 0], [1, 4, 4, 2], [1, 6, 2, 0], [1, 5, 4, 2]])  # b, a a, c, b a
+    scored = answer.score({"ids": ids}, examples, decode)
+    assert scored.said == ["b", "a a", "c", "b a"]
+    assert scored.figures == {"accuracy": 0.5}
+    assert scored.baselines == {"accuracy": 0.5}  # always to say "a"
+
+
+def test_masked_words_are_scored_where_they_were_masked():
+    examples = [sample(arrays={"text": np.asarray(row)}) for row in ([1, 5, 5, 6, 2], [1, 5, 7, 2, 0])]
+    ids = np.asarray([[9, 5, 9, 6, 2], [1, 5, 8, 9, 9]])
+    chosen = np.asarray([[0, 1, 1, 0, 0], [0, 1, 1, 0, 0]], bool)
+    scored = mlm.score({"ids": ids, "chosen": chosen}, examples, decode)
+    assert scored.figures == {"accuracy": 0.5}
+    assert scored.baselines == {"accuracy": 0.75}  # always to guess 5
+    nothing = mlm.score({"ids": ids, "chosen": chosen & False}, examples, decode)
+    assert nothing.figures == nothing.baselines == {"accuracy": 0.0}
+
+
+def test_retrieval_is_scored_in_both_directions_and_says_the_nearest_text():
+    examples = [sample(text=text) for text in ("one", "two", "three")]
+    visual = np.eye(3)
+    text = np.asarray([[0.9, 0.1, 0], [0.8, 0.5, 0], [0, 0, 1.0]])  # the second text is nearer to the first picture
+    scored = vlc.score({"visual": visual, "text": text}, examples, decode)
+    assert scored.figures["text_to_visual_r1"] == pytest.approx(2 / 3)
+    assert scored.figures["visual_to_text_r1"] == 1
+    assert scored.figures["text_to_visual_r5"] == 1
+    assert scored.baselines["text_to_visual_r1"] == pytest.approx(1 / 3)
+    assert scored.baselines["visual_to_text_r10"] == 1
+    assert scored.said == ["one", "two", "three"]
+
+
+def test_captions_are_compared_with_all_of_their_own_and_the_baseline_with_anothers():
+    texts = [("a b c d e", "a b c e d"), ("f g h i j",), ("k l a c e",)]
+    ids = np.asarray([[1, *(WORDS.index(w) for w in t[0].split()), 2] for t in texts])
+    scored = caption.score({"ids": ids}, [sample(answers=t) for t in texts], decode)
+    assert scored.said == [t[0] for t in texts]
+    assert scored.figures["cider"] > 100 > scored.baselines["cider"]
+
+
+def test_settings_are_frozen_and_have_a_default_for_everything():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        TaskSettings().mlm = MlmConfig(rate=0.5)

@@ -1,0 +1,73 @@
+"""A run that is killed and goes on gives the losses, bit for bit, of one that was never killed. Real processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mplug2_jax.config import defaults_of
+from mplug2_jax.training.telemetry import read_metrics
+from tests.runs import small_run
+
+STEPS = 12
+
+
+def recipe(tmp_path: Path) -> Path:
+    values = json.dumps(defaults_of(small_run(steps=STEPS, evaluations={})))
+    path = tmp_path / "recipe.py"
+    path.write_text(
+        "import json\nfrom ml_collections import ConfigDict\n\n\n"
+        "def tuples(x):\n"
+        "    if isinstance(x, dict):\n        return {k: tuples(v) for k, v in x.items()}\n"
+        "    return tuple(map(tuples, x)) if isinstance(x, list) else x\n\n\n"
+        f"def get_config():\n    return ConfigDict(tuples(json.loads({values!r})), type_safe=False)\n"
+    )
+    return path
+
+
+def command(recipe: Path, workdir: Path) -> list[str]:
+    return [
+        sys.executable, "-m", "mplug2_jax.cli.main", "train", "--config", str(recipe), "--workdir", str(workdir)
+    ]  # fmt: skip
+
+
+def losses(workdir: Path) -> list[dict[str, float]]:
+    timings = {"examples_per_second", "data_wait", "seconds_per_step", "flops_per_second", "mfu"}
+    return [
+        {name: value for name, value in line.items() if name not in timings}
+        for line in read_metrics(workdir / "metrics.jsonl")
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_killed_and_resumed_equals_never_killed(tmp_path: Path, repository: Path) -> None:
+    path = recipe(tmp_path)
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    through = tmp_path / "through"
+    subprocess.run(command(path, through), check=True, cwd=repository, env=environment, capture_output=True)
+    assert [line["step"] for line in losses(through)] == list(range(1, STEPS + 1))
+
+    killed = tmp_path / "killed"
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(command(path, killed), cwd=repository, env=environment, stdout=log, stderr=log)
+        deadline = time.monotonic() + 300
+        while time.monotonic() < deadline and process.poll() is None:
+            written = killed / "metrics.jsonl"
+            if written.exists() and len(read_metrics(written)) >= 5:
+                break
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, (tmp_path / "log").read_text()
+    before = losses(killed)
+    assert 5 <= len(before) < STEPS
+
+    resumed = subprocess.run(command(path, killed), cwd=repository, env=environment, capture_output=True, text=True)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resuming from step" in resumed.stdout
+    assert losses(killed) == losses(through)

@@ -1,0 +1,172 @@
+"""The step: the same curve on any mesh, micro-batches that add up, one compilation, donated state, its randomness."""
+
+from typing import Any
+
+import jax
+import jax.monitoring
+import numpy as np
+import pytest
+
+from data_pipelines.digitworld import vocabulary_texts
+from data_pipelines.examples import ExampleConfig
+from data_pipelines.tokenizers import Tokenizer, train_wordpiece
+from mplug2_jax.objectives.language import DistillationConfig
+from mplug2_jax.objectives.vlc import VlcConfig
+from mplug2_jax.parallel.mesh import MeshConfig, make_mesh
+from mplug2_jax.parallel.placement import put_batch
+from mplug2_jax.tasks.base import TaskSettings
+from mplug2_jax.training.config import RunConfig
+from mplug2_jax.training.loop import stream_batches
+from mplug2_jax.training.optimizer import AdamWConfig
+from mplug2_jax.training.state import Blueprint, plan_run
+from mplug2_jax.training.step import compile_step
+from mplug2_jax.training.workdir import special_tokens
+from tests.runs import QUESTION, small_model, small_run, stream
+
+ONE = MeshConfig(data=1, fsdp=1, tensor=1)
+EIGHT = MeshConfig(data=2, fsdp=2, tensor=2)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train_wordpiece(vocabulary_texts(100), 200)
+
+
+def planned(config: RunConfig, tokenizer: Tokenizer, mesh: MeshConfig) -> Blueprint:
+    devices = jax.devices() if mesh is EIGHT else jax.devices()[:1]
+    return plan_run(config, special_tokens(tokenizer), make_mesh(mesh, devices))
+
+
+def run(config: RunConfig, tokenizer: Tokenizer, mesh: MeshConfig, steps: int) -> tuple[Any, list[dict[str, float]]]:
+    plan = planned(config, tokenizer, mesh)
+    state, step = plan.init(), compile_step(plan)
+    batches, history = stream_batches(config, tokenizer, 0), []
+    for _ in range(steps):
+        state, metrics = step(state, {name: put_batch(next(b), plan.mesh) for name, b in batches.items()})
+        history.append({name: float(value) for name, value in metrics.items()})
+    return state, history
+
+
+def whole_run() -> RunConfig:
+    """All streams and objectives. With a large eps a gradient that is rounding noise stays a step that is."""
+    return small_run(optimizer=AdamWConfig(learning_rate=1e-2, eps=1e-2))
+
+
+@pytest.fixture(scope="module")
+def one_device(tokenizer: Tokenizer):
+    return run(whole_run(), tokenizer, ONE, 3)
+
+
+def test_eight_devices_give_the_curve_of_one(one_device, tokenizer: Tokenizer) -> None:
+    """Dropout, masking and negatives are on: randomness does not depend on the mesh."""
+    state, history = run(whole_run(), tokenizer, EIGHT, 3)
+    for ours, theirs in zip(history, one_device[1], strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, value in ours.items():
+            assert value == pytest.approx(theirs[name], rel=1e-4 if "norm" in name else 1e-5, abs=1e-6), name
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), state["params"], one_device[0]["params"]
+    )
+
+
+def test_every_objective_of_every_stream_is_reported(one_device) -> None:
+    for stream_name, objectives in (("image_text", "vlc vlm ilm"), ("video_text", "vlc vlm ilm"), ("text", "mlm ilm")):
+        for objective in objectives.split():
+            assert f"{stream_name}/{objective}/loss" in one_device[1][0]
+    first = one_device[1][0]
+    weights = {name: s.objectives for name, s in whole_run().streams.items()}
+    total = sum(w * first[f"{name}/{objective}/loss"] for name, o in weights.items() for objective, w in o.items())
+    assert first["loss"] == pytest.approx(total, rel=1e-5)
+
+
+def answering(**overrides: Any) -> RunConfig:
+    """The release's question answering, whose loss is a plain mean over questions."""
+    examples = ExampleConfig(instructions=QUESTION, instruction_length=12, target_length=6)
+    return small_run(
+        model=small_model(dropout=0.0, attention_dropout=0.0), streams={"q": stream("video", 8, examples, answer=1.0)},
+        evaluations={}, **overrides,
+    )  # fmt: skip
+
+
+def test_micro_batches_add_up_to_the_batch(tokenizer: Tokenizer) -> None:
+    whole, whole_history = run(answering(), tokenizer, ONE, 1)
+    cut, cut_history = run(answering(accumulate=2), tokenizer, ONE, 1)
+    assert cut_history[0]["loss"] == pytest.approx(whole_history[0]["loss"], rel=1e-6)
+    assert cut_history[0]["gradient_norm"] == pytest.approx(whole_history[0]["gradient_norm"], rel=1e-4)
+    moments = (jax.tree.leaves(s["opt"]) for s in (whole, cut))
+    for a, b in zip(*moments, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-7)
+
+
+def test_shards_are_made_where_they_live(tokenizer: Tokenizer, one_device) -> None:
+    plan = planned(small_run(), tokenizer, EIGHT)
+    state = plan.init()
+    for made, asked in zip(jax.tree.leaves(state), jax.tree.leaves(plan.shardings), strict=True):
+        assert made.sharding.is_equivalent_to(asked, made.ndim)
+    kernel = state["params"]["decoder"]["layers"]["mlp"]["up"]["kernel"]
+    assert kernel.addressable_shards[0].data.size == kernel.size // 4  # over fsdp and tensor
+    moment = jax.tree.leaves(state["opt"], is_leaf=lambda x: isinstance(x, dict))[1]
+    assert moment["decoder"]["layers"]["mlp"]["up"]["kernel"].sharding == kernel.sharding
+    single = planned(small_run(), tokenizer, ONE).init()
+    jax.tree.map(np.testing.assert_array_equal, state["params"], single["params"])
+
+
+def test_the_step_compiles_once_and_takes_the_state_with_it(tokenizer: Tokenizer) -> None:
+    config = answering()
+    plan = planned(config, tokenizer, ONE)
+    state, step, batches = plan.init(), compile_step(plan), stream_batches(config, tokenizer, 0)
+    compiled: list[str] = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, _seconds, **_: compiled.append(event) if "backend_compile" in event else None
+    )
+    try:
+        before = state
+        state, _ = step(state, {"q": put_batch(next(batches["q"]), plan.mesh)})
+        assert len(compiled) >= 1
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before["params"]))
+        compiled.clear()
+        for _ in range(2):
+            state, metrics = step(state, {"q": put_batch(next(batches["q"]), plan.mesh)})
+        assert np.isfinite(float(metrics["loss"]))
+        assert compiled == []
+    finally:
+        jax.monitoring.clear_event_listeners()
+
+
+def test_a_teacher_follows_and_its_queue_fills(tokenizer: Tokenizer) -> None:
+    config = small_run(
+        streams={"image_text": small_run().streams["image_text"]}, evaluations={},
+        tasks=TaskSettings(
+            vlc=VlcConfig(queue_size=16), distillation=DistillationConfig(momentum=0.5, fusion=False, ramp_steps=4)
+        ),
+    )  # fmt: skip
+    fresh = planned(config, tokenizer, EIGHT).init()
+    start = jax.tree.map(np.asarray, fresh["params"])
+    state, history = run(config, tokenizer, EIGHT, 3)
+    assert all(np.isfinite(list(metrics.values())).all() for metrics in history)
+    queue = state["queues"]["image_text"]
+    assert int(queue.pointer) == 8  # 3 x 8 examples: once around and a half
+    assert (np.asarray(queue.ids) >= 0).all()
+    teacher = state["teacher"]
+    # The rate of the first step is 0, so the third update is the first to see other parameters.
+    for part, moved in (("vision", True), ("fusion", False)):
+        same = [
+            np.array_equal(a, b)
+            for a, b in zip(jax.tree.leaves(teacher[part]), jax.tree.leaves(start[part]), strict=True)
+        ]
+        assert all(same) != moved
+
+
+def test_a_queue_needs_a_teacher() -> None:
+    from mplug2_jax.errors import UserError
+
+    with pytest.raises(UserError, match=r"queue_size=16 is filled by a teacher: set config.tasks.distillation"):
+        small_run(tasks=TaskSettings(vlc=VlcConfig(queue_size=16)))
+
+
+def test_another_seed_is_another_start_and_another_order(tokenizer: Tokenizer) -> None:
+    a, b = answering(), answering(seed=1)
+    first, second = (planned(config, tokenizer, ONE).init()["params"] for config in (a, b))
+    assert not np.array_equal(first["decoder"]["embeddings"]["words"], second["decoder"]["embeddings"]["words"])
+    ids = [next(stream_batches(config, tokenizer, 0)["q"])["example_id"].tolist() for config in (a, b)]
+    assert ids[0] != ids[1]
