@@ -1,6 +1,7 @@
 """What every test may ask for. Types and shapes of every call into our packages are checked while tests run."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -11,6 +12,8 @@ os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # ahead-of-time compil
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
+# Programs of tests run once or twice: optimising them would take most of the time.
+jax.config.update("jax_disable_most_optimizations", True)
 
 install_import_hook(["mplug2_jax", "data_pipelines"], "beartype.beartype")
 
@@ -24,6 +27,14 @@ def reference() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no golden numbers at {folder}; set MPLUG2_REFERENCE to the folder that holds them")
     return folder
+
+
+@pytest.fixture
+def optimised() -> Iterator[None]:
+    """Programs are compiled as users compile them: for tests that look at the compiled program."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="session")

@@ -2,23 +2,13 @@
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from mplug2_jax.cli.main import main
-
-
-@pytest.fixture(autouse=True)
-def compiles_fast() -> Iterator[None]:
-    """These programs run once each, so most of the time would go into optimising them."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture

@@ -18,7 +18,8 @@ from mplug2_jax.model.config import SpecialTokens, model_config
 from mplug2_jax.model.decoder import Decoder
 
 # Compiling is most of the work here: let it be quick.
-quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+OPTIONS = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+quick = functools.partial(jax.jit, compiler_options=OPTIONS)
 TOKENS = SpecialTokens(pad=0, begin=1, end=2, mask=3)
 VOCABULARY, STATES = 9, 1009
 FLOAT = np.float32
@@ -146,8 +147,11 @@ class Stateless:
         return self
 
 
+@functools.partial(quick, static_argnames="config")
 def run_chain(table, config):
-    step = lambda tokens, position, state: (jnp.broadcast_to(table[position], (*tokens.shape, table.shape[-1])), state)  # noqa: E731
+    def step(tokens, position, state):
+        return jnp.broadcast_to(table[position], (*tokens.shape, table.shape[-1])), state
+
     return beam_search(step, Stateless(), 1, config, TOKENS)
 
 

@@ -95,7 +95,8 @@ def test_counting_runs_nothing_and_needs_no_memory():
 
 # Wide enough that element-wise work, which XLA counts and we do not, is below 3 %.
 MODEL = model_config(
-    "tiny", dtype="float32", width=512, heads=4, mlp_width=2048, vision_width=512, vision_layers=2, decoder_layers=2
+    "tiny", dtype="float32", width=512, heads=4, mlp_width=2048, vision_width=512, vision_layers=2, universal_layers=1,
+    decoder_layers=2,
 )  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """The step: the same curve on any mesh, micro-batches that add up, one compilation, donated state, its randomness."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -98,8 +99,8 @@ def test_micro_batches_add_up_to_the_batch(tokenizer: Tokenizer) -> None:
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-7)
 
 
-def test_shards_are_made_where_they_live(tokenizer: Tokenizer, one_device) -> None:
-    plan = planned(small_run(), tokenizer, EIGHT)
+def test_shards_are_made_where_they_live(tokenizer: Tokenizer) -> None:
+    plan = planned(answering(), tokenizer, EIGHT)
     state = plan.init()
     for made, asked in zip(jax.tree.leaves(state), jax.tree.leaves(plan.shardings), strict=True):
         assert made.sharding.is_equivalent_to(asked, made.ndim)
@@ -107,7 +108,7 @@ def test_shards_are_made_where_they_live(tokenizer: Tokenizer, one_device) -> No
     assert kernel.addressable_shards[0].data.size == kernel.size // 4  # over fsdp and tensor
     moment = jax.tree.leaves(state["opt"], is_leaf=lambda x: isinstance(x, dict))[1]
     assert moment["decoder"]["layers"]["mlp"]["up"]["kernel"].sharding == kernel.sharding
-    single = planned(small_run(), tokenizer, ONE).init()
+    single = planned(answering(), tokenizer, ONE).init()
     jax.tree.map(np.testing.assert_array_equal, state["params"], single["params"])
 
 
@@ -134,15 +135,17 @@ def test_the_step_compiles_once_and_takes_the_state_with_it(tokenizer: Tokenizer
 
 
 def test_a_teacher_follows_and_its_queue_fills(tokenizer: Tokenizer) -> None:
+    pictures = small_run().streams["image_text"]
     config = small_run(
-        streams={"image_text": small_run().streams["image_text"]}, evaluations={},
+        streams={"image_text": dataclasses.replace(pictures, objectives={"vlc": 1.0, "answer": 1.0})},
+        evaluations={},
         tasks=TaskSettings(
             vlc=VlcConfig(queue_size=16), distillation=DistillationConfig(momentum=0.5, fusion=False, ramp_steps=4)
         ),
     )  # fmt: skip
-    fresh = planned(config, tokenizer, EIGHT).init()
+    fresh = planned(config, tokenizer, ONE).init()
     start = jax.tree.map(np.asarray, fresh["params"])
-    state, history = run(config, tokenizer, EIGHT, 3)
+    state, history = run(config, tokenizer, ONE, 3)
     assert all(np.isfinite(list(metrics.values())).all() for metrics in history)
     queue = state["queues"]["image_text"]
     assert int(queue.pointer) == 8  # 3 x 8 examples: once around and a half

@@ -1,0 +1,35 @@
+"""The benchmarks run, at small sizes, and print the figures that the notes quote."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def printed(repository: Path, script: str, *words: str) -> str:
+    quick = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(repository), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    command = [sys.executable, str(repository / "benchmarks" / script), *words]
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, env=os.environ | quick)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_step(repository: Path) -> None:
+    out = printed(repository, "step.py", "--size", "tiny", "--steps", "2", "--matmul", "256")
+    for figure in (
+        r"step \(median of +2\) +[\d.]+ s",
+        r"peak memory of process +[\d.]+ GiB",
+        r"share of matmul rate +[\d.]+%",
+    ):
+        assert re.search(figure, out), out
+
+
+@pytest.mark.slow
+def test_generation_needs_at_most_a_fiftieth_of_the_release_s_operations(repository: Path) -> None:
+    out = printed(repository, "generation.py")
+    assert "4,097 visual tokens" in out
+    assert float(re.findall(r"1/([\d.]+)", out)[-1]) >= 50

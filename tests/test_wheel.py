@@ -1,0 +1,49 @@
+"""A wheel built from the repository, installed into an empty environment, runs a shipped recipe away from it."""
+
+import os
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+
+def run(*words: str | Path, **options: object) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run([str(word) for word in words], capture_output=True, text=True, **options)
+    assert done.returncode == 0, f"{words}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_demo_recipe_runs_from_a_wheel(repository: Path, tmp_path: Path) -> None:
+    run(sys.executable, "-m", "build", "--wheel", "--outdir", tmp_path / "dist", repository)
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    packed = set(zipfile.ZipFile(wheel).namelist())
+    assert {"mplug2_jax/configs/demo.py", "mplug2_jax/report/template.html", "data_pipelines/batch.py"} <= packed
+    assert not any(name.startswith("tests") for name in packed)
+
+    venv.create(tmp_path / "env", with_pip=True)
+    python = tmp_path / "env" / "bin" / "python"
+    pins = ["-c", str(repository / "constraints.txt")] if sys.version_info[:2] == (3, 11) else []
+    run(python, "-m", "pip", "install", "--quiet", *pins, wheel)
+
+    clean = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    small = [
+        "--config.steps=2", "--config.model.scan_unroll=1", "--config.model.vision_layers=1",
+        "--config.model.decoder_layers=1", "--config.model.fusion_layers=1", "--config.log_every=1",
+    ]  # fmt: skip
+    names = (
+        "image_caption", "video_caption", "image_question", "video_question", "image_retrieval", "video_retrieval",
+        "masked_words",
+    )  # fmt: skip
+    small += [f"--config.evaluations.{name}.data.source.size=8" for name in names]
+    small += [f"--config.evaluations.{name}.data.batch_size=8" for name in names]
+    done = run(
+        tmp_path / "env" / "bin" / "mplug2", "train", "--config", "demo", *small, "--workdir", tmp_path / "run",
+        cwd=tmp_path, env=clean | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+    )  # fmt: skip
+    assert "image_question" in done.stdout
+    assert (tmp_path / "run" / "report.html").is_file()
