@@ -38,7 +38,7 @@ demo: $(VENV)/.installed
 
 test: check
 	$(BIN)/pytest $(TESTS) -m "not slow" -n 2 --dist loadfile
-	$(BIN)/pytest $(TESTS) -m slow
+	$(BIN)/pytest $(TESTS) -m slow -n 2
 
 # A fast subset with the newest jax and flax, on an interpreter >= 3.12 if there is one.
 test-newest:

@@ -18,8 +18,7 @@ from mplug2_jax.model.config import SpecialTokens, model_config
 from mplug2_jax.model.decoder import Decoder
 
 # Compiling is most of the work here: let it be quick.
-OPTIONS = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-quick = functools.partial(jax.jit, compiler_options=OPTIONS)
+quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 TOKENS = SpecialTokens(pad=0, begin=1, end=2, mask=3)
 VOCABULARY, STATES = 9, 1009
 FLOAT = np.float32

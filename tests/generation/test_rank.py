@@ -13,8 +13,7 @@ from mplug2_jax.model.config import model_config
 from mplug2_jax.model.decoder import Decoder
 
 # Compiling is most of the work here: let it be quick.
-OPTIONS = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-quick = functools.partial(jax.jit, compiler_options=OPTIONS)
+quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 CONFIG = model_config(
     "tiny", dtype="float32", width=32, heads=4, mlp_width=64, vocab_size=12, max_positions=8, decoder_layers=1
 )

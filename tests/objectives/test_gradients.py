@@ -81,7 +81,7 @@ def largest_gradients(plan, params, kind):
         return streams_loss(one, params, None, {}, {kind: batch}, jax.random.key(3), jnp.zeros(()))
 
     # Compiling is all the work here: let it be quick.
-    options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+    options = {"xla_backend_optimization_level": 0}
     run = jax.jit(jax.grad(loss, has_aux=True), compiler_options=options)
     gradients, (metrics, _) = run(params, batch_of(kind))
     leaves = jax.tree_util.tree_leaves_with_path(gradients)

@@ -13,8 +13,7 @@ from mplug2_jax.objectives.forward import Forward
 from mplug2_jax.objectives.mlm import MlmConfig, mask_tokens, masked_predictions, mlm_loss
 
 # Compiling is most of the work here: let it be quick.
-OPTIONS = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-quick = functools.partial(jax.jit, compiler_options=OPTIONS)
+quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 TOKENS = SpecialTokens(pad=0, begin=1, end=2, mask=3)
 VOCABULARY = 1000
 

@@ -20,8 +20,7 @@ from mplug2_jax.parallel.placement import batch_sharding
 from tests.tpu import topology_mesh
 
 # Compiling is most of the work here: let it be quick.
-OPTIONS = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-quick = functools.partial(jax.jit, compiler_options=OPTIONS)
+quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 WIDTH = 8
 
 
