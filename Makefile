@@ -7,6 +7,11 @@ SHELL := /bin/bash
 
 # The first interpreter that runs and is 3.11 or newer; 3.11 first, because constraints.txt pins exactly that.
 PYTHON ?= $(shell ./.ci/find_python.sh 3.11)
+ifneq (,$(filter python3.%,$(PYTHON)))
+# A name like python3.13 may be no command here, though the interpreter is: look where it could be, too.
+series := $(PYTHON:python%=%)
+override PYTHON := $(or $(shell ./.ci/find_python.sh $(series) $(series)),$(PYTHON))
+endif
 SERIES := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 VENV ?= .venv$(if $(filter 3.11,$(SERIES)),,-$(SERIES))
 BIN := $(VENV)/bin

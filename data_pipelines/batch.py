@@ -21,6 +21,8 @@ class Batch(TypedDict, total=False):
     """Token ids of a caption or sentence, ``[CLS] words [SEP]`` and padding 0."""
     text_mask: Bool[NpArray, "b l"]
     """True where ``text`` is no padding."""
+    word_starts: Bool[NpArray, "b l"]
+    """True where a word of ``text`` begins, for whole-word masking."""
     instruction: Int[NpArray, "b l2"]
     """Token ids of an instruction or question for the decoder to answer."""
     instruction_mask: Bool[NpArray, "b l2"]
@@ -29,6 +31,8 @@ class Batch(TypedDict, total=False):
     """Token ids to generate, ``[CLS] words [SEP]`` and padding 0."""
     target_weights: Float[NpArray, "b m"]
     """How much each target token counts as a prediction: 0 for padding, and for a prompt."""
+    answer_weights: Float[NpArray, " a"]
+    """Weight of each answer where questions have several; ``target`` then has a = b * r rows."""
     label: Int[NpArray, " b"]
     """Class index."""
     box: Float[NpArray, "b 4"]

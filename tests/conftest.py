@@ -10,10 +10,12 @@ from jaxtyping import install_import_hook
 
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # ahead-of-time compilation beside other test processes
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-jax.config.update("jax_platforms", "cpu")
-jax.config.update("jax_num_cpu_devices", 8)
 # Programs of tests run once or twice: optimising them would take most of the time.
 jax.config.update("jax_disable_most_optimizations", True)
+if jax.__version_info__ < (0, 11):  # XLA ends the process at a flag that it does not know
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
 
 install_import_hook(["mplug2_jax", "data_pipelines"], "beartype.beartype")
 

@@ -54,10 +54,7 @@ def run(args: argparse.Namespace) -> int:
     def answer(params: Any, batch: Any) -> Any:
         model = plan.definition.bind(params)
         forward = Forward(model, batch)
-        if "instruction" in batch:
-            memory, mask = forward.instructed
-        else:
-            memory, mask = forward.visual, jnp.ones(forward.visual.shape[:2], bool)
+        memory, mask = forward.described if "frames" in batch else forward.instructed
         found = generate(model.decoder, memory, mask, search, plan.context.tokens)
         return found.ids[:, 0], found.lengths[:, 0]
 

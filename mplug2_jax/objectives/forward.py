@@ -81,6 +81,13 @@ class Forward:
         return jnp.concatenate([visual, fused], axis=1), jnp.concatenate([seen, mask], axis=1)
 
     @functools.cached_property
+    def described(self) -> tuple[Float[Array, "b s d"], Bool[Array, "b s"]]:
+        """What the decoder reads to caption: as instructed where there is an instruction, else the picture alone."""
+        if "instruction" in self.batch and "fusion" in self.model.parts:
+            return self.instructed
+        return self.visual, jnp.ones(self.visual.shape[:2], bool)
+
+    @functools.cached_property
     def counts(self) -> Float[Array, " b"]:
         """1 for examples that count, 0 for padding."""
         mask = self.batch.get("example_mask")

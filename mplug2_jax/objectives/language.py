@@ -51,10 +51,10 @@ def _token_mean(logits: Array, target: Array, weights: Array, counts: Array) -> 
 
 
 def caption_loss(forward: Forward) -> Outcome:
-    """Caption from the picture alone: mean over all counted tokens of the batch, as in the release."""
-    batch, visual = forward.batch, forward.visual
+    """Caption, from the picture alone as in the release or as instructed: mean over the batch's counted tokens."""
+    batch = forward.batch
     mask = batch["target"] != 0
-    logits = forward.model.decoder(batch["target"], mask, visual, rng=forward.key("decoder"))
+    logits = forward.model.decoder(batch["target"], mask, *forward.described, rng=forward.key("decoder"))
     return _token_mean(logits, batch["target"], batch["target_weights"], forward.counts)
 
 

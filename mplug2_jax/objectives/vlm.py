@@ -54,7 +54,8 @@ def take_in_group(x: Array, index: Int[Array, "g n"]) -> Array:
     """Rows of ``x`` [g*n, ...] chosen inside each group, by a one-hot product: exact, and local to the group."""
     groups, size = index.shape
     chosen = jax.nn.one_hot(index, size, dtype=jnp.float32 if x.dtype == jnp.bool_ else x.dtype)
-    rows = jnp.einsum("gij,gj...->gi...", chosen, x.reshape(groups, size, *x.shape[1:]).astype(chosen.dtype))
+    grouped = x.reshape(groups, size, *x.shape[1:]).astype(chosen.dtype)
+    rows = jnp.einsum("gij,gj...->gi...", chosen, grouped, precision=jax.lax.Precision.HIGHEST)
     return rows.reshape(x.shape).astype(x.dtype)
 
 

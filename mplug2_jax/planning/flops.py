@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-from jax.extend import core as jex_core
 
 
 def count_flops(fn: Callable[..., Any], *args: Any) -> collections.Counter[str]:
@@ -32,7 +31,7 @@ def training_flops(loss: Callable[..., Any], *args: Any) -> int:
     return 3 * count_flops(loss, *args).total()
 
 
-def _walk(jaxpr: jex_core.Jaxpr, times: int, scope: str) -> Iterator[tuple[str, int]]:
+def _walk(jaxpr: Any, times: int, scope: str) -> Iterator[tuple[str, int]]:
     for eqn in jaxpr.eqns:
         inner_scope = scope or str(eqn.source_info.name_stack).split("/")[0]
         if eqn.primitive.name == "dot_general":
@@ -42,17 +41,16 @@ def _walk(jaxpr: jex_core.Jaxpr, times: int, scope: str) -> Iterator[tuple[str, 
             yield from _walk(inner, repeats, inner_scope)
 
 
-def _inner_jaxprs(eqn: jex_core.JaxprEqn) -> Iterator[jex_core.Jaxpr]:
+def _inner_jaxprs(eqn: Any) -> Iterator[Any]:
     for value in eqn.params.values():
         for item in value if isinstance(value, tuple | list) else (value,):
-            if isinstance(item, jex_core.ClosedJaxpr):
-                yield item.jaxpr
-            elif isinstance(item, jex_core.Jaxpr):
-                yield item
+            # By what they have: JAX moves these classes from version to version.
+            inner = getattr(item, "jaxpr", item)  # closed over constants, or bare
+            if hasattr(inner, "eqns"):
+                yield inner
 
 
-def _dot_flops(eqn: jex_core.JaxprEqn) -> int:
+def _dot_flops(eqn: Any) -> int:
     (contracted, _), _ = eqn.params["dimension_numbers"]
-    left: Any = eqn.invars[0].aval
-    out: Any = eqn.outvars[0].aval
+    left, out = eqn.invars[0].aval, eqn.outvars[0].aval
     return 2 * math.prod(out.shape) * math.prod(left.shape[d] for d in contracted)

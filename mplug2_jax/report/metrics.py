@@ -5,16 +5,14 @@ import itertools
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float
-from numpy.typing import NDArray
 
 MAX_POINTS = 400  # a curve is drawn some 300 pixels wide
 _CHUNK = 10_000  # lines held at a time
 
-Bins = Float[NDArray[Any], "_ 6"]
+Bins = Float[np.ndarray, "_ 6"]
 _FIRST, _LAST, _TOTAL, _COUNT, _LOW, _HIGH = range(6)
 
 
@@ -57,23 +55,23 @@ class Curve:
         return self._stride > 1
 
     @property
-    def steps(self) -> Float[NDArray[Any], " n"]:
+    def steps(self) -> Float[np.ndarray, " n"]:
         """The middle of each bin."""
         return (self._bins[:, _FIRST] + self._bins[:, _LAST]) / 2
 
     @property
-    def means(self) -> Float[NDArray[Any], " n"]:
+    def means(self) -> Float[np.ndarray, " n"]:
         """The mean of each bin's finite values; NaN where there is none, which leaves a gap in the line."""
         count = self._bins[:, _COUNT]
         return np.where(count > 0, self._bins[:, _TOTAL] / np.maximum(count, 1), np.nan)
 
     @property
-    def lows(self) -> Float[NDArray[Any], " n"]:
+    def lows(self) -> Float[np.ndarray, " n"]:
         """The least value of each bin."""
         return self._bins[:, _LOW]
 
     @property
-    def highs(self) -> Float[NDArray[Any], " n"]:
+    def highs(self) -> Float[np.ndarray, " n"]:
         """The greatest value of each bin."""
         return self._bins[:, _HIGH]
 

@@ -75,7 +75,10 @@ class Task:
         missing = [key for key in self.keys if key not in batch_keys]
         if missing:
             brought = ", ".join(sorted(batch_keys & BATCH_KEYS))
-            raise UserError(f"{where}: task '{self.name}' reads {', '.join(missing)}, but its batches bring {brought}")
+            raise UserError(
+                f"{where}: task '{self.name}' reads {', '.join(missing)}, but its batches bring {brought}; "
+                "set what is missing in its data.examples, or another source"
+            )
 
 
 def parts_for(uses: Sequence[tuple[Task, bool, bool]]) -> tuple[str, ...]:

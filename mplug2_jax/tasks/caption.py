@@ -21,11 +21,7 @@ def loss(forward: Forward, context: TaskContext) -> Outcome:
 
 def predict(model: Mplug2, batch: DeviceBatch, context: TaskContext) -> Predictions:
     """The best caption's ids."""
-    forward = Forward(model, batch)
-    if "instruction" in batch and "fusion" in model.parts:
-        memory, mask = forward.instructed
-    else:
-        memory, mask = forward.visual, jnp.ones(forward.visual.shape[:2], bool)
+    memory, mask = Forward(model, batch).described
     found = generate(model.decoder, memory, mask, context.settings.search, context.tokens)
     kept = jnp.arange(found.ids.shape[-1]) < found.lengths[:, :1]
     return {"ids": jnp.where(kept, found.ids[:, 0], context.tokens.pad)}

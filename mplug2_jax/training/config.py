@@ -82,6 +82,11 @@ class RunConfig:
             for objective in stream.objectives:
                 if objective not in TASKS:
                     raise UserError(f"{where}.objectives.{objective} is unknown: {did_you_mean(objective, TASKS)}")
+            if "mlm" in stream.objectives and self.tasks.mlm.whole_word and not stream.data.examples.word_starts:
+                raise UserError(
+                    "config.tasks.mlm.whole_word needs to know where words begin: set "
+                    f"{where}.data.examples.word_starts"
+                )
             micro, rest = divmod(stream.data.batch_size, self.accumulate)
             if rest:
                 raise UserError(
@@ -103,6 +108,11 @@ class RunConfig:
                     f"config.tasks.vlc.queue_size={queue} is not a multiple of {where}'s {micro} examples per "
                     "micro-batch"
                 )
+        if self.tasks.search.max_length > self.model.max_positions:
+            raise UserError(
+                f"config.tasks.search.max_length={self.tasks.search.max_length} exceeds config.model.max_positions="
+                f"{self.model.max_positions}; lower it or raise that"
+            )
         for name, evaluation in self.evaluations.items():
             self._check_data(f"config.evaluations.{name}.data", evaluation.data)
             _at_least(0, f"config.evaluations.{name}.samples", evaluation.samples)

@@ -17,8 +17,6 @@ from mplug2_jax.generation.beam import SearchConfig, beam_search, generate
 from mplug2_jax.model.config import SpecialTokens, model_config
 from mplug2_jax.model.decoder import Decoder
 
-# Compiling is most of the work here: let it be quick.
-quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 TOKENS = SpecialTokens(pad=0, begin=1, end=2, mask=3)
 VOCABULARY, STATES = 9, 1009
 FLOAT = np.float32
@@ -91,7 +89,7 @@ def assert_same(found, expected, config, atol=1e-5):
             np.testing.assert_allclose(found.scores[clip, rank], score, rtol=1e-5, atol=atol)
 
 
-@functools.partial(quick, static_argnames="config")
+@functools.partial(jax.jit, static_argnames="config")
 def toy_search(starts, table, config):
     state = History(jnp.repeat(starts, config.beams), table)
     return beam_search(toy_step, state, starts.shape[0], config, TOKENS)
@@ -146,7 +144,7 @@ class Stateless:
         return self
 
 
-@functools.partial(quick, static_argnames="config")
+@functools.partial(jax.jit, static_argnames="config")
 def run_chain(table, config):
     def step(tokens, position, state):
         return jnp.broadcast_to(table[position], (*tokens.shape, table.shape[-1])), state
@@ -211,12 +209,12 @@ def decoder():
     return graphdef, params, memory, jnp.arange(6) < jnp.asarray([[6], [3], [1], [5]])
 
 
-@functools.partial(quick, static_argnums=(0, 4))
+@functools.partial(jax.jit, static_argnums=(0, 4))
 def cached(graphdef, params, memory, mask, config):
     return generate(nnx.merge(graphdef, params), memory, mask, config, TOKENS)
 
 
-@functools.partial(quick, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def forward(graphdef, params, ids, memory, mask):
     return nnx.merge(graphdef, params)(ids, None, memory, mask)
 

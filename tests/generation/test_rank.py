@@ -12,8 +12,6 @@ from mplug2_jax.generation.rank import rank_answers
 from mplug2_jax.model.config import model_config
 from mplug2_jax.model.decoder import Decoder
 
-# Compiling is most of the work here: let it be quick.
-quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 CONFIG = model_config(
     "tiny", dtype="float32", width=32, heads=4, mlp_width=64, vocab_size=12, max_positions=8, decoder_layers=1
 )
@@ -37,7 +35,7 @@ def inputs():
     return graphdef, params, memory, mask, jnp.asarray(answers)
 
 
-@functools.partial(quick, static_argnames=("graphdef", "keep", "first_twice"))
+@functools.partial(jax.jit, static_argnames=("graphdef", "keep", "first_twice"))
 def rank(graphdef, params, memory, mask, answers, *, keep, first_twice):
     decoder = nnx.merge(graphdef, params)
     return rank_answers(decoder, memory, mask, answers, answers != 0, keep=keep, first_twice=first_twice)
@@ -68,7 +66,7 @@ def reference(log_probs, keep, first_twice):
 def log_probs(inputs):
     """For each question and answer, what the decoder expects after each token."""
     graphdef, params, memory, mask, answers = inputs
-    forward = quick(lambda ids, m, seen: nnx.merge(graphdef, params)(ids, None, m, seen))
+    forward = jax.jit(lambda ids, m, seen: nnx.merge(graphdef, params)(ids, None, m, seen))
     ids = jnp.tile(answers, (3, 1))
     logits = forward(ids, *(jnp.repeat(x, len(ANSWERS), 0) for x in (memory, mask)))
     return np.apply_along_axis(log_softmax, -1, logits).reshape(3, len(ANSWERS), LENGTH, -1)

@@ -80,9 +80,7 @@ def largest_gradients(plan, params, kind):
     def loss(params, batch):
         return streams_loss(one, params, None, {}, {kind: batch}, jax.random.key(3), jnp.zeros(()))
 
-    # Compiling is all the work here: let it be quick.
-    options = {"xla_backend_optimization_level": 0}
-    run = jax.jit(jax.grad(loss, has_aux=True), compiler_options=options)
+    run = jax.jit(jax.grad(loss, has_aux=True))
     gradients, (metrics, _) = run(params, batch_of(kind))
     leaves = jax.tree_util.tree_leaves_with_path(gradients)
     return {"/".join(key.key for key in path): float(np.abs(leaf).max()) for path, leaf in leaves}, metrics

@@ -12,8 +12,6 @@ from mplug2_jax.model.config import SpecialTokens
 from mplug2_jax.objectives.forward import Forward
 from mplug2_jax.objectives.mlm import MlmConfig, mask_tokens, masked_predictions, mlm_loss
 
-# Compiling is most of the work here: let it be quick.
-quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 TOKENS = SpecialTokens(pad=0, begin=1, end=2, mask=3)
 VOCABULARY = 1000
 
@@ -36,7 +34,7 @@ def sentences(batch, length, seed=0):
     }
 
 
-@functools.partial(quick, static_argnames="config")
+@functools.partial(jax.jit, static_argnames="config")
 def mask(batch, config):
     keys = jax.random.split(jax.random.key(0), batch["text"].shape[0])
     return mask_tokens(keys, batch, VOCABULARY, TOKENS, config)
@@ -129,7 +127,7 @@ def take(batch, rows):
     return {name: value[jnp.asarray(rows)] for name, value in batch.items()}
 
 
-@quick
+@jax.jit
 def predict(batch, rng=None):
     """Log-probabilities, which tokens were chosen, what the model was shown, and the loss."""
     config = MlmConfig(rate=0.3)

@@ -19,8 +19,6 @@ from mplug2_jax.parallel.mesh import MeshConfig, make_mesh
 from mplug2_jax.parallel.placement import batch_sharding
 from tests.tpu import topology_mesh
 
-# Compiling is most of the work here: let it be quick.
-quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 WIDTH = 8
 
 
@@ -50,7 +48,7 @@ def reference(visual, text, ids, counts, temperature):
     return -((target * log_softmax(scores)).sum(1).mean() + (target * log_softmax(scores.T)).sum(1).mean()) / 2
 
 
-@functools.partial(quick, static_argnames="tiles")
+@functools.partial(jax.jit, static_argnames="tiles")
 def loss_of(visual, text, ids, counts, temperature, tiles=None):
     return contrastive_loss(visual, text, ids, counts, temperature, tiles=tiles)
 
@@ -85,7 +83,7 @@ def test_equal_ids_are_positives_of_equal_weight():
 def test_padding_has_neither_influence_nor_gradient():
     visual, text, ids, counts, temperature = pairs(12, 1, 4, padded=5)
     padding = counts == 0
-    value_and_gradient = quick(jax.value_and_grad(contrastive_loss, argnums=(0, 1)))
+    value_and_gradient = jax.jit(jax.value_and_grad(contrastive_loss, argnums=(0, 1)))
     value, gradient = value_and_gradient(visual, text, ids, counts, temperature)
     for part in gradient:
         np.testing.assert_array_equal(part[padding], 0)
@@ -99,7 +97,7 @@ def test_padding_has_neither_influence_nor_gradient():
 
 def test_a_batch_of_nothing_but_padding_is_worth_nothing():
     visual, text, ids, counts, temperature = pairs(4, 0, 4)
-    loss, gradient = quick(jax.value_and_grad(contrastive_loss))(visual, text, ids, 0 * counts, temperature)
+    loss, gradient = jax.jit(jax.value_and_grad(contrastive_loss))(visual, text, ids, 0 * counts, temperature)
     assert float(loss) == 0
     np.testing.assert_array_equal(gradient, 0)
 
@@ -126,12 +124,12 @@ def test_pictures_and_texts_play_the_same_part():
 def test_meshes_and_tiles_change_neither_value_nor_gradient(mesh, tiles):
     case = pairs(64, 3, 40, padded=5)
     run = jax.value_and_grad(contrastive_loss, argnums=(0, 1, 4))
-    expected = quick(functools.partial(run, tiles=1))(*case)
+    expected = jax.jit(functools.partial(run, tiles=1))(*case)
     devices = make_mesh(mesh)
     rows = batch_sharding(devices)
     placed = [jax.device_put(x, rows if np.ndim(x) else NamedSharding(devices, PartitionSpec())) for x in case]
     with jax.set_mesh(devices):
-        value, gradient = quick(functools.partial(run, tiles=tiles))(*placed)
+        value, gradient = jax.jit(functools.partial(run, tiles=tiles))(*placed)
     np.testing.assert_allclose(value, expected[0], rtol=1e-6)
     for ours, plain in zip(gradient, expected[1], strict=True):
         np.testing.assert_allclose(ours, plain, atol=1e-6, rtol=1e-5)
@@ -173,7 +171,7 @@ def test_a_teacher_and_a_queue_turn_the_objective_into_the_momentum_form():
     batch, (visual, text, others, _, _) = {"example_id": jnp.asarray(ids, jnp.int32)}, pairs(8, 9, 3)
     queue = Queue(jnp.asarray(visual), jnp.asarray(text), jnp.asarray(others, jnp.int32), jnp.int32(0))
 
-    @quick
+    @jax.jit
     @functools.partial(jax.grad, argnums=(0, 1), has_aux=True)
     def run(own, theirs):
         outcome = vlc_loss(Prepared(batch, own, 0.07, Prepared(batch, theirs), 0.4, queue), VlcConfig())
@@ -212,7 +210,7 @@ def test_the_momentum_loss_is_the_releases_formula(seed, num_ids, alpha):
         jnp.asarray(their_visual[6:]), jnp.asarray(their_text[6:]), jnp.asarray(queued_ids[6:], jnp.int32), jnp.int32(0)
     )
     teacher = (their_visual[:6], their_text[:6])
-    loss = quick(momentum_contrastive_loss)((visual, text), teacher, ids, queue, temperature, alpha)
+    loss = jax.jit(momentum_contrastive_loss)((visual, text), teacher, ids, queue, temperature, alpha)
     expected = momentum_reference((visual, text), teacher, ids, queue, float(temperature), alpha)
     np.testing.assert_allclose(loss, expected, rtol=2e-5)
 
@@ -231,7 +229,7 @@ def test_a_hand_computed_momentum_case():
 
 def test_the_momentum_loss_gives_its_teacher_no_gradient():
     visual, text, ids, _, temperature = (jnp.asarray(x) for x in pairs(6, 8, 3))
-    gradient = quick(jax.grad(momentum_contrastive_loss, argnums=(0, 1)))
+    gradient = jax.jit(jax.grad(momentum_contrastive_loss, argnums=(0, 1)))
     queue = Queue(text, visual, ids + 1, jnp.int32(0))
     to_student, to_teacher = gradient((visual, text), (text, visual), ids, queue, temperature, 0.4)
     np.testing.assert_array_equal(to_teacher, np.zeros((2, 6, WIDTH)))
@@ -250,7 +248,7 @@ def test_a_queue_forgets_its_oldest_and_begins_again_at_its_end():
     queue = fresh_queue(jax.random.key(0), 6, WIDTH)
     np.testing.assert_allclose(np.linalg.norm(queue.visual, axis=-1), 1, rtol=1e-6)
     assert (queue.ids == -100).all()
-    push = quick(Queue.push)
+    push = jax.jit(Queue.push)
     first = queue.text
     for i in range(4):
         rows = jnp.full((2, WIDTH), float(i))

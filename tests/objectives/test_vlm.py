@@ -1,6 +1,5 @@
 """Vision-language matching: which negatives are drawn, and what the loss makes of them."""
 
-import functools
 import types
 
 import jax
@@ -18,8 +17,6 @@ from mplug2_jax.objectives.vlm import VlmConfig, hard_negatives, take_in_group, 
 from mplug2_jax.parallel.mesh import MeshConfig, make_mesh
 from mplug2_jax.parallel.placement import batch_sharding
 
-# Compiling is most of the work here: let it be quick.
-quick = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 BATCH, WIDTH = 12, 6
 
 
@@ -38,7 +35,7 @@ def draw_from_themselves(visual, text, ids, counts, rng=None, temperature=0.07, 
     return hard_negatives(pair, pair, ids, counts, jnp.asarray(temperature), group, rng)
 
 
-draw = quick(draw_from_themselves, static_argnames="group")
+draw = jax.jit(draw_from_themselves, static_argnames="group")
 
 
 def whole(index, group):
@@ -84,7 +81,7 @@ def test_the_most_similar_is_drawn_without_a_key_and_at_a_low_temperature(seed):
 def test_draws_are_in_proportion_to_the_softmax_of_similarity_over_temperature():
     visual, text, _, counts = case(1, padded=0, batch=4)
     ids, temperature, draws = jnp.asarray([0, 1, 0, 2]), 0.5, 4000
-    run = quick(jax.vmap(lambda key: draw_from_themselves(visual, text, ids, counts, key, temperature)[:2]))
+    run = jax.jit(jax.vmap(lambda key: draw_from_themselves(visual, text, ids, counts, key, temperature)[:2]))
     pictures, texts = (np.asarray(x)[:, 0] for x in run(jax.random.split(jax.random.key(0), draws)))
     scores = np.asarray(text) @ np.asarray(visual).T / temperature
     wrong = np.asarray(ids)[:, None] != np.asarray(ids)
@@ -112,7 +109,7 @@ def test_another_groups_examples_change_no_draw():
 def test_candidates_may_be_a_teachers_features():
     visual, text, ids, counts = case(5, num_ids=100, padded=0)
     own, theirs = (visual, text), (visual[::-1], text[::-1])
-    run = quick(hard_negatives, static_argnums=5)
+    run = jax.jit(hard_negatives, static_argnums=5)
     temperature = jnp.asarray(0.07)
     crossed = run(own, theirs, ids, counts, temperature, 4, None)
     wrong = ~np.eye(4, dtype=bool)
@@ -159,7 +156,7 @@ def loss_and_negatives(batch, features, table, rng, group):
     return vlm_loss(forward, VlmConfig(group=group)), negatives
 
 
-loss_of = quick(loss_and_negatives, static_argnames="group")
+loss_of = jax.jit(loss_and_negatives, static_argnames="group")
 
 
 def pairs_to_match(seed, padded=0, num_ids=5, batch=BATCH):
@@ -210,7 +207,7 @@ def test_negatives_are_a_choice_through_which_no_gradient_flows():
     def loss(features, table):
         return loss_and_negatives(batch, features, table, jax.random.key(0), 4)[0].loss
 
-    to_features, to_table = quick(jax.grad(loss, argnums=(0, 1)))(features, table)
+    to_features, to_table = jax.jit(jax.grad(loss, argnums=(0, 1)))(features, table)
     np.testing.assert_array_equal(to_features, np.zeros((2, BATCH, WIDTH)))
     assert float(jnp.abs(to_table).max()) > 0
 
@@ -226,7 +223,7 @@ def test_texts_that_share_a_picture_are_fused_as_if_each_had_its_own(stride):
     params = jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape) * 0.3, jnp.float32), shapes)
     texts, pictures = jnp.asarray(rng.normal(size=(6, 3, 16))), jnp.asarray(rng.normal(size=(3, 5, 16)))
     mask = jnp.arange(3) < jnp.asarray([[3], [1], [2], [3], [3], [2]])
-    fuse = quick(lambda *args: nnx.merge(graphdef, params)(*args)[1])
+    fuse = jax.jit(lambda *args: nnx.merge(graphdef, params)(*args)[1])
     own = jnp.repeat(pictures, 2, axis=0)
     np.testing.assert_allclose(fuse(texts, mask, pictures), fuse(texts, mask, own), atol=1e-5)
     assert float(jnp.abs(fuse(texts, mask, pictures) - fuse(texts, mask, own[::-1])).max()) > 1e-2

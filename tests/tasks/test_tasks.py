@@ -136,9 +136,7 @@ def predictions():
         }
         return predicted, {name: task.loss(forward, CONTEXT) for name, task in TASKS.items()}
 
-    # Compiling is all the work here: let it be quick.
-    options = {"xla_backend_optimization_level": 0}
-    predicted, losses = jax.device_get(jax.jit(run, compiler_options=options)(params, batch_of()))
+    predicted, losses = jax.device_get(jax.jit(run)(params, batch_of()))
     assert TASKS["ilm"].predict is TASKS["answer"].predict
     return predicted | {"ilm": predicted["answer"]}, losses
 
