@@ -108,7 +108,7 @@ class RunConfig:
                     f"config.tasks.vlc.queue_size={queue} is not a multiple of {where}'s {micro} examples per "
                     "micro-batch"
                 )
-        if self.tasks.search.max_length > self.model.max_positions:
+        if self.evaluations and self.tasks.search.max_length > self.model.max_positions:
             raise UserError(
                 f"config.tasks.search.max_length={self.tasks.search.max_length} exceeds config.model.max_positions="
                 f"{self.model.max_positions}; lower it or raise that"

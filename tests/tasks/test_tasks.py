@@ -77,7 +77,7 @@ def test_batches_that_lack_a_key_are_refused_with_what_is_missing_and_what_there
             task.check(brought, "config.streams.x")
         sentence = str(error.value)
         assert sentence.startswith(f"config.streams.x: task '{name}' reads {key}, ")
-        assert sentence.endswith(", ".join(sorted(brought)))
+        assert f"its batches bring {', '.join(sorted(brought))}; set what is missing" in sentence
 
 
 USES = [*[(name, 1) for name in TASKS], ("ilm", 0), ("caption", 3)]

@@ -4,14 +4,15 @@ import dataclasses
 import json
 from pathlib import Path
 
-import numpy as np
+import jax.numpy as jnp
 import pytest
 
 from mplug2_jax.errors import UserError
-from mplug2_jax.parallel.mesh import MeshConfig
-from mplug2_jax.training.loop import train
-from mplug2_jax.training.optimizer import AdamWConfig
-from mplug2_jax.training.telemetry import read_metrics
+from mplug2_jax.model.config import SpecialTokens
+from mplug2_jax.parallel.mesh import MeshConfig, make_mesh
+from mplug2_jax.training.loop import Meter, train
+from mplug2_jax.training.state import plan_run
+from mplug2_jax.training.telemetry import MetricsFile, Progress, read_metrics
 from tests.runs import small_run
 
 TEXT = {"text": small_run().streams["text"]}  # the cheapest to compile
@@ -34,13 +35,15 @@ def test_a_run_explains_itself(tmp_path: Path, capsys) -> None:
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run_with_its_step(tmp_path: Path) -> None:
-    config = small_run(
-        streams=TEXT, evaluations={}, steps=6, optimizer=AdamWConfig(learning_rate=1e38, clip_norm=0.0),
-        mesh=MeshConfig(fsdp=8),
-    )  # fmt: skip
-    with pytest.raises(UserError, match=r"the loss of step \d is (nan|inf).*lower the learning rate"):
-        train(config, tmp_path / "run")
-    assert not any(np.isnan(line["loss"]) for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if line["loss"])
+    config = small_run(streams=TEXT, evaluations={})
+    plan = plan_run(config, SpecialTokens(begin=1, end=2, mask=3), make_mesh(MeshConfig()))
+    meter = Meter(plan, Progress(4), MetricsFile(tmp_path, 0))
+    meter.finished(1, {"loss": jnp.asarray(2.0), "text/mlm/loss": jnp.asarray(2.0)})
+    with pytest.raises(
+        UserError, match=r"the loss of step 2 is nan \(also not finite: loss, text/mlm/loss\); lower the"
+    ):
+        meter.finished(2, {"loss": jnp.asarray(jnp.nan), "text/mlm/loss": jnp.asarray(jnp.inf)})
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1]
 
 
 def test_a_model_that_is_refused_leaves_no_trace(tmp_path: Path) -> None:
