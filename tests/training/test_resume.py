@@ -1,5 +1,6 @@
 """A run that is killed and goes on gives the losses, bit for bit, of one that was never killed. Real processes."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -18,7 +19,11 @@ STEPS = 12
 
 
 def recipe(tmp_path: Path) -> Path:
-    values = json.dumps(defaults_of(small_run(steps=STEPS, evaluations={})))
+    streams = {
+        "image_text": dataclasses.replace(small_run().streams["image_text"], objectives={"vlc": 1.0}),
+        "text": dataclasses.replace(small_run().streams["text"], objectives={"mlm": 1.0}),
+    }
+    values = json.dumps(defaults_of(small_run(steps=STEPS, streams=streams, evaluations={})))
     path = tmp_path / "recipe.py"
     path.write_text(
         "import json\nfrom ml_collections import ConfigDict\n\n\n"
