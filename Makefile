@@ -38,7 +38,7 @@ help:
 
 demo: $(VENV)/.installed
 	$(BIN)/mplug2 train --config configs/demo.py --workdir $(DEMO)
-	$(BIN)/mplug2 data sample --kind video --count 2 --out $(DEMO)/samples
+	test -d $(DEMO)/samples || $(BIN)/mplug2 data sample --kind video --count 2 --out $(DEMO)/samples
 	$(BIN)/mplug2 generate --workdir $(DEMO) $(DEMO)/samples/video-0.mp4 $(DEMO)/samples/video-1.mp4 --instruction "what happens?"
 
 test: check
