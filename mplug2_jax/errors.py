@@ -1,11 +1,25 @@
 """The one exception that people are meant to read: a sentence that says what, where, and the remedy."""
 
 import difflib
+import math
 from collections.abc import Iterable
 
 
 class UserError(Exception):
     """Something the user can mend. The command line prints it as one sentence and exits with status 2."""
+
+
+def check_range(field: str, value: float | None, least: float = -math.inf, most: float = math.inf) -> None:
+    """Checks ``least <= value <= most``; None, a field that is left open, passes.
+
+    Raises:
+        UserError: names the field, what was found and what is valid.
+    """
+    if value is None or least <= value <= most:
+        return
+    if most == math.inf:
+        raise UserError(f"{field}={value} must be at least {least:g}")
+    raise UserError(f"{field}={value} must be between {least:g} and {most:g}")
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:

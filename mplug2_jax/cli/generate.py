@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mplug2_jax.cli.common import add_command, add_run, open_run
-from mplug2_jax.errors import UserError
+from mplug2_jax.errors import UserError, check_range
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -24,8 +24,8 @@ def add_parser(commands: Any) -> None:
     add_run(parser)
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="image, video, GIF or .txt")
     parser.add_argument("--instruction", help="what to do or answer; in it {text} stands for a text file's content")
-    parser.add_argument("--beams", type=int, default=5, help="beams of the search; 1 is greedy (default: %(default)s)")
-    parser.add_argument("--max-length", type=int, default=20, help="most tokens of an answer (default: %(default)s)")
+    parser.add_argument("--beams", type=int, help="beams of the search; 1 is greedy (default: the run's)")
+    parser.add_argument("--max-length", type=int, help="most tokens of an answer (default: the run's)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -37,15 +37,18 @@ def run(args: argparse.Namespace) -> int:
     from mplug2_jax.generation.beam import generate
     from mplug2_jax.objectives.forward import Forward
 
-    if args.beams < 1 or args.max_length < 1:
-        raise UserError(f"--beams {args.beams} and --max-length {args.max_length} must be at least 1")
+    check_range("--beams", args.beams, 1)
+    check_range("--max-length", args.max_length, 1)
     inputs = [(path, *read_input(path, args.instruction)) for path in args.files if check_file(path)]
     plan, params, _, tokenizer = open_run(args)
     config = plan.config
     if "decoder" not in plan.definition.parts:
         raise UserError(f"the model in {args.workdir} has no decoder (its parts: {', '.join(plan.definition.parts)})")
     longest = config.model.max_positions
-    search = dataclasses.replace(config.tasks.search, beams=args.beams, max_length=min(args.max_length, longest))
+    asked = config.tasks.search
+    search = dataclasses.replace(
+        asked, beams=args.beams or asked.beams, max_length=min(args.max_length or asked.max_length, longest)
+    )
     trained = [stream.data.examples for stream in config.streams.values() if stream.data.examples.instructions]
     form = trained[0] if trained else ExampleConfig()
     read = form.reader(tokenizer)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from mplug2_jax.errors import check_range
 from mplug2_jax.model.config import SpecialTokens
 from mplug2_jax.model.decoder import Decoder
 
@@ -31,6 +32,15 @@ class SearchConfig:
     min_length: int = 1
     max_length: int = 20
     extend_finished: bool = False
+
+    def __post_init__(self) -> None:
+        """Checks the ranges.
+
+        Raises:
+            UserError: names the field.
+        """
+        for name, least in (("beams", 1), ("min_length", 0), ("max_length", 1)):
+            check_range(f"config.tasks.search.{name}", getattr(self, name), least)
 
 
 class Found(NamedTuple):

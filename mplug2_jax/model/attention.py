@@ -47,7 +47,7 @@ def attention(
         return _xla(query, key, value, key_mask, causal=causal, dropout=dropout if dropped else 0.0, rng=rng)
     if dropped:
         raise ValueError(
-            f"attention kernel '{kernel}' has no dropout: set model.attention_dropout=0 or attention='xla'"
+            f"attention kernel '{kernel}' has no dropout: set config.model.attention_dropout=0 or attention='xla'"
         )
     if kernel == "cudnn":
         mask = None if key_mask is None else key_mask[:, None, None, :]

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from mplug2_jax.errors import UserError, did_you_mean
+from mplug2_jax.errors import UserError, check_range, did_you_mean
 
 Remat = Literal["none", "dots", "full"]
 AttentionKernel = Literal["auto", "xla", "splash", "cudnn"]
@@ -92,24 +92,28 @@ class ModelConfig:
         """
         for name in (
             "vision_width", "vision_heads", "patch_size", "image_size", "width", "heads", "mlp_width", "vocab_size",
-            "max_positions",
+            "max_positions", "num_latents", "contrastive_width", "scan_unroll",
         ):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise UserError(f"model.{name}={getattr(self, name)} must be at least 1")
+            check_range(f"config.model.{name}", getattr(self, name), 1)
+        for name in (
+            "vision_layers", "text_layers", "universal_layers", "fusion_layers", "fusion_stride", "decoder_layers",
+            "num_classes",
+        ):  # fmt: skip
+            check_range(f"config.model.{name}", getattr(self, name), 0)
+        for name in ("dropout", "attention_dropout"):
+            check_range(f"config.model.{name}", getattr(self, name), 0, 0.99)
         for width, heads in (("vision_width", "vision_heads"), ("width", "heads")):
             if getattr(self, width) % getattr(self, heads):
                 raise UserError(
-                    f"model.{width}={getattr(self, width)} does not divide into model.{heads}={getattr(self, heads)} "
-                    f"heads; choose a multiple"
+                    f"config.model.{width}={getattr(self, width)} does not divide into "
+                    f"config.model.{heads}={getattr(self, heads)} heads; choose a multiple"
                 )
         if self.image_size % self.patch_size:
             raise UserError(
-                f"model.image_size={self.image_size} is not a multiple of model.patch_size={self.patch_size}; the "
-                f"nearest sizes are {self.image_size // self.patch_size * self.patch_size} and "
+                f"config.model.image_size={self.image_size} is not a multiple of config.model.patch_size="
+                f"{self.patch_size}; the nearest sizes are {self.image_size // self.patch_size * self.patch_size} and "
                 f"{-(-self.image_size // self.patch_size) * self.patch_size}"
             )
-        if self.universal_layers < 0 or self.text_layers < 0 or self.fusion_stride < 0:
-            raise UserError("model.text_layers, model.universal_layers and model.fusion_stride must not be negative")
 
     @property
     def patches(self) -> int:
@@ -159,11 +163,11 @@ def model_config(size: str, **overrides: Any) -> ModelConfig:
         768
     """
     if size not in SIZES:
-        raise UserError(f"model.size='{size}' is unknown: {did_you_mean(size, SIZES)}")
+        raise UserError(f"config.model.size='{size}' is unknown: {did_you_mean(size, SIZES)}")
     fields = {f.name for f in dataclasses.fields(ModelConfig)}
     for name in overrides:
         if name not in fields:
-            raise UserError(f"model.{name} is not a field of the model: {did_you_mean(name, fields)}")
+            raise UserError(f"config.model.{name} is not a field of the model: {did_you_mean(name, fields)}")
     return ModelConfig(**{**SIZES[size], **overrides})
 
 
@@ -180,10 +184,10 @@ def check_parts(parts: tuple[str, ...], config: ModelConfig) -> None:
         if missing:
             raise UserError(f"part '{part}' needs {' and '.join(missing)}, but the parts are: {', '.join(parts)}")
     if "classifier" in parts and config.num_classes < 2:
-        raise UserError(f"part 'classifier' needs model.num_classes >= 2, found {config.num_classes}")
+        raise UserError(f"part 'classifier' needs config.model.num_classes >= 2, found {config.num_classes}")
     if not set(parts) & {"vision", "text"}:
         raise UserError(f"a model needs 'vision' or 'text', but the parts are: {', '.join(parts) or 'none'}")
     if "universal" in parts and config.universal_layers < 1:
-        raise UserError("part 'universal' needs model.universal_layers >= 1")
+        raise UserError("part 'universal' needs config.model.universal_layers >= 1")
     if "temporal" not in parts and config.temporal_downsampling:
-        raise UserError("model.temporal_downsampling needs the part 'temporal'")
+        raise UserError("config.model.temporal_downsampling needs the part 'temporal'")

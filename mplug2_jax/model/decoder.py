@@ -81,8 +81,8 @@ class Decoder(nnx.Module):
         """
         if length > self.config.max_positions:
             raise UserError(
-                f"generating {length} tokens exceeds model.max_positions={self.config.max_positions}; lower the "
-                "search's max_length or raise that"
+                f"generating {length} tokens exceeds config.model.max_positions={self.config.max_positions}; lower "
+                "the search's max_length or raise that"
             )
 
         def body(

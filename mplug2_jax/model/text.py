@@ -49,7 +49,9 @@ class Embeddings(nnx.Module):
         """
         rows, length = self.positions[...].shape[0], ids.shape[1]
         if length > rows:
-            raise UserError(f"a text of {length} tokens exceeds model.max_positions={rows}; truncate it or raise that")
+            raise UserError(
+                f"a text of {length} tokens exceeds config.model.max_positions={rows}; truncate it or raise that"
+            )
         x = constrain(gathered(self.words[...], ("vocab", "embed"))[ids], "batch", None, None)
         # The pad row is looked up but, as in torch, learns nothing through the lookup.
         x = jnp.where((ids == PAD_ID)[..., None], jax.lax.stop_gradient(x), x) + self.types[...][0]

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from mplug2_jax.errors import check_range
 from mplug2_jax.objectives.forward import Forward, Metrics, Outcome, weighted_mean
 
 
@@ -81,6 +82,12 @@ class DistillationConfig:
     ramp_steps: int = 0  # alpha grows linearly from 0 over these steps
     over: Literal["vocabulary", "time"] = "vocabulary"
     fusion: bool = True  # whether the teacher's fusion module follows the student's
+
+    def __post_init__(self) -> None:
+        """Checks the ranges. Raises UserError."""
+        check_range("config.tasks.distillation.alpha", self.alpha, 0, 1)
+        check_range("config.tasks.distillation.momentum", self.momentum, 0, 1)
+        check_range("config.tasks.distillation.ramp_steps", self.ramp_steps, 0)
 
     @property
     def frozen(self) -> tuple[str, ...]:

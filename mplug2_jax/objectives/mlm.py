@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 
+from mplug2_jax.errors import check_range
 from mplug2_jax.model.config import SpecialTokens
 from mplug2_jax.objectives.forward import DeviceBatch, Forward, Outcome, weighted_mean
 
@@ -16,6 +17,10 @@ class MlmConfig:
 
     rate: float = 0.15
     whole_word: bool = False  # all pieces of a word are chosen together; the batch then brings ``word_starts``
+
+    def __post_init__(self) -> None:
+        """Checks the range. Raises UserError."""
+        check_range("config.tasks.mlm.rate", self.rate, 0, 1)
 
 
 def mask_tokens(

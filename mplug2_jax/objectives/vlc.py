@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from mplug2_jax.errors import check_range
 from mplug2_jax.objectives.forward import Forward, Outcome, weighted_mean
 from mplug2_jax.objectives.momentum import momentum_contrastive_loss
 from mplug2_jax.parallel.logical import activation_spec, constrain
@@ -31,6 +32,11 @@ class VlcConfig:
 
     min_temperature: float = 0.01
     queue_size: int = 0
+
+    def __post_init__(self) -> None:
+        """Checks the ranges. Raises UserError."""
+        check_range("config.tasks.vlc.min_temperature", self.min_temperature, 0)
+        check_range("config.tasks.vlc.queue_size", self.queue_size, 0)
 
 
 def tiles_for(batch: int, width: int) -> int:

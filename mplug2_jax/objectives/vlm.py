@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from mplug2_jax.errors import check_range
 from mplug2_jax.objectives.forward import Forward, Outcome, weighted_mean
 
 
@@ -18,6 +19,10 @@ class VlmConfig:
     """``group`` examples, neighbours in the global batch, offer each other their negatives; 0 = the whole batch."""
 
     group: int = 8
+
+    def __post_init__(self) -> None:
+        """Checks the range. Raises UserError."""
+        check_range("config.tasks.vlm.group", self.group, 0)
 
 
 Features = tuple[Float[Array, "b e"], Float[Array, "b e"]]  # (visual, text), unit vectors

@@ -33,7 +33,7 @@ class MeshConfig:
         sizes = {axis: int(getattr(self, axis)) for axis in MESH_AXES}
         open_axes = [axis for axis, size in sizes.items() if size == -1]
         fixed = math.prod(size for size in sizes.values() if size != -1)
-        asked = ", ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
+        asked = ", ".join(f"config.mesh.{axis}={size}" for axis, size in sizes.items())
         if len(open_axes) > 1:
             raise UserError(f"{asked}: only one axis may be -1, found {len(open_axes)}")
         if any(size < 1 and size != -1 for size in sizes.values()):

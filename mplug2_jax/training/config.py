@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from data_pipelines.loader import DataConfig
-from mplug2_jax.errors import UserError, did_you_mean
+from mplug2_jax.errors import UserError, check_range, did_you_mean
 from mplug2_jax.evaluation.loop import EvaluationConfig
 from mplug2_jax.model.config import ModelConfig
 from mplug2_jax.parallel.mesh import MeshConfig
@@ -71,7 +71,7 @@ class RunConfig:
             ("evaluate_every", self.evaluate_every, 0), ("seed", self.seed, 0),
             ("checkpoint.every_steps", self.checkpoint.every_steps, 1), ("checkpoint.keep", self.checkpoint.keep, 1),
         ):  # fmt: skip
-            _at_least(least, f"config.{field}", value)
+            check_range(f"config.{field}", value, least)
         if not self.streams:
             raise UserError("config.streams is empty: a run needs at least one stream of batches")
         for name, stream in self.streams.items():
@@ -115,7 +115,7 @@ class RunConfig:
             )
         for name, evaluation in self.evaluations.items():
             self._check_data(f"config.evaluations.{name}.data", evaluation.data)
-            _at_least(0, f"config.evaluations.{name}.samples", evaluation.samples)
+            check_range(f"config.evaluations.{name}.samples", evaluation.samples, 0)
             able = [task for task in TASKS if TASKS[task].predict]
             if evaluation.task not in able:
                 raise UserError(
@@ -126,7 +126,7 @@ class RunConfig:
         for field, value, least in (
             ("batch_size", data.batch_size, 1), ("threads", data.threads, 0), ("prefetch", data.prefetch, 0),
         ):  # fmt: skip
-            _at_least(least, f"{where}.{field}", value)
+            check_range(f"{where}.{field}", value, least)
         for field in ("text_length", "instruction_length", "target_length"):
             length = getattr(data.examples, field)
             if length > self.model.max_positions:
@@ -149,8 +149,3 @@ class RunConfig:
     def has_teacher(self) -> bool:
         """Whether an averaged copy of the parameters is kept, for distillation and momentum contrast."""
         return self.tasks.distillation is not None
-
-
-def _at_least(least: int, where: str, value: int) -> None:
-    if value < least:
-        raise UserError(f"{where}={value} must be at least {least}")

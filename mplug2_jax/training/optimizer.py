@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mplug2_jax.errors import check_range
+
 DecayRule = Literal["matrices", "released"]
 
 
@@ -41,6 +43,17 @@ class AdamWConfig:
     b2: float = 0.999
     eps: float = 1e-8
     clip_norm: float = 1.0  # of the gradient over all parameters; 0 = no clipping
+
+    def __post_init__(self) -> None:
+        """Checks the ranges.
+
+        Raises:
+            UserError: names the field.
+        """
+        for name in ("learning_rate", "vision_learning_rate", "weight_decay", "eps", "clip_norm"):
+            check_range(f"config.optimizer.{name}", getattr(self, name), 0)
+        for name in ("b1", "b2"):
+            check_range(f"config.optimizer.{name}", getattr(self, name), 0, 1 - 1e-9)
 
 
 def scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:

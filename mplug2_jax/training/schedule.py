@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
+from mplug2_jax.errors import check_range
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
@@ -22,6 +24,15 @@ class ScheduleConfig:
     start: float = 0.0
     floor: float = 0.0
     steps_per_epoch: int = 0  # released_caption needs it
+
+    def __post_init__(self) -> None:
+        """Checks the ranges.
+
+        Raises:
+            UserError: names the field.
+        """
+        for name in ("warmup_steps", "start", "floor", "steps_per_epoch"):
+            check_range(f"config.schedule.{name}", getattr(self, name), 0)
 
 
 def make_schedule(config: ScheduleConfig, peak: float, steps: int, accumulate: int = 1) -> optax.Schedule:

@@ -9,8 +9,8 @@ from mplug2_jax.model.fusion import mixing_layers
     ("overrides", "sentence"),
     [
         ({"visoin_width": 64}, "model.visoin_width is not a field of the model: did you mean 'vision_width'?"),
-        ({"heads": 5}, "model.width=128 does not divide into model.heads=5"),
-        ({"image_size": 30}, "not a multiple of model.patch_size=8; the nearest sizes are 24 and 32"),
+        ({"heads": 5}, "config.model.width=128 does not divide into config.model.heads=5"),
+        ({"image_size": 30}, "not a multiple of config.model.patch_size=8; the nearest sizes are 24 and 32"),
         ({"text_layers": -1}, "must not be negative"),
     ],
 )
