@@ -56,13 +56,13 @@ def get_config() -> ConfigDict:
     return as_recipe(
         RunConfig(
             name="demo",
-            steps=300,
+            steps=280,
             model=model_config("tiny", dtype="float32", attention_dropout=0.0, dropout=0.0, scan_unroll=4),
             tokenizer=TokenizerConfig(vocab_size=512),
             streams={
-                "image_text": stream("image", pictures, 64, vlc=1.0, vlm=1.0, ilm=1.0),
-                "video_text": stream("video", clips, 32, vlc=1.0, vlm=1.0, ilm=1.0),
-                "text": stream("text", sentences, 32, mlm=1.0, ilm=0.5),
+                "image_text": stream("image", pictures, 48, vlc=1.0, vlm=1.0, ilm=1.0),
+                "video_text": stream("video", clips, 24, vlc=1.0, vlm=1.0, ilm=1.0),
+                "text": stream("text", sentences, 24, mlm=1.0, ilm=0.5),
             },
             tasks=TaskSettings(search=SearchConfig(beams=1, max_length=23)),
             optimizer=AdamWConfig(learning_rate=1e-3, b2=0.98, weight_decay=0.05),
@@ -71,11 +71,11 @@ def get_config() -> ConfigDict:
             evaluations={
                 "image_caption": heldout("image", "caption", 128, instructions={"caption": DESCRIBE}),
                 "video_caption": heldout("video", "caption", 128, instructions={"caption": DESCRIBE_CLIP}),
-                "image_question": heldout("image", "answer", 512, instructions={"question": QUESTION}),
-                "video_question": heldout("video", "answer", 512, instructions={"question": QUESTION}),
+                "image_question": heldout("image", "answer", 256, instructions={"question": QUESTION}),
+                "video_question": heldout("video", "answer", 256, instructions={"question": QUESTION}),
                 "image_retrieval": heldout("image", "vlc", 256),
                 "video_retrieval": heldout("video", "vlc", 256),
-                "masked_words": heldout("text", "mlm", 512, text="sentence"),
+                "masked_words": heldout("text", "mlm", 256, text="sentence"),
             },
         )
     )

@@ -19,7 +19,7 @@ from mplug2_jax.config import as_recipe
 from mplug2_jax.errors import UserError, did_you_mean
 from mplug2_jax.evaluation.loop import EvaluationConfig
 from mplug2_jax.generation.beam import SearchConfig
-from mplug2_jax.model.config import SIZES, model_config
+from mplug2_jax.model.config import SIZES, ModelConfig, model_config
 from mplug2_jax.objectives.language import DistillationConfig
 from mplug2_jax.tasks.base import TaskSettings
 from mplug2_jax.training.config import RunConfig, StreamConfig, TokenizerConfig
@@ -31,20 +31,21 @@ EPOCHS, STEPS_PER_EPOCH = 10, 4000  # the release counts in epochs; set both fro
 
 
 def get_config(arg: str = "videoqa") -> ConfigDict:
-    """The whole run."""
+    """The recipe of a task, at one of the sizes of the table."""
     task, _, size = arg.partition(",")
     if task not in TASKS:
         raise UserError(f"recipe released:{task}: {did_you_mean(task, TASKS)}")
     if size and size not in SIZES:
         raise UserError(f"recipe released:{task},{size}: {did_you_mean(size, SIZES)}")
-    tiny = size == "tiny"
+    # CLIP's position table is lost on the way, so the tower starts without positions.
+    return recipe(task, model_config(size or "large", positions_init="zeros"))
+
+
+def recipe(task: str, model: ModelConfig) -> ConfigDict:
+    """The whole run."""
+    tiny = model.width < SIZES["base"]["width"]
     caption = task == "caption"
     objective = "caption" if caption else "answer"
-    model = model_config(
-        size or "large",
-        # CLIP's position table is lost on the way, so the tower starts without positions.
-        positions_init="zeros",
-    )
     if caption:
         # The prompt is glued to the caption's first word ("a video ofa man"), and its last piece is learned.
         examples = ExampleConfig(
@@ -55,7 +56,7 @@ def get_config(arg: str = "videoqa") -> ConfigDict:
     else:
         # Questions end without [SEP]; answers bring one in their text.
         examples = ExampleConfig(
-            form="released", instruction_length=50, target_length=10,
+            form="released", instruction_length=min(50, model.max_positions), target_length=10,
             instructions={"question": InstructionConfig(templates=("{question}",))},
         )  # fmt: skip
         # Beams that ended are kept alive and may go on.

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from mplug2_jax.cli import weights
 from mplug2_jax.cli.common import add_command, add_group, table
 from mplug2_jax.errors import UserError
 
@@ -14,9 +15,10 @@ def add_parser(commands: Any) -> None:
     """Adds the command with its sub-commands."""
     kinds = add_group(
         commands, "convert",
-        what="Compare and convert weights between PyTorch and this stack.",
-        example="mplug2 convert parity ../shared/reference/goldens/c1_fc --summary",
+        what="Carry weights between PyTorch and this stack, with proof.",
+        example="mplug2 convert import ViT-L-14.pt bert-large-uncased/ --to runs/start",
     )  # fmt: skip
+    weights.add_parsers(kinds)
     parity = add_command(
         kinds, "parity", run_parity,
         what="Compute every number of a golden folder with our model from the release's weights, and compare.",

@@ -11,14 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mplug2_jax.conversion.official import HostArray, Slot, load_official, slots
-from mplug2_jax.conversion.sources import SafetensorsSource
+from mplug2_jax.conversion.official import CAPTION_PARTS, QUESTION_PARTS, load_official, slots
+from mplug2_jax.conversion.official_config import sizes_from_settings
+from mplug2_jax.conversion.slots import Slot
+from mplug2_jax.conversion.sources import HostArray, SafetensorsSource
 from mplug2_jax.errors import UserError
-from mplug2_jax.model.config import ModelConfig
 from mplug2_jax.model.mplug2 import ModelDef, Params, define
 
-CAPTION_PARTS = ("vision", "temporal", "universal", "decoder")
-QUESTION_PARTS = ("vision", "temporal", "text", "universal", "fusion", "decoder")
 MATCHING_PARTS = ("vision", "text", "fusion", "contrastive", "matching")  # mPLUG v1's retrieval model
 
 Arrays = Mapping[str, HostArray]
@@ -84,44 +83,6 @@ def read_npz(path: Path) -> Arrays:
         raise UserError(f"{path} is damaged or holds more than plain arrays: {error}") from error
 
 
-def official_sizes(settings: Mapping[str, Any], source: SafetensorsSource, prefix: str = "") -> tuple[ModelConfig, int]:
-    """Our sizes from the release's ``config.json``, and the first fusion layer in use. Weights tell the table sizes."""
-    try:
-        vision, bert = settings["vision"], settings["bert"]
-        names = set(source.names())
-        patch = vision["patch_size"]
-        table = source.shape("visual_encoder.visual.positional_embedding")[0]
-        universal = bert.get("num_uni_layer", 0)
-        latents = f"text_encoder.encoder.layer.{bert['text_encoder_layers'] - universal}.latents"
-        fusion_start = max(0, bert["num_hidden_layers"] - bert["fusion_layers"])
-        config = ModelConfig(
-            vision_width=vision["width"],
-            vision_layers=vision["layers"],
-            vision_heads=vision["heads"],
-            patch_size=patch,
-            image_size=round((table - 1) ** 0.5) * patch,
-            temporal_downsampling=bool(settings.get("temporal_downsampling", False)),
-            width=bert["hidden_size"],
-            heads=bert["num_attention_heads"],
-            mlp_width=bert["intermediate_size"],
-            text_layers=bert["text_encoder_layers"] - universal,
-            universal_layers=universal,
-            num_latents=source.shape(latents)[0] if latents in names else 1,
-            fusion_layers=bert["num_hidden_layers"] - fusion_start,
-            fusion_stride=bert["stride_layer"] if bert["stride_layer"] < bert["fusion_layers"] else 0,
-            decoder_layers=bert["text_decode_layers"],
-            vocab_size=bert["vocab_size"],
-            max_positions=bert["max_position_embeddings"],
-            contrastive_width=settings.get("embed_dim", 1),
-            dropout=bert["hidden_dropout_prob"],
-            attention_dropout=bert["attention_probs_dropout_prob"],
-            dtype="float32",
-        )
-    except KeyError as error:
-        raise UserError(f"the golden folder's config.json lacks {error}") from error
-    return config, fusion_start
-
-
 def load_goldens(folder: Path) -> list[Golden]:
     """Every model that a golden folder holds.
 
@@ -146,7 +107,8 @@ def load_goldens(folder: Path) -> list[Golden]:
 def _load(folder: Path, settings: Mapping[str, Any], model: str, parts: tuple[str, ...]) -> Golden:
     retrieval = model == "retrieval"
     source = SafetensorsSource(folder / ("weights.safetensors" if retrieval else f"{model}_weights.safetensors"))
-    config, fusion_start = official_sizes(settings, source)
+    config, fusion_start = sizes_from_settings(settings, source)
+    config = dataclasses.replace(config, dtype="float32")
     definition = define(config, parts)
     params, account = load_official(source, definition, fusion_start)
     teacher = None

@@ -16,8 +16,9 @@ import numpy as np
 import optax
 
 from mplug2_jax.conversion.goldens import Golden, load_goldens
-from mplug2_jax.conversion.official import HostArray, student_name, teacher_name, to_official
+from mplug2_jax.conversion.official import student_name, teacher_name, to_official
 from mplug2_jax.conversion.parity_retrieval import RETRIEVAL_INPUTS, retrieval_run
+from mplug2_jax.conversion.sources import HostArray
 from mplug2_jax.generation.beam import SearchConfig, generate
 from mplug2_jax.generation.rank import rank_answers
 from mplug2_jax.model.config import SpecialTokens

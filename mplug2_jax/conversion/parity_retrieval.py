@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mplug2_jax.conversion.goldens import Golden
-from mplug2_jax.conversion.official import HostArray
+from mplug2_jax.conversion.sources import HostArray
 from mplug2_jax.model.mplug2 import Params, define
 from mplug2_jax.objectives.forward import Forward
 from mplug2_jax.objectives.queue import Queue

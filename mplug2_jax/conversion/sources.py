@@ -1,37 +1,237 @@
-"""Files of named tensors, read one at a time and never executed."""
+"""Files of named tensors, read one at a time and never executed: safetensors, sharded folders, PyTorch archives."""
 
+import json
+import math
+import os
+import struct
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
-from mplug2_jax.conversion.official import HostArray
 from mplug2_jax.errors import UserError
+
+HostArray = np.ndarray[Any, np.dtype[Any]]
+
+_MAX_HEADER = 100_000_000  # bytes, the format's own limit
+
+DTYPES: Mapping[str, np.dtype[Any]] = {
+    "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16), "I64": np.dtype(np.int64), "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16), "I8": np.dtype(np.int8), "U8": np.dtype(np.uint8), "BOOL": np.dtype(np.bool_),
+}  # fmt: skip
+"""The format's names of element types."""
+
+
+class TensorInfo(NamedTuple):
+    """Shape and element type of a stored tensor."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its elements."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@runtime_checkable
+class TensorSource(Protocol):
+    """Named tensors that are read one at a time."""
+
+    def names(self) -> list[str]:
+        """All names, in the file's order."""
+
+    def info(self, name: str) -> TensorInfo:
+        """Shape and type of one tensor, without reading it."""
+
+    def read(self, name: str) -> HostArray:
+        """One tensor, as it is stored."""
+
+
+class MemorySource:
+    """Arrays that are in memory already."""
+
+    def __init__(self, tensors: Mapping[str, HostArray]) -> None:
+        self.tensors = dict(tensors)
+
+    def names(self) -> list[str]:
+        """All names."""
+        return list(self.tensors)
+
+    def info(self, name: str) -> TensorInfo:
+        """Shape and type."""
+        return TensorInfo(self.tensors[name].shape, self.tensors[name].dtype)
+
+    def read(self, name: str) -> HostArray:
+        """One tensor."""
+        return self.tensors[name]
+
+
+class FileReader:
+    """Reads parts of a file into fresh arrays.
+
+    Not mapped into memory: the pages of a mapped file count as the process's own while it is read, and a conversion's
+    memory is to stay bounded and measurable.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if not path.is_file():
+            raise UserError(f"weights file {path} does not exist")
+        self.path = path
+        self._file = path.open("rb", buffering=0)
+        self.size = os.fstat(self._file.fileno()).st_size
+
+    def bytes_at(self, offset: int, count: int) -> HostArray:
+        """``count`` bytes from ``offset`` on, as uint8. Safe to call from several threads.
+
+        Raises:
+            UserError: the file ends before.
+        """
+        out = np.empty(count, np.uint8)
+        view, done = out.data, 0
+        while done < count:
+            got = os.preadv(self._file.fileno(), [view[done:]], offset + done)
+            if not got:
+                raise UserError(f"{self.path} is truncated: it ends at byte {offset + done:,}; copy it again")
+            done += got
+        return out
 
 
 class SafetensorsSource:
-    """A safetensors file as a :class:`~mplug2_jax.conversion.official.TensorSource`.
+    """A safetensors file.
+
+    The library's own reader maps the file, and has no bfloat16 for numpy; the format is a JSON header and raw bytes.
 
     Raises:
         UserError: the file is missing, truncated, or no safetensors file.
     """
 
     def __init__(self, path: Path) -> None:
-        if not path.is_file():
-            raise UserError(f"weights file {path} does not exist")
+        self._reader = FileReader(path)
+        self.metadata: dict[str, str] = {}
+        self._tensors: dict[str, tuple[TensorInfo, int]] = {}  # with the offset in the file
         try:
-            self._file = safe_open(path, framework="numpy")
-        except SafetensorError as error:
+            self._parse()
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{path} is truncated or not a safetensors file ({error})") from error
 
-    def names(self) -> list[str]:
-        """All names, in the file's order."""
-        return list(self._file.keys())
+    def _parse(self) -> None:
+        size = self._reader.size
+        if size < 8:
+            raise ValueError(f"it has {size} bytes")
+        (length,) = struct.unpack("<Q", self._reader.bytes_at(0, 8).tobytes())
+        if length > min(_MAX_HEADER, size - 8):
+            raise ValueError(f"its header claims {length:,} bytes, the file has {size:,}")
+        header = json.loads(self._reader.bytes_at(8, length).tobytes())
+        self.metadata = dict(header.pop("__metadata__", {}))
+        for name, entry in header.items():
+            if entry["dtype"] not in DTYPES:
+                raise ValueError(f"{name} has element type {entry['dtype']}, known are {', '.join(DTYPES)}")
+            info = TensorInfo(tuple(entry["shape"]), DTYPES[entry["dtype"]])
+            begin, end = entry["data_offsets"]
+            if begin < 0 or any(n < 0 for n in info.shape) or end - begin != info.nbytes:
+                raise ValueError(f"{name} has shape {list(info.shape)} and {end - begin} bytes")
+            if 8 + length + end > size:
+                raise ValueError(f"{name} ends at byte {8 + length + end:,} of {size:,}")
+            self._tensors[name] = (info, 8 + length + begin)
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of one tensor, without reading it."""
-        return tuple(self._file.get_slice(name).get_shape())
+    def names(self) -> list[str]:
+        """All names, in the order of their bytes."""
+        return sorted(self._tensors, key=lambda name: self._tensors[name][1])
+
+    def info(self, name: str) -> TensorInfo:
+        """Shape and type of one tensor, without reading it."""
+        return self._tensors[name][0]
 
     def read(self, name: str) -> HostArray:
         """One tensor."""
-        return np.asarray(self._file.get_tensor(name))
+        info, offset = self._tensors[name]
+        return self._reader.bytes_at(offset, info.nbytes).view(info.dtype).reshape(info.shape)
+
+
+class ShardedSource:
+    """Several files with an index that says which tensor is in which, by Hugging Face's convention.
+
+    Raises:
+        UserError: an index that is damaged, or names files that are missing, elsewhere, or lack what it promises.
+    """
+
+    def __init__(self, index: Path, open_file: Callable[[Path], TensorSource]) -> None:
+        try:
+            where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            files = sorted(set(where.values()))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{index} is no index of weight files: {error!r}") from error
+        for file in files:
+            if not isinstance(file, str) or Path(file).name != file:
+                raise UserError(f"{index} names {file!r}; expected files beside it")
+        self._shards = {file: open_file(index.parent / file) for file in files}
+        self._where: dict[str, str] = where
+        for name, file in where.items():
+            if name not in self._shards[file].names():
+                raise UserError(f"{index} says that {name} is in {file}, which lacks it; copy the files again")
+
+    def names(self) -> list[str]:
+        """All names, file by file."""
+        return [name for file, shard in self._shards.items() for name in shard.names() if self._where.get(name) == file]
+
+    def info(self, name: str) -> TensorInfo:
+        """Shape and type of one tensor, without reading it."""
+        return self._shards[self._where[name]].info(name)
+
+    def read(self, name: str) -> HostArray:
+        """One tensor."""
+        return self._shards[self._where[name]].read(name)
+
+
+class RenamedSource:
+    """A source under other names: ``names[new] = old``. What is not listed is hidden."""
+
+    def __init__(self, source: TensorSource, names: Mapping[str, str]) -> None:
+        self.source, self.stored = source, dict(names)
+
+    def names(self) -> list[str]:
+        """The new names."""
+        return list(self.stored)
+
+    def info(self, name: str) -> TensorInfo:
+        """Shape and type of one tensor, without reading it."""
+        return self.source.info(self.stored[name])
+
+    def read(self, name: str) -> HostArray:
+        """One tensor."""
+        return self.source.read(self.stored[name])
+
+
+WEIGHT_FILES = (
+    "model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin",
+)  # fmt: skip
+
+
+def open_source(path: Path) -> TensorSource:
+    """Opens a file of weights, told by its content, or the weights of a folder.
+
+    Raises:
+        UserError: nothing there, or nothing that is known.
+    """
+    from mplug2_jax.conversion.torch_files import TorchSource
+
+    if path.is_dir():
+        found = next((path / name for name in WEIGHT_FILES if (path / name).is_file()), None)
+        if found is None:
+            raise UserError(f"{path} holds no weights; expected one of {', '.join(WEIGHT_FILES)}")
+        path = found
+    if path.name.endswith(".index.json"):
+        return ShardedSource(path, open_source)
+    head = FileReader(path)
+    start = head.bytes_at(0, min(16, head.size)).tobytes()
+    if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
+        return TorchSource(path)
+    if start[8:9] == b"{":
+        return SafetensorsSource(path)
+    raise UserError(
+        f"{path} is not a checkpoint: it begins with {start[:8]!r}; expected a safetensors file or a PyTorch archive"
+    )

@@ -48,6 +48,8 @@ class RunConfig:
     steps: int
     seed: int = 0
     model: ModelConfig
+    init_from: str = ""  # checkpoint to start from, as a path: a work directory, its checkpoints, or one step of them
+    init_parts: tuple[str, ...] = ()  # parts of the model to take from it; empty: all
     tokenizer: TokenizerConfig = TokenizerConfig()
     streams: Mapping[str, StreamConfig]
     tasks: TaskSettings = TaskSettings()

@@ -18,8 +18,9 @@ from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.parallel.placement import check_batch, put_batch
 from mplug2_jax.planning.flops import training_flops
 from mplug2_jax.tasks import TASKS
-from mplug2_jax.training.checkpoints import Checkpoints, Position
+from mplug2_jax.training.checkpoints import Checkpoints, Identity, Position
 from mplug2_jax.training.config import RunConfig
+from mplug2_jax.training.starting import first_state
 from mplug2_jax.training.state import Blueprint, TrainState, plan_run
 from mplug2_jax.training.step import StreamBatches, compile_step, streams_loss
 from mplug2_jax.training.telemetry import Clock, MetricsFile, Progress, peak_flops
@@ -52,17 +53,22 @@ def train(config: RunConfig, path: Path) -> list[EvaluationResult]:
     ]
     check_streams(config, tokenizer)
 
+    begun = None if resumes else first_state(plan)
+
     # Nothing was written until here, so that a run that is refused can be started again.
     workdir.begin(config, tokenizer)
 
     # State: fresh, or the last checkpoint's.
-    checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint)
+    identity = Identity(config.model, plan.definition.parts)
+    checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint, identity=identity)
     if resumes and checkpoints.steps():
         state, position = checkpoints.restore(plan.shapes)
         start = check_position(position, config)
         progress.say(f"resuming from step {start}")
     else:
-        state, start = plan.init(), 0
+        (state, said), start = begun or first_state(plan), 0
+        for line in said:
+            progress.say(line)
 
     # Data: step N's batch is a function of (seed, N), so resuming is starting there.
     batches = stream_batches(config, tokenizer, start)

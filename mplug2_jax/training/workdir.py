@@ -24,7 +24,7 @@ class WorkDir:
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
         self._config = path / "config.json"
-        self._tokenizer = path / "tokenizer"
+        self.tokenizer_folder = path / "tokenizer"
 
     def exists(self) -> bool:
         """Whether a run has begun here."""
@@ -77,12 +77,12 @@ class WorkDir:
             )
         return True
 
-    def begin(self, config: RunConfig, tokenizer: Tokenizer) -> None:
+    def begin(self, config: RunConfig, tokenizer: Tokenizer | None) -> None:
         """Keeps the config and the tokeniser of a run that was checked, so that a refused one leaves no trace."""
         self.path.mkdir(parents=True, exist_ok=True)
         _write_json(self._config, defaults_of(config))
-        if not self._tokenizer.exists():
-            tokenizer.save(self._tokenizer)
+        if tokenizer and not self.tokenizer_folder.exists():
+            tokenizer.save(self.tokenizer_folder)
 
     def tokenizer(self, config: TokenizerConfig, model: ModelConfig) -> Tokenizer:
         """The run's tokeniser: the one that is kept here, or before there is one, loaded or trained as configured.
@@ -91,8 +91,8 @@ class WorkDir:
             UserError: it has more tokens than the model's tables have rows.
             DataError: no tokeniser at the given path, or a damaged one.
         """
-        if self._tokenizer.exists():
-            tokenizer = load_tokenizer(self._tokenizer)
+        if self.tokenizer_folder.exists():
+            tokenizer = load_tokenizer(self.tokenizer_folder)
         elif config.path:
             tokenizer = load_tokenizer(Path(config.path))
         else:

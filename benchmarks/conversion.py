@@ -1,0 +1,137 @@
+"""Import and export of a whole official checkpoint: memory, speed beside a plain copy of the file, and the round trip.
+
+    python benchmarks/conversion.py                          # videoqa large with its teacher: 3.05 G elements, 12.2 GB
+    python benchmarks/conversion.py --size base --no-teacher
+
+The file is made of random weights. Every stage runs as a process of its own, whose peak resident memory the system
+tells; the limit is 1.5 GB above the largest group of arrays that share tensors. Needs about three times the file's
+size on the disk of ``--folder``.
+"""
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import numpy as np
+
+from mplug2_jax.conversion.exporting import groups
+from mplug2_jax.conversion.official import QUESTION_PARTS, default_fusion_start, official_scheme
+from mplug2_jax.conversion.official_config import settings_of
+from mplug2_jax.conversion.official_state import fresh, official_state, tie_of
+from mplug2_jax.conversion.safetensors_writer import SafetensorsWriter
+from mplug2_jax.conversion.slots import at
+from mplug2_jax.conversion.sources import open_source
+from mplug2_jax.model.config import model_config
+from mplug2_jax.model.mplug2 import define
+
+GB = 1e9
+
+
+def make(folder: Path, size: str, teacher: bool) -> None:
+    """Writes a checkpoint of random weights in the official layout, with its settings."""
+    config = model_config(size)
+    start = default_fusion_start(config)
+    state = official_state(config, start, teacher=teacher)
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(settings_of(config, start, task="videoqa", teacher=teacher)))
+    writer = SafetensorsWriter(folder / "model.safetensors", state)
+    for seed, (name, info) in enumerate(state.items()):
+        if name.endswith(".position_ids"):
+            writer.write(name, fresh(name, info))
+        elif tie_of(name) is None:
+            value = np.random.default_rng(seed).standard_normal(info.shape, np.float32)
+            for other in (name, *(n for n in state if tie_of(n) == name)):
+                writer.write(other, value)
+    writer.close()
+
+
+def largest_group(size: str, teacher: bool) -> int:
+    """Bytes of the arrays that must be in memory together, at most."""
+    config = model_config(size)
+    definition = define(config, QUESTION_PARTS)
+    scheme = official_scheme(config, QUESTION_PARTS, default_fusion_start(config), teacher=teacher)
+    trees = {"params": definition.shapes, "teacher": definition.shapes}
+    return max(sum(4 * at(trees, path).size for path in paths) for paths, _ in groups(scheme.slots))
+
+
+def staged(*command: str) -> tuple[float, float]:
+    """Runs a command; its seconds, and its peak resident memory in bytes."""
+    start = time.perf_counter()
+    code = "import resource, runpy, sys\nsys.argv = sys.argv[1:]\n"
+    code += "try: runpy.run_module(sys.argv[0], run_name='__main__')\n"
+    code += "finally: print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code, *command], stderr=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        sys.exit(done.stderr)
+    peak = next(int(line.split()[1]) for line in done.stderr.splitlines() if line.startswith("peak "))
+    return time.perf_counter() - start, peak * 1024.0
+
+
+def same(one: Path, other: Path) -> int:
+    """How many tensors of two checkpoints are equal to the byte; all must be."""
+    a, b = open_source(one), open_source(other)
+    assert set(a.names()) == set(b.names())
+    differing = [n for n in a.names() if a.info(n) != b.info(n) or a.read(n).tobytes() != b.read(n).tobytes()]
+    assert not differing, differing[:4]
+    return len(a.names())
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="large", help="row of the model table (default: %(default)s)")
+    parser.add_argument("--teacher", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument(
+        "--folder", type=Path, default=Path("runs/benchmark-conversion"), help="new; removed at the end"
+    )
+    args = parser.parse_args()
+    if args.folder.exists():
+        sys.exit(f"{args.folder} exists; choose a new folder")
+    source, imported, exported = (args.folder / name for name in ("source", "imported", "exported"))
+    try:
+        make(source, args.size, args.teacher)
+        file = source / "model.safetensors"
+        size = file.stat().st_size
+        start = time.perf_counter()
+        shutil.copyfile(file, args.folder / "copy")
+        copied = time.perf_counter() - start
+        (args.folder / "copy").unlink()
+        cli = "mplug2_jax.cli.main"
+        stages = {"import": staged(cli, "convert", "import", str(source), "--to", str(imported))}
+        stages["export"] = staged(
+            cli, "convert", "export", str(imported), "--to", str(exported), "--shard-size", "1000"
+        )
+        tensors = same(source, exported)
+    finally:
+        shutil.rmtree(args.folder, ignore_errors=True)
+
+    group = largest_group(args.size, args.teacher)
+    print(
+        f"\nvideoqa {args.size}{', with its teacher' if args.teacher else ''}: {size / GB:.2f} GB, {tensors:,} tensors,"
+    )
+    print("official -> ours -> official: all equal to the byte")
+    print(f"\n{'':<8} {'seconds':>8} {'MB/s':>7} {'of a copy':>10} {'peak GB':>8} {'above the largest group':>24}")
+    print(f"{'copy':<8} {copied:>8.1f} {size / copied / 1e6:>7,.0f} {1:>10.0%}")
+    for name, (seconds, peak) in stages.items():
+        above = (peak - group) / GB
+        print(
+            f"{name:<8} {seconds:>8.1f} {size / seconds / 1e6:>7,.0f} {copied / seconds:>10.0%} {peak / GB:>8.2f} "
+            f"{above:>21.2f} GB"
+        )
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GB
+    print(
+        f"\nlargest group {group / GB:.2f} GB (limit: 1.5 GB above it); start of the processes is part of the seconds;"
+    )
+    print(f"this process, which made and compared the files: {own:.2f} GB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""What an export will write, known before an array is read: every tensor of the state dict, and what it is made of."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from mplug2_jax.conversion import official
+from mplug2_jax.conversion.official_state import REST, State, official_state, tie_of
+from mplug2_jax.conversion.slots import Slot
+from mplug2_jax.conversion.sources import DTYPES, SafetensorsSource, TensorInfo, TensorSource
+from mplug2_jax.errors import UserError
+from mplug2_jax.training.checkpoints import Checkpoints, Identity, open_checkpoint
+from mplug2_jax.training.workdir import WorkDir
+
+EXPORT_DTYPES = {"float32": DTYPES["F32"], "float16": DTYPES["F16"], "bfloat16": DTYPES["BF16"]}
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportPlan:
+    """Everything that is known before an array is read."""
+
+    checkpoints: Checkpoints
+    step: int
+    identity: Identity
+    task: str
+    fusion_start: int
+    state: State  # the official state dict that will be written
+    slots: Sequence[Slot]  # with the tree that each is read from in front of its path
+    rest: TensorSource | None
+    left_out: Sequence[str]  # parts that the official layout has no place for
+
+    @property
+    def teacher(self) -> bool:
+        """Whether the averaged copy is written too."""
+        return any(name.startswith("text_decoder_m.") for name in self.state)
+
+    @property
+    def title(self) -> str:
+        """What is written."""
+        return f"official {self.task}" + (" with its teacher" if self.teacher else "")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(info.nbytes for info in self.state.values())
+
+
+def plan_export(
+    path: Path, *, dtype: str = "float32", ema: bool = False, teacher: bool | None = None, rest: Path | None = None
+) -> ExportPlan:
+    """Finds the checkpoint and a tensor for each of its arrays.
+
+    Args:
+        path: work directory, checkpoints folder, or one step of it.
+        dtype: of the floating-point tensors written.
+        ema: write the averaged weights as the model's own.
+        teacher: whether the averaged copy is written too (default: where the checkpoint has one). Without one in the
+            checkpoint it repeats the model's own weights, as when the release starts its training.
+        rest: file with the tensors that nothing of ours reads (default: what the import kept, if the weights came from
+            one). Where there is none, the release's initialisation fills them.
+
+    Raises:
+        UserError: no checkpoint, or one whose parts make no model of the release.
+    """
+    checkpoints, step = open_checkpoint(path)
+    identity = checkpoints.identity(step)
+    parts = identity.parts
+    task = next((t for t, own in official.TASK_PARTS.items() if set(own) <= set(parts)), "caption")
+    own = official.TASK_PARTS[task]
+    missing = [part for part in own if part not in parts]
+    if missing:
+        raise UserError(
+            f"{path} is a model of {', '.join(parts)}: the release's {task} model also needs {', '.join(missing)}"
+        )
+    config = identity.config
+    averaged = any(leaf[0] == "teacher" for leaf in checkpoints.leaves(step))
+    if ema and not averaged:
+        raise UserError(
+            f"{path} holds no averaged weights; export without --ema, or train with config.tasks.distillation"
+        )
+    fusion_start = identity.origin.get("fusion_start", official.default_fusion_start(config))
+    with_teacher = averaged if teacher is None else teacher
+    scheme = official.official_scheme(config, own, fusion_start, teacher=with_teacher)
+    source = {"params": "teacher" if ema else "params", "teacher": "teacher" if averaged else "params"}
+    slots = [dataclasses.replace(slot, path=(source[slot.path[0]], *slot.path[1:])) for slot in scheme.slots]
+    state = official_state(config, fusion_start, teacher=with_teacher)
+    rest = rest or find_rest(checkpoints)
+    kept = SafetensorsSource(rest) if rest else None
+    if kept:
+        state = _with_kept(state, kept, {slot.name for slot in slots})
+    written = {
+        name: TensorInfo(info.shape, EXPORT_DTYPES[dtype] if info.dtype == np.float32 else info.dtype)
+        for name, info in state.items()
+    }
+    left_out = [part for part in parts if part not in own]
+    return ExportPlan(checkpoints, step, identity, task, fusion_start, written, slots, kept, left_out)
+
+
+def kept_as(name: str, kept: TensorSource | None) -> str | None:
+    """Under which name a tensor was kept: a teacher's may have been kept as the student's."""
+    names = set(kept.names()) if kept else set()
+    return next((n for n in (name, official.student_name(name)) if n in names), None)
+
+
+def _with_kept(state: State, kept: TensorSource, used: set[str]) -> State:
+    """The state dict with what was kept as it is: CLIP's text tower may be of any size."""
+    found: State = {}
+    for name, info in state.items():
+        if name in used or tie_of(name) in used:
+            found[name] = info
+        elif (own := kept_as(name, kept)) is not None:
+            found[name] = kept.info(own)
+    return found | {name: kept.info(name) for name in kept.names() if name not in used}
+
+
+def find_rest(checkpoints: Checkpoints) -> Path | None:
+    """What an import kept: in the work directory, or in that which the run started from."""
+    workdir = checkpoints.folder.parent
+    started = WorkDir(workdir).read_config().init_from if WorkDir(workdir).exists() else ""
+    places = [workdir / REST, *([Path(started) / REST] if started else [])]
+    return next((place for place in places if place.is_file()), None)

@@ -1,0 +1,99 @@
+"""What a file of weights is: the official release, a CLIP or a BERT, and which sizes of ours it has."""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from mplug2_jax.conversion import bert, clip, official
+from mplug2_jax.conversion.official_config import sizes_from_settings, sizes_from_shapes
+from mplug2_jax.conversion.schemes import examples
+from mplug2_jax.conversion.sources import RenamedSource, TensorSource, open_source
+from mplug2_jax.errors import UserError
+from mplug2_jax.model.config import ModelConfig
+
+Kind = Literal["official", "clip", "bert"]
+Task = Literal["caption", "videoqa"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """A source that was told by its names; ``source`` has canonical ones."""
+
+    path: Path
+    kind: Kind
+    title: str
+    source: TensorSource
+    layout: str
+
+    @property
+    def task(self) -> Task | None:
+        """Which of the release's two models an official checkpoint is of; None where it cannot be told.
+
+        The state dicts of both have the same names. Settings beside the weights tell, and only question answering has a
+        teacher.
+        """
+        named = (self.settings or {}).get("task")
+        if named in get_args(Task):
+            return named
+        return "videoqa" if self.has_teacher else None
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether an official checkpoint holds the averaged copy."""
+        return any(name.startswith("text_decoder_m.") for name in self.source.names())
+
+    @functools.cached_property
+    def settings(self) -> Mapping[str, Any] | None:
+        """The ``config.json`` beside an official checkpoint, if it has the release's settings."""
+        path = (self.path if self.path.is_dir() else self.path.parent) / "config.json"
+        try:
+            settings = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (ValueError, OSError) as error:
+            raise UserError(f"{path} is not valid JSON ({error}); mend or remove it") from error
+        return settings if isinstance(settings, dict) and {"vision", "bert"} <= set(settings) else None
+
+    @functools.cached_property
+    def sizes(self) -> tuple[ModelConfig, int]:
+        """Our sizes for an official checkpoint, and its first fusion layer in use."""
+        return sizes_from_settings(self.settings, self.source) if self.settings else sizes_from_shapes(self.source)
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The fields of our sizes that a CLIP or a BERT tells."""
+        if self.kind == "bert":
+            return dict(bert.sizes(self.source))
+        return clip.openai_sizes(self.source) if self.layout == "openai" else clip.hugging_face_sizes(self.source)
+
+    @property
+    def has_head(self) -> bool:
+        """Whether a BERT has its masked-language head."""
+        return f"{bert.HEAD}.transform.dense.weight" in self.source.names()
+
+
+def identify(path: Path) -> Found:
+    """Opens a file or folder of weights and tells what they are.
+
+    Raises:
+        UserError: no checkpoint, or one of something else.
+    """
+    source = open_source(path)
+    names = source.names()
+    canonical = official.canonical_names(names)
+    if official.is_official(list(canonical)):
+        return Found(path, "official", "official mPLUG-2", RenamedSource(source, canonical), "official")
+    if clip.is_openai(names):
+        return Found(path, "clip", "CLIP (OpenAI)", source, "openai")
+    if clip.is_hugging_face(names):
+        return Found(path, "clip", "CLIP (Hugging Face)", source, "hugging_face")
+    plain = bert.canonical_names(names)
+    if bert.is_bert(list(plain)):
+        return Found(path, "bert", "BERT", RenamedSource(source, plain), "bert")
+    raise UserError(
+        f"{path} holds {len(names)} tensors ({examples(names)}), which are neither the official release's nor "
+        "CLIP's nor BERT's"
+    )

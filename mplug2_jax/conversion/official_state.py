@@ -1,0 +1,201 @@
+"""A whole official state dict: every name, shape, type and their order, dead weights and ties included.
+
+What nothing reads must still be there for the release's code to load a file strictly. Where no kept tensor fills it,
+the release's own initialisation does.
+"""
+
+import math
+import re
+import zlib
+from collections.abc import Iterator
+
+import numpy as np
+
+from mplug2_jax.conversion.official import TIED, student_name, teacher_name
+from mplug2_jax.conversion.sources import HostArray, TensorInfo
+from mplug2_jax.model.config import ModelConfig
+
+REST = "official-rest.safetensors"
+"""Beside an imported checkpoint: what nothing of ours reads, so that an export gives back the whole file."""
+
+State = dict[str, TensorInfo]
+Named = Iterator[tuple[str, tuple[int, ...]]]
+
+# CLIP's text tower beside each vision tower: (width, layers, rows of its word table, of its position table). Other
+# vision widths have no release, and get the smallest tower that the code can build.
+_CLIP_TEXT = {768: (512, 12, 49408, 77), 1024: (768, 12, 49408, 77)}
+_NO_CLIP_TEXT = (64, 1, 32, 8)
+
+
+def official_state(config: ModelConfig, fusion_start: int, *, teacher: bool) -> State:
+    """Every tensor in the release's order; with ``teacher`` the averaged copies behind the student's."""
+    names = [*_student(config, fusion_start)]
+    if teacher:
+        # The order in which the release builds its copies.
+        for module in ("visual_encoder", "text_encoder", "fusion_encoder", "text_decoder"):
+            names += [(teacher_name(name), shape) for name, shape in names if name.split(".")[0] == module]
+        names += [(teacher_name(name), shape) for name, shape in _around(config)]
+    return {
+        name: TensorInfo(shape, np.dtype(np.int64 if name.endswith(".position_ids") else np.float32))
+        for name, shape in names
+    }
+
+
+def _student(config: ModelConfig, fusion_start: int) -> Named:
+    yield from _around(config)
+    yield from _clip(config)
+    yield from _text_encoder(config)
+    yield from _fusion_encoder(config, fusion_start)
+    yield from _text_decoder(config)
+
+
+def _around(config: ModelConfig) -> Named:
+    yield from _norm("visn_emb_norm", config.width)
+    if config.vision_width != config.width:
+        yield from _linear("visn_fc", config.vision_width, config.width)
+        yield from _norm("visn_layer_norm", config.width)
+
+
+def _linear(name: str, in_dim: int, out_dim: int) -> Named:
+    yield f"{name}.weight", (out_dim, in_dim)
+    yield f"{name}.bias", (out_dim,)
+
+
+def _norm(name: str, dim: int) -> Named:
+    yield f"{name}.weight", (dim,)
+    yield f"{name}.bias", (dim,)
+
+
+def _clip(config: ModelConfig) -> Named:
+    vision, patch = config.vision_width, config.patch_size
+    width, layers, words, positions = _CLIP_TEXT.get(vision, _NO_CLIP_TEXT)
+    top = "visual_encoder"
+    yield f"{top}.positional_embedding", (positions, width)
+    yield f"{top}.text_projection", (width, width)
+    yield f"{top}.logit_scale", ()
+    yield f"{top}.visual.class_embedding", (vision,)
+    yield f"{top}.visual.positional_embedding", (config.patches + 1, vision)
+    yield f"{top}.visual.proj", (vision, width)
+    yield f"{top}.visual.conv1.weight", (vision, 3, 3 if config.temporal_downsampling else 1, patch, patch)
+    yield from _norm(f"{top}.visual.ln_pre", vision)
+    for i in range(config.vision_layers):
+        yield from _clip_block(f"{top}.visual.transformer.resblocks.{i}", vision, temporal=True)
+    yield from _norm(f"{top}.visual.ln_post", vision)
+    for i in range(layers):
+        yield from _clip_block(f"{top}.transformer.resblocks.{i}", width, temporal=False)
+    yield f"{top}.token_embedding.weight", (words, width)
+    yield from _norm(f"{top}.ln_final", width)
+
+
+def _clip_block(name: str, width: int, *, temporal: bool) -> Named:
+    if temporal:
+        for unit in (f"{name}.lmhra1", f"{name}.lmhra2"):
+            yield from _norm(f"{unit}.ln", width)
+            yield f"{unit}.down_proj.weight", (width // 2, width, 1, 1, 1)
+            yield f"{unit}.down_proj.bias", (width // 2,)
+            yield f"{unit}.conv.weight", (width // 2, 1, 3, 1, 1)
+            yield f"{unit}.conv.bias", (width // 2,)
+            yield f"{unit}.up_proj.weight", (width, width // 2, 1, 1, 1)
+            yield f"{unit}.up_proj.bias", (width,)
+    yield f"{name}.attn.in_proj_weight", (3 * width, width)
+    yield f"{name}.attn.in_proj_bias", (3 * width,)
+    yield from _linear(f"{name}.attn.out_proj", width, width)
+    yield from _norm(f"{name}.ln_1", width)
+    yield from _linear(f"{name}.mlp.c_fc", width, 4 * width)
+    yield from _linear(f"{name}.mlp.c_proj", 4 * width, width)
+    yield from _norm(f"{name}.ln_2", width)
+
+
+def _embeddings(name: str, config: ModelConfig) -> Named:
+    yield f"{name}.position_ids", (1, config.max_positions)
+    yield f"{name}.word_embeddings.weight", (config.vocab_size, config.width)
+    yield f"{name}.position_embeddings.weight", (config.max_positions, config.width)
+    yield f"{name}.token_type_embeddings.weight", (2, config.width)
+    yield from _norm(f"{name}.LayerNorm", config.width)
+
+
+def _bert_layer(name: str, config: ModelConfig, *, cross: bool, latents: bool = False, twin: bool = False) -> Named:
+    """A layer; ``twin``: with the separate MLP for vision that the release makes and does not use."""
+    width, hidden = config.width, config.mlp_width
+    if latents:
+        yield f"{name}.latents", (config.num_latents, width)
+    for attention in ("attention", "crossattention") if cross else ("attention",):
+        for which in ("query", "key", "value"):
+            yield from _linear(f"{name}.{attention}.self.{which}", width, width)
+        yield from _linear(f"{name}.{attention}.output.dense", width, width)
+        yield from _norm(f"{name}.{attention}.output.LayerNorm", width)
+    for suffix in ("", "_vision") if twin else ("",):
+        yield from _linear(f"{name}.intermediate{suffix}.dense", width, hidden)
+        yield from _linear(f"{name}.output{suffix}.dense", hidden, width)
+        yield from _norm(f"{name}.output{suffix}.LayerNorm", width)
+
+
+def _text_encoder(config: ModelConfig) -> Named:
+    yield from _embeddings("text_encoder.embeddings", config)
+    for i in range(config.text_layers + config.universal_layers):
+        shared = i >= config.text_layers
+        first = i == config.text_layers
+        yield from _bert_layer(f"text_encoder.encoder.layer.{i}", config, cross=shared, latents=first, twin=shared)
+
+
+def _fusion_encoder(config: ModelConfig, fusion_start: int) -> Named:
+    yield from _embeddings("fusion_encoder.embeddings", config)
+    for i in range(fusion_start + config.fusion_layers):
+        yield from _bert_layer(f"fusion_encoder.encoder.layer.{i}", config, cross=True)
+
+
+def _text_decoder(config: ModelConfig) -> Named:
+    yield from _embeddings("text_decoder.bert.embeddings", config)
+    shared = config.decoder_layers - config.universal_layers
+    for i in range(config.decoder_layers):
+        name = f"text_decoder.bert.encoder.layer.{i}"
+        yield from _bert_layer(name, config, cross=True, latents=i == shared, twin=i >= shared)
+    head, width = "text_decoder.cls.predictions", config.width
+    yield f"{head}.bias", (config.vocab_size,)
+    yield from _linear(f"{head}.transform.dense", width, width)
+    yield from _norm(f"{head}.transform.LayerNorm", width)
+    yield f"{head}.decoder.weight", (config.vocab_size, width)
+    yield f"{head}.decoder.bias", (config.vocab_size,)
+
+
+def tie_of(name: str) -> str | None:
+    """The tensor that this one repeats, if it does."""
+    plain = student_name(name)
+    if plain not in TIED:
+        return None
+    return TIED[plain] if name == plain else teacher_name(TIED[plain])
+
+
+def fresh(name: str, info: TensorInfo, seed: int = 0) -> HostArray:
+    """The release's initialisation of a tensor; a function of (seed, name), the same for a teacher's copy.
+
+    CLIP's text tower is drawn as in CLIP's own code, everything else of this list as in BERT's.
+    """
+    name = student_name(name)
+    shape, dtype = info
+    if name.endswith(".position_ids"):
+        return np.arange(math.prod(shape), dtype=dtype).reshape(shape)
+    if name == "visual_encoder.logit_scale":
+        return np.asarray(math.log(1 / 0.07), dtype)
+    if re.search(r"(LayerNorm|\bln_\w+|\bln|visn_emb_norm|visn_layer_norm)\.weight$", name):
+        return np.ones(shape, dtype)
+    if name.endswith("bias"):
+        return np.zeros(shape, dtype)
+    rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+    return (rng.standard_normal(shape, np.float32) * np.float32(_deviation(name, shape))).astype(dtype)
+
+
+def _deviation(name: str, shape: tuple[int, ...]) -> float:
+    """Standard deviation of a fresh weight."""
+    if name.endswith(".latents"):
+        return 1.0
+    if not name.startswith("visual_encoder.") or name == "visual_encoder.token_embedding.weight":
+        return 0.02
+    if name == "visual_encoder.positional_embedding":
+        return 0.01
+    width = shape[-1] if not name.endswith(".c_proj.weight") else shape[0]
+    if name.endswith("visual.proj"):
+        return shape[0] ** -0.5
+    if name.endswith((".out_proj.weight", ".c_proj.weight")):
+        return width**-0.5 * (2 * 12) ** -0.5  # CLIP's text towers have 12 layers
+    return (2 * width) ** -0.5 if name.endswith(".c_fc.weight") else width**-0.5

@@ -1,0 +1,52 @@
+"""Safetensors files written a tensor at a time, in any order: their header says beforehand where each one goes."""
+
+import json
+import os
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from mplug2_jax.conversion.sources import DTYPES, HostArray, TensorInfo
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class SafetensorsWriter:
+    """A file of known shapes, laid out in the order given. Every tensor must be written before ``close``.
+
+    The library's own writer wants all tensors in memory at once.
+    """
+
+    def __init__(
+        self, path: Path, tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str] | None = None
+    ) -> None:
+        self._offsets: dict[str, int] = {}
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        position = 0
+        for name, info in tensors.items():
+            ends = [position, position + info.nbytes]
+            header[name] = {"dtype": _NAMES[info.dtype], "shape": list(info.shape), "data_offsets": ends}
+            self._offsets[name] = position
+            position += info.nbytes
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
+        self._begin = 8 + len(text)
+        self._file = path.open("wb", buffering=0)
+        self._file.write(struct.pack("<Q", len(text)) + text)
+        self._file.truncate(self._begin + position)
+        self._unwritten = set(tensors)
+
+    def write(self, name: str, value: HostArray) -> None:
+        """Writes the bytes of one tensor. Safe to call from several threads."""
+        data, position = np.ascontiguousarray(value).reshape(-1).view(np.uint8).data, self._begin + self._offsets[name]
+        while data.nbytes:
+            done = os.pwrite(self._file.fileno(), data, position)
+            data, position = data[done:], position + done
+        self._unwritten.discard(name)
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+        assert not self._unwritten, f"never written: {sorted(self._unwritten)[:4]}"

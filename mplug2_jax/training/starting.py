@@ -1,0 +1,86 @@
+"""A run's first state: fresh, or with parts of another checkpoint's weights in it."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mplug2_jax.errors import UserError, did_you_mean
+from mplug2_jax.model.vision import resize_positions
+from mplug2_jax.training.checkpoints import Checkpoints, open_checkpoint
+from mplug2_jax.training.config import RunConfig
+from mplug2_jax.training.state import Blueprint, TrainState
+
+POSITIONS = ("vision", "positions")
+
+
+def first_state(plan: Blueprint) -> tuple[TrainState, list[str]]:
+    """The state before step 1, and what is to be said of where it came from.
+
+    With ``config.init_from`` the chosen parts are another checkpoint's, whole or not at all; a teacher starts as that
+    checkpoint's teacher, or else as a copy of the weights.
+
+    Raises:
+        UserError: no such checkpoint, or one that lacks a part, or has it in another size.
+    """
+    config = plan.config
+    if not config.init_from:
+        return plan.init(), []
+    checkpoints, step = open_checkpoint(Path(config.init_from))
+    try:
+        return _started(plan, checkpoints, step)
+    finally:
+        checkpoints.close()
+
+
+def _started(plan: Blueprint, checkpoints: Checkpoints, step: int) -> tuple[TrainState, list[str]]:
+    stored = checkpoints.leaves(step)
+    has = {path[1] for path in stored if path[0] == "params"}
+    wanted = _wanted(plan.config, set(plan.shapes["params"]), has)
+    state = plan.init()
+    fresh = sorted(set(plan.shapes["params"]) - set(wanted))
+    said = [f"starting from {plan.config.init_from} (step {step}): {', '.join(wanted)}"]
+    said += [f"  fresh: {', '.join(fresh)}"] if fresh else []
+    for tree in ("params", "teacher"):
+        if tree in state:
+            kept = "teacher" if tree == "teacher" and any(path[0] == "teacher" for path in stored) else "params"
+            like = {part: plan.shapes[tree][part] for part in wanted}
+            state[tree] |= _restored(checkpoints, step, kept, like, said)
+    return state, said
+
+
+def _wanted(config: RunConfig, own: set[str], has: set[str]) -> Sequence[str]:
+    if config.init_parts:
+        for part in config.init_parts:
+            if part not in own:
+                raise UserError(f"config.init_parts names {part!r}: {did_you_mean(part, own)}")
+    wanted = config.init_parts or tuple(sorted(own))
+    missing = [part for part in wanted if part not in has]
+    if missing:
+        there = ", ".join(part for part in wanted if part in has) or "none of them"
+        raise UserError(
+            f"config.init_from={config.init_from} lacks {', '.join(missing)} (it has {', '.join(sorted(has))}); to "
+            f"take the rest from it, set config.init_parts to {there}"
+        )
+    return wanted
+
+
+def _restored(checkpoints: Checkpoints, step: int, tree: str, like: Any, said: list[str]) -> Any:
+    """Parts of a tree, laid out like ``like``; the position table on its own grid."""
+    path = (tree, *POSITIONS)
+    stored = checkpoints.leaves(step)
+    table = like.get("vision", {}).get("positions")
+    resized = None
+    if table is not None and path in stored and stored[path][0] != table.shape:
+        rows = checkpoints.read([path], step)[path]
+        grid = round((table.shape[0] - 1) ** 0.5)
+        resized = jax.device_put(resize_positions(jnp.asarray(rows), grid), table.sharding)
+        like = like | {"vision": {name: leaf for name, leaf in like["vision"].items() if name != "positions"}}
+        if tree == "params":
+            said.append(f"  the position table of {rows.shape[0]} rows is resized to {table.shape[0]}")
+    parts = checkpoints.restore_tree({tree: like}, step)[tree]
+    if resized is not None:
+        parts["vision"]["positions"] = resized
+    return parts
