@@ -9,7 +9,9 @@ class UserError(Exception):
     """Something the user can mend. The command line prints it as one sentence and exits with status 2."""
 
 
-def check_range(field: str, value: float | None, least: float = -math.inf, most: float = math.inf) -> None:
+def check_range(
+    field: str, value: float | int | None, least: float | int = -math.inf, most: float | int = math.inf
+) -> None:
     """Checks ``least <= value <= most``; None, a field that is left open, passes.
 
     Raises:

@@ -37,14 +37,13 @@ def vision_slots(prefix: str, layers: int, *, temporal: bool) -> Iterator[Slot]:
 
 
 def _hugging_face_slots(layers: int) -> Iterator[Slot]:
-    prefix = "vision_model"
-    yield Slot(f"{prefix}.embeddings.patch_embedding.weight", ("vision", "patch", "kernel"), layout="patch")
-    yield Slot(f"{prefix}.embeddings.class_embedding", ("vision", "class_token"), layout="same")
-    yield Slot(f"{prefix}.embeddings.position_embedding.weight", ("vision", "positions"), layout="same")
-    yield from norm(f"{prefix}.pre_layrnorm", ("vision", "norm_pre"))  # sic
-    yield from norm(f"{prefix}.post_layernorm", ("vision", "norm_post"))
+    yield Slot("embeddings.patch_embedding.weight", ("vision", "patch", "kernel"), layout="patch")
+    yield Slot("embeddings.class_embedding", ("vision", "class_token"), layout="same")
+    yield Slot("embeddings.position_embedding.weight", ("vision", "positions"), layout="same")
+    yield from norm("pre_layrnorm", ("vision", "norm_pre"))  # sic
+    yield from norm("post_layernorm", ("vision", "norm_post"))
     for i in range(layers):
-        block = f"{prefix}.encoder.layers.{i}"
+        block = f"encoder.layers.{i}"
         for theirs, ours in (("q", "query"), ("k", "key"), ("v", "value"), ("out", "out")):
             yield from linear(f"{block}.self_attn.{theirs}_proj", (*_BLOCKS, "attention", ours), i)
         yield from linear(f"{block}.mlp.fc1", (*_BLOCKS, "mlp", "up"), i)
@@ -58,9 +57,14 @@ def is_openai(names: Sequence[str]) -> bool:
     return "visual.conv1.weight" in names and "visual.transformer.resblocks.0.ln_1.weight" in names
 
 
+def canonical_names(names: Sequence[str]) -> dict[str, str]:
+    """Hugging Face's names, ``{canonical: stored}``: a tower's are the same alone and inside a whole CLIP."""
+    return {name.removeprefix("vision_model."): name for name in names}
+
+
 def is_hugging_face(names: Sequence[str]) -> bool:
-    """Whether names are Hugging Face's."""
-    return "vision_model.embeddings.patch_embedding.weight" in names
+    """Whether canonical names are Hugging Face's."""
+    return "embeddings.patch_embedding.weight" in names and "encoder.layers.0.self_attn.q_proj.weight" in names
 
 
 def _sizes(source: TensorSource, patch: str, positions: str, block: str) -> dict[str, Any]:
@@ -85,11 +89,9 @@ def openai_sizes(source: TensorSource, prefix: str = "visual") -> dict[str, Any]
 
 def hugging_face_sizes(source: TensorSource) -> dict[str, Any]:
     """The fields of our sizes that a tower in Hugging Face's names tells."""
-    embeddings = "vision_model.embeddings"
     return _sizes(
-        source, f"{embeddings}.patch_embedding.weight", f"{embeddings}.position_embedding.weight",
-        "vision_model.encoder.layers.",
-    )  # fmt: skip
+        source, "embeddings.patch_embedding.weight", "embeddings.position_embedding.weight", "encoder.layers."
+    )
 
 
 def openai_scheme(config: ModelConfig) -> Scheme:
@@ -106,7 +108,7 @@ def openai_scheme(config: ModelConfig) -> Scheme:
 def hugging_face_scheme(config: ModelConfig) -> Scheme:
     """The tower of Hugging Face's CLIP."""
     dead = dead_rules(
-        (r".*\.position_ids", "buffer: the positions 0, 1, 2, ..."),
+        (r"(.*\.)?position_ids", "buffer: the positions 0, 1, 2, ..."),
         (r"text_model\..*|text_projection\..*|logit_scale", "CLIP's text tower"),
         (r"visual_projection\..*", "CLIP's projection, which mPLUG-2 replaces"),
     )

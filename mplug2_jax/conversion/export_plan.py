@@ -1,7 +1,7 @@
 """What an export will write, known before an array is read: every tensor of the state dict, and what it is made of."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -98,21 +98,23 @@ def plan_export(
     return ExportPlan(checkpoints, step, identity, task, fusion_start, written, slots, kept, left_out)
 
 
-def kept_as(name: str, kept: TensorSource | None) -> str | None:
+def kept_as(name: str, kept: Collection[str]) -> str | None:
     """Under which name a tensor was kept: a teacher's may have been kept as the student's."""
-    names = set(kept.names()) if kept else set()
-    return next((n for n in (name, official.student_name(name)) if n in names), None)
+    return next((n for n in (name, official.student_name(name)) if n in kept), None)
 
 
 def _with_kept(state: State, kept: TensorSource, used: set[str]) -> State:
     """The state dict with what was kept as it is: CLIP's text tower may be of any size."""
     found: State = {}
+    names = frozenset(kept.names())
     for name, info in state.items():
         if name in used or tie_of(name) in used:
             found[name] = info
-        elif (own := kept_as(name, kept)) is not None:
+        elif (own := kept_as(name, names)) is not None:
             found[name] = kept.info(own)
-    return found | {name: kept.info(name) for name in kept.names() if name not in used}
+    teacher = any(official.student_name(name) != name for name in state)
+    more = (n for n in kept.names() if n not in used and (teacher or official.student_name(n) == n))
+    return found | {name: kept.info(name) for name in more}
 
 
 def find_rest(checkpoints: Checkpoints) -> Path | None:

@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -29,6 +29,7 @@ TORCH_SUFFIXES = (".pth", ".pt", ".bin")
 _BATCH_BYTES = 2**27
 
 
+@runtime_checkable
 class Writer(Protocol):
     """A file of tensors that is written a tensor at a time."""
 
@@ -179,6 +180,7 @@ class _Export:
     def __init__(self, plan: ExportPlan, writer: Writer, transfer: Transfer) -> None:
         self._plan, self._writer, self._transfer = plan, writer, transfer
         self._wanted = by_name(plan.slots)
+        self._kept = frozenset(plan.rest.names() if plan.rest else ())
         self._rows: dict[str, Row] = {}
         self._ties: dict[str, list[str]] = {}
         for name in plan.state:
@@ -229,7 +231,7 @@ class _Export:
     def _fill(self, name: str) -> None:
         """Writes one tensor that nothing of ours reads."""
         info, rest = self._plan.state[name], self._plan.rest
-        own = kept_as(name, rest)
+        own = kept_as(name, self._kept)
         fate: Fate = "filled" if own is None else "kept"
         value = fresh(name, info) if rest is None or own is None else rest.read(own)
         stored = value.astype(info.dtype, copy=False)

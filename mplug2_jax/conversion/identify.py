@@ -88,8 +88,9 @@ def identify(path: Path) -> Found:
         return Found(path, "official", "official mPLUG-2", RenamedSource(source, canonical), "official")
     if clip.is_openai(names):
         return Found(path, "clip", "CLIP (OpenAI)", source, "openai")
-    if clip.is_hugging_face(names):
-        return Found(path, "clip", "CLIP (Hugging Face)", source, "hugging_face")
+    tower = clip.canonical_names(names)
+    if clip.is_hugging_face(list(tower)):
+        return Found(path, "clip", "CLIP (Hugging Face)", RenamedSource(source, tower), "hugging_face")
     plain = bert.canonical_names(names)
     if bert.is_bert(list(plain)):
         return Found(path, "bert", "BERT", RenamedSource(source, plain), "bert")

@@ -64,11 +64,21 @@ def plan_import(
     Raises:
         UserError: sources that are no checkpoints or do not go together, or tensors without a place.
     """
-    found = [identify(path) for path in paths]
+    return plan_found([identify(path) for path in paths], parts=parts, task=task, image_size=image_size)
+
+
+def plan_found(
+    found: Sequence[Found],
+    *,
+    parts: Sequence[str] | None = None,
+    task: Task | None = None,
+    image_size: int | None = None,
+) -> ImportPlan:
+    """As :func:`plan_import`, of sources that are open already."""
     kinds = [f.kind for f in found]
     if len(set(kinds)) != len(kinds) or (len(found) > 1 and "official" in kinds):
         raise UserError(
-            f"{', '.join(map(str, paths))} are {', '.join(f.title for f in found)}: expected one official "
+            f"{', '.join(str(f.path) for f in found)} are {', '.join(f.title for f in found)}: expected one official "
             "checkpoint, or at most one CLIP and one BERT"
         )
     if kinds == ["official"]:

@@ -137,10 +137,11 @@ class SafetensorsSource:
             if 8 + length + end > size:
                 raise ValueError(f"{name} ends at byte {8 + length + end:,} of {size:,}")
             self._tensors[name] = (info, 8 + length + begin)
+        self._tensors = dict(sorted(self._tensors.items(), key=lambda item: item[1][1]))
 
     def names(self) -> list[str]:
         """All names, in the order of their bytes."""
-        return sorted(self._tensors, key=lambda name: self._tensors[name][1])
+        return list(self._tensors)
 
     def info(self, name: str) -> TensorInfo:
         """Shape and type of one tensor, without reading it."""
@@ -170,8 +171,9 @@ class ShardedSource:
                 raise UserError(f"{index} names {file!r}; expected files beside it")
         self._shards = {file: open_file(index.parent / file) for file in files}
         self._where: dict[str, str] = where
+        held = {file: set(shard.names()) for file, shard in self._shards.items()}
         for name, file in where.items():
-            if name not in self._shards[file].names():
+            if name not in held[file]:
                 raise UserError(f"{index} says that {name} is in {file}, which lacks it; copy the files again")
 
     def names(self) -> list[str]:
@@ -228,10 +230,10 @@ def open_source(path: Path) -> TensorSource:
         return ShardedSource(path, open_source)
     head = FileReader(path)
     start = head.bytes_at(0, min(16, head.size)).tobytes()
-    if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
-        return TorchSource(path)
     if start[8:9] == b"{":
         return SafetensorsSource(path)
+    if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":
+        return TorchSource(path)
     raise UserError(
         f"{path} is not a checkpoint: it begins with {start[:8]!r}; expected a safetensors file or a PyTorch archive"
     )

@@ -12,7 +12,7 @@ import threading
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -94,7 +94,7 @@ _KNOWN: Mapping[tuple[str, str], Any] = {
 class _Unpickler(pickle.Unpickler):
     """Knows tensors, containers and TorchScript's modules; refuses every other name."""
 
-    def __init__(self, file: IO[bytes]) -> None:
+    def __init__(self, file: io.BufferedIOBase) -> None:
         super().__init__(file)
         self.storages: dict[str, _Storage] = {}
 

@@ -44,8 +44,9 @@ def _imported(report: Report, folder: Path) -> Iterator[tuple[str, bool]]:
     kept = [row for row in report.rows if row.fate == "kept"]
     if kept:
         source = open_source(folder / REST)
+        names = set(source.names())
         for row in kept:
-            yield row.name, row.name in source.names() and digest(source.read(row.name)) == row.sha256
+            yield row.name, row.name in names and digest(source.read(row.name)) == row.sha256
 
 
 def _exported(report: Report, folder: Path) -> Iterator[tuple[str, bool]]:

@@ -1,48 +1,34 @@
 """The official layout: every tensor is accounted for, nothing is loaded in part, and the way back is exact."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from mplug2_jax.conversion.goldens import CAPTION_PARTS, QUESTION_PARTS, load_goldens
+from mplug2_jax.conversion.goldens import load_goldens
 from mplug2_jax.conversion.official import (
-    HostArray,
-    TensorSource,
-    account_for,
+    CAPTION_PARTS,
+    QUESTION_PARTS,
+    canonical_names,
+    default_fusion_start,
     load_official,
+    official_scheme,
     slots,
     student_name,
     teacher_name,
     to_official,
 )
+from mplug2_jax.conversion.official_state import fresh, official_state, tie_of
+from mplug2_jax.conversion.schemes import account_for
+from mplug2_jax.conversion.sources import MemorySource, TensorSource
 from mplug2_jax.errors import UserError
 from mplug2_jax.model.config import model_config
 from mplug2_jax.model.mplug2 import define
 
-FUSION_START = {"base": 9, "large": 18}
 
-
-class Memory:
-    """Tensors in memory as a source."""
-
-    def __init__(self, tensors: Mapping[str, HostArray]) -> None:
-        self.tensors = dict(tensors)
-
-    def names(self) -> list[str]:
-        return list(self.tensors)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self.tensors[name].shape
-
-    def read(self, name: str) -> HostArray:
-        return self.tensors[name]
-
-
-def all_of(source: TensorSource) -> Memory:
-    return Memory({name: source.read(name) for name in source.names()})
+def all_of(source: TensorSource) -> MemorySource:
+    return MemorySource({name: source.read(name) for name in source.names()})
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +43,11 @@ def test_every_name_and_shape_of_the_release_is_accounted_for(reference: Path, t
     shapes = {row["name"]: tuple(row["shape"]) for row in listed}
     parts = CAPTION_PARTS if task == "caption" else QUESTION_PARTS
     definition = define(model_config(size), parts)
-    wanted, account = account_for(list(shapes), definition, FUSION_START[size])
+    start = default_fusion_start(definition.config)
+    assert start == {"base": 9, "large": 18}[size]
+    wanted, account = account_for(list(shapes), official_scheme(definition.config, parts, start))
     assert set(account.rows) == set(shapes)
-    assert account.count("tied") == (2 if task == "caption" else 4)
+    assert account.count("tied") == 2
     assert (account.count("aside") > 0) == (task == "videoqa")
     # Together the tensors in use have exactly as many elements as our model.
     assert sum(int(np.prod(shapes[name])) for name in wanted) == definition.count()
@@ -105,3 +93,62 @@ def test_every_place_of_our_model_is_filled_once(golden) -> None:
         tuple(key.key for key in path) for path, _ in jax.tree_util.tree_leaves_with_path(golden.definition.shapes)
     }
     assert {path for path, _ in filled} == paths
+
+
+@pytest.mark.parametrize("size", ["base", "large"])
+@pytest.mark.parametrize("task", ["caption", "videoqa"])
+def test_a_whole_state_dict_is_the_release_s_in_names_shapes_types_and_order(
+    reference: Path, task: str, size: str
+) -> None:
+    listed = json.loads((reference / f"state_dict_{task}_{size}.json").read_text())
+    config = model_config(size)
+    state = official_state(config, default_fusion_start(config), teacher=task == "videoqa")
+    ours = [{"name": n, "shape": list(info.shape), "dtype": info.dtype.name} for n, info in state.items()]
+    assert ours == [{key: row[key] for key in ("name", "shape", "dtype")} for row in listed]
+
+
+def test_names_of_pretraining_and_of_wrappers_are_those_of_the_models() -> None:
+    stored = [
+        "module.text_encoder.bert.embeddings.word_embeddings.weight", "module.fusion_encoder.fusion.encoder.layer.0.x",
+        "module.fusion_encoder.bert.embeddings.x", "module.text_decoder.bert.encoder.layer.0.x",
+        "module.text_encoder_m.bert.encoder.layer.0.x",
+    ]  # fmt: skip
+    assert canonical_names(stored) == {
+        "text_encoder.embeddings.word_embeddings.weight": stored[0],
+        "fusion_encoder.encoder.layer.0.x": stored[1],
+        "fusion_encoder.embeddings.x": stored[2],
+        "text_decoder.bert.encoder.layer.0.x": stored[3],
+        "text_encoder_m.encoder.layer.0.x": stored[4],
+    }
+    with pytest.raises(UserError, match="which are one tensor"):
+        canonical_names(["fusion_encoder.bert.x", "fusion_encoder.fusion.x"])
+
+
+def test_what_nothing_reads_is_filled_as_the_release_initialises_it() -> None:
+    config = model_config("base")
+    state = official_state(config, default_fusion_start(config), teacher=True)
+
+    def made(name: str) -> np.ndarray:
+        return fresh(name, state[name])
+
+    assert made("text_encoder.embeddings.position_ids").tolist() == [list(range(512))]
+    assert (made("fusion_encoder.encoder.layer.0.output.LayerNorm.weight") == 1).all()
+    assert (made("visual_encoder.ln_final.weight") == 1).all()
+    assert (made("fusion_encoder.encoder.layer.0.output.dense.bias") == 0).all()
+    assert made("visual_encoder.logit_scale") == np.float32(np.log(1 / 0.07))
+    deviations = {
+        "text_decoder.bert.encoder.layer.10.latents": 1.0,
+        "text_encoder.encoder.layer.10.intermediate_vision.dense.weight": 0.02,
+        "visual_encoder.visual.proj": 768**-0.5,
+        "visual_encoder.positional_embedding": 0.01,
+        "visual_encoder.transformer.resblocks.3.attn.in_proj_weight": 512**-0.5,
+        "visual_encoder.transformer.resblocks.3.mlp.c_fc.weight": 1024**-0.5,
+        "visual_encoder.transformer.resblocks.3.mlp.c_proj.weight": 512**-0.5 * 24**-0.5,
+    }
+    for name, deviation in deviations.items():
+        assert made(name).std() == pytest.approx(deviation, rel=0.05), name
+    # The release copies its teacher from the student.
+    name = "visual_encoder.text_projection"
+    np.testing.assert_array_equal(made(name), made(teacher_name(name)))
+    assert tie_of("text_decoder_m.cls.predictions.decoder.bias") == "text_decoder_m.cls.predictions.bias"
+    assert tie_of("text_decoder.cls.predictions.bias") is None

@@ -1,0 +1,209 @@
+"""CLIP and BERT as others wrote them: our hidden states equal those of the transformers library at every layer."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mplug2_jax.conversion.import_plan import plan_import
+from mplug2_jax.conversion.importing import run_import
+from mplug2_jax.conversion.sources import open_source
+from mplug2_jax.errors import UserError
+from mplug2_jax.model.mplug2 import Mplug2, define
+from mplug2_jax.model.taps import Taps
+from mplug2_jax.training.checkpoints import open_checkpoint
+from tests.hugging_face import bert_model, clip_model
+
+torch = pytest.importorskip("torch", reason="PyTorch is not installed here")
+pytest.importorskip("transformers", reason="transformers is not installed here")
+
+TOLERANCE = 1e-5
+
+
+def bound(workdir: Path, **overrides: Any) -> tuple[Mplug2, Any]:
+    """The model of a checkpoint with its parameters, in float32."""
+    import dataclasses
+
+    checkpoints, step = open_checkpoint(workdir)
+    identity = checkpoints.identity(step)
+    definition = define(dataclasses.replace(identity.config, dtype="float32", **overrides), identity.parts)
+    params, _ = checkpoints.restore_params(definition.shapes, step)
+    checkpoints.close()
+    params = jax.tree.map(jnp.asarray, params)
+    return definition.bind(params), params
+
+
+def openai_names(model: Any) -> dict[str, Any]:
+    """The tower's state dict in OpenAI's names and form: fused projections, and things of the text tower."""
+    state = model.state_dict()
+    found = {
+        "visual.class_embedding": state["embeddings.class_embedding"],
+        "visual.conv1.weight": state["embeddings.patch_embedding.weight"],
+        "visual.positional_embedding": state["embeddings.position_embedding.weight"],
+        "visual.proj": torch.zeros(128, 16), "logit_scale": torch.tensor(2.0), "text_projection": torch.zeros(8, 16),
+        "token_embedding.weight": torch.zeros(5, 8), "transformer.resblocks.0.ln_1.weight": torch.ones(8),
+    }  # fmt: skip
+    for theirs, ours in (("pre_layrnorm", "ln_pre"), ("post_layernorm", "ln_post")):
+        found |= {f"visual.{ours}.{end}": state[f"{theirs}.{end}"] for end in ("weight", "bias")}
+    for i in range(2):
+        block, layer = f"visual.transformer.resblocks.{i}", f"encoder.layers.{i}"
+        for end, fused in (("weight", "in_proj_weight"), ("bias", "in_proj_bias")):
+            cuts = [state[f"{layer}.self_attn.{which}_proj.{end}"] for which in "qkv"]
+            found[f"{block}.attn.{fused}"] = torch.cat(cuts)
+            for theirs, ours in (
+                ("self_attn.out_proj", "attn.out_proj"), ("layer_norm1", "ln_1"), ("layer_norm2", "ln_2"),
+                ("mlp.fc1", "mlp.c_fc"), ("mlp.fc2", "mlp.c_proj"),
+            ):  # fmt: skip
+                found[f"{block}.{ours}.{end}"] = state[f"{layer}.{theirs}.{end}"]
+    return found
+
+
+def save(model: Any, layout: str, folder: Path) -> Path:
+    folder.mkdir()
+    if layout == "hugging_face":
+        model.save_pretrained(folder)
+        return folder
+    torch.save(openai_names(model), folder / "clip.pt")
+    return folder / "clip.pt"
+
+
+@pytest.mark.parametrize("layout", ["hugging_face", "openai"])
+@pytest.mark.parametrize("size", [32, 48])
+def test_clip_is_the_same_at_every_layer(tmp_path: Path, layout: str, size: int) -> None:
+    model = clip_model()
+    run_import(
+        plan_import([save(model, layout, tmp_path / "clip")], image_size=None if size == 32 else size),
+        tmp_path / "ours",
+    )
+    if size != 32:  # theirs, resized by torch
+        table = model.embeddings.position_embedding.weight.detach()
+        grid = table[1:].reshape(1, 4, 4, -1).permute(0, 3, 1, 2)
+        grid = torch.nn.functional.interpolate(grid, (size // 8, size // 8), mode="bilinear", align_corners=False)
+        state = model.state_dict()
+        state[next(n for n in state if n.endswith("position_embedding.weight"))] = torch.cat(
+            [table[:1], grid[0].permute(1, 2, 0).flatten(0, 1)]
+        )
+        model = clip_model(image_size=size)
+        state = {n: t for n, t in state.items() if not n.endswith("position_ids")}
+        model.load_state_dict(state, strict=False)
+    pixels = np.random.default_rng(0).standard_normal((2, 3, size, size)).astype(np.float32)
+    with torch.no_grad():
+        theirs = model(torch.from_numpy(pixels), output_hidden_states=True)
+    ours, _ = bound(tmp_path / "ours")
+    taps = Taps()
+    out = jax.jit(lambda x: (ours.vision(x, taps=taps), dict(taps)))(jnp.asarray(pixels.transpose(0, 2, 3, 1)[:, None]))
+    np.testing.assert_allclose(out[1]["vision/norm_pre"], theirs.hidden_states[0], atol=TOLERANCE)
+    for layer, expected in zip(out[1]["vision/block"], theirs.hidden_states[1:], strict=True):
+        np.testing.assert_allclose(layer, expected, atol=TOLERANCE)
+    np.testing.assert_allclose(out[0][:, 0], theirs.pooler_output, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("head", [False, True])
+def test_bert_is_the_same_at_every_layer(tmp_path: Path, head: bool) -> None:
+    model = bert_model(head=head)
+    model.save_pretrained(tmp_path / "bert")
+    plan = plan_import([tmp_path / "bert"])
+    run_import(plan, tmp_path / "ours")
+    assert plan.definition.parts == (("text", "universal", "mlm") if head else ("text", "universal"))
+    ids = np.random.default_rng(0).integers(1, 90, (3, 9))
+    mask = np.arange(9) < np.array([[9], [6], [2]])
+    ids = np.where(mask, ids, 0)
+    with torch.no_grad():
+        theirs = model(torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64)), output_hidden_states=True)
+    ours, _ = bound(tmp_path / "ours")
+    states = jax.jit(lambda i, m: _text_states(ours, i, m))(jnp.asarray(ids, jnp.int32), jnp.asarray(mask))
+    layers = [states["text/embed"], *states["text/layer"], *states["universal/text"]]
+    for layer, expected in zip(layers, theirs.hidden_states, strict=True):
+        np.testing.assert_allclose(np.asarray(layer)[mask], expected.numpy()[mask], atol=TOLERANCE)
+    if head:
+        logits = jax.jit(ours.mlm_logits)(states["text/out"])
+        np.testing.assert_allclose(np.asarray(logits)[mask], theirs.logits.numpy()[mask], atol=5e-5)
+
+
+def _text_states(model: Mplug2, ids: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
+    taps = Taps()
+    model.text_tokens(ids, mask, taps=taps)
+    return dict(taps)
+
+
+def test_a_model_starts_from_both(tmp_path: Path) -> None:
+    """CLIP's tower; BERT in text, universal layers, fusion and decoder; the rest fresh; what the release does."""
+    clip, bert = clip_model(), bert_model(head=True)
+    clip.save_pretrained(tmp_path / "clip")
+    bert.save_pretrained(tmp_path / "bert")
+    plan = plan_import([tmp_path / "clip", tmp_path / "bert"])
+    assert plan.definition.parts == ("vision", "temporal", "text", "universal", "fusion", "decoder", "mlm")
+    report = run_import(plan, tmp_path / "ours")
+    _, params = bound(tmp_path / "ours")
+    state = bert.state_dict()
+
+    def theirs(name: str) -> np.ndarray:
+        return state[f"bert.{name}"].numpy()
+
+    dense = "output.dense.weight"
+    for part, layer, source in (
+        ("text", 0, 0), ("text", 1, 1), ("universal", 0, 2), ("universal", 1, 3), ("fusion", 0, 3), ("decoder", 3, 3),
+        ("decoder", 0, 0),
+    ):  # fmt: skip
+        kernel = params[part]["layers"]["mlp"]["down"]["kernel"][layer]
+        np.testing.assert_array_equal(kernel, theirs(f"encoder.layer.{source}.{dense}").T)
+    for part in ("text", "decoder"):
+        np.testing.assert_array_equal(params[part]["embeddings"]["words"], theirs("embeddings.word_embeddings.weight"))
+    np.testing.assert_array_equal(params["decoder"]["head"]["bias"], state["cls.predictions.bias"].numpy())
+    fresh = {row.name for row in report.rows if row.fate == "fresh"}
+    assert all(any(word in name for word in ("temporal", "cross_", "latents", "visual_norm")) for name in fresh)
+    assert any("temporal_1/up" in name for name in fresh)
+    assert not np.asarray(params["vision"]["blocks"]["temporal_1"]["up"]["kernel"]).any()  # starts as the identity
+    assert np.asarray(params["universal"]["latents"]).std() == pytest.approx(1.0, rel=0.1)
+
+
+def test_old_names_of_bert_are_known(tmp_path: Path) -> None:
+    model = bert_model(head=True)
+    old = {name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): tensor
+           for name, tensor in model.state_dict().items()}  # fmt: skip
+    old |= {"bert.pooler.dense.weight": torch.zeros(128, 128), "cls.seq_relationship.bias": torch.zeros(2)}
+    torch.save(old, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    report = run_import(plan_import([tmp_path]), tmp_path / "ours")
+    why = {row.name: row.why for row in report.rows if row.fate == "dead"}
+    assert why["pooler.dense.weight"] == "BERT's pooler, which mPLUG-2 has not"
+    assert "cls.seq_relationship.bias" in why
+
+
+def test_a_torchscript_archive_of_clip_is_known(tmp_path: Path) -> None:
+    """The form that OpenAI published, which the release starts from: half precision inside a script."""
+    names = openai_names(clip_model())
+
+    def module(prefix: str) -> Any:
+        made = torch.nn.Module()
+        children = {name.removeprefix(prefix).partition(".")[0] for name in names if name.startswith(prefix)}
+        for child in children:
+            if f"{prefix}{child}" in names:
+                setattr(made, child, torch.nn.Parameter(names[f"{prefix}{child}"].half()))
+            else:
+                made.add_module(child, module(f"{prefix}{child}."))
+        return made
+
+    torch.jit.script(module("")).save(str(tmp_path / "ViT.pt"))
+    assert set(open_source(tmp_path / "ViT.pt").names()) == set(names)
+    run_import(plan_import([tmp_path / "ViT.pt"]), tmp_path / "ours")
+    _, params = bound(tmp_path / "ours")
+    kernel = names["visual.transformer.resblocks.1.mlp.c_fc.weight"].half().float().numpy().T
+    np.testing.assert_array_equal(params["vision"]["blocks"]["mlp"]["up"]["kernel"][1], kernel)
+
+
+def test_two_of_a_kind_are_refused(tmp_path: Path) -> None:
+    clip_model().save_pretrained(tmp_path / "clip")
+    with pytest.raises(UserError, match="expected one official checkpoint, or at most one CLIP and one BERT"):
+        plan_import([tmp_path / "clip", tmp_path / "clip"])
+
+
+def test_something_else_of_the_library_is_refused(tmp_path: Path) -> None:
+    import transformers
+
+    config = transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=20, n_positions=8)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt")
+    with pytest.raises(UserError, match="neither the official release's nor CLIP's nor BERT's"):
+        plan_import([tmp_path / "gpt"])

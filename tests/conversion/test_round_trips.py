@@ -1,0 +1,209 @@
+"""Official -> ours -> official and ours -> official -> ours: to the byte, whatever the task and the format."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from mplug2_jax.conversion.export_plan import plan_export
+from mplug2_jax.conversion.exporting import batches, export, groups
+from mplug2_jax.conversion.import_plan import ImportPlan, plan_import
+from mplug2_jax.conversion.importing import run_import
+from mplug2_jax.conversion.official import TASK_PARTS, default_fusion_start, official_scheme
+from mplug2_jax.conversion.official_state import REST, official_state
+from mplug2_jax.conversion.report import read_report
+from mplug2_jax.conversion.sources import DTYPES, MemorySource, open_source
+from mplug2_jax.errors import UserError
+from mplug2_jax.model.config import model_config
+from mplug2_jax.model.mplug2 import define
+from mplug2_jax.training.checkpoints import open_checkpoint
+from tests.weights import assert_same, official_config, official_file, tensors_of
+
+CASES = [("caption", False), ("videoqa", False), ("videoqa", True)]
+
+
+def arrays_of(workdir: Path) -> dict[tuple[str, ...], np.ndarray]:
+    checkpoints, step = open_checkpoint(workdir)
+    found = checkpoints.read(list(checkpoints.leaves(step)), step)
+    checkpoints.close()
+    return found
+
+
+def assert_equal_arrays(one: Path, other: Path) -> None:
+    a, b = arrays_of(one), arrays_of(other)
+    assert set(a) == set(b)
+    for path, value in a.items():
+        assert value.tobytes() == b[path].tobytes(), path
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+@pytest.mark.parametrize(("task", "teacher"), CASES)
+def test_there_and_back_is_the_same_to_the_byte(tmp_path: Path, task: str, teacher: bool, suffix: str) -> None:
+    source = official_file(tmp_path / "source" / f"x{suffix}", official_config(), task=task, teacher=teacher)
+    report = run_import(plan_import([source]), tmp_path / "ours")
+    assert {row.fate for row in report.rows} == {"used", "tied", "kept"}
+    assert len(report.rows) == len(open_source(source).names())
+    exported = tmp_path / "back" / f"y{suffix}"
+    again = export(tmp_path / "ours", exported)
+    assert_same(source, exported)
+    assert open_source(exported).names() == list(
+        official_state(official_config(), default_fusion_start(official_config()), teacher=teacher)
+    )
+    # The two reports say the same of both sides.
+    hashes = {row.name: row.sha256 for row in report.rows}
+    assert hashes == {row.name: row.sha256 for row in again.rows}
+    assert {p for row in report.rows for p in row.places} == {p for row in again.rows for p in row.places}
+
+
+def test_a_golden_comes_back_to_the_byte(reference: Path, tmp_path: Path) -> None:
+    """Another tower of CLIP's text, another width of vision than of text, and the file in another order."""
+    source = reference / "goldens" / "c1_fc" / "videoqa_weights.safetensors"
+    run_import(plan_import([source]), tmp_path / "ours")
+    export(tmp_path / "ours", tmp_path / "back.safetensors")
+    assert_same(source, tmp_path / "back.safetensors")
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An imported question-answering model with its teacher."""
+    folder = tmp_path_factory.mktemp("imported")
+    source = official_file(folder / "source" / "x.safetensors", official_config(), teacher=True)
+    run_import(plan_import([source]), folder / "ours")
+    return folder
+
+
+def test_our_own_weights_come_back_to_the_byte(imported: Path, tmp_path: Path) -> None:
+    export(imported / "ours", tmp_path / "hub")
+    run_import(plan_import([tmp_path / "hub"]), tmp_path / "again")
+    assert_equal_arrays(imported / "ours", tmp_path / "again")
+
+
+def test_without_kept_weights_the_release_s_initialisation_fills_and_is_said(imported: Path, tmp_path: Path) -> None:
+    (imported / "ours" / REST).rename(tmp_path / "elsewhere")
+    try:
+        report = export(imported / "ours", tmp_path / "filled.safetensors")
+    finally:
+        (tmp_path / "elsewhere").rename(imported / "ours" / REST)
+    assert {row.fate for row in report.rows} == {"used", "tied", "filled"}
+    config = official_config()
+    state = official_state(config, default_fusion_start(config), teacher=True)
+    source = open_source(tmp_path / "filled.safetensors")
+    assert {name: source.info(name) for name in source.names()} == state
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_other_types_round_and_say_by_how_much(imported: Path, tmp_path: Path, dtype: str) -> None:
+    report = export(imported / "ours", tmp_path / "x.safetensors", dtype=dtype)
+    stored, whole = tensors_of(tmp_path / "x.safetensors"), tensors_of(imported / "source" / "x.safetensors")
+    rows = {row.name: row for row in report.rows}
+    for name, value in whole.items():
+        if value.dtype == np.int64:
+            assert stored[name].dtype == np.int64
+            continue
+        rounded = value.astype({"float16": DTYPES["F16"], "bfloat16": DTYPES["BF16"]}[dtype])
+        assert stored[name].tobytes() == rounded.tobytes()
+        if rows[name].fate == "used":
+            difference = np.abs(value.astype(np.float64) - rounded.astype(np.float64)).max()
+            assert rows[name].max_difference == difference > 0
+
+
+def test_averaged_weights_can_be_written_as_the_model_s_own(imported: Path, tmp_path: Path) -> None:
+    export(imported / "ours", tmp_path / "x.safetensors", ema=True, teacher=False)
+    stored, whole = tensors_of(tmp_path / "x.safetensors"), tensors_of(imported / "source" / "x.safetensors")
+    name = "text_decoder.bert.encoder.layer.1.output.dense.weight"
+    assert stored[name].tobytes() == whole[name.replace("text_decoder.", "text_decoder_m.")].tobytes()
+    assert not any(name.startswith("text_decoder_m.") for name in stored)
+
+
+def test_the_release_s_training_wants_a_teacher_and_gets_copies(tmp_path: Path) -> None:
+    source = official_file(tmp_path / "s" / "x.safetensors", official_config(), teacher=False)
+    run_import(plan_import([source]), tmp_path / "ours")
+    export(tmp_path / "ours", tmp_path / "x.safetensors", teacher=True)
+    stored = tensors_of(tmp_path / "x.safetensors")
+    config = official_config()
+    assert list(stored) == list(official_state(config, default_fusion_start(config), teacher=True))
+    for name in (
+        "visual_encoder.visual.proj",
+        "text_encoder.encoder.layer.1.output.dense.bias",
+        "visn_emb_norm.weight",
+    ):
+        module, _, rest = name.partition(".")
+        assert stored[f"{module}_m.{rest}"].tobytes() == stored[name].tobytes()
+
+
+def test_large_files_are_cut_with_an_index(imported: Path, tmp_path: Path) -> None:
+    export(imported / "ours", tmp_path / "hub", shard_bytes=1_000_000)
+    shards = sorted((tmp_path / "hub").glob("model-*.safetensors"))
+    assert len(shards) > 2
+    assert shards[0].name == f"model-00001-of-{len(shards):05d}.safetensors"
+    assert all(shard.stat().st_size < 1_200_000 for shard in shards[:-1])
+    index = json.loads((tmp_path / "hub" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == {shard.name for shard in shards}
+    assert_same(imported / "source" / "x.safetensors", tmp_path / "hub")
+
+
+def test_a_position_table_is_resized_and_the_rest_is_not(tmp_path: Path) -> None:
+    source = official_file(tmp_path / "s" / "x.safetensors", official_config(image_size=32))
+    report = run_import(plan_import([source], image_size=48), tmp_path / "ours")
+    assert [row.name for row in report.rows if row.fate == "resized"] == ["visual_encoder.visual.positional_embedding"]
+    table = arrays_of(tmp_path / "ours")["params", "vision", "positions"]
+    stored = tensors_of(source)["visual_encoder.visual.positional_embedding"]
+    assert table.shape == (37, 64)
+    np.testing.assert_array_equal(table[0], stored[0])
+    torch = pytest.importorskip("torch")
+    grid = torch.from_numpy(stored[1:]).reshape(1, 4, 4, 64).permute(0, 3, 1, 2)
+    resized = torch.nn.functional.interpolate(grid, (6, 6), mode="bilinear", align_corners=False)
+    np.testing.assert_allclose(table[1:], resized[0].permute(1, 2, 0).reshape(36, 64), atol=1e-6)
+
+
+def test_arrays_that_share_tensors_are_read_together_and_small_ones_at_once() -> None:
+    definition = define(official_config(), TASK_PARTS["videoqa"])
+    scheme = official_scheme(definition.config, definition.parts, 2, teacher=True)
+    found = groups(scheme.slots)
+    paths = [path for group, _ in found for path in group]
+    assert len(paths) == len(set(paths)) == len({slot.path for slot in scheme.slots})
+    assert sorted(name for _, names in found for name in names) == sorted({slot.name for slot in scheme.slots})
+    assert max(len(group) for group, _ in found) == 3  # query, key, value
+    assert len(batches(scheme.slots, dict.fromkeys(paths, 2**20))) == -(-len(paths) // 128) or len(paths) < 384
+    assert len(batches(scheme.slots, dict.fromkeys(paths, 2**28))) == len(found)
+
+
+@pytest.mark.parametrize(("task", "teacher"), [("caption", False), ("videoqa", True)])
+def test_the_large_models_have_a_place_for_everything(task: str, teacher: bool) -> None:
+    """By shapes alone: no array of the large model is made."""
+    config = model_config("large")
+    state = official_state(config, default_fusion_start(config), teacher=teacher)
+    hollow = MemorySource({name: np.broadcast_to(np.zeros((), info.dtype), info.shape) for name, info in state.items()})
+    plan = planned(hollow, task)
+    assert plan.definition.config.fusion_layers == 6
+    assert not plan.fresh
+    assert sum(leaf.size for leaf in jax.tree.leaves(plan.definition.shapes)) == (
+        621_853_498 if task == "caption" else 1_031_533_370
+    )
+
+
+def planned(source: MemorySource, task: str) -> ImportPlan:
+    from mplug2_jax.conversion.identify import Found
+    from mplug2_jax.conversion.import_plan import plan_found
+
+    return plan_found([Found(Path("large.pth"), "official", "official mPLUG-2", source, "official")], task=task)
+
+
+def test_a_model_that_is_none_of_the_release_s_says_what_it_lacks(tmp_path: Path) -> None:
+    from tests.hugging_face import clip_folder
+
+    run_import(plan_import([clip_folder(tmp_path / "clip")]), tmp_path / "ours")
+    with pytest.raises(UserError, match="is a model of vision: the release's caption model also needs temporal"):
+        plan_export(tmp_path / "ours")
+
+
+@pytest.mark.slow
+def test_base_comes_back_to_the_byte(tmp_path: Path) -> None:
+    config = model_config("base")
+    source = official_file(tmp_path / "s" / "x.safetensors", config, task="videoqa", settings=False)
+    run_import(plan_import([source], task="videoqa"), tmp_path / "ours")
+    export(tmp_path / "ours", tmp_path / "back.safetensors")
+    assert_same(source, tmp_path / "back.safetensors")
+    assert read_report(tmp_path).totals()["used"]["elements"] == 379_952_442

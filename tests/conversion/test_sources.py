@@ -1,0 +1,141 @@
+"""Files of tensors: what is read is what was written, and what is damaged is a sentence."""
+
+import json
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mplug2_jax.conversion.safetensors_writer import SafetensorsWriter
+from mplug2_jax.conversion.sources import DTYPES, SafetensorsSource, TensorInfo, open_source
+from mplug2_jax.errors import UserError
+
+# Every type that the library's own numpy form can read; bfloat16 only has a reader here.
+LIBRARY = [name for name in DTYPES if name != "BF16"]
+
+
+def random_array(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    return rng.integers(0, 2, shape).astype(DTYPES[dtype]) if dtype == "BOOL" else (
+        rng.integers(0, 100, shape).astype(DTYPES[dtype])
+    )  # fmt: skip
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    shapes=st.lists(st.lists(st.integers(0, 4), max_size=3).map(tuple), min_size=1, max_size=6),
+    types=st.lists(st.sampled_from(LIBRARY), min_size=6, max_size=6),
+    seed=st.integers(0, 1000),
+)
+def test_what_we_write_the_library_reads_and_the_other_way_round(tmp_path: Path, shapes, types, seed) -> None:
+    rng = np.random.default_rng(seed)
+    tensors = {f"t.{i}": random_array(rng, shape, t) for i, (shape, t) in enumerate(zip(shapes, types, strict=False))}
+    ours, theirs = tmp_path / "ours.safetensors", tmp_path / "theirs.safetensors"
+    writer = SafetensorsWriter(ours, {name: TensorInfo(x.shape, x.dtype) for name, x in tensors.items()})
+    for name in rng.permutation(list(tensors)):  # any order
+        writer.write(str(name), tensors[str(name)])
+    writer.close()
+    safetensors.numpy.save_file(tensors, theirs)
+    read = safetensors.numpy.load_file(ours)
+    for name, value in tensors.items():
+        for other in (read[name], SafetensorsSource(theirs).read(name)):
+            assert other.dtype == value.dtype
+            np.testing.assert_array_equal(other, value)
+    assert SafetensorsSource(ours).names() == list(tensors)
+
+
+def test_bfloat16_keeps_its_bits(tmp_path: Path) -> None:
+    value = np.arange(6, dtype=DTYPES["BF16"]).reshape(2, 3)
+    writer = SafetensorsWriter(tmp_path / "x.safetensors", {"x": TensorInfo((2, 3), DTYPES["BF16"])})
+    writer.write("x", value)
+    writer.close()
+    read = open_source(tmp_path / "x.safetensors").read("x")
+    assert read.dtype == DTYPES["BF16"]
+    assert read.tobytes() == value.tobytes()
+
+
+@pytest.fixture
+def whole(tmp_path: Path) -> bytes:
+    safetensors.numpy.save_file({"x": np.arange(100, dtype=np.float32)}, tmp_path / "whole.safetensors")
+    return (tmp_path / "whole.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("cut", [0, 4, 9, 60, -1])
+def test_a_truncated_file_is_a_sentence(whole: bytes, tmp_path: Path, cut: int) -> None:
+    path = tmp_path / "cut.safetensors"
+    path.write_bytes(whole[:cut])
+    with pytest.raises(UserError, match=r"cut\.safetensors is (truncated|not a checkpoint)"):
+        open_source(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"dtype": "F8_E4M3"}, "x has element type F8_E4M3, known are F64, F32"),
+        ({"shape": [-100]}, "x has shape"),
+        ({"shape": [50]}, r"x has shape \[50\] and 400 bytes"),
+        ({"data_offsets": [-4, 396]}, "x has shape"),
+        ({"data_offsets": [4, 404]}, "x ends at byte"),
+    ],
+)
+def test_a_header_that_lies_is_a_sentence(tmp_path: Path, change: dict, said: str) -> None:
+    entry = {"dtype": "F32", "shape": [100], "data_offsets": [0, 400]} | change
+    header = json.dumps({"x": entry}).encode()
+    (tmp_path / "lies.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(400))
+    with pytest.raises(UserError, match=said):
+        open_source(tmp_path / "lies.safetensors")
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(position=st.integers(0, 70), value=st.integers(0, 255))
+def test_a_damaged_header_never_is_anything_but_a_sentence(whole: bytes, tmp_path: Path, position, value) -> None:
+    path = tmp_path / "damaged.safetensors"
+    path.write_bytes(whole[:position] + bytes([value]) + whole[position + 1 :])
+    try:
+        source = open_source(path)
+        for name in source.names():
+            source.read(name)
+    except UserError:  # a sentence; any other exception fails the test
+        return
+
+
+def sharded(folder: Path, weight_map: dict[str, str]) -> Path:
+    for file in set(weight_map.values()) - {"../a.safetensors"}:
+        names = [name for name, where in weight_map.items() if where == file]
+        safetensors.numpy.save_file({name: np.full(3, i, np.float32) for i, name in enumerate(names)}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
+
+
+def test_several_files_are_one_source(tmp_path: Path) -> None:
+    source = open_source(sharded(tmp_path, {"a": "one.safetensors", "b": "two.safetensors", "c": "one.safetensors"}))
+    assert sorted(source.names()) == ["a", "b", "c"]
+    assert source.info("b") == TensorInfo((3,), np.dtype(np.float32))
+    assert source.read("c").tolist() == [1, 1, 1]
+
+
+def test_an_index_leads_nowhere_else(tmp_path: Path) -> None:
+    sharded(tmp_path, {"a": "../a.safetensors"})
+    with pytest.raises(UserError, match="expected files beside it"):
+        open_source(tmp_path)
+
+
+def test_an_index_that_promises_too_much_is_a_sentence(tmp_path: Path) -> None:
+    folder = sharded(tmp_path, {"a": "one.safetensors"})
+    index = {"weight_map": {"a": "one.safetensors", "b": "one.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"says that b is in one\.safetensors, which lacks it"):
+        open_source(folder)
+
+
+def test_a_folder_without_weights_and_a_file_of_something_else_are_sentences(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"holds no weights; expected one of model\.safetensors\.index\.json"):
+        open_source(tmp_path)
+    (tmp_path / "notes.txt").write_text("not weights at all")
+    with pytest.raises(UserError, match="is not a checkpoint: it begins with b'not weig'"):
+        open_source(tmp_path / "notes.txt")
+    with pytest.raises(UserError, match="does not exist"):
+        open_source(tmp_path / "nowhere.pth")

@@ -1,0 +1,132 @@
+"""PyTorch's files without PyTorch: what it wrote is read, what we write it reads, and code is never run."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mplug2_jax.conversion.sources import DTYPES, TensorInfo, open_source
+from mplug2_jax.conversion.torch_files import TorchSource, TorchWriter
+from mplug2_jax.errors import UserError
+
+torch = pytest.importorskip("torch", reason="PyTorch is not installed here")
+
+
+def state_dict() -> dict[str, Any]:
+    flat = torch.arange(10.0)
+    return {
+        "a.weight": torch.randn(3, 4), "transposed": torch.randn(5, 6).half().t(), "scalar": torch.tensor(7),
+        "b16": torch.randn(2).bfloat16(), "empty": torch.zeros(0, 3), "parameter": torch.nn.Parameter(torch.ones(2)),
+        "part": flat[3:7], "same storage": flat[2:9:2], "flags": torch.tensor([True, False]),
+    }  # fmt: skip
+
+
+def saved(path: Path, content: Any, *, legacy: bool = False) -> Path:
+    torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+    return path
+
+
+def assert_holds(source: Any, tensors: dict[str, Any]) -> None:
+    assert source.names() == list(tensors)
+    for name, tensor in tensors.items():
+        value = source.read(name)
+        assert source.info(name) == TensorInfo(value.shape, value.dtype)
+        assert value.shape == tuple(tensor.shape)
+        np.testing.assert_array_equal(value.astype(np.float64), tensor.detach().double().numpy())
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("top", [None, "model", "module"])
+def test_a_state_dict_is_read_alone_or_from_a_training_checkpoint(
+    tmp_path: Path, legacy: bool, top: str | None
+) -> None:
+    tensors = state_dict()
+    content: Any = tensors
+    if top:
+        optimizer = {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 1e-3, "betas": (0.9, 0.999)}]}
+        content = {top: tensors, "optimizer": optimizer, "epoch": 3, "config": {"image_res": 224, "x": [1, None, "y"]}}
+    assert_holds(open_source(saved(tmp_path / "x.pth", content, legacy=legacy)), tensors)
+
+
+def test_a_torchscript_archive_is_read_as_a_state_dict(tmp_path: Path) -> None:
+    class Tower(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.proj = torch.nn.Parameter(torch.randn(2, 3))
+            self.blocks = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.LayerNorm(2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.blocks(x)
+
+    class Clip(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.visual = Tower().half()
+            self.sizes = [1, 2]
+            self.register_buffer("input_resolution", torch.tensor(224))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.visual(x)
+
+    model = torch.jit.script(Clip())
+    model.save(str(tmp_path / "clip.pt"))
+    source = open_source(tmp_path / "clip.pt")
+    expected = dict(model.state_dict())
+    assert set(source.names()) == set(expected)
+    for name, tensor in expected.items():
+        np.testing.assert_array_equal(source.read(name), tensor.numpy())
+
+
+class Evil:
+    """Asks the reader to run a command."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch {self._path}",)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_file_with_code_in_it_is_refused_and_the_code_not_run(tmp_path: Path, legacy: bool) -> None:
+    trace = tmp_path / "it ran"
+    path = saved(tmp_path / "evil.pth", {"model": {"x": torch.ones(1)}, "extra": Evil(trace)}, legacy=legacy)
+    with pytest.raises(UserError, match=r"is refused: its pickle asks for \w+\.system, which is not a plain tensor"):
+        TorchSource(path)
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_file_cut_anywhere_is_a_sentence(tmp_path: Path, legacy: bool) -> None:
+    data = saved(tmp_path / "whole.pth", state_dict(), legacy=legacy).read_bytes()
+    path = tmp_path / "cut.pth"
+    for cut in [*range(1, 40, 7), *range(40, len(data) - 1, len(data) // 25), len(data) - 2]:
+        path.write_bytes(data[:cut])
+        with pytest.raises(UserError, match=r"cut\.pth"):
+            open_source(path)
+
+
+def test_something_without_names_is_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no tensors by name"):
+        TorchSource(saved(tmp_path / "x.pth", torch.ones(3)))
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+def test_torch_reads_what_we_write(tmp_path: Path, mmap: bool) -> None:
+    rng = np.random.default_rng(0)
+    tensors = {
+        "f32": rng.standard_normal((3, 4)).astype(np.float32), "ids": np.arange(5)[None], "scalar": np.array(2.0),
+        "b16": rng.standard_normal(4).astype(DTYPES["BF16"]), "empty": np.zeros((0, 2), np.float16),
+    }  # fmt: skip
+    writer = TorchWriter(tmp_path / "x.pth", {name: TensorInfo(x.shape, x.dtype) for name, x in tensors.items()})
+    for name in reversed(tensors):
+        writer.write(name, tensors[name])
+    writer.close()
+    read = torch.load(tmp_path / "x.pth", weights_only=True, mmap=mmap)
+    assert list(read) == list(tensors)
+    for name, value in tensors.items():
+        assert read[name].dtype == getattr(torch, value.dtype.name)
+        np.testing.assert_array_equal(read[name].float().numpy(), value.astype(np.float32))
+    assert_holds(open_source(tmp_path / "x.pth"), read)

@@ -1,0 +1,49 @@
+"""Small random models of the transformers library, saved as it saves them."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+def clip_model(**overrides: Any) -> Any:
+    """A CLIP vision tower: 2 layers, 128 wide, patches of 8 of 32 pixels."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed here")
+    sizes = {
+        "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "image_size": 32, "patch_size": 8, "projection_dim": 16,
+    }  # fmt: skip
+    return randomised(transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**(sizes | overrides))))
+
+
+def bert_model(*, head: bool, layers: int = 4) -> Any:
+    """A BERT: 128 wide, 90 words."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed here")
+    config = transformers.BertConfig(
+        vocab_size=90, hidden_size=128, num_hidden_layers=layers, num_attention_heads=2, intermediate_size=256,
+        max_position_embeddings=24,
+    )  # fmt: skip
+    return randomised(transformers.BertForMaskedLM(config) if head else transformers.BertModel(config))
+
+
+def randomised(model: Any) -> Any:
+    """All weights away from their initialisation, so that a forgotten bias or norm shows."""
+    import torch
+
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model.eval()
+
+
+def clip_folder(folder: Path) -> Path:
+    """A saved CLIP."""
+    clip_model().save_pretrained(folder)
+    return folder
+
+
+def bert_folder(folder: Path, *, head: bool = True, layers: int = 4) -> Path:
+    """A saved BERT."""
+    bert_model(head=head, layers=layers).save_pretrained(folder)
+    return folder
