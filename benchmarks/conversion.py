@@ -43,13 +43,15 @@ def make(folder: Path, size: str, teacher: bool) -> None:
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(settings_of(config, start, task="videoqa", teacher=teacher)))
     writer = SafetensorsWriter(folder / "model.safetensors", state)
+    ties = {tie_of(name): name for name in state}
     for seed, (name, info) in enumerate(state.items()):
         if name.endswith(".position_ids"):
             writer.write(name, fresh(name, info))
         elif tie_of(name) is None:
             value = np.random.default_rng(seed).standard_normal(info.shape, np.float32)
-            for other in (name, *(n for n in state if tie_of(n) == name)):
-                writer.write(other, value)
+            writer.write(name, value)
+            if name in ties:
+                writer.write(ties[name], value)
     writer.close()
 
 

@@ -37,13 +37,15 @@ def official_file(
         path.with_name("config.json").write_text(text)
     writer = TorchWriter(path, state) if path.suffix == ".pth" else SafetensorsWriter(path, state)
     rng = np.random.default_rng(0)
+    ties = {tie_of(name): name for name in state}
     for name, info in state.items():
         if name.endswith(".position_ids"):
             writer.write(name, fresh(name, info))
         elif tie_of(name) is None:
             value = rng.standard_normal(info.shape, np.float32)
-            for other in (name, *(n for n in state if tie_of(n) == name)):
-                writer.write(other, value)
+            writer.write(name, value)
+            if name in ties:
+                writer.write(ties[name], value)
     writer.close()
     return path
 

@@ -77,9 +77,7 @@ def plan_export(
     config = identity.config
     averaged = any(leaf[0] == "teacher" for leaf in checkpoints.leaves(step))
     if ema and not averaged:
-        raise UserError(
-            f"{path} holds no averaged weights; export without --ema, or train with config.tasks.distillation"
-        )
+        raise UserError(f"{path} holds no averaged weights: export without --ema")
     fusion_start = identity.origin.get("fusion_start", official.default_fusion_start(config))
     with_teacher = averaged if teacher is None else teacher
     scheme = official.official_scheme(config, own, fusion_start, teacher=with_teacher)

@@ -22,7 +22,7 @@ def check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise UserError(
-            f"no space: this needs {needed / 1e9:.1f} GB, and the disk of {existing} has {free / 1e9:.1f} GB"
+            f"no space: this needs {needed / 1e9:.1f} GB, and the disk of {existing} has {free / 1e9:.1f} GB free"
         )
 
 
@@ -42,9 +42,7 @@ def staged(path: Path, *, overwrite: bool) -> Iterator[Path]:
         _replace(partial, path)
     except Exception as error:
         if _is_full(error):
-            raise UserError(
-                f"no space left on the disk of {path.parent} while writing {path.name}; free some"
-            ) from error
+            raise UserError(f"the disk of {path.parent} is full: nothing was written; free some") from error
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -39,16 +39,16 @@ def _started(plan: Blueprint, checkpoints: Checkpoints, step: int) -> tuple[Trai
     stored = checkpoints.leaves(step)
     has = {path[1] for path in stored if path[0] == "params"}
     wanted = _wanted(plan.config, set(plan.shapes["params"]), has)
-    state = plan.init()
     fresh = sorted(set(plan.shapes["params"]) - set(wanted))
     said = [f"starting from {plan.config.init_from} (step {step}): {', '.join(wanted)}"]
     said += [f"  fresh: {', '.join(fresh)}"] if fresh else []
-    for tree in ("params", "teacher"):
-        if tree in state:
-            kept = "teacher" if tree == "teacher" and any(path[0] == "teacher" for path in stored) else "params"
-            like = {part: plan.shapes[tree][part] for part in wanted}
-            state[tree] |= _restored(checkpoints, step, kept, like, said)
-    return state, said
+    taken = {}
+    for tree in {"params", "teacher"} & set(plan.shapes):
+        kept = "teacher" if tree == "teacher" and any(path[0] == "teacher" for path in stored) else "params"
+        like = {part: plan.shapes[tree][part] for part in wanted}
+        taken[tree] = _restored(checkpoints, step, kept, like, said)
+    state = plan.init()
+    return state | {tree: state[tree] | parts for tree, parts in taken.items()}, said
 
 
 def _wanted(config: RunConfig, own: set[str], has: set[str]) -> Sequence[str]:

@@ -1,0 +1,307 @@
+"""The commands that move weights: what they print and leave, and one sentence for whatever is wrong."""
+
+import errno
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mplug2_jax.conversion.sources import open_source
+from mplug2_jax.conversion.torch_files import TorchWriter
+from tests.weights import assert_same, official_config, official_file
+
+from .conftest import Outcome
+
+Mplug2 = Callable[..., Outcome]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An official question-answering checkpoint with its teacher, and its settings beside it."""
+    folder = tmp_path_factory.mktemp("official")
+    return official_file(folder / "qa.safetensors", official_config(vocab_size=160), teacher=True)
+
+
+@pytest.fixture(scope="module")
+def imported(source: Path, tmp_path_factory: pytest.TempPathFactory, mplug2: Mplug2, vocabulary: Path) -> Path:
+    """Its import, with a tokeniser."""
+    folder = tmp_path_factory.mktemp("imported") / "ours"
+    done = mplug2("convert", "import", source, "--to", folder, "--tokenizer", vocabulary)
+    assert done.status == 0, done.err
+    return folder
+
+
+@pytest.fixture
+def refused(mplug2: Mplug2) -> Callable[..., str]:
+    """Runs a command that must fail with one sentence, and returns the sentence."""
+
+    def run(*words: object) -> str:
+        done = mplug2("convert", *words)
+        assert done.status == 2, done.out
+        assert done.err.count("\n") == 1
+        assert done.err.startswith("mplug2: error: ")
+        return done.err.removeprefix("mplug2: error: ").rstrip()
+
+    return run
+
+
+def test_an_import_says_what_became_of_everything_and_leaves_a_work_directory(
+    source: Path, tmp_path: Path, mplug2: Mplug2, vocabulary: Path
+) -> None:
+    done = mplug2("convert", "import", source, "--to", tmp_path / "ours", "--tokenizer", vocabulary)
+    assert done.status == 0
+    assert done.out.startswith("import: official videoqa with its teacher\n")
+    assert re.search(r"^ +\d+ used +[\d,]+ elements  carried over, every bit", done.out, re.MULTILINE)
+    assert {path.name for path in (tmp_path / "ours").iterdir()} == {
+        "checkpoints", "config.json", "tokenizer", "official-rest.safetensors", "conversion-report.json",
+        "conversion-report.html",
+    }  # fmt: skip
+    report = json.loads((tmp_path / "ours" / "conversion-report.json").read_text())
+    assert report["tools"]["jax"]
+    assert len(report["rows"]) == len(open_source(source).names())
+    assert all(row["sha256"] and (row["places"] or row["fate"] in ("tied", "kept")) for row in report["rows"])
+    page = (tmp_path / "ours" / "conversion-report.html").read_text()
+    assert "text_decoder_m.cls.predictions.decoder.weight" in page
+    assert "http" not in page.replace("http-equiv", "")  # nothing is fetched
+
+
+def test_an_import_can_be_evaluated(imported: Path, mplug2: Mplug2) -> None:
+    done = mplug2(
+        "eval", "--workdir", imported, "--config.evaluations.video.data.source.size=8",
+        "--config.tasks.search.beams=1", "--config.tasks.search.max_length=3",
+    )  # fmt: skip
+    assert done.status == 0, done.err
+    assert re.search(r"^video +accuracy ", done.out, re.MULTILINE)
+
+
+def test_an_export_into_a_folder_is_a_model_of_the_hub(
+    imported: Path, source: Path, tmp_path: Path, mplug2: Mplug2
+) -> None:
+    done = mplug2("convert", "export", imported, "--to", tmp_path / "hub")
+    assert done.status == 0, done.err
+    assert {path.name for path in (tmp_path / "hub").iterdir()} == {
+        "model.safetensors", "config.json", "vocab.txt", "README.md", "conversion-report.json",
+        "conversion-report.html",
+    }  # fmt: skip
+    assert_same(tmp_path / "hub", source)
+    assert json.loads((tmp_path / "hub" / "config.json").read_text()) == json.loads(
+        source.with_name("config.json").read_text()
+    )
+    card = (tmp_path / "hub" / "README.md").read_text()
+    assert "Recipe `released_videoqa`, step 0 of 40000, from imported weights" in card
+
+
+def test_verify_passes_and_names_the_first_tensor_that_changed(imported: Path, tmp_path: Path, mplug2: Mplug2) -> None:
+    assert mplug2("convert", "verify", imported / "conversion-report.json").status == 0
+    assert mplug2("convert", "export", imported, "--to", tmp_path / "x.safetensors").status == 0
+    report = tmp_path / "conversion-report.json"
+    good = mplug2("convert", "verify", report)
+    assert good.status == 0
+    assert re.fullmatch(rf"{report}: all [\d,]+ tensors are as they were\n", good.out)
+    data = bytearray((tmp_path / "x.safetensors").read_bytes())
+    names = open_source(tmp_path / "x.safetensors").names()
+    data[-1] ^= 1  # the last byte of the last tensor
+    (tmp_path / "x.safetensors").write_bytes(data)
+    bad = mplug2("convert", "verify", tmp_path)
+    assert bad.status == 1
+    assert f"{names[-1]} has changed since; {len(names) - 1} tensors before it are as they were" in bad.out
+
+
+def test_a_checkpoint_that_changed_is_noticed_too(imported: Path, tmp_path: Path, mplug2: Mplug2) -> None:
+    """Arrays are stored without compression: a flipped bit restores silently, and only the report knows."""
+    copy = shutil.copytree(imported, tmp_path / "copy")
+    largest = max((copy / "checkpoints" / "0" / "state").rglob("*"), key=lambda path: path.stat().st_size)
+    data = bytearray(largest.read_bytes())
+    data[len(data) // 2] ^= 4
+    largest.write_bytes(data)
+    done = mplug2("convert", "verify", copy)
+    assert (done.status == 1 and "has changed since" in done.out) or (done.status == 2 and "damaged" in done.err)
+
+
+def test_inspect_shows_parts_and_shapes_of_every_layout(imported: Path, source: Path, mplug2: Mplug2) -> None:
+    ours, theirs = mplug2("convert", "inspect", imported, "--depth", 2), mplug2("convert", "inspect", source)
+    assert ours.status == theirs.status == 0
+    for out, title in (
+        (ours.out, "checkpoint of step 0: "),
+        (theirs.out, "official mPLUG-2 videoqa with its teacher: "),
+    ):
+        assert out.startswith(title)
+        assert out.splitlines()[1] == "parts: vision, temporal, text, universal, fusion, decoder"
+    assert "├─ visn_emb_norm  2 tensors, 128 elements, 0.5 kB, float32" in theirs.out
+
+
+# What is wrong
+
+
+def test_what_exists_is_never_replaced_without_being_asked(
+    source: Path, imported: Path, tmp_path: Path, refused: Callable[..., str], mplug2: Mplug2
+) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("years of work")
+    said = f"{mine} exists; choose another place, or replace it with --overwrite"
+    assert refused("import", source, "--to", mine) == said
+    assert refused("export", imported, "--to", mine) == said
+    (tmp_path / "x.pth").write_text("precious")
+    assert refused("export", imported, "--to", tmp_path / "x.pth").startswith(f"{tmp_path / 'x.pth'} exists;")
+    assert (mine / "thesis.txt").read_text() == "years of work"
+    assert (tmp_path / "x.pth").read_text() == "precious"
+    assert mplug2("convert", "export", imported, "--to", mine, "--overwrite").status == 0
+    assert {path.suffix for path in mine.iterdir()} == {".safetensors", ".json", ".txt", ".md", ".html"}
+    assert not (mine / "thesis.txt").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "x.pth"]
+
+
+def changed(source: Path, folder: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+    """A copy of a checkpoint whose tensors were changed."""
+    reader = open_source(source)
+    tensors = {name: reader.read(name) for name in reader.names()}
+    change(tensors)
+    folder.mkdir(exist_ok=True)
+    shutil.copyfile(source.with_name("config.json"), folder / "config.json")
+    from mplug2_jax.conversion.sources import TensorInfo
+
+    writer = TorchWriter(folder / "x.pth", {name: TensorInfo(x.shape, x.dtype) for name, x in tensors.items()})
+    for name, value in tensors.items():
+        writer.write(name, value)
+    writer.close()
+    return folder / "x.pth"
+
+
+def poison(tensors: dict[str, Any]) -> None:
+    name = "fusion_encoder.encoder.layer.3.output.dense.weight"
+    tensors[name] = tensors[name].copy()
+    tensors[name][3, :2] = np.nan
+
+
+def shrink(tensors: dict[str, Any]) -> None:
+    name = "visn_emb_norm.weight"
+    tensors[name] = tensors[name][:5]
+
+
+def rename(tensors: dict[str, Any]) -> None:
+    tensors["text_encoder.encoder.layer.9.attention.self.query.weight"] = np.zeros(3, np.float32)
+    del tensors["visn_emb_norm.bias"]
+
+
+def untie(tensors: dict[str, Any]) -> None:
+    name = "text_decoder.cls.predictions.decoder.weight"
+    tensors[name] = tensors[name] + 1
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (poison, "fusion_encoder.encoder.layer.3.output.dense.weight holds 2 values of 6,144 that are not finite"),
+        (shrink, "weights of another size: visn_emb_norm.weight [5] does not fit universal/visual_norm/scale [64]"),
+        (rename, "1 missing (visn_emb_norm.bias) and 1 unexpected (text_encoder.encoder.layer.9.attention.self.query"),
+        (
+            untie,
+            "text_decoder.cls.predictions.decoder.weight should repeat text_decoder.bert.embeddings.word_embeddings",
+        ),
+    ],
+)
+def test_weights_that_are_wrong_are_named_and_nothing_is_written(
+    source: Path, tmp_path: Path, refused: Callable[..., str], change: Callable[..., None], said: str
+) -> None:
+    assert said in refused("import", changed(source, tmp_path / "source", change), "--to", tmp_path / "ours")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_checkpoint_that_could_be_either_asks_which(
+    source: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    path = official_file(tmp_path / "x.pth", official_config(), settings=False)
+    said = refused("import", path, "--to", tmp_path / "ours")
+    assert "say which with --task caption or --task videoqa" in said
+    said = refused("import", path, "--task", "caption", "--to", tmp_path / "ours")
+    assert "these weights are 64 wide, which no size of the release is (768, 1024); put the config.json" in said
+
+
+def test_a_vocabulary_that_is_too_large_for_the_weights_is_refused(
+    tmp_path: Path, refused: Callable[..., str], vocabulary: Path
+) -> None:
+    path = official_file(tmp_path / "s" / "x.safetensors", official_config(vocab_size=120))
+    said = refused("import", path, "--to", tmp_path / "ours", "--tokenizer", vocabulary)
+    assert said.startswith("config.model.vocab_size=120 is too small for the tokeniser's 160 tokens")
+
+
+def test_unknown_parts_and_impossible_sizes_are_refused(
+    source: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    to = ("--to", tmp_path / "ours")
+    assert refused("import", source, *to, "--parts", "vision,texts").startswith("part 'texts' is unknown: did you mean")
+    assert "config.model.image_size=20 is not a multiple of" in refused("import", source, *to, "--image-size", 20)
+    assert refused("import", tmp_path / "nothing.pth", *to) == f"weights file {tmp_path / 'nothing.pth'} does not exist"
+    assert "--shard-size=0.0 must be at least" in refused(
+        "export", source, "--to", tmp_path / "x.pth", "--shard-size", 0
+    )
+
+
+def test_a_checkpoint_without_an_averaged_copy_has_none_to_export(
+    tmp_path: Path, refused: Callable[..., str], mplug2: Mplug2
+) -> None:
+    path = official_file(tmp_path / "s" / "x.safetensors", official_config(), task="caption")
+    assert mplug2("convert", "import", path, "--to", tmp_path / "ours").status == 0
+    assert refused("export", tmp_path / "ours", "--to", tmp_path / "x.pth", "--ema").endswith("export without --ema")
+    assert refused("export", path.parent, "--to", tmp_path / "x.pth").startswith(f"{path.parent} holds no checkpoint;")
+
+
+def test_a_disk_that_is_too_small_is_told_before_anything_is_written(
+    source: Path, imported: Path, tmp_path: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
+    assert re.fullmatch(r"no space: this needs 0\.0 GB, and the disk of .* has 0\.0 GB free", refused(
+        "import", source, "--to", tmp_path / "ours"
+    ))  # fmt: skip
+    assert refused("export", imported, "--to", tmp_path / "hub").startswith("no space: ")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_fills_up_leaves_nothing_half_written(
+    imported: Path, tmp_path: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writes = []
+
+    def full(*args: Any) -> int:
+        writes.append(1)
+        if len(writes) > 20:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return original(*args)
+
+    original = os.pwrite
+    monkeypatch.setattr(os, "pwrite", full)
+    said = refused("export", imported, "--to", tmp_path / "out" / "x.safetensors")
+    assert said == f"the disk of {tmp_path / 'out'} is full: nothing was written; free some"
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_process_that_is_killed_leaves_nothing_under_the_final_name(tmp_path: Path) -> None:
+    source = official_file(tmp_path / "s" / "x.safetensors", official_config(vision_layers=24), teacher=True)
+    words = [
+        sys.executable,
+        "-m",
+        "mplug2_jax.cli.main",
+        "convert",
+        "import",
+        str(source),
+        "--to",
+        str(tmp_path / "ours"),
+    ]
+    process = subprocess.Popen(words, env=os.environ | {"JAX_PLATFORMS": "cpu"}, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob(".ours.*.partial/checkpoints/*")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (tmp_path / "ours").exists()

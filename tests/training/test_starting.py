@@ -1,0 +1,114 @@
+"""Runs that start from other checkpoints: whole parts, or a sentence that says what is missing."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from mplug2_jax.errors import UserError
+from mplug2_jax.model.config import SpecialTokens
+from mplug2_jax.model.vision import resize_positions
+from mplug2_jax.objectives.language import DistillationConfig
+from mplug2_jax.parallel.mesh import MeshConfig, make_mesh
+from mplug2_jax.tasks.base import TaskSettings
+from mplug2_jax.training.checkpoints import Checkpoints, Identity, Position
+from mplug2_jax.training.config import CheckpointConfig
+from mplug2_jax.training.starting import first_state
+from mplug2_jax.training.state import Blueprint, plan_run
+from tests.runs import small_model, small_run
+
+
+def planned(**overrides: Any) -> Blueprint:
+    """A model of text alone; ``clips=True``: of clips with their captions."""
+    streams = small_run().streams
+    chosen = {"video_text": dataclasses.replace(streams["video_text"], objectives={"vlc": 1.0})}
+    if not overrides.pop("clips", False):
+        chosen = {"text": dataclasses.replace(streams["text"], objectives={"mlm": 1.0})}
+    return plan_run(small_run(evaluations={}, streams=chosen, **overrides), SpecialTokens(), make_mesh(MeshConfig()))
+
+
+def saved(folder: Path, plan: Blueprint, state: dict[str, Any]) -> Path:
+    identity = Identity(plan.config.model, plan.definition.parts)
+    checkpoints = Checkpoints(folder / "checkpoints", CheckpointConfig(), identity=identity)
+    checkpoints.save(state, Position(3, {}))
+    checkpoints.wait()
+    checkpoints.close()
+    return folder
+
+
+TAUGHT = TaskSettings(distillation=DistillationConfig())
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A checkpoint with a teacher of its own, and its state."""
+    plan = planned(seed=7, tasks=TAUGHT)
+    state = plan.init()
+    state["teacher"] = jax.tree.map(lambda x: x + 1, state["teacher"])
+    return saved(tmp_path_factory.mktemp("start"), plan, state), state
+
+
+def assert_equal(one: Any, other: Any) -> None:
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def test_a_run_starts_from_all_of_a_checkpoint_its_teacher_too(whole: tuple[Path, dict[str, Any]]) -> None:
+    folder, theirs = whole
+    plan = planned(init_from=str(folder), tasks=TAUGHT)
+    state, said = first_state(plan)
+    assert_equal(state["params"], theirs["params"])
+    assert_equal(state["teacher"], theirs["teacher"])
+    assert int(state["step"]) == 0
+    assert said == [f"starting from {folder} (step 3): mlm, text, universal"]
+    assert jax.tree.all(jax.tree.map(lambda x, s: x.sharding == s.sharding, state["params"], plan.shapes["params"]))
+
+
+def test_a_step_can_be_named_and_a_teacher_starts_as_a_copy(whole: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    _, theirs = whole
+    folder = saved(tmp_path, planned(), {"params": theirs["params"]})
+    state, _ = first_state(planned(init_from=str(folder / "checkpoints" / "3"), tasks=TAUGHT))
+    assert_equal(state["teacher"], theirs["params"])
+
+
+def test_parts_can_be_chosen_and_the_rest_is_fresh(whole: tuple[Path, dict[str, Any]]) -> None:
+    folder, theirs = whole
+    plan = planned(init_from=str(folder), init_parts=("text",))
+    state, said = first_state(plan)
+    assert_equal(state["params"]["text"], theirs["params"]["text"])
+    assert_equal(state["params"]["mlm"], plan.init()["params"]["mlm"])
+    assert said[1] == "  fresh: mlm, universal"
+
+
+def test_parts_that_are_missing_are_named_with_the_remedy(whole: tuple[Path, dict[str, Any]]) -> None:
+    folder, _ = whole
+    with pytest.raises(UserError) as error:
+        first_state(planned(clips=True, init_from=str(folder)))
+    assert f"config.init_from={folder} lacks contrastive, vision (it has mlm, text, universal)" in str(error.value)
+    assert "set config.init_parts to text, universal" in str(error.value)
+    with pytest.raises(UserError, match=r"config\.init_parts names 'txt': did you mean 'text'\?"):
+        first_state(planned(init_from=str(folder), init_parts=("txt",)))
+
+
+def test_parts_of_another_size_are_named(whole: tuple[Path, dict[str, Any]]) -> None:
+    folder, _ = whole
+    with pytest.raises(UserError, match="is of another size: params/"):
+        first_state(planned(init_from=str(folder), model=small_model(mlp_width=96)))
+
+
+def test_nothing_there_is_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no checkpoint; expected a work directory"):
+        first_state(planned(init_from=str(tmp_path)))
+
+
+def test_another_image_size_resizes_the_position_table_alone(tmp_path: Path) -> None:
+    before = planned(clips=True, seed=7)
+    theirs = before.init()["params"]
+    folder = saved(tmp_path, before, {"params": theirs})
+    state, said = first_state(planned(clips=True, init_from=str(folder), model=small_model(image_size=32)))
+    table = theirs["vision"].pop("positions")
+    np.testing.assert_allclose(state["params"]["vision"].pop("positions"), resize_positions(table, 4), atol=1e-6)
+    assert said[-1] == "  the position table of 5 rows is resized to 17"
+    assert_equal(state["params"], theirs)
