@@ -19,6 +19,7 @@ class SafetensorsSource:
     def __init__(self, path: Path) -> None:
         if not path.is_file():
             raise UserError(f"weights file {path} does not exist")
+        self.path = path
         try:
             self._file = safe_open(path, framework="numpy")
         except SafetensorError as error:
