@@ -7,7 +7,7 @@ files list and it does not compute is a failure, so a folder with new arrays can
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -36,6 +36,7 @@ class Row:
     note: str = ""
 
 
+@runtime_checkable
 class Computation(Protocol):
     """One framework's numbers for one model of a golden folder; tensors have their official names and shapes."""
 

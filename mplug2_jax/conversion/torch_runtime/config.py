@@ -40,31 +40,35 @@ class Config:
 
     def __post_init__(self) -> None:
         """Checks every field."""
-        may_be_zero = ("text_layers", "fusion_start", "fusion_layers", "fusion_stride")
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type is bool:
-                fits, expected = isinstance(value, bool), "true or false"
-            elif field.type is float:
-                fits, expected = type(value) in (int, float) and 0 <= value < 1, "a number from 0 to below 1"
-            else:
-                least = 0 if field.name in may_be_zero else 1
-                fits, expected = type(value) is int and value >= least, f"a whole number of at least {least}"
-            if not fits:
-                raise UserError(f"{field.name}={value!r} must be {expected}")
-        for width, heads in (("vision_width", "vision_heads"), ("width", "heads")):
-            if getattr(self, width) % getattr(self, heads):
-                raise UserError(
-                    f"{width}={getattr(self, width)} does not divide into {heads}={getattr(self, heads)} heads; "
-                    "choose a multiple"
-                )
-        if self.image_size % self.patch_size:
-            raise UserError(f"image_size={self.image_size} is not a multiple of patch_size={self.patch_size}")
+        _check(vars(self))
 
     @property
     def mixing_layers(self) -> tuple[int, ...]:
         """Which fusion layers, counted from the first in use, mix image and text."""
         return tuple(range(self.fusion_stride, self.fusion_layers, self.fusion_stride)) if self.fusion_stride else ()
+
+
+_MAY_BE_ZERO = ("text_layers", "fusion_start", "fusion_layers", "fusion_stride")
+
+
+def _check(sizes: Mapping[str, Any]) -> None:
+    """Refuses sizes that are no numbers of their kind, or do not fit together; defaults may be absent."""
+    for field in dataclasses.fields(Config):
+        value = sizes.get(field.name, field.default)
+        if field.type is bool:
+            fits, expected = isinstance(value, bool), "true or false"
+        elif field.type is float:
+            fits, expected = type(value) in (int, float) and 0 <= value < 1, "a number from 0 to below 1"
+        else:
+            least = 0 if field.name in _MAY_BE_ZERO else 1
+            fits, expected = type(value) is int and value >= least, f"a whole number of at least {least}"
+        if not fits:
+            raise UserError(f"{field.name}={value!r} must be {expected}")
+    for width, heads in (("vision_width", "vision_heads"), ("width", "heads")):
+        if sizes[width] % sizes[heads]:
+            raise UserError(f"{width}={sizes[width]} does not divide into {heads}={sizes[heads]} heads")
+    if sizes["image_size"] % sizes["patch_size"]:
+        raise UserError(f"image_size={sizes['image_size']} is not a multiple of patch_size={sizes['patch_size']}")
 
 
 SIZES: Mapping[str, Config] = {
@@ -101,6 +105,7 @@ def read_config(path: Path) -> Config:
     if missing:
         raise UserError(f"{path} lacks {', '.join(missing)}; add what the model was made with")
     try:
-        return Config(**found)
+        _check(found)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
+    return Config(**found)

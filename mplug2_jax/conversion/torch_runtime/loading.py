@@ -3,7 +3,6 @@
 Loading is strict: a tensor that no module holds must be explained by a rule below, or nothing is loaded.
 """
 
-import pickle
 import re
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -101,7 +100,7 @@ def _read_pickled(path: Path) -> Mapping[str, Tensor]:
     try:
         # Files of before PyTorch 1.6 are no zip archives and cannot be mapped into memory.
         found: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except Exception as error:  # zipfile, pickle and torch each raise their own for a damaged file
         reason = str(error).partition("\n")[0]
         raise UserError(f"{path} is damaged or holds more than tensors and plain values ({reason})") from error
     for key in ("model", "module"):

@@ -6,7 +6,7 @@
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,8 @@ from mplug2_jax.conversion.torch_runtime.loading import choose_weights, dead_rul
 from mplug2_jax.conversion.torch_runtime.search import Found, SearchConfig, generate, rank_answers
 from mplug2_jax.conversion.torch_runtime.text import FusionEncoder, TextEncoder
 from mplug2_jax.conversion.torch_runtime.vision import VisionTower
+
+Model = TypeVar("Model", bound="Mplug2")  # not typing.Self, which the run-time type checks of the tests cannot read
 
 
 class VisualEncoder(nn.Module):
@@ -48,7 +50,9 @@ class Mplug2(nn.Module):
         self.dropped: Mapping[str, str] = {}  # what a checkpoint held beside this model's tensors, and why it is dead
 
     @classmethod
-    def from_pretrained(cls, path: Path | str, config: Config | None = None, *, teacher: bool = False) -> Self:
+    def from_pretrained(
+        cls: type[Model], path: Path | str, config: Config | None = None, *, teacher: bool = False
+    ) -> Model:
         """The model from a folder with ``config.json`` and one weights file, or from a weights file; in eval mode.
 
         Args:
@@ -163,6 +167,7 @@ class VideoQA(Mplug2):
         teacher: "VideoQA | None" = None,
         alpha: float = 0.0,
         over: Literal["vocabulary", "time"] = "vocabulary",
+        taps: Taps | None = None,
     ) -> Tensor:
         """The release's loss: token sums per answer, weighted, over the number of questions; a scalar.
 
@@ -180,9 +185,10 @@ class VideoQA(Mplug2):
             teacher: a model of the same sizes that runs without gradient; see :func:`update_teacher`.
             alpha: share of the distillation.
             over: the axis of the student's softmax in the distillation.
+            taps: collects intermediates of the student.
         """
         batch = (frames, question, question_mask, target, answers_per_question)
-        logits = self.answer_logits(*batch)
+        logits = self.answer_logits(*batch, taps)
         sums = answer_sums(logits, target, target_weights)
         if teacher is not None:
             with torch.no_grad():

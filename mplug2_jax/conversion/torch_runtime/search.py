@@ -7,7 +7,7 @@
 """
 
 import dataclasses
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +41,7 @@ class Found(NamedTuple):
     lengths: Tensor  # [b, r]
 
 
+@runtime_checkable
 class Continuation(Protocol):
     """The sequences so far, as something that says what comes next."""
 
