@@ -3,9 +3,10 @@
 It needs PyTorch and safetensors, nothing of JAX. Attribute names are the release's, so its checkpoints and our exports
 load strictly; what the release holds and never reads is dropped by rule and listed. Read ``model.py`` first.
 
->>> from mplug2_jax.conversion.torch_runtime import Caption, normalise_pixels  # doctest: +SKIP
->>> model = Caption.from_pretrained("exports/msrvtt-caption")                  # doctest: +SKIP
->>> found = model.generate(normalise_pixels(frames))                           # doctest: +SKIP
+Example::
+
+    model = Caption.from_pretrained("exports/msrvtt-caption")
+    found = model.generate(normalise_pixels(frames))
 """
 
 from mplug2_jax.conversion.torch_runtime.config import SIZES, Config, read_config

@@ -76,7 +76,7 @@ class BertAttention(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.self = QueryKeyValue(config.width)
+        self.self = QueryKeyValue(config.width)  # so the release calls it
         self.output = AddNorm(config.width, config)
         self.heads, self.dropout = config.heads, config.attention_dropout
 

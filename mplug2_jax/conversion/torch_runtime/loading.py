@@ -5,7 +5,7 @@ Loading is strict: a tensor that no module holds must be explained by a rule bel
 
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,11 @@ TIED: Mapping[str, str] = {
     "text_decoder.cls.predictions.decoder.weight": "text_decoder.bert.embeddings.word_embeddings.weight",
     "text_decoder.cls.predictions.decoder.bias": "text_decoder.cls.predictions.bias",
 }
-_TEACHER = re.compile(r"(\w+)_m(?=\.)")  # the release appends _m to the module's name
+_TEACHER = re.compile(r"^(\w+)_m(?=\.)")  # the release appends _m to the module's name
+Rules = list[tuple[re.Pattern[str], str]]  # a pattern of whole names, and why nothing reads such a tensor
 
 
-def dead_rules(config: Config, *, text: bool) -> list[tuple[re.Pattern[str], str]]:
+def dead_rules(config: Config, *, text: bool) -> Rules:
     """Which tensors of the release nothing reads, and why; the first rule that matches a whole name explains it.
 
     ``text``: whether the model encodes text, so that it has a text encoder below the universal layers, and fusion.
@@ -36,23 +37,24 @@ def dead_rules(config: Config, *, text: bool) -> list[tuple[re.Pattern[str], str
         (r".*\.(intermediate|output)_vision\..*", "separate vision MLP, commented out in the release"),
         (r"text_decoder\..*\.latents", "latents made by the layer class, never read in the decoder"),
         (r"fusion_encoder\.embeddings\..*", "fusion starts from encoded text, never from ids"),
-        *_layers("fusion_encoder", range(config.fusion_start), "", "fusion layer below the first in use"),
-        *_layers(
-            "fusion_encoder", (config.fusion_start + j for j in config.mixing_layers), r"crossattention\.",
+        (_layers("fusion_encoder", range(config.fusion_start)), "fusion layer below the first in use"),
+        (
+            _layers("fusion_encoder", (config.fusion_start + j for j in config.mixing_layers), r"crossattention\."),
             "cross attention of a fusion layer that mixes instead",
         ),
-    ]  # fmt: skip
+    ]
     if not text:
         rules += [
             (r"fusion_encoder\..*", "no fusion in this model"),
             (r"text_encoder\.embeddings\..*", "no text in this model"),
-            *_layers("text_encoder", range(config.text_layers), "", "no text in this model"),
+            (_layers("text_encoder", range(config.text_layers)), "no text in this model"),
         ]
     return [(re.compile(pattern), why) for pattern, why in rules]
 
 
-def _layers(tower: str, indices: Iterable[int], part: str, why: str) -> Iterator[tuple[str, str]]:
-    yield rf"{tower}\.encoder\.layer\.({'|'.join(map(str, indices)) or '(?!)'})\.{part}.*", why
+def _layers(tower: str, indices: Iterable[int], part: str = "") -> str:
+    """The pattern of a part of some layers; of none where there are no indices."""
+    return rf"{tower}\.encoder\.layer\.({'|'.join(map(str, indices)) or '(?!)'})\.{part}.*"
 
 
 class SafetensorsFile(Mapping[str, Tensor]):
@@ -130,14 +132,14 @@ def choose_weights(folder: Path) -> Path:
 def official_state(
     tensors: Mapping[str, Tensor],
     expected: Mapping[str, Tensor],
-    explain: Callable[[str], str | None],
+    rules: Rules,
     *,
     teacher: bool,
     where: Path | str,
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """What a model with the ``expected`` state takes of a checkpoint, and why the rest is dropped, by stored name.
 
-    ``explain`` says why a tensor is dead, None if it is not. With ``teacher`` the teacher's copy is taken.
+    With ``teacher`` the teacher's copy of every tensor is taken.
 
     Raises:
         UserError: tensors that nothing explains, missing ones, others of a wrong shape or kind, or tied ones that
@@ -147,12 +149,13 @@ def official_state(
     dropped: dict[str, str] = {}
     unexpected: list[str] = []
     for stored in tensors:
-        name, is_teacher = _TEACHER.subn(r"\1", stored, count=1) if _TEACHER.match(stored) else (stored, 0)
-        why = explain(name)
-        if name not in expected and why is None:
-            unexpected.append(stored)
-        elif name not in expected:
-            dropped[stored] = str(why)
+        name, is_teacher = _TEACHER.subn(r"\1", stored)
+        if name not in expected:
+            why = next((why for pattern, why in rules if pattern.fullmatch(name)), None)
+            if why is None:
+                unexpected.append(stored)
+            else:
+                dropped[stored] = why
         elif bool(is_teacher) != teacher:
             dropped[stored] = "the student's copy" if teacher else "the teacher's copy"
         else:

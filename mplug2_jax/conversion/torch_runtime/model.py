@@ -1,7 +1,6 @@
 """The two released models, composed: captions of a clip, and answers to questions about it.
 
->>> model = VideoQA.from_pretrained("exports/msrvtt-qa")                     # doctest: +SKIP
->>> found = model.generate(frames, question, question_mask)                  # doctest: +SKIP
+Axis letters as in ``layers``; also a answers of all questions together, t frames, n patches per frame, v vocabulary.
 """
 
 from collections.abc import Collection, Mapping
@@ -78,11 +77,7 @@ class Mplug2(nn.Module):
             UserError: the tensors are not exactly those of the model; ``where`` names them in the sentence.
         """
         rules = dead_rules(self.config, text=self.encodes_text)
-
-        def explain(name: str) -> str | None:
-            return next((why for pattern, why in rules if pattern.fullmatch(name)), None)
-
-        state, self.dropped = official_state(tensors, self.state_dict(), explain, teacher=teacher, where=where)
+        state, self.dropped = official_state(tensors, self.state_dict(), rules, teacher=teacher, where=where)
         self.load_state_dict(state, strict=True)
 
     def visual_tokens(self, frames: Tensor, taps: Taps | None = None) -> Tensor:
@@ -192,7 +187,7 @@ class VideoQA(Mplug2):
         sums = answer_sums(logits, target, target_weights)
         if teacher is not None:
             with torch.no_grad():
-                soft = teacher.answer_logits(*batch)[:, :-1].softmax(-1)
+                soft = teacher.answer_logits(*batch)[:, :-1].float().softmax(-1)
             sums = (1 - alpha) * sums + alpha * distillation_sums(logits, soft, target_weights, over=over)
         if answer_weights is not None:
             sums = sums * answer_weights
@@ -225,7 +220,7 @@ class VideoQA(Mplug2):
 
 def next_token_loss(logits: Tensor, target: Tensor) -> Tensor:
     """Cross entropy of each following token, [a, m - 1], from logits [a, m, v] and ids [a, m]."""
-    return F.cross_entropy(logits[:, :-1].transpose(1, 2), target[:, 1:], reduction="none")
+    return F.cross_entropy(logits[:, :-1].float().transpose(1, 2), target[:, 1:], reduction="none")
 
 
 def answer_sums(logits: Tensor, target: Tensor, weights: Tensor) -> Tensor:
@@ -237,7 +232,7 @@ def distillation_sums(
     logits: Tensor, teacher_probabilities: Tensor, weights: Tensor, *, over: Literal["vocabulary", "time"]
 ) -> Tensor:
     """Cross entropy against a teacher's distribution [a, m - 1, v] at each position, summed over an answer's tokens."""
-    log_probs = logits[:, :-1].log_softmax(-1 if over == "vocabulary" else 1)
+    log_probs = logits[:, :-1].float().log_softmax(-1 if over == "vocabulary" else 1)
     return (-(log_probs * teacher_probabilities).sum(-1) * weights[:, 1:]).sum(-1)
 
 

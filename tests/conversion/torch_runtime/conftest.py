@@ -1,12 +1,16 @@
-"""Small random models of the PyTorch runtime; without PyTorch everything here is skipped."""
+"""Small random models of the PyTorch runtime; without PyTorch nothing here is collected."""
 
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install 'mplug2-jax[torch]'")
-torch.set_num_threads(1)  # operations are tiny here: more threads only wait for each other
+try:
+    import torch
+except ModuleNotFoundError:  # the extra 'dev' brings it on Python 3.11 alone
+    collect_ignore_glob = ["test_*.py"]
+else:
+    torch.set_num_threads(1)  # operations are tiny here: more threads only wait for each other
 
 if TYPE_CHECKING:
     from mplug2_jax.conversion.torch_runtime import Config

@@ -156,6 +156,14 @@ def test_pixels_are_normalised_as_ours_are() -> None:
     np.testing.assert_allclose(normalise_pixels(torch.from_numpy(frames)).numpy(), ours, rtol=1e-5, atol=1e-6)
 
 
+def test_sixteen_bits_are_enough_for_a_loss(small) -> None:
+    model, frames = Caption(small()).eval(), clips()
+    exact = model(frames, TARGET, torch.ones(TARGET.shape))
+    rounded = model.bfloat16()(frames, TARGET, torch.ones(TARGET.shape))
+    assert rounded.dtype == torch.float32
+    torch.testing.assert_close(rounded, exact, rtol=0.03, atol=0.03)
+
+
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
