@@ -48,10 +48,10 @@ class TorchComputation:
         total, dropped = len(self.golden.source.names()), len(load(self.golden, self._kind).dropped)
         return f"{total - dropped} used, {dropped} dropped of {total}"
 
+    @torch.no_grad()
     def arrays(self) -> Named:
         """Everything that the golden's outputs list."""
-        with torch.no_grad():
-            yield from caption_arrays(self.golden) if self._kind is Caption else question_arrays(self.golden)
+        yield from caption_arrays(self.golden) if self._kind is Caption else question_arrays(self.golden)
 
     def gradients(self, alpha: float | None = None) -> Mapping[str, HostArray]:
         """Gradients of the loss; with ``alpha``, of the distilled one, after one update of the teacher."""
