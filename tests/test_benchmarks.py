@@ -29,3 +29,11 @@ def test_generation_needs_at_most_a_fiftieth_of_the_release_s_operations(reposit
     out = printed(repository, "generation.py")
     assert "4,097 visual tokens" in out
     assert float(re.findall(r"1/([\d.]+)", out)[-1]) >= 50
+
+
+@pytest.mark.slow
+def test_torch_runtime(repository: Path) -> None:
+    pytest.importorskip("torch")
+    out = printed(repository, "torch_runtime.py", "--size", "tiny", "--rounds", "1")
+    for call in ("forward", "training step"):
+        assert re.search(rf"^{call} +[\d.]+ s +[\d.]+ s +[\d.]+ +[\d.]+ +[\d.]+$", out, re.MULTILINE), out

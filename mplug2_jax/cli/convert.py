@@ -21,23 +21,28 @@ def add_parser(commands: Any) -> None:
     weights.add_parsers(kinds)
     parity = add_command(
         kinds, "parity", run_parity,
-        what="Compute every number of a golden folder with our model from the release's weights, and compare.",
+        what="Compute every number of a golden folder from the release's weights, and compare.",
         example="mplug2 convert parity ../shared/reference/goldens/c1_fc --summary",
     )  # fmt: skip
     parity.add_argument("folder", type=Path, metavar="DIR", help="golden folder: config.json, weights, inputs, outputs")
     parity.add_argument("--summary", action="store_true", help="a row per group of parameters; failures always in full")
+    parity.add_argument(
+        "--framework", choices=("jax", "torch"), default="jax",
+        help="whose numbers: our model's, or the PyTorch runtime's (default: %(default)s)",
+    )  # fmt: skip
     parity.add_argument("--json", type=Path, metavar="FILE", help="also write all rows as JSON")
 
 
 def run_parity(args: argparse.Namespace) -> int:
     """Prints one row per array; 1 if any differs by more than its tolerance."""
-    from mplug2_jax.conversion.parity import Row, run_parity
+    from mplug2_jax.conversion.comparison import Row
+    from mplug2_jax.conversion.parity import run_parity
 
     if args.json and args.json.exists():
         raise UserError(f"--json {args.json} exists; choose a new file")
     start = time.perf_counter()
     rows: list[Row] = []
-    for row in run_parity(args.folder):
+    for row in run_parity(args.folder, args.framework):
         rows.append(row)
         if not args.summary:
             print(_line(row), flush=True)
@@ -48,6 +53,9 @@ def run_parity(args: argparse.Namespace) -> int:
         args.json.write_text(json.dumps([vars(row) for row in rows], indent=1), encoding="utf-8")
     seconds = time.perf_counter() - start
     print(f"\n{args.folder}: {len(rows) - len(failed)} of {len(rows)} rows pass, {len(failed)} fail ({seconds:.0f} s)")
+    for row in rows:
+        if row.passed and row.note:
+            print(f"{row.section}: {row.note}")
     if failed and not args.summary:
         print("\n".join(_line(row) for row in failed))
     return 1 if failed else 0

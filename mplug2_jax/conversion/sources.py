@@ -113,6 +113,7 @@ class SafetensorsSource:
         self._reader = FileReader(path)
         self.metadata: dict[str, str] = {}
         self._tensors: dict[str, tuple[TensorInfo, int]] = {}  # with the offset in the file
+        self.path = path
         try:
             self._parse()
         except (ValueError, KeyError, TypeError, RecursionError) as error:

@@ -1,0 +1,160 @@
+"""The PyTorch runtime beside our JAX model on this machine: captioning, forward and a whole training step.
+
+    python benchmarks/torch_runtime.py             # base, 1 clip of 4 frames at 224 px, float32
+    python benchmarks/torch_runtime.py --size tiny --rounds 3
+
+Each framework lives in a process of its own and has all cores; calls alternate between them, so that both see the same
+machine. Forward is the caption loss in evaluation mode; a training step adds dropout, the backward pass and AdamW.
+"""
+
+import argparse
+import dataclasses
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")  # for both; it is XLA's scratch memory that gains
+
+Calls = dict[str, Callable[[], object]]
+
+
+def prepare_jax(args: argparse.Namespace) -> Calls:
+    """Our model: the compiled loss, and the step that the training loop compiles."""
+    import jax
+    from step import plan, random_batch
+
+    from mplug2_jax.objectives.forward import Forward
+    from mplug2_jax.objectives.language import caption_loss
+    from mplug2_jax.parallel.placement import put_batch
+    from mplug2_jax.training.step import compile_step
+
+    described = plan(args)
+    batch = put_batch(random_batch(args, described.config.model.vocab_size), described.mesh)
+    step, state = compile_step(described), described.init()
+    loss = jax.jit(lambda params, batch: caption_loss(Forward(described.definition.bind(params), batch)).loss)
+
+    def advance() -> None:
+        nonlocal state
+        state, metrics = step(state, {"video": batch})
+        jax.block_until_ready((state, metrics))
+
+    return {"forward": lambda: loss(state["params"], batch).block_until_ready(), "training step": advance}
+
+
+def prepare_torch(args: argparse.Namespace) -> Calls:
+    """The runtime, with random weights."""
+    import torch
+    from step import random_batch
+
+    from mplug2_jax.conversion.torch_runtime import Caption, Config, normalise_pixels, parameter_groups
+    from mplug2_jax.model.config import model_config
+
+    sizes = dataclasses.asdict(
+        model_config(args.size, image_size=args.image_size, dropout=args.dropout, attention_dropout=args.dropout)
+    )
+    sizes["fusion_start"] = 0  # captions have no fusion
+    model = Caption(Config(**{field.name: sizes[field.name] for field in dataclasses.fields(Config)}))
+    batch = {name: torch.from_numpy(value) for name, value in random_batch(args, sizes["vocab_size"]).items()}
+    groups = parameter_groups(model, rest=1e-5, vision=1e-6, weight_decay=0.02)
+    optimizer = torch.optim.AdamW(groups, fused=True)
+
+    def loss() -> torch.Tensor:
+        found: torch.Tensor = model(normalise_pixels(batch["frames"]), batch["target"].long(), batch["target_weights"])
+        return found
+
+    def forward() -> None:
+        model.eval()
+        with torch.no_grad():
+            loss()
+
+    def advance() -> None:
+        model.train()
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+
+    return {"forward": forward, "training step": advance}
+
+
+PREPARE = {"jax": prepare_jax, "torch": prepare_torch}
+
+
+def serve(calls: Calls) -> None:
+    """Makes the calls that are asked for on standard input, and answers with their seconds."""
+    for line in sys.stdin:
+        call = calls[line.strip()]
+        start = time.perf_counter()
+        call()
+        print(time.perf_counter() - start, flush=True)
+
+
+class Framework:
+    """A framework in a process of its own."""
+
+    def __init__(self, name: str) -> None:
+        command = [sys.executable, __file__, *sys.argv[1:], "--serve", name]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def seconds(self, call: str) -> float:
+        """The time of one call."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        print(call, file=self._process.stdin, flush=True)
+        return float(self._process.stdout.readline())
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._process.communicate()
+
+
+def compare(call: str, frameworks: dict[str, Framework], rounds: int) -> dict[str, float]:
+    """Median seconds of one call in each framework; the first call of each warms up, or compiles."""
+    times: dict[str, list[float]] = {name: [] for name in frameworks}
+    for turn in range(rounds + 1):
+        for name, framework in frameworks.items():
+            seconds = framework.seconds(call)
+            if turn:
+                times[name].append(seconds)
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+def main() -> None:
+    """Measures and prints."""
+    from mplug2_jax.model.config import model_config
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="base", help="row of the model table (default: %(default)s)")
+    parser.add_argument("--image-size", type=int, help="pixels (default: the size's own)")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--frames", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=20, help="caption length (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="calls measured of each (default: %(default)s)")
+    parser.add_argument("--dropout", type=float, default=0.1, help="in the training step (default: %(default)s)")
+    parser.add_argument("--serve", choices=PREPARE, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    args.image_size = args.image_size or model_config(args.size).image_size
+    if args.serve:
+        serve(PREPARE[args.serve](args))
+        return
+
+    frameworks = {name: Framework(name) for name in PREPARE}
+    print(
+        f"{args.size}, caption, batch {args.batch} x {args.frames} frames x {args.image_size} px, float32, "
+        f"{os.cpu_count()} cores, median of {args.rounds}\n"
+    )
+    print(f"{'':<14} {'jax':>9} {'torch':>9}   {'jax clips/s':>11} {'torch clips/s':>13}   torch's throughput / jax's")
+    for call in ("forward", "training step"):
+        found = compare(call, frameworks, args.rounds)
+        ours, theirs = found["jax"], found["torch"]
+        rates = f"{args.batch / ours:>11.3f} {args.batch / theirs:>13.3f}"
+        print(f"{call:<14} {ours:>7.3f} s {theirs:>7.3f} s   {rates}   {ours / theirs:.2f}", flush=True)
+    for framework in frameworks.values():
+        framework.close()
+
+
+if __name__ == "__main__":
+    main()

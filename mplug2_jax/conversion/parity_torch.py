@@ -1,0 +1,218 @@
+"""The PyTorch runtime's numbers for a golden folder, beside the release's own; ``comparison`` holds the rows."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mplug2_jax.conversion.comparison import (
+    Named,
+    beam_arrays,
+    caption_weights,
+    decoder_arrays,
+    fusion_arrays,
+    numbers_in,
+    teachers,
+    text_arrays,
+    visual_arrays,
+)  # fmt: skip
+from mplug2_jax.conversion.goldens import Golden
+from mplug2_jax.conversion.sources import HostArray
+from mplug2_jax.conversion.torch_runtime import (
+    Caption,
+    Config,
+    SearchConfig,
+    Taps,
+    VideoQA,
+    parameter_groups,
+    update_teacher,
+)  # fmt: skip
+from mplug2_jax.conversion.torch_runtime.model import Mplug2, answer_sums, distillation_sums
+from mplug2_jax.conversion.torch_runtime.search import generate
+
+Model = TypeVar("Model", bound=Mplug2)
+
+
+class TorchComputation:
+    """A :class:`~mplug2_jax.conversion.comparison.Computation` by the PyTorch runtime, in evaluation mode."""
+
+    def __init__(self, golden: Golden) -> None:
+        self.golden = golden
+        self._kind: type[Caption] | type[VideoQA] = Caption if golden.model == "caption" else VideoQA
+
+    def account(self) -> str:
+        """What became of the checkpoint's tensors."""
+        total, dropped = len(self.golden.source.names()), len(load(self.golden, self._kind).dropped)
+        return f"{total - dropped} used, {dropped} dropped of {total}"
+
+    @torch.no_grad()
+    def arrays(self) -> Named:
+        """Everything that the golden's outputs list."""
+        yield from caption_arrays(self.golden) if self._kind is Caption else question_arrays(self.golden)
+
+    def gradients(self, alpha: float | None = None) -> Mapping[str, HostArray]:
+        """Gradients of the loss; with ``alpha``, of the distilled one, after one update of the teacher."""
+        model = load(self.golden, self._kind)
+        if alpha is None:
+            _loss(self.golden, model).backward()
+        else:
+            _distilled_loss(self.golden, model, _updated_teacher(self.golden), alpha).backward()
+        return {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
+
+    def updated_teacher(self) -> Mapping[str, HostArray]:
+        """The teacher after one update, under the teacher's names."""
+        return teachers(_values(_updated_teacher(self.golden)))
+
+    def trained(self) -> tuple[list[float], Mapping[str, HostArray]]:
+        """Losses before every AdamW step and after the last, and all parameters then, the teacher's too."""
+        golden, train = self.golden, self.golden.settings["train"]
+        model, losses = load(golden, self._kind), []
+        teacher = load(golden, self._kind, teacher=True) if golden.teacher is not None else None
+        groups = parameter_groups(
+            model, rest=train["lr_other"], vision=train["lr_visual"], weight_decay=train["weight_decay"]
+        )
+        optimizer = torch.optim.AdamW(groups, betas=tuple(train["betas"]), eps=train["eps"])
+        for i in range(train["steps"] + 1):
+            if teacher is not None:
+                _update(golden, teacher, model)
+            loss = _loss(golden, model)
+            losses.append(loss.item())
+            if i < train["steps"]:
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+        return losses, _values(model) if teacher is None else _values(model) | teachers(_values(teacher))
+
+
+# --- models and losses ------------------------------------------------------------------------------------------------
+
+
+def load(golden: Golden, kind: type[Model], *, teacher: bool = False, **changed: Any) -> Model:
+    """A golden's model, fresh from its file; ``changed`` replaces sizes that change no tensor in use."""
+    ours = dataclasses.asdict(golden.definition.config) | {"fusion_start": golden.fusion_start} | changed
+    config = Config(**{field.name: ours[field.name] for field in dataclasses.fields(Config)})
+    return kind.from_pretrained(golden.source.path, config, teacher=teacher)
+
+
+def _inputs(golden: Golden, *names: str) -> list[Tensor]:
+    """Inputs of these names; masks as booleans."""
+    found = (torch.from_numpy(golden.inputs[name]) for name in names)
+    return [x.bool() if name.endswith("_mask") else x for name, x in zip(names, found, strict=True)]
+
+
+def _question_batch(golden: Golden) -> dict[str, Tensor]:
+    """The arguments of the question-answering model that all losses share."""
+    names = ("image", "question_ids", "question_mask", "answer_ids", "answer_k")
+    arguments = ("frames", "question", "question_mask", "target", "answers_per_question")
+    return dict(zip(arguments, _inputs(golden, *names), strict=True))
+
+
+def _loss(golden: Golden, model: Caption | VideoQA, **distillation: Any) -> Tensor:
+    if isinstance(model, Caption):
+        frames, target = _inputs(golden, "image", "caption_ids")
+        loss: Tensor = model(frames, target, torch.from_numpy(caption_weights(golden)))
+    else:
+        mask, weights = _inputs(golden, "answer_mask", "answer_weights")
+        loss = model(**_question_batch(golden), target_weights=mask.float(), answer_weights=weights, **distillation)
+    return loss
+
+
+def _distilled_loss(golden: Golden, model: Caption | VideoQA, teacher: VideoQA, alpha: float) -> Tensor:
+    """The release's form, which normalises over time."""
+    return _loss(golden, model, teacher=teacher, alpha=alpha, over="time")
+
+
+def _update(golden: Golden, teacher: Caption | VideoQA, model: Caption | VideoQA) -> None:
+    """The release's form, which leaves the fusion teacher alone."""
+    update_teacher(teacher, model, golden.settings["momentum"], frozen=["fusion_encoder"])
+
+
+def _updated_teacher(golden: Golden) -> VideoQA:
+    teacher = load(golden, VideoQA, teacher=True)
+    _update(golden, teacher, load(golden, VideoQA))
+    return teacher
+
+
+def _values(model: Caption | VideoQA) -> dict[str, HostArray]:
+    return {name: parameter.detach().numpy() for name, parameter in model.named_parameters()}
+
+
+# --- arrays -----------------------------------------------------------------------------------------------------------
+
+
+def caption_arrays(golden: Golden) -> Named:
+    """Everything the caption model's outputs list."""
+    model, taps = load(golden, Caption), Taps()
+    frames, target = _inputs(golden, "image", "caption_ids")
+    yield "caption_loss", _loss(golden, model).numpy()
+    unmasked = torch.from_numpy(caption_weights(golden, masked_prompt=False))
+    yield "caption_loss_no_prompt_mask", model(frames, target, unmasked).numpy()
+    visual = model.visual_tokens(frames, taps)
+    logits = model.text_decoder(target, target != 0, visual, taps=taps)
+    yield from visual_arrays(taps, golden)
+    yield from decoder_arrays(taps, logits)
+    yield from _searches(golden, model, visual, torch.ones(visual.shape[:2], dtype=torch.bool))
+
+
+def question_arrays(golden: Golden) -> Named:
+    """Everything the question-answering model's outputs list."""
+    model, taps, batch = load(golden, VideoQA), Taps(), _question_batch(golden)
+    asked = batch["frames"], batch["question"], batch["question_mask"]
+    logits = model.answer_logits(**batch, taps=taps)
+    memory, mask = model.memory(*asked)
+    cut = taps["visual/out"].shape[1]
+    yield from visual_arrays(taps, golden)
+    yield from text_arrays(taps)
+    yield from fusion_arrays(taps, golden, memory[:, :cut], memory[:, cut:])
+    yield from _mixed_fusion(golden, taps, batch["question_mask"])
+    yield "dec_memory", memory.numpy()
+    yield "dec_memory_mask", mask.numpy().astype(golden.outputs["dec_memory_mask"].dtype)
+    yield from decoder_arrays(taps, logits)
+    yield "vqa_loss", _loss(golden, model).numpy()
+    (weights,) = _inputs(golden, "answer_mask")
+    yield "vqa_loss_per_answer", answer_sums(logits, batch["target"], weights).numpy()
+    if golden.teacher is not None:
+        yield from _distillation_arrays(golden, model, logits, batch)
+    yield from _searches(golden, model, memory, mask)
+    (candidates,) = _inputs(golden, "cand_ids")
+    chosen, shares = model.rank_answers(*asked, candidates, keep=golden.settings["rank_k"])
+    yield "rank_ids", chosen.numpy()
+    yield "rank_probs", shares.numpy()
+
+
+def _mixed_fusion(golden: Golden, taps: Taps, mask: Tensor) -> Named:
+    """The fusion module rebuilt with other strides from the same weights."""
+    for stride in numbers_in(golden, r"fusion_stride(\d+)_text"):
+        fusion = load(golden, VideoQA, fusion_stride=stride).fusion_encoder
+        image, text = fusion(taps["text/out"], mask, taps["visual/out"])
+        yield f"fusion_stride{stride}_image", image.numpy()
+        yield f"fusion_stride{stride}_text", text.numpy()
+
+
+def _distillation_arrays(golden: Golden, model: VideoQA, logits: Tensor, batch: Mapping[str, Tensor]) -> Named:
+    alpha, teacher = golden.settings["alpha"], _updated_teacher(golden)
+    # The release asks for alpha but drops it on the way to the decoder: its distillation is alpha = 0.
+    yield "vqa_loss_release_distill", _distilled_loss(golden, model, teacher, 0.0).numpy()
+    yield f"vqa_loss_distill_alpha{alpha}", _distilled_loss(golden, model, teacher, alpha).numpy()
+    taught = teacher.answer_logits(**batch, taps=None)[:, :-1]
+    soft, target = taught.softmax(-1), batch["target"]
+    (weights,) = _inputs(golden, "answer_mask")
+    sums = (1 - alpha) * answer_sums(logits, target, weights)
+    sums = sums + alpha * distillation_sums(logits, soft, weights, over="time")
+    yield f"vqa_loss_distill_alpha{alpha}_per_answer", sums.numpy()
+    yield "teacher_logits", taught.numpy()
+    yield "teacher_probs", soft.numpy()
+
+
+def _searches(golden: Golden, model: Caption | VideoQA, memory: Tensor, mask: Tensor) -> Named:
+    """Beam searches of every width that the outputs list."""
+    settings = golden.settings
+    for width in numbers_in(golden, r"beam(\d+)_ids"):
+        config = SearchConfig(
+            beams=width, begin=settings["bos"], end=settings["eos"], **settings[f"{golden.model}_generation"]
+        )
+        ids, scores, lengths = (np.asarray(x) for x in generate(model.text_decoder, memory, mask, config))
+        yield from beam_arrays(golden, width, ids, lengths, scores)

@@ -1,0 +1,30 @@
+"""A PyTorch runtime for weights in the official layout: the same model as ours, as plain PyTorch modules.
+
+It needs PyTorch and safetensors, nothing of JAX. Attribute names are the release's, so its checkpoints and our exports
+load strictly; what the release holds and never reads is dropped by rule and listed. Read ``model.py`` first.
+
+Example::
+
+    model = Caption.from_pretrained("exports/msrvtt-caption")
+    found = model.generate(normalise_pixels(frames))
+"""
+
+from mplug2_jax.conversion.torch_runtime.config import SIZES, Config, read_config
+from mplug2_jax.conversion.torch_runtime.layers import Taps
+from mplug2_jax.conversion.torch_runtime.model import Caption, VideoQA, parameter_groups, update_teacher
+from mplug2_jax.conversion.torch_runtime.search import Found, SearchConfig
+from mplug2_jax.conversion.torch_runtime.vision import normalise_pixels
+
+__all__ = [
+    "SIZES",
+    "Caption",
+    "Config",
+    "Found",
+    "SearchConfig",
+    "Taps",
+    "VideoQA",
+    "normalise_pixels",
+    "parameter_groups",
+    "read_config",
+    "update_teacher",
+]

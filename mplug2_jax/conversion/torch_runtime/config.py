@@ -1,0 +1,111 @@
+"""Sizes of the model, as a ``config.json`` beside exported weights holds them; tables for the released ones."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mplug2_jax.errors import UserError, did_you_mean
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Every size of the model; names as in :class:`mplug2_jax.model.config.ModelConfig`.
+
+    Raises:
+        UserError: a size that is no number of its kind, or does not fit the others.
+    """
+
+    vision_width: int
+    vision_layers: int
+    vision_heads: int
+    patch_size: int
+    image_size: int  # pixels; fixes the grid of the position table, other sizes resize it
+    temporal_downsampling: bool = False  # patches see 3 frames, every second one is kept; off in every released model
+    width: int  # of everything but the vision tower
+    heads: int
+    mlp_width: int
+    text_layers: int  # below the universal ones
+    universal_layers: int = 2  # the last layers of the text encoder, shared with vision
+    num_latents: int = 50  # learnable queries of the universal layers
+    fusion_start: int  # the release counts fusion layers from 0 and uses the last ones; the first of those
+    fusion_layers: int  # in use
+    fusion_stride: int = 0  # every stride-th of them mixes image and text in one self attention; 0 = none does
+    decoder_layers: int
+    vocab_size: int = 30522
+    max_positions: int = 512
+    dropout: float = 0.1  # of hidden states outside the vision tower, in train mode
+    attention_dropout: float = 0.1  # of attention probabilities there
+
+    def __post_init__(self) -> None:
+        """Checks every field."""
+        _check(vars(self))
+
+    @property
+    def mixing_layers(self) -> tuple[int, ...]:
+        """Which fusion layers, counted from the first in use, mix image and text."""
+        return tuple(range(self.fusion_stride, self.fusion_layers, self.fusion_stride)) if self.fusion_stride else ()
+
+
+_MAY_BE_ZERO = ("text_layers", "fusion_start", "fusion_layers", "fusion_stride")
+
+
+def _check(sizes: Mapping[str, Any]) -> None:
+    """Refuses sizes that are no numbers of their kind, or do not fit together; defaults may be absent."""
+    for field in dataclasses.fields(Config):
+        value = sizes.get(field.name, field.default)
+        if field.type is bool:
+            fits, expected = isinstance(value, bool), "true or false"
+        elif field.type is float:
+            fits, expected = type(value) in (int, float) and 0 <= value < 1, "a number from 0 to below 1"
+        else:
+            least = 0 if field.name in _MAY_BE_ZERO else 1
+            fits, expected = type(value) is int and value >= least, f"a whole number of at least {least}"
+        if not fits:
+            raise UserError(f"{field.name}={value!r} must be {expected}")
+    for width, heads in (("vision_width", "vision_heads"), ("width", "heads")):
+        if sizes[width] % sizes[heads]:
+            raise UserError(f"{width}={sizes[width]} does not divide into {heads}={sizes[heads]} heads")
+    if sizes["image_size"] % sizes["patch_size"]:
+        raise UserError(f"image_size={sizes['image_size']} is not a multiple of patch_size={sizes['patch_size']}")
+
+
+SIZES: Mapping[str, Config] = {
+    "base": Config(
+        vision_width=768, vision_layers=12, vision_heads=12, patch_size=16, image_size=224,
+        width=768, heads=12, mlp_width=3072, text_layers=10, fusion_start=9, fusion_layers=3, decoder_layers=12,
+    ),
+    "large": Config(
+        vision_width=1024, vision_layers=24, vision_heads=16, patch_size=14, image_size=224,
+        width=1024, heads=16, mlp_width=4096, text_layers=22, fusion_start=18, fusion_layers=6, decoder_layers=12,
+    ),
+}  # fmt: skip
+
+
+def read_config(path: Path) -> Config:
+    """The sizes in a JSON file: one object with the fields of :class:`Config`; those with a default may be absent.
+
+    Raises:
+        UserError: the file is missing or no such object, a field is unknown or missing, or sizes do not fit.
+    """
+    try:
+        found: Any = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; write one, or pass a config, such as SIZES['large']") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} holds a {type(found).__name__}, expected an object with the sizes of the model")
+    fields = {field.name: field for field in dataclasses.fields(Config)}
+    for name in found:
+        if name not in fields:
+            raise UserError(f"{path}: {name} is not a size of the model: {did_you_mean(name, fields)}")
+    missing = [n for n, field in fields.items() if n not in found and field.default is dataclasses.MISSING]
+    if missing:
+        raise UserError(f"{path} lacks {', '.join(missing)}; add what the model was made with")
+    try:
+        _check(found)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    return Config(**found)

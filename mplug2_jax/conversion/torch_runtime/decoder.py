@@ -1,0 +1,122 @@
+"""The shared decoder: causal self attention, cross attention to a memory, MLP; a word head tied to its own table.
+
+Several sequences may share one memory (the candidate answers to a question, the beams of a clip): ids come as
+[b*r, m], the memory as [b, s, d], and its keys and values are projected once for all r.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mplug2_jax.conversion.torch_runtime.config import Config
+from mplug2_jax.conversion.torch_runtime.layers import (
+    BERT_EPS,
+    BertLayer,
+    Embeddings,
+    Encoder,
+    KeysValues,
+    Taps,
+    seen_by_all,
+    tap,
+)  # fmt: skip
+
+
+class Bert(nn.Module):
+    """Embeddings and layers, under the release's name."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.embeddings = Embeddings(config)
+        self.encoder = Encoder(BertLayer(config, cross=True) for _ in range(config.decoder_layers))
+
+
+class Transform(nn.Module):
+    """Dense -> GELU -> LayerNorm, before the words."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(width, width)
+        self.LayerNorm = nn.LayerNorm(width, BERT_EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[b, m, d] -> the same."""
+        out: Tensor = self.LayerNorm(F.gelu(self.dense(x)))
+        return out
+
+
+class Predictions(nn.Module):
+    """Logits over the vocabulary. The word table and the bias have two names each and are one parameter each."""
+
+    def __init__(self, words: Tensor) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(words.shape[0]))
+        self.transform = Transform(words.shape[1])
+        self.decoder = nn.Linear(words.shape[1], words.shape[0])
+        self.decoder.weight, self.decoder.bias = words, self.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[b, m, d] -> logits [b, m, v]."""
+        out: Tensor = self.decoder(self.transform(x))
+        return out
+
+
+class Cls(nn.Module):
+    """The head, under the release's name."""
+
+    def __init__(self, words: Tensor) -> None:
+        super().__init__()
+        self.predictions = Predictions(words)
+
+
+class TextDecoder(nn.Module):
+    """Embeddings, layers and head."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.bert = Bert(config)
+        self.cls = Cls(self.bert.embeddings.word_embeddings.weight)
+
+    def forward(
+        self,
+        ids: Tensor,
+        mask: Tensor | None,
+        memory: Tensor,
+        memory_mask: Tensor | None = None,
+        taps: Taps | None = None,
+    ) -> Tensor:
+        """Teacher forcing: logits [b*r, m, v] at every position of ids [b*r, m], each for the token after it."""
+        x = self.bert.embeddings(ids)
+        tap(taps, "decoder/embed", x)
+        seen = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()
+        if mask is not None:
+            seen = seen & seen_by_all(mask)
+        memory_seen = None if memory_mask is None else seen_by_all(memory_mask)
+        for i, layer in enumerate(self.bert.encoder.layers):
+            x = layer(x, seen, memory, memory_seen)
+            tap(taps, "decoder/layer", x, layer=i)
+        logits: Tensor = self.cls.predictions(x)
+        return logits
+
+
+class DecoderCache:
+    """Decoding one token at a time: a :class:`~mplug2_jax.conversion.torch_runtime.search.Continuation`."""
+
+    def __init__(self, decoder: TextDecoder, memory: Tensor, memory_mask: Tensor) -> None:
+        """Projects the memory [b, s, d], once for all layers and tokens."""
+        self._decoder, self._memory_seen = decoder, seen_by_all(memory_mask)
+        self._memory = [layer.crossattention.project(memory) for layer in decoder.bert.encoder.layers]
+        self._past: list[KeysValues | None] = [None] * len(self._memory)
+        self._length = 0
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Takes the newest token of each sequence [b*r]; logits [b*r, v] for the next one."""
+        x = self._decoder.bert.embeddings(tokens[:, None], start=self._length)
+        for i, layer in enumerate(self._decoder.bert.encoder.layers):
+            x, self._past[i] = layer.step(x, self._past[i], self._memory[i], self._memory_seen)
+        self._length += 1
+        logits: Tensor = self._decoder.cls.predictions(x)[:, 0]
+        return logits
+
+    def reorder(self, rows: Tensor) -> None:
+        """Keeps the sequences ``rows`` [b*r]; the memory's part is shared, so it stays."""
+        self._past = [past and (past[0][rows], past[1][rows]) for past in self._past]

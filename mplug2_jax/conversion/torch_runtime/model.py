@@ -1,0 +1,263 @@
+"""The two released models, composed: captions of a clip, and answers to questions about it.
+
+Axis letters as in ``layers``; also a answers of all questions together, t frames, n patches per frame, v vocabulary.
+"""
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import ClassVar, Literal, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mplug2_jax.conversion.torch_runtime.config import Config, read_config
+from mplug2_jax.conversion.torch_runtime.decoder import TextDecoder
+from mplug2_jax.conversion.torch_runtime.layers import BERT_EPS, Taps, tap
+from mplug2_jax.conversion.torch_runtime.loading import choose_weights, dead_rules, official_state, read_weights
+from mplug2_jax.conversion.torch_runtime.search import Found, SearchConfig, generate, rank_answers
+from mplug2_jax.conversion.torch_runtime.text import FusionEncoder, TextEncoder
+from mplug2_jax.conversion.torch_runtime.vision import VisionTower
+
+Model = TypeVar("Model", bound="Mplug2")  # not typing.Self, which the run-time type checks of the tests cannot read
+
+
+class VisualEncoder(nn.Module):
+    """The image half of a CLIP, under the release's name."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.visual = VisionTower(config)
+
+
+class Mplug2(nn.Module):
+    """What both models share: the path of the visual tokens, the decoder, and loading."""
+
+    encodes_text: ClassVar[bool]
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.visual_encoder = VisualEncoder(config)
+        if config.vision_width != config.width:
+            self.visn_fc = nn.Linear(config.vision_width, config.width)
+            self.visn_layer_norm = nn.LayerNorm(config.width, BERT_EPS)
+        self.text_encoder = TextEncoder(config, text=self.encodes_text)
+        self.visn_emb_norm = nn.LayerNorm(config.width, BERT_EPS)
+        self.text_decoder = TextDecoder(config)
+        self.dropout = nn.Dropout(config.dropout)
+        self.config = config
+        self.dropped: Mapping[str, str] = {}  # what a checkpoint held beside this model's tensors, and why it is dead
+
+    @classmethod
+    def from_pretrained(
+        cls: type[Model], path: Path | str, config: Config | None = None, *, teacher: bool = False
+    ) -> Model:
+        """The model from a folder with ``config.json`` and one weights file, or from a weights file; in eval mode.
+
+        Args:
+            path: a folder or a file, ``.safetensors`` or ``.pth``.
+            config: sizes, in place of the ``config.json`` beside the weights.
+            teacher: take the teacher's copy of every tensor (names with ``_m``), not the student's.
+
+        Raises:
+            UserError: a file is missing or damaged, or its tensors are not exactly those of the model.
+        """
+        path = Path(path)
+        weights = choose_weights(path) if path.is_dir() else path
+        model = cls(config or read_config(weights.parent / "config.json"))
+        model.load_official(read_weights(weights), teacher=teacher, where=weights)
+        return model.eval()
+
+    def load_official(
+        self, tensors: Mapping[str, Tensor], *, teacher: bool = False, where: Path | str = "state"
+    ) -> None:
+        """Loads named tensors of the release's layout; ``dropped`` lists what was dead in them.
+
+        Raises:
+            UserError: the tensors are not exactly those of the model; ``where`` names them in the sentence.
+        """
+        rules = dead_rules(self.config, text=self.encodes_text)
+        state, self.dropped = official_state(tensors, self.state_dict(), rules, teacher=teacher, where=where)
+        self.load_state_dict(state, strict=True)
+
+    def visual_tokens(self, frames: Tensor, taps: Taps | None = None) -> Tensor:
+        """Normalised frames [b, 3, t, y, x] (images: t = 1) -> visual tokens [b, s, d], s = 1 + t*n."""
+        v = self.visual_encoder.visual(frames, taps)
+        if self.config.vision_width != self.config.width:
+            v = self.dropout(self.visn_layer_norm(self.visn_fc(v)))
+        tap(taps, "visual/in", v)
+        v = self.dropout(self.visn_emb_norm(v + self.text_encoder.visual(v, taps)))
+        tap(taps, "visual/out", v)
+        return v
+
+
+class Caption(Mplug2):
+    """Captions of images and clips, from the visual tokens alone."""
+
+    encodes_text = False
+
+    def forward(self, frames: Tensor, target: Tensor, target_weights: Tensor, taps: Taps | None = None) -> Tensor:
+        """Loss of captions [b, m]: mean cross entropy over the batch's counted tokens, a scalar.
+
+        ``target`` is ``[CLS] words [SEP] pad``. ``target_weights`` [b, m] say which tokens count as predictions: 0 for
+        padding, and for the prompt where there is one.
+        """
+        logits = self.text_decoder(target, target != 0, self.visual_tokens(frames, taps), taps=taps)
+        weights = target_weights[:, 1:]
+        total = weights.sum()
+        return (next_token_loss(logits, target) * weights).sum() / total.where(total > 0, 1.0)
+
+    @torch.no_grad()
+    def generate(self, frames: Tensor, search: SearchConfig | None = None) -> Found:
+        """Captions by beam search; the limits are the release's (4 to 20 tokens) if not given."""
+        memory = self.visual_tokens(frames)
+        mask = torch.ones(memory.shape[:2], dtype=torch.bool, device=memory.device)
+        return generate(self.text_decoder, memory, mask, search or SearchConfig(min_length=4, max_length=20))
+
+
+class VideoQA(Mplug2):
+    """Answers to questions about images and clips."""
+
+    encodes_text = True
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.fusion_encoder = FusionEncoder(config)
+
+    def memory(
+        self, frames: Tensor, question: Tensor, question_mask: Tensor, taps: Taps | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """What the decoder reads: [visual tokens, fused question] [b, s + l, d], and its mask [b, s + l]."""
+        text = self.text_encoder(question, question_mask, taps)
+        visual, fused = self.fusion_encoder(text, question_mask, self.visual_tokens(frames, taps), taps)
+        mask = torch.cat([question_mask.new_ones(visual.shape[:2]), question_mask], dim=1)
+        return torch.cat([visual, fused], dim=1), mask
+
+    def answer_logits(
+        self,
+        frames: Tensor,
+        question: Tensor,
+        question_mask: Tensor,
+        target: Tensor,
+        answers_per_question: Tensor | None = None,
+        taps: Taps | None = None,
+    ) -> Tensor:
+        """Logits [a, m, v] of answers [a, m]; ``answers_per_question`` [b] if it is not one each."""
+        memory, mask = self.memory(frames, question, question_mask, taps)
+        if answers_per_question is not None:
+            memory, mask = (x.repeat_interleave(answers_per_question, dim=0) for x in (memory, mask))
+        logits: Tensor = self.text_decoder(target, target != 0, memory, mask, taps)
+        return logits
+
+    def forward(
+        self,
+        frames: Tensor,
+        question: Tensor,
+        question_mask: Tensor,
+        target: Tensor,
+        target_weights: Tensor,
+        *,
+        answers_per_question: Tensor | None = None,
+        answer_weights: Tensor | None = None,
+        teacher: "VideoQA | None" = None,
+        alpha: float = 0.0,
+        over: Literal["vocabulary", "time"] = "vocabulary",
+        taps: Taps | None = None,
+    ) -> Tensor:
+        """The release's loss: token sums per answer, weighted, over the number of questions; a scalar.
+
+        With a teacher it is (1 - alpha) * cross entropy + alpha * distillation, normalised ``over`` the vocabulary. The
+        release normalises over time, and drops alpha on its way to the decoder, so that its distillation is alpha 0.
+
+        Args:
+            frames: normalised, [b, 3, t, y, x].
+            question: ids [b, l]; ``question_mask`` is True where they count.
+            question_mask: [b, l], bool.
+            target: answers ``[CLS] words [SEP] pad``, [a, m], those of a question after each other.
+            target_weights: [a, m], 0 for tokens that are no predictions.
+            answers_per_question: [b], where it is not one each.
+            answer_weights: [a], 1 if absent.
+            teacher: a model of the same sizes that runs without gradient; see :func:`update_teacher`.
+            alpha: share of the distillation.
+            over: the axis of the student's softmax in the distillation.
+            taps: collects intermediates of the student.
+        """
+        batch = (frames, question, question_mask, target, answers_per_question)
+        logits = self.answer_logits(*batch, taps)
+        sums = answer_sums(logits, target, target_weights)
+        if teacher is not None:
+            with torch.no_grad():
+                soft = teacher.answer_logits(*batch)[:, :-1].float().softmax(-1)
+            sums = (1 - alpha) * sums + alpha * distillation_sums(logits, soft, target_weights, over=over)
+        if answer_weights is not None:
+            sums = sums * answer_weights
+        return sums.sum() / frames.shape[0]
+
+    @torch.no_grad()
+    def generate(
+        self, frames: Tensor, question: Tensor, question_mask: Tensor, search: SearchConfig | None = None
+    ) -> Found:
+        """Answers by beam search; the limits are the release's (1 to 10 tokens) if not given."""
+        memory, mask = self.memory(frames, question, question_mask)
+        return generate(self.text_decoder, memory, mask, search or SearchConfig(min_length=1, max_length=10))
+
+    @torch.no_grad()
+    def rank_answers(
+        self,
+        frames: Tensor,
+        question: Tensor,
+        question_mask: Tensor,
+        answers: Tensor,
+        *,
+        keep: int = 128,
+        first_twice: bool = True,
+    ) -> tuple[Tensor, Tensor]:
+        """The ``keep`` best of the answers [a, m] to each question, [b, keep], and their probabilities among those."""
+        memory, mask = self.memory(frames, question, question_mask)
+        keep = min(keep, answers.shape[0])
+        return rank_answers(self.text_decoder, memory, mask, answers, answers != 0, keep=keep, first_twice=first_twice)
+
+
+def next_token_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """Cross entropy of each following token, [a, m - 1], from logits [a, m, v] and ids [a, m]."""
+    return F.cross_entropy(logits[:, :-1].float().transpose(1, 2), target[:, 1:], reduction="none")
+
+
+def answer_sums(logits: Tensor, target: Tensor, weights: Tensor) -> Tensor:
+    """The release's loss of an answer, [a]: the sum over its tokens."""
+    return (next_token_loss(logits, target) * weights[:, 1:]).sum(-1)
+
+
+def distillation_sums(
+    logits: Tensor, teacher_probabilities: Tensor, weights: Tensor, *, over: Literal["vocabulary", "time"]
+) -> Tensor:
+    """Cross entropy against a teacher's distribution [a, m - 1, v] at each position, summed over an answer's tokens."""
+    log_probs = logits[:, :-1].float().log_softmax(-1 if over == "vocabulary" else 1)
+    return (-(log_probs * teacher_probabilities).sum(-1) * weights[:, 1:]).sum(-1)
+
+
+@torch.no_grad()
+def update_teacher(teacher: Mplug2, student: Mplug2, momentum: float = 0.995, *, frozen: Collection[str] = ()) -> None:
+    """Momentum * teacher + (1 - momentum) * student, in place, for every parameter.
+
+    ``frozen`` names modules of the teacher that stay as they are; the release's is ``["fusion_encoder"]``.
+    """
+    theirs = dict(student.named_parameters())
+    for name, own in teacher.named_parameters():
+        if name.partition(".")[0] not in frozen:
+            own.mul_(momentum).add_(theirs[name], alpha=1 - momentum)
+
+
+def parameter_groups(
+    model: Mplug2, *, rest: float, vision: float, weight_decay: float
+) -> list[dict[str, list[nn.Parameter] | float]]:
+    """The release's groups for ``torch.optim.AdamW``: {vision, rest} x {decayed, not decayed}, with learning rates.
+
+    Not decayed is what has "bias" or "LayerNorm.weight" in its name: CLIP's norms, latents and embeddings are.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        rate = vision if name.startswith("visual_encoder.") else rest
+        decay = 0.0 if "bias" in name or "LayerNorm.weight" in name else weight_decay
+        groups.setdefault((rate, decay), []).append(parameter)
+    return [{"params": found, "lr": rate, "weight_decay": decay} for (rate, decay), found in groups.items()]

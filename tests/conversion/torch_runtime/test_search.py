@@ -1,0 +1,152 @@
+"""Beams and ranking of the PyTorch runtime: against plain restatements, and with and without a cache."""
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mplug2_jax.conversion.torch_runtime import SearchConfig
+from mplug2_jax.conversion.torch_runtime.decoder import TextDecoder
+from mplug2_jax.conversion.torch_runtime.search import beam_search, generate, rank_answers
+from mplug2_jax.errors import UserError
+from tests.generation.test_beam import STATES, TOKENS, VOCABULARY, assert_same, search_one, tables, toy_logits
+
+
+class Toy:
+    """The toy decoder of the other framework's tests: what comes next depends on all tokens, in their order."""
+
+    def __init__(self, starts, beams, table):
+        self.value, self.position, self.table = torch.as_tensor(starts).repeat_interleave(beams), 0, table
+
+    def logits(self, tokens):
+        self.value = (self.value * 31 + tokens * 7 + self.position) % STATES
+        self.position += 1
+        return self.table[self.value]
+
+    def reorder(self, rows):
+        self.value = self.value[rows]
+
+
+class Uncached:
+    """A decoder that reads every prefix from its beginning, as the release does."""
+
+    def __init__(self, decoder, memory, mask, beams, begin):
+        self.decoder, self.memory, self.mask = decoder, memory, mask
+        self.prefix = torch.zeros(len(memory) * beams, 0, dtype=torch.long)
+
+    def logits(self, tokens):
+        self.prefix = torch.cat([self.prefix, tokens[:, None]], dim=1)
+        return self.decoder(self.prefix, None, self.memory, self.mask)[:, -1]
+
+    def reorder(self, rows):
+        self.prefix = self.prefix[rows]
+
+
+def searching(**fields):
+    return SearchConfig(begin=TOKENS.begin, end=TOKENS.end, **fields)
+
+
+searches = st.builds(
+    searching,
+    beams=st.integers(1, 5),
+    min_length=st.integers(0, 5),
+    max_length=st.integers(1, 8),
+    extend_finished=st.booleans(),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    config=searches,
+    batch=st.integers(1, 3),
+    seed=st.integers(0, 2**32 - 1),
+    sharpness=st.sampled_from([0.3, 1.0, 4.0]),
+    end_bias=st.sampled_from([-4.0, 0.0, 1.0, 4.0]),
+)
+def test_search_finds_what_a_plain_restatement_finds(config, batch, seed, sharpness, end_bias):
+    table = tables(seed, sharpness, end_bias)
+    starts = np.arange(batch) * 13 + seed % 100
+    found = beam_search(Toy(starts, config.beams, torch.from_numpy(table)), batch, config)
+    expected = [search_one(lambda prefix, s=int(s): toy_logits(s, prefix, table), config, VOCABULARY) for s in starts]
+    assert_same(found, expected, config)
+
+
+@pytest.fixture(scope="module")
+def decoder(small, lively):
+    """A decoder, three memories, and which of their tokens count."""
+    torch.manual_seed(1)
+    decoder = lively(TextDecoder(small(vocab_size=VOCABULARY)))
+    return decoder, torch.randn(3, 6, 24), torch.arange(6) < torch.tensor([[6], [3], [1]])
+
+
+@settings(max_examples=25, deadline=None)
+@given(config=searches, seed=st.integers(0, 2**32 - 1))
+def test_a_cache_changes_nothing(decoder, config, seed):
+    model, _, mask = decoder
+    memory = torch.randn(3, 6, 24, generator=torch.Generator().manual_seed(seed))
+    cached = generate(model, memory, mask, config)
+    uncached = beam_search(Uncached(model, memory, mask, config.beams, config.begin), 3, config)
+    assert torch.equal(cached.ids, uncached.ids)
+    assert torch.equal(cached.lengths, uncached.lengths)
+    torch.testing.assert_close(cached.scores, uncached.scores, rtol=1e-4, atol=1e-5)
+
+
+def test_the_memory_is_projected_once_and_shared_by_the_beams(decoder):
+    model, memory, mask = decoder
+    shapes = []
+    hooks = [
+        layer.crossattention.self.key.register_forward_hook(lambda _module, given, _out: shapes.append(given[0].shape))
+        for layer in model.bert.encoder.layers
+    ]
+    generate(model, memory, mask, searching(beams=4, max_length=6))
+    for hook in hooks:
+        hook.remove()
+    assert shapes == [memory.shape] * len(hooks)
+
+
+def test_masked_memory_is_not_seen_and_clips_do_not_influence_each_other(decoder):
+    model, memory, mask = decoder
+    config = searching(beams=3, max_length=7)
+    together = generate(model, memory, mask, config)
+    noisy = memory.where(mask[..., None], 50.0)
+    for clip in range(3):
+        alone = generate(model, noisy[clip : clip + 1], mask[clip : clip + 1], config)
+        assert torch.equal(alone.ids[0], together.ids[clip])
+        torch.testing.assert_close(alone.scores[0], together.scores[clip], rtol=1e-4, atol=1e-5)
+
+
+def test_a_search_beyond_the_position_table_is_refused(decoder):
+    generate(*decoder, searching(beams=1, min_length=12, max_length=12))
+    with pytest.raises(UserError, match=r"generating 13 tokens exceeds max_positions=12; lower max_length"):
+        generate(*decoder, searching(beams=1, max_length=13))
+
+
+# Two begin with the same word, one is empty, one is longer than the others.
+ANSWERS = ([3], [4, 5], [4, 6], [7, 8, 3, 5], [], [8, 3], [5])
+
+
+@pytest.mark.parametrize("keep", [1, 4, 7])
+@pytest.mark.parametrize("first_twice", [True, False])
+def test_ranking_is_that_of_the_answers_decoded_one_by_one(decoder, keep, first_twice):
+    model, memory, mask = decoder
+    rows = [[TOKENS.begin, *words, TOKENS.end] for words in ANSWERS]
+    answers = torch.tensor([row + [TOKENS.pad] * (6 - len(row)) for row in rows])
+    chosen, shares = rank_answers(model, memory, mask, answers, answers != 0, keep=keep, first_twice=first_twice)
+
+    @functools.cache
+    @torch.no_grad()
+    def log_probs(clip, answer):
+        ids = torch.tensor([rows[answer]])
+        logits = model(ids, None, memory[clip : clip + 1], mask[clip : clip + 1])[0, :-1]
+        return logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+
+    for clip in range(3):
+        narrowed = sorted(range(len(rows)), key=lambda a: -float(log_probs(clip, a)[0]))[:keep]
+        totals = {a: float(log_probs(clip, a).sum() + first_twice * log_probs(clip, a)[0]) for a in narrowed}
+        best = sorted(narrowed, key=lambda a: -totals[a])
+        assert chosen[clip].tolist() == best
+        expected = torch.tensor([totals[a] for a in best]).softmax(0)
+        torch.testing.assert_close(shares[clip], expected, rtol=1e-4, atol=1e-6)
