@@ -86,7 +86,9 @@ def run_import(args: argparse.Namespace) -> int:
 
     parts = args.parts.split(",") if args.parts else None
     plan = plan_import(args.sources, parts=parts, task=args.task, image_size=args.image_size)
-    report = run_import(plan, args.to, tokenizer=args.tokenizer, seed=args.seed, overwrite=args.overwrite)
+    report = run_import(
+        plan, args.to, tokenizer=args.tokenizer, seed=args.seed, overwrite=args.overwrite, verify=args.verify
+    )
     print(report.summary())
     print(f"{args.to}: a model of {', '.join(plan.definition.parts)}, {plan.definition.count():,} parameters")
     return report.status
@@ -100,7 +102,7 @@ def run_export(args: argparse.Namespace) -> int:
     check_range("--shard-size", args.shard_size, 1e-6)
     report = export(
         args.checkpoint, args.to, dtype=args.dtype, ema=args.ema, teacher=args.teacher, rest=args.rest,
-        shard_bytes=int(args.shard_size * 1e9), overwrite=args.overwrite,
+        shard_bytes=int(args.shard_size * 1e9), overwrite=args.overwrite, verify=args.verify,
     )  # fmt: skip
     print(report.summary())
     print(args.to)

@@ -42,6 +42,11 @@ class ExportPlan:
         return f"official {self.task}" + (" with its teacher" if self.teacher else "")
 
     @property
+    def rounded(self) -> bool:
+        """Whether our weights are written in a shorter type."""
+        return any(self.state[slot.name].dtype != np.float32 for slot in self.slots)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(info.nbytes for info in self.state.values())

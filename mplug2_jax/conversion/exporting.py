@@ -12,18 +12,21 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from mplug2_jax.conversion import official
 from mplug2_jax.conversion.export_plan import ExportPlan, kept_as, plan_export
+from mplug2_jax.conversion.frameworks import check_torch, compare_frameworks
 from mplug2_jax.conversion.hub import WEIGHTS, write_companions
 from mplug2_jax.conversion.import_plan import StatePath
 from mplug2_jax.conversion.importing import check_finite
 from mplug2_jax.conversion.official_state import State, fresh, tie_of
 from mplug2_jax.conversion.progress import Transfer
-from mplug2_jax.conversion.report import REPORT, Fate, Place, Report, Row, digest, largest_difference
+from mplug2_jax.conversion.report import REPORT, Comparison, Fate, Place, Report, Row, digest, largest_difference
 from mplug2_jax.conversion.safetensors_writer import SafetensorsWriter
 from mplug2_jax.conversion.slots import Slot, by_name, copy_into
-from mplug2_jax.conversion.sources import HostArray
+from mplug2_jax.conversion.sources import HostArray, open_source
 from mplug2_jax.conversion.staging import check_space, refuse_existing, staged, staged_files
 from mplug2_jax.conversion.torch_files import TorchWriter
+from mplug2_jax.model.mplug2 import define
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin")
 _BATCH_BYTES = 2**27
@@ -91,6 +94,7 @@ def export(
     rest: Path | None = None,
     shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
+    verify: bool = False,
 ) -> Report:
     """Writes a checkpoint as an official state dict and its report: a file, or a folder by Hugging Face's conventions.
 
@@ -103,6 +107,7 @@ def export(
         to: a ``.safetensors``, ``.pth``, ``.pt`` or ``.bin`` file, or else a folder, which appears when it is complete.
         shard_bytes: safetensors above this size become several files and an index.
         overwrite: whether what is there is replaced.
+        verify: whether both frameworks are compared on the same inputs.
 
     Raises:
         UserError: as :func:`plan_export`; an output that exists; an array that is not finite; a full disk.
@@ -111,15 +116,33 @@ def export(
     places = (to, to.with_name(f"{to.name}.index.json"), to.parent / REPORT) if is_file else (to,)
     for place in places:
         refuse_existing(place, overwrite=overwrite)
+    if verify:
+        check_torch()
     plan = plan_export(checkpoint, dtype=dtype, ema=ema, teacher=teacher, rest=rest)
     check_space(to.parent, plan.nbytes)
     staging = staged_files(to.parent, overwrite=overwrite) if is_file else staged(to, overwrite=overwrite)
     with staging as folder:
-        report = write_state(plan, folder / (to.name if is_file else WEIGHTS), shard_bytes)
+        file = folder / (to.name if is_file else WEIGHTS)
+        report = write_state(plan, file, shard_bytes)
+        if verify:
+            report.comparisons = _compared(plan, file)
         if not is_file:
             write_companions(plan, folder)
         report.write(folder)
     return report
+
+
+def _compared(plan: ExportPlan, file: Path) -> list[Comparison]:
+    """PyTorch's model from what was just written, beside ours from the checkpoint (or from the file, if rounded)."""
+    source = open_source(file if file.exists() else file.with_name(f"{file.name}.index.json"))
+    config, parts = plan.identity.config, official.TASK_PARTS[plan.task]
+    definition = define(config, parts)
+    if plan.rounded:
+        params, _ = official.load_official(source, definition, plan.fusion_start)
+    else:
+        tree = plan.slots[0].path[0]
+        params = plan.checkpoints.restore_tree({tree: definition.shapes}, plan.step)[tree]
+    return compare_frameworks(params, config, parts, plan.fusion_start, source)
 
 
 def write_state(plan: ExportPlan, file: Path, shard_bytes: int) -> Report:

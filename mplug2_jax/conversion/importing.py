@@ -16,11 +16,12 @@ from ml_collections import ConfigDict
 
 from data_pipelines.tokenizers import load_tokenizer
 from mplug2_jax.config import build, find_recipe
+from mplug2_jax.conversion.frameworks import check_torch, compare_frameworks
 from mplug2_jax.conversion.import_plan import POSITIONS, ImportPlan, Joint, StatePath
 from mplug2_jax.conversion.official import TASK_PARTS
 from mplug2_jax.conversion.official_state import REST
 from mplug2_jax.conversion.progress import Transfer
-from mplug2_jax.conversion.report import Place, Report, Row, digest, largest_difference
+from mplug2_jax.conversion.report import Comparison, Place, Report, Row, digest, largest_difference
 from mplug2_jax.conversion.safetensors_writer import SafetensorsWriter
 from mplug2_jax.conversion.slots import Slot, copy_into
 from mplug2_jax.conversion.sources import HostArray, TensorInfo
@@ -40,6 +41,7 @@ def run_import(
     tokenizer: Path | None = None,
     seed: int = 0,
     overwrite: bool = False,
+    verify: bool = False,
 ) -> Report:
     """Writes the checkpoint, what nothing of ours reads, a recipe and the report into a new folder.
 
@@ -49,10 +51,15 @@ def run_import(
         tokenizer: file of a tokeniser to keep in it.
         seed: of the arrays that no source fills.
         overwrite: whether an existing folder is replaced.
+        verify: whether both frameworks are compared on the same inputs; of official checkpoints only.
 
     Raises:
         UserError: a tensor that is not finite, ties that differ, a folder that exists, a full disk.
     """
+    if verify:
+        check_torch()
+        if plan.origin["layout"] != "official":
+            raise UserError(f"--verify compares models of the release, and {plan.title} is none; import without it")
     sizes = {(number, name): joint.found.source.info(name).nbytes
              for number, joint in enumerate(plan.joints) for name in joint.fates}  # fmt: skip
     state = sum(4 * leaf.size for leaf in plan.state.values())
@@ -69,12 +76,27 @@ def run_import(
         work.keep_rest(folder / REST)
         keep_recipe(plan, folder, tokenizer)
         transfer.done()
+        comparisons = None
+        if verify:
+            comparisons = _compared(plan, folder)
         report = Report(
             "import", plan.title, [_described(joint) for joint in plan.joints], "checkpoints/0", work.rows(),
-            transfer.seconds, transfer.bytes_read, transfer.bytes_written,
+            transfer.seconds, transfer.bytes_read, transfer.bytes_written, comparisons,
         )  # fmt: skip
         report.write(folder)
     return report
+
+
+def _compared(plan: ImportPlan, folder: Path) -> list[Comparison]:
+    """Our model from what was just written, beside PyTorch's from the source."""
+    (joint,) = plan.joints
+    checkpoints = Checkpoints(folder / "checkpoints", CheckpointConfig(), writes=False)
+    params, _ = checkpoints.restore_params(plan.definition.shapes)
+    checkpoints.close()
+    definition = plan.definition
+    return compare_frameworks(
+        params, definition.config, definition.parts, plan.origin["fusion_start"], joint.found.source
+    )
 
 
 def _described(joint: Joint) -> dict[str, Any]:
