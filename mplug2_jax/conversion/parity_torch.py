@@ -48,10 +48,11 @@ class TorchComputation:
         total, dropped = len(self.golden.source.names()), len(load(self.golden, self._kind).dropped)
         return f"{total - dropped} used, {dropped} dropped of {total}"
 
-    @torch.no_grad()
     def arrays(self) -> Named:
         """Everything that the golden's outputs list."""
-        yield from caption_arrays(self.golden) if self._kind is Caption else question_arrays(self.golden)
+        compute = caption_arrays if self._kind is Caption else question_arrays
+        with torch.no_grad():  # to the end: a generator would carry it outside
+            return iter(list(compute(self.golden)))
 
     def gradients(self, alpha: float | None = None) -> Mapping[str, HostArray]:
         """Gradients of the loss; with ``alpha``, of the distilled one, after one update of the teacher."""
