@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from mplug2_jax.conversion import bert, clip, official
-from mplug2_jax.conversion.official_config import sizes_from_settings, sizes_from_shapes
+from mplug2_jax.conversion.official_config import sizes_from_export, sizes_from_settings, sizes_from_shapes
 from mplug2_jax.conversion.schemes import examples
 from mplug2_jax.conversion.sources import RenamedSource, TensorSource, open_source
 from mplug2_jax.errors import UserError
@@ -47,7 +47,7 @@ class Found:
 
     @functools.cached_property
     def settings(self) -> Mapping[str, Any] | None:
-        """The ``config.json`` beside an official checkpoint, if it has the release's settings."""
+        """The ``config.json`` beside an official checkpoint, if it has the release's settings or an export's."""
         path = (self.path if self.path.is_dir() else self.path.parent) / "config.json"
         try:
             settings = json.loads(path.read_text(encoding="utf-8"))
@@ -55,12 +55,17 @@ class Found:
             return None
         except (ValueError, OSError) as error:
             raise UserError(f"{path} is not valid JSON ({error}); mend or remove it") from error
-        return settings if isinstance(settings, dict) and {"vision", "bert"} <= set(settings) else None
+        known = isinstance(settings, dict) and ({"vision", "bert"} <= set(settings) or "vision_width" in settings)
+        return settings if known else None
 
     @functools.cached_property
     def sizes(self) -> tuple[ModelConfig, int]:
         """Our sizes for an official checkpoint, and its first fusion layer in use."""
-        return sizes_from_settings(self.settings, self.source) if self.settings else sizes_from_shapes(self.source)
+        if self.settings is None:
+            return sizes_from_shapes(self.source)
+        if "vision_width" in self.settings:
+            return sizes_from_export(self.settings)
+        return sizes_from_settings(self.settings, self.source)
 
     @property
     def fields(self) -> dict[str, Any]:

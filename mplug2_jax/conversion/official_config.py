@@ -1,12 +1,21 @@
-"""Sizes of the official release: from its ``config.json``, from the shapes of its weights, and back."""
+"""Sizes of official weights: from the settings beside them, the release's or an export's, or from their shapes."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from mplug2_jax.config import build
 from mplug2_jax.conversion.clip import openai_sizes
 from mplug2_jax.conversion.sources import TensorSource
 from mplug2_jax.errors import UserError
 from mplug2_jax.model.config import SIZES, ModelConfig
+
+EXPORTED_SIZES = (
+    "vision_width", "vision_layers", "vision_heads", "patch_size", "image_size", "temporal_downsampling", "width",
+    "heads", "mlp_width", "text_layers", "universal_layers", "num_latents", "fusion_start", "fusion_layers",
+    "fusion_stride", "decoder_layers", "vocab_size", "max_positions", "dropout", "attention_dropout",
+)  # fmt: skip
+"""What the ``config.json`` of an export says of the model."""
 
 
 def sizes_from_settings(settings: Mapping[str, Any], source: TensorSource) -> tuple[ModelConfig, int]:
@@ -88,41 +97,21 @@ def sizes_from_shapes(source: TensorSource) -> tuple[ModelConfig, int]:
 
 
 def settings_of(config: ModelConfig, fusion_start: int, *, task: str, teacher: bool) -> dict[str, Any]:
-    """The release's settings for our sizes: what :func:`sizes_from_settings` reads back."""
-    return {
-        "model_type": "mplug2",
-        "task": task,
-        "image_res": config.image_size,
-        "temporal_downsampling": config.temporal_downsampling,
-        "distill": teacher,
-        "embed_dim": config.contrastive_width,
-        "vision": {
-            "width": config.vision_width,
-            "layers": config.vision_layers,
-            "heads": config.vision_heads,
-            "patch_size": config.patch_size,
-        },
-        "bert": {
-            "architectures": ["BertForMaskedLM"],
-            "model_type": "bert",
-            "hidden_size": config.width,
-            "encoder_width": config.width,
-            "num_attention_heads": config.heads,
-            "intermediate_size": config.mlp_width,
-            "hidden_act": "gelu",
-            "hidden_dropout_prob": config.dropout,
-            "attention_probs_dropout_prob": config.attention_dropout,
-            "initializer_range": 0.02,
-            "layer_norm_eps": 1e-12,
-            "pad_token_id": 0,
-            "type_vocab_size": 2,
-            "vocab_size": config.vocab_size,
-            "max_position_embeddings": config.max_positions,
-            "text_encoder_layers": config.text_layers + config.universal_layers,
-            "num_uni_layer": config.universal_layers,
-            "num_hidden_layers": fusion_start + config.fusion_layers,
-            "fusion_layers": config.fusion_layers,
-            "text_decode_layers": config.decoder_layers,
-            "stride_layer": config.fusion_stride or 1000,
-        },
-    }
+    """The ``config.json`` beside an export: our sizes by our names, which the PyTorch runtime reads too."""
+    sizes = dataclasses.asdict(config) | {"fusion_start": fusion_start}
+    architecture = "VideoQA" if task == "videoqa" else "Caption"
+    head = {"model_type": "mplug2", "architectures": [architecture], "task": task, "teacher": teacher}
+    return head | {name: sizes[name] for name in EXPORTED_SIZES}
+
+
+def sizes_from_export(settings: Mapping[str, Any]) -> tuple[ModelConfig, int]:
+    """Our sizes and the first fusion layer in use, from what :func:`settings_of` wrote.
+
+    Raises:
+        UserError: sizes that are missing, or make no model.
+    """
+    missing = [name for name in EXPORTED_SIZES if name not in settings]
+    if missing:
+        raise UserError(f"config.json beside the weights lacks {', '.join(missing)}")
+    sizes = {name: settings[name] for name in EXPORTED_SIZES if name != "fusion_start"}
+    return build(ModelConfig, sizes, "config.json: model"), int(settings["fusion_start"])

@@ -207,3 +207,48 @@ def test_base_comes_back_to_the_byte(tmp_path: Path) -> None:
     export(tmp_path / "ours", tmp_path / "back.safetensors")
     assert_same(source, tmp_path / "back.safetensors")
     assert read_report(tmp_path).totals()["used"]["elements"] == 379_952_442
+
+
+@pytest.mark.parametrize(("task", "shard_bytes"), [("caption", 10**9), ("videoqa", 300_000)])
+def test_the_pytorch_runtime_opens_an_export_as_it_is(tmp_path: Path, task: str, shard_bytes: int) -> None:
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed here")
+    from mplug2_jax.conversion.torch_runtime import Caption, VideoQA
+
+    source = official_file(tmp_path / "s" / "x.safetensors", official_config(), task=task)
+    run_import(plan_import([source]), tmp_path / "ours")
+    export(tmp_path / "ours", tmp_path / "hub", shard_bytes=shard_bytes)
+    model = (Caption if task == "caption" else VideoQA).from_pretrained(tmp_path / "hub")
+    stored = tensors_of(source)
+    for name, parameter in model.state_dict().items():
+        assert torch.equal(parameter, torch.from_numpy(stored[name].copy())), name
+
+
+@pytest.mark.parametrize(("task", "dtype"), [("caption", "float32"), ("videoqa", "float16")])
+def test_both_frameworks_agree_on_every_tap_of_a_conversion(tmp_path: Path, task: str, dtype: str) -> None:
+    pytest.importorskip("torch", reason="PyTorch is not installed here")
+    source = official_file(tmp_path / "s" / "x.safetensors", official_config(image_size=16), task=task)
+    plan = plan_import([source], image_size=24)
+    report = run_import(plan, tmp_path / "ours", verify=True)
+    again = export(tmp_path / "ours", tmp_path / "hub", dtype=dtype, verify=True)
+    for each in (report, again):
+        assert each.status == 0
+        taps = {(c.path, c.tap) for c in each.comparisons}
+        assert {("image", "vision/out"), ("video", "vision/block"), ("video", "logits")} <= taps
+        assert (("video", "text/out") in taps) == (task == "videoqa")
+        assert max(c.max_difference for c in each.comparisons) <= 2e-5
+
+
+def test_a_conversion_that_went_wrong_is_seen_by_the_taps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch", reason="PyTorch is not installed here")
+    from mplug2_jax.conversion.slots import Slot
+
+    source = official_file(tmp_path / "s" / "x.safetensors", official_config(), task="caption")
+    true = Slot.to_ours
+
+    def wrong(self: Slot, tensor: np.ndarray) -> np.ndarray:
+        return -true(self, tensor) if self.path[-2:] == ("up", "kernel") and self.layer == 1 else true(self, tensor)
+
+    monkeypatch.setattr(Slot, "to_ours", wrong)
+    report = run_import(plan_import([source]), tmp_path / "ours", verify=True)
+    assert report.status == 1
+    assert "differ; largest difference" in report.summary()

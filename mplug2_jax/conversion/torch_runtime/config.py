@@ -48,6 +48,7 @@ class Config:
         return tuple(range(self.fusion_stride, self.fusion_layers, self.fusion_stride)) if self.fusion_stride else ()
 
 
+_NO_SIZES = ("model_type", "architectures", "task", "teacher")  # what else an export says of itself
 _MAY_BE_ZERO = ("text_layers", "fusion_start", "fusion_layers", "fusion_stride")
 
 
@@ -97,6 +98,7 @@ def read_config(path: Path) -> Config:
         raise UserError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(found, dict):
         raise UserError(f"{path} holds a {type(found).__name__}, expected an object with the sizes of the model")
+    found = {name: value for name, value in found.items() if name not in _NO_SIZES}
     fields = {field.name: field for field in dataclasses.fields(Config)}
     for name in found:
         if name not in fields:

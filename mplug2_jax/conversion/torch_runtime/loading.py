@@ -3,6 +3,7 @@
 Loading is strict: a tensor that no module holds must be explained by a rule below, or nothing is loaded.
 """
 
+import json
 import re
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -85,13 +86,18 @@ def read_weights(path: Path) -> Mapping[str, Tensor]:
     """
     if not path.is_file():
         raise UserError(f"weights file {path} does not exist")
-    tensors = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickled(path)
+    if path.name.endswith(".index.json"):
+        tensors: Mapping[str, Tensor] = ShardedFiles(path)
+    else:
+        tensors = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickled(path)
     if tensors and all(name.startswith("module.") for name in tensors):
         tensors = {name.removeprefix("module."): tensors[name] for name in tensors}
     return tensors
 
 
 def _read_safetensors(path: Path) -> Mapping[str, Tensor]:
+    if not path.is_file():
+        raise UserError(f"weights file {path} does not exist")
     try:
         return SafetensorsFile(path)
     except SafetensorError as error:
@@ -114,12 +120,42 @@ def _read_pickled(path: Path) -> Mapping[str, Tensor]:
     return found
 
 
+class ShardedFiles(Mapping[str, Tensor]):
+    """The tensors of several safetensors files with an index, by Hugging Face's convention.
+
+    Raises:
+        UserError: an index that is damaged, or leads elsewhere, or to files that are missing or damaged.
+    """
+
+    def __init__(self, index: Path) -> None:
+        try:
+            self._where: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            names = set(self._where.values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{index} is no index of weight files: {error!r}") from error
+        if any(Path(str(name)).name != name for name in names):
+            raise UserError(f"{index} names files that are not beside it")
+        self._files = {name: _read_safetensors(index.parent / name) for name in names}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._files[self._where[name]][name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+
 def choose_weights(folder: Path) -> Path:
-    """The one weights file of a folder.
+    """The one weights file of a folder, or the index of its several.
 
     Raises:
         UserError: no weights file, or more than one.
     """
+    indices = sorted(folder.glob("*.safetensors.index.json"))
+    if len(indices) == 1:
+        return indices[0]
     found = sorted(path for pattern in ("*.safetensors", "*.pth") for path in folder.glob(pattern))
     if len(found) != 1:
         listed = (
