@@ -42,7 +42,7 @@ def official_file(
         if name.endswith(".position_ids"):
             writer.write(name, fresh(name, info))
         elif tie_of(name) is None:
-            value = 0.2 * rng.standard_normal(info.shape, np.float32)
+            value = np.asarray(0.2 * rng.standard_normal(info.shape, np.float32))
             writer.write(name, value)
             if name in ties:
                 writer.write(ties[name], value)
