@@ -23,12 +23,12 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import numpy as np
 
 from mplug2_jax.conversion.exporting import groups
-from mplug2_jax.conversion.official import QUESTION_PARTS, default_fusion_start, official_scheme
-from mplug2_jax.conversion.official_config import settings_of
-from mplug2_jax.conversion.official_state import fresh, official_state, tie_of
-from mplug2_jax.conversion.safetensors_writer import SafetensorsWriter
-from mplug2_jax.conversion.slots import at
-from mplug2_jax.conversion.sources import open_source
+from mplug2_jax.conversion.files.safetensors_writer import SafetensorsWriter
+from mplug2_jax.conversion.files.sources import open_source
+from mplug2_jax.conversion.layouts.official import QUESTION_PARTS, default_fusion_start, official_scheme
+from mplug2_jax.conversion.layouts.official_config import settings_of
+from mplug2_jax.conversion.layouts.official_state import fresh, official_state, tie_of
+from mplug2_jax.conversion.layouts.slots import at
 from mplug2_jax.model.config import model_config
 from mplug2_jax.model.mplug2 import define
 

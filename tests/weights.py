@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from mplug2_jax.conversion.official import default_fusion_start
-from mplug2_jax.conversion.official_config import settings_of
-from mplug2_jax.conversion.official_state import fresh, official_state, tie_of
-from mplug2_jax.conversion.safetensors_writer import SafetensorsWriter
-from mplug2_jax.conversion.sources import HostArray, open_source
-from mplug2_jax.conversion.torch_files import TorchWriter
+from mplug2_jax.conversion.files.safetensors_writer import SafetensorsWriter
+from mplug2_jax.conversion.files.sources import HostArray, open_source
+from mplug2_jax.conversion.files.torch_files import TorchWriter
+from mplug2_jax.conversion.layouts.official import default_fusion_start
+from mplug2_jax.conversion.layouts.official_config import settings_of
+from mplug2_jax.conversion.layouts.official_state import fresh, official_state, tie_of
 from mplug2_jax.model.config import ModelConfig, model_config
 
 

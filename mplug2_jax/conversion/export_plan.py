@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from mplug2_jax.conversion import official
-from mplug2_jax.conversion.official_state import REST, State, official_state, tie_of
-from mplug2_jax.conversion.slots import Slot
-from mplug2_jax.conversion.sources import DTYPES, SafetensorsSource, TensorInfo, TensorSource
+from mplug2_jax.conversion.files.sources import DTYPES, SafetensorsSource, TensorInfo, TensorSource
+from mplug2_jax.conversion.layouts import official
+from mplug2_jax.conversion.layouts.official_state import REST, State, official_state, tie_of
+from mplug2_jax.conversion.layouts.slots import Slot
 from mplug2_jax.errors import UserError
 from mplug2_jax.training.checkpoints import Checkpoints, Identity, open_checkpoint
 from mplug2_jax.training.workdir import WorkDir

@@ -12,20 +12,20 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from mplug2_jax.conversion import official
 from mplug2_jax.conversion.export_plan import ExportPlan, kept_as, plan_export
+from mplug2_jax.conversion.files.safetensors_writer import SafetensorsWriter
+from mplug2_jax.conversion.files.sources import HostArray, open_source
+from mplug2_jax.conversion.files.staging import check_space, refuse_existing, staged, staged_files
+from mplug2_jax.conversion.files.torch_files import TorchWriter
 from mplug2_jax.conversion.frameworks import check_torch, compare_frameworks
 from mplug2_jax.conversion.hub import WEIGHTS, write_companions
 from mplug2_jax.conversion.import_plan import StatePath
 from mplug2_jax.conversion.importing import check_finite
-from mplug2_jax.conversion.official_state import State, fresh, tie_of
+from mplug2_jax.conversion.layouts import official
+from mplug2_jax.conversion.layouts.official_state import State, fresh, tie_of
+from mplug2_jax.conversion.layouts.slots import Slot, by_name, copy_into
 from mplug2_jax.conversion.progress import Transfer
 from mplug2_jax.conversion.report import REPORT, Comparison, Fate, Place, Report, Row, digest, largest_difference
-from mplug2_jax.conversion.safetensors_writer import SafetensorsWriter
-from mplug2_jax.conversion.slots import Slot, by_name, copy_into
-from mplug2_jax.conversion.sources import HostArray, open_source
-from mplug2_jax.conversion.staging import check_space, refuse_existing, staged, staged_files
-from mplug2_jax.conversion.torch_files import TorchWriter
 from mplug2_jax.model.mplug2 import define
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin")

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mplug2_jax.conversion.files.sources import HostArray, TensorSource
 from mplug2_jax.conversion.report import Comparison
-from mplug2_jax.conversion.sources import HostArray, TensorSource
 from mplug2_jax.errors import UserError
 from mplug2_jax.model.config import ModelConfig
 from mplug2_jax.model.mplug2 import Mplug2, Params, define

@@ -9,7 +9,7 @@ from typing import Any
 import jinja2
 
 from mplug2_jax.conversion.export_plan import ExportPlan
-from mplug2_jax.conversion.official_config import settings_of
+from mplug2_jax.conversion.layouts.official_config import settings_of
 
 WEIGHTS = "model.safetensors"
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import jax
 
-from mplug2_jax.conversion import bert, clip, official
-from mplug2_jax.conversion.identify import Found, Task, identify
-from mplug2_jax.conversion.official import check_shapes
-from mplug2_jax.conversion.schemes import Fate, Scheme, account_for
-from mplug2_jax.conversion.slots import Slot
+from mplug2_jax.conversion.layouts import bert, clip, official
+from mplug2_jax.conversion.layouts.identify import Found, Task, identify
+from mplug2_jax.conversion.layouts.official import check_shapes
+from mplug2_jax.conversion.layouts.schemes import Fate, Scheme, account_for
+from mplug2_jax.conversion.layouts.slots import Slot
 from mplug2_jax.errors import UserError
 from mplug2_jax.model.config import ModelConfig
 from mplug2_jax.model.mplug2 import ModelDef, define

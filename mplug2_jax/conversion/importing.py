@@ -16,16 +16,16 @@ from ml_collections import ConfigDict
 
 from data_pipelines.tokenizers import load_tokenizer
 from mplug2_jax.config import build, find_recipe
+from mplug2_jax.conversion.files.safetensors_writer import SafetensorsWriter
+from mplug2_jax.conversion.files.sources import HostArray, TensorInfo
+from mplug2_jax.conversion.files.staging import check_space, staged
 from mplug2_jax.conversion.frameworks import check_torch, compare_frameworks
 from mplug2_jax.conversion.import_plan import POSITIONS, ImportPlan, Joint, StatePath
-from mplug2_jax.conversion.official import TASK_PARTS
-from mplug2_jax.conversion.official_state import REST
+from mplug2_jax.conversion.layouts.official import TASK_PARTS
+from mplug2_jax.conversion.layouts.official_state import REST
+from mplug2_jax.conversion.layouts.slots import Slot, copy_into
 from mplug2_jax.conversion.progress import Transfer
 from mplug2_jax.conversion.report import Comparison, Place, Report, Row, digest, largest_difference
-from mplug2_jax.conversion.safetensors_writer import SafetensorsWriter
-from mplug2_jax.conversion.slots import Slot, copy_into
-from mplug2_jax.conversion.sources import HostArray, TensorInfo
-from mplug2_jax.conversion.staging import check_space, staged
 from mplug2_jax.errors import UserError
 from mplug2_jax.model.vision import resize_positions
 from mplug2_jax.training.checkpoints import Checkpoints, Identity, Position

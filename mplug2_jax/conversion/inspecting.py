@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mplug2_jax.conversion import official
-from mplug2_jax.conversion.identify import identify
-from mplug2_jax.conversion.sources import TensorInfo
+from mplug2_jax.conversion.files.sources import TensorInfo
+from mplug2_jax.conversion.layouts import official
+from mplug2_jax.conversion.layouts.identify import identify
 from mplug2_jax.errors import UserError
 from mplug2_jax.training.checkpoints import open_checkpoint
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import jinja2
 import numpy as np
 
-from mplug2_jax.conversion.sources import HostArray
+from mplug2_jax.conversion.files.sources import HostArray
 from mplug2_jax.errors import UserError
 
 REPORT, PAGE = "conversion-report.json", "conversion-report.html"

@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from mplug2_jax.conversion.official_state import REST
+from mplug2_jax.conversion.files.sources import open_source
+from mplug2_jax.conversion.layouts.official_state import REST
 from mplug2_jax.conversion.report import REPORT, Place, Report, digest, read_report
-from mplug2_jax.conversion.sources import open_source
 from mplug2_jax.errors import UserError
 from mplug2_jax.training.checkpoints import open_checkpoint
 

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mplug2_jax.conversion.sources import open_source
-from mplug2_jax.conversion.torch_files import TorchWriter
+from mplug2_jax.conversion.files.sources import open_source
+from mplug2_jax.conversion.files.torch_files import TorchWriter
 from tests.weights import assert_same, official_config, official_file
 
 from .conftest import Outcome
@@ -169,7 +169,7 @@ def changed(source: Path, folder: Path, change: Callable[[dict[str, Any]], None]
     change(tensors)
     folder.mkdir(exist_ok=True)
     shutil.copyfile(source.with_name("config.json"), folder / "config.json")
-    from mplug2_jax.conversion.sources import TensorInfo
+    from mplug2_jax.conversion.files.sources import TensorInfo
 
     writer = TorchWriter(folder / "x.pth", {name: TensorInfo(x.shape, x.dtype) for name, x in tensors.items()})
     for name, value in tensors.items():

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mplug2_jax.conversion.files.sources import open_source
 from mplug2_jax.conversion.import_plan import plan_import
 from mplug2_jax.conversion.importing import run_import
-from mplug2_jax.conversion.sources import open_source
 from mplug2_jax.errors import UserError
 from mplug2_jax.model.mplug2 import Mplug2, define
 from mplug2_jax.model.taps import Taps

@@ -9,12 +9,12 @@ import pytest
 
 from mplug2_jax.conversion.export_plan import plan_export
 from mplug2_jax.conversion.exporting import batches, export, groups
+from mplug2_jax.conversion.files.sources import DTYPES, MemorySource, open_source
 from mplug2_jax.conversion.import_plan import ImportPlan, plan_import
 from mplug2_jax.conversion.importing import run_import
-from mplug2_jax.conversion.official import TASK_PARTS, default_fusion_start, official_scheme
-from mplug2_jax.conversion.official_state import REST, official_state
+from mplug2_jax.conversion.layouts.official import TASK_PARTS, default_fusion_start, official_scheme
+from mplug2_jax.conversion.layouts.official_state import REST, official_state
 from mplug2_jax.conversion.report import read_report
-from mplug2_jax.conversion.sources import DTYPES, MemorySource, open_source
 from mplug2_jax.errors import UserError
 from mplug2_jax.model.config import model_config
 from mplug2_jax.model.mplug2 import define
@@ -185,8 +185,8 @@ def test_the_large_models_have_a_place_for_everything(task: str, teacher: bool) 
 
 
 def planned(source: MemorySource, task: str) -> ImportPlan:
-    from mplug2_jax.conversion.identify import Found
     from mplug2_jax.conversion.import_plan import plan_found
+    from mplug2_jax.conversion.layouts.identify import Found
 
     return plan_found([Found(Path("large.pth"), "official", "official mPLUG-2", source, "official")], task=task)
 
@@ -240,7 +240,7 @@ def test_both_frameworks_agree_on_every_tap_of_a_conversion(tmp_path: Path, task
 
 def test_a_conversion_that_went_wrong_is_seen_by_the_taps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torch", reason="PyTorch is not installed here")
-    from mplug2_jax.conversion.slots import Slot
+    from mplug2_jax.conversion.layouts.slots import Slot
 
     source = official_file(tmp_path / "s" / "x.safetensors", official_config(), task="caption")
     true = Slot.to_ours

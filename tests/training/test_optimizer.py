@@ -10,8 +10,8 @@ import numpy as np
 import optax
 import pytest
 
-from mplug2_jax.conversion.goldens import load_goldens
-from mplug2_jax.conversion.official import CAPTION_PARTS, QUESTION_PARTS
+from mplug2_jax.conversion.layouts.official import CAPTION_PARTS, QUESTION_PARTS
+from mplug2_jax.conversion.parity.goldens import load_goldens
 from mplug2_jax.training.optimizer import AdamWConfig, adamw, clip_by_global_norm, is_decayed, is_vision
 
 

@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mplug2_jax.conversion.goldens import QUESTION_PARTS
-from mplug2_jax.conversion.official import load_official
+from mplug2_jax.conversion.layouts.official import load_official
+from mplug2_jax.conversion.parity.goldens import QUESTION_PARTS
 from mplug2_jax.conversion.torch_runtime import (
     Caption,
     Taps,

@@ -10,7 +10,7 @@ import pytest
 
 from mplug2_jax.cli.main import main
 from mplug2_jax.conversion import parity
-from mplug2_jax.conversion.parity import run_parity
+from mplug2_jax.conversion.parity.by_jax import run_parity
 
 
 @pytest.mark.parametrize(("folder", "least"), [("c1_fc", 2383), ("c1_eq", 2067)])
@@ -47,7 +47,7 @@ def test_a_model_that_the_runtime_lacks_is_computed_by_jax_and_the_output_says_s
 
 def test_without_torch_the_extra_is_named(reference: Path, monkeypatch, capsys) -> None:
     for name in [*sys.modules]:
-        if name.startswith("mplug2_jax.conversion.torch_runtime") or name == "mplug2_jax.conversion.parity_torch":
+        if name.startswith("mplug2_jax.conversion.torch_runtime") or name == "mplug2_jax.conversion.parity.by_torch":
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "torch", None)
     assert main(["convert", "parity", str(reference / "goldens" / "c1_eq"), "--framework", "torch"]) == 2

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from mplug2_jax.conversion.official import TIED, student_name, teacher_name
-from mplug2_jax.conversion.sources import HostArray, TensorInfo
+from mplug2_jax.conversion.files.sources import HostArray, TensorInfo
+from mplug2_jax.conversion.layouts.official import TIED, student_name, teacher_name
 from mplug2_jax.model.config import ModelConfig
 
 REST = "official-rest.safetensors"

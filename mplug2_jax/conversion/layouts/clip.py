@@ -3,9 +3,9 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from mplug2_jax.conversion.schemes import Scheme, dead_rules
-from mplug2_jax.conversion.slots import Path, Slot, linear, norm
-from mplug2_jax.conversion.sources import TensorSource
+from mplug2_jax.conversion.files.sources import TensorSource
+from mplug2_jax.conversion.layouts.schemes import Scheme, dead_rules
+from mplug2_jax.conversion.layouts.slots import Path, Slot, linear, norm
 from mplug2_jax.model.config import ModelConfig
 
 _BLOCKS: Path = ("vision", "blocks")

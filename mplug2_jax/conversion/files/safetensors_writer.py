@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mplug2_jax.conversion.sources import DTYPES, HostArray, TensorInfo
+from mplug2_jax.conversion.files.sources import DTYPES, HostArray, TensorInfo
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mplug2_jax.conversion.goldens import load_goldens
-from mplug2_jax.conversion.official import (
+from mplug2_jax.conversion.files.sources import MemorySource, TensorSource
+from mplug2_jax.conversion.layouts.official import (
     CAPTION_PARTS,
     QUESTION_PARTS,
     canonical_names,
@@ -19,9 +19,9 @@ from mplug2_jax.conversion.official import (
     teacher_name,
     to_official,
 )
-from mplug2_jax.conversion.official_state import fresh, official_state, tie_of
-from mplug2_jax.conversion.schemes import account_for
-from mplug2_jax.conversion.sources import MemorySource, TensorSource
+from mplug2_jax.conversion.layouts.official_state import fresh, official_state, tie_of
+from mplug2_jax.conversion.layouts.schemes import account_for
+from mplug2_jax.conversion.parity.goldens import load_goldens
 from mplug2_jax.errors import UserError
 from mplug2_jax.model.config import model_config
 from mplug2_jax.model.mplug2 import define

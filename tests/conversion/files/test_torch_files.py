@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mplug2_jax.conversion.sources import DTYPES, TensorInfo, open_source
-from mplug2_jax.conversion.torch_files import TorchSource, TorchWriter
+from mplug2_jax.conversion.files.sources import DTYPES, TensorInfo, open_source
+from mplug2_jax.conversion.files.torch_files import TorchSource, TorchWriter
 from mplug2_jax.errors import UserError
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed here")

@@ -12,9 +12,9 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import ArrayLike
 
-from mplug2_jax.conversion.goldens import Golden
-from mplug2_jax.conversion.official import student_name, teacher_name
-from mplug2_jax.conversion.sources import HostArray
+from mplug2_jax.conversion.files.sources import HostArray
+from mplug2_jax.conversion.layouts.official import student_name, teacher_name
+from mplug2_jax.conversion.parity.goldens import Golden
 
 Named = Iterator[tuple[str, HostArray]]
 Intermediates = Mapping[str, Any]  # arrays of either framework; towers' outputs are stacked over depth

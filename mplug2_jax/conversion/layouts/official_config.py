@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from mplug2_jax.config import build
-from mplug2_jax.conversion.clip import openai_sizes
-from mplug2_jax.conversion.sources import TensorSource
+from mplug2_jax.conversion.files.sources import TensorSource
+from mplug2_jax.conversion.layouts.clip import openai_sizes
 from mplug2_jax.errors import UserError
 from mplug2_jax.model.config import SIZES, ModelConfig
 

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mplug2_jax.conversion.comparison import (
+from mplug2_jax.conversion.files.sources import HostArray
+from mplug2_jax.conversion.parity.comparison import (
     Named,
     beam_arrays,
     caption_weights,
@@ -19,8 +20,7 @@ from mplug2_jax.conversion.comparison import (
     text_arrays,
     visual_arrays,
 )  # fmt: skip
-from mplug2_jax.conversion.goldens import Golden
-from mplug2_jax.conversion.sources import HostArray
+from mplug2_jax.conversion.parity.goldens import Golden
 from mplug2_jax.conversion.torch_runtime import (
     Caption,
     Config,
@@ -37,7 +37,7 @@ Model = TypeVar("Model", bound=Mplug2)
 
 
 class TorchComputation:
-    """A :class:`~mplug2_jax.conversion.comparison.Computation` by the PyTorch runtime, in evaluation mode."""
+    """A :class:`~mplug2_jax.conversion.parity.comparison.Computation` by the PyTorch runtime, in evaluation mode."""
 
     def __init__(self, golden: Golden) -> None:
         self.golden = golden

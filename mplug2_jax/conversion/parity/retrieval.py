@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mplug2_jax.conversion.goldens import Golden
-from mplug2_jax.conversion.sources import HostArray
+from mplug2_jax.conversion.files.sources import HostArray
+from mplug2_jax.conversion.parity.goldens import Golden
 from mplug2_jax.model.mplug2 import Params, define
 from mplug2_jax.objectives.forward import Forward
 from mplug2_jax.objectives.queue import Queue

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from mplug2_jax.conversion import bert, clip, official
-from mplug2_jax.conversion.official_config import sizes_from_export, sizes_from_settings, sizes_from_shapes
-from mplug2_jax.conversion.schemes import examples
-from mplug2_jax.conversion.sources import RenamedSource, TensorSource, open_source
+from mplug2_jax.conversion.files.sources import RenamedSource, TensorSource, open_source
+from mplug2_jax.conversion.layouts import bert, clip, official
+from mplug2_jax.conversion.layouts.official_config import sizes_from_export, sizes_from_settings, sizes_from_shapes
+from mplug2_jax.conversion.layouts.schemes import examples
 from mplug2_jax.errors import UserError
 from mplug2_jax.model.config import ModelConfig
 

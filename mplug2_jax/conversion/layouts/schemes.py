@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Literal
 
-from mplug2_jax.conversion.slots import Slot, Wanted, by_name
+from mplug2_jax.conversion.layouts.slots import Slot, Wanted, by_name
 from mplug2_jax.errors import UserError
 
 DeadRules = tuple[tuple[re.Pattern[str], str], ...]

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from mplug2_jax.conversion.sources import FileReader, HostArray, TensorInfo
+from mplug2_jax.conversion.files.sources import FileReader, HostArray, TensorInfo
 from mplug2_jax.errors import UserError
 
 _STORAGES: Mapping[str, np.dtype[Any]] = {

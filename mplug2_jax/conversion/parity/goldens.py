@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mplug2_jax.conversion.official import CAPTION_PARTS, QUESTION_PARTS, load_official, slots
-from mplug2_jax.conversion.official_config import sizes_from_settings
-from mplug2_jax.conversion.slots import Slot
-from mplug2_jax.conversion.sources import HostArray, SafetensorsSource
+from mplug2_jax.conversion.files.sources import HostArray, SafetensorsSource
+from mplug2_jax.conversion.layouts.official import CAPTION_PARTS, QUESTION_PARTS, load_official, slots
+from mplug2_jax.conversion.layouts.official_config import sizes_from_settings
+from mplug2_jax.conversion.layouts.slots import Slot
 from mplug2_jax.errors import UserError
 from mplug2_jax.model.mplug2 import ModelDef, Params, define
 

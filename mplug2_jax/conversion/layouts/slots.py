@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mplug2_jax.conversion.sources import HostArray
+from mplug2_jax.conversion.files.sources import HostArray
 from mplug2_jax.model.mplug2 import Params
 
 Path = tuple[str, ...]

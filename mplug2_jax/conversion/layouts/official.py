@@ -10,11 +10,11 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from mplug2_jax.conversion.bert import HEAD, embedding_slots, head_slots, layer_slots
-from mplug2_jax.conversion.clip import vision_slots
-from mplug2_jax.conversion.schemes import Account, DeadRules, Scheme, account_for, dead_rules, examples
-from mplug2_jax.conversion.slots import Slot, by_name, linear, norm, shape_at, take
-from mplug2_jax.conversion.sources import HostArray, TensorSource
+from mplug2_jax.conversion.files.sources import HostArray, TensorSource
+from mplug2_jax.conversion.layouts.bert import HEAD, embedding_slots, head_slots, layer_slots
+from mplug2_jax.conversion.layouts.clip import vision_slots
+from mplug2_jax.conversion.layouts.schemes import Account, DeadRules, Scheme, account_for, dead_rules, examples
+from mplug2_jax.conversion.layouts.slots import Slot, by_name, linear, norm, shape_at, take
 from mplug2_jax.errors import UserError
 from mplug2_jax.model.config import ModelConfig
 from mplug2_jax.model.fusion import mixing_layers

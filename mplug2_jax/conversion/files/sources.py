@@ -220,7 +220,7 @@ def open_source(path: Path) -> TensorSource:
     Raises:
         UserError: nothing there, or nothing that is known.
     """
-    from mplug2_jax.conversion.torch_files import TorchSource
+    from mplug2_jax.conversion.files.torch_files import TorchSource
 
     if path.is_dir():
         found = next((path / name for name in WEIGHT_FILES if (path / name).is_file()), None)

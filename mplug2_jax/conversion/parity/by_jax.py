@@ -12,7 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mplug2_jax.conversion.comparison import (
+from mplug2_jax.conversion.files.sources import HostArray
+from mplug2_jax.conversion.layouts.official import to_official
+from mplug2_jax.conversion.parity.comparison import (
     Computation,
     Named,
     Row,
@@ -29,10 +31,8 @@ from mplug2_jax.conversion.comparison import (
     text_arrays,
     visual_arrays,
 )  # fmt: skip
-from mplug2_jax.conversion.goldens import Golden, load_goldens
-from mplug2_jax.conversion.official import to_official
-from mplug2_jax.conversion.parity_retrieval import RETRIEVAL_INPUTS, retrieval_run
-from mplug2_jax.conversion.sources import HostArray
+from mplug2_jax.conversion.parity.goldens import Golden, load_goldens
+from mplug2_jax.conversion.parity.retrieval import RETRIEVAL_INPUTS, retrieval_run
 from mplug2_jax.errors import UserError
 from mplug2_jax.generation.beam import SearchConfig, generate
 from mplug2_jax.generation.rank import rank_answers
@@ -72,7 +72,7 @@ def run_parity(folder: Path, framework: Framework = "jax") -> Iterator[Row]:
 
 def _torch_computation() -> Callable[[Golden], Computation]:
     try:
-        from mplug2_jax.conversion.parity_torch import TorchComputation
+        from mplug2_jax.conversion.parity.by_torch import TorchComputation
     except ModuleNotFoundError as error:
         if error.name != "torch":
             raise

@@ -1,0 +1,1 @@
+"""The names that other worlds give their tensors, and the place of each in our parameter tree."""
