@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mplug2_jax.conversion.files.sources import MemorySource
 from mplug2_jax.conversion.layouts.official import load_official
 from mplug2_jax.conversion.parity.goldens import QUESTION_PARTS
 from mplug2_jax.conversion.torch_runtime import (
@@ -39,22 +40,6 @@ def asked(frames: int = 2) -> tuple[torch.Tensor, ...]:
     return clips(frames), QUESTION, QUESTION != 0
 
 
-class InMemory:
-    """A state dict as a source of our loader."""
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        self.tensors = {name: value.numpy() for name, value in model.state_dict().items()}
-
-    def names(self) -> list[str]:
-        return list(self.tensors)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self.tensors[name].shape
-
-    def read(self, name: str) -> np.ndarray:
-        return self.tensors[name]
-
-
 # What no golden has: three universal layers or one, fusion that reads after it has mixed, frames taken by threes.
 @pytest.mark.parametrize(
     "changed",
@@ -72,7 +57,8 @@ def test_every_intermediate_is_ours_under_the_same_name(small, lively, changed) 
 
     shared = {name: value for name, value in dataclasses.asdict(config).items() if name != "fusion_start"}
     definition = define(ModelConfig(**shared, dtype="float32"), QUESTION_PARTS)
-    params, _ = load_official(InMemory(model), definition, config.fusion_start)
+    source = MemorySource({name: value.numpy() for name, value in model.state_dict().items()})
+    params, _ = load_official(source, definition, config.fusion_start)
 
     @jax.jit
     def run(params):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mplug2_jax.cli.main import main
-from mplug2_jax.conversion import parity
+from mplug2_jax.conversion.parity import by_jax
 from mplug2_jax.conversion.parity.by_jax import run_parity
 
 
@@ -37,7 +37,7 @@ def test_a_model_that_the_runtime_lacks_is_computed_by_jax_and_the_output_says_s
     reference: Path, monkeypatch, capsys
 ) -> None:
     folder = reference / "goldens" / "v1_itc_itm"
-    monkeypatch.setattr(parity, "run_parity", lambda *args: itertools.islice(run_parity(*args), 1))  # the first row
+    monkeypatch.setattr(by_jax, "run_parity", lambda *args: itertools.islice(run_parity(*args), 1))  # the first row
     assert main(["convert", "parity", str(folder), "--framework", "torch", "--summary"]) == 0
     said = capsys.readouterr().out.splitlines()[-1]
     assert said == "retrieval: the PyTorch runtime has no retrieval model, so these rows are jax's"

@@ -1,5 +1,6 @@
 """Beams and ranking of the PyTorch runtime: against plain restatements, and with and without a cache."""
 
+import copy
 import functools
 
 import numpy as np
@@ -85,8 +86,10 @@ def decoder(small, lively):
 @settings(max_examples=25, deadline=None)
 @given(config=searches, seed=st.integers(0, 2**32 - 1))
 def test_a_cache_changes_nothing(decoder, config, seed):
+    """In float64: in float32 two beams may be closer than the rounding of either way."""
     model, _, mask = decoder
-    memory = torch.randn(3, 6, 24, generator=torch.Generator().manual_seed(seed))
+    model = copy.deepcopy(model).double()
+    memory = torch.randn(3, 6, 24, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     cached = generate(model, memory, mask, config)
     uncached = beam_search(Uncached(model, memory, mask, config.beams, config.begin), 3, config)
     assert torch.equal(cached.ids, uncached.ids)
