@@ -36,7 +36,7 @@ def rand_augment(clip: Clip, rng: np.random.Generator, *, num_ops: int, magnitud
         num_ops: how many operations.
         magnitude: how strong, 0 to ``MAX_MAGNITUDE``.
     """
-    for name in rng.choice(list(OPERATIONS), num_ops, replace=False):
+    for name in rng.permutation(list(OPERATIONS))[:num_ops]:
         clip = OPERATIONS[name](clip, magnitude / MAX_MAGNITUDE * rng.choice((-1, 1)))
     return clip
 
@@ -49,7 +49,7 @@ def release_augment_clip(clip: Clip, rng: np.random.Generator, *, flips: bool) -
         rng: the randomness.
         flips: whether a flip is among the operations, as in pretraining.
     """
-    for name in rng.choice(_RELEASED_CLIP[: None if flips else -1], 2, replace=False):
+    for name in rng.permutation(_RELEASED_CLIP if flips else _RELEASED_CLIP[:-1])[:2]:
         clip = _RELEASED[name](clip, 5 / MAX_MAGNITUDE)
     return clip
 

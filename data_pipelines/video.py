@@ -9,7 +9,7 @@ everything is decoded from the start. Either way the frames are those of decodin
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from io import BytesIO
 from typing import Any
@@ -33,6 +33,8 @@ _FORMATS = "aiff,asf,avi,flv,gif,h264,hevc,ivf,m4v,matroska,mov,mp3,mpeg,mpegts,
 _TIMED_FORMATS = frozenset({"flv", "matroska", "mov", "mpegts"})
 # Whose packets hold one frame each, and whose key frames need nothing that is before them.
 _KEYED_CODECS = frozenset({"av1", "h264", "hevc", "mjpeg", "mpeg4", "vp9"})
+# Whose decoders can be told for every packet to leave out a frame that no other needs.
+_SKIPPING_CODECS = frozenset({"h264", "hevc", "mpeg4"})
 
 Frame = UInt8[np.ndarray, "y x 3"]
 Kept = UInt8[np.ndarray, "Y X 3"]
@@ -126,7 +128,7 @@ def _read_some(
         indices = choose(times)
         wanted = set(packets.pts[shown[indices]].tolist())
         runs = packets.runs(shown[np.unique(indices)])
-        frames = (frame for run in runs for frame in _decode_run(container, stream, packets, *run))
+        frames = (frame for run in runs for frame in _decode_run(container, stream, packets, wanted, *run))
         kept = {frame.pts: take(_upright(frame)) for frame in _bounded(media, frames) if frame.pts in wanted}
     if len(kept) < len(wanted):
         raise _LostError
@@ -166,13 +168,15 @@ def _open(media: Media, data: bytes | str) -> Iterator[tuple[Any, Any]]:
     """The container, and its first video stream that is not the cover picture of a piece of music."""
     # As "file:...", a name that looks like an address is no address.
     file = BytesIO(data) if isinstance(data, bytes) else f"file:{data}"
-    with av.open(file, options={"format_whitelist": _FORMATS}) as container:
+    with av.open(file, options={"format_whitelist": _FORMATS}, metadata_errors="replace") as container:
         cover = av.stream.Disposition.attached_pic
         streams = [stream for stream in container.streams.video if not stream.disposition & cover]
         if not streams:
             raise DataError(f"{media.name} has no video stream, only sound or other data; replace or remove the file")
-        check_size(media, streams[0].width, streams[0].height)
         codec = streams[0].codec_context
+        if codec is None:
+            raise DataError(f"{media.name} is of an unknown video codec; encode it anew, for example as H.264")
+        check_size(media, codec.width, codec.height)
         codec.options = {"max_pixels": str(MAX_PIXELS)}
         codec.thread_count = 1  # a loader's threads decode a video each
         yield container, streams[0]
@@ -199,20 +203,27 @@ def _read_packets(media: Media, container: Any, stream: Any) -> _Packets:
         known
         and stream.codec_context.codec.canonical_name in _KEYED_CODECS
         and key[0]
-        and pts[0] == pts.min()
-        and len(np.unique(pts)) == len(pts)
-        and (np.diff(pts[key]) > 0).all()
         and not discard.all()
+        and pts[0] <= pts[~discard].min()
+        and (np.diff(pts[key]) > 0).all()
+        and len(np.unique(pts)) == len(pts)
     ):
         raise _LostError
     return _Packets(pts, dts, size, key, discard)
 
 
-def _decode_run(container: Any, stream: Any, packets: _Packets, start: int, stop: int) -> Iterator[Any]:
-    """Decodes the packets ``start`` to ``stop - 1``, of which the first holds a key frame."""
+def _decode_run(
+    container: Any, stream: Any, packets: _Packets, wanted: Set[int], start: int, stop: int
+) -> Iterator[Any]:
+    """Decodes the packets ``start`` to ``stop - 1``, of which the first holds a key frame.
+
+    Frames that are neither wanted nor needed by others are left out.
+    """
     entry, entered = packets.pts[start], packets.discard[start]
     run = itertools.islice(_packets_from(container, stream, packets, start), stop - start)
     for packet in itertools.chain(run, [None]):  # None: what the decoder still holds back
+        if packet is not None and stream.codec_context.name in _SKIPPING_CODECS:
+            stream.codec_context.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
         for frame in stream.codec_context.decode(packet):
             entered |= frame.pts == entry and frame.key_frame
             yield frame

@@ -49,11 +49,13 @@ def encode(
     gop: int = 12,
     times: Sequence[int] | None = None,
     options: Mapping[str, str] = {},
+    metadata: Mapping[str, str] = {},
 ) -> bytes:
     """A file with the frames, shown at ``times`` (in tenths of a second)."""
     codec, container_format, encoder_options = ENCODINGS[encoding]
     with tempfile.NamedTemporaryFile() as file:  # some options of containers need a name
         with av.open(file.name, "w", format=container_format, options=dict(options)) as container:
+            container.metadata.update(metadata)
             stream = container.add_stream(codec, rate=10, options=dict(encoder_options))
             stream.height, stream.width = frames.shape[1:3]
             stream.pix_fmt = "rgb8" if codec == "gif" else "yuv420p"
@@ -73,6 +75,28 @@ def moving_clip(encoding: str, gop: int, count: int = 30) -> tuple[bytes, np.nda
     """A file, and all of its frames, decoded one after the other."""
     data = encode(moving(count), encoding, gop)
     return data, decode_all(data)
+
+
+def cut(data: bytes, start: int) -> bytes:
+    """An mp4 without its first ``start`` frames, made as cutting tools do.
+
+    Packets are copied, from the key frame on that is needed; those that are only needed are marked as not shown.
+    """
+    with (
+        tempfile.NamedTemporaryFile(suffix=".mp4") as file,
+        av.open(io.BytesIO(data)) as source,
+        av.open(file.name, "w") as target,
+    ):
+        stream = source.streams.video[0]
+        offset = round(start / 10 / stream.time_base)
+        packets = [packet for packet in source.demux(stream) if packet.size]
+        keys = [i for i, packet in enumerate(packets) if packet.is_keyframe and packet.pts <= offset]
+        copy = target.add_stream_from_template(stream)
+        for packet in packets[keys[-1] :]:
+            packet.pts, packet.dts, packet.stream = packet.pts - offset, packet.dts - offset, copy
+            target.mux(packet)
+        target.close()
+        return file.read()
 
 
 def decode_all(data: bytes) -> np.ndarray:

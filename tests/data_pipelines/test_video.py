@@ -22,7 +22,7 @@ from data_pipelines.errors import DataError
 from data_pipelines.frames import middle_indices
 from data_pipelines.media import Media, media_of, write_image, write_video
 from data_pipelines.video import read_video
-from tests.data_pipelines.clips import ENCODINGS, SPARSE, decode_all, encode, failure, moving, moving_clip
+from tests.data_pipelines.clips import ENCODINGS, SPARSE, cut, decode_all, encode, failure, moving, moving_clip
 
 LEVELS = 8  # grey levels between one frame of a brightening clip and the next
 
@@ -83,9 +83,16 @@ def test_only_what_is_needed_is_decoded(encoding: str, decoded: list[int]) -> No
 
 
 def test_near_frames_are_decoded_in_one_go(decoded: list[int]) -> None:
-    data, _ = moving_clip("h264", 250)
+    data, _ = moving_clip("mpeg4 avi", 250)
     read(data, 3, 20, 21)
-    assert len(decoded) <= 21 + 4
+    assert len(decoded) == 22
+
+
+def test_what_no_other_frame_needs_is_left_out(decoded: list[int]) -> None:
+    data, frames = moving_clip("h264", 250)
+    read(data, 25)
+    assert len(decoded) <= 20
+    np.testing.assert_array_equal(read(data, *range(30))[0], frames)
 
 
 @pytest.mark.parametrize("encoding", ["h264 raw", "gif"])
@@ -115,6 +122,30 @@ def test_variable_frame_rates_keep_their_times(gaps: list[int], encoding: str) -
     data = encode(moving(len(shown)), encoding, gop=5, times=shown.tolist())
     times = read(data, *range(len(shown)))[1]
     np.testing.assert_allclose(times, shown / 10, atol=0.002)
+
+
+@pytest.mark.parametrize("encoding", ["h264", "h264 open", "mpeg4"])
+@pytest.mark.parametrize("start", [3, 10, 17])
+def test_clips_that_were_cut_without_encoding_them(encoding: str, start: int, decoded: list[int]) -> None:
+    data = cut(moving_clip(encoding, 7)[0], start)
+    frames = decode_all(data)
+    assert len(frames) == 30 - start
+    read_frames, times = read(data, 0, 9)
+    np.testing.assert_array_equal(read_frames, frames[[0, 9]])
+    assert times.tolist() == [0.0, 0.9]
+    assert len(decoded) <= 2 * 9
+
+
+def test_words_in_no_encoding_do_not_matter() -> None:
+    data = encode(moving(3), "mpeg4", options={"movflags": "use_metadata_tags"}, metadata={"title": "holiday 2001"})
+    assert b"holiday" in data
+    assert len(read(data.replace(b"holiday", b"holi\xff\xfe\xe9"), 0, 2)[0]) == 2
+
+
+def test_unknown_codecs() -> None:
+    data = encode(moving(3), "mpeg4 avi").replace(b"FMP4", b"ZZZZ")
+    with pytest.raises(DataError, match=r"clip is of an unknown video codec; encode it anew, for example as H\.264"):
+        read(data, 0)
 
 
 def test_only_what_is_taken_is_held(tmp_path: Path) -> None:
