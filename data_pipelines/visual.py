@@ -25,16 +25,16 @@ class VisualConfig:
 
     - ``test``: the square in the middle.
     - ``resize``: all of the picture, whatever its aspect.
-    - ``train``: a random part, then perhaps a flip, then RandAugment; the fields below are its own.
+    - ``train``: a random part, perhaps flipped (by even chance, as everywhere), then RandAugment. The last four fields are its own.
 
     The release's, exactly:
 
     - ``released_test``: all of the picture, by the nearest pixel.
-    - ``released_train``: a random part of 50 to 100 %, bicubic without antialiasing, what overshoots wrapped round; a
-      flip; two operations.
-    - ``released_pretrain``: its pretraining code. Pictures: a random part of 20 to 100 %, antialiased; a flip; two
-      operations. Videos: all of the picture at 1.14 times the size by the nearest pixel; two operations, which may be a
-      flip; a random square.
+    - ``released_train``: of fine-tuning. A random part of 50 to 100 %, bicubic without antialiasing, what overshoots
+      wrapped round; perhaps flipped; two operations.
+    - ``released_pretrain``: of pretraining. Pictures: a random part of 20 to 100 %, antialiased; perhaps flipped;
+      up to two operations. Videos: all of the picture by the nearest pixel, 1.14 times as large; two operations, of
+      which a flip may be one; a random square.
     """
 
     image_size: int = 32
