@@ -25,7 +25,8 @@ class VisualConfig:
 
     - ``test``: the square in the middle.
     - ``resize``: all of the picture, whatever its aspect.
-    - ``train``: a random part, perhaps flipped (by even chance, as everywhere), then RandAugment. The last four fields are its own.
+    - ``train``: a random part; perhaps flipped, by even chance as everywhere; RandAugment. The last four fields are
+      its own.
 
     The release's, exactly:
 
