@@ -1,18 +1,19 @@
-"""Which frames of a video a clip takes, and how frames are resized."""
-
-from typing import Literal
+"""Which frames of a video a clip takes."""
 
 import numpy as np
-from jaxtyping import Int, UInt8
-from PIL import Image
+from jaxtyping import Float, Int
 
 from data_pipelines.errors import DataError
 
 
-def _boundaries(length: int, num_frames: int) -> Int[np.ndarray, " bounds"]:
-    """Where n = min(length, num_frames) nearly equal intervals of a video begin and end."""
+def _check(length: int, num_frames: int) -> None:
     if length < 1 or num_frames < 1:
         raise DataError(f"found a video of {length} frames and num_frames {num_frames}, expected at least 1 of both")
+
+
+def _boundaries(length: int, num_frames: int) -> Int[np.ndarray, " bounds"]:
+    """Where n = min(length, num_frames) nearly equal intervals of a video begin and end."""
+    _check(length, num_frames)
     return np.linspace(0, length, min(length, num_frames) + 1).astype(np.int64)
 
 
@@ -61,27 +62,24 @@ def random_indices(length: int, num_frames: int, rng: np.random.Generator) -> In
     return _pad(np.sort(rng.choice(length, len(first), replace=False)), num_frames)
 
 
-def resize_frames(
-    frames: UInt8[np.ndarray, "t y x 3"], size: int, method: Literal["nearest", "bicubic"] = "bicubic"
-) -> UInt8[np.ndarray, "t size size 3"]:
-    """Resizes frames straight to size x size, without cropping and whatever their aspect.
+def fps_indices(times: Float[np.ndarray, " n"], num_frames: int, fps: float) -> Int[np.ndarray, " t"]:
+    """The frames that are seen at ``fps`` moments per second, in the middle of the video.
 
     Args:
-        frames: pixels.
-        size: the new height and width.
-        method: "nearest" is what the release evaluates with; "bicubic" is antialiased and keeps small things visible.
+        times: when each frame is shown, ascending, in seconds.
+        num_frames: frames wanted; where a video ends too early its last frame is repeated.
+        fps: moments per second.
+
+    Returns:
+        Ascending frame indices, int64 [num_frames].
+
+    Raises:
+        DataError: there are no frames, ``num_frames`` is below 1, or ``fps`` is not above 0.
     """
-    if frames.shape[1:3] == (size, size):
-        return frames
-    if method == "nearest":
-        rows, columns = (_nearest(length, size) for length in frames.shape[1:3])
-        return frames[:, rows[:, None], columns]
-    resized = [Image.fromarray(frame).resize((size, size), Image.Resampling.BICUBIC) for frame in frames]
-    return np.stack([np.asarray(image) for image in resized])
-
-
-def _nearest(length: int, size: int) -> Int[np.ndarray, " size"]:
-    """The source of each new pixel as torch computes it, in float32: floor(i * length / size)."""
-    scale = np.float32(length) / np.float32(size)
-    source: Int[np.ndarray, " size"] = np.floor(np.arange(size, dtype=np.float32) * scale).astype(np.int64)
-    return source.clip(max=length - 1)
+    _check(len(times), num_frames)
+    if not 0 < fps < np.inf:
+        raise DataError(f"fps is {fps}, expected frames per second above 0")
+    seconds = (times[-1] - times[0]) * len(times) / max(1, len(times) - 1)  # the last frame is shown as long as others
+    start = max(0.0, (seconds - num_frames / fps) / 2)
+    moments = times[0] + start + (np.arange(num_frames) + 0.5) / fps
+    return np.searchsorted(times, moments + 1e-6, side="right") - 1  # a frame that begins just then is seen

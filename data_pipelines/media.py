@@ -1,135 +1,107 @@
-"""Image and video files to uint8 frames and back. Whatever is wrong with a file becomes one DataError."""
+"""Encoded pictures and videos: where their bytes come from, how failures read, and how files are written.
 
+``image.py`` and ``video.py`` decode them; ``visual.py`` turns them into the frames of a batch.
+"""
+
+import dataclasses
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import av
+import fsspec
 import numpy as np
-from jaxtyping import Int, UInt8
-from PIL import Image, ImageOps
+from jaxtyping import UInt8
+from PIL import Image
 
 from data_pipelines.errors import DataError
-from data_pipelines.frames import middle_indices
 
 MAX_PIXELS = 64_000_000
-"""Of one picture: 192 MB as RGB. A file that claims more is taken for a decompression bomb."""
+"""Of one picture or frame: 192 MB as RGB. A file that claims more is taken for a decompression bomb."""
+
+MAX_FETCHED_BYTES = 1 << 30
+"""Of one file behind a URL, which is fetched whole."""
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
+IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+"""All that is ever decoded: of Pillow's other formats some are obscure, and one runs a program (EPS)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Media:
+    """An encoded picture or video that nobody has decoded yet."""
+
+    kind: Literal["image", "video"]
+    data: bytes | str  # the encoded bytes, or a local path or URL ("gs://...") opened through fsspec
+    name: str  # where it is from, for messages: a path, or "archive.tar:member.jpg"
+
+
+def media_of(path: Path) -> Media:
+    """A local file as media; the suffix or else the content tells a picture from a video. A GIF is a video.
+
+    Raises:
+        DataError: there is no such file.
+    """
+    media = Media("image", str(path), str(path))
+    if path.suffix.lower() in IMAGE_SUFFIXES:
+        return media
+    try:
+        with Image.open(path, formats=IMAGE_FORMATS) as image:
+            return media if image.format != "GIF" else dataclasses.replace(media, kind="video")
+    except (OSError, Image.DecompressionBombError):
+        _check_exists(media)
+        return dataclasses.replace(media, kind="video")
+
+
+def _check_exists(media: Media) -> None:
+    if isinstance(media.data, str) and "://" not in media.data and not os.path.isfile(media.data):
+        raise DataError(f"{media.name} does not exist or is no file; expected an image or a video")
+
 
 @contextmanager
-def _reading(path: Path, what: str) -> Iterator[None]:
-    """Turns whatever goes wrong inside into a DataError that names the file."""
-    if not path.is_file():
-        raise DataError(f"{path} does not exist or is no file; expected {what}")
+def reading(media: Media) -> Iterator[bytes | str]:
+    """The media's bytes or local path. Whatever goes wrong with them inside becomes one DataError that names them.
+
+    Raises:
+        DataError: there is no such file, it is too large to fetch, or what was done with it failed.
+    """
+    _check_exists(media)
     try:
-        yield
+        yield _fetch(media)
     except DataError:
         raise
     # Decoders raise nearly anything on damaged bytes: OSError, ValueError, SyntaxError, struct.error, EOFError, ...
     except Exception as error:
+        what = "an image" if media.kind == "image" else "a video"
         reason = getattr(error, "strerror", None) or str(error).split("\n")[0] or type(error).__name__
-        raise DataError(f"{path} cannot be read as {what}: {reason}; replace or remove the file") from error
+        raise DataError(f"{media.name} cannot be read as {what}: {reason}; replace or remove the file") from error
 
 
-def _check_size(path: Path, width: int, height: int) -> None:
-    if not 0 < width * height <= MAX_PIXELS:
-        raise DataError(f"{path} is {width} x {height} pixels, expected 1 to {MAX_PIXELS:,} in all; scale it down")
+def _fetch(media: Media) -> bytes | str:
+    """What is behind a URL, so that decoders may read it twice; all else as it is."""
+    if isinstance(media.data, bytes) or "://" not in media.data:
+        return media.data
+    with fsspec.open(media.data, "rb") as file:
+        data: bytes = file.read(MAX_FETCHED_BYTES + 1)
+    if len(data) > MAX_FETCHED_BYTES:
+        raise DataError(f"{media.name} is larger than MAX_FETCHED_BYTES = {MAX_FETCHED_BYTES:,}; cut it into clips")
+    return data
 
 
-def read_image(path: Path) -> UInt8[np.ndarray, "1 y x 3"]:
-    """Reads an image upright (EXIF orientation applied) as RGB; of an animation, the first frame.
-
-    Raises:
-        DataError: the file is missing, no image, damaged, or larger than ``MAX_PIXELS``.
-    """
-    with _reading(path, "an image"), Image.open(path) as image:
-        _check_size(path, *image.size)
-        return np.asarray(_to_rgb(ImageOps.exif_transpose(image)))[None]
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):  # Pillow would clip 16-bit grey at 255 instead of scaling it
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    return image.convert("RGB")
-
-
-def read_video(path: Path, num_frames: int) -> UInt8[np.ndarray, "t y x 3"]:
-    """Reads ``num_frames`` evenly spread frames of a video or GIF as upright RGB.
-
-    The frames are those of ``frames.middle_indices``; a shorter video repeats its last frame. Only the frames taken
-    are ever held in memory.
+def check_size(media: Media, width: int, height: int) -> None:
+    """Refuses pictures without pixels, and decompression bombs.
 
     Raises:
-        DataError: the file is missing, no video, damaged or cut off, has no frame, or is larger than ``MAX_PIXELS``.
+        DataError: not between 1 and ``MAX_PIXELS`` pixels.
     """
-    with _reading(path, "a video"):
-        length = _count_packets(path)
-        frames, seen = _decode(path, middle_indices(length, num_frames)) if length else ([], 0)
-        if seen and len(frames) < num_frames:  # some packets held no frame: spread over those that did
-            frames, seen = _decode(path, middle_indices(seen, num_frames))
-        if not seen:
-            raise DataError(f"{path} holds no video frame, expected at least 1; replace or remove the file")
-        return np.stack(frames)
-
-
-def _video_stream(path: Path, container: Any) -> Any:
-    """The first video stream that is not the cover picture of a piece of music."""
-    cover = av.stream.Disposition.attached_pic
-    streams = [stream for stream in container.streams.video if not stream.disposition & cover]
-    if not streams:
-        raise DataError(f"{path} has no video stream, only sound or other data; replace or remove the file")
-    _check_size(path, streams[0].width, streams[0].height)
-    return streams[0]
-
-
-def _count_packets(path: Path) -> int:
-    """Number of frames, told without decoding: one packet is one frame in nearly all videos."""
-    count = 0
-    with av.open(str(path)) as container:
-        for packet in container.demux(_video_stream(path, container)):
-            if packet.is_corrupt:
-                raise DataError(f"{path} is damaged or cut off at frame {count}; replace or remove the file")
-            count += packet.size > 0
-    return count
-
-
-def _decode(path: Path, indices: Int[np.ndarray, " t"]) -> tuple[list[UInt8[np.ndarray, "y x 3"]], int]:
-    """The frames at ascending indices as far as the video has them, and how many frames were decoded for it."""
-    frames: list[UInt8[np.ndarray, "y x 3"]] = []
-    seen = 0
-    with av.open(str(path)) as container:
-        stream = _video_stream(path, container)
-        stream.thread_type = "AUTO"
-        for seen, frame in enumerate(container.decode(stream), start=1):
-            repeats = int((indices == seen - 1).sum())
-            if repeats:
-                frames += [np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)] * repeats
-            if len(frames) == len(indices):
-                break
-    return frames, seen
-
-
-def read_media(path: Path, num_frames: int) -> UInt8[np.ndarray, "t y x 3"]:
-    """Reads an image (one frame) or a video or GIF (``num_frames`` frames), whichever the file is.
-
-    Raises:
-        DataError: as ``read_image`` and ``read_video``.
-    """
-    return read_image(path) if _is_image(path) else read_video(path, num_frames)
-
-
-def _is_image(path: Path) -> bool:
-    if path.suffix.lower() in IMAGE_SUFFIXES:
-        return True
-    try:
-        with Image.open(path) as image:
-            return image.format != "GIF"
-    except (OSError, Image.DecompressionBombError):
-        return False
+    if width < 1 or height < 1 or width * height > MAX_PIXELS:
+        raise DataError(
+            f"{media.name} is {width} x {height} pixels, expected 1 to MAX_PIXELS = {MAX_PIXELS:,}; scale it down"
+        )
 
 
 def _enlarge(frames: UInt8[np.ndarray, "*t y x 3"], scale: int) -> UInt8[np.ndarray, "*t Y X 3"]:

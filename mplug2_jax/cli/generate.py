@@ -113,11 +113,17 @@ def read_input(path: Path, instruction: str | None) -> tuple[bool, str]:
 
 def read_frames(path: Path, config: "RunConfig") -> "NDArray[Any]":
     """A picture's frames at the model's size: one of an image, as many of a video as the run was trained on."""
-    from data_pipelines.frames import resize_frames
-    from data_pipelines.media import read_media
+    import numpy as np
+
+    from data_pipelines.media import media_of
+    from data_pipelines.visual import VisualConfig, load_visual
 
     sources = [stream.data.source for stream in config.streams.values()]
     counts = [source.num_frames for source in sources if source.kind == "video"]
     seen = [source for source in sources if source.kind != "text"]
-    frames = read_media(path, max(counts, default=1))
-    return resize_frames(frames, config.model.image_size, seen[0].resize if seen else "bicubic")
+    visual = VisualConfig(
+        image_size=config.model.image_size,
+        num_frames=max(counts, default=1),
+        transform="released_test" if seen and seen[0].resize == "nearest" else "resize",
+    )
+    return load_visual(media_of(path), visual, np.random.default_rng(0)).frames

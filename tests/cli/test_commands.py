@@ -5,10 +5,12 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from data_pipelines.media import read_media
+from data_pipelines.media import media_of
 from data_pipelines.tokenizers import load_tokenizer
+from data_pipelines.visual import VisualConfig, load_visual
 from mplug2_jax.training import workdir as workdir_module
 
 from .conftest import Outcome, Trained
@@ -140,7 +142,8 @@ def test_data_sample_writes_files_and_says_what_they_show(
     assert sorted((tmp_path / "new" / "folder").iterdir()) == files
     for file, line in zip(files, done.out.splitlines(), strict=True):
         assert re.fullmatch(rf"{re.escape(str(file))}: .+; .+\? .+", line)
-        assert read_media(file, frames).shape == (frames, 256, 256, 3)
+        config = VisualConfig(image_size=256, num_frames=frames)
+        assert load_visual(media_of(file), config, np.random.default_rng(0)).frames.shape == (frames, 256, 256, 3)
 
 
 @pytest.mark.parametrize("kind", ["wordpiece", "sentencepiece"])

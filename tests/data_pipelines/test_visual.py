@@ -1,0 +1,159 @@
+"""From media to the frames of a batch: every transform, of pictures, videos and pixels."""
+
+import io
+from typing import get_args
+
+import numpy as np
+import pytest
+import sklearn.datasets
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from data_pipelines.errors import DataError
+from data_pipelines.frames import middle_indices, random_indices
+from data_pipelines.image import Picture
+from data_pipelines.media import Media
+from data_pipelines.transforms import random_window
+from data_pipelines.visual import Transform, Visual, VisualConfig, load_visual
+from tests.data_pipelines.clips import moving, moving_clip
+
+TRANSFORMS = get_args(Transform)
+
+
+def photograph() -> Media:
+    file = io.BytesIO()
+    Image.fromarray(sklearn.datasets.load_sample_image("china.jpg")).save(file, format="JPEG", quality=95)
+    return Media("image", file.getvalue(), "china.jpg")
+
+
+PHOTOGRAPH = photograph()
+
+
+def load(source: Media | np.ndarray, seed: int = 0, **fields) -> Visual:
+    return load_visual(source, VisualConfig(**fields), np.random.default_rng(seed))
+
+
+def clip(encoding: str = "h264", gop: int = 12) -> Media:
+    return Media("video", moving_clip(encoding, gop)[0], "clip")
+
+
+@settings(max_examples=60, deadline=None)
+@given(transform=st.sampled_from(TRANSFORMS), size=st.integers(1, 80), seed=st.integers(0, 99))
+def test_every_transform_of_everything(transform: Transform, size: int, seed: int) -> None:
+    for source, count in ((PHOTOGRAPH, 1), (clip(), 3), (moving(1), 1), (moving(7), 3)):
+        first, again = (load(source, seed, image_size=size, num_frames=3, transform=transform) for _ in range(2))
+        assert first.frames.shape == (count, size, size, 3)
+        assert first.times.shape == (count,)
+        np.testing.assert_array_equal(first.frames, again.frames)
+
+
+@pytest.mark.parametrize("transform", [t for t in TRANSFORMS if t.endswith("train")])
+def test_training_forms_vary(transform: Transform) -> None:
+    for source in (PHOTOGRAPH, clip(), moving(4)):
+        distinct = {load(source, seed, transform=transform).frames.tobytes() for seed in range(5)}
+        assert len(distinct) == 5
+
+
+@pytest.mark.parametrize("transform", ["test", "resize", "released_test"])
+def test_testing_forms_do_not(transform: Transform) -> None:
+    for source in (PHOTOGRAPH, clip(), moving(4)):
+        assert len({load(source, seed, transform=transform).frames.tobytes() for seed in range(3)}) == 1
+
+
+@pytest.mark.parametrize("sampling", ["middle", "random", "fps"])
+def test_frames_and_times_belong_together(sampling: str) -> None:
+    _, frames = moving_clip("h264", 12)
+    visual = load(clip(), image_size=64, num_frames=5, sampling=sampling, fps=4.0, transform="released_test")
+    indices = np.rint(visual.times * 10).astype(int)
+    np.testing.assert_array_equal(visual.frames, frames[indices])
+    if sampling == "middle":
+        assert indices.tolist() == middle_indices(30, 5).tolist()
+    elif sampling == "random":
+        assert indices.tolist() == random_indices(30, 5, np.random.default_rng(0)).tolist()
+    else:
+        assert indices.tolist() == [10, 12, 15, 17, 20]
+
+
+def test_pixels_are_chosen_from_and_have_no_clock() -> None:
+    pixels = moving(9, 16, 16)
+    for sampling, expected in (("middle", middle_indices(9, 3)), ("fps", middle_indices(9, 3))):
+        visual = load(pixels, image_size=16, num_frames=3, sampling=sampling)
+        np.testing.assert_array_equal(visual.frames, pixels[expected])
+        assert (visual.times == 0).all()
+    for sampling in ("middle", "random", "fps"):
+        np.testing.assert_array_equal(load(pixels[:4], image_size=16, sampling=sampling).frames, pixels[:4])
+        np.testing.assert_array_equal(load(pixels[:1], image_size=16, sampling=sampling).frames, pixels[:1])
+
+
+def test_the_whole_clip_is_treated_alike() -> None:
+    """A clip of one frame again and again stays one, whatever is done to it."""
+    pixels = moving(1, 40, 60).repeat(4, 0)
+    for transform in TRANSFORMS:
+        for seed in range(8):
+            frames = load(pixels, seed, transform=transform).frames
+            np.testing.assert_array_equal(frames, frames[:1].repeat(4, 0))
+
+
+def test_without_a_flip_left_stays_left() -> None:
+    pixels = np.zeros((1, 40, 40, 3), np.uint8)
+    pixels[:, :, 20:] = 255
+
+    def turned(**fields) -> set[bool]:
+        loaded = (load(pixels, seed, transform="train", num_ops=0, **fields).frames for seed in range(20))
+        return {bool(frames[0, :, :4].mean() > frames[0, :, -4:].mean()) for frames in loaded}
+
+    assert turned() == {False, True}
+    assert turned(flip=False) == {False}
+
+
+def test_training_without_anything_is_resizing() -> None:
+    fields = {"min_area": 1.0, "num_ops": 0, "flip": False, "transform": "train"}
+    pixels = moving(1, 40, 40)
+    np.testing.assert_array_equal(load(pixels, **fields).frames, load(pixels, transform="resize").frames)
+
+
+def test_jpegs_are_decoded_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    scales: list[float] = []
+    decode = Picture.decode
+
+    def recorded(self, shrink: float = 1.0):
+        image, scale = decode(self, shrink)
+        scales.append(scale)
+        return image, scale
+
+    monkeypatch.setattr(Picture, "decode", recorded)
+    small = load(PHOTOGRAPH, image_size=48, transform="resize").frames
+    load(PHOTOGRAPH, image_size=48, transform="released_pretrain")  # the release decodes all
+    assert scales == [1 / 8, 1.0]
+    pixels = np.asarray(Image.open(io.BytesIO(PHOTOGRAPH.data)))[None]
+    assert np.abs(small.astype(int) - load(pixels, image_size=48, transform="resize").frames).mean() < 4
+
+
+def test_the_release_pretrains_on_pictures_as_pillow_crops() -> None:
+    """Where no operation is drawn the pixels are those of a crop, resized."""
+    picture = Image.open(io.BytesIO(PHOTOGRAPH.data))
+    found = 0
+    for seed in range(12):
+        frame = load(PHOTOGRAPH, seed, transform="released_pretrain").frames[0]
+        window = random_window(427, 640, 32, np.random.default_rng(seed), min_area=0.2)
+        box = (window.left, window.top, window.left + window.width, window.top + window.height)
+        crop = np.asarray(picture.crop(box).resize((32, 32), Image.Resampling.BICUBIC))
+        found += np.array_equal(frame, crop) or np.array_equal(frame, crop[:, ::-1])
+    assert found >= 1
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("image_size", 0, "at least 1"),
+        ("num_frames", 0, "at least 1"),
+        ("fps", 0.0, "above 0"),
+        ("min_area", 1.5, "above 0 and at most 1"),
+        ("num_ops", 99, "0 to 14"),
+        ("magnitude", 11.0, "0 to 10"),
+    ],
+)
+def test_fields_out_of_range(field: str, value: float, expected: str) -> None:
+    with pytest.raises(DataError, match=rf"visual\.{field} is {value}, expected {expected}"):
+        VisualConfig(**{field: value})
