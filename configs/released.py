@@ -13,8 +13,10 @@ Left out on purpose: starting from a checkpoint deletes the fusion encoder's wei
 from ml_collections import ConfigDict
 
 from data_pipelines.examples import ExampleConfig, InstructionConfig
-from data_pipelines.loader import DataConfig, SourceConfig
+from data_pipelines.loader import DataConfig
+from data_pipelines.sources.config import SourceConfig
 from data_pipelines.text import RELEASE_PROMPT
+from data_pipelines.visual import VisualConfig
 from mplug2_jax.config import as_recipe
 from mplug2_jax.errors import UserError, did_you_mean
 from mplug2_jax.evaluation.loop import EvaluationConfig
@@ -62,12 +64,10 @@ def get_config(arg: str = "videoqa") -> ConfigDict:
         search = SearchConfig(beams=5, min_length=1, max_length=10, extend_finished=True)
 
     def data(split: str, batch_size: int, records: int) -> DataConfig:
-        source = SourceConfig(
-            kind="video", split=split, size=records, image_size=model.image_size, num_frames=4 if tiny else 16,
-            # Frames are resized by the nearest pixel when the model is asked.
-            resize="nearest",
-        )  # fmt: skip
-        return DataConfig(source=source, examples=examples, batch_size=batch_size)
+        source = SourceConfig(kind="video", split=split, size=records)
+        # Frames are resized by the nearest pixel when the model is asked.
+        visual = VisualConfig(image_size=model.image_size, num_frames=4 if tiny else 16, transform="released_test")
+        return DataConfig(sources={"clips": source}, visual=visual, examples=examples, batch_size=batch_size)
 
     batch_size = 8 if tiny else 64 if caption else 32
     return as_recipe(

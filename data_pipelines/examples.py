@@ -1,6 +1,6 @@
 """From a record to an example: which caption, which instruction, which answer, as token ids of fixed length.
 
-Everything random comes from the generator that is passed in, which the loader makes from (seed, index).
+Everything random comes from the generator that is passed in, which the loader makes from (seed, record, epoch).
 """
 
 import dataclasses
@@ -24,6 +24,7 @@ from data_pipelines.text import (
     release_read_caption,
 )  # fmt: skip
 from data_pipelines.tokenizers import Tokenizer, WordPieceTokenizer
+from data_pipelines.visual import Visual
 
 InstructionKind = Literal["caption", "question", "label", "box", "entailment"]
 BOX_BINS = 32
@@ -95,6 +96,7 @@ class Example:
     text: str = ""
     instruction: str = ""
     answers: tuple[str, ...] = ()  # every answer that is right; the first is the target
+    times: tuple[float, ...] = ()  # seconds from the start of the clip, for every frame
 
 
 def box_words(box: tuple[float, float, float, float]) -> str:
@@ -122,7 +124,7 @@ def _captioned(record: Record, rng: np.random.Generator) -> Instructed:
 
 def _questioned(record: Record, rng: np.random.Generator) -> Instructed:
     question = record.questions[rng.integers(len(record.questions))]
-    return {"question": question.question}, (question.answer,)
+    return {"question": question.question}, (question.answer, *question.others)
 
 
 def _labelled(record: Record, rng: np.random.Generator) -> Instructed:
@@ -148,17 +150,23 @@ _KINDS: Mapping[InstructionKind, tuple[str, Callable[[Record, np.random.Generato
 }
 
 
-def make_example(record: Record, config: ExampleConfig, tokenizer: Tokenizer, rng: np.random.Generator) -> Example:
-    """One training or evaluation example of a record.
+def make_example(
+    record: Record,
+    config: ExampleConfig,
+    tokenizer: Tokenizer,
+    rng: np.random.Generator,
+    visual: Visual | None = None,
+) -> Example:
+    """One training or evaluation example of a record; ``visual`` is what became of its picture or clip.
 
     Raises:
         DataError: the record has nothing that the config asks for.
     """
-    arrays: dict[str, NDArray[Any]] = {"example_id": np.asarray(example_id(record.key), np.int64)}
+    arrays: dict[str, NDArray[Any]] = {"example_id": np.asarray(example_id(record.picture or record.key), np.int64)}
     text = instruction = ""
     answers: tuple[str, ...] = ()
-    if record.frames is not None:
-        arrays["frames"] = record.frames
+    if visual is not None:
+        arrays["frames"] = visual.frames
     if config.text_length:
         choices = record.captions if config.text == "caption" else record.texts
         if not choices:
@@ -175,7 +183,8 @@ def make_example(record: Record, config: ExampleConfig, tokenizer: Tokenizer, rn
         ids, unlearned = _target_ids(kind, answers[0], config, tokenizer)
         arrays["target"], mask = _padded(ids, config.target_length)
         arrays["target_weights"] = (mask & (np.arange(config.target_length) >= unlearned)).astype(np.float32)
-    return Example(arrays, record.key, text, instruction, answers)
+    times = () if visual is None else tuple(visual.times.tolist())
+    return Example(arrays, record.key, text, instruction, answers, times)
 
 
 def _instruct(

@@ -1,14 +1,17 @@
 """Image and video files to uint8 frames and back. Whatever is wrong with a file becomes one DataError."""
 
-from collections.abc import Iterator
+import dataclasses
+import io
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import av
+import fsspec
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import Float, Int, UInt8
 from PIL import Image, ImageOps
 
 from data_pipelines.errors import DataError
@@ -20,10 +23,34 @@ MAX_PIXELS = 64_000_000
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 
 
+@dataclasses.dataclass(frozen=True)
+class Media:
+    """An encoded picture or video that nobody has decoded yet."""
+
+    kind: Literal["image", "video"]
+    data: bytes | str  # the encoded bytes, or a local path or URL opened through fsspec
+    name: str  # where it is from, for messages: a path, or "archive.tar:member.jpg"
+
+
+def _open(media: Media) -> Any:
+    """What Pillow and PyAV open: a path, or a file in memory."""
+    if isinstance(media.data, bytes):
+        return io.BytesIO(media.data)
+    if "://" in media.data:
+        with fsspec.open(media.data, "rb") as file:
+            return io.BytesIO(file.read())
+    return media.data
+
+
+def _media(path: Path, kind: Literal["image", "video"]) -> Media:
+    return Media(kind, str(path), str(path))
+
+
 @contextmanager
-def _reading(path: Path, what: str) -> Iterator[None]:
+def _reading(media: Media, what: str) -> Iterator[None]:
     """Turns whatever goes wrong inside into a DataError that names the file."""
-    if not path.is_file():
+    path = media.name
+    if isinstance(media.data, str) and "://" not in media.data and not Path(media.data).is_file():
         raise DataError(f"{path} does not exist or is no file; expected {what}")
     try:
         yield
@@ -35,19 +62,20 @@ def _reading(path: Path, what: str) -> Iterator[None]:
         raise DataError(f"{path} cannot be read as {what}: {reason}; replace or remove the file") from error
 
 
-def _check_size(path: Path, width: int, height: int) -> None:
+def _check_size(path: str, width: int, height: int) -> None:
     if not 0 < width * height <= MAX_PIXELS:
         raise DataError(f"{path} is {width} x {height} pixels, expected 1 to {MAX_PIXELS:,} in all; scale it down")
 
 
-def read_image(path: Path) -> UInt8[np.ndarray, "1 y x 3"]:
+def read_image(path: Path | Media) -> UInt8[np.ndarray, "1 y x 3"]:
     """Reads an image upright (EXIF orientation applied) as RGB; of an animation, the first frame.
 
     Raises:
         DataError: the file is missing, no image, damaged, or larger than ``MAX_PIXELS``.
     """
-    with _reading(path, "an image"), Image.open(path) as image:
-        _check_size(path, *image.size)
+    media = path if isinstance(path, Media) else _media(path, "image")
+    with _reading(media, "an image"), Image.open(_open(media)) as image:
+        _check_size(media.name, *image.size)
         return np.asarray(_to_rgb(ImageOps.exif_transpose(image)))[None]
 
 
@@ -66,17 +94,31 @@ def read_video(path: Path, num_frames: int) -> UInt8[np.ndarray, "t y x 3"]:
     Raises:
         DataError: the file is missing, no video, damaged or cut off, has no frame, or is larger than ``MAX_PIXELS``.
     """
-    with _reading(path, "a video"):
-        length = _count_packets(path)
-        frames, seen = _decode(path, middle_indices(length, num_frames)) if length else ([], 0)
-        if seen and len(frames) < num_frames:  # some packets held no frame: spread over those that did
-            frames, seen = _decode(path, middle_indices(seen, num_frames))
+    return read_clip(_media(path, "video"), lambda length, rate: middle_indices(length, num_frames))[0]
+
+
+Choose = Callable[[int, float], Int[np.ndarray, " t"]]
+
+
+def read_clip(media: Media, choose: Choose) -> tuple[UInt8[np.ndarray, "t y x 3"], Float[np.ndarray, " t"]]:
+    """Reads the frames that ``choose(length, frames per second)`` names, and their times in seconds.
+
+    Raises:
+        DataError: as ``read_video``.
+    """
+    with _reading(media, "a video"):
+        length, rate = _count_packets(media), _frames_per_second(media)
+        indices = choose(length, rate) if length else np.zeros(0, np.int64)
+        frames, seen = _decode(media, indices) if length else ([], 0)
+        if seen and len(frames) < len(indices):  # some packets held no frame: spread over those that did
+            indices = choose(seen, rate)
+            frames, seen = _decode(media, indices)
         if not seen:
-            raise DataError(f"{path} holds no video frame, expected at least 1; replace or remove the file")
-        return np.stack(frames)
+            raise DataError(f"{media.name} holds no video frame, expected at least 1; replace or remove the file")
+        return np.stack(frames), indices / rate
 
 
-def _video_stream(path: Path, container: Any) -> Any:
+def _video_stream(path: str, container: Any) -> Any:
     """The first video stream that is not the cover picture of a piece of music."""
     cover = av.stream.Disposition.attached_pic
     streams = [stream for stream in container.streams.video if not stream.disposition & cover]
@@ -86,23 +128,29 @@ def _video_stream(path: Path, container: Any) -> Any:
     return streams[0]
 
 
-def _count_packets(path: Path) -> int:
+def _count_packets(media: Media) -> int:
     """Number of frames, told without decoding: one packet is one frame in nearly all videos."""
     count = 0
-    with av.open(str(path)) as container:
-        for packet in container.demux(_video_stream(path, container)):
+    with av.open(_open(media)) as container:
+        stream = _video_stream(media.name, container)
+        for packet in container.demux(stream):
             if packet.is_corrupt:
-                raise DataError(f"{path} is damaged or cut off at frame {count}; replace or remove the file")
+                raise DataError(f"{media.name} is damaged or cut off at frame {count}; replace or remove the file")
             count += packet.size > 0
-    return count
+        return count
 
 
-def _decode(path: Path, indices: Int[np.ndarray, " t"]) -> tuple[list[UInt8[np.ndarray, "y x 3"]], int]:
+def _frames_per_second(media: Media) -> float:
+    with av.open(_open(media)) as container:
+        return float(_video_stream(media.name, container).average_rate or 1)
+
+
+def _decode(media: Media, indices: Int[np.ndarray, " t"]) -> tuple[list[UInt8[np.ndarray, "y x 3"]], int]:
     """The frames at ascending indices as far as the video has them, and how many frames were decoded for it."""
     frames: list[UInt8[np.ndarray, "y x 3"]] = []
     seen = 0
-    with av.open(str(path)) as container:
-        stream = _video_stream(path, container)
+    with av.open(_open(media)) as container:
+        stream = _video_stream(media.name, container)
         stream.thread_type = "AUTO"
         for seen, frame in enumerate(container.decode(stream), start=1):
             repeats = int((indices == seen - 1).sum())

@@ -35,7 +35,7 @@ def test_quirks_are_on_in_the_released_recipes_and_off_in_ours() -> None:
         assert quirky.tasks.search.extend_finished
         assert quirky.model.positions_init == "zeros"
         assert stream.examples.form == "released"
-        assert stream.source.resize == "nearest"
+        assert stream.visual.transform == "released_test"
     assert next(iter(caption.streams.values())).data.examples.prompt == "a video of"
     assert caption.tasks.distillation is None
     inert = answers.tasks.distillation

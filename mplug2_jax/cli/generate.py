@@ -113,8 +113,7 @@ def read_frames(path: Path, config: "RunConfig") -> "NDArray[Any]":
     from data_pipelines.frames import resize_frames
     from data_pipelines.media import read_media
 
-    sources = [stream.data.source for stream in config.streams.values()]
-    counts = [source.num_frames for source in sources if source.kind == "video"]
-    seen = [source for source in sources if source.kind != "text"]
-    frames = read_media(path, max(counts, default=1))
-    return resize_frames(frames, config.model.image_size, seen[0].resize if seen else "bicubic")
+    data = [stream.data for stream in config.streams.values() if stream.data.kind != "text"]
+    frames = read_media(path, max((each.visual.num_frames for each in data if each.kind == "video"), default=1))
+    nearest = any(each.visual.transform.startswith("released") for each in data)
+    return resize_frames(frames, config.model.image_size, "nearest" if nearest else "bicubic")

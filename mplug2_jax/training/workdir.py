@@ -23,6 +23,7 @@ class WorkDir:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
+        self.data_errors = path / "data-errors.jsonl"
         self._config = path / "config.json"
         self._tokenizer = path / "tokenizer"
 

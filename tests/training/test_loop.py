@@ -38,11 +38,11 @@ def test_a_loss_that_is_not_a_number_stops_the_run_with_its_step(tmp_path: Path)
     config = small_run(streams=TEXT, evaluations={})
     plan = plan_run(config, SpecialTokens(begin=1, end=2, mask=3), make_mesh(MeshConfig()))
     meter = Meter(plan, Progress(4), MetricsFile(tmp_path, 0))
-    meter.finished(1, {"loss": jnp.asarray(2.0), "text/mlm/loss": jnp.asarray(2.0)})
+    meter.finished(1, {"loss": jnp.asarray(2.0), "text/mlm/loss": jnp.asarray(2.0)}, {})
     with pytest.raises(
         UserError, match=r"the loss of step 2 is nan \(also not finite: loss, text/mlm/loss\); lower the"
     ):
-        meter.finished(2, {"loss": jnp.asarray(jnp.nan), "text/mlm/loss": jnp.asarray(jnp.inf)})
+        meter.finished(2, {"loss": jnp.asarray(jnp.nan), "text/mlm/loss": jnp.asarray(jnp.inf)}, {})
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1]
 
 
