@@ -7,9 +7,10 @@ from typing import Literal
 from data_pipelines.digitworld.source import DigitWorld
 from data_pipelines.errors import DataError
 from data_pipelines.record import Kind, Record, Source
+from data_pipelines.sources.array_record import ArrayRecordSource
 from data_pipelines.visual import VisualConfig
 
-Format = Literal["digitworld"]
+Format = Literal["array_record", "digitworld"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,6 +92,7 @@ def _digitworld(config: SourceConfig, visual: VisualConfig) -> Source:
 
 
 FORMATS: Mapping[Format, Opener] = {
+    "array_record": Opener(lambda config, visual: ArrayRecordSource(config.path), frozenset({"path"})),
     "digitworld": Opener(_digitworld, frozenset({"split", "seed"})),
 }
 """Every format of :data:`Format`."""
