@@ -8,9 +8,10 @@ from data_pipelines.digitworld.source import DigitWorld
 from data_pipelines.errors import DataError
 from data_pipelines.record import Kind, Record, Source
 from data_pipelines.sources.array_record import ArrayRecordSource
+from data_pipelines.sources.webdataset import WebDatasetSource
 from data_pipelines.visual import VisualConfig
 
-Format = Literal["array_record", "digitworld"]
+Format = Literal["array_record", "digitworld", "webdataset"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,5 +95,6 @@ def _digitworld(config: SourceConfig, visual: VisualConfig) -> Source:
 FORMATS: Mapping[Format, Opener] = {
     "array_record": Opener(lambda config, visual: ArrayRecordSource(config.path), frozenset({"path"})),
     "digitworld": Opener(_digitworld, frozenset({"split", "seed"})),
+    "webdataset": Opener(lambda config, visual: WebDatasetSource(config.path, config.kind), frozenset({"path"})),
 }
 """Every format of :data:`Format`."""

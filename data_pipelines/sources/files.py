@@ -2,8 +2,9 @@
 
 import io
 import re
+import uuid
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
 import fsspec
 
@@ -87,9 +88,14 @@ def read_bytes(path: str, offset: int = 0, size: int | None = None) -> bytes:
     Raises:
         DataError: the file is missing or unreadable, or ends before the part does.
     """
-    system, plain = file_system(path)
     try:
-        data: bytes = system.cat_file(plain, offset or None, None if size is None else offset + size)
+        if is_url(path):
+            system, plain = file_system(path)
+            data: bytes = system.cat_file(plain, offset or None, None if size is None else offset + size)
+        else:  # without fsspec's layers, as this is read for every record
+            with open(path, "rb") as file:
+                file.seek(offset)
+                data = file.read(-1 if size is None else size)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
     if size is not None and len(data) != size:
@@ -114,9 +120,9 @@ def read_text(path: str) -> io.StringIO:
 
 
 def write_atomically(path: str, data: bytes) -> None:
-    """Writes a file so that a reader sees the old one or the new one, and never a part."""
+    """Writes a file so that a reader sees the old one or the new one, and never a part; writers may be several."""
     system, plain = file_system(path)
-    temporary = f"{plain}.tmp"
+    temporary = f"{plain}.{uuid.uuid4().hex}.tmp"
     system.pipe_file(temporary, data)
     system.mv(temporary, plain)
 
@@ -133,7 +139,7 @@ def inside(folder: str, name: str) -> str:
     return f"{folder.rstrip('/')}/{path}"
 
 
-def media_kind(name: str) -> str | None:
+def media_kind(name: str) -> Literal["image", "video"] | None:
     """What a file is by its name: "image", "video" or neither (None)."""
     suffix = PurePosixPath(name).suffix.lower()
     return "image" if suffix in IMAGE_SUFFIXES else "video" if suffix in VIDEO_SUFFIXES else None
@@ -148,4 +154,4 @@ def media_file(folder: str, name: str) -> Media:
     path, kind = inside(folder, name), media_kind(name)
     if kind is None:
         raise DataError(f"{path} is neither a picture nor a clip by its name")
-    return Media("image" if kind == "image" else "video", path, path)
+    return Media(kind, path, path)
