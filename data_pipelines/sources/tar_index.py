@@ -45,7 +45,8 @@ def samples_of(path: str) -> Iterator[Sample]:
         with system.open(plain, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 tar.members = []  # type: ignore[attr-defined]  # tarfile would keep them all
-                end = member.offset_data + (-(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE)
+                blocks = -(-member.size // tarfile.BLOCKSIZE) if member.isreg() else 0
+                end = member.offset_data + blocks * tarfile.BLOCKSIZE
                 if end > size:
                     raise tarfile.ReadError(f"{member.name!r} ends behind the file's last byte")
                 if not member.isreg():
