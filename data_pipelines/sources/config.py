@@ -7,11 +7,16 @@ from typing import Literal
 from data_pipelines.digitworld.source import DigitWorld
 from data_pipelines.errors import DataError
 from data_pipelines.record import Kind, Record, Source
+from data_pipelines.sources.annotations import fields, glue, pictures
+from data_pipelines.sources.annotations.source import AnnotationFormat, AnnotationSource
 from data_pipelines.sources.array_record import ArrayRecordSource
 from data_pipelines.sources.webdataset import WebDatasetSource
 from data_pipelines.visual import VisualConfig
 
-Format = Literal["array_record", "digitworld", "webdataset"]
+Format = Literal[
+    "annotations", "array_record", "coco_captions", "digitworld", "glue", "image_folder", "karpathy", "kinetics",
+    "ssv2", "vqa_v2", "webdataset",
+]  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,9 +97,27 @@ def _digitworld(config: SourceConfig, visual: VisualConfig) -> Source:
     )
 
 
+def _annotations(form: AnnotationFormat) -> Opener:
+    reads = {"path", "media", "split"} if form.splits else {"path", "media"}
+
+    def open(config: SourceConfig, visual: VisualConfig) -> Source:
+        del visual
+        return AnnotationSource(form, config.path, config.media, config.split, config.kind)
+
+    return Opener(open, frozenset(reads))
+
+
 FORMATS: Mapping[Format, Opener] = {
+    "annotations": _annotations(fields.FORM),
     "array_record": Opener(lambda config, visual: ArrayRecordSource(config.path), frozenset({"path"})),
+    "coco_captions": _annotations(pictures.COCO),
     "digitworld": Opener(_digitworld, frozenset({"split", "seed"})),
+    "glue": Opener(_annotations(glue.FORM).open, frozenset({"path"})),
+    "image_folder": Opener(lambda config, visual: pictures.ImageFolder(config.path, config.kind), frozenset({"path"})),
+    "karpathy": _annotations(pictures.KARPATHY),
+    "kinetics": _annotations(pictures.KINETICS),
+    "ssv2": _annotations(pictures.SSV2),
+    "vqa_v2": _annotations(pictures.VQA),
     "webdataset": Opener(lambda config, visual: WebDatasetSource(config.path, config.kind), frozenset({"path"})),
 }
 """Every format of :data:`Format`."""
