@@ -10,12 +10,13 @@ from data_pipelines.record import Kind, Record, Source
 from data_pipelines.sources.annotations import fields, glue, pictures
 from data_pipelines.sources.annotations.source import AnnotationFormat, AnnotationSource
 from data_pipelines.sources.array_record import ArrayRecordSource
+from data_pipelines.sources.tfds import TfdsSource
 from data_pipelines.sources.webdataset import WebDatasetSource
 from data_pipelines.visual import VisualConfig
 
 Format = Literal[
     "annotations", "array_record", "coco_captions", "digitworld", "glue", "image_folder", "karpathy", "kinetics",
-    "ssv2", "vqa_v2", "webdataset",
+    "ssv2", "tfds", "vqa_v2", "webdataset",
 ]  # fmt: skip
 
 
@@ -117,6 +118,10 @@ FORMATS: Mapping[Format, Opener] = {
     "karpathy": _annotations(pictures.KARPATHY),
     "kinetics": _annotations(pictures.KINETICS),
     "ssv2": _annotations(pictures.SSV2),
+    "tfds": Opener(
+        lambda config, visual: TfdsSource(config.path, config.split or "train", config.kind),
+        frozenset({"path", "split"}),
+    ),
     "vqa_v2": _annotations(pictures.VQA),
     "webdataset": Opener(lambda config, visual: WebDatasetSource(config.path, config.kind), frozenset({"path"})),
 }

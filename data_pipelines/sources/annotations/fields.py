@@ -1,13 +1,13 @@
 """Rows whose fields say by their names what they are: the release's files, and most of what people write themselves."""
 
 import io
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 from PIL import Image
 
 from data_pipelines.errors import DataError
-from data_pipelines.record import Box, Expression, Question, Record
+from data_pipelines.record import Box, Entailment, Expression, Question, Record
 from data_pipelines.sources.annotations.media import named_media
 from data_pipelines.sources.annotations.rows import Row, read_rows
 from data_pipelines.sources.annotations.source import AnnotationFormat, Place
@@ -17,10 +17,18 @@ PICTURE = ("video_id", "video", "clip_name", "image", "image_path", "file_name",
 CAPTIONS = ("golden_captions", "captions", "caption", "sentence")
 ANSWERS = ("answers", "answer")
 DOCUMENT, SUMMARY = ("document", "article", "dialogue"), ("summary", "highlights")
+PAIRS = (("premise", "hypothesis"), ("sentence1", "sentence2"), ("question1", "question2"), ("sentence", "question"))
+LABEL = ("gold_label", "label")
 PHRASE, BOX = ("expression", "phrase", "sents", "refexp"), ("bbox", "box")
 TEXTS = ("texts", "text")
 IDS = ("question_id", "ref_id", "id", "key")
 """The names under which a row may keep each thing; the first that is there counts."""
+
+VERDICTS: Mapping[str, Literal["yes", "no", "maybe"]] = {
+    "entailment": "yes", "not_entailment": "no", "contradiction": "no", "neutral": "maybe",
+    "equivalent": "yes", "not_equivalent": "no", "duplicate": "yes", "not_duplicate": "no",
+}  # fmt: skip
+"""What labels of pairs mean: "yes" where the second text follows from the first, or means the same."""
 
 
 def read(files: Sequence[str], split: str) -> Iterator[Row]:
@@ -36,22 +44,32 @@ def make(row: Row, place: Place) -> Record:
     Raises:
         DataError: a row that has none of it, a picture that leads out of its folder, or a box outside its picture.
     """
-    own = row.find(IDS)
+    own, of_text = row.find(IDS), place.kind == "text"
     picture = "" if row.find(PICTURE) is None else row.text(*PICTURE)
     media = named_media(place.folder, place.kind, picture) if picture else None
     record = Record(
         key=row.key if own is None else f"{row.key.rpartition('/')[0]}/{row.text(*IDS)}",
         picture=picture,
         media=media,
-        captions=row.texts(*CAPTIONS),
+        captions=() if of_text else row.texts(*CAPTIONS),
         questions=(*_questions(row), *_summaries(row)),
         expressions=_expressions(row, media.data if media else ""),
-        label=None if row.find(("label",)) is None else row.text("label"),
-        texts=row.texts(*TEXTS),
+        label=None if row.find(LABEL) is None else row.text(*LABEL),
+        texts=row.texts(*TEXTS, *(CAPTIONS if of_text else ())),
+        entailments=_entailments(row),
     )
-    if not (record.captions or record.questions or record.expressions or record.label or record.texts):
-        row.need(*CAPTIONS, "question", *SUMMARY, *BOX, "label", *TEXTS)
+    known = (record.captions, record.questions, record.expressions, record.label, record.texts, record.entailments)
+    if not any(known):
+        row.need(*CAPTIONS, "question", *SUMMARY, *BOX, *LABEL, *TEXTS)
     return record
+
+
+def _entailments(row: Row) -> tuple[Entailment, ...]:
+    label = row.find(LABEL)
+    for premise, hypothesis in PAIRS:
+        if isinstance(label, str) and label in VERDICTS and row.find((premise,)) and row.find((hypothesis,)):
+            return (Entailment(row.text(premise), row.text(hypothesis), VERDICTS[label]),)
+    return ()
 
 
 def _questions(row: Row) -> tuple[Question, ...]:
@@ -59,6 +77,8 @@ def _questions(row: Row) -> tuple[Question, ...]:
         return ()
     answers = row.texts(*ANSWERS)
     if not answers:
+        if row.find(("sentence",)) is not None:  # a question that pairs with a sentence
+            return ()
         row.need(*ANSWERS)
     return (ranked(row.text("question"), answers),)
 
