@@ -23,7 +23,7 @@ from data_pipelines.text import (
     release_prompt_length,
     release_read_caption,
 )  # fmt: skip
-from data_pipelines.tokenizers import Tokenizer, WordPieceTokenizer
+from data_pipelines.tokenizers import Tokenizer, WordPieceTokenizer, fingerprint
 from data_pipelines.visual import Visual
 
 InstructionKind = Literal["caption", "question", "label", "box", "entailment"]
@@ -167,12 +167,10 @@ def make_example(
     answers: tuple[str, ...] = ()
     if visual is not None:
         arrays["frames"] = visual.frames
+    check_record(record, config)
     if config.text_length:
-        choices = record.captions if config.text == "caption" else record.texts
-        if not choices:
-            raise DataError(f"record {record.key} has no {config.text}, which the stream's examples ask for")
-        text = choices[rng.integers(len(choices))]
-        arrays["text"], arrays["text_mask"] = _padded(_text_ids(text, config, tokenizer), config.text_length)
+        text, ids = _choose_text(record, config, tokenizer, rng)
+        arrays["text"], arrays["text_mask"] = _padded(ids, config.text_length)
         if config.word_starts:
             arrays["word_starts"] = tokenizer.word_starts(arrays["text"].tolist())
     if config.instructions:
@@ -187,12 +185,42 @@ def make_example(
     return Example(arrays, record.key, text, instruction, answers, times)
 
 
+def check_record(record: Record, config: ExampleConfig) -> None:
+    """Checks that a record has something of all that examples are made of.
+
+    Raises:
+        DataError: names what it lacks.
+    """
+    if config.text_length and not (record.captions if config.text == "caption" else record.texts or record.tokens):
+        raise DataError(f"record {record.key} has no {config.text}, which the stream's examples ask for")
+    if config.instructions and not _kinds(record, config):
+        raise DataError(f"record {record.key} has none of what is asked for: {', '.join(config.instructions)}")
+
+
+def _kinds(record: Record, config: ExampleConfig) -> list[InstructionKind]:
+    return [kind for kind in config.instructions if getattr(record, _KINDS[kind][0])]
+
+
+def _choose_text(
+    record: Record, config: ExampleConfig, tokenizer: Tokenizer, rng: np.random.Generator
+) -> tuple[str, list[int]]:
+    """One of the record's texts, and its ids."""
+    choices = record.captions if config.text == "caption" else record.texts
+    if choices or not record.tokens:
+        text = choices[rng.integers(len(choices))]
+        return text, _text_ids(text, config, tokenizer)
+    if len(record.tokens) > config.text_length or record.tokenizer != fingerprint(tokenizer):
+        raise DataError(
+            f"record {record.key} has {len(record.tokens)} tokens of tokeniser {record.tokenizer}, expected at most "
+            f"text_length={config.text_length} of {fingerprint(tokenizer)}; cut the corpus again"
+        )
+    return tokenizer.decode(record.tokens), list(record.tokens)
+
+
 def _instruct(
     record: Record, config: ExampleConfig, rng: np.random.Generator
 ) -> tuple[InstructionKind, str, tuple[str, ...]]:
-    kinds = [kind for kind in config.instructions if getattr(record, _KINDS[kind][0])]
-    if not kinds:
-        raise DataError(f"record {record.key} has none of what is asked for: {', '.join(config.instructions)}")
+    kinds = _kinds(record, config)
     weights = np.array([config.instructions[kind].weight for kind in kinds])
     kind = kinds[rng.choice(len(kinds), p=weights / weights.sum())]
     words, answers = _KINDS[kind][1](record, rng)

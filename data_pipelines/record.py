@@ -53,6 +53,8 @@ class Record:
     label: str | None = None
     texts: tuple[str, ...] = ()
     entailments: tuple[Entailment, ...] = ()
+    tokens: tuple[int, ...] = ()  # a piece of a corpus that was cut beforehand, special tokens included
+    tokenizer: str = ""  # the fingerprint of the tokeniser that cut it
 
 
 @runtime_checkable

@@ -65,6 +65,12 @@ def _text(value: Any) -> str:
     return value
 
 
+def _token(value: Any) -> int:
+    if not isinstance(value, int) or not 0 <= value < 2**31:
+        raise TypeError(f"found {value!r}, expected a token id")
+    return value
+
+
 def _texts(values: Any) -> tuple[str, ...]:
     return tuple(map(_text, values))
 
@@ -105,6 +111,8 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "label": _text,
     "texts": _texts,
     "entailments": _each(_entailment),
+    "tokens": lambda values: tuple(map(_token, values)),
+    "tokenizer": _text,
 }
 
 

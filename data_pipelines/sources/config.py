@@ -1,8 +1,9 @@
 """Which records: the table of formats, and what each reads of a source's settings."""
 
 import dataclasses
+import difflib
 from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import Any, Literal, cast
 
 from data_pipelines.digitworld.source import DigitWorld
 from data_pipelines.errors import DataError
@@ -59,6 +60,20 @@ class SourceConfig:
                 "expected at least 1"
             )
         return _First(source, self.size) if self.size is not None and self.size < len(source) else source
+
+
+def parse_spec(spec: str, **settings: Any) -> SourceConfig:
+    """The source that "FORMAT:PATH" stands for, with further settings.
+
+    Raises:
+        DataError: an unknown format, with the nearest name.
+    """
+    format, colon, path = spec.partition(":")
+    if not colon or format not in FORMATS:
+        near = difflib.get_close_matches(format, FORMATS, n=1, cutoff=0.5)
+        hint = f"did you mean '{near[0]}'? " if near else ""
+        raise DataError(f"'{spec}' is no FORMAT:PATH with a known format: {hint}(valid: {', '.join(FORMATS)})")
+    return SourceConfig(format=cast(Format, format), path=path, **settings)
 
 
 _OPTIONAL = frozenset({"path", "media", "split", "seed"})
