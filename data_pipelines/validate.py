@@ -138,7 +138,7 @@ def _duplicates(source: Source, hashes: "np.ndarray[tuple[int], np.dtype[np.int6
     return tuple(keys)
 
 
-def histogram(values: Sequence[float], edges: Sequence[float], unit: str, width: int = 40) -> str:
+def histogram(values: Sequence[int | float], edges: Sequence[int | float], unit: str, width: int = 40) -> str:
     """Bars of text, a line for each interval that holds anything.
 
     Example:

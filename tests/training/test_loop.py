@@ -7,12 +7,18 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
+from data_pipelines.errors import DataError
+from data_pipelines.examples import ExampleConfig
+from data_pipelines.loader import DataConfig
+from data_pipelines.sources.config import SourceConfig
 from mplug2_jax.errors import UserError
 from mplug2_jax.model.config import SpecialTokens
 from mplug2_jax.parallel.mesh import MeshConfig, make_mesh
+from mplug2_jax.training.config import RunConfig, StreamConfig
 from mplug2_jax.training.loop import Meter, train
 from mplug2_jax.training.state import plan_run
 from mplug2_jax.training.telemetry import MetricsFile, Progress, read_metrics
+from tests.data_pipelines.worlds import write_tar
 from tests.runs import small_run
 
 TEXT = {"text": small_run().streams["text"]}  # the cheapest to compile
@@ -51,3 +57,25 @@ def test_a_model_that_is_refused_leaves_no_trace(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not divide the 8 devices"):
         train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_broken_records_are_replaced_counted_and_listed_and_too_many_stop_the_run(tmp_path: Path) -> None:
+    sentences = {f"{i:02}.txt": b"\xff" if i == 3 else f"a red {i} moves left" for i in range(16)}
+    tar = SourceConfig(format="webdataset", path=str(write_tar(tmp_path / "a.tar", sentences)), kind="text")
+    examples = ExampleConfig(text="sentence", text_length=12)
+
+    def config(max_skipped: float) -> RunConfig:
+        data = DataConfig(sources={"tars": tar}, examples=examples, batch_size=16, max_skipped=max_skipped)
+        stream = StreamConfig(data=data, objectives={"mlm": 1.0})
+        return small_run(streams={"text": stream}, evaluations={}, steps=2, mesh=MeshConfig(fsdp=8))
+
+    train(config(0.5), tmp_path / "run")
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [line["data/skipped/tars"] for line in lines] == [1, 1]  # a step is an epoch
+    (listed,) = (tmp_path / "run" / "data-errors.jsonl").read_text().splitlines()
+    assert json.loads(listed) == {
+        "source": "tars", "key": "record 3",
+        "reason": ".txt of sample a/03 is not UTF-8 text (invalid start byte at byte 0)",
+    }  # fmt: skip
+    with pytest.raises(DataError, match=r"source 'tars' cannot be used, more than max_skipped=0 allows \(record 3:"):
+        train(config(0.0), tmp_path / "strict")
