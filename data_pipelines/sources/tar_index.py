@@ -141,7 +141,7 @@ class TarIndex:
         elif is_url(self._file):
             data = np.frombuffer(read_bytes(self._file), np.uint8)
         else:
-            data = np.memmap(self._file, np.uint8, mode="r")
+            data = np.asarray(np.memmap(self._file, np.uint8, mode="r"))  # without memmap's own slow slicing
         try:
             self._columns = _columns_of(data, self._header)
         except (ValueError, TypeError, KeyError) as error:
