@@ -245,7 +245,7 @@ def decode(data: bytes, rng: np.random.Generator) -> np.ndarray:
     with Image.open(io.BytesIO(data)) as image:
         side = np.sqrt(rng.uniform(0.5, 1.0)) * min(image.size)
         picture = image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BICUBIC, (0, 0, side, side))
-    return np.asarray(picture)
+    return np.array(picture)
 
 
 class Files:

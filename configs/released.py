@@ -2,8 +2,8 @@
 
 Sizes, rates and lengths are those of its recipes for MSRVTT (8 GPUs). Use it to continue from the release's weights or
 to compare with its numbers; our own recipes have none of the quirks, each of which is marked below. DigitWorld stands
-in for the annotation files until sources that read files are here; with them come the quirks of pixels and frames in
-training (crops that wrap, last frames of an interval never seen), whose arithmetic ``data_pipelines.frames`` has.
+in for MSRVTT, so that the recipe runs anywhere; with the release's files, override each ``sources.clips``: its
+``format=annotations``, ``path``, ``media``, ``split`` (empty) and ``size=none``.
 
 Part of the architecture, and so always on: question text runs through the universal layers without cross attention,
 the last universal layer swaps query and memory, two LayerNorm epsilons, two GELUs, no gradient for the padding row.

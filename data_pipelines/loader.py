@@ -23,8 +23,8 @@ from data_pipelines.visual import Visual, VisualConfig, load_visual
 
 HostBatch = dict[str, NDArray[Any]]
 
-MAX_IN_A_ROW = 32
-"""Unusable records, one after the other, after which a source is given up."""
+NEAR, FAR = 16, 16
+"""Records tried in place of an unusable one before its source is given up: its neighbours, then some all over it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -131,18 +131,23 @@ class _Maker:
         """The example of a record, or of the next good one of its source.
 
         Raises:
-            DataError: ``MAX_IN_A_ROW`` records or the whole source cannot be used.
+            DataError: none of those that were tried can be used.
         """
         faults: list[Fault] = []
-        records = len(self.sources[pick.source])
-        for ahead in range(min(MAX_IN_A_ROW, records)):
+        for index in _places(pick.index, len(self.sources[pick.source])):
             try:
-                return Made(
-                    pick, self.make(dataclasses.replace(pick, index=(pick.index + ahead) % records)), tuple(faults)
-                )
+                return Made(pick, self.make(dataclasses.replace(pick, index=index)), tuple(faults))
             except _Unusable as unusable:
                 faults.append(unusable.fault)
-        raise DataError(f"{faults[0].reason} (nor can the {len(faults) - 1} records after it be used)")
+        raise DataError(f"{faults[0].reason} (nor can {len(faults) - 1} others be used that were tried in its place)")
+
+
+def _places(index: int, records: int) -> list[int]:
+    """A record and those that stand in for it. A whole archive may be broken, so not all of them are neighbours."""
+    if records <= NEAR + FAR:
+        return [(index + ahead) % records for ahead in range(records)]
+    far = [records * i // (FAR + 1) for i in range(1, FAR + 1)]
+    return [(index + ahead) % records for ahead in (*range(NEAR), *far)]
 
 
 class Stream:
@@ -243,7 +248,7 @@ class EvaluationSet:
         return self._maker.make(self._pick(index))
 
     def first(self) -> Example:
-        """The first example that can be made. Raises DataError if ``MAX_IN_A_ROW`` cannot."""
+        """The first example that can be made. Raises DataError if none of those that were tried can."""
         return self._maker.make_or_replace(self._pick(0)).example
 
     def batches(self, shard: Shard = WHOLE) -> Iterator[EvaluationBatch]:

@@ -133,6 +133,8 @@ class TarIndex:
     def read(self, members: Mapping[str, tuple[int, int]], extension: str) -> bytes:
         """The bytes of a member."""
         offset, size = members[extension]
+        if not 0 <= offset <= offset + size <= self._stamp[0]:
+            raise DataError(f"{self._path}{SUFFIX} is damaged (a member lies outside the tar); remove it")
         return read_bytes(self._path, offset, size)
 
     def _load(self) -> _Columns:

@@ -192,7 +192,10 @@ def run_evaluations(
         save_result(result, path)
         metrics_file.write(step, {f"eval/{result.name}/{what}": value for what, value in result.figures.items()})
         figures = "  ".join(f"{what} {value:.3f}" for what, value in result.figures.items())
-        progress.say(f"step {step}  {result.name} ({result.examples} examples, {result.seconds:.1f} s)  {figures}")
+        lost = f", {len(result.faults)} records left out" if result.faults else ""
+        progress.say(
+            f"step {step}  {result.name} ({result.examples} examples{lost}, {result.seconds:.1f} s)  {figures}"
+        )
         results.append(result)
     return results
 

@@ -133,8 +133,19 @@ def test_the_file_of_faults_is_bounded(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_source_without_one_good_record(tmp_path: Path) -> None:
     path = str(write_tar(tmp_path / "a.tar", {f"{i}.png": b"no picture" for i in range(50)}))
     broken = stream(data({"tars": SourceConfig(format="webdataset", path=path)}))
-    with pytest.raises(DataError, match=r"cannot be read as an image.*\(nor can the 31 records after it be used\)"):
+    with pytest.raises(DataError, match=r"cannot be read as an image.*\(nor can 31 others be used"):
         next(broken.batches())
+
+
+def test_a_whole_archive_that_is_broken_does_not_stop_what_is_left(tmp_path: Path) -> None:
+    picture = encoded(records("image", 1)[0])
+    write_tar(tmp_path / "a.tar", {f"{i:03}.png": b"no picture" for i in range(100)})
+    write_tar(tmp_path / "b.tar", {f"{i:03}.png": picture for i in range(300)})
+    tars = SourceConfig(format="webdataset", path=str(tmp_path))
+    config = DataConfig(sources={"tars": tars}, visual=VISUAL, examples=ExampleConfig(), batch_size=400)
+    rows = stream(config).batch(0).rows
+    assert all(row.example.key.startswith("b/") for row in rows)
+    assert sum(bool(row.faults) for row in rows) == 100
 
 
 def test_what_is_no_fault_of_a_record_ends_the_run_with_its_key(monkeypatch: pytest.MonkeyPatch) -> None:
