@@ -19,7 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from data_pipelines.examples import ExampleConfig, InstructionConfig
-from data_pipelines.loader import DataConfig, SourceConfig
+from data_pipelines.loader import DataConfig
+from data_pipelines.sources.config import SourceConfig
+from data_pipelines.visual import VisualConfig
 from mplug2_jax.model.config import SpecialTokens, model_config
 from mplug2_jax.parallel.mesh import MeshConfig, make_mesh
 from mplug2_jax.parallel.placement import put_batch
@@ -36,10 +38,13 @@ def plan(args: argparse.Namespace) -> Blueprint:
         attention_dropout=args.dropout,
     )  # fmt: skip
     caption = ExampleConfig(instructions={"caption": InstructionConfig(templates=("",))}, target_length=args.tokens)
-    source = SourceConfig(kind="video", image_size=args.image_size, num_frames=args.frames)
-    stream = StreamConfig(
-        data=DataConfig(source=source, examples=caption, batch_size=args.batch), objectives={"caption": 1.0}
+    data = DataConfig(
+        sources={"digits": SourceConfig(kind="video")},
+        visual=VisualConfig(image_size=args.image_size, num_frames=args.frames),
+        examples=caption,
+        batch_size=args.batch,
     )
+    stream = StreamConfig(data=data, objectives={"caption": 1.0})
     config = RunConfig(name="benchmark", steps=1000, model=model, streams={"video": stream})
     return plan_run(config, SpecialTokens(), make_mesh(MeshConfig()))
 

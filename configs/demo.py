@@ -8,7 +8,8 @@ one sentence follows from another (ILM).
 from ml_collections import ConfigDict
 
 from data_pipelines.examples import ExampleConfig, InstructionConfig
-from data_pipelines.loader import DataConfig, SourceConfig
+from data_pipelines.loader import DataConfig
+from data_pipelines.sources.config import SourceConfig
 from mplug2_jax.config import as_recipe
 from mplug2_jax.evaluation.loop import EvaluationConfig
 from mplug2_jax.generation.beam import SearchConfig
@@ -36,7 +37,7 @@ def get_config() -> ConfigDict:
 
     def stream(kind: str, examples: ExampleConfig, batch_size: int, **objectives: float) -> StreamConfig:
         return StreamConfig(
-            data=DataConfig(source=SourceConfig(kind=kind), examples=examples, batch_size=batch_size),
+            data=DataConfig(sources={"digits": SourceConfig(kind=kind)}, examples=examples, batch_size=batch_size),
             objectives=objectives,
         )
 
@@ -47,7 +48,7 @@ def get_config() -> ConfigDict:
         return EvaluationConfig(
             task=task,
             data=DataConfig(
-                source=SourceConfig(kind=kind, split="heldout", size=size),
+                sources={"digits": SourceConfig(kind=kind, split="heldout", size=size)},
                 examples=ExampleConfig(**{**lengths, **examples}),
                 batch_size=64,
             ),

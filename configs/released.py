@@ -2,8 +2,8 @@
 
 Sizes, rates and lengths are those of its recipes for MSRVTT (8 GPUs). Use it to continue from the release's weights or
 to compare with its numbers; our own recipes have none of the quirks, each of which is marked below. DigitWorld stands
-in for the annotation files until sources that read files are here; with them come the quirks of pixels and frames in
-training (crops that wrap, last frames of an interval never seen), whose arithmetic ``data_pipelines.frames`` has.
+in for MSRVTT, so that the recipe runs anywhere; with the release's files, override each ``sources.clips``: its
+``format=annotations``, ``path``, ``media``, ``split`` (empty) and ``size=none``.
 
 Part of the architecture, and so always on: question text runs through the universal layers without cross attention,
 the last universal layer swaps query and memory, two LayerNorm epsilons, two GELUs, no gradient for the padding row.
@@ -13,8 +13,10 @@ Left out on purpose: starting from a checkpoint deletes the fusion encoder's wei
 from ml_collections import ConfigDict
 
 from data_pipelines.examples import ExampleConfig, InstructionConfig
-from data_pipelines.loader import DataConfig, SourceConfig
+from data_pipelines.loader import DataConfig
+from data_pipelines.sources.config import SourceConfig
 from data_pipelines.text import RELEASE_PROMPT
+from data_pipelines.visual import VisualConfig
 from mplug2_jax.config import as_recipe
 from mplug2_jax.errors import UserError, did_you_mean
 from mplug2_jax.evaluation.loop import EvaluationConfig
@@ -63,12 +65,16 @@ def recipe(task: str, model: ModelConfig) -> ConfigDict:
         search = SearchConfig(beams=5, min_length=1, max_length=10, extend_finished=True)
 
     def data(split: str, batch_size: int, records: int) -> DataConfig:
-        source = SourceConfig(
-            kind="video", split=split, size=records, image_size=model.image_size, num_frames=4 if tiny else 16,
-            # Frames are resized by the nearest pixel when the model is asked.
-            resize="nearest",
+        source = SourceConfig(kind="video", split=split, size=records)
+        train = split == "train"
+        visual = VisualConfig(
+            image_size=model.image_size, num_frames=4 if tiny else 16,
+            # An interval's last frame is never drawn.
+            sampling="random" if train else "middle",
+            # In training what overshoots in bicubic crops wraps round; asked, frames are resized by the nearest pixel.
+            transform="released_train" if train else "released_test",
         )  # fmt: skip
-        return DataConfig(source=source, examples=examples, batch_size=batch_size)
+        return DataConfig(sources={"clips": source}, visual=visual, examples=examples, batch_size=batch_size)
 
     batch_size = 8 if tiny else 64 if caption else 32
     return as_recipe(

@@ -1,6 +1,6 @@
 """From a record to an example: which caption, which instruction, which answer, as token ids of fixed length.
 
-Everything random comes from the generator that is passed in, which the loader makes from (seed, index).
+Everything random comes from the generator that is passed in, which the loader makes from (seed, record, epoch).
 """
 
 import dataclasses
@@ -23,7 +23,8 @@ from data_pipelines.text import (
     release_prompt_length,
     release_read_caption,
 )  # fmt: skip
-from data_pipelines.tokenizers import Tokenizer, WordPieceTokenizer
+from data_pipelines.tokenizers import Tokenizer, WordPieceTokenizer, fingerprint
+from data_pipelines.visual import Visual
 
 InstructionKind = Literal["caption", "question", "label", "box", "entailment"]
 BOX_BINS = 32
@@ -95,6 +96,7 @@ class Example:
     text: str = ""
     instruction: str = ""
     answers: tuple[str, ...] = ()  # every answer that is right; the first is the target
+    times: tuple[float, ...] = ()  # seconds from the start of the clip, for every frame
 
 
 def box_words(box: tuple[float, float, float, float]) -> str:
@@ -122,7 +124,7 @@ def _captioned(record: Record, rng: np.random.Generator) -> Instructed:
 
 def _questioned(record: Record, rng: np.random.Generator) -> Instructed:
     question = record.questions[rng.integers(len(record.questions))]
-    return {"question": question.question}, (question.answer,)
+    return {"question": question.question}, (question.answer, *question.others)
 
 
 def _labelled(record: Record, rng: np.random.Generator) -> Instructed:
@@ -148,23 +150,27 @@ _KINDS: Mapping[InstructionKind, tuple[str, Callable[[Record, np.random.Generato
 }
 
 
-def make_example(record: Record, config: ExampleConfig, tokenizer: Tokenizer, rng: np.random.Generator) -> Example:
-    """One training or evaluation example of a record.
+def make_example(
+    record: Record,
+    config: ExampleConfig,
+    tokenizer: Tokenizer,
+    rng: np.random.Generator,
+    visual: Visual | None = None,
+) -> Example:
+    """One training or evaluation example of a record; ``visual`` is what became of its picture or clip.
 
     Raises:
         DataError: the record has nothing that the config asks for.
     """
-    arrays: dict[str, NDArray[Any]] = {"example_id": np.asarray(example_id(record.key), np.int64)}
+    arrays: dict[str, NDArray[Any]] = {"example_id": np.asarray(example_id(record.picture or record.key), np.int64)}
     text = instruction = ""
     answers: tuple[str, ...] = ()
-    if record.frames is not None:
-        arrays["frames"] = record.frames
+    if visual is not None:
+        arrays["frames"] = visual.frames
+    check_record(record, config)
     if config.text_length:
-        choices = record.captions if config.text == "caption" else record.texts
-        if not choices:
-            raise DataError(f"record {record.key} has no {config.text}, which the stream's examples ask for")
-        text = choices[rng.integers(len(choices))]
-        arrays["text"], arrays["text_mask"] = _padded(_text_ids(text, config, tokenizer), config.text_length)
+        text, ids = _choose_text(record, config, tokenizer, rng)
+        arrays["text"], arrays["text_mask"] = _padded(ids, config.text_length)
         if config.word_starts:
             arrays["word_starts"] = tokenizer.word_starts(arrays["text"].tolist())
     if config.instructions:
@@ -175,15 +181,46 @@ def make_example(record: Record, config: ExampleConfig, tokenizer: Tokenizer, rn
         ids, unlearned = _target_ids(kind, answers[0], config, tokenizer)
         arrays["target"], mask = _padded(ids, config.target_length)
         arrays["target_weights"] = (mask & (np.arange(config.target_length) >= unlearned)).astype(np.float32)
-    return Example(arrays, record.key, text, instruction, answers)
+    times = () if visual is None else tuple(visual.times.tolist())
+    return Example(arrays, record.key, text, instruction, answers, times)
+
+
+def check_record(record: Record, config: ExampleConfig) -> None:
+    """Checks that a record has something of all that examples are made of.
+
+    Raises:
+        DataError: names what it lacks.
+    """
+    if config.text_length and not (record.captions if config.text == "caption" else record.texts or record.tokens):
+        raise DataError(f"record {record.key} has no {config.text}, which the stream's examples ask for")
+    if config.instructions and not _kinds(record, config):
+        raise DataError(f"record {record.key} has none of what is asked for: {', '.join(config.instructions)}")
+
+
+def _kinds(record: Record, config: ExampleConfig) -> list[InstructionKind]:
+    return [kind for kind in config.instructions if getattr(record, _KINDS[kind][0])]
+
+
+def _choose_text(
+    record: Record, config: ExampleConfig, tokenizer: Tokenizer, rng: np.random.Generator
+) -> tuple[str, list[int]]:
+    """One of the record's texts, and its ids."""
+    choices = record.captions if config.text == "caption" else record.texts
+    if choices or not record.tokens:
+        text = choices[rng.integers(len(choices))]
+        return text, _text_ids(text, config, tokenizer)
+    if len(record.tokens) > config.text_length or record.tokenizer != fingerprint(tokenizer):
+        raise DataError(
+            f"record {record.key} has {len(record.tokens)} tokens of tokeniser {record.tokenizer}, expected at most "
+            f"text_length={config.text_length} of {fingerprint(tokenizer)}; cut the corpus again"
+        )
+    return tokenizer.decode(record.tokens), list(record.tokens)
 
 
 def _instruct(
     record: Record, config: ExampleConfig, rng: np.random.Generator
 ) -> tuple[InstructionKind, str, tuple[str, ...]]:
-    kinds = [kind for kind in config.instructions if getattr(record, _KINDS[kind][0])]
-    if not kinds:
-        raise DataError(f"record {record.key} has none of what is asked for: {', '.join(config.instructions)}")
+    kinds = _kinds(record, config)
     weights = np.array([config.instructions[kind].weight for kind in kinds])
     kind = kinds[rng.choice(len(kinds), p=weights / weights.sum())]
     words, answers = _KINDS[kind][1](record, rng)

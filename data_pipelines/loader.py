@@ -1,160 +1,282 @@
-"""Batches in an order that is a function of (seed, step) alone, by Grain.
+"""Streams of batches: records in the order of :mod:`data_pipelines.order`, made into examples, stacked.
 
-Step N's global batch is examples N*B .. (N+1)*B of an endless, reshuffled sequence; a host builds its contiguous rows
-of it. So any number of hosts sees the same batches, and a run resumes at any step without replay.
+A record that cannot be used is replaced by the next good one of its source, so that what step N holds stays a function
+of (seed, N) and of the files.
 """
 
 import dataclasses
-import zlib
-from collections.abc import Iterator, Mapping
-from typing import Any, Literal, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipelines.digitworld.source import DigitWorld
 from data_pipelines.errors import DataError
 from data_pipelines.examples import Example, ExampleConfig, make_example
-from data_pipelines.record import Source
+from data_pipelines.faults import Fault
+from data_pipelines.order import WHOLE, Pick, Rows, Shard, endless_order
+from data_pipelines.record import Kind, Record, Source
+from data_pipelines.sources.config import SourceConfig
 from data_pipelines.tokenizers import Tokenizer
+from data_pipelines.visual import Visual, VisualConfig, load_visual
 
 HostBatch = dict[str, NDArray[Any]]
-Element = TypeVar("Element")
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SourceConfig:
-    """Which records. DigitWorld makes its own; sources that read files will bring theirs."""
-
-    name: Literal["digitworld"] = "digitworld"
-    kind: Literal["image", "video", "text"] = "image"
-    split: Literal["train", "heldout"] = "train"
-    seed: int = 0
-    size: int = 100_000
-    image_size: int = 32
-    num_frames: int = 4
-    resize: Literal["bicubic", "nearest"] = "bicubic"  # files to image_size; DigitWorld draws at that size
-
-    def open(self) -> Source:
-        """The source itself.
-
-        Raises:
-            DataError: an empty source, or arguments out of range.
-        """
-        if self.size < 1:
-            raise DataError(
-                f"the source {self.name} ({self.kind}, {self.split}) is empty: source.size={self.size}, expected at "
-                "least 1"
-            )
-        return DigitWorld(
-            self.kind, split=self.split, seed=self.seed, size=self.size, image_size=self.image_size,
-            num_frames=self.num_frames,
-        )  # fmt: skip
+NEAR, FAR = 16, 16
+"""Records tried in place of an unusable one before its source is given up: its neighbours, then some all over it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """A stream of batches: records, what becomes of them, and how many at a time over all hosts."""
 
-    source: SourceConfig
+    sources: Mapping[str, SourceConfig]
+    temperature: float | None = None  # shares are weight * records ** (1 / temperature); None: the weights alone
+    visual: VisualConfig = VisualConfig()
     examples: ExampleConfig
     batch_size: int
+    drop_remainder: bool = False  # an epoch's last records that fill no batch; else a batch may span two epochs
+    max_skipped: float = 0.01  # share of a source's records that may be unusable before the run stops
     threads: int = 2
     prefetch: int = 64  # examples that a host holds ready
 
-
-@dataclasses.dataclass(frozen=True)
-class Shard:
-    """Which rows of every global batch a host builds."""
-
-    index: int = 0
-    count: int = 1
-
-    def rows(self, batch_size: int) -> int:
-        """Rows per host.
+    def __post_init__(self) -> None:
+        """Checks that the sources make one stream.
 
         Raises:
-            DataError: a batch that the hosts cannot share evenly.
+            DataError: no sources, sources of several kinds, shares or settings out of range.
         """
-        if batch_size % self.count:
-            raise DataError(f"batch_size={batch_size} is not a multiple of the {self.count} processes that share it")
-        return batch_size // self.count
+        kinds = {source.kind for source in self.sources.values()}
+        if len(kinds) != 1:
+            found = ", ".join(f"{name} ({source.kind})" for name, source in self.sources.items()) or "none"
+            raise DataError(f"a stream needs sources of one kind, found {found}; give each kind a stream of its own")
+        for name, source in self.sources.items():
+            if not 0 < source.weight < float("inf"):
+                raise DataError(
+                    f"sources.{name}.weight={source.weight} should be above 0; leave the source out instead"
+                )
+        if self.temperature is not None and not self.temperature > 0:
+            raise DataError(f"temperature={self.temperature} should be above 0, or none for the weights alone")
+        if not 0 <= self.max_skipped <= 1:
+            raise DataError(f"max_skipped={self.max_skipped} is a share, expected 0 to 1")
+        if self.drop_remainder and len(self.sources) > 1:
+            raise DataError("drop_remainder needs a single source: the epochs of a mixture end at different times")
+
+    @property
+    def kind(self) -> Kind:
+        """What the records are taken for."""
+        return next(iter(self.sources.values())).kind
 
 
-class _Rows(grain.MapDataset[Element]):
-    """A host's part of an endless example sequence, from a given step on."""
+class Made(NamedTuple):
+    """An example, where it was wanted, and the records that it stands in for."""
 
-    def __init__(self, parent: grain.MapDataset[Element], batch_size: int, shard: Shard, start_step: int) -> None:
-        super().__init__(parent)
-        self._batch, self._rows = batch_size, shard.rows(batch_size)
-        self._first = start_step * batch_size + shard.index * self._rows
-
-    def __len__(self) -> int:
-        return len(self._parent)
-
-    def __getitem__(self, index: int) -> Element:
-        step, row = divmod(index, self._rows)
-        return self._parent[self._first + step * self._batch + row]
+    pick: Pick
+    example: Example
+    faults: tuple[Fault, ...] = ()
 
 
-class _MakeArrays(grain.transforms.RandomMap):
-    """A record as arrays; Grain passes a generator that depends on (seed, index) alone."""
+class LoadedBatch(NamedTuple):
+    """A host's rows of a batch as arrays, and row by row what they were made of."""
 
-    def __init__(self, config: ExampleConfig, tokenizer: Tokenizer) -> None:
-        self._config, self._tokenizer = config, tokenizer
-
-    def random_map(self, element: Any, rng: np.random.Generator) -> HostBatch:
-        return dict(make_example(element, self._config, self._tokenizer, rng).arrays)
+    arrays: HostBatch
+    rows: Sequence[Made]
 
 
-def example_sequence(config: DataConfig, tokenizer: Tokenizer, *, name: str, seed: int) -> grain.MapDataset[HostBatch]:
-    """The endless sequence of examples of a stream: shuffled anew in every epoch, random access."""
-    dataset = grain.MapDataset.source(config.source.open()).seed(zlib.crc32(f"{seed}/{name}".encode()))
-    return dataset.shuffle().repeat().random_map(_MakeArrays(config.examples, tokenizer))
+class _Unusable(DataError):
+    """One record that cannot be used."""
+
+    def __init__(self, fault: Fault) -> None:
+        super().__init__(fault.reason)
+        self.fault = fault
 
 
-def training_batches(
-    config: DataConfig,
-    tokenizer: Tokenizer,
-    *,
-    name: str,
-    seed: int,
-    start_step: int = 0,
-    shard: Shard = Shard(),
-) -> Iterator[HostBatch]:
-    """This host's rows of the batches of step ``start_step``, ``start_step + 1``, ... without end."""
-    rows: grain.MapDataset[HostBatch] = _Rows(
-        example_sequence(config, tokenizer, name=name, seed=seed), config.batch_size, shard, start_step
-    )
-    options = grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=config.prefetch)
-    return iter(rows.to_iter_dataset(options).batch(shard.rows(config.batch_size)))
+class _Maker:
+    """The opened sources of a stream, and how one of their records becomes an example."""
+
+    def __init__(self, config: DataConfig, tokenizer: Tokenizer, name: str, seed: int) -> None:
+        visual = config.visual
+        if config.kind == "image":  # a picture is one frame, however many a clip would have
+            visual = dataclasses.replace(visual, num_frames=1)
+        self.sources: Mapping[str, Source] = {key: source.open(visual) for key, source in config.sources.items()}
+        self._config, self._visual, self._tokenizer, self._name, self._seed = config, visual, tokenizer, name, seed
+
+    def make(self, pick: Pick) -> Example:
+        """One example. Raises _Unusable, or with the record's key whatever is no fault of the record's."""
+        key = f"record {pick.index}"
+        try:
+            record = self.sources[pick.source][pick.index]
+            key = record.key
+            visual = self._see(record, pick.rng(self._seed, self._name, "visual"))
+            rng = pick.rng(self._seed, self._name, "text")
+            return make_example(record, self._config.examples, self._tokenizer, rng, visual)
+        except DataError as error:
+            raise _Unusable(Fault(pick.source, key, str(error))) from error
+        except Exception as error:
+            error.add_note(f"while making an example of {key} of source '{pick.source}'")
+            raise
+
+    def _see(self, record: Record, rng: np.random.Generator) -> Visual | None:
+        if self._config.kind == "text":
+            return None
+        if record.media is not None and record.media.kind != self._config.kind:
+            raise DataError(f"{record.media.name} is taken for a {record.media.kind}, expected a {self._config.kind}")
+        seen = record.frames if record.media is None else record.media
+        if seen is None:
+            raise DataError(f"record {record.key} has no {self._config.kind}, which its stream is made of")
+        return load_visual(seen, self._visual, rng)
+
+    def make_or_replace(self, pick: Pick) -> Made:
+        """The example of a record, or of the next good one of its source.
+
+        Raises:
+            DataError: none of those that were tried can be used.
+        """
+        faults: list[Fault] = []
+        for index in _places(pick.index, len(self.sources[pick.source])):
+            try:
+                return Made(pick, self.make(dataclasses.replace(pick, index=index)), tuple(faults))
+            except _Unusable as unusable:
+                faults.append(unusable.fault)
+        raise DataError(f"{faults[0].reason} (nor can {len(faults) - 1} others be used that were tried in its place)")
+
+
+def _places(index: int, records: int) -> list[int]:
+    """A record and those that stand in for it. A whole archive may be broken, so not all of them are neighbours."""
+    if records <= NEAR + FAR:
+        return [(index + ahead) % records for ahead in range(records)]
+    far = [records * i // (FAR + 1) for i in range(1, FAR + 1)]
+    return [(index + ahead) % records for ahead in (*range(NEAR), *far)]
+
+
+class Stream:
+    """A stream, opened: an endless sequence of examples with random access, and its batches.
+
+    Args:
+        config: what it is made of.
+        tokenizer: for its texts.
+        name: of the stream; streams with other names see other orders and draws.
+        seed: of the run.
+
+    Raises:
+        DataError: a source that is missing or empty.
+    """
+
+    def __init__(self, config: DataConfig, tokenizer: Tokenizer, *, name: str, seed: int) -> None:
+        self._config, self._seed = config, seed
+        self._maker = _Maker(config, tokenizer, name, seed)
+        multiple = config.batch_size if config.drop_remainder else 1
+        for key, source in self._maker.sources.items():
+            if len(source) < multiple:
+                raise DataError(
+                    f"sources.{key} has {len(source)} records, too few for a batch of {multiple} with drop_remainder"
+                )
+        self._order = endless_order(self.records, self.shares(), stream=name, seed=seed, multiple=multiple)
+        self.examples: grain.MapDataset[Made] = self._order.map(self._maker.make_or_replace)
+
+    @property
+    def records(self) -> Mapping[str, int]:
+        """Number of records of each source."""
+        return {name: len(source) for name, source in self._maker.sources.items()}
+
+    def shares(self) -> Mapping[str, float]:
+        """How much of the mixture each source is; the shares add up to 1."""
+        temperature, records = self._config.temperature, self.records
+        raw = {
+            name: source.weight * (records[name] ** (1 / temperature) if temperature is not None else 1.0)
+            for name, source in self._config.sources.items()
+        }
+        return {name: share / sum(raw.values()) for name, share in raw.items()}
+
+    def position(self) -> Mapping[str, Any]:
+        """All that decides which records a step holds, besides the step."""
+        return {"batch_size": self._config.batch_size, "seed": self._seed, "records": dict(self.records)}
+
+    def batch(self, step: int) -> LoadedBatch:
+        """The whole batch that step ``step`` (the first is 0) sees, built from its number alone."""
+        size = self._config.batch_size
+        return _stacked([self.examples[step * size + row] for row in range(size)])
+
+    def batches(self, start_step: int = 0, shard: Shard = WHOLE) -> Iterator[LoadedBatch]:
+        """This host's rows of the batches of step ``start_step``, ``start_step + 1``, ... without end."""
+        rows: grain.MapDataset[Made] = Rows(self.examples, self._config.batch_size, shard, start_step)
+        made = iter(rows.to_iter_dataset(_read_options(self._config)))
+        while True:
+            yield _stacked([next(made) for _ in range(shard.rows(self._config.batch_size))])
+
+
+def _stacked(rows: Sequence[Made]) -> LoadedBatch:
+    return LoadedBatch(stack([made.example.arrays for made in rows]), rows)
+
+
+class EvaluationBatch(NamedTuple):
+    """A host's rows of a batch; ``example_mask`` is False in those that stand for no example."""
+
+    arrays: HostBatch
+    examples: Sequence[Example]  # of the rows that stand for one
+    faults: Sequence[Fault]
+
+
+class _Padding:
+    """A row behind the last record."""
 
 
 class EvaluationSet:
-    """The first examples of a source in their own order, each with the words it was made of."""
+    """The examples of a stream's sources, one source after the other, each in its own order.
 
-    def __init__(self, source: SourceConfig, examples: ExampleConfig, tokenizer: Tokenizer, *, seed: int) -> None:
-        self._source, self._config, self._tokenizer, self._seed = source.open(), examples, tokenizer, seed
+    A record that cannot be used is left out, not replaced: nothing may count twice.
+    """
+
+    def __init__(self, config: DataConfig, tokenizer: Tokenizer, *, name: str, seed: int) -> None:
+        self._config = config
+        self._maker = _Maker(config, tokenizer, name, seed)
+        self._picks = [(name, len(source)) for name, source in self._maker.sources.items()]
 
     def __len__(self) -> int:
-        return len(self._source)
+        return sum(length for _, length in self._picks)
+
+    def _pick(self, index: int) -> Pick:
+        for name, length in self._picks:
+            if index < length:
+                return Pick(name, index, 0)
+            index -= length
+        raise IndexError(f"record {index} beyond the end of an evaluation")
 
     def __getitem__(self, index: int) -> Example:
-        rng = np.random.default_rng([self._seed, index])
-        return make_example(self._source[index], self._config, self._tokenizer, rng)
+        """One example. Raises DataError if its record cannot be used."""
+        return self._maker.make(self._pick(index))
 
-    def batches(self, batch_size: int, shard: Shard = Shard()) -> Iterator[tuple[HostBatch, list[Example]]]:
-        """This host's rows of every batch, and their examples; the last batch is padded, ``example_mask`` tells."""
-        rows = shard.rows(batch_size)
-        for start in range(shard.index * rows, -(-len(self) // batch_size) * batch_size, batch_size):
-            examples = [self[i] for i in range(start, min(start + rows, len(self)))]
-            padding = [(examples or [self[0]])[0]] * (rows - len(examples))
-            batch = stack([example.arrays for example in (*examples, *padding)])
-            batch["example_mask"] = np.arange(rows) < len(examples)
-            yield batch, examples
+    def first(self) -> Example:
+        """The first example that can be made. Raises DataError if none of those that were tried can."""
+        return self._maker.make_or_replace(self._pick(0)).example
+
+    def batches(self, shard: Shard = WHOLE) -> Iterator[EvaluationBatch]:
+        """This host's rows of every batch; the last batch is padded."""
+        size, padding = self._config.batch_size, self.first()
+        rows, steps = shard.rows(size), -(-len(self) // size)
+        indices: grain.MapDataset[int] = Rows(grain.MapDataset.range(steps * size), size, shard, 0)
+        made = iter(indices[: steps * rows].map(self._try).to_iter_dataset(_read_options(self._config)))
+        for _ in range(steps):
+            tried = [next(made) for _ in range(rows)]
+            examples = [row for row in tried if isinstance(row, Example)]
+            arrays = stack([(row if isinstance(row, Example) else padding).arrays for row in tried])
+            arrays["example_mask"] = np.array([isinstance(row, Example) for row in tried])
+            yield EvaluationBatch(arrays, examples, [row for row in tried if isinstance(row, Fault)])
+
+    def _try(self, index: int) -> Example | Fault | _Padding:
+        if index >= len(self):
+            return _Padding()
+        try:
+            return self[index]
+        except _Unusable as unusable:
+            return unusable.fault
 
 
-def stack(examples: list[Mapping[str, NDArray[Any]]]) -> HostBatch:
+def _read_options(config: DataConfig) -> grain.ReadOptions:
+    return grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=config.prefetch)
+
+
+def stack(examples: Sequence[Mapping[str, NDArray[Any]]]) -> HostBatch:
     """Arrays of examples with a leading axis for them."""
     return {key: np.stack([example[key] for example in examples]) for key in examples[0]}

@@ -6,16 +6,20 @@ from typing import Literal, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import UInt8
 
+from data_pipelines.media import Media
+
+Kind = Literal["image", "video", "text"]
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1 in 0..1 of the frame, x to the right, y down
 
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A question and its one right answer; ``kind`` groups questions for reports ("colour", "count", ...)."""
+    """A question and its right answer; ``kind`` groups questions for reports ("colour", "count", ...)."""
 
     question: str
     answer: str
     kind: str = ""
+    others: tuple[str, ...] = ()  # further answers that people gave, the most frequent first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,13 +44,17 @@ class Record:
     """One record of a source. Whatever a source does not know is empty."""
 
     key: str  # stable and unique inside its source
-    frames: UInt8[np.ndarray, "t y x 3"] | None = None  # an image is one frame
+    picture: str = ""  # what is shown, where several records show the same; empty: the key
+    frames: UInt8[np.ndarray, "t y x 3"] | None = None  # pixels, of sources that draw them; an image is one frame
+    media: Media | None = None  # what other sources bring; decoded once the record was chosen
     captions: tuple[str, ...] = ()
     questions: tuple[Question, ...] = ()
     expressions: tuple[Expression, ...] = ()
     label: str | None = None
     texts: tuple[str, ...] = ()
     entailments: tuple[Entailment, ...] = ()
+    tokens: tuple[int, ...] = ()  # a piece of a corpus that was cut beforehand, special tokens included
+    tokenizer: str = ""  # the fingerprint of the tokeniser that cut it
 
 
 @runtime_checkable

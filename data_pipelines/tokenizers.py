@@ -5,6 +5,8 @@ ordinary pieces, so that no data set can end a sequence early (``data_pipelines.
 does recognise it).
 """
 
+import functools
+import hashlib
 import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -51,6 +53,9 @@ class Tokenizer(Protocol):
 
     def save(self, directory: Path) -> Path:
         """Writes the tokeniser into a directory that ``load_tokenizer`` reads; returns the file."""
+
+    def __hash__(self) -> int:
+        """By identity, for what is worked out once for a tokeniser."""
 
 
 def _frame(pieces: list[int], cls_id: int, sep_id: int, max_length: int | None, close: bool) -> list[int]:
@@ -193,6 +198,13 @@ class SentencePieceTokenizer:
         path = directory / SENTENCEPIECE_FILE
         path.write_bytes(self._model)
         return path
+
+
+@functools.lru_cache(maxsize=8)
+def fingerprint(tokenizer: Tokenizer) -> str:
+    """A name for a vocabulary: equal for tokenisers whose ids mean the same pieces."""
+    pieces = "\n".join(tokenizer.tokens(range(tokenizer.vocab_size)))
+    return hashlib.blake2b(pieces.encode(), digest_size=8).hexdigest()
 
 
 def load_tokenizer(path: Path) -> Tokenizer:

@@ -3,7 +3,9 @@
 from typing import Any
 
 from data_pipelines.examples import ExampleConfig, InstructionConfig
-from data_pipelines.loader import DataConfig, SourceConfig
+from data_pipelines.loader import DataConfig
+from data_pipelines.sources.config import SourceConfig
+from data_pipelines.visual import VisualConfig
 from mplug2_jax.evaluation.loop import EvaluationConfig
 from mplug2_jax.generation.beam import SearchConfig
 from mplug2_jax.model.config import ModelConfig, model_config
@@ -13,6 +15,7 @@ from mplug2_jax.training.optimizer import AdamWConfig
 from mplug2_jax.training.schedule import ScheduleConfig
 
 QUESTION = {"question": InstructionConfig(templates=("{question}",))}
+SMALL = VisualConfig(image_size=16, num_frames=2)
 ENTAILMENT = {"entailment": InstructionConfig(templates=("{premise} means {hypothesis}?",))}
 
 
@@ -28,8 +31,9 @@ def small_model(**overrides: Any) -> ModelConfig:
 
 def stream(kind: str, batch_size: int, examples: ExampleConfig, **objectives: float) -> StreamConfig:
     """A stream of DigitWorld at 16 pixels and 2 frames."""
-    source = SourceConfig(kind=kind, image_size=16, num_frames=2, size=1000)
-    return StreamConfig(data=DataConfig(source=source, examples=examples, batch_size=batch_size), objectives=objectives)
+    sources = {"digits": SourceConfig(kind=kind, size=1000)}
+    data = DataConfig(sources=sources, visual=SMALL, examples=examples, batch_size=batch_size)
+    return StreamConfig(data=data, objectives=objectives)
 
 
 def small_run(**overrides: Any) -> RunConfig:
@@ -39,7 +43,8 @@ def small_run(**overrides: Any) -> RunConfig:
         text="sentence", text_length=12, instructions=ENTAILMENT, instruction_length=16, target_length=4
     )
     heldout = DataConfig(
-        source=SourceConfig(kind="image", split="heldout", image_size=16, size=10),
+        sources={"digits": SourceConfig(kind="image", split="heldout", size=10)},
+        visual=SMALL,
         examples=ExampleConfig(instructions=QUESTION, instruction_length=12, target_length=6),
         batch_size=8,
     )

@@ -37,3 +37,15 @@ def test_torch_runtime(repository: Path) -> None:
     out = printed(repository, "torch_runtime.py", "--size", "tiny", "--rounds", "1")
     for call in ("forward", "training step"):
         assert re.search(rf"^{call} +[\d.]+ s +[\d.]+ s +[\d.]+ +[\d.]+ +[\d.]+$", out, re.MULTILINE), out
+
+
+@pytest.mark.slow
+def test_data(repository: Path) -> None:
+    few = ("--pictures", "16", "--clips", "2", "--index", "30000", "--steps", "6", "--repeats", "1")
+    out = printed(repository, "data.py", *few)
+    for figure in (
+        r"JPEG, crop, 224: share of the bare loop on one core +\d+%", r"video, .*: two threads against one +[\d.]+x",
+        r"index of 30,000 records: opened in +[\d.]+ s", r"at step 0, and at step 1,000,000 +[\d.]+ s, [\d.]+ s",
+        r"waiting for data +[\d.]+%",
+    ):  # fmt: skip
+        assert re.search(figure, out), out

@@ -35,7 +35,9 @@ def test_quirks_are_on_in_the_released_recipes_and_off_in_ours() -> None:
         assert quirky.tasks.search.extend_finished
         assert quirky.model.positions_init == "zeros"
         assert stream.examples.form == "released"
-        assert stream.source.resize == "nearest"
+        assert (stream.visual.transform, stream.visual.sampling) == ("released_train", "random")
+        heldout = next(iter(quirky.evaluations.values())).data.visual
+        assert (heldout.transform, heldout.sampling) == ("released_test", "middle")
     assert next(iter(caption.streams.values())).data.examples.prompt == "a video of"
     assert caption.tasks.distillation is None
     inert = answers.tasks.distillation

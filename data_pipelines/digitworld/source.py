@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Iterator
-from typing import Literal, SupportsIndex, TypeVar, get_args
+from typing import SupportsIndex, TypeVar, get_args
 
 import numpy as np
 
@@ -11,9 +11,8 @@ from data_pipelines.digitworld.digits import Split
 from data_pipelines.digitworld.render import box_of, render
 from data_pipelines.digitworld.scene import DIGITS, DIRECTIONS, Scene, draw_scene
 from data_pipelines.errors import DataError
-from data_pipelines.record import Expression, Record
+from data_pipelines.record import Expression, Kind, Record
 
-Kind = Literal["image", "video", "text"]
 Choice = TypeVar("Choice", bound=str)
 
 KINDS: tuple[Kind, ...] = get_args(Kind)

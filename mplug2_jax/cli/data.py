@@ -1,10 +1,11 @@
-"""``mplug2 data``: tokenisers and samples."""
+"""``mplug2 data``: tokenisers and samples; ``data_files`` adds what reads and writes data sets."""
 
 import argparse
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mplug2_jax.cli import data_files
 from mplug2_jax.cli.common import add_command, add_group
 from mplug2_jax.errors import UserError
 
@@ -13,9 +14,10 @@ def add_parser(commands: Any) -> None:
     """Adds the command with its sub-commands."""
     kinds = add_group(
         commands, "data",
-        what="Train tokenisers, write sample files.",
-        example="mplug2 data sample --kind video --count 2 --out runs/samples",
+        what="Look at, check and convert data; train tokenisers; write sample files.",
+        example="mplug2 data show demo --stream video_text --step 7",
     )  # fmt: skip
+    data_files.add_parsers(kinds)
     tokenizer = add_command(
         kinds, "tokenizer", run_tokenizer,
         what="Train a WordPiece or SentencePiece tokeniser on lines of text, or on DigitWorld's texts.",

@@ -118,12 +118,11 @@ def read_frames(path: Path, config: "RunConfig") -> "NDArray[Any]":
     from data_pipelines.media import media_of
     from data_pipelines.visual import VisualConfig, load_visual
 
-    sources = [stream.data.source for stream in config.streams.values()]
-    counts = [source.num_frames for source in sources if source.kind == "video"]
-    seen = [source for source in sources if source.kind != "text"]
+    data = [stream.data for stream in config.streams.values() if stream.data.kind != "text"]
+    released = any(each.visual.transform.startswith("released") for each in data)
     visual = VisualConfig(
         image_size=config.model.image_size,
-        num_frames=max(counts, default=1),
-        transform="released_test" if seen and seen[0].resize == "nearest" else "resize",
+        num_frames=max((each.visual.num_frames for each in data if each.kind == "video"), default=1),
+        transform="released_test" if released else "resize",
     )
     return load_visual(media_of(path), visual, np.random.default_rng(0)).frames

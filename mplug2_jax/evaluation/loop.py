@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from data_pipelines.errors import DataError
 from data_pipelines.examples import Example
+from data_pipelines.faults import Fault, check_share
 from data_pipelines.loader import DataConfig, EvaluationSet
 from data_pipelines.media import write_image
 from data_pipelines.tokenizers import Tokenizer
@@ -58,6 +59,7 @@ class EvaluationResult:
     figures: Mapping[str, float]
     baselines: Mapping[str, float]
     samples: tuple[Sample, ...]
+    faults: tuple[Fault, ...] = ()  # records that were left out, because they cannot be used
 
 
 class Evaluation:
@@ -82,8 +84,8 @@ class Evaluation:
         where = f"config.evaluations.{name}"
         check_batch(f"{where}.data.batch_size", config.data.batch_size, mesh)
         try:
-            self._set = EvaluationSet(config.data.source, config.data.examples, tokenizer, seed=seed)
-            first = self._set[0]
+            self._set = EvaluationSet(config.data, tokenizer, name=name, seed=seed)
+            first = self._set.first()
         except DataError as error:
             raise UserError(f"{where}.data: {error}") from error
         task = TASKS[config.task]
@@ -102,21 +104,29 @@ class Evaluation:
         self._predict = jax.jit(lambda params, batch: predict(definition.bind(params), batch, context))
 
     def run(self, params: Params, step: int) -> EvaluationResult:
-        """Predicts all examples and scores them."""
+        """Predicts all examples and scores them.
+
+        Raises:
+            DataError: more records that cannot be used than ``data.max_skipped`` allows.
+        """
         start = time.perf_counter()
         rows: list[dict[str, NDArray[Any]]] = []
         examples: list[Example] = []
-        for batch, theirs in self._set.batches(self._config.data.batch_size):
+        faults: list[Fault] = []
+        for batch in self._set.batches():
             with jax.set_mesh(self._mesh):
-                predicted = self._predict(params, put_batch(batch, self._mesh))
-            rows.append({name: np.asarray(value)[: len(theirs)] for name, value in predicted.items()})
-            examples.extend(theirs)
+                predicted = self._predict(params, put_batch(batch.arrays, self._mesh))
+            kept = batch.arrays["example_mask"]
+            rows.append({name: np.asarray(value)[kept] for name, value in predicted.items()})
+            examples.extend(batch.examples)
+            faults.extend(batch.faults)
+        check_share(faults, len(self._set), self._config.data.max_skipped)
         predictions = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
         scored = self._score(predictions, examples, self._config.data.examples.reader(self._tokenizer))
         samples = tuple(Sample(e, s) for e, s in zip(examples, scored.said, strict=True))[: self._config.samples]
         return EvaluationResult(
             self.name, self._config.task, step, len(examples), time.perf_counter() - start, scored.figures,
-            scored.baselines, samples,
+            scored.baselines, samples, tuple(faults),
         )  # fmt: skip
 
 
@@ -138,6 +148,7 @@ def save_result(result: EvaluationResult, workdir: Path) -> Path:
         samples.append(row)
     fields = ("name", "task", "step", "examples", "seconds", "figures", "baselines")
     content = {field: getattr(result, field) for field in fields} | {"samples": samples}
+    content["skipped"] = [dataclasses.asdict(fault) for fault in result.faults]
     path = folder / f"{result.name}.json"
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")

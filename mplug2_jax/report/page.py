@@ -141,20 +141,25 @@ def _dict(value: Any) -> Mapping[str, Any]:
 
 def _stream(name: str, stream: Mapping[str, Any]) -> Stream:
     data = _dict(stream.get("data"))
-    source = _dict(data.get("source"))
     weights = _dict(stream.get("objectives"))
     return Stream(
         name=human(name),
-        source=" ".join(str(source[key]) for key in ("name", "kind") if source.get(key)),
+        source=", ".join(
+            " ".join(str(source[key]) for key in ("format", "kind") if source.get(key)) for source in _sources(stream)
+        ),
         batch_size=str(data.get("batch_size", "?")),
         objectives=", ".join(human(o) + (f" × {w}" if w != 1 else "") for o, w in weights.items()),
     )
 
 
+def _sources(stream: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [_dict(source) for source in _dict(_dict(stream.get("data")).get("sources")).values()]
+
+
 def _model(config: Mapping[str, Any]) -> str:
     """The sizes of the towers in a line; pictures only where a stream has any."""
     model, streams = _dict(config.get("model")), _dict(config.get("streams")).values()
-    kinds = {_dict(_dict(_dict(stream).get("data")).get("source")).get("kind") for stream in streams}
+    kinds = {source.get("kind") for stream in streams for source in _sources(_dict(stream))}
     rows = []
     if kinds - {"text"} and "vision_layers" in model:
         rows.append(f"vision {model['vision_layers']} × {model.get('vision_width')}")

@@ -141,7 +141,7 @@ class RunConfig:
         """The parts that the streams' objectives need, and no others."""
         return parts_for(
             [
-                (TASKS[objective], stream.data.source.kind != "text", stream.data.source.kind == "video")
+                (TASKS[objective], stream.data.kind != "text", stream.data.kind == "video")
                 for stream in self.streams.values()
                 for objective in stream.objectives
             ]

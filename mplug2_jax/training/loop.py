@@ -1,5 +1,6 @@
 """The training run, from a config to a trained model in a work directory, in the order in which it happens."""
 
+import collections
 import dataclasses
 import time
 from collections.abc import Iterator, Mapping
@@ -8,9 +9,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from data_pipelines.errors import DataError
-from data_pipelines.loader import HostBatch, Shard, example_sequence, training_batches
+from data_pipelines.faults import FaultLog
+from data_pipelines.loader import Made, Stream
+from data_pipelines.order import Shard
 from data_pipelines.tokenizers import Tokenizer
 from mplug2_jax.errors import UserError
 from mplug2_jax.evaluation.loop import Evaluation, EvaluationResult, save_result
@@ -18,6 +22,7 @@ from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.parallel.placement import check_batch, put_batch
 from mplug2_jax.planning.flops import training_flops
 from mplug2_jax.tasks import TASKS
+from mplug2_jax.training.ahead import Ahead
 from mplug2_jax.training.checkpoints import Checkpoints, Identity, Position
 from mplug2_jax.training.config import RunConfig
 from mplug2_jax.training.starting import first_state
@@ -51,7 +56,7 @@ def train(config: RunConfig, path: Path) -> list[EvaluationResult]:
         Evaluation(name, evaluation, plan.definition, plan.context, tokenizer, mesh, seed=config.seed)
         for name, evaluation in config.evaluations.items()
     ]
-    check_streams(config, tokenizer)
+    streams = open_streams(config, tokenizer)
 
     begun = None if resumes else first_state(plan)
 
@@ -63,15 +68,17 @@ def train(config: RunConfig, path: Path) -> list[EvaluationResult]:
     checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint, identity=identity)
     if resumes and checkpoints.steps():
         state, position = checkpoints.restore(plan.shapes)
-        start = check_position(position, config)
+        start = check_position(position, streams)
         progress.say(f"resuming from step {start}")
     else:
         (state, said), start = begun or first_state(plan), 0
         for line in said:
             progress.say(line)
 
-    # Data: step N's batch is a function of (seed, N), so resuming is starting there.
-    batches = stream_batches(config, tokenizer, start)
+    # Data: step N's batch is a function of (seed, N), so resuming is starting there. While a step runs, the batches of
+    # the next are made and put on the devices.
+    batches = Ahead(device_batches(streams, mesh, start))
+    faults = FaultLog(workdir.data_errors)
     step = compile_step(plan)
     metrics_file = MetricsFile(path, start)
     meter = Meter(plan, progress, metrics_file)
@@ -79,11 +86,14 @@ def train(config: RunConfig, path: Path) -> list[EvaluationResult]:
     # The loop. Metrics are read one step late, while the next step runs.
     results: list[EvaluationResult] = []
     pending: Mapping[str, jax.Array] | None = None
+    skipped: Mapping[str, int] = {}
     try:
         for number in range(start + 1, config.steps + 1):
             waiting = time.perf_counter()
-            batch = {name: put_batch(next(source), mesh) for name, source in batches.items()}
+            batch, made = next(batches)
             meter.clock.waited(time.perf_counter() - waiting)
+            for name, row in made:
+                faults.take(row.pick.source, row.faults, config.streams[name].data.max_skipped)
             if number == start + 1:
                 with meter.pause():
                     progress.say("compiling the step ...")
@@ -92,15 +102,15 @@ def train(config: RunConfig, path: Path) -> list[EvaluationResult]:
             else:
                 state, metrics = step(state, batch)
             if pending is not None:
-                meter.finished(number - 1, pending)
-            pending = metrics
+                meter.finished(number - 1, pending, skipped)
+            pending, skipped = metrics, faults.skipped()
 
             last = number == config.steps
             if last or number % config.checkpoint.every_steps == 0:
                 with meter.pause():
-                    checkpoints.save(state, position_after(number, config))
+                    checkpoints.save(state, position_after(number, streams))
             if last:
-                meter.finished(number, pending)
+                meter.finished(number, pending, skipped)
             if evaluations and (last or (config.evaluate_every and number % config.evaluate_every == 0)):
                 with meter.pause():
                     results = run_evaluations(evaluations, state, number, path, metrics_file, progress)
@@ -108,6 +118,7 @@ def train(config: RunConfig, path: Path) -> list[EvaluationResult]:
             progress.say(f"all {config.steps} steps were done before")
             results = run_evaluations(evaluations, state, start, path, metrics_file, progress)
     finally:
+        batches.close()
         checkpoints.close()
         metrics_file.close()
     return results
@@ -124,49 +135,51 @@ def describe(plan: Blueprint) -> str:
     return "\n".join(lines)
 
 
-def check_streams(config: RunConfig, tokenizer: Tokenizer) -> None:
-    """Makes the first example of every stream.
+def open_streams(config: RunConfig, tokenizer: Tokenizer) -> dict[str, Stream]:
+    """Every stream of the run, its first example made.
 
     Raises:
         UserError: a stream that has none, or whose batches lack what an objective reads.
     """
+    streams = {}
     for name, stream in config.streams.items():
         where = f"config.streams.{name}"
         try:
-            first = example_sequence(stream.data, tokenizer, name=name, seed=config.seed)[0]
+            streams[name] = Stream(stream.data, tokenizer, name=name, seed=config.seed)
+            first = streams[name].examples[0].example
         except DataError as error:
             raise UserError(f"{where}.data: {error}") from error
         for objective in stream.objectives:
-            TASKS[objective].check(set(first), where)
+            TASKS[objective].check(set(first.arrays), where)
+    return streams
 
 
-def stream_batches(config: RunConfig, tokenizer: Tokenizer, start: int) -> dict[str, Iterator[HostBatch]]:
-    """This process's part of every stream's batches, from step ``start`` on."""
+def device_batches(
+    streams: Mapping[str, Stream], mesh: Mesh, start: int
+) -> Iterator[tuple[StreamBatches, list[tuple[str, Made]]]]:
+    """The streams' batches on the devices, from step ``start`` on, and the rows that this process made of them."""
     shard = Shard(jax.process_index(), jax.process_count())
-    return {
-        name: training_batches(stream.data, tokenizer, name=name, seed=config.seed, start_step=start, shard=shard)
-        for name, stream in config.streams.items()
-    }
+    sources = {name: stream.batches(start, shard) for name, stream in streams.items()}
+    while True:
+        loaded = {name: next(source) for name, source in sources.items()}
+        rows = [(name, row) for name, batch in loaded.items() for row in batch.rows]
+        yield {name: put_batch(batch.arrays, mesh) for name, batch in loaded.items()}, rows
 
 
-def position_after(step: int, config: RunConfig) -> Position:
+def position_after(step: int, streams: Mapping[str, Stream]) -> Position:
     """The data position that a checkpoint after ``step`` steps keeps."""
-    streams = {
-        name: {"batch_size": stream.data.batch_size, "source_size": stream.data.source.size, "seed": config.seed}
-        for name, stream in config.streams.items()
-    }
-    return Position(step, streams)
+    return Position(step, {name: stream.position() for name, stream in streams.items()})
 
 
-def check_position(position: Position, config: RunConfig) -> int:
+def check_position(position: Position, streams: Mapping[str, Stream]) -> int:
     """The step to go on from.
 
     Raises:
-        UserError: data settings under which the step's position would mean other examples.
+        UserError: data under which the step's position would mean other examples.
     """
-    now = position_after(position.step, config)
+    now = position_after(position.step, streams)
     if position != now:
-        raise UserError(f"the checkpoint's data position {position.streams} is not this config's {now.streams}")
+        raise UserError(f"the checkpoint's data position {position.streams} is not this run's {now.streams}")
     return position.step
 
 
@@ -185,7 +198,10 @@ def run_evaluations(
         save_result(result, path)
         metrics_file.write(step, {f"eval/{result.name}/{what}": value for what, value in result.figures.items()})
         figures = "  ".join(f"{what} {value:.3f}" for what, value in result.figures.items())
-        progress.say(f"step {step}  {result.name} ({result.examples} examples, {result.seconds:.1f} s)  {figures}")
+        lost = f", {len(result.faults)} records left out" if result.faults else ""
+        progress.say(
+            f"step {step}  {result.name} ({result.examples} examples{lost}, {result.seconds:.1f} s)  {figures}"
+        )
         results.append(result)
     return results
 
@@ -197,6 +213,7 @@ class Meter:
         self.clock = Clock()
         self._plan, self._progress, self._file = plan, progress, metrics_file
         self._flops = 0
+        self._skipped: collections.Counter[str] = collections.Counter()
         self._peak = peak_flops(plan.mesh.size)
         self._examples = sum(stream.data.batch_size for stream in plan.config.streams.values())
 
@@ -212,14 +229,15 @@ class Meter:
         args = (plan.shapes["params"], teacher, plan.shapes.get("queues", {}), batches, key)
         self._flops = training_flops(loss, *args)
 
-    def finished(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
-        """Takes the metrics of a step; waits for it if it still runs.
+    def finished(self, step: int, metrics: Mapping[str, jax.Array], skipped: Mapping[str, int]) -> None:
+        """Takes the metrics of a step, and how many records each source lacked; waits for it if it still runs.
 
         Raises:
             UserError: a loss that is not a number.
         """
         loss = float(np.asarray(metrics["loss"]))
         self.clock.tick()
+        self._skipped.update(skipped)
         if not np.isfinite(loss):
             wrong = [name for name, value in metrics.items() if not np.isfinite(np.asarray(value)).all()]
             raise UserError(
@@ -236,7 +254,9 @@ class Meter:
         shown["GFLOP/s"] = rates["flops_per_second"] / 1e9
         if self._peak:
             rates["mfu"] = shown["MFU"] = rates["flops_per_second"] / self._peak
-        self._file.write(step, {name: float(np.asarray(value)) for name, value in metrics.items()} | rates)
+        lost = {f"data/skipped/{source}": float(count) for source, count in self._skipped.items()}
+        self._skipped.clear()
+        self._file.write(step, {name: float(np.asarray(value)) for name, value in metrics.items()} | rates | lost)
         self._progress.show(step, loss, shown, seconds)
 
     def pause(self) -> "_Pause":

@@ -23,6 +23,7 @@ class WorkDir:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
+        self.data_errors = path / "data-errors.jsonl"
         self._config = path / "config.json"
         self.tokenizer_folder = path / "tokenizer"
 
@@ -91,15 +92,18 @@ class WorkDir:
             UserError: it has more tokens than the model's tables have rows.
             DataError: no tokeniser at the given path, or a damaged one.
         """
-        if self.tokenizer_folder.exists():
-            tokenizer = load_tokenizer(self.tokenizer_folder)
-        elif config.path:
-            tokenizer = load_tokenizer(Path(config.path))
-        else:
-            train = train_wordpiece if config.kind == "wordpiece" else train_sentencepiece
-            tokenizer = train(training_texts(), config.vocab_size)
+        kept = self.tokenizer_folder
+        tokenizer = load_tokenizer(kept) if kept.exists() else make_tokenizer(config)
         check_vocabulary(tokenizer, model)
         return tokenizer
+
+
+def make_tokenizer(config: TokenizerConfig) -> Tokenizer:
+    """The tokeniser that a config names, loaded or trained. Raises DataError for a file that is missing or damaged."""
+    if config.path:
+        return load_tokenizer(Path(config.path))
+    train = train_wordpiece if config.kind == "wordpiece" else train_sentencepiece
+    return train(training_texts(), config.vocab_size)
 
 
 def training_texts() -> Iterator[str]:

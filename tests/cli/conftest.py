@@ -88,11 +88,11 @@ def recipes(tmp_path_factory: pytest.TempPathFactory, vocabulary: Path) -> Path:
     common |= {"tokenizer.path": vocabulary, "steps": 2, "log_every": 1}
     text = {
         "streams.text.data.batch_size": 8, "evaluations.masked_words.data.batch_size": 8,
-        "evaluations.masked_words.data.source.size": 11, "evaluations.masked_words.samples": 2,
+        "evaluations.masked_words.data.sources.digits.size": 11, "evaluations.masked_words.samples": 2,
     }  # fmt: skip
     pictures = {
-        "streams.video_text.data.batch_size": 8, "streams.video_text.data.source.num_frames": 2,
-        "streams.video_text.data.source.image_size": 16,
+        "streams.video_text.data.batch_size": 8, "streams.video_text.data.visual.num_frames": 2,
+        "streams.video_text.data.visual.image_size": 16,
     }  # fmt: skip
     for name, stream, objective, evaluations, values in (
         ("text", "text", "mlm", ["masked_words", "more_words"], text),
@@ -133,7 +133,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory, recipes: Path) -> Path:
     from mplug2_jax.parallel.mesh import make_mesh
     from mplug2_jax.training.checkpoints import Checkpoints
     from mplug2_jax.training.config import RunConfig
-    from mplug2_jax.training.loop import position_after
+    from mplug2_jax.training.loop import open_streams, position_after
     from mplug2_jax.training.state import plan_run
     from mplug2_jax.training.workdir import WorkDir, special_tokens
 
@@ -146,7 +146,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory, recipes: Path) -> Path:
     shapes = plan_run(config, special_tokens(tokenizer), make_mesh(config.mesh)).shapes
     state = jax.tree.map(lambda s: jax.device_put(0.1 * rng.normal(size=s.shape).astype(s.dtype), s.sharding), shapes)
     checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint)
-    checkpoints.save(state, position_after(1, config))
+    checkpoints.save(state, position_after(1, open_streams(config, tokenizer)))
     checkpoints.close()
     return path
 

@@ -71,10 +71,10 @@ CONFIGS = {
     "shards (data=1 x fsdp=8); use 8 or 16",
     "streams.text.data.batch_size=0": "config.streams.text.data.batch_size=0 must be at least 1",
     "streams.text.data.threads=-1": "config.streams.text.data.threads=-1 must be at least 0",
-    "streams.text.data.source.size=0": "config.streams.text.data: the source digitworld (text, train) is empty: "
+    "streams.text.data.sources.digits.size=0": "config.streams.text.data: the source digitworld (text) is empty: "
     "source.size=0, expected at least 1",
-    "streams.text.data.source.kind=sound": "config.streams.text.data.source.kind='sound': valid: image, text, video",
-    "streams.text.data.source.kind=image": "config.streams.text.data: record digitworld/image/train/0/",
+    "streams.text.data.sources.digits.kind=sound": "data.sources.digits.kind='sound': valid: image, text, video",
+    "streams.text.data.sources.digits.kind=image": "config.streams.text.data: record digitworld/image/train/0/",
     "streams.text.data.examples.text_length=1": "config.streams.text.data: max_length is 1, expected at least 2",
     "streams.text.data.examples.text_length=0": "config.streams.text: task 'mlm' reads text, text_mask, but its ",
     "streams.text.data.examples.instructions.entailment.templates=('{x}',)": "instruction template '{x}' of kind "
@@ -83,7 +83,7 @@ CONFIGS = {
     "streams.text.data.examples.instructions.entailment.weight=0": "entailment all have weight 0; expected one above 0",
     "evaluations.masked_words.data.batch_size=12": "config.evaluations.masked_words.data.batch_size=12 does not split",
     "evaluations.masked_words.data.batch_size=0": "config.evaluations.masked_words.data.batch_size=0 must be at least",
-    "evaluations.masked_words.data.source.size=0": "config.evaluations.masked_words.data: the source digitworld "
+    "evaluations.masked_words.data.sources.digits.size=0": "masked_words.data: the source digitworld "
     "(text, heldout) is empty: source.size=0, expected at least 1",
     "evaluations.masked_words.task=mlmm": "config.evaluations.masked_words.task='mlmm': did you mean 'mlm'?",
     "evaluations.masked_words.task=answer": "config.evaluations.masked_words: task 'answer' reads instruction, ",

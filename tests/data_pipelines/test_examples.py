@@ -12,6 +12,7 @@ from data_pipelines.errors import DataError
 from data_pipelines.examples import ExampleConfig, InstructionConfig, box_words, example_id, make_example
 from data_pipelines.record import Question, Record
 from data_pipelines.tokenizers import WordPieceTokenizer, train_sentencepiece, train_wordpiece
+from data_pipelines.visual import VisualConfig, load_visual
 
 TOKENIZER = train_wordpiece(vocabulary_texts(100), 200)
 CAPTION = {"caption": InstructionConfig(templates=("describe the picture",))}
@@ -24,7 +25,9 @@ def rng() -> np.random.Generator:
 def test_lengths_decide_which_fields_there_are() -> None:
     record = DigitWorld("image")[0]
     bare = make_example(record, ExampleConfig(), TOKENIZER, rng())
-    assert set(bare.arrays) == {"example_id", "frames"}
+    assert set(bare.arrays) == {"example_id"}
+    seen = load_visual(record.frames, VisualConfig(num_frames=1), rng())
+    assert set(make_example(record, ExampleConfig(), TOKENIZER, rng(), seen).arrays) == {"example_id", "frames"}
     texts = make_example(record, ExampleConfig(text_length=16, word_starts=True), TOKENIZER, rng())
     assert {"text", "text_mask", "word_starts"} <= set(texts.arrays)
     unasked = make_example(record, ExampleConfig(instructions=CAPTION, target_length=16), TOKENIZER, rng())

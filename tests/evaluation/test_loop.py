@@ -9,8 +9,10 @@ import pytest
 from PIL import Image
 
 from data_pipelines.examples import Example, ExampleConfig, InstructionConfig
-from data_pipelines.loader import DataConfig, SourceConfig
+from data_pipelines.loader import DataConfig
+from data_pipelines.sources.config import SourceConfig
 from data_pipelines.tokenizers import SPECIAL_TOKENS, WordPieceTokenizer
+from data_pipelines.visual import VisualConfig
 from mplug2_jax.errors import UserError
 from mplug2_jax.evaluation.loop import Evaluation, EvaluationConfig, EvaluationResult, Sample, save_result
 from mplug2_jax.model.config import SpecialTokens, model_config
@@ -37,10 +39,9 @@ SIZE = 20
 
 
 def evaluation(task, parts, examples, *, batch_size=SIZE, kind="text", size=SIZE, samples=SIZE, mesh=None):
-    source = SourceConfig(kind=kind, split="heldout", size=size, num_frames=3)
-    config = EvaluationConfig(
-        task=task, data=DataConfig(source=source, examples=examples, batch_size=batch_size), samples=samples
-    )
+    sources = {"digits": SourceConfig(kind=kind, split="heldout", size=size)}
+    data = DataConfig(sources=sources, visual=VisualConfig(num_frames=3), examples=examples, batch_size=batch_size)
+    config = EvaluationConfig(task=task, data=data, samples=samples)
     one = make_mesh(MeshConfig(), jax.devices()[:1])
     return Evaluation("held", config, define(MODEL, parts), CONTEXT, TOKENIZER, mesh or one, seed=0)
 
@@ -96,7 +97,7 @@ def test_a_result_is_saved_as_json_with_strips_of_its_samples_frames_beside_it(t
     content = json.loads(path.read_text(encoding="utf-8"))
     assert content == {
         "name": "held", "task": "answer", "step": 70, "examples": 2, "seconds": 1.5,
-        "figures": {"accuracy": 0.5}, "baselines": {"accuracy": 0.25},
+        "figures": {"accuracy": 0.5}, "baselines": {"accuracy": 0.25}, "skipped": [],
         "samples": [
             {"key": "clip-1", "instruction": "q?", "text": "t", "said": "wrong", "true": ["right", "also"],
              "frames": "held-0.png"},

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from data_pipelines.examples import ExampleConfig
-from data_pipelines.loader import DataConfig, SourceConfig
+from data_pipelines.loader import DataConfig
+from data_pipelines.sources.config import SourceConfig
 from mplug2_jax.model.config import PARTS, SpecialTokens, model_config
 from mplug2_jax.objectives.mlm import MlmConfig
 from mplug2_jax.objectives.vlm import VlmConfig
@@ -36,7 +37,7 @@ def run_of(streams):
     """A run with these streams, each with its weighted objectives."""
 
     def data(kind):
-        return DataConfig(source=SourceConfig(kind=kind), examples=ExampleConfig(), batch_size=BATCH)
+        return DataConfig(sources={"digits": SourceConfig(kind=kind)}, examples=ExampleConfig(), batch_size=BATCH)
 
     return RunConfig(
         name="gradients", steps=1, model=MODEL, tasks=TaskSettings(vlm=VlmConfig(group=BATCH), mlm=MlmConfig(rate=0.5)),

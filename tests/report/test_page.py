@@ -118,7 +118,7 @@ def test_hostile_text_is_shown_and_does_nothing(run: Run) -> None:
             "model": {"vision_layers": HOSTILE, "image_size": HOSTILE, "text_layers": HOSTILE, "width": HOSTILE},
             "streams": {
                 HOSTILE: {
-                    "data": {"source": {"name": HOSTILE, "kind": HOSTILE}, "batch_size": HOSTILE},
+                    "data": {"sources": {HOSTILE: {"format": HOSTILE, "kind": HOSTILE}}, "batch_size": HOSTILE},
                     "objectives": {HOSTILE: HOSTILE},
                 }
             },

@@ -7,22 +7,38 @@ from pathlib import Path
 import jax.numpy as jnp
 import pytest
 
+from data_pipelines.errors import DataError
+from data_pipelines.examples import ExampleConfig
+from data_pipelines.loader import DataConfig
+from data_pipelines.sources.config import SourceConfig
 from mplug2_jax.errors import UserError
 from mplug2_jax.model.config import SpecialTokens
 from mplug2_jax.parallel.mesh import MeshConfig, make_mesh
+from mplug2_jax.training.config import StreamConfig
 from mplug2_jax.training.loop import Meter, train
 from mplug2_jax.training.state import plan_run
 from mplug2_jax.training.telemetry import MetricsFile, Progress, read_metrics
+from tests.data_pipelines.worlds import write_tar
 from tests.runs import small_run
 
 TEXT = {"text": small_run().streams["text"]}  # the cheapest to compile
 
 
+def with_a_broken_record(folder: Path, max_skipped: float = 0.5) -> StreamConfig:
+    """DigitWorld's sentences and as many of a tar that holds eight, one of which is no text."""
+    sentences = {f"{i:02}.txt": b"\xff" if i == 3 else f"a red {i} moves left" for i in range(8)}
+    tar = SourceConfig(format="webdataset", path=str(write_tar(folder / "a.tar", sentences)), kind="text")
+    sources = {"digits": SourceConfig(kind="text"), "tars": tar}
+    examples = ExampleConfig(text="sentence", text_length=12)
+    data = DataConfig(sources=sources, examples=examples, batch_size=8, max_skipped=max_skipped)
+    return StreamConfig(data=data, objectives={"mlm": 1.0})
+
+
 def test_a_run_explains_itself(tmp_path: Path, capsys) -> None:
-    config = small_run(streams=TEXT, evaluations={}, accumulate=1, mesh=MeshConfig(fsdp=8))
+    config = small_run(streams={"text": with_a_broken_record(tmp_path)}, evaluations={}, mesh=MeshConfig(fsdp=8))
     assert train(config, tmp_path / "run") == []
     printed = capsys.readouterr().out
-    assert "parameters in text, universal, decoder, mlm" in printed
+    assert "parameters in text, universal, mlm" in printed
     assert "mesh data=1, fsdp=8, tensor=1" in printed
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
@@ -32,17 +48,21 @@ def test_a_run_explains_itself(tmp_path: Path, capsys) -> None:
     kept = sorted(int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.isdecimal())
     assert kept == [2, 4]
     assert json.loads((tmp_path / "run" / "config.json").read_text())["name"] == "small"
+    # Of every batch half comes from the tar, whose epoch is two batches.
+    assert sum(line.get("data/skipped/tars", 0) for line in lines) == 2
+    (listed,) = (tmp_path / "run" / "data-errors.jsonl").read_text().splitlines()
+    assert json.loads(listed)["reason"] == ".txt of sample a/03 is not UTF-8 text (invalid start byte at byte 0)"
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run_with_its_step(tmp_path: Path) -> None:
     config = small_run(streams=TEXT, evaluations={})
     plan = plan_run(config, SpecialTokens(begin=1, end=2, mask=3), make_mesh(MeshConfig()))
     meter = Meter(plan, Progress(4), MetricsFile(tmp_path, 0))
-    meter.finished(1, {"loss": jnp.asarray(2.0), "text/mlm/loss": jnp.asarray(2.0)})
+    meter.finished(1, {"loss": jnp.asarray(2.0), "text/mlm/loss": jnp.asarray(2.0)}, {})
     with pytest.raises(
         UserError, match=r"the loss of step 2 is nan \(also not finite: loss, text/mlm/loss\); lower the"
     ):
-        meter.finished(2, {"loss": jnp.asarray(jnp.nan), "text/mlm/loss": jnp.asarray(jnp.inf)})
+        meter.finished(2, {"loss": jnp.asarray(jnp.nan), "text/mlm/loss": jnp.asarray(jnp.inf)}, {})
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1]
 
 
@@ -51,3 +71,9 @@ def test_a_model_that_is_refused_leaves_no_trace(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not divide the 8 devices"):
         train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_too_many_broken_records_stop_the_run(tmp_path: Path) -> None:
+    config = small_run(streams={"text": with_a_broken_record(tmp_path, 0.0)}, evaluations={}, mesh=MeshConfig(fsdp=8))
+    with pytest.raises(DataError, match=r"source 'tars' cannot be used, more than max_skipped=0 allows \(record 3: "):
+        train(config, tmp_path / "run")

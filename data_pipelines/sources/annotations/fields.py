@@ -1,0 +1,125 @@
+"""Rows whose fields say by their names what they are: the release's files, and most of what people write themselves."""
+
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+from PIL import Image
+
+from data_pipelines.errors import DataError
+from data_pipelines.record import Box, Entailment, Expression, Question, Record
+from data_pipelines.sources.annotations.media import named_media
+from data_pipelines.sources.annotations.rows import Row, read_rows
+from data_pipelines.sources.annotations.source import AnnotationFormat, Place
+from data_pipelines.sources.files import read_bytes
+
+PICTURE = ("video_id", "video", "clip_name", "image", "image_path", "file_name", "image_id")
+CAPTIONS = ("golden_captions", "captions", "caption", "sentence")
+ANSWERS = ("answers", "answer")
+DOCUMENT, SUMMARY = ("document", "article", "dialogue"), ("summary", "highlights")
+PAIRS = (("premise", "hypothesis"), ("sentence1", "sentence2"), ("question1", "question2"), ("sentence", "question"))
+LABEL = ("gold_label", "label")
+PHRASE, BOX = ("expression", "phrase", "sents", "refexp"), ("bbox", "box")
+TEXTS = ("texts", "text")
+IDS = ("question_id", "ref_id", "id", "key")
+"""The names under which a row may keep each thing; the first that is there counts."""
+
+VERDICTS: Mapping[str, Literal["yes", "no", "maybe"]] = {
+    "entailment": "yes", "not_entailment": "no", "contradiction": "no", "neutral": "maybe",
+    "equivalent": "yes", "not_equivalent": "no", "duplicate": "yes", "not_duplicate": "no",
+}  # fmt: skip
+"""What labels of pairs mean: "yes" where the second text follows from the first, or means the same."""
+
+
+def read(files: Sequence[str], split: str) -> Iterator[Row]:
+    """The rows of all files, one after the other."""
+    del split
+    for file in files:
+        yield from read_rows(file)
+
+
+def make(row: Row, place: Place) -> Record:
+    """Whatever a row has, as a record.
+
+    Raises:
+        DataError: a row that has none of it, a picture that leads out of its folder, or a box outside its picture.
+    """
+    own, of_text = row.find(IDS), place.kind == "text"
+    picture = "" if row.find(PICTURE) is None else row.text(*PICTURE)
+    media = named_media(place.folder, place.kind, picture) if picture else None
+    record = Record(
+        key=row.key if own is None else f"{row.key.rpartition('/')[0]}/{row.text(*IDS)}",
+        picture=picture,
+        media=media,
+        captions=() if of_text else row.texts(*CAPTIONS),
+        questions=(*_questions(row), *_summaries(row)),
+        expressions=_expressions(row, media.data if media else ""),
+        label=None if row.find(LABEL) is None else row.text(*LABEL),
+        texts=row.texts(*TEXTS, *(CAPTIONS if of_text else ())),
+        entailments=_entailments(row),
+    )
+    known = (record.captions, record.questions, record.expressions, record.label, record.texts, record.entailments)
+    if not any(known):
+        row.need(*CAPTIONS, "question", *SUMMARY, *BOX, *LABEL, *TEXTS)
+    return record
+
+
+def _entailments(row: Row) -> tuple[Entailment, ...]:
+    label = row.find(LABEL)
+    for premise, hypothesis in PAIRS:
+        if isinstance(label, str) and label in VERDICTS and row.find((premise,)) and row.find((hypothesis,)):
+            return (Entailment(row.text(premise), row.text(hypothesis), VERDICTS[label]),)
+    return ()
+
+
+def _questions(row: Row) -> tuple[Question, ...]:
+    if row.find(("question",)) is None:
+        return ()
+    answers = row.texts(*ANSWERS)
+    if not answers:
+        if row.find(("sentence",)) is not None:  # a question that pairs with a sentence
+            return ()
+        row.need(*ANSWERS)
+    return (ranked(row.text("question"), answers),)
+
+
+def ranked(question: str, answers: Sequence[str], kind: str = "") -> Question:
+    """A question whose answer is the one that most people gave; ties go to who came first."""
+    order = sorted(dict.fromkeys(answers), key=lambda answer: -list(answers).count(answer))
+    return Question(question, order[0], kind, tuple(order[1:]))
+
+
+def _summaries(row: Row) -> tuple[Question, ...]:
+    if row.find(SUMMARY) is None:
+        return ()
+    return (Question(row.text(*DOCUMENT, *TEXTS), row.text(*SUMMARY), "summary"),)
+
+
+def _expressions(row: Row, path: Any) -> tuple[Expression, ...]:
+    if row.find(BOX) is None:
+        return ()
+    box = _box(row, path)
+    phrases = row.texts(*PHRASE, *CAPTIONS, *TEXTS)
+    return tuple(Expression(phrase, box) for phrase in phrases)
+
+
+def _box(row: Row, path: str) -> Box:
+    """Pixels x, y, width, height (COCO's and RefCOCO's) as shares of the picture."""
+    width, height = row.find(("width",)), row.find(("height",))
+    try:
+        x, y, w, h = map(float, row.need(*BOX))
+        if width is None or height is None:
+            # Only its first bytes are decoded: the size is in the header.
+            with Image.open(path if "://" not in path else io.BytesIO(read_bytes(path))) as image:
+                width, height = image.size
+        x0, y0, x1, y1 = x / float(width), y / float(height), (x + w) / float(width), (y + h) / float(height)
+    except (TypeError, ValueError, ZeroDivisionError, OSError) as error:
+        raise DataError(f"{row.where} has no usable box of pixels x, y, width, height ({error})") from error
+    if not (-0.01 <= x0 <= x1 <= 1.01 and -0.01 <= y0 <= y1 <= 1.01):
+        raise DataError(
+            f"{row.where} has a box from {x0:.2f}, {y0:.2f} to {x1:.2f}, {y1:.2f} of its picture, outside 0..1"
+        )
+    return (max(0.0, x0), max(0.0, y0), min(1.0, x1), min(1.0, y1))
+
+
+FORM = AnnotationFormat((".json", ".jsonl", ".csv", ".tsv"), read, make)

@@ -1,0 +1,186 @@
+"""Public formats of captions, questions and labels for pictures and clips."""
+
+import collections
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from data_pipelines.errors import DataError
+from data_pipelines.record import Kind, Record
+from data_pipelines.sources.annotations.fields import ranked
+from data_pipelines.sources.annotations.media import named_media
+from data_pipelines.sources.annotations.rows import Row, read_json, read_rows, read_table
+from data_pipelines.sources.annotations.source import AnnotationFormat, Place
+from data_pipelines.sources.files import file_system, is_url, media_kind
+
+
+def _parts(path: str, *names: str) -> Mapping[str, Any]:
+    """A JSON object with lists of the given names.
+
+    Raises:
+        DataError: it is none.
+    """
+    content = read_json(path)
+    for name in names:
+        if not isinstance(content, dict) or not isinstance(content.get(name), list):
+            found = ", ".join(list(content)[:8]) if isinstance(content, dict) else f"a {type(content).__name__}"
+            raise DataError(f"{path} has no list '{name}'; found {found}; is it of another format?")
+    return content
+
+
+def _rows(path: str, items: Sequence[Any]) -> Iterator[Row]:
+    for number, item in enumerate(items, 1):
+        yield Row(path, number, item if isinstance(item, dict) else {"item": item})
+
+
+def _read_coco(files: Sequence[str], split: str) -> Iterator[Row]:
+    """A row for each picture, with all its captions, in the order of the pictures."""
+    del split
+    for file in files:
+        content, captions = _parts(file, "images", "annotations"), collections.defaultdict(list)
+        for row in _rows(file, content["annotations"]):
+            captions[row.text("image_id")].append(row.text("caption"))
+        for row in _rows(file, content["images"]):
+            yield Row(file, row.number, {**row.fields(), "captions": captions[row.text("id")]})
+
+
+def _make_coco(row: Row, place: Place) -> Record:
+    name = row.text("file_name")
+    media = named_media(place.folder, place.kind, name)
+    return Record(_key(row, row.text("id")), name, media=media, captions=row.texts("captions"))
+
+
+def _read_karpathy(files: Sequence[str], split: str) -> Iterator[Row]:
+    for file in files:
+        yield from _of_split(_rows(file, _parts(file, "images")["images"]), split, "split")
+
+
+def _make_karpathy(row: Row, place: Place) -> Record:
+    name = row.text("filename")
+    folder = row.find(("filepath",))
+    media = named_media(place.folder, place.kind, *([f"{folder}/{name}"] if folder else []), name)
+    captions = tuple(str(sentence["raw"]).strip() for sentence in row.need("sentences"))
+    return Record(_key(row, row.text("imgid", "cocoid")), name, media=media, captions=captions)
+
+
+def _read_vqa(files: Sequence[str], split: str) -> Iterator[Row]:
+    """A row for each question; the questions' and the answers' files may come in any order."""
+    del split
+    answers: dict[str, list[str]] = {}
+    questions: list[tuple[str, Mapping[str, Any]]] = []
+    for file in files:
+        content = read_json(file)
+        if isinstance(content, dict) and "annotations" in content:
+            for row in _rows(file, _parts(file, "annotations")["annotations"]):
+                given = row.need("answers")
+                answers[row.text("question_id")] = [str(each["answer"]) for each in given]
+        else:
+            questions.append((file, _parts(file, "questions")))
+    if not questions:
+        raise DataError(f"{files[0]} holds answers and no questions; give a pattern that matches both files")
+    for file, content in questions:
+        for row in _rows(file, content["questions"]):
+            known = answers.get(row.text("question_id"))
+            yield Row(file, row.number, {**row.fields(), "subtype": content.get("data_subtype", ""), "answers": known})
+
+
+def _make_vqa(row: Row, place: Place) -> Record:
+    number = row.text("image_id").zfill(12)
+    names = (f"COCO_{row.find(('subtype',))}_{number}.jpg", f"{number}.jpg")
+    media = named_media(place.folder, place.kind, *names)
+    row.need("answers")
+    question = ranked(row.text("question"), row.texts("answers"))
+    return Record(_key(row, row.text("question_id")), number, media=media, questions=(question,))
+
+
+def _read_kinetics(files: Sequence[str], split: str) -> Iterator[Row]:
+    for file in files:
+        rows = read_table(file) if file.endswith(".csv") else _kinetics_json(file)
+        yield from _of_split(rows, split, "split")
+
+
+def _kinetics_json(file: str) -> Iterator[Row]:
+    content = read_json(file)
+    if not isinstance(content, dict):
+        raise DataError(f"{file} holds a {type(content).__name__}, expected clips by their YouTube ids")
+    for number, (name, clip) in enumerate(content.items(), 1):
+        said = clip["annotations"]
+        start, end = said["segment"]
+        fields = {"youtube_id": name, "time_start": start, "time_end": end, "split": clip.get("subset")}
+        yield Row(file, number, {**fields, "label": said.get("label")})
+
+
+def _make_kinetics(row: Row, place: Place) -> Record:
+    clip, label = row.text("youtube_id"), row.text("label")
+    cut = f"{clip}_{int(float(row.need('time_start'))):06}_{int(float(row.need('time_end'))):06}"
+    media = named_media(place.folder, place.kind, cut, clip, f"{label}/{cut}", f"{label}/{clip}")
+    return Record(_key(row, cut), cut, media=media, label=label)
+
+
+def _read_ssv2(files: Sequence[str], split: str) -> Iterator[Row]:
+    del split
+    for file in files:
+        yield from read_rows(file)
+
+
+def _make_ssv2(row: Row, place: Place) -> Record:
+    number = row.text("id")
+    label = re.sub(r"[\[\]]", "", row.text("template", "label"))
+    media = named_media(place.folder, place.kind, f"{number}.webm", f"{number}.mp4")
+    return Record(_key(row, number), number, media=media, captions=row.texts("label"), label=label)
+
+
+def _of_split(rows: Iterator[Row], split: str, field: str) -> Iterator[Row]:
+    """The rows of the wanted splits.
+
+    Raises:
+        DataError: no row is of any of them; names those there are.
+    """
+    wanted, seen, found = set(filter(None, split.split("+"))), collections.Counter[str](), False
+    for row in rows:
+        its = str(row.find((field,)) or "")
+        seen[its] += 1
+        if not wanted or its in wanted:
+            found = True
+            yield row
+    if wanted and not found:
+        raise DataError(f"split '{split}' is none of the file's: {', '.join(sorted(seen)[:20]) or 'it has no rows'}")
+
+
+def _key(row: Row, own: str) -> str:
+    return f"{row.key.rpartition('/')[0]}/{own}"
+
+
+class ImageFolder:
+    """ImageNet's layout: a folder for each class, named after it, with its pictures.
+
+    Raises:
+        DataError: no such folder, or no picture in any folder of it.
+    """
+
+    def __init__(self, path: str, kind: Kind) -> None:
+        system, plain = file_system(path)
+        if not system.isdir(plain):
+            raise DataError(f"{path} does not exist or is no folder; expected one with a folder for each class")
+        root = plain.rstrip("/")
+        names = (name.removeprefix(root).lstrip("/") for name in system.find(root, maxdepth=2))
+        self._names = sorted(name for name in names if name.count("/") == 1 and media_kind(name))
+        if not self._names:
+            raise DataError(f"{path} has no class folders with pictures in them; expected {path}/CLASS/NAME.jpg")
+        self._folder, self._kind = system.unstrip_protocol(root) if is_url(path) else root, kind
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, index: int) -> Record:
+        if not 0 <= index < len(self._names):
+            raise IndexError(f"picture {index} of {len(self._names)}")
+        name = self._names[index]
+        return Record(name, media=named_media(self._folder, self._kind, name), label=name.partition("/")[0])
+
+
+COCO = AnnotationFormat((".json",), _read_coco, _make_coco)
+KARPATHY = AnnotationFormat((".json",), _read_karpathy, _make_karpathy, splits=True)
+VQA = AnnotationFormat((".json",), _read_vqa, _make_vqa)
+KINETICS = AnnotationFormat((".csv", ".json"), _read_kinetics, _make_kinetics, splits=True)
+SSV2 = AnnotationFormat((".json",), _read_ssv2, _make_ssv2)

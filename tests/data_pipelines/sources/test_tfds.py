@@ -1,0 +1,75 @@
+"""TFDS folders, prepared and read without TensorFlow."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_pipelines.errors import DataError
+from data_pipelines.record import Entailment, Question, Record
+from data_pipelines.sources.config import SourceConfig
+from data_pipelines.visual import VisualConfig, load_visual
+
+pytest.importorskip("tensorflow_datasets")
+
+VISUAL = VisualConfig(image_size=8, num_frames=1)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from . import tfds_builders as builders
+
+    folder = tmp_path_factory.mktemp("tfds")
+    for builder in (builders.Digits, builders.CocoCaptions, builders.Mnli, builders.Sst2, builders.Xsum):
+        builder(data_dir=folder, file_format="array_record").download_and_prepare()
+    return folder
+
+
+def opened(folder: Path, kind: str = "image", split: str = "train"):
+    return SourceConfig(format="tfds", path=str(folder / "1.0.0"), split=split, kind=kind).open(VISUAL)
+
+
+def test_pictures_with_classes(prepared: Path) -> None:
+    source = opened(prepared / "digits")
+    assert len(source) == 12
+    for i in range(12):
+        record = source[i]
+        assert record.key == f"digits/1.0.0/train/{i}"
+        assert record.media is not None
+        level = load_visual(record.media, VISUAL, np.random.default_rng(0)).frames[0, 0, 0, 0]
+        assert record.label == ("dark" if level < 120 else "light")
+    assert len(opened(prepared / "digits", split="train[:4]")) == 4
+    assert "tensorflow" not in sys.modules
+
+
+def test_captions_pairs_sentences_and_summaries(prepared: Path) -> None:
+    assert opened(prepared / "coco_captions")[0].captions == ("one", "two")
+    pair: Record = opened(prepared / "mnli", "text")[0]
+    assert pair.entailments == (Entailment("é a", "b", "maybe"),)
+    sentence = opened(prepared / "sst2", "text")[0]
+    assert (sentence.texts, sentence.label) == (("fine",), "positive")
+    summary = opened(prepared / "xsum", "text")[0]
+    assert summary.questions == (Question("a long story", "story", "summary"),)
+
+
+def test_what_is_not_there(prepared: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"holds no data set of TFDS \(Could not .*; expected a folder with dataset_i"):
+        opened(tmp_path)
+    with pytest.raises(DataError, match="has no split 'val'; valid: train"):
+        opened(prepared / "digits", split="val")
+
+
+def test_a_damaged_example(prepared: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(prepared / "digits", tmp_path / "digits")
+    (file,) = (folder / "1.0.0").glob("*.array_record*")
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(DataError, match=r"example digits/1\.0\.0/train/0 is damaged"):
+        opened(folder)[0]
+
+
+def test_without_tfds(monkeypatch: pytest.MonkeyPatch, prepared: Path) -> None:
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    with pytest.raises(DataError, match=r"needs tensorflow-datasets .*; install 'mplug2-jax\[tfds\]'"):
+        opened(prepared / "digits")

@@ -1,0 +1,76 @@
+"""A corpus cut into pieces: nothing is lost or doubled, and only the tokeniser that cut it may read it."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_pipelines.corpus import cut_corpus, write_corpus
+from data_pipelines.digitworld import vocabulary_texts
+from data_pipelines.errors import DataError
+from data_pipelines.examples import ExampleConfig, make_example
+from data_pipelines.loader import DataConfig, Stream
+from data_pipelines.sources.array_record import ArrayRecordSource
+from data_pipelines.sources.config import SourceConfig
+from data_pipelines.tokenizers import fingerprint, train_wordpiece
+
+TOKENIZER = train_wordpiece(vocabulary_texts(60), 160)
+WORDS = st.lists(
+    st.lists(st.sampled_from(["red", "four", "moves", "left", "a", "zebra"]), max_size=9).map(" ".join), max_size=9
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(lines=WORDS, length=st.integers(3, 12))
+def test_the_pieces_are_the_text(lines: list[str], length: int, tmp_path_factory) -> None:
+    path = tmp_path_factory.mktemp("corpus") / "a.txt"
+    path.write_text("\n".join(lines))
+    pieces = [record.tokens for record in cut_corpus([path], TOKENIZER, length)]
+    assert all(len(piece) == length for piece in pieces[:-1])
+    assert all((piece[0], piece[-1]) == (TOKENIZER.cls_id, TOKENIZER.sep_id) for piece in pieces)
+    whole = [token for line in lines for token in TOKENIZER.encode(line)[1:-1]]
+    assert [token for piece in pieces for token in piece[1:-1]] == whole
+
+
+def test_a_corpus_is_a_source_of_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a red four moves left\n" * 40)
+    out = tmp_path / "c.array_record"
+    count = write_corpus([tmp_path / "a.txt"], TOKENIZER, 16, out)
+    assert count > 5
+    source = SourceConfig(format="array_record", path=str(out), kind="text")
+    examples = ExampleConfig(text="sentence", text_length=16, word_starts=True)
+    config = DataConfig(sources={"c": source}, examples=examples, batch_size=2)
+    batch = Stream(config, TOKENIZER, name="s", seed=0).batch(0)
+    assert batch.arrays["text"].shape == (2, 16)
+    assert batch.rows[0].example.text == TOKENIZER.decode(batch.arrays["text"][0].tolist())
+    np.testing.assert_array_equal(
+        batch.arrays["word_starts"], [TOKENIZER.word_starts(row) for row in batch.arrays["text"].tolist()]
+    )
+    record, rng = ArrayRecordSource(str(out))[0], np.random.default_rng(0)
+    short, fits = (ExampleConfig(text="sentence", text_length=length) for length in (8, 16))
+    with pytest.raises(
+        DataError, match=rf"0 has 16 tokens of tokeniser {fingerprint(TOKENIZER)}, expected at most text_l"
+    ):
+        make_example(record, short, TOKENIZER, rng)
+    other = train_wordpiece(vocabulary_texts(60), 120)
+    with pytest.raises(DataError, match=rf"text_length=16 of {fingerprint(other)}; cut the corpus again"):
+        make_example(record, fits, other, rng)
+
+
+def test_what_cannot_be_cut(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"fine\n\xff\n")
+    (tmp_path / "b.txt").write_text("\n \n")
+    out = tmp_path / "c.array_record"
+    for files, length, said in (
+        (["a.txt"], 8, r"text file .*a\.txt is not UTF-8: .* in line 2"), (["b.txt"], 8, r"no text in .*b\.txt"),
+        (["b.txt"], 2, "pieces of 2 tokens have no room"),
+    ):  # fmt: skip
+        with pytest.raises(DataError, match=said):
+            write_corpus([tmp_path / name for name in files], TOKENIZER, length, out)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "b.txt"]
+    out.write_text("mine")
+    with pytest.raises(DataError, match=r"exists or does not end in \.array_record"):
+        write_corpus([tmp_path / "a.txt"], TOKENIZER, 8, out)
+    assert out.read_text() == "mine"

@@ -1,0 +1,214 @@
+"""Streams and evaluations on real files: batches from their number alone, mixtures, and records that are broken."""
+
+import dataclasses
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_pipelines.digitworld import vocabulary_texts
+from data_pipelines.errors import DataError
+from data_pipelines.examples import ExampleConfig
+from data_pipelines.faults import Fault, FaultLog, read_faults
+from data_pipelines.loader import DataConfig, EvaluationSet, Stream
+from data_pipelines.order import Shard
+from data_pipelines.sources import config as sources_config
+from data_pipelines.sources.config import SourceConfig
+from data_pipelines.tokenizers import train_wordpiece
+from data_pipelines.visual import VisualConfig
+
+from .worlds import SIZE, encoded, img2dataset, records, write_tar
+
+TOKENIZER = train_wordpiece(vocabulary_texts(60), 160)
+VISUAL = VisualConfig(image_size=SIZE, num_frames=4)
+TEXTS = ExampleConfig(text_length=12)
+
+
+def data(sources: dict[str, SourceConfig], batch_size: int = 4, **fields: object) -> DataConfig:
+    return DataConfig(sources=sources, visual=VISUAL, examples=TEXTS, batch_size=batch_size, **fields)
+
+
+def stream(config: DataConfig, seed: int = 0) -> Stream:
+    return Stream(config, TOKENIZER, name="s", seed=seed)
+
+
+@pytest.fixture
+def tar(tmp_path: Path) -> SourceConfig:
+    """Twelve samples; the third's picture is cut off, the seventh's text is no UTF-8."""
+    members: dict[str, bytes | str] = {}
+    for i, record in enumerate(records("image", 12)):
+        picture = encoded(record)
+        members[f"{i:02}.png"] = picture[: len(picture) // 2] if i == 2 else picture
+        members[f"{i:02}.txt"] = b"\xff" if i == 6 else record.captions[0]
+    return SourceConfig(format="webdataset", path=str(write_tar(tmp_path / "a.tar", members)))
+
+
+WHOLE = {"digits": SourceConfig(size=30)}
+
+
+def test_a_batch_is_built_from_its_number_alone_and_by_any_processes() -> None:
+    config = data(WHOLE, 8)
+    ours = stream(config).batches()
+    for step in range(6):
+        batch = next(ours)
+        again = stream(config).batch(step)
+        shards = [next(stream(config).batches(step, Shard(i, 4))) for i in range(4)]
+        for key, value in batch.arrays.items():
+            np.testing.assert_array_equal(value, again.arrays[key])
+            np.testing.assert_array_equal(value, np.concatenate([shard.arrays[key] for shard in shards]))
+    assert not np.array_equal(stream(config, seed=1).batch(0).arrays["text"], stream(config).batch(0).arrays["text"])
+
+
+def test_an_epoch_draws_other_captions(tmp_path: Path) -> None:
+    members = {"1.png": encoded(records("image", 1)[0]), "1.json": json.dumps({"captions": list("abcdefgh")})}
+    path = str(write_tar(tmp_path / "a.tar", members))
+    one = stream(data({"a": SourceConfig(format="webdataset", path=path)}, 1))
+    said = [one.batch(step).rows[0].example.text for step in range(12)]
+    assert len(set(said)) > 3
+    assert said == [one.batch(step).rows[0].example.text for step in range(12)]
+
+
+def test_mixtures_by_weight_and_by_temperature(tmp_path: Path) -> None:
+    img2dataset(tmp_path / "a.tar", 8)
+    tars = SourceConfig(format="webdataset", path=str(tmp_path / "a.tar"))
+    digits = SourceConfig(size=72, weight=3.0)
+    mixed = stream(data({"tars": tars, "digits": digits}, 8))
+    assert mixed.shares() == {"tars": 0.25, "digits": 0.75}
+    for step in (0, 5, 10_000):
+        assert sum(row.pick.source == "tars" for row in mixed.batch(step).rows) == 2
+    warm = stream(data({"tars": tars, "digits": dataclasses.replace(digits, weight=1.0)}, temperature=2.0))
+    assert warm.shares()["digits"] == pytest.approx(72**0.5 / (72**0.5 + 8**0.5))
+
+
+def test_broken_records_are_replaced_by_the_next_good_one(tar: SourceConfig) -> None:
+    config = data({"tars": tar}, 12, max_skipped=0.5)
+    epoch = stream(config).batch(0).rows
+    assert sorted(row.example.key for row in epoch) == sorted(
+        f"a/{3 if i == 2 else 7 if i == 6 else i:02}" for i in range(12)
+    )
+    faults = {row.pick.index: row.faults for row in epoch if row.faults}
+    assert {index: [fault.key for fault in each] for index, each in faults.items()} == {2: ["a/02"], 6: ["record 6"]}
+    assert "a.tar:02.png cannot be read as an image" in faults[2][0].reason
+    assert ".txt of sample a/06 is not UTF-8 text" in faults[6][0].reason
+    assert [row.example.key for row in next(stream(config).batches()).rows] == [row.example.key for row in epoch]
+
+
+def test_faults_are_counted_written_once_and_too_many_stop(tar: SourceConfig, tmp_path: Path) -> None:
+    path = tmp_path / "data-errors.jsonl"
+    log = FaultLog(path)
+    for row in itertools.chain(*(stream(data({"tars": tar}, 12)).batch(step).rows for step in range(3))):
+        log.take(row.pick.source, row.faults, max_share=0.5)
+    assert log.skipped() == {"tars": 6}
+    assert log.skipped() == {}
+    assert sorted(fault.key for fault in read_faults(path)) == ["a/02", "record 6"]
+
+    again = FaultLog(path)
+    again.take("tars", read_faults(path), max_share=0.7)
+    assert len(read_faults(path)) == 2, "a run that resumes writes nothing twice"
+    with pytest.raises(
+        DataError, match=r"7 of 9 records of source 'tars' cannot be used, more than max_skipped=0\.7"
+    ) as said:
+        again.take("tars", read_faults(path) + [Fault("tars", str(i), "gone") for i in range(3)], max_share=0.7)
+    assert "a/02: a.tar:02.png cannot be read" in str(said.value)
+    assert f"all in {path}" in str(said.value)
+
+
+def test_one_fault_early_is_no_share_yet_but_none_is_allowed_at_0(tmp_path: Path) -> None:
+    fault = [Fault("a", "1", "gone")]
+    FaultLog(tmp_path / "x").take("a", fault, max_share=0.01)
+    with pytest.raises(DataError, match="1 of 2 records of source 'a' cannot be used"):
+        FaultLog(tmp_path / "x").take("a", fault, max_share=0.0)
+
+
+def test_the_file_of_faults_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data_pipelines.faults.MAX_LINES", 3)
+    log = FaultLog(tmp_path / "x")
+    log.take("a", [Fault("a", str(i), "gone") for i in range(9)], max_share=1.0)
+    assert [fault.key for fault in read_faults(tmp_path / "x")] == ["0", "1", "2"]
+    assert log.skipped() == {"a": 9}
+
+
+def test_a_source_without_one_good_record(tmp_path: Path) -> None:
+    path = str(write_tar(tmp_path / "a.tar", {f"{i}.png": b"no picture" for i in range(50)}))
+    broken = stream(data({"tars": SourceConfig(format="webdataset", path=path)}))
+    with pytest.raises(DataError, match=r"cannot be read as an image.*\(nor can 31 others be used"):
+        next(broken.batches())
+
+
+def test_a_whole_archive_that_is_broken_does_not_stop_what_is_left(tmp_path: Path) -> None:
+    picture = encoded(records("image", 1)[0])
+    write_tar(tmp_path / "a.tar", {f"{i:03}.png": b"no picture" for i in range(100)})
+    write_tar(tmp_path / "b.tar", {f"{i:03}.png": picture for i in range(300)})
+    tars = SourceConfig(format="webdataset", path=str(tmp_path))
+    config = DataConfig(sources={"tars": tars}, visual=VISUAL, examples=ExampleConfig(), batch_size=400)
+    rows = stream(config).batch(0).rows
+    assert all(row.example.key.startswith("b/") for row in rows)
+    assert sum(bool(row.faults) for row in rows) == 100
+
+
+def test_what_is_no_fault_of_a_record_ends_the_run_with_its_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    def crash(*args: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("data_pipelines.loader.load_visual", crash)
+    with pytest.raises(ZeroDivisionError) as caught:
+        next(stream(data(WHOLE)).batches())
+    assert any("while making an example of digitworld/image/train/0/" in note for note in caught.value.__notes__)
+
+
+def test_evaluations_leave_broken_records_out(tar: SourceConfig) -> None:
+    held = EvaluationSet(data({"digits": SourceConfig(size=3), "tars": tar}, 4), TOKENIZER, name="e", seed=0)
+    assert len(held) == 15
+    batches = list(held.batches())
+    assert [batch.arrays["frames"].shape for batch in batches] == [(4, 1, SIZE, SIZE, 3)] * 4
+    masks = np.concatenate([batch.arrays["example_mask"] for batch in batches])
+    assert np.flatnonzero(~masks).tolist() == [3 + 2, 3 + 6, 15]
+    keys = [example.key for batch in batches for example in batch.examples]
+    assert keys[:4] == [*(f"digitworld/image/train/0/{i}" for i in range(3)), "a/00"]
+    assert len(keys) == 13
+    assert [fault.key for batch in batches for fault in batch.faults] == ["a/02", "record 6"]
+    shards = [list(held.batches(Shard(i, 2))) for i in range(2)]
+    for both, whole in zip(zip(*shards, strict=True), batches, strict=True):
+        for key, value in whole.arrays.items():
+            np.testing.assert_array_equal(np.concatenate([each.arrays[key] for each in both]), value)
+
+
+def test_a_kind_that_records_are_not(tmp_path: Path) -> None:
+    path = str(write_tar(tmp_path / "a.tar", {"1.png": encoded(records("image", 1)[0])}))
+    clips = stream(data({"a": SourceConfig(format="webdataset", path=path, kind="video")}))
+    with pytest.raises(DataError, match=r"a\.tar:1\.png is taken for a image, expected a video"):
+        clips.batch(0)
+
+
+IMAGE, TEXT = SourceConfig(), SourceConfig(kind="text")
+REFUSED = {
+    "no source": ({}, {}, "needs sources of one kind, found none"),
+    "kinds": ({"a": IMAGE, "b": TEXT}, {}, r"found a \(image\), b \(text\); give each kind a stream of its own"),
+    "weight": ({"a": SourceConfig(weight=0.0)}, {}, r"sources\.a\.weight=0\.0 should be above 0"),
+    "temperature": ({"a": IMAGE}, {"temperature": 0.0}, r"temperature=0\.0 should be above 0"),
+    "share": ({"a": IMAGE}, {"max_skipped": 2.0}, r"max_skipped=2\.0 is a share, expected 0 to 1"),
+    "remainder": ({"a": IMAGE, "b": IMAGE}, {"drop_remainder": True}, "drop_remainder needs a single source"),
+}
+
+
+@pytest.mark.parametrize(("sources", "fields", "said"), REFUSED.values(), ids=REFUSED)
+def test_streams_that_are_none(sources: dict[str, SourceConfig], fields: dict[str, object], said: str) -> None:
+    with pytest.raises(DataError, match=said):
+        data(sources, **fields)
+
+
+def test_a_batch_larger_than_an_epoch_without_remainder() -> None:
+    with pytest.raises(DataError, match=r"sources\.a has 3 records, too few for a batch of 4 with drop_remainder"):
+        stream(data({"a": SourceConfig(size=3)}, 4, drop_remainder=True))
+
+
+def test_settings_that_a_format_does_not_read() -> None:
+    with pytest.raises(
+        DataError, match=r"source\.path='x' means nothing to format 'digitworld', which reads seed, split"
+    ):
+        SourceConfig(path="x").open(VISUAL)
+    with pytest.raises(DataError, match=r"source\.path is empty; format 'webdataset' needs the path of its files"):
+        SourceConfig(format="webdataset").open(VISUAL)
+    assert set(sources_config.FORMATS) == set(sources_config.Format.__args__)

@@ -1,0 +1,96 @@
+"""The order: the same for any number of processes and after any restart, every record once an epoch, exact mixtures."""
+
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_pipelines.errors import DataError
+from data_pipelines.order import Pick, Rows, Shard, endless_order
+
+SIZES = st.dictionaries(st.sampled_from("abc"), st.integers(1, 2000), min_size=1)
+
+
+def equal(records: dict[str, int]) -> dict[str, float]:
+    return dict.fromkeys(records, 1.0)
+
+
+def step_of(order, batch_size: int, processes: int, start: int, step: int) -> list[Pick]:
+    """The global batch of a step as processes build it that were all started at step ``start``."""
+    picks = []
+    for index in range(processes):
+        rows = Rows(order, batch_size, Shard(index, processes), start)
+        each = batch_size // processes
+        picks += [rows[(step - start) * each + row] for row in range(each)]
+    return picks
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    records=SIZES, seed=st.integers(0, 2**31), step=st.integers(0, 10**6), back=st.integers(0, 50),
+    multiple=st.integers(1, 3), processes=st.sampled_from([1, 2, 4, 8]),
+)  # fmt: skip
+def test_a_step_holds_the_same_for_any_processes_and_any_restart(
+    records, seed, step, back, multiple, processes
+) -> None:
+    order = endless_order(records, equal(records), stream="s", seed=seed)
+    batch_size = 8 * multiple
+    alone = step_of(order, batch_size, 1, 0, step)
+    again = endless_order(records, equal(records), stream="s", seed=seed)
+    assert step_of(again, batch_size, processes, max(0, step - back), step) == alone
+
+
+@settings(max_examples=30, deadline=None)
+@given(length=st.integers(1, 60), seed=st.integers(0, 2**31), epoch=st.integers(0, 1000))
+def test_every_epoch_shows_every_record_once(length, seed, epoch) -> None:
+    order = endless_order({"a": length}, {"a": 1.0}, stream="s", seed=seed)
+    picks = [order[epoch * length + i] for i in range(length)]
+    assert sorted(pick.index for pick in picks) == list(range(length))
+    assert {pick.epoch for pick in picks} == {epoch}
+
+
+def test_epochs_streams_and_seeds_have_their_own_orders() -> None:
+    def order(stream: str, seed: int, epoch: int) -> tuple[int, ...]:
+        picks = endless_order({"a": 50}, {"a": 1.0}, stream=stream, seed=seed)
+        return tuple(picks[50 * epoch + i].index for i in range(50))
+
+    orders = [order("s", 0, 0), order("s", 0, 1), order("s", 1, 0), order("t", 0, 0)]
+    assert len(set(orders)) == 4
+
+
+def test_dropping_the_remainder_keeps_batches_inside_an_epoch() -> None:
+    order = endless_order({"a": 23}, {"a": 1.0}, stream="s", seed=0, multiple=5)
+    for step in range(40):
+        picks = [order[step * 5 + i] for i in range(5)]
+        assert {pick.epoch for pick in picks} == {step // 4}
+        assert len({pick.index for pick in picks}) == 5
+    assert {order[i].index for i in range(20 * 30)} == set(range(23)), "every record has its turn in some epoch"
+
+
+@settings(max_examples=30, deadline=None)
+@given(shares=st.lists(st.integers(1, 9), min_size=2, max_size=4), start=st.integers(0, 10**6))
+def test_mixtures_are_exact(shares, start) -> None:
+    names = "abcd"[: len(shares)]
+    weights = dict(zip(names, map(float, shares), strict=True))
+    order = endless_order(dict.fromkeys(names, 5000), weights, stream="s", seed=0)
+    window = 10 * sum(shares)
+    seen = Counter(order[start + i].source for i in range(window))
+    for name in names:
+        assert abs(seen[name] - 10 * weights[name]) <= 0.02 * window + 1
+
+
+def test_randomness_depends_on_all_that_it_should_and_nothing_else() -> None:
+    def draw(source="a", index=1, epoch=0, seed=0, stream="s", purpose="text") -> float:
+        return Pick(source, index, epoch).rng(seed, stream, purpose).random()
+
+    variants = [
+        draw(), draw(source="b"), draw(index=2), draw(epoch=1), draw(seed=1), draw(stream="t"), draw(purpose="visual")
+    ]  # fmt: skip
+    assert len(set(variants)) == len(variants)
+    assert draw() == variants[0]
+
+
+def test_a_batch_that_processes_cannot_share() -> None:
+    with pytest.raises(DataError, match="batch_size=6 is not a multiple of the 4 processes that share it"):
+        Shard(0, 4).rows(6)

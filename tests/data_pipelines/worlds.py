@@ -1,0 +1,54 @@
+"""DigitWorld as the world's data come: encoded pictures and clips, tars."""
+
+import io
+import json
+import tarfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from data_pipelines.convert import encode_frames
+from data_pipelines.digitworld.source import DigitWorld
+from data_pipelines.record import Record
+
+SIZE = 16
+
+
+def records(kind: str, count: int) -> list[Record]:
+    world = DigitWorld(kind, size=count, image_size=SIZE, num_frames=4)
+    return [world[i] for i in range(count)]
+
+
+def encoded(record: Record) -> bytes:
+    """A picture as PNG, a clip as mp4."""
+    assert record.frames is not None
+    data = encode_frames(record.frames, record.key).data
+    assert isinstance(data, bytes)
+    return data
+
+
+def write_tar(path: Path, members: Mapping[str, bytes | str]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            data = content.encode() if isinstance(content, str) else content
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def img2dataset(path: Path, count: int = 6, start: int = 0) -> list[Record]:
+    """A tar with the members that img2dataset writes: 000000000.png, .txt and .json of each sample."""
+    made = records("image", start + count)[start:]
+    members: dict[str, bytes | str] = {}
+    for i, record in enumerate(made, start):
+        fields = {
+            "caption": record.captions[0],
+            "url": "https://example.org/x.png",
+            "key": f"{i:09}",
+            "status": "success",
+        }
+        members |= {
+            f"{i:09}.png": encoded(record), f"{i:09}.txt": record.captions[0], f"{i:09}.json": json.dumps(fields)
+        }  # fmt: skip
+    write_tar(path, members)
+    return made
