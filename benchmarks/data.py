@@ -25,15 +25,18 @@ from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import av
 import numpy as np
 from PIL import Image
 
 from data_pipelines.examples import ExampleConfig
+from data_pipelines.frames import middle_indices
 from data_pipelines.loader import DataConfig, Stream
-from data_pipelines.media import read_image, read_video, write_video
+from data_pipelines.media import write_video
 from data_pipelines.sources import tar_index
 from data_pipelines.sources.config import SourceConfig
 from data_pipelines.tokenizers import SPECIAL_TOKENS, WordPieceTokenizer
+from data_pipelines.transforms import random_window
 from data_pipelines.visual import VisualConfig
 
 SIZE, BATCH = 224, 16
@@ -57,14 +60,14 @@ def smooth_noise(rng: np.random.Generator, count: int, height: int, width: int) 
 
 
 def write_pictures(folder: Path, count: int) -> Path:
-    """A tar of JPEGs of 500 x 375, each eight times, and the same JPEGs as files."""
+    """A tar of JPEGs of 640 x 480 (COCO's size), each eight times, and the same JPEGs as files."""
     rng = np.random.default_rng(0)
     (folder / "pictures").mkdir()
     path = folder / "pictures.tar"
     with tarfile.open(path, "w") as tar:
         for i in range(count):
             file = folder / "pictures" / f"{i:05}.jpg"
-            Image.fromarray(smooth_noise(rng, 1, 375, 500)[0]).save(file, quality=90)
+            Image.fromarray(smooth_noise(rng, 1, 480, 640)[0]).save(file, quality=90)
             for copy in range(8):  # an order of few records is slow to work out, and no data set is that small
                 tar.add(file, f"{i:05}-{copy}.jpg")
                 info = tarfile.TarInfo(f"{i:05}-{copy}.txt")
@@ -91,7 +94,8 @@ def stream(path: Path, kind: str, threads: int, batch: int, **visual: Any) -> St
     """Decode, random resized crop, batch."""
     source = SourceConfig(format="webdataset", path=str(path), kind=kind)
     config = DataConfig(
-        sources={"tar": source}, visual=VisualConfig(image_size=SIZE, transform="train", **visual),
+        sources={"tar": source},
+        visual=VisualConfig(image_size=SIZE, transform="train", flip=False, num_ops=0, **visual),
         examples=ExampleConfig(), batch_size=batch, threads=threads, prefetch=2 * batch * threads,
     )  # fmt: skip
     return Stream(config, TOKENIZER, name="benchmark", seed=0)
@@ -106,26 +110,43 @@ def rate(batches: Iterator[Any], count: int, batch: int) -> float:
     return max(1, count // batch) * batch / (time.perf_counter() - start)
 
 
-def read_16_frames(file: Path) -> np.ndarray:
-    """The frames that the pipeline takes."""
-    return read_video(file, 16)
+def read_jpeg(file: Path) -> list[Image.Image]:
+    """A picture by Pillow."""
+    with Image.open(io.BytesIO(file.read_bytes())) as image:
+        image.load()
+        return [image]
 
 
-def bare(files: Iterable[Path], read: Callable[[Path], np.ndarray]) -> float:
+def read_16_frames(file: Path) -> list[Image.Image]:
+    """The frames that the pipeline takes, by PyAV: all are decoded, and those taken become RGB."""
+    with av.open(str(file)) as container:
+        wanted = set(middle_indices(300, 16).tolist())
+        frames = (frame for i, frame in enumerate(container.decode(video=0)) if i in wanted)
+        return [Image.fromarray(frame.to_ndarray(format="rgb24")) for frame in frames]
+
+
+def bare(files: Iterable[Path], read: Callable[[Path], list[Image.Image]]) -> float:
     """Examples per second of the decoder and of one resize per frame, and nothing else."""
     rng, count, start = np.random.default_rng(0), 0, time.perf_counter()
     for file in files:
         frames = read(file)
-        height, width = frames.shape[1:3]
-        side = np.sqrt(rng.uniform(0.5, 1.0)) * min(height, width)
+        width, height = frames[0].size
+        window = random_window(height, width, SIZE, rng, min_area=0.5)  # as large as the pipeline's
+        box = (window.left, window.top, window.left + window.width, window.top + window.height)
         for frame in frames:
-            np.asarray(Image.fromarray(frame).resize((SIZE, SIZE), Image.Resampling.BICUBIC, (0, 0, side, side)))
+            np.asarray(frame.resize((SIZE, SIZE), Image.Resampling.BICUBIC, box))
         count += 1
     return count / (time.perf_counter() - start)
 
 
 def pipeline(
-    name: str, tar: Path, files: list[Path], read: Callable[[Path], np.ndarray], kind: str, batch: int, repeats: int
+    name: str,
+    tar: Path,
+    files: list[Path],
+    read: Callable[[Path], list[Image.Image]],
+    kind: str,
+    batch: int,
+    repeats: int,
 ) -> None:
     """Share of the bare loop, and scaling; medians of turns, so that both sides see the same machine."""
     visual: dict[str, Any] = {"num_frames": 16} if kind == "video" else {}
@@ -157,7 +178,8 @@ def waiting(folder: Path, tar: Path, steps: int) -> None:
     from mplug2_jax.training.loop import train
     from mplug2_jax.training.telemetry import read_metrics
 
-    recipe = load_recipe("demo", [f"--config.steps={steps}", "--config.log_every=5"])
+    words = (f"steps={steps}", "log_every=5", "model.vision_layers=12")
+    recipe = load_recipe("demo", [f"--config.{word}" for word in words])
     data = DataConfig(
         sources={"tar": SourceConfig(format="webdataset", path=str(tar))}, visual=VisualConfig(image_size=32),
         examples=ExampleConfig(text_length=8), batch_size=BATCH,
@@ -243,8 +265,9 @@ def index(folder: Path, samples: int) -> None:
 def decode(data: bytes, rng: np.random.Generator) -> np.ndarray:
     """The same work, as a user of the other two would write it."""
     with Image.open(io.BytesIO(data)) as image:
-        side = np.sqrt(rng.uniform(0.5, 1.0)) * min(image.size)
-        picture = image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BICUBIC, (0, 0, side, side))
+        window = random_window(image.height, image.width, SIZE, rng, min_area=0.5)
+        box = (window.left, window.top, window.left + window.width, window.top + window.height)
+        picture = image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BICUBIC, box)
     return np.array(picture)
 
 
@@ -304,7 +327,7 @@ def main() -> None:
         folder = Path(name)
         pictures, clips = write_pictures(folder, args.pictures), write_clips(folder, args.clips)
         files = [sorted((folder / each).iterdir()) for each in ("pictures", "clips")]
-        pipeline("JPEG, crop, 224", pictures, files[0], read_image, "image", BATCH, args.repeats)
+        pipeline("JPEG of 640 x 480, crop, 224", pictures, files[0], read_jpeg, "image", BATCH, args.repeats)
         pipeline("video, 16 of 300 frames, 224", clips, files[1], read_16_frames, "video", 2, args.repeats)
         others(pictures, files[0])
         index(folder, args.index)

@@ -36,7 +36,7 @@ def rand_augment(clip: Clip, rng: np.random.Generator, *, num_ops: int, magnitud
         num_ops: how many operations.
         magnitude: how strong, 0 to ``MAX_MAGNITUDE``.
     """
-    for name in rng.permutation(list(OPERATIONS))[:num_ops]:
+    for name in rng.permutation(list(OPERATIONS))[:num_ops] if num_ops else ():
         clip = OPERATIONS[name](clip, magnitude / MAX_MAGNITUDE * rng.choice((-1, 1)))
     return clip
 

@@ -44,7 +44,7 @@ def test_data(repository: Path) -> None:
     few = ("--pictures", "16", "--clips", "2", "--index", "30000", "--steps", "6", "--repeats", "1")
     out = printed(repository, "data.py", *few)
     for figure in (
-        r"JPEG, crop, 224: share of the bare loop on one core +\d+%", r"video, .*: two threads against one +[\d.]+x",
+        r"JPEG .*, crop, 224: share of the bare loop on one core +\d+%", r"video, .*: two threads against one +[\d.]+x",
         r"index of 30,000 records: opened in +[\d.]+ s", r"at step 0, and at step 1,000,000 +[\d.]+ s, [\d.]+ s",
         r"waiting for data +[\d.]+%",
     ):  # fmt: skip

@@ -1,6 +1,7 @@
 """Finding and reading files, local or behind a URL, through fsspec; and names that may not leave their folder."""
 
 import io
+import os
 import re
 import uuid
 from pathlib import PurePosixPath
@@ -92,10 +93,8 @@ def read_bytes(path: str, offset: int = 0, size: int | None = None) -> bytes:
         if is_url(path):
             system, plain = file_system(path)
             data: bytes = system.cat_file(plain, offset or None, None if size is None else offset + size)
-        else:  # without fsspec's layers, as this is read for every record
-            with open(path, "rb") as file:
-                file.seek(offset)
-                data = file.read(-1 if size is None else size)
+        else:
+            data = _read_local(path, offset, size)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
     if size is not None and len(data) != size:
@@ -103,6 +102,20 @@ def read_bytes(path: str, offset: int = 0, size: int | None = None) -> bytes:
             f"{path} ends at byte {offset + len(data):,}, expected {offset + size:,}; it was cut or replaced"
         )
     return data
+
+
+def _read_local(path: str, offset: int, size: int | None) -> bytes:
+    """Without fsspec's layers and without a buffer, as this is done several times for every record."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        left = os.fstat(descriptor).st_size - offset if size is None else size
+        parts = []
+        while left > 0 and (part := os.pread(descriptor, left, offset)):
+            parts.append(part)
+            offset, left = offset + len(part), left - len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+    finally:
+        os.close(descriptor)
 
 
 def read_text(path: str) -> io.StringIO:

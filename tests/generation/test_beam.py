@@ -236,7 +236,7 @@ def test_a_cache_changes_nothing(decoder, beams, extend):
 
 
 def test_a_search_beyond_the_position_table_is_refused(decoder):
-    with pytest.raises(UserError, match=r"13 tokens exceeds model\.max_positions=12"):
+    with pytest.raises(UserError, match=r"13 tokens exceeds config\.model\.max_positions=12"):
         cached(*decoder, SearchConfig(beams=1, max_length=13))
 
 

@@ -11,7 +11,7 @@ from mplug2_jax.model.fusion import mixing_layers
         ({"visoin_width": 64}, "model.visoin_width is not a field of the model: did you mean 'vision_width'?"),
         ({"heads": 5}, "config.model.width=128 does not divide into config.model.heads=5"),
         ({"image_size": 30}, "not a multiple of config.model.patch_size=8; the nearest sizes are 24 and 32"),
-        ({"text_layers": -1}, "must not be negative"),
+        ({"text_layers": -1}, "config.model.text_layers=-1 must be at least 0"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(overrides, sentence):

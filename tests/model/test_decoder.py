@@ -64,5 +64,5 @@ def test_the_pad_row_learns_nothing_through_the_lookup(decoder):
 
 
 def test_texts_longer_than_the_position_table_are_refused(decoder, memory):
-    with pytest.raises(UserError, match=r"13 tokens exceeds model\.max_positions=12"):
+    with pytest.raises(UserError, match=r"13 tokens exceeds config\.model\.max_positions=12"):
         decoder(jnp.ones((2, 13), jnp.int32), None, *memory)

@@ -14,10 +14,9 @@ from data_pipelines.tokenizers import Tokenizer, train_wordpiece
 from mplug2_jax.objectives.language import DistillationConfig
 from mplug2_jax.objectives.vlc import VlcConfig
 from mplug2_jax.parallel.mesh import MeshConfig, make_mesh
-from mplug2_jax.parallel.placement import put_batch
 from mplug2_jax.tasks.base import TaskSettings
 from mplug2_jax.training.config import RunConfig
-from mplug2_jax.training.loop import stream_batches
+from mplug2_jax.training.loop import device_batches, open_streams
 from mplug2_jax.training.optimizer import AdamWConfig
 from mplug2_jax.training.state import Blueprint, plan_run
 from mplug2_jax.training.step import compile_step
@@ -41,9 +40,9 @@ def planned(config: RunConfig, tokenizer: Tokenizer, mesh: MeshConfig) -> Bluepr
 def run(config: RunConfig, tokenizer: Tokenizer, mesh: MeshConfig, steps: int) -> tuple[Any, list[dict[str, float]]]:
     plan = planned(config, tokenizer, mesh)
     state, step = plan.init(), compile_step(plan)
-    batches, history = stream_batches(config, tokenizer, 0), []
+    batches, history = device_batches(open_streams(config, tokenizer), plan.mesh, 0), []
     for _ in range(steps):
-        state, metrics = step(state, {name: put_batch(next(b), plan.mesh) for name, b in batches.items()})
+        state, metrics = step(state, next(batches)[0])
         history.append({name: float(value) for name, value in metrics.items()})
     return state, history
 
@@ -121,19 +120,20 @@ def test_shards_are_made_where_they_live(tokenizer: Tokenizer) -> None:
 def test_the_step_compiles_once_and_takes_the_state_with_it(tokenizer: Tokenizer) -> None:
     config = answering()
     plan = planned(config, tokenizer, ONE)
-    state, step, batches = plan.init(), compile_step(plan), stream_batches(config, tokenizer, 0)
+    state, step = plan.init(), compile_step(plan)
+    batches = device_batches(open_streams(config, tokenizer), plan.mesh, 0)
     compiled: list[str] = []
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, _seconds, **_: compiled.append(event) if "backend_compile" in event else None
     )
     try:
         before = state
-        state, _ = step(state, {"q": put_batch(next(batches["q"]), plan.mesh)})
+        state, _ = step(state, next(batches)[0])
         assert len(compiled) >= 1
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before["params"]))
         compiled.clear()
         for _ in range(2):
-            state, metrics = step(state, {"q": put_batch(next(batches["q"]), plan.mesh)})
+            state, metrics = step(state, next(batches)[0])
         assert np.isfinite(float(metrics["loss"]))
         assert compiled == []
     finally:
@@ -177,5 +177,5 @@ def test_another_seed_is_another_start_and_another_order(tokenizer: Tokenizer) -
     a, b = answering(), answering(seed=1)
     first, second = (planned(config, tokenizer, ONE).init()["params"] for config in (a, b))
     assert not np.array_equal(first["decoder"]["embeddings"]["words"], second["decoder"]["embeddings"]["words"])
-    ids = [next(stream_batches(config, tokenizer, 0)["q"])["example_id"].tolist() for config in (a, b)]
+    ids = [open_streams(config, tokenizer)["q"].batch(0).arrays["example_id"].tolist() for config in (a, b)]
     assert ids[0] != ids[1]
