@@ -73,7 +73,7 @@ format: $(VENV)/.installed-dev
 constraints:
 	rm -rf .venv-constraints && $(PYTHON) -m venv .venv-constraints
 	.venv-constraints/bin/python -m pip install --quiet -e '.[dev,tpu,torch]'
-	{ sed -n '/^#/p' constraints.txt; .venv-constraints/bin/python -m pip freeze --exclude-editable | grep -vE '^(nvidia|cuda|triton)'; } > .constraints.new
+	{ sed -n '/^#/p' constraints.txt; .venv-constraints/bin/python -m pip freeze --exclude-editable | grep -vE '^(nvidia|cuda|triton)' | sed 's/+cpu$$//'; } > .constraints.new
 	mv .constraints.new constraints.txt && rm -rf .venv-constraints
 
 $(BIN)/python:
