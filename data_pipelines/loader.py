@@ -60,6 +60,14 @@ class DataConfig:
             raise DataError(f"temperature={self.temperature} should be above 0, or none for the weights alone")
         if not 0 <= self.max_skipped <= 1:
             raise DataError(f"max_skipped={self.max_skipped} is a share, expected 0 to 1")
+        drawn = all(source.format == "digitworld" for source in self.sources.values())
+        if "box" in self.examples.instructions and not (
+            self.visual.transform in ("resize", "released_test") or (drawn and self.visual.transform == "test")
+        ):
+            raise DataError(
+                f"instructions.box with visual.transform='{self.visual.transform}': boxes do not follow what is cropped "
+                "or turned; use 'resize' or 'released_test'"
+            )
         if self.drop_remainder and len(self.sources) > 1:
             raise DataError("drop_remainder needs a single source: the epochs of a mixture end at different times")
 

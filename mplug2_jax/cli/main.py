@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from data_pipelines.errors import DataError
 from mplug2_jax import __version__
@@ -53,5 +54,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-if __name__ == "__main__":
+def program() -> None:
+    """The whole process: a command, and nothing said after it.
+
+    A checkpoint that cannot be restored leaves reads behind that end after their event loop has, each of which Python
+    would report below the sentence that says what is wrong.
+    """
+
+    def report(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            sys.__unraisablehook__(unraisable)
+
+    sys.unraisablehook = report
     sys.exit(main())
+
+
+if __name__ == "__main__":
+    program()

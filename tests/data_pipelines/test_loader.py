@@ -10,7 +10,7 @@ import pytest
 
 from data_pipelines.digitworld import vocabulary_texts
 from data_pipelines.errors import DataError
-from data_pipelines.examples import ExampleConfig
+from data_pipelines.examples import ExampleConfig, InstructionConfig
 from data_pipelines.faults import Fault, FaultLog, read_faults
 from data_pipelines.loader import DataConfig, EvaluationSet, Stream
 from data_pipelines.order import Shard
@@ -212,3 +212,19 @@ def test_settings_that_a_format_does_not_read() -> None:
     with pytest.raises(DataError, match=r"source\.path is empty; format 'webdataset' needs the path of its files"):
         SourceConfig(format="webdataset").open(VISUAL)
     assert set(sources_config.FORMATS) == set(sources_config.Format.__args__)
+
+
+def test_boxes_are_refused_where_pictures_are_cropped_or_turned() -> None:
+    boxes = ExampleConfig(
+        instructions={"box": InstructionConfig(templates=("where is {expression}?",))}, target_length=8
+    )
+    files = {"a": SourceConfig(format="annotations", path="refs.json")}
+
+    def asked(sources: dict[str, SourceConfig], **visual: object) -> DataConfig:
+        return DataConfig(sources=sources, visual=VisualConfig(**visual), examples=boxes, batch_size=2)
+
+    for transform in ("test", "train", "released_train"):
+        with pytest.raises(DataError, match="boxes do not follow what is cropped or turned; use 'resize'"):
+            asked(files, transform=transform)
+    asked(files, transform="resize")
+    asked(WHOLE)  # DigitWorld draws squares, of which nothing is cropped
