@@ -65,8 +65,8 @@ class DataConfig:
             self.visual.transform in ("resize", "released_test") or (drawn and self.visual.transform == "test")
         ):
             raise DataError(
-                f"instructions.box with visual.transform='{self.visual.transform}': boxes do not follow what is cropped "
-                "or turned; use 'resize' or 'released_test'"
+                f"instructions.box with visual.transform='{self.visual.transform}': boxes do not follow what is "
+                "cropped or turned; use 'resize' or 'released_test'"
             )
         if self.drop_remainder and len(self.sources) > 1:
             raise DataError("drop_remainder needs a single source: the epochs of a mixture end at different times")
