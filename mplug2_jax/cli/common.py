@@ -59,7 +59,7 @@ def open_run(args: argparse.Namespace) -> "tuple[Blueprint, Params, int, Tokeniz
 
     workdir = WorkDir(args.workdir)
     config = build(RunConfig, override(as_recipe(workdir.read_config()), args.overrides))
-    tokenizer = workdir.tokenizer(config.tokenizer, config.model)
+    tokenizer = workdir.tokenizer(config)
     plan = plan_run(config, special_tokens(tokenizer), make_mesh(config.mesh))
     checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint, writes=False)
     try:

@@ -1,6 +1,7 @@
 """Both frameworks on the same input: every tap, by JAX from our checkpoint and by PyTorch from the official tensors."""
 
 import dataclasses
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -111,7 +112,9 @@ def _by_torch(
     model = kind(runtime.Config(**{field.name: sizes[field.name] for field in dataclasses.fields(runtime.Config)}))
     student = [name for name in tensors.names() if not name.partition(".")[0].endswith("_m")]
     # Half-precision files are read exactly and computed in float32, as ours are.
-    model.load_official({name: torch.from_numpy(_plain(tensors.read(name))) for name in student})
+    with warnings.catch_warnings():  # memory-mapped files are read-only, and nothing writes to them
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        model.load_official({name: torch.from_numpy(_plain(tensors.read(name))) for name in student})
     model.eval()
     found: Tapped = {}
     for path, batch in batches.items():

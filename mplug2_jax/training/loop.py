@@ -47,7 +47,7 @@ def train(config: RunConfig, path: Path) -> list[EvaluationResult]:
         check_batch(f"config.streams.{name}.data.batch_size", stream.data.batch_size // config.accumulate, mesh)
     workdir = WorkDir(path)
     resumes = workdir.check(config)
-    tokenizer = workdir.tokenizer(config.tokenizer, config.model)
+    tokenizer = workdir.tokenizer(config)
     plan = plan_run(config, special_tokens(tokenizer), mesh)
     progress.say(describe(plan))
 

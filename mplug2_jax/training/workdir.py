@@ -85,17 +85,34 @@ class WorkDir:
         if tokenizer and not self.tokenizer_folder.exists():
             tokenizer.save(self.tokenizer_folder)
 
-    def tokenizer(self, config: TokenizerConfig, model: ModelConfig) -> Tokenizer:
-        """The run's tokeniser: the one that is kept here, or before there is one, loaded or trained as configured.
+    def tokenizer(self, config: RunConfig) -> Tokenizer:
+        """The run's tokeniser: the one that is kept here, or before there is one, what the config says.
+
+        That is the file it names, or that of the run whose word tables it starts from, or one that it trains.
 
         Raises:
             UserError: it has more tokens than the model's tables have rows.
             DataError: no tokeniser at the given path, or a damaged one.
         """
         kept = self.tokenizer_folder
-        tokenizer = load_tokenizer(kept) if kept.exists() else make_tokenizer(config)
-        check_vocabulary(tokenizer, model)
+        inherited = _tokenizer_of(config)
+        if kept.exists():
+            tokenizer = load_tokenizer(kept)
+        elif inherited and not config.tokenizer.path:
+            tokenizer = load_tokenizer(inherited)
+        else:
+            tokenizer = make_tokenizer(config.tokenizer)
+        check_vocabulary(tokenizer, config.model)
         return tokenizer
+
+
+def _tokenizer_of(config: RunConfig) -> Path | None:
+    """The tokeniser that the words of ``config.init_from`` were learned with, if that is known."""
+    if not config.init_from or (config.init_parts and not {"text", "decoder"} & set(config.init_parts)):
+        return None
+    path = Path(config.init_from)
+    kept = (WorkDir(folder).tokenizer_folder for folder in (path, path.parent, path.parent.parent))
+    return next((folder for folder in kept if folder.is_dir()), None)
 
 
 def make_tokenizer(config: TokenizerConfig) -> Tokenizer:

@@ -141,7 +141,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory, recipes: Path) -> Path:
     path = tmp_path_factory.mktemp("runs") / "pictures"
     config = build(RunConfig, load_recipe(str(recipes / "pictures.py")))
     workdir = WorkDir(path)
-    tokenizer = workdir.tokenizer(config.tokenizer, config.model)
+    tokenizer = workdir.tokenizer(config)
     workdir.begin(config, tokenizer)
     shapes = plan_run(config, special_tokens(tokenizer), make_mesh(config.mesh)).shapes
     state = jax.tree.map(lambda s: jax.device_put(0.1 * rng.normal(size=s.shape).astype(s.dtype), s.sharding), shapes)

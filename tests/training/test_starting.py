@@ -15,9 +15,10 @@ from mplug2_jax.objectives.language import DistillationConfig
 from mplug2_jax.parallel.mesh import MeshConfig, make_mesh
 from mplug2_jax.tasks.base import TaskSettings
 from mplug2_jax.training.checkpoints import Checkpoints, Identity, Position
-from mplug2_jax.training.config import CheckpointConfig
+from mplug2_jax.training.config import CheckpointConfig, TokenizerConfig
 from mplug2_jax.training.starting import first_state
 from mplug2_jax.training.state import Blueprint, plan_run
+from mplug2_jax.training.workdir import WorkDir
 from tests.runs import small_model, small_run
 
 
@@ -112,3 +113,20 @@ def test_another_image_size_resizes_the_position_table_alone(tmp_path: Path) -> 
     np.testing.assert_allclose(state["params"]["vision"].pop("positions"), resize_positions(table, 4), atol=1e-6)
     assert said[-1] == "  the position table of 5 rows is resized to 17"
     assert_equal(state["params"], theirs)
+
+
+def test_words_bring_their_tokeniser(tmp_path: Path) -> None:
+    first = small_run(tokenizer=TokenizerConfig(vocab_size=90))
+    theirs = WorkDir(tmp_path / "first")
+    theirs.begin(first, theirs.tokenizer(first))
+    own = WorkDir(tmp_path / "second")
+    for start, parts, size in (
+        (theirs.path, (), 90), (theirs.checkpoints, ("text",), 90),
+        (theirs.checkpoints / "3", ("decoder", "vision"), 90),
+        (theirs.path, ("vision",), 120), (tmp_path / "elsewhere", (), 120), ("", (), 120),
+    ):  # fmt: skip
+        config = small_run(init_from=str(start), init_parts=parts, tokenizer=TokenizerConfig(vocab_size=120))
+        assert own.tokenizer(config).vocab_size == size
+    path = str(own.tokenizer(small_run(tokenizer=TokenizerConfig(vocab_size=100))).save(tmp_path / "third"))
+    named = small_run(init_from=str(theirs.path), tokenizer=TokenizerConfig(path=path))
+    assert own.tokenizer(named).vocab_size == 100
