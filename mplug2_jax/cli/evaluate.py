@@ -21,7 +21,9 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Evaluates, prints the table and keeps the results in the work directory."""
     from mplug2_jax.evaluation.loop import Evaluation, save_result
+    from mplug2_jax.parallel.processes import is_first, join
 
+    join()
     plan, params, step, tokenizer = open_run(args)
     config = plan.config
     names = args.only or list(config.evaluations)
@@ -36,7 +38,9 @@ def run(args: argparse.Namespace) -> int:
             name, config.evaluations[name], plan.definition, plan.context, tokenizer, plan.mesh, seed=config.seed
         )
         results.append(evaluation.run(params, step))
-        save_result(results[-1], args.workdir)
-        print(f"step {step}  {name}: {results[-1].examples} examples in {results[-1].seconds:.1f} s", flush=True)
-    print(f"\n{results_table(results)}\n\n{sample_lines(results)}")
+        if is_first():
+            save_result(results[-1], args.workdir)
+            print(f"step {step}  {name}: {results[-1].examples} examples in {results[-1].seconds:.1f} s", flush=True)
+    if is_first():
+        print(f"\n{results_table(results)}\n\n{sample_lines(results)}")
     return 0
