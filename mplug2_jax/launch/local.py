@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from types import FrameType
 from typing import IO
 
@@ -59,7 +59,7 @@ class LocalProcesses:
                 signal.signal(number, handler)
 
     def _run_once(self) -> int:
-        address = f"127.0.0.1:{_free_port()}"
+        address = f"127.0.0.1:{free_port()}"
         self._running = [self._start(index, address) for index in range(self._count)]
         listeners = [
             threading.Thread(target=_pass_on, args=(stream, out, f"[{index}] ".encode()), daemon=True)
@@ -81,23 +81,13 @@ class LocalProcesses:
     def _start(self, index: int, address: str) -> "subprocess.Popen[bytes]":
         return subprocess.Popen(
             self._command,
-            env=os.environ | self._environment(index, address),
+            env=os.environ | process_environment(index, self._count, self._devices, address),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             process_group=0,  # a terminal's Ctrl-C reaches this process alone, which passes it on
             preexec_fn=_end_with_parent if sys.platform == "linux" else None,
         )
-
-    def _environment(self, index: int, address: str) -> Mapping[str, str]:
-        return {
-            "JAX_PLATFORMS": "cpu",
-            "JAX_NUM_CPU_DEVICES": str(self._devices),
-            "JAX_COORDINATOR_ADDRESS": address,
-            "JAX_COORDINATOR_BIND_ADDRESS": address,  # nobody from outside can join
-            "JAX_NUM_PROCESSES": str(self._count),
-            "JAX_PROCESS_ID": str(index),
-        }
 
     def _wait(self) -> int:
         """Waits for all, at most so long after the first end; the status of the first that ended badly."""
@@ -126,7 +116,20 @@ def _status(process: "subprocess.Popen[bytes]") -> int:
     return 128 - code if code < 0 else code
 
 
-def _free_port() -> int:
+def process_environment(index: int, count: int, devices: int, address: str) -> dict[str, str]:
+    """What tells one of ``count`` processes on this machine who it is; see :mod:`mplug2_jax.parallel.processes`."""
+    return {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        "JAX_COORDINATOR_ADDRESS": address,
+        "JAX_COORDINATOR_BIND_ADDRESS": address,  # nobody from outside can join
+        "JAX_NUM_PROCESSES": str(count),
+        "JAX_PROCESS_ID": str(index),
+    }
+
+
+def free_port() -> int:
+    """A port that nobody listens on just now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -139,5 +142,7 @@ def _end_with_parent() -> None:
 
 def _pass_on(stream: IO[bytes], out: IO[bytes], prefix: bytes) -> None:
     for line in iter(lambda: stream.readline(_MAX_LINE), b""):
+        if line.startswith(b"[Gloo] Rank"):  # said of every group of devices that share a collective
+            continue
         out.write(prefix + line.rstrip(b"\n") + b"\n")
         out.flush()
