@@ -62,6 +62,7 @@ def _train(config: RunConfig, path: Path, notice: PreemptionNotice) -> list[Eval
     workdir = WorkDir(path)
     resumes = workdir.check(config)
     tokenizer = workdir.tokenizer(config.tokenizer, config.model)
+    check_started_alike(config, tokenizer, resumes=resumes)
     plan = plan_run(config, special_tokens(tokenizer), mesh)
     progress.say(describe(plan))
 
@@ -75,7 +76,6 @@ def _train(config: RunConfig, path: Path, notice: PreemptionNotice) -> list[Eval
     begun = None if resumes else first_state(plan)
 
     # Nothing was written until here, so that a run that is refused can be started again.
-    check_started_alike(config, tokenizer, resumes=resumes)
     if is_first():
         workdir.begin(config, tokenizer)
 

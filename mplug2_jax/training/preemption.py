@@ -47,4 +47,4 @@ class PreemptionNotice:
         """
         self._checks += 1
         if self._noticed or multihost_utils.reached_preemption_sync_point(self._checks):
-            raise Preempted
+            raise Preempted("told to end")
