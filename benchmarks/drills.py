@@ -107,7 +107,11 @@ class Drills:
             )  # fmt: skip
 
     def launch(self, layout: Layout, workdir: Path, *options: str) -> "subprocess.Popen[bytes]":
-        """A training run under the launcher."""
+        """A training run under the launcher, or of a process on its own, whose collectives are not gloo's."""
+        if layout.processes == 1:
+            return self.start(
+                self.train(layout, workdir), log_of(workdir), {"JAX_NUM_CPU_DEVICES": str(layout.devices)}
+            )
         counts = ("--processes", str(layout.processes), "--devices-per-process", str(layout.devices))
         words = ["launch", "local", *counts, *options, "--", *self.train(layout, workdir)]
         return self.start(words, log_of(workdir))
@@ -258,17 +262,11 @@ def preempt(drills: Drills, grace: float) -> Iterator[tuple[str, Any]]:
 
         def drill(layout: Layout = layout) -> str:
             undisturbed, workdir = drills.undisturbed(layout), drills.folder / f"preempt-{layout.processes}"
-            if layout.processes == 1:
-                alone = {"JAX_NUM_CPU_DEVICES": str(layout.devices)}
-                run = told = drills.start(drills.train(layout, workdir), log_of(workdir), alone)
-                await_step(4, workdir, run)
-                told_pid = told.pid
-            else:
-                run = drills.launch(layout, workdir)
-                await_step(4, workdir, run)
-                told_pid = children(run.pid)[-1]
+            run = drills.launch(layout, workdir)
+            await_step(4, workdir, run)
+            told = run.pid if layout.processes == 1 else children(run.pid)[-1]
             since = time.monotonic()
-            os.kill(told_pid, signal.SIGTERM)
+            os.kill(told, signal.SIGTERM)
             expect(ended(run, workdir, grace), 75, workdir)
             seconds, reached = time.monotonic() - since, max(steps_of(workdir, "examples.jsonl"))
             expect(ended(drills.launch(layout, workdir), workdir), 0, workdir)
