@@ -23,6 +23,7 @@ class Watchdog:
 
     def __init__(self, seconds: int) -> None:
         self._seconds = seconds
+        self._process = jax.process_index()  # now, while JAX surely answers
         self._closed = threading.Event()
         self._phase = ("starting", time.monotonic())
 
@@ -48,7 +49,7 @@ class Watchdog:
 
     def _end(self, phase: str) -> None:
         print(
-            f"mplug2: error: process {jax.process_index()} stands still: {phase} takes longer than "
+            f"mplug2: error: process {self._process} stands still: {phase} takes longer than "
             f"config.stall_seconds={self._seconds}; what its threads are doing:",
             file=sys.stderr,
             flush=True,
