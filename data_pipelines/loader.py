@@ -211,7 +211,7 @@ class Stream:
         rows: grain.MapDataset[Made] = Rows(self.examples, self._config.batch_size, shard, start_step)
         made = iter(rows.to_iter_dataset(_read_options(self._config)))
         while True:
-            yield _stacked([next(made) for _ in range(shard.rows(self._config.batch_size))])
+            yield _stacked([next(made) for _ in shard.rows(self._config.batch_size)])
 
 
 def _stacked(rows: Sequence[Made]) -> LoadedBatch:
@@ -222,8 +222,8 @@ class EvaluationBatch(NamedTuple):
     """A host's rows of a batch; ``example_mask`` is False in those that stand for no example."""
 
     arrays: HostBatch
-    examples: Sequence[Example]  # of the rows that stand for one
-    faults: Sequence[Fault]
+    examples: Mapping[int, Example]  # by their numbers in the set
+    faults: Mapping[int, Fault]
 
 
 class _Padding:
@@ -264,13 +264,13 @@ class EvaluationSet:
         size, padding = self._config.batch_size, self.first()
         rows, steps = shard.rows(size), -(-len(self) // size)
         indices: grain.MapDataset[int] = Rows(grain.MapDataset.range(steps * size), size, shard, 0)
-        made = iter(indices[: steps * rows].map(self._try).to_iter_dataset(_read_options(self._config)))
-        for _ in range(steps):
-            tried = [next(made) for _ in range(rows)]
-            examples = [row for row in tried if isinstance(row, Example)]
-            arrays = stack([(row if isinstance(row, Example) else padding).arrays for row in tried])
-            arrays["example_mask"] = np.array([isinstance(row, Example) for row in tried])
-            yield EvaluationBatch(arrays, examples, [row for row in tried if isinstance(row, Fault)])
+        made = iter(indices[: steps * len(rows)].map(self._try).to_iter_dataset(_read_options(self._config)))
+        for step in range(steps):
+            tried = {step * size + row: next(made) for row in rows}
+            examples = {i: row for i, row in tried.items() if isinstance(row, Example)}
+            arrays = stack([examples.get(i, padding).arrays for i in tried])
+            arrays["example_mask"] = np.array([i in examples for i in tried])
+            yield EvaluationBatch(arrays, examples, {i: row for i, row in tried.items() if isinstance(row, Fault)})
 
     def _try(self, index: int) -> Example | Fault | _Padding:
         if index >= len(self):

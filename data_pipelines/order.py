@@ -1,7 +1,7 @@
 """Which record stands where: an endless order that is a function of (seed, position) alone, by Grain.
 
-Step N's global batch is positions N*B .. (N+1)*B of the order; a host builds its contiguous rows of it. So any number
-of hosts sees the same batches, and a run resumes at any step without replay.
+Step N's global batch is positions N*B .. (N+1)*B of the order; a host builds the rows of it that its devices hold. So
+any number of hosts sees the same batches, and a run resumes at any step without replay.
 """
 
 import dataclasses
@@ -35,20 +35,24 @@ class Pick:
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """Which rows of every global batch a host builds."""
+    """Which rows of every global batch a host builds: some of ``count`` equal parts, in the order of the batch.
 
-    index: int = 0
+    The parts need not be neighbours, and another host may build them too: the mesh decides.
+    """
+
+    parts: tuple[int, ...] = (0,)
     count: int = 1
 
-    def rows(self, batch_size: int) -> int:
-        """Rows per host.
+    def rows(self, batch_size: int) -> list[int]:
+        """The host's rows, by their numbers in the global batch.
 
         Raises:
-            DataError: a batch that the hosts cannot share evenly.
+            DataError: a batch that cannot be cut evenly.
         """
-        if batch_size % self.count:
-            raise DataError(f"batch_size={batch_size} is not a multiple of the {self.count} processes that share it")
-        return batch_size // self.count
+        size, rest = divmod(batch_size, self.count)
+        if rest:
+            raise DataError(f"batch_size={batch_size} is not a multiple of the {self.count} parts that hosts share")
+        return [part * size + row for part in self.parts for row in range(size)]
 
 
 WHOLE = Shard()
@@ -61,7 +65,7 @@ class Rows(grain.MapDataset[Element]):
     def __init__(self, parent: grain.MapDataset[Element], batch_size: int, shard: Shard, start_step: int) -> None:
         super().__init__(parent)
         self._batch, self._rows = batch_size, shard.rows(batch_size)
-        self._first = start_step * batch_size + shard.index * self._rows
+        self._start = start_step
 
     def __len__(self) -> int:
         return len(self._parent)
@@ -69,8 +73,8 @@ class Rows(grain.MapDataset[Element]):
     def __getitem__(self, index: int | slice) -> Any:
         if isinstance(index, slice):
             return self.slice(index)
-        step, row = divmod(index, self._rows)
-        return self._parent[self._first + step * self._batch + row]
+        step, row = divmod(index, len(self._rows))
+        return self._parent[(self._start + step) * self._batch + self._rows[row]]
 
 
 def endless_order(

@@ -1,12 +1,23 @@
-"""The one exception that people are meant to read: a sentence that says what, where, and the remedy."""
+"""The exceptions that people are meant to read, and the exit statuses that schedulers are meant to read."""
 
 import difflib
 import math
 from collections.abc import Iterable
 
+USER_ERROR = 2
+"""Exit status: something the user can mend; starting again will not help."""
+PREEMPTED = 75
+"""Exit status (EX_TEMPFAIL): asked to end, the state is saved; start it again."""
+STALLED = 79
+"""Exit status: the watchdog ended a run that stood still; start it again."""
+
 
 class UserError(Exception):
     """Something the user can mend. The command line prints it as one sentence and exits with status 2."""
+
+
+class Preempted(Exception):
+    """The run was asked to end, and did so in order. The command line exits with status 75: start it again."""
 
 
 def check_range(

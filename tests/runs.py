@@ -64,5 +64,6 @@ def small_run(**overrides: Any) -> RunConfig:
         "evaluations": {"questions": EvaluationConfig(task="answer", data=heldout, samples=2)},
         "checkpoint": CheckpointConfig(every_steps=2, keep=2),
         "log_every": 1,
+        "stall_seconds": 0,
     }
     return RunConfig(**(fields | overrides))

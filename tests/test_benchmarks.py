@@ -49,3 +49,15 @@ def test_data(repository: Path) -> None:
         r"waiting for data +[\d.]+%",
     ):  # fmt: skip
         assert re.search(figure, out), out
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize(
+    ("words", "rows"), [(("elastic", "--times", "3"), 3), (("preempt",), 2), (("kill-one", "--bound", "90"), 4)]
+)
+def test_drills(repository: Path, tmp_path: Path, words: tuple[str, ...], rows: int) -> None:
+    out = printed(repository, "drills.py", *words, "--work", str(tmp_path))
+    assert (
+        len(re.findall(r"^(?:elastic|preempt|kill) .*  ok  ", out.rpartition("what was lost")[2], re.MULTILINE)) == rows
+    )

@@ -21,7 +21,10 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Evaluates, prints the table and keeps the results in the work directory."""
     from mplug2_jax.evaluation.loop import Evaluation, save_result
+    from mplug2_jax.parallel.processes import is_first, join
+    from mplug2_jax.training.preemption import PreemptionNotice
 
+    join()
     plan, params, step, tokenizer = open_run(args)
     config = plan.config
     names = args.only or list(config.evaluations)
@@ -31,12 +34,17 @@ def run(args: argparse.Namespace) -> int:
         if name not in config.evaluations:
             raise UserError(f"--only {name} is no evaluation of this run: {did_you_mean(name, config.evaluations)}")
     results = []
-    for name in names:
-        evaluation = Evaluation(
-            name, config.evaluations[name], plan.definition, plan.context, tokenizer, plan.mesh, seed=config.seed
-        )
-        results.append(evaluation.run(params, step))
-        save_result(results[-1], args.workdir)
-        print(f"step {step}  {name}: {results[-1].examples} examples in {results[-1].seconds:.1f} s", flush=True)
-    print(f"\n{results_table(results)}\n\n{sample_lines(results)}")
+    with PreemptionNotice() as notice:
+        for name in names:
+            evaluation = Evaluation(
+                name, config.evaluations[name], plan.definition, plan.context, tokenizer, plan.mesh, seed=config.seed
+            )
+            results.append(evaluation.run(params, step, lambda phase: notice.check()))
+            if is_first():
+                save_result(results[-1], args.workdir)
+                print(
+                    f"step {step}  {name}: {results[-1].examples} examples in {results[-1].seconds:.1f} s", flush=True
+                )
+    if is_first():
+        print(f"\n{results_table(results)}\n\n{sample_lines(results)}")
     return 0

@@ -7,11 +7,11 @@ from typing import Any
 
 from data_pipelines.errors import DataError
 from mplug2_jax import __version__
-from mplug2_jax.cli import convert, data, evaluate, generate, report, train
-from mplug2_jax.errors import UserError
+from mplug2_jax.cli import convert, data, evaluate, generate, launch, report, train
+from mplug2_jax.errors import PREEMPTED, USER_ERROR, Preempted, UserError
 
 # Each module adds one parser and sets its ``run``; heavy imports wait until a command runs, so that --help is instant.
-COMMANDS = (train, evaluate, generate, convert, data, report)
+COMMANDS = (train, evaluate, generate, launch, convert, data, report)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -29,8 +29,8 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command. Exit status: 0 well, 1 a check failed, 2 something the user can mend."""
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command and its options; wrong ones end the process with status 2 and a line that names them."""
     top = parser()
     args, rest = top.parse_known_args(argv)
     overrides = [word for word in rest if word.startswith("--config.")]
@@ -38,20 +38,40 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown or (overrides and not hasattr(args, "overrides")):
         top.error(f"unrecognised arguments: {' '.join(unknown or overrides)}")
     args.overrides = overrides
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Exit status: 0 well, 1 a check failed, 2 something the user can mend, 75 told to end and to be started again.
+    """
+    args = parse(argv)
     run: Callable[[argparse.Namespace], int] = args.run
     try:
         return run(args)
     except (UserError, DataError) as error:
-        print(f"mplug2: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return _ended(USER_ERROR, f"error: {' '.join(str(error).split())}")
     except OSError as error:
         if error.filename is None:
             raise
-        print(f"mplug2: error: {error.filename}: {error.strerror}", file=sys.stderr)
-        return 2
+        return _ended(USER_ERROR, f"error: {error.filename}: {error.strerror}")
+    except Preempted as preempted:
+        # All processes end here, so they can part in order.
+        print(f"mplug2: {preempted}", file=sys.stderr)
+        return PREEMPTED
     except KeyboardInterrupt:
-        print("mplug2: interrupted", file=sys.stderr)
-        return 130
+        return _ended(130, "interrupted")
+
+
+def _ended(status: int, why: str) -> int:
+    """Says why a command ended early; a process among others ends here and now, because they may wait for it."""
+    print(f"mplug2: {why}", file=sys.stderr)
+    if "jax" in sys.modules:
+        from mplug2_jax.parallel.processes import leave
+
+        leave(status)
+    return status
 
 
 def program() -> None:

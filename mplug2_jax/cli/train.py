@@ -11,7 +11,8 @@ def add_parser(commands: Any) -> None:
     """Adds the command."""
     parser = add_command(
         commands, "train", run, config=True,
-        what="Train a recipe, or go on where its work directory ends; every field of the recipe can be overridden.",
+        what="Train a recipe, or go on where its work directory ends; every field of the recipe can be overridden. "
+        "Exit status 75: told to end (SIGTERM), and saved; 79: stood still. Start it again after both.",
         example="mplug2 train --config configs/demo.py --config.steps=50 --workdir runs/short",
     )  # fmt: skip
     parser.add_argument(
@@ -25,12 +26,16 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Trains, prints the evaluations and writes the report."""
     from mplug2_jax.config import build, load_recipe
+    from mplug2_jax.parallel.processes import is_first, join
     from mplug2_jax.report import write_report
     from mplug2_jax.training.config import RunConfig
     from mplug2_jax.training.loop import train
 
+    join()
     config = build(RunConfig, load_recipe(args.config, args.overrides))
     results = train(config, args.workdir)
+    if not is_first():
+        return 0
     if results:
         print(f"\n{results_table(results)}\n\n{sample_lines(results)}\n")
     print(f"report: {write_report(args.workdir)}")

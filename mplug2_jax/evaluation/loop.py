@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,12 @@ from data_pipelines.examples import Example
 from data_pipelines.faults import Fault, check_share
 from data_pipelines.loader import DataConfig, EvaluationSet
 from data_pipelines.media import write_image
+from data_pipelines.order import Shard
 from data_pipelines.tokenizers import Tokenizer
 from mplug2_jax.errors import UserError
 from mplug2_jax.model.mplug2 import ModelDef, Params
-from mplug2_jax.parallel.placement import check_batch, put_batch
+from mplug2_jax.parallel.placement import batch_shards, check_batch, held_parts, put_batch, replicated
+from mplug2_jax.parallel.processes import gather
 from mplug2_jax.tasks import TASKS
 from mplug2_jax.tasks.base import TaskContext, parts_for
 
@@ -101,33 +103,81 @@ class Evaluation:
         assert task.predict is not None
         assert task.score is not None
         predict, self._score = task.predict, task.score
-        self._predict = jax.jit(lambda params, batch: predict(definition.bind(params), batch, context))
+        # Every process gets all predictions of a batch, whoever's devices made them.
+        self._predict = jax.jit(
+            lambda params, batch: predict(definition.bind(params), batch, context), out_shardings=replicated(mesh)
+        )
 
-    def run(self, params: Params, step: int) -> EvaluationResult:
-        """Predicts all examples and scores them.
+    def run(
+        self, params: Params, step: int, between_batches: Callable[[str], None] = lambda phase: None
+    ) -> EvaluationResult:
+        """Predicts all examples and scores them; all processes call it, and come to the same result.
+
+        Args:
+            params: the model's.
+            step: that they are of.
+            between_batches: called with what is done next, before every batch.
 
         Raises:
             DataError: more records that cannot be used than ``data.max_skipped`` allows.
         """
         start = time.perf_counter()
         rows: list[dict[str, NDArray[Any]]] = []
-        examples: list[Example] = []
-        faults: list[Fault] = []
-        for batch in self._set.batches():
+        held: dict[int, Example] = {}
+        unusable: dict[int, Fault] = {}
+        for batch in self._set.batches(Shard(held_parts(self._mesh), batch_shards(self._mesh))):
+            between_batches(f"batch {len(rows) + 1} of evaluation {self.name}")
             with jax.set_mesh(self._mesh):
                 predicted = self._predict(params, put_batch(batch.arrays, self._mesh))
-            kept = batch.arrays["example_mask"]
-            rows.append({name: np.asarray(value)[kept] for name, value in predicted.items()})
-            examples.extend(batch.examples)
-            faults.extend(batch.faults)
-        check_share(faults, len(self._set), self._config.data.max_skipped)
-        predictions = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
-        scored = self._score(predictions, examples, self._config.data.examples.reader(self._tokenizer))
-        samples = tuple(Sample(e, s) for e, s in zip(examples, scored.said, strict=True))[: self._config.samples]
+            rows.append({name: np.asarray(value) for name, value in predicted.items()})
+            held |= {place: _without_frames(example) for place, example in batch.examples.items()}
+            unusable |= batch.faults
+        examples, faults = _of_all_processes(held, unusable)
+        check_share(list(faults.values()), len(self._set), self._config.data.max_skipped)
+        # A row's place over all batches is its example's in the set; places without an example are left out.
+        places = list(examples)
+        predictions = {name: np.concatenate([row[name] for row in rows])[places] for name in rows[0]}
+        reader = self._config.data.examples.reader(self._tokenizer)
+        scored = self._score(predictions, list(examples.values()), reader)
+        shown = zip(places[: self._config.samples], scored.said, strict=False)
+        samples = tuple(Sample(self._set[place], said) for place, said in shown)
         return EvaluationResult(
             self.name, self._config.task, step, len(examples), time.perf_counter() - start, scored.figures,
-            scored.baselines, samples, tuple(faults),
+            scored.baselines, samples, tuple(faults.values()),
         )  # fmt: skip
+
+
+def _without_frames(example: Example) -> Example:
+    """What scores read of an example; all frames of an evaluation would fill the memory."""
+    arrays = {name: array for name, array in example.arrays.items() if name != "frames"}
+    return dataclasses.replace(example, arrays=arrays)
+
+
+def _of_all_processes(
+    examples: Mapping[int, Example], faults: Mapping[int, Fault]
+) -> tuple[dict[int, Example], dict[int, Fault]]:
+    """Everyone's examples and faults by their places in the set, in that order, each once."""
+    mine = {
+        "examples": [(place, _packed(example)) for place, example in examples.items()],
+        "faults": [(place, dataclasses.asdict(fault)) for place, fault in faults.items()],
+    }
+    all_examples: dict[int, Example] = {}
+    all_faults: dict[int, Fault] = {}
+    for theirs in gather(mine):
+        all_examples |= {place: _unpacked(packed) for place, packed in theirs["examples"]}
+        all_faults |= {place: Fault(**fields) for place, fields in theirs["faults"]}
+    return dict(sorted(all_examples.items())), dict(sorted(all_faults.items()))
+
+
+def _packed(example: Example) -> dict[str, Any]:
+    """An example as JSON can hold it."""
+    arrays = {name: (array.dtype.str, array.tolist()) for name, array in example.arrays.items()}
+    return dataclasses.asdict(dataclasses.replace(example, arrays={})) | {"arrays": arrays}
+
+
+def _unpacked(packed: Mapping[str, Any]) -> Example:
+    arrays = {name: np.array(values, dtype) for name, (dtype, values) in packed["arrays"].items()}
+    return Example(**{**packed, "arrays": arrays, "answers": tuple(packed["answers"]), "times": tuple(packed["times"])})
 
 
 def save_result(result: EvaluationResult, workdir: Path) -> Path:

@@ -77,6 +77,20 @@ def batch_shards(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in axes)
 
 
+def held_parts(mesh: Mesh) -> tuple[int, ...]:
+    """Which of a batch's ``batch_shards(mesh)`` parts this process's devices hold, in the order of the batch.
+
+    They are not always neighbours, and two processes hold the same where ``tensor`` runs across both.
+    """
+    indices = batch_sharding(mesh).addressable_devices_indices_map((batch_shards(mesh),)).values()
+    return tuple(sorted({_first_row(index) for index in indices}))
+
+
+def _first_row(index: tuple[slice, ...] | None) -> int:
+    assert index is not None  # of a device that holds nothing
+    return index[0].start or 0
+
+
 def check_batch(field: str, size: int, mesh: Mesh) -> None:
     """Checks that a batch splits evenly.
 
@@ -94,16 +108,22 @@ def check_batch(field: str, size: int, mesh: Mesh) -> None:
 
 
 def put_batch(batch: Mapping[str, NDArray[Any]], mesh: Mesh) -> dict[str, jax.Array]:
-    """A host's rows of a batch as global arrays.
+    """A process's rows of a batch, those of its :func:`held_parts`, as global arrays.
 
     ``example_id`` becomes int32: the halves of the int64 are folded, which keeps different ids different as far as 31
     bits can.
     """
-    sharding = batch_sharding(mesh)
+    sharding, parts = batch_sharding(mesh), held_parts(mesh)
 
     def put(name: str, value: NDArray[Any]) -> jax.Array:
         if name == "example_id":
             value = ((value ^ (value >> 32)) & 0x7FFFFFFF).astype(np.int32)
-        return jax.make_array_from_process_local_data(sharding, value)
+        size = len(value) // len(parts)
+
+        def held(index: tuple[slice, ...] | None) -> NDArray[Any]:
+            place = parts.index(_first_row(index) // size)
+            return value[place * size : (place + 1) * size]
+
+        return jax.make_array_from_callback((size * batch_shards(mesh), *value.shape[1:]), sharding, held)
 
     return {name: put(name, value) for name, value in batch.items()}

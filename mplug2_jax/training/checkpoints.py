@@ -47,6 +47,13 @@ class Identity:
         return {"config": defaults_of(self.config), "parts": list(self.parts), "origin": dict(self.origin)}
 
 
+class _Manager(ocp.CheckpointManager):
+    """Orbax's, which asks nobody whether the run is told to end: the loop does, and counts its questions."""
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
+
+
 class Checkpoints:
     """The checkpoints of a work directory. Saves run in the background; call ``close`` before the process ends.
 
@@ -59,7 +66,7 @@ class Checkpoints:
     ) -> None:  # fmt: skip
         """``lazy``: what will be saved are trees of :class:`~mplug2_jax.training.lazy.LazyArray`."""
         self.folder, self._config, self._identity = folder, config, identity
-        self._manager = ocp.CheckpointManager(
+        self._manager = _Manager(
             folder.absolute(),
             # Named here, so that a process that has saved nothing can read the arrays' shapes.
             item_handlers={

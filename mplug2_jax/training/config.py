@@ -61,6 +61,8 @@ class RunConfig:
     evaluate_every: int = 0  # steps; 0 = only after the last
     checkpoint: CheckpointConfig = CheckpointConfig()
     log_every: int = 10  # steps
+    log_examples: bool = False  # keep every step's example ids in examples.jsonl, to compare runs by
+    stall_seconds: int = 1800  # a step, a wait for data or a save that takes longer ends the run; 0 = wait for ever
 
     def __post_init__(self) -> None:
         """Checks what spans several groups of fields.
@@ -71,6 +73,7 @@ class RunConfig:
         for field, value, least in (
             ("steps", self.steps, 1), ("accumulate", self.accumulate, 1), ("log_every", self.log_every, 1),
             ("evaluate_every", self.evaluate_every, 0), ("seed", self.seed, 0),
+            ("stall_seconds", self.stall_seconds, 0),
             ("checkpoint.every_steps", self.checkpoint.every_steps, 1), ("checkpoint.keep", self.checkpoint.keep, 1),
         ):  # fmt: skip
             check_range(f"config.{field}", value, least)

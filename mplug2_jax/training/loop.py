@@ -2,8 +2,9 @@
 
 import collections
 import dataclasses
+import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,31 +16,44 @@ from data_pipelines.errors import DataError
 from data_pipelines.faults import FaultLog
 from data_pipelines.loader import Made, Stream
 from data_pipelines.order import Shard
-from data_pipelines.tokenizers import Tokenizer
-from mplug2_jax.errors import UserError
+from data_pipelines.tokenizers import Tokenizer, fingerprint
+from mplug2_jax.config import defaults_of
+from mplug2_jax.errors import Preempted, UserError
 from mplug2_jax.evaluation.loop import Evaluation, EvaluationResult, save_result
 from mplug2_jax.parallel.mesh import make_mesh
-from mplug2_jax.parallel.placement import check_batch, put_batch
+from mplug2_jax.parallel.placement import batch_shards, check_batch, held_parts, put_batch
+from mplug2_jax.parallel.processes import check_equal, is_first
 from mplug2_jax.planning.flops import training_flops
 from mplug2_jax.tasks import TASKS
 from mplug2_jax.training.ahead import Ahead
 from mplug2_jax.training.checkpoints import Checkpoints, Identity, Position
 from mplug2_jax.training.config import RunConfig
+from mplug2_jax.training.example_log import ExampleLog
+from mplug2_jax.training.preemption import PreemptionNotice
 from mplug2_jax.training.starting import first_state
 from mplug2_jax.training.state import Blueprint, TrainState, plan_run
 from mplug2_jax.training.step import StreamBatches, compile_step, streams_loss
-from mplug2_jax.training.telemetry import Clock, MetricsFile, Progress, peak_flops
-from mplug2_jax.training.workdir import WorkDir, special_tokens
+from mplug2_jax.training.telemetry import Clock, MetricsFile, NoMetrics, Progress, peak_flops
+from mplug2_jax.training.watchdog import Watchdog
+from mplug2_jax.training.workdir import WorkDir, flat, special_tokens
 
 
 def train(config: RunConfig, path: Path) -> list[EvaluationResult]:
     """Trains, or goes on where the work directory's last checkpoint ends; returns the last evaluations.
 
+    All processes of a run call this alike; the first writes and talks, and each raises what it finds.
+
     Raises:
         UserError, DataError: whatever is wrong with the config, the data, the mesh or the directory, before step 1; a
             loss that is not finite, with its step.
+        Preempted: the run was told to end; its state is saved.
     """
-    progress = Progress(config.steps)
+    with PreemptionNotice() as notice:
+        return _train(config, path, notice)
+
+
+def _train(config: RunConfig, path: Path, notice: PreemptionNotice) -> list[EvaluationResult]:
+    progress = Progress(config.steps, quiet=not is_first())
 
     # Mesh and model, described before anything is made.
     mesh = make_mesh(config.mesh)
@@ -48,6 +62,7 @@ def train(config: RunConfig, path: Path) -> list[EvaluationResult]:
     workdir = WorkDir(path)
     resumes = workdir.check(config)
     tokenizer = workdir.tokenizer(config)
+    check_started_alike(config, tokenizer, resumes=resumes)
     plan = plan_run(config, special_tokens(tokenizer), mesh)
     progress.say(describe(plan))
 
@@ -61,7 +76,8 @@ def train(config: RunConfig, path: Path) -> list[EvaluationResult]:
     begun = None if resumes else first_state(plan)
 
     # Nothing was written until here, so that a run that is refused can be started again.
-    workdir.begin(config, tokenizer)
+    if is_first():
+        workdir.begin(config, tokenizer)
 
     # State: fresh, or the last checkpoint's.
     identity = Identity(config.model, plan.definition.parts)
@@ -78,22 +94,43 @@ def train(config: RunConfig, path: Path) -> list[EvaluationResult]:
     # Data: step N's batch is a function of (seed, N), so resuming is starting there. While a step runs, the batches of
     # the next are made and put on the devices.
     batches = Ahead(device_batches(streams, mesh, start))
-    faults = FaultLog(workdir.data_errors)
+    faults = FaultLog(workdir.data_errors_of(jax.process_index()))
+    consumed = ExampleLog(workdir.examples, start, mesh, wanted=config.log_examples)
     step = compile_step(plan)
-    metrics_file = MetricsFile(path, start)
+    metrics_file = MetricsFile(path, start) if is_first() else NoMetrics()
     meter = Meter(plan, progress, metrics_file)
 
-    # The loop. Metrics are read one step late, while the next step runs.
+    # The loop. Metrics are read one step late, while the next step runs; a saved step's are read before it is saved.
     results: list[EvaluationResult] = []
     pending: Mapping[str, jax.Array] | None = None
     skipped: Mapping[str, int] = {}
+    done = start
+    watchdog = Watchdog(config.stall_seconds)
+
+    def between_batches(phase: str) -> None:
+        watchdog.enter(phase)
+        notice.check()
+
+    def save() -> None:
+        nonlocal pending
+        if pending is not None:
+            meter.finished(done, pending, skipped)
+            pending = None
+        watchdog.enter(f"saving step {done}")
+        with meter.pause():
+            checkpoints.save(state, position_after(done, streams))
+
     try:
+        watchdog.start()
         for number in range(start + 1, config.steps + 1):
+            between_batches(f"waiting for the batches of step {number}")
             waiting = time.perf_counter()
             batch, made = next(batches)
             meter.clock.waited(time.perf_counter() - waiting)
+            watchdog.enter(f"step {number}")
             for name, row in made:
                 faults.take(row.pick.source, row.faults, config.streams[name].data.max_skipped)
+            consumed.take(number, batch)
             if number == start + 1:
                 with meter.pause():
                     progress.say("compiling the step ...")
@@ -103,25 +140,41 @@ def train(config: RunConfig, path: Path) -> list[EvaluationResult]:
                 state, metrics = step(state, batch)
             if pending is not None:
                 meter.finished(number - 1, pending, skipped)
-            pending, skipped = metrics, faults.skipped()
+            pending, skipped, done = metrics, faults.skipped(), number
 
             last = number == config.steps
             if last or number % config.checkpoint.every_steps == 0:
-                with meter.pause():
-                    checkpoints.save(state, position_after(number, streams))
-            if last:
-                meter.finished(number, pending, skipped)
+                save()
             if evaluations and (last or (config.evaluate_every and number % config.evaluate_every == 0)):
                 with meter.pause():
-                    results = run_evaluations(evaluations, state, number, path, metrics_file, progress)
+                    results = run_evaluations(evaluations, state, number, path, metrics_file, progress, between_batches)
         if start >= config.steps:
             progress.say(f"all {config.steps} steps were done before")
-            results = run_evaluations(evaluations, state, start, path, metrics_file, progress)
+            results = run_evaluations(evaluations, state, start, path, metrics_file, progress, between_batches)
+    except Preempted as preempted:
+        if done > start:
+            save()
+        raise Preempted(
+            f"told to end, with step {done} of {config.steps} saved" if done else "told to end before step 1"
+        ) from preempted
     finally:
+        watchdog.enter("ending the run")
         batches.close()
         checkpoints.close()
+        consumed.close()
         metrics_file.close()
+        watchdog.close()
     return results
+
+
+def check_started_alike(config: RunConfig, tokenizer: Tokenizer, *, resumes: bool) -> None:
+    """Checks that all processes were given the same run and see the same work directory.
+
+    Raises:
+        UserError: names what differs, and whose.
+    """
+    fields = {f"config.{name}": value for name, value in flat(json.loads(json.dumps(defaults_of(config)))).items()}
+    check_equal({**fields, "the tokeniser": fingerprint(tokenizer), "a run in --workdir": resumes})
 
 
 def describe(plan: Blueprint) -> str:
@@ -158,7 +211,7 @@ def device_batches(
     streams: Mapping[str, Stream], mesh: Mesh, start: int
 ) -> Iterator[tuple[StreamBatches, list[tuple[str, Made]]]]:
     """The streams' batches on the devices, from step ``start`` on, and the rows that this process made of them."""
-    shard = Shard(jax.process_index(), jax.process_count())
+    shard = Shard(held_parts(mesh), batch_shards(mesh))
     sources = {name: stream.batches(start, shard) for name, stream in streams.items()}
     while True:
         loaded = {name: next(source) for name, source in sources.items()}
@@ -190,12 +243,14 @@ def run_evaluations(
     path: Path,
     metrics_file: MetricsFile,
     progress: Progress,
+    between_batches: Callable[[str], None],
 ) -> list[EvaluationResult]:
-    """Runs and keeps every evaluation of the run."""
+    """Runs every evaluation of the run; the first process keeps what came of it."""
     results = []
     for evaluation in evaluations:
-        result = evaluation.run(state["params"], step)
-        save_result(result, path)
+        result = evaluation.run(state["params"], step, between_batches)
+        if is_first():
+            save_result(result, path)
         metrics_file.write(step, {f"eval/{result.name}/{what}": value for what, value in result.figures.items()})
         figures = "  ".join(f"{what} {value:.3f}" for what, value in result.figures.items())
         lost = f", {len(result.faults)} records left out" if result.faults else ""

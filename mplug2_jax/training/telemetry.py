@@ -38,38 +38,61 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-class MetricsFile:
-    """``metrics.jsonl`` and TensorBoard events of a work directory, appended to when a run resumes.
+class StepLines:
+    """A file of one JSON object per step, appended to when a run resumes.
 
     Lines of steps that a resumed run does again are dropped, so that every step is there once.
     """
 
+    def __init__(self, path: Path, start_step: int) -> None:
+        if path.exists():
+            kept = [line for line in read_metrics(path) if line["step"] <= start_step]
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            temporary.replace(path)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, step: int, content: Mapping[str, Any]) -> None:
+        """One line, which a reader sees at once."""
+        self._file.write(json.dumps({"step": step, **content}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+class MetricsFile:
+    """``metrics.jsonl`` and TensorBoard events of a work directory, appended to when a run resumes."""
+
     def __init__(self, workdir: Path, start_step: int) -> None:
-        self._path = workdir / "metrics.jsonl"
-        self._forget_from(start_step)
-        self._file = self._path.open("a", encoding="utf-8")
+        self._lines = StepLines(workdir / "metrics.jsonl", start_step)
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """One line; numbers that are not finite are written as null, which JSON has."""
         clean = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        self._file.write(json.dumps({"step": step, **clean}) + "\n")
-        self._file.flush()
+        self._lines.write(step, clean)
         for name, value in metrics.items():
             self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
         """Closes both."""
-        self._file.close()
+        self._lines.close()
         self._board.close()
 
-    def _forget_from(self, start_step: int) -> None:
-        if not self._path.exists():
-            return
-        kept = [line for line in read_metrics(self._path) if line["step"] <= start_step]
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        temporary.replace(self._path)
+
+class NoMetrics(MetricsFile):
+    """What a process has that leaves writing to another."""
+
+    def __init__(self) -> None:
+        pass
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -116,11 +139,17 @@ class Clock:
 
 
 class Progress:
-    """The line that people watch: rewritten in place on a terminal, a line each elsewhere."""
+    """The line that people watch: rewritten in place on a terminal, a line each elsewhere.
 
-    def __init__(self, steps: int, out: TextIO | None = None) -> None:
+    Args:
+        steps: of the whole run.
+        out: where to; standard output if it is not given.
+        quiet: nothing is shown: another process does that.
+    """
+
+    def __init__(self, steps: int, out: TextIO | None = None, *, quiet: bool = False) -> None:
         out = out or sys.stdout  # now, and not what it was when this module was imported
-        self._steps, self._out, self._live = steps, out, out.isatty()
+        self._steps, self._out, self._live, self._quiet = steps, out, out.isatty(), quiet
 
     def show(self, step: int, loss: float, figures: Mapping[str, float], seconds_per_step: float) -> None:
         """Step, loss, rates and the time left."""
@@ -130,12 +159,14 @@ class Progress:
             for name, value in figures.items()
         )
         line = f"step {step:>{len(str(self._steps))}}/{self._steps}  loss {loss:.4f}  {rates}  left {left}"
-        self._out.write(f"\r\x1b[K{line}" if self._live else f"{line}\n")
-        if self._live and step == self._steps:
-            self._out.write("\n")
-        self._out.flush()
+        end = "\n" if step == self._steps else ""
+        self._write(f"\r\x1b[K{line}{end}" if self._live else f"{line}\n")
 
     def say(self, text: str) -> None:
         """A line of its own."""
-        self._out.write(("\r\x1b[K" if self._live else "") + text + "\n")
-        self._out.flush()
+        self._write(("\r\x1b[K" if self._live else "") + text + "\n")
+
+    def _write(self, text: str) -> None:
+        if not self._quiet:
+            self._out.write(text)
+            self._out.flush()

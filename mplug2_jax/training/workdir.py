@@ -13,7 +13,7 @@ from mplug2_jax.model.config import ModelConfig, SpecialTokens
 from mplug2_jax.training.config import RunConfig, TokenizerConfig
 
 # What may change when a run resumes: none of it changes what is computed.
-FREE_FIELDS = ("mesh", "checkpoint", "log_every", "evaluate_every", "evaluations")
+FREE_FIELDS = ("mesh", "checkpoint", "log_every", "log_examples", "stall_seconds", "evaluate_every", "evaluations")
 
 
 class WorkDir:
@@ -23,9 +23,13 @@ class WorkDir:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
-        self.data_errors = path / "data-errors.jsonl"
+        self.examples = path / "examples.jsonl"
         self._config = path / "config.json"
         self.tokenizer_folder = path / "tokenizer"
+
+    def data_errors_of(self, process: int) -> Path:
+        """Where a process writes down the records that it could not use."""
+        return self.path / (f"data-errors-{process}.jsonl" if process else "data-errors.jsonl")
 
     def exists(self) -> bool:
         """Whether a run has begun here."""
@@ -64,7 +68,7 @@ class WorkDir:
             if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
                 raise UserError(f"--workdir {self.path} is not empty and holds no run; choose a new folder")
             return False
-        before, now = (_flat(json.loads(json.dumps(defaults_of(v)))) for v in (self.read_config(), config))
+        before, now = (flat(json.loads(json.dumps(defaults_of(v)))) for v in (self.read_config(), config))
         changed = [
             f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
             for name in sorted({*before, *now})
@@ -160,8 +164,9 @@ def _tuples(value: Any) -> Any:
     return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
 
 
-def _flat(value: Any, path: str = "") -> dict[str, Any]:
+def flat(value: Any, path: str = "") -> dict[str, Any]:
+    """Nested dicts as one, by dotted names."""
     if not isinstance(value, dict):
         return {path: value}
-    inner = (_flat(item, f"{path}.{key}".lstrip(".")) for key, item in value.items())
+    inner = (flat(item, f"{path}.{key}".lstrip(".")) for key, item in value.items())
     return {name: leaf for leaves in inner for name, leaf in leaves.items()}

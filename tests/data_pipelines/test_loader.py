@@ -54,7 +54,7 @@ def test_a_batch_is_built_from_its_number_alone_and_by_any_processes() -> None:
     for step in range(6):
         batch = next(ours)
         again = stream(config).batch(step)
-        shards = [next(stream(config).batches(step, Shard(i, 4))) for i in range(4)]
+        shards = [next(stream(config).batches(step, Shard((i,), 4))) for i in range(4)]
         for key, value in batch.arrays.items():
             np.testing.assert_array_equal(value, again.arrays[key])
             np.testing.assert_array_equal(value, np.concatenate([shard.arrays[key] for shard in shards]))
@@ -165,11 +165,13 @@ def test_evaluations_leave_broken_records_out(tar: SourceConfig) -> None:
     assert [batch.arrays["frames"].shape for batch in batches] == [(4, 1, SIZE, SIZE, 3)] * 4
     masks = np.concatenate([batch.arrays["example_mask"] for batch in batches])
     assert np.flatnonzero(~masks).tolist() == [3 + 2, 3 + 6, 15]
-    keys = [example.key for batch in batches for example in batch.examples]
+    keys = [example.key for batch in batches for example in batch.examples.values()]
     assert keys[:4] == [*(f"digitworld/image/train/0/{i}" for i in range(3)), "a/00"]
     assert len(keys) == 13
-    assert [fault.key for batch in batches for fault in batch.faults] == ["a/02", "record 6"]
-    shards = [list(held.batches(Shard(i, 2))) for i in range(2)]
+    assert [i for batch in batches for i in batch.examples] == np.flatnonzero(masks).tolist()
+    faults = {i: fault.key for batch in batches for i, fault in batch.faults.items()}
+    assert faults == {3 + 2: "a/02", 3 + 6: "record 6"}
+    shards = [list(held.batches(Shard((i,), 2))) for i in range(2)]
     for both, whole in zip(zip(*shards, strict=True), batches, strict=True):
         for key, value in whole.arrays.items():
             np.testing.assert_array_equal(np.concatenate([each.arrays[key] for each in both]), value)

@@ -3,14 +3,14 @@
 import jax
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from mplug2_jax.errors import UserError
 from mplug2_jax.model.config import model_config
 from mplug2_jax.model.mplug2 import define
 from mplug2_jax.parallel.logical import PARAMETER_RULES, activation_spec
 from mplug2_jax.parallel.mesh import MeshConfig, make_mesh
-from mplug2_jax.parallel.placement import check_batch, parameter_spec, place_parameters, put_batch
+from mplug2_jax.parallel.placement import check_batch, held_parts, parameter_spec, place_parameters, put_batch
 
 SIZES = {"data": 2, "fsdp": 2, "tensor": 2}
 
@@ -58,6 +58,16 @@ def test_batches_are_split_and_their_ids_folded() -> None:
     assert placed["example_id"].dtype == np.int32
     assert len(set(np.asarray(placed["example_id"]).tolist())) == 8
     assert (np.asarray(placed["example_id"]) >= 0).all()
+
+
+def test_rows_come_to_rest_on_the_devices_that_hold_their_part() -> None:
+    rows = np.arange(16).reshape(8, 2)
+    backwards = Mesh(np.array(jax.devices()[::-1]).reshape(2, 2, 2), ("data", "fsdp", "tensor"))
+    for mesh in (make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)), make_mesh(MeshConfig(tensor=8, fsdp=1)), backwards):
+        assert held_parts(mesh) == tuple(range(mesh.shape["data"] * mesh.shape["fsdp"]))
+        placed = put_batch({"text": rows}, mesh)["text"]
+        for shard in placed.addressable_shards:
+            np.testing.assert_array_equal(np.asarray(shard.data), rows[shard.index])
 
 
 def test_a_batch_that_does_not_split_names_the_nearest_sizes() -> None:

@@ -1,0 +1,232 @@
+"""The processes of one run: how they find each other, agree, and leave.
+
+A process joins others only where its environment says that there are any; ``detect`` is the one place that reads it:
+
+==========================  ================================================================================
+by name (``launch local``)  ``JAX_COORDINATOR_ADDRESS``, ``JAX_NUM_PROCESSES``, ``JAX_PROCESS_ID``
+GKE JobSet                  ``JOBSET_NAME``, ``REPLICATED_JOB_NAME``, ``JOB_COMPLETION_INDEX``, ``JAX_NUM_PROCESSES``
+SLURM                       a step of several tasks: ``SLURM_STEP_NUM_TASKS`` and its siblings
+TPU pod                     ``TPU_WORKER_HOSTNAMES`` and ``TPU_WORKER_ID``, or the metadata server of a TPU machine
+==========================  ================================================================================
+"""
+
+import dataclasses
+import json
+import os
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from mplug2_jax.errors import UserError
+
+HEARTBEAT_SECONDS = 30
+"""A process that was silent for so long is taken for dead, and JAX ends the others."""
+PORT = 8476
+"""The coordinator's, where nobody says another."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Cluster:
+    """Where a process stands among the others. What is None is left to JAX to ask of the machine."""
+
+    how: str
+    coordinator: str | None = None
+    count: int | None = None
+    index: int | None = None
+    local_devices: tuple[int, ...] | None = None  # which of the machine's accelerators are this process's; None: all
+
+
+def detect(environment: Mapping[str, str], *, tpu: bool = False) -> Cluster | None:
+    """The cluster that the environment describes, or None for a process on its own.
+
+    Args:
+        environment: such as ``os.environ``.
+        tpu: whether this machine has TPUs that may be used.
+
+    Raises:
+        UserError: an environment that is set by half, or wrong.
+    """
+    if "JAX_COORDINATOR_ADDRESS" in environment:
+        return _by_name(environment)
+    if "JOBSET_NAME" in environment and not tpu:
+        return _by_jobset(environment)
+    for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
+        if name in environment:
+            raise UserError(f"{name}={environment[name]} is set, but JAX_COORDINATOR_ADDRESS is not; set all or none")
+    # A batch script and an interactive shell have SLURM_JOB_ID too; only a step (srun) has tasks.
+    if _number(environment, "SLURM_STEP_NUM_TASKS", default=1) > 1:
+        return _by_slurm(environment)
+    if tpu:
+        return _by_tpu(environment)
+    return None
+
+
+def _by_name(environment: Mapping[str, str]) -> Cluster:
+    address = environment["JAX_COORDINATOR_ADDRESS"]
+    if not re.fullmatch(r"\S+:\d{1,5}", address):
+        raise UserError(f"JAX_COORDINATOR_ADDRESS={address} should look like HOST:PORT")
+    return _checked(
+        Cluster(
+            "environment", address, _number(environment, "JAX_NUM_PROCESSES"), _number(environment, "JAX_PROCESS_ID")
+        )
+    )
+
+
+def _by_jobset(environment: Mapping[str, str]) -> Cluster:
+    name, job = (_text(environment, key) for key in ("JOBSET_NAME", "REPLICATED_JOB_NAME"))
+    count, index = (_number(environment, key) for key in ("JAX_NUM_PROCESSES", "JOB_COMPLETION_INDEX"))
+    return _checked(Cluster(f"JobSet {name}", f"{name}-{job}-0-0.{name}:{PORT}", count, index))
+
+
+def _by_slurm(environment: Mapping[str, str]) -> Cluster:
+    count, index = (_number(environment, key) for key in ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"))
+    job, nodes = _number(environment, "SLURM_JOB_ID"), _text(environment, "SLURM_STEP_NODELIST")
+    # The first name of "node[003-5,9],other" is node003.
+    first = re.match(r"([^\[,]+)(?:\[([^\],-]+))?", nodes)
+    if not first:
+        raise UserError(f"SLURM_STEP_NODELIST={nodes} names no node")
+    several = count > _number(environment, "SLURM_STEP_NUM_NODES")
+    bound = len(environment.get("CUDA_VISIBLE_DEVICES", "").split(",")) == 1 and environment.get("CUDA_VISIBLE_DEVICES")
+    local = (_number(environment, "SLURM_LOCALID"),) if several and not bound else None
+    # Jobs that share a node need ports of their own.
+    address = f"{first[1]}{first[2] or ''}:{PORT + job % 4096}"
+    return _checked(Cluster(f"SLURM job {job}", address, count, index, local))
+
+
+def _by_tpu(environment: Mapping[str, str]) -> Cluster:
+    hosts = environment.get("TPU_WORKER_HOSTNAMES")
+    if hosts is None:
+        if "TPU_WORKER_ID" in environment:
+            raise UserError(
+                f"TPU_WORKER_ID={environment['TPU_WORKER_ID']} is set, but TPU_WORKER_HOSTNAMES is not; set both or "
+                "none"
+            )
+        return Cluster("TPU metadata")
+    within = Cluster("TPU pod", count=len(hosts.split(",")), index=_number(environment, "TPU_WORKER_ID"))
+    return Cluster(_checked(within).how)  # several slices make more of them: JAX counts
+
+
+def _text(environment: Mapping[str, str], name: str) -> str:
+    value = environment.get(name)
+    if not value:
+        raise UserError(f"{name} is not set, though its siblings are; set all that mplug2_jax.parallel.processes lists")
+    return value
+
+
+def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
+    if default is not None and name not in environment:
+        return default
+    value = _text(environment, name)
+    if not value.isdecimal():
+        raise UserError(f"{name}={value} should be a whole number")
+    return int(value)
+
+
+def _checked(cluster: Cluster) -> Cluster:
+    assert cluster.count is not None
+    assert cluster.index is not None
+    if cluster.index >= cluster.count:
+        raise UserError(
+            f"{cluster.how}: process {cluster.index} of {cluster.count} cannot be: the first is 0, the last "
+            f"{cluster.count - 1}"
+        )
+    return cluster
+
+
+def join() -> None:
+    """Joins the other processes of the run, if the environment describes any, and says so in one line.
+
+    Must run before anything asks JAX for devices.
+
+    Raises:
+        UserError: an environment that is wrong, or a coordinator that cannot be reached.
+    """
+    cluster = detect(os.environ, tpu=_has_tpus())
+    if cluster is None:
+        return
+    known = cluster.coordinator is not None
+    try:
+        jax.distributed.initialize(
+            cluster.coordinator,
+            cluster.count,
+            cluster.index,
+            local_device_ids=cluster.local_devices,
+            cluster_detection_method="deactivate" if known else None,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+        )
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"{cluster.how}: cannot join the other processes at {cluster.coordinator} ({reason}); check the address, "
+            "and that all were started"
+        ) from error
+    sys.excepthook = _leave_on_exception
+    if is_first():
+        print(
+            f"{jax.process_count()} processes ({cluster.how}) with {jax.local_device_count()} of {jax.device_count()} "
+            f"{jax.devices()[0].device_kind} devices each",
+            flush=True,
+        )
+
+
+def _has_tpus() -> bool:
+    """Whether there are TPU chips that JAX is free to use. Asks the file system only."""
+    platforms: str | None = jax.config.jax_platforms  # type: ignore[attr-defined]
+    free = not platforms or "tpu" in platforms.split(",")
+    return free and (Path("/dev/accel0").exists() or any(Path("/dev/vfio").glob("[0-9]*")))
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes files and talks."""
+    return jax.process_index() == 0
+
+
+def gather(value: Any) -> list[Any]:
+    """Every process's value, in their order. All processes must come here; ``value`` is anything that JSON can hold."""
+    if jax.process_count() == 1:
+        return [value]
+    data = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(len(data)))
+    padded = np.zeros(sizes.max(), np.uint8)
+    padded[: len(data)] = data
+    rows = multihost_utils.process_allgather(padded)
+    return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
+
+
+def check_equal(values: Mapping[str, Any]) -> None:
+    """Checks that all processes were started alike; each gives what it was started with, by name.
+
+    Raises:
+        UserError: names the first thing that differs, and whose.
+    """
+    first, *others = gather(dict(values))
+    for index, other in enumerate(others, start=1):
+        for name in [*first, *other]:
+            if first.get(name) != other.get(name):
+                raise UserError(
+                    f"process {index} has {name}={other.get(name)!r}, process 0 has {first.get(name)!r}; start all "
+                    "processes with the same command, over the same files"
+                )
+
+
+def leave(status: int) -> None:
+    """Ends this process at once if it runs among others, and returns otherwise.
+
+    The usual end waits for the others, and they may wait for this process in a collective.
+    """
+    if jax.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _leave_on_exception(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    sys.__excepthook__(kind, error, trace)
+    leave(1)

@@ -1,0 +1,140 @@
+"""Runs of several real processes give what a run of one gives, and say in a sentence what sets them apart."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_pipelines.examples import ExampleConfig
+from data_pipelines.loader import DataConfig
+from data_pipelines.sources.config import SourceConfig
+from mplug2_jax.config import defaults_of
+from mplug2_jax.evaluation.loop import EvaluationConfig
+from mplug2_jax.launch.local import free_port, process_environment
+from mplug2_jax.training.telemetry import read_metrics
+from tests.data_pipelines.worlds import write_tar
+from tests.runs import small_run
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+MESH = ("--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe of masked words, whose held-out texts fill no whole batch and hold two that are no text."""
+    folder = tmp_path_factory.mktemp("runs")
+    sentences = {f"{i:02}.txt": b"\xff" if i in (2, 7) else f"a red {i} moves left" for i in range(10)}
+    sources = {
+        "digits": SourceConfig(kind="text", split="heldout", size=11),
+        "tars": SourceConfig(format="webdataset", path=str(write_tar(folder / "a.tar", sentences)), kind="text"),
+    }
+    examples = ExampleConfig(text="sentence", text_length=12)
+    held = DataConfig(sources=sources, examples=examples, batch_size=8, max_skipped=0.5)
+    run = small_run(
+        streams={"text": dataclasses.replace(small_run().streams["text"], objectives={"mlm": 1.0})},
+        evaluations={"words": EvaluationConfig(task="mlm", data=held, samples=12)},
+        log_examples=True,
+    )
+    values = json.dumps(defaults_of(run))
+    (folder / "recipe.py").write_text(
+        "import json\nfrom ml_collections import ConfigDict\n\n\n"
+        f"def get_config():\n    return ConfigDict(json.loads({values!r}), type_safe=False)\n"
+    )
+    return folder
+
+
+def environment(folder: Path) -> dict[str, str]:
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": "",
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }  # fmt: skip
+
+
+def mplug2(folder: Path, *words: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-m", "mplug2_jax.cli.main", *words],
+        env=environment(folder), capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+
+
+def train(folder: Path, workdir: str, *launched: str) -> Path:
+    recipe = str(folder / "recipe.py")
+    done = mplug2(folder, *launched, "train", "--config", recipe, "--workdir", str(folder / workdir), *MESH)
+    assert done.returncode == 0, done.stderr
+    return folder / workdir
+
+
+def evaluation(workdir: Path) -> dict[str, Any]:
+    (path,) = workdir.glob("evaluations/*/words.json")
+    return {name: value for name, value in json.loads(path.read_text()).items() if name != "seconds"}
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> Path:
+    """The work directory of one process with eight devices."""
+    return train(folder, "alone")
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_several_processes_train_and_evaluate_like_one(folder: Path, alone: Path, processes: int) -> None:
+    launched = ("launch", "local", "--processes", str(processes), "--devices-per-process", str(8 // processes), "--")
+    workdir = train(folder, f"by-{processes}", *launched)
+    assert (workdir / "examples.jsonl").read_bytes() == (alone / "examples.jsonl").read_bytes()
+    ours, one = (read_metrics(folder / "metrics.jsonl") for folder in (workdir, alone))
+    assert [line["step"] for line in ours] == [line["step"] for line in one] == [1, 2, 3, 4, 4]
+    assert [line["loss"] for line in ours[:4]] == pytest.approx([line["loss"] for line in one[:4]], rel=1e-5)
+    assert evaluation(workdir) == evaluation(alone)
+    assert evaluation(workdir)["examples"] == 11 + 10 - 2
+    assert len(evaluation(workdir)["skipped"]) == 2
+    assert {path.name for path in workdir.iterdir()} == {path.name for path in alone.iterdir()}
+
+    (path,) = workdir.glob("evaluations/*/words.json")
+    path.unlink()
+    again = mplug2(folder, *launched, "eval", "--workdir", str(workdir), *MESH)
+    assert again.returncode == 0, again.stderr
+    assert evaluation(workdir) == evaluation(alone)
+    assert again.stdout.count("examples in") == 1  # of several, one talks
+
+
+def test_processes_that_were_started_differently_say_how(folder: Path) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    recipe = str(folder / "recipe.py")
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", "mplug2_jax.cli.main", "train", "--config", recipe, "--workdir", str(folder / "two"),
+             f"--config.seed={index}"],
+            env=environment(folder) | process_environment(index, 2, 1, address), stderr=subprocess.PIPE, text=True,
+        )
+        for index in range(2)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=300)[1] for process in started]
+    assert 2 in [process.returncode for process in started]
+    sentence = "mplug2: error: process 1 has config.seed=1, process 0 has 0; start all processes with the same command"
+    assert any(sentence in text for text in said)
+    assert not (folder / "two").exists()
+
+
+def test_a_run_that_stands_still_is_ended_with_its_stacks(folder: Path, tmp_path: Path) -> None:
+    """Its data never come."""
+    code = (
+        "import sys, time\nimport mplug2_jax.training.loop as loop\nfrom mplug2_jax.cli.main import main\n"
+        "made = loop.device_batches\n"
+        "def device_batches(*args):\n"
+        "    yield next(made(*args))\n"
+        "    time.sleep(600)\n"
+        "loop.device_batches = device_batches\nsys.exit(main(sys.argv[1:]))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "train", "--config", str(folder / "recipe.py"), "--workdir", str(tmp_path / "run"),
+         *MESH, "--config.stall_seconds=60"],
+        env=environment(folder), capture_output=True, text=True, timeout=500,
+    )  # fmt: skip
+    assert done.returncode == 79, done.stderr
+    assert "mplug2: error: process 0 stands still: waiting for the batches of step 2 takes longer than" in done.stderr
+    assert "in device_batches" in done.stderr

@@ -1,0 +1,108 @@
+"""How a process finds the others: every environment that says so, and sentences for those that say half of it."""
+
+import contextlib
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mplug2_jax.errors import UserError
+from mplug2_jax.parallel.processes import PORT, Cluster, check_equal, detect, gather
+
+NAMED = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
+JOBSET = {
+    "JOBSET_NAME": "run", "REPLICATED_JOB_NAME": "workers", "JOB_COMPLETION_INDEX": "5", "JAX_NUM_PROCESSES": "8"
+}  # fmt: skip
+SLURM = {
+    "SLURM_JOB_ID": "4097", "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "2", "SLURM_PROCID": "7",
+    "SLURM_LOCALID": "3", "SLURM_STEP_NODELIST": "node[003-4,9]",
+}  # fmt: skip
+TPU = {"TPU_WORKER_HOSTNAMES": "t0,t1", "TPU_WORKER_ID": "1"}
+
+
+def without(environment: dict[str, str], name: str) -> dict[str, str]:
+    return {key: value for key, value in environment.items() if key != name}
+
+
+@pytest.mark.parametrize(
+    ("environment", "tpu", "cluster"),
+    [
+        ({}, False, None),
+        (TPU, False, None),  # of a TPU machine whose TPUs are not used
+        (NAMED, False, Cluster("environment", "10.0.0.1:1234", 4, 3)),
+        (TPU | JOBSET | SLURM | NAMED, True, Cluster("environment", "10.0.0.1:1234", 4, 3)),
+        (JOBSET, False, Cluster("JobSet run", f"run-workers-0-0.run:{PORT}", 8, 5)),
+        (without(JOBSET, "JAX_NUM_PROCESSES") | TPU, True, Cluster("TPU pod")),
+        (SLURM, False, Cluster("SLURM job 4097", f"node003:{PORT + 1}", 8, 7, (3,))),
+        (SLURM | {"SLURM_STEP_NUM_NODES": "8"}, False, Cluster("SLURM job 4097", f"node003:{PORT + 1}", 8, 7)),
+        (SLURM | {"CUDA_VISIBLE_DEVICES": "3"}, False, Cluster("SLURM job 4097", f"node003:{PORT + 1}", 8, 7)),
+        (SLURM | {"SLURM_STEP_NUM_TASKS": "1"}, False, None),
+        (without(SLURM, "SLURM_STEP_NUM_TASKS"), False, None),  # a batch script, not a step
+        ({}, True, Cluster("TPU metadata")),
+    ],
+)
+def test_who_the_others_are(environment: dict[str, str], tpu: bool, cluster: Cluster | None) -> None:
+    assert detect(environment, tpu=tpu) == cluster
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("a", "a"), ("a,b", "a"), ("a-1,b", "a-1"), ("n[1-3]", "n1"), ("n[07,9]", "n07"), ("x-n[12],y", "x-n12")],
+)
+def test_the_first_of_slurm_s_nodes(nodes: str, first: str) -> None:
+    found = detect(SLURM | {"SLURM_STEP_NODELIST": nodes})
+    assert found is not None
+    assert found.coordinator == f"{first}:{PORT + 1}"
+
+
+@pytest.mark.parametrize(
+    ("environment", "sentence"),
+    [
+        (without(NAMED, "JAX_COORDINATOR_ADDRESS"), "JAX_NUM_PROCESSES=4 is set, but JAX_COORDINATOR_ADDRESS is not"),
+        ({"JAX_PROCESS_ID": "0"}, "JAX_PROCESS_ID=0 is set, but JAX_COORDINATOR_ADDRESS is not; set all or none"),
+        (without(NAMED, "JAX_NUM_PROCESSES"), "JAX_NUM_PROCESSES is not set, though its siblings are"),
+        (without(NAMED, "JAX_PROCESS_ID"), "JAX_PROCESS_ID is not set, though its siblings are"),
+        (NAMED | {"JAX_NUM_PROCESSES": "four"}, "JAX_NUM_PROCESSES=four should be a whole number"),
+        (NAMED | {"JAX_PROCESS_ID": "-1"}, "JAX_PROCESS_ID=-1 should be a whole number"),
+        (NAMED | {"JAX_PROCESS_ID": "4"}, "environment: process 4 of 4 cannot be: the first is 0, the last 3"),
+        (
+            NAMED | {"JAX_COORDINATOR_ADDRESS": "10.0.0.1"},
+            "JAX_COORDINATOR_ADDRESS=10.0.0.1 should look like HOST:PORT",
+        ),
+        (without(JOBSET, "REPLICATED_JOB_NAME"), "REPLICATED_JOB_NAME is not set"),
+        (without(JOBSET, "JOB_COMPLETION_INDEX"), "JOB_COMPLETION_INDEX is not set"),
+        (without(JOBSET, "JAX_NUM_PROCESSES"), "JAX_NUM_PROCESSES is not set"),
+        (without(SLURM, "SLURM_PROCID"), "SLURM_PROCID is not set"),
+        (SLURM | {"SLURM_STEP_NODELIST": "[1-2]"}, r"SLURM_STEP_NODELIST=\[1-2\] names no node"),
+    ],
+)
+def test_a_wrong_environment_is_a_sentence(environment: dict[str, str], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        detect(environment)
+
+
+def test_half_of_a_tpu_pod() -> None:
+    with pytest.raises(UserError, match="TPU_WORKER_ID=1 is set, but TPU_WORKER_HOSTNAMES is not; set both or none"):
+        detect(without(TPU, "TPU_WORKER_HOSTNAMES"), tpu=True)
+    with pytest.raises(UserError, match="TPU_WORKER_ID is not set"):
+        detect(without(TPU, "TPU_WORKER_ID"), tpu=True)
+    with pytest.raises(UserError, match="TPU pod: process 2 of 2 cannot be"):
+        detect(TPU | {"TPU_WORKER_ID": "2"}, tpu=True)
+
+
+@given(
+    st.sampled_from([NAMED, JOBSET, SLURM]).flatmap(
+        lambda whole: st.fixed_dictionaries(
+            {}, optional={key: st.just(v) | st.text("0a[,:-") for key, v in whole.items()}
+        )
+    )
+)
+def test_any_environment_is_a_cluster_or_a_sentence(environment: dict[str, str]) -> None:
+    with contextlib.suppress(UserError):
+        cluster = detect(environment)
+        assert cluster is None or (cluster.count and cluster.index is not None and cluster.index < cluster.count)
+
+
+def test_a_process_on_its_own_agrees_with_itself() -> None:
+    assert gather({"a": [1, None]}) == [{"a": [1, None]}]
+    check_equal({"a": 1})

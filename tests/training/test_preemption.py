@@ -1,0 +1,59 @@
+"""A notice to a process on its own: heeded between two pieces of work, and only while a run goes on."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from mplug2_jax.errors import Preempted
+from mplug2_jax.parallel.mesh import MeshConfig
+from mplug2_jax.training import loop
+from mplug2_jax.training.checkpoints import Checkpoints
+from mplug2_jax.training.config import CheckpointConfig
+from mplug2_jax.training.loop import train
+from mplug2_jax.training.preemption import PreemptionNotice
+from mplug2_jax.training.telemetry import read_metrics
+from tests.runs import small_run
+
+
+def test_a_notice_is_heeded_at_the_next_check_and_the_handler_is_put_back() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with PreemptionNotice() as notice:
+        notice.check()
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Preempted):
+            notice.check()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_run_that_is_told_to_end_saves_its_step_and_goes_on_from_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = small_run(
+        streams={"text": small_run().streams["text"]}, evaluations={}, mesh=MeshConfig(fsdp=8), log_examples=True,
+        checkpoint=CheckpointConfig(every_steps=100),
+    )  # fmt: skip
+    made = loop.device_batches
+
+    def told_while_step_three_is_made(*args, **kwargs):
+        for i, item in enumerate(made(*args, **kwargs)):
+            if i == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield item
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "device_batches", told_while_step_three_is_made)
+        with pytest.raises(Preempted, match=r"told to end, with step [123] of 4 saved"):
+            train(run, tmp_path)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", run.checkpoint, writes=False)
+    (saved,) = checkpoints.steps()
+    checkpoints.close()
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == list(range(1, saved + 1))
+
+    capsys.readouterr()
+    train(run, tmp_path)
+    assert f"resuming from step {saved}\n" in capsys.readouterr().out
+    for name in ("metrics.jsonl", "examples.jsonl"):
+        assert [line["step"] for line in read_metrics(tmp_path / name)] == [1, 2, 3, 4]
+    assert all(len(line["text"]) == 8 for line in read_metrics(tmp_path / "examples.jsonl"))
