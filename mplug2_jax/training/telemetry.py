@@ -3,13 +3,14 @@
 import json
 import math
 import sys
-import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 import jax
-from tensorboardX import SummaryWriter
+
+from mplug2_jax.training.boards import Board, TensorBoard
+from mplug2_jax.training.events import JsonLines, read_lines
 
 # Dense bfloat16 FLOP/s per device, from the vendors' data sheets.
 PEAK_FLOPS: Mapping[str, float] = {
@@ -39,80 +40,74 @@ def duration(seconds: float) -> str:
 
 
 class MetricsFile:
-    """``metrics.jsonl`` and TensorBoard events of a work directory, appended to when a run resumes.
+    """``metrics.jsonl`` and boards of a work directory, appended to when a run resumes.
 
     Lines of steps that a resumed run does again are dropped, so that every step is there once.
+
+    Args:
+        workdir: of the run.
+        start_step: that the run goes on from.
+        watched: the metric whose values ``scores`` keeps, by step.
+        boards: that are shown what is written, besides TensorBoard.
+        say: takes sentences for people.
     """
 
-    def __init__(self, workdir: Path, start_step: int) -> None:
+    def __init__(
+        self, workdir: Path, start_step: int, *, watched: str = "loss", boards: Sequence[Board] = (),
+        say: Callable[[str], None] = print,
+    ) -> None:  # fmt: skip
+        self._workdir, self._watched, self._boards, self._say = workdir, watched, boards, say
         self._path = workdir / "metrics.jsonl"
+        self.scores: dict[int, float] = {}
+        self.reached = 0  # the last step that the file knew of before
+        self._open(start_step)
+
+    def _open(self, start_step: int) -> None:
         self._forget_from(start_step)
-        self._file = self._path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
+        self._lines = JsonLines(self._path, self._say)
+        self._tensorboard = TensorBoard(self._workdir / "tensorboard", start_step)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """One line; numbers that are not finite are written as null, which JSON has."""
         clean = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        self._file.write(json.dumps({"step": step, **clean}) + "\n")
-        self._file.flush()
-        for name, value in metrics.items():
-            self._board.add_scalar(name, value, step)
+        self._lines.write({"step": step, **clean})
+        self._score(step, metrics)
+        for board in (self._tensorboard, *self._boards):
+            board.write(step, metrics)
+
+    def rewind(self, step: int) -> None:
+        """Drops what was written of later steps, which will be done again."""
+        self._lines.close()
+        self._tensorboard.close()
+        self._open(step)
 
     def close(self) -> None:
-        """Closes both."""
-        self._file.close()
-        self._board.close()
+        """Closes all of it."""
+        self._lines.close()
+        for board in (self._tensorboard, *self._boards):
+            board.close()
 
     def _forget_from(self, start_step: int) -> None:
-        if not self._path.exists():
-            return
-        kept = [line for line in read_metrics(self._path) if line["step"] <= start_step]
-        temporary = self._path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        temporary.replace(self._path)
+        lines = read_metrics(self._path)
+        kept = [line for line in lines if line["step"] <= start_step]
+        self.reached = max([self.reached, *(line["step"] for line in lines)])
+        self.scores.clear()
+        for line in kept:
+            self._score(line["step"], line)
+        if len(kept) < len(lines):
+            temporary = self._path.with_suffix(".tmp")
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            temporary.replace(self._path)
+
+    def _score(self, step: int, metrics: Mapping[str, Any]) -> None:
+        value = metrics.get(self._watched)
+        if isinstance(value, float) and math.isfinite(value):
+            self.scores[step] = value
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All whole lines of a metrics file; what is damaged is left out, like a last line that a killed process cut."""
-    lines = []
-    for text in path.read_bytes().split(b"\n"):
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
-            lines.append(line)
-    return lines
-
-
-class Clock:
-    """Time per step and how much of it went into waiting for data. Pauses (evaluation, saving) are left out."""
-
-    def __init__(self) -> None:
-        self._since = time.perf_counter()
-        self._waited = 0.0
-        self._paused = 0.0
-        self._steps = 0
-
-    def waited(self, seconds: float) -> None:
-        """Books time spent waiting for the next batch."""
-        self._waited += seconds
-
-    def paused(self, seconds: float) -> None:
-        """Books time that is no part of training."""
-        self._paused += seconds
-
-    def tick(self) -> None:
-        """Counts a finished step."""
-        self._steps += 1
-
-    def read(self) -> tuple[float, float]:
-        """(seconds per step, share of them waiting for data) since the last reading."""
-        now = time.perf_counter()
-        busy = max(now - self._since - self._paused, 1e-9)
-        result = busy / max(self._steps, 1), self._waited / busy
-        self._since, self._waited, self._paused, self._steps = now, 0.0, 0.0, 0
-        return result
+    return [line for line in read_lines(path) if isinstance(line.get("step"), int)]
 
 
 class Progress:

@@ -12,8 +12,11 @@ from mplug2_jax.errors import UserError
 from mplug2_jax.model.config import ModelConfig, SpecialTokens
 from mplug2_jax.training.config import RunConfig, TokenizerConfig
 
-# What may change when a run resumes: none of it changes what is computed.
-FREE_FIELDS = ("mesh", "checkpoint", "log_every", "evaluate_every", "evaluations")
+# What may change when a run resumes: none of it changes what a step computes.
+FREE_FIELDS = (
+    "mesh", "checkpoint", "faults", "log_every", "profile", "wandb", "compilation_cache", "evaluate_every",
+    "evaluations",
+)  # fmt: skip
 
 
 class WorkDir:
@@ -24,6 +27,9 @@ class WorkDir:
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
         self.data_errors = path / "data-errors.jsonl"
+        self.faults = path / "faults.jsonl"
+        self.events = path / "events.jsonl"
+        self.ledger = path / "ledger.jsonl"
         self._config = path / "config.json"
         self.tokenizer_folder = path / "tokenizer"
 

@@ -13,8 +13,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from mplug2_jax.errors import UserError
 from mplug2_jax.objectives.queue import fresh_queue
 from mplug2_jax.parallel.mesh import MeshConfig, make_mesh
-from mplug2_jax.training.checkpoints import FORMAT, Checkpoints, Position
+from mplug2_jax.training.checkpoints import Checkpoints
 from mplug2_jax.training.config import CheckpointConfig
+from mplug2_jax.training.position import FORMAT, Position
 
 
 def state_of(value: float) -> dict[str, Any]:
