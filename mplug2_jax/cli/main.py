@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 
 from data_pipelines.errors import DataError
 from mplug2_jax import __version__
-from mplug2_jax.cli import convert, data, evaluate, generate, report, train
+from mplug2_jax.cli import convert, data, evaluate, generate, replay, report, train
 from mplug2_jax.errors import UserError
 
 # Each module adds one parser and sets its ``run``; heavy imports wait until a command runs, so that --help is instant.
-COMMANDS = (train, evaluate, generate, convert, data, report)
+COMMANDS = (train, evaluate, generate, convert, data, report, replay)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Shaped, UInt32
 
 _WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
@@ -32,15 +31,13 @@ def _mix(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
     return x ^ (x >> 16)
 
 
-_stacked = jax.jit(lambda leaves: jnp.stack([digest(x) for x in leaves]))
+_digest = jax.jit(digest)  # compiled once for each shape, of which a state has far fewer than arrays
 
 
 def digests(tree: Any) -> dict[str, int]:
-    """The digest of every array of a tree, by its name. Runs where the arrays are, in one program."""
-    named = {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-    if not named:
-        return {}
-    return dict(zip(named, np.asarray(_stacked(list(named.values()))).tolist(), strict=True))
+    """The digest of every array of a tree, by its name. Runs where the arrays are."""
+    named = {leaf_name(path): _digest(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return {name: int(value) for name, value in jax.device_get(named).items()}
 
 
 def differing(found: Mapping[str, int], expected: Mapping[str, int]) -> list[str]:

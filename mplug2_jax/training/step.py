@@ -1,7 +1,7 @@
 """One training step: a batch of every stream in, one update out, in one compiled program."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -58,20 +58,33 @@ def _alpha(config: RunConfig, step: Int[Array, ""]) -> Float[Array, ""]:
     return distillation.alpha * jnp.minimum(1.0, step / max(distillation.ramp_steps, 1))
 
 
-def _micro_batches(batches: StreamBatches, count: int) -> StreamBatches:
+def micro_batches(batches: StreamBatches, count: int) -> StreamBatches:
     """Every array as [count, rows / count, ...]; each micro-batch takes its rows from every device."""
     return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0), batches)
+
+
+class StepInputs(NamedTuple):
+    """What a step's losses depend on besides parameters, queues and batches."""
+
+    rng: PRNGKeyArray
+    teacher: Params | None
+    alpha: Float[Array, ""]
+
+
+def step_inputs(plan: Blueprint, state: TrainState) -> StepInputs:
+    """The step's randomness, and its teacher: moved first and then asked, as in the release."""
+    config, teacher = plan.config, state.get("teacher")
+    distillation = config.tasks.distillation
+    if teacher is not None and distillation is not None:
+        teacher = update_teacher(teacher, state["params"], distillation.momentum, frozen=distillation.frozen)
+    rng = jax.random.fold_in(jax.random.key(config.seed), state["step"])
+    return StepInputs(rng, teacher, _alpha(config, state["step"]))
 
 
 def train_step(plan: Blueprint, state: TrainState, batches: StreamBatches) -> tuple[TrainState, Metrics]:
     """(state, batches) -> (state, metrics). Pure; its randomness is a function of (seed, step)."""
     config, params = plan.config, state["params"]
-    rng = jax.random.fold_in(jax.random.key(config.seed), state["step"])
-    teacher = state.get("teacher")
-    distillation = config.tasks.distillation
-    if teacher is not None and distillation is not None:  # moved first and then asked, as in the release
-        teacher = update_teacher(teacher, params, distillation.momentum, frozen=distillation.frozen)
-    alpha = _alpha(config, state["step"])
+    rng, teacher, alpha = step_inputs(plan, state)
 
     def loss(params: Params, queues: Queues, batches: StreamBatches, rng: PRNGKeyArray) -> Any:
         return streams_loss(plan, params, teacher, queues, batches, rng, alpha)
@@ -90,7 +103,7 @@ def train_step(plan: Blueprint, state: TrainState, batches: StreamBatches) -> tu
             return (jax.tree.map(lambda t, g: t + g / count, total, gradients), queues), metrics
 
         zeros = jax.tree.map(jnp.zeros_like, params)
-        micro = (_micro_batches(batches, count), jnp.arange(count))
+        micro = (micro_batches(batches, count), jnp.arange(count))
         (gradients, queues), each = jax.lax.scan(add, (zeros, queues), micro)
         metrics = jax.tree.map(lambda m: m.mean(0), each)
 

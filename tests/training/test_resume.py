@@ -42,10 +42,11 @@ def command(recipe: Path, workdir: Path) -> list[str]:
 
 
 def losses(workdir: Path) -> list[dict[str, float]]:
-    timings = {"examples_per_second", "data_wait", "seconds_per_step", "flops_per_second", "mfu"}
+    timings = {"data_wait", "seconds_per_step", "flops_per_second", "mfu"}
     return [
-        {name: value for name, value in line.items() if name not in timings}
+        {name: value for name, value in line.items() if name not in timings and "per_second" not in name}
         for line in read_metrics(workdir / "metrics.jsonl")
+        if "loss" in line
     ]
 
 
