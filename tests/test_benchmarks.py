@@ -49,3 +49,10 @@ def test_data(repository: Path) -> None:
         r"waiting for data +[\d.]+%",
     ):  # fmt: skip
         assert re.search(figure, out), out
+
+
+@pytest.mark.slow
+def test_overhead(repository: Path) -> None:
+    out = printed(repository, "overhead.py", "--steps", "2", "--batch", "2")
+    for figure in (r"bare step \(median of 2\) +[\d.]+ ms", r"overhead +-?[\d.]+%", r"MiB of state +[\d.]+ ms"):
+        assert re.search(figure, out), out

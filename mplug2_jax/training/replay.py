@@ -80,9 +80,12 @@ def replay(workdir: WorkDir, step: int, *, ranked: int = 64) -> Replayed:
     batches, rows = _batches(streams, position.batch(step), plan)
     parts = _rank(plan, state, batches, rows, ranked, _batches(streams, max(position.batch(step) - 1, 0), plan)[0])
     _, metrics = run_step(state, batches)
-    recorded = [line for line in read_metrics(workdir.metrics) if line["step"] == step and "loss" in line]
+    recorded: dict[str, float | None] = {}
+    for line in read_metrics(workdir.metrics):
+        if line.pop("step") == step and "loss" in line:
+            recorded = line
     values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items() if name != "skipped"}
-    return Replayed(step, position.batch(step), position.step, values, recorded[-1] if recorded else {}, parts)
+    return Replayed(step, position.batch(step), position.step, values, recorded, parts)
 
 
 def _state_before(
