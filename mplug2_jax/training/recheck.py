@@ -45,6 +45,7 @@ class Recheck:
         copy = jax.tree.map(lambda x, s: jax.device_put(jnp.copy(x), s), state, plan.shardings)
         moved = jax.tree.map(lambda x: jax.device_put(x, _on(x.sharding, plan.mesh)), batches)
         second, _ = again(copy, moved)
+        jax.block_until_ready(second)  # two programs with collectives must not run at once on the same devices
         first, metrics = self._step(state, batches)
         compare(number, first, second)
         return first, metrics
