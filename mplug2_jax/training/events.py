@@ -11,25 +11,27 @@ _MAX_PENDING = 2**20
 
 
 class JsonLines:
-    """A file of JSON lines, appended to. What a full disk does not take is written as soon as there is room again.
+    """A file of JSON lines, made by the first and appended to.
+
+    What a full disk does not take is written as soon as there is room again.
 
     Args:
-        path: of the file, which is made.
+        path: of the file.
         say: takes the sentence for people, once for every disk that fills up.
     """
 
     def __init__(self, path: Path, say: Callable[[str], None] = print) -> None:
         self._path, self._say = path, say
         self._failing = False
-        self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
-        size = os.fstat(self._file).st_size
-        cut = size > 0 and os.pread(self._file, 1, size - 1) != b"\n"  # by the end of a process
-        self._pending = b"\n" if cut else b""
+        self._pending = b""
+        self._file: int | None = None
 
     def write(self, line: Mapping[str, Any]) -> None:
         """One line, on disk as far as this process can tell."""
         self._pending += json.dumps(line).encode() + b"\n"
         try:
+            if self._file is None:
+                self._file = self._open()
             while self._pending:  # a disk that is nearly full takes a part of a line; the rest follows it later
                 self._pending = self._pending[os.write(self._file, self._pending) :]
             self._failing = False
@@ -40,9 +42,17 @@ class JsonLines:
             if len(self._pending) > _MAX_PENDING:
                 self._pending = self._pending[: self._pending.rfind(b"\n", 0, _MAX_PENDING) + 1]
 
+    def _open(self) -> int:
+        file = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+        size = os.fstat(file).st_size
+        if size and os.pread(file, 1, size - 1) != b"\n":  # a line that the end of a process cut
+            self._pending = b"\n" + self._pending
+        return file
+
     def close(self) -> None:
         """Closes the file."""
-        os.close(self._file)
+        if self._file is not None:
+            os.close(self._file)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

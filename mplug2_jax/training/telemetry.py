@@ -88,16 +88,17 @@ class MetricsFile:
             board.close()
 
     def _forget_from(self, start_step: int) -> None:
+        if not self._path.exists():
+            return
         lines = read_metrics(self._path)
         kept = [line for line in lines if line["step"] <= start_step]
         self.reached = max([self.reached, *(line["step"] for line in lines)])
         self.scores.clear()
         for line in kept:
             self._score(line["step"], line)
-        if len(kept) < len(lines):
-            temporary = self._path.with_suffix(".tmp")
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-            temporary.replace(self._path)
+        temporary = self._path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        temporary.replace(self._path)
 
     def _score(self, step: int, metrics: Mapping[str, Any]) -> None:
         value = metrics.get(self._watched)

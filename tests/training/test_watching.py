@@ -21,7 +21,7 @@ from mplug2_jax.training.telemetry import MetricsFile, read_metrics
 
 def test_weights_and_biases_that_is_not_installed_is_a_sentence(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(UserError, match="config.wandb='mine' needs the package wandb, which is not installed"):
+    with pytest.raises(UserError, match=r"config.wandb='mine' needs the package wandb, which is not installed"):
         WeightsAndBiases(tmp_path, "mine", {})
 
 
