@@ -61,3 +61,10 @@ def test_drills(repository: Path, tmp_path: Path, words: tuple[str, ...], rows: 
     assert (
         len(re.findall(r"^(?:elastic|preempt|kill) .*  ok  ", out.rpartition("what was lost")[2], re.MULTILINE)) == rows
     )
+
+
+@pytest.mark.slow
+def test_overhead(repository: Path) -> None:
+    out = printed(repository, "overhead.py", "--steps", "2", "--batch", "2")
+    for figure in (r"bare step \(median of 2\) +[\d.]+ ms", r"overhead +-?[\d.]+%", r"MiB of state +[\d.]+ ms"):
+        assert re.search(figure, out), out

@@ -11,7 +11,8 @@ from mplug2_jax.conversion.layouts import official
 from mplug2_jax.conversion.layouts.official_state import REST, State, official_state, tie_of
 from mplug2_jax.conversion.layouts.slots import Slot
 from mplug2_jax.errors import UserError
-from mplug2_jax.training.checkpoints import Checkpoints, Identity, open_checkpoint
+from mplug2_jax.training.checkpoints import Checkpoints, open_checkpoint
+from mplug2_jax.training.position import Identity
 from mplug2_jax.training.workdir import WorkDir
 
 EXPORT_DTYPES = {"float32": DTYPES["F32"], "float16": DTYPES["F16"], "bfloat16": DTYPES["BF16"]}

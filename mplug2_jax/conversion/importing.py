@@ -28,9 +28,10 @@ from mplug2_jax.conversion.progress import Transfer
 from mplug2_jax.conversion.report import Comparison, Place, Report, Row, digest, largest_difference
 from mplug2_jax.errors import UserError
 from mplug2_jax.model.vision import resize_positions
-from mplug2_jax.training.checkpoints import Checkpoints, Identity, Position
+from mplug2_jax.training.checkpoints import Checkpoints
 from mplug2_jax.training.config import CheckpointConfig, RunConfig
 from mplug2_jax.training.lazy import LazyArray
+from mplug2_jax.training.position import Identity, Position
 from mplug2_jax.training.workdir import WorkDir, check_vocabulary
 
 

@@ -18,6 +18,7 @@ from mplug2_jax.report.metrics import Curve
 from mplug2_jax.report.names import human, is_share
 
 LINE_STYLES = ("solid", (0, (5, 2)), (0, (1, 1.5)), (0, (7, 2, 1, 2)))  # lines differ in more than colour
+_TOWER_NORMS = (("gradient norms", "gradient_norm"), ("parameter norms", "parameter_norm"))
 _COLOURS = 6  # --c0 to --c5 of style.css
 _MAX_PANELS = 90
 # matplotlib wants colours; these stand for the page's variables and are replaced in its output.
@@ -94,9 +95,15 @@ def _layout(names: Mapping[str, Curve], baselines: Mapping[str, Mapping[str, flo
                 *_single(names, "total loss", "loss", compact),
                 *_lines("learning rate", [(n.partition("/")[2] or "all", n) for n in rates], compact, from_zero=True),
                 *_single(names, "gradient norm", "gradient_norm", compact, log=True),
+                *_single(names, "temperature", "temperature", compact),
             ],
         )
     ]
+    towers = [(title, [n for n in names if n.startswith(f"{kind}/")]) for title, kind in _TOWER_NORMS]
+    plans = [
+        _Plan(title, [(n.partition("/")[2], n) for n in found], compact, log=True) for title, found in towers if found
+    ]
+    groups.append(("Towers", plans))
     for stream in streams:
         losses = [name for name in objective if name.startswith(f"{stream}/") and name.endswith("/loss")]
         groups.append(
@@ -114,6 +121,7 @@ def _layout(names: Mapping[str, Curve], baselines: Mapping[str, Mapping[str, flo
             "Speed",
             [
                 *_single(names, "examples per second", "examples_per_second", compact, from_zero=True),
+                *_single(names, "tokens/s per device", "tokens_per_second_per_device", compact, from_zero=True),
                 *_single(names, "time spent waiting for data", "data_wait", percent, from_zero=True),
                 *_single(names, "model FLOP/s utilisation", "mfu", percent, from_zero=True),
             ],
@@ -121,8 +129,8 @@ def _layout(names: Mapping[str, Curve], baselines: Mapping[str, Mapping[str, flo
     )
     groups.append(("Evaluations", _evaluations(names, baselines)))
     shown = {name for _, plans in groups for plan in plans for _, name in plan.lines}
-    # The two are the examples per second in other words.
-    shown |= {"seconds_per_step", "flops_per_second"}
+    # These are the examples per second in other words.
+    shown |= {"seconds_per_step", "flops_per_second", "examples_per_second_per_device"}
     other = [name for name in names if name not in shown and not name.startswith("eval/")]
     groups.append(
         ("More", [_Plan(" · ".join(human(part) for part in n.split("/")), [("", n)], compact) for n in other])

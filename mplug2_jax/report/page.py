@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from mplug2_jax.errors import UserError
 from mplug2_jax.report.curves import Group, draw_groups
+from mplug2_jax.report.ledger import Story, read_story
 from mplug2_jax.report.metrics import read_metrics
 from mplug2_jax.report.names import human
 from mplug2_jax.report.results import Evaluation, read_evaluations
@@ -40,6 +41,7 @@ class Page:
     streams: Sequence[Stream]
     evaluations: Sequence[Evaluation]
     groups: Sequence[Group]
+    story: Story
     config: str
     notes: Sequence[str]
 
@@ -105,6 +107,7 @@ def gather(workdir: Path) -> Page:
         streams=[_stream(name, _dict(stream)) for name, stream in _dict(config.get("streams")).items()],
         evaluations=evaluations,
         groups=draw_groups(metrics.curves, {e.name: e.baselines for e in evaluations}),
+        story=read_story(workdir),
         config="\n".join(_listing(config)),
         notes=[*notes[:_MAX_NOTES], *([f"and {len(notes) - _MAX_NOTES:,} more"] if len(notes) > _MAX_NOTES else [])],
     )

@@ -1,7 +1,8 @@
-"""Checkpoints by Orbax: parameters, optimiser, teacher, queues, step and data position, as one unit."""
+"""Checkpoints by Orbax: parameters, optimiser, teacher, queues, step and data position, as one unit that is checked."""
 
-import dataclasses
 import json
+import shutil
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,42 +10,31 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from numpy.typing import NDArray
 
-from mplug2_jax.config import build, defaults_of
+from mplug2_jax.config import build
 from mplug2_jax.errors import UserError
 from mplug2_jax.model.config import ModelConfig
+from mplug2_jax.parallel.processes import is_first
 from mplug2_jax.training.config import CheckpointConfig
+from mplug2_jax.training.digests import differing, digests, leaf_name
+from mplug2_jax.training.events import Events
 from mplug2_jax.training.lazy import lazy_handler
+from mplug2_jax.training.position import FORMAT, Identity, Position
+from mplug2_jax.training.retention import Retention
 from mplug2_jax.training.state import TrainState
 
-FORMAT = 1
-"""Raised when what is written changes so that older code would misread it."""
+RETRY_SECONDS = 60.0
+"""After a save that failed, the next chance is not so far away as the next regular one."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Position:
-    """Where the data are: the next step, and what decides which examples a step holds."""
-
-    step: int
-    streams: Mapping[str, Mapping[str, Any]]
-
-    def as_json(self) -> dict[str, Any]:
-        """For the checkpoint's metadata."""
-        return {"format": FORMAT, "position": dataclasses.asdict(self)}
+AGREE_STEPS = 10
+"""How often several processes agree whether it is time to save."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Identity:
-    """Which model a checkpoint is of; for imported weights also where they came from."""
-
-    config: ModelConfig
-    parts: tuple[str, ...]
-    origin: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-    def as_json(self) -> dict[str, Any]:
-        """For the checkpoint's metadata."""
-        return {"config": defaults_of(self.config), "parts": list(self.parts), "origin": dict(self.origin)}
+class DamagedError(UserError):
+    """A checkpoint that cannot be trusted."""
 
 
 class _Manager(ocp.CheckpointManager):
@@ -62,10 +52,15 @@ class Checkpoints:
 
     def __init__(
         self, folder: Path, config: CheckpointConfig, *, identity: Identity | None = None, writes: bool = True,
-        lazy: bool = False,
+        lazy: bool = False, events: Events | None = None,
     ) -> None:  # fmt: skip
-        """``lazy``: what will be saved are trees of :class:`~mplug2_jax.training.lazy.LazyArray`."""
+        """``lazy``: what will be saved are trees of :class:`~mplug2_jax.training.lazy.LazyArray`, without digests."""
         self.folder, self._config, self._identity = folder, config, identity
+        self._lazy, self._events = lazy, events or Events()
+        self._retention = Retention(config)
+        self._saving: int | None = None  # the step whose arrays are being written
+        self._tried = time.monotonic()  # when the last save began
+        self.failed = False  # whether it failed
         self._manager = _Manager(
             folder.absolute(),
             # Named here, so that a process that has saved nothing can read the arrays' shapes.
@@ -74,7 +69,7 @@ class Checkpoints:
                 "meta": ocp.JsonCheckpointHandler(),
             },
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=config.keep, create=writes, cleanup_tmp_directories=writes
+                preservation_policy=self._retention, create=writes, cleanup_tmp_directories=writes
             ),
         )
 
@@ -82,30 +77,143 @@ class Checkpoints:
         """All saved steps, oldest first."""
         return sorted(int(step) for step in self._manager.all_steps())
 
-    def save(self, state: TrainState, position: Position) -> None:
-        """Starts saving; returns once the arrays are copied off the devices' reach."""
+    def due(self, step: int) -> bool:
+        """Whether to save after this step: by its number, by the time since the last save, or because that failed."""
+        if self._saving is not None and not self._manager.is_saving_in_progress():
+            self._settle()
+        since = time.monotonic() - self._tried
+        minutes = self._config.every_minutes
+        timed = (self.failed and since >= RETRY_SECONDS) or (minutes > 0 and since >= 60 * minutes)
+        if jax.process_count() > 1:  # clocks and disks differ, so they ask each other now and then
+            timed = step % AGREE_STEPS == 0 and not _everywhere(not timed)
+        return timed or step % self._config.every_steps == 0
+
+    def save(self, state: TrainState, position: Position, scores: Mapping[int, float] | None = None) -> float:
+        """Starts saving; returns once the arrays are copied off the devices' reach.
+
+        A disk that is full, or fails in another way, stops no run: it is said, :meth:`due` asks for another try soon,
+        and the checkpoints that are there stay.
+
+        Args:
+            state: what to save.
+            position: where the run is.
+            scores: the metric of every step by which the best are kept.
+
+        Returns:
+            The seconds that the caller was kept waiting.
+        """
+        start = time.perf_counter()
+        self._settle()
         if position.step not in self.steps():
             meta = position.as_json() | ({"model": self._identity.as_json()} if self._identity else {})
-            self._manager.save(
-                position.step,
-                args=ocp.args.Composite(state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(meta)),
+            if not self._lazy:
+                meta["digests"] = digests(state)
+            self._retention.scores = scores or {}
+            self._saving, self._tried, self.failed = position.step, time.monotonic(), False
+            try:
+                self._manager.save(
+                    position.step,
+                    args=ocp.args.Composite(state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(meta)),
+                )
+            except Exception as error:  # orbax, tensorstore and the file system each raise their own
+                self._not_saved(error)
+        return time.perf_counter() - start
+
+    def finish(self, state: TrainState, position: Position, scores: Mapping[int, float] | None = None) -> None:
+        """Waits until the last state is on disk, and tries once more if it could not be saved.
+
+        Raises:
+            UserError: it cannot be.
+        """
+        self._settle()
+        if not _everywhere(not self.failed):
+            self.save(state, position, scores)
+            self._settle()
+        if not _everywhere(not self.failed):
+            raise UserError(
+                f"the state after step {position.step} could not be saved; make room on the disk of {self.folder}, and "
+                f"start the run again: it goes on from step {max(self.steps(), default=0)}"
             )
+
+    def wait(self) -> None:
+        """Blocks until background saves are on disk, or have failed."""
+        self._settle()
+
+    def close(self) -> None:
+        """Finishes background saves and releases the folder."""
+        self._settle()
+        self._manager.close()
+
+    def _settle(self) -> None:
+        """Waits for a save in the background and takes note of how it ended."""
+        if self._saving is None:
+            return
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            self._not_saved(error)
+            return
+        self._events.note("saved", self._saving, seconds=time.monotonic() - self._tried)
+        self._saving = None
+
+    def _not_saved(self, error: Exception) -> None:
+        step, self._saving, self.failed = self._saving, None, True
+        assert step is not None
+        self._events.note(
+            "not saved", step, reason=_reason(error),
+            said=f"checkpoint of step {step} could not be saved ({_reason(error)}); those before it are untouched, and "
+            "it will be tried again: make room",
+        )  # fmt: skip
+        unfinished = self.folder.glob(f"{step}.orbax-checkpoint-tmp*") if is_first() else ()
+        for folder in unfinished:  # it takes the room that is lacking
+            shutil.rmtree(folder, ignore_errors=True)
 
     def restore(self, like: TrainState, step: int | None = None) -> tuple[TrainState, Position]:
         """The state of a step (the last by default), laid out like ``like``, which describes every array.
 
         Raises:
-            UserError: no such checkpoint, a damaged one, one of another model, or of a newer format.
+            DamagedError: the checkpoint is incomplete, or an array is not what was saved.
+            UserError: no such checkpoint, one of another model, or of a newer format.
         """
         step = self.pick(step)
-        target = ocp.args.PyTreeRestore(item=like, restore_args=ocp.checkpoint_utils.construct_restore_args(like))
         position = self._position(step)
-        self._check_shapes(step, like)
-        try:
-            restored = self._manager.restore(step, args=ocp.args.Composite(state=target))
-        except Exception as error:  # tensorstore, zarr and orbax each raise their own for a damaged file
-            raise self._unreadable(step, f"damaged ({_reason(error)})") from error
-        return restored.state, position
+        return self._restored(step, like), position
+
+    def restore_last_good(self, like: TrainState) -> tuple[TrainState, Position]:
+        """The newest state that is whole. What is damaged is named and set aside: renamed, never deleted.
+
+        Raises:
+            DamagedError: all are.
+            UserError: as :meth:`restore`.
+        """
+        damaged: dict[int, DamagedError] = {}
+        self._settle()
+        self._manager.reload()
+        self.pick(None)
+        for step in reversed(self.steps()):
+            error = None
+            try:
+                restored = self.restore(like, step)
+            except DamagedError as found:
+                error = found
+            if _everywhere(error is None):
+                self._set_aside(damaged)
+                return restored
+            damaged[step] = error or DamagedError(f"checkpoint {self.folder / str(step)} is damaged on another host")
+        raise DamagedError(f"none of the {len(damaged)} checkpoints can be used: {damaged[max(damaged)]}")
+
+    def _set_aside(self, damaged: Mapping[int, DamagedError]) -> None:
+        for step, error in damaged.items():
+            place = next(p for i in range(10**6) if not (p := self.folder / f"damaged-{step}-{i}").exists())
+            if is_first():
+                (self.folder / str(step)).rename(place)
+            self._events.note(
+                "damaged", step, reason=str(error),
+                said=f"{str(error).partition(';')[0]}; it is kept as {place.name}, and the one before is used",
+            )  # fmt: skip
+        if damaged:
+            multihost_utils.sync_global_devices("damaged checkpoints are set aside")
+            self._manager.reload()
 
     def restore_params(self, like: Any, step: int | None = None) -> tuple[Any, int]:
         """The parameters alone, with their step. Raises as :meth:`restore`."""
@@ -115,14 +223,27 @@ class Checkpoints:
     def restore_tree(self, like: Any, step: int) -> Any:
         """A part of the state, laid out like ``like``. Raises as :meth:`restore`."""
         self._position(step)
-        self._check_shapes(step, like)
-        target = ocp.args.PyTreeRestore(
-            item=like, restore_args=ocp.checkpoint_utils.construct_restore_args(like), partial_restore=True
+        return self._restored(step, like)
+
+    def _restored(self, step: int, like: Any) -> Any:
+        """Arrays in their stored type first, as which they are checked, and then as wanted."""
+        stored = self._check_shapes(step, like)
+        exact = jax.tree_util.tree_map_with_path(
+            lambda path, leaf: jax.ShapeDtypeStruct(
+                leaf.shape, stored[leaf_name(path)].dtype, sharding=getattr(leaf, "sharding", None)
+            ),
+            like,
         )
+        how = ocp.checkpoint_utils.construct_restore_args(exact)
+        restored = self._read(step, ocp.args.PyTreeRestore(item=exact, restore_args=how, partial_restore=True))
+        self._check_digests(step, restored)
+        return jax.tree.map(lambda x, leaf: x if x.dtype == leaf.dtype else x.astype(leaf.dtype), restored, like)
+
+    def _read(self, step: int, target: Any) -> Any:
         try:
             return self._manager.restore(step, args=ocp.args.Composite(state=target)).state
-        except Exception as error:
-            raise self._unreadable(step, f"damaged ({_reason(error)})") from error
+        except Exception as error:  # tensorstore, zarr and orbax each raise their own for a damaged file
+            raise self._damaged(step, f"damaged ({_reason(error)})") from error
 
     def identity(self, step: int | None = None) -> Identity:
         """Which model a step's checkpoint is of.
@@ -133,19 +254,17 @@ class Checkpoints:
         step = self.pick(step)
         model = self._meta(step).get("model")
         if not isinstance(model, dict):
-            raise self._unreadable(step, "of a version that did not note which model it is of")
+            raise self._damaged(step, "of a version that did not note which model it is of")
         try:
             return Identity(build(ModelConfig, model["config"]), tuple(model["parts"]), model["origin"])
         except (KeyError, TypeError) as error:
-            raise self._unreadable(step, f"incomplete: meta/metadata lacks {error}") from error
+            raise self._damaged(step, f"incomplete: meta/metadata lacks {error}") from error
 
     def leaves(self, step: int | None = None) -> dict[tuple[str, ...], tuple[tuple[int, ...], np.dtype[Any]]]:
         """Shape and type of every array of a step by its path; nothing is read."""
-        step = self.pick(step)
-        tree = self._stored(step)
         return {
-            tuple(_name(path).split("/")): (tuple(leaf.shape), np.dtype(leaf.dtype))
-            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+            tuple(name.split("/")): (tuple(leaf.shape), np.dtype(leaf.dtype))
+            for name, leaf in self._stored(self.pick(step)).items()
         }
 
     def read(self, paths: Sequence[tuple[str, ...]], step: int | None = None) -> dict[tuple[str, ...], NDArray[Any]]:
@@ -160,18 +279,10 @@ class Checkpoints:
         for path in paths:
             _put(item, path, 0)
             _put(how, path, ocp.RestoreArgs(restore_type=np.ndarray))
-        target = ocp.args.PyTreeRestore(item=item, restore_args=how, partial_restore=True)
-        try:
-            found = self._manager.restore(step, args=ocp.args.Composite(state=target)).state
-        except Exception as error:
-            raise self._unreadable(step, f"damaged ({_reason(error)})") from error
-        arrays = {}
-        for path in paths:
-            node = found
-            for key in path:
-                node = node[key]
-            arrays[path] = np.asarray(node)
-        return arrays
+        found = self._read(step, ocp.args.PyTreeRestore(item=item, restore_args=how, partial_restore=True))
+        self._check_digests(step, found)
+        named = {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(found)}
+        return {path: np.asarray(named["/".join(path)]) for path in paths}
 
     def pick(self, step: int | None) -> int:
         """A step that is there: the last by default. Raises UserError if it is not."""
@@ -184,38 +295,46 @@ class Checkpoints:
 
     def _position(self, step: int) -> Position:
         try:
-            return Position(**self._meta(step)["position"])
-        except TypeError as error:
-            raise self._unreadable(step, "incomplete: meta/metadata is damaged") from error
+            return Position.from_json(self._meta(step)["position"])
+        except (TypeError, ValueError, AttributeError) as error:
+            raise self._damaged(step, "incomplete: meta/metadata is damaged") from error
 
     def _meta(self, step: int) -> dict[str, Any]:
         path = self.folder / str(step) / "meta" / "metadata"
         try:
             meta = json.loads(path.read_text())
-            found, _ = meta["format"], meta["position"]
+            newer, _ = meta["format"] > FORMAT, meta["position"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise self._unreadable(step, "incomplete: meta/metadata is missing or damaged") from error
-        if found > FORMAT:
+            raise self._damaged(step, "incomplete: meta/metadata is missing or damaged") from error
+        if newer:
             raise UserError(
-                f"checkpoint {path.parent.parent} has format {found}, but this version reads up to {FORMAT}"
+                f"checkpoint {path.parent.parent} has format {meta['format']}, but this version reads up to {FORMAT}"
             )
         return dict(meta)
 
-    def _stored(self, step: int) -> Any:
-        """The tree of what is stored, described."""
+    def _stored(self, step: int) -> dict[str, Any]:
+        """What is stored, described, by name."""
         try:
             stored = self._manager.item_metadata(step).state
         except Exception as error:
-            raise self._unreadable(step, f"damaged ({_reason(error)})") from error
+            raise self._damaged(step, f"damaged ({_reason(error)})") from error
         if stored is None:
-            raise self._unreadable(step, "incomplete: state/_METADATA is missing")
-        return stored.tree
+            raise self._damaged(step, "incomplete: state/_METADATA is missing")
+        return {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(stored.tree)}
 
-    def _check_shapes(self, step: int, like: Any) -> None:
-        """Compares names, shapes and types with what is stored, so that the error can name the first difference."""
-        found = {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(self._stored(step))}
+    def _check_digests(self, step: int, restored: Any) -> None:
+        """Compares every array with the digest of what was saved; a checkpoint of older versions has none."""
+        expected = self._meta(step).get("digests", {})
+        wrong = differing(digests(restored), expected) if expected else []
+        if wrong:
+            more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+            raise self._damaged(step, f"damaged ({wrong[0]}{more} differs from what was saved, by its digest)")
+
+    def _check_shapes(self, step: int, like: Any) -> dict[str, Any]:
+        """Compares names and shapes with what is stored, so that the error can name the first difference."""
+        found = self._stored(step)
         for path, leaf in jax.tree_util.tree_leaves_with_path(like):
-            name = _name(path)
+            name = leaf_name(path)
             if name not in found and name.startswith("opt/"):
                 raise UserError(
                     f"checkpoint {self.folder / str(step)} holds weights without an optimiser, so no run can "
@@ -230,21 +349,14 @@ class Checkpoints:
                     f"checkpoint {self.folder / str(step)} is of another size: {name} is "
                     f"{list(found[name].shape)} there, {list(leaf.shape)} in this model"
                 )
+        return found
 
-    def _unreadable(self, step: int, how: str) -> UserError:
+    def _damaged(self, step: int, how: str) -> DamagedError:
         others = [other for other in self.steps() if other != step]
         remedy = f"steps {others} are left: choose one" if others else "it is the only one: restore it from a copy"
-        return UserError(
+        return DamagedError(
             f"checkpoint {self.folder / str(step)} is {how}; {remedy}, or move it away to train without it"
         )
-
-    def wait(self) -> None:
-        """Blocks until background saves are on disk."""
-        self._manager.wait_until_finished()
-
-    def close(self) -> None:
-        """Finishes background saves and releases the folder."""
-        self._manager.close()
 
 
 def open_checkpoint(path: Path) -> tuple[Checkpoints, int]:
@@ -266,15 +378,15 @@ def open_checkpoint(path: Path) -> tuple[Checkpoints, int]:
     return found, found.pick(step)
 
 
+def _everywhere(good: bool) -> bool:
+    """Whether all processes say so."""
+    return good if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.asarray(good)).all())
+
+
 def _put(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
     for key in path[:-1]:
         tree = tree.setdefault(key, {})
     tree[path[-1]] = value
-
-
-def _name(path: Any) -> str:
-    """A leaf's path, the same for dicts, tuples and dataclasses as Orbax gives them back."""
-    return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
 
 
 def _reason(error: BaseException) -> str:

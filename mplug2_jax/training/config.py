@@ -34,10 +34,60 @@ class StreamConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When to save, and how many to keep. The last step is always saved."""
+    """When to save, and what to keep. The last step is always saved; what no rule keeps is deleted."""
 
     every_steps: int = 1000
-    keep: int = 3
+    every_minutes: float = 0.0  # also whenever so long has passed since the last save; 0: by steps alone
+    keep: int = 3  # the newest
+    keep_best: int = 0  # and so many of those whose metric `best` is best
+    best: str = "loss"  # a name of metrics.jsonl, as eval/image_question/accuracy; judged where a saved step has it
+    best_is: Literal["lowest", "highest"] = "lowest"
+    keep_minutes: float = 0.0  # and one for each such span of time; 0: none
+    keep_steps: int = 0  # and, for ever, those whose step is a multiple; 0: none
+
+    def __post_init__(self) -> None:
+        """Checks the ranges.
+
+        Raises:
+            UserError: names the field.
+        """
+        for name, least in (("every_steps", 1), ("keep", 1)):
+            check_range(f"config.checkpoint.{name}", getattr(self, name), least)
+        for name in ("every_minutes", "keep_best", "keep_minutes", "keep_steps"):
+            check_range(f"config.checkpoint.{name}", getattr(self, name), 0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FaultConfig:
+    """What a run does about steps that go wrong. An update that is not finite is always skipped."""
+
+    max_skipped: int = 10  # updates that may be skipped in a row before the run stops
+    spike: float = 0.0  # standard deviations above the last losses' mean that roll the run back; 0: never
+    spike_window: int = 100  # how many losses are the last ones
+    max_rollbacks: int = 3  # to one checkpoint before the run stops
+    recheck_every: int = 0  # steps after which one is computed twice and compared bit by bit; 0: never
+
+    def __post_init__(self) -> None:
+        """Checks the ranges.
+
+        Raises:
+            UserError: names the field.
+        """
+        for name, least in (("max_skipped", 1), ("spike", 0), ("spike_window", 2), ("max_rollbacks", 1),
+                            ("recheck_every", 0)):  # fmt: skip
+            check_range(f"config.faults.{name}", getattr(self, name), least)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProfileConfig:
+    """Which steps are traced for TensorBoard's profiler; a file ``profile`` in the work directory asks for more."""
+
+    at: tuple[int, ...] = ()  # first steps of traces
+    steps: int = 3  # how many steps a trace covers
+
+    def __post_init__(self) -> None:
+        """Checks the range. Raises UserError."""
+        check_range("config.profile.steps", self.steps, 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,9 +110,13 @@ class RunConfig:
     evaluations: Mapping[str, EvaluationConfig] = dataclasses.field(default_factory=dict)
     evaluate_every: int = 0  # steps; 0 = only after the last
     checkpoint: CheckpointConfig = CheckpointConfig()
+    faults: FaultConfig = FaultConfig()
     log_every: int = 10  # steps
     log_examples: bool = False  # keep every step's example ids in examples.jsonl, to compare runs by
     stall_seconds: int = 1800  # a step, a wait for data or a save that takes longer ends the run; 0 = wait for ever
+    profile: ProfileConfig = ProfileConfig()
+    wandb: str = ""  # project of Weights & Biases that metrics are sent to; empty: none
+    compilation_cache: str = "auto"  # a folder, "off", or "auto": ~/.cache/mplug2_jax, except on CPUs
 
     def __post_init__(self) -> None:
         """Checks what spans several groups of fields.
@@ -74,7 +128,6 @@ class RunConfig:
             ("steps", self.steps, 1), ("accumulate", self.accumulate, 1), ("log_every", self.log_every, 1),
             ("evaluate_every", self.evaluate_every, 0), ("seed", self.seed, 0),
             ("stall_seconds", self.stall_seconds, 0),
-            ("checkpoint.every_steps", self.checkpoint.every_steps, 1), ("checkpoint.keep", self.checkpoint.keep, 1),
         ):  # fmt: skip
             check_range(f"config.{field}", value, least)
         if not self.streams:

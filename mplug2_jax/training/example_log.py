@@ -35,6 +35,11 @@ class ExampleLog:
         if self._lines:
             self._lines.write(step, ids)
 
+    def rewind(self, step: int) -> None:
+        """Drops the lines of later steps, which will be done again."""
+        if self._lines:
+            self._lines.rewind(step)
+
     def close(self) -> None:
         """Closes the file."""
         if self._lines:

@@ -1,15 +1,11 @@
 """The training run, from a config to a trained model in a work directory, in the order in which it happens."""
 
-import collections
 import dataclasses
 import json
-import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from data_pipelines.errors import DataError
@@ -23,29 +19,36 @@ from mplug2_jax.evaluation.loop import Evaluation, EvaluationResult, save_result
 from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.parallel.placement import batch_shards, check_batch, held_parts, put_batch
 from mplug2_jax.parallel.processes import check_equal, is_first
-from mplug2_jax.planning.flops import training_flops
 from mplug2_jax.tasks import TASKS
 from mplug2_jax.training.ahead import Ahead
-from mplug2_jax.training.checkpoints import Checkpoints, Identity, Position
+from mplug2_jax.training.checkpoints import Checkpoints
+from mplug2_jax.training.compilation import keep_compiled
 from mplug2_jax.training.config import RunConfig
+from mplug2_jax.training.events import Events
 from mplug2_jax.training.example_log import ExampleLog
+from mplug2_jax.training.faults import with_later_rollbacks
+from mplug2_jax.training.instruments import Instruments
+from mplug2_jax.training.ledger import Ledger
+from mplug2_jax.training.position import Identity, Position
 from mplug2_jax.training.preemption import PreemptionNotice
+from mplug2_jax.training.recheck import Recheck
 from mplug2_jax.training.starting import first_state
 from mplug2_jax.training.state import Blueprint, TrainState, plan_run
-from mplug2_jax.training.step import StreamBatches, compile_step, streams_loss
-from mplug2_jax.training.telemetry import Clock, MetricsFile, NoMetrics, Progress, peak_flops
+from mplug2_jax.training.step import StreamBatches, compile_step
+from mplug2_jax.training.telemetry import MetricsFile, Progress
 from mplug2_jax.training.watchdog import Watchdog
 from mplug2_jax.training.workdir import WorkDir, flat, special_tokens
 
 
 def train(config: RunConfig, path: Path) -> list[EvaluationResult]:
-    """Trains, or goes on where the work directory's last checkpoint ends; returns the last evaluations.
+    """Trains, or goes on where the work directory's last good checkpoint ends; returns the last evaluations.
 
     All processes of a run call this alike; the first writes and talks, and each raises what it finds.
 
     Raises:
-        UserError, DataError: whatever is wrong with the config, the data, the mesh or the directory, before step 1; a
-            loss that is not finite, with its step.
+        UserError, DataError: whatever is wrong with the config, the data, the mesh or the directory, before step 1;
+            losses that are not finite many times in a row, a device that computes wrongly, a last state that cannot be
+            saved.
         Preempted: the run was told to end; its state is saved.
     """
     with PreemptionNotice() as notice:
@@ -53,7 +56,8 @@ def train(config: RunConfig, path: Path) -> list[EvaluationResult]:
 
 
 def _train(config: RunConfig, path: Path, notice: PreemptionNotice) -> list[EvaluationResult]:
-    progress = Progress(config.steps, quiet=not is_first())
+    ledger, progress = Ledger(), Progress(config.steps, quiet=not is_first())
+    keep_compiled(config.compilation_cache)
 
     # Mesh and model, described before anything is made.
     mesh = make_mesh(config.mesh)
@@ -79,90 +83,103 @@ def _train(config: RunConfig, path: Path, notice: PreemptionNotice) -> list[Eval
     if is_first():
         workdir.begin(config, tokenizer)
 
-    # State: fresh, or the last checkpoint's.
+    # State: fresh, or the last good checkpoint's.
+    events = Events(workdir.events if is_first() else None, progress.say)
     identity = Identity(config.model, plan.definition.parts)
-    checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint, identity=identity)
+    checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint, identity=identity, events=events)
     if resumes and checkpoints.steps():
-        state, position = checkpoints.restore(plan.shapes)
-        start = check_position(position, streams)
-        progress.say(f"resuming from step {start}")
+        state, position = checkpoints.restore_last_good(plan.shapes)
+        check_position(position, streams)
+        position = with_later_rollbacks(position, workdir.events)
+        events.note("resumed", position.step, said=f"resuming from step {position.step}")
     else:
-        (state, said), start = begun or first_state(plan), 0
+        (state, said), position = begun or first_state(plan), position_after(0, streams)
         for line in said:
             progress.say(line)
+    number = position.step
 
-    # Data: step N's batch is a function of (seed, N), so resuming is starting there. While a step runs, the batches of
-    # the next are made and put on the devices.
-    batches = Ahead(device_batches(streams, mesh, start))
-    faults = FaultLog(workdir.data_errors_of(jax.process_index()))
-    consumed = ExampleLog(workdir.examples, start, mesh, wanted=config.log_examples)
+    # Data: a step's batch is a function of (seed, position), so resuming is starting there. While a step runs, the
+    # batches of the next are made and put on the devices.
+    batches = Ahead(device_batches(streams, mesh, position.batch(number + 1)))
+    records = FaultLog(workdir.data_errors_of(jax.process_index()))
+    consumed = ExampleLog(workdir.examples, number, mesh, wanted=config.log_examples)
     step = compile_step(plan)
-    metrics_file = MetricsFile(path, start) if is_first() else NoMetrics()
-    meter = Meter(plan, progress, metrics_file)
-
-    # The loop. Metrics are read one step late, while the next step runs; a saved step's are read before it is saved.
-    results: list[EvaluationResult] = []
-    pending: Mapping[str, jax.Array] | None = None
-    skipped: Mapping[str, int] = {}
-    done = start
+    checked_step = Recheck(plan, step, config.faults.recheck_every)
+    instruments = Instruments(plan, workdir, position, progress, events, ledger)
     watchdog = Watchdog(config.stall_seconds)
 
-    def between_batches(phase: str) -> None:
+    def begin_next(phase: str) -> None:
         watchdog.enter(phase)
         notice.check()
 
-    def save() -> None:
-        nonlocal pending
-        if pending is not None:
-            meter.finished(done, pending, skipped)
-            pending = None
-        watchdog.enter(f"saving step {done}")
-        with meter.pause():
-            checkpoints.save(state, position_after(done, streams))
+    def evaluate() -> list[EvaluationResult]:
+        with ledger.during("evaluation"):
+            return run_evaluations(evaluations, state, number, path, instruments.metrics, progress, begin_next)
 
+    def save() -> None:
+        watchdog.enter(f"saving step {number}")
+        now = dataclasses.replace(position, step=number, recent=instruments.watch.recent)
+        with ledger.during("checkpoint"):
+            instruments.saved(number, checkpoints.save(state, now, instruments.metrics.scores))
+            if number == config.steps:
+                checkpoints.finish(state, now, instruments.metrics.scores)
+
+    # The loop. A step's metrics are read while the next one runs; before a save or an evaluation they are read at once,
+    # so that neither is of a step that went wrong.
+    results: list[EvaluationResult] = []
     try:
         watchdog.start()
-        for number in range(start + 1, config.steps + 1):
-            between_batches(f"waiting for the batches of step {number}")
-            waiting = time.perf_counter()
-            batch, made = next(batches)
-            meter.clock.waited(time.perf_counter() - waiting)
+        if number >= config.steps:
+            progress.say(f"all {config.steps} steps were done before")
+            results = evaluate()
+        while number < config.steps:
+            begin_next(f"waiting for the batches of step {number + 1}")
+            with ledger.during("data wait"):
+                batch, rows = next(batches)
+            number += 1
             watchdog.enter(f"step {number}")
-            for name, row in made:
-                faults.take(row.pick.source, row.faults, config.streams[name].data.max_skipped)
+            for name, row in rows:
+                records.take(row.pick.source, row.faults, config.streams[name].data.max_skipped)
             consumed.take(number, batch)
-            if number == start + 1:
-                with meter.pause():
-                    progress.say("compiling the step ...")
-                    meter.count_flops(batch)
-                    state, metrics = step(state, batch)
-            else:
-                state, metrics = step(state, batch)
-            if pending is not None:
-                meter.finished(number - 1, pending, skipped)
-            pending, skipped, done = metrics, faults.skipped(), number
+            instruments.compile(step, number, state, batch)
+            ledger.step(number)
+            instruments.profiler.before(number)
+            state, metrics = checked_step(number, state, batch)
+            instruments.profiler.after(number, metrics)
+            instruments.begun(number, metrics, rows, records.skipped())
 
             last = number == config.steps
-            if last or number % config.checkpoint.every_steps == 0:
+            saves = last or checkpoints.due(number)
+            evaluates = evaluations and (last or (config.evaluate_every and number % config.evaluate_every == 0))
+            spike = instruments.read(behind=0 if saves or evaluates else 1)
+            if spike is not None and checkpoints.steps():
+                with ledger.during("restart"):
+                    state, there = checkpoints.restore_last_good(plan.shapes)
+                    position = instruments.watch.roll_back(spike, there, position)
+                    number = position.step
+                    instruments.rewind(number)
+                    consumed.rewind(number)
+                    batches.close()
+                    batches = Ahead(device_batches(streams, mesh, position.batch(number + 1)))
+                continue
+            if saves:
                 save()
-            if evaluations and (last or (config.evaluate_every and number % config.evaluate_every == 0)):
-                with meter.pause():
-                    results = run_evaluations(evaluations, state, number, path, metrics_file, progress, between_batches)
-        if start >= config.steps:
-            progress.say(f"all {config.steps} steps were done before")
-            results = run_evaluations(evaluations, state, start, path, metrics_file, progress, between_batches)
+            if evaluates:
+                results = evaluate()
     except Preempted as preempted:
-        if done > start:
+        if number > position.step and instruments.read(behind=0) is None:
             save()
+        kept = max(checkpoints.steps(), default=0)
         raise Preempted(
-            f"told to end, with step {done} of {config.steps} saved" if done else "told to end before step 1"
+            f"told to end, with step {kept} of {config.steps} saved" if kept else "told to end before step 1"
         ) from preempted
     finally:
         watchdog.enter("ending the run")
         batches.close()
-        checkpoints.close()
+        with ledger.during("checkpoint"):
+            checkpoints.close()
         consumed.close()
-        metrics_file.close()
+        instruments.close()
         watchdog.close()
     return results
 
@@ -224,16 +241,15 @@ def position_after(step: int, streams: Mapping[str, Stream]) -> Position:
     return Position(step, {name: stream.position() for name, stream in streams.items()})
 
 
-def check_position(position: Position, streams: Mapping[str, Stream]) -> int:
-    """The step to go on from.
+def check_position(position: Position, streams: Mapping[str, Stream]) -> None:
+    """Checks that a step's position means the same examples as when it was saved.
 
     Raises:
-        UserError: data under which the step's position would mean other examples.
+        UserError: data under which it would mean others.
     """
-    now = position_after(position.step, streams)
-    if position != now:
-        raise UserError(f"the checkpoint's data position {position.streams} is not this run's {now.streams}")
-    return position.step
+    now = position_after(position.step, streams).streams
+    if position.streams != now:
+        raise UserError(f"the checkpoint's data position {position.streams} is not this run's {now}")
 
 
 def run_evaluations(
@@ -259,73 +275,3 @@ def run_evaluations(
         )
         results.append(result)
     return results
-
-
-class Meter:
-    """Turns finished steps into lines and files: losses, rates, the share of time waiting for data, FLOP/s and MFU."""
-
-    def __init__(self, plan: Blueprint, progress: Progress, metrics_file: MetricsFile) -> None:
-        self.clock = Clock()
-        self._plan, self._progress, self._file = plan, progress, metrics_file
-        self._flops = 0
-        self._skipped: collections.Counter[str] = collections.Counter()
-        self._peak = peak_flops(plan.mesh.size)
-        self._examples = sum(stream.data.batch_size for stream in plan.config.streams.values())
-
-    def count_flops(self, batches: StreamBatches) -> None:
-        """Counts a step's operations from its trace; nothing runs."""
-        plan = self._plan
-        key = jax.eval_shape(lambda: jax.random.key(0))
-        teacher = plan.shapes.get("teacher")
-
-        def loss(params: Any, teacher: Any, queues: Any, batches: Any, key: Any) -> Any:
-            return streams_loss(plan, params, teacher, queues, batches, key, jax.numpy.zeros(()))
-
-        args = (plan.shapes["params"], teacher, plan.shapes.get("queues", {}), batches, key)
-        self._flops = training_flops(loss, *args)
-
-    def finished(self, step: int, metrics: Mapping[str, jax.Array], skipped: Mapping[str, int]) -> None:
-        """Takes the metrics of a step, and how many records each source lacked; waits for it if it still runs.
-
-        Raises:
-            UserError: a loss that is not a number.
-        """
-        loss = float(np.asarray(metrics["loss"]))
-        self.clock.tick()
-        self._skipped.update(skipped)
-        if not np.isfinite(loss):
-            wrong = [name for name, value in metrics.items() if not np.isfinite(np.asarray(value)).all()]
-            raise UserError(
-                f"the loss of step {step} is {loss} (also not finite: {', '.join(wrong)}); lower the learning rate, or "
-                "look at the batch"
-            )
-        config = self._plan.config
-        if step % config.log_every and step != config.steps:
-            return
-        seconds, waiting = self.clock.read()
-        rates = {"examples_per_second": self._examples / seconds, "data_wait": waiting, "seconds_per_step": seconds}
-        shown = {"examples/s": rates["examples_per_second"], "data wait": waiting}
-        rates["flops_per_second"] = self._flops / seconds
-        shown["GFLOP/s"] = rates["flops_per_second"] / 1e9
-        if self._peak:
-            rates["mfu"] = shown["MFU"] = rates["flops_per_second"] / self._peak
-        lost = {f"data/skipped/{source}": float(count) for source, count in self._skipped.items()}
-        self._skipped.clear()
-        self._file.write(step, {name: float(np.asarray(value)) for name, value in metrics.items()} | rates | lost)
-        self._progress.show(step, loss, shown, seconds)
-
-    def pause(self) -> "_Pause":
-        """A context whose time is no part of training."""
-        return _Pause(self.clock)
-
-
-@dataclasses.dataclass
-class _Pause:
-    clock: Clock
-    start: float = 0.0
-
-    def __enter__(self) -> None:
-        self.start = time.perf_counter()
-
-    def __exit__(self, *error: object) -> None:
-        self.clock.paused(time.perf_counter() - self.start)

@@ -1,12 +1,13 @@
 """One training step: a batch of every stream in, one update out, in one compiled program."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from mplug2_jax.model.mplug2 import Params
 from mplug2_jax.objectives.forward import DeviceBatch, Forward, Metrics, purpose_key
@@ -19,7 +20,6 @@ from mplug2_jax.training.state import Blueprint, TrainState
 
 StreamBatches = Mapping[str, DeviceBatch]
 Queues = dict[str, Queue]
-Step = Callable[[TrainState, StreamBatches], tuple[TrainState, Metrics]]
 
 
 def streams_loss(
@@ -58,20 +58,33 @@ def _alpha(config: RunConfig, step: Int[Array, ""]) -> Float[Array, ""]:
     return distillation.alpha * jnp.minimum(1.0, step / max(distillation.ramp_steps, 1))
 
 
-def _micro_batches(batches: StreamBatches, count: int) -> StreamBatches:
+def micro_batches(batches: StreamBatches, count: int) -> StreamBatches:
     """Every array as [count, rows / count, ...]; each micro-batch takes its rows from every device."""
     return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0), batches)
+
+
+class StepInputs(NamedTuple):
+    """What a step's losses depend on besides parameters, queues and batches."""
+
+    rng: PRNGKeyArray
+    teacher: Params | None
+    alpha: Float[Array, ""]
+
+
+def step_inputs(plan: Blueprint, state: TrainState) -> StepInputs:
+    """The step's randomness, and its teacher: moved first and then asked, as in the release."""
+    config, teacher = plan.config, state.get("teacher")
+    distillation = config.tasks.distillation
+    if teacher is not None and distillation is not None:
+        teacher = update_teacher(teacher, state["params"], distillation.momentum, frozen=distillation.frozen)
+    rng = jax.random.fold_in(jax.random.key(config.seed), state["step"])
+    return StepInputs(rng, teacher, _alpha(config, state["step"]))
 
 
 def train_step(plan: Blueprint, state: TrainState, batches: StreamBatches) -> tuple[TrainState, Metrics]:
     """(state, batches) -> (state, metrics). Pure; its randomness is a function of (seed, step)."""
     config, params = plan.config, state["params"]
-    rng = jax.random.fold_in(jax.random.key(config.seed), state["step"])
-    teacher = state.get("teacher")
-    distillation = config.tasks.distillation
-    if teacher is not None and distillation is not None:  # moved first and then asked, as in the release
-        teacher = update_teacher(teacher, params, distillation.momentum, frozen=distillation.frozen)
-    alpha = _alpha(config, state["step"])
+    rng, teacher, alpha = step_inputs(plan, state)
 
     def loss(params: Params, queues: Queues, batches: StreamBatches, rng: PRNGKeyArray) -> Any:
         return streams_loss(plan, params, teacher, queues, batches, rng, alpha)
@@ -90,31 +103,70 @@ def train_step(plan: Blueprint, state: TrainState, batches: StreamBatches) -> tu
             return (jax.tree.map(lambda t, g: t + g / count, total, gradients), queues), metrics
 
         zeros = jax.tree.map(jnp.zeros_like, params)
-        micro = (_micro_batches(batches, count), jnp.arange(count))
+        micro = (micro_batches(batches, count), jnp.arange(count))
         (gradients, queues), each = jax.lax.scan(add, (zeros, queues), micro)
         metrics = jax.tree.map(lambda m: m.mean(0), each)
 
     updates, opt = plan.optimizer.update(gradients, state["opt"], params)
-    after: TrainState = {"params": optax.apply_updates(params, updates), "opt": opt, "step": state["step"] + 1}
+    after: TrainState = {"params": optax.apply_updates(params, updates), "opt": opt}
     if teacher is not None:
         after["teacher"] = teacher
     if queues:
         after["queues"] = queues
-    metrics["gradient_norm"] = optax.tree.norm(gradients)
-    metrics |= {f"learning_rate/{group}": rate(state["step"]) for group, rate in plan.rates.items()}
+    norm = optax.tree.norm(gradients)
+    finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+    # A step that is not finite changes nothing but the count. Loss and norm are the same on all devices, so all skip.
+    after = {name: _chosen(finite, new, state[name]) for name, new in after.items()} | {"step": state["step"] + 1}
+    metrics |= {"gradient_norm": norm, "skipped": 1 - finite.astype(jnp.int32)}
+    metrics |= {f"gradient_norm/{part}": optax.tree.norm(tree) for part, tree in gradients.items()}
+    metrics |= {f"parameter_norm/{part}": optax.tree.norm(tree) for part, tree in params.items()}
+    if "contrastive" in params:
+        metrics["temperature"] = params["contrastive"]["temperature"]
+    metrics |= {f"learning_rate/{group}": rate(_updates(state["opt"])) for group, rate in plan.rates.items()}
     return after, metrics
 
 
+def _chosen(finite: Bool[Array, ""], new: Any, old: Any) -> Any:
+    return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+
+
+def _updates(opt: optax.OptState) -> Int[Array, ""]:
+    """The updates that were made, which is what schedules count: fewer than steps where some were skipped."""
+    adam = [s for s in jax.tree.leaves(opt, is_leaf=_is_adam) if _is_adam(s)]
+    return adam[0].count
+
+
+def _is_adam(node: Any) -> bool:
+    return isinstance(node, optax.ScaleByAdamState)
+
+
+class Step:
+    """(state, batches) -> (state, metrics) under jit: the state is donated, and stays where it was."""
+
+    def __init__(self, jitted: Any, mesh: Mesh) -> None:
+        self._jitted, self._mesh = jitted, mesh
+        self._call: Callable[[TrainState, StreamBatches], tuple[TrainState, Metrics]] = jitted
+
+    def compile(self, state: TrainState, batches: StreamBatches) -> dict[str, int]:
+        """Compiles before the first call; says how many bytes of each device's memory the program needs, by use."""
+        with jax.set_mesh(self._mesh):
+            compiled = self._jitted.lower(state, batches).compile()
+        self._call = compiled
+        analysis = compiled.memory_analysis()
+        uses = ("argument", "output", "alias", "temp", "generated_code")
+        return {use: int(getattr(analysis, f"{use}_size_in_bytes")) for use in uses} if analysis else {}
+
+    def __call__(self, state: TrainState, batches: StreamBatches) -> tuple[TrainState, Metrics]:
+        """One step; the old state is gone."""
+        with jax.set_mesh(self._mesh):
+            return self._call(state, batches)
+
+
 def compile_step(plan: Blueprint) -> Step:
-    """The step under jit: the state is donated, and stays where it was."""
+    """The step of a run, compiled when it is first called or when asked to."""
     jitted = jax.jit(
         lambda state, batches: train_step(plan, state, batches),
         donate_argnums=0,
         out_shardings=(plan.shardings, replicated(plan.mesh)),
     )
-
-    def step(state: TrainState, batches: StreamBatches) -> tuple[TrainState, Metrics]:
-        with jax.set_mesh(plan.mesh):
-            return jitted(state, batches)
-
-    return step
+    return Step(jitted, plan.mesh)

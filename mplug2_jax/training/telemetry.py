@@ -3,13 +3,14 @@
 import json
 import math
 import sys
-import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 import jax
-from tensorboardX import SummaryWriter
+
+from mplug2_jax.training.boards import Board, TensorBoard
+from mplug2_jax.training.events import JsonLines, read_lines
 
 # Dense bfloat16 FLOP/s per device, from the vendors' data sheets.
 PEAK_FLOPS: Mapping[str, float] = {
@@ -39,103 +40,111 @@ def duration(seconds: float) -> str:
 
 
 class StepLines:
-    """A file of one JSON object per step, appended to when a run resumes.
+    """A file of JSON lines of steps, appended to when a run resumes.
 
-    Lines of steps that a resumed run does again are dropped, so that every step is there once.
+    Lines of steps that are done again are dropped, so that every step is there once.
+
+    Args:
+        path: of the file.
+        start_step: that the run goes on from.
+        say: takes sentences for people.
     """
 
-    def __init__(self, path: Path, start_step: int) -> None:
-        if path.exists():
-            kept = [line for line in read_metrics(path) if line["step"] <= start_step]
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-            temporary.replace(path)
-        self._file = path.open("a", encoding="utf-8")
+    def __init__(self, path: Path, start_step: int, say: Callable[[str], None] = print) -> None:
+        self._path, self._say = path, say
+        self._lines = JsonLines(path, say)
+        self.before = self.rewind(start_step)  # what the file held
 
     def write(self, step: int, content: Mapping[str, Any]) -> None:
         """One line, which a reader sees at once."""
-        self._file.write(json.dumps({"step": step, **content}) + "\n")
-        self._file.flush()
+        self._lines.write({"step": step, **content})
+
+    def rewind(self, step: int) -> list[dict[str, Any]]:
+        """Drops the lines of later steps, which will be done again; returns all that were there."""
+        self._lines.close()
+        lines = read_metrics(self._path)
+        if self._path.exists():
+            temporary = self._path.with_suffix(".tmp")
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in lines if line["step"] <= step))
+            temporary.replace(self._path)
+        self._lines = JsonLines(self._path, self._say)
+        return lines
 
     def close(self) -> None:
         """Closes the file."""
-        self._file.close()
+        self._lines.close()
 
 
 class MetricsFile:
-    """``metrics.jsonl`` and TensorBoard events of a work directory, appended to when a run resumes."""
+    """``metrics.jsonl`` and boards of a work directory, appended to when a run resumes.
 
-    def __init__(self, workdir: Path, start_step: int) -> None:
-        self._lines = StepLines(workdir / "metrics.jsonl", start_step)
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
+    Lines of steps that a resumed run does again are dropped, so that every step is there once.
+
+    Args:
+        workdir: of the run.
+        start_step: that the run goes on from.
+        watched: the metric whose values ``scores`` keeps, by step.
+        boards: that are shown what is written, besides TensorBoard.
+        say: takes sentences for people.
+        writes: if not, another process does, and this one only keeps the scores.
+    """
+
+    def __init__(
+        self, workdir: Path, start_step: int, *, watched: str = "loss", boards: Sequence[Board] = (),
+        say: Callable[[str], None] = print, writes: bool = True,
+    ) -> None:  # fmt: skip
+        self._workdir, self._watched, self._boards = workdir, watched, boards
+        self.scores: dict[int, float] = {}
+        path = workdir / "metrics.jsonl"
+        self._lines = StepLines(path, start_step, say) if writes else None
+        before = self._lines.before if self._lines else read_metrics(path)
+        self.reached = max((line["step"] for line in before), default=0)  # the last step that the file ever knew of
+        for line in before:
+            self._score(line["step"], line)
+        self._begin(start_step)
+
+    def _begin(self, step: int) -> None:
+        self.scores = {scored: value for scored, value in self.scores.items() if scored <= step}
+        self._tensorboard = TensorBoard(self._workdir / "tensorboard", step) if self._lines else None
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """One line; numbers that are not finite are written as null, which JSON has."""
         clean = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        self._score(step, metrics)
+        self.reached = max(self.reached, step)
+        if not self._lines:
+            return
         self._lines.write(step, clean)
-        for name, value in metrics.items():
-            self._board.add_scalar(name, value, step)
+        for board in self._all_boards():
+            board.write(step, metrics)
+
+    def rewind(self, step: int) -> None:
+        """Drops what was written of later steps, which will be done again."""
+        if self._lines:
+            self._lines.rewind(step)
+        if self._tensorboard:
+            self._tensorboard.close()
+        self._begin(step)
 
     def close(self) -> None:
-        """Closes both."""
-        self._lines.close()
-        self._board.close()
+        """Closes all of it."""
+        if self._lines:
+            self._lines.close()
+        for board in self._all_boards():
+            board.close()
 
+    def _all_boards(self) -> Sequence[Board]:
+        return (*([self._tensorboard] if self._tensorboard else ()), *self._boards)
 
-class NoMetrics(MetricsFile):
-    """What a process has that leaves writing to another."""
-
-    def __init__(self) -> None:
-        pass
-
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Nothing."""
-
-    def close(self) -> None:
-        """Nothing."""
+    def _score(self, step: int, metrics: Mapping[str, Any]) -> None:
+        value = metrics.get(self._watched)
+        if isinstance(value, float) and math.isfinite(value):
+            self.scores[step] = value
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All whole lines of a metrics file; what is damaged is left out, like a last line that a killed process cut."""
-    lines = []
-    for text in path.read_bytes().split(b"\n"):
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
-            lines.append(line)
-    return lines
-
-
-class Clock:
-    """Time per step and how much of it went into waiting for data. Pauses (evaluation, saving) are left out."""
-
-    def __init__(self) -> None:
-        self._since = time.perf_counter()
-        self._waited = 0.0
-        self._paused = 0.0
-        self._steps = 0
-
-    def waited(self, seconds: float) -> None:
-        """Books time spent waiting for the next batch."""
-        self._waited += seconds
-
-    def paused(self, seconds: float) -> None:
-        """Books time that is no part of training."""
-        self._paused += seconds
-
-    def tick(self) -> None:
-        """Counts a finished step."""
-        self._steps += 1
-
-    def read(self) -> tuple[float, float]:
-        """(seconds per step, share of them waiting for data) since the last reading."""
-        now = time.perf_counter()
-        busy = max(now - self._since - self._paused, 1e-9)
-        result = busy / max(self._steps, 1), self._waited / busy
-        self._since, self._waited, self._paused, self._steps = now, 0.0, 0.0, 0
-        return result
+    return [line for line in read_lines(path) if isinstance(line.get("step"), int)]
 
 
 class Progress:

@@ -12,8 +12,11 @@ from mplug2_jax.errors import UserError
 from mplug2_jax.model.config import ModelConfig, SpecialTokens
 from mplug2_jax.training.config import RunConfig, TokenizerConfig
 
-# What may change when a run resumes: none of it changes what is computed.
-FREE_FIELDS = ("mesh", "checkpoint", "log_every", "log_examples", "stall_seconds", "evaluate_every", "evaluations")
+# What may change when a run resumes: none of it changes what a step computes.
+FREE_FIELDS = (
+    "mesh", "checkpoint", "faults", "log_every", "log_examples", "stall_seconds", "profile", "wandb",
+    "compilation_cache", "evaluate_every", "evaluations",
+)  # fmt: skip
 
 
 class WorkDir:
@@ -24,12 +27,21 @@ class WorkDir:
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
         self.examples = path / "examples.jsonl"
+        self.events = path / "events.jsonl"
+        self.ledger = path / "ledger.jsonl"
         self._config = path / "config.json"
         self.tokenizer_folder = path / "tokenizer"
 
     def data_errors_of(self, process: int) -> Path:
         """Where a process writes down the records that it could not use."""
-        return self.path / (f"data-errors-{process}.jsonl" if process else "data-errors.jsonl")
+        return self._of("data-errors", process)
+
+    def faults_of(self, process: int) -> Path:
+        """Where a process writes down the steps that went wrong, with its rows of their batches."""
+        return self._of("faults", process)
+
+    def _of(self, name: str, process: int) -> Path:
+        return self.path / (f"{name}-{process}.jsonl" if process else f"{name}.jsonl")
 
     def exists(self) -> bool:
         """Whether a run has begun here."""

@@ -40,7 +40,8 @@ def test_training_prints_what_runs_and_ends_with_results_samples_and_the_report(
 def test_training_leaves_everything_in_the_work_directory(trained: Trained) -> None:
     path = trained.workdir
     assert {entry.name for entry in path.iterdir()} == {
-        "checkpoints", "config.json", "evaluations", "metrics.jsonl", "report.html", "tensorboard", "tokenizer"
+        "checkpoints", "config.json", "evaluations", "events.jsonl", "ledger.jsonl", "metrics.jsonl", "report.html",
+        "tensorboard", "tokenizer",
     }  # fmt: skip
     assert [entry.name for entry in (path / "checkpoints").iterdir()] == ["2"]
     lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
@@ -120,7 +121,7 @@ def test_a_run_with_damaged_metrics_goes_on(trained: Trained, workdir: Path, mpl
     done = mplug2("train", "--config", trained.recipe, "--workdir", workdir, fewer)
     assert (done.status, done.err) == (0, "")
     steps = [json.loads(line)["step"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    assert steps == [1, 2, 2, 2, 2, 2]
+    assert steps == [1, 2, 2, 2, 2, 2, 2]
 
 
 def test_generate_prints_a_line_for_each_file(pictures: Path, media: Path, mplug2: Mplug2) -> None:

@@ -1,6 +1,8 @@
 """Checkpoints: one unit, onto any mesh, the oldest dropped, and a sentence for everything that is wrong with one."""
 
 import json
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from mplug2_jax.errors import UserError
 from mplug2_jax.objectives.queue import fresh_queue
 from mplug2_jax.parallel.mesh import MeshConfig, make_mesh
-from mplug2_jax.training.checkpoints import FORMAT, Checkpoints, Position
+from mplug2_jax.training.checkpoints import Checkpoints, DamagedError
 from mplug2_jax.training.config import CheckpointConfig
+from mplug2_jax.training.position import FORMAT, Position
 
 
 def state_of(value: float) -> dict[str, Any]:
@@ -44,14 +47,21 @@ def position(step: int) -> Position:
     return Position(step, {"image_text": {"batch_size": 8, "source_size": 10, "seed": 0}})
 
 
-@pytest.fixture
-def saved(tmp_path: Path) -> Path:
-    checkpoints = Checkpoints(tmp_path / "checkpoints", CheckpointConfig(keep=2))
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run") / "checkpoints"
+    checkpoints = Checkpoints(folder, CheckpointConfig(keep=2))
     for step in (1, 2, 3):
         checkpoints.save(state_of(float(step)), position(step))
         checkpoints.wait()
     checkpoints.close()
-    return tmp_path / "checkpoints"
+    return folder
+
+
+@pytest.fixture
+def saved(original: Path, tmp_path: Path) -> Path:
+    """A copy of two checkpoints, of steps 2 and 3."""
+    return shutil.copytree(original, tmp_path / "checkpoints")
 
 
 def reader(folder: Path) -> Checkpoints:
@@ -146,3 +156,80 @@ def test_whatever_file_is_truncated_there_is_one_sentence_and_the_step_before_st
 def test_a_save_that_was_cut_short_does_not_count(saved: Path) -> None:
     (saved / "4.orbax-checkpoint-tmp").mkdir()
     assert reader(saved).steps() == [2, 3]
+
+
+def test_another_type_may_restore_and_is_still_checked(saved: Path) -> None:
+    like = jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct(s.shape, jnp.bfloat16, sharding=s.sharding), described()["params"]
+    )
+    params, _ = reader(saved).restore_params(like)
+    assert params["decoder"]["kernel"].dtype == jnp.bfloat16
+    change_digest(saved / "3", "params/decoder/kernel")
+    with pytest.raises(DamagedError, match="params/decoder/kernel differs from what was saved"):
+        reader(saved).restore_params(like)
+
+
+def change_digest(folder: Path, name: str) -> None:
+    """As if one bit of an array had flipped on the disk, where its codec does not notice."""
+    path = folder / "meta" / "metadata"
+    meta = json.loads(path.read_text())
+    meta["digests"][name] ^= 1
+    path.write_text(json.dumps(meta))
+
+
+@pytest.mark.parametrize("how", ["bit", "meta", "state", "empty"])
+def test_a_damaged_checkpoint_is_named_and_set_aside_and_the_one_before_used(saved: Path, how: str, capsys) -> None:
+    folder = saved / "3"
+    if how == "bit":
+        change_digest(folder, "opt/0")
+    elif how == "empty":
+        (saved / "9").mkdir()
+    else:
+        shutil.rmtree(folder / how)
+    checkpoints = Checkpoints(saved, CheckpointConfig(keep=2))
+    state, where = checkpoints.restore_last_good(described())
+    good = 3 if how == "empty" else 2
+    assert where == position(good)
+    assert float(state["params"]["decoder"]["kernel"][0, 0]) == good
+    damaged = f"damaged-{9 if how == 'empty' else 3}-0"
+    assert (saved / damaged).is_dir()
+    assert f"it is kept as {damaged}" in capsys.readouterr().out
+    for step in (10, 11, 12):  # what is set aside is no checkpoint, so it is never deleted
+        checkpoints.save(state_of(float(step)), position(step))
+    checkpoints.close()
+    assert (saved / damaged).is_dir()
+    assert reader(saved).steps() == [11, 12]
+
+
+def test_where_all_are_damaged_nothing_is_moved(saved: Path) -> None:
+    for step in ("2", "3"):
+        shutil.rmtree(saved / step / "meta")
+    with pytest.raises(DamagedError, match=r"none of the 2 checkpoints can be used: .*3 is incomplete"):
+        Checkpoints(saved, CheckpointConfig()).restore_last_good(described())
+    assert reader(saved).steps() == [2, 3]
+
+
+def test_a_disk_that_is_full_keeps_what_is_there_and_a_later_try_succeeds(tmp_path: Path, capsys) -> None:
+    """A small file system in memory, where one can be mounted."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("file systems cannot be mounted here")
+    try:
+        large = {"params": jax.random.normal(jax.random.key(0), (500_000,))}
+        checkpoints = Checkpoints(disk / "checkpoints", CheckpointConfig(keep=2))
+        for step in (1, 2):
+            checkpoints.save(large, position(step))
+            checkpoints.wait()
+        assert checkpoints.failed
+        assert "checkpoint of step 2 could not be saved" in capsys.readouterr().out
+        assert checkpoints.steps() == [1]
+        jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(large)[0], large)
+        subprocess.run(["mount", "-o", "remount,size=20m", str(disk)], check=True)
+        checkpoints.save(large, position(3))
+        checkpoints.close()
+        assert checkpoints.failed is False
+        assert reader(disk / "checkpoints").steps() == [1, 3]
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)

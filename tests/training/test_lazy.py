@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from mplug2_jax.errors import UserError
-from mplug2_jax.training.checkpoints import Checkpoints, Position
+from mplug2_jax.training.checkpoints import Checkpoints
 from mplug2_jax.training.config import CheckpointConfig
 from mplug2_jax.training.lazy import LazyArray, _runs
+from mplug2_jax.training.position import Position
 
 
 def lazily(values: dict[str, np.ndarray], alive: list[int]) -> dict[str, Any]:

@@ -4,7 +4,6 @@ import dataclasses
 import json
 from pathlib import Path
 
-import jax.numpy as jnp
 import pytest
 
 from data_pipelines.errors import DataError
@@ -12,12 +11,10 @@ from data_pipelines.examples import ExampleConfig
 from data_pipelines.loader import DataConfig
 from data_pipelines.sources.config import SourceConfig
 from mplug2_jax.errors import UserError
-from mplug2_jax.model.config import SpecialTokens
-from mplug2_jax.parallel.mesh import MeshConfig, make_mesh
+from mplug2_jax.parallel.mesh import MeshConfig
 from mplug2_jax.training.config import StreamConfig
-from mplug2_jax.training.loop import Meter, train
-from mplug2_jax.training.state import plan_run
-from mplug2_jax.training.telemetry import MetricsFile, Progress, read_metrics
+from mplug2_jax.training.loop import train
+from mplug2_jax.training.telemetry import read_metrics
 from tests.data_pipelines.worlds import write_tar
 from tests.runs import small_run
 
@@ -40,7 +37,7 @@ def test_a_run_explains_itself(tmp_path: Path, capsys) -> None:
     printed = capsys.readouterr().out
     assert "parameters in text, universal, mlm" in printed
     assert "mesh data=1, fsdp=8, tensor=1" in printed
-    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    lines = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in line]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert {"loss", "text/mlm/accuracy", "gradient_norm", "learning_rate/rest", "examples_per_second", "data_wait",
             "flops_per_second"} <= set(lines[0])  # fmt: skip
@@ -52,18 +49,6 @@ def test_a_run_explains_itself(tmp_path: Path, capsys) -> None:
     assert sum(line.get("data/skipped/tars", 0) for line in lines) == 2
     (listed,) = (tmp_path / "run" / "data-errors.jsonl").read_text().splitlines()
     assert json.loads(listed)["reason"] == ".txt of sample a/03 is not UTF-8 text (invalid start byte at byte 0)"
-
-
-def test_a_loss_that_is_not_a_number_stops_the_run_with_its_step(tmp_path: Path) -> None:
-    config = small_run(streams=TEXT, evaluations={})
-    plan = plan_run(config, SpecialTokens(begin=1, end=2, mask=3), make_mesh(MeshConfig()))
-    meter = Meter(plan, Progress(4), MetricsFile(tmp_path, 0))
-    meter.finished(1, {"loss": jnp.asarray(2.0), "text/mlm/loss": jnp.asarray(2.0)}, {})
-    with pytest.raises(
-        UserError, match=r"the loss of step 2 is nan \(also not finite: loss, text/mlm/loss\); lower the"
-    ):
-        meter.finished(2, {"loss": jnp.asarray(jnp.nan), "text/mlm/loss": jnp.asarray(jnp.inf)}, {})
-    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1]
 
 
 def test_a_model_that_is_refused_leaves_no_trace(tmp_path: Path) -> None:

@@ -14,8 +14,9 @@ from mplug2_jax.model.vision import resize_positions
 from mplug2_jax.objectives.language import DistillationConfig
 from mplug2_jax.parallel.mesh import MeshConfig, make_mesh
 from mplug2_jax.tasks.base import TaskSettings
-from mplug2_jax.training.checkpoints import Checkpoints, Identity, Position
+from mplug2_jax.training.checkpoints import Checkpoints
 from mplug2_jax.training.config import CheckpointConfig, TokenizerConfig
+from mplug2_jax.training.position import Identity, Position
 from mplug2_jax.training.starting import first_state
 from mplug2_jax.training.state import Blueprint, plan_run
 from mplug2_jax.training.workdir import WorkDir

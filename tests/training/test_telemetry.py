@@ -1,13 +1,12 @@
-"""What a run says of itself: files that continue, clocks that leave out pauses, lines with the time left."""
+"""What a run says of itself: files that continue, lines with the time left."""
 
 import json
 import math
-import time
 from pathlib import Path
 
 import pytest
 
-from mplug2_jax.training.telemetry import Clock, MetricsFile, Progress, duration, read_metrics
+from mplug2_jax.training.telemetry import MetricsFile, Progress, duration, read_metrics
 
 
 def test_a_resumed_run_writes_every_step_once(tmp_path: Path) -> None:
@@ -33,20 +32,6 @@ def test_numbers_that_are_not_finite_are_null(tmp_path: Path) -> None:
     file.write(1, {"loss": math.nan, "norm": math.inf, "fine": 1.5})
     file.close()
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "loss": None, "norm": None, "fine": 1.5}
-
-
-def test_pauses_are_no_part_of_a_step_and_waiting_is_a_share_of_it() -> None:
-    clock = Clock()
-    time.sleep(0.05)
-    clock.paused(0.05)
-    time.sleep(0.1)
-    clock.waited(0.05)
-    clock.tick()
-    clock.tick()
-    seconds, waiting = clock.read()
-    assert 0.04 < seconds < 0.5
-    assert 0 < waiting < 0.6
-    assert clock.read()[1] == 0.0
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(42.4, "0:42"), (187, "3:07"), (8100, "2:15:00")])

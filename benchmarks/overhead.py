@@ -1,0 +1,116 @@
+"""What watching a run costs: a step in the loop's company against the bare compiled step, in turns, in one process.
+
+    python benchmarks/overhead.py                  # tiny, 40 steps each
+    python benchmarks/overhead.py --size base --steps 10
+
+Bare is a compiled step that gives the loss and nothing else, so that the compiler drops what only metrics need. Watched
+adds norms by tower, the ledger, reading of metrics, the watch for faults, and a line of metrics for every step, which
+is ten times as often as runs write by default.
+"""
+
+import argparse
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import numpy as np
+
+from data_pipelines.examples import ExampleConfig, InstructionConfig
+from data_pipelines.loader import DataConfig
+from data_pipelines.sources.config import SourceConfig
+from mplug2_jax.model.config import SpecialTokens, model_config
+from mplug2_jax.parallel.mesh import MeshConfig, make_mesh
+from mplug2_jax.parallel.placement import put_batch, replicated
+from mplug2_jax.training.config import FaultConfig, RunConfig, StreamConfig
+from mplug2_jax.training.digests import digests
+from mplug2_jax.training.events import Events
+from mplug2_jax.training.instruments import Instruments
+from mplug2_jax.training.ledger import Ledger
+from mplug2_jax.training.position import Position
+from mplug2_jax.training.state import Blueprint, TrainState, plan_run
+from mplug2_jax.training.step import StreamBatches, compile_step, train_step
+from mplug2_jax.training.telemetry import Progress
+from mplug2_jax.training.workdir import WorkDir
+
+
+def compile_bare(plan: Blueprint) -> Any:
+    """The step without metrics."""
+
+    def bare(state: TrainState, batches: StreamBatches) -> tuple[TrainState, jax.Array]:
+        after, metrics = train_step(plan, state, batches)
+        return after, metrics["loss"]
+
+    return jax.jit(bare, donate_argnums=0, out_shardings=(plan.shardings, replicated(plan.mesh)))
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="tiny", help="row of the model table (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=40, help="steps of each kind (default: %(default)s)")
+    args = parser.parse_args()
+
+    model = model_config(args.size, dtype="float32")
+    caption = ExampleConfig(instructions={"caption": InstructionConfig(templates=("",))}, target_length=24)
+    data = DataConfig(sources={"digits": SourceConfig(kind="image")}, examples=caption, batch_size=args.batch)
+    stream = StreamConfig(data=data, objectives={"caption": 1.0})
+    config = RunConfig(
+        name="overhead", steps=10**6, model=model, streams={"image": stream}, log_every=1, faults=FaultConfig(spike=1e9)
+    )
+    plan = plan_run(config, SpecialTokens(), make_mesh(MeshConfig()))
+    rng = np.random.default_rng(0)
+    side = model.image_size
+    arrays = {
+        "frames": rng.integers(0, 256, (args.batch, 1, side, side, 3), np.uint8),
+        "target": rng.integers(1, model.vocab_size, (args.batch, 24), np.int32),
+        "target_weights": np.ones((args.batch, 24), np.float32),
+    }
+    batches = {"image": put_batch(arrays, plan.mesh)}
+    step, bare_step, state = compile_step(plan), compile_bare(plan), plan.init()
+    times: dict[str, list[float]] = {"bare": [], "watched": []}
+    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as quiet:
+        workdir = WorkDir(Path(folder))
+        instruments = Instruments(
+            plan, workdir, Position(0, {}), Progress(10**6, quiet), Events(workdir.events), Ledger()
+        )
+        instruments.compile(step, 1, state, batches)
+        for number in range(1, 2 * args.steps + 4):
+            kind = ("bare", "watched")[number % 2]
+            start = time.perf_counter()
+            if kind == "bare":
+                with jax.set_mesh(plan.mesh):
+                    state, metrics = bare_step(state, batches)
+            else:
+                with instruments.ledger.during("data wait"):
+                    pass
+                instruments.ledger.step(number)
+                instruments.profiler.before(number)
+                state, metrics = step(state, batches)
+                instruments.profiler.after(number, metrics)
+                instruments.begun(number, metrics, (), {})
+                instruments.read(behind=1)
+            jax.block_until_ready((state, metrics))
+            if number > 3:
+                times[kind].append(time.perf_counter() - start)
+        instruments.close()
+    digests(state)
+    start = time.perf_counter()
+    digests(state)
+    checking = time.perf_counter() - start
+    bytes_ = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    bare, watched = (float(np.median(times[kind])) for kind in ("bare", "watched"))
+    print(f"{args.size}, caption, batch {args.batch}, float32, {plan.definition.count():,} parameters")
+    print(f"bare step (median of {len(times['bare'])})     {1e3 * bare:9.2f} ms")
+    print(f"watched step (median of {len(times['watched'])})  {1e3 * watched:9.2f} ms")
+    print(f"overhead                      {watched / bare - 1:9.2%}")
+    print(f"digests of {bytes_ / 2**20:,.0f} MiB of state  {1e3 * checking:9.2f} ms")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""Boards, profiles and the compilation cache: what is asked for happens, and what is not there is a sentence."""
+
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from mplug2_jax.errors import UserError
+from mplug2_jax.training.boards import WeightsAndBiases
+from mplug2_jax.training.compilation import keep_compiled
+from mplug2_jax.training.config import ProfileConfig
+from mplug2_jax.training.events import Events, read_lines
+from mplug2_jax.training.meter import positions
+from mplug2_jax.training.profiling import Profiler
+from mplug2_jax.training.telemetry import MetricsFile, read_metrics
+
+
+def test_weights_and_biases_that_is_not_installed_is_a_sentence(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match=r"config.wandb='mine' needs the package wandb, which is not installed"):
+        WeightsAndBiases(tmp_path, "mine", {})
+
+
+def test_weights_and_biases_sees_what_is_written_and_a_resumed_run_goes_on(tmp_path: Path, monkeypatch) -> None:
+    begun: list[dict[str, Any]] = []
+    logged: list[tuple[int, dict[str, float]]] = []
+    finished: list[bool] = []
+
+    class FakeRun:
+        def log(self, metrics: dict[str, float], step: int) -> None:
+            logged.append((step, metrics))
+
+        def finish(self) -> None:
+            finished.append(True)
+
+    def init(**how: Any) -> FakeRun:
+        begun.append(how)
+        return FakeRun()
+
+    fake = types.ModuleType("wandb")
+    fake.init = init  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    file = MetricsFile(tmp_path, 0, boards=[WeightsAndBiases(tmp_path, "mine", {"seed": 1})])
+    file.write(1, {"loss": 2.0})
+    file.close()
+    assert (begun[0]["project"], begun[0]["resume"], begun[0]["config"]) == ("mine", "allow", {"seed": 1})
+    assert (logged, finished) == ([(1, {"loss": 2.0})], [True])
+
+
+def test_a_file_named_profile_asks_for_a_trace_and_so_does_the_config(tmp_path: Path) -> None:
+    events = Events(tmp_path / "events.jsonl", lambda text: None)
+    profiler = Profiler(tmp_path, ProfileConfig(at=(2,), steps=2), events)
+    add = jax.jit(lambda x: x + 1)
+    for step in range(1, 7):
+        if step == 5:
+            (tmp_path / "profile").touch()
+        profiler.before(step)
+        profiler.after(step, add(jnp.ones(4)))
+    profiler.close()
+    assert not (tmp_path / "profile").exists()
+    assert sorted(folder.name for folder in (tmp_path / "profiles").iterdir()) == ["step-2", "step-5"]
+    assert len(list((tmp_path / "profiles").rglob("*.xplane.pb"))) == 2
+    assert [line["step"] for line in read_lines(tmp_path / "events.jsonl")] == [3, 6]
+
+
+def test_scores_follow_the_watched_metric_and_a_rewind_forgets(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path, 0, watched="eval/words/accuracy")
+    for step in (1, 2, 3):
+        file.write(step, {"loss": 1.0})
+        file.write(step, {"eval/words/accuracy": step / 4})
+    assert file.scores == {1: 0.25, 2: 0.5, 3: 0.75}
+    file.rewind(2)
+    assert file.scores == {1: 0.25, 2: 0.5}
+    assert file.reached == 3
+    file.write(3, {"loss": 2.0})
+    file.close()
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 1, 2, 2, 3]
+
+
+def test_programs_are_kept_where_it_is_said_and_never_by_themselves_on_a_cpu(tmp_path: Path, monkeypatch) -> None:
+    told: list[tuple[str, str]] = []
+    monkeypatch.setattr(jax.config, "update", lambda name, value: told.append((name, value)))
+    assert keep_compiled("off") is None
+    assert keep_compiled("auto") is None
+    assert told == []
+    assert keep_compiled(str(tmp_path / "kept")) == tmp_path / "kept"
+    assert (tmp_path / "kept").is_dir()
+    assert told == [("jax_compilation_cache_dir", str(tmp_path / "kept"))]
+
+
+def test_positions_count_patches_and_words() -> None:
+    shapes = {"frames": (2, 3, 16, 16, 3), "text": (2, 5), "text_mask": (2, 5), "target": (2, 4)}
+    batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name, shape in shapes.items()}
+    assert positions(batch, 8) == 2 * 3 * 4 + 10 + 8
