@@ -10,4 +10,6 @@ from mplug2_jax.parallel.mesh import MeshConfig, make_mesh
 def topology_mesh(name: str, config: MeshConfig, slices: int = 1) -> Mesh:
     """The mesh of a config over a named topology; skips the test where libtpu is not installed."""
     pytest.importorskip("libtpu", reason="libtpu, the compiler for TPU topologies, is not installed here")
-    return make_mesh(config, topologies.get_topology_desc(platform="tpu", topology_name=name, num_slices=slices).devices)
+    return make_mesh(
+        config, topologies.get_topology_desc(platform="tpu", topology_name=name, num_slices=slices).devices
+    )

@@ -14,7 +14,8 @@ from jaxtyping import Array, Float, Shaped
 
 MeshAxes = str | tuple[str, ...] | None
 
-MESH_AXES = ("replica", "data", "fsdp", "sequence", "tensor")
+SEQUENCE = "sequence"
+MESH_AXES = ("replica", "data", "fsdp", SEQUENCE, "tensor")
 
 PARAMETER_RULES: Mapping[str, MeshAxes] = {
     "layers": None,  # the stacked depth that the scan walks
@@ -32,9 +33,9 @@ PARAMETER_RULES: Mapping[str, MeshAxes] = {
 
 ACTIVATION_RULES: Mapping[str, MeshAxes] = {
     "batch": ("replica", "data", "fsdp"),
-    "images": ("replica", "data", "fsdp", "sequence"),  # frames folded into the batch, in the vision tower
-    "frames": "sequence",
-    "visual": "sequence",  # the visual sequence, 1 + T*N tokens
+    "images": ("replica", "data", "fsdp", SEQUENCE),  # frames folded into the batch, in the vision tower
+    "frames": SEQUENCE,
+    "visual": SEQUENCE,  # the visual sequence, 1 + T*N tokens
     "heads": "tensor",
     "mlp": "tensor",
     "vocab": "tensor",

@@ -19,8 +19,8 @@ class MeshConfig:
     """Devices along each axis, from the slowest network to the fastest; one axis may be -1 and takes what is left.
 
     ``replica``, ``data`` and ``fsdp`` all split the batch; ``replica`` crosses the slices of a multi-slice TPU, and
-    ``fsdp`` also splits parameters and optimiser state. ``sequence`` splits the frames of a clip in the vision tower and
-    its tokens after that. ``tensor`` splits heads, MLP width and vocabulary.
+    ``fsdp`` also splits parameters and optimiser state. ``sequence`` splits the frames of a clip in the vision tower,
+    and its tokens after that. ``tensor`` splits heads, MLP width and vocabulary.
     """
 
     replica: int = 1

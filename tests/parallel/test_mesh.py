@@ -60,5 +60,7 @@ def test_only_replicas_cross_slices() -> None:
 
 
 def test_slices_without_replicas_are_a_sentence() -> None:
-    with pytest.raises(UserError, match=r"replica=1 on 2 slices of 4 devices: .*set config.mesh.replica to a multiple of 2"):
+    with pytest.raises(
+        UserError, match=r"replica=1 on 2 slices of 4 devices: .*set config.mesh.replica to a multiple of 2"
+    ):
         topology_mesh("v5e:2x2", MeshConfig(), slices=2)
