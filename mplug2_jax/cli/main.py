@@ -6,18 +6,18 @@ from collections.abc import Callable, Sequence
 
 from data_pipelines.errors import DataError
 from mplug2_jax import __version__
-from mplug2_jax.cli import convert, data, evaluate, generate, report, train
+from mplug2_jax.cli import convert, data, evaluate, generate, plan, report, train
 from mplug2_jax.errors import UserError
 
 # Each module adds one parser and sets its ``run``; heavy imports wait until a command runs, so that --help is instant.
-COMMANDS = (train, evaluate, generate, convert, data, report)
+COMMANDS = (train, evaluate, generate, plan, convert, data, report)
 
 
 def parser() -> argparse.ArgumentParser:
     """The parser of the whole command line."""
     top = argparse.ArgumentParser(
         prog="mplug2",
-        description="mPLUG-2 in JAX: pretrain, evaluate, generate, convert.",
+        description="mPLUG-2 in JAX: pretrain, evaluate, generate, plan, convert.",
         epilog="example:\n  mplug2 train --config demo --workdir runs/demo",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -24,7 +24,7 @@ from mplug2_jax.model.layers import (
     stack,
 )  # fmt: skip
 from mplug2_jax.model.taps import Taps, tap
-from mplug2_jax.parallel.logical import constrain
+from mplug2_jax.parallel.logical import constrain, gathered
 
 
 class UniversalLayers(nnx.Module):
@@ -70,7 +70,8 @@ class UniversalLayers(nnx.Module):
         """
         depth = self.config.universal_layers
         keys = split_rng(rng, depth + 1)
-        latents = jnp.broadcast_to(self.latents[...].astype(v.dtype), (v.shape[0], *self.latents[...].shape))
+        latents = gathered(self.latents[...], ("latent", "embed")).astype(v.dtype)
+        latents = constrain(jnp.broadcast_to(latents, (v.shape[0], *latents.shape)), "batch", None, None)
         for i in range(depth - 1):
             latents = constrain(self._run(i, latents, v, "memory", keys[i]), "batch", None, None)
             tap(taps, f"universal/visual{i}", latents)

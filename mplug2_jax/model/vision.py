@@ -27,7 +27,7 @@ from mplug2_jax.model.layers import (
 )  # fmt: skip
 from mplug2_jax.model.sequence import Layout
 from mplug2_jax.model.taps import Taps, tap
-from mplug2_jax.parallel.logical import SEQUENCE, activation_spec, axis_size, constrain
+from mplug2_jax.parallel.logical import SEQUENCE, activation_spec, axis_size, constrain, gathered
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -181,7 +181,7 @@ class VisionTower(nnx.Module):
         x = self.patch(patches.astype(self.config.dtype))
         class_token = jnp.broadcast_to(self.class_token[...].astype(x.dtype), (b * t, 1, x.shape[-1]))
         x = jnp.concatenate([class_token, x], axis=1)
-        x = x + resize_positions(self.positions[...], math.isqrt(n)).astype(x.dtype)
+        x = x + resize_positions(gathered(self.positions[...], ("position", "embed")), math.isqrt(n)).astype(x.dtype)
         x = constrain(self.norm_pre(x), rows, None, None)
         tap(taps, "vision/norm_pre", x)
 

@@ -89,12 +89,14 @@ def train_step(plan: Blueprint, state: TrainState, batches: StreamBatches) -> tu
             (_, (metrics, queues)), gradients = gradient_of(params, queues, batches, jax.random.fold_in(rng, i))
             return (jax.tree.map(lambda t, g: t + g / count, total, gradients), queues), metrics
 
-        zeros = jax.tree.map(jnp.zeros_like, params)
+        zeros = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params)
         micro = (_micro_batches(batches, count), jnp.arange(count))
         (gradients, queues), each = jax.lax.scan(add, (zeros, queues), micro)
         metrics = jax.tree.map(lambda m: m.mean(0), each)
 
-    updates, opt = plan.optimizer.update(gradients, state["opt"], params)
+    gradients = jax.tree.map(lambda g: g.astype(jnp.float32), gradients)
+    moments = jax.device_put(state["opt"], plan.on_device["opt"]) if config.optimizer.offload else state["opt"]
+    updates, opt = plan.optimizer.update(gradients, moments, params)
     after: TrainState = {"params": optax.apply_updates(params, updates), "opt": opt, "step": state["step"] + 1}
     if teacher is not None:
         after["teacher"] = teacher
@@ -105,13 +107,18 @@ def train_step(plan: Blueprint, state: TrainState, batches: StreamBatches) -> tu
     return after, metrics
 
 
-def compile_step(plan: Blueprint) -> Step:
-    """The step under jit: the state is donated, and stays where it was."""
-    jitted = jax.jit(
+def jitted_step(plan: Blueprint) -> Any:
+    """The step under ``jax.jit``, to be called or lowered with the mesh in context; the state is donated."""
+    return jax.jit(
         lambda state, batches: train_step(plan, state, batches),
         donate_argnums=0,
         out_shardings=(plan.shardings, replicated(plan.mesh)),
     )
+
+
+def compile_step(plan: Blueprint) -> Step:
+    """The step, ready to be called: the state is donated, and stays where it was."""
+    jitted = jitted_step(plan)
 
     def step(state: TrainState, batches: StreamBatches) -> tuple[TrainState, Metrics]:
         with jax.set_mesh(plan.mesh):
