@@ -69,9 +69,8 @@ def xla(
     keep: Bool[Array, "b h l s"] | None = None,
 ) -> Float[Array, "b l h k"]:
     """Plain matmuls around a softmax; every score exists at once."""
-    parts = softmax(
-        *heads_first(query * query.shape[-1] ** -0.5, key, value), key_mask, causal=causal, dropout=dropout, keep=keep
-    )
+    query, key, value = heads_first(query * query.shape[-1] ** -0.5, key, value)
+    parts = softmax(query, key, value, key_mask, causal=causal, dropout=dropout, keep=keep)
     # Divided after the product with the values: one pass less over the largest array in both directions.
     return (parts.out / parts.total).astype(value.dtype).swapaxes(1, 2)
 

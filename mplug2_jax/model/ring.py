@@ -46,7 +46,7 @@ def _forward(query: Array, key: Array, value: Array, key_mask: Array, axis: str)
         held = _passed_on(held, axis)
         return (held, _merge(total, block(held))), None
 
-    held = (keys, values, key_mask)
+    held: Held = (keys, values, key_mask)
     (_, total), _ = jax.lax.scan(turn, (held, block(held)), length=jax.lax.axis_size(axis) - 1)
     out = total.out / total.total
     saved = (query, key, value, key_mask, out, total.peak + jnp.log(total.total))
@@ -60,7 +60,7 @@ def _backward(axis: str, saved: Held, gradient: Array) -> tuple[Array, Array, Ar
     inner = jnp.sum(out * slope, axis=-1, keepdims=True)
     of_rows = (scaled, slope, log_total, inner)
 
-    def turn(carry: tuple[Held, Array], _: None) -> tuple[tuple[Held, Array], None]:
+    def turn(carry: Any, _: None) -> tuple[Any, None]:
         (keys, values, mask, d_keys, d_values), d_query = carry
 
         def rows(sums: tuple[Array, Array], its: Held) -> tuple[tuple[Array, Array], Array]:
@@ -70,10 +70,9 @@ def _backward(axis: str, saved: Held, gradient: Array) -> tuple[Array, Array, Ar
         (d_keys, d_values), update = _scan_rows(rows, (d_keys, d_values), of_rows)
         return (_passed_on((keys, values, mask, d_keys, d_values), axis), d_query + update), None
 
-    zeros = (jnp.zeros_like(x, jnp.float32) for x in (keys, values, scaled))
-    d_keys, d_values, d_query = zeros
-    held = (keys, values, key_mask, d_keys, d_values)
-    ((_, _, _, d_keys, d_values), d_query), _ = jax.lax.scan(turn, (held, d_query), length=jax.lax.axis_size(axis))
+    d_keys, d_values, d_query = (jnp.zeros_like(x, jnp.float32) for x in (keys, values, scaled))
+    start = ((keys, values, key_mask, d_keys, d_values), d_query)
+    ((_, _, _, d_keys, d_values), d_query), _ = jax.lax.scan(turn, start, length=jax.lax.axis_size(axis))
     d_query, d_keys, d_values = heads_first(d_query * scale, d_keys, d_values)
     return d_query.astype(query.dtype), d_keys.astype(key.dtype), d_values.astype(value.dtype), None
 

@@ -122,9 +122,8 @@ def _merged(
     query: Array, key: Array, value: Array, mask: Array, keep: Array | None = None, *, dropout: float, kernel: str
 ) -> Array:
     del kernel  # few queries: no kernel does better than XLA
-    part = kernels.softmax(
-        *kernels.heads_first(query * query.shape[-1] ** -0.5, key, value), mask, dropout=dropout, keep=keep
-    )
+    query, key, value = kernels.heads_first(query * query.shape[-1] ** -0.5, key, value)
+    part = kernels.softmax(query, key, value, mask, dropout=dropout, keep=keep)
     scale = jnp.exp(part.peak - jax.lax.pmax(part.peak, SEQUENCE))
     out, total = jax.lax.psum((part.out * scale, part.total * scale), SEQUENCE)
     return (out / total).astype(value.dtype).swapaxes(1, 2)

@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mplug2_jax.model import ring, sequence
+from mplug2_jax.model import layers, ring, sequence
 from mplug2_jax.model.attention import attention
+from mplug2_jax.model.mplug2 import define
 from mplug2_jax.model.sequence import Layout
 from mplug2_jax.parallel.mesh import MeshConfig, make_mesh
+from tests.runs import small_model
 
 CLIP = Layout(queries="visual", keys="visual")
 LAYOUTS = {"text to clip": Layout(keys="visual"), "clip to latents": Layout(queries="visual"), "clip to clip": CLIP}
@@ -74,9 +76,9 @@ def test_a_ring_in_16_bits_stays_close() -> None:
 def test_no_chip_gathers_what_a_ring_passes_on(monkeypatch) -> None:
     monkeypatch.setattr(sequence, "_GATHER_BYTES", 0)
     qkv, mask = inputs(16, 16)
-    with jax.set_mesh(make_mesh(MeshConfig(sequence=8))) as mesh:
-        spread = jax.sharding.NamedSharding(mesh or jax.sharding.get_mesh(), jax.P(None, "sequence"))
-        arguments = jax.device_put((qkv, mask), spread)
+    mesh = make_mesh(MeshConfig(sequence=8))
+    arguments = jax.device_put((qkv, mask), jax.NamedSharding(mesh, jax.P(None, "sequence")))
+    with jax.set_mesh(mesh):
         gradient = jax.jit(jax.grad(functools.partial(loss, layout=CLIP), has_aux=True))
         program = gradient.lower(*arguments).compile().as_text()
     assert "collective-permute" in program
@@ -87,3 +89,30 @@ def test_causal_attention_is_not_split() -> None:
     qkv, _ = inputs(8, 8)
     with jax.set_mesh(make_mesh(MeshConfig(sequence=8))), pytest.raises(ValueError, match="causal"):
         attention(*qkv, causal=True, layout=CLIP)
+
+
+def test_a_model_reads_a_clip_whose_frames_and_tokens_are_split(monkeypatch) -> None:
+    """Tower, universal layers and decoder, with dropout; matmuls as on a TPU, where nothing is flattened first."""
+    monkeypatch.setattr(layers, "platform", lambda: "tpu")
+    definition = define(small_model(universal_layers=2), ("vision", "temporal", "text", "universal", "decoder"))
+    params = definition.init(jax.random.key(0))
+    up = params["vision"]["blocks"]["temporal_1"]["up"]  # starts at zero, and would hide its neighbours
+    up["kernel"] = 0.1 * jax.random.normal(jax.random.key(1), up["kernel"].shape)
+    clips = jax.random.randint(jax.random.key(2), (2, 4, 16, 16, 3), 0, 256).astype(jnp.uint8)
+    words = jax.random.randint(jax.random.key(3), (2, 5), 1, 256)
+
+    def loss(params):
+        model = definition.bind(params)
+        visual = model.visual_tokens(clips, rng=jax.random.key(4))
+        logits = model.decoder(words, None, visual, rng=jax.random.key(5))
+        return jnp.sum(jax.nn.log_softmax(logits) ** 2) / 1e3 + jnp.sum(visual[:, 0] ** 3), (visual, logits)
+
+    step = jax.value_and_grad(loss, has_aux=True)
+    expected = jax.jit(step)(params)
+    with jax.set_mesh(make_mesh(MeshConfig(fsdp=2, sequence=4))):
+        ours = jax.jit(step)(params)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * max(float(jnp.abs(b).max()), 0.1)),
+        ours,
+        expected,
+    )
