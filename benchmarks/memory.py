@@ -29,7 +29,7 @@ from data_pipelines.sources.config import SourceConfig
 from mplug2_jax.model.config import RematConfig, SpecialTokens, model_config
 from mplug2_jax.model.mplug2 import Params, define
 from mplug2_jax.parallel.mesh import MeshConfig, make_mesh
-from mplug2_jax.parallel.placement import batch_sharding
+from mplug2_jax.parallel.placement import batch_sharding, check_batch
 from mplug2_jax.training.config import RunConfig, StreamConfig
 from mplug2_jax.training.optimizer import AdamWConfig
 from mplug2_jax.training.state import plan_run
@@ -59,6 +59,7 @@ def compiled(config: RunConfig, mesh: MeshConfig, args: argparse.Namespace) -> j
     devices = topologies.get_topology_desc(_TOPOLOGIES[mesh.fsdp * mesh.sequence], "tpu").devices
     plan = plan_run(config, SpecialTokens(), make_mesh(mesh, devices))
     rows, side = config.streams["clips"].data.batch_size, config.model.image_size
+    check_batch("a micro-batch", rows // config.accumulate, plan.mesh)
 
     def array(shape: tuple[int, ...], dtype: object) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(plan.mesh))
@@ -121,7 +122,7 @@ def main() -> None:
         keep = dataclasses.replace
         for name, varied in {
             "no remat": keep(config, model=keep(model, remat=RematConfig())),
-            "accumulate=2": keep(config, accumulate=2),
+            "accumulate=2, twice the clips": keep(caption_run(args, 2 * args.clips), accumulate=2),
             "bfloat16 parameters": keep(config, parameter_dtype="bfloat16"),
             "bfloat16 moments": keep(config, optimizer=AdamWConfig(b2=0.98, mu_dtype="bfloat16", nu_dtype="bfloat16")),
             "moments on the host": keep(config, optimizer=AdamWConfig(offload=True)),
