@@ -17,8 +17,8 @@ from mplug2_jax.training.step import jitted_step
 from tests.runs import small_run, stream
 from tests.tpu import topology_mesh
 
-FRAMES = 16
-MODEL = model_config("base", vision_layers=2, decoder_layers=1, dropout=0.0, attention_dropout=0.0)
+FRAMES = 256  # 4,097 tokens of a tiny model: activations outweigh gradients, as in a large one
+MODEL = model_config("tiny", vision_layers=2, decoder_layers=1, dropout=0.0, attention_dropout=0.0)
 
 
 def compiled(mesh: MeshConfig, clips: int) -> jax.stages.Compiled:
@@ -30,7 +30,7 @@ def compiled(mesh: MeshConfig, clips: int) -> jax.stages.Compiled:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(plan.mesh))
 
     batch = {
-        "frames": array((clips, FRAMES, 224, 224, 3), jnp.uint8),
+        "frames": array((clips, FRAMES, MODEL.image_size, MODEL.image_size, 3), jnp.uint8),
         "target": array((clips, 16), jnp.int32),
         "target_weights": array((clips, 16), jnp.float32),
     }
@@ -43,7 +43,7 @@ def compiled(mesh: MeshConfig, clips: int) -> jax.stages.Compiled:
 def test_chips_share_a_clip_and_never_gather_it_in_the_tower() -> None:
     alone, shared = compiled(MeshConfig(data=4, fsdp=1), 4), compiled(MeshConfig(fsdp=1, sequence=4), 1)
     temporary = [program.memory_analysis().temp_size_in_bytes for program in (alone, shared)]
-    assert temporary[1] < 0.5 * temporary[0]
+    assert temporary[1] < 0.3 * temporary[0]
     gathered = re.findall(r"\w+\[([\d,]+)\]\S* all-gather(?:-start)?\(", shared.as_text())
     assert gathered  # the keys of the universal layers, at least
     assert max(math.prod(map(int, g.split(","))) for g in gathered) < FRAMES * (MODEL.patches + 1) * MODEL.vision_width
