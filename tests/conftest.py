@@ -1,6 +1,9 @@
 """What every test may ask for. Types and shapes of every call into our packages are checked while tests run."""
 
+import functools
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +23,30 @@ jax.config.update("jax_num_cpu_devices", 8)
 install_import_hook(["mplug2_jax", "data_pipelines"], "beartype.beartype")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """What one test compiled, the next need not: neither those of other workers nor the processes that they start."""
+    if hasattr(config, "workerinput"):  # it has read from its environment what the first process chose
+        return
+    folder = tempfile.mkdtemp(prefix="mplug2-tests-compiled-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _texts_made_once() -> Iterator[None]:
+    """Every run of a test trains the same tokeniser; under checked types its texts take longest."""
+    from data_pipelines.digitworld import vocabulary_texts
+    from mplug2_jax.training import workdir
+
+    made = functools.cache(lambda: tuple(vocabulary_texts()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(workdir, "vocabulary_texts", made)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -40,6 +40,15 @@ def test_torch_runtime(repository: Path) -> None:
 
 
 @pytest.mark.slow
+def test_meshes_agree_with_one_device(repository: Path) -> None:
+    out = printed(repository, "meshes.py", "--only", "2x1x1x2x2", "--steps", "5")
+    *sizes, loss, parameters, _ = out.splitlines()[-1].split()
+    assert sizes == ["2", "1", "1", "2", "2"]
+    assert float(loss) < 1e-5
+    assert float(parameters) < 1e-5
+
+
+@pytest.mark.slow
 def test_data(repository: Path) -> None:
     few = ("--pictures", "16", "--clips", "2", "--index", "30000", "--steps", "6", "--repeats", "1")
     out = printed(repository, "data.py", *few)

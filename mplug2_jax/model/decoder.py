@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from mplug2_jax.errors import UserError
 from mplug2_jax.model.config import ModelConfig
 from mplug2_jax.model.layers import BertLayer, scan_layers, split_rng, stack
+from mplug2_jax.model.sequence import Layout
 from mplug2_jax.model.taps import Taps, tap
 from mplug2_jax.model.text import Embeddings, MlmHead
 from mplug2_jax.parallel.logical import constrain
@@ -55,10 +56,12 @@ class Decoder(nnx.Module):
         """Teacher forcing: logits at every position, each for the token after it."""
         rng_embed, rng_layers = split_rng(rng, 2)
         x = constrain(self.embeddings(ids, rng=rng_embed), "batch", None, None)
+        memory = constrain(memory, "batch", "visual", None)
         tap(taps, "decoder/embed", x)
 
         def body(layer: BertLayer, x: Array, key: PRNGKeyArray | None, _extra: None) -> tuple[Array, None]:
-            return constrain(layer(x, mask, memory, memory_mask, causal=True, rng=key), "batch", None, None), None
+            x = layer(x, mask, memory, memory_mask, causal=True, rng=key, visual="memory")
+            return constrain(x, "batch", None, None), None
 
         x, _ = scan_layers(
             self.layers, x, body, rng=rng_layers, remat=self.config.remat.decoder, unroll=self.config.scan_unroll,
@@ -90,6 +93,7 @@ class Decoder(nnx.Module):
         ) -> tuple[Array, tuple[Array, ...]]:
             return x, layer.cross_attention.project(x)
 
+        memory = constrain(memory, "batch", "visual", None)
         _, (keys, values) = scan_layers(self.layers, memory, body, unroll=self.config.scan_unroll)
         rows = memory.shape[0] * sequences
         empty = jnp.zeros((keys.shape[0], rows, length, *keys.shape[3:]), keys.dtype)
@@ -111,8 +115,10 @@ class Decoder(nnx.Module):
             self_keys = jax.lax.dynamic_update_slice_in_dim(self_keys, key, position, axis=1)
             self_values = jax.lax.dynamic_update_slice_in_dim(self_values, value, position, axis=1)
             x = layer.add_self(x, layer.self_attention.attend(x, self_keys, self_values, seen), None)
-            x = layer.add_cross(x, layer.cross_attention.attend(x, cross_keys, cross_values, cache.memory_mask), None)
-            return layer.add_mlp(x, None), (self_keys, self_values)
+            seen_of_memory = layer.cross_attention.attend(
+                x, cross_keys, cross_values, cache.memory_mask, layout=Layout(keys="visual")
+            )
+            return layer.add_mlp(layer.add_cross(x, seen_of_memory, None), None), (self_keys, self_values)
 
         per_layer = (cache.self_keys, cache.self_values, cache.cross_keys, cache.cross_values)
         x, (self_keys, self_values) = scan_layers(

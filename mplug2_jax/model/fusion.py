@@ -67,7 +67,7 @@ class Fusion(nnx.Module):
         first: int,
     ) -> Array:
         def body(layer: BertLayer, x: Array, key: PRNGKeyArray | None, _extra: None) -> tuple[Array, None]:
-            return constrain(layer(x, text_mask, visual, rng=key), "batch", None, None), None
+            return constrain(layer(x, text_mask, visual, rng=key, visual="memory"), "batch", None, None), None
 
         return scan_layers(
             layers, text, body, rng=rng, remat=self.config.remat.fusion, unroll=self.config.scan_unroll, taps=taps,
@@ -81,5 +81,7 @@ class Fusion(nnx.Module):
         """One self attention over both; as in the release, the image's part is added to it, the text's replaces it."""
         cut = visual.shape[1]
         mask = jnp.concatenate([jnp.ones(visual.shape[:2], bool), text_mask], axis=1)
-        both = layer(jnp.concatenate([visual, text], axis=1), mask, rng=rng)
-        return visual + both[:, :cut], both[:, cut:]
+        both = layer(
+            constrain(jnp.concatenate([visual, text], axis=1), "batch", "visual", None), mask, rng=rng, visual="x"
+        )
+        return constrain(visual + both[:, :cut], "batch", "visual", None), constrain(both[:, cut:], "batch", None, None)

@@ -6,7 +6,7 @@ function of (seed, step) alone.
 
 import functools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from mplug2_jax.model.attention import attention
 from mplug2_jax.model.config import AttentionKernel, ModelConfig, Remat
+from mplug2_jax.model.sequence import WHOLE, Layout
 from mplug2_jax.model.taps import Taps, tap
 from mplug2_jax.parallel.logical import gathered, platform
 
@@ -174,6 +175,7 @@ class Attention(nnx.Module):
         *,
         causal: bool = False,
         rng: PRNGKeyArray | None = None,
+        layout: Layout = WHOLE,
     ) -> Float[Array, "br l d"]:
         """Queries of ``x`` over projected keys and values.
 
@@ -185,8 +187,9 @@ class Attention(nnx.Module):
         if folded.shape[0] != query.shape[0] and causal:
             raise ValueError("causal attention needs one memory per sequence")
         out = attention(
-            folded, keys, values, key_mask=key_mask, causal=causal, dropout=self.dropout, rng=rng, kernel=self.kernel
-        )
+            folded, keys, values, key_mask=key_mask, causal=causal, dropout=self.dropout, rng=rng, kernel=self.kernel,
+            layout=layout,
+        )  # fmt: skip
         return self.out(out.reshape(*x.shape[:2], -1))
 
     def __call__(
@@ -197,10 +200,11 @@ class Attention(nnx.Module):
         *,
         causal: bool = False,
         rng: PRNGKeyArray | None = None,
+        layout: Layout = WHOLE,
     ) -> Float[Array, "br l d"]:
         """Self attention, or cross attention when a memory is given."""
         keys, values = self.project(x if memory is None else memory)
-        return self.attend(x, keys, values, key_mask, causal=causal, rng=rng)
+        return self.attend(x, keys, values, key_mask, causal=causal, rng=rng, layout=layout)
 
 
 class MLP(nnx.Module):
@@ -265,12 +269,16 @@ class BertLayer(nnx.Module):
         *,
         causal: bool = False,
         rng: PRNGKeyArray | None = None,
+        visual: Literal["x", "memory", "neither"] = "neither",
     ) -> Float[Array, "br l d"]:
-        """Runs the layer; without a memory it is an ordinary BERT layer."""
+        """Runs the layer; without a memory it is an ordinary BERT layer. ``visual`` says which is the long sequence."""
         r = split_rng(rng, 5)
-        x = self.add_self(x, self.self_attention(x, None, mask, causal=causal, rng=r[0]), r[1])
+        own, other = ("visual" if visual == name else None for name in ("x", "memory"))
+        update = self.self_attention(x, None, mask, causal=causal, rng=r[0], layout=Layout(queries=own, keys=own))
+        x = self.add_self(x, update, r[1])
         if memory is not None:
-            x = self.add_cross(x, self.cross_attention(x, memory, memory_mask, rng=r[2]), r[3])
+            layout = Layout(queries=own, keys=other)
+            x = self.add_cross(x, self.cross_attention(x, memory, memory_mask, rng=r[2], layout=layout), r[3])
         return self.add_mlp(x, r[4])
 
 

@@ -22,6 +22,7 @@ from mplug2_jax.model.taps import Taps, tap
 from mplug2_jax.model.text import MlmHead, TextEncoder
 from mplug2_jax.model.universal import UniversalLayers
 from mplug2_jax.model.vision import VisionTower, normalise_pixels
+from mplug2_jax.parallel.logical import constrain
 
 Params = dict[str, Any]
 Frames = UInt8[Array, "b t y x 3"] | Float[Array, "b t y x 3"]
@@ -83,7 +84,7 @@ class Mplug2(nnx.Module):
             frames = normalise_pixels(frames)
         v = self.vision(frames, rng=rng_tower, taps=taps)
         if self.config.vision_width != self.config.width:
-            v = self.vision_projection(v, rng_projection)
+            v = constrain(self.vision_projection(v, rng_projection), "batch", "visual", None)
         tap(taps, "visual/in", v)
         if "universal" in self.parts:
             v = self.universal.visual(v, rng=rng_universal, taps=taps)

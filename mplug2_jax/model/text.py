@@ -54,8 +54,9 @@ class Embeddings(nnx.Module):
             )
         x = constrain(gathered(self.words[...], ("vocab", "embed"))[ids], "batch", None, None)
         # The pad row is looked up but, as in torch, learns nothing through the lookup.
-        x = jnp.where((ids == PAD_ID)[..., None], jax.lax.stop_gradient(x), x) + self.types[...][0]
-        x = x + jax.lax.dynamic_slice_in_dim(self.positions[...], start, length)
+        x = jnp.where((ids == PAD_ID)[..., None], jax.lax.stop_gradient(x), x)
+        x = x + gathered(self.types[...], (None, "embed"))[0]
+        x = x + jax.lax.dynamic_slice_in_dim(gathered(self.positions[...], ("position", "embed")), start, length)
         return dropout(self.norm(x).astype(self.dtype), self.dropout, rng)
 
 

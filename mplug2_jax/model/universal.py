@@ -5,6 +5,8 @@ visual tokens, then the visual tokens attend to them, so that a video's tokens m
 queries everywhere but in the last layer.
 """
 
+from typing import Literal
+
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
@@ -22,7 +24,7 @@ from mplug2_jax.model.layers import (
     stack,
 )  # fmt: skip
 from mplug2_jax.model.taps import Taps, tap
-from mplug2_jax.parallel.logical import constrain
+from mplug2_jax.parallel.logical import constrain, gathered
 
 
 class UniversalLayers(nnx.Module):
@@ -68,19 +70,22 @@ class UniversalLayers(nnx.Module):
         """
         depth = self.config.universal_layers
         keys = split_rng(rng, depth + 1)
-        latents = jnp.broadcast_to(self.latents[...].astype(v.dtype), (v.shape[0], *self.latents[...].shape))
+        latents = gathered(self.latents[...], ("latent", "embed")).astype(v.dtype)
+        latents = constrain(jnp.broadcast_to(latents, (v.shape[0], *latents.shape)), "batch", None, None)
         for i in range(depth - 1):
-            latents = self._run(i, latents, v, keys[i])
+            latents = constrain(self._run(i, latents, v, "memory", keys[i]), "batch", None, None)
             tap(taps, f"universal/visual{i}", latents)
-        out = self._run(depth - 1, v, latents, keys[depth - 1])
+        out = self._run(depth - 1, v, latents, "x", keys[depth - 1])
         tap(taps, f"universal/visual{depth - 1}", out)
-        return constrain(dropout(self.visual_norm(v + out), self.config.dropout, keys[depth]), "batch", None, None)
+        return constrain(dropout(self.visual_norm(v + out), self.config.dropout, keys[depth]), "batch", "visual", None)
 
-    def _run(self, index: int, x: Array, memory: Array, rng: PRNGKeyArray | None) -> Array:
+    def _run(
+        self, index: int, x: Array, memory: Array, visual: Literal["x", "memory"], rng: PRNGKeyArray | None
+    ) -> Array:
         """One layer of the stack; layers play different roles, so they are not scanned."""
 
         def body(layer: BertLayer, x: Array, key: PRNGKeyArray | None, _extra: None) -> tuple[Array, None]:
-            return layer(x, None, memory, rng=key), None
+            return layer(x, None, memory, rng=key, visual=visual), None
 
         one = layer_at(self.layers, slice(index, index + 1))
         return scan_layers(one, x, body, rng=rng, remat=self.config.remat.text)[0]

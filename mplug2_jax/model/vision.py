@@ -25,8 +25,9 @@ from mplug2_jax.model.layers import (
     stack,
     uniform_fan_in,
 )  # fmt: skip
+from mplug2_jax.model.sequence import Layout
 from mplug2_jax.model.taps import Taps, tap
-from mplug2_jax.parallel.logical import constrain
+from mplug2_jax.parallel.logical import SEQUENCE, activation_spec, axis_size, constrain, gathered
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -47,6 +48,30 @@ def resize_positions(table: Float[Array, "p w"], grid: int) -> Float[Array, "n w
     rows = table[1:].reshape(side, side, -1)
     rows = jax.image.resize(rows, (grid, grid, rows.shape[-1]), "bilinear", antialias=False)
     return jnp.concatenate([table[:1], rows.reshape(grid * grid, -1)])
+
+
+def beside(x: Float[Array, "b t n w"]) -> tuple[Float[Array, "b t n w"], Float[Array, "b t n w"]]:
+    """The frame before each frame and the one after it; zeros beyond the clip.
+
+    Where the clip is split over the mesh, each chip sends its first and last frame to the chips beside it.
+    """
+
+    def moved(x: Array, first: Array, last: Array) -> tuple[Array, Array]:
+        return jnp.concatenate([first, x[:, :-1]], axis=1), jnp.concatenate([x[:, 1:], last], axis=1)
+
+    parts = axis_size("frames")
+    if parts == 1 or x.shape[1] % parts:
+        nothing = jnp.zeros_like(x[:, :1])
+        return moved(x, nothing, nothing)
+
+    def exchanged(x: Array) -> tuple[Array, Array]:  # who receives from nobody receives zeros
+        first = jax.lax.ppermute(x[:, -1:], SEQUENCE, [(i, i + 1) for i in range(parts - 1)])
+        last = jax.lax.ppermute(x[:, :1], SEQUENCE, [(i + 1, i) for i in range(parts - 1)])
+        return moved(x, first, last)
+
+    mesh = jax.sharding.get_abstract_mesh()
+    spec = activation_spec(("batch", "frames", None, "mlp"), dict(mesh.shape), x.shape)
+    return jax.shard_map(exchanged, mesh=mesh, in_specs=spec, out_specs=(spec, spec))(x)
 
 
 class LocalTemporal(nnx.Module):
@@ -72,8 +97,7 @@ class LocalTemporal(nnx.Module):
         """The update of every token from its own frame and the two beside it."""
         y = self.down(self.norm(x))
         kernel, bias = self.kernel[...].astype(y.dtype), self.bias[...].astype(y.dtype)
-        before = jnp.pad(y[:, :-1], ((0, 0), (1, 0), (0, 0), (0, 0)))
-        after = jnp.pad(y[:, 1:], ((0, 0), (0, 1), (0, 0), (0, 0)))
+        before, after = beside(y)
         y = before * kernel[0] + y * kernel[1] + after * kernel[2] + bias
         return self.up(quick_gelu(y))
 
@@ -94,11 +118,14 @@ class VisionBlock(nnx.Module):
         self.norm_2 = LayerNorm(width, CLIP_EPS, rngs=rngs)
         self.mlp = MLP(width, 4 * width, quick_gelu, dtype=dtype, init=VIT_INIT, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "bt n w"], frames: int) -> Float[Array, "bt n w"]:
-        """Runs the block on ``bt = b * frames`` frames; with one frame the temporal units are skipped."""
+    def __call__(self, x: Float[Array, "bt n w"], frames: int, rows: str = "images") -> Float[Array, "bt n w"]:
+        """Runs the block on ``bt = b * frames`` frames; with one frame the temporal units are skipped.
+
+        ``rows`` is the logical axis of the frames, as they lie on the mesh.
+        """
         if frames > 1:
             x = x + self._patches_only(self.temporal_1, x, frames)
-        x = x + self.attention(self.norm_1(x))
+        x = x + self.attention(self.norm_1(x), layout=Layout(rows=rows))
         if frames > 1:
             x = x + self._patches_only(self.temporal_2, x, frames)
         return x + self.mlp(self.norm_2(x))
@@ -148,23 +175,28 @@ class VisionTower(nnx.Module):
             raise UserError(f"clips of {t} frames need the part 'temporal', which this model was built without")
         patches = self._patches(frames)
         t, n = patches.shape[1], patches.shape[2]
-        x = self.patch(patches.reshape(b * t, n, -1).astype(self.config.dtype))
+        # A clip is split between frames, or not at all; pictures are shared out like frames.
+        rows = "images" if t == 1 or t % axis_size("frames") == 0 else "batch"
+        patches = constrain(patches.reshape(b * t, n, -1), rows, None, None)
+        x = self.patch(patches.astype(self.config.dtype))
         class_token = jnp.broadcast_to(self.class_token[...].astype(x.dtype), (b * t, 1, x.shape[-1]))
         x = jnp.concatenate([class_token, x], axis=1)
-        x = x + resize_positions(self.positions[...], math.isqrt(n)).astype(x.dtype)
-        x = constrain(self.norm_pre(x), "batch", None, None)
+        x = x + resize_positions(gathered(self.positions[...], ("position", "embed")), math.isqrt(n)).astype(x.dtype)
+        x = constrain(self.norm_pre(x), rows, None, None)
         tap(taps, "vision/norm_pre", x)
 
         def body(block: VisionBlock, x: Array, _key: PRNGKeyArray | None, _extra: None) -> tuple[Array, None]:
-            return constrain(block(x, t), "batch", None, None), None
+            return constrain(block(x, t, rows), rows, None, None), None
 
         x, _ = scan_layers(
             self.blocks, x, body, remat=self.config.remat.vision, unroll=self.config.scan_unroll, taps=taps,
             name="vision/block",
         )  # fmt: skip
         x = x.reshape(b, t, n + 1, -1)
-        x = jnp.concatenate([x[:, :, 0].mean(1, keepdims=True), x[:, :, 1:].reshape(b, t * n, -1)], axis=1)
-        x = constrain(self.norm_post(x), "batch", None, None)
+        class_token, x = x[:, :, 0].mean(1, keepdims=True), x[:, :, 1:].reshape(b, t * n, -1)
+        # A sum and no concatenation: split between frames, tokens move to the next chip, not to all of them.
+        x = jnp.pad(class_token, ((0, 0), (0, t * n), (0, 0))) + jnp.pad(x, ((0, 0), (1, 0), (0, 0)))
+        x = constrain(self.norm_post(x), "batch", "visual", None)
         tap(taps, "vision/out", x)
         return x
 

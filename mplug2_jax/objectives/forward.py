@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray, Shaped
 
 from mplug2_jax.model.mplug2 import Mplug2
 from mplug2_jax.objectives.queue import Queue
+from mplug2_jax.parallel.logical import constrain
 
 DeviceBatch = Mapping[str, Shaped[Array, "..."]]
 Metrics = dict[str, Array]
@@ -78,7 +79,8 @@ class Forward:
             return text, mask
         visual, fused = self.model.fusion(text, mask, self.visual, rng=self.key("fusion"))
         seen = jnp.ones(visual.shape[:2], bool)
-        return jnp.concatenate([visual, fused], axis=1), jnp.concatenate([seen, mask], axis=1)
+        both = constrain(jnp.concatenate([visual, fused], axis=1), "batch", "visual", None)
+        return both, jnp.concatenate([seen, mask], axis=1)
 
     @functools.cached_property
     def described(self) -> tuple[Float[Array, "b s d"], Bool[Array, "b s"]]:

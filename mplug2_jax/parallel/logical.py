@@ -5,6 +5,7 @@ because parameters live spread out (``fsdp``) while compute lives with the batch
 """
 
 import functools
+import math
 from collections.abc import Mapping
 
 import jax
@@ -13,7 +14,8 @@ from jaxtyping import Array, Float, Shaped
 
 MeshAxes = str | tuple[str, ...] | None
 
-MESH_AXES = ("data", "fsdp", "tensor")
+SEQUENCE = "sequence"
+MESH_AXES = ("replica", "data", "fsdp", SEQUENCE, "tensor")
 
 PARAMETER_RULES: Mapping[str, MeshAxes] = {
     "layers": None,  # the stacked depth that the scan walks
@@ -30,11 +32,18 @@ PARAMETER_RULES: Mapping[str, MeshAxes] = {
 }
 
 ACTIVATION_RULES: Mapping[str, MeshAxes] = {
-    "batch": ("data", "fsdp"),
+    "batch": ("replica", "data", "fsdp"),
+    "images": ("replica", "data", "fsdp", SEQUENCE),  # frames folded into the batch, in the vision tower
+    "frames": SEQUENCE,
+    "visual": SEQUENCE,  # the visual sequence, 1 + T*N tokens
     "heads": "tensor",
     "mlp": "tensor",
     "vocab": "tensor",
 }
+
+
+# The visual sequence has an odd length: the partitioner pads its last shard, and masks it in every reduction.
+_UNEVEN = frozenset({"visual"})
 
 
 def activation_spec(
@@ -43,19 +52,28 @@ def activation_spec(
     shape: tuple[int, ...],
     rules: Mapping[str, MeshAxes] = ACTIVATION_RULES,
 ) -> PartitionSpec:
-    """The partition of an activation; a dimension that its mesh axes do not divide stays whole."""
+    """The partition of an activation: each dimension over as many of its mesh axes, from the first on, as divide it."""
 
     def place(name: str | None, size: int) -> MeshAxes:
         axes = rules[name] if name else None
-        if axes is None:
-            return None
-        present = tuple(a for a in ((axes,) if isinstance(axes, str) else axes) if axis_sizes.get(a, 1) > 1)
+        taken: list[str] = []
         count = 1
-        for axis in present:
-            count *= axis_sizes[axis]
-        return present if present and size % count == 0 else None
+        for axis in (axes,) if isinstance(axes, str) else axes or ():
+            extent = axis_sizes.get(axis, 1)
+            if size % (count * extent) and name not in _UNEVEN:
+                break
+            if extent > 1:
+                taken.append(axis)
+                count *= extent
+        return tuple(taken) or None
 
     return PartitionSpec(*(place(n, s) for n, s in zip(names, shape, strict=True)))
+
+
+def axis_size(name: str) -> int:
+    """Into how many parts the mesh in context may cut a logical axis of activations; 1 without a mesh."""
+    mesh, axes = jax.sharding.get_abstract_mesh(), ACTIVATION_RULES[name]
+    return math.prod(dict(mesh.shape).get(axis, 1) for axis in ((axes,) if isinstance(axes, str) else axes or ()))
 
 
 def constrain(x: Shaped[Array, "..."], *names: str | None) -> Shaped[Array, "..."]:

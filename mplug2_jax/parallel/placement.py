@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from numpy.typing import NDArray
 
 from mplug2_jax.errors import UserError
@@ -46,7 +46,7 @@ def parameter_spec(
     return PartitionSpec(*spec), reasons
 
 
-def place_parameters(shapes: Tree, axes: Tree, mesh: Mesh) -> Placement:
+def place_parameters(shapes: Tree, axes: Tree, mesh: Mesh | AbstractMesh) -> Placement:
     """A sharding for every parameter of a tree of shapes with a tree of logical axis names beside it."""
     sizes, reasons = dict(mesh.shape), {}
 
@@ -101,10 +101,10 @@ def check_batch(field: str, size: int, mesh: Mesh) -> None:
     if size % shards:
         lower, upper = size // shards * shards, -(-size // shards) * shards
         near = f"{lower} or {upper}" if lower else f"{upper}"
-        raise UserError(
-            f"{field}={size} does not split over the mesh's {shards} batch shards (data={mesh.shape['data']} x "
-            f"fsdp={mesh.shape['fsdp']}); use {near}"
+        axes = " x ".join(
+            f"{axis}={mesh.shape[axis]}" for axis in ACTIVATION_RULES["batch"] or () if mesh.shape[axis] > 1
         )
+        raise UserError(f"{field}={size} does not split over the mesh's {shards} batch shards ({axes}); use {near}")
 
 
 def put_batch(batch: Mapping[str, NDArray[Any]], mesh: Mesh) -> dict[str, jax.Array]:

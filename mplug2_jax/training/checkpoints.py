@@ -159,6 +159,8 @@ class Checkpoints:
     def _not_saved(self, error: Exception) -> None:
         step, self._saving, self.failed = self._saving, None, True
         assert step is not None
+        if self._lazy:  # nobody comes back to try again
+            raise error
         self._events.note(
             "not saved", step, reason=_reason(error),
             said=f"checkpoint of step {step} could not be saved ({_reason(error)}); those before it are untouched, and "
@@ -200,7 +202,10 @@ class Checkpoints:
                 self._set_aside(damaged)
                 return restored
             damaged[step] = error or DamagedError(f"checkpoint {self.folder / str(step)} is damaged on another host")
-        raise DamagedError(f"none of the {len(damaged)} checkpoints can be used: {damaged[max(damaged)]}")
+        newest = damaged[max(damaged)]
+        if len(damaged) == 1:
+            raise newest
+        raise DamagedError(f"none of the {len(damaged)} checkpoints can be used: {newest}")
 
     def _set_aside(self, damaged: Mapping[int, DamagedError]) -> None:
         for step, error in damaged.items():

@@ -11,7 +11,7 @@ from mplug2_jax.model.config import ModelConfig
 from mplug2_jax.parallel.mesh import MeshConfig
 from mplug2_jax.tasks import TASKS
 from mplug2_jax.tasks.base import TaskSettings, parts_for
-from mplug2_jax.training.optimizer import AdamWConfig
+from mplug2_jax.training.optimizer import AdamWConfig, Dtype
 from mplug2_jax.training.schedule import ScheduleConfig
 
 
@@ -104,6 +104,7 @@ class RunConfig:
     streams: Mapping[str, StreamConfig]
     tasks: TaskSettings = TaskSettings()
     mesh: MeshConfig = MeshConfig()
+    parameter_dtype: Dtype = "float32"  # as parameters are kept, and their gradients made; a teacher stays float32
     optimizer: AdamWConfig = AdamWConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     accumulate: int = 1  # micro-batches per step; each stream's batch is cut into so many

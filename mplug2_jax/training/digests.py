@@ -37,7 +37,14 @@ _digest = jax.jit(digest)  # compiled once for each shape, of which a state has 
 def digests(tree: Any) -> dict[str, int]:
     """The digest of every array of a tree, by its name. Runs where the arrays are."""
     # One after the other: many collectives in flight at once starve each other on simulated devices.
-    return {leaf_name(path): int(_digest(leaf)) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return {leaf_name(path): int(_digest(_on_device(leaf))) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _on_device(x: Any) -> Any:
+    """An array that rests in its host's memory, where nothing is computed, comes to the devices that share it."""
+    if not isinstance(x, jax.Array) or x.sharding.memory_kind != "pinned_host":
+        return x
+    return jax.device_put(x, x.sharding.with_memory_kind("device"))
 
 
 def differing(found: Mapping[str, int], expected: Mapping[str, int]) -> list[str]:

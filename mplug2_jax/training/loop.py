@@ -16,7 +16,7 @@ from data_pipelines.tokenizers import Tokenizer, fingerprint
 from mplug2_jax.config import defaults_of
 from mplug2_jax.errors import Preempted, UserError
 from mplug2_jax.evaluation.loop import Evaluation, EvaluationResult, save_result
-from mplug2_jax.parallel.mesh import make_mesh
+from mplug2_jax.parallel.mesh import describe_mesh, make_mesh
 from mplug2_jax.parallel.placement import batch_shards, check_batch, held_parts, put_batch
 from mplug2_jax.parallel.processes import check_equal, is_first
 from mplug2_jax.tasks import TASKS
@@ -196,10 +196,10 @@ def check_started_alike(config: RunConfig, tokenizer: Tokenizer, *, resumes: boo
 
 def describe(plan: Blueprint) -> str:
     """What is about to run, in a few lines: model, mesh, and why some parameters are not split."""
-    config, sizes = plan.config, dict(plan.mesh.shape)
+    config = plan.config
     lines = [
         f"{config.name}: {plan.definition.count():,} parameters in {', '.join(plan.definition.parts)}",
-        f"mesh {', '.join(f'{a}={n}' for a, n in sizes.items())} on {plan.mesh.devices.flat[0].device_kind}",
+        f"mesh {describe_mesh(plan.mesh)} on {plan.mesh.devices.flat[0].device_kind}",
     ]
     lines += [f"  {name}: {why}" for name, why in plan.placement.reasons.items()]
     return "\n".join(lines)

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mplug2_jax.errors import check_range
+from mplug2_jax.errors import UserError, check_range
 
 DecayRule = Literal["matrices", "released"]
+Dtype = Literal["float32", "bfloat16"]
 
 
 def is_vision(path: tuple[str, ...]) -> bool:
@@ -43,6 +44,9 @@ class AdamWConfig:
     b2: float = 0.999
     eps: float = 1e-8
     clip_norm: float = 1.0  # of the gradient over all parameters; 0 = no clipping
+    mu_dtype: Dtype = "float32"  # as the first moment is kept
+    nu_dtype: Dtype = "float32"  # as the second is
+    offload: bool = False  # the moments wait in the hosts' memory for their update
 
     def __post_init__(self) -> None:
         """Checks the ranges.
@@ -54,28 +58,45 @@ class AdamWConfig:
             check_range(f"config.optimizer.{name}", getattr(self, name), 0)
         for name in ("b1", "b2"):
             check_range(f"config.optimizer.{name}", getattr(self, name), 0, 1 - 1e-9)
+        if self.nu_dtype == "bfloat16" and self.b2 > 0.99:
+            raise UserError(
+                f"config.optimizer.nu_dtype=bfloat16 cannot follow b2={self.b2}: a step changes less than its 8 bits "
+                "hold; set b2 to 0.99 or less, or nu_dtype to float32"
+            )
 
 
-def scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+def scale_by_adam(
+    b1: float, b2: float, eps: float, mu_dtype: Dtype = "float32", nu_dtype: Dtype = "float32"
+) -> optax.GradientTransformation:
     """Adam's direction, with optax's state and bias corrections that are exact in float32.
+
+    Moments are kept in the given dtypes; the arithmetic, and the step that they are fresh in, is float32.
 
     optax forms ``1 - b2**t`` in float32, which is off by 5e-5 in the first step (0.999 has no exact neighbour there);
     ``-expm1(t log b2)`` is not, and the release's losses after a step are met to 2e-6 instead of 4e-5.
     """
+
+    def kept(tree: Any, dtype: Dtype) -> Any:
+        return jax.tree.map(lambda x: x.astype(dtype), tree)
+
+    def init(params: optax.Params) -> optax.OptState:
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), kept(zeros, mu_dtype), kept(zeros, nu_dtype))
 
     def update(
         gradients: optax.Updates, state: optax.OptState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.OptState]:
         del params
         assert isinstance(state, optax.ScaleByAdamState)
-        mu = jax.tree.map(lambda m, g: b1 * m + (1.0 - b1) * g, state.mu, gradients)
-        nu = jax.tree.map(lambda v, g: b2 * v + (1.0 - b2) * g * g, state.nu, gradients)
+        old_mu, old_nu = kept(state.mu, "float32"), kept(state.nu, "float32")
+        mu = jax.tree.map(lambda m, g: b1 * m + (1.0 - b1) * g, old_mu, gradients)
+        nu = jax.tree.map(lambda v, g: b2 * v + (1.0 - b2) * g * g, old_nu, gradients)
         count = state.count + 1
         first, second = -jnp.expm1(count * math.log(b1)), -jnp.expm1(count * math.log(b2))
         direction = jax.tree.map(lambda m, v: (m / first) / (jnp.sqrt(v / second) + eps), mu, nu)
-        return direction, optax.ScaleByAdamState(count, mu, nu)
+        return direction, optax.ScaleByAdamState(count, kept(mu, mu_dtype), kept(nu, nu_dtype))
 
-    return optax.GradientTransformation(optax.scale_by_adam(b1, b2, eps).init, update)
+    return optax.GradientTransformation(init, update)
 
 
 def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
@@ -98,7 +119,7 @@ def adamw(config: AdamWConfig, rest: optax.ScalarOrSchedule, vision: optax.Scala
         return jax.tree_util.tree_map_with_path(lambda p, _: choose(tuple(key.key for key in p)), tree)
 
     steps = [
-        scale_by_adam(config.b1, config.b2, config.eps),
+        scale_by_adam(config.b1, config.b2, config.eps, config.mu_dtype, config.nu_dtype),
         optax.add_decayed_weights(config.weight_decay, lambda p: paths(p, lambda q: is_decayed(q, config.decay))),
         optax.partition(
             {"vision": optax.scale_by_learning_rate(vision), "rest": optax.scale_by_learning_rate(rest)},

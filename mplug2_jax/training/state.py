@@ -18,6 +18,8 @@ from mplug2_jax.training.config import RunConfig
 from mplug2_jax.training.optimizer import adamw
 from mplug2_jax.training.schedule import make_schedule
 
+HOST = "pinned_host"  # the memory of a host that its devices copy from without its help
+
 TrainState = dict[str, Any]
 """``params``, ``opt`` (optax), ``step`` (int32); ``teacher`` and ``queues`` where the run has them."""
 
@@ -38,9 +40,14 @@ class Blueprint:
 
     def init(self) -> TrainState:
         """A fresh state; every shard is made on its device, nothing is ever whole on one host."""
-        make = jax.jit(lambda: _fresh(self.config, self.definition, self.optimizer), out_shardings=self.shardings)
+        make = jax.jit(lambda: _fresh(self.config, self.definition, self.optimizer), out_shardings=self.on_device)
         with jax.set_mesh(self.mesh):
-            return make()
+            return jax.device_put(make(), self.shardings)
+
+    @property
+    def on_device(self) -> TrainState:
+        """Where the state lives while a step computes: as always, but with nothing in the hosts' memory."""
+        return jax.tree.map(lambda s: s.with_memory_kind("device"), self.shardings)
 
 
 def plan_run(config: RunConfig, tokens: SpecialTokens, mesh: Mesh) -> Blueprint:
@@ -59,7 +66,7 @@ def plan_run(config: RunConfig, tokens: SpecialTokens, mesh: Mesh) -> Blueprint:
     optimizer = adamw(config.optimizer, rates["rest"], rates["vision"])
     placement = place_parameters(definition.shapes, definition.axes, mesh)
     shapes = jax.eval_shape(lambda: _fresh(config, definition, optimizer))
-    shardings = _state_shardings(shapes, placement, optimizer, mesh)
+    shardings = _state_shardings(shapes, placement, optimizer, mesh, HOST if config.optimizer.offload else None)
     described = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
     context = TaskContext(settings=config.tasks, tokens=tokens)
     return Blueprint(config, context, mesh, definition, optimizer, rates, placement, described, shardings)
@@ -67,10 +74,10 @@ def plan_run(config: RunConfig, tokens: SpecialTokens, mesh: Mesh) -> Blueprint:
 
 def _fresh(config: RunConfig, definition: ModelDef, optimizer: optax.GradientTransformation) -> TrainState:
     key = jax.random.key(config.seed)
-    params = definition.init(key)
+    params = jax.tree.map(lambda p: p.astype(config.parameter_dtype), definition.init(key))
     state: TrainState = {"params": params, "opt": optimizer.init(params), "step": jnp.zeros((), jnp.int32)}
     if config.has_teacher:
-        state["teacher"] = jax.tree.map(jnp.copy, params)
+        state["teacher"] = jax.tree.map(lambda p: jnp.array(p, jnp.float32), params)  # 16 bits round its steps away
     size = config.tasks.vlc.queue_size
     if size:
         state["queues"] = {
@@ -82,14 +89,22 @@ def _fresh(config: RunConfig, definition: ModelDef, optimizer: optax.GradientTra
 
 
 def _state_shardings(
-    shapes: TrainState, placement: Placement, optimizer: optax.GradientTransformation, mesh: Mesh
+    shapes: TrainState,
+    placement: Placement,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    moments_in: str | None,
 ) -> TrainState:
     whole = replicated(mesh)
     shardings: TrainState = jax.tree.map(lambda _: whole, shapes)
     shardings["params"] = placement.shardings
     # Moments live with their parameters. Without saying so they would all be put on one device.
     shardings["opt"] = optax.tree_utils.tree_map_params(
-        optimizer, lambda _, s: s, shapes["opt"], placement.shardings, transform_non_params=lambda _: whole
+        optimizer,
+        lambda _, s: s.with_memory_kind(moments_in),
+        shapes["opt"],
+        placement.shardings,
+        transform_non_params=lambda _: whole,
     )
     if "teacher" in shapes:
         shardings["teacher"] = placement.shardings

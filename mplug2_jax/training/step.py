@@ -102,12 +102,14 @@ def train_step(plan: Blueprint, state: TrainState, batches: StreamBatches) -> tu
             (_, (metrics, queues)), gradients = gradient_of(params, queues, batches, jax.random.fold_in(rng, i))
             return (jax.tree.map(lambda t, g: t + g / count, total, gradients), queues), metrics
 
-        zeros = jax.tree.map(jnp.zeros_like, params)
+        zeros = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params)
         micro = (micro_batches(batches, count), jnp.arange(count))
         (gradients, queues), each = jax.lax.scan(add, (zeros, queues), micro)
         metrics = jax.tree.map(lambda m: m.mean(0), each)
 
-    updates, opt = plan.optimizer.update(gradients, state["opt"], params)
+    gradients = jax.tree.map(lambda g: g.astype(jnp.float32), gradients)
+    moments = jax.device_put(state["opt"], plan.on_device["opt"]) if config.optimizer.offload else state["opt"]
+    updates, opt = plan.optimizer.update(gradients, moments, params)
     after: TrainState = {"params": optax.apply_updates(params, updates), "opt": opt}
     if teacher is not None:
         after["teacher"] = teacher
@@ -116,13 +118,14 @@ def train_step(plan: Blueprint, state: TrainState, batches: StreamBatches) -> tu
     norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
     # A step that is not finite changes nothing but the count. Loss and norm are the same on all devices, so all skip.
-    after = {name: _chosen(finite, new, state[name]) for name, new in after.items()} | {"step": state["step"] + 1}
+    before = {**state, "opt": moments}
+    after = {name: _chosen(finite, new, before[name]) for name, new in after.items()} | {"step": state["step"] + 1}
     metrics |= {"gradient_norm": norm, "skipped": 1 - finite.astype(jnp.int32)}
     metrics |= {f"gradient_norm/{part}": optax.tree.norm(tree) for part, tree in gradients.items()}
     metrics |= {f"parameter_norm/{part}": optax.tree.norm(tree) for part, tree in params.items()}
     if "contrastive" in params:
         metrics["temperature"] = params["contrastive"]["temperature"]
-    metrics |= {f"learning_rate/{group}": rate(_updates(state["opt"])) for group, rate in plan.rates.items()}
+    metrics |= {f"learning_rate/{group}": rate(_updates(moments)) for group, rate in plan.rates.items()}
     return after, metrics
 
 
@@ -162,11 +165,15 @@ class Step:
             return self._call(state, batches)
 
 
-def compile_step(plan: Blueprint) -> Step:
-    """The step of a run, compiled when it is first called or when asked to."""
-    jitted = jax.jit(
+def jitted_step(plan: Blueprint) -> Any:
+    """The step under ``jax.jit``, to be called or lowered with the mesh in context; the state is donated."""
+    return jax.jit(
         lambda state, batches: train_step(plan, state, batches),
         donate_argnums=0,
         out_shardings=(plan.shardings, replicated(plan.mesh)),
     )
-    return Step(jitted, plan.mesh)
+
+
+def compile_step(plan: Blueprint) -> Step:
+    """The step of a run, compiled when it is first called or when asked to."""
+    return Step(jitted_step(plan), plan.mesh)

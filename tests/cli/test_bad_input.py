@@ -65,10 +65,10 @@ CONFIGS = {
     "model.vocab_size=50": "config.model.vocab_size=50 is too small for the tokeniser's 160 tokens; raise it to at "
     "least 160",
     "model.max_positions=20": "config.streams.text.data.examples.text_length=24 exceeds config.model.max_positions=20",
-    "mesh.fsdp=3": "config.mesh.fsdp=3, config.mesh.tensor=1 needs 3 devices, but there are 8; set one axis to -1",
+    "mesh.fsdp=3": "config.mesh.fsdp=3 needs 3 devices, but there are 8; set one axis to -1",
     "mesh.tensor=3": "config.mesh.tensor=3: 3 does not divide the 8 devices that there are",
     "streams.text.data.batch_size=12": "config.streams.text.data.batch_size=12 does not split over the mesh's 8 batch "
-    "shards (data=1 x fsdp=8); use 8 or 16",
+    "shards (fsdp=8); use 8 or 16",
     "streams.text.data.batch_size=0": "config.streams.text.data.batch_size=0 must be at least 1",
     "streams.text.data.threads=-1": "config.streams.text.data.threads=-1 must be at least 0",
     "streams.text.data.sources.digits.size=0": "config.streams.text.data: the source digitworld (text) is empty: "
@@ -132,7 +132,7 @@ def test_a_folder_that_holds_something_else_is_not_trained_in(
         (["seed=1", "name=x"], "another config: name was 'demo' and is 'x'; seed was 0 and is 1. Use"),
         (["model.width=64"], "another config: model.width was 32 and is 64. Use"),
         ([f"model.{n}=64" for n in ("width", "vision_width", "num_latents", "contrastive_width")], ", and 1 more. Use"),
-        (["mesh.fsdp=3"], "config.mesh.fsdp=3, config.mesh.tensor=1 needs 3 devices"),
+        (["mesh.fsdp=3"], "config.mesh.fsdp=3 needs 3 devices"),
         (["log_every=5", "evaluations.more_words.data.batch_size=12"], "batch_size=12 does not split"),
     ],
 )
@@ -275,7 +275,7 @@ def test_of_several_steps_the_others_are_named(refused: Refused, workdir: Path) 
 def test_a_newer_checkpoint_is_refused(refused: Refused, workdir: Path) -> None:
     meta = workdir / "checkpoints" / "2" / "meta" / "metadata"
     meta.write_text(json.dumps(json.loads(meta.read_text()) | {"format": 99}))
-    assert "has format 99, but this version reads up to 1" in refused("eval", "--workdir", workdir)
+    assert "has format 99, but this version reads up to 2" in refused("eval", "--workdir", workdir)
 
 
 @pytest.mark.parametrize(
@@ -284,7 +284,7 @@ def test_a_newer_checkpoint_is_refused(refused: Refused, workdir: Path) -> None:
         ("model.width=64", "is of another size: params/"),
         ("model.universal_layers=2", "is of another size: params/universal/layers/"),
         ("model.vocab_size=50", "config.model.vocab_size=50 is too small for the tokeniser's 160 tokens"),
-        ("mesh.fsdp=3", "config.mesh.tensor=1 needs 3 devices, but there are 8; set one axis to -1"),
+        ("mesh.fsdp=3", "config.mesh.fsdp=3 needs 3 devices, but there are 8; set one axis to -1"),
         ("evaluations.masked_word.samples=1", "is not a field: did you mean 'masked_words'? (valid: masked_words, "),
     ],
 )

@@ -28,7 +28,7 @@ def tables(printed: str) -> list[list[str]]:
 def test_training_prints_what_runs_and_ends_with_results_samples_and_the_report(trained: Trained) -> None:
     status, out, err = trained.printed.status, trained.printed.out, trained.printed.err
     assert (status, err) == (0, "")
-    assert re.match(r"demo: [\d,]+ parameters in text, universal, mlm\nmesh data=1, fsdp=8, tensor=1 on cpu\n", out)
+    assert re.match(r"demo: [\d,]+ parameters in text, universal, mlm\nmesh fsdp=8 on cpu\n", out)
     assert re.findall(r"^step (\d)/2  loss \d+\.\d+  examples/s ", out, re.MULTILINE) == ["1", "2"]
     assert [(row[:2], row[-1]) for row in tables(out)] == [
         (["masked_words", "accuracy"], "11"), (["more_words", "accuracy"], "11")

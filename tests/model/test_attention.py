@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from mplug2_jax.model import attention as module
-from mplug2_jax.model.attention import attention, splash
+from mplug2_jax.model import kernels
+from mplug2_jax.model.attention import attention
 
 
 def inputs(b=2, l=5, s=7, h=2, k=8, seed=0):
@@ -63,7 +64,7 @@ def test_splash_equals_xla_for_any_length(l, s):
 
     def loss(kernel, *qkv):
         if kernel == "splash":
-            return jnp.sum(splash(*qkv, mask, interpret=True) ** 2)
+            return jnp.sum(kernels.splash(*qkv, mask, interpret=True) ** 2)
         return jnp.sum(attention(*qkv, key_mask=mask, kernel="xla") ** 2)
 
     for kernel_value, plain_value in zip(
@@ -75,9 +76,9 @@ def test_splash_equals_xla_for_any_length(l, s):
 
 
 def test_blocks_divide_padded_lengths():
-    assert module._block(4224, 512) == 384
-    assert module._block(4224, 1536) == 1408
-    assert module._block(128, 512) == 128
+    assert kernels._block(4224, 512) == 384
+    assert kernels._block(4224, 1536) == 1408
+    assert kernels._block(128, 512) == 128
 
 
 @pytest.mark.parametrize(

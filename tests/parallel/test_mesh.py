@@ -1,18 +1,24 @@
 """Meshes from a config: sizes, the open axis, and sentences for what does not fit."""
 
+import math
+
 import jax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mplug2_jax.errors import UserError
-from mplug2_jax.parallel.mesh import MeshConfig, make_mesh
+from mplug2_jax.parallel.logical import MESH_AXES
+from mplug2_jax.parallel.mesh import MeshConfig, abstract_mesh, make_mesh
+from tests.tpu import topology_mesh
 
 
-@given(data=st.integers(1, 8), tensor=st.integers(1, 8), left=st.integers(1, 8))
-def test_the_open_axis_takes_what_is_left(data: int, tensor: int, left: int) -> None:
-    sizes = MeshConfig(data=data, fsdp=-1, tensor=tensor).sizes(data * tensor * left)
-    assert sizes == {"data": data, "fsdp": left, "tensor": tensor}
+@given(
+    fixed=st.fixed_dictionaries({axis: st.integers(1, 6) for axis in MESH_AXES}),
+    opened=st.sampled_from(MESH_AXES),
+)
+def test_the_open_axis_takes_what_is_left(fixed: dict[str, int], opened: str) -> None:
+    assert MeshConfig(**(fixed | {opened: -1})).sizes(math.prod(fixed.values())) == fixed
 
 
 @pytest.mark.parametrize(
@@ -31,9 +37,30 @@ def test_sizes_that_do_not_fit_are_a_sentence(config: MeshConfig, message: str) 
 
 def test_every_device_is_there_once() -> None:
     mesh = make_mesh(MeshConfig(data=2, fsdp=-1, tensor=2))
-    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert dict(mesh.shape) == {"replica": 1, "data": 2, "fsdp": 2, "sequence": 1, "tensor": 2}
     assert {d.id for d in mesh.devices.flat} == {d.id for d in jax.devices()}
 
 
 def test_fewer_devices_than_there_are() -> None:
     assert make_mesh(MeshConfig(), jax.devices()[:2]).size == 2
+
+
+def test_a_mesh_of_devices_that_nobody_has() -> None:
+    mesh = abstract_mesh(MeshConfig(replica=4, tensor=8), 4096)
+    assert dict(mesh.shape) == {"replica": 4, "data": 1, "fsdp": 128, "sequence": 1, "tensor": 8}
+    with pytest.raises(UserError, match="does not divide the 100 devices"):
+        abstract_mesh(MeshConfig(tensor=8), 100)
+
+
+def test_only_replicas_cross_slices() -> None:
+    mesh = topology_mesh("v5e:2x2", MeshConfig(replica=4, fsdp=2, tensor=1), slices=2)
+    assert dict(mesh.shape) == {"replica": 4, "data": 1, "fsdp": 2, "sequence": 1, "tensor": 1}
+    homes = [{device.slice_index for device in replica.flat} for replica in mesh.devices]
+    assert homes == [{0}, {0}, {1}, {1}]
+
+
+def test_slices_without_replicas_are_a_sentence() -> None:
+    with pytest.raises(
+        UserError, match=r"replica=1 on 2 slices of 4 devices: .*set config.mesh.replica to a multiple of 2"
+    ):
+        topology_mesh("v5e:2x2", MeshConfig(), slices=2)

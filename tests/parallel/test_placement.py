@@ -8,11 +8,11 @@ from jax.sharding import Mesh, PartitionSpec
 from mplug2_jax.errors import UserError
 from mplug2_jax.model.config import model_config
 from mplug2_jax.model.mplug2 import define
-from mplug2_jax.parallel.logical import PARAMETER_RULES, activation_spec
+from mplug2_jax.parallel.logical import MESH_AXES, PARAMETER_RULES, activation_spec
 from mplug2_jax.parallel.mesh import MeshConfig, make_mesh
 from mplug2_jax.parallel.placement import check_batch, held_parts, parameter_spec, place_parameters, put_batch
 
-SIZES = {"data": 2, "fsdp": 2, "tensor": 2}
+SIZES = {"replica": 1, "data": 2, "fsdp": 2, "sequence": 1, "tensor": 2}
 
 
 def test_axes_follow_the_table_and_reasons_are_given() -> None:
@@ -46,8 +46,16 @@ def test_every_logical_axis_of_the_model_has_a_rule() -> None:
 
 def test_activations_that_do_not_divide_stay_whole() -> None:
     assert activation_spec(("batch", None), SIZES, (8, 3)) == PartitionSpec(("data", "fsdp"), None)
-    assert activation_spec(("batch", None), SIZES, (6, 3)) == PartitionSpec(None, None)
+    assert activation_spec(("batch", None), SIZES, (6, 3)) == PartitionSpec("data", None)  # and not over fsdp
+    assert activation_spec(("batch", None), SIZES, (5, 3)) == PartitionSpec(None, None)
     assert activation_spec(("batch", "heads"), {"data": 1, "fsdp": 1, "tensor": 1}, (8, 4)) == PartitionSpec(None, None)
+
+
+def test_frames_lie_over_the_batch_and_the_sequence_and_the_visual_sequence_may_be_odd() -> None:
+    sizes = {"data": 2, "sequence": 4}
+    assert activation_spec(("images",), sizes, (8,)) == PartitionSpec(("data", "sequence"))
+    assert activation_spec(("images",), sizes, (6,)) == PartitionSpec("data")
+    assert activation_spec(("batch", "visual"), sizes, (2, 4097)) == PartitionSpec("data", "sequence")
 
 
 def test_batches_are_split_and_their_ids_folded() -> None:
@@ -62,7 +70,7 @@ def test_batches_are_split_and_their_ids_folded() -> None:
 
 def test_rows_come_to_rest_on_the_devices_that_hold_their_part() -> None:
     rows = np.arange(16).reshape(8, 2)
-    backwards = Mesh(np.array(jax.devices()[::-1]).reshape(2, 2, 2), ("data", "fsdp", "tensor"))
+    backwards = Mesh(np.array(jax.devices()[::-1]).reshape(1, 2, 2, 1, 2), MESH_AXES)
     for mesh in (make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)), make_mesh(MeshConfig(tensor=8, fsdp=1)), backwards):
         assert held_parts(mesh) == tuple(range(mesh.shape["data"] * mesh.shape["fsdp"]))
         placed = put_batch({"text": rows}, mesh)["text"]

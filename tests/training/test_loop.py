@@ -36,7 +36,7 @@ def test_a_run_explains_itself(tmp_path: Path, capsys) -> None:
     assert train(config, tmp_path / "run") == []
     printed = capsys.readouterr().out
     assert "parameters in text, universal, mlm" in printed
-    assert "mesh data=1, fsdp=8, tensor=1" in printed
+    assert "mesh fsdp=8 on cpu" in printed
     lines = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in line]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert {"loss", "text/mlm/accuracy", "gradient_norm", "learning_rate/rest", "examples_per_second", "data_wait",

@@ -24,7 +24,7 @@ from mplug2_jax.training.workdir import special_tokens
 from tests.runs import QUESTION, small_model, small_run, stream
 
 ONE = MeshConfig(data=1, fsdp=1, tensor=1)
-EIGHT = MeshConfig(data=2, fsdp=2, tensor=2)
+EIGHT = MeshConfig(fsdp=2, sequence=2, tensor=2)
 
 
 @pytest.fixture(scope="module")

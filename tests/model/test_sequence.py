@@ -1,0 +1,118 @@
+"""Attention over a split sequence: values and gradients are those of one device, in every form and for any length."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mplug2_jax.model import layers, ring, sequence
+from mplug2_jax.model.attention import attention
+from mplug2_jax.model.mplug2 import define
+from mplug2_jax.model.sequence import Layout
+from mplug2_jax.parallel.mesh import MeshConfig, make_mesh
+from tests.runs import small_model
+
+CLIP = Layout(queries="visual", keys="visual")
+LAYOUTS = {"text to clip": Layout(keys="visual"), "clip to latents": Layout(queries="visual"), "clip to clip": CLIP}
+
+
+def inputs(l: int, s: int, b: int = 4, h: int = 2, k: int = 8):
+    keys = jax.random.split(jax.random.key(l + s), 4)
+    query, key, value = (jax.random.normal(r, (b, n, h, k)) for r, n in zip(keys, (l, s, s), strict=False))
+    return (query, key, value), jax.random.bernoulli(keys[3], 0.6, (b, s)).at[:, 0].set(True)
+
+
+def loss(qkv, mask, layout, dropout=0.0):
+    out = attention(*qkv, key_mask=mask, layout=layout, dropout=dropout, rng=jax.random.key(7))
+    return jnp.sum(out**2 * (1 + jnp.arange(out.size).reshape(out.shape) % 3)), out
+
+
+def assert_equals_one_device(l, s, layout, mesh: MeshConfig, dropout: float = 0.0) -> None:
+    qkv, mask = inputs(l, s)
+    values = jax.value_and_grad(functools.partial(loss, layout=layout, dropout=dropout), has_aux=True)
+    expected = jax.jit(values)(qkv, mask)
+    with jax.set_mesh(make_mesh(mesh)):
+        ours = jax.jit(values)(qkv, mask)
+    scale = jax.tree.map(lambda x: float(jnp.abs(x).max()), expected)
+    jax.tree.map(lambda a, b, m: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * m), ours, expected, scale)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_parts_give_what_the_whole_gives(layout: str, dropout: float) -> None:
+    l, s = {"text to clip": (5, 13), "clip to latents": (13, 4), "clip to clip": (13, 13)}[layout]
+    assert_equals_one_device(l, s, LAYOUTS[layout], MeshConfig(sequence=2, tensor=2), dropout)
+
+
+@pytest.mark.parametrize(("length", "parts"), [(17, 4), (5, 8), (16, 8)])
+def test_lengths_that_do_not_divide_and_chips_without_a_token(length: int, parts: int) -> None:
+    assert_equals_one_device(length, length, CLIP, MeshConfig(sequence=parts))
+    assert_equals_one_device(3, length, LAYOUTS["text to clip"], MeshConfig(sequence=parts))
+
+
+@pytest.mark.parametrize(("length", "parts", "rows"), [(13, 4, 512), (9, 8, 512), (29, 2, 4)])
+def test_keys_that_do_not_fit_go_round(monkeypatch, length: int, parts: int, rows: int) -> None:
+    monkeypatch.setattr(sequence, "_GATHER_BYTES", 0)
+    monkeypatch.setattr(ring, "_ROWS", rows)
+    went_round = []
+    monkeypatch.setattr(sequence, "ring", lambda *args: went_round.append(args[0].shape) or ring.ring(*args))
+    assert_equals_one_device(length, length, CLIP, MeshConfig(sequence=parts, tensor=2 if parts < 8 else 1))
+    assert went_round
+
+
+def test_a_ring_in_16_bits_stays_close() -> None:
+    qkv, mask = inputs(16, 16)
+    half = [x.astype(jnp.bfloat16) for x in qkv]
+    with jax.set_mesh(make_mesh(MeshConfig(sequence=4))):
+        spec = jax.P(None, "sequence")
+        run = jax.jit(jax.shard_map(lambda *x: ring.ring(*x, "sequence"), in_specs=(spec,) * 4, out_specs=spec))
+        out = run(*half, mask)
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_allclose(out.astype(jnp.float32), attention(*qkv, key_mask=mask), atol=0.03)
+
+
+def test_no_chip_gathers_what_a_ring_passes_on(monkeypatch) -> None:
+    monkeypatch.setattr(sequence, "_GATHER_BYTES", 0)
+    qkv, mask = inputs(16, 16)
+    mesh = make_mesh(MeshConfig(sequence=8))
+    arguments = jax.device_put((qkv, mask), jax.NamedSharding(mesh, jax.P(None, "sequence")))
+    with jax.set_mesh(mesh):
+        gradient = jax.jit(jax.grad(functools.partial(loss, layout=CLIP), has_aux=True))
+        program = gradient.lower(*arguments).compile().as_text()
+    assert "collective-permute" in program
+    assert "all-gather" not in program
+
+
+def test_causal_attention_is_not_split() -> None:
+    qkv, _ = inputs(8, 8)
+    with jax.set_mesh(make_mesh(MeshConfig(sequence=8))), pytest.raises(ValueError, match="causal"):
+        attention(*qkv, causal=True, layout=CLIP)
+
+
+def test_a_model_reads_a_clip_whose_frames_and_tokens_are_split(monkeypatch) -> None:
+    """Tower, universal layers and decoder, with dropout; matmuls as on a TPU, where nothing is flattened first."""
+    monkeypatch.setattr(layers, "platform", lambda: "tpu")
+    definition = define(small_model(universal_layers=2), ("vision", "temporal", "text", "universal", "decoder"))
+    params = definition.init(jax.random.key(0))
+    up = params["vision"]["blocks"]["temporal_1"]["up"]  # starts at zero, and would hide its neighbours
+    up["kernel"] = 0.1 * jax.random.normal(jax.random.key(1), up["kernel"].shape)
+    clips = jax.random.randint(jax.random.key(2), (2, 4, 16, 16, 3), 0, 256).astype(jnp.uint8)
+    words = jax.random.randint(jax.random.key(3), (2, 5), 1, 256)
+
+    def loss(params):
+        model = definition.bind(params)
+        visual = model.visual_tokens(clips, rng=jax.random.key(4))
+        logits = model.decoder(words, None, visual, rng=jax.random.key(5))
+        return jnp.sum(jax.nn.log_softmax(logits) ** 2) / 1e3 + jnp.sum(visual[:, 0] ** 3), (visual, logits)
+
+    step = jax.value_and_grad(loss, has_aux=True)
+    expected = jax.jit(step)(params)
+    with jax.set_mesh(make_mesh(MeshConfig(fsdp=2, sequence=4))):
+        ours = jax.jit(step)(params)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * max(float(jnp.abs(b).max()), 0.1)),
+        ours,
+        expected,
+    )

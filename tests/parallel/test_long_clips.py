@@ -1,0 +1,49 @@
+"""Long clips on a TPU, by ahead-of-time compilation: the sequence axis takes memory off each chip."""
+
+import dataclasses
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from data_pipelines.examples import ExampleConfig
+from mplug2_jax.model.config import SpecialTokens, model_config
+from mplug2_jax.parallel.mesh import MeshConfig
+from mplug2_jax.parallel.placement import batch_sharding
+from mplug2_jax.training.state import plan_run
+from mplug2_jax.training.step import jitted_step
+from tests.runs import small_run, stream
+from tests.tpu import topology_mesh
+
+FRAMES = 256  # 4,097 tokens of a tiny model: activations outweigh gradients, as in a large one
+MODEL = model_config("tiny", vision_layers=2, decoder_layers=1, dropout=0.0, attention_dropout=0.0)
+
+
+def compiled(mesh: MeshConfig, clips: int) -> jax.stages.Compiled:
+    captions = dataclasses.replace(stream("video", clips, ExampleConfig(), caption=1.0))
+    config = small_run(model=MODEL, streams={"clips": captions}, evaluations={})
+    plan = plan_run(config, SpecialTokens(), topology_mesh("v5e:2x2", mesh))
+
+    def array(shape: tuple[int, ...], dtype: object) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(plan.mesh))
+
+    batch = {
+        "frames": array((clips, FRAMES, MODEL.image_size, MODEL.image_size, 3), jnp.uint8),
+        "target": array((clips, 16), jnp.int32),
+        "target_weights": array((clips, 16), jnp.float32),
+    }
+    with jax.set_mesh(plan.mesh):
+        return jitted_step(plan).lower(plan.shapes, {"clips": batch}).compile()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("optimised")
+def test_chips_share_a_clip_and_never_gather_it_in_the_tower() -> None:
+    alone, shared = compiled(MeshConfig(data=4, fsdp=1), 4), compiled(MeshConfig(fsdp=1, sequence=4), 1)
+    temporary = [program.memory_analysis().temp_size_in_bytes for program in (alone, shared)]
+    assert temporary[1] < 0.3 * temporary[0]
+    gathered = re.findall(r"\w+\[([\d,]+)\]\S* all-gather(?:-start)?\(", shared.as_text())
+    assert gathered  # the keys of the universal layers, at least
+    assert max(math.prod(map(int, g.split(","))) for g in gathered) < FRAMES * (MODEL.patches + 1) * MODEL.vision_width

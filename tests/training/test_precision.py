@@ -1,0 +1,101 @@
+"""How state is kept: 16-bit parameters and moments, moments on the host. Less memory, and the curve stays."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from data_pipelines.digitworld import vocabulary_texts
+from data_pipelines.tokenizers import Tokenizer, train_wordpiece
+from mplug2_jax.errors import UserError
+from mplug2_jax.objectives.language import DistillationConfig
+from mplug2_jax.parallel.mesh import MeshConfig, make_mesh
+from mplug2_jax.tasks.base import TaskSettings
+from mplug2_jax.training.checkpoints import Checkpoints
+from mplug2_jax.training.config import RunConfig
+from mplug2_jax.training.loop import device_batches, open_streams, position_after
+from mplug2_jax.training.optimizer import AdamWConfig
+from mplug2_jax.training.state import Blueprint, plan_run
+from mplug2_jax.training.step import compile_step
+from mplug2_jax.training.workdir import special_tokens
+from tests.runs import small_run
+
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train_wordpiece(vocabulary_texts(100), 200)
+
+
+def masked_words(parameter_dtype: str = "float32", **optimizer: Any) -> RunConfig:
+    text = dataclasses.replace(small_run().streams["text"], objectives={"mlm": 1.0})
+    adam = AdamWConfig(learning_rate=1e-2, b2=0.95, eps=1e-2, **optimizer)
+    return small_run(streams={"text": text}, evaluations={}, optimizer=adam, parameter_dtype=parameter_dtype)
+
+
+def planned(config: RunConfig, tokenizer: Tokenizer) -> Blueprint:
+    return plan_run(config, special_tokens(tokenizer), make_mesh(MeshConfig(fsdp=2), jax.devices()[:2]))
+
+
+def run(config: RunConfig, tokenizer: Tokenizer) -> tuple[Any, list[float]]:
+    plan = planned(config, tokenizer)
+    state, step, losses = plan.init(), compile_step(plan), []
+    batches = device_batches(open_streams(config, tokenizer), plan.mesh, 0)
+    for _ in range(STEPS):
+        state, metrics = step(state, next(batches)[0])
+        losses.append(float(metrics["loss"]))
+    jax.tree.map(lambda leaf, asked: None if leaf.sharding == asked else pytest.fail(str(asked)), state, plan.shardings)
+    return state, losses
+
+
+@pytest.fixture(scope="module")
+def plain(tokenizer: Tokenizer) -> tuple[Any, list[float]]:
+    return run(masked_words(), tokenizer)
+
+
+def held(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def test_16_bits_halve_what_is_kept_and_stay_near_the_curve(plain, tokenizer: Tokenizer) -> None:
+    half = {"mu_dtype": "bfloat16", "nu_dtype": "bfloat16"}
+    state, losses = run(masked_words(parameter_dtype="bfloat16", **half), tokenizer)
+    assert held(state["params"]) == held(plain[0]["params"]) // 2
+    assert held(state["opt"]) < 0.51 * held(plain[0]["opt"])
+    assert losses != plain[1]
+    np.testing.assert_allclose(losses, plain[1], rtol=2**-7)
+    assert losses[-1] < losses[0]
+
+
+def test_moments_on_the_host_change_nothing(plain, tokenizer: Tokenizer, tmp_path) -> None:
+    config = masked_words(offload=True)
+    state, losses = run(config, tokenizer)
+    assert losses == plain[1]
+    jax.tree.map(np.testing.assert_array_equal, state["params"], plain[0]["params"])
+    kinds = [leaf.sharding.memory_kind for leaf in jax.tree.leaves(state["opt"]) if leaf.ndim]
+    assert set(kinds) == {"pinned_host"}
+    assert all(leaf.sharding.memory_kind == "device" for leaf in jax.tree.leaves(state["params"]))
+
+    # And a checkpoint of it comes back to where it was.
+    checkpoints = Checkpoints(tmp_path, config.checkpoint)
+    checkpoints.save(state, position_after(STEPS, open_streams(config, tokenizer)))
+    checkpoints.close()
+    restored, _ = Checkpoints(tmp_path, config.checkpoint, writes=False).restore(planned(config, tokenizer).shapes)
+    jax.tree.map(np.testing.assert_array_equal, restored, state)
+    assert [leaf.sharding.memory_kind for leaf in jax.tree.leaves(restored["opt"]) if leaf.ndim] == kinds
+
+
+def test_a_teacher_of_16_bit_parameters_keeps_32(tokenizer: Tokenizer) -> None:
+    settings = TaskSettings(distillation=DistillationConfig())
+    plan = planned(dataclasses.replace(masked_words("bfloat16"), tasks=settings), tokenizer)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(plan.shapes["params"])} == {"bfloat16"}
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(plan.shapes["teacher"])} == {"float32"}
+
+
+def test_16_bits_cannot_follow_a_slow_second_moment() -> None:
+    with pytest.raises(UserError, match=r"nu_dtype=bfloat16 cannot follow b2=0.999: .*set b2 to 0.99 or less"):
+        AdamWConfig(nu_dtype="bfloat16")
+    assert AdamWConfig(mu_dtype="bfloat16").b2 == 0.999
