@@ -30,11 +30,12 @@ TESTS ?= tests
 # What runs on a second interpreter too: the rooms that lean most on jax and flax.
 FAST := tests/model tests/objectives tests/generation tests/data_pipelines
 
-.PHONY: demo test test-newest fast check lint types contract format constraints clean help
+.PHONY: demo test drills test-newest fast check lint types contract format constraints clean help
 
 help:
 	@echo "make demo   pretrain a tiny mPLUG-2 on pictures, clips and text, and read what it says (about 5 minutes)"
-	@echo "make test   lint, types, import contract and all tests"
+	@echo "make test   lint, types, import contract and tests (about 9 minutes)"
+	@echo "make drills the long tests: whole runs, several processes, commands of every page (about 13 minutes)"
 
 demo: $(VENV)/.installed
 	$(BIN)/mplug2 train --config configs/demo.py --workdir $(DEMO)
@@ -43,6 +44,9 @@ demo: $(VENV)/.installed
 
 test: check
 	$(BIN)/pytest $(TESTS) -m "not slow" -n 2 --dist loadfile
+
+# Whole runs, killed and resumed ones, the commands of every page, programs for TPUs that are not here.
+drills: $(VENV)/.installed-dev
 	$(BIN)/pytest $(TESTS) -m slow -n 2
 
 # A fast subset with the newest jax and flax, on an interpreter >= 3.12 if there is one.

@@ -33,7 +33,7 @@ from mplug2_jax.model.config import model_config
 from mplug2_jax.training.config import CheckpointConfig, RunConfig, StreamConfig, TokenizerConfig
 from mplug2_jax.training.optimizer import AdamWConfig
 from mplug2_jax.training.schedule import ScheduleConfig
-from mplug2_jax.training.telemetry import read_metrics
+from mplug2_jax.training.telemetry import read_metrics, read_steps
 from mplug2_jax.training.workdir import make_tokenizer
 
 STEPS, SAVED_EVERY = 24, 3
@@ -177,16 +177,20 @@ def expect(found: int, wanted: int, workdir: Path) -> None:
         raise DrillError(f"exit status {found} instead of {wanted}, see {log_of(workdir)}")
 
 
-def steps_of(workdir: Path, name: str) -> dict[int, dict[str, Any]]:
-    """The lines of a step file by their steps."""
-    path = workdir / name
-    return {line["step"]: line for line in read_metrics(path)} if path.exists() else {}
+def examples_of(workdir: Path) -> dict[int, dict[str, Any]]:
+    """The example ids of every step."""
+    return {line["step"]: line for line in read_metrics(workdir / "examples.jsonl")}
+
+
+def metrics_of(workdir: Path) -> dict[int, dict[str, Any]]:
+    """The metrics of every step."""
+    return {line["step"]: line for line in read_steps(workdir / "metrics.jsonl")}
 
 
 def await_step(step: int, workdir: Path, process: "subprocess.Popen[bytes]") -> None:
     """Waits until a run has written a step down."""
     deadline = time.monotonic() + LIMIT
-    while max(steps_of(workdir, "metrics.jsonl"), default=0) < step:
+    while max(metrics_of(workdir), default=0) < step:
         if process.poll() is not None or time.monotonic() > deadline:
             raise DrillError(f"the run did not reach step {step}, see {log_of(workdir)}")
         time.sleep(0.05)
@@ -194,11 +198,11 @@ def await_step(step: int, workdir: Path, process: "subprocess.Popen[bytes]") -> 
 
 def compare(workdir: Path, undisturbed: Path, *, exact: bool, since: int = 0) -> None:
     """Checks a finished run against an undisturbed one; ``since``: the step that it was resumed from."""
-    ids, right_ids = (steps_of(folder, "examples.jsonl") for folder in (workdir, undisturbed))
+    ids, right_ids = (examples_of(folder) for folder in (workdir, undisturbed))
     if ids != right_ids or len(ids) != STEPS:
         wrong = sorted(step for step in {*ids, *right_ids} if ids.get(step) != right_ids.get(step))
         raise DrillError(f"other examples in steps {wrong}")
-    lines, right = (steps_of(folder, "metrics.jsonl") for folder in (workdir, undisturbed))
+    lines, right = (metrics_of(folder) for folder in (workdir, undisturbed))
     for step in range(1, STEPS + 1) if exact else range(1, min(STEPS, since + COMPARED) + 1):
         if step not in lines:
             raise DrillError(f"step {step} has no line in metrics.jsonl")
@@ -235,8 +239,8 @@ def elastic(drills: Drills, times: int, seed: int) -> Iterator[tuple[str, Any]]:
             launcher.kill()  # and Linux kills the rest
             launcher.wait()
             await_gone(pids)
-            reached = steps_of(workdir, "examples.jsonl")
-            right = steps_of(undisturbed, "examples.jsonl")
+            reached = examples_of(workdir)
+            right = examples_of(undisturbed)
             if any(right[step] != line for step, line in reached.items()):
                 raise DrillError("other examples before the kill")
             expect(ended(drills.launch(after, workdir), workdir), 0, workdir)
@@ -268,7 +272,7 @@ def preempt(drills: Drills, grace: float) -> Iterator[tuple[str, Any]]:
             since = time.monotonic()
             os.kill(told, signal.SIGTERM)
             expect(ended(run, workdir, grace), 75, workdir)
-            seconds, reached = time.monotonic() - since, max(steps_of(workdir, "examples.jsonl"))
+            seconds, reached = time.monotonic() - since, max(examples_of(workdir))
             expect(ended(drills.launch(layout, workdir), workdir), 0, workdir)
             if resumed_from(workdir) != reached:
                 raise DrillError(f"resumed from step {resumed_from(workdir)} instead of {reached}")

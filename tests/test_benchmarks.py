@@ -24,7 +24,6 @@ def test_step(repository: Path) -> None:
         assert re.search(figure, out), out
 
 
-@pytest.mark.slow
 def test_generation_needs_at_most_a_fiftieth_of_the_release_s_operations(repository: Path) -> None:
     out = printed(repository, "generation.py")
     assert "4,097 visual tokens" in out

@@ -89,7 +89,6 @@ def world(here: Path) -> Path:
     return here
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_data(repository: Path, world: Path) -> None:
     pages = commands((repository / "docs" / "data.md").read_text())
@@ -181,7 +180,6 @@ def asked(server: str, data: bytes) -> str:
     raise AssertionError("the server did not come up")
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_programs_for_pytorch(repository: Path, captions: Path, server: str) -> None:
     torch = pytest.importorskip("torch")

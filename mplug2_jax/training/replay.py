@@ -21,7 +21,7 @@ from mplug2_jax.training.position import Position
 from mplug2_jax.training.starting import first_state
 from mplug2_jax.training.state import Blueprint, TrainState, plan_run
 from mplug2_jax.training.step import StreamBatches, compile_step, micro_batches, step_inputs, streams_loss
-from mplug2_jax.training.telemetry import read_metrics
+from mplug2_jax.training.telemetry import read_steps
 from mplug2_jax.training.workdir import WorkDir, special_tokens
 
 
@@ -81,8 +81,8 @@ def replay(workdir: WorkDir, step: int, *, ranked: int = 64) -> Replayed:
     parts = _rank(plan, state, batches, rows, ranked, _batches(streams, max(position.batch(step) - 1, 0), plan)[0])
     _, metrics = run_step(state, batches)
     recorded: dict[str, float | None] = {}
-    for line in read_metrics(workdir.metrics):
-        if line.pop("step") == step and "loss" in line:
+    for line in read_steps(workdir.metrics):
+        if line.pop("step") == step:
             recorded = line
     values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items() if name != "skipped"}
     return Replayed(step, position.batch(step), position.step, values, recorded, parts)

@@ -147,6 +147,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [line for line in read_lines(path) if isinstance(line.get("step"), int)]
 
 
+def read_steps(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file that steps wrote; evaluations and saves write others."""
+    return [line for line in read_metrics(path) if "loss" in line]
+
+
 class Progress:
     """The line that people watch: rewritten in place on a terminal, a line each elsewhere.
 

@@ -63,6 +63,7 @@ def one_device(tokenizer: Tokenizer):
     return run(whole_run(), tokenizer, ONE, 3)
 
 
+@pytest.mark.slow
 def test_eight_devices_give_the_curve_of_one(one_device, tokenizer: Tokenizer) -> None:
     """Dropout, masking and negatives are on: randomness does not depend on the mesh."""
     state, history = run(whole_run(), tokenizer, EIGHT, 3)
@@ -75,6 +76,7 @@ def test_eight_devices_give_the_curve_of_one(one_device, tokenizer: Tokenizer) -
     )
 
 
+@pytest.mark.slow
 def test_every_objective_of_every_stream_is_reported_and_weighted(one_device) -> None:
     first = one_device[1][0]
     total = sum(
