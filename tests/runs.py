@@ -1,11 +1,14 @@
 """The smallest run that has everything: three streams, all objectives, every part of the model."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 from data_pipelines.examples import ExampleConfig, InstructionConfig
 from data_pipelines.loader import DataConfig
 from data_pipelines.sources.config import SourceConfig
 from data_pipelines.visual import VisualConfig
+from mplug2_jax.config import defaults_of
 from mplug2_jax.evaluation.loop import EvaluationConfig
 from mplug2_jax.generation.beam import SearchConfig
 from mplug2_jax.model.config import ModelConfig, model_config
@@ -67,3 +70,16 @@ def small_run(**overrides: Any) -> RunConfig:
         "stall_seconds": 0,
     }
     return RunConfig(**(fields | overrides))
+
+
+def recipe_file(run: RunConfig, path: Path) -> Path:
+    """The run as a recipe for commands."""
+    values = json.dumps(defaults_of(run))
+    path.write_text(
+        "import json\nfrom ml_collections import ConfigDict\n\n\n"
+        "def tuples(x):\n"
+        "    if isinstance(x, dict):\n        return {k: tuples(v) for k, v in x.items()}\n"
+        "    return tuple(map(tuples, x)) if isinstance(x, list) else x\n\n\n"
+        f"def get_config():\n    return ConfigDict(tuples(json.loads({values!r})), type_safe=False)\n"
+    )
+    return path

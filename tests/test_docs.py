@@ -1,6 +1,8 @@
 """The commands of docs/ work, in their order, on files of the formats that they name."""
 
+import dataclasses
 import json
+import os
 import re
 import shlex
 import socket
@@ -16,10 +18,14 @@ from typing import Any
 import pytest
 
 from data_pipelines.digitworld import vocabulary_texts
+from data_pipelines.sources.config import SourceConfig
 from data_pipelines.tokenizers import train_wordpiece
+from mplug2_jax.evaluation.loop import EvaluationConfig
 from mplug2_jax.model.config import model_config
+from mplug2_jax.parallel.mesh import MeshConfig
 from tests.cli.conftest import command
 from tests.data_pipelines.worlds import encoded, img2dataset, records
+from tests.runs import recipe_file, small_run
 from tests.weights import official_file
 
 
@@ -87,6 +93,28 @@ def world(here: Path) -> Path:
     img2dataset(here / "shards" / "00000.tar")
     train_wordpiece(vocabulary_texts(60), 160).save(here / "tok")
     return here
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_runs(repository: Path, here: Path) -> None:
+    """On a smaller recipe than the page's."""
+    text = dataclasses.replace(small_run().streams["text"], objectives={"mlm": 1.0})
+    heldout = dataclasses.replace(text.data, sources={"digits": SourceConfig(kind="text", split="heldout", size=8)})
+    run = small_run(
+        streams={"text": text}, evaluations={"words": EvaluationConfig(task="mlm", data=heldout, samples=2)},
+        mesh=MeshConfig(fsdp=-1),
+    )  # fmt: skip
+    recipe = str(recipe_file(run, here / "recipe.py"))
+    for words in commands((repository / "docs" / "runs.md").read_text()):
+        words = [{"demo": recipe, "120": "3"}.get(word, word) for word in words]
+        done = subprocess.run(
+            [sys.executable, "-m", "mplug2_jax.cli.main", *words], capture_output=True, text=True, timeout=300,
+            env=os.environ | {"JAX_NUM_CPU_DEVICES": "4", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+        )  # fmt: skip
+        assert done.returncode == 0, f"mplug2 {shlex.join(words)}\n{done.stdout}\n{done.stderr}"
+    assert "bit for bit" in done.stdout
+    assert (here / "runs" / "two" / "report.html").exists()
 
 
 @pytest.mark.timeout(600)

@@ -13,12 +13,11 @@ import pytest
 from data_pipelines.examples import ExampleConfig
 from data_pipelines.loader import DataConfig
 from data_pipelines.sources.config import SourceConfig
-from mplug2_jax.config import defaults_of
 from mplug2_jax.evaluation.loop import EvaluationConfig
 from mplug2_jax.launch.local import free_port, process_environment
 from mplug2_jax.training.telemetry import read_steps
 from tests.data_pipelines.worlds import write_tar
-from tests.runs import small_run
+from tests.runs import recipe_file, small_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -41,11 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         evaluations={"words": EvaluationConfig(task="mlm", data=held, samples=12)},
         log_examples=True,
     )
-    values = json.dumps(defaults_of(run))
-    (folder / "recipe.py").write_text(
-        "import json\nfrom ml_collections import ConfigDict\n\n\n"
-        f"def get_config():\n    return ConfigDict(json.loads({values!r}), type_safe=False)\n"
-    )
+    recipe_file(run, folder / "recipe.py")
     return folder
 
 

@@ -1,7 +1,6 @@
 """A run that is killed and goes on gives the losses, bit for bit, of one that was never killed. Real processes."""
 
 import dataclasses
-import json
 import os
 import signal
 import subprocess
@@ -11,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from mplug2_jax.config import defaults_of
 from mplug2_jax.training.telemetry import read_steps
-from tests.runs import small_run
+from tests.runs import recipe_file, small_run
 
 STEPS = 12
 
@@ -23,16 +21,7 @@ def recipe(tmp_path: Path) -> Path:
         "image_text": dataclasses.replace(small_run().streams["image_text"], objectives={"vlc": 1.0}),
         "text": dataclasses.replace(small_run().streams["text"], objectives={"mlm": 1.0}),
     }
-    values = json.dumps(defaults_of(small_run(steps=STEPS, streams=streams, evaluations={})))
-    path = tmp_path / "recipe.py"
-    path.write_text(
-        "import json\nfrom ml_collections import ConfigDict\n\n\n"
-        "def tuples(x):\n"
-        "    if isinstance(x, dict):\n        return {k: tuples(v) for k, v in x.items()}\n"
-        "    return tuple(map(tuples, x)) if isinstance(x, list) else x\n\n\n"
-        f"def get_config():\n    return ConfigDict(tuples(json.loads({values!r})), type_safe=False)\n"
-    )
-    return path
+    return recipe_file(small_run(steps=STEPS, streams=streams, evaluations={}), tmp_path / "recipe.py")
 
 
 def command(recipe: Path, workdir: Path) -> list[str]:
