@@ -122,7 +122,8 @@ def train_step(plan: Blueprint, state: TrainState, batches: StreamBatches) -> tu
     after = {name: _chosen(finite, new, before[name]) for name, new in after.items()} | {"step": state["step"] + 1}
     metrics |= {"gradient_norm": norm, "skipped": 1 - finite.astype(jnp.int32)}
     metrics |= {f"gradient_norm/{part}": optax.tree.norm(tree) for part, tree in gradients.items()}
-    metrics |= {f"parameter_norm/{part}": optax.tree.norm(tree) for part, tree in params.items()}
+    # Of the new ones: asking the old ones would keep them alive beside the new.
+    metrics |= {f"parameter_norm/{part}": optax.tree.norm(tree) for part, tree in after["params"].items()}
     if "contrastive" in params:
         metrics["temperature"] = params["contrastive"]["temperature"]
     metrics |= {f"learning_rate/{group}": rate(_updates(moments)) for group, rate in plan.rates.items()}
