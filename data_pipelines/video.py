@@ -29,6 +29,8 @@ MAX_DECODED_PIXELS = 100_000_000_000
 
 # What is ever opened. Playlists are not among them: they would open other files and addresses.
 _FORMATS = "aiff,asf,avi,flv,gif,h264,hevc,ivf,m4v,matroska,mov,mp3,mpeg,mpegts,mpegvideo,ogg,wav"
+# Tags in an unknown encoding spoil no clip. From version 19 on, PyAV sees to that itself.
+_LENIENT: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
 # Where packets tell when their frames are shown. Elsewhere it is known only if frames are shown as they are stored.
 _TIMED_FORMATS = frozenset({"flv", "matroska", "mov", "mpegts"})
 # Whose packets hold one frame each, and whose key frames need nothing that is before them.
@@ -168,7 +170,7 @@ def _open(media: Media, data: bytes | str) -> Iterator[tuple[Any, Any]]:
     """The container, and its first video stream that is not the cover picture of a piece of music."""
     # As "file:...", a name that looks like an address is no address.
     file = BytesIO(data) if isinstance(data, bytes) else f"file:{data}"
-    with av.open(file, options={"format_whitelist": _FORMATS}, metadata_errors="replace") as container:
+    with av.open(file, options={"format_whitelist": _FORMATS}, **_LENIENT) as container:
         cover = av.stream.Disposition.attached_pic
         streams = [stream for stream in container.streams.video if not stream.disposition & cover]
         if not streams:
