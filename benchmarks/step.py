@@ -25,8 +25,8 @@ from data_pipelines.visual import VisualConfig
 from mplug2_jax.model.config import SpecialTokens, model_config
 from mplug2_jax.parallel.mesh import MeshConfig, make_mesh
 from mplug2_jax.parallel.placement import put_batch
-from mplug2_jax.planning.flops import training_flops
 from mplug2_jax.training.config import RunConfig, StreamConfig
+from mplug2_jax.training.flops import training_flops
 from mplug2_jax.training.state import Blueprint, plan_run
 from mplug2_jax.training.step import StreamBatches, compile_step, streams_loss
 

@@ -8,11 +8,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from mplug2_jax.planning.flops import training_flops
+from mplug2_jax.parallel.chips import peak_flops
+from mplug2_jax.training.flops import training_flops
 from mplug2_jax.training.ledger import Ledger
 from mplug2_jax.training.state import Blueprint
 from mplug2_jax.training.step import StreamBatches, streams_loss
-from mplug2_jax.training.telemetry import MetricsFile, Progress, peak_flops
+from mplug2_jax.training.telemetry import MetricsFile, Progress
 
 
 class Meter:
@@ -23,7 +24,8 @@ class Meter:
         self._flops = self._tokens = 0
         self._steps = 0
         self._counts: collections.Counter[str] = collections.Counter()
-        self._peak = peak_flops(plan.mesh.size)
+        each = peak_flops(plan.mesh.devices.flat[0].device_kind)
+        self._peak = None if each is None else each * plan.mesh.size
         self._examples = sum(stream.data.batch_size for stream in plan.config.streams.values())
         self._read = ledger.read()
 

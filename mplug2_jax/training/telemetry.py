@@ -7,29 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-import jax
-
 from mplug2_jax.training.boards import Board, TensorBoard
 from mplug2_jax.training.events import JsonLines, read_lines
-
-# Dense bfloat16 FLOP/s per device, from the vendors' data sheets.
-PEAK_FLOPS: Mapping[str, float] = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU7x": 2307e12 / 2,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
-}
-
-
-def peak_flops(devices: int) -> float | None:
-    """Peak of all devices together, or None where the kind is not in the table (CPUs are not)."""
-    peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
-    return None if peak is None else peak * devices
 
 
 def duration(seconds: float) -> str:

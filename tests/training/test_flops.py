@@ -10,7 +10,7 @@ from mplug2_jax.model.config import model_config
 from mplug2_jax.model.mplug2 import define
 from mplug2_jax.objectives.forward import Forward
 from mplug2_jax.objectives.language import caption_loss
-from mplug2_jax.planning.flops import count_flops, training_flops
+from mplug2_jax.training.flops import count_flops, training_flops
 
 X = jax.ShapeDtypeStruct((5, 7), "float32")
 W = jax.ShapeDtypeStruct((7, 7), "float32")

@@ -6,14 +6,17 @@ Counting the traced program rather than writing formulas beside the model keeps 
 
 import collections
 import math
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 
 
-def count_flops(fn: Callable[..., Any], *args: Any) -> collections.Counter[str]:
+def count_flops(fn: Callable[..., Any], *args: Any, turns: int = 1) -> collections.Counter[str]:
     """Operations of ``fn(*args)`` by outermost named scope ("" for none); arguments may be abstract.
+
+    A gradient counts for the scope that it is of. ``turns``: how often loops run whose length is data.
 
     Example:
         >>> x = jax.ShapeDtypeStruct((8, 8), "float32")
@@ -21,7 +24,7 @@ def count_flops(fn: Callable[..., Any], *args: Any) -> collections.Counter[str]:
         1024
     """
     counts: collections.Counter[str] = collections.Counter()
-    for scope, flops in _walk(jax.make_jaxpr(fn)(*args).jaxpr, 1, ""):
+    for scope, flops in _walk(jax.make_jaxpr(fn)(*args).jaxpr, 1, "", {"while": turns}):
         counts[scope] += flops
     return counts
 
@@ -31,14 +34,17 @@ def training_flops(loss: Callable[..., Any], *args: Any) -> int:
     return 3 * count_flops(loss, *args).total()
 
 
-def _walk(jaxpr: Any, times: int, scope: str) -> Iterator[tuple[str, int]]:
+_TRANSFORMS = re.compile(r"\w+\(|\)")  # transpose(jvp(vision)) is vision's
+
+
+def _walk(jaxpr: Any, times: int, scope: str, turns: Mapping[str, int]) -> Iterator[tuple[str, int]]:
     for eqn in jaxpr.eqns:
-        inner_scope = scope or str(eqn.source_info.name_stack).split("/")[0]
+        inner_scope = scope or _TRANSFORMS.sub("", str(eqn.source_info.name_stack)).lstrip("/").split("/")[0]
         if eqn.primitive.name == "dot_general":
             yield inner_scope, times * _dot_flops(eqn)
-        repeats = times * (eqn.params["length"] if eqn.primitive.name == "scan" else 1)
+        repeats = times * (eqn.params["length"] if eqn.primitive.name == "scan" else turns.get(eqn.primitive.name, 1))
         for inner in _inner_jaxprs(eqn):
-            yield from _walk(inner, repeats, inner_scope)
+            yield from _walk(inner, repeats, inner_scope, turns)
 
 
 def _inner_jaxprs(eqn: Any) -> Iterator[Any]:
