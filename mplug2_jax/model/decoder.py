@@ -43,6 +43,7 @@ class Decoder(nnx.Module):
         self.head = MlmHead(config, rngs=rngs)
         self.config = config
 
+    @jax.named_scope("decoder")
     def __call__(
         self,
         ids: Int[Array, "br m"],
@@ -69,6 +70,7 @@ class Decoder(nnx.Module):
         )  # fmt: skip
         return self.head(x, self.embeddings.words[...])
 
+    @jax.named_scope("decoder")
     def start(
         self,
         memory: Float[Array, "b s d"],
@@ -100,6 +102,7 @@ class Decoder(nnx.Module):
         empty = constrain(empty, None, "batch", None, "heads", None)
         return DecoderCache(empty, empty, keys, values, memory_mask)
 
+    @jax.named_scope("decoder")
     def step(
         self, tokens: Int[Array, " br"], position: Int[Array, ""], cache: DecoderCache
     ) -> tuple[Float[Array, "br v"], DecoderCache]:

@@ -2,6 +2,7 @@
 
 import itertools
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
@@ -28,6 +29,7 @@ class Fusion(nnx.Module):
             self.mixing = stack(lambda r: BertLayer(config, cross=False, rngs=r), mixing, rngs)
         self.config = config
 
+    @jax.named_scope("fusion")
     def __call__(
         self,
         text: Float[Array, "br l d"],

@@ -19,10 +19,12 @@ class ContrastiveHead(nnx.Module):
         self.visual, self.text = project(), project()
         self.temperature = parameter(rngs, nnx.initializers.constant(0.07), (), ())
 
+    @jax.named_scope("contrastive")
     def visual_features(self, tokens: Float[Array, "b s d"]) -> Float[Array, "b e"]:
         """Unit vectors of pictures, from visual token 0."""
         return _unit(self.visual(tokens[:, 0].astype(jnp.float32)))
 
+    @jax.named_scope("contrastive")
     def text_features(self, tokens: Float[Array, "b l d"]) -> Float[Array, "b e"]:
         """Unit vectors of texts, from [CLS]."""
         return _unit(self.text(tokens[:, 0].astype(jnp.float32)))
@@ -39,6 +41,7 @@ class ClassHead(nnx.Module):
     def __init__(self, config: ModelConfig, classes: int, *, rngs: nnx.Rngs) -> None:
         self.dense = Linear(config.width, classes, ("embed", "class"), dtype="float32", rngs=rngs)
 
+    @jax.named_scope("class_head")
     def __call__(self, tokens: Float[Array, "b l d"]) -> Float[Array, "b c"]:
         """Logits of each class."""
         return self.dense(tokens[:, 0].astype(jnp.float32))

@@ -18,7 +18,7 @@ from mplug2_jax.model.attention import attention
 from mplug2_jax.model.config import AttentionKernel, ModelConfig, Remat
 from mplug2_jax.model.sequence import WHOLE, Layout
 from mplug2_jax.model.taps import Taps, tap
-from mplug2_jax.parallel.logical import gathered, platform
+from mplug2_jax.parallel.logical import apart, parameters_are_whole, platform, together
 
 Initializer = Callable[..., Array]
 BERT_INIT: Initializer = nnx.initializers.normal(0.02)
@@ -65,35 +65,56 @@ def uniform_fan_in(fan_in: int) -> Initializer:
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def matmul(x: Float[Array, "*batch i"], weight: Float[Array, "a b"], tied: bool = False) -> Float[Array, "*batch o"]:
+def matmul(
+    x: Float[Array, "*batch i"],
+    weight: Float[Array, "a b"],
+    names: tuple[str | None, str | None] | None = None,
+    *,
+    tied: bool = False,
+) -> Float[Array, "*batch o"]:
     """``x @ weight`` ([i, o]), or ``x @ weight.T`` of a tied table ([o, i]), in the dtype of ``x``.
 
-    The gradient of the weight is written out, so that it comes in the weight's dtype: 16-bit compute then accumulates
-    and reduces float32 gradients, which JAX's own rule would round first.
+    With the logical ``names`` of a parameter its shards are gathered for this use alone, already in the dtype of ``x``:
+    half the bytes where that has 16 bits. The gradient of the weight is written out, so that it comes in the weight's
+    dtype: 16-bit compute then accumulates and reduces float32 gradients, which JAX's own rule would round first.
     """
-    return _dot(x, weight.astype(x.dtype), (x.ndim - 1,), (1 if tied else 0,), x.dtype)
+    return _matmul(x, weight, None if parameters_are_whole() else names, tied)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _matmul(x: Array, weight: Array, names: tuple[str | None, ...] | None, tied: bool) -> Array:
+    return _dot(x, _used(weight, x.dtype, names), (x.ndim - 1,), (1 if tied else 0,), x.dtype)
+
+
+def _used(weight: Array, dtype: Any, names: tuple[str | None, ...] | None) -> Array:
+    weight = weight.astype(dtype)
+    return weight if names is None else together(weight, names)
 
 
 def _dot(x: Array, y: Array, over_x: tuple[int, ...], over_y: tuple[int, ...], dtype: Any) -> Array:
     return jax.lax.dot_general(x, y, ((over_x, over_y), ((), ())), preferred_element_type=dtype)
 
 
-def _matmul_forward(x: Array, weight: Array, tied: bool) -> tuple[Array, tuple[Array, Array]]:
-    return matmul(x, weight, tied), (x, weight)
+def _matmul_forward(
+    x: Array, weight: Array, names: tuple[str | None, ...] | None, tied: bool
+) -> tuple[Array, tuple[Array, Array]]:
+    return _matmul(x, weight, names, tied), (x, weight)
 
 
-def _matmul_backward(tied: bool, saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+def _matmul_backward(
+    names: tuple[str | None, ...] | None, tied: bool, saved: tuple[Array, Array], dy: Array
+) -> tuple[Array, Array]:
     x, weight = saved
-    dx = _dot(dy, weight.astype(dy.dtype), (dy.ndim - 1,), (0 if tied else 1,), x.dtype)
+    dx = _dot(dy, _used(weight, dy.dtype, names), (dy.ndim - 1,), (0 if tied else 1,), x.dtype)
     left, right = (dy, x) if tied else (x, dy)
     if platform() == "cpu":  # its matmuls copy operands that are contracted over several dimensions
         left, right = left.reshape(-1, left.shape[-1]), right.reshape(-1, right.shape[-1])
     rows = tuple(range(left.ndim - 1))
-    return dx, _dot(left, right, rows, rows, weight.dtype)
+    gradient = _dot(left, right, rows, rows, weight.dtype)
+    return dx, gradient if names is None else apart(gradient, names)
 
 
-matmul.defvjp(_matmul_forward, _matmul_backward)
+_matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 class Linear(nnx.Module):
@@ -118,7 +139,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch i"]) -> Float[Array, "*batch o"]:
         """Maps the last axis."""
-        y = checkpoint_name(matmul(x.astype(self.dtype), gathered(self.kernel[...], self.axes)), DOT)
+        y = checkpoint_name(matmul(x.astype(self.dtype), self.kernel[...], self.axes), DOT)
         return y + self.bias[...].astype(y.dtype) if self.has_bias else y
 
 
@@ -192,6 +213,7 @@ class Attention(nnx.Module):
         )  # fmt: skip
         return self.out(out.reshape(*x.shape[:2], -1))
 
+    @jax.named_scope("attention")
     def __call__(
         self,
         x: Float[Array, "br l d"],
@@ -224,6 +246,7 @@ class MLP(nnx.Module):
         self.down = Linear(hidden, width, ("mlp", "embed"), dtype=dtype, kernel_init=init, rngs=rngs)
         self.activation = activation
 
+    @jax.named_scope("mlp")
     def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
         """Applies the two maps."""
         return self.down(self.activation(self.up(x)))

@@ -40,6 +40,7 @@ class VisionProjection(nnx.Module):
         self.norm = LayerNorm(config.width, BERT_EPS, rngs=rngs)
         self.dropout = config.dropout
 
+    @jax.named_scope("vision_projection")
     def __call__(self, x: Float[Array, "b s w"], rng: PRNGKeyArray | None) -> Float[Array, "b s d"]:
         """Projects and normalises."""
         return dropout(self.norm(self.dense(x)), self.dropout, rng)

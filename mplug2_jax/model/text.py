@@ -39,6 +39,7 @@ class Embeddings(nnx.Module):
         self.norm = LayerNorm(width, BERT_EPS, rngs=rngs)
         self.dropout, self.dtype = config.dropout, config.dtype
 
+    @jax.named_scope("embeddings")
     def __call__(
         self, ids: Int[Array, "b l"], *, start: Int[Array, ""] | int = 0, rng: PRNGKeyArray | None = None
     ) -> Float[Array, "b l d"]:
@@ -69,6 +70,7 @@ class TextEncoder(nnx.Module):
             self.layers = stack(lambda r: BertLayer(config, cross=False, rngs=r), config.text_layers, rngs)
         self.config = config
 
+    @jax.named_scope("text")
     def __call__(
         self,
         ids: Int[Array, "b l"],
@@ -104,8 +106,9 @@ class MlmHead(nnx.Module):
         self.norm = LayerNorm(config.width, BERT_EPS, rngs=rngs)
         self.bias = parameter(rngs, nnx.initializers.zeros, (config.vocab_size,), ("vocab",))
 
+    @jax.named_scope("mlm")
     def __call__(self, x: Float[Array, "b l d"], words: Float[Array, "v d"]) -> Float[Array, "b l v"]:
         """Logits over the vocabulary, in float32."""
         x = self.norm(gelu(self.dense(x)))
-        logits = matmul(x, gathered(words, ("vocab", "embed")), True).astype(jnp.float32) + self.bias[...]
+        logits = matmul(x, words, ("vocab", "embed"), tied=True).astype(jnp.float32) + self.bias[...]
         return constrain(logits, "batch", None, "vocab")

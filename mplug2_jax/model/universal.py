@@ -7,6 +7,7 @@ queries everywhere but in the last layer.
 
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
@@ -38,6 +39,7 @@ class UniversalLayers(nnx.Module):
             self.visual_norm = LayerNorm(config.width, BERT_EPS, rngs=rngs)
         self.config = config
 
+    @jax.named_scope("universal")
     def text(
         self,
         x: Float[Array, "b l d"],
@@ -56,6 +58,7 @@ class UniversalLayers(nnx.Module):
             name="universal/text",
         )[0]  # fmt: skip
 
+    @jax.named_scope("universal")
     def visual(
         self,
         v: Float[Array, "b s d"],

@@ -93,6 +93,7 @@ class LocalTemporal(nnx.Module):
         zeros = nnx.initializers.zeros
         self.up = Linear(half, width, ("mlp", "embed"), dtype=config.dtype, kernel_init=zeros, rngs=rngs)
 
+    @jax.named_scope("temporal")
     def __call__(self, x: Float[Array, "b t n w"]) -> Float[Array, "b t n w"]:
         """The update of every token from its own frame and the two beside it."""
         y = self.down(self.norm(x))
@@ -156,6 +157,7 @@ class VisionTower(nnx.Module):
         self.norm_post = LayerNorm(width, CLIP_EPS, rngs=rngs)
         self.config, self.temporal = config, temporal
 
+    @jax.named_scope("vision")
     def __call__(
         self,
         frames: Float[Array, "b t y x 3"],

@@ -4,9 +4,11 @@ The model says what a dimension *is* ("embed", "heads", ...); only these tables 
 because parameters live spread out (``fsdp``) while compute lives with the batch.
 """
 
+import contextlib
+import contextvars
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import jax
 from jax.sharding import PartitionSpec
@@ -94,29 +96,61 @@ def _constrain(
     return jax.lax.with_sharding_constraint(x, activation_spec(names, dict(mesh.shape), x.shape, rules))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def together(parameter: Float[Array, "..."], names: tuple[str | None, ...]) -> Float[Array, "..."]:
+    """A parameter as compute sees it: whole over ``fsdp``, still split over ``tensor``."""
+    return _constrain(parameter, tuple(n if n in ACTIVATION_RULES else None for n in names), ACTIVATION_RULES)
+
+
+def apart(gradient: Float[Array, "..."], names: tuple[str | None, ...]) -> Float[Array, "..."]:
+    """A parameter's gradient, summed over the batch's axes and split as the parameter is."""
+    return _constrain(gradient, names, PARAMETER_RULES)
+
+
+_ARE_WHOLE = contextvars.ContextVar("_ARE_WHOLE", default=False)
+
+
+@contextlib.contextmanager
+def gathered_before() -> Iterator[None]:
+    """While this is traced, parameters are whole already, and their gradients are split by whoever gathered them."""
+    token = _ARE_WHOLE.set(True)
+    try:
+        yield
+    finally:
+        _ARE_WHOLE.reset(token)
+
+
+def parameters_are_whole() -> bool:
+    """Whether somebody gathered them before: see :func:`gathered_before`."""
+    return _ARE_WHOLE.get()
+
+
 def gathered(parameter: Float[Array, "..."], names: tuple[str | None, ...]) -> Float[Array, "..."]:
-    """A parameter as compute sees it: whole over ``fsdp``, still split over ``tensor``; its gradient is split again.
+    """A parameter brought together for this use; its gradient is split again.
 
     Left to itself the partitioner may move activations instead of weights, and JAX 0.10 on three mesh axes gets the
     gradient of a tied table wrong (by up to half; a test holds the curve of 2 x 2 x 2 devices to that of one).
     """
-    return _constrain(parameter, tuple(n if n in ACTIVATION_RULES else None for n in names), ACTIVATION_RULES)
+    return parameter if parameters_are_whole() else _gathered(parameter, names)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gathered(parameter: Float[Array, "..."], names: tuple[str | None, ...]) -> Float[Array, "..."]:
+    return together(parameter, names)
 
 
 def _gathered_forward(
     parameter: Float[Array, "..."], names: tuple[str | None, ...]
 ) -> tuple[Float[Array, "..."], None]:
-    return gathered(parameter, names), None
+    return _gathered(parameter, names), None
 
 
 def _gathered_backward(
     names: tuple[str | None, ...], _saved: None, gradient: Float[Array, "..."]
 ) -> tuple[Float[Array, "..."]]:
-    return (_constrain(gradient, names, PARAMETER_RULES),)
+    return (apart(gradient, names),)
 
 
-gathered.defvjp(_gathered_forward, _gathered_backward)
+_gathered.defvjp(_gathered_forward, _gathered_backward)
 
 
 def platform() -> str:

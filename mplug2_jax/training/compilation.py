@@ -1,10 +1,34 @@
 """Compiled programs that outlive their process."""
 
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 AUTOMATIC = Path("~/.cache/mplug2_jax/xla")
+
+# What hides collectives behind matmuls: gathers run piecewise beside them, and reductions on the sparse cores, where a
+# chip has any. These also become true reduce-scatters that way: left alone, most gradients are summed whole on every
+# device and cut afterwards, which sends twice as much.
+_TPU = {
+    "xla_enable_async_all_gather": True,
+    "xla_tpu_enable_async_collective_fusion": True,
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
+    "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
+    "xla_tpu_overlap_compute_collective_tc": True,
+    "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": True,
+}
+
+
+def compiler_options(platform: str) -> dict[str, bool | float] | None:
+    """What XLA is told when it compiles a step for a platform."""
+    return dict(_TPU) if platform == "tpu" else None
 
 
 def keep_compiled(where: str) -> Path | None:
@@ -25,4 +49,72 @@ def keep_compiled(where: str) -> Path | None:
     folder = (AUTOMATIC if where == "auto" else Path(where)).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_compilation_cache_dir", str(folder))
+    compilation_cache.reset_cache()  # JAX asks where it is once
     return folder
+
+
+MANIFEST = "executable.json"
+"""Beside compiled programs that ``plan --save-executable`` made: of what, and for which machine."""
+
+
+def describe_program(lowered: Any, devices: Sequence[Any]) -> dict[str, str]:
+    """A program and its machine; two that agree in all of it compile to the same executable."""
+    digest = hashlib.sha256(lowered.as_text().encode()).hexdigest()
+    return {
+        "devices": f"{len(devices)} x {devices[0].device_kind}",
+        **{name: _version(name) for name in ("jax", "jaxlib", "libtpu")},
+        "program": digest[:16],
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"
+
+
+def write_manifest(folder: Path, described: dict[str, str]) -> None:
+    """Writes it, whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f"{MANIFEST}.partial"
+    partial.write_text(json.dumps(described, indent=1) + "\n")
+    partial.replace(folder / MANIFEST)
+
+
+def why_not(described: dict[str, str]) -> str | None:
+    """Why the program that was compiled ahead cannot be used here; empty if it can, None if there is none.
+
+    Looks in the folder where compiled programs are kept.
+    """
+    folder = jax.config.values["jax_compilation_cache_dir"]
+    path = Path(folder) / MANIFEST if folder else None
+    if path is None or not path.is_file():
+        return None
+    try:
+        kept = dict(json.loads(path.read_text()))
+    except (ValueError, TypeError):
+        return f"{path} cannot be read"
+    differ = [f"{key} {kept.get(key)}, here {value}" for key, value in described.items() if kept.get(key) != value]
+    return f"{path} is of another: {'; '.join(differ)}" if differ else ""
+
+
+@contextmanager
+def keeping_all(folder: Path) -> Iterator[None]:
+    """Compiled programs are kept in a folder, however small and fast to compile they are."""
+    settings = {
+        "jax_compilation_cache_dir": str(folder),
+        "jax_enable_compilation_cache": True,
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: jax.config.values[name] for name in settings}
+    try:
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()  # JAX asks for its settings once
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()

@@ -14,6 +14,8 @@ from mplug2_jax.tasks.base import TaskSettings, parts_for
 from mplug2_jax.training.optimizer import AdamWConfig, Dtype
 from mplug2_jax.training.schedule import ScheduleConfig
 
+Gather = Literal["layer", "step"]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
@@ -107,6 +109,7 @@ class RunConfig:
     parameter_dtype: Dtype = "float32"  # as parameters are kept, and their gradients made; a teacher stays float32
     optimizer: AdamWConfig = AdamWConfig()
     schedule: ScheduleConfig = ScheduleConfig()
+    gather: Gather = "layer"  # when fsdp's shards of parameters come together: at each use, or once
     accumulate: int = 1  # micro-batches per step; each stream's batch is cut into so many
     evaluations: Mapping[str, EvaluationConfig] = dataclasses.field(default_factory=dict)
     evaluate_every: int = 0  # steps; 0 = only after the last

@@ -65,6 +65,8 @@ class Instruments:
             needs = step.compile(state, batches)
             seconds = time.perf_counter() - begun
         said = f"compiled in {seconds:.1f} s"
+        if step.why_compiled is not None:
+            said += f" anew: {step.why_compiled}" if step.why_compiled else ", from the program that was compiled ahead"
         if needs:
             total = needs["argument"] + needs["temp"] + needs["output"] - needs["alias"] + needs["generated_code"]
             said += f"; {total / 2**20:,.0f} MiB per device, {needs['temp'] / 2**20:,.0f} of them while a step runs"

@@ -1,5 +1,6 @@
 """One training step: a batch of every stream in, one update out, in one compiled program."""
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -13,8 +14,10 @@ from mplug2_jax.model.mplug2 import Params
 from mplug2_jax.objectives.forward import DeviceBatch, Forward, Metrics, purpose_key
 from mplug2_jax.objectives.queue import Queue
 from mplug2_jax.objectives.teacher import update_teacher
+from mplug2_jax.parallel.logical import apart, gathered_before, together
 from mplug2_jax.parallel.placement import replicated
 from mplug2_jax.tasks import TASKS
+from mplug2_jax.training.compilation import compiler_options, describe_program, why_not
 from mplug2_jax.training.config import RunConfig
 from mplug2_jax.training.state import Blueprint, TrainState
 
@@ -86,20 +89,29 @@ def train_step(plan: Blueprint, state: TrainState, batches: StreamBatches) -> tu
     config, params = plan.config, state["params"]
     rng, teacher, alpha = step_inputs(plan, state)
 
-    def loss(params: Params, queues: Queues, batches: StreamBatches, rng: PRNGKeyArray) -> Any:
-        return streams_loss(plan, params, teacher, queues, batches, rng, alpha)
+    once = config.gather == "step"
+    axes = plan.definition.axes
+    used = jax.tree.map(together, params, axes) if once else params
+    teaches = jax.tree.map(together, teacher, axes) if once and teacher is not None else teacher
 
-    gradient_of = jax.value_and_grad(loss, has_aux=True)
+    def loss(params: Params, queues: Queues, batches: StreamBatches, rng: PRNGKeyArray) -> Any:
+        with gathered_before() if once else contextlib.nullcontext():
+            return streams_loss(plan, params, teaches, queues, batches, rng, alpha)
+
+    def gradient_of(queues: Queues, batches: StreamBatches, rng: PRNGKeyArray) -> tuple[Metrics, Queues, Params]:
+        (_, (metrics, queues)), gradients = jax.value_and_grad(loss, has_aux=True)(used, queues, batches, rng)
+        return metrics, queues, jax.tree.map(apart, gradients, axes) if once else gradients
+
     queues = state.get("queues", {})
     if config.accumulate == 1:
-        (_, (metrics, queues)), gradients = gradient_of(params, queues, batches, rng)
+        metrics, queues, gradients = gradient_of(queues, batches, rng)
     else:
         count = config.accumulate
 
         def add(carry: Any, micro: Any) -> tuple[Any, Metrics]:
             total, queues = carry
             batches, i = micro
-            (_, (metrics, queues)), gradients = gradient_of(params, queues, batches, jax.random.fold_in(rng, i))
+            metrics, queues, gradients = gradient_of(queues, batches, jax.random.fold_in(rng, i))
             return (jax.tree.map(lambda t, g: t + g / count, total, gradients), queues), metrics
 
         zeros = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params)
@@ -109,8 +121,9 @@ def train_step(plan: Blueprint, state: TrainState, batches: StreamBatches) -> tu
 
     gradients = jax.tree.map(lambda g: g.astype(jnp.float32), gradients)
     moments = jax.device_put(state["opt"], plan.on_device["opt"]) if config.optimizer.offload else state["opt"]
-    updates, opt = plan.optimizer.update(gradients, moments, params)
-    after: TrainState = {"params": optax.apply_updates(params, updates), "opt": opt}
+    with jax.named_scope("optimizer"):
+        updates, opt = plan.optimizer.update(gradients, moments, params)
+        after: TrainState = {"params": optax.apply_updates(params, updates), "opt": opt}
     if teacher is not None:
         after["teacher"] = teacher
     if queues:
@@ -149,12 +162,16 @@ class Step:
 
     def __init__(self, jitted: Any, mesh: Mesh) -> None:
         self._jitted, self._mesh = jitted, mesh
+        self.why_compiled: str | None = None  # and not taken as it was compiled ahead; empty: it was; None: it was not
         self._call: Callable[[TrainState, StreamBatches], tuple[TrainState, Metrics]] = jitted
 
     def compile(self, state: TrainState, batches: StreamBatches) -> dict[str, int]:
         """Compiles before the first call; says how many bytes of each device's memory the program needs, by use."""
+        devices = self._mesh.devices.ravel().tolist()
         with jax.set_mesh(self._mesh):
-            compiled = self._jitted.lower(state, batches).compile()
+            lowered = self._jitted.lower(state, batches)
+            self.why_compiled = why_not(describe_program(lowered, devices))
+            compiled = lowered.compile(compiler_options(devices[0].platform))
         self._call = compiled
         analysis = compiled.memory_analysis()
         uses = ("argument", "output", "alias", "temp", "generated_code")

@@ -27,7 +27,7 @@ def test_matmul_is_a_product_with_the_product_rule(tied):
     out = jax.random.normal(jax.random.key(2), (2, 3, 5))
 
     def ours(x, w):
-        return jnp.sum(matmul(x, w, tied) * out)
+        return jnp.sum(matmul(x, w, tied=tied) * out)
 
     def plain(x, w):
         return jnp.sum((x @ (w.T if tied else w)) * out)

@@ -64,9 +64,10 @@ def one_device(tokenizer: Tokenizer):
 
 
 @pytest.mark.slow
-def test_eight_devices_give_the_curve_of_one(one_device, tokenizer: Tokenizer) -> None:
+@pytest.mark.parametrize("gather", ["layer", "step"])
+def test_eight_devices_give_the_curve_of_one(one_device, tokenizer: Tokenizer, gather: Any) -> None:
     """Dropout, masking and negatives are on: randomness does not depend on the mesh."""
-    state, history = run(whole_run(), tokenizer, EIGHT, 3)
+    state, history = run(dataclasses.replace(whole_run(), gather=gather), tokenizer, EIGHT, 3)
     for ours, theirs in zip(history, one_device[1], strict=True):
         assert ours.keys() == theirs.keys()
         for name, value in ours.items():
@@ -104,6 +105,21 @@ def test_micro_batches_add_up_to_the_batch(tokenizer: Tokenizer) -> None:
     moments = (jax.tree.leaves(s["opt"]) for s in (whole, cut))
     for a, b in zip(*moments, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_parameters_gathered_once_give_what_those_gathered_at_each_use_give(tokenizer: Tokenizer, times: int) -> None:
+    text = dataclasses.replace(small_run().streams["text"], objectives={"mlm": 1.0})
+    config = small_run(
+        streams={"text": text}, evaluations={}, accumulate=times, optimizer=AdamWConfig(learning_rate=1e-2, eps=1e-2)
+    )  # fmt: skip
+    ways = [run(dataclasses.replace(config, gather=gather), tokenizer, EIGHT, 2) for gather in ("layer", "step")]
+    (layer, layer_history), (once, once_history) = ways
+    for ours, theirs in zip(once_history, layer_history, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-6, abs=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), once["params"], layer["params"])
+    moved = [float(abs(p).max()) for p in jax.tree.leaves(once["opt"]) if p.ndim]
+    assert max(moved) > 0
 
 
 def test_shards_are_made_where_they_live(tokenizer: Tokenizer) -> None:

@@ -1,0 +1,54 @@
+"""Programs that are kept: where they are asked to be, whatever was compiled before, and manifests that are broken."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from mplug2_jax.training.compilation import (
+    MANIFEST,
+    describe_program,
+    keep_compiled,
+    keeping_all,
+    why_not,
+    write_manifest,
+)
+
+
+def lowered(times: int):
+    return jax.jit(lambda x: x * times + 1).lower(np.ones(5, np.float32))
+
+
+def test_all_that_is_compiled_is_kept_there_and_nothing_after(tmp_path: Path) -> None:
+    """Although JAX, asked to compile before, has opened another cache."""
+    before = jax.config.values["jax_compilation_cache_dir"]
+    lowered(3).compile()
+    with keeping_all(tmp_path):
+        lowered(5).compile()
+    kept = sorted(path.name for path in tmp_path.glob("*-cache"))
+    assert len(kept) == 1
+    assert jax.config.values["jax_compilation_cache_dir"] == before
+    lowered(7).compile()
+    assert sorted(path.name for path in tmp_path.glob("*-cache")) == kept
+
+
+def test_nothing_is_kept_on_cpus_unless_asked_to() -> None:
+    assert keep_compiled("off") is None
+    assert keep_compiled("auto") is None
+
+
+def test_a_manifest_says_whether_a_program_is_the_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    described = describe_program(lowered(3), jax.devices())
+    assert described["devices"] == "8 x cpu"
+    with keeping_all(tmp_path):
+        assert why_not(described) is None  # there is none
+        write_manifest(tmp_path, described)
+        assert why_not(described) == ""
+        other = describe_program(lowered(5), jax.devices()[:4])
+        sentence = why_not(other)
+        assert sentence is not None
+        assert f"{tmp_path / MANIFEST} is of another: devices 8 x cpu, here 4 x cpu; program" in sentence
+        for broken in ("", "{", "[1]", "null", "3"):
+            (tmp_path / MANIFEST).write_text(broken)
+            assert why_not(described) == f"{tmp_path / MANIFEST} cannot be read"
