@@ -79,6 +79,21 @@ class ExampleConfig:
         if self.prompt and self.form == "standard":
             raise DataError(f"prompt={self.prompt!r} is for form='released'; elsewhere write it into the templates")
 
+    def shapes(self) -> dict[str, tuple[tuple[int, ...], type[np.generic]]]:
+        """Shape and type of every array that :func:`make_example` makes, frames left out."""
+        made: dict[str, tuple[tuple[int, ...], type[np.generic]]] = {"example_id": ((), np.int64)}
+        if self.text_length:
+            made |= {"text": ((self.text_length,), np.int32), "text_mask": ((self.text_length,), np.bool_)}
+            if self.word_starts:
+                made["word_starts"] = ((self.text_length,), np.bool_)
+        if self.instructions:
+            if self.instruction_length:
+                asked = (self.instruction_length,)
+                made |= {"instruction": (asked, np.int32), "instruction_mask": (asked, np.bool_)}
+            told = (self.target_length,)
+            made |= {"target": (told, np.int32), "target_weights": (told, np.float32)}
+        return made
+
     def reader(self, tokenizer: Tokenizer) -> Callable[[Sequence[int]], str]:
         """What turns generated ids into words; in the released form what follows the prompt."""
         if self.form == "standard":

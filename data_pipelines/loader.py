@@ -76,6 +76,14 @@ class DataConfig:
         """What the records are taken for."""
         return next(iter(self.sources.values())).kind
 
+    def shapes(self) -> dict[str, tuple[tuple[int, ...], type[np.generic]]]:
+        """Shape and type of every array of a whole batch of training, known before there are any records."""
+        made = self.examples.shapes()
+        if self.kind != "text":
+            side = self.visual.image_size
+            made["frames"] = ((1 if self.kind == "image" else self.visual.num_frames, side, side, 3), np.uint8)
+        return {key: ((self.batch_size, *shape), dtype) for key, (shape, dtype) in made.items()}
+
 
 class Made(NamedTuple):
     """An example, where it was wanted, and the records that it stands in for."""

@@ -4,18 +4,23 @@ from pathlib import Path
 
 import pytest
 
-from mplug2_jax.config import build, load_recipe
+from mplug2_jax.config import as_recipe, build, load_recipe
 from mplug2_jax.errors import UserError
 from mplug2_jax.training.config import RunConfig
 
-SPECS = ("demo", "released", "released:caption", "released:videoqa,base", "released:caption,tiny")
+SPECS = (
+    "demo", "released", "released:caption", "released:videoqa,base", "released:caption,tiny", "pretrain",
+    "pretrain:tiny", "pretrain:base", "pretrain:large", "finetune", "finetune:caption", "finetune:videoqa,base",
+    "finetune:caption,tiny", "finetune:videoqa,tiny,1", "finetune:caption,large,64",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_it_is_a_whole_run(spec: str) -> None:
     config = build(RunConfig, load_recipe(spec))
     assert config.parts()
-    assert config.evaluations
+    assert bool(config.evaluations) == (not spec.startswith("pretrain"))
+    assert build(RunConfig, as_recipe(config)) == config
 
 
 def test_every_recipe_file_is_tried_here(repository: Path) -> None:
@@ -52,7 +57,43 @@ def test_quirks_are_on_in_the_released_recipes_and_off_in_ours() -> None:
     assert all(stream.data.examples.form == "standard" for stream in ours.streams.values())
 
 
-@pytest.mark.parametrize("spec", ["released:captions", "released:caption,huge"])
-def test_unknown_arguments_name_the_valid_ones(spec: str) -> None:
-    with pytest.raises(UserError, match=r"did you mean 'caption'|valid: base, large, tiny"):
+@pytest.mark.parametrize(
+    ("spec", "sentence"),
+    [
+        ("released:captions", "recipe released:captions: did you mean 'caption'? (valid: caption, videoqa)"),
+        ("released:caption,huge", "recipe released:caption,huge: valid: base, large, tiny"),
+        ("pretrain:lage", "recipe pretrain:lage: did you mean 'large'? (valid: base, large, tiny)"),
+        ("pretrain:base,8", "recipe pretrain:base,8: did you mean 'base'? (valid: base, large, tiny)"),
+        ("finetune:captions", "recipe finetune:captions: did you mean 'caption'? (valid: caption, videoqa)"),
+        ("finetune:,tiny", "recipe finetune:,tiny: valid: caption, videoqa"),
+        ("finetune:caption,huge", "recipe finetune:caption,huge: valid: base, large, tiny"),
+        ("finetune:caption,tiny,many", "recipe finetune:caption,tiny,many: 'many' should be a number of frames"),
+        ("finetune:caption,tiny,0", "recipe finetune:caption,tiny,0: '0' should be a number of frames"),
+        ("finetune:caption,tiny,-4", "recipe finetune:caption,tiny,-4: '-4' should be a number of frames"),
+        ("finetune:caption,tiny,4,5", "recipe finetune:caption,tiny,4,5: takes a task, a size and a number of frames"),
+    ],
+)
+def test_unknown_arguments_name_the_valid_ones(spec: str, sentence: str) -> None:
+    with pytest.raises(UserError) as caught:
         load_recipe(spec)
+    assert sentence in str(caught.value)
+
+
+def test_long_clips_keep_less_and_lie_split() -> None:
+    short, long = (build(RunConfig, load_recipe(f"finetune:caption,large{frames}")) for frames in ("", ",64"))
+    assert short.streams["video"].data.visual.num_frames == 16
+    assert long.streams["video"].data.visual.num_frames == 64
+    assert (short.mesh.sequence, long.mesh.sequence) == (1, 2)
+    assert (short.model.remat.vision, long.model.remat.vision) == ("dots", "full")
+
+
+@pytest.mark.parametrize("size", ["tiny", "base", "large"])
+def test_pretraining_has_all_objectives_at_the_sizes_batches(size: str) -> None:
+    streams = build(RunConfig, load_recipe(f"pretrain:{size}")).streams
+    assert {name: set(stream.objectives) for name, stream in streams.items()} == {
+        "image_text": {"vlc", "vlm", "ilm"}, "video_text": {"vlc", "vlm", "ilm"}, "text": {"mlm"},
+    }  # fmt: skip
+    pictures, clips = (streams[name].data.batch_size for name in ("image_text", "video_text"))
+    if size != "tiny":
+        chips = {"base": 256, "large": 512}[size]
+        assert (pictures / chips, clips / chips) == (32, 8)
