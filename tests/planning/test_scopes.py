@@ -1,0 +1,50 @@
+"""Names for people: out of a program's own, and whether the model gives any."""
+
+import jax
+import pytest
+
+from mplug2_jax.model.config import model_config
+from mplug2_jax.model.mplug2 import define
+from mplug2_jax.objectives.forward import Forward
+from mplug2_jax.objectives.language import caption_loss
+from mplug2_jax.planning.scopes import readable
+from mplug2_jax.training.flops import count_flops
+
+
+@pytest.mark.parametrize(
+    ("op_name", "name"),
+    [
+        ("jit(step)/jvp(vision)/while/body/closed_call/checkpoint/mlp/dot_general", "vision/mlp"),
+        ("jit(step)/jvp(vision/blocks)/mlp/dot_general", "vision/blocks/mlp"),
+        ("jit(step)/transpose(jvp(vision))/while/body/closed_call/mlp/dot_general", "vision/mlp (backward)"),
+        (
+            "jit(step)/transpose(jvp(vision))/while/body/checkpoint/rematted_computation/mlp/jit(gelu)/mul",
+            "vision/mlp (recomputed)",
+        ),
+        ("jit(step)/jvp()/while/body/reduce_sum", "reduce_sum"),
+        ("jit(step)/transpose(jvp())/while/body/add", "add (backward)"),
+        ("jit(step)/decoder/attention/bhls,bhsk->bhlk/dot_general", "decoder/attention"),
+        ("jit(step)/vmap(jit(inner))/text/cond/branch_1_fun/tanh", "text"),
+        ("jit(step)/jvp(vision)/while", "vision"),
+        ("state['params']['vision']", "state['params']['vision']"),
+        ("copy.9", "copy.9"),
+    ],
+)
+def test_names_are_the_models_own(op_name, name):
+    assert readable(op_name) == name
+
+
+def test_every_matmul_of_the_model_is_in_a_scope():
+    config = model_config("tiny")
+    definition = define(config, ("vision", "temporal", "universal", "decoder"))
+    batch = {
+        "frames": jax.ShapeDtypeStruct((2, 2, config.image_size, config.image_size, 3), "uint8"),
+        "target": jax.ShapeDtypeStruct((2, 4), "int32"),
+        "target_weights": jax.ShapeDtypeStruct((2, 4), "float32"),
+    }
+
+    def loss(params, batch):
+        return caption_loss(Forward(definition.bind(params), batch)).loss
+
+    counts = count_flops(loss, definition.shapes, batch)
+    assert set(counts) == {"vision", "universal", "decoder"}

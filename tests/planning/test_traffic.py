@@ -1,0 +1,460 @@
+"""Collectives of programs: of stored texts, one for each syntax, and of programs compiled here for CPUs and TPUs."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from data_pipelines.examples import ExampleConfig
+from mplug2_jax.model.config import RematConfig, SpecialTokens, model_config
+from mplug2_jax.parallel.mesh import MeshConfig, make_mesh
+from mplug2_jax.parallel.placement import batch_sharding
+from mplug2_jax.planning.hlo import parse_program, shape_bytes
+from mplug2_jax.planning.traffic import Collective, collectives, largest, summary, unknown_loops
+from mplug2_jax.training.state import plan_run
+from mplug2_jax.training.step import jitted_step
+from tests.planning import programs
+from tests.planning.programs import REDUCE, loop, program
+from tests.runs import small_run, stream
+from tests.tpu import topology_mesh
+
+ROWS = ("replica", "data", "fsdp", "sequence")
+PLAIN = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}  # no loops of permutes
+
+
+def fsdp() -> Mesh:
+    return make_mesh(MeshConfig())
+
+
+def only(text: str, mesh: Mesh | None = None) -> Collective:
+    (found,) = collectives(text, mesh or fsdp())
+    return found
+
+
+def one_line(shape: str, call: str, attributes: str, given: str = "bf16[8,128]{1,0:T(8,128)(2,1)}") -> str:
+    """A program of one collective."""
+    return program(f"%p = {given} parameter(0)\nROOT %x = {shape} {call}(%p), channel_id=1, {attributes}")
+
+
+# --- Texts ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    [
+        ("bf16[8,128]{1,0:T(8,128)(2,1)S(1)}", 2048),
+        ("(f32[2,3]{1,0:T(8,128)}, /*index=1*/pred[5]{0}, token[])", 29),
+        ("((bf16[4]{0}), (bf16[8]{0}), u32[]{:S(2)})", 28),
+        ("s4[3]{0:T(128)}", 1.5),
+        ("f8e4m3fn[10]{0}", 10),
+        ("c64[2]{0}", 16),
+        ("f32[0,4]{1,0}", 0),
+        ("f32[<=4,2]{1,0}", 32),
+    ],
+)
+def test_bytes_of_shapes(shape, size):
+    assert shape_bytes(shape) == size
+
+
+GROUPS = "replica_groups=[1,8]<=[8], use_global_device_ids=true"
+
+
+@pytest.mark.parametrize(
+    ("shape", "call", "attributes", "sent"),
+    [
+        ("bf16[64,128]{1,0:T(8,128)(2,1)}", "all-gather", GROUPS, 7 * 2048),
+        ("bf16[1,128]{1,0}", "reduce-scatter", GROUPS, 2048 * 7 / 8),
+        ("bf16[8,128]{1,0}", "all-reduce", GROUPS, 2 * 2048 * 7 / 8),
+        ("bf16[8,128]{1,0}", "all-to-all", "replica_groups=[1,8]<=[8], dimensions={0}", 2048 * 7 / 8),
+        ("bf16[8,128]{1,0}", "collective-permute", "source_target_pairs={{0,1},{1,0}}", 2048),
+        ("bf16[8,128]{1,0}", "collective-permute", "source_target_pairs={{0,0},{1,1}}", 0),
+        ("(bf16[8,128]{1,0}, bf16[64,128]{1,0})", "all-gather-start", GROUPS, 7 * 2048),
+        ("bf16[64,128]{1,0}", "all-gather", "replica_groups=mesh['a'=8,'b'=1] {'a'}", 7 * 2048),
+        ("bf16[64,128]{1,0}", "all-gather", "replica_groups={}", 7 * 2048),
+    ],
+)  # fmt: skip
+def test_bytes_on_the_wire_of_every_kind(shape, call, attributes, sent):
+    found = only(one_line(shape, call, attributes))
+    assert (found.bytes, found.times, found.kind) == (sent, 1, call.removesuffix("-start"))
+    assert found.axes == (("fsdp",) if sent else ())
+
+
+def test_all_arrays_of_a_combined_collective_count():
+    text = program(
+        """
+        %p = bf16[8,128]{1,0:T(8,128)(2,1)} parameter(0)
+        %q = f32[16]{0:T(128)} parameter(1)
+        ROOT %x = (bf16[8,128]{1,0}, f32[16]{0}) all-reduce(%p, /*index=1*/%q), replica_groups={}, to_apply=%add
+        """
+    )
+    found = only(text)
+    assert found.bytes == 2 * (2048 + 64) * 7 / 8
+    assert found.shape == "bf16[8,128] and 1 more"
+
+
+def test_a_start_and_its_end_are_one_and_work_between_them_is_seen():
+    def text(between: str) -> str:
+        return program(
+            f"""
+            %p = f32[8]{{0:T(128)}} parameter(0)
+            %s = (f32[8]{{0}}, f32[64]{{0}}) all-gather-start(%p), channel_id=1, replica_groups={{}}, dimensions={{0}}
+            {between}
+            ROOT %d = f32[64]{{0}} all-gather-done(%s)
+            """,
+            "%work (a: f32[8]) -> f32[8] {\n  ROOT %a = f32[8]{0} parameter(0)\n}",
+        )
+
+    assert not only(text("%b = f32[8]{0} bitcast(%p)")).overlapped
+    assert only(text("%f = f32[8]{0} fusion(%p), kind=kLoop, calls=%work")).overlapped
+    assert only(text('%k = f32[8]{0} custom-call(%p), custom_call_target="tpu_custom_call"')).overlapped
+
+
+def test_a_wrapped_collective_is_found():
+    text = program(
+        """
+        %p = f32[8]{0} parameter(0)
+        %s = ((f32[8]{0}), f32[1]{0}, u32[]) async-start(%p), calls=%wrapped
+        %u = ((f32[8]{0}), f32[1]{0}, u32[]) async-update(%s), calls=%wrapped
+        ROOT %d = f32[1]{0} async-done(%u), calls=%wrapped
+        """,
+        "%wrapped (a: f32[8]) -> f32[1] {\n  %a = f32[8]{0} parameter(0)\n"
+        "  ROOT %r = f32[1]{0} reduce-scatter(%a), replica_groups={}, dimensions={0}, to_apply=%add\n}",
+    )
+    assert (only(text).kind, only(text).bytes, only(text).times) == ("reduce-scatter", 28, 1)
+
+
+def test_a_sum_of_which_each_device_keeps_a_part_is_a_reduce_scatter():
+    found = only(programs.FUSED_REDUCE_SCATTER)
+    assert (found.kind, found.bytes) == ("reduce-scatter", 1024 * 4096 * 2 * 7 / 8)
+    assert found.name == "text (backward)"  # of the fusion: the collective in it has no name
+
+
+def test_pieces_of_one_collective_count_once():
+    beside = only(programs.piecewise_gather(programs.MATMUL_BESIDE))
+    alone = only(programs.piecewise_gather(""))
+    assert beside.bytes == alone.bytes == 7 * 8 * 128 * 2
+    assert (beside.overlapped, alone.overlapped) == (True, False)
+    assert beside.name == "vision"
+
+
+def test_of_branches_the_one_with_most_traffic_counts():
+    def branch(name: str, width: int) -> str:
+        return (
+            f"%{name} (a.{name}: f32[{width}]) -> f32[{width}] {{\n  %a.{name} = f32[{width}]{{0}} parameter(0)\n"
+            f"  ROOT %r.{name} = f32[{width}]{{0}} {REDUCE.format('%a.' + name)}\n}}"
+        )
+
+    text = program(
+        """
+        %p = f32[8]{0} parameter(0)
+        %q = f32[16]{0} parameter(1)
+        %c = pred[] parameter(2)
+        ROOT %x = f32[8]{0} conditional(%c, %p, %q), branch_computations={%small, %big}
+        """,
+        branch("small", 8),
+        branch("big", 16),
+    )
+    assert only(text).shape == "f32[16]"
+
+
+def test_text_that_is_no_program_is_refused():
+    with pytest.raises(ValueError, match="no ENTRY"):
+        collectives("module @jit_step {}", fsdp())
+
+
+# --- Loops ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("start", "bound", "step", "direction", "turns"),
+    [
+        (0, "7", 1, "LT", 7),
+        (1, "7", 1, "LT", 6),
+        (0, "7", 2, "LT", 4),
+        (0, "7", 1, "LE", 8),
+        (7, "0", -1, "GT", 7),
+        (0, "6", 2, "NE", 3),
+        (0, "", 1, "LT", 5),  # the bound is carried
+        (9, "7", 1, "LT", 0),
+    ],
+)
+def test_a_loop_turns_as_often_as_its_counter_says(start, bound, step, direction, turns):
+    body, condition, entry = loop(start, bound, step, direction)
+    text = program(entry, body, condition)
+    assert sum(each.times for each in collectives(text, fsdp())) == turns
+    assert not unknown_loops(text, fsdp())
+
+
+def test_what_a_fusion_compares_and_adds_is_followed():
+    body, condition, entry = loop(0, "7")
+    condition = condition.replace(
+        "compare(%i.1, %limit.1), direction=LT", "fusion(%i.1, %limit.1), kind=kLoop, calls=%compared"
+    )
+    compared = (
+        "%compared (a: s32[], b: s32[]) -> pred[] {\n  %b = s32[] parameter(1)\n  %a = s32[] parameter(0)\n"
+        "  ROOT %c = pred[] compare(%a, %b), direction=LT\n}"
+    )
+    assert only(program(entry, compared, body, condition)).times == 7
+
+
+def test_a_stated_number_of_turns_is_taken():
+    body, condition, entry = loop(0, "7")
+    entry = entry.replace("metadata=", 'backend_config={"known_trip_count":{"n":"3"}}, metadata=')
+    assert only(program(entry, body, condition)).times == 3
+
+
+def test_a_loop_on_data_is_named_and_the_caller_says_how_often_it_turns():
+    body, condition, entry = loop(0, "")
+    # The bound is what the last turn made of it.
+    body = body.replace("tuple(%next, %limit,", "tuple(%next, %moved,").replace(
+        "%data =", "%moved = s32[] custom-call(%limit)\n  %data ="
+    )
+    text = program(entry, body, condition)
+    (unknown,) = unknown_loops(text, fsdp())
+    assert (unknown.name, unknown.scope, unknown.inside) == ("loop", "vision", "main")
+    assert [only(text).times, only(text).bounded] == [1, False]
+    assert [each.times for turns in (9, {"loop": 9}) for each in collectives(text, fsdp(), turns=turns)] == [9, 9]
+
+
+def test_a_loop_without_end_is_not_waited_for():
+    body, condition, entry = loop(0, "7", step=0)
+    assert [each.scope for each in unknown_loops(program(entry, body, condition), fsdp())] == ["vision"]
+
+
+def test_a_counter_that_another_loop_carries_is_no_constant():
+    inner_body, inner_condition, inner_entry = loop(0, "")
+    inner = inner_entry.strip().splitlines()[1:]
+    renamed = [
+        line.strip().replace("%init", "%init.2").replace("ROOT %loop", "%loop.2").replace("%p)", "%data)")
+        .replace("%five", "%limit").replace("%start =", "%start.2 =").replace("%start)", "%start.2)")
+        for line in inner if "constant(5)" not in line
+    ]  # fmt: skip
+    renamed.append("%sum = f32[8,128]{1,0:T(8,128)} get-tuple-element(%loop.2), index=2")
+    body, condition, entry = loop(0, "4", inside="\n  ".join(renamed))
+    outer = [part.replace("%body", "%outer").replace("%cond", "%until") for part in (body, condition, entry)]
+    text = program(outer[2], inner_body, inner_condition, outer[0], outer[1])
+    fixed = text.replace(
+        'condition=%until, body=%outer, metadata={op_name="jit(step)/vision/while"}\n  %sum',
+        'condition=%cond, body=%body, metadata={op_name="jit(step)/vision/while"}\n  %sum',
+    )
+    assert sum(each.times for each in collectives(fixed, fsdp())) == 4 * 5  # the limit is carried, unchanged
+    moving = fixed.replace("tuple(%next, %limit, %sum)\n}\n\n%until", "tuple(%next, %next, %sum)\n}\n\n%until")
+    assert moving != fixed
+    assert [each.name for each in unknown_loops(moving, fsdp())] == ["loop.2"]
+
+
+# --- Compiled programs ------------------------------------------------------------------------------------------------
+
+
+def stack(mesh: Mesh, layers: int, *, width: int = 256, rows: int = 512, options: dict | None = None, **how) -> str:
+    """A training step of a scanned stack of two matmuls a layer, parameters split over fsdp (and tensor), compiled.
+
+    Args:
+        mesh: With its parameters' axes.
+        layers: Of the scan.
+        width: Of the model; the hidden width is twice as large.
+        rows: Of the batch.
+        options: For the compiler.
+        how: ``gradient``, ``accumulate``, ``outer`` (a scan around the scan), ``unroll``, ``pin`` (gather weights
+            before their matmuls).
+    """
+    gradient, accumulate, outer = how.get("gradient", True), how.get("accumulate", 1), how.get("outer", 0)
+
+    def placed(*axes: object) -> NamedSharding:
+        return NamedSharding(mesh, PartitionSpec(*axes))
+
+    lead = ((outer,) if outer else ()) + (layers,)
+    none = (None,) * len(lead)
+    params = [
+        jax.ShapeDtypeStruct((*lead, width, 2 * width), "float32", sharding=placed(*none, "fsdp", "tensor")),
+        jax.ShapeDtypeStruct((*lead, 2 * width, width), "float32", sharding=placed(*none, "tensor", "fsdp")),
+    ]
+    x = jax.ShapeDtypeStruct((accumulate, rows, width), "bfloat16", sharding=placed(None, ROWS))
+
+    def layer(x, weights):
+        up, down = (w.astype(jnp.bfloat16) for w in weights)
+        if how.get("pin", True):
+            up = jax.lax.with_sharding_constraint(up, placed(None, "tensor"))
+            down = jax.lax.with_sharding_constraint(down, placed("tensor", None))
+        with jax.named_scope("vision"):
+            return jax.lax.with_sharding_constraint(x + jnp.tanh(x @ up) @ down, placed(ROWS)), None
+
+    def loss(weights, x):
+        def scan(x, w):
+            return jax.lax.scan(layer, x, w, unroll=how.get("unroll", 1))
+
+        return jnp.mean((scan if not outer else lambda x, w: jax.lax.scan(scan, x, w))(x, weights)[0].astype("float32"))
+
+    def step(weights, x):
+        if not gradient:
+            return jax.lax.map(lambda each: loss(weights, each), x)
+        add = lambda total, each: (jax.tree.map(jnp.add, total, jax.grad(loss)(weights, each)), None)  # noqa: E731
+        total, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, weights), x)
+        return jax.tree.map(jnp.subtract, weights, total)
+
+    with jax.set_mesh(mesh):
+        return jax.jit(step).lower(params, x).compile(compiler_options=options).as_text()
+
+
+def layer_bytes(width: int, itemsize: int) -> int:
+    return 2 * width * 2 * width * itemsize
+
+
+@pytest.mark.usefixtures("optimised")
+def test_on_cpus_every_layer_is_gathered_and_its_gradient_summed_in_every_micro_batch():
+    mesh = make_mesh(MeshConfig())
+    totals = summary(collectives(stack(mesh, 3, width=64, rows=16, accumulate=2), mesh))
+    whole = layer_bytes(64, 4) * 3 * 2  # CPUs compute in float32
+    assert totals["all-gather", ("fsdp",), "ici"] == whole * 7 / 8
+    assert totals["all-reduce", ("fsdp",), "ici"] == pytest.approx(2 * whole * 7 / 8, rel=1e-3)  # and the loss
+
+
+@pytest.mark.usefixtures("optimised")
+@pytest.mark.parametrize("options", [PLAIN, None], ids=["plain", "default"])
+@pytest.mark.parametrize("layers", [3, 24])
+def test_on_tpus_a_scan_gathers_each_of_its_layers(layers, options):
+    mesh = topology_mesh("v5p:2x2x2", MeshConfig())
+    found = collectives(stack(mesh, layers, gradient=False, options=options), mesh)
+    assert summary(found)["all-gather", ("fsdp",), "ici"] == layers * layer_bytes(256, 2) * 7 / 8
+    gathers = [each for each in found if each.kind == "all-gather"]
+    assert {each.times for each in gathers} == {layers}
+    assert {each.name for each in gathers} <= {"vision", "convert_element_type"}
+
+
+@pytest.mark.usefixtures("optimised")
+@pytest.mark.parametrize("options", [PLAIN, None], ids=["plain", "default"])
+@pytest.mark.parametrize(
+    ("layers", "how"),
+    [(7, {}), (3, {"accumulate": 3}), (3, {"outer": 5}), (24, {"unroll": 2}), (7, {"unroll": 2})],
+    ids=["backward", "accumulated", "nested", "unrolled", "unrolled unevenly"],
+)
+def test_on_tpus_loops_in_loops_multiply(layers, how, options):
+    mesh = topology_mesh("v5p:2x2x2", MeshConfig())
+    found = collectives(stack(mesh, layers, options=options, **how), mesh)
+    whole = layers * layer_bytes(256, 2) * how.get("accumulate", 1) * how.get("outer", 1)
+    totals = summary(found)
+    assert totals["all-gather", ("fsdp",), "ici"] == whole * 7 / 8  # kept for the backward pass, so gathered once
+    assert totals["all-reduce", ("fsdp",), "ici"] == pytest.approx(2 * whole * 7 / 8, rel=1e-3)
+    assert largest(found, 1)[0].kind == "all-reduce"
+
+
+@pytest.mark.usefixtures("optimised")
+def test_on_tpus_axes_and_pieces_of_gathers_are_told_apart():
+    mesh = topology_mesh("v5e:4x4", MeshConfig(data=2, fsdp=4, tensor=2))
+    found = collectives(stack(mesh, 3, width=1024, rows=4096), mesh)
+    whole = 3 * layer_bytes(1024, 2) / 2  # a half for each place on the tensor axis
+    totals = summary(found)
+    assert totals["all-gather", ("fsdp",), "ici"] == whole * 3 / 4
+    assert totals["all-reduce", ("data", "fsdp"), "ici"] == pytest.approx(2 * whole * 7 / 8, rel=1e-3)
+    one_way = 3 * 512 * 1024 * 2  # the activations of a device, once forward and once backward, over two devices
+    assert totals["all-reduce", ("tensor",), "ici"] == 2 * one_way
+    assert any(each.overlapped for each in found if each.kind == "all-gather")
+    assert not any(each.overlapped for each in found if each.kind == "all-reduce")
+
+
+@pytest.mark.usefixtures("optimised")
+def test_on_tpus_a_gather_may_be_a_loop_of_permutes():
+    mesh = topology_mesh("v5p:2x2x2", MeshConfig())
+    text = stack(mesh, 3, width=1024, rows=8 * 4096, pin=False, gradient=False)
+    assert "windowed_dot_general" in text
+    found = collectives(text, mesh)
+    permutes = [each for each in found if each.kind == "collective-permute"]
+    shard = layer_bytes(1024, 2) / 2 / 8
+    assert {each.bytes for each in permutes} == {shard}
+    # Both ways round the ring, two steps a turn: one permute before the loop, and two turns of four.
+    assert sorted({each.times for each in permutes}) == [3, 3 * 2]
+    assert sum(each.total for each in permutes) == 3 * 2 * 9 * shard
+    assert any(each.overlapped for each in permutes)
+
+
+@pytest.mark.usefixtures("optimised")
+def test_on_slices_what_crosses_is_told_from_what_does_not():
+    mesh = topology_mesh("v5e:2x2", MeshConfig(replica=2, fsdp=2, tensor=2), slices=2)
+    found = collectives(stack(mesh, 3, options=PLAIN), mesh)
+    totals = summary(found)
+    whole = 3 * layer_bytes(256, 2) / 2
+    assert totals["all-gather", ("fsdp",), "ici"] == whole / 2
+    crossing = {key: total for key, total in totals.items() if key[2] == "dcn"}
+    assert set(crossing) == {("all-reduce", ("replica",), "dcn")}
+    # Summed within the slice first: each device's half of the gradients crosses, there and back.
+    assert sum(crossing.values()) == pytest.approx(2 * whole / 2 / 2, rel=1e-2)
+    assert {each.size for each in found} == {2}
+
+
+@pytest.mark.usefixtures("optimised")
+@pytest.mark.parametrize(
+    ("along", "config", "slices"),
+    [("data", MeshConfig(data=2, fsdp=2, tensor=2), 1), (("data", "tensor"), MeshConfig(data=2, fsdp=2, tensor=2), 1),
+     ("fsdp", MeshConfig(replica=4, fsdp=2), 2)],
+    ids=["one axis", "two axes", "within slices"],
+)  # fmt: skip
+def test_on_tpus_every_kind_is_found_on_its_axes(along, config, slices):
+    mesh = topology_mesh("v5e:2x2" if slices > 1 else "v5p:2x2x2", config, slices)
+    names = (along,) if isinstance(along, str) else along
+    count = 1
+    for name in names:
+        count *= mesh.shape[name]
+    rows = PartitionSpec((*ROWS, "tensor"))
+
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)
+    def program(x):
+        gathered = jax.lax.all_gather(x, along, axis=0, tiled=True)
+        scattered = jax.lax.psum_scatter(jnp.sin(gathered), along, scatter_dimension=0, tiled=True)
+        swapped = jax.lax.all_to_all(jnp.cos(x), along, 0, 0, tiled=True)
+        passed = jax.lax.ppermute(jnp.tanh(x), along, [(i, (i + 1) % count) for i in range(count)])
+        return jax.lax.psum(x * 2, along) + scattered + swapped + passed
+
+    x = jax.ShapeDtypeStruct((8 * 64, 256), "float32", sharding=NamedSharding(mesh, rows))
+    totals = summary(collectives(jax.jit(program).lower(x).compile().as_text(), mesh))
+    given = 64 * 256 * 4
+    assert totals == {
+        ("all-gather", names, "ici"): given * (count - 1),
+        ("reduce-scatter", names, "ici"): given * (count - 1),
+        ("all-to-all", names, "ici"): given * (count - 1) / count,
+        ("all-reduce", names, "ici"): 2 * given * (count - 1) / count,
+        ("collective-permute", names, "ici"): given,
+    }
+
+
+def test_a_program_is_read_once():
+    text = one_line("bf16[64,128]{1,0}", "all-gather", GROUPS)
+    assert parse_program(text) is parse_program(text)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("optimised")
+def test_a_training_step_gathers_one_more_layer_of_its_tower_twice_and_says_so():
+    mesh = topology_mesh("v5p:2x2x2", MeshConfig())
+    captions = dataclasses.replace(stream("video", 16, ExampleConfig(), caption=1.0))
+
+    def gathered(depth: int) -> tuple[float, int]:
+        model = model_config(
+            "tiny", vision_layers=depth, decoder_layers=1, universal_layers=1, dropout=0.0, attention_dropout=0.0,
+            remat=RematConfig(vision="full"),
+        )  # fmt: skip
+        config = small_run(model=model, streams={"clips": captions}, evaluations={})
+        plan = plan_run(config, SpecialTokens(), mesh)
+        shapes = {
+            "frames": ((16, 4, model.image_size, model.image_size, 3), jnp.uint8),
+            "target": ((16, 16), jnp.int32),
+            "target_weights": ((16, 16), jnp.float32),
+        }
+        batch = {
+            name: jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
+            for name, (shape, dtype) in shapes.items()
+        }
+        with jax.set_mesh(mesh):
+            text = jitted_step(plan).lower(plan.shapes, {"clips": batch}).compile(compiler_options=PLAIN).as_text()
+        found = collectives(text, mesh)
+        assert not unknown_loops(text, mesh)
+        layers = [each for each in found if each.times == depth and each.kind == "all-gather"]
+        assert {each.name.partition("/")[0].partition(" ")[0] for each in layers} == {"vision"}
+        block = jax.tree.leaves(plan.shapes["params"]["vision"]["blocks"])
+        whole = sum(leaf.size for leaf in block if leaf.sharding.spec and "fsdp" in str(leaf.sharding.spec))
+        return summary(found)["all-gather", ("fsdp",), "ici"], whole // depth
+
+    (two, layer), (three, _) = gathered(2), gathered(3)
+    assert three - two == 2 * layer * 2 * 7 / 8  # forward and when it is computed again, in bfloat16
