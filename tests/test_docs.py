@@ -117,6 +117,22 @@ def test_runs(repository: Path, here: Path) -> None:
     assert (here / "runs" / "two" / "report.html").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_plans(repository: Path, here: Path) -> None:
+    """With no time to search: the recipe's own layout is tried even then."""
+    for words in commands((repository / "docs" / "plans.md").read_text()):
+        if "--minutes" in words:
+            words[words.index("--minutes") + 1] = "0"
+        done = subprocess.run(
+            [sys.executable, "-m", "mplug2_jax.cli.main", *words], capture_output=True, text=True, timeout=600,
+            env={name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {"HOME": str(here)},
+        )  # fmt: skip
+        assert done.returncode == 0, f"mplug2 {shlex.join(words)}\n{done.stdout}\n{done.stderr}"
+    assert (here / "plan.html").exists()
+    assert (here / "runs" / "planned" / "report.html").exists()
+
+
 @pytest.mark.timeout(600)
 def test_data(repository: Path, world: Path) -> None:
     pages = commands((repository / "docs" / "data.md").read_text())

@@ -1,6 +1,7 @@
 """``mplug2 train``: run a recipe."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,30 @@ def add_parser(commands: Any) -> None:
         "Exit status 75: told to end (SIGTERM), and saved; 79: stood still. Start it again after both.",
         example="mplug2 train --config configs/demo.py --config.steps=50 --workdir runs/short",
     )  # fmt: skip
-    parser.add_argument(
-        "--config", required=True, help="recipe: a file, or the name of a shipped one; FILE:ARG passes ARG"
-    )
+    parser.add_argument("--config", help="recipe: a file, or the name of a shipped one; FILE:ARG passes ARG")
+    parser.add_argument("--plan", type=Path, help="what mplug2 plan --search wrote: its recipe, laid out for a machine")
     parser.add_argument(
         "--workdir", type=Path, required=True, help="where the run keeps everything; resumes if it exists"
     )
+
+
+def chosen(recipe: str | None, plan: Path | None, overrides: Sequence[str]) -> tuple[str, list[str]]:
+    """The recipe and the overrides of a command that takes either or both of --config and --plan.
+
+    Raises:
+        UserError: neither, or a plan of another recipe.
+    """
+    from mplug2_jax.errors import UserError
+    from mplug2_jax.planning.plan_file import read_plan
+
+    if plan is None:
+        if recipe is None:
+            raise UserError("--config is missing: name a recipe, or a --plan that has one")
+        return recipe, list(overrides)
+    planned = read_plan(plan)
+    if recipe not in (None, planned.config):
+        raise UserError(f"--plan {plan} is for the recipe {planned.config}, not for --config {recipe}: leave one out")
+    return planned.config, [*planned.overrides, *overrides]
 
 
 def run(args: argparse.Namespace) -> int:
@@ -31,8 +50,9 @@ def run(args: argparse.Namespace) -> int:
     from mplug2_jax.training.config import RunConfig
     from mplug2_jax.training.loop import train
 
+    recipe, overrides = chosen(args.config, args.plan, args.overrides)
     join()
-    config = build(RunConfig, load_recipe(args.config, args.overrides))
+    config = build(RunConfig, load_recipe(recipe, overrides))
     results = train(config, args.workdir)
     if not is_first():
         return 0

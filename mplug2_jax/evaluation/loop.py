@@ -90,23 +90,11 @@ class Evaluation:
             first = self._set.first()
         except DataError as error:
             raise UserError(f"{where}.data: {error}") from error
+        check_task(where, config.task, {name: array.shape for name, array in first.arrays.items()}, definition)
         task = TASKS[config.task]
-        task.check(set(first.arrays), where)
-        frames = first.arrays.get("frames")
-        needed = parts_for([(task, frames is not None, frames is not None and len(frames) > 1)])
-        missing = set(needed) - set(definition.parts)
-        if missing:
-            raise UserError(
-                f"{where}: task '{task.name}' needs the parts {', '.join(sorted(missing))}, which this model lacks "
-                f"(it has {', '.join(definition.parts)})"
-            )
-        assert task.predict is not None
         assert task.score is not None
-        predict, self._score = task.predict, task.score
-        # Every process gets all predictions of a batch, whoever's devices made them.
-        self._predict = jax.jit(
-            lambda params, batch: predict(definition.bind(params), batch, context), out_shardings=replicated(mesh)
-        )
+        self._score = task.score
+        self._predict = jitted_prediction(config.task, definition, context, mesh)
 
     def run(
         self, params: Params, step: int, between_batches: Callable[[str], None] = lambda phase: None
@@ -145,6 +133,33 @@ class Evaluation:
             self.name, self._config.task, step, len(examples), time.perf_counter() - start, scored.figures,
             scored.baselines, samples, tuple(faults.values()),
         )  # fmt: skip
+
+
+def check_task(where: str, name: str, example: Mapping[str, tuple[int, ...]], definition: ModelDef) -> None:
+    """Checks that a model can do a task with examples of these shapes.
+
+    Raises:
+        UserError: arrays that the examples lack, or parts that the model lacks.
+    """
+    task, frames = TASKS[name], example.get("frames")
+    task.check(set(example), where)
+    needed = parts_for([(task, frames is not None, frames is not None and frames[0] > 1)])
+    missing = set(needed) - set(definition.parts)
+    if missing:
+        raise UserError(
+            f"{where}: task '{name}' needs the parts {', '.join(sorted(missing))}, which this model lacks "
+            f"(it has {', '.join(definition.parts)})"
+        )
+
+
+def jitted_prediction(task: str, definition: ModelDef, context: TaskContext, mesh: Mesh) -> Any:
+    """(parameters, batch) -> predictions of a task, under ``jax.jit``; to be called with the mesh in context."""
+    predict = TASKS[task].predict
+    assert predict is not None
+    # Every process gets all predictions of a batch, whoever's devices made them.
+    return jax.jit(
+        lambda params, batch: predict(definition.bind(params), batch, context), out_shardings=replicated(mesh)
+    )
 
 
 def _without_frames(example: Example) -> Example:

@@ -1,14 +1,27 @@
-"""``mplug2 plan --shardings``: every parameter has a place, and every rule that could not act says why."""
+"""``mplug2 plan``: places of parameters, whole plans, searches, programs compiled ahead, and sentences."""
 
+import dataclasses
+import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
+import pytest
+
+from data_pipelines.sources.config import SourceConfig
+from mplug2_jax.evaluation.loop import EvaluationConfig
 from mplug2_jax.model.config import model_config
 from mplug2_jax.model.mplug2 import define
 from mplug2_jax.parallel.logical import ACTIVATION_RULES, PARAMETER_RULES
+from mplug2_jax.planning.plan_file import PlanFile, read_plan
+from tests.runs import recipe_file, small_run
 
 from .conftest import Outcome
 
+Mplug2 = Callable[..., Outcome]
 PLAN = ("plan", "--config", "demo", "--shardings")
 
 
@@ -46,3 +59,187 @@ def test_what_cannot_be_is_a_sentence(mplug2: Callable[..., Outcome]) -> None:
         assert refused.status == 2
         assert message in refused.err
     assert mplug2("plan", "--config", "demo").status == 2  # nothing was asked for
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe of one stream of text."""
+    text = dataclasses.replace(small_run().streams["text"], objectives={"mlm": 1.0})
+    heldout = dataclasses.replace(text.data, sources={"digits": SourceConfig(kind="text", split="heldout", size=8)})
+    words = EvaluationConfig(task="mlm", data=heldout, samples=1)
+    run = small_run(steps=2, streams={"text": text}, evaluations={"words": words})
+    return recipe_file(run, tmp_path_factory.mktemp("recipes") / "small.py")
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("--topology", "cpu:8"), "--config is missing: name the recipe to plan, as pretrain:large"),
+        (("--config", "demo"), "plan needs --topology, as v5p:8x8x8, or --shardings"),
+        (("--config", "dmo", "--topology", "cpu:8"), "recipe 'dmo' is neither a file nor a shipped recipe"),
+        (("--config", "demo", "--topology", "v5x:4x4"), "did you mean 'v5p'? (valid: a100, cpu, h100, h200, tpu7x, v4"),
+        (("--config", "demo", "--topology", "v5e:3x3"), "v5e does not come in this shape: v5e:1x1, v5e:2x2, v5e:2x4"),
+        (
+            ("--config", "demo", "--topology", "cpu:8", "--slices", "2"),
+            "--slices 2: expected at least 1, and more than",
+        ),
+        (("--config", "demo", "--topology", "cpu:8", "--effort", "2"), "--effort=2.0 must be between -1 and 1"),
+        (("--config", "demo", "--topology", "cpu:8", "--effort", "nan"), "--effort=nan must be between -1 and 1"),
+        (("--config", "demo", "--topology", "cpu:8", "--minutes", "-1"), "--minutes=-1.0 must be at least 0"),
+        (
+            ("--config", "demo", "--topology", "cpu:8", "--config.mesh.data=3"),
+            "config.mesh.data=3, config.mesh.fsdp=-1: 3 does not divide the 8 devices",
+        ),
+        (
+            ("--config", "demo", "--topology", "cpu:8", "--config.mesh.fsdp=4"),
+            "config.mesh.fsdp=4 needs 4 devices, but there are 8",
+        ),
+        (
+            ("--config", "demo", "--topology", "cpu:8", "--config.streams.text.data.batch_size=12"),
+            "config.streams.text.data.batch_size / config.accumulate=12 does not split over the mesh's 8 batch shards",
+        ),
+        (
+            ("--config", "demo", "--topology", "cpu:8", "--evaluation", "masked_word"),
+            "--evaluation masked_word: did you mean 'masked_words'?",
+        ),
+        (
+            ("--config", "demo", "--topology", "cpu:8", "--search", "--evaluation", "masked_words"),
+            "--search is for training: leave --evaluation out",
+        ),
+        (("--config", "demo", "--topology", "h100:64"), "is planned on 64 simulated CPU devices, but JAX was started"),
+    ],
+)
+def test_a_plan_of_nothing_is_a_sentence(mplug2: Mplug2, words: tuple[str, ...], sentence: str) -> None:
+    refused = mplug2("plan", *words)
+    assert (refused.status, refused.out) == (2, "")
+    assert sentence in refused.err
+    assert refused.err.count("\n") == 1
+
+
+def test_plans_overwrite_no_plan_and_begin_nothing_that_has_no_place(mplug2: Mplug2, tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text("mine")
+    refused = mplug2("plan", "--config", "demo", "--topology", "cpu:8", "--search", "--out", tmp_path / "plan.json")
+    assert refused.status == 2
+    assert f"--out {tmp_path / 'plan.json'} exists: remove it, or name another file" in refused.err
+    assert (tmp_path / "plan.json").read_text() == "mine"
+    for option in ("--json", "--html"):
+        lost = mplug2("plan", "--config", "demo", "--topology", "cpu:8", option, tmp_path / "lost" / "plan")
+        assert lost.status == 2
+        assert f"{option} {tmp_path / 'lost' / 'plan'}: there is no folder {tmp_path / 'lost'}" in lost.err
+        assert "compiling" not in lost.err
+
+
+@pytest.mark.slow
+def test_a_whole_plan_in_words_as_data_and_as_a_page(mplug2: Mplug2, small: Path, tmp_path: Path) -> None:
+    data, page = tmp_path / "plan.json", tmp_path / "plan.html"
+    shown = mplug2("plan", "--config", small, "--topology", "cpu:8", "--effort", "0", "--json", data, "--html", page,
+                   "--config.mesh.tensor=2")  # fmt: skip
+    assert shown.status == 0, shown.err
+    assert "compiling for cpu:8" in shown.err
+    assert re.search(
+        r"^small, train: [\d,]+ parameters on cpu:8 \(8 chips\), mesh fsdp=4, tensor=2$", shown.out, re.MULTILINE
+    )
+    assert "compiled for simulated CPUs in place of these chips" in shown.out
+    assert f"it fits\npage: {page}\n" in shown.out
+    plain = json.loads(data.read_text())
+    assert (plain["fits"], plain["chips"], plain["examples"]) == (True, 8, {"text": 8})
+    assert sum(plain["memory"]["parts"].values()) == pytest.approx(plain["memory"]["peak"])
+    assert "small on cpu:8" in page.read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.html", "plan.json"]
+
+
+@pytest.mark.slow
+def test_an_evaluation_has_a_plan_too(mplug2: Mplug2, small: Path) -> None:
+    shown = mplug2("plan", "--config", small, "--topology", "cpu:8", "--evaluation", "words", "--effort", "0")
+    assert shown.status == 0, shown.err
+    assert re.search(r"^small, words: [\d,]+ parameters on cpu:8", shown.out, re.MULTILINE)
+    assert "  words / text" in shown.out
+    assert "chip-hours" not in shown.out
+
+
+@pytest.mark.slow
+def test_a_search_writes_what_training_takes(
+    mplug2: Mplug2, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    out = tmp_path / "plan.json"
+    words = ("--config", small, "--topology", "cpu:8", "--effort", "0", "--config.log_every=2")
+    shown = mplug2("plan", *words, "--search", "--minutes", "0.2", "--out", out)
+    assert shown.status == 0, shown.err
+    assert "candidates by the analytic model; compiling the most promising" in shown.err
+    assert "layout (* the recipe's own)" in shown.out
+    plan = read_plan(out)
+    assert (plan.config, plan.topology) == (str(small), "cpu:8")
+    assert plan.overrides[0] == "--config.log_every=2"
+    assert plan.report["tried"] >= 1
+    assert list((tmp_path / ".cache/mplug2_jax/plans").glob("*.json"))
+    trained = mplug2("train", "--plan", out, "--workdir", tmp_path / "run", "--config.steps=1")
+    assert trained.status == 0, trained.err
+
+
+def test_training_by_a_plan_does_what_it_says(mplug2: Mplug2, recipes: Path, tmp_path: Path) -> None:
+    plan = PlanFile(
+        config=str(recipes / "text.py"), topology="cpu:8",
+        overrides=("--config.mesh.data=8", "--config.mesh.fsdp=1", "--config.steps=2", "--config.evaluate_every=0"),
+    )  # fmt: skip
+    plan.write(tmp_path / "plan.json")
+    words = ("--plan", tmp_path / "plan.json", "--workdir", tmp_path / "run", "--config.steps=1")
+    other = mplug2("train", *words, "--config", "demo")
+    assert other.status == 2
+    assert f"is for the recipe {recipes / 'text.py'}, not for --config demo: leave one out" in other.err
+    assert not (tmp_path / "run").exists()
+
+    trained = mplug2("train", *words)
+    assert trained.status == 0, trained.err
+    assert "mesh data=8 on cpu" in trained.out
+    kept = json.loads((tmp_path / "run/config.json").read_text())
+    assert (kept["mesh"]["data"], kept["mesh"]["fsdp"], kept["steps"]) == (8, 1, 1)  # what is asked beside it counts
+
+
+def test_training_by_no_plan_is_a_sentence(mplug2: Mplug2, tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text('{"topology": "v5x:8", "config": "demo", "overrides": []}')
+    for plan, sentence in (
+        ("lost.json", "lost.json does not exist; mplug2 plan --search"),
+        ("plan.json", "plan.json: --topology v5x:8: chip 'v5x' is unknown"),
+    ):
+        refused = mplug2("train", "--plan", tmp_path / plan, "--workdir", tmp_path / "run")
+        assert refused.status == 2
+        assert sentence in refused.err
+    neither = mplug2("train", "--workdir", tmp_path / "run")
+    assert "--config is missing: name a recipe, or a --plan that has one" in neither.err
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_program_compiled_ahead_is_taken_by_training_on_such_machines_only(small: Path, tmp_path: Path) -> None:
+    """Real processes. What the environment says of another cache does not matter."""
+    kept = tmp_path / "kept"
+
+    def process(*words: object, devices: int | None = None) -> str:
+        environment = os.environ | {
+            "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+            "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "other"), "JAX_DEBUG_LOG_MODULES": "jax._src.compiler",
+        } | ({"JAX_NUM_CPU_DEVICES": str(devices)} if devices else {})  # fmt: skip
+        line = [sys.executable, "-m", "mplug2_jax.cli.main", *map(str, words), "--config.evaluate_every=100"]
+        done = subprocess.run(line, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout + done.stderr
+
+    def train(name: str, devices: int) -> str:
+        return process("train", "--config", small, "--workdir", tmp_path / name, f"--config.compilation_cache={kept}",
+                       "--config.steps=1", devices=devices)  # fmt: skip
+
+    said = process("plan", "--config", small, "--topology", "cpu:4", "--save-executable", kept, "--config.steps=1")
+    assert f"executable: {kept}; mplug2 train ... --config.compilation_cache={kept}" in said
+    manifest = json.loads((kept / "executable.json").read_text())
+    assert manifest["devices"] == "4 x cpu"
+    keys = {path.name.removesuffix("-cache") for path in kept.glob("*-cache")}
+    assert len(keys) == 1
+
+    same = train("same", 4)
+    assert re.search(r"compiled in [\d.]+ s, from the program that was compiled ahead", same)
+    hits = set(re.findall(r"[Pp]ersistent compilation cache hit for '[^']*' with key '([^']*)'", same))
+    assert keys <= hits
+
+    other = train("other", 2)
+    assert re.search(r"compiled in [\d.]+ s anew: \S+ is of another: devices 4 x cpu, here 2 x cpu; program", other)

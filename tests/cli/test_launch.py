@@ -1,0 +1,139 @@
+"""launch slurm, gke and tpu-vm: what is printed, written, and done."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mplug2_jax.planning.plan_file import PlanFile
+
+SLURM = ("launch", "slurm", "--config", "demo", "--topology", "h100:16", "--workdir", "/shared/demo")
+GKE = (
+    "launch",
+    "gke",
+    "--config",
+    "demo",
+    "--topology",
+    "v5p:2x2x4",
+    "--workdir",
+    "gs://bucket/demo",
+    "--image",
+    "r/i:1",
+)
+TPU_VM = (
+    "launch", "tpu-vm", "--config", "demo", "--topology", "v6e:4x4", "--workdir", "gs://bucket/demo",
+    "--image", "r/i:1", "--zone", "us-east5-a",
+)  # fmt: skip
+TARGETS = {
+    "slurm": (SLURM, "sbatch", "demo.sbatch"), "gke": (GKE, "kubectl apply -f", "demo.yaml"),
+    "tpu-vm": (TPU_VM, "bash", "demo.sh"),
+}  # fmt: skip
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder, and the process in it; beside it, programs that say how they were called."""
+    bin_, folder = tmp_path / "bin", tmp_path / "here"
+    bin_.mkdir()
+    folder.mkdir()
+    for name in ("sbatch", "kubectl", "bash"):
+        (bin_ / name).write_text(f'#!/bin/sh\necho {name} "$@" >> called\nexit 7\n')
+        (bin_ / name).chmod(0o755)
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("PATH", f"{bin_}:{os.environ['PATH']}")
+    return folder
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_nothing_is_done_unless_asked(mplug2: Callable[..., Any], here: Path, target: str) -> None:
+    words, submit, file = TARGETS[target]
+    printed = mplug2(*words)
+    assert printed.status == 0, printed.err
+    assert f"# to submit it (or --submit):\n$ {submit} {file}\n" in printed.out
+    assert list(here.iterdir()) == []
+    text = printed.out.partition("\n\n# to submit it")[0] + "\n"
+    assert mplug2(*words, "--out", "sub.txt").out.startswith(
+        f"sub.txt is written\n# to submit it (or --submit):\n$ {submit}"
+    )
+    assert (here / "sub.txt").read_text() == text
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_it_is_done_if_asked(mplug2: Callable[..., Any], here: Path, target: str) -> None:
+    words, submit, file = TARGETS[target]
+    done = mplug2(*words, "--submit")
+    assert (done.status, done.out) == (7, f"{file} is written\n$ {submit} {file}\n")
+    assert (here / "called").read_text() == f"{submit} {file}\n"
+    assert (here / file).exists()
+
+
+def test_another_file_is_never_written_over(mplug2: Callable[..., Any], here: Path) -> None:
+    (here / "demo.sbatch").write_text("mine")
+    for words in (("--out", "demo.sbatch"), ("--submit",)):
+        refused = mplug2(*SLURM, *words)
+        assert refused.status == 2
+        assert refused.err == (
+            "mplug2: error: --out demo.sbatch exists and differs from what would be written; choose another name, or "
+            "remove it\n"
+        )
+    assert (here / "demo.sbatch").read_text() == "mine"
+    assert not (here / "called").exists()
+    assert mplug2(*SLURM, "--out", "again.sbatch").status == mplug2(*SLURM, "--out", "again.sbatch").status == 0
+
+
+def test_a_scheduler_that_is_not_here(mplug2: Callable[..., Any], here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(here))
+    refused = mplug2(*SLURM, "--submit")
+    assert (refused.status, refused.err) == (
+        2, "mplug2: error: sbatch is not installed here; copy the file to where it is, and run it there\n"
+    )  # fmt: skip
+
+
+def test_a_plan_is_launched_with_its_overrides(mplug2: Callable[..., Any], here: Path) -> None:
+    plan = PlanFile(config="demo", overrides=("--config.mesh.replica=2",), topology="v6e:4x4", slices=2)
+    plan.write(here / "plan.json")
+    printed = mplug2("launch", "gke", "--plan", "plan.json", "--config.seed=7", *GKE[6:])
+    assert printed.status == 0, printed.err
+    assert '"--config.mesh.replica=2"\n                    - "--config.seed=7"\n' in printed.out
+    assert 'gke-tpu-topology: "4x4"' in printed.out
+    assert "replicas: 2" in printed.out
+    refused = mplug2("launch", "gke", "--plan", "none.json", *GKE[6:])
+    assert "none.json does not exist" in refused.err
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ((*GKE, "--topology", "h100:8"), "--topology h100:8: gke starts runs on TPUs only"),
+        ((*GKE, "--workdir", "runs/demo"), "--workdir runs/demo: expected gs://BUCKET/FOLDER"),
+        (
+            (*TPU_VM, "--topology", "tpu7x:4x4x4"),
+            "--topology tpu7x:4x4x4: queued resources have no tpu7x; use mplug2 launch",
+        ),
+        ((*SLURM, "--topology", "v5p:2x2x4"), "--topology v5p:2x2x4: SLURM has no TPUs"),
+        (
+            (*SLURM, "--config.mesh.tensor=5"),
+            "config.mesh.fsdp=-1, config.mesh.tensor=5: 5 does not divide the 16 devices",
+        ),
+        (SLURM[:4], "the following arguments are required: --workdir"),
+        (("launch", "slurm", "--workdir", "x"), "--config is missing; give --config and --topology, or --plan"),
+        ((*TPU_VM, "--spot", "--reserved"), "--reserved: not allowed with argument --spot"),
+    ],
+)
+def test_what_is_wrong_is_one_sentence(
+    mplug2: Callable[..., Any], here: Path, words: tuple[str, ...], sentence: str
+) -> None:
+    refused = mplug2(*words)
+    assert refused.status == 2
+    assert sentence in refused.err.splitlines()[-1]
+    assert refused.out == ""
+
+
+@pytest.mark.parametrize("target", ["slurm", "gke", "tpu-vm"])
+def test_help_has_an_example_that_works(mplug2: Callable[..., Any], here: Path, target: str) -> None:
+    shown = mplug2("launch", target, "--help").out
+    example = shown.partition("example:\n")[2].split()
+    assert example[:3] == ["mplug2", "launch", target]
+    assert mplug2(*example[1:]).status == 0
