@@ -58,6 +58,15 @@ def reference() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def schemas() -> Path:
+    """The folder with other projects' schemas: MPLUG2_SCHEMAS, or beside the repository."""
+    folder = Path(os.environ.get("MPLUG2_SCHEMAS", REPOSITORY.parent / "shared" / "schemas"))
+    if not folder.is_dir():
+        pytest.skip(f"no schemas at {folder}; set MPLUG2_SCHEMAS to the folder that holds them")
+    return folder
+
+
 @pytest.fixture
 def optimised() -> Iterator[None]:
     """Programs are compiled as users compile them: for tests that look at the compiled program."""

@@ -24,6 +24,7 @@ def test_the_demo_recipe_runs_from_a_wheel(repository: Path, tmp_path: Path) -> 
     packed = set(zipfile.ZipFile(wheel).namelist())
     assert {"mplug2_jax/configs/demo.py", "mplug2_jax/report/template.html", "data_pipelines/batch.py"} <= packed
     assert not any(name.startswith("tests") for name in packed)
+    assert {"mplug2_jax/launch/files/jobset.yaml.j2", "mplug2_jax/launch/files/Dockerfile.tpu"} <= packed
 
     venv.create(tmp_path / "env", with_pip=True)
     python = tmp_path / "env" / "bin" / "python"
@@ -46,4 +47,9 @@ def test_the_demo_recipe_runs_from_a_wheel(repository: Path, tmp_path: Path) -> 
         cwd=tmp_path, env=clean | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
     )  # fmt: skip
     assert "image_question" in done.stdout
+    done = run(
+        tmp_path / "env" / "bin" / "mplug2", "launch", "slurm", "--config", "demo", "--topology", "h100:16",
+        "--workdir", "/shared/demo", cwd=tmp_path, env=clean,
+    )  # fmt: skip
+    assert "#SBATCH --nodes=2" in done.stdout
     assert (tmp_path / "run" / "report.html").is_file()

@@ -7,6 +7,7 @@ by name (``launch local``)  ``JAX_COORDINATOR_ADDRESS``, ``JAX_NUM_PROCESSES``, 
 GKE JobSet                  ``JOBSET_NAME``, ``REPLICATED_JOB_NAME``, ``JOB_COMPLETION_INDEX``, ``JAX_NUM_PROCESSES``
 SLURM                       a step of several tasks: ``SLURM_STEP_NUM_TASKS`` and its siblings
 TPU pod                     ``TPU_WORKER_HOSTNAMES`` and ``TPU_WORKER_ID``, or the metadata server of a TPU machine
+several slices of TPUs      besides, ``MEGASCALE_NUM_SLICES``, ``_SLICE_ID``, ``_COORDINATOR_ADDRESS``: JAX reads them
 ==========================  ================================================================================
 """
 
@@ -101,7 +102,8 @@ def _by_slurm(environment: Mapping[str, str]) -> Cluster:
 
 
 def _by_tpu(environment: Mapping[str, str]) -> Cluster:
-    hosts = environment.get("TPU_WORKER_HOSTNAMES")
+    # GKE sets the one or the other, and JAX prefers the first.
+    hosts = environment.get("TPU_PROCESS_ADDRESSES", environment.get("TPU_WORKER_HOSTNAMES"))
     if hosts is None:
         if "TPU_WORKER_ID" in environment:
             raise UserError(
@@ -110,7 +112,18 @@ def _by_tpu(environment: Mapping[str, str]) -> Cluster:
             )
         return Cluster("TPU metadata")
     within = Cluster("TPU pod", count=len(hosts.split(",")), index=_number(environment, "TPU_WORKER_ID"))
+    _check_slices(environment)
     return Cluster(_checked(within).how)  # several slices make more of them: JAX counts
+
+
+def _check_slices(environment: Mapping[str, str]) -> None:
+    """Checks what JAX would take for the first slice if it were missing, to wait for the others for ever."""
+    if "MEGASCALE_NUM_SLICES" not in environment:
+        return
+    slices = Cluster("TPU slices", count=_number(environment, "MEGASCALE_NUM_SLICES"), index=0)
+    if slices.count != 1:
+        _text(environment, "MEGASCALE_COORDINATOR_ADDRESS")
+        _checked(dataclasses.replace(slices, index=_number(environment, "MEGASCALE_SLICE_ID")))
 
 
 def _text(environment: Mapping[str, str], name: str) -> str:

@@ -18,6 +18,9 @@ SLURM = {
     "SLURM_LOCALID": "3", "SLURM_STEP_NODELIST": "node[003-4,9]",
 }  # fmt: skip
 TPU = {"TPU_WORKER_HOSTNAMES": "t0,t1", "TPU_WORKER_ID": "1"}
+SLICES = TPU | {
+    "MEGASCALE_NUM_SLICES": "2", "MEGASCALE_SLICE_ID": "1", "MEGASCALE_COORDINATOR_ADDRESS": "run-slice-0-0.run"
+}  # fmt: skip
 
 
 def without(environment: dict[str, str], name: str) -> dict[str, str]:
@@ -39,6 +42,9 @@ def without(environment: dict[str, str], name: str) -> dict[str, str]:
         (SLURM | {"SLURM_STEP_NUM_TASKS": "1"}, False, None),
         (without(SLURM, "SLURM_STEP_NUM_TASKS"), False, None),  # a batch script, not a step
         ({}, True, Cluster("TPU metadata")),
+        (SLICES, True, Cluster("TPU pod")),
+        (TPU | {"MEGASCALE_NUM_SLICES": "1"}, True, Cluster("TPU pod")),
+        ({"TPU_PROCESS_ADDRESSES": "t0:1,t1:1", "TPU_WORKER_ID": "1"}, True, Cluster("TPU pod")),
     ],
 )
 def test_who_the_others_are(environment: dict[str, str], tpu: bool, cluster: Cluster | None) -> None:
@@ -88,6 +94,21 @@ def test_half_of_a_tpu_pod() -> None:
         detect(without(TPU, "TPU_WORKER_ID"), tpu=True)
     with pytest.raises(UserError, match="TPU pod: process 2 of 2 cannot be"):
         detect(TPU | {"TPU_WORKER_ID": "2"}, tpu=True)
+
+
+@pytest.mark.parametrize(
+    ("environment", "sentence"),
+    [
+        (without(SLICES, "MEGASCALE_SLICE_ID"), "MEGASCALE_SLICE_ID is not set, though its siblings are"),
+        (without(SLICES, "MEGASCALE_COORDINATOR_ADDRESS"), "MEGASCALE_COORDINATOR_ADDRESS is not set"),
+        (SLICES | {"MEGASCALE_SLICE_ID": "2"}, "TPU slices: process 2 of 2 cannot be"),
+        (SLICES | {"MEGASCALE_NUM_SLICES": "two"}, "MEGASCALE_NUM_SLICES=two should be a whole number"),
+    ],
+)
+def test_half_of_several_slices(environment: dict[str, str], sentence: str) -> None:
+    """JAX would take each for slice 0, and wait."""
+    with pytest.raises(UserError, match=sentence):
+        detect(environment, tpu=True)
 
 
 @given(

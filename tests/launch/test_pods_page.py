@@ -1,0 +1,50 @@
+"""docs/pods.md shows what its commands print, and the container files keep what the page promises."""
+
+import os
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import command
+
+_COMMAND = re.compile(r"^(```bash\nmplug2 (launch .*)\n```\n\n<details>.*\n\n```\w+\n)(?:.*\n)*?```$", re.MULTILINE)
+
+
+def test_files_are_what_the_commands_print(repository: Path) -> None:
+    """RENEW=1 writes them anew."""
+    path = repository / "docs" / "pods.md"
+    page = path.read_text(encoding="utf-8")
+
+    def shown(match: re.Match[str]) -> str:
+        done = command(*shlex.split(match[2]))
+        assert done.status == 0, done.err
+        return f"{match[1]}{done.out}```"
+
+    renewed, count = _COMMAND.subn(shown, page)
+    assert count == page.count("\nmplug2 launch ") == 3
+    if os.environ.get("RENEW"):
+        path.write_text(renewed, encoding="utf-8")
+    assert renewed == path.read_text(encoding="utf-8"), "RENEW=1 pytest tests/launch/test_pods_page.py renews the page"
+
+
+@pytest.mark.parametrize(("which", "extra"), [("tpu", "tpu"), ("gpu", "cuda")])
+def test_images_are_pinned_small_and_without_root(repository: Path, which: str, extra: str) -> None:
+    text = (repository / "launch" / f"Dockerfile.{which}").read_text(encoding="utf-8")
+    lines = re.sub(r"\\\n\s*", "", text).splitlines()
+    bases = [line.split()[1] for line in lines if line.startswith("FROM ")]
+    assert len(bases) == 2  # what builds stays behind
+    assert all(re.fullmatch(r"python:3\.11\.\d+-slim-\w+", base) for base in bases)
+    (install,) = (line for line in lines if "pip " in line)
+    assert f'install --no-cache-dir --constraint constraints.txt ".[{extra}]"' in install
+    assert "venv --without-pip" in install
+    last = lines[max(i for i, line in enumerate(lines) if line.startswith("FROM ")) :]
+    assert [line for line in last if line.startswith("USER ")] == ["USER mplug2"]
+    assert not any("pip" in line or "apt" in line for line in last)
+    copied = {
+        word for line in lines if line.startswith("COPY ") and "--from" not in line for word in line.split()[1:-1]
+    }
+    assert all((repository / name).exists() for name in copied)
+    packed = (repository / "pyproject.toml").read_text(encoding="utf-8")
+    assert set(re.findall(r'^"(\w+)" = "mplug2_jax/', packed, re.MULTILINE)) <= copied

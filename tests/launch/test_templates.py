@@ -1,0 +1,62 @@
+"""Whatever is put into a file is one word or one value of it."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import jinja2
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mplug2_jax.launch.templates import launch_folder, render, shell_command, shell_word, yaml_value
+from tests.launch.jobs import HOSTILE
+
+
+def words_of(script: str) -> list[bytes]:
+    """The words that bash gives a command."""
+    done = subprocess.run(
+        ["bash", "-c", os.fsencode(f"printf '%s\\0' {script}")], capture_output=True, timeout=20, check=True
+    )
+    assert done.stderr == b""
+    return done.stdout.split(b"\0")[:-1]
+
+
+@given(st.lists(HOSTILE, min_size=1, max_size=4))
+def test_bash_reads_back_every_word(words: list[str]) -> None:
+    assert words_of(shell_command(["x" * 200, *words]))[1:] == [os.fsencode(word) for word in words]
+    assert words_of(shell_command(words)) == [os.fsencode(word) for word in words]
+
+
+@given(HOSTILE)
+def test_a_word_is_one_line_of_printable_characters(word: str) -> None:
+    assert shell_word(word).isprintable()
+
+
+@given(HOSTILE.filter(lambda text: "\udcff" not in text))
+def test_yaml_reads_back_every_value(value: str) -> None:
+    assert yaml.safe_load(f"key: {yaml_value(value)}\nother: 1") == {"key": value, "other": 1}
+    assert yaml_value(value).isprintable()
+
+
+def test_numbers_are_numbers_of_yaml() -> None:
+    assert yaml.safe_load(f"[{yaml_value(3)}, {yaml_value('3')}]") == [3, "3"]
+
+
+def test_long_commands_have_a_line_for_every_option() -> None:
+    assert shell_command(["a", "--b", "c", "--d=e"]) == "a --b c --d=e"
+    long = shell_command(["a", "b", "--c", "d" * 99, "--e=f g", "-h"])
+    assert long.split(" \\\n    ") == ["a b", f"--c {'d' * 99}", "'--e=f g'", "-h"]
+
+
+def test_a_template_lacks_nothing() -> None:
+    with pytest.raises(jinja2.UndefinedError):
+        render("jobset.yaml.j2", name="demo")
+
+
+def test_the_files_are_found(repository: Path) -> None:
+    assert launch_folder() == repository / "launch"
+    assert {path.name for path in launch_folder().iterdir()} == {
+        "Dockerfile.gpu", "Dockerfile.tpu", "jobset.yaml.j2", "slurm.sbatch.j2", "tpu_vm.sh.j2",
+    }  # fmt: skip
