@@ -110,13 +110,16 @@ def _add_job(parser: argparse.ArgumentParser) -> None:
 def run_local(args: argparse.Namespace) -> int:
     """Runs the command and returns its status."""
     from mplug2_jax.cli.main import parse
+    from mplug2_jax.cli.train import chosen
     from mplug2_jax.launch.local import LocalProcesses
 
     for name, least in (("processes", 1), ("devices_per_process", 1), ("max_restarts", 0)):
         check_range(f"--{name.replace('_', '-')}", getattr(args, name), least)
     if args.words[0] not in LAUNCHED:
         raise UserError(f"{args.words[0]!r} does not run on several processes: {did_you_mean(args.words[0], LAUNCHED)}")
-    parse(args.words)  # a mistake is said once, and not by every process
+    parsed = parse(args.words)  # a mistake is said once, and not by every process
+    if args.words[0] == "train":
+        chosen(parsed.config, parsed.plan, parsed.overrides)
     command = [sys.executable, "-m", "mplug2_jax.cli.main", *args.words]
     return LocalProcesses(command, args.processes, args.devices_per_process).run(args.max_restarts)
 

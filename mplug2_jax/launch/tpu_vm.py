@@ -7,7 +7,12 @@ from mplug2_jax.launch.gke import IMAGE
 from mplug2_jax.launch.job import MOUNT, Job, Launch, bucket_of, check_option, check_shipped, check_tpu
 from mplug2_jax.launch.templates import render
 
-RUNTIMES = {"v5e": "v2-alpha-tpuv5-lite", "v5p": "v2-alpha-tpuv5", "v6e": "v2-alpha-tpuv6e"}
+RUNTIMES = {
+    "v4": "tpu-ubuntu2204-base",
+    "v5e": "v2-alpha-tpuv5-lite",
+    "v5p": "v2-alpha-tpuv5",
+    "v6e": "v2-alpha-tpuv6e",
+}
 """The software that machines of a chip come with, as Google names it for JAX."""
 _NAME = r"[a-z0-9]([-a-z0-9.:]{0,61}[a-z0-9])?"
 

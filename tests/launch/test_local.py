@@ -129,5 +129,8 @@ def test_what_cannot_be_launched_is_refused_before_anything_starts(repository: P
         2, "mplug2: error: 'generate' does not run on several processes: valid: eval, train",
     )  # fmt: skip
     assert said("--processes", "2", "--", "train", "--workdir", "w") == (
-        2, "mplug2 train: error: the following arguments are required: --config",
+        2, "mplug2: error: --config is missing: name a recipe, or a --plan that has one",
+    )  # fmt: skip
+    assert said("--processes", "2", "--", "train", "--config", "demo") == (
+        2, "mplug2 train: error: the following arguments are required: --workdir",
     )  # fmt: skip
