@@ -65,7 +65,7 @@ def test_directions() -> None:
 
 
 @given(seed=st.integers(0, 999), num_ops=st.integers(0, len(OPERATIONS)), magnitude=st.floats(0, 10))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_rand_augment_is_a_function_of_the_generator(seed: int, num_ops: int, magnitude: float) -> None:
     def run() -> np.ndarray:
         return rand_augment(smooth(), np.random.default_rng(seed), num_ops=num_ops, magnitude=magnitude)

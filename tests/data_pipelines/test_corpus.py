@@ -22,7 +22,7 @@ WORDS = st.lists(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(lines=WORDS, length=st.integers(3, 12))
 def test_the_pieces_are_the_text(lines: list[str], length: int, tmp_path_factory) -> None:
     path = tmp_path_factory.mktemp("corpus") / "a.txt"

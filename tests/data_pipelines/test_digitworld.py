@@ -20,7 +20,7 @@ from data_pipelines.record import Record
 kinds = st.sampled_from(["image", "video", "text"])
 splits = st.sampled_from(["train", "heldout"])
 indices = st.integers(0, 99_999)
-few = settings(max_examples=50, deadline=None)
+few = settings(max_examples=50)
 
 
 def equal(a: Record, b: Record) -> bool:
@@ -173,7 +173,7 @@ def test_boxes_hold_the_pixels_tightly(kind, split, index, size) -> None:
     assert background.max() < 64
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(index=indices, size=st.sampled_from([32, 48, 64]), t=st.integers(2, 12))
 def test_motion_is_visible_and_stays_on_the_canvas(index, size, t) -> None:
     scene = DigitWorld("video").scene(index)

@@ -134,7 +134,7 @@ def test_a_small_decoding_is_the_large_one_shrunk() -> None:
     assert np.abs(small.astype(int) - shrunk).mean() < 3
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(name=st.sampled_from(sorted(FORMATS)), share=st.floats(0, 1))
 def test_cut_off_files_are_whole_or_errors(name: str, share: float) -> None:
     data = encoded(name)[: int(share * len(encoded(name)))]
@@ -142,7 +142,7 @@ def test_cut_off_files_are_whole_or_errors(name: str, share: float) -> None:
     assert said is None or said.startswith("picture cannot be read as an image: ")
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data(), name=st.sampled_from(sorted(FORMATS)), shrink=st.sampled_from([1.0, 0.2]))
 def test_damaged_files_give_pixels_or_one_error(data: st.DataObject, name: str, shrink: float) -> None:
     file = bytearray(encoded(name))

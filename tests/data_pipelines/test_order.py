@@ -29,7 +29,7 @@ def step_of(order, batch_size: int, hosts: list[tuple[int, ...]], start: int, st
     return [picks[number][0] for number in range(batch_size)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     records=SIZES, seed=st.integers(0, 2**31), step=st.integers(0, 10**6), back=st.integers(0, 50),
     multiple=st.integers(1, 3),
@@ -44,7 +44,7 @@ def test_a_step_holds_the_same_for_any_hosts_and_any_restart(records, seed, step
     assert step_of(again, batch_size, hosts, max(0, step - back), step) == alone
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(length=st.integers(1, 60), seed=st.integers(0, 2**31), epoch=st.integers(0, 1000))
 def test_every_epoch_shows_every_record_once(length, seed, epoch) -> None:
     order = endless_order({"a": length}, {"a": 1.0}, stream="s", seed=seed)
@@ -71,7 +71,7 @@ def test_dropping_the_remainder_keeps_batches_inside_an_epoch() -> None:
     assert {order[i].index for i in range(20 * 30)} == set(range(23)), "every record has its turn in some epoch"
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(shares=st.lists(st.integers(1, 9), min_size=2, max_size=4), start=st.integers(0, 10**6))
 def test_mixtures_are_exact(shares, start) -> None:
     names = "abcd"[: len(shares)]

@@ -62,7 +62,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return counts
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     encoding=st.sampled_from(sorted(ENCODINGS)),
     gop=st.sampled_from([1, 7, 250]),
@@ -115,7 +115,7 @@ def test_a_container_that_breaks_its_promise_is_decoded_from_the_start(monkeypat
     np.testing.assert_array_equal(read(data, 3, 20)[0], frames[[3, 20]])
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(gaps=st.lists(st.integers(1, 40), min_size=1, max_size=12), encoding=st.sampled_from(["h264", "h264 mkv"]))
 def test_variable_frame_rates_keep_their_times(gaps: list[int], encoding: str) -> None:
     shown = np.cumsum([0, *gaps])
@@ -211,7 +211,7 @@ def test_cut_off_files(encoding: str, share: float) -> None:
         read(data[: int(len(data) * share)], 0, 19)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(data=st.data(), encoding=st.sampled_from(["h264", "h264 mkv", "h264 ts", "mpeg4 avi", "vp9", "gif"]))
 def test_damaged_files_give_pixels_or_one_error(data: st.DataObject, encoding: str) -> None:
     file = bytearray(moving_clip(encoding, 7)[0])

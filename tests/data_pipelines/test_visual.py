@@ -38,7 +38,7 @@ def clip(encoding: str = "h264", gop: int = 12) -> Media:
     return Media("video", moving_clip(encoding, gop)[0], "clip")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(transform=st.sampled_from(TRANSFORMS), size=st.integers(1, 80), seed=st.integers(0, 99))
 def test_every_transform_of_everything(transform: Transform, size: int, seed: int) -> None:
     for source, count in ((PHOTOGRAPH, 1), (clip(), 3), (moving(1), 1), (moving(7), 3)):

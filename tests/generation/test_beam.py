@@ -113,7 +113,7 @@ def tables(seed, sharpness, end_bias):
         (1, 5, 9, 9, False),
     ],
 )
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     seed=st.integers(0, 2**32 - 1),
     sharpness=st.sampled_from([0.3, 1.0, 4.0]),

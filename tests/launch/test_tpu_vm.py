@@ -170,7 +170,7 @@ def test_gcloud_takes_its_commands(cloud: Path) -> None:
     assert "unrecognized arguments: --sport" in said([*next(iter(distinct.values())), "--sport"])
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(HOSTILE, max_size=3), st.sampled_from(["a b", "$(touch broken)", "it's", '"', "a\nb", "`x`", "EOF"]))
 def test_no_value_leaves_its_place(cloud: Path, overrides: list[str], folder: str) -> None:
     """Through the script, gcloud's command and the host's shell."""

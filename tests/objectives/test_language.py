@@ -61,7 +61,7 @@ def losses_of(logits, target):
 
 
 seeds = given(seed=st.integers(0, 2**32 - 1))
-few = settings(max_examples=15, deadline=None)
+few = settings(max_examples=15)
 
 
 @few

@@ -59,7 +59,7 @@ def test_a_hand_computed_case():
     np.testing.assert_allclose(loss, np.log(1 + np.exp(-2.0)), rtol=1e-6)  # softmax of (2, 0), all four times
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 2**32 - 1), num_ids=st.sampled_from([2, 5, 10**6]), padded=st.integers(0, 11),
     tiles=st.sampled_from([1, 3, 12, None]),
@@ -201,7 +201,7 @@ def momentum_reference(student, teacher, ids, queue, temperature, alpha):
     return sum(losses) / 2
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 2**32 - 1), num_ids=st.sampled_from([3, 10**6]), alpha=st.sampled_from([0.0, 0.4, 1.0]))
 def test_the_momentum_loss_is_the_releases_formula(seed, num_ids, alpha):
     visual, text, ids, _, temperature = pairs(6, seed, num_ids)

@@ -44,7 +44,7 @@ def whole(index, group):
     return (index + group * np.arange(len(index))[:, None]).reshape(-1)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 2**31 - 1), num_ids=st.sampled_from([1, 2, 4, 100]), padded=st.integers(0, 12),
     group=st.sampled_from([4, 12]), drawn=st.booleans(),
@@ -62,7 +62,7 @@ def test_negatives_are_others_of_the_group_with_another_id_that_count(seed, num_
             assert not possible or whole(index, group)[i] in possible
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(seed=st.integers(0, 2**31 - 1))
 def test_the_most_similar_is_drawn_without_a_key_and_at_a_low_temperature(seed):
     visual, text, ids, counts = case(seed, padded=1)

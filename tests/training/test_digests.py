@@ -21,7 +21,7 @@ def test_any_mesh_gives_the_same(spec: tuple) -> None:
     assert digests({"x": split}) == digests({"x": jnp.asarray(ROWS)})
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(0, 127), st.integers(0, 31))
 def test_any_flipped_bit_changes_it(place: int, bit: int) -> None:
     words = ROWS.copy().view(np.uint32)

@@ -24,7 +24,7 @@ def random_array(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -
     )  # fmt: skip
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     shapes=st.lists(st.lists(st.integers(0, 4), max_size=3).map(tuple), min_size=1, max_size=6),
     types=st.lists(st.sampled_from(LIBRARY), min_size=6, max_size=6),
@@ -89,7 +89,7 @@ def test_a_header_that_lies_is_a_sentence(tmp_path: Path, change: dict, said: st
         open_source(tmp_path / "lies.safetensors")
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(position=st.integers(0, 70), value=st.integers(0, 255))
 def test_a_damaged_header_never_is_anything_but_a_sentence(whole: bytes, tmp_path: Path, position, value) -> None:
     path = tmp_path / "damaged.safetensors"

@@ -128,7 +128,7 @@ def test_a_text_beyond_the_position_table_is_refused(small) -> None:
         VideoQA(small()).memory(clips(), question, question != 0)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(side=st.integers(1, 6), grid=st.integers(1, 6))
 def test_position_tables_are_resized_as_ours_are(side, grid) -> None:
     table = np.random.default_rng(side).normal(size=(1 + side**2, 3)).astype(np.float32)

@@ -59,7 +59,7 @@ searches = st.builds(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     config=searches,
     batch=st.integers(1, 3),
@@ -83,7 +83,7 @@ def decoder(small, lively):
     return decoder, torch.randn(3, 6, 24), torch.arange(6) < torch.tensor([[6], [3], [1]])
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(config=searches, seed=st.integers(0, 2**32 - 1))
 def test_a_cache_changes_nothing(decoder, config, seed):
     """In float64: in float32 two beams may be closer than the rounding of either way."""

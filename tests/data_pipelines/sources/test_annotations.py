@@ -332,7 +332,7 @@ JSON = st.recursive(
 FORMS = (fields.FORM, pictures.COCO, pictures.KARPATHY, pictures.VQA, pictures.KINETICS, pictures.SSV2, glue.FORM)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(content=JSON, form=st.sampled_from(FORMS), as_line=st.booleans())
 def test_any_json_gives_records_or_a_data_error(content: Any, form: Any, as_line: bool, tmp_path_factory) -> None:
     path = tmp_path_factory.mktemp("any") / f"a{form.suffixes[0]}"

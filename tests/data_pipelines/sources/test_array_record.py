@@ -45,13 +45,13 @@ def write(path: Path, *records: bytes) -> Path:
     return path
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(RECORDS)
 def test_a_record_survives(record: Record) -> None:
     assert decode_record(encode_record(record), "here") == record
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.binary(max_size=60) | st.builds(msgpack.packb, st.recursive(
     st.none() | st.integers(-5, 5) | TEXT, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
         st.sampled_from(["version", "key", "media", "questions", "expressions", "x"]), inner, max_size=4), max_leaves=8,

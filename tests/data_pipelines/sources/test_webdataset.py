@@ -159,7 +159,7 @@ def test_texts_that_cannot_be_read(members: dict[str, bytes | str], said: str, t
         source[0]
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(cut=st.integers(0, 6000), flip=st.integers(0, 6000), bit=st.integers(0, 7))
 def test_damaged_tars_give_samples_or_a_data_error(cut: int, flip: int, bit: int, tmp_path_factory) -> None:
     folder = tmp_path_factory.mktemp("tar")
