@@ -1,6 +1,10 @@
 """The ledger: what counts as growth, the file there and back, and the shipped one."""
 
 import json
+import os
+import subprocess
+import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -112,8 +116,6 @@ def test_an_entry_and_its_row_are_for_people() -> None:
 
 def test_every_shipped_entry_is_of_a_recipe_and_a_machine_that_exist() -> None:
     path = ledger_path()
-    if not path.is_file():
-        pytest.skip(f"there is no {path.name} yet")
     shipped = read_ledger(path)
     assert any(entry.quick for entry in shipped)
     for entry in shipped:
@@ -121,3 +123,18 @@ def test_every_shipped_entry_is_of_a_recipe_and_a_machine_that_exist() -> None:
         config.mesh.sizes(parse_topology(entry.topology, entry.slices).devices)
         assert not entry.evaluation or entry.evaluation in config.evaluations
     assert json.loads(path.read_text())
+
+
+@pytest.mark.slow
+def test_the_quick_entries_cost_no_more_than_the_ledger_says() -> None:
+    """In a process of its own: here programs are not optimised."""
+    measured = {entry.figures.compiler for entry in read_ledger(ledger_path()) if entry.quick and entry.figures}
+    if measured != {version("libtpu")}:
+        pytest.skip(f"the ledger is of libtpu {', '.join(measured)}, here is {version('libtpu')}")
+    ours = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_"))}
+    done = subprocess.run(
+        [sys.executable, "-m", "mplug2_jax.cli.main", "plan", "--ledger", "quick"], env=ours, capture_output=True,
+        text=True, timeout=500,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "finetune:caption,tiny on v5e:2x2" in done.stdout
