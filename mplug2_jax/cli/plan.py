@@ -100,6 +100,7 @@ def _trace(args: argparse.Namespace, config: "RunConfig", topology: "Topology") 
 
 
 def _report(args: argparse.Namespace, config: "RunConfig", topology: "Topology") -> int:
+    from data_pipelines.sources.files import write_atomically
     from mplug2_jax.errors import UserError
     from mplug2_jax.planning import fitting
     from mplug2_jax.planning.page import write_page
@@ -130,9 +131,7 @@ def _report(args: argparse.Namespace, config: "RunConfig", topology: "Topology")
     report = make_report(compiled, config)
     print(text_report(report))
     if args.json:
-        partial = args.json.with_name(args.json.name + ".partial")
-        partial.write_text(json.dumps(report.as_json(), indent=2) + "\n")
-        partial.replace(args.json)
+        write_atomically(str(args.json), f"{json.dumps(report.as_json(), indent=2)}\n".encode())
     if kept and not status:
         print(f"executable: {kept}; mplug2 train ... --config.compilation_cache={kept}")
     if args.html:

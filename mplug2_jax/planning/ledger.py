@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from data_pipelines.sources.files import write_atomically
 from mplug2_jax.config import build, defaults_of, load_recipe, recipe_folder
 from mplug2_jax.errors import UserError
 from mplug2_jax.parallel.chips import parse_topology
@@ -69,9 +70,7 @@ def read_ledger(path: Path) -> list[Entry]:
 
 def write_ledger(entries: Sequence[Entry], path: Path) -> None:
     """Writes all entries, or nothing."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps([defaults_of(entry) for entry in entries], indent=1) + "\n")
-    partial.replace(path)
+    write_atomically(str(path), f"{json.dumps([defaults_of(entry) for entry in entries], indent=1)}\n".encode())
 
 
 def measure(entry: Entry) -> Report:

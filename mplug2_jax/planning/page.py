@@ -6,6 +6,7 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
+from data_pipelines.sources.files import write_atomically
 from mplug2_jax.planning.report import Report
 from mplug2_jax.planning.text import duration, quantity, size_of, span
 
@@ -30,7 +31,5 @@ def write_page(report: Report, path: Path) -> Path:
         quantity=quantity,
         span=span,
     )
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(path)
+    write_atomically(str(path), page.encode())
     return path

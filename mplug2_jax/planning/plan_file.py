@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from data_pipelines.sources.files import write_atomically
 from mplug2_jax.config import build, defaults_of
 from mplug2_jax.errors import UserError
 from mplug2_jax.parallel.chips import Topology, parse_topology
@@ -31,9 +32,7 @@ class PlanFile:
 
     def write(self, path: Path) -> None:
         """Writes the file, whole or not at all."""
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(defaults_of(self), indent=2) + "\n")
-        partial.replace(path)
+        write_atomically(str(path), f"{json.dumps(defaults_of(self), indent=2)}\n".encode())
 
 
 def read_plan(path: Path) -> PlanFile:

@@ -4,14 +4,13 @@ import contextlib
 import dataclasses
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.compilation_cache import compilation_cache
 
 from data_pipelines.loader import DataConfig
 from mplug2_jax.errors import UserError, did_you_mean
@@ -21,7 +20,13 @@ from mplug2_jax.parallel.chips import Topology
 from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.parallel.placement import batch_sharding, check_batch
 from mplug2_jax.tasks import TASKS
-from mplug2_jax.training.compilation import compiler_options, describe_program, keeping_all, write_manifest
+from mplug2_jax.training.compilation import (
+    compiler_options,
+    describe_program,
+    keeping_all,
+    without_cache,
+    write_manifest,
+)
 from mplug2_jax.training.config import RunConfig
 from mplug2_jax.training.state import Blueprint, plan_run
 from mplug2_jax.training.step import jitted_step
@@ -117,19 +122,6 @@ class Compiled:
     program: Program
     executable: Any
     seconds: float
-
-
-@contextlib.contextmanager
-def without_cache() -> Iterator[None]:
-    """Compiles anew: what a plan says of compile times is true."""
-    before = jax.config.values["jax_enable_compilation_cache"]
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()  # JAX asks for its settings once
-    try:
-        yield
-    finally:
-        jax.config.update("jax_enable_compilation_cache", before)
-        compilation_cache.reset_cache()
 
 
 def blueprint(config: RunConfig, topology: Topology) -> Blueprint:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from data_pipelines.sources.files import write_atomically
 from mplug2_jax.errors import UserError
 from mplug2_jax.model.config import AttentionKernel, RematConfig
 from mplug2_jax.parallel.chips import Topology
@@ -207,7 +208,7 @@ def search(
 
 
 def _spread(found: Sequence[Candidate]) -> Iterator[Candidate]:
-    """The recipe's own, then the fastest of each mesh in turn, so that a wrong guess about one thing costs little."""
+    """The recipe's own, then the fastest of each way to recompute and to gather in turn: a wrong guess costs little."""
     yield found[0]
     queues: dict[Any, list[Candidate]] = {}
     for candidate in found[1:]:
@@ -222,9 +223,9 @@ def _spread(found: Sequence[Candidate]) -> Iterator[Candidate]:
 def _try(candidate: Candidate, topology: Topology, effort: float, cache: Path | None) -> Tried:
     program = training_program(candidate.config, topology)
     kept = cache / f"{fingerprint(program)}{effort:+g}.json" if cache else None
-    found = _remembered(candidate, kept)
-    if found is not None:
-        return found
+    before = _remembered(candidate, kept)
+    if before is not None:
+        return before
     compiled = try_compile(program, effort)
     if isinstance(compiled, Compiled):
         report = make_report(compiled, candidate.config)
@@ -237,9 +238,8 @@ def _try(candidate: Candidate, topology: Topology, effort: float, cache: Path | 
     if kept is not None:
         kept.parent.mkdir(parents=True, exist_ok=True)
         values = {f.name: getattr(result, f.name) for f in dataclasses.fields(result)}
-        partial = kept.with_suffix(".partial")
-        partial.write_text(json.dumps({k: v for k, v in values.items() if k not in ("candidate", "cached")}))
-        partial.replace(kept)
+        found = {k: v for k, v in values.items() if k not in ("candidate", "cached")}
+        write_atomically(str(kept), json.dumps(found).encode())
     return result
 
 

@@ -2,14 +2,16 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
+
+from data_pipelines.sources.files import write_atomically
 
 AUTOMATIC = Path("~/.cache/mplug2_jax/xla")
 
@@ -77,15 +79,13 @@ def _version(package: str) -> str:
 def write_manifest(folder: Path, described: dict[str, str]) -> None:
     """Writes it, whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f"{MANIFEST}.partial"
-    partial.write_text(json.dumps(described, indent=1) + "\n")
-    partial.replace(folder / MANIFEST)
+    write_atomically(str(folder / MANIFEST), f"{json.dumps(described, indent=1)}\n".encode())
 
 
-def why_not(described: dict[str, str]) -> str | None:
+def why_not(lowered: Any, devices: Sequence[Any]) -> str | None:
     """Why the program that was compiled ahead cannot be used here; empty if it can, None if there is none.
 
-    Looks in the folder where compiled programs are kept.
+    Looks in the folder where compiled programs are kept; only where it finds one is the program written out.
     """
     folder = jax.config.values["jax_compilation_cache_dir"]
     path = Path(folder) / MANIFEST if folder else None
@@ -95,26 +95,37 @@ def why_not(described: dict[str, str]) -> str | None:
         kept = dict(json.loads(path.read_text()))
     except (ValueError, TypeError):
         return f"{path} cannot be read"
-    differ = [f"{key} {kept.get(key)}, here {value}" for key, value in described.items() if kept.get(key) != value]
+    here = describe_program(lowered, devices)
+    differ = [f"{key} {kept.get(key)}, here {value}" for key, value in here.items() if kept.get(key) != value]
     return f"{path} is of another: {'; '.join(differ)}" if differ else ""
 
 
-@contextmanager
-def keeping_all(folder: Path) -> Iterator[None]:
+def keeping_all(folder: Path) -> AbstractContextManager[None]:
     """Compiled programs are kept in a folder, however small and fast to compile they are."""
-    settings = {
-        "jax_compilation_cache_dir": str(folder),
-        "jax_enable_compilation_cache": True,
-        "jax_persistent_cache_min_compile_time_secs": 0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
+    return _cache_settings(
+        jax_compilation_cache_dir=str(folder),
+        jax_enable_compilation_cache=True,
+        jax_persistent_cache_min_compile_time_secs=0,
+        jax_persistent_cache_min_entry_size_bytes=-1,
+    )
+
+
+def without_cache() -> AbstractContextManager[None]:
+    """Programs are compiled anew."""
+    return _cache_settings(jax_enable_compilation_cache=False)
+
+
+@contextmanager
+def _cache_settings(**settings: Any) -> Iterator[None]:
     before = {name: jax.config.values[name] for name in settings}
-    try:
-        for name, value in settings.items():
+
+    def apply(values: Mapping[str, Any]) -> None:
+        for name, value in values.items():
             jax.config.update(name, value)
         compilation_cache.reset_cache()  # JAX asks for its settings once
+
+    try:
+        apply(settings)
         yield
     finally:
-        for name, value in before.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
+        apply(before)

@@ -17,7 +17,7 @@ from mplug2_jax.objectives.teacher import update_teacher
 from mplug2_jax.parallel.logical import apart, gathered_before, together
 from mplug2_jax.parallel.placement import replicated
 from mplug2_jax.tasks import TASKS
-from mplug2_jax.training.compilation import compiler_options, describe_program, why_not
+from mplug2_jax.training.compilation import compiler_options, why_not
 from mplug2_jax.training.config import RunConfig
 from mplug2_jax.training.state import Blueprint, TrainState
 
@@ -170,7 +170,7 @@ class Step:
         devices = self._mesh.devices.ravel().tolist()
         with jax.set_mesh(self._mesh):
             lowered = self._jitted.lower(state, batches)
-            self.why_compiled = why_not(describe_program(lowered, devices))
+            self.why_compiled = why_not(lowered, devices)
             compiled = lowered.compile(compiler_options(devices[0].platform))
         self._call = compiled
         analysis = compiled.memory_analysis()

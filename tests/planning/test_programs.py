@@ -20,8 +20,8 @@ from mplug2_jax.planning.programs import (
     evaluation_program,
     tokens_of,
     training_program,
-    without_cache,
 )
+from mplug2_jax.training.compilation import without_cache
 from mplug2_jax.training.config import RunConfig, TokenizerConfig
 from mplug2_jax.training.state import plan_run
 from tests.runs import small_run
