@@ -243,3 +243,23 @@ def test_a_program_compiled_ahead_is_taken_by_training_on_such_machines_only(sma
 
     other = train("other", 2)
     assert re.search(r"compiled in [\d.]+ s anew: \S+ is of another: devices 4 x cpu, here 2 x cpu; program", other)
+
+
+def test_a_missing_libtpu_is_named_with_what_to_install(tmp_path: Path) -> None:
+    """In a process that cannot import it."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class Gone:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.partition('.')[0] == 'libtpu':\n"
+        "            raise ModuleNotFoundError(name)\n"
+        "sys.meta_path.insert(0, Gone())\n"
+    )
+    words = ["plan", "--config", "finetune:caption,tiny", "--topology", "v5e:2x2"]
+    ours = {name: value for name, value in os.environ.items() if name != "TPU_LIBRARY_PATH"}  # where JAX found it
+    done = subprocess.run(
+        [sys.executable, "-m", "mplug2_jax.cli.main", *words], capture_output=True, text=True, timeout=120,
+        env=ours | {"PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    sentence = "plans for TPUs need the compiler in libtpu, which is not installed: pip install 'mplug2-jax[tpu]'"
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (2, f"mplug2: error: {sentence}")
