@@ -3,8 +3,7 @@
     python benchmarks/contrast.py                  # 32 pairs a chip, 8 to 2,048 chips of v5p
     python benchmarks/contrast.py --pairs 8
 
-Everything is the compiler's own account of the loss and its gradient. Temporaries are bounded by a tile's, which
-gathers a few rows from every chip; where all pairs fit one tile there is less to hold.
+Everything is the compiler's own account of the loss and its gradient.
 """
 
 import argparse
@@ -17,7 +16,7 @@ os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 import jax
 import jax.numpy as jnp
 
-from mplug2_jax.objectives.vlc import contrastive_loss, tiles_for
+from mplug2_jax.objectives.vlc import contrastive_loss
 from mplug2_jax.parallel.chips import parse_topology
 from mplug2_jax.parallel.mesh import MeshConfig, make_mesh
 from mplug2_jax.parallel.placement import batch_sharding
@@ -33,9 +32,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=256, help="of the features (default: %(default)s)")
     args = parser.parse_args()
 
-    print(
-        f"{'topology':14}{'chips':>7}{'pairs':>9}{'tiles':>7}{'temporaries MiB':>17}{'to the first':>14}{'seconds':>9}"
-    )
+    print(f"{'topology':14}{'chips':>7}{'pairs':>9}{'temporaries MiB':>17}{'to the first':>14}{'seconds':>9}")
     first = 0.0
     for name in TOPOLOGIES:
         topology, start = parse_topology(name), time.perf_counter()
@@ -48,12 +45,11 @@ def main() -> None:
             return contrastive_loss(visual, text, ids, jnp.ones(ids.shape), jnp.asarray(0.07))
 
         with jax.set_mesh(mesh):
-            tiles = tiles_for(pairs, args.width)
             compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(features, features, ids).compile()
         temporaries = compiled.memory_analysis().temp_size_in_bytes / 2**20
         first = first or temporaries
         figures = f"{temporaries:17.2f}{temporaries / first:14.2f}{time.perf_counter() - start:9.1f}"
-        print(f"{name:14}{topology.chips:7,}{pairs:9,}{tiles:7}{figures}", flush=True)
+        print(f"{name:14}{topology.chips:7,}{pairs:9,}{figures}", flush=True)
 
 
 if __name__ == "__main__":
