@@ -153,14 +153,14 @@ def _search(args: argparse.Namespace, config: "RunConfig", topology: "Topology")
     rows = [
         (
             str(t.candidate) + (" *" if not t.candidate.overrides else ""),
-            f"{t.seconds[0] * 1e3:,.0f} to {t.seconds[1] * 1e3:,.0f}" if t.fits else "does not fit",
+            t.time,
             f"{t.memory / 2**30:.2f}", f"{t.overhead:.1%}", f"{t.exposed:.1%}", f"{t.compile_seconds:.0f}",
         )
         for t in tried
     ]  # fmt: skip
     header = (
         "layout (* the recipe's own)",
-        "ms a step",
+        "a step",
         "GiB a device",
         "computed twice",
         "not hidden",
@@ -169,7 +169,7 @@ def _search(args: argparse.Namespace, config: "RunConfig", topology: "Topology")
     print(table(rows, header, right=(1, 2, 3, 4, 5)))
     best = tried[0]
     if not best.fits:
-        print(f"none of {len(tried)} layouts fits {topology}")
+        print(f"none of the {len(tried)} layouts that were tried fits {topology}")
         return 1
     figures = {"seconds": list(best.seconds), "memory": best.memory, "exposed": best.exposed, "tried": len(tried)}
     overrides = (*args.overrides, *best.candidate.overrides)

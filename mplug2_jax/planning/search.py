@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from data_pipelines.sources.files import write_atomically
 from mplug2_jax.errors import UserError
 from mplug2_jax.model.config import AttentionKernel, RematConfig
@@ -56,13 +58,23 @@ class Tried:
     """A candidate that was compiled, or taken from the cache."""
 
     candidate: Candidate
-    fits: bool
+    trouble: str  # empty, or why it cannot be: it does not fit, or the compiler refuses it
     memory: float
     seconds: tuple[float, float]
     overhead: float
     exposed: float  # of compute
     compile_seconds: float
     cached: bool
+
+    @property
+    def fits(self) -> bool:
+        """Whether it can be run."""
+        return not self.trouble
+
+    @property
+    def time(self) -> str:
+        """Of a step, in words."""
+        return self.trouble or f"{self.seconds[0] * 1e3:,.0f} to {self.seconds[1] * 1e3:,.0f} ms"
 
     @property
     def score(self) -> float:
@@ -198,9 +210,8 @@ def search(
         result = _try(candidate, topology, effort, cache)
         tried.append(result)
         best = min(tried, key=lambda t: t.score)
-        how = f"{result.seconds[0] * 1e3:,.0f} to {result.seconds[1] * 1e3:,.0f} ms" if result.fits else "does not fit"
         say(
-            f"{number:3}  {candidate}: {how}, {result.memory / 2**30:.1f} GiB"
+            f"{number:3}  {candidate}: {result.time}, {result.memory / 2**30:.1f} GiB"
             f"{' (cached)' if result.cached else f' ({result.compile_seconds:.0f} s)'}; "
             f"best {best.score * 1e3:,.0f} ms, {max(0.0, seconds - (time.monotonic() - start)) / 60:.0f} min left"
         )
@@ -226,15 +237,19 @@ def _try(candidate: Candidate, topology: Topology, effort: float, cache: Path | 
     before = _remembered(candidate, kept)
     if before is not None:
         return before
-    compiled = try_compile(program, effort)
+    try:
+        compiled = try_compile(program, effort)
+    except jax.errors.JaxRuntimeError as error:  # one layout that the compiler refuses is no reason to give up the rest
+        why = f"does not compile: {str(error).splitlines()[0][:80]}"
+        return Tried(candidate, why, 0.0, (0.0, 0.0), 0.0, 0.0, 0.0, cached=False)
     if isinstance(compiled, Compiled):
         report = make_report(compiled, candidate.config)
         result = Tried(
-            candidate, True, report.memory.peak, report.seconds, report.costs.overhead, report.timing.exposed_share,
+            candidate, "", report.memory.peak, report.seconds, report.costs.overhead, report.timing.exposed_share,
             compiled.seconds, cached=False,
         )  # fmt: skip
     else:
-        result = Tried(candidate, False, compiled.needed, (0.0, 0.0), 0.0, 0.0, 0.0, cached=False)
+        result = Tried(candidate, "does not fit", compiled.needed, (0.0, 0.0), 0.0, 0.0, 0.0, cached=False)
     if kept is not None:
         kept.parent.mkdir(parents=True, exist_ok=True)
         values = {f.name: getattr(result, f.name) for f in dataclasses.fields(result)}

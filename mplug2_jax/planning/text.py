@@ -107,8 +107,5 @@ def _lines(r: Report) -> Iterator[str]:
 
     yield "\nlargest arrays of a device"
     yield from aligned([(size_of(b.bytes), f"{b.count} x {b.shape}", b.name) for b in r.largest_arrays], right=(0,))
-    yield (
-        f"\ntraced in {r.trace_seconds:.1f} s, compiled in {r.compile_seconds:.1f} s, "
-        f"{r.memory.program / 2**20:.1f} MiB of machine code"
-    )
+    yield f"\ntraced in {r.trace_seconds:.1f} s, compiled in {r.compile_seconds:.1f} s"
     yield "it fits" if r.memory.fits else f"it does not fit, by {size_of(r.memory.peak - r.memory.capacity)}"

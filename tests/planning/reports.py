@@ -23,8 +23,11 @@ def report(**fields: Any) -> Report:
         "name": "mine", "program": "train", "topology": "v5p:2x2x2", "chips": 8, "mesh": "data=2, fsdp=4",
         "examples": {"clips": 48, "text": 16}, "parameters": 123_456,
         "memory": Memory(
-            parts={"parameters": 2 * GIB, "optimiser": 4 * GIB, "batch": GIB, "layout": 0.0, "temporaries": 3 * GIB},
-            peak=10 * GIB, capacity=40 * GIB, program=3 * 2.0**20,
+            parts={
+                "parameters": 2 * GIB, "optimiser": 4 * GIB, "batch": GIB, "layout": 0.0, "temporaries": 2.5 * GIB,
+                "machine code": GIB / 2,
+            },
+            peak=10 * GIB, capacity=40 * GIB,
         ),
         "costs": Costs(
             towers={"clips": {"vision": 3 * 10**15, "text": 10**15}, "text": {"text": 10**15}},

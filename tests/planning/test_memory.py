@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 
 import pytest
 
@@ -81,7 +82,7 @@ def compiled() -> Compiled:
 def test_the_parts_of_a_program_add_up_to_its_peak() -> None:
     memory = program_memory(compiled(), TOPOLOGY)
     assert sum(memory.parts.values()) == pytest.approx(memory.peak)
-    assert set(memory.parts) == {"parameters", "optimiser", "batch", "layout", "temporaries"}
+    assert set(memory.parts) == {"parameters", "optimiser", "batch", "layout", "temporaries", "machine code"}
     assert memory.parts["temporaries"] > 0
     assert all(size >= 0 for size in memory.parts.values())
     analysis = compiled().executable.memory_analysis()
@@ -89,6 +90,15 @@ def test_the_parts_of_a_program_add_up_to_its_peak() -> None:
     given = sum(memory.parts[name] for name in ("parameters", "optimiser", "batch", "layout"))
     unused = 2 * (16 * 4 + 16 + 4 * 4 + 4 * 4 + 4)  # two rows' instructions, targets and ids: no argument, but there
     assert abs(given - analysis.argument_size_in_bytes) <= unused
+
+
+def test_machine_code_lies_beside_the_compilers_peak() -> None:
+    analysis = types.SimpleNamespace(argument_size_in_bytes=10**9, peak_memory_in_bytes=3 * 10**9, temp_size_in_bytes=0)
+    analysis.generated_code_size_in_bytes = 5 * 10**8  # XLA's CPU compiler reports none
+    executable = types.SimpleNamespace(memory_analysis=lambda: analysis)
+    memory = program_memory(dataclasses.replace(compiled(), executable=executable), TOPOLOGY)
+    assert memory.parts["machine code"] == 5e8
+    assert memory.peak == sum(memory.parts.values()) == pytest.approx(3.5e9)
 
 
 def test_it_fits_where_there_is_room() -> None:

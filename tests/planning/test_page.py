@@ -79,10 +79,10 @@ def widths(shown: Page) -> list[float]:
 def test_bars_are_no_longer_than_their_tracks(tmp_path: Path) -> None:
     full = Memory(parts={"a": 3 * GIB, "b": 3 * GIB, "c": 3 * GIB}, peak=9 * GIB, capacity=2 * GIB)
     hidden = Timing(compute=1.0, memory=0.5, network=10.0, exposed=0.5)
-    for made, memories in ((report(), 5), (report(memory=full), 3), (report(timing=hidden), 5)):
+    for made, memories in ((report(), 6), (report(memory=full), 3), (report(timing=hidden), 6)):
         shown = widths(page(made, tmp_path))
         assert len(shown) == memories + 4
         assert sum(shown[:memories]) <= 100.01
         assert all(0 <= width <= 100.01 for width in shown[memories:])
-    assert sum(widths(page(report(), tmp_path))[:5]) == pytest.approx(25)  # of the capacity
+    assert sum(widths(page(report(), tmp_path))[:6]) == pytest.approx(25)  # of the capacity
     assert sum(widths(page(report(memory=full), tmp_path))[:3]) == pytest.approx(100, abs=0.01)

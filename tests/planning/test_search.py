@@ -3,11 +3,15 @@
 import dataclasses
 from pathlib import Path
 
+import jax
 import pytest
 
 from mplug2_jax.config import as_recipe, build, override
+from mplug2_jax.model.config import RematConfig
 from mplug2_jax.parallel.chips import parse_topology
 from mplug2_jax.parallel.mesh import MeshConfig
+from mplug2_jax.planning import search as module
+from mplug2_jax.planning.programs import Compiled, Program
 from mplug2_jax.planning.search import Candidate, Tried, candidates, search
 from mplug2_jax.training.config import RunConfig
 from tests.runs import small_run
@@ -65,11 +69,25 @@ def test_an_open_axis_is_the_size_that_it_has(found: list[Candidate]) -> None:
 
 
 def test_what_does_not_fit_scores_worst(found: list[Candidate]) -> None:
-    def tried(fits: bool, *seconds: float) -> Tried:
-        return Tried(found[0], fits, 1.0, seconds, 0.0, 0.0, 1.0, cached=False)  # type: ignore[arg-type]
+    def tried(trouble: str, *seconds: float) -> Tried:
+        return Tried(found[0], trouble, 1.0, seconds, 0.0, 0.0, 1.0, cached=False)  # type: ignore[arg-type]
 
-    assert tried(True, 1.0, 3.0).score == 2.0
-    assert tried(True, 1e6, 1e6).score < tried(False, 0.0, 0.0).score
+    assert tried("", 1.0, 3.0).score == 2.0
+    assert tried("", 1e6, 1e6).score < tried("does not fit", 0.0, 0.0).score
+    assert (tried("", 1.0, 3.0).time, tried("does not fit", 0.0, 0.0).time) == ("1,000 to 3,000 ms", "does not fit")
+
+
+@pytest.mark.slow
+def test_a_layout_that_the_compiler_refuses_is_one_that_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(program: Program, effort: float) -> Compiled:
+        if program.plan.config.model.remat == RematConfig():
+            return program.compile(effort)
+        raise jax.errors.JaxRuntimeError("INTERNAL: no such luck\nat line 1")
+
+    monkeypatch.setattr(module, "try_compile", refuse)
+    found = search(texts(mesh=MeshConfig(fsdp=8)), TOPOLOGY, seconds=8.0, effort=0.0, say=lambda _: None)
+    assert not found[0].trouble
+    assert {t.trouble for t in found if not t.fits} == {"does not compile: INTERNAL: no such luck"}
 
 
 @pytest.mark.slow
