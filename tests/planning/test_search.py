@@ -7,7 +7,6 @@ import jax
 import pytest
 
 from mplug2_jax.config import as_recipe, build, override
-from mplug2_jax.model.config import RematConfig
 from mplug2_jax.parallel.chips import parse_topology
 from mplug2_jax.parallel.mesh import MeshConfig
 from mplug2_jax.planning import search as module
@@ -78,16 +77,19 @@ def test_what_does_not_fit_scores_worst(found: list[Candidate]) -> None:
 
 
 @pytest.mark.slow
-def test_a_layout_that_the_compiler_refuses_is_one_that_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_layout_that_the_compiler_refuses_is_one_that_is_not_chosen(
+    found: list[Candidate], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(program: Program, effort: float) -> Compiled:
-        if program.plan.config.model.remat == RematConfig():
+        if program.plan.config == found[0].config:
             return program.compile(effort)
         raise jax.errors.JaxRuntimeError("INTERNAL: no such luck\nat line 1")
 
+    monkeypatch.setattr(module, "candidates", lambda *_: found[:3])
     monkeypatch.setattr(module, "try_compile", refuse)
-    found = search(texts(mesh=MeshConfig(fsdp=8)), TOPOLOGY, seconds=8.0, effort=0.0, say=lambda _: None)
-    assert not found[0].trouble
-    assert {t.trouble for t in found if not t.fits} == {"does not compile: INTERNAL: no such luck"}
+    own, *others = search(found[0].config, TOPOLOGY, seconds=600.0, effort=0.0, say=print)
+    assert (own.candidate, own.trouble) == (found[0], "")
+    assert [t.trouble for t in others] == ["does not compile: INTERNAL: no such luck"] * 2
 
 
 @pytest.mark.slow
