@@ -82,14 +82,20 @@ def table(rows: Sequence[Sequence[str]], header: Sequence[str], right: Sequence[
 
 
 def results_table(results: "Sequence[EvaluationResult]") -> str:
-    """Every figure beside its baseline."""
+    """Every figure with what chance leaves of it, beside its baseline."""
     rows = []
     for result in results:
         for what, value in result.figures.items():
             base = result.baselines[what]
             times = f"{value / base:.1f}x" if base else "-"
-            rows.append((result.name, what, _score(what, value), _score(what, base), times, str(result.examples)))
-    return table(rows, ("evaluation", "figure", "model", "baseline", "ratio", "examples"), right=(2, 3, 4, 5))
+            low, high = (_score(what, end) for end in result.intervals[what])
+            rows.append(
+                (result.name, what, _score(what, value), f"{low} to {high}", _score(what, base), times,
+                 str(result.examples))
+            )  # fmt: skip
+    return table(
+        rows, ("evaluation", "figure", "model", "95 % of draws", "baseline", "ratio", "examples"), right=(2, 3, 4, 5, 6)
+    )
 
 
 def _score(figure: str, value: float) -> str:

@@ -18,8 +18,10 @@ from data_pipelines.faults import Fault, check_share
 from data_pipelines.loader import DataConfig, EvaluationSet
 from data_pipelines.media import write_image
 from data_pipelines.order import Shard
+from data_pipelines.sources.files import write_atomically
 from data_pipelines.tokenizers import Tokenizer
 from mplug2_jax.errors import UserError
+from mplug2_jax.evaluation.metrics.ratio import intervals
 from mplug2_jax.model.mplug2 import ModelDef, Params
 from mplug2_jax.parallel.placement import batch_shards, check_batch, held_parts, put_batch, replicated
 from mplug2_jax.parallel.processes import gather
@@ -62,6 +64,8 @@ class EvaluationResult:
     baselines: Mapping[str, float]
     samples: tuple[Sample, ...]
     faults: tuple[Fault, ...] = ()  # records that were left out, because they cannot be used
+    intervals: Mapping[str, tuple[float, float]] = dataclasses.field(default_factory=dict)  # 95 % of each figure
+    said: tuple[Mapping[str, str], ...] = ()  # to every example: its key, its instruction, what the model said
 
 
 class Evaluation:
@@ -129,9 +133,14 @@ class Evaluation:
         scored = self._score(predictions, list(examples.values()), reader)
         shown = zip(places[: self._config.samples], scored.said, strict=False)
         samples = tuple(Sample(self._set[place], said) for place, said in shown)
+        figures = {name: figure.value for name, figure in scored.figures.items()}
+        said = tuple(
+            {"key": example.key, "instruction": example.instruction, "said": words}
+            for example, words in zip(examples.values(), scored.said, strict=True)
+        )
         return EvaluationResult(
-            self.name, self._config.task, step, len(examples), time.perf_counter() - start, scored.figures,
-            scored.baselines, samples, tuple(faults.values()),
+            self.name, self._config.task, step, len(examples), time.perf_counter() - start, figures, scored.baselines,
+            samples, tuple(faults.values()), intervals(scored.figures), said,
         )  # fmt: skip
 
 
@@ -196,7 +205,7 @@ def _unpacked(packed: Mapping[str, Any]) -> Example:
 
 
 def save_result(result: EvaluationResult, workdir: Path) -> Path:
-    """Writes ``evaluations/STEP/NAME.json``, and the samples' frames beside it as strips of pictures."""
+    """Writes ``evaluations/STEP/NAME.json``; beside it the samples' frames, and ``NAME.jsonl``: all that was said."""
     folder = workdir / "evaluations" / str(result.step)
     folder.mkdir(parents=True, exist_ok=True)
     samples = []
@@ -211,11 +220,11 @@ def save_result(result: EvaluationResult, workdir: Path) -> Path:
             scale = max(1, 96 // frames.shape[1])
             write_image(folder / row["frames"], np.concatenate(list(frames), axis=1), scale)
         samples.append(row)
-    fields = ("name", "task", "step", "examples", "seconds", "figures", "baselines")
+    fields = ("name", "task", "step", "examples", "seconds", "figures", "intervals", "baselines")
     content = {field: getattr(result, field) for field in fields} | {"samples": samples}
     content["skipped"] = [dataclasses.asdict(fault) for fault in result.faults]
+    lines = "".join(f"{json.dumps(row)}\n" for row in result.said)
+    write_atomically(str(folder / f"{result.name}.jsonl"), lines.encode())
     path = folder / f"{result.name}.json"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    temporary.replace(path)
+    write_atomically(str(path), json.dumps(content, indent=1).encode())
     return path

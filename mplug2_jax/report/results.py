@@ -26,6 +26,7 @@ class Figure:
 
     name: str
     value: str
+    interval: str  # of 95 %; empty where none is kept
     baseline: str
     ratio: str
     below: bool
@@ -108,12 +109,14 @@ def read_evaluations(workdir: Path, order: Sequence[str], notes: list[str]) -> l
 def _read(path: Path, notes: list[str]) -> Evaluation:
     content = json.loads(path.read_bytes())
     task, figures, baselines = str(content["task"]), _numbers(content["figures"]), _numbers(content["baselines"])
+    intervals = {name: (float(low), float(high)) for name, (low, high) in content.get("intervals", {}).items()}
     # Pictures are noted only once the rest has proved readable.
     strips: list[str] = []
     samples = [_sample(task, row, path, strips) for row in content["samples"]]
     result = Evaluation(
         path.stem, task_words(task), int(content["step"]), int(content["examples"]),
-        [_figure(name, value, baselines.get(name, math.nan)) for name, value in figures.items()], samples, baselines,
+        [_figure(name, value, baselines.get(name, math.nan), intervals.get(name)) for name, value in figures.items()],
+        samples, baselines,
     )  # fmt: skip
     notes.extend(strips)
     return result
@@ -123,7 +126,7 @@ def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
     return {name: math.nan if value is None else float(value) for name, value in values.items()}
 
 
-def _figure(name: str, value: float, baseline: float) -> Figure:
+def _figure(name: str, value: float, baseline: float, interval: tuple[float, float] | None) -> Figure:
     ratio = value / baseline if baseline > 0 else math.nan
     # Shares fill a bar at 100 %; CIDEr, which has no such end, at 150, where good captioners on easy data stand.
     full = 1.0 if is_share(name) else max(150.0, *(v for v in (value, baseline) if math.isfinite(v)), 0)
@@ -132,7 +135,8 @@ def _figure(name: str, value: float, baseline: float) -> Figure:
         return round(100 * min(max(number / full, 0.0), 1.0), 2) if math.isfinite(number) else 0.0
 
     return Figure(
-        human(name), show(name, value), show(name, baseline), _times(ratio), ratio < 1, along(value),
+        human(name), show(name, value), " to ".join(show(name, end) for end in interval or ()), show(name, baseline),
+        _times(ratio), ratio < 1, along(value),
         along(baseline) if math.isfinite(baseline) else None,
     )  # fmt: skip
 

@@ -4,8 +4,10 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
+import numpy as np
 
 from data_pipelines.examples import Example
+from mplug2_jax.evaluation.metrics.ratio import Ratio
 from mplug2_jax.generation.beam import generate
 from mplug2_jax.model.mplug2 import Mplug2
 from mplug2_jax.objectives.forward import DeviceBatch, Forward, Outcome
@@ -29,10 +31,9 @@ def predict(model: Mplug2, batch: DeviceBatch, context: TaskContext) -> Predicti
 def score(predictions: HostPredictions, examples: Sequence[Example], decode: Callable[[Sequence[int]], str]) -> Scored:
     """Share of answers that equal a right one to the letter, beside always giving the most frequent answer."""
     said = [decode(row.tolist()) for row in predictions["ids"]]
-    hits = sum(s in example.answers for s, example in zip(said, examples, strict=True))
+    hits = np.asarray([s in example.answers for s, example in zip(said, examples, strict=True)], np.float64)
     majority = Counter(example.answers[0] for example in examples).most_common(1)[0][1]
-    share = 1 / len(examples)
-    return Scored(figures={"accuracy": hits * share}, baselines={"accuracy": majority * share}, said=said)
+    return Scored(figures={"accuracy": Ratio(hits)}, baselines={"accuracy": majority / len(examples)}, said=said)
 
 
 TASK = Task(

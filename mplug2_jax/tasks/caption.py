@@ -33,7 +33,9 @@ def score(predictions: HostPredictions, examples: Sequence[Example], decode: Cal
     references = [example.answers for example in examples]
     shifted = [answers[0] for answers in (*references[1:], references[0])]
     return Scored(
-        figures={"cider": cider(said, references)}, baselines={"cider": cider(shifted, references)}, said=said
+        figures={"cider": cider(said, references)},
+        baselines={"cider": cider(shifted, references).value},
+        said=said,
     )
 
 

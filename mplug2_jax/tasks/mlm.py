@@ -3,8 +3,10 @@
 from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
+import numpy as np
 
 from data_pipelines.examples import Example
+from mplug2_jax.evaluation.metrics.ratio import Ratio
 from mplug2_jax.model.mplug2 import Mplug2
 from mplug2_jax.objectives.forward import DeviceBatch, Forward, Outcome
 from mplug2_jax.objectives.mlm import masked_predictions, mlm_loss
@@ -26,15 +28,13 @@ def score(predictions: HostPredictions, examples: Sequence[Example], decode: Cal
     """Share of masked tokens that were guessed, beside always guessing the most frequent masked token."""
     chosen = predictions["chosen"]
     true = [example.arrays["text"][mask] for example, mask in zip(examples, chosen, strict=True)]
-    hits = sum(int((ids[mask] == t).sum()) for ids, mask, t in zip(predictions["ids"], chosen, true, strict=True))
-    total = int(chosen.sum())
+    hits = [(ids[mask] == t).sum() for ids, mask, t in zip(predictions["ids"], chosen, true, strict=True)]
     counts: dict[int, int] = {}
     for token in (int(t) for row in true for t in row):
         counts[token] = counts.get(token, 0) + 1
-    share = 1 / max(total, 1)
     return Scored(
-        figures={"accuracy": hits * share},
-        baselines={"accuracy": max(counts.values(), default=0) * share},
+        figures={"accuracy": Ratio(np.asarray(hits, np.float64), chosen.sum(1).astype(np.float64))},
+        baselines={"accuracy": max(counts.values(), default=0) / max(int(chosen.sum()), 1)},
         said=[decode(row.tolist()) for row in predictions["ids"]],
     )
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from data_pipelines.examples import Example
+from mplug2_jax.evaluation.metrics.ratio import Ratio
 from mplug2_jax.evaluation.metrics.retrieval import recall_at
 from mplug2_jax.model.mplug2 import Mplug2
 from mplug2_jax.objectives.forward import DeviceBatch, Forward, Outcome
@@ -28,7 +29,8 @@ def score(predictions: HostPredictions, examples: Sequence[Example], decode: Cal
     """Recall at 1, 5, 10 in both directions, beside chance."""
     del decode
     similarity = predictions["text"] @ predictions["visual"].T
-    figures, baselines = {}, {}
+    figures: dict[str, Ratio] = {}
+    baselines: dict[str, float] = {}
     for direction, matrix in (("text_to_visual", similarity), ("visual_to_text", similarity.T)):
         for k in CUTOFFS:
             figures[f"{direction}_r{k}"] = recall_at(matrix, k)

@@ -65,6 +65,8 @@ def test_neither_the_batch_size_nor_padding_nor_the_mesh_changes_what_is_predict
     assert [sample.example.key for sample in ours.samples] == [sample.example.key for sample in whole.samples]
     assert ours.figures == whole.figures
     assert ours.baselines == whole.baselines
+    assert ours.intervals == whole.intervals
+    assert ours.said == whole.said
     assert ours.examples == SIZE
 
 
@@ -72,6 +74,9 @@ def test_a_result_says_what_was_evaluated_and_when(results):
     result = results[7]
     assert (result.name, result.task, result.step) == ("held", "mlm", 3)
     assert set(result.figures) == {"accuracy"}
+    low, high = result.intervals["accuracy"]
+    assert 0 <= low <= result.figures["accuracy"] <= high <= 1
+    assert [row["key"] for row in result.said] == [sample.example.key for sample in result.samples]
     assert len({sample.example.key for sample in result.samples}) == SIZE
     assert all(sample.true == (sample.example.text,) for sample in result.samples)
 
@@ -91,13 +96,17 @@ def test_a_result_is_saved_as_json_with_strips_of_its_samples_frames_beside_it(t
         Sample(Example({"frames": clip}, "clip-1", text="t", instruction="q?", answers=("right", "also")), "wrong"),
         Sample(Example({}, "text-2", text="only text"), "said"),
     )
-    result = EvaluationResult("held", "answer", 70, 2, 1.5, {"accuracy": 0.5}, {"accuracy": 0.25}, samples)
+    said = ({"key": "clip-1", "instruction": "q?", "said": "wrong"}, {"key": "é", "instruction": "", "said": "said"})
+    result = EvaluationResult(
+        "held", "answer", 70, 2, 1.5, {"accuracy": 0.5}, {"accuracy": 0.25}, samples, (), {"accuracy": (0.0, 1.0)}, said
+    )
     path = save_result(result, tmp_path)
     assert path == tmp_path / "evaluations" / "70" / "held.json"
     content = json.loads(path.read_text(encoding="utf-8"))
     assert content == {
         "name": "held", "task": "answer", "step": 70, "examples": 2, "seconds": 1.5,
-        "figures": {"accuracy": 0.5}, "baselines": {"accuracy": 0.25}, "skipped": [],
+        "figures": {"accuracy": 0.5}, "intervals": {"accuracy": [0.0, 1.0]}, "baselines": {"accuracy": 0.25},
+        "skipped": [],
         "samples": [
             {"key": "clip-1", "instruction": "q?", "text": "t", "said": "wrong", "true": ["right", "also"],
              "frames": "held-0.png"},
@@ -109,7 +118,8 @@ def test_a_result_is_saved_as_json_with_strips_of_its_samples_frames_beside_it(t
     # Both frames side by side, each pixel three times as large.
     np.testing.assert_array_equal(pixels[::3, ::3], np.concatenate(list(clip), axis=1))
     assert pixels.shape == (96, 192, 3)
-    assert {p.name for p in path.parent.iterdir()} == {"held.json", "held-0.png"}
+    assert {p.name for p in path.parent.iterdir()} == {"held.json", "held.jsonl", "held-0.png"}
+    assert [json.loads(line) for line in path.with_suffix(".jsonl").read_text().splitlines()] == list(said)
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mplug2_jax.evaluation.metrics.caption import cider
+from mplug2_jax.evaluation.metrics.ratio import Ratio, intervals
 from mplug2_jax.evaluation.metrics.retrieval import recall_at
 
 
 def test_captions_that_equal_their_references_get_the_toolkits_maximum_of_10_times_100():
     captions = ["a red five at the top", "two blue digits move left", "one green nine stays still"]
-    assert cider(captions, [[caption] for caption in captions]) == pytest.approx(1000)
+    assert cider(captions, [[caption] for caption in captions]).value == pytest.approx(1000)
 
 
 def test_cider_of_a_hand_computed_case():
@@ -20,39 +21,74 @@ def test_cider_of_a_hand_computed_case():
     The first caption's unigrams and bigram match: (1 + 1 + 0 + 0) / 4. Of the second's, "c c" for "c d", only one c
     does, of length sqrt(2) beside (clipped) 1 of length 2: 1 / (2 sqrt(2)) / 4. Times 10, mean of both, times 100.
     """
-    score = cider(["a b", "c c"], [["a b"], ["c d"]])
+    score = cider(["a b", "c c"], [["a b"], ["c d"]]).value
     assert score == pytest.approx(1000 * (2 / 4 + 1 / (2 * np.sqrt(2)) / 4) / 2)
 
 
 def test_cider_is_the_mean_over_a_pictures_references():
     captions = ["a b c d", "e f g h"]
     one, other, both = (
-        cider(captions, [references, ["e f g h"]]) for references in (["a b c d"], ["i j k l"], ["a b c d", "i j k l"])
+        cider(captions, [references, ["e f g h"]]).value
+        for references in (["a b c d"], ["i j k l"], ["a b c d", "i j k l"])
     )
     assert both == pytest.approx((one + other) / 2)
 
 
 def test_recall_counts_rows_whose_own_column_is_among_the_best():
     similarity = np.asarray([[0.9, 0.1, 0.2], [0.8, 0.5, 0.1], [0.3, 0.2, 0.1]])
-    assert [recall_at(similarity, k) for k in (1, 2, 3)] == pytest.approx([1 / 3, 2 / 3, 1])
-    assert recall_at(similarity.T, 1) == pytest.approx(2 / 3)
+    assert [recall_at(similarity, k).value for k in (1, 2, 3)] == pytest.approx([1 / 3, 2 / 3, 1])
+    assert recall_at(similarity.T, 1).value == pytest.approx(2 / 3)
 
 
 def test_ties_count_against_so_that_a_collapsed_model_scores_nothing():
     constant = np.ones((4, 4))
-    assert [recall_at(constant, k) for k in (1, 3, 4)] == [0, 0, 1]
-    assert recall_at(np.asarray([[1.0, 1.0], [0.0, 1.0]]), 1) == 0.5
+    assert [recall_at(constant, k).value for k in (1, 3, 4)] == [0, 0, 1]
+    assert recall_at(np.asarray([[1.0, 1.0], [0.0, 1.0]]), 1).value == 0.5
 
 
 def test_a_model_that_says_nan_scores_nothing():
-    assert recall_at(np.full((4, 4), np.nan), 3) == 0
+    assert recall_at(np.full((4, 4), np.nan), 3).value == 0
     similarity = np.eye(3)
     similarity[0, 1] = np.nan
-    assert recall_at(similarity, 1) == pytest.approx(2 / 3)
+    assert recall_at(similarity, 1).value == pytest.approx(2 / 3)
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 12), st.integers(1, 12))
 def test_recall_is_the_share_of_ranks_below_k(seed, size, k):
     similarity = np.random.default_rng(seed).normal(size=(size, size))
     ranks = [sorted(row, reverse=True).index(row[i]) for i, row in enumerate(similarity)]
-    assert recall_at(similarity, k) == pytest.approx(np.mean([rank < k for rank in ranks]))
+    assert recall_at(similarity, k).value == pytest.approx(np.mean([rank < k for rank in ranks]))
+
+
+def test_a_ratio_is_the_mean_or_what_weights_make_of_it():
+    values = np.asarray([1.0, 0.0, 2.0])
+    assert Ratio(values).value == 1
+    assert Ratio(values, np.asarray([1.0, 1.0, 4.0])).value == 0.5
+    assert Ratio(values).over(np.asarray([2.0, 1.0, 0.0])) == pytest.approx(2 / 3)
+    assert Ratio(values, np.zeros(3)).value == Ratio(np.zeros(0)).value == 0
+
+
+def test_intervals_are_about_two_standard_errors_to_each_side_and_the_same_each_time():
+    rng = np.random.default_rng(0)
+    figures = {"share": Ratio((rng.random(400) < 0.3).astype(np.float64)), "mean": Ratio(rng.normal(size=400) * 50)}
+    found = intervals(figures)
+    assert found == intervals(figures)
+    for name, figure in figures.items():
+        error = 1.96 * np.std(figure.values) / 20
+        assert found[name] == pytest.approx((figure.value - error, figure.value + error), abs=0.15 * error)
+    assert intervals({"same": Ratio(np.ones(5))}) == {"same": (1.0, 1.0)}
+    assert intervals({}) == intervals({"none": Ratio(np.zeros(0))}) == {}
+
+
+def test_intervals_of_a_weighted_ratio_draw_examples_and_not_what_they_weigh():
+    lone = Ratio(np.asarray([100.0, 0.0]), np.asarray([100.0, 1.0]))  # drawn: the first, both, or the second alone
+    assert intervals({"lone": lone})["lone"] == (0.0, 1.0)
+
+
+def test_about_nineteen_of_twenty_intervals_hold_the_truth():
+    rng = np.random.default_rng(1)
+    held = 0
+    for _ in range(60):
+        low, high = intervals({"share": Ratio((rng.random(100) < 0.4).astype(np.float64))})["share"]
+        held += low <= 0.4 <= high
+    assert 51 <= held <= 60

@@ -40,9 +40,11 @@ def test_the_order_is_the_configs_then_by_name(run: Run) -> None:
 
 def test_figures_stand_beside_their_baselines(run: Run) -> None:
     figures = {"accuracy": 0.381, "cider": 61.23, "text_to_visual_r5": 0.02, "lost": None, "alone": 0.5}
-    run.evaluation("a", figures=figures, baselines={"accuracy": 0.25, "cider": 5.0, "text_to_visual_r5": 0.04})
+    baselines, intervals = {"accuracy": 0.25, "cider": 5.0, "text_to_visual_r5": 0.04}, {"accuracy": [0.3, 0.4567]}
+    run.evaluation("a", figures=figures, baselines=baselines, intervals=intervals)
     shown = {figure.name: figure for figure in read(run)[0]["a"].figures}
     assert [shown["accuracy"].value, shown["accuracy"].baseline, shown["accuracy"].ratio] == ["38.1%", "25.0%", "1.5×"]
+    assert (shown["accuracy"].interval, shown["CIDEr"].interval) == ("30.0% to 45.7%", "")
     assert [shown["CIDEr"].value, shown["CIDEr"].ratio] == ["61.2", "12×"]
     assert shown["text → picture R@5"].below
     assert not shown["accuracy"].below
@@ -62,6 +64,8 @@ def test_figures_stand_beside_their_baselines(run: Run) -> None:
         ({"figures": {"accuracy": "high"}}, "could not convert"),
         ({"figures": {"accuracy": 10**400}}, "too large"),
         ({"examples": math.inf}, "infinity"),
+        ({"intervals": {"accuracy": [0.1]}}, "not enough values"),
+        ({"intervals": {"accuracy": [0.1, None]}}, "NoneType"),
         ({"samples": ["x"]}, ""),
         ({"samples": [{"said": "x"}]}, "'true' is missing"),
     ],

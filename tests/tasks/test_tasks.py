@@ -156,7 +156,8 @@ def test_predictions_are_scored_in_finite_figures_each_beside_its_baseline(predi
     scored = TASKS[name].score(predictions[0][name], examples, decode)
     assert scored.figures
     assert scored.figures.keys() == scored.baselines.keys()
-    for value in (*scored.figures.values(), *scored.baselines.values()):
+    assert all(len(figure.values) == BATCH for figure in scored.figures.values())
+    for value in (*values_of(scored).values(), *scored.baselines.values()):
         assert np.isfinite(value)
         assert 0 <= value <= (1000 if name == "caption" else 1)
     assert len(scored.said) == BATCH
@@ -173,6 +174,10 @@ def test_generated_ids_begin_with_the_begin_token_and_end_in_padding(predictions
             assert not any(row[row.index(CONTEXT.tokens.end) + 1 :])
 
 
+def values_of(scored):
+    return {name: figure.value for name, figure in scored.figures.items()}
+
+
 def sample(**fields):
     return Example(**{"arrays": {}, "key": "", **fields})
 
@@ -182,7 +187,7 @@ def test_an_answer_is_right_if_it_equals_any_of_the_right_ones():
     ids = np.asarray([[1, 5, 2, 0], [1, 4, 4, 2], [1, 6, 2, 0], [1, 5, 4, 2]])  # b, a a, c, b a
     scored = answer.score({"ids": ids}, examples, decode)
     assert scored.said == ["b", "a a", "c", "b a"]
-    assert scored.figures == {"accuracy": 0.5}
+    assert values_of(scored) == {"accuracy": 0.5}
     assert scored.baselines == {"accuracy": 0.5}  # always to say "a"
 
 
@@ -191,10 +196,10 @@ def test_masked_words_are_scored_where_they_were_masked():
     ids = np.asarray([[9, 5, 9, 6, 2], [1, 5, 8, 9, 9]])
     chosen = np.asarray([[0, 1, 1, 0, 0], [0, 1, 1, 0, 0]], bool)
     scored = mlm.score({"ids": ids, "chosen": chosen}, examples, decode)
-    assert scored.figures == {"accuracy": 0.5}
+    assert values_of(scored) == {"accuracy": 0.5}
     assert scored.baselines == {"accuracy": 0.75}  # always to guess 5
     nothing = mlm.score({"ids": ids, "chosen": chosen & False}, examples, decode)
-    assert nothing.figures == nothing.baselines == {"accuracy": 0.0}
+    assert values_of(nothing) == nothing.baselines == {"accuracy": 0.0}
 
 
 def test_retrieval_is_scored_in_both_directions_and_says_the_nearest_text():
@@ -202,9 +207,9 @@ def test_retrieval_is_scored_in_both_directions_and_says_the_nearest_text():
     visual = np.eye(3)
     text = np.asarray([[0.9, 0.1, 0], [0.8, 0.5, 0], [0, 0, 1.0]])  # the second text is nearer to the first picture
     scored = vlc.score({"visual": visual, "text": text}, examples, decode)
-    assert scored.figures["text_to_visual_r1"] == pytest.approx(2 / 3)
-    assert scored.figures["visual_to_text_r1"] == 1
-    assert scored.figures["text_to_visual_r5"] == 1
+    assert scored.figures["text_to_visual_r1"].value == pytest.approx(2 / 3)
+    assert scored.figures["visual_to_text_r1"].value == 1
+    assert scored.figures["text_to_visual_r5"].value == 1
     assert scored.baselines["text_to_visual_r1"] == pytest.approx(1 / 3)
     assert scored.baselines["visual_to_text_r10"] == 1
     assert scored.said == ["one", "two", "three"]
@@ -215,7 +220,7 @@ def test_captions_are_compared_with_all_of_their_own_and_the_baseline_with_anoth
     ids = np.asarray([[1, *(WORDS.index(w) for w in t[0].split()), 2] for t in texts])
     scored = caption.score({"ids": ids}, [sample(answers=t) for t in texts], decode)
     assert scored.said == [t[0] for t in texts]
-    assert scored.figures["cider"] > 100 > scored.baselines["cider"]
+    assert scored.figures["cider"].value > 100 > scored.baselines["cider"]
 
 
 def test_settings_are_frozen_and_have_a_default_for_everything():

@@ -1,0 +1,44 @@
+"""Figures that are a share or a mean over examples, and how far chance may have carried them."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+from jaxtyping import Float
+
+RESAMPLES = 1000
+LEVEL = 0.95
+
+
+@dataclasses.dataclass(frozen=True)
+class Ratio:
+    """sum(values) / sum(weights) over examples; 0 where nothing weighs. Without weights, the mean."""
+
+    values: Float[np.ndarray, " n"]
+    weights: Float[np.ndarray, " n"] | None = None
+
+    @property
+    def value(self) -> float:
+        """The figure."""
+        return self.over(np.ones(len(self.values)))
+
+    def over(self, times: Float[np.ndarray, " n"]) -> float:
+        """The figure, were each example there so many times."""
+        total = float(times.sum() if self.weights is None else times @ self.weights)
+        return float(times @ self.values) / total if total else 0.0
+
+
+def intervals(figures: Mapping[str, Ratio], seed: int = 0) -> dict[str, tuple[float, float]]:
+    """The middle 95 % of every figure over 1,000 draws of as many examples, with replacement.
+
+    The percentile bootstrap (Efron and Tibshirani 1993, chapter 13). All figures see the same draws, which depend on
+    the number of examples alone: so a figure's interval is the same wherever it is computed.
+    """
+    rng, drawn = np.random.default_rng(seed), {name: np.empty(RESAMPLES) for name in figures}
+    size = len(next(iter(figures.values())).values) if figures else 0
+    for i in range(RESAMPLES if size else 0):
+        times = np.bincount(rng.integers(size, size=size), minlength=size).astype(np.float64)
+        for name, figure in figures.items():
+            drawn[name][i] = figure.over(times)
+    tails = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
+    return {name: tuple(np.quantile(values, tails).tolist()) for name, values in drawn.items() if size}
