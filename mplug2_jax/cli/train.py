@@ -24,10 +24,10 @@ def add_parser(commands: Any) -> None:
 
 
 def chosen(recipe: str | None, plan: Path | None, overrides: Sequence[str]) -> tuple[str, list[str]]:
-    """The recipe and the overrides of a command that takes either or both of --config and --plan.
+    """The recipe and the overrides of a command that takes --config or --plan.
 
     Raises:
-        UserError: neither, or a plan of another recipe.
+        UserError: neither, or both.
     """
     from mplug2_jax.errors import UserError
     from mplug2_jax.planning.plan_file import read_plan
@@ -36,9 +36,9 @@ def chosen(recipe: str | None, plan: Path | None, overrides: Sequence[str]) -> t
         if recipe is None:
             raise UserError("--config is missing: name a recipe, or a --plan that has one")
         return recipe, list(overrides)
+    if recipe is not None:
+        raise UserError(f"--config {recipe} with --plan {plan}: the plan says it already; give one or the other")
     planned = read_plan(plan)
-    if recipe not in (None, planned.config):
-        raise UserError(f"--plan {plan} is for the recipe {planned.config}, not for --config {recipe}: leave one out")
     return planned.config, [*planned.overrides, *overrides]
 
 

@@ -186,7 +186,8 @@ def test_training_by_a_plan_does_what_it_says(mplug2: Mplug2, recipes: Path, tmp
     words = ("--plan", tmp_path / "plan.json", "--workdir", tmp_path / "run", "--config.steps=1")
     other = mplug2("train", *words, "--config", "demo")
     assert other.status == 2
-    assert f"is for the recipe {recipes / 'text.py'}, not for --config demo: leave one out" in other.err
+    assert "--config demo with --plan" in other.err
+    assert "the plan says it already; give one or the other" in other.err
     assert not (tmp_path / "run").exists()
 
     trained = mplug2("train", *words)
