@@ -25,6 +25,13 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="image, video, GIF or .txt")
     parser.add_argument("--instruction", help="what to do or answer; in it {text} stands for a text file's content")
     parser.add_argument("--beams", type=int, help="beams of the search; 1 is greedy (default: the run's)")
+    parser.add_argument(
+        "--top-p", type=float, help="draw from the likeliest tokens that hold this much probability, as 0.9"
+    )
+    parser.add_argument(
+        "--temperature", type=float, help="of what is drawn: below 1 is more cautious (default: the run's)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default: 0)")
     parser.add_argument("--max-length", type=int, help="most tokens of an answer (default: the run's)")
 
 
@@ -34,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     import jax.numpy as jnp
 
     from data_pipelines.examples import ExampleConfig, instruction_ids
-    from mplug2_jax.generation.beam import generate
+    from mplug2_jax.generation.decode import generate
     from mplug2_jax.objectives.forward import Forward
 
     check_range("--beams", args.beams, 1)
@@ -47,8 +54,10 @@ def run(args: argparse.Namespace) -> int:
     longest = config.model.max_positions
     asked = config.tasks.search
     search = dataclasses.replace(
-        asked, beams=args.beams or asked.beams, max_length=min(args.max_length or asked.max_length, longest)
-    )
+        asked, beams=args.beams or asked.beams, max_length=min(args.max_length or asked.max_length, longest),
+        top_p=asked.top_p if args.top_p is None else args.top_p,
+        temperature=asked.temperature if args.temperature is None else args.temperature,
+    )  # fmt: skip
     trained = [stream.data.examples for stream in config.streams.values() if stream.data.examples.instructions]
     form = trained[0] if trained else ExampleConfig()
     read = form.reader(tokenizer)
@@ -58,11 +67,11 @@ def run(args: argparse.Namespace) -> int:
         model = plan.definition.bind(params)
         forward = Forward(model, batch)
         memory, mask = forward.described if "frames" in batch else forward.instructed
-        found = generate(model.decoder, memory, mask, search, plan.context.tokens)
+        found = generate(model.decoder, memory, mask, search, plan.context.tokens, batch["seed"])
         return found.ids[:, 0], found.lengths[:, 0]
 
-    for path, is_picture, instruction in inputs:
-        batch: dict[str, Any] = {}
+    for number, (path, is_picture, instruction) in enumerate(inputs):
+        batch: dict[str, Any] = {"seed": jnp.asarray([args.seed + number], jnp.int32)}
         if is_picture:
             batch["frames"] = jnp.asarray(read_frames(path, config))[None]
             if "vision" not in plan.definition.parts:

@@ -17,7 +17,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mplug2_jax.errors import check_range
 from mplug2_jax.model.config import SpecialTokens
-from mplug2_jax.model.decoder import Decoder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,12 +25,17 @@ class SearchConfig:
 
     With ``extend_finished`` beams that ended go on, beyond their end token, and when a clip is done all its beams are
     stored, ended or not: so the release (its ``TextGenerator``) searches.
+
+    With ``top_p`` above 0 nothing is searched: ``beams`` sequences are drawn from the nucleus of that much probability,
+    at ``temperature``.
     """
 
     beams: int = 5
     min_length: int = 1
     max_length: int = 20
     extend_finished: bool = False
+    top_p: float = 0.0
+    temperature: float = 1.0
 
     def __post_init__(self) -> None:
         """Checks the ranges.
@@ -41,6 +45,8 @@ class SearchConfig:
         """
         for name, least in (("beams", 1), ("min_length", 0), ("max_length", 1)):
             check_range(f"config.tasks.search.{name}", getattr(self, name), least)
+        check_range("config.tasks.search.top_p", self.top_p, 0, 1)
+        check_range("config.tasks.search.temperature", self.temperature, 1e-3, 1e3)
 
 
 class Found(NamedTuple):
@@ -75,6 +81,11 @@ class _Loop(NamedTuple):
     live: Bool[Array, " b"]
 
 
+def normaliser(length: int) -> Float[Array, " m"]:
+    """What the log-probability of 1, 2, ... ``length`` generated tokens is divided by, to be compared."""
+    return jnp.asarray(((5 + np.arange(length) + 1) / 6) ** 0.6, jnp.float32)
+
+
 def beam_search(step: Step[State], state: State, batch: int, config: SearchConfig, tokens: SpecialTokens) -> Found:
     """Searches ``config.beams`` sequences for each of ``batch`` clips, up to ``config.max_length`` tokens.
 
@@ -82,7 +93,7 @@ def beam_search(step: Step[State], state: State, batch: int, config: SearchConfi
     The loop ends early once every clip is done.
     """
     b, r, length = batch, config.beams, config.max_length + 1
-    normaliser = jnp.asarray(((5 + np.arange(config.max_length) + 1) / 6) ** 0.6, jnp.float32)
+    divisors = normaliser(config.max_length)
     start = jnp.zeros((b, r, length), jnp.int32).at[:, :, 0].set(tokens.begin)
     nothing = Found(jnp.zeros_like(start), jnp.full((b, r), -jnp.inf), jnp.zeros((b, r), jnp.int32))
     first_only = jnp.where(jnp.arange(r) == 0, 0.0, -jnp.inf)
@@ -100,7 +111,7 @@ def beam_search(step: Step[State], state: State, batch: int, config: SearchConfi
         too_short = (position < config.min_length) & (jnp.arange(log_probs.shape[-1]) == tokens.end)
         log_probs = jnp.where(too_short, -1e20, log_probs)
 
-        scores = (loop.log_probs[..., None] + log_probs) / normaliser[position]
+        scores = (loop.log_probs[..., None] + log_probs) / divisors[position]
         scores, flat = jax.lax.top_k(scores.reshape(b, -1), r)
         parent, token = flat // log_probs.shape[-1], (flat % log_probs.shape[-1]).astype(jnp.int32)
         ids = jnp.take_along_axis(loop.ids, parent[..., None], axis=1)
@@ -111,7 +122,7 @@ def beam_search(step: Step[State], state: State, batch: int, config: SearchConfi
         done = finished[:, 0]
         stored = (finished | (done[:, None] & config.extend_finished)) & loop.live[:, None]
         found = _keep_best(loop.found, Found(ids, jnp.where(stored, scores, -jnp.inf), jnp.full((b, r), position + 2)))
-        log_probs = scores * normaliser[position]
+        log_probs = scores * divisors[position]
         if not config.extend_finished:
             log_probs = jnp.where(token == tokens.end, -jnp.inf, log_probs)
         loop = _Loop(ids, log_probs, found, loop.live & ~done)
@@ -127,15 +138,3 @@ def _keep_best(old: Found, new: Found) -> Found:
     scores, kept = jax.lax.top_k(both.scores, old.scores.shape[1])
     ids = jnp.take_along_axis(both.ids, kept[..., None], axis=1)
     return Found(ids, scores, jnp.take_along_axis(both.lengths, kept, axis=1))
-
-
-def generate(
-    decoder: Decoder,
-    memory: Float[Array, "b s d"],
-    memory_mask: Bool[Array, "b s"],
-    config: SearchConfig,
-    tokens: SpecialTokens,
-) -> Found:
-    """Beam search with a cache: the memory is projected once for each clip and shared by its beams."""
-    cache = decoder.start(memory, memory_mask, sequences=config.beams, length=config.max_length)
-    return beam_search(decoder.step, cache, memory.shape[0], config, tokens)

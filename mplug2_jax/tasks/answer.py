@@ -8,7 +8,7 @@ import numpy as np
 
 from data_pipelines.examples import Example
 from mplug2_jax.evaluation.metrics.ratio import Ratio
-from mplug2_jax.generation.beam import generate
+from mplug2_jax.generation.decode import generate
 from mplug2_jax.model.mplug2 import Mplug2
 from mplug2_jax.objectives.forward import DeviceBatch, Forward, Outcome
 from mplug2_jax.objectives.language import answer_loss
@@ -23,7 +23,8 @@ def loss(forward: Forward, context: TaskContext) -> Outcome:
 def predict(model: Mplug2, batch: DeviceBatch, context: TaskContext) -> Predictions:
     """The best answer's ids."""
     memory, mask = Forward(model, batch).instructed
-    found = generate(model.decoder, memory, mask, context.settings.search, context.tokens)
+    search, seeds = context.settings.search, batch.get("example_id")
+    found = generate(model.decoder, memory, mask, search, context.tokens, seeds)
     kept = jnp.arange(found.ids.shape[-1]) < found.lengths[:, :1]
     return {"ids": jnp.where(kept, found.ids[:, 0], context.tokens.pad)}
 

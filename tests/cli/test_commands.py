@@ -133,6 +133,14 @@ def test_generate_prints_a_line_for_each_file(pictures: Path, media: Path, mplug
     assert [line.partition(": ")[0] for line in done.out.splitlines()] == [str(file) for file in files]
 
 
+def test_generate_draws_by_its_seed(pictures: Path, media: Path, mplug2: Mplug2) -> None:
+    files = [media / "a.png"] * 3
+    words = ("generate", "--workdir", pictures, *files, "--top-p", 0.99, "--beams", 1, "--max-length", 4)
+    one, again, other = (mplug2(*words, "--temperature", 5, "--seed", seed).out for seed in (1, 1, 100))
+    assert one == again != other
+    assert len(set(one.splitlines())) == 3  # every file has a seed of its own
+
+
 @pytest.mark.parametrize(("kind", "suffix", "frames"), [("image", "png", 1), ("video", "mp4", 4)])
 def test_data_sample_writes_files_and_says_what_they_show(
     kind: str, suffix: str, frames: int, tmp_path: Path, mplug2: Mplug2

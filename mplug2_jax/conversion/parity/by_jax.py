@@ -34,7 +34,8 @@ from mplug2_jax.conversion.parity.comparison import (
 from mplug2_jax.conversion.parity.goldens import Golden, load_goldens
 from mplug2_jax.conversion.parity.retrieval import RETRIEVAL_INPUTS, retrieval_run
 from mplug2_jax.errors import UserError
-from mplug2_jax.generation.beam import SearchConfig, generate
+from mplug2_jax.generation.beam import SearchConfig
+from mplug2_jax.generation.decode import generate
 from mplug2_jax.generation.rank import rank_answers
 from mplug2_jax.model.config import SpecialTokens
 from mplug2_jax.model.mplug2 import Params

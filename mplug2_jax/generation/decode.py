@@ -1,0 +1,30 @@
+"""A decoder's text for a memory, searched or drawn as a config says."""
+
+import jax
+from jaxtyping import Array, Bool, Float, Int
+
+from mplug2_jax.generation.beam import Found, SearchConfig, beam_search
+from mplug2_jax.generation.nucleus import sample
+from mplug2_jax.model.config import SpecialTokens
+from mplug2_jax.model.decoder import Decoder
+
+
+def generate(
+    decoder: Decoder,
+    memory: Float[Array, "b s d"],
+    memory_mask: Bool[Array, "b s"],
+    config: SearchConfig,
+    tokens: SpecialTokens,
+    seeds: Int[Array, " b"] | None = None,
+) -> Found:
+    """The best sequences, with a cache: the memory is projected once for each clip and shared by its beams.
+
+    ``seeds``, one for each clip, are read where sequences are drawn; without any, a clip's place is its seed.
+    """
+    b = memory.shape[0]
+    cache = decoder.start(memory, memory_mask, sequences=config.beams, length=config.max_length)
+    if not config.top_p:
+        return beam_search(decoder.step, cache, b, config, tokens)
+    seeds = jax.numpy.arange(b) if seeds is None else seeds
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), seeds)
+    return sample(decoder.step, cache, keys, config, tokens)
