@@ -2,9 +2,11 @@
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from data_pipelines.examples import Example
 from mplug2_jax.evaluation.metrics.ratio import Ratio
-from mplug2_jax.evaluation.metrics.retrieval import recall_at
+from mplug2_jax.evaluation.metrics.retrieval import chance_at, ranks_of, recall_at
 from mplug2_jax.model.mplug2 import Mplug2
 from mplug2_jax.objectives.forward import DeviceBatch, Forward, Outcome
 from mplug2_jax.objectives.vlc import vlc_loss
@@ -26,17 +28,22 @@ def predict(model: Mplug2, batch: DeviceBatch, context: TaskContext) -> Predicti
 
 
 def score(predictions: HostPredictions, examples: Sequence[Example], decode: Callable[[Sequence[int]], str]) -> Scored:
-    """Recall at 1, 5, 10 in both directions, beside chance."""
+    """Recall at 1, 5, 10 in both directions, beside chance. Examples of one picture are its several texts."""
     del decode
-    similarity = predictions["text"] @ predictions["visual"].T
+    texts = np.asarray([int(example.arrays["example_id"]) for example in examples])
+    pictures, first, of_text = np.unique(texts, return_index=True, return_inverse=True)
+    similarity = predictions["text"] @ predictions["visual"][first].T
     figures: dict[str, Ratio] = {}
     baselines: dict[str, float] = {}
-    for direction, matrix in (("text_to_visual", similarity), ("visual_to_text", similarity.T)):
+    for direction, matrix, queries, candidates in (
+        ("text_to_visual", similarity, texts, pictures), ("visual_to_text", similarity.T, pictures, texts)
+    ):  # fmt: skip
+        ranks = ranks_of(matrix, queries, candidates)
         for k in CUTOFFS:
-            figures[f"{direction}_r{k}"] = recall_at(matrix, k)
-            baselines[f"{direction}_r{k}"] = min(1.0, k / len(examples))
-    best = similarity.argmax(0)
-    return Scored(figures, baselines, said=[examples[i].text for i in best])
+            figures[f"{direction}_r{k}"] = recall_at(ranks, k)
+            baselines[f"{direction}_r{k}"] = chance_at(queries, candidates, k)
+    nearest = similarity.argmax(0)[of_text]
+    return Scored(figures, baselines, said=[examples[i].text for i in nearest])
 
 
 TASK = Task(

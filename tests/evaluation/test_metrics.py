@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from mplug2_jax.evaluation.metrics.caption import cider
 from mplug2_jax.evaluation.metrics.ratio import Ratio, intervals
-from mplug2_jax.evaluation.metrics.retrieval import recall_at
+from mplug2_jax.evaluation.metrics.retrieval import chance_at, ranks_of, recall_at
 
 
 def test_captions_that_equal_their_references_get_the_toolkits_maximum_of_10_times_100():
@@ -34,30 +34,50 @@ def test_cider_is_the_mean_over_a_pictures_references():
     assert both == pytest.approx((one + other) / 2)
 
 
+def recall(similarity, k):
+    own = np.arange(len(similarity))
+    return recall_at(ranks_of(similarity, own, own), k).value
+
+
 def test_recall_counts_rows_whose_own_column_is_among_the_best():
     similarity = np.asarray([[0.9, 0.1, 0.2], [0.8, 0.5, 0.1], [0.3, 0.2, 0.1]])
-    assert [recall_at(similarity, k).value for k in (1, 2, 3)] == pytest.approx([1 / 3, 2 / 3, 1])
-    assert recall_at(similarity.T, 1).value == pytest.approx(2 / 3)
+    assert [recall(similarity, k) for k in (1, 2, 3)] == pytest.approx([1 / 3, 2 / 3, 1])
+    assert recall(similarity.T, 1) == pytest.approx(2 / 3)
 
 
 def test_ties_count_against_so_that_a_collapsed_model_scores_nothing():
     constant = np.ones((4, 4))
-    assert [recall_at(constant, k).value for k in (1, 3, 4)] == [0, 0, 1]
-    assert recall_at(np.asarray([[1.0, 1.0], [0.0, 1.0]]), 1).value == 0.5
+    assert [recall(constant, k) for k in (1, 3, 4)] == [0, 0, 1]
+    assert recall(np.asarray([[1.0, 1.0], [0.0, 1.0]]), 1) == 0.5
 
 
 def test_a_model_that_says_nan_scores_nothing():
-    assert recall_at(np.full((4, 4), np.nan), 3).value == 0
+    assert recall(np.full((4, 4), np.nan), 3) == 0
     similarity = np.eye(3)
     similarity[0, 1] = np.nan
-    assert recall_at(similarity, 1).value == pytest.approx(2 / 3)
+    assert recall(similarity, 1) == pytest.approx(2 / 3)
 
 
-@given(st.integers(0, 2**32 - 1), st.integers(1, 12), st.integers(1, 12))
-def test_recall_is_the_share_of_ranks_below_k(seed, size, k):
-    similarity = np.random.default_rng(seed).normal(size=(size, size))
-    ranks = [sorted(row, reverse=True).index(row[i]) for i, row in enumerate(similarity)]
-    assert recall_at(similarity, k).value == pytest.approx(np.mean([rank < k for rank in ranks]))
+@given(st.integers(0, 2**32 - 1), st.integers(1, 9), st.integers(1, 12), st.integers(1, 4))
+def test_a_rank_is_the_place_of_the_first_right_candidate_among_the_wrong(seed, queries, candidates, ids):
+    rng = np.random.default_rng(seed)
+    similarity = rng.normal(size=(queries, candidates))
+    names, others = rng.integers(ids, size=queries), rng.integers(ids, size=candidates)
+    expected = []
+    for row, name in zip(similarity, names, strict=True):
+        order = others[np.argsort(-row)]
+        expected.append(int(np.argmax(order == name)) if (order == name).any() else np.iinfo(np.int64).max)
+    np.testing.assert_array_equal(ranks_of(similarity, names, others), expected)
+
+
+def test_chance_is_what_random_orders_do():
+    pictures, texts = np.arange(4), np.asarray([0, 0, 0, 1, 2, 2])  # the last picture has no text
+    rng = np.random.default_rng(0)
+    for k in (1, 2, 5, 10):
+        tried = [recall_at(ranks_of(rng.normal(size=(4, 6)), pictures, texts), k).value for _ in range(3000)]
+        assert chance_at(pictures, texts, k) == pytest.approx(np.mean(tried), abs=0.02)
+    assert chance_at(texts, texts, 10) == 1
+    assert chance_at(np.arange(5), np.arange(5), 2) == pytest.approx(2 / 5)
 
 
 def test_a_ratio_is_the_mean_or_what_weights_make_of_it():
@@ -77,6 +97,7 @@ def test_intervals_are_about_two_standard_errors_to_each_side_and_the_same_each_
         error = 1.96 * np.std(figure.values) / 20
         assert found[name] == pytest.approx((figure.value - error, figure.value + error), abs=0.15 * error)
     assert intervals({"same": Ratio(np.ones(5))}) == {"same": (1.0, 1.0)}
+    assert intervals({"few": Ratio(np.arange(5.0)), **figures})["share"] == found["share"]  # of another size
     assert intervals({}) == intervals({"none": Ratio(np.zeros(0))}) == {}
 
 

@@ -203,7 +203,9 @@ def test_masked_words_are_scored_where_they_were_masked():
 
 
 def test_retrieval_is_scored_in_both_directions_and_says_the_nearest_text():
-    examples = [sample(text=text) for text in ("one", "two", "three")]
+    examples = [
+        sample(text=text, arrays={"example_id": np.asarray(i)}) for i, text in enumerate(("one", "two", "three"))
+    ]
     visual = np.eye(3)
     text = np.asarray([[0.9, 0.1, 0], [0.8, 0.5, 0], [0, 0, 1.0]])  # the second text is nearer to the first picture
     scored = vlc.score({"visual": visual, "text": text}, examples, decode)
@@ -213,6 +215,19 @@ def test_retrieval_is_scored_in_both_directions_and_says_the_nearest_text():
     assert scored.baselines["text_to_visual_r1"] == pytest.approx(1 / 3)
     assert scored.baselines["visual_to_text_r10"] == 1
     assert scored.said == ["one", "two", "three"]
+
+
+def test_the_texts_of_one_picture_are_all_right():
+    ids, texts = (7, 7, 3), ("one", "uno", "three")
+    examples = [sample(text=t, arrays={"example_id": np.asarray(i)}) for i, t in zip(ids, texts, strict=True)]
+    visual = np.asarray([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])  # the first two are the same picture
+    text = np.asarray([[0.1, 0.2], [0.9, 0.0], [0.3, 0.8]])  # "one" is nearer to the other picture
+    scored = vlc.score({"visual": visual, "text": text}, examples, decode)
+    assert scored.figures["visual_to_text_r1"].value == 1  # of two pictures
+    assert scored.figures["text_to_visual_r1"].value == pytest.approx(2 / 3)  # of three texts, and no copy competes
+    assert scored.baselines["text_to_visual_r1"] == 1 / 2
+    assert scored.baselines["visual_to_text_r1"] == pytest.approx((2 / 3 + 1 / 3) / 2)
+    assert scored.said == ["uno", "uno", "three"]
 
 
 def test_captions_are_compared_with_all_of_their_own_and_the_baseline_with_anothers():

@@ -31,14 +31,17 @@ class Ratio:
 def intervals(figures: Mapping[str, Ratio], seed: int = 0) -> dict[str, tuple[float, float]]:
     """The middle 95 % of every figure over 1,000 draws of as many examples, with replacement.
 
-    The percentile bootstrap (Efron and Tibshirani 1993, chapter 13). All figures see the same draws, which depend on
-    the number of examples alone: so a figure's interval is the same wherever it is computed.
+    The percentile bootstrap (Efron and Tibshirani 1993, chapter 13). Figures over the same number of examples see the
+    same draws, which depend on that number alone: so a figure's interval is the same wherever it is computed.
     """
-    rng, drawn = np.random.default_rng(seed), {name: np.empty(RESAMPLES) for name in figures}
-    size = len(next(iter(figures.values())).values) if figures else 0
-    for i in range(RESAMPLES if size else 0):
-        times = np.bincount(rng.integers(size, size=size), minlength=size).astype(np.float64)
-        for name, figure in figures.items():
-            drawn[name][i] = figure.over(times)
-    tails = ((1 - LEVEL) / 2, (1 + LEVEL) / 2)
-    return {name: tuple(np.quantile(values, tails).tolist()) for name, values in drawn.items() if size}
+    found: dict[str, tuple[float, float]] = {}
+    for size in {len(figure.values) for figure in figures.values()} - {0}:
+        rng = np.random.default_rng([seed, size])
+        alike = {name: figure for name, figure in figures.items() if len(figure.values) == size}
+        drawn = np.empty((RESAMPLES, len(alike)))
+        for i in range(RESAMPLES):
+            times = np.bincount(rng.integers(size, size=size), minlength=size).astype(np.float64)
+            drawn[i] = [figure.over(times) for figure in alike.values()]
+        low, high = np.quantile(drawn, ((1 - LEVEL) / 2, (1 + LEVEL) / 2), axis=0).tolist()
+        found |= {name: (low[i], high[i]) for i, name in enumerate(alike)}
+    return found
