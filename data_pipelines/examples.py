@@ -5,6 +5,7 @@ Everything random comes from the generator that is passed in, which the loader m
 
 import dataclasses
 import hashlib
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -288,6 +289,11 @@ def _target_ids(
     ids = release_caption(wordpieces, pre_caption(answer, _CAPTION_WORDS), config.target_length, config.prompt)
     # One too few: the last piece of the prompt is learned, because the release does not count [CLS].
     return ids, release_prompt_length(wordpieces, config.prompt) if config.prompt else 0
+
+
+def answer_ids(answer: str, config: ExampleConfig, tokenizer: Tokenizer) -> list[int]:
+    """Ids of an answer to a question, whole, as a stream's targets have them: from the begin token to the end token."""
+    return _target_ids("question", answer, dataclasses.replace(config, target_length=sys.maxsize), tokenizer)[0]
 
 
 def _padded(

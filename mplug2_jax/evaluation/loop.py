@@ -21,6 +21,7 @@ from data_pipelines.order import Shard
 from data_pipelines.sources.files import write_atomically
 from data_pipelines.tokenizers import Tokenizer
 from mplug2_jax.errors import UserError
+from mplug2_jax.evaluation.answers import read_answers
 from mplug2_jax.evaluation.metrics.ratio import intervals
 from mplug2_jax.model.mplug2 import ModelDef, Params
 from mplug2_jax.parallel.placement import batch_shards, check_batch, held_parts, put_batch, replicated
@@ -31,11 +32,15 @@ from mplug2_jax.tasks.base import TaskContext, parts_for
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """A task on held-out data. ``samples`` examples are kept for people to look at."""
+    """A task on held-out data. ``samples`` examples are kept for people to look at.
+
+    ``answers`` is a file with a JSON list of all answers that may be given to questions.
+    """
 
     task: str
     data: DataConfig
     samples: int = 6
+    answers: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +103,12 @@ class Evaluation:
         task = TASKS[config.task]
         assert task.score is not None
         self._score = task.score
+        if config.answers:
+            if config.task != "answer":
+                raise UserError(f"{where}.answers is for the task 'answer', not for '{config.task}': leave it out")
+            search = context.settings.search
+            listed = read_answers(Path(config.answers), f"{where}.answers", config.data.examples, tokenizer, search)
+            context = dataclasses.replace(context, answers=listed)
         self._predict = jitted_prediction(config.task, definition, context, mesh)
 
     def run(

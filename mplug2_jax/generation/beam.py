@@ -86,11 +86,20 @@ def normaliser(length: int) -> Float[Array, " m"]:
     return jnp.asarray(((5 + np.arange(length) + 1) / 6) ** 0.6, jnp.float32)
 
 
-def beam_search(step: Step[State], state: State, batch: int, config: SearchConfig, tokens: SpecialTokens) -> Found:
+def beam_search(
+    step: Step[State],
+    state: State,
+    batch: int,
+    config: SearchConfig,
+    tokens: SpecialTokens,
+    *,
+    given: bool = False,
+) -> Found:
     """Searches ``config.beams`` sequences for each of ``batch`` clips, up to ``config.max_length`` tokens.
 
-    ``step(tokens, position, state)`` takes the newest token of every sequence and returns logits for the next one.
-    The loop ends early once every clip is done.
+    ``step(tokens, position, state)`` takes the newest token of every sequence and returns logits for the next one; with
+    ``given`` these are log-probabilities already, of any sum, and ``config.min_length`` is theirs to see to. The loop
+    ends early once every clip is done.
     """
     b, r, length = batch, config.beams, config.max_length + 1
     divisors = normaliser(config.max_length)
@@ -107,9 +116,10 @@ def beam_search(step: Step[State], state: State, batch: int, config: SearchConfi
         position, loop, state = carry
         newest = jax.lax.dynamic_index_in_dim(loop.ids, position, axis=2, keepdims=False)
         logits, state = step(newest.reshape(-1), position, state)
-        log_probs = jnp.log(jax.nn.softmax(logits.astype(jnp.float32), axis=-1)).reshape(b, r, -1)
+        log_probs = logits if given else jnp.log(jax.nn.softmax(logits.astype(jnp.float32), axis=-1))
+        log_probs = log_probs.reshape(b, r, -1)
         too_short = (position < config.min_length) & (jnp.arange(log_probs.shape[-1]) == tokens.end)
-        log_probs = jnp.where(too_short, -1e20, log_probs)
+        log_probs = log_probs if given else jnp.where(too_short, -1e20, log_probs)
 
         scores = (loop.log_probs[..., None] + log_probs) / divisors[position]
         scores, flat = jax.lax.top_k(scores.reshape(b, -1), r)

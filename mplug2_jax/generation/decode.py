@@ -1,9 +1,11 @@
 """A decoder's text for a memory, searched or drawn as a config says."""
 
 import jax
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from mplug2_jax.generation.beam import Found, SearchConfig, beam_search
+from mplug2_jax.generation.constrained import constrained, start_possible
 from mplug2_jax.generation.nucleus import sample
 from mplug2_jax.model.config import SpecialTokens
 from mplug2_jax.model.decoder import Decoder
@@ -16,13 +18,18 @@ def generate(
     config: SearchConfig,
     tokens: SpecialTokens,
     seeds: Int[Array, " b"] | None = None,
+    answers: Int[np.ndarray, "a m"] | None = None,
 ) -> Found:
     """The best sequences, with a cache: the memory is projected once for each clip and shared by its beams.
 
-    ``seeds``, one for each clip, are read where sequences are drawn; without any, a clip's place is its seed.
+    ``seeds``, one for each clip, are read where sequences are drawn; without any, a clip's place is its seed. With
+    ``answers``, as :func:`~mplug2_jax.generation.constrained.constrained` takes them, nothing else is said.
     """
     b = memory.shape[0]
     cache = decoder.start(memory, memory_mask, sequences=config.beams, length=config.max_length)
+    if answers is not None:
+        state = start_possible(cache, answers, b * config.beams)
+        return beam_search(constrained(decoder.step, answers), state, b, config, tokens, given=True)
     if not config.top_p:
         return beam_search(decoder.step, cache, b, config, tokens)
     seeds = jax.numpy.arange(b) if seeds is None else seeds

@@ -159,7 +159,7 @@ def training_program(config: RunConfig, topology: Topology) -> Program:
 
 
 def evaluation_program(config: RunConfig, topology: Topology, name: str) -> Program:
-    """What one of a run's evaluations does with a batch.
+    """What one of a run's evaluations does with a batch; a search is as if no list of answers held it.
 
     Raises:
         UserError: an unknown evaluation, one that the model has no parts for, a mesh that does not fit the topology,

@@ -24,7 +24,7 @@ def predict(model: Mplug2, batch: DeviceBatch, context: TaskContext) -> Predicti
     """The best answer's ids."""
     memory, mask = Forward(model, batch).instructed
     search, seeds = context.settings.search, batch.get("example_id")
-    found = generate(model.decoder, memory, mask, search, context.tokens, seeds)
+    found = generate(model.decoder, memory, mask, search, context.tokens, seeds, context.answers)
     kept = jnp.arange(found.ids.shape[-1]) < found.lengths[:, :1]
     return {"ids": jnp.where(kept, found.ids[:, 0], context.tokens.pad)}
 

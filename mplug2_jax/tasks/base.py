@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+from jaxtyping import Int
 from numpy.typing import NDArray
 
 from data_pipelines.batch import BATCH_KEYS
@@ -36,10 +38,11 @@ class TaskSettings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskContext:
-    """The settings, and the ids of the run's tokeniser."""
+    """The settings, the ids of the run's tokeniser, and the only answers that may be given, where there is a list."""
 
     settings: TaskSettings
     tokens: SpecialTokens
+    answers: Int[np.ndarray, "a m"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,53 @@
+"""A list of all answers that may be given, from a file to the token ids that a search is held to."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int
+
+from data_pipelines.examples import ExampleConfig, answer_ids
+from data_pipelines.tokenizers import Tokenizer
+from mplug2_jax.errors import UserError
+from mplug2_jax.generation.beam import SearchConfig
+from mplug2_jax.generation.constrained import NOTHING
+
+
+def read_answers(
+    path: Path, where: str, examples: ExampleConfig, tokenizer: Tokenizer, search: SearchConfig
+) -> Int[np.ndarray, "a m"]:
+    """The answers of a JSON list of strings, each as what follows the begin token, with its end token.
+
+    Args:
+        path: the file.
+        where: the config's field that names it, for errors.
+        examples: how the evaluation makes its targets.
+        tokenizer: the run's.
+        search: that will be held to them.
+
+    Raises:
+        UserError: no such file, none or other than a list of words, an answer that no search of this length finds, or a
+            search that a list cannot hold.
+    """
+    for option, value in (("extend_finished", search.extend_finished), ("top_p", search.top_p)):
+        if value:
+            raise UserError(f"{where}={path}: a list of answers needs a plain search, not config.tasks.search.{option}")
+    try:
+        listed = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{where}={path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}={path} is not JSON: {error}; expected a list of answers") from error
+    if not isinstance(listed, list) or not listed or not all(isinstance(a, str) and a.strip() for a in listed):
+        raise UserError(f'{where}={path} should be a list of answers, as ["yes", "no"], and not an empty one')
+    rows = {tuple(answer_ids(answer, examples, tokenizer)[1:]): answer for answer in listed}
+    longest = max(rows, key=len)
+    if len(longest) > search.max_length:
+        raise UserError(
+            f"{where}={path}: {rows[longest]!r} has {len(longest)} tokens with its end, and "
+            f"config.tasks.search.max_length={search.max_length}; set that to {len(longest)}, or leave the answer out"
+        )
+    table = np.full((len(rows), search.max_length), NOTHING, np.int32)
+    for line, ids in zip(table, rows, strict=True):
+        line[: len(ids)] = ids
+    return table

@@ -1,0 +1,110 @@
+"""Search held to a list of answers, against a plain restatement, and on a real decoder."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mplug2_jax.generation.beam import SearchConfig, beam_search
+from mplug2_jax.generation.constrained import NOTHING, constrained, start_possible
+from mplug2_jax.generation.decode import generate
+from mplug2_jax.model.config import model_config
+from mplug2_jax.model.decoder import Decoder
+from tests.generation.test_beam import STATES, TOKENS, VOCABULARY, History, toy_logits, toy_step
+
+LENGTH = 6
+
+
+def lists(rng, count):
+    """Answers of 1 to 5 tokens, many with a common beginning, each with its end."""
+    rows = {(*rng.integers(3, 6, size=rng.integers(1, LENGTH)).tolist(), TOKENS.end) for _ in range(count)}
+    return sorted(rows)
+
+
+def table_of(answers):
+    table = np.full((len(answers), LENGTH), NOTHING, np.int32)
+    for line, ids in zip(table, answers, strict=True):
+        line[: len(ids)] = ids
+    return table
+
+
+def search_one(start, table, answers, beams):
+    """One clip, with lists: sequences that are the beginning of an answer, by the scores of beam search."""
+    alive, pool = [(np.float32(0), ())], []
+    for step in range(LENGTH):
+        penalty = np.float32(((5 + step + 1) / 6) ** 0.6)
+        candidates = []
+        for total, said in alive:
+            logits = toy_logits(start, [TOKENS.begin, *said], table).astype(np.float64)
+            log_probs = logits - logits.max() - np.log(np.exp(logits - logits.max()).sum())
+            following = {a[step] for a in answers if a[:step] == said and len(a) > step}
+            candidates += [((total + log_probs[token]) / penalty, (*said, token)) for token in following]
+        candidates = sorted(candidates, reverse=True)[:beams]
+        if not candidates:
+            break
+        pool += [c for c in candidates if c[1][-1] == TOKENS.end]
+        if candidates[0][1][-1] == TOKENS.end:
+            break
+        alive = [(score * penalty, said) for score, said in candidates if said[-1] != TOKENS.end]
+    return max(pool)
+
+
+@settings(max_examples=60)
+@given(seed=st.integers(0, 2**32 - 1), count=st.integers(1, 30), beams=st.sampled_from([1, 2, 5]))
+def test_the_search_is_a_plain_one_over_beginnings_of_answers(seed, count, beams):
+    rng = np.random.default_rng(seed)
+    table, answers = rng.normal(size=(STATES, VOCABULARY)).astype(np.float32) * 2, lists(rng, count)
+    config = SearchConfig(beams=beams, min_length=0, max_length=LENGTH)
+    starts = np.arange(4)
+    history = History(jnp.repeat(jnp.asarray(starts), beams), jnp.asarray(table))
+    state = start_possible(history, table_of(answers), 4 * beams)
+    found = beam_search(constrained(toy_step, table_of(answers)), state, 4, config, TOKENS, given=True)
+    for clip, start in enumerate(starts):
+        said = tuple(np.asarray(found.ids[clip, 0, 1 : found.lengths[clip, 0]]).tolist())
+        assert said in answers
+        score, expected = search_one(int(start), table, answers, beams)
+        assert float(found.scores[clip, 0]) == pytest.approx(score, rel=1e-4)
+        assert said == expected or np.isclose(score, float(found.scores[clip, 0]), rtol=1e-6)
+
+
+def test_with_room_for_all_the_best_answer_is_the_likeliest_of_one_length():
+    rng = np.random.default_rng(3)
+    table = rng.normal(size=(STATES, VOCABULARY)).astype(np.float32) * 2
+    answers = sorted({(*rng.integers(3, 9, size=3).tolist(), TOKENS.end) for _ in range(20)})
+    config = SearchConfig(beams=len(answers), min_length=0, max_length=LENGTH)
+    state = start_possible(
+        History(jnp.zeros(len(answers), jnp.int32) + 17, jnp.asarray(table)), table_of(answers), len(answers)
+    )
+    found = beam_search(constrained(toy_step, table_of(answers)), state, 1, config, TOKENS, given=True)
+
+    def likelihood(answer):
+        total, prefix = 0.0, [TOKENS.begin]
+        for token in answer:
+            logits = toy_logits(17, prefix, table).astype(np.float64)
+            total += logits[token] - np.log(np.exp(logits).sum())
+            prefix.append(token)
+        return total
+
+    ranked = sorted(answers, key=likelihood, reverse=True)
+    said = [tuple(row[1:5].tolist()) for row in np.asarray(found.ids[0])]
+    assert said == ranked
+    scores = np.asarray([likelihood(a) for a in ranked]) / ((5 + 4) / 6) ** 0.6
+    np.testing.assert_allclose(found.scores[0], scores, rtol=1e-5)
+
+
+def test_a_decoder_says_what_is_listed_under_jit():
+    config = model_config("tiny", dtype="float32", width=16, heads=2, decoder_layers=1, vocab_size=12, max_positions=8)
+    with nnx.use_eager_sharding(False):
+        decoder = Decoder(config, rngs=nnx.Rngs(0))
+    memory, mask = jax.random.normal(jax.random.key(1), (5, 3, config.width)), jnp.ones((5, 3), bool)
+    answers = np.asarray([[5, 6, 2, NOTHING], [5, 2, NOTHING, NOTHING], [7, 7, 7, 2]], np.int32)
+    graph, params = nnx.split(decoder)
+    search = SearchConfig(beams=3, max_length=4)
+    found = jax.jit(lambda p: generate(nnx.merge(graph, p), memory, mask, search, TOKENS, answers=answers))(params)
+    for row in range(5):
+        said = {tuple(ids[1:length].tolist()) for ids, length in zip(found.ids[row], found.lengths[row], strict=True)}
+        assert said - {()} <= {(5, 6, 2), (5, 2), (7, 7, 7, 2)}
+        assert (found.ids[row, 0, 1] > 0).all()
