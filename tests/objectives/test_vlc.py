@@ -16,7 +16,7 @@ from mplug2_jax.objectives.forward import Forward
 from mplug2_jax.objectives.momentum import momentum_contrastive_loss
 from mplug2_jax.objectives.queue import Queue, fresh_queue
 from mplug2_jax.objectives.vlc import VlcConfig, contrastive_loss, vlc_loss
-from mplug2_jax.parallel.mesh import MeshConfig, make_mesh
+from mplug2_jax.parallel.mesh import MeshConfig, abstract_mesh, make_mesh
 from mplug2_jax.parallel.placement import batch_sharding
 from tests.tpu import topology_mesh
 
@@ -153,7 +153,7 @@ def test_meshes_and_blocks_change_neither_value_nor_gradient(mesh, block_chips, 
     [(4, 32, 1), (8, 32, 2), (6, 32, 3), (7, 32, 7), (8, 2048, 4), (8, 8192, 8)],  # 4 chips, and 4,096 rows, at most
 )
 def test_blocks_are_those_of_few_chips(devices, rows, turns):
-    mesh = jax.sharding.AbstractMesh((devices,), ("fsdp",))
+    mesh = abstract_mesh(MeshConfig(fsdp=devices), devices)
     seen = []
 
     def look(x):
