@@ -31,7 +31,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--temperature", type=float, help="of what is drawn: below 1 is more cautious (default: the run's)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default: 0)")
+    parser.add_argument("--seed", type=int, help="of what is drawn (default: 0)")
     parser.add_argument("--max-length", type=int, help="most tokens of an answer (default: the run's)")
 
 
@@ -58,6 +58,11 @@ def run(args: argparse.Namespace) -> int:
         top_p=asked.top_p if args.top_p is None else args.top_p,
         temperature=asked.temperature if args.temperature is None else args.temperature,
     )  # fmt: skip
+    for option, value in (("--temperature", args.temperature), ("--seed", args.seed)):
+        if value is not None and not search.top_p:
+            raise UserError(
+                f"{option} {value} is of what is drawn, and this searches: add --top-p 0.9, or leave it out"
+            )
     trained = [stream.data.examples for stream in config.streams.values() if stream.data.examples.instructions]
     form = trained[0] if trained else ExampleConfig()
     read = form.reader(tokenizer)
@@ -71,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
         return found.ids[:, 0], found.lengths[:, 0]
 
     for number, (path, is_picture, instruction) in enumerate(inputs):
-        batch: dict[str, Any] = {"seed": jnp.asarray([args.seed + number], jnp.int32)}
+        batch: dict[str, Any] = {"seed": jnp.asarray([(args.seed or 0) + number], jnp.int32)}
         if is_picture:
             batch["frames"] = jnp.asarray(read_frames(path, config))[None]
             if "vision" not in plan.definition.parts:

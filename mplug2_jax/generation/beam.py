@@ -118,8 +118,9 @@ def beam_search(
         logits, state = step(newest.reshape(-1), position, state)
         log_probs = logits if given else jnp.log(jax.nn.softmax(logits.astype(jnp.float32), axis=-1))
         log_probs = log_probs.reshape(b, r, -1)
-        too_short = (position < config.min_length) & (jnp.arange(log_probs.shape[-1]) == tokens.end)
-        log_probs = log_probs if given else jnp.where(too_short, -1e20, log_probs)
+        if not given:
+            too_short = (position < config.min_length) & (jnp.arange(log_probs.shape[-1]) == tokens.end)
+            log_probs = jnp.where(too_short, -1e20, log_probs)
 
         scores = (loop.log_probs[..., None] + log_probs) / divisors[position]
         scores, flat = jax.lax.top_k(scores.reshape(b, -1), r)

@@ -1,6 +1,7 @@
 """A decoder's text for a memory, searched or drawn as a config says."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
@@ -32,6 +33,6 @@ def generate(
         return beam_search(constrained(decoder.step, answers), state, b, config, tokens, given=True)
     if not config.top_p:
         return beam_search(decoder.step, cache, b, config, tokens)
-    seeds = jax.numpy.arange(b) if seeds is None else seeds
+    seeds = jnp.arange(b) if seeds is None else seeds
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), seeds)
     return sample(decoder.step, cache, keys, config, tokens)

@@ -38,7 +38,9 @@ def cross_entropy(
     """
     mesh = jax.sharding.get_abstract_mesh()
     spec = activation_spec(("batch", None), dict(mesh.shape), features.shape)
-    axes = (spec[0],) if isinstance(spec[0], str) else spec[0] or ()  # PartitionSpec turns a tuple of one into its own
+    axes = (
+        (spec[0],) if isinstance(spec[0], str) else spec[0] or ()
+    )  # PartitionSpec turns a tuple of one into its element
 
     def on_a_chip(features: Array, others: Array, ids: Array, counts: Array, temperature: Array) -> Array:
         ring = _ring_of(axes, len(features))

@@ -139,6 +139,10 @@ def test_generate_draws_by_its_seed(pictures: Path, media: Path, mplug2: Mplug2)
     one, again, other = (mplug2(*words, "--temperature", 5, "--seed", seed).out for seed in (1, 1, 100))
     assert one == again != other
     assert len(set(one.splitlines())) == 3  # every file has a seed of its own
+    for option in ("--temperature", "--seed"):
+        unread = mplug2("generate", "--workdir", pictures, media / "a.png", option, 2)
+        assert unread.status == 2
+        assert "is of what is drawn, and this searches: add --top-p 0.9" in unread.err
 
 
 @pytest.mark.parametrize(("kind", "suffix", "frames"), [("image", "png", 1), ("video", "mp4", 4)])
