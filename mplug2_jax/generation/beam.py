@@ -64,8 +64,8 @@ Kept = TypeVar("Kept")  # not typing.Self, which the run-time type checks of the
 class SearchState(Protocol):
     """What a step function carries from token to token, one row for each sequence."""
 
-    def reorder(self: Kept, rows: Int[Array, " br"]) -> Kept:
-        """The state after the search has kept these rows."""
+    def reorder(self: Kept, kept: Int[Array, "b r"]) -> Kept:
+        """The state after the search has kept these of each clip's r sequences, some of them several times."""
 
 
 State = TypeVar("State", bound=SearchState)
@@ -127,7 +127,7 @@ def beam_search(
         parent, token = flat // log_probs.shape[-1], (flat % log_probs.shape[-1]).astype(jnp.int32)
         ids = jnp.take_along_axis(loop.ids, parent[..., None], axis=1)
         ids = jax.lax.dynamic_update_index_in_dim(ids, token, position + 1, axis=2)
-        state = state.reorder((parent + r * jnp.arange(b)[:, None]).reshape(-1))
+        state = state.reorder(parent)
 
         finished = (token == tokens.end) | (position == config.max_length - 1)
         done = finished[:, 0]

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from mplug2_jax.generation.beam import SearchState, State, Step
+from mplug2_jax.model.decoder import kept_rows
 
 NOTHING = -1
 """In a list of answers, what follows their ends."""
@@ -21,9 +22,9 @@ class Possible:
     inner: SearchState
     answers: Bool[Array, "br a"]
 
-    def reorder(self, rows: Int[Array, " br"]) -> "Possible":
-        """The state after the search has kept these rows."""
-        return Possible(self.inner.reorder(rows), self.answers[rows])
+    def reorder(self, kept: Int[Array, "b r"]) -> "Possible":
+        """The state after the search has kept these of each clip's sequences."""
+        return Possible(self.inner.reorder(kept), kept_rows(self.answers, kept))
 
 
 def start_possible(state: SearchState, answers: Int[np.ndarray, "a m"], rows: int) -> Possible:

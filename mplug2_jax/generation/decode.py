@@ -10,6 +10,8 @@ from mplug2_jax.generation.constrained import constrained, start_possible
 from mplug2_jax.generation.nucleus import sample
 from mplug2_jax.model.config import SpecialTokens
 from mplug2_jax.model.decoder import Decoder
+from mplug2_jax.model.layers import gathered_once
+from mplug2_jax.parallel.logical import gathered_before
 
 
 def generate(
@@ -25,7 +27,22 @@ def generate(
 
     ``seeds``, one for each clip, are read where sequences are drawn; without any, a clip's place is its seed. With
     ``answers``, as :func:`~mplug2_jax.generation.constrained.constrained` takes them, nothing else is said.
+    The decoder's parameters are gathered once, not for every token.
     """
+    whole = gathered_once(decoder, decoder.config.dtype)
+    with gathered_before():
+        return _generate(whole, memory, memory_mask, config, tokens, seeds, answers)
+
+
+def _generate(
+    decoder: Decoder,
+    memory: Float[Array, "b s d"],
+    memory_mask: Bool[Array, "b s"],
+    config: SearchConfig,
+    tokens: SpecialTokens,
+    seeds: Int[Array, " b"] | None,
+    answers: Int[np.ndarray, "a m"] | None,
+) -> Found:
     b = memory.shape[0]
     cache = decoder.start(memory, memory_mask, sequences=config.beams, length=config.max_length)
     if answers is not None:

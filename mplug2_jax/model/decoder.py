@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
 
 from mplug2_jax.errors import UserError
 from mplug2_jax.model.config import ModelConfig
@@ -29,9 +29,16 @@ class DecoderCache(NamedTuple):
     cross_values: Float[Array, "i b s h k"]
     memory_mask: Bool[Array, "b s"]
 
-    def reorder(self, rows: Int[Array, " br"]) -> "DecoderCache":
-        """The cache after a search has kept the sequences ``rows``; the memory's part is shared, so it stays."""
-        return self._replace(self_keys=self.self_keys[:, rows], self_values=self.self_values[:, rows])
+    def reorder(self, kept: Int[Array, "b r"]) -> "DecoderCache":
+        """The cache after a search has kept these of each memory's sequences; the memory's part is shared: it stays."""
+        keys, values = (jax.vmap(kept_rows, (0, None))(x, kept) for x in (self.self_keys, self.self_values))
+        return self._replace(self_keys=keys, self_values=values)
+
+
+def kept_rows(x: Shaped[Array, "br *n"], kept: Int[Array, "b r"]) -> Shaped[Array, "br *n"]:
+    """Rows that a search has kept, chosen among the r of each memory: none crosses to another chip."""
+    groups = x.reshape(*kept.shape, *x.shape[1:])
+    return jax.vmap(lambda group, rows: group[rows])(groups, kept).reshape(x.shape)
 
 
 class Decoder(nnx.Module):

@@ -319,6 +319,21 @@ def layer_at(layers: Layer, index: int | slice) -> Layer:
     return nnx.merge(graphdef, jax.tree.map(lambda p: p[index], params))
 
 
+def gathered_once(module: Layer, dtype: str) -> Layer:
+    """A module with its parameters gathered, and kernels in the dtype that they compute in: for a loop of many uses.
+
+    Its uses are traced under :func:`~mplug2_jax.parallel.logical.gathered_before`.
+    """
+    graphdef, params = nnx.split(module, nnx.Param)
+
+    def gather(path: tuple[Any, ...], parameter: nnx.Param[jax.Array]) -> nnx.Param[jax.Array]:
+        value = parameter[...].astype(dtype) if path[-1] == "kernel" else parameter[...]
+        return parameter.replace(together(value, parameter.get_metadata("out_sharding")))
+
+    gathered: Layer = nnx.merge(graphdef, nnx.map_state(gather, params))
+    return gathered
+
+
 def depth_of(layers: nnx.Module) -> int:
     """How many layers a stack holds."""
     return int(jax.tree.leaves(nnx.state(layers, nnx.Param))[0].shape[0])

@@ -16,7 +16,7 @@ from mplug2_jax.errors import UserError
 from mplug2_jax.generation.beam import SearchConfig, beam_search
 from mplug2_jax.generation.decode import generate
 from mplug2_jax.model.config import SpecialTokens, model_config
-from mplug2_jax.model.decoder import Decoder
+from mplug2_jax.model.decoder import Decoder, kept_rows
 
 TOKENS = SpecialTokens(pad=0, begin=1, end=2, mask=3)
 VOCABULARY, STATES = 9, 1009
@@ -31,8 +31,8 @@ class History:
     value: Int[Array, " br"]
     table: Float[Array, "n v"]
 
-    def reorder(self, rows):
-        return History(self.value[rows], self.table)
+    def reorder(self, kept):
+        return History(kept_rows(self.value, kept), self.table)
 
 
 def toy_step(tokens, position, state):
@@ -141,7 +141,7 @@ def chain(*rows):
 class Stateless:
     """A state that remembers nothing."""
 
-    def reorder(self, rows):
+    def reorder(self, kept):
         return self
 
 

@@ -1,0 +1,52 @@
+"""Generation on a mesh: what one device says, with the decoder gathered once."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mplug2_jax.generation.beam import Found, SearchConfig
+from mplug2_jax.generation.decode import generate
+from mplug2_jax.model.config import SpecialTokens
+from mplug2_jax.model.mplug2 import Params, define
+from mplug2_jax.parallel.mesh import MeshConfig, make_mesh
+from mplug2_jax.parallel.placement import batch_sharding, place_parameters, replicated
+from mplug2_jax.planning.traffic import collectives
+from tests.runs import small_model
+
+DEFINITION = define(dataclasses.replace(small_model(), decoder_layers=2), ("text", "decoder"))
+SEARCH = SearchConfig(beams=2, max_length=6)
+TOKENS = SpecialTokens(begin=1, end=2, mask=3)
+CLIPS, LENGTH = 8, 5
+
+
+def say(params: Params, memory: jax.Array) -> Found:
+    seen = jnp.ones(memory.shape[:2], bool)
+    return generate(DEFINITION.bind(params).decoder, memory, seen, SEARCH, TOKENS)
+
+
+def memory() -> jax.Array:
+    return jax.random.normal(jax.random.key(1), (CLIPS, LENGTH, DEFINITION.config.width))
+
+
+@pytest.mark.parametrize("config", [MeshConfig(), MeshConfig(fsdp=4, tensor=2)], ids=["fsdp", "fsdp and tensor"])
+def test_a_mesh_says_what_one_device_says_and_gathers_the_decoder_once(config: MeshConfig) -> None:
+    params = jax.jit(DEFINITION.init)(jax.random.key(0))
+    expected = jax.jit(say)(params, memory())
+    mesh = make_mesh(config)
+    placed = jax.device_put(params, place_parameters(DEFINITION.shapes, DEFINITION.axes, mesh).shardings)
+    with jax.set_mesh(mesh):
+        given = (placed, jax.device_put(memory(), batch_sharding(mesh)))
+        compiled = jax.jit(say, out_shardings=replicated(mesh)).lower(*given).compile()
+        ours = compiled(*given)
+    np.testing.assert_array_equal(ours.ids, expected.ids)
+    np.testing.assert_allclose(ours.scores, expected.scores, rtol=1e-5)
+    found = collectives(compiled.as_text(), mesh)
+    # Within the loop over tokens, whose turns nobody knows, travel scores (on CPUs) and tensor's sums, and no more.
+    scores = 4 * CLIPS * SEARCH.beams * DEFINITION.config.vocab_size
+    each_token = [c for c in found if not c.bounded and "fsdp" in c.axes]
+    assert any(c.kind == "all-gather" for c in found if c not in each_token)
+    assert all(c.kind != "all-gather" or "top_k" in c.name for c in each_token)
+    assert max(c.bytes for c in each_token) <= scores
