@@ -30,6 +30,15 @@ def test_generation_needs_at_most_a_fiftieth_of_the_release_s_operations(reposit
     assert float(re.findall(r"1/([\d.]+)", out)[-1]) >= 50
 
 
+def test_scores_are_those_of_other_implementations(repository: Path) -> None:
+    out = printed(repository, "scores.py", "--examples", "300")
+    figures = re.compile(r"^(\S.*?) +[\d.]+ +[\d.]+  \S.* ([\d.]+e[-+]\d+)(?: +([\d.]+e[-+]\d+))?$", re.MULTILINE)
+    rows = figures.findall(out)
+    assert len(rows) == len(out.splitlines()) - 1 == 25, out
+    for name, *differences in rows:
+        assert all(float(difference or 0) < 1e-6 for difference in differences), name
+
+
 @pytest.mark.slow
 def test_torch_runtime(repository: Path) -> None:
     pytest.importorskip("torch")

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from mplug2_jax.evaluation.metrics.caption import cider
 from mplug2_jax.evaluation.metrics.ratio import Ratio, intervals
-from mplug2_jax.evaluation.metrics.retrieval import chance_at, ranks_of, recall_at
+from mplug2_jax.evaluation.metrics.retrieval import chance_at, median_rank, ranks_of, recall_at
 
 
 def test_captions_that_equal_their_references_get_the_toolkits_maximum_of_10_times_100():
@@ -68,6 +68,23 @@ def test_a_rank_is_the_place_of_the_first_right_candidate_among_the_wrong(seed, 
         order = others[np.argsort(-row)]
         expected.append(int(np.argmax(order == name)) if (order == name).any() else np.iinfo(np.int64).max)
     np.testing.assert_array_equal(ranks_of(similarity, names, others), expected)
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 3)), max_size=20))
+def test_the_median_rank_counts_from_one_and_resampled_is_that_of_the_repeated_data(rows):
+    ranks, times = np.asarray(rows, np.int64).reshape(-1, 2).T
+    for repeated, found in (
+        (ranks, median_rank(ranks).value), (np.repeat(ranks, times), median_rank(ranks).over(times.astype(np.float64)))
+    ):  # fmt: skip
+        assert found == (np.median(repeated) + 1 if len(repeated) else 0)
+
+
+def test_a_collapsed_model_has_the_last_median_rank():
+    own = np.arange(5)
+    assert median_rank(ranks_of(np.ones((5, 5)), own, own)).value == 5
+    assert median_rank(ranks_of(np.full((5, 5), np.nan), own, own)).value == 5
+    assert median_rank(ranks_of(np.eye(5), own, own)).value == 1
+    assert median_rank(ranks_of(np.eye(5), own, own + 5)).value > 1e18  # no query has a right candidate
 
 
 def test_chance_is_what_random_orders_do():

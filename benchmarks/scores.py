@@ -1,0 +1,211 @@
+"""Scores beside those of other implementations, over all examples and over one draw of as many with replacement.
+
+    python benchmarks/scores.py                    # 1,000 seeded examples of each kind
+
+The first difference is of the figure over all examples, the last between the figure told how often each example was
+drawn and the other implementation's over the drawn examples themselves. "by hand" is the plain loop of this file.
+"""
+
+import argparse
+import collections
+import dataclasses
+import random
+import re
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import scipy.stats
+import sklearn.metrics
+from nltk.stem.porter import PorterStemmer
+
+from mplug2_jax.evaluation.metrics.classification import confusion, mean_of_views, top_k
+from mplug2_jax.evaluation.metrics.glue import CLASSES, glue
+from mplug2_jax.evaluation.metrics.grounding import box_accuracy, mean_iou, overlaps
+from mplug2_jax.evaluation.metrics.ratio import Figure
+from mplug2_jax.evaluation.metrics.retrieval import median_rank, ranks_of, recall_at
+from mplug2_jax.evaluation.metrics.summary import rouge
+from mplug2_jax.evaluation.metrics.vqa import vqa_accuracy
+
+Rows = np.ndarray  # the examples that a figure is over
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A figure of ours, and the same by others over given examples."""
+
+    name: str
+    figure: Figure
+    by: str
+    theirs: Callable[[Rows], float]
+
+
+def main() -> None:
+    """Scores and prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--examples", type=int, default=1000, help="of each kind (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    rng = np.random.default_rng(args.seed)
+    drawn = rng.integers(args.examples, size=args.examples)
+    times = np.bincount(drawn, minlength=args.examples).astype(np.float64)
+    print(f"{'metric':<24}{'ours':>12}{'reference':>12}  {'by':<14}{'difference':>11}{'resampled':>11}")
+    for kind in (vqa, classification, grounding, glue_tasks, summaries, retrieval):
+        for case in kind(rng, args.examples):
+            ours, theirs = case.figure.value, case.theirs(np.arange(args.examples))
+            resampled = abs(case.figure.over(times) - case.theirs(drawn))
+            figures = f"{ours:12.6f}{theirs:12.6f}  {case.by:<14}{abs(ours - theirs):11.1e}{resampled:11.1e}"
+            print(f"{case.name:<24}{figures}", flush=True)
+
+
+def vqa(rng: np.random.Generator, examples: int) -> Iterator[Case]:
+    words = ["two", "2", "the dog", "dog.", "a dog", "Dog", "t-shirt", "t shirt", "dont know", "don't know", "1,000",
+             "1000", "2.5", "none", "0", "yes", "yes!", "yes, it is", "Yes it is"]  # fmt: skip
+    near = random.Random(int(rng.integers(2**32)))
+    answers: list[list[str]] = []
+    for _ in range(examples):
+        start, spread = near.randrange(len(words)), near.randrange(4)
+        answers.append([words[(start + near.randint(0, spread)) % len(words)] for _ in range(10)])
+    said = [near.choice([*given, near.choice(words)]) for given in answers]
+    hits = np.asarray([by_hand_vqa(*pair) for pair in zip(said, answers, strict=True)])
+    yield Case("VQA v2 accuracy", vqa_accuracy(said, answers), "by hand", lambda rows: hits[rows].mean())
+
+
+def by_hand_vqa(said: str, answers: Sequence[str]) -> float:
+    def plain(text: str) -> str:
+        letters = ""
+        for i, letter in enumerate(text):
+            if letter == "." and not text[i + 1 : i + 2].isdigit():
+                continue
+            if letter not in "-,!":
+                letters += letter
+            elif not (re.search("[0-9],[0-9]", text) or f"{letter} " in text or f" {letter}" in text):
+                letters += " "
+        kept = [word for word in letters.lower().split() if word not in ("a", "an", "the")]
+        known = {"dont": "don't", "none": "0", "two": "2"}
+        return " ".join(known.get(word, word) for word in kept)
+
+    if any(answer != answers[0] for answer in answers):
+        said, answers = plain(said), [plain(answer) for answer in answers]
+    total = 0.0
+    for left_out in range(10):
+        agree = sum(answers[i] == said for i in range(10) if i != left_out)
+        total += 1 if agree >= 3 else agree / 3
+    return total / 10
+
+
+def classification(rng: np.random.Generator, examples: int) -> Iterator[Case]:
+    classes = 20
+    labels = rng.integers(classes, size=examples)
+    scores = rng.normal(size=(examples, classes)) + 1.5 * np.eye(classes)[labels]
+    every = np.arange(classes)
+    for k in (1, 5):
+
+        def theirs(rows: Rows, scores: np.ndarray = scores, k: int = k) -> float:
+            return float(sklearn.metrics.top_k_accuracy_score(labels[rows], scores[rows], k=k, labels=every))
+
+        yield Case(f"top-{k} accuracy", top_k(scores, labels, k), "scikit-learn", theirs)
+
+    ids = rng.permutation(np.repeat(np.arange(examples), 3))
+    probabilities = rng.dirichlet(np.ones(classes), size=len(ids)) + 0.05 * np.eye(classes)[labels[ids]]
+    means = mean_of_views(probabilities, ids, np.arange(examples))
+    views = np.asarray([probabilities[ids == i].mean(0).argmax() for i in range(examples)])
+    yield Case(
+        "top-1 of 3 views", top_k(means, labels, 1), "by hand", lambda rows: float((views == labels)[rows].mean())
+    )
+    said = scores.argmax(1)
+    found, known = confusion(said, labels, classes), sklearn.metrics.confusion_matrix(labels, said, labels=every)
+    print(f"{'confusion, on diagonal':<24}{found.trace():12}{known.trace():12}  {'scikit-learn':<14}", end="")
+    print(f"{np.abs(found - known).max():11.1e}")
+
+
+def grounding(rng: np.random.Generator, examples: int) -> Iterator[Case]:
+    boxes = np.sort(rng.integers(33, size=(examples, 2, 2)), axis=1).reshape(-1, 4)
+    said = np.clip(boxes + rng.integers(-5, 6, size=boxes.shape), 0, 32)  # some of both are degenerate
+
+    def cells(box: np.ndarray) -> set[tuple[int, int]]:
+        return {(x, y) for x in range(box[0], box[2]) for y in range(box[1], box[3])}
+
+    pairs = [(cells(one), cells(other)) for one, other in zip(said, boxes, strict=True)]
+    known = np.asarray([len(one & other) / max(len(one | other), 1) for one, other in pairs])
+    iou = overlaps(said / 32, boxes / 32)
+    yield Case("accuracy at IoU 0.5", box_accuracy(iou), "by hand", lambda rows: float((known[rows] >= 0.5).mean()))
+    yield Case("mean IoU", mean_iou(iou), "by hand", lambda rows: float(known[rows].mean()))
+
+
+def glue_tasks(rng: np.random.Generator, examples: int) -> Iterator[Case]:
+    known: dict[str, tuple[str, Callable[[np.ndarray, np.ndarray], float]]] = {
+        "accuracy": ("scikit-learn", sklearn.metrics.accuracy_score),
+        "f1": ("scikit-learn", sklearn.metrics.f1_score),
+        "matthews": ("scikit-learn", sklearn.metrics.matthews_corrcoef),
+        "pearson": ("scipy", lambda labels, said: scipy.stats.pearsonr(said, labels).statistic),
+        "spearman": ("scipy", lambda labels, said: scipy.stats.spearmanr(said, labels).statistic),
+    }
+    for task in (*CLASSES, "stsb"):
+        if task == "stsb":
+            labels = np.round(rng.random(examples) * 25) / 5  # ties, as there
+            said = np.round(labels + rng.normal(size=examples), 1)
+        else:
+            labels = rng.integers(CLASSES[task], size=examples)
+            said = np.where(rng.random(examples) < 0.8, labels, rng.integers(CLASSES[task], size=examples))
+        for name, figure in glue(task, said, labels).items():
+            by, score = known[name]
+
+            def theirs(
+                rows: Rows,
+                labels: np.ndarray = labels,
+                said: np.ndarray = said,
+                score: Callable[[np.ndarray, np.ndarray], float] = score,
+            ) -> float:
+                return float(score(labels[rows], said[rows]))
+
+            yield Case(f"{task} {name}", figure, by, theirs)
+
+
+def summaries(rng: np.random.Generator, examples: int) -> Iterator[Case]:
+    words = ["markets", "market", "fall", "falling", "falls", "oil", "prices", "price", "rise", "U.S.", "u.s", "says",
+             "said", "bank", "banks", "banking", "in", "the", "of", "##.#", "-", "minister"]  # fmt: skip
+    texts = [" ".join(rng.choice(words, size=rng.integers(1, 15))) + " news" for _ in range(2 * examples)]
+    said, references = texts[:examples], texts[examples:]
+    for name, figure in rouge(said, references).items():
+        each = np.asarray([by_hand_rouge(name, *pair) for pair in zip(said, references, strict=True)])
+        yield Case(name, figure, "by hand", lambda rows, each=each: float(each[rows].mean()))
+
+
+def by_hand_rouge(name: str, said: str, reference: str) -> float:
+    stem = PorterStemmer().stem
+    ours, theirs = (
+        [stem(word) if len(word) > 3 else word for word in re.findall("[a-z0-9]+", text.lower())]
+        for text in (said, reference)
+    )
+    if name == "rouge_l":
+        longest = collections.Counter[tuple[int, int]]()
+        for i, one in enumerate(ours):
+            for j, other in enumerate(theirs):
+                alike = longest[i - 1, j - 1] + 1 if one == other else 0
+                longest[i, j] = max(alike, longest[i - 1, j], longest[i, j - 1])
+        shared, total = longest[len(ours) - 1, len(theirs) - 1], len(ours) + len(theirs)
+    else:
+        size = int(name[-1])
+        one, other = (
+            collections.Counter(tuple(row[i : i + size]) for i in range(len(row) - size + 1)) for row in (ours, theirs)
+        )
+        shared, total = (one & other).total(), one.total() + other.total()
+    return 100 * 2 * shared / total if total else 0.0
+
+
+def retrieval(rng: np.random.Generator, examples: int) -> Iterator[Case]:
+    texts, pictures = np.arange(examples) // 5, np.arange((examples + 4) // 5)
+    similarity = rng.normal(size=(examples, len(pictures))) + 2 * (texts[:, None] == pictures)
+    ranks = ranks_of(similarity, texts, pictures)
+    places = np.asarray(
+        [sorted(row, reverse=True).index(row[text]) for row, text in zip(similarity, texts, strict=True)]
+    )
+    for k in (1, 5, 10):
+        yield Case(f"R@{k}", recall_at(ranks, k), "by hand", lambda rows, k=k: float((places[rows] < k).mean()))
+    yield Case("MedR", median_rank(ranks), "statistics", lambda rows: statistics.median(places[rows].tolist()) + 1)
+
+
+if __name__ == "__main__":
+    main()
