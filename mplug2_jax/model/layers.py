@@ -326,7 +326,7 @@ def gathered_once(module: Layer, dtype: str) -> Layer:
     """
     graphdef, params = nnx.split(module, nnx.Param)
 
-    def gather(path: tuple[Any, ...], parameter: nnx.Param[jax.Array]) -> nnx.Param[jax.Array]:
+    def gather(path: tuple[Any, ...], parameter: nnx.Variable[jax.Array]) -> nnx.Variable[jax.Array]:
         value = parameter[...].astype(dtype) if path[-1] == "kernel" else parameter[...]
         return parameter.replace(together(value, parameter.get_metadata("out_sharding")))
 

@@ -50,17 +50,29 @@ def resize_positions(table: Float[Array, "p w"], grid: int) -> Float[Array, "n w
     return jnp.concatenate([table[:1], rows.reshape(grid * grid, -1)])
 
 
+def lie(clips: int, frames: int) -> tuple[str, int]:
+    """How clips lie on the mesh: the logical axis of their frames, folded into the batch, and each clip's parts.
+
+    Clips enough for all chips stay whole, and no frame travels. Fewer are cut between frames, or, where the mesh does
+    not divide their number, not at all.
+    """
+    parts = axis_size("frames")
+    if frames == 1 or clips % axis_size("images") == 0:
+        return "images", 1
+    return ("images", parts) if frames % parts == 0 else ("batch", 1)
+
+
 def beside(x: Float[Array, "b t n w"]) -> tuple[Float[Array, "b t n w"], Float[Array, "b t n w"]]:
     """The frame before each frame and the one after it; zeros beyond the clip.
 
-    Where the clip is split over the mesh, each chip sends its first and last frame to the chips beside it.
+    Where clips are cut, each chip sends its first and last frame to the chips beside it.
     """
 
     def moved(x: Array, first: Array, last: Array) -> tuple[Array, Array]:
         return jnp.concatenate([first, x[:, :-1]], axis=1), jnp.concatenate([x[:, 1:], last], axis=1)
 
-    parts = axis_size("frames")
-    if parts == 1 or x.shape[1] % parts:
+    _, parts = lie(*x.shape[:2])
+    if parts == 1:
         nothing = jnp.zeros_like(x[:, :1])
         return moved(x, nothing, nothing)
 
@@ -177,8 +189,7 @@ class VisionTower(nnx.Module):
             raise UserError(f"clips of {t} frames need the part 'temporal', which this model was built without")
         patches = self._patches(frames)
         t, n = patches.shape[1], patches.shape[2]
-        # A clip is split between frames, or not at all; pictures are shared out like frames.
-        rows = "images" if t == 1 or t % axis_size("frames") == 0 else "batch"
+        rows, _ = lie(b, t)
         patches = constrain(patches.reshape(b * t, n, -1), rows, None, None)
         x = self.patch(patches.astype(self.config.dtype))
         class_token = jnp.broadcast_to(self.class_token[...].astype(x.dtype), (b * t, 1, x.shape[-1]))

@@ -8,7 +8,10 @@ from flax import nnx
 
 from mplug2_jax.errors import UserError
 from mplug2_jax.model.config import model_config
-from mplug2_jax.model.vision import LocalTemporal, VisionTower, normalise_pixels, resize_positions
+from mplug2_jax.model.vision import LocalTemporal, VisionTower, lie, normalise_pixels, resize_positions
+from mplug2_jax.parallel.mesh import MeshConfig, make_mesh
+from mplug2_jax.parallel.placement import batch_sharding
+from mplug2_jax.planning.traffic import collectives
 
 CONFIG = model_config("tiny", dtype="float32", vision_width=32, vision_layers=2)
 
@@ -30,6 +33,10 @@ def _run(graphdef, params, clip):
 
 def run(model, clip):
     return _run(*nnx.split(model, nnx.Param), clip)
+
+
+def frames_of(b, t):
+    return frames(b=b, t=t)
 
 
 def frames(b=2, t=3, size=32, seed=0):
@@ -63,6 +70,25 @@ def test_the_temporal_unit_is_a_depthwise_convolution_over_time():
     )  # fmt: skip
     convolved = convolved.reshape(2, 4, 5, 16).transpose(0, 2, 1, 3) + unit.bias[...]
     np.testing.assert_allclose(unit(x), unit.up(convolved * jax.nn.sigmoid(1.702 * convolved)), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("clips", "frames", "parts", "travels"),
+    [(8, 4, 1, False), (4, 4, 2, True), (4, 3, 1, False), (16, 3, 1, False)],
+    ids=["enough clips", "few clips", "few odd clips", "enough odd clips"],
+)
+def test_clips_are_cut_only_where_there_are_too_few_and_look_the_same(clips, frames, parts, travels):
+    clip, mesh = frames_of(clips, frames), make_mesh(MeshConfig(data=4, fsdp=1, sequence=2))
+    expected = run(tower(), clip)
+    with jax.set_mesh(mesh):
+        assert lie(clips, frames)[1] == parts
+        graphdef, params = nnx.split(tower(), nnx.Param)
+        placed = jax.device_put(clip, batch_sharding(mesh))
+        compiled = jax.jit(lambda p, c: nnx.merge(graphdef, p)(c)).lower(params, placed).compile()
+        np.testing.assert_allclose(compiled(params, placed), expected, atol=1e-5)
+    sent = {c.kind for c in collectives(compiled.as_text(), mesh) if "temporal" in c.name}
+    assert ("collective-permute" in sent) == travels
+    assert "all-to-all" not in sent
 
 
 def still(model):
