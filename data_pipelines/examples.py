@@ -4,16 +4,17 @@ Everything random comes from the generator that is passed in, which the loader m
 """
 
 import dataclasses
+import difflib
 import hashlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data_pipelines.errors import DataError
-from data_pipelines.record import Record
+from data_pipelines.record import Box, Record
 from data_pipelines.text import (
     pre_caption,
     pre_question,
@@ -35,7 +36,8 @@ BOX_BINS = 32
 class InstructionConfig:
     """One kind of instruction: how often, and in which words. Braces take the record's own words.
 
-    ``{question}`` (question), ``{expression}`` (box), ``{premise}`` and ``{hypothesis}`` (entailment).
+    ``{question}`` (question), ``{expression}`` (box), ``{premise}`` and ``{hypothesis}`` (entailment), ``{text}`` and
+    ``{other}`` (label of a text, or of two).
     """
 
     templates: tuple[str, ...]
@@ -49,6 +51,9 @@ class ExampleConfig:
     ``form="released"`` writes texts as the release's data code does: punctuation dropped, instructions without a
     closing ``[SEP]``, truncation that cuts it off captions, and captions glued to ``prompt`` without a space, whose
     first pieces are no targets. It needs BERT's word pieces.
+
+    With ``classes`` examples have a ``label``: the place of their answer among them. Where these are numbers, as
+    degrees of likeness, an answer that is a number is of the class that is nearest.
     """
 
     text: Literal["caption", "sentence"] = "caption"
@@ -59,13 +64,14 @@ class ExampleConfig:
     target_length: int = 0
     form: Literal["standard", "released"] = "standard"
     prompt: str = ""  # released captions begin with it
+    classes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Checks that what is asked for has room and a meaning.
 
         Raises:
-            DataError: instructions without words, without weight or without a length for their answers, or a prompt
-                that nothing reads.
+            DataError: instructions without words, without weight or without a length for their answers, a prompt that
+                nothing reads, or classes twice or of what has none.
         """
         for kind, instruction in self.instructions.items():
             if not instruction.templates or instruction.weight < 0:
@@ -75,8 +81,14 @@ class ExampleConfig:
                 )
         if self.instructions and not any(instruction.weight for instruction in self.instructions.values()):
             raise DataError(f"the instructions {', '.join(self.instructions)} all have weight 0; expected one above 0")
-        if self.instructions and not self.target_length:
-            raise DataError("an example with instructions needs target_length, the room for their answers")
+        if self.instructions and not self.target_length and not self.classes:
+            raise DataError("an example with instructions needs target_length, the room for their answers, or classes")
+        if self.classes and not set(self.instructions) <= {"label", "entailment"}:
+            raise DataError(
+                f"classes are of labels and entailments, but the instructions are {', '.join(self.instructions)}"
+            )
+        if len(set(self.classes)) < len(self.classes):
+            raise DataError(f"classes: {len(self.classes)} names, of which only {len(set(self.classes))} differ")
         if self.prompt and self.form == "standard":
             raise DataError(f"prompt={self.prompt!r} is for form='released'; elsewhere write it into the templates")
 
@@ -87,13 +99,22 @@ class ExampleConfig:
             made |= {"text": ((self.text_length,), np.int32), "text_mask": ((self.text_length,), np.bool_)}
             if self.word_starts:
                 made["word_starts"] = ((self.text_length,), np.bool_)
-        if self.instructions:
-            if self.instruction_length:
-                asked = (self.instruction_length,)
-                made |= {"instruction": (asked, np.int32), "instruction_mask": (asked, np.bool_)}
+        if self.instructions and self.instruction_length:
+            asked = (self.instruction_length,)
+            made |= {"instruction": (asked, np.int32), "instruction_mask": (asked, np.bool_)}
+        if self.instructions and self.target_length:
             told = (self.target_length,)
             made |= {"target": (told, np.int32), "target_weights": (told, np.float32)}
+        if self.classes:
+            made["label"] = ((), np.int32)
+        if self.has_boxes:
+            made["box"] = ((4,), np.float32)
         return made
+
+    @property
+    def has_boxes(self) -> bool:
+        """Whether every example is of a box."""
+        return set(self.instructions) == {"box"}
 
     def reader(self, tokenizer: Tokenizer) -> Callable[[Sequence[int]], str]:
         """What turns generated ids into words; in the released form what follows the prompt."""
@@ -115,7 +136,7 @@ class Example:
     times: tuple[float, ...] = ()  # seconds from the start of the clip, for every frame
 
 
-def box_words(box: tuple[float, float, float, float]) -> str:
+def box_words(box: Box) -> str:
     """A box as four whole numbers 0..31, the cells of a 32 x 32 grid that its corners are in.
 
     Example:
@@ -125,36 +146,55 @@ def box_words(box: tuple[float, float, float, float]) -> str:
     return " ".join(str(min(BOX_BINS - 1, int(value * BOX_BINS))) for value in box)
 
 
+def box_of_words(words: str) -> Box | None:
+    """The box that four whole numbers stand for, from the first cell's beginning to the last one's end; None: no box.
+
+    Example:
+        >>> box_of_words("0 8 15 31")
+        (0.0, 0.25, 0.5, 1.0)
+    """
+    cells = words.split()
+    if len(cells) != 4 or not all(cell.isdecimal() and int(cell) < BOX_BINS for cell in cells):
+        return None
+    x0, y0, x1, y1 = map(int, cells)
+    return (x0 / BOX_BINS, y0 / BOX_BINS, (x1 + 1) / BOX_BINS, (y1 + 1) / BOX_BINS)
+
+
 def example_id(key: str) -> int:
     """63 bits of a record's key: the same in every epoch, on every machine."""
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest()) >> 1
 
 
-Instructed = tuple[dict[str, str], tuple[str, ...]]  # words for the template's braces, and the right answers
+class Instructed(NamedTuple):
+    """Words for the template's braces, the right answers, and the box that these are of."""
+
+    words: dict[str, str]
+    answers: tuple[str, ...]
+    box: Box | None = None
 
 
 def _captioned(record: Record, rng: np.random.Generator) -> Instructed:
     order = rng.permutation(len(record.captions))
-    return {}, tuple(record.captions[i] for i in order)
+    return Instructed({}, tuple(record.captions[i] for i in order))
 
 
 def _questioned(record: Record, rng: np.random.Generator) -> Instructed:
     question = record.questions[rng.integers(len(record.questions))]
-    return {"question": question.question}, (question.answer, *question.others)
+    return Instructed({"question": question.question}, (question.answer, *question.others))
 
 
 def _labelled(record: Record, rng: np.random.Generator) -> Instructed:
-    return {}, (record.label or "",)
+    return Instructed(dict(zip(("text", "other"), record.texts, strict=False)), (record.label or "",))
 
 
 def _boxed(record: Record, rng: np.random.Generator) -> Instructed:
     expression = record.expressions[rng.integers(len(record.expressions))]
-    return {"expression": expression.text}, (box_words(expression.box),)
+    return Instructed({"expression": expression.text}, (box_words(expression.box),), expression.box)
 
 
 def _entailed(record: Record, rng: np.random.Generator) -> Instructed:
     pair = record.entailments[rng.integers(len(record.entailments))]
-    return {"premise": pair.premise, "hypothesis": pair.hypothesis}, (pair.answer,)
+    return Instructed({"premise": pair.premise, "hypothesis": pair.hypothesis}, (pair.answer,))
 
 
 _KINDS: Mapping[InstructionKind, tuple[str, Callable[[Record, np.random.Generator], Instructed]]] = {
@@ -190,13 +230,19 @@ def make_example(
         if config.word_starts:
             arrays["word_starts"] = tokenizer.word_starts(arrays["text"].tolist())
     if config.instructions:
-        kind, instruction, answers = _instruct(record, config, rng)
+        kind, instruction, told = _instruct(record, config, rng)
+        answers = told.answers
         if config.instruction_length:
             ids = instruction_ids(instruction, config, tokenizer, config.instruction_length)
             arrays["instruction"], arrays["instruction_mask"] = _padded(ids, config.instruction_length)
-        ids, unlearned = _target_ids(kind, answers[0], config, tokenizer)
-        arrays["target"], mask = _padded(ids, config.target_length)
-        arrays["target_weights"] = (mask & (np.arange(config.target_length) >= unlearned)).astype(np.float32)
+        if config.target_length:
+            ids, unlearned = _target_ids(kind, answers[0], config, tokenizer)
+            arrays["target"], mask = _padded(ids, config.target_length)
+            arrays["target_weights"] = (mask & (np.arange(config.target_length) >= unlearned)).astype(np.float32)
+        if config.classes:
+            arrays["label"] = np.asarray(_class_of(answers[0], config.classes, record.key), np.int32)
+        if config.has_boxes:
+            arrays["box"] = np.asarray(told.box, np.float32)
     times = () if visual is None else tuple(visual.times.tolist())
     return Example(arrays, record.key, text, instruction, answers, times)
 
@@ -235,17 +281,17 @@ def _choose_text(
 
 def _instruct(
     record: Record, config: ExampleConfig, rng: np.random.Generator
-) -> tuple[InstructionKind, str, tuple[str, ...]]:
+) -> tuple[InstructionKind, str, Instructed]:
     kinds = _kinds(record, config)
     weights = np.array([config.instructions[kind].weight for kind in kinds])
     kind = kinds[rng.choice(len(kinds), p=weights / weights.sum())]
-    words, answers = _KINDS[kind][1](record, rng)
+    told = _KINDS[kind][1](record, rng)
     templates = config.instructions[kind].templates
     template = templates[rng.integers(len(templates))]
     try:
-        return kind, template.format(**words), answers
+        return kind, template.format(**told.words), told
     except (KeyError, IndexError, ValueError) as error:
-        valid = ", ".join(f"{{{word}}}" for word in words) or "none"
+        valid = ", ".join(f"{{{word}}}" for word in told.words) or "none"
         raise DataError(
             f"instruction template {template!r} of kind '{kind}' fails ({error}); valid braces: {valid}"
         ) from error
@@ -294,6 +340,19 @@ def _target_ids(
 def answer_ids(answer: str, config: ExampleConfig, tokenizer: Tokenizer) -> list[int]:
     """Ids of an answer to a question, whole, as a stream's targets have them: from the begin token to the end token."""
     return _target_ids("question", answer, dataclasses.replace(config, target_length=sys.maxsize), tokenizer)[0]
+
+
+def _class_of(answer: str, classes: Sequence[str], key: str) -> int:
+    if answer in classes:
+        return classes.index(answer)
+    try:
+        value = float(answer)
+        return min(range(len(classes)), key=lambda i: abs(float(classes[i]) - value))
+    except ValueError:
+        pass
+    near = difflib.get_close_matches(answer, classes, n=1, cutoff=0.5)
+    hint = f"; did you mean '{near[0]}'?" if near else ""
+    raise DataError(f"record {key} is of '{answer}', which is none of the {len(classes)} classes{hint}")
 
 
 def _padded(

@@ -83,24 +83,21 @@ def table(rows: Sequence[Sequence[str]], header: Sequence[str], right: Sequence[
 
 def results_table(results: "Sequence[EvaluationResult]") -> str:
     """Every figure with what chance leaves of it, beside its baseline."""
+    from mplug2_jax.evaluation.metrics.units import show
+
     rows = []
     for result in results:
         for what, value in result.figures.items():
             base = result.baselines[what]
             times = f"{value / base:.1f}x" if base else "-"
-            low, high = (_score(what, end) for end in result.intervals[what])
+            low, high = (show(what, end) for end in result.intervals[what])
             rows.append(
-                (result.name, what, _score(what, value), f"{low} to {high}", _score(what, base), times,
+                (result.name, what, show(what, value), f"{low} to {high}", show(what, base), times,
                  str(result.examples))
             )  # fmt: skip
     return table(
         rows, ("evaluation", "figure", "model", "95 % of draws", "baseline", "ratio", "examples"), right=(2, 3, 4, 5, 6)
     )
-
-
-def _score(figure: str, value: float) -> str:
-    """CIDEr as papers quote it, shares as percentages."""
-    return f"{value:.1f}" if figure == "cider" else f"{value:.1%}"
 
 
 _UNASKED = {"vlc": "text for the picture", "mlm": "masked words"}

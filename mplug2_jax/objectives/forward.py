@@ -90,6 +90,16 @@ class Forward:
         return self.visual, jnp.ones(self.visual.shape[:2], bool)
 
     @functools.cached_property
+    def class_logits(self) -> Float[Array, "b c"]:
+        """Logits of each class: of the picture or clip where there is one, else of the text in ``instruction``."""
+        if "frames" in self.batch:
+            return self.model.classifier(self.visual)
+        mask = self.batch["instruction_mask"]
+        return self.model.classifier(
+            self.model.text_tokens(self.batch["instruction"], mask, rng=self.key("instruction"))
+        )
+
+    @functools.cached_property
     def counts(self) -> Float[Array, " b"]:
         """1 for examples that count, 0 for padding."""
         mask = self.batch.get("example_mask")

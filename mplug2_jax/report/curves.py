@@ -14,8 +14,9 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
+from mplug2_jax.evaluation.metrics.units import is_share
 from mplug2_jax.report.metrics import Curve
-from mplug2_jax.report.names import human, is_share
+from mplug2_jax.report.names import human
 
 LINE_STYLES = ("solid", (0, (5, 2)), (0, (1, 1.5)), (0, (7, 2, 1, 2)))  # lines differ in more than colour
 _TOWER_NORMS = (("gradient norms", "gradient_norm"), ("parameter norms", "parameter_norm"))

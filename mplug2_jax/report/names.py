@@ -4,9 +4,22 @@ import dataclasses
 import re
 
 _DIRECTIONS = {"text_to_visual": "text → picture", "visual_to_text": "picture → text"}
-_RECALL = re.compile(r"(text_to_visual|visual_to_text)_r(\d+)")
+_RECALL = re.compile(r"(text_to_visual|visual_to_text)_(?:r(\d+)|median_rank)")
 _FIGURES = {
+    "bleu_1": "BLEU-1",
+    "bleu_2": "BLEU-2",
+    "bleu_3": "BLEU-3",
+    "bleu_4": "BLEU-4",
     "cider": "CIDEr",
+    "f1": "F1",
+    "mean_iou": "mean IoU",
+    "meteor": "METEOR",
+    "rouge_1": "ROUGE-1",
+    "rouge_2": "ROUGE-2",
+    "rouge_l": "ROUGE-L",
+    "top_1": "top-1 accuracy",
+    "top_5": "top-5 accuracy",
+    "vqa_accuracy": "VQA accuracy",
     "mfu": "MFU",
     "ilm": "instruction",
     "mlm": "masked words",
@@ -30,6 +43,10 @@ class TaskWords:
 _TASKS = {
     "answer": TaskWords("answered", "true", "always the most frequent answer", marked=True),
     "ilm": TaskWords("answered", "true", "always the most frequent answer", marked=True),
+    "vqa": TaskWords("answered", "true", "always the most frequent answer"),
+    "summarise": TaskWords("summarised", "true", "the first eight words"),
+    "ground": TaskWords("pointed at", "true", "always the mean box"),
+    "classify": TaskWords("classified", "true", "always the most frequent class", marked=True),
     "caption": TaskWords("said", "true", "another example's caption"),
     "vlc": TaskWords("found", "true", "chance"),
     "mlm": TaskWords("completed", "true", "always the most frequent word"),
@@ -49,10 +66,5 @@ def human(name: str) -> str:
         ('text → picture R@1', 'image question')
     """
     if recall := _RECALL.fullmatch(name):
-        return f"{_DIRECTIONS[recall[1]]} R@{recall[2]}"
+        return f"{_DIRECTIONS[recall[1]]} {f'R@{recall[2]}' if recall[2] else 'median rank'}"
     return _FIGURES.get(name, name.replace("_", " "))
-
-
-def is_share(figure: str) -> bool:
-    """Whether a figure is a fraction of examples; CIDEr is the one that is not."""
-    return figure != "cider"

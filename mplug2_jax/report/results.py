@@ -12,7 +12,8 @@ from typing import Any
 
 from PIL import Image
 
-from mplug2_jax.report.names import TaskWords, human, is_share, task_words
+from mplug2_jax.evaluation.metrics.units import falls_short, is_share, show
+from mplug2_jax.report.names import TaskWords, human, task_words
 
 # Frames of real pictures make PNG strips of megabytes; above this size they go into the page as JPEG.
 _MAX_PNG = 128 * 1024
@@ -136,16 +137,9 @@ def _figure(name: str, value: float, baseline: float, interval: tuple[float, flo
 
     return Figure(
         human(name), show(name, value), " to ".join(show(name, end) for end in interval or ()), show(name, baseline),
-        _times(ratio), ratio < 1, along(value),
+        _times(ratio), falls_short(name, value, baseline), along(value),
         along(baseline) if math.isfinite(baseline) else None,
     )  # fmt: skip
-
-
-def show(figure: str, value: float) -> str:
-    """A figure as people read it: shares in percent, CIDEr as it is, each with one decimal."""
-    if not math.isfinite(value):
-        return "–"
-    return f"{value:.1%}" if is_share(figure) else f"{value:.1f}"
 
 
 def _times(ratio: float) -> str:
@@ -167,7 +161,7 @@ def _sample(task: str, row: Mapping[str, Any], path: Path, notes: list[str]) -> 
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         strip = None
         notes.append(f"{path.parent.parent.name}/{path.parent.name}/{path.name}: a picture was left out: {error}")
-    others = [t for t in true if t != shown]
+    others = [t for t in dict.fromkeys(true) if t != shown]
     return Sample(
         str(row.get("key") or ""),
         str(row.get("instruction") or ""),

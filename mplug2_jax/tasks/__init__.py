@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping
 
-from mplug2_jax.tasks import answer, caption, ilm, mlm, vlc, vlm
+from mplug2_jax.tasks import answer, caption, classify, ground, ilm, mlm, summarise, understand, vlc, vlm, vqa
 from mplug2_jax.tasks.base import Task
 
-TASKS: Mapping[str, Task] = {t.name: t for t in (mlm.TASK, vlc.TASK, vlm.TASK, ilm.TASK, caption.TASK, answer.TASK)}
+_MODULES = (mlm, vlc, vlm, ilm, caption, answer, vqa, summarise, ground, classify)
+TASKS: Mapping[str, Task] = {module.TASK.name: module.TASK for module in _MODULES} | dict(understand.TASKS)

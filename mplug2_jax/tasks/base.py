@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from data_pipelines.batch import BATCH_KEYS
 from data_pipelines.examples import Example
 from mplug2_jax.errors import UserError
-from mplug2_jax.evaluation.metrics.ratio import Ratio
+from mplug2_jax.evaluation.metrics.ratio import Figure
 from mplug2_jax.generation.beam import SearchConfig
 from mplug2_jax.model.config import PARTS, SpecialTokens
 from mplug2_jax.model.mplug2 import Mplug2
@@ -49,7 +49,7 @@ class TaskContext:
 class Scored:
     """The result of an evaluation: figures by name, shares as fractions, scores as their field quotes them."""
 
-    figures: Mapping[str, Ratio]
+    figures: Mapping[str, Figure]
     baselines: Mapping[str, float]  # the same figures for something that has learned nothing
     said: Sequence[str]  # for each example, what the model said, in words
 
@@ -67,6 +67,7 @@ class Task:
     keys: tuple[str, ...]
     loss: Callable[[Forward, TaskContext], Outcome]
     picture_parts: tuple[str, ...] = ()  # needed too where batches bring frames
+    text_parts: tuple[str, ...] = ()  # and where they bring none
     predict: Callable[[Mplug2, DeviceBatch, TaskContext], Predictions] | None = None
     score: Callable[[HostPredictions, Sequence[Example], Callable[[Sequence[int]], str]], Scored] | None = None
 
@@ -89,7 +90,7 @@ def parts_for(uses: Sequence[tuple[Task, bool, bool]]) -> tuple[str, ...]:
     """The parts of a model for some uses, each (task, batches bring frames, frames are clips), in the table's order."""
     needed: set[str] = set()
     for task, pictures, clips in uses:
-        needed |= {*task.parts, *(task.picture_parts if pictures else ())}
+        needed |= {*task.parts, *(task.picture_parts if pictures else task.text_parts)}
         if clips and "vision" in needed:
             needed.add("temporal")
     return tuple(part for part in PARTS if part in needed)

@@ -9,6 +9,7 @@ import pytest
 
 from data_pipelines.examples import Example
 from mplug2_jax.errors import UserError
+from mplug2_jax.evaluation.metrics.units import is_share
 from mplug2_jax.generation.beam import SearchConfig
 from mplug2_jax.model.config import PARTS, SpecialTokens, model_config
 from mplug2_jax.model.mplug2 import define
@@ -17,6 +18,8 @@ from mplug2_jax.objectives.mlm import MlmConfig
 from mplug2_jax.objectives.vlm import VlmConfig
 from mplug2_jax.tasks import TASKS, answer, caption, mlm, vlc
 from mplug2_jax.tasks.base import TaskContext, TaskSettings, parts_for
+from mplug2_jax.tasks.understand import LIKENESS
+from mplug2_jax.tasks.understand import TASKS as GLUE
 
 BATCH, LENGTH, VOCABULARY = 4, 5, 16
 CONFIG = model_config(
@@ -28,6 +31,8 @@ SETTINGS = TaskSettings(
     mlm=MlmConfig(rate=0.5), vlm=VlmConfig(group=BATCH), search=SearchConfig(beams=2, min_length=1, max_length=4)
 )
 CONTEXT = TaskContext(settings=SETTINGS, tokens=SpecialTokens(begin=1, end=2, mask=3))
+CLASSES = {"classify": 6, "mnli": 3, "stsb": len(LIKENESS)}  # of other tasks: 2
+HEADS = [name for name, task in TASKS.items() if "classifier" in task.parts]
 WORDS = ["", "", "", "", *"abcdefghijkl"]
 
 
@@ -43,18 +48,35 @@ def batch_of(frames=1):
     batch = {
         "text": ids() * mask, "text_mask": mask, "instruction": ids() * mask, "instruction_mask": mask,
         "target": ids() * mask, "target_weights": mask.astype(np.float32),
-        "example_id": np.arange(BATCH, dtype=np.int32),
+        "example_id": np.arange(BATCH, dtype=np.int32), "label": np.asarray([0, 1, 1, 0], np.int32),
+        "box": np.asarray([[0, 0, 0.5, 0.5 + i / 8] for i in range(BATCH)], np.float32),
     }  # fmt: skip
     if frames:
         batch["frames"] = rng.integers(0, 256, size=(BATCH, frames, 8, 8, 3)).astype(np.uint8)
     return batch
 
 
-def examples_of(batch):
+def config_of(name):
+    """The model's sizes for a task."""
+    return dataclasses.replace(CONFIG, num_classes=CLASSES.get(name, 2) if name in HEADS else 0)
+
+
+def parts_of(name, frames=1):
+    """The parts for a task, and whether its batches bring frames."""
+    pictures = "frames" in TASKS[name].keys or bool(frames and TASKS[name].picture_parts and name not in GLUE)
+    return parts_for([(TASKS[name], pictures, frames > 1)]), pictures
+
+
+def examples_of(batch, name=""):
     """The examples that a batch was made of."""
+    if name == "stsb":
+        rows = [{"label": np.asarray(value)} for value in batch["label"]]
+        return [Example(row, f"key{i}", "", "a b", (f"{i}.3",)) for i, row in enumerate(rows)]
     rows = [{name: value[i] for name, value in batch.items()} for i in range(BATCH)]
     return [
-        Example(row, f"key{i}", decode(row["text"]), decode(row["instruction"]), (decode(row["target"]), "b a"))
+        Example(
+            row, f"key{i}", decode(row["text"]), decode(row["instruction"]), (decode(row["target"]), "b a", "b a", "c")
+        )
         for i, row in enumerate(rows)
     ]
 
@@ -63,16 +85,16 @@ def examples_of(batch):
 def test_a_task_is_listed_under_its_name_with_parts_that_exist(name):
     task = TASKS[name]
     assert task.name == name
-    assert {*task.parts, *task.picture_parts} <= set(PARTS)
+    assert {*task.parts, *task.picture_parts, *task.text_parts} <= set(PARTS)
     assert (task.predict is None) == (task.score is None)
 
 
 @pytest.mark.parametrize("name", TASKS)
 def test_batches_that_lack_a_key_are_refused_with_what_is_missing_and_what_there_is(name):
     task = TASKS[name]
-    task.check({*task.keys, "box"}, "config.streams.x")
+    task.check({*task.keys, "word_starts"}, "config.streams.x")
     for key in task.keys:
-        brought = {*task.keys, "box"} - {key}
+        brought = {*task.keys, "word_starts"} - {key}
         with pytest.raises(UserError) as error:
             task.check(brought, "config.streams.x")
         sentence = str(error.value)
@@ -80,16 +102,16 @@ def test_batches_that_lack_a_key_are_refused_with_what_is_missing_and_what_there
         assert f"its batches bring {', '.join(sorted(brought))}; set what is missing" in sentence
 
 
-USES = [*[(name, 1) for name in TASKS], ("ilm", 0), ("caption", 3)]
+USES = [*[(name, 1) for name in TASKS], ("ilm", 0), ("caption", 3), ("summarise", 0), ("classify", 3)]
 
 
 @pytest.mark.parametrize(("name", "frames"), USES)
 def test_parts_for_a_task_are_those_that_its_loss_reads_and_its_prediction_needs_no_others(name, frames):
     task = TASKS[name]
-    batch = batch_of(0 if name == "mlm" else frames)
-    batch = {key: value for key, value in batch.items() if key in {*task.keys, "frames"}}
-    parts = parts_for([(task, "frames" in batch, frames > 1)])
-    definition = define(CONFIG, parts)
+    parts, pictures = parts_of(name, frames)
+    read = {*task.keys, *(["frames"] if pictures else [])}
+    batch = {key: value for key, value in batch_of(frames).items() if key in read}
+    definition = define(config_of(name), parts)
 
     def loss(params, batch):
         return task.loss(Forward(definition.bind(params), batch, jax.random.key(0)), CONTEXT).loss
@@ -121,9 +143,9 @@ def predictions():
     """What a model that has every part, and is as good as untrained, predicts in every task; and each loss."""
     parts = tuple(part for part in PARTS if part not in ("classifier", "temporal"))
     definition = define(CONFIG, parts)
-    rng = np.random.default_rng(1)
-    params = jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape) * 0.3, jnp.float32), definition.shapes)
+    params = untrained(definition)
     params["contrastive"]["temperature"] = jnp.asarray(0.07)
+    generating = {name: task for name, task in TASKS.items() if name not in HEADS}
 
     def run(params, batch):
         model = definition.bind(params)
@@ -131,14 +153,27 @@ def predictions():
         predicted = {
             # The instruction-based task predicts as question answering does.
             name: task.predict(model, batch, CONTEXT)
-            for name, task in TASKS.items()
-            if task.predict and name != "ilm"
+            for name, task in generating.items()
+            if task.predict and (name == "answer" or task.predict is not answer.predict)
         }
-        return predicted, {name: task.loss(forward, CONTEXT) for name, task in TASKS.items()}
+        return predicted, {name: task.loss(forward, CONTEXT) for name, task in generating.items()}
 
     predicted, losses = jax.device_get(jax.jit(run)(params, batch_of()))
-    assert TASKS["ilm"].predict is TASKS["answer"].predict
-    return predicted | {"ilm": predicted["answer"]}, losses
+    for name, task in generating.items():
+        if task.predict is answer.predict:
+            predicted[name] = predicted["answer"]
+    for name in HEADS:
+        task, (parts, pictures) = TASKS[name], parts_of(name)
+        definition = define(config_of(name), parts)
+        bound, batch = definition.bind(untrained(definition)), jax.device_put(batch_of(int(pictures)))
+        predicted[name] = jax.device_get(task.predict(bound, batch, CONTEXT))
+        losses[name] = jax.device_get(task.loss(Forward(bound, batch), CONTEXT))
+    return predicted, losses
+
+
+def untrained(definition):
+    rng = np.random.default_rng(1)
+    return jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape) * 0.3, jnp.float32), definition.shapes)
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -152,14 +187,15 @@ def test_losses_are_finite_and_name_themselves_in_their_metrics(predictions, nam
 
 @pytest.mark.parametrize("name", [name for name, task in TASKS.items() if task.predict])
 def test_predictions_are_scored_in_finite_figures_each_beside_its_baseline(predictions, name):
-    examples = examples_of(batch_of())
+    examples = examples_of(batch_of(), name)
     scored = TASKS[name].score(predictions[0][name], examples, decode)
     assert scored.figures
     assert scored.figures.keys() == scored.baselines.keys()
-    assert all(len(figure.values) == BATCH for figure in scored.figures.values())
-    for value in (*values_of(scored).values(), *scored.baselines.values()):
+    assert all(len(figure) == BATCH for figure in scored.figures.values())
+    for figure, value in (*values_of(scored).items(), *scored.baselines.items()):
         assert np.isfinite(value)
-        assert 0 <= value <= (1000 if name == "caption" else 1)
+        lowest = -1 if figure in ("matthews", "pearson", "spearman") else 0
+        assert lowest <= value <= (1 if is_share(figure) else 1000)
     assert len(scored.said) == BATCH
     assert all(isinstance(sentence, str) for sentence in scored.said)
 

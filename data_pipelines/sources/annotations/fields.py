@@ -84,8 +84,12 @@ def _questions(row: Row) -> tuple[Question, ...]:
 
 
 def ranked(question: str, answers: Sequence[str], kind: str = "") -> Question:
-    """A question whose answer is the one that most people gave; ties go to who came first."""
-    order = sorted(dict.fromkeys(answers), key=lambda answer: -list(answers).count(answer))
+    """A question whose answer is the one that most people gave; ties go to who came first.
+
+    Further answers stay there as often as they were given.
+    """
+    first = list(answers).index
+    order = sorted(answers, key=lambda answer: (-list(answers).count(answer), first(answer)))
     return Question(question, order[0], kind, tuple(order[1:]))
 
 

@@ -1,6 +1,8 @@
 """Retrieval scores, where a query may have several right answers: a picture its captions."""
 
+import bisect
 import dataclasses
+import functools
 import math
 
 import numpy as np
@@ -64,7 +66,14 @@ def chance_at(queries: Int[np.ndarray, " q"], candidates: Int[np.ndarray, " c"],
     right = dict(zip(ids.tolist(), counts.tolist(), strict=True))
     size = len(candidates)
 
+    @functools.cache
     def missed(count: int) -> float:
         return math.prod(max(0, size - count - i) / (size - i) for i in range(min(k, size)))
 
     return float(np.mean([1 - missed(right.get(query, 0)) for query in queries.tolist()]))
+
+
+def median_by_chance(queries: Int[np.ndarray, " q"], candidates: Int[np.ndarray, " c"]) -> float:
+    """The place by which a random order has found a right candidate for half of the queries."""
+    places = range(1, len(candidates) + 1)
+    return float(1 + bisect.bisect_left(places, 0.5, key=lambda place: chance_at(queries, candidates, place)))

@@ -151,7 +151,7 @@ def test_vqa_v2_ranks_the_ten_answers(tmp_path: Path) -> None:
     lines(tmp_path / "v2_mscoco_val2014_annotations.json", annotations)
     lines(tmp_path / "v2_OpenEnded_mscoco_val2014_questions.json", questions)
     source = opened("vqa_v2", tmp_path / "v2_*val2014*.json", media=str(tmp_path / "val2014"))
-    assert source[0].questions == (Question("what?", "two", "", ("three", "one")),)
+    assert source[0].questions == (Question("what?", "two", "", (*["two"] * 4, *["three"] * 3, "one", "one")),)
     assert source[0].key == "v2_OpenEnded_mscoco_val2014_questions/9001"
     shows(source[0], picture)
     with pytest.raises(DataError, match=r"questions\.json row 2 has no answers"):

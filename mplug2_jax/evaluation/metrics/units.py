@@ -1,0 +1,30 @@
+"""How figures are quoted, by their names."""
+
+import math
+
+SCORES = ("bleu", "cider", "meteor", "rouge", "spice")
+"""What names begin with whose figures are scores times 100, as papers quote them."""
+RANK = "median_rank"
+"""What names end with whose figures are places, the first of which is 1."""
+
+
+def is_share(figure: str) -> bool:
+    """Whether a figure is a fraction, to be shown in percent."""
+    return not figure.startswith(SCORES) and not figure.endswith(RANK)
+
+
+def show(figure: str, value: float) -> str:
+    """A figure as people read it.
+
+    Example:
+        >>> show("accuracy", 0.48), show("cider", 80.3)
+        ('48.0%', '80.3')
+    """
+    if not math.isfinite(value):
+        return "–"
+    return f"{value:.1%}" if is_share(figure) else f"{value:.1f}"
+
+
+def falls_short(figure: str, value: float, baseline: float) -> bool:
+    """Whether a figure is worse than its baseline; of ranks the lower is better."""
+    return value > baseline if figure.endswith(RANK) else value < baseline

@@ -1,0 +1,58 @@
+"""Classification by a head: the picture's or clip's class, or that of a text."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+from jaxtyping import Int
+
+from data_pipelines.examples import Example
+from mplug2_jax.evaluation.metrics.classification import top_k
+from mplug2_jax.model.mplug2 import Mplug2
+from mplug2_jax.objectives.classification import class_loss
+from mplug2_jax.objectives.forward import DeviceBatch, Forward, Outcome
+from mplug2_jax.tasks.base import HostPredictions, Predictions, Scored, Task, TaskContext
+
+
+def loss(forward: Forward, context: TaskContext) -> Outcome:
+    """Cross entropy of the class."""
+    del context
+    return class_loss(forward)
+
+
+def predict(model: Mplug2, batch: DeviceBatch, context: TaskContext) -> Predictions:
+    """Each class's probability."""
+    del context
+    return {"probabilities": jax.nn.softmax(Forward(model, batch).class_logits, axis=-1)}
+
+
+def score(predictions: HostPredictions, examples: Sequence[Example], decode: Callable[[Sequence[int]], str]) -> Scored:
+    """Top-1 and, of more than five classes, top-5 accuracy, beside always naming the most frequent classes."""
+    del decode
+    probabilities = predictions["probabilities"]
+    labels = np.asarray([int(example.arrays["label"]) for example in examples])
+    counts = np.bincount(labels, minlength=probabilities.shape[1])
+    names = {f"top_{k}": k for k in (1, 5) if k == 1 or probabilities.shape[1] > k}
+    return Scored(
+        figures={name: top_k(probabilities, labels, k) for name, k in names.items()},
+        baselines={name: float(np.sort(counts)[::-1][:k].sum() / len(labels)) for name, k in names.items()},
+        said=class_names(probabilities.argmax(1), examples),
+    )
+
+
+def class_names(said: Int[np.ndarray, " n"], examples: Sequence[Example]) -> list[str]:
+    """What classes are called, of which an example is; else their numbers."""
+    names = {int(example.arrays["label"]): example.answers[0] for example in examples}
+    return [names.get(number, f"class {number}") for number in said.tolist()]
+
+
+TASK = Task(
+    name="classify",
+    parts=("universal", "classifier"),
+    picture_parts=("vision",),
+    text_parts=("text",),
+    keys=("label",),
+    loss=loss,
+    predict=predict,
+    score=score,
+)

@@ -1,0 +1,24 @@
+"""Summarisation: a text in, a shorter one out."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+from data_pipelines.examples import Example
+from mplug2_jax.evaluation.metrics.summary import rouge
+from mplug2_jax.tasks import answer
+from mplug2_jax.tasks.base import HostPredictions, Scored
+
+
+def score(predictions: HostPredictions, examples: Sequence[Example], decode: Callable[[Sequence[int]], str]) -> Scored:
+    """ROUGE-1, 2 and L, beside the first words of the text: eight of them, as Gigaword's headlines have."""
+    said = [decode(row.tolist()) for row in predictions["ids"]]
+    true = [example.answers[0] for example in examples]
+    lead = [" ".join(example.instruction.split()[:8]) for example in examples]
+    return Scored(
+        figures=rouge(said, true),
+        baselines={name: figure.value for name, figure in rouge(lead, true).items()},
+        said=said,
+    )
+
+
+TASK = dataclasses.replace(answer.TASK, name="summarise", score=score)

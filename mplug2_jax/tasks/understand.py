@@ -1,0 +1,48 @@
+"""GLUE by a head: each task with its own scores, from the class of one text or two."""
+
+import dataclasses
+import functools
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from data_pipelines.examples import Example
+from mplug2_jax.evaluation.metrics.glue import CLASSES, glue
+from mplug2_jax.tasks import classify
+from mplug2_jax.tasks.base import HostPredictions, Scored, Task
+
+LIKENESS = tuple(f"{i / 5:.1f}" for i in range(26))
+"""STS-B's numbers in steps of 0.2, as classes; what is said is their mean."""
+
+
+def score(
+    name: str, predictions: HostPredictions, examples: Sequence[Example], decode: Callable[[Sequence[int]], str]
+) -> Scored:
+    """A task's figures, beside always saying the most frequent."""
+    del decode
+    probabilities = predictions["probabilities"].astype(np.float64)
+    if name == "stsb":
+        true = np.asarray([float(example.answers[0]) for example in examples])
+        said = probabilities @ np.asarray(LIKENESS, np.float64)
+        constant = np.full_like(true, true.mean())
+        words = [f"{number:.1f}" for number in said]
+    else:
+        true = np.asarray([int(example.arrays["label"]) for example in examples])
+        said = probabilities.argmax(1)
+        constant = np.full_like(true, Counter(true.tolist()).most_common(1)[0][0])
+        words = classify.class_names(said, examples)
+    baselines = {figure: found.value for figure, found in glue(name, constant, true).items()}
+    return Scored(figures=glue(name, said, true), baselines=baselines, said=words)
+
+
+def _task(name: str) -> Task:
+    return dataclasses.replace(
+        classify.TASK,
+        name=name,
+        keys=("instruction", "instruction_mask", "label"),
+        score=functools.partial(score, name),
+    )
+
+
+TASKS: Mapping[str, Task] = {name: _task(name) for name in (*CLASSES, "stsb")}

@@ -1,0 +1,25 @@
+"""Question answering as VQA v2 scores it: ten people's answers count by how many gave them."""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from data_pipelines.examples import Example
+from mplug2_jax.evaluation.metrics.vqa import vqa_accuracy
+from mplug2_jax.tasks import answer
+from mplug2_jax.tasks.base import HostPredictions, Scored
+
+
+def score(predictions: HostPredictions, examples: Sequence[Example], decode: Callable[[Sequence[int]], str]) -> Scored:
+    """VQA v2's accuracy, beside always giving the most frequent answer."""
+    said = [decode(row.tolist()) for row in predictions["ids"]]
+    given = [example.answers for example in examples]
+    commonest = Counter(answers[0] for answers in given).most_common(1)[0][0]
+    return Scored(
+        figures={"vqa_accuracy": vqa_accuracy(said, given)},
+        baselines={"vqa_accuracy": vqa_accuracy([commonest] * len(given), given).value},
+        said=said,
+    )
+
+
+TASK = dataclasses.replace(answer.TASK, name="vqa", score=score)
