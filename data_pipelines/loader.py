@@ -252,6 +252,10 @@ class EvaluationSet:
     def __len__(self) -> int:
         return sum(length for _, length in self._picks)
 
+    def source_of(self, index: int) -> str:
+        """The name of the source that an example is of."""
+        return self._pick(index).source
+
     def _pick(self, index: int) -> Pick:
         for name, length in self._picks:
             if index < length:
@@ -267,14 +271,14 @@ class EvaluationSet:
         """The first example that can be made. Raises DataError if none of those that were tried can."""
         return self._maker.make_or_replace(self._pick(0)).example
 
-    def batches(self, shard: Shard = WHOLE) -> Iterator[EvaluationBatch]:
-        """This host's rows of every batch; the last batch is padded."""
+    def batches(self, shard: Shard = WHOLE, start: int = 0) -> Iterator[EvaluationBatch]:
+        """This host's rows of every batch from example ``start`` on; the last batch is padded."""
         size, padding = self._config.batch_size, self.first()
-        rows, steps = shard.rows(size), -(-len(self) // size)
-        indices: grain.MapDataset[int] = Rows(grain.MapDataset.range(steps * size), size, shard, 0)
+        rows, steps = shard.rows(size), -(-(len(self) - start) // size)
+        indices: grain.MapDataset[int] = Rows(grain.MapDataset.range(start, start + steps * size), size, shard, 0)
         made = iter(indices[: steps * len(rows)].map(self._try).to_iter_dataset(_read_options(self._config)))
         for step in range(steps):
-            tried = {step * size + row: next(made) for row in rows}
+            tried = {start + step * size + row: next(made) for row in rows}
             examples = {i: row for i, row in tried.items() if isinstance(row, Example)}
             arrays = stack([examples.get(i, padding).arrays for i in tried])
             arrays["example_mask"] = np.array([i in examples for i in tried])

@@ -11,13 +11,14 @@ from data_pipelines.record import Kind, Record, Source
 from data_pipelines.sources.annotations import fields, glue, pictures
 from data_pipelines.sources.annotations.source import AnnotationFormat, AnnotationSource
 from data_pipelines.sources.array_record import ArrayRecordSource
+from data_pipelines.sources.loose_files import LooseFiles
 from data_pipelines.sources.tfds import TfdsSource
 from data_pipelines.sources.webdataset import WebDatasetSource
 from data_pipelines.visual import VisualConfig
 
 Format = Literal[
-    "annotations", "array_record", "coco_captions", "digitworld", "glue", "image_folder", "karpathy", "kinetics",
-    "ssv2", "tfds", "vqa_v2", "webdataset",
+    "annotations", "array_record", "coco_captions", "digitworld", "files", "glue", "image_folder", "karpathy",
+    "kinetics", "ssv2", "tfds", "vqa_v2", "webdataset",
 ]  # fmt: skip
 
 
@@ -128,6 +129,7 @@ FORMATS: Mapping[Format, Opener] = {
     "array_record": Opener(lambda config, visual: ArrayRecordSource(config.path), frozenset({"path"})),
     "coco_captions": _annotations(pictures.COCO),
     "digitworld": Opener(_digitworld, frozenset({"split", "seed"})),
+    "files": Opener(lambda config, visual: LooseFiles(config.path, config.kind), frozenset({"path"})),
     "glue": Opener(_annotations(glue.FORM).open, frozenset({"path"})),
     "image_folder": Opener(lambda config, visual: pictures.ImageFolder(config.path, config.kind), frozenset({"path"})),
     "karpathy": _annotations(pictures.KARPATHY),

@@ -1,29 +1,48 @@
-"""``mplug2 generate``: an image, video or text file in, text out."""
+"""``mplug2 generate``: images, videos or text files in, text out."""
 
 import argparse
 import dataclasses
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data_pipelines.errors import DataError
 from mplug2_jax.cli.common import add_command, add_run, open_run
+from mplug2_jax.cli.media import files_in, visual_of
 from mplug2_jax.errors import UserError, check_range
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from data_pipelines.record import Kind
+    from data_pipelines.tokenizers import Tokenizer
+    from mplug2_jax.generation.beam import SearchConfig
+    from mplug2_jax.model.mplug2 import Params
     from mplug2_jax.training.config import RunConfig
+    from mplug2_jax.training.state import Blueprint
+
+BUCKET = 16
+"""Instructions are padded to a multiple of so many tokens, so that few lengths are compiled."""
 
 
 def add_parser(commands: Any) -> None:
     """Adds the command."""
     parser = add_command(
         commands, "generate", run, config=True,
-        what="Answer an instruction about images or videos, or the instruction that a text file holds.",
+        what="Answer an instruction about images or videos, or the instructions that text files hold.",
         example='mplug2 generate --workdir runs/demo clip.mp4 --instruction "which way does the red digit move?"',
     )  # fmt: skip
     add_run(parser)
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="image, video, GIF or .txt")
+    parser.add_argument(
+        "files", nargs="+", type=Path, metavar="FILE", help="image, video, GIF or .txt, or a folder of them"
+    )
     parser.add_argument("--instruction", help="what to do or answer; in it {text} stands for a text file's content")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="new .jsonl file for what is said, a line for each")
+    parser.add_argument("--batch-size", type=int, default=8, help="files at a time (default: %(default)s)")
     parser.add_argument("--beams", type=int, help="beams of the search; 1 is greedy (default: the run's)")
     parser.add_argument(
         "--top-p", type=float, help="draw from the likeliest tokens that hold this much probability, as 0.9"
@@ -35,26 +54,55 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--max-length", type=int, help="most tokens of an answer (default: the run's)")
 
 
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """A file by its number among all, and what is asked about it."""
+
+    number: int
+    path: Path
+    kind: "Kind"
+    instruction: str
+
+
+Answer = tuple[Asked, str] | DataError
+"""What was said about a file, or why it could not be read."""
+
+
 def run(args: argparse.Namespace) -> int:
-    """Prints one line per file."""
-    import jax
-    import jax.numpy as jnp
-
-    from data_pipelines.examples import ExampleConfig, instruction_ids
-    from mplug2_jax.generation.decode import generate
-    from mplug2_jax.objectives.forward import Forward
-
-    check_range("--beams", args.beams, 1)
-    check_range("--max-length", args.max_length, 1)
-    inputs = [(path, *read_input(path, args.instruction)) for path in args.files if check_file(path)]
+    """Prints one line per file, in the order given; status 1 if some of several could not be read."""
+    for option in ("beams", "max_length", "batch_size"):
+        check_range(f"--{option.replace('_', '-')}", getattr(args, option), 1)
+    if args.out and args.out.exists():
+        raise UserError(f"--out {args.out} exists; choose a new file")
+    paths = list(files_in(args.files))
+    asked, broken = _read_inputs(paths, args.instruction)
+    if broken and len(paths) == 1:
+        raise broken[0]
     plan, params, _, tokenizer = open_run(args)
-    config = plan.config
-    if "decoder" not in plan.definition.parts:
-        raise UserError(f"the model in {args.workdir} has no decoder (its parts: {', '.join(plan.definition.parts)})")
-    longest = config.model.max_positions
+    search = _search(args, plan.config)
+    _check_parts(asked, plan, args.workdir)
+    answering = Answering(plan, params, tokenizer, search, seed=args.seed or 0)
+    lost = 0
+    with _lines(args.out) as write:
+        for answer in _in_order(broken, answering.answers(asked, args.batch_size)):
+            if isinstance(answer, DataError):
+                if len(paths) == 1:
+                    raise answer
+                lost += 1
+                print(f"mplug2: left out: {' '.join(str(answer).split())}", file=sys.stderr, flush=True)
+                continue
+            of, said = answer
+            print(f"{of.path}: {said}", flush=True)
+            write({"file": str(of.path), "instruction": of.instruction, "said": said})
+    return 1 if lost else 0
+
+
+def _search(args: argparse.Namespace, config: "RunConfig") -> "SearchConfig":
+    """The run's search, with what the command line asks for."""
     asked = config.tasks.search
     search = dataclasses.replace(
-        asked, beams=args.beams or asked.beams, max_length=min(args.max_length or asked.max_length, longest),
+        asked, beams=args.beams or asked.beams,
+        max_length=min(args.max_length or asked.max_length, config.model.max_positions),
         top_p=asked.top_p if args.top_p is None else args.top_p,
         temperature=asked.temperature if args.temperature is None else args.temperature,
     )  # fmt: skip
@@ -63,80 +111,184 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(
                 f"{option} {value} is of what is drawn, and this searches: add --top-p 0.9, or leave it out"
             )
-    trained = [stream.data.examples for stream in config.streams.values() if stream.data.examples.instructions]
-    form = trained[0] if trained else ExampleConfig()
-    read = form.reader(tokenizer)
-
-    @jax.jit
-    def answer(params: Any, batch: Any) -> Any:
-        model = plan.definition.bind(params)
-        forward = Forward(model, batch)
-        memory, mask = forward.described if "frames" in batch else forward.instructed
-        found = generate(model.decoder, memory, mask, search, plan.context.tokens, batch["seed"])
-        return found.ids[:, 0], found.lengths[:, 0]
-
-    for number, (path, is_picture, instruction) in enumerate(inputs):
-        batch: dict[str, Any] = {"seed": jnp.asarray([(args.seed or 0) + number], jnp.int32)}
-        if is_picture:
-            batch["frames"] = jnp.asarray(read_frames(path, config))[None]
-            if "vision" not in plan.definition.parts:
-                raise UserError(f"{path} is a picture, but the model in {args.workdir} has no vision")
-        if instruction and "text" in plan.definition.parts:
-            ids = instruction_ids(instruction, form, tokenizer, longest)
-            batch["instruction"] = jnp.asarray([ids], jnp.int32)
-            batch["instruction_mask"] = jnp.ones((1, len(ids)), bool)
-        elif not is_picture:
-            raise UserError(f"{path} is a text, but the model in {args.workdir} has no text encoder")
-        with jax.set_mesh(plan.mesh):
-            ids, length = answer(params, batch)
-        print(f"{path}: {read(ids[0, : int(length[0])].tolist())}", flush=True)
-    return 0
+    return search
 
 
-def check_file(path: Path) -> bool:
-    """True for a file that exists.
+def _read_inputs(paths: Sequence[Path], instruction: str | None) -> tuple[list[Asked], dict[int, DataError]]:
+    """What is asked about every file; and by their numbers, what is wrong with texts that cannot be read."""
+    asked: list[Asked] = []
+    broken: dict[int, DataError] = {}
+    for number, path in enumerate(paths):
+        try:
+            asked.append(Asked(number, path, *read_input(path, instruction)))
+        except DataError as error:
+            broken[number] = error
+    return asked, broken
+
+
+def read_input(path: Path, instruction: str | None) -> "tuple[Kind, str]":
+    """What a file is, and the instruction for it.
 
     Raises:
-        UserError: there is none.
+        DataError: a text file that is not UTF-8 or empty.
+        UserError: an instruction that leaves a text file out.
     """
-    if not path.is_file():
-        raise UserError(f"{path} does not exist or is no file; expected an image, a video or a .txt file")
-    return True
+    from data_pipelines.media import media_of
 
-
-def read_input(path: Path, instruction: str | None) -> tuple[bool, str]:
-    """Whether a file is a picture, and the instruction for it.
-
-    Raises:
-        UserError: a text file that is not UTF-8 or empty, or an instruction that leaves it out.
-    """
     if path.suffix.lower() != ".txt":
-        return True, instruction or "describe the picture"
+        return media_of(path).kind, instruction or "describe the picture"
     try:
         text = path.read_text(encoding="utf-8").strip()
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
+        raise DataError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start})") from error
     if not text:
-        raise UserError(
+        raise DataError(
             f"{path} is empty; a text file holds the instruction, or what {{text}} in --instruction stands for"
         )
     if instruction and "{text}" not in instruction:
         raise UserError(f"--instruction {instruction!r} has no {{text}}, so the content of {path} would go unread")
-    return False, (instruction or "{text}").replace("{text}", text)
+    return "text", (instruction or "{text}").replace("{text}", text)
 
 
-def read_frames(path: Path, config: "RunConfig") -> "NDArray[Any]":
-    """A picture's frames at the model's size: one of an image, as many of a video as the run was trained on."""
-    import numpy as np
+def _check_parts(asked: Iterable[Asked], plan: "Blueprint", workdir: Path) -> None:
+    """Checks that the model can read what it is asked about, and answer.
 
-    from data_pipelines.media import media_of
-    from data_pipelines.visual import VisualConfig, load_visual
+    Raises:
+        UserError: it cannot.
+    """
+    parts = plan.definition.parts
+    if "decoder" not in parts:
+        raise UserError(f"the model in {workdir} has no decoder (its parts: {', '.join(parts)})")
+    for one in asked:
+        if one.kind == "text" and "text" not in parts:
+            raise UserError(f"{one.path} is a text, but the model in {workdir} has no text encoder")
+        if one.kind != "text" and "vision" not in parts:
+            raise UserError(f"{one.path} is a picture, but the model in {workdir} has no vision")
 
-    data = [stream.data for stream in config.streams.values() if stream.data.kind != "text"]
-    released = any(each.visual.transform.startswith("released") for each in data)
-    visual = VisualConfig(
-        image_size=config.model.image_size,
-        num_frames=max((each.visual.num_frames for each in data if each.kind == "video"), default=1),
-        transform="released_test" if released else "resize",
-    )
-    return load_visual(media_of(path), visual, np.random.default_rng(0)).frames
+
+class Answering:
+    """A model that answers files in batches.
+
+    Args:
+        plan: the run's.
+        params: the model's.
+        tokenizer: the run's.
+        search: how answers are found.
+        seed: of what is drawn: file N's is ``seed + N``, whatever the batch it is in.
+    """
+
+    def __init__(
+        self, plan: "Blueprint", params: "Params", tokenizer: "Tokenizer", search: "SearchConfig", *, seed: int
+    ) -> None:
+        import jax
+
+        from data_pipelines.examples import ExampleConfig
+        from mplug2_jax.generation.decode import generate
+        from mplug2_jax.objectives.forward import Forward
+
+        self._plan, self._params, self._tokenizer, self._seed = plan, params, tokenizer, seed
+        streams = plan.config.streams.values()
+        trained = [stream.data.examples for stream in streams if stream.data.examples.instructions]
+        self._form = trained[0] if trained else ExampleConfig()
+        self._read = self._form.reader(tokenizer)
+        self._visual = visual_of(plan.config)
+
+        @jax.jit
+        def answer(params: Any, batch: Any) -> Any:
+            model = plan.definition.bind(params)
+            forward = Forward(model, batch)
+            memory, mask = forward.described if "frames" in batch else forward.instructed
+            found = generate(model.decoder, memory, mask, search, plan.context.tokens, batch["seed"])
+            return found.ids[:, 0], found.lengths[:, 0]
+
+        self._answer = answer
+
+    def answers(self, asked: Sequence[Asked], batch_size: int) -> Iterator[tuple[int, Answer]]:
+        """Every file's answer by its number, a batch of one kind at a time."""
+        counts = Counter(one.kind for one in asked)
+        for batch in _batches(asked, batch_size):
+            yield from self._answered(batch, min(batch_size, counts[batch[0].kind]))
+
+    def _answered(self, batch: Sequence[Asked], rows: int) -> Iterator[tuple[int, Answer]]:
+        import jax
+        import numpy as np
+
+        read: list[tuple[Asked, NDArray[Any] | None]] = []
+        for one in batch:
+            try:
+                read.append((one, self._frames(one)))
+            except DataError as error:
+                yield one.number, error
+        if not read:
+            return
+        with jax.set_mesh(self._plan.mesh):
+            ids, lengths = map(np.asarray, self._answer(self._params, self._arrays(read, rows)))
+        for (one, _), row, length in zip(read, ids, lengths, strict=False):
+            yield one.number, (one, self._read(row[:length].tolist()))
+
+    def _frames(self, one: Asked) -> "NDArray[Any] | None":
+        """A picture's frames, and nothing of a text. Raises DataError for a file that cannot be read."""
+        import numpy as np
+
+        from data_pipelines.media import media_of
+        from data_pipelines.visual import load_visual
+
+        if one.kind == "text":
+            return None
+        return load_visual(media_of(one.path), self._visual, np.random.default_rng(0)).frames
+
+    def _arrays(self, read: "Sequence[tuple[Asked, NDArray[Any] | None]]", rows: int) -> dict[str, Any]:
+        """A batch of so many rows; those beyond the files repeat the first, so that one program serves all batches."""
+        import jax.numpy as jnp
+        import numpy as np
+
+        from data_pipelines.examples import instruction_ids
+
+        filled = [*read, *[read[0]] * (rows - len(read))]
+        arrays: dict[str, NDArray[Any]] = {"seed": np.asarray([self._seed + one.number for one, _ in filled], np.int32)}
+        if read[0][1] is not None:
+            arrays["frames"] = np.stack([frames for _, frames in filled if frames is not None])
+        if "text" in self._plan.definition.parts:
+            longest = self._plan.config.model.max_positions
+            ids = [instruction_ids(one.instruction, self._form, self._tokenizer, longest) for one, _ in filled]
+            length = min(longest, -(-max(map(len, ids)) // BUCKET) * BUCKET)
+            arrays["instruction"] = np.asarray([[*row, *[0] * (length - len(row))] for row in ids], np.int32)
+            arrays["instruction_mask"] = np.asarray([np.arange(length) < len(row) for row in ids])
+        return {name: jnp.asarray(value) for name, value in arrays.items()}
+
+
+def _batches(asked: Iterable[Asked], size: int) -> Iterator[list[Asked]]:
+    """Files of one kind, in their order; a kind's last batch may be smaller."""
+    waiting: dict[str, list[Asked]] = {}
+    for one in asked:
+        group = waiting.setdefault(one.kind, [])
+        group.append(one)
+        if len(group) == size:
+            yield waiting.pop(one.kind)
+    yield from waiting.values()
+
+
+def _in_order(known: Mapping[int, Answer], found: Iterable[tuple[int, Answer]]) -> Iterator[Answer]:
+    """Answers by their numbers, each as soon as all before it are there."""
+    waiting, following = dict(known), 0
+    for number, answer in found:
+        waiting[number] = answer
+        while following in waiting:
+            yield waiting.pop(following)
+            following += 1
+    yield from (answer for _, answer in sorted(waiting.items()))  # what is known behind the last that was found
+
+
+@contextmanager
+def _lines(path: Path | None) -> Iterator[Callable[[Mapping[str, str]], None]]:
+    """Writes JSON lines into a file that appears when all went well; nowhere without a path."""
+    if path is None:
+        yield lambda row: None
+        return
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            yield lambda row: print(json.dumps(row), file=file)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

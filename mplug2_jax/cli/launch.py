@@ -12,7 +12,7 @@ from mplug2_jax.errors import UserError, check_range, did_you_mean
 if TYPE_CHECKING:
     from mplug2_jax.launch.job import Job, Launch
 
-LAUNCHED = ("train", "eval")
+LAUNCHED = ("train", "eval", "embed")
 
 
 def add_parser(commands: Any) -> None:
@@ -39,7 +39,9 @@ def _add_local(group: Any) -> None:
     local.add_argument(
         "--max-restarts", type=int, default=0, help="start all again after a failure, so many times (default: 0)"
     )
-    local.add_argument("words", nargs="+", metavar="COMMAND", help="after --: the train or eval command to start")
+    local.add_argument(
+        "words", nargs="+", metavar="COMMAND", help="after --: the train, eval or embed command to start"
+    )
 
 
 def _add_slurm(group: Any) -> None:

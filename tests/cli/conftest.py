@@ -16,6 +16,14 @@ from data_pipelines.digitworld import vocabulary_texts
 from data_pipelines.media import write_image, write_video
 from data_pipelines.tokenizers import train_wordpiece
 from mplug2_jax.cli.main import main
+from mplug2_jax.config import build, load_recipe
+from mplug2_jax.parallel.mesh import make_mesh
+from mplug2_jax.training.checkpoints import Checkpoints
+from mplug2_jax.training.config import RunConfig, TokenizerConfig
+from mplug2_jax.training.loop import open_streams, position_after
+from mplug2_jax.training.state import plan_run
+from mplug2_jax.training.workdir import WorkDir, special_tokens
+from tests.runs import small_run
 
 RECIPE = """
 import functools
@@ -126,29 +134,36 @@ def workdir(trained: Trained, tmp_path: Path) -> Path:
     return shutil.copytree(trained.workdir, tmp_path / "run")
 
 
-@pytest.fixture(scope="package")
-def pictures(tmp_path_factory: pytest.TempPathFactory, recipes: Path) -> Path:
-    """The work directory of a model that sees; it was saved without having learned anything."""
-    from mplug2_jax.config import build, load_recipe
-    from mplug2_jax.parallel.mesh import make_mesh
-    from mplug2_jax.training.checkpoints import Checkpoints
-    from mplug2_jax.training.config import RunConfig
-    from mplug2_jax.training.loop import open_streams, position_after
-    from mplug2_jax.training.state import plan_run
-    from mplug2_jax.training.workdir import WorkDir, special_tokens
-
-    rng = np.random.default_rng(0)
-    path = tmp_path_factory.mktemp("runs") / "pictures"
-    config = build(RunConfig, load_recipe(str(recipes / "pictures.py")))
-    workdir = WorkDir(path)
+def untrained(path: Path, config: RunConfig, scale: float = 0.1) -> Path:
+    """The work directory of a run that was saved without having learned anything: its numbers are drawn."""
+    rng, workdir = np.random.default_rng(0), WorkDir(path)
     tokenizer = workdir.tokenizer(config)
     workdir.begin(config, tokenizer)
     shapes = plan_run(config, special_tokens(tokenizer), make_mesh(config.mesh)).shapes
-    state = jax.tree.map(lambda s: jax.device_put(0.1 * rng.normal(size=s.shape).astype(s.dtype), s.sharding), shapes)
+    state = jax.tree.map(lambda s: jax.device_put(scale * rng.normal(size=s.shape).astype(s.dtype), s.sharding), shapes)
     checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint)
     checkpoints.save(state, position_after(1, open_streams(config, tokenizer)))
     checkpoints.close()
     return path
+
+
+@pytest.fixture(scope="package")
+def pictures(tmp_path_factory: pytest.TempPathFactory, recipes: Path) -> Path:
+    """The work directory of a model that sees."""
+    config = build(RunConfig, load_recipe(str(recipes / "pictures.py")))
+    return untrained(tmp_path_factory.mktemp("runs") / "pictures", config)
+
+
+@pytest.fixture(scope="package")
+def contrasting(tmp_path_factory: pytest.TempPathFactory, vocabulary: Path) -> Path:
+    """The work directory of a model that compares pictures and clips with texts, and gives many answers."""
+    streams = small_run().streams
+    pairs = {
+        name: dataclasses.replace(streams[name], objectives={"vlc": 1.0, "ilm": 1.0})
+        for name in ("image_text", "video_text")
+    }
+    config = small_run(streams=pairs, evaluations={}, tokenizer=TokenizerConfig(path=str(vocabulary)))
+    return untrained(tmp_path_factory.mktemp("runs") / "contrasting", config, scale=1.0)
 
 
 @pytest.fixture(scope="package")

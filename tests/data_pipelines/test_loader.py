@@ -177,6 +177,16 @@ def test_evaluations_leave_broken_records_out(tar: SourceConfig) -> None:
             np.testing.assert_array_equal(np.concatenate([each.arrays[key] for each in both]), value)
 
 
+def test_an_evaluation_begins_anywhere() -> None:
+    held = EvaluationSet(data({"digits": SourceConfig(size=7)}, 2), TOKENIZER, name="e", seed=0)
+    whole = [example.key for batch in held.batches() for example in batch.examples.values()]
+    for start in range(8):
+        batches = list(held.batches(start=start))
+        assert [key.key for batch in batches for key in batch.examples.values()] == whole[start:]
+        assert [place for batch in batches for place in batch.examples] == list(range(start, 7))
+        assert len(batches) == -(-(7 - start) // 2)
+
+
 def test_a_kind_that_records_are_not(tmp_path: Path) -> None:
     path = str(write_tar(tmp_path / "a.tar", {"1.png": encoded(records("image", 1)[0])}))
     clips = stream(data({"a": SourceConfig(format="webdataset", path=path, kind="video")}))

@@ -126,7 +126,7 @@ def test_what_cannot_be_launched_is_refused_before_anything_starts(repository: P
     train = ("train", "--config", "demo", "--workdir", "w")
     assert said("--processes", "0", "--", *train) == (2, "mplug2: error: --processes=0 must be at least 1")
     assert said("--processes", "2", "--", "generate") == (
-        2, "mplug2: error: 'generate' does not run on several processes: valid: eval, train",
+        2, "mplug2: error: 'generate' does not run on several processes: valid: embed, eval, train",
     )  # fmt: skip
     assert said("--processes", "2", "--", "train", "--workdir", "w") == (
         2, "mplug2: error: --config is missing: name a recipe, or a --plan that has one",

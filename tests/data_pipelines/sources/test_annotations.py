@@ -347,7 +347,10 @@ def test_any_json_gives_records_or_a_data_error(content: Any, form: Any, as_line
 
 
 def test_every_format_that_reads_files_has_a_test() -> None:
-    own: Mapping[str, str] = {"array_record": "test_array_record", "webdataset": "test_webdataset", "tfds": "test_tfds"}
+    own: Mapping[str, str] = {
+        "array_record": "test_array_record", "files": "test_loose_files", "webdataset": "test_webdataset",
+        "tfds": "test_tfds",
+    }  # fmt: skip
     here = Path(__file__).read_text()
     for format in set(FORMATS) - {"digitworld"}:
         assert (Path(__file__).parent / f"{own[format]}.py").exists() if format in own else f'opened("{format}"' in here

@@ -1,0 +1,67 @@
+"""Loose files as a source: the pictures, clips or texts below a folder, or a single one, each named by its path."""
+
+from pathlib import PurePosixPath
+
+from data_pipelines.errors import DataError
+from data_pipelines.media import Media
+from data_pipelines.record import Kind, Record
+from data_pipelines.sources.files import file_system, is_url, media_kind, read_text
+
+
+def kind_of(name: str) -> Kind | None:
+    """What a file is taken for by its name: a picture, a clip, a text (.txt), or nothing of these (None)."""
+    return "text" if PurePosixPath(name).suffix.lower() == ".txt" else media_kind(name)
+
+
+def walk(folder: str) -> list[str]:
+    """The names of all pictures, clips and texts below a folder, by their paths in it and in their order.
+
+    Files and folders whose names begin with a dot are left out: systems leave such things beside what people keep.
+
+    Raises:
+        DataError: no such folder, or none of these in it.
+    """
+    system, plain = file_system(folder)
+    if not system.isdir(plain):
+        raise DataError(f"{folder} does not exist or is no folder; check the path")
+    root = plain.rstrip("/")
+    names = sorted(name.removeprefix(root).lstrip("/") for name in system.find(root))
+    found = [name for name in names if kind_of(name) and not any(p.startswith(".") for p in PurePosixPath(name).parts)]
+    if not found:
+        raise DataError(f"{folder} holds no picture, clip or .txt file; found {len(names)} others")
+    return found
+
+
+class LooseFiles:
+    """A record for every file of one kind; its key is the path below the folder, or a single file's path as given.
+
+    Raises:
+        DataError: no such file or folder, or nothing of this kind there.
+    """
+
+    def __init__(self, path: str, kind: Kind) -> None:
+        system, plain = file_system(path)
+        self._folder, self._kind = "", kind
+        if system.isfile(plain):
+            names = [path]
+        else:
+            names = walk(path)
+            self._folder = system.unstrip_protocol(plain.rstrip("/")) if is_url(path) else plain.rstrip("/")
+        self._names = [name for name in names if kind_of(name) == kind]
+        if not self._names:
+            raise DataError(f"{path} is no {kind}, nor holds any, by its files' names; set another kind")
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __getitem__(self, index: int) -> Record:
+        if not 0 <= index < len(self._names):
+            raise IndexError(f"file {index} of {len(self._names)}")
+        name = self._names[index]
+        path = f"{self._folder}/{name}" if self._folder else name
+        if self._kind != "text":
+            return Record(name, media=Media(self._kind, path, path))
+        text = read_text(path).read().strip()
+        if not text:
+            raise DataError(f"{path} is empty; expected a text")
+        return Record(name, texts=(text,))

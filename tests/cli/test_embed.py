@@ -1,0 +1,168 @@
+"""``mplug2 embed``: files in, features out; stopped and started again; what it refuses."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+from mplug2_jax.evaluation import features
+from mplug2_jax.evaluation.feature_files import FeatureFolder
+from tests.data_pipelines.worlds import encoded, records
+
+from .conftest import Outcome, Trained
+from .test_bad_input import sentence_of
+
+Mplug2 = Callable[..., Outcome]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Five pictures, one of them broken, in a folder with another in it."""
+    path = tmp_path / "pictures"
+    (path / "more").mkdir(parents=True)
+    for i, record in enumerate(records("image", 4)):
+        (path / ("more" if i > 1 else ".") / f"{i}.png").write_bytes(encoded(record))
+    (path / "more" / "broken.jpg").write_bytes(b"no picture")
+    return path
+
+
+KEYS = ["0.png", "1.png", "more/2.png", "more/3.png"]
+
+
+def read(out: Path) -> tuple[list[str], np.ndarray]:
+    """The ids and features of all shards that the index lists."""
+    ids, rows = [], []
+    for shard in json.loads((out / "index.json").read_text())["shards"]:
+        with safe_open(out / shard["file"], "np") as file:
+            ids += json.loads(file.metadata()["ids"])
+            rows.append(file.get_tensor("features"))
+    return ids, np.concatenate(rows)
+
+
+def test_a_folder_is_embedded_and_what_is_broken_is_named(
+    contrasting: Path, folder: Path, tmp_path: Path, mplug2: Mplug2
+) -> None:
+    out = tmp_path / "features"
+    words = ("embed", "--workdir", contrasting, folder, "--out", out)
+    done = mplug2(*words)
+    assert (done.status, done.err) == (1, "")
+    first, shard, left_out = done.out.splitlines()
+    assert first == "step 1: contrastive of 5 images, features [16] float32"
+    assert shard == f"{out / 'features-00000.safetensors'}: 4 ids"
+    assert left_out.startswith(
+        f"left out: more/broken.jpg: {folder / 'more' / 'broken.jpg'} cannot be read as an image"
+    )
+    ids, rows = read(out)
+    assert ids == KEYS
+    np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, rtol=1e-5)
+    request = json.loads((out / "index.json").read_text())["request"]
+    assert (request["feature"]["name"], request["step"], request["model"]["run"]) == ("contrastive", 1, "small")
+    assert request["arrays"] == {"features": {"shape": [16], "dtype": "float32"}}
+    again = mplug2(*words)
+    assert "5 records were done before\n" in again.out
+    assert again.status == 1
+
+
+def test_a_command_that_was_killed_between_shards_goes_on(
+    contrasting: Path, folder: Path, tmp_path: Path, mplug2: Mplug2, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(features, "SHARD_ROWS", 2)
+    words = ("embed", "--workdir", contrasting, folder, "--feature", "pooled", "--out")
+    mplug2(*words, tmp_path / "whole")
+    write = FeatureFolder.write
+
+    def killed(self: FeatureFolder, shard: features.FeatureShard) -> Path:
+        if self.shards:
+            raise KeyboardInterrupt
+        return write(self, shard)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FeatureFolder, "write", killed)
+        assert mplug2(*words, tmp_path / "parts").status == 130
+    assert read(tmp_path / "parts")[0] == KEYS[:2]
+    before = (tmp_path / "parts" / "features-00000.safetensors").stat().st_mtime_ns
+    mesh = ("--config.mesh.fsdp=2", "--config.mesh.data=4", "--batch-size", 8)
+    assert "2 records were done before\n" in mplug2(*words, tmp_path / "parts", *mesh).out
+    assert (tmp_path / "parts" / "features-00000.safetensors").stat().st_mtime_ns == before
+    (ids, rows), (whole_ids, whole) = read(tmp_path / "parts"), read(tmp_path / "whole")
+    assert ids == whole_ids == KEYS
+    np.testing.assert_allclose(rows, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_other_features_are_not_mixed_in(contrasting: Path, folder: Path, tmp_path: Path, mplug2: Mplug2) -> None:
+    out = tmp_path / "features"
+    words = ("embed", "--workdir", contrasting, folder, "--out", out)
+    mplug2(*words)
+    before = (out / "index.json").read_bytes()
+    said = sentence_of(mplug2(*words, "--feature", "visual/out", "--pool", "cls"))
+    assert (
+        "holds other features: arrays.features.shape was [16] and is [32]; feature.name was 'contrastive' and" in said
+    )
+    (folder / "0.png").rename(folder / "9.png")
+    assert "listing was" in sentence_of(mplug2(*words))
+    assert (out / "index.json").read_bytes() == before
+
+
+def test_the_texts_of_an_annotation_file_are_embedded_each(
+    contrasting: Path, media: Path, tmp_path: Path, mplug2: Mplug2
+) -> None:
+    rows = [{"id": "x", "image": "a.png", "caption": ["a red digit", "a digit"]}, {"image": "b.png", "caption": "blue"}]
+    file = tmp_path / "captions.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = mplug2("embed", "--workdir", contrasting, file, media / "a.txt", "--kind", "text", "--out", tmp_path / "f")
+    assert (done.status, done.err) == (0, "")
+    ids, rows = read(tmp_path / "f")
+    assert ids == [f"{file}/captions/x#0", f"{file}/captions/x#1", f"{file}/captions/2", str(media / "a.txt")]
+    np.testing.assert_allclose(rows[0], rows[3], rtol=1e-5)  # the same words
+    assert np.abs(rows[0] - rows[1]).max() > 1e-3
+
+
+def test_the_clips_of_an_annotation_file_are_embedded(
+    contrasting: Path, media: Path, tmp_path: Path, mplug2: Mplug2
+) -> None:
+    file = tmp_path / "clips.json"
+    file.write_text(json.dumps([{"video": "a.mp4", "caption": "x"}, {"video": "a.gif", "caption": "y"}]))
+    words = ("--feature", "vision/norm_pre", "--format", "npz", "--kind", "video", "--media", media)
+    done = mplug2("embed", "--workdir", contrasting, file, *words, "--out", tmp_path / "f")
+    assert (done.status, done.err) == (0, "")
+    with np.load(tmp_path / "f" / "features-00000.npz", allow_pickle=False) as found:
+        assert found["ids"].tolist() == ["clips/1", "clips/2"]
+        assert found["features"].shape == (2, 2, 5, 32)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("{media}", "{media}: 1 images and 1 texts and 2 videos are not embedded together; choose with --kind"),
+        ("{media}/a.png {media}/a.png", "{media}/a.png is given twice"),
+        ("{media}/missing.png", "{media}/missing.png does not exist; expected .json, .jsonl, .csv, .tsv, .txt, an"),
+        ("{media}/a.png --batch-size 9", "--batch-size=9 does not split over the mesh's 8 batch shards"),
+        ("{media}/a.png --batch-size 0", "--batch-size=0 must be at least 1"),
+        ("{media}/a.txt --text-length 2", "--text-length=2 must be between 3 and 64"),
+        ("{media}/a.png --feature visual/ou", "feature 'visual/ou' is none that this model has of a image: did you"),
+        ("{media}/a.png --pool mean", "pool 'mean' is for the tokens of a tap, and feature 'contrastive' is one"),
+        ("{media}/a.png --split x", "source.split='x' means nothing to format 'files'"),
+        ("{media}/a.mp4 --kind image", "{media}/a.mp4 is no image, nor holds any"),
+        ("webdatase:{media}", "webdatase:{media} does not exist; expected"),
+    ],
+)
+def test_what_cannot_be_embedded_is_refused(
+    words: str, said: str, contrasting: Path, media: Path, tmp_path: Path, mplug2: Mplug2
+) -> None:
+    out = tmp_path / "features"
+    sentence = sentence_of(mplug2("embed", "--workdir", contrasting, *words.format(media=media).split(), "--out", out))
+    assert sentence.startswith(said.format(media=media))
+    assert not out.exists()
+
+
+def test_a_model_without_the_parts_is_refused(trained: Trained, media: Path, tmp_path: Path, mplug2: Mplug2) -> None:
+    words = ("embed", "--workdir", trained.workdir, "--out", tmp_path / "f")
+    assert sentence_of(mplug2(*words, media / "a.txt")) == (
+        "feature 'contrastive' of a text needs the part contrastive, which this model lacks (it has text, universal, "
+        "mlm)"
+    )
+    assert "needs the part vision and contrastive" in sentence_of(mplug2(*words, media / "a.png"))
+    assert mplug2(*words, media / "a.txt", "--feature", "text/out", "--pool", "cls").status == 0

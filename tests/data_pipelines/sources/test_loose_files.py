@@ -1,0 +1,88 @@
+"""Loose files as records, and every text of a record as one of its own."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from data_pipelines.errors import DataError
+from data_pipelines.record import Kind
+from data_pipelines.sources.config import SourceConfig
+from data_pipelines.sources.each_text import EachText
+from data_pipelines.sources.loose_files import walk
+from data_pipelines.visual import VisualConfig
+
+from ..worlds import encoded, records
+
+VISUAL = VisualConfig(image_size=16, num_frames=2)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "b" / ".cache").mkdir(parents=True)
+    picture = encoded(records("image", 1)[0])
+    for name in ("z.png", "b/a.JPG", "b/.cache/a.png", ".z.png"):
+        (tmp_path / name).write_bytes(picture)
+    (tmp_path / "a.mp4").write_bytes(encoded(records("video", 1)[0]))
+    (tmp_path / "b" / "a.txt").write_text(" a red four\n")
+    (tmp_path / "b" / "b.txt").write_text("\n")
+    (tmp_path / "b" / "c.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "notes.md").write_text("no record")
+    return tmp_path
+
+
+def test_a_folder_is_walked_in_order_without_what_is_hidden(folder: Path) -> None:
+    assert walk(str(folder)) == ["a.mp4", "b/a.JPG", "b/a.txt", "b/b.txt", "b/c.txt", "z.png"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "keys"), [("image", ["b/a.JPG", "z.png"]), ("video", ["a.mp4"]), ("text", ["b/a.txt", None, None])]
+)
+def test_the_files_of_a_kind_are_records_by_their_paths(kind: Kind, keys: list[str | None], folder: Path) -> None:
+    source = SourceConfig(format="files", path=str(folder), kind=kind).open(VISUAL)
+    assert len(source) == len(keys)
+    for index, key in enumerate(keys):
+        if key is not None:
+            record = source[index]
+            assert record.key == key
+            assert (record.texts == ("a red four",)) == (kind == "text")
+            assert kind == "text" or record.media.data == f"{folder}/{key}"
+
+
+def test_what_is_no_text_is_named(folder: Path) -> None:
+    source = SourceConfig(format="files", path=str(folder), kind="text").open(VISUAL)
+    with pytest.raises(DataError, match=r"b\.txt is empty; expected a text"):
+        source[1]
+    with pytest.raises(DataError, match=r"c\.txt is not UTF-8 text"):
+        source[2]
+
+
+def test_a_single_file_is_named_as_it_is_given(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    source = SourceConfig(format="files", path="b/a.JPG").open(VISUAL)
+    assert [source[0].key, source[0].media.data] == ["b/a.JPG"] * 2
+
+
+def test_where_there_are_no_such_files(folder: Path) -> None:
+    (folder / "empty").mkdir()
+    for path, said in (
+        (folder / "missing", "does not exist or is no folder"), (folder / "empty", "holds no picture, clip or .txt"),
+        (folder / "a.mp4", "is no image, nor holds any"),
+    ):  # fmt: skip
+        with pytest.raises(DataError, match=said):
+            SourceConfig(format="files", path=str(path)).open(VISUAL)
+
+
+def test_every_text_of_a_record_is_one_of_its_own(tmp_path: Path) -> None:
+    rows = [{"image": "a.jpg", "caption": ["one", "two"]}, {"image": "b.jpg", "caption": "three"}, {"image": "c.jpg"}]
+    path = tmp_path / "c.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + "{broken\n")
+    source = EachText(format="annotations", kind="text", path=str(path)).open(VISUAL)
+    assert len(source) == 5
+    found = [(source[i].key, source[i].texts) for i in range(3)]
+    assert found == [("c/1#0", ("one",)), ("c/1#1", ("two",)), ("c/2", ("three",))]
+    for index in (3, 4):
+        with pytest.raises(DataError, match=rf"c\.jsonl row {index}"):
+            source[index]
+    with pytest.raises(IndexError):
+        source[5]
