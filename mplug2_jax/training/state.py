@@ -15,6 +15,7 @@ from mplug2_jax.objectives.queue import fresh_queue
 from mplug2_jax.parallel.placement import Placement, place_parameters, replicated
 from mplug2_jax.tasks.base import TaskContext
 from mplug2_jax.training.config import RunConfig
+from mplug2_jax.training.layer_decay import rate_factors
 from mplug2_jax.training.optimizer import adamw
 from mplug2_jax.training.schedule import make_schedule
 
@@ -63,7 +64,9 @@ def plan_run(config: RunConfig, tokens: SpecialTokens, mesh: Mesh) -> Blueprint:
         group: make_schedule(config.schedule, rate, config.steps, config.accumulate)
         for group, rate in (("rest", peak), ("vision", peak if vision_peak is None else vision_peak))
     }
-    optimizer = adamw(config.optimizer, rates["rest"], rates["vision"])
+    decay = config.optimizer.layer_decay
+    factors = None if decay == 1 else rate_factors(definition.shapes, config.model, decay)
+    optimizer = adamw(config.optimizer, rates["rest"], rates["vision"], factors)
     placement = place_parameters(definition.shapes, definition.axes, mesh)
     shapes = jax.eval_shape(lambda: _fresh(config, definition, optimizer))
     shardings = _state_shardings(shapes, placement, optimizer, mesh, HOST if config.optimizer.offload else None)
