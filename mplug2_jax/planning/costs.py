@@ -18,6 +18,7 @@ from mplug2_jax.planning.programs import Program
 from mplug2_jax.tasks import TASKS
 from mplug2_jax.training.config import RunConfig, StreamConfig
 from mplug2_jax.training.flops import count_flops
+from mplug2_jax.training.freezing import join, split
 from mplug2_jax.training.state import Blueprint
 from mplug2_jax.training.step import streams_loss
 
@@ -85,15 +86,16 @@ def gradient_flops(
     config = dataclasses.replace(config, model=model, streams=streams)
     plain = dataclasses.replace(plan, config=config, definition=define(model, plan.definition.parts))
 
-    def loss(params: Any, state: Any, batches: Any, alpha: Any) -> Any:
-        queues = state.get("queues", {})
+    def loss(trained: Any, frozen: Any, state: Any, batches: Any, alpha: Any) -> Any:
+        params, queues = join(trained, frozen), state.get("queues", {})
         return streams_loss(plain, params, state.get("teacher"), queues, batches, jax.random.key(0), alpha)
 
     whole = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (plan.shapes, dict(batches)))
     state, batches = whole
-    state = {name: state[name] for name in ("params", "teacher", "queues") if name in state}
+    trained, frozen = split(state["params"], config.freeze)
+    state = {name: state[name] for name in ("teacher", "queues") if name in state}
     alpha = jax.ShapeDtypeStruct((), jnp.float32)
-    return count_flops(jax.value_and_grad(loss, has_aux=True), state["params"], state, batches, alpha)
+    return count_flops(jax.value_and_grad(loss, has_aux=True), trained, frozen, state, batches, alpha)
 
 
 def prediction_costs(program: Program) -> Costs:

@@ -102,6 +102,7 @@ class RunConfig:
     model: ModelConfig
     init_from: str = ""  # checkpoint to start from, as a path: a work directory, its checkpoints, or one step of them
     init_parts: tuple[str, ...] = ()  # parts of the model to take from it; empty: all
+    freeze: tuple[str, ...] = ()  # parts of the model that are not trained; empty: none
     tokenizer: TokenizerConfig = TokenizerConfig()
     streams: Mapping[str, StreamConfig]
     tasks: TaskSettings = TaskSettings()
@@ -170,6 +171,12 @@ class RunConfig:
                     f"config.tasks.vlc.queue_size={queue} is not a multiple of {where}'s {micro} examples per "
                     "micro-batch"
                 )
+        parts = self.parts()
+        for part in self.freeze:
+            if part not in parts:
+                raise UserError(f"config.freeze names {part!r}: {did_you_mean(part, parts)}")
+        if set(parts) <= set(self.freeze):
+            raise UserError(f"config.freeze={self.freeze} leaves nothing to train: keep a part of the model out of it")
         if self.evaluations and self.tasks.search.max_length > self.model.max_positions:
             raise UserError(
                 f"config.tasks.search.max_length={self.tasks.search.max_length} exceeds config.model.max_positions="

@@ -15,6 +15,7 @@ from mplug2_jax.objectives.queue import fresh_queue
 from mplug2_jax.parallel.placement import Placement, place_parameters, replicated
 from mplug2_jax.tasks.base import TaskContext
 from mplug2_jax.training.config import RunConfig
+from mplug2_jax.training.freezing import split
 from mplug2_jax.training.layer_decay import rate_factors
 from mplug2_jax.training.optimizer import adamw
 from mplug2_jax.training.schedule import make_schedule
@@ -22,7 +23,7 @@ from mplug2_jax.training.schedule import make_schedule
 HOST = "pinned_host"  # the memory of a host that its devices copy from without its help
 
 TrainState = dict[str, Any]
-"""``params``, ``opt`` (optax), ``step`` (int32); ``teacher`` and ``queues`` where the run has them."""
+"""``params``, ``opt`` (optax, of what is trained), ``step``; ``teacher`` and ``queues`` where the run has them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,11 +66,11 @@ def plan_run(config: RunConfig, tokens: SpecialTokens, mesh: Mesh) -> Blueprint:
         for group, rate in (("rest", peak), ("vision", peak if vision_peak is None else vision_peak))
     }
     decay = config.optimizer.layer_decay
-    factors = None if decay == 1 else rate_factors(definition.shapes, config.model, decay)
+    factors = None if decay == 1 else split(rate_factors(definition.shapes, config.model, decay), config.freeze)[0]
     optimizer = adamw(config.optimizer, rates["rest"], rates["vision"], factors)
     placement = place_parameters(definition.shapes, definition.axes, mesh)
     shapes = jax.eval_shape(lambda: _fresh(config, definition, optimizer))
-    shardings = _state_shardings(shapes, placement, optimizer, mesh, HOST if config.optimizer.offload else None)
+    shardings = _state_shardings(config, shapes, placement, optimizer, mesh)
     described = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
     context = TaskContext(settings=config.tasks, tokens=tokens)
     return Blueprint(config, context, mesh, definition, optimizer, rates, placement, described, shardings)
@@ -78,7 +79,8 @@ def plan_run(config: RunConfig, tokens: SpecialTokens, mesh: Mesh) -> Blueprint:
 def _fresh(config: RunConfig, definition: ModelDef, optimizer: optax.GradientTransformation) -> TrainState:
     key = jax.random.key(config.seed)
     params = jax.tree.map(lambda p: p.astype(config.parameter_dtype), definition.init(key))
-    state: TrainState = {"params": params, "opt": optimizer.init(params), "step": jnp.zeros((), jnp.int32)}
+    opt = optimizer.init(split(params, config.freeze)[0])
+    state: TrainState = {"params": params, "opt": opt, "step": jnp.zeros((), jnp.int32)}
     if config.has_teacher:
         state["teacher"] = jax.tree.map(lambda p: jnp.array(p, jnp.float32), params)  # 16 bits round its steps away
     size = config.tasks.vlc.queue_size
@@ -92,13 +94,15 @@ def _fresh(config: RunConfig, definition: ModelDef, optimizer: optax.GradientTra
 
 
 def _state_shardings(
+    config: RunConfig,
     shapes: TrainState,
     placement: Placement,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
-    moments_in: str | None,
 ) -> TrainState:
     whole = replicated(mesh)
+    trained, _ = split(placement.shardings, config.freeze)
+    moments_in = HOST if config.optimizer.offload else None
     shardings: TrainState = jax.tree.map(lambda _: whole, shapes)
     shardings["params"] = placement.shardings
     # Moments live with their parameters. Without saying so they would all be put on one device.
@@ -106,7 +110,7 @@ def _state_shardings(
         optimizer,
         lambda _, s: s.with_memory_kind(moments_in),
         shapes["opt"],
-        placement.shardings,
+        trained,
         transform_non_params=lambda _: whole,
     )
     if "teacher" in shapes:
