@@ -111,6 +111,7 @@ class RunConfig:
     optimizer: AdamWConfig = AdamWConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     gather: Gather = "layer"  # when fsdp's shards of parameters come together: at each use, or once
+    ema_decay: float = 0.0  # of the average of parameters that is evaluated and exported in their place; 0 = none
     accumulate: int = 1  # micro-batches per step; each stream's batch is cut into so many
     evaluations: Mapping[str, EvaluationConfig] = dataclasses.field(default_factory=dict)
     evaluate_every: int = 0  # steps; 0 = only after the last
@@ -135,6 +136,7 @@ class RunConfig:
             ("stall_seconds", self.stall_seconds, 0),
         ):  # fmt: skip
             check_range(f"config.{field}", value, least)
+        check_range("config.ema_decay", self.ema_decay, 0, 1 - 1e-9)
         if not self.streams:
             raise UserError("config.streams is empty: a run needs at least one stream of batches")
         for name, stream in self.streams.items():

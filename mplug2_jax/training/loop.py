@@ -34,7 +34,7 @@ from mplug2_jax.training.position import Identity, Position
 from mplug2_jax.training.preemption import PreemptionNotice
 from mplug2_jax.training.recheck import Recheck
 from mplug2_jax.training.starting import first_state
-from mplug2_jax.training.state import Blueprint, TrainState, plan_run
+from mplug2_jax.training.state import Blueprint, TrainState, evaluated, plan_run
 from mplug2_jax.training.step import StreamBatches, compile_step
 from mplug2_jax.training.telemetry import MetricsFile, Progress
 from mplug2_jax.training.watchdog import Watchdog
@@ -267,7 +267,7 @@ def run_evaluations(
     """Runs every evaluation of the run; the first process keeps what came of it."""
     results = []
     for evaluation in evaluations:
-        result = evaluation.run(state["params"], step, between_batches)
+        result = evaluation.run(evaluated(state), step, between_batches)
         if is_first():
             save_result(result, path)
         metrics_file.write(step, {f"eval/{result.name}/{what}": value for what, value in result.figures.items()})

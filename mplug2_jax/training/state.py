@@ -10,12 +10,12 @@ import optax
 from jax.sharding import Mesh
 
 from mplug2_jax.model.config import SpecialTokens
-from mplug2_jax.model.mplug2 import ModelDef, define
+from mplug2_jax.model.mplug2 import ModelDef, Params, define
 from mplug2_jax.objectives.queue import fresh_queue
 from mplug2_jax.parallel.placement import Placement, place_parameters, replicated
 from mplug2_jax.tasks.base import TaskContext
 from mplug2_jax.training.config import RunConfig
-from mplug2_jax.training.freezing import split
+from mplug2_jax.training.freezing import join, split
 from mplug2_jax.training.layer_decay import rate_factors
 from mplug2_jax.training.optimizer import adamw
 from mplug2_jax.training.schedule import make_schedule
@@ -23,7 +23,11 @@ from mplug2_jax.training.schedule import make_schedule
 HOST = "pinned_host"  # the memory of a host that its devices copy from without its help
 
 TrainState = dict[str, Any]
-"""``params``, ``opt`` (optax, of what is trained), ``step``; ``teacher`` and ``queues`` where the run has them."""
+"""``params``, ``opt`` (optax, of what is trained), ``step``; ``ema``, ``teacher``, ``queues`` where the run has them.
+
+``ema`` starts as the trained parameters and after every update becomes decay * ema + (1 - decay) * parameters, in
+float32.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +85,8 @@ def _fresh(config: RunConfig, definition: ModelDef, optimizer: optax.GradientTra
     params = jax.tree.map(lambda p: p.astype(config.parameter_dtype), definition.init(key))
     opt = optimizer.init(split(params, config.freeze)[0])
     state: TrainState = {"params": params, "opt": opt, "step": jnp.zeros((), jnp.int32)}
+    if config.ema_decay:
+        state["ema"] = fresh_average(config, params)
     if config.has_teacher:
         state["teacher"] = jax.tree.map(lambda p: jnp.array(p, jnp.float32), params)  # 16 bits round its steps away
     size = config.tasks.vlc.queue_size
@@ -91,6 +97,16 @@ def _fresh(config: RunConfig, definition: ModelDef, optimizer: optax.GradientTra
             if "vlc" in stream.objectives
         }
     return state
+
+
+def fresh_average(config: RunConfig, params: Params) -> Params:
+    """What an average starts as: a copy of what is trained, in float32."""
+    return jax.tree.map(lambda p: jnp.array(p, jnp.float32), split(params, config.freeze)[0])
+
+
+def evaluated(state: TrainState) -> Params:
+    """The parameters that evaluations use: averaged where the run keeps an average."""
+    return join(state.get("ema", {}), state["params"])
 
 
 def _state_shardings(
@@ -113,6 +129,8 @@ def _state_shardings(
         trained,
         transform_non_params=lambda _: whole,
     )
+    if "ema" in shapes:
+        shardings["ema"] = trained
     if "teacher" in shapes:
         shardings["teacher"] = placement.shardings
     return shardings

@@ -126,7 +126,11 @@ def train_step(plan: Blueprint, state: TrainState, batches: StreamBatches) -> tu
     moments = jax.device_put(state["opt"], plan.on_device["opt"]) if config.optimizer.offload else state["opt"]
     with jax.named_scope("optimizer"):
         updates, opt = plan.optimizer.update(gradients, moments, params)
-        after: TrainState = {"params": join(optax.apply_updates(params, updates), frozen), "opt": opt}
+        moved = optax.apply_updates(params, updates)
+        after: TrainState = {"params": join(moved, frozen), "opt": opt}
+        if "ema" in state:
+            exact = jax.tree.map(lambda p: p.astype(jnp.float32), moved)
+            after["ema"] = update_teacher(state["ema"], exact, config.ema_decay)
     if teacher is not None:
         after["teacher"] = teacher
     if queues:
