@@ -13,7 +13,6 @@ from mplug2_jax.model.config import PARTS, SpecialTokens, model_config
 from mplug2_jax.model.mplug2 import define
 from mplug2_jax.objectives.language import DistillationConfig
 from mplug2_jax.parallel.mesh import MeshConfig, make_mesh
-from mplug2_jax.planning.costs import gradient_flops
 from mplug2_jax.planning.programs import abstract_batch
 from mplug2_jax.tasks.base import TaskSettings
 from mplug2_jax.training.checkpoints import Checkpoints
@@ -25,6 +24,7 @@ from mplug2_jax.training.optimizer import AdamWConfig
 from mplug2_jax.training.position import Position
 from mplug2_jax.training.state import Blueprint, plan_run
 from mplug2_jax.training.step import compile_step, jitted_step
+from mplug2_jax.training.step_flops import gradient_flops
 from mplug2_jax.training.workdir import WorkDir, special_tokens
 from tests.runs import small_run
 
@@ -157,6 +157,14 @@ def test_costs_are_counted_without_what_is_frozen() -> None:
     whole, less = (gradient_flops(plan, plan.config.streams, batches, remat=False) for plan in plans)
     assert less["vision"] < 0.4 * whole["vision"]  # forward alone
     assert less["decoder"] == whole["decoder"]
+
+
+def test_a_frozen_layer_that_a_gradient_passes_counts_twice_and_not_three_times() -> None:
+    plans = [planned(words(freeze=frozen)) for frozen in ((), ("universal",))]
+    batches = {"text": abstract_batch(plans[0].config.streams["text"].data, plans[0])}
+    whole, less = (gradient_flops(plan, plan.config.streams, batches, remat=False) for plan in plans)
+    assert {part for part in whole if whole[part] != less[part]} == {"universal"}
+    assert less["universal"] < 0.75 * whole["universal"]
 
 
 def test_a_run_goes_on_from_its_checkpoint_and_with_another_list_does_not(tmp_path: Path) -> None:
