@@ -52,23 +52,33 @@ def add_run(parser: argparse.ArgumentParser) -> None:
 
 
 def open_run(args: argparse.Namespace) -> "tuple[Blueprint, Params, int, Tokenizer]":
-    """The run of a work directory, with overrides: its plan, the parameters of a step, that step, its tokeniser."""
+    """The run of a work directory, with overrides: its plan, the parameters of a step, that step, its tokeniser.
+
+    The parameters are the averaged ones where the run keeps an average, which is then said.
+    """
     from mplug2_jax.config import as_recipe, build, override
     from mplug2_jax.parallel.mesh import make_mesh
+    from mplug2_jax.parallel.processes import is_first
     from mplug2_jax.training.checkpoints import Checkpoints
     from mplug2_jax.training.config import RunConfig
-    from mplug2_jax.training.state import plan_run
+    from mplug2_jax.training.state import evaluated, plan_run
     from mplug2_jax.training.workdir import WorkDir, special_tokens
 
     workdir = WorkDir(args.workdir)
-    config = build(RunConfig, override(as_recipe(workdir.read_config()), args.overrides))
+    begun = workdir.read_config()
+    config = build(RunConfig, override(as_recipe(begun), args.overrides))
     tokenizer = workdir.tokenizer(config)
     plan = plan_run(config, special_tokens(tokenizer), make_mesh(config.mesh))
     checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint, writes=False)
     try:
-        params, step = checkpoints.restore_params(plan.shapes["params"], args.step)
+        averaged = bool(begun.ema_decay and config.ema_decay)
+        params, step = checkpoints.restore_params(
+            evaluated(plan.shapes), args.step, tree="ema" if averaged else "params"
+        )
     finally:
         checkpoints.close()
+    if averaged and is_first():
+        print(f"step {step}: averaged parameters; --config.ema_decay=0 takes the last ones", file=sys.stderr)
     return plan, params, step, tokenizer
 
 

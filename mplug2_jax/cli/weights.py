@@ -41,7 +41,10 @@ def add_parsers(kinds: Any) -> None:
         help="a .safetensors or .pth file, or a new folder: weights, config.json, tokeniser and a model card",
     )  # fmt: skip
     outgoing.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
-    outgoing.add_argument("--ema", action="store_true", help="write the averaged weights as the model's own")
+    outgoing.add_argument(
+        "--ema", action=argparse.BooleanOptionalAction,
+        help="write the averaged weights as the model's own (default: where the run has config.ema_decay)",
+    )  # fmt: skip
     outgoing.add_argument(
         "--teacher", action=argparse.BooleanOptionalAction,
         help="write the averaged copy too, which the release's training wants (default: where there is one)",

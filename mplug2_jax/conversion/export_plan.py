@@ -31,6 +31,7 @@ class ExportPlan:
     slots: Sequence[Slot]  # with the tree that each is read from in front of its path
     rest: TensorSource | None
     left_out: Sequence[str]  # parts that the official layout has no place for
+    tree: str  # of the checkpoint, that the model's own weights are from: "params", or an average
 
     @property
     def teacher(self) -> bool:
@@ -40,7 +41,8 @@ class ExportPlan:
     @property
     def title(self) -> str:
         """What is written."""
-        return f"official {self.task}" + (" with its teacher" if self.teacher else "")
+        averaged = ", averaged weights" if self.tree != "params" else ""
+        return f"official {self.task}" + (" with its teacher" if self.teacher else "") + averaged
 
     @property
     def rounded(self) -> bool:
@@ -54,14 +56,20 @@ class ExportPlan:
 
 
 def plan_export(
-    path: Path, *, dtype: str = "float32", ema: bool = False, teacher: bool | None = None, rest: Path | None = None
+    path: Path,
+    *,
+    dtype: str = "float32",
+    ema: bool | None = None,
+    teacher: bool | None = None,
+    rest: Path | None = None,
 ) -> ExportPlan:
     """Finds the checkpoint and a tensor for each of its arrays.
 
     Args:
         path: work directory, checkpoints folder, or one step of it.
         dtype: of the floating-point tensors written.
-        ema: write the averaged weights as the model's own.
+        ema: write the averaged weights as the model's own (default: where the run kept an average to be evaluated; a
+            teacher is one if asked for).
         teacher: whether the averaged copy is written too (default: where the checkpoint has one). Without one in the
             checkpoint it repeats the model's own weights, as when the release starts its training.
         rest: file with the tensors that nothing of ours reads (default: what the import kept, if the weights came from
@@ -81,14 +89,22 @@ def plan_export(
             f"{path} is a model of {', '.join(parts)}: the release's {task} model also needs {', '.join(missing)}"
         )
     config = identity.config
-    averaged = any(leaf[0] == "teacher" for leaf in checkpoints.leaves(step))
-    if ema and not averaged:
+    stored = checkpoints.leaves(step)
+    trees = {leaf[0] for leaf in stored}
+    averaged = next((tree for tree in ("ema", "teacher") if tree in trees), None)
+    if ema and averaged is None:
         raise UserError(f"{path} holds no averaged weights: export without --ema")
+    tree = averaged if averaged and (averaged == "ema" if ema is None else ema) else "params"
     fusion_start = identity.origin.get("fusion_start", official.default_fusion_start(config))
-    with_teacher = averaged if teacher is None else teacher
+    with_teacher = "teacher" in trees if teacher is None else teacher
     scheme = official.official_scheme(config, own, fusion_start, teacher=with_teacher)
-    source = {"params": "teacher" if ema else "params", "teacher": "teacher" if averaged else "params"}
-    slots = [dataclasses.replace(slot, path=(source[slot.path[0]], *slot.path[1:])) for slot in scheme.slots]
+    source = {"params": tree, "teacher": "teacher" if "teacher" in trees else tree}
+
+    def place(path: tuple[str, ...]) -> tuple[str, ...]:
+        own = (source[path[0]], *path[1:])
+        return own if own in stored else ("params", *path[1:])  # what was frozen is in no average
+
+    slots = [dataclasses.replace(slot, path=place(slot.path)) for slot in scheme.slots]
     state = official_state(config, fusion_start, teacher=with_teacher)
     rest = rest or find_rest(checkpoints)
     kept = SafetensorsSource(rest) if rest else None
@@ -99,7 +115,7 @@ def plan_export(
         for name, info in state.items()
     }
     left_out = [part for part in parts if part not in own]
-    return ExportPlan(checkpoints, step, identity, task, fusion_start, written, slots, kept, left_out)
+    return ExportPlan(checkpoints, step, identity, task, fusion_start, written, slots, kept, left_out, tree)
 
 
 def kept_as(name: str, kept: Collection[str]) -> str | None:

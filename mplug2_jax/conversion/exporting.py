@@ -89,7 +89,7 @@ def export(
     to: Path,
     *,
     dtype: str = "float32",
-    ema: bool = False,
+    ema: bool | None = None,
     teacher: bool | None = None,
     rest: Path | None = None,
     shard_bytes: int = 5_000_000_000,
@@ -140,8 +140,7 @@ def _compared(plan: ExportPlan, file: Path) -> list[Comparison]:
     if plan.rounded:
         params, _ = official.load_official(source, definition, plan.fusion_start)
     else:
-        tree = plan.slots[0].path[0]
-        params = plan.checkpoints.restore_tree({tree: definition.shapes}, plan.step)[tree]
+        params, _ = plan.checkpoints.restore_params(definition.shapes, plan.step, tree=plan.tree)
     return compare_frameworks(params, config, parts, plan.fusion_start, source)
 
 

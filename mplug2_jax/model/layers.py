@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.custom_derivatives import CustomVJPPrimal
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from mplug2_jax.model.attention import attention
@@ -96,16 +97,19 @@ def _dot(x: Array, y: Array, over_x: tuple[int, ...], over_y: tuple[int, ...], d
 
 
 def _matmul_forward(
-    x: Array, weight: Array, names: tuple[str | None, ...] | None, tied: bool
-) -> tuple[Array, tuple[Array, Array]]:
-    return _matmul(x, weight, names, tied), (x, weight)
+    x: CustomVJPPrimal, weight: CustomVJPPrimal, names: tuple[str | None, ...] | None, tied: bool
+) -> tuple[Array, tuple[Array | None, Array]]:
+    # A frozen weight asks for no gradient of its own, and so for no input to be kept.
+    return _matmul(x.value, weight.value, names, tied), (x.value if weight.perturbed else None, weight.value)
 
 
 def _matmul_backward(
-    names: tuple[str | None, ...] | None, tied: bool, saved: tuple[Array, Array], dy: Array
-) -> tuple[Array, Array]:
+    names: tuple[str | None, ...] | None, tied: bool, saved: tuple[Array | None, Array], dy: Array
+) -> tuple[Array, Array | None]:
     x, weight = saved
-    dx = _dot(dy, _used(weight, dy.dtype, names), (dy.ndim - 1,), (0 if tied else 1,), x.dtype)
+    dx = _dot(dy, _used(weight, dy.dtype, names), (dy.ndim - 1,), (0 if tied else 1,), dy.dtype)  # y has x's dtype
+    if x is None:
+        return dx, None
     left, right = (dy, x) if tied else (x, dy)
     if platform() == "cpu":  # its matmuls copy operands that are contracted over several dimensions
         left, right = left.reshape(-1, left.shape[-1]), right.reshape(-1, right.shape[-1])
@@ -114,7 +118,7 @@ def _matmul_backward(
     return dx, gradient if names is None else apart(gradient, names)
 
 
-_matmul.defvjp(_matmul_forward, _matmul_backward)
+_matmul.defvjp(_matmul_forward, _matmul_backward, symbolic_zeros=True)
 
 
 class Linear(nnx.Module):

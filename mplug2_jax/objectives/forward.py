@@ -7,7 +7,7 @@ from typing import NamedTuple, Optional
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PRNGKeyArray, Shaped
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
 
 from mplug2_jax.model.mplug2 import Mplug2
 from mplug2_jax.objectives.queue import Queue
@@ -107,6 +107,19 @@ class Forward:
             # Answers may be more rows than there are examples, never fewer.
             return jnp.ones(min(value.shape[0] for value in self.batch.values()), jnp.float32)
         return mask.astype(jnp.float32)
+
+
+def label_cross_entropy(
+    log_probs: Float[Array, "*n v"], labels: Int[Array, "*n"], smoothing: float = 0.0
+) -> Float[Array, "*n"]:
+    """Of each row: (1 - smoothing) * -log p(label) + smoothing * the mean of -log p over all v.
+
+    That is the cross entropy against (1 - smoothing) * one-hot + smoothing / v, as in torch's CrossEntropyLoss.
+    """
+    losses = -jnp.take_along_axis(log_probs, labels[..., None], axis=-1)[..., 0]
+    if not smoothing:
+        return losses
+    return (1.0 - smoothing) * losses - smoothing * jnp.mean(log_probs, axis=-1)
 
 
 def weighted_mean(values: Float[Array, "*n"], weights: Float[Array, "*n"]) -> Float[Array, ""]:

@@ -12,20 +12,21 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mplug2_jax.errors import check_range
-from mplug2_jax.objectives.forward import Forward, Metrics, Outcome, weighted_mean
+from mplug2_jax.objectives.forward import Forward, Metrics, Outcome, label_cross_entropy, weighted_mean
 
 
-def next_token_loss(logits: Float[Array, "a m v"], target: Int[Array, "a m"]) -> Float[Array, "a m1"]:
+def next_token_loss(
+    logits: Float[Array, "a m v"], target: Int[Array, "a m"], smoothing: float = 0.0
+) -> Float[Array, "a m1"]:
     """Cross entropy of each following token, [a, m - 1]."""
-    log_probs = jax.nn.log_softmax(logits[:, :-1], axis=-1)
-    return -jnp.take_along_axis(log_probs, target[:, 1:, None], axis=-1)[..., 0]
+    return label_cross_entropy(jax.nn.log_softmax(logits[:, :-1], axis=-1), target[:, 1:], smoothing)
 
 
 def answer_sums(
-    logits: Float[Array, "a m v"], target: Int[Array, "a m"], weights: Float[Array, "a m"]
+    logits: Float[Array, "a m v"], target: Int[Array, "a m"], weights: Float[Array, "a m"], smoothing: float = 0.0
 ) -> Float[Array, " a"]:
     """The release's loss of an answer: the sum over its tokens."""
-    return jnp.sum(next_token_loss(logits, target) * weights[:, 1:], axis=-1)
+    return jnp.sum(next_token_loss(logits, target, smoothing) * weights[:, 1:], axis=-1)
 
 
 def distillation_sums(
@@ -44,28 +45,28 @@ def distillation_sums(
     return jnp.sum(-jnp.sum(log_probs * teacher_probabilities, axis=-1) * weights[:, 1:], axis=-1)
 
 
-def _token_mean(logits: Array, target: Array, weights: Array, counts: Array) -> Outcome:
+def _token_mean(logits: Array, target: Array, weights: Array, counts: Array, smoothing: float) -> Outcome:
     weights = weights[:, 1:] * counts[:, None]
-    loss = weighted_mean(next_token_loss(logits, target), weights)
+    loss = weighted_mean(next_token_loss(logits, target, smoothing), weights)
     hit = (jnp.argmax(logits[:, :-1], axis=-1) == target[:, 1:]).astype(jnp.float32)
     return Outcome(loss, {"loss": loss, "token_accuracy": weighted_mean(hit, weights)})
 
 
-def caption_loss(forward: Forward) -> Outcome:
+def caption_loss(forward: Forward, smoothing: float = 0.0) -> Outcome:
     """Caption, from the picture alone as in the release or as instructed: mean over the batch's counted tokens."""
     batch = forward.batch
     mask = batch["target"] != 0
     logits = forward.model.decoder(batch["target"], mask, *forward.described, rng=forward.key("decoder"))
-    return _token_mean(logits, batch["target"], batch["target_weights"], forward.counts)
+    return _token_mean(logits, batch["target"], batch["target_weights"], forward.counts, smoothing)
 
 
-def ilm_loss(forward: Forward) -> Outcome:
+def ilm_loss(forward: Forward, smoothing: float = 0.0) -> Outcome:
     """Instruction-based generation: the answer to ``instruction``, mean over all counted tokens of the batch."""
     batch = forward.batch
     memory, memory_mask = forward.instructed
     mask = batch["target"] != 0
     logits = forward.model.decoder(batch["target"], mask, memory, memory_mask, rng=forward.key("decoder"))
-    return _token_mean(logits, batch["target"], batch["target_weights"], forward.counts)
+    return _token_mean(logits, batch["target"], batch["target_weights"], forward.counts, smoothing)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,17 +96,17 @@ class DistillationConfig:
         return () if self.fusion else ("fusion",)
 
 
-def answer_loss(forward: Forward, distillation: DistillationConfig | None = None) -> Outcome:
+def answer_loss(forward: Forward, distillation: DistillationConfig | None = None, smoothing: float = 0.0) -> Outcome:
     """The release's question answering: token sums per answer, weighted, over the number of questions.
 
     A question may have several answers: ``target`` is [b*r, m], ``answer_weights`` [b*r] (0 for padding, 1 if absent).
-    With a teacher the loss is (1 - alpha) * cross entropy + alpha * distillation.
+    With a teacher the loss is (1 - alpha) * cross entropy, smoothed, + alpha * distillation, which is not.
     """
     batch, counts, teacher, alpha = forward.batch, forward.counts, forward.teacher, forward.alpha
     target, weights = batch["target"], batch["target_weights"]
     memory, memory_mask = forward.instructed
     logits = forward.model.decoder(target, target != 0, memory, memory_mask, rng=forward.key("decoder"))
-    sums = answer_sums(logits, target, weights)
+    sums = answer_sums(logits, target, weights, smoothing)
     metrics: Metrics = {"cross_entropy": jnp.mean(sums)}
     if teacher is not None and distillation is not None:
         soft = teacher_probabilities(teacher)

@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 
 from mplug2_jax.errors import check_range
 from mplug2_jax.model.config import SpecialTokens
-from mplug2_jax.objectives.forward import DeviceBatch, Forward, Outcome, weighted_mean
+from mplug2_jax.objectives.forward import DeviceBatch, Forward, Outcome, label_cross_entropy, weighted_mean
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,11 +70,10 @@ def masked_predictions(
     return jax.nn.log_softmax(model.mlm_logits(hidden), axis=-1), chosen.astype(jnp.float32)
 
 
-def mlm_loss(forward: Forward, tokens: SpecialTokens, config: MlmConfig) -> Outcome:
+def mlm_loss(forward: Forward, tokens: SpecialTokens, config: MlmConfig, smoothing: float = 0.0) -> Outcome:
     """Mean cross entropy over the chosen tokens of ``text``."""
     log_probs, chosen = masked_predictions(forward, tokens, config)
     ids, weights = forward.batch["text"], chosen * forward.counts[:, None]
-    losses = -jnp.take_along_axis(log_probs, ids[..., None], axis=-1)[..., 0]
-    loss = weighted_mean(losses, weights)
+    loss = weighted_mean(label_cross_entropy(log_probs, ids, smoothing), weights)
     hit = (jnp.argmax(log_probs, axis=-1) == ids).astype(jnp.float32)
     return Outcome(loss, {"loss": loss, "accuracy": weighted_mean(hit, weights)})

@@ -1,4 +1,4 @@
-"""The teacher: an exponential moving average of the student's parameters."""
+"""The teacher, or an average for evaluation: an exponential moving average of the student's parameters."""
 
 from collections.abc import Collection
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from mplug2_jax.errors import check_range
-from mplug2_jax.objectives.forward import Forward, Outcome, weighted_mean
+from mplug2_jax.objectives.forward import Forward, Outcome, label_cross_entropy, weighted_mean
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,7 @@ def take_in_group(x: Array, index: Int[Array, "g n"]) -> Array:
     return rows.reshape(x.shape).astype(x.dtype)
 
 
-def vlm_loss(forward: Forward, config: VlmConfig) -> Outcome:
+def vlm_loss(forward: Forward, config: VlmConfig, smoothing: float = 0.0) -> Outcome:
     """Two-way cross entropy over one true pair, one wrong picture and one wrong text per example."""
     model, batch = forward.model, forward.batch
     text, mask, visual = forward.text, batch["text_mask"], forward.visual
@@ -86,7 +86,7 @@ def vlm_loss(forward: Forward, config: VlmConfig) -> Outcome:
 
     labels = jnp.asarray([1, 0, 0])
     log_probs = jax.nn.log_softmax(logits, axis=-1)
-    losses = -jnp.take_along_axis(log_probs, jnp.broadcast_to(labels, logits.shape[:2])[..., None], axis=-1)[..., 0]
+    losses = label_cross_entropy(log_probs, jnp.broadcast_to(labels, logits.shape[:2]), smoothing)
     usable = jnp.stack([jnp.ones_like(exists), exists, exists], axis=-1).reshape(-1, 3)
     weights = usable * forward.counts[:, None]
     loss = weighted_mean(losses, weights)

@@ -10,16 +10,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from mplug2_jax.model.config import PARTS, RematConfig
+from mplug2_jax.model.config import PARTS
 from mplug2_jax.model.mplug2 import define
 from mplug2_jax.planning.programs import Program
 from mplug2_jax.tasks import TASKS
-from mplug2_jax.training.config import RunConfig, StreamConfig
+from mplug2_jax.training.config import StreamConfig
 from mplug2_jax.training.flops import count_flops
 from mplug2_jax.training.state import Blueprint
-from mplug2_jax.training.step import streams_loss
+from mplug2_jax.training.step_flops import gradient_flops
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,26 +73,6 @@ def _by_tower(counts: collections.Counter[str]) -> dict[str, int]:
 
 def _only(stream: StreamConfig, objective: str) -> StreamConfig:
     return dataclasses.replace(stream, objectives={objective: stream.objectives[objective]})
-
-
-def gradient_flops(
-    plan: Blueprint, streams: Mapping[str, StreamConfig], batches: Mapping[str, Any], *, remat: bool
-) -> collections.Counter[str]:
-    """Operations of some streams' loss and gradient by outermost scope, with or without the run's recomputation."""
-    config: RunConfig = plan.config
-    model = dataclasses.replace(config.model, attention="xla", remat=config.model.remat if remat else RematConfig())
-    config = dataclasses.replace(config, model=model, streams=streams)
-    plain = dataclasses.replace(plan, config=config, definition=define(model, plan.definition.parts))
-
-    def loss(params: Any, state: Any, batches: Any, alpha: Any) -> Any:
-        queues = state.get("queues", {})
-        return streams_loss(plain, params, state.get("teacher"), queues, batches, jax.random.key(0), alpha)
-
-    whole = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (plan.shapes, dict(batches)))
-    state, batches = whole
-    state = {name: state[name] for name in ("params", "teacher", "queues") if name in state}
-    alpha = jax.ShapeDtypeStruct((), jnp.float32)
-    return count_flops(jax.value_and_grad(loss, has_aux=True), state["params"], state, batches, alpha)
 
 
 def prediction_costs(program: Program) -> Costs:

@@ -16,13 +16,14 @@ from mplug2_jax.errors import UserError
 from mplug2_jax.model.config import AttentionKernel, RematConfig
 from mplug2_jax.parallel.chips import Topology
 from mplug2_jax.parallel.mesh import MeshConfig
-from mplug2_jax.planning.costs import gradient_flops
 from mplug2_jax.planning.fitting import overrides_between, try_compile
 from mplug2_jax.planning.programs import Compiled, abstract_batch, blueprint, training_program
 from mplug2_jax.planning.report import fingerprint, make_report
 from mplug2_jax.planning.timing import BEST
 from mplug2_jax.training.config import Gather, RunConfig
+from mplug2_jax.training.freezing import split
 from mplug2_jax.training.state import Blueprint
+from mplug2_jax.training.step_flops import gradient_flops
 
 REMATS = (
     RematConfig(),
@@ -131,7 +132,9 @@ class _Model:
         moments = {"float32": 4, "bfloat16": 2}
         optimizer = config.optimizer
         kept = 0 if optimizer.offload else moments[optimizer.mu_dtype] + moments[optimizer.nu_dtype]
-        self._state = plan.definition.count() * (moments[config.parameter_dtype] + kept + 4.0 * config.has_teacher)
+        trained, _ = split(plan.definition.shapes, config.freeze)
+        self._state = plan.definition.count() * (moments[config.parameter_dtype] + 4.0 * config.has_teacher)
+        self._state += (kept + 4.0 * bool(config.ema_decay)) * sum(shape.size for shape in jax.tree.leaves(trained))
         self._tokens = sum(_tokens(config, name) for name in config.streams)
 
     def judge(self, config: RunConfig) -> Candidate:

@@ -17,7 +17,7 @@ from mplug2_jax.tasks.base import HostPredictions, Predictions, Scored, Task, Ta
 
 def loss(forward: Forward, context: TaskContext) -> Outcome:
     """The release's loss: token sums per answer over the number of questions; with a teacher also distillation."""
-    return answer_loss(forward, context.settings.distillation)
+    return answer_loss(forward, context.settings.distillation, context.settings.label_smoothing)
 
 
 def predict(model: Mplug2, batch: DeviceBatch, context: TaskContext) -> Predictions:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from data_pipelines.batch import BATCH_KEYS
 from data_pipelines.examples import Example
-from mplug2_jax.errors import UserError
+from mplug2_jax.errors import UserError, check_range
 from mplug2_jax.evaluation.metrics.ratio import Figure
 from mplug2_jax.generation.beam import SearchConfig
 from mplug2_jax.model.config import PARTS, SpecialTokens
@@ -33,7 +33,12 @@ class TaskSettings:
     vlc: VlcConfig = VlcConfig()
     vlm: VlmConfig = VlmConfig()
     distillation: DistillationConfig | None = None
+    label_smoothing: float = 0.0  # of all cross entropies over words and classes, which is all losses but vlc's
     search: SearchConfig = SearchConfig()
+
+    def __post_init__(self) -> None:
+        """Checks the range. Raises UserError."""
+        check_range("config.tasks.label_smoothing", self.label_smoothing, 0, 1 - 1e-9)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -15,8 +15,7 @@ from mplug2_jax.tasks.base import HostPredictions, Predictions, Scored, Task, Ta
 
 def loss(forward: Forward, context: TaskContext) -> Outcome:
     """Cross entropy of the caption's tokens."""
-    del context
-    return caption_loss(forward)
+    return caption_loss(forward, context.settings.label_smoothing)
 
 
 def predict(model: Mplug2, batch: DeviceBatch, context: TaskContext) -> Predictions:

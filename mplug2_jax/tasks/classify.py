@@ -16,8 +16,7 @@ from mplug2_jax.tasks.base import HostPredictions, Predictions, Scored, Task, Ta
 
 def loss(forward: Forward, context: TaskContext) -> Outcome:
     """Cross entropy of the class."""
-    del context
-    return class_loss(forward)
+    return class_loss(forward, context.settings.label_smoothing)
 
 
 def predict(model: Mplug2, batch: DeviceBatch, context: TaskContext) -> Predictions:

@@ -8,8 +8,7 @@ from mplug2_jax.tasks.base import Task, TaskContext
 
 def loss(forward: Forward, context: TaskContext) -> Outcome:
     """Cross entropy of the answer's tokens."""
-    del context
-    return ilm_loss(forward)
+    return ilm_loss(forward, context.settings.label_smoothing)
 
 
 TASK = Task(

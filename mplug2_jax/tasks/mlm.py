@@ -15,7 +15,7 @@ from mplug2_jax.tasks.base import HostPredictions, Predictions, Scored, Task, Ta
 
 def loss(forward: Forward, context: TaskContext) -> Outcome:
     """Cross entropy of the masked tokens."""
-    return mlm_loss(forward, context.tokens, context.settings.mlm)
+    return mlm_loss(forward, context.tokens, context.settings.mlm, context.settings.label_smoothing)
 
 
 def predict(model: Mplug2, batch: DeviceBatch, context: TaskContext) -> Predictions:

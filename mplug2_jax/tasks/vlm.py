@@ -7,7 +7,7 @@ from mplug2_jax.tasks.base import Task, TaskContext
 
 def loss(forward: Forward, context: TaskContext) -> Outcome:
     """Two-way cross entropy over true pairs and hard negatives."""
-    return vlm_loss(forward, context.settings.vlm)
+    return vlm_loss(forward, context.settings.vlm, context.settings.label_smoothing)
 
 
 TASK = Task(

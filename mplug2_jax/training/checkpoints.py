@@ -1,4 +1,4 @@
-"""Checkpoints by Orbax: parameters, optimiser, teacher, queues, step and data position, as one unit that is checked."""
+"""Checkpoints by Orbax: parameters, optimiser, averages, queues, step and data position, as one checked unit."""
 
 import json
 import shutil
@@ -20,6 +20,7 @@ from mplug2_jax.parallel.processes import is_first
 from mplug2_jax.training.config import CheckpointConfig
 from mplug2_jax.training.digests import differing, digests, leaf_name
 from mplug2_jax.training.events import Events
+from mplug2_jax.training.freezing import join
 from mplug2_jax.training.lazy import lazy_handler
 from mplug2_jax.training.position import FORMAT, Identity, Position
 from mplug2_jax.training.retention import Retention
@@ -220,10 +221,18 @@ class Checkpoints:
             multihost_utils.sync_global_devices("damaged checkpoints are set aside")
             self._manager.reload()
 
-    def restore_params(self, like: Any, step: int | None = None) -> tuple[Any, int]:
-        """The parameters alone, with their step. Raises as :meth:`restore`."""
+    def restore_params(self, like: Any, step: int | None = None, *, tree: str = "params") -> tuple[Any, int]:
+        """The parameters alone, with their step; raises as :meth:`restore`.
+
+        They are those of ``tree``: an average's, say. What it lacks, because it was frozen, is taken from ``params``.
+        """
         step = self.pick(step)
-        return self.restore_tree({"params": like}, step)["params"], step
+        stored, wanted = self.leaves(step), dict[str, Any]()
+        for path, leaf in jax.tree_util.tree_leaves_with_path(like):
+            place = tuple(leaf_name(path).split("/"))
+            _put(wanted, (tree if (tree, *place) in stored else "params", *place), leaf)
+        restored = self.restore_tree(wanted, step)
+        return join(restored.get(tree, {}), restored.get("params", {})), step
 
     def restore_tree(self, like: Any, step: int) -> Any:
         """A part of the state, laid out like ``like``. Raises as :meth:`restore`."""

@@ -102,6 +102,7 @@ class RunConfig:
     model: ModelConfig
     init_from: str = ""  # checkpoint to start from, as a path: a work directory, its checkpoints, or one step of them
     init_parts: tuple[str, ...] = ()  # parts of the model to take from it; empty: all
+    freeze: tuple[str, ...] = ()  # parts of the model that are not trained; empty: none
     tokenizer: TokenizerConfig = TokenizerConfig()
     streams: Mapping[str, StreamConfig]
     tasks: TaskSettings = TaskSettings()
@@ -110,6 +111,7 @@ class RunConfig:
     optimizer: AdamWConfig = AdamWConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     gather: Gather = "layer"  # when fsdp's shards of parameters come together: at each use, or once
+    ema_decay: float = 0.0  # of the average of parameters that is evaluated and exported in their place; 0 = none
     accumulate: int = 1  # micro-batches per step; each stream's batch is cut into so many
     evaluations: Mapping[str, EvaluationConfig] = dataclasses.field(default_factory=dict)
     evaluate_every: int = 0  # steps; 0 = only after the last
@@ -134,6 +136,7 @@ class RunConfig:
             ("stall_seconds", self.stall_seconds, 0),
         ):  # fmt: skip
             check_range(f"config.{field}", value, least)
+        check_range("config.ema_decay", self.ema_decay, 0, 1 - 1e-9)
         if not self.streams:
             raise UserError("config.streams is empty: a run needs at least one stream of batches")
         for name, stream in self.streams.items():
@@ -170,6 +173,12 @@ class RunConfig:
                     f"config.tasks.vlc.queue_size={queue} is not a multiple of {where}'s {micro} examples per "
                     "micro-batch"
                 )
+        parts = self.parts()
+        for part in self.freeze:
+            if part not in parts:
+                raise UserError(f"config.freeze names {part!r}: {did_you_mean(part, parts)}")
+        if set(parts) <= set(self.freeze):
+            raise UserError(f"config.freeze={self.freeze} leaves nothing to train: keep a part of the model out of it")
         if self.evaluations and self.tasks.search.max_length > self.model.max_positions:
             raise UserError(
                 f"config.tasks.search.max_length={self.tasks.search.max_length} exceeds config.model.max_positions="

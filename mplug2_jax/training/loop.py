@@ -27,13 +27,14 @@ from mplug2_jax.training.config import RunConfig
 from mplug2_jax.training.events import Events
 from mplug2_jax.training.example_log import ExampleLog
 from mplug2_jax.training.faults import with_later_rollbacks
+from mplug2_jax.training.freezing import split
 from mplug2_jax.training.instruments import Instruments
 from mplug2_jax.training.ledger import Ledger
 from mplug2_jax.training.position import Identity, Position
 from mplug2_jax.training.preemption import PreemptionNotice
 from mplug2_jax.training.recheck import Recheck
 from mplug2_jax.training.starting import first_state
-from mplug2_jax.training.state import Blueprint, TrainState, plan_run
+from mplug2_jax.training.state import Blueprint, TrainState, evaluated, plan_run
 from mplug2_jax.training.step import StreamBatches, compile_step
 from mplug2_jax.training.telemetry import MetricsFile, Progress
 from mplug2_jax.training.watchdog import Watchdog
@@ -197,8 +198,10 @@ def check_started_alike(config: RunConfig, tokenizer: Tokenizer, *, resumes: boo
 def describe(plan: Blueprint) -> str:
     """What is about to run, in a few lines: model, mesh, and why some parameters are not split."""
     config = plan.config
+    frozen = sum(leaf.size for leaf in jax.tree.leaves(split(plan.definition.shapes, config.freeze)[1]))
     lines = [
-        f"{config.name}: {plan.definition.count():,} parameters in {', '.join(plan.definition.parts)}",
+        f"{config.name}: {plan.definition.count():,} parameters in {', '.join(plan.definition.parts)}"
+        + (f"; {frozen:,} of them, in {', '.join(config.freeze)}, are frozen" if config.freeze else ""),
         f"mesh {describe_mesh(plan.mesh)} on {plan.mesh.devices.flat[0].device_kind}",
     ]
     lines += [f"  {name}: {why}" for name, why in plan.placement.reasons.items()]
@@ -264,7 +267,7 @@ def run_evaluations(
     """Runs every evaluation of the run; the first process keeps what came of it."""
     results = []
     for evaluation in evaluations:
-        result = evaluation.run(state["params"], step, between_batches)
+        result = evaluation.run(evaluated(state), step, between_batches)
         if is_first():
             save_result(result, path)
         metrics_file.write(step, {f"eval/{result.name}/{what}": value for what, value in result.figures.items()})

@@ -9,10 +9,10 @@ import jax
 import numpy as np
 
 from mplug2_jax.parallel.chips import peak_flops
-from mplug2_jax.training.flops import training_flops
 from mplug2_jax.training.ledger import Ledger
 from mplug2_jax.training.state import Blueprint
-from mplug2_jax.training.step import StreamBatches, streams_loss
+from mplug2_jax.training.step import StreamBatches
+from mplug2_jax.training.step_flops import gradient_flops
 from mplug2_jax.training.telemetry import MetricsFile, Progress
 
 
@@ -32,14 +32,7 @@ class Meter:
     def count(self, batches: StreamBatches) -> None:
         """Counts a step's operations from its trace (nothing runs), and the positions that the model reads."""
         plan = self._plan
-        key = jax.eval_shape(lambda: jax.random.key(0))
-        teacher = plan.shapes.get("teacher")
-
-        def loss(params: Any, teacher: Any, queues: Any, batches: Any, key: Any) -> Any:
-            return streams_loss(plan, params, teacher, queues, batches, key, jax.numpy.zeros(()))
-
-        args = (plan.shapes["params"], teacher, plan.shapes.get("queues", {}), batches, key)
-        self._flops = training_flops(loss, *args)
+        self._flops = gradient_flops(plan, plan.config.streams, batches, remat=False).total()
         self._tokens = sum(positions(batch, plan.config.model.patch_size) for batch in batches.values())
 
     def finished(self, step: int, metrics: Mapping[str, jax.Array], lost: Mapping[str, int]) -> None:

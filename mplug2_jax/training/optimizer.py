@@ -38,6 +38,7 @@ class AdamWConfig:
 
     learning_rate: float = 1e-4
     vision_learning_rate: float | None = None  # None: the same as learning_rate
+    layer_decay: float = 1.0  # of the rates, for each layer below the heads: see layer_decay.py; 1 = none
     weight_decay: float = 0.02
     decay: DecayRule = "matrices"
     b1: float = 0.9
@@ -56,6 +57,7 @@ class AdamWConfig:
         """
         for name in ("learning_rate", "vision_learning_rate", "weight_decay", "eps", "clip_norm"):
             check_range(f"config.optimizer.{name}", getattr(self, name), 0)
+        check_range("config.optimizer.layer_decay", self.layer_decay, 1e-3, 1)
         for name in ("b1", "b2"):
             check_range(f"config.optimizer.{name}", getattr(self, name), 0, 1 - 1e-9)
         if self.nu_dtype == "bfloat16" and self.b2 > 0.99:
@@ -112,8 +114,28 @@ def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-def adamw(config: AdamWConfig, rest: optax.ScalarOrSchedule, vision: optax.ScalarOrSchedule) -> Any:
-    """The optimiser: clipping, Adam, decoupled decay, one learning rate for vision and one for the rest."""
+def scale_each(factors: optax.Params) -> optax.GradientTransformation:
+    """Scales each parameter's update by its own factors, which broadcast over it."""
+
+    def update(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        del params
+        return jax.tree.map(lambda u, f: u * f, updates, factors), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def adamw(
+    config: AdamWConfig,
+    rest: optax.ScalarOrSchedule,
+    vision: optax.ScalarOrSchedule,
+    factors: optax.Params | None = None,
+) -> Any:
+    """The optimiser: clipping, Adam, decoupled decay, one learning rate for vision and one for the rest.
+
+    ``factors``: what each parameter takes of its rate, for the step of Adam and for the decay alike.
+    """
 
     def paths(tree: Any, choose: Any) -> Any:  # parameters, or optax's placeholder for them
         return jax.tree_util.tree_map_with_path(lambda p, _: choose(tuple(key.key for key in p)), tree)
@@ -128,4 +150,6 @@ def adamw(config: AdamWConfig, rest: optax.ScalarOrSchedule, vision: optax.Scala
     ]
     if config.clip_norm > 0:
         steps.insert(0, clip_by_global_norm(config.clip_norm))
+    if factors is not None:
+        steps.append(scale_each(factors))
     return optax.chain(*steps)

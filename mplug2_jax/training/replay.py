@@ -16,6 +16,7 @@ from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.parallel.placement import put_batch
 from mplug2_jax.training.checkpoints import Checkpoints
 from mplug2_jax.training.events import read_lines
+from mplug2_jax.training.freezing import join, split
 from mplug2_jax.training.loop import check_position, open_streams, position_after
 from mplug2_jax.training.position import Position
 from mplug2_jax.training.starting import first_state
@@ -153,10 +154,13 @@ def _alone(plan: Blueprint, name: str) -> Any:
             row, rng = row // count, jax.random.fold_in(rng, row % count)
         masked = {name: {**batch, "example_mask": jnp.arange(batch["example_id"].shape[0]) == row}}
 
-        def loss(params: Any) -> tuple[jax.Array, tuple[Metrics, Any]]:
+        trained, frozen = split(state["params"], plan.config.freeze)
+
+        def loss(trained: Any) -> tuple[jax.Array, tuple[Metrics, Any]]:
+            params = join(trained, frozen)
             return streams_loss(one, params, inputs.teacher, state.get("queues", {}), masked, rng, inputs.alpha)
 
-        (value, _), gradients = jax.value_and_grad(loss, has_aux=True)(state["params"])
+        (value, _), gradients = jax.value_and_grad(loss, has_aux=True)(trained)
         return value, optax.tree.norm(gradients)
 
     jitted = jax.jit(measure)

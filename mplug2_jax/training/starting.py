@@ -11,7 +11,7 @@ from mplug2_jax.errors import UserError, did_you_mean
 from mplug2_jax.model.vision import resize_positions
 from mplug2_jax.training.checkpoints import Checkpoints, open_checkpoint
 from mplug2_jax.training.config import RunConfig
-from mplug2_jax.training.state import Blueprint, TrainState
+from mplug2_jax.training.state import Blueprint, TrainState, fresh_average
 
 POSITIONS = ("vision", "positions")
 
@@ -19,8 +19,8 @@ POSITIONS = ("vision", "positions")
 def first_state(plan: Blueprint) -> tuple[TrainState, list[str]]:
     """The state before step 1, and what is to be said of where it came from.
 
-    With ``config.init_from`` the chosen parts are another checkpoint's, whole or not at all; a teacher starts as that
-    checkpoint's teacher, or else as a copy of the weights.
+    With ``config.init_from`` the chosen parts are another checkpoint's, whole or not at all, averaged where it keeps an
+    average; a teacher starts as that checkpoint's teacher, or else as a copy of the weights.
 
     Raises:
         UserError: no such checkpoint, or one that lacks a part, or has it in another size.
@@ -40,15 +40,21 @@ def _started(plan: Blueprint, checkpoints: Checkpoints, step: int) -> tuple[Trai
     has = {path[1] for path in stored if path[0] == "params"}
     wanted = _wanted(plan.config, set(plan.shapes["params"]), has)
     fresh = sorted(set(plan.shapes["params"]) - set(wanted))
-    said = [f"starting from {plan.config.init_from} (step {step}): {', '.join(wanted)}"]
+    trees = {path[0] for path in stored}
+    own = "ema" if "ema" in trees else "params"
+    averaged = ", averaged" if own == "ema" else ""
+    said = [f"starting from {plan.config.init_from} (step {step}{averaged}): {', '.join(wanted)}"]
     said += [f"  fresh: {', '.join(fresh)}"] if fresh else []
     taken = {}
     for tree in {"params", "teacher"} & set(plan.shapes):
-        kept = "teacher" if tree == "teacher" and any(path[0] == "teacher" for path in stored) else "params"
+        kept = "teacher" if tree == "teacher" and "teacher" in trees else own
         like = {part: plan.shapes[tree][part] for part in wanted}
         taken[tree] = _restored(checkpoints, step, kept, like, said)
     state = plan.init()
-    return state | {tree: state[tree] | parts for tree, parts in taken.items()}, said
+    state |= {tree: state[tree] | parts for tree, parts in taken.items()}
+    if "ema" in state:
+        state["ema"] = fresh_average(plan.config, state["params"])
+    return state, said
 
 
 def _wanted(config: RunConfig, own: set[str], has: set[str]) -> Sequence[str]:
@@ -69,8 +75,8 @@ def _wanted(config: RunConfig, own: set[str], has: set[str]) -> Sequence[str]:
 
 def _restored(checkpoints: Checkpoints, step: int, tree: str, like: Any, said: list[str]) -> Any:
     """Parts of a tree, laid out like ``like``; the position table on its own grid."""
-    path = (tree, *POSITIONS)
     stored = checkpoints.leaves(step)
+    path = next((path for path in ((tree, *POSITIONS), ("params", *POSITIONS)) if path in stored), POSITIONS)
     table = like.get("vision", {}).get("positions")
     resized = None
     if table is not None and path in stored and stored[path][0] != table.shape:
@@ -78,9 +84,9 @@ def _restored(checkpoints: Checkpoints, step: int, tree: str, like: Any, said: l
         grid = round((table.shape[0] - 1) ** 0.5)
         resized = jax.device_put(resize_positions(jnp.asarray(rows), grid), table.sharding)
         like = like | {"vision": {name: leaf for name, leaf in like["vision"].items() if name != "positions"}}
-        if tree == "params":
+        if tree != "teacher":
             said.append(f"  the position table of {rows.shape[0]} rows is resized to {table.shape[0]}")
-    parts = checkpoints.restore_tree({tree: like}, step)[tree]
+    parts, _ = checkpoints.restore_params(like, step, tree=tree)
     if resized is not None:
         parts["vision"]["positions"] = resized
     return parts

@@ -10,18 +10,24 @@ import optax
 from jax.sharding import Mesh
 
 from mplug2_jax.model.config import SpecialTokens
-from mplug2_jax.model.mplug2 import ModelDef, define
+from mplug2_jax.model.mplug2 import ModelDef, Params, define
 from mplug2_jax.objectives.queue import fresh_queue
 from mplug2_jax.parallel.placement import Placement, place_parameters, replicated
 from mplug2_jax.tasks.base import TaskContext
 from mplug2_jax.training.config import RunConfig
+from mplug2_jax.training.freezing import join, split
+from mplug2_jax.training.layer_decay import rate_factors
 from mplug2_jax.training.optimizer import adamw
 from mplug2_jax.training.schedule import make_schedule
 
 HOST = "pinned_host"  # the memory of a host that its devices copy from without its help
 
 TrainState = dict[str, Any]
-"""``params``, ``opt`` (optax), ``step`` (int32); ``teacher`` and ``queues`` where the run has them."""
+"""``params``, ``opt`` (optax, of what is trained), ``step``; ``ema``, ``teacher``, ``queues`` where the run has them.
+
+``ema`` starts as the trained parameters and after every update becomes decay * ema + (1 - decay) * parameters, in
+float32.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,10 +69,12 @@ def plan_run(config: RunConfig, tokens: SpecialTokens, mesh: Mesh) -> Blueprint:
         group: make_schedule(config.schedule, rate, config.steps, config.accumulate)
         for group, rate in (("rest", peak), ("vision", peak if vision_peak is None else vision_peak))
     }
-    optimizer = adamw(config.optimizer, rates["rest"], rates["vision"])
+    decay = config.optimizer.layer_decay
+    factors = None if decay == 1 else split(rate_factors(definition.shapes, config.model, decay), config.freeze)[0]
+    optimizer = adamw(config.optimizer, rates["rest"], rates["vision"], factors)
     placement = place_parameters(definition.shapes, definition.axes, mesh)
     shapes = jax.eval_shape(lambda: _fresh(config, definition, optimizer))
-    shardings = _state_shardings(shapes, placement, optimizer, mesh, HOST if config.optimizer.offload else None)
+    shardings = _state_shardings(config, shapes, placement, optimizer, mesh)
     described = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
     context = TaskContext(settings=config.tasks, tokens=tokens)
     return Blueprint(config, context, mesh, definition, optimizer, rates, placement, described, shardings)
@@ -75,7 +83,10 @@ def plan_run(config: RunConfig, tokens: SpecialTokens, mesh: Mesh) -> Blueprint:
 def _fresh(config: RunConfig, definition: ModelDef, optimizer: optax.GradientTransformation) -> TrainState:
     key = jax.random.key(config.seed)
     params = jax.tree.map(lambda p: p.astype(config.parameter_dtype), definition.init(key))
-    state: TrainState = {"params": params, "opt": optimizer.init(params), "step": jnp.zeros((), jnp.int32)}
+    opt = optimizer.init(split(params, config.freeze)[0])
+    state: TrainState = {"params": params, "opt": opt, "step": jnp.zeros((), jnp.int32)}
+    if config.ema_decay:
+        state["ema"] = fresh_average(config, params)
     if config.has_teacher:
         state["teacher"] = jax.tree.map(lambda p: jnp.array(p, jnp.float32), params)  # 16 bits round its steps away
     size = config.tasks.vlc.queue_size
@@ -88,14 +99,26 @@ def _fresh(config: RunConfig, definition: ModelDef, optimizer: optax.GradientTra
     return state
 
 
+def fresh_average(config: RunConfig, params: Params) -> Params:
+    """What an average starts as: a copy of what is trained, in float32."""
+    return jax.tree.map(lambda p: jnp.array(p, jnp.float32), split(params, config.freeze)[0])
+
+
+def evaluated(state: TrainState) -> Params:
+    """The parameters that evaluations use: averaged where the run keeps an average."""
+    return join(state.get("ema", {}), state["params"])
+
+
 def _state_shardings(
+    config: RunConfig,
     shapes: TrainState,
     placement: Placement,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
-    moments_in: str | None,
 ) -> TrainState:
     whole = replicated(mesh)
+    trained, _ = split(placement.shardings, config.freeze)
+    moments_in = HOST if config.optimizer.offload else None
     shardings: TrainState = jax.tree.map(lambda _: whole, shapes)
     shardings["params"] = placement.shardings
     # Moments live with their parameters. Without saying so they would all be put on one device.
@@ -103,9 +126,11 @@ def _state_shardings(
         optimizer,
         lambda _, s: s.with_memory_kind(moments_in),
         shapes["opt"],
-        placement.shardings,
+        trained,
         transform_non_params=lambda _: whole,
     )
+    if "ema" in shapes:
+        shardings["ema"] = trained
     if "teacher" in shapes:
         shardings["teacher"] = placement.shardings
     return shardings

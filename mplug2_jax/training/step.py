@@ -19,6 +19,7 @@ from mplug2_jax.parallel.placement import replicated
 from mplug2_jax.tasks import TASKS
 from mplug2_jax.training.compilation import compiler_options, why_not
 from mplug2_jax.training.config import RunConfig
+from mplug2_jax.training.freezing import join, split
 from mplug2_jax.training.state import Blueprint, TrainState
 
 StreamBatches = Mapping[str, DeviceBatch]
@@ -86,17 +87,19 @@ def step_inputs(plan: Blueprint, state: TrainState) -> StepInputs:
 
 def train_step(plan: Blueprint, state: TrainState, batches: StreamBatches) -> tuple[TrainState, Metrics]:
     """(state, batches) -> (state, metrics). Pure; its randomness is a function of (seed, step)."""
-    config, params = plan.config, state["params"]
+    config = plan.config
+    params, frozen = split(state["params"], config.freeze)
     rng, teacher, alpha = step_inputs(plan, state)
 
     once = config.gather == "step"
-    axes = plan.definition.axes
+    axes, frozen_axes = split(plan.definition.axes, config.freeze)
     used = jax.tree.map(together, params, axes) if once else params
-    teaches = jax.tree.map(together, teacher, axes) if once and teacher is not None else teacher
+    rest = jax.tree.map(together, frozen, frozen_axes) if once else frozen
+    teaches = jax.tree.map(together, teacher, plan.definition.axes) if once and teacher is not None else teacher
 
     def loss(params: Params, queues: Queues, batches: StreamBatches, rng: PRNGKeyArray) -> Any:
         with gathered_before() if once else contextlib.nullcontext():
-            return streams_loss(plan, params, teaches, queues, batches, rng, alpha)
+            return streams_loss(plan, join(params, rest), teaches, queues, batches, rng, alpha)
 
     def gradient_of(queues: Queues, batches: StreamBatches, rng: PRNGKeyArray) -> tuple[Metrics, Queues, Params]:
         (_, (metrics, queues)), gradients = jax.value_and_grad(loss, has_aux=True)(used, queues, batches, rng)
@@ -123,7 +126,11 @@ def train_step(plan: Blueprint, state: TrainState, batches: StreamBatches) -> tu
     moments = jax.device_put(state["opt"], plan.on_device["opt"]) if config.optimizer.offload else state["opt"]
     with jax.named_scope("optimizer"):
         updates, opt = plan.optimizer.update(gradients, moments, params)
-        after: TrainState = {"params": optax.apply_updates(params, updates), "opt": opt}
+        moved = optax.apply_updates(params, updates)
+        after: TrainState = {"params": join(moved, frozen), "opt": opt}
+        if "ema" in state:
+            exact = jax.tree.map(lambda p: p.astype(jnp.float32), moved)
+            after["ema"] = update_teacher(state["ema"], exact, config.ema_decay)
     if teacher is not None:
         after["teacher"] = teacher
     if queues:
@@ -137,8 +144,8 @@ def train_step(plan: Blueprint, state: TrainState, batches: StreamBatches) -> tu
     metrics |= {f"gradient_norm/{part}": optax.tree.norm(tree) for part, tree in gradients.items()}
     # Of the new ones: asking the old ones would keep them alive beside the new.
     metrics |= {f"parameter_norm/{part}": optax.tree.norm(tree) for part, tree in after["params"].items()}
-    if "contrastive" in params:
-        metrics["temperature"] = params["contrastive"]["temperature"]
+    if "contrastive" in state["params"]:
+        metrics["temperature"] = state["params"]["contrastive"]["temperature"]
     metrics |= {f"learning_rate/{group}": rate(_updates(moments)) for group, rate in plan.rates.items()}
     return after, metrics
 

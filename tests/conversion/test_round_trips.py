@@ -18,7 +18,9 @@ from mplug2_jax.conversion.report import read_report
 from mplug2_jax.errors import UserError
 from mplug2_jax.model.config import model_config
 from mplug2_jax.model.mplug2 import define
-from mplug2_jax.training.checkpoints import open_checkpoint
+from mplug2_jax.training.checkpoints import Checkpoints, open_checkpoint
+from mplug2_jax.training.config import CheckpointConfig
+from mplug2_jax.training.position import Position
 from tests.weights import assert_same, official_config, official_file, tensors_of
 
 CASES = [("caption", False), ("videoqa", False), ("videoqa", True)]
@@ -115,6 +117,35 @@ def test_averaged_weights_can_be_written_as_the_model_s_own(imported: Path, tmp_
     name = "text_decoder.bert.encoder.layer.1.output.dense.weight"
     assert stored[name].tobytes() == whole[name.replace("text_decoder.", "text_decoder_m.")].tobytes()
     assert not any(name.startswith("text_decoder_m.") for name in stored)
+
+
+def test_a_run_s_own_average_is_written_unless_it_is_declined_and_the_frozen_as_they_are(tmp_path: Path) -> None:
+    source = official_file(tmp_path / "s" / "x.safetensors", official_config(), teacher=False)
+    run_import(plan_import([source]), tmp_path / "imported")
+    theirs, step = open_checkpoint(tmp_path / "imported")
+    identity = theirs.identity(step)
+    params, _ = theirs.restore_params(define(identity.config, identity.parts).shapes, step)
+    theirs.close()
+    average = jax.tree.map(lambda x: x + 1, {part: tree for part, tree in params.items() if part != "decoder"})
+    ours = Checkpoints(tmp_path / "ours" / "checkpoints", CheckpointConfig(), identity=identity)
+    ours.save({"params": params, "ema": average}, Position(3, {}))
+    ours.close()
+
+    (tmp_path / "last").mkdir()
+    report = export(tmp_path / "ours", tmp_path / "averaged.safetensors")
+    assert report.kind.endswith("averaged weights")
+    assert not export(tmp_path / "ours", tmp_path / "last" / "x.safetensors", ema=False).kind.endswith(
+        "averaged weights"
+    )
+    averaged, last = (tensors_of(tmp_path / file) for file in ("averaged.safetensors", "last/x.safetensors"))
+    whole = tensors_of(source)
+    moved, frozen = (
+        "text_encoder.encoder.layer.1.output.dense.bias",
+        "text_decoder.bert.encoder.layer.1.output.dense.bias",
+    )
+    np.testing.assert_array_equal(averaged[moved], whole[moved] + 1)
+    np.testing.assert_array_equal(averaged[frozen], whole[frozen])
+    np.testing.assert_array_equal(last[moved], whole[moved])
 
 
 def test_the_release_s_training_wants_a_teacher_and_gets_copies(tmp_path: Path) -> None:

@@ -1,0 +1,38 @@
+"""What the gradient of a step computes, counted from its trace: frozen weights have none of their own."""
+
+import collections
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mplug2_jax.model.config import RematConfig
+from mplug2_jax.model.mplug2 import define
+from mplug2_jax.training.config import RunConfig, StreamConfig
+from mplug2_jax.training.flops import count_flops
+from mplug2_jax.training.freezing import join, split
+from mplug2_jax.training.state import Blueprint
+from mplug2_jax.training.step import streams_loss
+
+
+def gradient_flops(
+    plan: Blueprint, streams: Mapping[str, StreamConfig], batches: Mapping[str, Any], *, remat: bool
+) -> collections.Counter[str]:
+    """Operations of some streams' loss and gradient by outermost scope, with or without the run's recomputation."""
+    config: RunConfig = plan.config
+    model = dataclasses.replace(config.model, attention="xla", remat=config.model.remat if remat else RematConfig())
+    config = dataclasses.replace(config, model=model, streams=streams)
+    plain = dataclasses.replace(plan, config=config, definition=define(model, plan.definition.parts))
+
+    def loss(trained: Any, frozen: Any, state: Any, batches: Any, alpha: Any) -> Any:
+        params, queues = join(trained, frozen), state.get("queues", {})
+        return streams_loss(plain, params, state.get("teacher"), queues, batches, jax.random.key(0), alpha)
+
+    whole = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (plan.shapes, dict(batches)))
+    state, batches = whole
+    trained, frozen = split(state["params"], config.freeze)
+    state = {name: state[name] for name in ("teacher", "queues") if name in state}
+    alpha = jax.ShapeDtypeStruct((), jnp.float32)
+    return count_flops(jax.value_and_grad(loss, has_aux=True), trained, frozen, state, batches, alpha)

@@ -1,0 +1,122 @@
+"""The average of parameters: its recursion, who uses it, and that it is of what is trained alone."""
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mplug2_jax.cli.common import open_run
+from mplug2_jax.errors import UserError
+from mplug2_jax.model.config import SpecialTokens
+from mplug2_jax.parallel.mesh import MeshConfig, make_mesh
+from mplug2_jax.training.checkpoints import Checkpoints
+from mplug2_jax.training.config import CheckpointConfig, RunConfig
+from mplug2_jax.training.loop import device_batches, open_streams
+from mplug2_jax.training.optimizer import AdamWConfig
+from mplug2_jax.training.position import Identity, Position
+from mplug2_jax.training.starting import first_state
+from mplug2_jax.training.state import Blueprint, evaluated, plan_run
+from mplug2_jax.training.step import compile_step
+from mplug2_jax.training.workdir import WorkDir
+from tests.runs import small_run
+
+
+def words(**overrides: Any) -> RunConfig:
+    """Masked words: text, universal layers and a head."""
+    text = dataclasses.replace(small_run().streams["text"], objectives={"mlm": 1.0})
+    optimizer = AdamWConfig(learning_rate=1e-2)
+    return small_run(streams={"text": text}, evaluations={}, optimizer=optimizer, **overrides)
+
+
+def planned(config: RunConfig) -> Blueprint:
+    return plan_run(config, SpecialTokens(), make_mesh(MeshConfig(fsdp=2), jax.devices()[:2]))
+
+
+def saved(folder: Path, plan: Blueprint, state: Any) -> None:
+    identity = Identity(plan.config.model, plan.definition.parts)
+    checkpoints = Checkpoints(folder / "checkpoints", CheckpointConfig(), identity=identity)
+    checkpoints.save(state, Position(3, {}))
+    checkpoints.close()
+
+
+def shifted(tree: Any) -> Any:
+    return jax.tree.map(lambda x: x + 1, tree)
+
+
+def assert_equal(one: Any, other: Any) -> None:
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+@pytest.mark.parametrize("overrides", [{}, {"freeze": ("text",), "parameter_dtype": "bfloat16"}], ids=["all", "part"])
+def test_it_follows_every_update_of_what_is_trained(overrides: dict[str, Any]) -> None:
+    config = words(ema_decay=0.75, **overrides)
+    plan = planned(config)
+    state, step = plan.init(), compile_step(plan)
+    expected = {part: jax.tree.map(lambda x: np.asarray(x, np.float32), state["params"][part]) for part in state["ema"]}
+    batches = device_batches(open_streams(config, WorkDir(Path("nowhere")).tokenizer(config)), plan.mesh, 0)
+    for _ in range(3):
+        state, _ = step(state, next(batches)[0])
+        expected = jax.tree.map(
+            lambda a, p: 0.75 * a + 0.25 * np.asarray(p, np.float32),
+            expected,
+            {part: state["params"][part] for part in expected},
+        )
+    assert state["ema"].keys() == {"text", "universal", "mlm"} - set(config.freeze)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(state["ema"])} == {"float32"}
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), state["ema"], expected)
+    apart = jax.tree.map(lambda a, p: float(jnp.abs(a - p).max()), state["ema"]["mlm"], state["params"]["mlm"])
+    assert max(jax.tree.leaves(apart)) > 1e-4
+    sharding = state["ema"]["mlm"]["dense"]["kernel"].sharding
+    assert sharding == state["params"]["mlm"]["dense"]["kernel"].sharding
+    assert not sharding.is_fully_replicated
+    assert_equal(evaluated(state), {**state["params"], **state["ema"]})
+
+
+def test_a_run_s_average_is_what_commands_open_and_the_last_parameters_can_be_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = words(ema_decay=0.9, freeze=("text",))
+    workdir = WorkDir(tmp_path)
+    tokenizer = workdir.tokenizer(config)
+    workdir.begin(config, tokenizer)
+    plan = planned(config)
+    state = plan.init()
+    state["ema"] = shifted(state["ema"])
+    saved(tmp_path, plan, state)
+
+    def opened(*overrides: str) -> Any:
+        args = argparse.Namespace(workdir=tmp_path, step=None, overrides=list(overrides))
+        return open_run(args)[1]
+
+    assert_equal(opened(), {**state["params"], **state["ema"]})
+    assert capsys.readouterr().err == "step 3: averaged parameters; --config.ema_decay=0 takes the last ones\n"
+    assert_equal(opened("--config.ema_decay=0"), state["params"])
+    assert capsys.readouterr().err == ""
+
+
+def test_a_run_starts_from_another_s_average_and_its_own_begins_there(tmp_path: Path) -> None:
+    theirs = planned(words(ema_decay=0.9, freeze=("text",), seed=7))
+    state = theirs.init()
+    state["ema"] = shifted(state["ema"])
+    saved(tmp_path, theirs, state)
+    ours, said = first_state(planned(words(ema_decay=0.5, init_from=str(tmp_path))))
+    assert said == [f"starting from {tmp_path} (step 3, averaged): mlm, text, universal"]
+    assert_equal(ours["params"], {**state["params"], **state["ema"]})
+    assert_equal(ours["ema"], ours["params"])
+    buffers = [{leaf.unsafe_buffer_pointer() for leaf in _shards(ours[tree])} for tree in ("params", "ema")]
+    assert not buffers[0] & buffers[1]  # a step that is given both away needs both
+
+
+def _shards(tree: Any) -> list[Any]:
+    return [leaf.addressable_shards[0].data for leaf in jax.tree.leaves(tree)]
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.0])
+def test_a_decay_that_is_none_is_refused(decay: float) -> None:
+    with pytest.raises(UserError, match=rf"config\.ema_decay={decay} must be between 0 and 1"):
+        words(ema_decay=decay)
