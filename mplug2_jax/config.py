@@ -129,6 +129,12 @@ def recipe_folder() -> Path:
     return next((p for p in (package / "configs", package.parent / "configs") if p.is_dir()), package / "configs")
 
 
+def shipped_recipes() -> dict[str, Path]:
+    """All recipes that come with the package, the pages of tasks among them, by their names."""
+    folder = recipe_folder()
+    return {path.stem: path for pattern in ("*.py", "tasks/*.py") for path in sorted(folder.glob(pattern))}
+
+
 def find_recipe(name: str) -> Path:
     """A recipe's file: a path, or the name of a shipped recipe ("demo", "configs/demo.py").
 
@@ -137,8 +143,8 @@ def find_recipe(name: str) -> Path:
     """
     if Path(name).is_file():
         return Path(name)
-    shipped = {p.stem: p for p in sorted(recipe_folder().glob("*.py")) if not p.stem.startswith("_")}
-    stem = name.removeprefix("configs/").removesuffix(".py")
+    shipped = shipped_recipes()
+    stem = name.removeprefix("configs/").removeprefix("tasks/").removesuffix(".py")
     if stem in shipped:
         return shipped[stem]
     raise UserError(f"recipe '{name}' is neither a file nor a shipped recipe: {did_you_mean(stem, shipped)}")

@@ -11,6 +11,7 @@ from data_pipelines.record import Kind, Record, Source
 from data_pipelines.sources.annotations import fields, glue, pictures
 from data_pipelines.sources.annotations.source import AnnotationFormat, AnnotationSource
 from data_pipelines.sources.array_record import ArrayRecordSource
+from data_pipelines.sources.each_text import EachText
 from data_pipelines.sources.loose_files import LooseFiles
 from data_pipelines.sources.tfds import TfdsSource
 from data_pipelines.sources.webdataset import WebDatasetSource
@@ -36,6 +37,7 @@ class SourceConfig:
     split: str = ""  # DigitWorld: "train" (default) or "heldout"; files: the name that they use
     seed: int = 0  # DigitWorld's
     size: int | None = None  # the first so many records; None: all (DigitWorld: 100,000)
+    each: Literal["record", "text"] = "record"  # "text": a record for every caption, or text; all are read at first
     weight: float = 1.0  # share of a mixture, against the other sources' weights
 
     def open(self, visual: VisualConfig) -> Source:
@@ -60,7 +62,9 @@ class SourceConfig:
                 f"the source {self.format} ({self.kind}{self.split and f', {self.split}'}) is empty: {setting}, "
                 "expected at least 1"
             )
-        return _First(source, self.size) if self.size is not None and self.size < len(source) else source
+        if self.size is not None and self.size < len(source):
+            source = _First(source, self.size)
+        return EachText(source, self.kind) if self.each == "text" else source
 
 
 def parse_spec(spec: str, **settings: Any) -> SourceConfig:

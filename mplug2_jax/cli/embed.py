@@ -129,7 +129,6 @@ def read_inputs(args: argparse.Namespace) -> "tuple[dict[str, SourceConfig], str
         DataError: a folder without files.
     """
     from data_pipelines.sources.config import FORMATS, SourceConfig, parse_spec
-    from data_pipelines.sources.each_text import EachText
     from data_pipelines.sources.loose_files import kind_of, walk
 
     formats: dict[str, tuple[str, str]] = {}
@@ -159,9 +158,17 @@ def read_inputs(args: argparse.Namespace) -> "tuple[dict[str, SourceConfig], str
         counts = " and ".join(f"{count:,} {kind}s" for kind, count in sorted(kinds.items()))
         raise UserError(f"{', '.join(args.inputs[:3])}: {counts} are not embedded together; choose with --kind")
     kind = args.kind or next(iter(kinds), "image")
-    make = EachText if kind == "text" else SourceConfig
+    each = "text" if kind == "text" else "record"
     sources = {
-        given: make(format=format, path=path, kind=kind, media=args.media, split=args.split, size=args.size)  # type: ignore[arg-type]
+        given: SourceConfig(
+            format=format,
+            path=path,
+            kind=kind,
+            media=args.media,
+            split=args.split,
+            size=args.size,
+            each=each,  # type: ignore[arg-type]
+        )
         for given, (format, path) in formats.items()
     }
     return sources, hashlib.sha256("\n".join(names).encode()).hexdigest()[:16] if names else ""

@@ -13,8 +13,8 @@ from data_pipelines.sources.annotations.rows import Row, read_rows
 from data_pipelines.sources.annotations.source import AnnotationFormat, Place
 from data_pipelines.sources.files import read_bytes
 
-PICTURE = ("video_id", "video", "clip_name", "image", "image_path", "file_name", "image_id")
-CAPTIONS = ("golden_captions", "captions", "caption", "sentence")
+PICTURE = ("video_id", "video", "videoID", "clip_name", "gif_name", "image", "image_path", "file_name", "image_id")
+CAPTIONS = ("golden_captions", "captions", "caption", "enCap", "sentence")
 ANSWERS = ("answers", "answer")
 DOCUMENT, SUMMARY = ("document", "article", "dialogue"), ("summary", "highlights")
 PAIRS = (("premise", "hypothesis"), ("sentence1", "sentence2"), ("question1", "question2"), ("sentence", "question"))

@@ -34,13 +34,12 @@ def _rows(path: str, items: Sequence[Any]) -> Iterator[Row]:
 
 
 def _read_coco(files: Sequence[str], split: str) -> Iterator[Row]:
-    """A row for each picture, with all its captions, in the order of the pictures."""
-    del split
+    """A row for each picture, with all its captions, in the order of the pictures; NoCaps' domains are splits."""
     for file in files:
         content, captions = _parts(file, "images", "annotations"), collections.defaultdict(list)
         for row in _rows(file, content["annotations"]):
             captions[row.text("image_id")].append(row.text("caption"))
-        for row in _rows(file, content["images"]):
+        for row in _of_split(_rows(file, content["images"]), split, "domain"):
             yield Row(file, row.number, {**row.fields(), "captions": captions[row.text("id")]})
 
 
@@ -179,7 +178,7 @@ class ImageFolder:
         return Record(name, media=named_media(self._folder, self._kind, name), label=name.partition("/")[0])
 
 
-COCO = AnnotationFormat((".json",), _read_coco, _make_coco)
+COCO = AnnotationFormat((".json",), _read_coco, _make_coco, splits=True)
 KARPATHY = AnnotationFormat((".json",), _read_karpathy, _make_karpathy, splits=True)
 VQA = AnnotationFormat((".json",), _read_vqa, _make_vqa)
 KINETICS = AnnotationFormat((".csv", ".json"), _read_kinetics, _make_kinetics, splits=True)

@@ -1,0 +1,19 @@
+"""ImageNet-1k: the class of a picture; 1,281,167 to learn from, 50,000 to be classified.
+
+Data: imagenet/train and imagenet/val, a folder for each class with its pictures (https://image-net.org/download.php);
+imagenet/classes.json, a list of the folders' names.
+"""
+
+from ml_collections import ConfigDict
+
+from mplug2_jax.recipes.base import Sets, files, read_classes
+from mplug2_jax.recipes.classification import classification
+
+
+def get_config(size: str = "large") -> ConfigDict:
+    """The run, at one of the sizes of the model."""
+    sets = Sets(
+        train=files("image", "imagenet/train", format="image_folder"), examples=1_281_167,
+        asked={"val": files("image", "imagenet/val", format="image_folder")},
+    )  # fmt: skip
+    return classification("imagenet", size, sets, read_classes("imagenet/classes.json", 1000))

@@ -1,0 +1,19 @@
+"""Kinetics-400: the action of a clip of ten seconds; about 240,436 to learn from.
+
+Data: kinetics400/train.csv and val.csv (label, youtube_id, time_start, time_end) and the clips in kinetics400/videos
+(https://github.com/cvdfoundation/kinetics-dataset); kinetics400/classes.json, a list of the labels.
+"""
+
+from ml_collections import ConfigDict
+
+from mplug2_jax.recipes.base import Sets, files, read_classes
+from mplug2_jax.recipes.classification import classification
+
+
+def get_config(size: str = "large") -> ConfigDict:
+    """The run, at one of the sizes of the model."""
+    sets = Sets(
+        train=files("video", "kinetics400/train.csv", "kinetics400/videos", format="kinetics"), examples=240_436,
+        asked={"val": files("video", "kinetics400/val.csv", "kinetics400/videos", format="kinetics")},
+    )  # fmt: skip
+    return classification("kinetics400", size, sets, read_classes("kinetics400/classes.json", 400))

@@ -1,0 +1,19 @@
+"""Kinetics-600: the action of a clip of ten seconds; about 390,191 to learn from.
+
+Data: kinetics600/train.csv and val.csv (label, youtube_id, time_start, time_end) and the clips in kinetics600/videos
+(https://github.com/cvdfoundation/kinetics-dataset); kinetics600/classes.json, a list of the labels.
+"""
+
+from ml_collections import ConfigDict
+
+from mplug2_jax.recipes.base import Sets, files, read_classes
+from mplug2_jax.recipes.classification import classification
+
+
+def get_config(size: str = "large") -> ConfigDict:
+    """The run, at one of the sizes of the model."""
+    sets = Sets(
+        train=files("video", "kinetics600/train.csv", "kinetics600/videos", format="kinetics"), examples=390_191,
+        asked={"val": files("video", "kinetics600/val.csv", "kinetics600/videos", format="kinetics")},
+    )  # fmt: skip
+    return classification("kinetics600", size, sets, read_classes("kinetics600/classes.json", 600))

@@ -1,0 +1,19 @@
+"""Kinetics-700: the action of a clip of ten seconds; about 541,279 to learn from.
+
+Data: kinetics700/train.csv and val.csv (label, youtube_id, time_start, time_end) and the clips in kinetics700/videos
+(https://github.com/cvdfoundation/kinetics-dataset); kinetics700/classes.json, a list of the labels.
+"""
+
+from ml_collections import ConfigDict
+
+from mplug2_jax.recipes.base import Sets, files, read_classes
+from mplug2_jax.recipes.classification import classification
+
+
+def get_config(size: str = "large") -> ConfigDict:
+    """The run, at one of the sizes of the model."""
+    sets = Sets(
+        train=files("video", "kinetics700/train.csv", "kinetics700/videos", format="kinetics"), examples=541_279,
+        asked={"val": files("video", "kinetics700/val.csv", "kinetics700/videos", format="kinetics")},
+    )  # fmt: skip
+    return classification("kinetics700", size, sets, read_classes("kinetics700/classes.json", 700))

@@ -1,0 +1,20 @@
+"""MSRVTT-QA: open questions about 10,000 web clips; 158,581 to learn from, 72,821 to be asked.
+
+Data, as the mPLUG-2 release names it: msrvtt_qa/train.json and test.json (video, question, answer); the clips in
+msrvtt/videos (https://www.robots.ox.ac.uk/~maxbain/frozen-in-time/data/MSRVTT.zip). The release's own protocol, quirks
+included, is ``released:videoqa``.
+"""
+
+from ml_collections import ConfigDict
+
+from mplug2_jax.recipes.answering import answering
+from mplug2_jax.recipes.base import Sets, files
+
+
+def get_config(size: str = "large") -> ConfigDict:
+    """The run, at one of the sizes of the model."""
+    sets = Sets(
+        train=files("video", "msrvtt_qa/train.json", "msrvtt/videos"), examples=158_581,
+        asked={"test": files("video", "msrvtt_qa/test.json", "msrvtt/videos")},
+    )  # fmt: skip
+    return answering("msrvtt_qa", size, sets)

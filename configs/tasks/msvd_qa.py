@@ -1,0 +1,19 @@
+"""MSVD-QA: open questions about 1,970 short clips; 30,933 to learn from, 13,157 to be asked.
+
+Data: msvd_qa/train.json and test.json (video, question, answer); the clips in msvd/videos
+(https://www.cs.utexas.edu/~ml/clamp/videoDescription).
+"""
+
+from ml_collections import ConfigDict
+
+from mplug2_jax.recipes.answering import answering
+from mplug2_jax.recipes.base import Sets, files
+
+
+def get_config(size: str = "large") -> ConfigDict:
+    """The run, at one of the sizes of the model."""
+    sets = Sets(
+        train=files("video", "msvd_qa/train.json", "msvd/videos"), examples=30_933,
+        asked={"test": files("video", "msvd_qa/test.json", "msvd/videos")},
+    )  # fmt: skip
+    return answering("msvd_qa", size, sets)

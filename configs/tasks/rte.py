@@ -1,0 +1,13 @@
+"""GLUE's RTE: does a hypothesis follow?
+
+Data: glue/RTE, the task's folder of https://gluebenchmark.com/tasks.
+"""
+
+from ml_collections import ConfigDict
+
+from mplug2_jax.recipes.understanding import understanding
+
+
+def get_config(size: str = "large") -> ConfigDict:
+    """The run, at one of the sizes of the model."""
+    return understanding("rte", size)

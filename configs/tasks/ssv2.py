@@ -1,0 +1,20 @@
+"""Something-Something v2: what somebody does with something, where left and right matter; 168,913 clips to learn from.
+
+Data: ssv2/something-something-v2-train.json, -validation.json and -labels.json, and the clips in ssv2/videos
+(https://www.qualcomm.com/developer/software/something-something-v-2-dataset).
+"""
+
+from ml_collections import ConfigDict
+
+from mplug2_jax.recipes.base import Sets, files, read_classes
+from mplug2_jax.recipes.classification import classification
+
+
+def get_config(size: str = "large") -> ConfigDict:
+    """The run, at one of the sizes of the model."""
+    name = "ssv2/something-something-v2"
+    sets = Sets(
+        train=files("video", f"{name}-train.json", "ssv2/videos", format="ssv2"), examples=168_913,
+        asked={"validation": files("video", f"{name}-validation.json", "ssv2/videos", format="ssv2")},
+    )  # fmt: skip
+    return classification("ssv2", size, sets, read_classes(f"{name}-labels.json", 174), flip=False)

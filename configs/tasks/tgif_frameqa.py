@@ -1,0 +1,19 @@
+"""TGIF-FrameQA: questions that a single frame of a GIF answers; 39,392 to learn from, 13,691 to be asked.
+
+Data: tgif_qa/Train_frameqa_question.tsv and Test_frameqa_question.tsv (gif_name, question, answer; the files of
+https://github.com/YunseokJANG/tgif-qa, which are tab-separated although they are called .csv); the GIFs in tgif/gifs.
+"""
+
+from ml_collections import ConfigDict
+
+from mplug2_jax.recipes.answering import answering
+from mplug2_jax.recipes.base import Sets, files
+
+
+def get_config(size: str = "large") -> ConfigDict:
+    """The run, at one of the sizes of the model."""
+    sets = Sets(
+        train=files("video", "tgif_qa/Train_frameqa_question.tsv", "tgif/gifs"), examples=39_392,
+        asked={"test": files("video", "tgif_qa/Test_frameqa_question.tsv", "tgif/gifs")},
+    )  # fmt: skip
+    return answering("tgif_frameqa", size, sets)

@@ -1,0 +1,57 @@
+"""Every recipe of a task, from data in its public format to a report: trained, kept, asked, looked at."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mplug2_jax.cli.main import main
+from mplug2_jax.config import build, load_recipe, shipped_recipes
+from mplug2_jax.training.config import RunConfig
+from tests.recipes import public_data
+
+PAGES = sorted(name for name, path in shipped_recipes().items() if path.parent.name == "tasks")
+SMALL = {
+    "steps": 2, "log_every": 1, "model.vision_layers": 1, "model.text_layers": 1, "model.fusion_layers": 1,
+    "model.decoder_layers": 1, "model.universal_layers": 1, "tasks.search.beams": 2, "mesh.fsdp": 1, "mesh.data": 8,
+    "streams.set.data.visual.num_frames": 2, "checkpoint.every_steps": 2,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    public_data.make(folder)
+    return folder
+
+
+def overrides(config: RunConfig) -> list[str]:
+    asked = {f"evaluations.{name}.data.visual.num_frames": 2 for name in config.evaluations}
+    return [f"--config.{field}={value}" for field, value in (SMALL | asked).items()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES)
+def test_a_task_from_its_public_files_to_a_report(
+    page: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MPLUG2_DATA", str(data))
+    config = build(RunConfig, load_recipe(f"{page}:tiny"))
+    run = tmp_path / "run"
+    assert main(["train", "--config", f"{page}:tiny", "--workdir", str(run), *overrides(config)]) == 0
+    printed = capsys.readouterr().out
+    assert not (run / "data-errors.jsonl").exists(), (run / "data-errors.jsonl").read_text()
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert all(0 < line["loss"] < 1e3 for line in metrics if "loss" in line)
+    for name, evaluation in config.evaluations.items():
+        result = json.loads((run / "evaluations" / "2" / f"{name}.json").read_text())
+        assert result["task"] == evaluation.task
+        assert result["examples"] >= 2
+        assert result["figures"].keys() == result["baselines"].keys() == result["intervals"].keys()
+        assert not result["skipped"]
+        assert len((run / "evaluations" / "2" / f"{name}.jsonl").read_text().splitlines()) == result["examples"]
+        assert name in printed
+    assert "<svg" in (run / "report.html").read_text()
+    assert main(["eval", "--workdir", str(run)]) == 0
+    again = json.loads((run / "evaluations" / "2" / f"{name}.json").read_text())
+    assert again["figures"] == result["figures"]  # from the checkpoint
