@@ -7,6 +7,8 @@ _DIRECTIONS = {"text_to_visual": "text → picture", "visual_to_text": "picture 
 _RECALL = re.compile(r"(text_to_visual|visual_to_text)_r(\d+)")
 _FIGURES = {
     "cider": "CIDEr",
+    **{f"bleu_{order}": f"BLEU-{order}" for order in range(1, 5)},
+    "rouge_l": "ROUGE-L",
     "mfu": "MFU",
     "ilm": "instruction",
     "mlm": "masked words",

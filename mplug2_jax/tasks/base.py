@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from data_pipelines.batch import BATCH_KEYS
 from data_pipelines.examples import Example
 from mplug2_jax.errors import UserError
-from mplug2_jax.evaluation.metrics.ratio import Ratio
+from mplug2_jax.evaluation.metrics.ratio import Figure
 from mplug2_jax.generation.beam import SearchConfig
 from mplug2_jax.model.config import PARTS, SpecialTokens
 from mplug2_jax.model.mplug2 import Mplug2
@@ -49,7 +49,7 @@ class TaskContext:
 class Scored:
     """The result of an evaluation: figures by name, shares as fractions, scores as their field quotes them."""
 
-    figures: Mapping[str, Ratio]
+    figures: Mapping[str, Figure]
     baselines: Mapping[str, float]  # the same figures for something that has learned nothing
     said: Sequence[str]  # for each example, what the model said, in words
 

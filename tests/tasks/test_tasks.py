@@ -156,7 +156,7 @@ def test_predictions_are_scored_in_finite_figures_each_beside_its_baseline(predi
     scored = TASKS[name].score(predictions[0][name], examples, decode)
     assert scored.figures
     assert scored.figures.keys() == scored.baselines.keys()
-    assert all(len(figure.values) == BATCH for figure in scored.figures.values())
+    assert all(len(figure) == BATCH for figure in scored.figures.values())
     for value in (*values_of(scored).values(), *scored.baselines.values()):
         assert np.isfinite(value)
         assert 0 <= value <= (1000 if name == "caption" else 1)

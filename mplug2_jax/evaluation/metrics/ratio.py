@@ -1,13 +1,29 @@
-"""Figures that are a share or a mean over examples, and how far chance may have carried them."""
+"""Figures over examples, those that are a share or a mean, and how far chance may have carried them."""
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
 
 RESAMPLES = 1000
 LEVEL = 0.95
+
+
+@runtime_checkable
+class Figure(Protocol):
+    """A figure over a set of examples, which can tell what it would be over others drawn from them."""
+
+    def __len__(self) -> int:
+        """How many examples."""
+
+    @property
+    def value(self) -> float:
+        """The figure."""
+
+    def over(self, times: Float[np.ndarray, " n"]) -> float:
+        """The figure, were each example there so many times."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,10 +33,14 @@ class Ratio:
     values: Float[np.ndarray, " n"]
     weights: Float[np.ndarray, " n"] | None = None
 
+    def __len__(self) -> int:
+        """How many examples."""
+        return len(self.values)
+
     @property
     def value(self) -> float:
         """The figure."""
-        return self.over(np.ones(len(self.values)))
+        return self.over(np.ones(len(self)))
 
     def over(self, times: Float[np.ndarray, " n"]) -> float:
         """The figure, were each example there so many times."""
@@ -28,16 +48,16 @@ class Ratio:
         return float(times @ self.values) / total if total else 0.0
 
 
-def intervals(figures: Mapping[str, Ratio], seed: int = 0) -> dict[str, tuple[float, float]]:
+def intervals(figures: Mapping[str, Figure], seed: int = 0) -> dict[str, tuple[float, float]]:
     """The middle 95 % of every figure over 1,000 draws of as many examples, with replacement.
 
     The percentile bootstrap (Efron and Tibshirani 1993, chapter 13). Figures over the same number of examples see the
     same draws, which depend on that number alone: so a figure's interval is the same wherever it is computed.
     """
     found: dict[str, tuple[float, float]] = {}
-    for size in {len(figure.values) for figure in figures.values()} - {0}:
+    for size in {len(figure) for figure in figures.values()} - {0}:
         rng = np.random.default_rng([seed, size])
-        alike = {name: figure for name, figure in figures.items() if len(figure.values) == size}
+        alike = {name: figure for name, figure in figures.items() if len(figure) == size}
         drawn = np.empty((RESAMPLES, len(alike)))
         for i in range(RESAMPLES):
             times = np.bincount(rng.integers(size, size=size), minlength=size).astype(np.float64)
