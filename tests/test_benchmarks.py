@@ -85,3 +85,11 @@ def test_overhead(repository: Path) -> None:
     out = printed(repository, "overhead.py", "--steps", "2", "--batch", "2")
     for figure in (r"bare step \(median of 2\) +[\d.]+ ms", r"overhead +-?[\d.]+%", r"MiB of state +[\d.]+ ms"):
         assert re.search(figure, out), out
+
+
+@pytest.mark.slow
+def test_caption_scores_are_the_toolkit_s(repository: Path) -> None:
+    out = printed(repository, "metrics.py")
+    rows = re.findall(r"^(\w+) +[\d.]+ +[\d.]+ +(-?[\d.e+-]+) +[\d.]+$", out, re.MULTILINE)
+    assert {"cider", "bleu_1", "bleu_4", "rouge_l"} <= {name for name, _ in rows}, out
+    assert all(abs(float(difference)) < 1e-6 for _, difference in rows), out

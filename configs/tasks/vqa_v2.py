@@ -13,8 +13,8 @@ from mplug2_jax.recipes.base import Sets, files
 def get_config(size: str = "large") -> ConfigDict:
     """The run, at one of the sizes of the model."""
     sets = Sets(
-        train=files("image", "vqa_v2/v2_*_mscoco_train2014_*.json", "coco/train2014", format="vqa_v2"),
+        train=files("image", "vqa_v2/v2_*mscoco_train2014_*.json", "coco/train2014", format="vqa_v2"),
         examples=443_757,
-        asked={"val": files("image", "vqa_v2/v2_*_mscoco_val2014_*.json", "coco/val2014", format="vqa_v2")},
+        asked={"val": files("image", "vqa_v2/v2_*mscoco_val2014_*.json", "coco/val2014", format="vqa_v2")},
     )
     return answering("vqa_v2", size, sets, task="vqa")

@@ -14,7 +14,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-from mplug2_jax.evaluation.metrics.units import is_share
+from mplug2_jax.evaluation.metrics.units import RANK, is_share
 from mplug2_jax.report.metrics import Curve
 from mplug2_jax.report.names import human
 
@@ -153,19 +153,21 @@ def _lines(
 
 
 def _evaluations(names: Mapping[str, Curve], baselines: Mapping[str, Mapping[str, float]]) -> list[_Plan]:
-    """A panel per evaluation, and per direction of retrieval, where there are several points to draw."""
+    """A panel per evaluation, per direction of retrieval, and for scores, where there are several points to draw."""
     panels: dict[tuple[str, str], list[tuple[str, str]]] = {}
     for name in names:
         if name.startswith("eval/") and len(names[name]) > 1:
             evaluation, _, figure = name.removeprefix("eval/").rpartition("/")
             direction, _, cutoff = human(figure).rpartition(" R@")
-            panels.setdefault((evaluation, direction), []).append((f"R@{cutoff}" if direction else human(figure), name))
+            # What is no share would press shares to the axis.
+            apart = direction or ("" if is_share(figure) else human(figure) if figure.endswith(RANK) else "scores")
+            panels.setdefault((evaluation, apart), []).append((f"R@{cutoff}" if direction else human(figure), name))
     plans = []
-    for (evaluation, direction), lines in panels.items():
+    for (evaluation, apart), lines in panels.items():
         figure = lines[0][1].rpartition("/")[2]
         # Baselines of several figures would be a second set of lines.
         baseline = baselines.get(evaluation, {}).get(figure, math.nan) if len(lines) == 1 else math.nan
-        title = f"{human(evaluation)}, {direction}" if direction else human(evaluation)
+        title = f"{human(evaluation)}, {apart}" if apart else human(evaluation)
         plans.append(_Plan(title, lines, percent if is_share(figure) else compact, from_zero=True, baseline=baseline))
     return plans
 

@@ -5,9 +5,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mplug2_jax.evaluation.metrics.caption import cider
-from mplug2_jax.evaluation.metrics.ratio import Ratio, intervals
+from mplug2_jax.evaluation.metrics.caption import Bleu, caption_scores
+from mplug2_jax.evaluation.metrics.ratio import Figure, Ratio, intervals
 from mplug2_jax.evaluation.metrics.retrieval import chance_at, median_rank, ranks_of, recall_at
+
+
+def cider(said, references):
+    return caption_scores(said, references)["cider"]
 
 
 def test_captions_that_equal_their_references_get_the_toolkits_maximum_of_10_times_100():
@@ -32,6 +36,48 @@ def test_cider_is_the_mean_over_a_pictures_references():
         for references in (["a b c d"], ["i j k l"], ["a b c d", "i j k l"])
     )
     assert both == pytest.approx((one + other) / 2)
+
+
+def test_captions_that_equal_a_reference_but_for_case_and_marks_are_perfect():
+    said, references = (
+        ["A dog's tail.", "two cats, asleep"],
+        [["a dog ' s tail?", "a Dog's tail"], ["Two cats asleep!"]],
+    )
+    scores = caption_scores(said, references)
+    assert {name: scores[name].value for name in ("bleu_4", "rouge_l")} == pytest.approx(
+        {"bleu_4": 100, "rouge_l": 100}
+    )
+    assert list(scores) == ["cider", "bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l"]
+    apart = caption_scores(said, references, tokenise=False)
+    assert apart["rouge_l"].value < 100
+
+
+def test_bleu_of_a_hand_computed_case_and_its_interval():
+    """First caption: 4 words of which 3 are right, 3 pairs of which 2; the closest of its references has 4 words, too.
+
+    Second: 2 words, none right; its reference has 4, so both together have 6 words for 8. Draws of two: the first
+    twice, both, or the second twice, which has no word right.
+    """
+    scores = caption_scores(["a b c x", "y z"], [["a b c d", "a b c d e"], ["p q r s"]], tokenise=False)
+    assert scores["bleu_1"].value == pytest.approx(100 * 3 / 6 * np.exp(1 - 8 / 6))
+    assert scores["bleu_2"].value == pytest.approx(100 * (3 / 6 * 2 / 4) ** 0.5 * np.exp(1 - 8 / 6))
+    first = {"bleu_1": 100 * 3 / 4, "bleu_2": 100 * (3 / 4 * 2 / 3) ** 0.5}
+    for name, high in first.items():
+        assert scores[name].over(np.asarray([2.0, 0.0])) == pytest.approx(high)
+        assert intervals(scores)[name] == pytest.approx((0, high), abs=1e-4)
+
+
+def test_bleu_of_all_is_not_the_mean_of_each():
+    scores = caption_scores(["a b c d e f g h", "x"], [["a b c d e f g h"], ["y"]], tokenise=False)
+    assert scores["bleu_1"].value == pytest.approx(100 * 8 / 9)
+    assert np.mean([scores["bleu_1"].over(one) for one in np.eye(2)]) == pytest.approx(100 / 2)
+
+
+def test_figures_of_both_kinds_see_the_same_draws():
+    counts = np.asarray([[1.0, 1, 1, 0, 0, 0, right, 0, 0, 0] for right in (1, 0, 1, 1, 0, 1, 0, 0)])
+    figures: dict[str, Figure] = {"bleu": Bleu(counts, 1), "mean": Ratio(100 * counts[:, 6])}
+    found = intervals(figures)
+    assert found["bleu"] == pytest.approx(found["mean"], abs=1e-4)
 
 
 def recall(similarity, k):

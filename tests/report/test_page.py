@@ -101,6 +101,16 @@ def test_a_page_needs_no_other_file_and_no_network(full: Run) -> None:
     assert re.search(r"40\s+of 100 steps", elements.text)
 
 
+def test_scores_have_a_panel_of_their_own_beside_the_shares_of_the_same_evaluation(run: Run) -> None:
+    for step in (20, 40):
+        run.metrics({"step": step, "eval/a/cider": 60.0, "eval/a/bleu_4": 30.0, "eval/a/accuracy": 0.5})
+    html = report(run)
+    elements = check_self_contained(html)
+    assert sum(tag == "figure" for tag, _ in elements.found) == 2
+    for words in ("a, scores", "CIDEr", "BLEU-4", "accuracy"):
+        assert words in elements.text
+
+
 def test_the_same_directory_gives_the_same_page(full: Run) -> None:
     assert report(full) == report(full)
 

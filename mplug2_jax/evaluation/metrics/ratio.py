@@ -1,4 +1,4 @@
-"""Figures that are a share or a mean over examples, and how far chance may have carried them."""
+"""Figures over examples, those that are a share or a mean, and how far chance may have carried them."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -35,7 +35,7 @@ class Ratio:
     @property
     def value(self) -> float:
         """The figure."""
-        return self.over(np.ones(len(self.values)))
+        return self.over(np.ones(len(self)))
 
     def over(self, times: Float[np.ndarray, " n"]) -> float:
         """The figure, were each example there so many times."""
