@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from mplug2_jax.cli.common import RecordProgress, add_command, add_run, open_run
 from mplug2_jax.cli.media import visual_of
@@ -14,7 +14,8 @@ from mplug2_jax.errors import UserError, check_range
 
 if TYPE_CHECKING:
     from data_pipelines.loader import DataConfig
-    from data_pipelines.sources.config import SourceConfig
+    from data_pipelines.record import Kind
+    from data_pipelines.sources.config import Format, SourceConfig
     from mplug2_jax.evaluation.feature_files import FeatureFolder
     from mplug2_jax.evaluation.features import Features
     from mplug2_jax.model.mplug2 import Params
@@ -131,8 +132,8 @@ def read_inputs(args: argparse.Namespace) -> "tuple[dict[str, SourceConfig], str
     from data_pipelines.sources.config import FORMATS, SourceConfig, parse_spec
     from data_pipelines.sources.loose_files import kind_of, walk
 
-    formats: dict[str, tuple[str, str]] = {}
-    kinds = Counter[str]()
+    formats: dict[str, tuple[Format, str]] = {}
+    kinds = Counter[Kind]()
     names: list[str] = []
     for given in args.inputs:
         path = Path(given)
@@ -157,17 +158,12 @@ def read_inputs(args: argparse.Namespace) -> "tuple[dict[str, SourceConfig], str
     if not args.kind and len(kinds) > 1:
         counts = " and ".join(f"{count:,} {kind}s" for kind, count in sorted(kinds.items()))
         raise UserError(f"{', '.join(args.inputs[:3])}: {counts} are not embedded together; choose with --kind")
-    kind = args.kind or next(iter(kinds), "image")
-    each = "text" if kind == "text" else "record"
+    found_kind: Kind = next(iter(kinds), "image")
+    kind: Kind = args.kind or found_kind
+    each: Literal["record", "text"] = "text" if kind == "text" else "record"
     sources = {
         given: SourceConfig(
-            format=format,
-            path=path,
-            kind=kind,
-            media=args.media,
-            split=args.split,
-            size=args.size,
-            each=each,  # type: ignore[arg-type]
+            format=format, path=path, kind=kind, media=args.media, split=args.split, size=args.size, each=each
         )
         for given, (format, path) in formats.items()
     }

@@ -58,8 +58,8 @@ def _page(name: str, path: Path, size: str) -> "Iterator[str]":
     yield f"training: {config.steps:,} steps of {stream.data.batch_size} examples; objectives: {learned}"
     for key, evaluation in config.evaluations.items():
         yield f"evaluation {key}: {evaluation.task}"
-    for path, exists in sorted(_paths(config).items()):
-        yield f"{'here   ' if exists else 'missing'}  {path}"
+    for read, exists in sorted(_paths(config).items()):
+        yield f"{'here   ' if exists else 'missing'}  {read}"
     yield f"train it with: mplug2 train --config {name} --config.init_from=RUN --workdir runs/{name}"
 
 

@@ -103,6 +103,7 @@ class RunConfig:
     init_from: str = ""  # checkpoint to start from, as a path: a work directory, its checkpoints, or one step of them
     init_parts: tuple[str, ...] = ()  # parts of the model to take from it; empty: all
     freeze: tuple[str, ...] = ()  # parts of the model that are not trained; empty: none
+    universal: bool = True  # False: a model without the layers that text and vision share, to compare with
     tokenizer: TokenizerConfig = TokenizerConfig()
     streams: Mapping[str, StreamConfig]
     tasks: TaskSettings = TaskSettings()
@@ -208,13 +209,14 @@ class RunConfig:
 
     def parts(self) -> tuple[str, ...]:
         """The parts that the streams' objectives need, and no others."""
-        return parts_for(
+        parts = parts_for(
             [
                 (TASKS[objective], stream.data.kind != "text", stream.data.kind == "video")
                 for stream in self.streams.values()
                 for objective in stream.objectives
             ]
         )
+        return tuple(part for part in parts if self.universal or part != "universal")
 
     @property
     def has_teacher(self) -> bool:

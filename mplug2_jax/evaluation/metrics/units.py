@@ -10,7 +10,7 @@ RANK = "median_rank"
 
 def is_share(figure: str) -> bool:
     """Whether a figure is a fraction, to be shown in percent."""
-    return not figure.startswith(SCORES) and not figure.endswith(RANK)
+    return not figure.rpartition("/")[2].startswith(SCORES) and not figure.endswith(RANK)
 
 
 def show(figure: str, value: float) -> str:

@@ -1,0 +1,117 @@
+"""How many clips a second captions are searched for, with the cache and without: one process, one table.
+
+    JAX_PLATFORMS=cuda python benchmarks/throughput.py                  # large, 16 frames, 8 clips, beam 5, 20 tokens
+    python benchmarks/throughput.py --size tiny --frames 4 --repeat 3   # on a CPU
+
+From visual tokens on (the tower's time is printed by itself), with random weights, until the last token: nothing ends
+early. Without a cache the decoder reads the whole prefix, padded to its full length, for every token; the release also
+gives each beam a copy of the memory, whose keys and values it projects anew each time.
+"""
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from mplug2_jax.generation.beam import Found, SearchConfig, beam_search
+from mplug2_jax.generation.decode import generate
+from mplug2_jax.model.config import SpecialTokens, model_config
+from mplug2_jax.model.decoder import Decoder, kept_rows
+from mplug2_jax.model.mplug2 import define
+
+TOKENS = SpecialTokens(end=-1)  # none is the end
+
+
+class Prefixes(NamedTuple):
+    """What a search without a cache remembers."""
+
+    ids: Int[Array, "br m"]
+
+    def reorder(self, kept: Int[Array, "b r"]) -> "Prefixes":
+        """The prefixes of the sequences that were kept."""
+        return Prefixes(kept_rows(self.ids, kept))
+
+
+def uncached(decoder: Decoder, memory: Array, mask: Array, config: SearchConfig, *, copies: bool) -> Found:
+    """The search that reads every prefix anew; with ``copies`` each beam has a memory of its own."""
+    b = memory.shape[0]
+    if copies:
+        memory, mask = (jnp.repeat(x, config.beams, axis=0) for x in (memory, mask))
+
+    def step(tokens: Array, position: Array, state: Prefixes) -> tuple[Array, Prefixes]:
+        ids = jax.lax.dynamic_update_index_in_dim(state.ids, tokens, position, axis=1)
+        return decoder(ids, None, memory, mask)[:, position], Prefixes(ids)
+
+    start = Prefixes(jnp.zeros((b * config.beams, config.max_length), jnp.int32))
+    return beam_search(step, start, b, config, TOKENS)
+
+
+def median_seconds(run: Callable[[], Any], repeat: int) -> float:
+    """Of a call, the first of which, which compiles, is left out."""
+    jax.block_until_ready(run())
+    times = []
+    for _ in range(repeat):
+        start = time.perf_counter()
+        jax.block_until_ready(run())
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="large", help="row of the model table (default: %(default)s)")
+    parser.add_argument("--frames", type=int, default=16)
+    parser.add_argument("--clips", type=int, default=8, help="at a time (default: %(default)s)")
+    parser.add_argument("--beams", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=20)
+    parser.add_argument("--repeat", type=int, default=5)
+    args = parser.parse_args()
+    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    config = model_config(args.size, dtype=dtype)
+    definition = define(config, ("vision", "temporal", "universal", "decoder"))
+    search = SearchConfig(beams=args.beams, min_length=0, max_length=args.tokens)
+    params = jax.jit(definition.init)(jax.random.key(0))
+    frames = jax.random.randint(
+        jax.random.key(1), (args.clips, args.frames, config.image_size, config.image_size, 3), 0, 256, jnp.uint8
+    )
+    see = jax.jit(lambda p, f: definition.bind(p).visual_tokens(f))
+    memory = see(params, frames)
+    mask = jnp.ones(memory.shape[:2], bool)
+
+    def decoding(search_of: Callable[[Decoder, Array, Array], Found]) -> Callable[[], Any]:
+        jitted = jax.jit(lambda p, m, k: search_of(definition.bind(p).decoder, m, k))
+        return lambda: jitted(params, memory, mask)
+
+    forms = {
+        "with the cache": lambda d, m, k: generate(d, m, k, search, TOKENS),
+        "without, beams share the memory": lambda d, m, k: uncached(d, m, k, search, copies=False),
+        "without, a copy for each beam (the release)": lambda d, m, k: uncached(d, m, k, search, copies=True),
+    }
+    device = jax.devices()[0].device_kind
+    print(
+        f"{args.size}, {dtype}, {args.clips} clips of {args.frames} frames ({memory.shape[1]:,} visual tokens), beam "
+        f"{args.beams} x {args.tokens} tokens, on {device}; median of {args.repeat}\n"
+    )
+    print(f"{'':46}{'seconds':>10}{'clips/s':>10}{'ratio':>8}")
+    seconds = median_seconds(lambda: see(params, frames), args.repeat)
+    print(f"{'frames to visual tokens':46}{seconds:10.4f}{args.clips / seconds:10.1f}")
+    slowest = 0.0
+    rows = {}
+    for name, search_of in forms.items():
+        rows[name] = median_seconds(decoding(search_of), args.repeat)
+        slowest = max(slowest, rows[name])
+    for name, seconds in rows.items():
+        print(f"{name:46}{seconds:10.4f}{args.clips / seconds:10.1f}{slowest / seconds:8.1f}")
+
+
+if __name__ == "__main__":
+    main()
