@@ -74,9 +74,10 @@ def main() -> None:
     parser.add_argument("--beams", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=20)
     parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--attention", default="auto", help="kernel (default: %(default)s)")
     args = parser.parse_args()
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    config = model_config(args.size, dtype=dtype)
+    config = model_config(args.size, dtype=dtype, attention=args.attention)
     definition = define(config, ("vision", "temporal", "universal", "decoder"))
     search = SearchConfig(beams=args.beams, min_length=0, max_length=args.tokens)
     params = jax.jit(definition.init)(jax.random.key(0))

@@ -75,6 +75,9 @@ def xla(
     return (parts.out / parts.total).astype(value.dtype).swapaxes(1, 2)
 
 
+_FAR = -30_000.0  # far below any product of queries and keys, and within the range of 16 bits
+
+
 def cudnn(
     query: Float[Array, "b l h k"],
     key: Float[Array, "b s h k"],
@@ -83,9 +86,29 @@ def cudnn(
     *,
     causal: bool = False,
 ) -> Float[Array, "b l h k"]:
-    """The fused kernel of NVIDIA's library, for 16-bit inputs."""
-    mask = None if key_mask is None else key_mask[:, None, None, :]
-    return jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=causal, implementation="cudnn")
+    """The fused kernel of NVIDIA's library, for 16-bit inputs.
+
+    It takes no mask of keys alone, only a bias for every pair, as large as the scores; and no odd lengths where there
+    are gradients. So sequences are padded by one, and keys that do not count get a feature more, by which every
+    query's product with them is far below all others.
+    """
+    l, width = query.shape[1], query.shape[-1]
+    if key_mask is None and key.shape[1] % 2:
+        key_mask = jnp.ones(key.shape[:2], bool)
+    query, key, value = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (query, key, value))
+    if key_mask is not None:
+        counts = jnp.pad(key_mask, ((0, 0), (0, key_mask.shape[1] % 2)))
+        far = jnp.where(counts, 0.0, _FAR).astype(key.dtype)[:, :, None, None]
+        query = _widened(query, jnp.ones((), query.dtype))
+        key, value = _widened(key, far), _widened(value, jnp.zeros((), value.dtype))
+    out = jax.nn.dot_product_attention(query, key, value, scale=width**-0.5, is_causal=causal, implementation="cudnn")
+    return out[:, :l, :, :width]
+
+
+def _widened(x: Float[Array, "b l h k"], first: Float[Array, "..."]) -> Float[Array, "b l h k8"]:
+    """Eight features more, as the kernel wants them: one, and zeros."""
+    more = jnp.broadcast_to(first, (*x.shape[:-1], 1))
+    return jnp.concatenate([x, more, jnp.zeros((*x.shape[:-1], 7), x.dtype)], axis=-1)
 
 
 def _block(length: int, cap: int) -> int:

@@ -75,6 +75,24 @@ def test_splash_equals_xla_for_any_length(l, s):
         np.testing.assert_allclose(kernel_value, plain_value, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("l", "s", "causal"), [(257, 257, False), (6, 9, False), (5, 8, False), (7, 7, True)])
+def test_what_cudnn_is_given_is_even_without_a_mask_and_means_the_same(monkeypatch, l, s, causal, masked):
+    plain = jax.nn.dot_product_attention
+
+    def library(query, key, value, *, implementation, **rest):
+        assert implementation == "cudnn"
+        assert "mask" not in rest
+        assert all(x.shape[1] % 2 == 0 and x.shape[-1] % 8 == 0 for x in (query, key, value))
+        return plain(query, key, value, **rest)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", library)
+    query, key, value, mask = inputs(l=l, s=s)
+    mask = mask if masked else None
+    out = kernels.cudnn(query, key, value, mask, causal=causal)
+    np.testing.assert_allclose(out, reference(query, key, value, mask, causal), atol=2e-6)
+
+
 def test_blocks_divide_padded_lengths():
     assert kernels._block(4224, 512) == 384
     assert kernels._block(4224, 1536) == 1408
