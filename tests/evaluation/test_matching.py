@@ -108,12 +108,17 @@ def test_reranking_is_all_pairs_matched_and_the_nearest_ordered_by_it(params, di
     monkeypatch.setattr(matching, "TEXTS", 2)
     ids, similarity, scores, examples = direct
     assert len(set(ids.tolist())) == SIZE
-    result = evaluation().run(params, 0)
+    held, refined = evaluation(), {}
+    score = held._score
+    monkeypatch.setattr(held, "_score", lambda found, *rest: refined.update(found) or score(found, *rest))
+    result = held.run(params, 0)
     changed = 0
     for direction, x, y in (("text_to_visual", similarity, scores), ("visual_to_text", similarity.T, scores.T)):
         before, after = ranks_of(x, ids, ids), by_hand(x, y, ids)
         changed += (before != after).sum()
         for prefix, ranks in (("", before), ("reranked_", after)):
+            queries = np.arange(SIZE) if direction == "text_to_visual" else np.argsort(ids)  # pictures in order of ids
+            np.testing.assert_array_equal(refined[f"{prefix}{direction}"], ranks[queries])
             for k in (1, 5, 10):
                 assert result.figures[f"{prefix}{direction}_r{k}"] == np.mean(ranks < k)
                 assert result.baselines[f"{prefix}{direction}_r{k}"] == pytest.approx(min(k / SIZE, 1))
