@@ -267,6 +267,11 @@ class EvaluationSet:
         """One example. Raises DataError if its record cannot be used."""
         return self._maker.make(self._pick(index))
 
+    def each(self, indices: Sequence[int]) -> Iterator[Example]:
+        """Examples in any order, made ahead as those of batches are. Raises DataError as for one."""
+        made = grain.MapDataset.source(indices).map(self.__getitem__)
+        return iter(made.to_iter_dataset(_read_options(self._config)))
+
     def first(self) -> Example:
         """The first example that can be made. Raises DataError if none of those that were tried can."""
         return self._maker.make_or_replace(self._pick(0)).example

@@ -159,7 +159,7 @@ def results_table(results: "Sequence[EvaluationResult]") -> str:
     )
 
 
-_UNASKED = {"vlc": "text for the picture", "mlm": "masked words"}
+_UNASKED = {"vlc": "text for the picture", "rerank": "text for the picture", "mlm": "masked words"}
 
 
 def sample_lines(results: "Sequence[EvaluationResult]", each: int = 2) -> str:

@@ -1,6 +1,7 @@
 """Evaluating a model on held-out data: predict on the mesh, score on the host, keep samples to look at."""
 
 import dataclasses
+import functools
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -22,12 +23,13 @@ from data_pipelines.sources.files import write_atomically
 from data_pipelines.tokenizers import Tokenizer
 from mplug2_jax.errors import UserError
 from mplug2_jax.evaluation.answers import read_answers
+from mplug2_jax.evaluation.matching import Matching
 from mplug2_jax.evaluation.metrics.ratio import intervals
 from mplug2_jax.model.mplug2 import ModelDef, Params
 from mplug2_jax.parallel.placement import batch_shards, check_batch, held_parts, put_batch, replicated
 from mplug2_jax.parallel.processes import gather
 from mplug2_jax.tasks import TASKS
-from mplug2_jax.tasks.base import TaskContext, parts_for
+from mplug2_jax.tasks.base import HostPredictions, TaskContext, parts_for
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,6 +112,10 @@ class Evaluation:
             listed = read_answers(Path(config.answers), f"{where}.answers", config.data.examples, tokenizer, search)
             context = dataclasses.replace(context, answers=listed)
         self._predict = jitted_prediction(config.task, definition, context, mesh)
+        self._matching = None
+        if task.match is not None:
+            self._matching = Matching(task.match, self._set, config.data.batch_size, definition, context, mesh)
+        self._refine, self._context = task.refine, context
 
     def run(
         self, params: Params, step: int, between_batches: Callable[[str], None] = lambda phase: None
@@ -139,9 +145,13 @@ class Evaluation:
         check_share(list(faults.values()), len(self._set), self._config.data.max_skipped)
         # A row's place over all batches is its example's in the set; places without an example are left out.
         places = list(examples)
-        predictions = {name: np.concatenate([row[name] for row in rows])[places] for name in rows[0]}
+        predictions: HostPredictions = {name: np.concatenate([row[name] for row in rows])[places] for name in rows[0]}
         reader = self._config.data.examples.reader(self._tokenizer)
-        scored = self._score(predictions, list(examples.values()), reader)
+        with jax.set_mesh(self._mesh):
+            if self._refine is not None and self._matching is not None:
+                match = functools.partial(self._matching.run, params, examples, between_batches, self.name)
+                predictions = self._refine(predictions, list(examples.values()), self._context, match)
+            scored = self._score(predictions, list(examples.values()), reader)
         shown = zip(places[: self._config.samples], scored.said, strict=False)
         samples = tuple(Sample(self._set[place], said) for place, said in shown)
         figures = {name: figure.value for name, figure in scored.figures.items()}

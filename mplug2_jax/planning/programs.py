@@ -161,6 +161,8 @@ def training_program(config: RunConfig, topology: Topology) -> Program:
 def evaluation_program(config: RunConfig, topology: Topology, name: str) -> Program:
     """What one of a run's evaluations does with a batch; a search is as if no list of answers held it.
 
+    Of retrieval that is re-ranked it is the first step, without matching.
+
     Raises:
         UserError: an unknown evaluation, one that the model has no parts for, a mesh that does not fit the topology,
             or batches that do not fit the mesh.

@@ -4,7 +4,7 @@ import dataclasses
 import re
 
 _DIRECTIONS = {"text_to_visual": "text → picture", "visual_to_text": "picture → text"}
-_RECALL = re.compile(r"(text_to_visual|visual_to_text)_(?:r(\d+)|median_rank)")
+_RECALL = re.compile(r"(reranked_)?(text_to_visual|visual_to_text)_(?:r(\d+)|median_rank)")
 _FIGURES = {
     "bleu_1": "BLEU-1",
     "bleu_2": "BLEU-2",
@@ -49,6 +49,7 @@ _TASKS = {
     "classify": TaskWords("classified", "true", "always the most frequent class", marked=True),
     "caption": TaskWords("said", "true", "another example's caption"),
     "vlc": TaskWords("found", "true", "chance"),
+    "rerank": TaskWords("found", "true", "chance"),
     "mlm": TaskWords("completed", "true", "always the most frequent word"),
 }
 
@@ -62,9 +63,10 @@ def human(name: str) -> str:
     """A name as people say it.
 
     Example:
-        >>> human("text_to_visual_r1"), human("image_question")
-        ('text → picture R@1', 'image question')
+        >>> human("text_to_visual_r1"), human("reranked_text_to_visual_r1"), human("image_question")
+        ('text → picture R@1', 'text → picture re-ranked R@1', 'image question')
     """
     if recall := _RECALL.fullmatch(name):
-        return f"{_DIRECTIONS[recall[1]]} {f'R@{recall[2]}' if recall[2] else 'median rank'}"
+        how = " re-ranked" if recall[1] else ""
+        return f"{_DIRECTIONS[recall[2]]}{how} {f'R@{recall[3]}' if recall[3] else 'median rank'}"
     return _FIGURES.get(name, name.replace("_", " "))

@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping
 
-from mplug2_jax.tasks import answer, caption, classify, ground, ilm, mlm, summarise, understand, vlc, vlm, vqa
+from mplug2_jax.tasks import answer, caption, classify, ground, ilm, mlm, rerank, summarise, understand, vlc, vlm, vqa
 from mplug2_jax.tasks.base import Task
 
-_MODULES = (mlm, vlc, vlm, ilm, caption, answer, vqa, summarise, ground, classify)
+_MODULES = (mlm, vlc, vlm, rerank, ilm, caption, answer, vqa, summarise, ground, classify)
 TASKS: Mapping[str, Task] = {module.TASK.name: module.TASK for module in _MODULES} | dict(understand.TASKS)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Array, Float, Int
 from numpy.typing import NDArray
 
 from data_pipelines.batch import BATCH_KEYS
@@ -23,6 +23,7 @@ from mplug2_jax.objectives.vlm import VlmConfig
 
 Predictions = dict[str, Any]  # arrays with a leading example axis
 HostPredictions = Mapping[str, NDArray[Any]]
+Match = Callable[[Int[np.ndarray, "p 2"]], Float[np.ndarray, " p"]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,10 +36,12 @@ class TaskSettings:
     distillation: DistillationConfig | None = None
     label_smoothing: float = 0.0  # of all cross entropies over words and classes, which is all losses but vlc's
     search: SearchConfig = SearchConfig()
+    rerank_k: int = 16  # so many candidates that contrast finds nearest are ordered anew by matching
 
     def __post_init__(self) -> None:
-        """Checks the range. Raises UserError."""
+        """Checks the ranges. Raises UserError."""
         check_range("config.tasks.label_smoothing", self.label_smoothing, 0, 1 - 1e-9)
+        check_range("config.tasks.rerank_k", self.rerank_k, 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,8 +66,14 @@ class Scored:
 class Task:
     """One task.
 
-    ``loss`` trains it. ``predict`` runs on the device under jit, ``score`` on the host over all examples; a task that
-    has none cannot be evaluated by itself.
+    ``loss`` trains it. ``predict`` runs on the device under jit, ``score`` on the host over all examples, with the mesh
+    in context; a task that has none cannot be evaluated by itself.
+
+    A task whose evaluation compares examples with each other looks at some pairs again, of one's text and another's
+    picture. ``match`` runs on the device under jit: ``frames`` of b examples, and of each r texts (``text``,
+    ``text_mask`` [b, r, l]), in; [b, r] scores out. ``refine`` runs on the host once all examples are predicted, in all
+    processes alike, with the mesh in context. It is given a function from pairs (the text's example, the picture's) to
+    their scores, and returns what ``score`` reads in place of the predictions.
     """
 
     name: str
@@ -75,6 +84,8 @@ class Task:
     text_parts: tuple[str, ...] = ()  # and where they bring none
     predict: Callable[[Mplug2, DeviceBatch, TaskContext], Predictions] | None = None
     score: Callable[[HostPredictions, Sequence[Example], Callable[[Sequence[int]], str]], Scored] | None = None
+    match: Callable[[Mplug2, DeviceBatch, TaskContext], Float[Array, "b r"]] | None = None
+    refine: Callable[[HostPredictions, Sequence[Example], TaskContext, Match], HostPredictions] | None = None
 
     def check(self, batch_keys: set[str], where: str) -> None:
         """Checks that batches bring what the task reads.

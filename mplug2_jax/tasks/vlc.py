@@ -1,12 +1,16 @@
 """Vision-language contrast, and retrieval by it: texts for pictures and pictures for texts."""
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Int
 
 from data_pipelines.examples import Example
+from mplug2_jax.evaluation.metrics.nearest import Found, search
 from mplug2_jax.evaluation.metrics.ratio import Figure
-from mplug2_jax.evaluation.metrics.retrieval import chance_at, median_by_chance, median_rank, ranks_of, recall_at
+from mplug2_jax.evaluation.metrics.retrieval import chance_at, median_by_chance, median_rank, recall_at
 from mplug2_jax.model.mplug2 import Mplug2
 from mplug2_jax.objectives.forward import DeviceBatch, Forward, Outcome
 from mplug2_jax.objectives.vlc import vlc_loss
@@ -27,25 +31,56 @@ def predict(model: Mplug2, batch: DeviceBatch, context: TaskContext) -> Predicti
     return {"visual": visual, "text": text}
 
 
-def score(predictions: HostPredictions, examples: Sequence[Example], decode: Callable[[Sequence[int]], str]) -> Scored:
-    """Recall at 1, 5, 10 and median rank, both ways, beside chance. Examples of one picture are its several texts."""
-    del decode
+class Sides(NamedTuple):
+    """What retrieval is between: texts by their ids, and pictures by theirs, each once.
+
+    ``first`` is a picture's first example, ``of_text`` the picture of each example.
+    """
+
+    texts: Int[np.ndarray, " n"]
+    pictures: Int[np.ndarray, " p"]
+    first: Int[np.ndarray, " p"]
+    of_text: Int[np.ndarray, " n"]
+
+    def both_ways(self) -> tuple[tuple[str, Int[np.ndarray, " q"], Int[np.ndarray, " c"]], ...]:
+        """Both directions: name, queries' ids, candidates' ids."""
+        return ("text_to_visual", self.texts, self.pictures), ("visual_to_text", self.pictures, self.texts)
+
+
+def sides_of(examples: Sequence[Example]) -> Sides:
+    """Examples of one picture are its several texts."""
     texts = np.asarray([int(example.arrays["example_id"]) for example in examples])
-    pictures, first, of_text = np.unique(texts, return_index=True, return_inverse=True)
-    similarity = predictions["text"] @ predictions["visual"][first].T
+    return Sides(texts, *np.unique(texts, return_index=True, return_inverse=True))
+
+
+def search_both_ways(predictions: HostPredictions, sides: Sides, k: int) -> dict[str, Found]:
+    """Ranks and the k nearest by contrast, by direction."""
+    vectors = {"text_to_visual": (predictions["text"], predictions["visual"][sides.first])}
+    vectors["visual_to_text"] = vectors["text_to_visual"][::-1]
+    return {name: search(*vectors[name], own, others, k) for name, own, others in sides.both_ways()}
+
+
+def figures_of(ranks: Mapping[str, Int[np.ndarray, " q"]], sides: Sides, prefix: str = "") -> Scored:
+    """Recall at 1, 5, 10 and median rank by direction, beside chance."""
     figures: dict[str, Figure] = {}
     baselines: dict[str, float] = {}
-    for direction, matrix, queries, candidates in (
-        ("text_to_visual", similarity, texts, pictures), ("visual_to_text", similarity.T, pictures, texts)
-    ):  # fmt: skip
-        ranks = ranks_of(matrix, queries, candidates)
+    for direction, queries, candidates in sides.both_ways():
         for k in CUTOFFS:
-            figures[f"{direction}_r{k}"] = recall_at(ranks, k)
-            baselines[f"{direction}_r{k}"] = chance_at(queries, candidates, k)
-        figures[f"{direction}_median_rank"] = median_rank(ranks)
-        baselines[f"{direction}_median_rank"] = median_by_chance(queries, candidates)
-    nearest = similarity.argmax(0)[of_text]
-    return Scored(figures, baselines, said=[examples[i].text for i in nearest])
+            figures[f"{prefix}{direction}_r{k}"] = recall_at(ranks[direction], k)
+            baselines[f"{prefix}{direction}_r{k}"] = chance_at(queries, candidates, k)
+        figures[f"{prefix}{direction}_median_rank"] = median_rank(ranks[direction])
+        baselines[f"{prefix}{direction}_median_rank"] = median_by_chance(queries, candidates)
+    return Scored(figures, baselines, said=())
+
+
+def score(predictions: HostPredictions, examples: Sequence[Example], decode: Callable[[Sequence[int]], str]) -> Scored:
+    """Recall at 1, 5, 10 and median rank, both ways, beside chance; what is said is the nearest text."""
+    del decode
+    sides = sides_of(examples)
+    found = search_both_ways(predictions, sides, 1)
+    nearest = found["visual_to_text"].nearest[sides.of_text, 0]
+    scored = figures_of({direction: each.ranks for direction, each in found.items()}, sides)
+    return dataclasses.replace(scored, said=[examples[i].text for i in nearest])
 
 
 TASK = Task(

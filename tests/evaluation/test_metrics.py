@@ -1,5 +1,7 @@
 """Scores on cases small enough for paper."""
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 
 from mplug2_jax.evaluation.metrics.caption import Bleu, caption_scores
 from mplug2_jax.evaluation.metrics.ratio import Figure, Ratio, intervals
-from mplug2_jax.evaluation.metrics.retrieval import chance_at, median_rank, ranks_of, recall_at
+from mplug2_jax.evaluation.metrics.retrieval import chance_at, median_by_chance, median_rank, ranks_of, recall_at
 
 
 def cider(said, references):
@@ -141,6 +143,25 @@ def test_chance_is_what_random_orders_do():
         assert chance_at(pictures, texts, k) == pytest.approx(np.mean(tried), abs=0.02)
     assert chance_at(texts, texts, 10) == 1
     assert chance_at(np.arange(5), np.arange(5), 2) == pytest.approx(2 / 5)
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=9), st.lists(st.integers(1, 4), min_size=1, max_size=9))
+def test_chance_counts_the_draws_that_hold_no_right_candidate(queries, candidates):
+    queries, candidates = np.asarray(queries), np.asarray(candidates)
+    counts, size = [(candidates == query).sum() for query in queries], len(candidates)
+    by_count = [1.0 - np.mean([math.comb(size - n, k) / math.comb(size, k) for n in counts]) for k in range(size + 1)]
+    for k, expected in enumerate(by_count):
+        assert chance_at(queries, candidates, k) == pytest.approx(expected)
+    assert chance_at(queries, candidates, size + 3) == pytest.approx(by_count[-1])
+    middle = median_by_chance(queries, candidates)
+    assert middle == 1 + size or by_count[int(middle)] >= 0.5 - 1e-9
+    assert middle == 1 or by_count[int(middle) - 1] < 0.5 + 1e-9
+
+
+def test_a_rank_may_be_among_candidates_of_each_querys_own():
+    similarity = np.asarray([[0.9, 0.5], [0.1, 0.2], [0.1, 0.2]])
+    found = ranks_of(similarity, np.asarray([7, 8, 9]), np.asarray([[5, 7], [8, 6], [5, 6]]))
+    assert found.tolist() == [1, 1, np.iinfo(np.int64).max]
 
 
 def test_a_ratio_is_the_mean_or_what_weights_make_of_it():

@@ -42,7 +42,7 @@ def test_it_is_the_formula_by_hand() -> None:
 def forward_of(objective: str) -> Forward:
     if objective == "mlm":
         return Masked(sentences(4, 12))
-    if objective == "vlm":
+    if objective in ("vlm", "rerank"):
         return Matched(*pairs_to_match(0, batch=16))
     logits, target, weights, _ = case(1)
     prepared = Decoded({"target": target, "target_weights": weights}, logits)

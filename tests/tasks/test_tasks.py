@@ -87,6 +87,7 @@ def test_a_task_is_listed_under_its_name_with_parts_that_exist(name):
     assert task.name == name
     assert {*task.parts, *task.picture_parts, *task.text_parts} <= set(PARTS)
     assert (task.predict is None) == (task.score is None)
+    assert (task.match is None) == (task.refine is None)
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -188,7 +189,10 @@ def test_losses_are_finite_and_name_themselves_in_their_metrics(predictions, nam
 @pytest.mark.parametrize("name", [name for name, task in TASKS.items() if task.predict])
 def test_predictions_are_scored_in_finite_figures_each_beside_its_baseline(predictions, name):
     examples = examples_of(batch_of(), name)
-    scored = TASKS[name].score(predictions[0][name], examples, decode)
+    predicted = predictions[0][name]
+    if TASKS[name].refine:
+        predicted = TASKS[name].refine(predicted, examples, CONTEXT, lambda pairs: np.float32(pairs[:, 0]))
+    scored = TASKS[name].score(predicted, examples, decode)
     assert scored.figures
     assert scored.figures.keys() == scored.baselines.keys()
     assert all(len(figure) == BATCH for figure in scored.figures.values())

@@ -4,6 +4,7 @@ import bisect
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping
 
 import numpy as np
 from jaxtyping import Float, Int, Real
@@ -12,11 +13,12 @@ from mplug2_jax.evaluation.metrics.ratio import Ratio
 
 
 def ranks_of(
-    similarity: Float[np.ndarray, "q c"], queries: Int[np.ndarray, " q"], candidates: Int[np.ndarray, " c"]
+    similarity: Float[np.ndarray, "q c"], queries: Int[np.ndarray, " q"], candidates: Int[np.ndarray, "*q c"]
 ) -> Int[np.ndarray, " q"]:
     """For each query (row), how many wrong candidates are at least as similar as its best right one, of the same id.
 
-    Ties and NaN count against. A query without any right one has the last rank of all.
+    Ties and NaN count against. A query without any right one has the last rank of all. Candidates are the same for all
+    queries, or each has its own; of many, :func:`~mplug2_jax.evaluation.metrics.nearest.search` needs no matrix.
     """
     right = queries[:, None] == candidates
     best = np.where(right & ~np.isnan(similarity), similarity, -np.inf).max(1, keepdims=True)
@@ -36,12 +38,16 @@ class Median:
 
     def over(self, times: Float[np.ndarray, " n"]) -> float:
         """The figure, were each example there so many times."""
-        order = np.argsort(self.values)
+        order = self._order
         ends = np.cumsum(times[order])  # the places that each value takes in the sorted row are those before its end
         if not len(ends) or not ends[-1]:
             return 0.0
         middle = [math.floor((ends[-1] - 1) / 2), math.floor(ends[-1] / 2)]
         return float(self.values[order[np.searchsorted(ends, middle, side="right")]].mean(dtype=np.float64))
+
+    @functools.cached_property
+    def _order(self) -> Int[np.ndarray, " n"]:
+        return np.argsort(self.values)
 
     def __len__(self) -> int:
         return len(self.values)
@@ -62,18 +68,31 @@ def recall_at(ranks: Int[np.ndarray, " q"], k: int) -> Ratio:
 
 def chance_at(queries: Int[np.ndarray, " q"], candidates: Int[np.ndarray, " c"], k: int) -> float:
     """The same of a random order: one minus the chance that all first k are wrong, over all queries."""
-    ids, counts = np.unique(candidates, return_counts=True)
-    right = dict(zip(ids.tolist(), counts.tolist(), strict=True))
-    size = len(candidates)
-
-    @functools.cache
-    def missed(count: int) -> float:
-        return math.prod(max(0, size - count - i) / (size - i) for i in range(min(k, size)))
-
-    return float(np.mean([1 - missed(right.get(query, 0)) for query in queries.tolist()]))
+    return _chance(_right_counts(queries, candidates), len(candidates), k)
 
 
 def median_by_chance(queries: Int[np.ndarray, " q"], candidates: Int[np.ndarray, " c"]) -> float:
     """The place by which a random order has found a right candidate for half of the queries."""
-    places = range(1, len(candidates) + 1)
-    return float(1 + bisect.bisect_left(places, 0.5, key=lambda place: chance_at(queries, candidates, place)))
+    counts, size = _right_counts(queries, candidates), len(candidates)
+    return float(1 + bisect.bisect_left(range(1, size + 1), 0.5, key=lambda place: _chance(counts, size, place)))
+
+
+def _right_counts(queries: Int[np.ndarray, " q"], candidates: Int[np.ndarray, " c"]) -> dict[int, int]:
+    """How many queries have so many right candidates."""
+    ids, counts = np.unique(candidates, return_counts=True)
+    places = np.searchsorted(ids, queries)
+    found = np.append(ids, 0)[places] == queries
+    found &= places < len(ids)
+    right, times = np.unique(np.where(found, np.append(counts, 0)[places], 0), return_counts=True)
+    return dict(zip(right.tolist(), times.tolist(), strict=True))
+
+
+def _chance(queries: Mapping[int, int], size: int, k: int) -> float:
+    """Of (right candidates, queries): the share of queries that find one among k of ``size`` in random order."""
+
+    def missed(count: int) -> float:
+        # C(size - count, k) / C(size, k), which is the same with count and k exchanged.
+        few, many = sorted((count, k))
+        return math.prod((max(0, size - many - i) / (size - i) for i in range(min(few, size))), start=1.0)
+
+    return sum(times * (1 - missed(count)) for count, times in queries.items()) / sum(queries.values())

@@ -1,0 +1,61 @@
+"""Ranks and neighbours among many pictures and texts: time, and memory beyond the features.
+
+    python benchmarks/retrieval.py                 # 50,000 texts x 50,000 pictures x 256, both directions
+    python benchmarks/retrieval.py --examples 5000
+
+The matrix itself is never there; its size is printed beside.
+"""
+
+import argparse
+import resource
+import time
+
+import numpy as np
+
+from mplug2_jax.evaluation.metrics.nearest import search
+from mplug2_jax.evaluation.metrics.ratio import intervals
+from mplug2_jax.evaluation.metrics.retrieval import chance_at, median_by_chance, median_rank, recall_at
+
+
+def main() -> None:
+    """Searches and prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--examples", type=int, default=50_000, help="of each kind (default: %(default)s)")
+    parser.add_argument("--width", type=int, default=256, help="of the features (default: %(default)s)")
+    parser.add_argument("--nearest", type=int, default=16, help="kept of each query (default: %(default)s)")
+    args = parser.parse_args()
+
+    rng = np.random.default_rng(0)
+    visual = unit(rng.normal(size=(args.examples, args.width)).astype(np.float32))
+    text = unit(visual + 6 * unit(rng.normal(size=visual.shape).astype(np.float32)))
+    ids = np.arange(args.examples)
+    search(text[:2], visual[:2], ids[:2], ids[:2])  # what the libraries take is not ours
+    before = peak()
+    print(f"{args.examples:,} x {args.examples:,} x {args.width}: a matrix of {args.examples**2 * 4 / 2**30:.1f} GiB")
+    for name, queries, candidates in (("text to visual", text, visual), ("visual to text", visual, text)):
+        start = time.perf_counter()
+        found = search(queries, candidates, ids, ids, args.nearest)
+        figures = {"R@1": recall_at(found.ranks, 1), "R@10": recall_at(found.ranks, 10)}
+        middle = median_rank(found.ranks)
+        shown = "  ".join(f"{figure} {ratio.value:.4f}" for figure, ratio in figures.items())
+        print(f"{name}: {time.perf_counter() - start:7.1f} s  {shown}  median rank {middle.value:.0f}", flush=True)
+        start = time.perf_counter()
+        chance = f"R@10 {chance_at(ids, ids, 10):.4f}, median rank {median_by_chance(ids, ids):.0f}"
+        print(f"  by chance: {chance}, {time.perf_counter() - start:.2f} s")
+        start = time.perf_counter()
+        low, high = intervals(figures | {"median": middle})["median"]
+        print(f"  95 % of the median rank: {low:.0f} to {high:.0f}, {time.perf_counter() - start:.1f} s")
+    print(f"memory beyond features and libraries, at its peak: {peak() - before:.2f} GiB")
+
+
+def unit(x: np.ndarray) -> np.ndarray:
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+def peak() -> float:
+    """Of this process, in GiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+if __name__ == "__main__":
+    main()

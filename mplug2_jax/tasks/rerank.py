@@ -1,0 +1,83 @@
+"""Retrieval in two steps: contrast finds each query's nearest candidates, matching on fused tokens orders them anew."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from data_pipelines.examples import Example
+from mplug2_jax.evaluation.metrics.retrieval import ranks_of
+from mplug2_jax.model.mplug2 import Mplug2
+from mplug2_jax.objectives.forward import DeviceBatch
+from mplug2_jax.tasks import vlc, vlm
+from mplug2_jax.tasks.base import HostPredictions, Match, Scored, TaskContext
+from mplug2_jax.tasks.vlc import figures_of, search_both_ways, sides_of
+
+
+def match(model: Mplug2, batch: DeviceBatch, context: TaskContext) -> Float[Array, "b r"]:
+    """How sure the matching head is of each text: logits of yes less those of no.
+
+    That is the order of v1's score, the probability of yes, which in float32 is 1 for all that are sure. Similarities
+    are not added: they have chosen the candidates, and v1 adds none.
+    """
+    del context
+    visual = model.visual_tokens(batch["frames"])
+    text, mask = (batch[name].reshape(-1, batch[name].shape[-1]) for name in ("text", "text_mask"))
+    _, fused = model.fusion(model.text_tokens(text, mask), mask, visual)
+    logits = model.matching(fused)
+    return jnp.reshape(logits[:, 1] - logits[:, 0], batch["text"].shape[:2])
+
+
+def refine(
+    predictions: HostPredictions, examples: Sequence[Example], context: TaskContext, match: Match
+) -> HostPredictions:
+    """Ranks by contrast (``DIRECTION``) and by matching (``reranked_DIRECTION``), and each example's ``found`` text.
+
+    The ``config.tasks.rerank_k`` nearest candidates of every query, both ways, are matched, each pair once: at most
+    2 k pairs for each example. A query whose right candidates are not among them keeps its rank.
+    """
+    sides = sides_of(examples)
+    found = search_both_ways(predictions, sides, context.settings.rerank_k)
+    numbers = {
+        direction: _pair_numbers(direction, each.nearest, len(sides.pictures)) for direction, each in found.items()
+    }
+    every = np.unique(np.concatenate([each.ravel() for each in numbers.values()]))
+    text, picture = np.divmod(every, len(sides.pictures))
+    scores = match(np.stack([text, sides.first[picture]], axis=1))
+    refined: dict[str, np.ndarray] = {}
+    for direction, queries, candidates in sides.both_ways():
+        ranks, nearest = found[direction]
+        anew = scores[np.searchsorted(every, numbers[direction])]
+        right = (candidates[nearest] == queries[:, None]).any(1)
+        refined[direction] = ranks
+        refined[f"reranked_{direction}"] = np.where(right, ranks_of(anew, queries, candidates[nearest]), ranks)
+    first = np.where(np.isnan(anew), -np.inf, anew).argmax(1)[:, None]  # of the last direction, from pictures to texts
+    return {**refined, "found": np.take_along_axis(nearest, first, axis=1)[sides.of_text, 0]}
+
+
+def _pair_numbers(direction: str, nearest: Int[np.ndarray, "q k"], pictures: int) -> Int[np.ndarray, "q k"]:
+    """One number for each pair of a text and a picture."""
+    queries = np.arange(len(nearest))[:, None]
+    return queries * pictures + nearest if direction == "text_to_visual" else nearest * pictures + queries
+
+
+def score(predictions: HostPredictions, examples: Sequence[Example], decode: Callable[[Sequence[int]], str]) -> Scored:
+    """Recall and median rank by contrast alone, and again after matching, beside chance.
+
+    What is said is the text that matches best.
+    """
+    del decode
+    sides = sides_of(examples)
+    before = figures_of(predictions, sides)
+    reranked = {direction: predictions[f"reranked_{direction}"] for direction, *_ in sides.both_ways()}
+    after = figures_of(reranked, sides, "reranked_")
+    return Scored(
+        figures={**before.figures, **after.figures},
+        baselines={**before.baselines, **after.baselines},
+        said=[examples[i].text for i in predictions["found"]],
+    )
+
+
+TASK = dataclasses.replace(vlm.TASK, name="rerank", predict=vlc.predict, match=match, refine=refine, score=score)

@@ -1,0 +1,159 @@
+"""Re-ranking: pairs side by side in batches, and the whole of it beside all pairs computed at once."""
+
+import collections
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_pipelines.examples import ExampleConfig
+from data_pipelines.loader import DataConfig, EvaluationSet
+from data_pipelines.sources.config import SourceConfig
+from data_pipelines.tokenizers import SPECIAL_TOKENS, WordPieceTokenizer
+from data_pipelines.visual import VisualConfig
+from mplug2_jax.errors import UserError
+from mplug2_jax.evaluation import matching
+from mplug2_jax.evaluation.loop import Evaluation, EvaluationConfig
+from mplug2_jax.evaluation.matching import rows_of
+from mplug2_jax.evaluation.metrics.retrieval import ranks_of
+from mplug2_jax.model.config import SpecialTokens, model_config
+from mplug2_jax.model.mplug2 import define
+from mplug2_jax.objectives.forward import Forward
+from mplug2_jax.parallel.mesh import MeshConfig, make_mesh
+from mplug2_jax.tasks import TASKS
+from mplug2_jax.tasks.base import TaskContext, TaskSettings
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+TOKENIZER = WordPieceTokenizer([*SPECIAL_TOKENS, "?", *LETTERS, *(f"##{letter}" for letter in LETTERS)])
+K, SIZE = 3, 12
+CONTEXT = TaskContext(
+    settings=TaskSettings(rerank_k=K),
+    tokens=SpecialTokens(begin=TOKENIZER.cls_id, end=TOKENIZER.sep_id, mask=TOKENIZER.mask_id),
+)
+MODEL = model_config(
+    "tiny", dtype="float32", width=16, heads=2, mlp_width=16, vision_width=16, vision_heads=2, vision_layers=1,
+    image_size=16, text_layers=1, universal_layers=1, fusion_layers=1, num_latents=2, vocab_size=TOKENIZER.vocab_size,
+    contrastive_width=8,
+)  # fmt: skip
+DEFINITION = define(MODEL, TASKS["rerank"].parts)
+
+
+def data(batch_size=8):
+    return DataConfig(
+        sources={"digits": SourceConfig(kind="image", split="heldout", size=SIZE)}, visual=VisualConfig(image_size=16),
+        examples=ExampleConfig(text_length=24), batch_size=batch_size,
+    )  # fmt: skip
+
+
+def evaluation(batch_size=8, mesh=None, definition=DEFINITION):
+    config = EvaluationConfig(task="rerank", data=data(batch_size), samples=1)
+    one = make_mesh(MeshConfig(), jax.devices()[:1])
+    return Evaluation("held", config, definition, CONTEXT, TOKENIZER, mesh or one, seed=0)
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 4)), min_size=1, unique=True), st.integers(1, 5))
+def test_every_pair_has_its_place_and_no_picture_has_more_rows_than_it_needs(pairs, most):
+    rows = rows_of(np.asarray(pairs), most)
+    width = rows.texts.shape[1]
+    assert [(rows.texts.ravel()[i], rows.pictures[i // width]) for i in rows.pairs] == pairs
+    counts = collections.Counter(picture for _, picture in pairs)
+    assert width == min(most, max(counts.values()))
+    assert collections.Counter(rows.pictures.tolist()) == {i: -(-n // width) for i, n in counts.items()}
+    assert {(t, p) for p, texts in zip(rows.pictures, rows.texts, strict=True) for t in texts} == set(pairs)
+
+
+@pytest.fixture(scope="module")
+def params():
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda s: (rng.normal(size=s.shape) * 0.3).astype(np.float32), DEFINITION.shapes)
+
+
+@pytest.fixture(scope="module")
+def direct(params):
+    """Features, and the matching head's log odds of all pairs [texts, pictures], each pair by itself."""
+    examples = [example for batch in EvaluationSet(data(SIZE), TOKENIZER, name="held", seed=0).batches()
+                for example in batch.examples.values()]  # fmt: skip
+    arrays = {name: np.stack([e.arrays[name] for e in examples]) for name in ("frames", "text", "text_mask")}
+
+    @jax.jit
+    def compute(params, arrays):
+        forward = Forward(DEFINITION.bind(params), arrays)
+        model, (visual, text) = forward.model, forward.features
+
+        def of_picture(tokens):
+            return model.fusion(forward.text, arrays["text_mask"], jax.numpy.stack([tokens] * SIZE))[1]
+
+        logits = jax.numpy.stack([model.matching(of_picture(forward.visual[i])) for i in range(SIZE)], axis=1)
+        return visual, text, jax.nn.log_softmax(logits)
+
+    visual, text, log_probs = (np.asarray(x) for x in compute(params, arrays))
+    ids = np.asarray([int(example.arrays["example_id"]) for example in examples])
+    return ids, text.astype(np.float64) @ visual.T, log_probs[..., 1] - log_probs[..., 0], examples
+
+
+def by_hand(similarity, scores, ids):
+    """Ranks where the k nearest are ordered by their scores, and the others follow as they were."""
+    order = np.argsort(-similarity, axis=1)
+    ranks = []
+    for i, row in enumerate(order):
+        near = row[:K]
+        anew = [*near[np.argsort(-scores[i][near])], *row[K:]]
+        ranks.append(ids[anew].tolist().index(ids[i]))
+    return np.asarray(ranks)
+
+
+def test_reranking_is_all_pairs_matched_and_the_nearest_ordered_by_it(params, direct, monkeypatch):
+    monkeypatch.setattr(matching, "TEXTS", 2)
+    ids, similarity, scores, examples = direct
+    assert len(set(ids.tolist())) == SIZE
+    held, refined = evaluation(), {}
+    score = held._score
+    monkeypatch.setattr(held, "_score", lambda found, *rest: refined.update(found) or score(found, *rest))
+    result = held.run(params, 0)
+    changed = 0
+    for direction, x, y in (("text_to_visual", similarity, scores), ("visual_to_text", similarity.T, scores.T)):
+        before, after = ranks_of(x, ids, ids), by_hand(x, y, ids)
+        changed += (before != after).sum()
+        for prefix, ranks in (("", before), ("reranked_", after)):
+            queries = np.arange(SIZE) if direction == "text_to_visual" else np.argsort(ids)  # pictures in order of ids
+            np.testing.assert_array_equal(refined[f"{prefix}{direction}"], ranks[queries])
+            for k in (1, 5, 10):
+                assert result.figures[f"{prefix}{direction}_r{k}"] == np.mean(ranks < k)
+                assert result.baselines[f"{prefix}{direction}_r{k}"] == pytest.approx(min(k / SIZE, 1))
+            assert result.figures[f"{prefix}{direction}_median_rank"] == np.median(ranks) + 1
+    assert changed
+    nearest = np.argsort(-similarity.T, axis=1)[:, :K]
+    found = np.take_along_axis(nearest, np.take_along_axis(scores.T, nearest, 1).argmax(1)[:, None], 1)[:, 0]
+    assert [row["said"] for row in result.said] == [examples[i].text for i in found]
+
+
+@pytest.mark.parametrize(("batch_size", "devices"), [(5, 1), (16, 8)])
+def test_neither_the_batch_size_nor_the_mesh_changes_what_is_found(params, batch_size, devices):
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4)) if devices == 8 else None
+    whole, ours = evaluation().run(params, 0), evaluation(batch_size, mesh).run(params, 0)
+    assert ours.figures == whole.figures
+    assert ours.said == whole.said
+
+
+def test_a_watchdog_hears_of_every_batch_of_pairs(params):
+    heard = []
+    evaluation().run(params, 0, heard.append)
+    pairs = [phase for phase in heard if "pairs" in phase]
+    assert pairs[0].startswith("batch 1 of ")
+    assert pairs[0].endswith(" of pairs of evaluation held")
+    assert len(pairs) == int(pairs[0].split()[3])
+
+
+def test_it_needs_all_that_finds_and_all_that_matches():
+    parts = TASKS["rerank"].parts
+    assert set(parts) == {"vision", "text", "universal", "contrastive", "fusion", "matching"}
+    for lacking in ("contrastive", "matching"):
+        with pytest.raises(UserError, match=f"task 'rerank' needs the parts {lacking}, which this model lacks"):
+            evaluation(definition=define(MODEL, tuple(part for part in parts if part != lacking)))
+
+
+def test_at_least_one_candidate_is_ordered_anew():
+    with pytest.raises(UserError, match=r"config\.tasks\.rerank_k"):
+        TaskSettings(rerank_k=0)
