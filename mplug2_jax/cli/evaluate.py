@@ -60,8 +60,8 @@ def _check(args: argparse.Namespace) -> None:
     """Checks that the options make one of the command's forms. Raises UserError."""
     if (args.workdir is None) == (args.task is None and args.checkpoint is None):
         raise UserError(
-            "eval takes a run, as --workdir RUN, or a recipe and a checkpoint, as --task RECIPE --checkpoint PATH: "
-            "one or the other"
+            "eval takes a run, as --workdir RUN, or a recipe and a checkpoint, as --task RECIPE --checkpoint PATH; "
+            "give one"
         )
     if args.workdir is None:
         for name, missing in (("--task", args.task is None), ("--checkpoint", args.checkpoint is None)):

@@ -7,8 +7,7 @@ from pathlib import Path
 from data_pipelines.tokenizers import Tokenizer
 from mplug2_jax.config import as_recipe, build, defaults_of, load_recipe, override
 from mplug2_jax.errors import UserError, did_you_mean
-from mplug2_jax.evaluation.loop import Evaluation, EvaluationConfig, EvaluationResult
-from mplug2_jax.model.config import ModelConfig
+from mplug2_jax.evaluation.loop import Evaluation, EvaluationResult
 from mplug2_jax.model.mplug2 import Params
 from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.tasks import TASKS
@@ -33,6 +32,7 @@ class Subject:
     parts: tuple[str, ...]  # that the model has
     tokenizer: Tokenizer
     averaged: bool  # whether the average is evaluated
+    own: bool  # whether the config is the run's, which may see pictures of other sizes than it was trained on
 
 
 def of_run(path: Path, overrides: Sequence[str], step: int | None = None) -> Subject:
@@ -47,7 +47,7 @@ def of_run(path: Path, overrides: Sequence[str], step: int | None = None) -> Sub
     tokenizer = workdir.tokenizer(config)
     checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint, writes=False)
     averaged = bool(begun.ema_decay and config.ema_decay)
-    return Subject(config, workdir, checkpoints, step, begun.parts(), tokenizer, averaged)
+    return Subject(config, workdir, checkpoints, step, begun.parts(), tokenizer, averaged, own=True)
 
 
 def by_recipe(spec: str, path: Path, overrides: Sequence[str]) -> Subject:
@@ -59,7 +59,7 @@ def by_recipe(spec: str, path: Path, overrides: Sequence[str]) -> Subject:
         overrides: words as ``--config.mesh.fsdp=1``.
 
     Raises:
-        UserError: no such recipe or checkpoint, one that does not fit the recipe's data, or no tokeniser.
+        UserError: no such recipe or checkpoint, or no tokeniser.
     """
     checkpoints, step = open_checkpoint(path)
     model = checkpoints.identity(step)
@@ -72,19 +72,9 @@ def by_recipe(spec: str, path: Path, overrides: Sequence[str]) -> Subject:
             f"{workdir.path} keeps no tokeniser, and words mean what the model learned them by: set "
             "--config.tokenizer.path to its file"
         )
-    for name, evaluation in config.evaluations.items():
-        _check_pixels(name, evaluation, config.model, path)
     averaged = averaged and bool(config.ema_decay)
-    return Subject(config, workdir, checkpoints, step, model.parts, workdir.tokenizer(config), averaged)
-
-
-def _check_pixels(name: str, evaluation: EvaluationConfig, model: ModelConfig, path: Path) -> None:
-    field, size = f"config.evaluations.{name}.data.visual.image_size", evaluation.data.visual.image_size
-    if evaluation.data.kind != "text" and size != model.image_size:
-        raise UserError(
-            f"{field}={size}, but {path} is of a model that sees {model.image_size} pixels: set "
-            f"--{field}={model.image_size}"
-        )
+    tokenizer = workdir.tokenizer(config)
+    return Subject(config, workdir, checkpoints, step, model.parts, tokenizer, averaged, own=False)
 
 
 class Evaluator:
@@ -97,7 +87,7 @@ class Evaluator:
         only: names of evaluations; empty: all.
 
     Raises:
-        UserError: unknown names, or evaluations that the model has not the parts for.
+        UserError: unknown names, or evaluations that the model has not the parts for, or not the size.
     """
 
     def __init__(self, subject: Subject, only: Sequence[str] = ()) -> None:
@@ -121,7 +111,7 @@ class Evaluator:
         }  # fmt: skip
 
     def _parts(self, name: str) -> set[str]:
-        """What an evaluation needs of the model, and what it uses besides. Raises UserError where that is not there."""
+        """What an evaluation needs of the model, and what it uses besides. Raises UserError where they do not fit."""
         model, has = self.subject.config.model, self.subject.parts
         evaluation = self.subject.config.evaluations[name]
         task, data = TASKS[evaluation.task], evaluation.data
@@ -132,6 +122,12 @@ class Evaluator:
             raise UserError(
                 f"config.evaluations.{name}: task '{task.name}' needs the parts {', '.join(missing)}, which the model "
                 f"in {self.subject.workdir.path} lacks (it has {', '.join(has)}); choose others with --only"
+            )
+        field, pixels = f"config.evaluations.{name}.data.visual.image_size", data.visual.image_size
+        if data.kind != "text" and pixels != model.image_size and not self.subject.own:
+            raise UserError(
+                f"{field}={pixels}, but the model in {self.subject.workdir.path} sees {model.image_size} pixels: set "
+                f"--{field}={model.image_size}"
             )
         return {*needed, *(task.further_parts if set(task.further_parts) <= set(has) else ())}
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from mplug2_jax.errors import UserError
 from mplug2_jax.evaluation.loop import EvaluationResult
 from mplug2_jax.parallel.processes import gather, is_first
-from mplug2_jax.training.checkpoints import Checkpoints, DamagedError
+from mplug2_jax.training.checkpoints import DamagedError
 from mplug2_jax.training.evaluating import Evaluator
 from mplug2_jax.training.events import JsonLines
 from mplug2_jax.training.preemption import PreemptionNotice
@@ -60,7 +60,7 @@ class Follower:
         good = False
         while True:
             self._notice.check()
-            there = gather(steps(self._checkpoints))[0]  # the first process looks for all
+            there = gather(self._steps())[0]  # the first process looks for all
             new = [step for step in there if step <= until and step not in seen]
             if seen and len(new) > 1:
                 self._say(f"step {', '.join(map(str, new[:-1]))}: left out, step {new[-1]} is there already")
@@ -83,7 +83,7 @@ class Follower:
             return True
         reason, params = "", None
         # All look first: who cannot see it must not let the others wait in the reading.
-        if not all(gather(step in steps(self._checkpoints))):
+        if not all(gather(step in self._steps())):
             reason = "the run has deleted it"
         else:
             try:
@@ -104,11 +104,10 @@ class Follower:
             self._say(result.line())
         return True
 
-
-def steps(checkpoints: Checkpoints) -> list[int]:
-    """The steps that are there now."""
-    checkpoints.refresh()
-    return checkpoints.steps()
+    def _steps(self) -> list[int]:
+        """The steps that are there now."""
+        self._checkpoints.refresh()
+        return self._checkpoints.steps()
 
 
 def until_step(until: int | None, total: int) -> int:
