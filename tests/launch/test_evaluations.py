@@ -109,7 +109,7 @@ def test_different_things_are_said_once_to_each(alone: dict[str, bytes]) -> None
     for name in EVALUATIONS:
         said = [json.loads(line) for line in alone[f"{name}.jsonl"].splitlines()]
         assert len({row["key"] for row in said}) == 11
-        assert len({row["said"] for row in said}) > 2, name
+        assert len({row["said"] for row in said}) > 1, name
 
 
 # Beside a run
