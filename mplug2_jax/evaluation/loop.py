@@ -74,6 +74,16 @@ class EvaluationResult:
     intervals: Mapping[str, tuple[float, float]] = dataclasses.field(default_factory=dict)  # 95 % of each figure
     said: tuple[Mapping[str, str], ...] = ()  # to every example: its key, its instruction, what the model said
 
+    def line(self) -> str:
+        """For people who watch."""
+        figures = "  ".join(f"{what} {value:.3f}" for what, value in self.figures.items())
+        lost = f", {len(self.faults)} records left out" if self.faults else ""
+        return f"step {self.step}  {self.name} ({self.examples} examples{lost}, {self.seconds:.1f} s)  {figures}"
+
+    def metrics(self) -> dict[str, float]:
+        """The figures by their names among a run's metrics."""
+        return {f"eval/{self.name}/{what}": value for what, value in self.figures.items()}
+
 
 class Evaluation:
     """One evaluation of a run, compiled once and run as often as wanted.
@@ -225,9 +235,8 @@ def _unpacked(packed: Mapping[str, Any]) -> Example:
     return Example(**{**packed, "arrays": arrays, "answers": tuple(packed["answers"]), "times": tuple(packed["times"])})
 
 
-def save_result(result: EvaluationResult, workdir: Path) -> Path:
-    """Writes ``evaluations/STEP/NAME.json``; beside it the samples' frames, and ``NAME.jsonl``: all that was said."""
-    folder = workdir / "evaluations" / str(result.step)
+def save_result(result: EvaluationResult, folder: Path) -> Path:
+    """Writes ``NAME.json``; beforehand, beside it, the samples' frames and ``NAME.jsonl``: all that was said."""
     folder.mkdir(parents=True, exist_ok=True)
     samples = []
     for i, sample in enumerate(result.samples):

@@ -1,9 +1,11 @@
 """``metrics.jsonl`` as curves of bounded size, however long the run was."""
 
 import dataclasses
+import heapq
 import itertools
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -85,29 +87,39 @@ class Metrics:
     damaged: int = 0  # lines that are no metrics, not counting a last line that is still being written
 
 
-def read_metrics(path: Path) -> Metrics:
-    """Reads a metrics file as a stream; a file that is not there yet holds nothing."""
+def read_metrics(*paths: Path) -> Metrics:
+    """Reads metrics files as streams, one line by the other's steps; a file that is not there yet holds nothing."""
     curves: dict[str, Curve] = {}
     last_step = damaged = 0
-    if not path.is_file():
-        return Metrics(curves)
-    with path.open("rb") as file:
-        while chunk := list(itertools.islice(file, _CHUNK)):
-            columns: dict[str, tuple[list[int], list[float]]] = {}
-            for line in chunk:
-                try:
-                    step, row = _parse(line)
-                except (ValueError, TypeError, OverflowError, RecursionError):
-                    damaged += line.endswith(b"\n") and bool(line.strip())
-                    continue
-                last_step = max(last_step, step)
-                for name, value in row.items():
-                    steps, values = columns.setdefault(name, ([], []))
-                    steps.append(step)
-                    values.append(value)
-            for name, (steps, values) in columns.items():
-                curves.setdefault(name, Curve()).extend(steps, values)
+    lines = heapq.merge(*map(_lines, paths), key=lambda line: line[0])
+    while chunk := list(itertools.islice(lines, _CHUNK)):
+        columns: dict[str, tuple[list[int], list[float]]] = {}
+        for step, row in chunk:
+            last_step = max(last_step, step)
+            damaged += row is None
+            for name, value in (row or {}).items():
+                steps, values = columns.setdefault(name, ([], []))
+                steps.append(step)
+                values.append(value)
+        for name, (steps, values) in columns.items():
+            curves.setdefault(name, Curve()).extend(steps, values)
     return Metrics(curves, last_step, damaged)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, dict[str, float] | None]]:
+    """Every line's step and values; a damaged line has the step before it, and no values."""
+    if not path.is_file():
+        return
+    step = 0
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                step, row = _parse(line)
+            except (ValueError, TypeError, OverflowError, RecursionError):
+                if line.endswith(b"\n") and line.strip():
+                    yield step, None
+                continue
+            yield step, row
 
 
 def _parse(line: bytes) -> tuple[int, dict[str, float]]:

@@ -94,7 +94,7 @@ def gather(workdir: Path) -> Page:
     config = _read_config(workdir / "config.json")
     notes: list[str] = []
     evaluations = read_evaluations(workdir, list(_dict(config.get("evaluations"))), notes)
-    metrics = read_metrics(workdir / "metrics.jsonl")
+    metrics = read_metrics(workdir / "metrics.jsonl", workdir / "metrics-eval.jsonl")
     if metrics.damaged:
         lines = "1 line is" if metrics.damaged == 1 else f"{metrics.damaged:,} lines are"
         notes.append(f"metrics.jsonl: {lines} damaged and left out of the curves")

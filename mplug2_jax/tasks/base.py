@@ -82,6 +82,7 @@ class Task:
     loss: Callable[[Forward, TaskContext], Outcome]
     picture_parts: tuple[str, ...] = ()  # needed too where batches bring frames
     text_parts: tuple[str, ...] = ()  # and where they bring none
+    further_parts: tuple[str, ...] = ()  # that prediction uses where the model has them
     predict: Callable[[Mplug2, DeviceBatch, TaskContext], Predictions] | None = None
     score: Callable[[HostPredictions, Sequence[Example], Callable[[Sequence[int]], str]], Scored] | None = None
     match: Callable[[Mplug2, DeviceBatch, TaskContext], Float[Array, "b r"]] | None = None

@@ -40,6 +40,7 @@ def score(predictions: HostPredictions, examples: Sequence[Example], decode: Cal
 TASK = Task(
     name="caption",
     parts=("vision", "universal", "decoder"),
+    further_parts=("text", "fusion"),
     keys=("frames", "target", "target_weights"),
     loss=loss,
     predict=predict,

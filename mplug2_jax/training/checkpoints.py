@@ -78,6 +78,10 @@ class Checkpoints:
         """All saved steps, oldest first."""
         return sorted(int(step) for step in self._manager.all_steps())
 
+    def refresh(self) -> None:
+        """Looks again at what is there, which another process may have changed."""
+        self._manager.reload()
+
     def due(self, step: int) -> bool:
         """Whether to save after this step: by its number, by the time since the last save, or because that failed."""
         if self._saving is not None and not self._manager.is_saving_in_progress():

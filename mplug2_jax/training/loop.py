@@ -115,7 +115,9 @@ def _train(config: RunConfig, path: Path, notice: PreemptionNotice) -> list[Eval
 
     def evaluate() -> list[EvaluationResult]:
         with ledger.during("evaluation"):
-            return run_evaluations(evaluations, state, number, path, instruments.metrics, progress, begin_next)
+            return run_evaluations(
+                evaluations, state, number, workdir.evaluations_of(number), instruments.metrics, progress, begin_next
+            )
 
     def save() -> None:
         watchdog.enter(f"saving step {number}")
@@ -259,7 +261,7 @@ def run_evaluations(
     evaluations: list[Evaluation],
     state: TrainState,
     step: int,
-    path: Path,
+    folder: Path,
     metrics_file: MetricsFile,
     progress: Progress,
     between_batches: Callable[[str], None],
@@ -269,12 +271,8 @@ def run_evaluations(
     for evaluation in evaluations:
         result = evaluation.run(evaluated(state), step, between_batches)
         if is_first():
-            save_result(result, path)
-        metrics_file.write(step, {f"eval/{result.name}/{what}": value for what, value in result.figures.items()})
-        figures = "  ".join(f"{what} {value:.3f}" for what, value in result.figures.items())
-        lost = f", {len(result.faults)} records left out" if result.faults else ""
-        progress.say(
-            f"step {step}  {result.name} ({result.examples} examples{lost}, {result.seconds:.1f} s)  {figures}"
-        )
+            save_result(result, folder)
+        metrics_file.write(step, result.metrics())
+        progress.say(result.line())
         results.append(result)
     return results

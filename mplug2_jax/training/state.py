@@ -56,13 +56,13 @@ class Blueprint:
         return jax.tree.map(lambda s: s.with_memory_kind("device"), self.shardings)
 
 
-def plan_run(config: RunConfig, tokens: SpecialTokens, mesh: Mesh) -> Blueprint:
-    """Describes a run on a mesh; no array is made.
+def plan_run(config: RunConfig, tokens: SpecialTokens, mesh: Mesh, parts: tuple[str, ...] | None = None) -> Blueprint:
+    """Describes a run on a mesh, or what is needed of its model; no array is made.
 
     Raises:
         UserError: parts and sizes that do not make a model.
     """
-    definition = define(config.model, config.parts())
+    definition = define(config.model, config.parts() if parts is None else parts)
     peak = config.optimizer.learning_rate
     vision_peak = config.optimizer.vision_learning_rate
     rates = {

@@ -26,11 +26,16 @@ class WorkDir:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
+        self.evaluation_metrics = path / "metrics-eval.jsonl"  # of who follows the run: each file has one writer
         self.examples = path / "examples.jsonl"
         self.events = path / "events.jsonl"
         self.ledger = path / "ledger.jsonl"
         self._config = path / "config.json"
         self.tokenizer_folder = path / "tokenizer"
+
+    def evaluations_of(self, step: int) -> Path:
+        """Where the results of a step's evaluations are."""
+        return self.path / "evaluations" / str(step)
 
     def data_errors_of(self, process: int) -> Path:
         """Where a process writes down the records that it could not use."""

@@ -21,6 +21,7 @@ from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.training.checkpoints import Checkpoints
 from mplug2_jax.training.config import RunConfig, TokenizerConfig
 from mplug2_jax.training.loop import open_streams, position_after
+from mplug2_jax.training.position import Identity
 from mplug2_jax.training.state import plan_run
 from mplug2_jax.training.workdir import WorkDir, special_tokens
 from tests.runs import small_run
@@ -139,9 +140,12 @@ def untrained(path: Path, config: RunConfig, scale: float = 0.1) -> Path:
     rng, workdir = np.random.default_rng(0), WorkDir(path)
     tokenizer = workdir.tokenizer(config)
     workdir.begin(config, tokenizer)
-    shapes = plan_run(config, special_tokens(tokenizer), make_mesh(config.mesh)).shapes
-    state = jax.tree.map(lambda s: jax.device_put(scale * rng.normal(size=s.shape).astype(s.dtype), s.sharding), shapes)
-    checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint)
+    plan = plan_run(config, special_tokens(tokenizer), make_mesh(config.mesh))
+    state = jax.tree.map(
+        lambda s: jax.device_put(scale * rng.normal(size=s.shape).astype(s.dtype), s.sharding), plan.shapes
+    )
+    identity = Identity(config.model, plan.definition.parts)
+    checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint, identity=identity)
     checkpoints.save(state, position_after(1, open_streams(config, tokenizer)))
     checkpoints.close()
     return path

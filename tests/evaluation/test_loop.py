@@ -100,8 +100,8 @@ def test_a_result_is_saved_as_json_with_strips_of_its_samples_frames_beside_it(t
     result = EvaluationResult(
         "held", "answer", 70, 2, 1.5, {"accuracy": 0.5}, {"accuracy": 0.25}, samples, (), {"accuracy": (0.0, 1.0)}, said
     )
-    path = save_result(result, tmp_path)
-    assert path == tmp_path / "evaluations" / "70" / "held.json"
+    path = save_result(result, tmp_path / "new" / "70")
+    assert path == tmp_path / "new" / "70" / "held.json"
     content = json.loads(path.read_text(encoding="utf-8"))
     assert content == {
         "name": "held", "task": "answer", "step": 70, "examples": 2, "seconds": 1.5,

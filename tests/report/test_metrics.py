@@ -73,6 +73,20 @@ def test_short_files_are_kept_point_by_point(tmp_path: Path) -> None:
     assert not metrics.curves["loss"].binned
 
 
+def test_two_files_are_one_story(tmp_path: Path) -> None:
+    run = write(
+        tmp_path / "m", b'{"step": 10, "loss": 3.0}\n', b'{"step": 30, "loss": 1.0}\n', b'{"step": 30, "eval/a/b": 7}\n'
+    )
+    follower = write(
+        tmp_path / "e", b'{"step": 10, "eval/a/b": 5}\n', b"{\n", b'{"step": 20, "eval/a/b": 6}\n', b'{"step": 3'
+    )
+    metrics = read_metrics(run, follower, tmp_path / "none")
+    assert metrics.curves["eval/a/b"].steps.tolist() == [10, 20, 30]
+    assert metrics.curves["eval/a/b"].means.tolist() == [5, 6, 7]
+    assert metrics.curves["loss"].means.tolist() == [3, 1]
+    assert (metrics.last_step, metrics.damaged) == (30, 1)
+
+
 def test_of_several_values_of_a_step_the_last_counts(tmp_path: Path) -> None:
     path = write(tmp_path / "m", *(b'{"step": 5, "eval/a/cider": %d}\n' % value for value in (1, 2, 3)))
     curve = read_metrics(path).curves["eval/a/cider"]

@@ -59,7 +59,7 @@ def _make_karpathy(row: Row, place: Place) -> Record:
     folder = row.find(("filepath",))
     media = named_media(place.folder, place.kind, *([f"{folder}/{name}"] if folder else []), name)
     captions = tuple(str(sentence["raw"]).strip() for sentence in row.need("sentences"))
-    return Record(_key(row, row.text("imgid", "cocoid")), name, media=media, captions=captions)
+    return Record(_key(row, row.text("cocoid", "imgid")), name, media=media, captions=captions)
 
 
 def _read_vqa(files: Sequence[str], split: str) -> Iterator[Row]:

@@ -124,7 +124,13 @@ def test_karpathy_splits(tmp_path: Path) -> None:
     put(tmp_path / "coco" / "b.jpg", "image")
     images = [
         {"filepath": "val2014", "filename": "a.jpg", "imgid": 0, "split": "test", "sentences": [{"raw": "A cat. "}]},
-        {"filename": "b.jpg", "imgid": 1, "split": "restval", "sentences": [{"raw": "B"}, {"raw": "C"}]},
+        {
+            "filename": "b.jpg",
+            "imgid": 1,
+            "cocoid": 391895,
+            "split": "restval",
+            "sentences": [{"raw": "B"}, {"raw": "C"}],
+        },
         {"filename": "c.jpg", "imgid": 2, "split": "train", "sentences": 7},
     ]
     path = lines(tmp_path / "dataset_coco.json", {"images": images, "dataset": "coco"})
@@ -133,7 +139,7 @@ def test_karpathy_splits(tmp_path: Path) -> None:
     assert (len(test), test[0].key, test[0].captions) == (1, "dataset_coco/0", ("A cat.",))
     shows(test[0], picture)
     train = opened("karpathy", path, media=media, split="train+restval")
-    assert train[0].captions == ("B", "C")
+    assert (train[0].key, train[0].captions) == ("dataset_coco/391895", ("B", "C"))  # as COCO's server knows it
     with pytest.raises(DataError, match=r"dataset_coco\.json row 3 is not of this format \(TypeError: "):
         train[1]
     with pytest.raises(DataError, match="split 'val' is none of the file's: restval, test, train"):
@@ -247,6 +253,7 @@ def test_glue(task: str, tmp_path: Path) -> None:
     (tmp_path / "dev.tsv").write_text(content)
     source = opened("glue", tmp_path / "dev.tsv", kind="text")
     assert len(source) == 2
+    assert [source[i].key for i in range(2)] == ["dev/0", "dev/1"]
     for i, meaning in enumerate(expected):
         if isinstance(meaning, tuple):
             assert source[i].entailments == (Entailment(*meaning),)

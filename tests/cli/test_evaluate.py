@@ -1,0 +1,156 @@
+"""``mplug2 eval`` of a checkpoint by another recipe, and of a run that goes on."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from .conftest import Outcome, Trained
+from .test_bad_input import sentence_of
+
+Mplug2 = Callable[..., Outcome]
+
+
+def results(folder: Path) -> dict[str, bytes]:
+    """What evaluations came to, without how long they took."""
+    found = {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {
+        name: json.dumps(json.loads(content) | {"seconds": 0}).encode() if name.endswith(".json") else content
+        for name, content in found.items()
+    }
+
+
+@pytest.mark.parametrize("where", ["", "checkpoints", "checkpoints/2"])
+def test_a_checkpoint_by_its_own_recipe_gives_what_training_gave(
+    where: str, trained: Trained, tmp_path: Path, mplug2: Mplug2
+) -> None:
+    done = mplug2("eval", "--task", trained.recipe, "--checkpoint", trained.workdir / where, "--out", tmp_path / "out")
+    assert (done.status, done.err) == (0, "")
+    assert "masked_words" in done.out
+    assert results(tmp_path / "out") == results(trained.workdir / "evaluations" / "2")
+
+
+def test_results_go_beside_the_run_and_sizes_are_the_checkpoint_s(
+    trained: Trained, workdir: Path, recipes: Path, mplug2: Mplug2
+) -> None:
+    shutil.rmtree(workdir / "evaluations")
+    wrong = (recipes / "text.py").read_text().replace("--config.model.width=32", "--config.model.width=64")
+    assert "width=64" in wrong
+    (recipes / "wide.py").write_text(wrong)
+    done = mplug2("eval", "--task", recipes / "wide.py", "--checkpoint", workdir, "--only", "masked_words")
+    assert (done.status, done.err) == (0, "")
+    ours, theirs = results(workdir / "evaluations" / "2"), results(trained.workdir / "evaluations" / "2")
+    assert ours == {name: theirs[name] for name in ("masked_words.json", "masked_words.jsonl")}
+
+
+def test_a_checkpoint_without_a_run_needs_a_folder_and_a_tokeniser(
+    trained: Trained, workdir: Path, mplug2: Mplug2, vocabulary: Path
+) -> None:
+    (workdir / "config.json").unlink()
+    words = ("eval", "--task", trained.recipe, "--checkpoint", workdir)
+    assert sentence_of(mplug2(*words)) == (
+        f"{workdir} is no work directory of a run, to keep results in: give --out FOLDER"
+    )
+    shutil.rmtree(workdir / "tokenizer")
+    words = (*words, "--out", workdir / "out")
+    assert f"{workdir} keeps no tokeniser" in sentence_of(mplug2(*words, "--config.tokenizer.path="))
+    assert mplug2(*words, f"--config.tokenizer.path={vocabulary}").status == 0
+    assert results(workdir / "out") == results(trained.workdir / "evaluations" / "2")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--task", "finetune:videoqa,tiny"),
+         "task 'answer' needs the parts vision, temporal, fusion, decoder, which the model in {} lacks (it has text, "
+         "universal, mlm); choose others with --only"),
+        (("--task", "{recipe}", "--only", "maskd_words"),
+         "--only maskd_words is no evaluation of this run: did you mean 'masked_words'?"),
+        (("--task", "{recipe}", "--config.evaluations.more_words.data.sources.digits.size=0"),
+         "config.evaluations.more_words.data: the source digitworld (text, heldout) is empty"),
+        (("--task", "{recipe}", "--config.model.width=64"), " is of another size: "),
+        (("--task", "{recipe}", "--config.evaluations.more_words.data.examples.text_length=90"),
+         "text_length=90 exceeds config.model.max_positions=64"),
+        ((), "--task is missing"),
+        (("--task", "{recipe}", "--follow"), "--follow is for --workdir; leave it out, or give that"),
+        (("--task", "{recipe}", "--step", "2"), "--step is for --workdir; leave it out, or give that"),
+        (("--task", "{recipe}", "--workdir", "runs/x"), "--task RECIPE --checkpoint PATH; give one"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_refused(
+    words: tuple[str, ...], said: str, trained: Trained, tmp_path: Path, mplug2: Mplug2
+) -> None:
+    words = tuple(word.format(recipe=trained.recipe) for word in words)
+    done = mplug2("eval", *words, "--checkpoint", trained.workdir, "--out", tmp_path / "out")
+    assert said.format(trained.workdir) in sentence_of(done)
+    assert not (tmp_path / "out").exists()
+
+
+def test_pictures_of_another_size_are_refused(contrasting: Path, tmp_path: Path, mplug2: Mplug2) -> None:
+    done = mplug2("eval", "--task", "finetune:videoqa,tiny", "--checkpoint", contrasting, "--out", tmp_path / "out")
+    assert sentence_of(done) == (
+        f"config.evaluations.video.data.visual.image_size=32, but the model in {contrasting} sees 16 pixels: set "
+        "--config.evaluations.video.data.visual.image_size=16"
+    )
+
+
+def test_only_the_parts_that_are_needed_are_read(contrasting: Path, tmp_path: Path, mplug2: Mplug2) -> None:
+    """Question answering with no weights of contrast, which the checkpoint has."""
+    done = mplug2(
+        "eval", "--task", "finetune:videoqa,tiny", "--checkpoint", contrasting, "--out", tmp_path / "out",
+        "--config.evaluations.video.data.visual.image_size=16", "--config.evaluations.video.data.sources.clips.size=8",
+        "--config.mesh.fsdp=8", "--config.tasks.search.beams=1", "--config.tasks.search.max_length=3",
+    )  # fmt: skip
+    assert done.status == 0, done.err
+    assert len((tmp_path / "out" / "video.jsonl").read_text().splitlines()) == 8
+
+
+def test_a_finished_run_is_followed_to_its_end_and_not_twice(
+    trained: Trained, workdir: Path, mplug2: Mplug2, snapshot: Callable[[Path], dict[str, bytes]]
+) -> None:
+    shutil.rmtree(workdir / "evaluations")
+    before = snapshot(workdir)
+    done = mplug2("eval", "--workdir", workdir, "--follow", "--only", "masked_words")
+    assert (done.status, done.err) == (0, "")
+    assert done.out.startswith("step 2  masked_words (11 examples, ")
+    theirs = results(trained.workdir / "evaluations" / "2")
+    assert results(workdir / "evaluations" / "2") == {
+        name: theirs[name] for name in ("masked_words.json", "masked_words.jsonl")
+    }
+    (line,) = (workdir / "metrics-eval.jsonl").read_text().splitlines()
+    figures = json.loads(theirs["masked_words.json"])["figures"]
+    assert json.loads(line) == {"step": 2, "eval/masked_words/accuracy": figures["accuracy"]}
+    changed = {name for name, content in snapshot(workdir).items() if before.get(name) != content}
+    assert {name.split("/")[0] for name in changed} == {"evaluations", "metrics-eval.jsonl"}
+
+    again = mplug2("eval", "--workdir", workdir, "--follow", "--only", "masked_words")
+    assert again == Outcome(0, "step 2: was evaluated before\n", "")
+    more = mplug2("eval", "--workdir", workdir, "--follow")  # what was killed between two evaluations
+    assert [line.split(" (")[0] for line in more.out.splitlines()] == ["step 2  more_words"]
+
+
+def test_a_damaged_checkpoint_is_left_out(workdir: Path, mplug2: Mplug2) -> None:
+    shutil.rmtree(workdir / "evaluations")
+    (workdir / "checkpoints" / "2" / "meta" / "metadata").write_text("{")
+    done = mplug2("eval", "--workdir", workdir, "--follow")
+    assert done.status == 1
+    (line,) = done.out.splitlines()
+    assert line.startswith(f"step 2: left out, checkpoint {workdir / 'checkpoints' / '2'} is incomplete: meta/metadata")
+    assert not (workdir / "evaluations").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--follow", "--until-step", "3"), "--until-step=3, but the run has steps 1 to 2"),
+        (("--follow", "--poll", "0"), "--poll=0 must be at least 1"),
+        (("--follow", "--out", "x"), "--out is of one checkpoint, and --follow evaluates all: leave it out"),
+        (("--poll", "3"), "--poll is for --follow; leave it out, or give that"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(
+    words: tuple[str, ...], said: str, trained: Trained, mplug2: Mplug2
+) -> None:
+    assert sentence_of(mplug2("eval", "--workdir", trained.workdir, *words)) == said

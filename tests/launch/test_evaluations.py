@@ -1,0 +1,168 @@
+"""Evaluations by processes of their own: the same to the byte however many they are, and beside a run that trains."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from data_pipelines.examples import ExampleConfig, InstructionConfig
+from data_pipelines.loader import DataConfig
+from data_pipelines.sources.config import SourceConfig
+from mplug2_jax.evaluation.loop import EvaluationConfig
+from mplug2_jax.training.config import CheckpointConfig
+from mplug2_jax.training.telemetry import read_metrics
+from tests.cli.conftest import untrained
+from tests.runs import QUESTION, SMALL, recipe_file, small_run
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+CAPTION = {"caption": InstructionConfig(templates=("what happens?",))}
+EVALUATIONS = {
+    "questions": ("answer", "image", ExampleConfig(instructions=QUESTION, instruction_length=12, target_length=6)),
+    "captions": ("caption", "video", ExampleConfig(instructions=CAPTION, instruction_length=6, target_length=6)),
+    "pairs": ("vlc", "video", ExampleConfig(text_length=12)),
+    "words": ("mlm", "text", ExampleConfig(text="sentence", text_length=12)),
+}
+
+
+def heldout(task: str, kind: str, examples: ExampleConfig, size: int = 11) -> EvaluationConfig:
+    sources = {"digits": SourceConfig(kind=kind, split="heldout", size=size)}
+    data = DataConfig(sources=sources, visual=SMALL, examples=examples, batch_size=8)
+    return EvaluationConfig(task=task, data=data, samples=2)
+
+
+def environment(folder: Path, devices: int) -> dict[str, str]:
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "XLA_FLAGS": "", "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }  # fmt: skip
+
+
+def start(folder: Path, *words: object, devices: int = 1) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-m", "mplug2_jax.cli.main", *map(str, words)], env=environment(folder, devices), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def finished(process: "subprocess.Popen[str]", status: int = 0) -> str:
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == status, f"{out}\n{err}"
+    return out
+
+
+# Any number of processes, any batch
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that was drawn, in ``run``, and in ``recipe.py`` what it is evaluated on: eleven records of each kind."""
+    folder = tmp_path_factory.mktemp("evaluations")
+    run = small_run(evaluations={name: heldout(*what) for name, what in EVALUATIONS.items()})
+    untrained(folder / "run", run, scale=1.0)
+    recipe_file(run, folder / "recipe.py")
+    return folder
+
+
+def evaluated(folder: Path, name: str, batch_size: int, *launched: object) -> dict[str, bytes]:
+    """All files of the evaluations, without how long they took."""
+    out = folder / name
+    sizes = [f"--config.evaluations.{evaluation}.data.batch_size={batch_size}" for evaluation in EVALUATIONS]
+    words = ("eval", "--task", folder / "recipe.py", "--checkpoint", folder / "run", "--out", out, *sizes)
+    finished(start(folder, *launched, *words))
+    files = {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    for evaluation in EVALUATIONS:
+        content = json.loads(files[f"{evaluation}.json"])
+        assert content.pop("seconds") > 0
+        assert content["examples"] == 11
+        files[f"{evaluation}.json"] = json.dumps(content).encode()
+    return files
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> dict[str, bytes]:
+    """By one process with one device, all in two batches."""
+    return evaluated(folder, "alone", 8)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_the_batch_size_changes_nothing(folder: Path, alone: dict[str, bytes], batch_size: int) -> None:
+    assert evaluated(folder, f"batches-of-{batch_size}", batch_size) == alone
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_the_number_of_processes_changes_nothing(folder: Path, alone: dict[str, bytes], processes: int) -> None:
+    launched = ("launch", "local", "--processes", processes, "--")
+    assert evaluated(folder, f"by-{processes}", 8, *launched) == alone
+
+
+def test_different_things_are_said_once_to_each(alone: dict[str, bytes]) -> None:
+    """Else the others would show nothing."""
+    for name in EVALUATIONS:
+        said = [json.loads(line) for line in alone[f"{name}.jsonl"].splitlines()]
+        assert len({row["key"] for row in said}) == 11
+        assert len({row["said"] for row in said}) > 1, name
+
+
+# Beside a run
+
+
+STEPS, EVERY = 300, 30
+
+
+@pytest.fixture(scope="module")
+def recipe(folder: Path) -> Path:
+    """Masked words for some seconds; the run keeps its last two checkpoints, and evaluates after the last step."""
+    run = small_run(
+        streams={"text": dataclasses.replace(small_run().streams["text"], objectives={"mlm": 1.0})}, steps=STEPS,
+        evaluations={"words": heldout(*EVALUATIONS["words"])}, log_every=100,
+        checkpoint=CheckpointConfig(every_steps=EVERY, keep=2),
+    )  # fmt: skip
+    return recipe_file(run, folder / "words.py")
+
+
+def wait_until(ready: Callable[[], bool], process: "subprocess.Popen[str]") -> None:
+    deadline = time.monotonic() + 300
+    while not ready():
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+
+
+def test_a_run_is_followed_while_it_trains(folder: Path, recipe: Path, tmp_path: Path) -> None:
+    """The follower is there first; it is told to end, killed, and started again."""
+    run, lines = tmp_path / "run", tmp_path / "run" / "metrics-eval.jsonl"
+    follow = ("eval", "--workdir", run, "--follow", "--poll", 1)
+    follower = start(folder, *follow)
+    training = start(folder, "train", "--config", recipe, "--workdir", run)
+    wait_until(lambda: lines.exists() and bool(read_metrics(lines)), follower)
+    follower.send_signal(signal.SIGTERM)
+    assert f"waiting for a run in {run}\n" in finished(follower, status=75)
+
+    before = read_metrics(lines)
+    follower = start(folder, *follow)
+    wait_until(lambda: len(read_metrics(lines)) > len(before), follower)
+    follower.kill()
+    follower.communicate()
+    said = finished(start(folder, *follow))
+    finished(training)
+
+    written = read_metrics(lines)
+    steps = [line["step"] for line in written]
+    assert steps == sorted(set(steps))
+    assert all(step % EVERY == 0 for step in steps)
+    assert len(steps) >= 2
+    assert f"step {STEPS}" in said
+    for line in written:
+        (kept,) = (run / "evaluations" / str(line["step"])).glob("words.json")
+        assert json.loads(kept.read_text())["figures"] == {"accuracy": line["eval/words/accuracy"]}
+    finished(start(folder, "report", run))
+    assert "metrics-eval" not in (run / "report.html").read_text()  # no notes of anything damaged
