@@ -61,7 +61,7 @@ def open_run(args: argparse.Namespace) -> "tuple[Blueprint, Params, int, Tokeniz
     from mplug2_jax.parallel.processes import is_first
     from mplug2_jax.training.checkpoints import Checkpoints
     from mplug2_jax.training.config import RunConfig
-    from mplug2_jax.training.state import evaluated, plan_run
+    from mplug2_jax.training.state import plan_run
     from mplug2_jax.training.workdir import WorkDir, special_tokens
 
     workdir = WorkDir(args.workdir)
@@ -73,7 +73,7 @@ def open_run(args: argparse.Namespace) -> "tuple[Blueprint, Params, int, Tokeniz
     try:
         averaged = bool(begun.ema_decay and config.ema_decay)
         params, step = checkpoints.restore_params(
-            evaluated(plan.shapes), args.step, tree="ema" if averaged else "params"
+            plan.evaluated_shapes, args.step, tree="ema" if averaged else "params"
         )
     finally:
         checkpoints.close()

@@ -1,17 +1,19 @@
 """What an export will write, known before an array is read: every tensor of the state dict, and what it is made of."""
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from mplug2_jax.conversion.files.sources import DTYPES, SafetensorsSource, TensorInfo, TensorSource
+from mplug2_jax.conversion.import_plan import StatePath
 from mplug2_jax.conversion.layouts import official
 from mplug2_jax.conversion.layouts.official_state import REST, State, official_state, tie_of
 from mplug2_jax.conversion.layouts.slots import Slot
 from mplug2_jax.errors import UserError
 from mplug2_jax.training.checkpoints import Checkpoints, open_checkpoint
+from mplug2_jax.training.lora import stored_pair
 from mplug2_jax.training.position import Identity
 from mplug2_jax.training.workdir import WorkDir
 
@@ -32,6 +34,7 @@ class ExportPlan:
     rest: TensorSource | None
     left_out: Sequence[str]  # parts that the official layout has no place for
     tree: str  # of the checkpoint, that the model's own weights are from: "params", or an average
+    pairs: Mapping[StatePath, Mapping[str, StatePath]]  # of LoRA, that are added to the kernels at these places
 
     @property
     def teacher(self) -> bool:
@@ -105,6 +108,11 @@ def plan_export(
         return own if own in stored else ("params", *path[1:])  # what was frozen is in no average
 
     slots = [dataclasses.replace(slot, path=place(slot.path)) for slot in scheme.slots]
+    pairs = {
+        place(slot.path): pair
+        for slot in scheme.slots
+        if (pair := stored_pair((source[slot.path[0]], *slot.path[1:]), stored))
+    }
     state = official_state(config, fusion_start, teacher=with_teacher)
     rest = rest or find_rest(checkpoints)
     kept = SafetensorsSource(rest) if rest else None
@@ -115,7 +123,7 @@ def plan_export(
         for name, info in state.items()
     }
     left_out = [part for part in parts if part not in own]
-    return ExportPlan(checkpoints, step, identity, task, fusion_start, written, slots, kept, left_out, tree)
+    return ExportPlan(checkpoints, step, identity, task, fusion_start, written, slots, kept, left_out, tree, pairs)
 
 
 def kept_as(name: str, kept: Collection[str]) -> str | None:

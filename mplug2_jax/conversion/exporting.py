@@ -27,6 +27,7 @@ from mplug2_jax.conversion.layouts.slots import Slot, by_name, copy_into
 from mplug2_jax.conversion.progress import Transfer
 from mplug2_jax.conversion.report import REPORT, Comparison, Fate, Place, Report, Row, digest, largest_difference
 from mplug2_jax.model.mplug2 import define
+from mplug2_jax.training.lora import added
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin")
 _BATCH_BYTES = 2**27
@@ -227,10 +228,16 @@ class _Export:
             list(pool.map(self._fill, others))
 
     def _read(self, paths: Sequence[StatePath]) -> dict[StatePath, HostArray]:
-        arrays = self._plan.checkpoints.read(paths, self._plan.step)
-        for path, array in arrays.items():
+        pairs = {path: self._plan.pairs[path] for path in paths if path in self._plan.pairs}
+        places = [*paths, *(place for pair in pairs.values() for place in pair.values())]
+        found = self._plan.checkpoints.read(places, self._plan.step)
+        for path, array in found.items():
             check_finite("/".join(path), array)
-            self._transfer.read(array.nbytes)
+        arrays = {path: found[path] for path in paths}
+        for path, pair in pairs.items():
+            factors = {name: found[place] for name, place in pair.items()}
+            arrays[path] = np.asarray(added(arrays[path], factors, self._plan.identity.lora_scale))
+        self._transfer.read(sum(array.nbytes for array in arrays.values()))
         return arrays
 
     def _put(self, name: str, arrays: Mapping[StatePath, HostArray]) -> None:

@@ -28,7 +28,7 @@ from mplug2_jax.training.compilation import (
     write_manifest,
 )
 from mplug2_jax.training.config import RunConfig
-from mplug2_jax.training.state import Blueprint, evaluated, plan_run
+from mplug2_jax.training.state import Blueprint, plan_run
 from mplug2_jax.training.step import jitted_step
 from mplug2_jax.training.workdir import make_tokenizer, special_tokens
 
@@ -177,7 +177,7 @@ def evaluation_program(config: RunConfig, topology: Topology, name: str) -> Prog
     start = time.perf_counter()
     with jax.set_mesh(plan.mesh):
         predict = jitted_prediction(config.evaluations[name].task, plan.definition, plan.context, plan.mesh)
-        params = evaluated(plan.shapes)
+        params = plan.evaluated_shapes
         lowered = predict.lower(params, batch)
     return Program(name, plan, topology, lowered, params, batch, time.perf_counter() - start)
 

@@ -132,7 +132,7 @@ class _Model:
         moments = {"float32": 4, "bfloat16": 2}
         optimizer = config.optimizer
         kept = 0 if optimizer.offload else moments[optimizer.mu_dtype] + moments[optimizer.nu_dtype]
-        trained, _ = split(plan.definition.shapes, config.freeze)
+        trained, _ = split(plan.shapes["params"], config.frozen)
         self._state = plan.definition.count() * (moments[config.parameter_dtype] + 4.0 * config.has_teacher)
         self._state += (kept + 4.0 * bool(config.ema_decay)) * sum(shape.size for shape in jax.tree.leaves(trained))
         self._tokens = sum(_tokens(config, name) for name in config.streams)

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
 from numpy.typing import NDArray
 
 from mplug2_jax.config import build
@@ -22,6 +23,7 @@ from mplug2_jax.training.digests import differing, digests, leaf_name
 from mplug2_jax.training.events import Events
 from mplug2_jax.training.freezing import join
 from mplug2_jax.training.lazy import lazy_handler
+from mplug2_jax.training.lora import added_in_place, merged, stored_pair
 from mplug2_jax.training.position import FORMAT, Identity, Position
 from mplug2_jax.training.retention import Retention
 from mplug2_jax.training.state import TrainState
@@ -229,14 +231,20 @@ class Checkpoints:
         """The parameters alone, with their step; raises as :meth:`restore`.
 
         They are those of ``tree``: an average's, say. What it lacks, because it was frozen, is taken from ``params``.
+        ``like`` is of a model without LoRA: pairs that the tree has are added to their kernels.
         """
         step = self.pick(step)
-        stored, wanted = self.leaves(step), dict[str, Any]()
+        stored, wanted, pairs = self.leaves(step), dict[str, Any](), False
         for path, leaf in jax.tree_util.tree_leaves_with_path(like):
             place = tuple(leaf_name(path).split("/"))
             _put(wanted, (tree if (tree, *place) in stored else "params", *place), leaf)
+            for own in stored_pair((tree, *place), stored).values():
+                shape, dtype = stored[own]
+                _put(wanted, own, jax.ShapeDtypeStruct(shape, dtype, sharding=_whole(leaf)))
+                pairs = True
         restored = self.restore_tree(wanted, step)
-        return join(restored.get(tree, {}), restored.get("params", {})), step
+        params = join(restored.get(tree, {}), restored.get("params", {}))
+        return (merged(params, self.identity(step).lora_scale, added_in_place) if pairs else params), step
 
     def restore_tree(self, like: Any, step: int) -> Any:
         """A part of the state, laid out like ``like``. Raises as :meth:`restore`."""
@@ -274,7 +282,8 @@ class Checkpoints:
         if not isinstance(model, dict):
             raise self._damaged(step, "of a version that did not note which model it is of")
         try:
-            return Identity(build(ModelConfig, model["config"]), tuple(model["parts"]), model["origin"])
+            config, parts = build(ModelConfig, model["config"]), tuple(model["parts"])
+            return Identity(config, parts, model["origin"], model.get("lora_scale", 0.0))
         except (KeyError, TypeError) as error:
             raise self._damaged(step, f"incomplete: meta/metadata lacks {error}") from error
 
@@ -405,6 +414,12 @@ def _put(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
     for key in path[:-1]:
         tree = tree.setdefault(key, {})
     tree[path[-1]] = value
+
+
+def _whole(leaf: Any) -> Any:
+    """The sharding of something small that goes with an array: on all of its devices."""
+    sharding = getattr(leaf, "sharding", None)
+    return NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else sharding
 
 
 def _reason(error: BaseException) -> str:

@@ -11,6 +11,7 @@ from mplug2_jax.model.config import ModelConfig
 from mplug2_jax.parallel.mesh import MeshConfig
 from mplug2_jax.tasks import TASKS
 from mplug2_jax.tasks.base import TaskSettings, parts_for
+from mplug2_jax.training.lora import LoraConfig
 from mplug2_jax.training.optimizer import AdamWConfig, Dtype
 from mplug2_jax.training.schedule import ScheduleConfig
 
@@ -104,6 +105,7 @@ class RunConfig:
     init_parts: tuple[str, ...] = ()  # parts of the model to take from it; empty: all
     freeze: tuple[str, ...] = ()  # parts of the model that are not trained; empty: none
     universal: bool = True  # False: a model without the layers that text and vision share, to compare with
+    lora: LoraConfig = LoraConfig()  # parts of which thin matrices are trained in place of the kernels; see lora.py
     tokenizer: TokenizerConfig = TokenizerConfig()
     streams: Mapping[str, StreamConfig]
     tasks: TaskSettings = TaskSettings()
@@ -178,6 +180,14 @@ class RunConfig:
         for part in self.freeze:
             if part not in parts:
                 raise UserError(f"config.freeze names {part!r}: {did_you_mean(part, parts)}")
+        for part in self.lora.parts:
+            if part not in parts:
+                raise UserError(f"config.lora.parts names {part!r}: {did_you_mean(part, parts)}")
+            if part in self.freeze:
+                raise UserError(
+                    f"config.freeze and config.lora.parts both name {part!r}, which either stays as it is or learns by "
+                    "pairs: take it out of one of them"
+                )
         if set(parts) <= set(self.freeze):
             raise UserError(f"config.freeze={self.freeze} leaves nothing to train: keep a part of the model out of it")
         if self.evaluations and self.tasks.search.max_length > self.model.max_positions:
@@ -217,6 +227,11 @@ class RunConfig:
             ]
         )
         return tuple(part for part in parts if self.universal or part != "universal")
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """The parts whose own parameters stay as they are, those that learn by LoRA's pairs among them."""
+        return (*self.freeze, *self.lora.parts)
 
     @property
     def has_teacher(self) -> bool:

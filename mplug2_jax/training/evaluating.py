@@ -14,7 +14,7 @@ from mplug2_jax.tasks import TASKS
 from mplug2_jax.tasks.base import parts_for
 from mplug2_jax.training.checkpoints import Checkpoints, open_checkpoint
 from mplug2_jax.training.config import RunConfig
-from mplug2_jax.training.state import evaluated, plan_run
+from mplug2_jax.training.state import plan_run
 from mplug2_jax.training.workdir import WorkDir, special_tokens
 
 AVERAGED = 0.5
@@ -101,7 +101,7 @@ class Evaluator:
         needed = {part for name in names for part in self._parts(name)}
         parts = tuple(part for part in subject.parts if part in needed)
         plan = plan_run(config, special_tokens(subject.tokenizer), make_mesh(config.mesh), parts)
-        self._like = evaluated(plan.shapes)
+        self._like = plan.evaluated_shapes
         self.evaluations = {
             name: Evaluation(
                 name, config.evaluations[name], plan.definition, plan.context, subject.tokenizer, plan.mesh,

@@ -5,6 +5,9 @@ from typing import Any
 
 from mplug2_jax.model.mplug2 import Params
 
+PAIR = "lora"
+"""The name of what stands beside a frozen kernel and is trained in its place: see lora.py."""
+
 
 def part_of(path: tuple[str, ...]) -> str:
     """The part of the model that a parameter belongs to; the temporal units within the vision tower are one.
@@ -16,7 +19,10 @@ def part_of(path: tuple[str, ...]) -> str:
 
 
 def split(tree: Params, frozen: Collection[str], path: tuple[str, ...] = ()) -> tuple[Params, Params]:
-    """A tree of parameters (what is below ``path``) as two without empty branches: the trained, and the frozen."""
+    """A tree of parameters (what is below ``path``) as two without empty branches: the trained, and the frozen.
+
+    What LoRA adds to a frozen part is trained.
+    """
     trained: Params = {}
     kept: Params = {}
     for name, item in tree.items():
@@ -24,7 +30,7 @@ def split(tree: Params, frozen: Collection[str], path: tuple[str, ...] = ()) -> 
         if isinstance(item, dict):
             halves: tuple[Any, Any] = split(item, frozen, own)
         else:
-            halves = ({}, item) if part_of(own) in frozen else (item, {})
+            halves = ({}, item) if part_of(own) in frozen and PAIR not in own else (item, {})
         for half, found in zip((trained, kept), halves, strict=True):
             if not isinstance(found, dict) or found:
                 half[name] = found

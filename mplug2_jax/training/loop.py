@@ -16,6 +16,7 @@ from data_pipelines.tokenizers import Tokenizer, fingerprint
 from mplug2_jax.config import defaults_of
 from mplug2_jax.errors import Preempted, UserError
 from mplug2_jax.evaluation.loop import Evaluation, EvaluationResult, save_result
+from mplug2_jax.model.mplug2 import Params
 from mplug2_jax.parallel.mesh import describe_mesh, make_mesh
 from mplug2_jax.parallel.placement import batch_shards, check_batch, held_parts, put_batch
 from mplug2_jax.parallel.processes import check_equal, is_first
@@ -34,7 +35,7 @@ from mplug2_jax.training.position import Identity, Position
 from mplug2_jax.training.preemption import PreemptionNotice
 from mplug2_jax.training.recheck import Recheck
 from mplug2_jax.training.starting import first_state
-from mplug2_jax.training.state import Blueprint, TrainState, evaluated, plan_run
+from mplug2_jax.training.state import Blueprint, evaluated, plan_run
 from mplug2_jax.training.step import StreamBatches, compile_step
 from mplug2_jax.training.telemetry import MetricsFile, Progress
 from mplug2_jax.training.watchdog import Watchdog
@@ -86,7 +87,7 @@ def _train(config: RunConfig, path: Path, notice: PreemptionNotice) -> list[Eval
 
     # State: fresh, or the last good checkpoint's.
     events = Events(workdir.events if is_first() else None, progress.say)
-    identity = Identity(config.model, plan.definition.parts)
+    identity = Identity(config.model, plan.definition.parts, lora_scale=config.lora.scale)
     checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint, identity=identity, events=events)
     if resumes and checkpoints.steps():
         state, position = checkpoints.restore_last_good(plan.shapes)
@@ -115,9 +116,8 @@ def _train(config: RunConfig, path: Path, notice: PreemptionNotice) -> list[Eval
 
     def evaluate() -> list[EvaluationResult]:
         with ledger.during("evaluation"):
-            return run_evaluations(
-                evaluations, state, number, workdir.evaluations_of(number), instruments.metrics, progress, begin_next
-            )
+            params, folder = evaluated(plan, state), workdir.evaluations_of(number)
+            return run_evaluations(evaluations, params, number, folder, instruments.metrics, progress, begin_next)
 
     def save() -> None:
         watchdog.enter(f"saving step {number}")
@@ -200,14 +200,20 @@ def check_started_alike(config: RunConfig, tokenizer: Tokenizer, *, resumes: boo
 def describe(plan: Blueprint) -> str:
     """What is about to run, in a few lines: model, mesh, and why some parameters are not split."""
     config = plan.config
-    frozen = sum(leaf.size for leaf in jax.tree.leaves(split(plan.definition.shapes, config.freeze)[1]))
+    frozen = _count(split(plan.shapes["params"], config.frozen)[1])
+    pairs = _count(plan.shapes["params"]) - plan.definition.count()
     lines = [
         f"{config.name}: {plan.definition.count():,} parameters in {', '.join(plan.definition.parts)}"
-        + (f"; {frozen:,} of them, in {', '.join(config.freeze)}, are frozen" if config.freeze else ""),
+        + (f"; {frozen:,} of them, in {', '.join(config.frozen)}, are frozen" if frozen else "")
+        + (f"; LoRA trains {pairs:,} more for {', '.join(config.lora.parts)}" if pairs else ""),
         f"mesh {describe_mesh(plan.mesh)} on {plan.mesh.devices.flat[0].device_kind}",
     ]
     lines += [f"  {name}: {why}" for name, why in plan.placement.reasons.items()]
     return "\n".join(lines)
+
+
+def _count(tree: Params) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
 def open_streams(config: RunConfig, tokenizer: Tokenizer) -> dict[str, Stream]:
@@ -259,7 +265,7 @@ def check_position(position: Position, streams: Mapping[str, Stream]) -> None:
 
 def run_evaluations(
     evaluations: list[Evaluation],
-    state: TrainState,
+    params: Params,
     step: int,
     folder: Path,
     metrics_file: MetricsFile,
@@ -269,7 +275,7 @@ def run_evaluations(
     """Runs every evaluation of the run; the first process keeps what came of it."""
     results = []
     for evaluation in evaluations:
-        result = evaluation.run(evaluated(state), step, between_batches)
+        result = evaluation.run(params, step, between_batches)
         if is_first():
             save_result(result, folder)
         metrics_file.write(step, result.metrics())

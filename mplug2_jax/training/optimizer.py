@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from mplug2_jax.errors import UserError, check_range
+from mplug2_jax.training.freezing import PAIR
 
 DecayRule = Literal["matrices", "released"]
 Dtype = Literal["float32", "bfloat16"]
@@ -19,15 +20,20 @@ def is_vision(path: tuple[str, ...]) -> bool:
     return path[0] == "vision"
 
 
+def is_linear(path: tuple[str, ...]) -> bool:
+    """Whether a parameter is the kernel of a linear map: those of the temporal units' own convolutions are none."""
+    return path[-1] == "kernel" and len(path) > 1 and not path[-2].startswith("temporal_")
+
+
 def is_decayed(path: tuple[str, ...], rule: DecayRule) -> bool:
     """Whether weight decay acts on a parameter.
 
-    ``matrices``: the kernels of linear maps alone. ``released``: everything but biases and BERT's LayerNorm scales,
-    because the release looks for the substrings "bias" and "LayerNorm.weight" in names; so CLIP's norms, the norms
-    around the visual stream, latents and all embeddings are decayed.
+    ``matrices``: the kernels of linear maps alone, and LoRA's pairs beside them. ``released``: everything but biases
+    and BERT's LayerNorm scales, because the release looks for the substrings "bias" and "LayerNorm.weight" in names; so
+    CLIP's norms, the norms around the visual stream, latents and all embeddings are decayed.
     """
     if rule == "matrices":
-        return path[-1] == "kernel" and len(path) > 1 and not path[-2].startswith("temporal_")
+        return is_linear(path) or PAIR in path
     visual_norms = path[0] in ("vision", "vision_projection") or path[:2] == ("universal", "visual_norm")
     return path[-1] != "bias" and (path[-1] != "scale" or visual_norms)
 

@@ -7,8 +7,11 @@ from typing import Any
 from mplug2_jax.config import defaults_of
 from mplug2_jax.model.config import ModelConfig
 
-FORMAT = 2
-"""Raised when what is written changes so that older code would misread it. 2: rollbacks shift the data."""
+FORMAT = 3
+"""Raised when what is written changes so that older code would misread it.
+
+2: rollbacks shift the data. 3: LoRA's pairs stand beside the kernels that they change.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,12 +49,16 @@ class Position:
 
 @dataclasses.dataclass(frozen=True)
 class Identity:
-    """Which model a checkpoint is of; for imported weights also where they came from."""
+    """Which model a checkpoint is of, what LoRA's products count in it, and where imported weights came from."""
 
     config: ModelConfig
     parts: tuple[str, ...]
     origin: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    lora_scale: float = 0.0
 
     def as_json(self) -> dict[str, Any]:
         """For the checkpoint's metadata."""
-        return {"config": defaults_of(self.config), "parts": list(self.parts), "origin": dict(self.origin)}
+        return {
+            "config": defaults_of(self.config), "parts": list(self.parts), "origin": dict(self.origin),
+            "lora_scale": self.lora_scale,
+        }  # fmt: skip

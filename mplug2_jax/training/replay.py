@@ -154,7 +154,7 @@ def _alone(plan: Blueprint, name: str) -> Any:
             row, rng = row // count, jax.random.fold_in(rng, row % count)
         masked = {name: {**batch, "example_mask": jnp.arange(batch["example_id"].shape[0]) == row}}
 
-        trained, frozen = split(state["params"], plan.config.freeze)
+        trained, frozen = split(state["params"], plan.config.frozen)
 
         def loss(trained: Any) -> tuple[jax.Array, tuple[Metrics, Any]]:
             params = join(trained, frozen)

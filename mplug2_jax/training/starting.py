@@ -11,6 +11,8 @@ from mplug2_jax.errors import UserError, did_you_mean
 from mplug2_jax.model.vision import resize_positions
 from mplug2_jax.training.checkpoints import Checkpoints, open_checkpoint
 from mplug2_jax.training.config import RunConfig
+from mplug2_jax.training.freezing import PAIR, join
+from mplug2_jax.training.lora import without_pairs
 from mplug2_jax.training.state import Blueprint, TrainState, fresh_average
 
 POSITIONS = ("vision", "positions")
@@ -20,7 +22,8 @@ def first_state(plan: Blueprint) -> tuple[TrainState, list[str]]:
     """The state before step 1, and what is to be said of where it came from.
 
     With ``config.init_from`` the chosen parts are another checkpoint's, whole or not at all, averaged where it keeps an
-    average; a teacher starts as that checkpoint's teacher, or else as a copy of the weights.
+    average, and with LoRA's pairs in their kernels; a teacher starts as that checkpoint's teacher, or else as a copy of
+    the weights.
 
     Raises:
         UserError: no such checkpoint, or one that lacks a part, or has it in another size.
@@ -42,16 +45,17 @@ def _started(plan: Blueprint, checkpoints: Checkpoints, step: int) -> tuple[Trai
     fresh = sorted(set(plan.shapes["params"]) - set(wanted))
     trees = {path[0] for path in stored}
     own = "ema" if "ema" in trees else "params"
-    averaged = ", averaged" if own == "ema" else ""
-    said = [f"starting from {plan.config.init_from} (step {step}{averaged}): {', '.join(wanted)}"]
+    taken_as = ", averaged" if own == "ema" else ""
+    taken_as += ", LoRA in its kernels" if any(PAIR in path for path in stored) else ""
+    said = [f"starting from {plan.config.init_from} (step {step}{taken_as}): {', '.join(wanted)}"]
     said += [f"  fresh: {', '.join(fresh)}"] if fresh else []
     taken = {}
     for tree in {"params", "teacher"} & set(plan.shapes):
         kept = "teacher" if tree == "teacher" and "teacher" in trees else own
-        like = {part: plan.shapes[tree][part] for part in wanted}
+        like = without_pairs({part: plan.shapes[tree][part] for part in wanted})
         taken[tree] = _restored(checkpoints, step, kept, like, said)
     state = plan.init()
-    state |= {tree: state[tree] | parts for tree, parts in taken.items()}
+    state |= {tree: join(parts, state[tree]) for tree, parts in taken.items()}
     if "ema" in state:
         state["ema"] = fresh_average(plan.config, state["params"])
     return state, said

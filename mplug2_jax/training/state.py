@@ -17,6 +17,15 @@ from mplug2_jax.tasks.base import TaskContext
 from mplug2_jax.training.config import RunConfig
 from mplug2_jax.training.freezing import join, split
 from mplug2_jax.training.layer_decay import rate_factors
+from mplug2_jax.training.lora import (
+    added_in_place,
+    fresh_pairs,
+    merged,
+    pair_axes,
+    pair_shapes,
+    with_pairs,
+    without_pairs,
+)
 from mplug2_jax.training.optimizer import adamw
 from mplug2_jax.training.schedule import make_schedule
 
@@ -24,6 +33,8 @@ HOST = "pinned_host"  # the memory of a host that its devices copy from without 
 
 TrainState = dict[str, Any]
 """``params``, ``opt`` (optax, of what is trained), ``step``; ``ema``, ``teacher``, ``queues`` where the run has them.
+
+LoRA's pairs stand in ``params`` and ``ema`` beside their kernels; a teacher's kernels are merged.
 
 ``ema`` starts as the trained parameters and after every update becomes decay * ema + (1 - decay) * parameters, in
 float32.
@@ -40,6 +51,7 @@ class Blueprint:
     definition: ModelDef
     optimizer: optax.GradientTransformation
     rates: Mapping[str, optax.Schedule]
+    axes: Params  # logical ones, of the state's parameters
     placement: Placement
     shapes: TrainState  # of jax.ShapeDtypeStruct with shardings
     shardings: TrainState
@@ -55,6 +67,11 @@ class Blueprint:
         """Where the state lives while a step computes: as always, but with nothing in the hosts' memory."""
         return jax.tree.map(lambda s: s.with_memory_kind("device"), self.shardings)
 
+    @property
+    def evaluated_shapes(self) -> Params:
+        """What :func:`evaluated` makes of a state of these shapes."""
+        return without_pairs(join(self.shapes.get("ema", {}), self.shapes["params"]))
+
 
 def plan_run(config: RunConfig, tokens: SpecialTokens, mesh: Mesh, parts: tuple[str, ...] | None = None) -> Blueprint:
     """Describes a run on a mesh, or what is needed of its model; no array is made.
@@ -69,24 +86,27 @@ def plan_run(config: RunConfig, tokens: SpecialTokens, mesh: Mesh, parts: tuple[
         group: make_schedule(config.schedule, rate, config.steps, config.accumulate)
         for group, rate in (("rest", peak), ("vision", peak if vision_peak is None else vision_peak))
     }
+    parameters = with_pairs(definition.shapes, config.lora.parts, pair_shapes(config.lora))
+    axes = with_pairs(definition.axes, config.lora.parts, pair_axes)
     decay = config.optimizer.layer_decay
-    factors = None if decay == 1 else split(rate_factors(definition.shapes, config.model, decay), config.freeze)[0]
+    factors = None if decay == 1 else split(rate_factors(parameters, config.model, decay), config.frozen)[0]
     optimizer = adamw(config.optimizer, rates["rest"], rates["vision"], factors)
-    placement = place_parameters(definition.shapes, definition.axes, mesh)
+    placement = place_parameters(parameters, axes, mesh)
     shapes = jax.eval_shape(lambda: _fresh(config, definition, optimizer))
     shardings = _state_shardings(config, shapes, placement, optimizer, mesh)
     described = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
     context = TaskContext(settings=config.tasks, tokens=tokens)
-    return Blueprint(config, context, mesh, definition, optimizer, rates, placement, described, shardings)
+    return Blueprint(config, context, mesh, definition, optimizer, rates, axes, placement, described, shardings)
 
 
 def _fresh(config: RunConfig, definition: ModelDef, optimizer: optax.GradientTransformation) -> TrainState:
     key = jax.random.key(config.seed)
     params = jax.tree.map(lambda p: p.astype(config.parameter_dtype), definition.init(key))
-    opt = optimizer.init(split(params, config.freeze)[0])
-    state: TrainState = {"params": params, "opt": opt, "step": jnp.zeros((), jnp.int32)}
+    learning = with_pairs(params, config.lora.parts, fresh_pairs(config.lora, key))
+    opt = optimizer.init(split(learning, config.frozen)[0])
+    state: TrainState = {"params": learning, "opt": opt, "step": jnp.zeros((), jnp.int32)}
     if config.ema_decay:
-        state["ema"] = fresh_average(config, params)
+        state["ema"] = fresh_average(config, learning)
     if config.has_teacher:
         state["teacher"] = jax.tree.map(lambda p: jnp.array(p, jnp.float32), params)  # 16 bits round its steps away
     size = config.tasks.vlc.queue_size
@@ -101,12 +121,12 @@ def _fresh(config: RunConfig, definition: ModelDef, optimizer: optax.GradientTra
 
 def fresh_average(config: RunConfig, params: Params) -> Params:
     """What an average starts as: a copy of what is trained, in float32."""
-    return jax.tree.map(lambda p: jnp.array(p, jnp.float32), split(params, config.freeze)[0])
+    return jax.tree.map(lambda p: jnp.array(p, jnp.float32), split(params, config.frozen)[0])
 
 
-def evaluated(state: TrainState) -> Params:
-    """The parameters that evaluations use: averaged where the run keeps an average."""
-    return join(state.get("ema", {}), state["params"])
+def evaluated(plan: Blueprint, state: TrainState) -> Params:
+    """The parameters that evaluations use: averaged where the run keeps an average, LoRA's pairs in their kernels."""
+    return merged(join(state.get("ema", {}), state["params"]), plan.config.lora.scale, added_in_place)
 
 
 def _state_shardings(
@@ -117,7 +137,7 @@ def _state_shardings(
     mesh: Mesh,
 ) -> TrainState:
     whole = replicated(mesh)
-    trained, _ = split(placement.shardings, config.freeze)
+    trained, _ = split(placement.shardings, config.frozen)
     moments_in = HOST if config.optimizer.offload else None
     shardings: TrainState = jax.tree.map(lambda _: whole, shapes)
     shardings["params"] = placement.shardings
@@ -132,5 +152,5 @@ def _state_shardings(
     if "ema" in shapes:
         shardings["ema"] = trained
     if "teacher" in shapes:
-        shardings["teacher"] = placement.shardings
+        shardings["teacher"] = without_pairs(placement.shardings)
     return shardings

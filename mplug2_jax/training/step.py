@@ -20,6 +20,7 @@ from mplug2_jax.tasks import TASKS
 from mplug2_jax.training.compilation import compiler_options, why_not
 from mplug2_jax.training.config import RunConfig
 from mplug2_jax.training.freezing import join, split
+from mplug2_jax.training.lora import merged
 from mplug2_jax.training.state import Blueprint, TrainState
 
 StreamBatches = Mapping[str, DeviceBatch]
@@ -37,7 +38,7 @@ def streams_loss(
 ) -> tuple[Float[Array, ""], tuple[Metrics, Queues]]:
     """The weighted sum of all streams' objectives, their metrics, and the queues with these batches in them."""
     config = plan.config
-    model = plan.definition.bind(params)
+    model = plan.definition.bind(merged(params, config.lora.scale))
     teaching = None if teacher is None else plan.definition.bind(jax.lax.stop_gradient(teacher))
     total, queues = jnp.zeros(()), dict(queues)
     metrics: Metrics = {}
@@ -80,7 +81,8 @@ def step_inputs(plan: Blueprint, state: TrainState) -> StepInputs:
     config, teacher = plan.config, state.get("teacher")
     distillation = config.tasks.distillation
     if teacher is not None and distillation is not None:
-        teacher = update_teacher(teacher, state["params"], distillation.momentum, frozen=distillation.frozen)
+        student = merged(state["params"], config.lora.scale)
+        teacher = update_teacher(teacher, student, distillation.momentum, frozen=distillation.frozen)
     rng = jax.random.fold_in(jax.random.key(config.seed), state["step"])
     return StepInputs(rng, teacher, _alpha(config, state["step"]))
 
@@ -88,11 +90,11 @@ def step_inputs(plan: Blueprint, state: TrainState) -> StepInputs:
 def train_step(plan: Blueprint, state: TrainState, batches: StreamBatches) -> tuple[TrainState, Metrics]:
     """(state, batches) -> (state, metrics). Pure; its randomness is a function of (seed, step)."""
     config = plan.config
-    params, frozen = split(state["params"], config.freeze)
+    params, frozen = split(state["params"], config.frozen)
     rng, teacher, alpha = step_inputs(plan, state)
 
     once = config.gather == "step"
-    axes, frozen_axes = split(plan.definition.axes, config.freeze)
+    axes, frozen_axes = split(plan.axes, config.frozen)
     used = jax.tree.map(together, params, axes) if once else params
     rest = jax.tree.map(together, frozen, frozen_axes) if once else frozen
     teaches = jax.tree.map(together, teacher, plan.definition.axes) if once and teacher is not None else teacher

@@ -32,7 +32,7 @@ def gradient_flops(
 
     whole = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (plan.shapes, dict(batches)))
     state, batches = whole
-    trained, frozen = split(state["params"], config.freeze)
+    trained, frozen = split(state["params"], config.frozen)
     state = {name: state[name] for name in ("teacher", "queues") if name in state}
     alpha = jax.ShapeDtypeStruct((), jnp.float32)
     return count_flops(jax.value_and_grad(loss, has_aux=True), trained, frozen, state, batches, alpha)

@@ -74,7 +74,7 @@ def test_it_follows_every_update_of_what_is_trained(overrides: dict[str, Any]) -
     sharding = state["ema"]["mlm"]["dense"]["kernel"].sharding
     assert sharding == state["params"]["mlm"]["dense"]["kernel"].sharding
     assert not sharding.is_fully_replicated
-    assert_equal(evaluated(state), {**state["params"], **state["ema"]})
+    assert_equal(evaluated(plan, state), {**state["params"], **state["ema"]})
 
 
 def test_a_run_s_average_is_what_commands_open_and_the_last_parameters_can_be_asked_for(
