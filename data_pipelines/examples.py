@@ -83,6 +83,8 @@ class ExampleConfig:
             raise DataError(f"the instructions {', '.join(self.instructions)} all have weight 0; expected one above 0")
         if self.instructions and not self.target_length and not self.classes:
             raise DataError("an example with instructions needs target_length, the room for their answers, or classes")
+        if self.classes and not self.instructions:
+            raise DataError("classes need instructions: 'label', or 'entailment', with their templates")
         if self.classes and not set(self.instructions) <= {"label", "entailment"}:
             raise DataError(
                 f"classes are of labels and entailments, but the instructions are {', '.join(self.instructions)}"

@@ -20,9 +20,11 @@ import pytest
 from data_pipelines.digitworld import vocabulary_texts
 from data_pipelines.sources.config import SourceConfig
 from data_pipelines.tokenizers import train_wordpiece
+from mplug2_jax.config import build, load_recipe
 from mplug2_jax.evaluation.loop import EvaluationConfig
 from mplug2_jax.model.config import model_config
 from mplug2_jax.parallel.mesh import MeshConfig
+from mplug2_jax.training.config import RunConfig
 from tests.cli.conftest import command
 from tests.data_pipelines.worlds import encoded, img2dataset, records
 from tests.runs import recipe_file, small_run
@@ -115,6 +117,18 @@ def test_runs(repository: Path, here: Path) -> None:
         assert done.returncode == 0, f"mplug2 {shlex.join(words)}\n{done.stdout}\n{done.stderr}"
     assert "bit for bit" in done.stdout
     assert (here / "runs" / "two" / "report.html").exists()
+
+
+@pytest.mark.timeout(300)
+def test_tasks(repository: Path, here: Path) -> None:
+    page = (repository / "docs" / "tasks.md").read_text()
+    for words in commands(page):
+        run(words)
+    example = re.search(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    assert example
+    put("ours.py", example[1])
+    config = build(RunConfig, load_recipe("ours.py:tiny"))
+    assert config.streams["set"].data.sources["set"].path == "data/ours/train.json"
 
 
 @pytest.mark.slow

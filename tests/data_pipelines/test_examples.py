@@ -6,11 +6,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from data_pipelines.digitworld.source import DigitWorld, vocabulary_texts
 from data_pipelines.errors import DataError
-from data_pipelines.examples import ExampleConfig, InstructionConfig, box_words, example_id, make_example
-from data_pipelines.record import Question, Record
+from data_pipelines.examples import (
+    ExampleConfig,
+    InstructionConfig,
+    box_of_words,
+    box_words,
+    example_id,
+    make_example,
+)
+from data_pipelines.record import Expression, Question, Record
 from data_pipelines.tokenizers import WordPieceTokenizer, train_sentencepiece, train_wordpiece
 from data_pipelines.visual import VisualConfig, load_visual
 
@@ -163,3 +172,68 @@ def test_the_released_form_needs_word_pieces() -> None:
     config = ExampleConfig(form="released", text_length=8)
     with pytest.raises(DataError, match="found a SentencePieceTokenizer"):
         make_example(DigitWorld("image")[0], config, pieces, rng())
+
+
+def labelled(label, texts=()):
+    return Record("a/1", label=label, texts=texts)
+
+
+LABEL = {"label": InstructionConfig(templates=("{text} | {other}",))}
+
+
+def test_a_class_is_the_place_of_its_name():
+    config = ExampleConfig(instructions={"label": InstructionConfig(templates=("",))}, classes=("cat", "dog"))
+    example = make_example(labelled("dog"), config, TOKENIZER, rng())
+    assert example.arrays["label"] == 1
+    assert example.arrays["label"].dtype == np.int32
+    assert set(example.arrays) == set(config.shapes()) == {"example_id", "label"}
+    with pytest.raises(DataError, match="record a/1 is of 'dig', which is none of the 2 classes; did you mean 'dog'"):
+        make_example(labelled("dig"), config, TOKENIZER, rng())
+
+
+def test_a_number_is_of_the_nearest_class_and_two_texts_are_told_apart():
+    config = ExampleConfig(instructions=LABEL, instruction_length=12, classes=("0.0", "2.5", "5.0"))
+    example = make_example(labelled("3.2", ("one", "two")), config, TOKENIZER, rng())
+    assert example.arrays["label"] == 1
+    assert example.instruction == "one | two"
+
+
+def test_examples_of_boxes_alone_bring_the_box_itself():
+    record = Record("a/1", expressions=(Expression("it", (0.0, 0.26, 0.5, 1.0)),))
+    box = {"box": InstructionConfig(templates=("where is {expression}?",))}
+    config = ExampleConfig(instructions=box, instruction_length=12, target_length=8)
+    example = make_example(record, config, TOKENIZER, rng())
+    np.testing.assert_allclose(example.arrays["box"], [0.0, 0.26, 0.5, 1.0])
+    assert set(example.arrays) == set(config.shapes())
+    mixed = ExampleConfig(instructions={**box, **LABEL}, instruction_length=12, target_length=8)
+    assert "box" not in mixed.shapes()
+
+
+@given(st.tuples(*[st.floats(0, 1)] * 4))
+def test_the_box_that_words_stand_for_has_the_corners_in_its_outer_cells(box):
+    x0, y0, x1, y1 = box
+    found = box_of_words(box_words((min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1))))
+    assert found is not None
+    assert found[0] <= min(x0, x1) <= max(x0, x1) <= found[2]
+    assert found[1] <= min(y0, y1) <= max(y0, y1) <= found[3]
+
+
+@pytest.mark.parametrize("words", ["", "1 2 3", "1 2 3 32", "1 2 3 4 5", "a b c d", "-1 2 3 4"])
+def test_words_that_are_no_box(words):
+    assert box_of_words(words) is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"classes": ("a", "a"), "instructions": LABEL}, "2 names, of which only 1 differ"),
+        ({"classes": ("a", "b"), "instructions": {}}, "classes need instructions"),
+        (
+            {"classes": ("a", "b"), "instructions": {"caption": InstructionConfig(templates=("",))}},
+            "classes are of labels and entailments, but the instructions are caption",
+        ),
+    ],
+)
+def test_classes_that_mean_nothing_are_refused(fields, said):
+    with pytest.raises(DataError, match=said):
+        ExampleConfig(**fields)
