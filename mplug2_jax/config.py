@@ -147,7 +147,11 @@ def find_recipe(name: str) -> Path:
     stem = name.removeprefix("configs/").removeprefix("tasks/").removesuffix(".py")
     if stem in shipped:
         return shipped[stem]
-    raise UserError(f"recipe '{name}' is neither a file nor a shipped recipe: {did_you_mean(stem, shipped)}")
+    runs = ", ".join(name for name, path in shipped.items() if path.parent.name != "tasks")
+    raise UserError(
+        f"recipe '{name}' is neither a file nor a shipped recipe: {did_you_mean(stem, shipped)}: {runs}, and those of "
+        "mplug2 tasks"
+    )
 
 
 def override(recipe: ConfigDict, overrides: Sequence[str]) -> ConfigDict:

@@ -14,8 +14,7 @@ from mplug2_jax.errors import UserError, check_range
 
 if TYPE_CHECKING:
     from data_pipelines.loader import DataConfig
-    from data_pipelines.record import Kind
-    from data_pipelines.sources.config import Format, SourceConfig
+    from data_pipelines.sources.config import SourceConfig
     from mplug2_jax.evaluation.feature_files import FeatureFolder
     from mplug2_jax.evaluation.features import Features
     from mplug2_jax.model.mplug2 import Params
@@ -129,7 +128,8 @@ def read_inputs(args: argparse.Namespace) -> "tuple[dict[str, SourceConfig], str
         UserError: an input that is nothing of what can be read, the same twice, or files of several kinds.
         DataError: a folder without files.
     """
-    from data_pipelines.sources.config import FORMATS, SourceConfig, parse_spec
+    from data_pipelines.record import Kind
+    from data_pipelines.sources.config import FORMATS, Format, SourceConfig, parse_spec
     from data_pipelines.sources.loose_files import kind_of, walk
 
     formats: dict[str, tuple[Format, str]] = {}

@@ -69,7 +69,7 @@ def test_unknown_arguments_are_refused(names: tuple[str, ...], mplug2: Callable[
     [
         ("eval --workdir w --no-such-option --config.steps=3", "unrecognised arguments: --no-such-option"),
         ("report w --config.steps=3", "unrecognised arguments: --config.steps=3"),
-        ("eval --workd w", "required: --workdir"),
+        ("eval --workd w", "unrecognised arguments: --workd w"),
         ("trian", "invalid choice: 'trian'"),
         ("eval --workdir w --step two", "invalid int value: 'two'"),
     ],

@@ -96,6 +96,21 @@ def test_only_what_evaluations_need_is_read(run: Path) -> None:
         assert {leaf.dtype.name for leaf in jax.tree.leaves(captions)} == {"float32"}
 
 
+def test_a_run_without_universal_layers_is_evaluated(tmp_path: Path) -> None:
+    config, workdir = a_run(universal=False), WorkDir(tmp_path)
+    tokenizer = workdir.tokenizer(config)
+    workdir.begin(config, tokenizer)
+    plan = plan_run(config, special_tokens(tokenizer), make_mesh(config.mesh))
+    checkpoints = Checkpoints(workdir.checkpoints, CheckpointConfig())
+    checkpoints.save(plan.init(), Position(1, {}))
+    checkpoints.close()
+    evaluator = Evaluator(of_run(tmp_path, ()), ["words"])
+    params, step = evaluator.read(None)
+    assert set(params) == {"text", "mlm"}
+    (result,) = evaluator.run(params, step, ["words"], lambda phase: None)
+    assert result.examples == 3
+
+
 def test_one_program_serves_all_checkpoints(run: Path) -> None:
     evaluator = Evaluator(of_run(run, ()))
     results = []
