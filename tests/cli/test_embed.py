@@ -66,6 +66,7 @@ def test_a_folder_is_embedded_and_what_is_broken_is_named(
     assert again.status == 1
 
 
+@pytest.mark.slow
 def test_a_command_that_was_killed_between_shards_goes_on(
     contrasting: Path, folder: Path, tmp_path: Path, mplug2: Mplug2, monkeypatch: pytest.MonkeyPatch
 ) -> None:

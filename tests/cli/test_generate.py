@@ -37,6 +37,7 @@ def lines(done: Outcome) -> list[str]:
 
 
 @pytest.mark.parametrize("how", [("--beams", 2), ("--beams", 1, "--top-p", 0.99, "--temperature", 5)], ids=str)
+@pytest.mark.slow
 def test_answers_in_batches_are_those_of_one_at_a_time(
     how: tuple[object, ...], contrasting: Path, many: Path, mplug2: Mplug2
 ) -> None:

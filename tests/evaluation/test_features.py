@@ -142,6 +142,7 @@ def test_a_tap_with_a_row_for_each_frame_keeps_frames_of_a_clip_together(params)
     np.testing.assert_allclose(mean, expected.mean(-2), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_every_tap_that_is_named_can_be_had(params):
     with pytest.raises(UserError) as error:
         opened("image", "vision/blocks")

@@ -55,6 +55,7 @@ def test_every_score_of_the_examples_is_the_toolkits(by: str) -> None:
 
 
 @needs_java
+@pytest.mark.slow
 def test_meteor_is_the_toolkits_for_all_captions_and_for_each() -> None:
     truth, said = ({i: tokens(each) for i, each in texts.items()} for texts in examples())
     said[3] = [truth[3][0]]  # all of a reference in one piece, whose score is 1

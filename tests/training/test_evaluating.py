@@ -74,6 +74,7 @@ def assert_equal(one: Any, other: Any) -> None:
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
+@pytest.mark.slow
 def test_the_average_is_evaluated_and_the_last_parameters_can_be_asked_for(run: Path, state: dict[str, Any]) -> None:
     for subject, last in zip(subjects(run), subjects(run, "--config.ema_decay=0"), strict=True):
         assert (subject.averaged, last.averaged) == (True, False)
@@ -85,6 +86,7 @@ def test_the_average_is_evaluated_and_the_last_parameters_can_be_asked_for(run: 
         assert_equal(Evaluator(last, ["captions"]).read(3)[0]["decoder"], state["params"]["decoder"])
 
 
+@pytest.mark.slow
 def test_only_what_evaluations_need_is_read(run: Path) -> None:
     for subject in subjects(run):
         words, _ = Evaluator(subject, ["words"]).read(4)
@@ -111,6 +113,7 @@ def test_a_run_without_universal_layers_is_evaluated(tmp_path: Path) -> None:
     assert result.examples == 3
 
 
+@pytest.mark.slow
 def test_one_program_serves_all_checkpoints(run: Path) -> None:
     evaluator = Evaluator(of_run(run, ()))
     results = []

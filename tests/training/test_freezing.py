@@ -106,6 +106,7 @@ def test_parts_that_cannot_be_frozen_are_refused(frozen: tuple[str, ...], said: 
     ],
     ids=["clips", "gathered once", "taught"],
 )
+@pytest.mark.slow
 def test_the_frozen_stay_to_the_bit_and_the_rest_moves(config: RunConfig, devices: int) -> None:
     start, state, metrics = trained(config, 3, devices)
     frozen = set(config.freeze)
@@ -125,6 +126,7 @@ def test_the_frozen_stay_to_the_bit_and_the_rest_moves(config: RunConfig, device
         assert leaves(tree).keys() == leaves(split(state["params"], frozen)[0]).keys()
 
 
+@pytest.mark.slow
 def test_what_is_not_frozen_gets_the_gradient_that_it_would() -> None:
     """Above and below what is frozen."""
     whole, less = (trained(words(freeze=parts), 1)[1]["opt"][0].mu for parts in ((), ("universal",)))

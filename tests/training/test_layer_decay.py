@@ -81,6 +81,7 @@ def test_every_parameter_has_a_factor_that_broadcasts(stride: int) -> None:
     assert factors["decoder"]["layers"]["mlp"]["up"]["kernel"].ravel().tolist() == [1 / 16, 1 / 8, 1 / 4, 1 / 2]
 
 
+@pytest.mark.slow
 def test_the_factor_scales_adams_step_and_the_decay() -> None:
     """The updates of a run with decay are those of one without, layer by layer times the factor."""
 

@@ -124,6 +124,7 @@ def test_every_linear_kernel_of_a_part_has_a_pair_and_nothing_else_has() -> None
     [answers(lora=LORA, ema_decay=0.5), words(lora=TEXT, parameter_dtype="bfloat16")],
     ids=["averaged", "short"],
 )
+@pytest.mark.slow
 def test_a_run_begins_with_the_model_that_it_would_have_begun_with(config: RunConfig) -> None:
     plan, without = planned(config), planned(dataclasses.replace(config, lora=LoraConfig()))
     state = plan.init()
@@ -147,6 +148,7 @@ def test_a_run_begins_with_the_model_that_it_would_have_begun_with(config: RunCo
     ],
     ids=["clips", "gathered once", "taught"],
 )
+@pytest.mark.slow
 def test_pairs_and_what_is_not_named_move_and_the_rest_stays_to_the_bit(config: RunConfig, mesh: MeshConfig) -> None:
     start, state, metrics = trained(config, 3, mesh)
     learning = set()
@@ -168,6 +170,7 @@ def test_pairs_and_what_is_not_named_move_and_the_rest_stays_to_the_bit(config: 
         assert leaves(state["teacher"]).keys() == leaves(without_pairs(state["params"])).keys()
 
 
+@pytest.mark.slow
 def test_a_teacher_follows_the_merged_kernels() -> None:
     start, state, _ = trained(words(lora=TEXT, tasks=TAUGHT), 2)
     # Moved before each step: after the first it is as it was, before the second halfway to what the first gave.
@@ -176,6 +179,7 @@ def test_a_teacher_follows_the_merged_kernels() -> None:
     assert_close(state["teacher"], {name: 0.5 * base[name] + 0.5 * student[name] for name in base})
 
 
+@pytest.mark.slow
 def test_a_pair_s_gradient_is_its_kernel_s_carried_through_the_product() -> None:
     """Of b, that is; a has none while b is zero."""
     start, with_lora, _ = trained(words(lora=TEXT), 1)
@@ -191,6 +195,7 @@ def test_a_pair_s_gradient_is_its_kernel_s_carried_through_the_product() -> None
         assert not np.any(pairs[name.replace("lora/b", "lora/a")])
 
 
+@pytest.mark.slow
 def test_a_mesh_changes_nothing_and_the_rank_stays_whole() -> None:
     config, mesh = words(lora=LoraConfig(parts=("text", "universal"), rank=4)), MeshConfig(fsdp=2, tensor=2)
     _, one, _ = trained(config, 3)
@@ -251,6 +256,7 @@ def stored(path: Path) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_with_the_same_bits(run: tuple[Path, RunConfig], tmp_path: Path) -> None:
     path, config = run
     again = tmp_path / "again"
@@ -290,6 +296,7 @@ def test_an_export_has_the_merged_kernels(
     assert np.abs(expected[name] - leaves(trees["params"])[name]).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_the_merged_kernels_with_or_without_pairs_of_its_own(run: tuple[Path, RunConfig]) -> None:
     path, _ = run
     trees = stored(path)
