@@ -1,6 +1,7 @@
 """What several commands share: their parsers' form, opening a run, tables."""
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -142,13 +143,14 @@ def table(rows: Sequence[Sequence[str]], header: Sequence[str], right: Sequence[
 
 def results_table(results: "Sequence[EvaluationResult]") -> str:
     """Every figure with what chance leaves of it, beside its baseline."""
-    from mplug2_jax.evaluation.metrics.units import show
+    from mplug2_jax.evaluation.metrics.units import show, times_as_good
 
     rows = []
     for result in results:
         for what, value in result.figures.items():
             base = result.baselines[what]
-            times = f"{value / base:.1f}x" if base else "-"
+            ratio = times_as_good(what, value, base)
+            times = "-" if math.isnan(ratio) else f"{ratio:.1f}x"
             low, high = (show(what, end) for end in result.intervals[what])
             rows.append(
                 (result.name, what, show(what, value), f"{low} to {high}", show(what, base), times,

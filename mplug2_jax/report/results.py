@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from mplug2_jax.evaluation.metrics.units import falls_short, is_share, show
+from mplug2_jax.evaluation.metrics.units import is_share, show, times_as_good
 from mplug2_jax.report.names import TaskWords, human, task_words
 
 # Frames of real pictures make PNG strips of megabytes; above this size they go into the page as JPEG.
@@ -128,7 +128,7 @@ def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _figure(name: str, value: float, baseline: float, interval: tuple[float, float] | None) -> Figure:
-    ratio = value / baseline if baseline > 0 else math.nan
+    ratio = times_as_good(name, value, baseline)
     # Shares fill a bar at 100 %; CIDEr, which has no such end, at 150, where good captioners on easy data stand.
     full = 1.0 if is_share(name) else max(150.0, *(v for v in (value, baseline) if math.isfinite(v)), 0)
 
@@ -137,7 +137,7 @@ def _figure(name: str, value: float, baseline: float, interval: tuple[float, flo
 
     return Figure(
         human(name), show(name, value), " to ".join(show(name, end) for end in interval or ()), show(name, baseline),
-        _times(ratio), falls_short(name, value, baseline), along(value),
+        _times(ratio), ratio < 1, along(value),
         along(baseline) if math.isfinite(baseline) else None,
     )  # fmt: skip
 

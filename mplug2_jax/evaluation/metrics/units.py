@@ -25,6 +25,7 @@ def show(figure: str, value: float) -> str:
     return f"{value:.1%}" if is_share(figure) else f"{value:.1f}"
 
 
-def falls_short(figure: str, value: float, baseline: float) -> bool:
-    """Whether a figure is worse than its baseline; of ranks the lower is better."""
-    return value > baseline if figure.endswith(RANK) else value < baseline
+def times_as_good(figure: str, value: float, baseline: float) -> float:
+    """How many times as good as its baseline a figure is, NaN where that has no meaning; of ranks the lower is better."""
+    better, worse = (baseline, value) if figure.endswith(RANK) else (value, baseline)
+    return better / worse if worse > 0 else math.nan

@@ -1,0 +1,25 @@
+"""How figures are quoted, and which way they are better."""
+
+import math
+
+import pytest
+
+from mplug2_jax.evaluation.metrics.units import is_share, show, times_as_good
+
+
+@pytest.mark.parametrize(
+    ("figure", "value", "said"),
+    [
+        ("accuracy", 0.48, "48.0%"), ("video/accuracy", 0.48, "48.0%"), ("cider", 80.3, "80.3"),
+        ("video/bleu_4", 57.8, "57.8"), ("text_to_visual_median_rank", 4.5, "4.5"), ("top_1", math.nan, "–"),
+    ],
+)  # fmt: skip
+def test_shares_are_percent_and_scores_and_places_are_not(figure: str, value: float, said: str) -> None:
+    assert show(figure, value) == said
+    assert is_share(figure) == said.endswith(("%", "–"))
+
+
+def test_of_ranks_the_lower_is_better() -> None:
+    assert times_as_good("accuracy", 0.4, 0.1) == pytest.approx(4)
+    assert times_as_good("text_to_visual_median_rank", 4.0, 128.0) == pytest.approx(32)
+    assert math.isnan(times_as_good("matthews", 0.3, 0.0))
