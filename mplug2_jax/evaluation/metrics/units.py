@@ -26,6 +26,6 @@ def show(figure: str, value: float) -> str:
 
 
 def times_as_good(figure: str, value: float, baseline: float) -> float:
-    """How many times as good as its baseline a figure is, NaN where that has no meaning; of ranks the lower is better."""
+    """How many times as good as its baseline a figure is, NaN of no meaning; of ranks the lower is better."""
     better, worse = (baseline, value) if figure.endswith(RANK) else (value, baseline)
     return better / worse if worse > 0 else math.nan
