@@ -109,7 +109,10 @@ def test_different_things_are_said_once_to_each(alone: dict[str, bytes]) -> None
     for name in EVALUATIONS:
         said = [json.loads(line) for line in alone[f"{name}.jsonl"].splitlines()]
         assert len({row["key"] for row in said}) == 11
-        assert len({row["said"] for row in said}) > 1, name
+        if name == "pairs":  # a drawn model may find the same text nearest to all, but does not rank all alike
+            assert 0 < json.loads(alone[f"{name}.json"])["figures"]["text_to_visual_r5"] < 1
+        else:
+            assert len({row["said"] for row in said}) > 1, name
 
 
 # Beside a run
