@@ -266,9 +266,12 @@ def test_a_thousand_clips_are_told_the_same_without_a_cache(decoder, beams, exte
     mask = jnp.arange(6) < jnp.asarray(rng.integers(1, 7, (1000, 1)))
     config = SearchConfig(beams=beams, min_length=1, max_length=7, extend_finished=extend)
     found = cached(graphdef, params, memory, mask, config)
-    expected, nearly = (uncached(graphdef, params, m, mask, config) for m in (memory, memory * (1 + 1e-5)))
+    expected = uncached(graphdef, params, memory, mask, config)
     # Where a hundred thousandth of the memory decides, two sequences are equally good, and either may come first.
-    decided = np.all(expected.ids == nearly.ids, axis=(1, 2))
+    decided = np.ones(1000, bool)
+    for _ in range(4):
+        near = memory * (1 + 1e-5 * rng.normal(size=memory.shape)).astype(FLOAT)
+        decided &= np.all(expected.ids == uncached(graphdef, params, near, mask, config).ids, axis=(1, 2))
     assert decided.sum() > 950
     for ours, theirs in zip(found, expected, strict=True):
         np.testing.assert_allclose(ours[decided], theirs[decided], atol=1e-4 if ours.dtype == FLOAT else 0)

@@ -44,9 +44,8 @@ def test_a_mesh_says_what_one_device_says_and_gathers_the_decoder_once(config: M
     np.testing.assert_array_equal(ours.ids, expected.ids)
     np.testing.assert_allclose(ours.scores, expected.scores, rtol=1e-5)
     found = collectives(compiled.as_text(), mesh)
-    # Within the loop over tokens, whose turns nobody knows, travel scores (on CPUs) and tensor's sums, and no more.
+    # Within the loop over tokens, whose turns nobody knows, travel all scores once, on CPUs, and no parameters.
     scores = 4 * CLIPS * SEARCH.beams * DEFINITION.config.vocab_size
     each_token = [c for c in found if not c.bounded and "fsdp" in c.axes]
     assert any(c.kind == "all-gather" for c in found if c not in each_token)
-    assert all(c.kind != "all-gather" or "top_k" in c.name for c in each_token)
-    assert max(c.bytes for c in each_token) <= scores
+    assert sum(c.bytes for c in each_token) <= scores
