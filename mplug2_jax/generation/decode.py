@@ -29,27 +29,15 @@ def generate(
     ``answers``, as :func:`~mplug2_jax.generation.constrained.constrained` takes them, nothing else is said.
     The decoder's parameters are gathered once, not for every token.
     """
-    whole = gathered_once(decoder, decoder.config.dtype)
+    decoder = gathered_once(decoder, decoder.config.dtype)
     with gathered_before():
-        return _generate(whole, memory, memory_mask, config, tokens, seeds, answers)
-
-
-def _generate(
-    decoder: Decoder,
-    memory: Float[Array, "b s d"],
-    memory_mask: Bool[Array, "b s"],
-    config: SearchConfig,
-    tokens: SpecialTokens,
-    seeds: Int[Array, " b"] | None,
-    answers: Int[np.ndarray, "a m"] | None,
-) -> Found:
-    b = memory.shape[0]
-    cache = decoder.start(memory, memory_mask, sequences=config.beams, length=config.max_length)
-    if answers is not None:
-        state = start_possible(cache, answers, b * config.beams)
-        return beam_search(constrained(decoder.step, answers), state, b, config, tokens, given=True)
-    if not config.top_p:
-        return beam_search(decoder.step, cache, b, config, tokens)
-    seeds = jnp.arange(b) if seeds is None else seeds
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), seeds)
-    return sample(decoder.step, cache, keys, config, tokens)
+        b = memory.shape[0]
+        cache = decoder.start(memory, memory_mask, sequences=config.beams, length=config.max_length)
+        if answers is not None:
+            state = start_possible(cache, answers, b * config.beams)
+            return beam_search(constrained(decoder.step, answers), state, b, config, tokens, given=True)
+        if not config.top_p:
+            return beam_search(decoder.step, cache, b, config, tokens)
+        seeds = jnp.arange(b) if seeds is None else seeds
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), seeds)
+        return sample(decoder.step, cache, keys, config, tokens)
