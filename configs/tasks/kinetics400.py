@@ -9,11 +9,13 @@ from ml_collections import ConfigDict
 from mplug2_jax.recipes.base import Sets, files, read_classes
 from mplug2_jax.recipes.classification import classification
 
+PROMPTS = ("{label}", "a video of {label}", "a person is {label}")
+
 
 def get_config(size: str = "large") -> ConfigDict:
-    """The run, at one of the sizes of the model."""
+    """The run, at one of the sizes of the model; ``large,zero_shot`` asks by prompts."""
     sets = Sets(
         train=files("video", "kinetics400/train.csv", "kinetics400/videos", format="kinetics"), examples=240_436,
         asked={"val": files("video", "kinetics400/val.csv", "kinetics400/videos", format="kinetics")},
     )  # fmt: skip
-    return classification("kinetics400", size, sets, read_classes("kinetics400/classes.json", 400))
+    return classification("kinetics400", size, sets, read_classes("kinetics400/classes.json", 400), PROMPTS)

@@ -9,11 +9,13 @@ from ml_collections import ConfigDict
 from mplug2_jax.recipes.base import Sets, files, read_classes
 from mplug2_jax.recipes.classification import classification
 
+PROMPTS = ("{label}", "a video of {label}", "a person is {label}")
+
 
 def get_config(size: str = "large") -> ConfigDict:
-    """The run, at one of the sizes of the model."""
+    """The run, at one of the sizes of the model; ``large,zero_shot`` asks by prompts."""
     sets = Sets(
         train=files("video", "kinetics700/train.csv", "kinetics700/videos", format="kinetics"), examples=541_279,
         asked={"val": files("video", "kinetics700/val.csv", "kinetics700/videos", format="kinetics")},
     )  # fmt: skip
-    return classification("kinetics700", size, sets, read_classes("kinetics700/classes.json", 700))
+    return classification("kinetics700", size, sets, read_classes("kinetics700/classes.json", 700), PROMPTS)

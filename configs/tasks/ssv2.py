@@ -9,12 +9,14 @@ from ml_collections import ConfigDict
 from mplug2_jax.recipes.base import Sets, files, read_classes
 from mplug2_jax.recipes.classification import classification
 
+PROMPTS = ("{label}", "a video of {label}")
+
 
 def get_config(size: str = "large") -> ConfigDict:
-    """The run, at one of the sizes of the model."""
+    """The run, at one of the sizes of the model; ``large,zero_shot`` asks by prompts."""
     name = "ssv2/something-something-v2"
     sets = Sets(
         train=files("video", f"{name}-train.json", "ssv2/videos", format="ssv2"), examples=168_913,
         asked={"validation": files("video", f"{name}-validation.json", "ssv2/videos", format="ssv2")},
     )  # fmt: skip
-    return classification("ssv2", size, sets, read_classes(f"{name}-labels.json", 174), flip=False)
+    return classification("ssv2", size, sets, read_classes(f"{name}-labels.json", 174), PROMPTS, flip=False)

@@ -25,24 +25,29 @@ from mplug2_jax.errors import UserError
 from mplug2_jax.evaluation.answers import read_answers
 from mplug2_jax.evaluation.matching import Matching
 from mplug2_jax.evaluation.metrics.ratio import intervals
+from mplug2_jax.evaluation.prompts import make_prompts
 from mplug2_jax.model.mplug2 import ModelDef, Params
 from mplug2_jax.parallel.placement import batch_shards, check_batch, held_parts, put_batch, replicated
 from mplug2_jax.parallel.processes import gather
 from mplug2_jax.tasks import TASKS
-from mplug2_jax.tasks.base import HostPredictions, TaskContext, parts_for
+from mplug2_jax.tasks.base import HostPredictions, Predictions, Prompts, TaskContext, parts_for
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
     """A task on held-out data. ``samples`` examples are kept for people to look at.
 
-    ``answers`` is a file with a JSON list of all answers that may be given to questions.
+    ``answers`` is a file with a JSON list of all answers that may be given to questions. ``prompts`` are texts that
+    stand for a class, with ``{label}`` where its name belongs, and ``class_names`` what ``data.examples.classes`` are
+    called there; empty: as they are.
     """
 
     task: str
     data: DataConfig
     samples: int = 6
     answers: str = ""
+    prompts: tuple[str, ...] = ()
+    class_names: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +126,12 @@ class Evaluation:
             search = context.settings.search
             listed = read_answers(Path(config.answers), f"{where}.answers", config.data.examples, tokenizer, search)
             context = dataclasses.replace(context, answers=listed)
+        self._prepare = None
+        if task.prepare is not None:
+            context = dataclasses.replace(context, prompts=prompts_of(config, where, definition, tokenizer))
+            self._prepare = jitted_preparation(config.task, definition, context, mesh)
+        elif config.prompts or config.class_names:
+            raise UserError(f"{where}.prompts and class_names are for the task 'zero_shot', not for '{config.task}'")
         self._predict = jitted_prediction(config.task, definition, context, mesh)
         self._matching = None
         if task.match is not None:
@@ -144,10 +155,15 @@ class Evaluation:
         rows: list[dict[str, NDArray[Any]]] = []
         held: dict[int, Example] = {}
         unusable: dict[int, Fault] = {}
+        shared: Predictions = {}
+        if self._prepare is not None:
+            between_batches(f"classes of evaluation {self.name}")
+            with jax.set_mesh(self._mesh):
+                shared = self._prepare(params)
         for batch in self._set.batches(Shard(held_parts(self._mesh), batch_shards(self._mesh))):
             between_batches(f"batch {len(rows) + 1} of evaluation {self.name}")
             with jax.set_mesh(self._mesh):
-                predicted = self._predict(params, put_batch(batch.arrays, self._mesh))
+                predicted = self._predict(params, put_batch(batch.arrays, self._mesh) | shared)
             rows.append({name: np.asarray(value) for name, value in predicted.items()})
             held |= {place: _without_frames(example) for place, example in batch.examples.items()}
             unusable |= batch.faults
@@ -200,6 +216,23 @@ def jitted_prediction(task: str, definition: ModelDef, context: TaskContext, mes
     return jax.jit(
         lambda params, batch: predict(definition.bind(params), batch, context), out_shardings=replicated(mesh)
     )
+
+
+def jitted_preparation(task: str, definition: ModelDef, context: TaskContext, mesh: Mesh) -> Any:
+    """Parameters -> the arrays that a task's batches share, under ``jax.jit``, the same on every device."""
+    prepare = TASKS[task].prepare
+    assert prepare is not None
+    return jax.jit(lambda params: prepare(definition.bind(params), context), out_shardings=replicated(mesh))
+
+
+def prompts_of(config: EvaluationConfig, where: str, definition: ModelDef, tokenizer: Tokenizer) -> Prompts:
+    """An evaluation's prompts. Raises UserError where they do not fit its classes."""
+    classes = config.data.examples.classes
+    names = config.class_names or classes
+    if len(names) != len(classes):
+        raise UserError(f"{where}.class_names are {len(names)}, expected one for each of the {len(classes)} classes")
+    length = definition.config.max_positions
+    return make_prompts(where, config.prompts, names, tokenizer, length, config.data.batch_size)
 
 
 def _without_frames(example: Example) -> Example:

@@ -22,15 +22,16 @@ class ContrastiveHead(nnx.Module):
     @jax.named_scope("contrastive")
     def visual_features(self, tokens: Float[Array, "b s d"]) -> Float[Array, "b e"]:
         """Unit vectors of pictures, from visual token 0."""
-        return _unit(self.visual(tokens[:, 0].astype(jnp.float32)))
+        return unit(self.visual(tokens[:, 0].astype(jnp.float32)))
 
     @jax.named_scope("contrastive")
     def text_features(self, tokens: Float[Array, "b l d"]) -> Float[Array, "b e"]:
         """Unit vectors of texts, from [CLS]."""
-        return _unit(self.text(tokens[:, 0].astype(jnp.float32)))
+        return unit(self.text(tokens[:, 0].astype(jnp.float32)))
 
 
-def _unit(x: Float[Array, "b e"]) -> Float[Array, "b e"]:
+def unit(x: Float[Array, "b e"]) -> Float[Array, "b e"]:
+    """Each row at length 1."""
     # The squared norm is floored (torch's normalize: norm at least 1e-12), which also keeps the gradient finite at 0.
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, -1, keepdims=True), 1e-24))
 

@@ -14,12 +14,13 @@ import numpy as np
 
 from data_pipelines.loader import DataConfig
 from mplug2_jax.errors import UserError, did_you_mean
-from mplug2_jax.evaluation.loop import check_task, jitted_prediction
+from mplug2_jax.evaluation.loop import EvaluationConfig, check_task, jitted_prediction
 from mplug2_jax.model.config import SpecialTokens
 from mplug2_jax.parallel.chips import Topology
 from mplug2_jax.parallel.mesh import make_mesh
-from mplug2_jax.parallel.placement import batch_sharding, check_batch
+from mplug2_jax.parallel.placement import batch_sharding, check_batch, replicated
 from mplug2_jax.tasks import TASKS
+from mplug2_jax.tasks.base import Prompts
 from mplug2_jax.training.compilation import (
     compiler_options,
     describe_program,
@@ -161,7 +162,8 @@ def training_program(config: RunConfig, topology: Topology) -> Program:
 def evaluation_program(config: RunConfig, topology: Topology, name: str) -> Program:
     """What one of a run's evaluations does with a batch; a search is as if no list of answers held it.
 
-    Of retrieval that is re-ranked it is the first step, without matching.
+    Of retrieval that is re-ranked it is the first step, without matching; of classes by prompts the second, once these
+    are encoded.
 
     Raises:
         UserError: an unknown evaluation, one that the model has no parts for, a mesh that does not fit the topology,
@@ -173,13 +175,24 @@ def evaluation_program(config: RunConfig, topology: Topology, name: str) -> Prog
     check_batch(f"config.evaluations.{name}.data.batch_size", data.batch_size, plan.mesh)
     example = {key: shape[1:] for key, (shape, _) in data.shapes().items()}
     check_task(f"config.evaluations.{name}", config.evaluations[name].task, example, plan.definition)
-    batch = abstract_batch(data, plan, mask=True)
     start = time.perf_counter()
     with jax.set_mesh(plan.mesh):
+        batch = {**abstract_batch(data, plan, mask=True), **_shared(plan, config.evaluations[name])}
         predict = jitted_prediction(config.evaluations[name].task, plan.definition, plan.context, plan.mesh)
         params = plan.evaluated_shapes
         lowered = predict.lower(params, batch)
     return Program(name, plan, topology, lowered, params, batch, time.perf_counter() - start)
+
+
+def _shared(plan: Blueprint, evaluation: EvaluationConfig) -> Mapping[str, jax.ShapeDtypeStruct]:
+    """What all batches of an evaluation share, which is made before them. One prompt stands for each class."""
+    prepare, classes = TASKS[evaluation.task].prepare, len(evaluation.data.examples.classes)
+    if prepare is None:
+        return {}
+    context = dataclasses.replace(plan.context, prompts=Prompts(np.zeros((1, classes, 1), np.int32), classes, 1))
+    made = jax.eval_shape(lambda params: prepare(plan.definition.bind(params), context), plan.evaluated_shapes)
+    whole = replicated(plan.mesh)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), made)
 
 
 def abstract_batch(data: DataConfig, plan: Blueprint, *, mask: bool = False) -> Mapping[str, jax.ShapeDtypeStruct]:

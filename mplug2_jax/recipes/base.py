@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -51,26 +51,57 @@ def files(
     )  # fmt: skip
 
 
-def read_classes(path: str, count: int) -> tuple[str, ...]:
-    """The names of all classes, from a JSON list, or an object of names and numbers as SSv2's, below the data folder.
+class Classes(NamedTuple):
+    """What a set's records call their classes, and what people call them."""
 
-    Where there is no file they are placeholders, which no record is of: so a recipe can be looked at without its data.
+    labels: tuple[str, ...]
+    names: tuple[str, ...]
+
+
+def read_classes(path: str, count: int) -> Classes:
+    """All classes of a set, from a JSON file below the data folder.
+
+    That is a list of labels, an object of labels and numbers as SSv2's, or one of labels and names as ImageNet needs,
+    ``{"n01440764": "tench", ...}``. Where there is no file they are placeholders, which no record is of: so a recipe
+    can be looked at without its data.
 
     Raises:
         UserError: a file with something else in it, or another number of classes.
     """
     file = data_folder() / path
     if not file.is_file():
-        return tuple(f"class {i} of {path}" for i in range(count))
+        return Classes(*[tuple(f"class {i} of {path}" for i in range(count))] * 2)
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        names = sorted(content, key=lambda name: int(content[name])) if isinstance(content, dict) else content
-        found = tuple(re.sub(r"[\[\]]", "", name) for name in names)
+        told = isinstance(content, dict)
+        named = told and any(not str(value).isdecimal() for value in content.values())
+        labels = sorted(content, key=lambda label: int(content[label])) if told and not named else list(content)
+        found = Classes(
+            tuple(_plain(label) for label in labels),
+            tuple(_plain(content[label] if named else label) for label in labels),
+        )
     except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{file} should be a JSON list of the names of {count} classes ({error})") from error
-    if len(found) != count:
-        raise UserError(f"{file} names {len(found)} classes, expected {count}")
+    if len(found.labels) != count:
+        raise UserError(f"{file} names {len(found.labels)} classes, expected {count}")
     return found
+
+
+def _plain(text: str) -> str:
+    """Without SSv2's brackets around things."""
+    return re.sub(r"[\[\]]", "", text)
+
+
+def form_of(name: str, arg: str, *forms: str) -> tuple[str, str]:
+    """The size and the form that a page is asked for, as ``large`` or ``large,zero_shot``.
+
+    Raises:
+        UserError: an unknown form.
+    """
+    size, comma, form = arg.partition(",")
+    if comma and form not in forms:
+        raise UserError(f"recipe {name}:{arg}: {did_you_mean(form, forms)}")
+    return size, form
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,6 +121,7 @@ class Family:
     task: str  # of the evaluations
     learned: Mapping[str, Any]  # fields of ExampleConfig, in training
     told: Mapping[str, Any]  # and in evaluations
+    asked: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # further fields of EvaluationConfig
     train_visual: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"transform": "train"})
     test_visual: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"transform": "resize"})
     search: SearchConfig = SearchConfig(beams=5, max_length=31)
@@ -147,7 +179,9 @@ def recipe(name: str, size: str, sets: Sets, family: Family, **overrides: Any) -
         "optimizer": family.optimizer,
         "schedule": ScheduleConfig(warmup_steps=max(1, steps // 20)),
         "evaluations": {
-            key: EvaluationConfig(task=family.task, data=data(source, family.told, family.test_visual, asked))
+            key: EvaluationConfig(
+                task=family.task, data=data(source, family.told, family.test_visual, asked), **family.asked
+            )
             for key, source in sets.asked.items()
         },
         "evaluate_every": 0 if trial else max(1, steps // family.epochs),

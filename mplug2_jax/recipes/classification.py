@@ -1,21 +1,26 @@
-"""Classes of pictures and actions of clips by a head: vision, universal, classifier."""
+"""Classes of pictures and actions of clips, by a head: vision, universal, classifier; or by prompts, from contrast."""
 
 from ml_collections import ConfigDict
 
 from data_pipelines.examples import InstructionConfig
-from mplug2_jax.recipes.base import Family, Sets, recipe
+from mplug2_jax.recipes.base import Classes, Family, Sets, form_of, recipe
 from mplug2_jax.training.optimizer import AdamWConfig
 
 
 def classification(
-    name: str, size: str, sets: Sets, classes: tuple[str, ...], *, epochs: int = 30, flip: bool = True
+    name: str, arg: str, sets: Sets, classes: Classes, prompts: tuple[str, ...], *, epochs: int = 30, flip: bool = True
 ) -> ConfigDict:
-    """Cross entropy with smoothed labels, rates that fall towards the pixels; ``flip=False`` where sides matter."""
-    examples = {"instructions": {"label": InstructionConfig(templates=("",))}, "classes": classes}
+    """Cross entropy with smoothed labels, rates that fall towards the pixels; ``flip=False`` where sides matter.
+
+    ``SIZE,zero_shot`` asks a pretrained model instead, by ``prompts``.
+    """
+    size, form = form_of(name, arg, "zero_shot")
+    examples = {"instructions": {"label": InstructionConfig(templates=("",))}, "classes": classes.labels}
     family = Family(
-        objectives={"classify": 1.0}, task="classify", learned=examples, told=examples, epochs=epochs,
+        objectives={"classify": 1.0}, task=form or "classify", learned=examples, told=examples, epochs=epochs,
         train_visual={"transform": "train", "min_area": 0.2, "flip": flip}, test_visual={"transform": "test"},
         batch_size=256, optimizer=AdamWConfig(learning_rate=1e-4, layer_decay=0.8, weight_decay=0.05),
-        label_smoothing=0.1, num_classes=len(classes),
+        label_smoothing=0.1, num_classes=len(classes.labels),
+        asked={"prompts": prompts, "class_names": classes.names} if form else {},
     )  # fmt: skip
     return recipe(name, size, sets, family)

@@ -2,8 +2,22 @@
 
 from collections.abc import Mapping
 
-from mplug2_jax.tasks import answer, caption, classify, ground, ilm, mlm, rerank, summarise, understand, vlc, vlm, vqa
+from mplug2_jax.tasks import (
+    answer,
+    caption,
+    classify,
+    ground,
+    ilm,
+    mlm,
+    rerank,
+    summarise,
+    understand,
+    vlc,
+    vlm,
+    vqa,
+    zero_shot,
+)
 from mplug2_jax.tasks.base import Task
 
-_MODULES = (mlm, vlc, vlm, rerank, ilm, caption, answer, vqa, summarise, ground, classify)
+_MODULES = (mlm, vlc, vlm, rerank, ilm, caption, answer, vqa, summarise, ground, classify, zero_shot)
 TASKS: Mapping[str, Task] = {module.TASK.name: module.TASK for module in _MODULES} | dict(understand.TASKS)

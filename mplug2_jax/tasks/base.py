@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -44,13 +44,25 @@ class TaskSettings:
         check_range("config.tasks.rerank_k", self.rerank_k, 1)
 
 
+class Prompts(NamedTuple):
+    """Texts of classes: all of a class one after the other, in k batches of r, the last of them filled up."""
+
+    ids: Int[np.ndarray, "k r l"]
+    classes: int
+    templates: int  # texts of each class
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskContext:
-    """The settings, the ids of the run's tokeniser, and the only answers that may be given, where there is a list."""
+    """The settings, the ids of the run's tokeniser, and what some evaluations bring.
+
+    ``answers`` are the only ones that may be given, where there is a list; ``prompts`` stand for classes.
+    """
 
     settings: TaskSettings
     tokens: SpecialTokens
     answers: Int[np.ndarray, "a m"] | None = None
+    prompts: Prompts | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +79,8 @@ class Task:
     """One task.
 
     ``loss`` trains it. ``predict`` runs on the device under jit, ``score`` on the host over all examples, with the mesh
-    in context; a task that has none cannot be evaluated by itself.
+    in context; a task that has none cannot be evaluated by itself, and one without a loss not be trained. ``prepare``
+    makes, on the device too, the arrays that are the same for all batches, and that ``predict`` finds in each of them.
 
     A task whose evaluation compares examples with each other looks at some pairs again, of one's text and another's
     picture. ``match`` runs on the device under jit: ``frames`` of b examples, and of each r texts (``text``,
@@ -79,10 +92,11 @@ class Task:
     name: str
     parts: tuple[str, ...]
     keys: tuple[str, ...]
-    loss: Callable[[Forward, TaskContext], Outcome]
+    loss: Callable[[Forward, TaskContext], Outcome] | None = None
     picture_parts: tuple[str, ...] = ()  # needed too where batches bring frames
     text_parts: tuple[str, ...] = ()  # and where they bring none
     further_parts: tuple[str, ...] = ()  # that prediction uses where the model has them
+    prepare: Callable[[Mplug2, TaskContext], Predictions] | None = None
     predict: Callable[[Mplug2, DeviceBatch, TaskContext], Predictions] | None = None
     score: Callable[[HostPredictions, Sequence[Example], Callable[[Sequence[int]], str]], Scored] | None = None
     match: Callable[[Mplug2, DeviceBatch, TaskContext], Float[Array, "b r"]] | None = None

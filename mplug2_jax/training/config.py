@@ -142,14 +142,15 @@ class RunConfig:
         check_range("config.ema_decay", self.ema_decay, 0, 1 - 1e-9)
         if not self.streams:
             raise UserError("config.streams is empty: a run needs at least one stream of batches")
+        trained = [task for task in TASKS if TASKS[task].loss]
         for name, stream in self.streams.items():
             where = f"config.streams.{name}"
             self._check_data(f"{where}.data", stream.data)
             if not stream.objectives:
-                raise UserError(f"{where}.objectives is empty: {did_you_mean('', TASKS)}")
+                raise UserError(f"{where}.objectives is empty: {did_you_mean('', trained)}")
             for objective in stream.objectives:
-                if objective not in TASKS:
-                    raise UserError(f"{where}.objectives.{objective} is unknown: {did_you_mean(objective, TASKS)}")
+                if objective not in trained:
+                    raise UserError(f"{where}.objectives.{objective} is unknown: {did_you_mean(objective, trained)}")
             if "mlm" in stream.objectives and self.tasks.mlm.whole_word and not stream.data.examples.word_starts:
                 raise UserError(
                     "config.tasks.mlm.whole_word needs to know where words begin: set "

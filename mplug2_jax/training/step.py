@@ -47,7 +47,9 @@ def streams_loss(
         taught = None if teaching is None else Forward(teaching, batches[name], purpose_key(key, "teacher"))
         forward = Forward(model, batches[name], key, teacher=taught, alpha=alpha, queue=queues.get(name))
         for objective, weight in stream.objectives.items():
-            outcome = TASKS[objective].loss(forward, plan.context)
+            loss = TASKS[objective].loss
+            assert loss is not None  # as the config has checked
+            outcome = loss(forward, plan.context)
             total += weight * outcome.loss
             metrics |= {f"{name}/{objective}/{what}": value for what, value in outcome.metrics.items()}
             if outcome.queue is not None:

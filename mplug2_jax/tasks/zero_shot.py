@@ -1,0 +1,48 @@
+"""Classification without a head: the class of a picture or clip is the one whose prompts contrast finds nearest.
+
+Radford et al. 2021, arXiv 2103.00020, section 3.1.4: the unit vectors of a class's prompts are averaged, and the mean
+is made a unit vector again. They are made once for all batches.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from mplug2_jax.model.heads import unit
+from mplug2_jax.model.mplug2 import Mplug2
+from mplug2_jax.objectives.forward import DeviceBatch, Forward
+from mplug2_jax.parallel.logical import constrain
+from mplug2_jax.tasks import classify
+from mplug2_jax.tasks.base import Predictions, Task, TaskContext
+
+
+def prepare(model: Mplug2, context: TaskContext) -> Predictions:
+    """Each class's unit vector, ``class_features`` [c, e]."""
+    prompts = context.prompts
+    assert prompts is not None
+
+    def features(ids: Int[Array, "r l"]) -> Float[Array, "r e"]:
+        ids = constrain(ids, "batch", None)
+        return model.contrastive.text_features(model.text_tokens(ids, ids != context.tokens.pad))
+
+    each = jax.lax.map(features, jnp.asarray(prompts.ids))
+    each = each.reshape(-1, each.shape[-1])[: prompts.classes * prompts.templates]
+    return {"class_features": unit(each.reshape(prompts.classes, prompts.templates, -1).mean(1))}
+
+
+def predict(model: Mplug2, batch: DeviceBatch, context: TaskContext) -> Predictions:
+    """Each class's probability."""
+    del context
+    visual = model.contrastive.visual_features(Forward(model, batch).visual)
+    logits = visual @ batch["class_features"].T / model.contrastive.temperature
+    return {"probabilities": jax.nn.softmax(logits, axis=-1)}
+
+
+TASK = Task(
+    name="zero_shot",
+    parts=("vision", "text", "universal", "contrastive"),
+    keys=("frames", "label"),
+    prepare=prepare,
+    predict=predict,
+    score=classify.score,
+)

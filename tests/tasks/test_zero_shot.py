@@ -1,0 +1,124 @@
+"""Classes by prompts: which texts stand for them, what is nearest, and what is refused."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from data_pipelines.examples import ExampleConfig, InstructionConfig
+from data_pipelines.loader import DataConfig
+from data_pipelines.sources.config import SourceConfig
+from mplug2_jax.config import build, load_recipe
+from mplug2_jax.errors import UserError
+from mplug2_jax.evaluation.loop import Evaluation, EvaluationConfig
+from mplug2_jax.evaluation.prompts import make_prompts
+from mplug2_jax.model.mplug2 import define
+from mplug2_jax.objectives.forward import Forward
+from mplug2_jax.parallel.mesh import MeshConfig, make_mesh
+from mplug2_jax.tasks import zero_shot
+from mplug2_jax.tasks.base import TaskContext, TaskSettings
+from mplug2_jax.training.config import RunConfig, TokenizerConfig
+from mplug2_jax.training.workdir import make_tokenizer, special_tokens
+from tests.runs import SMALL, small_model
+
+PARTS = ("vision", "text", "universal", "contrastive")
+NAMES = ("zero", "one", "two", "seven", "nine")
+TEMPLATES = ("a large {label}", "we see a {label} at the top left")
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer(TokenizerConfig(vocab_size=200))
+
+
+@pytest.fixture(scope="module")
+def definition():
+    return define(small_model(), PARTS)
+
+
+@pytest.fixture(scope="module")
+def params(definition):
+    return definition.init(jax.random.key(0))
+
+
+def evaluation(definition, tokenizer, *, batch_size=8, mesh=None, names=(), prompts=TEMPLATES, task="zero_shot"):
+    data = DataConfig(
+        sources={"digits": SourceConfig(kind="image", split="heldout", size=20)}, visual=SMALL, batch_size=batch_size,
+        examples=ExampleConfig(instructions={"label": InstructionConfig(templates=("",))}, classes=DIGITS),
+    )  # fmt: skip
+    config = EvaluationConfig(task=task, data=data, prompts=prompts, class_names=names)
+    context = TaskContext(settings=TaskSettings(), tokens=special_tokens(tokenizer))
+    one = make_mesh(MeshConfig(), jax.devices()[:1])
+    return Evaluation("digits", config, definition, context, tokenizer, mesh or one, seed=0)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 64])
+def test_a_class_is_the_mean_direction_of_its_prompts(definition, params, tokenizer, rows):
+    prompts = make_prompts("here", TEMPLATES, NAMES, tokenizer, 12, rows)
+    assert prompts.ids.shape[1] == min(rows, 10)
+    model = definition.bind(params)
+    context = TaskContext(settings=TaskSettings(), tokens=special_tokens(tokenizer), prompts=prompts)
+    found = zero_shot.prepare(model, context)["class_features"]
+    assert found.shape == (len(NAMES), 16)
+    for name, features in zip(NAMES, found, strict=True):
+        vectors = []
+        for template in TEMPLATES:
+            ids = jnp.asarray([tokenizer.encode(template.format(label=name), max_length=12)])
+            vectors.append(model.contrastive.text_features(model.text_tokens(ids, jnp.ones(ids.shape, bool)))[0])
+        mean = sum(vectors) / len(vectors)
+        np.testing.assert_allclose(features, mean / jnp.linalg.norm(mean), atol=1e-5)
+
+
+def test_the_nearest_class_is_the_likeliest(definition, params):
+    frames = np.random.default_rng(1).integers(0, 256, (3, 1, 16, 16, 3)).astype(np.uint8)
+    batch = {"frames": jnp.asarray(frames), "class_features": jnp.eye(5, 16)}
+    model = definition.bind(params)
+    visual = model.contrastive.visual_features(Forward(model, batch).visual)
+    context = TaskContext(settings=TaskSettings(), tokens=special_tokens(make_tokenizer(TokenizerConfig())))
+    found = zero_shot.predict(model, batch, context)["probabilities"]
+    np.testing.assert_allclose(found, jax.nn.softmax(visual[:, :5] / 0.07), atol=1e-5)
+
+
+def test_neither_the_batch_size_nor_the_mesh_changes_the_classes(definition, params, tokenizer):
+    whole = evaluation(definition, tokenizer).run(params, 1)
+    split = evaluation(definition, tokenizer, batch_size=16, mesh=make_mesh(MeshConfig(data=2, fsdp=4))).run(params, 1)
+    assert whole.said == split.said
+    assert whole.figures == split.figures
+    assert {"top_1", "top_5"} == set(whole.figures)
+    assert len({row["said"] for row in whole.said}) > 1  # not one class for all
+
+
+def test_names_stand_in_for_labels(definition, params, tokenizer):
+    """The figures count labels; with names that are turned round, what is said is turned round, too."""
+    straight = evaluation(definition, tokenizer).run(params, 1)
+    turned = evaluation(definition, tokenizer, names=DIGITS[::-1]).run(params, 1)
+    opposite = {str(a): b for a, b in zip(DIGITS, DIGITS[::-1], strict=True)}
+    for a, b in zip(straight.said, turned.said, strict=True):
+        if "class" not in a["said"] + b["said"]:  # of a class that no example is of only the number is known
+            assert opposite[a["said"]] == b["said"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"prompts": ()}, "prompts is empty"),
+        ({"prompts": ("a digit",)}, "says the same of every class"),
+        ({"prompts": ("a {label} {x}",)}, "valid braces: {label}"),
+        ({"names": ("one", "two")}, "class_names are 2, expected one for each of the 10 classes"),
+        ({"task": "classify"}, "are for the task 'zero_shot', not for 'classify'"),
+    ],
+)
+def test_what_makes_no_prompts_is_refused(tokenizer, fields, message):
+    both = define(dataclasses.replace(small_model(), num_classes=10), (*PARTS, "classifier"))
+    with pytest.raises(UserError, match=message):
+        evaluation(both, tokenizer, **fields)
+
+
+def test_a_task_without_a_loss_is_no_objective():
+    recipe = load_recipe("digitworld:digit")
+    recipe.streams.digits.objectives = {"zero_shot": 1.0}
+    with pytest.raises(UserError, match=r"objectives.zero_shot is unknown"):
+        build(RunConfig, recipe)
