@@ -11,7 +11,7 @@ from mplug2_jax.errors import UserError, did_you_mean
 from mplug2_jax.model.vision import resize_positions
 from mplug2_jax.training.checkpoints import Checkpoints, open_checkpoint
 from mplug2_jax.training.config import RunConfig
-from mplug2_jax.training.freezing import PAIR, join
+from mplug2_jax.training.freezing import PAIR, join, part_of, split
 from mplug2_jax.training.lora import without_pairs
 from mplug2_jax.training.state import Blueprint, TrainState, fresh_average
 
@@ -43,6 +43,9 @@ def _started(plan: Blueprint, checkpoints: Checkpoints, step: int) -> tuple[Trai
     has = {path[1] for path in stored if path[0] == "params"}
     wanted = _wanted(plan.config, set(plan.shapes["params"]), has)
     fresh = sorted(set(plan.shapes["params"]) - set(wanted))
+    # What was trained on pictures alone has no temporal units; fresh ones change nothing of a clip's frames.
+    still = "vision" in wanted and "temporal" not in {part_of(path[1:]) for path in stored if path[0] == "params"}
+    fresh += ["temporal"] if still and "temporal" in plan.definition.parts else []
     trees = {path[0] for path in stored}
     own = "ema" if "ema" in trees else "params"
     taken_as = ", averaged" if own == "ema" else ""
@@ -53,6 +56,7 @@ def _started(plan: Blueprint, checkpoints: Checkpoints, step: int) -> tuple[Trai
     for tree in {"params", "teacher"} & set(plan.shapes):
         kept = "teacher" if tree == "teacher" and "teacher" in trees else own
         like = without_pairs({part: plan.shapes[tree][part] for part in wanted})
+        like = split(like, ("temporal",))[0] if still else like
         taken[tree] = _restored(checkpoints, step, kept, like, said)
     state = plan.init()
     state |= {tree: join(parts, state[tree]) for tree, parts in taken.items()}
@@ -62,11 +66,12 @@ def _started(plan: Blueprint, checkpoints: Checkpoints, step: int) -> tuple[Trai
 
 
 def _wanted(config: RunConfig, own: set[str], has: set[str]) -> Sequence[str]:
-    if config.init_parts:
-        for part in config.init_parts:
-            if part not in own:
-                raise UserError(f"config.init_parts names {part!r}: {did_you_mean(part, own)}")
-    wanted = config.init_parts or tuple(sorted(own))
+    # Temporal units come and go with the tower that they are in.
+    chosen = tuple(part for part in config.init_parts if part != "temporal")
+    for part in chosen:
+        if part not in own:
+            raise UserError(f"config.init_parts names {part!r}: {did_you_mean(part, own)}")
+    wanted = chosen or tuple(sorted(own))
     missing = [part for part in wanted if part not in has]
     if missing:
         there = ", ".join(part for part in wanted if part in has) or "none of them"

@@ -16,6 +16,7 @@ from mplug2_jax.parallel.mesh import MeshConfig, make_mesh
 from mplug2_jax.tasks.base import TaskSettings
 from mplug2_jax.training.checkpoints import Checkpoints
 from mplug2_jax.training.config import CheckpointConfig, TokenizerConfig
+from mplug2_jax.training.freezing import split
 from mplug2_jax.training.position import Identity, Position
 from mplug2_jax.training.starting import first_state
 from mplug2_jax.training.state import Blueprint, plan_run
@@ -82,6 +83,23 @@ def test_parts_can_be_chosen_and_the_rest_is_fresh(whole: tuple[Path, dict[str, 
     assert_equal(state["params"]["text"], theirs["params"]["text"])
     assert_equal(state["params"]["mlm"], plan.init()["params"]["mlm"])
     assert said[1] == "  fresh: mlm, universal"
+
+
+def test_clips_start_from_what_saw_pictures_alone_with_fresh_temporal_units(tmp_path: Path) -> None:
+    streams = small_run().streams
+    pictures = {"image_text": dataclasses.replace(streams["image_text"], objectives={"vlc": 1.0})}
+    still = plan_run(
+        small_run(evaluations={}, streams=pictures, seed=7), SpecialTokens(), make_mesh(MeshConfig())
+    )  # fmt: skip
+    theirs = still.init()
+    folder = saved(tmp_path, still, theirs)
+    plan = planned(clips=True, init_from=str(folder), init_parts=("vision", "temporal"))
+    state, said = first_state(plan)
+    units, others = split(state["params"], set(plan.definition.parts) - {"temporal"})
+    assert_equal(others["vision"], theirs["params"]["vision"] | {"blocks": others["vision"]["blocks"]})
+    assert_equal(others["vision"]["blocks"], theirs["params"]["vision"]["blocks"])
+    assert_equal(units["vision"], split(plan.init()["params"], {"vision"})[0]["vision"])
+    assert said[1] == "  fresh: contrastive, text, universal, temporal"
 
 
 def test_parts_that_are_missing_are_named_with_the_remedy(whole: tuple[Path, dict[str, Any]]) -> None:
