@@ -154,6 +154,15 @@ def sentences(scene: Scene, rng: np.random.Generator, *, moving: bool) -> tuple[
     return (captions(scene, rng, moving=moving)[0], *_pick_many(rng, facts, int(rng.integers(3))))
 
 
+def report(scene: Scene, rng: np.random.Generator, *, moving: bool) -> Question:
+    """Every fact of a scene, one after the other in random order, and in answer the one description that holds all."""
+    last: Detail = "motion" if moving else "place"
+    facts = [f"the {thing.name} is {value}" for thing in scene.things for value in (thing.colour, thing.size)]
+    facts += [f"the {thing.name} {_action(thing) if moving else f'is at the {thing.place}'}" for thing in scene.things]
+    summary = " and ".join(_describe(thing, ("size", "colour", last)) for thing in scene.things)
+    return Question(" ".join(_pick_many(rng, facts, len(facts))), summary, "summary")
+
+
 def _relations(a: Thing, b: Thing) -> list[str]:
     """How two still things lie to each other."""
     (a_row, a_column), (b_row, b_column) = a.place.split(), b.place.split()

@@ -31,7 +31,7 @@ class DigitWorld:
     ``num_frames``. Held-out records show handwriting that no training record shows.
 
     The label of a picture is its largest digit (``IMAGE_LABELS``), that of a clip what its largest digit does
-    (``VIDEO_LABELS``). Text records have sentences and entailments, no frames.
+    (``VIDEO_LABELS``). Text records have sentences, entailments, and as a question a report to be summed up; no frames.
 
     Args:
         kind: what the records are: "image", "video" or "text".
@@ -90,6 +90,7 @@ class DigitWorld:
                 key=key,
                 texts=language.sentences(scene, rng, moving=moving),
                 entailments=language.entailments(scene, rng, moving=moving),
+                questions=(language.report(scene, rng, moving=moving),),
             )
         return Record(
             key=key,
@@ -132,7 +133,7 @@ def vocabulary_texts(count: int = 2000, seed: int = 0) -> Iterator[str]:
         world = DigitWorld(kind, seed=seed, size=count)
         for record in map(world.__getitem__, range(count)):
             yield from (*record.captions, *record.texts)
-            for question in record.questions:
+            for question in record.questions if kind != "text" else ():  # reports are made of other texts' words
                 yield from (question.question, question.answer)
             yield from (expression.text for expression in record.expressions)
             for entailment in record.entailments:

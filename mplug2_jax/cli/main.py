@@ -7,11 +7,11 @@ from typing import Any
 
 from data_pipelines.errors import DataError
 from mplug2_jax import __version__
-from mplug2_jax.cli import convert, data, embed, evaluate, generate, launch, plan, replay, report, tasks, train
+from mplug2_jax.cli import convert, data, demo, embed, evaluate, generate, launch, plan, replay, report, tasks, train
 from mplug2_jax.errors import PREEMPTED, USER_ERROR, Preempted, UserError
 
 # Each module adds one parser and sets its ``run``; heavy imports wait until a command runs, so that --help is instant.
-COMMANDS = (train, evaluate, generate, embed, tasks, plan, launch, convert, data, report, replay)
+COMMANDS = (train, evaluate, generate, embed, tasks, demo, plan, launch, convert, data, report, replay)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -377,3 +377,19 @@ def test_entailments_follow_from_the_premise_alone() -> None:
                 assert entailment.answer == "maybe"
                 assert not any(name in facts for facts in premise)
     assert min(first.values()) > 150
+
+
+def test_a_report_tells_every_fact_once_and_its_summary_all_of_them() -> None:
+    world = DigitWorld("text")
+    for index in range(200):
+        (question,) = world[index].questions
+        told = re.findall(
+            r"the (\w+) (.+?)(?= the (?:zero|one|two|three|four|five|six|seven|eight|nine) |$)", question.question
+        )
+        things = world.scene(index).things
+        assert len(told) == 3 * len(things) == len(set(told))
+        summary = {facts["digit"]: facts for facts in map(facts_in, clauses(question.answer))}
+        assert set(summary) == {thing.name for thing in things} == {name for name, _ in told}
+        for thing in things:
+            assert summary[thing.name].items() <= facts_of(thing).items()
+            assert {"colour", "size"} < set(summary[thing.name])

@@ -1,0 +1,111 @@
+"""``mplug2 demo``: what a pretrained model is good for, on data that is drawn."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mplug2_jax.cli.common import add_command, table
+from mplug2_jax.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from mplug2_jax.evaluation.loop import EvaluationResult
+    from mplug2_jax.training.config import RunConfig
+
+
+def add_parser(commands: Any) -> None:
+    """Adds the command."""
+    parser = add_command(
+        commands, "demo", run, config=True,
+        what="tasks: fine-tune a model that the demo has pretrained on each task of DigitWorld, and print the board: "
+        "what it could before, what it can after, and what chance or a constant gets. Pretrains it first if need be; "
+        "goes on where it was ended. About half an hour of two CPU cores.",
+        example="mplug2 demo tasks --only grounding --only action",
+    )  # fmt: skip
+    parser.add_argument("what", choices=("tasks",), help="what to show")
+    parser.add_argument("--pretrained", type=Path, default=Path("runs/demo"), help="(default: %(default)s)")
+    parser.add_argument("--workdir", type=Path, default=Path("runs/tasks"), help="for the runs (default: %(default)s)")
+    parser.add_argument("--only", action="append", metavar="TASK", help="this one; may be given several times")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the tasks one after the other and prints the board."""
+    from mplug2_jax.recipes.digitworld import TRIALS
+    from mplug2_jax.report import write_report
+    from mplug2_jax.training.loop import train
+
+    for name in args.only or ():
+        if name not in TRIALS:
+            raise UserError(f"--only {name} is no task of the demo: {did_you_mean(name, TRIALS)}")
+    _pretrain(args.pretrained)
+    rows: list[Sequence[str]] = []
+    names = args.only or list(TRIALS)
+    for i, name in enumerate(names):
+        print(f"\n{name} ({i + 1} of {len(names)})", flush=True)
+        config, parts = _config(name, args.pretrained, args.overrides)
+        before = _ask(name, args.pretrained, args.overrides)
+        after = {result.name: result for result in train(config, args.workdir / name)}
+        print(f"report: {write_report(args.workdir / name)}")
+        rows += [
+            _row(parts, config.steps, asked.figure, before.get(key), after[key])
+            for key, asked in TRIALS[name].asked.items()
+        ]
+    header = ("task", "parts", "steps", "figure", "before", "after", "95 % of draws", "baseline")
+    print(f"\n{table(rows, header, right=(2, 4, 5, 6, 7))}")
+    return 0
+
+
+def _pretrain(path: Path) -> None:
+    from mplug2_jax.config import build, load_recipe
+    from mplug2_jax.training.config import RunConfig
+    from mplug2_jax.training.loop import train
+
+    if not path.exists():
+        print(f"{path} is not there: pretraining it, as make demo does", flush=True)
+        train(build(RunConfig, load_recipe("demo")), path)
+
+
+def _config(name: str, pretrained: Path, overrides: "Sequence[str]") -> "tuple[RunConfig, Sequence[str]]":
+    """A task's run from what was pretrained, and its parts."""
+    from mplug2_jax.config import build, load_recipe
+    from mplug2_jax.training.checkpoints import open_checkpoint
+    from mplug2_jax.training.config import RunConfig
+
+    checkpoints, step = open_checkpoint(pretrained)
+    has = checkpoints.identity(step).parts
+    checkpoints.close()
+    recipe = load_recipe(f"digitworld:{name}", overrides)
+    parts = build(RunConfig, recipe).parts()
+    recipe.init_from, recipe.init_parts = str(pretrained), tuple(part for part in parts if part in has)
+    return build(RunConfig, recipe), parts
+
+
+def _ask(name: str, path: Path, overrides: "Sequence[str]") -> "Mapping[str, EvaluationResult]":
+    """What the pretrained model makes of a run's evaluations; nothing where it lacks a part."""
+    from mplug2_jax.tasks import TASKS
+    from mplug2_jax.training.evaluating import Evaluator, by_recipe
+
+    subject = by_recipe(f"digitworld:{name}", path, overrides)
+    try:
+        if not all(set(TASKS[each.task].parts) <= set(subject.parts) for each in subject.config.evaluations.values()):
+            return {}
+        evaluator = Evaluator(subject)
+        params, step = evaluator.read(subject.step)
+        results = {}
+        for result in evaluator.run(params, step, list(evaluator.evaluations), lambda phase: None):
+            print(f"before: {result.line()}", flush=True)
+            results[result.name] = result
+        return results
+    finally:
+        subject.checkpoints.close()
+
+
+def _row(
+    parts: "Sequence[str]", steps: int, figure: str, before: "EvaluationResult | None", after: "EvaluationResult"
+) -> "Sequence[str]":
+    from mplug2_jax.evaluation.metrics.units import show
+
+    told = [show(figure, result.figures[figure]) if result else "-" for result in (before, after)]
+    interval = " to ".join(show(figure, end) for end in after.intervals[figure])
+    return (after.name, ", ".join(parts), str(steps), figure, *told, interval, show(figure, after.baselines[figure]))

@@ -1,0 +1,165 @@
+"""Tasks of DigitWorld for what the demo has pretrained: each learns a little, or is asked without learning."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from data_pipelines.digitworld.scene import COLOURS, DIGITS, PLACES
+from data_pipelines.digitworld.source import IMAGE_LABELS, VIDEO_LABELS
+from data_pipelines.examples import ExampleConfig, InstructionConfig
+from data_pipelines.loader import DataConfig
+from data_pipelines.record import Kind
+from data_pipelines.sources.config import SourceConfig
+from mplug2_jax.config import as_recipe
+from mplug2_jax.errors import UserError, did_you_mean
+from mplug2_jax.evaluation.loop import EvaluationConfig
+from mplug2_jax.generation.beam import SearchConfig
+from mplug2_jax.model.config import model_config
+from mplug2_jax.tasks.base import TaskSettings
+from mplug2_jax.training.config import CheckpointConfig, RunConfig, StreamConfig, TokenizerConfig
+from mplug2_jax.training.optimizer import AdamWConfig
+from mplug2_jax.training.schedule import ScheduleConfig
+
+CLASSES = {"image": IMAGE_LABELS, "video": VIDEO_LABELS}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Asked:
+    """An evaluation of a run, and the figure that the board shows of it."""
+
+    task: str
+    figure: str
+    examples: Mapping[str, Any]  # fields of ExampleConfig
+    more: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # fields of EvaluationConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trial:
+    """What a run learns, and what it is asked."""
+
+    kind: Kind
+    objective: str
+    learned: Mapping[str, Any]  # fields of ExampleConfig
+    asked: Mapping[str, Asked]
+    steps: int
+    batch_size: int
+
+
+def _told(instruction: str, template: str, *, length: int, answer: int) -> Mapping[str, Any]:
+    """Fields of examples with one kind of instruction, its length and the answer's."""
+    instructions = {instruction: InstructionConfig(templates=(template,))}
+    return {"instructions": instructions, "instruction_length": length, "target_length": answer}
+
+
+def _words(
+    kind: Kind, name: str, task: str, figure: str, examples: Mapping[str, Any], *, objective: str = "ilm",
+    steps: int = 300, batch_size: int = 48,
+) -> Trial:  # fmt: skip
+    """What is told in words is learned as it is asked."""
+    asked = {name: Asked(task=task, figure=figure, examples=examples)}
+    return Trial(kind=kind, objective=objective, learned=examples, asked=asked, steps=steps, batch_size=batch_size)
+
+
+def _classes(kind: Kind, name: str, *, steps: int, batch_size: int) -> Trial:
+    examples = {"instructions": {"label": InstructionConfig(templates=("",))}, "classes": CLASSES[kind]}
+    return _words(kind, name, "classify", "top_1", examples, objective="classify", steps=steps, batch_size=batch_size)
+
+
+def _contrast(
+    kind: Kind, by_prompts: str, prompts: tuple[str, ...], names: tuple[str, ...], *, steps: int, batch_size: int
+) -> Trial:
+    """Retrieval; and classes, which are never told, by prompts that are worded as captions are."""
+    texts = {"text_length": 24}
+    label = {"instructions": {"label": InstructionConfig(templates=("",))}, "classes": CLASSES[kind]}
+    asked = {
+        f"{kind}_retrieval": Asked(task="vlc", figure="text_to_visual_r1", examples=texts),
+        by_prompts: Asked(
+            task="zero_shot", figure="top_1", examples=label, more={"prompts": prompts, "class_names": names}
+        ),
+    }
+    return Trial(kind=kind, objective="vlc", learned=texts, asked=asked, steps=steps, batch_size=batch_size)
+
+
+def _motion(label: str) -> str:
+    return "stays still" if label == "still" else label.replace("moving", "moves")
+
+
+TRIALS: Mapping[str, Trial] = {
+    "image_caption": _words(
+        "image", "image_caption", "caption", "cider", _told("caption", "describe the picture", length=12, answer=24)
+    ),
+    "video_caption": _words(
+        "video", "video_caption", "caption", "cider", _told("caption", "describe the clip", length=12, answer=24),
+        batch_size=24,
+    ),
+    "image_question": _words(
+        "image", "image_question", "answer", "accuracy", _told("question", "{question}", length=12, answer=8)
+    ),
+    "video_question": _words(
+        "video", "video_question", "answer", "accuracy", _told("question", "{question}", length=12, answer=8),
+        batch_size=24,
+    ),
+    "image_retrieval": _contrast(
+        "image", "digit_by_prompts", tuple(f"a large {c} {{label}} at the {p}" for c in COLOURS for p in PLACES),
+        IMAGE_LABELS, steps=600, batch_size=96,
+    ),
+    "video_retrieval": _contrast(
+        "video", "action_by_prompts", tuple(f"a large {c} {d} {{label}}" for c in COLOURS for d in DIGITS),
+        tuple(map(_motion, VIDEO_LABELS)), steps=600, batch_size=48,
+    ),
+    "grounding": _words(
+        "image", "grounding", "ground", "accuracy_at_0.5",
+        _told("box", "where is {expression}?", length=16, answer=8), objective="answer",
+    ),
+    "digit": _classes("image", "digit", steps=300, batch_size=96),
+    "action": _classes("video", "action", steps=300, batch_size=48),
+    "entailment": _words(
+        "text", "entailment", "answer", "accuracy",
+        _told("entailment", "{premise} means {hypothesis}?", length=32, answer=4),
+    ),
+    "summary": _words(
+        "text", "summary", "summarise", "rouge_2", _told("question", "{question}", length=56, answer=24)
+    ),
+}  # fmt: skip
+
+
+def digitworld(name: str) -> ConfigDict:
+    """A task's run.
+
+    Raises:
+        UserError: an unknown task.
+    """
+    if name not in TRIALS:
+        raise UserError(f"recipe digitworld:{name}: {did_you_mean(name, TRIALS)}")
+    trial = TRIALS[name]
+
+    def data(examples: Mapping[str, Any], split: str, size: int | None, batch_size: int) -> DataConfig:
+        return DataConfig(
+            sources={"digits": SourceConfig(kind=trial.kind, split=split, size=size)},
+            examples=ExampleConfig(**examples), batch_size=batch_size,
+        )  # fmt: skip
+
+    seen = data(trial.learned, "train", None, trial.batch_size)
+    return as_recipe(
+        RunConfig(
+            name=name,
+            steps=trial.steps,
+            # The demo's, so that its weights fit.
+            model=model_config(
+                "tiny", dtype="float32", attention_dropout=0.0, dropout=0.0, scan_unroll=4,
+                num_classes=len(trial.learned.get("classes", ())),
+            ),
+            tokenizer=TokenizerConfig(vocab_size=512),
+            streams={"digits": StreamConfig(data=seen, objectives={trial.objective: 1.0})},
+            tasks=TaskSettings(search=SearchConfig(beams=1, max_length=23)),
+            optimizer=AdamWConfig(learning_rate=5e-4, b2=0.98, weight_decay=0.05),
+            schedule=ScheduleConfig(warmup_steps=20),
+            checkpoint=CheckpointConfig(every_steps=1000, keep=1),
+            evaluations={
+                key: EvaluationConfig(task=asked.task, data=data(asked.examples, "heldout", 256, 64), **asked.more)
+                for key, asked in trial.asked.items()
+            },
+        )
+    )  # fmt: skip
