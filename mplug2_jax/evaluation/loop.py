@@ -17,15 +17,17 @@ from data_pipelines.errors import DataError
 from data_pipelines.examples import Example
 from data_pipelines.faults import Fault, check_share
 from data_pipelines.loader import DataConfig, EvaluationSet
-from data_pipelines.media import write_image
 from data_pipelines.order import Shard
 from data_pipelines.sources.files import write_atomically
 from data_pipelines.tokenizers import Tokenizer
 from mplug2_jax.errors import UserError
 from mplug2_jax.evaluation.answers import read_answers
 from mplug2_jax.evaluation.matching import Matching
+from mplug2_jax.evaluation.metrics.classification import Confusion
 from mplug2_jax.evaluation.metrics.ratio import intervals
 from mplug2_jax.evaluation.prompts import make_prompts
+from mplug2_jax.evaluation.samples import Sample, choose, right_answers
+from mplug2_jax.evaluation.samples import save as save_samples
 from mplug2_jax.model.mplug2 import ModelDef, Params
 from mplug2_jax.parallel.placement import batch_shards, check_batch, held_parts, put_batch, replicated
 from mplug2_jax.parallel.processes import gather
@@ -35,7 +37,7 @@ from mplug2_jax.tasks.base import HostPredictions, Predictions, Prompts, TaskCon
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """A task on held-out data. ``samples`` examples are kept for people to look at.
+    """A task on held-out data. ``samples`` examples are kept for people to look at, and a few of the best and worst.
 
     ``answers`` is a file with a JSON list of all answers that may be given to questions. ``prompts`` are texts that
     stand for a class, with ``{label}`` where its name belongs, and ``class_names`` what ``data.examples.classes`` are
@@ -48,19 +50,6 @@ class EvaluationConfig:
     answers: str = ""
     prompts: tuple[str, ...] = ()
     class_names: tuple[str, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True)
-class Sample:
-    """One example with what the model said to it."""
-
-    example: Example
-    said: str
-
-    @property
-    def true(self) -> tuple[str, ...]:
-        """What would have been right."""
-        return self.example.answers or (self.example.text,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +66,10 @@ class EvaluationResult:
     samples: tuple[Sample, ...]
     faults: tuple[Fault, ...] = ()  # records that were left out, because they cannot be used
     intervals: Mapping[str, tuple[float, float]] = dataclasses.field(default_factory=dict)  # 95 % of each figure
-    said: tuple[Mapping[str, str], ...] = ()  # to every example: its key, its instruction, what the model said
+    said: tuple[Mapping[str, Any], ...] = ()  # to every example: key, instruction, said, true (a text), goodness
+    confusion: Confusion | None = None  # of classes
+    recipe: str = ""  # the name of the config that it is an evaluation of
+    formats: tuple[str, ...] = ()  # of its data
 
     def line(self) -> str:
         """For people who watch."""
@@ -107,8 +99,10 @@ class Evaluation:
         mesh: Mesh,
         *,
         seed: int,
+        recipe: str = "",
     ) -> None:
         self.name, self._config, self._mesh, self._tokenizer = name, config, mesh, tokenizer
+        self._recipe, self._formats = recipe, tuple(sorted({source.format for source in config.data.sources.values()}))
         where = f"config.evaluations.{name}"
         check_batch(f"{where}.data.batch_size", config.data.batch_size, mesh)
         try:
@@ -178,16 +172,19 @@ class Evaluation:
                 match = functools.partial(self._matching.run, params, examples, between_batches, self.name)
                 predictions = self._refine(predictions, list(examples.values()), self._context, match)
             scored = self._score(predictions, list(examples.values()), reader)
-        shown = zip(places[: self._config.samples], scored.said, strict=False)
-        samples = tuple(Sample(self._set[place], said) for place, said in shown)
+        # Other batch sizes and meshes change the last digits, and shall not change which are the best.
+        goodness = [round(float(value), 4) for value in scored.goodness]
+        samples = choose(examples, scored, goodness, self._config.samples, self._set.__getitem__)
         figures = {name: figure.value for name, figure in scored.figures.items()}
         said = tuple(
-            {"key": example.key, "instruction": example.instruction, "said": words}
-            for example, words in zip(examples.values(), scored.said, strict=True)
-        )
+            {"key": example.key, "instruction": example.instruction, "said": words, "true": right_answers(example)[0],
+             "goodness": good}
+            for example, words, good in zip(examples.values(), scored.said, goodness, strict=True)
+        )  # fmt: skip
         return EvaluationResult(
             self.name, self._config.task, step, len(examples), time.perf_counter() - start, figures, scored.baselines,
-            samples, tuple(faults.values()), intervals(scored.figures), said,
+            samples, tuple(faults.values()), intervals(scored.figures), said, scored.confusion, self._recipe,
+            self._formats,
         )  # fmt: skip
 
 
@@ -271,20 +268,11 @@ def _unpacked(packed: Mapping[str, Any]) -> Example:
 def save_result(result: EvaluationResult, folder: Path) -> Path:
     """Writes ``NAME.json``; beforehand, beside it, the samples' frames and ``NAME.jsonl``: all that was said."""
     folder.mkdir(parents=True, exist_ok=True)
-    samples = []
-    for i, sample in enumerate(result.samples):
-        row: dict[str, Any] = {
-            "key": sample.example.key, "instruction": sample.example.instruction, "text": sample.example.text,
-            "said": sample.said, "true": list(sample.true),
-        }  # fmt: skip
-        frames = sample.example.arrays.get("frames")
-        if frames is not None:
-            row["frames"] = f"{result.name}-{i}.png"
-            scale = max(1, 96 // frames.shape[1])
-            write_image(folder / row["frames"], np.concatenate(list(frames), axis=1), scale)
-        samples.append(row)
-    fields = ("name", "task", "step", "examples", "seconds", "figures", "intervals", "baselines")
-    content = {field: getattr(result, field) for field in fields} | {"samples": samples}
+    fields = ("name", "task", "recipe", "formats", "step", "examples", "seconds", "figures", "intervals", "baselines")
+    content = {field: getattr(result, field) for field in fields}
+    content["samples"] = save_samples(result.samples, result.name, folder)
+    if result.confusion is not None:
+        content["confusion"] = result.confusion.content()
     content["skipped"] = [dataclasses.asdict(fault) for fault in result.faults]
     lines = "".join(f"{json.dumps(row)}\n" for row in result.said)
     write_atomically(str(folder / f"{result.name}.jsonl"), lines.encode())

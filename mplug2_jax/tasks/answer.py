@@ -34,7 +34,7 @@ def score(predictions: HostPredictions, examples: Sequence[Example], decode: Cal
     said = [decode(row.tolist()) for row in predictions["ids"]]
     hits = np.asarray([s in example.answers for s, example in zip(said, examples, strict=True)], np.float64)
     majority = Counter(example.answers[0] for example in examples).most_common(1)[0][1]
-    return Scored(figures={"accuracy": Ratio(hits)}, baselines={"accuracy": majority / len(examples)}, said=said)
+    return Scored({"accuracy": Ratio(hits)}, {"accuracy": majority / len(examples)}, said, goodness=hits)
 
 
 TASK = Task(

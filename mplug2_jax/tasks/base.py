@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from data_pipelines.batch import BATCH_KEYS
 from data_pipelines.examples import Example
 from mplug2_jax.errors import UserError, check_range
+from mplug2_jax.evaluation.metrics.classification import Confusion
 from mplug2_jax.evaluation.metrics.ratio import Figure
 from mplug2_jax.generation.beam import SearchConfig
 from mplug2_jax.model.config import PARTS, SpecialTokens
@@ -66,12 +67,27 @@ class TaskContext:
 
 
 @dataclasses.dataclass(frozen=True)
+class Nearest:
+    """What retrieval found for each example, the nearest first, as places among the examples.
+
+    A picture of several examples is its first one.
+    """
+
+    texts: Int[np.ndarray, "n k"]  # for the example's picture
+    pictures: Int[np.ndarray, "n j"]  # for its text
+    picture: Int[np.ndarray, " n"]  # which each example has: what is right is of the same
+
+
+@dataclasses.dataclass(frozen=True)
 class Scored:
     """The result of an evaluation: figures by name, shares as fractions, scores as their field quotes them."""
 
     figures: Mapping[str, Figure]
     baselines: Mapping[str, float]  # the same figures for something that has learned nothing
     said: Sequence[str]  # for each example, what the model said, in words
+    goodness: Float[np.ndarray, " n"]  # and how good that was: the higher, the better
+    confusion: Confusion | None = None  # of classes
+    nearest: Nearest | None = None  # of retrieval
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 from data_pipelines.examples import Example
 from mplug2_jax.evaluation.metrics.caption import caption_scores, tokens
+from mplug2_jax.evaluation.metrics.ratio import Ratio
 from mplug2_jax.generation.decode import generate
 from mplug2_jax.model.mplug2 import Mplug2
 from mplug2_jax.objectives.forward import DeviceBatch, Forward, Outcome
@@ -28,13 +29,18 @@ def predict(model: Mplug2, batch: DeviceBatch, context: TaskContext) -> Predicti
 
 
 def score(predictions: HostPredictions, examples: Sequence[Example], decode: Callable[[Sequence[int]], str]) -> Scored:
-    """CIDEr, BLEU and ROUGE-L against all captions of a picture, beside the captions of another picture."""
+    """CIDEr, BLEU and ROUGE-L against all captions of a picture, beside the captions of another picture.
+
+    How good a caption is, is its CIDEr.
+    """
     said = [decode(row.tolist()) for row in predictions["ids"]]
     references = [tokens(example.answers) for example in examples]  # once, for both
     shifted = [answers[0] for answers in (*references[1:], references[0])]
     figures = caption_scores(tokens(said), references, tokenise=False)
     baselines = caption_scores(shifted, references, tokenise=False)
-    return Scored(figures, {name: figure.value for name, figure in baselines.items()}, said)
+    cider = figures["cider"]
+    assert isinstance(cider, Ratio)
+    return Scored(figures, {name: figure.value for name, figure in baselines.items()}, said, goodness=cider.values)
 
 
 TASK = Task(

@@ -4,10 +4,10 @@ from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from data_pipelines.examples import Example
-from mplug2_jax.evaluation.metrics.classification import top_k
+from mplug2_jax.evaluation.metrics.classification import taken_for, top_k
 from mplug2_jax.model.mplug2 import Mplug2
 from mplug2_jax.objectives.classification import class_loss
 from mplug2_jax.objectives.forward import DeviceBatch, Forward, Outcome
@@ -26,17 +26,28 @@ def predict(model: Mplug2, batch: DeviceBatch, context: TaskContext) -> Predicti
 
 
 def score(predictions: HostPredictions, examples: Sequence[Example], decode: Callable[[Sequence[int]], str]) -> Scored:
-    """Top-1 and, of more than five classes, top-5 accuracy, beside always naming the most frequent classes."""
+    """Top-1 and, of more than five classes, top-5 accuracy, beside always naming the most frequent classes.
+
+    How good a prediction is, is the right class's probability.
+    """
     del decode
     probabilities = predictions["probabilities"]
     labels = np.asarray([int(example.arrays["label"]) for example in examples])
     counts = np.bincount(labels, minlength=probabilities.shape[1])
     names = {f"top_{k}": k for k in (1, 5) if k == 1 or probabilities.shape[1] > k}
+    said = probabilities.argmax(1)
     return Scored(
         figures={name: top_k(probabilities, labels, k) for name, k in names.items()},
         baselines={name: float(np.sort(counts)[::-1][:k].sum() / len(labels)) for name, k in names.items()},
-        said=class_names(probabilities.argmax(1), examples),
+        said=class_names(said, examples),
+        goodness=of_right(probabilities, labels),
+        confusion=taken_for(said, labels, class_names(np.arange(probabilities.shape[1]), examples)),
     )
+
+
+def of_right(probabilities: Float[np.ndarray, "n c"], labels: Int[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+    """The probability of each example's own class; 0 where it is not a number."""
+    return np.nan_to_num(np.take_along_axis(probabilities, labels[:, None], axis=1)[:, 0])
 
 
 def class_names(said: Int[np.ndarray, " n"], examples: Sequence[Example]) -> list[str]:

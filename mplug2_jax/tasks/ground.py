@@ -21,7 +21,7 @@ def score(predictions: HostPredictions, examples: Sequence[Example], decode: Cal
     constant = overlaps(np.broadcast_to(true.mean(0), true.shape), true)
     figures = {"accuracy_at_0.5": box_accuracy(found), "mean_iou": mean_iou(found)}
     baselines = {"accuracy_at_0.5": box_accuracy(constant).value, "mean_iou": mean_iou(constant).value}
-    return Scored(figures=figures, baselines=baselines, said=said)
+    return Scored(figures=figures, baselines=baselines, said=said, goodness=found)
 
 
 TASK = dataclasses.replace(answer.TASK, name="ground", keys=(*answer.TASK.keys, "box"), score=score)

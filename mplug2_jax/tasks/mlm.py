@@ -25,17 +25,25 @@ def predict(model: Mplug2, batch: DeviceBatch, context: TaskContext) -> Predicti
 
 
 def score(predictions: HostPredictions, examples: Sequence[Example], decode: Callable[[Sequence[int]], str]) -> Scored:
-    """Share of masked tokens that were guessed, beside always guessing the most frequent masked token."""
+    """Share of masked tokens that were guessed, beside always guessing the most frequent masked token.
+
+    How good a text is, is its own share; of one without masked tokens, that of all.
+    """
     chosen = predictions["chosen"]
     true = [example.arrays["text"][mask] for example, mask in zip(examples, chosen, strict=True)]
     hits = [(ids[mask] == t).sum() for ids, mask, t in zip(predictions["ids"], chosen, true, strict=True)]
+    masked = chosen.sum(1).astype(np.float64)
+    accuracy = Ratio(np.asarray(hits, np.float64), masked)
+    shares = np.full(len(hits), accuracy.value)
+    np.divide(hits, masked, out=shares, where=masked > 0)
     counts: dict[int, int] = {}
     for token in (int(t) for row in true for t in row):
         counts[token] = counts.get(token, 0) + 1
     return Scored(
-        figures={"accuracy": Ratio(np.asarray(hits, np.float64), chosen.sum(1).astype(np.float64))},
+        figures={"accuracy": accuracy},
         baselines={"accuracy": max(counts.values(), default=0) / max(int(chosen.sum()), 1)},
         said=[decode(row.tolist()) for row in predictions["ids"]],
+        goodness=shares,
     )
 
 

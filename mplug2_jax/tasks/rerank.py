@@ -13,7 +13,7 @@ from mplug2_jax.model.mplug2 import Mplug2
 from mplug2_jax.objectives.forward import DeviceBatch
 from mplug2_jax.tasks import vlc, vlm
 from mplug2_jax.tasks.base import HostPredictions, Match, Scored, TaskContext
-from mplug2_jax.tasks.vlc import figures_of, search_both_ways, sides_of
+from mplug2_jax.tasks.vlc import NEIGHBOURS, figures_of, nearest_of, search_both_ways, sides_of
 
 
 def match(model: Mplug2, batch: DeviceBatch, context: TaskContext) -> Float[Array, "b r"]:
@@ -33,7 +33,7 @@ def match(model: Mplug2, batch: DeviceBatch, context: TaskContext) -> Float[Arra
 def refine(
     predictions: HostPredictions, examples: Sequence[Example], context: TaskContext, match: Match
 ) -> HostPredictions:
-    """Ranks by contrast (``DIRECTION``) and by matching (``reranked_DIRECTION``), and each example's ``found`` text.
+    """Ranks by contrast (``DIRECTION``) and by matching (``reranked_DIRECTION``), and the ``nearest_DIRECTION`` by it.
 
     The ``config.tasks.rerank_k`` nearest candidates of every query, both ways, are matched, each pair once: at most
     2 k pairs for each example. A query whose right candidates are not among them keeps its rank.
@@ -53,8 +53,9 @@ def refine(
         right = (candidates[nearest] == queries[:, None]).any(1)
         refined[direction] = ranks
         refined[f"reranked_{direction}"] = np.where(right, ranks_of(anew, queries, candidates[nearest]), ranks)
-    first = np.where(np.isnan(anew), -np.inf, anew).argmax(1)[:, None]  # of the last direction, from pictures to texts
-    return {**refined, "found": np.take_along_axis(nearest, first, axis=1)[sides.of_text, 0]}
+        order = np.argsort(np.where(np.isnan(anew), np.inf, -anew), axis=1, kind="stable")[:, :NEIGHBOURS]
+        refined[f"nearest_{direction}"] = np.take_along_axis(nearest, order, axis=1)
+    return refined
 
 
 def _pair_numbers(direction: str, nearest: Int[np.ndarray, "q k"], pictures: int) -> Int[np.ndarray, "q k"]:
@@ -66,17 +67,20 @@ def _pair_numbers(direction: str, nearest: Int[np.ndarray, "q k"], pictures: int
 def score(predictions: HostPredictions, examples: Sequence[Example], decode: Callable[[Sequence[int]], str]) -> Scored:
     """Recall and median rank by contrast alone, and again after matching, beside chance.
 
-    What is said is the text that matches best.
+    What is said is the text that matches best; how good that is, is minus the best right text's rank after matching.
     """
     del decode
     sides = sides_of(examples)
-    before = figures_of(predictions, sides)
+    figures, baselines = figures_of(predictions, sides)
     reranked = {direction: predictions[f"reranked_{direction}"] for direction, *_ in sides.both_ways()}
-    after = figures_of(reranked, sides, "reranked_")
+    after, by_chance = figures_of(reranked, sides, "reranked_")
+    nearest = nearest_of(predictions["nearest_text_to_visual"], predictions["nearest_visual_to_text"], sides)
     return Scored(
-        figures={**before.figures, **after.figures},
-        baselines={**before.baselines, **after.baselines},
-        said=[examples[i].text for i in predictions["found"]],
+        figures={**figures, **after},
+        baselines={**baselines, **by_chance},
+        said=[examples[i].text for i in nearest.texts[:, 0]],
+        goodness=-1.0 - reranked["visual_to_text"][sides.of_text],
+        nearest=nearest,
     )
 
 

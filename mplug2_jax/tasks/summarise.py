@@ -10,14 +10,19 @@ from mplug2_jax.tasks.base import HostPredictions, Scored
 
 
 def score(predictions: HostPredictions, examples: Sequence[Example], decode: Callable[[Sequence[int]], str]) -> Scored:
-    """ROUGE-1, 2 and L, beside the first words of the text: eight of them, as Gigaword's headlines have."""
+    """ROUGE-1, 2 and L, beside the first words of the text: eight of them, as Gigaword's headlines have.
+
+    How good a summary is, is its ROUGE-L.
+    """
     said = [decode(row.tolist()) for row in predictions["ids"]]
     true = [example.answers[0] for example in examples]
     lead = [" ".join(example.instruction.split()[:8]) for example in examples]
+    figures = rouge(said, true)
     return Scored(
-        figures=rouge(said, true),
+        figures=figures,
         baselines={name: figure.value for name, figure in rouge(lead, true).items()},
         said=said,
+        goodness=figures["rouge_l"].values,
     )
 
 

@@ -1,6 +1,5 @@
 """Vision-language contrast, and retrieval by it: texts for pictures and pictures for texts."""
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -14,9 +13,10 @@ from mplug2_jax.evaluation.metrics.retrieval import chance_at, median_by_chance,
 from mplug2_jax.model.mplug2 import Mplug2
 from mplug2_jax.objectives.forward import DeviceBatch, Forward, Outcome
 from mplug2_jax.objectives.vlc import vlc_loss
-from mplug2_jax.tasks.base import HostPredictions, Predictions, Scored, Task, TaskContext
+from mplug2_jax.tasks.base import HostPredictions, Nearest, Predictions, Scored, Task, TaskContext
 
 CUTOFFS = (1, 5, 10)
+NEIGHBOURS = 5  # of each example, to look at
 
 
 def loss(forward: Forward, context: TaskContext) -> Outcome:
@@ -60,8 +60,10 @@ def search_both_ways(predictions: HostPredictions, sides: Sides, k: int) -> dict
     return {name: search(*vectors[name], own, others, k) for name, own, others in sides.both_ways()}
 
 
-def figures_of(ranks: Mapping[str, Int[np.ndarray, " q"]], sides: Sides, prefix: str = "") -> Scored:
-    """Recall at 1, 5, 10 and median rank by direction, beside chance."""
+def figures_of(
+    ranks: Mapping[str, Int[np.ndarray, " q"]], sides: Sides, prefix: str = ""
+) -> tuple[dict[str, Figure], dict[str, float]]:
+    """Recall at 1, 5, 10 and median rank by direction, and the same by chance."""
     figures: dict[str, Figure] = {}
     baselines: dict[str, float] = {}
     for direction, queries, candidates in sides.both_ways():
@@ -70,17 +72,30 @@ def figures_of(ranks: Mapping[str, Int[np.ndarray, " q"]], sides: Sides, prefix:
             baselines[f"{prefix}{direction}_r{k}"] = chance_at(queries, candidates, k)
         figures[f"{prefix}{direction}_median_rank"] = median_rank(ranks[direction])
         baselines[f"{prefix}{direction}_median_rank"] = median_by_chance(queries, candidates)
-    return Scored(figures, baselines, said=())
+    return figures, baselines
+
+
+def nearest_of(pictures: Int[np.ndarray, "n j"], texts: Int[np.ndarray, "p k"], sides: Sides) -> Nearest:
+    """What was found for each example, from each text's nearest pictures and each picture's nearest texts."""
+    return Nearest(texts[sides.of_text], sides.first[pictures], sides.first[sides.of_text])
 
 
 def score(predictions: HostPredictions, examples: Sequence[Example], decode: Callable[[Sequence[int]], str]) -> Scored:
-    """Recall at 1, 5, 10 and median rank, both ways, beside chance; what is said is the nearest text."""
+    """Recall at 1, 5, 10 and median rank, both ways, beside chance.
+
+    What is said is the text that is nearest to the picture; how good that is, is minus the best right text's rank.
+    """
     del decode
     sides = sides_of(examples)
-    found = search_both_ways(predictions, sides, 1)
-    nearest = found["visual_to_text"].nearest[sides.of_text, 0]
-    scored = figures_of({direction: each.ranks for direction, each in found.items()}, sides)
-    return dataclasses.replace(scored, said=[examples[i].text for i in nearest])
+    found = search_both_ways(predictions, sides, NEIGHBOURS)
+    ranks = {direction: each.ranks for direction, each in found.items()}
+    nearest = nearest_of(found["text_to_visual"].nearest, found["visual_to_text"].nearest, sides)
+    return Scored(
+        *figures_of(ranks, sides),
+        said=[examples[i].text for i in nearest.texts[:, 0]],
+        goodness=-1.0 - ranks["visual_to_text"][sides.of_text],
+        nearest=nearest,
+    )
 
 
 TASK = Task(

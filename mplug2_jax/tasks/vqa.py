@@ -15,10 +15,12 @@ def score(predictions: HostPredictions, examples: Sequence[Example], decode: Cal
     said = [decode(row.tolist()) for row in predictions["ids"]]
     given = [example.answers for example in examples]
     commonest = Counter(answers[0] for answers in given).most_common(1)[0][0]
+    accuracy = vqa_accuracy(said, given)
     return Scored(
-        figures={"vqa_accuracy": vqa_accuracy(said, given)},
+        figures={"vqa_accuracy": accuracy},
         baselines={"vqa_accuracy": vqa_accuracy([commonest] * len(given), given).value},
         said=said,
+        goodness=accuracy.values,
     )
 
 

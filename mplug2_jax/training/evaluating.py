@@ -105,7 +105,7 @@ class Evaluator:
         self.evaluations = {
             name: Evaluation(
                 name, config.evaluations[name], plan.definition, plan.context, subject.tokenizer, plan.mesh,
-                seed=config.seed,
+                seed=config.seed, recipe=config.name,
             )
             for name in names
         }  # fmt: skip

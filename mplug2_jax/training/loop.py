@@ -74,7 +74,9 @@ def _train(config: RunConfig, path: Path, notice: PreemptionNotice) -> list[Eval
 
     # Evaluations are set up first, so that a mistake in one shows now and not after the last step.
     evaluations = [
-        Evaluation(name, evaluation, plan.definition, plan.context, tokenizer, mesh, seed=config.seed)
+        Evaluation(
+            name, evaluation, plan.definition, plan.context, tokenizer, mesh, seed=config.seed, recipe=config.name
+        )
         for name, evaluation in config.evaluations.items()
     ]
     streams = open_streams(config, tokenizer)

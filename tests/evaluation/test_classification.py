@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import confusion_matrix, top_k_accuracy_score
 
 from mplug2_jax.errors import UserError
-from mplug2_jax.evaluation.metrics.classification import confusion, mean_of_views, top_k
+from mplug2_jax.evaluation.metrics.classification import FEW, confusion, mean_of_views, taken_for, top_k
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 30), st.integers(3, 9), st.integers(1, 8))
@@ -55,6 +55,19 @@ def test_confusion_is_scikit_learns(seed, examples, classes):
 
 def test_confusion_has_the_true_classes_as_rows():
     np.testing.assert_array_equal(confusion(np.asarray([1, 1]), np.asarray([0, 1]), 3), [[0, 1, 0], [0, 1, 0], [0] * 3])
+
+
+def test_of_few_classes_a_matrix_is_kept_and_of_many_the_most_frequent_mistakes():
+    few = taken_for(np.asarray([1, 1, 2]), np.asarray([0, 1, 2]), ["cat", "dog", "cow"]).content()
+    assert few == {"classes": ["cat", "dog", "cow"], "counts": [[0, 1, 0], [0, 1, 0], [0, 0, 1]]}
+    names = [f"class {i}" for i in range(1000)]
+    # 0 for 1 once, 2 for 3 twice, and each of 50 others for the next once; the rest is right.
+    said = np.asarray([1, 3, 3, *range(101, 151), 7, 7])
+    labels = np.asarray([0, 2, 2, *range(100, 150), 7, 7])
+    many = taken_for(said, labels, names).content()
+    assert many["mistakes"][:3] == [("class 2", "class 3", 2), ("class 0", "class 1", 1), ("class 100", "class 101", 1)]
+    assert len(many["mistakes"]) == FEW
+    assert taken_for(labels, labels, names).content() == {"mistakes": []}
 
 
 def test_what_cannot_be_scored_is_refused():

@@ -14,7 +14,9 @@ from data_pipelines.sources.config import SourceConfig
 from data_pipelines.tokenizers import SPECIAL_TOKENS, WordPieceTokenizer
 from data_pipelines.visual import VisualConfig
 from mplug2_jax.errors import UserError
-from mplug2_jax.evaluation.loop import Evaluation, EvaluationConfig, EvaluationResult, Sample, save_result
+from mplug2_jax.evaluation.loop import Evaluation, EvaluationConfig, EvaluationResult, save_result
+from mplug2_jax.evaluation.metrics.classification import taken_for
+from mplug2_jax.evaluation.samples import Neighbours, Sample
 from mplug2_jax.model.config import SpecialTokens, model_config
 from mplug2_jax.model.mplug2 import define
 from mplug2_jax.objectives.mlm import MlmConfig
@@ -43,7 +45,7 @@ def evaluation(task, parts, examples, *, batch_size=SIZE, kind="text", size=SIZE
     data = DataConfig(sources=sources, visual=VisualConfig(num_frames=3), examples=examples, batch_size=batch_size)
     config = EvaluationConfig(task=task, data=data, samples=samples)
     one = make_mesh(MeshConfig(), jax.devices()[:1])
-    return Evaluation("held", config, define(MODEL, parts), CONTEXT, TOKENIZER, mesh or one, seed=0)
+    return Evaluation("held", config, define(MODEL, parts), CONTEXT, TOKENIZER, mesh or one, seed=0, recipe="a_recipe")
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +64,7 @@ def results():
 def test_neither_the_batch_size_nor_padding_nor_the_mesh_changes_what_is_predicted(results, size):
     whole, ours = results[SIZE], results[size]
     assert [sample.said for sample in ours.samples] == [sample.said for sample in whole.samples]
-    assert [sample.example.key for sample in ours.samples] == [sample.example.key for sample in whole.samples]
+    assert [(s.why, s.example.key) for s in ours.samples] == [(s.why, s.example.key) for s in whole.samples]
     assert ours.figures == whole.figures
     assert ours.baselines == whole.baselines
     assert ours.intervals == whole.intervals
@@ -76,9 +78,12 @@ def test_a_result_says_what_was_evaluated_and_when(results):
     assert set(result.figures) == {"accuracy"}
     low, high = result.intervals["accuracy"]
     assert 0 <= low <= result.figures["accuracy"] <= high <= 1
-    assert [row["key"] for row in result.said] == [sample.example.key for sample in result.samples]
-    assert len({sample.example.key for sample in result.samples}) == SIZE
+    first = [sample for sample in result.samples if sample.why == "first"]
+    assert [row["key"] for row in result.said] == [sample.example.key for sample in first]
+    assert len({sample.example.key for sample in first}) == SIZE
     assert all(sample.true == (sample.example.text,) for sample in result.samples)
+    assert [row["true"] for row in result.said] == [sample.example.text for sample in first]
+    assert (result.recipe, result.formats) == ("a_recipe", ("digitworld",))
 
 
 def test_only_so_many_samples_are_kept_as_asked_for(monkeypatch):
@@ -86,39 +91,52 @@ def test_only_so_many_samples_are_kept_as_asked_for(monkeypatch):
     said = {"ids": jnp.full((4, 24), 7), "chosen": jnp.ones((4, 24), bool)}
     monkeypatch.setattr(few, "_predict", lambda params, batch: said)
     result = few.run({}, 0)
-    assert len(result.samples) == 2
+    assert [sample.why for sample in result.samples] == ["first", "first", "best", "worst"]
     assert result.examples == 3
 
 
 def test_a_result_is_saved_as_json_with_strips_of_its_samples_frames_beside_it(tmp_path):
     clip = np.arange(2 * 32 * 32 * 3, dtype=np.uint8).reshape(2, 32, 32, 3)
     samples = (
-        Sample(Example({"frames": clip}, "clip-1", text="t", instruction="q?", answers=("right", "also")), "wrong"),
-        Sample(Example({}, "text-2", text="only text"), "said"),
+        Sample(
+            Example({"frames": clip}, "clip-1", text="t", instruction="q?", answers=("right", "also")),
+            "wrong",
+            0.25,
+            "first",
+            Neighbours((("t", True), ("u", False)), clip[0], (False, True)),
+        ),
+        Sample(Example({}, "text-2", text="only text"), "said", 1.0, "best"),
     )
     said = ({"key": "clip-1", "instruction": "q?", "said": "wrong"}, {"key": "é", "instruction": "", "said": "said"})
+    confusion = taken_for(np.asarray([1, 1]), np.asarray([0, 1]), ["a", "b"])
     result = EvaluationResult(
-        "held", "answer", 70, 2, 1.5, {"accuracy": 0.5}, {"accuracy": 0.25}, samples, (), {"accuracy": (0.0, 1.0)}, said
-    )
+        "held", "answer", 70, 2, 1.5, {"accuracy": 0.5}, {"accuracy": 0.25}, samples, (), {"accuracy": (0.0, 1.0)},
+        said, confusion, "msrvtt_qa", ("annotations",),
+    )  # fmt: skip
     path = save_result(result, tmp_path / "new" / "70")
     assert path == tmp_path / "new" / "70" / "held.json"
     content = json.loads(path.read_text(encoding="utf-8"))
     assert content == {
         "name": "held", "task": "answer", "step": 70, "examples": 2, "seconds": 1.5,
+        "recipe": "msrvtt_qa", "formats": ["annotations"],
         "figures": {"accuracy": 0.5}, "intervals": {"accuracy": [0.0, 1.0]}, "baselines": {"accuracy": 0.25},
         "skipped": [],
         "samples": [
             {"key": "clip-1", "instruction": "q?", "text": "t", "said": "wrong", "true": ["right", "also"],
-             "frames": "held-0.png"},
-            {"key": "text-2", "instruction": "", "text": "only text", "said": "said", "true": ["only text"]},
+             "goodness": 0.25, "why": "first", "frames": "held-0.png",
+             "nearest_texts": [{"text": "t", "right": True}, {"text": "u", "right": False}],
+             "nearest_pictures": {"frames": "held-0-nearest.png", "right": [False, True]}},
+            {"key": "text-2", "instruction": "", "text": "only text", "said": "said", "true": ["only text"],
+             "goodness": 1.0, "why": "best"},
         ],
+        "confusion": {"classes": ["a", "b"], "counts": [[0, 1], [0, 1]]},
     }  # fmt: skip
     with Image.open(path.parent / "held-0.png") as strip:
         pixels = np.asarray(strip)
     # Both frames side by side, each pixel three times as large.
     np.testing.assert_array_equal(pixels[::3, ::3], np.concatenate(list(clip), axis=1))
     assert pixels.shape == (96, 192, 3)
-    assert {p.name for p in path.parent.iterdir()} == {"held.json", "held.jsonl", "held-0.png"}
+    assert {p.name for p in path.parent.iterdir()} == {"held.json", "held.jsonl", "held-0.png", "held-0-nearest.png"}
     assert [json.loads(line) for line in path.with_suffix(".jsonl").read_text().splitlines()] == list(said)
 
 

@@ -127,6 +127,19 @@ def test_reranking_is_all_pairs_matched_and_the_nearest_ordered_by_it(params, di
     nearest = np.argsort(-similarity.T, axis=1)[:, :K]
     found = np.take_along_axis(nearest, np.take_along_axis(scores.T, nearest, 1).argmax(1)[:, None], 1)[:, 0]
     assert [row["said"] for row in result.said] == [examples[i].text for i in found]
+    ranks = by_hand(similarity.T, scores.T, ids)
+    assert [row["goodness"] for row in result.said] == [-1 - rank for rank in ranks]
+
+
+def test_a_sample_has_the_texts_and_the_pictures_that_match_best(params, direct):
+    _, similarity, scores, examples = direct
+    sample = evaluation().run(params, 0).samples[0]
+    order = lambda x, y: np.argsort(-x[0])[:K][np.argsort(-y[0][np.argsort(-x[0])[:K]])]  # noqa: E731
+    texts, pictures = order(similarity.T, scores.T), order(similarity, scores)
+    assert sample.nearest.texts == tuple((examples[i].text, i == 0) for i in texts)
+    assert sample.nearest.right == tuple(i == 0 for i in pictures)
+    shown = np.concatenate([examples[i].arrays["frames"][0].repeat(6, 0).repeat(6, 1) for i in pictures], axis=1)
+    np.testing.assert_array_equal(sample.nearest.pictures, shown)
 
 
 @pytest.mark.parametrize(("batch_size", "devices"), [(5, 1), (16, 8)])

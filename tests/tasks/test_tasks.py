@@ -16,7 +16,7 @@ from mplug2_jax.model.mplug2 import define
 from mplug2_jax.objectives.forward import Forward
 from mplug2_jax.objectives.mlm import MlmConfig
 from mplug2_jax.objectives.vlm import VlmConfig
-from mplug2_jax.tasks import TASKS, answer, caption, mlm, vlc
+from mplug2_jax.tasks import TASKS, answer, caption, classify, mlm, vlc
 from mplug2_jax.tasks.base import Prompts, TaskContext, TaskSettings, parts_for
 from mplug2_jax.tasks.understand import LIKENESS
 from mplug2_jax.tasks.understand import TASKS as GLUE
@@ -212,6 +212,10 @@ def test_predictions_are_scored_in_finite_figures_each_beside_its_baseline(predi
         assert lowest <= value <= (1 if is_share(figure) else 1000)
     assert len(scored.said) == BATCH
     assert all(isinstance(sentence, str) for sentence in scored.said)
+    assert scored.goodness.shape == (BATCH,)
+    assert np.isfinite(scored.goodness).all()
+    assert (scored.confusion is not None) == (name in HEADS and name != "stsb")
+    assert (scored.nearest is not None) == (name in ("vlc", "rerank"))
 
 
 @pytest.mark.parametrize("name", ["answer", "caption"])
@@ -239,6 +243,7 @@ def test_an_answer_is_right_if_it_equals_any_of_the_right_ones():
     assert scored.said == ["b", "a a", "c", "b a"]
     assert values_of(scored) == {"accuracy": 0.5}
     assert scored.baselines == {"accuracy": 0.5}  # always to say "a"
+    assert scored.goodness.tolist() == [1, 0, 1, 0]
 
 
 def test_masked_words_are_scored_where_they_were_masked():
@@ -248,6 +253,9 @@ def test_masked_words_are_scored_where_they_were_masked():
     scored = mlm.score({"ids": ids, "chosen": chosen}, examples, decode)
     assert values_of(scored) == {"accuracy": 0.5}
     assert scored.baselines == {"accuracy": 0.75}  # always to guess 5
+    assert scored.goodness.tolist() == [0.5, 0.5]
+    part = mlm.score({"ids": ids, "chosen": chosen & [[True], [False]]}, examples, decode)
+    assert part.goodness.tolist() == [0.5, 0.5]  # nothing of the second was masked: as good as all
     nothing = mlm.score({"ids": ids, "chosen": chosen & False}, examples, decode)
     assert values_of(nothing) == nothing.baselines == {"accuracy": 0.0}
 
@@ -265,6 +273,10 @@ def test_retrieval_is_scored_in_both_directions_and_says_the_nearest_text():
     assert scored.baselines["text_to_visual_r1"] == pytest.approx(1 / 3)
     assert scored.baselines["visual_to_text_r10"] == 1
     assert scored.said == ["one", "two", "three"]
+    assert scored.goodness.tolist() == [-1, -1, -1]
+    assert scored.nearest.texts.tolist() == [[0, 1, 2], [1, 0, 2], [2, 0, 1]]
+    assert scored.nearest.pictures.tolist() == [[0, 1, 2], [0, 1, 2], [2, 0, 1]]
+    assert scored.nearest.picture.tolist() == [0, 1, 2]
 
 
 def test_the_texts_of_one_picture_are_all_right():
@@ -278,6 +290,33 @@ def test_the_texts_of_one_picture_are_all_right():
     assert scored.baselines["text_to_visual_r1"] == 1 / 2
     assert scored.baselines["visual_to_text_r1"] == pytest.approx((2 / 3 + 1 / 3) / 2)
     assert scored.said == ["uno", "uno", "three"]
+    assert scored.nearest.pictures.tolist() == [[2, 0], [0, 2], [2, 0]]  # a picture is its first example
+    assert scored.nearest.picture.tolist() == [0, 0, 2]
+
+
+def test_a_picture_s_nearest_texts_are_worse_the_further_behind_the_right_one_is():
+    examples = [sample(text=text, arrays={"example_id": np.asarray(i)}) for i, text in enumerate("abc")]
+    text = np.asarray([[0.1, 0.9, 0], [0.9, 0.1, 0], [0.5, 0.2, 0.3]])
+    scored = vlc.score({"visual": np.eye(3), "text": text}, examples, decode)
+    assert scored.goodness.tolist() == [-3, -3, -1]
+
+
+def test_classes_are_as_good_as_the_right_one_is_likely_and_taken_for_each_other():
+    examples = [sample(answers=(name,), arrays={"label": np.asarray(i)}) for i, name in ((0, "cat"), (1, "dog"))]
+    scored = classify.score({"probabilities": np.asarray([[0.2, 0.7, 0.1], [0.1, np.nan, 0]])}, examples, decode)
+    assert scored.goodness.tolist() == [0.2, 0]
+    assert scored.confusion.content() == {
+        "classes": ["cat", "dog", "class 2"], "counts": [[0, 1, 0], [0, 1, 0], [0, 0, 0]]
+    }  # fmt: skip
+
+
+def test_a_number_is_worse_the_further_it_is_off():
+    examples = [sample(answers=(answer,)) for answer in ("1.0", "5.0", "3.0")]
+    probabilities = np.zeros((3, len(LIKENESS)))
+    probabilities[[0, 1], [5, 0]] = 1
+    probabilities[2] = np.nan
+    scored = GLUE["stsb"].score({"probabilities": probabilities}, examples, decode)
+    assert scored.goodness.tolist() == [0, -5, -5]
 
 
 def test_captions_are_compared_with_all_of_their_own_and_the_baseline_with_anothers():
@@ -286,6 +325,7 @@ def test_captions_are_compared_with_all_of_their_own_and_the_baseline_with_anoth
     scored = caption.score({"ids": ids}, [sample(answers=t) for t in texts], decode)
     assert scored.said == [t[0] for t in texts]
     assert scored.figures["cider"].value > 100 > scored.baselines["cider"]
+    assert scored.goodness.mean() == pytest.approx(scored.figures["cider"].value)
 
 
 def test_settings_are_frozen_and_have_a_default_for_everything():

@@ -1,11 +1,17 @@
 """Classification scores: top-1 and top-5, of several views of a video too, and which classes are taken for which."""
 
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 from jaxtyping import Float, Int, Real
 
 from mplug2_jax.errors import UserError
 from mplug2_jax.evaluation.metrics.pairs import check_pairs
 from mplug2_jax.evaluation.metrics.ratio import Ratio
+
+FEW = 20  # classes of which there is a matrix to look at, and mistakes that are listed of more
 
 
 def top_k(scores: Float[np.ndarray, "n c"], labels: Int[np.ndarray, " labels"], k: int) -> Ratio:
@@ -57,6 +63,33 @@ def confusion(
     check_classes("confusion", "predictions", said, classes)
     check_classes("confusion", "labels", labels, classes)
     return np.bincount(labels * classes + said, minlength=classes**2).reshape(classes, classes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Confusion:
+    """Which classes were taken for which: of few classes a matrix, of many the most frequent mistakes alone."""
+
+    classes: Sequence[str] = ()
+    counts: Int[np.ndarray, "c c"] | None = None  # of each true class (row), how many were taken for each (column)
+    mistakes: Sequence[tuple[str, str, int]] = ()  # true class, what it was taken for, how often
+
+    def content(self) -> dict[str, Any]:
+        """The same as JSON can hold it."""
+        if self.counts is None:
+            return {"mistakes": list(self.mistakes)}
+        return {"classes": list(self.classes), "counts": self.counts.tolist()}
+
+
+def taken_for(said: Int[np.ndarray, " n"], labels: Int[np.ndarray, " labels"], classes: Sequence[str]) -> Confusion:
+    """Which of the classes, by their names, were taken for which. Raises UserError as :func:`confusion`."""
+    if len(classes) <= FEW:
+        return Confusion(classes, confusion(said, labels, len(classes)))
+    check_pairs("confusion", predictions=len(said), labels=len(labels))
+    wrong = np.stack([labels, said], axis=1)[said != labels]
+    pairs, counts = np.unique(wrong, axis=0, return_counts=True)
+    most = np.argsort(-counts, kind="stable")[:FEW]  # of equals the first classes
+    rows = zip(pairs[most].tolist(), counts[most].tolist(), strict=True)
+    return Confusion(mistakes=[(classes[true], classes[taken], count) for (true, taken), count in rows])
 
 
 def check_classes(metric: str, what: str, values: Real[np.ndarray, " n"], classes: int) -> None:
