@@ -142,11 +142,13 @@ def table(rows: Sequence[Sequence[str]], header: Sequence[str], right: Sequence[
 
 
 def results_table(results: "Sequence[EvaluationResult]") -> str:
-    """Every figure with what chance leaves of it, beside its baseline."""
+    """Every figure with what chance leaves of it, beside its baseline and what is published, where anything is."""
     from mplug2_jax.evaluation.metrics.units import show, times_as_good
+    from mplug2_jax.report.published import published
 
     rows = []
     for result in results:
+        others = published(result.recipe, result.formats)
         for what, value in result.figures.items():
             base = result.baselines[what]
             ratio = times_as_good(what, value, base)
@@ -154,11 +156,11 @@ def results_table(results: "Sequence[EvaluationResult]") -> str:
             low, high = (show(what, end) for end in result.intervals[what])
             rows.append(
                 (result.name, what, show(what, value), f"{low} to {high}", show(what, base), times,
-                 str(result.examples))
+                 str(result.examples), show(what, others[what].value) if what in others else "")
             )  # fmt: skip
-    return table(
-        rows, ("evaluation", "figure", "model", "95 % of draws", "baseline", "ratio", "examples"), right=(2, 3, 4, 5, 6)
-    )
+    header = ("evaluation", "figure", "model", "95 % of draws", "baseline", "ratio", "examples", "published")
+    width = len(header) if any(row[-1] for row in rows) else len(header) - 1
+    return table([row[:width] for row in rows], header[:width], right=range(2, width))
 
 
 _UNASKED = {"vlc": "text for the picture", "rerank": "text for the picture", "mlm": "masked words"}
@@ -168,7 +170,7 @@ def sample_lines(results: "Sequence[EvaluationResult]", each: int = 2) -> str:
     """A few things the model said, beside what was true."""
     lines = []
     for result in results:
-        for sample in result.samples[:each]:
+        for sample in [sample for sample in result.samples if sample.why == "first"][:each]:
             asked = sample.example.instruction or _UNASKED.get(result.task, result.task)
             lines += [f"{result.name}: {asked}", f"    said: {sample.said}", f"    true: {sample.true[0]}"]
     return "\n".join(lines)

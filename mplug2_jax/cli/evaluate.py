@@ -46,7 +46,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Evaluates, prints the table and keeps the results; status 1 if the last of a followed run was left out."""
+    """Evaluates, prints the table, keeps and draws the results; status 1 if the last of a followed run was left out."""
     from mplug2_jax.parallel.processes import join
     from mplug2_jax.training.preemption import PreemptionNotice
 
@@ -82,6 +82,7 @@ def _check(args: argparse.Namespace) -> None:
 
 def _evaluate(args: argparse.Namespace, notice: "PreemptionNotice") -> int:
     from mplug2_jax.parallel.processes import is_first
+    from mplug2_jax.report import write_report
     from mplug2_jax.training.evaluating import Evaluator, by_recipe, of_run
 
     if args.task:
@@ -101,7 +102,8 @@ def _evaluate(args: argparse.Namespace, notice: "PreemptionNotice") -> int:
             print(f"step {step}  {result.name}: {result.examples} examples in {result.seconds:.1f} s", flush=True)
     subject.checkpoints.close()
     if is_first():
-        print(f"\n{results_table(results)}\n\n{sample_lines(results)}")
+        print(f"\n{results_table(results)}\n\n{sample_lines(results)}\n")
+        print(f"report: {write_report(args.out or subject.workdir.path)}")
     return 0
 
 

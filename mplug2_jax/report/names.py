@@ -6,17 +6,26 @@ import re
 _DIRECTIONS = {"text_to_visual": "text → picture", "visual_to_text": "picture → text"}
 _RECALL = re.compile(r"(reranked_)?(text_to_visual|visual_to_text)_(?:r(\d+)|median_rank)")
 _FIGURES = {
+    "accuracy_at_0.5": "accuracy at IoU 0.5",
     "bleu_1": "BLEU-1",
     "bleu_2": "BLEU-2",
     "bleu_3": "BLEU-3",
     "bleu_4": "BLEU-4",
     "cider": "CIDEr",
     "f1": "F1",
+    "masked_share": "share of its masked words",
+    "matthews": "Matthews",
     "mean_iou": "mean IoU",
     "meteor": "METEOR",
+    "minus_error": "minus the error",
+    "minus_rank": "minus the right text's rank",
+    "pearson": "Pearson",
+    "probability": "probability of the right class",
     "rouge_1": "ROUGE-1",
     "rouge_2": "ROUGE-2",
     "rouge_l": "ROUGE-L",
+    "spearman": "Spearman",
+    "spice": "SPICE",
     "top_1": "top-1 accuracy",
     "top_5": "top-5 accuracy",
     "vqa_accuracy": "VQA accuracy",
@@ -32,25 +41,28 @@ _FIGURES = {
 
 @dataclasses.dataclass(frozen=True)
 class TaskWords:
-    """How a task's samples and baselines are spoken of."""
+    """How a task's samples and baselines are spoken of, and what says how good an example is."""
 
     said: str = "said"
     true: str = "true"
     baseline: str = ""
+    measure: str = "goodness"  # the name of a figure, where the mean over all examples is one
     marked: bool = False  # whether what is said is either right or wrong
 
 
+_CLASS = TaskWords("classified", "true", "always the most frequent class", "probability", marked=True)
 _TASKS = {
-    "answer": TaskWords("answered", "true", "always the most frequent answer", marked=True),
-    "ilm": TaskWords("answered", "true", "always the most frequent answer", marked=True),
-    "vqa": TaskWords("answered", "true", "always the most frequent answer"),
-    "summarise": TaskWords("summarised", "true", "the first eight words"),
-    "ground": TaskWords("pointed at", "true", "always the mean box"),
-    "classify": TaskWords("classified", "true", "always the most frequent class", marked=True),
-    "caption": TaskWords("said", "true", "another example's caption"),
-    "vlc": TaskWords("found", "true", "chance"),
-    "rerank": TaskWords("found", "true", "chance"),
-    "mlm": TaskWords("completed", "true", "always the most frequent word"),
+    "answer": TaskWords("answered", "true", "always the most frequent answer", "accuracy", marked=True),
+    "ilm": TaskWords("answered", "true", "always the most frequent answer", "accuracy", marked=True),
+    "vqa": TaskWords("answered", "true", "always the most frequent answer", "vqa_accuracy"),
+    "summarise": TaskWords("summarised", "true", "the first eight words", "rouge_l"),
+    "ground": TaskWords("pointed at", "true", "always the mean box", "mean_iou"),
+    "caption": TaskWords("said", "true", "another example's caption", "cider"),
+    "vlc": TaskWords("found", "true", "chance", "minus_rank"),
+    "rerank": TaskWords("found", "true", "chance", "minus_rank"),
+    "mlm": TaskWords("completed", "true", "always the most frequent word", "masked_share"),
+    **dict.fromkeys(("classify", "cola", "sst2", "mrpc", "qqp", "mnli", "qnli", "rte"), _CLASS),
+    "stsb": TaskWords("rated", "true", "always the mean", "minus_error"),
 }
 
 

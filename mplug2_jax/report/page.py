@@ -1,7 +1,8 @@
-"""What is on the page: gathered from the work directory's files into plain data, and rendered."""
+"""What is on the page: gathered from a run's or an evaluation's files into plain data, and rendered."""
 
 import dataclasses
 import json
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -15,7 +16,7 @@ from mplug2_jax.report.curves import Group, draw_groups
 from mplug2_jax.report.ledger import Story, read_story
 from mplug2_jax.report.metrics import read_metrics
 from mplug2_jax.report.names import human
-from mplug2_jax.report.results import Evaluation, read_evaluations
+from mplug2_jax.report.results import Evaluation, read_evaluations, read_folder
 
 _MAX_NOTES = 20
 
@@ -44,6 +45,7 @@ class Page:
     story: Story
     config: str
     notes: Sequence[str]
+    run: bool  # or else a folder of evaluations, which has nothing but these
 
     @property
     def done(self) -> float:
@@ -57,6 +59,12 @@ class Page:
         return steps.pop() if len(steps) == 1 else None
 
     @property
+    def sources(self) -> list[str]:
+        """Where the published figures are from, in the order of their marks."""
+        notes = [figure.note for evaluation in self.evaluations for figure in evaluation.figures if figure.published]
+        return list(dict.fromkeys(notes))
+
+    @property
     def baselines(self) -> str:
         """What the evaluations' baselines are."""
         said: dict[str, list[str]] = {}
@@ -65,42 +73,70 @@ class Page:
         return "; ".join(f"{baseline} ({', '.join(names)})" for baseline, names in said.items() if baseline)
 
 
-def write_report(workdir: Path) -> Path:
-    """Writes ``report.html`` into a work directory: one file that needs no other and no network.
+def write_report(folder: Path) -> Path:
+    """Writes ``report.html`` into a work directory or a folder of evaluations: one file that needs no other.
 
     Returns:
         Its path.
 
     Raises:
-        UserError: no run in this folder, a damaged config, or a folder that cannot be written to.
+        UserError: neither in this folder, a damaged config, or a folder that cannot be written to.
     """
-    path = workdir / "report.html"
-    html = render(gather(workdir))
-    temporary = path.with_suffix(".tmp")
+    path = folder / "report.html"
+    write_page(path, render("template.html", page=gather(folder)))
+    return path
+
+
+def write_page(path: Path, html: str) -> None:
+    """Writes a page in one piece. Raises UserError if it cannot be."""
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         temporary.write_text(html, encoding="utf-8", errors="replace")  # lone surrogates of JSON are no UTF-8
         temporary.replace(path)
     except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}); give a work directory that is writable") from error
-    return path
+        raise UserError(f"cannot write {path} ({error.strerror}); give a folder that is writable") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_any(folder: Path, notes: list[str]) -> tuple[dict[str, Any] | None, list[Evaluation]]:
+    """A run's config and its evaluations; or None and the evaluations that a folder holds.
+
+    Args:
+        folder: a work directory, or what ``mplug2 eval --out`` wrote.
+        notes: takes a sentence for each file that could not be read.
+
+    Raises:
+        UserError: neither in this folder, or a damaged config.
+    """
+    if (folder / "config.json").is_file():
+        config = _read_config(folder / "config.json")
+        return config, read_evaluations(folder, list(_dict(config.get("evaluations"))), notes)
+    evaluations = read_folder(folder, notes)
+    if not evaluations:
+        raise UserError(
+            f"{folder} holds no run: config.json is missing; give a training run's work directory, or a folder with "
+            "results of mplug2 eval"
+        )
+    return None, evaluations
 
 
 def gather(workdir: Path) -> Page:
-    """Reads a work directory.
+    """Reads a work directory or a folder of evaluations.
 
     Raises:
-        UserError: no run in this folder, or a damaged config.
+        UserError: neither in this folder, or a damaged config.
     """
-    config = _read_config(workdir / "config.json")
     notes: list[str] = []
-    evaluations = read_evaluations(workdir, list(_dict(config.get("evaluations"))), notes)
+    found, evaluations = read_any(workdir, notes)
+    config = found or {}
     metrics = read_metrics(workdir / "metrics.jsonl", workdir / "metrics-eval.jsonl")
     if metrics.damaged:
         lines = "1 line is" if metrics.damaged == 1 else f"{metrics.damaged:,} lines are"
         notes.append(f"metrics.jsonl: {lines} damaged and left out of the curves")
     steps = config.get("steps")
     return Page(
-        name=str(config.get("name") or workdir.resolve().name),
+        name=str(config.get("name") or workdir.resolve().name or workdir),
         step=max([metrics.last_step, *(evaluation.step for evaluation in evaluations)]),
         steps=steps if isinstance(steps, int) and steps > 0 else None,
         model=_model(config),
@@ -109,25 +145,28 @@ def gather(workdir: Path) -> Page:
         groups=draw_groups(metrics.curves, {e.name: e.baselines for e in evaluations}),
         story=read_story(workdir),
         config="\n".join(_listing(config)),
-        notes=[*notes[:_MAX_NOTES], *([f"and {len(notes) - _MAX_NOTES:,} more"] if len(notes) > _MAX_NOTES else [])],
+        notes=shortened(notes),
+        run=found is not None,
     )
 
 
-def render(page: Page) -> str:
-    """The page as HTML. Everything but our own style sheet and drawings is escaped."""
-    folder = files("mplug2_jax.report")
+def shortened(notes: Sequence[str]) -> list[str]:
+    """Notes of which there may be many."""
+    return [*notes[:_MAX_NOTES], *([f"and {len(notes) - _MAX_NOTES:,} more"] if len(notes) > _MAX_NOTES else [])]
+
+
+def render(template: str, **values: object) -> str:
+    """A page as HTML. Everything but our own style sheet and drawings is escaped."""
     environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+        loader=jinja2.PackageLoader("mplug2_jax", "report"), autoescape=True, undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
     environment.filters["human"] = human
-    style = Markup((folder / "style.css").read_text(encoding="utf-8"))
-    template = environment.from_string((folder / "template.html").read_text(encoding="utf-8"))
-    return template.render(page=page, style=style)
+    style = Markup((files("mplug2_jax.report") / "style.css").read_text(encoding="utf-8"))
+    return environment.get_template(template).render(style=style, **values)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise UserError(f"{path.parent} holds no run: {path.name} is missing; give a training run's work directory")
     try:
         config = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:

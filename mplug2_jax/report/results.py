@@ -13,12 +13,16 @@ from typing import Any
 from PIL import Image
 
 from mplug2_jax.evaluation.metrics.units import is_share, show, times_as_good
+from mplug2_jax.report.confusion import Confusion, read_confusion
 from mplug2_jax.report.names import TaskWords, human, task_words
+from mplug2_jax.report.published import Published, published
 
 # Frames of real pictures make PNG strips of megabytes; above this size they go into the page as JPEG.
 _MAX_PNG = 128 * 1024
 _MAX_FILE = 64 * 1024 * 1024
 _MAX_STRIP = (2160, 320)
+_MOST_NEAREST = 10
+HEADINGS = {"first": "The first", "best": "The best", "worst": "The worst"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +37,8 @@ class Figure:
     below: bool
     bar: float  # percent of the bar's width
     mark: float | None  # where on the bar the baseline is
+    published: str  # of mPLUG-2; empty where nothing is
+    note: str  # where that is from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,19 +75,36 @@ class Sample:
     also_true: Sequence[str]
     right: bool
     strip: Strip | None
+    why: str  # it is shown: a key of HEADINGS
+    goodness: str  # empty where none is kept
+    nearest_texts: Sequence[tuple[str, bool]]  # of retrieval, and whether each is right
+    nearest_pictures: Strip | None
+    right_pictures: Sequence[bool]
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
     """The last readable evaluation of a name."""
 
+    path: Path
     name: str
+    task: str
     words: TaskWords
     step: int
     examples: int
     figures: Sequence[Figure]
     samples: Sequence[Sample]
     baselines: Mapping[str, float]
+    values: Mapping[str, float]
+    intervals: Mapping[str, tuple[float, float]]
+    confusion: Confusion | None
+
+    @property
+    def groups(self) -> list[tuple[str, list[Sample]]]:
+        """The samples by why they are shown, with a heading if there are several reasons."""
+        groups = [(heading, [s for s in self.samples if s.why == why]) for why, heading in HEADINGS.items()]
+        groups = [(heading, samples) for heading, samples in groups if samples]
+        return groups if len(groups) > 1 else [("", samples) for _, samples in groups]
 
 
 def read_evaluations(workdir: Path, order: Sequence[str], notes: list[str]) -> list[Evaluation]:
@@ -93,33 +116,44 @@ def read_evaluations(workdir: Path, order: Sequence[str], notes: list[str]) -> l
         notes: takes a sentence for each file that could not be read.
     """
     steps = [d for d in workdir.glob("evaluations/*") if d.is_dir() and d.name.isascii() and d.name.isdecimal()]
+    return _read_all(workdir, sorted(steps, key=lambda d: int(d.name), reverse=True), order, notes)
+
+
+def read_folder(folder: Path, notes: list[str]) -> list[Evaluation]:
+    """The readable evaluations of one folder, by name; ``notes`` as for those of a run."""
+    return _read_all(folder, [folder], (), notes)
+
+
+def _read_all(top: Path, folders: Sequence[Path], order: Sequence[str], notes: list[str]) -> list[Evaluation]:
     found: dict[str, Evaluation] = {}
-    for folder in sorted(steps, key=lambda d: int(d.name), reverse=True):
+    for folder in folders:
         for path in sorted(folder.glob("*.json")):
             if path.stem in found:
                 continue
             try:
-                found[path.stem] = _read(path, notes)
+                found[path.stem] = _read(path, str(path.relative_to(top)), notes)
             except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
                 reason = f"{error} is missing" if isinstance(error, KeyError) else str(error) or type(error).__name__
-                notes.append(f"{path.relative_to(workdir)} is damaged and was left out: {reason}")
+                notes.append(f"{path.relative_to(top)} is damaged and was left out: {reason}")
     rank = {name: i for i, name in enumerate(order)}
     return [found[name] for name in sorted(found, key=lambda name: (rank.get(name, len(rank)), name))]
 
 
-def _read(path: Path, notes: list[str]) -> Evaluation:
+def _read(path: Path, name: str, notes: list[str]) -> Evaluation:
     content = json.loads(path.read_bytes())
     task, figures, baselines = str(content["task"]), _numbers(content["figures"]), _numbers(content["baselines"])
     intervals = {name: (float(low), float(high)) for name, (low, high) in content.get("intervals", {}).items()}
     # Pictures are noted only once the rest has proved readable.
-    strips: list[str] = []
-    samples = [_sample(task, row, path, strips) for row in content["samples"]]
+    lost: list[str] = []
+    samples = [_sample(task, row, path.parent, lost) for row in content["samples"]]
+    others = published(str(content.get("recipe", "")), [str(each) for each in content.get("formats", ())])
     result = Evaluation(
-        path.stem, task_words(task), int(content["step"]), int(content["examples"]),
-        [_figure(name, value, baselines.get(name, math.nan), intervals.get(name)) for name, value in figures.items()],
-        samples, baselines,
+        path, path.stem, task, task_words(task), int(content["step"]), int(content["examples"]),
+        [_figure(name, value, baselines.get(name, math.nan), intervals.get(name), others.get(name))
+         for name, value in figures.items()],
+        samples, baselines, figures, intervals, read_confusion(content.get("confusion")),
     )  # fmt: skip
-    notes.extend(strips)
+    notes.extend(f"{name}: a picture was left out: {reason}" for reason in lost)
     return result
 
 
@@ -127,7 +161,9 @@ def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
     return {name: math.nan if value is None else float(value) for name, value in values.items()}
 
 
-def _figure(name: str, value: float, baseline: float, interval: tuple[float, float] | None) -> Figure:
+def _figure(
+    name: str, value: float, baseline: float, interval: tuple[float, float] | None, other: Published | None
+) -> Figure:
     ratio = times_as_good(name, value, baseline)
     # Shares fill a bar at 100 %; CIDEr, which has no such end, at 150, where good captioners on easy data stand.
     full = 1.0 if is_share(name) else max(150.0, *(v for v in (value, baseline) if math.isfinite(v)), 0)
@@ -139,6 +175,7 @@ def _figure(name: str, value: float, baseline: float, interval: tuple[float, flo
         human(name), show(name, value), " to ".join(show(name, end) for end in interval or ()), show(name, baseline),
         _times(ratio), ratio < 1, along(value),
         along(baseline) if math.isfinite(baseline) else None,
+        show(name, other.value) if other else "", other.note if other else "",
     )  # fmt: skip
 
 
@@ -148,7 +185,7 @@ def _times(ratio: float) -> str:
     return f"{ratio:,.0f}×" if ratio >= 9.95 else f"{ratio:.1f}×"
 
 
-def _sample(task: str, row: Mapping[str, Any], path: Path, notes: list[str]) -> Sample:
+def _sample(task: str, row: Mapping[str, Any], folder: Path, lost: list[str]) -> Sample:
     said, text, true = str(row["said"]), str(row.get("text") or ""), [str(t) for t in row["true"]]
     # Of several right captions the one that the example itself bears is shown.
     shown = text if text in true or not true else true[0]
@@ -156,11 +193,7 @@ def _sample(task: str, row: Mapping[str, Any], path: Path, notes: list[str]) -> 
         said_words, true_words = _difference(said, shown)
     else:
         said_words, true_words = [Word(said)], [Word(shown)]
-    try:
-        strip = _strip(path.parent, row["frames"]) if row.get("frames") is not None else None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        strip = None
-        notes.append(f"{path.parent.parent.name}/{path.parent.name}/{path.name}: a picture was left out: {error}")
+    why, goodness, pictures = row.get("why"), row.get("goodness"), row.get("nearest_pictures") or {}
     others = [t for t in dict.fromkeys(true) if t != shown]
     return Sample(
         str(row.get("key") or ""),
@@ -169,11 +202,25 @@ def _sample(task: str, row: Mapping[str, Any], path: Path, notes: list[str]) -> 
         true_words,
         others,
         said in true,
-        strip,
+        _strip(folder, row.get("frames"), lost),
+        why if why in HEADINGS else "first",
+        "" if goodness is None else show(task_words(task).measure, float(goodness)),
+        [(str(each["text"]), bool(each["right"])) for each in row.get("nearest_texts", ())[:_MOST_NEAREST]],
+        _strip(folder, pictures.get("frames"), lost),
+        [bool(right) for right in pictures.get("right", ())[:_MOST_NEAREST]],
     )
 
 
-def _strip(folder: Path, name: object) -> Strip:
+def _strip(folder: Path, name: object, lost: list[str]) -> Strip | None:
+    """The picture of this name; None of no name, or of one that ``lost`` then says the reason of."""
+    try:
+        return None if name is None else _read_strip(folder, name)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        lost.append(str(error))
+        return None
+
+
+def _read_strip(folder: Path, name: object) -> Strip:
     """A picture of the evaluation's own folder.
 
     Raises:

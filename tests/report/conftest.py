@@ -40,15 +40,7 @@ class Run:
 
     def evaluation(self, name: str, step: int = 100, *, samples: Any = (), **fields: Any) -> Path:
         """Writes ``evaluations/STEP/NAME.json``; a field given as None is left out."""
-        folder = self.path / "evaluations" / str(step)
-        folder.mkdir(parents=True, exist_ok=True)
-        content = {
-            "task": "answer", "step": step, "examples": 8, "figures": {"accuracy": 0.5},
-            "baselines": {"accuracy": 0.25}, "samples": list(samples),
-        } | fields  # fmt: skip
-        path = folder / f"{name}.json"
-        path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
-        return path
+        return results(self.path / "evaluations" / str(step), name, step, samples=samples, **fields)
 
     def picture(self, name: str, step: int = 100, frames: int = 3) -> Path:
         """Writes a strip of frames beside the evaluations of a step."""
@@ -57,6 +49,20 @@ class Run:
         pixels = np.random.default_rng(0).integers(0, 256, (8, 8 * frames, 3), np.uint8)
         Image.fromarray(pixels).save(path, "PNG")
         return path
+
+
+def results(folder: Path, name: str, step: int = 100, *, samples: Any = (), said: Any = (), **fields: Any) -> Path:
+    """Writes ``NAME.json`` into a folder, and ``NAME.jsonl`` if anything is ``said``; a None field is left out."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {
+        "task": "answer", "step": step, "examples": 8, "figures": {"accuracy": 0.5}, "baselines": {"accuracy": 0.25},
+        "samples": list(samples),
+    } | fields  # fmt: skip
+    if said:
+        (folder / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in said))
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+    return path
 
 
 @pytest.fixture

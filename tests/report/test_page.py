@@ -12,7 +12,7 @@ import pytest
 from mplug2_jax.errors import UserError
 from mplug2_jax.report import curves, write_report
 
-from .conftest import CONFIG, Run, sample
+from .conftest import CONFIG, Run, results, sample
 
 HOSTILE = "<script>alert(1)</script><img src=http://evil/x onerror=alert(1)>\"'&{{ page }}{% for %}</title></style>"
 
@@ -160,6 +160,51 @@ def test_frames_outside_of_the_folder_are_left_out_and_said_to_be(run: Run) -> N
     assert "img" not in {tag for tag, _ in elements.found}
     assert "Could not be read" in elements.text
     assert "'../../secret.png' is not the plain name of a file in the same folder" in elements.text
+
+
+def test_the_best_and_worst_samples_confusions_neighbours_and_published_figures_are_drawn(run: Run) -> None:
+    run.picture("test-0-nearest.png", frames=2)
+    near = {
+        "nearest_texts": [{"text": HOSTILE, "right": True}],
+        "nearest_pictures": {"frames": "test-0-nearest.png", "right": [False, True]},
+    }
+    run.evaluation(
+        "test", task="vlc", recipe="msrvtt_retrieval", formats=["annotations"], figures={"text_to_visual_r1": 0.4},
+        samples=[sample(why="first", goodness=-2, **near), sample(why="worst", goodness=-9)],
+    )  # fmt: skip
+    run.evaluation("few", task="classify", confusion={"classes": ["a", HOSTILE], "counts": [[31, 1000], [0, 7]]})
+    run.evaluation("many", task="classify", confusion={"mistakes": [[HOSTILE, "dog", 17]]})
+    run.evaluation("perfect", task="classify", confusion={"mistakes": []})
+    html = report(run)
+    elements = check_self_contained(html)
+    assert "<script" not in html
+    for words in (
+        "The first", "The worst", "minus the right text's rank: -9", "✓ right", "2 ✓ right", "1,000", "No mistake",
+        "zero-shot; quoted by a later paper's table",
+    ):  # fmt: skip
+        assert words in elements.text, words
+    assert re.search(r"47\.1%\s*1", elements.text)
+    assert re.search(r"taken for dog: 17", elements.text)
+    assert "The best" not in elements.text
+
+
+def test_without_anything_published_there_is_no_column_for_it(full: Run) -> None:
+    assert ">published<" not in report(full)
+    full.evaluation("test", recipe="msrvtt_qa", formats=["annotations"])
+    assert ">published<" in report(full)
+
+
+def test_a_folder_of_evaluations_has_a_page_too(tmp_path: Path) -> None:
+    folder = tmp_path / "zero_shot"
+    results(folder, "test", samples=[sample(said="an answer")])
+    (folder / "broken.json").write_text("{")
+    path = write_report(folder)
+    assert path == folder / "report.html"
+    elements = check_self_contained(path.read_text(encoding="utf-8"))
+    for words in ("zero_shot", "after step 100", "an answer", "broken.json is damaged and was left out"):
+        assert words in elements.text
+    for words in ("No metrics yet", "Config"):
+        assert words not in elements.text
 
 
 def test_what_could_not_be_read_is_listed_and_the_list_is_bounded(run: Run) -> None:

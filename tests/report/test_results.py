@@ -4,14 +4,19 @@ import base64
 import io
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from mplug2_jax.evaluation.metrics.units import is_share
 from mplug2_jax.report import results
+from mplug2_jax.report.names import task_words
+from mplug2_jax.report.published import published
 from mplug2_jax.report.results import Evaluation, read_evaluations
+from mplug2_jax.tasks import TASKS
 
 from .conftest import Run, sample
 
@@ -66,6 +71,10 @@ def test_figures_stand_beside_their_baselines(run: Run) -> None:
         ({"examples": math.inf}, "infinity"),
         ({"intervals": {"accuracy": [0.1]}}, "not enough values"),
         ({"intervals": {"accuracy": [0.1, None]}}, "NoneType"),
+        ({"confusion": {"classes": ["a", "b"], "counts": [[1, 2], [3]]}}, "no matrix"),
+        ({"confusion": {"classes": ["a"] * 21, "counts": [[0] * 21] * 21}}, "no matrix of at most 20"),
+        ({"confusion": {"classes": ["a"], "counts": [[-1]]}}, "less than nothing"),
+        ({"confusion": {"mistakes": [["a", "b"]]}}, "not enough values"),
         ({"samples": ["x"]}, ""),
         ({"samples": [{"said": "x"}]}, "'true' is missing"),
     ],
@@ -186,6 +195,83 @@ def test_the_examples_own_caption_is_shown_of_several_right_ones(run: Run) -> No
     assert [word.text for word in only.true] == ["b"]
     assert list(only.also_true) == ["a", "c"]
     assert only.right
+
+
+def test_samples_are_grouped_by_why_they_are_shown_and_those_of_old_files_are_the_first(run: Run) -> None:
+    kept = [sample(why=why, goodness=g) for why, g in (("first", 0.25), ("best", 0.75), ("best", 0.5), ("worst", 0))]
+    run.evaluation("new", task="vqa", samples=kept)
+    run.evaluation("old", samples=[sample(), sample()])
+    run.evaluation("odd", samples=[sample(why="because")])
+    found, _ = read(run)
+    assert [(heading, [s.goodness for s in group]) for heading, group in found["new"].groups] == [
+        ("The first", ["25.0%"]), ("The best", ["75.0%", "50.0%"]), ("The worst", ["0.0%"])
+    ]  # fmt: skip
+    assert [(heading, len(group)) for heading, group in found["old"].groups] == [("", 2)]
+    assert [(heading, [s.goodness for s in group]) for heading, group in found["odd"].groups] == [("", [""])]
+
+
+def test_a_sample_of_retrieval_has_what_was_nearest(run: Run) -> None:
+    run.picture("a-0-nearest.png", frames=3)
+    texts = [{"text": "a four", "right": False}, {"text": "a five", "right": True}]
+    pictures = {"frames": "a-0-nearest.png", "right": [False, False, True]}
+    run.evaluation("a", task="vlc", samples=[sample(nearest_texts=texts, nearest_pictures=pictures, goodness=-2)])
+    run.evaluation("b", task="vlc", samples=[sample(nearest_pictures={"frames": "../a.png", "right": [True]})])
+    found, notes = read(run)
+    (only,) = found["a"].samples
+    assert only.nearest_texts == [("a four", False), ("a five", True)]
+    assert only.nearest_pictures is not None
+    assert (only.nearest_pictures.frames, only.right_pictures) == (3, [False, False, True])
+    assert only.goodness == "-2"
+    assert found["b"].samples[0].nearest_pictures is None
+    assert len(notes) == 1
+
+
+def test_confusions_have_the_share_of_each_row(run: Run) -> None:
+    run.evaluation("few", confusion={"classes": ["a", "b"], "counts": [[3, 1], [0, 0]]})
+    run.evaluation("many", confusion={"mistakes": [["cat", "dog", 7]]})
+    found, _ = read(run)
+    few, many = found["few"].confusion, found["many"].confusion
+    assert few is not None
+    assert many is not None
+    assert [[(cell.count, cell.share, cell.right) for cell in row] for row in few.rows] == [
+        [(3, 75.0, True), (1, 25.0, False)], [(0, 0.0, False), (0, 0.0, True)]
+    ]  # fmt: skip
+    assert many.mistakes == [("cat", "dog", 7)]
+
+
+@pytest.mark.parametrize(
+    ("fields", "value"),
+    [
+        ({"recipe": "msrvtt_qa", "formats": ["annotations"]}, "48.0%"),
+        ({"recipe": "released_videoqa", "formats": ["annotations"]}, "48.0%"),
+        ({"recipe": "msrvtt_qa", "formats": ["annotations", "digitworld"]}, ""),  # what stands in for the set
+        ({"recipe": "demo", "formats": ["annotations"]}, ""),
+        ({}, ""),  # an old file
+    ],
+)
+def test_what_is_published_of_a_set_stands_beside_its_figures(run: Run, fields: Any, value: str) -> None:
+    run.evaluation("test", figures={"accuracy": 0.4, "other": 0.5}, **fields)
+    shown = read(run)[0]["test"].figures
+    assert [figure.published for figure in shown] == [value, ""]
+    assert shown[0].note == ("fine-tuned; paper abstract; official README" if value else "")
+
+
+def test_every_published_figure_is_one_that_a_recipe_of_this_name_reports(repository: Path) -> None:
+    for row in json.loads((repository / "mplug2_jax" / "report" / "published.json").read_text())["results"]:
+        assert (repository / "configs" / "tasks" / f"{row['task']}.py").is_file()
+        found = published(row["task"], ["annotations"])
+        names = set(found)
+        assert names <= {"accuracy", "cider", "top_1", "top_5", "text_to_visual_r1", "text_to_visual_r10"}
+        assert row["value"] in [pytest.approx(100 * each.value if is_share(name) else each.value)
+                                for name, each in found.items()]  # fmt: skip
+
+
+def test_every_task_that_is_evaluated_has_its_words() -> None:
+    for name, task in TASKS.items():
+        if task.score is not None:
+            words = task_words(name)
+            assert words.baseline, name
+            assert words.measure != "goodness", name
 
 
 def test_a_task_of_another_version_is_shown_in_plain_words(run: Run) -> None:

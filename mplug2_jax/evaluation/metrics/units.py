@@ -6,11 +6,13 @@ SCORES = ("bleu", "cider", "meteor", "rouge", "spice")
 """What names begin with whose figures are scores times 100, as papers quote them."""
 RANK = "median_rank"
 """What names end with whose figures are places, the first of which is 1."""
+MINUS = "minus_"
+"""What names begin with that say how good an example is by how bad it is: 0 is best, or -1 of ranks."""
 
 
 def is_share(figure: str) -> bool:
     """Whether a figure is a fraction, to be shown in percent."""
-    return not figure.rpartition("/")[2].startswith(SCORES) and not figure.endswith(RANK)
+    return not figure.rpartition("/")[2].startswith((*SCORES, MINUS)) and not figure.endswith(RANK)
 
 
 def show(figure: str, value: float) -> str:
@@ -22,6 +24,8 @@ def show(figure: str, value: float) -> str:
     """
     if not math.isfinite(value):
         return "–"
+    if figure.startswith(MINUS):
+        return f"{value:.4g}"
     return f"{value:.1%}" if is_share(figure) else f"{value:.1f}"
 
 

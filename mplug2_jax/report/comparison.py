@@ -1,0 +1,220 @@
+"""Two runs or folders of evaluations side by side: what both evaluated, and the examples on which they differ most."""
+
+import dataclasses
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from mplug2_jax.errors import UserError
+from mplug2_jax.evaluation.metrics.ratio import Ratio, intervals
+from mplug2_jax.evaluation.metrics.units import MINUS, is_share, show
+from mplug2_jax.report.names import TaskWords, human
+from mplug2_jax.report.page import read_any, render, shortened, write_page
+from mplug2_jax.report.results import Evaluation, Strip
+
+_MOST = 8  # examples that are shown, each way
+_MAX_LINE, _MAX_LINES, _MAX_TEXT = 1 << 16, 1_000_000, 2000  # of a NAME.jsonl: bytes, lines, letters of a text
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A figure of both, and ours less theirs."""
+
+    figure: str
+    ours: str
+    our_interval: str
+    theirs: str
+    their_interval: str
+    difference: str
+    interval: str  # of the difference, over the same examples; empty where they are not the same
+
+
+@dataclasses.dataclass(frozen=True)
+class Said:
+    """A line of ``NAME.jsonl``."""
+
+    instruction: str
+    said: str
+    true: str
+    goodness: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Differing:
+    """An example on which one is better than the other."""
+
+    key: str
+    ours: Said
+    theirs: Said
+    our_goodness: str
+    their_goodness: str
+    strip: Strip | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Compared:
+    """An evaluation that both have."""
+
+    name: str
+    words: TaskWords
+    steps: tuple[int, int]
+    examples: tuple[int, int]
+    shared: int  # examples whose goodness both keep
+    rows: Sequence[Row]
+    ours_better: Sequence[Differing]
+    theirs_better: Sequence[Differing]
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Everything on the page."""
+
+    ours: str
+    theirs: str
+    compared: Sequence[Compared]
+    only_ours: Sequence[str]
+    only_theirs: Sequence[str]
+    notes: Sequence[str]
+
+
+def write_comparison(ours: Path, theirs: Path, path: Path | None = None) -> Path:
+    """Writes a page about two work directories or folders of evaluations: one file that needs no other.
+
+    Args:
+        ours: one of them.
+        theirs: the other.
+        path: of the page; by default ``against-THEIRS.html`` in ours.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        UserError: the file exists or cannot be written, or a folder is neither.
+    """
+    path = path or ours / f"against-{theirs.resolve().name}.html"
+    if path.exists():
+        raise UserError(f"{path} exists; choose another --out")
+    html = render("comparison.html", page=compare(ours, theirs))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_page(path, html)
+    return path
+
+
+def compare(ours: Path, theirs: Path) -> Comparison:
+    """Reads both. Raises UserError where a folder holds neither a run nor evaluations."""
+    notes: list[str] = []
+    a, b = ({e.name: e for e in _evaluations(folder, notes)} for folder in (ours, theirs))
+    for name in [name for name in a if name in b and a[name].task != b[name].task]:
+        notes.append(f"{name} is not compared: its task is {a[name].task} in {ours}, and {b[name].task} in {theirs}")
+        del a[name], b[name]
+    names = (ours.resolve().name, theirs.resolve().name)
+    return Comparison(
+        *(names if names[0] != names[1] else (str(ours), str(theirs))),
+        [_compare(a[name], b[name], notes) for name in a if name in b],
+        [name for name in a if name not in b],
+        [name for name in b if name not in a],
+        shortened(notes),
+    )
+
+
+def _evaluations(folder: Path, notes: list[str]) -> list[Evaluation]:
+    lost: list[str] = []
+    _, evaluations = read_any(folder, lost)
+    notes.extend(f"{folder}: {note}" for note in lost)
+    return evaluations
+
+
+def _compare(ours: Evaluation, theirs: Evaluation, notes: list[str]) -> Compared:
+    a, b = (read_said(evaluation.path.with_suffix(".jsonl"), notes) for evaluation in (ours, theirs))
+    keys = [key for key in a if key in b]
+    pairs = np.asarray([(a[key].goodness, b[key].goodness) for key in keys], np.float64).reshape(-1, 2)
+    differences, measure = pairs[:, 0] - pairs[:, 1], ours.words.measure
+    drawn = intervals({measure: Ratio(differences)}).get(measure)
+    # The mean over all examples is a figure: then the interval is its difference's. Else it has a row of its own.
+    whole = measure in ours.values and len(keys) == ours.examples == theirs.examples
+    rows = [
+        _row(
+            human(name), name, ours.values[name], theirs.values[name], ours.intervals.get(name),
+            theirs.intervals.get(name), drawn if whole and name == measure else None,
+        )
+        for name in ours.values if name in theirs.values
+    ]  # fmt: skip
+    if keys and not whole:
+        our_mean, their_mean = pairs.mean(0).tolist()
+        title = f"{human(measure)}, mean of the same examples"
+        rows.append(_row(title, measure, our_mean, their_mean, None, None, drawn))
+    order = np.argsort(-differences, kind="stable")
+    strips = {s.key: s.strip for s in (*theirs.samples, *ours.samples) if s.strip}
+
+    def shown(places: Sequence[int]) -> list[Differing]:
+        return [
+            Differing(
+                keys[i][0], a[keys[i]], b[keys[i]], show(measure, a[keys[i]].goodness),
+                show(measure, b[keys[i]].goodness), strips.get(keys[i][0]),
+            )
+            for i in places[:_MOST]
+        ]  # fmt: skip
+
+    return Compared(
+        ours.name, ours.words, (ours.step, theirs.step), (ours.examples, theirs.examples), len(keys), rows,
+        shown([i for i in order.tolist() if differences[i] > 0]),
+        shown([i for i in order[::-1].tolist() if differences[i] < 0]),
+    )  # fmt: skip
+
+
+def _row(
+    title: str, figure: str, ours: float, theirs: float, our_interval: tuple[float, float] | None,
+    their_interval: tuple[float, float] | None, interval: tuple[float, float] | None,
+) -> Row:  # fmt: skip
+    def ends(found: tuple[float, float] | None) -> str:
+        return " to ".join(show(figure, end) for end in found or ())
+
+    return Row(
+        title, show(figure, ours), ends(our_interval), show(figure, theirs), ends(their_interval),
+        _signed(figure, ours - theirs), " to ".join(_signed(figure, end) for end in interval or ()),
+    )  # fmt: skip
+
+
+def _signed(figure: str, difference: float) -> str:
+    """A difference with its sign; of shares in points of a percent."""
+    if not math.isfinite(difference):
+        return "–"
+    if figure.startswith(MINUS):
+        return f"{difference:+.4g}"
+    return f"{100 * difference:+.1f} points" if is_share(figure) else f"{difference:+.1f}"
+
+
+def read_said(path: Path, notes: list[str]) -> Mapping[tuple[str, int], Said]:
+    """What was said to each example, by its key and how often that came before; none of a file that is not there.
+
+    Lines without a number that says how good it was, as older results have, are left out; of damaged ones, and of what
+    is more than anyone can have said, ``notes`` takes a sentence.
+    """
+    found: dict[tuple[str, int], Said] = {}
+    seen: Counter[str] = Counter()
+    damaged = 0
+    if not path.is_file():
+        return found
+    with path.open("rb") as file:
+        while line := file.readline(_MAX_LINE):
+            try:
+                row = json.loads(line)
+                key, goodness = str(row["key"]), row.get("goodness")
+                asked, said, true = (str(row.get(name) or "")[:_MAX_TEXT] for name in ("instruction", "said", "true"))
+                good = math.nan if goodness is None else float(goodness)
+            except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
+                damaged += 1
+                continue
+            if sum(seen.values()) >= _MAX_LINES:
+                notes.append(f"{path}: only the first {_MAX_LINES:,} lines are read")
+                break
+            if math.isfinite(good):
+                found[key, seen[key]] = Said(asked, said, true, good)
+            seen[key] += 1
+    if damaged:
+        notes.append(f"{path}: {damaged:,} line{'s are' if damaged > 1 else ' is'} damaged and left out")
+    return found
