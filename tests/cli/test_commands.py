@@ -11,6 +11,8 @@ import pytest
 from data_pipelines.media import media_of
 from data_pipelines.tokenizers import load_tokenizer
 from data_pipelines.visual import VisualConfig, load_visual
+from mplug2_jax.cli.common import results_table
+from mplug2_jax.evaluation.loop import EvaluationResult
 from mplug2_jax.training import workdir as workdir_module
 
 from .conftest import Outcome, Trained
@@ -189,3 +191,30 @@ def test_report_prints_where_the_page_is(workdir: Path, mplug2: Mplug2) -> None:
     (workdir / "report.html").unlink()
     assert mplug2("report", workdir) == Outcome(0, f"{workdir / 'report.html'}\n", "")
     assert (workdir / "report.html").stat().st_size > 10_000
+    folder = workdir / "evaluations" / "2"
+    assert mplug2("report", folder) == Outcome(0, f"{folder / 'report.html'}\n", "")
+
+
+def test_report_compares_two_and_overwrites_nothing(
+    trained: Trained, workdir: Path, tmp_path: Path, mplug2: Mplug2
+) -> None:
+    words = ("report", trained.workdir, "--against", workdir, "--out", tmp_path / "page.html")
+    assert mplug2(*words) == Outcome(0, f"{tmp_path / 'page.html'}\n", "")
+    assert "equally good on every example" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert mplug2(*words) == Outcome(2, "", f"mplug2: error: {tmp_path / 'page.html'} exists; choose another --out\n")
+    alone = mplug2("report", workdir, "--out", tmp_path / "other.html")
+    assert alone == Outcome(2, "", "mplug2: error: --out is for --against; leave it out, or give that\n")
+
+
+def test_what_is_published_stands_in_the_table_of_results_where_anything_is() -> None:
+    def result(recipe: str, *formats: str) -> EvaluationResult:
+        return EvaluationResult(
+            "test", "answer", 1, 8, 1.0, {"accuracy": 0.5}, {"accuracy": 0.25}, (), intervals={"accuracy": (0.4, 0.6)},
+            recipe=recipe, formats=formats,
+        )  # fmt: skip
+
+    header, _, first, second = results_table([result("msrvtt_qa", "annotations"), result("demo")]).splitlines()
+    assert header.endswith("examples  published")
+    assert first.endswith("8      48.0%")
+    assert second.endswith("8")
+    assert "published" not in results_table([result("demo"), result("released_videoqa", "digitworld")])

@@ -14,8 +14,8 @@ Mplug2 = Callable[..., Outcome]
 
 
 def results(folder: Path) -> dict[str, bytes]:
-    """What evaluations came to, without how long they took."""
-    found = {path.name: path.read_bytes() for path in folder.iterdir()}
+    """What evaluations came to, without how long they took, nor their page."""
+    found = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".html"}
     return {
         name: json.dumps(json.loads(content) | {"seconds": 0}).encode() if name.endswith(".json") else content
         for name, content in found.items()
@@ -29,6 +29,8 @@ def test_a_checkpoint_by_its_own_recipe_gives_what_training_gave(
     done = mplug2("eval", "--task", trained.recipe, "--checkpoint", trained.workdir / where, "--out", tmp_path / "out")
     assert (done.status, done.err) == (0, "")
     assert "masked_words" in done.out
+    assert done.out.endswith(f"report: {tmp_path / 'out' / 'report.html'}\n")
+    assert "masked words" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert results(tmp_path / "out") == results(trained.workdir / "evaluations" / "2")
 
 
@@ -36,11 +38,14 @@ def test_results_go_beside_the_run_and_sizes_are_the_checkpoint_s(
     trained: Trained, workdir: Path, recipes: Path, mplug2: Mplug2
 ) -> None:
     shutil.rmtree(workdir / "evaluations")
+    (workdir / "report.html").unlink()
     wrong = (recipes / "text.py").read_text().replace("--config.model.width=32", "--config.model.width=64")
     assert "width=64" in wrong
     (recipes / "wide.py").write_text(wrong)
     done = mplug2("eval", "--task", recipes / "wide.py", "--checkpoint", workdir, "--only", "masked_words")
     assert (done.status, done.err) == (0, "")
+    assert done.out.endswith(f"report: {workdir / 'report.html'}\n")
+    assert (workdir / "report.html").stat().st_size > 10_000  # the run's own
     ours, theirs = results(workdir / "evaluations" / "2"), results(trained.workdir / "evaluations" / "2")
     assert ours == {name: theirs[name] for name in ("masked_words.json", "masked_words.jsonl")}
 
