@@ -23,6 +23,7 @@ def test_the_demo_recipe_runs_from_a_wheel(repository: Path, tmp_path: Path) -> 
     (wheel,) = (tmp_path / "dist").glob("*.whl")
     packed = set(zipfile.ZipFile(wheel).namelist())
     assert {"mplug2_jax/configs/demo.py", "mplug2_jax/report/template.html", "data_pipelines/batch.py"} <= packed
+    assert {"mplug2_jax/report/parts.html", "mplug2_jax/report/published.json"} <= packed
     assert not any(name.startswith("tests") for name in packed)
     assert {"mplug2_jax/launch/files/jobset.yaml.j2", "mplug2_jax/launch/files/Dockerfile.tpu"} <= packed
 

@@ -147,7 +147,6 @@ def _compare(ours: Evaluation, theirs: Evaluation, notes: list[str]) -> Compared
         our_mean, their_mean = pairs.mean(0).tolist()
         title = f"{human(measure)}, mean of the same examples"
         rows.append(_row(title, measure, our_mean, their_mean, None, None, drawn))
-    order = np.argsort(-differences, kind="stable")
     strips = {s.key: s.strip for s in (*theirs.samples, *ours.samples) if s.strip}
 
     def shown(places: Sequence[int]) -> list[Differing]:
@@ -161,8 +160,8 @@ def _compare(ours: Evaluation, theirs: Evaluation, notes: list[str]) -> Compared
 
     return Compared(
         ours.name, ours.words, (ours.step, theirs.step), (ours.examples, theirs.examples), len(keys), rows,
-        shown([i for i in order.tolist() if differences[i] > 0]),
-        shown([i for i in order[::-1].tolist() if differences[i] < 0]),
+        shown([i for i in np.argsort(-differences, kind="stable").tolist() if differences[i] > 0]),
+        shown([i for i in np.argsort(differences, kind="stable").tolist() if differences[i] < 0]),
     )  # fmt: skip
 
 
