@@ -31,6 +31,8 @@ class Batch(TypedDict, total=False):
     """Token ids to generate, ``[CLS] words [SEP]`` and padding 0."""
     target_weights: Float[NpArray, "b m"]
     """How much each target token counts as a prediction: 0 for padding, and for a prompt."""
+    references: Int[NpArray, "b r m"]
+    """Token ids of right captions, each as ``target``; rows beyond the last one are 0."""
     answer_weights: Float[NpArray, " a"]
     """Weight of each answer where questions have several; ``target`` then has a = b * r rows."""
     label: Int[NpArray, " b"]

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from jaxtyping import Int
 from numpy.typing import NDArray
 
 from data_pipelines.errors import DataError
@@ -52,6 +53,9 @@ class ExampleConfig:
     closing ``[SEP]``, truncation that cuts it off captions, and captions glued to ``prompt`` without a space, whose
     first pieces are no targets. It needs BERT's word pieces.
 
+    With ``references`` examples bring so many of their captions, as targets, to measure others by; where a record has
+    more, they are drawn anew in every epoch.
+
     With ``classes`` examples have a ``label``: the place of their answer among them. Where these are numbers, as
     degrees of likeness, an answer that is a number is of the class that is nearest.
     """
@@ -62,6 +66,7 @@ class ExampleConfig:
     instructions: Mapping[InstructionKind, InstructionConfig] = dataclasses.field(default_factory=dict)
     instruction_length: int = 0
     target_length: int = 0
+    references: int = 0
     form: Literal["standard", "released"] = "standard"
     prompt: str = ""  # released captions begin with it
     classes: tuple[str, ...] = ()
@@ -71,7 +76,7 @@ class ExampleConfig:
 
         Raises:
             DataError: instructions without words, without weight or without a length for their answers, a prompt that
-                nothing reads, or classes twice or of what has none.
+                nothing reads, references of what has no captions, or classes twice or of what has none.
         """
         for kind, instruction in self.instructions.items():
             if not instruction.templates or instruction.weight < 0:
@@ -83,6 +88,12 @@ class ExampleConfig:
             raise DataError(f"the instructions {', '.join(self.instructions)} all have weight 0; expected one above 0")
         if self.instructions and not self.target_length and not self.classes:
             raise DataError("an example with instructions needs target_length, the room for their answers, or classes")
+        captioned = set(self.instructions) == {"caption"} and self.target_length
+        if self.references < 0 or (self.references and not captioned):
+            raise DataError(
+                f"references={self.references} are a number of captions: set instructions to 'caption' alone, with "
+                "target_length"
+            )
         if self.classes and not self.instructions:
             raise DataError("classes need instructions: 'label', or 'entailment', with their templates")
         if self.classes and not set(self.instructions) <= {"label", "entailment"}:
@@ -107,6 +118,8 @@ class ExampleConfig:
         if self.instructions and self.target_length:
             told = (self.target_length,)
             made |= {"target": (told, np.int32), "target_weights": (told, np.float32)}
+        if self.references:
+            made["references"] = ((self.references, self.target_length), np.int32)
         if self.classes:
             made["label"] = ((), np.int32)
         if self.has_boxes:
@@ -241,6 +254,8 @@ def make_example(
             ids, unlearned = _target_ids(kind, answers[0], config, tokenizer)
             arrays["target"], mask = _padded(ids, config.target_length)
             arrays["target_weights"] = (mask & (np.arange(config.target_length) >= unlearned)).astype(np.float32)
+        if config.references:
+            arrays["references"] = reference_ids(answers, config, tokenizer)
         if config.classes:
             arrays["label"] = np.asarray(_class_of(answers[0], config.classes, record.key), np.int32)
         if config.has_boxes:
@@ -342,6 +357,15 @@ def _target_ids(
 def answer_ids(answer: str, config: ExampleConfig, tokenizer: Tokenizer) -> list[int]:
     """Ids of an answer to a question, whole, as a stream's targets have them: from the begin token to the end token."""
     return _target_ids("question", answer, dataclasses.replace(config, target_length=sys.maxsize), tokenizer)[0]
+
+
+def reference_ids(captions: Sequence[str], config: ExampleConfig, tokenizer: Tokenizer) -> Int[np.ndarray, "r m"]:
+    """The first captions, as a stream's targets have them; rows beyond the last one are 0."""
+    table = np.zeros((config.references, config.target_length), np.int32)
+    for row, caption in zip(table, captions, strict=False):
+        ids, _ = _target_ids("caption", caption, config, tokenizer)
+        row[: len(ids)] = ids
+    return table
 
 
 def _class_of(answer: str, classes: Sequence[str], key: str) -> int:

@@ -4,16 +4,18 @@ A record that cannot be used is replaced by the next good one of its source, so 
 of (seed, N) and of the files.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import grain
 import numpy as np
+from jaxtyping import Int
 from numpy.typing import NDArray
 
 from data_pipelines.errors import DataError
-from data_pipelines.examples import Example, ExampleConfig, make_example
+from data_pipelines.examples import Example, ExampleConfig, make_example, reference_ids
 from data_pipelines.faults import Fault
 from data_pipelines.order import WHOLE, Pick, Rows, Shard, endless_order
 from data_pipelines.record import Kind, Record, Source
@@ -180,7 +182,7 @@ class Stream:
     """
 
     def __init__(self, config: DataConfig, tokenizer: Tokenizer, *, name: str, seed: int) -> None:
-        self._config, self._seed = config, seed
+        self._config, self._tokenizer, self._seed = config, tokenizer, seed
         self._maker = _Maker(config, tokenizer, name, seed)
         multiple = config.batch_size if config.drop_remainder else 1
         for key, source in self._maker.sources.items():
@@ -208,6 +210,18 @@ class Stream:
     def position(self) -> Mapping[str, Any]:
         """All that decides which records a step holds, besides the step."""
         return {"batch_size": self._config.batch_size, "seed": self._seed, "records": dict(self.records)}
+
+    def references(self, most: int) -> Iterator[Int[np.ndarray, "r m"]]:
+        """The captions of up to ``most`` records, evenly from all sources, as examples' ``references`` have them.
+
+        No picture is decoded. Records without captions, or that cannot be read, are left out.
+        """
+        stride = -(-sum(self.records.values()) // most)
+        for source in self._maker.sources.values():
+            for index in range(0, len(source), stride):
+                with contextlib.suppress(DataError):
+                    if captions := source[index].captions:
+                        yield reference_ids(captions, self._config.examples, self._tokenizer)
 
     def batch(self, step: int) -> LoadedBatch:
         """The whole batch that step ``step`` (the first is 0) sees, built from its number alone."""

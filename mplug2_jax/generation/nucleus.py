@@ -24,9 +24,11 @@ class _Loop(NamedTuple):
 def nucleus(logits: Float[Array, "*n v"], top_p: float) -> Float[Array, "*n v"]:
     """Log-probabilities with minus infinity outside the fewest likeliest tokens that hold ``top_p`` of probability.
 
-    The likeliest token is always inside; so are all that are exactly as likely as the last.
+    The likeliest token is always inside; so are all that are exactly as likely as the last. All are for ``top_p`` of 1.
     """
     log_probs = jax.nn.log_softmax(logits, axis=-1)
+    if top_p == 1:  # a sum of rounded probabilities may get there too early
+        return log_probs
     falling = jnp.flip(jnp.sort(log_probs, axis=-1), axis=-1)
     before = jnp.cumsum(jnp.exp(falling), axis=-1) - jnp.exp(falling)  # of all that are likelier
     inside = (before < top_p).at[..., 0].set(True)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
 
 from mplug2_jax.model.mplug2 import Mplug2
+from mplug2_jax.objectives.cider import Frequencies
 from mplug2_jax.objectives.queue import Queue
 from mplug2_jax.parallel.logical import constrain
 
@@ -34,7 +35,8 @@ class Forward:
     """A batch and a model, with the intermediate results that objectives share, computed when first asked for.
 
     ``rng=None`` is evaluation. ``teacher`` is the same batch on its way through the teacher, ``alpha`` how much it
-    counts, ``queue`` the stream's contrastive queue; each where the run has one. Use within a single trace.
+    counts, ``queue`` the stream's contrastive queue, ``frequencies`` what weighs n-grams of captions; each where the
+    run has one. Use within a single trace.
     """
 
     def __init__(
@@ -46,9 +48,11 @@ class Forward:
         teacher: Optional["Forward"] = None,
         alpha: Float[Array, ""] | float = 0.0,
         queue: Queue | None = None,
+        frequencies: Frequencies | None = None,
     ) -> None:
         self.model, self.batch, self.rng = model, batch, rng
         self.teacher, self.alpha, self.queue = teacher, alpha, queue
+        self.frequencies = frequencies
 
     def key(self, purpose: str) -> PRNGKeyArray | None:
         """Randomness of one purpose."""

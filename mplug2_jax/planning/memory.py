@@ -10,7 +10,10 @@ import jax
 from mplug2_jax.parallel.chips import Topology
 from mplug2_jax.planning.programs import Compiled
 
-GROUPS = {"params": "parameters", "opt": "optimiser", "ema": "average", "teacher": "teacher", "queues": "queues"}
+GROUPS = {
+    "params": "parameters", "opt": "optimiser", "ema": "average", "teacher": "teacher", "queues": "queues",
+    "frequencies": "frequencies",
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

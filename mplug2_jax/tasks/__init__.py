@@ -10,6 +10,7 @@ from mplug2_jax.tasks import (
     ilm,
     mlm,
     rerank,
+    scst,
     summarise,
     understand,
     vlc,
@@ -19,5 +20,5 @@ from mplug2_jax.tasks import (
 )
 from mplug2_jax.tasks.base import Task
 
-_MODULES = (mlm, vlc, vlm, rerank, ilm, caption, answer, vqa, summarise, ground, classify, zero_shot)
+_MODULES = (mlm, vlc, vlm, rerank, ilm, caption, scst, answer, vqa, summarise, ground, classify, zero_shot)
 TASKS: Mapping[str, Task] = {module.TASK.name: module.TASK for module in _MODULES} | dict(understand.TASKS)

@@ -19,6 +19,7 @@ from mplug2_jax.model.mplug2 import Mplug2
 from mplug2_jax.objectives.forward import DeviceBatch, Forward, Outcome
 from mplug2_jax.objectives.language import DistillationConfig
 from mplug2_jax.objectives.mlm import MlmConfig
+from mplug2_jax.objectives.scst import ScstConfig
 from mplug2_jax.objectives.vlc import VlcConfig
 from mplug2_jax.objectives.vlm import VlmConfig
 
@@ -34,6 +35,7 @@ class TaskSettings:
     mlm: MlmConfig = MlmConfig()
     vlc: VlcConfig = VlcConfig()
     vlm: VlmConfig = VlmConfig()
+    scst: ScstConfig = ScstConfig()
     distillation: DistillationConfig | None = None
     label_smoothing: float = 0.0  # of all cross entropies over words and classes, which is all losses but vlc's
     search: SearchConfig = SearchConfig()

@@ -81,7 +81,7 @@ def _train(config: RunConfig, path: Path, notice: PreemptionNotice) -> list[Eval
     ]
     streams = open_streams(config, tokenizer)
 
-    begun = None if resumes else first_state(plan)
+    begun = None if resumes else first_state(plan, streams)
 
     # Nothing was written until here, so that a run that is refused can be started again.
     if is_first():
@@ -97,7 +97,7 @@ def _train(config: RunConfig, path: Path, notice: PreemptionNotice) -> list[Eval
         position = with_later_rollbacks(position, workdir.events)
         events.note("resumed", position.step, said=f"resuming from step {position.step}")
     else:
-        (state, said), position = begun or first_state(plan), position_after(0, streams)
+        (state, said), position = begun or first_state(plan, streams), position_after(0, streams)
         for line in said:
             progress.say(line)
     number = position.step

@@ -100,7 +100,7 @@ def _state_before(
             state, position = checkpoints.restore(plan.shapes, before[-1])
             check_position(position, streams)
         else:
-            state, position = first_state(plan)[0], position_after(0, streams)
+            state, position = first_state(plan, streams)[0], position_after(0, streams)
     finally:
         checkpoints.close()
     offsets: dict[int, int] = {}
@@ -158,7 +158,9 @@ def _alone(plan: Blueprint, name: str) -> Any:
 
         def loss(trained: Any) -> tuple[jax.Array, tuple[Metrics, Any]]:
             params = join(trained, frozen)
-            return streams_loss(one, params, inputs.teacher, state.get("queues", {}), masked, rng, inputs.alpha)
+            return streams_loss(
+                one, params, inputs.teacher, state.get("queues", {}), masked, rng, inputs.alpha, inputs.frequencies
+            )
 
         (value, _), gradients = jax.value_and_grad(loss, has_aux=True)(trained)
         return value, optax.tree.norm(gradients)

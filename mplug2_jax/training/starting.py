@@ -1,14 +1,16 @@
 """A run's first state: fresh, or with parts of another checkpoint's weights in it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from data_pipelines.loader import Stream
 from mplug2_jax.errors import UserError, did_you_mean
 from mplug2_jax.model.vision import resize_positions
+from mplug2_jax.objectives.cider import Frequencies, document_frequencies
 from mplug2_jax.training.checkpoints import Checkpoints, open_checkpoint
 from mplug2_jax.training.config import RunConfig
 from mplug2_jax.training.freezing import PAIR, join, part_of, split
@@ -18,8 +20,10 @@ from mplug2_jax.training.state import Blueprint, TrainState, fresh_average
 POSITIONS = ("vision", "positions")
 
 
-def first_state(plan: Blueprint) -> tuple[TrainState, list[str]]:
+def first_state(plan: Blueprint, streams: Mapping[str, Stream] | None = None) -> tuple[TrainState, list[str]]:
     """The state before step 1, and what is to be said of where it came from.
+
+    What rewards captions by CIDEr counts those of ``streams`` first, alike in all processes.
 
     With ``config.init_from`` the chosen parts are another checkpoint's, whole or not at all, averaged where it keeps an
     average, and with LoRA's pairs in their kernels; a teacher starts as that checkpoint's teacher, or else as a copy of
@@ -28,10 +32,24 @@ def first_state(plan: Blueprint) -> tuple[TrainState, list[str]]:
     Raises:
         UserError: no such checkpoint, or one that lacks a part, or has it in another size.
     """
+    state, said = _begun(plan)
+    if "frequencies" in state and streams:
+        state["frequencies"] = jax.device_put(_counted(plan, streams), plan.shardings["frequencies"])
+    return state, said
+
+
+def _counted(plan: Blueprint, streams: Mapping[str, Stream]) -> Frequencies:
+    """The document frequencies of the captions that are rewarded."""
     config = plan.config
-    if not config.init_from:
+    rewarded = [streams[name] for name, stream in config.streams.items() if "scst" in stream.objectives]
+    documents = (ids for stream in rewarded for ids in stream.references(config.tasks.scst.documents))
+    return document_frequencies(documents, plan.context.tokens)
+
+
+def _begun(plan: Blueprint) -> tuple[TrainState, list[str]]:
+    if not plan.config.init_from:
         return plan.init(), []
-    checkpoints, step = open_checkpoint(Path(config.init_from))
+    checkpoints, step = open_checkpoint(Path(plan.config.init_from))
     try:
         return _started(plan, checkpoints, step)
     finally:

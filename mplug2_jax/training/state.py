@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from mplug2_jax.model.config import SpecialTokens
 from mplug2_jax.model.mplug2 import ModelDef, Params, define
+from mplug2_jax.objectives.cider import no_frequencies
 from mplug2_jax.objectives.queue import fresh_queue
 from mplug2_jax.parallel.placement import Placement, place_parameters, replicated
 from mplug2_jax.tasks.base import TaskContext
@@ -32,7 +33,8 @@ from mplug2_jax.training.schedule import make_schedule
 HOST = "pinned_host"  # the memory of a host that its devices copy from without its help
 
 TrainState = dict[str, Any]
-"""``params``, ``opt`` (optax, of what is trained), ``step``; ``ema``, ``teacher``, ``queues`` where the run has them.
+"""``params``, ``opt`` (optax, of what is trained), ``step``; where the run has them, ``ema``, ``teacher``, ``queues``,
+and the ``frequencies`` of captions' n-grams.
 
 LoRA's pairs stand in ``params`` and ``ema`` beside their kernels; a teacher's kernels are merged.
 
@@ -116,6 +118,8 @@ def _fresh(config: RunConfig, definition: ModelDef, optimizer: optax.GradientTra
             for i, (name, stream) in enumerate(sorted(config.streams.items()))
             if "vlc" in stream.objectives
         }
+    if any("scst" in stream.objectives for stream in config.streams.values()):
+        state["frequencies"] = no_frequencies()  # until the captions are counted
     return state
 
 

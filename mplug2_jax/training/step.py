@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from mplug2_jax.model.mplug2 import Params
+from mplug2_jax.objectives.cider import Frequencies
 from mplug2_jax.objectives.forward import DeviceBatch, Forward, Metrics, purpose_key
 from mplug2_jax.objectives.queue import Queue
 from mplug2_jax.objectives.teacher import update_teacher
@@ -35,6 +36,7 @@ def streams_loss(
     batches: StreamBatches,
     rng: PRNGKeyArray,
     alpha: Float[Array, ""],
+    frequencies: Frequencies | None = None,
 ) -> tuple[Float[Array, ""], tuple[Metrics, Queues]]:
     """The weighted sum of all streams' objectives, their metrics, and the queues with these batches in them."""
     config = plan.config
@@ -45,7 +47,9 @@ def streams_loss(
     for name, stream in config.streams.items():
         key = purpose_key(rng, name)
         taught = None if teaching is None else Forward(teaching, batches[name], purpose_key(key, "teacher"))
-        forward = Forward(model, batches[name], key, teacher=taught, alpha=alpha, queue=queues.get(name))
+        forward = Forward(
+            model, batches[name], key, teacher=taught, alpha=alpha, queue=queues.get(name), frequencies=frequencies
+        )
         for objective, weight in stream.objectives.items():
             loss = TASKS[objective].loss
             assert loss is not None  # as the config has checked
@@ -76,6 +80,7 @@ class StepInputs(NamedTuple):
     rng: PRNGKeyArray
     teacher: Params | None
     alpha: Float[Array, ""]
+    frequencies: Frequencies | None
 
 
 def step_inputs(plan: Blueprint, state: TrainState) -> StepInputs:
@@ -86,14 +91,14 @@ def step_inputs(plan: Blueprint, state: TrainState) -> StepInputs:
         student = merged(state["params"], config.lora.scale)
         teacher = update_teacher(teacher, student, distillation.momentum, frozen=distillation.frozen)
     rng = jax.random.fold_in(jax.random.key(config.seed), state["step"])
-    return StepInputs(rng, teacher, _alpha(config, state["step"]))
+    return StepInputs(rng, teacher, _alpha(config, state["step"]), state.get("frequencies"))
 
 
 def train_step(plan: Blueprint, state: TrainState, batches: StreamBatches) -> tuple[TrainState, Metrics]:
     """(state, batches) -> (state, metrics). Pure; its randomness is a function of (seed, step)."""
     config = plan.config
     params, frozen = split(state["params"], config.frozen)
-    rng, teacher, alpha = step_inputs(plan, state)
+    rng, teacher, alpha, frequencies = step_inputs(plan, state)
 
     once = config.gather == "step"
     axes, frozen_axes = split(plan.axes, config.frozen)
@@ -103,7 +108,7 @@ def train_step(plan: Blueprint, state: TrainState, batches: StreamBatches) -> tu
 
     def loss(params: Params, queues: Queues, batches: StreamBatches, rng: PRNGKeyArray) -> Any:
         with gathered_before() if once else contextlib.nullcontext():
-            return streams_loss(plan, join(params, rest), teaches, queues, batches, rng, alpha)
+            return streams_loss(plan, join(params, rest), teaches, queues, batches, rng, alpha, frequencies)
 
     def gradient_of(queues: Queues, batches: StreamBatches, rng: PRNGKeyArray) -> tuple[Metrics, Queues, Params]:
         (_, (metrics, queues)), gradients = jax.value_and_grad(loss, has_aux=True)(used, queues, batches, rng)
@@ -139,6 +144,8 @@ def train_step(plan: Blueprint, state: TrainState, batches: StreamBatches) -> tu
         after["teacher"] = teacher
     if queues:
         after["queues"] = queues
+    if frequencies is not None:
+        after["frequencies"] = frequencies
     norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
     # A step that is not finite changes nothing but the count. Loss and norm are the same on all devices, so all skip.

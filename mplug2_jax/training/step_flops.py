@@ -20,19 +20,23 @@ from mplug2_jax.training.step import streams_loss
 def gradient_flops(
     plan: Blueprint, streams: Mapping[str, StreamConfig], batches: Mapping[str, Any], *, remat: bool
 ) -> collections.Counter[str]:
-    """Operations of some streams' loss and gradient by outermost scope, with or without the run's recomputation."""
+    """Operations of some streams' loss and gradient by outermost scope, with or without the run's recomputation.
+
+    Captions that are drawn count as if each were as long as there is room for.
+    """
     config: RunConfig = plan.config
     model = dataclasses.replace(config.model, attention="xla", remat=config.model.remat if remat else RematConfig())
     config = dataclasses.replace(config, model=model, streams=streams)
     plain = dataclasses.replace(plan, config=config, definition=define(model, plan.definition.parts))
 
     def loss(trained: Any, frozen: Any, state: Any, batches: Any, alpha: Any) -> Any:
-        params, queues = join(trained, frozen), state.get("queues", {})
-        return streams_loss(plain, params, state.get("teacher"), queues, batches, jax.random.key(0), alpha)
+        params, queues, frequencies = join(trained, frozen), state.get("queues", {}), state.get("frequencies")
+        return streams_loss(plain, params, state.get("teacher"), queues, batches, jax.random.key(0), alpha, frequencies)
 
     whole = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (plan.shapes, dict(batches)))
     state, batches = whole
     trained, frozen = split(state["params"], config.frozen)
-    state = {name: state[name] for name in ("teacher", "queues") if name in state}
+    state = {name: state[name] for name in ("teacher", "queues", "frequencies") if name in state}
     alpha = jax.ShapeDtypeStruct((), jnp.float32)
-    return count_flops(jax.value_and_grad(loss, has_aux=True), trained, frozen, state, batches, alpha)
+    turns = max([1, *(stream.data.examples.target_length - 1 for stream in streams.values())])  # of captions' drawing
+    return count_flops(jax.value_and_grad(loss, has_aux=True), trained, frozen, state, batches, alpha, turns=turns)

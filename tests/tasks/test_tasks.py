@@ -50,6 +50,7 @@ def batch_of(frames=1):
         "text": ids() * mask, "text_mask": mask, "instruction": ids() * mask, "instruction_mask": mask,
         "target": ids() * mask, "target_weights": mask.astype(np.float32),
         "example_id": np.arange(BATCH, dtype=np.int32), "label": np.asarray([0, 1, 1, 0], np.int32),
+        "references": np.stack([ids() * mask, ids() * mask], axis=1),
         "box": np.asarray([[0, 0, 0.5, 0.5 + i / 8] for i in range(BATCH)], np.float32),
     }  # fmt: skip
     if frames:
@@ -191,7 +192,7 @@ def untrained(definition):
 def test_losses_are_finite_and_name_themselves_in_their_metrics(predictions, name):
     outcome = predictions[1][name]
     assert np.isfinite(outcome.loss)
-    assert outcome.loss > 0
+    assert outcome.loss > 0 or name == "scst"  # whose captions may be likelier the better they are
     assert outcome.metrics["loss"] == outcome.loss
     assert all(np.isfinite(value) for value in outcome.metrics.values())
 

@@ -1,0 +1,57 @@
+"""Self-critical sequence training: captions that the model draws are rewarded by CIDEr-D (Rennie et al., 1612.00563).
+
+A caption's baseline is the mean reward of the others that were drawn for its example (Kool et al., 2019; Luo,
+arXiv 2003.09971), so that nothing is decoded greedily besides.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from mplug2_jax.errors import check_range
+from mplug2_jax.model.config import SpecialTokens
+from mplug2_jax.objectives.cider import cider_d, no_frequencies
+from mplug2_jax.objectives.forward import Forward, Outcome, weighted_mean
+from mplug2_jax.objectives.language import next_token_loss
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScstConfig:
+    """How many captions are drawn for each example, and how many records' captions say how common an n-gram is."""
+
+    samples: int = 4
+    documents: int = 20_000  # of each stream, evenly from all its records
+
+    def __post_init__(self) -> None:
+        """Checks the ranges. Raises UserError."""
+        check_range("config.tasks.scst.samples", self.samples, 2)
+        check_range("config.tasks.scst.documents", self.documents, 1)
+
+
+def advantages(rewards: Float[Array, "b k"]) -> Float[Array, "b k"]:
+    """How much better each is than the mean of its example's others."""
+    k = rewards.shape[1]
+    return (rewards - rewards.mean(1, keepdims=True)) * k / (k - 1)
+
+
+def scst_loss(
+    forward: Forward, said: Int[Array, "b k m"], lengths: Int[Array, "b k"], tokens: SpecialTokens
+) -> Outcome:
+    """Mean over all drawn tokens of -log p * their caption's advantage; its gradient is REINFORCE's.
+
+    ``said`` begins with the begin token, which ``lengths`` count. The metric ``reward`` is CIDEr-D as papers quote it,
+    ``length`` counts drawn tokens.
+    """
+    frequencies = no_frequencies() if forward.frequencies is None else forward.frequencies
+    rewards = cider_d(said, forward.batch["references"], frequencies, tokens)
+    _, k, m = said.shape
+    ids, spoken = said.reshape(-1, m), jnp.arange(m) < lengths.reshape(-1, 1)
+    logits = forward.model.decoder(ids, spoken, *forward.described)
+    counts = jnp.repeat(forward.counts, k)
+    losses = next_token_loss(logits, ids) * jax.lax.stop_gradient(advantages(rewards)).reshape(-1, 1)
+    loss = weighted_mean(losses, spoken[:, 1:] * counts[:, None])
+    reward = 100 * weighted_mean(rewards.reshape(-1), counts)
+    length = weighted_mean(lengths.reshape(-1) - 1.0, counts)
+    return Outcome(loss, {"loss": loss, "reward": reward, "length": length})

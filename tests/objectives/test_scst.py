@@ -1,0 +1,111 @@
+"""Self-critical training against REINFORCE by hand, in a model that has every layer."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mplug2_jax.errors import UserError
+from mplug2_jax.generation.beam import SearchConfig
+from mplug2_jax.generation.decode import clip_keys, draw
+from mplug2_jax.model.config import SpecialTokens, model_config
+from mplug2_jax.model.mplug2 import define
+from mplug2_jax.objectives.cider import cider_d, no_frequencies
+from mplug2_jax.objectives.forward import Forward, purpose_key
+from mplug2_jax.objectives.scst import ScstConfig, advantages
+from mplug2_jax.tasks import TASKS
+from mplug2_jax.tasks.base import TaskContext, TaskSettings
+
+EXAMPLES, SAMPLES, LENGTH, VOCABULARY = 3, 4, 6, 8
+MODEL = model_config(
+    "tiny", dtype="float32", width=16, heads=2, mlp_width=16, vision_width=16, vision_heads=2, vision_layers=1,
+    image_size=8, text_layers=1, universal_layers=1, decoder_layers=1, num_latents=2, vocab_size=VOCABULARY,
+    max_positions=8, dropout=0.3,
+)  # fmt: skip
+TASK, RNG = TASKS["scst"], jax.random.key(3)
+CONTEXT = TaskContext(
+    settings=TaskSettings(scst=ScstConfig(samples=SAMPLES)), tokens=SpecialTokens(begin=1, end=2, mask=3)
+)
+
+
+@pytest.fixture(scope="module")
+def model():
+    definition = define(MODEL, TASK.parts)
+    rng = np.random.default_rng(0)
+    return definition, jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape) * 0.3, s.dtype), definition.shapes)
+
+
+def batch_of(ids=range(EXAMPLES)):
+    """Pictures and two references each, of examples by their ids."""
+    rngs = [np.random.default_rng(i) for i in ids]
+    references = np.stack([rng.integers(4, VOCABULARY, size=(2, LENGTH)) for rng in rngs]).astype(np.int32)
+    references[..., 0], references[..., -1] = CONTEXT.tokens.begin, CONTEXT.tokens.end
+    frames = np.stack([rng.integers(0, 256, size=(1, 8, 8, 3)) for rng in rngs]).astype(np.uint8)
+    return jax.device_put({"frames": frames, "references": references, "example_id": np.asarray(ids, np.int32)})
+
+
+def drawn(model, batch):
+    """The captions that a step draws."""
+    definition, params = model
+    bound, search = definition.bind(params), SearchConfig(beams=SAMPLES, min_length=0, max_length=LENGTH - 1, top_p=1.0)
+    keys = clip_keys(purpose_key(RNG, "scst"), batch["example_id"])
+    return draw(bound.decoder, *Forward(bound, batch).described, search, CONTEXT.tokens, keys)
+
+
+def test_its_gradient_is_reinforce_by_hand(model):
+    """Dropout is on, but neither for what is drawn nor for what is learned."""
+    definition, params = model
+    batch = batch_of()
+    found = jax.jit(lambda p: drawn((definition, p), batch))(params)
+    ids, lengths = np.asarray(found.ids), np.asarray(found.lengths)
+    rewards = np.asarray(cider_d(found.ids, batch["references"], no_frequencies(), CONTEXT.tokens))
+    assert rewards.std(1).min() > 0
+
+    def by_hand(params):
+        bound = definition.bind(params)
+        memory, seen = Forward(bound, batch).described
+        total = 0.0
+        for b in range(EXAMPLES):
+            for k in range(SAMPLES):
+                said = jnp.asarray(ids[b, k : k + 1, : lengths[b, k]])
+                logits = bound.decoder(said, None, memory[b : b + 1], seen[b : b + 1])
+                chances = jax.nn.log_softmax(logits[0, :-1])
+                others = (rewards[b].sum() - rewards[b, k]) / (SAMPLES - 1)
+                total -= (rewards[b, k] - others) * chances[jnp.arange(lengths[b, k] - 1), said[0, 1:]].sum()
+        return total / (lengths - 1).sum()
+
+    def ours(params):
+        outcome = TASK.loss(Forward(definition.bind(params), batch, RNG), CONTEXT)
+        return outcome.loss, outcome.metrics
+
+    (loss, metrics), gradients = jax.jit(jax.value_and_grad(ours, has_aux=True))(params)
+    expected, hand = jax.jit(jax.value_and_grad(by_hand))(params)
+    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+    assert float(metrics["reward"]) == pytest.approx(100 * rewards.mean(), rel=1e-5)
+    assert float(metrics["length"]) == pytest.approx((lengths - 1).mean())
+    assert max(float(abs(g).max()) for g in jax.tree.leaves(gradients)) > 1e-3
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), gradients, hand)
+
+
+def test_an_examples_captions_do_not_depend_on_its_neighbours(model):
+    whole, other = drawn(model, batch_of((0, 1, 2))), drawn(model, batch_of((5, 2)))
+    np.testing.assert_array_equal(whole.ids[2], other.ids[1])
+    assert (np.asarray(whole.ids[0]) != np.asarray(whole.ids[1])).any()
+
+
+def test_padding_counts_for_nothing(model):
+    definition, params = model
+    measure = jax.jit(lambda batch: TASK.loss(Forward(definition.bind(params), batch, RNG), CONTEXT).metrics)
+    alone, padded = batch_of((0, 1)), batch_of((0, 1, 2)) | {"example_mask": jnp.asarray([True, True, False])}
+    ours, theirs = measure(alone), measure(padded)
+    assert all(float(value) == pytest.approx(float(theirs[name]), rel=1e-5) for name, value in ours.items())
+
+
+def test_a_caption_is_measured_by_the_mean_of_the_others():
+    np.testing.assert_allclose(advantages(jnp.asarray([[1.0, 2.0, 6.0], [3.0, 3.0, 3.0]])), [[-3, -1.5, 4.5], [0] * 3])
+
+
+@pytest.mark.parametrize(("field", "value"), [("samples", 1), ("documents", 0)])
+def test_settings_out_of_range_are_refused(field, value):
+    with pytest.raises(UserError, match=f"config.tasks.scst.{field}"):
+        ScstConfig(**{field: value})
