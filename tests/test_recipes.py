@@ -68,6 +68,9 @@ def test_quirks_are_on_in_the_released_recipes_and_off_in_ours() -> None:
         ("pretrain:base,8", "recipe pretrain:base,8: did you mean 'base'? (valid: base, large, tiny)"),
         ("imagenet:large,zeroshot", "recipe imagenet:large,zeroshot: did you mean 'zero_shot'? (valid: zero_shot)"),
         ("digitworld:digits", "recipe digitworld:digits: did you mean 'digit'?"),
+        ("vatex_caption:large,scts", "recipe vatex_caption:large,scts: did you mean 'scst'? (valid: scst)"),
+        ("vatex_caption:large,", "recipe vatex_caption:large,: valid: scst"),
+        ("vatex_caption:lage,scst", "recipe vatex_caption:lage: did you mean 'large'? (valid: base, large, tiny)"),
         ("finetune:captions", "recipe finetune:captions: did you mean 'caption'? (valid: caption, videoqa)"),
         ("finetune:,tiny", "recipe finetune:,tiny: valid: caption, videoqa"),
         ("finetune:caption,huge", "recipe finetune:caption,huge: valid: base, large, tiny"),
@@ -81,6 +84,18 @@ def test_unknown_arguments_name_the_valid_ones(spec: str, sentence: str) -> None
     with pytest.raises(UserError) as caught:
         load_recipe(spec)
     assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize("page", ["coco_caption", "msrvtt_caption", "msvd_caption", "nocaps", "vatex_caption"])
+def test_captions_go_on_by_reward(page: str) -> None:
+    plain, rewarded = (build(RunConfig, load_recipe(f"{page}:{form}")) for form in ("large", "large,scst"))
+    (learned,) = rewarded.streams.values()
+    assert set(learned.objectives) == {"scst"}
+    assert learned.data.shapes()["references"][0] == (64, 20, 32)
+    assert rewarded.steps < plain.steps
+    assert rewarded.optimizer.learning_rate < plain.optimizer.learning_rate
+    assert rewarded.evaluations == plain.evaluations
+    assert rewarded.parts() == plain.parts()
 
 
 def test_long_clips_lie_split() -> None:

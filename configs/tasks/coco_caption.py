@@ -10,11 +10,11 @@ from mplug2_jax.recipes.base import Sets, files
 from mplug2_jax.recipes.captioning import captioning
 
 
-def get_config(size: str = "large") -> ConfigDict:
-    """The run, at one of the sizes of the model."""
+def get_config(form: str = "large") -> ConfigDict:
+    """The run, at one of the sizes of the model; ``SIZE,scst``: by reward."""
     file, media = "coco/dataset_coco.json", "coco"
     sets = Sets(
         train=files("image", file, media, format="karpathy", split="train+restval"), examples=113_287,
         asked={"test": files("image", file, media, format="karpathy", split="test")},
     )  # fmt: skip
-    return captioning("coco_caption", size, sets)
+    return captioning("coco_caption", form, sets)

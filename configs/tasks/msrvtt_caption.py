@@ -10,10 +10,10 @@ from mplug2_jax.recipes.base import Sets, files
 from mplug2_jax.recipes.captioning import captioning
 
 
-def get_config(size: str = "large") -> ConfigDict:
-    """The run, at one of the sizes of the model."""
+def get_config(form: str = "large") -> ConfigDict:
+    """The run, at one of the sizes of the model; ``SIZE,scst``: by reward."""
     sets = Sets(
         train=files("video", "msrvtt_caption/train.json", "msrvtt/videos"), examples=6_513,
         asked={"test": files("video", "msrvtt_caption/test.json", "msrvtt/videos")},
     )  # fmt: skip
-    return captioning("msrvtt_caption", size, sets, epochs=40)
+    return captioning("msrvtt_caption", form, sets, epochs=40)

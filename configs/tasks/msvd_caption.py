@@ -9,10 +9,10 @@ from mplug2_jax.recipes.base import Sets, files
 from mplug2_jax.recipes.captioning import captioning
 
 
-def get_config(size: str = "large") -> ConfigDict:
-    """The run, at one of the sizes of the model."""
+def get_config(form: str = "large") -> ConfigDict:
+    """The run, at one of the sizes of the model; ``SIZE,scst``: by reward."""
     sets = Sets(
         train=files("video", "msvd_caption/train.json", "msvd/videos"), examples=1_200,
         asked={"test": files("video", "msvd_caption/test.json", "msvd/videos")},
     )  # fmt: skip
-    return captioning("msvd_caption", size, sets, epochs=40)
+    return captioning("msvd_caption", form, sets, epochs=40)

@@ -10,12 +10,12 @@ from mplug2_jax.recipes.base import Sets, files
 from mplug2_jax.recipes.captioning import captioning
 
 
-def get_config(size: str = "large") -> ConfigDict:
-    """The run, at one of the sizes of the model."""
+def get_config(form: str = "large") -> ConfigDict:
+    """The run, at one of the sizes of the model; ``SIZE,scst``: by reward."""
     coco, held, media = "coco/dataset_coco.json", "nocaps/nocaps_val_4500_captions.json", "nocaps/val"
     domains = {"in": "in-domain", "near": "near-domain", "out": "out-domain", "all": ""}
     sets = Sets(
         train=files("image", coco, "coco", format="karpathy", split="train+restval"), examples=113_287,
         asked={key: files("image", held, media, format="coco_captions", split=of) for key, of in domains.items()},
     )  # fmt: skip
-    return captioning("nocaps", size, sets)
+    return captioning("nocaps", form, sets)

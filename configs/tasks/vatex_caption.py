@@ -10,10 +10,10 @@ from mplug2_jax.recipes.base import Sets, files
 from mplug2_jax.recipes.captioning import captioning
 
 
-def get_config(size: str = "large") -> ConfigDict:
-    """The run, at one of the sizes of the model."""
+def get_config(form: str = "large") -> ConfigDict:
+    """The run, at one of the sizes of the model; ``SIZE,scst``: by reward."""
     sets = Sets(
         train=files("video", "vatex/vatex_training_v1.0.json", "vatex/videos"), examples=25_991,
         asked={"validation": files("video", "vatex/vatex_validation_v1.0.json", "vatex/videos")},
     )  # fmt: skip
-    return captioning("vatex_caption", size, sets)
+    return captioning("vatex_caption", form, sets)

@@ -32,6 +32,7 @@ _FIGURES = {
     "mfu": "MFU",
     "ilm": "instruction",
     "mlm": "masked words",
+    "scst": "captions by reward",
     "vlc": "contrast",
     "vlm": "matching",
     "examples_per_second": "examples per second",

@@ -237,3 +237,27 @@ def test_words_that_are_no_box(words):
 def test_classes_that_mean_nothing_are_refused(fields, said):
     with pytest.raises(DataError, match=said):
         ExampleConfig(**fields)
+
+
+def test_references_are_the_captions_as_targets_have_them() -> None:
+    config = ExampleConfig(instructions=CAPTION, target_length=8, references=3)
+    record = Record(key="r", captions=("a red four", "a green two moves left and right and up and down"))
+    found = make_example(record, config, TOKENIZER, rng()).arrays
+    assert found["references"].shape == config.shapes()["references"][0] == (3, 8)
+    assert {tuple(row) for row in found["references"][:2].tolist()} == {
+        tuple((TOKENIZER.encode(caption, max_length=8) + 8 * [0])[:8]) for caption in record.captions
+    }
+    assert not found["references"][2].any()
+    np.testing.assert_array_equal(found["references"][0], found["target"])
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"references": -1}, {"references": 2, "target_length": 8},
+        {"references": 2, "target_length": 8, "instructions": CAPTION | LABEL},
+    ],
+)  # fmt: skip
+def test_references_of_what_has_no_captions_are_refused(fields):
+    with pytest.raises(DataError, match=f"references={fields['references']} are a number of captions"):
+        ExampleConfig(**({"instructions": CAPTION, "target_length": 8} | {"instructions": {}} | fields))

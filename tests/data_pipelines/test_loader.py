@@ -240,3 +240,16 @@ def test_boxes_are_refused_where_pictures_are_cropped_or_turned() -> None:
             asked(files, transform=transform)
     asked(files, transform="resize")
     asked(WHOLE)  # DigitWorld draws squares, of which nothing is cropped
+
+
+def test_references_are_read_evenly_and_without_pictures(tar: SourceConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    examples = ExampleConfig(
+        instructions={"caption": InstructionConfig(templates=("",))}, target_length=12, references=1
+    )
+    made = stream(dataclasses.replace(data({"tars": tar, "digits": SourceConfig(size=24)}), examples=examples))
+    monkeypatch.setattr("data_pipelines.loader.load_visual", lambda *_: pytest.fail("a picture was decoded"))
+    every = list(made.references(1000))
+    assert len(every) == 12 + 24 - 1  # one caption is no UTF-8
+    assert {ids.shape for ids in every} == {(1, 12)}
+    assert len(list(made.references(12))) == 4 + 8 - 1  # every third, the seventh among them
+    np.testing.assert_array_equal(list(made.references(12)), list(made.references(12)))

@@ -44,6 +44,12 @@ def test_equally_likely_tokens_are_in_or_out_together():
     assert np.isfinite(nucleus(jnp.asarray([3.0, 0.0, 0.0]), 0.5)).tolist() == [True, False, False]
 
 
+def test_all_of_the_probability_is_all_tokens():
+    """A sum of many rounded ones may reach 1 too early."""
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=30_000).astype(np.float32) * 8)
+    assert np.isfinite(nucleus(logits, 1.0)).all()
+
+
 def test_tokens_are_drawn_as_often_as_their_share_of_the_nucleus():
     chances = np.asarray([0.0, 0.0, 1e-9, 0.05, 0.5, 0.25, 0.2, 1e-9, 1e-9]) + 1e-12
     config = SearchConfig(beams=1, min_length=0, max_length=1, top_p=0.9)

@@ -55,3 +55,20 @@ def test_a_task_from_its_public_files_to_a_report(
     assert main(["eval", "--workdir", str(run)]) == 0
     again = json.loads((run / "evaluations" / "2" / f"{name}.json").read_text())
     assert again["figures"] == result["figures"]  # from the checkpoint
+
+
+@pytest.mark.slow
+def test_captions_from_their_public_files_to_a_run_by_reward(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MPLUG2_DATA", str(data))
+    changes = overrides(build(RunConfig, load_recipe("msvd_caption:tiny")))
+    told, rewarded = tmp_path / "told", tmp_path / "rewarded"
+    assert main(["train", "--config", "msvd_caption:tiny", "--workdir", str(told), *changes]) == 0
+    start = f"--config.init_from={told}"
+    assert main(["train", "--config", "msvd_caption:tiny,scst", "--workdir", str(rewarded), start, *changes]) == 0
+    assert not (rewarded / "data-errors.jsonl").exists()
+    metrics = [json.loads(line) for line in (rewarded / "metrics.jsonl").read_text().splitlines()]
+    assert [line["set/scst/length"] > 0 for line in metrics if "loss" in line] == [True, True]
+    result = json.loads((rewarded / "evaluations" / "2" / "test.json").read_text())
+    assert (result["task"], result["examples"]) == ("caption", public_data.TEST)
