@@ -5,31 +5,32 @@ import dataclasses
 from ml_collections import ConfigDict
 
 from data_pipelines.examples import InstructionConfig
-from mplug2_jax.errors import UserError, did_you_mean
 from mplug2_jax.generation.beam import SearchConfig
-from mplug2_jax.recipes.base import Family, Sets, recipe
+from mplug2_jax.recipes.base import Family, Sets, form_of, recipe
 from mplug2_jax.training.optimizer import AdamWConfig
 
 
-def captioning(name: str, form: str, sets: Sets, *, epochs: int = 10) -> ConfigDict:
+def captioning(name: str, arg: str, sets: Sets, *, epochs: int = 10) -> ConfigDict:
     """Cross entropy of one of the captions, drawn anew in every epoch; beam search of five.
 
     ``SIZE,scst`` goes on from there by reward, with a tenth of the rate in a quarter of the epochs: start it with
-    ``--config.init_from`` of a run that has learned by cross entropy.
+    ``--config.init_from`` of a run that has learned by cross entropy. ``SIZE,zero_shot`` asks a pretrained model, which
+    has learned captions by instruction.
 
     Raises:
-        UserError: an unknown size, or something else than ``scst`` behind it.
+        UserError: an unknown size or form.
     """
-    size, comma, objective = form.partition(",")
-    if comma and objective != "scst":
-        raise UserError(f"recipe {name}:{form}: {did_you_mean(objective, ['scst'])}")
+    size, form = form_of(name, arg, "scst", "zero_shot")
     examples = {"instructions": {"caption": InstructionConfig(templates=("",))}, "target_length": 32}
     family = Family(
         objectives={"caption": 1.0}, task="caption", learned=examples, told=examples, epochs=epochs,
         train_visual={"transform": "train", "flip": False}, search=SearchConfig(beams=5, min_length=4, max_length=31),
         label_smoothing=0.1,
     )  # fmt: skip
-    if objective:
+    if form == "zero_shot":
+        told = {"caption": InstructionConfig(templates=("describe it",))}  # as pretraining has it
+        family = dataclasses.replace(family, told={**examples, "instructions": told, "instruction_length": 32})
+    if form == "scst":
         family = dataclasses.replace(
             family, objectives={"scst": 1.0}, learned={**examples, "references": 20}, epochs=max(1, epochs // 4),
             optimizer=AdamWConfig(learning_rate=2e-6, vision_learning_rate=2e-7, weight_decay=0.02),
