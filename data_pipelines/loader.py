@@ -70,6 +70,10 @@ class DataConfig:
                 f"instructions.box with visual.transform='{self.visual.transform}': boxes do not follow what is "
                 "cropped or turned; use 'resize' or 'released_test'"
             )
+        if self.visual.clips > 1 and self.kind != "video":
+            raise DataError(f"visual.clips={self.visual.clips} is of videos, and the sources are of kind {self.kind}")
+        if self.visual.crops > 1 and self.kind == "text":
+            raise DataError(f"visual.crops={self.visual.crops}, but texts are not seen: leave it out")
         if self.drop_remainder and len(self.sources) > 1:
             raise DataError("drop_remainder needs a single source: the epochs of a mixture end at different times")
 
@@ -117,16 +121,18 @@ class _Maker:
         visual = config.visual
         if config.kind == "image":  # a picture is one frame, however many a clip would have
             visual = dataclasses.replace(visual, num_frames=1)
-        self.sources: Mapping[str, Source] = {key: source.open(visual) for key, source in config.sources.items()}
+        # What draws its clips draws all frames that they are chosen from.
+        drawn = dataclasses.replace(visual, num_frames=visual.num_frames * visual.clips)
+        self.sources: Mapping[str, Source] = {key: source.open(drawn) for key, source in config.sources.items()}
         self._config, self._visual, self._tokenizer, self._name, self._seed = config, visual, tokenizer, name, seed
 
-    def make(self, pick: Pick) -> Example:
+    def make(self, pick: Pick, view: int = 0) -> Example:
         """One example. Raises _Unusable, or with the record's key whatever is no fault of the record's."""
         key = f"record {pick.index}"
         try:
             record = self.sources[pick.source][pick.index]
             key = record.key
-            visual = self._see(record, pick.rng(self._seed, self._name, "visual"))
+            visual = self._see(record, pick.rng(self._seed, self._name, "visual"), view)
             rng = pick.rng(self._seed, self._name, "text")
             return make_example(record, self._config.examples, self._tokenizer, rng, visual)
         except DataError as error:
@@ -135,7 +141,7 @@ class _Maker:
             error.add_note(f"while making an example of {key} of source '{pick.source}'")
             raise
 
-    def _see(self, record: Record, rng: np.random.Generator) -> Visual | None:
+    def _see(self, record: Record, rng: np.random.Generator, view: int) -> Visual | None:
         if self._config.kind == "text":
             return None
         if record.media is not None and record.media.kind != self._config.kind:
@@ -143,7 +149,7 @@ class _Maker:
         seen = record.frames if record.media is None else record.media
         if seen is None:
             raise DataError(f"record {record.key} has no {self._config.kind}, which its stream is made of")
-        return load_visual(seen, self._visual, rng)
+        return load_visual(seen, self._visual, rng, view)
 
     def make_or_replace(self, pick: Pick) -> Made:
         """The example of a record, or of the next good one of its source.
@@ -178,10 +184,13 @@ class Stream:
         seed: of the run.
 
     Raises:
-        DataError: a source that is missing or empty.
+        DataError: a source that is missing or empty, or several views, which only evaluations have.
     """
 
     def __init__(self, config: DataConfig, tokenizer: Tokenizer, *, name: str, seed: int) -> None:
+        for field in ("clips", "crops"):
+            if (count := getattr(config.visual, field)) > 1:
+                raise DataError(f"visual.{field}={count} is for evaluations: training sees one view of an example")
         self._config, self._tokenizer, self._seed = config, tokenizer, seed
         self._maker = _Maker(config, tokenizer, name, seed)
         multiple = config.batch_size if config.drop_remainder else 1
@@ -244,7 +253,7 @@ class EvaluationBatch(NamedTuple):
     """A host's rows of a batch; ``example_mask`` is False in those that stand for no example."""
 
     arrays: HostBatch
-    examples: Mapping[int, Example]  # by their numbers in the set
+    examples: Mapping[int, Example]  # by the numbers of their rows: without several views, those in the set
     faults: Mapping[int, Fault]
 
 
@@ -255,13 +264,15 @@ class _Padding:
 class EvaluationSet:
     """The examples of a stream's sources, one source after the other, each in its own order.
 
-    A record that cannot be used is left out, not replaced: nothing may count twice.
+    A record that cannot be used is left out, not replaced: nothing may count twice. Where there are several views of
+    each, row r of the batches is view r % views of example r // views.
     """
 
     def __init__(self, config: DataConfig, tokenizer: Tokenizer, *, name: str, seed: int) -> None:
         self._config = config
         self._maker = _Maker(config, tokenizer, name, seed)
         self._picks = [(name, len(source)) for name, source in self._maker.sources.items()]
+        self.views = config.visual.views
 
     def __len__(self) -> int:
         return sum(length for _, length in self._picks)
@@ -291,9 +302,9 @@ class EvaluationSet:
         return self._maker.make_or_replace(self._pick(0)).example
 
     def batches(self, shard: Shard = WHOLE, start: int = 0) -> Iterator[EvaluationBatch]:
-        """This host's rows of every batch from example ``start`` on; the last batch is padded."""
+        """This host's rows of every batch from row ``start`` on; the last batch is padded."""
         size, padding = self._config.batch_size, self.first()
-        rows, steps = shard.rows(size), -(-(len(self) - start) // size)
+        rows, steps = shard.rows(size), -(-(len(self) * self.views - start) // size)
         indices: grain.MapDataset[int] = Rows(grain.MapDataset.range(start, start + steps * size), size, shard, 0)
         made = iter(indices[: steps * len(rows)].map(self._try).to_iter_dataset(_read_options(self._config)))
         for step in range(steps):
@@ -303,11 +314,12 @@ class EvaluationSet:
             arrays["example_mask"] = np.array([i in examples for i in tried])
             yield EvaluationBatch(arrays, examples, {i: row for i, row in tried.items() if isinstance(row, Fault)})
 
-    def _try(self, index: int) -> Example | Fault | _Padding:
+    def _try(self, row: int) -> Example | Fault | _Padding:
+        index, view = divmod(row, self.views)
         if index >= len(self):
             return _Padding()
         try:
-            return self[index]
+            return self._maker.make(self._pick(index), view)
         except _Unusable as unusable:
             return unusable.fault
 

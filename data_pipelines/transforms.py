@@ -64,10 +64,13 @@ def whole(height: int, width: int, size: int, method: Method = "antialiased") ->
     return Window(0, 0, height, width, size, method)
 
 
-def centre(height: int, width: int, size: int) -> Window:
-    """The square in the middle: what a resize of the shorter side and a centre crop leave."""
+def square(height: int, width: int, size: int, place: int = 1) -> Window:
+    """A square of the shorter side: the left or uppermost (0), that in the middle (1), the right or lowest (2).
+
+    That in the middle is what a resize of the shorter side and a centre crop leave.
+    """
     side = min(height, width)
-    return Window((height - side) // 2, (width - side) // 2, side, side, size)
+    return Window((height - side) * place // 2, (width - side) * place // 2, side, side, size)
 
 
 def random_window(

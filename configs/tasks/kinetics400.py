@@ -2,6 +2,9 @@
 
 Data: kinetics400/train.csv and val.csv (label, youtube_id, time_start, time_end) and the clips in kinetics400/videos
 (https://github.com/cvdfoundation/kinetics-dataset); kinetics400/classes.json, a list of the labels.
+
+Asked at 4 clips x 3 crops, the usual protocol of vision transformers: what is done may be in one place of a long clip,
+and beside the square in the middle.
 """
 
 from ml_collections import ConfigDict
@@ -18,4 +21,5 @@ def get_config(size: str = "large") -> ConfigDict:
         train=files("video", "kinetics400/train.csv", "kinetics400/videos", format="kinetics"), examples=240_436,
         asked={"val": files("video", "kinetics400/val.csv", "kinetics400/videos", format="kinetics")},
     )  # fmt: skip
-    return classification("kinetics400", size, sets, read_classes("kinetics400/classes.json", 400), PROMPTS)
+    classes = read_classes("kinetics400/classes.json", 400)
+    return classification("kinetics400", size, sets, classes, PROMPTS, clips=4, crops=3)

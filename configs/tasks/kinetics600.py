@@ -2,6 +2,9 @@
 
 Data: kinetics600/train.csv and val.csv (label, youtube_id, time_start, time_end) and the clips in kinetics600/videos
 (https://github.com/cvdfoundation/kinetics-dataset); kinetics600/classes.json, a list of the labels.
+
+Asked at 4 clips x 3 crops, the usual protocol of vision transformers: what is done may be in one place of a long clip,
+and beside the square in the middle.
 """
 
 from ml_collections import ConfigDict
@@ -18,4 +21,5 @@ def get_config(size: str = "large") -> ConfigDict:
         train=files("video", "kinetics600/train.csv", "kinetics600/videos", format="kinetics"), examples=390_191,
         asked={"val": files("video", "kinetics600/val.csv", "kinetics600/videos", format="kinetics")},
     )  # fmt: skip
-    return classification("kinetics600", size, sets, read_classes("kinetics600/classes.json", 600), PROMPTS)
+    classes = read_classes("kinetics600/classes.json", 600)
+    return classification("kinetics600", size, sets, classes, PROMPTS, clips=4, crops=3)

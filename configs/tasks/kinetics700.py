@@ -2,6 +2,9 @@
 
 Data: kinetics700/train.csv and val.csv (label, youtube_id, time_start, time_end) and the clips in kinetics700/videos
 (https://github.com/cvdfoundation/kinetics-dataset); kinetics700/classes.json, a list of the labels.
+
+Asked at 4 clips x 3 crops, the usual protocol of vision transformers: what is done may be in one place of a long clip,
+and beside the square in the middle.
 """
 
 from ml_collections import ConfigDict
@@ -18,4 +21,5 @@ def get_config(size: str = "large") -> ConfigDict:
         train=files("video", "kinetics700/train.csv", "kinetics700/videos", format="kinetics"), examples=541_279,
         asked={"val": files("video", "kinetics700/val.csv", "kinetics700/videos", format="kinetics")},
     )  # fmt: skip
-    return classification("kinetics700", size, sets, read_classes("kinetics700/classes.json", 700), PROMPTS)
+    classes = read_classes("kinetics700/classes.json", 700)
+    return classification("kinetics700", size, sets, classes, PROMPTS, clips=4, crops=3)

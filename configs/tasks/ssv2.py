@@ -2,6 +2,8 @@
 
 Data: ssv2/something-something-v2-train.json, -validation.json and -labels.json, and the clips in ssv2/videos
 (https://www.qualcomm.com/developer/software/something-something-v-2-dataset).
+
+Asked at 1 clip x 3 crops, as usual: a class is the whole of a short movement, which one clip spans already.
 """
 
 from ml_collections import ConfigDict
@@ -19,4 +21,4 @@ def get_config(size: str = "large") -> ConfigDict:
         train=files("video", f"{name}-train.json", "ssv2/videos", format="ssv2"), examples=168_913,
         asked={"validation": files("video", f"{name}-validation.json", "ssv2/videos", format="ssv2")},
     )  # fmt: skip
-    return classification("ssv2", size, sets, read_classes(f"{name}-labels.json", 174), PROMPTS, flip=False)
+    return classification("ssv2", size, sets, read_classes(f"{name}-labels.json", 174), PROMPTS, flip=False, crops=3)

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Int
 from numpy.typing import NDArray
 
 from data_pipelines.errors import DataError
@@ -23,7 +24,7 @@ from data_pipelines.tokenizers import Tokenizer
 from mplug2_jax.errors import UserError
 from mplug2_jax.evaluation.answers import read_answers
 from mplug2_jax.evaluation.matching import Matching
-from mplug2_jax.evaluation.metrics.classification import Confusion
+from mplug2_jax.evaluation.metrics.classification import Confusion, mean_of_views
 from mplug2_jax.evaluation.metrics.ratio import intervals
 from mplug2_jax.evaluation.prompts import make_prompts
 from mplug2_jax.evaluation.samples import Sample, choose, right_answers
@@ -113,6 +114,11 @@ class Evaluation:
         check_task(where, config.task, {name: array.shape for name, array in first.arrays.items()}, definition)
         task = TASKS[config.task]
         assert task.score is not None
+        if self._set.views > 1 and not task.views:
+            raise UserError(
+                f"{where}.data.visual: clips={config.data.visual.clips} and crops={config.data.visual.crops} are views "
+                f"whose probabilities are averaged, as task 'classify' does; for task '{config.task}' set both to 1"
+            )
         self._score = task.score
         if config.answers:
             if config.task != "answer":
@@ -149,6 +155,7 @@ class Evaluation:
         rows: list[dict[str, NDArray[Any]]] = []
         held: dict[int, Example] = {}
         unusable: dict[int, Fault] = {}
+        views = self._set.views
         shared: Predictions = {}
         if self._prepare is not None:
             between_batches(f"classes of evaluation {self.name}")
@@ -159,13 +166,14 @@ class Evaluation:
             with jax.set_mesh(self._mesh):
                 predicted = self._predict(params, put_batch(batch.arrays, self._mesh) | shared)
             rows.append({name: np.asarray(value) for name, value in predicted.items()})
-            held |= {place: _without_frames(example) for place, example in batch.examples.items()}
+            held |= {row: _without_frames(example) for row, example in batch.examples.items() if row % views == 0}
             unusable |= batch.faults
-        examples, faults = _of_all_processes(held, unusable)
+        examples, faults = _of_all_processes(held, unusable, views)
         check_share(list(faults.values()), len(self._set), self._config.data.max_skipped)
         # A row's place over all batches is its example's in the set; places without an example are left out.
         places = list(examples)
-        predictions: HostPredictions = {name: np.concatenate([row[name] for row in rows])[places] for name in rows[0]}
+        predictions: HostPredictions = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+        predictions = _chosen(predictions, np.asarray(places, np.int64), views)
         reader = self._config.data.examples.reader(self._tokenizer)
         with jax.set_mesh(self._mesh):
             if self._refine is not None and self._matching is not None:
@@ -238,10 +246,19 @@ def _without_frames(example: Example) -> Example:
     return dataclasses.replace(example, arrays=arrays)
 
 
+def _chosen(predictions: HostPredictions, places: Int[np.ndarray, " n"], views: int) -> HostPredictions:
+    """Those of some examples, each one row: of several views the mean of their probabilities."""
+    if views == 1:
+        return {name: values[places] for name, values in predictions.items()}
+    ids = np.repeat(places, views)
+    seen = predictions["probabilities"][(places[:, None] * views + np.arange(views)).ravel()]
+    return {"probabilities": mean_of_views(seen, ids, places)}
+
+
 def _of_all_processes(
-    examples: Mapping[int, Example], faults: Mapping[int, Fault]
+    examples: Mapping[int, Example], faults: Mapping[int, Fault], views: int
 ) -> tuple[dict[int, Example], dict[int, Fault]]:
-    """Everyone's examples and faults by their places in the set, in that order, each once."""
+    """Everyone's examples and faults, by rows, by their places in the set, in that order, each once."""
     mine = {
         "examples": [(place, _packed(example)) for place, example in examples.items()],
         "faults": [(place, dataclasses.asdict(fault)) for place, fault in faults.items()],
@@ -251,7 +268,10 @@ def _of_all_processes(
     for theirs in gather(mine):
         all_examples |= {place: _unpacked(packed) for place, packed in theirs["examples"]}
         all_faults |= {place: Fault(**fields) for place, fields in theirs["faults"]}
-    return dict(sorted(all_examples.items())), dict(sorted(all_faults.items()))
+    lost = {row // views: fault for row, fault in sorted(all_faults.items())}
+    # Of an example whose first view is good another may be lost.
+    kept = {row // views: example for row, example in sorted(all_examples.items()) if row // views not in lost}
+    return kept, lost
 
 
 def _packed(example: Example) -> dict[str, Any]:

@@ -115,6 +115,7 @@ class Task:
     text_parts: tuple[str, ...] = ()  # and where they bring none
     further_parts: tuple[str, ...] = ()  # that prediction uses where the model has them
     prepare: Callable[[Mplug2, TaskContext], Predictions] | None = None
+    views: bool = False  # whether its predictions are probabilities, of which an example's views have a mean
     predict: Callable[[Mplug2, DeviceBatch, TaskContext], Predictions] | None = None
     score: Callable[[HostPredictions, Sequence[Example], Callable[[Sequence[int]], str]], Scored] | None = None
     match: Callable[[Mplug2, DeviceBatch, TaskContext], Float[Array, "b r"]] | None = None

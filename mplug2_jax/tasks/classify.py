@@ -62,6 +62,7 @@ TASK = Task(
     picture_parts=("vision",),
     text_parts=("text",),
     keys=("label",),
+    views=True,
     loss=loss,
     predict=predict,
     score=score,

@@ -42,6 +42,7 @@ TASK = Task(
     name="zero_shot",
     parts=("vision", "text", "universal", "contrastive"),
     keys=("frames", "label"),
+    views=True,
     prepare=prepare,
     predict=predict,
     score=classify.score,

@@ -60,6 +60,27 @@ def check(indices: np.ndarray, length: int, count: int) -> None:
     assert indices[-1] < length
 
 
+@given(length=lengths, count=counts, clips=st.integers(1, 6))
+def test_clips_share_out_the_frames_of_a_video(length: int, count: int, clips: int) -> None:
+    chosen = [middle_indices(length, count, clip, clips) for clip in range(clips)]
+    for indices, later in zip(chosen, (*chosen[1:], chosen[-1]), strict=True):
+        check(indices, length, count)
+        assert (indices <= later).all()
+    if length >= count * clips:
+        assert len(np.unique(chosen)) == count * clips
+    if length == count * clips:
+        np.testing.assert_array_equal(np.stack(chosen, 1).ravel(), np.arange(length))
+
+
+def test_clips_at_a_rate_are_spread_over_the_video() -> None:
+    times = np.arange(100) / 10
+    starts = [fps_indices(times, 4, 2.0, clip, 4)[0] for clip in range(4)]
+    # Two seconds long, they can begin in the first eight; the first frame is seen a quarter of a second later.
+    assert starts == [12, 32, 52, 72]
+    np.testing.assert_array_equal(fps_indices(times, 4, 2.0, 1, 3), fps_indices(times, 4, 2.0))
+    assert len({tuple(fps_indices(times[:10], 4, 2.0, clip, 4)) for clip in range(4)}) == 1  # too short for several
+
+
 @pytest.mark.parametrize(("length", "count"), [(0, 4), (4, 0)])
 def test_no_frames(length: int, count: int) -> None:
     with pytest.raises(DataError, match=f"video of {length} frames and num_frames {count}"):

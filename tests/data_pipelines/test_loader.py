@@ -13,6 +13,7 @@ from data_pipelines.errors import DataError
 from data_pipelines.examples import ExampleConfig, InstructionConfig
 from data_pipelines.faults import Fault, FaultLog, read_faults
 from data_pipelines.loader import DataConfig, EvaluationSet, Stream
+from data_pipelines.order import WHOLE as WHOLE_SHARD
 from data_pipelines.order import Shard
 from data_pipelines.sources import config as sources_config
 from data_pipelines.sources.config import SourceConfig
@@ -185,6 +186,39 @@ def test_an_evaluation_begins_anywhere() -> None:
         assert [key.key for batch in batches for key in batch.examples.values()] == whole[start:]
         assert [place for batch in batches for place in batch.examples] == list(range(start, 7))
         assert len(batches) == -(-(7 - start) // 2)
+
+
+def test_an_evaluation_sees_every_view_of_an_example_in_rows_that_follow_each_other() -> None:
+    def held(**views: int) -> EvaluationSet:
+        config = data({"digits": SourceConfig(kind="video", size=3)}, 4)
+        visual = dataclasses.replace(VISUAL, num_frames=4 // views.get("clips", 1), **views)
+        return EvaluationSet(dataclasses.replace(config, visual=visual), TOKENIZER, name="e", seed=0)
+
+    def rows(held: EvaluationSet, shard: Shard = WHOLE_SHARD) -> list[np.ndarray]:
+        return [frames for batch in held.batches(shard) for frames in batch.arrays["frames"]]
+
+    whole, views = held(), held(clips=2, crops=3)
+    assert (len(views), views.views, len(list(views.batches()))) == (3, 6, 5)
+    for example, frames in enumerate(rows(whole)[:3]):
+        for view in range(6):  # all squares of a square are alike
+            np.testing.assert_array_equal(rows(views)[6 * example + view], frames[view // 3 :: 2])
+    keys = {row: example.key for batch in views.batches() for row, example in batch.examples.items()}
+    assert keys == {row: f"digitworld/video/train/0/{row // 6}" for row in range(18)}
+    halves = [rows(views, Shard((part,), 2)) for part in range(2)]
+    for row, frames in enumerate(rows(views)):
+        np.testing.assert_array_equal(halves[row % 4 // 2][row // 4 * 2 + row % 2], frames)
+
+
+def test_views_are_of_videos_in_evaluations() -> None:
+    visual = dataclasses.replace(VISUAL, clips=2)
+    for kind in ("image", "text"):
+        with pytest.raises(DataError, match=f"visual.clips=2 is of videos, and the sources are of kind {kind}"):
+            dataclasses.replace(data({"a": SourceConfig(kind=kind)}), visual=visual)
+    with pytest.raises(DataError, match=r"visual\.crops=3, but texts are not seen: leave it out"):
+        dataclasses.replace(data({"a": SourceConfig(kind="text")}), visual=dataclasses.replace(VISUAL, crops=3))
+    clips = dataclasses.replace(data({"a": SourceConfig(kind="video")}), visual=visual)
+    with pytest.raises(DataError, match=r"visual\.clips=2 is for evaluations: training sees one view of an example"):
+        stream(clips)
 
 
 def test_a_kind_that_records_are_not(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_pipelines.transforms import Window, centre, random_window, resize_bicubic, resize_nearest, whole
+from data_pipelines.transforms import Window, random_window, resize_bicubic, resize_nearest, square, whole
 
 sides, seeds = st.integers(1, 300), st.integers(0, 999)
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -116,8 +116,15 @@ def test_the_middle_is_what_resize_and_crop_leave() -> None:
     frame = np.asarray(Image.fromarray(noise(8, 10)).resize((200, 160), Image.Resampling.BICUBIC))
     resized = Image.fromarray(frame).resize((100, 80), Image.Resampling.BICUBIC)
     expected = np.asarray(resized.crop((10, 0, 90, 80)))
-    difference = centre(160, 200, 80).of_frame(frame).astype(int) - expected
+    difference = square(160, 200, 80).of_frame(frame).astype(int) - expected
     assert np.abs(difference).max() <= 2
+
+
+def test_squares_are_at_both_ends_and_in_the_middle() -> None:
+    wide = [square(10, 31, 8, place) for place in range(3)]
+    assert [(w.top, w.left, w.height, w.width) for w in wide] == [(0, left, 10, 10) for left in (0, 10, 21)]
+    high = [square(31, 10, 8, place) for place in range(3)]
+    assert [(w.top, w.left, w.height, w.width) for w in high] == [(top, 0, 10, 10) for top in (0, 10, 21)]
 
 
 @given(y=sides, x=sides, seed=seeds, method=st.sampled_from(["antialiased", "cropped", "nearest", "bicubic"]))

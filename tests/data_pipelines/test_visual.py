@@ -14,7 +14,7 @@ from data_pipelines.errors import DataError
 from data_pipelines.frames import middle_indices, random_indices
 from data_pipelines.image import Picture
 from data_pipelines.media import Media
-from data_pipelines.transforms import random_window
+from data_pipelines.transforms import random_window, square
 from data_pipelines.visual import Transform, Visual, VisualConfig, load_visual
 from tests.data_pipelines.clips import moving, moving_clip
 
@@ -86,6 +86,30 @@ def test_pixels_are_chosen_from_and_have_no_clock() -> None:
         np.testing.assert_array_equal(load(pixels[:1], image_size=16, sampling=sampling).frames, pixels[:1])
 
 
+def test_views_are_the_squares_of_one_clip_after_the_other() -> None:
+    _, frames = moving_clip("h264", 12)
+    size = min(frames.shape[1:3])
+    config = VisualConfig(image_size=size, num_frames=5, clips=2, crops=3)
+    assert config.views == 6
+    for source in (clip(), frames):
+        for view in range(6):
+            seen = load_visual(source, config, np.random.default_rng(0), view).frames
+            chosen = frames[middle_indices(30, 5, view // 3, 2)]
+            expected = [square(*frame.shape[:2], size, view % 3).of_frame(frame) for frame in chosen]
+            np.testing.assert_array_equal(seen, np.stack(expected))
+    config = VisualConfig(crops=3)
+    squares = [load_visual(PHOTOGRAPH, config, np.random.default_rng(0), view).frames for view in range(3)]
+    assert len({view.tobytes() for view in squares}) == 3
+    np.testing.assert_array_equal(squares[1], load(PHOTOGRAPH).frames)
+
+
+def test_views_of_what_is_drawn_or_seen_whole_are_refused() -> None:
+    with pytest.raises(DataError, match=r"visual\.clips=2 needs frames that are not drawn: sampling 'middle' or 'fps'"):
+        VisualConfig(clips=2, sampling="random")
+    with pytest.raises(DataError, match=r"visual\.crops=3 with visual\.transform='resize': several squares are cut by"):
+        VisualConfig(crops=3, transform="resize")
+
+
 def test_the_whole_clip_is_treated_alike() -> None:
     """A clip of one frame again and again stays one, whatever is done to it."""
     pixels = moving(1, 40, 60).repeat(4, 0)
@@ -149,6 +173,8 @@ def test_the_release_pretrains_on_pictures_as_pillow_crops() -> None:
         ("image_size", 0, "at least 1"),
         ("num_frames", 0, "at least 1"),
         ("fps", 0.0, "above 0"),
+        ("clips", 0, "at least 1"),
+        ("crops", 2, "1 or 3"),
         ("min_area", 1.5, "above 0 and at most 1"),
         ("num_ops", 99, "0 to 14"),
         ("magnitude", 11.0, "0 to 10"),

@@ -1,5 +1,6 @@
 """The evaluation loop: batches change nothing, results are kept, wrong set-ups are refused."""
 
+import dataclasses
 import json
 
 import jax
@@ -8,8 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_pipelines.digitworld import VIDEO_LABELS
 from data_pipelines.examples import Example, ExampleConfig, InstructionConfig
-from data_pipelines.loader import DataConfig
+from data_pipelines.faults import Fault
+from data_pipelines.loader import DataConfig, _Unusable
 from data_pipelines.sources.config import SourceConfig
 from data_pipelines.tokenizers import SPECIAL_TOKENS, WordPieceTokenizer
 from data_pipelines.visual import VisualConfig
@@ -22,6 +25,7 @@ from mplug2_jax.model.mplug2 import define
 from mplug2_jax.objectives.mlm import MlmConfig
 from mplug2_jax.parallel.mesh import MeshConfig, make_mesh
 from mplug2_jax.tasks.base import TaskContext, TaskSettings
+from mplug2_jax.tasks.classify import score
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 TOKENIZER = WordPieceTokenizer([*SPECIAL_TOKENS, "?", *LETTERS, *(f"##{letter}" for letter in LETTERS)])
@@ -37,12 +41,14 @@ SENTENCES = ExampleConfig(text="sentence", text_length=24)
 QUESTIONS = ExampleConfig(
     instructions={"question": InstructionConfig(templates=("{question}",))}, instruction_length=24, target_length=8
 )
+SEEING = ("vision", "temporal", "universal", "classifier")
 SIZE = 20
 
 
-def evaluation(task, parts, examples, *, batch_size=SIZE, kind="text", size=SIZE, samples=SIZE, mesh=None):
+def evaluation(task, parts, examples, *, batch_size=SIZE, kind="text", size=SIZE, samples=SIZE, mesh=None, clips=1):
     sources = {"digits": SourceConfig(kind=kind, split="heldout", size=size)}
-    data = DataConfig(sources=sources, visual=VisualConfig(num_frames=3), examples=examples, batch_size=batch_size)
+    visual = VisualConfig(num_frames=3, clips=clips)
+    data = DataConfig(sources=sources, visual=visual, examples=examples, batch_size=batch_size)
     config = EvaluationConfig(task=task, data=data, samples=samples)
     one = make_mesh(MeshConfig(), jax.devices()[:1])
     return Evaluation("held", config, define(MODEL, parts), CONTEXT, TOKENIZER, mesh or one, seed=0, recipe="a_recipe")
@@ -70,6 +76,58 @@ def test_neither_the_batch_size_nor_padding_nor_the_mesh_changes_what_is_predict
     assert ours.intervals == whole.intervals
     assert ours.said == whole.said
     assert ours.examples == SIZE
+
+
+ACTIONS = ExampleConfig(instructions={"label": InstructionConfig(templates=("",))}, classes=VIDEO_LABELS)
+
+
+def actions(visual, *, batch_size=6, mesh=None):
+    sources = {"digits": SourceConfig(kind="video", split="heldout", size=7)}
+    data = DataConfig(sources=sources, visual=visual, examples=ACTIONS, batch_size=batch_size)
+    definition = define(dataclasses.replace(MODEL, num_classes=len(VIDEO_LABELS)), SEEING)
+    one = make_mesh(MeshConfig(), jax.devices()[:1])
+    config = EvaluationConfig(task="classify", data=data)
+    return Evaluation("held", config, definition, CONTEXT, TOKENIZER, mesh or one, seed=0), definition
+
+
+def test_the_probabilities_of_an_example_s_views_are_averaged(monkeypatch):
+    """In any batches, on any mesh; and broken in one view, an example is left out."""
+    visual, rng = VisualConfig(num_frames=2, clips=3), np.random.default_rng(0)
+    ours, definition = actions(visual)
+    params = jax.tree.map(lambda s: (rng.normal(size=s.shape) * 0.3).astype(np.float32), definition.shapes)
+    rows = [
+        np.asarray(ours._predict(params, batch.arrays)["probabilities"]) for batch in ours._set.batches()
+    ]  # a row for each view
+    means = np.concatenate(rows)[:21].reshape(7, 3, -1).astype(np.float64).mean(1)
+    given = {}
+
+    def scored(predictions, *rest):
+        given.update(predictions)
+        return score(predictions, *rest)
+
+    monkeypatch.setattr(ours, "_score", scored)
+    whole = ours.run(params, 0)
+    np.testing.assert_allclose(given["probabilities"], means, rtol=1e-6)
+    assert len({row.tobytes() for row in np.concatenate(rows)[:3]}) == 3
+    assert whole.examples == 7
+    for size, mesh in ((1, None), (16, make_mesh(MeshConfig(data=8)))):
+        other = actions(visual, batch_size=size, mesh=mesh)[0].run(params, 0)
+        assert (other.figures, other.intervals, other.said) == (whole.figures, whole.intervals, whole.said)
+
+    broken, _ = actions(visual)
+    make = broken._set._maker.make
+    broken._config = dataclasses.replace(broken._config, data=dataclasses.replace(broken._config.data, max_skipped=1.0))
+
+    def fails(pick, view=0):
+        if (pick.index, view) == (4, 1):
+            raise _Unusable(Fault("digits", "4", "cut off"))
+        return make(pick, view)
+
+    monkeypatch.setattr(broken._set._maker, "make", fails)
+    left = broken.run(params, 0)
+    assert left.examples == 6
+    assert left.faults == (Fault("digits", "4", "cut off"),)
+    assert left.said == whole.said[:4] + whole.said[5:]
 
 
 def test_a_result_says_what_was_evaluated_and_when(results):
@@ -148,6 +206,9 @@ def test_a_result_is_saved_as_json_with_strips_of_its_samples_frames_beside_it(t
         ("answer", ("text", "universal", "decoder"), QUESTIONS, {"kind": "image"}, "needs the parts fusion, vision"),
         ("answer", ("vision", "text", "universal", "fusion", "decoder"), QUESTIONS, {"kind": "video"},
          "needs the parts temporal"),
+        ("answer", ("vision", "temporal", "text", "universal", "fusion", "decoder"), QUESTIONS,
+         {"kind": "video", "clips": 2},
+         "clips=2 and crops=1 are views whose probabilities are averaged, .*; for task 'answer' set both to 1"),
         ("mlm", ("text", "universal", "mlm"), SENTENCES, {"size": 0}, "is empty"),
         ("mlm", ("text", "universal", "mlm"), SENTENCES, {"mesh": 8}, "batch_size=20 does not split .* 16 or 24"),
     ],

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from data_pipelines.digitworld import VIDEO_LABELS
 from data_pipelines.examples import ExampleConfig, InstructionConfig
 from data_pipelines.loader import DataConfig
 from data_pipelines.sources.config import SourceConfig
@@ -19,7 +20,7 @@ from mplug2_jax.evaluation.loop import EvaluationConfig
 from mplug2_jax.training.config import CheckpointConfig
 from mplug2_jax.training.telemetry import read_metrics
 from tests.cli.conftest import untrained
-from tests.runs import QUESTION, SMALL, recipe_file, small_run
+from tests.runs import QUESTION, SMALL, recipe_file, small_model, small_run, stream
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -29,12 +30,17 @@ EVALUATIONS = {
     "captions": ("caption", "video", ExampleConfig(instructions=CAPTION, instruction_length=6, target_length=6)),
     "pairs": ("vlc", "video", ExampleConfig(text_length=12)),
     "words": ("mlm", "text", ExampleConfig(text="sentence", text_length=12)),
-}
+    "actions": (
+        "classify", "video",
+        ExampleConfig(instructions={"label": InstructionConfig(templates=("",))}, classes=VIDEO_LABELS),
+    ),
+}  # fmt: skip
 
 
 def heldout(task: str, kind: str, examples: ExampleConfig, size: int = 11) -> EvaluationConfig:
     sources = {"digits": SourceConfig(kind=kind, split="heldout", size=size)}
-    data = DataConfig(sources=sources, visual=SMALL, examples=examples, batch_size=8)
+    visual = dataclasses.replace(SMALL, clips=2, crops=3) if task == "classify" else SMALL
+    data = DataConfig(sources=sources, visual=visual, examples=examples, batch_size=8)
     return EvaluationConfig(task=task, data=data, samples=2)
 
 
@@ -66,7 +72,11 @@ def finished(process: "subprocess.Popen[str]", status: int = 0) -> str:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that was drawn, in ``run``, and in ``recipe.py`` what it is evaluated on: eleven records of each kind."""
     folder = tmp_path_factory.mktemp("evaluations")
-    run = small_run(evaluations={name: heldout(*what) for name, what in EVALUATIONS.items()})
+    streams = small_run().streams | {"actions": stream("video", 8, EVALUATIONS["actions"][2], classify=1.0)}
+    run = small_run(
+        streams=streams, model=small_model(num_classes=len(VIDEO_LABELS)),
+        evaluations={name: heldout(*what) for name, what in EVALUATIONS.items()},
+    )  # fmt: skip
     untrained(folder / "run", run, scale=1.0)
     recipe_file(run, folder / "recipe.py")
     return folder
@@ -111,6 +121,8 @@ def test_different_things_are_said_once_to_each(alone: dict[str, bytes]) -> None
         assert len({row["key"] for row in said}) == 11
         if name == "pairs":  # a drawn model may find the same text nearest to all, but does not rank all alike
             assert 0 < json.loads(alone[f"{name}.json"])["figures"]["text_to_visual_r5"] < 1
+        elif name == "actions":  # it takes all for one class, which some are
+            assert 0 < json.loads(alone[f"{name}.json"])["figures"]["top_1"] < 1
         else:
             assert len({row["said"] for row in said}) > 1, name
 
