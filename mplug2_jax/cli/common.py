@@ -142,7 +142,7 @@ def table(rows: Sequence[Sequence[str]], header: Sequence[str], right: Sequence[
 
 
 def results_table(results: "Sequence[EvaluationResult]") -> str:
-    """Every figure with what chance leaves of it, beside its baseline and what is published, where anything is."""
+    """Every figure, those that are absent too, beside its baseline and what is published, where anything is."""
     from mplug2_jax.evaluation.metrics.units import show, times_as_good
     from mplug2_jax.report.published import published
 
@@ -158,6 +158,7 @@ def results_table(results: "Sequence[EvaluationResult]") -> str:
                 (result.name, what, show(what, value), f"{low} to {high}", show(what, base), times,
                  str(result.examples), show(what, others[what].value) if what in others else "")
             )  # fmt: skip
+        rows += [(result.name, what, "absent", "", "", "", str(result.examples), "") for what in result.absent]
     header = ("evaluation", "figure", "model", "95 % of draws", "baseline", "ratio", "examples", "published")
     width = len(header) if any(row[-1] for row in rows) else len(header) - 1
     return table([row[:width] for row in rows], header[:width], right=range(2, width))

@@ -43,6 +43,9 @@ class EvaluationConfig:
     ``answers`` is a file with a JSON list of all answers that may be given to questions. ``prompts`` are texts that
     stand for a class, with ``{label}`` where its name belongs, and ``class_names`` what ``data.examples.classes`` are
     called there; empty: as they are.
+
+    With ``java`` captions are scored by METEOR and SPICE, too, whose programs take seconds to start; where there is no
+    Java they are absent.
     """
 
     task: str
@@ -51,6 +54,7 @@ class EvaluationConfig:
     answers: str = ""
     prompts: tuple[str, ...] = ()
     class_names: tuple[str, ...] = ()
+    java: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +75,7 @@ class EvaluationResult:
     confusion: Confusion | None = None  # of classes
     recipe: str = ""  # the name of the config that it is an evaluation of
     formats: tuple[str, ...] = ()  # of its data
+    absent: tuple[str, ...] = ()  # figures that could not be computed here
 
     def line(self) -> str:
         """For people who watch."""
@@ -119,7 +124,9 @@ class Evaluation:
                 f"{where}.data.visual: clips={config.data.visual.clips} and crops={config.data.visual.crops} are views "
                 f"whose probabilities are averaged, as task 'classify' does; for task '{config.task}' set both to 1"
             )
-        self._score = task.score
+        if config.java and task.by_java is None:
+            raise UserError(f"{where}.java is for the task 'caption', not for '{config.task}': leave it out")
+        self._score, self._by_java = task.score, task.by_java if config.java else None
         if config.answers:
             if config.task != "answer":
                 raise UserError(f"{where}.answers is for the task 'answer', not for '{config.task}': leave it out")
@@ -180,6 +187,9 @@ class Evaluation:
                 match = functools.partial(self._matching.run, params, examples, between_batches, self.name)
                 predictions = self._refine(predictions, list(examples.values()), self._context, match)
             scored = self._score(predictions, list(examples.values()), reader)
+        if self._by_java is not None:
+            between_batches(f"METEOR and SPICE of evaluation {self.name}")
+            scored = self._by_java(scored, list(examples.values()))
         # Other batch sizes and meshes change the last digits, and shall not change which are the best.
         goodness = [round(float(value), 4) for value in scored.goodness]
         samples = choose(examples, scored, goodness, self._config.samples, self._set.__getitem__)
@@ -192,7 +202,7 @@ class Evaluation:
         return EvaluationResult(
             self.name, self._config.task, step, len(examples), time.perf_counter() - start, figures, scored.baselines,
             samples, tuple(faults.values()), intervals(scored.figures), said, scored.confusion, self._recipe,
-            self._formats,
+            self._formats, scored.absent,
         )  # fmt: skip
 
 
@@ -289,7 +299,7 @@ def save_result(result: EvaluationResult, folder: Path) -> Path:
     """Writes ``NAME.json``; beforehand, beside it, the samples' frames and ``NAME.jsonl``: all that was said."""
     folder.mkdir(parents=True, exist_ok=True)
     fields = ("name", "task", "recipe", "formats", "step", "examples", "seconds", "figures", "intervals", "baselines")
-    content = {field: getattr(result, field) for field in fields}
+    content = {field: getattr(result, field) for field in (*fields, "absent")}
     content["samples"] = save_samples(result.samples, result.name, folder)
     if result.confusion is not None:
         content["confusion"] = result.confusion.content()

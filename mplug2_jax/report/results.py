@@ -149,8 +149,9 @@ def _read(path: Path, name: str, notes: list[str]) -> Evaluation:
     others = published(str(content.get("recipe", "")), [str(each) for each in content.get("formats", ())])
     result = Evaluation(
         path, path.stem, task, task_words(task), int(content["step"]), int(content["examples"]),
-        [_figure(name, value, baselines.get(name, math.nan), intervals.get(name), others.get(name))
-         for name, value in figures.items()],
+        [*(_figure(name, value, baselines.get(name, math.nan), intervals.get(name), others.get(name))
+           for name, value in figures.items()),
+         *(Figure(human(str(name)), "absent", "", "–", "–", False, 0.0, None, "", "") for name in content.get("absent", ()))],
         samples, baselines, figures, intervals, read_confusion(content.get("confusion")),
     )  # fmt: skip
     notes.extend(f"{name}: a picture was left out: {reason}" for reason in lost)

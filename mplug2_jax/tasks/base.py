@@ -90,6 +90,7 @@ class Scored:
     goodness: Float[np.ndarray, " n"]  # and how good that was: the higher, the better
     confusion: Confusion | None = None  # of classes
     nearest: Nearest | None = None  # of retrieval
+    absent: tuple[str, ...] = ()  # figures that could not be computed here
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,6 +106,8 @@ class Task:
     ``text_mask`` [b, r, l]), in; [b, r] scores out. ``refine`` runs on the host once all examples are predicted, in all
     processes alike, with the mesh in context. It is given a function from pairs (the text's example, the picture's) to
     their scores, and returns what ``score`` reads in place of the predictions.
+
+    ``by_java`` adds to a score the figures of Java programs, of which one process starts those that it has.
     """
 
     name: str
@@ -120,6 +123,7 @@ class Task:
     score: Callable[[HostPredictions, Sequence[Example], Callable[[Sequence[int]], str]], Scored] | None = None
     match: Callable[[Mplug2, DeviceBatch, TaskContext], Float[Array, "b r"]] | None = None
     refine: Callable[[HostPredictions, Sequence[Example], TaskContext, Match], HostPredictions] | None = None
+    by_java: Callable[[Scored, Sequence[Example]], Scored] | None = None
 
     def check(self, batch_keys: set[str], where: str) -> None:
         """Checks that batches bring what the task reads.

@@ -1,17 +1,24 @@
 """Captioning: the picture alone as in the release, or asked for by an instruction where the batch brings one."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from data_pipelines.examples import Example
+from mplug2_jax.evaluation.metrics.by_java import Meteor, meteor, spice
 from mplug2_jax.evaluation.metrics.caption import caption_scores, tokens
 from mplug2_jax.evaluation.metrics.ratio import Ratio
 from mplug2_jax.generation.decode import generate
 from mplug2_jax.model.mplug2 import Mplug2
 from mplug2_jax.objectives.forward import DeviceBatch, Forward, Outcome
 from mplug2_jax.objectives.language import caption_loss
+from mplug2_jax.parallel.processes import gather, is_first
 from mplug2_jax.tasks.base import HostPredictions, Predictions, Scored, Task, TaskContext
+
+_PATIENCE = 800.0  # seconds for each Java program: a run that hears nothing for half an hour ends
 
 
 def loss(forward: Forward, context: TaskContext) -> Outcome:
@@ -34,13 +41,36 @@ def score(predictions: HostPredictions, examples: Sequence[Example], decode: Cal
     How good a caption is, is its CIDEr.
     """
     said = [decode(row.tolist()) for row in predictions["ids"]]
-    references = [tokens(example.answers) for example in examples]  # once, for both
-    shifted = [answers[0] for answers in (*references[1:], references[0])]
+    references, shifted = _references(examples)  # once, for both
     figures = caption_scores(tokens(said), references, tokenise=False)
     baselines = caption_scores(shifted, references, tokenise=False)
     cider = figures["cider"]
     assert isinstance(cider, Ratio)
     return Scored(figures, {name: figure.value for name, figure in baselines.items()}, said, goodness=cider.values)
+
+
+def by_java(scored: Scored, examples: Sequence[Example]) -> Scored:
+    """METEOR and SPICE besides; those that the first process has no program for are absent, in all processes."""
+    references, shifted = _references(examples)
+    both = [*tokens(scored.said), *shifted], [*references, *references]  # a program is started once
+    mine: dict[str, list[Any] | None] = {}
+    if is_first():
+        counts, graphs = meteor(*both, seconds=_PATIENCE), spice(*both, seconds=_PATIENCE)
+        mine["meteor"] = None if counts is None else counts.counts.tolist()
+        mine["spice"] = None if graphs is None else graphs.values.tolist()
+    found = {name: None if rows is None else np.asarray(rows) for name, rows in gather(mine)[0].items()}
+    figures, baselines = dict(scored.figures), dict(scored.baselines)
+    for name, figure in (("meteor", Meteor), ("spice", Ratio)):
+        if (rows := found[name]) is not None:
+            figures[name], baselines[name] = figure(rows[: len(examples)]), figure(rows[len(examples) :]).value
+    absent = tuple(name for name in found if found[name] is None)
+    return dataclasses.replace(scored, figures=figures, baselines=baselines, absent=absent)
+
+
+def _references(examples: Sequence[Example]) -> tuple[list[list[str]], list[str]]:
+    """Each example's captions as tokens, and a caption of the next."""
+    references = [tokens(example.answers) for example in examples]
+    return references, [answers[0] for answers in (*references[1:], references[0])]
 
 
 TASK = Task(
@@ -51,4 +81,5 @@ TASK = Task(
     loss=loss,
     predict=predict,
     score=score,
+    by_java=by_java,
 )

@@ -57,6 +57,13 @@ def test_figures_stand_beside_their_baselines(run: Run) -> None:
     assert (shown["alone"].baseline, shown["alone"].mark) == ("–", None)
 
 
+def test_absent_figures_are_said_to_be_absent(run: Run) -> None:
+    run.evaluation("a", figures={"cider": 61.23}, absent=["meteor", "<b>"])
+    shown = {figure.name: figure for figure in read(run)[0]["a"].figures}
+    assert [shown[name].value for name in ("CIDEr", "METEOR", "<b>")] == ["61.2", "absent", "absent"]
+    assert (shown["METEOR"].bar, shown["METEOR"].mark, shown["METEOR"].below) == (0.0, None, False)
+
+
 @pytest.mark.parametrize(
     ("damage", "said"),
     [

@@ -9,6 +9,8 @@ import pytest
 
 from data_pipelines.examples import Example
 from mplug2_jax.errors import UserError
+from mplug2_jax.evaluation.metrics.by_java import Meteor
+from mplug2_jax.evaluation.metrics.ratio import Ratio
 from mplug2_jax.evaluation.metrics.units import is_share
 from mplug2_jax.generation.beam import SearchConfig
 from mplug2_jax.model.config import PARTS, SpecialTokens, model_config
@@ -17,7 +19,7 @@ from mplug2_jax.objectives.forward import Forward
 from mplug2_jax.objectives.mlm import MlmConfig
 from mplug2_jax.objectives.vlm import VlmConfig
 from mplug2_jax.tasks import TASKS, answer, caption, classify, mlm, vlc
-from mplug2_jax.tasks.base import Prompts, TaskContext, TaskSettings, parts_for
+from mplug2_jax.tasks.base import Prompts, Scored, TaskContext, TaskSettings, parts_for
 from mplug2_jax.tasks.understand import LIKENESS
 from mplug2_jax.tasks.understand import TASKS as GLUE
 
@@ -318,6 +320,31 @@ def test_a_number_is_worse_the_further_it_is_off():
     probabilities[2] = np.nan
     scored = GLUE["stsb"].score({"probabilities": probabilities}, examples, decode)
     assert scored.goodness.tolist() == [0, -5, -5]
+
+
+def test_java_s_figures_of_captions_are_there_or_absent(monkeypatch):
+    """Every program is started once, for the captions and for those of the baseline."""
+    examples = [sample(answers=("a b", "a c")), sample(answers=("d e",))]
+    scored = Scored({}, {}, ["a b", "f"], np.zeros(2))
+    asked = []
+
+    def spice(said, references, seconds):
+        asked.append((said, references))
+        return Ratio(np.asarray([100.0, 0.0, 10.0, 30.0]))
+
+    monkeypatch.setattr(caption, "spice", spice)
+    monkeypatch.setattr(caption, "meteor", lambda said, references, seconds: None)
+    found = caption.by_java(scored, examples)
+    assert asked == [(["a b", "f", "d e", "a b"], 2 * [["a b", "a c"], ["d e"]])]
+    assert (found.figures["spice"].value, found.baselines) == (50.0, {"spice": 20.0})
+    assert (found.figures.keys(), found.absent, found.said) == ({"spice"}, ("meteor",), scored.said)
+
+    counts = np.arange(4 * 23, dtype=np.float64).reshape(4, 23)
+    monkeypatch.setattr(caption, "meteor", lambda said, references, seconds: Meteor(counts))
+    monkeypatch.setattr(caption, "spice", lambda said, references, seconds: None)
+    found = caption.by_java(scored, examples)
+    assert (found.figures["meteor"].value, found.absent) == (Meteor(counts[:2]).value, ("spice",))
+    assert found.baselines == {"meteor": Meteor(counts[2:]).value}
 
 
 def test_captions_are_compared_with_all_of_their_own_and_the_baseline_with_anothers():
