@@ -151,7 +151,7 @@ def _read(path: Path, name: str, notes: list[str]) -> Evaluation:
         path, path.stem, task, task_words(task), int(content["step"]), int(content["examples"]),
         [*(_figure(name, value, baselines.get(name, math.nan), intervals.get(name), others.get(name))
            for name, value in figures.items()),
-         *(Figure(human(str(name)), "absent", "", "–", "–", False, 0.0, None, "", "") for name in content.get("absent", ()))],
+         *(_absent(str(name)) for name in content.get("absent", ()))],
         samples, baselines, figures, intervals, read_confusion(content.get("confusion")),
     )  # fmt: skip
     notes.extend(f"{name}: a picture was left out: {reason}" for reason in lost)
@@ -178,6 +178,10 @@ def _figure(
         along(baseline) if math.isfinite(baseline) else None,
         show(name, other.value) if other else "", other.note if other else "",
     )  # fmt: skip
+
+
+def _absent(name: str) -> Figure:
+    return Figure(human(name), "absent", "", "–", "–", False, 0.0, None, "", "")
 
 
 def _times(ratio: float) -> str:
