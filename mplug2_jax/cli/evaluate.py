@@ -109,6 +109,7 @@ def _evaluate(args: argparse.Namespace, notice: "PreemptionNotice") -> int:
 
 def _follow(args: argparse.Namespace, notice: "PreemptionNotice") -> int:
     from mplug2_jax.parallel.processes import is_first
+    from mplug2_jax.report import write_report
     from mplug2_jax.training.evaluating import Evaluator, of_run
     from mplug2_jax.training.following import Follower, until_step, wait_for_run
     from mplug2_jax.training.workdir import WorkDir
@@ -126,7 +127,10 @@ def _follow(args: argparse.Namespace, notice: "PreemptionNotice") -> int:
         lambda result: _save(result, subject.workdir.evaluations_of(result.step)),
     )  # fmt: skip
     _say_averaged(subject, "")
-    return 0 if follower.run(until, poll) else 1
+    complete = follower.run(until, poll)
+    if is_first():
+        print(f"report: {write_report(subject.workdir.path)}")
+    return 0 if complete else 1
 
 
 def _save(result: "EvaluationResult", folder: Path) -> None:

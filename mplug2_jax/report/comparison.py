@@ -17,7 +17,7 @@ from mplug2_jax.report.page import read_any, render, shortened, write_page
 from mplug2_jax.report.results import Evaluation, Strip
 
 _MOST = 8  # examples that are shown, each way
-_MAX_LINE, _MAX_LINES, _MAX_TEXT = 1 << 16, 1_000_000, 2000  # of a NAME.jsonl: bytes, lines, letters of a text
+_MAX_LINE, _MAX_FILE, _MAX_TEXT = 1 << 16, 1 << 28, 2000  # of a NAME.jsonl: bytes, bytes, letters of a text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,6 +200,9 @@ def read_said(path: Path, notes: list[str]) -> Mapping[tuple[str, int], Said]:
         return found
     with path.open("rb") as file:
         while line := file.readline(_MAX_LINE):
+            if file.tell() > _MAX_FILE:
+                notes.append(f"{path}: only the first {_MAX_FILE >> 20:,} MiB are read")
+                break
             try:
                 row = json.loads(line)
                 key, goodness = str(row["key"]), row.get("goodness")
@@ -208,9 +211,6 @@ def read_said(path: Path, notes: list[str]) -> Mapping[tuple[str, int], Said]:
             except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
                 damaged += 1
                 continue
-            if sum(seen.values()) >= _MAX_LINES:
-                notes.append(f"{path}: only the first {_MAX_LINES:,} lines are read")
-                break
             if math.isfinite(good):
                 found[key, seen[key]] = Said(asked, said, true, good)
             seen[key] += 1

@@ -140,6 +140,8 @@ def _read_all(top: Path, folders: Sequence[Path], order: Sequence[str], notes: l
 
 
 def _read(path: Path, name: str, notes: list[str]) -> Evaluation:
+    if path.stat().st_size > _MAX_FILE:
+        raise ValueError(f"it is larger than {_MAX_FILE >> 20} MiB")
     content = json.loads(path.read_bytes())
     task, figures, baselines = str(content["task"]), _numbers(content["figures"]), _numbers(content["baselines"])
     intervals = {name: (float(low), float(high)) for name, (low, high) in content.get("intervals", {}).items()}

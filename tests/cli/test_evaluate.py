@@ -128,12 +128,12 @@ def test_a_finished_run_is_followed_to_its_end_and_not_twice(
     figures = json.loads(theirs["masked_words.json"])["figures"]
     assert json.loads(line) == {"step": 2, "eval/masked_words/accuracy": figures["accuracy"]}
     changed = {name for name, content in snapshot(workdir).items() if before.get(name) != content}
-    assert {name.split("/")[0] for name in changed} == {"evaluations", "metrics-eval.jsonl"}
+    assert {name.split("/")[0] for name in changed} == {"evaluations", "metrics-eval.jsonl", "report.html"}
 
     again = mplug2("eval", "--workdir", workdir, "--follow", "--only", "masked_words")
-    assert again == Outcome(0, "step 2: was evaluated before\n", "")
+    assert again == Outcome(0, f"step 2: was evaluated before\nreport: {workdir / 'report.html'}\n", "")
     more = mplug2("eval", "--workdir", workdir, "--follow")  # what was killed between two evaluations
-    assert [line.split(" (")[0] for line in more.out.splitlines()] == ["step 2  more_words"]
+    assert [line.split(" (")[0] for line in more.out.splitlines()[:-1]] == ["step 2  more_words"]
 
 
 def test_a_damaged_checkpoint_is_left_out(workdir: Path, mplug2: Mplug2) -> None:
@@ -141,7 +141,7 @@ def test_a_damaged_checkpoint_is_left_out(workdir: Path, mplug2: Mplug2) -> None
     (workdir / "checkpoints" / "2" / "meta" / "metadata").write_text("{")
     done = mplug2("eval", "--workdir", workdir, "--follow")
     assert done.status == 1
-    (line,) = done.out.splitlines()
+    line, _ = done.out.splitlines()
     assert line.startswith(f"step 2: left out, checkpoint {workdir / 'checkpoints' / '2'} is incomplete: meta/metadata")
     assert not (workdir / "evaluations").exists()
 

@@ -107,9 +107,9 @@ def test_damaged_lines_are_counted_and_long_files_cut(tmp_path: Path, monkeypatc
     assert sorted(read_said(path, notes)) == [("k0", 0), ("k1", 0), ("k3", 0)]
     assert len(notes) == 1
     assert "lines are damaged and left out" in notes[0]
-    monkeypatch.setattr(comparison, "_MAX_LINES", 2)
-    assert len(read_said(path, notes)) == 2
-    assert "only the first 2 lines are read" in notes[1]
+    monkeypatch.setattr(comparison, "_MAX_FILE", len(f"{lines[0]}\n{lines[1]}\n"))
+    assert sorted(read_said(path, notes)) == [("k0", 0), ("k1", 0)]
+    assert notes[1].endswith("MiB are read")
 
 
 def test_the_page_is_whole_escaped_and_never_overwritten(both: tuple[Path, Path]) -> None:

@@ -156,12 +156,21 @@ def test_frames_that_are_no_picture_of_the_same_folder_are_refused_and_noted(run
 
 
 def test_a_picture_file_that_is_too_large_is_not_read(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(results, "_MAX_FILE", 100)
-    run.picture("a-0.png")
-    run.evaluation("a", samples=[sample(frames="a-0.png")])
+    size = run.evaluation("a", samples=[sample(frames="a-0.png")]).stat().st_size
+    monkeypatch.setattr(results, "_MAX_FILE", size)
+    picture = run.picture("a-0.png", frames=9)
+    assert picture.stat().st_size > size
     found, notes = read(run)
     assert found["a"].samples[0].strip is None
     assert "is larger than" in notes[0]
+
+
+def test_a_result_that_is_too_large_is_not_read(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    run.evaluation("a")
+    monkeypatch.setattr(results, "_MAX_FILE", 100)
+    found, notes = read(run)
+    assert found == {}
+    assert "a.json is damaged and was left out: it is larger than" in notes[0]
 
 
 def test_no_damaged_picture_stops_the_page(run: Run) -> None:
