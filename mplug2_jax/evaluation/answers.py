@@ -14,7 +14,7 @@ from mplug2_jax.generation.constrained import NOTHING
 
 
 def read_answers(
-    path: Path, where: str, examples: ExampleConfig, tokenizer: Tokenizer, search: SearchConfig
+    path: Path, where: str, examples: ExampleConfig, tokenizer: Tokenizer, search: SearchConfig | None, positions: int
 ) -> Int[np.ndarray, "a m"]:
     """The answers of a JSON list of strings, each as what follows the begin token, with its end token.
 
@@ -23,14 +23,15 @@ def read_answers(
         where: the config's field that names it, for errors.
         examples: how the evaluation makes its targets.
         tokenizer: the run's.
-        search: that will be held to them.
+        search: that will be held to them; None: they are ranked.
+        positions: of the decoder's table.
 
     Raises:
         UserError: no such file, none or other than a list of words, an answer that no search of this length finds, or a
             search that a list cannot hold.
     """
-    for option, value in (("extend_finished", search.extend_finished), ("top_p", search.top_p)):
-        if value:
+    for option in ("extend_finished", "top_p"):
+        if search is not None and getattr(search, option):
             raise UserError(f"{where}={path}: a list of answers needs a plain search, not config.tasks.search.{option}")
     try:
         listed = json.loads(path.read_text(encoding="utf-8"))
@@ -42,12 +43,17 @@ def read_answers(
         raise UserError(f'{where}={path} should be a list of answers, as ["yes", "no"], and not an empty one')
     rows = {tuple(answer_ids(answer, examples, tokenizer)[1:]): answer for answer in listed}
     longest = max(rows, key=len)
-    if len(longest) > search.max_length:
+    if search is not None and len(longest) > search.max_length:
         raise UserError(
             f"{where}={path}: {rows[longest]!r} has {len(longest)} tokens with its end, and "
             f"config.tasks.search.max_length={search.max_length}; set that to {len(longest)}, or leave the answer out"
         )
-    table = np.full((len(rows), search.max_length), NOTHING, np.int32)
+    if len(longest) >= positions:
+        raise UserError(
+            f"{where}={path}: {rows[longest]!r} has {len(longest) + 1} tokens with its begin and end, and "
+            f"config.model.max_positions={positions}; leave the answer out"
+        )
+    table = np.full((len(rows), search.max_length if search is not None else len(longest)), NOTHING, np.int32)
     for line, ids in zip(table, rows, strict=True):
         line[: len(ids)] = ids
     return table

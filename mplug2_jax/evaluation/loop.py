@@ -21,7 +21,7 @@ from data_pipelines.loader import DataConfig, EvaluationSet
 from data_pipelines.order import Shard
 from data_pipelines.sources.files import write_atomically
 from data_pipelines.tokenizers import Tokenizer
-from mplug2_jax.errors import UserError
+from mplug2_jax.errors import UserError, check_range
 from mplug2_jax.evaluation.answers import read_answers
 from mplug2_jax.evaluation.matching import Matching
 from mplug2_jax.evaluation.metrics.classification import Confusion, mean_of_views
@@ -40,9 +40,12 @@ from mplug2_jax.tasks.base import HostPredictions, Predictions, Prompts, TaskCon
 class EvaluationConfig:
     """A task on held-out data. ``samples`` examples are kept for people to look at, and a few of the best and worst.
 
-    ``answers`` is a file with a JSON list of all answers that may be given to questions. ``prompts`` are texts that
-    stand for a class, with ``{label}`` where its name belongs, and ``class_names`` what ``data.examples.classes`` are
-    called there; empty: as they are.
+    ``answers`` is a file with a JSON list of all answers that may be given to questions. A search is held to them; or
+    with ``ranked`` so many, those likeliest by their first token, are scored whole, and the likeliest is given: a batch
+    is then so many times as large for the decoder. The release ranks 128.
+
+    ``prompts`` are texts that stand for a class, with ``{label}`` where its name belongs, and ``class_names`` what
+    ``data.examples.classes`` are called there; empty: as they are.
 
     With ``java`` captions are scored by METEOR and SPICE, too, whose programs take seconds to start; where there is no
     Java they are absent.
@@ -52,6 +55,7 @@ class EvaluationConfig:
     data: DataConfig
     samples: int = 6
     answers: str = ""
+    ranked: int = 0
     prompts: tuple[str, ...] = ()
     class_names: tuple[str, ...] = ()
     java: bool = False
@@ -127,12 +131,20 @@ class Evaluation:
         if config.java and task.by_java is None:
             raise UserError(f"{where}.java is for the task 'caption', not for '{config.task}': leave it out")
         self._score, self._by_java = task.score, task.by_java if config.java else None
+        check_range(f"{where}.ranked", config.ranked, 0)
+        if config.ranked and not config.answers:
+            raise UserError(f"{where}.ranked={config.ranked} ranks a list: set {where}.answers to its file")
         if config.answers:
-            if config.task != "answer":
-                raise UserError(f"{where}.answers is for the task 'answer', not for '{config.task}': leave it out")
-            search = context.settings.search
-            listed = read_answers(Path(config.answers), f"{where}.answers", config.data.examples, tokenizer, search)
-            context = dataclasses.replace(context, answers=listed)
+            if config.task not in ("answer", "vqa"):
+                raise UserError(
+                    f"{where}.answers is for the tasks 'answer' and 'vqa', not for '{config.task}': leave it out"
+                )
+            examples = config.data.examples
+            search, positions = None if config.ranked else context.settings.search, definition.config.max_positions
+            listed = read_answers(Path(config.answers), f"{where}.answers", examples, tokenizer, search, positions)
+            context = dataclasses.replace(
+                context, answers=listed, ranked=config.ranked, first_twice=examples.form == "released"
+            )
         self._prepare = None
         if task.prepare is not None:
             context = dataclasses.replace(context, prompts=prompts_of(config, where, definition, tokenizer))

@@ -2,9 +2,36 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from mplug2_jax.generation.constrained import NOTHING
+from mplug2_jax.model.config import SpecialTokens
 from mplug2_jax.model.decoder import Decoder
+
+
+def likeliest(
+    decoder: Decoder,
+    memory: Float[Array, "b s d"],
+    memory_mask: Bool[Array, "b s"],
+    answers: Int[np.ndarray, "a m"],
+    tokens: SpecialTokens,
+    *,
+    keep: int,
+    first_twice: bool = False,
+) -> Int[Array, "b n"]:
+    """The best of a list's answers for each example, its ids from the begin token on; padded to the longest.
+
+    Answers are as :func:`~mplug2_jax.generation.constrained.constrained` takes them. ``keep`` and ``first_twice`` are
+    :func:`rank_answers`'; of a list that is shorter than ``keep`` all are ranked.
+    """
+    ids = np.pad(answers, ((0, 0), (1, 0)), constant_values=tokens.begin)
+    mask = ids != NOTHING
+    table = jnp.asarray(np.where(mask, ids, tokens.pad))
+    best, _ = rank_answers(
+        decoder, memory, memory_mask, table, jnp.asarray(mask), keep=min(keep, len(ids)), first_twice=first_twice
+    )
+    return table[best[:, 0]]
 
 
 def rank_answers(

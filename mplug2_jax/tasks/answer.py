@@ -9,6 +9,7 @@ import numpy as np
 from data_pipelines.examples import Example
 from mplug2_jax.evaluation.metrics.ratio import Ratio
 from mplug2_jax.generation.decode import generate
+from mplug2_jax.generation.rank import likeliest
 from mplug2_jax.model.mplug2 import Mplug2
 from mplug2_jax.objectives.forward import DeviceBatch, Forward, Outcome
 from mplug2_jax.objectives.language import answer_loss
@@ -23,6 +24,12 @@ def loss(forward: Forward, context: TaskContext) -> Outcome:
 def predict(model: Mplug2, batch: DeviceBatch, context: TaskContext) -> Predictions:
     """The best answer's ids."""
     memory, mask = Forward(model, batch).instructed
+    if context.answers is not None and context.ranked:
+        best = likeliest(
+            model.decoder, memory, mask, context.answers, context.tokens, keep=context.ranked,
+            first_twice=context.first_twice,
+        )  # fmt: skip
+        return {"ids": best}
     search, seeds = context.settings.search, batch.get("example_id")
     found = generate(model.decoder, memory, mask, search, context.tokens, seeds, context.answers)
     kept = jnp.arange(found.ids.shape[-1]) < found.lengths[:, :1]

@@ -65,6 +65,8 @@ class TaskContext:
     settings: TaskSettings
     tokens: SpecialTokens
     answers: Int[np.ndarray, "a m"] | None = None
+    ranked: int = 0  # so many of them, likeliest by their first token, are ranked by likelihood; 0: they are searched
+    first_twice: bool = False  # the first token counts twice in a rank, as in the release
     prompts: Prompts | None = None
 
 

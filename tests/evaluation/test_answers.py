@@ -1,23 +1,29 @@
 """Lists of answers: read, made ids of, refused in a sentence; and an evaluation that is held to one."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 from data_pipelines.examples import ExampleConfig, InstructionConfig
 from data_pipelines.loader import DataConfig
 from data_pipelines.sources.config import SourceConfig
 from data_pipelines.visual import VisualConfig
 from mplug2_jax.errors import UserError
+from mplug2_jax.evaluation import loop
 from mplug2_jax.evaluation.answers import read_answers
 from mplug2_jax.evaluation.loop import Evaluation, EvaluationConfig
 from mplug2_jax.generation.beam import SearchConfig
 from mplug2_jax.generation.constrained import NOTHING
-from mplug2_jax.model.mplug2 import define
+from mplug2_jax.model.mplug2 import Params, define
+from mplug2_jax.objectives.forward import DeviceBatch, Forward
 from mplug2_jax.parallel.mesh import MeshConfig, make_mesh
+from mplug2_jax.tasks.base import TaskContext
 from tests.evaluation.test_loop import CONTEXT, MODEL, QUESTIONS, TOKENIZER
 
 SEARCH = SearchConfig(max_length=5)
@@ -34,7 +40,7 @@ def written(folder: Path, content: object) -> Path:
 
 def test_answers_are_ids_from_after_the_begin_token_to_the_end_each_once(tmp_path: Path) -> None:
     path = written(tmp_path, ["ab", "c d e", "ab", "a b"])
-    table = read_answers(path, "config.x", ASK, TOKENIZER, SEARCH)
+    table = read_answers(path, "config.x", ASK, TOKENIZER, SEARCH, 32)
     assert table.shape == (3, 5)  # longer than targets are
     for row, answer in zip(table, ("ab", "c d e", "a b"), strict=True):
         ids = row[row != NOTHING].tolist()
@@ -45,6 +51,11 @@ def test_answers_are_ids_from_after_the_begin_token_to_the_end_each_once(tmp_pat
 @pytest.mark.parametrize(
     ("content", "search", "sentence"),
     [
+        (
+            ["a", "a b c d e f"],
+            None,
+            "'a b c d e f' has 8 tokens with its begin and end, and config.model.max_positions=7; leave the answer out",
+        ),
         (None, SEARCH, "cannot be read: No such file"),
         ("[1,", SEARCH, "is not JSON"),
         ("[" * 100_000, SEARCH, "is not JSON"),
@@ -61,34 +72,94 @@ def test_answers_are_ids_from_after_the_begin_token_to_the_end_each_once(tmp_pat
         (["a"], SearchConfig(top_p=0.5), "needs a plain search, not config.tasks.search.top_p"),
     ],
 )
-def test_what_is_no_list_is_refused(tmp_path: Path, content: object, search: SearchConfig, sentence: str) -> None:
+def test_what_is_no_list_is_refused(
+    tmp_path: Path, content: object, search: SearchConfig | None, sentence: str
+) -> None:
     path = tmp_path / "none.json" if content is None else written(tmp_path, content)
     with pytest.raises(UserError) as error:
-        read_answers(path, "config.evaluations.held.answers", ASK, TOKENIZER, search)
+        read_answers(path, "config.evaluations.held.answers", ASK, TOKENIZER, search, 7)
     assert str(error.value).startswith(f"config.evaluations.held.answers={path}")
     assert sentence in str(error.value)
 
 
-def asked(task: str, answers: Path) -> Evaluation:
+DEFINITION = define(MODEL, ("vision", "text", "universal", "fusion", "decoder"))
+LISTED = ["red", "two", "left", "le", "r e d", "twos", "blue", "no"]
+
+
+def asked(
+    task: str, answers: Path | str, *, ranked: int = 0, mesh: Mesh | None = None, batch_size: int = 4,
+    examples: ExampleConfig = QUESTIONS,
+) -> Evaluation:  # fmt: skip
     data = DataConfig(
         sources={"digits": SourceConfig(kind="image", split="heldout", size=6)}, visual=VisualConfig(),
-        examples=QUESTIONS, batch_size=4,
+        examples=examples, batch_size=batch_size,
     )  # fmt: skip
-    config = EvaluationConfig(task=task, data=data, answers=str(answers))
-    definition = define(MODEL, ("vision", "text", "universal", "fusion", "decoder"))
+    config = EvaluationConfig(task=task, data=data, answers=str(answers), ranked=ranked)
     one = make_mesh(MeshConfig(), jax.devices()[:1])
-    return Evaluation("held", config, definition, CONTEXT, TOKENIZER, one, seed=0)
+    return Evaluation("held", config, DEFINITION, CONTEXT, TOKENIZER, mesh or one, seed=0)
 
 
-def test_an_evaluation_says_nothing_that_is_not_listed(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def params() -> Params:
     rng = np.random.default_rng(0)
-    shapes = define(MODEL, ("vision", "text", "universal", "fusion", "decoder")).shapes
-    params = jax.tree.map(lambda s: (rng.normal(size=s.shape) * 0.3).astype(np.float32), shapes)
+    return jax.tree.map(lambda s: (rng.normal(size=s.shape) * 0.3).astype(np.float32), DEFINITION.shapes)
+
+
+def test_an_evaluation_says_nothing_that_is_not_listed(tmp_path: Path, params: Params) -> None:
     result = asked("answer", written(tmp_path, ["red", "two", "left"])).run(params, 0)
     assert len(result.said) == 6
     assert {row["said"] for row in result.said} <= {"red", "two", "left"}
 
 
 def test_a_list_of_answers_is_for_questions(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"held\.answers is for the task 'answer', not for 'caption'"):
+    with pytest.raises(UserError, match=r"held\.answers is for the tasks 'answer' and 'vqa', not for 'caption'"):
         asked("caption", written(tmp_path, ["red"]))
+    with pytest.raises(UserError, match=r"held\.ranked=3 ranks a list: set config\.evaluations\.held\.answers to its"):
+        asked("answer", "", ranked=3)
+    with pytest.raises(UserError, match=r"held\.ranked=-1 must be at least 0"):
+        asked("answer", written(tmp_path, ["red"]), ranked=-1)
+
+
+def log_likelihoods(params: Params) -> np.ndarray:
+    """[examples, answers, tokens]: what each token of each answer adds, one answer at a time; 0 behind its end."""
+    (batch,) = asked("answer", "", batch_size=6)._set.batches()
+    longest = max(len(TOKENIZER.encode(answer)) for answer in LISTED) - 1
+
+    def of_one(params: Params, arrays: DeviceBatch, ids: jax.Array) -> jax.Array:
+        model = DEFINITION.bind(params)
+        memory, mask = Forward(model, arrays).instructed
+        logits = model.decoder(jnp.tile(ids, (6, 1)), None, memory, mask)[:, :-1]
+        return jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.tile(ids[1:], (6, 1))[..., None], axis=-1)[..., 0]
+
+    found = np.zeros((6, len(LISTED), longest))
+    for a, answer in enumerate(LISTED):
+        ids = jnp.asarray(TOKENIZER.encode(answer))
+        found[:, a, : len(ids) - 1] = jax.jit(of_one)(params, batch.arrays, ids)
+    return found
+
+
+def test_the_likeliest_of_those_that_begin_likeliest_is_given_on_any_mesh(tmp_path: Path, params: Params) -> None:
+    path, each = written(tmp_path, LISTED), log_likelihoods(params)
+    meshes = [None, make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))]
+    given = {}
+    for ranked in (1, 3, 99):
+        kept = np.argsort(-each[:, :, 0], axis=1, kind="stable")[:, :ranked]
+        best = np.take_along_axis(kept, np.take_along_axis(each.sum(2), kept, 1).argmax(1)[:, None], 1)[:, 0]
+        given[ranked] = [LISTED[a] for a in best]
+        for mesh in meshes:
+            result = asked("answer", path, ranked=ranked, mesh=mesh).run(params, 0)
+            assert [row["said"] for row in result.said] == given[ranked]
+    assert given[1] != given[99]  # else nothing is shown
+
+
+def test_the_release_counts_the_first_token_twice_and_its_search_is_not_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[TaskContext] = []
+    monkeypatch.setattr(loop, "jitted_prediction", lambda task, definition, context, mesh: told.append(context))
+    settings = dataclasses.replace(CONTEXT.settings, search=SearchConfig(extend_finished=True, max_length=1))
+    monkeypatch.setitem(globals(), "CONTEXT", dataclasses.replace(CONTEXT, settings=settings))
+    path = written(tmp_path, LISTED)
+    asked("vqa", path, ranked=3)
+    asked("vqa", path, ranked=3, examples=dataclasses.replace(QUESTIONS, form="released"))
+    assert [context.first_twice for context in told] == [False, True]
