@@ -163,7 +163,8 @@ class _Maker:
                 return Made(pick, self.make(dataclasses.replace(pick, index=index)), tuple(faults))
             except _Unusable as unusable:
                 faults.append(unusable.fault)
-        raise DataError(f"{faults[0].reason} (nor can {len(faults) - 1} others be used that were tried in its place)")
+        others = f" (nor can {len(faults) - 1} others be used that were tried in its place)" if len(faults) > 1 else ""
+        raise DataError(f"{faults[0].reason}{others}")
 
 
 def _places(index: int, records: int) -> list[int]:

@@ -100,6 +100,8 @@ def _evaluate(args: argparse.Namespace, notice: "PreemptionNotice") -> int:
         if is_first():
             _save(result, args.out or subject.workdir.evaluations_of(step))
             print(f"step {step}  {result.name}: {result.examples} examples in {result.seconds:.1f} s", flush=True)
+            for line in result.warning_lines():
+                print(line, file=sys.stderr)
     subject.checkpoints.close()
     if is_first():
         print(f"\n{results_table(results)}\n\n{sample_lines(results)}\n")
@@ -138,7 +140,7 @@ def _save(result: "EvaluationResult", folder: Path) -> None:
     from mplug2_jax.evaluation.loop import save_result
     from mplug2_jax.evaluation.submissions import save_submission
 
-    unfit = save_submission(result.name, result.task, result.said, folder)
+    unfit = save_submission(result.name, result.task, result.said, folder, result.faults)
     if unfit:
         print(unfit, file=sys.stderr)
     save_result(result, folder)

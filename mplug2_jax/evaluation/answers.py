@@ -1,16 +1,36 @@
 """A list of all answers that may be given, from a file to the token ids that a search is held to."""
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int
 
-from data_pipelines.examples import ExampleConfig, answer_ids
+from data_pipelines.examples import Example, ExampleConfig, answer_ids
 from data_pipelines.tokenizers import Tokenizer
 from mplug2_jax.errors import UserError
 from mplug2_jax.generation.beam import SearchConfig
 from mplug2_jax.generation.constrained import NOTHING
+
+
+def never_right(
+    examples: Sequence[Example], answers: Int[np.ndarray, "a m"], decode: Callable[[Sequence[int]], str],
+    alike: Callable[[str], str],
+) -> str:  # fmt: skip
+    """A sentence about the examples none of whose right answers is listed; nothing where there are none.
+
+    ``alike`` makes equal what the score takes for equal.
+    """
+    listed = {alike(decode(row[row != NOTHING].tolist())) for row in answers}
+    missed = [example for example in examples if not any(alike(answer) in listed for answer in example.answers)]
+    if not missed:
+        return ""
+    first = missed[0]
+    return (
+        f"{len(missed)} of {len(examples)} examples can never be right: no answer of theirs is listed, the first is "
+        f"{first.answers[0]!r} of {first.key}"
+    )
 
 
 def read_answers(

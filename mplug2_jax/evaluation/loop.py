@@ -22,10 +22,11 @@ from data_pipelines.order import Shard
 from data_pipelines.sources.files import write_atomically
 from data_pipelines.tokenizers import Tokenizer
 from mplug2_jax.errors import UserError, check_range
-from mplug2_jax.evaluation.answers import read_answers
+from mplug2_jax.evaluation.answers import never_right, read_answers
 from mplug2_jax.evaluation.matching import Matching
 from mplug2_jax.evaluation.metrics.classification import Confusion, mean_of_views
 from mplug2_jax.evaluation.metrics.ratio import intervals
+from mplug2_jax.evaluation.metrics.vqa import normalise
 from mplug2_jax.evaluation.prompts import make_prompts
 from mplug2_jax.evaluation.samples import Sample, choose, right_answers
 from mplug2_jax.evaluation.samples import save as save_samples
@@ -80,12 +81,18 @@ class EvaluationResult:
     recipe: str = ""  # the name of the config that it is an evaluation of
     formats: tuple[str, ...] = ()  # of its data
     absent: tuple[str, ...] = ()  # figures that could not be computed here
+    warnings: tuple[str, ...] = ()  # sentences about what makes the figures less than they seem
 
     def line(self) -> str:
         """For people who watch."""
         figures = "  ".join(f"{what} {value:.3f}" for what, value in self.figures.items())
-        lost = f", {len(self.faults)} records left out" if self.faults else ""
-        return f"step {self.step}  {self.name} ({self.examples} examples{lost}, {self.seconds:.1f} s)  {figures}"
+        line = f"step {self.step}  {self.name} ({self.examples} examples, {self.seconds:.1f} s)  {figures}"
+        return "\n".join([line, *self.warning_lines()])
+
+    def warning_lines(self) -> list[str]:
+        """One for each warning, and one for records that were left out."""
+        faults = [f"{len(self.faults)} records left out, the first: {fault.reason}" for fault in self.faults[:1]]
+        return [f"warning: evaluation {self.name}: {text}" for text in (*self.warnings, *faults)]
 
     def metrics(self) -> dict[str, float]:
         """The figures by their names among a run's metrics."""
@@ -202,6 +209,10 @@ class Evaluation:
         if self._by_java is not None:
             between_batches(f"METEOR and SPICE of evaluation {self.name}")
             scored = self._by_java(scored, list(examples.values()))
+        warnings: tuple[str, ...] = ()
+        if (listed := self._context.answers) is not None:
+            alike = normalise if self._config.task == "vqa" else str
+            warnings = tuple(filter(None, [never_right(list(examples.values()), listed, reader, alike)]))
         # Other batch sizes and meshes change the last digits, and shall not change which are the best.
         goodness = [round(float(value), 4) for value in scored.goodness]
         samples = choose(examples, scored, goodness, self._config.samples, self._set.__getitem__)
@@ -214,7 +225,7 @@ class Evaluation:
         return EvaluationResult(
             self.name, self._config.task, step, len(examples), time.perf_counter() - start, figures, scored.baselines,
             samples, tuple(faults.values()), intervals(scored.figures), said, scored.confusion, self._recipe,
-            self._formats, scored.absent,
+            self._formats, scored.absent, warnings,
         )  # fmt: skip
 
 
@@ -311,7 +322,7 @@ def save_result(result: EvaluationResult, folder: Path) -> Path:
     """Writes ``NAME.json``; beforehand, beside it, the samples' frames and ``NAME.jsonl``: all that was said."""
     folder.mkdir(parents=True, exist_ok=True)
     fields = ("name", "task", "recipe", "formats", "step", "examples", "seconds", "figures", "intervals", "baselines")
-    content = {field: getattr(result, field) for field in (*fields, "absent")}
+    content = {field: getattr(result, field) for field in (*fields, "absent", "warnings")}
     content["samples"] = save_samples(result.samples, result.name, folder)
     if result.confusion is not None:
         content["confusion"] = result.confusion.content()

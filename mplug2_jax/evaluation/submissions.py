@@ -17,6 +17,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from data_pipelines.faults import Fault
 from data_pipelines.sources.files import write_atomically
 
 Numbered = Sequence[tuple[int, str]]  # an example's number, and what was said to it
@@ -61,7 +62,9 @@ WRITERS: Mapping[str, tuple[str, Callable[[Numbered], str]]] = {
 """Suffix and content of what is handed in, by the task's name; the other tasks have no server."""
 
 
-def save_submission(name: str, task: str, said: Sequence[Mapping[str, str]], folder: Path) -> str:
+def save_submission(
+    name: str, task: str, said: Sequence[Mapping[str, str]], folder: Path, lost: Sequence[Fault] = ()
+) -> str:
     """Writes ``submissions/NAME`` in an evaluation's folder, where the task has a format.
 
     Args:
@@ -69,9 +72,10 @@ def save_submission(name: str, task: str, said: Sequence[Mapping[str, str]], fol
         task: of the evaluation.
         said: to every example: its ``key``, and what was ``said``.
         folder: for all results of the step.
+        lost: records that were left out, which servers miss.
 
     Returns:
-        Why there is none, as a sentence; else nothing.
+        Why there is none, or not all, as a sentence; else nothing.
     """
     if task not in WRITERS:
         return ""
@@ -83,6 +87,8 @@ def save_submission(name: str, task: str, said: Sequence[Mapping[str, str]], fol
         return f"{path} is not written: {why}"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(str(path), text.encode())
+    if lost:
+        return f"{path} has no prediction for {len(lost)} records that were left out, the first is {lost[0].key}"
     return ""
 
 

@@ -1,11 +1,20 @@
 """``mplug2 eval`` of a checkpoint by another recipe, and of a run that goes on."""
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from data_pipelines.examples import ExampleConfig, InstructionConfig
+from data_pipelines.loader import DataConfig
+from data_pipelines.media import write_image
+from data_pipelines.sources.config import SourceConfig
+from mplug2_jax.evaluation.loop import EvaluationConfig
+from tests.runs import QUESTION, SMALL, recipe_file, small_run
 
 from .conftest import Outcome, Trained
 from .test_bad_input import sentence_of
@@ -159,3 +168,107 @@ def test_options_that_mean_nothing_are_refused(
     words: tuple[str, ...], said: str, trained: Trained, mplug2: Mplug2
 ) -> None:
     assert sentence_of(mplug2("eval", "--workdir", trained.workdir, *words)) == said
+
+
+# Evaluations on bad files
+
+
+QUESTIONS = ExampleConfig(instructions=QUESTION, instruction_length=12, target_length=6)
+CAPTIONS = ExampleConfig(instructions={"caption": InstructionConfig(templates=("",))}, target_length=6)
+LABELS = ExampleConfig(instructions={"label": InstructionConfig(templates=("",))}, classes=("a", "b"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Bad:
+    """Evaluates a drawn model on a file of annotations about three pictures."""
+
+    folder: Path
+    checkpoint: Path
+    mplug2: Mplug2
+
+    def __call__(self, rows: object, task: str, examples: ExampleConfig, *overrides: str) -> Outcome:
+        for i in range(3):
+            write_image(self.folder / f"{i}.png", np.full((16, 16, 3), 99 * i, np.uint8))
+        (self.folder / "set.json").write_text(json.dumps(rows))
+        path, words = str(self.folder / "set.json"), [f"--config.evaluations.held.{each}" for each in overrides]
+        source = SourceConfig(format="annotations", path=path, media=str(self.folder))
+        data = DataConfig(sources={"set": source}, visual=SMALL, examples=examples, batch_size=8, max_skipped=0.5)
+        run = small_run(evaluations={"held": EvaluationConfig(task=task, data=data)})
+        return self.mplug2(
+            "eval", "--task", recipe_file(run, self.folder / "recipe.py"), "--checkpoint", self.checkpoint, "--out",
+            self.folder / "out", "--config.mesh.fsdp=8", *words,
+        )  # fmt: skip
+
+
+@pytest.fixture
+def bad(tmp_path: Path, contrasting: Path, mplug2: Mplug2) -> Bad:
+    return Bad(tmp_path, contrasting, mplug2)
+
+
+def asked(*answers: str) -> list[dict[str, str]]:
+    return [{"image": f"{i}.png", "question": "what is it?", "answer": answer} for i, answer in enumerate(answers)]
+
+
+@pytest.mark.parametrize("ranked", [0, 2])
+def test_right_answers_that_are_not_listed_are_warned_of(ranked: int, bad: Bad) -> None:
+    (bad.folder / "answers.json").write_text('["red", "two"]')
+    words = f"answers={bad.folder / 'answers.json'}", f"ranked={ranked}"
+    done = bad(asked("red", "blue", "green"), "answer", QUESTIONS, *words)
+    said = "2 of 3 examples can never be right: no answer of theirs is listed, the first is 'blue' of set/2"
+    assert (done.status, done.err) == (0, f"warning: evaluation held: {said}\n")
+    assert json.loads((bad.folder / "out" / "held.json").read_text())["warnings"] == [said]
+    assert {json.loads(line)["said"] for line in (bad.folder / "out" / "held.jsonl").read_text().splitlines()} <= {
+        "red", "two"
+    }  # fmt: skip
+
+
+def test_a_list_that_has_all_of_them_warns_of_nothing(bad: Bad) -> None:
+    (bad.folder / "answers.json").write_text('["red", "a blue"]')
+    rows = [{"image": "0.png", "question": "what?", "answers": ["Blue", "blue", "blue", "red"]}]
+    done = bad(rows, "vqa", QUESTIONS, f"answers={bad.folder / 'answers.json'}")  # which the score takes for alike
+    assert (done.status, done.err) == (0, "")
+
+
+def test_pictures_without_captions_are_left_out_and_missed_in_what_is_handed_in(bad: Bad) -> None:
+    rows = [{"image": "0.png", "captions": ["a digit"]}, {"image": "1.png", "captions": []}]
+    done = bad(rows, "caption", CAPTIONS)
+    assert done.status == 0
+    missed, left_out = done.err.splitlines()
+    submission = bad.folder / "out" / "submissions" / "held.json"
+    assert missed == f"{submission} has no prediction for 1 records that were left out, the first is record 1"
+    assert left_out == (
+        f"warning: evaluation held: 1 records left out, the first: {bad.folder}/set.json row 2 has nothing in its "
+        "captions; fill it in, or remove the row"
+    )
+    assert json.loads((bad.folder / "out" / "held.json").read_text())["examples"] == 1
+
+
+PICTURE = {"filename": "0.png", "split": "test", "imgid": 0, "cocoid": 0, "sentences": [{"raw": "a digit"}]}
+
+KARPATHY = "data.sources.set.format=karpathy", "data.sources.set.split=tset"
+
+
+@pytest.mark.parametrize(
+    ("rows", "task", "examples", "words", "said"),
+    [
+        ([], "caption", CAPTIONS, (), "set.json, expected at least 1"),
+        (["{"], "caption", CAPTIONS, (), "set.json row 1"),
+        ({"images": [PICTURE]}, "caption", CAPTIONS, KARPATHY, "split 'tset' is none of the file's: test"),
+        ([{"image": "0.png", "captions": []}], "caption", CAPTIONS, (), "row 1 has nothing in its captions"),
+        ([{"image": "0.png", "question": "what?"}], "answer", QUESTIONS, (), "row 1 has no answers or answer"),
+        (asked("red"), "caption", CAPTIONS, (), "has none of what is asked for: caption"),
+        (asked("red"), "answer", QUESTIONS, ("data.visual.clips=2",),
+         "visual.clips=2 is of videos, and the sources are of kind image"),
+        (asked("red"), "answer", QUESTIONS, ("data.visual.crops=3",),
+         "clips=1 and crops=3 are views whose probabilities are averaged"),
+        ([{"image": "0.png", "label": "a"}], "classify", LABELS, (),
+         "task 'classify' needs the parts classifier, which the model in "),
+    ],
+)  # fmt: skip
+def test_files_that_cannot_be_evaluated_are_refused(
+    rows: object, task: str, examples: ExampleConfig, words: tuple[str, ...], said: str, bad: Bad
+) -> None:
+    sentence = sentence_of(bad(rows, task, examples, *words))
+    assert said in sentence
+    assert "nor can 0 others" not in sentence
+    assert not (bad.folder / "out").exists()

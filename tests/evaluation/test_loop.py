@@ -170,8 +170,9 @@ def test_a_result_is_saved_as_json_with_strips_of_its_samples_frames_beside_it(t
     confusion = taken_for(np.asarray([1, 1]), np.asarray([0, 1]), ["a", "b"])
     result = EvaluationResult(
         "held", "answer", 70, 2, 1.5, {"accuracy": 0.5}, {"accuracy": 0.25}, samples, (), {"accuracy": (0.0, 1.0)},
-        said, confusion, "msrvtt_qa", ("annotations",), ("spice",),
+        said, confusion, "msrvtt_qa", ("annotations",), ("spice",), ("so few",),
     )  # fmt: skip
+    assert result.line().splitlines()[1:] == ["warning: evaluation held: so few"]
     assert ["held", "spice", "absent", "2"] in [line.split() for line in results_table([result]).splitlines()]
     path = save_result(result, tmp_path / "new" / "70")
     assert path == tmp_path / "new" / "70" / "held.json"
@@ -180,7 +181,7 @@ def test_a_result_is_saved_as_json_with_strips_of_its_samples_frames_beside_it(t
         "name": "held", "task": "answer", "step": 70, "examples": 2, "seconds": 1.5,
         "recipe": "msrvtt_qa", "formats": ["annotations"],
         "figures": {"accuracy": 0.5}, "intervals": {"accuracy": [0.0, 1.0]}, "baselines": {"accuracy": 0.25},
-        "absent": ["spice"], "skipped": [],
+        "absent": ["spice"], "warnings": ["so few"], "skipped": [],
         "samples": [
             {"key": "clip-1", "instruction": "q?", "text": "t", "said": "wrong", "true": ["right", "also"],
              "goodness": 0.25, "why": "first", "frames": "held-0.png",

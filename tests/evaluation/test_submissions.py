@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from data_pipelines.faults import Fault
 from mplug2_jax.evaluation.submissions import WRITERS, save_submission
 from mplug2_jax.tasks import TASKS
 from mplug2_jax.tasks.understand import TASKS as GLUE
@@ -71,3 +72,11 @@ def test_what_no_server_would_take_is_not_written(
 def test_other_tasks_have_no_server(tmp_path: Path) -> None:
     assert save_submission("held", "answer", said(("msrvtt/video7", "a")), tmp_path) == ""
     assert list(tmp_path.iterdir()) == []
+
+
+def test_records_without_a_prediction_are_told(tmp_path: Path) -> None:
+    lost = [Fault("set", "val/9", "cut off"), Fault("set", "val/3", "cut off")]
+    assert save_submission("held", "caption", said(("val/1", "a dog")), tmp_path, lost) == (
+        f"{tmp_path}/submissions/held.json has no prediction for 2 records that were left out, the first is val/9"
+    )
+    assert (tmp_path / "submissions" / "held.json").exists()

@@ -61,6 +61,8 @@ class Row:
         """
         value = self.find(names)
         if value is None:
+            if blank := [name for name in names if self.fields().get(name) is not None]:
+                raise DataError(f"{self.where} has nothing in its {blank[0]}; fill it in, or remove the row")
             found = ", ".join(list(self.fields())[:12]) or "nothing"
             raise DataError(f"{self.where} has no {' or '.join(names)}; its fields are {found}")
         return value
