@@ -17,6 +17,7 @@ Choice = TypeVar("Choice", bound=str)
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 SPLITS: tuple[Split, ...] = get_args(Split)
+LABELS = ("", "colour", "place")
 
 IMAGE_LABELS = DIGITS
 VIDEO_LABELS = ("still", *(f"moving {direction}" for direction in DIRECTIONS), "appears")
@@ -31,7 +32,8 @@ class DigitWorld:
     ``num_frames``. Held-out records show handwriting that no training record shows.
 
     The label of a picture is its largest digit (``IMAGE_LABELS``), that of a clip what its largest digit does
-    (``VIDEO_LABELS``). Text records have sentences, entailments, and as a question a report to be summed up; no frames.
+    (``VIDEO_LABELS``); of both, where it is asked for, the colour or the place of it. Text records have sentences,
+    entailments, and as a question a report to be summed up; no frames.
 
     Args:
         kind: what the records are: "image", "video" or "text".
@@ -40,6 +42,7 @@ class DigitWorld:
         size: number of records.
         image_size: side of the frames in pixels.
         num_frames: frames of a clip; the motion spreads over them however many they are.
+        label: "colour" or "place" for these in place of the digit or what it does.
 
     Raises:
         DataError: an argument is out of range.
@@ -54,8 +57,10 @@ class DigitWorld:
         size: int = 100_000,
         image_size: int = 32,
         num_frames: int = 4,
+        label: str = "",
     ) -> None:
         self.kind = _one_of("kind", kind, KINDS)
+        self.label = _one_of("label", label, LABELS)
         self.split = _one_of("split", split, SPLITS)
         at_least = {"seed": 0, "size": 1, "image_size": MIN_IMAGE_SIZE, "num_frames": 2 if kind == "video" else 1}
         for field, value in (("seed", seed), ("size", size), ("image_size", image_size), ("num_frames", num_frames)):
@@ -98,7 +103,7 @@ class DigitWorld:
             captions=language.captions(scene, rng, moving=moving),
             questions=language.questions(scene, rng, moving=moving),
             expressions=self._expressions(scene, rng),
-            label=_label(scene, moving),
+            label=_label(scene, moving, self.label),
         )
 
     def _expressions(self, scene: Scene, rng: np.random.Generator) -> tuple[Expression, ...]:
@@ -119,8 +124,10 @@ def _one_of(field: str, value: str, choices: tuple[Choice, ...]) -> Choice:
     raise DataError(f"DigitWorld's {field} is {value!r}, expected one of {', '.join(choices)}")
 
 
-def _label(scene: Scene, moving: bool) -> str:
+def _label(scene: Scene, moving: bool, what: str) -> str:
     largest = scene.things[0]
+    if what:
+        return str(getattr(largest, what))
     if not moving:
         return largest.name
     motion = largest.motion

@@ -36,6 +36,7 @@ class SourceConfig:
     media: str = ""  # folder of the pictures or clips that annotation files name; empty: beside the file
     split: str = ""  # DigitWorld: "train" (default) or "heldout"; files: the name that they use
     seed: int = 0  # DigitWorld's
+    label: str = ""  # DigitWorld: what a record's label is of; empty: the digit in a picture, the motion in a clip
     size: int | None = None  # the first so many records; None: all (DigitWorld: 100,000)
     each: Literal["record", "text"] = "record"  # "text": a record for every caption, or text; all are read at first
     weight: float = 1.0  # share of a mixture, against the other sources' weights
@@ -81,7 +82,7 @@ def parse_spec(spec: str, **settings: Any) -> SourceConfig:
     return SourceConfig(format=cast(Format, format), path=path, **settings)
 
 
-_OPTIONAL = frozenset({"path", "media", "split", "seed"})
+_OPTIONAL = frozenset({"path", "media", "split", "seed", "label"})
 
 
 class _First:
@@ -115,6 +116,7 @@ def _digitworld(config: SourceConfig, visual: VisualConfig) -> Source:
         size=100_000 if config.size is None else config.size,
         image_size=visual.image_size,
         num_frames=visual.num_frames,
+        label=config.label,
     )
 
 
@@ -132,7 +134,7 @@ FORMATS: Mapping[Format, Opener] = {
     "annotations": _annotations(fields.FORM),
     "array_record": Opener(lambda config, visual: ArrayRecordSource(config.path), frozenset({"path"})),
     "coco_captions": _annotations(pictures.COCO),
-    "digitworld": Opener(_digitworld, frozenset({"split", "seed"})),
+    "digitworld": Opener(_digitworld, frozenset({"split", "seed", "label"})),
     "files": Opener(lambda config, visual: LooseFiles(config.path, config.kind), frozenset({"path"})),
     "glue": Opener(_annotations(glue.FORM).open, frozenset({"path"})),
     "image_folder": Opener(lambda config, visual: pictures.ImageFolder(config.path, config.kind), frozenset({"path"})),

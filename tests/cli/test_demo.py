@@ -38,7 +38,7 @@ def test_the_board_is_printed_from_a_pretrained_run(tmp_path: Path, capsys: pyte
     assert main(["demo", "tasks", "--pretrained", str(pretrained), "--workdir", str(runs), *only, *few]) == 0
     printed = capsys.readouterr().out
     board = {line.split()[0]: line for line in printed[printed.index("task  ") :].splitlines()[2:]}
-    assert list(board) == ["image_retrieval", "digit_by_prompts", "digit", "action"]
+    assert list(board) == ["image_retrieval", "image_colour_by_prompts", "digit", "action"]
     for name, line in board.items():
         before = line.split("  ")[-6:]
         assert "vision" in line
