@@ -2,10 +2,12 @@
 
     JAX_PLATFORMS=cuda python benchmarks/throughput.py                  # large, 16 frames, 8 clips, beam 5, 20 tokens
     python benchmarks/throughput.py --size tiny --frames 4 --repeat 3   # on a CPU
+    python benchmarks/throughput.py --size tiny --frames 4 --devices 2  # two of its cores as devices
 
 From visual tokens on (the tower's time is printed by itself), with random weights, until the last token: nothing ends
 early. Without a cache the decoder reads the whole prefix, padded to its full length, for every token; the release also
-gives each beam a copy of the memory, whose keys and values it projects anew each time.
+gives each beam a copy of the memory, whose keys and values it projects anew each time. With several devices, clips and
+parameters (``fsdp``) also lie split over them: evaluation on a mesh.
 """
 
 import argparse
@@ -26,6 +28,8 @@ from mplug2_jax.generation.decode import generate
 from mplug2_jax.model.config import SpecialTokens, model_config
 from mplug2_jax.model.decoder import Decoder, kept_rows
 from mplug2_jax.model.mplug2 import define
+from mplug2_jax.parallel.mesh import MeshConfig, make_mesh
+from mplug2_jax.parallel.placement import batch_sharding, place_parameters
 
 TOKENS = SpecialTokens(end=-1)  # none is the end
 
@@ -75,7 +79,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=20)
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--attention", default="auto", help="kernel (default: %(default)s)")
+    parser.add_argument("--devices", type=int, default=1, help="besides on one, on so many (default: %(default)s)")
     args = parser.parse_args()
+    if os.environ["JAX_PLATFORMS"] == "cpu":
+        jax.config.update("jax_num_cpu_devices", args.devices)
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     config = model_config(args.size, dtype=dtype, attention=args.attention)
     definition = define(config, ("vision", "temporal", "universal", "decoder"))
@@ -88,9 +95,17 @@ def main() -> None:
     memory = see(params, frames)
     mask = jnp.ones(memory.shape[:2], bool)
 
-    def decoding(search_of: Callable[[Decoder, Array, Array], Found]) -> Callable[[], Any]:
+    def decoding(search_of: Callable[[Decoder, Array, Array], Found], devices: int = 1) -> Callable[[], Any]:
+        mesh = make_mesh(MeshConfig(), jax.devices()[:devices])
+        placed = jax.device_put(params, place_parameters(definition.shapes, definition.axes, mesh).shardings)
+        clips = jax.device_put((memory, mask), batch_sharding(mesh))
         jitted = jax.jit(lambda p, m, k: search_of(definition.bind(p).decoder, m, k))
-        return lambda: jitted(params, memory, mask)
+
+        def run() -> Any:
+            with jax.set_mesh(mesh):
+                return jitted(placed, *clips)
+
+        return run
 
     forms = {
         "with the cache": lambda d, m, k: generate(d, m, k, search, TOKENS),
@@ -110,6 +125,9 @@ def main() -> None:
     for name, search_of in forms.items():
         rows[name] = median_seconds(decoding(search_of), args.repeat)
         slowest = max(slowest, rows[name])
+    if args.devices > 1:
+        split = decoding(forms["with the cache"], args.devices)
+        rows[f"with the cache, on {args.devices} devices"] = median_seconds(split, args.repeat)
     for name, seconds in rows.items():
         print(f"{name:46}{seconds:10.4f}{args.clips / seconds:10.1f}{slowest / seconds:8.1f}")
 

@@ -93,3 +93,10 @@ def test_caption_scores_are_the_toolkit_s(repository: Path) -> None:
     rows = re.findall(r"^(\w+) +[\d.]+ +[\d.]+ +(-?[\d.e+-]+) +[\d.]+$", out, re.MULTILINE)
     assert {"cider", "bleu_1", "bleu_4", "rouge_l"} <= {name for name, _ in rows}, out
     assert all(abs(float(difference)) < 1e-6 for _, difference in rows), out
+
+
+@pytest.mark.slow
+def test_throughput_with_and_without_a_cache_and_on_a_mesh(repository: Path) -> None:
+    sizes = ("--size", "tiny", "--frames", "1", "--clips", "2", "--tokens", "3", "--repeat", "1", "--devices", "2")
+    rows = re.findall(r"^(\w.*?) +[\d.]+ +[\d.]+ +[\d.]+$", printed(repository, "throughput.py", *sizes), re.MULTILINE)
+    assert [row.partition(",")[0] for row in rows] == ["with the cache", "without", "without", "with the cache"]

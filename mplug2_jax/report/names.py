@@ -58,11 +58,11 @@ _TASKS = {
     "vqa": TaskWords("answered", "true", "always the most frequent answer", "vqa_accuracy"),
     "summarise": TaskWords("summarised", "true", "the first eight words", "rouge_l"),
     "ground": TaskWords("pointed at", "true", "always the mean box", "mean_iou"),
-    "caption": TaskWords("said", "true", "another example's caption", "cider"),
+    **dict.fromkeys(("caption", "scst"), TaskWords("said", "true", "another example's caption", "cider")),
     "vlc": TaskWords("found", "true", "chance", "minus_rank"),
     "rerank": TaskWords("found", "true", "chance", "minus_rank"),
     "mlm": TaskWords("completed", "true", "always the most frequent word", "masked_share"),
-    **dict.fromkeys(("classify", "cola", "sst2", "mrpc", "qqp", "mnli", "qnli", "rte"), _CLASS),
+    **dict.fromkeys(("classify", "zero_shot", "cola", "sst2", "mrpc", "qqp", "mnli", "qnli", "rte"), _CLASS),
     "stsb": TaskWords("rated", "true", "always the mean", "minus_error"),
 }
 
