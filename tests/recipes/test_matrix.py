@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from data_pipelines.digitworld import vocabulary_texts
+from data_pipelines.tokenizers import train_wordpiece
 from mplug2_jax.cli.main import main
 from mplug2_jax.config import build, load_recipe, shipped_recipes
 from mplug2_jax.training.config import RunConfig
@@ -19,26 +21,33 @@ SMALL = {
 
 
 @pytest.fixture(scope="module")
+def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokeniser for all pages: to train one for each takes longer than their steps."""
+    return train_wordpiece(vocabulary_texts(200), 512).save(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     public_data.make(folder)
     return folder
 
 
-def overrides(config: RunConfig) -> list[str]:
+def overrides(config: RunConfig, vocabulary: Path) -> list[str]:
     asked = {f"evaluations.{name}.data.visual.num_frames": 2 for name in config.evaluations}
-    return [f"--config.{field}={value}" for field, value in (SMALL | asked).items()]
+    return [f"--config.{field}={value}" for field, value in (SMALL | asked | {"tokenizer.path": vocabulary}).items()]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES)
 def test_a_task_from_its_public_files_to_a_report(
-    page: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+    page: str, data: Path, vocabulary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     monkeypatch.setenv("MPLUG2_DATA", str(data))
     config = build(RunConfig, load_recipe(f"{page}:tiny"))
     run = tmp_path / "run"
-    assert main(["train", "--config", f"{page}:tiny", "--workdir", str(run), *overrides(config)]) == 0
+    assert main(["train", "--config", f"{page}:tiny", "--workdir", str(run), *overrides(config, vocabulary)]) == 0
     printed = capsys.readouterr().out
     assert not (run / "data-errors.jsonl").exists(), (run / "data-errors.jsonl").read_text()
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
