@@ -68,10 +68,10 @@ def test_a_task_from_its_public_files_to_a_report(
 
 @pytest.mark.slow
 def test_captions_from_their_public_files_to_a_run_by_reward(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: Path, vocabulary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MPLUG2_DATA", str(data))
-    changes = overrides(build(RunConfig, load_recipe("msvd_caption:tiny")))
+    changes = overrides(build(RunConfig, load_recipe("msvd_caption:tiny")), vocabulary)
     told, rewarded = tmp_path / "told", tmp_path / "rewarded"
     assert main(["train", "--config", "msvd_caption:tiny", "--workdir", str(told), *changes]) == 0
     start = f"--config.init_from={told}"
@@ -81,3 +81,19 @@ def test_captions_from_their_public_files_to_a_run_by_reward(
     assert [line["set/scst/length"] > 0 for line in metrics if "loss" in line] == [True, True]
     result = json.loads((rewarded / "evaluations" / "2" / "test.json").read_text())
     assert (result["task"], result["examples"]) == ("caption", public_data.TEST)
+
+
+@pytest.mark.slow
+def test_classes_by_prompts_of_a_run_that_never_had_any(
+    data: Path, vocabulary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MPLUG2_DATA", str(data))
+    run, out = tmp_path / "run", tmp_path / "out"
+    changes = overrides(build(RunConfig, load_recipe("coco_retrieval:tiny")), vocabulary)
+    assert main(["train", "--config", "coco_retrieval:tiny", "--workdir", str(run), *changes]) == 0
+    asked = ["--task", "imagenet:tiny,zero_shot", "--checkpoint", str(run), "--out", str(out)]
+    assert main(["eval", *asked, "--config.mesh.fsdp=1", "--config.mesh.data=8"]) == 0
+    result = json.loads((out / "val.json").read_text())
+    assert (result["task"], result["recipe"]) == ("zero_shot", "imagenet")
+    assert result["figures"].keys() == {"top_1", "top_5"}
+    assert (out / "report.html").is_file()
