@@ -40,7 +40,7 @@ def test_the_board_is_printed_from_a_pretrained_run(tmp_path: Path, capsys: pyte
     board = {line.split()[0]: line for line in printed[printed.index("task  ") :].splitlines()[2:]}
     assert list(board) == ["image_retrieval", "image_colour_by_prompts", "digit", "action"]
     for name, line in board.items():
-        before = line.split("  ")[-6:]
+        before = [cell.strip() for cell in line.split("  ")][-6:]
         assert "vision" in line
         assert ("-" in before) == (name in ("digit", "action")), "heads are fresh, contrast is not"
     assert "starting from" in printed
