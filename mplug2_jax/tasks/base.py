@@ -37,7 +37,7 @@ class TaskSettings:
     vlm: VlmConfig = VlmConfig()
     scst: ScstConfig = ScstConfig()
     distillation: DistillationConfig | None = None
-    label_smoothing: float = 0.0  # of all cross entropies over words and classes, which is all losses but vlc's
+    label_smoothing: float = 0.0  # of all cross entropies over words and classes: all losses but vlc and scst
     search: SearchConfig = SearchConfig()
     rerank_k: int = 16  # so many candidates that contrast finds nearest are ordered anew by matching
 

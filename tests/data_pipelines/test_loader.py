@@ -252,7 +252,7 @@ def test_a_batch_larger_than_an_epoch_without_remainder() -> None:
 
 def test_settings_that_a_format_does_not_read() -> None:
     with pytest.raises(
-        DataError, match=r"source\.path='x' means nothing to format 'digitworld', which reads seed, split"
+        DataError, match=r"source\.path='x' means nothing to format 'digitworld', which reads label, seed, split"
     ):
         SourceConfig(path="x").open(VISUAL)
     with pytest.raises(DataError, match=r"source\.path is empty; format 'webdataset' needs the path of its files"):
