@@ -7,14 +7,15 @@
 Each model is pretrained as the demo is, from its own seed and on its own order of the data. Temporal units are off
 where they are frozen: fresh ones change nothing. Beside each mean stands the least and the most of the seeds, and for
 models without something, the mean difference to the whole model of the same seed with its 95 % interval (Student's t).
+Runs are kept below ``--out``: called again, what is finished is read, and what was ended goes on.
 """
 
 import argparse
 import dataclasses
+import json
 import multiprocessing
 import os
 import statistics
-import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -27,6 +28,7 @@ from mplug2_jax.config import build, load_recipe
 from mplug2_jax.evaluation.metrics.units import show
 from mplug2_jax.training.config import RunConfig
 from mplug2_jax.training.loop import train
+from mplug2_jax.training.workdir import WorkDir
 
 MODELS: Mapping[str, Mapping[str, object]] = {
     "the whole model": {},
@@ -41,13 +43,13 @@ ASKED = {
 Figures = dict[str, list[float]]
 
 
-def run(config: RunConfig) -> dict[str, float]:
+def run(config: RunConfig, folder: Path) -> dict[str, float]:
     """The figures of a run on the video tasks."""
-    with tempfile.TemporaryDirectory() as folder:
-        results = train(config, Path(folder) / "run")
-    return {
-        f"{result.name}/{figure}": result.figures[figure] for result in results for figure in ASKED[result.name]
-    }  # fmt: skip
+    kept = WorkDir(folder).evaluations_of(config.steps)
+    if not WorkDir(folder).check(config) or not all((kept / f"{name}.json").is_file() for name in ASKED):
+        train(config, folder)
+    found = {name: json.loads((kept / f"{name}.json").read_text())["figures"] for name in ASKED}
+    return {f"{name}/{figure}": found[name][figure] for name, figures in ASKED.items() for figure in figures}
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -63,6 +65,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, help="of each run (default: the demo's)")
     parser.add_argument("--workers", type=int, default=1, help="runs at a time (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("runs/ablation"), help="for the runs (default: %(default)s)")
     parser.add_argument("--examples", type=int, default=512, help="held out, of each task (default: %(default)s)")
     args = parser.parse_args()
     demo = build(RunConfig, load_recipe("demo"))
@@ -75,10 +78,14 @@ def main() -> None:
 
     runs = [(model, seed) for model in MODELS for seed in range(args.seeds)]
     configs = [dataclasses.replace(demo, seed=seed, **MODELS[model]) for model, seed in runs]  # type: ignore[arg-type]
+    folders = [
+        args.out / f"{model.replace(' ', '_')}-{seed}-{demo.steps}-steps-{args.examples}-examples"
+        for model, seed in runs
+    ]
     found: dict[str, Figures] = {}
     # A process for each run: what one compiled or holds does not slow the next.
     with ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
-        for (model, seed), figures in zip(runs, pool.map(run, configs), strict=True):
+        for (model, seed), figures in zip(runs, pool.map(run, configs, folders), strict=True):
             for name, value in figures.items():
                 found.setdefault(model, {}).setdefault(name, []).append(value)
             print(f"{model}, seed {seed}: {', '.join(f'{n} {show(n, v)}' for n, v in figures.items())}", flush=True)

@@ -11,7 +11,7 @@ from mplug2_jax.recipes.captioning import captioning
 
 
 def get_config(form: str = "large") -> ConfigDict:
-    """The run, at one of the sizes of the model; ``SIZE,scst``: by reward."""
+    """The run, at one of the sizes of the model, or a form of it: ``SIZE,scst``, ``SIZE,zero_shot``."""
     file, media = "coco/dataset_coco.json", "coco"
     sets = Sets(
         train=files("image", file, media, format="karpathy", split="train+restval"), examples=113_287,

@@ -15,11 +15,11 @@ from mplug2_jax.recipes.classification import classification
 PROMPTS = ("{label}", "a video of {label}", "a person is {label}")
 
 
-def get_config(size: str = "large") -> ConfigDict:
-    """The run, at one of the sizes of the model; ``large,zero_shot`` asks by prompts."""
+def get_config(form: str = "large") -> ConfigDict:
+    """The run, at one of the sizes of the model, or a form of it: ``SIZE,zero_shot``."""
     sets = Sets(
         train=files("video", "kinetics400/train.csv", "kinetics400/videos", format="kinetics"), examples=240_436,
         asked={"val": files("video", "kinetics400/val.csv", "kinetics400/videos", format="kinetics")},
     )  # fmt: skip
     classes = read_classes("kinetics400/classes.json", 400)
-    return classification("kinetics400", size, sets, classes, PROMPTS, clips=4, crops=3)
+    return classification("kinetics400", form, sets, classes, PROMPTS, clips=4, crops=3)

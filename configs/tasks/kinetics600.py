@@ -15,11 +15,11 @@ from mplug2_jax.recipes.classification import classification
 PROMPTS = ("{label}", "a video of {label}", "a person is {label}")
 
 
-def get_config(size: str = "large") -> ConfigDict:
-    """The run, at one of the sizes of the model; ``large,zero_shot`` asks by prompts."""
+def get_config(form: str = "large") -> ConfigDict:
+    """The run, at one of the sizes of the model, or a form of it: ``SIZE,zero_shot``."""
     sets = Sets(
         train=files("video", "kinetics600/train.csv", "kinetics600/videos", format="kinetics"), examples=390_191,
         asked={"val": files("video", "kinetics600/val.csv", "kinetics600/videos", format="kinetics")},
     )  # fmt: skip
     classes = read_classes("kinetics600/classes.json", 600)
-    return classification("kinetics600", size, sets, classes, PROMPTS, clips=4, crops=3)
+    return classification("kinetics600", form, sets, classes, PROMPTS, clips=4, crops=3)

@@ -15,11 +15,11 @@ from mplug2_jax.recipes.classification import classification
 PROMPTS = ("{label}", "a video of {label}", "a person is {label}")
 
 
-def get_config(size: str = "large") -> ConfigDict:
-    """The run, at one of the sizes of the model; ``large,zero_shot`` asks by prompts."""
+def get_config(form: str = "large") -> ConfigDict:
+    """The run, at one of the sizes of the model, or a form of it: ``SIZE,zero_shot``."""
     sets = Sets(
         train=files("video", "kinetics700/train.csv", "kinetics700/videos", format="kinetics"), examples=541_279,
         asked={"val": files("video", "kinetics700/val.csv", "kinetics700/videos", format="kinetics")},
     )  # fmt: skip
     classes = read_classes("kinetics700/classes.json", 700)
-    return classification("kinetics700", size, sets, classes, PROMPTS, clips=4, crops=3)
+    return classification("kinetics700", form, sets, classes, PROMPTS, clips=4, crops=3)

@@ -11,7 +11,7 @@ from mplug2_jax.recipes.captioning import captioning
 
 
 def get_config(form: str = "large") -> ConfigDict:
-    """The run, at one of the sizes of the model; ``SIZE,scst``: by reward."""
+    """The run, at one of the sizes of the model, or a form of it: ``SIZE,scst``, ``SIZE,zero_shot``."""
     sets = Sets(
         train=files("video", "msrvtt_caption/train.json", "msrvtt/videos"), examples=6_513,
         asked={"test": files("video", "msrvtt_caption/test.json", "msrvtt/videos")},

@@ -11,7 +11,7 @@ from mplug2_jax.recipes.captioning import captioning
 
 
 def get_config(form: str = "large") -> ConfigDict:
-    """The run, at one of the sizes of the model; ``SIZE,scst``: by reward."""
+    """The run, at one of the sizes of the model, or a form of it: ``SIZE,scst``, ``SIZE,zero_shot``."""
     coco, held, media = "coco/dataset_coco.json", "nocaps/nocaps_val_4500_captions.json", "nocaps/val"
     domains = {"in": "in-domain", "near": "near-domain", "out": "out-domain", "all": ""}
     sets = Sets(

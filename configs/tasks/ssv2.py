@@ -14,11 +14,11 @@ from mplug2_jax.recipes.classification import classification
 PROMPTS = ("{label}", "a video of {label}")
 
 
-def get_config(size: str = "large") -> ConfigDict:
-    """The run, at one of the sizes of the model; ``large,zero_shot`` asks by prompts."""
+def get_config(form: str = "large") -> ConfigDict:
+    """The run, at one of the sizes of the model, or a form of it: ``SIZE,zero_shot``."""
     name = "ssv2/something-something-v2"
     sets = Sets(
         train=files("video", f"{name}-train.json", "ssv2/videos", format="ssv2"), examples=168_913,
         asked={"validation": files("video", f"{name}-validation.json", "ssv2/videos", format="ssv2")},
     )  # fmt: skip
-    return classification("ssv2", size, sets, read_classes(f"{name}-labels.json", 174), PROMPTS, flip=False, crops=3)
+    return classification("ssv2", form, sets, read_classes(f"{name}-labels.json", 174), PROMPTS, flip=False, crops=3)

@@ -11,7 +11,7 @@ from mplug2_jax.recipes.captioning import captioning
 
 
 def get_config(form: str = "large") -> ConfigDict:
-    """The run, at one of the sizes of the model; ``SIZE,scst``: by reward."""
+    """The run, at one of the sizes of the model, or a form of it: ``SIZE,scst``, ``SIZE,zero_shot``."""
     sets = Sets(
         train=files("video", "vatex/vatex_training_v1.0.json", "vatex/videos"), examples=25_991,
         asked={"validation": files("video", "vatex/vatex_validation_v1.0.json", "vatex/videos")},

@@ -1,5 +1,6 @@
 """Finding and reading files, local or behind a URL, through fsspec; and names that may not leave their folder."""
 
+import contextlib
 import io
 import os
 import re
@@ -136,8 +137,13 @@ def write_atomically(path: str, data: bytes) -> None:
     """Writes a file so that a reader sees the old one or the new one, and never a part; writers may be several."""
     system, plain = file_system(path)
     temporary = f"{plain}.{uuid.uuid4().hex}.tmp"
-    system.pipe_file(temporary, data)
-    system.mv(temporary, plain)
+    try:
+        system.pipe_file(temporary, data)
+        system.mv(temporary, plain)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            system.rm_file(temporary)
+        raise
 
 
 def inside(folder: str, name: str) -> str:

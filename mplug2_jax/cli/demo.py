@@ -57,13 +57,33 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _pretrain(path: Path) -> None:
+    """Pretrains as ``make demo`` does where there is nothing, or goes on where that was ended early."""
     from mplug2_jax.config import build, load_recipe
     from mplug2_jax.training.config import RunConfig
     from mplug2_jax.training.loop import train
+    from mplug2_jax.training.workdir import WorkDir
 
-    if not path.exists():
-        print(f"{path} is not there: pretraining it, as make demo does", flush=True)
-        train(build(RunConfig, load_recipe("demo")), path)
+    config, workdir = build(RunConfig, load_recipe("demo")), WorkDir(path)
+    if path.exists():
+        # Checkpoints may be of any run, and come without one.
+        begun = workdir.read_config() if workdir.exists() else None
+        if begun is None or begun.name != config.name or _last_step(path) >= begun.steps:
+            return
+        config = begun
+    print(f"pretraining {path}, as make demo does", flush=True)
+    train(config, path)
+
+
+def _last_step(path: Path) -> int:
+    """Of a run's checkpoints; 0 where there is none."""
+    from mplug2_jax.training.checkpoints import open_checkpoint
+
+    try:
+        checkpoints, step = open_checkpoint(path)
+    except UserError:
+        return 0
+    checkpoints.close()
+    return step
 
 
 def _config(name: str, pretrained: Path, overrides: "Sequence[str]") -> "tuple[RunConfig, Sequence[str]]":

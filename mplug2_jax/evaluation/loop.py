@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,9 @@ from mplug2_jax.evaluation.samples import Sample, choose, right_answers
 from mplug2_jax.evaluation.samples import save as save_samples
 from mplug2_jax.model.mplug2 import ModelDef, Params
 from mplug2_jax.parallel.placement import batch_shards, check_batch, held_parts, put_batch, replicated
-from mplug2_jax.parallel.processes import gather
+from mplug2_jax.parallel.processes import gather, is_first
 from mplug2_jax.tasks import TASKS
-from mplug2_jax.tasks.base import HostPredictions, Predictions, Prompts, TaskContext, parts_for
+from mplug2_jax.tasks.base import HostPredictions, Predictions, TaskContext, parts_for
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -138,26 +138,9 @@ class Evaluation:
         if config.java and task.by_java is None:
             raise UserError(f"{where}.java is for the task 'caption', not for '{config.task}': leave it out")
         self._score, self._by_java = task.score, task.by_java if config.java else None
-        check_range(f"{where}.ranked", config.ranked, 0)
-        if config.ranked and not config.answers:
-            raise UserError(f"{where}.ranked={config.ranked} ranks a list: set {where}.answers to its file")
-        if config.answers:
-            if config.task not in ("answer", "vqa"):
-                raise UserError(
-                    f"{where}.answers is for the tasks 'answer' and 'vqa', not for '{config.task}': leave it out"
-                )
-            examples = config.data.examples
-            search, positions = None if config.ranked else context.settings.search, definition.config.max_positions
-            listed = read_answers(Path(config.answers), f"{where}.answers", examples, tokenizer, search, positions)
-            context = dataclasses.replace(
-                context, answers=listed, ranked=config.ranked, first_twice=examples.form == "released"
-            )
-        self._prepare = None
-        if task.prepare is not None:
-            context = dataclasses.replace(context, prompts=prompts_of(config, where, definition, tokenizer))
-            self._prepare = jitted_preparation(config.task, definition, context, mesh)
-        elif config.prompts or config.class_names:
-            raise UserError(f"{where}.prompts and class_names are for the task 'zero_shot', not for '{config.task}'")
+        context = with_answers(context, config, where, definition, tokenizer)
+        context = with_prompts(context, config, where, definition, tokenizer)
+        self._prepare = jitted_preparation(config.task, definition, context, mesh) if task.prepare else None
         self._predict = jitted_prediction(config.task, definition, context, mesh)
         self._matching = None
         if task.match is not None:
@@ -168,6 +151,8 @@ class Evaluation:
         self, params: Params, step: int, between_batches: Callable[[str], None] = lambda phase: None
     ) -> EvaluationResult:
         """Predicts all examples and scores them; all processes call it, and come to the same result.
+
+        Samples, of which pictures are read again, are the first process's alone.
 
         Args:
             params: the model's.
@@ -198,8 +183,7 @@ class Evaluation:
         check_share(list(faults.values()), len(self._set), self._config.data.max_skipped)
         # A row's place over all batches is its example's in the set; places without an example are left out.
         places = list(examples)
-        predictions: HostPredictions = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
-        predictions = _chosen(predictions, np.asarray(places, np.int64), views)
+        predictions = _chosen(rows, np.asarray(places, np.int64), views)
         reader = self._config.data.examples.reader(self._tokenizer)
         with jax.set_mesh(self._mesh):
             if self._refine is not None and self._matching is not None:
@@ -215,7 +199,7 @@ class Evaluation:
             warnings = tuple(filter(None, [never_right(list(examples.values()), listed, reader, alike)]))
         # Other batch sizes and meshes change the last digits, and shall not change which are the best.
         goodness = [round(float(value), 4) for value in scored.goodness]
-        samples = choose(examples, scored, goodness, self._config.samples, self._set.__getitem__)
+        samples = choose(examples, scored, goodness, self._config.samples, self._set.__getitem__) if is_first() else ()
         figures = {name: figure.value for name, figure in scored.figures.items()}
         said = tuple(
             {"key": example.key, "instruction": example.instruction, "said": words, "true": right_answers(example)[0],
@@ -263,14 +247,38 @@ def jitted_preparation(task: str, definition: ModelDef, context: TaskContext, me
     return jax.jit(lambda params: prepare(definition.bind(params), context), out_shardings=replicated(mesh))
 
 
-def prompts_of(config: EvaluationConfig, where: str, definition: ModelDef, tokenizer: Tokenizer) -> Prompts:
-    """An evaluation's prompts. Raises UserError where they do not fit its classes."""
+def with_answers(
+    context: TaskContext, config: EvaluationConfig, where: str, definition: ModelDef, tokenizer: Tokenizer
+) -> TaskContext:
+    """The context with an evaluation's list of answers, if it has one. Raises UserError where that does not fit."""
+    check_range(f"{where}.ranked", config.ranked, 0)
+    if config.ranked and not config.answers:
+        raise UserError(f"{where}.ranked={config.ranked} ranks a list: set {where}.answers to its file")
+    if not config.answers:
+        return context
+    if config.task not in ("answer", "vqa"):
+        raise UserError(f"{where}.answers is for the tasks 'answer' and 'vqa', not for '{config.task}': leave it out")
+    examples, positions = config.data.examples, definition.config.max_positions
+    search = None if config.ranked else context.settings.search
+    listed = read_answers(Path(config.answers), f"{where}.answers", examples, tokenizer, search, positions)
+    return dataclasses.replace(context, answers=listed, ranked=config.ranked, first_twice=examples.form == "released")
+
+
+def with_prompts(
+    context: TaskContext, config: EvaluationConfig, where: str, definition: ModelDef, tokenizer: Tokenizer
+) -> TaskContext:
+    """The context with an evaluation's prompts, if its task asks by them. Raises UserError where they do not fit."""
+    if TASKS[config.task].prepare is None:
+        if config.prompts or config.class_names:
+            raise UserError(f"{where}.prompts and class_names are for the task 'zero_shot', not for '{config.task}'")
+        return context
     classes = config.data.examples.classes
     names = config.class_names or classes
     if len(names) != len(classes):
         raise UserError(f"{where}.class_names are {len(names)}, expected one for each of the {len(classes)} classes")
-    length = definition.config.max_positions
-    return make_prompts(where, config.prompts, names, tokenizer, length, config.data.batch_size)
+    length, rows = definition.config.max_positions, config.data.batch_size
+    prompts = make_prompts(where, config.prompts, names, tokenizer, length, rows)
+    return dataclasses.replace(context, prompts=prompts)
 
 
 def _without_frames(example: Example) -> Example:
@@ -279,13 +287,15 @@ def _without_frames(example: Example) -> Example:
     return dataclasses.replace(example, arrays=arrays)
 
 
-def _chosen(predictions: HostPredictions, places: Int[np.ndarray, " n"], views: int) -> HostPredictions:
+def _chosen(
+    batches: Sequence[Mapping[str, NDArray[Any]]], places: Int[np.ndarray, " n"], views: int
+) -> HostPredictions:  # fmt: skip
     """Those of some examples, each one row: of several views the mean of their probabilities."""
+    rows = (places[:, None] * views + np.arange(views)).ravel()
+    chosen = {name: np.concatenate([batch[name] for batch in batches])[rows] for name in batches[0]}
     if views == 1:
-        return {name: values[places] for name, values in predictions.items()}
-    ids = np.repeat(places, views)
-    seen = predictions["probabilities"][(places[:, None] * views + np.arange(views)).ravel()]
-    return {"probabilities": mean_of_views(seen, ids, places)}
+        return chosen
+    return {"probabilities": mean_of_views(chosen["probabilities"], np.repeat(places, views), places)}
 
 
 def _of_all_processes(

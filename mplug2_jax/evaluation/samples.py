@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
+from PIL import Image
 
 from data_pipelines.examples import Example
 from data_pipelines.media import write_image
@@ -64,6 +65,7 @@ def choose(
     order = np.argsort(-np.asarray(goodness), kind="stable").tolist()
     extremes = min(EXTREMES, most, len(order) // 2)
     chosen = {"first": range(min(most, len(order))), "best": order[:extremes], "worst": order[::-1][:extremes]}
+    read = functools.cache(read)  # one may be a first, a best and a neighbour
     thumbnail = functools.cache(lambda i: _thumbnail(read(places[i])))
 
     def neighbours(found: Nearest, i: int) -> Neighbours:
@@ -104,12 +106,7 @@ def save(samples: Sequence[Sample], name: str, folder: Path) -> list[dict[str, A
 
 
 def _thumbnail(example: Example) -> UInt8[np.ndarray, "y x 3"]:
-    """The middle frame, enlarged or made smaller by a whole number to about ``SIDE`` pixels."""
+    """The middle frame at ``SIDE`` pixels."""
     frames = example.arrays["frames"]
-    frame, side = frames[len(frames) // 2], frames.shape[1]
-    if side <= SIDE:
-        return frame.repeat(SIDE // side, 0).repeat(SIDE // side, 1)
-    step = side // SIDE
-    side = side // step * step
-    blocks = frame[:side, :side].reshape(side // step, step, side // step, step, 3)
-    return blocks.mean((1, 3)).astype(np.uint8)
+    middle = Image.fromarray(frames[len(frames) // 2])
+    return np.asarray(middle.resize((SIDE, SIDE), Image.Resampling.BOX))

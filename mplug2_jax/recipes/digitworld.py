@@ -22,8 +22,6 @@ from mplug2_jax.training.config import CheckpointConfig, RunConfig, StreamConfig
 from mplug2_jax.training.optimizer import AdamWConfig
 from mplug2_jax.training.schedule import ScheduleConfig
 
-CLASSES = {"image": IMAGE_LABELS, "video": VIDEO_LABELS}
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Asked:
@@ -40,12 +38,19 @@ class Asked:
 class Trial:
     """What a run learns, and what it is asked."""
 
+    name: str
     kind: Kind
     objective: str
     learned: Mapping[str, Any]  # fields of ExampleConfig
     asked: Mapping[str, Asked]
-    steps: int
-    batch_size: int
+    steps: int = 300
+    batch_size: int = 48
+
+
+def _as_asked(name: str, kind: Kind, task: str, figure: str, examples: Mapping[str, Any], **fields: Any) -> Trial:
+    """A run that learns what it is asked."""
+    asked = {name: Asked(task=task, figure=figure, examples=examples)}
+    return Trial(name=name, kind=kind, learned=examples, asked=asked, **fields)
 
 
 def _told(instruction: str, template: str, *, length: int, answer: int) -> Mapping[str, Any]:
@@ -54,65 +59,49 @@ def _told(instruction: str, template: str, *, length: int, answer: int) -> Mappi
     return {"instructions": instructions, "instruction_length": length, "target_length": answer}
 
 
-def _words(
-    kind: Kind, name: str, task: str, figure: str, examples: Mapping[str, Any], *, objective: str = "ilm",
-    steps: int = 300, batch_size: int = 48,
-) -> Trial:  # fmt: skip
-    """What is told in words is learned as it is asked."""
-    asked = {name: Asked(task=task, figure=figure, examples=examples)}
-    return Trial(kind=kind, objective=objective, learned=examples, asked=asked, steps=steps, batch_size=batch_size)
+def _labelled(classes: tuple[str, ...]) -> Mapping[str, Any]:
+    return {"instructions": {"label": InstructionConfig(templates=("",))}, "classes": classes}
 
 
-def _classes(kind: Kind, name: str, *, steps: int, batch_size: int) -> Trial:
-    examples = {"instructions": {"label": InstructionConfig(templates=("",))}, "classes": CLASSES[kind]}
-    return _words(kind, name, "classify", "top_1", examples, objective="classify", steps=steps, batch_size=batch_size)
-
-
-def _contrast(kind: Kind, *, steps: int, batch_size: int) -> Trial:
+def _contrast(kind: Kind, *, batch_size: int) -> Trial:
     """Retrieval; and colours, which are never told as classes, by prompts that are worded as captions are."""
-    texts = {"text_length": 24}
-    label = {"instructions": {"label": InstructionConfig(templates=("",))}, "classes": tuple(COLOURS)}
+    texts, name = {"text_length": 24}, f"{kind}_retrieval"
     prompts = tuple(f"a large {{label}} {digit}" for digit in DIGITS)
     asked = {
-        f"{kind}_retrieval": Asked(task="vlc", figure="text_to_visual_r1", examples=texts),
+        name: Asked(task="vlc", figure="text_to_visual_r1", examples=texts),
         f"{kind}_colour_by_prompts": Asked(
-            task="zero_shot", figure="top_1", examples=label, label="colour", more={"prompts": prompts}
+            task="zero_shot", figure="top_1", examples=_labelled(tuple(COLOURS)), label="colour",
+            more={"prompts": prompts},
         ),
-    }
-    return Trial(kind=kind, objective="vlc", learned=texts, asked=asked, steps=steps, batch_size=batch_size)
+    }  # fmt: skip
+    return Trial(
+        name=name, kind=kind, objective="vlc", learned=texts, asked=asked, steps=600, batch_size=batch_size
+    )  # fmt: skip
 
+
+_PICTURE, _CLIP = (_told("caption", f"describe the {what}", length=12, answer=24) for what in ("picture", "clip"))
+_QUESTION = _told("question", "{question}", length=12, answer=8)
+_BOX = _told("box", "where is {expression}?", length=16, answer=8)
+_FOLLOWS = _told("entailment", "{premise} means {hypothesis}?", length=32, answer=4)
+_REPORT = _told("question", "{question}", length=56, answer=24)
+_DIGITS, _ACTIONS = _labelled(IMAGE_LABELS), _labelled(VIDEO_LABELS)
 
 TRIALS: Mapping[str, Trial] = {
-    "image_caption": _words(
-        "image", "image_caption", "caption", "cider", _told("caption", "describe the picture", length=12, answer=24)
-    ),
-    "video_caption": _words(
-        "video", "video_caption", "caption", "cider", _told("caption", "describe the clip", length=12, answer=24),
-        batch_size=24,
-    ),
-    "image_question": _words(
-        "image", "image_question", "answer", "accuracy", _told("question", "{question}", length=12, answer=8)
-    ),
-    "video_question": _words(
-        "video", "video_question", "answer", "accuracy", _told("question", "{question}", length=12, answer=8),
-        batch_size=24,
-    ),
-    "image_retrieval": _contrast("image", steps=600, batch_size=96),
-    "video_retrieval": _contrast("video", steps=600, batch_size=48),
-    "grounding": _words(
-        "image", "grounding", "ground", "accuracy_at_0.5",
-        _told("box", "where is {expression}?", length=16, answer=8), objective="answer",
-    ),
-    "digit": _classes("image", "digit", steps=300, batch_size=96),
-    "action": _classes("video", "action", steps=300, batch_size=48),
-    "entailment": _words(
-        "text", "entailment", "answer", "accuracy",
-        _told("entailment", "{premise} means {hypothesis}?", length=32, answer=4),
-    ),
-    "summary": _words(
-        "text", "summary", "summarise", "rouge_2", _told("question", "{question}", length=56, answer=24)
-    ),
-}  # fmt: skip
+    trial.name: trial
+    for trial in (
+        _as_asked("image_caption", "image", "caption", "cider", _PICTURE, objective="ilm"),
+        _as_asked("video_caption", "video", "caption", "cider", _CLIP, objective="ilm", batch_size=24),
+        _as_asked("image_question", "image", "answer", "accuracy", _QUESTION, objective="ilm"),
+        _as_asked("video_question", "video", "answer", "accuracy", _QUESTION, objective="ilm", batch_size=24),
+        _contrast("image", batch_size=96),
+        _contrast("video", batch_size=48),
+        _as_asked("grounding", "image", "ground", "accuracy_at_0.5", _BOX, objective="answer"),
+        _as_asked("digit", "image", "classify", "top_1", _DIGITS, objective="classify", batch_size=96),
+        _as_asked("action", "video", "classify", "top_1", _ACTIONS, objective="classify"),
+        _as_asked("entailment", "text", "answer", "accuracy", _FOLLOWS, objective="ilm"),
+        _as_asked("summary", "text", "summarise", "rouge_2", _REPORT, objective="ilm"),
+    )
+}
 
 
 def digitworld(name: str) -> ConfigDict:

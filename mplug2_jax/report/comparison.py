@@ -13,7 +13,8 @@ from mplug2_jax.errors import UserError
 from mplug2_jax.evaluation.metrics.ratio import Ratio, intervals
 from mplug2_jax.evaluation.metrics.units import MINUS, is_share, show
 from mplug2_jax.report.names import TaskWords, human
-from mplug2_jax.report.page import read_any, render, shortened, write_page
+from mplug2_jax.report.page import read_any, shortened
+from mplug2_jax.report.rendering import render, write_page
 from mplug2_jax.report.results import Evaluation, Strip
 
 _MOST = 8  # examples that are shown, each way

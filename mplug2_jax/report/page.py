@@ -1,21 +1,17 @@
-"""What is on the page: gathered from a run's or an evaluation's files into plain data, and rendered."""
+"""What is on the page: gathered from a run's or an evaluation's files into plain data."""
 
 import dataclasses
 import json
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
-
-import jinja2
-from markupsafe import Markup
 
 from mplug2_jax.errors import UserError
 from mplug2_jax.report.curves import Group, draw_groups
 from mplug2_jax.report.ledger import Story, read_story
 from mplug2_jax.report.metrics import read_metrics
 from mplug2_jax.report.names import human
+from mplug2_jax.report.rendering import render, write_page
 from mplug2_jax.report.results import Evaluation, read_evaluations, read_folder
 
 _MAX_NOTES = 20
@@ -87,18 +83,6 @@ def write_report(folder: Path) -> Path:
     return path
 
 
-def write_page(path: Path, html: str) -> None:
-    """Writes a page in one piece. Raises UserError if it cannot be."""
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        temporary.write_text(html, encoding="utf-8", errors="replace")  # lone surrogates of JSON are no UTF-8
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}); give a folder that is writable") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def read_any(folder: Path, notes: list[str]) -> tuple[dict[str, Any] | None, list[Evaluation]]:
     """A run's config and its evaluations; or None and the evaluations that a folder holds.
 
@@ -153,17 +137,6 @@ def gather(workdir: Path) -> Page:
 def shortened(notes: Sequence[str]) -> list[str]:
     """Notes of which there may be many."""
     return [*notes[:_MAX_NOTES], *([f"and {len(notes) - _MAX_NOTES:,} more"] if len(notes) > _MAX_NOTES else [])]
-
-
-def render(template: str, **values: object) -> str:
-    """A page as HTML. Everything but our own style sheet and drawings is escaped."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("mplug2_jax", "report"), autoescape=True, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters["human"] = human
-    style = Markup((files("mplug2_jax.report") / "style.css").read_text(encoding="utf-8"))
-    return environment.get_template(template).render(style=style, **values)
 
 
 def _read_config(path: Path) -> dict[str, Any]:

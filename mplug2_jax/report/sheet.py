@@ -3,18 +3,16 @@
 import base64
 import dataclasses
 import io
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 from jaxtyping import UInt8
-from markupsafe import Markup
 from PIL import Image
 
 from data_pipelines.loader import LoadedBatch, Made
 from mplug2_jax.errors import UserError
+from mplug2_jax.report.rendering import render, write_page
 
 FRAME, WIDTH, GAP = 96, 1600, 4
 """Pixels: the least side of a frame, the width of a sheet, and what is between examples."""
@@ -45,7 +43,7 @@ def write_sheet(stem: Path, stream: str, step: int, batch: LoadedBatch) -> list[
         for row, strip in zip(batch.rows, strips, strict=True)
     ]
     stem.parent.mkdir(parents=True, exist_ok=True)
-    paths[0].write_text(_page(stream, step, cells), encoding="utf-8")
+    write_page(paths[0], render("sheet.html", stream=stream, step=step, cells=cells))
     if pictures:
         Image.fromarray(_contact_sheet(pictures)).save(paths[1])
     return paths
@@ -76,12 +74,3 @@ def _base64(picture: UInt8[np.ndarray, "y x 3"]) -> str:
     file = io.BytesIO()
     Image.fromarray(picture).save(file, "PNG")
     return base64.b64encode(file.getvalue()).decode()
-
-
-def _page(stream: str, step: int, cells: list[_Cell]) -> str:
-    """The page; whatever the data say is escaped."""
-    folder = files("mplug2_jax.report")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    style = Markup((folder / "style.css").read_text(encoding="utf-8"))
-    template = environment.from_string((folder / "sheet.html").read_text(encoding="utf-8"))
-    return template.render(stream=stream, step=step, cells=cells, style=style)

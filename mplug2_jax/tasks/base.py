@@ -118,7 +118,7 @@ class Task:
     loss: Callable[[Forward, TaskContext], Outcome] | None = None
     picture_parts: tuple[str, ...] = ()  # needed too where batches bring frames
     text_parts: tuple[str, ...] = ()  # and where they bring none
-    further_parts: tuple[str, ...] = ()  # that prediction uses where the model has them
+    further_parts: tuple[str, ...] = ()  # that it uses where the model has them: a run's, if its examples instruct
     prepare: Callable[[Mplug2, TaskContext], Predictions] | None = None
     views: bool = False  # whether its predictions are probabilities, of which an example's views have a mean
     predict: Callable[[Mplug2, DeviceBatch, TaskContext], Predictions] | None = None

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 
 from mplug2_jax.generation.beam import SearchConfig
-from mplug2_jax.generation.decode import clip_keys, draw
+from mplug2_jax.generation.decode import generate
 from mplug2_jax.objectives.forward import Forward, Outcome
 from mplug2_jax.objectives.scst import scst_loss
 from mplug2_jax.tasks import caption
@@ -14,14 +14,13 @@ from mplug2_jax.tasks.base import TaskContext
 
 def loss(forward: Forward, context: TaskContext) -> Outcome:
     """Captions of each example by a key of its own, drawn and learned from without dropout: by the same chances."""
-    batch, key = forward.batch, forward.key("scst")
+    batch = forward.batch
     quiet = Forward(forward.model, batch, frequencies=forward.frequencies)
     search = SearchConfig(
         beams=context.settings.scst.samples, min_length=0, max_length=batch["references"].shape[-1] - 1, top_p=1.0
     )
-    keys = clip_keys(jax.random.key(0) if key is None else key, batch["example_id"])
     decoder, memory = jax.lax.stop_gradient((forward.model.decoder, quiet.described))
-    found = draw(decoder, *memory, search, context.tokens, keys)
+    found = generate(decoder, *memory, search, context.tokens, batch["example_id"], key=forward.key("scst"))
     return scst_loss(quiet, found.ids, found.lengths, context.tokens)
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 from data_pipelines.loader import DataConfig
 from mplug2_jax.errors import UserError, check_range, did_you_mean
 from mplug2_jax.evaluation.loop import EvaluationConfig
-from mplug2_jax.model.config import ModelConfig
+from mplug2_jax.model.config import PARTS, ModelConfig
 from mplug2_jax.parallel.mesh import MeshConfig
 from mplug2_jax.tasks import TASKS
 from mplug2_jax.tasks.base import TaskSettings, parts_for
@@ -220,14 +220,11 @@ class RunConfig:
 
     def parts(self) -> tuple[str, ...]:
         """The parts that the streams' objectives need, and no others."""
-        parts = parts_for(
-            [
-                (TASKS[objective], stream.data.kind != "text", stream.data.kind == "video")
-                for stream in self.streams.values()
-                for objective in stream.objectives
-            ]
-        )
-        return tuple(part for part in parts if self.universal or part != "universal")
+        uses = [(TASKS[objective], stream.data) for stream in self.streams.values() for objective in stream.objectives]
+        needed = set(parts_for([(task, data.kind != "text", data.kind == "video") for task, data in uses]))
+        # What can do without an instruction reads one that it is given.
+        needed |= {part for task, data in uses if data.examples.instruction_length for part in task.further_parts}
+        return tuple(part for part in PARTS if part in needed and (self.universal or part != "universal"))
 
     @property
     def frozen(self) -> tuple[str, ...]:

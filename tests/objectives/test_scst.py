@@ -7,7 +7,7 @@ import pytest
 
 from mplug2_jax.errors import UserError
 from mplug2_jax.generation.beam import SearchConfig
-from mplug2_jax.generation.decode import clip_keys, draw
+from mplug2_jax.generation.decode import generate
 from mplug2_jax.model.config import SpecialTokens, model_config
 from mplug2_jax.model.mplug2 import define
 from mplug2_jax.objectives.cider import cider_d, no_frequencies
@@ -48,8 +48,8 @@ def drawn(model, batch):
     """The captions that a step draws."""
     definition, params = model
     bound, search = definition.bind(params), SearchConfig(beams=SAMPLES, min_length=0, max_length=LENGTH - 1, top_p=1.0)
-    keys = clip_keys(purpose_key(RNG, "scst"), batch["example_id"])
-    return draw(bound.decoder, *Forward(bound, batch).described, search, CONTEXT.tokens, keys)
+    memory, key = Forward(bound, batch).described, purpose_key(RNG, "scst")
+    return generate(bound.decoder, *memory, search, CONTEXT.tokens, batch["example_id"], key=key)
 
 
 def test_its_gradient_is_reinforce_by_hand(model):

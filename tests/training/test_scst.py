@@ -1,4 +1,4 @@
-"""Self-critical training in runs: on any mesh, interrupted, counted, and worth its name."""
+"""Self-critical training in runs: on any mesh, interrupted, and counted."""
 
 import dataclasses
 import shutil
@@ -13,7 +13,7 @@ from data_pipelines.digitworld import vocabulary_texts
 from data_pipelines.examples import ExampleConfig, InstructionConfig
 from data_pipelines.tokenizers import Tokenizer, train_wordpiece
 from mplug2_jax.generation.beam import SearchConfig
-from mplug2_jax.generation.decode import clip_keys, draw
+from mplug2_jax.generation.decode import generate
 from mplug2_jax.model.config import SpecialTokens
 from mplug2_jax.objectives.cider import document_frequencies
 from mplug2_jax.objectives.forward import Forward
@@ -122,7 +122,7 @@ def test_drawing_captions_counts_as_so_many_turns_as_they_may_be_long() -> None:
 
     def drawn(params: Any, memory: Any, seen: Any, ids: Any) -> Any:
         decoder = plan.definition.bind(params).decoder
-        return draw(decoder, memory, seen, search, SpecialTokens(), clip_keys(jax.random.key(0), ids))
+        return generate(decoder, memory, seen, search, SpecialTokens(), ids)
 
     def learned(params: Any, batch: Any, said: Any, lengths: Any) -> Any:
         return scst_loss(Forward(plan.definition.bind(params), batch), said, lengths, SpecialTokens()).loss

@@ -1,0 +1,30 @@
+"""Templates to HTML, and HTML to a file."""
+
+from importlib.resources import files
+from pathlib import Path
+
+import jinja2
+from markupsafe import Markup
+
+from data_pipelines.sources.files import write_atomically
+from mplug2_jax.errors import UserError
+from mplug2_jax.report.names import human
+
+
+def render(template: str, **values: object) -> str:
+    """A page as HTML. Everything but our own style sheet and drawings is escaped."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("mplug2_jax", "report"), autoescape=True, undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    environment.filters["human"] = human
+    style = Markup((files("mplug2_jax.report") / "style.css").read_text(encoding="utf-8"))
+    return environment.get_template(template).render(style=style, **values)
+
+
+def write_page(path: Path, html: str) -> None:
+    """Writes a page in one piece. Raises UserError if it cannot be."""
+    try:
+        write_atomically(str(path), html.encode(errors="replace"))  # lone surrogates of JSON are no UTF-8
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror}); give a folder that is writable") from error
