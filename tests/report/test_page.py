@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
 from mplug2_jax.errors import UserError
 from mplug2_jax.report import curves, write_report
@@ -254,11 +255,11 @@ def test_the_page_replaces_the_one_before_in_one_piece(full: Run, monkeypatch: p
     before = report(full)
     full.config(CONFIG | {"name": "another"})
 
-    def fail(self: Path, target: Path) -> Path:
+    def fail(self: LocalFileSystem, *paths: str) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", fail)
+        patch.setattr(LocalFileSystem, "mv", fail)
         with pytest.raises(UserError, match=r"report\.html \(No space left on device\)"):
             write_report(full.path)
     assert (full.path / "report.html").read_text() == before
