@@ -1,13 +1,14 @@
 """What the paper claims, at the demo's scale: shared universal layers, and local temporal units, on video tasks.
 
-    python benchmarks/ablation.py                       # 3 models x 3 seeds of the demo: 45 minutes of two CPU cores
+    python benchmarks/ablation.py --workers 2            # 3 models x 3 seeds: an hour of two CPU cores
     JAX_PLATFORMS=cuda XLA_PYTHON_CLIENT_PREALLOCATE=false python benchmarks/ablation.py --workers 9
-    python benchmarks/ablation.py --seeds 2 --steps 40  # to see that it works
+    python benchmarks/ablation.py --seeds 2 --steps 2    # to see that it works
 
-Each model is pretrained as the demo is, from its own seed and on its own order of the data. Temporal units are off
-where they are frozen: fresh ones change nothing. Beside each mean stands the least and the most of the seeds, and for
-models without something, the mean difference to the whole model of the same seed with its 95 % interval (Student's t).
-Runs are kept below ``--out``: called again, what is finished is read, and what was ended goes on.
+Each model is pretrained as the demo is, from its own seed and on its own order of the data, and learns each video task
+of the board from there. Temporal units are off where they are frozen: fresh ones change nothing. Beside each mean
+stands the least and the most of the seeds, and for models without something, the mean difference to the whole model of
+the same seed with its 95 % interval (Student's t). Runs are kept below ``--out``: called again, what is finished is
+read, and what was ended goes on.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -26,8 +28,10 @@ from scipy.stats import t as student
 
 from mplug2_jax.config import build, load_recipe
 from mplug2_jax.evaluation.metrics.units import show
+from mplug2_jax.recipes.digitworld import TRIALS
 from mplug2_jax.training.config import RunConfig
 from mplug2_jax.training.loop import train
+from mplug2_jax.training.starting import starting_from
 from mplug2_jax.training.workdir import WorkDir
 
 MODELS: Mapping[str, Mapping[str, object]] = {
@@ -35,21 +39,33 @@ MODELS: Mapping[str, Mapping[str, object]] = {
     "without universal layers": {"universal": False},
     "without temporal units": {"freeze": ("temporal",)},
 }
-ASKED = {
-    "video_question": ("accuracy",),
-    "video_caption": ("cider",),
-    "video_retrieval": ("text_to_visual_r1", "visual_to_text_r1"),
-}
+SIZE = "--config.evaluations.{0}.data.sources.digits.size"
+LEARNED = ("action", "video_question", "video_caption")
 Figures = dict[str, list[float]]
 
 
-def run(config: RunConfig, folder: Path) -> dict[str, float]:
-    """The figures of a run on the video tasks."""
-    kept = WorkDir(folder).evaluations_of(config.steps)
-    if not WorkDir(folder).check(config) or not all((kept / f"{name}.json").is_file() for name in ASKED):
+def run(model: str, seed: int, steps: int | None, examples: int, folder: Path) -> dict[str, float]:
+    """The figures of a model on the video tasks, each of which it has learned after pretraining."""
+    changes: dict[str, Any] = {"seed": seed, **MODELS[model]} | ({"steps": steps} if steps else {})
+    pretraining = build(RunConfig, load_recipe("demo"))
+    finished(dataclasses.replace(pretraining, evaluations={}, **changes), folder / "pretrained")
+    figures = {}
+    for name in LEARNED:
+        config = build(RunConfig, load_recipe(f"digitworld:{name}", [f"{SIZE.format(name)}={examples}"]))
+        config = starting_from(folder / "pretrained", dataclasses.replace(config, **changes))
+        result = finished(config, folder / name).evaluations_of(config.steps) / f"{name}.json"
+        figure = TRIALS[name].asked[name].figure
+        figures[f"{name}/{figure}"] = json.loads(result.read_text())["figures"][figure]
+    return figures
+
+
+def finished(config: RunConfig, folder: Path) -> WorkDir:
+    """A run that was or is brought to its end."""
+    workdir, ends = WorkDir(folder), [f"checkpoints/{config.steps}"]
+    ends += [f"evaluations/{config.steps}/{name}.json" for name in config.evaluations]
+    if not workdir.check(config) or not all((folder / end).exists() for end in ends):
         train(config, folder)
-    found = {name: json.loads((kept / f"{name}.json").read_text())["figures"] for name in ASKED}
-    return {f"{name}/{figure}": found[name][figure] for name, figures in ASKED.items() for figure in figures}
+    return workdir
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -63,35 +79,24 @@ def main() -> None:
     """Trains all and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, help="of each run (default: the demo's)")
-    parser.add_argument("--workers", type=int, default=1, help="runs at a time (default: %(default)s)")
+    parser.add_argument("--steps", type=int, help="of each run (default: the recipes')")
+    parser.add_argument("--workers", type=int, default=1, help="models at a time (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("runs/ablation"), help="for the runs (default: %(default)s)")
     parser.add_argument("--examples", type=int, default=512, help="held out, of each task (default: %(default)s)")
     args = parser.parse_args()
-    demo = build(RunConfig, load_recipe("demo"))
-    evaluations = {}
-    for name in ASKED:
-        evaluation = demo.evaluations[name]
-        sources = {key: dataclasses.replace(s, size=args.examples) for key, s in evaluation.data.sources.items()}
-        evaluations[name] = dataclasses.replace(evaluation, data=dataclasses.replace(evaluation.data, sources=sources))
-    demo = dataclasses.replace(demo, steps=args.steps or demo.steps, evaluations=evaluations)
-
-    runs = [(model, seed) for model in MODELS for seed in range(args.seeds)]
-    configs = [dataclasses.replace(demo, seed=seed, **MODELS[model]) for model, seed in runs]  # type: ignore[arg-type]
-    folders = [
-        args.out / f"{model.replace(' ', '_')}-{seed}-{demo.steps}-steps-{args.examples}-examples"
-        for model, seed in runs
-    ]
+    runs = [(model, seed) for seed in range(args.seeds) for model in MODELS]
+    folders = [args.out / f"{model.replace(' ', '_')}-{seed}-{args.examples}-examples" for model, seed in runs]
+    asked = [(*each, args.steps, args.examples, folder) for each, folder in zip(runs, folders, strict=True)]
     found: dict[str, Figures] = {}
     # A process for each run: what one compiled or holds does not slow the next.
     with ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
-        for (model, seed), figures in zip(runs, pool.map(run, configs, folders), strict=True):
+        for (model, seed), figures in zip(runs, pool.map(run, *zip(*asked, strict=True)), strict=True):
             for name, value in figures.items():
                 found.setdefault(model, {}).setdefault(name, []).append(value)
             print(f"{model}, seed {seed}: {', '.join(f'{n} {show(n, v)}' for n, v in figures.items())}", flush=True)
 
     whole = found["the whole model"]
-    print(f"\n{demo.steps} steps, {args.seeds} seeds, {args.examples} examples of each task\n")
+    print(f"\n{args.seeds} seeds, {args.examples} examples of each task\n")
     print(f"{'figure':36}{'model':28}{'mean':>8}{'least to most':>18}{'to the whole':>14}{'95 %':>20}")
     for name in whole:
         for model, figures in found.items():

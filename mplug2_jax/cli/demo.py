@@ -31,9 +31,12 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the tasks one after the other and prints the board."""
+    from mplug2_jax.config import build, load_recipe
     from mplug2_jax.recipes.digitworld import TRIALS
     from mplug2_jax.report import write_report
+    from mplug2_jax.training.config import RunConfig
     from mplug2_jax.training.loop import train
+    from mplug2_jax.training.starting import starting_from
 
     for name in args.only or ():
         if name not in TRIALS:
@@ -43,14 +46,12 @@ def run(args: argparse.Namespace) -> int:
     names = args.only or list(TRIALS)
     for i, name in enumerate(names):
         print(f"\n{name} ({i + 1} of {len(names)})", flush=True)
-        config, parts = _config(name, args.pretrained, args.overrides)
+        recipe = build(RunConfig, load_recipe(f"digitworld:{name}", args.overrides))
+        config = starting_from(args.pretrained, recipe)
         before = _ask(name, args.pretrained, args.overrides)
         after = {result.name: result for result in train(config, args.workdir / name)}
         print(f"report: {write_report(args.workdir / name)}")
-        rows += [
-            _row(parts, config.steps, asked.figure, before.get(key), after[key])
-            for key, asked in TRIALS[name].asked.items()
-        ]
+        rows += [_row(config, asked.figure, before.get(key), after[key]) for key, asked in TRIALS[name].asked.items()]
     header = ("task", "parts", "steps", "figure", "before", "after", "95 % of draws", "baseline")
     print(f"\n{table(rows, header, right=(2, 4, 5, 6, 7))}")
     return 0
@@ -86,21 +87,6 @@ def _last_step(path: Path) -> int:
     return step
 
 
-def _config(name: str, pretrained: Path, overrides: "Sequence[str]") -> "tuple[RunConfig, Sequence[str]]":
-    """A task's run from what was pretrained, and its parts."""
-    from mplug2_jax.config import build, load_recipe
-    from mplug2_jax.training.checkpoints import open_checkpoint
-    from mplug2_jax.training.config import RunConfig
-
-    checkpoints, step = open_checkpoint(pretrained)
-    has = checkpoints.identity(step).parts
-    checkpoints.close()
-    recipe = load_recipe(f"digitworld:{name}", overrides)
-    parts = build(RunConfig, recipe).parts()
-    recipe.init_from, recipe.init_parts = str(pretrained), tuple(part for part in parts if part in has)
-    return build(RunConfig, recipe), parts
-
-
 def _ask(name: str, path: Path, overrides: "Sequence[str]") -> "Mapping[str, EvaluationResult]":
     """What the pretrained model makes of a run's evaluations; nothing where it lacks a part."""
     from mplug2_jax.tasks import TASKS
@@ -122,10 +108,11 @@ def _ask(name: str, path: Path, overrides: "Sequence[str]") -> "Mapping[str, Eva
 
 
 def _row(
-    parts: "Sequence[str]", steps: int, figure: str, before: "EvaluationResult | None", after: "EvaluationResult"
+    config: "RunConfig", figure: str, before: "EvaluationResult | None", after: "EvaluationResult"
 ) -> "Sequence[str]":
     from mplug2_jax.evaluation.metrics.units import show
 
     told = [show(figure, result.figures[figure]) if result else "-" for result in (before, after)]
     interval = " to ".join(show(figure, end) for end in after.intervals[figure])
-    return (after.name, ", ".join(parts), str(steps), figure, *told, interval, show(figure, after.baselines[figure]))
+    parts, baseline = ", ".join(config.parts()), show(figure, after.baselines[figure])
+    return (after.name, parts, str(config.steps), figure, *told, interval, baseline)

@@ -1,5 +1,6 @@
 """A run's first state: fresh, or with parts of another checkpoint's weights in it."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,16 @@ def first_state(plan: Blueprint, streams: Mapping[str, Stream] | None = None) ->
     if "frequencies" in state and streams:
         state["frequencies"] = jax.device_put(_counted(plan, streams), plan.shardings["frequencies"])
     return state, said
+
+
+def starting_from(path: Path, config: RunConfig) -> RunConfig:
+    """The run with the parts of a checkpoint that both have. Raises UserError where there is no checkpoint."""
+    checkpoints, step = open_checkpoint(path)
+    try:
+        has = checkpoints.identity(step).parts
+    finally:
+        checkpoints.close()
+    return dataclasses.replace(config, init_from=str(path), init_parts=tuple(p for p in config.parts() if p in has))
 
 
 def _counted(plan: Blueprint, streams: Mapping[str, Stream]) -> Frequencies:
