@@ -91,7 +91,9 @@ class EvaluationResult:
 
     def warning_lines(self) -> list[str]:
         """One for each warning, and one for records that were left out."""
-        faults = [f"{len(self.faults)} records left out, the first: {fault.reason}" for fault in self.faults[:1]]
+        count = len(self.faults)
+        lost = f"{count} record{'s' * (count > 1)} left out, the first"
+        faults = [f"{lost}: {fault.reason}" for fault in self.faults[:1]]
         return [f"warning: evaluation {self.name}: {text}" for text in (*self.warnings, *faults)]
 
     def metrics(self) -> dict[str, float]:

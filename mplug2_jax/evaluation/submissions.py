@@ -88,7 +88,8 @@ def save_submission(
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(str(path), text.encode())
     if lost:
-        return f"{path} has no prediction for {len(lost)} records that were left out, the first is {lost[0].key}"
+        were = "records that were" if len(lost) > 1 else "record that was"
+        return f"{path} has no prediction for {len(lost)} {were} left out, the first is {lost[0].key}"
     return ""
 
 

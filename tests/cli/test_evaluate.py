@@ -235,9 +235,9 @@ def test_pictures_without_captions_are_left_out_and_missed_in_what_is_handed_in(
     assert done.status == 0
     missed, left_out = done.err.splitlines()
     submission = bad.folder / "out" / "submissions" / "held.json"
-    assert missed == f"{submission} has no prediction for 1 records that were left out, the first is record 1"
+    assert missed == f"{submission} has no prediction for 1 record that was left out, the first is record 1"
     assert left_out == (
-        f"warning: evaluation held: 1 records left out, the first: {bad.folder}/set.json row 2 has nothing in its "
+        f"warning: evaluation held: 1 record left out, the first: {bad.folder}/set.json row 2 has nothing in its "
         "captions; fill it in, or remove the row"
     )
     assert json.loads((bad.folder / "out" / "held.json").read_text())["examples"] == 1
