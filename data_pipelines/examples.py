@@ -69,6 +69,7 @@ class ExampleConfig:
     references: int = 0
     form: Literal["standard", "released"] = "standard"
     prompt: str = ""  # released captions begin with it
+    question_words: int = 30  # released questions are cut to so many words, before they are cut to tokens
     classes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -314,8 +315,7 @@ def _instruct(
         ) from error
 
 
-# The release's limits on words, before those on tokens.
-_CAPTION_WORDS, _QUESTION_WORDS = 80, 30
+_CAPTION_WORDS = 80  # the release's limit, before that on tokens
 
 
 def _wordpieces(tokenizer: Tokenizer) -> WordPieceTokenizer:
@@ -337,7 +337,7 @@ def instruction_ids(text: str, config: ExampleConfig, tokenizer: Tokenizer, max_
     """Token ids of an instruction, in the examples' form."""
     if config.form == "standard":
         return tokenizer.encode(text, max_length=max_length)
-    return release_encode(_wordpieces(tokenizer), pre_question(text, _QUESTION_WORDS), max_length)
+    return release_encode(_wordpieces(tokenizer), pre_question(text, config.question_words), max_length)
 
 
 def _target_ids(

@@ -13,7 +13,8 @@ SPECS = (
     "demo", "released", "released:caption", "released:videoqa,base", "released:caption,tiny", "pretrain",
     "pretrain:tiny", "pretrain:base", "pretrain:large", "finetune", "finetune:caption", "finetune:videoqa,base",
     "finetune:caption,tiny", "finetune:videoqa,tiny,1", "finetune:caption,large,64", "imagenet:large,zero_shot",
-    "kinetics400:large,zero_shot", *(f"digitworld:{name}" for name in TRIALS),
+    "kinetics400:large,zero_shot", "msrvtt_qa:large,released", "msvd_caption:base,released",
+    *(f"digitworld:{name}" for name in TRIALS),
 )  # fmt: skip
 
 
@@ -69,6 +70,7 @@ def test_quirks_are_on_in_the_released_recipes_and_off_in_ours() -> None:
         ("imagenet:large,zeroshot", "recipe imagenet:large,zeroshot: did you mean 'zero_shot'? (valid: zero_shot)"),
         ("digitworld:digits", "recipe digitworld:digits: did you mean 'digit'?"),
         ("vatex_caption:large,scts", "recipe vatex_caption:large,scts: did you mean 'scst'? (valid: scst, zero_shot)"),
+        ("vqa_v2:large,released", "recipe vqa_v2:large,released: this page has no forms; leave out ',released'"),
         ("vatex_caption:large,", "recipe vatex_caption:large,: valid: scst, zero_shot"),
         ("vatex_caption:lage,scst", "recipe vatex_caption:lage: did you mean 'large'? (valid: base, large, tiny)"),
         ("finetune:captions", "recipe finetune:captions: did you mean 'caption'? (valid: caption, videoqa)"),

@@ -2,7 +2,7 @@
 
 Data, as the mPLUG-2 release names it: msrvtt_qa/train.json and test.json (video, question, answer); the clips in
 msrvtt/videos (https://www.robots.ox.ac.uk/~maxbain/frozen-in-time/data/MSRVTT.zip). The release's own protocol, quirks
-included, is ``released:videoqa``.
+included, is ``msrvtt_qa:SIZE,released``.
 """
 
 from ml_collections import ConfigDict
@@ -11,10 +11,10 @@ from mplug2_jax.recipes.answering import answering
 from mplug2_jax.recipes.base import Sets, files
 
 
-def get_config(size: str = "large") -> ConfigDict:
-    """The run, at one of the sizes of the model."""
+def get_config(form: str = "large") -> ConfigDict:
+    """The run, at one of the sizes of the model, or ``SIZE,released``."""
     sets = Sets(
         train=files("video", "msrvtt_qa/train.json", "msrvtt/videos"), examples=158_581,
         asked={"test": files("video", "msrvtt_qa/test.json", "msrvtt/videos")},
     )  # fmt: skip
-    return answering("msrvtt_qa", size, sets)
+    return answering("msrvtt_qa", form, sets)

@@ -10,9 +10,9 @@ from mplug2_jax.recipes.captioning import captioning
 
 
 def get_config(form: str = "large") -> ConfigDict:
-    """The run, at one of the sizes of the model, or a form of it: ``SIZE,scst``, ``SIZE,zero_shot``."""
+    """The run, at one of the sizes of the model, or a form: ``SIZE,released``, ``SIZE,scst``, ``SIZE,zero_shot``."""
     sets = Sets(
         train=files("video", "msvd_caption/train.json", "msvd/videos"), examples=1_200,
         asked={"test": files("video", "msvd_caption/test.json", "msvd/videos")},
     )  # fmt: skip
-    return captioning("msvd_caption", form, sets, epochs=40)
+    return captioning("msvd_caption", form, sets, epochs=40, texts=48_774)

@@ -10,10 +10,10 @@ from mplug2_jax.recipes.answering import answering
 from mplug2_jax.recipes.base import Sets, files
 
 
-def get_config(size: str = "large") -> ConfigDict:
-    """The run, at one of the sizes of the model."""
+def get_config(form: str = "large") -> ConfigDict:
+    """The run, at one of the sizes of the model, or ``SIZE,released``."""
     sets = Sets(
         train=files("video", "msvd_qa/train.json", "msvd/videos"), examples=30_933,
         asked={"test": files("video", "msvd_qa/test.json", "msvd/videos")},
     )  # fmt: skip
-    return answering("msvd_qa", size, sets)
+    return answering("msvd_qa", form, sets)

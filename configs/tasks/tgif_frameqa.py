@@ -10,10 +10,10 @@ from mplug2_jax.recipes.answering import answering
 from mplug2_jax.recipes.base import Sets, files
 
 
-def get_config(size: str = "large") -> ConfigDict:
-    """The run, at one of the sizes of the model."""
+def get_config(form: str = "large") -> ConfigDict:
+    """The run, at one of the sizes of the model, or ``SIZE,released``."""
     sets = Sets(
         train=files("video", "tgif_qa/Train_frameqa_question.tsv", "tgif/gifs"), examples=39_392,
         asked={"test": files("video", "tgif_qa/Test_frameqa_question.tsv", "tgif/gifs")},
     )  # fmt: skip
-    return answering("tgif_frameqa", size, sets)
+    return answering("tgif_frameqa", form, sets)

@@ -5,17 +5,15 @@ The state is never whole in memory: each array of the checkpoint is put together
 
 import concurrent.futures
 import functools
-import runpy
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
 from data_pipelines.tokenizers import load_tokenizer
-from mplug2_jax.config import build, find_recipe
+from mplug2_jax.config import build
 from mplug2_jax.conversion.files.safetensors_writer import SafetensorsWriter
 from mplug2_jax.conversion.files.sources import HostArray, TensorInfo
 from mplug2_jax.conversion.files.staging import check_space, staged
@@ -28,6 +26,7 @@ from mplug2_jax.conversion.progress import Transfer
 from mplug2_jax.conversion.report import Comparison, Place, Report, Row, digest, largest_difference
 from mplug2_jax.errors import UserError
 from mplug2_jax.model.vision import resize_positions
+from mplug2_jax.recipes.released import released_at
 from mplug2_jax.training.checkpoints import Checkpoints
 from mplug2_jax.training.config import CheckpointConfig, RunConfig
 from mplug2_jax.training.lazy import LazyArray
@@ -258,6 +257,6 @@ def keep_recipe(plan: ImportPlan, folder: Path, tokenizer: Path | None) -> None:
         if kept:
             kept.save(workdir.tokenizer_folder)
         return
-    recipe: ConfigDict = runpy.run_path(str(find_recipe("released")))["recipe"](task, plan.definition.config)
+    recipe = released_at(plan.definition.config, task, f"released_{task}")
     recipe.tokenizer.path = "vocab.txt"
     workdir.begin(build(RunConfig, recipe), kept)

@@ -4,11 +4,21 @@ from ml_collections import ConfigDict
 
 from data_pipelines.examples import InstructionConfig
 from mplug2_jax.generation.beam import SearchConfig
-from mplug2_jax.recipes.base import Family, Sets, recipe
+from mplug2_jax.recipes.base import Family, Sets, form_of, recipe
+from mplug2_jax.recipes.released import released
 
 
-def answering(name: str, size: str, sets: Sets, *, task: str = "answer") -> ConfigDict:
-    """The release's loss and batch of 32; ``task`` is how answers are scored: to the letter, or as VQA v2 does."""
+def answering(name: str, arg: str, sets: Sets, *, task: str = "answer") -> ConfigDict:
+    """The release's loss and batch of 32; ``task`` is how answers are scored: to the letter, or as VQA v2 does.
+
+    ``SIZE,released`` is the release's own protocol, which is of clips and to the letter.
+
+    Raises:
+        UserError: an unknown size or form.
+    """
+    size, form = form_of(name, arg, *(["released"] if task == "answer" else []))
+    if form == "released":
+        return released(name, size, "videoqa", sets)
     examples = {
         "instructions": {"question": InstructionConfig(templates=("{question}",))}, "instruction_length": 32,
         "target_length": 16,

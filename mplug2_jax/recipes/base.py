@@ -92,15 +92,23 @@ def _plain(text: str) -> str:
     return re.sub(r"[\[\]]", "", text)
 
 
+def check_size(size: str, spec: str) -> None:
+    """Checks that there is a size of the model. Raises UserError, which quotes what was asked for, where not."""
+    if size not in SIZES:
+        raise UserError(f"recipe {spec}: {did_you_mean(size, SIZES)}")
+
+
 def form_of(name: str, arg: str, *forms: str) -> tuple[str, str]:
     """The size and the form that a page is asked for, as ``large`` or ``large,zero_shot``.
 
     Raises:
-        UserError: an unknown form.
+        UserError: an unknown size or form.
     """
     size, comma, form = arg.partition(",")
+    check_size(size, f"{name}:{size}")
     if comma and form not in forms:
-        raise UserError(f"recipe {name}:{arg}: {did_you_mean(form, forms)}")
+        remedy = did_you_mean(form, forms) if forms else f"this page has no forms; leave out ',{form}'"
+        raise UserError(f"recipe {name}:{arg}: {remedy}")
     return size, form
 
 
@@ -145,8 +153,7 @@ def recipe(name: str, size: str, sets: Sets, family: Family, **overrides: Any) -
     Raises:
         UserError: an unknown size.
     """
-    if size not in SIZES:
-        raise UserError(f"recipe {name}:{size}: {did_you_mean(size, SIZES)}")
+    check_size(size, f"{name}:{size}")
     trial = size == "tiny"
     model = model_config(
         size, dropout=0.0, attention_dropout=0.0, num_classes=family.num_classes,

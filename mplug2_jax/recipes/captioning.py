@@ -7,20 +7,25 @@ from ml_collections import ConfigDict
 from data_pipelines.examples import InstructionConfig
 from mplug2_jax.generation.beam import SearchConfig
 from mplug2_jax.recipes.base import Family, Sets, form_of, recipe
+from mplug2_jax.recipes.released import released
 from mplug2_jax.training.optimizer import AdamWConfig
 
 
-def captioning(name: str, arg: str, sets: Sets, *, epochs: int = 10) -> ConfigDict:
+def captioning(name: str, arg: str, sets: Sets, *, epochs: int = 10, texts: int = 0) -> ConfigDict:
     """Cross entropy of one of the captions, drawn anew in every epoch; beam search of five.
 
     ``SIZE,scst`` goes on from there by reward, with a tenth of the rate in a quarter of the epochs: start it with
     ``--config.init_from`` of a run that has learned by cross entropy. ``SIZE,zero_shot`` asks a pretrained model, which
-    has learned captions by instruction.
+    has learned captions by instruction. ``SIZE,released`` is the release's own protocol, where the page says how many
+    ``texts`` there are to learn from: each is an example.
 
     Raises:
         UserError: an unknown size or form.
     """
-    size, form = form_of(name, arg, "scst", "zero_shot")
+    size, form = form_of(name, arg, "scst", "zero_shot", *(["released"] if texts else []))
+    if form == "released":
+        each = dataclasses.replace(sets, train=dataclasses.replace(sets.train, each="text"), examples=texts)
+        return released(name, size, "caption", each)
     examples = {"instructions": {"caption": InstructionConfig(templates=("",))}, "target_length": 32}
     family = Family(
         objectives={"caption": 1.0}, task="caption", learned=examples, told=examples, epochs=epochs,

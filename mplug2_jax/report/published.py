@@ -17,7 +17,6 @@ _FIGURES = {
     "text_to_video_R@5": "text_to_visual_r5",
     "text_to_video_R@10": "text_to_visual_r10",
 }
-_SETS = {"released_videoqa": "msrvtt_qa", "released_caption": "msrvtt_caption"}  # of recipes not named by theirs
 STAND_IN = "digitworld"  # the format of data that only stand in for a set's own
 
 
@@ -42,7 +41,7 @@ def published(recipe: str, formats: Iterable[str]) -> Mapping[str, Published]:
         recipe: its name; the evaluations of these recipes are the sets' own test splits.
         formats: of the data that were evaluated: of what only stands in for a set nothing is published.
     """
-    return {} if STAND_IN in formats else _of_sets().get(_SETS.get(recipe, recipe), {})
+    return {} if STAND_IN in formats else _of_sets().get(recipe, {})
 
 
 @functools.cache

@@ -177,6 +177,7 @@ def test_a_search_writes_what_training_takes(
     assert trained.status == 0, trained.err
 
 
+@pytest.mark.slow
 def test_training_by_a_plan_does_what_it_says(mplug2: Mplug2, recipes: Path, tmp_path: Path) -> None:
     plan = PlanFile(
         config=str(recipes / "text.py"), topology="cpu:8",

@@ -138,6 +138,7 @@ def log_likelihoods(params: Params) -> np.ndarray:
     return found
 
 
+@pytest.mark.slow
 def test_the_likeliest_of_those_that_begin_likeliest_is_given_on_any_mesh(tmp_path: Path, params: Params) -> None:
     path, each = written(tmp_path, LISTED), log_likelihoods(params)
     meshes = [None, make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))]

@@ -97,3 +97,19 @@ def test_classes_by_prompts_of_a_run_that_never_had_any(
     assert (result["task"], result["recipe"]) == ("zero_shot", "imagenet")
     assert result["figures"].keys() == {"top_1", "top_5"}
     assert (out / "report.html").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("page", "batch_size"), [("tgif_frameqa", 8), ("msvd_caption", 16)])
+def test_the_releases_form_of_a_task_learns_from_its_public_files(
+    page: str, batch_size: int, data: Path, vocabulary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MPLUG2_DATA", str(data))
+    spec = f"{page}:tiny,released"
+    changes = overrides(build(RunConfig, load_recipe(spec)), vocabulary)
+    changes = [each.replace("streams.set", "streams.video") for each in changes]
+    changes.append(f"--config.streams.video.data.batch_size={batch_size}")
+    assert main(["train", "--config", spec, "--workdir", str(tmp_path / "run"), *changes]) == 0
+    assert not (tmp_path / "run" / "data-errors.jsonl").exists()
+    result = json.loads((tmp_path / "run" / "evaluations" / "2" / "test.json").read_text())
+    assert (result["recipe"], result["examples"]) == (page, public_data.TEST)

@@ -259,7 +259,6 @@ def test_confusions_have_the_share_of_each_row(run: Run) -> None:
     ("fields", "value"),
     [
         ({"recipe": "msrvtt_qa", "formats": ["annotations"]}, "48.0%"),
-        ({"recipe": "released_videoqa", "formats": ["annotations"]}, "48.0%"),
         ({"recipe": "msrvtt_qa", "formats": ["annotations", "digitworld"]}, ""),  # what stands in for the set
         ({"recipe": "demo", "formats": ["annotations"]}, ""),
         ({}, ""),  # an old file

@@ -72,6 +72,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, seen: list[int], bad: dict[int, float
     monkeypatch.setattr("mplug2_jax.training.meter.Meter.count", lambda *args: None)
 
 
+@pytest.mark.slow
 def test_a_spike_rolls_back_and_leaves_its_data_out_and_replay_knows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiled: Any
 ) -> None:

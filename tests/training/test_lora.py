@@ -269,6 +269,7 @@ def test_a_resumed_run_ends_with_the_same_bits(run: tuple[Path, RunConfig], tmp_
         train(dataclasses.replace(config, lora=dataclasses.replace(LORA, rank=4)), again)
 
 
+@pytest.mark.slow
 def test_commands_open_ordinary_kernels(run: tuple[Path, RunConfig]) -> None:
     path, _ = run
     trees = stored(path)
@@ -280,6 +281,7 @@ def test_commands_open_ordinary_kernels(run: tuple[Path, RunConfig]) -> None:
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ema", "tree"), [(None, "ema"), (False, "params")])
 def test_an_export_has_the_merged_kernels(
     run: tuple[Path, RunConfig], tmp_path: Path, ema: bool | None, tree: str

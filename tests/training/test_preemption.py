@@ -27,6 +27,7 @@ def test_a_notice_is_heeded_at_the_next_check_and_the_handler_is_put_back() -> N
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.mark.slow
 def test_a_run_that_is_told_to_end_saves_its_step_and_goes_on_from_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -38,6 +38,7 @@ def losses(workdir: Path) -> list[dict[str, float]]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_killed_and_resumed_equals_never_killed(tmp_path: Path, repository: Path) -> None:
     path = recipe(tmp_path)

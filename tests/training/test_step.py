@@ -97,6 +97,7 @@ def answering(**overrides: Any) -> RunConfig:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_micro_batches_add_up_to_the_batch(tokenizer: Tokenizer) -> None:
     whole, whole_history = run(answering(), tokenizer, ONE, 1)
     cut, cut_history = run(answering(accumulate=2), tokenizer, ONE, 1)
@@ -107,7 +108,7 @@ def test_micro_batches_add_up_to_the_batch(tokenizer: Tokenizer) -> None:
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-7)
 
 
-@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("times", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_parameters_gathered_once_give_what_those_gathered_at_each_use_give(tokenizer: Tokenizer, times: int) -> None:
     text = dataclasses.replace(small_run().streams["text"], objectives={"mlm": 1.0})
     config = small_run(
@@ -158,6 +159,7 @@ def test_the_step_compiles_once_and_takes_the_state_with_it(tokenizer: Tokenizer
         jax.monitoring.clear_event_listeners()
 
 
+@pytest.mark.slow
 def test_a_teacher_follows_and_its_queue_fills(tokenizer: Tokenizer) -> None:
     pictures = small_run().streams["image_text"]
     config = small_run(
