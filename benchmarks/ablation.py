@@ -1,6 +1,6 @@
 """What the paper claims, at the demo's scale: shared universal layers, and local temporal units, on video tasks.
 
-    python benchmarks/ablation.py --workers 2            # 3 models x 3 seeds: an hour of two CPU cores
+    python benchmarks/ablation.py --workers 2            # 3 models x 3 seeds: 80 minutes of two CPU cores
     JAX_PLATFORMS=cuda XLA_PYTHON_CLIENT_PREALLOCATE=false python benchmarks/ablation.py --workers 9
     python benchmarks/ablation.py --seeds 2 --steps 2    # to see that it works
 
