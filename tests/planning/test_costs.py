@@ -115,6 +115,7 @@ def test_similarities_of_all_with_all_are_four_times_as_many_for_twice_the_batch
             assert (2 * count <= more <= 4 * count) if tower == "objectives" else more == 2 * count, (name, tower)
 
 
+@pytest.mark.slow
 def test_what_is_not_kept_is_computed_again() -> None:
     plain = gradient(only_text())
     none, dots, full = (

@@ -78,6 +78,7 @@ def test_it_follows_every_update_of_what_is_trained(overrides: dict[str, Any]) -
     assert_equal(evaluated(plan, state), {**state["params"], **state["ema"]})
 
 
+@pytest.mark.slow
 def test_a_run_s_average_is_what_commands_open_and_the_last_parameters_can_be_asked_for(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

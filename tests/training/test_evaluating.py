@@ -98,6 +98,7 @@ def test_only_what_evaluations_need_is_read(run: Path) -> None:
         assert {leaf.dtype.name for leaf in jax.tree.leaves(captions)} == {"float32"}
 
 
+@pytest.mark.slow
 def test_a_run_without_universal_layers_is_evaluated(tmp_path: Path) -> None:
     config, workdir = a_run(universal=False), WorkDir(tmp_path)
     tokenizer = workdir.tokenizer(config)

@@ -153,6 +153,7 @@ def test_the_backward_pass_is_smaller() -> None:
     assert middle < 0.9 * whole
 
 
+@pytest.mark.slow
 def test_costs_are_counted_without_what_is_frozen() -> None:
     plans = [planned(answers(freeze=frozen)) for frozen in ((), ("vision", "temporal"))]
     batches = {"clips": abstract_batch(plans[0].config.streams["clips"].data, plans[0])}

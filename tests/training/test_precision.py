@@ -60,6 +60,7 @@ def held(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
+@pytest.mark.slow
 def test_16_bits_halve_what_is_kept_and_stay_near_the_curve(plain, tokenizer: Tokenizer) -> None:
     half = {"mu_dtype": "bfloat16", "nu_dtype": "bfloat16"}
     state, losses = run(masked_words(parameter_dtype="bfloat16", **half), tokenizer)

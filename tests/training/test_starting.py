@@ -85,6 +85,7 @@ def test_parts_can_be_chosen_and_the_rest_is_fresh(whole: tuple[Path, dict[str, 
     assert said[1] == "  fresh: mlm, universal"
 
 
+@pytest.mark.slow
 def test_clips_start_from_what_saw_pictures_alone_with_fresh_temporal_units(tmp_path: Path) -> None:
     streams = small_run().streams
     pictures = {"image_text": dataclasses.replace(streams["image_text"], objectives={"vlc": 1.0})}
@@ -123,6 +124,7 @@ def test_nothing_there_is_a_sentence(tmp_path: Path) -> None:
         first_state(planned(init_from=str(tmp_path)))
 
 
+@pytest.mark.slow
 def test_another_image_size_resizes_the_position_table_alone(tmp_path: Path) -> None:
     before = planned(clips=True, seed=7)
     theirs = before.init()["params"]
