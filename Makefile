@@ -35,7 +35,7 @@ FAST := tests/model tests/objectives tests/generation tests/data_pipelines
 help:
 	@echo "make demo   pretrain a tiny mPLUG-2 on pictures, clips and text, and read what it says (about 6 minutes)"
 	@echo "make test   lint, types, import contract and tests (about 12 minutes)"
-	@echo "make drills the long tests: whole runs, several processes, commands of every page (about 40 minutes)"
+	@echo "make drills the long tests: whole runs, several processes, commands of every page (about 45 minutes)"
 
 demo: $(VENV)/.installed
 	$(BIN)/mplug2 train --config configs/demo.py --workdir $(DEMO)
