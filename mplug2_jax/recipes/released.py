@@ -65,7 +65,7 @@ def released_at(model: ModelConfig, task: str, name: str, sets: Sets = STAND_IN)
             form="released", question_words=30, instruction_length=min(50, model.max_positions), target_length=10,
             instructions={"question": InstructionConfig(templates=("{question}",))},
         )  # fmt: skip
-        # When they are asked they may be longer: no limit on their tokens, and none comes near this one.
+        # When they are asked they may be longer. There is no limit on their tokens; here 50 words of two pieces fit.
         asked = dataclasses.replace(examples, question_words=50, instruction_length=min(128, model.max_positions))
         # Beams that ended are kept alive and may go on.
         search = SearchConfig(beams=5, min_length=1, max_length=10, extend_finished=True)
