@@ -11,12 +11,12 @@ from mplug2_jax.recipes.released import released
 def answering(name: str, arg: str, sets: Sets, *, task: str = "answer") -> ConfigDict:
     """The release's loss and batch of 32; ``task`` is how answers are scored: to the letter, or as VQA v2 does.
 
-    ``SIZE,released`` is the release's own protocol, which is of clips and to the letter.
+    ``SIZE,released`` is the release's own protocol, which is of clips.
 
     Raises:
         UserError: an unknown size or form.
     """
-    size, form = form_of(name, arg, *(["released"] if task == "answer" else []))
+    size, form = form_of(name, arg, *(["released"] if sets.train.kind == "video" else []))
     if form == "released":
         return released(name, size, "videoqa", sets)
     examples = {

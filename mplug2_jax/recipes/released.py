@@ -20,7 +20,7 @@ from mplug2_jax.evaluation.loop import EvaluationConfig
 from mplug2_jax.generation.beam import SearchConfig
 from mplug2_jax.model.config import SIZES, ModelConfig, model_config
 from mplug2_jax.objectives.language import DistillationConfig
-from mplug2_jax.recipes.base import FRAMES, TRIAL_STEPS, Sets
+from mplug2_jax.recipes.base import FRAMES, Sets
 from mplug2_jax.tasks.base import TaskSettings
 from mplug2_jax.training.config import RunConfig, StreamConfig, TokenizerConfig
 from mplug2_jax.training.optimizer import AdamWConfig
@@ -44,7 +44,7 @@ def released_at(model: ModelConfig, task: str, name: str, sets: Sets = STAND_IN)
     """The whole run of a task.
 
     Args:
-        model: its sizes. What is smaller than the base is to try the recipe out: few steps, few frames.
+        model: its sizes. What is smaller than the base is to try the recipe out: small batches, few frames.
         task: which of the release's two, caption or videoqa.
         name: of the page.
         sets: the data.
@@ -85,7 +85,7 @@ def released_at(model: ModelConfig, task: str, name: str, sets: Sets = STAND_IN)
     return as_recipe(
         RunConfig(
             name=name,
-            steps=TRIAL_STEPS if trial else EPOCHS * steps_per_epoch,
+            steps=EPOCHS * steps_per_epoch,
             seed=42,
             model=model,
             # The release's files are BERT's: tokenizer.path=vocab.txt.
@@ -113,6 +113,6 @@ def released_at(model: ModelConfig, task: str, name: str, sets: Sets = STAND_IN)
                 key: EvaluationConfig(task=objective, data=data(source, shown, asked), java=caption and not trial)
                 for key, source in sets.asked.items()
             },
-            evaluate_every=0 if trial else steps_per_epoch,
+            evaluate_every=steps_per_epoch,
         )
     )  # fmt: skip

@@ -98,7 +98,7 @@ def test_an_export_into_a_folder_is_a_model_of_the_hub(
         source.with_name("config.json").read_text()
     )
     card = (tmp_path / "hub" / "README.md").read_text()
-    assert "Recipe `released_videoqa`, step 0 of 20, from imported weights" in card
+    assert "Recipe `released_videoqa`, step 0 of 40000, from imported weights" in card
 
 
 def test_verify_passes_and_names_the_first_tensor_that_changed(imported: Path, tmp_path: Path, mplug2: Mplug2) -> None:

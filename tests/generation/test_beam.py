@@ -258,7 +258,7 @@ def uncached(graphdef, params, memory, mask, config):
     return beam_search(step, start, b, config, TOKENS)
 
 
-@pytest.mark.parametrize(("beams", "extend"), [(1, False), pytest.param(4, False, marks=pytest.mark.slow), (4, True)])
+@pytest.mark.parametrize(("beams", "extend"), [(1, False), (4, False), (4, True)])
 def test_a_thousand_clips_are_told_the_same_without_a_cache(decoder, beams, extend):
     graphdef, params, _, _ = decoder
     rng = np.random.default_rng(beams)

@@ -52,7 +52,6 @@ def drawn(model, batch):
     return generate(bound.decoder, *memory, search, CONTEXT.tokens, batch["example_id"], key=key)
 
 
-@pytest.mark.slow
 def test_its_gradient_is_reinforce_by_hand(model):
     """Dropout is on, but neither for what is drawn nor for what is learned."""
     definition, params = model

@@ -260,6 +260,7 @@ def test_confusions_have_the_share_of_each_row(run: Run) -> None:
     [
         ({"recipe": "msrvtt_qa", "formats": ["annotations"]}, "48.0%"),
         ({"recipe": "msrvtt_qa", "formats": ["annotations", "digitworld"]}, ""),  # what stands in for the set
+        ({"recipe": "released_videoqa", "formats": ["annotations"]}, ""),  # of MSRVTT, MSVD or TGIF
         ({"recipe": "demo", "formats": ["annotations"]}, ""),
         ({}, ""),  # an old file
     ],
