@@ -47,6 +47,7 @@ def get_config() -> ConfigDict:
         }
         return EvaluationConfig(
             task=task,
+            device_rows=32,
             data=DataConfig(
                 sources={"digits": SourceConfig(kind=kind, split="heldout", size=size)},
                 examples=ExampleConfig(**{**lengths, **examples}),

@@ -30,8 +30,9 @@ from mplug2_jax.evaluation.metrics.vqa import normalise
 from mplug2_jax.evaluation.prompts import make_prompts
 from mplug2_jax.evaluation.samples import Sample, choose, right_answers
 from mplug2_jax.evaluation.samples import save as save_samples
+from mplug2_jax.evaluation.slices import predict_in_slices
 from mplug2_jax.model.mplug2 import ModelDef, Params
-from mplug2_jax.parallel.placement import batch_shards, check_batch, held_parts, put_batch, replicated
+from mplug2_jax.parallel.placement import batch_shards, check_batch, held_parts, replicated
 from mplug2_jax.parallel.processes import gather, is_first
 from mplug2_jax.tasks import TASKS
 from mplug2_jax.tasks.base import HostPredictions, Predictions, TaskContext, parts_for
@@ -50,6 +51,9 @@ class EvaluationConfig:
 
     With ``java`` captions are scored by METEOR and SPICE, too, whose programs take seconds to start; where there is no
     Java they are absent.
+
+    ``device_rows`` examples are predicted at a time on each device. It alone may change last digits; how many are read
+    at a time, ``data.batch_size``, does not.
     """
 
     task: str
@@ -60,6 +64,7 @@ class EvaluationConfig:
     prompts: tuple[str, ...] = ()
     class_names: tuple[str, ...] = ()
     java: bool = False
+    device_rows: int = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +129,7 @@ class Evaluation:
         self._recipe, self._formats = recipe, tuple(sorted({source.format for source in config.data.sources.values()}))
         where = f"config.evaluations.{name}"
         check_batch(f"{where}.data.batch_size", config.data.batch_size, mesh)
+        rows = config.device_rows * batch_shards(mesh)
         try:
             self._set = EvaluationSet(config.data, tokenizer, name=name, seed=seed)
             first = self._set.first()
@@ -141,12 +147,12 @@ class Evaluation:
             raise UserError(f"{where}.java is for the task 'caption', not for '{config.task}': leave it out")
         self._score, self._by_java = task.score, task.by_java if config.java else None
         context = with_answers(context, config, where, definition, tokenizer)
-        context = with_prompts(context, config, where, definition, tokenizer)
+        context = with_prompts(context, config, where, definition, tokenizer, rows)
         self._prepare = jitted_preparation(config.task, definition, context, mesh) if task.prepare else None
         self._predict = jitted_prediction(config.task, definition, context, mesh)
         self._matching = None
         if task.match is not None:
-            self._matching = Matching(task.match, self._set, config.data.batch_size, definition, context, mesh)
+            self._matching = Matching(task.match, self._set, rows, definition, context, mesh)
         self._refine, self._context = task.refine, context
 
     def run(
@@ -165,7 +171,7 @@ class Evaluation:
             DataError: more records that cannot be used than ``data.max_skipped`` allows.
         """
         start = time.perf_counter()
-        rows: list[dict[str, NDArray[Any]]] = []
+        rows: list[Mapping[str, NDArray[Any]]] = []
         held: dict[int, Example] = {}
         unusable: dict[int, Fault] = {}
         views = self._set.views
@@ -174,11 +180,11 @@ class Evaluation:
             between_batches(f"classes of evaluation {self.name}")
             with jax.set_mesh(self._mesh):
                 shared = self._prepare(params)
+        predict = lambda batch: self._predict(params, batch | shared)  # noqa: E731
         for batch in self._set.batches(Shard(held_parts(self._mesh), batch_shards(self._mesh))):
             between_batches(f"batch {len(rows) + 1} of evaluation {self.name}")
             with jax.set_mesh(self._mesh):
-                predicted = self._predict(params, put_batch(batch.arrays, self._mesh) | shared)
-            rows.append({name: np.asarray(value) for name, value in predicted.items()})
+                rows.append(predict_in_slices(predict, batch.arrays, self._config.device_rows, self._mesh))
             held |= {row: _without_frames(example) for row, example in batch.examples.items() if row % views == 0}
             unusable |= batch.faults
         examples, faults = _of_all_processes(held, unusable, views)
@@ -267,9 +273,17 @@ def with_answers(
 
 
 def with_prompts(
-    context: TaskContext, config: EvaluationConfig, where: str, definition: ModelDef, tokenizer: Tokenizer
+    context: TaskContext,
+    config: EvaluationConfig,
+    where: str,
+    definition: ModelDef,
+    tokenizer: Tokenizer,
+    rows: int,
 ) -> TaskContext:
-    """The context with an evaluation's prompts, if its task asks by them. Raises UserError where they do not fit."""
+    """The context with an evaluation's prompts, if its task asks by them: ``rows`` are encoded at a time.
+
+    Raises UserError where they do not fit.
+    """
     if TASKS[config.task].prepare is None:
         if config.prompts or config.class_names:
             raise UserError(f"{where}.prompts and class_names are for the task 'zero_shot', not for '{config.task}'")
@@ -278,8 +292,7 @@ def with_prompts(
     names = config.class_names or classes
     if len(names) != len(classes):
         raise UserError(f"{where}.class_names are {len(names)}, expected one for each of the {len(classes)} classes")
-    length, rows = definition.config.max_positions, config.data.batch_size
-    prompts = make_prompts(where, config.prompts, names, tokenizer, length, rows)
+    prompts = make_prompts(where, config.prompts, names, tokenizer, definition.config.max_positions, rows)
     return dataclasses.replace(context, prompts=prompts)
 
 

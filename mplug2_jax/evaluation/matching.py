@@ -60,12 +60,12 @@ class Matching:
         self,
         match: Callable[[Mplug2, DeviceBatch, TaskContext], Float[Array, "b r"]],
         examples: EvaluationSet,
-        batch_size: int,
+        rows: int,
         definition: ModelDef,
         context: TaskContext,
         mesh: Mesh,
     ) -> None:
-        self._set, self._size, self._mesh = examples, batch_size, mesh
+        self._set, self._size, self._mesh = examples, rows, mesh
         # Every process gets all scores of a batch, whoever's devices made them.
         self._match = jax.jit(
             lambda params, batch: match(definition.bind(params), batch, context), out_shardings=replicated(mesh)

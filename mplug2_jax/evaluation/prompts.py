@@ -20,7 +20,7 @@ def make_prompts(
         names: what the classes are called.
         tokenizer: the run's.
         length: room for a text, in tokens.
-        rows: texts of a batch.
+        rows: texts of a batch; the last is filled up.
 
     Raises:
         UserError: no templates, one that does not name its class, or that has other braces.
@@ -35,7 +35,6 @@ def make_prompts(
     except (KeyError, IndexError, ValueError) as error:
         raise UserError(f"{where}.prompts: a template fails ({error}); valid braces: {{label}}") from error
     encoded = [tokenizer.encode(text, max_length=length) for text in texts]
-    rows = min(rows, len(encoded))
     ids = np.zeros((-(-len(encoded) // rows) * rows, max(map(len, encoded))), np.int32)  # 0 is every tokeniser's pad
     for row, text in zip(ids, encoded, strict=False):
         row[: len(text)] = text

@@ -18,7 +18,7 @@ from mplug2_jax.evaluation.loop import EvaluationConfig, check_task, jitted_pred
 from mplug2_jax.model.config import SpecialTokens
 from mplug2_jax.parallel.chips import Topology
 from mplug2_jax.parallel.mesh import make_mesh
-from mplug2_jax.parallel.placement import batch_sharding, check_batch, replicated
+from mplug2_jax.parallel.placement import batch_sharding, batch_shards, check_batch, replicated
 from mplug2_jax.tasks import TASKS
 from mplug2_jax.tasks.base import Prompts
 from mplug2_jax.training.compilation import (
@@ -160,7 +160,7 @@ def training_program(config: RunConfig, topology: Topology) -> Program:
 
 
 def evaluation_program(config: RunConfig, topology: Topology, name: str) -> Program:
-    """What one of a run's evaluations does with a batch; a search is as if no list of answers held it.
+    """What one of a run's evaluations does with ``device_rows`` on each device; a search is as if no list held it.
 
     Of retrieval that is re-ranked it is the first step, without matching; of classes by prompts the second, once these
     are encoded.
@@ -171,14 +171,16 @@ def evaluation_program(config: RunConfig, topology: Topology, name: str) -> Prog
     """
     if name not in config.evaluations:
         raise UserError(f"--evaluation {name}: {did_you_mean(name, config.evaluations)}")
-    plan, data = blueprint(config, topology), config.evaluations[name].data
-    check_batch(f"config.evaluations.{name}.data.batch_size", data.batch_size, plan.mesh)
+    plan, evaluation = blueprint(config, topology), config.evaluations[name]
+    check_batch(f"config.evaluations.{name}.data.batch_size", evaluation.data.batch_size, plan.mesh)
+    rows = evaluation.device_rows * batch_shards(plan.mesh)
+    data = dataclasses.replace(evaluation.data, batch_size=rows)
     example = {key: shape[1:] for key, (shape, _) in data.shapes().items()}
-    check_task(f"config.evaluations.{name}", config.evaluations[name].task, example, plan.definition)
+    check_task(f"config.evaluations.{name}", evaluation.task, example, plan.definition)
     start = time.perf_counter()
     with jax.set_mesh(plan.mesh):
-        batch = {**abstract_batch(data, plan, mask=True), **_shared(plan, config.evaluations[name])}
-        predict = jitted_prediction(config.evaluations[name].task, plan.definition, plan.context, plan.mesh)
+        batch = {**abstract_batch(data, plan, mask=True), **_shared(plan, evaluation)}
+        predict = jitted_prediction(evaluation.task, plan.definition, plan.context, plan.mesh)
         params = plan.evaluated_shapes
         lowered = predict.lower(params, batch)
     return Program(name, plan, topology, lowered, params, batch, time.perf_counter() - start)

@@ -138,7 +138,7 @@ def digitworld(name: str) -> ConfigDict:
             checkpoint=CheckpointConfig(every_steps=1000, keep=1),
             evaluations={
                 key: EvaluationConfig(
-                    task=asked.task, **asked.more,
+                    task=asked.task, device_rows=32, **asked.more,
                     data=data(asked.examples, 64, split="heldout", size=256, label=asked.label),
                 )
                 for key, asked in trial.asked.items()

@@ -199,6 +199,7 @@ class RunConfig:
         for name, evaluation in self.evaluations.items():
             self._check_data(f"config.evaluations.{name}.data", evaluation.data)
             check_range(f"config.evaluations.{name}.samples", evaluation.samples, 0)
+            check_range(f"config.evaluations.{name}.device_rows", evaluation.device_rows, 1)
             able = [task for task in TASKS if TASKS[task].predict]
             if evaluation.task not in able:
                 raise UserError(

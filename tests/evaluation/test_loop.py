@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -55,12 +56,16 @@ def evaluation(task, parts, examples, *, batch_size=SIZE, kind="text", size=SIZE
     return Evaluation("held", config, define(MODEL, parts), CONTEXT, TOKENIZER, mesh or one, seed=0, recipe="a_recipe")
 
 
+def drawn(definition):
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda s: (rng.normal(size=s.shape) * 0.3).astype(np.float32), definition.shapes)
+
+
 @pytest.fixture(scope="module")
 def results():
     """The same evaluation in batches of everything, of 7 (the last holds 6), and of 16 (the last holds 4) on a mesh."""
     parts = ("text", "universal", "mlm")
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda s: (rng.normal(size=s.shape) * 0.3).astype(np.float32), define(MODEL, parts).shapes)
+    params = drawn(define(MODEL, parts))
     return {
         size: evaluation("mlm", parts, SENTENCES, batch_size=size, mesh=mesh).run(params, 3)
         for size, mesh in ((SIZE, None), (7, None), (16, make_mesh(MeshConfig(data=2, fsdp=4))))
@@ -82,10 +87,10 @@ def test_neither_the_batch_size_nor_padding_nor_the_mesh_changes_what_is_predict
 ACTIONS = ExampleConfig(instructions={"label": InstructionConfig(templates=("",))}, classes=VIDEO_LABELS)
 
 
-def actions(visual, *, batch_size=6, mesh=None):
-    sources = {"digits": SourceConfig(kind="video", split="heldout", size=7)}
+def actions(visual, *, batch_size=6, mesh=None, size=7, model=MODEL):
+    sources = {"digits": SourceConfig(kind="video", split="heldout", size=size)}
     data = DataConfig(sources=sources, visual=visual, examples=ACTIONS, batch_size=batch_size)
-    definition = define(dataclasses.replace(MODEL, num_classes=len(VIDEO_LABELS)), SEEING)
+    definition = define(dataclasses.replace(model, num_classes=len(VIDEO_LABELS)), SEEING)
     one = make_mesh(MeshConfig(), jax.devices()[:1])
     config = EvaluationConfig(task="classify", data=data)
     return Evaluation("held", config, definition, CONTEXT, TOKENIZER, mesh or one, seed=0), definition
@@ -93,9 +98,9 @@ def actions(visual, *, batch_size=6, mesh=None):
 
 def test_the_probabilities_of_an_example_s_views_are_averaged(monkeypatch):
     """In any batches, on any mesh; and broken in one view, an example is left out."""
-    visual, rng = VisualConfig(num_frames=2, clips=3), np.random.default_rng(0)
+    visual = VisualConfig(num_frames=2, clips=3)
     ours, definition = actions(visual)
-    params = jax.tree.map(lambda s: (rng.normal(size=s.shape) * 0.3).astype(np.float32), definition.shapes)
+    params = drawn(definition)
     rows = [
         np.asarray(ours._predict(params, batch.arrays)["probabilities"]) for batch in ours._set.batches()
     ]  # a row for each view
@@ -131,6 +136,25 @@ def test_the_probabilities_of_an_example_s_views_are_averaged(monkeypatch):
     assert left.said == whole.said[:4] + whole.said[5:]
 
 
+@pytest.mark.parametrize(("size", "mesh"), [(1, {}), (7, {}), (16, {}), (8, {"data": 8}), (16, {"data": 2, "fsdp": 2})])
+def test_in_bfloat16_no_bit_of_a_prediction_depends_on_how_many_are_read_at_a_time(monkeypatch, size, mesh):
+    given = []
+
+    def scored(predictions, *rest):
+        given.append(predictions["probabilities"])
+        return score(predictions, *rest)
+
+    halved = dataclasses.replace(MODEL, dtype="bfloat16", num_classes=len(VIDEO_LABELS))
+    for batch_size, axes in ((3, {}), (size, mesh)):
+        devices = jax.devices()[: math.prod(axes.values())]
+        on = make_mesh(MeshConfig(**axes), devices)
+        ours, definition = actions(VisualConfig(num_frames=2), model=halved, batch_size=batch_size, mesh=on, size=21)
+        monkeypatch.setattr(ours, "_score", scored)
+        ours.run(drawn(definition), 0)
+    assert len(np.unique(given[0])) > 20
+    np.testing.assert_array_equal(*given)
+
+
 def test_a_result_says_what_was_evaluated_and_when(results):
     result = results[7]
     assert (result.name, result.task, result.step) == ("held", "mlm", 3)
@@ -147,7 +171,7 @@ def test_a_result_says_what_was_evaluated_and_when(results):
 
 def test_only_so_many_samples_are_kept_as_asked_for(monkeypatch):
     few = evaluation("mlm", ("text", "universal", "mlm"), SENTENCES, samples=2, size=3, batch_size=4)
-    said = {"ids": jnp.full((4, 24), 7), "chosen": jnp.ones((4, 24), bool)}
+    said = {"ids": jnp.full((8, 24), 7), "chosen": jnp.ones((8, 24), bool)}
     monkeypatch.setattr(few, "_predict", lambda params, batch: said)
     result = few.run({}, 0)
     assert [sample.why for sample in result.samples] == ["first", "first", "best", "worst"]

@@ -1,4 +1,4 @@
-"""Evaluations by processes of their own: the same to the byte however many they are, and beside a run that trains."""
+"""Evaluations by processes, in bfloat16: the same to the byte however many they are, and beside a run that trains."""
 
 import dataclasses
 import json
@@ -74,7 +74,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("evaluations")
     streams = small_run().streams | {"actions": stream("video", 8, EVALUATIONS["actions"][2], classify=1.0)}
     run = small_run(
-        streams=streams, model=small_model(num_classes=len(VIDEO_LABELS)),
+        streams=streams, model=small_model(num_classes=len(VIDEO_LABELS), dtype="bfloat16"),
         evaluations={name: heldout(*what) for name, what in EVALUATIONS.items()},
     )  # fmt: skip
     untrained(folder / "run", run, scale=1.0)
@@ -104,7 +104,7 @@ def alone(folder: Path) -> dict[str, bytes]:
     return evaluated(folder, "alone", 8)
 
 
-@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
 def test_the_batch_size_changes_nothing(folder: Path, alone: dict[str, bytes], batch_size: int) -> None:
     assert evaluated(folder, f"batches-of-{batch_size}", batch_size) == alone
 
