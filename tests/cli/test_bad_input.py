@@ -82,6 +82,7 @@ CONFIGS = {
     "streams.text.data.examples.instructions.entailment.templates=()": "instructions.entailment has 0 templates",
     "streams.text.data.examples.instructions.entailment.weight=0": "entailment all have weight 0; expected one above 0",
     "evaluations.masked_words.data.batch_size=12": "config.evaluations.masked_words.data.batch_size=12 does not split",
+    "evaluations.masked_words.device_rows=0": "config.evaluations.masked_words.device_rows=0 must be at least 1",
     "evaluations.masked_words.data.batch_size=0": "config.evaluations.masked_words.data.batch_size=0 must be at least",
     "evaluations.masked_words.data.sources.digits.size=0": "masked_words.data: the source digitworld "
     "(text, heldout) is empty: source.size=0, expected at least 1",
