@@ -120,7 +120,7 @@ def main() -> None:
             print(f"{model}, seed {seed}: {', '.join(f'{n} {show(n, v)}' for n, v in figures.items())}", flush=True)
 
     whole = found["the whole model"]
-    print(f"\n{args.seeds} seeds, {args.examples} examples of each task\n")
+    print(f"\nseeds: {args.seeds}, {args.examples} examples of each task\n")
     print(f"{'figure':36}{'model':28}{'mean':>8}{'least to most':>18}{'to the whole':>14}{'95 %':>20}")
     for name in whole:
         for model, figures in found.items():

@@ -100,3 +100,17 @@ def test_throughput_with_and_without_a_cache_and_on_a_mesh(repository: Path) -> 
     sizes = ("--size", "tiny", "--frames", "1", "--clips", "2", "--tokens", "3", "--repeat", "1", "--devices", "2")
     rows = re.findall(r"^(\w.*?) +[\d.]+ +[\d.]+ +[\d.]+$", printed(repository, "throughput.py", *sizes), re.MULTILINE)
     assert [row.partition(",")[0] for row in rows] == ["with the cache", "without", "without", "with the cache"]
+
+
+@pytest.mark.slow
+def test_ablation(repository: Path, tmp_path: Path) -> None:
+    """All models are asked the same, and what is finished is read."""
+    words = ("--seeds", "1", "--steps", "1", "--examples", "8", "--workers", "2", "--out", str(tmp_path))
+    out = printed(repository, "ablation.py", *words)
+    table = out[out.index("seeds: 1") :]
+    for figure in ("video_retrieval/text_to_visual_r1", "video_colour_by_prompts/top_1", "action/top_1"):
+        rows = re.findall(rf"^{figure} +(the whole model|without \S+ \S+) ", table, re.MULTILINE)
+        assert rows == ["the whole model", "without universal layers", "without temporal units"], out
+    again = printed(repository, "ablation.py", *words)
+    assert again[again.index("seeds: 1") :] == table
+    assert "compiling" not in again
