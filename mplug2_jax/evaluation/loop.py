@@ -52,8 +52,8 @@ class EvaluationConfig:
     With ``java`` captions are scored by METEOR and SPICE, too, whose programs take seconds to start; where there is no
     Java they are absent.
 
-    ``device_rows`` examples are predicted at a time on each device. It alone may change last digits; how many are read
-    at a time, ``data.batch_size``, does not.
+    ``device_rows`` examples are predicted at a time on each device, and ``data.batch_size`` read, rounded up to whole
+    numbers of these: the first may change last digits, the second changes nothing.
     """
 
     task: str
@@ -131,7 +131,8 @@ class Evaluation:
         check_batch(f"{where}.data.batch_size", config.data.batch_size, mesh)
         rows = config.device_rows * batch_shards(mesh)
         try:
-            self._set = EvaluationSet(config.data, tokenizer, name=name, seed=seed)
+            read = dataclasses.replace(config.data, batch_size=-(-config.data.batch_size // rows) * rows)
+            self._set = EvaluationSet(read, tokenizer, name=name, seed=seed)
             first = self._set.first()
         except DataError as error:
             raise UserError(f"{where}.data: {error}") from error
