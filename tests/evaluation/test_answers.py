@@ -128,8 +128,9 @@ def log_likelihoods(params: Params) -> np.ndarray:
     def of_one(params: Params, arrays: DeviceBatch, ids: jax.Array) -> jax.Array:
         model = DEFINITION.bind(params)
         memory, mask = Forward(model, arrays).instructed
-        logits = model.decoder(jnp.tile(ids, (6, 1)), None, memory, mask)[:, :-1]
-        return jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.tile(ids[1:], (6, 1))[..., None], axis=-1)[..., 0]
+        rows = jnp.tile(ids, (len(memory), 1))  # those behind the six are padding
+        logits = model.decoder(rows, None, memory, mask)[:6, :-1]
+        return jnp.take_along_axis(jax.nn.log_softmax(logits), rows[:6, 1:, None], axis=-1)[..., 0]
 
     found = np.zeros((6, len(LISTED), longest))
     for a, answer in enumerate(LISTED):
