@@ -57,18 +57,17 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints what was asked for."""
+    if args.ledger or args.topology is not None:  # whatever is here is not what is planned for
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before anything imports jax, which reads it then
     from mplug2_jax.config import build, load_recipe
     from mplug2_jax.errors import UserError, check_range
     from mplug2_jax.parallel.chips import parse_topology
     from mplug2_jax.training.config import RunConfig
 
     if args.ledger:
-        os.environ.setdefault("JAX_PLATFORMS", "cpu")
         return _ledger(args.ledger)
     if args.config is None:
         raise UserError("--config is missing: name the recipe to plan, as pretrain:large")
-    if args.topology is not None:
-        os.environ.setdefault("JAX_PLATFORMS", "cpu")  # whatever is here is not what is planned for
     config = build(RunConfig, load_recipe(args.config, args.overrides))
     if args.effort is None:
         args.effort = -1.0 if args.search else 0.0

@@ -127,12 +127,11 @@ class Compiled:
 
 def blueprint(config: RunConfig, topology: Topology) -> Blueprint:
     """A run laid out on a topology. Raises UserError where it does not fit the mesh."""
-    mesh = make_mesh(config.mesh, devices_of(topology))  # first: a tokeniser may take a while
-    plan = plan_run(config, tokens_of(config), mesh)
+    mesh = make_mesh(config.mesh, devices_of(topology))
     for name, stream in config.streams.items():
         micro = stream.data.batch_size // config.accumulate
-        check_batch(f"config.streams.{name}.data.batch_size / config.accumulate", micro, plan.mesh)
-    return plan
+        check_batch(f"config.streams.{name}.data.batch_size / config.accumulate", micro, mesh)
+    return plan_run(config, tokens_of(config), mesh)  # last: a tokeniser may take a while
 
 
 def tokens_of(config: RunConfig) -> SpecialTokens:

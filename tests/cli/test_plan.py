@@ -247,6 +247,17 @@ def test_a_program_compiled_ahead_is_taken_by_training_on_such_machines_only(sma
     assert re.search(r"compiled in [\d.]+ s anew: \S+ is of another: devices 4 x cpu, here 2 x cpu; program", other)
 
 
+def test_a_plan_asks_for_no_accelerator_that_is_there() -> None:
+    """In a process that is told nothing of platforms: jax reads the environment when it is imported, not later."""
+    code = "import sys; from mplug2_jax.cli.main import main; main(sys.argv[1:]); import jax; "
+    code += "print(jax.config.jax_platforms)"
+    words = ("plan", "--config", "demo", "--topology", "cpu:8", "--evaluation", "nothing")
+    told_nothing = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, env=told_nothing)
+    assert "--evaluation nothing: valid: " in done.stderr
+    assert done.stdout == "cpu\n"
+
+
 def test_a_missing_libtpu_is_named_with_what_to_install(tmp_path: Path) -> None:
     """In a process that cannot import it."""
     (tmp_path / "sitecustomize.py").write_text(
