@@ -275,7 +275,11 @@ class JaxComputation:
         self.golden = golden
         caption = golden.model == "caption"
         self._batch = _caption_batch(golden) if caption else _question_batch(golden)
-        self._objective = caption_loss if caption else answer_loss
+        objective = caption_loss if caption else answer_loss
+        # One program for all that is asked of the loss: compiling it takes longer than everything else here.
+        self._loss = jax.jit(
+            jax.value_and_grad(lambda p: objective(Forward(golden.definition.bind(p), self._batch)).loss)
+        )
 
     def account(self) -> str:
         """What became of the checkpoint's tensors."""
@@ -289,7 +293,7 @@ class JaxComputation:
         """Gradients of the loss; with ``alpha``, of the distilled one, after one update of the teacher."""
         golden = self.golden
         if alpha is None:
-            return _official(golden, jax.jit(jax.grad(self._loss))(golden.params))
+            return _official(golden, self._loss(golden.params)[1])
         distilled = jax.jit(jax.grad(_distilled_loss(golden, self._batch, alpha)))
         return _official(golden, distilled(golden.params, _updated_teacher(golden)))
 
@@ -311,26 +315,21 @@ class JaxComputation:
         frozen = released_distillation(golden, alpha=0.0).frozen
 
         @jax.jit
-        def step(params: Params, state: Any) -> Any:
-            value, gradients = jax.value_and_grad(self._loss)(params)
+        def step(params: Params, state: Any, gradients: Params) -> Any:
             updates, state = optimizer.update(gradients, state, params)
-            return value, optax.apply_updates(params, updates), state
+            return optax.apply_updates(params, updates), state
 
         params, teacher, losses = golden.params, golden.teacher, []
         state = optimizer.init(params)
         for i in range(train["steps"] + 1):
             if teacher is not None:
                 teacher = update_teacher(teacher, params, golden.settings["momentum"], frozen=frozen)
-            if i < train["steps"]:
-                value, params, state = step(params, state)
-            else:
-                value = jax.jit(self._loss)(params)
+            value, gradients = self._loss(params)
             losses.append(float(value))
+            if i < train["steps"]:
+                params, state = step(params, state, gradients)
         after = _official(golden, params)
         return losses, after if teacher is None else after | teachers(_official(golden, teacher))
-
-    def _loss(self, params: Params) -> jax.Array:
-        return self._objective(Forward(self.golden.definition.bind(params), self._batch)).loss
 
 
 def _updated_teacher(golden: Golden) -> Params:
