@@ -34,8 +34,8 @@ FAST := tests/model tests/objectives tests/generation tests/data_pipelines
 .PHONY: demo test drills test-newest fast check lint types contract format constraints clean help
 
 help:
-	@echo "make demo   pretrain a tiny mPLUG-2 on pictures, clips and text, and read what it says (about 6 minutes)"
-	@echo "make test   lint, types, import contract and tests (about 12 minutes)"
+	@echo "make demo   pretrain a tiny mPLUG-2 on pictures, clips and text, and read what it says (5 to 8 minutes)"
+	@echo "make test   lint, types, import contract and tests (12 to 22 minutes)"
 	@echo "make drills the long tests: whole runs, several processes, commands of every page (about 45 minutes)"
 
 demo: $(VENV)/.installed

@@ -274,10 +274,10 @@ def test_a_thousand_clips_are_told_the_same_without_a_cache(decoder, beams, exte
     # opposite move what separates them to opposite sides, so that one of the two is seen to swap them.
     decided = np.ones(1000, bool)
     for _ in range(4):
-        noise = 2e-6 * rng.normal(size=shape).astype(FLOAT)
+        noise = 1e-6 * rng.normal(size=shape).astype(FLOAT)
         for near in (noise, -noise):
             decided &= np.all(expected.ids == search(near).ids, axis=(1, 2))
-    assert decided.sum() > 900
+    assert decided.sum() > 950
     for ours, theirs in zip(found, expected, strict=True):
         np.testing.assert_allclose(ours[decided], theirs[decided], atol=1e-4 if ours.dtype == FLOAT else 0)
     assert len({tuple(ids) for ids in np.asarray(found.ids[:, 0]).tolist()}) > 10  # memories matter

@@ -277,7 +277,7 @@ class JaxComputation:
         self._batch = _caption_batch(golden) if caption else _question_batch(golden)
         objective = caption_loss if caption else answer_loss
         # One program for all that is asked of the loss: compiling it takes longer than everything else here.
-        self._loss = jax.jit(
+        self._loss_and_gradients = jax.jit(
             jax.value_and_grad(lambda p: objective(Forward(golden.definition.bind(p), self._batch)).loss)
         )
 
@@ -293,7 +293,7 @@ class JaxComputation:
         """Gradients of the loss; with ``alpha``, of the distilled one, after one update of the teacher."""
         golden = self.golden
         if alpha is None:
-            return _official(golden, self._loss(golden.params)[1])
+            return _official(golden, self._loss_and_gradients(golden.params)[1])
         distilled = jax.jit(jax.grad(_distilled_loss(golden, self._batch, alpha)))
         return _official(golden, distilled(golden.params, _updated_teacher(golden)))
 
@@ -324,7 +324,7 @@ class JaxComputation:
         for i in range(train["steps"] + 1):
             if teacher is not None:
                 teacher = update_teacher(teacher, params, golden.settings["momentum"], frozen=frozen)
-            value, gradients = self._loss(params)
+            value, gradients = self._loss_and_gradients(params)
             losses.append(float(value))
             if i < train["steps"]:
                 params, state = step(params, state, gradients)
