@@ -1,11 +1,15 @@
 """What every test may ask for. Types and shapes of every call into our packages are checked while tests run."""
 
 import functools
+import json
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import jax
@@ -43,15 +47,26 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _texts_made_once() -> Iterator[None]:
-    """Every run of a test trains the same tokeniser; under checked types its texts take longest."""
-    from data_pipelines.digitworld import vocabulary_texts
+def _tokenisers_trained_once() -> Iterator[None]:
+    """Nearly every run of a test trains the same tokeniser, on texts that are made by a process without type checks."""
     from mplug2_jax.training import workdir
 
-    made = functools.cache(lambda: tuple(vocabulary_texts()))
+    def once(train: Callable[..., Any]) -> Callable[..., Any]:
+        trained = functools.cache(train)
+        return lambda texts, vocab_size: trained(tuple(texts), vocab_size)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(workdir, "vocabulary_texts", made)
+        patch.setattr(workdir, "vocabulary_texts", _vocabulary_texts)
+        patch.setattr(workdir, "train_wordpiece", once(workdir.train_wordpiece))
+        patch.setattr(workdir, "train_sentencepiece", once(workdir.train_sentencepiece))
         yield
+
+
+@functools.cache
+def _vocabulary_texts() -> tuple[str, ...]:
+    code = "import json, data_pipelines.digitworld as d; print(json.dumps(list(d.vocabulary_texts())))"
+    made = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, check=True)
+    return tuple(json.loads(made.stdout))
 
 
 @pytest.fixture(scope="session")

@@ -23,11 +23,11 @@ ENTAILMENT = {"entailment": InstructionConfig(templates=("{premise} means {hypot
 
 
 def small_model(**overrides: Any) -> ModelConfig:
-    """One layer of each kind, 32 wide."""
+    """One layer of each kind, 32 wide; without dropout of attention, whose drawing is a sixth of a step's compiling."""
     sizes = {
         "vision_width": 32, "vision_layers": 1, "vision_heads": 2, "image_size": 16, "width": 32, "heads": 2,
         "mlp_width": 64, "fusion_layers": 1, "decoder_layers": 1, "num_latents": 4, "vocab_size": 256,
-        "contrastive_width": 16, "dtype": "float32",
+        "contrastive_width": 16, "attention_dropout": 0.0, "dtype": "float32",
     }  # fmt: skip
     return model_config("tiny", **(sizes | overrides))
 

@@ -2,16 +2,32 @@
 
 import contextlib
 import importlib
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
-
 from mplug2_jax.errors import UserError
+
+
+@contextlib.contextmanager
+def _without(module: str) -> Iterator[None]:
+    """Importing a module that was not imported yet fails here, as if it were not installed."""
+    if module in sys.modules:
+        yield
+        return
+    sys.modules[module] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[module]
+
+
+with _without("torch"):  # which tensorboardX imports where it can: two seconds of every run, for nothing that is used
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+    from tensorboardX.proto.summary_pb2 import Summary
 
 
 @runtime_checkable

@@ -3,6 +3,8 @@
 import argparse
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -120,3 +122,10 @@ def test_a_mistake_of_ours_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(report, "run", run)
     with pytest.raises(ZeroDivisionError):
         main(["report", "w"])
+
+
+def test_a_run_does_not_wait_for_packages_that_it_does_not_use() -> None:
+    """PyTorch, nltk and SciPy's statistics take longer to import than all that a run needs."""
+    code = "import sys, mplug2_jax.training.loop; print({'torch', 'nltk', 'scipy.stats'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"

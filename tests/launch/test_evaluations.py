@@ -154,20 +154,35 @@ def wait_until(ready: Callable[[], bool], process: "subprocess.Popen[str]") -> N
 
 
 def test_a_run_is_followed_while_it_trains(folder: Path, recipe: Path, tmp_path: Path) -> None:
-    """The follower is there first; it is told to end, killed, and started again."""
+    """The follower is there first; it is told to end, killed, and started again.
+
+    The run is held at a checkpoint meanwhile: else it may be over before a follower on a busy machine has begun, and
+    the follower with it.
+    """
     run, lines = tmp_path / "run", tmp_path / "run" / "metrics-eval.jsonl"
     follow = ("eval", "--workdir", run, "--follow", "--poll", 1)
+
+    def newest() -> int:
+        """The run's last checkpoint; none is 0."""
+        return max((int(path.name) for path in (run / "checkpoints").glob("*") if path.name.isdigit()), default=0)
+
     follower = start(folder, *follow)
     training = start(folder, "train", "--config", recipe, "--workdir", run)
+    wait_until(lambda: newest() > 0, training)
+    training.send_signal(signal.SIGSTOP)
     wait_until(lambda: lines.exists() and bool(read_metrics(lines)), follower)
     follower.send_signal(signal.SIGTERM)
     assert f"waiting for a run in {run}\n" in finished(follower, status=75)
 
     before = read_metrics(lines)
+    training.send_signal(signal.SIGCONT)
+    wait_until(lambda: newest() > before[-1]["step"], training)
+    training.send_signal(signal.SIGSTOP)
     follower = start(folder, *follow)
     wait_until(lambda: len(read_metrics(lines)) > len(before), follower)
     follower.kill()
     follower.communicate()
+    training.send_signal(signal.SIGCONT)
     said = finished(start(folder, *follow))
     finished(training)
 

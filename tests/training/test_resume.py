@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from mplug2_jax.training.telemetry import read_steps
-from tests.runs import recipe_file, small_run
+from tests.runs import recipe_file, small_model, small_run
 
-STEPS = 12
+STEPS = 60  # of milliseconds: a busy machine's kill after the fifth must not come after the last
 
 
 def recipe(tmp_path: Path) -> Path:
@@ -21,7 +21,8 @@ def recipe(tmp_path: Path) -> Path:
         "image_text": dataclasses.replace(small_run().streams["image_text"], objectives={"vlc": 1.0}),
         "text": dataclasses.replace(small_run().streams["text"], objectives={"mlm": 1.0}),
     }
-    return recipe_file(small_run(steps=STEPS, streams=streams, evaluations={}), tmp_path / "recipe.py")
+    run = small_run(steps=STEPS, streams=streams, evaluations={}, model=small_model(attention_dropout=0.1))
+    return recipe_file(run, tmp_path / "recipe.py")
 
 
 def command(recipe: Path, workdir: Path) -> list[str]:

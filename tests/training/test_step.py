@@ -55,7 +55,8 @@ def whole_run() -> RunConfig:
             ("image_text", {"vlc": 1.0, "vlm": 1.0}), ("video_text", {"vlc": 1.0, "ilm": 1.0}), ("text", {"mlm": 0.5})
         )
     }  # fmt: skip
-    return small_run(streams=streams, optimizer=AdamWConfig(learning_rate=1e-2, eps=1e-2))
+    model = small_model(attention_dropout=0.1)
+    return small_run(streams=streams, model=model, optimizer=AdamWConfig(learning_rate=1e-2, eps=1e-2))
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +93,7 @@ def answering(**overrides: Any) -> RunConfig:
     """The release's question answering, whose loss is a plain mean over questions."""
     examples = ExampleConfig(instructions=QUESTION, instruction_length=12, target_length=6)
     return small_run(
-        model=small_model(dropout=0.0, attention_dropout=0.0), streams={"q": stream("video", 8, examples, answer=1.0)},
+        model=small_model(dropout=0.0), streams={"q": stream("video", 8, examples, answer=1.0)},
         evaluations={}, **overrides,
     )  # fmt: skip
 

@@ -4,7 +4,6 @@ import re
 from collections.abc import Sequence
 
 import numpy as np
-from rouge_score.rouge_scorer import RougeScorer
 
 from mplug2_jax.errors import UserError
 from mplug2_jax.evaluation.metrics.pairs import check_pairs
@@ -21,6 +20,8 @@ def rouge(said: Sequence[str], references: Sequence[str]) -> dict[str, Ratio]:
     Raises:
         UserError: not one said to each reference, or references without a word.
     """
+    from rouge_score.rouge_scorer import RougeScorer  # with all of nltk and scipy.stats: two seconds of every command
+
     check_pairs("ROUGE", summaries=len(said), references=len(references))
     scorer = RougeScorer(list(KINDS.values()), use_stemmer=True)
     for i, reference in enumerate(references):
