@@ -48,7 +48,7 @@ test: check
 
 # Whole runs, killed and resumed ones, the commands of every page, programs for TPUs that are not here.
 drills: $(VENV)/.installed-dev
-	$(BIN)/pytest $(TESTS) -m slow -n 2
+	$(BIN)/pytest $(TESTS) -m slow -n 2 -rs
 
 # A fast subset with the newest jax and flax, on an interpreter >= 3.12 if there is one.
 test-newest:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,17 @@ def pytest_configure(config: pytest.Config) -> None:
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
     config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Commands of whole pages and benchmarks come after the tests of rooms."""
+    items.sort(key=lambda item: item.path.parent == REPOSITORY / "tests")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A drill that CI has no time left for is skipped and, with -rs, named."""
+    if item.get_closest_marker("slow") and time.time() > float(os.environ.get("MPLUG2_DRILLS_UNTIL", "inf")):
+        pytest.skip(f"{item.nodeid} has not begun in the time that CI has; make drills runs it")
 
 
 @pytest.fixture(scope="session", autouse=True)

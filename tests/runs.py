@@ -1,5 +1,6 @@
 """The smallest run that has everything: three streams, all objectives, every part of the model."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from mplug2_jax.tasks.base import TaskSettings
 from mplug2_jax.training.config import CheckpointConfig, RunConfig, StreamConfig, TokenizerConfig
 from mplug2_jax.training.optimizer import AdamWConfig
 from mplug2_jax.training.schedule import ScheduleConfig
+from mplug2_jax.training.workdir import make_tokenizer
 
 QUESTION = {"question": InstructionConfig(templates=("{question}",))}
 SMALL = VisualConfig(image_size=16, num_frames=2)
@@ -73,7 +75,10 @@ def small_run(**overrides: Any) -> RunConfig:
 
 
 def recipe_file(run: RunConfig, path: Path) -> Path:
-    """The run as a recipe for commands."""
+    """The run as a recipe for commands, with a tokeniser beside it: else every process would train the same one."""
+    if not run.tokenizer.path:
+        kept = make_tokenizer(run.tokenizer).save(path.with_suffix(".tokenizer"))
+        run = dataclasses.replace(run, tokenizer=dataclasses.replace(run.tokenizer, path=str(kept)))
     values = json.dumps(defaults_of(run))
     path.write_text(
         "import json\nfrom ml_collections import ConfigDict\n\n\n"

@@ -30,7 +30,7 @@ def test_the_demo_recipe_runs_from_a_wheel(repository: Path, tmp_path: Path) -> 
     venv.create(tmp_path / "env", with_pip=True)
     python = tmp_path / "env" / "bin" / "python"
     pins = ["-c", str(repository / "constraints.txt")] if sys.version_info[:2] == (3, 11) else []
-    run(python, "-m", "pip", "install", "--quiet", *pins, wheel)
+    run(python, "-m", "pip", "install", "--quiet", "--no-compile", *pins, wheel)
 
     clean = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
     small = [

@@ -226,7 +226,7 @@ def check_task(where: str, name: str, example: Mapping[str, tuple[int, ...]], de
     """Checks that a model can do a task with examples of these shapes.
 
     Raises:
-        UserError: arrays that the examples lack, or parts that the model lacks.
+        UserError: arrays that the examples lack, parts that the model lacks, or a head of other classes.
     """
     task, frames = TASKS[name], example.get("frames")
     task.check(set(example), where)
@@ -236,6 +236,11 @@ def check_task(where: str, name: str, example: Mapping[str, tuple[int, ...]], de
         raise UserError(
             f"{where}: task '{name}' needs the parts {', '.join(sorted(missing))}, which this model lacks "
             f"(it has {', '.join(definition.parts)})"
+        )
+    if task.classes and task.classes != definition.config.num_classes:
+        raise UserError(
+            f"{where}: task '{name}' tells {task.classes} classes apart, but config.model.num_classes="
+            f"{definition.config.num_classes}; set that to {task.classes}"
         )
 
 

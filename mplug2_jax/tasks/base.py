@@ -120,6 +120,7 @@ class Task:
     text_parts: tuple[str, ...] = ()  # and where they bring none
     further_parts: tuple[str, ...] = ()  # that it uses where the model has them: a run's, if its examples instruct
     prepare: Callable[[Mplug2, TaskContext], Predictions] | None = None
+    classes: int = 0  # that its score tells apart; 0: as many as the model does
     views: bool = False  # whether its predictions are probabilities, of which an example's views have a mean
     predict: Callable[[Mplug2, DeviceBatch, TaskContext], Predictions] | None = None
     score: Callable[[HostPredictions, Sequence[Example], Callable[[Sequence[int]], str]], Scored] | None = None

@@ -49,6 +49,7 @@ def _task(name: str) -> Task:
         classify.TASK,
         name=name,
         keys=("instruction", "instruction_mask", "label"),
+        classes=CLASSES.get(name, len(LIKENESS)),
         score=functools.partial(score, name),
     )
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines.digitworld import VIDEO_LABELS
+from data_pipelines.digitworld import IMAGE_LABELS, VIDEO_LABELS
 from data_pipelines.examples import Example, ExampleConfig, InstructionConfig
 from data_pipelines.faults import Fault
 from data_pipelines.loader import DataConfig, _Unusable
@@ -38,10 +38,14 @@ CONTEXT = TaskContext(
 MODEL = model_config(
     "tiny", dtype="float32", width=16, heads=2, mlp_width=16, vision_width=16, vision_layers=1, text_layers=0,
     universal_layers=1, fusion_layers=1, decoder_layers=1, num_latents=2, vocab_size=TOKENIZER.vocab_size,
+    num_classes=2,
 )  # fmt: skip
 SENTENCES = ExampleConfig(text="sentence", text_length=24)
 QUESTIONS = ExampleConfig(
     instructions={"question": InstructionConfig(templates=("{question}",))}, instruction_length=24, target_length=8
+)
+NAMED = ExampleConfig(
+    instructions={"label": InstructionConfig(templates=("what is it?",))}, instruction_length=8, classes=IMAGE_LABELS
 )
 SEEING = ("vision", "temporal", "universal", "classifier")
 SIZE = 20
@@ -236,6 +240,8 @@ def test_a_result_is_saved_as_json_with_strips_of_its_samples_frames_beside_it(t
         ("answer", ("vision", "temporal", "text", "universal", "fusion", "decoder"), QUESTIONS,
          {"kind": "video", "clips": 2},
          "clips=2 and crops=1 are views whose probabilities are averaged, .*; for task 'answer' set both to 1"),
+        ("stsb", ("vision", "text", "universal", "classifier"), NAMED, {"kind": "image"},
+         r"task 'stsb' tells 26 classes apart, but config\.model\.num_classes=\d; set that to 26"),
         ("mlm", ("text", "universal", "mlm"), SENTENCES, {"size": 0}, "is empty"),
         ("mlm", ("text", "universal", "mlm"), SENTENCES, {"mesh": 8}, "batch_size=20 does not split .* 16 or 24"),
     ],
