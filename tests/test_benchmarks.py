@@ -71,7 +71,7 @@ def test_data(repository: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize(
-    ("words", "rows"), [(("elastic", "--times", "3"), 3), (("preempt",), 2), (("kill-one", "--bound", "90"), 4)]
+    ("words", "rows"), [(("elastic", "--times", "2"), 2), (("preempt",), 2), (("kill-one", "--bound", "90"), 4)]
 )
 def test_drills(repository: Path, tmp_path: Path, words: tuple[str, ...], rows: int) -> None:
     out = printed(repository, "drills.py", *words, "--work", str(tmp_path))
