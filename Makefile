@@ -36,7 +36,7 @@ FAST := tests/model tests/objectives tests/generation tests/data_pipelines
 help:
 	@echo "make demo   pretrain a tiny mPLUG-2 on pictures, clips and text, and read what it says (5 to 8 minutes)"
 	@echo "make test   lint, types, import contract and tests (12 to 22 minutes)"
-	@echo "make drills the long tests: whole runs, several processes, commands of every page (about 45 minutes)"
+	@echo "make drills the long tests: whole runs, several processes, commands of every page (45 to 60 minutes)"
 
 demo: $(VENV)/.installed
 	$(BIN)/mplug2 train --config configs/demo.py --workdir $(DEMO)

@@ -103,6 +103,7 @@ def test_throughput_with_and_without_a_cache_and_on_a_mesh(repository: Path) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_ablation(repository: Path, tmp_path: Path) -> None:
     """All models are asked the same, and what is finished is read."""
     words = ("--seeds", "1", "--steps", "1", "--examples", "8", "--workers", "2", "--out", str(tmp_path))
