@@ -2,6 +2,7 @@
 
     python benchmarks/ablation.py --workers 2            # 3 models x 3 seeds: two hours of two CPU cores
     python benchmarks/ablation.py --seeds 2 --steps 2    # to see that it works
+    python benchmarks/ablation.py --config.model.decoder_layers=1    # of other models, all alike
 
 Each model is pretrained as the demo is, three times as long, from its own seed and on its own order of the data. It is
 asked the video tasks that it has met there, without any more training: captions, questions, retrieval, and colours by
@@ -47,24 +48,26 @@ TASKS = ("video_caption", "video_question", "video_retrieval", LEARNED)
 Figures = dict[str, list[float]]
 
 
-def run(model: str, seed: int, steps: int | None, examples: int, folder: Path) -> dict[str, float]:
+def run(
+    model: str, seed: int, steps: int | None, examples: int, sizes: Sequence[str], folder: Path
+) -> dict[str, float]:
     """The figures of a model on the video tasks, asked or learned after pretraining."""
     changes: dict[str, Any] = {"seed": seed, **MODELS[model]}
-    pretraining, pretrained = build(RunConfig, load_recipe("demo")), folder / "pretrained"
+    pretraining, pretrained = build(RunConfig, load_recipe("demo", sizes)), folder / "pretrained"
     finished(dataclasses.replace(pretraining, evaluations={}, steps=steps or PRETRAINING, **changes), pretrained)
     figures: dict[str, float] = {}
     for name in TASKS:
         asked = TRIALS[name].asked
-        sizes = [f"--config.evaluations.{each}.data.sources.digits.size={examples}" for each in asked]
+        few = [f"--config.evaluations.{each}.data.sources.digits.size={examples}" for each in asked]
         if name == LEARNED:
-            config = build(RunConfig, load_recipe(f"digitworld:{name}", sizes))
+            config = build(RunConfig, load_recipe(f"digitworld:{name}", [*sizes, *few]))
             config = dataclasses.replace(config, steps=steps or config.steps, **changes)
             results = finished(starting_from(pretrained, config), folder / name).evaluations_of(config.steps)
         else:
             results = folder / name
             if not all((results / f"{each}.json").exists() for each in asked):
                 words = ("--task", f"digitworld:{name}", "--checkpoint", str(pretrained), "--out", str(results))
-                if status := mplug2(["eval", *words, *sizes]):
+                if status := mplug2(["eval", *words, *few]):
                     raise SystemExit(status)
         for each in asked:
             known = json.loads((results / f"{each}.json").read_text())["figures"]
@@ -96,10 +99,12 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1, help="models at a time (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("runs/ablation"), help="for the runs (default: %(default)s)")
     parser.add_argument("--examples", type=int, default=512, help="held out, of each task (default: %(default)s)")
-    args = parser.parse_args()
+    args, sizes = parser.parse_known_args()
+    if others := [word for word in sizes if not word.startswith("--config.model.")]:
+        parser.error(f"{others[0]} is neither an option nor a field of the model, as --config.model.decoder_layers=1")
     runs = [(model, seed) for seed in range(args.seeds) for model in MODELS]
     folders = [args.out / f"{model.replace(' ', '_')}-{seed}-{args.examples}-examples" for model, seed in runs]
-    asked = [(*each, args.steps, args.examples, folder) for each, folder in zip(runs, folders, strict=True)]
+    asked = [(*each, args.steps, args.examples, sizes, folder) for each, folder in zip(runs, folders, strict=True)]
     found: dict[str, Figures] = {}
     # A process for each run: what one compiled or holds does not slow the next.
     with ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:

@@ -71,7 +71,7 @@ def test_data(repository: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize(
-    ("words", "rows"), [(("elastic", "--times", "2"), 2), (("preempt",), 2), (("kill-one", "--bound", "90"), 4)]
+    ("words", "rows"), [(("elastic", "--times", "3"), 3), (("preempt",), 2), (("kill-one", "--bound", "90"), 4)]
 )
 def test_drills(repository: Path, tmp_path: Path, words: tuple[str, ...], rows: int) -> None:
     out = printed(repository, "drills.py", *words, "--work", str(tmp_path))
@@ -106,7 +106,9 @@ def test_throughput_with_and_without_a_cache_and_on_a_mesh(repository: Path) -> 
 @pytest.mark.timeout(1500)
 def test_ablation(repository: Path, tmp_path: Path) -> None:
     """All models are asked the same, and what is finished is read."""
-    words = ("--seeds", "1", "--steps", "1", "--examples", "8", "--workers", "2", "--out", str(tmp_path))
+    words = ["--seeds", "1", "--steps", "1", "--examples", "8", "--workers", "2", "--out", str(tmp_path)]
+    words += [f"--config.model.{field}=1" for field in ("vision_layers", "fusion_layers", "decoder_layers")]
+    words.append("--config.model.scan_unroll=1")
     out = printed(repository, "ablation.py", *words)
     table = out[out.index("seeds: 1") :]
     for figure in ("video_retrieval/text_to_visual_r1", "video_colour_by_prompts/top_1", "action/top_1"):
