@@ -153,7 +153,9 @@ def wait_until(ready: Callable[[], bool], process: "subprocess.Popen[str]") -> N
         time.sleep(0.05)
 
 
-def test_a_run_is_followed_while_it_trains(folder: Path, recipe: Path, tmp_path: Path) -> None:
+def test_a_run_is_followed_while_it_trains(
+    folder: Path, recipe: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     """The follower is there first; it is told to end, killed, and started again.
 
     The run is held at a checkpoint meanwhile: else it may be over before a follower on a busy machine has begun, and
@@ -168,6 +170,7 @@ def test_a_run_is_followed_while_it_trains(folder: Path, recipe: Path, tmp_path:
 
     follower = start(folder, *follow)
     training = start(folder, "train", "--config", recipe, "--workdir", run)
+    request.addfinalizer(training.kill)  # held, it would outlive a test that fails
     wait_until(lambda: newest() > 0, training)
     training.send_signal(signal.SIGSTOP)
     wait_until(lambda: lines.exists() and bool(read_metrics(lines)), follower)

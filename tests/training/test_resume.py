@@ -13,7 +13,7 @@ import pytest
 from mplug2_jax.training.telemetry import read_steps
 from tests.runs import recipe_file, small_model, small_run
 
-STEPS = 60  # of milliseconds: a busy machine's kill after the fifth must not come after the last
+STEPS = 60  # so many that the kill after the fifth does not come after the last, however busy the machine is
 
 
 def recipe(tmp_path: Path) -> Path:
