@@ -25,6 +25,7 @@ from mplug2_jax.conversion.layouts.slots import Slot, copy_into
 from mplug2_jax.conversion.progress import Transfer
 from mplug2_jax.conversion.report import Comparison, Place, Report, Row, digest, largest_difference
 from mplug2_jax.errors import UserError
+from mplug2_jax.model.prng import random_key
 from mplug2_jax.model.vision import resize_positions
 from mplug2_jax.recipes.released import released_at
 from mplug2_jax.training.checkpoints import Checkpoints
@@ -166,7 +167,7 @@ class _Import:
             named = {tuple(k.key for k in path): leaf for path, leaf in leaves}
             return {"/".join(path): named[path] for path in wanted}
 
-        made = jax.jit(pick)(jax.random.key(self._seed))
+        made = jax.jit(pick)(random_key(self._seed))
         return {tuple(name.split("/")): np.asarray(value) for name, value in made.items()}
 
     def keep_rest(self, path: Path) -> None:

@@ -11,6 +11,7 @@ from mplug2_jax.generation.nucleus import sample
 from mplug2_jax.model.config import SpecialTokens
 from mplug2_jax.model.decoder import Decoder
 from mplug2_jax.model.layers import gathered_once
+from mplug2_jax.model.prng import random_key
 from mplug2_jax.parallel.logical import gathered_before
 
 
@@ -41,5 +42,5 @@ def generate(
         if not config.top_p:
             return beam_search(decoder.step, cache, b, config, tokens)
         seeds = jnp.arange(b) if seeds is None else seeds
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0) if key is None else key, seeds)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(random_key(0) if key is None else key, seeds)
         return sample(decoder.step, cache, keys, config, tokens)

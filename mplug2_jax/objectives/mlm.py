@@ -8,6 +8,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 
 from mplug2_jax.errors import check_range
 from mplug2_jax.model.config import SpecialTokens
+from mplug2_jax.model.prng import random_key
 from mplug2_jax.objectives.forward import DeviceBatch, Forward, Outcome, label_cross_entropy, weighted_mean
 
 
@@ -62,7 +63,7 @@ def masked_predictions(
     model, batch = forward.model, forward.batch
     rng = forward.key("mlm/masking")
     if rng is None:
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), batch["example_id"])
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(random_key(0), batch["example_id"])
     else:
         keys = jax.random.split(rng, batch["text"].shape[0])
     corrupted, chosen = mask_tokens(keys, batch, model.config.vocab_size, tokens, config)

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from mplug2_jax.model.config import SpecialTokens
 from mplug2_jax.model.mplug2 import ModelDef, Params, define
+from mplug2_jax.model.prng import random_key
 from mplug2_jax.objectives.cider import no_frequencies
 from mplug2_jax.objectives.queue import fresh_queue
 from mplug2_jax.parallel.placement import Placement, place_parameters, replicated
@@ -102,7 +103,7 @@ def plan_run(config: RunConfig, tokens: SpecialTokens, mesh: Mesh, parts: tuple[
 
 
 def _fresh(config: RunConfig, definition: ModelDef, optimizer: optax.GradientTransformation) -> TrainState:
-    key = jax.random.key(config.seed)
+    key = random_key(config.seed)
     params = jax.tree.map(lambda p: p.astype(config.parameter_dtype), definition.init(key))
     learning = with_pairs(params, config.lora.parts, fresh_pairs(config.lora, key))
     opt = optimizer.init(split(learning, config.frozen)[0])

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from mplug2_jax.model.mplug2 import Params
+from mplug2_jax.model.prng import random_key
 from mplug2_jax.objectives.cider import Frequencies
 from mplug2_jax.objectives.forward import DeviceBatch, Forward, Metrics, purpose_key
 from mplug2_jax.objectives.queue import Queue
@@ -90,7 +91,7 @@ def step_inputs(plan: Blueprint, state: TrainState) -> StepInputs:
     if teacher is not None and distillation is not None:
         student = merged(state["params"], config.lora.scale)
         teacher = update_teacher(teacher, student, distillation.momentum, frozen=distillation.frozen)
-    rng = jax.random.fold_in(jax.random.key(config.seed), state["step"])
+    rng = jax.random.fold_in(random_key(config.seed), state["step"])
     return StepInputs(rng, teacher, _alpha(config, state["step"]), state.get("frequencies"))
 
 

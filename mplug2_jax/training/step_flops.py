@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from mplug2_jax.model.config import RematConfig
 from mplug2_jax.model.mplug2 import define
+from mplug2_jax.model.prng import random_key
 from mplug2_jax.training.config import RunConfig, StreamConfig
 from mplug2_jax.training.flops import count_flops
 from mplug2_jax.training.freezing import join, split
@@ -31,7 +32,7 @@ def gradient_flops(
 
     def loss(trained: Any, frozen: Any, state: Any, batches: Any, alpha: Any) -> Any:
         params, queues, frequencies = join(trained, frozen), state.get("queues", {}), state.get("frequencies")
-        return streams_loss(plain, params, state.get("teacher"), queues, batches, jax.random.key(0), alpha, frequencies)
+        return streams_loss(plain, params, state.get("teacher"), queues, batches, random_key(0), alpha, frequencies)
 
     whole = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (plan.shapes, dict(batches)))
     state, batches = whole
