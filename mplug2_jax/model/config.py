@@ -77,6 +77,7 @@ class ModelConfig:
     temporal_downsampling: bool = False  # patches see 3 frames, every second one is kept; off in every released model
     contrastive_width: int = 256
     num_classes: int = 0
+    init_std: float = 0.02  # of fresh kernels outside the vision tower, as BERT has it; narrow models need more
     dropout: float = 0.1  # hidden states of the BERT parts
     attention_dropout: float = 0.1  # attention probabilities there; flash kernels need 0
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # compute; parameters, softmax, LayerNorm, loss stay float32
@@ -100,6 +101,7 @@ class ModelConfig:
             "num_classes",
         ):  # fmt: skip
             check_range(f"config.model.{name}", getattr(self, name), 0)
+        check_range("config.model.init_std", self.init_std, 0)
         for name in ("dropout", "attention_dropout"):
             check_range(f"config.model.{name}", getattr(self, name), 0, 0.99)
         for width, heads in (("vision_width", "vision_heads"), ("width", "heads")):
@@ -143,8 +145,9 @@ _VIT_L14 = {"vision_width": 1024, "vision_layers": 24, "vision_heads": 16, "patc
 SIZES: Mapping[str, Mapping[str, Any]] = {
     "tiny": {
         "vision_width": 128, "vision_layers": 4, "vision_heads": 4, "patch_size": 8, "image_size": 32,
-        "width": 128, "heads": 4, "mlp_width": 512, "text_layers": 1, "fusion_layers": 2, "decoder_layers": 2,
-        "num_latents": 8, "vocab_size": 512, "max_positions": 64, "contrastive_width": 64,
+        "width": 128, "heads": 4, "mlp_width": 512, "text_layers": 1, "universal_layers": 1, "fusion_layers": 1,
+        "decoder_layers": 2, "num_latents": 8, "vocab_size": 512, "max_positions": 64, "contrastive_width": 64,
+        "init_std": 0.07,
     },
     "base": {**_VIT_B16, **_BERT_BASE},
     "large": {**_VIT_L14, **_BERT_LARGE},

@@ -6,7 +6,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from mplug2_jax.model.config import ModelConfig
-from mplug2_jax.model.layers import Linear, parameter
+from mplug2_jax.model.layers import Linear, kernel_init, parameter
 
 
 class ContrastiveHead(nnx.Module):
@@ -14,7 +14,10 @@ class ContrastiveHead(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
         def project() -> Linear:
-            return Linear(config.width, config.contrastive_width, ("embed", "feature"), dtype="float32", rngs=rngs)
+            return Linear(
+                config.width, config.contrastive_width, ("embed", "feature"), dtype="float32",
+                kernel_init=kernel_init(config), rngs=rngs,
+            )  # fmt: skip
 
         self.visual, self.text = project(), project()
         self.temperature = parameter(rngs, nnx.initializers.constant(0.07), (), ())
@@ -40,7 +43,8 @@ class ClassHead(nnx.Module):
     """Dropout-free linear logits from the first token, in float32."""
 
     def __init__(self, config: ModelConfig, classes: int, *, rngs: nnx.Rngs) -> None:
-        self.dense = Linear(config.width, classes, ("embed", "class"), dtype="float32", rngs=rngs)
+        init = kernel_init(config)
+        self.dense = Linear(config.width, classes, ("embed", "class"), dtype="float32", kernel_init=init, rngs=rngs)
 
     @jax.named_scope("class_head")
     def __call__(self, tokens: Float[Array, "b l d"]) -> Float[Array, "b c"]:

@@ -22,7 +22,7 @@ from mplug2_jax.model.taps import Taps, tap
 from mplug2_jax.parallel.logical import apart, parameters_are_whole, platform, together
 
 Initializer = Callable[..., Array]
-BERT_INIT: Initializer = nnx.initializers.normal(0.02)
+EMBEDDING_INIT: Initializer = nnx.initializers.normal(0.02)  # BERT's
 DOT = "dot"  # the name under which the outputs of linear maps are kept by the remat policy "dots"
 BERT_EPS = 1e-12
 CLIP_EPS = 1e-5
@@ -58,6 +58,11 @@ def parameter(
 ) -> nnx.Param[jax.Array]:
     """A float32 parameter that carries its logical axis names."""
     return nnx.Param(init(rngs.params(), shape, jnp.float32), out_sharding=axes)
+
+
+def kernel_init(config: ModelConfig) -> Initializer:
+    """Return how a fresh kernel outside the vision tower is drawn."""
+    return nnx.initializers.normal(config.init_std)
 
 
 def uniform_fan_in(fan_in: int) -> Initializer:
@@ -132,7 +137,7 @@ class Linear(nnx.Module):
         *,
         dtype: str,
         rngs: nnx.Rngs,
-        kernel_init: Initializer = BERT_INIT,
+        kernel_init: Initializer,
         bias_init: Initializer = nnx.initializers.zeros,
         bias: bool = True,
     ) -> None:
@@ -174,7 +179,7 @@ class Attention(nnx.Module):
         dtype: str,
         kernel: AttentionKernel,
         dropout: float = 0.0,
-        init: Initializer = BERT_INIT,
+        init: Initializer,
         rngs: nnx.Rngs,
     ) -> None:
         def project() -> Linear:
@@ -243,7 +248,7 @@ class MLP(nnx.Module):
         activation: Callable[[Array], Array],
         *,
         dtype: str,
-        init: Initializer = BERT_INIT,
+        init: Initializer,
         rngs: nnx.Rngs,
     ) -> None:
         self.up = Linear(width, hidden, ("embed", "mlp"), dtype=dtype, kernel_init=init, rngs=rngs)
@@ -260,10 +265,12 @@ class BertLayer(nnx.Module):
     """BERT's post-norm layer: self attention, cross attention if it has one and is given a memory, MLP."""
 
     def __init__(self, config: ModelConfig, *, cross: bool, rngs: nnx.Rngs) -> None:
+        init = kernel_init(config)
+
         def attend() -> Attention:
             return Attention(
                 config.width, config.heads, dtype=config.dtype, kernel=config.attention,
-                dropout=config.attention_dropout, rngs=rngs,
+                dropout=config.attention_dropout, init=init, rngs=rngs,
             )  # fmt: skip
 
         self.self_attention = attend()
@@ -271,7 +278,7 @@ class BertLayer(nnx.Module):
         if cross:
             self.cross_attention = attend()
             self.cross_norm = LayerNorm(config.width, BERT_EPS, rngs=rngs)
-        self.mlp = MLP(config.width, config.mlp_width, gelu, dtype=config.dtype, rngs=rngs)
+        self.mlp = MLP(config.width, config.mlp_width, gelu, dtype=config.dtype, init=init, rngs=rngs)
         self.mlp_norm = LayerNorm(config.width, BERT_EPS, rngs=rngs)
         self.dropout = config.dropout
 

@@ -9,12 +9,13 @@ from mplug2_jax.errors import UserError
 from mplug2_jax.model.config import ModelConfig
 from mplug2_jax.model.layers import (
     BERT_EPS,
-    BERT_INIT,
+    EMBEDDING_INIT,
     BertLayer,
     LayerNorm,
     Linear,
     dropout,
     gelu,
+    kernel_init,
     matmul,
     parameter,
     scan_layers,
@@ -32,10 +33,10 @@ class Embeddings(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
         width = config.width
-        self.words = parameter(rngs, BERT_INIT, (config.vocab_size, width), ("vocab", "embed"))
-        self.positions = parameter(rngs, BERT_INIT, (config.max_positions, width), ("position", "embed"))
+        self.words = parameter(rngs, EMBEDDING_INIT, (config.vocab_size, width), ("vocab", "embed"))
+        self.positions = parameter(rngs, EMBEDDING_INIT, (config.max_positions, width), ("position", "embed"))
         # Two rows as in BERT, so that its checkpoints fit; only row 0 is ever looked up.
-        self.types = parameter(rngs, BERT_INIT, (2, width), (None, "embed"))
+        self.types = parameter(rngs, EMBEDDING_INIT, (2, width), (None, "embed"))
         self.norm = LayerNorm(width, BERT_EPS, rngs=rngs)
         self.dropout, self.dtype = config.dropout, config.dtype
 
@@ -102,7 +103,9 @@ class MlmHead(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
-        self.dense = Linear(config.width, config.width, ("embed", "mlp"), dtype=config.dtype, rngs=rngs)
+        self.dense = Linear(
+            config.width, config.width, ("embed", "mlp"), dtype=config.dtype, kernel_init=kernel_init(config), rngs=rngs
+        )  # fmt: skip
         self.norm = LayerNorm(config.width, BERT_EPS, rngs=rngs)
         self.bias = parameter(rngs, nnx.initializers.zeros, (config.vocab_size,), ("vocab",))
 
