@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -36,26 +35,21 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """What one test compiled, the next need not: neither those of other workers nor the processes that they start."""
-    if hasattr(config, "workerinput"):  # it has read from its environment what the first process chose
+    """Share compiled programs between workers, the processes that tests start, and the runs of one CI."""
+    if hasattr(config, "workerinput"):  # a worker: it has inherited the environment that the controller set
         return
-    folder = tempfile.mkdtemp(prefix="mplug2-tests-compiled-")
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
-    jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
-    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        folder = tempfile.mkdtemp(prefix="mplug2-tests-compiled-")
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+        jax.config.update("jax_compilation_cache_dir", folder)
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Commands of whole pages and benchmarks come after the tests of rooms."""
     items.sort(key=lambda item: item.path.parent == REPOSITORY / "tests")
-
-
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    """A drill that CI has no time left for is skipped and, with -rs, named."""
-    if item.get_closest_marker("slow") and time.time() > float(os.environ.get("MPLUG2_DRILLS_UNTIL", "inf")):
-        pytest.skip(f"{item.nodeid} has not begun in the time that CI has; make drills runs it")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import io
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -48,14 +48,6 @@ MODEL = {
     "mlp_width": 64, "universal_layers": 1, "fusion_layers": 1, "decoder_layers": 1, "num_latents": 4,
     "contrastive_width": 8, "vocab_size": 160, "scan_unroll": 1,
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True, scope="package")
-def compiles_fast() -> Iterator[None]:
-    """These programs run once or twice: optimising them would take most of the time."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +115,7 @@ class Trained:
 
 
 @pytest.fixture(scope="package")
-def trained(tmp_path_factory: pytest.TempPathFactory, recipes: Path, compiles_fast: None) -> Trained:
+def trained(tmp_path_factory: pytest.TempPathFactory, recipes: Path) -> Trained:
     """A model of text, trained for two steps. Tests that change the folder copy it."""
     workdir, recipe = tmp_path_factory.mktemp("runs") / "text", recipes / "text.py"
     return Trained(workdir, recipe, command("train", "--config", recipe, "--workdir", workdir))
