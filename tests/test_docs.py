@@ -17,13 +17,13 @@ from typing import Any
 
 import pytest
 
+from data_pipelines.config import SourceConfig
 from data_pipelines.digitworld import vocabulary_texts
-from data_pipelines.sources.config import SourceConfig
 from data_pipelines.tokenizers import train_wordpiece
 from mplug2_jax.config import build, load_recipe
-from mplug2_jax.evaluation.loop import EvaluationConfig
+from mplug2_jax.evaluation.config import EvaluationConfig
 from mplug2_jax.model.config import model_config
-from mplug2_jax.parallel.mesh import MeshConfig
+from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.training.config import RunConfig
 from tests.cli.conftest import command
 from tests.data_pipelines.worlds import encoded, img2dataset, records

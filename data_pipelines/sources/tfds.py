@@ -7,9 +7,10 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from data_pipelines.config import Kind
 from data_pipelines.errors import DataError
 from data_pipelines.media import Media
-from data_pipelines.record import Kind, Record
+from data_pipelines.record import Record
 from data_pipelines.sources.annotations import fields
 from data_pipelines.sources.annotations.rows import Row
 from data_pipelines.sources.annotations.source import Place

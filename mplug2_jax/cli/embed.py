@@ -13,8 +13,7 @@ from mplug2_jax.cli.media import visual_of
 from mplug2_jax.errors import UserError, check_range
 
 if TYPE_CHECKING:
-    from data_pipelines.loader import DataConfig
-    from data_pipelines.sources.config import SourceConfig
+    from data_pipelines.config import DataConfig, SourceConfig
     from mplug2_jax.evaluation.feature_files import FeatureFolder
     from mplug2_jax.evaluation.features import Features
     from mplug2_jax.model.mplug2 import Params
@@ -128,8 +127,8 @@ def read_inputs(args: argparse.Namespace) -> "tuple[dict[str, SourceConfig], str
         UserError: an input that is nothing of what can be read, the same twice, or files of several kinds.
         DataError: a folder without files.
     """
-    from data_pipelines.record import Kind
-    from data_pipelines.sources.config import FORMATS, Format, SourceConfig, parse_spec
+    from data_pipelines.config import Format, Kind, SourceConfig
+    from data_pipelines.sources.formats import FORMATS, parse_spec
     from data_pipelines.sources.loose_files import kind_of, walk
 
     formats: dict[str, tuple[Format, str]] = {}
@@ -172,8 +171,7 @@ def read_inputs(args: argparse.Namespace) -> "tuple[dict[str, SourceConfig], str
 
 def _data(args: argparse.Namespace, sources: "dict[str, SourceConfig]", plan: "Blueprint") -> "DataConfig":
     """The inputs as batches of the run's form."""
-    from data_pipelines.examples import ExampleConfig
-    from data_pipelines.loader import DataConfig
+    from data_pipelines.config import DataConfig, ExampleConfig
     from mplug2_jax.parallel.placement import batch_shards
 
     config, shards = plan.config, batch_shards(plan.mesh)

@@ -3,9 +3,12 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mplug2_jax.cli.common import add_command, results_table, sample_lines
+
+if TYPE_CHECKING:
+    from mplug2_jax.training.config import RunConfig
 
 
 def add_parser(commands: Any) -> None:
@@ -30,7 +33,6 @@ def chosen(recipe: str | None, plan: Path | None, overrides: Sequence[str]) -> t
         UserError: neither, or both.
     """
     from mplug2_jax.errors import UserError
-    from mplug2_jax.planning.plan_file import read_plan
 
     if plan is None:
         if recipe is None:
@@ -38,6 +40,8 @@ def chosen(recipe: str | None, plan: Path | None, overrides: Sequence[str]) -> t
         return recipe, list(overrides)
     if recipe is not None:
         raise UserError(f"--config {recipe} with --plan {plan}: the plan says it already; give one or the other")
+    from mplug2_jax.planning.plan_file import read_plan
+
     planned = read_plan(plan)
     return planned.config, [*planned.overrides, *overrides]
 
@@ -45,18 +49,24 @@ def chosen(recipe: str | None, plan: Path | None, overrides: Sequence[str]) -> t
 def run(args: argparse.Namespace) -> int:
     """Trains, prints the evaluations and writes the report."""
     from mplug2_jax.config import build, load_recipe
-    from mplug2_jax.parallel.processes import is_first, join
-    from mplug2_jax.report import write_report
     from mplug2_jax.training.config import RunConfig
-    from mplug2_jax.training.loop import train
 
     recipe, overrides = chosen(args.config, args.plan, args.overrides)
+    # What is wrong with a config is said before JAX is imported and other processes are waited for.
+    return _train(build(RunConfig, load_recipe(recipe, overrides)), args.workdir)
+
+
+def _train(config: "RunConfig", workdir: Path) -> int:
+    from mplug2_jax.parallel.processes import is_first, join
+    from mplug2_jax.training.loop import train
+
     join()
-    config = build(RunConfig, load_recipe(recipe, overrides))
-    results = train(config, args.workdir)
+    results = train(config, workdir)
     if not is_first():
         return 0
+    from mplug2_jax.report import write_report
+
     if results:
         print(f"\n{results_table(results)}\n\n{sample_lines(results)}\n")
-    print(f"report: {write_report(args.workdir)}")
+    print(f"report: {write_report(workdir)}")
     return 0

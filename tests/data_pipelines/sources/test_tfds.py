@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_pipelines.config import SourceConfig, VisualConfig
 from data_pipelines.errors import DataError
 from data_pipelines.record import Entailment, Question, Record
-from data_pipelines.sources.config import SourceConfig
-from data_pipelines.visual import VisualConfig, load_visual
+from data_pipelines.sources.formats import open_source
+from data_pipelines.visual import load_visual
 
 pytest.importorskip("tensorflow_datasets")
 
@@ -28,7 +29,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def opened(folder: Path, kind: str = "image", split: str = "train"):
-    return SourceConfig(format="tfds", path=str(folder / "1.0.0"), split=split, kind=kind).open(VISUAL)
+    return open_source(SourceConfig(format="tfds", path=str(folder / "1.0.0"), split=split, kind=kind), VISUAL)
 
 
 def test_pictures_with_classes(prepared: Path) -> None:
