@@ -153,7 +153,6 @@ def test_data(repository: Path, world: Path) -> None:
     assert len(pages) >= 13
     for words in pages:
         if any(word.startswith("tfds:") for word in words):
-            pytest.importorskip("tensorflow_datasets", reason="tensorflow-datasets is not installed here")
             from tests.data_pipelines.sources import tfds_builders
 
             tfds_builders.Digits(data_dir=world / "tfds", file_format="array_record").download_and_prepare()

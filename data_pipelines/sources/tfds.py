@@ -32,7 +32,9 @@ class TfdsSource:
         try:
             import tensorflow_datasets as tfds
         except ImportError as error:
-            raise DataError(f"format 'tfds' needs tensorflow-datasets ({error}); install 'mplug2-jax[tfds]'") from error
+            raise DataError(
+                f"format 'tfds' needs tensorflow-datasets ({error}): pip install tensorflow-datasets"
+            ) from error
         try:
             builder = tfds.builder_from_directory(path)
         except Exception as error:  # it raises its own, OSError and ValueError for what is missing or damaged

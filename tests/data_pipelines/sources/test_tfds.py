@@ -13,15 +13,13 @@ from data_pipelines.record import Entailment, Question, Record
 from data_pipelines.sources.formats import open_source
 from data_pipelines.visual import load_visual
 
-pytest.importorskip("tensorflow_datasets")
+from . import tfds_builders as builders
 
 VISUAL = VisualConfig(image_size=8, num_frames=1)
 
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from . import tfds_builders as builders
-
     folder = tmp_path_factory.mktemp("tfds")
     for builder in (builders.Digits, builders.CocoCaptions, builders.Mnli, builders.Sst2, builders.Xsum):
         builder(data_dir=folder, file_format="array_record").download_and_prepare()
@@ -72,5 +70,5 @@ def test_a_damaged_example(prepared: Path, tmp_path: Path) -> None:
 
 def test_without_tfds(monkeypatch: pytest.MonkeyPatch, prepared: Path) -> None:
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
-    with pytest.raises(DataError, match=r"needs tensorflow-datasets .*; install 'mplug2-jax\[tfds\]'"):
+    with pytest.raises(DataError, match=r"needs tensorflow-datasets \(.*\): pip install tensorflow-datasets"):
         opened(prepared / "digits")
