@@ -23,7 +23,8 @@ def add_parsers(kinds: Any) -> None:
     """Adds the sub-commands."""
     show = add_command(
         kinds, "show", run_show, config=True,
-        what="Write the batch that a step of a recipe sees as a contact sheet, a picture and a page.",
+        summary="Write the batch that a step of a recipe sees as a contact sheet",
+        details="The sheet is a picture and a page.",
         example="mplug2 data show demo --stream video_text --step 7 --out runs/sheets",
     )  # fmt: skip
     show.add_argument("recipe", metavar="RECIPE", help="a file, or the name of a shipped recipe")
@@ -32,14 +33,16 @@ def add_parsers(kinds: Any) -> None:
     show.add_argument("--out", type=Path, default=Path(), metavar="DIR", help="folder to write into (default: here)")
     check = add_command(
         kinds, "validate", run_validate, config=True,
-        what="Read data through as training would, and say what of it would be lost; status 1 if anything would.",
+        summary="Read data as training would, and say what of it would be lost",
+        details="Exit status 1: something would be lost.",
         example="mplug2 data validate webdataset:shards/{00000..00127}.tar --kind image",
     )  # fmt: skip
     check.add_argument("spec", metavar="SPEC", help="FORMAT:PATH, or a recipe, whose streams are read")
     _add_source(check)
     convert = add_command(
         kinds, "convert", run_convert,
-        what="Write any source as ArrayRecord shards; run again, it goes on where it was stopped.",
+        summary="Convert any source to ArrayRecord shards",
+        details="Run it again to resume where it was stopped.",
         example="mplug2 data convert webdataset:shards --kind image --shards 64 --out records",
     )  # fmt: skip
     convert.add_argument("spec", metavar="FORMAT:PATH", help="what to convert")
@@ -49,7 +52,8 @@ def add_parsers(kinds: Any) -> None:
     convert.add_argument("--workers", type=int, default=2, help="files written at a time (default: %(default)s)")
     chunk = add_command(
         kinds, "chunk", run_chunk,
-        what="Cut text files into records of a fixed number of tokens, for the stream of text.",
+        summary="Cut text files into records of a fixed number of tokens",
+        details="They are for the stream of text.",
         example="mplug2 data chunk wiki.txt --tokenizer vocab.txt --length 512 --out wiki.array_record",
     )  # fmt: skip
     chunk.add_argument("texts", nargs="+", type=Path, metavar="FILE", help="text files in UTF-8")

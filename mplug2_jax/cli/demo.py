@@ -18,9 +18,10 @@ def add_parser(commands: Any) -> None:
     """Adds the command."""
     parser = add_command(
         commands, "demo", run, config=True,
-        what="tasks: fine-tune a model that the demo has pretrained on each task of DigitWorld, and print the board: "
-        "what it could before, what it can after, and what chance or a constant gets. Pretrains it first if need be; "
-        "goes on where it was ended. About half an hour of two CPU cores.",
+        summary="Fine-tune the demo's model on each task of DigitWorld, and print their scores",
+        details="Compares what the pretrained model can do before, what it can do after, and what chance or a constant "
+        "answer gets. Pretrains the model first if need be, and resumes where it was stopped. "
+        "Takes about half an hour on two CPU cores.",
         example="mplug2 demo tasks --only grounding --only action",
     )  # fmt: skip
     parser.add_argument("what", choices=("tasks",), help="what to show")

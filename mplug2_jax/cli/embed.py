@@ -29,7 +29,8 @@ def add_parser(commands: Any) -> None:
     """Adds the command."""
     parser = add_command(
         commands, "embed", run, config=True,
-        what="Write features of images, videos or texts to files; run again, it goes on where it was stopped.",
+        summary="Write features of images, videos or texts to files",
+        details="Run it again to resume where it was stopped.",
         example="mplug2 embed --workdir runs/demo pictures --out features --feature contrastive",
     )  # fmt: skip
     add_run(parser)

@@ -33,7 +33,8 @@ def add_parser(commands: Any) -> None:
     """Adds the command."""
     parser = add_command(
         commands, "generate", run, config=True,
-        what="Answer an instruction about images or videos, or the instructions that text files hold.",
+        summary="Answer an instruction about images or videos",
+        details="A text file holds an instruction of its own, or the text that the instruction is about.",
         example='mplug2 generate --workdir runs/demo clip.mp4 --instruction "which way does the red digit move?"',
     )  # fmt: skip
     add_run(parser)

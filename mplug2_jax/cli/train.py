@@ -15,8 +15,9 @@ def add_parser(commands: Any) -> None:
     """Adds the command."""
     parser = add_command(
         commands, "train", run, config=True,
-        what="Train a recipe, or go on where its work directory ends; every field of the recipe can be overridden. "
-        "Exit status 75: told to end (SIGTERM), and saved; 79: stood still. Start it again after both.",
+        summary="Train a recipe, or resume it where its work directory ends",
+        details="Every field of the recipe can be overridden: --config.model.width=192. Exit status 75: told to stop "
+        "(SIGTERM), with everything saved; 79: the run stood still. Start it again after either.",
         example="mplug2 train --config configs/demo.py --config.steps=50 --workdir runs/short",
     )  # fmt: skip
     parser.add_argument("--config", help="recipe: a file, or the name of a shipped one; FILE:ARG passes ARG")
