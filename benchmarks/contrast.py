@@ -18,7 +18,8 @@ import jax.numpy as jnp
 
 from mplug2_jax.objectives.vlc import contrastive_loss
 from mplug2_jax.parallel.chips import parse_topology
-from mplug2_jax.parallel.mesh import MeshConfig, make_mesh
+from mplug2_jax.parallel.config import MeshConfig
+from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.parallel.placement import batch_sharding
 from mplug2_jax.planning.programs import devices_of
 

@@ -29,15 +29,13 @@ import av
 import numpy as np
 from PIL import Image
 
-from data_pipelines.examples import ExampleConfig
+from data_pipelines.config import DataConfig, ExampleConfig, SourceConfig, VisualConfig
 from data_pipelines.frames import middle_indices
-from data_pipelines.loader import DataConfig, Stream
+from data_pipelines.loader import Stream
 from data_pipelines.media import write_video
 from data_pipelines.sources import tar_index
-from data_pipelines.sources.config import SourceConfig
 from data_pipelines.tokenizers import SPECIAL_TOKENS, WordPieceTokenizer
 from data_pipelines.transforms import random_window
-from data_pipelines.visual import VisualConfig
 
 SIZE, BATCH = 224, 16
 TOKENIZER = WordPieceTokenizer([*SPECIAL_TOKENS, "a", "picture"])

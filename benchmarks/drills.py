@@ -23,16 +23,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_pipelines.examples import ExampleConfig
-from data_pipelines.loader import DataConfig
-from data_pipelines.sources.config import SourceConfig
+from data_pipelines.config import DataConfig, ExampleConfig, SourceConfig
 from mplug2_jax.cli.common import table
 from mplug2_jax.config import defaults_of
 from mplug2_jax.launch.local import free_port, process_environment
 from mplug2_jax.model.config import model_config
-from mplug2_jax.training.config import CheckpointConfig, RunConfig, StreamConfig, TokenizerConfig
-from mplug2_jax.training.optimizer import AdamWConfig
-from mplug2_jax.training.schedule import ScheduleConfig
+from mplug2_jax.training.config import (
+    AdamWConfig,
+    CheckpointConfig,
+    RunConfig,
+    ScheduleConfig,
+    StreamConfig,
+    TokenizerConfig,
+)
 from mplug2_jax.training.telemetry import read_metrics, read_steps
 from mplug2_jax.training.workdir import make_tokenizer
 

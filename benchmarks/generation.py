@@ -16,7 +16,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import jax.numpy as jnp
 
-from mplug2_jax.generation.beam import SearchConfig
+from mplug2_jax.generation.config import SearchConfig
 from mplug2_jax.generation.decode import generate
 from mplug2_jax.model.config import SpecialTokens, model_config
 from mplug2_jax.model.mplug2 import define

@@ -23,11 +23,10 @@ import jax
 from mplug2_jax.config import build, load_recipe
 from mplug2_jax.model.config import RematConfig
 from mplug2_jax.parallel.chips import parse_topology
-from mplug2_jax.parallel.mesh import MeshConfig
+from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.planning.programs import training_program
 from mplug2_jax.planning.traffic import Collective, collectives
-from mplug2_jax.training.config import RunConfig
-from mplug2_jax.training.optimizer import AdamWConfig
+from mplug2_jax.training.config import AdamWConfig, RunConfig
 
 GIB = 2**30
 _TOPOLOGIES = {8: "v5p:2x2x2", 16: "v5p:2x2x4", 32: "v5p:2x4x4", 64: "v5p:4x4x4"}  # by the number of chips

@@ -23,12 +23,12 @@ if "XLA_FLAGS" not in os.environ:  # compiling is nearly all the time there is
 import jax
 import numpy as np
 
+from data_pipelines.config import VisualConfig
 from data_pipelines.digitworld import vocabulary_texts
 from data_pipelines.tokenizers import train_wordpiece
-from data_pipelines.visual import VisualConfig
 from mplug2_jax.config import build, load_recipe
-from mplug2_jax.parallel.logical import MESH_AXES
-from mplug2_jax.parallel.mesh import MeshConfig, make_mesh
+from mplug2_jax.parallel.config import MESH_AXES, MeshConfig
+from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.parallel.placement import put_batch
 from mplug2_jax.training.config import RunConfig, StreamConfig
 from mplug2_jax.training.loop import open_streams

@@ -20,11 +20,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import numpy as np
 
-from data_pipelines.examples import ExampleConfig, InstructionConfig
-from data_pipelines.loader import DataConfig
-from data_pipelines.sources.config import SourceConfig
+from data_pipelines.config import DataConfig, ExampleConfig, InstructionConfig, SourceConfig
 from mplug2_jax.model.config import SpecialTokens, model_config
-from mplug2_jax.parallel.mesh import MeshConfig, make_mesh
+from mplug2_jax.parallel.config import MeshConfig
+from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.parallel.placement import put_batch, replicated
 from mplug2_jax.training.config import FaultConfig, RunConfig, StreamConfig
 from mplug2_jax.training.digests import digests

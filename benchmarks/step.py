@@ -18,12 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from data_pipelines.examples import ExampleConfig, InstructionConfig
-from data_pipelines.loader import DataConfig
-from data_pipelines.sources.config import SourceConfig
-from data_pipelines.visual import VisualConfig
+from data_pipelines.config import DataConfig, ExampleConfig, InstructionConfig, SourceConfig, VisualConfig
 from mplug2_jax.model.config import SpecialTokens, model_config
-from mplug2_jax.parallel.mesh import MeshConfig, make_mesh
+from mplug2_jax.parallel.config import MeshConfig
+from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.parallel.placement import put_batch
 from mplug2_jax.training.config import RunConfig, StreamConfig
 from mplug2_jax.training.flops import training_flops

@@ -23,12 +23,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from mplug2_jax.generation.beam import Found, SearchConfig, beam_search
+from mplug2_jax.generation.beam import Found, beam_search
+from mplug2_jax.generation.config import SearchConfig
 from mplug2_jax.generation.decode import generate
 from mplug2_jax.model.config import SpecialTokens, model_config
 from mplug2_jax.model.decoder import Decoder, kept_rows
 from mplug2_jax.model.mplug2 import define
-from mplug2_jax.parallel.mesh import MeshConfig, make_mesh
+from mplug2_jax.parallel.config import MeshConfig
+from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.parallel.placement import batch_sharding, place_parameters
 
 TOKENS = SpecialTokens(end=-1)  # none is the end

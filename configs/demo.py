@@ -7,17 +7,20 @@ one sentence follows from another (ILM).
 
 from ml_collections import ConfigDict
 
-from data_pipelines.examples import ExampleConfig, InstructionConfig
-from data_pipelines.loader import DataConfig
-from data_pipelines.sources.config import SourceConfig
+from data_pipelines.config import DataConfig, ExampleConfig, InstructionConfig, SourceConfig
 from mplug2_jax.config import as_recipe
-from mplug2_jax.evaluation.loop import EvaluationConfig
-from mplug2_jax.generation.beam import SearchConfig
+from mplug2_jax.evaluation.config import EvaluationConfig
+from mplug2_jax.generation.config import SearchConfig
 from mplug2_jax.model.config import model_config
-from mplug2_jax.tasks.base import TaskSettings
-from mplug2_jax.training.config import CheckpointConfig, RunConfig, StreamConfig, TokenizerConfig
-from mplug2_jax.training.optimizer import AdamWConfig
-from mplug2_jax.training.schedule import ScheduleConfig
+from mplug2_jax.tasks.config import TaskSettings
+from mplug2_jax.training.config import (
+    AdamWConfig,
+    CheckpointConfig,
+    RunConfig,
+    ScheduleConfig,
+    StreamConfig,
+    TokenizerConfig,
+)
 
 LENGTHS = {"text_length": 24, "instruction_length": 12, "target_length": 24}
 

@@ -10,18 +10,19 @@ DigitWorld stands in for the corpora, so that the recipe runs anywhere. With fil
 
 from ml_collections import ConfigDict
 
-from data_pipelines.examples import ExampleConfig, InstructionConfig
-from data_pipelines.loader import DataConfig
-from data_pipelines.record import Kind
-from data_pipelines.sources.config import SourceConfig
-from data_pipelines.visual import VisualConfig
+from data_pipelines.config import DataConfig, ExampleConfig, InstructionConfig, Kind, SourceConfig, VisualConfig
 from mplug2_jax.config import as_recipe
 from mplug2_jax.errors import UserError, did_you_mean
 from mplug2_jax.model.config import SIZES, RematConfig, model_config
-from mplug2_jax.parallel.mesh import MeshConfig
-from mplug2_jax.training.config import CheckpointConfig, RunConfig, StreamConfig, TokenizerConfig
-from mplug2_jax.training.optimizer import AdamWConfig
-from mplug2_jax.training.schedule import ScheduleConfig
+from mplug2_jax.parallel.config import MeshConfig
+from mplug2_jax.training.config import (
+    AdamWConfig,
+    CheckpointConfig,
+    RunConfig,
+    ScheduleConfig,
+    StreamConfig,
+    TokenizerConfig,
+)
 
 # Pictures, clips and texts a step, of which as many are one chip's.
 BATCHES = {"tiny": (16, 8, 16), "base": (8192, 2048, 4096), "large": (16384, 4096, 8192)}

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageEnhance, ImageOps
 
-MAX_MAGNITUDE = 10
+from data_pipelines.config import MAX_MAGNITUDE
 
 Clip = UInt8[np.ndarray, "t y x 3"]
 Change = Callable[[Image.Image], Image.Image]

@@ -8,12 +8,17 @@ import difflib
 import hashlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
 from numpy.typing import NDArray
 
+from data_pipelines.config import (
+    ExampleConfig,
+    InstructionConfig,  # noqa: F401  recipes written before data_pipelines.config import it from here
+    InstructionKind,
+)
 from data_pipelines.errors import DataError
 from data_pipelines.record import Box, Record
 from data_pipelines.text import (
@@ -29,115 +34,7 @@ from data_pipelines.text import (
 from data_pipelines.tokenizers import Tokenizer, WordPieceTokenizer, fingerprint
 from data_pipelines.visual import Visual
 
-InstructionKind = Literal["caption", "question", "label", "box", "entailment"]
 BOX_BINS = 32
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class InstructionConfig:
-    """One kind of instruction: how often, and in which words. Braces take the record's own words.
-
-    ``{question}`` (question), ``{expression}`` (box), ``{premise}`` and ``{hypothesis}`` (entailment), ``{text}`` and
-    ``{other}`` (label of a text, or of two).
-    """
-
-    templates: tuple[str, ...]
-    weight: float = 1.0
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ExampleConfig:
-    """What an example holds. Lengths are in tokens, specials included; 0 leaves the field out.
-
-    ``form="released"`` writes texts as the release's data code does: punctuation dropped, instructions without a
-    closing ``[SEP]``, truncation that cuts it off captions, and captions glued to ``prompt`` without a space, whose
-    first pieces are no targets. It needs BERT's word pieces.
-
-    With ``references`` examples bring so many of their captions, as targets, to measure others by; where a record has
-    more, they are drawn anew in every epoch.
-
-    With ``classes`` examples have a ``label``: the place of their answer among them. Where these are numbers, as
-    degrees of likeness, an answer that is a number is of the class that is nearest.
-    """
-
-    text: Literal["caption", "sentence"] = "caption"
-    text_length: int = 0
-    word_starts: bool = False  # marks the first piece of each word of ``text``, for whole-word masking
-    instructions: Mapping[InstructionKind, InstructionConfig] = dataclasses.field(default_factory=dict)
-    instruction_length: int = 0
-    target_length: int = 0
-    references: int = 0
-    form: Literal["standard", "released"] = "standard"
-    prompt: str = ""  # released captions begin with it
-    question_words: int = 30  # released questions are cut to so many words, before they are cut to tokens
-    classes: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        """Checks that what is asked for has room and a meaning.
-
-        Raises:
-            DataError: instructions without words, without weight or without a length for their answers, a prompt that
-                nothing reads, references of what has no captions, or classes twice or of what has none.
-        """
-        for kind, instruction in self.instructions.items():
-            if not instruction.templates or instruction.weight < 0:
-                raise DataError(
-                    f"instructions.{kind} has {len(instruction.templates)} templates and weight {instruction.weight}; "
-                    "expected at least one template, and a weight of at least 0"
-                )
-        if self.instructions and not any(instruction.weight for instruction in self.instructions.values()):
-            raise DataError(f"the instructions {', '.join(self.instructions)} all have weight 0; expected one above 0")
-        if self.instructions and not self.target_length and not self.classes:
-            raise DataError("an example with instructions needs target_length, the room for their answers, or classes")
-        captioned = set(self.instructions) == {"caption"} and self.target_length
-        if self.references < 0 or (self.references and not captioned):
-            raise DataError(
-                f"references={self.references} are a number of captions: set instructions to 'caption' alone, with "
-                "target_length"
-            )
-        if self.classes and not self.instructions:
-            raise DataError("classes need instructions: 'label', or 'entailment', with their templates")
-        if self.classes and not set(self.instructions) <= {"label", "entailment"}:
-            raise DataError(
-                f"classes are of labels and entailments, but the instructions are {', '.join(self.instructions)}"
-            )
-        if len(set(self.classes)) < len(self.classes):
-            raise DataError(f"classes: {len(self.classes)} names, of which only {len(set(self.classes))} differ")
-        if self.prompt and self.form == "standard":
-            raise DataError(f"prompt={self.prompt!r} is for form='released'; elsewhere write it into the templates")
-
-    def shapes(self) -> dict[str, tuple[tuple[int, ...], type[np.generic]]]:
-        """Shape and type of every array that :func:`make_example` makes, frames left out."""
-        made: dict[str, tuple[tuple[int, ...], type[np.generic]]] = {"example_id": ((), np.int64)}
-        if self.text_length:
-            made |= {"text": ((self.text_length,), np.int32), "text_mask": ((self.text_length,), np.bool_)}
-            if self.word_starts:
-                made["word_starts"] = ((self.text_length,), np.bool_)
-        if self.instructions and self.instruction_length:
-            asked = (self.instruction_length,)
-            made |= {"instruction": (asked, np.int32), "instruction_mask": (asked, np.bool_)}
-        if self.instructions and self.target_length:
-            told = (self.target_length,)
-            made |= {"target": (told, np.int32), "target_weights": (told, np.float32)}
-        if self.references:
-            made["references"] = ((self.references, self.target_length), np.int32)
-        if self.classes:
-            made["label"] = ((), np.int32)
-        if self.has_boxes:
-            made["box"] = ((4,), np.float32)
-        return made
-
-    @property
-    def has_boxes(self) -> bool:
-        """Whether every example is of a box."""
-        return set(self.instructions) == {"box"}
-
-    def reader(self, tokenizer: Tokenizer) -> Callable[[Sequence[int]], str]:
-        """What turns generated ids into words; in the released form what follows the prompt."""
-        if self.form == "standard":
-            return tokenizer.decode
-        wordpieces = _wordpieces(tokenizer)
-        return lambda ids: release_read_caption(release_decode(wordpieces, ids), self.prompt)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -325,6 +222,14 @@ def _wordpieces(tokenizer: Tokenizer) -> WordPieceTokenizer:
             "set tokenizer.kind='wordpiece'"
         )
     return tokenizer
+
+
+def reader_of(config: ExampleConfig, tokenizer: Tokenizer) -> Callable[[Sequence[int]], str]:
+    """What turns generated ids into words; in the released form what follows the prompt."""
+    if config.form == "standard":
+        return tokenizer.decode
+    wordpieces = _wordpieces(tokenizer)
+    return lambda ids: release_read_caption(release_decode(wordpieces, ids), config.prompt)
 
 
 def _text_ids(text: str, config: ExampleConfig, tokenizer: Tokenizer) -> list[int]:

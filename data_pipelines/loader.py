@@ -14,81 +14,20 @@ import numpy as np
 from jaxtyping import Int
 from numpy.typing import NDArray
 
+from data_pipelines.config import DataConfig
 from data_pipelines.errors import DataError
-from data_pipelines.examples import Example, ExampleConfig, make_example, reference_ids
+from data_pipelines.examples import Example, make_example, reference_ids
 from data_pipelines.faults import Fault
 from data_pipelines.order import WHOLE, Pick, Rows, Shard, endless_order
-from data_pipelines.record import Kind, Record, Source
-from data_pipelines.sources.config import SourceConfig
+from data_pipelines.record import Record, Source
+from data_pipelines.sources.formats import open_source
 from data_pipelines.tokenizers import Tokenizer
-from data_pipelines.visual import Visual, VisualConfig, load_visual
+from data_pipelines.visual import Visual, load_visual
 
 HostBatch = dict[str, NDArray[Any]]
 
 NEAR, FAR = 16, 16
 """Records tried in place of an unusable one before its source is given up: its neighbours, then some all over it."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """A stream of batches: records, what becomes of them, and how many at a time over all hosts."""
-
-    sources: Mapping[str, SourceConfig]
-    temperature: float | None = None  # shares are weight * records ** (1 / temperature); None: the weights alone
-    visual: VisualConfig = VisualConfig()
-    examples: ExampleConfig
-    batch_size: int
-    drop_remainder: bool = False  # an epoch's last records that fill no batch; else a batch may span two epochs
-    max_skipped: float = 0.01  # share of a source's records that may be unusable before the run stops
-    threads: int = 2
-    prefetch: int = 64  # examples that a host holds ready
-
-    def __post_init__(self) -> None:
-        """Checks that the sources make one stream.
-
-        Raises:
-            DataError: no sources, sources of several kinds, shares or settings out of range.
-        """
-        kinds = {source.kind for source in self.sources.values()}
-        if len(kinds) != 1:
-            found = ", ".join(f"{name} ({source.kind})" for name, source in self.sources.items()) or "none"
-            raise DataError(f"a stream needs sources of one kind, found {found}; give each kind a stream of its own")
-        for name, source in self.sources.items():
-            if not 0 < source.weight < float("inf"):
-                raise DataError(
-                    f"sources.{name}.weight={source.weight} should be above 0; leave the source out instead"
-                )
-        if self.temperature is not None and not self.temperature > 0:
-            raise DataError(f"temperature={self.temperature} should be above 0, or none for the weights alone")
-        if not 0 <= self.max_skipped <= 1:
-            raise DataError(f"max_skipped={self.max_skipped} is a share, expected 0 to 1")
-        drawn = all(source.format == "digitworld" for source in self.sources.values())
-        if "box" in self.examples.instructions and not (
-            self.visual.transform in ("resize", "released_test") or (drawn and self.visual.transform == "test")
-        ):
-            raise DataError(
-                f"instructions.box with visual.transform='{self.visual.transform}': boxes do not follow what is "
-                "cropped or turned; use 'resize' or 'released_test'"
-            )
-        if self.visual.clips > 1 and self.kind != "video":
-            raise DataError(f"visual.clips={self.visual.clips} is of videos, and the sources are of kind {self.kind}")
-        if self.visual.crops > 1 and self.kind == "text":
-            raise DataError(f"visual.crops={self.visual.crops}, but texts are not seen: leave it out")
-        if self.drop_remainder and len(self.sources) > 1:
-            raise DataError("drop_remainder needs a single source: the epochs of a mixture end at different times")
-
-    @property
-    def kind(self) -> Kind:
-        """What the records are taken for."""
-        return next(iter(self.sources.values())).kind
-
-    def shapes(self) -> dict[str, tuple[tuple[int, ...], type[np.generic]]]:
-        """Shape and type of every array of a whole batch of training, known before there are any records."""
-        made = self.examples.shapes()
-        if self.kind != "text":
-            side = self.visual.image_size
-            made["frames"] = ((1 if self.kind == "image" else self.visual.num_frames, side, side, 3), np.uint8)
-        return {key: ((self.batch_size, *shape), dtype) for key, (shape, dtype) in made.items()}
 
 
 class Made(NamedTuple):
@@ -123,7 +62,7 @@ class _Maker:
             visual = dataclasses.replace(visual, num_frames=1)
         # What draws its clips draws all frames that they are chosen from.
         drawn = dataclasses.replace(visual, num_frames=visual.num_frames * visual.clips)
-        self.sources: Mapping[str, Source] = {key: source.open(drawn) for key, source in config.sources.items()}
+        self.sources: Mapping[str, Source] = {key: open_source(source, drawn) for key, source in config.sources.items()}
         self._config, self._visual, self._tokenizer, self._name, self._seed = config, visual, tokenizer, name, seed
 
     def make(self, pick: Pick, view: int = 0) -> Example:

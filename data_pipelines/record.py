@@ -8,7 +8,6 @@ from jaxtyping import UInt8
 
 from data_pipelines.media import Media
 
-Kind = Literal["image", "video", "text"]
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1 in 0..1 of the frame, x to the right, y down
 
 

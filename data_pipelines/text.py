@@ -11,9 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Bool, Int
 
+from data_pipelines.config import RELEASE_PROMPT
 from data_pipelines.tokenizers import SPECIAL_TOKENS, WordPieceTokenizer, join_wordpieces
-
-RELEASE_PROMPT = "a video of"
 
 _DROPPED = re.compile(r"[,.'!?\"()*#:;~]")
 _SPECIAL = re.compile("(" + "|".join(re.escape(token) for token in SPECIAL_TOKENS) + ")")

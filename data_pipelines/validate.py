@@ -11,13 +11,14 @@ import av
 import grain
 import numpy as np
 
+from data_pipelines.config import ExampleConfig, VisualConfig
 from data_pipelines.errors import DataError
-from data_pipelines.examples import ExampleConfig, check_record, example_id
+from data_pipelines.examples import check_record, example_id
 from data_pipelines.faults import Fault
 from data_pipelines.media import Media
 from data_pipelines.record import Record, Source
 from data_pipelines.sources.files import is_url, read_bytes
-from data_pipelines.visual import VisualConfig, load_visual
+from data_pipelines.visual import load_visual
 
 MAX_FAULTS = 1000
 """Of one source that are kept; further ones are counted."""

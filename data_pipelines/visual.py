@@ -1,88 +1,17 @@
 """From an encoded picture or video, or frames that are pixels already, to the frames of a batch."""
 
 import dataclasses
-from typing import Literal
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from data_pipelines import augment, transforms
-from data_pipelines.errors import DataError
+from data_pipelines.config import VisualConfig
 from data_pipelines.frames import fps_indices, middle_indices, random_indices
 from data_pipelines.image import open_image
 from data_pipelines.media import Media
 from data_pipelines.transforms import Window
 from data_pipelines.video import read_video
-
-Transform = Literal["test", "resize", "train", "released_test", "released_train", "released_pretrain"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class VisualConfig:
-    """Which frames of a clip are taken, and how they become squares of ``image_size`` pixels.
-
-    Ours, antialiased:
-
-    - ``test``: the square in the middle.
-    - ``resize``: all of the picture, whatever its aspect.
-    - ``train``: a random part; perhaps flipped, by even chance as everywhere; RandAugment. The last four fields are
-      its own.
-
-    The release's, exactly:
-
-    - ``released_test``: all of the picture, by the nearest pixel.
-    - ``released_train``: of fine-tuning. A random part of 50 to 100 %, bicubic without antialiasing, what overshoots
-      wrapped round; perhaps flipped; two operations.
-    - ``released_pretrain``: of pretraining. Pictures: a random part of 20 to 100 %, antialiased; perhaps flipped;
-      up to two operations. Videos: all of the picture by the nearest pixel, 1.14 times as large; two operations, of
-      which a flip may be one; a random square.
-
-    An evaluation may look at each example several times: at ``clips`` choices of a video's frames, evenly spread, and
-    at ``crops`` squares of each, left to right or top to bottom.
-    """
-
-    image_size: int = 32
-    num_frames: int = 4
-    sampling: Literal["middle", "random", "fps"] = "middle"
-    fps: float = 2.0  # frames per second for sampling="fps", from the middle of the clip
-    clips: int = 1
-    crops: int = 1  # 1: as the transform has it; 3: of transform="test"
-    transform: Transform = "test"
-    min_area: float = 0.5  # least share of a picture that training sees
-    flip: bool = True  # False where left and right matter: text, digits, "moves to the left"
-    num_ops: int = 2  # operations of RandAugment, 0 for none
-    magnitude: float = 5.0  # how strong they are, 0 to 10
-
-    def __post_init__(self) -> None:
-        """Checks the ranges.
-
-        Raises:
-            DataError: a field is out of its range.
-        """
-        most = len(augment.OPERATIONS)
-        for field, valid, expected in (
-            ("image_size", self.image_size >= 1, "at least 1"),
-            ("num_frames", self.num_frames >= 1, "at least 1"),
-            ("fps", 0 < self.fps < float("inf"), "above 0"),
-            ("clips", self.clips >= 1, "at least 1"),
-            ("crops", self.crops in (1, 3), "1 or 3"),
-            ("min_area", 0 < self.min_area <= 1, "above 0 and at most 1"),
-            ("num_ops", 0 <= self.num_ops <= most, f"0 to {most}"),
-            ("magnitude", 0 <= self.magnitude <= augment.MAX_MAGNITUDE, f"0 to {augment.MAX_MAGNITUDE}"),
-        ):
-            if not valid:
-                raise DataError(f"visual.{field} is {getattr(self, field)}, expected {expected}")
-        if self.clips > 1 and self.sampling == "random":
-            raise DataError(f"visual.clips={self.clips} needs frames that are not drawn: sampling 'middle' or 'fps'")
-        if self.crops > 1 and self.transform != "test":
-            raise DataError(
-                f"visual.crops={self.crops} with visual.transform={self.transform!r}: several squares are cut by 'test'"
-            )
-
-    @property
-    def views(self) -> int:
-        """How often an evaluation looks at each example."""
-        return self.clips * self.crops
 
 
 @dataclasses.dataclass(frozen=True)

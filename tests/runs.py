@@ -5,18 +5,20 @@ import json
 from pathlib import Path
 from typing import Any
 
-from data_pipelines.examples import ExampleConfig, InstructionConfig
-from data_pipelines.loader import DataConfig
-from data_pipelines.sources.config import SourceConfig
-from data_pipelines.visual import VisualConfig
+from data_pipelines.config import DataConfig, ExampleConfig, InstructionConfig, SourceConfig, VisualConfig
 from mplug2_jax.config import defaults_of
-from mplug2_jax.evaluation.loop import EvaluationConfig
-from mplug2_jax.generation.beam import SearchConfig
+from mplug2_jax.evaluation.config import EvaluationConfig
+from mplug2_jax.generation.config import SearchConfig
 from mplug2_jax.model.config import ModelConfig, model_config
-from mplug2_jax.tasks.base import TaskSettings
-from mplug2_jax.training.config import CheckpointConfig, RunConfig, StreamConfig, TokenizerConfig
-from mplug2_jax.training.optimizer import AdamWConfig
-from mplug2_jax.training.schedule import ScheduleConfig
+from mplug2_jax.tasks.config import TaskSettings
+from mplug2_jax.training.config import (
+    AdamWConfig,
+    CheckpointConfig,
+    RunConfig,
+    ScheduleConfig,
+    StreamConfig,
+    TokenizerConfig,
+)
 from mplug2_jax.training.workdir import make_tokenizer
 
 QUESTION = {"question": InstructionConfig(templates=("{question}",))}

@@ -17,13 +17,13 @@ from typing import Any
 
 import pytest
 
+from data_pipelines.config import SourceConfig
 from data_pipelines.digitworld import vocabulary_texts
-from data_pipelines.sources.config import SourceConfig
 from data_pipelines.tokenizers import train_wordpiece
 from mplug2_jax.config import build, load_recipe
-from mplug2_jax.evaluation.loop import EvaluationConfig
+from mplug2_jax.evaluation.config import EvaluationConfig
 from mplug2_jax.model.config import model_config
-from mplug2_jax.parallel.mesh import MeshConfig
+from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.training.config import RunConfig
 from tests.cli.conftest import command
 from tests.data_pipelines.worlds import encoded, img2dataset, records
@@ -153,7 +153,6 @@ def test_data(repository: Path, world: Path) -> None:
     assert len(pages) >= 13
     for words in pages:
         if any(word.startswith("tfds:") for word in words):
-            pytest.importorskip("tensorflow_datasets", reason="tensorflow-datasets is not installed here")
             from tests.data_pipelines.sources import tfds_builders
 
             tfds_builders.Digits(data_dir=world / "tfds", file_format="array_record").download_and_prepare()

@@ -4,7 +4,8 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from mplug2_jax.parallel.mesh import MeshConfig, make_mesh
+from mplug2_jax.parallel.config import MeshConfig
+from mplug2_jax.parallel.mesh import make_mesh
 
 
 def topology_mesh(name: str, config: MeshConfig, slices: int = 1) -> Mesh:

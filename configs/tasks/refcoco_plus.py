@@ -6,7 +6,7 @@ picture's width and height), made of https://github.com/lichengunc/refer; the pi
 
 from ml_collections import ConfigDict
 
-from data_pipelines.sources.config import SourceConfig
+from data_pipelines.config import SourceConfig
 from mplug2_jax.recipes.base import Sets, files
 from mplug2_jax.recipes.grounding import grounding
 

@@ -6,12 +6,13 @@ from typing import SupportsIndex, TypeVar, get_args
 
 import numpy as np
 
+from data_pipelines.config import Kind
 from data_pipelines.digitworld import language
 from data_pipelines.digitworld.digits import Split
 from data_pipelines.digitworld.render import box_of, render
 from data_pipelines.digitworld.scene import DIGITS, DIRECTIONS, Scene, draw_scene
 from data_pipelines.errors import DataError
-from data_pipelines.record import Expression, Kind, Record
+from data_pipelines.record import Expression, Record
 
 Choice = TypeVar("Choice", bound=str)
 

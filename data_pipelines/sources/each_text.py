@@ -4,8 +4,9 @@ import dataclasses
 
 import numpy as np
 
+from data_pipelines.config import Kind
 from data_pipelines.errors import DataError
-from data_pipelines.record import Kind, Record, Source
+from data_pipelines.record import Record, Source
 
 
 class EachText:

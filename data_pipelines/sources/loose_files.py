@@ -2,9 +2,10 @@
 
 from pathlib import PurePosixPath
 
+from data_pipelines.config import Kind
 from data_pipelines.errors import DataError
 from data_pipelines.media import Media
-from data_pipelines.record import Kind, Record
+from data_pipelines.record import Record
 from data_pipelines.sources.files import file_system, is_url, media_kind, read_text
 
 

@@ -7,9 +7,10 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from data_pipelines.config import Kind
 from data_pipelines.errors import DataError
 from data_pipelines.media import Media
-from data_pipelines.record import Kind, Record
+from data_pipelines.record import Record
 from data_pipelines.sources.annotations import fields
 from data_pipelines.sources.annotations.rows import Row
 from data_pipelines.sources.annotations.source import Place
@@ -31,7 +32,9 @@ class TfdsSource:
         try:
             import tensorflow_datasets as tfds
         except ImportError as error:
-            raise DataError(f"format 'tfds' needs tensorflow-datasets ({error}); install 'mplug2-jax[tfds]'") from error
+            raise DataError(
+                f"format 'tfds' needs tensorflow-datasets ({error}): pip install tensorflow-datasets"
+            ) from error
         try:
             builder = tfds.builder_from_directory(path)
         except Exception as error:  # it raises its own, OSError and ValueError for what is missing or damaged

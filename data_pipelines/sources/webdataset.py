@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
+from data_pipelines.config import Kind
 from data_pipelines.errors import DataError
 from data_pipelines.media import Media
-from data_pipelines.record import Kind, Record
+from data_pipelines.record import Record
 from data_pipelines.sources.files import find_files, media_kind
 from data_pipelines.sources.tar_index import TarIndex
 

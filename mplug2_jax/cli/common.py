@@ -3,6 +3,7 @@
 import argparse
 import math
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,29 +17,47 @@ if TYPE_CHECKING:
     from mplug2_jax.training.state import Blueprint
 
 
-def add_group(commands: Any, name: str, *, what: str, example: str) -> Any:
+def add_group(commands: Any, name: str, *, summary: str, details: str = "", example: str) -> Any:
     """A command that only has sub-commands; they are added to what is returned."""
-    return _add_parser(commands, name, what, example).add_subparsers(
+    return _add_parser(commands, name, summary, details, example).add_subparsers(
         dest="subcommand", required=True, metavar="COMMAND"
     )
 
 
 def add_command(
-    commands: Any, name: str, run: Callable[[argparse.Namespace], int], *, what: str, example: str, config: bool = False
+    commands: Any,
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    *,
+    summary: str,
+    details: str = "",
+    example: str,
+    config: bool = False,
 ) -> argparse.ArgumentParser:
-    """A sub-parser with a description and an example; ``config`` lets ``--config.field=value`` through."""
-    added = _add_parser(commands, name, what, example)
+    """A sub-parser for a command.
+
+    Args:
+        commands: what it is added to.
+        name: of the command.
+        run: does it, and returns the exit status.
+        summary: what it does in a few words, for lists of commands and as the first line of its own help.
+        details: all else that its own help says.
+        example: one that works.
+        config: lets ``--config.field=value`` through.
+    """
+    added = _add_parser(commands, name, summary, details, example)
     added.set_defaults(run=run)
     if config:
         added.set_defaults(overrides=[])
     return added
 
 
-def _add_parser(commands: Any, name: str, what: str, example: str) -> argparse.ArgumentParser:
+def _add_parser(commands: Any, name: str, summary: str, details: str, example: str) -> argparse.ArgumentParser:
+    paragraphs = (textwrap.fill(line, 100) for line in details.splitlines())
     added: argparse.ArgumentParser = commands.add_parser(
         name,
-        help=what,
-        description=what,
+        help=summary,
+        description="\n".join([f"{summary}.", *([""] if details else []), *paragraphs]),
         epilog=f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

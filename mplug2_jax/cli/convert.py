@@ -15,13 +15,14 @@ def add_parser(commands: Any) -> None:
     """Adds the command with its sub-commands."""
     kinds = add_group(
         commands, "convert",
-        what="Carry weights between PyTorch and this stack, with proof.",
+        summary="Convert weights from and to PyTorch, with proof",
         example="mplug2 convert import ViT-L-14.pt bert-large-uncased/ --to runs/start",
     )  # fmt: skip
     weights.add_parsers(kinds)
     parity = add_command(
         kinds, "parity", run_parity,
-        what="Compute every number of a golden folder from the release's weights, and compare.",
+        summary="Compare our numbers with those of a golden folder",
+        details="Computes every number of the folder from the release's weights.",
         example="mplug2 convert parity ../shared/reference/goldens/c1_fc --summary",
     )  # fmt: skip
     parity.add_argument("folder", type=Path, metavar="DIR", help="golden folder: config.json, weights, inputs, outputs")

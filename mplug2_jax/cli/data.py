@@ -14,13 +14,14 @@ def add_parser(commands: Any) -> None:
     """Adds the command with its sub-commands."""
     kinds = add_group(
         commands, "data",
-        what="Look at, check and convert data; train tokenisers; write sample files.",
+        summary="Inspect, check and convert data; train tokenisers",
         example="mplug2 data show demo --stream video_text --step 7",
     )  # fmt: skip
     data_files.add_parsers(kinds)
     tokenizer = add_command(
         kinds, "tokenizer", run_tokenizer,
-        what="Train a WordPiece or SentencePiece tokeniser on lines of text, or on DigitWorld's texts.",
+        summary="Train a WordPiece or SentencePiece tokeniser",
+        details="Learns from lines of text, or from DigitWorld's texts.",
         example="mplug2 data tokenizer --kind sentencepiece --vocab-size 120 --out runs/pieces",
     )  # fmt: skip
     tokenizer.add_argument(
@@ -31,7 +32,7 @@ def add_parser(commands: Any) -> None:
     tokenizer.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder for the tokeniser")
     sample = add_command(
         kinds, "sample", run_sample,
-        what="Write held-out DigitWorld pictures or clips as files, with what is true of them.",
+        summary="Write held-out DigitWorld pictures or clips as files, with what is true of them",
         example="mplug2 data sample --kind video --count 2 --out runs/samples",
     )  # fmt: skip
     sample.add_argument("--kind", choices=("image", "video"), default="image")

@@ -10,10 +10,9 @@ from mplug2_jax.cli.common import add_command
 from mplug2_jax.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
-    from data_pipelines.examples import ExampleConfig
-    from data_pipelines.sources.config import SourceConfig
+    from data_pipelines.config import ExampleConfig, SourceConfig, VisualConfig
     from data_pipelines.validate import Findings
-    from data_pipelines.visual import VisualConfig
+    from mplug2_jax.training.config import RunConfig
 
 WORD_EDGES = (0, 1, 5, 10, 15, 20, 30, 50, 100, 500)
 SECOND_EDGES = (0, 1, 2, 5, 10, 30, 60, 300, 3600)
@@ -24,7 +23,8 @@ def add_parsers(kinds: Any) -> None:
     """Adds the sub-commands."""
     show = add_command(
         kinds, "show", run_show, config=True,
-        what="Write the batch that a step of a recipe sees as a contact sheet, a picture and a page.",
+        summary="Write the batch that a step of a recipe sees as a contact sheet",
+        details="The sheet is a picture and a page.",
         example="mplug2 data show demo --stream video_text --step 7 --out runs/sheets",
     )  # fmt: skip
     show.add_argument("recipe", metavar="RECIPE", help="a file, or the name of a shipped recipe")
@@ -33,14 +33,16 @@ def add_parsers(kinds: Any) -> None:
     show.add_argument("--out", type=Path, default=Path(), metavar="DIR", help="folder to write into (default: here)")
     check = add_command(
         kinds, "validate", run_validate, config=True,
-        what="Read data through as training would, and say what of it would be lost; status 1 if anything would.",
+        summary="Read data as training would, and say what of it would be lost",
+        details="Exit status 1: something would be lost.",
         example="mplug2 data validate webdataset:shards/{00000..00127}.tar --kind image",
     )  # fmt: skip
     check.add_argument("spec", metavar="SPEC", help="FORMAT:PATH, or a recipe, whose streams are read")
     _add_source(check)
     convert = add_command(
         kinds, "convert", run_convert,
-        what="Write any source as ArrayRecord shards; run again, it goes on where it was stopped.",
+        summary="Convert any source to ArrayRecord shards",
+        details="Run it again to resume where it was stopped.",
         example="mplug2 data convert webdataset:shards --kind image --shards 64 --out records",
     )  # fmt: skip
     convert.add_argument("spec", metavar="FORMAT:PATH", help="what to convert")
@@ -50,7 +52,8 @@ def add_parsers(kinds: Any) -> None:
     convert.add_argument("--workers", type=int, default=2, help="files written at a time (default: %(default)s)")
     chunk = add_command(
         kinds, "chunk", run_chunk,
-        what="Cut text files into records of a fixed number of tokens, for the stream of text.",
+        summary="Cut text files into records of a fixed number of tokens",
+        details="They are for the stream of text.",
         example="mplug2 data chunk wiki.txt --tokenizer vocab.txt --length 512 --out wiki.array_record",
     )  # fmt: skip
     chunk.add_argument("texts", nargs="+", type=Path, metavar="FILE", help="text files in UTF-8")
@@ -72,35 +75,39 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
 
 
 def _source(args: argparse.Namespace) -> "SourceConfig":
-    from data_pipelines.sources.config import parse_spec
+    from data_pipelines.sources.formats import parse_spec
 
     return parse_spec(args.spec, kind=args.kind, media=args.media, split=args.split, size=args.size)
 
 
 def run_show(args: argparse.Namespace) -> int:
     """Writes STREAM-stepN.html, and .png where there are pictures; never over existing files."""
-    from data_pipelines.loader import Stream
     from mplug2_jax.config import build, load_recipe
-    from mplug2_jax.report.sheet import write_sheet
     from mplug2_jax.training.config import RunConfig
-    from mplug2_jax.training.workdir import make_tokenizer
 
     if args.step < 1:
         raise UserError(f"--step {args.step} should be at least 1, the first step")
     config = build(RunConfig, load_recipe(args.recipe, args.overrides))
     if args.stream and args.stream not in config.streams:
         raise UserError(f"--stream {args.stream} is none of the recipe's: {did_you_mean(args.stream, config.streams)}")
-    tokenizer = make_tokenizer(config.tokenizer)
     for name in [args.stream] if args.stream else config.streams:
-        stream = Stream(config.streams[name].data, tokenizer, name=name, seed=config.seed)
-        for path in write_sheet(args.out / f"{name}-step{args.step}", name, args.step, stream.batch(args.step - 1)):
+        for path in _show(config, name, args.step, args.out):
             print(path)
     return 0
 
 
+def _show(config: "RunConfig", name: str, step: int, folder: Path) -> "list[Path]":
+    from data_pipelines.loader import Stream
+    from mplug2_jax.report.sheet import write_sheet
+    from mplug2_jax.training.workdir import make_tokenizer
+
+    stream = Stream(config.streams[name].data, make_tokenizer(config.tokenizer), name=name, seed=config.seed)
+    return write_sheet(folder / f"{name}-step{step}", name, step, stream.batch(step - 1))
+
+
 def run_validate(args: argparse.Namespace) -> int:
     """Prints what was found; status 1 if training would lose any of it."""
-    from data_pipelines.sources.config import FORMATS
+    from data_pipelines.sources.formats import FORMATS, open_source
     from data_pipelines.validate import validate
 
     lost = 0
@@ -108,7 +115,7 @@ def run_validate(args: argparse.Namespace) -> int:
     if args.overrides and not recipe:
         raise UserError(f"{args.overrides[0]} is for recipes, and {args.spec} is none; use --kind, --media, --split")
     for name, source, visual, examples in _recipe_sources(args) if recipe else _only(args):
-        found = validate(source.open(visual), visual, examples, name=name)
+        found = validate(open_source(source, visual), visual, examples, name=name)
         print(f"{name}\n{_findings(found)}")
         lost += sum(found.lost.values()) + (source.format == "array_record" and _changed_shards(source.path))
     return 1 if lost else 0
@@ -130,14 +137,14 @@ Checked = tuple[str, "SourceConfig", "VisualConfig", "ExampleConfig | None"]
 
 
 def _only(args: argparse.Namespace) -> Iterator[Checked]:
-    from data_pipelines.visual import VisualConfig
+    from data_pipelines.config import VisualConfig
 
     yield args.spec, _source(args), VisualConfig(), None
 
 
 def _recipe_sources(args: argparse.Namespace) -> Iterator[Checked]:
     """Every source of a recipe's streams, in their order."""
-    from data_pipelines.sources.config import parse_spec
+    from data_pipelines.sources.formats import parse_spec
     from mplug2_jax.config import build, find_recipe, load_recipe
     from mplug2_jax.training.config import RunConfig
 
@@ -184,16 +191,17 @@ def _findings(found: "Findings") -> str:
 
 def run_convert(args: argparse.Namespace) -> int:
     """Writes the shards, a line each; status 1 if records were left out."""
+    from data_pipelines.config import VisualConfig
     from data_pipelines.convert import convert
     from data_pipelines.faults import Fault
-    from data_pipelines.visual import VisualConfig
+    from data_pipelines.sources.formats import open_source
 
     if args.workers < 1:
         raise UserError(f"--workers {args.workers} should be at least 1")
     config = _source(args)
     records, faults, settings = 0, list[Fault](), dataclasses.asdict(config)
     for path, card in convert(
-        config.open(VisualConfig()), settings, args.out, shards=args.shards, workers=args.workers
+        open_source(config, VisualConfig()), settings, args.out, shards=args.shards, workers=args.workers
     ):
         print(f"{path}: {card.records:,} records, {card.bytes:,} bytes, sha256 {card.sha256[:12]}", flush=True)
         records, faults = records + card.records, [*faults, *card.faults]

@@ -18,9 +18,10 @@ def add_parser(commands: Any) -> None:
     """Adds the command."""
     parser = add_command(
         commands, "demo", run, config=True,
-        what="tasks: fine-tune a model that the demo has pretrained on each task of DigitWorld, and print the board: "
-        "what it could before, what it can after, and what chance or a constant gets. Pretrains it first if need be; "
-        "goes on where it was ended. About half an hour of two CPU cores.",
+        summary="Fine-tune the demo's model on each task of DigitWorld, and print their scores",
+        details="Compares what the pretrained model can do before, what it can do after, and what chance or a constant "
+        "answer gets. Pretrains the model first if need be, and resumes where it was stopped. "
+        "Takes about half an hour on two CPU cores.",
         example="mplug2 demo tasks --only grounding --only action",
     )  # fmt: skip
     parser.add_argument("what", choices=("tasks",), help="what to show")
@@ -41,12 +42,14 @@ def run(args: argparse.Namespace) -> int:
     for name in args.only or ():
         if name not in TRIALS:
             raise UserError(f"--only {name} is no task of the demo: {did_you_mean(name, TRIALS)}")
+    # All of them are checked before minutes are spent on the first.
+    recipes = {
+        name: build(RunConfig, load_recipe(f"digitworld:{name}", args.overrides)) for name in args.only or TRIALS
+    }
     _pretrain(args.pretrained)
     rows: list[Sequence[str]] = []
-    names = args.only or list(TRIALS)
-    for i, name in enumerate(names):
-        print(f"\n{name} ({i + 1} of {len(names)})", flush=True)
-        recipe = build(RunConfig, load_recipe(f"digitworld:{name}", args.overrides))
+    for i, (name, recipe) in enumerate(recipes.items()):
+        print(f"\n{name} ({i + 1} of {len(recipes)})", flush=True)
         config = starting_from(args.pretrained, recipe)
         before = _ask(name, args.pretrained, args.overrides)
         after = {result.name: result for result in train(config, args.workdir / name)}
@@ -89,7 +92,7 @@ def _last_step(path: Path) -> int:
 
 def _ask(name: str, path: Path, overrides: "Sequence[str]") -> "Mapping[str, EvaluationResult]":
     """What the pretrained model makes of a run's evaluations; nothing where it lacks a part."""
-    from mplug2_jax.tasks import TASKS
+    from mplug2_jax.tasks.table import TASKS
     from mplug2_jax.training.evaluating import Evaluator, by_recipe
 
     subject = by_recipe(f"digitworld:{name}", path, overrides)

@@ -13,8 +13,7 @@ from mplug2_jax.cli.media import visual_of
 from mplug2_jax.errors import UserError, check_range
 
 if TYPE_CHECKING:
-    from data_pipelines.loader import DataConfig
-    from data_pipelines.sources.config import SourceConfig
+    from data_pipelines.config import DataConfig, SourceConfig
     from mplug2_jax.evaluation.feature_files import FeatureFolder
     from mplug2_jax.evaluation.features import Features
     from mplug2_jax.model.mplug2 import Params
@@ -30,7 +29,8 @@ def add_parser(commands: Any) -> None:
     """Adds the command."""
     parser = add_command(
         commands, "embed", run, config=True,
-        what="Write features of images, videos or texts to files; run again, it goes on where it was stopped.",
+        summary="Write features of images, videos or texts to files",
+        details="Run it again to resume where it was stopped.",
         example="mplug2 embed --workdir runs/demo pictures --out features --feature contrastive",
     )  # fmt: skip
     add_run(parser)
@@ -128,8 +128,8 @@ def read_inputs(args: argparse.Namespace) -> "tuple[dict[str, SourceConfig], str
         UserError: an input that is nothing of what can be read, the same twice, or files of several kinds.
         DataError: a folder without files.
     """
-    from data_pipelines.record import Kind
-    from data_pipelines.sources.config import FORMATS, Format, SourceConfig, parse_spec
+    from data_pipelines.config import Format, Kind, SourceConfig
+    from data_pipelines.sources.formats import FORMATS, parse_spec
     from data_pipelines.sources.loose_files import kind_of, walk
 
     formats: dict[str, tuple[Format, str]] = {}
@@ -172,8 +172,7 @@ def read_inputs(args: argparse.Namespace) -> "tuple[dict[str, SourceConfig], str
 
 def _data(args: argparse.Namespace, sources: "dict[str, SourceConfig]", plan: "Blueprint") -> "DataConfig":
     """The inputs as batches of the run's form."""
-    from data_pipelines.examples import ExampleConfig
-    from data_pipelines.loader import DataConfig
+    from data_pipelines.config import DataConfig, ExampleConfig
     from mplug2_jax.parallel.placement import batch_shards
 
     config, shards = plan.config, batch_shards(plan.mesh)

@@ -20,8 +20,9 @@ def add_parser(commands: Any) -> None:
     """Adds the command."""
     parser = add_command(
         commands, "eval", run, config=True,
-        what="Evaluate a checkpoint on held-out data: those of its run, or those of any recipe. "
-        "The mesh and the evaluations can be overridden.",
+        summary="Evaluate a checkpoint on held-out data",
+        details="Runs the evaluations of the checkpoint's own run, or those of any recipe. The mesh and the "
+        "evaluations can be overridden.",
         example="mplug2 eval --workdir runs/demo --only image_question --config.mesh.fsdp=1\n"
         "  mplug2 eval --workdir runs/demo --follow\n"
         "  mplug2 eval --task finetune:videoqa --checkpoint runs/official --out results",

@@ -18,9 +18,9 @@ from mplug2_jax.errors import UserError, check_range
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from data_pipelines.record import Kind
+    from data_pipelines.config import Kind
     from data_pipelines.tokenizers import Tokenizer
-    from mplug2_jax.generation.beam import SearchConfig
+    from mplug2_jax.generation.config import SearchConfig
     from mplug2_jax.model.mplug2 import Params
     from mplug2_jax.training.config import RunConfig
     from mplug2_jax.training.state import Blueprint
@@ -33,7 +33,8 @@ def add_parser(commands: Any) -> None:
     """Adds the command."""
     parser = add_command(
         commands, "generate", run, config=True,
-        what="Answer an instruction about images or videos, or the instructions that text files hold.",
+        summary="Answer an instruction about images or videos",
+        details="A text file holds an instruction of its own, or the text that the instruction is about.",
         example='mplug2 generate --workdir runs/demo clip.mp4 --instruction "which way does the red digit move?"',
     )  # fmt: skip
     add_run(parser)
@@ -182,7 +183,8 @@ class Answering:
     ) -> None:
         import jax
 
-        from data_pipelines.examples import ExampleConfig
+        from data_pipelines.config import ExampleConfig
+        from data_pipelines.examples import reader_of
         from mplug2_jax.generation.decode import generate
         from mplug2_jax.objectives.forward import Forward
 
@@ -191,7 +193,7 @@ class Answering:
         told = [evaluation.data.examples for evaluation in plan.config.evaluations.values()]
         told += [stream.data.examples for stream in plan.config.streams.values()]
         self._form = next((examples for examples in told if examples.instructions), ExampleConfig())
-        self._read = self._form.reader(tokenizer)
+        self._read = reader_of(self._form, tokenizer)
         self._visual = visual_of(plan.config)
 
         @jax.jit

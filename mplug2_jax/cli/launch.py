@@ -19,7 +19,8 @@ def add_parser(commands: Any) -> None:
     """Adds the commands."""
     group = add_group(
         commands, "launch",
-        what="Start a run as several processes: here, or on the machines of SLURM, GKE or the Cloud TPU service.",
+        summary="Start a run on several processes, here or on a cluster",
+        details="Clusters are those of SLURM, GKE and the Cloud TPU service.",
         example="mplug2 launch local --processes 2 -- train --config demo --workdir runs/two",
     )  # fmt: skip
     _add_local(group)
@@ -31,7 +32,8 @@ def add_parser(commands: Any) -> None:
 def _add_local(group: Any) -> None:
     local = add_command(
         group, "local", run_local,
-        what="Start a run as several processes on this machine, with simulated CPU devices; all end when one does.",
+        summary="Start a run as several processes on this machine",
+        details="Each simulates CPU devices; all of them end when one does.",
         example="mplug2 launch local --processes 4 --devices-per-process 2 -- train --config demo --workdir runs/four",
     )  # fmt: skip
     local.add_argument("--processes", type=int, required=True, help="how many")
@@ -47,7 +49,8 @@ def _add_local(group: Any) -> None:
 def _add_slurm(group: Any) -> None:
     slurm = add_command(
         group, "slurm", run_slurm, config=True,
-        what="Print the sbatch file of a training run, one task for each host; it queues itself again when preempted.",
+        summary="Print the sbatch file of a training run on SLURM",
+        details="It has one task for each host, and queues itself again when preempted.",
         example="mplug2 launch slurm --config demo --topology h100:64 --workdir /shared/runs/demo --time 12:00:00",
     )  # fmt: skip
     _add_job(slurm)
@@ -60,7 +63,8 @@ def _add_slurm(group: Any) -> None:
 def _add_gke(group: Any) -> None:
     gke = add_command(
         group, "gke", run_gke, config=True,
-        what="Print the JobSet of a training run on TPU slices of GKE, and the commands of xpk that do the same.",
+        summary="Print the JobSet of a training run on TPU slices of GKE",
+        details="The commands of xpk that do the same are printed too.",
         example="mplug2 launch gke --config demo --topology v5p:4x4x4 --workdir gs://bucket/demo "
         "--image REGISTRY/mplug2:1",
     )  # fmt: skip
@@ -76,8 +80,9 @@ def _add_gke(group: Any) -> None:
 def _add_tpu_vm(group: Any) -> None:
     tpu_vm = add_command(
         group, "tpu-vm", run_tpu_vm, config=True,
-        what="Print a script that asks the Cloud TPU service for slices until they are there, trains on all of their "
-        "hosts, and asks again when they are taken away.",
+        summary="Print a script that trains on slices of the Cloud TPU service",
+        details="The script asks for slices until they are there, trains on all of their hosts, and asks again when "
+        "they are taken away.",
         example="mplug2 launch tpu-vm --config demo --topology v6e:4x4 --workdir gs://bucket/demo --zone us-east5-a "
         "--image REGISTRY/mplug2:1",
     )  # fmt: skip

@@ -7,32 +7,85 @@ from typing import Any
 
 from data_pipelines.errors import DataError
 from mplug2_jax import __version__
-from mplug2_jax.cli import convert, data, demo, embed, evaluate, generate, launch, plan, replay, report, tasks, train
+from mplug2_jax.cli import (
+    completion,
+    convert,
+    data,
+    demo,
+    embed,
+    evaluate,
+    generate,
+    launch,
+    plan,
+    replay,
+    report,
+    tasks,
+    train,
+)
 from mplug2_jax.errors import PREEMPTED, USER_ERROR, Preempted, UserError
 
 # Each module adds one parser and sets its ``run``; heavy imports wait until a command runs, so that --help is instant.
-COMMANDS = (train, evaluate, generate, embed, tasks, demo, plan, launch, convert, data, report, replay)
+COMMANDS = {
+    "Train": (train, demo, tasks),
+    "Evaluate and use": (evaluate, generate, embed, report, replay),
+    "Data": (data,),
+    "Plan and launch": (plan, launch),
+    "Weights": (convert,),
+    "Shell": (completion,),
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """The parser of the whole command line, whose help lists the commands by their purpose."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            prog="mplug2", description="mPLUG-2 in JAX: pretrain, evaluate, generate, embed, plan, convert."
+        )
+        self.add_argument("--version", action="version", version=f"mplug2 {__version__}")
+        commands = self.add_subparsers(
+            dest="command", required=True, metavar="COMMAND", parser_class=argparse.ArgumentParser
+        )
+        self._listing: list[str] = []
+        for purpose, modules in COMMANDS.items():
+            listed = set(commands.choices)
+            for module in modules:
+                module.add_parser(commands)
+            self._listing.append(f"\n{purpose}:")
+            for name, command in commands.choices.items():
+                if name not in listed:
+                    summary = (command.description or "").partition(".\n")[0].rstrip(".")
+                    self._listing.append(f"  {name:<11} {summary}")
+
+    def format_help(self) -> str:
+        """Usage, commands, options and an example."""
+        lines = [
+            f"{self.format_usage()}\n{self.description}",
+            *self._listing,
+            "\noptions:",
+            "  -h, --help  show this help; after a command, its options and an example",
+            "  --version   show the version",
+            "\nexample:\n  mplug2 train --config demo --workdir runs/demo",
+        ]
+        return "\n".join(lines) + "\n"
 
 
 def parser() -> argparse.ArgumentParser:
     """The parser of the whole command line."""
-    top = argparse.ArgumentParser(
-        prog="mplug2",
-        description="mPLUG-2 in JAX: pretrain, evaluate, generate, embed, plan, convert.",
-        epilog="example:\n  mplug2 train --config demo --workdir runs/demo",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    top.add_argument("--version", action="version", version=f"mplug2 {__version__}")
-    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in COMMANDS:
-        command.add_parser(commands)
-    return top
+    return _Parser()
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command and its options; wrong ones end the process with status 2 and a line that names them."""
+    """The command and its options; wrong ones end the process with status 2 and a line that names them.
+
+    Without any word the commands are listed, and the process ends well.
+    """
     top = parser()
-    args, rest = top.parse_known_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    if not words:
+        top.print_help()
+        top.exit()
+    args, rest = top.parse_known_args(words)
     overrides = [word for word in rest if word.startswith("--config.")]
     unknown = [word for word in rest if not word.startswith("--config.")]
     if unknown or (overrides and not hasattr(args, "overrides")):

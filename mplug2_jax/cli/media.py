@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from mplug2_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from data_pipelines.visual import VisualConfig
+    from data_pipelines.config import VisualConfig
     from mplug2_jax.training.config import RunConfig
 
 
@@ -34,7 +34,7 @@ def visual_of(config: "RunConfig") -> "VisualConfig":
 
     All of the picture is seen, at the model's size; by the release's rule where the run kept to it.
     """
-    from data_pipelines.visual import VisualConfig
+    from data_pipelines.config import VisualConfig
 
     data = [stream.data for stream in config.streams.values() if stream.data.kind != "text"]
     released = any(each.visual.transform.startswith("released") for each in data)

@@ -25,8 +25,9 @@ def add_parser(commands: Any) -> None:
     """Adds the command."""
     parser = add_command(
         commands, "plan", run, config=True,
-        what="Say what a recipe would do on machines that need not exist: whether it fits, how long a step takes, what "
-        "it sends; or find the mesh that is best. Exit status 1: it does not fit.",
+        summary="Predict memory, time and traffic of a recipe on any machine",
+        details="Says whether the recipe fits machines that need not exist, how long a step takes and what it sends; "
+        "or searches for the best mesh. Exit status 1: it does not fit.",
         example="mplug2 plan --config pretrain:large --topology v5p:8x8x8 --html plan.html",
     )  # fmt: skip
     parser.add_argument("--config", help="recipe: a file, or the name of a shipped one; FILE:ARG passes ARG")

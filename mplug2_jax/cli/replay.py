@@ -14,7 +14,8 @@ def add_parser(commands: Any) -> None:
     """Adds the command."""
     parser = add_command(
         commands, "replay", run,
-        what="Make a step of a run again: its examples, its loss and norms, and which example brought how much.",
+        summary="Recompute a step of a run, and rank its examples",
+        details="Prints the step's examples, its loss and norms, and how much each example contributed.",
         example="mplug2 replay runs/demo --step 120",
     )  # fmt: skip
     parser.add_argument("workdir", type=Path, help="work directory of a training run")

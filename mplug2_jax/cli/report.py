@@ -12,8 +12,9 @@ def add_parser(commands: Any) -> None:
     """Adds the command."""
     parser = add_command(
         commands, "report", run,
-        what="Draw a work directory as one self-contained page: results, samples, curves, config. Or two of them side "
-        "by side: the same evaluations, and the examples on which they differ.",
+        summary="Draw a run as one self-contained page, or two side by side",
+        details="A page has results, samples, curves and the config. Two runs are compared by the same evaluations, "
+        "and by the examples on which they differ.",
         example="mplug2 report runs/demo\n  mplug2 report runs/demo --against runs/other",
     )  # fmt: skip
     parser.add_argument(

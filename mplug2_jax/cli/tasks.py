@@ -17,8 +17,9 @@ def add_parser(commands: Any) -> None:
     """Adds the command."""
     parser = add_command(
         commands, "tasks", run,
-        what="List the downstream tasks that there are recipes for: parts of the model, parameters, and whether their "
-        "data is here ($MPLUG2_DATA, or ./data). With a name: what its data is, where it comes from, what is missing.",
+        summary="List the downstream tasks, and whether their data is here",
+        details="Each has its parts of the model and its number of parameters; data is looked for in $MPLUG2_DATA, "
+        "or ./data. With a name: what that task's data is, where it comes from, and what is missing.",
         example="mplug2 tasks msrvtt_qa",
     )  # fmt: skip
     parser.add_argument("name", nargs="?", help="of a task, for all that is known of it")

@@ -3,17 +3,21 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mplug2_jax.cli.common import add_command, results_table, sample_lines
+
+if TYPE_CHECKING:
+    from mplug2_jax.training.config import RunConfig
 
 
 def add_parser(commands: Any) -> None:
     """Adds the command."""
     parser = add_command(
         commands, "train", run, config=True,
-        what="Train a recipe, or go on where its work directory ends; every field of the recipe can be overridden. "
-        "Exit status 75: told to end (SIGTERM), and saved; 79: stood still. Start it again after both.",
+        summary="Train a recipe, or resume it where its work directory ends",
+        details="Every field of the recipe can be overridden: --config.model.width=192. Exit status 75: told to stop "
+        "(SIGTERM), with everything saved; 79: the run stood still. Start it again after either.",
         example="mplug2 train --config configs/demo.py --config.steps=50 --workdir runs/short",
     )  # fmt: skip
     parser.add_argument("--config", help="recipe: a file, or the name of a shipped one; FILE:ARG passes ARG")
@@ -30,7 +34,6 @@ def chosen(recipe: str | None, plan: Path | None, overrides: Sequence[str]) -> t
         UserError: neither, or both.
     """
     from mplug2_jax.errors import UserError
-    from mplug2_jax.planning.plan_file import read_plan
 
     if plan is None:
         if recipe is None:
@@ -38,6 +41,8 @@ def chosen(recipe: str | None, plan: Path | None, overrides: Sequence[str]) -> t
         return recipe, list(overrides)
     if recipe is not None:
         raise UserError(f"--config {recipe} with --plan {plan}: the plan says it already; give one or the other")
+    from mplug2_jax.planning.plan_file import read_plan
+
     planned = read_plan(plan)
     return planned.config, [*planned.overrides, *overrides]
 
@@ -45,18 +50,24 @@ def chosen(recipe: str | None, plan: Path | None, overrides: Sequence[str]) -> t
 def run(args: argparse.Namespace) -> int:
     """Trains, prints the evaluations and writes the report."""
     from mplug2_jax.config import build, load_recipe
-    from mplug2_jax.parallel.processes import is_first, join
-    from mplug2_jax.report import write_report
     from mplug2_jax.training.config import RunConfig
-    from mplug2_jax.training.loop import train
 
     recipe, overrides = chosen(args.config, args.plan, args.overrides)
+    # What is wrong with a config is said before JAX is imported and other processes are waited for.
+    return _train(build(RunConfig, load_recipe(recipe, overrides)), args.workdir)
+
+
+def _train(config: "RunConfig", workdir: Path) -> int:
+    from mplug2_jax.parallel.processes import is_first, join
+    from mplug2_jax.training.loop import train
+
     join()
-    config = build(RunConfig, load_recipe(recipe, overrides))
-    results = train(config, args.workdir)
+    results = train(config, workdir)
     if not is_first():
         return 0
+    from mplug2_jax.report import write_report
+
     if results:
         print(f"\n{results_table(results)}\n\n{sample_lines(results)}\n")
-    print(f"report: {write_report(args.workdir)}")
+    print(f"report: {write_report(workdir)}")
     return 0

@@ -13,7 +13,8 @@ def add_parsers(kinds: Any) -> None:
     """Adds the sub-commands of ``convert`` that move weights."""
     incoming = add_command(
         kinds, "import", run_import,
-        what="Carry weights of the official release, CLIP or BERT into a checkpoint, every tensor accounted for.",
+        summary="Import weights of the official release, CLIP or BERT into a checkpoint",
+        details="Every tensor is accounted for.",
         example="mplug2 convert import mplug2_msrvtt_qa.pth --to runs/official --tokenizer vocab.txt\n"
         "  mplug2 convert import ViT-L-14.pt bert-large-uncased/ --to runs/start",
     )  # fmt: skip
@@ -31,7 +32,8 @@ def add_parsers(kinds: Any) -> None:
 
     outgoing = add_command(
         kinds, "export", run_export,
-        what="Write a checkpoint as a complete official state dict: a file, or a folder by Hugging Face's conventions.",
+        summary="Export a checkpoint as a complete official state dict",
+        details="To a file, or to a folder by Hugging Face's conventions.",
         example="mplug2 convert export runs/official --to exports/msrvtt_qa\n"
         "  mplug2 convert export runs/official/checkpoints/2000 --to qa.pth --dtype float16",
     )  # fmt: skip
@@ -57,14 +59,16 @@ def add_parsers(kinds: Any) -> None:
 
     check = add_command(
         kinds, "verify", run_verify,
-        what="Check an import or export against its report; names the first tensor that changed.",
+        summary="Check an import or export against its report",
+        details="Names the first tensor that changed.",
         example="mplug2 convert verify runs/official/conversion-report.json",
     )  # fmt: skip
     check.add_argument("report", type=Path, metavar="REPORT", help="conversion-report.json, or the folder it is in")
 
     look = add_command(
         kinds, "inspect", run_inspect,
-        what="Show what a checkpoint holds as a tree of shapes, types and counts; no array is read.",
+        summary="Show what a checkpoint holds, as a tree of shapes, types and counts",
+        details="No array is read.",
         example="mplug2 convert inspect runs/demo --depth 3",
     )  # fmt: skip
     look.add_argument("path", type=Path, metavar="FILE|DIR", help="official, CLIP, BERT or our own")

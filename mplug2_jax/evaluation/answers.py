@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
-from data_pipelines.examples import Example, ExampleConfig, answer_ids
+from data_pipelines.config import ExampleConfig
+from data_pipelines.examples import Example, answer_ids
 from data_pipelines.tokenizers import Tokenizer
 from mplug2_jax.errors import UserError
-from mplug2_jax.generation.beam import SearchConfig
+from mplug2_jax.generation.config import SearchConfig
 from mplug2_jax.generation.constrained import NOTHING
 
 

@@ -11,10 +11,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Shaped
 from numpy.typing import NDArray
 
+from data_pipelines.config import DataConfig, Kind
 from data_pipelines.faults import Fault
-from data_pipelines.loader import DataConfig, EvaluationSet
+from data_pipelines.loader import EvaluationSet
 from data_pipelines.order import Shard
-from data_pipelines.record import Kind
 from data_pipelines.tokenizers import Tokenizer
 from mplug2_jax.errors import UserError, did_you_mean
 from mplug2_jax.model.mplug2 import ModelDef, Mplug2, Params

@@ -15,14 +15,15 @@ from jaxtyping import Int
 from numpy.typing import NDArray
 
 from data_pipelines.errors import DataError
-from data_pipelines.examples import Example
+from data_pipelines.examples import Example, reader_of
 from data_pipelines.faults import Fault, check_share
-from data_pipelines.loader import DataConfig, EvaluationSet
+from data_pipelines.loader import EvaluationSet
 from data_pipelines.order import Shard
 from data_pipelines.sources.files import write_atomically
 from data_pipelines.tokenizers import Tokenizer
 from mplug2_jax.errors import UserError, check_range
 from mplug2_jax.evaluation.answers import never_right, read_answers
+from mplug2_jax.evaluation.config import EvaluationConfig
 from mplug2_jax.evaluation.matching import Matching
 from mplug2_jax.evaluation.metrics.classification import Confusion, mean_of_views
 from mplug2_jax.evaluation.metrics.ratio import intervals
@@ -34,37 +35,9 @@ from mplug2_jax.evaluation.slices import predict_in_slices
 from mplug2_jax.model.mplug2 import ModelDef, Params
 from mplug2_jax.parallel.placement import batch_shards, check_batch, held_parts, replicated
 from mplug2_jax.parallel.processes import gather, is_first
-from mplug2_jax.tasks import TASKS
-from mplug2_jax.tasks.base import HostPredictions, Predictions, TaskContext, parts_for
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluationConfig:
-    """A task on held-out data. ``samples`` examples are kept for people to look at, and a few of the best and worst.
-
-    ``answers`` is a file with a JSON list of all answers that may be given to questions. A search is held to them; or
-    with ``ranked`` so many, those likeliest by their first token, are scored whole, and the likeliest is given: a batch
-    is then so many times as large for the decoder. The release ranks 128.
-
-    ``prompts`` are texts that stand for a class, with ``{label}`` where its name belongs, and ``class_names`` what
-    ``data.examples.classes`` are called there; empty: as they are.
-
-    With ``java`` captions are scored by METEOR and SPICE, too, whose programs take seconds to start; where there is no
-    Java they are absent.
-
-    ``device_rows`` examples are predicted at a time on each device, and ``data.batch_size`` read, rounded up to whole
-    numbers of these: the first may change last digits, the second changes nothing.
-    """
-
-    task: str
-    data: DataConfig
-    samples: int = 6
-    answers: str = ""
-    ranked: int = 0
-    prompts: tuple[str, ...] = ()
-    class_names: tuple[str, ...] = ()
-    java: bool = False
-    device_rows: int = 8
+from mplug2_jax.tasks.base import HostPredictions, Predictions, TaskContext
+from mplug2_jax.tasks.contracts import parts_for
+from mplug2_jax.tasks.table import TASKS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,7 +166,7 @@ class Evaluation:
         # A row's place over all batches is its example's in the set; places without an example are left out.
         places = list(examples)
         predictions = _chosen(rows, np.asarray(places, np.int64), views)
-        reader = self._config.data.examples.reader(self._tokenizer)
+        reader = reader_of(self._config.data.examples, self._tokenizer)
         with jax.set_mesh(self._mesh):
             if self._refine is not None and self._matching is not None:
                 match = functools.partial(self._matching.run, params, examples, between_batches, self.name)

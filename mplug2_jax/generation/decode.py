@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from mplug2_jax.generation.beam import Found, SearchConfig, beam_search
+from mplug2_jax.generation.beam import Found, beam_search
+from mplug2_jax.generation.config import SearchConfig
 from mplug2_jax.generation.constrained import constrained, start_possible
 from mplug2_jax.generation.nucleus import sample
 from mplug2_jax.model.config import SpecialTokens

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from mplug2_jax.generation.beam import Found, SearchConfig, State, Step, normaliser
+from mplug2_jax.generation.beam import Found, State, Step, normaliser
+from mplug2_jax.generation.config import SearchConfig
 from mplug2_jax.model.config import SpecialTokens
 
 

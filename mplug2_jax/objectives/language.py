@@ -4,14 +4,13 @@ Targets are ``[CLS] words [SEP] pad``; logits at t predict the token at t + 1. `
 count as predictions: 0 for padding and for whatever of a prompt is not to be learned.
 """
 
-import dataclasses
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mplug2_jax.errors import check_range
+from mplug2_jax.objectives.config import DistillationConfig
 from mplug2_jax.objectives.forward import Forward, Metrics, Outcome, label_cross_entropy, weighted_mean
 
 
@@ -67,33 +66,6 @@ def ilm_loss(forward: Forward, smoothing: float = 0.0) -> Outcome:
     mask = batch["target"] != 0
     logits = forward.model.decoder(batch["target"], mask, memory, memory_mask, rng=forward.key("decoder"))
     return _token_mean(logits, batch["target"], batch["target_weights"], forward.counts, smoothing)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DistillationConfig:
-    """Learning from an exponential moving average of oneself.
-
-    ``over="time"`` and ``fusion=False`` are the release's forms: the student is normalised over the wrong axis, and
-    the fusion module is in no pair of the teacher's update. The release also drops ``alpha`` on its way to the
-    decoder, so that its distillation is inert: that form is ``alpha=0``.
-    """
-
-    alpha: float = 0.4
-    momentum: float = 0.995
-    ramp_steps: int = 0  # alpha grows linearly from 0 over these steps
-    over: Literal["vocabulary", "time"] = "vocabulary"
-    fusion: bool = True  # whether the teacher's fusion module follows the student's
-
-    def __post_init__(self) -> None:
-        """Checks the ranges. Raises UserError."""
-        check_range("config.tasks.distillation.alpha", self.alpha, 0, 1)
-        check_range("config.tasks.distillation.momentum", self.momentum, 0, 1)
-        check_range("config.tasks.distillation.ramp_steps", self.ramp_steps, 0)
-
-    @property
-    def frozen(self) -> tuple[str, ...]:
-        """Parts of the teacher that never move."""
-        return () if self.fusion else ("fusion",)
 
 
 def answer_loss(forward: Forward, distillation: DistillationConfig | None = None, smoothing: float = 0.0) -> Outcome:

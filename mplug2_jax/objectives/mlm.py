@@ -1,27 +1,13 @@
 """Masked-language modelling through the text encoder and the universal layers."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 
-from mplug2_jax.errors import check_range
 from mplug2_jax.model.config import SpecialTokens
 from mplug2_jax.model.prng import random_key
+from mplug2_jax.objectives.config import MlmConfig
 from mplug2_jax.objectives.forward import DeviceBatch, Forward, Outcome, label_cross_entropy, weighted_mean
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MlmConfig:
-    """BERT's masking: of the chosen tokens 80 % become the mask token, 10 % a random one, 10 % stay."""
-
-    rate: float = 0.15
-    whole_word: bool = False  # all pieces of a word are chosen together; the batch then brings ``word_starts``
-
-    def __post_init__(self) -> None:
-        """Checks the range. Raises UserError."""
-        check_range("config.tasks.mlm.rate", self.rate, 0, 1)
 
 
 def mask_tokens(

@@ -4,30 +4,14 @@ A caption's baseline is the mean reward of the others that were drawn for its ex
 arXiv 2003.09971), so that nothing is decoded greedily besides.
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mplug2_jax.errors import check_range
 from mplug2_jax.model.config import SpecialTokens
 from mplug2_jax.objectives.cider import cider_d, no_frequencies
 from mplug2_jax.objectives.forward import Forward, Outcome, weighted_mean
 from mplug2_jax.objectives.language import next_token_loss
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ScstConfig:
-    """How many captions are drawn for each example, and how many records' captions say how common an n-gram is."""
-
-    samples: int = 4
-    documents: int = 20_000  # of each stream, evenly from all its records
-
-    def __post_init__(self) -> None:
-        """Checks the ranges. Raises UserError."""
-        check_range("config.tasks.scst.samples", self.samples, 2)
-        check_range("config.tasks.scst.documents", self.documents, 1)
 
 
 def advantages(rewards: Float[Array, "b k"]) -> Float[Array, "b k"]:

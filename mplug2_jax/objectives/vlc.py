@@ -1,32 +1,13 @@
 """Vision-language contrast over the global batch."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mplug2_jax.errors import check_range
+from mplug2_jax.objectives.config import VlcConfig
 from mplug2_jax.objectives.contrast import cross_entropy
 from mplug2_jax.objectives.forward import Forward, Outcome, weighted_mean
 from mplug2_jax.objectives.momentum import momentum_contrastive_loss
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class VlcConfig:
-    """How to contrast.
-
-    ``min_temperature`` keeps the learned temperature from collapsing; the release's v1 code has no such floor (0).
-    With ``queue_size`` the candidates are a momentum teacher's features and a queue of past ones, as in v1.
-    """
-
-    min_temperature: float = 0.01
-    queue_size: int = 0
-
-    def __post_init__(self) -> None:
-        """Checks the ranges. Raises UserError."""
-        check_range("config.tasks.vlc.min_temperature", self.min_temperature, 0)
-        check_range("config.tasks.vlc.queue_size", self.queue_size, 0)
 
 
 def contrastive_loss(

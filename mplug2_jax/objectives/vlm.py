@@ -4,26 +4,12 @@ Negatives are drawn within fixed groups of the global batch, by the contrastive 
 crosses the interconnect, and the draw is the same on any mesh.
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from mplug2_jax.errors import check_range
+from mplug2_jax.objectives.config import VlmConfig
 from mplug2_jax.objectives.forward import Forward, Outcome, label_cross_entropy, weighted_mean
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class VlmConfig:
-    """``group`` examples, neighbours in the global batch, offer each other their negatives; 0 = the whole batch."""
-
-    group: int = 8
-
-    def __post_init__(self) -> None:
-        """Checks the range. Raises UserError."""
-        check_range("config.tasks.vlm.group", self.group, 0)
-
 
 Features = tuple[Float[Array, "b e"], Float[Array, "b e"]]  # (visual, text), unit vectors
 

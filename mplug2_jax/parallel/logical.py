@@ -14,10 +14,9 @@ import jax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Shaped
 
-MeshAxes = str | tuple[str, ...] | None
+from mplug2_jax.parallel.config import SEQUENCE
 
-SEQUENCE = "sequence"
-MESH_AXES = ("replica", "data", "fsdp", SEQUENCE, "tensor")
+MeshAxes = str | tuple[str, ...] | None
 
 PARAMETER_RULES: Mapping[str, MeshAxes] = {
     "layers": None,  # the stacked depth that the scan walks

@@ -14,7 +14,7 @@ import jax
 from mplug2_jax.model.config import PARTS
 from mplug2_jax.model.mplug2 import define
 from mplug2_jax.planning.programs import Program
-from mplug2_jax.tasks import TASKS
+from mplug2_jax.tasks.table import TASKS
 from mplug2_jax.training.config import StreamConfig
 from mplug2_jax.training.flops import count_flops
 from mplug2_jax.training.state import Blueprint

@@ -12,15 +12,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from data_pipelines.loader import DataConfig
+from data_pipelines.config import DataConfig
 from mplug2_jax.errors import UserError, did_you_mean
-from mplug2_jax.evaluation.loop import EvaluationConfig, check_task, jitted_prediction
+from mplug2_jax.evaluation.config import EvaluationConfig
+from mplug2_jax.evaluation.loop import check_task, jitted_prediction
 from mplug2_jax.model.config import SpecialTokens
 from mplug2_jax.parallel.chips import Topology
 from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.parallel.placement import batch_sharding, batch_shards, check_batch, replicated
-from mplug2_jax.tasks import TASKS
 from mplug2_jax.tasks.base import Prompts
+from mplug2_jax.tasks.table import TASKS
 from mplug2_jax.training.compilation import (
     compiler_options,
     describe_program,

@@ -15,7 +15,7 @@ from data_pipelines.sources.files import write_atomically
 from mplug2_jax.errors import UserError
 from mplug2_jax.model.config import AttentionKernel, RematConfig
 from mplug2_jax.parallel.chips import Topology
-from mplug2_jax.parallel.mesh import MeshConfig
+from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.planning.fitting import overrides_between, try_compile
 from mplug2_jax.planning.programs import Compiled, abstract_batch, blueprint, training_program
 from mplug2_jax.planning.report import fingerprint, make_report

@@ -2,8 +2,8 @@
 
 from ml_collections import ConfigDict
 
-from data_pipelines.examples import InstructionConfig
-from mplug2_jax.generation.beam import SearchConfig
+from data_pipelines.config import InstructionConfig
+from mplug2_jax.generation.config import SearchConfig
 from mplug2_jax.recipes.base import Family, Sets, form_of, recipe
 from mplug2_jax.recipes.released import released
 

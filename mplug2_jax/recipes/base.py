@@ -10,20 +10,14 @@ from typing import Any, Literal, NamedTuple
 
 from ml_collections import ConfigDict
 
-from data_pipelines.examples import ExampleConfig
-from data_pipelines.loader import DataConfig
-from data_pipelines.record import Kind
-from data_pipelines.sources.config import Format, SourceConfig
-from data_pipelines.visual import VisualConfig
+from data_pipelines.config import DataConfig, ExampleConfig, Format, Kind, SourceConfig, VisualConfig
 from mplug2_jax.config import as_recipe
 from mplug2_jax.errors import UserError, did_you_mean
-from mplug2_jax.evaluation.loop import EvaluationConfig
-from mplug2_jax.generation.beam import SearchConfig
+from mplug2_jax.evaluation.config import EvaluationConfig
+from mplug2_jax.generation.config import SearchConfig
 from mplug2_jax.model.config import SIZES, RematConfig, model_config
-from mplug2_jax.tasks.base import TaskSettings
-from mplug2_jax.training.config import RunConfig, StreamConfig, TokenizerConfig
-from mplug2_jax.training.optimizer import AdamWConfig
-from mplug2_jax.training.schedule import ScheduleConfig
+from mplug2_jax.tasks.config import TaskSettings
+from mplug2_jax.training.config import AdamWConfig, RunConfig, ScheduleConfig, StreamConfig, TokenizerConfig
 
 FRAMES = 16  # of a clip
 TRIAL_STEPS = 20  # of the size "tiny", which is for trying a recipe out

@@ -4,11 +4,11 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from data_pipelines.examples import InstructionConfig
-from mplug2_jax.generation.beam import SearchConfig
+from data_pipelines.config import InstructionConfig
+from mplug2_jax.generation.config import SearchConfig
 from mplug2_jax.recipes.base import Family, Sets, form_of, recipe
 from mplug2_jax.recipes.released import released
-from mplug2_jax.training.optimizer import AdamWConfig
+from mplug2_jax.training.config import AdamWConfig
 
 
 def captioning(name: str, arg: str, sets: Sets, *, epochs: int = 10, texts: int = 0) -> ConfigDict:

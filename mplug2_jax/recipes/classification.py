@@ -2,9 +2,9 @@
 
 from ml_collections import ConfigDict
 
-from data_pipelines.examples import InstructionConfig
+from data_pipelines.config import InstructionConfig
 from mplug2_jax.recipes.base import Classes, Family, Sets, form_of, recipe
-from mplug2_jax.training.optimizer import AdamWConfig
+from mplug2_jax.training.config import AdamWConfig
 
 
 def classification(

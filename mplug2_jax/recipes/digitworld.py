@@ -6,21 +6,23 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from data_pipelines.config import DataConfig, ExampleConfig, InstructionConfig, Kind, SourceConfig
 from data_pipelines.digitworld.scene import COLOURS, DIGITS
 from data_pipelines.digitworld.source import IMAGE_LABELS, VIDEO_LABELS
-from data_pipelines.examples import ExampleConfig, InstructionConfig
-from data_pipelines.loader import DataConfig
-from data_pipelines.record import Kind
-from data_pipelines.sources.config import SourceConfig
 from mplug2_jax.config import as_recipe
 from mplug2_jax.errors import UserError, did_you_mean
-from mplug2_jax.evaluation.loop import EvaluationConfig
-from mplug2_jax.generation.beam import SearchConfig
+from mplug2_jax.evaluation.config import EvaluationConfig
+from mplug2_jax.generation.config import SearchConfig
 from mplug2_jax.model.config import model_config
-from mplug2_jax.tasks.base import TaskSettings
-from mplug2_jax.training.config import CheckpointConfig, RunConfig, StreamConfig, TokenizerConfig
-from mplug2_jax.training.optimizer import AdamWConfig
-from mplug2_jax.training.schedule import ScheduleConfig
+from mplug2_jax.tasks.config import TaskSettings
+from mplug2_jax.training.config import (
+    AdamWConfig,
+    CheckpointConfig,
+    RunConfig,
+    ScheduleConfig,
+    StreamConfig,
+    TokenizerConfig,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,21 +10,22 @@ import dataclasses
 
 from ml_collections import ConfigDict
 
-from data_pipelines.examples import ExampleConfig, InstructionConfig
-from data_pipelines.loader import DataConfig
-from data_pipelines.sources.config import SourceConfig
-from data_pipelines.text import RELEASE_PROMPT
-from data_pipelines.visual import VisualConfig
+from data_pipelines.config import (
+    RELEASE_PROMPT,
+    DataConfig,
+    ExampleConfig,
+    InstructionConfig,
+    SourceConfig,
+    VisualConfig,
+)
 from mplug2_jax.config import as_recipe
-from mplug2_jax.evaluation.loop import EvaluationConfig
-from mplug2_jax.generation.beam import SearchConfig
+from mplug2_jax.evaluation.config import EvaluationConfig
+from mplug2_jax.generation.config import SearchConfig
 from mplug2_jax.model.config import SIZES, ModelConfig, model_config
-from mplug2_jax.objectives.language import DistillationConfig
+from mplug2_jax.objectives.config import DistillationConfig
 from mplug2_jax.recipes.base import FRAMES, Sets
-from mplug2_jax.tasks.base import TaskSettings
-from mplug2_jax.training.config import RunConfig, StreamConfig, TokenizerConfig
-from mplug2_jax.training.optimizer import AdamWConfig
-from mplug2_jax.training.schedule import ScheduleConfig
+from mplug2_jax.tasks.config import TaskSettings
+from mplug2_jax.training.config import AdamWConfig, RunConfig, ScheduleConfig, StreamConfig, TokenizerConfig
 
 EPOCHS = 10
 STAND_IN = Sets(

@@ -3,7 +3,7 @@
 from ml_collections import ConfigDict
 
 from mplug2_jax.recipes.base import Family, Sets, recipe
-from mplug2_jax.training.optimizer import AdamWConfig
+from mplug2_jax.training.config import AdamWConfig
 
 
 def retrieval(name: str, size: str, sets: Sets, *, text_length: int = 40, epochs: int = 10) -> ConfigDict:

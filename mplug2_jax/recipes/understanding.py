@@ -2,10 +2,10 @@
 
 from ml_collections import ConfigDict
 
-from data_pipelines.examples import InstructionConfig
+from data_pipelines.config import InstructionConfig
 from mplug2_jax.recipes.base import Family, Sets, files, recipe
-from mplug2_jax.tasks.understand import LIKENESS
-from mplug2_jax.training.optimizer import AdamWConfig
+from mplug2_jax.tasks.contracts import LIKENESS
+from mplug2_jax.training.config import AdamWConfig
 
 ONE = {"label": InstructionConfig(templates=("{text}",))}
 ALIKE = {"label": InstructionConfig(templates=("{text} | {other}",))}

@@ -14,6 +14,7 @@ from mplug2_jax.model.mplug2 import Mplug2
 from mplug2_jax.objectives.forward import DeviceBatch, Forward, Outcome
 from mplug2_jax.objectives.language import answer_loss
 from mplug2_jax.tasks.base import HostPredictions, Predictions, Scored, Task, TaskContext
+from mplug2_jax.tasks.contracts import CONTRACTS
 
 
 def loss(forward: Forward, context: TaskContext) -> Outcome:
@@ -45,10 +46,7 @@ def score(predictions: HostPredictions, examples: Sequence[Example], decode: Cal
 
 
 TASK = Task(
-    name="answer",
-    parts=("text", "universal", "decoder"),
-    picture_parts=("vision", "fusion"),
-    keys=("instruction", "instruction_mask", "target", "target_weights"),
+    **vars(CONTRACTS["answer"]),
     loss=loss,
     predict=predict,
     score=score,

@@ -8,43 +8,18 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from numpy.typing import NDArray
 
-from data_pipelines.batch import BATCH_KEYS
 from data_pipelines.examples import Example
-from mplug2_jax.errors import UserError, check_range
 from mplug2_jax.evaluation.metrics.classification import Confusion
 from mplug2_jax.evaluation.metrics.ratio import Figure
-from mplug2_jax.generation.beam import SearchConfig
-from mplug2_jax.model.config import PARTS, SpecialTokens
+from mplug2_jax.model.config import SpecialTokens
 from mplug2_jax.model.mplug2 import Mplug2
 from mplug2_jax.objectives.forward import DeviceBatch, Forward, Outcome
-from mplug2_jax.objectives.language import DistillationConfig
-from mplug2_jax.objectives.mlm import MlmConfig
-from mplug2_jax.objectives.scst import ScstConfig
-from mplug2_jax.objectives.vlc import VlcConfig
-from mplug2_jax.objectives.vlm import VlmConfig
+from mplug2_jax.tasks.config import TaskSettings
+from mplug2_jax.tasks.contracts import Contract
 
 Predictions = dict[str, Any]  # arrays with a leading example axis
 HostPredictions = Mapping[str, NDArray[Any]]
 Match = Callable[[Int[np.ndarray, "p 2"]], Float[np.ndarray, " p"]]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TaskSettings:
-    """Everything the objectives and predictions of a run can be told."""
-
-    mlm: MlmConfig = MlmConfig()
-    vlc: VlcConfig = VlcConfig()
-    vlm: VlmConfig = VlmConfig()
-    scst: ScstConfig = ScstConfig()
-    distillation: DistillationConfig | None = None
-    label_smoothing: float = 0.0  # of all cross entropies over words and classes: all losses but vlc and scst
-    search: SearchConfig = SearchConfig()
-    rerank_k: int = 16  # so many candidates that contrast finds nearest are ordered anew by matching
-
-    def __post_init__(self) -> None:
-        """Checks the ranges. Raises UserError."""
-        check_range("config.tasks.label_smoothing", self.label_smoothing, 0, 1 - 1e-9)
-        check_range("config.tasks.rerank_k", self.rerank_k, 1)
 
 
 class Prompts(NamedTuple):
@@ -96,7 +71,7 @@ class Scored:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Task:
+class Task(Contract):
     """One task.
 
     ``loss`` trains it. ``predict`` runs on the device under jit, ``score`` on the host over all examples, with the mesh
@@ -112,13 +87,7 @@ class Task:
     ``by_java`` adds to a score the figures of Java programs, of which one process starts those that it has.
     """
 
-    name: str
-    parts: tuple[str, ...]
-    keys: tuple[str, ...]
     loss: Callable[[Forward, TaskContext], Outcome] | None = None
-    picture_parts: tuple[str, ...] = ()  # needed too where batches bring frames
-    text_parts: tuple[str, ...] = ()  # and where they bring none
-    further_parts: tuple[str, ...] = ()  # that it uses where the model has them: a run's, if its examples instruct
     prepare: Callable[[Mplug2, TaskContext], Predictions] | None = None
     classes: int = 0  # that its score tells apart; 0: as many as the model does
     views: bool = False  # whether its predictions are probabilities, of which an example's views have a mean
@@ -127,27 +96,3 @@ class Task:
     match: Callable[[Mplug2, DeviceBatch, TaskContext], Float[Array, "b r"]] | None = None
     refine: Callable[[HostPredictions, Sequence[Example], TaskContext, Match], HostPredictions] | None = None
     by_java: Callable[[Scored, Sequence[Example]], Scored] | None = None
-
-    def check(self, batch_keys: set[str], where: str) -> None:
-        """Checks that batches bring what the task reads.
-
-        Raises:
-            UserError: names the missing keys.
-        """
-        missing = [key for key in self.keys if key not in batch_keys]
-        if missing:
-            brought = ", ".join(sorted(batch_keys & BATCH_KEYS))
-            raise UserError(
-                f"{where}: task '{self.name}' reads {', '.join(missing)}, but its batches bring {brought}; "
-                "set what is missing in its data.examples, or another source"
-            )
-
-
-def parts_for(uses: Sequence[tuple[Task, bool, bool]]) -> tuple[str, ...]:
-    """The parts of a model for some uses, each (task, batches bring frames, frames are clips), in the table's order."""
-    needed: set[str] = set()
-    for task, pictures, clips in uses:
-        needed |= {*task.parts, *(task.picture_parts if pictures else task.text_parts)}
-        if clips and "vision" in needed:
-            needed.add("temporal")
-    return tuple(part for part in PARTS if part in needed)

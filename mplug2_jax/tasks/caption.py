@@ -17,6 +17,7 @@ from mplug2_jax.objectives.forward import DeviceBatch, Forward, Outcome
 from mplug2_jax.objectives.language import caption_loss
 from mplug2_jax.parallel.processes import gather, is_first
 from mplug2_jax.tasks.base import HostPredictions, Predictions, Scored, Task, TaskContext
+from mplug2_jax.tasks.contracts import CONTRACTS
 
 _PATIENCE = 800.0  # seconds for each Java program: a run that hears nothing for half an hour ends
 
@@ -74,10 +75,7 @@ def _references(examples: Sequence[Example]) -> tuple[list[list[str]], list[str]
 
 
 TASK = Task(
-    name="caption",
-    parts=("vision", "universal", "decoder"),
-    further_parts=("text", "fusion"),
-    keys=("frames", "target", "target_weights"),
+    **vars(CONTRACTS["caption"]),
     loss=loss,
     predict=predict,
     score=score,

@@ -12,6 +12,7 @@ from mplug2_jax.model.mplug2 import Mplug2
 from mplug2_jax.objectives.classification import class_loss
 from mplug2_jax.objectives.forward import DeviceBatch, Forward, Outcome
 from mplug2_jax.tasks.base import HostPredictions, Predictions, Scored, Task, TaskContext
+from mplug2_jax.tasks.contracts import CONTRACTS
 
 
 def loss(forward: Forward, context: TaskContext) -> Outcome:
@@ -57,11 +58,7 @@ def class_names(said: Int[np.ndarray, " n"], examples: Sequence[Example]) -> lis
 
 
 TASK = Task(
-    name="classify",
-    parts=("universal", "classifier"),
-    picture_parts=("vision",),
-    text_parts=("text",),
-    keys=("label",),
+    **vars(CONTRACTS["classify"]),
     views=True,
     loss=loss,
     predict=predict,

@@ -9,6 +9,7 @@ from data_pipelines.examples import Example, box_of_words
 from mplug2_jax.evaluation.metrics.grounding import box_accuracy, mean_iou, overlaps
 from mplug2_jax.tasks import answer
 from mplug2_jax.tasks.base import HostPredictions, Scored
+from mplug2_jax.tasks.contracts import CONTRACTS
 
 NO_BOX = (np.nan,) * 4
 
@@ -24,4 +25,4 @@ def score(predictions: HostPredictions, examples: Sequence[Example], decode: Cal
     return Scored(figures=figures, baselines=baselines, said=said, goodness=found)
 
 
-TASK = dataclasses.replace(answer.TASK, name="ground", keys=(*answer.TASK.keys, "box"), score=score)
+TASK = dataclasses.replace(answer.TASK, **vars(CONTRACTS["ground"]), score=score)

@@ -4,6 +4,7 @@ from mplug2_jax.objectives.forward import Forward, Outcome
 from mplug2_jax.objectives.language import ilm_loss
 from mplug2_jax.tasks.answer import predict, score
 from mplug2_jax.tasks.base import Task, TaskContext
+from mplug2_jax.tasks.contracts import CONTRACTS
 
 
 def loss(forward: Forward, context: TaskContext) -> Outcome:
@@ -12,10 +13,7 @@ def loss(forward: Forward, context: TaskContext) -> Outcome:
 
 
 TASK = Task(
-    name="ilm",
-    parts=("text", "universal", "decoder"),
-    picture_parts=("vision", "fusion"),
-    keys=("instruction", "instruction_mask", "target", "target_weights"),
+    **vars(CONTRACTS["ilm"]),
     loss=loss,
     predict=predict,
     score=score,

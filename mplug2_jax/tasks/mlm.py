@@ -11,6 +11,7 @@ from mplug2_jax.model.mplug2 import Mplug2
 from mplug2_jax.objectives.forward import DeviceBatch, Forward, Outcome
 from mplug2_jax.objectives.mlm import masked_predictions, mlm_loss
 from mplug2_jax.tasks.base import HostPredictions, Predictions, Scored, Task, TaskContext
+from mplug2_jax.tasks.contracts import CONTRACTS
 
 
 def loss(forward: Forward, context: TaskContext) -> Outcome:
@@ -48,9 +49,7 @@ def score(predictions: HostPredictions, examples: Sequence[Example], decode: Cal
 
 
 TASK = Task(
-    name="mlm",
-    parts=("text", "universal", "mlm"),
-    keys=("text", "text_mask", "example_id"),
+    **vars(CONTRACTS["mlm"]),
     loss=loss,
     predict=predict,
     score=score,

@@ -13,6 +13,7 @@ from mplug2_jax.model.mplug2 import Mplug2
 from mplug2_jax.objectives.forward import DeviceBatch
 from mplug2_jax.tasks import vlc, vlm
 from mplug2_jax.tasks.base import HostPredictions, Match, Scored, TaskContext
+from mplug2_jax.tasks.contracts import CONTRACTS
 from mplug2_jax.tasks.vlc import NEIGHBOURS, figures_of, nearest_of, search_both_ways, sides_of
 
 
@@ -84,4 +85,6 @@ def score(predictions: HostPredictions, examples: Sequence[Example], decode: Cal
     )
 
 
-TASK = dataclasses.replace(vlm.TASK, name="rerank", predict=vlc.predict, match=match, refine=refine, score=score)
+TASK = dataclasses.replace(
+    vlm.TASK, **vars(CONTRACTS["rerank"]), predict=vlc.predict, match=match, refine=refine, score=score
+)

@@ -4,12 +4,13 @@ import dataclasses
 
 import jax
 
-from mplug2_jax.generation.beam import SearchConfig
+from mplug2_jax.generation.config import SearchConfig
 from mplug2_jax.generation.decode import generate
 from mplug2_jax.objectives.forward import Forward, Outcome
 from mplug2_jax.objectives.scst import scst_loss
 from mplug2_jax.tasks import caption
 from mplug2_jax.tasks.base import TaskContext
+from mplug2_jax.tasks.contracts import CONTRACTS
 
 
 def loss(forward: Forward, context: TaskContext) -> Outcome:
@@ -24,4 +25,4 @@ def loss(forward: Forward, context: TaskContext) -> Outcome:
     return scst_loss(quiet, found.ids, found.lengths, context.tokens)
 
 
-TASK = dataclasses.replace(caption.TASK, name="scst", keys=("frames", "references", "example_id"), loss=loss)
+TASK = dataclasses.replace(caption.TASK, **vars(CONTRACTS["scst"]), loss=loss)

@@ -7,6 +7,7 @@ from data_pipelines.examples import Example
 from mplug2_jax.evaluation.metrics.summary import rouge
 from mplug2_jax.tasks import answer
 from mplug2_jax.tasks.base import HostPredictions, Scored
+from mplug2_jax.tasks.contracts import CONTRACTS
 
 
 def score(predictions: HostPredictions, examples: Sequence[Example], decode: Callable[[Sequence[int]], str]) -> Scored:
@@ -26,4 +27,4 @@ def score(predictions: HostPredictions, examples: Sequence[Example], decode: Cal
     )
 
 
-TASK = dataclasses.replace(answer.TASK, name="summarise", score=score)
+TASK = dataclasses.replace(answer.TASK, **vars(CONTRACTS["summarise"]), score=score)

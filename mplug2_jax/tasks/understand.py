@@ -12,9 +12,7 @@ from mplug2_jax.evaluation.metrics.classification import taken_for
 from mplug2_jax.evaluation.metrics.glue import CLASSES, MOST_ALIKE, glue
 from mplug2_jax.tasks import classify
 from mplug2_jax.tasks.base import HostPredictions, Scored, Task
-
-LIKENESS = tuple(f"{i / 5:.1f}" for i in range(26))
-"""STS-B's numbers in steps of 0.2, as classes; what is said is their mean."""
+from mplug2_jax.tasks.contracts import CONTRACTS, GLUE, LIKENESS
 
 
 def score(
@@ -47,11 +45,10 @@ def score(
 def _task(name: str) -> Task:
     return dataclasses.replace(
         classify.TASK,
-        name=name,
-        keys=("instruction", "instruction_mask", "label"),
+        **vars(CONTRACTS[name]),
         classes=CLASSES.get(name, len(LIKENESS)),
         score=functools.partial(score, name),
     )
 
 
-TASKS: Mapping[str, Task] = {name: _task(name) for name in (*CLASSES, "stsb")}
+TASKS: Mapping[str, Task] = {name: _task(name) for name in GLUE}

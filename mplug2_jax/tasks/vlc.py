@@ -14,6 +14,7 @@ from mplug2_jax.model.mplug2 import Mplug2
 from mplug2_jax.objectives.forward import DeviceBatch, Forward, Outcome
 from mplug2_jax.objectives.vlc import vlc_loss
 from mplug2_jax.tasks.base import HostPredictions, Nearest, Predictions, Scored, Task, TaskContext
+from mplug2_jax.tasks.contracts import CONTRACTS
 
 CUTOFFS = (1, 5, 10)
 NEIGHBOURS = 5  # of each example, to look at
@@ -99,9 +100,7 @@ def score(predictions: HostPredictions, examples: Sequence[Example], decode: Cal
 
 
 TASK = Task(
-    name="vlc",
-    parts=("vision", "text", "universal", "contrastive"),
-    keys=("frames", "text", "text_mask", "example_id"),
+    **vars(CONTRACTS["vlc"]),
     loss=loss,
     predict=predict,
     score=score,

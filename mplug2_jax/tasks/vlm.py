@@ -3,6 +3,7 @@
 from mplug2_jax.objectives.forward import Forward, Outcome
 from mplug2_jax.objectives.vlm import vlm_loss
 from mplug2_jax.tasks.base import Task, TaskContext
+from mplug2_jax.tasks.contracts import CONTRACTS
 
 
 def loss(forward: Forward, context: TaskContext) -> Outcome:
@@ -11,8 +12,6 @@ def loss(forward: Forward, context: TaskContext) -> Outcome:
 
 
 TASK = Task(
-    name="vlm",
-    parts=("vision", "text", "universal", "fusion", "contrastive", "matching"),
-    keys=("frames", "text", "text_mask", "example_id"),
+    **vars(CONTRACTS["vlm"]),
     loss=loss,
 )

@@ -8,6 +8,7 @@ from data_pipelines.examples import Example
 from mplug2_jax.evaluation.metrics.vqa import vqa_accuracy
 from mplug2_jax.tasks import answer
 from mplug2_jax.tasks.base import HostPredictions, Scored
+from mplug2_jax.tasks.contracts import CONTRACTS
 
 
 def score(predictions: HostPredictions, examples: Sequence[Example], decode: Callable[[Sequence[int]], str]) -> Scored:
@@ -24,4 +25,4 @@ def score(predictions: HostPredictions, examples: Sequence[Example], decode: Cal
     )
 
 
-TASK = dataclasses.replace(answer.TASK, name="vqa", score=score)
+TASK = dataclasses.replace(answer.TASK, **vars(CONTRACTS["vqa"]), score=score)

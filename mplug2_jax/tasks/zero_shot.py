@@ -14,6 +14,7 @@ from mplug2_jax.objectives.forward import DeviceBatch, Forward
 from mplug2_jax.parallel.logical import constrain
 from mplug2_jax.tasks import classify
 from mplug2_jax.tasks.base import Predictions, Task, TaskContext
+from mplug2_jax.tasks.contracts import CONTRACTS
 
 
 def prepare(model: Mplug2, context: TaskContext) -> Predictions:
@@ -39,9 +40,7 @@ def predict(model: Mplug2, batch: DeviceBatch, context: TaskContext) -> Predicti
 
 
 TASK = Task(
-    name="zero_shot",
-    parts=("vision", "text", "universal", "contrastive"),
-    keys=("frames", "label"),
+    **vars(CONTRACTS["zero_shot"]),
     views=True,
     prepare=prepare,
     predict=predict,

@@ -4,18 +4,17 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Literal
 
-from data_pipelines.loader import DataConfig
+from data_pipelines.config import DataConfig
 from mplug2_jax.errors import UserError, check_range, did_you_mean
-from mplug2_jax.evaluation.loop import EvaluationConfig
+from mplug2_jax.evaluation.config import EvaluationConfig
 from mplug2_jax.model.config import PARTS, ModelConfig
-from mplug2_jax.parallel.mesh import MeshConfig
-from mplug2_jax.tasks import TASKS
-from mplug2_jax.tasks.base import TaskSettings, parts_for
-from mplug2_jax.training.lora import LoraConfig
-from mplug2_jax.training.optimizer import AdamWConfig, Dtype
-from mplug2_jax.training.schedule import ScheduleConfig
+from mplug2_jax.parallel.config import MeshConfig
+from mplug2_jax.tasks.config import TaskSettings
+from mplug2_jax.tasks.contracts import CONTRACTS, parts_for
 
 Gather = Literal["layer", "step"]
+DecayRule = Literal["matrices", "released"]
+Dtype = Literal["float32", "bfloat16"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,6 +32,85 @@ class StreamConfig:
 
     data: DataConfig
     objectives: Mapping[str, float]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdamWConfig:
+    """AdamW. Learning rates are per group; the schedule scales between its floor and them."""
+
+    learning_rate: float = 1e-4
+    vision_learning_rate: float | None = None  # None: the same as learning_rate
+    layer_decay: float = 1.0  # of the rates, for each layer below the heads: see layer_decay.py; 1 = none
+    weight_decay: float = 0.02
+    decay: DecayRule = "matrices"
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    clip_norm: float = 1.0  # of the gradient over all parameters; 0 = no clipping
+    mu_dtype: Dtype = "float32"  # as the first moment is kept
+    nu_dtype: Dtype = "float32"  # as the second is
+    offload: bool = False  # the moments wait in the hosts' memory for their update
+
+    def __post_init__(self) -> None:
+        """Checks the ranges.
+
+        Raises:
+            UserError: names the field.
+        """
+        for name in ("learning_rate", "vision_learning_rate", "weight_decay", "eps", "clip_norm"):
+            check_range(f"config.optimizer.{name}", getattr(self, name), 0)
+        check_range("config.optimizer.layer_decay", self.layer_decay, 1e-3, 1)
+        for name in ("b1", "b2"):
+            check_range(f"config.optimizer.{name}", getattr(self, name), 0, 1 - 1e-9)
+        if self.nu_dtype == "bfloat16" and self.b2 > 0.99:
+            raise UserError(
+                f"config.optimizer.nu_dtype=bfloat16 cannot follow b2={self.b2}: a step changes less than its 8 bits "
+                "hold; set b2 to 0.99 or less, or nu_dtype to float32"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """Warm-up from ``start`` to the group's learning rate, then a cosine down to ``floor``.
+
+    ``kind="released"`` follows the release's loop: the rate in force is that of the step before; the cosine's length is
+    the whole run less 200 steps, counted from the end of the warm-up; ``released_caption`` also falls back to an early
+    warm-up value for one step after every 100 of the first epoch. All of it counts micro-batches.
+    """
+
+    kind: Literal["cosine", "released", "released_caption"] = "cosine"
+    warmup_steps: int = 100
+    start: float = 0.0
+    floor: float = 0.0
+    steps_per_epoch: int = 0  # released_caption needs it
+
+    def __post_init__(self) -> None:
+        """Checks the ranges.
+
+        Raises:
+            UserError: names the field.
+        """
+        for name in ("warmup_steps", "start", "floor", "steps_per_epoch"):
+            check_range(f"config.schedule.{name}", getattr(self, name), 0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Which parts of the model learn by pairs, and how thin and how strong those are."""
+
+    parts: tuple[str, ...] = ()  # empty: none
+    rank: int = 8
+    alpha: float = 16.0  # a pair's product counts alpha / rank
+
+    def __post_init__(self) -> None:
+        """Checks the ranges. Raises UserError."""
+        check_range("config.lora.rank", self.rank, 1)
+        check_range("config.lora.alpha", self.alpha, 1e-3)
+
+    @property
+    def scale(self) -> float:
+        """What a pair's product counts in its kernel; 0 where there are no pairs."""
+        return self.alpha / self.rank if self.parts else 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -142,7 +220,7 @@ class RunConfig:
         check_range("config.ema_decay", self.ema_decay, 0, 1 - 1e-9)
         if not self.streams:
             raise UserError("config.streams is empty: a run needs at least one stream of batches")
-        trained = [task for task in TASKS if TASKS[task].loss]
+        trained = [name for name, task in CONTRACTS.items() if task.trained]
         for name, stream in self.streams.items():
             where = f"config.streams.{name}"
             self._check_data(f"{where}.data", stream.data)
@@ -200,7 +278,7 @@ class RunConfig:
             self._check_data(f"config.evaluations.{name}.data", evaluation.data)
             check_range(f"config.evaluations.{name}.samples", evaluation.samples, 0)
             check_range(f"config.evaluations.{name}.device_rows", evaluation.device_rows, 1)
-            able = [task for task in TASKS if TASKS[task].predict]
+            able = [name for name, task in CONTRACTS.items() if task.evaluated]
             if evaluation.task not in able:
                 raise UserError(
                     f"config.evaluations.{name}.task={evaluation.task!r}: {did_you_mean(evaluation.task, able)}"
@@ -221,7 +299,9 @@ class RunConfig:
 
     def parts(self) -> tuple[str, ...]:
         """The parts that the streams' objectives need, and no others."""
-        uses = [(TASKS[objective], stream.data) for stream in self.streams.values() for objective in stream.objectives]
+        uses = [
+            (CONTRACTS[objective], stream.data) for stream in self.streams.values() for objective in stream.objectives
+        ]
         needed = set(parts_for([(task, data.kind != "text", data.kind == "video") for task, data in uses]))
         # What can do without an instruction reads one that it is given.
         needed |= {part for task, data in uses if data.examples.instruction_length for part in task.further_parts}

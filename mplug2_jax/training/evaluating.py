@@ -10,8 +10,8 @@ from mplug2_jax.errors import UserError, did_you_mean
 from mplug2_jax.evaluation.loop import Evaluation, EvaluationResult
 from mplug2_jax.model.mplug2 import Params
 from mplug2_jax.parallel.mesh import make_mesh
-from mplug2_jax.tasks import TASKS
-from mplug2_jax.tasks.base import parts_for
+from mplug2_jax.tasks.contracts import parts_for
+from mplug2_jax.tasks.table import TASKS
 from mplug2_jax.training.checkpoints import Checkpoints, open_checkpoint
 from mplug2_jax.training.config import RunConfig
 from mplug2_jax.training.state import plan_run

@@ -20,7 +20,7 @@ from mplug2_jax.model.mplug2 import Params
 from mplug2_jax.parallel.mesh import describe_mesh, make_mesh
 from mplug2_jax.parallel.placement import batch_shards, check_batch, held_parts, put_batch
 from mplug2_jax.parallel.processes import check_equal, is_first
-from mplug2_jax.tasks import TASKS
+from mplug2_jax.tasks.table import TASKS
 from mplug2_jax.training.ahead import Ahead
 from mplug2_jax.training.checkpoints import Checkpoints
 from mplug2_jax.training.compilation import keep_compiled

@@ -13,7 +13,6 @@ Neither operations nor the gradients' traffic are: the gradient with respect to 
 reduced over the mesh, before it becomes that of its pair.
 """
 
-import dataclasses
 import math
 import zlib
 from collections.abc import Callable, Collection
@@ -24,33 +23,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from mplug2_jax.errors import check_range
 from mplug2_jax.model.mplug2 import Params
+from mplug2_jax.training.config import LoraConfig
 from mplug2_jax.training.freezing import PAIR, part_of
 from mplug2_jax.training.optimizer import is_linear
 
 Path = tuple[str, ...]
 Kernel = Float[Array, "*layers i o"] | Float[np.ndarray, "*layers i o"]
 Pair = dict[str, Any]  # a [*layers, i, rank], b [*layers, rank, o]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LoraConfig:
-    """Which parts of the model learn by pairs, and how thin and how strong those are."""
-
-    parts: tuple[str, ...] = ()  # empty: none
-    rank: int = 8
-    alpha: float = 16.0  # a pair's product counts alpha / rank
-
-    def __post_init__(self) -> None:
-        """Checks the ranges. Raises UserError."""
-        check_range("config.lora.rank", self.rank, 1)
-        check_range("config.lora.alpha", self.alpha, 1e-3)
-
-    @property
-    def scale(self) -> float:
-        """What a pair's product counts in its kernel; 0 where there are no pairs."""
-        return self.alpha / self.rank if self.parts else 0.0
 
 
 def with_pairs(tree: Params, parts: Collection[str], make: Callable[[Path, Any], Pair], path: Path = ()) -> Params:

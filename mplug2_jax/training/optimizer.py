@@ -1,18 +1,14 @@
 """AdamW with the release's parameter groups: {vision, rest} x {decayed, not decayed}."""
 
-import dataclasses
 import math
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from mplug2_jax.errors import UserError, check_range
+from mplug2_jax.training.config import AdamWConfig, DecayRule, Dtype
 from mplug2_jax.training.freezing import PAIR
-
-DecayRule = Literal["matrices", "released"]
-Dtype = Literal["float32", "bfloat16"]
 
 
 def is_vision(path: tuple[str, ...]) -> bool:
@@ -36,41 +32,6 @@ def is_decayed(path: tuple[str, ...], rule: DecayRule) -> bool:
         return is_linear(path) or PAIR in path
     visual_norms = path[0] in ("vision", "vision_projection") or path[:2] == ("universal", "visual_norm")
     return path[-1] != "bias" and (path[-1] != "scale" or visual_norms)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class AdamWConfig:
-    """AdamW. Learning rates are per group; the schedule scales between its floor and them."""
-
-    learning_rate: float = 1e-4
-    vision_learning_rate: float | None = None  # None: the same as learning_rate
-    layer_decay: float = 1.0  # of the rates, for each layer below the heads: see layer_decay.py; 1 = none
-    weight_decay: float = 0.02
-    decay: DecayRule = "matrices"
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
-    clip_norm: float = 1.0  # of the gradient over all parameters; 0 = no clipping
-    mu_dtype: Dtype = "float32"  # as the first moment is kept
-    nu_dtype: Dtype = "float32"  # as the second is
-    offload: bool = False  # the moments wait in the hosts' memory for their update
-
-    def __post_init__(self) -> None:
-        """Checks the ranges.
-
-        Raises:
-            UserError: names the field.
-        """
-        for name in ("learning_rate", "vision_learning_rate", "weight_decay", "eps", "clip_norm"):
-            check_range(f"config.optimizer.{name}", getattr(self, name), 0)
-        check_range("config.optimizer.layer_decay", self.layer_decay, 1e-3, 1)
-        for name in ("b1", "b2"):
-            check_range(f"config.optimizer.{name}", getattr(self, name), 0, 1 - 1e-9)
-        if self.nu_dtype == "bfloat16" and self.b2 > 0.99:
-            raise UserError(
-                f"config.optimizer.nu_dtype=bfloat16 cannot follow b2={self.b2}: a step changes less than its 8 bits "
-                "hold; set b2 to 0.99 or less, or nu_dtype to float32"
-            )
 
 
 def scale_by_adam(

@@ -1,38 +1,10 @@
 """Learning-rate schedules: ours from optax, and the release's with its quirks."""
 
-import dataclasses
-from typing import Literal
-
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from mplug2_jax.errors import check_range
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ScheduleConfig:
-    """Warm-up from ``start`` to the group's learning rate, then a cosine down to ``floor``.
-
-    ``kind="released"`` follows the release's loop: the rate in force is that of the step before; the cosine's length is
-    the whole run less 200 steps, counted from the end of the warm-up; ``released_caption`` also falls back to an early
-    warm-up value for one step after every 100 of the first epoch. All of it counts micro-batches.
-    """
-
-    kind: Literal["cosine", "released", "released_caption"] = "cosine"
-    warmup_steps: int = 100
-    start: float = 0.0
-    floor: float = 0.0
-    steps_per_epoch: int = 0  # released_caption needs it
-
-    def __post_init__(self) -> None:
-        """Checks the ranges.
-
-        Raises:
-            UserError: names the field.
-        """
-        for name in ("warmup_steps", "start", "floor", "steps_per_epoch"):
-            check_range(f"config.schedule.{name}", getattr(self, name), 0)
+from mplug2_jax.training.config import ScheduleConfig
 
 
 def make_schedule(config: ScheduleConfig, peak: float, steps: int, accumulate: int = 1) -> optax.Schedule:

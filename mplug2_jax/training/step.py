@@ -18,7 +18,7 @@ from mplug2_jax.objectives.queue import Queue
 from mplug2_jax.objectives.teacher import update_teacher
 from mplug2_jax.parallel.logical import apart, gathered_before, together
 from mplug2_jax.parallel.placement import replicated
-from mplug2_jax.tasks import TASKS
+from mplug2_jax.tasks.table import TASKS
 from mplug2_jax.training.compilation import compiler_options, why_not
 from mplug2_jax.training.config import RunConfig
 from mplug2_jax.training.freezing import join, split

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_pipelines.config import VisualConfig
 from data_pipelines.media import media_of
 from data_pipelines.tokenizers import load_tokenizer
-from data_pipelines.visual import VisualConfig, load_visual
+from data_pipelines.visual import load_visual
 from mplug2_jax.cli.common import results_table
 from mplug2_jax.evaluation.loop import EvaluationResult
 from mplug2_jax.training import workdir as workdir_module

@@ -23,11 +23,11 @@ def tars(tmp_path: Path) -> Path:
 
 
 def recipe(tmp_path: Path, recipes: Path, tar: Path) -> Path:
-    """The text recipe of the package with pictures from a tar as its stream."""
+    """The text recipe of the package with pictures from a tar as its stream; with imports of older recipes."""
     path = tmp_path / "recipe.py"
     path.write_text(
         f"""
-from data_pipelines.examples import ExampleConfig
+from data_pipelines.examples import ExampleConfig, InstructionConfig
 from data_pipelines.loader import DataConfig
 from data_pipelines.sources.config import SourceConfig
 from data_pipelines.visual import VisualConfig

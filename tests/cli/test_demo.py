@@ -19,6 +19,15 @@ def test_a_task_that_is_none_is_refused_with_the_nearest(tmp_path: Path, capsys:
     assert "--only caption is no task of the demo: did you mean '" in capsys.readouterr().err
 
 
+def test_a_field_that_is_none_is_refused_before_anything_is_pretrained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["demo", "tasks", "--pretrained", str(tmp_path / "new"), "--workdir", str(tmp_path / "tasks")]
+    assert main([*words, "--config.modle.width=3"]) == 2
+    assert "config.modle is not a field: did you mean 'model'?" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_each_evaluation_of_the_board_has_a_run_and_a_name_of_its_own() -> None:
     names = [name for trial in TRIALS.values() for name in trial.asked]
     assert len(set(names)) == len(names) == 13

@@ -9,11 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipelines.examples import ExampleConfig, InstructionConfig
-from data_pipelines.loader import DataConfig
+from data_pipelines.config import DataConfig, ExampleConfig, InstructionConfig, SourceConfig
 from data_pipelines.media import write_image
-from data_pipelines.sources.config import SourceConfig
-from mplug2_jax.evaluation.loop import EvaluationConfig
+from mplug2_jax.evaluation.config import EvaluationConfig
 from tests.runs import QUESTION, SMALL, recipe_file, small_run
 
 from .conftest import Outcome, Trained

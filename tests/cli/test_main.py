@@ -82,6 +82,20 @@ def test_a_wrong_argument_is_named(words: str, said: str, mplug2: Callable[..., 
     assert said in refused.err.splitlines()[-1]
 
 
+def test_commands_are_listed_by_purpose_with_a_line_each(mplug2: Callable[..., Outcome]) -> None:
+    listed = mplug2()
+    assert listed == mplug2("--help")
+    assert (listed.status, listed.err) == (0, "")
+    listing = listed.out[listed.out.index("\nTrain:") : listed.out.index("\noptions:")]
+    purposes = [group.split(":\n") for group in listing.strip().split("\n\n")]
+    assert [purpose for purpose, _ in purposes] == [
+        "Train", "Evaluate and use", "Data", "Plan and launch", "Weights", "Shell",
+    ]  # fmt: skip
+    rows = dict(line.split(maxsplit=1) for _, lines in purposes for line in lines.splitlines())
+    assert set(rows) == {names[0] for names in COMMANDS if names}
+    assert all(len(summary) < 80 and summary[0].isupper() and summary[-1] != "." for summary in rows.values())
+
+
 def test_the_version_is_told(mplug2: Callable[..., Outcome]) -> None:
     assert mplug2("--version") == Outcome(0, f"mplug2 {__version__}\n", "")
 
@@ -124,8 +138,40 @@ def test_a_mistake_of_ours_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> Non
         main(["report", "w"])
 
 
+REFUSED = (
+    "train --config demo --config.modle.width=3 --workdir w",
+    "train --config demo --config.model.width=wide --workdir w",
+    "train --config demo --config.steps=0 --workdir w",
+    "train --config demo --config.freeze=('eyes',) --workdir w",
+    "train --config demmo --workdir w",
+    "train --config cola:tiny --config.streams.set.objectives.clasify=1 --workdir w",
+    "plan --config pretrain --config.modle.width=3 --shardings",
+    "data show finetune:caption --config.modle.width=3",
+)
+HEAVY = {
+    "PIL", "array_record", "av", "flax", "fsspec", "grain", "jax", "jinja2", "matplotlib", "optax", "orbax", "scipy",
+    "sentencepiece", "shtab", "sklearn", "tensorboardX", "tensorflow_datasets", "tensorstore", "tokenizers",
+}  # fmt: skip
+UNUSED = {"matplotlib", "nltk", "scipy.stats", "tensorflow", "tensorflow_datasets", "torch"}
+IMPORTED = f"""
+import sys
+from mplug2_jax.cli.main import main
+print([main(line.split()) for line in {REFUSED}])
+print({HEAVY} & set(sys.modules))
+import mplug2_jax.training.loop
+print({UNUSED} & set(sys.modules))
+print(main("data validate digitworld: --kind text --size 2".split()), "tensorflow_datasets" in sys.modules)
+"""
+
+
 def test_a_run_does_not_wait_for_packages_that_it_does_not_use() -> None:
-    """PyTorch, nltk and SciPy's statistics take longer to import than all that a run needs."""
-    code = "import sys, mplug2_jax.training.loop; print({'torch', 'nltk', 'scipy.stats'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "set()\n"
+    """A wrong config is refused before anything heavy is imported, and a run imports only what it needs.
+
+    PyTorch, nltk and SciPy's statistics take longer to import than all that a run needs; TFDS is of its own data sets.
+    """
+    done = subprocess.run([sys.executable, "-c", IMPORTED], capture_output=True, text=True, check=True)
+    refused, heavy, unused, *_, other_data = done.stdout.splitlines()
+    assert refused == str([2] * len(REFUSED))
+    assert len(done.stderr.splitlines()) == len(REFUSED)
+    assert (heavy, unused) == ("set()", "set()")
+    assert other_data == "0 False"

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from data_pipelines.sources.config import SourceConfig
-from mplug2_jax.evaluation.loop import EvaluationConfig
+from data_pipelines.config import SourceConfig
+from mplug2_jax.evaluation.config import EvaluationConfig
 from mplug2_jax.model.config import model_config
 from mplug2_jax.model.mplug2 import define
 from mplug2_jax.parallel.logical import ACTIVATION_RULES, PARAMETER_RULES

@@ -10,6 +10,7 @@ from PIL import Image, ImageOps
 
 from data_pipelines import augment
 from data_pipelines.augment import OPERATIONS, flip, rand_augment, release_augment_clip, release_augment_image, warp
+from data_pipelines.config import NUM_OPERATIONS
 
 
 def smooth(t: int = 2, side: int = 40) -> np.ndarray:
@@ -17,6 +18,10 @@ def smooth(t: int = 2, side: int = 40) -> np.ndarray:
     small = np.random.default_rng(0).integers(140, 240, (5, 5, 3), np.uint8)
     frame = np.asarray(Image.fromarray(small).resize((side, side), Image.Resampling.BICUBIC))
     return np.stack([np.clip(frame.astype(int) + 10 * i, 0, 250).astype(np.uint8) for i in range(t)])
+
+
+def test_configs_know_how_many_operations_there_are() -> None:
+    assert len(OPERATIONS) == NUM_OPERATIONS
 
 
 def grey(clip: np.ndarray) -> np.ndarray:

@@ -5,12 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_pipelines.config import VisualConfig
 from data_pipelines.convert import check_shard, convert, encode_frames
 from data_pipelines.digitworld.source import DigitWorld
 from data_pipelines.errors import DataError
 from data_pipelines.record import Record
 from data_pipelines.sources.array_record import ArrayRecordSource
-from data_pipelines.visual import VisualConfig, load_visual
+from data_pipelines.visual import load_visual
 
 SETTINGS = {"format": "digitworld", "kind": "image", "path": ""}
 

@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_pipelines.config import DataConfig, ExampleConfig, SourceConfig
 from data_pipelines.corpus import cut_corpus, write_corpus
 from data_pipelines.digitworld import vocabulary_texts
 from data_pipelines.errors import DataError
-from data_pipelines.examples import ExampleConfig, make_example
-from data_pipelines.loader import DataConfig, Stream
+from data_pipelines.examples import make_example
+from data_pipelines.loader import Stream
 from data_pipelines.sources.array_record import ArrayRecordSource
-from data_pipelines.sources.config import SourceConfig
 from data_pipelines.tokenizers import fingerprint, train_wordpiece
 
 TOKENIZER = train_wordpiece(vocabulary_texts(60), 160)

@@ -9,19 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data_pipelines.config import ExampleConfig, InstructionConfig, VisualConfig
 from data_pipelines.digitworld.source import DigitWorld, vocabulary_texts
 from data_pipelines.errors import DataError
-from data_pipelines.examples import (
-    ExampleConfig,
-    InstructionConfig,
-    box_of_words,
-    box_words,
-    example_id,
-    make_example,
-)
+from data_pipelines.examples import box_of_words, box_words, example_id, make_example, reader_of
 from data_pipelines.record import Expression, Question, Record
 from data_pipelines.tokenizers import WordPieceTokenizer, train_sentencepiece, train_wordpiece
-from data_pipelines.visual import VisualConfig, load_visual
+from data_pipelines.visual import load_visual
 
 TOKENIZER = train_wordpiece(vocabulary_texts(100), 200)
 CAPTION = {"caption": InstructionConfig(templates=("describe the picture",))}
@@ -144,7 +138,7 @@ def test_released_captions_are_glued_to_the_prompt_whose_first_pieces_are_not_le
     learned = example.arrays["target_weights"]
     assert learned[:3].tolist() == [0, 0, 0]
     assert learned[3] == 1  # the release masks one label too few
-    assert config.reader(bert)(example.arrays["target"].tolist()) == "a man"
+    assert reader_of(config, bert)(example.arrays["target"].tolist()) == "a man"
 
 
 def test_released_questions_end_without_sep_and_answers_with_one(bert) -> None:

@@ -4,21 +4,20 @@ import dataclasses
 import itertools
 import json
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 
+from data_pipelines.config import DataConfig, ExampleConfig, Format, InstructionConfig, SourceConfig, VisualConfig
 from data_pipelines.digitworld import vocabulary_texts
 from data_pipelines.errors import DataError
-from data_pipelines.examples import ExampleConfig, InstructionConfig
 from data_pipelines.faults import Fault, FaultLog, read_faults
-from data_pipelines.loader import DataConfig, EvaluationSet, Stream
+from data_pipelines.loader import EvaluationSet, Stream
 from data_pipelines.order import WHOLE as WHOLE_SHARD
 from data_pipelines.order import Shard
-from data_pipelines.sources import config as sources_config
-from data_pipelines.sources.config import SourceConfig
+from data_pipelines.sources.formats import FORMATS, open_source
 from data_pipelines.tokenizers import train_wordpiece
-from data_pipelines.visual import VisualConfig
 
 from .worlds import SIZE, encoded, img2dataset, records, write_tar
 
@@ -254,10 +253,10 @@ def test_settings_that_a_format_does_not_read() -> None:
     with pytest.raises(
         DataError, match=r"source\.path='x' means nothing to format 'digitworld', which reads label, seed, split"
     ):
-        SourceConfig(path="x").open(VISUAL)
+        open_source(SourceConfig(path="x"), VISUAL)
     with pytest.raises(DataError, match=r"source\.path is empty; format 'webdataset' needs the path of its files"):
-        SourceConfig(format="webdataset").open(VISUAL)
-    assert set(sources_config.FORMATS) == set(sources_config.Format.__args__)
+        open_source(SourceConfig(format="webdataset"), VISUAL)
+    assert set(FORMATS) == set(get_args(Format))
 
 
 def test_boxes_are_refused_where_pictures_are_cropped_or_turned() -> None:

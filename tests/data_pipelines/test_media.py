@@ -8,9 +8,10 @@ import pytest
 from PIL import Image
 
 from data_pipelines import media as media_module
+from data_pipelines.config import VisualConfig
 from data_pipelines.errors import DataError
 from data_pipelines.media import Media, media_of, reading, write_image, write_video
-from data_pipelines.visual import VisualConfig, load_visual
+from data_pipelines.visual import load_visual
 
 
 def colour_image() -> np.ndarray:

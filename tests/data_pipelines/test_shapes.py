@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 
+from data_pipelines.config import DataConfig, ExampleConfig
 from data_pipelines.digitworld import vocabulary_texts
-from data_pipelines.examples import ExampleConfig
-from data_pipelines.loader import DataConfig, EvaluationSet, Stream
+from data_pipelines.loader import EvaluationSet, Stream
 from data_pipelines.tokenizers import train_wordpiece
 from mplug2_jax.config import build, load_recipe
 from mplug2_jax.training.config import RunConfig

@@ -3,10 +3,9 @@
 import json
 from pathlib import Path
 
-from data_pipelines.examples import ExampleConfig
-from data_pipelines.sources.config import SourceConfig
+from data_pipelines.config import ExampleConfig, SourceConfig, VisualConfig
+from data_pipelines.sources.formats import open_source
 from data_pipelines.validate import histogram, validate
-from data_pipelines.visual import VisualConfig
 
 from .worlds import SIZE, encoded, records
 
@@ -29,7 +28,7 @@ def write(tmp_path: Path) -> SourceConfig:
 
 
 def test_everything_that_is_wrong_is_found(tmp_path: Path) -> None:
-    found = validate(write(tmp_path).open(VISUAL), VISUAL, ExampleConfig(text_length=8), name="clips")
+    found = validate(open_source(write(tmp_path), VISUAL), VISUAL, ExampleConfig(text_length=8), name="clips")
     assert (found.records, found.pictures, found.clips) == (7, 0, 6)
     assert found.lost == {
         "missing media": 1, "unreadable media": 1, "unreadable records": 1, "records that lack what is asked for": 1
@@ -46,7 +45,8 @@ def test_everything_that_is_wrong_is_found(tmp_path: Path) -> None:
 
 def test_without_a_recipe_nothing_is_asked_for(tmp_path: Path) -> None:
     assert (
-        "records that lack what is asked for" not in validate(write(tmp_path).open(VISUAL), VISUAL, name="clips").lost
+        "records that lack what is asked for"
+        not in validate(open_source(write(tmp_path), VISUAL), VISUAL, name="clips").lost
     )
 
 

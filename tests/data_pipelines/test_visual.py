@@ -10,12 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from data_pipelines.config import Transform, VisualConfig
 from data_pipelines.errors import DataError
 from data_pipelines.frames import middle_indices, random_indices
 from data_pipelines.image import Picture
 from data_pipelines.media import Media
 from data_pipelines.transforms import random_window, square
-from data_pipelines.visual import Transform, Visual, VisualConfig, load_visual
+from data_pipelines.visual import Visual, load_visual
 from tests.data_pipelines.clips import moving, moving_clip
 
 TRANSFORMS = get_args(Transform)

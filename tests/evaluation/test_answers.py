@@ -10,19 +10,18 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from data_pipelines.examples import ExampleConfig, InstructionConfig
-from data_pipelines.loader import DataConfig
-from data_pipelines.sources.config import SourceConfig
-from data_pipelines.visual import VisualConfig
+from data_pipelines.config import DataConfig, ExampleConfig, InstructionConfig, SourceConfig, VisualConfig
 from mplug2_jax.errors import UserError
 from mplug2_jax.evaluation import loop
 from mplug2_jax.evaluation.answers import read_answers
-from mplug2_jax.evaluation.loop import Evaluation, EvaluationConfig
-from mplug2_jax.generation.beam import SearchConfig
+from mplug2_jax.evaluation.config import EvaluationConfig
+from mplug2_jax.evaluation.loop import Evaluation
+from mplug2_jax.generation.config import SearchConfig
 from mplug2_jax.generation.constrained import NOTHING
 from mplug2_jax.model.mplug2 import Params, define
 from mplug2_jax.objectives.forward import DeviceBatch, Forward
-from mplug2_jax.parallel.mesh import MeshConfig, make_mesh
+from mplug2_jax.parallel.config import MeshConfig
+from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.tasks.base import TaskContext
 from tests.evaluation.test_loop import CONTEXT, MODEL, QUESTIONS, TOKENIZER
 

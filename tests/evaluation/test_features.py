@@ -7,18 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from data_pipelines.examples import ExampleConfig
-from data_pipelines.loader import DataConfig, EvaluationSet
-from data_pipelines.sources.config import SourceConfig
+from data_pipelines.config import DataConfig, ExampleConfig, SourceConfig, VisualConfig
+from data_pipelines.loader import EvaluationSet
 from data_pipelines.tokenizers import SPECIAL_TOKENS, WordPieceTokenizer
-from data_pipelines.visual import VisualConfig
 from mplug2_jax.errors import UserError
 from mplug2_jax.evaluation import features as features_module
 from mplug2_jax.evaluation.features import FeatureConfig, Features
 from mplug2_jax.model.config import model_config
 from mplug2_jax.model.mplug2 import define
 from mplug2_jax.model.taps import Taps
-from mplug2_jax.parallel.mesh import MeshConfig, make_mesh
+from mplug2_jax.parallel.config import MeshConfig
+from mplug2_jax.parallel.mesh import make_mesh
 from tests.data_pipelines.worlds import encoded, records
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"

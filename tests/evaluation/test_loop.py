@@ -10,24 +10,26 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_pipelines.config import DataConfig, ExampleConfig, InstructionConfig, SourceConfig, VisualConfig
 from data_pipelines.digitworld import IMAGE_LABELS, VIDEO_LABELS
-from data_pipelines.examples import Example, ExampleConfig, InstructionConfig
+from data_pipelines.examples import Example
 from data_pipelines.faults import Fault
-from data_pipelines.loader import DataConfig, _Unusable
-from data_pipelines.sources.config import SourceConfig
+from data_pipelines.loader import _Unusable
 from data_pipelines.tokenizers import SPECIAL_TOKENS, WordPieceTokenizer
-from data_pipelines.visual import VisualConfig
 from mplug2_jax.cli.common import results_table
 from mplug2_jax.errors import UserError
-from mplug2_jax.evaluation.loop import Evaluation, EvaluationConfig, EvaluationResult, save_result
+from mplug2_jax.evaluation.config import EvaluationConfig
+from mplug2_jax.evaluation.loop import Evaluation, EvaluationResult, save_result
 from mplug2_jax.evaluation.metrics.classification import taken_for
 from mplug2_jax.evaluation.samples import Neighbours, Sample
 from mplug2_jax.model.config import SpecialTokens, model_config
 from mplug2_jax.model.mplug2 import define
-from mplug2_jax.objectives.mlm import MlmConfig
-from mplug2_jax.parallel.mesh import MeshConfig, make_mesh
-from mplug2_jax.tasks.base import TaskContext, TaskSettings
+from mplug2_jax.objectives.config import MlmConfig
+from mplug2_jax.parallel.config import MeshConfig
+from mplug2_jax.parallel.mesh import make_mesh
+from mplug2_jax.tasks.base import TaskContext
 from mplug2_jax.tasks.classify import score
+from mplug2_jax.tasks.config import TaskSettings
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 TOKENIZER = WordPieceTokenizer([*SPECIAL_TOKENS, "?", *LETTERS, *(f"##{letter}" for letter in LETTERS)])

@@ -8,22 +8,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipelines.examples import ExampleConfig
-from data_pipelines.loader import DataConfig, EvaluationSet
-from data_pipelines.sources.config import SourceConfig
+from data_pipelines.config import DataConfig, ExampleConfig, SourceConfig, VisualConfig
+from data_pipelines.loader import EvaluationSet
 from data_pipelines.tokenizers import SPECIAL_TOKENS, WordPieceTokenizer
-from data_pipelines.visual import VisualConfig
 from mplug2_jax.errors import UserError
 from mplug2_jax.evaluation import matching
-from mplug2_jax.evaluation.loop import Evaluation, EvaluationConfig
+from mplug2_jax.evaluation.config import EvaluationConfig
+from mplug2_jax.evaluation.loop import Evaluation
 from mplug2_jax.evaluation.matching import rows_of
 from mplug2_jax.evaluation.metrics.retrieval import ranks_of
 from mplug2_jax.model.config import SpecialTokens, model_config
 from mplug2_jax.model.mplug2 import define
 from mplug2_jax.objectives.forward import Forward
-from mplug2_jax.parallel.mesh import MeshConfig, make_mesh
-from mplug2_jax.tasks import TASKS
-from mplug2_jax.tasks.base import TaskContext, TaskSettings
+from mplug2_jax.parallel.config import MeshConfig
+from mplug2_jax.parallel.mesh import make_mesh
+from mplug2_jax.tasks.base import TaskContext
+from mplug2_jax.tasks.config import TaskSettings
+from mplug2_jax.tasks.table import TASKS
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 TOKENIZER = WordPieceTokenizer([*SPECIAL_TOKENS, "?", *LETTERS, *(f"##{letter}" for letter in LETTERS)])

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from mplug2_jax.evaluation.metrics.nearest import PAIRS, search
 from mplug2_jax.evaluation.metrics.retrieval import ranks_of
-from mplug2_jax.parallel.mesh import MeshConfig, make_mesh
+from mplug2_jax.parallel.config import MeshConfig
+from mplug2_jax.parallel.mesh import make_mesh
 
 
 def on(devices):

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from mplug2_jax.evaluation.slices import predict_in_slices
-from mplug2_jax.parallel.mesh import MeshConfig, make_mesh
+from mplug2_jax.parallel.config import MeshConfig
+from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.parallel.placement import replicated
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from data_pipelines.faults import Fault
 from mplug2_jax.evaluation.submissions import WRITERS, save_submission
-from mplug2_jax.tasks import TASKS
+from mplug2_jax.tasks.table import TASKS
 from mplug2_jax.tasks.understand import TASKS as GLUE
 
 

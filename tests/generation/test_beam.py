@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from jaxtyping import Array, Float, Int
 
 from mplug2_jax.errors import UserError
-from mplug2_jax.generation.beam import SearchConfig, beam_search
+from mplug2_jax.generation.beam import beam_search
+from mplug2_jax.generation.config import SearchConfig
 from mplug2_jax.generation.decode import generate
 from mplug2_jax.model.config import SpecialTokens, model_config
 from mplug2_jax.model.decoder import Decoder, kept_rows

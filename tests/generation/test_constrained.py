@@ -8,7 +8,8 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mplug2_jax.generation.beam import SearchConfig, beam_search
+from mplug2_jax.generation.beam import beam_search
+from mplug2_jax.generation.config import SearchConfig
 from mplug2_jax.generation.constrained import NOTHING, constrained, start_possible
 from mplug2_jax.generation.decode import generate
 from mplug2_jax.model.config import model_config

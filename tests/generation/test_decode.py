@@ -7,11 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mplug2_jax.generation.beam import Found, SearchConfig
+from mplug2_jax.generation.beam import Found
+from mplug2_jax.generation.config import SearchConfig
 from mplug2_jax.generation.decode import generate
 from mplug2_jax.model.config import SpecialTokens
 from mplug2_jax.model.mplug2 import Params, define
-from mplug2_jax.parallel.mesh import MeshConfig, make_mesh
+from mplug2_jax.parallel.config import MeshConfig
+from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.parallel.placement import batch_sharding, place_parameters, replicated
 from mplug2_jax.planning.traffic import collectives
 from tests.runs import small_model

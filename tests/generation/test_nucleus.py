@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mplug2_jax.errors import UserError
-from mplug2_jax.generation.beam import SearchConfig, beam_search
+from mplug2_jax.generation.beam import beam_search
+from mplug2_jax.generation.config import SearchConfig
 from mplug2_jax.generation.nucleus import nucleus, sample
 from tests.generation.test_beam import STATES, TOKENS, VOCABULARY, History, toy_step
 

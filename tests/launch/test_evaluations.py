@@ -12,11 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from data_pipelines.config import DataConfig, ExampleConfig, InstructionConfig, SourceConfig
 from data_pipelines.digitworld import VIDEO_LABELS
-from data_pipelines.examples import ExampleConfig, InstructionConfig
-from data_pipelines.loader import DataConfig
-from data_pipelines.sources.config import SourceConfig
-from mplug2_jax.evaluation.loop import EvaluationConfig
+from mplug2_jax.evaluation.config import EvaluationConfig
 from mplug2_jax.training.config import CheckpointConfig
 from mplug2_jax.training.telemetry import read_metrics
 from tests.cli.conftest import untrained

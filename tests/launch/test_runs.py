@@ -10,10 +10,8 @@ from typing import Any
 
 import pytest
 
-from data_pipelines.examples import ExampleConfig
-from data_pipelines.loader import DataConfig
-from data_pipelines.sources.config import SourceConfig
-from mplug2_jax.evaluation.loop import EvaluationConfig
+from data_pipelines.config import DataConfig, ExampleConfig, SourceConfig
+from mplug2_jax.evaluation.config import EvaluationConfig
 from mplug2_jax.launch.local import free_port, process_environment
 from mplug2_jax.training.telemetry import read_steps
 from tests.data_pipelines.worlds import write_tar

@@ -6,7 +6,7 @@ import pytest
 from mplug2_jax.model.config import model_config
 from mplug2_jax.model.mplug2 import define
 from mplug2_jax.model.taps import Taps
-from mplug2_jax.parallel.mesh import MeshConfig
+from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.placement import place_parameters
 
 CAPTION = ("vision", "temporal", "universal", "decoder")

@@ -11,7 +11,8 @@ from mplug2_jax.model import layers, ring, sequence
 from mplug2_jax.model.attention import attention
 from mplug2_jax.model.mplug2 import define
 from mplug2_jax.model.sequence import Layout
-from mplug2_jax.parallel.mesh import MeshConfig, make_mesh
+from mplug2_jax.parallel.config import MeshConfig
+from mplug2_jax.parallel.mesh import make_mesh
 from tests.runs import small_model
 
 CLIP = Layout(queries="visual", keys="visual")

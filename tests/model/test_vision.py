@@ -9,7 +9,8 @@ from flax import nnx
 from mplug2_jax.errors import UserError
 from mplug2_jax.model.config import model_config
 from mplug2_jax.model.vision import LocalTemporal, VisionTower, lie, normalise_pixels, resize_positions
-from mplug2_jax.parallel.mesh import MeshConfig, make_mesh
+from mplug2_jax.parallel.config import MeshConfig
+from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.parallel.placement import batch_sharding
 from mplug2_jax.planning.traffic import collectives
 

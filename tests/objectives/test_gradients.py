@@ -7,14 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from data_pipelines.examples import ExampleConfig
-from data_pipelines.loader import DataConfig
-from data_pipelines.sources.config import SourceConfig
+from data_pipelines.config import DataConfig, ExampleConfig, SourceConfig
 from mplug2_jax.model.config import PARTS, SpecialTokens, model_config
-from mplug2_jax.objectives.mlm import MlmConfig
-from mplug2_jax.objectives.vlm import VlmConfig
-from mplug2_jax.parallel.mesh import MeshConfig, make_mesh
-from mplug2_jax.tasks.base import TaskSettings
+from mplug2_jax.objectives.config import MlmConfig, VlmConfig
+from mplug2_jax.parallel.config import MeshConfig
+from mplug2_jax.parallel.mesh import make_mesh
+from mplug2_jax.tasks.config import TaskSettings
 from mplug2_jax.training.config import RunConfig, StreamConfig
 from mplug2_jax.training.state import plan_run
 from mplug2_jax.training.step import streams_loss

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from mplug2_jax.errors import UserError
 from mplug2_jax.objectives.forward import Forward, label_cross_entropy
-from mplug2_jax.tasks import TASKS
-from mplug2_jax.tasks.base import TaskContext, TaskSettings
+from mplug2_jax.tasks.base import TaskContext
+from mplug2_jax.tasks.config import TaskSettings
+from mplug2_jax.tasks.table import TASKS
 from tests.objectives.test_language import Prepared as Decoded
 from tests.objectives.test_language import case
 from tests.objectives.test_mlm import TOKENS, sentences

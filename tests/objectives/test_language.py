@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mplug2_jax.objectives.config import DistillationConfig
 from mplug2_jax.objectives.forward import Forward, weighted_mean
 from mplug2_jax.objectives.language import (
-    DistillationConfig,
     answer_loss,
     answer_sums,
     caption_loss,
@@ -19,7 +19,7 @@ from mplug2_jax.objectives.language import (
     ilm_loss,
     next_token_loss,
     teacher_probabilities,
-)  # fmt: skip
+)
 
 ANSWERS, LENGTH, VOCABULARY = 6, 5, 7
 

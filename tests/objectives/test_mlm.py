@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from mplug2_jax.model.config import SpecialTokens
+from mplug2_jax.objectives.config import MlmConfig
 from mplug2_jax.objectives.forward import Forward
-from mplug2_jax.objectives.mlm import MlmConfig, mask_tokens, masked_predictions, mlm_loss
+from mplug2_jax.objectives.mlm import mask_tokens, masked_predictions, mlm_loss
 
 TOKENS = SpecialTokens(pad=0, begin=1, end=2, mask=3)
 VOCABULARY = 1000

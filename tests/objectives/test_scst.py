@@ -6,15 +6,17 @@ import numpy as np
 import pytest
 
 from mplug2_jax.errors import UserError
-from mplug2_jax.generation.beam import SearchConfig
+from mplug2_jax.generation.config import SearchConfig
 from mplug2_jax.generation.decode import generate
 from mplug2_jax.model.config import SpecialTokens, model_config
 from mplug2_jax.model.mplug2 import define
 from mplug2_jax.objectives.cider import cider_d, no_frequencies
+from mplug2_jax.objectives.config import ScstConfig
 from mplug2_jax.objectives.forward import Forward, purpose_key
-from mplug2_jax.objectives.scst import ScstConfig, advantages
-from mplug2_jax.tasks import TASKS
-from mplug2_jax.tasks.base import TaskContext, TaskSettings
+from mplug2_jax.objectives.scst import advantages
+from mplug2_jax.tasks.base import TaskContext
+from mplug2_jax.tasks.config import TaskSettings
+from mplug2_jax.tasks.table import TASKS
 
 EXAMPLES, SAMPLES, LENGTH, VOCABULARY = 3, 4, 6, 8
 MODEL = model_config(

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mplug2_jax.objectives.language import DistillationConfig
+from mplug2_jax.objectives.config import DistillationConfig
 from mplug2_jax.objectives.teacher import update_teacher
 
 

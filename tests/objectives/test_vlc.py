@@ -12,11 +12,13 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mplug2_jax.objectives import contrast
+from mplug2_jax.objectives.config import VlcConfig
 from mplug2_jax.objectives.forward import Forward
 from mplug2_jax.objectives.momentum import momentum_contrastive_loss
 from mplug2_jax.objectives.queue import Queue, fresh_queue
-from mplug2_jax.objectives.vlc import VlcConfig, contrastive_loss, vlc_loss
-from mplug2_jax.parallel.mesh import MeshConfig, abstract_mesh, make_mesh
+from mplug2_jax.objectives.vlc import contrastive_loss, vlc_loss
+from mplug2_jax.parallel.config import MeshConfig
+from mplug2_jax.parallel.mesh import abstract_mesh, make_mesh
 from mplug2_jax.parallel.placement import batch_sharding
 from tests.tpu import topology_mesh
 

@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 
 from mplug2_jax.model.config import model_config
 from mplug2_jax.model.fusion import Fusion
+from mplug2_jax.objectives.config import VlmConfig
 from mplug2_jax.objectives.forward import Forward
-from mplug2_jax.objectives.vlm import VlmConfig, hard_negatives, take_in_group, vlm_loss
-from mplug2_jax.parallel.mesh import MeshConfig, make_mesh
+from mplug2_jax.objectives.vlm import hard_negatives, take_in_group, vlm_loss
+from mplug2_jax.parallel.config import MeshConfig
+from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.parallel.placement import batch_sharding
 
 BATCH, WIDTH = 12, 6

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from data_pipelines.examples import ExampleConfig
+from data_pipelines.config import ExampleConfig
 from mplug2_jax.model.config import SpecialTokens, model_config
-from mplug2_jax.parallel.mesh import MeshConfig
+from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.placement import batch_sharding
 from mplug2_jax.training.state import plan_run
 from mplug2_jax.training.step import jitted_step

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mplug2_jax.errors import UserError
-from mplug2_jax.parallel.logical import MESH_AXES
-from mplug2_jax.parallel.mesh import MeshConfig, abstract_mesh, make_mesh
+from mplug2_jax.parallel.config import MESH_AXES, MeshConfig
+from mplug2_jax.parallel.mesh import abstract_mesh, make_mesh
 from tests.tpu import topology_mesh
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mplug2_jax.parallel.mesh import MeshConfig
+from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.planning.buffers import Buffer, largest_arrays, parse_oom
 from tests.planning.programs import program
 from tests.tpu import topology_mesh

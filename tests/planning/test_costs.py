@@ -9,7 +9,7 @@ import pytest
 
 from mplug2_jax.model.config import RematConfig
 from mplug2_jax.parallel.chips import parse_topology
-from mplug2_jax.parallel.mesh import MeshConfig
+from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.planning.costs import Costs, prediction_costs, training_costs
 from mplug2_jax.planning.programs import abstract_batch, blueprint, evaluation_program
 from mplug2_jax.training.config import RunConfig

@@ -10,7 +10,7 @@ from mplug2_jax.config import as_recipe, build, override
 from mplug2_jax.errors import UserError
 from mplug2_jax.model.config import RematConfig
 from mplug2_jax.parallel.chips import CHIPS, Topology, parse_topology, topology_names
-from mplug2_jax.parallel.mesh import MeshConfig
+from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.planning.buffers import Buffer, OutOfMemory
 from mplug2_jax.planning.fitting import (
     changes,

@@ -6,15 +6,14 @@ import types
 
 import pytest
 
-from mplug2_jax.objectives.language import DistillationConfig
-from mplug2_jax.objectives.vlc import VlcConfig
+from mplug2_jax.objectives.config import DistillationConfig, VlcConfig
 from mplug2_jax.parallel.chips import parse_topology
-from mplug2_jax.parallel.mesh import MeshConfig, make_mesh
+from mplug2_jax.parallel.config import MeshConfig
+from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.planning.memory import Memory, held, held_by_host, program_memory, state_memory
 from mplug2_jax.planning.programs import Compiled, abstract_batch, blueprint, training_program
-from mplug2_jax.tasks.base import TaskSettings
-from mplug2_jax.training.config import RunConfig
-from mplug2_jax.training.optimizer import AdamWConfig
+from mplug2_jax.tasks.config import TaskSettings
+from mplug2_jax.training.config import AdamWConfig, RunConfig
 from tests.runs import small_run
 
 TOPOLOGY = parse_topology("cpu:8")

@@ -8,7 +8,7 @@ import pytest
 
 from mplug2_jax.config import as_recipe, build, override
 from mplug2_jax.parallel.chips import parse_topology
-from mplug2_jax.parallel.mesh import MeshConfig
+from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.planning import search as module
 from mplug2_jax.planning.programs import Compiled, Program
 from mplug2_jax.planning.search import Candidate, Tried, candidates, search

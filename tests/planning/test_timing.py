@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mplug2_jax.parallel.chips import parse_topology
-from mplug2_jax.parallel.mesh import MeshConfig, make_mesh
+from mplug2_jax.parallel.config import MeshConfig
+from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.planning.programs import devices_of
 from mplug2_jax.planning.timing import BEST, ORDINARY, Timing, bandwidth, extents, timing
 from mplug2_jax.planning.traffic import Collective

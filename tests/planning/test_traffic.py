@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from data_pipelines.examples import ExampleConfig
+from data_pipelines.config import ExampleConfig
 from mplug2_jax.model.config import RematConfig, SpecialTokens, model_config
-from mplug2_jax.parallel.mesh import MeshConfig, make_mesh
+from mplug2_jax.parallel.config import MeshConfig
+from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.parallel.placement import batch_sharding
 from mplug2_jax.planning.hlo import parse_program, shape_bytes
 from mplug2_jax.planning.traffic import Collective, collectives, largest, summary, unknown_loops

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from data_pipelines.examples import Example
+from data_pipelines.examples import Example, reader_of
 from data_pipelines.loader import EvaluationSet
 from data_pipelines.tokenizers import WordPieceTokenizer
 from mplug2_jax.cli.main import main
@@ -17,8 +17,8 @@ from mplug2_jax.config import build, load_recipe
 from mplug2_jax.conversion.parity.goldens import Golden, load_goldens
 from mplug2_jax.model.config import SpecialTokens
 from mplug2_jax.model.vision import normalise_pixels
-from mplug2_jax.tasks import TASKS
 from mplug2_jax.tasks.base import TaskContext
+from mplug2_jax.tasks.table import TASKS
 from mplug2_jax.training.config import RunConfig
 
 PAGES = {"videoqa": "msrvtt_qa:tiny,released", "caption": "msrvtt_caption:tiny,released"}
@@ -140,7 +140,7 @@ def test_what_is_scored_is_what_the_release_reads(task: str, read: str, data: Pa
     told = [right[0].upper(), *right[1:]]  # one differs by its letters' case
     score = TASKS[evaluation.task].score
     assert score is not None
-    reader = evaluation.data.examples.reader(WordPieceTokenizer(words["vocab"]))
+    reader = reader_of(evaluation.data.examples, WordPieceTokenizer(words["vocab"]))
     scored = score({"ids": ids}, [Example({}, str(i), answers=(text,)) for i, text in enumerate(told)], reader)
     assert list(scored.said) == right
     if task == "videoqa":
@@ -183,7 +183,7 @@ def test_weights_of_the_release_say_the_same_in_pytorch(
         names = ("instruction", "instruction_mask")
         asked = [torch.from_numpy(np.stack([each[name][:40] for each in arrays])) for name in names]
         found = VideoQA.from_pretrained(hub).generate(frames, *asked)
-    read = evaluation.examples.reader(tokenizer)
+    read = reader_of(evaluation.examples, tokenizer)
     rows = zip(found.ids[:, 0].tolist(), found.lengths[:, 0].tolist(), strict=True)
     assert said == [read(ids[:length]) for ids, length in rows]
     assert all(said)

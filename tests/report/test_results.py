@@ -16,7 +16,7 @@ from mplug2_jax.report import results
 from mplug2_jax.report.names import task_words
 from mplug2_jax.report.published import published
 from mplug2_jax.report.results import Evaluation, read_evaluations
-from mplug2_jax.tasks import TASKS
+from mplug2_jax.tasks.table import TASKS
 
 from .conftest import Run, sample
 

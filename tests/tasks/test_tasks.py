@@ -12,15 +12,16 @@ from mplug2_jax.errors import UserError
 from mplug2_jax.evaluation.metrics.by_java import Meteor
 from mplug2_jax.evaluation.metrics.ratio import Ratio
 from mplug2_jax.evaluation.metrics.units import is_share
-from mplug2_jax.generation.beam import SearchConfig
+from mplug2_jax.generation.config import SearchConfig
 from mplug2_jax.model.config import PARTS, SpecialTokens, model_config
 from mplug2_jax.model.mplug2 import define
+from mplug2_jax.objectives.config import MlmConfig, VlmConfig
 from mplug2_jax.objectives.forward import Forward
-from mplug2_jax.objectives.mlm import MlmConfig
-from mplug2_jax.objectives.vlm import VlmConfig
-from mplug2_jax.tasks import TASKS, answer, caption, classify, mlm, vlc
-from mplug2_jax.tasks.base import Prompts, Scored, TaskContext, TaskSettings, parts_for
-from mplug2_jax.tasks.understand import LIKENESS
+from mplug2_jax.tasks import answer, caption, classify, mlm, vlc
+from mplug2_jax.tasks.base import Prompts, Scored, TaskContext
+from mplug2_jax.tasks.config import TaskSettings
+from mplug2_jax.tasks.contracts import CONTRACTS, LIKENESS, parts_for
+from mplug2_jax.tasks.table import TASKS
 from mplug2_jax.tasks.understand import TASKS as GLUE
 
 BATCH, LENGTH, VOCABULARY = 4, 5, 16
@@ -97,6 +98,9 @@ def test_a_task_is_listed_under_its_name_with_parts_that_exist(name):
     assert task.name == name
     assert {*task.parts, *task.picture_parts, *task.text_parts} <= set(PARTS)
     assert (task.predict is None) == (task.score is None)
+    contract = CONTRACTS[name]
+    assert {field.name: getattr(task, field.name) for field in dataclasses.fields(contract)} == vars(contract)
+    assert (task.trained, task.evaluated) == (task.loss is not None, task.predict is not None)
     assert (task.match is None) == (task.refine is None)
 
 
@@ -111,6 +115,10 @@ def test_batches_that_lack_a_key_are_refused_with_what_is_missing_and_what_there
         sentence = str(error.value)
         assert sentence.startswith(f"config.streams.x: task '{name}' reads {key}, ")
         assert f"its batches bring {', '.join(sorted(brought))}; set what is missing" in sentence
+
+
+def test_every_contract_is_of_a_task():
+    assert list(CONTRACTS) == list(TASKS)
 
 
 USES = [*[(name, 1) for name in TASKS], ("ilm", 0), ("caption", 3), ("summarise", 0), ("classify", 3)]

@@ -7,18 +7,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from data_pipelines.examples import ExampleConfig, InstructionConfig
-from data_pipelines.loader import DataConfig
-from data_pipelines.sources.config import SourceConfig
+from data_pipelines.config import DataConfig, ExampleConfig, InstructionConfig, SourceConfig
 from mplug2_jax.config import build, load_recipe
 from mplug2_jax.errors import UserError
-from mplug2_jax.evaluation.loop import Evaluation, EvaluationConfig
+from mplug2_jax.evaluation.config import EvaluationConfig
+from mplug2_jax.evaluation.loop import Evaluation
 from mplug2_jax.evaluation.prompts import make_prompts
 from mplug2_jax.model.mplug2 import define
 from mplug2_jax.objectives.forward import Forward
-from mplug2_jax.parallel.mesh import MeshConfig, make_mesh
+from mplug2_jax.parallel.config import MeshConfig
+from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.tasks import zero_shot
-from mplug2_jax.tasks.base import TaskContext, TaskSettings
+from mplug2_jax.tasks.base import TaskContext
+from mplug2_jax.tasks.config import TaskSettings
 from mplug2_jax.training.config import RunConfig, TokenizerConfig
 from mplug2_jax.training.workdir import make_tokenizer, special_tokens
 from tests.runs import SMALL, small_model

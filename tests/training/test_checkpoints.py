@@ -14,7 +14,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from mplug2_jax.errors import UserError
 from mplug2_jax.objectives.queue import fresh_queue
-from mplug2_jax.parallel.mesh import MeshConfig, make_mesh
+from mplug2_jax.parallel.config import MeshConfig
+from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.training.checkpoints import Checkpoints, DamagedError
 from mplug2_jax.training.config import CheckpointConfig
 from mplug2_jax.training.position import FORMAT, Position

@@ -7,11 +7,10 @@ import jax
 import numpy as np
 import pytest
 
-from data_pipelines.examples import ExampleConfig, InstructionConfig
-from data_pipelines.loader import DataConfig
-from data_pipelines.sources.config import SourceConfig
-from mplug2_jax.evaluation.loop import EvaluationConfig
-from mplug2_jax.parallel.mesh import MeshConfig, make_mesh
+from data_pipelines.config import DataConfig, ExampleConfig, InstructionConfig, SourceConfig
+from mplug2_jax.evaluation.config import EvaluationConfig
+from mplug2_jax.parallel.config import MeshConfig
+from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.training.checkpoints import Checkpoints
 from mplug2_jax.training.config import CheckpointConfig, RunConfig
 from mplug2_jax.training.evaluating import Evaluator, Subject, by_recipe, of_run

@@ -13,7 +13,8 @@ import pytest
 
 from mplug2_jax.errors import UserError
 from mplug2_jax.model.config import SpecialTokens
-from mplug2_jax.parallel.mesh import MeshConfig, make_mesh
+from mplug2_jax.parallel.config import MeshConfig
+from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.training import loop
 from mplug2_jax.training.config import CheckpointConfig, FaultConfig, RunConfig
 from mplug2_jax.training.events import Events, read_lines

@@ -11,16 +11,16 @@ import pytest
 from mplug2_jax.errors import UserError
 from mplug2_jax.model.config import PARTS, SpecialTokens, model_config
 from mplug2_jax.model.mplug2 import define
-from mplug2_jax.objectives.language import DistillationConfig
-from mplug2_jax.parallel.mesh import MeshConfig, make_mesh
+from mplug2_jax.objectives.config import DistillationConfig
+from mplug2_jax.parallel.config import MeshConfig
+from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.planning.programs import abstract_batch
-from mplug2_jax.tasks.base import TaskSettings
+from mplug2_jax.tasks.config import TaskSettings
 from mplug2_jax.training.checkpoints import Checkpoints
-from mplug2_jax.training.config import CheckpointConfig, RunConfig
+from mplug2_jax.training.config import AdamWConfig, CheckpointConfig, RunConfig
 from mplug2_jax.training.digests import leaf_name
 from mplug2_jax.training.freezing import join, part_of, split
 from mplug2_jax.training.loop import describe, device_batches, open_streams
-from mplug2_jax.training.optimizer import AdamWConfig
 from mplug2_jax.training.position import Position
 from mplug2_jax.training.state import Blueprint, plan_run
 from mplug2_jax.training.step import compile_step, jitted_step

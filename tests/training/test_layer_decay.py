@@ -9,9 +9,10 @@ import pytest
 from mplug2_jax.errors import UserError
 from mplug2_jax.model.config import PARTS, SpecialTokens, model_config
 from mplug2_jax.model.mplug2 import define
-from mplug2_jax.parallel.mesh import MeshConfig, make_mesh
+from mplug2_jax.parallel.config import MeshConfig
+from mplug2_jax.parallel.mesh import make_mesh
+from mplug2_jax.training.config import AdamWConfig
 from mplug2_jax.training.layer_decay import layers_above, rate_factors
-from mplug2_jax.training.optimizer import AdamWConfig
 from mplug2_jax.training.state import plan_run
 from tests.runs import small_model, small_run
 

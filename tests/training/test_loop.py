@@ -6,12 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from data_pipelines.config import DataConfig, ExampleConfig, SourceConfig
 from data_pipelines.errors import DataError
-from data_pipelines.examples import ExampleConfig
-from data_pipelines.loader import DataConfig
-from data_pipelines.sources.config import SourceConfig
 from mplug2_jax.errors import UserError
-from mplug2_jax.parallel.mesh import MeshConfig
+from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.training.config import StreamConfig
 from mplug2_jax.training.loop import train
 from mplug2_jax.training.telemetry import read_steps

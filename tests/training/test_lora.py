@@ -17,18 +17,19 @@ from mplug2_jax.conversion.layouts.official import default_fusion_start, load_of
 from mplug2_jax.errors import UserError
 from mplug2_jax.model.config import PARTS, model_config
 from mplug2_jax.model.mplug2 import define
-from mplug2_jax.objectives.language import DistillationConfig
-from mplug2_jax.parallel.mesh import MeshConfig, make_mesh
+from mplug2_jax.objectives.config import DistillationConfig
+from mplug2_jax.parallel.config import MeshConfig
+from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.planning.programs import abstract_batch
-from mplug2_jax.tasks.base import TaskSettings
+from mplug2_jax.tasks.config import TaskSettings
 from mplug2_jax.training.checkpoints import open_checkpoint
-from mplug2_jax.training.config import CheckpointConfig, RunConfig
+from mplug2_jax.training.config import AdamWConfig, CheckpointConfig, LoraConfig, RunConfig
 from mplug2_jax.training.digests import leaf_name
 from mplug2_jax.training.freezing import part_of, split
 from mplug2_jax.training.layer_decay import rate_factors
 from mplug2_jax.training.loop import describe, device_batches, open_streams, train
-from mplug2_jax.training.lora import LoraConfig, pair_shapes, with_pairs, without_pairs
-from mplug2_jax.training.optimizer import AdamWConfig, is_decayed, is_vision
+from mplug2_jax.training.lora import pair_shapes, with_pairs, without_pairs
+from mplug2_jax.training.optimizer import is_decayed, is_vision
 from mplug2_jax.training.starting import first_state
 from mplug2_jax.training.state import Blueprint, evaluated, plan_run
 from mplug2_jax.training.step import compile_step

@@ -12,7 +12,8 @@ import pytest
 
 from mplug2_jax.conversion.layouts.official import CAPTION_PARTS, QUESTION_PARTS
 from mplug2_jax.conversion.parity.goldens import load_goldens
-from mplug2_jax.training.optimizer import AdamWConfig, adamw, clip_by_global_norm, is_decayed, is_vision
+from mplug2_jax.training.config import AdamWConfig
+from mplug2_jax.training.optimizer import adamw, clip_by_global_norm, is_decayed, is_vision
 
 
 @pytest.mark.parametrize("task", ["caption", "videoqa"])

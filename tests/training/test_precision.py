@@ -10,13 +10,13 @@ import pytest
 from data_pipelines.digitworld import vocabulary_texts
 from data_pipelines.tokenizers import Tokenizer, train_wordpiece
 from mplug2_jax.errors import UserError
-from mplug2_jax.objectives.language import DistillationConfig
-from mplug2_jax.parallel.mesh import MeshConfig, make_mesh
-from mplug2_jax.tasks.base import TaskSettings
+from mplug2_jax.objectives.config import DistillationConfig
+from mplug2_jax.parallel.config import MeshConfig
+from mplug2_jax.parallel.mesh import make_mesh
+from mplug2_jax.tasks.config import TaskSettings
 from mplug2_jax.training.checkpoints import Checkpoints
-from mplug2_jax.training.config import RunConfig
+from mplug2_jax.training.config import AdamWConfig, RunConfig
 from mplug2_jax.training.loop import device_batches, open_streams, position_after
-from mplug2_jax.training.optimizer import AdamWConfig
 from mplug2_jax.training.state import Blueprint, plan_run
 from mplug2_jax.training.step import compile_step
 from mplug2_jax.training.workdir import special_tokens

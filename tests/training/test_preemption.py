@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mplug2_jax.errors import Preempted
-from mplug2_jax.parallel.mesh import MeshConfig
+from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.training import loop
 from mplug2_jax.training.checkpoints import Checkpoints
 from mplug2_jax.training.config import CheckpointConfig

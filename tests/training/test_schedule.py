@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mplug2_jax.training.schedule import ScheduleConfig, make_schedule
+from mplug2_jax.training.config import ScheduleConfig
+from mplug2_jax.training.schedule import make_schedule
 
 
 def rates(config: ScheduleConfig, peak: float, steps: int, accumulate: int = 1) -> np.ndarray:

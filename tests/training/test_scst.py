@@ -9,21 +9,22 @@ import jax
 import numpy as np
 import pytest
 
+from data_pipelines.config import ExampleConfig, InstructionConfig
 from data_pipelines.digitworld import vocabulary_texts
-from data_pipelines.examples import ExampleConfig, InstructionConfig
 from data_pipelines.tokenizers import Tokenizer, train_wordpiece
-from mplug2_jax.generation.beam import SearchConfig
+from mplug2_jax.generation.config import SearchConfig
 from mplug2_jax.generation.decode import generate
 from mplug2_jax.model.config import SpecialTokens
 from mplug2_jax.objectives.cider import document_frequencies
+from mplug2_jax.objectives.config import ScstConfig
 from mplug2_jax.objectives.forward import Forward
-from mplug2_jax.objectives.scst import ScstConfig, scst_loss
-from mplug2_jax.parallel.mesh import MeshConfig, make_mesh
-from mplug2_jax.tasks.base import TaskSettings
-from mplug2_jax.training.config import RunConfig
+from mplug2_jax.objectives.scst import scst_loss
+from mplug2_jax.parallel.config import MeshConfig
+from mplug2_jax.parallel.mesh import make_mesh
+from mplug2_jax.tasks.config import TaskSettings
+from mplug2_jax.training.config import AdamWConfig, RunConfig
 from mplug2_jax.training.flops import count_flops
 from mplug2_jax.training.loop import device_batches, open_streams, train
-from mplug2_jax.training.optimizer import AdamWConfig
 from mplug2_jax.training.starting import first_state
 from mplug2_jax.training.state import plan_run
 from mplug2_jax.training.step import compile_step

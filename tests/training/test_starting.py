@@ -11,9 +11,10 @@ import pytest
 from mplug2_jax.errors import UserError
 from mplug2_jax.model.config import SpecialTokens
 from mplug2_jax.model.vision import resize_positions
-from mplug2_jax.objectives.language import DistillationConfig
-from mplug2_jax.parallel.mesh import MeshConfig, make_mesh
-from mplug2_jax.tasks.base import TaskSettings
+from mplug2_jax.objectives.config import DistillationConfig
+from mplug2_jax.parallel.config import MeshConfig
+from mplug2_jax.parallel.mesh import make_mesh
+from mplug2_jax.tasks.config import TaskSettings
 from mplug2_jax.training.checkpoints import Checkpoints
 from mplug2_jax.training.config import CheckpointConfig, TokenizerConfig
 from mplug2_jax.training.freezing import split

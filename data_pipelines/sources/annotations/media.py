@@ -3,8 +3,8 @@
 import functools
 import os
 
+from data_pipelines.config import Kind
 from data_pipelines.media import Media
-from data_pipelines.record import Kind
 from data_pipelines.sources.files import file_system, inside, is_url, media_file, media_kind
 
 _SUFFIXES = {"image": (".jpg", ".jpeg", ".png", ".webp"), "video": (".mp4", ".avi", ".webm", ".mkv", ".mov")}

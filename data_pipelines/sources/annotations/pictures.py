@@ -5,8 +5,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from data_pipelines.config import Kind
 from data_pipelines.errors import DataError
-from data_pipelines.record import Kind, Record
+from data_pipelines.record import Record
 from data_pipelines.sources.annotations.fields import ranked
 from data_pipelines.sources.annotations.media import named_media
 from data_pipelines.sources.annotations.rows import Row, read_json, read_rows, read_table

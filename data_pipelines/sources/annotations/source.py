@@ -3,8 +3,9 @@
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
+from data_pipelines.config import Kind
 from data_pipelines.errors import DataError
-from data_pipelines.record import Kind, Record
+from data_pipelines.record import Record
 from data_pipelines.sources.annotations.rows import Row
 from data_pipelines.sources.files import find_files
 

@@ -34,23 +34,24 @@ from mplug2_jax.conversion.parity.comparison import (
 from mplug2_jax.conversion.parity.goldens import Golden, load_goldens
 from mplug2_jax.conversion.parity.retrieval import RETRIEVAL_INPUTS, retrieval_run
 from mplug2_jax.errors import UserError
-from mplug2_jax.generation.beam import SearchConfig
+from mplug2_jax.generation.config import SearchConfig
 from mplug2_jax.generation.decode import generate
 from mplug2_jax.generation.rank import rank_answers
 from mplug2_jax.model.config import SpecialTokens
 from mplug2_jax.model.mplug2 import Params
 from mplug2_jax.model.taps import Taps
+from mplug2_jax.objectives.config import DistillationConfig
 from mplug2_jax.objectives.forward import DeviceBatch, Forward
 from mplug2_jax.objectives.language import (
-    DistillationConfig,
     answer_loss,
     answer_sums,
     caption_loss,
     distillation_sums,
     teacher_probabilities,
-)  # fmt: skip
+)
 from mplug2_jax.objectives.teacher import update_teacher
-from mplug2_jax.training.optimizer import AdamWConfig, adamw
+from mplug2_jax.training.config import AdamWConfig
+from mplug2_jax.training.optimizer import adamw
 
 Framework = Literal["jax", "torch"]
 RETRIEVAL_NOTE = "the PyTorch runtime has no retrieval model, so these rows are jax's"

@@ -9,11 +9,12 @@ import numpy as np
 from mplug2_jax.conversion.files.sources import HostArray
 from mplug2_jax.conversion.parity.goldens import Golden
 from mplug2_jax.model.mplug2 import Params, define
+from mplug2_jax.objectives.config import VlcConfig, VlmConfig
 from mplug2_jax.objectives.forward import Forward
 from mplug2_jax.objectives.queue import Queue
 from mplug2_jax.objectives.teacher import update_teacher
-from mplug2_jax.objectives.vlc import VlcConfig, vlc_loss
-from mplug2_jax.objectives.vlm import VlmConfig, hard_negatives, vlm_loss
+from mplug2_jax.objectives.vlc import vlc_loss
+from mplug2_jax.objectives.vlm import hard_negatives, vlm_loss
 
 RETRIEVAL_INPUTS = ("image", "text_ids", "text_mask", "idx", "alpha")
 TEACHER_PARTS = ("vision", "text", "contrastive")

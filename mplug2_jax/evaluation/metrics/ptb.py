@@ -12,6 +12,7 @@ A text is read from the left. Of the rules that match there, the one that sees f
 rule must see after its token counts, but is left to the next one.
 """
 
+import functools
 import re
 import unicodedata
 from collections.abc import Callable
@@ -159,8 +160,6 @@ _RULES = (
     ("symbol", f"[{_SYMBOLS}]", ""),
     ("unknown", "(?s:.)", ""),
 )
-# Every rule is tried in one go: its first group sees, its second is the token.
-_LEXER = re.compile("".join(f"(?:(?=(({token}){after}))|)" for _, token, after in _RULES))
 # Most words need none of this: letters before a space, unless they are two words in one.
 _PLAIN = re.compile("(?!(?ai:cannot|gonna|gotta|lemme|gimme|wanna)[ \n])([A-Za-z]+)(?=[ \n])[ \t\xa0\n]+")
 
@@ -174,6 +173,15 @@ _QUOTES = {
     **dict.fromkeys("“«\x93", "``"), **dict.fromkeys("”»\x94", "''"),
 }  # fmt: skip
 _ENTITIES = {"&lt;": "<", "&gt;": ">", "&amp;": "&", "&quot;": "''", "&apos;": "'", "&nbsp;": ""}
+
+
+@functools.cache
+def _lexer() -> re.Pattern[str]:
+    """Every rule is tried in one go: its first group sees, its second is the token.
+
+    Compiled when it is first used: that takes longer than importing all other metrics.
+    """
+    return re.compile("".join(f"(?:(?=(({token}){after}))|)" for _, token, after in _RULES))
 
 
 def _straight(token: str) -> str:
@@ -225,7 +233,7 @@ def tokenise(caption: str) -> str:
             at = plain.end()
             found.append(plain[1].lower())
             continue
-        match = _LEXER.match(text, at)
+        match = _lexer().match(text, at)
         assert match
         rule = max(range(len(_RULES)), key=lambda i: match.end(2 * i + 1))
         name, token = _RULES[rule][0], match[2 * rule + 2]

@@ -11,12 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_pipelines.config import Format, SourceConfig, VisualConfig
 from data_pipelines.errors import DataError
 from data_pipelines.record import Entailment, Expression, Question, Record, Source
 from data_pipelines.sources.annotations import fields, glue, pictures
 from data_pipelines.sources.annotations.source import AnnotationSource
-from data_pipelines.sources.config import FORMATS, Format, SourceConfig
-from data_pipelines.visual import VisualConfig, load_visual
+from data_pipelines.sources.formats import FORMATS, open_source
+from data_pipelines.visual import load_visual
 
 from ..worlds import SIZE, encoded, records
 
@@ -39,7 +40,7 @@ def put(path: Path, kind: str, index: int = 0) -> Record:
 
 
 def opened(format: Format, path: Path, **settings: Any) -> Source:
-    return SourceConfig(format=format, path=str(path), **settings).open(VISUAL)
+    return open_source(SourceConfig(format=format, path=str(path), **settings), VISUAL)
 
 
 def shows(record: Record, original: Record) -> None:

@@ -5,11 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from data_pipelines.config import Kind, SourceConfig, VisualConfig
 from data_pipelines.errors import DataError
-from data_pipelines.record import Kind
-from data_pipelines.sources.config import SourceConfig
+from data_pipelines.sources.formats import open_source
 from data_pipelines.sources.loose_files import walk
-from data_pipelines.visual import VisualConfig
 
 from ..worlds import encoded, records
 
@@ -38,7 +37,7 @@ def test_a_folder_is_walked_in_order_without_what_is_hidden(folder: Path) -> Non
     ("kind", "keys"), [("image", ["b/a.JPG", "z.png"]), ("video", ["a.mp4"]), ("text", ["b/a.txt", None, None])]
 )
 def test_the_files_of_a_kind_are_records_by_their_paths(kind: Kind, keys: list[str | None], folder: Path) -> None:
-    source = SourceConfig(format="files", path=str(folder), kind=kind).open(VISUAL)
+    source = open_source(SourceConfig(format="files", path=str(folder), kind=kind), VISUAL)
     assert len(source) == len(keys)
     for index, key in enumerate(keys):
         if key is not None:
@@ -49,7 +48,7 @@ def test_the_files_of_a_kind_are_records_by_their_paths(kind: Kind, keys: list[s
 
 
 def test_what_is_no_text_is_named(folder: Path) -> None:
-    source = SourceConfig(format="files", path=str(folder), kind="text").open(VISUAL)
+    source = open_source(SourceConfig(format="files", path=str(folder), kind="text"), VISUAL)
     with pytest.raises(DataError, match=r"b\.txt is empty; expected a text"):
         source[1]
     with pytest.raises(DataError, match=r"c\.txt is not UTF-8 text"):
@@ -58,7 +57,7 @@ def test_what_is_no_text_is_named(folder: Path) -> None:
 
 def test_a_single_file_is_named_as_it_is_given(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
-    source = SourceConfig(format="files", path="b/a.JPG").open(VISUAL)
+    source = open_source(SourceConfig(format="files", path="b/a.JPG"), VISUAL)
     assert [source[0].key, source[0].media.data] == ["b/a.JPG"] * 2
 
 
@@ -69,14 +68,14 @@ def test_where_there_are_no_such_files(folder: Path) -> None:
         (folder / "a.mp4", "is no image, nor holds any"),
     ):  # fmt: skip
         with pytest.raises(DataError, match=said):
-            SourceConfig(format="files", path=str(path)).open(VISUAL)
+            open_source(SourceConfig(format="files", path=str(path)), VISUAL)
 
 
 def test_every_text_of_a_record_is_one_of_its_own(tmp_path: Path) -> None:
     rows = [{"image": "a.jpg", "caption": ["one", "two"]}, {"image": "b.jpg", "caption": "three"}, {"image": "c.jpg"}]
     path = tmp_path / "c.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows) + "{broken\n")
-    source = SourceConfig(format="annotations", kind="text", path=str(path), each="text").open(VISUAL)
+    source = open_source(SourceConfig(format="annotations", kind="text", path=str(path), each="text"), VISUAL)
     assert len(source) == 5
     found = [(source[i].key, source[i].texts) for i in range(3)]
     assert found == [("c/1#0", ("one",)), ("c/1#1", ("two",)), ("c/2", ("three",))]

@@ -7,20 +7,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_pipelines.config import SourceConfig, VisualConfig
 from data_pipelines.errors import DataError
 from data_pipelines.record import Entailment, Question, Record
-from data_pipelines.sources.config import SourceConfig
-from data_pipelines.visual import VisualConfig, load_visual
+from data_pipelines.sources.formats import open_source
+from data_pipelines.visual import load_visual
 
-pytest.importorskip("tensorflow_datasets")
+from . import tfds_builders as builders
 
 VISUAL = VisualConfig(image_size=8, num_frames=1)
 
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from . import tfds_builders as builders
-
     folder = tmp_path_factory.mktemp("tfds")
     for builder in (builders.Digits, builders.CocoCaptions, builders.Mnli, builders.Sst2, builders.Xsum):
         builder(data_dir=folder, file_format="array_record").download_and_prepare()
@@ -28,7 +27,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def opened(folder: Path, kind: str = "image", split: str = "train"):
-    return SourceConfig(format="tfds", path=str(folder / "1.0.0"), split=split, kind=kind).open(VISUAL)
+    return open_source(SourceConfig(format="tfds", path=str(folder / "1.0.0"), split=split, kind=kind), VISUAL)
 
 
 def test_pictures_with_classes(prepared: Path) -> None:
@@ -71,5 +70,5 @@ def test_a_damaged_example(prepared: Path, tmp_path: Path) -> None:
 
 def test_without_tfds(monkeypatch: pytest.MonkeyPatch, prepared: Path) -> None:
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
-    with pytest.raises(DataError, match=r"needs tensorflow-datasets .*; install 'mplug2-jax\[tfds\]'"):
+    with pytest.raises(DataError, match=r"needs tensorflow-datasets \(.*\): pip install tensorflow-datasets"):
         opened(prepared / "digits")

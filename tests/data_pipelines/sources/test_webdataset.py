@@ -14,11 +14,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_pipelines.config import VisualConfig
 from data_pipelines.errors import DataError
 from data_pipelines.sources import tar_index
 from data_pipelines.sources.tar_index import TarIndex
 from data_pipelines.sources.webdataset import WebDatasetSource
-from data_pipelines.visual import VisualConfig, load_visual
+from data_pipelines.visual import load_visual
 
 from ..worlds import SIZE, encoded, img2dataset, records, write_tar
 

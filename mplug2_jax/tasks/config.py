@@ -1,0 +1,26 @@
+"""The settings that all tasks share."""
+
+import dataclasses
+
+from mplug2_jax.errors import check_range
+from mplug2_jax.generation.config import SearchConfig
+from mplug2_jax.objectives.config import DistillationConfig, MlmConfig, ScstConfig, VlcConfig, VlmConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskSettings:
+    """Everything the objectives and predictions of a run can be told."""
+
+    mlm: MlmConfig = MlmConfig()
+    vlc: VlcConfig = VlcConfig()
+    vlm: VlmConfig = VlmConfig()
+    scst: ScstConfig = ScstConfig()
+    distillation: DistillationConfig | None = None
+    label_smoothing: float = 0.0  # of all cross entropies over words and classes: all losses but vlc and scst
+    search: SearchConfig = SearchConfig()
+    rerank_k: int = 16  # so many candidates that contrast finds nearest are ordered anew by matching
+
+    def __post_init__(self) -> None:
+        """Checks the ranges. Raises UserError."""
+        check_range("config.tasks.label_smoothing", self.label_smoothing, 0, 1 - 1e-9)
+        check_range("config.tasks.rerank_k", self.rerank_k, 1)

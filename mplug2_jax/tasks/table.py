@@ -1,0 +1,24 @@
+"""The tasks, by name: what each needs and reads, its objective and its prediction."""
+
+from collections.abc import Mapping
+
+from mplug2_jax.tasks import (
+    answer,
+    caption,
+    classify,
+    ground,
+    ilm,
+    mlm,
+    rerank,
+    scst,
+    summarise,
+    understand,
+    vlc,
+    vlm,
+    vqa,
+    zero_shot,
+)
+from mplug2_jax.tasks.base import Task
+
+_MODULES = (mlm, vlc, vlm, rerank, ilm, caption, scst, answer, vqa, summarise, ground, classify, zero_shot)
+TASKS: Mapping[str, Task] = {module.TASK.name: module.TASK for module in _MODULES} | dict(understand.TASKS)
