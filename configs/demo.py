@@ -26,7 +26,7 @@ LENGTHS = {"text_length": 24, "instruction_length": 12, "target_length": 24}
 
 DESCRIBE = InstructionConfig(templates=("describe the picture", "what do we see?"), weight=1.0)
 DESCRIBE_CLIP = InstructionConfig(templates=("describe the clip", "what happens?"), weight=1.0)
-QUESTION = InstructionConfig(templates=("{question}",), weight=3.0)
+QUESTION = InstructionConfig(templates=("{question}",), weight=1.0)
 
 
 def get_config() -> ConfigDict:
@@ -61,24 +61,24 @@ def get_config() -> ConfigDict:
     return as_recipe(
         RunConfig(
             name="demo",
-            steps=280,
+            steps=200,
             model=model_config("tiny", dtype="float32", attention_dropout=0.0, dropout=0.0, scan_unroll=4),
             tokenizer=TokenizerConfig(vocab_size=512),
             streams={
-                "image_text": stream("image", pictures, 48, vlc=1.0, vlm=1.0, ilm=1.0),
-                "video_text": stream("video", clips, 24, vlc=1.0, vlm=1.0, ilm=1.0),
-                "text": stream("text", sentences, 24, mlm=1.0, ilm=0.5),
+                "image_text": stream("image", pictures, 32, vlc=1.0, vlm=1.0, ilm=1.0),
+                "video_text": stream("video", clips, 16, vlc=1.0, vlm=1.0, ilm=1.0),
+                "text": stream("text", sentences, 16, mlm=1.0, ilm=0.5),
             },
             tasks=TaskSettings(search=SearchConfig(beams=1, max_length=23)),
-            optimizer=AdamWConfig(learning_rate=1e-3, b2=0.98, weight_decay=0.05),
-            schedule=ScheduleConfig(warmup_steps=40),
-            checkpoint=CheckpointConfig(every_steps=200, keep=2),
+            optimizer=AdamWConfig(learning_rate=2e-3, b2=0.95, weight_decay=0.05),
+            schedule=ScheduleConfig(warmup_steps=25),
+            checkpoint=CheckpointConfig(every_steps=100, keep=2),
             evaluations={
-                "image_caption": heldout("image", "caption", 128, instructions={"caption": DESCRIBE}),
-                "video_caption": heldout("video", "caption", 128, instructions={"caption": DESCRIBE_CLIP}),
+                "image_caption": heldout("image", "caption", 256, instructions={"caption": DESCRIBE}),
                 "image_question": heldout("image", "answer", 256, instructions={"question": QUESTION}),
-                "video_question": heldout("video", "answer", 256, instructions={"question": QUESTION}),
                 "image_retrieval": heldout("image", "vlc", 256),
+                "video_caption": heldout("video", "caption", 256, instructions={"caption": DESCRIBE_CLIP}),
+                "video_question": heldout("video", "answer", 256, instructions={"question": QUESTION}),
                 "video_retrieval": heldout("video", "vlc", 256),
                 "masked_words": heldout("text", "mlm", 256, text="sentence"),
             },

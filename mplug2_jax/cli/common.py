@@ -178,19 +178,26 @@ def results_table(results: "Sequence[EvaluationResult]") -> str:
                  str(result.examples), show(what, others[what].value) if what in others else "")
             )  # fmt: skip
         rows += [(result.name, what, "absent", "", "", "", str(result.examples), "") for what in result.absent]
-    header = ("evaluation", "figure", "model", "95 % of draws", "baseline", "ratio", "examples", "published")
+    header = ("evaluation", "figure", "model", "95 % interval", "baseline", "ratio", "examples", "published")
     width = len(header) if any(row[-1] for row in rows) else len(header) - 1
     return table([row[:width] for row in rows], header[:width], right=range(2, width))
 
 
-_UNASKED = {"vlc": "text for the picture", "rerank": "text for the picture", "mlm": "masked words"}
+_ASKED = {"vlc": "which text belongs to this picture?", "mlm": "which words are masked?"}
+_ASKED["rerank"] = _ASKED["vlc"]
 
 
-def sample_lines(results: "Sequence[EvaluationResult]", each: int = 2) -> str:
-    """A few things the model said, beside what was true."""
+def sample_lines(results: "Sequence[EvaluationResult]", folder: Path, most: int = 4) -> str:
+    """Return the first held-out example of up to ``most`` evaluations: its picture, prediction and reference.
+
+    Evaluations with pictures come first; examples are not chosen by how well the model does. ``folder`` is where the
+    results are kept.
+    """
+    firsts = [(result, result.samples[0]) for result in results if result.samples]
     lines = []
-    for result in results:
-        for sample in [sample for sample in result.samples if sample.why == "first"][:each]:
-            asked = sample.example.instruction or _UNASKED.get(result.task, result.task)
-            lines += [f"{result.name}: {asked}", f"    said: {sample.said}", f"    true: {sample.true[0]}"]
+    for result, sample in sorted(firsts, key=lambda pair: "frames" not in pair[1].example.arrays)[:most]:
+        lines.append(f"{result.name}: {sample.example.instruction or _ASKED.get(result.task, result.task)}")
+        if "frames" in sample.example.arrays:
+            lines.append(f"    picture:    {folder / f'{result.name}-0.png'}")
+        lines += [f"    prediction: {sample.said}", f"    reference:  {sample.true[0]}"]
     return "\n".join(lines)

@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
         after = {result.name: result for result in train(config, args.workdir / name)}
         print(f"report: {write_report(args.workdir / name)}")
         rows += [_row(config, asked.figure, before.get(key), after[key]) for key, asked in TRIALS[name].asked.items()]
-    header = ("task", "parts", "steps", "figure", "before", "after", "95 % of draws", "baseline")
+    header = ("task", "parts", "steps", "figure", "before", "after", "95 % interval", "baseline")
     print(f"\n{table(rows, header, right=(2, 4, 5, 6, 7))}")
     return 0
 

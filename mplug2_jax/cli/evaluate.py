@@ -105,7 +105,8 @@ def _evaluate(args: argparse.Namespace, notice: "PreemptionNotice") -> int:
                 print(line, file=sys.stderr)
     subject.checkpoints.close()
     if is_first():
-        print(f"\n{results_table(results)}\n\n{sample_lines(results)}\n")
+        folder = args.out or subject.workdir.evaluations_of(step)
+        print(f"\n{results_table(results)}\n\n{sample_lines(results, folder)}\n")
         print(f"report: {write_report(args.out or subject.workdir.path)}")
     return 0
 

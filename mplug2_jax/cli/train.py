@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mplug2_jax.cli.common import add_command, results_table, sample_lines
+from mplug2_jax.cli.common import add_command, results_table, sample_lines, table
 
 if TYPE_CHECKING:
     from mplug2_jax.training.config import RunConfig
@@ -60,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
 def _train(config: "RunConfig", workdir: Path) -> int:
     from mplug2_jax.parallel.processes import is_first, join
     from mplug2_jax.training.loop import train
+    from mplug2_jax.training.workdir import WorkDir
 
     join()
     results = train(config, workdir)
@@ -68,6 +69,18 @@ def _train(config: "RunConfig", workdir: Path) -> int:
     from mplug2_jax.report import write_report
 
     if results:
-        print(f"\n{results_table(results)}\n\n{sample_lines(results)}\n")
+        folder = WorkDir(workdir).evaluations_of(config.steps)
+        print(f"\n{results_table(results)}\n\n{sample_lines(results, folder)}\n")
     print(f"report: {write_report(workdir)}")
+    print(f"\n{table(next_steps(config, workdir), ('next', 'command'))}")
     return 0
+
+
+def next_steps(config: "RunConfig", workdir: Path) -> list[tuple[str, str]]:
+    """Return commands that make use of a trained run, and what each is for."""
+    commands = [("curves, and every sample with its picture", f"open {workdir / 'report.html'} in a browser")]
+    if "decoder" in config.parts():
+        ask = f'mplug2 generate --workdir {workdir} FILE --instruction "what do we see?"'
+        commands += [("ask about a picture or clip of your own", ask)]
+    commands += [("evaluate it again", f"mplug2 eval --workdir {workdir}")]
+    return [*commands, ("take the weights to PyTorch", f"mplug2 convert export {workdir} --to exports/{workdir.name}")]

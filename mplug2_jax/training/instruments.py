@@ -3,6 +3,7 @@
 import collections
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 
@@ -60,9 +61,11 @@ class Instruments:
         self._compiled = True
         with self.ledger.during("compile"):
             self._progress.say("compiling the step ...")
-            self._meter.count(batches)
             begun = time.perf_counter()
-            needs = step.compile(state, batches)
+            with ThreadPoolExecutor(1) as counting:  # XLA compiles without holding the interpreter's lock
+                counted = counting.submit(self._meter.count, batches)
+                needs = step.compile(state, batches)
+                counted.result()
             seconds = time.perf_counter() - begun
         said = f"compiled in {seconds:.1f} s"
         if step.why_compiled is not None:
