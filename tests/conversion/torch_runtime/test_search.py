@@ -12,7 +12,7 @@ from mplug2_jax.conversion.torch_runtime import SearchConfig
 from mplug2_jax.conversion.torch_runtime.decoder import TextDecoder
 from mplug2_jax.conversion.torch_runtime.search import beam_search, generate, rank_answers
 from mplug2_jax.errors import UserError
-from tests.close import FLOAT64, assert_close, largest
+from tests.close import assert_close, largest
 from tests.generation.test_beam import STATES, TOKENS, VOCABULARY, assert_same, search_each, tables
 
 
@@ -96,7 +96,7 @@ def test_a_cache_changes_nothing(decoder, config, seed):
     uncached = beam_search(Uncached(model, memory, mask, config.beams, config.begin), 3, config)
     assert torch.equal(cached.ids, uncached.ids)
     assert torch.equal(cached.lengths, uncached.lengths)
-    assert_close(cached.scores, uncached.scores, FLOAT64)
+    assert_close(cached.scores, uncached.scores)
 
 
 def test_the_memory_is_projected_once_and_shared_by_the_beams(decoder):
@@ -120,7 +120,7 @@ def test_masked_memory_is_not_seen_and_clips_do_not_influence_each_other(decoder
     for clip in range(3):
         alone = generate(model, noisy[clip : clip + 1], mask[clip : clip + 1], config)
         assert torch.equal(alone.ids[0], together.ids[clip])
-        assert_close(alone.scores[0], together.scores[clip], FLOAT64)
+        assert_close(alone.scores[0], together.scores[clip])
 
 
 def test_a_search_beyond_the_position_table_is_refused(decoder):
@@ -154,4 +154,4 @@ def test_ranking_is_that_of_the_answers_decoded_one_by_one(decoder, keep, first_
         best = sorted(narrowed, key=lambda a: -totals[a])
         assert chosen[clip].tolist() == best
         expected = torch.tensor([totals[a] for a in best], dtype=torch.float64).softmax(0)
-        assert_close(shares[clip], expected, FLOAT64)
+        assert_close(shares[clip], expected)
