@@ -66,6 +66,11 @@ def curve(config: RunConfig, tokenizer: Tokenizer, devices: int) -> list[dict[st
     return history
 
 
+def losses_apart(line: dict[str, float]) -> tuple[dict[str, float], dict[str, float]]:
+    losses = {name: value for name, value in line.items() if name.endswith("loss")}
+    return losses, {name: value for name, value in line.items() if name not in losses}
+
+
 @pytest.mark.slow
 def test_eight_devices_give_the_curve_of_one(tokenizer: Tokenizer) -> None:
     """Dropout is on elsewhere, micro-batches draw captions of their own, parameters are gathered once or always."""
@@ -76,7 +81,9 @@ def test_eight_devices_give_the_curve_of_one(tokenizer: Tokenizer) -> None:
     assert alone[0]["gradient_norm"] > 0
     for gather in ("layer", "step"):
         for ours, theirs in zip(curve(dataclasses.replace(config, gather=gather), tokenizer, 8), alone, strict=True):
-            assert_close(ours, theirs, CHAIN)
+            (losses, rest), (their_losses, their_rest) = losses_apart(ours), losses_apart(theirs)
+            assert_close(losses, their_losses, scale=0.01)  # advantages add up to zero, and nearly cancel
+            assert_close(rest, their_rest, CHAIN)
 
 
 @pytest.mark.slow
