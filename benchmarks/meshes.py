@@ -5,8 +5,9 @@
     python benchmarks/meshes.py --only 1x1x2x2x2       # some: replica x data x fsdp x sequence x tensor
 
 Dropout, attention dropout, masked words and hard negatives are on: randomness must not depend on the mesh. Adam's eps
-is 1e-2: with 1e-8 a gradient that is rounding noise becomes a full step. Printed are the largest relative deviation of
-the loss over the steps, and the largest absolute one of any parameter after them.
+is 1e-2: with 1e-8 a gradient that is rounding noise becomes a full step. Printed are the largest deviation of the loss
+over the steps, as a share of it, and that of any parameter after them, as a share of its array's largest number, or of
+a step's learning rate if that is larger.
 """
 
 import argparse
@@ -113,7 +114,10 @@ def main() -> None:
         begun = time.perf_counter()
         losses, parameters = run(mesh)
         loss = np.max(np.abs(losses / expected[0] - 1))
-        parameter = max(np.abs(a - b).max() for a, b in zip(parameters, expected[1], strict=True))
+        parameter = max(
+            np.abs(a - b).max() / max(np.abs(b).max(), config.optimizer.learning_rate)
+            for a, b in zip(parameters, expected[1], strict=True)
+        )
         sizes = "".join(f"{size:9}" for size in dataclasses.astuple(mesh))
         print(f"{sizes}{loss:11.1e}{parameter:12.1e}{time.perf_counter() - begun:9.0f}", flush=True)
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.close import CHAIN, FLOAT64
+
 
 def printed(repository: Path, script: str, *words: str) -> str:
     quick = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(repository), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
@@ -32,11 +34,11 @@ def test_generation_needs_at_most_a_fiftieth_of_the_release_s_operations(reposit
 
 def test_scores_are_those_of_other_implementations(repository: Path) -> None:
     out = printed(repository, "scores.py", "--examples", "300")
-    figures = re.compile(r"^(\S.*?) +[\d.]+ +[\d.]+  \S.* ([\d.]+e[-+]\d+)(?: +([\d.]+e[-+]\d+))?$", re.MULTILINE)
+    figures = re.compile(r"^(\S.*?) +[\d.]+ +([\d.]+)  \S.* ([\d.]+e[-+]\d+)(?: +([\d.]+e[-+]\d+))?$", re.MULTILINE)
     rows = figures.findall(out)
     assert len(rows) == len(out.splitlines()) - 1 == 25, out
-    for name, *differences in rows:
-        assert all(float(difference or 0) < 1e-6 for difference in differences), name
+    for name, reference, *differences in rows:
+        assert all(float(difference or 0) <= FLOAT64 * float(reference) for difference in differences), name
 
 
 @pytest.mark.slow
@@ -53,7 +55,7 @@ def test_meshes_agree_with_one_device(repository: Path) -> None:
     *sizes, loss, parameters, _ = out.splitlines()[-1].split()
     assert sizes == ["2", "1", "1", "2", "2"]
     assert float(loss) < 1e-5
-    assert float(parameters) < 1e-5
+    assert float(parameters) < CHAIN
 
 
 @pytest.mark.slow
@@ -90,9 +92,9 @@ def test_overhead(repository: Path) -> None:
 @pytest.mark.slow
 def test_caption_scores_are_the_toolkit_s(repository: Path) -> None:
     out = printed(repository, "metrics.py")
-    rows = re.findall(r"^(\w+) +[\d.]+ +[\d.]+ +(-?[\d.e+-]+) +[\d.]+$", out, re.MULTILINE)
-    assert {"cider", "bleu_1", "bleu_4", "rouge_l"} <= {name for name, _ in rows}, out
-    assert all(abs(float(difference)) < 1e-6 for _, difference in rows), out
+    rows = re.findall(r"^(\w+) +[\d.]+ +([\d.]+) +(-?[\d.e+-]+) +[\d.]+$", out, re.MULTILINE)
+    assert {"cider", "bleu_1", "bleu_4", "rouge_l"} <= {name for name, *_ in rows}, out
+    assert all(abs(float(difference)) <= FLOAT64 * float(reference) for _, reference, difference in rows), out
 
 
 @pytest.mark.slow

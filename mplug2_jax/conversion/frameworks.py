@@ -11,13 +11,13 @@ import numpy as np
 
 from mplug2_jax.conversion.files.sources import HostArray, TensorSource
 from mplug2_jax.conversion.report import Comparison
+from mplug2_jax.conversion.tolerance import ACTIVATION_TOLERANCE, errors
 from mplug2_jax.errors import UserError
 from mplug2_jax.model.config import ModelConfig
 from mplug2_jax.model.mplug2 import Mplug2, Params, define
 from mplug2_jax.model.taps import Taps
 from mplug2_jax.objectives.forward import Forward
 
-TOLERANCE = 2e-5  # absolute, in float32
 _CLIP_FRAMES = 3
 _LENGTH = 9  # tokens of questions and of targets
 
@@ -48,8 +48,8 @@ def compare_frameworks(
     rows = []
     for name, value in ours.items():
         path, tap = name.split(": ")
-        difference = float(np.abs(value.astype(np.float64) - theirs[name].astype(np.float64)).max())
-        rows.append(Comparison(path, tap, value.shape, difference, difference <= TOLERANCE))
+        absolute, relative = errors(value, theirs[name])
+        rows.append(Comparison(path, tap, value.shape, absolute, relative, relative <= ACTIVATION_TOLERANCE))
     return rows
 
 

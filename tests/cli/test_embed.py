@@ -10,6 +10,7 @@ from safetensors import safe_open
 
 from mplug2_jax.evaluation import features
 from mplug2_jax.evaluation.feature_files import FeatureFolder
+from tests.close import CHAIN, assert_close
 from tests.data_pipelines.worlds import encoded, records
 
 from .conftest import Outcome, Trained
@@ -57,7 +58,7 @@ def test_a_folder_is_embedded_and_what_is_broken_is_named(
     )
     ids, rows = read(out)
     assert ids == KEYS
-    np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, rtol=1e-5)
+    assert_close(np.linalg.norm(rows, axis=1), np.ones(4))
     request = json.loads((out / "index.json").read_text())["request"]
     assert (request["feature"]["name"], request["step"], request["model"]["run"]) == ("contrastive", 1, "small")
     assert request["arrays"] == {"features": {"shape": [16], "dtype": "float32"}}
@@ -90,7 +91,7 @@ def test_a_command_that_was_killed_between_shards_goes_on(
     assert (tmp_path / "parts" / "features-00000.safetensors").stat().st_mtime_ns == before
     (ids, rows), (whole_ids, whole) = read(tmp_path / "parts"), read(tmp_path / "whole")
     assert ids == whole_ids == KEYS
-    np.testing.assert_allclose(rows, whole, rtol=1e-4, atol=1e-5)
+    assert_close(rows, whole, CHAIN)
 
 
 def test_other_features_are_not_mixed_in(contrasting: Path, folder: Path, tmp_path: Path, mplug2: Mplug2) -> None:
@@ -117,7 +118,7 @@ def test_the_texts_of_an_annotation_file_are_embedded_each(
     assert (done.status, done.err) == (0, "")
     ids, rows = read(tmp_path / "f")
     assert ids == [f"{file}/captions/x#0", f"{file}/captions/x#1", f"{file}/captions/2", str(media / "a.txt")]
-    np.testing.assert_allclose(rows[0], rows[3], rtol=1e-5)  # the same words
+    assert_close(rows[0], rows[3])  # the same words
     assert np.abs(rows[0] - rows[1]).max() > 1e-3
 
 

@@ -15,12 +15,11 @@ from mplug2_jax.errors import UserError
 from mplug2_jax.model.mplug2 import Mplug2, define
 from mplug2_jax.model.taps import Taps
 from mplug2_jax.training.checkpoints import open_checkpoint
+from tests.close import assert_close
 from tests.hugging_face import bert_model, clip_model
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed here")
 pytest.importorskip("transformers", reason="transformers is not installed here")
-
-TOLERANCE = 1e-5
 
 
 def bound(workdir: Path, **overrides: Any) -> tuple[Mplug2, Any]:
@@ -95,10 +94,10 @@ def test_clip_is_the_same_at_every_layer(tmp_path: Path, layout: str, size: int)
     ours, _ = bound(tmp_path / "ours")
     taps = Taps()
     out = jax.jit(lambda x: (ours.vision(x, taps=taps), dict(taps)))(jnp.asarray(pixels.transpose(0, 2, 3, 1)[:, None]))
-    np.testing.assert_allclose(out[1]["vision/norm_pre"], theirs.hidden_states[0], atol=TOLERANCE)
+    assert_close(out[1]["vision/norm_pre"], theirs.hidden_states[0])
     for layer, expected in zip(out[1]["vision/block"], theirs.hidden_states[1:], strict=True):
-        np.testing.assert_allclose(layer, expected, atol=TOLERANCE)
-    np.testing.assert_allclose(out[0][:, 0], theirs.pooler_output, atol=TOLERANCE)
+        assert_close(layer, expected)
+    assert_close(out[0][:, 0], theirs.pooler_output)
 
 
 @pytest.mark.parametrize("head", [False, True])
@@ -117,10 +116,10 @@ def test_bert_is_the_same_at_every_layer(tmp_path: Path, head: bool) -> None:
     states = jax.jit(lambda i, m: _text_states(ours, i, m))(jnp.asarray(ids, jnp.int32), jnp.asarray(mask))
     layers = [states["text/embed"], *states["text/layer"], *states["universal/text"]]
     for layer, expected in zip(layers, theirs.hidden_states, strict=True):
-        np.testing.assert_allclose(np.asarray(layer)[mask], expected.numpy()[mask], atol=TOLERANCE)
+        assert_close(np.asarray(layer)[mask], expected.numpy()[mask])
     if head:
         logits = jax.jit(ours.mlm_logits)(states["text/out"])
-        np.testing.assert_allclose(np.asarray(logits)[mask], theirs.logits.numpy()[mask], atol=5e-5)
+        assert_close(np.asarray(logits)[mask], theirs.logits.numpy()[mask])
 
 
 def _text_states(model: Mplug2, ids: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:

@@ -16,6 +16,7 @@ from data_pipelines.examples import box_of_words, box_words, example_id, make_ex
 from data_pipelines.record import Expression, Question, Record
 from data_pipelines.tokenizers import WordPieceTokenizer, train_sentencepiece, train_wordpiece
 from data_pipelines.visual import load_visual
+from tests.close import assert_close
 
 TOKENIZER = train_wordpiece(vocabulary_texts(100), 200)
 CAPTION = {"caption": InstructionConfig(templates=("describe the picture",))}
@@ -197,7 +198,7 @@ def test_examples_of_boxes_alone_bring_the_box_itself():
     box = {"box": InstructionConfig(templates=("where is {expression}?",))}
     config = ExampleConfig(instructions=box, instruction_length=12, target_length=8)
     example = make_example(record, config, TOKENIZER, rng())
-    np.testing.assert_allclose(example.arrays["box"], [0.0, 0.26, 0.5, 1.0])
+    assert_close(example.arrays["box"], [0.0, 0.26, 0.5, 1.0])
     assert set(example.arrays) == set(config.shapes())
     mixed = ExampleConfig(instructions={**box, **LABEL}, instruction_length=12, target_length=8)
     assert "box" not in mixed.shapes()

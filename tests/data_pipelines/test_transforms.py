@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data_pipelines.transforms import Window, random_window, resize_bicubic, resize_nearest, square, whole
+from tests.close import assert_close
 
 sides, seeds = st.integers(1, 300), st.integers(0, 999)
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -33,7 +34,7 @@ def test_the_release_when_testing(size: int, golden: dict[str, np.ndarray]) -> N
     window = whole(*golden["frames_u8"].shape[1:3], size, "nearest")
     frames = np.stack([window.of_frame(frame) for frame in golden["frames_u8"]])
     np.testing.assert_array_equal(frames, golden[f"test_resized_{size}"])
-    np.testing.assert_allclose(normalised(frames), golden[f"test_normalised_{size}"], atol=1e-6)
+    assert_close(normalised(frames), golden[f"test_normalised_{size}"])
 
 
 @pytest.mark.parametrize("size", [28, 48])
@@ -43,7 +44,7 @@ def test_the_release_when_training(size: int, golden: dict[str, np.ndarray]) -> 
     whole_numbers = np.stack([resize_bicubic(frame[part], size) for frame in golden["frames_u8"]])
     assert (whole_numbers.min(), whole_numbers.max()) > (-100, 255)  # the goldens overshoot
     np.testing.assert_array_equal(whole_numbers, golden[f"crop_bicubic_int_{size}"])
-    np.testing.assert_allclose(normalised(whole_numbers), golden[f"crop_normalised_norandaug_{size}"], atol=1e-6)
+    assert_close(normalised(whole_numbers), golden[f"crop_normalised_norandaug_{size}"])
     frames = np.stack([window.of_frame(frame) for frame in golden["frames_u8"]])
     np.testing.assert_array_equal(frames, golden[f"crop_bicubic_wrapped_u8_{size}"])
 

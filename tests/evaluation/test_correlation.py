@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from mplug2_jax.errors import UserError
 from mplug2_jax.evaluation.metrics.correlation import Correlation
 from mplug2_jax.evaluation.metrics.ratio import Figure, intervals
+from tests.close import FLOAT64, assert_close
 
 THEIRS = {False: scipy.stats.pearsonr, True: scipy.stats.spearmanr}
 varied = st.lists(
@@ -21,9 +22,9 @@ varied = st.lists(
 def test_it_is_scipys_and_resampled_that_of_the_repeated_data(of_ranks, rows, scale):
     said, labels, times = (np.asarray(column, np.float64) for column in zip(*rows, strict=True))
     figure = Correlation(said * scale, labels, of_ranks)
-    assert figure.value == pytest.approx(THEIRS[of_ranks](said, labels).statistic, abs=1e-9)
+    assert_close(figure.value, THEIRS[of_ranks](said, labels).statistic, FLOAT64, scale=1)
     repeated = (np.repeat(column, times.astype(int)) for column in (said, labels))
-    assert figure.over(times) == pytest.approx(THEIRS[of_ranks](*repeated).statistic, abs=1e-9)
+    assert_close(figure.over(times), THEIRS[of_ranks](*repeated).statistic, FLOAT64, scale=1)
 
 
 def test_by_hand():

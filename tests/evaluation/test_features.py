@@ -18,6 +18,7 @@ from mplug2_jax.model.mplug2 import define
 from mplug2_jax.model.taps import Taps
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
+from tests.close import CHAIN, assert_close
 from tests.data_pipelines.worlds import encoded, records
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -90,13 +91,13 @@ def test_contrastive_features_are_those_of_a_direct_pass_in_any_batches_on_any_m
         expected = model.contrastive.text_features(model.text_tokens(batch["text"], batch["text_mask"]))
     else:
         expected = model.contrastive.visual_features(model.visual_tokens(batch["frames"]))
-    np.testing.assert_allclose(np.linalg.norm(expected, axis=1), 1, rtol=1e-5)
+    assert_close(np.linalg.norm(expected, axis=1), np.ones(SIZE))
     assert np.ptp(np.asarray(expected), axis=0).max() > 1e-3  # they do tell the examples apart
     eight = make_mesh(MeshConfig(data=2, fsdp=4))
     for batch_size, mesh in ((1, None), (3, None), (8, None), (8, eight)):
         ids, arrays = written(opened(kind, batch_size=batch_size, mesh=mesh), params)
         assert ids == keys
-        np.testing.assert_allclose(arrays["features"], expected, rtol=1e-4, atol=1e-5)
+        assert_close(arrays["features"], expected, CHAIN)
 
 
 def test_shards_do_not_depend_on_batches_and_go_on_where_one_began(params):
@@ -106,7 +107,7 @@ def test_shards_do_not_depend_on_batches_and_go_on_where_one_began(params):
     ids, arrays = written(opened("image", batch_size=3), params)
     later, rest = written(opened("image", batch_size=8), params, start=4)
     assert later == ids[4:]
-    np.testing.assert_allclose(rest["features"], arrays["features"][4:], rtol=1e-4, atol=1e-5)
+    assert_close(rest["features"], arrays["features"][4:], CHAIN)
     assert list(opened("image").shards(params, start=SIZE)) == []
 
 
@@ -115,17 +116,15 @@ def test_pooled_is_the_mean_over_the_last_tokens_without_padding(params):
     lengths = np.asarray(batch["text_mask"]).sum(1)
     assert lengths.min() < LENGTH
     expected = np.stack([row[:length].mean(0) for row, length in zip(text, lengths, strict=True)])
-    np.testing.assert_allclose(written(opened("text", "pooled"), params)[1]["features"], expected, rtol=1e-4, atol=1e-5)
+    assert_close(written(opened("text", "pooled"), params)[1]["features"], expected, CHAIN)
     clips, _ = tapped("video", params, "visual/out")
-    np.testing.assert_allclose(
-        written(opened("video", "pooled"), params)[1]["features"], clips.mean(1), rtol=1e-4, atol=1e-5
-    )
+    assert_close(written(opened("video", "pooled"), params)[1]["features"], clips.mean(1), CHAIN)
 
 
 def test_a_tap_keeps_all_tokens_and_those_of_texts_say_how_many_are_padding(params):
     layers, batch = tapped("text", params, "text/layer")
     arrays = written(opened("text", "text/layer"), params)[1]
-    np.testing.assert_allclose(arrays["features"], layers.swapaxes(0, 1), rtol=1e-4, atol=1e-5)
+    assert_close(arrays["features"], layers.swapaxes(0, 1), CHAIN)
     np.testing.assert_array_equal(arrays["lengths"], np.asarray(batch["text_mask"]).sum(1))
 
 
@@ -134,11 +133,11 @@ def test_a_tap_with_a_row_for_each_frame_keeps_frames_of_a_clip_together(params)
     expected = blocks.reshape(2, SIZE, 2, *blocks.shape[2:]).transpose(1, 2, 0, 3, 4)
     features = opened("video", "vision/block")
     assert features.shapes == {"features": (expected.shape[1:], "float32")}
-    np.testing.assert_allclose(written(features, params)[1]["features"], expected, rtol=1e-4, atol=1e-5)
+    assert_close(written(features, params)[1]["features"], expected, CHAIN)
     first = written(opened("video", "vision/block", "cls"), params)[1]["features"]
-    np.testing.assert_allclose(first, expected[..., 0, :], rtol=1e-4, atol=1e-5)
+    assert_close(first, expected[..., 0, :], CHAIN)
     mean = written(opened("video", "vision/block", "mean"), params)[1]["features"]
-    np.testing.assert_allclose(mean, expected.mean(-2), rtol=1e-4, atol=1e-5)
+    assert_close(mean, expected.mean(-2), CHAIN)
 
 
 @pytest.mark.slow

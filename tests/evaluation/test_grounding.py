@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from mplug2_jax.errors import UserError
 from mplug2_jax.evaluation.metrics.grounding import box_accuracy, mean_iou, overlaps
+from tests.close import FLOAT64, assert_close
 
 UNIT = [0.0, 0.0, 1.0, 1.0]
 
@@ -41,7 +42,7 @@ def test_overlaps_are_what_counting_cells_of_a_grid_gives(seed, dtype):
     shared, union = (filled[0] & filled[1]).sum((1, 2)), (filled[0] | filled[1]).sum((1, 2))
     proper = filled.any((2, 3)).all(0)
     found = overlaps((said / 8).astype(dtype), (boxes / 8).astype(dtype))
-    np.testing.assert_allclose(found, np.where(proper, shared / np.maximum(union, 1), 0), atol=1e-12)
+    assert_close(found, np.where(proper, shared / np.maximum(union, 1), 0), FLOAT64, scale=1)
     np.testing.assert_array_equal(found, overlaps((boxes / 8).astype(dtype), (said / 8).astype(dtype)))
 
 

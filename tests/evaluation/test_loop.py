@@ -30,6 +30,7 @@ from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.tasks.base import TaskContext
 from mplug2_jax.tasks.classify import score
 from mplug2_jax.tasks.config import TaskSettings
+from tests.close import assert_close
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 TOKENIZER = WordPieceTokenizer([*SPECIAL_TOKENS, "?", *LETTERS, *(f"##{letter}" for letter in LETTERS)])
@@ -102,6 +103,12 @@ def actions(visual, *, batch_size=6, mesh=None, size=7, model=MODEL):
     return Evaluation("held", config, definition, CONTEXT, TOKENIZER, mesh or one, seed=0), definition
 
 
+def assert_said_the_same(ours, theirs):
+    """But for the last of a probability's four digits, to which it is rounded."""
+    assert [row | {"goodness": 0} for row in ours] == [row | {"goodness": 0} for row in theirs]
+    assert_close([row["goodness"] for row in ours], [row["goodness"] for row in theirs], 1.5e-4, scale=1)
+
+
 def test_the_probabilities_of_an_example_s_views_are_averaged(monkeypatch):
     """In any batches, on any mesh; and broken in one view, an example is left out."""
     visual = VisualConfig(num_frames=2, clips=3)
@@ -119,12 +126,13 @@ def test_the_probabilities_of_an_example_s_views_are_averaged(monkeypatch):
 
     monkeypatch.setattr(ours, "_score", scored)
     whole = ours.run(params, 0)
-    np.testing.assert_allclose(given["probabilities"], means, rtol=1e-6)
+    assert_close(given["probabilities"], means)
     assert len({row.tobytes() for row in np.concatenate(rows)[:3]}) == 3
     assert whole.examples == 7
     for size, mesh in ((1, None), (16, make_mesh(MeshConfig(data=8)))):
         other = actions(visual, batch_size=size, mesh=mesh)[0].run(params, 0)
-        assert (other.figures, other.intervals, other.said) == (whole.figures, whole.intervals, whole.said)
+        assert (other.figures, other.intervals) == (whole.figures, whole.intervals)
+        assert_said_the_same(other.said, whole.said)
 
     broken, _ = actions(visual)
     make = broken._set._maker.make
@@ -139,7 +147,7 @@ def test_the_probabilities_of_an_example_s_views_are_averaged(monkeypatch):
     left = broken.run(params, 0)
     assert left.examples == 6
     assert left.faults == (Fault("digits", "4", "cut off"),)
-    assert left.said == whole.said[:4] + whole.said[5:]
+    assert_said_the_same(left.said, whole.said[:4] + whole.said[5:])
 
 
 @pytest.mark.parametrize(("size", "mesh"), [(1, {}), (7, {}), (16, {}), (8, {"data": 8}), (16, {"data": 2, "fsdp": 2})])

@@ -19,6 +19,7 @@ from mplug2_jax.evaluation.metrics import by_java
 from mplug2_jax.evaluation.metrics.by_java import meteor, spice
 from mplug2_jax.evaluation.metrics.caption import caption_scores, tokens
 from mplug2_jax.evaluation.metrics.ratio import intervals
+from tests.close import FLOAT64, assert_close
 
 EXAMPLES = Path(__file__).parent / "captions"
 needs_java = pytest.mark.skipif(not shutil.which("java"), reason="needs java on the path")
@@ -51,7 +52,7 @@ def test_every_score_of_the_examples_is_the_toolkits(by: str) -> None:
     split = toolkit_tokens if by == "java" else (lambda texts: {i: tokens(each) for i, each in texts.items()})
     expected = toolkit_scores(split(truth), split(said))
     found = caption_scores([text for (text,) in said.values()], [truth[i] for i in said])
-    assert {name: figure.value for name, figure in found.items()} == pytest.approx(expected, abs=1e-9)
+    assert_close({name: figure.value for name, figure in found.items()}, expected, FLOAT64, scale=100)
 
 
 @needs_java
@@ -63,8 +64,8 @@ def test_meteor_is_the_toolkits_for_all_captions_and_for_each() -> None:
     whole, each = scorer.compute_score(truth, said)
     found = meteor([text for (text,) in said.values()], list(truth.values()))
     assert found is not None
-    assert found.value == pytest.approx(100 * whole, abs=1e-7)
-    assert [found.over(one) / 100 for one in np.eye(len(found))] == pytest.approx(each, abs=1e-9)
+    assert_close(found.value, 100 * whole, FLOAT64)
+    assert_close([found.over(one) / 100 for one in np.eye(len(found))], each, FLOAT64)
     low, high = intervals({"meteor": found})["meteor"]
     assert low < 100 * whole < high
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from typing import NamedTuple
 
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from jaxtyping import Array, Float, Int
 
@@ -19,6 +20,7 @@ from mplug2_jax.generation.config import SearchConfig
 from mplug2_jax.generation.decode import generate
 from mplug2_jax.model.config import SpecialTokens, model_config
 from mplug2_jax.model.decoder import Decoder, kept_rows
+from tests.close import CHAIN, assert_close, largest
 
 TOKENS = SpecialTokens(pad=0, begin=1, end=2, mask=3)
 VOCABULARY, STATES = 9, 1009
@@ -51,9 +53,13 @@ def toy_logits(start, prefix, table):
 
 
 def search_one(logits_of, config, vocabulary):
-    """One clip, with lists: all results, best first, as (score, ids). Follows the facts of the release."""
+    """One clip, with lists: all results, best first, as (score, ids). Follows the facts of the release.
+
+    Returned beside them is the smallest difference of two scores by which one came first: where that is a rounding's
+    size, either may.
+    """
     beams = [(FLOAT(0.0), [TOKENS.begin])] + [(FLOAT(-np.inf), [TOKENS.begin])] * (config.beams - 1)
-    pool = []
+    pool, margin = [], np.inf
     for step in range(config.max_length):
         penalty = FLOAT(((5 + step + 1) / 6) ** 0.6)
         candidates = []
@@ -66,6 +72,7 @@ def search_one(logits_of, config, vocabulary):
                 log_probs[TOKENS.end] = FLOAT(-1e20)
             candidates += [((total + log_probs[token]) / penalty, parent, token) for token in range(vocabulary)]
         candidates.sort(key=lambda c: -c[0])  # stable: equal scores keep the order of the flattened beams
+        margin = min(margin, smallest_gap([c[0] for c in candidates[: config.beams + 1]]))
         best = [(score, [*beams[parent][1], token]) for score, parent, token in candidates[: config.beams]]
         last = step == config.max_length - 1
         ended = [last or ids[-1] == TOKENS.end for _, ids in best]
@@ -78,18 +85,30 @@ def search_one(logits_of, config, vocabulary):
             (FLOAT(-np.inf) if ids[-1] == TOKENS.end and not config.extend_finished else FLOAT(score * penalty), ids)
             for score, ids in best
         ]
-    return sorted((p for p in pool if p[0] > -np.inf), key=lambda p: -p[0])[: config.beams]
+    pool = sorted((p for p in pool if p[0] > -np.inf), key=lambda p: -p[0])
+    return pool[: config.beams], min(margin, smallest_gap([p[0] for p in pool[: config.beams + 1]]))
 
 
-def assert_same(found, expected, config, atol=1e-5):
-    """Compares the results for every clip; what there are too few results for is empty."""
+def smallest_gap(scores):
+    """The smallest difference of neighbours, best first, that are not the same."""
+    return min((float(a - b) for a, b in itertools.pairwise(scores) if a != b), default=np.inf)
+
+
+def assert_same(found, expected, config, scale):
+    """Compares the results for every clip; what there are too few results for is empty. ``scale`` is the logits'."""
     for clip, results in enumerate(expected):
         for rank in range(config.beams):
             score, ids = results[rank] if rank < len(results) else (-np.inf, [])
             assert int(found.lengths[clip, rank]) == len(ids)
             padded = [*ids, *[0] * (config.max_length + 1 - len(ids))]
             np.testing.assert_array_equal(found.ids[clip, rank], padded)
-            np.testing.assert_allclose(found.scores[clip, rank], score, rtol=1e-5, atol=atol)
+            assert_close(found.scores[clip, rank], score, scale=scale)
+
+
+def search_each(starts, table, config):
+    """The results of every clip of the toy decoder, and their margins."""
+    found = [search_one(lambda prefix, s=int(s): toy_logits(s, prefix, table), config, VOCABULARY) for s in starts]
+    return tuple(zip(*found, strict=True))
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -128,9 +147,10 @@ def test_search_finds_what_a_plain_restatement_finds(
     config = SearchConfig(beams=beams, min_length=min_length, max_length=max_length, extend_finished=extend)
     table = tables(seed, sharpness, end_bias)
     starts = np.arange(batch) * 13 + seed % 100
+    expected, margins = search_each(starts, table, config)
+    assume(min(margins) > 1e-5 * largest(table))
     found = toy_search(jnp.asarray(starts, jnp.int32), jnp.asarray(table), config)
-    expected = [search_one(lambda prefix, s=int(s): toy_logits(s, prefix, table), config, VOCABULARY) for s in starts]
-    assert_same(found, expected, config)
+    assert_same(found, expected, config, largest(table))
 
 
 def chain(*rows):
@@ -163,7 +183,7 @@ def test_a_hand_computed_search():
     # Step 0: a (0.5), then end (0.3), which is stored and lives on. Step 1: a end (0.4), end end (0.24): done.
     np.testing.assert_array_equal(found.ids[0], [[1, 3, 2], [1, 2, 0]])
     np.testing.assert_array_equal(found.lengths[0], [3, 2])
-    np.testing.assert_allclose(found.scores[0], [np.log(0.4) / second, np.log(0.3)], rtol=1e-5)
+    assert_close(found.scores[0], [np.log(0.4) / second, np.log(0.3)])
 
 
 def test_released_search_goes_on_beyond_an_end_and_the_standard_one_does_not():
@@ -227,14 +247,22 @@ def test_a_cache_changes_nothing(decoder, beams, extend):
     graphdef, params, memory, mask = decoder
     config = SearchConfig(beams=beams, min_length=1, max_length=7, extend_finished=extend)
 
+    scale = 0.0
+
     def logits_of(clip, prefix):  # the whole prefix at once; what follows it changes nothing under a causal mask
+        nonlocal scale
         ids = np.zeros((4, config.max_length), np.int32)
         ids[:, : len(prefix)] = prefix
-        return forward(graphdef, params, ids, memory, mask)[clip, len(prefix) - 1]
+        logits = forward(graphdef, params, ids, memory, mask)[clip, len(prefix) - 1]
+        scale = max(scale, largest(logits))
+        return logits
 
     found = cached(graphdef, params, memory, mask, config)
-    expected = [search_one(functools.partial(logits_of, clip), config, VOCABULARY) for clip in range(4)]
-    assert_same(found, expected, config)
+    one_by_one = (search_one(functools.partial(logits_of, clip), config, VOCABULARY) for clip in range(4))
+    expected, margins = zip(*one_by_one, strict=True)
+    decided = np.asarray(margins) > 1e-5 * scale  # where less separates two sequences, roundings may swap them
+    assert decided.sum() >= 3
+    assert_same(jax.tree.map(lambda x: x[decided], found), itertools.compress(expected, decided), config, scale)
     assert len({tuple(results[0][1]) for results in expected}) > 1  # the memories do matter
 
 
@@ -281,7 +309,7 @@ def test_a_thousand_clips_are_told_the_same_without_a_cache(decoder, beams, exte
             decided &= np.all(expected.ids == search(near).ids, axis=(1, 2))
     assert decided.sum() > 0.95 * clips  # above a thousand
     for ours, theirs in zip(found, expected, strict=True):
-        np.testing.assert_allclose(ours[decided], theirs[decided], atol=1e-4 if ours.dtype == FLOAT else 0)
+        assert_close(ours[decided], theirs[decided], CHAIN)
     assert len({tuple(ids) for ids in np.asarray(found.ids[:, 0]).tolist()}) > 10  # memories matter
 
 
@@ -300,6 +328,6 @@ def test_clips_of_a_batch_do_not_influence_each_other_and_masked_memory_is_not_s
         noisy = jnp.where(mask[..., None], others, 50.0)
         found = cached(graphdef, params, noisy, mask, config)
         np.testing.assert_array_equal(found.ids[kept], together.ids[kept])
-        np.testing.assert_allclose(found.scores[kept], together.scores[kept], atol=1e-5)
+        assert_close(found.scores[kept], together.scores[kept])
     unmasked = cached(graphdef, params, memory, jnp.ones_like(mask), config)
     assert float(jnp.abs(unmasked.scores[1:] - together.scores[1:]).max()) > 1e-3

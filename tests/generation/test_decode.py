@@ -16,6 +16,7 @@ from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.parallel.placement import batch_sharding, place_parameters, replicated
 from mplug2_jax.planning.traffic import collectives
+from tests.close import assert_close
 from tests.runs import small_model
 
 DEFINITION = define(dataclasses.replace(small_model(), decoder_layers=2), ("text", "decoder"))
@@ -44,7 +45,7 @@ def test_a_mesh_says_what_one_device_says_and_gathers_the_decoder_once(config: M
         compiled = jax.jit(say, out_shardings=replicated(mesh)).lower(*given).compile()
         ours = compiled(*given)
     np.testing.assert_array_equal(ours.ids, expected.ids)
-    np.testing.assert_allclose(ours.scores, expected.scores, rtol=1e-5)
+    assert_close(ours.scores, expected.scores)
     found = collectives(compiled.as_text(), mesh)
     # Within the loop over tokens, whose turns nobody knows, travel all scores once, on CPUs, and no parameters.
     scores = 4 * CLIPS * SEARCH.beams * DEFINITION.config.vocab_size

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,6 +8,7 @@ import pytest
 from mplug2_jax.model import attention as module
 from mplug2_jax.model import kernels
 from mplug2_jax.model.attention import attention
+from tests.close import assert_close
 
 
 def inputs(b=2, l=5, s=7, h=2, k=8, seed=0):
@@ -36,7 +39,7 @@ def test_xla_equals_plain_softmax(masked, causal):
     query, key, value, mask = inputs(l=7)
     mask = mask if masked else None
     out = attention(query, key, value, key_mask=mask, causal=causal, kernel="xla")
-    np.testing.assert_allclose(out, reference(query, key, value, mask, causal), atol=1e-6)
+    assert_close(out, reference(query, key, value, mask, causal))
 
 
 def test_16_bit_inputs_are_computed_in_float32_inside():
@@ -44,7 +47,7 @@ def test_16_bit_inputs_are_computed_in_float32_inside():
     half = [x.astype(jnp.bfloat16) for x in (query, key, value)]
     out = attention(*half, key_mask=mask, kernel="xla")
     assert out.dtype == jnp.bfloat16
-    np.testing.assert_allclose(out.astype(jnp.float32), reference(*half, mask), atol=0.02)
+    assert_close(out, reference(*half, mask), 2**-7)  # weights and result are rounded
 
 
 def test_dropout_keeps_the_expectation_and_is_off_without_a_key():
@@ -54,7 +57,7 @@ def test_dropout_keeps_the_expectation_and_is_off_without_a_key():
     dropped = jax.vmap(lambda r: attention(query, key, value, dropout=0.5, rng=r, kernel="xla"))
     samples = dropped(jax.random.split(jax.random.key(0), 4000))
     assert float(jnp.abs(samples[0] - plain).max()) > 0.1
-    np.testing.assert_allclose(samples.mean(0), plain, atol=0.1)
+    assert float(jnp.abs(samples.mean(0) - plain).max()) < 0.1
 
 
 @pytest.mark.parametrize(("l", "s"), [(257, 257), (50, 257), (128, 130)])
@@ -67,12 +70,11 @@ def test_splash_equals_xla_for_any_length(l, s):
             return jnp.sum(kernels.splash(*qkv, mask, interpret=True) ** 2)
         return jnp.sum(attention(*qkv, key_mask=mask, kernel="xla") ** 2)
 
-    for kernel_value, plain_value in zip(
-        jax.tree.leaves(jax.value_and_grad(lambda *x: loss("splash", *x), argnums=(0, 1, 2))(query, key, value)),
-        jax.tree.leaves(jax.value_and_grad(lambda *x: loss("xla", *x), argnums=(0, 1, 2))(query, key, value)),
-        strict=True,
-    ):
-        np.testing.assert_allclose(kernel_value, plain_value, rtol=1e-4, atol=1e-5)
+    ours, plain = (
+        jax.value_and_grad(functools.partial(loss, kernel), argnums=(0, 1, 2))(query, key, value)
+        for kernel in ("splash", "xla")
+    )
+    assert_close(ours, plain)
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -90,7 +92,7 @@ def test_what_cudnn_is_given_is_even_without_a_mask_and_means_the_same(monkeypat
     query, key, value, mask = inputs(l=l, s=s)
     mask = mask if masked else None
     out = kernels.cudnn(query, key, value, mask, causal=causal)
-    np.testing.assert_allclose(out, reference(query, key, value, mask, causal), atol=2e-6)
+    assert_close(out, reference(query, key, value, mask, causal))
 
 
 def test_blocks_divide_padded_lengths():

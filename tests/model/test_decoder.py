@@ -7,6 +7,7 @@ from flax import nnx
 from mplug2_jax.errors import UserError
 from mplug2_jax.model.config import model_config
 from mplug2_jax.model.decoder import Decoder
+from tests.close import assert_close
 
 CONFIG = model_config("tiny", dtype="float32", width=32, heads=4, mlp_width=64, vocab_size=50, max_positions=12)
 
@@ -30,14 +31,14 @@ def test_one_token_at_a_time_equals_all_at_once(decoder, memory):
     step = jax.jit(decoder.step)
     for position in range(8):
         logits, cache = step(ids[:, position], jnp.asarray(position), cache)
-        np.testing.assert_allclose(logits, at_once[:, position], atol=1e-5)
+        assert_close(logits, at_once[:, position])
 
 
 def test_sequences_that_share_a_memory_equal_sequences_with_copies_of_it(decoder, memory):
     ids = jax.random.randint(jax.random.key(1), (6, 8), 1, 50)
     shared = decoder(ids, ids != 0, *memory)
     copied = decoder(ids, ids != 0, *(jnp.repeat(x, 3, axis=0) for x in memory))
-    np.testing.assert_allclose(shared, copied, atol=1e-5)
+    assert_close(shared, copied)
 
 
 def test_later_tokens_and_masked_memory_change_nothing(decoder, memory):
@@ -45,7 +46,7 @@ def test_later_tokens_and_masked_memory_change_nothing(decoder, memory):
     ids = jax.random.randint(jax.random.key(1), (2, 8), 1, 50)
     before = decoder(ids, None, tokens, mask)
     after = decoder(ids.at[:, 5:].set(7), None, tokens.at[1, 4:].set(9.0), mask)
-    np.testing.assert_allclose(after[:, :5], before[:, :5], atol=1e-6)
+    assert_close(after[:, :5], before[:, :5])
     assert float(jnp.abs(after[:, 5:] - before[:, 5:]).max()) > 1e-3
 
 

@@ -8,6 +8,7 @@ from mplug2_jax.model.mplug2 import define
 from mplug2_jax.model.taps import Taps
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.placement import place_parameters
+from tests.close import BFLOAT16, assert_close
 
 CAPTION = ("vision", "temporal", "universal", "decoder")
 QUESTION = ("vision", "temporal", "text", "universal", "fusion", "decoder")
@@ -67,7 +68,7 @@ def test_16_bit_compute_is_near_32_bit_compute():
         definition = define(model_config("tiny", dtype=dtype), CAPTION)
         return jax.jit(lambda p: definition.bind(p).visual_tokens(clip))(params)
 
-    np.testing.assert_allclose(tokens("bfloat16").astype(jnp.float32), tokens("float32"), atol=0.1)
+    assert_close(tokens("bfloat16"), tokens("float32"), BFLOAT16)
 
 
 def test_taps_hold_what_was_asked_for_and_change_nothing():

@@ -13,6 +13,7 @@ from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.parallel.placement import batch_sharding
 from mplug2_jax.planning.traffic import collectives
+from tests.close import assert_close
 
 CONFIG = model_config("tiny", dtype="float32", vision_width=32, vision_layers=2)
 
@@ -50,13 +51,13 @@ def test_position_tables_are_resized_as_in_the_release(reference):
         if name.startswith("posemb_out_"):
             grid = int(name.removeprefix("posemb_out_").split("x")[0])
             ours = resize_positions(jnp.asarray(golden["posemb_in"]), grid)
-            np.testing.assert_allclose(ours, golden[name].reshape(ours.shape), atol=1e-6)
+            assert_close(ours, golden[name].reshape(ours.shape))
 
 
 def test_pixels_are_normalised_as_clip_does():
     bytes_ = jnp.asarray([[[[[0, 128, 255]]]]], jnp.uint8)
     expected = [(0 - 0.48145466) / 0.26862954, (128 / 255 - 0.4578275) / 0.26130258, (1 - 0.40821073) / 0.27577711]
-    np.testing.assert_allclose(normalise_pixels(bytes_)[0, 0, 0, 0], expected, rtol=1e-5)
+    assert_close(normalise_pixels(bytes_)[0, 0, 0, 0], expected)
 
 
 def test_the_temporal_unit_is_a_depthwise_convolution_over_time():
@@ -70,7 +71,7 @@ def test_the_temporal_unit_is_a_depthwise_convolution_over_time():
         dimension_numbers=("NWC", "WIO", "NWC"), feature_group_count=16,
     )  # fmt: skip
     convolved = convolved.reshape(2, 4, 5, 16).transpose(0, 2, 1, 3) + unit.bias[...]
-    np.testing.assert_allclose(unit(x), unit.up(convolved * jax.nn.sigmoid(1.702 * convolved)), atol=1e-5)
+    assert_close(unit(x), unit.up(convolved * jax.nn.sigmoid(1.702 * convolved)))
 
 
 @pytest.mark.parametrize(
@@ -86,7 +87,7 @@ def test_clips_are_cut_only_where_there_are_too_few_and_look_the_same(clips, fra
         graphdef, params = nnx.split(tower(), nnx.Param)
         placed = jax.device_put(clip, batch_sharding(mesh))
         compiled = jax.jit(lambda p, c: nnx.merge(graphdef, p)(c)).lower(params, placed).compile()
-        np.testing.assert_allclose(compiled(params, placed), expected, atol=1e-5)
+        assert_close(compiled(params, placed), expected)
     sent = {c.kind for c in collectives(compiled.as_text(), mesh) if "temporal" in c.name}
     assert ("collective-permute" in sent) == travels
     assert "all-to-all" not in sent
@@ -110,7 +111,7 @@ def test_without_temporal_units_frames_do_not_meet():
     clip = frames()
     together = run(still(tower()), clip)[:, 1:]
     apart = [run(tower(), clip[:, i : i + 1])[:, 1:] for i in range(3)]
-    np.testing.assert_allclose(together, jnp.concatenate(apart, axis=1), atol=1e-5)
+    assert_close(together, jnp.concatenate(apart, axis=1))
 
 
 def test_a_changed_frame_reaches_two_neighbours_in_one_block():
@@ -136,7 +137,7 @@ def test_patches_are_what_a_strided_convolution_sees():
     convolved = jax.lax.conv_general_dilated(
         images[:, 0], kernel, (8, 8), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
-    np.testing.assert_allclose(model.patch(model._patches(images))[:, 0], convolved.reshape(2, 16, 32), atol=1e-5)
+    assert_close(model.patch(model._patches(images))[:, 0], convolved.reshape(2, 16, 32))
 
 
 @pytest.mark.parametrize("t", [1, 2, 4, 5])
@@ -148,7 +149,7 @@ def test_temporal_downsampling_is_a_strided_convolution_over_time(t):
         clip, kernel, (2, 8, 8), ((1, 1), (0, 0), (0, 0)), dimension_numbers=("NDHWC", "DHWIO", "NDHWC")
     )
     patches = model.patch(model._patches(clip))
-    np.testing.assert_allclose(patches, convolved.reshape(2, -1, 16, 32), atol=1e-5)
+    assert_close(patches, convolved.reshape(2, -1, 16, 32))
     assert run(model, clip).shape[1] == 1 + 16 * ((t - 1) // 2 + 1)
 
 

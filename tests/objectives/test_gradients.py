@@ -16,6 +16,7 @@ from mplug2_jax.tasks.config import TaskSettings
 from mplug2_jax.training.config import RunConfig, StreamConfig
 from mplug2_jax.training.state import plan_run
 from mplug2_jax.training.step import streams_loss
+from tests.close import assert_close
 
 BATCH, VOCABULARY = 4, 32
 MODEL = model_config(
@@ -104,4 +105,4 @@ def test_gradients_are_exactly_zero_where_a_stream_does_not_reach_and_only_there
         elif not name.endswith("key/bias"):  # which no softmax sees: rounding noise, or none
             assert value > 0, name
     weighted = sum(weight * metrics[f"{kind}/{objective}/loss"] for objective, weight in OBJECTIVES[kind].items())
-    np.testing.assert_allclose(metrics["loss"], weighted, rtol=1e-6)
+    assert_close(metrics["loss"], weighted)

@@ -20,6 +20,7 @@ from mplug2_jax.objectives.language import (
     next_token_loss,
     teacher_probabilities,
 )
+from tests.close import assert_close, largest
 
 ANSWERS, LENGTH, VOCABULARY = 6, 5, 7
 
@@ -69,9 +70,9 @@ few = settings(max_examples=15)
 def test_logits_at_t_predict_the_token_at_t_plus_1(seed):
     logits, target, weights, _ = case(seed)
     losses = losses_of(logits, target)
-    np.testing.assert_allclose(jax.jit(next_token_loss)(logits, target), losses, rtol=1e-4, atol=1e-5)
+    assert_close(jax.jit(next_token_loss)(logits, target), losses)
     sums = (losses * np.asarray(weights)[:, 1:]).sum(1)
-    np.testing.assert_allclose(jax.jit(answer_sums)(logits, target, weights), sums, rtol=1e-4, atol=1e-5)
+    assert_close(jax.jit(answer_sums)(logits, target, weights), sums, scale=largest(losses))
 
 
 @few
@@ -82,15 +83,13 @@ def test_distillation_is_cross_entropy_with_a_student_normalised_over_the_axis_t
     student = log_softmax(np.asarray(logits)[:, :-1], axis={"vocabulary": 2, "time": 1}[over])
     expected = (-(student * np.asarray(soft, np.float64)).sum(-1) * np.asarray(weights)[:, 1:]).sum(1)
     sums = jax.jit(distillation_sums, static_argnames="over")(logits, soft, weights, over=over)
-    np.testing.assert_allclose(sums, expected, rtol=1e-4, atol=1e-4)
+    assert_close(sums, expected, scale=largest(student))
 
 
 def test_a_teacher_that_is_sure_of_the_target_distils_to_plain_cross_entropy():
     logits, target, weights, _ = case(0)
     sure = jax.nn.one_hot(target[:, 1:], VOCABULARY)
-    np.testing.assert_allclose(
-        distillation_sums(logits, sure, weights, over="vocabulary"), answer_sums(logits, target, weights), rtol=1e-5
-    )
+    assert_close(distillation_sums(logits, sure, weights, over="vocabulary"), answer_sums(logits, target, weights))
 
 
 @pytest.mark.parametrize("objective", [caption_loss, ilm_loss])
@@ -102,8 +101,8 @@ def test_captions_and_instructed_answers_take_the_mean_over_all_counted_tokens_o
     counted = np.asarray(weights)[:, 1:] * mask[:, None]
     hits = np.asarray(logits)[:, :-1].argmax(-1) == np.asarray(target)[:, 1:]
     expected = (losses_of(logits, target) * counted).sum() / counted.sum()
-    np.testing.assert_allclose(outcome.loss, expected, rtol=1e-5)
-    np.testing.assert_allclose(outcome.metrics["token_accuracy"], (hits * counted).sum() / counted.sum(), rtol=1e-5)
+    assert_close(outcome.loss, expected)
+    assert_close(outcome.metrics["token_accuracy"], (hits * counted).sum() / counted.sum())
     # Not the mean of means: here it would be another number.
     some = counted.sum(1) > 0
     means = (losses_of(logits, target) * counted).sum(1)[some] / counted.sum(1)[some]
@@ -142,7 +141,7 @@ def test_answers_are_token_sums_weighted_over_the_number_of_questions(questions,
     expected = (sums * answer_weights * counts.repeat(repeat)).sum() / counts.sum()
     # Under jit a batch's keys come in alphabetical order: that of the answers' weights first.
     outcome = jax.jit(lambda batch: answer_loss(Prepared(batch, logits)).loss)(batch)
-    np.testing.assert_allclose(outcome, expected, rtol=1e-5)
+    assert_close(outcome, expected)
 
 
 def test_distillation_mixes_in_the_teachers_view_by_alpha():
@@ -151,12 +150,12 @@ def test_distillation_mixes_in_the_teachers_view_by_alpha():
     batch = {"target": target, "target_weights": weights}
     config = DistillationConfig(over="time")
     soft = np.exp(log_softmax(np.asarray(other)[:, :-1]))
-    np.testing.assert_allclose(teacher_probabilities(Prepared(batch, other)), soft, atol=1e-6)
+    assert_close(teacher_probabilities(Prepared(batch, other)), soft)
     plain = answer_loss(Prepared(batch, logits)).loss
     distilled = distillation_sums(logits, jnp.asarray(soft, jnp.float32), weights, over="time").mean()
     for alpha in (0.0, 0.4, 1.0):
         outcome = answer_loss(Prepared(batch, logits, Prepared(batch, other), alpha), config)
-        np.testing.assert_allclose(outcome.loss, (1 - alpha) * plain + alpha * distilled, rtol=1e-5)
+        assert_close(outcome.loss, (1 - alpha) * plain + alpha * distilled)
     # A teacher that nobody asked to teach (it is there for the contrast) changes nothing.
     assert answer_loss(Prepared(batch, logits, Prepared(batch, other), 0.4), None).loss == plain
 
@@ -181,4 +180,4 @@ def test_a_mean_over_nothing_is_0_with_a_finite_gradient():
     value, gradient = jax.value_and_grad(weighted_mean)(jnp.asarray([3.0, 4.0]), jnp.zeros(2))
     assert float(value) == 0
     np.testing.assert_array_equal(gradient, 0)
-    np.testing.assert_allclose(weighted_mean(jnp.asarray([3.0, 4.0]), jnp.asarray([1.0, 3.0])), 3.75)
+    assert_close(weighted_mean(jnp.asarray([3.0, 4.0]), jnp.asarray([1.0, 3.0])), 3.75)

@@ -12,6 +12,7 @@ from mplug2_jax.model.config import SpecialTokens
 from mplug2_jax.objectives.config import MlmConfig
 from mplug2_jax.objectives.forward import Forward
 from mplug2_jax.objectives.mlm import mask_tokens, masked_predictions, mlm_loss
+from tests.close import CHAIN, assert_close
 
 TOKENS = SpecialTokens(pad=0, begin=1, end=2, mask=3)
 VOCABULARY = 1000
@@ -143,7 +144,7 @@ def test_in_evaluation_the_masking_depends_on_the_example_alone():
     for rows in ([7, 0, 5], list(range(7, -1, -1)), [3, 3, 3, 1, 3, 3, 0, 3]):
         parts = predict(take(batch, rows))
         for part, everything in zip(parts[:3], whole[:3], strict=True):
-            np.testing.assert_allclose(part, np.asarray(everything)[rows], atol=1e-5)
+            assert_close(part, np.asarray(everything)[rows])
     twins = take(batch, [2] * 8) | {"example_id": jnp.arange(8, dtype=jnp.int32)}
     assert len(np.unique(predict(twins)[1], axis=0)) == 8
 
@@ -160,15 +161,15 @@ def test_the_loss_is_the_mean_over_chosen_tokens_of_examples_that_count():
     batch = sentences(8, 24) | {"example_mask": jnp.asarray(counts)}
     log_probs, chosen, seen, outcome = predict(batch)
     ids, log_probs = np.asarray(batch["text"]), np.asarray(log_probs)
-    np.testing.assert_allclose(np.exp(log_probs).sum(-1), 1, rtol=1e-4)
+    assert_close(np.exp(log_probs).sum(-1), np.ones((8, 24)), CHAIN)
     assert (seen != ids).any()  # the model is shown the corrupted text ...
     losses, hits = [], []
     for b, l in np.argwhere((chosen > 0) & counts[:, None]):
         losses.append(-log_probs[b, l, ids[b, l]])  # ... and asked for the true one
         hits.append(log_probs[b, l].argmax() == ids[b, l])
     assert len(losses) > 5
-    np.testing.assert_allclose(outcome.loss, np.mean(losses), rtol=1e-5)
-    np.testing.assert_allclose(outcome.metrics["accuracy"], np.mean(hits), atol=1e-6)
+    assert_close(outcome.loss, np.mean(losses))
+    assert_close(outcome.metrics["accuracy"], np.mean(hits))
 
 
 def test_a_batch_without_a_word_is_worth_nothing():

@@ -17,6 +17,7 @@ from mplug2_jax.objectives.scst import advantages
 from mplug2_jax.tasks.base import TaskContext
 from mplug2_jax.tasks.config import TaskSettings
 from mplug2_jax.tasks.table import TASKS
+from tests.close import CHAIN, assert_close
 
 EXAMPLES, SAMPLES, LENGTH, VOCABULARY = 3, 4, 6, 8
 MODEL = model_config(
@@ -82,11 +83,11 @@ def test_its_gradient_is_reinforce_by_hand(model):
 
     (loss, metrics), gradients = jax.jit(jax.value_and_grad(ours, has_aux=True))(params)
     expected, hand = jax.jit(jax.value_and_grad(by_hand))(params)
-    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
-    assert float(metrics["reward"]) == pytest.approx(100 * rewards.mean(), rel=1e-5)
-    assert float(metrics["length"]) == pytest.approx((lengths - 1).mean())
+    assert_close(loss, expected, CHAIN)
+    assert_close(metrics["reward"], 100 * rewards.mean())
+    assert_close(metrics["length"], (lengths - 1).mean())
     assert max(float(abs(g).max()) for g in jax.tree.leaves(gradients)) > 1e-3
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), gradients, hand)
+    assert_close(gradients, hand, CHAIN)
 
 
 def test_an_examples_captions_do_not_depend_on_its_neighbours(model):
@@ -100,11 +101,11 @@ def test_padding_counts_for_nothing(model):
     measure = jax.jit(lambda batch: TASK.loss(Forward(definition.bind(params), batch, RNG), CONTEXT).metrics)
     alone, padded = batch_of((0, 1)), batch_of((0, 1, 2)) | {"example_mask": jnp.asarray([True, True, False])}
     ours, theirs = measure(alone), measure(padded)
-    assert all(float(value) == pytest.approx(float(theirs[name]), rel=1e-5) for name, value in ours.items())
+    assert_close(ours, theirs, CHAIN)
 
 
 def test_a_caption_is_measured_by_the_mean_of_the_others():
-    np.testing.assert_allclose(advantages(jnp.asarray([[1.0, 2.0, 6.0], [3.0, 3.0, 3.0]])), [[-3, -1.5, 4.5], [0] * 3])
+    assert_close(advantages(jnp.asarray([[1.0, 2.0, 6.0], [3.0, 3.0, 3.0]])), [[-3, -1.5, 4.5], [0] * 3])
 
 
 @pytest.mark.parametrize(("field", "value"), [("samples", 1), ("documents", 0)])

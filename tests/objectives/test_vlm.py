@@ -18,6 +18,7 @@ from mplug2_jax.objectives.vlm import hard_negatives, take_in_group, vlm_loss
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.parallel.placement import batch_sharding
+from tests.close import assert_close
 
 BATCH, WIDTH = 12, 6
 
@@ -72,12 +73,13 @@ def test_the_most_similar_is_drawn_without_a_key_and_at_a_low_temperature(seed):
     similarity = np.asarray(text) @ np.asarray(visual).T  # texts are rows
     same_group = np.arange(BATCH)[:, None] // 4 == np.arange(BATCH) // 4
     wrong = same_group & (np.asarray(ids)[:, None] != np.asarray(ids)) & (np.asarray(counts) > 0)
-    pictures = np.where(wrong, similarity, -np.inf).argmax(1)
-    texts = np.where(wrong, similarity.T, -np.inf).argmax(1)
+    near = 1e-4  # of unit vectors: roundings, and noise at that temperature, may decide between two that are so alike
     for rng, temperature in ((None, 0.07), (jax.random.key(seed), 1e-6)):
         found = draw(visual, text, ids, counts, rng, temperature)
-        np.testing.assert_array_equal(whole(found[0], 4)[exists], pictures[exists])
-        np.testing.assert_array_equal(whole(found[1], 4)[exists], texts[exists])
+        for index, each in zip(found[:2], (similarity, similarity.T), strict=True):
+            possible = np.where(wrong, each, -np.inf)
+            drawn = possible[np.arange(BATCH), whole(index, 4)]
+            assert (drawn[exists] >= possible.max(1)[exists] - near).all()
 
 
 def test_draws_are_in_proportion_to_the_softmax_of_similarity_over_temperature():
@@ -91,7 +93,7 @@ def test_draws_are_in_proportion_to_the_softmax_of_similarity_over_temperature()
         expected = np.where(wrong, np.exp(score), 0)
         expected /= expected.sum(1, keepdims=True)
         shares = np.stack([np.bincount(found[:, i], minlength=4) / draws for i in range(4)])
-        np.testing.assert_allclose(shares, expected, atol=5 * np.sqrt(0.25 / draws))
+        assert np.abs(shares - expected).max() < 5 * np.sqrt(0.25 / draws)
     assert (pictures != texts).any()  # the two draws are independent
 
 
@@ -185,8 +187,8 @@ def test_the_loss_is_over_true_pairs_wrong_pictures_and_wrong_texts(group):
             logits = np.asarray(table[text, picture], np.float64)
             losses.append(np.log(np.exp(logits).sum()) - logits[label])
             hits.append(logits.argmax() == label)
-    np.testing.assert_allclose(outcome.loss, np.mean(losses), rtol=1e-5)
-    np.testing.assert_allclose(outcome.metrics["accuracy"], np.mean(hits), rtol=1e-5)
+    assert_close(outcome.loss, np.mean(losses))
+    assert_close(outcome.metrics["accuracy"], np.mean(hits))
 
 
 def test_without_a_group_negatives_come_from_the_whole_batch():
@@ -200,7 +202,7 @@ def test_examples_without_a_possible_negative_count_as_true_pairs_alone():
     batch, features, table = pairs_to_match(1, num_ids=1)
     true = np.asarray(table, np.float64)[np.arange(BATCH), np.arange(BATCH)]
     expected = (np.log(np.exp(true).sum(1)) - true[:, 1]).mean()
-    np.testing.assert_allclose(loss_of(batch, features, table, jax.random.key(0), 4)[0].loss, expected, rtol=1e-5)
+    assert_close(loss_of(batch, features, table, jax.random.key(0), 4)[0].loss, expected)
 
 
 def test_negatives_are_a_choice_through_which_no_gradient_flows():
@@ -227,7 +229,7 @@ def test_texts_that_share_a_picture_are_fused_as_if_each_had_its_own(stride):
     mask = jnp.arange(3) < jnp.asarray([[3], [1], [2], [3], [3], [2]])
     fuse = jax.jit(lambda *args: nnx.merge(graphdef, params)(*args)[1])
     own = jnp.repeat(pictures, 2, axis=0)
-    np.testing.assert_allclose(fuse(texts, mask, pictures), fuse(texts, mask, own), atol=1e-5)
+    assert_close(fuse(texts, mask, pictures), fuse(texts, mask, own))
     assert float(jnp.abs(fuse(texts, mask, pictures) - fuse(texts, mask, own[::-1])).max()) > 1e-2
 
 
@@ -241,4 +243,4 @@ def test_the_mesh_changes_neither_draw_nor_loss():
         outcome, found = loss_of(*placed, table, key, 4)
     for ours, plain in zip(found, negatives, strict=True):
         np.testing.assert_array_equal(ours, plain)
-    np.testing.assert_allclose(outcome.loss, expected.loss, rtol=1e-6)
+    assert_close(outcome.loss, expected.loss)

@@ -12,6 +12,7 @@ from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.planning.programs import devices_of
 from mplug2_jax.planning.timing import BEST, ORDINARY, Timing, bandwidth, extents, timing
 from mplug2_jax.planning.traffic import Collective
+from tests.close import FLOAT64, assert_close
 from tests.tpu import topology_mesh
 
 
@@ -94,7 +95,7 @@ def test_what_is_exposed_is_part_of_the_network(all_sent, executed: float, read:
     assert 0 <= times.exposed <= times.network
     assert times.network == pytest.approx(sum(each["bytes"] * each["times"] for each in all_sent) / 10e9)
     hidden = sum(each["bytes"] * each["times"] for each in all_sent if each["overlapped"]) / 10e9
-    assert times.network - times.exposed == pytest.approx(hidden, abs=1e-6 * max(1.0, times.network))
+    assert_close(times.network - times.exposed, hidden, FLOAT64, scale=times.network)
     assert (times.compute, times.memory) == (executed / 8 / 1e12, read / 50e9)
 
 

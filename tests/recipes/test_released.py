@@ -20,6 +20,7 @@ from mplug2_jax.model.vision import normalise_pixels
 from mplug2_jax.tasks.base import TaskContext
 from mplug2_jax.tasks.table import TASKS
 from mplug2_jax.training.config import RunConfig
+from tests.close import assert_close
 
 PAGES = {"videoqa": "msrvtt_qa:tiny,released", "caption": "msrvtt_caption:tiny,released"}
 LENGTH, FRAMES = 33, 4
@@ -85,7 +86,7 @@ def test_what_is_seen_and_asked_is_what_the_release_makes_of_its_files(
         np.testing.assert_array_equal(frames, pixels[f"test_resized_{size}"][[0, 1, 0, 1]])
         seen = normalise_pixels(jnp.asarray(frames)[None])[0]
         golden = pixels[f"test_normalised_{size}"].transpose(1, 2, 3, 0)[[0, 1, 0, 1]]
-        np.testing.assert_allclose(seen, golden, atol=1e-6)
+        assert_close(seen, golden)
     if task == "caption":
         assert sorted(examples[0].answers) == ["A man!", "a dog"]
         return

@@ -23,6 +23,7 @@ from mplug2_jax.training.starting import first_state
 from mplug2_jax.training.state import Blueprint, evaluated, plan_run
 from mplug2_jax.training.step import compile_step
 from mplug2_jax.training.workdir import WorkDir
+from tests.close import assert_close
 from tests.runs import small_run
 
 
@@ -69,7 +70,7 @@ def test_it_follows_every_update_of_what_is_trained(overrides: dict[str, Any]) -
         )
     assert state["ema"].keys() == {"text", "universal", "mlm"} - set(config.freeze)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(state["ema"])} == {"float32"}
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), state["ema"], expected)
+    assert_close(state["ema"], expected)
     apart = jax.tree.map(lambda a, p: float(jnp.abs(a - p).max()), state["ema"]["mlm"], state["params"]["mlm"])
     assert max(jax.tree.leaves(apart)) > 1e-4
     sharding = state["ema"]["mlm"]["dense"]["kernel"].sharding

@@ -26,6 +26,7 @@ from mplug2_jax.training.state import Blueprint, plan_run
 from mplug2_jax.training.step import compile_step, jitted_step
 from mplug2_jax.training.step_flops import gradient_flops
 from mplug2_jax.training.workdir import WorkDir, special_tokens
+from tests.close import CHAIN, assert_close
 from tests.runs import small_run
 
 TAUGHT = TaskSettings(distillation=DistillationConfig(momentum=0.5))
@@ -132,7 +133,7 @@ def test_what_is_not_frozen_gets_the_gradient_that_it_would() -> None:
     whole, less = (trained(words(freeze=parts), 1)[1]["opt"][0].mu for parts in ((), ("universal",)))
     assert less.keys() == {"text", "mlm"}
     for part in less:
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7), less[part], whole[part])
+        assert_close(less[part], whole[part], CHAIN)
         assert max(float(abs(leaf).max()) for leaf in jax.tree.leaves(less[part])) > 1e-4
 
 

@@ -14,6 +14,7 @@ from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.training.config import AdamWConfig
 from mplug2_jax.training.layer_decay import layers_above, rate_factors
 from mplug2_jax.training.state import plan_run
+from tests.close import assert_close
 from tests.runs import small_model, small_run
 
 MODEL = model_config(
@@ -98,8 +99,8 @@ def test_the_factor_scales_adams_step_and_the_decay() -> None:
     plain, decayed = updates(1.0), updates(0.5)
     kernels = [tree["vision"]["blocks"]["mlp"]["up"]["kernel"] for tree in (plain, decayed)]
     # Above the tower: 2 universal layers, 1 of fusion, 1 of the decoder and its head.
-    np.testing.assert_allclose(kernels[1], kernels[0] * 0.5 ** np.array([7, 6, 5]).reshape(3, 1, 1), rtol=1e-6)
-    np.testing.assert_allclose(decayed["vision"]["positions"], plain["vision"]["positions"] * 0.5**8, rtol=1e-6)
+    assert_close(kernels[1], kernels[0] * 0.5 ** np.array([7, 6, 5]).reshape(3, 1, 1))
+    assert_close(decayed["vision"]["positions"], plain["vision"]["positions"] * 0.5**8)
     np.testing.assert_array_equal(decayed["matching"]["dense"]["bias"], plain["matching"]["dense"]["bias"])
     assert float(abs(plain["vision"]["positions"]).max()) > 0
 

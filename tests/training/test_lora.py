@@ -35,6 +35,7 @@ from mplug2_jax.training.state import Blueprint, evaluated, plan_run
 from mplug2_jax.training.step import compile_step
 from mplug2_jax.training.step_flops import gradient_flops
 from mplug2_jax.training.workdir import WorkDir, special_tokens
+from tests.close import CHAIN, assert_close
 from tests.runs import small_run
 
 TAUGHT = TaskSettings(distillation=DistillationConfig(momentum=0.5))
@@ -90,12 +91,6 @@ def by_hand(base: Any, pairs: Any, scale: float) -> dict[str, Any]:
         value = np.asarray(leaf if a is not None or name not in own else own[name])
         merged[name] = value if a is None else value + scale * np.einsum("...ir,...ro->...io", a, b)
     return merged
-
-
-def assert_close(params: Any, expected: dict[str, Any]) -> None:
-    assert leaves(params).keys() == expected.keys()
-    for name, leaf in leaves(params).items():
-        np.testing.assert_allclose(leaf, expected[name], rtol=1e-6, atol=1e-6, err_msg=name)
 
 
 def test_every_linear_kernel_of_a_part_has_a_pair_and_nothing_else_has() -> None:
@@ -177,7 +172,7 @@ def test_a_teacher_follows_the_merged_kernels() -> None:
     # Moved before each step: after the first it is as it was, before the second halfway to what the first gave.
     _, once, _ = trained(words(lora=TEXT, tasks=TAUGHT), 1)
     base, student = (by_hand(tree, tree, TEXT.scale) for tree in (start, once["params"]))
-    assert_close(state["teacher"], {name: 0.5 * base[name] + 0.5 * student[name] for name in base})
+    assert_close(leaves(state["teacher"]), {name: 0.5 * base[name] + 0.5 * student[name] for name in base})
 
 
 @pytest.mark.slow
@@ -192,19 +187,20 @@ def test_a_pair_s_gradient_is_its_kernel_s_carried_through_the_product() -> None
         kernel = np.asarray(kernels[name.replace("lora/b", "kernel")])
         a = leaves(start)[name.replace("lora/b", "lora/a")]
         expected = TEXT.scale * np.einsum("...ir,...io->...ro", a, kernel)
-        np.testing.assert_allclose(pairs[name], expected, rtol=1e-4, atol=1e-7, err_msg=name)
+        assert_close(pairs[name], expected, CHAIN)
         assert not np.any(pairs[name.replace("lora/b", "lora/a")])
 
 
 @pytest.mark.slow
 def test_a_mesh_changes_nothing_and_the_rank_stays_whole() -> None:
-    config, mesh = words(lora=LoraConfig(parts=("text", "universal"), rank=4)), MeshConfig(fsdp=2, tensor=2)
+    # With a large eps a gradient that is rounding noise stays a step that is.
+    optimizer = AdamWConfig(learning_rate=1e-2, weight_decay=0.5, clip_norm=0.0, eps=1e-2)
+    config = words(lora=LoraConfig(parts=("text", "universal"), rank=4), optimizer=optimizer)
+    mesh = MeshConfig(fsdp=2, tensor=2)
     _, one, _ = trained(config, 3)
     for gather in ("layer", "step"):
         _, state, _ = trained(dataclasses.replace(config, gather=gather), 3, mesh)
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-4), state["params"], one["params"]
-        )
+        assert_close(state["params"], one["params"], CHAIN)
     up = state["params"]["text"]["layers"]["mlp"]["up"]
     assert tuple(up["kernel"].sharding.spec) == (None, "fsdp", "tensor")
     assert tuple(up["lora"]["a"].sharding.spec) == (None, "fsdp", None)
@@ -276,7 +272,7 @@ def test_commands_open_ordinary_kernels(run: tuple[Path, RunConfig]) -> None:
     trees = stored(path)
     for overrides, tree in (((), "ema"), (("--config.ema_decay=0",), "params")):
         plan, params, _, _ = open_run(argparse.Namespace(workdir=path, step=None, overrides=list(overrides)))
-        assert_close(params, by_hand(trees["params"], trees[tree], 1.5))
+        assert_close(leaves(params), by_hand(trees["params"], trees[tree], 1.5))
         assert params["decoder"]["head"]["dense"]["kernel"].sharding == (
             plan.shapes["params"]["decoder"]["head"]["dense"]["kernel"].sharding
         )
@@ -294,7 +290,7 @@ def test_an_export_has_the_merged_kernels(
     params, _ = load_official(source, definition, default_fusion_start(config.model))
     trees = stored(path)
     expected = by_hand(trees["params"], trees[tree], 1.5)
-    assert_close(params, expected)
+    assert_close(leaves(params), expected)
     name = "decoder/layers/mlp/up/kernel"
     assert np.abs(expected[name] - leaves(trees["params"])[name]).max() > 1e-3
 
@@ -308,11 +304,11 @@ def test_a_run_starts_from_the_merged_kernels_with_or_without_pairs_of_its_own(r
     state, said = first_state(planned(plain))
     assert said[0].startswith(f"starting from {path} (step 4, averaged, LoRA in its kernels): decoder, fusion, ")
     for tree in ("params", "teacher"):
-        assert_close(state[tree], expected)
+        assert_close(leaves(state[tree]), expected)
     plan = planned(answers(init_from=str(path), lora=LoraConfig(parts=("decoder",), rank=5)))
     state, _ = first_state(plan)
-    assert_close(without_pairs(state["params"]), expected)
-    assert_close(evaluated(plan, state), expected)
+    assert_close(leaves(without_pairs(state["params"])), expected)
+    assert_close(leaves(evaluated(plan, state)), expected)
     assert state["params"]["decoder"]["head"]["dense"]["lora"]["a"].shape == (32, 5)
 
 

@@ -31,6 +31,7 @@ from mplug2_jax.training.step import compile_step
 from mplug2_jax.training.step_flops import gradient_flops
 from mplug2_jax.training.telemetry import read_steps
 from mplug2_jax.training.workdir import special_tokens
+from tests.close import CHAIN, assert_close
 from tests.runs import small_model, small_run, stream
 
 LENGTH, REFERENCES = 12, 3
@@ -66,6 +67,11 @@ def curve(config: RunConfig, tokenizer: Tokenizer, devices: int) -> list[dict[st
     return history
 
 
+def losses_apart(line: dict[str, float]) -> tuple[dict[str, float], dict[str, float]]:
+    losses = {name: value for name, value in line.items() if name.endswith("loss")}
+    return losses, {name: value for name, value in line.items() if name not in losses}
+
+
 @pytest.mark.slow
 def test_eight_devices_give_the_curve_of_one(tokenizer: Tokenizer) -> None:
     """Dropout is on elsewhere, micro-batches draw captions of their own, parameters are gathered once or always."""
@@ -76,8 +82,9 @@ def test_eight_devices_give_the_curve_of_one(tokenizer: Tokenizer) -> None:
     assert alone[0]["gradient_norm"] > 0
     for gather in ("layer", "step"):
         for ours, theirs in zip(curve(dataclasses.replace(config, gather=gather), tokenizer, 8), alone, strict=True):
-            for name, value in ours.items():
-                assert value == pytest.approx(theirs[name], rel=1e-4 if "norm" in name else 1e-5, abs=1e-6), name
+            (losses, rest), (their_losses, their_rest) = losses_apart(ours), losses_apart(theirs)
+            assert_close(losses, their_losses, scale=0.01)  # advantages add up to zero, and nearly cancel
+            assert_close(rest, their_rest, CHAIN)
 
 
 @pytest.mark.slow
@@ -104,7 +111,7 @@ def test_a_run_counts_the_captions_of_its_records_before_it_begins(tokenizer: To
     found = first_state(plan, streams)[0]["frequencies"]
     counted = list(streams["pictures"].references(100))
     assert len(counted) == 100
-    assert np.exp(found.log_documents) == pytest.approx(100)
+    assert_close(np.exp(found.log_documents), 100.0)
     jax.tree.map(np.testing.assert_array_equal, found, document_frequencies(counted, special_tokens(tokenizer)))
     for made, planned in zip(jax.tree.leaves(found), jax.tree.leaves(plan.shapes["frequencies"]), strict=True):
         assert (made.shape, made.dtype, made.sharding) == (planned.shape, planned.dtype, planned.sharding)

@@ -22,6 +22,7 @@ from mplug2_jax.training.position import Identity, Position
 from mplug2_jax.training.starting import first_state
 from mplug2_jax.training.state import Blueprint, plan_run
 from mplug2_jax.training.workdir import WorkDir
+from tests.close import assert_close
 from tests.runs import small_model, small_run
 
 
@@ -132,7 +133,7 @@ def test_another_image_size_resizes_the_position_table_alone(tmp_path: Path) -> 
     folder = saved(tmp_path, before, {"params": theirs})
     state, said = first_state(planned(clips=True, init_from=str(folder), model=small_model(image_size=32)))
     table = theirs["vision"].pop("positions")
-    np.testing.assert_allclose(state["params"]["vision"].pop("positions"), resize_positions(table, 4), atol=1e-6)
+    assert_close(state["params"]["vision"].pop("positions"), resize_positions(table, 4))
     assert said[-1] == "  the position table of 5 rows is resized to 17"
     assert_equal(state["params"], theirs)
 

@@ -20,6 +20,7 @@ from mplug2_jax.training.loop import device_batches, open_streams
 from mplug2_jax.training.state import Blueprint, plan_run
 from mplug2_jax.training.step import compile_step
 from mplug2_jax.training.workdir import special_tokens
+from tests.close import CHAIN, assert_close
 from tests.runs import QUESTION, small_model, small_run, stream
 
 ONE = MeshConfig(data=1, fsdp=1, tensor=1)
@@ -69,12 +70,8 @@ def test_eight_devices_give_the_curve_of_one(one_device, tokenizer: Tokenizer, g
     """Dropout, masking and negatives are on: randomness does not depend on the mesh."""
     state, history = run(dataclasses.replace(whole_run(), gather=gather), tokenizer, EIGHT, 3)
     for ours, theirs in zip(history, one_device[1], strict=True):
-        assert ours.keys() == theirs.keys()
-        for name, value in ours.items():
-            assert value == pytest.approx(theirs[name], rel=1e-4 if "norm" in name else 1e-5, abs=1e-6), name
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), state["params"], one_device[0]["params"]
-    )
+        assert_close(ours, theirs, CHAIN)
+    assert_close(state["params"], one_device[0]["params"], CHAIN)
 
 
 @pytest.mark.slow
@@ -85,7 +82,7 @@ def test_every_objective_of_every_stream_is_reported_and_weighted(one_device) ->
         for name, chosen in whole_run().streams.items()
         for objective, weight in chosen.objectives.items()
     )
-    assert first["loss"] == pytest.approx(total, rel=1e-5)
+    assert_close(first["loss"], total)
 
 
 def answering(**overrides: Any) -> RunConfig:
@@ -101,11 +98,9 @@ def answering(**overrides: Any) -> RunConfig:
 def test_micro_batches_add_up_to_the_batch(tokenizer: Tokenizer) -> None:
     whole, whole_history = run(answering(), tokenizer, ONE, 1)
     cut, cut_history = run(answering(accumulate=2), tokenizer, ONE, 1)
-    assert cut_history[0]["loss"] == pytest.approx(whole_history[0]["loss"], rel=1e-6)
-    assert cut_history[0]["gradient_norm"] == pytest.approx(whole_history[0]["gradient_norm"], rel=1e-4)
-    moments = (jax.tree.leaves(s["opt"]) for s in (whole, cut))
-    for a, b in zip(*moments, strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-7)
+    assert_close(cut_history[0]["loss"], whole_history[0]["loss"])
+    assert_close(cut_history[0]["gradient_norm"], whole_history[0]["gradient_norm"], CHAIN)
+    assert_close(cut["opt"], whole["opt"], CHAIN)
 
 
 @pytest.mark.parametrize("times", [1, pytest.param(2, marks=pytest.mark.slow)])
@@ -117,8 +112,8 @@ def test_parameters_gathered_once_give_what_those_gathered_at_each_use_give(toke
     ways = [run(dataclasses.replace(config, gather=gather), tokenizer, EIGHT, 2) for gather in ("layer", "step")]
     (layer, layer_history), (once, once_history) = ways
     for ours, theirs in zip(once_history, layer_history, strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-6, abs=1e-6)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), once["params"], layer["params"])
+        assert_close(ours, theirs)
+    assert_close(once["params"], layer["params"])
     moved = [float(abs(p).max()) for p in jax.tree.leaves(once["opt"]) if p.ndim]
     assert max(moved) > 0
 

@@ -15,18 +15,19 @@ from numpy.typing import ArrayLike
 from mplug2_jax.conversion.files.sources import HostArray
 from mplug2_jax.conversion.layouts.official import student_name, teacher_name
 from mplug2_jax.conversion.parity.goldens import Golden
+from mplug2_jax.conversion.tolerance import ACTIVATION_TOLERANCE, errors, share
 
 Named = Iterator[tuple[str, HostArray]]
 Intermediates = Mapping[str, Any]  # arrays of either framework; towers' outputs are stacked over depth
 
-ACTIVATION_TOLERANCE = 2e-5  # absolute: activations, losses, scores, probabilities
-GRADIENT_TOLERANCE = 1e-4  # relative
-TRAINED_TOLERANCE = 1e-3  # relative; Adam turns rounding noise into visible steps
+# Shares of a tensor's length; arrays that are there in full have ACTIVATION_TOLERANCE.
+GRADIENT_TOLERANCE = 1e-4
+TRAINED_TOLERANCE = 1e-3  # Adam turns rounding noise into visible steps
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One comparison: largest absolute and relative difference, and whether it is within its tolerance."""
+    """One comparison: the largest difference, its share of the array's scale, and whether that is tolerated."""
 
     section: str
     name: str
@@ -58,19 +59,23 @@ class Computation(Protocol):
 
 
 def compare(section: str, name: str, ours: HostArray, theirs: HostArray) -> Row:
-    """Compares two arrays: integers exactly, floats by the largest absolute difference."""
+    """Compares two arrays: integers exactly, floats by the largest error as a share of the largest of ``theirs``.
+
+    Where ``theirs`` is small because large numbers cancel, that share is of what is left, and rounding may exceed the
+    tolerance. No array of the goldens is; gradients of the keys' biases are, and are not compared.
+    """
     if ours.shape != theirs.shape:
         return Row(section, name, theirs.shape, np.inf, np.inf, False, f"ours has shape {list(ours.shape)}")
-    difference = np.abs(ours.astype(np.float64) - theirs.astype(np.float64))
-    absolute = float(difference.max(initial=0.0))
-    scale = float(np.abs(theirs.astype(np.float64)).max(initial=0.0))
+    absolute, relative = errors(ours, theirs)
     exact = np.issubdtype(theirs.dtype, np.integer) or theirs.dtype == bool
-    passed = absolute == 0 if exact else absolute <= ACTIVATION_TOLERANCE  # NaN compares false
-    return Row(section, name, theirs.shape, absolute, absolute / scale if scale else absolute, passed)
+    return Row(section, name, theirs.shape, absolute, relative, relative <= (0 if exact else ACTIVATION_TOLERANCE))
 
 
 def compare_summary(section: str, name: str, ours: HostArray, theirs: dict[str, Any], tolerance: float) -> Row:
-    """Compares a tensor with its recorded length, sum and first eight values, relative to its length."""
+    """Compares a tensor with its recorded length, sum and first eight values, as shares of its length.
+
+    The first eight are measured by the largest of them, or by a typical value of the tensor if that is larger.
+    """
     flat = ours.astype(np.float64).reshape(-1)
     length, total, first = float(theirs["l2"]), float(theirs["sum"]), np.asarray(theirs["first8"])
     head = flat[: len(first)]
@@ -80,7 +85,7 @@ def compare_summary(section: str, name: str, ours: HostArray, theirs: dict[str, 
         abs(float(flat.sum()) - total),
         float(np.abs(head - first).max()),
     )
-    relative = float(max(gaps[0] / length, gaps[1] / length, gaps[2] / typical) if length else max(gaps))
+    relative = max(share(gaps[0], length), share(gaps[1], length), share(gaps[2], typical))
     return Row(section, name, ours.shape, gaps[2], relative, relative <= tolerance)
 
 

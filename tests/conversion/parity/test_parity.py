@@ -9,6 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from mplug2_jax.cli.main import main
+from mplug2_jax.conversion.parity.comparison import compare
 
 
 @pytest.fixture
@@ -33,6 +34,22 @@ def test_a_whole_folder_passes(reference: Path, tmp_path: Path, folder: str, lea
     rows = json.loads(report.read_text())
     assert len(rows) >= least
     assert all(row["passed"] for row in rows)
+
+
+@pytest.mark.parametrize("size", [1e-4, 1.0, 31.0, 1e5])
+def test_an_error_is_measured_by_the_largest_number_of_its_array(size: float) -> None:
+    theirs = size * np.linspace(-1, 1, 5)
+
+    def passes(error: float) -> bool:
+        return compare("model", "array", theirs + np.asarray([0, 0, error * size, 0, 0]), theirs).passed
+
+    assert (passes(0.9e-5), passes(1.1e-5), passes(np.nan)) == (True, False, False)
+
+
+@pytest.mark.parametrize(("theirs", "near"), [([0.0, 0.0], [0.0, 1e-30]), ([100_000, 200_000], [100_000, 200_001])])
+def test_zeros_and_whole_numbers_are_met_exactly(theirs: list[float], near: list[float]) -> None:
+    assert compare("model", "array", np.asarray(theirs), np.asarray(theirs)).passed
+    assert not compare("model", "array", np.asarray(near), np.asarray(theirs)).passed
 
 
 def test_a_number_that_differs_fails(copy: Path, capsys) -> None:

@@ -27,6 +27,7 @@ from mplug2_jax.model import vision
 from mplug2_jax.model.config import ModelConfig
 from mplug2_jax.model.mplug2 import define
 from mplug2_jax.model.taps import Taps as JaxTaps
+from tests.close import BFLOAT16, CHAIN, assert_close
 
 QUESTION = torch.tensor([[1, 7, 9, 4], [1, 5, 0, 0]])
 TARGET = torch.tensor([[1, 8, 2, 0], [1, 30, 31, 2]])
@@ -75,9 +76,8 @@ def test_every_intermediate_is_ours_under_the_same_name(small, lively, changed) 
 
     expected, expected_logits = run(params)
     assert set(taps) == set(expected)
-    for name, value in expected.items():
-        np.testing.assert_allclose(taps[name].numpy(), value, rtol=1e-3, atol=2e-4, err_msg=name)
-    np.testing.assert_allclose(logits.numpy(), expected_logits, rtol=1e-3, atol=1e-3)
+    assert_close(dict(taps), expected, CHAIN)
+    assert_close(logits, expected_logits, CHAIN)
 
 
 def test_only_the_taps_that_are_asked_for_are_kept(small) -> None:
@@ -133,13 +133,13 @@ def test_a_text_beyond_the_position_table_is_refused(small) -> None:
 def test_position_tables_are_resized_as_ours_are(side, grid) -> None:
     table = np.random.default_rng(side).normal(size=(1 + side**2, 3)).astype(np.float32)
     ours = vision.resize_positions(jnp.asarray(table), grid)
-    np.testing.assert_allclose(resize_positions(torch.from_numpy(table), grid).numpy(), ours, rtol=1e-5, atol=1e-6)
+    assert_close(resize_positions(torch.from_numpy(table), grid), ours)
 
 
 def test_pixels_are_normalised_as_ours_are() -> None:
     frames = np.random.default_rng(0).integers(0, 256, (2, 3, 4, 5, 3), np.uint8)
     ours = np.asarray(vision.normalise_pixels(jnp.asarray(frames))).transpose(0, 4, 1, 2, 3)
-    np.testing.assert_allclose(normalise_pixels(torch.from_numpy(frames)).numpy(), ours, rtol=1e-5, atol=1e-6)
+    assert_close(normalise_pixels(torch.from_numpy(frames)), ours)
 
 
 def test_sixteen_bits_are_enough_for_a_loss(small) -> None:
@@ -147,7 +147,7 @@ def test_sixteen_bits_are_enough_for_a_loss(small) -> None:
     exact = model(frames, TARGET, torch.ones(TARGET.shape))
     rounded = model.bfloat16()(frames, TARGET, torch.ones(TARGET.shape))
     assert rounded.dtype == torch.float32
-    torch.testing.assert_close(rounded, exact, rtol=0.03, atol=0.03)
+    assert_close(rounded, exact, BFLOAT16)
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -227,7 +227,7 @@ def test_answers_of_a_question_are_summed_with_their_weights(small, lively) -> N
         model(frames[i : i + 1], question[i : i + 1], mask[i : i + 1], target[a : a + 1], counted[a : a + 1])
         for i, a in ((0, 0), (0, 1), (1, 2))
     ]
-    torch.testing.assert_close(together, (torch.stack(alone) * weights).sum() / 2, rtol=1e-5, atol=1e-5)
+    assert_close(together, (torch.stack(alone) * weights).sum() / 2)
 
 
 def test_distillation_pulls_towards_the_teacher_when_normalised_over_the_vocabulary(small, lively) -> None:
@@ -242,16 +242,15 @@ def test_distillation_pulls_towards_the_teacher_when_normalised_over_the_vocabul
     # One's own teacher has nothing to say, but the release's form pulls all the same.
     assert gradient("vocabulary") < 1e-3 * gradient("time")
     inert = student(*batch, TARGET, weights, teacher=student, alpha=0.0)
-    torch.testing.assert_close(inert, student(*batch, TARGET, weights))
+    assert_close(inert, student(*batch, TARGET, weights))
 
 
 def test_the_teacher_follows_its_student_but_where_it_is_frozen(small) -> None:
     teacher, student = VideoQA(small()), VideoQA(small())
     before = {name: p.clone() for name, p in teacher.named_parameters()}
     update_teacher(teacher, student, 0.75, frozen=["fusion_encoder"])
-    for name, own in teacher.named_parameters():
-        followed = 0.75 * before[name] + 0.25 * student.get_parameter(name)
-        expected = before[name] if name.startswith("fusion_encoder.") else followed
-        torch.testing.assert_close(own, expected, msg=name)
+    followed = {name: 0.75 * p + 0.25 * student.get_parameter(name) for name, p in before.items()}
+    frozen = {name: p for name, p in before.items() if name.startswith("fusion_encoder.")}
+    assert_close(dict(teacher.named_parameters()), followed | frozen)
     update_teacher(teacher, student, 0.0)
     assert all(torch.equal(own, student.get_parameter(name)) for name, own in teacher.named_parameters())

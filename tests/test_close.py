@@ -1,0 +1,100 @@
+"""The measure of floats fails where it should, whatever the size of the numbers."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.close import assert_close, largest
+
+LINE = np.linspace(-1, 1, 5).astype(np.float32)
+
+
+@pytest.mark.parametrize("size", [1e-6, 1.0, 31.0, 1e9])
+def test_an_error_is_measured_by_the_largest_number_that_is_expected(size: float) -> None:
+    expected = size * LINE
+    near, off = expected.copy(), expected.copy()
+    near[2] += 0.9e-5 * size  # the number itself is zero
+    off[2] += 1.1e-5 * size
+    assert_close(near, expected)
+    with pytest.raises(AssertionError, match=r"^the value: at \[2\] found .*, expected 0 within 1.0e-05 of the scale"):
+        assert_close(off, expected)
+    assert_close(off, expected, 2e-5)
+
+
+def test_every_leaf_has_its_own_scale_and_the_message_its_name() -> None:
+    expected = {"large": 1e6 * LINE, "small": [LINE, {"x": 1e-3 * LINE}]}
+    assert_close(expected, expected)
+    off = {"large": 1e6 * LINE + 1, "small": [LINE, {"x": 1e-3 * LINE + 1e-6}]}
+    with pytest.raises(AssertionError) as error:
+        assert_close(off, expected)
+    assert str(error.value).startswith("small/1/x: at [")
+    assert "large" not in str(error.value)
+
+
+def test_numbers_that_cancelled_are_measured_by_what_was_subtracted() -> None:
+    found, expected = 1e-6 * LINE, 2e-6 * LINE
+    with pytest.raises(AssertionError):
+        assert_close(found, expected)
+    assert_close(found, expected, scale=largest({"a": LINE, "b": -3 * LINE}))
+    with pytest.raises(AssertionError):
+        assert_close(found, expected, scale=0.01)
+    assert largest([LINE, [-3.0, np.inf]]) == 3
+
+
+def test_biases_of_keys_are_measured_by_their_kernels() -> None:
+    def layer(noise: float, key: str = "key") -> dict[str, Any]:
+        return {"layer": {key: {"kernel": LINE, "bias": np.full(3, noise)}}}
+
+    assert_close(layer(1e-7), layer(-2e-7))
+    for off in ((layer(1e-7), layer(2e-5)), (layer(1e-7, "query"), layer(-2e-7, "query"))):
+        with pytest.raises(AssertionError, match="/bias: at "):
+            assert_close(*off)
+
+
+def test_zeros_are_met_exactly() -> None:
+    assert_close(np.zeros(3), np.zeros(3))
+    with pytest.raises(AssertionError, match=r"at \[1\] found 1e-30, expected 0"):
+        assert_close(np.asarray([0, 1e-30, 0]), np.zeros(3))
+
+
+@pytest.mark.parametrize(
+    ("found", "expected", "said"),
+    [
+        (LINE[:4], LINE, r"shape \[4\], expected \[5\]"),
+        (LINE[:1], 1.0, r"shape \[1\], expected \[\]"),
+        ({"a": LINE}, {"a": LINE, "b": LINE}, r"lacking \['b'\], besides \[\]"),
+        ({"a": LINE, "b": LINE}, {"a": LINE}, r"lacking \[\], besides \['b'\]"),
+        ({"a": LINE}, {"a": [LINE]}, r"lacking \['a/0'\], besides \['a'\]"),
+        ({}, {}, "neither tree has a leaf"),
+        ([1.0, np.nan], [1.0, 2.0], r"NaN in other places: at \[1\] found nan, expected 2"),
+        ([1.0, 2.0], [1.0, np.nan], r"NaN in other places: at \[1\] found 2.0, expected nan"),
+        ([np.inf, 1.0], [-np.inf, 1.0], r"\+inf in other places: at \[0\]"),
+        ([1.0, -np.inf], [1.0, -1e30], r"-inf in other places: at \[1\]"),
+        (np.asarray([100_000, 7]), np.asarray([100_001, 7]), "expected 100001 exactly"),
+        (np.asarray([True]), np.asarray([False]), "exactly"),
+    ],
+)
+def test_what_is_not_alike_is_named(found: Any, expected: Any, said: str) -> None:
+    with pytest.raises(AssertionError, match=said):
+        assert_close(found, expected, tolerance=0.1)
+
+
+def test_infinities_and_nan_in_the_same_places_are_alike_and_no_scale() -> None:
+    assert_close([np.inf, np.nan, -np.inf, 1.0], [np.inf, np.nan, -np.inf, 1.0])
+    with pytest.raises(AssertionError):
+        assert_close([np.inf, 1.001], [np.inf, 1.0])
+
+
+def test_arrays_of_any_framework_and_type_are_compared_by_their_values() -> None:
+    torch = pytest.importorskip("torch")
+    for other in (jnp.asarray(LINE), torch.tensor(LINE, requires_grad=True), LINE.tolist(), tuple(LINE.tolist())):
+        assert_close(other, LINE)
+        assert_close(LINE, other)
+        with pytest.raises(AssertionError):
+            assert_close(other, 2 * LINE)
+    for half in (jnp.asarray(LINE, jnp.bfloat16), torch.tensor(LINE).bfloat16()):
+        assert_close(half, LINE)  # halves are exact
+        with pytest.raises(AssertionError):
+            assert_close(half, 1.01 * LINE)
