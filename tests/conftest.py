@@ -1,11 +1,8 @@
 """What every test may ask for. Types and shapes of every call into our packages are checked while tests run."""
 
 import functools
-import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -54,25 +51,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _tokenisers_trained_once() -> Iterator[None]:
-    """Nearly every run of a test trains the same tokeniser, on texts that are made by a process without type checks."""
+    """Train each tokeniser once: nearly every run of a test asks for the same."""
     from mplug2_jax.training import workdir
 
     def once(train: Callable[..., Any]) -> Callable[..., Any]:
-        trained = functools.cache(train)
-        return lambda texts, vocab_size: trained(tuple(texts), vocab_size)
+        @functools.cache
+        def trained(source: Callable[[], Any], vocab_size: int) -> Any:  # a test may put another source in place
+            return train(workdir.training_texts(), vocab_size)
+
+        return lambda texts, vocab_size: trained(workdir.vocabulary_texts, vocab_size)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(workdir, "vocabulary_texts", _vocabulary_texts)
         patch.setattr(workdir, "train_wordpiece", once(workdir.train_wordpiece))
         patch.setattr(workdir, "train_sentencepiece", once(workdir.train_sentencepiece))
         yield
-
-
-@functools.cache
-def _vocabulary_texts() -> tuple[str, ...]:
-    code = "import json, data_pipelines.digitworld as d; print(json.dumps(list(d.vocabulary_texts())))"
-    made = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, check=True)
-    return tuple(json.loads(made.stdout))
 
 
 @pytest.fixture(scope="session")

@@ -135,7 +135,7 @@ def _label(scene: Scene, moving: bool, what: str) -> str:
     return f"moving {motion.direction}" if motion.kind == "moves" else motion.kind
 
 
-def vocabulary_texts(count: int = 2000, seed: int = 0) -> Iterator[str]:
+def vocabulary_texts(count: int = 300, seed: int = 0) -> Iterator[str]:
     """All that is said, asked and answered in ``count`` training scenes of each kind: what to train a tokeniser on."""
     for kind in KINDS:
         world = DigitWorld(kind, seed=seed, size=count)

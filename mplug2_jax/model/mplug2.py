@@ -5,6 +5,7 @@ A model that trains is three things: a :class:`ModelDef` (which layers there are
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -144,8 +145,9 @@ def pure_params(model: nnx.Module) -> Params:
     return params
 
 
+@functools.lru_cache(maxsize=64)  # its layers are built, abstractly, for seconds; commands describe a model repeatedly
 def define(config: ModelConfig, parts: tuple[str, ...]) -> ModelDef:
-    """Describes a model abstractly; no array is made.
+    """Describes a model abstractly; no array is made. The description is shared: it is not to be changed.
 
     Raises:
         UserError: parts that do not make a model.

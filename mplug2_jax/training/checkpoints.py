@@ -64,6 +64,7 @@ class Checkpoints:
         self._saving: int | None = None  # the step whose arrays are being written
         self._tried = time.monotonic()  # when the last save began
         self.failed = False  # whether it failed
+        self._descriptions: dict[int, dict[str, Any]] = {}  # what steps store, as read from their metadata
         self._manager = _Manager(
             folder.absolute(),
             # Named here, so that a process that has saved nothing can read the arrays' shapes.
@@ -82,6 +83,7 @@ class Checkpoints:
 
     def refresh(self) -> None:
         """Looks again at what is there, which another process may have changed."""
+        self._descriptions.clear()
         self._manager.reload()
 
     def due(self, step: int) -> bool:
@@ -117,6 +119,7 @@ class Checkpoints:
                 meta["digests"] = digests(state)
             self._retention.scores = scores or {}
             self._saving, self._tried, self.failed = position.step, time.monotonic(), False
+            self._descriptions.pop(position.step, None)
             try:
                 self._manager.save(
                     position.step,
@@ -197,7 +200,7 @@ class Checkpoints:
         """
         damaged: dict[int, DamagedError] = {}
         self._settle()
-        self._manager.reload()
+        self.refresh()
         self.pick(None)
         for step in reversed(self.steps()):
             error = None
@@ -225,7 +228,7 @@ class Checkpoints:
             )  # fmt: skip
         if damaged:
             multihost_utils.sync_global_devices("damaged checkpoints are set aside")
-            self._manager.reload()
+            self.refresh()
 
     def restore_params(self, like: Any, step: int | None = None, *, tree: str = "params") -> tuple[Any, int]:
         """The parameters alone, with their step; raises as :meth:`restore`.
@@ -340,14 +343,18 @@ class Checkpoints:
         return dict(meta)
 
     def _stored(self, step: int) -> dict[str, Any]:
-        """What is stored, described, by name."""
+        """What is stored, described, by name; its metadata are read once."""
+        if step in self._descriptions:
+            return self._descriptions[step]
         try:
             stored = self._manager.item_metadata(step).state
         except Exception as error:
             raise self._damaged(step, f"damaged ({_reason(error)})") from error
         if stored is None:
             raise self._damaged(step, "incomplete: state/_METADATA is missing")
-        return {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(stored.tree)}
+        leaves = {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(stored.tree)}
+        self._descriptions[step] = leaves
+        return leaves
 
     def _check_digests(self, step: int, restored: Any) -> None:
         """Compares every array with the digest of what was saved; a checkpoint of older versions has none."""

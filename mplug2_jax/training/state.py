@@ -61,7 +61,12 @@ class Blueprint:
 
     def init(self) -> TrainState:
         """A fresh state; every shard is made on its device, nothing is ever whole on one host."""
-        make = jax.jit(lambda: _fresh(self.config, self.definition, self.optimizer), out_shardings=self.on_device)
+
+        def fresh() -> TrainState:
+            params = self.definition.init(random_key(self.config.seed))
+            return _with_parameters(params, self.config, self.optimizer)
+
+        make = jax.jit(fresh, out_shardings=self.on_device)
         with jax.set_mesh(self.mesh):
             return jax.device_put(make(), self.shardings)
 
@@ -95,16 +100,17 @@ def plan_run(config: RunConfig, tokens: SpecialTokens, mesh: Mesh, parts: tuple[
     factors = None if decay == 1 else split(rate_factors(parameters, config.model, decay), config.frozen)[0]
     optimizer = adamw(config.optimizer, rates["rest"], rates["vision"], factors)
     placement = place_parameters(parameters, axes, mesh)
-    shapes = jax.eval_shape(lambda: _fresh(config, definition, optimizer))
+    shapes = jax.eval_shape(lambda params: _with_parameters(params, config, optimizer), definition.shapes)
     shardings = _state_shardings(config, shapes, placement, optimizer, mesh)
     described = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
     context = TaskContext(settings=config.tasks, tokens=tokens)
     return Blueprint(config, context, mesh, definition, optimizer, rates, axes, placement, described, shardings)
 
 
-def _fresh(config: RunConfig, definition: ModelDef, optimizer: optax.GradientTransformation) -> TrainState:
+def _with_parameters(params: Params, config: RunConfig, optimizer: optax.GradientTransformation) -> TrainState:
+    """Return a fresh state around fresh float32 parameters."""
     key = random_key(config.seed)
-    params = jax.tree.map(lambda p: p.astype(config.parameter_dtype), definition.init(key))
+    params = jax.tree.map(lambda p: p.astype(config.parameter_dtype), params)
     learning = with_pairs(params, config.lora.parts, fresh_pairs(config.lora, key))
     opt = optimizer.init(split(learning, config.frozen)[0])
     state: TrainState = {"params": learning, "opt": opt, "step": jnp.zeros((), jnp.int32)}

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 
 from data_pipelines.config import VisualConfig
+from data_pipelines.examples import Example
 from data_pipelines.media import media_of
 from data_pipelines.tokenizers import load_tokenizer
 from data_pipelines.visual import load_visual
-from mplug2_jax.cli.common import results_table
+from mplug2_jax.cli.common import results_table, sample_lines
 from mplug2_jax.evaluation.loop import EvaluationResult
+from mplug2_jax.evaluation.samples import Sample
 from mplug2_jax.training import workdir as workdir_module
 
 from .conftest import Outcome, Trained
@@ -28,7 +30,7 @@ def tables(printed: str) -> list[list[str]]:
     return [line.split() for line in table.splitlines()[2:]]
 
 
-def test_training_prints_what_runs_and_ends_with_results_samples_and_the_report(trained: Trained) -> None:
+def test_training_prints_what_runs_and_ends_with_results_samples_the_report_and_what_is_next(trained: Trained) -> None:
     status, out, err = trained.printed.status, trained.printed.out, trained.printed.err
     assert (status, err) == (0, "")
     assert re.match(r"demo: [\d,]+ parameters in text, universal, mlm\nmesh fsdp=8 on cpu\n", out)
@@ -36,8 +38,28 @@ def test_training_prints_what_runs_and_ends_with_results_samples_and_the_report(
     assert [(row[:2], row[-1]) for row in tables(out)] == [
         (["masked_words", "accuracy"], "11"), (["more_words", "accuracy"], "11")
     ]  # fmt: skip
-    assert out.count("    said: ") == out.count("    true: ") == 4
-    assert out.endswith(f"report: {trained.workdir / 'report.html'}\n")
+    assert out.count("    prediction: ") == out.count("    reference:  ") == 2  # one of each evaluation
+    report, _, following = out.partition("report: ")[2].partition("\n\n")
+    assert report == str(trained.workdir / "report.html")
+    *_, evaluate, export = [line.partition("  mplug2 ")[2].split() for line in following.splitlines()]
+    assert evaluate == ["eval", "--workdir", str(trained.workdir)]
+    assert export == ["convert", "export", str(trained.workdir), "--to", f"exports/{trained.workdir.name}"]
+    assert "generate" not in following  # this model has no decoder
+
+
+def test_samples_of_pictures_come_first_and_name_their_files(tmp_path: Path) -> None:
+    def result(name: str, **arrays: np.ndarray) -> EvaluationResult:
+        example = Example(key="a", instruction="", text="", answers=("red",), arrays=arrays)
+        samples = (Sample(example, "blue", 0.0, "first"), Sample(example, "green", 1.0, "best"))
+        return EvaluationResult(name, "mlm", 1, 8, 1.0, {}, {}, samples)
+
+    frames = np.zeros((1, 4, 4, 3), np.uint8)
+    lines = sample_lines([result("words"), *(result(f"p{i}", frames=frames) for i in range(4))], tmp_path).splitlines()
+    assert lines[:4] == [
+        "p0: which words are masked?", f"    picture:    {tmp_path / 'p0-0.png'}", "    prediction: blue",
+        "    reference:  red",
+    ]  # fmt: skip
+    assert [line[:2] for line in lines[::4]] == ["p0", "p1", "p2", "p3"]
 
 
 def test_training_leaves_everything_in_the_work_directory(trained: Trained) -> None:
