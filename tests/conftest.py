@@ -1,5 +1,6 @@
 """What every test may ask for. Types and shapes of every call into our packages are checked while tests run."""
 
+import collections
 import functools
 import os
 import shutil
@@ -70,19 +71,36 @@ def _tokenisers_trained_once() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def reference() -> Path:
     """The folder with the official release's facts and golden numbers: MPLUG2_REFERENCE, or beside the repository."""
-    folder = Path(os.environ.get("MPLUG2_REFERENCE", REPOSITORY.parent / "shared" / "reference"))
-    if not folder.is_dir():
-        pytest.skip(f"no golden numbers at {folder}; set MPLUG2_REFERENCE to the folder that holds them")
-    return folder
+    return _beside("MPLUG2_REFERENCE", "reference", "golden numbers of the release")
 
 
 @pytest.fixture(scope="session")
 def schemas() -> Path:
     """The folder with other projects' schemas: MPLUG2_SCHEMAS, or beside the repository."""
-    folder = Path(os.environ.get("MPLUG2_SCHEMAS", REPOSITORY.parent / "shared" / "schemas"))
+    return _beside("MPLUG2_SCHEMAS", "schemas", "schemas of other projects")
+
+
+ABSENT = "are not at"
+
+
+def _beside(variable: str, name: str, what: str) -> Path:
+    """Return a folder of files that do not belong to the repository, or skip the test that needs it."""
+    folder = Path(os.environ.get(variable, REPOSITORY.parent / "shared" / name))
     if not folder.is_dir():
-        pytest.skip(f"no schemas at {folder}; set MPLUG2_SCHEMAS to the folder that holds them")
+        pytest.skip(f"the {what} {ABSENT} {folder}; set {variable} to the folder that holds them")
     return folder
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Say once what was not there, and which tests were skipped for it."""
+    files: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+    for report in terminalreporter.stats.get("skipped", ()):
+        reason = report.longrepr[2].removeprefix("Skipped: ") if isinstance(report.longrepr, tuple) else ""
+        if ABSENT in reason:
+            files[reason][report.nodeid.partition("::")[0]] += 1
+    for reason, counts in files.items():
+        listed = ", ".join(f"{file} ({count})" for file, count in sorted(counts.items()))
+        terminalreporter.write_line(f"{counts.total()} tests skipped: {reason}: {listed}")
 
 
 @pytest.fixture
