@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     print(table([_compared(found, name) for name in found.metrics], ("metric", "again", "recorded"), right=(1, 2)))
     print(f"\n{verdict(found)}\n")
     print(table([_row(part) for part in found.parts[: args.top]], _HEADER, right=(3, 4, 5)))
-    return 1 if found.differences else 0
+    return 1 if found.wrong else 0
 
 
 def verdict(found: "Replayed") -> str:
@@ -44,8 +44,15 @@ def verdict(found: "Replayed") -> str:
     if not found.recorded:
         return "metrics.jsonl has no line of this step to compare with"
     compared = sum(name in found.recorded for name in found.metrics)
+    if found.wrong:
+        return f"{len(found.wrong)} of {compared} metrics differ: {', '.join(found.wrong)}"
     if found.differences:
-        return f"{len(found.differences)} of {compared} metrics differ: {', '.join(found.differences)}"
+        largest = max(found.differences, key=found.differences.__getitem__)
+        return (
+            f"{compared - len(found.differences)} of {compared} metrics equal the recorded ones bit for bit; others "
+            f"differ by at most {found.differences[largest]:.1e} ({largest}), which is rounding if the run had another "
+            "number of processes or other devices"
+        )
     return f"all {compared} metrics equal the recorded ones, bit for bit"
 
 

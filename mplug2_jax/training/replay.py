@@ -25,6 +25,9 @@ from mplug2_jax.training.step import StreamBatches, compile_step, micro_batches,
 from mplug2_jax.training.telemetry import read_steps
 from mplug2_jax.training.workdir import WorkDir, special_tokens
 
+ROUNDING = 1e-5
+"""Relative difference that sums in another order may make; the processes and devices of the run repeat every bit."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Part:
@@ -49,12 +52,20 @@ class Replayed:
     parts: Sequence[Part]  # greatest loss first, and before all those that are not finite
 
     @property
-    def differences(self) -> list[str]:
-        """The metrics that are not what was recorded, to the last bit."""
-        return [
-            name for name, value in self.metrics.items()
-            if name in self.recorded and self.recorded[name] != (value if np.isfinite(value) else None)
-        ]  # fmt: skip
+    def differences(self) -> dict[str, float]:
+        """The relative differences of metrics that are not what was recorded to the last bit; infinite without one."""
+        found = {}
+        for name, value in self.metrics.items():
+            recorded = self.recorded.get(name, value)
+            if recorded != (value if np.isfinite(value) else None):
+                known = recorded is not None and np.isfinite(value)
+                found[name] = abs(value - recorded) / abs(recorded) if known and recorded else np.inf
+        return found
+
+    @property
+    def wrong(self) -> list[str]:
+        """The metrics that differ by more than other processes, or another kind of device, may round."""
+        return [name for name, difference in self.differences.items() if difference > ROUNDING]
 
 
 def replay(workdir: WorkDir, step: int, *, ranked: int = 64) -> Replayed:

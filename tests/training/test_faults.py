@@ -95,7 +95,7 @@ def test_a_spike_rolls_back_and_leaves_its_data_out_and_replay_knows(
     again = replay(WorkDir(tmp_path / "run"), 7, ranked=2)
     assert (again.batch, again.start) == (7, 6)
     assert again.recorded
-    assert again.differences == []
+    assert again.differences == {}
     assert len(again.parts) == 2
     early = replay(WorkDir(tmp_path / "run"), 2, ranked=1)
     assert (early.batch, early.start, early.differences) == (1, 0, [])

@@ -98,9 +98,9 @@ def test_the_factor_scales_adams_step_and_the_decay() -> None:
 
     plain, decayed = updates(1.0), updates(0.5)
     kernels = [tree["vision"]["blocks"]["mlp"]["up"]["kernel"] for tree in (plain, decayed)]
-    # Above the tower: 2 universal layers, 1 of fusion, 1 of the decoder and its head.
-    assert_close(kernels[1], kernels[0] * 0.5 ** np.array([7, 6, 5]).reshape(3, 1, 1))
-    assert_close(decayed["vision"]["positions"], plain["vision"]["positions"] * 0.5**8)
+    # Above the tower: 1 universal layer, 1 of fusion, 1 of the decoder and its head.
+    assert_close(kernels[1], kernels[0] * 0.5 ** np.array([6, 5, 4]).reshape(3, 1, 1))
+    assert_close(decayed["vision"]["positions"], plain["vision"]["positions"] * 0.5**7)
     np.testing.assert_array_equal(decayed["matching"]["dense"]["bias"], plain["matching"]["dense"]["bias"])
     assert float(abs(plain["vision"]["positions"]).max()) > 0
 
