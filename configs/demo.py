@@ -70,7 +70,7 @@ def get_config() -> ConfigDict:
                 "text": stream("text", sentences, 16, mlm=1.0, ilm=0.5),
             },
             tasks=TaskSettings(search=SearchConfig(beams=1, max_length=23)),
-            optimizer=AdamWConfig(learning_rate=2e-3, b2=0.95, weight_decay=0.05),
+            optimizer=AdamWConfig(learning_rate=2e-3, vision_learning_rate=1e-3, b2=0.95, weight_decay=0.05),
             schedule=ScheduleConfig(warmup_steps=25),
             checkpoint=CheckpointConfig(every_steps=100, keep=2),
             evaluations={
