@@ -304,10 +304,10 @@ def test_a_thousand_clips_are_told_the_same_without_a_cache(decoder, beams, exte
     # opposite move what separates them to opposite sides, so that one of the two is seen to swap them.
     decided = np.ones(clips, bool)
     for _ in range(4):
-        noise = 1e-6 * rng.normal(size=shape).astype(FLOAT)
+        noise = 3e-6 * rng.normal(size=shape).astype(FLOAT)
         for near in (noise, -noise):
             decided &= np.all(expected.ids == search(near).ids, axis=(1, 2))
-    assert decided.sum() > 0.95 * clips  # above a thousand
+    assert decided.sum() > 1000
     for ours, theirs in zip(found, expected, strict=True):
         assert_close(ours[decided], theirs[decided], CHAIN)
     assert len({tuple(ids) for ids in np.asarray(found.ids[:, 0]).tolist()}) > 10  # memories matter
