@@ -98,7 +98,7 @@ def test_a_spike_rolls_back_and_leaves_its_data_out_and_replay_knows(
     assert again.differences == {}
     assert len(again.parts) == 2
     early = replay(WorkDir(tmp_path / "run"), 2, ranked=1)
-    assert (early.batch, early.start, early.differences) == (1, 0, [])
+    assert (early.batch, early.start, early.differences) == (1, 0, {})
     assert_close(sum(part.share for part in again.parts), 1.0)
 
 
