@@ -54,21 +54,22 @@ def activation_spec(
     rules: Mapping[str, MeshAxes] = ACTIVATION_RULES,
 ) -> PartitionSpec:
     """The partition of an activation: each dimension over as many of its mesh axes, from the first on, as divide it."""
+    return PartitionSpec(
+        *(_partition(n, rules[n] if n else None, s, axis_sizes) for n, s in zip(names, shape, strict=True))
+    )
 
-    def place(name: str | None, size: int) -> MeshAxes:
-        axes = rules[name] if name else None
-        taken: list[str] = []
-        count = 1
-        for axis in (axes,) if isinstance(axes, str) else axes or ():
-            extent = axis_sizes.get(axis, 1)
-            if size % (count * extent) and name not in _UNEVEN:
-                break
-            if extent > 1:
-                taken.append(axis)
-                count *= extent
-        return tuple(taken) or None
 
-    return PartitionSpec(*(place(n, s) for n, s in zip(names, shape, strict=True)))
+def _partition(name: str | None, axes: MeshAxes, size: int, axis_sizes: Mapping[str, int]) -> MeshAxes:
+    taken: list[str] = []
+    count = 1
+    for axis in (axes,) if isinstance(axes, str) else axes or ():
+        extent = axis_sizes.get(axis, 1)
+        if size % (count * extent) and name not in _UNEVEN:
+            break
+        if extent > 1:
+            taken.append(axis)
+            count *= extent
+    return tuple(taken) or None
 
 
 def axis_size(name: str) -> int:

@@ -7,10 +7,11 @@ Counting the traced program rather than writing formulas beside the model keeps 
 import collections
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
+from jax.sharding import PartitionSpec
 
 
 def count_flops(fn: Callable[..., Any], *args: Any, turns: int = 1) -> collections.Counter[str]:
@@ -23,8 +24,14 @@ def count_flops(fn: Callable[..., Any], *args: Any, turns: int = 1) -> collectio
         >>> count_flops(lambda a: a @ a, x).total()
         1024
     """
+    return count_jaxpr_flops(jax.make_jaxpr(fn)(*args), turns=turns)
+
+
+def count_jaxpr_flops(jaxpr: Any, *, turns: int = 1) -> collections.Counter[str]:
+    """Count the operations of a program that is traced already, as :func:`count_flops` does."""
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
     counts: collections.Counter[str] = collections.Counter()
-    for scope, flops in _walk(jax.make_jaxpr(fn)(*args).jaxpr, 1, "", {"while": turns}):
+    for scope, flops in _walk(jaxpr, 1, "", {"while": turns}):
         counts[scope] += flops
     return counts
 
@@ -43,8 +50,17 @@ def _walk(jaxpr: Any, times: int, scope: str, turns: Mapping[str, int]) -> Itera
         if eqn.primitive.name == "dot_general":
             yield inner_scope, times * _dot_flops(eqn)
         repeats = times * (eqn.params["length"] if eqn.primitive.name == "scan" else turns.get(eqn.primitive.name, 1))
+        if eqn.primitive.name == "shard_map":
+            repeats *= _shards(eqn.params["mesh"], eqn.params["in_specs"])
         for inner in _inner_jaxprs(eqn):
             yield from _walk(inner, repeats, inner_scope, turns)
+
+
+def _shards(mesh: Any, specs: Iterable[PartitionSpec]) -> int:
+    """Return over how many devices the inputs of a ``shard_map`` are split: its body is one shard's work."""
+    entries = [entry for spec in specs for entry in spec if entry is not None]
+    axes = {axis for entry in entries for axis in ((entry,) if isinstance(entry, str) else entry)}
+    return math.prod(mesh.shape[axis] for axis in axes)
 
 
 def _inner_jaxprs(eqn: Any) -> Iterator[Any]:

@@ -62,9 +62,10 @@ class Instruments:
         with self.ledger.during("compile"):
             self._progress.say("compiling the step ...")
             begun = time.perf_counter()
+            traced = step.trace(state, batches)
             with ThreadPoolExecutor(1) as counting:  # XLA compiles without holding the interpreter's lock
-                counted = counting.submit(self._meter.count, batches)
-                needs = step.compile(state, batches)
+                counted = counting.submit(self._meter.count, traced.jaxpr, batches)
+                needs = step.compile(traced)
                 counted.result()
             seconds = time.perf_counter() - begun
         said = f"compiled in {seconds:.1f} s"

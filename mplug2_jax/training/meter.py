@@ -12,7 +12,7 @@ from mplug2_jax.parallel.chips import peak_flops
 from mplug2_jax.training.ledger import Ledger
 from mplug2_jax.training.state import Blueprint
 from mplug2_jax.training.step import StreamBatches
-from mplug2_jax.training.step_flops import gradient_flops
+from mplug2_jax.training.step_flops import flops_of_step, gradient_flops
 from mplug2_jax.training.telemetry import MetricsFile, Progress
 
 
@@ -29,10 +29,13 @@ class Meter:
         self._examples = sum(stream.data.batch_size for stream in plan.config.streams.values())
         self._read = ledger.read()
 
-    def count(self, batches: StreamBatches) -> None:
-        """Counts a step's operations from its trace (nothing runs), and the positions that the model reads."""
+    def count(self, jaxpr: Any, batches: StreamBatches) -> None:
+        """Count a step's operations from its trace (nothing runs), and the positions that the model reads."""
         plan = self._plan
-        self._flops = gradient_flops(plan, plan.config.streams, batches, remat=False).total()
+        counted = flops_of_step(plan, jaxpr)
+        if counted is None:
+            counted = gradient_flops(plan, plan.config.streams, batches, remat=False)
+        self._flops = counted.total()
         self._tokens = sum(positions(batch, plan.config.model.patch_size) for batch in batches.values())
 
     def finished(self, step: int, metrics: Mapping[str, jax.Array], lost: Mapping[str, int]) -> None:

@@ -184,11 +184,16 @@ class Step:
         self.why_compiled: str | None = None  # and not taken as it was compiled ahead; empty: it was; None: it was not
         self._call: Callable[[TrainState, StreamBatches], tuple[TrainState, Metrics]] = jitted
 
-    def compile(self, state: TrainState, batches: StreamBatches) -> dict[str, int]:
-        """Compiles before the first call; says how many bytes of each device's memory the program needs, by use."""
+    def trace(self, state: TrainState, batches: StreamBatches) -> Any:
+        """Trace the step: what :meth:`compile` takes, with its ``jaxpr``."""
+        with jax.set_mesh(self._mesh):
+            return self._jitted.trace(state, batches)
+
+    def compile(self, traced: Any) -> dict[str, int]:
+        """Compile before the first call; return the bytes of each device's memory that the program needs, by use."""
         devices = self._mesh.devices.ravel().tolist()
         with jax.set_mesh(self._mesh):
-            lowered = self._jitted.lower(state, batches)
+            lowered = traced.lower()
             self.why_compiled = why_not(lowered, devices)
             compiled = lowered.compile(compiler_options(devices[0].platform))
         self._call = compiled

@@ -12,7 +12,7 @@ from mplug2_jax.model.config import RematConfig
 from mplug2_jax.model.mplug2 import define
 from mplug2_jax.model.prng import random_key
 from mplug2_jax.training.config import RunConfig, StreamConfig
-from mplug2_jax.training.flops import count_flops
+from mplug2_jax.training.flops import count_flops, count_jaxpr_flops
 from mplug2_jax.training.freezing import join, split
 from mplug2_jax.training.state import Blueprint
 from mplug2_jax.training.step import streams_loss
@@ -39,5 +39,25 @@ def gradient_flops(
     trained, frozen = split(state["params"], config.frozen)
     state = {name: state[name] for name in ("teacher", "queues", "frequencies") if name in state}
     alpha = jax.ShapeDtypeStruct((), jnp.float32)
-    turns = max([1, *(stream.data.examples.target_length - 1 for stream in streams.values())])  # of captions' drawing
-    return count_flops(jax.value_and_grad(loss, has_aux=True), trained, frozen, state, batches, alpha, turns=turns)
+    return count_flops(
+        jax.value_and_grad(loss, has_aux=True), trained, frozen, state, batches, alpha, turns=_turns(streams)
+    )
+
+
+def flops_of_step(plan: Blueprint, jaxpr: Any) -> collections.Counter[str] | None:
+    """Count a step's operations from the step's own trace, which spares tracing its gradient a second time.
+
+    Returns:
+        Operations by outermost scope; None where the trace holds other matmuls than the gradient needs: it recomputes
+        some, hides some in kernels, or holds one device's part of them.
+    """
+    model, sizes = plan.config.model, plan.mesh.shape
+    plain = model.attention == "xla" or (model.attention == "auto" and plan.mesh.devices.flat[0].platform == "cpu")
+    if not plain or model.remat != RematConfig() or sizes["sequence"] > 1:
+        return None
+    return count_jaxpr_flops(jaxpr, turns=_turns(plan.config.streams))
+
+
+def _turns(streams: Mapping[str, StreamConfig]) -> int:
+    """How often the loop that draws captions may run."""
+    return max([1, *(stream.data.examples.target_length - 1 for stream in streams.values())])

@@ -289,9 +289,9 @@ def uncached(graphdef, params, memory, mask, config, noise):
 
 
 @pytest.mark.parametrize(("beams", "extend"), [(1, False), (4, False), (4, True)])
-def test_a_thousand_clips_are_told_the_same_without_a_cache(decoder, beams, extend):
+def test_hundreds_of_clips_are_told_the_same_without_a_cache(decoder, beams, extend):
     graphdef, params, _, _ = decoder
-    clips = 1100
+    clips = 300
     rng = np.random.default_rng(beams)
     memory = jnp.asarray(rng.normal(size=(clips, 6, 32)), jnp.float32)
     mask = jnp.arange(6) < jnp.asarray(rng.integers(1, 7, (clips, 1)))
@@ -307,7 +307,7 @@ def test_a_thousand_clips_are_told_the_same_without_a_cache(decoder, beams, exte
         noise = 3e-6 * rng.normal(size=shape).astype(FLOAT)
         for near in (noise, -noise):
             decided &= np.all(expected.ids == search(near).ids, axis=(1, 2))
-    assert decided.sum() > 1000
+    assert decided.sum() > 270
     for ours, theirs in zip(found, expected, strict=True):
         assert_close(ours[decided], theirs[decided], CHAIN)
     assert len({tuple(ids) for ids in np.asarray(found.ids[:, 0]).tolist()}) > 10  # memories matter

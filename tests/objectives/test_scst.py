@@ -1,5 +1,7 @@
 """Self-critical training against REINFORCE by hand, in a model that has every layer."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -66,15 +68,14 @@ def test_its_gradient_is_reinforce_by_hand(model):
 
     def by_hand(params):
         bound = definition.bind(params)
-        memory, seen = Forward(bound, batch).described
+        memory, seen = (jnp.repeat(x, SAMPLES, axis=0) for x in Forward(bound, batch).described)
+        logits = bound.decoder(jnp.asarray(ids.reshape(-1, ids.shape[-1])), None, memory, seen)
+        chances = jax.nn.log_softmax(logits).reshape(*ids.shape, VOCABULARY)
         total = 0.0
-        for b in range(EXAMPLES):
-            for k in range(SAMPLES):
-                said = jnp.asarray(ids[b, k : k + 1, : lengths[b, k]])
-                logits = bound.decoder(said, None, memory[b : b + 1], seen[b : b + 1])
-                chances = jax.nn.log_softmax(logits[0, :-1])
-                others = (rewards[b].sum() - rewards[b, k]) / (SAMPLES - 1)
-                total -= (rewards[b, k] - others) * chances[jnp.arange(lengths[b, k] - 1), said[0, 1:]].sum()
+        for b, k in itertools.product(range(EXAMPLES), range(SAMPLES)):
+            said = ids[b, k, 1 : lengths[b, k]]
+            others = (rewards[b].sum() - rewards[b, k]) / (SAMPLES - 1)
+            total -= (rewards[b, k] - others) * chances[b, k, np.arange(len(said)), said].sum()
         return total / (lengths - 1).sum()
 
     def ours(params):

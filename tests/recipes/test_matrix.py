@@ -13,6 +13,10 @@ from mplug2_jax.training.config import RunConfig
 from tests.recipes import public_data
 
 PAGES = sorted(name for name, path in shipped_recipes().items() if path.parent.name == "tasks")
+# The first page of each set of tasks is asked again from its checkpoint, which is no page's own business.
+FIRST = {
+    frozenset(e.task for e in build(RunConfig, load_recipe(f"{p}:tiny")).evaluations.values()): p for p in PAGES[::-1]
+}
 SMALL = {
     "steps": 2, "log_every": 1, "checkpoint.every_steps": 2, "model.vision_layers": 1, "model.text_layers": 1,
     "model.fusion_layers": 1, "model.decoder_layers": 1, "model.universal_layers": 1, "tasks.search.beams": 2,
@@ -63,6 +67,8 @@ def test_a_task_from_its_public_files_to_a_report(
         assert len((run / "evaluations" / "2" / f"{name}.jsonl").read_text().splitlines()) == result["examples"]
         assert name in printed
     assert "<svg" in (run / "report.html").read_text()
+    if page not in FIRST.values():
+        return
     assert main(["eval", "--workdir", str(run)]) == 0
     again = json.loads((run / "evaluations" / "2" / f"{name}.json").read_text())
     assert again["figures"] == result["figures"]  # from the checkpoint

@@ -123,3 +123,11 @@ def test_scanned_layers_count_as_unrolled_ones_and_training_as_three_forwards():
     assert count_flops(scanned, *arguments) == count_flops(unrolled, *arguments)
     gradient = count_flops(jax.value_and_grad(scanned), *arguments).total()
     assert training_flops(scanned, *arguments) == gradient
+
+
+def test_a_shards_work_counts_for_every_shard_and_once_where_it_is_replicated():
+    mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    split, whole = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
+    x = jax.ShapeDtypeStruct((8, 7), "float32")
+    product = jax.shard_map(lambda x, w: x @ w, mesh=mesh, in_specs=(split, whole), out_specs=split)
+    assert count_flops(product, x, W).total() == 2 * 8 * 7 * 7
