@@ -191,7 +191,8 @@ def test_what_is_no_picture_is_named() -> None:
     heic = b"\0\0\0\x18ftypheic" + bytes(200)
     for data, said in (
         (b"\0\0\0\x18ftypisom" + bytes(200), "it is a clip, for sources of kind 'video'"),
-        (png(8, 0, HALVES).replace(b"IHDR", b"IHDX"), "its header is damaged"), (b"", "it is empty, expected JPEG, PNG, "),
+        (png(8, 0, HALVES).replace(b"IHDR", b"IHDX"), "its header is damaged"),
+        (b"", "it is empty, expected JPEG, PNG, "),
         (b"<html>gone</html>", "it begins with b'<html>gone</', expected JPEG, "),
         (heic, r"needs the package pillow-heif" if "HEIF" not in Image.OPEN else "cannot be read as an image"),
     ):  # fmt: skip
