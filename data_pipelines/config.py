@@ -53,7 +53,7 @@ class VisualConfig:
     - ``train``: a random part; perhaps flipped, by even chance as everywhere; RandAugment. The last four fields are
       its own.
 
-    The release's, exactly:
+    The release's, exactly, but for transparent pixels:
 
     - ``released_test``: all of the picture, by the nearest pixel.
     - ``released_train``: of fine-tuning. A random part of 50 to 100 %, bicubic without antialiasing, what overshoots

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from io import BytesIO
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from data_pipelines.config import WHITE, Colour
 from data_pipelines.media import (
@@ -103,7 +103,7 @@ def open_pillow(media: Media, data: bytes | str) -> Iterator[Image.Image]:
         yield image
 
 
-def _load(media: Media, data: bytes | str) -> Image.Image:
+def _load(media: Media, data: bytes | str) -> ImageFile.ImageFile:
     image = Image.open(BytesIO(data) if isinstance(data, bytes) else data, formats=image_formats())
     try:
         check_size(media, *image.size)
@@ -117,7 +117,7 @@ def _load(media: Media, data: bytes | str) -> Image.Image:
     return image
 
 
-def _scale_transparency(image: Image.Image) -> None:
+def _scale_transparency(image: ImageFile.ImageFile) -> None:
     """Brings the colour that is transparent in a PNG to the scale of the pixels; Pillow leaves it at the file's."""
     colour, stored = image.info["transparency"], image.tile[0][3]
     if stored in ("L;2", "L;4"):
@@ -189,8 +189,8 @@ def _to_grey(image: Image.Image) -> Image.Image:
     values = np.asarray(image)
     scaled = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
     full = 65_535 if scaled else _full_scale(values)
-    grey = values * np.float32(255 / full) + 0.5 if image.mode == "F" else values // ((full + 1) // 256)
-    grey = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
+    levels = values * np.float32(255 / full) + 0.5 if image.mode == "F" else values // ((full + 1) // 256)
+    grey = Image.fromarray(levels.clip(0, 255).astype(np.uint8))
     if "transparency" in image.info:  # the grey of what is transparent
         grey.putalpha(Image.fromarray(np.where(values == image.info["transparency"], 0, 255).astype(np.uint8)))
     return grey

@@ -67,7 +67,6 @@ class LooseFiles:
 
         self._names = list(filter(fits, names))
         if not self._names:
-            found = collections.Counter(kind_of(name) or "file of another kind" for name in names)
             counts = collections.Counter(kind_of(name) or "other" for name in names)
             found = ", ".join(f"{count:,} of kind '{other}'" for other, count in counts.items())
             raise DataError(f"{path} is no {kind}, nor holds any, by its files' names: {found}; set another kind")

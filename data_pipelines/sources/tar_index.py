@@ -65,7 +65,7 @@ def members_of(path: str) -> Iterator[tuple[str, str, int, int]]:
                 with tarfile.open(fileobj=file, mode="r:") as tar:
                     for member in tar:
                         tar.members = []  # type: ignore[attr-defined]  # tarfile would keep them all
-                        end = tar.offset  # type: ignore[attr-defined]  # where the next header is
+                        end = tar.offset  # where the next header is
                         if end > size:
                             raise tarfile.ReadError(f"{member.name!r} ends behind the file's last byte")
                         name = PurePosixPath(member.name)

@@ -62,8 +62,8 @@ class WebDatasetSource:
         values = _json(texts.get(".json"), key)
         record = self._said(key, values, f"{archive}:{name}.json")
         if ".txt" in texts:
-            said = tuple(filter(None, [texts[".txt"].strip()]))
-            record = dataclasses.replace(record, **{"texts" if self._kind == "text" else "captions": said})
+            said, of_text = tuple(filter(None, [texts[".txt"].strip()])), self._kind == "text"
+            record = dataclasses.replace(record, captions=() if of_text else said, texts=said if of_text else ())
         if ".cls" in texts:
             record = dataclasses.replace(record, label=texts[".cls"].strip())
         if self._kind == "text":
