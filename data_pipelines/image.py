@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from io import BytesIO
 
 import numpy as np
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError, features
 
 from data_pipelines.config import WHITE, Colour
 from data_pipelines.media import (
@@ -33,9 +33,6 @@ _TURNS = {
 }
 # Of PNG, what pixels are made of.
 _CHUNKS = frozenset({b"IHDR", b"PLTE", b"tRNS", b"eXIf", b"acTL", b"fcTL", b"fdAT", b"IDAT", b"IEND"})
-_PLUGINS = {"avif": "Pillow 11.3 or newer", "avis": "Pillow 11.3 or newer"} | dict.fromkeys(
-    ("heic", "heix", "hevc", "heim", "heis", "mif1", "msf1"), "the package pillow-heif (mplug2-jax[heif])"
-)
 
 
 class Picture:
@@ -128,13 +125,14 @@ def _scale_transparency(image: ImageFile.ImageFile) -> None:
 
 def _what_instead(head: bytes) -> str:
     """Why Pillow does not know a file that begins so."""
-    brand = head[8:12].decode("latin-1") if head[4:8] == b"ftyp" else ""
-    if brand in _PLUGINS:
-        return f"it is of the format {brand.upper()}, which needs {_PLUGINS[brand]}"
-    if brand or head.startswith(b"\x1aE\xdf\xa3") or (head[:4] == b"RIFF" and head[8:11] == b"AVI"):
-        return "it is a clip, for sources of kind 'video'"
+    if head[4:11] == b"ftypavi" and not features.check("avif"):
+        return "it is an AVIF, which needs Pillow 11.3 or newer"
+    if head[4:10] in (b"ftyphe", b"ftypmi") and "HEIF" not in image_formats():
+        return "it is a HEIC, which needs the package pillow-heif (mplug2-jax[heif])"
     if is_picture(head):
         return "its header is damaged"
+    if head[4:8] == b"ftyp" or head.startswith(b"\x1aE\xdf\xa3") or (head[:4] == b"RIFF" and head[8:11] == b"AVI"):
+        return "it is a clip, for sources of kind 'video'"
     return f"{'it begins with ' + repr(head[:12]) if head else 'it is empty'}, expected {', '.join(image_formats())}"
 
 

@@ -56,6 +56,7 @@ MEDIA = {"image": "an image", "video": "a video"}
 HEAD = 4096
 """Bytes at the beginning of a file that tell what it is."""
 
+_BRANDS = frozenset({b"avif", b"avis", b"heic", b"heim", b"heis", b"heix", b"mif1", b"msf1"})
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -116,7 +117,7 @@ def is_animation(head: bytes) -> bool:
 def is_picture(head: bytes) -> bool:
     """Whether a file that begins so is of Pillow's formats, and of none that ``video.py`` reads."""
     webp = head[:4] == b"RIFF" and head[8:12] == b"WEBP"
-    return webp or head.startswith((PNG, b"\xff\xd8\xff")) or head[4:12] in (b"ftypavif", b"ftypavis", b"ftypheic")
+    return webp or head.startswith((PNG, b"\xff\xd8\xff")) or (head[4:8] == b"ftyp" and head[8:12] in _BRANDS)
 
 
 def _check_exists(media: Media) -> None:

@@ -102,7 +102,7 @@ def _names(files: Sequence[str]) -> list[str]:
     parts = [PurePosixPath(file).parts for file in files]
     if len({names[-1] for names in parts}) == len(parts):
         return [names[-1] for names in parts]
-    same = next(i for i, names in enumerate(zip(*parts, strict=False)) if len(set(names)) > 1)
+    same = next((i for i, names in enumerate(zip(*parts, strict=False)) if len(set(names)) > 1), -1)
     return ["/".join(names[same:]) for names in parts]
 
 
