@@ -51,8 +51,6 @@ VIDEO_SUFFIXES = (*(suffix for suffixes in VIDEOS.values() for suffix in suffixe
 """The most usual first."""
 
 
-MEDIA = {"image": "an image", "video": "a video"}
-
 HEAD = 4096
 """Bytes at the beginning of a file that tell what it is."""
 
@@ -139,10 +137,9 @@ def reading(media: Media) -> Iterator[bytes | str]:
         raise
     # Decoders raise nearly anything on damaged bytes: OSError, ValueError, SyntaxError, struct.error, EOFError, ...
     except Exception as error:
+        what = "an image" if media.kind == "image" else "a video"
         reason = getattr(error, "strerror", None) or str(error).split("\n")[0] or type(error).__name__
-        raise DataError(
-            f"{media.name} cannot be read as {MEDIA[media.kind]}: {reason}; replace or remove the file"
-        ) from error
+        raise DataError(f"{media.name} cannot be read as {what}: {reason}; replace or remove the file") from error
 
 
 def _fetch(media: Media) -> bytes | str:

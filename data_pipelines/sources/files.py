@@ -44,6 +44,8 @@ def file_system(path: str) -> tuple[Any, str]:
 def find_files(path: str, *suffixes: str) -> list[str]:
     """All files that a path stands for, in order: one file, a folder, a pattern with ``*``, or ``{000..127}``.
 
+    Hidden ones in folders are left out.
+
     Raises:
         DataError: there is none, or a file that should be there is not.
     """
@@ -51,14 +53,15 @@ def find_files(path: str, *suffixes: str) -> list[str]:
     names = _expand(plain)
     if len(names) == 1 and "*" not in plain:
         if system.isdir(plain):
-            listed = system.find(plain, maxdepth=1)
+            listed = [name for name in system.find(plain, maxdepth=1) if not is_hidden(name.rpartition("/")[2])]
             names = sorted(name for name in listed if name.endswith(suffixes))
             if not names:
                 raise DataError(
                     f"{path} holds no file that ends in {' or '.join(suffixes)}; found {len(listed)} others"
                 )
     elif "*" in plain:
-        names = sorted(name for each in names for name in system.glob(each) if system.isfile(name))
+        found = {name for each in names for name in system.glob(each) if not is_hidden(name.rpartition("/")[2])}
+        names = sorted(filter(system.isfile, found))
         if not names:
             raise DataError(f"{path} matches no file; check the pattern")
     if missing := next((name for name in names if not system.exists(name)), None):

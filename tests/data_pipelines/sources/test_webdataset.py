@@ -344,6 +344,7 @@ def test_tars_of_one_name_have_keys_of_their_own(tmp_path: Path) -> None:
         (tmp_path / folder).mkdir()
         img2dataset(tmp_path / folder / "00000.tar", 1)
     img2dataset(tmp_path / "laion" / "00001.tar", 1)
+    (tmp_path / "laion" / "._00001.tar").write_bytes(APPLE)
     assert keys_of(tmp_path / "*" / "*.tar") == [
         f"{name}/000000000" for name in ("cc3m/00000", "laion/00000", "laion/00001")
     ]
