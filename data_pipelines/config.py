@@ -13,9 +13,11 @@ Format = Literal[
     "annotations", "array_record", "coco_captions", "digitworld", "files", "glue", "image_folder", "karpathy",
     "kinetics", "ssv2", "tfds", "vqa_v2", "webdataset",
 ]  # fmt: skip
+Colour = tuple[int, int, int]  # red, green, blue, 0 to 255
 Transform = Literal["test", "resize", "train", "released_test", "released_train", "released_pretrain"]
 InstructionKind = Literal["caption", "question", "label", "box", "entailment"]
 
+WHITE: Colour = (255, 255, 255)
 RELEASE_PROMPT = "a video of"
 MAX_MAGNITUDE = 10  # of an operation of RandAugment
 NUM_OPERATIONS = 14  # of augment.OPERATIONS
@@ -51,7 +53,7 @@ class VisualConfig:
     - ``train``: a random part; perhaps flipped, by even chance as everywhere; RandAugment. The last four fields are
       its own.
 
-    The release's, exactly:
+    The release's, exactly, but for transparent pixels:
 
     - ``released_test``: all of the picture, by the nearest pixel.
     - ``released_train``: of fine-tuning. A random part of 50 to 100 %, bicubic without antialiasing, what overshoots
@@ -70,6 +72,7 @@ class VisualConfig:
     fps: float = 2.0  # frames per second for sampling="fps", from the middle of the clip
     clips: int = 1
     crops: int = 1  # 1: as the transform has it; 3: of transform="test"
+    background: Colour = WHITE  # what is seen through transparent pixels, whatever colour these hide
     transform: Transform = "test"
     min_area: float = 0.5  # least share of a picture that training sees
     flip: bool = True  # False where left and right matter: text, digits, "moves to the left"
@@ -88,6 +91,7 @@ class VisualConfig:
             ("fps", 0 < self.fps < float("inf"), "above 0"),
             ("clips", self.clips >= 1, "at least 1"),
             ("crops", self.crops in (1, 3), "1 or 3"),
+            ("background", [0 <= value <= 255 for value in self.background] == [True] * 3, "three of 0 to 255"),
             ("min_area", 0 < self.min_area <= 1, "above 0 and at most 1"),
             ("num_ops", 0 <= self.num_ops <= NUM_OPERATIONS, f"0 to {NUM_OPERATIONS}"),
             ("magnitude", 0 <= self.magnitude <= MAX_MAGNITUDE, f"0 to {MAX_MAGNITUDE}"),

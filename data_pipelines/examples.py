@@ -73,9 +73,10 @@ def box_of_words(words: str) -> Box | None:
     return (x0 / BOX_BINS, y0 / BOX_BINS, (x1 + 1) / BOX_BINS, (y1 + 1) / BOX_BINS)
 
 
-def example_id(key: str) -> int:
-    """63 bits of a record's key: the same in every epoch, on every machine."""
-    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest()) >> 1
+def example_id(key: str, source: str = "") -> int:
+    """63 bits of a record's key, and of its source where there are several: always the same, on every machine."""
+    name = f"{source}\0{key}" if source else key
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest()) >> 1
 
 
 class Instructed(NamedTuple):
@@ -125,13 +126,17 @@ def make_example(
     tokenizer: Tokenizer,
     rng: np.random.Generator,
     visual: Visual | None = None,
+    source: str = "",
 ) -> Example:
     """One training or evaluation example of a record; ``visual`` is what became of its picture or clip.
+
+    Pictures of other sources are other pictures, whatever their names: ``source`` is part of the ``example_id``.
 
     Raises:
         DataError: the record has nothing that the config asks for.
     """
-    arrays: dict[str, NDArray[Any]] = {"example_id": np.asarray(example_id(record.picture or record.key), np.int64)}
+    shown = example_id(record.picture or record.key, source)
+    arrays: dict[str, NDArray[Any]] = {"example_id": np.asarray(shown, np.int64)}
     text = instruction = ""
     answers: tuple[str, ...] = ()
     if visual is not None:

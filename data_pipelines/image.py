@@ -1,14 +1,25 @@
 """Pictures by Pillow: decoded only as large as they are needed, upright, and in RGB whatever their mode."""
 
 import math
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFile, UnidentifiedImageError, features
 
-from data_pipelines.media import IMAGE_FORMATS, Media, check_size, reading
+from data_pipelines.config import WHITE, Colour
+from data_pipelines.media import (
+    MAX_FETCHED_BYTES,
+    PNG,
+    Media,
+    check_size,
+    head_of,
+    image_formats,
+    is_picture,
+    reading,
+)
 
 _ORIENTATION = 0x0112  # the EXIF tag that tells how the camera was held
 _TURNS = {
@@ -20,6 +31,8 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# Of PNG, what pixels are made of.
+_CHUNKS = frozenset({b"IHDR", b"PLTE", b"tRNS", b"eXIf", b"acTL", b"fcTL", b"fdAT", b"IDAT", b"IEND"})
 
 
 class Picture:
@@ -31,20 +44,19 @@ class Picture:
     """
 
     def __init__(self, image: Image.Image) -> None:
-        if image.format not in ("JPEG", "MPO"):
-            image.load()  # TIFF turns itself then, and PNG may tell its orientation after the pixels
         orientation = _orientation(image)
         self._image, self._turn, self._sideways = image, _TURNS.get(orientation), orientation in (5, 6, 7, 8)
         self.width, self.height = image.size[::-1] if self._sideways else image.size
 
-    def decode(self, shrink: float = 1.0) -> tuple[Image.Image, float]:
+    def decode(self, shrink: float = 1.0, background: Colour = WHITE) -> tuple[Image.Image, float]:
         """The picture as upright RGB, and its scale: 1, or of a JPEG 1/2, 1/4 or 1/8 if ``shrink`` allows.
 
-        Transparency is dropped, and what a transparent pixel hides is seen. Sixteen-bit grey keeps its upper half.
+        Of 16 bits the upper half is kept; of 32 bits and floats see :func:`_full_scale`.
 
         Args:
             shrink: how much smaller than the file's picture its sides may be at the smallest, at most 1. The decoder
                 of a JPEG saves most of its work at the scales it knows.
+            background: what is seen through transparent pixels.
         """
         image, scale = self._image, 1.0
         if shrink < 1 and image.format in ("JPEG", "MPO"):
@@ -52,7 +64,8 @@ class Picture:
             drafted = image.draft(None, (math.ceil(width * shrink), math.ceil(height * shrink)))
             scale = drafted[1][2] / width if drafted else 1.0
         image.load()
-        return _to_rgb(image if self._turn is None else image.transpose(self._turn)), scale
+        pixels = to_rgb(image, background)
+        return pixels if self._turn is None else pixels.transpose(self._turn), scale
 
 
 @contextmanager
@@ -62,11 +75,83 @@ def open_image(media: Media) -> Iterator[Picture]:
     Raises:
         DataError: the file is missing, no image, damaged or cut off, or larger than ``MAX_PIXELS``.
     """
-    with reading(media) as data:
-        file = BytesIO(data) if isinstance(data, bytes) else data
-        with Image.open(file, formats=IMAGE_FORMATS) as image:
-            check_size(media, *image.size)
-            yield Picture(image)
+    with reading(media) as data, open_pillow(media, data) as image:
+        yield Picture(image)
+
+
+@contextmanager
+def open_pillow(media: Media, data: bytes | str) -> Iterator[Image.Image]:
+    """What Pillow makes of a picture's bytes or local path; its first frame is decoded, but of a JPEG.
+
+    Raises:
+        DataError: it is larger than ``MAX_PIXELS``.
+        OSError, ValueError: it is no picture, or damaged.
+    """
+    try:
+        image = _load(media, data)
+    except UnidentifiedImageError as error:
+        raise ValueError(_what_instead(head_of(data))) from error
+    except ValueError:  # Pillow refuses large texts and profiles of PNG, and the pixels need neither
+        pixels = _pixels_of_png(data)
+        if pixels is None:
+            raise
+        image = _load(media, pixels)
+    with image:
+        yield image
+
+
+def _load(media: Media, data: bytes | str) -> ImageFile.ImageFile:
+    image = Image.open(BytesIO(data) if isinstance(data, bytes) else data, formats=image_formats())
+    try:
+        check_size(media, *image.size)
+        if image.format == "PNG" and "transparency" in image.info:
+            _scale_transparency(image)
+        if image.format not in ("JPEG", "MPO"):
+            image.load()  # TIFF turns itself then, and PNG may tell its orientation after the pixels
+    except BaseException:
+        image.close()
+        raise
+    return image
+
+
+def _scale_transparency(image: ImageFile.ImageFile) -> None:
+    """Brings the colour that is transparent in a PNG to the scale of the pixels; Pillow leaves it at the file's."""
+    colour, stored = image.info["transparency"], image.tile[0][3]
+    if stored in ("L;2", "L;4"):
+        image.info["transparency"] = colour * (85 if stored == "L;2" else 17)
+    elif stored == "RGB;16B":
+        image.info["transparency"] = tuple(value >> 8 for value in colour)
+
+
+def _what_instead(head: bytes) -> str:
+    """Why Pillow does not know a file that begins so."""
+    if head[4:11] == b"ftypavi" and not features.check("avif"):
+        return "it is an AVIF, which needs Pillow 11.3 or newer"
+    if head[4:10] in (b"ftyphe", b"ftypmi") and "HEIF" not in image_formats():
+        return "it is a HEIC, which needs the package pillow-heif (mplug2-jax[heif])"
+    if is_picture(head):
+        return "its header is damaged"
+    if head[4:8] == b"ftyp" or head.startswith(b"\x1aE\xdf\xa3") or (head[:4] == b"RIFF" and head[8:11] == b"AVI"):
+        return "it is a clip, for sources of kind 'video'"
+    return f"{'it begins with ' + repr(head[:12]) if head else 'it is empty'}, expected {', '.join(image_formats())}"
+
+
+def _pixels_of_png(data: bytes | str) -> bytes | None:
+    """A PNG without its texts and profiles; None of what is no PNG, or absurdly large."""
+    parts, size = [PNG], 0
+    with BytesIO(data) if isinstance(data, bytes) else open(data, "rb") as file:
+        if file.read(len(PNG)) != PNG:
+            return None
+        while len(header := file.read(8)) == 8:
+            length, name = struct.unpack(">I4s", header)
+            if name not in _CHUNKS:
+                file.seek(length + 4, 1)
+                continue
+            size += length
+            if size > MAX_FETCHED_BYTES:
+                return None
+            parts += [header, file.read(length + 4)]
+    return b"".join(parts)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -77,11 +162,52 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB":
-        return image  # convert() would copy it
-    if image.mode.startswith("I;16"):  # Pillow would clip 16-bit grey at 255 instead of scaling it
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # the one way that knows a palette with transparency
-    return image.convert("RGB")
+def to_rgb(image: Image.Image, background: Colour) -> Image.Image:
+    """A decoded image of any mode as RGB, its transparent pixels laid over a background.
+
+    Raises:
+        ValueError: values of an unknown scale.
+    """
+    if image.mode[0] in "IF":
+        image = _to_grey(image)
+    if image.has_transparency_data:
+        return flatten(image.convert("RGBA"), background)
+    return image if image.mode == "RGB" else image.convert("RGB")  # convert() would copy it
+
+
+def flatten(image: Image.Image, background: Colour) -> Image.Image:
+    """RGBA laid over a background."""
+    canvas = Image.new("RGB", image.size, background)
+    canvas.paste(image, mask=image.getchannel("A"))
+    return canvas
+
+
+def _to_grey(image: Image.Image) -> Image.Image:
+    """Grey of 16 or 32 bits or floats in 8 bits, which Pillow would clip at 255 instead of scaling it."""
+    values = np.asarray(image)
+    scaled = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+    full = 65_535 if scaled else _full_scale(values)
+    levels = values * np.float32(255 / full) + 0.5 if image.mode == "F" else values // ((full + 1) // 256)
+    grey = Image.fromarray(levels.clip(0, 255).astype(np.uint8))
+    if "transparency" in image.info:  # the grey of what is transparent
+        grey.putalpha(Image.fromarray(np.where(values == image.info["transparency"], 0, 255).astype(np.uint8)))
+    return grey
+
+
+def _full_scale(values: np.ndarray) -> int:
+    """What is white in values that no format says it of: 1 (of floats), 255, 65,535, or (of integers) 2**31 - 1.
+
+    It is the least that is not exceeded; to be sure, the largest value must be an eighth of it, unless it is 1.
+
+    Raises:
+        ValueError: there is none, or values below 0 or not finite.
+    """
+    low, high = values.min().item(), values.max().item()
+    scales = (1, 255, 65_535) if values.dtype.kind == "f" else (255, 65_535, 2**31 - 1)
+    full = next((scale for scale in scales if 0 <= low <= high <= scale), None)
+    if full is None or (full > 1 and 0 < high < full / 8):
+        raise ValueError(
+            f"its values are {low:,g} to {high:,g}, which tells no scale (0 to {' or '.join(map(str, scales))}); "
+            "save it in 8 bits"
+        )
+    return full

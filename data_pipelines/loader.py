@@ -73,7 +73,8 @@ class _Maker:
             key = record.key
             visual = self._see(record, pick.rng(self._seed, self._name, "visual"), view)
             rng = pick.rng(self._seed, self._name, "text")
-            return make_example(record, self._config.examples, self._tokenizer, rng, visual)
+            source = pick.source if len(self.sources) > 1 else ""
+            return make_example(record, self._config.examples, self._tokenizer, rng, visual, source)
         except DataError as error:
             raise _Unusable(Fault(pick.source, key, str(error))) from error
         except Exception as error:

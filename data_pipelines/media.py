@@ -1,11 +1,13 @@
-"""Encoded pictures and videos: where their bytes come from, how failures read, and how files are written.
+"""Encoded pictures and videos: which there are, where their bytes come from, how failures read, how files are written.
 
 ``image.py`` and ``video.py`` decode them; ``visual.py`` turns them into the frames of a batch.
 """
 
+import contextlib
 import dataclasses
+import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -25,10 +27,35 @@ MAX_PIXELS = 64_000_000
 MAX_FETCHED_BYTES = 1 << 30
 """Of one file behind a URL, which is fetched whole."""
 
-IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+IMAGES: Mapping[str, tuple[str, ...]] = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"), "PNG": (".png",), "WEBP": (".webp",), "AVIF": (".avif",),
+    "HEIF": (".heic", ".heif"), "BMP": (".bmp",), "TIFF": (".tif", ".tiff"), "JPEG2000": (".jp2",),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm", ".pfm"), "GIF": (),
+}  # fmt: skip
+"""Pillow's formats that are ever opened, each with its files' suffixes; of the others some are obscure, one runs a
+program (EPS). HEIF is a plugin's. A GIF is a clip by its name."""
 
-IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-"""All that is ever decoded: of Pillow's other formats some are obscure, and one runs a program (EPS)."""
+VIDEOS: Mapping[str, tuple[str, ...]] = {
+    "mov": (".mp4", ".m4v", ".mov", ".qt", ".3gp", ".3g2", ".f4v", ".mj2"), "matroska": (".webm", ".mkv"),
+    "avi": (".avi", ".divx"), "asf": (".wmv", ".asf"), "flv": (".flv",), "mpeg": (".mpg", ".mpeg", ".mpe", ".vob"),
+    "mpegts": (".ts", ".mts", ".m2ts", ".m2t"), "ogg": (".ogv", ".ogm"), "gif": (".gif",),
+    "mpegvideo": (".m1v", ".m2v"), "rm": (".rm", ".rmvb"),
+    "mxf": (".mxf",), "dv": (".dv",), "ivf": (".ivf",), "h264": (".h264", ".264"),
+    "hevc": (".hevc", ".h265", ".265"), "m4v": (), "aiff": (), "mp3": (), "wav": (),
+}  # fmt: skip
+"""Containers that are ever opened, each with its files' suffixes. Playlists are not among them: they would open other
+files and addresses. Those of sound alone are opened to say so. An .ogg is mostly sound, and read where it is named."""
+
+IMAGE_SUFFIXES = tuple(suffix for suffixes in IMAGES.values() for suffix in suffixes)
+VIDEO_SUFFIXES = (*(suffix for suffixes in VIDEOS.values() for suffix in suffixes), ".apng")
+"""The most usual first."""
+
+
+HEAD = 4096
+"""Bytes at the beginning of a file that tell what it is."""
+
+_BRANDS = frozenset({b"avif", b"avis", b"heic", b"heim", b"heis", b"heix", b"mif1", b"msf1"})
+PNG = b"\x89PNG\r\n\x1a\n"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,20 +68,54 @@ class Media:
 
 
 def media_of(path: Path) -> Media:
-    """A local file as media; the suffix or else the content tells a picture from a video. A GIF is a video.
+    """A local file as media; the content or else the suffix tells a picture from a video. An animation is a video.
 
     Raises:
         DataError: there is no such file.
     """
     media = Media("image", str(path), str(path))
+    with contextlib.suppress(OSError, Image.DecompressionBombError):
+        if is_animation(head_of(str(path))):
+            return dataclasses.replace(media, kind="video")
+        if path.suffix.lower() not in IMAGE_SUFFIXES:
+            Image.open(path, formats=image_formats()).close()
+        return media
     if path.suffix.lower() in IMAGE_SUFFIXES:
         return media
-    try:
-        with Image.open(path, formats=IMAGE_FORMATS) as image:
-            return media if image.format != "GIF" else dataclasses.replace(media, kind="video")
-    except (OSError, Image.DecompressionBombError):
-        _check_exists(media)
-        return dataclasses.replace(media, kind="video")
+    _check_exists(media)
+    return dataclasses.replace(media, kind="video")
+
+
+@functools.cache
+def image_formats() -> tuple[str, ...]:
+    """Those of ``IMAGES`` that can be decoded here; HEIF only with the plugin."""
+    with contextlib.suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    Image.init()
+    return tuple(format for format in IMAGES if format in Image.OPEN)
+
+
+def head_of(data: bytes | str) -> bytes:
+    """The first ``HEAD`` bytes of what is in memory or in a local file."""
+    if isinstance(data, bytes):
+        return data[:HEAD]
+    with open(data, "rb") as file:
+        return file.read(HEAD)
+
+
+def is_animation(head: bytes) -> bool:
+    """Whether a file that begins so is a GIF, or a WebP, PNG or AVIF made for several frames."""
+    webp = head[:4] == b"RIFF" and head[8:16] == b"WEBPVP8X" and bool(head[20:21] and head[20] & 2)
+    png = head.startswith(PNG) and b"acTL" in head.partition(b"IDAT")[0]
+    return webp or png or head[4:12] == b"ftypavis" or head[:6] in (b"GIF87a", b"GIF89a")
+
+
+def is_picture(head: bytes) -> bool:
+    """Whether a file that begins so is of Pillow's formats, and of none that ``video.py`` reads."""
+    webp = head[:4] == b"RIFF" and head[8:12] == b"WEBP"
+    return webp or head.startswith((PNG, b"\xff\xd8\xff")) or (head[4:8] == b"ftyp" and head[8:12] in _BRANDS)
 
 
 def _check_exists(media: Media) -> None:

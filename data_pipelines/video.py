@@ -17,9 +17,12 @@ from typing import Any
 import av
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
+from PIL import Image
 
+from data_pipelines.config import WHITE, Colour
 from data_pipelines.errors import DataError
-from data_pipelines.media import MAX_PIXELS, Media, check_size, reading
+from data_pipelines.image import flatten, open_pillow, to_rgb
+from data_pipelines.media import MAX_PIXELS, VIDEOS, Media, check_size, head_of, is_animation, is_picture, reading
 
 MAX_FRAMES = 500_000
 """Of one video: four and a half hours at 30 frames per second."""
@@ -27,8 +30,6 @@ MAX_FRAMES = 500_000
 MAX_DECODED_PIXELS = 100_000_000_000
 """Of all frames that are decoded for one clip, taken or not: 25 minutes of full HD at 30 frames per second."""
 
-# What is ever opened. Playlists are not among them: they would open other files and addresses.
-_FORMATS = "aiff,asf,avi,flv,gif,h264,hevc,ivf,m4v,matroska,mov,mp3,mpeg,mpegts,mpegvideo,ogg,wav"
 # Tags in an unknown encoding spoil no clip. From version 19 on, PyAV sees to that itself.
 _LENIENT: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
 # Where packets tell when their frames are shown. Elsewhere it is known only if frames are shown as they are stored.
@@ -45,9 +46,9 @@ Take = Callable[[Frame], Kept]
 
 
 def read_video(
-    media: Media, choose: Choose, take: Take
+    media: Media, choose: Choose, take: Take, background: Colour = WHITE
 ) -> tuple[UInt8[np.ndarray, "t Y X 3"], Float[np.ndarray, " t"]]:
-    """Reads some frames of a video or GIF as upright RGB.
+    """Reads some frames of a video, GIF, or animated WebP or PNG as upright RGB.
 
     Only what ``take`` returns is kept, one frame at a time is decoded.
 
@@ -55,13 +56,14 @@ def read_video(
         media: the video.
         choose: from the times of all frames, in seconds since the first, to the ascending indices of those wanted.
         take: from a wanted frame to what is kept of it, of the same size for all of them.
+        background: what is seen through transparent pixels.
 
     Returns:
         What was kept, [t, Y, X, 3], and the times of those frames.
 
     Raises:
-        DataError: the file is missing, no video, damaged or cut off, has no frame, or is larger than ``MAX_PIXELS``,
-            ``MAX_FRAMES`` or ``MAX_DECODED_PIXELS`` allow.
+        DataError: the file is missing, no video or a still picture, damaged or cut off, has no frame, or is larger
+            than ``MAX_PIXELS``, ``MAX_FRAMES`` or ``MAX_DECODED_PIXELS`` allow.
     """
     first: tuple[int, ...] = ()
 
@@ -74,10 +76,15 @@ def read_video(
         return take(frame)
 
     with reading(media) as data:
+        if is_picture(head := head_of(data)):
+            if not is_animation(head):
+                raise DataError(f"{media.name} is a still picture, expected a clip; read it with kind 'image'")
+            with open_pillow(media, data) as image:
+                return _read_animation(media, image, choose, keep, background)
         try:
-            return _read_some(media, data, choose, keep)
+            return _read_some(media, data, choose, keep, background)
         except _LostError:
-            return _read_all(media, data, choose, keep)
+            return _read_all(media, data, choose, keep, background)
 
 
 class _LostError(Exception):
@@ -119,7 +126,7 @@ class _Packets:
 
 
 def _read_some(
-    media: Media, data: bytes | str, choose: Choose, take: Take
+    media: Media, data: bytes | str, choose: Choose, take: Take, background: Colour
 ) -> tuple[UInt8[np.ndarray, "t Y X 3"], Float[np.ndarray, " t"]]:
     """Decodes what the wanted frames need."""
     with _open(media, data) as (container, stream):
@@ -131,14 +138,15 @@ def _read_some(
         wanted = set(packets.pts[shown[indices]].tolist())
         runs = packets.runs(shown[np.unique(indices)])
         frames = (frame for run in runs for frame in _decode_run(container, stream, packets, wanted, *run))
-        kept = {frame.pts: take(_upright(frame)) for frame in _bounded(media, frames) if frame.pts in wanted}
+        wanted_frames = (frame for frame in _bounded(media, frames) if frame.pts in wanted)
+        kept = {frame.pts: take(_upright(frame, background)) for frame in wanted_frames}
     if len(kept) < len(wanted):
         raise _LostError
     return np.stack([kept[pts] for pts in packets.pts[shown[indices]].tolist()]), times[indices]
 
 
 def _read_all(
-    media: Media, data: bytes | str, choose: Choose, take: Take
+    media: Media, data: bytes | str, choose: Choose, take: Take, background: Colour
 ) -> tuple[UInt8[np.ndarray, "t Y X 3"], Float[np.ndarray, " t"]]:
     """Decodes everything twice: to learn the times of the frames, and to take the wanted ones."""
     with _open(media, data) as (container, stream):
@@ -150,7 +158,7 @@ def _read_all(
     with _open(media, data) as (container, stream):
         for index, frame in enumerate(_bounded(media, container.decode(stream))):
             if index in indices:
-                kept[index] = take(_upright(frame))
+                kept[index] = take(_upright(frame, background))
             if index == indices[-1]:
                 break
     return np.stack([kept[index] for index in indices.tolist()]), times[indices]
@@ -170,7 +178,7 @@ def _open(media: Media, data: bytes | str) -> Iterator[tuple[Any, Any]]:
     """The container, and its first video stream that is not the cover picture of a piece of music."""
     # As "file:...", a name that looks like an address is no address.
     file = BytesIO(data) if isinstance(data, bytes) else f"file:{data}"
-    with av.open(file, options={"format_whitelist": _FORMATS}, **_LENIENT) as container:
+    with av.open(file, options={"format_whitelist": ",".join(VIDEOS)}, **_LENIENT) as container:
         cover = av.stream.Disposition.attached_pic
         streams = [stream for stream in container.streams.video if not stream.disposition & cover]
         if not streams:
@@ -256,13 +264,59 @@ def _bounded(media: Media, frames: Iterable[Any]) -> Iterator[Any]:
     for count, frame in enumerate(frames, start=1):
         check_size(media, frame.width, frame.height)
         pixels += frame.width * frame.height
-        if count > MAX_FRAMES or pixels > MAX_DECODED_PIXELS:
-            raise DataError(
-                f"{media.name} needs more decoding than MAX_FRAMES = {MAX_FRAMES:,} or MAX_DECODED_PIXELS = "
-                f"{MAX_DECODED_PIXELS:,} allow; cut it into clips"
-            )
+        _check_work(media, count, pixels)
         yield frame
 
 
-def _upright(frame: Any) -> Frame:
-    return np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
+def _check_work(media: Media, frames: int, pixels: int) -> None:
+    if frames > MAX_FRAMES or pixels > MAX_DECODED_PIXELS:
+        raise DataError(
+            f"{media.name} needs more decoding than MAX_FRAMES = {MAX_FRAMES:,} or MAX_DECODED_PIXELS = "
+            f"{MAX_DECODED_PIXELS:,} allow; cut it into clips"
+        )
+
+
+def _upright(frame: Any, background: Colour) -> Frame:
+    """A decoded frame as it is to be shown: laid over the background, turned and mirrored.
+
+    Raises:
+        ValueError: a display matrix that turns by something else than quarters.
+    """
+    if frame.format.has_palette or any(component.is_alpha for component in frame.format.components):
+        pixels = np.asarray(flatten(Image.fromarray(frame.to_ndarray(format="rgba")), background))
+    else:
+        pixels = frame.to_ndarray(format="rgb24")
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return pixels
+    # A point is shown at x' = a x + c y, y' = b x + d y.
+    a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].tolist()
+    straight, crossed = min(abs(a), abs(d)), min(abs(b), abs(c))
+    if max(abs(a), abs(d)) < crossed / 50:
+        pixels, across, down = pixels.swapaxes(0, 1), c, b
+    elif max(abs(b), abs(c)) <= straight / 50:  # all zeros mean nothing
+        across, down = a, d
+    else:
+        raise ValueError(f"it is shown by the matrix {a}, {b}, {c}, {d}, which is no quarter turn; encode it anew")
+    return pixels[:: -1 if down < 0 else 1, :: -1 if across < 0 else 1]
+
+
+def _read_animation(
+    media: Media, image: Image.Image, choose: Choose, take: Take, background: Colour
+) -> tuple[UInt8[np.ndarray, "t Y X 3"], Float[np.ndarray, " t"]]:
+    """Decodes what Pillow opened twice, as ``_read_all``."""
+    # The first picture of a PNG may be for those alone who know no animations.
+    numbers = range(bool(image.info.get("default_image")), getattr(image, "n_frames", 1))
+    _check_work(media, len(numbers), len(numbers) * image.width * image.height)
+    milliseconds = [0.0]
+    for number in numbers:
+        image.seek(number)
+        image.load()
+        milliseconds.append(milliseconds[-1] + (image.info.get("duration") or 100))
+    times = np.asarray(milliseconds[:-1]) / 1000
+    indices = choose(times)
+    kept: dict[int, Kept] = {}
+    for index in sorted(set(indices.tolist())):
+        image.seek(numbers[index])
+        kept[index] = take(np.asarray(to_rgb(image, background)))
+    return np.stack([kept[index] for index in indices.tolist()]), times[indices]

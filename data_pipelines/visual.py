@@ -45,7 +45,7 @@ def load_visual(
     if media.kind == "image":
         with open_image(media) as picture:
             window = _window(config, picture.height, picture.width, rng, view, is_clip=False)
-            frames = window.of_picture(*picture.decode(window.shrink))[None]
+            frames = window.of_picture(*picture.decode(window.shrink, config.background))[None]
         return Visual(_augment(frames, config, rng, is_clip=False), np.zeros(1))
     windows: list[Window] = []  # one, drawn when the first frame tells its size
 
@@ -54,7 +54,7 @@ def load_visual(
             windows.append(_window(config, frame.shape[0], frame.shape[1], rng, view, is_clip=True))
         return windows[0].of_frame(frame)
 
-    frames, times = read_video(media, lambda times: _choose(config, times, rng, view), take)
+    frames, times = read_video(media, lambda times: _choose(config, times, rng, view), take, config.background)
     return Visual(_augment(frames, config, rng, is_clip=True), times)
 
 

@@ -5,17 +5,22 @@ import io
 import os
 import re
 import uuid
+from collections.abc import Callable
 from pathlib import PurePosixPath
 from typing import Any, Literal
 
 import fsspec
 
+from data_pipelines.config import Kind
 from data_pipelines.errors import DataError
-from data_pipelines.media import IMAGE_SUFFIXES, Media
+from data_pipelines.media import HEAD, IMAGE_SUFFIXES, VIDEO_SUFFIXES, Media, is_animation
 
-VIDEO_SUFFIXES = frozenset({".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"})
 MAX_FILES = 1_000_000
 
+ANIMATED_SUFFIXES = frozenset({".apng", ".avif", ".gif", ".png", ".webp"})
+"""Of files that may hold one frame or several."""
+
+_OF_SYSTEMS = frozenset({"@eaDir", "__MACOSX", "#recycle", "$RECYCLE.BIN", "lost+found"})
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
@@ -39,6 +44,8 @@ def file_system(path: str) -> tuple[Any, str]:
 def find_files(path: str, *suffixes: str) -> list[str]:
     """All files that a path stands for, in order: one file, a folder, a pattern with ``*``, or ``{000..127}``.
 
+    Hidden ones in folders are left out.
+
     Raises:
         DataError: there is none, or a file that should be there is not.
     """
@@ -46,14 +53,15 @@ def find_files(path: str, *suffixes: str) -> list[str]:
     names = _expand(plain)
     if len(names) == 1 and "*" not in plain:
         if system.isdir(plain):
-            listed = system.find(plain, maxdepth=1)
+            listed = [name for name in system.find(plain, maxdepth=1) if not is_hidden(name.rpartition("/")[2])]
             names = sorted(name for name in listed if name.endswith(suffixes))
             if not names:
                 raise DataError(
                     f"{path} holds no file that ends in {' or '.join(suffixes)}; found {len(listed)} others"
                 )
     elif "*" in plain:
-        names = sorted(name for each in names for name in system.glob(each) if system.isfile(name))
+        found = {name for each in names for name in system.glob(each) if not is_hidden(name.rpartition("/")[2])}
+        names = sorted(filter(system.isfile, found))
         if not names:
             raise DataError(f"{path} matches no file; check the pattern")
     if missing := next((name for name in names if not system.exists(name)), None):
@@ -84,8 +92,8 @@ def stamp(path: str) -> list[Any]:
     return [int(info["size"]), str(changed)]
 
 
-def read_bytes(path: str, offset: int = 0, size: int | None = None) -> bytes:
-    """A file's bytes, or a part of them.
+def read_bytes(path: str, offset: int = 0, size: int | None = None, *, whole: bool = True) -> bytes:
+    """A file's bytes, or a part of them; unless it must be there as a whole, as much of it as there is.
 
     Raises:
         DataError: the file is missing or unreadable, or ends before the part does.
@@ -98,7 +106,7 @@ def read_bytes(path: str, offset: int = 0, size: int | None = None) -> bytes:
             data = _read_local(path, offset, size)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
-    if size is not None and len(data) != size:
+    if whole and size is not None and len(data) != size:
         raise DataError(
             f"{path} ends at byte {offset + len(data):,}, expected {offset + size:,}; it was cut or replaced"
         )
@@ -125,12 +133,22 @@ def read_text(path: str) -> io.StringIO:
     Raises:
         DataError: missing, unreadable, or not UTF-8 (with the line).
     """
-    data = read_bytes(path)
+    return io.StringIO(decode_text(read_bytes(path), path), newline="")
+
+
+def decode_text(data: bytes, name: str) -> str:
+    """UTF-8, or UTF-16 where a byte order mark tells it; the mark is dropped.
+
+    Raises:
+        DataError: it is neither (names the line).
+    """
+    encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     try:
-        return io.StringIO(data.decode("utf-8-sig"), newline="")
+        return data.decode(encoding)
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path} is not UTF-8 text: {error.reason} in line {line}; convert it") from error
+        expected = encoding.removesuffix("-sig").upper()
+        raise DataError(f"{name} is not {expected} text: {error.reason} in line {line}; convert it") from error
 
 
 def write_atomically(path: str, data: bytes) -> None:
@@ -158,19 +176,40 @@ def inside(folder: str, name: str) -> str:
     return f"{folder.rstrip('/')}/{path}"
 
 
+def is_hidden(name: str) -> bool:
+    """Whether a file or a folder above it is what systems leave beside what people keep: thumbnails, resource forks."""
+    parts = PurePosixPath(name).parts
+    return any((part.startswith(".") and part != "..") or part in _OF_SYSTEMS for part in parts)
+
+
 def media_kind(name: str) -> Literal["image", "video"] | None:
     """What a file is by its name: "image", "video" or neither (None)."""
     suffix = PurePosixPath(name).suffix.lower()
     return "image" if suffix in IMAGE_SUFFIXES else "video" if suffix in VIDEO_SUFFIXES else None
 
 
-def media_file(folder: str, name: str) -> Media:
-    """A picture or clip that data name, inside its folder. Nothing is opened.
+def kind_for(name: str, wanted: Kind, head: Callable[[], bytes]) -> Literal["image", "video"] | None:
+    """What a file is where a kind is wanted: an animation is both a clip and, by its first frame, a picture.
 
-    Raises:
-        DataError: a name that leads out of the folder, or is no picture's or clip's.
+    Args:
+        name: of the file.
+        wanted: the kind.
+        head: reads the file's first ``HEAD`` bytes, where the name leaves it open.
     """
-    path, kind = inside(folder, name), media_kind(name)
-    if kind is None:
-        raise DataError(f"{path} is neither a picture nor a clip by its name")
+    kind = media_kind(name)
+    if kind == wanted or wanted == "text" or PurePosixPath(name).suffix.lower() not in ANIMATED_SUFFIXES:
+        return kind
+    return wanted if wanted == "image" or is_animation(head()) else kind
+
+
+def media_at(path: str, wanted: Kind) -> Media:
+    """A picture or clip by its path; what neither its name nor its content tells is what is wanted."""
+
+    def head() -> bytes:
+        try:
+            return read_bytes(path, 0, HEAD, whole=False)
+        except DataError:  # whoever decodes it says what is wrong
+            return b""
+
+    kind = kind_for(path, wanted, head) or ("video" if wanted == "video" else "image")
     return Media(kind, path, path)

@@ -1,27 +1,32 @@
 """WebDataset tars, as img2dataset and video2dataset write them, read in place."""
 
 import bisect
+import dataclasses
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
 from data_pipelines.config import Kind
 from data_pipelines.errors import DataError
-from data_pipelines.media import Media
+from data_pipelines.media import HEAD, Media
 from data_pipelines.record import Record
-from data_pipelines.sources.files import find_files, media_kind
-from data_pipelines.sources.tar_index import TarIndex
+from data_pipelines.sources.annotations import fields
+from data_pipelines.sources.annotations.rows import Row
+from data_pipelines.sources.annotations.source import Place
+from data_pipelines.sources.files import decode_text, find_files, kind_for, media_kind
+from data_pipelines.sources.tar_index import AGAIN, TarIndex
 
-CAPTIONS = ("captions", "caption", "text")
-"""Where a sample's JSON may keep what is said of it, if there is no ``.txt``; the first that is there counts."""
+_OF_FILES = frozenset(name.casefold() for name in (*fields.PICTURE, *fields.IDS))
+_KNOWN = (*fields.CAPTIONS, *fields.TEXTS, "question", *fields.SUMMARY, *fields.BOX, *fields.LABEL)
 
 
 class WebDatasetSource:
     """The samples of one or many tars: a picture or clip with ``.txt``, ``.json`` or ``.cls`` beside it.
 
-    A record's key is the tar's name and the sample's.
+    A record's key is the tar's name and the sample's; where tars of several folders have one name, with the folders.
+    The JSON's fields are read as those of annotation files, but a ``.txt`` is the caption, and a ``.cls`` the label.
 
     Args:
         path: a tar, a folder of tars, or a pattern ("shards/{00000..00127}.tar", "gs://bucket/*.tar").
@@ -33,7 +38,8 @@ class WebDatasetSource:
 
     def __init__(self, path: str, kind: Kind) -> None:
         self._kind = kind
-        self._tars = [TarIndex(file) for file in find_files(path, ".tar")]
+        files = find_files(path, ".tar")
+        self._tars, self._names = [TarIndex(file) for file in files], _names(files)
         self._ends = list(itertools.accumulate(map(len, self._tars)))
 
     def __len__(self) -> int:
@@ -43,54 +49,70 @@ class WebDatasetSource:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         shard = bisect.bisect_right(self._ends, index)
-        tar = self._tars[shard]
+        tar, archive = self._tars[shard], self._names[shard]
         name, members = tar[index - (self._ends[shard - 1] if shard else 0)]
-        archive = PurePosixPath(tar.path).name
         key = f"{archive.removesuffix('.tar')}/{name}"
-        texts = {ext: _decoded(tar.read(members, ext), key, ext) for ext in (".txt", ".json", ".cls") if ext in members}
-        fields = _json(texts.get(".json"), key)
-        captions = (texts[".txt"],) if ".txt" in texts else _captions(fields, key)
-        captions = tuple(filter(None, map(str.strip, captions)))
+        if AGAIN in members:
+            raise DataError(f"sample {key} has members twice, and nothing tells which belong together; write it anew")
+        texts = {
+            ext: decode_text(tar.read(members, ext), f"{ext} of sample {key}")
+            for ext in (".txt", ".json", ".cls")
+            if ext in members
+        }
+        values = _json(texts.get(".json"), key)
+        record = self._said(key, values, f"{archive}:{name}.json")
+        if ".txt" in texts:
+            said, of_text = tuple(filter(None, [texts[".txt"].strip()])), self._kind == "text"
+            record = dataclasses.replace(record, captions=() if of_text else said, texts=said if of_text else ())
+        if ".cls" in texts:
+            record = dataclasses.replace(record, label=texts[".cls"].strip())
         if self._kind == "text":
-            return Record(key, texts=captions)
-        label = texts.get(".cls", fields.get("label"))
-        return Record(
-            key,
-            media=self._media(tar, members, f"{archive}:{name}"),
-            captions=captions,
-            label=None if label is None else str(label).strip(),
-        )
+            return record
+        media = self._media(tar, members, f"{archive}:{name}")
+        if media is None:
+            why = ": ".join(str(values[name]) for name in ("status", "error_message") if values.get(name))
+            raise DataError(
+                f"sample {key} has no {self._kind}, only {', '.join(members)}{why and f' ({why})'}; leave it out"
+            )
+        return dataclasses.replace(record, media=media)
+
+    def _said(self, key: str, values: Mapping[str, Any], where: str) -> Record:
+        """What the fields of a sample's JSON say; what they call its picture is not looked for."""
+        row = Row(where, 1, {name: value for name, value in values.items() if name.casefold() not in _OF_FILES})
+        if row.find(_KNOWN) is None:
+            return Record(key)
+        record = dataclasses.replace(fields.make(row, Place("", self._kind)), key=key, picture="")
+        return record if self._kind == "text" else dataclasses.replace(record, captions=record.captions or record.texts)
 
     def _media(self, tar: TarIndex, members: Mapping[str, tuple[int, int]], name: str) -> Media | None:
-        kinds = {extension: kind for extension in members if (kind := media_kind(f"x{extension}"))}
-        best = next((extension for extension in kinds if kinds[extension] == self._kind), next(iter(kinds), None))
-        return None if best is None else Media(kinds[best], tar.read(members, best), f"{name}{best}")
+        named = {extension: kind for extension in members if (kind := media_kind(f"x{extension}"))}
+        other = None
+        for extension in sorted(named, key=lambda extension: named[extension] != self._kind):
+            data = tar.read(members, extension)
+            kind = kind_for(f"x{extension}", self._kind, lambda data=data: data[:HEAD]) or named[extension]
+            media = Media(kind, data, f"{name}{extension}")
+            if kind == self._kind:
+                return media
+            other = other or media
+        return other
 
 
-def _decoded(data: bytes, key: str, extension: str) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{extension} of sample {key} is not UTF-8 text ({error.reason} at byte {error.start})"
-        ) from error
+def _names(files: Sequence[str]) -> list[str]:
+    """The names of files without their folders, as far as those differ."""
+    parts = [PurePosixPath(file).parts for file in files]
+    if len({names[-1] for names in parts}) == len(parts):
+        return [names[-1] for names in parts]
+    same = next((i for i, names in enumerate(zip(*parts, strict=False)) if len(set(names)) > 1), -1)
+    return ["/".join(names[same:]) for names in parts]
 
 
 def _json(text: str | None, key: str) -> Mapping[str, Any]:
     if text is None:
         return {}
     try:
-        fields = json.loads(text)
+        fields = json.loads(text, parse_constant=lambda constant: None)  # NaN stands for what is missing
     except (ValueError, RecursionError) as error:
         raise DataError(f".json of sample {key} is not valid JSON ({error})") from error
     if not isinstance(fields, dict):
         raise DataError(f".json of sample {key} holds a {type(fields).__name__}, expected named fields")
     return fields
-
-
-def _captions(fields: Mapping[str, Any], key: str) -> tuple[str, ...]:
-    said = next((fields[name] for name in CAPTIONS if fields.get(name)), ())
-    captions = tuple(said) if isinstance(said, list | tuple) else (said,)
-    if not all(isinstance(caption, str) for caption in captions):
-        raise DataError(f".json of sample {key} has a caption that is no text: {said!r:.80}")
-    return captions

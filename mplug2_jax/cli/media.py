@@ -34,12 +34,13 @@ def visual_of(config: "RunConfig") -> "VisualConfig":
 
     All of the picture is seen, at the model's size; by the release's rule where the run kept to it.
     """
-    from data_pipelines.config import VisualConfig
+    from data_pipelines.config import WHITE, VisualConfig
 
     data = [stream.data for stream in config.streams.values() if stream.data.kind != "text"]
     released = any(each.visual.transform.startswith("released") for each in data)
     return VisualConfig(
         image_size=config.model.image_size,
         num_frames=max((each.visual.num_frames for each in data if each.kind == "video"), default=1),
+        background=next((each.visual.background for each in data), WHITE),
         transform="released_test" if released else "resize",
     )

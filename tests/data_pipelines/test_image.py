@@ -2,8 +2,11 @@
 
 import functools
 import io
+import struct
 import warnings
+import zlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,9 +17,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data_pipelines import media as media_module
+from data_pipelines.config import Colour
 from data_pipelines.errors import DataError
 from data_pipelines.image import open_image
-from data_pipelines.media import Media
+from data_pipelines.media import Media, image_formats
 from tests.data_pipelines.clips import failure
 
 FORMATS: dict[str, Mapping[str, Any]] = {
@@ -28,6 +32,8 @@ FORMATS: dict[str, Mapping[str, Any]] = {
     "BMP": {},
     "GIF": {},
     "PPM": {},
+    "AVIF": {"quality": 95},
+    "JPEG2000": {},
 }
 
 
@@ -42,7 +48,7 @@ def encoded(name: str) -> bytes:
     return file.getvalue()
 
 
-def decode(data: bytes, shrink: float = 1.0) -> np.ndarray:
+def decode(data: bytes | str, shrink: float = 1.0) -> np.ndarray:
     with open_image(Media("image", data, "picture")) as picture:
         return np.asarray(picture.decode(shrink)[0])
 
@@ -57,7 +63,7 @@ def saved(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
 def test_formats(name: str) -> None:
     pixels = decode(encoded(name))
     assert (pixels.shape, pixels.dtype) == ((96, 128, 3), np.uint8)
-    lossy = name.startswith(("JPEG", "GIF"))
+    lossy = name.split()[0] in ("JPEG", "GIF", "AVIF")
     assert np.abs(pixels.astype(int) - photograph()[100:196, 200:328]).mean() <= (8 if lossy else 0)
 
 
@@ -81,14 +87,124 @@ def test_cmyk_jpegs(shrink: float) -> None:
     assert np.abs(pixels.astype(int) - (255, 0, 0)).max() < 6
 
 
-def test_palettes_with_transparency() -> None:
-    image = Image.fromarray(np.arange(16, dtype=np.uint8).reshape(4, 4), mode="P")
-    image.putpalette(np.arange(16, dtype=np.uint8).repeat(3) * 16)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for transparency in (3, bytes(range(0, 256, 16))):
-            pixels = decode(saved(image, "PNG", transparency=transparency))
-            np.testing.assert_array_equal(pixels[..., 0], np.arange(16).reshape(4, 4) * 16)
+HALVES = np.repeat([0, 1], 4)[None].repeat(8, 0)
+
+
+@pytest.mark.parametrize(
+    ("white", "scale"),
+    [
+        (200, 255), (0, 255), (32768, 65_535), (2**30, 2**31 - 1), (0.5, 1.0), (1.0, 1.0), (128.0, 255),
+        (32768.0, 65_535), (4095, None), (-5, None), (3.0, None), (1e9, None), (np.nan, None), (np.inf, None),
+    ],
+)  # fmt: skip
+def test_wide_integers_and_floats_are_scaled_or_refused(white: float, scale: float | None) -> None:
+    values = (HALVES * white).astype(np.float32 if isinstance(white, float) else np.int32)
+    if scale is None:
+        with pytest.raises(DataError, match=r"its values are .*, which tells no scale .*; save it in 8 bits"):
+            decode(saved(Image.fromarray(values), "TIFF"))
+    else:
+        pixels = decode(saved(Image.fromarray(values), "TIFF"))
+        assert np.abs(pixels[0, :, 0] - HALVES[0] * white / scale * 255).max() <= 1
+
+
+@pytest.mark.parametrize("most", [255, 1023, 4095, 65_535])
+@pytest.mark.parametrize("kind", [b"P2", b"P3", b"P5", b"P6"])
+def test_portable_maps_of_any_depth(kind: bytes, most: int) -> None:
+    values = (HALVES[..., None] * (most // 2)).repeat(1 + 2 * (kind in (b"P3", b"P6")), -1)
+    data = b" ".join(b"%d" % value for value in values.ravel())
+    if kind in (b"P5", b"P6"):
+        data = values.astype(">u1" if most < 256 else ">u2").tobytes()
+    pixels = decode(b"%s\n8 8\n%d\n" % (kind, most) + data)
+    assert np.abs(pixels.astype(int) - 127 * HALVES[..., None]).max() <= 1
+
+
+def chunk(name: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
+def png(bits: int, colour: int, values: np.ndarray, before: bytes = b"", behind: bytes = b"") -> bytes:
+    """A PNG of 8 x 8 pixels of so many bits."""
+    rows = [
+        b"\0" + int("".join(format(v, f"0{bits}b") for v in row.ravel()), 2).to_bytes(row.size * bits // 8)
+        for row in values
+    ]
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, bits, colour, 0, 0, 0))
+    pixels = chunk(b"IDAT", zlib.compress(b"".join(rows)))
+    return b"\x89PNG\r\n\x1a\n" + header + before + pixels + behind + chunk(b"IEND", b"")
+
+
+RED = (200, 30, 30)
+
+
+@pytest.mark.parametrize("background", [(255, 255, 255), (0, 40, 80)])
+@pytest.mark.parametrize(
+    "form", ["PNG", "WEBP", "TIFF", "AVIF", "JPEG2000", "PNG LA", "TIFF PA", "PNG P", "GIF P", "PNG I;16"]
+)
+def test_what_is_transparent_shows_the_background(form: str, background: Colour) -> None:
+    """Whatever colour it hides."""
+    format, _, mode = form.partition(" ")
+    image = Image.new("RGBA", (8, 8), (*RED, 255))
+    image.paste((*RED, 0), (4, 0, 8, 8))
+    if mode == "I;16":
+        image, options = Image.fromarray((HALVES * 40_000).astype(np.uint16)), {"transparency": 40_000}
+    elif mode == "P":
+        image, options = Image.fromarray(HALVES.astype(np.uint8), "P"), {"transparency": 1}
+        image.putpalette([*RED, *RED])
+    else:
+        options = {"lossless": True, "exact": True} if format == "WEBP" else {}
+        image = image.convert(mode or "RGBA")
+    with open_image(Media("image", saved(image, format, **options), "picture")) as picture:
+        pixels = np.asarray(picture.decode(background=background)[0]).astype(int)
+    assert np.abs(pixels[:, 4:] - background).max() <= 2
+    shown = {"LA": 81, "I;16": 0}.get(mode, RED)
+    assert np.abs(pixels[:, :4] - shown).max() <= 2
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
+def test_a_grey_that_is_transparent_at_any_depth(bits: int) -> None:
+    grey = (1 << bits) // 2
+    for transparent in (0, grey):
+        pixels = decode(png(bits, 0, HALVES * grey, chunk(b"tRNS", struct.pack(">H", transparent))))
+        shown = round(grey / ((1 << bits) - 1) * 255)
+        assert np.abs(pixels[0, :, 0] - np.where(HALVES[0] * grey == transparent, 255, HALVES[0] * shown)).max() <= 1
+
+
+LARGE = zlib.compress(bytes(2 << 20))
+METADATA = {
+    "text": chunk(b"zTXt", b"Comment\0\0" + LARGE),
+    "international text": chunk(b"iTXt", b"Comment\0\1\0\0\0" + LARGE),
+    "profile": chunk(b"iCCP", b"profile\0\0" + LARGE),
+    "many texts": b"".join(chunk(b"tEXt", b"C\0" + bytes(b"a" * 1_000_000)) for _ in range(70)),
+}
+
+
+@pytest.mark.parametrize("name", METADATA)
+def test_large_texts_and_profiles_do_not_matter(name: str, tmp_path: Path) -> None:
+    values = np.broadcast_to(np.array(RED), (8, 8, 3))
+    before, behind = png(8, 2, values, METADATA[name]), png(8, 2, values, behind=METADATA[name])
+    (tmp_path / "a.png").write_bytes(before)
+    for data in (before, behind, str(tmp_path / "a.png")):
+        assert (decode(data) == RED).all()
+
+
+def test_what_is_no_picture_is_named() -> None:
+    heic = b"\0\0\0\x18ftypheic" + bytes(200)
+    for data, said in (
+        (b"\0\0\0\x18ftypisom" + bytes(200), "it is a clip, for sources of kind 'video'"),
+        (png(8, 0, HALVES).replace(b"IHDR", b"IHDX"), "its header is damaged"),
+        (b"", "it is empty, expected JPEG, PNG, "),
+        (b"<html>gone</html>", "it begins with b'<html>gone</', expected JPEG, "),
+        (heic, r"needs the package pillow-heif" if "HEIF" not in Image.OPEN else "cannot be read as an image"),
+    ):  # fmt: skip
+        with pytest.raises(DataError, match=said):
+            decode(data)
+
+
+def test_pictures_of_phones() -> None:
+    """With the plugin, which is an extra."""
+    pytest.importorskip("pillow_heif")
+    image_formats()
+    assert np.abs(decode(saved(Image.new("RGB", (64, 64), RED), "HEIF", quality=95)).astype(int) - RED).max() <= 4
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "TIFF", "WEBP"])

@@ -6,7 +6,7 @@ import itertools
 import struct
 import tracemalloc
 import wave
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import av
@@ -20,7 +20,8 @@ from data_pipelines import media as media_module
 from data_pipelines import video
 from data_pipelines.errors import DataError
 from data_pipelines.frames import middle_indices
-from data_pipelines.media import Media, media_of, write_image, write_video
+from data_pipelines.media import IMAGES, VIDEOS, Media, image_formats, media_of, write_image, write_video
+from data_pipelines.sources.files import media_kind
 from data_pipelines.video import read_video
 from tests.close import assert_close
 from tests.data_pipelines.clips import ENCODINGS, SPARSE, cut, decode_all, encode, failure, moving, moving_clip
@@ -192,14 +193,111 @@ def test_gifs_by_pillow(tmp_path: Path) -> None:
     assert indices_of(read_middle(tmp_path / "a.gif", 5)) == middle_indices(10, 5).tolist()
 
 
-def test_turned_videos_are_upright(tmp_path: Path) -> None:
-    picture = np.zeros((1, 32, 64, 3), np.uint8)
-    picture[:, :16, :32] = 255
-    write_video(tmp_path / "a.mp4", picture)
+def shown_by(matrix: Sequence[float], tmp_path: Path) -> np.ndarray:
+    """A clip whose upper left is white, shown by a display matrix."""
+    write_video(tmp_path / "a.mp4", CORNER[None])
     data = bytearray((tmp_path / "a.mp4").read_bytes())
-    matrix = data.index(b"tkhd") + 44
-    data[matrix : matrix + 36] = struct.pack(">9i", 0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0, 1 << 30)  # clockwise
-    np.testing.assert_array_equal(read(bytes(data), 0)[0][0] > 128, np.rot90(picture[0], -1) > 128)
+    place = data.index(b"tkhd") + 44
+    a, b, c, d = (round(value * (1 << 16)) for value in matrix)
+    data[place : place + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    return read(bytes(data), 0)[0][0] > 128
+
+
+CORNER = np.zeros((32, 64, 3), np.uint8)
+CORNER[:16, :32] = 255
+MATRICES = {
+    (1, 0, 0, 1): CORNER, (0, 1, -1, 0): np.rot90(CORNER, -1), (-1, 0, 0, -1): np.rot90(CORNER, 2),
+    (0, -1, 1, 0): np.rot90(CORNER), (-1, 0, 0, 1): CORNER[:, ::-1], (1, 0, 0, -1): CORNER[::-1],
+    (0, 1, 1, 0): CORNER.swapaxes(0, 1), (0, -1, -1, 0): np.rot90(CORNER, 2).swapaxes(0, 1),
+    (0, 0, 0, 0): CORNER, (2, 0, 0, 2): CORNER, (0, 1.01, -1, 0.002): np.rot90(CORNER, -1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("matrix", MATRICES, ids=str)
+def test_turned_and_mirrored_videos_are_upright(matrix: Sequence[float], tmp_path: Path) -> None:
+    """A point of the picture is shown at (a x + c y, b x + d y)."""
+    np.testing.assert_array_equal(shown_by(matrix, tmp_path), MATRICES[matrix] > 128)
+
+
+@pytest.mark.parametrize("matrix", [(0.7, 0.7, -0.7, 0.7), (1, 0.5, 0, 1), (0, 1, 0, 0)], ids=str)
+def test_what_is_shown_aslant_is_refused(matrix: Sequence[float], tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"shown by the matrix .*, which is no quarter turn; encode it anew"):
+        shown_by(matrix, tmp_path)
+
+
+def animation(format: str, count: int = 4) -> bytes:
+    """Frames of growing brightness, of which the right half is transparent and hides red."""
+    frames = []
+    for index in range(count):
+        frame = Image.new("RGBA", (32, 16), (index * LEVELS * 4,) * 3)
+        frame.paste((200, 30, 30, 0), (16, 0, 32, 16))
+        frames.append(frame)
+    file = io.BytesIO()
+    options = {"lossless": True, "exact": True} if format == "WEBP" else {"disposal": 2} if format == "GIF" else {}
+    frames[0].save(
+        file, format, save_all=True, append_images=frames[1:], duration=[100, 300, 200, 100][:count], **options
+    )
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("format", ["WEBP", "PNG", "GIF"])
+def test_animations_are_clips_over_a_background(format: str, tmp_path: Path) -> None:
+    path = tmp_path / f"a.{format.lower()}"
+    path.write_bytes(animation(format))
+    assert media_of(path).kind == "video"
+    for media in (Media("video", str(path), "clip"), Media("video", path.read_bytes(), "clip")):
+        frames, times = read_video(media, lambda times: np.array([0, 1, 3, 3]), lambda frame: frame, (0, 40, 80))
+        assert_close(times, np.array([0, 0.1, 0.6, 0.6]), 0.002, scale=1)
+        assert np.abs(frames[:, :, :16].mean((1, 2, 3)) - np.array([0, 1, 3, 3]) * LEVELS * 4).max() <= 2
+        assert np.abs(frames[:, :, 16:].astype(int) - (0, 40, 80)).max() <= 2
+
+
+def test_alpha_of_clips_is_laid_over_a_background() -> None:
+    """PNG in QuickTime, as editing programs export it."""
+    file = io.BytesIO()
+    with av.open(file, "w", format="mov") as container:
+        stream = container.add_stream("png", rate=10, width=16, height=16, pix_fmt="rgba")
+        pixels = np.full((16, 16, 4), (200, 30, 30, 0), np.uint8)
+        pixels[:8, :, 3] = 255
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgba")))
+        container.mux(stream.encode())
+    frames, _ = read(file.getvalue(), 0)
+    assert (frames[0, :8] == (200, 30, 30)).all()
+    assert (frames[0, 8:] == 255).all()
+
+
+@pytest.mark.parametrize("format", ["PNG", "WEBP", "JPEG", "AVIF"])
+def test_still_pictures_are_no_clips(format: str) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(file, format)
+    with pytest.raises(DataError, match="clip is a still picture, expected a clip; read it with kind 'image'"):
+        read(file.getvalue(), 0)
+
+
+def test_what_is_opened_is_what_the_decoders_have() -> None:
+    for name in VIDEOS:
+        assert av.format.ContainerFormat(name, "r").name.split(",")[0] == name
+    assert set(IMAGES) - {"HEIF"} <= set(image_formats())
+
+
+@pytest.mark.parametrize("suffix", sorted({".3gp", ".wmv", ".flv", ".m2ts", ".vob", ".qt", ".divx", ".mxf", ".dv"}))
+def test_containers_that_are_not_mp4(suffix: str, tmp_path: Path) -> None:
+    format, codec = {
+        ".3gp": ("3gp", "mpeg4"), ".wmv": ("asf", "wmv2"), ".flv": ("flv", "flv"), ".m2ts": ("mpegts", "mpeg4"),
+        ".vob": ("vob", "mpeg2video"), ".qt": ("mov", "mpeg4"), ".divx": ("avi", "mpeg4"),
+        ".mxf": ("mxf", "mpeg2video"), ".dv": ("dv", "dvvideo"),
+    }[suffix]  # fmt: skip
+    path = tmp_path / f"a{suffix}"
+    size = (576, 720) if codec == "dvvideo" else (32, 32)
+    with av.open(str(path), "w", format=format) as container:
+        stream = container.add_stream(codec, rate=25, height=size[0], width=size[1], pix_fmt="yuv420p")
+        for grey in (50, 50, 200, 200):
+            frame = av.VideoFrame.from_ndarray(np.full((*size, 3), grey, np.uint8), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    assert media_kind(path.name) == "video"
+    frames = read_middle(path, 2)
+    assert frames[0].mean() < 80 < 170 < frames[1].mean()
 
 
 @pytest.mark.parametrize("share", [0.2, 0.7])

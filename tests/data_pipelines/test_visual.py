@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_pipelines.config import Transform, VisualConfig
+from data_pipelines.config import Colour, Transform, VisualConfig
 from data_pipelines.errors import DataError
 from data_pipelines.frames import middle_indices, random_indices
 from data_pipelines.image import Picture
@@ -142,8 +142,8 @@ def test_jpegs_are_decoded_small(monkeypatch: pytest.MonkeyPatch) -> None:
     scales: list[float] = []
     decode = Picture.decode
 
-    def recorded(self, shrink: float = 1.0):
-        image, scale = decode(self, shrink)
+    def recorded(self, shrink: float, background: Colour):
+        image, scale = decode(self, shrink, background)
         scales.append(scale)
         return image, scale
 

@@ -1,8 +1,10 @@
 """Public formats of captions, questions and labels for pictures and clips."""
 
 import collections
+import csv
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import PurePosixPath
 from typing import Any
 
 from data_pipelines.config import Kind
@@ -12,7 +14,7 @@ from data_pipelines.sources.annotations.fields import ranked
 from data_pipelines.sources.annotations.media import named_media
 from data_pipelines.sources.annotations.rows import Row, read_json, read_rows, read_table
 from data_pipelines.sources.annotations.source import AnnotationFormat, Place
-from data_pipelines.sources.files import file_system, is_url, media_kind
+from data_pipelines.sources.files import file_system, is_hidden, is_url, media_at, media_kind, read_text
 
 
 def _parts(path: str, *names: str) -> Mapping[str, Any]:
@@ -93,10 +95,31 @@ def _make_vqa(row: Row, place: Place) -> Record:
     return Record(_key(row, row.text("question_id")), number, media=media, questions=(question,))
 
 
+_CUT = ("label", "youtube_id", "time_start", "time_end", "split", "is_cc")
+_LISTED = re.compile(r"(.+?)[\s,]+([^\s,]+)")
+
+
 def _read_kinetics(files: Sequence[str], split: str) -> Iterator[Row]:
     for file in files:
-        rows = read_table(file) if file.endswith(".csv") else _kinetics_json(file)
-        yield from _of_split(rows, split, "split")
+        yield from _of_split(_kinetics_json(file) if file.endswith(".json") else _kinetics_table(file), split, "split")
+
+
+def _kinetics_table(file: str) -> Iterator[Row]:
+    """The official table, with its header or without; or lines of a clip's path and its class."""
+    first = next(csv.reader([read_text(file).readline()]), [])
+    if any("youtube" in name.lower() for name in first):
+        return read_table(file)
+    if len(first) >= 4 and first[2].replace(".", "").isdigit():
+        return read_table(file, columns=_CUT)
+    return _kinetics_list(file)
+
+
+def _kinetics_list(file: str) -> Iterator[Row]:
+    for number, line in enumerate(read_text(file), 1):
+        if match := _LISTED.fullmatch(line.strip()):
+            yield Row(file, number, {"path": match[1], "class": match[2]})
+        elif line.strip():
+            yield Row(file, number, {"line": line.strip()[:80]})
 
 
 def _kinetics_json(file: str) -> Iterator[Row]:
@@ -111,10 +134,16 @@ def _kinetics_json(file: str) -> Iterator[Row]:
 
 
 def _make_kinetics(row: Row, place: Place) -> Record:
+    """A list's number of a class says less than the folder that the clip is in, where there is one."""
+    if path := row.find(("path",)):
+        name, folder = PurePosixPath(path), PurePosixPath(path).parent.name
+        label = folder.replace("_", " ") or row.text("class")
+        media = named_media(place.folder, place.kind, path)
+        return Record(_key(row, str(name.with_suffix(""))), path, media=media, label=label)
     clip, label = row.text("youtube_id"), row.text("label")
     cut = f"{clip}_{int(float(row.need('time_start'))):06}_{int(float(row.need('time_end'))):06}"
-    media = named_media(place.folder, place.kind, cut, clip, f"{label}/{cut}", f"{label}/{clip}")
-    return Record(_key(row, cut), cut, media=media, label=label)
+    names = (cut, clip, *(f"{folder}/{name}" for folder in (label, label.replace(" ", "_")) for name in (cut, clip)))
+    return Record(_key(row, cut), cut, media=named_media(place.folder, place.kind, *names), label=label)
 
 
 def _read_ssv2(files: Sequence[str], split: str) -> Iterator[Row]:
@@ -151,11 +180,18 @@ def _key(row: Row, own: str) -> str:
     return f"{row.key.rpartition('/')[0]}/{own}"
 
 
+_NO_CLASSES = frozenset({
+    "data", "images", "image", "img", "imgs", "jpegimages", "photos", "pictures", "test", "testing", "train",
+    "training", "val", "valid", "validation", "videos",
+})  # fmt: skip
+"""Names, in small letters, of folders that hold all pictures or all of a split."""
+
+
 class ImageFolder:
-    """ImageNet's layout: a folder for each class, named after it, with its pictures.
+    """ImageNet's layout: a folder for each class, named after it, with its pictures, which may lie deeper in it.
 
     Raises:
-        DataError: no such folder, or no picture in any folder of it.
+        DataError: no such folder, no picture in any folder of it, or folders that are no classes.
     """
 
     def __init__(self, path: str, kind: Kind) -> None:
@@ -163,11 +199,18 @@ class ImageFolder:
         if not system.isdir(plain):
             raise DataError(f"{path} does not exist or is no folder; expected one with a folder for each class")
         root = plain.rstrip("/")
-        names = (name.removeprefix(root).lstrip("/") for name in system.find(root, maxdepth=2))
-        self._names = sorted(name for name in names if name.count("/") == 1 and media_kind(name))
-        if not self._names:
+        names = [name.removeprefix(root).lstrip("/") for name in system.find(root)]
+        media = sorted(name for name in names if media_kind(name) and not is_hidden(name))
+        classes = sorted({name.partition("/")[0] for name in media if "/" in name})
+        if not classes:
             raise DataError(f"{path} has no class folders with pictures in them; expected {path}/CLASS/NAME.jpg")
-        self._folder, self._kind = system.unstrip_protocol(root) if is_url(path) else root, kind
+        if {name.lower() for name in classes} <= _NO_CLASSES:
+            raise DataError(
+                f"{path} has the folders {', '.join(classes)}, which are no classes by their names; give the path of "
+                "one that holds a folder for each class, or sort the pictures into such"
+            )
+        self._names, self._kind = media, kind
+        self._folder = system.unstrip_protocol(root) if is_url(path) else root
 
     def __len__(self) -> int:
         return len(self._names)
@@ -175,12 +218,15 @@ class ImageFolder:
     def __getitem__(self, index: int) -> Record:
         if not 0 <= index < len(self._names):
             raise IndexError(f"picture {index} of {len(self._names)}")
-        name = self._names[index]
-        return Record(name, media=named_media(self._folder, self._kind, name), label=name.partition("/")[0])
+        name, path = self._names[index], f"{self._folder}/{self._names[index]}"
+        label, slash, _ = name.partition("/")
+        if not slash:
+            raise DataError(f"{path} is in no class folder; expected {self._folder}/CLASS/{name}")
+        return Record(name, media=media_at(path, self._kind), label=label)
 
 
 COCO = AnnotationFormat((".json",), _read_coco, _make_coco, splits=True)
 KARPATHY = AnnotationFormat((".json",), _read_karpathy, _make_karpathy, splits=True)
 VQA = AnnotationFormat((".json",), _read_vqa, _make_vqa)
-KINETICS = AnnotationFormat((".csv", ".json"), _read_kinetics, _make_kinetics, splits=True)
+KINETICS = AnnotationFormat((".csv", ".json", ".txt"), _read_kinetics, _make_kinetics, splits=True)
 SSV2 = AnnotationFormat((".json",), _read_ssv2, _make_ssv2)

@@ -3,12 +3,14 @@
 import json
 from pathlib import Path
 
+import fsspec
 import pytest
+from PIL import Image
 
 from data_pipelines.config import Kind, SourceConfig, VisualConfig
 from data_pipelines.errors import DataError
 from data_pipelines.sources.formats import open_source
-from data_pipelines.sources.loose_files import walk
+from data_pipelines.sources.loose_files import LooseFiles, walk
 
 from ..worlds import encoded, records
 
@@ -65,10 +67,30 @@ def test_where_there_are_no_such_files(folder: Path) -> None:
     (folder / "empty").mkdir()
     for path, said in (
         (folder / "missing", "does not exist or is no folder"), (folder / "empty", "holds no picture, clip or .txt"),
-        (folder / "a.mp4", "is no image, nor holds any"),
+        (folder / "a.mp4", "is no image, nor holds any, by its files' names: 1 of kind 'video'; set another kind"),
     ):  # fmt: skip
         with pytest.raises(DataError, match=said):
             open_source(SourceConfig(format="files", path=str(path)), VISUAL)
+
+
+@pytest.mark.parametrize("remote", [False, True], ids=["local", "remote"])
+def test_animations_are_clips_and_pictures(remote: bool, tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (8, 8), name) for name in ("red", "blue")]
+    for suffix in ("gif", "png", "webp"):
+        frames[0].save(tmp_path / f"moves.{suffix}", save_all=True, append_images=frames[1:])
+        frames[0].save(tmp_path / f"still.{suffix}")
+    root = str(tmp_path)
+    if remote:
+        root = f"memory://{tmp_path.name}"
+        for path in tmp_path.iterdir():
+            fsspec.filesystem("memory").pipe_file(f"/{tmp_path.name}/{path.name}", path.read_bytes())
+    names = {kind: LooseFiles(root, kind) for kind in ("image", "video")}
+    found = {kind: [source[i].key for i in range(len(source))] for kind, source in names.items()}
+    assert found["video"] == ["moves.gif", "moves.png", "moves.webp", "still.gif"]
+    assert found["image"] == ["moves.gif", "moves.png", "moves.webp", "still.gif", "still.png", "still.webp"]
+    assert LooseFiles(f"{root}/moves.webp", "video")[0].media.kind == "video"
+    with pytest.raises(DataError, match=r"still\.webp is no video, nor holds any, .*: 1 of kind 'image'"):
+        LooseFiles(f"{root}/still.webp", "video")
 
 
 def test_every_text_of_a_record_is_one_of_its_own(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import os
+import re
 import tarfile
 import warnings
 from pathlib import Path
@@ -13,9 +14,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image, ImageColor
 
-from data_pipelines.config import VisualConfig
+from data_pipelines.config import Kind, VisualConfig
 from data_pipelines.errors import DataError
+from data_pipelines.image import open_image
+from data_pipelines.record import Question
 from data_pipelines.sources import tar_index
 from data_pipelines.sources.tar_index import TarIndex
 from data_pipelines.sources.webdataset import WebDatasetSource
@@ -67,7 +71,7 @@ def test_the_index_is_built_once_and_again_when_the_tar_changes(
     img2dataset(path, 2)
     assert len(TarIndex(str(path))) == 2
     with monkeypatch.context() as patched:
-        patched.setattr(tar_index, "samples_of", lambda path: pytest.fail("built again"))
+        patched.setattr(tar_index, "members_of", lambda path: pytest.fail("built again"))
         assert TarIndex(str(path))[1][0] == "000000001"
     img2dataset(path, 3)
     assert TarIndex(str(path))[2][0] == "000000002"
@@ -146,10 +150,10 @@ def test_names_and_links_do_not_lead_out(tmp_path: Path) -> None:
 
 
 BAD = {
-    "latin": ({"1.txt": b"caf\xe9"}, r"\.txt of sample a/1 is not UTF-8 text \(unexpected end of data at byte 3\)"),
+    "latin": ({"1.txt": b"caf\xe9"}, r"\.txt of sample a/1 is not UTF-8 text: unexpected end of data in line 1"),
     "json": ({"1.json": "{"}, r"\.json of sample a/1 is not valid JSON"),
     "list": ({"1.json": "[]"}, r"\.json of sample a/1 holds a list, expected named fields"),
-    "number": ({"1.json": '{"caption": 3}'}, r"\.json of sample a/1 has a caption that is no text: 3"),
+    "object": ({"1.json": '{"caption": [[]]}'}, r"a\.tar:1\.json row 1: \w+ holds "),
 }
 
 
@@ -158,6 +162,198 @@ def test_texts_that_cannot_be_read(members: dict[str, bytes | str], said: str, t
     source = WebDatasetSource(str(write_tar(tmp_path / "a.tar", members)), "text")
     with pytest.raises(DataError, match=said):
         source[0]
+
+
+def colour(name: str) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), name).save(file, "PNG")
+    return file.getvalue()
+
+
+def tar_of(*members: tuple[str, bytes | str], format: int = tarfile.GNU_FORMAT) -> bytes:
+    """A tar, in which members may come twice."""
+    with tarfile.open(fileobj=(packed := io.BytesIO()), mode="w", format=format) as tar:
+        for name, content in members:
+            data = content.encode() if isinstance(content, str) else content
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return packed.getvalue()
+
+
+def sample(name: str, shown: str) -> tuple[tuple[str, bytes | str], ...]:
+    return (f"{name}.png", colour(shown)), (f"{name}.txt", shown)
+
+
+def seen(path: Path, data: bytes, kind: Kind = "image") -> list[tuple[str, str, str] | str]:
+    """Key, colour and caption of every record, or what is wrong with it."""
+    path.write_bytes(data)
+    source, found = WebDatasetSource(str(path), kind), list[tuple[str, str, str] | str]()
+    for index in range(len(source)):
+        try:
+            record = source[index]
+            with open_image(record.media) as picture:
+                pixel = np.asarray(picture.decode()[0])[4, 4].tolist()
+        except DataError as error:
+            found.append(str(error))
+            continue
+        names = {tuple(ImageColor.getrgb(name)): name for name in ("red", "lime", "blue", "gray")}
+        found.append((record.key.removeprefix("a/"), names[tuple(pixel)], *record.captions))
+    return found
+
+
+RED, LIME, BLUE, GRAY = (sample(f"{number}", name) for number, name in enumerate(("red", "lime", "blue", "gray")))
+GOOD = [(f"{number}", name, name) for number, name in enumerate(("red", "lime", "blue", "gray"))]
+APPLE = b"\0\5\x16\7\0\2\0\0Mac OS X        "
+LONG = "l" * 150
+TARS: dict[str, tuple[bytes, list[tuple[str, ...]]]] = {
+    "joined": (tar_of(*RED, *LIME) + tar_of(*BLUE) + tar_of(*GRAY), GOOD),
+    "a block of zeros": (tar_of(*RED)[:2048] + bytes(512) + tar_of(*LIME), GOOD[:2]),
+    "pictures first": (tar_of(*(m for i in (0, 1) for s in (RED, LIME, BLUE, GRAY) for m in s[i : i + 1])), GOOD),
+    "resource forks": (tar_of(*(m for name, data in (*RED, *LIME) for m in ((f"._{name}", APPLE), (name, data)))),
+                       GOOD[:2]),
+    "hidden folders": (tar_of(*RED, ("__MACOSX/._0.png", APPLE), *sample(".thumbnails/0", "gray"),
+                              *sample("@eaDir/0", "gray")), GOOD[:1]),
+    "dots": (tar_of(*sample("a_1.0", "red"), *sample("a_1.5", "lime"), *sample("v1.2.final", "blue")),
+             [("a_1.0", "red", "red"), ("a_1.5", "lime", "lime"), ("v1.2.final", "blue", "blue")]),
+    "numbers behind a sample": (tar_of(*sample("a", "red"), *sample("a.1", "lime")),
+                                [("a", "red", "red"), ("a.1", "lime", "lime")]),
+    "a whole sample beside": (tar_of(*sample("a", "red"), *sample("a.edited", "lime")),
+                              [("a", "red", "red"), ("a.edited", "lime", "lime")]),
+    "a map before": (tar_of(("0.depth.png", colour("gray")), *RED, ("1.depth.png", colour("gray")), *LIME), GOOD[:2]),
+    "words before": (tar_of(("0.alt.txt", "no"), ("0.exif.json", '{"caption": "no"}'),
+                            ("0.mask.v2.png", colour("gray")), *RED), GOOD[:1]),
+    "one picture under a word": (tar_of(("0.input.png", colour("red")), ("0.txt", "red")), GOOD[:1]),
+    "twice": (tar_of(*RED, *LIME, *sample("0", "blue")), [*GOOD[:2], ("0@2", "blue", "blue")]),
+    "three times": (tar_of(*RED, *RED, *RED), [GOOD[0], ("0@2", *GOOD[0][1:]), ("0@3", *GOOD[0][1:])]),
+    "other names": (tar_of(("0.PNG", colour("red")), ("0.TXT", "red"), ("1.jfif", colour("lime")), ("1.txt", "lime"),
+                           ("2.jpe", colour("blue")), ("2.txt", "blue"), ("3.avif", colour("gray")), ("3.txt", "gray")),
+                    GOOD),
+    "marks": (tar_of(("0.png", colour("red")), ("0.txt", b"\xef\xbb\xbfred\r\n"), ("1.png", colour("lime")),
+                     ("1.json", b'\xef\xbb\xbf{"caption": "lime"}'), ("2.png", colour("blue")),
+                     ("2.txt", "blue".encode("utf-16"))), GOOD[:3]),
+    "long names": (tar_of(*sample(f"{LONG}/ü{LONG}", "red"), format=tarfile.PAX_FORMAT),
+                   [(f"{LONG}/ü{LONG}", "red", "red")]),
+    "missing in JSON": (tar_of(("0.png", colour("red")), ("0.json", '{"caption": NaN, "similarity": Infinity}'), *LIME),
+                        [("0", "red"), GOOD[1]]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TARS)
+def test_tars_as_people_have_them(name: str, tmp_path: Path) -> None:
+    data, expected = TARS[name]
+    assert seen(tmp_path / "a.tar", data) == expected
+
+
+BROKEN = {
+    "a failed download": (
+        (*RED, ("1.txt", "lost"), ("1.json", '{"status": "failed_to_download", "error_message": "HTTP 404"}')),
+        r"sample a/1 has no image, only \.json, \.txt \(failed_to_download: HTTP 404\); leave it out",
+    ),
+    "maps alone": ((*RED, ("0.mask.png", colour("gray")), ("1.mask.png", colour("gray")), ("1.txt", "lost")),
+                   r"sample a/1 has no image, only \.txt; leave it out"),
+    "two pictures under words": ((*RED, ("1.a.png", colour("lime")), ("1.b.png", colour("blue")), ("1.txt", "lime")),
+                                 r"sample a/1 has no image, only \.txt; leave it out"),
+    "twice, in pairs that are not known": ((*RED, ("1.png", b"x"), ("1.png", b"y"), ("1.txt", "x"), ("1.txt", "y")),
+                                           "sample a/1 has members twice, and nothing tells which belong together"),
+    "twice in part": ((*RED, ("1.png", b"x"), ("1.png", b"y"), ("1.txt", "y")), "sample a/1 has members twice"),
+    "unknown to Pillow": ((*RED, ("1.heic", b"\0\0\0\x18ftyphexx" + bytes(99)), ("1.txt", "x")),
+                          r"a\.tar:1\.heic cannot be read as an image"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_half_a_sample_is_one_fault(name: str, tmp_path: Path) -> None:
+    members, said = BROKEN[name]
+    first, second = seen(tmp_path / "a.tar", tar_of(*members))
+    assert first == GOOD[0]
+    assert isinstance(second, str)
+    assert re.match(said, second)
+
+
+def test_what_comes_behind_the_end_is_a_tar_or_a_fault(tmp_path: Path) -> None:
+    for data in (tar_of(*RED) + b"signature", tar_of(*RED) + b"x" * 512, tar_of(*RED) + tar_of(*LIME)[:700]):
+        with pytest.raises(DataError, match=r"a\.tar cannot be read as a tar: "):
+            seen(tmp_path / "a.tar", data)
+
+
+def holes(version: str, content: bytes) -> bytes:
+    """The member 0.png as tar -S writes it: its first block, and behind it zeros that are not stored."""
+    header = tarfile.TarInfo("0.png")
+    if version == "old":
+        header.type, header.size = tarfile.GNUTYPE_SPARSE, 512
+        block = bytearray(header.tobuf(tarfile.GNU_FORMAT))
+        for place, number in ((386, 0), (398, 512), (410, len(content)), (422, 0), (483, len(content))):
+            block[place : place + 12] = f"{number:011o}\0".encode()
+        block[148:156] = b" " * 8
+        block[148:156] = f"{sum(block):06o}\0 ".encode()
+        return bytes(block) + content[:512]
+    stored = f"2\n0\n512\n{len(content)}\n0\n".encode().ljust(512, b"\0") + content[:512]
+    header.size = len(stored)
+    header.pax_headers = {
+        "GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": "0.png",
+        "GNU.sparse.realsize": str(len(content)),
+    }  # fmt: skip
+    return header.tobuf(tarfile.PAX_FORMAT) + stored
+
+
+@pytest.mark.parametrize("version", ["old", "1.0"])
+def test_members_with_holes(version: str, tmp_path: Path) -> None:
+    content = colour("red") + bytes(100_000)  # what is behind the end of a PNG does not matter
+    assert seen(tmp_path / "a.tar", holes(version, content) + tar_of(("0.txt", "red"), *LIME)) == GOOD[:2]
+    media = WebDatasetSource(str(tmp_path / "a.tar"), "image")[0].media
+    assert media is not None
+    assert media.data == content
+
+
+def test_a_hole_that_would_fill_the_memory_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = holes("old", colour("red") + bytes(100_000))
+    monkeypatch.setattr(tar_index, "MAX_FETCHED_BYTES", 99_999)
+    (said,) = seen(tmp_path / "a.tar", data + tar_of())
+    assert re.search(r"a\.tar has a sparse member of 100,\d+ bytes, the most is 99,999", str(said))
+
+
+def test_fields_of_json_are_those_of_annotation_files(tmp_path: Path) -> None:
+    said = {
+        "question": "what?", "answers": ["one", "two", "two"], "label": "cat", "image": "../../secret.png", "id": [1],
+        "document": "long", "summary": "short",
+    }  # fmt: skip
+    write_tar(tmp_path / "a.tar", {"0.png": colour("red"), "0.json": json.dumps(said), "0.txt": "a caption"})
+    for kind in ("image", "text"):
+        record = WebDatasetSource(str(tmp_path / "a.tar"), kind)[0]
+        assert record.questions == (Question("what?", "two", "", ("two", "one")), Question("long", "short", "summary"))
+        assert (record.key, record.label, record.picture) == ("a/0", "cat", "")
+        assert (record.texts if kind == "text" else record.captions) == ("a caption",)
+
+
+@pytest.mark.parametrize("suffix", ["webp", "png", "gif", "apng", "jpg"])
+def test_animations_are_clips_for_a_source_of_clips(suffix: str, tmp_path: Path) -> None:
+    """And pictures, by their first frame, for one of pictures. A still picture is never a clip."""
+    frames, file = [Image.new("RGB", (8, 8), name) for name in ("red", "blue")], io.BytesIO()
+    format = {"jpg": "JPEG", "apng": "PNG"}.get(suffix, suffix)
+    frames[0].save(file, format, **({"save_all": True, "append_images": frames[1:]} if suffix != "jpg" else {}))
+    for animated in (True, False):
+        data = file.getvalue() if animated else colour("red")
+        path = write_tar(tmp_path / f"{animated}.tar", {f"0.{suffix}": data})
+        kinds = [WebDatasetSource(str(path), kind)[0].media.kind for kind in ("image", "video")]
+        assert kinds == ["image", "video" if suffix in ("gif", "apng") or (animated and suffix != "jpg") else "image"]
+
+
+def test_tars_of_one_name_have_keys_of_their_own(tmp_path: Path) -> None:
+    for folder in ("cc3m", "laion"):
+        (tmp_path / folder).mkdir()
+        img2dataset(tmp_path / folder / "00000.tar", 1)
+    img2dataset(tmp_path / "laion" / "00001.tar", 1)
+    (tmp_path / "laion" / "._00001.tar").write_bytes(APPLE)
+    assert keys_of(tmp_path / "*" / "*.tar") == [
+        f"{name}/000000000" for name in ("cc3m/00000", "laion/00000", "laion/00001")
+    ]
+    assert keys_of(tmp_path / "laion") == ["00000/000000000", "00001/000000000"]
+
+
+def keys_of(path: Path) -> list[str]:
+    source = WebDatasetSource(str(path), "image")
+    return [source[index].key for index in range(len(source))]
 
 
 @settings(max_examples=80)
