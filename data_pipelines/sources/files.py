@@ -1,11 +1,12 @@
 """Finding and reading files, local or behind a URL, through fsspec; and names that may not leave their folder."""
 
+import codecs
 import contextlib
 import io
 import os
 import re
 import uuid
-from pathlib import PurePosixPath
+from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any, Literal
 
 import fsspec
@@ -47,7 +48,7 @@ def find_files(path: str, *suffixes: str) -> list[str]:
     if len(names) == 1 and "*" not in plain:
         if system.isdir(plain):
             listed = system.find(plain, maxdepth=1)
-            names = sorted(name for name in listed if name.endswith(suffixes))
+            names = sorted(name for name in listed if name.lower().endswith(suffixes))
             if not names:
                 raise DataError(
                     f"{path} holds no file that ends in {' or '.join(suffixes)}; found {len(listed)} others"
@@ -127,7 +128,8 @@ def read_text(path: str) -> io.StringIO:
     """
     data = read_bytes(path)
     try:
-        return io.StringIO(data.decode("utf-8-sig"), newline="")
+        encoding = "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
+        return io.StringIO(data.decode(encoding), newline="")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise DataError(f"{path} is not UTF-8 text: {error.reason} in line {line}; convert it") from error
@@ -149,13 +151,20 @@ def write_atomically(path: str, data: bytes) -> None:
 def inside(folder: str, name: str) -> str:
     """The path of a file that data name, which may not leave its folder.
 
+    Backslashes are those of Windows, and divide folders.
+
     Raises:
-        DataError: an absolute name, one with ``..``, or a URL.
+        DataError: an absolute name, one with ``..``, a URL, or one that no file can have.
     """
-    path = PurePosixPath(name)
-    if not name or path.is_absolute() or ".." in path.parts or is_url(name) or "\\" in name or "\0" in name:
-        raise DataError(f"the file name {name!r} is empty or leads out of {folder}; expected a name inside that folder")
+    path = PurePosixPath(name.replace("\\", "/"))
+    absolute = path.is_absolute() or PureWindowsPath(name).is_absolute()
+    if not name or absolute or ".." in path.parts or is_url(name) or "\0" in name or not _is_unicode(name):
+        raise DataError(f"the file name {name!a} is empty or leads out of {folder}; expected a name inside that folder")
     return f"{folder.rstrip('/')}/{path}"
+
+
+def _is_unicode(name: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def media_kind(name: str) -> Literal["image", "video"] | None:
