@@ -86,8 +86,9 @@ def _read_vqa(files: Sequence[str], split: str) -> Iterator[Row]:
     listed = [row.fields().get("question_id") for row, _ in questions]
     answers = gather(files[0], given, "question_id", "answers", listed)
     for row, subtype in questions:
-        known = next(iter(answers[plain_id(row.fields().get("question_id"))]), None)
-        yield Row(row.file, row.number, {**row.fields(), "subtype": subtype, "answers": known})
+        known = answers[plain_id(row.fields().get("question_id"))]
+        told = {"answers": known[0]} if known else {}
+        yield Row(row.file, row.number, {**row.fields(), "subtype": subtype, **told})
 
 
 def _make_vqa(row: Row, place: Place) -> Record:

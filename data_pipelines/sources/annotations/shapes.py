@@ -98,9 +98,10 @@ def _objects_in(path: str, content: Fields, known: Set[str]) -> Sequence[Fields]
     if ours:
         return [content]
     inner = {name: rows for name, rows in content.items() if isinstance(rows, dict) and rows}
-    groups = {name: rows for name, rows in inner.items() if _are_named(rows, known)}
-    if groups and (len(groups) == len(content) or len(inner) == 1):
-        return [{"split": name, **row} for name, rows in groups.items() for row in _named(rows)]
+    if inner and len(inner) == len(content) and all(_are_named(rows, known) for rows in inner.values()):
+        return [{"split": name, **row} for name, rows in inner.items() for row in _named(rows)]
+    if len(inner) == 1 and not any(plain_name(name) in known for rows in inner.values() for name in rows):
+        return _objects_in(path, *inner.values(), known)  # beside it are a version, a licence and the like
     if len(inner) == len(content) or all(isinstance(said, list) or media_kind(name) for name, said in content.items()):
         return _named(content)
     return [content]

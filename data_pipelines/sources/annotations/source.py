@@ -32,7 +32,7 @@ class AnnotationFormat:
     splits: bool = False
 
 
-_MISSHAPEN = (AttributeError, KeyError, IndexError, TypeError, ValueError)
+_MISSHAPEN = (AttributeError, KeyError, IndexError, TypeError, ValueError, RecursionError)
 """What comes of JSON whose lists are numbers and whose numbers are lists."""
 
 
