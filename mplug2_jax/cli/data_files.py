@@ -136,17 +136,13 @@ def run_validate(args: argparse.Namespace) -> int:
     lost = sum((report.found.lost for report in reports), collections.Counter[str]())
     records = sum(report.found.records for report in reports)
     failed = [report.name for report in reports if report.failed(args.allow)]
-    content = {
-        "records": records,
-        "usable": records - lost.total(),
-        "lost": lost,
-        "allow": args.allow,
-        "failed": failed,
-    }
+    usable = records - lost.total()
     if args.json:
-        print(json.dumps(content | {"sources": [report.content() for report in reports]}, indent=1))
+        verdict = {"records": records, "usable": usable, "lost": lost, "allow": args.allow, "failed": failed}
+        print(json.dumps(verdict | {"sources": [report.content() for report in reports]}, indent=1))
     else:
-        print(f"{records - lost.total():,} of {records:,} records are usable: {_losses(lost)}")
+        noted = "; notes above" if any(report.notes for report in reports) else ""
+        print(f"{usable:,} of {records:,} records are usable: {_losses(lost)}{noted}")
     return 1 if failed else 0
 
 
