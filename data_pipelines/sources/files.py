@@ -158,13 +158,9 @@ def inside(folder: str, name: str) -> str:
     """
     path = PurePosixPath(name.replace("\\", "/"))
     absolute = path.is_absolute() or PureWindowsPath(name).is_absolute()
-    if not name or absolute or ".." in path.parts or is_url(name) or "\0" in name or not _is_unicode(name):
+    if not name or absolute or ".." in path.parts or is_url(name) or "\0" in name:
         raise DataError(f"the file name {name!a} is empty or leads out of {folder}; expected a name inside that folder")
     return f"{folder.rstrip('/')}/{path}"
-
-
-def _is_unicode(name: str) -> bool:
-    return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def media_kind(name: str) -> Literal["image", "video"] | None:

@@ -161,6 +161,6 @@ def test_the_release_counts_the_first_token_twice_and_its_search_is_not_asked(
     settings = dataclasses.replace(CONTEXT.settings, search=SearchConfig(extend_finished=True, max_length=1))
     monkeypatch.setitem(globals(), "CONTEXT", dataclasses.replace(CONTEXT, settings=settings))
     path = written(tmp_path, LISTED)
-    asked("vqa", path, ranked=3)
-    asked("vqa", path, ranked=3, examples=dataclasses.replace(QUESTIONS, form="released"))
+    asked("answer", path, ranked=3)
+    asked("answer", path, ranked=3, examples=dataclasses.replace(QUESTIONS, form="released"))
     assert [context.first_twice for context in told] == [False, True]

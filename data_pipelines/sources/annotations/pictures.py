@@ -109,7 +109,7 @@ def _kinetics_json(file: str) -> Iterator[Row]:
     if not isinstance(content, dict):
         raise DataError(f"{file} holds a {type(content).__name__}, expected clips by their YouTube ids")
     for number, (name, clip) in enumerate(content.items(), 1):
-        said = clip.get("annotations") if isinstance(clip, dict) else None
+        said = clip.get("annotations", {}) if isinstance(clip, dict) else {}
         segment = said.get("segment") if isinstance(said, dict) else None
         if not isinstance(segment, list) or len(segment) != 2:
             yield Row(file, number, {}, "has no annotations with a segment of two times")

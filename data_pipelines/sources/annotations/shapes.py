@@ -30,7 +30,8 @@ def read_rows(path: str, known: Set[str]) -> Iterator[Row]:
         yield from read_table(path, known)
         return
     file = read_text(path)
-    lines = [(number, line.strip()) for number, line in enumerate(file, 1) if line.strip()]
+    stripped = (line.strip().lstrip("\ufeff") for line in file)  # the marks of files that were joined
+    lines = [(number, line) for number, line in enumerate(stripped, 1) if line]
     begins = [line[0] for _, line in lines[:2]]
     if not begins:
         return
@@ -101,7 +102,7 @@ def _objects_in(path: str, content: Fields, known: Set[str]) -> Sequence[Fields]
     if inner and len(inner) == len(content) and all(_are_named(rows, known) for rows in inner.values()):
         return [{"split": name, **row} for name, rows in inner.items() for row in _named(rows)]
     if len(inner) == 1 and not any(plain_name(name) in known for rows in inner.values() for name in rows):
-        return _objects_in(path, *inner.values(), known)  # beside it are a version, a licence and the like
+        return _objects_in(path, next(iter(inner.values())), known)  # beside it are a version, a licence and the like
     if len(inner) == len(content) or all(isinstance(said, list) or media_kind(name) for name, said in content.items()):
         return _named(content)
     return [content]

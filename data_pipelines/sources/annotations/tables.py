@@ -56,7 +56,7 @@ def read_table(
     while at < len(lines):
         first = at
         cells, at = _cells(lines, at, delimiter, len(header), quotes)
-        if not any(map(str.strip, cells)) or [cell.strip() for cell in cells] == header:
+        if not any(map(str.strip, cells)) or [cell.strip(" \ufeff") for cell in cells] == header:  # of joined files
             continue
         fault = ""
         if len(cells) > len(header):

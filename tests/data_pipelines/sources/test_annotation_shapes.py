@@ -49,6 +49,8 @@ SHAPES: dict[str, str | bytes] = {
     "lines.jsonl": "\n".join(LINES),
     "lines.JSONL": "\r\n".join(LINES),
     "old mac.jsonl": "\r".join(LINES),
+    "joined.jsonl": "\ufeff" + "\n\ufeff".join(LINES),
+    "joined.csv": "\ufeffimage,caption\np0.jpg,one\n\ufeffimage,caption\np1.jpg,two\n",
     "no lines.jsonl": "".join(LINES),
     "commas.jsonl": ",\n".join(LINES) + ",\n",
     "indented.json": "\n".join(json.dumps(row, indent=2) for row in ROWS),
