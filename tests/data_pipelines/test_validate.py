@@ -1,15 +1,20 @@
 """Validation says what training would lose, where and why: it makes every example as training does."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
 
 from data_pipelines.config import DataConfig, ExampleConfig, InstructionConfig, SourceConfig, VisualConfig
 from data_pipelines.digitworld.source import vocabulary_texts
 from data_pipelines.loader import EvaluationSet, Maker, Stream
+from data_pipelines.media import Media
+from data_pipelines.record import Record
+from data_pipelines.sources.array_record import encode_record
 from data_pipelines.tokenizers import train_wordpiece
 from data_pipelines.validate import Findings, histogram, validate
 from tests.close import assert_close
@@ -136,6 +141,43 @@ def test_what_is_lost_is_what_training_and_evaluation_lose_for_the_same_reasons(
     epoch = [stream.examples[row] for row in range(found.records)]
     assert {(fault.key, fault.reason) for made in epoch for fault in made.faults} == expected
     assert {made.example.key for made in epoch}.isdisjoint(key for key, _ in expected)
+
+
+def in_format(format: str, folder: Path) -> Path:
+    """One captioned picture, or one of a class, as a format has it."""
+    picture = encoded(records("image", 1)[0])
+    (folder / "a.png").write_bytes(picture)
+    (folder / "class").mkdir()
+    (folder / "class" / "a.png").write_bytes(picture)
+    contents: dict[str, Any] = {
+        "annotations": [{"image": "a.png", "caption": "x"}],
+        "coco_captions": {
+            "images": [{"id": 1, "file_name": "a.png"}],
+            "annotations": [{"image_id": 1, "caption": "x"}],
+        },
+        "karpathy": {"images": [{"filename": "a.png", "imgid": 1, "sentences": [{"raw": "x"}]}]},
+    }
+    if format in contents:
+        (folder / "a.json").write_text(json.dumps(contents[format]))
+        return folder / "a.json"
+    if format == "array_record":
+        made = Record("k", media=Media("image", picture, "a.png"), captions=("x",))
+        writer = ArrayRecordWriter(str(folder / "a.array_record"), "group_size:1")
+        writer.write(encode_record(made))
+        writer.close()
+        return folder / "a.array_record"
+    return write_tar(folder / "a.tar", {"a.png": picture, "a.txt": "x"}) if format == "webdataset" else folder
+
+
+@pytest.mark.parametrize(
+    "format", ["annotations", "array_record", "coco_captions", "image_folder", "karpathy", "webdataset"]
+)
+def test_a_kind_that_the_records_are_not_is_found_in_every_format(format: Any, tmp_path: Path) -> None:
+    source = SourceConfig(format=format, path=str(in_format(format, tmp_path)), media="", kind="image")
+    assert found_in(data(source)).lost == {}
+    found = found_in(data(dataclasses.replace(source, kind="video")))
+    assert found.lost == {"media of another kind": found.records}
+    assert "is taken for an image, expected a video; set the source's kind" in found.faults[0].reason
 
 
 def test_questions_that_too_few_answered_cannot_be_scored(tmp_path: Path) -> None:

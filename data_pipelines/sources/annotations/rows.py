@@ -168,13 +168,17 @@ parse_json = functools.partial(json.loads, parse_constant=_nothing)
 
 
 def read_json(path: str) -> Any:
-    """A whole JSON file.
+    """A whole JSON file; a list may have a comma behind its last item.
 
     Raises:
         DataError: missing, not UTF-8, or damaged (with the line).
     """
+    text = read_text(path).read().strip()
+    items = text[:-1].rstrip()
+    if text.endswith("]") and items.endswith(","):
+        text = f"{items[:-1]}]"
     try:
-        return parse_json(read_text(path).read())
+        return parse_json(text)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not valid JSON ({error}); it is damaged or of another format") from error
 

@@ -54,6 +54,7 @@ SHAPES: dict[str, str | bytes] = {
     "no lines.jsonl": "".join(LINES),
     "commas.jsonl": ",\n".join(LINES) + ",\n",
     "indented.json": "\n".join(json.dumps(row, indent=2) for row in ROWS),
+    "last comma.json": f"[{LINES[0]},\n{LINES[1]},\n]\n",
     "wrapped.json": json.dumps({"version": 1, "data": ROWS}),
     "wrapped twice.json": json.dumps({"version": "1", "data": {"rows": ROWS}}, indent=1),
     "described.json": json.dumps({"description": "a set of mine", "annotations": ROWS}),
