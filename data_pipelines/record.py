@@ -15,13 +15,14 @@ Box = tuple[float, float, float, float]  # x0, y0, x1, y1 in 0..1 of the frame, 
 
 _HALF = re.compile("[\ud800-\udfff]")
 _CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f]")  # without those that are white space
+_UNSEEN = frozenset({"Cc", "Cf", "Co", "Mc", "Me", "Mn", "Zl", "Zp", "Zs"})  # not Cn: it holds the newest emoji
 _BLANK_SYMBOLS = frozenset("\u115f\u1160\u2800\u3164\uffa0\ufffd")  # letters and symbols of which nothing is seen
 
 
 def clean_text(text: str) -> str:
     """Return a text without control characters and outer white space; empty if nothing of it would be seen.
 
-    White space, zero-width and unassigned characters, and accents without a letter are not seen.
+    White space, zero-width and private characters, and accents without a letter are not seen.
 
     Raises:
         DataError: half of a surrogate pair, which no encoding of Unicode can hold.
@@ -34,7 +35,7 @@ def clean_text(text: str) -> str:
             "that was cut or a name that is not UTF-8; mend it"
         )
     text = _CONTROL.sub("", text).strip()
-    return text if any(unicodedata.category(c)[0] not in "CMZ" and c not in _BLANK_SYMBOLS for c in text) else ""
+    return text if any(unicodedata.category(c) not in _UNSEEN and c not in _BLANK_SYMBOLS for c in text) else ""
 
 
 def _clean_texts(texts: tuple[str, ...]) -> tuple[str, ...]:

@@ -13,6 +13,8 @@ from data_pipelines.sources.files import media_kind, read_text
 OWN_NAME = "name in the file"
 """The field of what an object calls a row of it."""
 
+_OF_FILES = frozenset({"comment", "desc", "description", "text"})  # which may say something of a file, too
+
 Fields = Mapping[str, Any]
 
 
@@ -89,7 +91,7 @@ def _objects_in(path: str, content: Fields, known: Set[str]) -> Sequence[Fields]
         raise DataError(f"{path} is of format '{form}', by its {', '.join(list(content)[:4])}; read it as that")
     ours = [name for name in content if plain_name(name) in known]
     lists = {name: rows for name, rows in content.items() if name not in ours and _are_objects(rows)}
-    if lists:
+    if lists and not any(isinstance(content[name], str) and plain_name(name) not in _OF_FILES for name in ours):
         return [{"split": name, **row} for name, rows in lists.items() for row in rows]
     columns, cells = content.get("columns"), content.get("data")
     if isinstance(columns, list) and isinstance(cells, list) and all(isinstance(row, list) for row in cells):

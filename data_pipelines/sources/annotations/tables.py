@@ -58,6 +58,8 @@ def read_table(
         cells, at = _cells(lines, at, delimiter, len(header), quotes)
         if not any(map(str.strip, cells)) or [cell.strip(" \ufeff") for cell in cells] == header:  # of joined files
             continue
+        while len(cells) > len(header) and not cells[-1].strip():  # of delimiters that end a line
+            cells.pop()
         fault = ""
         if len(cells) > len(header):
             fault = f"has {len(cells)} cells, expected the header's {len(header)}; put those with delimiters in quotes"

@@ -70,6 +70,7 @@ SHAPES: dict[str, str | bytes] = {
     "msrvtt indented.json": json.dumps(VIDEOS, indent=4),
     "upper.csv": "Image,Caption\np0.jpg,one\np1.jpg,two\n",
     "spaces.csv": 'image, caption\np0.jpg, one\np1.jpg, "two"\n',
+    "ends.csv": "image,caption\np0.jpg,one,\np1.jpg,two,,\n",
     "semicolons.csv": "image;caption\np0.jpg;one\np1.jpg;two\n",
     "pipes.csv": "image_name| comment_number| comment\np0.jpg| 0| one\np1.jpg| 0| two\n",
     "captions.txt": "image,caption\np0.jpg,one\np1.jpg,two\n",
@@ -81,6 +82,12 @@ SHAPES: dict[str, str | bytes] = {
 @pytest.mark.parametrize("name", SHAPES)
 def test_rows_are_found_in_whatever_wraps_them(name: str, tmp_path: Path) -> None:
     assert said(opened(tmp_path / name, SHAPES[name])) == READ
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+def test_a_single_row_is_a_row_whatever_it_holds(suffix: str, tmp_path: Path) -> None:
+    row = {**ROWS[0], "regions": [{"bbox": [1, 2, 3, 4]}], "meta": {"a": {"b": 1}}}
+    assert said(opened(tmp_path / f"a{suffix}", json.dumps(row))) == READ[:1]
 
 
 def test_splits_are_chosen_by_the_names_that_the_file_has(tmp_path: Path) -> None:
