@@ -137,7 +137,7 @@ def make_example(
     if visual is not None:
         arrays["frames"] = visual.frames
     if config.form == "released":
-        record = _worded(record)
+        record = _worded(record, config)
     _check_record(record, config)
     if config.text_length:
         text, ids = _choose_text(record, config, tokenizer, rng)
@@ -164,11 +164,18 @@ def make_example(
     return Example(arrays, record.key, text, instruction, answers, times)
 
 
-def _worded(record: Record) -> Record:
-    """The record without captions, texts and questions of which the release's cleaning leaves no word."""
-    captions, texts = (tuple(t for t in each if pre_caption(t, 1)) for each in (record.captions, record.texts))
-    questions = tuple(q for q in record.questions if pre_caption(q.question, 1))
-    return dataclasses.replace(record, captions=captions, texts=texts, questions=questions)
+def _worded(record: Record, config: ExampleConfig) -> Record:
+    """The record without captions, questions and texts of which the release's cleaning leaves no word."""
+
+    def has_words(text: str) -> bool:
+        return bool(pre_caption(text, 1))
+
+    return dataclasses.replace(
+        record,
+        captions=tuple(filter(has_words, record.captions)),
+        questions=tuple(question for question in record.questions if has_words(question.question)),
+        texts=tuple(filter(has_words, record.texts)) if config.text_length else record.texts,
+    )
 
 
 def _check_record(record: Record, config: ExampleConfig) -> None:

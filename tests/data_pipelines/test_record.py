@@ -47,8 +47,10 @@ def test_what_is_not_seen_is_no_text(text: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "clean"),
-    [("a\0b", "ab"), (" a\x07 \u202eb\u202c ", "a \u202eb\u202c"), ("...", "..."), ("\U0001f468\u200d\U0001f469", None), ("\U0001faea", None),
-     ("a\tb\nc\x85d", None), ("\u0915\u094d\u200d", None)],
+    [
+        ("a\0b", "ab"), (" a\x07 \u202eb\u202c ", "a \u202eb\u202c"), ("...", "..."), ("a\tb\nc\x85d", None),
+        ("\U0001f468\u200d\U0001f469", None), ("\U0001faea", None), ("\u0915\u094d\u200d", None),
+    ],
 )  # fmt: skip
 def test_control_characters_are_left_out_and_the_rest_stays(text: str, clean: str | None) -> None:
     assert clean_text(text) == (text if clean is None else clean)
