@@ -62,6 +62,7 @@ def test_answers_are_ids_from_after_the_begin_token_to_the_end_each_once(tmp_pat
         ([], SEARCH, "not an empty one"),
         (["yes", 3], SEARCH, "should be a list of answers"),
         (["yes", " "], SEARCH, "should be a list of answers"),
+        (["yes", "caf\udce9"], SEARCH, r"'caf\udce9' is no Unicode text: half of a surrogate pair"),
         (
             ["a", "a b c d e"],
             SEARCH,
