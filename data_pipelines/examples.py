@@ -141,7 +141,9 @@ def make_example(
     answers: tuple[str, ...] = ()
     if visual is not None:
         arrays["frames"] = visual.frames
-    check_record(record, config)
+    if config.form == "released":
+        record = _worded(record, config)
+    _check_record(record, config)
     if config.text_length:
         text, ids = _choose_text(record, config, tokenizer, rng)
         arrays["text"], arrays["text_mask"] = _padded(ids, config.text_length)
@@ -167,16 +169,30 @@ def make_example(
     return Example(arrays, record.key, text, instruction, answers, times)
 
 
-def check_record(record: Record, config: ExampleConfig) -> None:
-    """Checks that a record has something of all that examples are made of.
+def _worded(record: Record, config: ExampleConfig) -> Record:
+    """The record without captions, questions and texts of which the release's cleaning leaves no word."""
 
-    Raises:
-        DataError: names what it lacks.
-    """
+    def has_words(text: str) -> bool:
+        return bool(pre_caption(text, 1))
+
+    return dataclasses.replace(
+        record,
+        captions=tuple(filter(has_words, record.captions)),
+        questions=tuple(question for question in record.questions if has_words(question.question)),
+        texts=tuple(filter(has_words, record.texts)) if config.text_length else record.texts,
+    )
+
+
+def _check_record(record: Record, config: ExampleConfig) -> None:
+    """Check that a record has something of all that examples are made of. Raises DataError, which names what lacks."""
+    words = " with words behind its punctuation" if config.form == "released" else ""
     if config.text_length and not (record.captions if config.text == "caption" else record.texts or record.tokens):
-        raise DataError(f"record {record.key} has no {config.text}, which the stream's examples ask for")
+        raise DataError(f"record {record.key} has no {config.text}{words}, which the stream's examples ask for")
     if config.instructions and not _kinds(record, config):
-        raise DataError(f"record {record.key} has none of what is asked for: {', '.join(config.instructions)}")
+        raise DataError(
+            f"record {record.key} has none of what is asked for{words and f', or none{words}'}: "
+            f"{', '.join(config.instructions)}"
+        )
 
 
 def _kinds(record: Record, config: ExampleConfig) -> list[InstructionKind]:

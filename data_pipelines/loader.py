@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Int
 from numpy.typing import NDArray
 
-from data_pipelines.config import DataConfig
+from data_pipelines.config import DataConfig, Kind
 from data_pipelines.errors import DataError
 from data_pipelines.examples import Example, make_example, reference_ids
 from data_pipelines.faults import Fault
@@ -45,6 +45,9 @@ class LoadedBatch(NamedTuple):
     rows: Sequence[Made]
 
 
+_ARTICLES: Mapping[str, str] = {"image": "an image", "video": "a video"}
+
+
 class _Unusable(DataError):
     """One record that cannot be used."""
 
@@ -53,10 +56,20 @@ class _Unusable(DataError):
         self.fault = fault
 
 
-class _Maker:
-    """The opened sources of a stream, and how one of their records becomes an example."""
+class Maker:
+    """The opened sources of a stream, and how one of their records becomes an example.
 
-    def __init__(self, config: DataConfig, tokenizer: Tokenizer, name: str, seed: int) -> None:
+    Args:
+        config: the stream's.
+        tokenizer: for its texts.
+        name: of the stream.
+        seed: of the run.
+        least_answers: right answers that an example needs, so that it can be scored.
+    """
+
+    def __init__(
+        self, config: DataConfig, tokenizer: Tokenizer, name: str, seed: int, *, least_answers: int = 0
+    ) -> None:
         visual = config.visual
         if config.kind == "image":  # a picture is one frame, however many a clip would have
             visual = dataclasses.replace(visual, num_frames=1)
@@ -64,6 +77,12 @@ class _Maker:
         drawn = dataclasses.replace(visual, num_frames=visual.num_frames * visual.clips)
         self.sources: Mapping[str, Source] = {key: open_source(source, drawn) for key, source in config.sources.items()}
         self._config, self._visual, self._tokenizer, self._name, self._seed = config, visual, tokenizer, name, seed
+        self._least_answers = least_answers
+
+    @property
+    def kind(self) -> Kind:
+        """What the records are taken for."""
+        return self._config.kind
 
     def make(self, pick: Pick, view: int = 0) -> Example:
         """One example. Raises _Unusable, or with the record's key whatever is no fault of the record's."""
@@ -71,25 +90,40 @@ class _Maker:
         try:
             record = self.sources[pick.source][pick.index]
             key = record.key
-            visual = self._see(record, pick.rng(self._seed, self._name, "visual"), view)
-            rng = pick.rng(self._seed, self._name, "text")
-            source = pick.source if len(self.sources) > 1 else ""
-            return make_example(record, self._config.examples, self._tokenizer, rng, visual, source)
+            return self.tell(record, pick, self.see(record, pick, view))
         except DataError as error:
             raise _Unusable(Fault(pick.source, key, str(error))) from error
         except Exception as error:
             error.add_note(f"while making an example of {key} of source '{pick.source}'")
             raise
 
-    def _see(self, record: Record, rng: np.random.Generator, view: int) -> Visual | None:
-        if self._config.kind == "text":
+    def see(self, record: Record, pick: Pick, view: int = 0) -> Visual | None:
+        """The frames of a record; None of a text. Raises DataError if it has none, or none that can be read."""
+        kind = self.kind
+        if kind == "text":
+            if not (record.texts or record.captions or record.questions or record.entailments or record.tokens):
+                raise DataError(f"record {record.key} has no text, which its stream is made of")
             return None
-        if record.media is not None and record.media.kind != self._config.kind:
-            raise DataError(f"{record.media.name} is taken for a {record.media.kind}, expected a {self._config.kind}")
+        if record.media is not None and record.media.kind != kind:
+            found, wanted = (_ARTICLES[each] for each in (record.media.kind, kind))
+            raise DataError(f"{record.media.name} is taken for {found}, expected {wanted}; set the source's kind")
         seen = record.frames if record.media is None else record.media
         if seen is None:
-            raise DataError(f"record {record.key} has no {self._config.kind}, which its stream is made of")
-        return load_visual(seen, self._visual, rng, view)
+            raise DataError(f"record {record.key} has no {kind}, which its stream is made of")
+        return load_visual(seen, self._visual, pick.rng(self._seed, self._name, "visual"), view)
+
+    def tell(self, record: Record, pick: Pick, visual: Visual | None) -> Example:
+        """The example of a record, of which this is seen. Raises DataError if it lacks what is asked for."""
+        rng = pick.rng(self._seed, self._name, "text")
+        example = make_example(
+            record, self._config.examples, self._tokenizer, rng, visual, pick.source if len(self.sources) > 1 else ""
+        )
+        if len(example.answers) < self._least_answers:
+            raise DataError(
+                f"record {record.key} has {len(example.answers)} annotated answers, expected at least "
+                f"{self._least_answers}, blank ones among them: fewer cannot be scored; give those of all annotators"
+            )
+        return example
 
     def make_or_replace(self, pick: Pick) -> Made:
         """The example of a record, or of the next good one of its source.
@@ -133,7 +167,7 @@ class Stream:
             if (count := getattr(config.visual, field)) > 1:
                 raise DataError(f"visual.{field}={count} is for evaluations: training sees one view of an example")
         self._config, self._tokenizer, self._seed = config, tokenizer, seed
-        self._maker = _Maker(config, tokenizer, name, seed)
+        self._maker = Maker(config, tokenizer, name, seed)
         multiple = config.batch_size if config.drop_remainder else 1
         for key, source in self._maker.sources.items():
             if len(source) < multiple:
@@ -206,12 +240,14 @@ class EvaluationSet:
     """The examples of a stream's sources, one source after the other, each in its own order.
 
     A record that cannot be used is left out, not replaced: nothing may count twice. Where there are several views of
-    each, row r of the batches is view r % views of example r // views.
+    each, row r of the batches is view r % views of example r // views. The arguments are those of ``Maker``.
     """
 
-    def __init__(self, config: DataConfig, tokenizer: Tokenizer, *, name: str, seed: int) -> None:
+    def __init__(
+        self, config: DataConfig, tokenizer: Tokenizer, *, name: str, seed: int, least_answers: int = 0
+    ) -> None:
         self._config = config
-        self._maker = _Maker(config, tokenizer, name, seed)
+        self._maker = Maker(config, tokenizer, name, seed, least_answers=least_answers)
         self._picks = [(name, len(source)) for name, source in self._maker.sources.items()]
         self.views = config.visual.views
 

@@ -139,6 +139,7 @@ def reading(media: Media) -> Iterator[bytes | str]:
     except Exception as error:
         what = "an image" if media.kind == "image" else "a video"
         reason = getattr(error, "strerror", None) or str(error).split("\n")[0] or type(error).__name__
+        reason = reason.split(" <_io.")[0]  # an address differs every time, and the same fault would be another
         raise DataError(f"{media.name} cannot be read as {what}: {reason}; replace or remove the file") from error
 
 

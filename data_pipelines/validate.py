@@ -1,29 +1,27 @@
 """Reading a source through, as training would, to say what of it would be lost."""
 
 import collections
+import contextlib
 import dataclasses
-import io
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
-import av
 import grain
 import numpy as np
 
-from data_pipelines.config import ExampleConfig, VisualConfig
 from data_pipelines.errors import DataError
-from data_pipelines.examples import check_record, example_id
+from data_pipelines.examples import example_id
 from data_pipelines.faults import Fault
+from data_pipelines.loader import Maker
 from data_pipelines.media import Media
-from data_pipelines.record import Record, Source
-from data_pipelines.sources.files import is_url, read_bytes
-from data_pipelines.visual import load_visual
+from data_pipelines.order import Pick
+from data_pipelines.record import Source
+from data_pipelines.sources.files import is_url
+from data_pipelines.video import read_seconds
 
 MAX_FAULTS = 1000
 """Of one source that are kept; further ones are counted."""
-
-WHAT = ("unreadable records", "missing media", "unreadable media", "records that lack what is asked for")
 
 
 @dataclasses.dataclass
@@ -33,12 +31,16 @@ class Findings:
     records: int = 0
     pictures: int = 0
     clips: int = 0
-    lost: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)  # by what is in ``WHAT``
+    lost: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)  # by cause
     faults: list[Fault] = dataclasses.field(default_factory=list)
     duplicates: tuple[str, ...] = ()  # keys that several records have
-    empty_texts: int = 0
     words: list[int] = dataclasses.field(default_factory=list)  # of each caption or text
     seconds: list[float] = dataclasses.field(default_factory=list)  # of each clip
+
+    @property
+    def usable(self) -> int:
+        """Records that nothing is wrong with."""
+        return self.records - self.lost.total()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,26 +53,23 @@ class _Checked:
     reason: str = ""
 
 
-def validate(
-    source: Source, visual: VisualConfig, examples: ExampleConfig | None = None, *, name: str, threads: int = 2
-) -> Findings:
-    """Reads and decodes every record.
+def validate(maker: Maker, name: str, *, views: int = 1, threads: int = 2) -> Findings:
+    """Make the example of every record of a source, as the first epoch of training does.
 
     Args:
-        source: the records.
-        visual: how media are decoded.
-        examples: what a stream asks of each record, if it is known.
-        name: of the source, for its faults.
+        maker: of the examples of the stream or evaluation.
+        name: of the source among the maker's.
+        views: of each record that an evaluation looks at.
         threads: that decode.
     """
+    source = maker.sources[name]
     found, hashes = Findings(), np.empty(len(source), np.int64)
     indices: grain.MapDataset[int] = grain.MapDataset.range(len(source))
-    checks = indices.map(lambda index: _check(source, index, visual, examples))
+    checks = indices.map(lambda index: _check(maker, Pick(name, index, 0), views))
     for index, checked in enumerate(checks.to_iter_dataset(grain.ReadOptions(threads, 32 * threads))):
         found.records += 1
         found.pictures += checked.media == "image"
         found.clips += checked.media == "video"
-        found.empty_texts += checked.words.count(0)
         found.words += checked.words
         if checked.seconds is not None:
             found.seconds.append(checked.seconds)
@@ -83,43 +82,35 @@ def validate(
     return found
 
 
-def _check(source: Source, index: int, visual: VisualConfig, examples: ExampleConfig | None) -> _Checked:
+def _check(maker: Maker, pick: Pick, views: int) -> _Checked:
     """One record; whatever is wrong with it is kept, not raised."""
     try:
-        record = source[index]
+        record = maker.sources[pick.source][pick.index]
     except DataError as error:
-        return _Checked(f"record {index}", lost=WHAT[0], reason=str(error))
+        return _Checked(f"record {pick.index}", lost="unreadable records", reason=str(error))
+    media, seen = record.media, None
     words = tuple(len(text.split()) for text in (*record.captions, *record.texts))
-    checked = _Checked(record.key, record.media.kind if record.media else "", words)
+    checked = _Checked(record.key, media.kind if media else "", words)
+    if maker.kind == "text" or (media is None and record.frames is None):
+        lost = f"records without {maker.kind}"
+    elif media and media.kind != maker.kind:
+        lost = "media of another kind"
+    else:
+        lost = "missing media" if media and _is_missing(media) else "unreadable media"
     try:
-        if examples is not None:
-            check_record(record, examples)
+        for view in range(views):
+            seen = maker.see(record, pick, view)
+        lost = "records that lack what is asked for"
+        maker.tell(record, pick, seen)
     except DataError as error:
-        return dataclasses.replace(checked, lost=WHAT[3], reason=str(error))
-    try:
-        return dataclasses.replace(checked, seconds=_look(record, visual))
-    except DataError as error:
-        missing = record.media and _is_missing(record.media)
-        return dataclasses.replace(checked, lost=WHAT[1] if missing else WHAT[2], reason=str(error))
-
-
-def _look(record: Record, visual: VisualConfig) -> float | None:
-    """Decodes a record's media; the length of a clip in seconds.
-
-    Raises:
-        DataError: they are missing or cannot be read.
-    """
-    media = record.media
-    if media is None:
-        return None
-    load_visual(media, visual, np.random.default_rng(0))
-    return _seconds(media) if media.kind == "video" else None
+        return dataclasses.replace(checked, lost=lost, reason=str(error))
+    return dataclasses.replace(checked, seconds=_seconds(media) if media and media.kind == "video" else None)
 
 
 def _seconds(media: Media) -> float | None:
-    data = read_bytes(media.data) if isinstance(media.data, str) and is_url(media.data) else media.data
-    with av.open(io.BytesIO(data) if isinstance(data, bytes) else data) as container:
-        return None if container.duration is None else container.duration / av.time_base
+    with contextlib.suppress(DataError):  # moving pictures that are no containers tell no length
+        return read_seconds(media)
+    return None
 
 
 def _is_missing(media: Media) -> bool:

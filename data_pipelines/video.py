@@ -87,6 +87,12 @@ def read_video(
             return _read_all(media, data, choose, keep, background)
 
 
+def read_seconds(media: Media) -> float | None:
+    """The length of a video in seconds as its container tells it; None where it does not. Raises as ``read_video``."""
+    with reading(media) as data, _open(media, data) as (container, _):
+        return None if container.duration is None else container.duration / av.time_base
+
+
 class _LostError(Exception):
     """Random access cannot be had, or did not find what the packets promised."""
 

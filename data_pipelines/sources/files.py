@@ -6,7 +6,7 @@ import os
 import re
 import uuid
 from collections.abc import Callable
-from pathlib import PurePosixPath
+from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any, Literal
 
 import fsspec
@@ -54,7 +54,7 @@ def find_files(path: str, *suffixes: str) -> list[str]:
     if len(names) == 1 and "*" not in plain:
         if system.isdir(plain):
             listed = [name for name in system.find(plain, maxdepth=1) if not is_hidden(name.rpartition("/")[2])]
-            names = sorted(name for name in listed if name.endswith(suffixes))
+            names = sorted(name for name in listed if name.lower().endswith(suffixes))
             if not names:
                 raise DataError(
                     f"{path} holds no file that ends in {' or '.join(suffixes)}; found {len(listed)} others"
@@ -167,12 +167,15 @@ def write_atomically(path: str, data: bytes) -> None:
 def inside(folder: str, name: str) -> str:
     """The path of a file that data name, which may not leave its folder.
 
+    Backslashes are those of Windows, and divide folders.
+
     Raises:
-        DataError: an absolute name, one with ``..``, or a URL.
+        DataError: an absolute name, one with ``..``, a URL, or one that no file can have.
     """
-    path = PurePosixPath(name)
-    if not name or path.is_absolute() or ".." in path.parts or is_url(name) or "\\" in name or "\0" in name:
-        raise DataError(f"the file name {name!r} is empty or leads out of {folder}; expected a name inside that folder")
+    path = PurePosixPath(name.replace("\\", "/"))
+    absolute = path.is_absolute() or PureWindowsPath(name).is_absolute()
+    if not name or absolute or ".." in path.parts or is_url(name) or "\0" in name:
+        raise DataError(f"the file name {name!a} is empty or leads out of {folder}; expected a name inside that folder")
     return f"{folder.rstrip('/')}/{path}"
 
 

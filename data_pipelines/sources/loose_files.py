@@ -94,7 +94,7 @@ class LooseFiles:
         path = self._path(name)
         if self._kind != "text":
             return Record(name, media=Media(self._kind, path, path))
-        text = read_text(path).read().strip()
-        if not text:
-            raise DataError(f"{path} is empty; expected a text")
-        return Record(name, texts=(text,))
+        record = Record(name, texts=(read_text(path).read(),))
+        if not record.texts:
+            raise DataError(f"{path} is empty; expected a text that can be seen")
+        return record

@@ -1,16 +1,21 @@
 """``mplug2 data show | validate | convert | chunk``: what reads and writes data sets."""
 
 import argparse
+import collections
 import dataclasses
-from collections.abc import Iterator
+import json
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mplug2_jax.cli.common import add_command
-from mplug2_jax.errors import UserError, did_you_mean
+from mplug2_jax.errors import UserError, check_range, did_you_mean
 
 if TYPE_CHECKING:
-    from data_pipelines.config import ExampleConfig, SourceConfig, VisualConfig
+    from data_pipelines.config import DataConfig, SourceConfig
+    from data_pipelines.loader import Maker
+    from data_pipelines.tokenizers import Tokenizer
     from data_pipelines.validate import Findings
     from mplug2_jax.training.config import RunConfig
 
@@ -34,11 +39,16 @@ def add_parsers(kinds: Any) -> None:
     check = add_command(
         kinds, "validate", run_validate, config=True,
         summary="Read data as training would, and say what of it would be lost",
-        details="Exit status 1: something would be lost.",
+        details="The last line is the verdict. Exit status 1: more would be lost than --allow.",
         example="mplug2 data validate webdataset:shards/{00000..00127}.tar --kind image",
     )  # fmt: skip
-    check.add_argument("spec", metavar="SPEC", help="FORMAT:PATH, or a recipe, whose streams are read")
+    check.add_argument("spec", metavar="SPEC", help="FORMAT:PATH, or a recipe: its streams and evaluations")
     _add_source(check)
+    check.add_argument(
+        "--allow", type=float, default=0.0, metavar="SHARE",
+        help="share of a source's records that may be lost, 0 to 1 (default: 0)",
+    )  # fmt: skip
+    check.add_argument("--json", action="store_true", help="print what was found as one JSON object")
     convert = add_command(
         kinds, "convert", run_convert,
         summary="Convert any source to ArrayRecord shards",
@@ -106,47 +116,136 @@ def _show(config: "RunConfig", name: str, step: int, folder: Path) -> "list[Path
 
 
 def run_validate(args: argparse.Namespace) -> int:
-    """Prints what was found; status 1 if training would lose any of it."""
-    from data_pipelines.sources.formats import FORMATS, open_source
+    """Prints what was found; status 1 if training would lose more of a source than is allowed."""
+    from data_pipelines.sources.formats import FORMATS
     from data_pipelines.validate import validate
 
-    lost = 0
+    check_range("--allow", args.allow, 0, 1)
     recipe = args.spec.partition(":")[0] not in FORMATS
     if args.overrides and not recipe:
         raise UserError(f"{args.overrides[0]} is for recipes, and {args.spec} is none; use --kind, --media, --split")
-    for name, source, visual, examples in _recipe_sources(args) if recipe else _only(args):
-        found = validate(open_source(source, visual), visual, examples, name=name)
-        print(f"{name}\n{_findings(found)}")
-        lost += sum(found.lost.values()) + (source.format == "array_record" and _changed_shards(source.path))
-    return 1 if lost else 0
+    reports = []
+    for prefix, data, maker, notes in _recipe_makers(args) if recipe else _only(args):
+        for name, source in data.sources.items():
+            found = validate(maker, name, views=data.visual.views)
+            changed = _changed_shards(source.path) if source.format == "array_record" else []
+            reports.append(_Report(f"{prefix}{name}", found, notes, changed))
+            notes = []  # what was said when the sources were opened is said once
+            if not args.json:
+                print(reports[-1].text(), flush=True)
+    lost = sum((report.found.lost for report in reports), collections.Counter[str]())
+    records = sum(report.found.records for report in reports)
+    failed = [report.name for report in reports if report.failed(args.allow)]
+    usable = records - lost.total()
+    if args.json:
+        verdict = {"records": records, "usable": usable, "lost": lost, "allow": args.allow, "failed": failed}
+        print(json.dumps(verdict | {"sources": [report.content() for report in reports]}, indent=1))
+    else:
+        noted = "; notes above" if any(report.notes for report in reports) else ""
+        print(f"{usable:,} of {records:,} records are usable: {_losses(lost)}{noted}")
+    return 1 if failed else 0
 
 
-def _changed_shards(path: str) -> int:
-    """How many files are not what was written, by the checksums beside them; files without one cannot be told."""
+def _losses(lost: collections.Counter[str]) -> str:
+    if not lost:
+        return "nothing would be lost"
+    return f"{lost.total():,} would be lost ({', '.join(f'{count:,} {what}' for what, count in lost.items())})"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Report:
+    """What was found in one source."""
+
+    name: str
+    found: "Findings"
+    notes: Sequence[str]  # said when it was opened
+    changed: Sequence[str]  # files that are not what was written
+
+    def failed(self, allow: float) -> bool:
+        """Whether more is lost than a share of the records, or a file changed."""
+        return bool(self.changed) or self.found.lost.total() > allow * self.found.records
+
+    def content(self) -> dict[str, Any]:
+        """All that was found, for programs."""
+        found = self.found
+        faults = [{"key": fault.key, "reason": fault.reason} for fault in found.faults]
+        return {
+            "name": self.name, "records": found.records, "usable": found.usable, "pictures": found.pictures,
+            "clips": found.clips, "lost": found.lost, "faults": faults, "duplicates": found.duplicates,
+            "notes": self.notes, "changed": self.changed,
+        }  # fmt: skip
+
+    def text(self) -> str:
+        """All that was found, for people."""
+        from data_pipelines.validate import histogram
+
+        found = self.found
+        lines = [f"{found.records:,} records, {found.pictures:,} encoded pictures, {found.clips:,} encoded clips"]
+        lines += self.notes
+        lines += [f"{count:,} {what}" for what, count in found.lost.items()]
+        lines += [f"  {fault.key}: {fault.reason}" for fault in found.faults[:NAMED]]
+        if len(found.faults) > NAMED:
+            lines.append(f"  and {found.lost.total() - NAMED:,} more")
+        if found.duplicates:
+            keys = ", ".join(found.duplicates[:NAMED])
+            lines.append(f"{len(found.duplicates):,} ids that several records have: {keys}")
+        for file in self.changed:
+            lines.append(f"{file} is not what was written: its sha256 differs from the one beside it; convert it again")
+        for title, values, edges, unit in (
+            ("length of texts", found.words, WORD_EDGES, "words"),
+            ("length of clips", found.seconds, SECOND_EDGES, "s"),
+        ):
+            if values:
+                lines += [f"{title}:", *(f"  {bar}" for bar in histogram(values, edges, unit).splitlines())]
+        return "\n".join([_printable(self.name), *(f"  {_printable(line)}" for line in lines)])
+
+
+def _printable(text: str) -> str:
+    """A text without what a terminal obeys or cannot encode."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def _changed_shards(path: str) -> list[str]:
+    """Files that are not what was written, by the checksums beside them; those without one cannot be told."""
     from data_pipelines.convert import check_shard
     from data_pipelines.sources.array_record import SUFFIX
     from data_pipelines.sources.files import find_files
 
-    changed = [file for file in find_files(path, SUFFIX) if check_shard(Path(file)) is False]
-    for file in changed:
-        print(f"  {file} is not what was written: its sha256 differs from the one beside it; convert it again")
-    return len(changed)
+    return [file for file in find_files(path, SUFFIX) if check_shard(Path(file)) is False]
 
 
-Checked = tuple[str, "SourceConfig", "VisualConfig", "ExampleConfig | None"]
+Made = tuple[str, "DataConfig", "Maker", list[str]]
+"""What to put before the sources' names, the sources, what makes examples of them, and what was said on opening."""
 
 
-def _only(args: argparse.Namespace) -> Iterator[Checked]:
-    from data_pipelines.config import VisualConfig
+def _only(args: argparse.Namespace) -> Iterator[Made]:
+    from data_pipelines.config import DataConfig, ExampleConfig
+    from data_pipelines.tokenizers import SPECIAL_TOKENS, WordPieceTokenizer
 
-    yield args.spec, _source(args), VisualConfig(), None
+    data = DataConfig(sources={args.spec: _source(args)}, examples=ExampleConfig(), batch_size=1)
+    # Without a recipe no text is asked for, so nothing is encoded.
+    yield "", data, *_opened(data, WordPieceTokenizer(SPECIAL_TOKENS), args.spec, 0)
 
 
-def _recipe_sources(args: argparse.Namespace) -> Iterator[Checked]:
-    """Every source of a recipe's streams, in their order."""
+def _opened(
+    data: "DataConfig", tokenizer: "Tokenizer", name: str, seed: int, least_answers: int = 0
+) -> "tuple[Maker, list[str]]":
+    """What makes the examples, and what was said on opening its sources."""
+    from data_pipelines.loader import Maker
+
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        maker = Maker(data, tokenizer, name, seed, least_answers=least_answers)
+    return maker, [str(warning.message) for warning in said if warning.category is UserWarning]
+
+
+def _recipe_makers(args: argparse.Namespace) -> Iterator[Made]:
+    """The streams of a recipe and its evaluations, in their order."""
     from data_pipelines.sources.formats import parse_spec
     from mplug2_jax.config import build, find_recipe, load_recipe
+    from mplug2_jax.tasks.contracts import CONTRACTS
     from mplug2_jax.training.config import RunConfig
+    from mplug2_jax.training.workdir import make_tokenizer
 
     try:
         find_recipe(args.spec.partition(":")[0])
@@ -155,38 +254,13 @@ def _recipe_sources(args: argparse.Namespace) -> Iterator[Checked]:
             parse_spec(args.spec)  # says which formats there are
         raise UserError(f"{error}; data that no recipe names are FORMAT:PATH") from error
     config: RunConfig = build(RunConfig, load_recipe(args.spec, args.overrides))
-    for stream_name, stream in config.streams.items():
-        for name, source in stream.data.sources.items():
-            visual = stream.data.visual
-            if source.kind == "image":
-                visual = dataclasses.replace(visual, num_frames=1)
-            yield f"{stream_name}/{name}", source, visual, stream.data.examples
-
-
-def _findings(found: "Findings") -> str:
-    """All that was found, for people."""
-    from data_pipelines.validate import histogram
-
-    lines = [f"  {found.records:,} records, {found.pictures:,} encoded pictures, {found.clips:,} encoded clips"]
-    lines += [f"  {count:,} {what}" for what, count in found.lost.items()]
-    lines += [f"    {fault.key}: {fault.reason}" for fault in found.faults[:NAMED]]
-    if len(found.faults) > NAMED:
-        lines.append(f"    and {sum(found.lost.values()) - NAMED:,} more")
-    if found.duplicates:
-        lines.append(
-            f"  {len(found.duplicates):,} ids that several records have: {', '.join(found.duplicates[:NAMED])}"
-        )
-    if found.empty_texts:
-        lines.append(f"  {found.empty_texts:,} empty texts")
-    for title, values, edges, unit in (
-        ("length of texts", found.words, WORD_EDGES, "words"), ("length of clips", found.seconds, SECOND_EDGES, "s"),
-    ):  # fmt: skip
-        if values:
-            bars = histogram(values, edges, unit).replace("\n", "\n    ")
-            lines.append(f"  {title}:\n    {bars}")
-    if not found.lost:
-        lines.append("  nothing would be lost")
-    return "\n".join(lines)
+    tokenizer = make_tokenizer(config.tokenizer)
+    read = [(f"{name}/", name, stream.data, 0) for name, stream in config.streams.items()] + [
+        (f"evaluations/{name}/", name, evaluation.data, CONTRACTS[evaluation.task].least_answers)
+        for name, evaluation in config.evaluations.items()
+    ]
+    for prefix, name, data, least in read:
+        yield prefix, data, *_opened(data, tokenizer, name, config.seed, least)
 
 
 def run_convert(args: argparse.Namespace) -> int:

@@ -167,7 +167,7 @@ def read_inputs(args: argparse.Namespace) -> "tuple[dict[str, SourceConfig], str
         )
         for given, (format, path) in formats.items()
     }
-    return sources, hashlib.sha256("\n".join(names).encode()).hexdigest()[:16] if names else ""
+    return sources, hashlib.sha256("\n".join(names).encode(errors="surrogatepass")).hexdigest()[:16] if names else ""
 
 
 def _data(args: argparse.Namespace, sources: "dict[str, SourceConfig]", plan: "Blueprint") -> "DataConfig":

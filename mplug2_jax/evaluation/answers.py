@@ -8,7 +8,9 @@ import numpy as np
 from jaxtyping import Int
 
 from data_pipelines.config import ExampleConfig
+from data_pipelines.errors import DataError
 from data_pipelines.examples import Example, answer_ids
+from data_pipelines.record import clean_text
 from data_pipelines.tokenizers import Tokenizer
 from mplug2_jax.errors import UserError
 from mplug2_jax.generation.config import SearchConfig
@@ -62,6 +64,10 @@ def read_answers(
         raise UserError(f"{where}={path} is not JSON: {error}; expected a list of answers") from error
     if not isinstance(listed, list) or not listed or not all(isinstance(a, str) and a.strip() for a in listed):
         raise UserError(f'{where}={path} should be a list of answers, as ["yes", "no"], and not an empty one')
+    try:
+        listed = [clean_text(answer) for answer in listed]
+    except DataError as error:
+        raise UserError(f"{where}={path}: {error}") from error
     rows = {tuple(answer_ids(answer, examples, tokenizer)[1:]): answer for answer in listed}
     longest = max(rows, key=len)
     if search is not None and len(longest) > search.max_length:

@@ -105,7 +105,8 @@ class Evaluation:
         rows = config.device_rows * batch_shards(mesh)
         try:
             read = dataclasses.replace(config.data, batch_size=-(-config.data.batch_size // rows) * rows)
-            self._set = EvaluationSet(read, tokenizer, name=name, seed=seed)
+            least = TASKS[config.task].least_answers
+            self._set = EvaluationSet(read, tokenizer, name=name, seed=seed, least_answers=least)
             first = self._set.first()
         except DataError as error:
             raise UserError(f"{where}.data: {error}") from error

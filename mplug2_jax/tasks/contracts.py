@@ -24,6 +24,7 @@ class Contract:
     further_parts: tuple[str, ...] = ()  # that it uses where the model has them: a run's, if its examples instruct
     trained: bool = True  # it has a loss
     evaluated: bool = True  # it has a prediction
+    least_answers: int = 0  # right answers that an example needs, for its prediction to be scored
 
     def check(self, batch_keys: set[str], where: str) -> None:
         """Checks that batches bring what the task reads.
@@ -66,7 +67,7 @@ CONTRACTS: Mapping[str, Contract] = {
         Contract(name="caption", **_CAPTIONING, keys=("frames", "target", "target_weights")),
         Contract(name="scst", **_CAPTIONING, keys=("frames", "references", "example_id")),
         Contract(name="answer", **_SPEAKING, keys=_ANSWERED),
-        Contract(name="vqa", **_SPEAKING, keys=_ANSWERED),
+        Contract(name="vqa", **_SPEAKING, keys=_ANSWERED, least_answers=4),
         Contract(name="summarise", **_SPEAKING, keys=_ANSWERED),
         Contract(name="ground", **_SPEAKING, keys=(*_ANSWERED, "box")),
         Contract(name="classify", **_CLASSIFYING, keys=("label",)),

@@ -1,6 +1,7 @@
 """``mplug2 data show, validate, convert, chunk``: what they print, write and refuse."""
 
 import html
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -80,13 +81,81 @@ def test_validate_reports_and_its_status_tells(mplug2: Mplug2, tmp_path: Path, r
     good = mplug2("data", "validate", f"webdataset:{tars}")
     assert (good.status, good.err) == (0, "")
     assert "  5 records, 5 encoded pictures, 0 encoded clips\n" in good.out
-    assert "nothing would be lost" in good.out
+    assert good.out.splitlines()[-1] == "5 of 5 records are usable: nothing would be lost"
     assert re.search(r"10-15  words +\d+ #+\n", good.out)
     bad = write_tar(tmp_path / "bad.tar", {"1.png": b"x", "1.txt": "a", "2.txt": "b"})
     done = mplug2("data", "validate", recipe(tmp_path, recipes, bad))
     assert done.status == 1
     assert "video_text/web\n  2 records, 1 encoded pictures" in done.out
-    assert "1 unreadable media\n    bad/1: bad.tar:1.png cannot be read as an image" in done.out
+    assert (
+        "  1 unreadable media\n  1 records without image\n    bad/1: bad.tar:1.png cannot be read as an image"
+        in done.out
+    )
+    assert done.out.splitlines()[-1] == (
+        "0 of 2 records are usable: 2 would be lost (1 unreadable media, 1 records without image)"
+    )
+
+
+def test_validate_allows_a_share_of_each_source_and_says_all_as_json(mplug2: Mplug2, tmp_path: Path) -> None:
+    rows = [{"image": "a.png", "caption": "x"}] * 3 + [{"image": "a.png", "caption": "\x1b[31m \ud83d"}]
+    (tmp_path / "a.png").write_bytes(encoded(records("image", 1)[0]))
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    checked = ("data", "validate", f"annotations:{tmp_path}/rows.json")
+    assert [mplug2(*checked, "--allow", share).status for share in (0, 0.2, 0.25, 1)] == [1, 1, 0, 0]
+    done = mplug2(*checked)
+    assert done.out.splitlines()[-1] == "3 of 4 records are usable: 1 would be lost (1 unreadable records)"
+    assert done.out.replace("\n", "").isprintable()
+    said = json.loads(mplug2(*checked, "--json").out)
+    assert (said["records"], said["usable"], said["lost"]) == (4, 3, {"unreadable records": 1})
+    assert said["failed"] == [source["name"] for source in said["sources"]]
+    assert [fault["key"] for fault in said["sources"][0]["faults"]] == ["record 3"]
+    other = mplug2(*checked, "--kind", "video")
+    assert "3 media of another kind" in other.out
+    assert "a.png is taken for an image, expected a video; set the source's kind" in other.out
+    subset = {
+        "images": [{"id": 1, "file_name": "a.png"}],
+        "annotations": [{"image_id": i, "caption": "x"} for i in (1, 2)],
+    }
+    (tmp_path / "subset.json").write_text(json.dumps(subset))
+    done = mplug2("data", "validate", f"coco_captions:{tmp_path}/subset.json")
+    assert (done.status, done.err) == (0, "")
+    assert "1 of its caption entries are left out" in done.out
+    assert done.out.splitlines()[-1].endswith("nothing would be lost; notes above")
+
+
+def test_validate_reads_a_recipe_with_its_evaluations(mplug2: Mplug2, tmp_path: Path, recipes: Path) -> None:
+    """What no score can judge is lost to an evaluation, and good enough to learn from."""
+    (tmp_path / "a.png").write_bytes(encoded(records("image", 1)[0]))
+    told = [["yes"] * 10, ["yes", "", "", ""], ["no"] * 3]
+    rows = [{"image": "a.png", "question": "is it?", "answers": answers} for answers in told]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    (tmp_path / "recipe.py").write_text(f"""
+from data_pipelines.config import DataConfig, ExampleConfig, InstructionConfig, SourceConfig, VisualConfig
+from mplug2_jax.config import as_recipe, load_recipe
+from mplug2_jax.evaluation.config import EvaluationConfig
+
+
+def get_config():
+    config = load_recipe({str(recipes / "pictures.py")!r})
+    asked = {{"question": InstructionConfig(templates=("{{question}}",))}}
+    data = DataConfig(
+        sources={{"own": SourceConfig(format="annotations", path={str(tmp_path / "rows.json")!r})}}, batch_size=2,
+        examples=ExampleConfig(instructions=asked, instruction_length=8, target_length=8),
+        visual=VisualConfig(image_size=16),
+    )
+    config.streams.video_text.data = as_recipe(data)
+    config.streams.video_text.objectives = {{"answer": 1.0}}
+    config.evaluations = as_recipe({{"held": EvaluationConfig(task="vqa", data=data)}})
+    return config
+""")
+    done = mplug2("data", "validate", tmp_path / "recipe.py")
+    assert (done.status, done.err) == (1, "")
+    assert "video_text/own\n  3 records" in done.out
+    assert (
+        "evaluations/held/own\n  3 records, 3 encoded pictures, 0 encoded clips\n  1 records that lack what" in done.out
+    )
+    assert "record rows/3 has 3 annotated answers, expected at least 4" in done.out
+    assert done.out.splitlines()[-1].startswith("5 of 6 records are usable: 1 would be lost (1 records that lack what")
 
 
 def test_convert_chunk_and_validate_what_was_written(
@@ -124,6 +193,7 @@ REFUSED = {
     "override": (["validate", "webdataset:x", "--config.steps=3"], "--config.steps=3 is for recipes, and "),
     "stream": (["show", "demo", "--stream", "txt"], "--stream txt is none of the recipe's: did you mean 'text'?"),
     "step": (["show", "demo", "--step", "0"], "--step 0 should be at least 1, the first step"),
+    "allow": (["validate", "webdataset:x", "--allow", "2"], "--allow=2.0 must be between 0 and 1"),
     "workers": (["convert", "digitworld:", "--out", "{tmp}", "--workers", "0"], "--workers 0 should be at least 1"),
     "shards": (["convert", "digitworld:", "--out", "{tmp}", "--size", "2", "--shards", "3"], "3 shards of 2 records"),
 }  # fmt: skip

@@ -142,6 +142,28 @@ def test_released_captions_are_glued_to_the_prompt_whose_first_pieces_are_not_le
     assert reader_of(config, bert)(example.arrays["target"].tolist()) == "a man"
 
 
+def test_what_the_release_leaves_nothing_of_is_not_chosen(bert) -> None:
+    both = ExampleConfig(form="released", instructions=CAPTION, text_length=8, target_length=8)
+    for seed in range(4):
+        drawn = np.random.default_rng(seed)
+        example = make_example(Record("r", captions=("...", "a man", "?!")), both, bert, drawn)
+        assert (example.text, example.answers) == ("a man", ("a man",))
+    with pytest.raises(DataError, match="record r has no caption with words behind its punctuation"):
+        make_example(Record("r", captions=("...",)), both, bert, rng())
+    asked = ExampleConfig(
+        form="released", instructions={"question": InstructionConfig(templates=("{question}",))}, target_length=8
+    )
+    with pytest.raises(
+        DataError, match="has none of what is asked for, or none with words behind its punctuation: que"
+    ):
+        make_example(Record("r", questions=(Question("?", "yes"),)), asked, bert, rng())
+    pair = ExampleConfig(
+        form="released", instructions={"label": InstructionConfig(templates=("{text}|{other}",))}, target_length=8
+    )
+    example = make_example(Record("r", texts=("...", "b"), label="yes"), pair, bert, rng())
+    assert example.instruction == "...|b"  # of a pair neither is left out
+
+
 def test_released_questions_end_without_sep_and_answers_with_one(bert) -> None:
     config = ExampleConfig(
         form="released", instructions={"question": InstructionConfig(templates=("{question}",))},

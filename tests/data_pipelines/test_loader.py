@@ -223,7 +223,7 @@ def test_views_are_of_videos_in_evaluations() -> None:
 def test_a_kind_that_records_are_not(tmp_path: Path) -> None:
     path = str(write_tar(tmp_path / "a.tar", {"1.png": encoded(records("image", 1)[0])}))
     clips = stream(data({"a": SourceConfig(format="webdataset", path=path, kind="video")}))
-    with pytest.raises(DataError, match=r"a\.tar:1\.png is taken for a image, expected a video"):
+    with pytest.raises(DataError, match=r"a\.tar:1\.png is taken for an image, expected a video"):
         clips.batch(0)
 
 

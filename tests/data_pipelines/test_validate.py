@@ -1,35 +1,68 @@
-"""Validation finds what training would lose, and says where."""
+"""Validation says what training would lose, where and why: it makes every example as training does."""
 
+import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from data_pipelines.config import ExampleConfig, SourceConfig, VisualConfig
-from data_pipelines.sources.formats import open_source
-from data_pipelines.validate import histogram, validate
+import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
 
-from .worlds import SIZE, encoded, records
+from data_pipelines.config import DataConfig, ExampleConfig, InstructionConfig, SourceConfig, VisualConfig
+from data_pipelines.digitworld.source import vocabulary_texts
+from data_pipelines.loader import EvaluationSet, Maker, Stream
+from data_pipelines.media import Media
+from data_pipelines.record import Record
+from data_pipelines.sources.array_record import encode_record
+from data_pipelines.tokenizers import train_wordpiece
+from data_pipelines.validate import Findings, histogram, validate
+from tests.close import assert_close
+
+from .worlds import SIZE, encoded, records, write_tar
 
 VISUAL = VisualConfig(image_size=SIZE, num_frames=4)
+TOKENIZER = train_wordpiece(vocabulary_texts(100), 200)
+NOTHING, CAPTIONS = ExampleConfig(), ExampleConfig(text_length=8)
+WORDS = ExampleConfig(text_length=8, form="released")
+QUESTIONS = ExampleConfig(
+    instructions={"question": InstructionConfig(templates=("{question}",))}, instruction_length=8, target_length=8
+)
 
 
-def write(tmp_path: Path) -> SourceConfig:
+def data(source: SourceConfig, examples: ExampleConfig = NOTHING) -> DataConfig:
+    return DataConfig(sources={"s": source}, visual=VISUAL, examples=examples, batch_size=2, max_skipped=1.0)
+
+
+def found_in(config: DataConfig, least_answers: int = 0) -> Findings:
+    return validate(Maker(config, TOKENIZER, "stream", 3, least_answers=least_answers), "s")
+
+
+def rows(folder: Path, *rows: Any, kind: Any = "image") -> SourceConfig:
+    """An annotation file about a.png, which is there."""
+    (folder / "a.png").write_bytes(encoded(records("image", 1)[0]))
+    lines = (row if isinstance(row, str) else json.dumps({"image": "a.png", **row}) for row in rows)
+    (folder / "rows.jsonl").write_text("\n".join(lines))
+    return SourceConfig(format="annotations", path=str(folder / "rows.jsonl"), kind=kind)
+
+
+def clips(folder: Path) -> SourceConfig:
     """Seven rows: two good clips, one missing, one cut off, one bad line, one without a caption, one id twice."""
-    clips = [encoded(record) for record in records("video", 3)]
-    (tmp_path / "a.mp4").write_bytes(clips[0])
-    (tmp_path / "b.mp4").write_bytes(clips[1])
-    (tmp_path / "c.mp4").write_bytes(clips[2][: len(clips[2]) // 2])
-    rows = [
-        {"video_id": "a", "caption": "one two three", "id": 1}, {"video_id": "b", "caption": ["x"], "id": 2},
+    made = [encoded(record) for record in records("video", 3)]
+    (folder / "a.mp4").write_bytes(made[0])
+    (folder / "b.mp4").write_bytes(made[1])
+    (folder / "c.mp4").write_bytes(made[2][: len(made[2]) // 2])
+    return rows(
+        folder, {"video_id": "a", "caption": "one two three", "id": 1}, {"video_id": "b", "caption": ["x"], "id": 2},
         {"video_id": "c", "caption": "cut off", "id": 3}, {"video_id": "d", "caption": "missing", "id": 4},
-        {"video_id": "a", "label": "no caption", "id": 5}, {"video_id": "a", "caption": "again", "id": 1},
-    ]  # fmt: skip
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)) + '\n{"video')
-    return SourceConfig(format="annotations", path=str(tmp_path / "rows.jsonl"), kind="video")
+        {"video_id": "a", "label": "no caption", "id": 5}, {"video_id": "a", "caption": "again", "id": 1}, '{"video',
+        kind="video",
+    )  # fmt: skip
 
 
 def test_everything_that_is_wrong_is_found(tmp_path: Path) -> None:
-    found = validate(open_source(write(tmp_path), VISUAL), VISUAL, ExampleConfig(text_length=8), name="clips")
-    assert (found.records, found.pictures, found.clips) == (7, 0, 6)
+    found = found_in(data(clips(tmp_path), CAPTIONS))
+    assert (found.records, found.pictures, found.clips, found.usable) == (7, 0, 6, 3)
     assert found.lost == {
         "missing media": 1, "unreadable media": 1, "unreadable records": 1, "records that lack what is asked for": 1
     }  # fmt: skip
@@ -43,11 +76,127 @@ def test_everything_that_is_wrong_is_found(tmp_path: Path) -> None:
     assert len(found.seconds) == 3
 
 
-def test_without_a_recipe_nothing_is_asked_for(tmp_path: Path) -> None:
-    assert (
-        "records that lack what is asked for"
-        not in validate(open_source(write(tmp_path), VISUAL), VISUAL, name="clips").lost
-    )
+def odd_clips(folder: Path) -> SourceConfig:
+    """Names that look like addresses, a tag that is not UTF-8, and a clip that is none."""
+    clip = encoded(records("video", 1)[0])
+    tagged = clip.replace(b"Lavf", b"\xe9\xfc\xe9\xff")  # how the encoder signs
+    assert tagged != clip
+    for name, content in (
+        ("12:30.mp4", clip), ("https:a.mp4", clip), ("50% #1?.mp4", clip), ("tag.mp4", tagged), ("none.mp4", b"<html>")
+    ):  # fmt: skip
+        (folder / name).write_bytes(content)
+    return SourceConfig(format="files", path=str(folder), kind="video")
+
+
+def tar(folder: Path) -> SourceConfig:
+    good = encoded(records("image", 1)[0])
+    halves = json.dumps({"caption": "happy \ud83d"})
+    write_tar(folder / "a.tar", {
+        "1.png": good, "1.txt": "a", "2.png": b"x", "2.txt": "b", "3.txt": "c", "4.png": good, "4.json": halves,
+        "5.png": good, "5.txt": "\u200b", "6.png": good, "6.json": "{",
+    })  # fmt: skip
+    return SourceConfig(format="webdataset", path=str(folder / "a.tar"))
+
+
+CASES: dict[str, tuple[Callable[[Path], SourceConfig], ExampleConfig, dict[str, int]]] = {
+    "clips": (clips, CAPTIONS, {"missing media": 1, "unreadable media": 1, "unreadable records": 1,
+                                "records that lack what is asked for": 1}),
+    "odd clips": (odd_clips, NOTHING, {"unreadable media": 1}),
+    "tar": (tar, CAPTIONS, {"unreadable media": 1, "records without image": 1, "unreadable records": 2,
+                            "records that lack what is asked for": 1}),
+    "strings": (
+        lambda folder: rows(folder, {"caption": "good"}, {"caption": "half \ud83d"}, {"caption": "x", "id": "k\ud83d"},
+                            {"image": "\udce9.png", "caption": "x"}, {"caption": "a\0b"}, {"caption": "\u200b\ufeff"}),
+        CAPTIONS, {"unreadable records": 4},
+    ),
+    "released": (
+        lambda folder: rows(folder, {"caption": "good!"}, {"caption": "..."}, {"caption": ["?", "one", "!"]}),
+        WORDS, {"records that lack what is asked for": 1},
+    ),
+    "kind": (
+        lambda folder: rows(folder, {"video": "b", "caption": "no"}, {"caption": "no"}, {"image": None, "text": "no"},
+                            {"video": "a.mp4", "caption": "yes"}, kind="video"),
+        NOTHING, {"missing media": 1, "media of another kind": 1, "records without video": 1},
+    ),
+    "texts": (
+        lambda folder: rows(folder, {"text": "good"}, {"label": "x"}, kind="text"),
+        NOTHING, {"records without text": 1},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_lost_is_what_training_and_evaluation_lose_for_the_same_reasons(name: str, tmp_path: Path) -> None:
+    make, examples, lost = CASES[name]
+    (tmp_path / "a.mp4").write_bytes(encoded(records("video", 1)[0]))
+    config = data(make(tmp_path), examples)
+    if name == "odd clips":
+        (tmp_path / "a.mp4").unlink()
+    found = found_in(config)
+    assert found.lost == lost
+    expected = {(fault.key, fault.reason) for fault in found.faults}
+    held = EvaluationSet(config, TOKENIZER, name="stream", seed=3)
+    assert {(fault.key, fault.reason) for batch in held.batches() for fault in batch.faults.values()} == expected
+    stream = Stream(config, TOKENIZER, name="stream", seed=3)
+    epoch = [stream.examples[row] for row in range(found.records)]
+    assert {(fault.key, fault.reason) for made in epoch for fault in made.faults} == expected
+    assert {made.example.key for made in epoch}.isdisjoint(key for key, _ in expected)
+
+
+def in_format(format: str, folder: Path) -> Path:
+    """One captioned picture, or one of a class, as a format has it."""
+    picture = encoded(records("image", 1)[0])
+    (folder / "a.png").write_bytes(picture)
+    (folder / "class").mkdir()
+    (folder / "class" / "a.png").write_bytes(picture)
+    contents: dict[str, Any] = {
+        "annotations": [{"image": "a.png", "caption": "x"}],
+        "coco_captions": {
+            "images": [{"id": 1, "file_name": "a.png"}],
+            "annotations": [{"image_id": 1, "caption": "x"}],
+        },
+        "karpathy": {"images": [{"filename": "a.png", "imgid": 1, "sentences": [{"raw": "x"}]}]},
+    }
+    if format in contents:
+        (folder / "a.json").write_text(json.dumps(contents[format]))
+        return folder / "a.json"
+    if format == "array_record":
+        made = Record("k", media=Media("image", picture, "a.png"), captions=("x",))
+        writer = ArrayRecordWriter(str(folder / "a.array_record"), "group_size:1")
+        writer.write(encode_record(made))
+        writer.close()
+        return folder / "a.array_record"
+    return write_tar(folder / "a.tar", {"a.png": picture, "a.txt": "x"}) if format == "webdataset" else folder
+
+
+@pytest.mark.parametrize(
+    "format", ["annotations", "array_record", "coco_captions", "image_folder", "karpathy", "webdataset"]
+)
+def test_a_kind_that_the_records_are_not_is_found_in_every_format(format: Any, tmp_path: Path) -> None:
+    source = SourceConfig(format=format, path=str(in_format(format, tmp_path)), media="", kind="image")
+    assert found_in(data(source)).lost == {}
+    found = found_in(data(dataclasses.replace(source, kind="video")))
+    assert found.lost == {"media of another kind": found.records}
+    assert "is taken for an image, expected a video; set the source's kind" in found.faults[0].reason
+
+
+def test_questions_that_too_few_answered_cannot_be_scored(tmp_path: Path) -> None:
+    told = [["yes"] * 10, ["yes"] * 3, ["yes", "", "", ""], ["", "", "", ""]]
+    source = rows(tmp_path, *({"question": "is it?", "answers": each} for each in told))
+    assert found_in(data(source, QUESTIONS)).lost == {"unreadable records": 1}  # enough to learn from
+    found = found_in(data(source, QUESTIONS), least_answers=4)
+    assert [fault.key for fault in found.faults] == ["rows/2", "record 3"]
+    assert "record rows/2 has 3 annotated answers, expected at least 4" in found.faults[0].reason
+    held = EvaluationSet(data(source, QUESTIONS), TOKENIZER, name="stream", seed=3, least_answers=4)
+    batches = list(held.batches())
+    assert {fault.key for batch in batches for fault in batch.faults.values()} == {"rows/2", "record 3"}
+    examples = {example.key: example.answers for batch in batches for example in batch.examples.values()}
+    assert examples == {"rows/1": ("yes",) * 10, "rows/3": ("yes", "", "", "")}  # blank ones are of annotators, too
+
+
+def test_lengths_of_clips_are_those_of_the_container(tmp_path: Path) -> None:
+    found = found_in(data(odd_clips(tmp_path)))
+    assert_close(found.seconds, [1.0] * 4)
 
 
 def test_histogram() -> None:

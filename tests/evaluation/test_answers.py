@@ -62,6 +62,7 @@ def test_answers_are_ids_from_after_the_begin_token_to_the_end_each_once(tmp_pat
         ([], SEARCH, "not an empty one"),
         (["yes", 3], SEARCH, "should be a list of answers"),
         (["yes", " "], SEARCH, "should be a list of answers"),
+        (["yes", "caf\udce9"], SEARCH, r"'caf\udce9' is no Unicode text: half of a surrogate pair"),
         (
             ["a", "a b c d e"],
             SEARCH,
@@ -161,6 +162,6 @@ def test_the_release_counts_the_first_token_twice_and_its_search_is_not_asked(
     settings = dataclasses.replace(CONTEXT.settings, search=SearchConfig(extend_finished=True, max_length=1))
     monkeypatch.setitem(globals(), "CONTEXT", dataclasses.replace(CONTEXT, settings=settings))
     path = written(tmp_path, LISTED)
-    asked("vqa", path, ranked=3)
-    asked("vqa", path, ranked=3, examples=dataclasses.replace(QUESTIONS, form="released"))
+    asked("answer", path, ranked=3)
+    asked("answer", path, ranked=3, examples=dataclasses.replace(QUESTIONS, form="released"))
     assert [context.first_twice for context in told] == [False, True]

@@ -9,20 +9,31 @@ from PIL import Image
 from data_pipelines.errors import DataError
 from data_pipelines.record import Box, Entailment, Expression, Question, Record
 from data_pipelines.sources.annotations.media import named_media
-from data_pipelines.sources.annotations.rows import Row, read_rows
+from data_pipelines.sources.annotations.rows import Row, of_split, plain_name
+from data_pipelines.sources.annotations.shapes import OWN_NAME, read_rows
 from data_pipelines.sources.annotations.source import AnnotationFormat, Place
 from data_pipelines.sources.files import read_bytes
 
-PICTURE = ("video_id", "video", "videoID", "clip_name", "gif_name", "image", "image_path", "file_name", "image_id")
-CAPTIONS = ("golden_captions", "captions", "caption", "enCap", "sentence")
+PICTURE = (
+    "video_id", "video", "clip_name", "gif_name", "image", "image_path", "image_name", "file_name", "image_id",
+    OWN_NAME,
+)  # fmt: skip
+CAPTIONS = (
+    "golden_captions", "golden_caption", "captions", "caption", "enCap", "sentence", "desc", "description", "comment",
+)  # fmt: skip
 ANSWERS = ("answers", "answer")
 DOCUMENT, SUMMARY = ("document", "article", "dialogue"), ("summary", "highlights")
 PAIRS = (("premise", "hypothesis"), ("sentence1", "sentence2"), ("question1", "question2"), ("sentence", "question"))
 LABEL = ("gold_label", "label")
-PHRASE, BOX = ("expression", "phrase", "sents", "refexp"), ("bbox", "box")
+PHRASE, BOX = ("expression", "phrase", "sents", "refexp", "sentences"), ("bbox", "box")
 TEXTS = ("texts", "text")
-IDS = ("question_id", "ref_id", "id", "key")
-"""The names under which a row may keep each thing; the first that is there counts."""
+IDS = ("question_id", "ref_id", "id", "key", OWN_NAME)
+"""The names under which a row may keep each thing; the first that is there counts. Case, ``_`` and spaces do not."""
+
+KNOWN = frozenset(
+    plain_name(name)
+    for name in (*PICTURE, *CAPTIONS, *ANSWERS, *DOCUMENT, *SUMMARY, *LABEL, *PHRASE, *BOX, *TEXTS, *sum(PAIRS, ()))
+)
 
 VERDICTS: Mapping[str, Literal["yes", "no", "maybe"]] = {
     "entailment": "yes", "not_entailment": "no", "contradiction": "no", "neutral": "maybe",
@@ -33,9 +44,7 @@ VERDICTS: Mapping[str, Literal["yes", "no", "maybe"]] = {
 
 def read(files: Sequence[str], split: str) -> Iterator[Row]:
     """The rows of all files, one after the other."""
-    del split
-    for file in files:
-        yield from read_rows(file)
+    return of_split((row for file in files for row in read_rows(file, KNOWN)), split, "split")
 
 
 def make(row: Row, place: Place) -> Record:
@@ -60,7 +69,7 @@ def make(row: Row, place: Place) -> Record:
     )
     known = (record.captions, record.questions, record.expressions, record.label, record.texts, record.entailments)
     if not any(known):
-        row.need(*CAPTIONS, "question", *SUMMARY, *BOX, *LABEL, *TEXTS)
+        row.need(*(PHRASE if row.find(BOX) else ()), *CAPTIONS, "question", *SUMMARY, *BOX, *LABEL, *TEXTS)
     return record
 
 
@@ -75,22 +84,25 @@ def _entailments(row: Row) -> tuple[Entailment, ...]:
 def _questions(row: Row) -> tuple[Question, ...]:
     if row.find(("question",)) is None:
         return ()
-    answers = row.texts(*ANSWERS)
-    if not answers:
-        if row.find(("sentence",)) is not None:  # a question that pairs with a sentence
-            return ()
-        row.need(*ANSWERS)
-    return (ranked(row.text("question"), answers),)
+    if row.find(ANSWERS) is None and row.find(("sentence",)) is not None:  # a question that pairs with a sentence
+        return ()
+    return (ranked(row, *ANSWERS),)
 
 
-def ranked(question: str, answers: Sequence[str], kind: str = "") -> Question:
-    """A question whose answer is the one that most people gave; ties go to who came first.
+def ranked(row: Row, *names: str) -> Question:
+    """A row's question, whose answer is the one that most people gave, or that weighs most; ties go to who came first.
 
-    Further answers stay there as often as they were given.
+    Further answers stay there as often as they were given. Blank ones come last: to a score they are answers, too.
+
+    Raises:
+        DataError: no question, or no answer that is not blank.
     """
-    first = list(answers).index
-    order = sorted(answers, key=lambda answer: (-list(answers).count(answer), first(answer)))
-    return Question(question, order[0], kind, tuple(order[1:]))
+    value, weights = row.need(*names), row.find(("weight", "weights"))
+    answers = (("no", "yes")[value],) if isinstance(value, bool) else row.all_texts(*names)
+    if isinstance(weights, list) and len(weights) == len(answers):
+        answers = tuple(answers[i] for i in sorted(range(len(answers)), key=lambda i: -float(weights[i])))
+    order = sorted(answers, key=lambda answer: (not answer, -answers.count(answer), answers.index(answer)))
+    return Question(row.text("question"), order[0], "", tuple(order[1:]))
 
 
 def _summaries(row: Row) -> tuple[Question, ...]:
@@ -119,11 +131,13 @@ def _box(row: Row, path: str) -> Box:
         x0, y0, x1, y1 = x / float(width), y / float(height), (x + w) / float(width), (y + h) / float(height)
     except (TypeError, ValueError, ZeroDivisionError, OSError) as error:
         raise DataError(f"{row.where} has no usable box of pixels x, y, width, height ({error})") from error
-    if not (-0.01 <= x0 <= x1 <= 1.01 and -0.01 <= y0 <= y1 <= 1.01):
+    if not (x0 < x1 and y0 < y1):
+        raise DataError(f"{row.where} has a box of {w:g} x {h:g} pixels, expected more than 0 of each")
+    if min(x0, y0) < -0.01 or max(x1, y1) > 1.01:
         raise DataError(
             f"{row.where} has a box from {x0:.2f}, {y0:.2f} to {x1:.2f}, {y1:.2f} of its picture, outside 0..1"
         )
     return (max(0.0, x0), max(0.0, y0), min(1.0, x1), min(1.0, y1))
 
 
-FORM = AnnotationFormat((".json", ".jsonl", ".csv", ".tsv"), read, make)
+FORM = AnnotationFormat((".json", ".jsonl", ".csv", ".tsv"), read, make, splits=True)

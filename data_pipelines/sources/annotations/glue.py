@@ -6,8 +6,9 @@ from typing import Literal, TypeVar
 
 from data_pipelines.errors import DataError
 from data_pipelines.record import Entailment, Record
-from data_pipelines.sources.annotations.rows import Row, read_table
+from data_pipelines.sources.annotations.rows import Row
 from data_pipelines.sources.annotations.source import AnnotationFormat, Place
+from data_pipelines.sources.annotations.tables import read_table
 from data_pipelines.sources.files import read_text
 
 Verdict = Literal["yes", "no", "maybe"]
@@ -52,8 +53,9 @@ def _read(files: Sequence[str], split: str) -> Iterator[Row]:
         columns = _COLA if headless else ()
         if not headless:
             _task_of(header, file)
-        for index, row in enumerate(read_table(file, columns)):
-            yield Row(file, row.number, {"index": str(index), **row.fields()})
+        for index, row in enumerate(read_table(file, columns=columns, quotes=False)):
+            assert not isinstance(row.values, str)
+            yield dataclasses.replace(row, values={"index": str(index), **row.values})
 
 
 def _task_of(columns: Sequence[str], where: str) -> _Task:

@@ -1,6 +1,5 @@
 """Public formats of captions, questions and labels for pictures and clips."""
 
-import collections
 import csv
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,8 +11,10 @@ from data_pipelines.errors import DataError
 from data_pipelines.record import Record
 from data_pipelines.sources.annotations.fields import ranked
 from data_pipelines.sources.annotations.media import named_media
-from data_pipelines.sources.annotations.rows import Row, read_json, read_rows, read_table
+from data_pipelines.sources.annotations.rows import Row, of_split, read_json
+from data_pipelines.sources.annotations.shapes import format_of, gather, plain_id, read_rows
 from data_pipelines.sources.annotations.source import AnnotationFormat, Place
+from data_pipelines.sources.annotations.tables import read_table
 from data_pipelines.sources.files import file_system, is_hidden, is_url, media_at, media_kind, read_text
 
 
@@ -27,7 +28,9 @@ def _parts(path: str, *names: str) -> Mapping[str, Any]:
     for name in names:
         if not isinstance(content, dict) or not isinstance(content.get(name), list):
             found = ", ".join(list(content)[:8]) if isinstance(content, dict) else f"a {type(content).__name__}"
-            raise DataError(f"{path} has no list '{name}'; found {found}; is it of another format?")
+            form = format_of(content) or ("annotations" if isinstance(content, list) else "")
+            hint = f"it is of format '{form}'" if form else "is it of another format?"
+            raise DataError(f"{path} has no list '{name}'; found {found}; {hint}")
     return content
 
 
@@ -39,11 +42,15 @@ def _rows(path: str, items: Sequence[Any]) -> Iterator[Row]:
 def _read_coco(files: Sequence[str], split: str) -> Iterator[Row]:
     """A row for each picture, with all its captions, in the order of the pictures; NoCaps' domains are splits."""
     for file in files:
-        content, captions = _parts(file, "images", "annotations"), collections.defaultdict(list)
-        for row in _rows(file, content["annotations"]):
-            captions[row.text("image_id")].append(row.text("caption"))
-        for row in _of_split(_rows(file, content["images"]), split, "domain"):
-            yield Row(file, row.number, {**row.fields(), "captions": captions[row.text("id")]})
+        content = _parts(file, "images", "annotations")
+        images, annotations = content["images"], content["annotations"]
+        if annotations and not any("caption" in each for each in annotations if isinstance(each, dict)):
+            found = ", ".join(annotations[0]) if isinstance(annotations[0], dict) else "none"
+            raise DataError(f"{file} holds no captions: the fields of its annotations are {found[:120]}")
+        listed = [row.fields().get("id") for row in _rows(file, images)]
+        captions = gather(file, annotations, "image_id", "caption", listed)
+        for row in of_split(_rows(file, images), split, "domain"):
+            yield Row(file, row.number, {**row.fields(), "captions": captions[plain_id(row.fields().get("id"))]})
 
 
 def _make_coco(row: Row, place: Place) -> Record:
@@ -54,45 +61,43 @@ def _make_coco(row: Row, place: Place) -> Record:
 
 def _read_karpathy(files: Sequence[str], split: str) -> Iterator[Row]:
     for file in files:
-        yield from _of_split(_rows(file, _parts(file, "images")["images"]), split, "split")
+        yield from of_split(_rows(file, _parts(file, "images")["images"]), split, "split")
 
 
 def _make_karpathy(row: Row, place: Place) -> Record:
     name = row.text("filename")
     folder = row.find(("filepath",))
     media = named_media(place.folder, place.kind, *([f"{folder}/{name}"] if folder else []), name)
-    captions = tuple(str(sentence["raw"]).strip() for sentence in row.need("sentences"))
-    return Record(_key(row, row.text("cocoid", "imgid")), name, media=media, captions=captions)
+    return Record(_key(row, row.text("cocoid", "imgid")), name, media=media, captions=row.texts("sentences"))
 
 
 def _read_vqa(files: Sequence[str], split: str) -> Iterator[Row]:
     """A row for each question; the questions' and the answers' files may come in any order."""
     del split
-    answers: dict[str, list[str]] = {}
-    questions: list[tuple[str, Mapping[str, Any]]] = []
+    given: list[Any] = []
+    questions: list[tuple[Row, str]] = []
     for file in files:
         content = read_json(file)
         if isinstance(content, dict) and "annotations" in content:
-            for row in _rows(file, _parts(file, "annotations")["annotations"]):
-                given = row.need("answers")
-                answers[row.text("question_id")] = [str(each["answer"]) for each in given]
+            given += _parts(file, "annotations")["annotations"]
         else:
-            questions.append((file, _parts(file, "questions")))
+            content = _parts(file, "questions")
+            questions += [(row, content.get("data_subtype", "")) for row in _rows(file, content["questions"])]
     if not questions:
         raise DataError(f"{files[0]} holds answers and no questions; give a pattern that matches both files")
-    for file, content in questions:
-        for row in _rows(file, content["questions"]):
-            known = answers.get(row.text("question_id"))
-            yield Row(file, row.number, {**row.fields(), "subtype": content.get("data_subtype", ""), "answers": known})
+    listed = [row.fields().get("question_id") for row, _ in questions]
+    answers = gather(files[0], given, "question_id", "answers", listed)
+    for row, subtype in questions:
+        known = answers[plain_id(row.fields().get("question_id"))]
+        told = {"answers": known[0]} if known else {}
+        yield Row(row.file, row.number, {**row.fields(), "subtype": subtype, **told})
 
 
 def _make_vqa(row: Row, place: Place) -> Record:
     number = row.text("image_id").zfill(12)
     names = (f"COCO_{row.find(('subtype',))}_{number}.jpg", f"{number}.jpg")
     media = named_media(place.folder, place.kind, *names)
-    row.need("answers")
-    question = ranked(row.text("question"), row.texts("answers"))
-    return Record(_key(row, row.text("question_id")), number, media=media, questions=(question,))
+    return Record(_key(row, row.text("question_id")), number, media=media, questions=(ranked(row, "answers"),))
 
 
 _CUT = ("label", "youtube_id", "time_start", "time_end", "split", "is_cc")
@@ -101,14 +106,16 @@ _LISTED = re.compile(r"(.+?)[\s,]+([^\s,]+)")
 
 def _read_kinetics(files: Sequence[str], split: str) -> Iterator[Row]:
     for file in files:
-        yield from _of_split(_kinetics_json(file) if file.endswith(".json") else _kinetics_table(file), split, "split")
+        yield from of_split(
+            _kinetics_json(file) if file.lower().endswith(".json") else _kinetics_table(file), split, "split"
+        )
 
 
 def _kinetics_table(file: str) -> Iterator[Row]:
     """The official table, with its header or without; or lines of a clip's path and its class."""
     first = next(csv.reader([read_text(file).readline()]), [])
     if any("youtube" in name.lower() for name in first):
-        return read_table(file)
+        return read_table(file, {"youtubeid"})
     if len(first) >= 4 and first[2].replace(".", "").isdigit():
         return read_table(file, columns=_CUT)
     return _kinetics_list(file)
@@ -127,9 +134,12 @@ def _kinetics_json(file: str) -> Iterator[Row]:
     if not isinstance(content, dict):
         raise DataError(f"{file} holds a {type(content).__name__}, expected clips by their YouTube ids")
     for number, (name, clip) in enumerate(content.items(), 1):
-        said = clip["annotations"]
-        start, end = said["segment"]
-        fields = {"youtube_id": name, "time_start": start, "time_end": end, "split": clip.get("subset")}
+        said = clip.get("annotations", {}) if isinstance(clip, dict) else {}
+        segment = said.get("segment") if isinstance(said, dict) else None
+        if not isinstance(segment, list) or len(segment) != 2:
+            yield Row(file, number, {}, "has no annotations with a segment of two times")
+            continue
+        fields = {"youtube_id": name, "time_start": segment[0], "time_end": segment[1], "split": clip.get("subset")}
         yield Row(file, number, {**fields, "label": said.get("label")})
 
 
@@ -149,7 +159,7 @@ def _make_kinetics(row: Row, place: Place) -> Record:
 def _read_ssv2(files: Sequence[str], split: str) -> Iterator[Row]:
     del split
     for file in files:
-        yield from read_rows(file)
+        yield from read_rows(file, {"label", "template"})
 
 
 def _make_ssv2(row: Row, place: Place) -> Record:
@@ -157,23 +167,6 @@ def _make_ssv2(row: Row, place: Place) -> Record:
     label = re.sub(r"[\[\]]", "", row.text("template", "label"))
     media = named_media(place.folder, place.kind, f"{number}.webm", f"{number}.mp4")
     return Record(_key(row, number), number, media=media, captions=row.texts("label"), label=label)
-
-
-def _of_split(rows: Iterator[Row], split: str, field: str) -> Iterator[Row]:
-    """The rows of the wanted splits.
-
-    Raises:
-        DataError: no row is of any of them; names those there are.
-    """
-    wanted, seen, found = set(filter(None, split.split("+"))), collections.Counter[str](), False
-    for row in rows:
-        its = str(row.find((field,)) or "")
-        seen[its] += 1
-        if not wanted or its in wanted:
-            found = True
-            yield row
-    if wanted and not found:
-        raise DataError(f"split '{split}' is none of the file's: {', '.join(sorted(seen)[:20]) or 'it has no rows'}")
 
 
 def _key(row: Row, own: str) -> str:

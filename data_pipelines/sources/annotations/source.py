@@ -32,7 +32,7 @@ class AnnotationFormat:
     splits: bool = False
 
 
-_MISSHAPEN = (AttributeError, KeyError, IndexError, TypeError, ValueError)
+_MISSHAPEN = (AttributeError, KeyError, IndexError, TypeError, ValueError, RecursionError)
 """What comes of JSON whose lists are numbers and whose numbers are lists."""
 
 
@@ -66,7 +66,7 @@ class AnnotationSource:
         if not 0 <= index < len(self._rows):
             raise IndexError(f"row {index} of {len(self._rows)}")
         row = self._rows[index]
-        try:
-            return self._make(row, self._place)
+        try:  # parsed once, however many fields are asked for
+            return self._make(dataclasses.replace(row, values=row.fields()), self._place)
         except _MISSHAPEN as error:
             raise DataError(f"{row.where} is not of this format ({type(error).__name__}: {error})") from error

@@ -132,7 +132,7 @@ def test_karpathy_splits(tmp_path: Path) -> None:
             "split": "restval",
             "sentences": [{"raw": "B"}, {"raw": "C"}],
         },
-        {"filename": "c.jpg", "imgid": 2, "split": "train", "sentences": 7},
+        {"filename": "c.jpg", "imgid": 2, "split": "train", "sentences": [{"tokens": ["d"]}]},
     ]
     path = lines(tmp_path / "dataset_coco.json", {"images": images, "dataset": "coco"})
     media = str(tmp_path / "coco")
@@ -141,7 +141,7 @@ def test_karpathy_splits(tmp_path: Path) -> None:
     shows(test[0], picture)
     train = opened("karpathy", path, media=media, split="train+restval")
     assert (train[0].key, train[0].captions) == ("dataset_coco/391895", ("B", "C"))  # as COCO's server knows it
-    with pytest.raises(DataError, match=r"dataset_coco\.json row 3 is not of this format \(TypeError: "):
+    with pytest.raises(DataError, match=r"dataset_coco\.json row 3: sentences holds objects with the fields tokens"):
         train[1]
     with pytest.raises(DataError, match="split 'val' is none of the file's: restval, test, train"):
         opened("karpathy", path, media=media, split="val")
@@ -287,14 +287,14 @@ def test_summaries(tmp_path: Path) -> None:
 
 def test_a_bad_line_spoils_one_record_and_is_named(tmp_path: Path) -> None:
     path = lines(
-        tmp_path / "a.jsonl", {"text": "one"}, '{"text": "tw', "", {"text": "four"}, {"smell": 1}, [1], {"text": [{}]}
+        tmp_path / "a.jsonl", {"text": "one"}, '{"text": "tw', "", {"text": "four"}, {"smell": 1}, [1], {"text": [[1]]}
     )
     source = opened("annotations", path, kind="text")
     assert [source[i].texts for i in (0, 2)] == [("one",), ("four",)]
     for index, said in (
         (1, r"row 2 is not valid JSON \(Unterminated string"),
         (3, "row 5 has no golden_captions or .*; its fields are smell"),
-        (4, "row 6 holds a list"), (5, "row 7: texts holds something else than texts"),
+        (4, "row 6 holds a list"), (5, "row 7: text holds a list, expected texts"),
     ):  # fmt: skip
         with pytest.raises(DataError, match=rf"a\.jsonl {said}"):
             source[index]
@@ -313,14 +313,18 @@ def test_files_that_are_not_what_they_should_be(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('{"images": [1, 2')
     (tmp_path / "b.json").write_text('{"pictures": []}')
     (tmp_path / "c.csv").write_bytes(b"label,youtube_id\nok,1\ncaf\xe9,2\n")
-    (tmp_path / "d.csv").write_text("a,b\n1,2,3\n")
+    (tmp_path / "d.csv").write_text("a,b\n1,2\n")
     (tmp_path / "e.jsonl").write_text("")
     for format, name, said in (
         ("coco_captions", "a.json", r"a\.json is not valid JSON \("),
         ("coco_captions", "b.json", r"b\.json has no list 'images'; found pictures; is it of another format\?"),
         ("kinetics", "a.json", r"a\.json is not valid JSON"),
         ("kinetics", "c.csv", r"c\.csv is not UTF-8 text: .* in line 3; convert it"),
-        ("annotations", "d.csv", r"d\.csv line 2 has 3 cells, expected the header's 2"),
+        (
+            "annotations",
+            "d.csv",
+            r"d\.csv begins with the line 'a,b', expected a header that names what is in the columns",
+        ),
         ("annotations", "e.jsonl", r"the source annotations \(image\) is empty: no record in .*e\.jsonl"),
         ("annotations", "f.jsonl", r"f\.jsonl does not exist; check the path"),
         ("image_folder", "g", r"g does not exist or is no folder"),

@@ -1,0 +1,236 @@
+"""Annotation files in the shapes that people have them in: read where the meaning is clear, else one sentence."""
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_pipelines.config import Format, SourceConfig, VisualConfig
+from data_pipelines.errors import DataError
+from data_pipelines.record import Record, Source
+from data_pipelines.sources.formats import open_source
+
+ROWS = [{"image": "p0.jpg", "caption": "one"}, {"image": "p1.jpg", "caption": "two"}]
+READ = [("p0.jpg", ("one",)), ("p1.jpg", ("two",))]
+LINES = [json.dumps(row) for row in ROWS]
+VIDEOS = {
+    "videos": [{"video_id": name, "split": "train"} for name in ("p0.jpg", "p1.jpg")],
+    "sentences": [{"video_id": "p1.jpg", "caption": "two"}, {"video_id": "p0.jpg", "caption": "one"}],
+}
+
+
+def opened(path: Path, content: str | bytes, format: Format = "annotations", **settings: Any) -> Source:
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return open_source(SourceConfig(format=format, path=str(path), **settings), VisualConfig())
+
+
+def every(source: Source) -> list[Record | str]:
+    """The records, or why they are none."""
+    made: list[Record | str] = []
+    for index in range(len(source)):
+        try:
+            made.append(source[index])
+        except DataError as error:
+            made.append(str(error))
+    return made
+
+
+def said(source: Source) -> list[Any]:
+    return [(each.picture, each.captions) if isinstance(each, Record) else each for each in every(source)]
+
+
+SHAPES: dict[str, str | bytes] = {
+    "list.json": json.dumps(ROWS),
+    "blank before.json": "\n \t" + json.dumps(ROWS, indent=1),
+    "mark.json": b"\xef\xbb\xbf" + json.dumps(ROWS).encode(),
+    "utf-16.json": json.dumps(ROWS).encode("utf-16"),
+    "lines.jsonl": "\n".join(LINES),
+    "lines.JSONL": "\r\n".join(LINES),
+    "old mac.jsonl": "\r".join(LINES),
+    "joined.jsonl": "\ufeff" + "\n\ufeff".join(LINES),
+    "joined.csv": "\ufeffimage,caption\np0.jpg,one\n\ufeffimage,caption\np1.jpg,two\n",
+    "no lines.jsonl": "".join(LINES),
+    "commas.jsonl": ",\n".join(LINES) + ",\n",
+    "indented.json": "\n".join(json.dumps(row, indent=2) for row in ROWS),
+    "last comma.json": f"[{LINES[0]},\n{LINES[1]},\n]\n",
+    "wrapped.json": json.dumps({"version": 1, "data": ROWS}),
+    "wrapped twice.json": json.dumps({"version": "1", "data": {"rows": ROWS}}, indent=1),
+    "described.json": json.dumps({"description": "a set of mine", "annotations": ROWS}),
+    "splits.json": json.dumps({"train": ROWS[:1], "val": ROWS[1:], "test": []}),
+    "ids.json": json.dumps({"a": ROWS[0], "b": ROWS[1]}),
+    "names.json": json.dumps({"p0.jpg": {"caption": "one"}, "p1.jpg": {"caption": ["two"]}}, indent=4),
+    "captions.json": json.dumps({"p0.jpg": ["one"], "p1.jpg": ["two"]}),
+    "split ids.json": json.dumps({"train": {"a": ROWS[0]}, "val": {"b": ROWS[1]}}),
+    "columns.json": json.dumps({name: {str(i): ROWS[i][name] for i in range(2)} for name in ROWS[0]}),
+    "lists.json": json.dumps({name: [row[name] for row in ROWS] for name in ROWS[0]}),
+    "pandas split.json": json.dumps({"columns": list(ROWS[0]), "data": [list(row.values()) for row in ROWS]}),
+    "msrvtt.json": json.dumps(VIDEOS),
+    "msrvtt indented.json": json.dumps(VIDEOS, indent=4),
+    "upper.csv": "Image,Caption\np0.jpg,one\np1.jpg,two\n",
+    "spaces.csv": 'image, caption\np0.jpg, one\np1.jpg, "two"\n',
+    "ends.csv": "image,caption\np0.jpg,one,\np1.jpg,two,,\n",
+    "semicolons.csv": "image;caption\np0.jpg;one\np1.jpg;two\n",
+    "pipes.csv": "image_name| comment_number| comment\np0.jpg| 0| one\np1.jpg| 0| two\n",
+    "captions.txt": "image,caption\np0.jpg,one\np1.jpg,two\n",
+    "header twice.csv": "image,caption\np0.jpg,one\nimage,caption\np1.jpg,two\n,\n",
+    "nan.jsonl": '{"image": "p0.jpg", "caption": ["one", NaN]}\n{"image": "p1.jpg", "caption": "two", "id": 1e999}',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_rows_are_found_in_whatever_wraps_them(name: str, tmp_path: Path) -> None:
+    assert said(opened(tmp_path / name, SHAPES[name])) == READ
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+def test_a_single_row_is_a_row_whatever_it_holds(suffix: str, tmp_path: Path) -> None:
+    row = {**ROWS[0], "regions": [{"bbox": [1, 2, 3, 4]}], "meta": {"a": {"b": 1}}}
+    assert said(opened(tmp_path / f"a{suffix}", json.dumps(row))) == READ[:1]
+
+
+def test_splits_are_chosen_by_the_names_that_the_file_has(tmp_path: Path) -> None:
+    path, content = tmp_path / "a.json", json.dumps({"train": ROWS[:1], "val": ROWS[1:]})
+    assert said(opened(path, content, split="val")) == READ[1:]
+    with pytest.raises(DataError, match="split 'test' is none of the file's: train, val"):
+        opened(path, content, split="test")
+    good, cut = said(opened(tmp_path / "b.jsonl", f'{json.dumps({**ROWS[0], "split": "val"})}\n{{"cut', split="val"))
+    assert good == READ[0]
+    assert "b.jsonl row 2 is not valid JSON" in cut
+
+
+TABLES = {
+    "open.csv": ('image,caption\np0.jpg,"one\np1.jpg,two\np2.jpg,three\n', ['"one', "two", "three"]),
+    "closed later.csv": ('image,caption\np0.jpg,"one\np1.jpg,two\np2.jpg,tv 42"\n', ['"one', "two", 'tv 42"']),
+    "goes on.csv": ('image,caption\np0.jpg,"Stop" it says\np1.jpg,two\n', ['"Stop" it says', "two"]),
+    "whole.csv": ('image,caption\np0.jpg,"A ""b"", c"\np1.jpg,"one\ntwo, three"\n', ['A "b", c', "one\ntwo, three"]),
+    "inner.csv": ('image,caption\np0.jpg,a 42" tv\np1.jpg,two\n', ['a 42" tv', "two"]),
+    "pandas.tsv": ('image\tcaption\np0.jpg\t"a ""b"""\np1.jpg\t"one\ntwo"\np2.jpg\t"x\n', ['a "b"', "one\ntwo", '"x']),
+    "listed.csv": ("image,caption\np0.jpg,\"['one', 'it''s']\"\np1.jpg,\"[\"\"two\"\"]\"\n", None),
+    "columns.csv": ("image,caption,caption\np0.jpg,one,uno\n", [("one", "uno")]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_quotes_are_read_as_they_are_meant(name: str, tmp_path: Path) -> None:
+    content, expected = TABLES[name]
+    captions = [captions for _, captions in said(opened(tmp_path / name, content))]
+    expected = expected or [("one", "its"), ("two",)]
+    assert captions == [each if isinstance(each, tuple) else (each,) for each in expected]
+
+
+REFUSED: dict[str, tuple[Format, str, str, str]] = {
+    "coco": ("annotations", "a.json", '{"images": [{"id": 1}], "annotations": []}', "is of format 'coco_captions'"),
+    "karpathy": ("annotations", "a.json", '{"images": [{"sentences": []}]}', "is of format 'karpathy'"),
+    "vqa": ("coco_captions", "a.json", '{"questions": [{"question_id": 1}]}', "it is of format 'vqa_v2'"),
+    "rows": ("karpathy", "a.json", "[]", "it is of format 'annotations'"),
+    "boxes": ("coco_captions", "a.json", '{"images": [], "annotations": [{"id": 1, "bbox": []}]}',
+              "holds no captions: the fields of its annotations are id, bbox"),
+    "no header": ("annotations", "a.csv", "p0.jpg,one\n", "begins with the line 'p0.jpg,one', expected a header"),
+    "kinetics": ("kinetics", "a.csv", "waving/a.mp4 0\n", "begins with the line 'waving/a.mp4 0', expected a header"),
+    "damaged": ("annotations", "a.json", '{\n "image": "p0.jpg",\n', "is not valid JSON"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_files_of_another_kind_are_named(name: str, tmp_path: Path) -> None:
+    format, file, content, expected = REFUSED[name]
+    with pytest.raises(DataError) as refused:
+        opened(tmp_path / file, content, format)
+    assert expected in str(refused.value)
+
+
+FAULTS: dict[str, tuple[str, str]] = {
+    '{"image": "a.jpg", "captoin": "x"}': ("captoin", "; call captoin caption, if it is that"),
+    '{"image": "a.jpg", "caption": NaN}': ("caption", "has nothing in its caption"),
+    '{"image": "a.jpg", "desc": {"a": 1}}': ("desc", "desc holds objects with the fields a, expected texts"),
+    '{"image": "a.jpg", "answer": "x", "question": [1]}': ("question", "question is a list, expected text"),
+    '{"image": ["a.jpg"], "caption": "x"}': ("image", "image is a list, expected text"),
+    '{"image": "a.jpg", "caption": "x \\ud83d"}': ("caption", r"caption 'x \ud83d' is no Unicode text: half"),
+    '{"image": "a\\udc00.jpg", "caption": "x"}': ("image", r"image 'a\udc00.jpg' is no Unicode text: half"),
+    '{"image": "a.jpg", "caption": "x", "id": "\\ud83d"}': ("id", r"id '\ud83d' is no Unicode text: half"),
+    '{"image": "a.jpg", "caption": "\\u200b\\ufeff\\u00a0"}': ("caption", "has nothing in its caption"),
+    '{"image": "a.jpg", "phrase": "x", "bbox": [1, 1, 0, 5], "width": 9, "height": 9}': ("box", "of 0 x 5 pixels"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("row", FAULTS)
+def test_one_bad_row_is_one_fault_that_names_its_field(row: str, tmp_path: Path) -> None:
+    field, expected = FAULTS[row]
+    first, fault, last = said(opened(tmp_path / "a.jsonl", f"{LINES[0]}\n{row}\n{LINES[1]}\n"))
+    assert [first, last] == READ
+    assert fault.startswith(f"{tmp_path}/a.jsonl row 2")
+    assert field in fault
+    assert expected in fault
+
+
+def test_a_row_of_a_table_that_is_too_long_is_one_fault(tmp_path: Path) -> None:
+    fault, good, short = said(opened(tmp_path / "a.csv", "image,caption\np0.jpg,a dog, running\np1.jpg,two\np2.jpg\n"))
+    assert "a.csv row 2 has 3 cells, expected the header's 2; put those with delimiters in quotes" in fault
+    assert good == READ[1]
+    assert "row 4 has no " in short
+
+
+def test_what_is_said_of_pictures_that_are_not_listed_is_counted(tmp_path: Path) -> None:
+    content = {
+        "images": [{"id": "0001", "file_name": "p0.jpg"}, {"id": 2, "file_name": "p1.jpg"}],
+        "annotations": [
+            {"image_id": 1, "caption": "one"}, {"image_id": 3, "caption": "lost"}, {"image_id": 4, "caption": "lost"},
+            {"image_id": 2.0, "caption": None}, {"image_id": 2, "caption": "two"}, 7,
+        ],
+    }  # fmt: skip
+    with pytest.warns(UserWarning, match="3 of its caption entries are left out: their image_id is not listed.* '3'"):
+        assert said(opened(tmp_path / "a.json", json.dumps(content), "coco_captions")) == READ
+
+
+def asked(content: Any, path: Path) -> tuple[str, ...]:
+    record = every(opened(path, json.dumps([content])))[0]
+    assert isinstance(record, Record), record
+    return (record.questions[0].answer, *record.questions[0].others)
+
+
+def test_answers_in_all_their_forms(tmp_path: Path) -> None:
+    row, path = {"image": "p0.jpg", "question": "what?"}, tmp_path / "a.json"
+    many = [{"answer": answer, "answer_id": i} for i, answer in enumerate(["", "no", "yes", "", "yes", ""])]
+    assert asked({**row, "answers": many}, path) == ("yes", "yes", "no", "", "", "")
+    assert asked({**row, "answer": ["red", "dark red"], "weight": [0.3, 0.9]}, path) == ("dark red", "red")
+    assert asked({**row, "answer": True}, path) == ("yes",)
+    assert asked({**row, "answer": 2.0}, path) == ("2",)
+    assert asked({**row, "answers": ["a", None, "b", "b"]}, path) == ("b", "b", "a", "")
+
+
+def test_every_annotator_of_vqa_counts_and_a_question_without_answers_is_one_fault(tmp_path: Path) -> None:
+    given = {1: ["yes"] * 2 + [""] * 3 + ["no"] * 5, 2: [""] * 10, 3: [""] * 6 + ["yes"] * 4}
+    questions = [{"image_id": 1, "question_id": id, "question": "is it?"} for id in (*given, 4)]
+    answers = [{"question_id": id, "answers": [{"answer": a} for a in each]} for id, each in given.items()]
+    (tmp_path / "vqa_a.json").write_text(json.dumps({"annotations": [*answers, {"question_id": 9, "answers": []}]}))
+    (tmp_path / "vqa_q.json").write_text(json.dumps({"questions": questions}))
+    with pytest.warns(UserWarning, match="1 of its answers entries are left out: their question_id is not listed"):
+        source = open_source(SourceConfig(format="vqa_v2", path=str(tmp_path / "vqa_*.json")), VisualConfig())
+    first, blank, third, without = every(source)
+    assert isinstance(first, Record)
+    assert isinstance(third, Record)
+    assert (first.questions[0].answer, *first.questions[0].others) == ("no",) * 5 + ("yes",) * 2 + ("",) * 3
+    assert (third.questions[0].answer, *third.questions[0].others) == ("yes",) * 4 + ("",) * 6
+    assert "row 2 has nothing in its answers" in str(blank)
+    assert "row 4 has no answers" in str(without)
+
+
+def test_phrases_of_referred_things(tmp_path: Path) -> None:
+    row = {
+        "image": "p0.jpg",
+        "bbox": [1, 2, 3, 4],
+        "width": 10,
+        "height": 10,
+        "sentences": [{"sent": "left", "raw": "Left"}],
+    }
+    record = every(opened(tmp_path / "a.json", json.dumps([row])))[0]
+    assert isinstance(record, Record)
+    assert [each.text for each in record.expressions] == ["Left"]
+
+
+def test_nothing_is_said_of_files_that_are_right(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert said(opened(tmp_path / "a.json", json.dumps(VIDEOS))) == READ

@@ -1,0 +1,63 @@
+"""Records: their texts are Unicode, and something of them is seen."""
+
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_pipelines.errors import DataError
+from data_pipelines.media import Media
+from data_pipelines.record import Entailment, Expression, Question, Record, clean_text
+
+HALVES = ("so happy \ud83d", "\ude00", "caf\udce9.jpg")
+BLANK = ("", " \n", "\u00a0\u3000", "\u200b\ufeff", "\u2060\u00ad", "\0\x07", "\u0301", "\ufe0f", "\u3164\u2800",
+         "\ue000", "\ufffd", "\U000e0041")  # fmt: skip
+MADE = {
+    "key": lambda text: Record(text),
+    "picture": lambda text: Record("k", picture=text),
+    "media": lambda text: Record("k", media=Media("image", b"", text)),
+    "captions": lambda text: Record("k", captions=("a", text)),
+    "texts": lambda text: Record("k", texts=(text,)),
+    "label": lambda text: Record("k", label=text),
+    "question": lambda text: Record("k", questions=(Question(text, "a"),)),
+    "answer": lambda text: Record("k", questions=(Question("q", text),)),
+    "others": lambda text: Record("k", questions=(Question("q", "a", "", (text,)),)),
+    "expression": lambda text: Record("k", expressions=(Expression(text, (0.0, 0.0, 1.0, 1.0)),)),
+    "premise": lambda text: Record("k", entailments=(Entailment(text, "h", "yes"),)),
+}
+
+
+@pytest.mark.parametrize("text", HALVES, ids=ascii)
+@pytest.mark.parametrize("field", MADE)
+def test_half_a_surrogate_pair_is_refused_wherever_it_stands(field: str, text: str) -> None:
+    with pytest.raises(DataError, match="is no Unicode text: half of a surrogate pair at character") as refused:
+        MADE[field](text)
+    assert str(refused.value).isascii()
+
+
+@pytest.mark.parametrize("text", BLANK, ids=ascii)
+def test_what_is_not_seen_is_no_text(text: str) -> None:
+    assert clean_text(text) == ""
+    assert MADE["captions"](text).captions == ("a",)
+    assert MADE["others"](text).questions == (Question("q", "a", "", ("",)),)  # an annotator who wrote nothing
+    for field in ("texts", "label", "question", "answer", "expression", "premise"):
+        assert MADE[field](text) == Record("k")
+
+
+@pytest.mark.parametrize(
+    ("text", "clean"),
+    [
+        ("a\0b", "ab"), (" a\x07 \u202eb\u202c ", "a \u202eb\u202c"), ("...", "..."), ("a\tb\nc\x85d", None),
+        ("\U0001f468\u200d\U0001f469", None), ("\U0001faea", None), ("\u0915\u094d\u200d", None),
+    ],
+)  # fmt: skip
+def test_control_characters_are_left_out_and_the_rest_stays(text: str, clean: str | None) -> None:
+    assert clean_text(text) == (text if clean is None else clean)
+
+
+@given(st.text())
+def test_cleaning_again_changes_nothing(text: str) -> None:
+    assert clean_text(clean_text(text)) == clean_text(text)
+    record = Record("k", captions=(text,))
+    assert dataclasses.replace(record) == record
