@@ -82,7 +82,7 @@ def run_import(
             comparisons = _compared(plan, folder)
         report = Report(
             "import", plan.title, [_described(joint) for joint in plan.joints], "checkpoints/0", work.rows(),
-            transfer.seconds, transfer.bytes_read, transfer.bytes_written, comparisons,
+            transfer.seconds, transfer.bytes_read, transfer.bytes_written, comparisons, plan.notes,
         )  # fmt: skip
         report.write(folder)
     return report
