@@ -125,8 +125,8 @@ def _plan_joined(found: Sequence[Found], parts: Sequence[str] | None, image_size
     if "bert" not in by_kind:  # the text side is not built; its sizes follow the tower
         width = sizes["vision_width"]
         sizes |= {
-            "width": width, "heads": sizes["vision_heads"], "mlp_width": 4 * width, "text_layers": 0, "fusion_layers": 0,
-            "decoder_layers": 0,
+            "width": width, "heads": sizes["vision_heads"], "mlp_width": 4 * width, "text_layers": 0,
+            "fusion_layers": 0, "decoder_layers": 0,
         }  # fmt: skip
     if "clip" not in by_kind:
         sizes |= {"vision_width": 64, "vision_layers": 1, "vision_heads": 1, "patch_size": 16, "image_size": 224}

@@ -61,7 +61,10 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """One tap of both frameworks on the same input; ``relative`` is a share of the tap's largest value."""
+    """One tap of both frameworks on the same input; ``relative`` is a share of the tap's largest value.
+
+    Of a generated text it is that of the scores, and 0 where both say the same.
+    """
 
     path: str
     tap: str
@@ -69,6 +72,7 @@ class Comparison:
     max_difference: float
     relative: float
     passed: bool
+    text: str = ""  # of a generated one: what PyTorch's model says
 
 
 @dataclasses.dataclass
@@ -126,6 +130,7 @@ class Report:
                 f"  {len(self.comparisons)} taps compared with PyTorch, {failed} differ; largest difference "
                 f"{worst.relative:.1e} of a tap's largest value ({worst.path}: {worst.tap})"
             )
+            lines += [f"  {c.path}: PyTorch says {c.text!r}" for c in self.comparisons if c.text]
         return "\n".join(lines)
 
 

@@ -176,7 +176,7 @@ class TorchSource:
             raise
         except Exception as error:  # a damaged pickle can raise nearly anything
             raise UserError(f"{path} is truncated or not a PyTorch file ({_short(error)})") from error
-        self._tensors = _state_dict(tree)
+        self._tensors = _state_dict(tree, path)
         if not self._tensors:
             raise UserError(
                 f"{path} holds no tensors by name; expected a state dict, alone or under {' or '.join(_TOPS)}"
@@ -252,15 +252,26 @@ class TorchSource:
                 raise UserError(f"{self._path} is truncated: the bytes of {name} are missing; copy it again")
 
 
-def _state_dict(tree: Any) -> dict[str, _Tensor]:
-    """The named tensors of what was saved; other things in it (optimisers, settings) are passed over."""
+def _state_dict(tree: Any, path: Path, depth: int = 3) -> dict[str, _Tensor]:
+    """The named tensors of what was saved; other things in it (optimisers, settings) are passed over.
+
+    Raises:
+        UserError: several state dicts under names that do not say which is the model's.
+    """
     if isinstance(tree, _Object):
         return dict(_walk(tree, ""))
-    for _ in _TOPS:  # one may lie in another
-        top = next((top for top in _TOPS if isinstance(tree, dict) and isinstance(tree.get(top), dict)), None)
-        tree = tree if top is None else tree[top]
-    items = tree.items() if isinstance(tree, dict) else ()
-    return {name: value for name, value in items if isinstance(name, str) and isinstance(value, _Tensor)}
+    if not isinstance(tree, dict):
+        return {}
+    named = {name: value for name, value in tree.items() if isinstance(name, str) and isinstance(value, _Tensor)}
+    if named or not depth:
+        return named
+    known = (_state_dict(tree[top], path, depth - 1) for top in _TOPS if isinstance(tree.get(top), dict))
+    if found := next(filter(None, known), None):
+        return found
+    others = {name: found for name, value in tree.items() if (found := _state_dict(value, path, 0))}
+    if len(others) > 1:
+        raise UserError(f"{path} holds tensors under {', '.join(map(str, others))}; save the model's state dict alone")
+    return next(iter(others.values()), {})
 
 
 def _walk(module: _Object, prefix: str) -> list[tuple[str, _Tensor]]:

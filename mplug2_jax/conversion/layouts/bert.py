@@ -82,8 +82,8 @@ def sizes(source: TensorSource) -> dict[str, int]:
     types = source.info(TYPES).shape if TYPES in source.names() else (2,)
     if types[0] != 2:
         raise UserError(
-            f"{TYPES} has {types[0]} row{'s' * (types[0] != 1)}, BERT's has 2: these are weights of RoBERTa or the like, "
-            "whose positions and words mPLUG-2 has not; expected a BERT"
+            f"{TYPES} has {types[0]} row{'s' * (types[0] != 1)}, BERT's has 2: these are of RoBERTa or the like, whose "
+            "positions and words mPLUG-2 has not; expected a BERT"
         )
     words, width = source.info("embeddings.word_embeddings.weight").shape
     names = set(source.names())

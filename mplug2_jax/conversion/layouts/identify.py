@@ -113,8 +113,8 @@ def identify(path: Path) -> Found:
         return Found(path, "clip", "CLIP (Hugging Face)", RenamedSource(source, tower), "hugging_face")
     if relative := bert.relative_of(names):
         raise UserError(
-            f"{path} holds weights of {relative} ({examples(names, 1)}), whose positions, words or layers are not BERT's; "
-            "expected a BERT, a CLIP or the official release's"
+            f"{path} holds weights of {relative} ({examples(names, 1)}), whose positions, words or layers are not "
+            "BERT's; expected a BERT, a CLIP or the official release's"
         )
     plain = bert.canonical_names(names)
     if bert.is_bert(list(plain)):

@@ -8,7 +8,7 @@ from mplug2_jax.config import build
 from mplug2_jax.conversion.files.sources import TensorSource
 from mplug2_jax.conversion.layouts.clip import openai_sizes
 from mplug2_jax.errors import UserError
-from mplug2_jax.model.config import SIZES, ModelConfig
+from mplug2_jax.model.config import SIZES, ModelConfig, SpecialTokens
 
 EXPORTED_SIZES = (
     "vision_width", "vision_layers", "vision_heads", "vision_activation", "patch_size", "image_size",
@@ -98,12 +98,18 @@ def sizes_from_shapes(source: TensorSource) -> tuple[ModelConfig, int]:
     return config, max(0, fusion_start)
 
 
-def settings_of(config: ModelConfig, fusion_start: int, *, task: str, teacher: bool) -> dict[str, Any]:
-    """The ``config.json`` beside an export: our sizes by our names, which the PyTorch runtime reads too."""
+def settings_of(
+    config: ModelConfig, fusion_start: int, *, task: str, teacher: bool, tokens: SpecialTokens | None = None
+) -> dict[str, Any]:
+    """The ``config.json`` beside an export: our sizes by our names, which the PyTorch runtime reads too.
+
+    ``tokens`` are the ids of its tokeniser, without which the runtime takes BERT's.
+    """
     sizes = dataclasses.asdict(config) | {"fusion_start": fusion_start}
     architecture = "VideoQA" if task == "videoqa" else "Caption"
     head = {"model_type": "mplug2", "architectures": [architecture], "task": task, "teacher": teacher}
-    return head | {name: sizes[name] for name in EXPORTED_SIZES}
+    ids = {} if tokens is None else {"bos_token_id": tokens.begin, "eos_token_id": tokens.end}
+    return head | {name: sizes[name] for name in EXPORTED_SIZES} | ids
 
 
 def sizes_from_export(settings: Mapping[str, Any]) -> tuple[ModelConfig, int]:

@@ -62,7 +62,7 @@ def without_wrapper(names: Collection[str], own: Collection[str], rename: Callab
     Raises:
         UserError: two tensors that would have one name.
     """
-    shared = os.path.commonprefix(list(names)).split(".")[:-1]
+    shared = os.path.commonprefix(list(names)).split(".")[:-1]  # noqa: RUF071  they are no paths
     wrapper = "".join(f"{module}." for module in itertools.takewhile(lambda module: module not in own, shared))
     found: dict[str, str] = {}
     for name in names:

@@ -142,7 +142,9 @@ def _told(
         raise UserError(f"{path}: num_attention_heads={heads!r} does not divide {width} columns; mend it")
     assumed = (f"{name}={defaults[name]!r}: {path.name} does not say, it is the library's own" for name in defaults)
     return Told(
-        heads, settings["hidden_act"], tuple(text for text, name in zip(assumed, defaults, strict=True) if name not in said)
+        heads,
+        settings["hidden_act"],
+        tuple(text for text, name in zip(assumed, defaults, strict=True) if name not in said),
     )
 
 

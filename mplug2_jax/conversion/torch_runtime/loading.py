@@ -94,7 +94,7 @@ def read_weights(path: Path) -> Mapping[str, Tensor]:
         tensors: Mapping[str, Tensor] = ShardedFiles(path)
     else:
         tensors = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickled(path)
-    wrapper = os.path.commonprefix(list(tensors)).rpartition(".")[0]
+    wrapper = os.path.commonprefix(list(tensors)).rpartition(".")[0]  # noqa: RUF071  they are no paths
     if wrapper and len(tensors) > 1:
         tensors = {name.removeprefix(f"{wrapper}."): tensors[name] for name in tensors}
     return tensors
