@@ -12,8 +12,9 @@ from mplug2_jax.model.config import SIZES, ModelConfig, SpecialTokens
 
 EXPORTED_SIZES = (
     "vision_width", "vision_layers", "vision_heads", "vision_activation", "patch_size", "image_size",
-    "temporal_downsampling", "width", "heads", "mlp_width", "text_layers", "universal_layers", "num_latents", "fusion_start", "fusion_layers",
-    "fusion_stride", "decoder_layers", "vocab_size", "max_positions", "dropout", "attention_dropout",
+    "temporal_downsampling", "width", "heads", "mlp_width", "text_layers", "universal_layers", "num_latents",
+    "fusion_start", "fusion_layers", "fusion_stride", "decoder_layers", "vocab_size", "max_positions", "dropout",
+    "attention_dropout",
 )  # fmt: skip
 """What the ``config.json`` of an export says of the model."""
 

@@ -127,25 +127,22 @@ def _told(
     for name, known in computed.items():
         if name in said and said[name] not in known:
             raise UserError(
-                f"{path}: {name}={said[name]!r} is not what mPLUG-2 computes, {' or '.join(map(repr, known))}; import a "
-                "model that has this, or train one"
+                f"{path}: {name}={said[name]!r} is not what mPLUG-2 computes, which is "
+                f"{' or '.join(map(repr, known))}; import a model of that"
             )
     for name, value in theirs.items():
         if said.get(name, value) != value:
             raise UserError(
-                f"{path}: {name}={said[name]!r}, but the weights have {value}; put the settings that they were made with "
-                "beside them"
+                f"{path}: {name}={said[name]!r}, but the weights have {value}; put the settings beside them that "
+                "they were made with"
             )
     settings = {**defaults, **said}
     heads, width = settings["num_attention_heads"], theirs["hidden_size"]
     if type(heads) is not int or heads < 1 or width % heads:
         raise UserError(f"{path}: num_attention_heads={heads!r} does not divide {width} columns; mend it")
-    assumed = (f"{name}={defaults[name]!r}: {path.name} does not say, it is the library's own" for name in defaults)
-    return Told(
-        heads,
-        settings["hidden_act"],
-        tuple(text for text, name in zip(assumed, defaults, strict=True) if name not in said),
-    )
+    absent = [name for name in defaults if name not in said]
+    assumed = (f"{name}={defaults[name]!r}: {path.name} does not say, and it is the library's own" for name in absent)
+    return Told(heads, settings["hidden_act"], tuple(assumed))
 
 
 def _assumed(weights: Path, width: int, activation: str, words: str, files: Iterable[str]) -> Told:

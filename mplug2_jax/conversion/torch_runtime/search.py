@@ -21,7 +21,7 @@ from mplug2_jax.errors import UserError
 class SearchConfig:
     """How to search. Lengths count generated tokens: the begin token is not one, the end token is.
 
-    ``begin`` and ``end`` are ids of the tokeniser; where they are None, a model's ``generate`` takes those of its config.
+    ``begin`` and ``end`` are ids of the tokeniser; a model's ``generate`` takes its config's where they are None.
 
     With ``extend_finished``, as in the release, beams that ended go on, beyond their end token, and when a clip is done
     all its beams are stored, ended or not.
