@@ -14,6 +14,8 @@ HUGGING_FACE, OPEN_CLIP, GOOGLE = "config.json", "open_clip_config.json", "bert_
 _HEAD = 64  # columns of a head, where nothing says another number
 _WIDER_HEADS = {1280: 80, 1408: 88, 1664: 104}  # ViT-H, -g and -G, of all CLIPs that are published
 
+_OF_TOWERS, _OF_BERT = ("patch_size", "vision_config"), ("num_attention_heads", "hidden_size", "model_type")
+
 # What the libraries take for fields that are absent, and all that our model computes.
 _CLIP_DEFAULTS: Mapping[str, Any] = {"num_attention_heads": 12, "hidden_act": "quick_gelu"}
 _CLIP_COMPUTED: Mapping[str, tuple[Any, ...]] = {"hidden_act": ("quick_gelu", "gelu"), "layer_norm_eps": (1e-5,)}
@@ -81,7 +83,7 @@ def told_of_bert(weights: Path, sizes: Mapping[str, Any]) -> Told:
     }  # fmt: skip
     for name in (HUGGING_FACE, GOOGLE):
         said = read_settings(_folder(weights) / name) or {}
-        if "patch_size" not in said and not {"num_attention_heads", "hidden_size", "model_type"}.isdisjoint(said):
+        if said.keys().isdisjoint(_OF_TOWERS) and not said.keys().isdisjoint(_OF_BERT):
             return _told(_folder(weights) / name, said, theirs, _BERT_DEFAULTS, _BERT_COMPUTED)
     return _assumed(weights, sizes["width"], "gelu", "exact GELU, absolute positions", (HUGGING_FACE,))
 
@@ -105,17 +107,16 @@ def _of_open_clip(settings: Mapping[str, Any] | None) -> Mapping[str, Any] | Non
     vision = model.get("vision_cfg") if isinstance(model, dict) else None
     if not isinstance(model, dict) or not isinstance(vision, dict):
         return None
-    said: dict[str, Any] = {"hidden_act": "quick_gelu" if model.get("quick_gelu") else "gelu"}
-    for theirs, name in (("width", "hidden_size"), ("layers", "num_hidden_layers"), ("patch_size", "patch_size")):
-        if theirs in vision:
-            said[name] = vision[theirs]
-    width, head = vision.get("width", 768), vision.get("head_width", _HEAD)
-    if type(width) is int and type(head) is int and 0 < head <= width:
-        said["num_attention_heads"] = width // head
-    norm = vision.get("norm_kwargs")
-    if isinstance(norm, dict) and "eps" in norm:
-        said["layer_norm_eps"] = norm["eps"]
-    return said
+    width, head, norm = vision.get("width", 768), vision.get("head_width", _HEAD), vision.get("norm_kwargs")
+    whole = type(width) is int and type(head) is int and head > 0
+    return {
+        "hidden_act": "quick_gelu" if model.get("quick_gelu") else "gelu",
+        "hidden_size": width,
+        "num_hidden_layers": vision.get("layers"),
+        "patch_size": vision.get("patch_size"),
+        "num_attention_heads": width // head if whole else head,
+        "layer_norm_eps": norm.get("eps") if isinstance(norm, dict) else None,
+    }
 
 
 def _told(
