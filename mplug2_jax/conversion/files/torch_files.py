@@ -262,12 +262,13 @@ def _state_dict(tree: Any, path: Path, depth: int = 3) -> dict[str, _Tensor]:
         return dict(_walk(tree, ""))
     if not isinstance(tree, dict):
         return {}
+    if depth:
+        known = (_state_dict(tree[top], path, depth - 1) for top in _TOPS if isinstance(tree.get(top), dict))
+        if found := next(filter(None, known), None):
+            return found
     named = {name: value for name, value in tree.items() if isinstance(name, str) and isinstance(value, _Tensor)}
     if named or not depth:
         return named
-    known = (_state_dict(tree[top], path, depth - 1) for top in _TOPS if isinstance(tree.get(top), dict))
-    if found := next(filter(None, known), None):
-        return found
     others = {name: found for name, value in tree.items() if (found := _state_dict(value, path, 0))}
     if len(others) > 1:
         raise UserError(f"{path} holds tensors under {', '.join(map(str, others))}; save the model's state dict alone")

@@ -155,4 +155,4 @@ def _assumed(weights: Path, width: int, activation: str, words: str, files: Iter
             "weights were made with beside them"
         )
     where = f"no {' or '.join(files)} beside {weights.name} says otherwise"
-    return Told(width // head, activation, (f"{width // head} heads of {head} columns, {words}: {where}",))
+    return Told(width // head, activation, (f"heads of {head} columns, {words}: {where}",))
