@@ -1,4 +1,4 @@
-"""CLIP, BERT and the release under the names that wrappers and trainers give them; relatives of BERT refused by name."""
+"""CLIP, BERT and the release under the names that trainers give them; relatives of BERT refused by name."""
 
 from pathlib import Path
 from typing import Any
@@ -85,7 +85,8 @@ def test_one_tensor_under_two_names_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin", "epoch_3.pt"]
+    "name",
+    ["open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin", "epoch_3.pt"],
 )  # fmt: skip
 def test_a_folder_of_open_clip_s_holds_weights(tmp_path: Path, name: str) -> None:
     written(tmp_path / name, {"x": np.ones(2, np.float32)})
