@@ -78,7 +78,7 @@ def vqa_accuracy(said: Sequence[str], answers: Sequence[Sequence[str]]) -> Ratio
     """
     check_pairs("VQA accuracy", answers=len(said), questions=len(answers))
     weights = np.asarray([float(can_be_judged(given)) for given in answers])
-    return Ratio(np.asarray([soft_accuracy(*pair) for pair in zip(said, answers, strict=True)]), weights)
+    return Ratio(weights * [soft_accuracy(*pair) for pair in zip(said, answers, strict=True)], weights)
 
 
 def can_be_judged(answers: Sequence[str]) -> bool:
