@@ -143,18 +143,18 @@ def _by_jax(
             model.fusion(text, batch["instruction_mask"], visual, taps=taps)
             memory, mask = Forward(model, batch).instructed
         logits = model.decoder(batch["target"], batch["target"] != 0, memory, mask, taps=taps)
-        return {**taps, "logits": logits}, (memory, mask)
+        return {**taps, "logits": logits}, memory, mask
 
     @jax.jit
-    def speak(params: Params, memory: Any) -> Any:
-        return generate(definition.bind(params).decoder, *memory, search, tokens)
+    def speak(params: Params, memory: Any, mask: Any) -> Any:
+        return generate(definition.bind(params).decoder, memory, mask, search, tokens)
 
     found: Tapped = {}
     on_device = jax.tree.map(jnp.asarray, params)
     for path, batch in batches.items():
-        tapped, memory = run(on_device, jax.tree.map(jnp.asarray, dict(batch)))
+        tapped, memory, mask = run(on_device, jax.tree.map(jnp.asarray, dict(batch)))
         found |= {f"{path}: {name}": np.asarray(value) for name, value in tapped.items()}
-    said = speak(on_device, memory)  # of the clip, which comes last
+    said = speak(on_device, memory, mask)  # of the clip, which comes last
     return found, _best(said.ids, said.scores, said.lengths)
 
 

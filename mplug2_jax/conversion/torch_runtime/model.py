@@ -88,15 +88,15 @@ class Mplug2(nn.Module):
         Raises:
             UserError: a token beyond the vocabulary.
         """
-        own = {"begin": self.config.bos_token_id, "end": self.config.eos_token_id}
-        search = dataclasses.replace(search, **{name: own[name] for name in own if getattr(search, name) is None})
-        for name in own:
-            if getattr(search, name) >= self.config.vocab_size:
+        begin = self.config.bos_token_id if search.begin is None else search.begin
+        end = self.config.eos_token_id if search.end is None else search.end
+        for name, token in (("begin", begin), ("end", end)):
+            if token >= self.config.vocab_size:
                 raise UserError(
-                    f"the {name} token is {getattr(search, name)}, and vocab_size={self.config.vocab_size}; set "
-                    "bos_token_id and eos_token_id of config.json to the tokeniser's [CLS] and [SEP]"
+                    f"the {name} token is {token}, and vocab_size={self.config.vocab_size}; set bos_token_id and "
+                    "eos_token_id of config.json to the tokeniser's [CLS] and [SEP]"
                 )
-        return search
+        return dataclasses.replace(search, begin=begin, end=end)
 
     def visual_tokens(self, frames: Tensor, taps: Taps | None = None) -> Tensor:
         """Normalised frames [b, 3, t, y, x] (images: t = 1) -> visual tokens [b, s, d], s = 1 + t*n."""
