@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mplug2_jax.errors import UserError
+from mplug2_jax.model.vision import PIXEL_MEAN, PIXEL_STD
 
 HUGGING_FACE, OPEN_CLIP, GOOGLE = "config.json", "open_clip_config.json", "bert_config.json"
+PIXELS = "preprocessor_config.json"
 _HEAD = 64  # columns of a head, where nothing says another number
 _WIDER_HEADS = {1280: 80, 1408: 88, 1664: 104}  # ViT-H, -g and -G, of all CLIPs that are published
 
@@ -19,6 +21,7 @@ _OF_TOWERS, _OF_BERT = ("patch_size", "vision_config"), ("num_attention_heads", 
 # What the libraries take for fields that are absent, and all that our model computes.
 _CLIP_DEFAULTS: Mapping[str, Any] = {"num_attention_heads": 12, "hidden_act": "quick_gelu"}
 _CLIP_COMPUTED: Mapping[str, tuple[Any, ...]] = {"hidden_act": ("quick_gelu", "gelu"), "layer_norm_eps": (1e-5,)}
+_PIXELS: Mapping[str, tuple[Any, ...]] = {"image_mean": (list(PIXEL_MEAN),), "image_std": (list(PIXEL_STD),)}
 _BERT_DEFAULTS: Mapping[str, Any] = {"num_attention_heads": 12, "hidden_act": "gelu"}
 _BERT_COMPUTED: Mapping[str, tuple[Any, ...]] = {
     "model_type": ("bert",), "hidden_act": ("gelu", "gelu_python"), "position_embedding_type": ("absolute",),
@@ -64,10 +67,11 @@ def told_of_clip(weights: Path, sizes: Mapping[str, Any], *, openai: bool) -> To
         "hidden_size": sizes["vision_width"], "num_hidden_layers": sizes["vision_layers"],
         "patch_size": sizes["patch_size"],
     }  # fmt: skip
+    _check(_folder(weights) / PIXELS, read_settings(_folder(weights) / PIXELS) or {}, _PIXELS)
     kinds = {HUGGING_FACE: _of_hugging_face_clip, OPEN_CLIP: _of_open_clip}
     for name in sorted(kinds, reverse=openai):
         if (said := kinds[name](read_settings(_folder(weights) / name))) is not None:
-            return _told(_folder(weights) / name, said, theirs, _CLIP_DEFAULTS, _CLIP_COMPUTED)
+            return _told(_folder(weights) / name, said, theirs, _CLIP_DEFAULTS, {**_CLIP_COMPUTED, **_PIXELS})
     return _assumed(weights, sizes["vision_width"], "quick_gelu", "QuickGELU", (HUGGING_FACE, OPEN_CLIP))
 
 
@@ -108,6 +112,7 @@ def _of_open_clip(settings: Mapping[str, Any] | None) -> Mapping[str, Any] | Non
     if not isinstance(model, dict) or not isinstance(vision, dict):
         return None
     width, head, norm = vision.get("width", 768), vision.get("head_width", _HEAD), vision.get("norm_kwargs")
+    seen = (settings or {}).get("preprocess_cfg")
     whole = type(width) is int and type(head) is int and head > 0
     return {
         "hidden_act": "quick_gelu" if model.get("quick_gelu") else "gelu",
@@ -116,6 +121,8 @@ def _of_open_clip(settings: Mapping[str, Any] | None) -> Mapping[str, Any] | Non
         "patch_size": vision.get("patch_size"),
         "num_attention_heads": width // head if whole else head,
         "layer_norm_eps": norm.get("eps") if isinstance(norm, dict) else None,
+        "image_mean": seen.get("mean") if isinstance(seen, dict) else None,
+        "image_std": seen.get("std") if isinstance(seen, dict) else None,
     }
 
 
@@ -125,12 +132,7 @@ def _told(
 ) -> Told:  # fmt: skip
     """What a file says, held against the shapes and what our model computes."""
     said = {name: value for name, value in said.items() if value is not None}
-    for name, known in computed.items():
-        if name in said and said[name] not in known:
-            raise UserError(
-                f"{path}: {name}={said[name]!r} is not what mPLUG-2 computes, which is "
-                f"{' or '.join(map(repr, known))}; import a model of that"
-            )
+    _check(path, said, computed)
     for name, value in theirs.items():
         if said.get(name, value) != value:
             raise UserError(
@@ -144,6 +146,22 @@ def _told(
     absent = [name for name in defaults if name not in said]
     assumed = (f"{name}={defaults[name]!r}: {path.name} does not say, and it is the library's own" for name in absent)
     return Told(heads, settings["hidden_act"], tuple(assumed))
+
+
+def _check(path: Path, said: Mapping[str, Any], computed: Mapping[str, tuple[Any, ...]]) -> None:
+    """Refuses what our model does not compute."""
+    for name, known in computed.items():
+        if said.get(name) is not None and _short(said[name]) not in map(_short, known):
+            raise UserError(
+                f"{path}: {name}={said[name]!r} is not what mPLUG-2 computes, which is "
+                f"{' or '.join(map(repr, known))}; import a model of that"
+            )
+
+
+def _short(value: Any) -> Any:
+    """Lists of numbers to three digits, as some write the colours' means."""
+    numbers = isinstance(value, list) and all(isinstance(x, int | float) for x in value)
+    return [round(x, 3) for x in value] if numbers else value
 
 
 def _assumed(weights: Path, width: int, activation: str, words: str, files: Iterable[str]) -> Told:

@@ -78,6 +78,7 @@ def test_a_bert_that_we_do_not_compute_is_refused_by_the_field(tmp_path: Path, c
         (True, {"open_clip_config.json": {"vision_cfg": {"width": 128}}}, 2, "gelu"),  # heads of 64 are its own
         (True, {"config.json": {"vision_config": TOWER}}, 4, "gelu"),
         (True, {"config.json": TOWER, "open_clip_config.json": {"vision_cfg": {"width": 128}}}, 2, "gelu"),
+        (False, {"config.json": TOWER, "preprocessor_config.json": {"image_mean": [0.481, 0.458, 0.408]}}, 4, "gelu"),
         (True, {"config.json": BERT}, 2, "quick_gelu"),  # of a BERT
         (True, {}, 2, "quick_gelu"),
     ],
@@ -100,6 +101,8 @@ def test_a_tower_has_the_heads_and_the_activation_that_its_settings_say(
         ("config.json", {"vision_config": TOWER | {"patch_size": 16}}, "patch_size=16, but the weights have 8"),
         ("open_clip_config.json", {"vision_cfg": OPEN_CLIP | {"norm_kwargs": {"eps": 1e-6}}}, "layer_norm_eps=1e-06"),
         ("open_clip_config.json", {"vision_cfg": OPEN_CLIP | {"head_width": "x"}}, "num_attention_heads='x' does not"),
+        ("preprocessor_config.json", {"image_mean": [0.5, 0.5, 0.5]}, "image_mean=[0.5, 0.5, 0.5] is not"),
+        ("open_clip_config.json", {"vision_cfg": {}, "preprocess_cfg": {"std": [1, 1, 1]}}, "image_std=[1, 1, 1] is"),
         ("open_clip_config.json", {"vision_cfg": {}}, "hidden_size=768, but the weights have 128"),
     ],
 )
