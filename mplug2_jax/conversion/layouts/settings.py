@@ -12,7 +12,7 @@ from mplug2_jax.errors import UserError
 from mplug2_jax.model.vision import PIXEL_MEAN, PIXEL_STD
 
 HUGGING_FACE, OPEN_CLIP, GOOGLE = "config.json", "open_clip_config.json", "bert_config.json"
-PIXELS = "preprocessor_config.json"
+PIXELS, WORDS = "preprocessor_config.json", "tokenizer_config.json"
 _HEAD = 64  # columns of a head, where nothing says another number
 _WIDER_HEADS = {1280: 80, 1408: 88, 1664: 104}  # ViT-H, -g and -G, of all CLIPs that are published
 
@@ -88,8 +88,14 @@ def told_of_bert(weights: Path, sizes: Mapping[str, Any]) -> Told:
     for name in (HUGGING_FACE, GOOGLE):
         said = read_settings(_folder(weights) / name) or {}
         if said.keys().isdisjoint(_OF_TOWERS) and not said.keys().isdisjoint(_OF_BERT):
-            return _told(_folder(weights) / name, said, theirs, _BERT_DEFAULTS, _BERT_COMPUTED)
-    return _assumed(weights, sizes["width"], "gelu", "exact GELU, absolute positions", (HUGGING_FACE,))
+            told = _told(_folder(weights) / name, said, theirs, _BERT_DEFAULTS, _BERT_COMPUTED)
+            break
+    else:
+        told = _assumed(weights, sizes["width"], "gelu", "exact GELU, absolute positions", (HUGGING_FACE,))
+    if (read_settings(_folder(weights) / WORDS) or {}).get("do_lower_case") is False:
+        cased = f"{WORDS} says do_lower_case=false: our word pieces are in lower case, so that words in capitals differ"
+        told = told._replace(assumed=(*told.assumed, cased))
+    return told
 
 
 def _folder(weights: Path) -> Path:

@@ -44,6 +44,11 @@ def test_what_a_bert_s_settings_leave_out_is_the_library_s_and_said(tmp_path: Pa
     assert plan.notes[0] == "num_attention_heads=12: config.json does not say, and it is the library's own"
 
 
+def test_of_a_bert_whose_words_have_case_it_is_said(tmp_path: Path) -> None:
+    plan = planned(tmp_path, bert_tensors(), {"config.json": BERT, "tokenizer_config.json": {"do_lower_case": False}})
+    assert [note.partition(":")[0] for note in plan.notes] == ["tokenizer_config.json says do_lower_case=false"]
+
+
 @pytest.mark.parametrize(
     ("changed", "said"),
     [

@@ -133,8 +133,8 @@ def test_a_teacher_that_is_not_there_is_missed_by_its_name(model, state) -> None
     assert "missing (visual_encoder_m.visual.class_embedding, " in refused(model, state, teacher=True)
 
 
-@pytest.mark.parametrize("top", [None, "model", "module"])
-@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("top", [None, "model", "model_state_dict"])
+@pytest.mark.parametrize("prefix", ["", "module._orig_mod."])
 @pytest.mark.parametrize("zipped", [True, False])
 def test_checkpoints_of_torch_are_read_in_all_their_forms(tmp_path, small, state, top, prefix, zipped) -> None:
     named = {prefix + name: value for name, value in state.items()}
