@@ -57,7 +57,8 @@ def prepare_torch(args: argparse.Namespace) -> Calls:
         model_config(args.size, image_size=args.image_size, dropout=args.dropout, attention_dropout=args.dropout)
     )
     sizes["fusion_start"] = 0  # captions have no fusion
-    model = Caption(Config(**{field.name: sizes[field.name] for field in dataclasses.fields(Config)}))
+    names = {field.name for field in dataclasses.fields(Config)} & set(sizes)
+    model = Caption(Config(**{name: sizes[name] for name in names}))
     batch = {name: torch.from_numpy(value) for name, value in random_batch(args, sizes["vocab_size"]).items()}
     groups = parameter_groups(model, rest=1e-5, vision=1e-6, weight_decay=0.02)
     optimizer = torch.optim.AdamW(groups, fused=True)

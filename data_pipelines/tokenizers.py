@@ -69,6 +69,14 @@ def _frame(pieces: list[int], cls_id: int, sep_id: int, max_length: int | None, 
     return [cls_id, *pieces[:room], *ends]
 
 
+def as_said(tokenizer: Tokenizer, text: str) -> str:
+    """A text as a model can say it at best: encoded whole and decoded.
+
+    What the vocabulary does not know becomes U+FFFD, which no model says: else all of it would be one word.
+    """
+    return tokenizer.decode(tokenizer.encode(text)).replace("[UNK]", "\ufffd")
+
+
 def join_wordpieces(tokens: Sequence[str]) -> str:
     """Word pieces as text, with BERT's usual clean-up of the spaces before punctuation and in contractions.
 

@@ -16,11 +16,11 @@ def clip_model(**overrides: Any) -> Any:
     return randomised(transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**(sizes | overrides))))
 
 
-def bert_model(*, head: bool, layers: int = 4) -> Any:
+def bert_model(*, head: bool, layers: int = 4, heads: int = 2) -> Any:
     """A BERT: 128 wide, 90 words."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed here")
     config = transformers.BertConfig(
-        vocab_size=90, hidden_size=128, num_hidden_layers=layers, num_attention_heads=2, intermediate_size=256,
+        vocab_size=90, hidden_size=128, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=256,
         max_position_embeddings=24,
     )  # fmt: skip
     return randomised(transformers.BertForMaskedLM(config) if head else transformers.BertModel(config))

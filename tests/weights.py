@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from mplug2_jax.conversion.files.safetensors_writer import SafetensorsWriter
-from mplug2_jax.conversion.files.sources import HostArray, open_source
+from mplug2_jax.conversion.files.sources import HostArray, TensorInfo, open_source
 from mplug2_jax.conversion.files.torch_files import TorchWriter
 from mplug2_jax.conversion.layouts.official import default_fusion_start
 from mplug2_jax.conversion.layouts.official_config import settings_of
@@ -63,3 +63,77 @@ def assert_same(one: Path, other: Path) -> None:
     for name in a.names():
         assert a.info(name) == b.info(name), name
         assert a.read(name).tobytes() == b.read(name).tobytes(), name
+
+
+def bert_tensors(width: int = 128, layers: int = 2, *, words: int = 60, types: int = 2) -> dict[str, HostArray]:
+    """A BERT without prefix and heads, in Hugging Face's names; random."""
+    shapes = {"embeddings.LayerNorm": (width,), "pooler.dense": (width, width)}
+    tables = {"word": words, "position": 16, "token_type": types}
+    for i in range(layers):
+        layer = f"encoder.layer.{i}"
+        shapes |= {f"{layer}.attention.self.{which}": (width, width) for which in ("query", "key", "value")}
+        shapes |= {
+            f"{layer}.attention.output.dense": (width, width), f"{layer}.attention.output.LayerNorm": (width,),
+            f"{layer}.intermediate.dense": (2 * width, width), f"{layer}.output.dense": (width, 2 * width),
+            f"{layer}.output.LayerNorm": (width,),
+        }  # fmt: skip
+    whole = {f"embeddings.{name}_embeddings.weight": (rows, width) for name, rows in tables.items()}
+    return _drawn(whole | _with_biases(shapes))
+
+
+def hugging_face_clip(width: int = 128, layers: int = 2) -> dict[str, HostArray]:
+    """A whole CLIP of patches of 8 of 16 pixels, in Hugging Face's names; of its text tower a tensor."""
+    shapes = {"pre_layrnorm": (width,), "post_layernorm": (width,)}
+    for i in range(layers):
+        layer = f"encoder.layers.{i}"
+        shapes |= {f"{layer}.self_attn.{which}_proj": (width, width) for which in ("q", "k", "v", "out")}
+        shapes |= {
+            f"{layer}.layer_norm1": (width,), f"{layer}.layer_norm2": (width,), f"{layer}.mlp.fc1": (4 * width, width),
+            f"{layer}.mlp.fc2": (width, 4 * width),
+        }  # fmt: skip
+    embeddings = {
+        "embeddings.class_embedding": (width,), "embeddings.patch_embedding.weight": (width, 3, 8, 8),
+        "embeddings.position_embedding.weight": (5, width),
+    }  # fmt: skip
+    tower = {f"vision_model.{name}": shape for name, shape in (embeddings | _with_biases(shapes)).items()}
+    return _drawn(tower | {"text_model.embeddings.token_embedding.weight": (9, 8), "logit_scale": ()})
+
+
+def openai_clip(width: int = 128, layers: int = 2) -> dict[str, HostArray]:
+    """The same in the names of OpenAI and open_clip."""
+    whole = {
+        "visual.class_embedding": (width,), "visual.conv1.weight": (width, 3, 8, 8), "visual.proj": (width, 8),
+        "visual.positional_embedding": (5, width), "token_embedding.weight": (9, 8), "logit_scale": (),
+    }  # fmt: skip
+    shapes = {"visual.ln_pre": (width,), "visual.ln_post": (width,)}
+    for i in range(layers):
+        block = f"visual.transformer.resblocks.{i}"
+        whole |= {f"{block}.attn.in_proj_weight": (3 * width, width), f"{block}.attn.in_proj_bias": (3 * width,)}
+        shapes |= {
+            f"{block}.ln_1": (width,), f"{block}.ln_2": (width,), f"{block}.attn.out_proj": (width, width),
+            f"{block}.mlp.c_fc": (4 * width, width), f"{block}.mlp.c_proj": (width, 4 * width),
+        }  # fmt: skip
+    return _drawn(whole | _with_biases(shapes))
+
+
+def _with_biases(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    weights = {f"{name}.weight": shape for name, shape in shapes.items()}
+    return weights | {f"{name}.bias": shape[:1] for name, shape in shapes.items()}
+
+
+def _drawn(shapes: dict[str, tuple[int, ...]]) -> dict[str, HostArray]:
+    rng = np.random.default_rng(0)
+    return {name: np.asarray(rng.standard_normal(shape, np.float32)) for name, shape in shapes.items()}
+
+
+def written(path: Path, tensors: dict[str, HostArray], settings: dict[str, dict[str, Any]] | None = None) -> Path:
+    """Tensors in a file, with JSON files of these names beside it; the suffix chooses the format."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    infos = {name: TensorInfo(value.shape, value.dtype) for name, value in tensors.items()}
+    writer = SafetensorsWriter(path, infos) if path.suffix == ".safetensors" else TorchWriter(path, infos)
+    for name, value in tensors.items():
+        writer.write(name, value)
+    writer.close()
+    for name, content in (settings or {}).items():
+        path.with_name(name).write_text(json.dumps(content))
+    return path

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_pipelines.tokenizers import Tokenizer, load_tokenizer
 from mplug2_jax.conversion.files.sources import DTYPES, SafetensorsSource, TensorInfo, TensorSource
 from mplug2_jax.conversion.import_plan import StatePath
 from mplug2_jax.conversion.layouts import official
@@ -46,6 +47,17 @@ class ExportPlan:
         """What is written."""
         averaged = ", averaged weights" if self.tree != "params" else ""
         return f"official {self.task}" + (" with its teacher" if self.teacher else "") + averaged
+
+    @property
+    def workdir(self) -> WorkDir:
+        """The run's, that the checkpoint is of."""
+        return WorkDir(self.checkpoints.folder.parent)
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """What its words are made of, where the run keeps it."""
+        kept = self.workdir.tokenizer_folder
+        return load_tokenizer(kept) if kept.is_dir() else None
 
     @property
     def rounded(self) -> bool:

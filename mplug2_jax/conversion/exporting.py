@@ -18,8 +18,8 @@ from mplug2_jax.conversion.files.sources import HostArray, open_source
 from mplug2_jax.conversion.files.staging import check_space, refuse_existing, staged, staged_files
 from mplug2_jax.conversion.files.torch_files import TorchWriter
 from mplug2_jax.conversion.frameworks import check_torch, compare_frameworks
-from mplug2_jax.conversion.hub import WEIGHTS, write_companions
-from mplug2_jax.conversion.import_plan import StatePath
+from mplug2_jax.conversion.hub import SETTINGS, WEIGHTS, write_companions
+from mplug2_jax.conversion.import_plan import StatePath, activation_notes
 from mplug2_jax.conversion.importing import check_finite
 from mplug2_jax.conversion.layouts import official
 from mplug2_jax.conversion.layouts.official_state import State, fresh, tie_of
@@ -125,15 +125,15 @@ def export(
     with staging as folder:
         file = folder / (to.name if is_file else WEIGHTS)
         report = write_state(plan, file, shard_bytes)
-        if verify:
-            report.comparisons = _compared(plan, file)
         if not is_file:
             write_companions(plan, folder)
+        if verify:
+            report.comparisons = _compared(plan, file, None if is_file else folder / SETTINGS)
         report.write(folder)
     return report
 
 
-def _compared(plan: ExportPlan, file: Path) -> list[Comparison]:
+def _compared(plan: ExportPlan, file: Path, settings: Path | None) -> list[Comparison]:
     """PyTorch's model from what was just written, beside ours from the checkpoint (or from the file, if rounded)."""
     source = open_source(file if file.exists() else file.with_name(f"{file.name}.index.json"))
     config, parts = plan.identity.config, official.TASK_PARTS[plan.task]
@@ -142,7 +142,9 @@ def _compared(plan: ExportPlan, file: Path) -> list[Comparison]:
         params, _ = official.load_official(source, definition, plan.fusion_start)
     else:
         params, _ = plan.checkpoints.restore_params(definition.shapes, plan.step, tree=plan.tree)
-    return compare_frameworks(params, config, parts, plan.fusion_start, source)
+    return compare_frameworks(
+        params, config, parts, plan.fusion_start, source, tokenizer=plan.tokenizer, settings=settings
+    )
 
 
 def write_state(plan: ExportPlan, file: Path, shard_bytes: int) -> Report:
@@ -157,11 +159,10 @@ def write_state(plan: ExportPlan, file: Path, shard_bytes: int) -> Report:
     finally:
         writer.close()
     transfer.done()
-    workdir = plan.checkpoints.folder.parent.name
-    source = {"name": workdir, "kind": f"checkpoint of step {plan.step}", "tensors": len(leaves)}
+    source = {"name": plan.workdir.path.name, "kind": f"checkpoint of step {plan.step}", "tensors": len(leaves)}
     return Report(
         "export", plan.title, [source], file.name, work.rows(), transfer.seconds, transfer.bytes_read,
-        transfer.bytes_written,
+        transfer.bytes_written, notes=activation_notes(plan.identity.config, plan.identity.parts),
     )  # fmt: skip
 
 

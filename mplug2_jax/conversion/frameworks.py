@@ -3,32 +3,58 @@
 import dataclasses
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from data_pipelines.tokenizers import Tokenizer
 from mplug2_jax.conversion.files.sources import HostArray, TensorSource
 from mplug2_jax.conversion.report import Comparison
 from mplug2_jax.conversion.tolerance import ACTIVATION_TOLERANCE, errors
 from mplug2_jax.errors import UserError
-from mplug2_jax.model.config import ModelConfig
+from mplug2_jax.generation.config import SearchConfig
+from mplug2_jax.generation.decode import generate
+from mplug2_jax.model.config import ModelConfig, SpecialTokens
 from mplug2_jax.model.mplug2 import Mplug2, Params, define
 from mplug2_jax.model.taps import Taps
 from mplug2_jax.objectives.forward import Forward
+from mplug2_jax.training.workdir import special_tokens
 
 _CLIP_FRAMES = 3
 _LENGTH = 9  # tokens of questions and of targets
+_SEARCH = SearchConfig(beams=2, min_length=1, max_length=8, extend_finished=True)
 
 Batch = Mapping[str, HostArray]
 Tapped = dict[str, HostArray]  # "path: tap" -> value
 
 
+class Text(NamedTuple):
+    """The best sequence of each clip, and its score."""
+
+    ids: list[list[int]]
+    scores: HostArray
+
+
+def _best(ids: Any, scores: Any, lengths: Any) -> Text:
+    """The first of each clip's sequences."""
+    ids, scores, lengths = (np.asarray(x)[:, 0] for x in (ids, scores, lengths))
+    return Text([row[:length].tolist() for row, length in zip(ids, lengths, strict=True)], scores)
+
+
 def compare_frameworks(
-    params: Params, config: ModelConfig, parts: tuple[str, ...], fusion_start: int, tensors: TensorSource
+    params: Params,
+    config: ModelConfig,
+    parts: tuple[str, ...],
+    fusion_start: int,
+    tensors: TensorSource,
+    *,
+    tokenizer: Tokenizer | None = None,
+    settings: Path | None = None,
 ) -> list[Comparison]:
-    """Runs a random picture, clip and text through both, and compares every tap and the logits.
+    """Runs a random picture, clip and text through both, and compares every tap, the logits and a generated text.
 
     Args:
         params: our parameters, on the host.
@@ -36,21 +62,43 @@ def compare_frameworks(
         parts: those of one of the release's models.
         fusion_start: the first fusion layer in use.
         tensors: the official state dict.
+        tokenizer: whose ids begin and end our texts, and that makes words of them; BERT's ids where there is none.
+        settings: the ``config.json`` of an export, from which PyTorch's model takes sizes and ids.
 
     Raises:
         UserError: PyTorch is not installed.
     """
     check_torch()
     batches = dict(_batches(config))
-    ours = _by_jax(params, dataclasses.replace(config, dtype="float32", attention="xla"), parts, batches)
-    theirs = _by_torch(config, "text" in parts, fusion_start, tensors, batches)
+    tokens = special_tokens(tokenizer) if tokenizer else _bert_tokens(config.vocab_size)
+    search = dataclasses.replace(_SEARCH, max_length=min(_SEARCH.max_length, config.max_positions))
+    exact = dataclasses.replace(config, dtype="float32", attention="xla")
+    ours, our_text = _by_jax(params, exact, parts, batches, tokens, search)
+    sizes = dataclasses.asdict(config) | {
+        "fusion_start": fusion_start, "bos_token_id": tokens.begin, "eos_token_id": tokens.end,
+    }  # fmt: skip
+    theirs, their_text = _by_torch(sizes, settings, "text" in parts, tensors, batches, search)
     assert set(ours) == set(theirs), set(ours) ^ set(theirs)
-    rows = []
+    rows = [_said(our_text, their_text, tokenizer)]
     for name, value in ours.items():
         path, tap = name.split(": ")
         absolute, relative = errors(value, theirs[name])
         rows.append(Comparison(path, tap, value.shape, absolute, relative, relative <= ACTIVATION_TOLERANCE))
     return rows
+
+
+def _bert_tokens(vocab_size: int) -> SpecialTokens:
+    """BERT's ids, or the last ones of a vocabulary that has not so many."""
+    return SpecialTokens(begin=min(SpecialTokens.begin, vocab_size - 2), end=min(SpecialTokens.end, vocab_size - 1))
+
+
+def _said(ours: Text, theirs: Text, tokenizer: Tokenizer | None) -> Comparison:
+    """Whether both say the same; texts of one score, which rounding chooses between, count as the same."""
+    absolute, relative = (0.0, 0.0) if ours.ids == theirs.ids else errors(ours.scores, theirs.scores)
+    first = theirs.ids[0]
+    words = tokenizer.decode(first) if tokenizer else " ".join(map(str, first))
+    shape = (len(ours.ids), max(map(len, ours.ids)))
+    return Comparison("video", "generated text", shape, absolute, relative, relative <= ACTIVATION_TOLERANCE, words)
 
 
 def check_torch() -> None:
@@ -74,7 +122,14 @@ def _batches(config: ModelConfig) -> Iterator[tuple[str, Batch]]:
         }  # fmt: skip
 
 
-def _by_jax(params: Params, config: ModelConfig, parts: tuple[str, ...], batches: Mapping[str, Batch]) -> Tapped:
+def _by_jax(
+    params: Params,
+    config: ModelConfig,
+    parts: tuple[str, ...],
+    batches: Mapping[str, Batch],
+    tokens: SpecialTokens,
+    search: SearchConfig,
+) -> tuple[Tapped, Text]:
     definition = define(config, parts)
 
     @jax.jit
@@ -88,28 +143,38 @@ def _by_jax(params: Params, config: ModelConfig, parts: tuple[str, ...], batches
             model.fusion(text, batch["instruction_mask"], visual, taps=taps)
             memory, mask = Forward(model, batch).instructed
         logits = model.decoder(batch["target"], batch["target"] != 0, memory, mask, taps=taps)
-        return {**taps, "logits": logits}
+        return {**taps, "logits": logits}, memory, mask
+
+    @jax.jit
+    def speak(params: Params, memory: Any, mask: Any) -> Any:
+        return generate(definition.bind(params).decoder, memory, mask, search, tokens)
 
     found: Tapped = {}
     on_device = jax.tree.map(jnp.asarray, params)
     for path, batch in batches.items():
-        tapped = run(on_device, jax.tree.map(jnp.asarray, dict(batch)))
+        tapped, memory, mask = run(on_device, jax.tree.map(jnp.asarray, dict(batch)))
         found |= {f"{path}: {name}": np.asarray(value) for name, value in tapped.items()}
-    return found
+    said = speak(on_device, memory, mask)  # of the clip, which comes last
+    return found, _best(said.ids, said.scores, said.lengths)
 
 
 def _by_torch(
-    config: ModelConfig, question: bool, fusion_start: int, tensors: TensorSource, batches: Mapping[str, Batch]
-) -> Tapped:
+    sizes: dict[str, Any],
+    settings: Path | None,
+    question: bool,
+    tensors: TensorSource,
+    batches: Mapping[str, Batch],
+    search: SearchConfig,
+) -> tuple[Tapped, Text]:
     import torch
 
     from mplug2_jax.conversion import torch_runtime as runtime
 
-    sizes = dataclasses.asdict(config) | {"fusion_start": fusion_start}
     table = tensors.info("visual_encoder.visual.positional_embedding").shape[0]
-    sizes["image_size"] = round((table - 1) ** 0.5) * config.patch_size  # it resizes by itself
+    sizes["image_size"] = round((table - 1) ** 0.5) * sizes["patch_size"]  # it resizes by itself
     kind = runtime.VideoQA if question else runtime.Caption
-    model = kind(runtime.Config(**{field.name: sizes[field.name] for field in dataclasses.fields(runtime.Config)}))
+    own = {field.name: sizes[field.name] for field in dataclasses.fields(runtime.Config)}
+    model = kind(runtime.read_config(settings) if settings else runtime.Config(**own))
     student = [name for name in tensors.names() if not name.partition(".")[0].endswith("_m")]
     # Half-precision files are read exactly and computed in float32, as ours are.
     with warnings.catch_warnings():  # memory-mapped files are read-only, and nothing writes to them
@@ -117,6 +182,7 @@ def _by_torch(
         model.load_official({name: torch.from_numpy(_plain(tensors.read(name))) for name in student})
     model.eval()
     found: Tapped = {}
+    limits = {name: getattr(search, name) for name in ("beams", "min_length", "max_length", "extend_finished")}
     for path, batch in batches.items():
         taps = runtime.Taps()
         frames = torch.from_numpy(batch["frames"]).permute(0, 4, 1, 2, 3)
@@ -125,10 +191,12 @@ def _by_torch(
             if isinstance(model, runtime.VideoQA):
                 asked = torch.from_numpy(batch["instruction"]).long(), torch.from_numpy(batch["instruction_mask"])
                 logits = model.answer_logits(frames, *asked, target, taps=taps)
+                said = model.generate(frames, *asked, runtime.SearchConfig(**limits))
             else:
                 logits = model.text_decoder(target, target != 0, model.visual_tokens(frames, taps), taps=taps)
+                said = model.generate(frames, runtime.SearchConfig(**limits))
         found |= {f"{path}: {name}": value.numpy() for name, value in {**taps, "logits": logits}.items()}
-    return found
+    return found, _best(said.ids, said.scores, said.lengths)
 
 
 def _plain(value: HostArray) -> HostArray:

@@ -10,19 +10,23 @@ import jinja2
 
 from mplug2_jax.conversion.export_plan import ExportPlan
 from mplug2_jax.conversion.layouts.official_config import settings_of
+from mplug2_jax.training.workdir import special_tokens
 
-WEIGHTS = "model.safetensors"
+WEIGHTS, SETTINGS = "model.safetensors", "config.json"
 
 
 def write_companions(plan: ExportPlan, folder: Path) -> None:
     """Writes ``config.json``, the tokeniser's files and ``README.md`` beside the weights."""
-    settings = settings_of(plan.identity.config, plan.fusion_start, task=plan.task, teacher=plan.teacher)
-    (folder / "config.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
-    workdir = plan.checkpoints.folder.parent
-    if (workdir / "tokenizer").is_dir():
-        for file in sorted((workdir / "tokenizer").iterdir()):
+    tokenizer = plan.tokenizer
+    settings = settings_of(
+        plan.identity.config, plan.fusion_start, task=plan.task, teacher=plan.teacher,
+        tokens=special_tokens(tokenizer) if tokenizer else None,
+    )  # fmt: skip
+    (folder / SETTINGS).write_text(json.dumps(settings, indent=1), encoding="utf-8")
+    if tokenizer:
+        for file in sorted(plan.workdir.tokenizer_folder.iterdir()):
             shutil.copyfile(file, folder / file.name)
-    (folder / "README.md").write_text(model_card(plan, workdir), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(plan, plan.workdir.path), encoding="utf-8")
 
 
 def model_card(plan: ExportPlan, workdir: Path) -> str:

@@ -41,9 +41,22 @@ class ImportPlan:
     origin: Mapping[str, Any]
 
     @property
+    def notes(self) -> list[str]:
+        """What was assumed of the sources, and what is theirs alone."""
+        notes = [text for joint in self.joints for text in joint.found.assumed]
+        return notes + activation_notes(self.definition.config, self.definition.parts)
+
+    @property
     def fresh(self) -> list[StatePath]:
         """Arrays that no source fills."""
         return [path for path in self.state if path not in self.filled]
+
+
+def activation_notes(config: ModelConfig, parts: Sequence[str]) -> list[str]:
+    """A sentence where a model is not computed as the release's own code would."""
+    if "vision" not in parts or config.vision_activation == "quick_gelu":
+        return []
+    return ["the vision tower computes exact GELU: an export of it is for our PyTorch runtime, not the release's code"]
 
 
 def plan_import(
@@ -112,8 +125,8 @@ def _plan_joined(found: Sequence[Found], parts: Sequence[str] | None, image_size
     if "bert" not in by_kind:  # the text side is not built; its sizes follow the tower
         width = sizes["vision_width"]
         sizes |= {
-            "width": width, "heads": width // 64, "mlp_width": 4 * width, "text_layers": 0, "fusion_layers": 0,
-            "decoder_layers": 0,
+            "width": width, "heads": sizes["vision_heads"], "mlp_width": 4 * width, "text_layers": 0,
+            "fusion_layers": 0, "decoder_layers": 0,
         }  # fmt: skip
     if "clip" not in by_kind:
         sizes |= {"vision_width": 64, "vision_layers": 1, "vision_heads": 1, "patch_size": 16, "image_size": 224}

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from data_pipelines.tokenizers import load_tokenizer
+from data_pipelines.tokenizers import Tokenizer, load_tokenizer
 from mplug2_jax.config import build
 from mplug2_jax.conversion.files.safetensors_writer import SafetensorsWriter
 from mplug2_jax.conversion.files.sources import HostArray, TensorInfo
@@ -79,16 +79,16 @@ def run_import(
         transfer.done()
         comparisons = None
         if verify:
-            comparisons = _compared(plan, folder)
+            comparisons = _compared(plan, folder, load_tokenizer(tokenizer) if tokenizer else None)
         report = Report(
             "import", plan.title, [_described(joint) for joint in plan.joints], "checkpoints/0", work.rows(),
-            transfer.seconds, transfer.bytes_read, transfer.bytes_written, comparisons,
+            transfer.seconds, transfer.bytes_read, transfer.bytes_written, comparisons, plan.notes,
         )  # fmt: skip
         report.write(folder)
     return report
 
 
-def _compared(plan: ImportPlan, folder: Path) -> list[Comparison]:
+def _compared(plan: ImportPlan, folder: Path, tokenizer: Tokenizer | None) -> list[Comparison]:
     """Our model from what was just written, beside PyTorch's from the source."""
     (joint,) = plan.joints
     checkpoints = Checkpoints(folder / "checkpoints", CheckpointConfig(), writes=False)
@@ -96,8 +96,9 @@ def _compared(plan: ImportPlan, folder: Path) -> list[Comparison]:
     checkpoints.close()
     definition = plan.definition
     return compare_frameworks(
-        params, definition.config, definition.parts, plan.origin["fusion_start"], joint.found.source
-    )
+        params, definition.config, definition.parts, plan.origin["fusion_start"], joint.found.source,
+        tokenizer=tokenizer,
+    )  # fmt: skip
 
 
 def _described(joint: Joint) -> dict[str, Any]:

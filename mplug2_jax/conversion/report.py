@@ -61,7 +61,10 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """One tap of both frameworks on the same input; ``relative`` is a share of the tap's largest value."""
+    """One tap of both frameworks on the same input; ``relative`` is a share of the tap's largest value.
+
+    Of a generated text it is that of the scores, and 0 where both say the same.
+    """
 
     path: str
     tap: str
@@ -69,6 +72,7 @@ class Comparison:
     max_difference: float
     relative: float
     passed: bool
+    text: str = ""  # of a generated one: what PyTorch's model says
 
 
 @dataclasses.dataclass
@@ -84,6 +88,7 @@ class Report:
     bytes_read: int = 0
     bytes_written: int = 0
     comparisons: list[Comparison] | None = None  # None: not asked for
+    notes: Sequence[str] = ()  # sentences about what was assumed, and about what others would compute otherwise
 
     @property
     def status(self) -> int:
@@ -116,6 +121,7 @@ class Report:
             lines.append(f"  {total['tensors']:>5} {fate:<8} {total['elements']:>13,} elements  {FATES[fate]}")  # type: ignore[index]
         rate = (self.bytes_read + self.bytes_written) / max(self.seconds, 1e-9) / 1e6
         moved = f"{self.bytes_read / 1e6:,.0f} MB read, {self.bytes_written / 1e6:,.0f} MB written"
+        lines += [f"  note: {note}" for note in self.notes]
         lines.append(f"  {moved} in {self.seconds:.1f} s ({rate:,.0f} MB/s)")
         if self.comparisons is not None:
             worst = max(self.comparisons, key=lambda c: c.relative)
@@ -124,6 +130,7 @@ class Report:
                 f"  {len(self.comparisons)} taps compared with PyTorch, {failed} differ; largest difference "
                 f"{worst.relative:.1e} of a tap's largest value ({worst.path}: {worst.tap})"
             )
+            lines += [f"  {c.path}: PyTorch says {c.text!r}" for c in self.comparisons if c.text]
         return "\n".join(lines)
 
 
@@ -143,7 +150,7 @@ def read_report(path: Path) -> Report:
             for row in content["rows"]
         ]
         known = {field.name for field in dataclasses.fields(Report)} - {"rows", "comparisons"}
-        return Report(rows=rows, **{name: content[name] for name in known})
+        return Report(rows=rows, **{name: content[name] for name in known if name in content or name != "notes"})
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; expected a {REPORT}, or the folder that holds one") from None
     except (ValueError, KeyError, TypeError) as error:

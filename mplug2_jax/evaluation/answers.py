@@ -1,6 +1,7 @@
 """A list of all answers that may be given, from a file to the token ids that a search is held to."""
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from data_pipelines.tokenizers import Tokenizer
 from mplug2_jax.errors import UserError
 from mplug2_jax.generation.config import SearchConfig
 from mplug2_jax.generation.constrained import NOTHING
+
+_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 
 
 def never_right(
@@ -39,7 +42,9 @@ def never_right(
 def read_answers(
     path: Path, where: str, examples: ExampleConfig, tokenizer: Tokenizer, search: SearchConfig | None, positions: int
 ) -> Int[np.ndarray, "a m"]:
-    """The answers of a JSON list of strings, each as what follows the begin token, with its end token.
+    """The answers of a JSON list, or of an object with their numbers, each as what follows the begin token to its end.
+
+    A blank answer is one, as some annotators gave none.
 
     Args:
         path: the file.
@@ -62,10 +67,15 @@ def read_answers(
         raise UserError(f"{where}={path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}={path} is not JSON: {error}; expected a list of answers") from error
-    if not isinstance(listed, list) or not listed or not all(isinstance(a, str) and a.strip() for a in listed):
+    if isinstance(listed, dict) and all(type(number) is int for number in listed.values()):
+        listed = sorted(listed, key=listed.__getitem__)  # answers and their numbers
+    if not isinstance(listed, list) or not listed:
         raise UserError(f'{where}={path} should be a list of answers, as ["yes", "no"], and not an empty one')
+    for i, answer in enumerate(listed):
+        if type(answer) is not int and not isinstance(answer, str):
+            raise UserError(f'{where}={path}: entry {i} is {answer!r}; expected a list of answers, as ["yes", "no"]')
     try:
-        listed = [clean_text(answer) for answer in listed]
+        listed = [clean_text(str(answer)) for answer in listed]
     except DataError as error:
         raise UserError(f"{where}={path}: {error}") from error
     rows = {tuple(answer_ids(answer, examples, tokenizer)[1:]): answer for answer in listed}

@@ -20,7 +20,7 @@ from data_pipelines.faults import Fault, check_share
 from data_pipelines.loader import EvaluationSet
 from data_pipelines.order import Shard
 from data_pipelines.sources.files import write_atomically
-from data_pipelines.tokenizers import Tokenizer
+from data_pipelines.tokenizers import Tokenizer, as_said
 from mplug2_jax.errors import UserError, check_range
 from mplug2_jax.evaluation.answers import never_right, read_answers
 from mplug2_jax.evaluation.config import EvaluationConfig
@@ -129,6 +129,9 @@ class Evaluation:
         if task.match is not None:
             self._matching = Matching(task.match, self._set, rows, definition, context, mesh)
         self._refine, self._context = task.refine, context
+        self._as_said: Callable[[str], str] = str
+        if "decoder" in task.parts and config.data.examples.form == "standard":  # the release compares as it is
+            self._as_said = functools.partial(as_said, tokenizer)
 
     def run(
         self, params: Params, step: int, between_batches: Callable[[str], None] = lambda phase: None
@@ -168,18 +171,20 @@ class Evaluation:
         places = list(examples)
         predictions = _chosen(rows, np.asarray(places, np.int64), views)
         reader = reader_of(self._config.data.examples, self._tokenizer)
+        alike = functools.cache(self._as_said)
+        judged = [dataclasses.replace(each, answers=tuple(map(alike, each.answers))) for each in examples.values()]
         with jax.set_mesh(self._mesh):
             if self._refine is not None and self._matching is not None:
                 match = functools.partial(self._matching.run, params, examples, between_batches, self.name)
-                predictions = self._refine(predictions, list(examples.values()), self._context, match)
-            scored = self._score(predictions, list(examples.values()), reader)
+                predictions = self._refine(predictions, judged, self._context, match)
+            scored = self._score(predictions, judged, reader)
         if self._by_java is not None:
             between_batches(f"METEOR and SPICE of evaluation {self.name}")
-            scored = self._by_java(scored, list(examples.values()))
-        warnings: tuple[str, ...] = ()
+            scored = self._by_java(scored, judged)
+        warnings = scored.warnings
         if (listed := self._context.answers) is not None:
-            alike = normalise if self._config.task == "vqa" else str
-            warnings = tuple(filter(None, [never_right(list(examples.values()), listed, reader, alike)]))
+            same = normalise if self._config.task == "vqa" else str
+            warnings += tuple(filter(None, [never_right(judged, listed, reader, same)]))
         # Other batch sizes and meshes change the last digits, and shall not change which are the best.
         goodness = [round(float(value), 4) for value in scored.goodness]
         samples = choose(examples, scored, goodness, self._config.samples, self._set.__getitem__) if is_first() else ()

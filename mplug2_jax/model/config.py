@@ -60,6 +60,7 @@ class ModelConfig:
     vision_width: int
     vision_layers: int
     vision_heads: int
+    vision_activation: Literal["quick_gelu", "gelu"] = "quick_gelu"  # of its MLPs: the release's, or LAION's exact one
     patch_size: int
     image_size: int  # pixels; fixes the grid of the position table, other sizes resize it
     width: int  # of everything but the vision tower

@@ -19,6 +19,7 @@ from mplug2_jax.model.layers import (
     Attention,
     LayerNorm,
     Linear,
+    gelu,
     parameter,
     quick_gelu,
     scan_layers,
@@ -130,7 +131,8 @@ class VisionBlock(nnx.Module):
         if temporal:
             self.temporal_2 = LocalTemporal(config, rngs=rngs)
         self.norm_2 = LayerNorm(width, CLIP_EPS, rngs=rngs)
-        self.mlp = MLP(width, 4 * width, quick_gelu, dtype=dtype, init=VIT_INIT, rngs=rngs)
+        activation = quick_gelu if config.vision_activation == "quick_gelu" else gelu
+        self.mlp = MLP(width, 4 * width, activation, dtype=dtype, init=VIT_INIT, rngs=rngs)
 
     def __call__(self, x: Float[Array, "bt n w"], frames: int, rows: str = "images") -> Float[Array, "bt n w"]:
         """Runs the block on ``bt = b * frames`` frames; with one frame the temporal units are skipped.

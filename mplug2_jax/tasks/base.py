@@ -68,6 +68,13 @@ class Scored:
     confusion: Confusion | None = None  # of classes
     nearest: Nearest | None = None  # of retrieval
     absent: tuple[str, ...] = ()  # figures that could not be computed here
+    warnings: tuple[str, ...] = ()  # sentences about examples that cannot be judged
+
+
+def not_judged(examples: Sequence[Example], judged: Sequence[bool], why: str) -> tuple[str, ...]:
+    """The warning about examples that weigh nothing, if there are any; ``why`` follows the number of them."""
+    keys = [example.key for example, fine in zip(examples, judged, strict=True) if not fine]
+    return (f"{len(keys)} of {len(examples)} {why} and weigh nothing, the first is {keys[0]}",) if keys else ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

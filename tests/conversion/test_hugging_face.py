@@ -69,10 +69,17 @@ def save(model: Any, layout: str, folder: Path) -> Path:
     return folder / "clip.pt"
 
 
-@pytest.mark.parametrize("layout", ["hugging_face", "openai"])
-@pytest.mark.parametrize("size", [32, 48])
-def test_clip_is_the_same_at_every_layer(tmp_path: Path, layout: str, size: int) -> None:
-    model = clip_model()
+@pytest.mark.parametrize(
+    ("layout", "size", "settings"),
+    [
+        ("hugging_face", 32, {"hidden_act": "gelu", "num_attention_heads": 4}),  # as LAION's
+        ("hugging_face", 48, {}),
+        ("openai", 32, {}),
+        ("openai", 48, {}),
+    ],
+)
+def test_clip_is_the_same_at_every_layer(tmp_path: Path, layout: str, size: int, settings: dict[str, Any]) -> None:
+    model = clip_model(**settings)
     run_import(
         plan_import([save(model, layout, tmp_path / "clip")], image_size=None if size == 32 else size),
         tmp_path / "ours",
@@ -100,9 +107,9 @@ def test_clip_is_the_same_at_every_layer(tmp_path: Path, layout: str, size: int)
     assert_close(out[0][:, 0], theirs.pooler_output)
 
 
-@pytest.mark.parametrize("head", [False, True])
-def test_bert_is_the_same_at_every_layer(tmp_path: Path, head: bool) -> None:
-    model = bert_model(head=head)
+@pytest.mark.parametrize(("head", "heads"), [(False, 4), (True, 2)])  # as MiniLM's, of 32 columns; as BERT's
+def test_bert_is_the_same_at_every_layer(tmp_path: Path, head: bool, heads: int) -> None:
+    model = bert_model(head=head, heads=heads)
     model.save_pretrained(tmp_path / "bert")
     plan = plan_import([tmp_path / "bert"])
     run_import(plan, tmp_path / "ours")

@@ -48,6 +48,19 @@ def test_answers_are_ids_from_after_the_begin_token_to_the_end_each_once(tmp_pat
 
 
 @pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ({"b": 1, "a": 0}, ["a", "b"]),  # answers and their numbers
+        (["a", 3], ["a", "3"]),
+        (["a", "", "b"], ["a", "", "b"]),  # as in the 3,129 that are common
+    ],
+)
+def test_lists_as_they_are_passed_around_are_read(tmp_path: Path, content: object, expected: list[str]) -> None:
+    table = read_answers(written(tmp_path, content), "config.x", ASK, TOKENIZER, SEARCH, 32)
+    assert [[TOKENIZER.cls_id, *row[row != NOTHING].tolist()] for row in table] == list(map(TOKENIZER.encode, expected))
+
+
+@pytest.mark.parametrize(
     ("content", "search", "sentence"),
     [
         (
@@ -58,10 +71,14 @@ def test_answers_are_ids_from_after_the_begin_token_to_the_end_each_once(tmp_pat
         (None, SEARCH, "cannot be read: No such file"),
         ("[1,", SEARCH, "is not JSON"),
         ("[" * 100_000, SEARCH, "is not JSON"),
-        ({"yes": 1}, SEARCH, "should be a list of answers"),
+        ({"yes": "1"}, SEARCH, "should be a list of answers"),
+        ({"yes": True}, SEARCH, "should be a list of answers"),
         ([], SEARCH, "not an empty one"),
-        (["yes", 3], SEARCH, "should be a list of answers"),
-        (["yes", " "], SEARCH, "should be a list of answers"),
+        (["yes", None], SEARCH, "entry 1 is None; expected a list of answers"),
+        (["yes", ["no"]], SEARCH, "entry 1 is ['no']; expected"),
+        (["yes", True], SEARCH, "entry 1 is True; expected"),
+        ('["yes", NaN]', SEARCH, "entry 1 is nan; expected"),
+        ('["yes", "\\ud83d"]', SEARCH, r"'\ud83d' is no Unicode text"),
         (["yes", "caf\udce9"], SEARCH, r"'caf\udce9' is no Unicode text: half of a surrogate pair"),
         (
             ["a", "a b c d e"],

@@ -82,10 +82,26 @@ def test_vqa_accuracy_is_the_mean_over_questions_and_can_be_weighted():
     assert figure.over(np.asarray([3.0, 1.0])) == pytest.approx((3 * 0.3 + 1) / 4)
 
 
-def test_what_cannot_be_scored_is_refused():
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (["yes"] * 2 + [""] * 3 + ["no"] * 5, 0.6),
+        ([""] * 6 + ["yes"] * 4, 1.0),
+        (["yes"] * 3 + ["no"] * 7, 0.9),
+        (["yes", "yes", *[""] * 8], 0.6),
+        ([""] * 10, 0.0),
+    ],
+)
+def test_annotators_who_wrote_nothing_count(given, expected):
+    assert vqa_accuracy(["yes"], [given]).value == pytest.approx(expected)
+
+
+def test_questions_with_too_few_annotators_weigh_nothing():
+    given = [["red"] * 10, [], ["red"] * 3, ["red"] * 2 + ["blue"] * 2]
+    assert vqa_accuracy(["red"] * 4, given).value == pytest.approx((1 + (2 * 1 / 3 + 2 * 2 / 3) / 4) / 2)
+    assert vqa_accuracy(["red"], [["red"] * 3]).value == 0
+
+
+def test_answers_and_questions_must_be_as_many():
     with pytest.raises(UserError, match="found 1 answers and 2 questions"):
         vqa_accuracy(["red"], [["red"] * 10] * 2)
-    with pytest.raises(UserError, match="question 1 has 0 annotated answers, expected ten"):
-        vqa_accuracy(["red", "red"], [["red"] * 10, []])
-    with pytest.raises(UserError, match="question 0 has 3 annotated answers"):
-        vqa_accuracy(["red"], [["red"] * 3])

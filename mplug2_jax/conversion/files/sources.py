@@ -211,7 +211,9 @@ class RenamedSource:
 
 WEIGHT_FILES = (
     "model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin",
+    "open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin",
 )  # fmt: skip
+_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 
 
 def open_source(path: Path) -> TensorSource:
@@ -223,10 +225,14 @@ def open_source(path: Path) -> TensorSource:
     from mplug2_jax.conversion.files.torch_files import TorchSource
 
     if path.is_dir():
-        found = next((path / name for name in WEIGHT_FILES if (path / name).is_file()), None)
-        if found is None:
+        found = [path / name for name in WEIGHT_FILES if (path / name).is_file()]
+        found = found or sorted(file for file in path.iterdir() if file.suffix in _SUFFIXES and file.is_file())
+        if not found:
             raise UserError(f"{path} holds no weights; expected one of {', '.join(WEIGHT_FILES)}")
-        path = found
+        if len(found) > 1 and found[0].name not in WEIGHT_FILES:
+            names = ", ".join(file.name for file in found[:4]) + ", ..." * (len(found) > 4)
+            raise UserError(f"{path} holds {len(found)} files of weights ({names}); name the one that is meant")
+        path = found[0]
     if path.name.endswith(".index.json"):
         return ShardedSource(path, open_source)
     head = FileReader(path)

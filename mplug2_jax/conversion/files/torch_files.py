@@ -1,9 +1,12 @@
 """PyTorch's own files without PyTorch: state dicts, old and new, and TorchScript archives; nothing in them is executed.
 
-A pickle names the functions that rebuild it. Here only those of plain tensors are known, as our own inert ones; any
-other name stops the reading, so that a file with code in it is refused before any of it runs.
+A pickle names the functions that rebuild it. Here only those of plain tensors are known, and what lies beside them in
+training checkpoints: no more than ``torch.load(weights_only=True)`` lets through, of its own accord or with
+``argparse.Namespace`` among its ``safe_globals``. All of them are our own inert ones; any other name stops the reading,
+so that a file with code in it is refused before any of it runs.
 """
 
+import _compat_pickle
 import collections
 import io
 import math
@@ -52,6 +55,14 @@ class _Refused(Exception):
     """A pickle that asks for more than tensors."""
 
 
+class _Inert:
+    """Something beside the tensors, of which nothing is kept."""
+
+    def __init__(self, *_arguments: Any) -> None: ...
+
+    def __setstate__(self, _state: Any) -> None: ...
+
+
 class _Object:
     """A module of a TorchScript archive: its attributes, none of its code."""
 
@@ -73,22 +84,48 @@ def _parameter(tensor: Any, *_rest: Any) -> Any:
     return tensor
 
 
+def _typed(rebuild: Any, _kind: Any, arguments: Any, *_rest: Any) -> Any:
+    """A tensor with attributes of its own, without them."""
+    if rebuild not in (_tensor, _parameter):
+        raise _Refused("a tensor of a kind of its own")
+    return rebuild(*arguments)
+
+
 def _plain(*arguments: Any) -> Any:
     return arguments[0] if arguments else None
 
 
+_DTYPES = (
+    "float64", "float32", "float16", "bfloat16", "complex32", "complex64", "complex128", "int64", "int32", "int16",
+    "int8", "uint8", "uint16", "uint32", "uint64", "bool", "float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz",
+    "float8_e5m2fnuz",
+)  # fmt: skip
 _KNOWN: Mapping[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): collections.OrderedDict,
+    ("collections", "Counter"): _Inert,
     ("torch._utils", "_rebuild_tensor_v2"): _tensor,
     ("torch._utils", "_rebuild_parameter"): _parameter,
+    ("torch._utils", "_rebuild_parameter_with_state"): _parameter,
+    ("torch._tensor", "_rebuild_from_type_v2"): _typed,
+    ("torch", "Tensor"): _Inert,
+    ("torch.nn.parameter", "Parameter"): _Inert,
     ("torch", "Size"): tuple,
     ("torch", "device"): _plain,
+    ("_codecs", "encode"): _Inert,  # how bytes are kept
+    **{("builtins", name): _Inert for name in ("bytearray", "complex")},
+    ("builtins", "set"): _Inert,
+    ("argparse", "Namespace"): _Inert,
+    **{("torch", name): name for name in _DTYPES},
     ("torch.jit._pickle", "build_intlist"): _plain,
     ("torch.jit._pickle", "build_doublelist"): _plain,
     ("torch.jit._pickle", "build_boollist"): _plain,
     ("torch.jit._pickle", "build_tensorlist"): _plain,
     ("torch.jit._pickle", "restore_type_tag"): _plain,
 }
+
+
+_TOPS = ("model", "module", "state_dict", "model_state_dict")
+"""Where training checkpoints keep the state dict."""
 
 
 class _Unpickler(pickle.Unpickler):
@@ -101,6 +138,8 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and name in _STORAGES:
             return _STORAGES[name]
+        module, name = _compat_pickle.NAME_MAPPING.get((module, name), (module, name))
+        module = _compat_pickle.IMPORT_MAPPING.get(module, module)  # __builtin__, as Python 2 calls builtins
         if module.startswith("__torch__"):
             return _Object
         if (module, name) not in _KNOWN:
@@ -115,7 +154,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 class TorchSource:
-    """The tensors of a ``.pth``, ``.pt`` or ``.bin`` file: a state dict, alone or under ``model`` or ``module``.
+    """The tensors of a ``.pth``, ``.pt`` or ``.bin`` file: a state dict, alone or where training keeps it.
 
     Raises:
         UserError: the file is missing, truncated, no such file, or holds more than tensors.
@@ -137,10 +176,10 @@ class TorchSource:
             raise
         except Exception as error:  # a damaged pickle can raise nearly anything
             raise UserError(f"{path} is truncated or not a PyTorch file ({_short(error)})") from error
-        self._tensors = _state_dict(tree)
+        self._tensors = _state_dict(tree, path)
         if not self._tensors:
             raise UserError(
-                f"{path} holds no tensors by name; expected a state dict, alone or under 'model' or 'module'"
+                f"{path} holds no tensors by name; expected a state dict, alone or under {' or '.join(_TOPS)}"
             )
         self._check_storages()
 
@@ -213,16 +252,27 @@ class TorchSource:
                 raise UserError(f"{self._path} is truncated: the bytes of {name} are missing; copy it again")
 
 
-def _state_dict(tree: Any) -> dict[str, _Tensor]:
-    """The named tensors of what was saved; other things in it (optimisers, settings) are passed over."""
+def _state_dict(tree: Any, path: Path, depth: int = 3) -> dict[str, _Tensor]:
+    """The named tensors of what was saved; other things in it (optimisers, settings) are passed over.
+
+    Raises:
+        UserError: several state dicts under names that do not say which is the model's.
+    """
     if isinstance(tree, _Object):
         return dict(_walk(tree, ""))
-    for top in ("model", "module", "state_dict"):
-        if isinstance(tree, dict) and isinstance(tree.get(top), dict):
-            tree = tree[top]
-            break
-    items = tree.items() if isinstance(tree, dict) else ()
-    return {name: value for name, value in items if isinstance(name, str) and isinstance(value, _Tensor)}
+    if not isinstance(tree, dict):
+        return {}
+    if depth:
+        known = (_state_dict(tree[top], path, depth - 1) for top in _TOPS if isinstance(tree.get(top), dict))
+        if found := next(filter(None, known), None):
+            return found
+    named = {name: value for name, value in tree.items() if isinstance(name, str) and isinstance(value, _Tensor)}
+    if named or not depth:
+        return named
+    others = {name: found for name, value in tree.items() if (found := _state_dict(value, path, 0))}
+    if len(others) > 1:
+        raise UserError(f"{path} holds tensors under {', '.join(map(str, others))}; save the model's state dict alone")
+    return next(iter(others.values()), {})
 
 
 def _walk(module: _Object, prefix: str) -> list[tuple[str, _Tensor]]:

@@ -4,11 +4,21 @@ import re
 from collections.abc import Iterator, Sequence
 
 from mplug2_jax.conversion.files.sources import TensorSource
-from mplug2_jax.conversion.layouts.schemes import Scheme, dead_rules
+from mplug2_jax.conversion.layouts.schemes import Scheme, dead_rules, without_wrapper
 from mplug2_jax.conversion.layouts.slots import Path, Slot, linear, norm
+from mplug2_jax.errors import UserError
 from mplug2_jax.model.config import ModelConfig
 
-HEAD = "cls.predictions"
+HEAD, TYPES = "cls.predictions", "embeddings.token_type_embeddings.weight"
+NOT_ASKED = "no part of this model starts from it"
+_RELATIVES = (
+    r"\w*roberta|camembert|albert|distilbert|electra|deberta\w*|mpnet|ernie\w*|esm|nezha|layoutlm\w*|data2vec\w*|"
+    r"longformer|big_?bird|mobilebert|convbert|megatron_?bert|roformer|xlm\w*|luke|splinter|markuplm|lilt|xmod"
+)
+_LAYER = (
+    r"encoder\.layer\.\d+\.(attention\.self\.(query|key|value)|attention\.output\.(dense|LayerNorm)|intermediate\.dense"
+    r"|output\.(dense|LayerNorm))\.(weight|bias)"
+)
 
 
 def _attention(name: str, path: Path, its_norm: Path, layer: int) -> Iterator[Slot]:
@@ -44,12 +54,18 @@ def head_slots(name: str, path: Path) -> Iterator[Slot]:
 
 def canonical_names(names: Sequence[str]) -> dict[str, str]:
     """Hugging Face's variants under one name (``{canonical: stored}``): no ``bert.`` in front, norms as today."""
-    found = {}
-    for name in names:
-        plain = name.removeprefix("bert.")
-        plain = re.sub(r"\bLayerNorm\.gamma$", "LayerNorm.weight", plain)
-        found[re.sub(r"\bLayerNorm\.beta$", "LayerNorm.bias", plain)] = name
-    return found
+
+    def today(name: str) -> str:
+        plain = re.sub(r"\bLayerNorm\.gamma$", "LayerNorm.weight", name.removeprefix("bert."))
+        return re.sub(r"\bLayerNorm\.beta$", "LayerNorm.bias", plain)
+
+    return without_wrapper(names, ("bert",), today)
+
+
+def relative_of(names: Sequence[str]) -> str:
+    """Which relative of BERT's the names are of, whose tensors may be called as BERT's; nothing if of none."""
+    found = (re.search(rf"(?:^|\.)({_RELATIVES})\.", name, re.IGNORECASE) for name in names)
+    return next((match[1] for match in found if match), "")
 
 
 def is_bert(names: Sequence[str]) -> bool:
@@ -58,13 +74,22 @@ def is_bert(names: Sequence[str]) -> bool:
 
 
 def sizes(source: TensorSource) -> dict[str, int]:
-    """The fields of our sizes that a BERT of canonical names tells, and how the paper cuts it up."""
+    """The fields of our sizes that a BERT of canonical names tells, and how the paper cuts it up.
+
+    Raises:
+        UserError: a type table that is no BERT's.
+    """
+    types = source.info(TYPES).shape if TYPES in source.names() else (2,)
+    if types[0] != 2:
+        raise UserError(
+            f"{TYPES} has {types[0]} row{'s' * (types[0] != 1)}, BERT's has 2: these are of RoBERTa or the like, whose "
+            "positions and words mPLUG-2 has not; expected a BERT"
+        )
     words, width = source.info("embeddings.word_embeddings.weight").shape
     names = set(source.names())
     depth = next(i for i in range(len(names)) if f"encoder.layer.{i}.attention.self.query.weight" not in names)
     return {
         "width": width,
-        "heads": width // 64,
         "mlp_width": source.info("encoder.layer.0.intermediate.dense.weight").shape[0],
         "text_layers": max(depth - 2, 0),
         "universal_layers": min(2, depth),
@@ -108,6 +133,8 @@ def bert_scheme(config: ModelConfig, parts: Sequence[str], *, head: bool) -> Sch
         (r"pooler\..*", "BERT's pooler, which mPLUG-2 has not"),
         (r"cls\.seq_relationship\..*", "next-sentence head, which mPLUG-2 has not"),
         (r"cls\.predictions\..*", "no decoder and no MLM head among the parts"),
-        (r"(embeddings|encoder)\..*", "no part of this model starts from it"),
+        (r"embeddings\.((word|position|token_type)_embeddings\.weight|LayerNorm\.(weight|bias))", NOT_ASKED),
+        (_LAYER, NOT_ASKED),
+        (r"(?!(embeddings|encoder|cls)\.).*", "head of a fine-tuned BERT, which mPLUG-2 has not"),
     )
     return Scheme(tuple(found), tied, dead)

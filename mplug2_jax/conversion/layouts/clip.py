@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from mplug2_jax.conversion.files.sources import TensorSource
-from mplug2_jax.conversion.layouts.schemes import Scheme, dead_rules
+from mplug2_jax.conversion.layouts.schemes import Scheme, dead_rules, without_wrapper
 from mplug2_jax.conversion.layouts.slots import Path, Slot, linear, norm
 from mplug2_jax.model.config import ModelConfig
 
@@ -52,14 +52,20 @@ def _hugging_face_slots(layers: int) -> Iterator[Slot]:
             yield from norm(f"{block}.layer_norm{n}", (*_BLOCKS, f"norm_{n}"), i)
 
 
+def openai_names(names: Sequence[str]) -> dict[str, str]:
+    """OpenAI's names, ``{canonical: stored}``: those of a tower alone are as in a whole CLIP."""
+    found = without_wrapper(names, ("visual", "transformer"), str)
+    return {f"visual.{name}": found[name] for name in found} if "conv1.weight" in found else found
+
+
 def is_openai(names: Sequence[str]) -> bool:
-    """Whether names are OpenAI's."""
+    """Whether canonical names are OpenAI's."""
     return "visual.conv1.weight" in names and "visual.transformer.resblocks.0.ln_1.weight" in names
 
 
 def canonical_names(names: Sequence[str]) -> dict[str, str]:
     """Hugging Face's names, ``{canonical: stored}``: a tower's are the same alone and inside a whole CLIP."""
-    return {name.removeprefix("vision_model."): name for name in names}
+    return without_wrapper(names, ("vision_model",), lambda name: name.removeprefix("vision_model."))
 
 
 def is_hugging_face(names: Sequence[str]) -> bool:
@@ -74,8 +80,7 @@ def _sizes(source: TensorSource, patch: str, positions: str, block: str) -> dict
     depth = next(i for i in range(len(names) + 1) if not any(name.startswith(f"{block}{i}.") for name in names))
     side = round((table[0] - 1) ** 0.5)
     return {
-        "vision_width": kernel[0], "vision_layers": depth, "vision_heads": kernel[0] // 64,
-        "patch_size": kernel[-1], "image_size": side * kernel[-1],
+        "vision_width": kernel[0], "vision_layers": depth, "patch_size": kernel[-1], "image_size": side * kernel[-1],
         "temporal_downsampling": len(kernel) == 5 and kernel[2] == 3,
     }  # fmt: skip
 
@@ -98,8 +103,8 @@ def openai_scheme(config: ModelConfig) -> Scheme:
     """The tower of OpenAI's state dict or archive."""
     dead = dead_rules(
         (r"visual\.proj", "CLIP's projection, which mPLUG-2 replaces"),
-        (r"(transformer|token_embedding|ln_final)\..*", "CLIP's text tower"),
-        (r"positional_embedding|text_projection|logit_scale", "CLIP's text tower"),
+        (r"(text|transformer|token_embedding|ln_final)\..*", "CLIP's text tower"),
+        (r"positional_embedding|text_projection|logit_scale|logit_bias|attn_mask", "CLIP's text tower"),
         (r"input_resolution|context_length|vocab_size", "sizes, told by the shapes"),
     )
     return Scheme(tuple(vision_slots("visual", config.vision_layers, temporal=False)), {}, dead)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -11,6 +10,7 @@ from mplug2_jax.conversion.files.sources import RenamedSource, TensorSource, ope
 from mplug2_jax.conversion.layouts import bert, clip, official
 from mplug2_jax.conversion.layouts.official_config import sizes_from_export, sizes_from_settings, sizes_from_shapes
 from mplug2_jax.conversion.layouts.schemes import examples
+from mplug2_jax.conversion.layouts.settings import HUGGING_FACE, Told, read_settings, told_of_bert, told_of_clip
 from mplug2_jax.errors import UserError
 from mplug2_jax.model.config import ModelConfig
 
@@ -48,15 +48,8 @@ class Found:
     @functools.cached_property
     def settings(self) -> Mapping[str, Any] | None:
         """The ``config.json`` beside an official checkpoint, if it has the release's settings or an export's."""
-        path = (self.path if self.path.is_dir() else self.path.parent) / "config.json"
-        try:
-            settings = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
-        except (ValueError, OSError) as error:
-            raise UserError(f"{path} is not valid JSON ({error}); mend or remove it") from error
-        known = isinstance(settings, dict) and ({"vision", "bert"} <= set(settings) or "vision_width" in settings)
-        return settings if known else None
+        settings = read_settings((self.path if self.path.is_dir() else self.path.parent) / HUGGING_FACE) or {}
+        return settings if {"vision", "bert"} <= set(settings) or "vision_width" in settings else None
 
     @functools.cached_property
     def sizes(self) -> tuple[ModelConfig, int]:
@@ -67,12 +60,33 @@ class Found:
             return sizes_from_export(self.settings)
         return sizes_from_settings(self.settings, self.source)
 
-    @property
+    @functools.cached_property
     def fields(self) -> dict[str, Any]:
-        """The fields of our sizes that a CLIP or a BERT tells."""
+        """The fields of our sizes that a CLIP or a BERT tells, by its shapes and the settings beside it."""
+        if self.kind == "bert":
+            return self._shapes | {"heads": self._told.heads}
+        return self._shapes | {"vision_heads": self._told.heads, "vision_activation": self._told.activation}
+
+    @property
+    def assumed(self) -> tuple[str, ...]:
+        """Sentences about what neither shapes nor settings tell."""
+        if self.kind != "official":
+            return self._told.assumed
+        if self.settings is not None:
+            return ()
+        return (f"heads and fusion layers of the release's own sizes: no {HUGGING_FACE} beside {self.path.name}",)
+
+    @functools.cached_property
+    def _shapes(self) -> dict[str, Any]:
         if self.kind == "bert":
             return dict(bert.sizes(self.source))
         return clip.openai_sizes(self.source) if self.layout == "openai" else clip.hugging_face_sizes(self.source)
+
+    @functools.cached_property
+    def _told(self) -> Told:
+        if self.kind == "bert":
+            return told_of_bert(self.path, self._shapes)
+        return told_of_clip(self.path, self._shapes, openai=self.layout == "openai")
 
     @property
     def has_head(self) -> bool:
@@ -91,11 +105,17 @@ def identify(path: Path) -> Found:
     canonical = official.canonical_names(names)
     if official.is_official(list(canonical)):
         return Found(path, "official", "official mPLUG-2", RenamedSource(source, canonical), "official")
-    if clip.is_openai(names):
-        return Found(path, "clip", "CLIP (OpenAI)", source, "openai")
+    whole = clip.openai_names(names)
+    if clip.is_openai(list(whole)):
+        return Found(path, "clip", "CLIP (OpenAI)", RenamedSource(source, whole), "openai")
     tower = clip.canonical_names(names)
     if clip.is_hugging_face(list(tower)):
         return Found(path, "clip", "CLIP (Hugging Face)", RenamedSource(source, tower), "hugging_face")
+    if relative := bert.relative_of(names):
+        raise UserError(
+            f"{path} holds weights of {relative} ({examples(names, 1)}), whose positions, words or layers are not "
+            "BERT's; expected a BERT, a CLIP or the official release's"
+        )
     plain = bert.canonical_names(names)
     if bert.is_bert(list(plain)):
         return Found(path, "bert", "BERT", RenamedSource(source, plain), "bert")

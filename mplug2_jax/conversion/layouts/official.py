@@ -13,7 +13,15 @@ import numpy as np
 from mplug2_jax.conversion.files.sources import HostArray, TensorSource
 from mplug2_jax.conversion.layouts.bert import HEAD, embedding_slots, head_slots, layer_slots
 from mplug2_jax.conversion.layouts.clip import vision_slots
-from mplug2_jax.conversion.layouts.schemes import Account, DeadRules, Scheme, account_for, dead_rules, examples
+from mplug2_jax.conversion.layouts.schemes import (
+    Account,
+    DeadRules,
+    Scheme,
+    account_for,
+    dead_rules,
+    examples,
+    without_wrapper,
+)
 from mplug2_jax.conversion.layouts.slots import Slot, by_name, linear, norm, shape_at, take
 from mplug2_jax.errors import UserError
 from mplug2_jax.model.config import ModelConfig
@@ -106,21 +114,15 @@ def student_name(name: str) -> str:
 def canonical_names(names: Sequence[str]) -> dict[str, str]:
     """Names as the release's models have them: ``{canonical: stored}``.
 
-    Undone are the prefixes of data-parallel wrappers (``module.``) and those of its pretraining checkpoints
-    (``text_encoder.bert.``, ``fusion_encoder.bert.``, ``fusion_encoder.fusion.``).
+    Undone are the prefixes of wrappers (``module.``) and those of its pretraining checkpoints (``text_encoder.bert.``,
+    ``fusion_encoder.bert.``, ``fusion_encoder.fusion.``).
 
     Raises:
         UserError: two tensors that would have one name.
     """
-    wrapper = "module." if names and all(name.startswith("module.") for name in names) else ""
-    found: dict[str, str] = {}
-    for name in names:
-        plain = name.removeprefix(wrapper)
-        plain = re.sub(r"^(text_encoder(?:_m)?)\.bert\.|^(fusion_encoder(?:_m)?)\.(?:bert|fusion)\.", r"\1\2.", plain)
-        if plain in found:
-            raise UserError(f"the checkpoint holds {found[plain]} and {name}, which are one tensor; remove one of them")
-        found[plain] = name
-    return found
+    pretrained = r"^(text_encoder(?:_m)?)\.bert\.|^(fusion_encoder(?:_m)?)\.(?:bert|fusion)\."
+    own = {*_MODULES, *(f"{module}_m" for module in _MODULES)}
+    return without_wrapper(names, own, lambda name: re.sub(pretrained, r"\1\2.", name))
 
 
 def is_official(names: Sequence[str]) -> bool:

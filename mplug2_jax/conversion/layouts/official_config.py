@@ -8,12 +8,13 @@ from mplug2_jax.config import build
 from mplug2_jax.conversion.files.sources import TensorSource
 from mplug2_jax.conversion.layouts.clip import openai_sizes
 from mplug2_jax.errors import UserError
-from mplug2_jax.model.config import SIZES, ModelConfig
+from mplug2_jax.model.config import SIZES, ModelConfig, SpecialTokens
 
 EXPORTED_SIZES = (
-    "vision_width", "vision_layers", "vision_heads", "patch_size", "image_size", "temporal_downsampling", "width",
-    "heads", "mlp_width", "text_layers", "universal_layers", "num_latents", "fusion_start", "fusion_layers",
-    "fusion_stride", "decoder_layers", "vocab_size", "max_positions", "dropout", "attention_dropout",
+    "vision_width", "vision_layers", "vision_heads", "vision_activation", "patch_size", "image_size",
+    "temporal_downsampling", "width", "heads", "mlp_width", "text_layers", "universal_layers", "num_latents",
+    "fusion_start", "fusion_layers", "fusion_stride", "decoder_layers", "vocab_size", "max_positions", "dropout",
+    "attention_dropout",
 )  # fmt: skip
 """What the ``config.json`` of an export says of the model."""
 
@@ -80,8 +81,10 @@ def sizes_from_shapes(source: TensorSource) -> tuple[ModelConfig, int]:
     text, layer = depth("text_encoder.encoder.layer."), "text_encoder.encoder.layer."
     first = next((i for i in range(text) if f"{layer}{i}.latents" in names), text)
     fusion_start = depth("fusion_encoder.encoder.layer.") - sizes["fusion_layers"]
+    tower = openai_sizes(source, "visual_encoder.visual")
     config = ModelConfig(
-        **openai_sizes(source, "visual_encoder.visual"),
+        **tower,
+        vision_heads=tower["vision_width"] // 64,
         width=words[1],
         heads=words[1] // 64,
         mlp_width=source.info(f"{layer}0.intermediate.dense.weight").shape[0],
@@ -96,12 +99,18 @@ def sizes_from_shapes(source: TensorSource) -> tuple[ModelConfig, int]:
     return config, max(0, fusion_start)
 
 
-def settings_of(config: ModelConfig, fusion_start: int, *, task: str, teacher: bool) -> dict[str, Any]:
-    """The ``config.json`` beside an export: our sizes by our names, which the PyTorch runtime reads too."""
+def settings_of(
+    config: ModelConfig, fusion_start: int, *, task: str, teacher: bool, tokens: SpecialTokens | None = None
+) -> dict[str, Any]:
+    """The ``config.json`` beside an export: our sizes by our names, which the PyTorch runtime reads too.
+
+    ``tokens`` are the ids of its tokeniser, without which the runtime takes BERT's.
+    """
     sizes = dataclasses.asdict(config) | {"fusion_start": fusion_start}
     architecture = "VideoQA" if task == "videoqa" else "Caption"
     head = {"model_type": "mplug2", "architectures": [architecture], "task": task, "teacher": teacher}
-    return head | {name: sizes[name] for name in EXPORTED_SIZES}
+    ids = {} if tokens is None else {"bos_token_id": tokens.begin, "eos_token_id": tokens.end}
+    return head | {name: sizes[name] for name in EXPORTED_SIZES} | ids
 
 
 def sizes_from_export(settings: Mapping[str, Any]) -> tuple[ModelConfig, int]:
@@ -110,8 +119,8 @@ def sizes_from_export(settings: Mapping[str, Any]) -> tuple[ModelConfig, int]:
     Raises:
         UserError: sizes that are missing, or make no model.
     """
-    missing = [name for name in EXPORTED_SIZES if name not in settings]
-    if missing:
+    missing = [name for name in EXPORTED_SIZES if name not in settings and name != "vision_activation"]
+    if missing:  # the activation came later: exports from before have the release's
         raise UserError(f"config.json beside the weights lacks {', '.join(missing)}")
-    sizes = {name: settings[name] for name in EXPORTED_SIZES if name != "fusion_start"}
+    sizes = {name: settings[name] for name in EXPORTED_SIZES if name != "fusion_start" and name in settings}
     return build(ModelConfig, sizes, "config.json: model"), int(settings["fusion_start"])

@@ -1,6 +1,8 @@
 """Schemes: how another world names its tensors, and the account of what became of every one of them."""
 
 import dataclasses
+import itertools
+import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Literal
@@ -49,6 +51,26 @@ class Account:
     def __str__(self) -> str:
         fates: tuple[Fate, ...] = ("used", "tied", "dead", "aside")
         return ", ".join(f"{self.count(f)} {f}" for f in fates) + f" of {len(self.rows)}"
+
+
+def without_wrapper(names: Collection[str], own: Collection[str], rename: Callable[[str], str]) -> dict[str, str]:
+    """Names as a layout has them, ``{canonical: stored}``: without what wrappers put before all of them, then renamed.
+
+    That is ``module.``, ``model.``, ``state_dict.model.`` or any other prefix up to a dot, but for the layout's ``own``
+    modules.
+
+    Raises:
+        UserError: two tensors that would have one name.
+    """
+    shared = os.path.commonprefix(list(names)).split(".")[:-1]  # noqa: RUF071  they are no paths
+    wrapper = "".join(f"{module}." for module in itertools.takewhile(lambda module: module not in own, shared))
+    found: dict[str, str] = {}
+    for name in names:
+        plain = rename(name.removeprefix(wrapper))
+        if plain in found:
+            raise UserError(f"the checkpoint holds {found[plain]} and {name}, which are one tensor; remove one of them")
+        found[plain] = name
+    return found
 
 
 def account_for(names: Sequence[str], scheme: Scheme) -> tuple[Wanted, Account]:

@@ -94,7 +94,7 @@ class TorchComputation:
 def load(golden: Golden, kind: type[Model], *, teacher: bool = False, **changed: Any) -> Model:
     """A golden's model, fresh from its file; ``changed`` replaces sizes that change no tensor in use."""
     ours = dataclasses.asdict(golden.definition.config) | {"fusion_start": golden.fusion_start} | changed
-    config = Config(**{field.name: ours[field.name] for field in dataclasses.fields(Config)})
+    config = Config(**{field.name: ours[field.name] for field in dataclasses.fields(Config) if field.name in ours})
     return kind.from_pretrained(golden.source.path, config, teacher=teacher)
 
 

@@ -20,6 +20,7 @@ class Config:
     vision_width: int
     vision_layers: int
     vision_heads: int
+    vision_activation: str = "quick_gelu"  # of its MLPs; or the exact "gelu"
     patch_size: int
     image_size: int  # pixels; fixes the grid of the position table, other sizes resize it
     temporal_downsampling: bool = False  # patches see 3 frames, every second one is kept; off in every released model
@@ -37,6 +38,8 @@ class Config:
     max_positions: int = 512
     dropout: float = 0.1  # of hidden states outside the vision tower, in train mode
     attention_dropout: float = 0.1  # of attention probabilities there
+    bos_token_id: int = 101  # what generated texts begin and end with, in the tokeniser's ids; BERT's
+    eos_token_id: int = 102
 
     def __post_init__(self) -> None:
         """Checks every field."""
@@ -49,7 +52,8 @@ class Config:
 
 
 _NO_SIZES = ("model_type", "architectures", "task", "teacher")  # what else an export says of itself
-_MAY_BE_ZERO = ("text_layers", "fusion_start", "fusion_layers", "fusion_stride")
+_MAY_BE_ZERO = ("text_layers", "fusion_start", "fusion_layers", "fusion_stride", "bos_token_id", "eos_token_id")
+_ACTIVATIONS = ("quick_gelu", "gelu")
 
 
 def _check(sizes: Mapping[str, Any]) -> None:
@@ -58,6 +62,8 @@ def _check(sizes: Mapping[str, Any]) -> None:
         value = sizes.get(field.name, field.default)
         if field.type is bool:
             fits, expected = isinstance(value, bool), "true or false"
+        elif field.type is str:
+            fits, expected = value in _ACTIVATIONS, " or ".join(_ACTIVATIONS)
         elif field.type is float:
             fits, expected = type(value) in (int, float) and 0 <= value < 1, "a number from 0 to below 1"
         else:

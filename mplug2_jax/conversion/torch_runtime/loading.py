@@ -3,7 +3,9 @@
 Loading is strict: a tensor that no module holds must be explained by a rule below, or nothing is loaded.
 """
 
+import argparse
 import json
+import os
 import re
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -22,6 +24,8 @@ TIED: Mapping[str, str] = {
     "text_decoder.cls.predictions.decoder.weight": "text_decoder.bert.embeddings.word_embeddings.weight",
     "text_decoder.cls.predictions.decoder.bias": "text_decoder.cls.predictions.bias",
 }
+TOPS = ("model", "module", "state_dict", "model_state_dict")
+"""Where training checkpoints keep the state dict."""
 _TEACHER = re.compile(r"^(\w+)_m(?=\.)")  # the release appends _m to the module's name
 Rules = list[tuple[re.Pattern[str], str]]  # a pattern of whole names, and why nothing reads such a tensor
 
@@ -79,7 +83,7 @@ class SafetensorsFile(Mapping[str, Tensor]):
 def read_weights(path: Path) -> Mapping[str, Tensor]:
     """All tensors of a file, by name: safetensors, or what ``torch.save`` wrote of tensors alone; no code is run.
 
-    A checkpoint's tensors may lie under "model" or "module", and a wrapper's prefix "module." is taken off.
+    A checkpoint's tensors may lie under one of :data:`TOPS`, and a wrapper's prefix is taken off.
 
     Raises:
         UserError: the file is missing, damaged, of another kind, or holds more than tensors and plain values.
@@ -90,8 +94,9 @@ def read_weights(path: Path) -> Mapping[str, Tensor]:
         tensors: Mapping[str, Tensor] = ShardedFiles(path)
     else:
         tensors = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickled(path)
-    if tensors and all(name.startswith("module.") for name in tensors):
-        tensors = {name.removeprefix("module."): tensors[name] for name in tensors}
+    wrapper = os.path.commonprefix(list(tensors)).rpartition(".")[0]  # noqa: RUF071  they are no paths
+    if wrapper and len(tensors) > 1:
+        tensors = {name.removeprefix(f"{wrapper}."): tensors[name] for name in tensors}
     return tensors
 
 
@@ -107,16 +112,17 @@ def _read_safetensors(path: Path) -> Mapping[str, Tensor]:
 def _read_pickled(path: Path) -> Mapping[str, Tensor]:
     try:
         # Files of before PyTorch 1.6 are no zip archives and cannot be mapped into memory.
-        found: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with torch.serialization.safe_globals([argparse.Namespace]):  # a run's settings, which hold nothing to call
+            found: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # zipfile, pickle and torch each raise their own for a damaged file
         reason = str(error).partition("\n")[0]
         raise UserError(f"{path} is damaged or holds more than tensors and plain values ({reason})") from error
-    for key in ("model", "module"):
+    for key in TOPS:
         if isinstance(found, dict) and isinstance(found.get(key), dict):
             found = found[key]
             break
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
-        raise UserError(f"{path} holds no state dict: expected named tensors, bare or under 'model' or 'module'")
+        raise UserError(f"{path} holds no state dict: expected named tensors, bare or under {' or '.join(TOPS)}")
     return found
 
 

@@ -3,6 +3,7 @@
 Axis letters as in ``layers``; also a answers of all questions together, t frames, n patches per frame, v vocabulary.
 """
 
+import dataclasses
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import ClassVar, Literal, TypeVar
@@ -18,6 +19,7 @@ from mplug2_jax.conversion.torch_runtime.loading import choose_weights, dead_rul
 from mplug2_jax.conversion.torch_runtime.search import Found, SearchConfig, generate, rank_answers
 from mplug2_jax.conversion.torch_runtime.text import FusionEncoder, TextEncoder
 from mplug2_jax.conversion.torch_runtime.vision import VisionTower
+from mplug2_jax.errors import UserError
 
 Model = TypeVar("Model", bound="Mplug2")  # not typing.Self, which the run-time type checks of the tests cannot read
 
@@ -80,6 +82,22 @@ class Mplug2(nn.Module):
         state, self.dropped = official_state(tensors, self.state_dict(), rules, teacher=teacher, where=where)
         self.load_state_dict(state, strict=True)
 
+    def search_with(self, search: SearchConfig) -> SearchConfig:
+        """A search with the model's own begin and end tokens where it names none.
+
+        Raises:
+            UserError: a token beyond the vocabulary.
+        """
+        begin = self.config.bos_token_id if search.begin is None else search.begin
+        end = self.config.eos_token_id if search.end is None else search.end
+        for name, token in (("begin", begin), ("end", end)):
+            if token >= self.config.vocab_size:
+                raise UserError(
+                    f"the {name} token is {token}, and vocab_size={self.config.vocab_size}; set bos_token_id and "
+                    "eos_token_id of config.json to the tokeniser's [CLS] and [SEP]"
+                )
+        return dataclasses.replace(search, begin=begin, end=end)
+
     def visual_tokens(self, frames: Tensor, taps: Taps | None = None) -> Tensor:
         """Normalised frames [b, 3, t, y, x] (images: t = 1) -> visual tokens [b, s, d], s = 1 + t*n."""
         v = self.visual_encoder.visual(frames, taps)
@@ -112,7 +130,8 @@ class Caption(Mplug2):
         """Captions by beam search; the limits are the release's (4 to 20 tokens) if not given."""
         memory = self.visual_tokens(frames)
         mask = torch.ones(memory.shape[:2], dtype=torch.bool, device=memory.device)
-        return generate(self.text_decoder, memory, mask, search or SearchConfig(min_length=4, max_length=20))
+        search = self.search_with(search or SearchConfig(min_length=4, max_length=20))
+        return generate(self.text_decoder, memory, mask, search)
 
 
 class VideoQA(Mplug2):
@@ -199,7 +218,8 @@ class VideoQA(Mplug2):
     ) -> Found:
         """Answers by beam search; the limits are the release's (1 to 10 tokens) if not given."""
         memory, mask = self.memory(frames, question, question_mask)
-        return generate(self.text_decoder, memory, mask, search or SearchConfig(min_length=1, max_length=10))
+        search = self.search_with(search or SearchConfig(min_length=1, max_length=10))
+        return generate(self.text_decoder, memory, mask, search)
 
     @torch.no_grad()
     def rank_answers(

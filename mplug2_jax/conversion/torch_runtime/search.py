@@ -21,6 +21,8 @@ from mplug2_jax.errors import UserError
 class SearchConfig:
     """How to search. Lengths count generated tokens: the begin token is not one, the end token is.
 
+    ``begin`` and ``end`` are ids of the tokeniser; a model's ``generate`` takes its config's where they are None.
+
     With ``extend_finished``, as in the release, beams that ended go on, beyond their end token, and when a clip is done
     all its beams are stored, ended or not.
     """
@@ -28,8 +30,8 @@ class SearchConfig:
     beams: int = 5
     min_length: int = 1
     max_length: int = 20
-    begin: int = 101
-    end: int = 102
+    begin: int | None = None
+    end: int | None = None
     extend_finished: bool = True
 
 
@@ -54,7 +56,13 @@ class Continuation(Protocol):
 
 @torch.no_grad()
 def beam_search(sequences: Continuation, batch: int, config: SearchConfig, device: torch.device | None = None) -> Found:
-    """Searches ``config.beams`` sequences for each of ``batch`` clips, up to ``config.max_length`` tokens."""
+    """Searches ``config.beams`` sequences for each of ``batch`` clips, up to ``config.max_length`` tokens.
+
+    Raises:
+        UserError: no begin or end token.
+    """
+    if config.begin is None or config.end is None:
+        raise UserError("a search needs the ids of its begin and end tokens; set both, or use a model's generate")
     b, r = batch, config.beams
     ids = torch.zeros(b, r, config.max_length + 1, dtype=torch.long, device=device)
     ids[:, :, 0] = config.begin

@@ -90,12 +90,14 @@ class FrameAttention(nn.Module):
 class VisionBlock(nn.Module):
     """CLIP's pre-norm block, with a local temporal unit before each of its two halves."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, config: Config) -> None:
         super().__init__()
+        width, heads = config.vision_width, config.vision_heads
         self.lmhra1, self.lmhra2 = LocalTemporal(width), LocalTemporal(width)
         self.ln_1, self.ln_2 = nn.LayerNorm(width, CLIP_EPS), nn.LayerNorm(width, CLIP_EPS)
         self.attn = FrameAttention(width, heads)
-        parts = {"c_fc": nn.Linear(width, 4 * width), "gelu": QuickGELU(), "c_proj": nn.Linear(4 * width, width)}
+        activation = QuickGELU() if config.vision_activation == "quick_gelu" else nn.GELU()
+        parts = {"c_fc": nn.Linear(width, 4 * width), "gelu": activation, "c_proj": nn.Linear(4 * width, width)}
         self.mlp = nn.Sequential(OrderedDict(parts))
 
     def forward(self, x: Tensor, frames: int) -> Tensor:
@@ -119,7 +121,7 @@ class Transformer(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        blocks = (VisionBlock(config.vision_width, config.vision_heads) for _ in range(config.vision_layers))
+        blocks = (VisionBlock(config) for _ in range(config.vision_layers))
         self.resblocks = nn.ModuleList(blocks)
 
 

@@ -9,11 +9,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mplug2_jax.errors import UserError
 from mplug2_jax.evaluation.metrics.pairs import check_pairs
 from mplug2_jax.evaluation.metrics.ratio import Ratio
 
-ENOUGH = 3  # annotators who gave an answer make it right
+ENOUGH = 3  # others who gave an answer make it right
 
 # A word written without its apostrophe, or without one of its several, gets it back; not all words (she'd: shed).
 # "somebody'd" is the wrong way round in the original, so it is here.
@@ -66,20 +65,22 @@ def soft_accuracy(said: str, answers: Sequence[str]) -> float:
     if len(set(answers)) > 1:
         said, *answers = (normalise(text) for text in (said, *answers))
     agree = [answer == said for answer in answers]
-    return sum(min(1.0, (sum(agree) - own) / ENOUGH) for own in agree) / len(agree)
+    return sum(min(1.0, (sum(agree) - own) / ENOUGH) for own in agree) / max(len(agree), 1)
 
 
 def vqa_accuracy(said: Sequence[str], answers: Sequence[Sequence[str]]) -> Ratio:
     """VQA v2's accuracy; each question has the answers of all its annotators, the same one as often as it was given.
 
+    Blank answers are answers. Questions with too few for anything to be right weigh nothing.
+
     Raises:
-        UserError: not one answer said to each question, or too few annotators for anything to be right.
+        UserError: not one answer said to each question.
     """
     check_pairs("VQA accuracy", answers=len(said), questions=len(answers))
-    for i, given in enumerate(answers):
-        if len(given) <= ENOUGH:
-            raise UserError(
-                f"VQA accuracy: question {i} has {len(given)} annotated answers, expected ten (at least {ENOUGH + 1}); "
-                "give the answers of all annotators, repeated ones too"
-            )
-    return Ratio(np.asarray([soft_accuracy(*pair) for pair in zip(said, answers, strict=True)]))
+    weights = np.asarray([float(can_be_judged(given)) for given in answers])
+    return Ratio(weights * [soft_accuracy(*pair) for pair in zip(said, answers, strict=True)], weights)
+
+
+def can_be_judged(answers: Sequence[str]) -> bool:
+    """Whether enough annotators answered a question for an answer to be right."""
+    return len(answers) > ENOUGH

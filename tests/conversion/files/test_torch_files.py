@@ -1,5 +1,7 @@
 """PyTorch's files without PyTorch: what it wrote is read, what we write it reads, and code is never run."""
 
+import argparse
+import collections
 import os
 from pathlib import Path
 from typing import Any
@@ -8,7 +10,7 @@ import numpy as np
 import pytest
 
 from mplug2_jax.conversion.files.sources import DTYPES, TensorInfo, open_source
-from mplug2_jax.conversion.files.torch_files import TorchSource, TorchWriter
+from mplug2_jax.conversion.files.torch_files import _KNOWN, TorchSource, TorchWriter
 from mplug2_jax.errors import UserError
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed here")
@@ -38,7 +40,7 @@ def assert_holds(source: Any, tensors: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-@pytest.mark.parametrize("top", [None, "model", "module"])
+@pytest.mark.parametrize("top", [None, "model", "module", "state_dict", "model_state_dict", "of another name"])
 def test_a_state_dict_is_read_alone_or_from_a_training_checkpoint(
     tmp_path: Path, legacy: bool, top: str | None
 ) -> None:
@@ -77,6 +79,54 @@ def test_a_torchscript_archive_is_read_as_a_state_dict(tmp_path: Path) -> None:
     assert set(source.names()) == set(expected)
     for name, tensor in expected.items():
         np.testing.assert_array_equal(source.read(name), tensor.numpy())
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_what_training_keeps_beside_the_weights_is_passed_over(tmp_path: Path, legacy: bool) -> None:
+    """Where torch itself reads it: DeepSpeed's sets, shapes and types, a run's settings, random states."""
+    tensors = state_dict()
+    decorated = torch.nn.Parameter(torch.ones(2))
+    decorated.partitioned = {"by": "DeepSpeed"}
+    content = {
+        "module": {"model": tensors}, "args": argparse.Namespace(lr=1e-4, inner=argparse.Namespace(x=(1, 2))),
+        "sparse_tensor_module_names": {"a", "b"}, "param_shapes": [collections.OrderedDict(x=torch.Size([2, 3]))],
+        "dtype": torch.float16, "seen": collections.Counter("aab"), "raw": b"\x00\xff", "bytes": bytearray(b"ab"),
+        "complex": 1 + 2j, "device": torch.device("cpu"), "rng": torch.get_rng_state(), "decorated": decorated,
+    }  # fmt: skip
+    path = saved(tmp_path / "x.pt", content, legacy=legacy)
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        torch.load(path, weights_only=True)
+    assert_holds(open_source(path), tensors)
+
+
+def test_nothing_is_known_that_torch_does_not_let_through() -> None:
+    from torch._weights_only_unpickler import _get_allowed_globals
+
+    allowed = {*_get_allowed_globals(), "argparse.Namespace"}
+    named = {f"{module}.{name}" for module, name in _KNOWN if module != "torch.jit._pickle"}  # TorchScript's own
+    assert named <= allowed
+
+
+@pytest.mark.parametrize(
+    "beside", [np.float64(0.5), Path("x"), collections.defaultdict(list), frozenset("ab"), range(3), len, str],
+    ids=lambda value: type(value).__name__,
+)  # fmt: skip
+def test_what_torch_does_not_let_through_is_refused_by_its_name(tmp_path: Path, beside: Any) -> None:
+    path = saved(tmp_path / "x.pt", {"model": {"x": torch.ones(1)}, "beside": beside})
+    with torch.serialization.safe_globals([argparse.Namespace]), pytest.raises(Exception, match="GLOBAL"):
+        torch.load(path, weights_only=True)
+    with pytest.raises(UserError, match="is refused: its pickle asks for"):
+        TorchSource(path)
+
+
+def test_state_dicts_of_which_none_is_the_model_s_are_named(tmp_path: Path) -> None:
+    path = saved(tmp_path / "x.pt", {"student": {"x": torch.ones(1)}, "teacher": {"x": torch.ones(1)}})
+    with pytest.raises(UserError, match=r"holds tensors under student, teacher; save the model's state dict alone"):
+        TorchSource(path)
+    content: dict[str, Any] = {"model": {}}
+    content["model"]["model"] = content  # of itself
+    with pytest.raises(UserError, match="holds no tensors by name"):
+        TorchSource(saved(tmp_path / "y.pt", content))
 
 
 class Evil:

@@ -7,7 +7,7 @@ import pytest
 
 from mplug2_jax.conversion.torch_runtime.config import SIZES, read_config
 from mplug2_jax.errors import UserError
-from mplug2_jax.model.config import model_config
+from mplug2_jax.model.config import SpecialTokens, model_config
 
 
 @pytest.mark.parametrize("size", ["base", "large"])
@@ -15,6 +15,7 @@ def test_the_tables_are_those_of_our_model(size):
     ours = dataclasses.asdict(model_config(size))
     theirs = dataclasses.asdict(SIZES[size])
     assert theirs.pop("fusion_start") == ours["text_layers"] + ours["universal_layers"] - ours["fusion_layers"]
+    assert (theirs.pop("bos_token_id"), theirs.pop("eos_token_id")) == (SpecialTokens.begin, SpecialTokens.end)
     assert theirs == {name: ours[name] for name in theirs}
 
 
@@ -35,6 +36,8 @@ def test_a_file_gives_back_the_sizes(tmp_path, small):
         ({"dropout": 1.0}, "dropout=1.0 must be a number from 0 to below 1"),
         ({"dropout": float("nan")}, "dropout=nan must be a number from 0 to below 1"),
         ({"temporal_downsampling": 1}, "temporal_downsampling=1 must be true or false"),
+        ({"vision_activation": "relu"}, "vision_activation='relu' must be quick_gelu or gelu"),
+        ({"eos_token_id": -1}, "eos_token_id=-1 must be a whole number of at least 0"),
         ({"image_size": 20}, "image_size=20 is not a multiple of patch_size=8"),
     ],
 )

@@ -1,5 +1,6 @@
 """Checkpoints: strictly loaded, every dropped tensor explained, files hostile until proved otherwise."""
 
+import argparse
 import dataclasses
 import json
 import math
@@ -133,13 +134,14 @@ def test_a_teacher_that_is_not_there_is_missed_by_its_name(model, state) -> None
     assert "missing (visual_encoder_m.visual.class_embedding, " in refused(model, state, teacher=True)
 
 
-@pytest.mark.parametrize("top", [None, "model", "module"])
-@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("top", [None, "model", "model_state_dict"])
+@pytest.mark.parametrize("prefix", ["", "module._orig_mod."])
 @pytest.mark.parametrize("zipped", [True, False])
 def test_checkpoints_of_torch_are_read_in_all_their_forms(tmp_path, small, state, top, prefix, zipped) -> None:
     named = {prefix + name: value for name, value in state.items()}
     path = tmp_path / "checkpoint.pth"
-    whole = named if top is None else {top: named, "epoch": 3, "config": {"lr": 1e-5}}
+    beside = {"epoch": 3, "args": argparse.Namespace(lr=1e-5), "seen": {"x"}, "dtype": torch.float16}
+    whole = named if top is None else {top: named, **beside}
     torch.save(whole, path, _use_new_zipfile_serialization=zipped)
     loaded = VideoQA.from_pretrained(path, small())
     assert not loaded.training

@@ -56,7 +56,8 @@ def test_every_intermediate_is_ours_under_the_same_name(small, lively, changed) 
     with torch.no_grad():
         logits = model.answer_logits(frames, QUESTION, QUESTION != 0, TARGET, taps=taps)
 
-    shared = {name: value for name, value in dataclasses.asdict(config).items() if name != "fusion_start"}
+    ours = {field.name for field in dataclasses.fields(ModelConfig)}
+    shared = {name: value for name, value in dataclasses.asdict(config).items() if name in ours}
     definition = define(ModelConfig(**shared, dtype="float32"), QUESTION_PARTS)
     source = MemorySource({name: value.numpy() for name, value in model.state_dict().items()})
     params, _ = load_official(source, definition, config.fusion_start)

@@ -1,0 +1,103 @@
+"""CLIP, BERT and the release under the names that trainers give them; relatives of BERT refused by name."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mplug2_jax.conversion.files.sources import open_source
+from mplug2_jax.conversion.import_plan import plan_import
+from mplug2_jax.conversion.layouts.identify import identify
+from mplug2_jax.errors import UserError
+from tests.weights import (
+    bert_tensors,
+    hugging_face_clip,
+    official_config,
+    official_file,
+    openai_clip,
+    tensors_of,
+    written,
+)
+
+SMALL: dict[str, Any] = {
+    "openai": openai_clip(64, 1), "hugging_face": hugging_face_clip(64, 1), "bert": bert_tensors(64, 1)
+}  # fmt: skip
+HEADED = {f"bert.{name}": value for name, value in SMALL["bert"].items()} | {"classifier.weight": np.zeros((2, 64))}
+
+
+def prefixed(tensors: Any, prefix: str) -> Any:
+    return {f"{prefix}{name}": value for name, value in tensors.items()}
+
+
+@pytest.mark.parametrize("prefix", ["module.", "model.", "state_dict.", "module.model._orig_mod.", "0.auto_model."])
+@pytest.mark.parametrize("layout", [*SMALL, "headed", "official"])
+def test_a_prefix_that_all_names_share_is_no_part_of_them(tmp_path: Path, layout: str, prefix: str) -> None:
+    if layout == "official":
+        tensors = tensors_of(official_file(tmp_path / "x.safetensors", official_config()))
+    else:
+        tensors = HEADED if layout == "headed" else SMALL[layout]
+    plain = identify(written(tmp_path / "plain.pth", tensors))
+    found = identify(written(tmp_path / "prefixed.pth", prefixed(tensors, prefix)))
+    assert (found.kind, found.layout) == (plain.kind, plain.layout)
+    assert found.source.names() == plain.source.names()
+    name = found.source.names()[-1]
+    np.testing.assert_array_equal(found.source.read(name), plain.source.read(name))
+
+
+@pytest.mark.parametrize("prefix", ["", "visual.", "model.visual."])
+def test_a_tower_of_openai_s_may_be_alone(tmp_path: Path, prefix: str) -> None:
+    tower = {n.removeprefix("visual."): x for n, x in SMALL["openai"].items() if n.startswith("visual.")}
+    plan = plan_import([written(tmp_path / "x.safetensors", prefixed(tower, prefix))])
+    assert (plan.title, plan.definition.config.vision_layers) == ("CLIP (OpenAI)", 1)
+
+
+def test_what_fine_tuning_put_on_a_bert_is_ignored_and_named(tmp_path: Path) -> None:
+    heads = ("classifier.weight", "qa_outputs.bias", "score.weight", "crf.transitions", "pooler.dense.weight")
+    tensors = SMALL["bert"] | dict.fromkeys(heads, np.zeros((2, 64), np.float32))
+    plan = plan_import([written(tmp_path / "x.safetensors", prefixed(tensors, "bert."))])
+    fates = plan.joints[0].fates
+    assert {fates[name][0] for name in heads} == {"dead"}
+    assert fates["qa_outputs.bias"][1] == "head of a fine-tuned BERT, which mPLUG-2 has not"
+    for inside in (
+        "encoder.layer.0.attention.self.distance_embedding.weight",
+        "embeddings.x_position_embeddings.weight",
+    ):
+        changed = SMALL["bert"] | {inside: np.zeros((3, 64), np.float32)}
+        with pytest.raises(UserError, match=rf"1 unexpected \({inside}\)"):
+            plan_import([written(tmp_path / "y.safetensors", changed)])
+
+
+@pytest.mark.parametrize("family", ["roberta", "model.xlm_roberta", "camembert", "electra", "distilbert", "esm"])
+def test_relatives_of_bert_are_refused_by_their_names(tmp_path: Path, family: str) -> None:
+    path = written(tmp_path / "x.safetensors", prefixed(SMALL["bert"], f"{family}.") | {"cls.x": np.zeros(2)})
+    with pytest.raises(UserError, match=rf"x\.safetensors holds weights of {family.rpartition('.')[2]} \("):
+        plan_import([path])
+    alone = written(tmp_path / "y.safetensors", bert_tensors(64, 1, types=1))
+    with pytest.raises(UserError, match=r"token_type_embeddings\.weight has 1 row, BERT's has 2: these are of RoBERTa"):
+        plan_import([alone])
+
+
+def test_one_tensor_under_two_names_is_refused(tmp_path: Path) -> None:
+    twice = SMALL["bert"] | prefixed(SMALL["bert"], "bert.")
+    with pytest.raises(UserError, match="which are one tensor; remove one of them"):
+        identify(written(tmp_path / "x.safetensors", twice))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin", "epoch_3.pt"],
+)  # fmt: skip
+def test_a_folder_of_open_clip_s_holds_weights(tmp_path: Path, name: str) -> None:
+    written(tmp_path / name, {"x": np.ones(2, np.float32)})
+    assert open_source(tmp_path).names() == ["x"]
+
+
+def test_of_several_files_in_a_folder_the_known_name_counts_or_all_are_named(tmp_path: Path) -> None:
+    for name in ("epoch_1.pt", "epoch_2.pt"):
+        written(tmp_path / name, {name: np.ones(2, np.float32)})
+    with pytest.raises(UserError, match=r"holds 2 files of weights \(epoch_1\.pt, epoch_2\.pt\); name the one that is"):
+        open_source(tmp_path)
+    written(tmp_path / "open_clip_pytorch_model.bin", {"x": np.ones(2, np.float32)})
+    written(tmp_path / "model.safetensors", {"y": np.ones(2, np.float32)})
+    assert open_source(tmp_path).names() == ["y"]

@@ -1,0 +1,143 @@
+"""Settings beside a CLIP or a BERT decide what shapes do not tell, or are refused; the rest is assumed in words."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mplug2_jax.conversion.import_plan import ImportPlan, plan_import
+from mplug2_jax.conversion.importing import run_import
+from mplug2_jax.conversion.report import read_report
+from mplug2_jax.errors import UserError
+from tests.weights import bert_tensors, hugging_face_clip, openai_clip, written
+
+BERT: dict[str, Any] = {"model_type": "bert", "hidden_size": 128, "num_attention_heads": 4, "hidden_act": "gelu"}
+TOWER: dict[str, Any] = {"hidden_size": 128, "num_attention_heads": 4, "hidden_act": "gelu", "patch_size": 8}
+OPEN_CLIP: dict[str, Any] = {"width": 128, "head_width": 32, "layers": 2, "patch_size": 8}
+
+
+def planned(folder: Path, tensors: Any, settings: Any, name: str = "model.safetensors") -> ImportPlan:
+    written(folder / name, tensors, settings)
+    return plan_import([folder])
+
+
+@pytest.mark.parametrize(
+    ("settings", "heads"),
+    [
+        ({"config.json": BERT}, 4),
+        ({"bert_config.json": BERT}, 4),  # of Google's archives
+        ({"config.json": BERT | {"hidden_act": "gelu_python", "layer_norm_eps": 1e-12}}, 4),
+        ({"config.json": {"vision_config": TOWER}, "bert_config.json": BERT}, 4),  # the first is a tower's
+        ({"config.json": {"learning_rate": 1.0}}, 2),  # of something else
+        ({}, 2),
+    ],
+)
+def test_a_bert_has_the_heads_that_its_settings_say(tmp_path: Path, settings: Any, heads: int) -> None:
+    plan = planned(tmp_path, bert_tensors(), settings)
+    assert plan.definition.config.heads == heads
+    assert bool(plan.notes) == (heads == 2)
+
+
+def test_what_a_bert_s_settings_leave_out_is_the_library_s_and_said(tmp_path: Path) -> None:
+    plan = planned(tmp_path, bert_tensors(384), {"config.json": {"model_type": "bert", "num_attention_heads": None}})
+    assert plan.definition.config.heads == 12
+    assert plan.notes[0] == "num_attention_heads=12: config.json does not say, and it is the library's own"
+
+
+def test_of_a_bert_whose_words_have_case_it_is_said(tmp_path: Path) -> None:
+    plan = planned(tmp_path, bert_tensors(), {"config.json": BERT, "tokenizer_config.json": {"do_lower_case": False}})
+    assert [note.partition(":")[0] for note in plan.notes] == ["tokenizer_config.json says do_lower_case=false"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"hidden_act": "relu"}, "hidden_act='relu' is not what mPLUG-2 computes, which is 'gelu'"),
+        ({"hidden_act": "gelu_new"}, "hidden_act='gelu_new' is not"),
+        ({"position_embedding_type": "relative_key"}, "position_embedding_type='relative_key' is not"),
+        ({"layer_norm_eps": 1e-5}, "layer_norm_eps=1e-05 is not"),
+        ({"is_decoder": True}, "is_decoder=True is not"),
+        ({"model_type": "xlm-roberta"}, "model_type='xlm-roberta' is not"),
+        ({"num_attention_heads": 3}, "num_attention_heads=3 does not divide 128 columns"),
+        ({"num_attention_heads": "4"}, "num_attention_heads='4' does not divide"),
+        ({"hidden_size": 256}, "hidden_size=256, but the weights have 128"),
+        ({"num_hidden_layers": 12}, "num_hidden_layers=12, but the weights have 2"),
+    ],
+)
+def test_a_bert_that_we_do_not_compute_is_refused_by_the_field(tmp_path: Path, changed: Any, said: str) -> None:
+    with pytest.raises(UserError) as error:
+        planned(tmp_path, bert_tensors(), {"config.json": BERT | changed})
+    assert str(error.value).startswith(f"{tmp_path / 'config.json'}: {said}")
+
+
+@pytest.mark.parametrize(
+    ("openai", "settings", "heads", "activation"),
+    [
+        (False, {"config.json": {"vision_config": TOWER}}, 4, "gelu"),
+        (False, {"config.json": TOWER | {"hidden_act": "quick_gelu"}}, 4, "quick_gelu"),  # of a tower alone
+        (False, {"config.json": {"vision_config": TOWER, "vision_config_dict": {"num_attention_heads": 8}}}, 8, "gelu"),
+        (False, {"config.json": {"vision_config": {"patch_size": 8, "num_attention_heads": 2}}}, 2, "quick_gelu"),
+        (False, {"open_clip_config.json": {"model_cfg": {"vision_cfg": OPEN_CLIP}}}, 4, "gelu"),
+        (True, {"open_clip_config.json": {"model_cfg": {"vision_cfg": OPEN_CLIP}}}, 4, "gelu"),
+        (True, {"open_clip_config.json": {"vision_cfg": OPEN_CLIP, "quick_gelu": True}}, 4, "quick_gelu"),
+        (True, {"open_clip_config.json": {"vision_cfg": {"width": 128}}}, 2, "gelu"),  # heads of 64 are its own
+        (True, {"config.json": {"vision_config": TOWER}}, 4, "gelu"),
+        (True, {"config.json": TOWER, "open_clip_config.json": {"vision_cfg": {"width": 128}}}, 2, "gelu"),
+        (False, {"config.json": TOWER, "preprocessor_config.json": {"image_mean": [0.481, 0.458, 0.408]}}, 4, "gelu"),
+        (True, {"config.json": BERT}, 2, "quick_gelu"),  # of a BERT
+        (True, {}, 2, "quick_gelu"),
+    ],
+)  # fmt: skip
+def test_a_tower_has_the_heads_and_the_activation_that_its_settings_say(
+    tmp_path: Path, openai: bool, settings: Any, heads: int, activation: str
+) -> None:
+    plan = planned(tmp_path, openai_clip() if openai else hugging_face_clip(), settings)
+    config = plan.definition.config
+    assert (config.vision_heads, config.vision_activation) == (heads, activation)
+    assumed = [note for note in plan.notes if "beside" in note]
+    assert bool(assumed) == (not settings or ("config.json" in settings and settings["config.json"] is BERT))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "said"),
+    [
+        ("config.json", {"vision_config": TOWER | {"hidden_act": "relu"}}, "hidden_act='relu' is not"),
+        ("config.json", {"vision_config": TOWER | {"layer_norm_eps": 1e-6}}, "layer_norm_eps=1e-06 is not"),
+        ("config.json", {"vision_config": TOWER | {"patch_size": 16}}, "patch_size=16, but the weights have 8"),
+        ("open_clip_config.json", {"vision_cfg": OPEN_CLIP | {"norm_kwargs": {"eps": 1e-6}}}, "layer_norm_eps=1e-06"),
+        ("open_clip_config.json", {"vision_cfg": OPEN_CLIP | {"head_width": "x"}}, "num_attention_heads='x' does not"),
+        ("preprocessor_config.json", {"image_mean": [0.5, 0.5, 0.5]}, "image_mean=[0.5, 0.5, 0.5] is not"),
+        ("open_clip_config.json", {"vision_cfg": {}, "preprocess_cfg": {"std": [1, 1, 1]}}, "image_std=[1, 1, 1] is"),
+        ("open_clip_config.json", {"vision_cfg": {}}, "hidden_size=768, but the weights have 128"),
+    ],
+)
+def test_a_tower_that_we_do_not_compute_is_refused_by_the_field(
+    tmp_path: Path, name: str, settings: Any, said: str
+) -> None:
+    with pytest.raises(UserError) as error:
+        planned(tmp_path, openai_clip(), {name: settings})
+    assert str(error.value).startswith(f"{tmp_path / name}: {said}")
+
+
+def test_without_settings_heads_are_the_usual_ones_or_refused(tmp_path: Path) -> None:
+    huge = planned(tmp_path / "huge", openai_clip(1280, 1), {})
+    assert huge.definition.config.vision_heads == 16  # of 80 columns, as all ViT-H/14
+    with pytest.raises(UserError, match=r"100 columns are no whole number of heads of 64; put the config\.json"):
+        planned(tmp_path / "narrow", bert_tensors(100), {})
+
+
+def test_settings_that_are_damaged_are_a_sentence(tmp_path: Path) -> None:
+    written(tmp_path / "model.safetensors", bert_tensors())
+    for content in ("{", "[" * 100_000):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(UserError, match=r"config\.json is not valid JSON"):
+            plan_import([tmp_path])
+
+
+def test_the_report_says_what_was_assumed_and_the_model_keeps_what_was_told(tmp_path: Path) -> None:
+    path = written(tmp_path / "ViT.pt", openai_clip(64, 1))
+    report = run_import(plan_import([path]), tmp_path / "ours")
+    said = "heads of 64 columns, QuickGELU: no config.json or open_clip_config.json beside ViT.pt says otherwise"
+    assert f"note: {said}" in report.summary()
+    assert read_report(tmp_path / "ours").notes == [said]
+    assert said in (tmp_path / "ours" / "conversion-report.html").read_text()

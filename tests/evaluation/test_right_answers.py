@@ -1,0 +1,102 @@
+"""What is right is scored as right, whatever the tokeniser does to it; and what cannot be judged ends no evaluation."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+from data_pipelines.config import DataConfig, ExampleConfig, InstructionConfig, SourceConfig, VisualConfig
+from data_pipelines.tokenizers import SPECIAL_TOKENS, WordPieceTokenizer, as_said, train_sentencepiece
+from mplug2_jax.evaluation import loop
+from mplug2_jax.evaluation.config import EvaluationConfig
+from mplug2_jax.evaluation.loop import Evaluation, EvaluationResult
+from mplug2_jax.model.config import SpecialTokens
+from mplug2_jax.model.mplug2 import define
+from mplug2_jax.parallel.config import MeshConfig
+from mplug2_jax.parallel.mesh import make_mesh
+from mplug2_jax.tasks.base import TaskContext
+from mplug2_jax.tasks.config import TaskSettings
+from tests.evaluation.test_loop import LETTERS, MODEL
+
+TEXTS = (
+    "t-shirt", "o'clock", "3:30", "50%", "$5", "a/c", "Café", "U.S.A.", "don't", "black & white", "(none)", "x - y",
+    "rock 'n' roll", "c++", "1,000", "yes", "¿qué?",
+)  # fmt: skip
+MARKS = "-':%$/.&(),+?¿"
+PIECES = [*SPECIAL_TOKENS, *MARKS, *LETTERS, *"0123456789", *(f"##{c}" for c in f"{LETTERS}0123456789")]
+WORDS = WordPieceTokenizer(PIECES)
+ASKED = ExampleConfig(
+    instructions={"question": InstructionConfig(templates=("{question}",))}, instruction_length=8, target_length=40
+)
+
+
+def perfect(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, task: str, rows: Any, examples: ExampleConfig = ASKED
+) -> EvaluationResult:
+    """The evaluation of a model that says the target of every example."""
+    (folder / "set.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    source = SourceConfig(format="annotations", kind="text", path=str(folder / "set.jsonl"))
+    data = DataConfig(sources={"set": source}, visual=VisualConfig(), examples=examples, batch_size=4)
+    definition = define(
+        dataclasses.replace(MODEL, vocab_size=WORDS.vocab_size, max_positions=64), ("text", "universal", "decoder")
+    )
+    tokens = SpecialTokens(begin=WORDS.cls_id, end=WORDS.sep_id, mask=WORDS.mask_id)
+    context = TaskContext(settings=TaskSettings(), tokens=tokens)
+    monkeypatch.setattr(loop, "jitted_prediction", lambda *_: lambda params, batch: {"ids": batch["target"]})
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    config = EvaluationConfig(task=task, data=data)
+    return Evaluation("held", config, definition, context, WORDS, mesh, seed=0).run({}, 0)
+
+
+@pytest.mark.parametrize("task", ["answer", "ilm", "vqa", "summarise"])
+def test_a_perfect_model_is_right_whatever_the_pieces_do_to_spaces_case_and_accents(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, task: str
+) -> None:
+    given = [[text] * 10 if task == "vqa" else [text] for text in TEXTS if task != "summarise" or text != "¿qué?"]
+    rows = [{"id": i, "question": "what?", "answers": answers} for i, answers in enumerate(given)]
+    result = perfect(monkeypatch, tmp_path, task, rows)
+    figures = {"summarise": ("rouge_1", 100), "vqa": ("vqa_accuracy", 1)}
+    name, full = figures.get(task, ("accuracy", 1))
+    assert result.figures[name] == full
+    assert [row["true"] for row in result.said] == [answers[0] for answers in given]  # shown as they were written
+    assert not result.warnings
+
+
+def test_the_released_form_compares_to_the_letter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    rows = [{"id": i, "question": "what?", "answer": text} for i, text in enumerate(("yes", "t-shirt"))]
+    released = dataclasses.replace(ASKED, form="released")
+    assert perfect(monkeypatch, tmp_path, "answer", rows, released).figures == {"accuracy": 0.5}
+
+
+def test_what_no_vocabulary_knows_is_never_right(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    rows = [{"id": i, "question": "what?", "answer": text} for i, text in enumerate(("yes", "日本", "東京"))]
+    assert perfect(monkeypatch, tmp_path, "answer", rows).figures["accuracy"] == pytest.approx(1 / 3)
+
+
+def test_questions_with_too_few_answers_weigh_nothing_and_are_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    given = (["yes"] * 10, ["no"] * 3, ["yes"], ["yes"] * 2 + ["no"] * 8)
+    rows = [{"id": f"q{i}", "question": "is it?", "answers": answers} for i, answers in enumerate(given)]
+    result = perfect(monkeypatch, tmp_path, "vqa", rows)
+    assert result.figures == {"vqa_accuracy": 1.0}
+    (warning,) = result.warnings
+    assert warning.startswith("2 of 4 questions have at most 3 answers and weigh nothing, the first is ")
+
+
+def test_a_summary_without_a_word_weighs_nothing_and_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    rows = [{"id": i, "question": "in short?", "answer": text} for i, text in enumerate(("it rains", "?", "日本"))]
+    result = perfect(monkeypatch, tmp_path, "summarise", rows)
+    assert result.figures["rouge_1"] == 100
+    assert result.warnings[0].startswith("2 of 3 summaries to say have no word and weigh nothing, the first is ")
+
+
+@pytest.mark.parametrize("tokenizer", [WORDS, train_sentencepiece(["a t-shirt at 3:30, don't"] * 20, 40)])
+@pytest.mark.parametrize("text", [*TEXTS, "", "日本 t-shirt"])
+def test_saying_what_was_said_changes_nothing(tokenizer: Any, text: str) -> None:
+    once = as_said(tokenizer, text)
+    assert "\ufffd" in once or as_said(tokenizer, once) == once
+    assert once.replace("\ufffd", "[UNK]") == tokenizer.decode(tokenizer.encode(text))
