@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -281,11 +282,37 @@ def check_position(position: Position, streams: Mapping[str, Stream]) -> None:
     """Checks that a step's position means the same examples as when it was saved.
 
     Raises:
-        UserError: data under which it would mean others.
+        UserError: data under which it would mean others; names the stream, what was and what is.
     """
     now = position_after(position.step, streams).streams
-    if position.streams != now:
-        raise UserError(f"the checkpoint's data position {position.streams} is not this run's {now}")
+    changes = [change for name in now for change in _changes(name, position.streams.get(name, {}), now[name])]
+    if changes:
+        raise UserError(
+            f"the data changed since step {position.step} was saved: {'; '.join(changes)}. The run would go on with "
+            "other examples than it began with: put the data of then back, or start a new --workdir with "
+            "--config.init_from of this one"
+        )
+
+
+def _changes(stream: str, was: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """What of a stream's position is otherwise, in words; versions before this one kept no fingerprints."""
+    for field in ("batch_size", "seed"):
+        if was.get(field) != now[field]:
+            yield f"stream '{stream}' had {field} {was.get(field)}, now {now[field]}"
+    records, kept = was.get("records", {}), was.get("sources", {})
+    for source, count in now["records"].items():
+        what = f"stream '{stream}'" if len(now["records"]) == 1 else f"source '{source}' of stream '{stream}'"
+        before, after = kept.get(source), now["sources"][source]
+        if records.get(source) != count:
+            yield f"{what} had {records.get(source, 0):,} records, now {count:,}"
+        elif before is not None and before != after:
+            had, has = _files(before), _files(after)
+            yield f"{what} had {had}, now {has}" if had != has else f"{what} had other contents in its {had}"
+
+
+def _files(kept: Mapping[str, Any]) -> str:
+    count = kept.get("files", 0)
+    return f"{count:,} file{'s' * (count != 1)} with {kept.get('bytes', 0):,} bytes"
 
 
 def run_evaluations(
