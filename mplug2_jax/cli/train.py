@@ -59,16 +59,21 @@ def run(args: argparse.Namespace) -> int:
 
     recipe, overrides = chosen(args.config, args.plan, args.overrides)
     # What is wrong with a config is said before JAX is imported and other processes are waited for.
-    return _train(build(RunConfig, load_recipe(recipe, overrides)), args.workdir)
+    return _train(build(RunConfig, load_recipe(recipe, overrides)), args.workdir, overrides)
 
 
-def _train(config: "RunConfig", workdir: Path) -> int:
+def _train(config: "RunConfig", workdir: Path, overrides: Sequence[str]) -> int:
     with _leaving_at_once():
         from mplug2_jax.parallel.processes import is_first, join
         from mplug2_jax.training.loop import train
+        from mplug2_jax.training.starting import sized_as_begun
         from mplug2_jax.training.workdir import WorkDir
 
     join()
+    begun = WorkDir(workdir).read_config() if WorkDir(workdir).exists() else None
+    config, said = sized_as_begun(config, overrides, begun)
+    if said and is_first():
+        print(said, flush=True)
     results = train(config, workdir)
     if not is_first():
         return 0
