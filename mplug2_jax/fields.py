@@ -23,7 +23,7 @@ class Field(NamedTuple):
 
 def fields_of(value: Any, path: str = "") -> Iterator[Field]:
     """Yield every field of a config, groups of them by their fields, named values by their names."""
-    cls = type(value)
+    cls: Any = type(value)
     hints, meanings = get_type_hints(cls), meanings_of(cls)
     for field in dataclasses.fields(cls):
         yield from _of(getattr(value, field.name), hints[field.name], f"{path}{field.name}", meanings[field.name])
@@ -66,7 +66,8 @@ def valid_of(hint: Any) -> str:
         return f"{valid_of(args[1])} by name"
     if hint is bool:
         return "true | false"
-    return f"fields of {hint.__name__}" if dataclasses.is_dataclass(hint) else str(hint.__name__)
+    name = str(getattr(hint, "__name__", hint))
+    return f"fields of {name}" if dataclasses.is_dataclass(hint) else name
 
 
 def groups_of(cls: type) -> dict[type, str]:
