@@ -30,7 +30,7 @@ class SourceConfig:
     A field that the format does not read must keep its default, so that nothing is set in vain.
     """
 
-    format: Format = "digitworld"
+    format: Format = "digitworld"  # of the files; digitworld draws its own
     kind: Kind = "image"  # what its records are taken for; all sources of a stream agree
     path: str = ""  # file, folder or pattern, local or a URL ("gs://bucket/shards/*.tar")
     media: str = ""  # folder of the pictures or clips that annotation files name; empty: beside the file
@@ -66,14 +66,14 @@ class VisualConfig:
     at ``crops`` squares of each, left to right or top to bottom.
     """
 
-    image_size: int = 32
-    num_frames: int = 4
-    sampling: Literal["middle", "random", "fps"] = "middle"
+    image_size: int = 32  # pixels of a frame's side
+    num_frames: int = 4  # of a clip; a picture has one
+    sampling: Literal["middle", "random", "fps"] = "middle"  # frames evenly spaced, at random places, or at fps
     fps: float = 2.0  # frames per second for sampling="fps", from the middle of the clip
-    clips: int = 1
+    clips: int = 1  # choices of frames that an evaluation looks at
     crops: int = 1  # 1: as the transform has it; 3: of transform="test"
     background: Colour = WHITE  # what is seen through transparent pixels, whatever colour these hide
-    transform: Transform = "test"
+    transform: Transform = "test"  # how frames become squares: see above
     min_area: float = 0.5  # least share of a picture that training sees
     flip: bool = True  # False where left and right matter: text, digits, "moves to the left"
     num_ops: int = 2  # operations of RandAugment, 0 for none
@@ -119,8 +119,8 @@ class InstructionConfig:
     ``{other}`` (label of a text, or of two).
     """
 
-    templates: tuple[str, ...]
-    weight: float = 1.0
+    templates: tuple[str, ...]  # one is drawn for each example
+    weight: float = 1.0  # how often, against the other kinds
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -138,17 +138,17 @@ class ExampleConfig:
     degrees of likeness, an answer that is a number is of the class that is nearest.
     """
 
-    text: Literal["caption", "sentence"] = "caption"
-    text_length: int = 0
+    text: Literal["caption", "sentence"] = "caption"  # what `text` is made of
+    text_length: int = 0  # tokens of `text`; 0: none
     word_starts: bool = False  # marks the first piece of each word of ``text``, for whole-word masking
-    instructions: Mapping[InstructionKind, InstructionConfig] = dataclasses.field(default_factory=dict)
-    instruction_length: int = 0
-    target_length: int = 0
-    references: int = 0
-    form: Literal["standard", "released"] = "standard"
+    instructions: Mapping[InstructionKind, InstructionConfig] = dataclasses.field(default_factory=dict)  # by kind
+    instruction_length: int = 0  # tokens; 0: none
+    target_length: int = 0  # tokens of answers and captions; 0: none
+    references: int = 0  # captions of an example that others are measured by; 0: none
+    form: Literal["standard", "released"] = "standard"  # how texts are written: ours, or as the release does
     prompt: str = ""  # released captions begin with it
     question_words: int = 30  # released questions are cut to so many words, before they are cut to tokens
-    classes: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()  # names; empty: none
 
     def __post_init__(self) -> None:
         """Checks that what is asked for has room and a meaning.
@@ -219,10 +219,10 @@ class DataConfig:
     temperature: float | None = None  # shares are weight * records ** (1 / temperature); None: the weights alone
     visual: VisualConfig = VisualConfig()
     examples: ExampleConfig
-    batch_size: int
+    batch_size: int  # examples of a step, over all hosts
     drop_remainder: bool = False  # an epoch's last records that fill no batch; else a batch may span two epochs
     max_skipped: float = 0.01  # share of a source's records that may be unusable before the run stops
-    threads: int = 2
+    threads: int = 2  # of a host that make examples; 0: none but the reader's own
     prefetch: int = 64  # examples that a host holds ready
 
     def __post_init__(self) -> None:

@@ -6,6 +6,7 @@ of (seed, N) and of the files.
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from data_pipelines.examples import Example, make_example, reference_ids
 from data_pipelines.faults import Fault
 from data_pipelines.order import WHOLE, Pick, Rows, Shard, endless_order
 from data_pipelines.record import Record, Source
+from data_pipelines.sources.fingerprint import fingerprint
 from data_pipelines.sources.formats import open_source
 from data_pipelines.tokenizers import Tokenizer
 from data_pipelines.visual import Visual, load_visual
@@ -192,8 +194,19 @@ class Stream:
         return {name: share / sum(raw.values()) for name, share in raw.items()}
 
     def position(self) -> Mapping[str, Any]:
-        """All that decides which records a step holds, besides the step."""
-        return {"batch_size": self._config.batch_size, "seed": self._seed, "records": dict(self.records)}
+        """All that decides which records a step holds, besides the step, with a fingerprint of each source's files.
+
+        Raises:
+            DataError: files that are gone, or cannot be read.
+        """
+        return {
+            "batch_size": self._config.batch_size, "seed": self._seed, "records": dict(self.records),
+            "sources": self._fingerprints,
+        }  # fmt: skip
+
+    @functools.cached_property
+    def _fingerprints(self) -> Mapping[str, Mapping[str, Any]]:
+        return {name: fingerprint(source) for name, source in self._config.sources.items()}
 
     def references(self, most: int) -> Iterator[Int[np.ndarray, "r m"]]:
         """The captions of up to ``most`` records, evenly from all sources, as examples' ``references`` have them.

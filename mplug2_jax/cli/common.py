@@ -183,7 +183,7 @@ def results_table(results: "Sequence[EvaluationResult]") -> str:
     return table([row[:width] for row in rows], header[:width], right=range(2, width))
 
 
-_ASKED = {"vlc": "which text belongs to this picture?", "mlm": "which words are masked?"}
+_ASKED = {"vlc": "which text belongs to this {}?", "mlm": "which words are masked?"}
 _ASKED["rerank"] = _ASKED["vlc"]
 
 
@@ -196,8 +196,11 @@ def sample_lines(results: "Sequence[EvaluationResult]", folder: Path, most: int 
     firsts = [(result, result.samples[0]) for result in results if result.samples]
     lines = []
     for result, sample in sorted(firsts, key=lambda pair: "frames" not in pair[1].example.arrays)[:most]:
-        lines.append(f"{result.name}: {sample.example.instruction or _ASKED.get(result.task, result.task)}")
-        if "frames" in sample.example.arrays:
-            lines.append(f"    picture:    {folder / f'{result.name}-0.png'}")
+        frames = sample.example.arrays.get("frames", ())
+        shown = "clip" if len(frames) > 1 else "picture"
+        asked = sample.example.instruction or _ASKED.get(result.task, result.task).format(shown)
+        lines.append(f"{result.name}: {asked}")
+        if len(frames):
+            lines.append(f"    {shown + ':':<11} {folder / f'{result.name}-0.png'}")
         lines += [f"    prediction: {sample.said}", f"    reference:  {sample.true[0]}"]
     return "\n".join(lines)

@@ -137,7 +137,8 @@ def read_input(path: Path, instruction: str | None) -> "tuple[Kind, str]":
     from data_pipelines.media import media_of
 
     if path.suffix.lower() != ".txt":
-        return media_of(path).kind, instruction or "describe the picture"
+        kind = media_of(path).kind
+        return kind, instruction or f"describe the {'clip' if kind == 'video' else 'picture'}"
     try:
         text = path.read_text(encoding="utf-8").strip()
     except UnicodeDecodeError as error:

@@ -180,6 +180,8 @@ def _finish(launch: "Launch", args: argparse.Namespace) -> int:
         print(f"{path} is written")
     else:
         print(launch.text)
+    for note in launch.notes:
+        print(f"# {' '.join(note.split())}")
     submit = [*launch.submit, str(path)]
     if args.submit:
         print(f"$ {shell_command(submit)}", flush=True)

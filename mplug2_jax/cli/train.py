@@ -1,11 +1,16 @@
 """``mplug2 train``: run a recipe."""
 
 import argparse
-from collections.abc import Sequence
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mplug2_jax.cli.common import add_command, results_table, sample_lines, table
+from mplug2_jax.errors import PREEMPTED
 
 if TYPE_CHECKING:
     from mplug2_jax.training.config import RunConfig
@@ -17,7 +22,7 @@ def add_parser(commands: Any) -> None:
         commands, "train", run, config=True,
         summary="Train a recipe, or resume it where its work directory ends",
         details="Every field of the recipe can be overridden: --config.model.width=192. Exit status 75: told to stop "
-        "(SIGTERM), with everything saved; 79: the run stood still. Start it again after either.",
+        "(SIGTERM or Ctrl-C), with everything saved; 79: the run stood still. Start it again after either.",
         example="mplug2 train --config configs/demo.py --config.steps=50 --workdir runs/short",
     )  # fmt: skip
     parser.add_argument("--config", help="recipe: a file, or the name of a shipped one; FILE:ARG passes ARG")
@@ -54,15 +59,21 @@ def run(args: argparse.Namespace) -> int:
 
     recipe, overrides = chosen(args.config, args.plan, args.overrides)
     # What is wrong with a config is said before JAX is imported and other processes are waited for.
-    return _train(build(RunConfig, load_recipe(recipe, overrides)), args.workdir)
+    return _train(build(RunConfig, load_recipe(recipe, overrides)), args.workdir, overrides)
 
 
-def _train(config: "RunConfig", workdir: Path) -> int:
-    from mplug2_jax.parallel.processes import is_first, join
-    from mplug2_jax.training.loop import train
-    from mplug2_jax.training.workdir import WorkDir
+def _train(config: "RunConfig", workdir: Path, overrides: Sequence[str]) -> int:
+    with _leaving_at_once():
+        from mplug2_jax.parallel.processes import is_first, join
+        from mplug2_jax.training.loop import train
+        from mplug2_jax.training.starting import sized_as_begun
+        from mplug2_jax.training.workdir import WorkDir
 
     join()
+    begun = WorkDir(workdir).read_config() if WorkDir(workdir).exists() else None
+    config, said = sized_as_begun(config, overrides, begun)
+    if said and is_first():
+        print(said, flush=True)
     results = train(config, workdir)
     if not is_first():
         return 0
@@ -74,6 +85,21 @@ def _train(config: "RunConfig", workdir: Path) -> int:
     print(f"report: {write_report(workdir)}")
     print(f"\n{table(next_steps(config, workdir), ('next', 'command'))}")
     return 0
+
+
+@contextlib.contextmanager
+def _leaving_at_once() -> Iterator[None]:
+    """A context in which SIGTERM ends the process with the status that asks for another start: nothing is lost yet."""
+
+    def leave(number: int, frame: object) -> None:
+        print("mplug2: told to end before step 1; the same command starts again", file=sys.stderr, flush=True)
+        os._exit(PREEMPTED)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def next_steps(config: "RunConfig", workdir: Path) -> list[tuple[str, str]]:

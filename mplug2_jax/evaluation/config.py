@@ -23,12 +23,12 @@ class EvaluationConfig:
     numbers of these: the first may change last digits, the second changes nothing.
     """
 
-    task: str
+    task: str  # the name of a task: mplug2 tasks
     data: DataConfig
-    samples: int = 6
-    answers: str = ""
-    ranked: int = 0
-    prompts: tuple[str, ...] = ()
-    class_names: tuple[str, ...] = ()
-    java: bool = False
-    device_rows: int = 8
+    samples: int = 6  # examples kept to look at
+    answers: str = ""  # file of all answers that may be given; empty: any
+    ranked: int = 0  # so many of them are scored whole; 0: search
+    prompts: tuple[str, ...] = ()  # texts that stand for a class, with {label}; empty: none
+    class_names: tuple[str, ...] = ()  # of the prompts; empty: the classes'
+    java: bool = False  # METEOR and SPICE, too
+    device_rows: int = 8  # examples predicted at a time on each device

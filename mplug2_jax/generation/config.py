@@ -16,12 +16,12 @@ class SearchConfig:
     at ``temperature``.
     """
 
-    beams: int = 5
-    min_length: int = 1
-    max_length: int = 20
-    extend_finished: bool = False
-    top_p: float = 0.0
-    temperature: float = 1.0
+    beams: int = 5  # at least 1; 1: greedy
+    min_length: int = 1  # tokens
+    max_length: int = 20  # tokens, at least 1
+    extend_finished: bool = False  # search as the release does
+    top_p: float = 0.0  # 0 to 1; 0: search, nothing is drawn
+    temperature: float = 1.0  # of what is drawn
 
     def __post_init__(self) -> None:
         """Checks the ranges.

@@ -7,7 +7,7 @@ and JAX reads it; nothing of it is set here.
 import dataclasses
 
 from mplug2_jax.errors import PREEMPTED, STALLED, USER_ERROR
-from mplug2_jax.launch.job import MOUNT, Bucket, Job, Launch, bucket_of, check_option, check_shipped, check_tpu
+from mplug2_jax.launch.job import MOUNT, RECIPES, Bucket, Job, Launch, bucket_of, check_option, check_tpu, notes_on
 from mplug2_jax.launch.templates import render, shell_word
 
 _LABEL = r"[a-z0-9]([-a-z0-9.]{0,61}[a-z0-9])?"
@@ -32,7 +32,7 @@ def launch_gke(job: Job, options: GkeOptions) -> Launch:
     """The JobSet, and xpk's commands.
 
     Raises:
-        UserError: no TPUs, no bucket, a recipe that the image lacks, or names that Kubernetes does not take.
+        UserError: no TPUs, no bucket, or names that Kubernetes does not take.
     """
     check_tpu(job, "gke")
     check_option("--image", options.image, IMAGE, "europe-docker.pkg.dev/project/runs/mplug2:1")
@@ -41,7 +41,7 @@ def launch_gke(job: Job, options: GkeOptions) -> Launch:
     check_option("--service-account", options.service_account, _LABEL, "trainer")
     check_option("--cluster", options.cluster, r"[\w-]+", "pods")
     bucket, chip = bucket_of(job), job.topology.chip
-    job = dataclasses.replace(job, config=check_shipped(job))
+    recipe = f"{RECIPES}/{job.recipe.name}" if job.recipe else ""
     text = render(
         "jobset.yaml.j2",
         name=job.name,
@@ -56,7 +56,9 @@ def launch_gke(job: Job, options: GkeOptions) -> Launch:
         shape=job.topology.name.partition(":")[2],
         image=options.image,
         # Kubernetes replaces $(NAME) in a command, and $$ is its dollar.
-        command=[word.replace("$", "$$") for word in job.command(bucket.workdir)],
+        command=[word.replace("$", "$$") for word in job.command(bucket.workdir, recipe)],
+        recipe=job.recipe,
+        recipes=RECIPES,
         grace=job.grace,
         max_restarts=job.max_restarts,
         mistake=USER_ERROR,
@@ -64,8 +66,14 @@ def launch_gke(job: Job, options: GkeOptions) -> Launch:
         mount=MOUNT,
         mount_options=MOUNT_OPTIONS,
     )
-    others = ("the same by xpk, which has queues of its own", xpk_commands(job, options, bucket))
-    return Launch(filename=f"{job.name}.yaml", text=text, submit=("kubectl", "apply", "-f"), others=(others,))
+    by_xpk = ("the same by xpk, which has queues of its own", xpk_commands(job, options, bucket))
+    return Launch(
+        filename=f"{job.name}.yaml",
+        text=text,
+        submit=("kubectl", "apply", "-f"),
+        others=() if job.recipe else (by_xpk,),  # xpk carries no files
+        notes=notes_on(job, MOUNT),
+    )
 
 
 def xpk_commands(job: Job, options: GkeOptions, bucket: Bucket) -> tuple[tuple[str, ...], ...]:

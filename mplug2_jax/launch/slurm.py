@@ -3,7 +3,7 @@
 import dataclasses
 
 from mplug2_jax.errors import PREEMPTED, USER_ERROR, UserError
-from mplug2_jax.launch.job import Job, Launch, check_option
+from mplug2_jax.launch.job import Job, Launch, check_option, notes_on
 from mplug2_jax.launch.templates import render
 
 _WORD = r"[\w.,:@+-]+"
@@ -44,6 +44,10 @@ def launch_slurm(job: Job, options: SlurmOptions) -> Launch:
     check_option("--time", options.time, r"(\d+-)?\d+(:\d+){0,2}", "12:00:00")
     _check_time(options.time, job.grace)
     check_option("--image", options.image, r"[\w.,:@+/#-]+", "registry.example.com#team/mplug2:1")
+    parent = workdir.rstrip("/").rpartition("/")[0] or "."
+    recipe = f"{parent}/{job.name}.recipe.py" if job.recipe else ""
+    if ":" in recipe:
+        raise UserError(f"--workdir {workdir}: a recipe of one's own goes beside it, and its path may have no colon")
     names = {"partition": options.partition, "account": options.account, "time": options.time}
     gpu = chip.platform == "gpu"
     text = render(
@@ -56,11 +60,19 @@ def launch_slurm(job: Job, options: SlurmOptions) -> Launch:
         grace=job.grace,
         max_restarts=job.max_restarts,
         container=_container(options.image, workdir),
-        command=job.command(),
+        command=job.command(recipe=recipe),
+        recipe=job.recipe.text if job.recipe else "",
+        recipe_folder=parent,
+        recipe_file=recipe,
         mistake=USER_ERROR,
         preempted=PREEMPTED,
     )
-    return Launch(filename=f"{job.name}.sbatch", text=text, submit=("sbatch",))
+    return Launch(
+        filename=f"{job.name}.sbatch",
+        text=text,
+        submit=("sbatch",),
+        notes=notes_on(job, parent if options.image else None),
+    )
 
 
 def _check_time(time: str | None, grace: int) -> None:

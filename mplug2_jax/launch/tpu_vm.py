@@ -4,7 +4,7 @@ import dataclasses
 
 from mplug2_jax.errors import PREEMPTED, USER_ERROR, UserError
 from mplug2_jax.launch.gke import IMAGE
-from mplug2_jax.launch.job import MOUNT, Job, Launch, bucket_of, check_option, check_shipped, check_tpu
+from mplug2_jax.launch.job import MOUNT, RECIPES, Job, Launch, bucket_of, check_option, check_tpu, notes_on
 from mplug2_jax.launch.templates import render
 
 RUNTIMES = {
@@ -14,6 +14,7 @@ RUNTIMES = {
     "v6e": "v2-alpha-tpuv6e",
 }
 """The software that machines of a chip come with, as Google names it for JAX."""
+_RECIPE_FILE = "/tmp/mplug2-recipe.py"  # of the hosts
 _NAME = r"[a-z0-9]([-a-z0-9.:]{0,61}[a-z0-9])?"
 
 
@@ -47,7 +48,7 @@ def launch_tpu_vm(job: Job, options: TpuVmOptions) -> Launch:
     check_option("--project", options.project, _NAME, "my-project")
     check_option("--runtime-version", options.runtime, _NAME, "v2-alpha-tpuv5")
     bucket, slices = bucket_of(job), job.topology.slices
-    job = dataclasses.replace(job, config=check_shipped(job))
+    recipe = f"{RECIPES}/{job.recipe.name}" if job.recipe else ""
     registry = options.image.partition("/")[0]
     text = render(
         "tpu_vm.sh.j2",
@@ -66,10 +67,13 @@ def launch_tpu_vm(job: Job, options: TpuVmOptions) -> Launch:
         bucket=bucket.name,
         mount=MOUNT,
         volume=f"{MOUNT}:{MOUNT}",
-        command=job.command(bucket.workdir),
+        command=job.command(bucket.workdir, recipe),
+        recipe=job.recipe.text if job.recipe else "",
+        recipe_file=_RECIPE_FILE,
+        recipe_volume=f"{_RECIPE_FILE}:{recipe}:ro",
         grace=job.grace,
         max_restarts=job.max_restarts,
         mistake=USER_ERROR,
         preempted=PREEMPTED,
     )
-    return Launch(filename=f"{job.name}.sh", text=text, submit=("bash",))
+    return Launch(filename=f"{job.name}.sh", text=text, submit=("bash",), notes=notes_on(job, MOUNT))

@@ -47,42 +47,42 @@ class RematConfig:
     ``none`` keeps every activation; ``dots`` keeps matmul outputs; ``full`` keeps only the layers' inputs.
     """
 
-    vision: Remat = "none"
+    vision: Remat = "none"  # the vision tower
     text: Remat = "none"  # and the universal layers
-    fusion: Remat = "none"
-    decoder: Remat = "none"
+    fusion: Remat = "none"  # the fusion module
+    decoder: Remat = "none"  # the decoder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Every size of the model. Make one with :func:`model_config`, which starts from the table below."""
 
-    vision_width: int
-    vision_layers: int
-    vision_heads: int
+    vision_width: int  # of the vision tower; a multiple of vision_heads
+    vision_layers: int  # of the vision tower
+    vision_heads: int  # of the vision tower
     vision_activation: Literal["quick_gelu", "gelu"] = "quick_gelu"  # of its MLPs: the release's, or LAION's exact one
-    patch_size: int
+    patch_size: int  # pixels of a patch's side; divides image_size
     image_size: int  # pixels; fixes the grid of the position table, other sizes resize it
     width: int  # of everything but the vision tower
-    heads: int
-    mlp_width: int
+    heads: int  # of everything but the vision tower
+    mlp_width: int  # of the feed-forward layers there
     text_layers: int  # below the universal ones: N - S of the paper
     universal_layers: int = 2  # S of the paper
     num_latents: int = 50  # K of the paper: the learnable queries of the universal layers
-    fusion_layers: int
+    fusion_layers: int  # of the fusion module
     fusion_stride: int = 0  # every stride-th fusion layer mixes image and text in one self attention; 0 = none does
-    decoder_layers: int
-    vocab_size: int = 30522
+    decoder_layers: int  # of the shared decoder
+    vocab_size: int = 30522  # rows of the word tables, at least the tokeniser's tokens
     max_positions: int = 512  # text length
     positions_init: Literal["normal", "zeros"] = "normal"  # of the vision tower; the release loses CLIP's: "zeros"
     temporal_downsampling: bool = False  # patches see 3 frames, every second one is kept; off in every released model
-    contrastive_width: int = 256
-    num_classes: int = 0
+    contrastive_width: int = 256  # of the vectors that contrast compares
+    num_classes: int = 0  # of the classifier
     init_std: float = 0.02  # of fresh kernels outside the vision tower, as BERT has it; narrow models need more
     dropout: float = 0.1  # hidden states of the BERT parts
     attention_dropout: float = 0.1  # attention probabilities there; flash kernels need 0
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # compute; parameters, softmax, LayerNorm, loss stay float32
-    attention: AttentionKernel = "auto"
+    attention: AttentionKernel = "auto"  # kernel; auto: the fastest that the device and the shapes allow
     remat: RematConfig = RematConfig()
     scan_unroll: int = 1  # layers per scan iteration; >= the depth removes the loop (exact cost counts, CPU speed)
 

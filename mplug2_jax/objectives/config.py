@@ -10,7 +10,7 @@ from mplug2_jax.errors import check_range
 class MlmConfig:
     """BERT's masking: of the chosen tokens 80 % become the mask token, 10 % a random one, 10 % stay."""
 
-    rate: float = 0.15
+    rate: float = 0.15  # share of the tokens that are chosen, 0 to 1
     whole_word: bool = False  # all pieces of a word are chosen together; the batch then brings ``word_starts``
 
     def __post_init__(self) -> None:
@@ -26,8 +26,8 @@ class VlcConfig:
     With ``queue_size`` the candidates are a momentum teacher's features and a queue of past ones, as in v1.
     """
 
-    min_temperature: float = 0.01
-    queue_size: int = 0
+    min_temperature: float = 0.01  # floor of the learned one; 0: none
+    queue_size: int = 0  # past examples to contrast with; 0: the batch alone
 
     def __post_init__(self) -> None:
         """Checks the ranges. Raises UserError."""
@@ -39,7 +39,7 @@ class VlcConfig:
 class VlmConfig:
     """``group`` examples, neighbours in the global batch, offer each other their negatives; 0 = the whole batch."""
 
-    group: int = 8
+    group: int = 8  # neighbours in the batch that lend each other negatives; 0: all of it
 
     def __post_init__(self) -> None:
         """Checks the range. Raises UserError."""
@@ -50,7 +50,7 @@ class VlmConfig:
 class ScstConfig:
     """How many captions are drawn for each example, and how many records' captions say how common an n-gram is."""
 
-    samples: int = 4
+    samples: int = 4  # captions drawn for each example, at least 2
     documents: int = 20_000  # of each stream, evenly from all its records
 
     def __post_init__(self) -> None:
@@ -68,10 +68,10 @@ class DistillationConfig:
     decoder, so that its distillation is inert: that form is ``alpha=0``.
     """
 
-    alpha: float = 0.4
-    momentum: float = 0.995
+    alpha: float = 0.4  # what the teacher counts, 0 to 1
+    momentum: float = 0.995  # of the teacher, 0 to 1
     ramp_steps: int = 0  # alpha grows linearly from 0 over these steps
-    over: Literal["vocabulary", "time"] = "vocabulary"
+    over: Literal["vocabulary", "time"] = "vocabulary"  # what the student is normalised over; time: the release
     fusion: bool = True  # whether the teacher's fusion module follows the student's
 
     def __post_init__(self) -> None:

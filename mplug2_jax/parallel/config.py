@@ -18,11 +18,11 @@ class MeshConfig:
     and its tokens after that. ``tensor`` splits heads, MLP width and vocabulary.
     """
 
-    replica: int = 1
-    data: int = 1
-    fsdp: int = -1
-    sequence: int = 1
-    tensor: int = 1
+    replica: int = 1  # slices, or groups of them; splits the batch
+    data: int = 1  # splits the batch
+    fsdp: int = -1  # splits the batch, parameters and optimiser state; -1: what is left
+    sequence: int = 1  # splits the visual tokens of clips
+    tensor: int = 1  # splits heads, MLP width and vocabulary
 
     def sizes(self, devices: int) -> dict[str, int]:
         """The size of every axis on this many devices.

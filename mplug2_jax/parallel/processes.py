@@ -26,6 +26,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from mplug2_jax.errors import UserError
+from mplug2_jax.parallel.slurm import first_host, own_devices
 
 HEARTBEAT_SECONDS = 30
 """A process that was silent for so long is taken for dead, and JAX ends the others."""
@@ -89,15 +90,12 @@ def _by_jobset(environment: Mapping[str, str]) -> Cluster:
 def _by_slurm(environment: Mapping[str, str]) -> Cluster:
     count, index = (_number(environment, key) for key in ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"))
     job, nodes = _number(environment, "SLURM_JOB_ID"), _text(environment, "SLURM_STEP_NODELIST")
-    # The first name of "node[003-5,9],other" is node003.
-    first = re.match(r"([^\[,]+)(?:\[([^\],-]+))?", nodes)
-    if not first:
-        raise UserError(f"SLURM_STEP_NODELIST={nodes} names no node")
-    several = count > _number(environment, "SLURM_STEP_NUM_NODES")
-    bound = len(environment.get("CUDA_VISIBLE_DEVICES", "").split(",")) == 1 and environment.get("CUDA_VISIBLE_DEVICES")
-    local = (_number(environment, "SLURM_LOCALID"),) if several and not bound else None
+    if not _number(environment, "SLURM_STEP_NUM_NODES"):
+        raise UserError("SLURM_STEP_NUM_NODES=0 should be at least 1")
+    _number(environment, "SLURM_LOCALID")
+    host, local = first_host(nodes), own_devices(environment)
     # Jobs that share a node need ports of their own.
-    address = f"{first[1]}{first[2] or ''}:{PORT + job % 4096}"
+    address = f"{host}:{PORT + job % 4096}"
     return _checked(Cluster(f"SLURM job {job}", address, count, index, local))
 
 

@@ -139,7 +139,7 @@ def _compare(ours: Evaluation, theirs: Evaluation, notes: list[str]) -> Compared
     whole = measure in ours.values and len(keys) == ours.examples == theirs.examples
     rows = [
         _row(
-            human(name), name, ours.values[name], theirs.values[name], ours.intervals.get(name),
+            human(name, ours.shows), name, ours.values[name], theirs.values[name], ours.intervals.get(name),
             theirs.intervals.get(name), drawn if whole and name == measure else None,
         )
         for name in ours.values if name in theirs.values

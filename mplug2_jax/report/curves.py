@@ -68,15 +68,18 @@ class _Plan:
     baseline: float = math.nan
 
 
-def draw_groups(curves: Mapping[str, Curve], baselines: Mapping[str, Mapping[str, float]]) -> list[Group]:
+def draw_groups(
+    curves: Mapping[str, Curve], baselines: Mapping[str, Mapping[str, float]], shown: Mapping[str, str] | None = None
+) -> list[Group]:
     """All curves of a run in the order in which people look at them.
 
     Args:
         curves: by the metrics' names.
         baselines: figures to compare with, by evaluation.
+        shown: what the examples of evaluations show, if not pictures.
     """
     drawn, room = [], _MAX_PANELS
-    for title, plans in _layout(curves, baselines):
+    for title, plans in _layout(curves, baselines, shown or {}):
         panels = [_draw(plan, curves) for plan in plans[:room]]
         room -= len(panels)
         if panels:
@@ -84,7 +87,9 @@ def draw_groups(curves: Mapping[str, Curve], baselines: Mapping[str, Mapping[str
     return drawn
 
 
-def _layout(names: Mapping[str, Curve], baselines: Mapping[str, Mapping[str, float]]) -> list[tuple[str, list[_Plan]]]:
+def _layout(
+    names: Mapping[str, Curve], baselines: Mapping[str, Mapping[str, float]], shown_by: Mapping[str, str]
+) -> list[tuple[str, list[_Plan]]]:
     objective = [name for name in names if name.count("/") == 2 and not name.startswith("eval/")]
     streams = list(dict.fromkeys(name.split("/")[0] for name in objective))
     accuracies = [name for name in objective if name.endswith("accuracy")]
@@ -128,7 +133,7 @@ def _layout(names: Mapping[str, Curve], baselines: Mapping[str, Mapping[str, flo
             ],
         )
     )
-    groups.append(("Evaluations", _evaluations(names, baselines)))
+    groups.append(("Evaluations", _evaluations(names, baselines, shown_by)))
     shown = {name for _, plans in groups for plan in plans for _, name in plan.lines}
     # These are the examples per second in other words.
     shown |= {"seconds_per_step", "flops_per_second", "examples_per_second_per_device"}
@@ -152,16 +157,19 @@ def _lines(
     return [_Plan(title, lines, show, from_zero)] if lines else []
 
 
-def _evaluations(names: Mapping[str, Curve], baselines: Mapping[str, Mapping[str, float]]) -> list[_Plan]:
+def _evaluations(
+    names: Mapping[str, Curve], baselines: Mapping[str, Mapping[str, float]], shown_by: Mapping[str, str]
+) -> list[_Plan]:
     """A panel per evaluation, per direction of retrieval, and for scores, where there are several points to draw."""
     panels: dict[tuple[str, str], list[tuple[str, str]]] = {}
     for name in names:
         if name.startswith("eval/") and len(names[name]) > 1:
             evaluation, _, figure = name.removeprefix("eval/").rpartition("/")
-            direction, _, cutoff = human(figure).rpartition(" R@")
+            said = human(figure, shown_by.get(evaluation, "picture"))
+            direction, _, cutoff = said.rpartition(" R@")
             # What is no share would press shares to the axis.
-            apart = direction or ("" if is_share(figure) else human(figure) if figure.endswith(RANK) else "scores")
-            panels.setdefault((evaluation, apart), []).append((f"R@{cutoff}" if direction else human(figure), name))
+            apart = direction or ("" if is_share(figure) else said if figure.endswith(RANK) else "scores")
+            panels.setdefault((evaluation, apart), []).append((f"R@{cutoff}" if direction else said, name))
     plans = []
     for (evaluation, apart), lines in panels.items():
         figure = lines[0][1].rpartition("/")[2]

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 
-_DIRECTIONS = {"text_to_visual": "text → picture", "visual_to_text": "picture → text"}
+_DIRECTIONS = {"text_to_visual": "text → {}", "visual_to_text": "{} → text"}
 _RECALL = re.compile(r"(reranked_)?(text_to_visual|visual_to_text)_(?:r(\d+)|median_rank)")
 _FIGURES = {
     "accuracy_at_0.5": "accuracy at IoU 0.5",
@@ -72,8 +72,8 @@ def task_words(task: str) -> TaskWords:
     return _TASKS.get(task, TaskWords())
 
 
-def human(name: str) -> str:
-    """A name as people say it.
+def human(name: str, shown: str = "picture") -> str:
+    """A name as people say it; ``shown`` is what examples show.
 
     Example:
         >>> human("text_to_visual_r1"), human("reranked_text_to_visual_r1"), human("image_question")
@@ -81,5 +81,5 @@ def human(name: str) -> str:
     """
     if recall := _RECALL.fullmatch(name):
         how = " re-ranked" if recall[1] else ""
-        return f"{_DIRECTIONS[recall[2]]}{how} {f'R@{recall[3]}' if recall[3] else 'median rank'}"
+        return f"{_DIRECTIONS[recall[2]].format(shown)}{how} {f'R@{recall[3]}' if recall[3] else 'median rank'}"
     return _FIGURES.get(name, name.replace("_", " "))

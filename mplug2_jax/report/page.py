@@ -126,7 +126,9 @@ def gather(workdir: Path) -> Page:
         model=_model(config),
         streams=[_stream(name, _dict(stream)) for name, stream in _dict(config.get("streams")).items()],
         evaluations=evaluations,
-        groups=draw_groups(metrics.curves, {e.name: e.baselines for e in evaluations}),
+        groups=draw_groups(
+            metrics.curves, {e.name: e.baselines for e in evaluations}, {e.name: e.shows for e in evaluations}
+        ),
         story=read_story(workdir),
         config="\n".join(_listing(config)),
         notes=shortened(notes),

@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from mplug2_jax.evaluation.metrics.units import is_share, show, times_as_good
+from mplug2_jax.evaluation.metrics.units import RANK, is_share, show, times_as_good
 from mplug2_jax.report.confusion import Confusion, read_confusion
 from mplug2_jax.report.names import TaskWords, human, task_words
 from mplug2_jax.report.published import Published, published
@@ -98,6 +98,7 @@ class Evaluation:
     values: Mapping[str, float]
     intervals: Mapping[str, tuple[float, float]]
     confusion: Confusion | None
+    shows: str = "picture"  # what its examples show: a picture or a clip
 
     @property
     def groups(self) -> list[tuple[str, list[Sample]]]:
@@ -149,12 +150,13 @@ def _read(path: Path, name: str, notes: list[str]) -> Evaluation:
     lost: list[str] = []
     samples = [_sample(task, row, path.parent, lost) for row in content["samples"]]
     others = published(str(content.get("recipe", "")), [str(each) for each in content.get("formats", ())])
+    shows = "clip" if any(sample.strip and sample.strip.frames > 1 for sample in samples) else "picture"
     result = Evaluation(
         path, path.stem, task, task_words(task), int(content["step"]), int(content["examples"]),
-        [*(_figure(name, value, baselines.get(name, math.nan), intervals.get(name), others.get(name))
+        [*(_figure(name, value, baselines.get(name, math.nan), intervals.get(name), others.get(name), shows)
            for name, value in figures.items()),
          *(_absent(str(name)) for name in content.get("absent", ()))],
-        samples, baselines, figures, intervals, read_confusion(content.get("confusion")),
+        samples, baselines, figures, intervals, read_confusion(content.get("confusion")), shows,
     )  # fmt: skip
     notes.extend(f"{name}: a picture was left out: {reason}" for reason in lost)
     return result
@@ -165,18 +167,20 @@ def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _figure(
-    name: str, value: float, baseline: float, interval: tuple[float, float] | None, other: Published | None
+    name: str, value: float, baseline: float, interval: tuple[float, float] | None, other: Published | None, shows: str
 ) -> Figure:
     ratio = times_as_good(name, value, baseline)
-    # Shares fill a bar at 100 %; CIDEr, which has no such end, at 150, where good captioners on easy data stand.
+    # Shares fill a bar at 100 %; CIDEr, which has no such end, at 150, where good captioners on easy data stand; ranks
+    # at the first place, of which the second is half.
     full = 1.0 if is_share(name) else max(150.0, *(v for v in (value, baseline) if math.isfinite(v)), 0)
 
     def along(number: float) -> float:
+        number = full / max(number, 1.0) if name.endswith(RANK) else number
         return round(100 * min(max(number / full, 0.0), 1.0), 2) if math.isfinite(number) else 0.0
 
     return Figure(
-        human(name), show(name, value), " to ".join(show(name, end) for end in interval or ()), show(name, baseline),
-        _times(ratio), ratio < 1, along(value),
+        human(name, shows), show(name, value), " to ".join(show(name, end) for end in interval or ()),
+        show(name, baseline), _times(ratio), ratio < 1, along(value),
         along(baseline) if math.isfinite(baseline) else None,
         show(name, other.value) if other else "", other.note if other else "",
     )  # fmt: skip

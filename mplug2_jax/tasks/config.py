@@ -15,7 +15,7 @@ class TaskSettings:
     vlc: VlcConfig = VlcConfig()
     vlm: VlmConfig = VlmConfig()
     scst: ScstConfig = ScstConfig()
-    distillation: DistillationConfig | None = None
+    distillation: DistillationConfig | None = None  # none: there is no teacher
     label_smoothing: float = 0.0  # of all cross entropies over words and classes: all losses but vlc and scst
     search: SearchConfig = SearchConfig()
     rerank_k: int = 16  # so many candidates that contrast finds nearest are ordered anew by matching

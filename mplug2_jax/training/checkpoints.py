@@ -81,6 +81,10 @@ class Checkpoints:
         """All saved steps, oldest first."""
         return sorted(int(step) for step in self._manager.all_steps())
 
+    def holds(self, step: int) -> bool:
+        """Whether a step is saved, whole and on disk."""
+        return self._saving is None and step in self.steps()
+
     def refresh(self) -> None:
         """Looks again at what is there, which another process may have changed."""
         self._descriptions.clear()

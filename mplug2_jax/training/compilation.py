@@ -1,7 +1,9 @@
 """Compiled programs that outlive their process."""
 
+import contextlib
 import hashlib
 import json
+import platform
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -28,31 +30,41 @@ _TPU = {
 }
 
 
-def compiler_options(platform: str) -> dict[str, bool | float] | None:
-    """What XLA is told when it compiles a step for a platform."""
-    return dict(_TPU) if platform == "tpu" else None
+def compiler_options(kind: str) -> dict[str, bool | float] | None:
+    """What XLA is told when it compiles a step for a kind of device: "tpu", "gpu" or "cpu"."""
+    return dict(_TPU) if kind == "tpu" else None
 
 
 def keep_compiled(where: str) -> Path | None:
     """Keeps compiled programs in a folder, so that a restart does not compile again.
 
     Args:
-        where: the config's ``compilation_cache``: a folder, "off", or "auto". On CPUs "auto" keeps nothing: a home that
-            several machines share would hand one the machine code of another.
+        where: the config's ``compilation_cache``: a folder, "off", or "auto". On CPUs "auto" has a folder for each kind
+            of processor: a home that several machines share would hand one the machine code of another.
 
     Returns:
         The folder, if programs are kept.
     """
-    if where == "off" or (where == "auto" and jax.default_backend() == "cpu"):
+    if where == "off":
         return None
     chosen = jax.config.values["jax_compilation_cache_dir"]  # by the environment
     if where == "auto" and chosen:
         return Path(chosen)
-    folder = (AUTOMATIC if where == "auto" else Path(where)).expanduser()
+    automatic = AUTOMATIC / f"cpu-{processor()}" if jax.default_backend() == "cpu" else AUTOMATIC
+    folder = (automatic if where == "auto" else Path(where)).expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_compilation_cache_dir", str(folder))
     compilation_cache.reset_cache()  # JAX asks where it is once
     return folder
+
+
+def processor() -> str:
+    """Return a digest of this machine's kind of processor: its architecture, and all that it can do."""
+    told = [platform.machine(), platform.processor()]
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        told += sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))})
+    return hashlib.sha256("\n".join(told).encode()).hexdigest()[:12]
 
 
 MANIFEST = "executable.json"

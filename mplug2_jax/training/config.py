@@ -22,8 +22,8 @@ class TokenizerConfig:
     """A tokeniser file, or one that the run trains on DigitWorld's texts and keeps in its work directory."""
 
     path: str = ""  # a vocab.txt or a SentencePiece model; empty: train one
-    kind: Literal["wordpiece", "sentencepiece"] = "wordpiece"
-    vocab_size: int = 512
+    kind: Literal["wordpiece", "sentencepiece"] = "wordpiece"  # of what is trained
+    vocab_size: int = 512  # most tokens of what is trained
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,21 +31,21 @@ class StreamConfig:
     """One of the batches that a step consumes, and what it is for: weights of objectives, by the tasks' names."""
 
     data: DataConfig
-    objectives: Mapping[str, float]
+    objectives: Mapping[str, float]  # weights of losses, by the names of tasks: mplug2 tasks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdamWConfig:
     """AdamW. Learning rates are per group; the schedule scales between its floor and them."""
 
-    learning_rate: float = 1e-4
+    learning_rate: float = 1e-4  # at the schedule's peak
     vision_learning_rate: float | None = None  # None: the same as learning_rate
     layer_decay: float = 1.0  # of the rates, for each layer below the heads: see layer_decay.py; 1 = none
-    weight_decay: float = 0.02
-    decay: DecayRule = "matrices"
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
+    weight_decay: float = 0.02  # per update, times the rate
+    decay: DecayRule = "matrices"  # what decays: kernels alone, or what the release decays
+    b1: float = 0.9  # decay of the first moment, below 1
+    b2: float = 0.999  # decay of the second moment, below 1
+    eps: float = 1e-8  # added to the second moment's root
     clip_norm: float = 1.0  # of the gradient over all parameters; 0 = no clipping
     mu_dtype: Dtype = "float32"  # as the first moment is kept
     nu_dtype: Dtype = "float32"  # as the second is
@@ -78,10 +78,10 @@ class ScheduleConfig:
     warm-up value for one step after every 100 of the first epoch. All of it counts micro-batches.
     """
 
-    kind: Literal["cosine", "released", "released_caption"] = "cosine"
-    warmup_steps: int = 100
-    start: float = 0.0
-    floor: float = 0.0
+    kind: Literal["cosine", "released", "released_caption"] = "cosine"  # see above; cosine is ours
+    warmup_steps: int = 100  # from start to the peak
+    start: float = 0.0  # the rate of the first step, as it is
+    floor: float = 0.0  # the rate of the last step, as it is
     steps_per_epoch: int = 0  # released_caption needs it
 
     def __post_init__(self) -> None:
@@ -99,7 +99,7 @@ class LoraConfig:
     """Which parts of the model learn by pairs, and how thin and how strong those are."""
 
     parts: tuple[str, ...] = ()  # empty: none
-    rank: int = 8
+    rank: int = 8  # columns of a pair's matrices, at least 1
     alpha: float = 16.0  # a pair's product counts alpha / rank
 
     def __post_init__(self) -> None:
@@ -117,12 +117,12 @@ class LoraConfig:
 class CheckpointConfig:
     """When to save, and what to keep. The last step is always saved; what no rule keeps is deleted."""
 
-    every_steps: int = 1000
+    every_steps: int = 1000  # at least 1
     every_minutes: float = 0.0  # also whenever so long has passed since the last save; 0: by steps alone
     keep: int = 3  # the newest
     keep_best: int = 0  # and so many of those whose metric `best` is best
     best: str = "loss"  # a name of metrics.jsonl, as eval/image_question/accuracy; judged where a saved step has it
-    best_is: Literal["lowest", "highest"] = "lowest"
+    best_is: Literal["lowest", "highest"] = "lowest"  # whether less of `best` is better, or more
     keep_minutes: float = 0.0  # and one for each such span of time; 0: none
     keep_steps: int = 0  # and, for ever, those whose step is a multiple; 0: none
 
@@ -175,9 +175,9 @@ class ProfileConfig:
 class RunConfig:
     """A whole run."""
 
-    name: str
-    steps: int
-    seed: int = 0
+    name: str  # of the recipe, for logs and reports
+    steps: int  # updates of the whole run, at least 1; may be raised when it resumes
+    seed: int = 0  # of parameters, dropout, masking and the data's order
     model: ModelConfig
     init_from: str = ""  # checkpoint to start from, as a path: a work directory, its checkpoints, or one step of them
     init_parts: tuple[str, ...] = ()  # parts of the model to take from it; empty: all
@@ -194,7 +194,7 @@ class RunConfig:
     gather: Gather = "layer"  # when fsdp's shards of parameters come together: at each use, or once
     ema_decay: float = 0.0  # of the average of parameters that is evaluated and exported in their place; 0 = none
     accumulate: int = 1  # micro-batches per step; each stream's batch is cut into so many
-    evaluations: Mapping[str, EvaluationConfig] = dataclasses.field(default_factory=dict)
+    evaluations: Mapping[str, EvaluationConfig] = dataclasses.field(default_factory=dict)  # by name
     evaluate_every: int = 0  # steps; 0 = only after the last
     checkpoint: CheckpointConfig = CheckpointConfig()
     faults: FaultConfig = FaultConfig()
@@ -203,7 +203,7 @@ class RunConfig:
     stall_seconds: int = 1800  # a step, a wait for data or a save that takes longer ends the run; 0 = wait for ever
     profile: ProfileConfig = ProfileConfig()
     wandb: str = ""  # project of Weights & Biases that metrics are sent to; empty: none
-    compilation_cache: str = "auto"  # a folder, "off", or "auto": ~/.cache/mplug2_jax, except on CPUs
+    compilation_cache: str = "auto"  # a folder, "off", or "auto": ~/.cache/mplug2_jax
 
     def __post_init__(self) -> None:
         """Checks what spans several groups of fields.

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -31,6 +32,7 @@ from mplug2_jax.training.faults import with_later_rollbacks
 from mplug2_jax.training.freezing import split
 from mplug2_jax.training.instruments import Instruments
 from mplug2_jax.training.ledger import Ledger
+from mplug2_jax.training.lock import Lock, held
 from mplug2_jax.training.position import Identity, Position
 from mplug2_jax.training.preemption import PreemptionNotice
 from mplug2_jax.training.recheck import Recheck
@@ -48,16 +50,21 @@ def train(config: RunConfig, path: Path) -> list[EvaluationResult]:
     All processes of a run call this alike; the first writes and talks, and each raises what it finds.
 
     Raises:
-        UserError, DataError: whatever is wrong with the config, the data, the mesh or the directory, before step 1;
-            losses that are not finite many times in a row, a device that computes wrongly, a last state that cannot be
-            saved.
+        UserError, DataError: whatever is wrong with the config, the data, the mesh or the directory, or another run
+            that lives in it, before step 1; losses that are not finite many times in a row, a device that computes
+            wrongly, a last state that cannot be saved.
         Preempted: the run was told to end; its state is saved.
     """
-    with PreemptionNotice() as notice:
-        return _train(config, path, notice)
+    workdir = WorkDir(path)
+    with PreemptionNotice(interrupts=True) as notice:
+        notice.may_leave("told to end before the first step; the same command starts again")
+        workdir.check(config)
+        with held(workdir.lock) as lock:
+            notice.release = lock.release
+            return _train(config, workdir, notice, lock)
 
 
-def _train(config: RunConfig, path: Path, notice: PreemptionNotice) -> list[EvaluationResult]:
+def _train(config: RunConfig, workdir: WorkDir, notice: PreemptionNotice, lock: Lock) -> list[EvaluationResult]:
     ledger, progress = Ledger(), Progress(config.steps, quiet=not is_first())
     keep_compiled(config.compilation_cache)
 
@@ -65,8 +72,8 @@ def _train(config: RunConfig, path: Path, notice: PreemptionNotice) -> list[Eval
     mesh = make_mesh(config.mesh)
     for name, stream in config.streams.items():
         check_batch(f"config.streams.{name}.data.batch_size", stream.data.batch_size // config.accumulate, mesh)
-    workdir = WorkDir(path)
     resumes = workdir.check(config)
+    begun_with = workdir.read_config() if resumes else config
     tokenizer = workdir.tokenizer(config)
     check_started_alike(config, tokenizer, resumes=resumes)
     plan = plan_run(config, special_tokens(tokenizer), mesh)
@@ -101,6 +108,13 @@ def _train(config: RunConfig, path: Path, notice: PreemptionNotice) -> list[Eval
         for line in said:
             progress.say(line)
     number = position.step
+    if begun_with.steps < config.steps:
+        events.note(
+            "lengthened", number, before=begun_with.steps,
+            said=f"config.steps was {begun_with.steps} and is {config.steps}: learning rates follow the longer "
+            f"schedule from step {number + 1} on",
+        )  # fmt: skip
+    notice.may_leave(ending(number, config))
 
     # Data: a step's batch is a function of (seed, position), so resuming is starting there. While a step runs, the
     # batches of the next are made and put on the devices.
@@ -114,9 +128,11 @@ def _train(config: RunConfig, path: Path, notice: PreemptionNotice) -> list[Eval
 
     def begin_next(phase: str) -> None:
         watchdog.enter(phase)
+        lock.check()
         notice.check()
 
     def evaluate() -> list[EvaluationResult]:
+        notice.may_leave(ending(number, config) if checkpoints.holds(number) else None)
         with ledger.during("evaluation"):
             params, folder = evaluated(plan, state), workdir.evaluations_of(number)
             return run_evaluations(evaluations, params, number, folder, instruments.metrics, progress, begin_next)
@@ -152,6 +168,9 @@ def _train(config: RunConfig, path: Path, notice: PreemptionNotice) -> list[Eval
             state, metrics = checked_step(number, state, batch)
             instruments.profiler.after(number, metrics)
             instruments.begun(number, metrics, rows, records.skipped())
+            if number == position.step + 1:  # once all processes have compiled, there is something to save
+                jax.block_until_ready(metrics)
+            notice.may_leave(None)
 
             last = number == config.steps
             saves = last or checkpoints.due(number)
@@ -175,9 +194,7 @@ def _train(config: RunConfig, path: Path, notice: PreemptionNotice) -> list[Eval
         if number > position.step and instruments.read(behind=0) is None:
             save()
         kept = max(checkpoints.steps(), default=0)
-        raise Preempted(
-            f"told to end, with step {kept} of {config.steps} saved" if kept else "told to end before step 1"
-        ) from preempted
+        raise Preempted(ending(kept, config)) from preempted
     finally:
         watchdog.enter("ending the run")
         batches.close()
@@ -187,6 +204,13 @@ def _train(config: RunConfig, path: Path, notice: PreemptionNotice) -> list[Eval
         instruments.close()
         watchdog.close()
     return results
+
+
+def ending(saved: int, config: RunConfig) -> str:
+    """Return the sentence with which a run ends that was told to; ``saved`` is the last saved step, or 0."""
+    if not saved:
+        return "told to end before step 1; the same command starts again"
+    return f"told to end, with step {saved} of {config.steps} saved; the same command goes on from there"
 
 
 def check_started_alike(config: RunConfig, tokenizer: Tokenizer, *, resumes: bool) -> None:
@@ -258,11 +282,37 @@ def check_position(position: Position, streams: Mapping[str, Stream]) -> None:
     """Checks that a step's position means the same examples as when it was saved.
 
     Raises:
-        UserError: data under which it would mean others.
+        UserError: data under which it would mean others; names the stream, what was and what is.
     """
     now = position_after(position.step, streams).streams
-    if position.streams != now:
-        raise UserError(f"the checkpoint's data position {position.streams} is not this run's {now}")
+    changes = [change for name in now for change in _changes(name, position.streams.get(name, {}), now[name])]
+    if changes:
+        raise UserError(
+            f"the data changed since step {position.step} was saved: {'; '.join(changes)}. The run would go on with "
+            "other examples than it began with: put the data of then back, or start a new --workdir with "
+            "--config.init_from of this one"
+        )
+
+
+def _changes(stream: str, was: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """What of a stream's position is otherwise, in words; versions before this one kept no fingerprints."""
+    for field in ("batch_size", "seed"):
+        if was.get(field) != now[field]:
+            yield f"stream '{stream}' had {field} {was.get(field)}, now {now[field]}"
+    records, kept = was.get("records", {}), was.get("sources", {})
+    for source, count in now["records"].items():
+        what = f"stream '{stream}'" if len(now["records"]) == 1 else f"source '{source}' of stream '{stream}'"
+        before, after = kept.get(source), now["sources"][source]
+        if records.get(source) != count:
+            yield f"{what} had {records.get(source, 0):,} records, now {count:,}"
+        elif before is not None and before != after:
+            had, has = _files(before), _files(after)
+            yield f"{what} had {had}, now {has}" if had != has else f"{what} had other contents in its {had}"
+
+
+def _files(kept: Mapping[str, Any]) -> str:
+    count = kept.get("files", 0)
+    return f"{count:,} file{'s' * (count != 1)} with {kept.get('bytes', 0):,} bytes"
 
 
 def run_evaluations(

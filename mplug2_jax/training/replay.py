@@ -82,6 +82,7 @@ def replay(workdir: WorkDir, step: int, *, ranked: int = 64) -> Replayed:
     config = workdir.read_config()
     if not 1 <= step <= config.steps:
         raise UserError(f"step {step} is none of this run's steps; choose 1 to {config.steps}")
+    config = dataclasses.replace(config, steps=_steps_then(workdir, step) or config.steps)
     tokenizer = workdir.tokenizer(config)
     plan = plan_run(config, special_tokens(tokenizer), make_mesh(config.mesh))
     streams = open_streams(config, tokenizer)
@@ -98,6 +99,12 @@ def replay(workdir: WorkDir, step: int, *, ranked: int = 64) -> Replayed:
             recorded = line
     values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items() if name != "skipped"}
     return Replayed(step, position.batch(step), position.step, values, recorded, parts)
+
+
+def _steps_then(workdir: WorkDir, step: int) -> int:
+    """How many steps the run was to have when it did this one; 0 where it has not been lengthened since."""
+    lengthened = (line for line in read_lines(workdir.events) if line.get("event") == "lengthened")
+    return next((int(line["before"]) for line in lengthened if step <= line["step"]), 0)
 
 
 def _state_before(

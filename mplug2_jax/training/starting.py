@@ -49,6 +49,52 @@ def starting_from(path: Path, config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, init_from=str(path), init_parts=tuple(p for p in config.parts() if p in has))
 
 
+_SIZES: Mapping[str, tuple[str, ...]] = {
+    "vision": ("vision_width", "vision_layers", "vision_heads", "patch_size", "temporal_downsampling"),
+    "text": ("width", "heads", "mlp_width", "text_layers", "vocab_size", "max_positions"),
+    "universal": ("width", "heads", "mlp_width", "universal_layers", "num_latents"),
+    "fusion": ("width", "heads", "mlp_width", "fusion_layers", "fusion_stride"),
+    "decoder": ("width", "heads", "mlp_width", "decoder_layers", "vocab_size", "max_positions"),
+    "contrastive": ("contrastive_width",),
+}
+"""What of a model's sizes each part has; not the size of pictures, to which the position table is resized."""
+
+
+def sized_as_begun(config: RunConfig, overrides: Sequence[str], begun: RunConfig | None) -> tuple[RunConfig, str]:
+    """Return a run with the model's sizes of the parts that it takes from ``config.init_from``, and a line about them.
+
+    Args:
+        config: of the run.
+        overrides: words as ``--config.model.width=64``; what these set stays as it is.
+        begun: the run's config as its work directory keeps it, which has these sizes already; None: it is a new run.
+
+    Raises:
+        UserError: no such checkpoint.
+    """
+    if not config.init_from:
+        return config, ""
+    if begun is not None:
+        has, model = begun.parts(), begun.model
+    else:
+        checkpoints, step = open_checkpoint(Path(config.init_from))
+        try:
+            identity = checkpoints.identity(step)
+        except UserError:  # of an older version, or damaged: what reads the arrays says so
+            return config, ""
+        finally:
+            checkpoints.close()
+        has, model = identity.parts, identity.config
+    taken = set(config.init_parts or config.parts()) & set(has)
+    asked = {word.removeprefix("--config.model.").partition("=")[0] for word in overrides}
+    fields = dict.fromkeys(field for part in taken & set(_SIZES) for field in _SIZES[part] if field not in asked)
+    sizes = {field: getattr(model, field) for field in fields if getattr(model, field) != getattr(config.model, field)}
+    if not sizes:
+        return config, ""
+    told = ", ".join(f"{field} {size} (not {getattr(config.model, field)})" for field, size in sorted(sizes.items()))
+    sized = dataclasses.replace(config, model=dataclasses.replace(config.model, **sizes))
+    return sized, f"the model's sizes are those of {config.init_from}: {told}"
+
+
 def _counted(plan: Blueprint, streams: Mapping[str, Stream]) -> Frequencies:
     """The document frequencies of the captions that are rewarded."""
     config = plan.config

@@ -1,6 +1,7 @@
 """A run's work directory: its config, tokeniser, checkpoints, metrics and evaluations, so that it explains itself."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from mplug2_jax.errors import UserError
 from mplug2_jax.model.config import ModelConfig, SpecialTokens
 from mplug2_jax.training.config import RunConfig, TokenizerConfig
 
-# What may change when a run resumes: none of it changes what a step computes.
+# What may change when a run resumes: none of it changes what a step computes. Steps may become more, too.
 FREE_FIELDS = (
     "mesh", "checkpoint", "faults", "log_every", "log_examples", "stall_seconds", "profile", "wandb",
     "compilation_cache", "evaluate_every", "evaluations",
@@ -30,6 +31,7 @@ class WorkDir:
         self.examples = path / "examples.jsonl"
         self.events = path / "events.jsonl"
         self.ledger = path / "ledger.jsonl"
+        self.lock = path / "lock.json"  # of the run that lives here now
         self._config = path / "config.json"
         self.tokenizer_folder = path / "tokenizer"
 
@@ -82,14 +84,23 @@ class WorkDir:
             UserError: the folder holds something else, or a run whose config differs where it matters.
         """
         if not self.exists():
-            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            if re.match(r"[a-z][a-z0-9+.-]+:/", str(self.path)):
+                raise UserError(
+                    f"--workdir {self.path}: a run writes to a folder; mount the bucket, as mplug2 launch gke and "
+                    "tpu-vm do"
+                )
+            if self.path.exists() and not self.path.is_dir():
+                raise UserError(f"--workdir {self.path} is a file; choose a new folder")
+            if self.path.exists() and not all(child.name.startswith(self.lock.name) for child in self.path.iterdir()):
                 raise UserError(f"--workdir {self.path} is not empty and holds no run; choose a new folder")
             return False
         before, now = (flat(json.loads(json.dumps(defaults_of(v)))) for v in (self.read_config(), config))
         changed = [
             f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
             for name in sorted({*before, *now})
-            if before.get(name) != now.get(name) and name.split(".")[0] not in FREE_FIELDS
+            if before.get(name) != now.get(name)
+            and name.split(".")[0] not in FREE_FIELDS
+            and not (name == "steps" and before[name] < now[name])
         ]
         if changed:
             more = f", and {len(changed) - 3} more" if len(changed) > 3 else ""

@@ -72,7 +72,18 @@ def test_unknown_arguments_are_refused(names: tuple[str, ...], mplug2: Callable[
         ("eval --workdir w --no-such-option --config.steps=3", "unrecognised arguments: --no-such-option"),
         ("report w --config.steps=3", "unrecognised arguments: --config.steps=3"),
         ("eval --workd w", "unrecognised arguments: --workd w"),
-        ("trian", "invalid choice: 'trian'"),
+        ("trian", "did you mean 'train'?"),
+        ("nothing-like-it", "invalid choice: 'nothing-like-it'"),
+        ("data validat x", "did you mean 'validate'?"),
+        ("completion bsh", "did you mean 'bash'?"),
+        ("train --config demo --config.steps 5 --workdir w", "an override is one: --config.steps=5"),
+        ("launch local --processes 2 -- train --config demo --config.steps 5 --workdir w", "is one: --config.steps=5"),
+        ("train --config demo --steps 5 --workdir w", "a field of the recipe is set by --config.steps=VALUE"),
+        (
+            "launch local --processes 2 train --config demo --workdir w --config.steps=4",
+            "put -- before the command: mplug2 launch local --processes 2 -- train --config demo --workdir w "
+            "--config.steps=4",
+        ),
         ("eval --workdir w --step two", "invalid int value: 'two'"),
     ],
 )

@@ -22,4 +22,16 @@ def test_shares_are_percent_and_scores_and_places_are_not(figure: str, value: fl
 def test_of_ranks_the_lower_is_better() -> None:
     assert times_as_good("accuracy", 0.4, 0.1) == pytest.approx(4)
     assert times_as_good("text_to_visual_median_rank", 4.0, 128.0) == pytest.approx(32)
-    assert math.isnan(times_as_good("matthews", 0.3, 0.0))
+
+
+@pytest.mark.parametrize(
+    ("figure", "value", "baseline"),
+    [
+        ("matthews", 0.3, 0.0), ("matthews", 0.3, -0.1), ("matthews", -0.3, 0.1), ("accuracy", 0.5, 0.0004),
+        ("text_to_visual_r1", 0.2, 2e-5), ("cider", 80.0, 0.04), ("cider", 80.0, math.nan), ("accuracy", math.nan, 0.1),
+    ],
+)  # fmt: skip
+def test_beside_a_baseline_that_is_shown_as_nothing_there_is_no_ratio(
+    figure: str, value: float, baseline: float
+) -> None:
+    assert math.isnan(times_as_good(figure, value, baseline))

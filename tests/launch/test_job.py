@@ -1,12 +1,18 @@
 """What is wrong is said before there is a file, in one sentence."""
 
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from mplug2_jax.errors import UserError
-from mplug2_jax.launch.job import Bucket, bucket_of, check_shipped, make_job, plan_of
+from mplug2_jax.launch.gke import GkeOptions, launch_gke
+from mplug2_jax.launch.job import Bucket, Recipe, bucket_of, carried, make_job, notes_on, plan_of
+from mplug2_jax.launch.slurm import SlurmOptions, launch_slurm
+from mplug2_jax.launch.templates import shell_word
+from mplug2_jax.launch.tpu_vm import TpuVmOptions, launch_tpu_vm
 from mplug2_jax.planning.plan_file import PlanFile
 from tests.launch.jobs import job
 
@@ -87,11 +93,75 @@ def test_what_is_no_bucket_is_lost_with_the_machine(workdir: str) -> None:
         bucket_of(job(workdir=workdir))
 
 
-def test_containers_have_the_shipped_recipes_only(tmp_path: Path, repository: Path) -> None:
-    assert check_shipped(job(config="configs/demo.py")) == "demo"
-    assert check_shipped(job(config=str(repository / "configs" / "released.py") + ":caption")) == "released:caption"
-    (tmp_path / "mine.py").write_text("")
-    with pytest.raises(
-        UserError, match=r"--config .*mine.py: the containers do not have this file; put it into configs/"
-    ):
-        check_shipped(job(config=str(tmp_path / "mine.py")))
+def test_a_shipped_recipe_goes_by_its_name_and_another_goes_along(tmp_path: Path, repository: Path) -> None:
+    assert carried("configs/demo.py") == ("demo", None)
+    assert carried(str(repository / "configs" / "released.py") + ":caption") == ("released:caption", None)
+    assert carried("msrvtt_qa:tiny") == ("msrvtt_qa:tiny", None)
+    (tmp_path / "my recipe.py").write_text("import json\n")
+    spec = f"{tmp_path / 'my recipe.py'}:a,b"
+    assert carried(spec) == (spec, Recipe("my-recipe.py", "import json\n", ":a,b"))
+    (tmp_path / "helpers.py").write_text("")
+    (tmp_path / "b.py").write_text("from helpers import x\n")
+    with pytest.raises(UserError, match=r"b.py imports helpers of .*, which the job would not have"):
+        carried(str(tmp_path / "b.py"))
+    (tmp_path / "long.py").write_text("#" * 2**17)
+    with pytest.raises(UserError, match=r"long.py: a job carries recipes of up to 64 KiB"):
+        carried(str(tmp_path / "long.py"))
+
+
+MINE = """
+from mplug2_jax.config import load_recipe
+
+
+def get_config(arg):
+    return load_recipe("demo", [f"--config.seed={arg}"])  # it's "$HOME" \\ `x`
+"""
+
+
+@pytest.fixture
+def mine(tmp_path: Path) -> PlanFile:
+    """A run by a recipe of one's own, on files that are not here."""
+    (tmp_path / "mine.py").write_text(MINE)
+    source = "--config.streams.text.data.sources.digits"
+    files = (f"{source}.format=files", f"{source}.path={tmp_path}/data", f"--config.tokenizer.path={tmp_path}/mine.py")
+    return PlanFile(config=f"{tmp_path / 'mine.py'}:7", overrides=files, topology="v6e:4x4", slices=1)
+
+
+def test_a_config_map_brings_the_recipe(mine: PlanFile) -> None:
+    launch = launch_gke(made(mine, workdir="gs://bucket/run"), GkeOptions(image="x/y:1", namespace="team"))
+    config_map, job_set = yaml.safe_load_all(launch.text)
+    assert config_map["metadata"] == {"name": "run-recipe", "namespace": "team"}
+    assert config_map["data"] == {"mine.py": MINE}
+    pod = job_set["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+    assert pod["containers"][0]["command"][:4] == ["mplug2", "train", "--config", "/recipes/mine.py:7"]
+    assert {"name": "recipe", "mountPath": "/recipes", "readOnly": True} in pod["containers"][0]["volumeMounts"]
+    assert {"name": "recipe", "configMap": {"name": "run-recipe"}} in pod["volumes"]
+    assert launch.others == ()
+
+
+def test_scripts_write_the_recipe_where_their_command_reads_it(mine: PlanFile, tmp_path: Path) -> None:
+    slurm = PlanFile(config=mine.config, overrides=mine.overrides, topology="h100:8", slices=1)
+    workdir = tmp_path / "it's $HOME" / "run"
+    text = launch_slurm(made(slurm, workdir=str(workdir)), SlurmOptions()).text
+    (line,) = [line for line in text.splitlines() if line.startswith("mkdir -p ")]
+    subprocess.run(["bash", "-c", line], check=True)
+    assert (workdir.parent / "run.recipe.py").read_text() == MINE
+    assert f"--config {shell_word(f'{workdir.parent}/run.recipe.py:7')} " in text
+
+    text = launch_tpu_vm(made(mine), TpuVmOptions(image="x/y:1", zone="us-east5-a")).text
+    (line,) = [line for line in text.splitlines() if line.startswith("  printf %s ")]
+    said = subprocess.run(["bash", "-c", line.replace("> /tmp/mplug2-recipe.py", "")], check=True, capture_output=True)
+    assert said.stdout.decode() == MINE
+    assert "--volume /tmp/mplug2-recipe.py:/recipes/mine.py:ro x/y:1" in text
+    assert "--config /recipes/mine.py:7" in text
+
+
+def test_what_the_job_may_lack_is_said(mine: PlanFile, tmp_path: Path) -> None:
+    overrides = (*mine.overrides, "--config.init_from=gs://bucket/old")
+    planned = made(PlanFile(config=mine.config, overrides=overrides, topology="v6e:4x4", slices=1))
+    here, there, bucket = notes_on(planned, None)
+    assert here.endswith("mine.py: it is here; whether the nodes see it, too, cannot be known from here")
+    assert there == "config.init_from=gs://bucket/old: whether it is there, and may be read, cannot be known from here"
+    assert bucket.endswith("/data: it is not here; the nodes must have it")
+    assert all("the containers have /gcs and what the image holds" in note for note in notes_on(planned, "/gcs")[::2])
+    assert notes_on(made(PlanFile(config="demo", overrides=(), topology="v6e:4x4", slices=1)), "/gcs") == ()

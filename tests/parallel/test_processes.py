@@ -52,16 +52,6 @@ def test_who_the_others_are(environment: dict[str, str], tpu: bool, cluster: Clu
 
 
 @pytest.mark.parametrize(
-    ("nodes", "first"),
-    [("a", "a"), ("a,b", "a"), ("a-1,b", "a-1"), ("n[1-3]", "n1"), ("n[07,9]", "n07"), ("x-n[12],y", "x-n12")],
-)
-def test_the_first_of_slurm_s_nodes(nodes: str, first: str) -> None:
-    found = detect(SLURM | {"SLURM_STEP_NODELIST": nodes})
-    assert found is not None
-    assert found.coordinator == f"{first}:{PORT + 1}"
-
-
-@pytest.mark.parametrize(
     ("environment", "sentence"),
     [
         (without(NAMED, "JAX_COORDINATOR_ADDRESS"), "JAX_NUM_PROCESSES=4 is set, but JAX_COORDINATOR_ADDRESS is not"),

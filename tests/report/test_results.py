@@ -57,6 +57,22 @@ def test_figures_stand_beside_their_baselines(run: Run) -> None:
     assert (shown["alone"].baseline, shown["alone"].mark) == ("–", None)
 
 
+def test_the_bar_of_a_rank_is_longer_for_the_better(run: Run) -> None:
+    run.picture("a-0.png", frames=1)
+    figures = {"text_to_visual_median_rank": 2.0, "visual_to_text_median_rank": 40.0}
+    run.evaluation("a", figures=figures, baselines=dict.fromkeys(figures, 20.0), samples=[sample(frames="a-0.png")])
+    good, bad = read(run)[0]["a"].figures
+    assert (good.name, bad.name) == ("text → picture median rank", "picture → text median rank")
+    assert (good.bar, good.mark, good.below) == (50.0, 5.0, False)
+    assert (bad.bar, bad.mark, bad.below) == (2.5, 5.0, True)
+
+
+def test_a_clip_is_called_a_clip(run: Run) -> None:
+    run.picture("a-0.png", frames=4)
+    run.evaluation("a", figures={"text_to_visual_r1": 0.3}, samples=[sample(frames="a-0.png")])
+    assert [figure.name for figure in read(run)[0]["a"].figures] == ["text → clip R@1"]
+
+
 def test_absent_figures_are_said_to_be_absent(run: Run) -> None:
     run.evaluation("a", figures={"cider": 61.23}, absent=["meteor", "<b>"])
     shown = {figure.name: figure for figure in read(run)[0]["a"].figures}

@@ -5,12 +5,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from mplug2_jax.training.compilation import (
     MANIFEST,
     describe_program,
     keep_compiled,
     keeping_all,
+    processor,
     why_not,
     write_manifest,
 )
@@ -33,9 +35,21 @@ def test_all_that_is_compiled_is_kept_there_and_nothing_after(tmp_path: Path) ->
     assert sorted(path.name for path in tmp_path.glob("*-cache")) == kept
 
 
-def test_nothing_is_kept_on_cpus_unless_asked_to() -> None:
-    assert keep_compiled("off") is None
-    assert keep_compiled("auto") is None
+def test_programs_are_kept_unless_asked_not_to_apart_for_each_processor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = jax.config.values["jax_compilation_cache_dir"]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    try:
+        assert keep_compiled("off") is None
+        jax.config.update("jax_compilation_cache_dir", str(tmp_path / "asked"))
+        assert keep_compiled("auto") == tmp_path / "asked"
+        assert keep_compiled(str(tmp_path / "own")) == tmp_path / "own"
+        jax.config.update("jax_compilation_cache_dir", None)
+        assert keep_compiled("auto") == tmp_path / ".cache" / "mplug2_jax" / "xla" / f"cpu-{processor()}"
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+        compilation_cache.reset_cache()
 
 
 def test_a_manifest_says_whether_a_program_is_the_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

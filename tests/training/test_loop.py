@@ -11,8 +11,10 @@ from data_pipelines.errors import DataError
 from mplug2_jax.errors import UserError
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.training.config import StreamConfig
+from mplug2_jax.training.lock import Lock
 from mplug2_jax.training.loop import train
 from mplug2_jax.training.telemetry import read_steps
+from mplug2_jax.training.workdir import WorkDir
 from tests.data_pipelines.worlds import write_tar
 from tests.runs import small_run
 
@@ -47,6 +49,41 @@ def test_a_run_explains_itself(tmp_path: Path, capsys) -> None:
     assert sum(line.get("data/skipped/tars", 0) for line in lines) == 2
     (listed,) = (tmp_path / "run" / "data-errors.jsonl").read_text().splitlines()
     assert json.loads(listed)["reason"] == ".txt of sample a/03 is not UTF-8 text (invalid start byte at byte 0)"
+
+
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path: Path) -> None:
+    with Lock(WorkDir(tmp_path / "run").lock), pytest.raises(UserError, match="is in use by process"):
+        train(small_run(), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_may_be_lengthened_and_not_shortened(tmp_path: Path) -> None:
+    workdir = WorkDir(tmp_path)
+    workdir.begin(small_run(steps=4), None)
+    assert workdir.check(small_run(steps=9))
+    with pytest.raises(UserError, match="steps was 4 and is 3"):
+        workdir.check(small_run(steps=3))
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("file", "is a file; choose a new folder"),
+        ("full", "is not empty and holds no run"),
+        ("gs://bucket/run", "a run writes to a folder; mount the bucket"),
+    ],
+)
+def test_a_folder_that_cannot_hold_a_run_is_left_as_it_is(
+    name: str, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("mine")
+    Path("full").mkdir()
+    Path("full", "notes").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=sentence):
+        train(small_run(), Path(name))
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_model_that_is_refused_leaves_no_trace(tmp_path: Path) -> None:

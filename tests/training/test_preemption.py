@@ -2,6 +2,9 @@
 
 import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -25,6 +28,52 @@ def test_a_notice_is_heeded_at_the_next_check_and_the_handler_is_put_back() -> N
         with pytest.raises(Preempted):
             notice.check()
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_an_interruption_is_a_notice_where_it_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with PreemptionNotice(interrupts=True) as notice:
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(Preempted):
+            notice.check()
+        with pytest.raises(Preempted, match="nothing"):
+            notice.may_leave("nothing is lost")
+    assert signal.getsignal(signal.SIGINT) is before
+    with pytest.raises(KeyboardInterrupt), PreemptionNotice():
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize(
+    ("signals", "free", "status", "said"),
+    [
+        ([signal.SIGTERM], True, 75, "mplug2: nothing is lost\n"),
+        ([signal.SIGINT], True, 75, "mplug2: nothing is lost\n"),
+        ([signal.SIGINT, signal.SIGINT], False, 130, "mplug2: interrupted twice: ended at once"),
+    ],
+)
+def test_a_process_that_compiles_ends_at_once(
+    signals: list[signal.Signals], free: bool, status: int, said: str, tmp_path: Path
+) -> None:
+    """Held up in a library that does not come back to Python, as XLA's compiler does."""
+    script = (
+        "import hashlib\nfrom pathlib import Path\nfrom mplug2_jax.training.preemption import PreemptionNotice\n"
+        "with PreemptionNotice(interrupts=True) as notice:\n"
+        f"    notice.may_leave({'nothing is lost' if free else None!r})\n"
+        f"    notice.release = Path({str(tmp_path / 'released')!r}).touch\n"
+        "    print('ready', flush=True)\n    hashlib.pbkdf2_hmac('sha512', b'', b'', 2**31 - 1)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    for number in signals:
+        process.send_signal(number)
+        time.sleep(0.2)  # two of one kind at a time are one
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == status
+    assert said in err
+    assert (tmp_path / "released").exists()
 
 
 @pytest.mark.slow

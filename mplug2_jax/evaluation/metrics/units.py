@@ -30,6 +30,10 @@ def show(figure: str, value: float) -> str:
 
 
 def times_as_good(figure: str, value: float, baseline: float) -> float:
-    """How many times as good as its baseline a figure is, NaN of no meaning; of ranks the lower is better."""
+    """How many times as good as its baseline a figure is; of ranks the lower is better.
+
+    NaN where that has no meaning: beside a baseline that is shown as 0, and of a figure below 0.
+    """
     better, worse = (baseline, value) if figure.endswith(RANK) else (value, baseline)
-    return better / worse if worse > 0 else math.nan
+    shown = round(100 * worse if is_share(figure) else worse, 1) if math.isfinite(worse) else math.nan
+    return better / worse if shown > 0 and better >= 0 else math.nan

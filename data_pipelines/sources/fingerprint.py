@@ -1,0 +1,71 @@
+"""What tells whether the files of a source are those of before: their names, their sizes, and the beginnings of some.
+
+Times are left out, as a copy has others; so are the pictures and clips that annotation files name, which may be many.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import PurePosixPath
+from typing import Any
+
+from data_pipelines.config import Kind, SourceConfig
+from data_pipelines.errors import DataError
+from data_pipelines.sources.files import file_system, find_files, is_url, read_bytes
+from data_pipelines.sources.loose_files import kind_of
+
+BEGUN, HEAD = 16, 2**20
+"""So many files, evenly chosen, are read, each up to so many bytes."""
+_FOLDERS = {"files", "image_folder", "tfds"}
+"""Formats whose records are all files below a folder."""
+_SUFFIXES = {"array_record": (".array_record",), "webdataset": (".tar",)}
+_TABLES = (".csv", ".json", ".jsonl", ".tsv", ".txt")
+"""Of annotation files, in a folder that may hold other things."""
+
+
+def fingerprint(config: SourceConfig) -> Mapping[str, Any]:
+    """Return how many files a source has, their bytes, and a digest; nothing of one that draws its records.
+
+    Raises:
+        DataError: files that are gone, or cannot be read.
+    """
+    if not config.path:
+        return {}
+    sizes = _sizes(config)
+    digest, names = hashlib.sha256(), sorted(sizes)
+    for name in names:
+        digest.update(f"{name}\0{sizes[name][1]}\0".encode(errors="surrogatepass"))
+    for name in names[:: -(-len(names) // BEGUN) or 1]:
+        path, size = sizes[name]
+        digest.update(read_bytes(path, 0, min(size, HEAD)))
+    return {
+        "files": len(names), "bytes": sum(size for _, size in sizes.values()), "digest": digest.hexdigest()[:16]
+    }  # fmt: skip
+
+
+def _sizes(config: SourceConfig) -> dict[str, tuple[str, int]]:
+    """The path and the size of every file, by its name below the source's path, which may lie elsewhere tomorrow."""
+    system, plain = file_system(config.path)
+    try:
+        if config.format in _FOLDERS and system.isdir(plain):
+            root = plain.rstrip("/")
+            found = system.find(root, detail=True)
+            below = {name.removeprefix(root).lstrip("/"): (name, info) for name, info in found.items()}
+            return {
+                name: (system.unstrip_protocol(path) if is_url(config.path) else path, int(info["size"]))
+                for name, (path, info) in below.items()
+                if _is_read(name, config.format, config.kind)
+            }
+        there = find_files(config.path, "")
+        suffixes = _SUFFIXES.get(config.format, _TABLES)
+        paths = [path for path in there if path.lower().endswith(suffixes)] or there
+        sizes = {path: int(system.info(file_system(path)[1])["size"]) for path in paths}
+    except OSError as error:
+        raise DataError(f"{config.path} cannot be read: {error.strerror or error}") from error
+    # Archives of several folders may share a name; their order tells them apart.
+    return {f"{i:09} {PurePosixPath(path).name}": (path, sizes[path]) for i, path in enumerate(paths)}
+
+
+def _is_read(name: str, format: str, kind: Kind) -> bool:
+    if any(part.startswith((".", "@")) for part in PurePosixPath(name).parts):
+        return False
+    return format == "tfds" or kind_of(name) == kind
