@@ -5,9 +5,9 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from data_pipelines.examples import Example
-from mplug2_jax.evaluation.metrics.vqa import ENOUGH, can_be_judged, vqa_accuracy
+from mplug2_jax.evaluation.metrics.vqa import vqa_accuracy
 from mplug2_jax.tasks import answer
-from mplug2_jax.tasks.base import HostPredictions, Scored, not_judged
+from mplug2_jax.tasks.base import HostPredictions, Scored
 from mplug2_jax.tasks.contracts import CONTRACTS
 
 
@@ -22,7 +22,6 @@ def score(predictions: HostPredictions, examples: Sequence[Example], decode: Cal
         baselines={"vqa_accuracy": vqa_accuracy([commonest] * len(given), given).value},
         said=said,
         goodness=accuracy.values,
-        warnings=not_judged(examples, list(map(can_be_judged, given)), f"questions have at most {ENOUGH} answers"),
     )
 
 

@@ -34,12 +34,12 @@ ASKED = ExampleConfig(
 
 
 def perfect(
-    monkeypatch: pytest.MonkeyPatch, folder: Path, task: str, rows: Any, examples: ExampleConfig = ASKED
+    monkeypatch: pytest.MonkeyPatch, folder: Path, task: str, rows: Any, examples: ExampleConfig = ASKED, **data: Any
 ) -> EvaluationResult:
     """The evaluation of a model that says the target of every example."""
     (folder / "set.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
     source = SourceConfig(format="annotations", kind="text", path=str(folder / "set.jsonl"))
-    data = DataConfig(sources={"set": source}, visual=VisualConfig(), examples=examples, batch_size=4)
+    read = DataConfig(sources={"set": source}, visual=VisualConfig(), examples=examples, batch_size=4, **data)
     definition = define(
         dataclasses.replace(MODEL, vocab_size=WORDS.vocab_size, max_positions=64), ("text", "universal", "decoder")
     )
@@ -47,7 +47,7 @@ def perfect(
     context = TaskContext(settings=TaskSettings(), tokens=tokens)
     monkeypatch.setattr(loop, "jitted_prediction", lambda *_: lambda params, batch: {"ids": batch["target"]})
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    config = EvaluationConfig(task=task, data=data)
+    config = EvaluationConfig(task=task, data=read)
     return Evaluation("held", config, definition, context, WORDS, mesh, seed=0).run({}, 0)
 
 
@@ -76,15 +76,12 @@ def test_what_no_vocabulary_knows_is_never_right(monkeypatch: pytest.MonkeyPatch
     assert perfect(monkeypatch, tmp_path, "answer", rows).figures["accuracy"] == pytest.approx(1 / 3)
 
 
-def test_questions_with_too_few_answers_weigh_nothing_and_are_named(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    given = (["yes"] * 10, ["no"] * 3, ["yes"], ["yes"] * 2 + ["no"] * 8)
+def test_questions_with_too_few_answers_are_left_out_and_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    given = (["yes"] * 10, ["no"] * 3, ["yes"], ["yes"] * 2 + [""] * 3 + ["no"] * 5)
     rows = [{"id": f"q{i}", "question": "is it?", "answers": answers} for i, answers in enumerate(given)]
-    result = perfect(monkeypatch, tmp_path, "vqa", rows)
+    result = perfect(monkeypatch, tmp_path, "vqa", rows, max_skipped=0.5)
     assert result.figures == {"vqa_accuracy": 1.0}
-    (warning,) = result.warnings
-    assert warning.startswith("2 of 4 questions have at most 3 answers and weigh nothing, the first is ")
+    assert (result.examples, result.skipped) == (2, {"set": 2})
 
 
 def test_a_summary_without_a_word_weighs_nothing_and_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -77,10 +77,5 @@ def vqa_accuracy(said: Sequence[str], answers: Sequence[Sequence[str]]) -> Ratio
         UserError: not one answer said to each question.
     """
     check_pairs("VQA accuracy", answers=len(said), questions=len(answers))
-    weights = np.asarray([float(can_be_judged(given)) for given in answers])
+    weights = np.asarray([float(len(given) > ENOUGH) for given in answers])
     return Ratio(weights * [soft_accuracy(*pair) for pair in zip(said, answers, strict=True)], weights)
-
-
-def can_be_judged(answers: Sequence[str]) -> bool:
-    """Whether enough annotators answered a question for an answer to be right."""
-    return len(answers) > ENOUGH
