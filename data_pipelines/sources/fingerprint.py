@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Any
 
-from data_pipelines.config import Kind, SourceConfig
+from data_pipelines.config import SourceConfig
 from data_pipelines.errors import DataError
 from data_pipelines.sources.files import file_system, find_files, is_url, read_bytes
 from data_pipelines.sources.loose_files import kind_of
@@ -46,26 +46,30 @@ def _sizes(config: SourceConfig) -> dict[str, tuple[str, int]]:
     """The path and the size of every file, by its name below the source's path, which may lie elsewhere tomorrow."""
     system, plain = file_system(config.path)
     try:
-        if config.format in _FOLDERS and system.isdir(plain):
-            root = plain.rstrip("/")
-            found = system.find(root, detail=True)
-            below = {name.removeprefix(root).lstrip("/"): (name, info) for name, info in found.items()}
+        if not system.isdir(plain):
+            paths = find_files(config.path, "")
+            # Archives of several folders may share a name; their order tells them apart.
             return {
-                name: (system.unstrip_protocol(path) if is_url(config.path) else path, int(info["size"]))
-                for name, (path, info) in below.items()
-                if _is_read(name, config.format, config.kind)
+                f"{i:09} {PurePosixPath(path).name}": (path, int(system.info(file_system(path)[1])["size"]))
+                for i, path in enumerate(paths)
             }
-        there = find_files(config.path, "")
-        suffixes = _SUFFIXES.get(config.format, _TABLES)
-        paths = [path for path in there if path.lower().endswith(suffixes)] or there
-        sizes = {path: int(system.info(file_system(path)[1])["size"]) for path in paths}
+        root, depth = plain.rstrip("/"), None if config.format in _FOLDERS else 1
+        found = system.find(root, maxdepth=depth, detail=True) or system.find(root, detail=True)
     except OSError as error:
         raise DataError(f"{config.path} cannot be read: {error.strerror or error}") from error
-    # Archives of several folders may share a name; their order tells them apart.
-    return {f"{i:09} {PurePosixPath(path).name}": (path, sizes[path]) for i, path in enumerate(paths)}
+    sizes = {
+        name.removeprefix(root).lstrip("/"): (
+            system.unstrip_protocol(name) if is_url(config.path) else name, int(info["size"])
+        )
+        for name, info in found.items()
+    }  # fmt: skip
+    return {name: each for name, each in sizes.items() if _is_read(name, config)} or sizes
 
 
-def _is_read(name: str, format: str, kind: Kind) -> bool:
+def _is_read(name: str, config: SourceConfig) -> bool:
+    """Whether a file of a folder is one that the format takes, by its name."""
     if any(part.startswith((".", "@")) for part in PurePosixPath(name).parts):
         return False
-    return format == "tfds" or kind_of(name) == kind
+    if config.format in _FOLDERS:
+        return config.format == "tfds" or kind_of(name) == config.kind
+    return name.lower().endswith(_SUFFIXES.get(config.format, _TABLES))

@@ -44,6 +44,9 @@ def keep_compiled(where: str) -> Path | None:
 
     Returns:
         The folder, if programs are kept.
+
+    Raises:
+        OSError: a folder that was asked for cannot be made.
     """
     if where == "off":
         return None
@@ -52,7 +55,12 @@ def keep_compiled(where: str) -> Path | None:
         return Path(chosen)
     automatic = AUTOMATIC / f"cpu-{processor()}" if jax.default_backend() == "cpu" else AUTOMATIC
     folder = (automatic if where == "auto" else Path(where)).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        if where == "auto":  # a home that cannot be written, as in containers
+            return None
+        raise
     jax.config.update("jax_compilation_cache_dir", str(folder))
     compilation_cache.reset_cache()  # JAX asks where it is once
     return folder

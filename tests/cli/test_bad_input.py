@@ -123,13 +123,14 @@ def test_a_folder_that_holds_something_else_is_not_trained_in(
     said = "is not empty and holds no run; choose a new folder"
     assert refused(*train, tmp_path) == f"--workdir {tmp_path} {said}"
     assert refused(*train, tmp_path / "thesis.txt").startswith(f"--workdir {tmp_path / 'thesis.txt'} is ")
-    assert refused(*train, tmp_path / "thesis.txt" / "x") == f"{tmp_path / 'thesis.txt' / 'x'}: Not a directory"
+    inside = tmp_path / "thesis.txt" / "x"
+    assert refused(*train, inside) == f"--workdir {inside} cannot be used: {inside}: Not a directory; choose another"
 
 
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["steps=3"], "another config: steps was 2 and is 3. Use the same config to resume it, or a new --workdir"),
+        (["steps=1"], "another config: steps was 2 and is 1. Use the same config to resume it, or a new --workdir"),
         (["seed=1", "name=x"], "another config: name was 'demo' and is 'x'; seed was 0 and is 1. Use"),
         (["model.width=64"], "another config: model.width was 32 and is 64. Use"),
         ([f"model.{n}=64" for n in ("width", "vision_width", "num_latents", "contrastive_width")], ", and 1 more. Use"),

@@ -47,6 +47,12 @@ def test_programs_are_kept_unless_asked_not_to_apart_for_each_processor(
         assert keep_compiled(str(tmp_path / "own")) == tmp_path / "own"
         jax.config.update("jax_compilation_cache_dir", None)
         assert keep_compiled("auto") == tmp_path / ".cache" / "mplug2_jax" / "xla" / f"cpu-{processor()}"
+        (tmp_path / "file").touch()
+        monkeypatch.setenv("HOME", str(tmp_path / "file"))
+        jax.config.update("jax_compilation_cache_dir", None)
+        assert keep_compiled("auto") is None
+        with pytest.raises(NotADirectoryError):
+            keep_compiled(str(tmp_path / "file" / "kept"))
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
         compilation_cache.reset_cache()

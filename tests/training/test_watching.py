@@ -11,7 +11,6 @@ import pytest
 
 from mplug2_jax.errors import UserError
 from mplug2_jax.training.boards import WeightsAndBiases
-from mplug2_jax.training.compilation import keep_compiled
 from mplug2_jax.training.config import ProfileConfig
 from mplug2_jax.training.events import Events, read_lines
 from mplug2_jax.training.meter import positions
@@ -79,17 +78,6 @@ def test_scores_follow_the_watched_metric_and_a_rewind_forgets(tmp_path: Path) -
     file.write(3, {"loss": 2.0})
     file.close()
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 1, 2, 2, 3]
-
-
-def test_programs_are_kept_where_it_is_said_and_never_by_themselves_on_a_cpu(tmp_path: Path, monkeypatch) -> None:
-    told: list[tuple[str, str]] = []
-    monkeypatch.setattr(jax.config, "update", lambda name, value: told.append((name, value)))
-    assert keep_compiled("off") is None
-    assert keep_compiled("auto") is None
-    assert told == []
-    assert keep_compiled(str(tmp_path / "kept")) == tmp_path / "kept"
-    assert (tmp_path / "kept").is_dir()
-    assert told == [("jax_compilation_cache_dir", str(tmp_path / "kept"))]
 
 
 def test_positions_count_patches_and_words() -> None:
