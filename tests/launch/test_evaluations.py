@@ -180,8 +180,9 @@ def test_a_run_is_followed_while_it_trains(
     wait_until(lambda: newest() > before[-1]["step"], training)
     training.send_signal(signal.SIGSTOP)
     follower = start(folder, *follow)
-    wait_until(lambda: len(read_metrics(lines)) > len(before), follower)
-    follower.kill()
+    kept = run / "evaluations"
+    wait_until(lambda: any(int(file.parent.name) > before[-1]["step"] for file in kept.glob("*/words.json")), follower)
+    follower.kill()  # after the result, which is written behind the metrics: else the step would be evaluated again
     follower.communicate()
     training.send_signal(signal.SIGCONT)
     said = finished(start(folder, *follow))
@@ -194,7 +195,7 @@ def test_a_run_is_followed_while_it_trains(
     assert len(steps) >= 2
     assert f"step {STEPS}" in said
     for line in written:
-        (kept,) = (run / "evaluations" / str(line["step"])).glob("words.json")
-        assert json.loads(kept.read_text())["figures"] == {"accuracy": line["eval/words/accuracy"]}
+        (file,) = (kept / str(line["step"])).glob("words.json")
+        assert json.loads(file.read_text())["figures"] == {"accuracy": line["eval/words/accuracy"]}
     finished(start(folder, "report", run))
     assert "metrics-eval" not in (run / "report.html").read_text()  # no notes of anything damaged

@@ -48,7 +48,7 @@ def compiled() -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "compile_step", once)
         patch.setattr("mplug2_jax.training.replay.compile_step", once)
-        patch.setattr("mplug2_jax.training.step.Step.compile", lambda *args: {})
+        patch.setattr("mplug2_jax.training.instruments.Instruments.compile", lambda *args: None)
         yield once
 
 
@@ -71,7 +71,6 @@ def spoil(monkeypatch: pytest.MonkeyPatch, seen: list[int], bad: dict[int, float
 
     monkeypatch.setattr(loop, "device_batches", numbered)
     monkeypatch.setattr(loop, "Recheck", with_faults)
-    monkeypatch.setattr("mplug2_jax.training.meter.Meter.count", lambda *args: None)
 
 
 @pytest.mark.slow
