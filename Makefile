@@ -44,9 +44,10 @@ demo: $(VENV)/.installed
 test: check
 	$(BIN)/pytest $(TESTS) -m "not slow" -n 2 --dist loadfile
 
-# Whole runs, killed and resumed ones, the commands of every page, programs for TPUs that are not here.
+# Whole runs, killed and resumed ones, the commands of every page, programs for TPUs that are not here. Three at a time,
+# because many wait for processes.
 drills: $(VENV)/.installed-dev
-	$(BIN)/pytest $(TESTS) -m slow -n 2 -rs
+	$(BIN)/pytest $(TESTS) -m slow -n 3 --maxschedchunk 1 -rs
 
 # A fast subset with the newest jax and flax, on an interpreter >= 3.12 if there is one, rounded as x86 processors
 # without AVX and FMA round: no test may depend on the processor.

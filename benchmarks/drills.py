@@ -3,6 +3,7 @@
     python benchmarks/drills.py elastic --times 20     # SIGKILL to all at a random point, resumed on other processes
     python benchmarks/drills.py preempt                # SIGTERM to one: saved, status 75, nothing is lost
     python benchmarks/drills.py kill-one               # SIGKILL to one: the others leave, a launcher starts all again
+    python benchmarks/drills.py all                    # these three, one after the other
 
 Every run is compared with one that was never disturbed: the example ids of every step must be the same; losses too, to
 the bit on the same processes and mesh, within 1e-5 on others. Prints a table and exits with 1 if any drill failed.
@@ -10,6 +11,7 @@ the bit on the same processes and mesh, within 1e-5 on others. Prints a table an
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import random
@@ -316,7 +318,7 @@ def kill_one(drills: Drills, bound: float) -> Iterator[tuple[str, Any]]:
 def main() -> int:
     """Runs the drills of one kind and prints what came of each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=("elastic", "preempt", "kill-one"))
+    parser.add_argument("kind", choices=("elastic", "preempt", "kill-one", "all"))
     parser.add_argument("--times", type=int, default=4, help="elastic: how often (default: 4)")
     parser.add_argument("--seed", type=int, default=0, help="elastic: of the points of the kills (default: 0)")
     parser.add_argument(
@@ -325,13 +327,13 @@ def main() -> int:
     parser.add_argument("--work", type=Path, help="folder that is kept (default: a temporary one, kept on failure)")
     args = parser.parse_args()
     drills = Drills(args.work or Path(tempfile.mkdtemp(prefix="drills-")))
-    chosen = {
-        "elastic": lambda: elastic(drills, args.times, args.seed),
-        "preempt": lambda: preempt(drills, args.bound),
-        "kill-one": lambda: kill_one(drills, args.bound),
-    }[args.kind]()
+    kinds = {
+        "elastic": elastic(drills, args.times, args.seed),
+        "preempt": preempt(drills, args.bound),
+        "kill-one": kill_one(drills, args.bound),
+    }
     rows = []
-    for name, drill in chosen:
+    for name, drill in itertools.chain(*kinds.values()) if args.kind == "all" else kinds[args.kind]:
         since = time.monotonic()
         try:
             outcome, lost = "ok", drill()

@@ -46,8 +46,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Commands of whole pages and benchmarks come after the tests of rooms."""
-    items.sort(key=lambda item: item.path.parent == REPOSITORY / "tests")
+    """Whole pages and benchmarks come before the tests of rooms: the longest at the end would run alone."""
+    items.sort(key=lambda item: item.path.parent != REPOSITORY / "tests")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -107,7 +107,7 @@ def test_the_batch_size_changes_nothing(folder: Path, alone: dict[str, bytes], b
     assert evaluated(folder, f"batches-of-{batch_size}", batch_size) == alone
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [4])
 def test_the_number_of_processes_changes_nothing(folder: Path, alone: dict[str, bytes], processes: int) -> None:
     launched = ("launch", "local", "--processes", processes, "--")
     assert evaluated(folder, f"by-{processes}", 8, *launched) == alone
