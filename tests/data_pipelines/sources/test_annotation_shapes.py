@@ -128,7 +128,6 @@ REFUSED: dict[str, tuple[Format, str, str, str]] = {
     "boxes": ("coco_captions", "a.json", '{"images": [], "annotations": [{"id": 1, "bbox": []}]}',
               "holds no captions: the fields of its annotations are id, bbox"),
     "no header": ("annotations", "a.csv", "p0.jpg,one\n", "begins with the line 'p0.jpg,one', expected a header"),
-    "kinetics": ("kinetics", "a.csv", "waving/a.mp4 0\n", "begins with the line 'waving/a.mp4 0', expected a header"),
     "damaged": ("annotations", "a.json", '{\n "image": "p0.jpg",\n', "is not valid JSON"),
 }  # fmt: skip
 

@@ -153,7 +153,7 @@ BAD = {
     "latin": ({"1.txt": b"caf\xe9"}, r"\.txt of sample a/1 is not UTF-8 text: unexpected end of data in line 1"),
     "json": ({"1.json": "{"}, r"\.json of sample a/1 is not valid JSON"),
     "list": ({"1.json": "[]"}, r"\.json of sample a/1 holds a list, expected named fields"),
-    "object": ({"1.json": '{"caption": [[]]}'}, r"a\.tar:1\.json row 1: \w+ holds "),
+    "object": ({"1.json": '{"caption": [["x"]]}'}, r"a\.tar:1\.json row 1: \w+ holds "),
 }
 
 
