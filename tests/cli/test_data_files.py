@@ -92,7 +92,7 @@ def test_validate_reports_and_its_status_tells(mplug2: Mplug2, tmp_path: Path, r
         in done.out
     )
     assert done.out.splitlines()[-1] == (
-        "0 of 2 records are usable: 2 would be lost (1 unreadable media, 1 records without image)"
+        "0 of 2 records are usable: 2 would be lost (1 unreadable media, 1 unreadable records)"
     )
 
 
