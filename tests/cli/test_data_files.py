@@ -88,8 +88,7 @@ def test_validate_reports_and_its_status_tells(mplug2: Mplug2, tmp_path: Path, r
     assert done.status == 1
     assert "video_text/web\n  2 records, 1 encoded pictures" in done.out
     assert (
-        "  1 unreadable media\n  1 unreadable records\n    bad/1: bad.tar:1.png cannot be read as an image"
-        in done.out
+        "  1 unreadable media\n  1 unreadable records\n    bad/1: bad.tar:1.png cannot be read as an image" in done.out
     )
     assert done.out.splitlines()[-1] == (
         "0 of 2 records are usable: 2 would be lost (1 unreadable media, 1 unreadable records)"

@@ -288,7 +288,7 @@ def uncached(graphdef, params, memory, mask, config, noise):
     return beam_search(step, start, b, config, TOKENS)
 
 
-@pytest.mark.parametrize(("beams", "extend"), [(1, False), (4, False), (4, True)])
+@pytest.mark.parametrize(("beams", "extend"), [(1, False), (4, True)])
 def test_hundreds_of_clips_are_told_the_same_without_a_cache(decoder, beams, extend):
     graphdef, params, _, _ = decoder
     clips = 300

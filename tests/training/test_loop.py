@@ -48,7 +48,10 @@ def test_a_run_explains_itself(tmp_path: Path, capsys) -> None:
     # Of every batch half comes from the tar, whose epoch is two batches.
     assert sum(line.get("data/skipped/tars", 0) for line in lines) == 2
     (listed,) = (tmp_path / "run" / "data-errors.jsonl").read_text().splitlines()
-    assert json.loads(listed)["reason"] == ".txt of sample a/03 is not UTF-8 text: invalid start byte in line 1; convert it"
+    assert (
+        json.loads(listed)["reason"]
+        == ".txt of sample a/03 is not UTF-8 text: invalid start byte in line 1; convert it"
+    )
 
 
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path: Path) -> None:
