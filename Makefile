@@ -34,9 +34,9 @@ FAST := tests/model tests/objectives tests/generation tests/data_pipelines
 .PHONY: demo test drills test-newest fast check lint types contract format constraints clean help
 
 help:
-	@echo "make demo   pretrain a tiny mPLUG-2 on pictures, clips and text, and look at its predictions (2 to 5 minutes)"
-	@echo "make test   lint, types, import contract and tests (8 to 15 minutes)"
-	@echo "make drills the long tests: whole runs, several processes, commands of every page (25 to 45 minutes)"
+	@echo "make demo   pretrain a tiny mPLUG-2 on pictures, clips and text, and look at its predictions (3 to 6 minutes)"
+	@echo "make test   lint, types, import contract and tests (8 to 12 minutes)"
+	@echo "make drills the long tests: whole runs, several processes, commands of every page (25 to 40 minutes)"
 
 demo: $(VENV)/.installed
 	$(BIN)/mplug2 train --config configs/demo.py --workdir $(DEMO)

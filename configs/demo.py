@@ -61,7 +61,7 @@ def get_config() -> ConfigDict:
     return as_recipe(
         RunConfig(
             name="demo",
-            steps=280,
+            steps=380,
             model=model_config("tiny", dtype="float32", attention_dropout=0.0, dropout=0.0, scan_unroll=4),
             tokenizer=TokenizerConfig(vocab_size=512),
             streams={
