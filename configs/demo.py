@@ -26,7 +26,7 @@ LENGTHS = {"text_length": 24, "instruction_length": 12, "target_length": 24}
 
 DESCRIBE = InstructionConfig(templates=("describe the picture", "what do we see?"), weight=1.0)
 DESCRIBE_CLIP = InstructionConfig(templates=("describe the clip", "what happens?"), weight=1.0)
-QUESTION = InstructionConfig(templates=("{question}",), weight=1.0)
+QUESTION = InstructionConfig(templates=("{question}",), weight=2.0)
 
 
 def get_config() -> ConfigDict:
