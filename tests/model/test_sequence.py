@@ -91,6 +91,7 @@ def test_causal_attention_is_not_split() -> None:
         attention(*qkv, causal=True, layout=CLIP)
 
 
+@pytest.mark.slow
 def test_a_model_reads_a_clip_whose_frames_and_tokens_are_split(monkeypatch) -> None:
     """Tower, universal layers and decoder, with dropout; matmuls as on a TPU, where nothing is flattened first."""
     monkeypatch.setattr(layers, "platform", lambda: "tpu")

@@ -278,6 +278,7 @@ def test_a_queue_forgets_its_oldest_and_begins_again_at_its_end():
     np.testing.assert_array_equal(queue.text[:, 0], [-3, -3, -1, -1, -2, -2])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("optimised")
 def test_memory_per_chip_does_not_change_with_the_number_of_chips():
     memory = []

@@ -72,6 +72,7 @@ def test_16_bits_halve_what_is_kept_and_stay_near_the_curve(plain, tokenizer: To
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_moments_on_the_host_change_nothing(plain, tokenizer: Tokenizer, tmp_path) -> None:
     config = masked_words(offload=True)
     state, losses = run(config, tokenizer)
