@@ -142,7 +142,7 @@ def make_example(
     if visual is not None:
         arrays["frames"] = visual.frames
     if config.form == "released":
-        record = _worded(record, config)
+        record = _drop_wordless(record, config)
     _check_record(record, config)
     if config.text_length:
         text, ids = _choose_text(record, config, tokenizer, rng)
@@ -169,7 +169,7 @@ def make_example(
     return Example(arrays, record.key, text, instruction, answers, times)
 
 
-def _worded(record: Record, config: ExampleConfig) -> Record:
+def _drop_wordless(record: Record, config: ExampleConfig) -> Record:
     """The record without captions, questions and texts of which the release's cleaning leaves no word."""
 
     def has_words(text: str) -> bool:

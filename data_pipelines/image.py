@@ -17,7 +17,7 @@ from data_pipelines.media import (
     check_size,
     head_of,
     image_formats,
-    is_picture,
+    is_image_file,
     reading,
 )
 
@@ -81,7 +81,7 @@ def open_image(media: Media) -> Iterator[Picture]:
 
 @contextmanager
 def open_pillow(media: Media, data: bytes | str) -> Iterator[Image.Image]:
-    """What Pillow makes of a picture's bytes or local path; its first frame is decoded, but of a JPEG.
+    """Open an image with Pillow, from bytes or a local path; its first frame is decoded, except for a JPEG.
 
     Raises:
         DataError: it is larger than ``MAX_PIXELS``.
@@ -90,7 +90,7 @@ def open_pillow(media: Media, data: bytes | str) -> Iterator[Image.Image]:
     try:
         image = _load(media, data)
     except UnidentifiedImageError as error:
-        raise ValueError(_what_instead(head_of(data))) from error
+        raise ValueError(_explain_unidentified(head_of(data))) from error
     except ValueError:  # Pillow refuses large texts and profiles of PNG, and the pixels need neither
         pixels = _pixels_of_png(data)
         if pixels is None:
@@ -123,13 +123,13 @@ def _scale_transparency(image: ImageFile.ImageFile) -> None:
         image.info["transparency"] = tuple(value >> 8 for value in colour)
 
 
-def _what_instead(head: bytes) -> str:
-    """Why Pillow does not know a file that begins so."""
+def _explain_unidentified(head: bytes) -> str:
+    """Explain by a file's first bytes why Pillow cannot identify it."""
     if head[4:11] == b"ftypavi" and not features.check("avif"):
         return "it is an AVIF, which needs Pillow 11.3 or newer"
     if head[4:10] in (b"ftyphe", b"ftypmi") and "HEIF" not in image_formats():
         return "it is a HEIC, which needs the package pillow-heif (mplug2-jax[heif])"
-    if is_picture(head):
+    if is_image_file(head):
         return "its header is damaged"
     if head[4:8] == b"ftyp" or head.startswith(b"\x1aE\xdf\xa3") or (head[:4] == b"RIFF" and head[8:11] == b"AVI"):
         return "it is a clip, for sources of kind 'video'"
@@ -195,9 +195,9 @@ def _to_grey(image: Image.Image) -> Image.Image:
 
 
 def _full_scale(values: np.ndarray) -> int:
-    """What is white in values that no format says it of: 1 (of floats), 255, 65,535, or (of integers) 2**31 - 1.
+    """Infer the value of white from the pixels: 1 (floats only), 255, 65,535, or 2**31 - 1 (integers only).
 
-    It is the least that is not exceeded; to be sure, the largest value must be an eighth of it, unless it is 1.
+    It is the smallest of these that no pixel exceeds. Above 1, the largest pixel must be at least an eighth of it.
 
     Raises:
         ValueError: there is none, or values below 0 or not finite.

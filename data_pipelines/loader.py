@@ -19,6 +19,7 @@ from data_pipelines.config import DataConfig, Kind
 from data_pipelines.errors import DataError
 from data_pipelines.examples import Example, make_example, reference_ids
 from data_pipelines.faults import Fault
+from data_pipelines.media import NOUNS
 from data_pipelines.order import WHOLE, Pick, Rows, Shard, endless_order
 from data_pipelines.record import Record, Source
 from data_pipelines.sources.fingerprint import fingerprint
@@ -47,9 +48,6 @@ class LoadedBatch(NamedTuple):
     rows: Sequence[Made]
 
 
-_ARTICLES: Mapping[str, str] = {"image": "an image", "video": "a video"}
-
-
 class _Unusable(DataError):
     """One record that cannot be used."""
 
@@ -58,8 +56,8 @@ class _Unusable(DataError):
         self.fault = fault
 
 
-class Maker:
-    """The opened sources of a stream, and how one of their records becomes an example.
+class ExampleBuilder:
+    """Open the sources of a stream, and build examples of their records.
 
     Args:
         config: the stream's.
@@ -83,7 +81,7 @@ class Maker:
 
     @property
     def kind(self) -> Kind:
-        """What the records are taken for."""
+        """Return the kind of its records: image, video or text."""
         return self._config.kind
 
     def make(self, pick: Pick, view: int = 0) -> Example:
@@ -92,30 +90,30 @@ class Maker:
         try:
             record = self.sources[pick.source][pick.index]
             key = record.key
-            return self.tell(record, pick, self.see(record, pick, view))
+            return self.build(record, pick, self.decode(record, pick, view))
         except DataError as error:
             raise _Unusable(Fault(pick.source, key, str(error))) from error
         except Exception as error:
             error.add_note(f"while making an example of {key} of source '{pick.source}'")
             raise
 
-    def see(self, record: Record, pick: Pick, view: int = 0) -> Visual | None:
-        """The frames of a record; None of a text. Raises DataError if it has none, or none that can be read."""
+    def decode(self, record: Record, pick: Pick, view: int = 0) -> Visual | None:
+        """Decode the frames of a record; None for a text. Raises DataError if they are missing or damaged."""
         kind = self.kind
         if kind == "text":
             if not (record.texts or record.captions or record.questions or record.entailments or record.tokens):
                 raise DataError(f"record {record.key} has no text, which its stream is made of")
             return None
         if record.media is not None and record.media.kind != kind:
-            found, wanted = (_ARTICLES[each] for each in (record.media.kind, kind))
+            found, wanted = (NOUNS[each] for each in (record.media.kind, kind))
             raise DataError(f"{record.media.name} is taken for {found}, expected {wanted}; set the source's kind")
         seen = record.frames if record.media is None else record.media
         if seen is None:
             raise DataError(f"record {record.key} has no {kind}, which its stream is made of")
         return load_visual(seen, self._visual, pick.rng(self._seed, self._name, "visual"), view)
 
-    def tell(self, record: Record, pick: Pick, visual: Visual | None) -> Example:
-        """The example of a record, of which this is seen. Raises DataError if it lacks what is asked for."""
+    def build(self, record: Record, pick: Pick, visual: Visual | None) -> Example:
+        """Build the example of a record with its decoded frames. Raises DataError if a text or answer is missing."""
         rng = pick.rng(self._seed, self._name, "text")
         example = make_example(
             record, self._config.examples, self._tokenizer, rng, visual, pick.source if len(self.sources) > 1 else ""
@@ -169,20 +167,20 @@ class Stream:
             if (count := getattr(config.visual, field)) > 1:
                 raise DataError(f"visual.{field}={count} is for evaluations: training sees one view of an example")
         self._config, self._tokenizer, self._seed = config, tokenizer, seed
-        self._maker = Maker(config, tokenizer, name, seed)
+        self._builder = ExampleBuilder(config, tokenizer, name, seed)
         multiple = config.batch_size if config.drop_remainder else 1
-        for key, source in self._maker.sources.items():
+        for key, source in self._builder.sources.items():
             if len(source) < multiple:
                 raise DataError(
                     f"sources.{key} has {len(source)} records, too few for a batch of {multiple} with drop_remainder"
                 )
         self._order = endless_order(self.records, self.shares(), stream=name, seed=seed, multiple=multiple)
-        self.examples: grain.MapDataset[Made] = self._order.map(self._maker.make_or_replace)
+        self.examples: grain.MapDataset[Made] = self._order.map(self._builder.make_or_replace)
 
     @property
     def records(self) -> Mapping[str, int]:
         """Number of records of each source."""
-        return {name: len(source) for name, source in self._maker.sources.items()}
+        return {name: len(source) for name, source in self._builder.sources.items()}
 
     def shares(self) -> Mapping[str, float]:
         """How much of the mixture each source is; the shares add up to 1."""
@@ -214,7 +212,7 @@ class Stream:
         No picture is decoded. Records without captions, or that cannot be read, are left out.
         """
         stride = -(-sum(self.records.values()) // most)
-        for source in self._maker.sources.values():
+        for source in self._builder.sources.values():
             for index in range(0, len(source), stride):
                 with contextlib.suppress(DataError):
                     if captions := source[index].captions:
@@ -253,15 +251,15 @@ class EvaluationSet:
     """The examples of a stream's sources, one source after the other, each in its own order.
 
     A record that cannot be used is left out, not replaced: nothing may count twice. Where there are several views of
-    each, row r of the batches is view r % views of example r // views. The arguments are those of ``Maker``.
+    each, row r of the batches is view r % views of example r // views. The arguments are those of ``ExampleBuilder``.
     """
 
     def __init__(
         self, config: DataConfig, tokenizer: Tokenizer, *, name: str, seed: int, least_answers: int = 0
     ) -> None:
         self._config = config
-        self._maker = Maker(config, tokenizer, name, seed, least_answers=least_answers)
-        self._picks = [(name, len(source)) for name, source in self._maker.sources.items()]
+        self._builder = ExampleBuilder(config, tokenizer, name, seed, least_answers=least_answers)
+        self._picks = [(name, len(source)) for name, source in self._builder.sources.items()]
         self.views = config.visual.views
 
     def __len__(self) -> int:
@@ -280,7 +278,7 @@ class EvaluationSet:
 
     def __getitem__(self, index: int) -> Example:
         """One example. Raises DataError if its record cannot be used."""
-        return self._maker.make(self._pick(index))
+        return self._builder.make(self._pick(index))
 
     def each(self, indices: Sequence[int]) -> Iterator[Example]:
         """Examples in any order, made ahead as those of batches are. Raises DataError as for one."""
@@ -289,7 +287,7 @@ class EvaluationSet:
 
     def first(self) -> Example:
         """The first example that can be made. Raises DataError if none of those that were tried can."""
-        return self._maker.make_or_replace(self._pick(0)).example
+        return self._builder.make_or_replace(self._pick(0)).example
 
     def batches(self, shard: Shard = WHOLE, start: int = 0) -> Iterator[EvaluationBatch]:
         """This host's rows of every batch from row ``start`` on; the last batch is padded."""
@@ -309,7 +307,7 @@ class EvaluationSet:
         if index >= len(self):
             return _Padding()
         try:
-            return self._maker.make(self._pick(index), view)
+            return self._builder.make(self._pick(index), view)
         except _Unusable as unusable:
             return unusable.fault
 

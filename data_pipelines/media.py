@@ -51,6 +51,9 @@ VIDEO_SUFFIXES = (*(suffix for suffixes in VIDEOS.values() for suffix in suffixe
 """The most usual first."""
 
 
+NOUNS: Mapping[str, str] = {"image": "an image", "video": "a video"}
+"""Kinds of media in sentences."""
+
 HEAD = 4096
 """Bytes at the beginning of a file that tell what it is."""
 
@@ -106,14 +109,14 @@ def head_of(data: bytes | str) -> bytes:
 
 
 def is_animation(head: bytes) -> bool:
-    """Whether a file that begins so is a GIF, or a WebP, PNG or AVIF made for several frames."""
+    """Return whether a file's first bytes are those of a GIF, or of an animated WebP, PNG or AVIF."""
     webp = head[:4] == b"RIFF" and head[8:16] == b"WEBPVP8X" and bool(head[20:21] and head[20] & 2)
     png = head.startswith(PNG) and b"acTL" in head.partition(b"IDAT")[0]
     return webp or png or head[4:12] == b"ftypavis" or head[:6] in (b"GIF87a", b"GIF89a")
 
 
-def is_picture(head: bytes) -> bool:
-    """Whether a file that begins so is of Pillow's formats, and of none that ``video.py`` reads."""
+def is_image_file(head: bytes) -> bool:
+    """Return whether a file's first bytes are those of a JPEG, PNG, WebP, AVIF or HEIC: Pillow decodes these."""
     webp = head[:4] == b"RIFF" and head[8:12] == b"WEBP"
     return webp or head.startswith((PNG, b"\xff\xd8\xff")) or (head[4:8] == b"ftyp" and head[8:12] in _BRANDS)
 
@@ -137,10 +140,11 @@ def reading(media: Media) -> Iterator[bytes | str]:
         raise
     # Decoders raise nearly anything on damaged bytes: OSError, ValueError, SyntaxError, struct.error, EOFError, ...
     except Exception as error:
-        what = "an image" if media.kind == "image" else "a video"
         reason = getattr(error, "strerror", None) or str(error).split("\n")[0] or type(error).__name__
         reason = reason.split(" <_io.")[0]  # an address differs every time, and the same fault would be another
-        raise DataError(f"{media.name} cannot be read as {what}: {reason}; replace or remove the file") from error
+        raise DataError(
+            f"{media.name} cannot be read as {NOUNS[media.kind]}: {reason}; replace or remove the file"
+        ) from error
 
 
 def _fetch(media: Media) -> bytes | str:

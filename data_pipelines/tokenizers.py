@@ -69,10 +69,10 @@ def _frame(pieces: list[int], cls_id: int, sep_id: int, max_length: int | None, 
     return [cls_id, *pieces[:room], *ends]
 
 
-def as_said(tokenizer: Tokenizer, text: str) -> str:
-    """A text as a model can say it at best: encoded whole and decoded.
+def round_trip(tokenizer: Tokenizer, text: str) -> str:
+    """Return a text encoded and decoded, which is the closest that a model can generate.
 
-    What the vocabulary does not know becomes U+FFFD, which no model says: else all of it would be one word.
+    Unknown tokens become U+FFFD, which no model generates: otherwise all unknown words would be equal.
     """
     return tokenizer.decode(tokenizer.encode(text)).replace("[UNK]", "\ufffd")
 

@@ -13,7 +13,7 @@ import numpy as np
 from data_pipelines.errors import DataError
 from data_pipelines.examples import example_id
 from data_pipelines.faults import Fault
-from data_pipelines.loader import Maker
+from data_pipelines.loader import ExampleBuilder
 from data_pipelines.media import Media
 from data_pipelines.order import Pick
 from data_pipelines.record import Source
@@ -53,19 +53,19 @@ class _Checked:
     reason: str = ""
 
 
-def validate(maker: Maker, name: str, *, views: int = 1, threads: int = 2) -> Findings:
+def validate(builder: ExampleBuilder, name: str, *, views: int = 1, threads: int = 2) -> Findings:
     """Make the example of every record of a source, as the first epoch of training does.
 
     Args:
-        maker: of the examples of the stream or evaluation.
-        name: of the source among the maker's.
+        builder: of the examples of the stream or evaluation.
+        name: of the source among the builder's.
         views: of each record that an evaluation looks at.
         threads: that decode.
     """
-    source = maker.sources[name]
+    source = builder.sources[name]
     found, hashes = Findings(), np.empty(len(source), np.int64)
     indices: grain.MapDataset[int] = grain.MapDataset.range(len(source))
-    checks = indices.map(lambda index: _check(maker, Pick(name, index, 0), views))
+    checks = indices.map(lambda index: _check(builder, Pick(name, index, 0), views))
     for index, checked in enumerate(checks.to_iter_dataset(grain.ReadOptions(threads, 32 * threads))):
         found.records += 1
         found.pictures += checked.media == "image"
@@ -82,26 +82,26 @@ def validate(maker: Maker, name: str, *, views: int = 1, threads: int = 2) -> Fi
     return found
 
 
-def _check(maker: Maker, pick: Pick, views: int) -> _Checked:
+def _check(builder: ExampleBuilder, pick: Pick, views: int) -> _Checked:
     """One record; whatever is wrong with it is kept, not raised."""
     try:
-        record = maker.sources[pick.source][pick.index]
+        record = builder.sources[pick.source][pick.index]
     except DataError as error:
         return _Checked(f"record {pick.index}", lost="unreadable records", reason=str(error))
     media, seen = record.media, None
     words = tuple(len(text.split()) for text in (*record.captions, *record.texts))
     checked = _Checked(record.key, media.kind if media else "", words)
-    if maker.kind == "text" or (media is None and record.frames is None):
-        lost = f"records without {maker.kind}"
-    elif media and media.kind != maker.kind:
+    if builder.kind == "text" or (media is None and record.frames is None):
+        lost = f"records without {builder.kind}"
+    elif media and media.kind != builder.kind:
         lost = "media of another kind"
     else:
         lost = "missing media" if media and _is_missing(media) else "unreadable media"
     try:
         for view in range(views):
-            seen = maker.see(record, pick, view)
+            seen = builder.decode(record, pick, view)
         lost = "records that lack what is asked for"
-        maker.tell(record, pick, seen)
+        builder.build(record, pick, seen)
     except DataError as error:
         return dataclasses.replace(checked, lost=lost, reason=str(error))
     return dataclasses.replace(checked, seconds=_seconds(media) if media and media.kind == "video" else None)

@@ -22,7 +22,7 @@ from PIL import Image
 from data_pipelines.config import WHITE, Colour
 from data_pipelines.errors import DataError
 from data_pipelines.image import flatten, open_pillow, to_rgb
-from data_pipelines.media import MAX_PIXELS, VIDEOS, Media, check_size, head_of, is_animation, is_picture, reading
+from data_pipelines.media import MAX_PIXELS, VIDEOS, Media, check_size, head_of, is_animation, is_image_file, reading
 
 MAX_FRAMES = 500_000
 """Of one video: four and a half hours at 30 frames per second."""
@@ -76,7 +76,7 @@ def read_video(
         return take(frame)
 
     with reading(media) as data:
-        if is_picture(head := head_of(data)):
+        if is_image_file(head := head_of(data)):
             if not is_animation(head):
                 raise DataError(f"{media.name} is a still picture, expected a clip; read it with kind 'image'")
             with open_pillow(media, data) as image:

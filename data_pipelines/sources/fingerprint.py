@@ -10,11 +10,11 @@ from typing import Any
 
 from data_pipelines.config import SourceConfig
 from data_pipelines.errors import DataError
-from data_pipelines.sources.files import file_system, find_files, is_url, read_bytes
+from data_pipelines.sources.files import file_system, find_files, is_hidden, is_url, read_bytes
 from data_pipelines.sources.loose_files import kind_of
 
-BEGUN, HEAD = 16, 2**20
-"""So many files, evenly chosen, are read, each up to so many bytes."""
+MAX_FILES, MAX_BYTES = 16, 2**20
+"""How many files, evenly spaced, are read, and how many bytes of each."""
 _FOLDERS = {"files", "image_folder", "tfds"}
 """Formats whose records are all files below a folder."""
 _SUFFIXES = {"array_record": (".array_record",), "webdataset": (".tar",)}
@@ -34,9 +34,9 @@ def fingerprint(config: SourceConfig) -> Mapping[str, Any]:
     digest, names = hashlib.sha256(), sorted(sizes)
     for name in names:
         digest.update(f"{name}\0{sizes[name][1]}\0".encode(errors="surrogatepass"))
-    for name in names[:: -(-len(names) // BEGUN) or 1]:
+    for name in names[:: -(-len(names) // MAX_FILES) or 1]:
         path, size = sizes[name]
-        digest.update(read_bytes(path, 0, min(size, HEAD)))
+        digest.update(read_bytes(path, 0, min(size, MAX_BYTES)))
     return {
         "files": len(names), "bytes": sum(size for _, size in sizes.values()), "digest": digest.hexdigest()[:16]
     }  # fmt: skip
@@ -68,7 +68,7 @@ def _sizes(config: SourceConfig) -> dict[str, tuple[str, int]]:
 
 def _is_read(name: str, config: SourceConfig) -> bool:
     """Whether a file of a folder is one that the format takes, by its name."""
-    if any(part.startswith((".", "@")) for part in PurePosixPath(name).parts):
+    if is_hidden(name):
         return False
     if config.format in _FOLDERS:
         return config.format == "tfds" or kind_of(name) == config.kind

@@ -37,7 +37,7 @@ SUFFIX = ".index"
 MEMBERS = frozenset({*IMAGE_SUFFIXES, *VIDEO_SUFFIXES, ".cls", ".json", ".txt"})
 """The extensions that records are made of; other members are passed over, and what is hidden."""
 
-AGAIN = "again"
+DUPLICATED = "again"
 """Stands beside a sample's extensions where it has a member twice, and nothing tells which belong together."""
 
 _MAGIC = b"mp2tar02"
@@ -198,7 +198,7 @@ def _build(path: str, tar: list[Any]) -> bytes:
     names = list(rows)
     table = {extension: np.array(numbers, np.int64).reshape(-1, 3) for extension, numbers in found.items()}
     if names:
-        _part_again(names, table)
+        _split_duplicates(names, table)
     extensions = sorted(table)
     spans = np.full((len(names), len(extensions), 2), -1, np.int64)
     for column, extension in enumerate(extensions):
@@ -212,7 +212,7 @@ def _build(path: str, tar: list[Any]) -> bytes:
     return pack_index(np.frombuffer(bytes(keys), np.uint8), np.array(ends, np.int64), spans[kept], extensions, tar)
 
 
-def _part_again(names: list[str], table: dict[str, Int[np.ndarray, "members 3"]]) -> None:
+def _split_duplicates(names: list[str], table: dict[str, Int[np.ndarray, "members 3"]]) -> None:
     """Gives members that come again to samples of their own (NAME@2, ...), or marks their sample, in place."""
     seen = np.concatenate([np.unique(members[:, 0]) for members in table.values()])
     counts = np.bincount(np.concatenate([members[:, 0] for members in table.values()]), minlength=len(names))
@@ -236,7 +236,7 @@ def _part_again(names: list[str], table: dict[str, Int[np.ndarray, "members 3"]]
                 table[extension][number, 0] = len(names)
             names.append(f"{names[row]}@{count}")
     if marked:
-        table[AGAIN] = np.array(marked, np.int64)
+        table[DUPLICATED] = np.array(marked, np.int64)
 
 
 def _samples(

@@ -3,7 +3,6 @@
 import bisect
 import dataclasses
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
@@ -13,12 +12,12 @@ from data_pipelines.errors import DataError
 from data_pipelines.media import HEAD, Media
 from data_pipelines.record import Record
 from data_pipelines.sources.annotations import fields
-from data_pipelines.sources.annotations.rows import Row
+from data_pipelines.sources.annotations.rows import Row, normalize_name, parse_json
 from data_pipelines.sources.annotations.source import Place
 from data_pipelines.sources.files import decode_text, find_files, kind_for, media_kind
-from data_pipelines.sources.tar_index import AGAIN, TarIndex
+from data_pipelines.sources.tar_index import DUPLICATED, TarIndex
 
-_OF_FILES = frozenset(name.casefold() for name in (*fields.PICTURE, *fields.IDS))
+_OF_FILES = frozenset(normalize_name(name) for name in (*fields.PICTURE, *fields.IDS))
 _KNOWN = (*fields.CAPTIONS, *fields.TEXTS, "question", *fields.SUMMARY, *fields.BOX, *fields.LABEL)
 
 
@@ -52,7 +51,7 @@ class WebDatasetSource:
         tar, archive = self._tars[shard], self._names[shard]
         name, members = tar[index - (self._ends[shard - 1] if shard else 0)]
         key = f"{archive.removesuffix('.tar')}/{name}"
-        if AGAIN in members:
+        if DUPLICATED in members:
             raise DataError(f"sample {key} has members twice, and nothing tells which belong together; write it anew")
         texts = {
             ext: decode_text(tar.read(members, ext), f"{ext} of sample {key}")
@@ -60,29 +59,27 @@ class WebDatasetSource:
             if ext in members
         }
         values = _json(texts.get(".json"), key)
-        record = self._said(key, values, f"{archive}:{name}.json")
+        record, changes = self._json_record(key, values, f"{archive}:{name}.json"), dict[str, Any]()
         if ".txt" in texts:
-            said, of_text = tuple(filter(None, [texts[".txt"].strip()])), self._kind == "text"
-            record = dataclasses.replace(record, captions=() if of_text else said, texts=said if of_text else ())
+            of_text = self._kind == "text"
+            changes |= {"texts" if of_text else "captions": (texts[".txt"],), "captions" if of_text else "texts": ()}
+        elif self._kind != "text":
+            changes["captions"] = record.captions or record.texts
         if ".cls" in texts:
-            record = dataclasses.replace(record, label=texts[".cls"].strip())
-        if self._kind == "text":
-            return record
-        media = self._media(tar, members, f"{archive}:{name}")
-        if media is None:
-            why = ": ".join(str(values[name]) for name in ("status", "error_message") if values.get(name))
-            raise DataError(
-                f"sample {key} has no {self._kind}, only {', '.join(members)}{why and f' ({why})'}; leave it out"
-            )
-        return dataclasses.replace(record, media=media)
+            changes["label"] = texts[".cls"]
+        if self._kind != "text":
+            changes["media"] = self._media(tar, members, f"{archive}:{name}")
+            if changes["media"] is None:
+                why = ": ".join(str(values[name]) for name in ("status", "error_message") if values.get(name))
+                raise DataError(
+                    f"sample {key} has no {self._kind}, only {', '.join(members)}{why and f' ({why})'}; leave it out"
+                )
+        return dataclasses.replace(record, key=key, picture="", **changes)
 
-    def _said(self, key: str, values: Mapping[str, Any], where: str) -> Record:
-        """What the fields of a sample's JSON say; what they call its picture is not looked for."""
-        row = Row(where, 1, {name: value for name, value in values.items() if name.casefold() not in _OF_FILES})
-        if row.find(_KNOWN) is None:
-            return Record(key)
-        record = dataclasses.replace(fields.make(row, Place("", self._kind)), key=key, picture="")
-        return record if self._kind == "text" else dataclasses.replace(record, captions=record.captions or record.texts)
+    def _json_record(self, key: str, values: Mapping[str, Any], where: str) -> Record:
+        """Return what the fields of a sample's JSON say; those that name its picture or itself are not read."""
+        row = Row(where, 1, {name: value for name, value in values.items() if normalize_name(name) not in _OF_FILES})
+        return Record(key) if row.find(_KNOWN) is None else fields.make(row, Place("", self._kind))
 
     def _media(self, tar: TarIndex, members: Mapping[str, tuple[int, int]], name: str) -> Media | None:
         named = {extension: kind for extension in members if (kind := media_kind(f"x{extension}"))}
@@ -110,7 +107,7 @@ def _json(text: str | None, key: str) -> Mapping[str, Any]:
     if text is None:
         return {}
     try:
-        fields = json.loads(text, parse_constant=lambda constant: None)  # NaN stands for what is missing
+        fields = parse_json(text)
     except (ValueError, RecursionError) as error:
         raise DataError(f".json of sample {key} is not valid JSON ({error})") from error
     if not isinstance(fields, dict):

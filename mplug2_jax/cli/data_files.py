@@ -14,7 +14,7 @@ from mplug2_jax.errors import UserError, check_range, did_you_mean
 
 if TYPE_CHECKING:
     from data_pipelines.config import DataConfig, SourceConfig
-    from data_pipelines.loader import Maker
+    from data_pipelines.loader import ExampleBuilder
     from data_pipelines.tokenizers import Tokenizer
     from data_pipelines.validate import Findings
     from mplug2_jax.training.config import RunConfig
@@ -125,9 +125,9 @@ def run_validate(args: argparse.Namespace) -> int:
     if args.overrides and not recipe:
         raise UserError(f"{args.overrides[0]} is for recipes, and {args.spec} is none; use --kind, --media, --split")
     reports = []
-    for prefix, data, maker, notes in _recipe_makers(args) if recipe else _only(args):
+    for prefix, data, builder, notes in _recipe_data(args) if recipe else _single_source(args):
         for name, source in data.sources.items():
-            found = validate(maker, name, views=data.visual.views)
+            found = validate(builder, name, views=data.visual.views)
             changed = _changed_shards(source.path) if source.format == "array_record" else []
             reports.append(_Report(f"{prefix}{name}", found, notes, changed))
             notes = []  # what was said when the sources were opened is said once
@@ -214,32 +214,32 @@ def _changed_shards(path: str) -> list[str]:
     return [file for file in find_files(path, SUFFIX) if check_shard(Path(file)) is False]
 
 
-Made = tuple[str, "DataConfig", "Maker", list[str]]
+DataSet = tuple[str, "DataConfig", "ExampleBuilder", list[str]]
 """What to put before the sources' names, the sources, what makes examples of them, and what was said on opening."""
 
 
-def _only(args: argparse.Namespace) -> Iterator[Made]:
+def _single_source(args: argparse.Namespace) -> Iterator[DataSet]:
     from data_pipelines.config import DataConfig, ExampleConfig
     from data_pipelines.tokenizers import SPECIAL_TOKENS, WordPieceTokenizer
 
     data = DataConfig(sources={args.spec: _source(args)}, examples=ExampleConfig(), batch_size=1)
     # Without a recipe no text is asked for, so nothing is encoded.
-    yield "", data, *_opened(data, WordPieceTokenizer(SPECIAL_TOKENS), args.spec, 0)
+    yield "", data, *_open_builder(data, WordPieceTokenizer(SPECIAL_TOKENS), args.spec, 0)
 
 
-def _opened(
+def _open_builder(
     data: "DataConfig", tokenizer: "Tokenizer", name: str, seed: int, least_answers: int = 0
-) -> "tuple[Maker, list[str]]":
+) -> "tuple[ExampleBuilder, list[str]]":
     """What makes the examples, and what was said on opening its sources."""
-    from data_pipelines.loader import Maker
+    from data_pipelines.loader import ExampleBuilder
 
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        maker = Maker(data, tokenizer, name, seed, least_answers=least_answers)
-    return maker, [str(warning.message) for warning in said if warning.category is UserWarning]
+        builder = ExampleBuilder(data, tokenizer, name, seed, least_answers=least_answers)
+    return builder, [str(warning.message) for warning in said if warning.category is UserWarning]
 
 
-def _recipe_makers(args: argparse.Namespace) -> Iterator[Made]:
+def _recipe_data(args: argparse.Namespace) -> Iterator[DataSet]:
     """The streams of a recipe and its evaluations, in their order."""
     from data_pipelines.sources.formats import parse_spec
     from mplug2_jax.config import build, find_recipe, load_recipe
@@ -260,7 +260,7 @@ def _recipe_makers(args: argparse.Namespace) -> Iterator[Made]:
         for name, evaluation in config.evaluations.items()
     ]
     for prefix, name, data, least in read:
-        yield prefix, data, *_opened(data, tokenizer, name, config.seed, least)
+        yield prefix, data, *_open_builder(data, tokenizer, name, config.seed, least)
 
 
 def run_convert(args: argparse.Namespace) -> int:

@@ -63,15 +63,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _train(config: "RunConfig", workdir: Path, overrides: Sequence[str]) -> int:
-    with _leaving_at_once():
+    with _exit_on_sigterm():
         from mplug2_jax.parallel.processes import is_first, join
         from mplug2_jax.training.loop import train
-        from mplug2_jax.training.starting import sized_as_begun
+        from mplug2_jax.training.starting import with_checkpoint_sizes
         from mplug2_jax.training.workdir import WorkDir
 
     join()
     begun = WorkDir(workdir).read_config() if WorkDir(workdir).exists() else None
-    config, said = sized_as_begun(config, overrides, begun)
+    config, said = with_checkpoint_sizes(config, overrides, begun)
     if said and is_first():
         print(said, flush=True)
     results = train(config, workdir)
@@ -88,7 +88,7 @@ def _train(config: "RunConfig", workdir: Path, overrides: Sequence[str]) -> int:
 
 
 @contextlib.contextmanager
-def _leaving_at_once() -> Iterator[None]:
+def _exit_on_sigterm() -> Iterator[None]:
     """A context in which SIGTERM ends the process with the status that asks for another start: nothing is lost yet."""
 
     def leave(number: int, frame: object) -> None:

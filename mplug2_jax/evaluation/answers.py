@@ -1,7 +1,6 @@
 """A list of all answers that may be given, from a file to the token ids that a search is held to."""
 
 import json
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -16,8 +15,6 @@ from data_pipelines.tokenizers import Tokenizer
 from mplug2_jax.errors import UserError
 from mplug2_jax.generation.config import SearchConfig
 from mplug2_jax.generation.constrained import NOTHING
-
-_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 
 
 def never_right(

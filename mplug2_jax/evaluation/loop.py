@@ -20,7 +20,7 @@ from data_pipelines.faults import Fault, check_share
 from data_pipelines.loader import EvaluationSet
 from data_pipelines.order import Shard
 from data_pipelines.sources.files import write_atomically
-from data_pipelines.tokenizers import Tokenizer, as_said
+from data_pipelines.tokenizers import Tokenizer, round_trip
 from mplug2_jax.errors import UserError, check_range
 from mplug2_jax.evaluation.answers import never_right, read_answers
 from mplug2_jax.evaluation.config import EvaluationConfig
@@ -129,9 +129,9 @@ class Evaluation:
         if task.match is not None:
             self._matching = Matching(task.match, self._set, rows, definition, context, mesh)
         self._refine, self._context = task.refine, context
-        self._as_said: Callable[[str], str] = str
+        self._round_trip: Callable[[str], str] = str
         if "decoder" in task.parts and config.data.examples.form == "standard":  # the release compares as it is
-            self._as_said = functools.partial(as_said, tokenizer)
+            self._round_trip = functools.partial(round_trip, tokenizer)
 
     def run(
         self, params: Params, step: int, between_batches: Callable[[str], None] = lambda phase: None
@@ -171,7 +171,7 @@ class Evaluation:
         places = list(examples)
         predictions = _chosen(rows, np.asarray(places, np.int64), views)
         reader = reader_of(self._config.data.examples, self._tokenizer)
-        alike = functools.cache(self._as_said)
+        alike = functools.cache(self._round_trip)
         judged = [dataclasses.replace(each, answers=tuple(map(alike, each.answers))) for each in examples.values()]
         with jax.set_mesh(self._mesh):
             if self._refine is not None and self._matching is not None:

@@ -1,12 +1,15 @@
 """A run and the machines it is for, checked before anybody waits for them; and what a target makes of both."""
 
 import ast
+import contextlib
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from data_pipelines.errors import DataError
+from data_pipelines.sources.files import find_files
 from mplug2_jax.config import build, find_recipe, load_recipe, shipped_recipes
 from mplug2_jax.errors import UserError, check_range
 from mplug2_jax.parallel.chips import Topology, parse_topology
@@ -100,7 +103,7 @@ def make_job(plan: PlanFile, *, workdir: str, name: str | None, grace: int, max_
     check_range("--grace", grace, 1, 3600)
     check_range("--max-restarts", max_restarts, 0)
     run = build(RunConfig, load_recipe(plan.config, plan.overrides))
-    config, recipe = carried(plan.config)
+    config, recipe = bundle_recipe(plan.config)
     mesh = run.mesh
     replicas = abstract_mesh(mesh, topology.devices).shape["replica"]
     if replicas % topology.slices:
@@ -147,7 +150,7 @@ def check_tpu(job: Job, target: str) -> None:
         )
 
 
-def carried(spec: str) -> tuple[str, Recipe | None]:
+def bundle_recipe(spec: str) -> tuple[str, Recipe | None]:
     """Return a recipe as a job names it, and the file if it is none of the package's, which the job must bring.
 
     Raises:
@@ -214,12 +217,19 @@ def notes_on(job: Job, mounted: str | None) -> tuple[str, ...]:
             why = "whether it is there, and may be read, cannot be known from here"
         elif mounted:
             why = f"the containers have {mounted} and what the image holds, nothing else; put it there, or give a URL"
-        elif next(Path(path).parent.glob(Path(path).name), None) is None:
+        elif not _exists(path):
             why = "it is not here; the nodes must have it"
         else:
             why = "it is here; whether the nodes see it, too, cannot be known from here"
         notes.append(f"{field}={path}: {why}")
     return tuple(notes)
+
+
+def _exists(path: str) -> bool:
+    """Return whether a file, a folder, or all files of a pattern are on this machine."""
+    with contextlib.suppress(DataError):
+        return Path(path).exists() or bool(find_files(path, ""))
+    return False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,7 +26,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from mplug2_jax.errors import UserError
-from mplug2_jax.parallel.slurm import first_host, own_devices
+from mplug2_jax.parallel.slurm import first_host, local_device_ids
 
 HEARTBEAT_SECONDS = 30
 """A process that was silent for so long is taken for dead, and JAX ends the others."""
@@ -93,7 +93,7 @@ def _by_slurm(environment: Mapping[str, str]) -> Cluster:
     if not _number(environment, "SLURM_STEP_NUM_NODES"):
         raise UserError("SLURM_STEP_NUM_NODES=0 should be at least 1")
     _number(environment, "SLURM_LOCALID")
-    host, local = first_host(nodes), own_devices(environment)
+    host, local = first_host(nodes), local_device_ids(environment)
     # Jobs that share a node need ports of their own.
     address = f"{host}:{PORT + job % 4096}"
     return _checked(Cluster(f"SLURM job {job}", address, count, index, local))

@@ -34,7 +34,7 @@ def first_host(nodes: str) -> str:
     return name
 
 
-def own_devices(environment: Mapping[str, str]) -> tuple[int, ...] | None:
+def local_device_ids(environment: Mapping[str, str]) -> tuple[int, ...] | None:
     """Return which of the accelerators that this task can see are its own; None: all.
 
     A task that SLURM bound sees no others than its own. Tasks that it did not bind all see those of their node, and
@@ -45,10 +45,10 @@ def own_devices(environment: Mapping[str, str]) -> tuple[int, ...] | None:
     Raises:
         UserError: accelerators that the tasks of a node cannot share evenly.
     """
-    tasks = _tasks_here(environment)
+    tasks = _tasks_on_node(environment)
     if tasks == 1 or environment.get("JAX_PLATFORMS") == "cpu":
         return None
-    local, each, there = int(environment["SLURM_LOCALID"]), _of_a_task(environment), _of_the_node(environment)
+    local, each, there = int(environment["SLURM_LOCALID"]), _gpus_per_task(environment), _gpus_on_node(environment)
     lists = [environment[name].split(",") for name in _VISIBLE if environment.get(name)]
     if not lists:  # nothing is hidden
         each = each or max(1, (there or 0) // tasks)
@@ -75,7 +75,7 @@ def own_devices(environment: Mapping[str, str]) -> tuple[int, ...] | None:
     return tuple(range(local * share, (local + 1) * share))
 
 
-def _tasks_here(environment: Mapping[str, str]) -> int:
+def _tasks_on_node(environment: Mapping[str, str]) -> int:
     """Return how many tasks of the step run on this node: ``SLURM_STEP_TASKS_PER_NODE`` is like "2(x3),1"."""
     listed = re.findall(r"(\d+)(?:\(x(\d+)\))?", environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
     counts = [int(count) for count, times in listed for _ in range(int(times or 1))]
@@ -85,14 +85,14 @@ def _tasks_here(environment: Mapping[str, str]) -> int:
     return -(-int(environment["SLURM_STEP_NUM_TASKS"]) // max(1, int(environment["SLURM_STEP_NUM_NODES"])))
 
 
-def _of_a_task(environment: Mapping[str, str]) -> int | None:
+def _gpus_per_task(environment: Mapping[str, str]) -> int | None:
     """Return the accelerators of a task, where SLURM was asked for so many: "2", "a100:2" or "cpu=8,gres/gpu:2"."""
     count = re.fullmatch(r"(?:.*:)?(\d+)", environment.get("SLURM_GPUS_PER_TASK", ""))
     count = count or re.search(r"gres[/:]gpu[^,]*?[:=](\d+)(?:,|$)", environment.get("SLURM_TRES_PER_TASK", ""))
     return int(count[1]) or None if count else None
 
 
-def _of_the_node(environment: Mapping[str, str]) -> int | None:
+def _gpus_on_node(environment: Mapping[str, str]) -> int | None:
     """Return the accelerators of the step on this node, from "4", "gpu:a100:4(S:0-1)" or a list of them."""
     count = re.fullmatch(r"(?:.*:)?(\d+)(?:\(.*\))?", environment.get("SLURM_GPUS_ON_NODE", ""))
     if count:

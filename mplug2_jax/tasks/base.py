@@ -71,7 +71,7 @@ class Scored:
     warnings: tuple[str, ...] = ()  # sentences about examples that cannot be judged
 
 
-def not_judged(examples: Sequence[Example], judged: Sequence[bool], why: str) -> tuple[str, ...]:
+def unscored_warning(examples: Sequence[Example], judged: Sequence[bool], why: str) -> tuple[str, ...]:
     """The warning about examples that weigh nothing, if there are any; ``why`` follows the number of them."""
     keys = [example.key for example, fine in zip(examples, judged, strict=True) if not fine]
     return (f"{len(keys)} of {len(examples)} {why} and weigh nothing, the first is {keys[0]}",) if keys else ()

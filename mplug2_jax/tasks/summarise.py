@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from data_pipelines.examples import Example
 from mplug2_jax.evaluation.metrics.summary import has_word, rouge
 from mplug2_jax.tasks import answer
-from mplug2_jax.tasks.base import HostPredictions, Scored, not_judged
+from mplug2_jax.tasks.base import HostPredictions, Scored, unscored_warning
 from mplug2_jax.tasks.contracts import CONTRACTS
 
 
@@ -24,7 +24,7 @@ def score(predictions: HostPredictions, examples: Sequence[Example], decode: Cal
         baselines={name: figure.value for name, figure in rouge(lead, true).items()},
         said=said,
         goodness=figures["rouge_l"].values,
-        warnings=not_judged(examples, list(map(has_word, true)), "summaries to say have no word"),
+        warnings=unscored_warning(examples, list(map(has_word, true)), "summaries to say have no word"),
     )
 
 

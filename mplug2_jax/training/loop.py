@@ -114,7 +114,7 @@ def _train(config: RunConfig, workdir: WorkDir, notice: PreemptionNotice, lock: 
             said=f"config.steps was {begun_with.steps} and is {config.steps}: learning rates follow the longer "
             f"schedule from step {number + 1} on",
         )  # fmt: skip
-    notice.may_leave(ending(number, config))
+    notice.may_leave(exit_message(number, config))
 
     # Data: a step's batch is a function of (seed, position), so resuming is starting there. While a step runs, the
     # batches of the next are made and put on the devices.
@@ -132,7 +132,7 @@ def _train(config: RunConfig, workdir: WorkDir, notice: PreemptionNotice, lock: 
         notice.check()
 
     def evaluate() -> list[EvaluationResult]:
-        notice.may_leave(ending(number, config) if checkpoints.holds(number) else None)
+        notice.may_leave(exit_message(number, config) if checkpoints.holds(number) else None)
         with ledger.during("evaluation"):
             params, folder = evaluated(plan, state), workdir.evaluations_of(number)
             return run_evaluations(evaluations, params, number, folder, instruments.metrics, progress, begin_next)
@@ -194,7 +194,7 @@ def _train(config: RunConfig, workdir: WorkDir, notice: PreemptionNotice, lock: 
         if number > position.step and instruments.read(behind=0) is None:
             save()
         kept = max(checkpoints.steps(), default=0)
-        raise Preempted(ending(kept, config)) from preempted
+        raise Preempted(exit_message(kept, config)) from preempted
     finally:
         watchdog.enter("ending the run")
         batches.close()
@@ -206,7 +206,7 @@ def _train(config: RunConfig, workdir: WorkDir, notice: PreemptionNotice, lock: 
     return results
 
 
-def ending(saved: int, config: RunConfig) -> str:
+def exit_message(saved: int, config: RunConfig) -> str:
     """Return the sentence with which a run ends that was told to; ``saved`` is the last saved step, or 0."""
     if not saved:
         return "told to end before step 1; the same command starts again"

@@ -60,7 +60,9 @@ _SIZES: Mapping[str, tuple[str, ...]] = {
 """What of a model's sizes each part has; not the size of pictures, to which the position table is resized."""
 
 
-def sized_as_begun(config: RunConfig, overrides: Sequence[str], begun: RunConfig | None) -> tuple[RunConfig, str]:
+def with_checkpoint_sizes(
+    config: RunConfig, overrides: Sequence[str], begun: RunConfig | None
+) -> tuple[RunConfig, str]:
     """Return a run with the model's sizes of the parts that it takes from ``config.init_from``, and a line about them.
 
     Args:

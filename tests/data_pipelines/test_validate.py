@@ -11,7 +11,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from data_pipelines.config import DataConfig, ExampleConfig, InstructionConfig, SourceConfig, VisualConfig
 from data_pipelines.digitworld.source import vocabulary_texts
-from data_pipelines.loader import EvaluationSet, Maker, Stream
+from data_pipelines.loader import EvaluationSet, ExampleBuilder, Stream
 from data_pipelines.media import Media
 from data_pipelines.record import Record
 from data_pipelines.sources.array_record import encode_record
@@ -35,7 +35,7 @@ def data(source: SourceConfig, examples: ExampleConfig = NOTHING) -> DataConfig:
 
 
 def found_in(config: DataConfig, least_answers: int = 0) -> Findings:
-    return validate(Maker(config, TOKENIZER, "stream", 3, least_answers=least_answers), "s")
+    return validate(ExampleBuilder(config, TOKENIZER, "stream", 3, least_answers=least_answers), "s")
 
 
 def rows(folder: Path, *rows: Any, kind: Any = "image") -> SourceConfig:

@@ -135,7 +135,7 @@ def test_the_probabilities_of_an_example_s_views_are_averaged(monkeypatch):
         assert_said_the_same(other.said, whole.said)
 
     broken, _ = actions(visual)
-    make = broken._set._maker.make
+    make = broken._set._builder.make
     broken._config = dataclasses.replace(broken._config, data=dataclasses.replace(broken._config.data, max_skipped=1.0))
 
     def fails(pick, view=0):
@@ -143,7 +143,7 @@ def test_the_probabilities_of_an_example_s_views_are_averaged(monkeypatch):
             raise _Unusable(Fault("digits", "4", "cut off"))
         return make(pick, view)
 
-    monkeypatch.setattr(broken._set._maker, "make", fails)
+    monkeypatch.setattr(broken._set._builder, "make", fails)
     left = broken.run(params, 0)
     assert left.examples == 6
     assert left.faults == (Fault("digits", "4", "cut off"),)

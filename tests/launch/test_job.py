@@ -9,7 +9,7 @@ import yaml
 
 from mplug2_jax.errors import UserError
 from mplug2_jax.launch.gke import GkeOptions, launch_gke
-from mplug2_jax.launch.job import Bucket, Recipe, bucket_of, carried, make_job, notes_on, plan_of
+from mplug2_jax.launch.job import Bucket, Recipe, bucket_of, bundle_recipe, make_job, notes_on, plan_of
 from mplug2_jax.launch.slurm import SlurmOptions, launch_slurm
 from mplug2_jax.launch.templates import shell_word
 from mplug2_jax.launch.tpu_vm import TpuVmOptions, launch_tpu_vm
@@ -94,19 +94,19 @@ def test_what_is_no_bucket_is_lost_with_the_machine(workdir: str) -> None:
 
 
 def test_a_shipped_recipe_goes_by_its_name_and_another_goes_along(tmp_path: Path, repository: Path) -> None:
-    assert carried("configs/demo.py") == ("demo", None)
-    assert carried(str(repository / "configs" / "released.py") + ":caption") == ("released:caption", None)
-    assert carried("msrvtt_qa:tiny") == ("msrvtt_qa:tiny", None)
+    assert bundle_recipe("configs/demo.py") == ("demo", None)
+    assert bundle_recipe(str(repository / "configs" / "released.py") + ":caption") == ("released:caption", None)
+    assert bundle_recipe("msrvtt_qa:tiny") == ("msrvtt_qa:tiny", None)
     (tmp_path / "my recipe.py").write_text("import json\n")
     spec = f"{tmp_path / 'my recipe.py'}:a,b"
-    assert carried(spec) == (spec, Recipe("my-recipe.py", "import json\n", ":a,b"))
+    assert bundle_recipe(spec) == (spec, Recipe("my-recipe.py", "import json\n", ":a,b"))
     (tmp_path / "helpers.py").write_text("")
     (tmp_path / "b.py").write_text("from helpers import x\n")
     with pytest.raises(UserError, match=r"b.py imports helpers of .*, which the job would not have"):
-        carried(str(tmp_path / "b.py"))
+        bundle_recipe(str(tmp_path / "b.py"))
     (tmp_path / "long.py").write_text("#" * 2**17)
     with pytest.raises(UserError, match=r"long.py: a job carries recipes of up to 64 KiB"):
-        carried(str(tmp_path / "long.py"))
+        bundle_recipe(str(tmp_path / "long.py"))
 
 
 MINE = """

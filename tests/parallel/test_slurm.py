@@ -3,7 +3,7 @@
 import pytest
 
 from mplug2_jax.errors import UserError
-from mplug2_jax.parallel.slurm import first_host, own_devices
+from mplug2_jax.parallel.slurm import first_host, local_device_ids
 
 STEP = {"SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_NUM_NODES": "2", "SLURM_LOCALID": "1"}
 VISIBLE = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
@@ -57,13 +57,13 @@ def test_a_list_that_names_no_node_is_a_sentence(nodes: str) -> None:
     ],
 )
 def test_a_task_has_what_slurm_gave_it(name: str, seen: str, told: dict[str, str], own: tuple[int, ...] | None) -> None:
-    assert own_devices(STEP | {name: seen} | told) == own
+    assert local_device_ids(STEP | {name: seen} | told) == own
 
 
 def test_of_several_lists_the_shortest_counts() -> None:
-    assert own_devices(STEP | dict(zip(VISIBLE, ("2,3", "2,3", "1"), strict=True))) is None
+    assert local_device_ids(STEP | dict(zip(VISIBLE, ("2,3", "2,3", "1"), strict=True))) is None
 
 
 def test_accelerators_that_cannot_be_shared_evenly() -> None:
     with pytest.raises(UserError, match="2 tasks of this node share 3 accelerators unevenly; start as many tasks"):
-        own_devices(STEP | {"CUDA_VISIBLE_DEVICES": "0,1,2", "SLURM_GPUS_ON_NODE": "3"})
+        local_device_ids(STEP | {"CUDA_VISIBLE_DEVICES": "0,1,2", "SLURM_GPUS_ON_NODE": "3"})

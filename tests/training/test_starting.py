@@ -19,7 +19,7 @@ from mplug2_jax.training.checkpoints import Checkpoints
 from mplug2_jax.training.config import CheckpointConfig, TokenizerConfig
 from mplug2_jax.training.freezing import split
 from mplug2_jax.training.position import Identity, Position
-from mplug2_jax.training.starting import first_state, sized_as_begun
+from mplug2_jax.training.starting import first_state, with_checkpoint_sizes
 from mplug2_jax.training.state import Blueprint, plan_run
 from mplug2_jax.training.workdir import WorkDir
 from tests.close import assert_close
@@ -76,19 +76,19 @@ def test_a_run_has_the_sizes_of_what_it_starts_from(whole: tuple[Path, dict[str,
     theirs = planned().config
     wide = small_model(width=64, heads=4, vocab_size=999, decoder_layers=3, vision_width=64, contrastive_width=8)
     own = dataclasses.replace(theirs, model=wide, init_from=str(folder))
-    sized, said = sized_as_begun(own, (), None)
+    sized, said = with_checkpoint_sizes(own, (), None)
     # What it takes is sized; other parts, and what is set by hand, stay as the recipe has them.
     assert sized.model == dataclasses.replace(wide, width=32, heads=2, vocab_size=256)
     assert said.endswith(f"{folder}: heads 2 (not 4), vocab_size 256 (not 999), width 32 (not 64)")
-    by_hand, _ = sized_as_begun(own, ("--config.model.vocab_size=999",), None)
+    by_hand, _ = with_checkpoint_sizes(own, ("--config.model.vocab_size=999",), None)
     assert by_hand.model == dataclasses.replace(wide, width=32, heads=2)
-    assert sized_as_begun(sized, (), None) == (sized, "")
-    assert sized_as_begun(dataclasses.replace(own, init_from=""), (), None)[0].model == wide
+    assert with_checkpoint_sizes(sized, (), None) == (sized, "")
+    assert with_checkpoint_sizes(dataclasses.replace(own, init_from=""), (), None)[0].model == wide
     # A run that goes on asks its own config: what it started from may be gone.
     gone = dataclasses.replace(own, init_from=str(folder / "gone"))
-    assert sized_as_begun(gone, (), dataclasses.replace(sized, init_from=gone.init_from))[0].model == sized.model
+    assert with_checkpoint_sizes(gone, (), dataclasses.replace(sized, init_from=gone.init_from))[0].model == sized.model
     with pytest.raises(UserError, match="gone holds no checkpoint"):
-        sized_as_begun(gone, (), None)
+        with_checkpoint_sizes(gone, (), None)
 
 
 def test_a_step_can_be_named_and_a_teacher_starts_as_a_copy(whole: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:

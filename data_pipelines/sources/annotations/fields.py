@@ -9,7 +9,7 @@ from PIL import Image
 from data_pipelines.errors import DataError
 from data_pipelines.record import Box, Entailment, Expression, Question, Record
 from data_pipelines.sources.annotations.media import named_media
-from data_pipelines.sources.annotations.rows import Row, of_split, plain_name
+from data_pipelines.sources.annotations.rows import Row, filter_split, normalize_name
 from data_pipelines.sources.annotations.shapes import OWN_NAME, read_rows
 from data_pipelines.sources.annotations.source import AnnotationFormat, Place
 from data_pipelines.sources.files import read_bytes
@@ -31,7 +31,7 @@ IDS = ("question_id", "ref_id", "id", "key", OWN_NAME)
 """The names under which a row may keep each thing; the first that is there counts. Case, ``_`` and spaces do not."""
 
 KNOWN = frozenset(
-    plain_name(name)
+    normalize_name(name)
     for name in (*PICTURE, *CAPTIONS, *ANSWERS, *DOCUMENT, *SUMMARY, *LABEL, *PHRASE, *BOX, *TEXTS, *sum(PAIRS, ()))
 )
 
@@ -44,7 +44,7 @@ VERDICTS: Mapping[str, Literal["yes", "no", "maybe"]] = {
 
 def read(files: Sequence[str], split: str) -> Iterator[Row]:
     """The rows of all files, one after the other."""
-    return of_split((row for file in files for row in read_rows(file, KNOWN)), split, "split")
+    return filter_split((row for file in files for row in read_rows(file, KNOWN)), split, "split")
 
 
 def make(row: Row, place: Place) -> Record:

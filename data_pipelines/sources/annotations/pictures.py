@@ -11,8 +11,8 @@ from data_pipelines.errors import DataError
 from data_pipelines.record import Record
 from data_pipelines.sources.annotations.fields import ranked
 from data_pipelines.sources.annotations.media import named_media
-from data_pipelines.sources.annotations.rows import Row, of_split, read_json
-from data_pipelines.sources.annotations.shapes import format_of, gather, plain_id, read_rows
+from data_pipelines.sources.annotations.rows import Row, filter_split, read_json
+from data_pipelines.sources.annotations.shapes import format_of, group_by_id, normalize_id, read_rows
 from data_pipelines.sources.annotations.source import AnnotationFormat, Place
 from data_pipelines.sources.annotations.tables import read_table
 from data_pipelines.sources.files import file_system, is_hidden, is_url, media_at, media_kind, read_text
@@ -48,9 +48,9 @@ def _read_coco(files: Sequence[str], split: str) -> Iterator[Row]:
             found = ", ".join(annotations[0]) if isinstance(annotations[0], dict) else "none"
             raise DataError(f"{file} holds no captions: the fields of its annotations are {found[:120]}")
         listed = [row.fields().get("id") for row in _rows(file, images)]
-        captions = gather(file, annotations, "image_id", "caption", listed)
-        for row in of_split(_rows(file, images), split, "domain"):
-            yield Row(file, row.number, {**row.fields(), "captions": captions[plain_id(row.fields().get("id"))]})
+        captions = group_by_id(file, annotations, "image_id", "caption", listed)
+        for row in filter_split(_rows(file, images), split, "domain"):
+            yield Row(file, row.number, {**row.fields(), "captions": captions[normalize_id(row.fields().get("id"))]})
 
 
 def _make_coco(row: Row, place: Place) -> Record:
@@ -61,7 +61,7 @@ def _make_coco(row: Row, place: Place) -> Record:
 
 def _read_karpathy(files: Sequence[str], split: str) -> Iterator[Row]:
     for file in files:
-        yield from of_split(_rows(file, _parts(file, "images")["images"]), split, "split")
+        yield from filter_split(_rows(file, _parts(file, "images")["images"]), split, "split")
 
 
 def _make_karpathy(row: Row, place: Place) -> Record:
@@ -86,9 +86,9 @@ def _read_vqa(files: Sequence[str], split: str) -> Iterator[Row]:
     if not questions:
         raise DataError(f"{files[0]} holds answers and no questions; give a pattern that matches both files")
     listed = [row.fields().get("question_id") for row, _ in questions]
-    answers = gather(files[0], given, "question_id", "answers", listed)
+    answers = group_by_id(files[0], given, "question_id", "answers", listed)
     for row, subtype in questions:
-        known = answers[plain_id(row.fields().get("question_id"))]
+        known = answers[normalize_id(row.fields().get("question_id"))]
         told = {"answers": known[0]} if known else {}
         yield Row(row.file, row.number, {**row.fields(), "subtype": subtype, **told})
 
@@ -106,7 +106,7 @@ _LISTED = re.compile(r"(.+?)[\s,]+([^\s,]+)")
 
 def _read_kinetics(files: Sequence[str], split: str) -> Iterator[Row]:
     for file in files:
-        yield from of_split(
+        yield from filter_split(
             _kinetics_json(file) if file.lower().endswith(".json") else _kinetics_table(file), split, "split"
         )
 

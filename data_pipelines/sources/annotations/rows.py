@@ -20,7 +20,7 @@ INNER = ("raw", "sent", "caption", "sentence", "text", "answer")
 
 
 @functools.lru_cache(maxsize=10_000)
-def plain_name(name: str) -> str:
+def normalize_name(name: str) -> str:
     """Return a field's name without what people write it differently in: case, spaces, ``_`` and ``-``."""
     return re.sub(r"[\s_-]", "", name).casefold()
 
@@ -67,15 +67,15 @@ class Row:
         return self._find(names)[1]
 
     def _find(self, names: tuple[str, ...]) -> tuple[str, Any]:
-        """What :meth:`find` gives, behind the field's name as the file writes it."""
+        """Return the field's name as the file spells it, and its value; "" and None where no field holds anything."""
         fields = self.fields()
-        plain = {plain_name(field): field for field in fields}
+        plain = {normalize_name(field): field for field in fields}
         for name in names:
-            field = name if name in fields else plain.get(plain_name(name))
+            field = name if name in fields else plain.get(normalize_name(name))
             if field is None:
                 continue
             try:
-                if _holds_anything(fields[field]):
+                if _is_present(fields[field]):
                     return field, fields[field]
             except DataError as error:
                 raise DataError(f"{self.where}: {field} {error}") from error
@@ -93,8 +93,8 @@ class Row:
         name, value = self._find(names)
         if value is not None:
             return name, value
-        plain = {plain_name(field): field for field in self.fields()}
-        if blank := [plain[plain_name(name)] for name in names if plain_name(name) in plain]:
+        plain = {normalize_name(field): field for field in self.fields()}
+        if blank := [plain[normalize_name(name)] for name in names if normalize_name(name) in plain]:
             raise DataError(f"{self.where} has nothing in its {blank[0]}; fill it in, or remove the row")
         found = ", ".join(list(self.fields())[:12]) or "nothing"
         near = {field: difflib.get_close_matches(field.casefold(), names, n=1, cutoff=0.65) for field in self.fields()}
@@ -135,21 +135,21 @@ class Row:
         if isinstance(value, dict | list | bool):
             raise DataError(f"{self.where}: {name} holds a {type(value).__name__}, expected texts")
         try:
-            return _text(value) if _holds_anything(value) else ""
+            return _text(value) if _is_present(value) else ""
         except DataError as error:
             raise DataError(f"{self.where}: {name} {error}") from error
 
 
-def _holds_anything(value: Any) -> bool:
+def _is_present(value: Any) -> bool:
     """Whether there is anything in a value. Raises DataError for a text that is no Unicode."""
     if isinstance(value, str):
         return bool(clean_text(value))
     if isinstance(value, float):
         return math.isfinite(value)
     if isinstance(value, list):
-        return any(map(_holds_anything, value))
+        return any(map(_is_present, value))
     if isinstance(value, dict) and (inner := [value[name] for name in INNER if name in value]):
-        return _holds_anything(inner[0])
+        return _is_present(inner[0])
     return value not in (None, {})
 
 
@@ -158,12 +158,12 @@ def _text(value: Any) -> str:
     return str(int(value)) if isinstance(value, float) and value.is_integer() else clean_text(str(value))
 
 
-def _nothing(constant: str) -> None:
-    """What pandas writes for a missing value, NaN or Infinity, is none."""
+def as_missing(constant: str) -> None:
+    """Parse NaN and Infinity, which pandas writes for missing values, as None."""
     del constant
 
 
-parse_json = functools.partial(json.loads, parse_constant=_nothing)
+parse_json = functools.partial(json.loads, parse_constant=as_missing)
 """``json.loads``, for which NaN and Infinity are missing values."""
 
 
@@ -183,7 +183,7 @@ def read_json(path: str) -> Any:
         raise DataError(f"{path} is not valid JSON ({error}); it is damaged or of another format") from error
 
 
-def of_split(rows: Iterator[Row], split: str, field: str) -> Iterator[Row]:
+def filter_split(rows: Iterator[Row], split: str, field: str) -> Iterator[Row]:
     """The rows of the wanted splits, and those that cannot be read.
 
     Raises:

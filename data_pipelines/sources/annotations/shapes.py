@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 from data_pipelines.errors import DataError
-from data_pipelines.sources.annotations.rows import Row, plain_name, read_json
+from data_pipelines.sources.annotations.rows import Row, as_missing, normalize_name, read_json
 from data_pipelines.sources.annotations.tables import read_table
 from data_pipelines.sources.files import media_kind, read_text
 
@@ -64,7 +64,7 @@ def _items(path: str, items: Iterable[Any]) -> Iterator[Row]:
 
 def _sequence(text: str, most: int | None = None) -> list[Any] | None:
     """Values that stand one after the other, white space or commas between them; None where there is anything else."""
-    decoder, values, at = json.JSONDecoder(parse_constant=lambda constant: None), list[Any](), 0
+    decoder, values, at = json.JSONDecoder(parse_constant=as_missing), list[Any](), 0
     try:
         while at < len(text):
             if text[at].isspace() or text[at] == ",":
@@ -89,9 +89,9 @@ def _objects_in(path: str, content: Fields, known: Set[str]) -> Sequence[Fields]
         return _msrvtt(path, content["videos"], content["sentences"])
     if form := format_of(content):
         raise DataError(f"{path} is of format '{form}', by its {', '.join(list(content)[:4])}; read it as that")
-    ours = [name for name in content if plain_name(name) in known]
+    ours = [name for name in content if normalize_name(name) in known]
     lists = {name: rows for name, rows in content.items() if name not in ours and _are_objects(rows)}
-    if lists and not any(isinstance(content[name], str) and plain_name(name) not in _OF_FILES for name in ours):
+    if lists and not any(isinstance(content[name], str) and normalize_name(name) not in _OF_FILES for name in ours):
         return [{"split": name, **row} for name, rows in lists.items() for row in rows]
     columns, cells = content.get("columns"), content.get("data")
     if isinstance(columns, list) and isinstance(cells, list) and all(isinstance(row, list) for row in cells):
@@ -103,7 +103,7 @@ def _objects_in(path: str, content: Fields, known: Set[str]) -> Sequence[Fields]
     inner = {name: rows for name, rows in content.items() if isinstance(rows, dict) and rows}
     if inner and len(inner) == len(content) and all(_are_named(rows, known) for rows in inner.values()):
         return [{"split": name, **row} for name, rows in inner.items() for row in _named(rows)]
-    if len(inner) == 1 and not any(plain_name(name) in known for rows in inner.values() for name in rows):
+    if len(inner) == 1 and not any(normalize_name(name) in known for rows in inner.values() for name in rows):
         return _objects_in(path, next(iter(inner.values())), known)  # beside it are a version, a licence and the like
     if len(inner) == len(content) or all(isinstance(said, list) or media_kind(name) for name, said in content.items()):
         return _named(content)
@@ -115,7 +115,7 @@ def _are_objects(value: Any) -> bool:
 
 
 def _are_named(rows: Fields, known: Set[str]) -> bool:
-    return all(isinstance(row, dict) and plain_name(name) not in known for name, row in rows.items())
+    return all(isinstance(row, dict) and normalize_name(name) not in known for name, row in rows.items())
 
 
 def _named(rows: Fields) -> list[Fields]:
@@ -138,25 +138,25 @@ def _transposed(content: Fields, ours: Sequence[str]) -> list[Fields]:
 
 
 def _msrvtt(path: str, videos: Sequence[Any], sentences: Sequence[Any]) -> list[Fields]:
-    said = gather(path, sentences, "video_id", "caption", [video.get("video_id") for video in videos])
-    return [{**video, "captions": said.get(plain_id(video.get("video_id")), [])} for video in videos]
+    said = group_by_id(path, sentences, "video_id", "caption", [video.get("video_id") for video in videos])
+    return [{**video, "captions": said.get(normalize_id(video.get("video_id")), [])} for video in videos]
 
 
-def plain_id(value: Any) -> str:
-    """An id as it is compared: "000042", 42 and 42.0 are one."""
+def normalize_id(value: Any) -> str:
+    """Return an id in the form that is compared: "000042", 42 and 42.0 are one."""
     text = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
     return text.lstrip("0") or "0" if text.isdecimal() else text
 
 
-def gather(path: str, items: Iterable[Any], id: str, field: str, listed: Iterable[Any]) -> dict[str, list[Any]]:
-    """What items say of the things whose ids they name.
+def group_by_id(path: str, items: Iterable[Any], id: str, field: str, listed: Iterable[Any]) -> dict[str, list[Any]]:
+    """Return a field of items, grouped by the id that each refers to.
 
-    What is said of things that are not listed is left out, as in subsets of a data set; a warning counts it.
+    Items whose id is not listed are left out, as in subsets of a data set; a warning counts them.
     """
-    said: dict[str, list[Any]] = {plain_id(each): [] for each in listed}
+    said: dict[str, list[Any]] = {normalize_id(each): [] for each in listed}
     strange = list[str]()
     for item in items:
-        its = plain_id(item.get(id)) if isinstance(item, dict) else "none"
+        its = normalize_id(item.get(id)) if isinstance(item, dict) else "none"
         if its in said:
             said[its].append(item.get(field))
         else:

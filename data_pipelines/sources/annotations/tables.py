@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence, Set
 from pathlib import PurePosixPath
 
 from data_pipelines.errors import DataError
-from data_pipelines.sources.annotations.rows import Row, plain_name
+from data_pipelines.sources.annotations.rows import Row, normalize_name
 from data_pipelines.sources.files import read_text
 
 MAX_CELL = 10_000_000
@@ -44,7 +44,9 @@ def read_table(
             at += 1
         tried = (usual, *DELIMITERS) if known else (usual,)
         candidates = {each: _cells(lines, at, each, 0, quotes) for each in tried}
-        matching = {each: len({plain_name(name) for name in cells} & known) for each, (cells, _) in candidates.items()}
+        matching = {
+            each: len({normalize_name(name) for name in cells} & known) for each, (cells, _) in candidates.items()
+        }
         delimiter = max(matching, key=lambda each: matching[each])  # the usual one, of equals
         if known and not matching[delimiter]:
             raise DataError(

@@ -112,8 +112,7 @@ _KNOWN: Mapping[tuple[str, str], Any] = {
     ("torch", "Size"): tuple,
     ("torch", "device"): _plain,
     ("_codecs", "encode"): _Inert,  # how bytes are kept
-    **{("builtins", name): _Inert for name in ("bytearray", "complex")},
-    ("builtins", "set"): _Inert,
+    **{("builtins", name): _Inert for name in ("bytearray", "complex", "set")},
     ("argparse", "Namespace"): _Inert,
     **{("torch", name): name for name in _DTYPES},
     ("torch.jit._pickle", "build_intlist"): _plain,

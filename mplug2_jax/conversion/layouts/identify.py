@@ -10,7 +10,13 @@ from mplug2_jax.conversion.files.sources import RenamedSource, TensorSource, ope
 from mplug2_jax.conversion.layouts import bert, clip, official
 from mplug2_jax.conversion.layouts.official_config import sizes_from_export, sizes_from_settings, sizes_from_shapes
 from mplug2_jax.conversion.layouts.schemes import examples
-from mplug2_jax.conversion.layouts.settings import HUGGING_FACE, Told, read_settings, told_of_bert, told_of_clip
+from mplug2_jax.conversion.layouts.settings import (
+    HUGGING_FACE,
+    Architecture,
+    bert_architecture,
+    clip_architecture,
+    read_settings,
+)
 from mplug2_jax.errors import UserError
 from mplug2_jax.model.config import ModelConfig
 
@@ -64,14 +70,17 @@ class Found:
     def fields(self) -> dict[str, Any]:
         """The fields of our sizes that a CLIP or a BERT tells, by its shapes and the settings beside it."""
         if self.kind == "bert":
-            return self._shapes | {"heads": self._told.heads}
-        return self._shapes | {"vision_heads": self._told.heads, "vision_activation": self._told.activation}
+            return self._shapes | {"heads": self._architecture.heads}
+        return self._shapes | {
+            "vision_heads": self._architecture.heads,
+            "vision_activation": self._architecture.activation,
+        }
 
     @property
     def assumed(self) -> tuple[str, ...]:
         """Sentences about what neither shapes nor settings tell."""
         if self.kind != "official":
-            return self._told.assumed
+            return self._architecture.assumed
         if self.settings is not None:
             return ()
         return (f"heads and fusion layers of the release's own sizes: no {HUGGING_FACE} beside {self.path.name}",)
@@ -83,10 +92,10 @@ class Found:
         return clip.openai_sizes(self.source) if self.layout == "openai" else clip.hugging_face_sizes(self.source)
 
     @functools.cached_property
-    def _told(self) -> Told:
+    def _architecture(self) -> Architecture:
         if self.kind == "bert":
-            return told_of_bert(self.path, self._shapes)
-        return told_of_clip(self.path, self._shapes, openai=self.layout == "openai")
+            return bert_architecture(self.path, self._shapes)
+        return clip_architecture(self.path, self._shapes, openai=self.layout == "openai")
 
     @property
     def has_head(self) -> bool:

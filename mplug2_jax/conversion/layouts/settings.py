@@ -29,7 +29,7 @@ _BERT_COMPUTED: Mapping[str, tuple[Any, ...]] = {
 }  # fmt: skip
 
 
-class Told(NamedTuple):
+class Architecture(NamedTuple):
     """What is known of a model beside its shapes; ``assumed`` are sentences about what no file says."""
 
     heads: int
@@ -52,7 +52,7 @@ def read_settings(path: Path) -> Mapping[str, Any] | None:
     return settings if isinstance(settings, dict) else None
 
 
-def told_of_clip(weights: Path, sizes: Mapping[str, Any], *, openai: bool) -> Told:
+def clip_architecture(weights: Path, sizes: Mapping[str, Any], *, openai: bool) -> Architecture:
     """Heads and activation of a vision tower of these sizes.
 
     Args:
@@ -71,15 +71,15 @@ def told_of_clip(weights: Path, sizes: Mapping[str, Any], *, openai: bool) -> To
     kinds = {HUGGING_FACE: _of_hugging_face_clip, OPEN_CLIP: _of_open_clip}
     for name in sorted(kinds, reverse=openai):
         if (said := kinds[name](read_settings(_folder(weights) / name))) is not None:
-            return _told(_folder(weights) / name, said, theirs, _CLIP_DEFAULTS, {**_CLIP_COMPUTED, **_PIXELS})
+            return _architecture(_folder(weights) / name, said, theirs, _CLIP_DEFAULTS, {**_CLIP_COMPUTED, **_PIXELS})
     return _assumed(weights, sizes["vision_width"], "quick_gelu", "QuickGELU", (HUGGING_FACE, OPEN_CLIP))
 
 
-def told_of_bert(weights: Path, sizes: Mapping[str, Any]) -> Told:
+def bert_architecture(weights: Path, sizes: Mapping[str, Any]) -> Architecture:
     """Heads of a BERT of these sizes, whose other settings are those that ours computes.
 
     Raises:
-        UserError: as :func:`told_of_clip`.
+        UserError: as :func:`clip_architecture`.
     """
     theirs = {
         "hidden_size": sizes["width"], "num_hidden_layers": sizes["text_layers"] + sizes["universal_layers"],
@@ -88,7 +88,7 @@ def told_of_bert(weights: Path, sizes: Mapping[str, Any]) -> Told:
     for name in (HUGGING_FACE, GOOGLE):
         said = read_settings(_folder(weights) / name) or {}
         if said.keys().isdisjoint(_OF_TOWERS) and not said.keys().isdisjoint(_OF_BERT):
-            told = _told(_folder(weights) / name, said, theirs, _BERT_DEFAULTS, _BERT_COMPUTED)
+            told = _architecture(_folder(weights) / name, said, theirs, _BERT_DEFAULTS, _BERT_COMPUTED)
             break
     else:
         told = _assumed(weights, sizes["width"], "gelu", "exact GELU, absolute positions", (HUGGING_FACE,))
@@ -132,10 +132,10 @@ def _of_open_clip(settings: Mapping[str, Any] | None) -> Mapping[str, Any] | Non
     }
 
 
-def _told(
+def _architecture(
     path: Path, said: Mapping[str, Any], theirs: Mapping[str, int], defaults: Mapping[str, Any],
     computed: Mapping[str, tuple[Any, ...]],
-) -> Told:  # fmt: skip
+) -> Architecture:  # fmt: skip
     """What a file says, held against the shapes and what our model computes."""
     said = {name: value for name, value in said.items() if value is not None}
     _check(path, said, computed)
@@ -151,7 +151,7 @@ def _told(
         raise UserError(f"{path}: num_attention_heads={heads!r} does not divide {width} columns; mend it")
     absent = [name for name in defaults if name not in said]
     assumed = (f"{name}={defaults[name]!r}: {path.name} does not say, and it is the library's own" for name in absent)
-    return Told(heads, settings["hidden_act"], tuple(assumed))
+    return Architecture(heads, settings["hidden_act"], tuple(assumed))
 
 
 def _check(path: Path, said: Mapping[str, Any], computed: Mapping[str, tuple[Any, ...]]) -> None:
@@ -170,7 +170,7 @@ def _short(value: Any) -> Any:
     return [round(x, 3) for x in value] if numbers else value
 
 
-def _assumed(weights: Path, width: int, activation: str, words: str, files: Iterable[str]) -> Told:
+def _assumed(weights: Path, width: int, activation: str, words: str, files: Iterable[str]) -> Architecture:
     """What is taken for granted of weights alone."""
     head = _WIDER_HEADS.get(width, _HEAD)
     if width % head:
@@ -179,4 +179,4 @@ def _assumed(weights: Path, width: int, activation: str, words: str, files: Iter
             "weights were made with beside them"
         )
     where = f"no {' or '.join(files)} beside {weights.name} says otherwise"
-    return Told(width // head, activation, (f"heads of {head} columns, {words}: {where}",))
+    return Architecture(width // head, activation, (f"heads of {head} columns, {words}: {where}",))

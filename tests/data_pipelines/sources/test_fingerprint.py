@@ -84,10 +84,10 @@ def test_of_many_files_some_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for i in range(100):
         (tmp_path / f"{i}.jpg").write_bytes(b"x" * 10)
     read: list[int] = []
-    monkeypatch.setattr(module, "HEAD", 4)
+    monkeypatch.setattr(module, "MAX_BYTES", 4)
     monkeypatch.setattr(module, "read_bytes", lambda path, offset, size: read.append(size) or b"")
     assert fingerprint(SourceConfig(format="files", path=str(tmp_path)))["bytes"] == 1000
-    assert len(read) <= module.BEGUN
+    assert len(read) <= module.MAX_FILES
     assert set(read) == {4}
 
 
