@@ -5,6 +5,7 @@ import functools
 import gc
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,6 +36,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 def pytest_configure(config: pytest.Config) -> None:
     """Share compiled programs between workers, the processes that tests start, and the runs of one CI."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell starts its jobs in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # or tests and their processes were deaf to Ctrl-C
     if hasattr(config, "workerinput"):  # a worker: it has inherited the environment that the controller set
         return
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
