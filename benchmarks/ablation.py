@@ -29,11 +29,11 @@ from scipy.stats import t as student
 
 from mplug2_jax.cli.main import main as mplug2
 from mplug2_jax.config import build, load_recipe
-from mplug2_jax.evaluation.metrics.units import show
+from mplug2_jax.metrics.units import show
 from mplug2_jax.recipes.digitworld import TRIALS
 from mplug2_jax.training.config import RunConfig
+from mplug2_jax.training.initialization import starting_from
 from mplug2_jax.training.loop import train
-from mplug2_jax.training.starting import starting_from
 from mplug2_jax.training.workdir import WorkDir
 
 MODELS: Mapping[str, Mapping[str, object]] = {

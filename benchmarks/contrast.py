@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from mplug2_jax.objectives.vlc import contrastive_loss
-from mplug2_jax.parallel.chips import parse_topology
+from mplug2_jax.parallel.accelerators import parse_topology
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.parallel.placement import batch_sharding

@@ -22,7 +22,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import numpy as np
 
-from mplug2_jax.conversion.exporting import groups
+from mplug2_jax.conversion.export_weights import groups
 from mplug2_jax.conversion.files.safetensors_writer import SafetensorsWriter
 from mplug2_jax.conversion.files.sources import open_source
 from mplug2_jax.conversion.layouts.official import QUESTION_PARTS, default_fusion_start, official_scheme

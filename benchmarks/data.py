@@ -174,7 +174,7 @@ def waiting(folder: Path, tar: Path, steps: int) -> None:
     from mplug2_jax.config import as_recipe, build, load_recipe
     from mplug2_jax.training.config import RunConfig
     from mplug2_jax.training.loop import train
-    from mplug2_jax.training.telemetry import read_steps
+    from mplug2_jax.training.telemetry.metric_log import read_steps
 
     words = (f"steps={steps}", "log_every=5", "model.vision_layers=12")
     recipe = load_recipe("demo", [f"--config.{word}" for word in words])

@@ -38,7 +38,7 @@ from mplug2_jax.training.config import (
     StreamConfig,
     TokenizerConfig,
 )
-from mplug2_jax.training.telemetry import read_metrics, read_steps
+from mplug2_jax.training.telemetry.metric_log import read_metrics, read_steps
 from mplug2_jax.training.workdir import make_tokenizer
 
 STEPS, SAVED_EVERY = 24, 3

@@ -22,7 +22,7 @@ import jax
 
 from mplug2_jax.config import build, load_recipe
 from mplug2_jax.model.config import RematConfig
-from mplug2_jax.parallel.chips import parse_topology
+from mplug2_jax.parallel.accelerators import parse_topology
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.planning.programs import training_program
 from mplug2_jax.planning.traffic import Collective, collectives

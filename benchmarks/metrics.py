@@ -21,8 +21,8 @@ from pycocoevalcap.meteor.meteor import Meteor
 from pycocoevalcap.rouge.rouge import Rouge
 from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-from mplug2_jax.evaluation.metrics.by_java import meteor, spice
-from mplug2_jax.evaluation.metrics.caption import caption_scores, tokens
+from mplug2_jax.metrics.caption import caption_scores, tokens
+from mplug2_jax.metrics.java_metrics import meteor, spice
 
 EXAMPLES = Path(__file__).parents[1] / "tests" / "evaluation" / "captions"
 Texts = dict[int, list[str]]

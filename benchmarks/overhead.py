@@ -25,15 +25,15 @@ from mplug2_jax.model.config import SpecialTokens, model_config
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.parallel.placement import put_batch, replicated
+from mplug2_jax.training.checkpoint.checksums import digests
+from mplug2_jax.training.checkpoint.metadata import Position
 from mplug2_jax.training.config import FaultConfig, RunConfig, StreamConfig
-from mplug2_jax.training.digests import digests
-from mplug2_jax.training.events import Events
-from mplug2_jax.training.instruments import Instruments
-from mplug2_jax.training.ledger import Ledger
-from mplug2_jax.training.position import Position
 from mplug2_jax.training.state import Blueprint, TrainState, plan_run
 from mplug2_jax.training.step import StreamBatches, compile_step, train_step
-from mplug2_jax.training.telemetry import Progress
+from mplug2_jax.training.telemetry.events import Events
+from mplug2_jax.training.telemetry.goodput import Ledger
+from mplug2_jax.training.telemetry.metric_log import Progress
+from mplug2_jax.training.telemetry.monitor import Instruments
 from mplug2_jax.training.workdir import WorkDir
 
 

@@ -12,9 +12,9 @@ import time
 
 import numpy as np
 
-from mplug2_jax.evaluation.metrics.nearest import search
-from mplug2_jax.evaluation.metrics.ratio import intervals
-from mplug2_jax.evaluation.metrics.retrieval import chance_at, median_by_chance, median_rank, recall_at
+from mplug2_jax.metrics.exact_topk import search
+from mplug2_jax.metrics.metric import intervals
+from mplug2_jax.metrics.retrieval import chance_at, median_by_chance, median_rank, recall_at
 
 
 def main() -> None:

@@ -19,13 +19,13 @@ import scipy.stats
 import sklearn.metrics
 from nltk.stem.porter import PorterStemmer
 
-from mplug2_jax.evaluation.metrics.classification import confusion, mean_of_views, top_k
-from mplug2_jax.evaluation.metrics.glue import CLASSES, glue
-from mplug2_jax.evaluation.metrics.grounding import box_accuracy, mean_iou, overlaps
-from mplug2_jax.evaluation.metrics.ratio import Figure
-from mplug2_jax.evaluation.metrics.retrieval import median_rank, ranks_of, recall_at
-from mplug2_jax.evaluation.metrics.summary import rouge
-from mplug2_jax.evaluation.metrics.vqa import vqa_accuracy
+from mplug2_jax.metrics.classification import confusion, mean_of_views, top_k
+from mplug2_jax.metrics.glue import CLASSES, glue
+from mplug2_jax.metrics.grounding import box_accuracy, mean_iou, overlaps
+from mplug2_jax.metrics.metric import Figure
+from mplug2_jax.metrics.retrieval import median_rank, ranks_of, recall_at
+from mplug2_jax.metrics.rouge import rouge
+from mplug2_jax.metrics.vqa import vqa_accuracy
 
 Rows = np.ndarray  # the examples that a figure is over
 

@@ -24,9 +24,9 @@ from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.parallel.placement import put_batch
 from mplug2_jax.training.config import RunConfig, StreamConfig
-from mplug2_jax.training.flops import training_flops
 from mplug2_jax.training.state import Blueprint, plan_run
 from mplug2_jax.training.step import StreamBatches, compile_step, streams_loss
+from mplug2_jax.training.telemetry.flops import training_flops
 
 
 def plan(args: argparse.Namespace) -> Blueprint:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mplug2_jax.training.telemetry import read_steps
+from mplug2_jax.training.telemetry.metric_log import read_steps
 
 
 def commands(repository: Path) -> list[str]:

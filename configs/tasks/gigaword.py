@@ -7,7 +7,7 @@ them.
 from ml_collections import ConfigDict
 
 from mplug2_jax.recipes.base import Sets, files
-from mplug2_jax.recipes.summarising import summarising
+from mplug2_jax.recipes.summarization import summarising
 
 
 def get_config(size: str = "large") -> ConfigDict:

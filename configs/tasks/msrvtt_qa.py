@@ -7,8 +7,8 @@ included, is ``msrvtt_qa:SIZE,released``.
 
 from ml_collections import ConfigDict
 
-from mplug2_jax.recipes.answering import answering
 from mplug2_jax.recipes.base import Sets, files
+from mplug2_jax.recipes.question_answering import answering
 
 
 def get_config(form: str = "large") -> ConfigDict:

@@ -6,8 +6,8 @@ Data: msvd_qa/train.json and test.json (video, question, answer); the clips in m
 
 from ml_collections import ConfigDict
 
-from mplug2_jax.recipes.answering import answering
 from mplug2_jax.recipes.base import Sets, files
+from mplug2_jax.recipes.question_answering import answering
 
 
 def get_config(form: str = "large") -> ConfigDict:

@@ -5,7 +5,7 @@ Data: glue/QNLI, the task's folder of https://gluebenchmark.com/tasks.
 
 from ml_collections import ConfigDict
 
-from mplug2_jax.recipes.understanding import understanding
+from mplug2_jax.recipes.glue import understanding
 
 
 def get_config(size: str = "large") -> ConfigDict:

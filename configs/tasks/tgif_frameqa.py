@@ -6,8 +6,8 @@ https://github.com/YunseokJANG/tgif-qa, which are tab-separated although they ar
 
 from ml_collections import ConfigDict
 
-from mplug2_jax.recipes.answering import answering
 from mplug2_jax.recipes.base import Sets, files
+from mplug2_jax.recipes.question_answering import answering
 
 
 def get_config(form: str = "large") -> ConfigDict:

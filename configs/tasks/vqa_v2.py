@@ -6,8 +6,8 @@ the pictures in coco/train2014 and coco/val2014.
 
 from ml_collections import ConfigDict
 
-from mplug2_jax.recipes.answering import answering
 from mplug2_jax.recipes.base import Sets, files
+from mplug2_jax.recipes.question_answering import answering
 
 
 def get_config(size: str = "large") -> ConfigDict:

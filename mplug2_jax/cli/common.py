@@ -79,7 +79,7 @@ def open_run(args: argparse.Namespace) -> "tuple[Blueprint, Params, int, Tokeniz
     from mplug2_jax.config import as_recipe, build, override
     from mplug2_jax.parallel.mesh import make_mesh
     from mplug2_jax.parallel.processes import is_first
-    from mplug2_jax.training.checkpoints import Checkpoints
+    from mplug2_jax.training.checkpoint.checkpoints import Checkpoints
     from mplug2_jax.training.config import RunConfig
     from mplug2_jax.training.state import plan_run
     from mplug2_jax.training.workdir import WorkDir, special_tokens
@@ -125,7 +125,7 @@ class RecordProgress:
 
     def show(self, done: int) -> None:
         """Records, their rate and the time left."""
-        from mplug2_jax.training.telemetry import duration
+        from mplug2_jax.training.telemetry.metric_log import duration
 
         now = time.perf_counter()
         if done == self._start or now - self._shown < (0.2 if self._live else 10):
@@ -162,7 +162,7 @@ def table(rows: Sequence[Sequence[str]], header: Sequence[str], right: Sequence[
 
 def results_table(results: "Sequence[EvaluationResult]") -> str:
     """Every figure, those that are absent too, beside its baseline and what is published, where anything is."""
-    from mplug2_jax.evaluation.metrics.units import show, times_as_good
+    from mplug2_jax.metrics.units import show, times_as_good
     from mplug2_jax.report.published import published
 
     rows = []

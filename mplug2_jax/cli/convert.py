@@ -36,8 +36,8 @@ def add_parser(commands: Any) -> None:
 
 def run_parity(args: argparse.Namespace) -> int:
     """Prints one row per array; 1 if any differs by more than its tolerance."""
-    from mplug2_jax.conversion.parity.by_jax import run_parity
     from mplug2_jax.conversion.parity.comparison import Row
+    from mplug2_jax.conversion.parity.jax_runner import run_parity
 
     if args.json and args.json.exists():
         raise UserError(f"--json {args.json} exists; choose a new file")

@@ -108,7 +108,7 @@ def run_show(args: argparse.Namespace) -> int:
 
 def _show(config: "RunConfig", name: str, step: int, folder: Path) -> "list[Path]":
     from data_pipelines.loader import Stream
-    from mplug2_jax.report.sheet import write_sheet
+    from mplug2_jax.report.contact_sheet import write_sheet
     from mplug2_jax.training.workdir import make_tokenizer
 
     stream = Stream(config.streams[name].data, make_tokenizer(config.tokenizer), name=name, seed=config.seed)

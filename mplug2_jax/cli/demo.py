@@ -36,8 +36,8 @@ def run(args: argparse.Namespace) -> int:
     from mplug2_jax.recipes.digitworld import TRIALS
     from mplug2_jax.report import write_report
     from mplug2_jax.training.config import RunConfig
+    from mplug2_jax.training.initialization import starting_from
     from mplug2_jax.training.loop import train
-    from mplug2_jax.training.starting import starting_from
 
     for name in args.only or ():
         if name not in TRIALS:
@@ -80,7 +80,7 @@ def _pretrain(path: Path) -> None:
 
 def _last_step(path: Path) -> int:
     """Of a run's checkpoints; 0 where there is none."""
-    from mplug2_jax.training.checkpoints import open_checkpoint
+    from mplug2_jax.training.checkpoint.checkpoints import open_checkpoint
 
     try:
         checkpoints, step = open_checkpoint(path)
@@ -92,8 +92,8 @@ def _last_step(path: Path) -> int:
 
 def _ask(name: str, path: Path, overrides: "Sequence[str]") -> "Mapping[str, EvaluationResult]":
     """What the pretrained model makes of a run's evaluations; nothing where it lacks a part."""
+    from mplug2_jax.inference.checkpoint_eval import Evaluator, by_recipe
     from mplug2_jax.tasks.table import TASKS
-    from mplug2_jax.training.evaluating import Evaluator, by_recipe
 
     subject = by_recipe(f"digitworld:{name}", path, overrides)
     try:
@@ -113,7 +113,7 @@ def _ask(name: str, path: Path, overrides: "Sequence[str]") -> "Mapping[str, Eva
 def _row(
     config: "RunConfig", figure: str, before: "EvaluationResult | None", after: "EvaluationResult"
 ) -> "Sequence[str]":
-    from mplug2_jax.evaluation.metrics.units import show
+    from mplug2_jax.metrics.units import show
 
     told = [show(figure, result.figures[figure]) if result else "-" for result in (before, after)]
     interval = " to ".join(show(figure, end) for end in after.intervals[figure])

@@ -14,8 +14,8 @@ from mplug2_jax.errors import UserError, check_range
 
 if TYPE_CHECKING:
     from data_pipelines.config import DataConfig, SourceConfig
-    from mplug2_jax.evaluation.feature_files import FeatureFolder
-    from mplug2_jax.evaluation.features import Features
+    from mplug2_jax.inference.feature_files import FeatureFolder
+    from mplug2_jax.inference.features import Features
     from mplug2_jax.model.mplug2 import Params
     from mplug2_jax.training.config import RunConfig
     from mplug2_jax.training.state import Blueprint
@@ -64,8 +64,8 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Writes the shards, a line each; status 1 if records were left out."""
-    from mplug2_jax.evaluation.feature_files import FeatureFolder
-    from mplug2_jax.evaluation.features import FeatureConfig, Features
+    from mplug2_jax.inference.feature_files import FeatureFolder
+    from mplug2_jax.inference.features import FeatureConfig, Features
     from mplug2_jax.parallel.processes import check_equal, is_first, join
 
     check_range("--batch-size", args.batch_size, 1)
@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _write(features: "Features", folder: "FeatureFolder", params: "Params") -> None:
     from mplug2_jax.parallel.processes import is_first
-    from mplug2_jax.training.preemption import PreemptionNotice
+    from mplug2_jax.training.reliability.preemption import PreemptionNotice
 
     if folder.done and is_first():
         print(f"{folder.done:,} records were done before", flush=True)
@@ -205,7 +205,7 @@ def _reading(data: "DataConfig") -> dict[str, Any]:
 def _model(plan: "Blueprint", params: "Params") -> dict[str, Any]:
     """Which model it is, and a digest of its weights."""
     from mplug2_jax.config import defaults_of
-    from mplug2_jax.training.digests import digests
+    from mplug2_jax.training.checkpoint.checksums import digests
 
     weights = json.dumps(digests(params), sort_keys=True).encode()
     return {

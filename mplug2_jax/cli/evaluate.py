@@ -10,8 +10,8 @@ from mplug2_jax.errors import UserError, check_range
 
 if TYPE_CHECKING:
     from mplug2_jax.evaluation.loop import EvaluationResult
-    from mplug2_jax.training.evaluating import Subject
-    from mplug2_jax.training.preemption import PreemptionNotice
+    from mplug2_jax.inference.checkpoint_eval import Subject
+    from mplug2_jax.training.reliability.preemption import PreemptionNotice
 
 POLL = 30
 
@@ -49,7 +49,7 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Evaluates, prints the table, keeps and draws the results; status 1 if the last of a followed run was left out."""
     from mplug2_jax.parallel.processes import join
-    from mplug2_jax.training.preemption import PreemptionNotice
+    from mplug2_jax.training.reliability.preemption import PreemptionNotice
 
     _check(args)
     join()
@@ -82,9 +82,9 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _evaluate(args: argparse.Namespace, notice: "PreemptionNotice") -> int:
+    from mplug2_jax.inference.checkpoint_eval import Evaluator, by_recipe, of_run
     from mplug2_jax.parallel.processes import is_first
     from mplug2_jax.report import write_report
-    from mplug2_jax.training.evaluating import Evaluator, by_recipe, of_run
 
     if args.task:
         subject = by_recipe(args.task, args.checkpoint, args.overrides)
@@ -112,10 +112,10 @@ def _evaluate(args: argparse.Namespace, notice: "PreemptionNotice") -> int:
 
 
 def _follow(args: argparse.Namespace, notice: "PreemptionNotice") -> int:
+    from mplug2_jax.inference.checkpoint_eval import Evaluator, of_run
+    from mplug2_jax.inference.continuous_eval import Follower, until_step, wait_for_run
     from mplug2_jax.parallel.processes import is_first
     from mplug2_jax.report import write_report
-    from mplug2_jax.training.evaluating import Evaluator, of_run
-    from mplug2_jax.training.following import Follower, until_step, wait_for_run
     from mplug2_jax.training.workdir import WorkDir
 
     def say(text: str) -> None:

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
     from jax.sharding import AbstractMesh, Mesh
 
-    from mplug2_jax.parallel.chips import Topology
-    from mplug2_jax.parallel.logical import MeshAxes
+    from mplug2_jax.parallel.accelerators import Topology
+    from mplug2_jax.parallel.sharding import MeshAxes
     from mplug2_jax.planning.programs import Program
     from mplug2_jax.training.config import RunConfig
 
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before anything imports jax, which reads it then
     from mplug2_jax.config import build, load_recipe
     from mplug2_jax.errors import UserError, check_range
-    from mplug2_jax.parallel.chips import parse_topology
+    from mplug2_jax.parallel.accelerators import parse_topology
     from mplug2_jax.training.config import RunConfig
 
     if args.ledger:
@@ -102,8 +102,8 @@ def _trace(args: argparse.Namespace, config: "RunConfig", topology: "Topology") 
 def _report(args: argparse.Namespace, config: "RunConfig", topology: "Topology") -> int:
     from data_pipelines.sources.files import write_atomically
     from mplug2_jax.errors import UserError
-    from mplug2_jax.planning import fitting
-    from mplug2_jax.planning.page import write_page
+    from mplug2_jax.planning import remedies
+    from mplug2_jax.planning.html import write_page
     from mplug2_jax.planning.programs import Compiled
     from mplug2_jax.planning.report import make_report
     from mplug2_jax.planning.text import text_report
@@ -116,12 +116,12 @@ def _report(args: argparse.Namespace, config: "RunConfig", topology: "Topology")
     program = trace(config, topology)
     _say(f"traced in {program.seconds:.1f} s; compiling for {topology}, which can take minutes")
     kept = args.save_executable
-    compiled = fitting.try_compile(program, 0.0 if kept else args.effort, kept)
+    compiled = remedies.try_compile(program, 0.0 if kept else args.effort, kept)
     status = 0
     if not isinstance(compiled, Compiled):
-        largest = compiled.largest or fitting.largest_if_there_were_room(config, topology, trace, args.effort)
-        print("\n".join(fitting.oom_lines(compiled, topology, largest)))
-        nearest = fitting.nearest_that_fits(config, topology, trace, args.effort, _say)
+        largest = compiled.largest or remedies.largest_if_there_were_room(config, topology, trace, args.effort)
+        print("\n".join(remedies.oom_lines(compiled, topology, largest)))
+        nearest = remedies.nearest_that_fits(config, topology, trace, args.effort, _say)
         if nearest is None:
             print("no smaller micro-batch or heavier recomputation that was tried fits: use more chips, or more fsdp")
             return 1
@@ -182,23 +182,23 @@ def _search(args: argparse.Namespace, config: "RunConfig", topology: "Topology")
 
 
 def _ledger(what: str) -> int:
-    from mplug2_jax.planning import ledger
+    from mplug2_jax.planning import cost_goldens
 
-    path = ledger.ledger_path()
-    entries, rows, grown = ledger.read_ledger(path), [], []
+    path = cost_goldens.ledger_path()
+    entries, rows, grown = cost_goldens.read_ledger(path), [], []
     for i, entry in enumerate(entries):
         if what == "quick" and not entry.quick:
             continue
         _say(f"compiling {entry}")
-        figures = ledger.figures_of(ledger.measure(entry))
-        rows.append(ledger.row(entry, figures))
+        figures = cost_goldens.figures_of(cost_goldens.measure(entry))
+        rows.append(cost_goldens.row(entry, figures))
         if what == "update":
-            entries[i] = ledger.with_figures(entry, figures)
-            ledger.write_ledger(entries, path)  # entry by entry: some take minutes
+            entries[i] = cost_goldens.with_figures(entry, figures)
+            cost_goldens.write_ledger(entries, path)  # entry by entry: some take minutes
         elif entry.figures is None:
             grown.append(f"{entry}: has no figures yet")
         else:
-            grown += [f"{entry}: {line}" for line in ledger.growth(entry.figures, figures)]
+            grown += [f"{entry}: {line}" for line in cost_goldens.growth(entry.figures, figures)]
     print(table(rows, ("program", "GiB a device", "GB sent", "PFLOP", "compiled in s"), right=(1, 2, 3, 4)))
     if grown:
         print("\n" + "\n".join(grown) + "\nif that is meant: mplug2 plan --ledger update, in the same commit")
@@ -222,8 +222,8 @@ def shardings(config: "RunConfig", mesh: "Mesh | AbstractMesh") -> "Iterator[str
     import jax
 
     from mplug2_jax.model.mplug2 import define
-    from mplug2_jax.parallel.logical import ACTIVATION_RULES, PARAMETER_RULES
     from mplug2_jax.parallel.placement import place_parameters
+    from mplug2_jax.parallel.sharding import ACTIVATION_RULES, PARAMETER_RULES
 
     definition = define(config.model, config.parts())
     placement = place_parameters(definition.shapes, definition.axes, mesh)

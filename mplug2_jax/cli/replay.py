@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from mplug2_jax.cli.common import add_command, table
 
 if TYPE_CHECKING:
-    from mplug2_jax.training.replay import Part, Replayed
+    from mplug2_jax.inference.replay import Part, Replayed
 
 
 def add_parser(commands: Any) -> None:
@@ -28,7 +28,7 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the step; status 1 if it is not what the run recorded."""
-    from mplug2_jax.training.replay import replay
+    from mplug2_jax.inference.replay import replay
     from mplug2_jax.training.workdir import WorkDir
 
     found = replay(WorkDir(args.workdir), args.step, ranked=args.rank)

@@ -65,8 +65,8 @@ def run(args: argparse.Namespace) -> int:
 def _train(config: "RunConfig", workdir: Path, overrides: Sequence[str]) -> int:
     with _exit_on_sigterm():
         from mplug2_jax.parallel.processes import is_first, join
+        from mplug2_jax.training.initialization import with_checkpoint_sizes
         from mplug2_jax.training.loop import train
-        from mplug2_jax.training.starting import with_checkpoint_sizes
         from mplug2_jax.training.workdir import WorkDir
 
     join()

@@ -89,7 +89,7 @@ def run_import(args: argparse.Namespace) -> int:
     """Imports, and prints what became of the tensors; 1 if the frameworks differ."""
     _on_host()
     from mplug2_jax.conversion.import_plan import plan_import
-    from mplug2_jax.conversion.importing import run_import
+    from mplug2_jax.conversion.import_weights import run_import
 
     parts = args.parts.split(",") if args.parts else None
     plan = plan_import(args.sources, parts=parts, task=args.task, image_size=args.image_size)
@@ -104,7 +104,7 @@ def run_import(args: argparse.Namespace) -> int:
 def run_export(args: argparse.Namespace) -> int:
     """Exports, and prints what became of the tensors; 1 if the frameworks differ."""
     _on_host()
-    from mplug2_jax.conversion.exporting import export
+    from mplug2_jax.conversion.export_weights import export
 
     check_range("--shard-size", args.shard_size, 1e-6)
     report = export(
@@ -119,7 +119,7 @@ def run_export(args: argparse.Namespace) -> int:
 def run_verify(args: argparse.Namespace) -> int:
     """Checks every tensor; 1 at the first that changed."""
     _on_host()
-    from mplug2_jax.conversion.verifying import check_report
+    from mplug2_jax.conversion.verify_weights import check_report
 
     count = 0
     for name, same in check_report(args.report):
@@ -134,7 +134,7 @@ def run_verify(args: argparse.Namespace) -> int:
 def run_inspect(args: argparse.Namespace) -> int:
     """Prints the tree."""
     _on_host()
-    from mplug2_jax.conversion.inspecting import contents_of, tree_lines
+    from mplug2_jax.conversion.inspect_weights import contents_of, tree_lines
 
     check_range("--depth", args.depth, 1)
     if not args.path.exists():

@@ -13,9 +13,9 @@ from mplug2_jax.conversion.layouts import official
 from mplug2_jax.conversion.layouts.official_state import REST, State, official_state, tie_of
 from mplug2_jax.conversion.layouts.slots import Slot
 from mplug2_jax.errors import UserError
-from mplug2_jax.training.checkpoints import Checkpoints, open_checkpoint
-from mplug2_jax.training.lora import stored_pair
-from mplug2_jax.training.position import Identity
+from mplug2_jax.training.checkpoint.checkpoints import Checkpoints, open_checkpoint
+from mplug2_jax.training.checkpoint.metadata import Identity
+from mplug2_jax.training.optim.lora import stored_pair
 from mplug2_jax.training.workdir import WorkDir
 
 EXPORT_DTYPES = {"float32": DTYPES["F32"], "float16": DTYPES["F16"], "bfloat16": DTYPES["BF16"]}

@@ -4,7 +4,7 @@ import sys
 import threading
 import time
 
-from mplug2_jax.training.telemetry import duration
+from mplug2_jax.training.telemetry.metric_log import duration
 
 
 class Transfer:

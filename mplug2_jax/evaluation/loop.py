@@ -24,14 +24,14 @@ from data_pipelines.tokenizers import Tokenizer, round_trip
 from mplug2_jax.errors import UserError, check_range
 from mplug2_jax.evaluation.answers import never_right, read_answers
 from mplug2_jax.evaluation.config import EvaluationConfig
+from mplug2_jax.evaluation.fixed_batch import predict_in_slices
 from mplug2_jax.evaluation.matching import Matching
-from mplug2_jax.evaluation.metrics.classification import Confusion, mean_of_views
-from mplug2_jax.evaluation.metrics.ratio import intervals
-from mplug2_jax.evaluation.metrics.vqa import normalise
 from mplug2_jax.evaluation.prompts import make_prompts
 from mplug2_jax.evaluation.samples import Sample, choose, right_answers
 from mplug2_jax.evaluation.samples import save as save_samples
-from mplug2_jax.evaluation.slices import predict_in_slices
+from mplug2_jax.metrics.classification import Confusion, mean_of_views
+from mplug2_jax.metrics.metric import intervals
+from mplug2_jax.metrics.vqa import normalise
 from mplug2_jax.model.mplug2 import ModelDef, Params
 from mplug2_jax.parallel.placement import batch_shards, check_batch, held_parts, replicated
 from mplug2_jax.parallel.processes import gather, is_first

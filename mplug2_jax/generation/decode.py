@@ -13,7 +13,7 @@ from mplug2_jax.model.config import SpecialTokens
 from mplug2_jax.model.decoder import Decoder
 from mplug2_jax.model.layers import gathered_once
 from mplug2_jax.model.prng import random_key
-from mplug2_jax.parallel.logical import gathered_before
+from mplug2_jax.parallel.sharding import gathered_before
 
 
 def generate(

@@ -12,7 +12,7 @@ from data_pipelines.errors import DataError
 from data_pipelines.sources.files import find_files
 from mplug2_jax.config import build, find_recipe, load_recipe, shipped_recipes
 from mplug2_jax.errors import UserError, check_range
-from mplug2_jax.parallel.chips import Topology, parse_topology
+from mplug2_jax.parallel.accelerators import Topology, parse_topology
 from mplug2_jax.planning.plan_file import PlanFile, read_plan
 from mplug2_jax.training.config import RunConfig
 

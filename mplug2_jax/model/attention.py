@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 from mplug2_jax.model import kernels
 from mplug2_jax.model.config import AttentionKernel
 from mplug2_jax.model.sequence import WHOLE, Layout, sequence_attention
-from mplug2_jax.parallel.logical import activation_spec, axis_size, platform
+from mplug2_jax.parallel.sharding import activation_spec, axis_size, platform
 
 _SPLASH_PAIRS = 2**20
 _CUDNN_PAIRS = 2**16

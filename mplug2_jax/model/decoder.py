@@ -17,7 +17,7 @@ from mplug2_jax.model.layers import BertLayer, scan_layers, split_rng, stack
 from mplug2_jax.model.sequence import Layout
 from mplug2_jax.model.taps import Taps, tap
 from mplug2_jax.model.text import Embeddings, MlmHead
-from mplug2_jax.parallel.logical import constrain
+from mplug2_jax.parallel.sharding import constrain
 
 
 class DecoderCache(NamedTuple):

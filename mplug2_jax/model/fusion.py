@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 from mplug2_jax.model.config import ModelConfig
 from mplug2_jax.model.layers import BertLayer, layer_at, scan_layers, split_rng, stack
 from mplug2_jax.model.taps import Taps, tap
-from mplug2_jax.parallel.logical import constrain
+from mplug2_jax.parallel.sharding import constrain
 
 
 def mixing_layers(depth: int, stride: int) -> tuple[int, ...]:

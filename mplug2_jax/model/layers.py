@@ -19,7 +19,7 @@ from mplug2_jax.model.attention import attention
 from mplug2_jax.model.config import AttentionKernel, ModelConfig, Remat
 from mplug2_jax.model.sequence import WHOLE, Layout
 from mplug2_jax.model.taps import Taps, tap
-from mplug2_jax.parallel.logical import apart, parameters_are_whole, platform, together
+from mplug2_jax.parallel.sharding import apart, parameters_are_whole, platform, together
 
 Initializer = Callable[..., Array]
 EMBEDDING_INIT: Initializer = nnx.initializers.normal(0.02)  # BERT's
@@ -333,7 +333,7 @@ def layer_at(layers: Layer, index: int | slice) -> Layer:
 def gathered_once(module: Layer, dtype: str) -> Layer:
     """A module with its parameters gathered, and kernels in the dtype that they compute in: for a loop of many uses.
 
-    Its uses are traced under :func:`~mplug2_jax.parallel.logical.gathered_before`.
+    Its uses are traced under :func:`~mplug2_jax.parallel.sharding.gathered_before`.
     """
     graphdef, params = nnx.split(module, nnx.Param)
 

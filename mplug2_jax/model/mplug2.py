@@ -23,7 +23,7 @@ from mplug2_jax.model.taps import Taps, tap
 from mplug2_jax.model.text import MlmHead, TextEncoder
 from mplug2_jax.model.universal import UniversalLayers
 from mplug2_jax.model.vision import VisionTower, normalise_pixels
-from mplug2_jax.parallel.logical import constrain
+from mplug2_jax.parallel.sharding import constrain
 
 Params = dict[str, Any]
 Frames = UInt8[Array, "b t y x 3"] | Float[Array, "b t y x 3"]

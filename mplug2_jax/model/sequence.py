@@ -24,7 +24,7 @@ from mplug2_jax.model import kernels
 from mplug2_jax.model.config import AttentionKernel
 from mplug2_jax.model.ring import ring
 from mplug2_jax.parallel.config import SEQUENCE
-from mplug2_jax.parallel.logical import activation_spec, axis_size
+from mplug2_jax.parallel.sharding import activation_spec, axis_size
 
 _GATHER_BYTES = 2**30  # keys and values of one chip's examples; more of them go round
 

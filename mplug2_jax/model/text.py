@@ -23,7 +23,7 @@ from mplug2_jax.model.layers import (
     stack,
 )  # fmt: skip
 from mplug2_jax.model.taps import Taps, tap
-from mplug2_jax.parallel.logical import constrain, gathered
+from mplug2_jax.parallel.sharding import constrain, gathered
 
 PAD_ID = 0
 

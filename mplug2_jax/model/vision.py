@@ -29,7 +29,7 @@ from mplug2_jax.model.layers import (
 from mplug2_jax.model.sequence import Layout
 from mplug2_jax.model.taps import Taps, tap
 from mplug2_jax.parallel.config import SEQUENCE
-from mplug2_jax.parallel.logical import activation_spec, axis_size, constrain, gathered
+from mplug2_jax.parallel.sharding import activation_spec, axis_size, constrain, gathered
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
-from mplug2_jax.parallel.logical import activation_spec
+from mplug2_jax.parallel.sharding import activation_spec
 
 _BLOCK_CHIPS = 4  # whose features travel together: each turn waits for the network once, however small its matrix
 _BLOCK_ROWS = 4096  # unless they are so many that the scores of a block would be large

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
 from mplug2_jax.model.mplug2 import Mplug2
 from mplug2_jax.objectives.cider import Frequencies
 from mplug2_jax.objectives.queue import Queue
-from mplug2_jax.parallel.logical import constrain
+from mplug2_jax.parallel.sharding import constrain
 
 DeviceBatch = Mapping[str, Shaped[Array, "..."]]
 Metrics = dict[str, Array]

@@ -1,4 +1,4 @@
-"""Placing parameters and batches on a mesh, by the two tables of :mod:`mplug2_jax.parallel.logical`."""
+"""Placing parameters and batches on a mesh, by the two tables of :mod:`mplug2_jax.parallel.sharding`."""
 
 import dataclasses
 import math
@@ -11,7 +11,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from numpy.typing import NDArray
 
 from mplug2_jax.errors import UserError
-from mplug2_jax.parallel.logical import ACTIVATION_RULES, PARAMETER_RULES
+from mplug2_jax.parallel.sharding import ACTIVATION_RULES, PARAMETER_RULES
 
 Tree = dict[str, Any]
 

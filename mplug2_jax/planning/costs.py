@@ -16,9 +16,9 @@ from mplug2_jax.model.mplug2 import define
 from mplug2_jax.planning.programs import Program
 from mplug2_jax.tasks.table import TASKS
 from mplug2_jax.training.config import StreamConfig
-from mplug2_jax.training.flops import count_flops
 from mplug2_jax.training.state import Blueprint
-from mplug2_jax.training.step_flops import gradient_flops
+from mplug2_jax.training.telemetry.flops import count_flops
+from mplug2_jax.training.telemetry.step_flops import gradient_flops
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

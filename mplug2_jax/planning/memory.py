@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from mplug2_jax.parallel.chips import Topology
+from mplug2_jax.parallel.accelerators import Topology
 from mplug2_jax.planning.programs import Compiled
 
 GROUPS = {

@@ -9,7 +9,7 @@ from typing import Any
 from data_pipelines.sources.files import write_atomically
 from mplug2_jax.config import build, defaults_of
 from mplug2_jax.errors import UserError
-from mplug2_jax.parallel.chips import Topology, parse_topology
+from mplug2_jax.parallel.accelerators import Topology, parse_topology
 
 FORMAT = 1
 

@@ -17,7 +17,7 @@ from mplug2_jax.errors import UserError, did_you_mean
 from mplug2_jax.evaluation.config import EvaluationConfig
 from mplug2_jax.evaluation.loop import check_task, jitted_prediction
 from mplug2_jax.model.config import SpecialTokens
-from mplug2_jax.parallel.chips import Topology
+from mplug2_jax.parallel.accelerators import Topology
 from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.parallel.placement import batch_sharding, batch_shards, check_batch, replicated
 from mplug2_jax.tasks.base import Prompts

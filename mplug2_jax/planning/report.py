@@ -9,13 +9,13 @@ from typing import Any
 import jax
 
 from mplug2_jax.config import defaults_of
-from mplug2_jax.parallel.chips import Topology
+from mplug2_jax.parallel.accelerators import Topology
 from mplug2_jax.parallel.mesh import describe_mesh
-from mplug2_jax.planning.buffers import Buffer, largest_arrays
 from mplug2_jax.planning.costs import Costs, prediction_costs, training_costs
+from mplug2_jax.planning.hbm_traffic import memory_traffic
 from mplug2_jax.planning.memory import Memory, program_memory
+from mplug2_jax.planning.oom import Buffer, largest_arrays
 from mplug2_jax.planning.programs import Compiled, Program
-from mplug2_jax.planning.reads import memory_traffic
 from mplug2_jax.planning.timing import Timing, bandwidth, timing
 from mplug2_jax.planning.traffic import Collective, collectives, largest, unknown_loops
 from mplug2_jax.training.compilation import compiler_options

@@ -14,16 +14,16 @@ import jax
 from data_pipelines.sources.files import write_atomically
 from mplug2_jax.errors import UserError
 from mplug2_jax.model.config import AttentionKernel, RematConfig
-from mplug2_jax.parallel.chips import Topology
+from mplug2_jax.parallel.accelerators import Topology
 from mplug2_jax.parallel.config import MeshConfig
-from mplug2_jax.planning.fitting import overrides_between, try_compile
 from mplug2_jax.planning.programs import Compiled, abstract_batch, blueprint, training_program
+from mplug2_jax.planning.remedies import overrides_between, try_compile
 from mplug2_jax.planning.report import fingerprint, make_report
 from mplug2_jax.planning.timing import BEST
 from mplug2_jax.training.config import Gather, RunConfig
-from mplug2_jax.training.freezing import split
+from mplug2_jax.training.optim.partition import split
 from mplug2_jax.training.state import Blueprint
-from mplug2_jax.training.step_flops import gradient_flops
+from mplug2_jax.training.telemetry.step_flops import gradient_flops
 
 REMATS = (
     RematConfig(),

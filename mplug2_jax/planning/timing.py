@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 import jax
 import numpy as np
 
-from mplug2_jax.parallel.chips import Topology
+from mplug2_jax.parallel.accelerators import Topology
 from mplug2_jax.planning.traffic import Collective
 
 BEST, ORDINARY = 0.85, 0.5

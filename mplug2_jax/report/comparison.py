@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from mplug2_jax.errors import UserError
-from mplug2_jax.evaluation.metrics.ratio import Ratio, intervals
-from mplug2_jax.evaluation.metrics.units import MINUS, is_share, show
+from mplug2_jax.metrics.metric import Ratio, intervals
+from mplug2_jax.metrics.units import MINUS, is_share, show
 from mplug2_jax.report.names import TaskWords, human
 from mplug2_jax.report.page import read_any, shortened
 from mplug2_jax.report.rendering import render, write_page

@@ -14,7 +14,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-from mplug2_jax.evaluation.metrics.units import RANK, is_share
+from mplug2_jax.metrics.units import RANK, is_share
 from mplug2_jax.report.metrics import Curve
 from mplug2_jax.report.names import human
 

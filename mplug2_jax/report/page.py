@@ -8,11 +8,11 @@ from typing import Any
 
 from mplug2_jax.errors import UserError
 from mplug2_jax.report.curves import Group, draw_groups
-from mplug2_jax.report.ledger import Story, read_story
 from mplug2_jax.report.metrics import read_metrics
 from mplug2_jax.report.names import human
 from mplug2_jax.report.rendering import render, write_page
 from mplug2_jax.report.results import Evaluation, read_evaluations, read_folder
+from mplug2_jax.report.run_history import Story, read_story
 
 _MAX_NOTES = 20
 

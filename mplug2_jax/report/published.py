@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping
 from importlib.resources import files
 
-from mplug2_jax.evaluation.metrics.units import is_share
+from mplug2_jax.metrics.units import is_share
 
 _FIGURES = {
     "accuracy": "accuracy",

@@ -12,7 +12,7 @@ from typing import Any
 
 from PIL import Image
 
-from mplug2_jax.evaluation.metrics.units import RANK, is_share, show, times_as_good
+from mplug2_jax.metrics.units import RANK, is_share, show, times_as_good
 from mplug2_jax.report.confusion import Confusion, read_confusion
 from mplug2_jax.report.names import TaskWords, human, task_words
 from mplug2_jax.report.published import Published, published

@@ -9,8 +9,8 @@ from jaxtyping import Array, Float, Int
 from numpy.typing import NDArray
 
 from data_pipelines.examples import Example
-from mplug2_jax.evaluation.metrics.classification import Confusion
-from mplug2_jax.evaluation.metrics.ratio import Figure
+from mplug2_jax.metrics.classification import Confusion
+from mplug2_jax.metrics.metric import Figure
 from mplug2_jax.model.config import SpecialTokens
 from mplug2_jax.model.mplug2 import Mplug2
 from mplug2_jax.objectives.forward import DeviceBatch, Forward, Outcome

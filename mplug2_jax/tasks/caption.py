@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from data_pipelines.examples import Example
-from mplug2_jax.evaluation.metrics.by_java import Meteor, meteor, spice
-from mplug2_jax.evaluation.metrics.caption import caption_scores, tokens
-from mplug2_jax.evaluation.metrics.ratio import Ratio
 from mplug2_jax.generation.decode import generate
+from mplug2_jax.metrics.caption import caption_scores, tokens
+from mplug2_jax.metrics.java_metrics import Meteor, meteor, spice
+from mplug2_jax.metrics.metric import Ratio
 from mplug2_jax.model.mplug2 import Mplug2
 from mplug2_jax.objectives.forward import DeviceBatch, Forward, Outcome
 from mplug2_jax.objectives.language import caption_loss

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from data_pipelines.examples import Example
-from mplug2_jax.evaluation.metrics.classification import taken_for, top_k
+from mplug2_jax.metrics.classification import taken_for, top_k
 from mplug2_jax.model.mplug2 import Mplug2
 from mplug2_jax.objectives.classification import class_loss
 from mplug2_jax.objectives.forward import DeviceBatch, Forward, Outcome

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from data_pipelines.examples import Example, box_of_words
-from mplug2_jax.evaluation.metrics.grounding import box_accuracy, mean_iou, overlaps
+from mplug2_jax.metrics.grounding import box_accuracy, mean_iou, overlaps
 from mplug2_jax.tasks import answer
 from mplug2_jax.tasks.base import HostPredictions, Scored
 from mplug2_jax.tasks.contracts import CONTRACTS

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from data_pipelines.examples import Example
-from mplug2_jax.evaluation.metrics.ratio import Ratio
+from mplug2_jax.metrics.metric import Ratio
 from mplug2_jax.model.mplug2 import Mplug2
 from mplug2_jax.objectives.forward import DeviceBatch, Forward, Outcome
 from mplug2_jax.objectives.mlm import masked_predictions, mlm_loss

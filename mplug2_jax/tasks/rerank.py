@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from data_pipelines.examples import Example
-from mplug2_jax.evaluation.metrics.retrieval import ranks_of
+from mplug2_jax.metrics.retrieval import ranks_of
 from mplug2_jax.model.mplug2 import Mplug2
 from mplug2_jax.objectives.forward import DeviceBatch
 from mplug2_jax.tasks import vlc, vlm

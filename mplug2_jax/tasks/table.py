@@ -6,13 +6,13 @@ from mplug2_jax.tasks import (
     answer,
     caption,
     classify,
+    glue,
     ground,
     ilm,
     mlm,
     rerank,
     scst,
-    summarise,
-    understand,
+    summarization,
     vlc,
     vlm,
     vqa,
@@ -20,5 +20,5 @@ from mplug2_jax.tasks import (
 )
 from mplug2_jax.tasks.base import Task
 
-_MODULES = (mlm, vlc, vlm, rerank, ilm, caption, scst, answer, vqa, summarise, ground, classify, zero_shot)
-TASKS: Mapping[str, Task] = {module.TASK.name: module.TASK for module in _MODULES} | dict(understand.TASKS)
+_MODULES = (mlm, vlc, vlm, rerank, ilm, caption, scst, answer, vqa, summarization, ground, classify, zero_shot)
+TASKS: Mapping[str, Task] = {module.TASK.name: module.TASK for module in _MODULES} | dict(glue.TASKS)

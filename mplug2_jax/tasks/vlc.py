@@ -7,9 +7,9 @@ import numpy as np
 from jaxtyping import Int
 
 from data_pipelines.examples import Example
-from mplug2_jax.evaluation.metrics.nearest import Found, search
-from mplug2_jax.evaluation.metrics.ratio import Figure
-from mplug2_jax.evaluation.metrics.retrieval import chance_at, median_by_chance, median_rank, recall_at
+from mplug2_jax.metrics.exact_topk import Found, search
+from mplug2_jax.metrics.metric import Figure
+from mplug2_jax.metrics.retrieval import chance_at, median_by_chance, median_rank, recall_at
 from mplug2_jax.model.mplug2 import Mplug2
 from mplug2_jax.objectives.forward import DeviceBatch, Forward, Outcome
 from mplug2_jax.objectives.vlc import vlc_loss

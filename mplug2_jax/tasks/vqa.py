@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 from data_pipelines.examples import Example
-from mplug2_jax.evaluation.metrics.vqa import vqa_accuracy
+from mplug2_jax.metrics.vqa import vqa_accuracy
 from mplug2_jax.tasks import answer
 from mplug2_jax.tasks.base import HostPredictions, Scored
 from mplug2_jax.tasks.contracts import CONTRACTS

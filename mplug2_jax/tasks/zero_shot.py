@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from mplug2_jax.model.heads import unit
 from mplug2_jax.model.mplug2 import Mplug2
 from mplug2_jax.objectives.forward import DeviceBatch, Forward
-from mplug2_jax.parallel.logical import constrain
+from mplug2_jax.parallel.sharding import constrain
 from mplug2_jax.tasks import classify
 from mplug2_jax.tasks.base import Predictions, Task, TaskContext
 from mplug2_jax.tasks.contracts import CONTRACTS

@@ -22,25 +22,25 @@ from mplug2_jax.parallel.mesh import describe_mesh, make_mesh
 from mplug2_jax.parallel.placement import batch_shards, check_batch, held_parts, put_batch
 from mplug2_jax.parallel.processes import check_equal, is_first
 from mplug2_jax.tasks.table import TASKS
-from mplug2_jax.training.ahead import Ahead
-from mplug2_jax.training.checkpoints import Checkpoints
+from mplug2_jax.training.checkpoint.checkpoints import Checkpoints
+from mplug2_jax.training.checkpoint.metadata import Identity, Position
 from mplug2_jax.training.compilation import keep_compiled
 from mplug2_jax.training.config import RunConfig
-from mplug2_jax.training.events import Events
-from mplug2_jax.training.example_log import ExampleLog
-from mplug2_jax.training.faults import with_later_rollbacks
-from mplug2_jax.training.freezing import split
-from mplug2_jax.training.instruments import Instruments
-from mplug2_jax.training.ledger import Ledger
-from mplug2_jax.training.lock import Lock, held
-from mplug2_jax.training.position import Identity, Position
-from mplug2_jax.training.preemption import PreemptionNotice
-from mplug2_jax.training.recheck import Recheck
-from mplug2_jax.training.starting import first_state
+from mplug2_jax.training.initialization import first_state
+from mplug2_jax.training.optim.partition import split
+from mplug2_jax.training.prefetch import Ahead
+from mplug2_jax.training.reliability.faults import with_later_rollbacks
+from mplug2_jax.training.reliability.lock import Lock, held
+from mplug2_jax.training.reliability.preemption import PreemptionNotice
+from mplug2_jax.training.reliability.sdc_check import Recheck
+from mplug2_jax.training.reliability.watchdog import Watchdog
 from mplug2_jax.training.state import Blueprint, evaluated, plan_run
 from mplug2_jax.training.step import StreamBatches, compile_step
-from mplug2_jax.training.telemetry import MetricsFile, Progress
-from mplug2_jax.training.watchdog import Watchdog
+from mplug2_jax.training.telemetry.events import Events
+from mplug2_jax.training.telemetry.example_log import ExampleLog
+from mplug2_jax.training.telemetry.goodput import Ledger
+from mplug2_jax.training.telemetry.metric_log import MetricsFile, Progress
+from mplug2_jax.training.telemetry.monitor import Instruments
 from mplug2_jax.training.workdir import WorkDir, flat, special_tokens
 
 

@@ -17,9 +17,8 @@ from mplug2_jax.objectives.queue import fresh_queue
 from mplug2_jax.parallel.placement import Placement, place_parameters, replicated
 from mplug2_jax.tasks.base import TaskContext
 from mplug2_jax.training.config import RunConfig
-from mplug2_jax.training.freezing import join, split
-from mplug2_jax.training.layer_decay import rate_factors
-from mplug2_jax.training.lora import (
+from mplug2_jax.training.optim.layer_decay import rate_factors
+from mplug2_jax.training.optim.lora import (
     added_in_place,
     fresh_pairs,
     merged,
@@ -28,8 +27,9 @@ from mplug2_jax.training.lora import (
     with_pairs,
     without_pairs,
 )
-from mplug2_jax.training.optimizer import adamw
-from mplug2_jax.training.schedule import make_schedule
+from mplug2_jax.training.optim.optimizer import adamw
+from mplug2_jax.training.optim.partition import join, split
+from mplug2_jax.training.optim.schedule import make_schedule
 
 HOST = "pinned_host"  # the memory of a host that its devices copy from without its help
 

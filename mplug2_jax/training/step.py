@@ -16,13 +16,13 @@ from mplug2_jax.objectives.cider import Frequencies
 from mplug2_jax.objectives.forward import DeviceBatch, Forward, Metrics, purpose_key
 from mplug2_jax.objectives.queue import Queue
 from mplug2_jax.objectives.teacher import update_teacher
-from mplug2_jax.parallel.logical import apart, gathered_before, together
 from mplug2_jax.parallel.placement import replicated
+from mplug2_jax.parallel.sharding import apart, gathered_before, together
 from mplug2_jax.tasks.table import TASKS
 from mplug2_jax.training.compilation import compiler_options, why_not
 from mplug2_jax.training.config import RunConfig
-from mplug2_jax.training.freezing import join, split
-from mplug2_jax.training.lora import merged
+from mplug2_jax.training.optim.lora import merged
+from mplug2_jax.training.optim.partition import join, split
 from mplug2_jax.training.state import Blueprint, TrainState
 
 StreamBatches = Mapping[str, DeviceBatch]

@@ -18,10 +18,10 @@ from data_pipelines.tokenizers import train_wordpiece
 from mplug2_jax.cli.main import main
 from mplug2_jax.config import build, load_recipe
 from mplug2_jax.parallel.mesh import make_mesh
-from mplug2_jax.training.checkpoints import Checkpoints
+from mplug2_jax.training.checkpoint.checkpoints import Checkpoints
+from mplug2_jax.training.checkpoint.metadata import Identity
 from mplug2_jax.training.config import RunConfig, TokenizerConfig
 from mplug2_jax.training.loop import open_streams, position_after
-from mplug2_jax.training.position import Identity
 from mplug2_jax.training.state import plan_run
 from mplug2_jax.training.workdir import WorkDir, special_tokens
 from tests.runs import small_model, small_run

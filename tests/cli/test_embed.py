@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from mplug2_jax.evaluation import features
-from mplug2_jax.evaluation.feature_files import FeatureFolder
+from mplug2_jax.inference import features
+from mplug2_jax.inference.feature_files import FeatureFolder
 from tests.close import CHAIN, assert_close
 from tests.data_pipelines.worlds import encoded, records
 

@@ -15,7 +15,7 @@ from data_pipelines.config import SourceConfig
 from mplug2_jax.evaluation.config import EvaluationConfig
 from mplug2_jax.model.config import model_config
 from mplug2_jax.model.mplug2 import define
-from mplug2_jax.parallel.logical import ACTIVATION_RULES, PARAMETER_RULES
+from mplug2_jax.parallel.sharding import ACTIVATION_RULES, PARAMETER_RULES
 from mplug2_jax.planning.plan_file import PlanFile, read_plan
 from tests.runs import recipe_file, small_run
 

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from mplug2_jax.cli.replay import verdict
-from mplug2_jax.training.replay import Replayed
+from mplug2_jax.inference.replay import Replayed
 
 
 @pytest.mark.parametrize(

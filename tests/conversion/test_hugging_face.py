@@ -10,11 +10,11 @@ import pytest
 
 from mplug2_jax.conversion.files.sources import open_source
 from mplug2_jax.conversion.import_plan import plan_import
-from mplug2_jax.conversion.importing import run_import
+from mplug2_jax.conversion.import_weights import run_import
 from mplug2_jax.errors import UserError
 from mplug2_jax.model.mplug2 import Mplug2, define
 from mplug2_jax.model.taps import Taps
-from mplug2_jax.training.checkpoints import open_checkpoint
+from mplug2_jax.training.checkpoint.checkpoints import open_checkpoint
 from tests.close import assert_close
 from tests.hugging_face import bert_model, clip_model
 

@@ -9,19 +9,19 @@ import pytest
 
 from data_pipelines.tokenizers import SPECIAL_TOKENS, WordPieceTokenizer
 from mplug2_jax.conversion.export_plan import plan_export
-from mplug2_jax.conversion.exporting import batches, export, groups
+from mplug2_jax.conversion.export_weights import batches, export, groups
 from mplug2_jax.conversion.files.sources import DTYPES, MemorySource, open_source
 from mplug2_jax.conversion.import_plan import ImportPlan, plan_import
-from mplug2_jax.conversion.importing import run_import
+from mplug2_jax.conversion.import_weights import run_import
 from mplug2_jax.conversion.layouts.official import TASK_PARTS, default_fusion_start, official_scheme
 from mplug2_jax.conversion.layouts.official_state import REST, official_state
 from mplug2_jax.conversion.report import read_report
 from mplug2_jax.errors import UserError
 from mplug2_jax.model.config import model_config
 from mplug2_jax.model.mplug2 import define
-from mplug2_jax.training.checkpoints import Checkpoints, open_checkpoint
+from mplug2_jax.training.checkpoint.checkpoints import Checkpoints, open_checkpoint
+from mplug2_jax.training.checkpoint.metadata import Position
 from mplug2_jax.training.config import CheckpointConfig
-from mplug2_jax.training.position import Position
 from tests.close import assert_close
 from tests.weights import assert_same, official_config, official_file, tensors_of
 

@@ -20,8 +20,8 @@ from mplug2_jax.cli.common import results_table
 from mplug2_jax.errors import UserError
 from mplug2_jax.evaluation.config import EvaluationConfig
 from mplug2_jax.evaluation.loop import Evaluation, EvaluationResult, save_result
-from mplug2_jax.evaluation.metrics.classification import taken_for
 from mplug2_jax.evaluation.samples import Neighbours, Sample
+from mplug2_jax.metrics.classification import taken_for
 from mplug2_jax.model.config import SpecialTokens, model_config
 from mplug2_jax.model.mplug2 import define
 from mplug2_jax.objectives.config import MlmConfig

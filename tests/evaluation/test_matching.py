@@ -16,7 +16,7 @@ from mplug2_jax.evaluation import matching
 from mplug2_jax.evaluation.config import EvaluationConfig
 from mplug2_jax.evaluation.loop import Evaluation
 from mplug2_jax.evaluation.matching import rows_of
-from mplug2_jax.evaluation.metrics.retrieval import ranks_of
+from mplug2_jax.metrics.retrieval import ranks_of
 from mplug2_jax.model.config import SpecialTokens, model_config
 from mplug2_jax.model.mplug2 import define
 from mplug2_jax.objectives.forward import Forward

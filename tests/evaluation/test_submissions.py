@@ -7,8 +7,8 @@ import pytest
 
 from data_pipelines.faults import Fault
 from mplug2_jax.evaluation.submissions import WRITERS, save_submission
+from mplug2_jax.tasks.glue import TASKS as GLUE
 from mplug2_jax.tasks.table import TASKS
-from mplug2_jax.tasks.understand import TASKS as GLUE
 
 
 def said(*rows: tuple[str, str]) -> list[dict[str, str]]:

@@ -5,7 +5,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from mplug2_jax.launch.job import Job
-from mplug2_jax.parallel.chips import parse_topology
+from mplug2_jax.parallel.accelerators import parse_topology
 
 HOSTILE = st.one_of(
     st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])),

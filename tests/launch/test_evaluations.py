@@ -16,7 +16,7 @@ from data_pipelines.config import DataConfig, ExampleConfig, InstructionConfig, 
 from data_pipelines.digitworld import VIDEO_LABELS
 from mplug2_jax.evaluation.config import EvaluationConfig
 from mplug2_jax.training.config import CheckpointConfig
-from mplug2_jax.training.telemetry import read_metrics
+from mplug2_jax.training.telemetry.metric_log import read_metrics
 from tests.cli.conftest import untrained
 from tests.runs import QUESTION, SMALL, recipe_file, small_model, small_run, stream
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from mplug2_jax.errors import PREEMPTED, STALLED, USER_ERROR, UserError
 from mplug2_jax.launch.gke import GkeOptions, launch_gke
 from mplug2_jax.launch.job import Job
-from mplug2_jax.parallel.chips import CHIPS, topology_names
+from mplug2_jax.parallel.accelerators import CHIPS, topology_names
 from tests.launch.jobs import HOSTILE, job
 
 IMAGE = "europe-docker.pkg.dev/project/runs/mplug2:1"

@@ -13,7 +13,7 @@ import pytest
 from data_pipelines.config import DataConfig, ExampleConfig, SourceConfig
 from mplug2_jax.evaluation.config import EvaluationConfig
 from mplug2_jax.launch.local import free_port, process_environment
-from mplug2_jax.training.telemetry import read_steps
+from mplug2_jax.training.telemetry.metric_log import read_steps
 from tests.close import assert_close
 from tests.data_pipelines.worlds import write_tar
 from tests.runs import recipe_file, small_run

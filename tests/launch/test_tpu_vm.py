@@ -16,7 +16,7 @@ from mplug2_jax.launch.gke import GkeOptions, launch_gke
 from mplug2_jax.launch.job import Job
 from mplug2_jax.launch.slurm import SlurmOptions, launch_slurm
 from mplug2_jax.launch.tpu_vm import RUNTIMES, TpuVmOptions, launch_tpu_vm
-from mplug2_jax.parallel.chips import CHIPS
+from mplug2_jax.parallel.accelerators import CHIPS
 from tests.launch.jobs import HOSTILE, job
 
 IMAGE = "europe-docker.pkg.dev/project/runs/mplug2:1"

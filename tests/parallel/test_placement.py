@@ -9,9 +9,9 @@ from mplug2_jax.errors import UserError
 from mplug2_jax.model.config import model_config
 from mplug2_jax.model.mplug2 import define
 from mplug2_jax.parallel.config import MESH_AXES, MeshConfig
-from mplug2_jax.parallel.logical import PARAMETER_RULES, activation_spec
 from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.parallel.placement import check_batch, held_parts, parameter_spec, place_parameters, put_batch
+from mplug2_jax.parallel.sharding import PARAMETER_RULES, activation_spec
 
 SIZES = {"replica": 1, "data": 2, "fsdp": 2, "sequence": 1, "tensor": 2}
 

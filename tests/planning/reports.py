@@ -3,9 +3,9 @@
 import dataclasses
 from typing import Any
 
-from mplug2_jax.planning.buffers import Buffer
 from mplug2_jax.planning.costs import Costs
 from mplug2_jax.planning.memory import Memory
+from mplug2_jax.planning.oom import Buffer
 from mplug2_jax.planning.report import Report, Traffic
 from mplug2_jax.planning.timing import Timing
 from mplug2_jax.planning.traffic import Collective

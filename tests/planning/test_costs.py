@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import pytest
 
 from mplug2_jax.model.config import RematConfig
-from mplug2_jax.parallel.chips import parse_topology
+from mplug2_jax.parallel.accelerators import parse_topology
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.planning.costs import Costs, prediction_costs, training_costs
 from mplug2_jax.planning.programs import abstract_batch, blueprint, evaluation_program
 from mplug2_jax.training.config import RunConfig
-from mplug2_jax.training.flops import count_flops
 from mplug2_jax.training.step import streams_loss
-from mplug2_jax.training.step_flops import gradient_flops
+from mplug2_jax.training.telemetry.flops import count_flops
+from mplug2_jax.training.telemetry.step_flops import gradient_flops
 from tests.runs import small_model, small_run
 
 TOPOLOGY = parse_topology("cpu:8")

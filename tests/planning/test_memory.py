@@ -7,7 +7,7 @@ import types
 import pytest
 
 from mplug2_jax.objectives.config import DistillationConfig, VlcConfig
-from mplug2_jax.parallel.chips import parse_topology
+from mplug2_jax.parallel.accelerators import parse_topology
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.planning.memory import Memory, held, held_by_host, program_memory, state_memory

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mplug2_jax.errors import UserError
-from mplug2_jax.parallel.chips import topology_names
+from mplug2_jax.parallel.accelerators import topology_names
 from mplug2_jax.planning.plan_file import FORMAT, PlanFile, read_plan
 
 GOOD: dict[str, Any] = {"config": "demo", "overrides": ["--config.accumulate=2"], "topology": "cpu:8"}

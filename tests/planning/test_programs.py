@@ -10,7 +10,7 @@ from data_pipelines.digitworld import vocabulary_texts
 from data_pipelines.loader import Stream
 from data_pipelines.tokenizers import train_wordpiece
 from mplug2_jax.errors import UserError
-from mplug2_jax.parallel.chips import parse_topology
+from mplug2_jax.parallel.accelerators import parse_topology
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.placement import put_batch
 from mplug2_jax.planning.programs import (

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from mplug2_jax.parallel.chips import parse_topology
+from mplug2_jax.parallel.accelerators import parse_topology
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.planning.programs import Compiled, training_program
 from mplug2_jax.planning.report import fingerprint, make_report

@@ -8,7 +8,7 @@ from mplug2_jax.model.mplug2 import define
 from mplug2_jax.objectives.forward import Forward
 from mplug2_jax.objectives.language import caption_loss
 from mplug2_jax.planning.scopes import readable
-from mplug2_jax.training.flops import count_flops
+from mplug2_jax.training.telemetry.flops import count_flops
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from mplug2_jax.config import as_recipe, build, override
-from mplug2_jax.parallel.chips import parse_topology
+from mplug2_jax.parallel.accelerators import parse_topology
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.planning import search as module
 from mplug2_jax.planning.programs import Compiled, Program

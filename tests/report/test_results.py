@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mplug2_jax.evaluation.metrics.units import is_share
+from mplug2_jax.metrics.units import is_share
 from mplug2_jax.report import results
 from mplug2_jax.report.names import task_words
 from mplug2_jax.report.published import published

@@ -9,10 +9,10 @@ import pytest
 
 from data_pipelines.examples import Example
 from mplug2_jax.errors import UserError
-from mplug2_jax.evaluation.metrics.by_java import Meteor
-from mplug2_jax.evaluation.metrics.ratio import Ratio
-from mplug2_jax.evaluation.metrics.units import is_share
 from mplug2_jax.generation.config import SearchConfig
+from mplug2_jax.metrics.java_metrics import Meteor
+from mplug2_jax.metrics.metric import Ratio
+from mplug2_jax.metrics.units import is_share
 from mplug2_jax.model.config import PARTS, SpecialTokens, model_config
 from mplug2_jax.model.mplug2 import define
 from mplug2_jax.objectives.config import MlmConfig, VlmConfig
@@ -21,8 +21,8 @@ from mplug2_jax.tasks import answer, caption, classify, mlm, vlc
 from mplug2_jax.tasks.base import Prompts, Scored, TaskContext
 from mplug2_jax.tasks.config import TaskSettings
 from mplug2_jax.tasks.contracts import CONTRACTS, LIKENESS, parts_for
+from mplug2_jax.tasks.glue import TASKS as GLUE
 from mplug2_jax.tasks.table import TASKS
-from mplug2_jax.tasks.understand import TASKS as GLUE
 
 BATCH, LENGTH, VOCABULARY = 4, 5, 16
 CONFIG = model_config(

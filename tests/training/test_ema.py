@@ -15,11 +15,11 @@ from mplug2_jax.errors import UserError
 from mplug2_jax.model.config import SpecialTokens
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
-from mplug2_jax.training.checkpoints import Checkpoints
+from mplug2_jax.training.checkpoint.checkpoints import Checkpoints
+from mplug2_jax.training.checkpoint.metadata import Identity, Position
 from mplug2_jax.training.config import AdamWConfig, CheckpointConfig, RunConfig
+from mplug2_jax.training.initialization import first_state
 from mplug2_jax.training.loop import device_batches, open_streams
-from mplug2_jax.training.position import Identity, Position
-from mplug2_jax.training.starting import first_state
 from mplug2_jax.training.state import Blueprint, evaluated, plan_run
 from mplug2_jax.training.step import compile_step
 from mplug2_jax.training.workdir import WorkDir

@@ -11,9 +11,9 @@ from data_pipelines.errors import DataError
 from mplug2_jax.errors import UserError
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.training.config import StreamConfig
-from mplug2_jax.training.lock import Lock
 from mplug2_jax.training.loop import train
-from mplug2_jax.training.telemetry import read_steps
+from mplug2_jax.training.reliability.lock import Lock
+from mplug2_jax.training.telemetry.metric_log import read_steps
 from mplug2_jax.training.workdir import WorkDir
 from tests.data_pipelines.worlds import write_tar
 from tests.runs import small_run

@@ -14,7 +14,7 @@ from mplug2_jax.objectives.config import DistillationConfig
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.tasks.config import TaskSettings
-from mplug2_jax.training.checkpoints import Checkpoints
+from mplug2_jax.training.checkpoint.checkpoints import Checkpoints
 from mplug2_jax.training.config import AdamWConfig, RunConfig
 from mplug2_jax.training.loop import device_batches, open_streams, position_after
 from mplug2_jax.training.state import Blueprint, plan_run

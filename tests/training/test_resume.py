@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mplug2_jax.training.telemetry import read_steps
+from mplug2_jax.training.telemetry.metric_log import read_steps
 from tests.runs import recipe_file, small_model, small_run
 
 STEPS = 60  # so many that the kill after the fifth does not come after the last, however busy the machine is

@@ -23,13 +23,13 @@ from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.tasks.config import TaskSettings
 from mplug2_jax.training.config import AdamWConfig, RunConfig
-from mplug2_jax.training.flops import count_flops
+from mplug2_jax.training.initialization import first_state
 from mplug2_jax.training.loop import device_batches, open_streams, train
-from mplug2_jax.training.starting import first_state
 from mplug2_jax.training.state import plan_run
 from mplug2_jax.training.step import compile_step
-from mplug2_jax.training.step_flops import gradient_flops
-from mplug2_jax.training.telemetry import read_steps
+from mplug2_jax.training.telemetry.flops import count_flops
+from mplug2_jax.training.telemetry.metric_log import read_steps
+from mplug2_jax.training.telemetry.step_flops import gradient_flops
 from mplug2_jax.training.workdir import special_tokens
 from tests.close import CHAIN, assert_close
 from tests.runs import small_model, small_run, stream

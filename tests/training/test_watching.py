@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import pytest
 
 from mplug2_jax.errors import UserError
-from mplug2_jax.training.boards import WeightsAndBiases
 from mplug2_jax.training.config import ProfileConfig
-from mplug2_jax.training.events import Events, read_lines
-from mplug2_jax.training.meter import positions
-from mplug2_jax.training.profiling import Profiler
-from mplug2_jax.training.telemetry import MetricsFile, read_metrics
+from mplug2_jax.training.telemetry.events import Events, read_lines
+from mplug2_jax.training.telemetry.metric_log import MetricsFile, read_metrics
+from mplug2_jax.training.telemetry.profiling import Profiler
+from mplug2_jax.training.telemetry.throughput import positions
+from mplug2_jax.training.telemetry.writers import WeightsAndBiases
 
 
 def test_weights_and_biases_that_is_not_installed_is_a_sentence(tmp_path: Path, monkeypatch) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from mplug2_jax.conversion.import_plan import ImportPlan, plan_import
-from mplug2_jax.conversion.importing import run_import
+from mplug2_jax.conversion.import_weights import run_import
 from mplug2_jax.conversion.report import read_report
 from mplug2_jax.errors import UserError
 from tests.weights import bert_tensors, hugging_face_clip, openai_clip, written

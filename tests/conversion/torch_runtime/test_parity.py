@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from mplug2_jax.cli.main import main
-from mplug2_jax.conversion.parity import by_jax
-from mplug2_jax.conversion.parity.by_jax import run_parity
+from mplug2_jax.conversion.parity import jax_runner
+from mplug2_jax.conversion.parity.jax_runner import run_parity
 
 
 @pytest.mark.parametrize(("folder", "least"), [("c1_fc", 2383), ("c1_eq", 2067)])
@@ -37,7 +37,7 @@ def test_a_model_that_the_runtime_lacks_is_computed_by_jax_and_the_output_says_s
     reference: Path, monkeypatch, capsys
 ) -> None:
     folder = reference / "goldens" / "v1_itc_itm"
-    monkeypatch.setattr(by_jax, "run_parity", lambda *args: itertools.islice(run_parity(*args), 1))  # the first row
+    monkeypatch.setattr(jax_runner, "run_parity", lambda *args: itertools.islice(run_parity(*args), 1))  # the first row
     assert main(["convert", "parity", str(folder), "--framework", "torch", "--summary"]) == 0
     said = capsys.readouterr().out.splitlines()[-1]
     assert said == "retrieval: the PyTorch runtime has no retrieval model, so these rows are jax's"
@@ -47,7 +47,10 @@ def test_a_model_that_the_runtime_lacks_is_computed_by_jax_and_the_output_says_s
 
 def test_without_torch_the_extra_is_named(reference: Path, monkeypatch, capsys) -> None:
     for name in [*sys.modules]:
-        if name.startswith("mplug2_jax.conversion.torch_runtime") or name == "mplug2_jax.conversion.parity.by_torch":
+        if (
+            name.startswith("mplug2_jax.conversion.torch_runtime")
+            or name == "mplug2_jax.conversion.parity.torch_runner"
+        ):
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "torch", None)
     assert main(["convert", "parity", str(reference / "goldens" / "c1_eq"), "--framework", "torch"]) == 2

@@ -1,0 +1,339 @@
+"""Parity: every number of a golden folder, computed by our model from the release's weights, beside the release's own.
+
+``comparison`` holds the rows; here are our model's numbers, ``parity_torch`` has those of the PyTorch runtime.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from mplug2_jax.conversion.files.sources import HostArray
+from mplug2_jax.conversion.layouts.official import to_official
+from mplug2_jax.conversion.parity.comparison import (
+    Computation,
+    Named,
+    Row,
+    account_row,
+    against_outputs,
+    beam_arrays,
+    caption_weights,
+    compare_all,
+    decoder_arrays,
+    fusion_arrays,
+    gradient_rows,
+    numbers_in,
+    teachers,
+    text_arrays,
+    visual_arrays,
+)  # fmt: skip
+from mplug2_jax.conversion.parity.goldens import Golden, load_goldens
+from mplug2_jax.conversion.parity.retrieval import RETRIEVAL_INPUTS, retrieval_run
+from mplug2_jax.errors import UserError
+from mplug2_jax.generation.config import SearchConfig
+from mplug2_jax.generation.decode import generate
+from mplug2_jax.generation.rank import rank_answers
+from mplug2_jax.model.config import SpecialTokens
+from mplug2_jax.model.mplug2 import Params
+from mplug2_jax.model.taps import Taps
+from mplug2_jax.objectives.config import DistillationConfig
+from mplug2_jax.objectives.forward import DeviceBatch, Forward
+from mplug2_jax.objectives.language import (
+    answer_loss,
+    answer_sums,
+    caption_loss,
+    distillation_sums,
+    teacher_probabilities,
+)
+from mplug2_jax.objectives.teacher import update_teacher
+from mplug2_jax.training.config import AdamWConfig
+from mplug2_jax.training.optim.optimizer import adamw
+
+Framework = Literal["jax", "torch"]
+RETRIEVAL_NOTE = "the PyTorch runtime has no retrieval model, so these rows are jax's"
+
+
+def run_parity(folder: Path, framework: Framework = "jax") -> Iterator[Row]:
+    """Compares every array that a golden folder lists; rows come as they are computed.
+
+    Raises:
+        UserError: the folder is missing, incomplete or damaged, its weights do not fit its sizes, or the framework is
+            not installed.
+    """
+    compute = JaxComputation if framework == "jax" else _torch_computation()
+    for golden in load_goldens(folder):
+        if golden.model == "retrieval":
+            yield from _retrieval_rows(golden, "" if framework == "jax" else RETRIEVAL_NOTE)
+        else:
+            yield from compare_all(golden, compute(golden))
+
+
+def _torch_computation() -> Callable[[Golden], Computation]:
+    try:
+        from mplug2_jax.conversion.parity.torch_runner import TorchComputation
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise UserError("--framework torch needs PyTorch: pip install 'mplug2-jax[torch]'") from error
+    return TorchComputation
+
+
+def _retrieval_rows(golden: Golden, note: str) -> Iterator[Row]:
+    yield account_row(golden, golden.account, note)
+    computed, gradient = retrieval_run(golden)
+    yield from against_outputs(golden, iter(computed.items()), RETRIEVAL_INPUTS)
+    yield from gradient_rows(golden, "grads", _official(golden, gradient))
+
+
+def _official(golden: Golden, tree: Params) -> dict[str, HostArray]:
+    return dict(to_official(tree, golden.slots, golden.source))
+
+
+# --- inputs -----------------------------------------------------------------------------------------------------------
+
+
+def _frames(golden: Golden) -> jax.Array:
+    return jnp.asarray(golden.inputs["image"].transpose(0, 2, 3, 4, 1))  # [b, 3, t, y, x] -> [b, t, y, x, 3]
+
+
+def _caption_batch(golden: Golden, *, masked_prompt: bool = True) -> DeviceBatch:
+    weights = caption_weights(golden, masked_prompt=masked_prompt)
+    ids = jnp.asarray(golden.inputs["caption_ids"], jnp.int32)
+    return {"frames": _frames(golden), "target": ids, "target_weights": jnp.asarray(weights)}
+
+
+def _slots_of_answers(golden: Golden) -> HostArray:
+    """Row of each answer when every question is padded to the same number r of answers."""
+    counts = golden.inputs["answer_k"]
+    return np.concatenate([i * counts.max() + np.arange(k) for i, k in enumerate(counts)])
+
+
+def _question_batch(golden: Golden) -> DeviceBatch:
+    x, rows = golden.inputs, _slots_of_answers(golden)
+    total = len(x["answer_k"]) * int(x["answer_k"].max())
+
+    def spread(values: HostArray, fill: HostArray) -> jax.Array:
+        out = np.broadcast_to(fill, (total, *values.shape[1:])).copy()
+        out[rows] = values
+        return jnp.asarray(out)
+
+    ids = x["answer_ids"].astype(np.int32)
+    return {
+        "frames": _frames(golden),
+        "instruction": jnp.asarray(x["question_ids"], jnp.int32),
+        "instruction_mask": jnp.asarray(x["question_mask"].astype(bool)),
+        "target": spread(ids, ids[0]),  # a padding answer repeats a real one and weighs nothing
+        "target_weights": spread(x["answer_mask"].astype(np.float32), np.zeros((), np.float32)),
+        "answer_weights": spread(x["answer_weights"].astype(np.float32), np.zeros((), np.float32)),
+    }
+
+
+# --- arrays -----------------------------------------------------------------------------------------------------------
+
+
+def _searches(golden: Golden, memory: jax.Array, mask: jax.Array) -> Named:
+    """Beam searches of every width that the outputs list."""
+    settings = golden.settings
+    limits = settings[f"{golden.model}_generation"]
+    tokens = SpecialTokens(begin=settings["bos"], end=settings["eos"])
+    for width in numbers_in(golden, r"beam(\d+)_ids"):
+        config = SearchConfig(beams=width, extend_finished=True, **limits)
+
+        @jax.jit
+        def search(params: Params, memory: jax.Array, mask: jax.Array, config: SearchConfig = config) -> Any:
+            return generate(golden.definition.bind(params).decoder, memory, mask, config, tokens)
+
+        found = jax.tree.map(np.asarray, search(golden.params, memory, mask))
+        yield from beam_arrays(golden, width, found.ids, found.lengths, found.scores)
+
+
+def caption_arrays(golden: Golden) -> Named:
+    """Everything the caption model's outputs list."""
+    batch, unmasked = _caption_batch(golden), _caption_batch(golden, masked_prompt=False)
+
+    @jax.jit
+    def run(params: Params) -> Any:
+        model, taps = golden.definition.bind(params), Taps()
+        visual = model.visual_tokens(batch["frames"], taps=taps)
+        logits = model.decoder(batch["target"], batch["target"] != 0, visual, taps=taps)
+        return (
+            dict(taps),
+            visual,
+            logits,
+            caption_loss(Forward(model, batch)).loss,
+            caption_loss(Forward(model, unmasked)).loss,
+        )
+
+    taps, visual, logits, loss, loss_unmasked = run(golden.params)
+    yield from visual_arrays(taps, golden)
+    yield from decoder_arrays(taps, logits)
+    yield "caption_loss", np.asarray(loss)
+    yield "caption_loss_no_prompt_mask", np.asarray(loss_unmasked)
+    yield from _searches(golden, visual, jnp.ones(visual.shape[:2], bool))
+
+
+def question_arrays(golden: Golden) -> Named:
+    """Everything the question-answering model's outputs list."""
+    batch, rows = _question_batch(golden), _slots_of_answers(golden)
+    ids, mask = batch["instruction"], batch["instruction_mask"]
+
+    @jax.jit
+    def run(params: Params) -> Any:
+        model, taps = golden.definition.bind(params), Taps()
+        visual = model.visual_tokens(batch["frames"], taps=taps)
+        text = model.text_tokens(ids, mask, taps=taps)
+        image, fused = model.fusion(text, mask, visual, taps=taps)
+        memory, memory_mask = Forward(model, batch).instructed
+        logits = model.decoder(batch["target"], batch["target"] != 0, memory, memory_mask, taps=taps)
+        sums = answer_sums(logits, batch["target"], batch["target_weights"])
+        loss = answer_loss(Forward(model, batch)).loss
+        return dict(taps), text, visual, image, fused, memory, memory_mask, logits, sums, loss
+
+    taps, text, visual, image, fused, memory, memory_mask, logits, sums, loss = run(golden.params)
+    yield from visual_arrays(taps, golden)
+    yield from text_arrays(taps)
+    yield from fusion_arrays(taps, golden, image, fused)
+    for stride in numbers_in(golden, r"fusion_stride(\d+)_text"):
+        definition, params = golden.fusion_with_stride(stride)
+        mixed = jax.jit(lambda p, *x, d=definition: d.bind(p).fusion(*x))(params, text, mask, visual)
+        yield f"fusion_stride{stride}_image", np.asarray(mixed[0])
+        yield f"fusion_stride{stride}_text", np.asarray(mixed[1])
+    yield "dec_memory", np.asarray(memory)
+    yield "dec_memory_mask", np.asarray(memory_mask).astype(golden.outputs["dec_memory_mask"].dtype)
+    yield from decoder_arrays(taps, logits, rows)
+    yield "vqa_loss", np.asarray(loss)
+    yield "vqa_loss_per_answer", np.asarray(sums)[rows]
+    if golden.teacher is not None:
+        yield from _distillation_arrays(golden, batch, rows)
+    yield from _searches(golden, memory, memory_mask)
+
+    candidates, candidates_mask = golden.inputs["cand_ids"], golden.inputs["cand_mask"].astype(bool)
+    ranked = jax.jit(
+        lambda p, m, n: rank_answers(
+            golden.definition.bind(p).decoder, m, n, jnp.asarray(candidates, jnp.int32), jnp.asarray(candidates_mask),
+            keep=golden.settings["rank_k"], first_twice=True,
+        )
+    )(golden.params, memory, memory_mask)  # fmt: skip
+    yield "rank_ids", np.asarray(ranked[0]).astype(np.int64)
+    yield "rank_probs", np.asarray(ranked[1])
+
+
+def released_distillation(golden: Golden, *, alpha: float) -> DistillationConfig:
+    """The release's form, which normalises over time and leaves the fusion teacher alone."""
+    return DistillationConfig(alpha=alpha, momentum=golden.settings["momentum"], over="time", fusion=False)
+
+
+def _distilled_loss(golden: Golden, batch: DeviceBatch, alpha: float) -> Callable[[Params, Params], jax.Array]:
+    config = released_distillation(golden, alpha=alpha)
+
+    def loss(params: Params, teacher: Params) -> jax.Array:
+        taught = Forward(golden.definition.bind(teacher), batch)
+        own = Forward(golden.definition.bind(params), batch, teacher=taught, alpha=config.alpha)
+        return answer_loss(own, config).loss
+
+    return loss
+
+
+def _distillation_arrays(golden: Golden, batch: DeviceBatch, rows: HostArray) -> Named:
+    alpha = golden.settings["alpha"]
+    config, teacher = released_distillation(golden, alpha=alpha), _updated_teacher(golden)
+    # The release asks for alpha but drops it on the way to the decoder: its distillation is alpha = 0.
+    yield "vqa_loss_release_distill", np.asarray(jax.jit(_distilled_loss(golden, batch, 0.0))(golden.params, teacher))
+    yield (
+        f"vqa_loss_distill_alpha{alpha}",
+        np.asarray(jax.jit(_distilled_loss(golden, batch, alpha))(golden.params, teacher)),
+    )
+
+    @jax.jit
+    def run(params: Params, teacher: Params) -> Any:
+        target, weights = batch["target"], batch["target_weights"]
+        logits = []
+        for tree in (params, teacher):
+            model = golden.definition.bind(tree)
+            logits.append(model.decoder(target, target != 0, *Forward(model, batch).instructed))
+        soft = teacher_probabilities(Forward(golden.definition.bind(teacher), batch))
+        sums = (1 - alpha) * answer_sums(logits[0], target, weights)
+        sums += alpha * distillation_sums(logits[0], soft, weights, over=config.over)
+        return sums, logits[1][:, :-1], soft
+
+    sums, teacher_logits, soft = run(golden.params, teacher)
+    yield f"vqa_loss_distill_alpha{alpha}_per_answer", np.asarray(sums)[rows]
+    yield "teacher_logits", np.asarray(teacher_logits)[rows]
+    yield "teacher_probs", np.asarray(soft)[rows]
+
+
+# --- gradients and training -------------------------------------------------------------------------------------------
+
+
+class JaxComputation:
+    """Our model's numbers."""
+
+    def __init__(self, golden: Golden) -> None:
+        self.golden = golden
+        caption = golden.model == "caption"
+        self._batch = _caption_batch(golden) if caption else _question_batch(golden)
+        objective = caption_loss if caption else answer_loss
+        # One program for all that is asked of the loss: compiling it takes longer than everything else here.
+        self._loss_and_gradients = jax.jit(
+            jax.value_and_grad(lambda p: objective(Forward(golden.definition.bind(p), self._batch)).loss)
+        )
+
+    def account(self) -> str:
+        """What became of the checkpoint's tensors."""
+        return self.golden.account
+
+    def arrays(self) -> Named:
+        """Everything that the golden's outputs list."""
+        return caption_arrays(self.golden) if self.golden.model == "caption" else question_arrays(self.golden)
+
+    def gradients(self, alpha: float | None = None) -> Mapping[str, HostArray]:
+        """Gradients of the loss; with ``alpha``, of the distilled one, after one update of the teacher."""
+        golden = self.golden
+        if alpha is None:
+            return _official(golden, self._loss_and_gradients(golden.params)[1])
+        distilled = jax.jit(jax.grad(_distilled_loss(golden, self._batch, alpha)))
+        return _official(golden, distilled(golden.params, _updated_teacher(golden)))
+
+    def updated_teacher(self) -> Mapping[str, HostArray]:
+        """The teacher after one update, under the teacher's names."""
+        return teachers(_official(self.golden, _updated_teacher(self.golden)))
+
+    def trained(self) -> tuple[list[float], Mapping[str, HostArray]]:
+        """Losses before every AdamW step and after the last, and all parameters then, the teacher's too.
+
+        The optimiser has the release's groups; the teacher, where there is one, moves before every loss.
+        """
+        golden, train = self.golden, self.golden.settings["train"]
+        config = AdamWConfig(
+            weight_decay=train["weight_decay"], b1=train["betas"][0], b2=train["betas"][1], eps=train["eps"],
+            decay="released", clip_norm=0.0,
+        )  # fmt: skip
+        optimizer = adamw(config, train["lr_other"], train["lr_visual"])
+        frozen = released_distillation(golden, alpha=0.0).frozen
+
+        @jax.jit
+        def step(params: Params, state: Any, gradients: Params) -> Any:
+            updates, state = optimizer.update(gradients, state, params)
+            return optax.apply_updates(params, updates), state
+
+        params, teacher, losses = golden.params, golden.teacher, []
+        state = optimizer.init(params)
+        for i in range(train["steps"] + 1):
+            if teacher is not None:
+                teacher = update_teacher(teacher, params, golden.settings["momentum"], frozen=frozen)
+            value, gradients = self._loss_and_gradients(params)
+            losses.append(float(value))
+            if i < train["steps"]:
+                params, state = step(params, state, gradients)
+        after = _official(golden, params)
+        return losses, after if teacher is None else after | teachers(_official(golden, teacher))
+
+
+def _updated_teacher(golden: Golden) -> Params:
+    assert golden.teacher is not None
+    config = released_distillation(golden, alpha=golden.settings["alpha"])
+    return update_teacher(golden.teacher, golden.params, config.momentum, frozen=config.frozen)

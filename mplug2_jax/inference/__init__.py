@@ -1,0 +1,1 @@
+"""A checkpoint opened and asked: continuous evaluation, features, replay of a step, generation for people."""

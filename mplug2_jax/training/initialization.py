@@ -1,0 +1,178 @@
+"""A run's first state: fresh, or with parts of another checkpoint's weights in it."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from data_pipelines.loader import Stream
+from mplug2_jax.errors import UserError, did_you_mean
+from mplug2_jax.model.vision import resize_positions
+from mplug2_jax.objectives.cider import Frequencies, document_frequencies
+from mplug2_jax.training.checkpoint.checkpoints import Checkpoints, open_checkpoint
+from mplug2_jax.training.config import RunConfig
+from mplug2_jax.training.optim.lora import without_pairs
+from mplug2_jax.training.optim.partition import PAIR, join, part_of, split
+from mplug2_jax.training.state import Blueprint, TrainState, fresh_average
+
+POSITIONS = ("vision", "positions")
+
+
+def first_state(plan: Blueprint, streams: Mapping[str, Stream] | None = None) -> tuple[TrainState, list[str]]:
+    """The state before step 1, and what is to be said of where it came from.
+
+    What rewards captions by CIDEr counts those of ``streams`` first, alike in all processes.
+
+    With ``config.init_from`` the chosen parts are another checkpoint's, whole or not at all, averaged where it keeps an
+    average, and with LoRA's pairs in their kernels; a teacher starts as that checkpoint's teacher, or else as a copy of
+    the weights.
+
+    Raises:
+        UserError: no such checkpoint, or one that lacks a part, or has it in another size.
+    """
+    state, said = _begun(plan)
+    if "frequencies" in state and streams:
+        state["frequencies"] = jax.device_put(_counted(plan, streams), plan.shardings["frequencies"])
+    return state, said
+
+
+def starting_from(path: Path, config: RunConfig) -> RunConfig:
+    """The run with the parts of a checkpoint that both have. Raises UserError where there is no checkpoint."""
+    checkpoints, step = open_checkpoint(path)
+    try:
+        has = checkpoints.identity(step).parts
+    finally:
+        checkpoints.close()
+    return dataclasses.replace(config, init_from=str(path), init_parts=tuple(p for p in config.parts() if p in has))
+
+
+_SIZES: Mapping[str, tuple[str, ...]] = {
+    "vision": ("vision_width", "vision_layers", "vision_heads", "patch_size", "temporal_downsampling"),
+    "text": ("width", "heads", "mlp_width", "text_layers", "vocab_size", "max_positions"),
+    "universal": ("width", "heads", "mlp_width", "universal_layers", "num_latents"),
+    "fusion": ("width", "heads", "mlp_width", "fusion_layers", "fusion_stride"),
+    "decoder": ("width", "heads", "mlp_width", "decoder_layers", "vocab_size", "max_positions"),
+    "contrastive": ("contrastive_width",),
+}
+"""What of a model's sizes each part has; not the size of pictures, to which the position table is resized."""
+
+
+def with_checkpoint_sizes(
+    config: RunConfig, overrides: Sequence[str], begun: RunConfig | None
+) -> tuple[RunConfig, str]:
+    """Return a run with the model's sizes of the parts that it takes from ``config.init_from``, and a line about them.
+
+    Args:
+        config: of the run.
+        overrides: words as ``--config.model.width=64``; what these set stays as it is.
+        begun: the run's config as its work directory keeps it, which has these sizes already; None: it is a new run.
+
+    Raises:
+        UserError: no such checkpoint.
+    """
+    if not config.init_from:
+        return config, ""
+    if begun is not None:
+        has, model = begun.parts(), begun.model
+    else:
+        checkpoints, step = open_checkpoint(Path(config.init_from))
+        try:
+            identity = checkpoints.identity(step)
+        except UserError:  # of an older version, or damaged: what reads the arrays says so
+            return config, ""
+        finally:
+            checkpoints.close()
+        has, model = identity.parts, identity.config
+    taken = set(config.init_parts or config.parts()) & set(has)
+    asked = {word.removeprefix("--config.model.").partition("=")[0] for word in overrides}
+    fields = dict.fromkeys(field for part in taken & set(_SIZES) for field in _SIZES[part] if field not in asked)
+    sizes = {field: getattr(model, field) for field in fields if getattr(model, field) != getattr(config.model, field)}
+    if not sizes:
+        return config, ""
+    told = ", ".join(f"{field} {size} (not {getattr(config.model, field)})" for field, size in sorted(sizes.items()))
+    sized = dataclasses.replace(config, model=dataclasses.replace(config.model, **sizes))
+    return sized, f"the model's sizes are those of {config.init_from}: {told}"
+
+
+def _counted(plan: Blueprint, streams: Mapping[str, Stream]) -> Frequencies:
+    """The document frequencies of the captions that are rewarded."""
+    config = plan.config
+    rewarded = [streams[name] for name, stream in config.streams.items() if "scst" in stream.objectives]
+    documents = (ids for stream in rewarded for ids in stream.references(config.tasks.scst.documents))
+    return document_frequencies(documents, plan.context.tokens)
+
+
+def _begun(plan: Blueprint) -> tuple[TrainState, list[str]]:
+    if not plan.config.init_from:
+        return plan.init(), []
+    checkpoints, step = open_checkpoint(Path(plan.config.init_from))
+    try:
+        return _started(plan, checkpoints, step)
+    finally:
+        checkpoints.close()
+
+
+def _started(plan: Blueprint, checkpoints: Checkpoints, step: int) -> tuple[TrainState, list[str]]:
+    stored = checkpoints.leaves(step)
+    has = {path[1] for path in stored if path[0] == "params"}
+    wanted = _wanted(plan.config, set(plan.shapes["params"]), has)
+    fresh = sorted(set(plan.shapes["params"]) - set(wanted))
+    # What was trained on pictures alone has no temporal units; fresh ones change nothing of a clip's frames.
+    still = "vision" in wanted and "temporal" not in {part_of(path[1:]) for path in stored if path[0] == "params"}
+    fresh += ["temporal"] if still and "temporal" in plan.definition.parts else []
+    trees = {path[0] for path in stored}
+    own = "ema" if "ema" in trees else "params"
+    taken_as = ", averaged" if own == "ema" else ""
+    taken_as += ", LoRA in its kernels" if any(PAIR in path for path in stored) else ""
+    said = [f"starting from {plan.config.init_from} (step {step}{taken_as}): {', '.join(wanted)}"]
+    said += [f"  fresh: {', '.join(fresh)}"] if fresh else []
+    taken = {}
+    for tree in {"params", "teacher"} & set(plan.shapes):
+        kept = "teacher" if tree == "teacher" and "teacher" in trees else own
+        like = without_pairs({part: plan.shapes[tree][part] for part in wanted})
+        like = split(like, ("temporal",))[0] if still else like
+        taken[tree] = _restored(checkpoints, step, kept, like, said)
+    state = plan.init()
+    state |= {tree: join(parts, state[tree]) for tree, parts in taken.items()}
+    if "ema" in state:
+        state["ema"] = fresh_average(plan.config, state["params"])
+    return state, said
+
+
+def _wanted(config: RunConfig, own: set[str], has: set[str]) -> Sequence[str]:
+    # Temporal units come and go with the tower that they are in.
+    chosen = tuple(part for part in config.init_parts if part != "temporal")
+    for part in chosen:
+        if part not in own:
+            raise UserError(f"config.init_parts names {part!r}: {did_you_mean(part, own)}")
+    wanted = chosen or tuple(sorted(own))
+    missing = [part for part in wanted if part not in has]
+    if missing:
+        there = ", ".join(part for part in wanted if part in has) or "none of them"
+        raise UserError(
+            f"config.init_from={config.init_from} lacks {', '.join(missing)} (it has {', '.join(sorted(has))}); to "
+            f"take the rest from it, set config.init_parts to {there}"
+        )
+    return wanted
+
+
+def _restored(checkpoints: Checkpoints, step: int, tree: str, like: Any, said: list[str]) -> Any:
+    """Parts of a tree, laid out like ``like``; the position table on its own grid."""
+    stored = checkpoints.leaves(step)
+    path = next((path for path in ((tree, *POSITIONS), ("params", *POSITIONS)) if path in stored), POSITIONS)
+    table = like.get("vision", {}).get("positions")
+    resized = None
+    if table is not None and path in stored and stored[path][0] != table.shape:
+        rows = checkpoints.read([path], step)[path]
+        grid = round((table.shape[0] - 1) ** 0.5)
+        resized = jax.device_put(resize_positions(jnp.asarray(rows), grid), table.sharding)
+        like = like | {"vision": {name: leaf for name, leaf in like["vision"].items() if name != "positions"}}
+        if tree != "teacher":
+            said.append(f"  the position table of {rows.shape[0]} rows is resized to {table.shape[0]}")
+    parts, _ = checkpoints.restore_params(like, step, tree=tree)
+    if resized is not None:
+        parts["vision"]["positions"] = resized
+    return parts

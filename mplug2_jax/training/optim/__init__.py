@@ -1,0 +1,1 @@
+"""The optimizer: AdamW, schedules, layer-wise decay, LoRA, frozen parts."""

@@ -1,0 +1,122 @@
+"""AdamW with the release's parameter groups: {vision, rest} x {decayed, not decayed}."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mplug2_jax.training.config import AdamWConfig, DecayRule, Dtype
+from mplug2_jax.training.optim.partition import PAIR
+
+
+def is_vision(path: tuple[str, ...]) -> bool:
+    """Whether a parameter belongs to the vision tower, which has a learning rate of its own."""
+    return path[0] == "vision"
+
+
+def is_linear(path: tuple[str, ...]) -> bool:
+    """Whether a parameter is the kernel of a linear map: those of the temporal units' own convolutions are none."""
+    return path[-1] == "kernel" and len(path) > 1 and not path[-2].startswith("temporal_")
+
+
+def is_decayed(path: tuple[str, ...], rule: DecayRule) -> bool:
+    """Whether weight decay acts on a parameter.
+
+    ``matrices``: the kernels of linear maps alone, and LoRA's pairs beside them. ``released``: everything but biases
+    and BERT's LayerNorm scales, because the release looks for the substrings "bias" and "LayerNorm.weight" in names; so
+    CLIP's norms, the norms around the visual stream, latents and all embeddings are decayed.
+    """
+    if rule == "matrices":
+        return is_linear(path) or PAIR in path
+    visual_norms = path[0] in ("vision", "vision_projection") or path[:2] == ("universal", "visual_norm")
+    return path[-1] != "bias" and (path[-1] != "scale" or visual_norms)
+
+
+def scale_by_adam(
+    b1: float, b2: float, eps: float, mu_dtype: Dtype = "float32", nu_dtype: Dtype = "float32"
+) -> optax.GradientTransformation:
+    """Adam's direction, with optax's state and bias corrections that are exact in float32.
+
+    Moments are kept in the given dtypes; the arithmetic, and the step that they are fresh in, is float32.
+
+    optax forms ``1 - b2**t`` in float32, which is off by 5e-5 in the first step (0.999 has no exact neighbour there);
+    ``-expm1(t log b2)`` is not, and the release's losses after a step are met to 2e-6 instead of 4e-5.
+    """
+
+    def kept(tree: Any, dtype: Dtype) -> Any:
+        return jax.tree.map(lambda x: x.astype(dtype), tree)
+
+    def init(params: optax.Params) -> optax.OptState:
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), kept(zeros, mu_dtype), kept(zeros, nu_dtype))
+
+    def update(
+        gradients: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        del params
+        assert isinstance(state, optax.ScaleByAdamState)
+        old_mu, old_nu = kept(state.mu, "float32"), kept(state.nu, "float32")
+        mu = jax.tree.map(lambda m, g: b1 * m + (1.0 - b1) * g, old_mu, gradients)
+        nu = jax.tree.map(lambda v, g: b2 * v + (1.0 - b2) * g * g, old_nu, gradients)
+        count = state.count + 1
+        first, second = -jnp.expm1(count * math.log(b1)), -jnp.expm1(count * math.log(b2))
+        direction = jax.tree.map(lambda m, v: (m / first) / (jnp.sqrt(v / second) + eps), mu, nu)
+        return direction, optax.ScaleByAdamState(count, kept(mu, mu_dtype), kept(nu, nu_dtype))
+
+    return optax.GradientTransformation(init, update)
+
+
+def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
+    """Scales gradients down to a global norm, as one factor that fuses into the update instead of a pass of its own."""
+
+    def update(
+        gradients: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        del params
+        factor = jnp.minimum(1.0, limit / jnp.maximum(optax.tree.norm(gradients), 1e-12))
+        return jax.tree.map(lambda g: g * factor, gradients), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def scale_each(factors: optax.Params) -> optax.GradientTransformation:
+    """Scales each parameter's update by its own factors, which broadcast over it."""
+
+    def update(
+        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        del params
+        return jax.tree.map(lambda u, f: u * f, updates, factors), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def adamw(
+    config: AdamWConfig,
+    rest: optax.ScalarOrSchedule,
+    vision: optax.ScalarOrSchedule,
+    factors: optax.Params | None = None,
+) -> Any:
+    """The optimiser: clipping, Adam, decoupled decay, one learning rate for vision and one for the rest.
+
+    ``factors``: what each parameter takes of its rate, for the step of Adam and for the decay alike.
+    """
+
+    def paths(tree: Any, choose: Any) -> Any:  # parameters, or optax's placeholder for them
+        return jax.tree_util.tree_map_with_path(lambda p, _: choose(tuple(key.key for key in p)), tree)
+
+    steps = [
+        scale_by_adam(config.b1, config.b2, config.eps, config.mu_dtype, config.nu_dtype),
+        optax.add_decayed_weights(config.weight_decay, lambda p: paths(p, lambda q: is_decayed(q, config.decay))),
+        optax.partition(
+            {"vision": optax.scale_by_learning_rate(vision), "rest": optax.scale_by_learning_rate(rest)},
+            lambda p: paths(p, lambda q: "vision" if is_vision(q) else "rest"),
+        ),
+    ]
+    if config.clip_norm > 0:
+        steps.insert(0, clip_by_global_norm(config.clip_norm))
+    if factors is not None:
+        steps.append(scale_each(factors))
+    return optax.chain(*steps)

@@ -1,0 +1,1 @@
+"""A file for each thing that can break: bad records, spikes, preemption, hung processes, wrong bits, two trainers."""

@@ -1,0 +1,128 @@
+"""What evaluations outside of a run read of its checkpoints: the parts that they need, averaged where there is one."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from data_pipelines.config import DataConfig, ExampleConfig, InstructionConfig, SourceConfig
+from mplug2_jax.evaluation.config import EvaluationConfig
+from mplug2_jax.inference.checkpoint_eval import Evaluator, Subject, by_recipe, of_run
+from mplug2_jax.parallel.config import MeshConfig
+from mplug2_jax.parallel.mesh import make_mesh
+from mplug2_jax.training.checkpoint.checkpoints import Checkpoints
+from mplug2_jax.training.checkpoint.metadata import Identity, Position
+from mplug2_jax.training.config import CheckpointConfig, RunConfig
+from mplug2_jax.training.state import plan_run
+from mplug2_jax.training.workdir import WorkDir, special_tokens
+from tests.runs import SMALL, recipe_file, small_run
+
+FREEZE = ("text", "universal", "mlm")
+
+
+def heldout(task: str, kind: str, examples: ExampleConfig) -> EvaluationConfig:
+    sources = {"digits": SourceConfig(kind=kind, split="heldout", size=3)}
+    return EvaluationConfig(
+        task=task, data=DataConfig(sources=sources, visual=SMALL, examples=examples, batch_size=8), samples=0
+    )
+
+
+def a_run(**overrides: Any) -> RunConfig:
+    """Everything that there is, with an average, and an evaluation of what the average leaves out."""
+    asked = {"caption": InstructionConfig(templates=("what?",))}
+    evaluations = {
+        "words": heldout("mlm", "text", ExampleConfig(text="sentence", text_length=12)),
+        "captions": heldout(
+            "caption", "image", ExampleConfig(instructions=asked, instruction_length=6, target_length=6)
+        ),
+    }
+    return small_run(evaluations=evaluations, mesh=MeshConfig(fsdp=8), **overrides)
+
+
+@pytest.fixture(scope="module")
+def state() -> dict[str, Any]:
+    return {}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, state: dict[str, Any]) -> Path:
+    """A run with two checkpoints, whose average is not its parameters; its recipe knows of no average."""
+    path, config = tmp_path_factory.mktemp("runs") / "run", a_run(ema_decay=0.9, freeze=FREEZE)
+    workdir = WorkDir(path)
+    tokenizer = workdir.tokenizer(config)
+    workdir.begin(config, tokenizer)
+    plan = plan_run(config, special_tokens(tokenizer), make_mesh(config.mesh))
+    state |= plan.init()
+    state["ema"] = jax.tree.map(lambda x: x + 1, state["ema"])
+    identity = Identity(config.model, plan.definition.parts)
+    checkpoints = Checkpoints(workdir.checkpoints, CheckpointConfig(), identity=identity)
+    for step in (3, 4):
+        checkpoints.save(state, Position(step, {}))
+    checkpoints.close()
+    recipe_file(a_run(), path.parent / "recipe.py")
+    return path
+
+
+def subjects(run: Path, *overrides: str) -> list[Subject]:
+    return [of_run(run, overrides), by_recipe(str(run.parent / "recipe.py"), run, overrides)]
+
+
+def assert_equal(one: Any, other: Any) -> None:
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+@pytest.mark.slow
+def test_the_average_is_evaluated_and_the_last_parameters_can_be_asked_for(run: Path, state: dict[str, Any]) -> None:
+    for subject, last in zip(subjects(run), subjects(run, "--config.ema_decay=0"), strict=True):
+        assert (subject.averaged, last.averaged) == (True, False)
+        averaged, step = Evaluator(subject, ["captions"]).read(None)
+        assert step == 4
+        assert_equal(averaged["vision"]["positions"], state["ema"]["vision"]["positions"])
+        assert_equal(averaged["decoder"], state["ema"]["decoder"])
+        assert_equal(averaged["text"], state["params"]["text"])  # frozen: in no average
+        assert_equal(Evaluator(last, ["captions"]).read(3)[0]["decoder"], state["params"]["decoder"])
+
+
+@pytest.mark.slow
+def test_only_what_evaluations_need_is_read(run: Path) -> None:
+    for subject in subjects(run):
+        words, _ = Evaluator(subject, ["words"]).read(4)
+        assert set(words) == set(FREEZE)
+        captions, _ = Evaluator(subject, ["captions"]).read(4)
+        # The model fuses words with pictures, so its captions are asked for in words.
+        assert set(captions) == {"vision", "text", "universal", "fusion", "decoder"}
+        assert not any(name.startswith("temporal") for name in captions["vision"]["blocks"])
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(captions)} == {"float32"}
+
+
+@pytest.mark.slow
+def test_a_run_without_universal_layers_is_evaluated(tmp_path: Path) -> None:
+    config, workdir = a_run(universal=False), WorkDir(tmp_path)
+    tokenizer = workdir.tokenizer(config)
+    workdir.begin(config, tokenizer)
+    plan = plan_run(config, special_tokens(tokenizer), make_mesh(config.mesh))
+    checkpoints = Checkpoints(workdir.checkpoints, CheckpointConfig())
+    checkpoints.save(plan.init(), Position(1, {}))
+    checkpoints.close()
+    evaluator = Evaluator(of_run(tmp_path, ()), ["words"])
+    params, step = evaluator.read(None)
+    assert set(params) == {"text", "mlm"}
+    (result,) = evaluator.run(params, step, ["words"], lambda phase: None)
+    assert result.examples == 3
+
+
+@pytest.mark.slow
+def test_one_program_serves_all_checkpoints(run: Path) -> None:
+    evaluator = Evaluator(of_run(run, ()))
+    results = []
+    for step in (3, 4):
+        params, _ = evaluator.read(step)
+        results.append(list(evaluator.run(params, step, ["words", "captions"], lambda phase: None)))
+    assert [[(result.step, result.name, result.examples) for result in each] for each in results] == [
+        [(step, name, 3) for name in ("words", "captions")] for step in (3, 4)
+    ]
+    first, second = ([(result.said, result.figures) for result in each] for each in results)
+    assert first == second
+    assert {evaluation._predict._cache_size() for evaluation in evaluator.evaluations.values()} == {1}

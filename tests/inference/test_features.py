@@ -1,0 +1,197 @@
+"""Features: those of a direct forward pass, whatever the batch size, the mesh and where a run was stopped."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from data_pipelines.config import DataConfig, ExampleConfig, SourceConfig, VisualConfig
+from data_pipelines.loader import EvaluationSet
+from data_pipelines.tokenizers import SPECIAL_TOKENS, WordPieceTokenizer
+from mplug2_jax.errors import UserError
+from mplug2_jax.inference import features as features_module
+from mplug2_jax.inference.features import FeatureConfig, Features
+from mplug2_jax.model.config import model_config
+from mplug2_jax.model.mplug2 import define
+from mplug2_jax.model.taps import Taps
+from mplug2_jax.parallel.config import MeshConfig
+from mplug2_jax.parallel.mesh import make_mesh
+from tests.close import CHAIN, assert_close
+from tests.data_pipelines.worlds import encoded, records
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+TOKENIZER = WordPieceTokenizer([*SPECIAL_TOKENS, "?", *LETTERS, *(f"##{letter}" for letter in LETTERS)])
+MODEL = model_config(
+    "tiny", dtype="float32", width=16, heads=2, mlp_width=16, vision_width=16, vision_layers=2, vision_heads=2,
+    image_size=16, text_layers=1, universal_layers=2, fusion_layers=1, decoder_layers=1, num_latents=2,
+    contrastive_width=8, vocab_size=TOKENIZER.vocab_size,
+)  # fmt: skip
+PARTS = ("vision", "temporal", "text", "universal", "contrastive")
+SIZE, LENGTH = 11, 40
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch):
+    """Of four examples."""
+    monkeypatch.setattr(features_module, "SHARD_ROWS", 4)
+
+
+@pytest.fixture(scope="module")
+def params():
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda s: jnp.float32(rng.normal(size=s.shape)), define(MODEL, PARTS).shapes)
+
+
+def data(kind, batch_size=3, sources=None):
+    return DataConfig(
+        sources=sources or {"digits": SourceConfig(kind=kind, split="heldout", size=SIZE)},
+        visual=VisualConfig(image_size=16, num_frames=2, transform="resize"),
+        examples=ExampleConfig(text="sentence", text_length=LENGTH) if kind == "text" else ExampleConfig(),
+        batch_size=batch_size,
+    )
+
+
+def opened(kind, name="contrastive", pool="none", *, batch_size=3, mesh=None, sources=None, parts=PARTS):
+    mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:1])
+    config = FeatureConfig(name=name, pool=pool)
+    return Features(config, data(kind, batch_size, sources), define(MODEL, parts), TOKENIZER, mesh, seed=0)
+
+
+def written(features, params, start=0):
+    """All ids and arrays."""
+    shards = list(features.shards(params, start))
+    ids = [key for shard in shards for key in shard.ids]
+    return ids, {name: np.concatenate([shard.arrays[name] for shard in shards]) for name in features.shapes}
+
+
+def direct(kind, params):
+    """The model, and all examples as one batch."""
+    held = EvaluationSet(data(kind), TOKENIZER, name="features", seed=0)
+    examples = [held[i] for i in range(SIZE)]
+    batch = {name: jnp.stack([e.arrays[name] for e in examples]) for name in examples[0].arrays if name != "example_id"}
+    return define(MODEL, PARTS).bind(params), batch, [example.key for example in examples]
+
+
+def tapped(kind, params, name):
+    model, batch, _ = direct(kind, params)
+    taps = Taps([name])
+    if kind == "text":
+        model.text_tokens(batch["text"], batch["text_mask"], taps=taps)
+    else:
+        model.visual_tokens(batch["frames"], taps=taps)
+    return np.asarray(taps[name]), batch
+
+
+@pytest.mark.parametrize("kind", ["image", "video", "text"])
+def test_contrastive_features_are_those_of_a_direct_pass_in_any_batches_on_any_mesh(kind, params):
+    model, batch, keys = direct(kind, params)
+    if kind == "text":
+        expected = model.contrastive.text_features(model.text_tokens(batch["text"], batch["text_mask"]))
+    else:
+        expected = model.contrastive.visual_features(model.visual_tokens(batch["frames"]))
+    assert_close(np.linalg.norm(expected, axis=1), np.ones(SIZE))
+    assert np.ptp(np.asarray(expected), axis=0).max() > 1e-3  # they do tell the examples apart
+    eight = make_mesh(MeshConfig(data=2, fsdp=4))
+    for batch_size, mesh in ((1, None), (3, None), (8, None), (8, eight)):
+        ids, arrays = written(opened(kind, batch_size=batch_size, mesh=mesh), params)
+        assert ids == keys
+        assert_close(arrays["features"], expected, CHAIN)
+
+
+def test_shards_do_not_depend_on_batches_and_go_on_where_one_began(params):
+    whole = [(s.first, s.stop, len(s.ids)) for s in opened("image", batch_size=3).shards(params)]
+    assert whole == [(0, 4, 4), (4, 8, 4), (8, 11, 3)]
+    assert whole == [(s.first, s.stop, len(s.ids)) for s in opened("image", batch_size=8).shards(params)]
+    ids, arrays = written(opened("image", batch_size=3), params)
+    later, rest = written(opened("image", batch_size=8), params, start=4)
+    assert later == ids[4:]
+    assert_close(rest["features"], arrays["features"][4:], CHAIN)
+    assert list(opened("image").shards(params, start=SIZE)) == []
+
+
+def test_pooled_is_the_mean_over_the_last_tokens_without_padding(params):
+    text, batch = tapped("text", params, "text/out")
+    lengths = np.asarray(batch["text_mask"]).sum(1)
+    assert lengths.min() < LENGTH
+    expected = np.stack([row[:length].mean(0) for row, length in zip(text, lengths, strict=True)])
+    assert_close(written(opened("text", "pooled"), params)[1]["features"], expected, CHAIN)
+    clips, _ = tapped("video", params, "visual/out")
+    assert_close(written(opened("video", "pooled"), params)[1]["features"], clips.mean(1), CHAIN)
+
+
+def test_a_tap_keeps_all_tokens_and_those_of_texts_say_how_many_are_padding(params):
+    layers, batch = tapped("text", params, "text/layer")
+    arrays = written(opened("text", "text/layer"), params)[1]
+    assert_close(arrays["features"], layers.swapaxes(0, 1), CHAIN)
+    np.testing.assert_array_equal(arrays["lengths"], np.asarray(batch["text_mask"]).sum(1))
+
+
+def test_a_tap_with_a_row_for_each_frame_keeps_frames_of_a_clip_together(params):
+    blocks, _ = tapped("video", params, "vision/block")  # layers, clips and frames, tokens, width
+    expected = blocks.reshape(2, SIZE, 2, *blocks.shape[2:]).transpose(1, 2, 0, 3, 4)
+    features = opened("video", "vision/block")
+    assert features.shapes == {"features": (expected.shape[1:], "float32")}
+    assert_close(written(features, params)[1]["features"], expected, CHAIN)
+    first = written(opened("video", "vision/block", "cls"), params)[1]["features"]
+    assert_close(first, expected[..., 0, :], CHAIN)
+    mean = written(opened("video", "vision/block", "mean"), params)[1]["features"]
+    assert_close(mean, expected.mean(-2), CHAIN)
+
+
+@pytest.mark.slow
+def test_every_tap_that_is_named_can_be_had(params):
+    with pytest.raises(UserError) as error:
+        opened("image", "vision/blocks")
+    assert "did you mean 'vision/block'?" in str(error.value)
+    valid = str(error.value).partition("(valid: ")[2].rstrip(")").split(", ")
+    assert {"contrastive", "pooled", "visual/out", "universal/visual0"} <= set(valid)
+    for name in valid:
+        assert len(written(opened("image", name, batch_size=8), params)[0]) == SIZE
+
+
+def test_what_cannot_be_read_is_left_out_with_its_key_and_so_is_padding(params, tmp_path: Path):
+    for i, record in enumerate(records("image", 6)):
+        (tmp_path / f"{i}.png").write_bytes(b"no picture" if i in (1, 5) else encoded(record))
+    sources = {"folder": SourceConfig(format="files", path=str(tmp_path))}
+    for batch_size in (1, 4):
+        shards = list(opened("image", batch_size=batch_size, sources=sources).shards(params))
+        assert [shard.ids for shard in shards] == [("0.png", "2.png", "3.png"), ("4.png",)]
+        assert [[fault.key for fault in shard.faults] for shard in shards] == [["1.png"], ["5.png"]]
+        assert [len(shard.arrays["features"]) for shard in shards] == [3, 1]
+
+
+def test_ids_of_several_sources_stand_below_their_names(params, tmp_path: Path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.png").write_bytes(encoded(records("image", 1)[0]))
+    sources = {
+        name: SourceConfig(format="files", path=str(tmp_path / path))
+        for name, path in (("a", "a"), ("b", "b"), (str(tmp_path / "a/x.png"), "a/x.png"))
+    }
+    assert written(opened("image", sources=sources), params)[0] == ["a/x.png", "b/x.png", str(tmp_path / "a/x.png")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "parts", "said"),
+    [
+        (
+            "image",
+            "contrastive",
+            ("text", "universal"),
+            "needs the part vision and contrastive, which this model lacks",
+        ),
+        ("text", "contrastive", ("text", "mlm"), r"needs the part contrastive, which this model lacks \(it has text"),
+        ("text", "pooled", ("vision",), "feature 'pooled' of a text needs the part text"),
+        ("video", "visual/out", ("vision",), "needs the part temporal"),
+    ],
+)
+def test_a_model_without_the_parts_is_refused(kind, name, parts, said):
+    with pytest.raises(UserError, match=said):
+        opened(kind, name, parts=parts)
+
+
+def test_vectors_are_not_pooled():
+    with pytest.raises(UserError, match="pool 'mean' is for the tokens of a tap, and feature 'pooled' is one vector"):
+        FeatureConfig(name="pooled", pool="mean")

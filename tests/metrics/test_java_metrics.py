@@ -1,0 +1,114 @@
+"""Caption scores equal the COCO toolkit's own, and its Java scores are there or absent."""
+
+import json
+import shutil
+import stat
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pycocoevalcap.bleu.bleu import Bleu
+from pycocoevalcap.cider.cider import Cider
+from pycocoevalcap.meteor.meteor import Meteor
+from pycocoevalcap.rouge.rouge import Rouge
+from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
+
+from mplug2_jax.metrics import java_metrics
+from mplug2_jax.metrics.caption import caption_scores, tokens
+from mplug2_jax.metrics.java_metrics import meteor, spice
+from mplug2_jax.metrics.metric import intervals
+from tests.close import FLOAT64, assert_close
+
+EXAMPLES = Path(__file__).parent / "captions"
+needs_java = pytest.mark.skipif(not shutil.which("java"), reason="needs java on the path")
+Texts = dict[int, list[str]]
+
+
+def examples() -> tuple[Texts, Texts]:
+    """References and captions by picture, as the toolkit takes them."""
+    truth: Texts = {}
+    for row in json.loads((EXAMPLES / "references.json").read_text(encoding="utf-8"))["annotations"]:
+        truth.setdefault(row["image_id"], []).append(row["caption"])
+    results = json.loads((EXAMPLES / "results.json").read_text(encoding="utf-8"))
+    return truth, {row["image_id"]: [row["caption"]] for row in results}
+
+
+def toolkit_tokens(texts: Texts) -> Texts:
+    return PTBTokenizer().tokenize({i: [{"caption": text} for text in each] for i, each in texts.items()})
+
+
+def toolkit_scores(truth: Texts, said: Texts) -> dict[str, float]:
+    bleu = Bleu(4).compute_score(truth, said, verbose=0)[0]
+    scores = {f"bleu_{order}": 100 * bleu[order - 1] for order in range(1, 5)}
+    cider, rouge = Cider().compute_score(truth, said)[0] * 100, Rouge().compute_score(truth, said)[0] * 100
+    return {"cider": cider, **scores, "rouge_l": rouge}
+
+
+@pytest.mark.parametrize("by", ["us", pytest.param("java", marks=needs_java)])
+def test_every_score_of_the_examples_is_the_toolkits(by: str) -> None:
+    truth, said = examples()
+    split = toolkit_tokens if by == "java" else (lambda texts: {i: tokens(each) for i, each in texts.items()})
+    expected = toolkit_scores(split(truth), split(said))
+    found = caption_scores([text for (text,) in said.values()], [truth[i] for i in said])
+    assert_close({name: figure.value for name, figure in found.items()}, expected, FLOAT64, scale=100)
+
+
+@needs_java
+@pytest.mark.slow
+def test_meteor_is_the_toolkits_for_all_captions_and_for_each() -> None:
+    truth, said = ({i: tokens(each) for i, each in texts.items()} for texts in examples())
+    said[3] = [truth[3][0]]  # all of a reference in one piece, whose score is 1
+    scorer = Meteor()
+    whole, each = scorer.compute_score(truth, said)
+    found = meteor([text for (text,) in said.values()], list(truth.values()))
+    assert found is not None
+    assert_close(found.value, 100 * whole, FLOAT64)
+    assert_close([found.over(one) / 100 for one in np.eye(len(found))], each, FLOAT64)
+    low, high = intervals({"meteor": found})["meteor"]
+    assert low < 100 * whole < high
+
+
+def program(folder: Path, text: str) -> None:
+    path = folder / "java"
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(path.stat().st_mode | stat.S_IEXEC)
+
+
+def test_a_java_that_fails_is_slow_or_is_not_there_leaves_the_figure_absent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said, references = ["a dog"], [["a dog", "the dog"]]
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    for text in ("exit 1", "echo no counts", "cat > /dev/null"):
+        program(tmp_path, text)
+        assert meteor(said, references) is None
+    program(tmp_path, f"echo $$ > {tmp_path}/pid; exec sleep 60")
+    start = time.monotonic()
+    assert meteor(said, references, seconds=0.5) is None
+    assert time.monotonic() - start < 30
+    done = subprocess.run(["ps", "-p", (tmp_path / "pid").read_text().strip()], capture_output=True)
+    assert done.returncode != 0  # it is gone
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    assert meteor(said, references) is None
+
+
+def test_spice_is_absent_without_its_models_and_else_what_its_program_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said, references = ["a dog", "a cat"], [["a dog"], ["a bird"]]
+    lib = tmp_path / "spice" / "lib"
+    lib.mkdir(parents=True)
+    monkeypatch.setattr(java_metrics, "_TOOLKIT", tmp_path)
+    assert spice(said, references) is None
+    (lib / "stanford-corenlp-3.6.0-models.jar").touch()
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    scores = [{"image_id": i, "scores": {"All": {"f": f}}} for i, f in ((1, 0.0), (0, 1.0))]
+    # java -Xmx8G -jar spice-1.0.jar ASKED -out FOUND
+    program(tmp_path, f"grep -q '\"test\": \"a cat\"' $4 || exit 1\ncat > $6 <<'END'\n{json.dumps(scores)}\nEND")
+    found = spice(said, references)
+    assert found is not None
+    assert found.values.tolist() == [100.0, 0.0]
+    program(tmp_path, "exit 1")
+    assert spice(said, references) is None

@@ -1,0 +1,199 @@
+"""Scores on cases small enough for paper."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mplug2_jax.metrics.caption import Bleu, caption_scores
+from mplug2_jax.metrics.metric import Figure, Ratio, intervals
+from mplug2_jax.metrics.retrieval import chance_at, median_by_chance, median_rank, ranks_of, recall_at
+
+
+def cider(said, references):
+    return caption_scores(said, references)["cider"]
+
+
+def test_captions_that_equal_their_references_get_the_toolkits_maximum_of_10_times_100():
+    captions = ["a red five at the top", "two blue digits move left", "one green nine stays still"]
+    assert cider(captions, [[caption] for caption in captions]).value == pytest.approx(1000)
+
+
+def test_cider_of_a_hand_computed_case():
+    """Every n-gram is in one of two references, so all weights are equal and cancel.
+
+    The first caption's unigrams and bigram match: (1 + 1 + 0 + 0) / 4. Of the second's, "c c" for "c d", only one c
+    does, of length sqrt(2) beside (clipped) 1 of length 2: 1 / (2 sqrt(2)) / 4. Times 10, mean of both, times 100.
+    """
+    score = cider(["a b", "c c"], [["a b"], ["c d"]]).value
+    assert score == pytest.approx(1000 * (2 / 4 + 1 / (2 * np.sqrt(2)) / 4) / 2)
+
+
+def test_cider_is_the_mean_over_a_pictures_references():
+    captions = ["a b c d", "e f g h"]
+    one, other, both = (
+        cider(captions, [references, ["e f g h"]]).value
+        for references in (["a b c d"], ["i j k l"], ["a b c d", "i j k l"])
+    )
+    assert both == pytest.approx((one + other) / 2)
+
+
+def test_captions_that_equal_a_reference_but_for_case_and_marks_are_perfect():
+    said, references = (
+        ["A dog's tail.", "two cats, asleep"],
+        [["a dog ' s tail?", "a Dog's tail"], ["Two cats asleep!"]],
+    )
+    scores = caption_scores(said, references)
+    assert {name: scores[name].value for name in ("bleu_4", "rouge_l")} == pytest.approx(
+        {"bleu_4": 100, "rouge_l": 100}
+    )
+    assert list(scores) == ["cider", "bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l"]
+    apart = caption_scores(said, references, tokenise=False)
+    assert apart["rouge_l"].value < 100
+
+
+def test_bleu_of_a_hand_computed_case_and_its_interval():
+    """First caption: 4 words of which 3 are right, 3 pairs of which 2; the closest of its references has 4 words, too.
+
+    Second: 2 words, none right; its reference has 4, so both together have 6 words for 8. Draws of two: the first
+    twice, both, or the second twice, which has no word right.
+    """
+    scores = caption_scores(["a b c x", "y z"], [["a b c d", "a b c d e"], ["p q r s"]], tokenise=False)
+    assert scores["bleu_1"].value == pytest.approx(100 * 3 / 6 * np.exp(1 - 8 / 6))
+    assert scores["bleu_2"].value == pytest.approx(100 * (3 / 6 * 2 / 4) ** 0.5 * np.exp(1 - 8 / 6))
+    first = {"bleu_1": 100 * 3 / 4, "bleu_2": 100 * (3 / 4 * 2 / 3) ** 0.5}
+    for name, high in first.items():
+        assert scores[name].over(np.asarray([2.0, 0.0])) == pytest.approx(high)
+        assert intervals(scores)[name] == pytest.approx((0, high), abs=1e-4)
+
+
+def test_bleu_of_all_is_not_the_mean_of_each():
+    scores = caption_scores(["a b c d e f g h", "x"], [["a b c d e f g h"], ["y"]], tokenise=False)
+    assert scores["bleu_1"].value == pytest.approx(100 * 8 / 9)
+    assert np.mean([scores["bleu_1"].over(one) for one in np.eye(2)]) == pytest.approx(100 / 2)
+
+
+def test_figures_of_both_kinds_see_the_same_draws():
+    counts = np.asarray([[1.0, 1, 1, 0, 0, 0, right, 0, 0, 0] for right in (1, 0, 1, 1, 0, 1, 0, 0)])
+    figures: dict[str, Figure] = {"bleu": Bleu(counts, 1), "mean": Ratio(100 * counts[:, 6])}
+    found = intervals(figures)
+    assert found["bleu"] == pytest.approx(found["mean"], abs=1e-4)
+
+
+def recall(similarity, k):
+    own = np.arange(len(similarity))
+    return recall_at(ranks_of(similarity, own, own), k).value
+
+
+def test_recall_counts_rows_whose_own_column_is_among_the_best():
+    similarity = np.asarray([[0.9, 0.1, 0.2], [0.8, 0.5, 0.1], [0.3, 0.2, 0.1]])
+    assert [recall(similarity, k) for k in (1, 2, 3)] == pytest.approx([1 / 3, 2 / 3, 1])
+    assert recall(similarity.T, 1) == pytest.approx(2 / 3)
+
+
+def test_ties_count_against_so_that_a_collapsed_model_scores_nothing():
+    constant = np.ones((4, 4))
+    assert [recall(constant, k) for k in (1, 3, 4)] == [0, 0, 1]
+    assert recall(np.asarray([[1.0, 1.0], [0.0, 1.0]]), 1) == 0.5
+
+
+def test_a_model_that_says_nan_scores_nothing():
+    assert recall(np.full((4, 4), np.nan), 3) == 0
+    similarity = np.eye(3)
+    similarity[0, 1] = np.nan
+    assert recall(similarity, 1) == pytest.approx(2 / 3)
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, 9), st.integers(1, 12), st.integers(1, 4))
+def test_a_rank_is_the_place_of_the_first_right_candidate_among_the_wrong(seed, queries, candidates, ids):
+    rng = np.random.default_rng(seed)
+    similarity = rng.normal(size=(queries, candidates))
+    names, others = rng.integers(ids, size=queries), rng.integers(ids, size=candidates)
+    expected = []
+    for row, name in zip(similarity, names, strict=True):
+        order = others[np.argsort(-row)]
+        expected.append(int(np.argmax(order == name)) if (order == name).any() else np.iinfo(np.int64).max)
+    np.testing.assert_array_equal(ranks_of(similarity, names, others), expected)
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 3)), max_size=20))
+def test_the_median_rank_counts_from_one_and_resampled_is_that_of_the_repeated_data(rows):
+    ranks, times = np.asarray(rows, np.int64).reshape(-1, 2).T
+    for repeated, found in (
+        (ranks, median_rank(ranks).value), (np.repeat(ranks, times), median_rank(ranks).over(times.astype(np.float64)))
+    ):  # fmt: skip
+        assert found == (np.median(repeated) + 1 if len(repeated) else 0)
+
+
+def test_a_collapsed_model_has_the_last_median_rank():
+    own = np.arange(5)
+    assert median_rank(ranks_of(np.ones((5, 5)), own, own)).value == 5
+    assert median_rank(ranks_of(np.full((5, 5), np.nan), own, own)).value == 5
+    assert median_rank(ranks_of(np.eye(5), own, own)).value == 1
+    assert median_rank(ranks_of(np.eye(5), own, own + 5)).value > 1e18  # no query has a right candidate
+
+
+def test_chance_is_what_random_orders_do():
+    pictures, texts = np.arange(4), np.asarray([0, 0, 0, 1, 2, 2])  # the last picture has no text
+    rng = np.random.default_rng(0)
+    for k in (1, 2, 5, 10):
+        tried = [recall_at(ranks_of(rng.normal(size=(4, 6)), pictures, texts), k).value for _ in range(3000)]
+        assert chance_at(pictures, texts, k) == pytest.approx(np.mean(tried), abs=0.02)
+    assert chance_at(texts, texts, 10) == 1
+    assert chance_at(np.arange(5), np.arange(5), 2) == pytest.approx(2 / 5)
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=9), st.lists(st.integers(1, 4), min_size=1, max_size=9))
+def test_chance_counts_the_draws_that_hold_no_right_candidate(queries, candidates):
+    queries, candidates = np.asarray(queries), np.asarray(candidates)
+    counts, size = [(candidates == query).sum() for query in queries], len(candidates)
+    by_count = [1.0 - np.mean([math.comb(size - n, k) / math.comb(size, k) for n in counts]) for k in range(size + 1)]
+    for k, expected in enumerate(by_count):
+        assert chance_at(queries, candidates, k) == pytest.approx(expected)
+    assert chance_at(queries, candidates, size + 3) == pytest.approx(by_count[-1])
+    middle = median_by_chance(queries, candidates)
+    assert middle == 1 + size or by_count[int(middle)] >= 0.5 - 1e-9
+    assert middle == 1 or by_count[int(middle) - 1] < 0.5 + 1e-9
+
+
+def test_a_rank_may_be_among_candidates_of_each_querys_own():
+    similarity = np.asarray([[0.9, 0.5], [0.1, 0.2], [0.1, 0.2]])
+    found = ranks_of(similarity, np.asarray([7, 8, 9]), np.asarray([[5, 7], [8, 6], [5, 6]]))
+    assert found.tolist() == [1, 1, np.iinfo(np.int64).max]
+
+
+def test_a_ratio_is_the_mean_or_what_weights_make_of_it():
+    values = np.asarray([1.0, 0.0, 2.0])
+    assert Ratio(values).value == 1
+    assert Ratio(values, np.asarray([1.0, 1.0, 4.0])).value == 0.5
+    assert Ratio(values).over(np.asarray([2.0, 1.0, 0.0])) == pytest.approx(2 / 3)
+    assert Ratio(values, np.zeros(3)).value == Ratio(np.zeros(0)).value == 0
+
+
+def test_intervals_are_about_two_standard_errors_to_each_side_and_the_same_each_time():
+    rng = np.random.default_rng(0)
+    figures = {"share": Ratio((rng.random(400) < 0.3).astype(np.float64)), "mean": Ratio(rng.normal(size=400) * 50)}
+    found = intervals(figures)
+    assert found == intervals(figures)
+    for name, figure in figures.items():
+        error = 1.96 * np.std(figure.values) / 20
+        assert found[name] == pytest.approx((figure.value - error, figure.value + error), abs=0.15 * error)
+    assert intervals({"same": Ratio(np.ones(5))}) == {"same": (1.0, 1.0)}
+    assert intervals({"few": Ratio(np.arange(5.0)), **figures})["share"] == found["share"]  # of another size
+    assert intervals({}) == intervals({"none": Ratio(np.zeros(0))}) == {}
+
+
+def test_intervals_of_a_weighted_ratio_draw_examples_and_not_what_they_weigh():
+    lone = Ratio(np.asarray([100.0, 0.0]), np.asarray([100.0, 1.0]))  # drawn: the first, both, or the second alone
+    assert intervals({"lone": lone})["lone"] == (0.0, 1.0)
+
+
+def test_about_nineteen_of_twenty_intervals_hold_the_truth():
+    rng = np.random.default_rng(1)
+    held = 0
+    for _ in range(60):
+        low, high = intervals({"share": Ratio((rng.random(100) < 0.4).astype(np.float64))})["share"]
+        held += low <= 0.4 <= high
+    assert 51 <= held <= 60

@@ -1,0 +1,92 @@
+"""Bytes of memory that small programs touch, by hand."""
+
+import pytest
+
+from mplug2_jax.planning.hbm_traffic import memory_traffic
+from tests.planning.programs import loop, program
+
+BLOCK = 8 * 128 * 4  # bytes of f32[8,128]
+ADD = """%add (a: f32[8,128], b: f32[8,128]) -> f32[8,128] {
+  %a = f32[8,128]{1,0} parameter(0)
+  %b = f32[8,128]{1,0} parameter(1)
+  %twice = f32[8,128]{1,0} multiply(%a, %a)
+  ROOT %sum = f32[8,128]{1,0} add(%twice, %b)
+}"""
+TAKE = """%take (stack: f32[12,8,128], i: s32[]) -> f32[8,128] {
+  %stack = f32[12,8,128]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %slice = f32[1,8,128]{2,1,0} dynamic-slice(%stack, %i, %zero, %zero), dynamic_slice_sizes={1,8,128}
+  ROOT %flat = f32[8,128]{1,0} bitcast(%slice)
+}"""
+PUT = """%put (stack: f32[12,8,128], new: f32[8,128], i: s32[]) -> f32[12,8,128] {
+  %stack = f32[12,8,128]{2,1,0} parameter(0)
+  %new = f32[8,128]{1,0} parameter(1)
+  %i = s32[] parameter(2)
+  %zero = s32[] constant(0)
+  %one = f32[1,8,128]{2,1,0} bitcast(%new)
+  ROOT %update = f32[12,8,128]{2,1,0} dynamic-update-slice(%stack, %one, %i, %zero, %zero)
+}"""
+ARGUMENTS = """
+  %p = f32[8,128]{1,0} parameter(0)
+  %q = f32[8,128]{1,0} parameter(1)
+  %stack = f32[12,8,128]{2,1,0} parameter(2)
+  %i = s32[] parameter(3)
+"""
+
+
+def traffic(*lines: str, computations: tuple[str, ...] = (), turns: int = 1) -> float:
+    return memory_traffic(program(ARGUMENTS + "\n".join(f"  {line}" for line in lines), *computations), turns=turns)
+
+
+@pytest.mark.parametrize(
+    ("line", "computation", "size"),
+    [
+        ("ROOT %f = f32[8,128]{1,0} fusion(%p, %q), kind=kLoop, calls=%add", ADD, 3 * BLOCK),
+        ("ROOT %f = f32[8,128]{1,0} fusion(%stack, %i), kind=kLoop, calls=%take", TAKE, 2 * BLOCK + 4),
+        ("ROOT %f = f32[12,8,128]{2,1,0} fusion(%stack, %p, %i), kind=kLoop, calls=%put", PUT, 2 * BLOCK + 4),
+        ("ROOT %d = f32[8,8]{1,0} dot(%p, %q), lhs_contracting_dims={1}, rhs_contracting_dims={1}", "",
+         2 * BLOCK + 8 * 8 * 4),
+        ("ROOT %s = f32[1,8,128]{2,1,0} dynamic-slice(%stack, %i, %i, %i), dynamic_slice_sizes={1,8,128}", "",
+         2 * BLOCK),
+        ("ROOT %u = f32[12,8,128]{2,1,0} dynamic-update-slice(%stack, %p, %i, %i, %i)", "", 2 * BLOCK),
+        ("ROOT %b = f32[1024]{0} bitcast(%p)", "", 0),
+        ("ROOT %t = (f32[8,128], f32[8,128]) tuple(%p, %q)", "", 0),
+        ("ROOT %c = f32[8,128]{1,0} copy(%p)", "", 2 * BLOCK),
+        ("ROOT %h = bf16[8,128]{1,0} convert(%p)", "", 1.5 * BLOCK),
+    ],
+)  # fmt: skip
+def test_what_one_instruction_touches(line: str, computation: str, size: float) -> None:
+    assert traffic(line, computations=(computation,) if computation else ()) == size
+
+
+def test_what_is_inside_a_fusion_stays_on_the_chip() -> None:
+    """However much it computes, and however often it looks at what it read."""
+    more = ADD.replace("add(%twice, %b)", "add(%again, %b)").replace(
+        "  ROOT", "  %again = f32[8,128]{1,0} multiply(%twice, %a)\n  ROOT"
+    )
+    line = "ROOT %f = f32[8,128]{1,0} fusion(%p, %q), kind=kLoop, calls=%add"
+    assert traffic(line, computations=(more,)) == traffic(line, computations=(ADD,)) == 3 * BLOCK
+
+
+def test_an_index_is_read_as_an_index() -> None:
+    """What a slice is taken at is not what it is taken from; what is both, or used otherwise, is read whole."""
+    line = "ROOT %f = f32[8,128]{1,0} fusion(%stack, %i), kind=kLoop, calls=%take"
+    whole = TAKE.replace("  ROOT", "  %all = f32[12,8,128]{2,1,0} negate(%stack)\n  ROOT")
+    assert traffic(line, computations=(whole,)) == 12 * BLOCK + 4 + BLOCK
+
+
+def test_a_loop_counts_as_often_as_it_turns() -> None:
+    body, condition, entry = loop(0, "7", inside="%sum = f32[8,128]{1,0:T(8,128)} negate(%data)")
+    once = memory_traffic(program("\n".join(["%p = f32[8,128]{1,0} parameter(0)", "ROOT %n = f32[8,128] negate(%p)"])))
+    assert once == 2 * BLOCK
+    looped = memory_traffic(program(entry, body, condition))
+    counter = 4 + 4 + 4  # its copy, which goes to the chip, and its addition, of which one operand is there
+    assert looped == 7 * (once + counter) + 8  # and the copy of where it starts
+
+
+def test_a_loop_that_does_not_say_turns_as_often_as_the_caller_says() -> None:
+    body, condition, entry = loop(0, "7", inside="%sum = f32[8,128]{1,0:T(8,128)} negate(%data)")
+    unknown = condition.replace("constant(7)", 'custom-call(%i.1), custom_call_target="ask"')
+    text = program(entry, body, unknown)
+    assert memory_traffic(text, turns=3) - memory_traffic(text, turns=2) == 2 * BLOCK + 12

@@ -1,0 +1,49 @@
+"""Arrays made while they are written: a checkpoint like any other, and never whole in memory."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mplug2_jax.errors import UserError
+from mplug2_jax.training.checkpoint.checkpoints import Checkpoints
+from mplug2_jax.training.checkpoint.lazy_arrays import LazyArray, _runs
+from mplug2_jax.training.checkpoint.metadata import Position
+from mplug2_jax.training.config import CheckpointConfig
+
+
+def lazily(values: dict[str, np.ndarray], alive: list[int]) -> dict[str, Any]:
+    """Each array as something to be made; ``alive`` counts those that were made, as the writer asks for them."""
+
+    def made(value: np.ndarray) -> np.ndarray:
+        alive.append(value.nbytes)
+        return value
+
+    return {
+        name: LazyArray(value.shape, value.dtype, lambda value=value: made(value)) for name, value in values.items()
+    }
+
+
+def test_a_lazy_state_is_stored_like_any_other(tmp_path: Path) -> None:
+    values = {f"x{i}": np.random.default_rng(i).standard_normal((3, i + 1)).astype(np.float32) for i in range(5)}
+    made: list[int] = []
+    checkpoints = Checkpoints(tmp_path / "checkpoints", CheckpointConfig(), lazy=True)
+    checkpoints.save({"params": lazily(values, made)}, Position(0, {}))
+    checkpoints.close()
+    assert len(made) == 5
+    reader = Checkpoints(tmp_path / "checkpoints", CheckpointConfig(), writes=False)
+    assert reader.leaves() == {("params", name): (value.shape, value.dtype) for name, value in values.items()}
+    for (_, name), value in reader.read(list(reader.leaves())).items():
+        np.testing.assert_array_equal(value, values[name])
+    with pytest.raises(UserError, match="did not note which model it is of"):
+        reader.identity()
+
+
+def test_large_arrays_are_written_alone_and_small_ones_together() -> None:
+    def lazy(megabytes: int) -> LazyArray:
+        return LazyArray((megabytes, 2**18), np.dtype(np.float32), lambda: np.zeros(0, np.float32))
+
+    sizes = [1, 1, 100, 30, 30, 30, 200, 1]
+    runs = _runs([lazy(size) for size in sizes])
+    assert [sizes[run] for run in runs] == [[1, 1], [100], [30, 30], [30], [200], [1]]

@@ -1,0 +1,337 @@
+"""LoRA: what moves and what stays, what the optimiser holds, and that everybody else sees ordinary kernels."""
+
+import argparse
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from mplug2_jax.cli.common import open_run
+from mplug2_jax.conversion.export_weights import export
+from mplug2_jax.conversion.files.sources import open_source
+from mplug2_jax.conversion.layouts.official import default_fusion_start, load_official
+from mplug2_jax.errors import UserError
+from mplug2_jax.model.config import PARTS, model_config
+from mplug2_jax.model.mplug2 import define
+from mplug2_jax.objectives.config import DistillationConfig
+from mplug2_jax.parallel.config import MeshConfig
+from mplug2_jax.parallel.mesh import make_mesh
+from mplug2_jax.planning.programs import abstract_batch
+from mplug2_jax.tasks.config import TaskSettings
+from mplug2_jax.training.checkpoint.checkpoints import open_checkpoint
+from mplug2_jax.training.checkpoint.checksums import leaf_name
+from mplug2_jax.training.config import AdamWConfig, CheckpointConfig, LoraConfig, RunConfig
+from mplug2_jax.training.initialization import first_state
+from mplug2_jax.training.loop import describe, device_batches, open_streams, train
+from mplug2_jax.training.optim.layer_decay import rate_factors
+from mplug2_jax.training.optim.lora import pair_shapes, with_pairs, without_pairs
+from mplug2_jax.training.optim.optimizer import is_decayed, is_vision
+from mplug2_jax.training.optim.partition import part_of, split
+from mplug2_jax.training.state import Blueprint, evaluated, plan_run
+from mplug2_jax.training.step import compile_step
+from mplug2_jax.training.telemetry.step_flops import gradient_flops
+from mplug2_jax.training.workdir import WorkDir, special_tokens
+from tests.close import BFLOAT16, CHAIN, assert_close
+from tests.runs import small_run
+
+TAUGHT = TaskSettings(distillation=DistillationConfig(momentum=0.5))
+LORA = LoraConfig(parts=("vision", "decoder"), rank=2, alpha=3.0)
+TEXT = LoraConfig(parts=("text",), rank=3)
+
+
+def answers(**overrides: Any) -> RunConfig:
+    """Questions about clips: every part between pixels and words, the temporal units too."""
+    clips = dataclasses.replace(small_run().streams["video_text"], objectives={"answer": 1.0})
+    optimizer = AdamWConfig(learning_rate=1e-2, weight_decay=0.5)
+    return small_run(**({"streams": {"clips": clips}, "evaluations": {}, "optimizer": optimizer} | overrides))
+
+
+def words(**overrides: Any) -> RunConfig:
+    """Masked words: text, universal layers and a head."""
+    text = dataclasses.replace(small_run().streams["text"], objectives={"mlm": 1.0})
+    optimizer = AdamWConfig(learning_rate=1e-2, weight_decay=0.5, clip_norm=0.0)
+    return small_run(**({"streams": {"text": text}, "evaluations": {}, "optimizer": optimizer} | overrides))
+
+
+def planned(config: RunConfig, mesh: MeshConfig | None = None) -> Blueprint:
+    mesh = mesh or MeshConfig(fsdp=1)
+    tokens = special_tokens(WorkDir(Path("nowhere")).tokenizer(config))
+    return plan_run(config, tokens, make_mesh(mesh, jax.devices()[: mesh.fsdp * mesh.tensor]))
+
+
+def trained(config: RunConfig, steps: int, mesh: MeshConfig | None = None) -> tuple[Any, Any, dict[str, float]]:
+    """The first parameters, the last state and the last metrics."""
+    plan = planned(config, mesh)
+    state, step = plan.init(), compile_step(plan)
+    start = jax.tree.map(np.asarray, state["params"])
+    batches = device_batches(open_streams(config, WorkDir(Path("nowhere")).tokenizer(config)), plan.mesh, 0)
+    metrics: Any = {}
+    for _ in range(steps):
+        state, metrics = step(state, next(batches)[0])
+    return start, state, {name: float(value) for name, value in metrics.items()}
+
+
+def leaves(tree: Any) -> dict[str, Any]:
+    return {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def assert_equal(one: Any, other: Any) -> None:
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def by_hand(base: Any, pairs: Any, scale: float) -> dict[str, Any]:
+    """Every parameter by name: the kernel of ``base``, and the product of what stands beside it in ``pairs``."""
+    own, merged = leaves(pairs), {}
+    for name, leaf in leaves(without_pairs(base)).items():
+        a, b = (own.get(name.removesuffix("kernel") + f"lora/{factor}") for factor in "ab")
+        value = np.asarray(leaf if a is not None or name not in own else own[name])
+        merged[name] = value if a is None else value + scale * np.einsum("...ir,...ro->...io", a, b)
+    return merged
+
+
+def test_every_linear_kernel_of_a_part_has_a_pair_and_nothing_else_has() -> None:
+    definition = define(model_config("tiny", num_classes=2, vision_width=64), tuple(PARTS))
+    kernels = {
+        name: leaf
+        for name, leaf in leaves(definition.shapes).items()
+        if name.endswith("/kernel") and not name.endswith(("temporal_1/kernel", "temporal_2/kernel"))
+    }
+    for part in PARTS:
+        config = LoraConfig(parts=(part,), rank=3)
+        shapes = with_pairs(definition.shapes, config.parts, pair_shapes(config))
+        assert without_pairs(shapes) == definition.shapes
+        added = leaves(shapes).keys() - leaves(definition.shapes).keys()
+        own = {name: leaf for name, leaf in kernels.items() if part_of(tuple(name.split("/"))) == part}
+        assert own
+        assert len(added) == 2 * len(own)
+        assert added == {name.replace("kernel", f"lora/{factor}") for name in own for factor in "ab"}
+        for name, kernel in own.items():
+            a, b = (leaves(shapes)[name.replace("kernel", f"lora/{factor}")] for factor in "ab")
+            assert a.shape == (*kernel.shape[:-1], 3)
+            assert b.shape == (*kernel.shape[:-2], 3, kernel.shape[-1])
+
+
+@pytest.mark.parametrize(
+    "config",
+    [answers(lora=LORA, ema_decay=0.5), words(lora=TEXT, parameter_dtype="bfloat16")],
+    ids=["averaged", "short"],
+)
+@pytest.mark.slow
+def test_a_run_begins_with_the_model_that_it_would_have_begun_with(config: RunConfig) -> None:
+    plan, without = planned(config), planned(dataclasses.replace(config, lora=LoraConfig()))
+    state = plan.init()
+    params = evaluated(plan, state)
+    rounded = config.parameter_dtype == "bfloat16"
+    assert_close(params, without.init()["params"], BFLOAT16 if rounded else 1e-5)
+    described = jax.tree.map(lambda x: (x.shape, x.sharding), params)
+    assert described == jax.tree.map(lambda x: (x.shape, x.sharding), plan.evaluated_shapes)
+    for name, leaf in leaves(state["params"]).items():
+        if "/lora/" in name:
+            assert leaf.dtype.name == "float32"
+            spread = float(leaf.std()) * (leaf.shape[-2] ** 0.5)
+            assert spread == 0 if name.endswith("b") else 0.5 < spread < 2
+
+
+@pytest.mark.parametrize(
+    ("config", "mesh"),
+    [
+        (answers(lora=LORA, freeze=("fusion",)), MeshConfig(fsdp=1)),
+        (words(lora=TEXT, accumulate=2, gather="step", ema_decay=0.5), MeshConfig(fsdp=2)),
+        (words(lora=TEXT, parameter_dtype="bfloat16", tasks=TAUGHT), MeshConfig(fsdp=1)),
+    ],
+    ids=["clips", "gathered once", "taught"],
+)
+@pytest.mark.slow
+def test_pairs_and_what_is_not_named_move_and_the_rest_stays_to_the_bit(config: RunConfig, mesh: MeshConfig) -> None:
+    start, state, metrics = trained(config, 3, mesh)
+    learning = set()
+    for name, leaf in leaves(state["params"]).items():
+        same = np.array_equal(leaf, leaves(start)[name])
+        if "/lora/" in name or part_of(tuple(name.split("/"))) not in config.frozen:
+            learning.add(name)
+            if name.endswith(("kernel", "/a", "/b")):
+                assert not same, name
+        else:
+            assert same, name
+    assert {name for name in learning if "/lora/" in name}
+    assert metrics["skipped"] == 0
+    # The optimiser has nothing else, nor has the average.
+    moments = state["opt"][0 if config.optimizer.clip_norm == 0 else 1]
+    for tree in (moments.mu, moments.nu, *([state["ema"]] if "ema" in state else [])):
+        assert leaves(tree).keys() == learning
+    if "teacher" in state:
+        assert leaves(state["teacher"]).keys() == leaves(without_pairs(state["params"])).keys()
+
+
+@pytest.mark.slow
+def test_a_teacher_follows_the_merged_kernels() -> None:
+    start, state, _ = trained(words(lora=TEXT, tasks=TAUGHT), 2)
+    # Moved before each step: after the first it is as it was, before the second halfway to what the first gave.
+    _, once, _ = trained(words(lora=TEXT, tasks=TAUGHT), 1)
+    base, student = (by_hand(tree, tree, TEXT.scale) for tree in (start, once["params"]))
+    assert_close(leaves(state["teacher"]), {name: 0.5 * base[name] + 0.5 * student[name] for name in base})
+
+
+@pytest.mark.slow
+def test_a_pair_s_gradient_is_its_kernel_s_carried_through_the_product() -> None:
+    """Of b, that is; a has none while b is zero."""
+    start, with_lora, _ = trained(words(lora=TEXT), 1)
+    _, whole, _ = trained(words(), 1)
+    pairs, kernels = leaves(with_lora["opt"][0].mu), leaves(whole["opt"][0].mu)
+    found = {name for name in pairs if name.endswith("/lora/b")}
+    assert len(found) == 6
+    for name in found:
+        kernel = np.asarray(kernels[name.replace("lora/b", "kernel")])
+        a = leaves(start)[name.replace("lora/b", "lora/a")]
+        expected = TEXT.scale * np.einsum("...ir,...io->...ro", a, kernel)
+        assert_close(pairs[name], expected, CHAIN)
+        assert not np.any(pairs[name.replace("lora/b", "lora/a")])
+
+
+@pytest.mark.slow
+def test_a_mesh_changes_nothing_and_the_rank_stays_whole() -> None:
+    # With a large eps a gradient that is rounding noise stays a step that is.
+    optimizer = AdamWConfig(learning_rate=1e-2, weight_decay=0.5, clip_norm=0.0, eps=1e-2)
+    config = words(lora=LoraConfig(parts=("text", "universal"), rank=4), optimizer=optimizer)
+    mesh = MeshConfig(fsdp=2, tensor=2)
+    _, one, _ = trained(config, 3)
+    for gather in ("layer", "step"):
+        _, state, _ = trained(dataclasses.replace(config, gather=gather), 3, mesh)
+        assert_close(state["params"], one["params"], CHAIN)
+    up = state["params"]["text"]["layers"]["mlp"]["up"]
+    assert tuple(up["kernel"].sharding.spec) == (None, "fsdp", "tensor")
+    assert tuple(up["lora"]["a"].sharding.spec) == (None, "fsdp", None)
+    assert tuple(up["lora"]["b"].sharding.spec) == (None, None, "tensor")
+    params = evaluated(planned(config, mesh), state)
+    assert params["text"]["layers"]["mlp"]["up"]["kernel"].sharding == up["kernel"].sharding
+
+
+def test_groups_go_by_the_pair_s_path() -> None:
+    plan = planned(answers(lora=LORA))
+    paths = [tuple(name.split("/")) for name in leaves(plan.shapes["params"]) if "/lora/" in name]
+    assert {path[0] for path in paths if is_vision(path)} == {"vision"}
+    assert all(is_decayed(path, "matrices") and is_decayed(path, "released") for path in paths)
+    factors = leaves(rate_factors(plan.shapes["params"], plan.config.model, 0.5))
+    for path in paths:
+        np.testing.assert_array_equal(factors["/".join(path)], factors["/".join((*path[:-2], "kernel"))])
+    plan = planned(answers(lora=LORA, optimizer=AdamWConfig(layer_decay=0.5)))
+    moving, _ = split(plan.shapes["params"], plan.config.frozen)
+    jax.eval_shape(plan.optimizer.update, moving, plan.shapes["opt"], moving)  # a factor for each, and none besides
+
+
+def test_what_is_saved_is_not_operations() -> None:
+    plans = [planned(words(lora=lora)) for lora in (LoraConfig(), TEXT)]
+    batches = {"text": abstract_batch(plans[0].config.streams["text"].data, plans[0])}
+    whole, thin = (gradient_flops(plan, plan.config.streams, batches, remat=False) for plan in plans)
+    assert thin["lora"] > 0
+    assert [thin[part] for part in ("text", "universal")] == [whole[part] for part in ("text", "universal")]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RunConfig]:
+    """A work directory of four steps with checkpoints of the second and the last, an average, and an evaluation."""
+    evaluations = small_run().evaluations
+    config = answers(lora=LORA, ema_decay=0.5, evaluations=evaluations, checkpoint=CheckpointConfig(every_steps=2))
+    path = tmp_path_factory.mktemp("lora") / "run"
+    train(config, path)
+    return path, config
+
+
+def stored(path: Path) -> dict[str, Any]:
+    """All arrays of a work directory's last checkpoint, by tree."""
+    checkpoints, step = open_checkpoint(path)
+    found: dict[str, Any] = {}
+    for place, value in checkpoints.read([p for p in checkpoints.leaves(step) if p[0] in ("params", "ema")]).items():
+        tree = found
+        for key in place[:-1]:
+            tree = tree.setdefault(key, {})
+        tree[place[-1]] = value
+    checkpoints.close()
+    return found
+
+
+@pytest.mark.slow
+def test_a_resumed_run_ends_with_the_same_bits(run: tuple[Path, RunConfig], tmp_path: Path) -> None:
+    path, config = run
+    again = tmp_path / "again"
+    shutil.copytree(path, again)
+    shutil.rmtree(again / "checkpoints" / "4")
+    results = train(config, again)
+    assert_equal(stored(again), stored(path))
+    assert {result.step for result in results} == {4}
+    with pytest.raises(UserError, match=r"lora\.rank was 2 and is 4\. Use the same config to resume it"):
+        train(dataclasses.replace(config, lora=dataclasses.replace(LORA, rank=4)), again)
+
+
+@pytest.mark.slow
+def test_commands_open_ordinary_kernels(run: tuple[Path, RunConfig]) -> None:
+    path, _ = run
+    trees = stored(path)
+    for overrides, tree in (((), "ema"), (("--config.ema_decay=0",), "params")):
+        plan, params, _, _ = open_run(argparse.Namespace(workdir=path, step=None, overrides=list(overrides)))
+        assert_close(leaves(params), by_hand(trees["params"], trees[tree], 1.5))
+        assert params["decoder"]["head"]["dense"]["kernel"].sharding == (
+            plan.shapes["params"]["decoder"]["head"]["dense"]["kernel"].sharding
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ema", "tree"), [(None, "ema"), (False, "params")])
+def test_an_export_has_the_merged_kernels(
+    run: tuple[Path, RunConfig], tmp_path: Path, ema: bool | None, tree: str
+) -> None:
+    path, config = run
+    export(path, tmp_path / "x.safetensors", ema=ema)
+    definition = planned(config).definition
+    source = open_source(tmp_path / "x.safetensors")
+    params, _ = load_official(source, definition, default_fusion_start(config.model))
+    trees = stored(path)
+    expected = by_hand(trees["params"], trees[tree], 1.5)
+    assert_close(leaves(params), expected)
+    name = "decoder/layers/mlp/up/kernel"
+    assert np.abs(expected[name] - leaves(trees["params"])[name]).max() > 1e-3
+
+
+@pytest.mark.slow
+def test_a_run_starts_from_the_merged_kernels_with_or_without_pairs_of_its_own(run: tuple[Path, RunConfig]) -> None:
+    path, _ = run
+    trees = stored(path)
+    expected = by_hand(trees["params"], trees["ema"], 1.5)
+    plain = answers(init_from=str(path), tasks=TAUGHT)
+    state, said = first_state(planned(plain))
+    assert said[0].startswith(f"starting from {path} (step 4, averaged, LoRA in its kernels): decoder, fusion, ")
+    for tree in ("params", "teacher"):
+        assert_close(leaves(state[tree]), expected)
+    plan = planned(answers(init_from=str(path), lora=LoraConfig(parts=("decoder",), rank=5)))
+    state, _ = first_state(plan)
+    assert_close(leaves(without_pairs(state["params"])), expected)
+    assert_close(leaves(evaluated(plan, state)), expected)
+    assert state["params"]["decoder"]["head"]["dense"]["lora"]["a"].shape == (32, 5)
+
+
+@pytest.mark.parametrize(
+    ("lora", "freeze", "said"),
+    [
+        ({"parts": ("viscon",)}, (), r"config\.lora\.parts names 'viscon': did you mean 'vision'\?"),
+        ({"parts": ("mlm",)}, (), r"config\.lora\.parts names 'mlm': valid: decoder, fusion, temporal, text, "),
+        ({"parts": ("vision",)}, ("vision",), r"config\.freeze and config\.lora\.parts both name 'vision', which"),
+        ({"rank": 0}, (), r"config\.lora\.rank=0 must be at least 1"),
+        ({"alpha": 0.0}, (), r"config\.lora\.alpha=0\.0 must be at least 0\.001"),
+    ],
+)
+def test_what_cannot_be_is_refused(lora: dict[str, Any], freeze: tuple[str, ...], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        answers(lora=LoraConfig(**lora), freeze=freeze)
+
+
+def test_what_learns_by_pairs_is_said() -> None:
+    plan = planned(words(lora=TEXT))
+    frozen, pairs = (
+        sum(leaf.size for leaf in jax.tree.leaves(tree))
+        for tree in (plan.definition.shapes["text"], split(plan.shapes["params"]["text"], ("text",), ("text",))[0])
+    )
+    assert f"; {frozen:,} of them, in text, are frozen; LoRA trains {pairs:,} more for text\n" in describe(plan)

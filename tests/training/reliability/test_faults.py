@@ -1,0 +1,225 @@
+"""Faults inside a run: skipped updates, rollbacks, a full disk, corrupt devices; and replay after them."""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mplug2_jax.errors import UserError
+from mplug2_jax.inference.replay import replay
+from mplug2_jax.model.config import SpecialTokens
+from mplug2_jax.parallel.config import MeshConfig
+from mplug2_jax.parallel.mesh import make_mesh
+from mplug2_jax.training import loop
+from mplug2_jax.training.checkpoint.metadata import Position
+from mplug2_jax.training.config import CheckpointConfig, FaultConfig, RunConfig
+from mplug2_jax.training.loop import train
+from mplug2_jax.training.reliability.faults import Watch, with_later_rollbacks
+from mplug2_jax.training.reliability.sdc_check import CorruptionError, compare, rotated
+from mplug2_jax.training.state import plan_run
+from mplug2_jax.training.step import compile_step
+from mplug2_jax.training.telemetry.events import Events, read_lines
+from mplug2_jax.training.telemetry.metric_log import read_steps
+from mplug2_jax.training.workdir import WorkDir
+from tests.close import assert_close
+from tests.runs import small_run
+
+
+def words(**overrides: Any) -> RunConfig:
+    """Masked words alone: the cheapest to compile."""
+    text = dataclasses.replace(small_run().streams["text"], objectives={"mlm": 1.0})
+    return small_run(streams={"text": text}, evaluations={}, **overrides)
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Iterator[Any]:
+    """The step of :func:`words`, compiled once for all runs of this module."""
+    steps: dict[Any, Any] = {}
+
+    def once(plan: Any) -> Any:
+        return steps.setdefault(tuple(plan.mesh.shape.items()), compile_step(plan))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "compile_step", once)
+        patch.setattr("mplug2_jax.inference.replay.compile_step", once)
+        patch.setattr("mplug2_jax.training.telemetry.monitor.Instruments.compile", lambda *args: None)
+        yield once
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, seen: list[int], bad: dict[int, float]) -> None:
+    """Scales the parameters before some batches, by their number in the order of the data."""
+    plain = loop.device_batches
+
+    def numbered(streams: Any, mesh: Any, start: int) -> Any:
+        for i, item in enumerate(plain(streams, mesh, start)):
+            yield {**item[0], "number": start + i}, item[1]
+
+    def with_faults(plan: Any, step: Any, every: int) -> Any:
+        def call(number: int, state: Any, batch: Any) -> Any:
+            at = batch.pop("number")
+            seen.append(at)
+            state, metrics = step(state, batch)
+            return state, metrics | {"loss": metrics["loss"] * bad.get(at, 1.0)}
+
+        return call
+
+    monkeypatch.setattr(loop, "device_batches", numbered)
+    monkeypatch.setattr(loop, "Recheck", with_faults)
+
+
+@pytest.mark.slow
+def test_a_spike_rolls_back_and_leaves_its_data_out_and_replay_knows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiled: Any
+) -> None:
+    """Batch 4, which step 5 sees, spikes after a checkpoint of step 4: batch 4 is left out, batch 5 is next."""
+    seen: list[int] = []
+    config = words(steps=7, faults=FaultConfig(spike=6.0, spike_window=3))
+    with pytest.MonkeyPatch.context() as patch:
+        spoil(patch, seen, {4: 100.0})
+        train(config, tmp_path / "run")
+    assert seen == [0, 1, 2, 3, 4, 5, 5, 6, 7]  # a step was under way when the spike was seen
+    lines = read_steps(tmp_path / "run" / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, 8))
+    (event,) = [line for line in read_lines(tmp_path / "run" / "events.jsonl") if line["event"] == "rolled back"]
+    assert (event["step"], event["to"], event["offset"]) == (5, 4, 1)
+    (fault,) = read_lines(tmp_path / "run" / "faults.jsonl")
+    assert fault["fault"] == "spike"
+    assert len(fault["rows"]) == 8
+    again = replay(WorkDir(tmp_path / "run"), 7, ranked=2)
+    assert (again.batch, again.start) == (7, 6)
+    assert again.recorded
+    assert again.differences == {}
+    assert len(again.parts) == 2
+    early = replay(WorkDir(tmp_path / "run"), 2, ranked=1)
+    assert (early.batch, early.start, early.differences) == (1, 0, {})
+    assert_close(sum(part.share for part in again.parts), 1.0)
+
+
+def plan_of(config: RunConfig, devices: int = 1) -> Any:
+    return plan_run(config, SpecialTokens(begin=1, end=2, mask=3), make_mesh(MeshConfig(), jax.devices()[:devices]))
+
+
+def batch() -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    return {
+        "text": {
+            "text": jnp.asarray(rng.integers(4, 200, (8, 12)), jnp.int32), "text_mask": jnp.ones((8, 12), bool),
+            "example_id": jnp.arange(8, dtype=jnp.int32), "example_mask": jnp.ones(8, jnp.float32),
+        }
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def stepped() -> tuple[Any, Any]:
+    plan = plan_of(words())
+    return plan, compile_step(plan)
+
+
+def test_an_update_that_is_not_finite_changes_nothing_but_the_count(stepped: tuple[Any, Any]) -> None:
+    plan, step = stepped
+    state, metrics = step(plan.init(), batch())
+    assert int(metrics["skipped"]) == 0
+    before = jax.tree.map(np.asarray, state)
+    poisoned = batch()
+    poisoned["text"]["example_mask"] = jnp.full(8, jnp.nan, jnp.float32)
+    state, metrics = step(state, poisoned)
+    assert (int(metrics["skipped"]), int(state["step"])) == (1, 2)
+    assert not np.isfinite(float(metrics["loss"]))
+    for name in ("params", "opt"):
+        jax.tree.map(np.testing.assert_array_equal, state[name], before[name])
+    _, metrics = step(state, batch())
+    # The schedule counts updates, and the rate that is logged is the one that is used.
+    assert_close(metrics["learning_rate/rest"], plan.rates["rest"](1))
+
+
+def numbers(loss: float, skipped: int = 0) -> dict[str, jax.Array]:
+    return {"loss": jnp.float32(loss), "gradient_norm": jnp.float32(loss), "skipped": jnp.int32(skipped)}
+
+
+def test_too_many_skipped_steps_in_a_row_stop_the_run(tmp_path: Path) -> None:
+    events = Events(tmp_path / "events.jsonl")
+    watch = Watch(FaultConfig(max_skipped=2), tmp_path / "faults.jsonl", events)
+    assert not watch.spiked(1, numbers(np.nan, 1), [])
+    assert not watch.spiked(2, numbers(1.0), [])
+    assert not watch.spiked(3, numbers(np.inf, 1), [])
+    with pytest.raises(UserError, match=r"not finite in 2 steps in a row, 3 to 4 .*config.faults.max_skipped"):
+        watch.spiked(4, numbers(np.nan, 1), [])
+    lines = read_lines(tmp_path / "faults.jsonl")
+    assert [line["step"] for line in lines] == [1, 3, 4]
+    assert lines[0]["metrics"] == ["gradient_norm", "loss"]
+
+
+def test_a_run_that_spikes_again_and_again_stops(tmp_path: Path) -> None:
+    watch = Watch(FaultConfig(max_rollbacks=2), tmp_path / "faults.jsonl", Events(tmp_path / "events.jsonl"))
+    saved = now = Position(4, {})
+    for _ in range(2):
+        now = watch.roll_back(6, saved, now)
+    assert now.offsets == ((4, 4),)
+    assert with_later_rollbacks(saved, tmp_path / "events.jsonl") == now
+    with pytest.raises(UserError, match="has gone back to step 4 for that 2 times"):
+        watch.roll_back(6, saved, now)
+
+
+def test_offsets_of_several_rollbacks_add_up() -> None:
+    position = Position(10, {}).rolled_back(13)
+    assert [position.batch(step) for step in (10, 11, 12)] == [9, 13, 14]
+    later = dataclasses.replace(position, step=20).rolled_back(21)
+    assert [later.batch(step) for step in (10, 11, 20, 21)] == [9, 13, 22, 24]
+    assert Position.from_json(json.loads(json.dumps(later.as_json()))["position"]) == later
+
+
+def test_a_full_disk_stops_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, compiled: Any) -> None:
+    from mplug2_jax.training.checkpoint import checkpoints
+
+    plain = checkpoints.ocp.CheckpointManager.save
+
+    def full(self: Any, step: int, **how: Any) -> bool:
+        if step == 4:
+            raise OSError(28, "No space left on device")
+        return plain(self, step, **how)
+
+    monkeypatch.setattr(checkpoints.ocp.CheckpointManager, "save", full)
+    monkeypatch.setattr(checkpoints, "RETRY_SECONDS", 0.0)
+    train(words(steps=5, checkpoint=CheckpointConfig(every_steps=2)), tmp_path / "run")
+    assert "checkpoint of step 4 could not be saved" in capsys.readouterr().out
+    kept = sorted(int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.isdecimal())
+    assert kept == [2, 5]
+    kinds = [line["event"] for line in read_lines(tmp_path / "run" / "events.jsonl")]
+    assert [kind for kind in kinds if "saved" in kind] == ["saved", "not saved", "saved"]
+
+
+def test_a_bit_that_differs_names_its_device() -> None:
+    mesh = make_mesh(MeshConfig(fsdp=8))
+    turned = rotated(mesh)
+    spec = jax.sharding.PartitionSpec("fsdp")
+    rows = np.arange(32, dtype=np.float32).reshape(8, 4)
+
+    def on(mesh: Any, broken: int | None) -> dict[str, jax.Array]:
+        sharding = jax.sharding.NamedSharding(mesh, spec)
+
+        def shard(device: Any, index: Any) -> jax.Array:
+            part = rows[index].copy()
+            if device.id == broken:
+                part.view(np.uint32)[0, 1] ^= 1
+            return jax.device_put(part, device)
+
+        parts = [shard(d, i) for d, i in sharding.addressable_devices_indices_map(rows.shape).items()]
+        return {"w": jax.make_array_from_single_device_arrays(rows.shape, sharding, parts)}
+
+    compare(3, on(mesh, None), on(turned, None))
+    with pytest.raises(CorruptionError, match=r"step 3, .* different bits in w; device \S*5 of process 0"):
+        compare(3, on(mesh, 5), on(turned, 5))
+    with pytest.raises(CorruptionError, match="one of these"):
+        compare(3, on(mesh, 5), on(turned, None))
+
+
+@pytest.mark.slow
+def test_a_run_that_is_rechecked_on_rotated_devices_gives_the_same_bits(tmp_path: Path) -> None:
+    train(words(steps=3, faults=FaultConfig(recheck_every=2), mesh=MeshConfig(fsdp=2, data=4)), tmp_path / "run")
+    assert len(read_steps(tmp_path / "run" / "metrics.jsonl")) == 3

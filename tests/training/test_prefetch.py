@@ -1,0 +1,44 @@
+"""One item ahead: the order stays, work overlaps, and errors come where the item would have been."""
+
+import itertools
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from mplug2_jax.training.prefetch import Ahead
+
+
+def test_the_next_item_is_made_while_the_present_one_is_in_use() -> None:
+    begun = [threading.Event() for _ in range(4)]
+
+    def items() -> Iterator[int]:
+        for i in range(4):
+            begun[i].set()
+            yield i
+
+    ahead = Ahead(items())
+    assert next(ahead) == 0
+    assert begun[1].wait(10)
+    assert not begun[2].is_set()
+    assert list(ahead) == [1, 2, 3]
+    ahead.close()
+
+
+def test_errors_come_where_the_item_would_have_been() -> None:
+    def items() -> Iterator[int]:
+        yield 1
+        raise ZeroDivisionError
+
+    ahead = Ahead(items())
+    assert next(ahead) == 1
+    with pytest.raises(ZeroDivisionError):
+        next(ahead)
+    ahead.close()
+
+
+def test_it_ends_with_items_left() -> None:
+    ahead = Ahead(itertools.count())
+    assert next(ahead) == 0
+    ahead.close()
+    assert not any(thread.name.startswith("ahead") for thread in threading.enumerate())
