@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 from ml_collections import ConfigDict
 
 from mplug2_jax.errors import UserError, did_you_mean
+from mplug2_jax.renames import current_name, with_current_names
 
 T = TypeVar("T")
 
@@ -45,6 +46,7 @@ def build(cls: type[T], values: Mapping[str, Any] | ConfigDict, where: str = "co
     """
     hints = get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    values = with_current_names(cls, dict(values), where)
     for name in values:
         if name not in fields:
             raise UserError(f"{where}.{name} is not a field: {did_you_mean(name, fields)}")
@@ -179,10 +181,11 @@ def _override(recipe: ConfigDict, text: str) -> None:
             raise UserError(
                 f"{where} is a value, not a group of fields, so {text.partition('=')[0][2:]} does not exist"
             )
-        if name not in node:
+        current = current_name(name, node.keys(), where)
+        if current not in node:
             raise UserError(f"{where}.{name} is not a field: {did_you_mean(name, node.keys())}")
-        where = f"{where}.{name}"
-        node, parent = node[name], node
+        where = f"{where}.{current}"
+        node, parent, leaf = node[current], node, current
     if isinstance(node, ConfigDict):
         raise UserError(f"{where} is a group of fields ({', '.join(sorted(node.keys()))}); override one of them")
     parent[leaf] = _parse(match["value"], node, where)

@@ -9,6 +9,7 @@ from mplug2_jax.errors import UserError, check_range, did_you_mean
 from mplug2_jax.evaluation.config import EvaluationConfig
 from mplug2_jax.model.config import PARTS, ModelConfig
 from mplug2_jax.parallel.config import MeshConfig
+from mplug2_jax.renames import accept_old_names
 from mplug2_jax.tasks.config import TaskSettings
 from mplug2_jax.tasks.contracts import CONTRACTS, parts_for
 
@@ -316,3 +317,6 @@ class RunConfig:
     def has_teacher(self) -> bool:
         """Whether an averaged copy of the parameters is kept, for distillation and momentum contrast."""
         return self.tasks.distillation is not None
+
+
+accept_old_names(RunConfig)

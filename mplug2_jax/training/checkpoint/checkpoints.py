@@ -57,7 +57,7 @@ class Checkpoints:
         self, folder: Path, config: CheckpointConfig, *, identity: Identity | None = None, writes: bool = True,
         lazy: bool = False, events: Events | None = None,
     ) -> None:  # fmt: skip
-        """``lazy``: what will be saved are trees of :class:`~mplug2_jax.training.checkpoint.lazy_arrays.LazyArray`, without digests."""
+        """``lazy``: the leaves of saved trees are ``LazyArray``, which have no checksums."""
         self.folder, self._config, self._identity = folder, config, identity
         self._lazy, self._events = lazy, events or Events()
         self._retention = Retention(config)

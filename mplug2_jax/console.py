@@ -1,0 +1,155 @@
+"""What a process tells people: log lines on standard error, and the progress of long work.
+
+Everything logs by ``absl.logging``; ``print`` is for what a command was asked to output. Process 0 logs all of it, the
+other processes their warnings and errors.
+"""
+
+import contextlib
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from absl import logging as absl_logging
+
+_PACKAGE = Path(__file__).resolve().parent
+_OURS = (f"{_PACKAGE}/", f"{_PACKAGE.parent / 'data_pipelines'}/")
+_process_index = 0
+
+
+def configure_logging(verbosity: int = 0) -> None:
+    """Send the log to standard error, a line per message: severity, date, time, process, message.
+
+    Args:
+        verbosity: -1 shows warnings and errors alone; 0 also what this project logs at INFO; 1 everything at DEBUG,
+            that of libraries too.
+    """
+    for handler in [handler for handler in logging.root.handlers if isinstance(handler, _Handler)]:
+        logging.root.removeHandler(handler)
+    logging.root.addHandler(_Handler(verbosity))  # at the root, or absl would add a second handler there
+    levels = {-1: absl_logging.WARNING, 0: absl_logging.INFO, 1: absl_logging.DEBUG}
+    absl_logging.set_verbosity(levels[max(-1, min(verbosity, 1))])
+
+
+def set_process_index(index: int) -> None:
+    """Name this process in the log; all but process 0 log warnings and errors alone from now on."""
+    global _process_index
+    _process_index = index
+
+
+class _Handler(logging.StreamHandler[Any]):
+    """Writes to whatever ``sys.stderr`` is when a message comes, and keeps out of a progress bar's way."""
+
+    def __init__(self, verbosity: int) -> None:
+        logging.Handler.__init__(self)
+        self._verbosity = verbosity
+
+    @property
+    def stream(self) -> Any:  # type: ignore[override]
+        return sys.stderr
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno >= logging.WARNING:
+            return True
+        return _process_index == 0 and (self._verbosity > 0 or record.pathname.startswith(_OURS))
+
+    def format(self, record: logging.LogRecord) -> str:
+        when = time.strftime("%m%d %H:%M:%S", time.localtime(record.created))
+        return f"{record.levelname[0]}{when} p{_process_index}] {super().format(record)}"
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with _bar_cleared():
+            super().emit(record)
+
+
+@contextlib.contextmanager
+def _bar_cleared() -> Iterator[None]:
+    if "tqdm" not in sys.modules:
+        yield
+        return
+    from tqdm import tqdm
+
+    with tqdm.external_write_mode(file=sys.stderr):
+        yield
+
+
+def format_duration(seconds: float | int) -> str:
+    """Return a time as people read it.
+
+    Example:
+        >>> format_duration(42), format_duration(187), format_duration(8100)
+        ('0:42', '3:07', '2:15:00')
+    """
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+class Progress:
+    """Progress of long work, with rate and ETA: a bar on a terminal, log lines elsewhere. Process 0 alone shows it.
+
+    Args:
+        total: how many units there are.
+        unit: in the singular, as "step" or "record"; "B" for bytes, which are shown as MB.
+        initial: how many were done before this process began.
+        desc: what is done, in front of the line.
+        log_every: seconds between log lines; 0 logs every update.
+    """
+
+    def __init__(self, total: int, unit: str, *, initial: int = 0, desc: str = "", log_every: float | int = 10) -> None:
+        self._total, self._unit, self._initial, self._desc, self._log_every = total, unit, initial, desc, log_every
+        self._start = self._logged = time.monotonic()
+        self._shown = _process_index == 0 and absl_logging.get_absl_logger().isEnabledFor(logging.INFO)
+        self._bar = None
+        if self._shown and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(
+                total=total, initial=initial, unit=unit if unit == "B" else f" {unit}", unit_scale=unit == "B",
+                desc=desc, dynamic_ncols=True, leave=False, mininterval=0.2, file=sys.stderr,
+            )  # fmt: skip
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def update(self, done: int, stats: str = "", *, seconds_per_unit: float | None = None) -> None:
+        """Show how far the work is.
+
+        Args:
+            done: units done in all, those before this process among them; lower than before after a rollback.
+            stats: what else the line says.
+            seconds_per_unit: a better measure of the rate than the mean since the start.
+        """
+        if self._bar is not None:
+            self._bar.set_postfix_str(stats, refresh=False)
+            self._bar.update(done - self._bar.n)
+            return
+        now = time.monotonic()
+        if not self._shown or done == self._initial or (done < self._total and now - self._logged < self._log_every):
+            return
+        self._logged = now
+        rate = 1 / seconds_per_unit if seconds_per_unit else (done - self._initial) / max(now - self._start, 1e-9)
+        eta = format_duration((self._total - done) / rate) if rate > 0 else "unknown"
+        absl_logging.info("%s", "  ".join(filter(None, (self._line(done), stats, self._rate(rate), f"eta {eta}"))))
+
+    def close(self) -> None:
+        """Remove the bar."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def _line(self, done: int) -> str:
+        desc = f"{self._desc}  " if self._desc else ""
+        if self._unit == "B":
+            return f"{desc}{done / 1e6:,.0f}/{self._total / 1e6:,.0f} MB"
+        return f"{desc}{self._unit} {done:>{len(f'{self._total:,}')},}/{self._total:,}"
+
+    def _rate(self, rate: float) -> str:
+        return f"{rate / 1e6:,.0f} MB/s" if self._unit == "B" else f"{rate:,.1f} {self._unit}s/s"

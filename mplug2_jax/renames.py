@@ -1,0 +1,82 @@
+"""Config fields that were renamed, still read by their old names, with a warning that says the new one.
+
+A dataclass says so in two class variables: ``OLD_NAMES = {"accumulate": "grad_accum_steps"}`` and, where values were
+renamed too, ``OLD_VALUES = {"decay_mask": {"matrices": "kernels"}}``.
+"""
+
+import collections
+import functools
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from absl import logging
+
+from mplug2_jax.errors import UserError
+from mplug2_jax.fields import groups_of
+
+_NEW_NAMES: dict[str, set[str]] = collections.defaultdict(set)  # by old name, of all configs
+
+
+def accept_old_names(cls: type) -> None:
+    """Let the constructors of a config, and of all that its fields are made of, take fields by their old names."""
+    for group in groups_of(cls):
+        for old, new in _old_names(group).items():
+            _NEW_NAMES[old].add(new)
+        if _old_names(group) or _old_values(group):
+            _accept(group)
+
+
+def _accept(cls: Any) -> None:
+    if hasattr(cls.__init__, "__wrapped__"):  # accepted already
+        return
+
+    @functools.wraps(cls.__init__)
+    def init(self: Any, *args: Any, __init: Any = cls.__init__, **fields: Any) -> None:
+        __init(self, *args, **with_current_names(cls, fields, cls.__name__))
+
+    cls.__init__ = init
+
+
+def with_current_names(cls: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return a config's fields and values by their names of today.
+
+    Raises:
+        UserError: a field is set by both of its names.
+    """
+    renamed, current = _old_names(cls), {}
+    for name, value in values.items():
+        new = renamed.get(name, name)
+        if new != name:
+            if new in values:
+                raise UserError(
+                    f"{where}.{name} is the old name of {where}.{new}, and both are set: remove {where}.{name}"
+                )
+            _warn(f"{where}.{name}", f"{where}.{new}")
+        old_values = _old_values(cls).get(new, {})
+        if isinstance(value, str) and value in old_values:
+            _warn(f"{where}.{new}={value}", f"{where}.{new}={old_values[value]}")
+            value = old_values[value]
+        current[new] = value
+    return current
+
+
+def current_name(old: str, fields: Collection[str], where: str) -> str:
+    """Return what a field is called today among ``fields``, which may be any group of a config; else ``old``."""
+    new = next((name for name in sorted(_NEW_NAMES.get(old, ())) if name in fields), None)
+    if old in fields or new is None:
+        return old
+    _warn(f"{where}.{old}", f"{where}.{new}")
+    return new
+
+
+@functools.cache  # once, however often a config is built
+def _warn(old: str, new: str) -> None:
+    logging.warning("%s is called %s now; the old name is still read", old, new)
+
+
+def _old_names(cls: type) -> Mapping[str, str]:
+    return getattr(cls, "OLD_NAMES", {})
+
+
+def _old_values(cls: type) -> Mapping[str, Mapping[str, str]]:
+    return getattr(cls, "OLD_VALUES", {})
