@@ -38,7 +38,7 @@ from mplug2_jax.training.workdir import WorkDir
 
 MODELS: Mapping[str, Mapping[str, object]] = {
     "the whole model": {},
-    "without universal layers": {"universal": False},
+    "without universal layers": {"use_universal_layers": False},
     "without temporal units": {"freeze": ("temporal",)},
 }
 PRETRAINING = 840  # steps

@@ -155,10 +155,10 @@ def run_config(tokenizer: Path) -> RunConfig:
         # With a small eps Adam turns rounding noise into whole steps, and no two meshes would agree.
         optimizer=AdamWConfig(learning_rate=1e-3, eps=1e-2),
         schedule=ScheduleConfig(warmup_steps=1),
-        checkpoint=CheckpointConfig(every_steps=SAVED_EVERY, keep=2),
+        checkpoint=CheckpointConfig(every_steps=SAVED_EVERY, keep_last=2),
         log_every=1,
-        log_examples=True,
-        stall_seconds=300,
+        log_example_ids=True,
+        watchdog_timeout=300,
     )
 
 

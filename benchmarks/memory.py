@@ -98,10 +98,10 @@ def main() -> None:
         keep = dataclasses.replace
         for name, varied in {
             "no remat": keep(config, model=keep(model, remat=RematConfig())),
-            "accumulate=2, twice the clips": keep(caption_run(args, 2 * args.clips), accumulate=2),
-            "bfloat16 parameters": keep(config, parameter_dtype="bfloat16"),
+            "grad_accum_steps=2, twice the clips": keep(caption_run(args, 2 * args.clips), grad_accum_steps=2),
+            "bfloat16 parameters": keep(config, param_dtype="bfloat16"),
             "bfloat16 moments": keep(config, optimizer=AdamWConfig(b2=0.98, mu_dtype="bfloat16", nu_dtype="bfloat16")),
-            "moments on the host": keep(config, optimizer=AdamWConfig(offload=True)),
+            "moments on the host": keep(config, optimizer=AdamWConfig(offload_moments=True)),
         }.items():
             line(name, varied, mesh)
 

@@ -60,7 +60,12 @@ def main() -> None:
     data = DataConfig(sources={"digits": SourceConfig(kind="image")}, examples=caption, batch_size=args.batch)
     stream = StreamConfig(data=data, objectives={"caption": 1.0})
     config = RunConfig(
-        name="overhead", steps=10**6, model=model, streams={"image": stream}, log_every=1, faults=FaultConfig(spike=1e9)
+        name="overhead",
+        steps=10**6,
+        model=model,
+        streams={"image": stream},
+        log_every=1,
+        faults=FaultConfig(spike_zscore=1e9),
     )
     plan = plan_run(config, SpecialTokens(), make_mesh(MeshConfig()))
     rng = np.random.default_rng(0)

@@ -72,7 +72,7 @@ def get_config() -> ConfigDict:
             tasks=TaskSettings(search=SearchConfig(beams=1, max_length=23)),
             optimizer=AdamWConfig(learning_rate=2e-3, vision_learning_rate=1e-3, b2=0.95, weight_decay=0.05),
             schedule=ScheduleConfig(warmup_steps=25),
-            checkpoint=CheckpointConfig(every_steps=100, keep=2),
+            checkpoint=CheckpointConfig(every_steps=100, keep_last=2),
             evaluations={
                 "image_caption": heldout("image", "caption", 256, instructions={"caption": DESCRIBE}),
                 "image_question": heldout("image", "answer", 256, instructions={"question": QUESTION}),

@@ -79,6 +79,6 @@ def recipe(task: str, size: str, frames: int) -> ConfigDict:
             optimizer=AdamWConfig(learning_rate=2e-5, vision_learning_rate=2e-6, weight_decay=0.02),
             schedule=ScheduleConfig(warmup_steps=500),
             evaluations={"video": EvaluationConfig(task=OBJECTIVES[task], data=data("heldout", asked, 512))},
-            evaluate_every=2000,
+            eval_every=2000,
         )
     )

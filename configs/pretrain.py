@@ -80,6 +80,6 @@ def get_config(size: str = "large") -> ConfigDict:
                 learning_rate=PEAK_RATES[size], vision_learning_rate=PEAK_RATES[size] / 10, b2=0.98, weight_decay=0.02
             ),
             schedule=ScheduleConfig(warmup_steps=1000),
-            checkpoint=CheckpointConfig(every_steps=500, every_minutes=15.0, keep=3, keep_steps=5000),
+            checkpoint=CheckpointConfig(every_steps=500, every_minutes=15.0, keep_last=3, keep_every_steps=5000),
         )
     )

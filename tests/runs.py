@@ -69,9 +69,9 @@ def small_run(**overrides: Any) -> RunConfig:
         "optimizer": AdamWConfig(learning_rate=1e-3),
         "schedule": ScheduleConfig(warmup_steps=1),
         "evaluations": {"questions": EvaluationConfig(task="answer", data=heldout, samples=2)},
-        "checkpoint": CheckpointConfig(every_steps=2, keep=2),
+        "checkpoint": CheckpointConfig(every_steps=2, keep_last=2),
         "log_every": 1,
-        "stall_seconds": 0,
+        "watchdog_timeout": 0,
     }
     return RunConfig(**(fields | overrides))
 

@@ -36,7 +36,7 @@ def test_fields_are_those_that_overrides_know() -> None:
 def test_values_that_a_type_takes_in_words() -> None:
     hints = {field.name: field.type for field in dataclasses.fields(AdamWConfig)}
     assert valid_of(hints["vision_learning_rate"]) == "float or none"
-    assert valid_of(hints["decay"]) == "matrices | released"
+    assert valid_of(hints["decay_mask"]) == "kernels | released"
     assert valid_of(tuple[int, ...]) == "(int, ...)"
 
 

@@ -37,7 +37,7 @@ def test_quirks_are_on_in_the_released_recipes_and_off_in_ours() -> None:
     )
     for quirky in (caption, answers):
         stream = next(iter(quirky.streams.values())).data
-        assert quirky.optimizer.decay == "released"
+        assert quirky.optimizer.decay_mask == "released"
         assert quirky.optimizer.clip_norm == 0
         assert quirky.schedule.kind.startswith("released")
         assert quirky.tasks.search.extend_finished
@@ -52,7 +52,7 @@ def test_quirks_are_on_in_the_released_recipes_and_off_in_ours() -> None:
     assert inert is not None
     assert (inert.alpha, inert.over, inert.fusion) == (0.0, "time", False)
 
-    assert ours.optimizer.decay == "matrices"
+    assert ours.optimizer.decay_mask == "kernels"
     assert ours.schedule.kind == "cosine"
     assert not ours.tasks.search.extend_finished
     assert ours.model.positions_init == "normal"

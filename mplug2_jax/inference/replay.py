@@ -166,7 +166,7 @@ def _alone(plan: Blueprint, name: str) -> Any:
 
     def measure(state: TrainState, batch: DeviceBatch, row: jax.Array) -> tuple[jax.Array, jax.Array]:
         inputs = step_inputs(plan, state)
-        count, rng = plan.config.accumulate, inputs.rng
+        count, rng = plan.config.grad_accum_steps, inputs.rng
         if count > 1:  # the micro-batch that holds the row, with its randomness
             batch = jax.tree.map(lambda x: x[row % count], micro_batches({name: batch}, count))[name]
             row, rng = row // count, jax.random.fold_in(rng, row % count)

@@ -130,8 +130,8 @@ def blueprint(config: RunConfig, topology: Topology) -> Blueprint:
     """A run laid out on a topology. Raises UserError where it does not fit the mesh."""
     mesh = make_mesh(config.mesh, devices_of(topology))
     for name, stream in config.streams.items():
-        micro = stream.data.batch_size // config.accumulate
-        check_batch(f"config.streams.{name}.data.batch_size / config.accumulate", micro, mesh)
+        micro = stream.data.batch_size // config.grad_accum_steps
+        check_batch(f"config.streams.{name}.data.batch_size / config.grad_accum_steps", micro, mesh)
     return plan_run(config, tokens_of(config), mesh)  # last: a tokeniser may take a while
 
 

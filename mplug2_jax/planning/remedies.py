@@ -83,9 +83,9 @@ def changes(config: RunConfig) -> Iterator[Change]:
             current = dataclasses.replace(current, model=model)
             yield Change(overrides_between(config, current), current)
     smallest = min(stream.data.batch_size for stream in config.streams.values())
-    while current.accumulate * 2 <= smallest:
+    while current.grad_accum_steps * 2 <= smallest:
         try:
-            current = dataclasses.replace(current, accumulate=current.accumulate * 2)
+            current = dataclasses.replace(current, grad_accum_steps=current.grad_accum_steps * 2)
         except UserError:  # a batch that does not divide
             return
         yield Change(overrides_between(config, current), current)
@@ -100,7 +100,7 @@ def overrides_between(before: RunConfig, after: RunConfig) -> tuple[str, ...]:
     ]
     words += [
         f"--config.{field}={getattr(after, field)}"
-        for field in ("accumulate", "gather")
+        for field in ("grad_accum_steps", "fsdp_gather")
         if getattr(after, field) != getattr(before, field)
     ]
     if after.model.attention != before.model.attention:

@@ -20,7 +20,7 @@ from mplug2_jax.planning.programs import Compiled, abstract_batch, blueprint, tr
 from mplug2_jax.planning.remedies import overrides_between, try_compile
 from mplug2_jax.planning.report import fingerprint, make_report
 from mplug2_jax.planning.timing import BEST
-from mplug2_jax.training.config import Gather, RunConfig
+from mplug2_jax.training.config import FsdpGather, RunConfig
 from mplug2_jax.training.optim.partition import split
 from mplug2_jax.training.state import Blueprint
 from mplug2_jax.training.telemetry.step_flops import gradient_flops
@@ -49,8 +49,8 @@ class Candidate:
         remat = self.config.model.remat
         kept = remat.vision if remat.vision == remat.text else f"{remat.vision}/{remat.text}"
         return (
-            f"{' '.join(axes) or 'one device'}, gather {self.config.gather}, remat {kept}, "
-            f"accumulate {self.config.accumulate}, attention {self.config.model.attention}"
+            f"{' '.join(axes) or 'one device'}, gather {self.config.fsdp_gather}, remat {kept}, "
+            f"accumulate {self.config.grad_accum_steps}, attention {self.config.model.attention}"
         )
 
 
@@ -102,7 +102,7 @@ def _variations(config: RunConfig, topology: Topology) -> Iterator[RunConfig]:
     devices, replicas = topology.devices, topology.slices
     frames = max((s.data.visual.num_frames for s in config.streams.values() if s.data.kind == "video"), default=1)
     kernels: tuple[AttentionKernel, ...] = ("auto", "xla") if topology.chip.platform == "tpu" else ("auto",)
-    gathers: tuple[Gather, ...] = ("step", "layer")
+    gathers: tuple[FsdpGather, ...] = ("step", "layer")
     powers = [2**i for i in range(devices.bit_length())]
     for fsdp, tensor, sequence in itertools.product(powers, (1, 2, 4), (1, 2, 4, 8) if frames >= LONG_CLIP else (1,)):
         data, rest = divmod(devices, fsdp * tensor * sequence * replicas)
@@ -116,7 +116,7 @@ def _variations(config: RunConfig, topology: Topology) -> Iterator[RunConfig]:
                 continue
             model = dataclasses.replace(config.model, remat=remat, attention=kernel)
             try:
-                yield dataclasses.replace(config, mesh=mesh, model=model, accumulate=times, gather=gather)
+                yield dataclasses.replace(config, mesh=mesh, model=model, grad_accum_steps=times, fsdp_gather=gather)
             except UserError:  # batches that do not divide
                 continue
 
@@ -131,9 +131,9 @@ class _Model:
         self._weights = plan.definition.count() * 4.0
         moments = {"float32": 4, "bfloat16": 2}
         optimizer = config.optimizer
-        kept = 0 if optimizer.offload else moments[optimizer.mu_dtype] + moments[optimizer.nu_dtype]
+        kept = 0 if optimizer.offload_moments else moments[optimizer.mu_dtype] + moments[optimizer.nu_dtype]
         trained, _ = split(plan.shapes["params"], config.frozen)
-        self._state = plan.definition.count() * (moments[config.parameter_dtype] + 4.0 * config.has_teacher)
+        self._state = plan.definition.count() * (moments[config.param_dtype] + 4.0 * config.has_teacher)
         self._state += (kept + 4.0 * bool(config.ema_decay)) * sum(shape.size for shape in jax.tree.leaves(trained))
         self._tokens = sum(_tokens(config, name) for name in config.streams)
 
@@ -144,9 +144,9 @@ class _Model:
         compute = self._executed(config) / topology.chips / chip.flops / BEST
 
         # Weights and gradients cross the network at every use, or once a step; activations where heads are split.
-        weights, once = self._weights / mesh["tensor"], config.gather == "step"
-        gathers = 1 if once else 2 * len(config.streams) * config.accumulate
-        sums = config.accumulate if once else gathers / 2
+        weights, once = self._weights / mesh["tensor"], config.fsdp_gather == "step"
+        gathers = 1 if once else 2 * len(config.streams) * config.grad_accum_steps
+        sums = config.grad_accum_steps if once else gathers / 2
         copies = mesh["data"] * mesh["replica"]
         sent = (
             weights * (1 - 1 / mesh["fsdp"]) * (gathers + sums) + 2 * weights / mesh["fsdp"] * (1 - 1 / copies) * sums
@@ -160,7 +160,7 @@ class _Model:
         whole = 2 * weights if once and mesh["fsdp"] > 1 else weights / mesh["fsdp"]  # with gradients
         # Numbers kept for each that enters a layer, as compiled programs have them: attention's weights above all.
         kept = {"none": 90.0, "dots": 15.0, "full": 1.0}[config.model.remat.vision]
-        micro = self._tokens / topology.devices / config.accumulate
+        micro = self._tokens / topology.devices / config.grad_accum_steps
         activations = micro * config.model.vision_width * 2.0 * kept * config.model.vision_layers
         memory = held + whole + activations / 2  # half: what rules out should be sure
         return Candidate(config, overrides_between(self._base, config), compute + network, memory)
@@ -226,7 +226,7 @@ def _spread(found: Sequence[Candidate]) -> Iterator[Candidate]:
     yield found[0]
     queues: dict[Any, list[Candidate]] = {}
     for candidate in found[1:]:
-        queues.setdefault((candidate.config.model.remat, candidate.config.gather), []).append(candidate)
+        queues.setdefault((candidate.config.model.remat, candidate.config.fsdp_gather), []).append(candidate)
     while queues:
         for key in list(queues):
             yield queues[key].pop(0)

@@ -185,6 +185,6 @@ def recipe(name: str, size: str, sets: Sets, family: Family, **overrides: Any) -
             )
             for key, source in sets.asked.items()
         },
-        "evaluate_every": 0 if trial else max(1, steps // family.epochs),
+        "eval_every": 0 if trial else max(1, steps // family.epochs),
     }
     return as_recipe(RunConfig(**(fields | overrides)))

@@ -137,7 +137,7 @@ def digitworld(name: str) -> ConfigDict:
             tasks=TaskSettings(search=SearchConfig(beams=1, max_length=23)),
             optimizer=AdamWConfig(learning_rate=5e-4, b2=0.98, weight_decay=0.05),
             schedule=ScheduleConfig(warmup_steps=20),
-            checkpoint=CheckpointConfig(every_steps=1000, keep=1),
+            checkpoint=CheckpointConfig(every_steps=1000, keep_last=1),
             evaluations={
                 key: EvaluationConfig(
                     task=asked.task, device_rows=32, **asked.more,

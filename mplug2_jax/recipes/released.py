@@ -102,18 +102,18 @@ def released_at(model: ModelConfig, task: str, name: str, sets: Sets = STAND_IN)
             optimizer=AdamWConfig(
                 learning_rate=2e-5, vision_learning_rate=2e-6, weight_decay=0.02, clip_norm=0.0,
                 # A rule of substrings, which decays CLIP's norms, latents and embeddings too.
-                decay="released",
+                decay_mask="released",
             ),
             schedule=ScheduleConfig(
                 # One step late, 200 steps too short, and for captions with a dip after every 100 steps of epoch 0.
                 kind="released_caption" if caption else "released",
-                warmup_steps=200, start=1e-6, floor=1e-6, steps_per_epoch=steps_per_epoch,
+                warmup_steps=200, init_lr=1e-6, end_lr=1e-6, steps_per_epoch=steps_per_epoch,
             ),
-            accumulate=2 if caption else 1,
+            grad_accum_steps=2 if caption else 1,
             evaluations={
                 key: EvaluationConfig(task=objective, data=data(source, shown, asked), java=caption and not trial)
                 for key, source in sets.asked.items()
             },
-            evaluate_every=steps_per_epoch,
+            eval_every=steps_per_epoch,
         )
     )  # fmt: skip

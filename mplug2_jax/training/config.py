@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Literal
+from typing import ClassVar, Literal
 
 from data_pipelines.config import DataConfig
 from mplug2_jax.errors import UserError, check_range, did_you_mean
@@ -13,8 +13,8 @@ from mplug2_jax.renames import accept_old_names
 from mplug2_jax.tasks.config import TaskSettings
 from mplug2_jax.tasks.contracts import CONTRACTS, parts_for
 
-Gather = Literal["layer", "step"]
-DecayRule = Literal["matrices", "released"]
+FsdpGather = Literal["layer", "step"]
+DecayMask = Literal["kernels", "released"]
 Dtype = Literal["float32", "bfloat16"]
 
 
@@ -37,20 +37,23 @@ class StreamConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdamWConfig:
-    """AdamW. Learning rates are per group; the schedule scales between its floor and them."""
+    """AdamW. Learning rates are per parameter group; the schedule scales between ``init_lr``, them and ``end_lr``."""
+
+    OLD_NAMES: ClassVar[Mapping[str, str]] = {"decay": "decay_mask", "offload": "offload_moments"}
+    OLD_VALUES: ClassVar[Mapping[str, Mapping[str, str]]] = {"decay_mask": {"matrices": "kernels"}}
 
     learning_rate: float = 1e-4  # at the schedule's peak
     vision_learning_rate: float | None = None  # None: the same as learning_rate
     layer_decay: float = 1.0  # of the rates, for each layer below the heads: see layer_decay.py; 1 = none
     weight_decay: float = 0.02  # per update, times the rate
-    decay: DecayRule = "matrices"  # what decays: kernels alone, or what the release decays
+    decay_mask: DecayMask = "kernels"  # what decays: kernels alone, or what the release decays
     b1: float = 0.9  # decay of the first moment, below 1
     b2: float = 0.999  # decay of the second moment, below 1
     eps: float = 1e-8  # added to the second moment's root
     clip_norm: float = 1.0  # of the gradient over all parameters; 0 = no clipping
     mu_dtype: Dtype = "float32"  # as the first moment is kept
     nu_dtype: Dtype = "float32"  # as the second is
-    offload: bool = False  # the moments wait in the hosts' memory for their update
+    offload_moments: bool = False  # the moments wait in the hosts' memory for their update
 
     def __post_init__(self) -> None:
         """Checks the ranges.
@@ -72,17 +75,18 @@ class AdamWConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
-    """Warm-up from ``start`` to the group's learning rate, then a cosine down to ``floor``.
+    """Warm-up from ``init_lr`` to the group's learning rate, then a cosine down to ``end_lr``.
 
     ``kind="released"`` follows the release's loop: the rate in force is that of the step before; the cosine's length is
     the whole run less 200 steps, counted from the end of the warm-up; ``released_caption`` also falls back to an early
     warm-up value for one step after every 100 of the first epoch. All of it counts micro-batches.
     """
 
+    OLD_NAMES: ClassVar[Mapping[str, str]] = {"start": "init_lr", "floor": "end_lr"}
     kind: Literal["cosine", "released", "released_caption"] = "cosine"  # see above; cosine is ours
-    warmup_steps: int = 100  # from start to the peak
-    start: float = 0.0  # the rate of the first step, as it is
-    floor: float = 0.0  # the rate of the last step, as it is
+    warmup_steps: int = 100  # from init_lr to the peak
+    init_lr: float = 0.0  # the rate of the first step, for every group
+    end_lr: float = 0.0  # the rate of the last step, for every group
     steps_per_epoch: int = 0  # released_caption needs it
 
     def __post_init__(self) -> None:
@@ -91,7 +95,7 @@ class ScheduleConfig:
         Raises:
             UserError: names the field.
         """
-        for name in ("warmup_steps", "start", "floor", "steps_per_epoch"):
+        for name in ("warmup_steps", "init_lr", "end_lr", "steps_per_epoch"):
             check_range(f"config.schedule.{name}", getattr(self, name), 0)
 
 
@@ -118,14 +122,21 @@ class LoraConfig:
 class CheckpointConfig:
     """When to save, and what to keep. The last step is always saved; what no rule keeps is deleted."""
 
+    OLD_NAMES: ClassVar[Mapping[str, str]] = {
+        "keep": "keep_last", "best": "best_metric", "best_is": "best_mode", "keep_minutes": "keep_every_minutes",
+        "keep_steps": "keep_every_steps",
+    }  # fmt: skip
+    OLD_VALUES: ClassVar[Mapping[str, Mapping[str, str]]] = {"best_mode": {"lowest": "min", "highest": "max"}}
     every_steps: int = 1000  # at least 1
     every_minutes: float = 0.0  # also whenever so long has passed since the last save; 0: by steps alone
-    keep: int = 3  # the newest
-    keep_best: int = 0  # and so many of those whose metric `best` is best
-    best: str = "loss"  # a name of metrics.jsonl, as eval/image_question/accuracy; judged where a saved step has it
-    best_is: Literal["lowest", "highest"] = "lowest"  # whether less of `best` is better, or more
-    keep_minutes: float = 0.0  # and one for each such span of time; 0: none
-    keep_steps: int = 0  # and, for ever, those whose step is a multiple; 0: none
+    keep_last: int = 3  # how many of the newest to keep, at least 1
+    keep_best: int = 0  # how many of the best by `best_metric` to keep as well
+    best_metric: str = (
+        "loss"  # a name of metrics.jsonl, as eval/image_question/accuracy; judged where a saved step has it
+    )
+    best_mode: Literal["min", "max"] = "min"  # whether a lower or a higher `best_metric` is better
+    keep_every_minutes: float = 0.0  # and one for each such span of time; 0: none
+    keep_every_steps: int = 0  # and, for ever, those whose step is a multiple; 0: none
 
     def __post_init__(self) -> None:
         """Checks the ranges.
@@ -133,9 +144,9 @@ class CheckpointConfig:
         Raises:
             UserError: names the field.
         """
-        for name, least in (("every_steps", 1), ("keep", 1)):
+        for name, least in (("every_steps", 1), ("keep_last", 1)):
             check_range(f"config.checkpoint.{name}", getattr(self, name), least)
-        for name in ("every_minutes", "keep_best", "keep_minutes", "keep_steps"):
+        for name in ("every_minutes", "keep_best", "keep_every_minutes", "keep_every_steps"):
             check_range(f"config.checkpoint.{name}", getattr(self, name), 0)
 
 
@@ -143,11 +154,14 @@ class CheckpointConfig:
 class FaultConfig:
     """What a run does about steps that go wrong. An update that is not finite is always skipped."""
 
-    max_skipped: int = 10  # updates that may be skipped in a row before the run stops
-    spike: float = 0.0  # standard deviations above the last losses' mean that roll the run back; 0: never
+    OLD_NAMES: ClassVar[Mapping[str, str]] = {
+        "max_skipped": "max_consecutive_skips", "spike": "spike_zscore", "recheck_every": "sdc_check_every"
+    }  # fmt: skip
+    max_consecutive_skips: int = 10  # updates that may be skipped in a row before the run stops
+    spike_zscore: float = 0.0  # standard deviations above the last losses' mean that roll the run back; 0: never
     spike_window: int = 100  # how many losses are the last ones
     max_rollbacks: int = 3  # to one checkpoint before the run stops
-    recheck_every: int = 0  # steps after which one is computed twice and compared bit by bit; 0: never
+    sdc_check_every: int = 0  # steps after which one is computed twice and compared bit by bit; 0: never
 
     def __post_init__(self) -> None:
         """Checks the ranges.
@@ -155,8 +169,10 @@ class FaultConfig:
         Raises:
             UserError: names the field.
         """
-        for name, least in (("max_skipped", 1), ("spike", 0), ("spike_window", 2), ("max_rollbacks", 1),
-                            ("recheck_every", 0)):  # fmt: skip
+        for name, least in (
+            ("max_consecutive_skips", 1), ("spike_zscore", 0), ("spike_window", 2), ("max_rollbacks", 1),
+            ("sdc_check_every", 0),
+        ):  # fmt: skip
             check_range(f"config.faults.{name}", getattr(self, name), least)
 
 
@@ -164,18 +180,24 @@ class FaultConfig:
 class ProfileConfig:
     """Which steps are traced for TensorBoard's profiler; a file ``profile`` in the work directory asks for more."""
 
-    at: tuple[int, ...] = ()  # first steps of traces
-    steps: int = 3  # how many steps a trace covers
+    OLD_NAMES: ClassVar[Mapping[str, str]] = {"at": "start_steps", "steps": "num_steps"}
+    start_steps: tuple[int, ...] = ()  # the first step of each trace
+    num_steps: int = 3  # steps per trace
 
     def __post_init__(self) -> None:
         """Checks the range. Raises UserError."""
-        check_range("config.profile.steps", self.steps, 1)
+        check_range("config.profile.num_steps", self.num_steps, 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """A whole run."""
 
+    OLD_NAMES: ClassVar[Mapping[str, str]] = {
+        "universal": "use_universal_layers", "gather": "fsdp_gather", "accumulate": "grad_accum_steps",
+        "stall_seconds": "watchdog_timeout", "parameter_dtype": "param_dtype", "evaluate_every": "eval_every",
+        "wandb": "wandb_project", "log_examples": "log_example_ids",
+    }  # fmt: skip
     name: str  # of the recipe, for logs and reports
     steps: int  # updates of the whole run, at least 1; may be raised when it resumes
     seed: int = 0  # of parameters, dropout, masking and the data's order
@@ -183,27 +205,27 @@ class RunConfig:
     init_from: str = ""  # checkpoint to start from, as a path: a work directory, its checkpoints, or one step of them
     init_parts: tuple[str, ...] = ()  # parts of the model to take from it; empty: all
     freeze: tuple[str, ...] = ()  # parts of the model that are not trained; empty: none
-    universal: bool = True  # False: a model without the layers that text and vision share, to compare with
+    use_universal_layers: bool = True  # False: a model without the layers that text and vision share, to compare with
     lora: LoraConfig = LoraConfig()  # parts of which thin matrices are trained in place of the kernels; see lora.py
     tokenizer: TokenizerConfig = TokenizerConfig()
     streams: Mapping[str, StreamConfig]
     tasks: TaskSettings = TaskSettings()
     mesh: MeshConfig = MeshConfig()
-    parameter_dtype: Dtype = "float32"  # as parameters are kept, and their gradients made; a teacher stays float32
+    param_dtype: Dtype = "float32"  # as parameters are kept, and their gradients made; a teacher stays float32
     optimizer: AdamWConfig = AdamWConfig()
     schedule: ScheduleConfig = ScheduleConfig()
-    gather: Gather = "layer"  # when fsdp's shards of parameters come together: at each use, or once
+    fsdp_gather: FsdpGather = "layer"  # when fsdp's shards of parameters come together: at each use, or once
     ema_decay: float = 0.0  # of the average of parameters that is evaluated and exported in their place; 0 = none
-    accumulate: int = 1  # micro-batches per step; each stream's batch is cut into so many
+    grad_accum_steps: int = 1  # micro-batches per step; each stream's batch is cut into so many
     evaluations: Mapping[str, EvaluationConfig] = dataclasses.field(default_factory=dict)  # by name
-    evaluate_every: int = 0  # steps; 0 = only after the last
+    eval_every: int = 0  # steps; 0 = only after the last
     checkpoint: CheckpointConfig = CheckpointConfig()
     faults: FaultConfig = FaultConfig()
     log_every: int = 10  # steps
-    log_examples: bool = False  # keep every step's example ids in examples.jsonl, to compare runs by
-    stall_seconds: int = 1800  # a step, a wait for data or a save that takes longer ends the run; 0 = wait for ever
+    log_example_ids: bool = False  # keep every step's example ids in examples.jsonl, to compare runs by
+    watchdog_timeout: int = 1800  # a step, a wait for data or a save that takes longer ends the run; 0 = wait for ever
     profile: ProfileConfig = ProfileConfig()
-    wandb: str = ""  # project of Weights & Biases that metrics are sent to; empty: none
+    wandb_project: str = ""  # project of Weights & Biases that metrics are sent to; empty: none
     compilation_cache: str = "auto"  # a folder, "off", or "auto": ~/.cache/mplug2_jax
 
     def __post_init__(self) -> None:
@@ -213,9 +235,9 @@ class RunConfig:
             UserError: names the field, what was found and what is valid.
         """
         for field, value, least in (
-            ("steps", self.steps, 1), ("accumulate", self.accumulate, 1), ("log_every", self.log_every, 1),
-            ("evaluate_every", self.evaluate_every, 0), ("seed", self.seed, 0),
-            ("stall_seconds", self.stall_seconds, 0),
+            ("steps", self.steps, 1), ("grad_accum_steps", self.grad_accum_steps, 1), ("log_every", self.log_every, 1),
+            ("eval_every", self.eval_every, 0), ("seed", self.seed, 0),
+            ("watchdog_timeout", self.watchdog_timeout, 0),
         ):  # fmt: skip
             check_range(f"config.{field}", value, least)
         check_range("config.ema_decay", self.ema_decay, 0, 1 - 1e-9)
@@ -235,11 +257,11 @@ class RunConfig:
                     "config.tasks.mlm.whole_word needs to know where words begin: set "
                     f"{where}.data.examples.word_starts"
                 )
-            micro, rest = divmod(stream.data.batch_size, self.accumulate)
+            micro, rest = divmod(stream.data.batch_size, self.grad_accum_steps)
             if rest:
                 raise UserError(
                     f"{where}.data.batch_size={stream.data.batch_size} is not a multiple of "
-                    f"config.accumulate={self.accumulate}"
+                    f"config.grad_accum_steps={self.grad_accum_steps}"
                 )
             group = self.tasks.vlm.group
             if "vlm" in stream.objectives and group and micro % group:
@@ -306,7 +328,7 @@ class RunConfig:
         needed = set(parts_for([(task, data.kind != "text", data.kind == "video") for task, data in uses]))
         # What can do without an instruction reads one that it is given.
         needed |= {part for task, data in uses if data.examples.instruction_length for part in task.further_parts}
-        return tuple(part for part in PARTS if part in needed and (self.universal or part != "universal"))
+        return tuple(part for part in PARTS if part in needed and (self.use_universal_layers or part != "universal"))
 
     @property
     def frozen(self) -> tuple[str, ...]:

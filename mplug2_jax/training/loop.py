@@ -71,7 +71,7 @@ def _train(config: RunConfig, workdir: WorkDir, notice: PreemptionNotice, lock: 
     # Mesh and model, described before anything is made.
     mesh = make_mesh(config.mesh)
     for name, stream in config.streams.items():
-        check_batch(f"config.streams.{name}.data.batch_size", stream.data.batch_size // config.accumulate, mesh)
+        check_batch(f"config.streams.{name}.data.batch_size", stream.data.batch_size // config.grad_accum_steps, mesh)
     resumes = workdir.check(config)
     begun_with = workdir.read_config() if resumes else config
     tokenizer = workdir.tokenizer(config)
@@ -120,11 +120,11 @@ def _train(config: RunConfig, workdir: WorkDir, notice: PreemptionNotice, lock: 
     # batches of the next are made and put on the devices.
     batches = Ahead(device_batches(streams, mesh, position.batch(number + 1)))
     records = FaultLog(workdir.data_errors_of(jax.process_index()))
-    consumed = ExampleLog(workdir.examples, number, mesh, wanted=config.log_examples)
+    consumed = ExampleLog(workdir.examples, number, mesh, wanted=config.log_example_ids)
     step = compile_step(plan)
-    checked_step = Recheck(plan, step, config.faults.recheck_every)
+    checked_step = Recheck(plan, step, config.faults.sdc_check_every)
     instruments = Instruments(plan, workdir, position, progress, events, ledger)
-    watchdog = Watchdog(config.stall_seconds)
+    watchdog = Watchdog(config.watchdog_timeout)
 
     def begin_next(phase: str) -> None:
         watchdog.enter(phase)
@@ -174,7 +174,7 @@ def _train(config: RunConfig, workdir: WorkDir, notice: PreemptionNotice, lock: 
 
             last = number == config.steps
             saves = last or checkpoints.due(number)
-            evaluates = evaluations and (last or (config.evaluate_every and number % config.evaluate_every == 0))
+            evaluates = evaluations and (last or (config.eval_every and number % config.eval_every == 0))
             spike = instruments.read(behind=0 if saves or evaluates else 1)
             if spike is not None and checkpoints.steps():
                 with ledger.during("restart"):

@@ -91,7 +91,7 @@ def plan_run(config: RunConfig, tokens: SpecialTokens, mesh: Mesh, parts: tuple[
     peak = config.optimizer.learning_rate
     vision_peak = config.optimizer.vision_learning_rate
     rates = {
-        group: make_schedule(config.schedule, rate, config.steps, config.accumulate)
+        group: make_schedule(config.schedule, rate, config.steps, config.grad_accum_steps)
         for group, rate in (("rest", peak), ("vision", peak if vision_peak is None else vision_peak))
     }
     parameters = with_pairs(definition.shapes, config.lora.parts, pair_shapes(config.lora))
@@ -110,7 +110,7 @@ def plan_run(config: RunConfig, tokens: SpecialTokens, mesh: Mesh, parts: tuple[
 def _with_parameters(params: Params, config: RunConfig, optimizer: optax.GradientTransformation) -> TrainState:
     """Return a fresh state around fresh float32 parameters."""
     key = random_key(config.seed)
-    params = jax.tree.map(lambda p: p.astype(config.parameter_dtype), params)
+    params = jax.tree.map(lambda p: p.astype(config.param_dtype), params)
     learning = with_pairs(params, config.lora.parts, fresh_pairs(config.lora, key))
     opt = optimizer.init(split(learning, config.frozen)[0])
     state: TrainState = {"params": learning, "opt": opt, "step": jnp.zeros((), jnp.int32)}
@@ -149,7 +149,7 @@ def _state_shardings(
 ) -> TrainState:
     whole = replicated(mesh)
     trained, _ = split(placement.shardings, config.frozen)
-    moments_in = HOST if config.optimizer.offload else None
+    moments_in = HOST if config.optimizer.offload_moments else None
     shardings: TrainState = jax.tree.map(lambda _: whole, shapes)
     shardings["params"] = placement.shardings
     # Moments live with their parameters. Without saying so they would all be put on one device.

@@ -101,7 +101,7 @@ def train_step(plan: Blueprint, state: TrainState, batches: StreamBatches) -> tu
     params, frozen = split(state["params"], config.frozen)
     rng, teacher, alpha, frequencies = step_inputs(plan, state)
 
-    once = config.gather == "step"
+    once = config.fsdp_gather == "step"
     axes, frozen_axes = split(plan.axes, config.frozen)
     used = jax.tree.map(together, params, axes) if once else params
     rest = jax.tree.map(together, frozen, frozen_axes) if once else frozen
@@ -116,10 +116,10 @@ def train_step(plan: Blueprint, state: TrainState, batches: StreamBatches) -> tu
         return metrics, queues, jax.tree.map(apart, gradients, axes) if once else gradients
 
     queues = state.get("queues", {})
-    if config.accumulate == 1:
+    if config.grad_accum_steps == 1:
         metrics, queues, gradients = gradient_of(queues, batches, rng)
     else:
-        count = config.accumulate
+        count = config.grad_accum_steps
 
         def add(carry: Any, micro: Any) -> tuple[Any, Metrics]:
             total, queues = carry
@@ -133,7 +133,7 @@ def train_step(plan: Blueprint, state: TrainState, batches: StreamBatches) -> tu
         metrics = jax.tree.map(lambda m: m.mean(0), each)
 
     gradients = jax.tree.map(lambda g: g.astype(jnp.float32), gradients)
-    moments = jax.device_put(state["opt"], plan.on_device["opt"]) if config.optimizer.offload else state["opt"]
+    moments = jax.device_put(state["opt"], plan.on_device["opt"]) if config.optimizer.offload_moments else state["opt"]
     with jax.named_scope("optimizer"):
         updates, opt = plan.optimizer.update(gradients, moments, params)
         moved = optax.apply_updates(params, updates)

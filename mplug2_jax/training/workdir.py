@@ -15,8 +15,8 @@ from mplug2_jax.training.config import RunConfig, TokenizerConfig
 
 # What may change when a run resumes: none of it changes what a step computes. Steps may become more, too.
 FREE_FIELDS = (
-    "mesh", "checkpoint", "faults", "log_every", "log_examples", "stall_seconds", "profile", "wandb",
-    "compilation_cache", "evaluate_every", "evaluations",
+    "mesh", "checkpoint", "faults", "log_every", "log_example_ids", "watchdog_timeout", "profile", "wandb_project",
+    "compilation_cache", "eval_every", "evaluations",
 )  # fmt: skip
 
 

@@ -43,7 +43,7 @@ def refused(mplug2: Callable[..., Outcome], snapshot: Snapshot, trained: Trained
 
 
 CONFIGS = {
-    "modle.width=3": "config.modle is not a field: did you mean 'model'? (valid: accumulate, checkpoint, ",
+    "modle.width=3": "config.modle is not a field: did you mean 'model'? (valid: checkpoint, ",
     "model.widht=3": "config.model.widht is not a field: did you mean 'width'?",
     "model.width=wide": "config.model.width=wide is str, expected int (like 32)",
     "optimizer.learning_rate=none": "config.optimizer.learning_rate=None is NoneType, expected float",
@@ -51,8 +51,8 @@ CONFIGS = {
     "model.dtype=float16": "config.model.dtype='float16': did you mean 'bfloat16'? (valid: bfloat16, float32)",
     "steps=0": "config.steps=0 must be at least 1",
     "seed=-1": "config.seed=-1 must be at least 0",
-    "checkpoint.keep=0": "config.checkpoint.keep=0 must be at least 1",
-    "accumulate=3": "config.streams.text.data.batch_size=8 is not a multiple of config.accumulate=3",
+    "checkpoint.keep_last=0": "config.checkpoint.keep_last=0 must be at least 1",
+    "grad_accum_steps=3": "config.streams.text.data.batch_size=8 is not a multiple of config.grad_accum_steps=3",
     "model.heads=0": "config.model.heads=0 must be at least 1",
     "model.dropout=2.0": "config.model.dropout=2.0 must be between 0 and 0.99",
     "optimizer.learning_rate=-1": "config.optimizer.learning_rate=-1.0 must be at least 0",

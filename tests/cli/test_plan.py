@@ -96,7 +96,8 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
         (
             ("--config", "demo", "--topology", "cpu:8", "--config.streams.text.data.batch_size=12"),
-            "config.streams.text.data.batch_size / config.accumulate=12 does not split over the mesh's 8 batch shards",
+            "config.streams.text.data.batch_size / config.grad_accum_steps=12 does not split over the mesh's 8 batch "
+            "shards",
         ),
         (
             ("--config", "demo", "--topology", "cpu:8", "--evaluation", "masked_word"),
@@ -181,7 +182,7 @@ def test_a_search_writes_what_training_takes(
 def test_training_by_a_plan_does_what_it_says(mplug2: Mplug2, recipes: Path, tmp_path: Path) -> None:
     plan = PlanFile(
         config=str(recipes / "text.py"), topology="cpu:8",
-        overrides=("--config.mesh.data=8", "--config.mesh.fsdp=1", "--config.steps=2", "--config.evaluate_every=0"),
+        overrides=("--config.mesh.data=8", "--config.mesh.fsdp=1", "--config.steps=2", "--config.eval_every=0"),
     )  # fmt: skip
     plan.write(tmp_path / "plan.json")
     words = ("--plan", tmp_path / "plan.json", "--workdir", tmp_path / "run", "--config.steps=1")
@@ -222,7 +223,7 @@ def test_a_program_compiled_ahead_is_taken_by_training_on_such_machines_only(sma
             "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
             "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "other"), "JAX_DEBUG_LOG_MODULES": "jax._src.compiler",
         } | ({"JAX_NUM_CPU_DEVICES": str(devices)} if devices else {})  # fmt: skip
-        line = [sys.executable, "-m", "mplug2_jax.cli.main", *map(str, words), "--config.evaluate_every=100"]
+        line = [sys.executable, "-m", "mplug2_jax.cli.main", *map(str, words), "--config.eval_every=100"]
         done = subprocess.run(line, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return done.stdout + done.stderr

@@ -99,7 +99,7 @@ def test_only_what_evaluations_need_is_read(run: Path) -> None:
 
 @pytest.mark.slow
 def test_a_run_without_universal_layers_is_evaluated(tmp_path: Path) -> None:
-    config, workdir = a_run(universal=False), WorkDir(tmp_path)
+    config, workdir = a_run(use_universal_layers=False), WorkDir(tmp_path)
     tokenizer = workdir.tokenizer(config)
     workdir.begin(config, tokenizer)
     plan = plan_run(config, special_tokens(tokenizer), make_mesh(config.mesh))

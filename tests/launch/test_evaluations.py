@@ -138,7 +138,7 @@ def recipe(folder: Path) -> Path:
     run = small_run(
         streams={"text": dataclasses.replace(small_run().streams["text"], objectives={"mlm": 1.0})}, steps=STEPS,
         evaluations={"words": heldout(*EVALUATIONS["words"])}, log_every=100,
-        checkpoint=CheckpointConfig(every_steps=EVERY, keep=2),
+        checkpoint=CheckpointConfig(every_steps=EVERY, keep_last=2),
     )  # fmt: skip
     return recipe_file(run, folder / "words.py")
 

@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = small_run(
         streams={"text": dataclasses.replace(small_run().streams["text"], objectives={"mlm": 1.0})},
         evaluations={"words": EvaluationConfig(task="mlm", data=held, samples=12)},
-        log_examples=True,
+        log_example_ids=True,
     )
     recipe_file(run, folder / "recipe.py")
     return folder
@@ -126,7 +126,7 @@ def test_a_run_that_stands_still_is_ended_with_its_stacks(folder: Path, tmp_path
     )
     done = subprocess.run(
         [sys.executable, "-c", code, "train", "--config", str(folder / "recipe.py"), "--workdir", str(tmp_path / "run"),
-         *MESH, "--config.stall_seconds=60"],
+         *MESH, "--config.watchdog_timeout=60"],
         env=environment(folder), capture_output=True, text=True, timeout=500,
     )  # fmt: skip
     assert done.returncode == 79, done.stderr

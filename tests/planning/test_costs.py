@@ -135,7 +135,7 @@ def test_what_is_computed_again_is_told_apart() -> None:
 
 def test_the_mesh_gathers_and_kernels_leave_the_count_alone() -> None:
     mesh = MeshConfig(data=1, fsdp=2, sequence=2, tensor=2)
-    other = only_text(mesh=mesh, gather="step", model=small_model(attention="splash"))
+    other = only_text(mesh=mesh, fsdp_gather="step", model=small_model(attention="splash"))
     assert gradient(other) == gradient(only_text())
 
 

@@ -51,7 +51,7 @@ def test_a_batch_lies_over_the_axes_of_the_batch() -> None:
 
 
 def test_offloaded_moments_are_the_hosts() -> None:
-    groups, host, numbers = memory_of(small_run(mesh=SPLIT, optimizer=AdamWConfig(offload=True)))
+    groups, host, numbers = memory_of(small_run(mesh=SPLIT, optimizer=AdamWConfig(offload_moments=True)))
     assert host == 8 * numbers
     assert groups.get("optimiser", 0.0) < 64
     narrow, _, _ = memory_of(
@@ -65,7 +65,7 @@ def test_teachers_and_queues_are_told_apart() -> None:
         small_run().tasks, vlc=VlcConfig(queue_size=16), distillation=DistillationConfig(momentum=0.9)
     )  # fmt: skip
     assert isinstance(tasks, TaskSettings)
-    groups, _, numbers = memory_of(small_run(mesh=SPLIT, tasks=tasks, parameter_dtype="bfloat16"))
+    groups, _, numbers = memory_of(small_run(mesh=SPLIT, tasks=tasks, param_dtype="bfloat16"))
     numbers *= 2  # of two bytes each
     assert (groups["parameters"], groups["teacher"]) == (2 * numbers, 4 * numbers)
     assert groups["queues"] > 2 * 2 * 16 * 16 * 4  # two streams' pictures and texts, whole on every device

@@ -12,7 +12,7 @@ from mplug2_jax.errors import UserError
 from mplug2_jax.parallel.accelerators import topology_names
 from mplug2_jax.planning.plan_file import FORMAT, PlanFile, read_plan
 
-GOOD: dict[str, Any] = {"config": "demo", "overrides": ["--config.accumulate=2"], "topology": "cpu:8"}
+GOOD: dict[str, Any] = {"config": "demo", "overrides": ["--config.grad_accum_steps=2"], "topology": "cpu:8"}
 
 
 @pytest.fixture(scope="module")

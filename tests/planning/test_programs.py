@@ -97,7 +97,10 @@ def test_what_is_compiled_for_a_plan_is_compiled_anew() -> None:
     [
         (texts(mesh=MeshConfig(data=3)), "config.mesh.data=3, config.mesh.fsdp=-1: 3 does not divide the 8 devices"),
         (texts(mesh=MeshConfig(fsdp=4)), "config.mesh.fsdp=4 needs 4 devices, but there are 8"),
-        (texts(accumulate=2), "config.streams.text.data.batch_size / config.accumulate=4 does not split over the"),
+        (
+            texts(grad_accum_steps=2),
+            "config.streams.text.data.batch_size / config.grad_accum_steps=4 does not split over the",
+        ),
     ],
 )
 def test_what_does_not_fit_the_machine_is_a_sentence(config: RunConfig, sentence: str) -> None:

@@ -48,7 +48,7 @@ def test_more_is_computed_again_before_batches_are_cut() -> None:
         every["dots"],
         ("--config.model.remat.vision=full", *every["dots"][1:]),
         every["full"],
-        *((*every["full"], f"--config.accumulate={times}") for times in (2, 4, 8)),
+        *((*every["full"], f"--config.grad_accum_steps={times}") for times in (2, 4, 8)),
     ]
 
 
@@ -59,7 +59,7 @@ remats = st.builds(dict, **dict.fromkeys(TOWERS, st.sampled_from(["none", "dots"
 def test_changes_need_less_and_leave_the_rest_alone(remat: dict[str, str], times: int, batch_size: int) -> None:
     if batch_size % times:
         times = 1
-    config = texts(batch_size, model=small_model(remat=RematConfig(**remat)), accumulate=times)
+    config = texts(batch_size, model=small_model(remat=RematConfig(**remat)), grad_accum_steps=times)
     rank = ("none", "dots", "full").index
     before = config
     for change in changes(config):
@@ -68,14 +68,14 @@ def test_changes_need_less_and_leave_the_rest_alone(remat: dict[str, str], times
         assert applied(config, change.overrides) == after
         kept, now = before.model.remat, after.model.remat
         assert all(rank(getattr(now, tower)) >= rank(getattr(kept, tower)) for tower in TOWERS)
-        assert (now, after.accumulate) != (kept, before.accumulate)
-        assert after.accumulate in (before.accumulate, 2 * before.accumulate)
+        assert (now, after.grad_accum_steps) != (kept, before.grad_accum_steps)
+        assert after.grad_accum_steps in (before.grad_accum_steps, 2 * before.grad_accum_steps)
         model = dataclasses.replace(after.model, remat=config.model.remat)
-        assert dataclasses.replace(after, model=model, accumulate=config.accumulate) == config
+        assert dataclasses.replace(after, model=model, grad_accum_steps=config.grad_accum_steps) == config
         before = after
     last = before
     assert all(getattr(last.model.remat, tower) == "full" for tower in TOWERS)
-    assert last.accumulate * 2 > batch_size or batch_size % (last.accumulate * 2)
+    assert last.grad_accum_steps * 2 > batch_size or batch_size % (last.grad_accum_steps * 2)
 
 
 meshes = st.builds(
@@ -90,7 +90,7 @@ layouts = st.tuples(
 
 def laid_out(mesh, remat, accumulate, gather, attention) -> RunConfig:
     model = small_model(remat=RematConfig(**remat), attention=attention)
-    return texts(mesh=MeshConfig(**mesh), model=model, accumulate=accumulate, gather=gather)
+    return texts(mesh=MeshConfig(**mesh), model=model, grad_accum_steps=accumulate, fsdp_gather=gather)
 
 
 @given(layouts, layouts)
@@ -176,7 +176,7 @@ def test_the_nearest_change_that_fits_is_the_first_that_does() -> None:
     assert len(traced) == 3
     assert nearest_that_fits(texts(8), tight(cpu, 1e3), training_program, 0.0, said.append) is None
     with pytest.raises(UserError):
-        training_program(texts(8, accumulate=2), cpu)
+        training_program(texts(8, grad_accum_steps=2), cpu)
 
 
 @pytest.mark.slow

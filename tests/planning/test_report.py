@@ -69,6 +69,6 @@ def test_a_fingerprint_is_of_the_program_and_its_machine(compiled: Compiled) -> 
     program = compiled.program
     again = training_program(program.plan.config, TOPOLOGY)
     assert fingerprint(again) == fingerprint(program)
-    other = training_program(dataclasses.replace(program.plan.config, gather="step"), TOPOLOGY)
+    other = training_program(dataclasses.replace(program.plan.config, fsdp_gather="step"), TOPOLOGY)
     assert fingerprint(other) != fingerprint(program)
     assert fingerprint(dataclasses.replace(program, topology=parse_topology("h100:8"))) != fingerprint(program)

@@ -35,7 +35,7 @@ def test_the_recipe_s_own_is_first_and_the_rest_are_sorted(found: list[Candidate
     assert all(candidate.overrides for candidate in varied)
     assert [(c.seconds, c.memory) for c in varied] == sorted((c.seconds, c.memory) for c in varied)
     assert len({c.config.model for c in found}) > 1
-    assert {c.config.gather for c in found} == {"layer", "step"}
+    assert {c.config.fsdp_gather for c in found} == {"layer", "step"}
 
 
 def test_candidates_divide_devices_heads_and_batches(found: list[Candidate]) -> None:
@@ -45,10 +45,10 @@ def test_candidates_divide_devices_heads_and_batches(found: list[Candidate]) -> 
         sizes = config.mesh.sizes(8)
         shards = sizes["replica"] * sizes["data"] * sizes["fsdp"]
         assert config.streams == own.streams
-        assert 8 % (shards * config.accumulate) == 0
+        assert 8 % (shards * config.grad_accum_steps) == 0
         assert config.model.heads % sizes["tensor"] == 0
         assert sizes["sequence"] == 1  # there are no long clips
-        assert not (config.gather == "step" and sizes["fsdp"] == 1)
+        assert not (config.fsdp_gather == "step" and sizes["fsdp"] == 1)
         assert candidate.memory <= TOPOLOGY.chip.memory
 
 

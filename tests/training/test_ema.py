@@ -53,7 +53,7 @@ def assert_equal(one: Any, other: Any) -> None:
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
-@pytest.mark.parametrize("overrides", [{}, {"freeze": ("text",), "parameter_dtype": "bfloat16"}], ids=["all", "part"])
+@pytest.mark.parametrize("overrides", [{}, {"freeze": ("text",), "param_dtype": "bfloat16"}], ids=["all", "part"])
 @pytest.mark.slow
 def test_it_follows_every_update_of_what_is_trained(overrides: dict[str, Any]) -> None:
     config = words(ema_decay=0.75, **overrides)

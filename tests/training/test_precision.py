@@ -31,10 +31,10 @@ def tokenizer() -> Tokenizer:
     return train_wordpiece(vocabulary_texts(100), 200)
 
 
-def masked_words(parameter_dtype: str = "float32", **optimizer: Any) -> RunConfig:
+def masked_words(param_dtype: str = "float32", **optimizer: Any) -> RunConfig:
     text = dataclasses.replace(small_run().streams["text"], objectives={"mlm": 1.0})
     adam = AdamWConfig(learning_rate=1e-2, b2=0.95, eps=1e-2, **optimizer)
-    return small_run(streams={"text": text}, evaluations={}, optimizer=adam, parameter_dtype=parameter_dtype)
+    return small_run(streams={"text": text}, evaluations={}, optimizer=adam, param_dtype=param_dtype)
 
 
 def planned(config: RunConfig, tokenizer: Tokenizer) -> Blueprint:
@@ -64,7 +64,7 @@ def held(tree: Any) -> int:
 @pytest.mark.slow
 def test_16_bits_halve_what_is_kept_and_stay_near_the_curve(plain, tokenizer: Tokenizer) -> None:
     half = {"mu_dtype": "bfloat16", "nu_dtype": "bfloat16"}
-    state, losses = run(masked_words(parameter_dtype="bfloat16", **half), tokenizer)
+    state, losses = run(masked_words(param_dtype="bfloat16", **half), tokenizer)
     assert held(state["params"]) == held(plain[0]["params"]) // 2
     assert held(state["opt"]) < 0.51 * held(plain[0]["opt"])
     assert losses != plain[1]
@@ -74,7 +74,7 @@ def test_16_bits_halve_what_is_kept_and_stay_near_the_curve(plain, tokenizer: To
 
 @pytest.mark.slow
 def test_moments_on_the_host_change_nothing(plain, tokenizer: Tokenizer, tmp_path) -> None:
-    config = masked_words(offload=True)
+    config = masked_words(offload_moments=True)
     state, losses = run(config, tokenizer)
     assert_close(losses, plain[1])
     assert_close(state["params"], plain[0]["params"])

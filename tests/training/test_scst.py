@@ -75,13 +75,15 @@ def losses_apart(line: dict[str, float]) -> tuple[dict[str, float], dict[str, fl
 @pytest.mark.slow
 def test_eight_devices_give_the_curve_of_one(tokenizer: Tokenizer) -> None:
     """Dropout is on elsewhere, micro-batches draw captions of their own, parameters are gathered once or always."""
-    config = rewarded(accumulate=2, mesh=MeshConfig(data=2, fsdp=2, tensor=2))
+    config = rewarded(grad_accum_steps=2, mesh=MeshConfig(data=2, fsdp=2, tensor=2))
     alone = curve(config, tokenizer, 1)
     assert all(line["pictures/scst/reward"] > 0 for line in alone)
     assert all(1 < line["pictures/scst/length"] < LENGTH for line in alone)
     assert alone[0]["gradient_norm"] > 0
     for gather in ("layer", "step"):
-        for ours, theirs in zip(curve(dataclasses.replace(config, gather=gather), tokenizer, 8), alone, strict=True):
+        for ours, theirs in zip(
+            curve(dataclasses.replace(config, fsdp_gather=gather), tokenizer, 8), alone, strict=True
+        ):
             (losses, rest), (their_losses, their_rest) = losses_apart(ours), losses_apart(theirs)
             assert_close(losses, their_losses, scale=0.01)  # advantages add up to zero, and nearly cancel
             assert_close(rest, their_rest, CHAIN)

@@ -68,7 +68,7 @@ def one_device(tokenizer: Tokenizer):
 @pytest.mark.parametrize("gather", ["layer", "step"])
 def test_eight_devices_give_the_curve_of_one(one_device, tokenizer: Tokenizer, gather: Any) -> None:
     """Dropout, masking and negatives are on: randomness does not depend on the mesh."""
-    state, history = run(dataclasses.replace(whole_run(), gather=gather), tokenizer, EIGHT, 3)
+    state, history = run(dataclasses.replace(whole_run(), fsdp_gather=gather), tokenizer, EIGHT, 3)
     for ours, theirs in zip(history, one_device[1], strict=True):
         assert_close(ours, theirs, CHAIN)
     assert_close(state["params"], one_device[0]["params"], CHAIN)
@@ -97,7 +97,7 @@ def answering(**overrides: Any) -> RunConfig:
 @pytest.mark.slow
 def test_micro_batches_add_up_to_the_batch(tokenizer: Tokenizer) -> None:
     whole, whole_history = run(answering(), tokenizer, ONE, 1)
-    cut, cut_history = run(answering(accumulate=2), tokenizer, ONE, 1)
+    cut, cut_history = run(answering(grad_accum_steps=2), tokenizer, ONE, 1)
     assert_close(cut_history[0]["loss"], whole_history[0]["loss"])
     assert_close(cut_history[0]["gradient_norm"], whole_history[0]["gradient_norm"], CHAIN)
     assert_close(cut["opt"], whole["opt"], CHAIN)
@@ -107,9 +107,10 @@ def test_micro_batches_add_up_to_the_batch(tokenizer: Tokenizer) -> None:
 def test_parameters_gathered_once_give_what_those_gathered_at_each_use_give(tokenizer: Tokenizer, times: int) -> None:
     text = dataclasses.replace(small_run().streams["text"], objectives={"mlm": 1.0})
     config = small_run(
-        streams={"text": text}, evaluations={}, accumulate=times, optimizer=AdamWConfig(learning_rate=1e-2, eps=1e-2)
+        streams={"text": text}, evaluations={}, grad_accum_steps=times,
+        optimizer=AdamWConfig(learning_rate=1e-2, eps=1e-2),
     )  # fmt: skip
-    ways = [run(dataclasses.replace(config, gather=gather), tokenizer, EIGHT, 2) for gather in ("layer", "step")]
+    ways = [run(dataclasses.replace(config, fsdp_gather=gather), tokenizer, EIGHT, 2) for gather in ("layer", "step")]
     (layer, layer_history), (once, once_history) = ways
     for ours, theirs in zip(once_history, layer_history, strict=True):
         assert_close(ours, theirs)

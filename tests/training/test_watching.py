@@ -20,7 +20,7 @@ from mplug2_jax.training.telemetry.writers import WeightsAndBiases
 
 def test_weights_and_biases_that_is_not_installed_is_a_sentence(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(UserError, match=r"config.wandb='mine' needs the package wandb, which is not installed"):
+    with pytest.raises(UserError, match=r"config.wandb_project='mine' needs the package wandb, which is not installed"):
         WeightsAndBiases(tmp_path, "mine", {})
 
 
@@ -52,7 +52,7 @@ def test_weights_and_biases_sees_what_is_written_and_a_resumed_run_goes_on(tmp_p
 
 def test_a_file_named_profile_asks_for_a_trace_and_so_does_the_config(tmp_path: Path) -> None:
     events = Events(tmp_path / "events.jsonl", lambda text: None)
-    profiler = Profiler(tmp_path, ProfileConfig(at=(2,), steps=2), events)
+    profiler = Profiler(tmp_path, ProfileConfig(start_steps=(2,), num_steps=2), events)
     add = jax.jit(lambda x: x + 1)
     for step in range(1, 7):
         if step == 5:

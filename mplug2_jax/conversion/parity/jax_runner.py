@@ -310,7 +310,7 @@ class JaxComputation:
         golden, train = self.golden, self.golden.settings["train"]
         config = AdamWConfig(
             weight_decay=train["weight_decay"], b1=train["betas"][0], b2=train["betas"][1], eps=train["eps"],
-            decay="released", clip_norm=0.0,
+            decay_mask="released", clip_norm=0.0,
         )  # fmt: skip
         optimizer = adamw(config, train["lr_other"], train["lr_visual"])
         frozen = released_distillation(golden, alpha=0.0).frozen

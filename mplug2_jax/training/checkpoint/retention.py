@@ -14,19 +14,19 @@ def kept(config: CheckpointConfig, times: Mapping[int, float], scores: Mapping[i
     Args:
         config: how many of each.
         times: of the checkpoints, by step, in seconds.
-        scores: the metric ``config.best`` by step; a step without one is not among the best.
+        scores: the metric ``config.best_metric`` by step; a step without one is not among the best.
     """
     steps = sorted(times)
-    keep = set(steps[-config.keep :])
+    keep = set(steps[-config.keep_last :])
     if config.keep_best:
-        sign = 1 if config.best_is == "lowest" else -1
+        sign = 1 if config.best_mode == "min" else -1
         keep |= set(sorted((s for s in steps if s in scores), key=lambda s: (sign * scores[s], -s))[: config.keep_best])
-    if config.keep_steps:
-        keep |= {step for step in steps if step % config.keep_steps == 0}
-    if config.keep_minutes:
+    if config.keep_every_steps:
+        keep |= {step for step in steps if step % config.keep_every_steps == 0}
+    if config.keep_every_minutes:
         last = -float("inf")
         for step in steps:  # the first of each span; the spans begin anew at it
-            if times[step] - last >= 60 * config.keep_minutes:
+            if times[step] - last >= 60 * config.keep_every_minutes:
                 keep.add(step)
                 last = times[step]
     return keep

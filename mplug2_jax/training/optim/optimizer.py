@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mplug2_jax.training.config import AdamWConfig, DecayRule, Dtype
+from mplug2_jax.training.config import AdamWConfig, DecayMask, Dtype
 from mplug2_jax.training.optim.partition import PAIR
 
 
@@ -21,14 +21,14 @@ def is_linear(path: tuple[str, ...]) -> bool:
     return path[-1] == "kernel" and len(path) > 1 and not path[-2].startswith("temporal_")
 
 
-def is_decayed(path: tuple[str, ...], rule: DecayRule) -> bool:
+def is_decayed(path: tuple[str, ...], mask: DecayMask) -> bool:
     """Whether weight decay acts on a parameter.
 
-    ``matrices``: the kernels of linear maps alone, and LoRA's pairs beside them. ``released``: everything but biases
+    ``kernels``: the kernels of linear maps alone, and LoRA's pairs beside them. ``released``: everything but biases
     and BERT's LayerNorm scales, because the release looks for the substrings "bias" and "LayerNorm.weight" in names; so
     CLIP's norms, the norms around the visual stream, latents and all embeddings are decayed.
     """
-    if rule == "matrices":
+    if mask == "kernels":
         return is_linear(path) or PAIR in path
     visual_norms = path[0] in ("vision", "vision_projection") or path[:2] == ("universal", "visual_norm")
     return path[-1] != "bias" and (path[-1] != "scale" or visual_norms)
@@ -109,7 +109,7 @@ def adamw(
 
     steps = [
         scale_by_adam(config.b1, config.b2, config.eps, config.mu_dtype, config.nu_dtype),
-        optax.add_decayed_weights(config.weight_decay, lambda p: paths(p, lambda q: is_decayed(q, config.decay))),
+        optax.add_decayed_weights(config.weight_decay, lambda p: paths(p, lambda q: is_decayed(q, config.decay_mask))),
         optax.partition(
             {"vision": optax.scale_by_learning_rate(vision), "rest": optax.scale_by_learning_rate(rest)},
             lambda p: paths(p, lambda q: "vision" if is_vision(q) else "rest"),

@@ -54,13 +54,15 @@ class Watch:
             self._skip(step, wrong, listed(rows))
             return False
         self._skipped.clear()
-        if self._config.spike and len(self._recent) == self._config.spike_window:
+        if self._config.spike_zscore and len(self._recent) == self._config.spike_window:
             mean, deviation = float(np.mean(self._recent)), float(np.std(self._recent))
-            limit = mean + self._config.spike * max(deviation, 0.01 * abs(mean))  # losses that stand still may tremble
+            limit = mean + self._config.spike_zscore * max(
+                deviation, 0.01 * abs(mean)
+            )  # losses that stand still may tremble
             if loss > limit:
                 self._lines.write({"step": step, "fault": "spike", "loss": loss, "limit": limit, "rows": listed(rows)})
                 return True
-        if self._config.spike:
+        if self._config.spike_zscore:
             self._recent.append(loss)
         return False
 
@@ -71,7 +73,7 @@ class Watch:
             "skipped", step, metrics=list(wrong),
             said=f"step {step} is skipped: {', '.join(wrong[:3])} {'is' if len(wrong) == 1 else 'are'} not finite",
         )  # fmt: skip
-        if len(self._skipped) >= self._config.max_skipped:
+        if len(self._skipped) >= self._config.max_consecutive_skips:
             steps = f"{self._skipped[0][0]} to {step}"
             named = "; ".join(
                 f"step {number}: {', '.join(row['key'] for row in found[:4])}{', ...' if len(found) > 4 else ''}"
@@ -80,7 +82,7 @@ class Watch:
             raise UserError(
                 f"loss or gradient were not finite in {len(self._skipped)} steps in a row, {steps} (examples of "
                 f"{named}; all in faults.jsonl): lower the learning rate, look at the examples with mplug2 replay, or "
-                "raise config.faults.max_skipped"
+                "raise config.faults.max_consecutive_skips"
             )
 
     def roll_back(self, step: int, to: Position, now: Position) -> Position:
@@ -98,7 +100,7 @@ class Watch:
         if self._rollbacks[to.step] > self._config.max_rollbacks:
             raise UserError(
                 f"the loss of step {step} jumped, and the run has gone back to step {to.step} for that "
-                f"{self._config.max_rollbacks} times: lower the learning rate, or raise config.faults.spike"
+                f"{self._config.max_rollbacks} times: lower the learning rate, or raise config.faults.spike_zscore"
             )
         moved = Position(to.step, to.streams, now.offsets, to.recent).rolled_back(step)
         self._recent = collections.deque(to.recent, maxlen=self._config.spike_window)

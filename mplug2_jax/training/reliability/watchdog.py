@@ -50,7 +50,7 @@ class Watchdog:
     def _end(self, phase: str) -> None:
         print(
             f"mplug2: error: process {self._process} stands still: {phase} takes longer than "
-            f"config.stall_seconds={self._seconds}; what its threads are doing:",
+            f"config.watchdog_timeout={self._seconds}; what its threads are doing:",
             file=sys.stderr,
             flush=True,
         )

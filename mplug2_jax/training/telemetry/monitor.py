@@ -42,9 +42,18 @@ class Instruments:
     ) -> None:
         config, first = plan.config, is_first()
         self._progress, self._events, self.ledger = progress, events, ledger
-        boards = [WeightsAndBiases(workdir.path, config.wandb, defaults_of(config))] if config.wandb and first else []
+        boards = (
+            [WeightsAndBiases(workdir.path, config.wandb_project, defaults_of(config))]
+            if config.wandb_project and first
+            else []
+        )
         self.metrics = MetricsFile(
-            workdir.path, position.step, watched=config.checkpoint.best, boards=boards, say=progress.say, writes=first
+            workdir.path,
+            position.step,
+            watched=config.checkpoint.best_metric,
+            boards=boards,
+            say=progress.say,
+            writes=first,
         )
         if first:
             ledger.open(workdir.ledger, self.metrics.reached)

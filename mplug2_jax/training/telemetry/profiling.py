@@ -22,10 +22,10 @@ class Profiler:
 
     def before(self, step: int) -> None:
         """Call before a step is started."""
-        if self._until is None and is_first() and (step in self._config.at or self._asked.exists()):
+        if self._until is None and is_first() and (step in self._config.start_steps or self._asked.exists()):
             self._asked.unlink(missing_ok=True)
             jax.profiler.start_trace(str(self._folder / f"step-{step}"))
-            self._until = step + self._config.steps - 1
+            self._until = step + self._config.num_steps - 1
 
     def after(self, step: int, result: object) -> None:
         """Call with what a step gave; the last step of a trace is waited for."""

@@ -83,8 +83,8 @@ class WeightsAndBiases:
             wandb: Any = importlib.import_module("wandb")
         except ImportError as error:
             raise UserError(
-                f"config.wandb={project!r} needs the package wandb, which is not installed: pip install wandb, or "
-                "leave the field empty"
+                f"config.wandb_project={project!r} needs the package wandb, which is not installed: pip install wandb, "
+                "or leave the field empty"
             ) from error
         name = workdir.resolve().name
         self._run = wandb.init(

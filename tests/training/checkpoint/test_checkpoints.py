@@ -51,7 +51,7 @@ def position(step: int) -> Position:
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run") / "checkpoints"
-    checkpoints = Checkpoints(folder, CheckpointConfig(keep=2))
+    checkpoints = Checkpoints(folder, CheckpointConfig(keep_last=2))
     for step in (1, 2, 3):
         checkpoints.save(state_of(float(step)), position(step))
         checkpoints.wait()
@@ -66,7 +66,7 @@ def saved(original: Path, tmp_path: Path) -> Path:
 
 
 def reader(folder: Path) -> Checkpoints:
-    return Checkpoints(folder, CheckpointConfig(keep=2), writes=False)
+    return Checkpoints(folder, CheckpointConfig(keep_last=2), writes=False)
 
 
 def test_the_last_ones_are_kept_and_the_newest_is_the_default(saved: Path) -> None:
@@ -187,7 +187,7 @@ def test_a_damaged_checkpoint_is_named_and_set_aside_and_the_one_before_used(sav
         (saved / "9").mkdir()
     else:
         shutil.rmtree(folder / how)
-    checkpoints = Checkpoints(saved, CheckpointConfig(keep=2))
+    checkpoints = Checkpoints(saved, CheckpointConfig(keep_last=2))
     state, where = checkpoints.restore_last_good(described())
     good = 3 if how == "empty" else 2
     assert where == position(good)
@@ -219,7 +219,7 @@ def test_a_disk_that_is_full_keeps_what_is_there_and_a_later_try_succeeds(tmp_pa
         pytest.skip("file systems cannot be mounted here")
     try:
         large = {"params": jax.random.normal(jax.random.key(0), (500_000,))}
-        checkpoints = Checkpoints(disk / "checkpoints", CheckpointConfig(keep=2))
+        checkpoints = Checkpoints(disk / "checkpoints", CheckpointConfig(keep_last=2))
         for step in (1, 2):
             checkpoints.save(large, position(step))
             checkpoints.wait()

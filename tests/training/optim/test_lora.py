@@ -117,7 +117,7 @@ def test_every_linear_kernel_of_a_part_has_a_pair_and_nothing_else_has() -> None
 
 @pytest.mark.parametrize(
     "config",
-    [answers(lora=LORA, ema_decay=0.5), words(lora=TEXT, parameter_dtype="bfloat16")],
+    [answers(lora=LORA, ema_decay=0.5), words(lora=TEXT, param_dtype="bfloat16")],
     ids=["averaged", "short"],
 )
 @pytest.mark.slow
@@ -125,7 +125,7 @@ def test_a_run_begins_with_the_model_that_it_would_have_begun_with(config: RunCo
     plan, without = planned(config), planned(dataclasses.replace(config, lora=LoraConfig()))
     state = plan.init()
     params = evaluated(plan, state)
-    rounded = config.parameter_dtype == "bfloat16"
+    rounded = config.param_dtype == "bfloat16"
     assert_close(params, without.init()["params"], BFLOAT16 if rounded else 1e-5)
     described = jax.tree.map(lambda x: (x.shape, x.sharding), params)
     assert described == jax.tree.map(lambda x: (x.shape, x.sharding), plan.evaluated_shapes)
@@ -140,8 +140,8 @@ def test_a_run_begins_with_the_model_that_it_would_have_begun_with(config: RunCo
     ("config", "mesh"),
     [
         (answers(lora=LORA, freeze=("fusion",)), MeshConfig(fsdp=1)),
-        (words(lora=TEXT, accumulate=2, gather="step", ema_decay=0.5), MeshConfig(fsdp=2)),
-        (words(lora=TEXT, parameter_dtype="bfloat16", tasks=TAUGHT), MeshConfig(fsdp=1)),
+        (words(lora=TEXT, grad_accum_steps=2, fsdp_gather="step", ema_decay=0.5), MeshConfig(fsdp=2)),
+        (words(lora=TEXT, param_dtype="bfloat16", tasks=TAUGHT), MeshConfig(fsdp=1)),
     ],
     ids=["clips", "gathered once", "taught"],
 )
@@ -200,7 +200,7 @@ def test_a_mesh_changes_nothing_and_the_rank_stays_whole() -> None:
     mesh = MeshConfig(fsdp=2, tensor=2)
     _, one, _ = trained(config, 3)
     for gather in ("layer", "step"):
-        _, state, _ = trained(dataclasses.replace(config, gather=gather), 3, mesh)
+        _, state, _ = trained(dataclasses.replace(config, fsdp_gather=gather), 3, mesh)
         assert_close(state["params"], one["params"], CHAIN)
     up = state["params"]["text"]["layers"]["mlp"]["up"]
     assert tuple(up["kernel"].sharding.spec) == (None, "fsdp", "tensor")
@@ -214,7 +214,7 @@ def test_groups_go_by_the_pair_s_path() -> None:
     plan = planned(answers(lora=LORA))
     paths = [tuple(name.split("/")) for name in leaves(plan.shapes["params"]) if "/lora/" in name]
     assert {path[0] for path in paths if is_vision(path)} == {"vision"}
-    assert all(is_decayed(path, "matrices") and is_decayed(path, "released") for path in paths)
+    assert all(is_decayed(path, "kernels") and is_decayed(path, "released") for path in paths)
     factors = leaves(rate_factors(plan.shapes["params"], plan.config.model, 0.5))
     for path in paths:
         np.testing.assert_array_equal(factors["/".join(path)], factors["/".join((*path[:-2], "kernel"))])

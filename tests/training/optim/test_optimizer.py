@@ -68,8 +68,8 @@ def test_vision_has_its_own_rate_and_only_matrices_are_decayed() -> None:
 
 
 def test_temporal_kernels_of_three_numbers_per_channel_are_no_matrices() -> None:
-    assert is_decayed(("vision", "blocks", "temporal_1", "down", "kernel"), "matrices")
-    assert not is_decayed(("vision", "blocks", "temporal_1", "kernel"), "matrices")
+    assert is_decayed(("vision", "blocks", "temporal_1", "down", "kernel"), "kernels")
+    assert not is_decayed(("vision", "blocks", "temporal_1", "kernel"), "kernels")
 
 
 def test_clipping_bounds_the_norm_and_leaves_small_gradients_alone() -> None:

@@ -102,8 +102,8 @@ def test_parts_that_cannot_be_frozen_are_refused(frozen: tuple[str, ...], said: 
     ("config", "devices"),
     [
         (answers(freeze=("vision", "text")), 1),
-        (words(freeze=("text",), accumulate=2, gather="step"), 2),
-        (words(freeze=("mlm",), parameter_dtype="bfloat16", tasks=TAUGHT), 1),
+        (words(freeze=("text",), grad_accum_steps=2, fsdp_gather="step"), 2),
+        (words(freeze=("mlm",), param_dtype="bfloat16", tasks=TAUGHT), 1),
     ],
     ids=["clips", "gathered once", "taught"],
 )

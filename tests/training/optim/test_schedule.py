@@ -19,7 +19,7 @@ def rates(config: ScheduleConfig, peak: float, steps: int, accumulate: int = 1) 
 
 
 def test_warm_up_then_cosine() -> None:
-    found = rates(ScheduleConfig(warmup_steps=10, start=1e-6, floor=1e-5), 1e-3, 100)
+    found = rates(ScheduleConfig(warmup_steps=10, init_lr=1e-6, end_lr=1e-5), 1e-3, 100)
     assert_close(found[0], 1e-6, 1e-6, scale=1e-3)  # which it goes up to
     assert found.argmax() == 10
     assert_close(found[10], 1e-3)
@@ -39,8 +39,8 @@ def test_the_released_schedules_equal_the_release(reference: Path, trace: int) -
     config = ScheduleConfig(
         kind="released" if golden["task"] == "videoqa" else "released_caption",
         warmup_steps=golden["warmup"],
-        start=golden["warmup_lr"],
-        floor=golden["min_lr"],
+        init_lr=golden["warmup_lr"],
+        end_lr=golden["min_lr"],
         steps_per_epoch=golden["steps_per_epoch"],
     )
     theirs = np.array(golden["lr_at_step"])
@@ -53,8 +53,8 @@ def test_with_micro_batches_the_optimiser_sees_every_second_rate_of_the_release(
     config = ScheduleConfig(
         kind="released_caption",
         warmup_steps=200,
-        start=1e-6,
-        floor=1e-6,
+        init_lr=1e-6,
+        end_lr=1e-6,
         steps_per_epoch=golden["steps_per_epoch"] // 2,
     )
     theirs = np.array(golden["lr_at_step"])[1::2, 0]

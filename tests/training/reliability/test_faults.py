@@ -79,7 +79,7 @@ def test_a_spike_rolls_back_and_leaves_its_data_out_and_replay_knows(
 ) -> None:
     """Batch 4, which step 5 sees, spikes after a checkpoint of step 4: batch 4 is left out, batch 5 is next."""
     seen: list[int] = []
-    config = words(steps=7, faults=FaultConfig(spike=6.0, spike_window=3))
+    config = words(steps=7, faults=FaultConfig(spike_zscore=6.0, spike_window=3))
     with pytest.MonkeyPatch.context() as patch:
         spoil(patch, seen, {4: 100.0})
         train(config, tmp_path / "run")
@@ -144,11 +144,13 @@ def numbers(loss: float, skipped: int = 0) -> dict[str, jax.Array]:
 
 def test_too_many_skipped_steps_in_a_row_stop_the_run(tmp_path: Path) -> None:
     events = Events(tmp_path / "events.jsonl")
-    watch = Watch(FaultConfig(max_skipped=2), tmp_path / "faults.jsonl", events)
+    watch = Watch(FaultConfig(max_consecutive_skips=2), tmp_path / "faults.jsonl", events)
     assert not watch.spiked(1, numbers(np.nan, 1), [])
     assert not watch.spiked(2, numbers(1.0), [])
     assert not watch.spiked(3, numbers(np.inf, 1), [])
-    with pytest.raises(UserError, match=r"not finite in 2 steps in a row, 3 to 4 .*config.faults.max_skipped"):
+    with pytest.raises(
+        UserError, match=r"not finite in 2 steps in a row, 3 to 4 .*config.faults.max_consecutive_skips"
+    ):
         watch.spiked(4, numbers(np.nan, 1), [])
     lines = read_lines(tmp_path / "faults.jsonl")
     assert [line["step"] for line in lines] == [1, 3, 4]
@@ -221,5 +223,5 @@ def test_a_bit_that_differs_names_its_device() -> None:
 
 @pytest.mark.slow
 def test_a_run_that_is_rechecked_on_rotated_devices_gives_the_same_bits(tmp_path: Path) -> None:
-    train(words(steps=3, faults=FaultConfig(recheck_every=2), mesh=MeshConfig(fsdp=2, data=4)), tmp_path / "run")
+    train(words(steps=3, faults=FaultConfig(sdc_check_every=2), mesh=MeshConfig(fsdp=2, data=4)), tmp_path / "run")
     assert len(read_steps(tmp_path / "run" / "metrics.jsonl")) == 3

@@ -83,7 +83,7 @@ def test_a_run_that_is_told_to_end_saves_its_step_and_goes_on_from_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = small_run(
-        streams={"text": small_run().streams["text"]}, evaluations={}, mesh=MeshConfig(fsdp=8), log_examples=True,
+        streams={"text": small_run().streams["text"]}, evaluations={}, mesh=MeshConfig(fsdp=8), log_example_ids=True,
         checkpoint=CheckpointConfig(every_steps=100),
     )  # fmt: skip
     made = loop.device_batches

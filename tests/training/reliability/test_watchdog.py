@@ -22,8 +22,8 @@ def test_a_phase_that_takes_too_long_ends_the_process_and_says_where_it_was() ->
     assert (done.returncode, done.stdout) == (STALLED, "")
     first, *stacks = done.stderr.splitlines()
     assert first == (
-        "mplug2: error: process 0 stands still: step 7 takes longer than config.stall_seconds=1; what its threads are "
-        "doing:"
+        "mplug2: error: process 0 stands still: step 7 takes longer than config.watchdog_timeout=1; what its threads "
+        "are doing:"
     )
     assert any(line.endswith("in stuck") for line in stacks)
 

@@ -22,7 +22,7 @@ def planned(config: RunConfig, **axes: int) -> Blueprint:
 
 def test_a_steps_trace_holds_the_matmuls_of_its_gradient() -> None:
     """Those of contrast, too, which are computed in shards."""
-    config = small_run(gather="step")
+    config = small_run(fsdp_gather="step")
     one = dataclasses.replace(config, streams={"pictures": config.streams["image_text"]})
     plan = planned(one, fsdp=4, tensor=2)
     batches = {name: abstract_batch(stream.data, plan) for name, stream in one.streams.items()}
