@@ -21,7 +21,7 @@ from mplug2_jax.parallel.accelerators import parse_topology
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.parallel.placement import batch_sharding
-from mplug2_jax.planning.programs import devices_of
+from mplug2_jax.planning.programs import get_topology_devices
 
 TOPOLOGIES = ("v5p:2x2x2", "v5p:2x4x4", "v5p:4x4x8", "v5p:8x8x8", "v5p:8x16x16")
 
@@ -37,7 +37,7 @@ def main() -> None:
     first = 0.0
     for name in TOPOLOGIES:
         topology, start = parse_topology(name), time.perf_counter()
-        mesh = make_mesh(MeshConfig(), devices_of(topology))
+        mesh = make_mesh(MeshConfig(), get_topology_devices(topology))
         pairs = args.pairs * topology.chips
         features = jax.ShapeDtypeStruct((pairs, args.width), jnp.float32, sharding=batch_sharding(mesh))
         ids = jax.ShapeDtypeStruct((pairs,), jnp.int32, sharding=batch_sharding(mesh))

@@ -28,7 +28,7 @@ from typing import Any
 from data_pipelines.config import DataConfig, ExampleConfig, SourceConfig
 from mplug2_jax.cli.common import table
 from mplug2_jax.config import defaults_of
-from mplug2_jax.launch.local import free_port, process_environment
+from mplug2_jax.launch.local import find_free_port, process_environment
 from mplug2_jax.model.config import model_config
 from mplug2_jax.training.config import (
     AdamWConfig,
@@ -123,7 +123,7 @@ class Drills:
 
     def together(self, layout: Layout, workdir: Path) -> "list[subprocess.Popen[bytes]]":
         """A training run without a launcher: nobody ends its processes but they themselves."""
-        address = f"127.0.0.1:{free_port()}"
+        address = f"127.0.0.1:{find_free_port()}"
         return [
             self.start(self.train(layout, workdir), log_of(workdir), environment)
             for index in range(layout.processes)

@@ -25,7 +25,7 @@ from mplug2_jax.model.config import RematConfig
 from mplug2_jax.parallel.accelerators import parse_topology
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.planning.programs import training_program
-from mplug2_jax.planning.traffic import Collective, collectives
+from mplug2_jax.planning.traffic import Collective, parse_collectives
 from mplug2_jax.training.config import AdamWConfig, RunConfig
 
 GIB = 2**30
@@ -61,7 +61,7 @@ def line(name: str, config: RunConfig, mesh: MeshConfig) -> None:
     config = dataclasses.replace(config, mesh=mesh)
     program = training_program(config, parse_topology(_TOPOLOGIES[mesh.fsdp * mesh.sequence]))
     compiled = program.compile(effort=-1).executable
-    parameters = jax.tree.leaves(program.plan.definition.shapes)
+    parameters = jax.tree.leaves(program.spec.definition.shapes)
     known = {math.prod(shape) for leaf in parameters for shape in (leaf.shape, leaf.shape[1:])}
     memory = compiled.memory_analysis()
     figures = (
@@ -70,7 +70,7 @@ def line(name: str, config: RunConfig, mesh: MeshConfig) -> None:
     )  # fmt: skip
     shown = "".join(f"{figure / GIB:10.2f}" for figure in figures)
     seconds = time.perf_counter() - start
-    gather = largest_gather(collectives(compiled.as_text(), program.plan.mesh), known)
+    gather = largest_gather(parse_collectives(compiled.as_text(), program.spec.mesh), known)
     print(f"{name:34}{shown}{seconds:9.0f}  {gather}", flush=True)
 
 

@@ -1,18 +1,21 @@
 """``mplug2 launch``: a run on several processes here, or on machines that a scheduler has."""
 
 import argparse
+import functools
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mplug2_jax.cli.common import add_command, add_group
+from mplug2_jax.cli.parsing import parse_words
 from mplug2_jax.errors import UserError, check_range, did_you_mean
 
 if TYPE_CHECKING:
     from mplug2_jax.launch.job import Job, Launch
 
-LAUNCHED = ("train", "eval", "embed")
+MULTIPROCESS_COMMANDS = ("train", "eval", "embed")
 
 
 def add_parser(commands: Any) -> None:
@@ -23,15 +26,15 @@ def add_parser(commands: Any) -> None:
         details="Clusters are those of SLURM, GKE and the Cloud TPU service.",
         example="mplug2 launch local --processes 2 -- train --config demo --workdir runs/two",
     )  # fmt: skip
-    _add_local(group)
+    _add_local(group, commands.choices)
     _add_slurm(group)
     _add_gke(group)
     _add_tpu_vm(group)
 
 
-def _add_local(group: Any) -> None:
+def _add_local(group: Any, parsers: Mapping[str, argparse.ArgumentParser]) -> None:
     local = add_command(
-        group, "local", run_local,
+        group, "local", functools.partial(run_local, parsers=parsers),
         summary="Start a run as several processes on this machine",
         details="Each simulates CPU devices; all of them end when one does.",
         example="mplug2 launch local --processes 4 --devices-per-process 2 -- train --config demo --workdir runs/four",
@@ -42,7 +45,7 @@ def _add_local(group: Any) -> None:
         "--max-restarts", type=int, default=0, help="start all again after a failure, so many times (default: 0)"
     )
     local.add_argument(
-        "words", nargs="+", metavar="COMMAND", help="after --: the train, eval or embed command to start"
+        "launched", nargs="+", metavar="COMMAND", help="after --: the train, eval or embed command to start"
     )
 
 
@@ -114,21 +117,28 @@ def _add_job(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run_local(args: argparse.Namespace) -> int:
-    """Runs the command and returns its status."""
-    from mplug2_jax.cli.main import parse
+def run_local(args: argparse.Namespace, parsers: Mapping[str, argparse.ArgumentParser]) -> int:
+    """Run the command as several processes and return its exit status.
+
+    Args:
+        args: of ``launch local``.
+        parsers: the parsers of all commands, to check the launched command once, before any process starts.
+    """
     from mplug2_jax.cli.train import chosen
     from mplug2_jax.launch.local import LocalProcesses
 
-    for name, least in (("processes", 1), ("devices_per_process", 1), ("max_restarts", 0)):
-        check_range(f"--{name.replace('_', '-')}", getattr(args, name), least)
-    if args.words[0] not in LAUNCHED:
-        raise UserError(f"{args.words[0]!r} does not run on several processes: {did_you_mean(args.words[0], LAUNCHED)}")
-    parsed = parse(args.words)  # a mistake is said once, and not by every process
-    if args.words[0] == "train":
-        chosen(parsed.config, parsed.plan, parsed.overrides)
-    command = [sys.executable, "-m", "mplug2_jax.cli.main", *args.words]
-    return LocalProcesses(command, args.processes, args.devices_per_process).run(args.max_restarts)
+    for option, least in (("processes", 1), ("devices_per_process", 1), ("max_restarts", 0)):
+        check_range(f"--{option.replace('_', '-')}", getattr(args, option), least)
+    command, *options = args.launched
+    if command not in MULTIPROCESS_COMMANDS:
+        raise UserError(
+            f"{command!r} does not run on several processes: {did_you_mean(command, MULTIPROCESS_COMMANDS)}"
+        )
+    launched = parse_words(parsers[command], options)
+    if command == "train":
+        chosen(launched.config, launched.plan, launched.overrides)
+    words = [sys.executable, "-m", "mplug2_jax.cli.main", *args.launched]
+    return LocalProcesses(words, args.processes, args.devices_per_process).run(args.max_restarts)
 
 
 def run_slurm(args: argparse.Namespace) -> int:

@@ -1,14 +1,9 @@
 """``mplug2``: the commands, their help, and errors as sentences."""
 
 import argparse
-import dataclasses
-import difflib
-import itertools
-import re
-import shlex
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 from data_pipelines.errors import DataError
 from mplug2_jax import __version__
@@ -28,6 +23,7 @@ from mplug2_jax.cli import (
     tasks,
     train,
 )
+from mplug2_jax.cli.parsing import SuggestingParser, parse_words
 from mplug2_jax.errors import PREEMPTED, USER_ERROR, Preempted, UserError
 
 # Each module adds one parser and sets its ``run``; heavy imports wait until a command runs, so that --help is instant.
@@ -41,18 +37,7 @@ COMMANDS = {
 }
 
 
-class _Suggesting(argparse.ArgumentParser):
-    """A parser that names the nearest of several choices to one that there is not."""
-
-    def error(self, message: str) -> NoReturn:
-        """Ends the process with status 2 and the message."""
-        if wrong := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
-            near = difflib.get_close_matches(wrong[1], re.findall(r"[\w.-]+", wrong[2]), n=1, cutoff=0.5)
-            message += f": did you mean '{near[0]}'?" if near else ""
-        super().error(message)
-
-
-class _Parser(_Suggesting):
+class _Parser(SuggestingParser):
     """The parser of the whole command line, whose help lists the commands by their purpose."""
 
     def __init__(self) -> None:
@@ -60,7 +45,7 @@ class _Parser(_Suggesting):
             prog="mplug2", description="mPLUG-2 in JAX: pretrain, evaluate, generate, embed, plan, convert."
         )
         self.add_argument("--version", action="version", version=f"mplug2 {__version__}")
-        commands = self.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Suggesting)
+        commands = self.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=SuggestingParser)
         self._listing: list[str] = []
         for purpose, modules in COMMANDS.items():
             listed = set(commands.choices)
@@ -100,29 +85,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if not words:
         top.print_help()
         top.exit()
-    for word, value in itertools.pairwise(words):
-        if re.fullmatch(r"--config\.[\w.]+", word) and not value.startswith("--"):
-            top.error(f"{word} {value} are two words, and an override is one: {shlex.quote(f'{word}={value}')}")
-    args, rest = top.parse_known_args(words)
-    overrides = [word for word in rest if word.startswith("--config.")]
-    unknown = [word for word in rest if not word.startswith("--config.")]
-    if unknown or (overrides and not hasattr(args, "overrides")):
-        top.error(f"unrecognised arguments: {' '.join(unknown or overrides)}{_hint(args, unknown, list(words))}")
-    args.overrides = overrides
-    return args
-
-
-def _hint(args: argparse.Namespace, unknown: list[str], words: list[str]) -> str:
-    """What was probably meant by words that no option takes; empty where that is not known."""
-    if getattr(args, "subcommand", "") == "local" and "--" not in words:
-        words.insert(words.index(args.words[0]), "--")
-        return f": put -- before the command: mplug2 {shlex.join(words)}"
-    if unknown and hasattr(args, "overrides") and (name := re.match(r"--([\w.]+)", unknown[0])):
-        from mplug2_jax.training.config import RunConfig
-
-        if name[1].partition(".")[0] in {field.name for field in dataclasses.fields(RunConfig)}:
-            return f": a field of the recipe is set by --config.{name[1]}=VALUE"
-    return ""
+    return parse_words(top, words)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

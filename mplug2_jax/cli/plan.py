@@ -49,8 +49,8 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--out", type=Path, default=Path("plan.json"), help="what a search writes (default: plan.json)")
     parser.add_argument(
         "--ledger", choices=("check", "quick", "update"),
-        help="compile all shipped recipes for their machines, or a quick few, and compare with configs/ledger.json, or "
-        "write it; status 1: more memory or traffic than there",
+        help="compile all shipped recipes for their machines, or a quick few, and compare with "
+        "configs/cost_goldens.json, or write it; status 1: more memory or traffic than there",
     )  # fmt: skip
     parser.add_argument("--shardings", action="store_true", help="where every parameter lives, and why some stay whole")
     parser.add_argument("--devices", type=int, help="for --shardings: so many devices (default: those that JAX sees)")

@@ -59,7 +59,7 @@ class LocalProcesses:
                 signal.signal(number, handler)
 
     def _run_once(self) -> int:
-        address = f"127.0.0.1:{free_port()}"
+        address = f"127.0.0.1:{find_free_port()}"
         self._running = [self._start(index, address) for index in range(self._count)]
         listeners = [
             threading.Thread(target=_pass_on, args=(stream, out, f"[{index}] ".encode()), daemon=True)
@@ -128,7 +128,7 @@ def process_environment(index: int, count: int, devices: int, address: str) -> d
     }
 
 
-def free_port() -> int:
+def find_free_port() -> int:
     """A port that nobody listens on just now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

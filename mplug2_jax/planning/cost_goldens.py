@@ -1,4 +1,4 @@
-"""``configs/ledger.json``: what the shipped recipes cost on the machines they are for, so that no change makes it more.
+"""``configs/cost_goldens.json``: what the shipped recipes cost on their target machines.
 
 An entry says what to compile (recipe, overrides, topology, evaluation) and what came of it: memory of a device, bytes
 that it sends along each mesh axis, operations, seconds of compilation. Only memory and bytes are held to: they are the
@@ -24,7 +24,7 @@ from mplug2_jax.training.config import RunConfig
 GROWTH = 0.01
 """By how much memory or traffic may grow without a new entry."""
 EFFORT = -1.0
-FILE = "ledger.json"
+FILE = "cost_goldens.json"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

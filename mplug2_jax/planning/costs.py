@@ -77,7 +77,7 @@ def _only(stream: StreamConfig, objective: str) -> StreamConfig:
 
 def prediction_costs(program: Program) -> Costs:
     """Counts what an evaluation does with a batch, searches to their greatest length."""
-    plan, evaluation = program.plan, program.plan.config.evaluations[program.name]
+    plan, evaluation = program.spec, program.spec.config.evaluations[program.name]
     model = dataclasses.replace(plan.config.model, attention="xla")
     predict = TASKS[evaluation.task].predict
     assert predict is not None

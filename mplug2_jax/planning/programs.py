@@ -42,7 +42,7 @@ _NO_TPU = {
 }
 
 
-def devices_of(topology: Topology) -> list[Any]:
+def get_topology_devices(topology: Topology) -> list[Any]:
     """JAX's devices of a topology: those that libtpu's compiler describes, or simulated CPUs in place of all others.
 
     Raises:
@@ -90,7 +90,7 @@ class Program:
     """A program of a run, traced for a topology."""
 
     name: str  # "train", or the evaluation's
-    plan: Blueprint
+    spec: Blueprint
     topology: Topology
     lowered: Any
     state: Any  # what it holds from call to call, as jax.ShapeDtypeStruct
@@ -113,7 +113,7 @@ class Program:
             options |= {"exec_time_optimization_effort": effort} if effort else {}
             compiled = self.lowered.compile(options or None)
         if keep is not None:
-            write_manifest(keep, describe_program(self.lowered, self.plan.mesh.devices.ravel().tolist()))
+            write_manifest(keep, describe_program(self.lowered, self.spec.mesh.devices.ravel().tolist()))
         return Compiled(self, compiled, time.perf_counter() - start)
 
 
@@ -128,7 +128,7 @@ class Compiled:
 
 def blueprint(config: RunConfig, topology: Topology) -> Blueprint:
     """A run laid out on a topology. Raises UserError where it does not fit the mesh."""
-    mesh = make_mesh(config.mesh, devices_of(topology))
+    mesh = make_mesh(config.mesh, get_topology_devices(topology))
     for name, stream in config.streams.items():
         micro = stream.data.batch_size // config.grad_accum_steps
         check_batch(f"config.streams.{name}.data.batch_size / config.grad_accum_steps", micro, mesh)

@@ -17,7 +17,7 @@ from mplug2_jax.planning.memory import Memory, program_memory
 from mplug2_jax.planning.oom import Buffer, largest_arrays
 from mplug2_jax.planning.programs import Compiled, Program
 from mplug2_jax.planning.timing import Timing, bandwidth, timing
-from mplug2_jax.planning.traffic import Collective, collectives, largest, unknown_loops
+from mplug2_jax.planning.traffic import Collective, largest, parse_collectives, unknown_loops
 from mplug2_jax.training.compilation import compiler_options
 from mplug2_jax.training.config import RunConfig
 
@@ -93,10 +93,10 @@ class Report:
 def make_report(compiled: Compiled, config: RunConfig) -> Report:
     """Reads a compiled program."""
     program = compiled.program
-    plan, topology, training = program.plan, program.topology, program.name == "train"
+    plan, topology, training = program.spec, program.topology, program.name == "train"
     text = compiled.executable.as_text()
     longest = 1 if training else config.tasks.search.max_length  # turns of a search, which may end before
-    found = collectives(text, plan.mesh, turns=longest)
+    found = parse_collectives(text, plan.mesh, turns=longest)
     costs = training_costs(plan, program.batches) if training else prediction_costs(program)
     times = timing(float(costs.executed), memory_traffic(text, turns=longest), found, plan.mesh, topology)
     peak = topology.chip.flops * topology.chips

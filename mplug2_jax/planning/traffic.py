@@ -64,7 +64,7 @@ class Collective:
     name: str  # the model's scope, for people
     shape: str  # of the largest array that goes in, and how many others there are
     overlapped: bool  # whether other work is scheduled between its start and its end
-    bounded: bool = True  # False: within a loop whose turns nobody knows, and ``times`` rests on the caller's word
+    has_known_count: bool = True  # False: within a loop of unknown trip count
 
     @property
     def total(self) -> float:
@@ -86,7 +86,7 @@ class Loop:
     inside: str  # the computation that it is in
 
 
-def collectives(program: str, mesh: jax.sharding.Mesh, *, turns: Mapping[str, int] | int = 1) -> list[Collective]:
+def parse_collectives(program: str, mesh: jax.sharding.Mesh, *, turns: Mapping[str, int] | int = 1) -> list[Collective]:
     """All collectives of a program, in the order in which they first run.
 
     Of the branches of a conditional the one with most traffic counts. A loop whose number of turns is not in the text

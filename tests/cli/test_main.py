@@ -63,15 +63,15 @@ def test_help_says_what_each_command_is_for(names: tuple[str, ...], mplug2: Call
 def test_unknown_arguments_are_refused(names: tuple[str, ...], mplug2: Callable[..., Outcome]) -> None:
     refused = mplug2(*example(mplug2(*names, "--help")), "--no-such-option")
     assert (refused.status, refused.out) == (2, "")
-    assert refused.err.endswith("mplug2: error: unrecognised arguments: --no-such-option\n")
+    assert refused.err.endswith("error: unrecognized arguments: --no-such-option\n")
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("eval --workdir w --no-such-option --config.steps=3", "unrecognised arguments: --no-such-option"),
-        ("report w --config.steps=3", "unrecognised arguments: --config.steps=3"),
-        ("eval --workd w", "unrecognised arguments: --workd w"),
+        ("eval --workdir w --no-such-option --config.steps=3", "unrecognized arguments: --no-such-option"),
+        ("report w --config.steps=3", "unrecognized arguments: --config.steps=3"),
+        ("eval --workd w", "unrecognized arguments: --workd w"),
         ("trian", "did you mean 'train'?"),
         ("nothing-like-it", "invalid choice: 'nothing-like-it'"),
         ("data validat x", "did you mean 'validate'?"),

@@ -15,7 +15,7 @@ from mplug2_jax.model.mplug2 import Params, define
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.parallel.placement import batch_sharding, place_parameters, replicated
-from mplug2_jax.planning.traffic import collectives
+from mplug2_jax.planning.traffic import parse_collectives
 from tests.close import assert_close
 from tests.runs import small_model
 
@@ -46,9 +46,9 @@ def test_a_mesh_says_what_one_device_says_and_gathers_the_decoder_once(config: M
         ours = compiled(*given)
     np.testing.assert_array_equal(ours.ids, expected.ids)
     assert_close(ours.scores, expected.scores)
-    found = collectives(compiled.as_text(), mesh)
+    found = parse_collectives(compiled.as_text(), mesh)
     # Within the loop over tokens, whose turns nobody knows, travel all scores once, on CPUs, and no parameters.
     scores = 4 * CLIPS * SEARCH.beams * DEFINITION.config.vocab_size
-    each_token = [c for c in found if not c.bounded and "fsdp" in c.axes]
+    each_token = [c for c in found if not c.has_known_count and "fsdp" in c.axes]
     assert any(c.kind == "all-gather" for c in found if c not in each_token)
     assert sum(c.bytes for c in each_token) <= scores

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from mplug2_jax.launch.local import free_port
+from mplug2_jax.launch.local import find_free_port
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scancel", "scontrol", "squeue")
 PATH = os.environ["PATH"] + ":/usr/sbin:/sbin"
@@ -85,9 +85,9 @@ def slurm_cluster(folder: Path) -> Iterator[SlurmCluster]:
     (folder / "state").mkdir()
     (folder / "munge.key").write_bytes(os.urandom(1024))
     (folder / "munge.key").chmod(0o600)
-    first = free_port()
+    first = find_free_port()
     while True:  # two ports in a row, as SLURM wants them
-        low = free_port()
+        low = find_free_port()
         with socket.socket() as probe:
             if low < 65000 and probe.connect_ex(("127.0.0.1", low + 1)):
                 break

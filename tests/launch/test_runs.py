@@ -12,7 +12,7 @@ import pytest
 
 from data_pipelines.config import DataConfig, ExampleConfig, SourceConfig
 from mplug2_jax.evaluation.config import EvaluationConfig
-from mplug2_jax.launch.local import free_port, process_environment
+from mplug2_jax.launch.local import find_free_port, process_environment
 from mplug2_jax.training.telemetry.metric_log import read_steps
 from tests.close import assert_close
 from tests.data_pipelines.worlds import write_tar
@@ -97,7 +97,7 @@ def test_several_processes_train_and_evaluate_like_one(folder: Path, alone: Path
 
 
 def test_processes_that_were_started_differently_say_how(folder: Path) -> None:
-    address = f"127.0.0.1:{free_port()}"
+    address = f"127.0.0.1:{find_free_port()}"
     recipe = str(folder / "recipe.py")
     started = [
         subprocess.Popen(

@@ -12,7 +12,7 @@ from mplug2_jax.model.vision import LocalTemporal, VisionTower, lie, normalise_p
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.parallel.placement import batch_sharding
-from mplug2_jax.planning.traffic import collectives
+from mplug2_jax.planning.traffic import parse_collectives
 from tests.close import assert_close
 
 CONFIG = model_config("tiny", dtype="float32", vision_width=32, vision_layers=2)
@@ -88,7 +88,7 @@ def test_clips_are_cut_only_where_there_are_too_few_and_look_the_same(clips, fra
         placed = jax.device_put(clip, batch_sharding(mesh))
         compiled = jax.jit(lambda p, c: nnx.merge(graphdef, p)(c)).lower(params, placed).compile()
         assert_close(compiled(params, placed), expected)
-    sent = {c.kind for c in collectives(compiled.as_text(), mesh) if "temporal" in c.name}
+    sent = {c.kind for c in parse_collectives(compiled.as_text(), mesh) if "temporal" in c.name}
     assert ("collective-permute" in sent) == travels
     assert "all-to-all" not in sent
 

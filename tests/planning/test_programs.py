@@ -16,8 +16,8 @@ from mplug2_jax.parallel.placement import put_batch
 from mplug2_jax.planning.programs import (
     abstract_batch,
     blueprint,
-    devices_of,
     evaluation_program,
+    get_topology_devices,
     tokens_of,
     training_program,
 )
@@ -128,10 +128,10 @@ def test_an_unknown_evaluation_is_a_sentence() -> None:
 
 
 def test_simulated_devices_are_as_many_as_jax_was_started_with() -> None:
-    assert devices_of(parse_topology("cpu:4")) == jax.devices()[:4]
-    assert len(devices_of(parse_topology("h100:8"))) == 8
+    assert get_topology_devices(parse_topology("cpu:4")) == jax.devices()[:4]
+    assert len(get_topology_devices(parse_topology("h100:8"))) == 8
     with pytest.raises(UserError, match="is planned on 64 simulated CPU devices, but JAX was started with 8; unset"):
-        devices_of(parse_topology("h100:64"))
+        get_topology_devices(parse_topology("h100:64"))
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_simulated_devices_are_as_many_as_jax_was_started_with() -> None:
 def test_devices_of_tpus_are_libtpu_s(name: str, slices: int, kind: str) -> None:
     pytest.importorskip("libtpu", reason="libtpu, the compiler for TPU topologies, is not installed here")
     topology = parse_topology(name, slices)
-    devices = devices_of(topology)
+    devices = get_topology_devices(topology)
     assert len(devices) == topology.devices
     assert {device.device_kind for device in devices} == {kind}
     assert kind in topology.chip.kinds

@@ -12,7 +12,7 @@ from mplug2_jax.model.config import RematConfig
 from mplug2_jax.parallel.accelerators import CHIPS, Topology, parse_topology, topology_names
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.planning.oom import Buffer, OutOfMemory
-from mplug2_jax.planning.programs import Compiled, devices_of, training_program
+from mplug2_jax.planning.programs import Compiled, get_topology_devices, training_program
 from mplug2_jax.planning.remedies import (
     changes,
     largest_if_there_were_room,
@@ -127,7 +127,7 @@ def test_libtpu_knows_the_smallest_of_them() -> None:
     pytest.importorskip("libtpu", reason="libtpu, the compiler for TPU topologies, is not installed here")
     roomy = same_number(parse_topology("v5e:2x2"))
     assert roomy is not None
-    assert len(devices_of(roomy)) == 4
+    assert len(get_topology_devices(roomy)) == 4
 
 
 def test_a_refusal_in_words() -> None:

@@ -46,12 +46,12 @@ def compiled() -> Compiled:
 
 
 def test_a_compiled_program_s_report_is_whole(compiled: Compiled) -> None:
-    config = compiled.program.plan.config
+    config = compiled.program.spec.config
     made = make_report(compiled, config)
     json.dumps(made.as_json(), allow_nan=False)
     assert (made.name, made.program, made.topology, made.chips) == ("small", "train", "cpu:8", 8)
     assert made.mesh == "data=2, fsdp=2, tensor=2"
-    assert made.parameters == compiled.program.plan.definition.count()
+    assert made.parameters == compiled.program.spec.definition.count()
     assert made.simulated
     assert made.steps == config.steps
     assert {row.axes for row in made.traffic} >= {"fsdp"}
@@ -67,8 +67,8 @@ def test_a_compiled_program_s_report_is_whole(compiled: Compiled) -> None:
 
 def test_a_fingerprint_is_of_the_program_and_its_machine(compiled: Compiled) -> None:
     program = compiled.program
-    again = training_program(program.plan.config, TOPOLOGY)
+    again = training_program(program.spec.config, TOPOLOGY)
     assert fingerprint(again) == fingerprint(program)
-    other = training_program(dataclasses.replace(program.plan.config, fsdp_gather="step"), TOPOLOGY)
+    other = training_program(dataclasses.replace(program.spec.config, fsdp_gather="step"), TOPOLOGY)
     assert fingerprint(other) != fingerprint(program)
     assert fingerprint(dataclasses.replace(program, topology=parse_topology("h100:8"))) != fingerprint(program)

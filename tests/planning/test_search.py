@@ -81,7 +81,7 @@ def test_a_layout_that_the_compiler_refuses_is_one_that_is_not_chosen(
     found: list[Candidate], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(program: Program, effort: float) -> Compiled:
-        if program.plan.config == found[0].config:
+        if program.spec.config == found[0].config:
             return program.compile(effort)
         raise jax.errors.JaxRuntimeError("INTERNAL: no such luck\nat line 1")
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from mplug2_jax.parallel.accelerators import parse_topology
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
-from mplug2_jax.planning.programs import devices_of
+from mplug2_jax.planning.programs import get_topology_devices
 from mplug2_jax.planning.timing import BEST, ORDINARY, Timing, bandwidth, extents, timing
 from mplug2_jax.planning.traffic import Collective
 from tests.close import FLOAT64, assert_close
@@ -25,7 +25,7 @@ def torus(name: str, slices: int = 1, **axes: int):
     topology = parse_topology(name, slices)
     mesh = MeshConfig(**({"replica": slices, "fsdp": 1} | axes))
     topology_mesh(name, mesh, slices) if not topology.chip.compiler else None  # skips where there is no libtpu
-    return topology, make_mesh(mesh, devices_of(topology))
+    return topology, make_mesh(mesh, get_topology_devices(topology))
 
 
 def test_v5p_uses_both_directions_of_every_dimension_that_closes() -> None:

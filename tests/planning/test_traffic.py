@@ -14,7 +14,7 @@ from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.parallel.placement import batch_sharding
 from mplug2_jax.planning.hlo import parse_program, shape_bytes
-from mplug2_jax.planning.traffic import Collective, collectives, largest, summary, unknown_loops
+from mplug2_jax.planning.traffic import Collective, largest, parse_collectives, summary, unknown_loops
 from mplug2_jax.training.state import plan_run
 from mplug2_jax.training.step import jitted_step
 from tests.planning import programs
@@ -31,7 +31,7 @@ def fsdp() -> Mesh:
 
 
 def only(text: str, mesh: Mesh | None = None) -> Collective:
-    (found,) = collectives(text, mesh or fsdp())
+    (found,) = parse_collectives(text, mesh or fsdp())
     return found
 
 
@@ -163,7 +163,7 @@ def test_of_branches_the_one_with_most_traffic_counts():
 
 def test_text_that_is_no_program_is_refused():
     with pytest.raises(ValueError, match="no ENTRY"):
-        collectives("module @jit_step {}", fsdp())
+        parse_collectives("module @jit_step {}", fsdp())
 
 
 # --- Loops ------------------------------------------------------------------------------------------------------------
@@ -185,7 +185,7 @@ def test_text_that_is_no_program_is_refused():
 def test_a_loop_turns_as_often_as_its_counter_says(start, bound, step, direction, turns):
     body, condition, entry = loop(start, bound, step, direction)
     text = program(entry, body, condition)
-    assert sum(each.times for each in collectives(text, fsdp())) == turns
+    assert sum(each.times for each in parse_collectives(text, fsdp())) == turns
     assert not unknown_loops(text, fsdp())
 
 
@@ -216,8 +216,8 @@ def test_a_loop_on_data_is_named_and_the_caller_says_how_often_it_turns():
     text = program(entry, body, condition)
     (unknown,) = unknown_loops(text, fsdp())
     assert (unknown.name, unknown.scope, unknown.inside) == ("loop", "vision", "main")
-    assert [only(text).times, only(text).bounded] == [1, False]
-    assert [each.times for turns in (9, {"loop": 9}) for each in collectives(text, fsdp(), turns=turns)] == [9, 9]
+    assert [only(text).times, only(text).has_known_count] == [1, False]
+    assert [each.times for turns in (9, {"loop": 9}) for each in parse_collectives(text, fsdp(), turns=turns)] == [9, 9]
 
 
 def test_a_loop_without_end_is_not_waited_for():
@@ -241,7 +241,7 @@ def test_a_counter_that_another_loop_carries_is_no_constant():
         'condition=%until, body=%outer, metadata={op_name="jit(step)/vision/while"}\n  %sum',
         'condition=%cond, body=%body, metadata={op_name="jit(step)/vision/while"}\n  %sum',
     )
-    assert sum(each.times for each in collectives(fixed, fsdp())) == 4 * 5  # the limit is carried, unchanged
+    assert sum(each.times for each in parse_collectives(fixed, fsdp())) == 4 * 5  # the limit is carried, unchanged
     moving = fixed.replace("tuple(%next, %limit, %sum)\n}\n\n%until", "tuple(%next, %next, %sum)\n}\n\n%until")
     assert moving != fixed
     assert [each.name for each in unknown_loops(moving, fsdp())] == ["loop.2"]
@@ -307,7 +307,7 @@ def layer_bytes(width: int, itemsize: int) -> int:
 @pytest.mark.usefixtures("optimised")
 def test_on_cpus_every_layer_is_gathered_and_its_gradient_summed_in_every_micro_batch():
     mesh = make_mesh(MeshConfig())
-    totals = summary(collectives(stack(mesh, 3, width=64, rows=16, accumulate=2), mesh))
+    totals = summary(parse_collectives(stack(mesh, 3, width=64, rows=16, accumulate=2), mesh))
     whole = layer_bytes(64, 4) * 3 * 2  # CPUs compute in float32
     assert totals["all-gather", ("fsdp",), "ici"] == whole * 7 / 8
     assert totals["all-reduce", ("fsdp",), "ici"] == pytest.approx(2 * whole * 7 / 8, rel=1e-3)  # and the loss
@@ -318,7 +318,7 @@ def test_on_cpus_every_layer_is_gathered_and_its_gradient_summed_in_every_micro_
 @pytest.mark.parametrize("layers", [3, 24])
 def test_on_tpus_a_scan_gathers_each_of_its_layers(layers, options):
     mesh = topology_mesh("v5p:2x2x2", MeshConfig())
-    found = collectives(stack(mesh, layers, gradient=False, options=options), mesh)
+    found = parse_collectives(stack(mesh, layers, gradient=False, options=options), mesh)
     assert summary(found)["all-gather", ("fsdp",), "ici"] == layers * layer_bytes(256, 2) * 7 / 8
     gathers = [each for each in found if each.kind == "all-gather"]
     assert {each.times for each in gathers} == {layers}
@@ -334,7 +334,7 @@ def test_on_tpus_a_scan_gathers_each_of_its_layers(layers, options):
 )
 def test_on_tpus_loops_in_loops_multiply(layers, how, options):
     mesh = topology_mesh("v5p:2x2x2", MeshConfig())
-    found = collectives(stack(mesh, layers, options=options, **how), mesh)
+    found = parse_collectives(stack(mesh, layers, options=options, **how), mesh)
     whole = layers * layer_bytes(256, 2) * how.get("accumulate", 1) * how.get("outer", 1)
     totals = summary(found)
     assert totals["all-gather", ("fsdp",), "ici"] == whole * 7 / 8  # kept for the backward pass, so gathered once
@@ -345,7 +345,7 @@ def test_on_tpus_loops_in_loops_multiply(layers, how, options):
 @pytest.mark.usefixtures("optimised")
 def test_on_tpus_axes_and_pieces_of_gathers_are_told_apart():
     mesh = topology_mesh("v5e:4x4", MeshConfig(data=2, fsdp=4, tensor=2))
-    found = collectives(stack(mesh, 3, width=1024, rows=4096), mesh)
+    found = parse_collectives(stack(mesh, 3, width=1024, rows=4096), mesh)
     whole = 3 * layer_bytes(1024, 2) / 2  # a half for each place on the tensor axis
     totals = summary(found)
     assert totals["all-gather", ("fsdp",), "ici"] == whole * 3 / 4
@@ -361,7 +361,7 @@ def test_on_tpus_a_gather_may_be_a_loop_of_permutes():
     mesh = topology_mesh("v5p:2x2x2", MeshConfig())
     text = stack(mesh, 3, width=1024, rows=8 * 4096, pin=False, gradient=False)
     assert "windowed_dot_general" in text
-    found = collectives(text, mesh)
+    found = parse_collectives(text, mesh)
     permutes = [each for each in found if each.kind == "collective-permute"]
     shard = layer_bytes(1024, 2) / 2 / 8
     assert {each.bytes for each in permutes} == {shard}
@@ -374,7 +374,7 @@ def test_on_tpus_a_gather_may_be_a_loop_of_permutes():
 @pytest.mark.usefixtures("optimised")
 def test_on_slices_what_crosses_is_told_from_what_does_not():
     mesh = topology_mesh("v5e:2x2", MeshConfig(replica=2, fsdp=2, tensor=2), slices=2)
-    found = collectives(stack(mesh, 3, options=PLAIN), mesh)
+    found = parse_collectives(stack(mesh, 3, options=PLAIN), mesh)
     totals = summary(found)
     whole = 3 * layer_bytes(256, 2) / 2
     assert totals["all-gather", ("fsdp",), "ici"] == whole / 2
@@ -409,7 +409,7 @@ def test_on_tpus_every_kind_is_found_on_its_axes(along, config, slices):
         return jax.lax.psum(x * 2, along) + scattered + swapped + passed
 
     x = jax.ShapeDtypeStruct((8 * 64, 256), "float32", sharding=NamedSharding(mesh, rows))
-    totals = summary(collectives(jax.jit(program).lower(x).compile().as_text(), mesh))
+    totals = summary(parse_collectives(jax.jit(program).lower(x).compile().as_text(), mesh))
     given = 64 * 256 * 4
     assert totals == {
         ("all-gather", names, "ici"): given * (count - 1),
@@ -449,7 +449,7 @@ def test_a_training_step_gathers_one_more_layer_of_its_tower_twice_and_says_so()
         }
         with jax.set_mesh(mesh):
             text = jitted_step(plan).lower(plan.shapes, {"clips": batch}).compile(compiler_options=PLAIN).as_text()
-        found = collectives(text, mesh)
+        found = parse_collectives(text, mesh)
         assert not unknown_loops(text, mesh)
         layers = [each for each in found if each.times == depth and each.kind == "all-gather"]
         assert {each.name.partition("/")[0].partition(" ")[0] for each in layers} == {"vision"}

@@ -1,0 +1,51 @@
+"""Command-line parsers: suggestions for misspelled choices, and ``--config.field=value`` overrides."""
+
+import argparse
+import dataclasses
+import difflib
+import itertools
+import re
+import shlex
+from collections.abc import Sequence
+from typing import NoReturn
+
+
+class SuggestingParser(argparse.ArgumentParser):
+    """Argument parser whose errors suggest the nearest valid choice."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with status 2 and the message."""
+        if wrong := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
+            near = difflib.get_close_matches(wrong[1], re.findall(r"[\w.-]+", wrong[2]), n=1, cutoff=0.5)
+            message += f": did you mean '{near[0]}'?" if near else ""
+        super().error(message)
+
+
+def parse_words(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
+    """Parse a command line; ``--config.field=value`` words become ``overrides`` of commands that accept them.
+
+    Invalid arguments exit with status 2 and an error that names them.
+    """
+    for word, value in itertools.pairwise(words):
+        if re.fullmatch(r"--config\.[\w.]+", word) and not value.startswith("--"):
+            parser.error(f"{word} {value} are two words, and an override is one: {shlex.quote(f'{word}={value}')}")
+    args, remaining = parser.parse_known_args(words)
+    overrides = [word for word in remaining if word.startswith("--config.")]
+    unknown = [word for word in remaining if not word.startswith("--config.")]
+    if unknown or (overrides and not hasattr(args, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(unknown or overrides)}{_hint(args, unknown, list(words))}")
+    args.overrides = overrides
+    return args
+
+
+def _hint(args: argparse.Namespace, unknown: list[str], words: list[str]) -> str:
+    """Return a suggestion for unknown arguments, or an empty string."""
+    if getattr(args, "subcommand", "") == "local" and "--" not in words:
+        words.insert(words.index(args.launched[0]), "--")
+        return f": put -- before the command: mplug2 {shlex.join(words)}"
+    if unknown and hasattr(args, "overrides") and (name := re.match(r"--([\w.]+)", unknown[0])):
+        from mplug2_jax.training.config import RunConfig
+
+        if name[1].partition(".")[0] in {field.name for field in dataclasses.fields(RunConfig)}:
+            return f": a field of the recipe is set by --config.{name[1]}=VALUE"
+    return ""
