@@ -58,7 +58,7 @@ def run(
     figures: dict[str, float] = {}
     for name in TASKS:
         asked = TRIALS[name].asked
-        few = [f"--config.evaluations.{each}.data.sources.digits.size={examples}" for each in asked]
+        few = [f"--config.evaluations.{each}.data.sources.digits.max_records={examples}" for each in asked]
         if name == LEARNED:
             config = build(RunConfig, load_recipe(f"digitworld:{name}", [*sizes, *few]))
             config = dataclasses.replace(config, steps=steps or config.steps, **changes)

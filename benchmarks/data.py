@@ -94,7 +94,7 @@ def stream(path: Path, kind: str, threads: int, batch: int, **visual: Any) -> St
     config = DataConfig(
         sources={"tar": source},
         visual=VisualConfig(image_size=SIZE, transform="train", flip=False, num_ops=0, **visual),
-        examples=ExampleConfig(), batch_size=batch, threads=threads, prefetch=2 * batch * threads,
+        examples=ExampleConfig(), batch_size=batch, num_threads=threads, prefetch=2 * batch * threads,
     )  # fmt: skip
     return Stream(config, TOKENIZER, name="benchmark", seed=0)
 

@@ -142,7 +142,7 @@ class Drills:
 def run_config(tokenizer: Path) -> RunConfig:
     """Masked words of one layer, in float32."""
     examples = ExampleConfig(text="sentence", text_length=12)
-    data = DataConfig(sources={"digits": SourceConfig(kind="text", size=1000)}, examples=examples, batch_size=8)
+    data = DataConfig(sources={"digits": SourceConfig(kind="text", max_records=1000)}, examples=examples, batch_size=8)
     model = model_config(
         "tiny", dtype="float32", width=32, heads=2, mlp_width=64, text_layers=1, universal_layers=1, vocab_size=256
     )

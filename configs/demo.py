@@ -52,7 +52,7 @@ def get_config() -> ConfigDict:
             task=task,
             device_rows=32,
             data=DataConfig(
-                sources={"digits": SourceConfig(kind=kind, split="heldout", size=size)},
+                sources={"digits": SourceConfig(kind=kind, split="heldout", max_records=size)},
                 examples=ExampleConfig(**{**lengths, **examples}),
                 batch_size=64,
             ),

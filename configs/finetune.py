@@ -56,10 +56,10 @@ def recipe(task: str, size: str, frames: int) -> ConfigDict:
     def data(split: str, batch_size: int, records: int) -> DataConfig:
         train = split == "train"
         visual = VisualConfig(
-            image_size=model.image_size, num_frames=frames, sampling="random" if train else "middle",
+            image_size=model.image_size, num_frames=frames, sampling="random" if train else "uniform",
             transform="train" if train else "test",
         )  # fmt: skip
-        source = SourceConfig(kind="video", split=split, size=records)
+        source = SourceConfig(kind="video", split=split, max_records=records)
         return DataConfig(sources={"clips": source}, visual=visual, examples=examples, batch_size=batch_size)
 
     batch_size = 8 if size == "tiny" else 64 if task == "caption" else 32

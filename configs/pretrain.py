@@ -5,7 +5,8 @@ are global, and make 32 pictures and 8 clips a chip on v5p:8x8x8 (large) and v5e
 recomputation and accumulation that fit another machine and leave the curve alone.
 
 DigitWorld stands in for the corpora, so that the recipe runs anywhere. With files, override each stream's
-``sources.corpus``: its ``format`` (webdataset, array_record, ...), ``path``, and ``size=none``; and ``tokenizer.path``.
+``sources.corpus``: its ``format`` (webdataset, array_record, ...), ``path`` and
+``max_records=none``; and ``tokenizer.path``.
 """
 
 from ml_collections import ConfigDict
@@ -46,11 +47,11 @@ def get_config(size: str = "large") -> ConfigDict:
     def stream(kind: Kind, batch_size: int, examples: ExampleConfig, **objectives: float) -> StreamConfig:
         visual = VisualConfig(
             image_size=model.image_size, num_frames=4 if size == "tiny" else 16, sampling="random", transform="train",
-            min_area=0.2,
+            min_crop_area=0.2,
         )  # fmt: skip
-        source = SourceConfig(kind=kind, size=None if size == "tiny" else 1_000_000)
+        source = SourceConfig(kind=kind, max_records=None if size == "tiny" else 1_000_000)
         data = DataConfig(
-            sources={"corpus": source}, visual=visual, examples=examples, batch_size=batch_size, threads=16,
+            sources={"corpus": source}, visual=visual, examples=examples, batch_size=batch_size, num_threads=16,
             prefetch=512,
         )  # fmt: skip
         return StreamConfig(data=data, objectives=objectives)

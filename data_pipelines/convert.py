@@ -15,6 +15,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from jaxtyping import UInt8
 from PIL import Image
 
+from data_pipelines.config import SourceConfig
 from data_pipelines.errors import DataError
 from data_pipelines.faults import Fault
 from data_pipelines.media import Media, write_video
@@ -78,10 +79,11 @@ def read_card(path: Path) -> Finished | None:
     """What stands beside a shard, or None where it was not finished."""
     try:
         values = json.loads(_card(path).read_bytes())
-        return Finished(**values | {"faults": tuple(Fault(**fault) for fault in values["faults"])})
+        source = {SourceConfig.OLD_NAMES.get(name, name): value for name, value in values["source"].items()}
+        return Finished(**values | {"source": source, "faults": tuple(Fault(**fault) for fault in values["faults"])})
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(f"{_card(path)} is damaged ({error}); remove it to write the shard again") from error
 
 

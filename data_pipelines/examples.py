@@ -141,7 +141,7 @@ def make_example(
     answers: tuple[str, ...] = ()
     if visual is not None:
         arrays["frames"] = visual.frames
-    if config.form == "released":
+    if config.tokenization == "released":
         record = _drop_wordless(record, config)
     _check_record(record, config)
     if config.text_length:
@@ -159,7 +159,7 @@ def make_example(
             ids, unlearned = _target_ids(kind, answers[0], config, tokenizer)
             arrays["target"], mask = _padded(ids, config.target_length)
             arrays["target_weights"] = (mask & (np.arange(config.target_length) >= unlearned)).astype(np.float32)
-        if config.references:
+        if config.max_references:
             arrays["references"] = reference_ids(answers, config, tokenizer)
         if config.classes:
             arrays["label"] = np.asarray(_class_of(answers[0], config.classes, record.key), np.int32)
@@ -185,7 +185,7 @@ def _drop_wordless(record: Record, config: ExampleConfig) -> Record:
 
 def _check_record(record: Record, config: ExampleConfig) -> None:
     """Check that a record has something of all that examples are made of. Raises DataError, which names what lacks."""
-    words = " with words behind its punctuation" if config.form == "released" else ""
+    words = " with words behind its punctuation" if config.tokenization == "released" else ""
     if config.text_length and not (record.captions if config.text == "caption" else record.texts or record.tokens):
         raise DataError(f"record {record.key} has no {config.text}{words}, which the stream's examples ask for")
     if config.instructions and not _kinds(record, config):
@@ -239,7 +239,7 @@ _CAPTION_WORDS = 80  # the release's limit, before that on tokens
 def _wordpieces(tokenizer: Tokenizer) -> WordPieceTokenizer:
     if not isinstance(tokenizer, WordPieceTokenizer):
         raise DataError(
-            f"form='released' needs BERT's word pieces, found a {type(tokenizer).__name__}; "
+            f"tokenization='released' needs BERT's word pieces, found a {type(tokenizer).__name__}; "
             "set tokenizer.kind='wordpiece'"
         )
     return tokenizer
@@ -247,30 +247,30 @@ def _wordpieces(tokenizer: Tokenizer) -> WordPieceTokenizer:
 
 def reader_of(config: ExampleConfig, tokenizer: Tokenizer) -> Callable[[Sequence[int]], str]:
     """What turns generated ids into words; in the released form what follows the prompt."""
-    if config.form == "standard":
+    if config.tokenization == "standard":
         return tokenizer.decode
     wordpieces = _wordpieces(tokenizer)
     return lambda ids: release_read_caption(release_decode(wordpieces, ids), config.prompt)
 
 
 def _text_ids(text: str, config: ExampleConfig, tokenizer: Tokenizer) -> list[int]:
-    if config.form == "standard":
+    if config.tokenization == "standard":
         return tokenizer.encode(text, max_length=config.text_length)
     return release_encode(_wordpieces(tokenizer), f"{pre_caption(text, _CAPTION_WORDS)}[SEP]", config.text_length)
 
 
 def instruction_ids(text: str, config: ExampleConfig, tokenizer: Tokenizer, max_length: int) -> list[int]:
     """Token ids of an instruction, in the examples' form."""
-    if config.form == "standard":
+    if config.tokenization == "standard":
         return tokenizer.encode(text, max_length=max_length)
-    return release_encode(_wordpieces(tokenizer), pre_question(text, config.question_words), max_length)
+    return release_encode(_wordpieces(tokenizer), pre_question(text, config.max_question_words), max_length)
 
 
 def _target_ids(
     kind: InstructionKind, answer: str, config: ExampleConfig, tokenizer: Tokenizer
 ) -> tuple[list[int], int]:
     """Ids of the answer, and how many of the first are not to be learned."""
-    if config.form == "standard":
+    if config.tokenization == "standard":
         return tokenizer.encode(answer, max_length=config.target_length), 0
     wordpieces = _wordpieces(tokenizer)
     if kind != "caption":
@@ -287,7 +287,7 @@ def answer_ids(answer: str, config: ExampleConfig, tokenizer: Tokenizer) -> list
 
 def reference_ids(captions: Sequence[str], config: ExampleConfig, tokenizer: Tokenizer) -> Int[np.ndarray, "r m"]:
     """The first captions, as a stream's targets have them; rows beyond the last one are 0."""
-    table = np.zeros((config.references, config.target_length), np.int32)
+    table = np.zeros((config.max_references, config.target_length), np.int32)
     for row, caption in zip(table, captions, strict=False):
         ids, _ = _target_ids("caption", caption, config, tokenizer)
         row[: len(ids)] = ids

@@ -84,8 +84,8 @@ def check_share(faults: Sequence[Fault], wanted: int, max_share: float) -> None:
 def _too_many(known: Sequence[Fault], skipped: int, wanted: int, max_share: float, where: str = "") -> DataError:
     listing = "; ".join(f"{fault.key}: {fault.reason}" for fault in sorted(known, key=str)[:MAX_NAMED])
     return DataError(
-        f"{skipped} of {wanted} records of source '{known[0].source}' cannot be used, more than max_skipped="
-        f"{max_share:g} allows ({listing}{where}); mend the source, or raise max_skipped"
+        f"{skipped} of {wanted} records of source '{known[0].source}' cannot be used, more than max_bad_fraction="
+        f"{max_share:g} allows ({listing}{where}); mend the source, or raise max_bad_fraction"
     )
 
 

@@ -9,7 +9,7 @@ from io import BytesIO
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError, features
 
-from data_pipelines.config import WHITE, Colour
+from data_pipelines.config import WHITE, Color
 from data_pipelines.media import (
     MAX_FETCHED_BYTES,
     PNG,
@@ -48,7 +48,7 @@ class Picture:
         self._image, self._turn, self._sideways = image, _TURNS.get(orientation), orientation in (5, 6, 7, 8)
         self.width, self.height = image.size[::-1] if self._sideways else image.size
 
-    def decode(self, shrink: float = 1.0, background: Colour = WHITE) -> tuple[Image.Image, float]:
+    def decode(self, shrink: float = 1.0, background: Color = WHITE) -> tuple[Image.Image, float]:
         """The picture as upright RGB, and its scale: 1, or of a JPEG 1/2, 1/4 or 1/8 if ``shrink`` allows.
 
         Of 16 bits the upper half is kept; of 32 bits and floats see :func:`_full_scale`.
@@ -162,7 +162,7 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def to_rgb(image: Image.Image, background: Colour) -> Image.Image:
+def to_rgb(image: Image.Image, background: Color) -> Image.Image:
     """A decoded image of any mode as RGB, its transparent pixels laid over a background.
 
     Raises:
@@ -175,7 +175,7 @@ def to_rgb(image: Image.Image, background: Colour) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")  # convert() would copy it
 
 
-def flatten(image: Image.Image, background: Colour) -> Image.Image:
+def flatten(image: Image.Image, background: Color) -> Image.Image:
     """RGBA laid over a background."""
     canvas = Image.new("RGB", image.size, background)
     canvas.paste(image, mask=image.getchannel("A"))

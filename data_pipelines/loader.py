@@ -74,7 +74,7 @@ class ExampleBuilder:
         if config.kind == "image":  # a picture is one frame, however many a clip would have
             visual = dataclasses.replace(visual, num_frames=1)
         # What draws its clips draws all frames that they are chosen from.
-        drawn = dataclasses.replace(visual, num_frames=visual.num_frames * visual.clips)
+        drawn = dataclasses.replace(visual, num_frames=visual.num_frames * visual.num_clips)
         self.sources: Mapping[str, Source] = {key: open_source(source, drawn) for key, source in config.sources.items()}
         self._config, self._visual, self._tokenizer, self._name, self._seed = config, visual, tokenizer, name, seed
         self._least_answers = least_answers
@@ -163,7 +163,7 @@ class Stream:
     """
 
     def __init__(self, config: DataConfig, tokenizer: Tokenizer, *, name: str, seed: int) -> None:
-        for field in ("clips", "crops"):
+        for field in ("num_clips", "num_crops"):
             if (count := getattr(config.visual, field)) > 1:
                 raise DataError(f"visual.{field}={count} is for evaluations: training sees one view of an example")
         self._config, self._tokenizer, self._seed = config, tokenizer, seed
@@ -184,7 +184,7 @@ class Stream:
 
     def shares(self) -> Mapping[str, float]:
         """How much of the mixture each source is; the shares add up to 1."""
-        temperature, records = self._config.temperature, self.records
+        temperature, records = self._config.mixture_temperature, self.records
         raw = {
             name: source.weight * (records[name] ** (1 / temperature) if temperature is not None else 1.0)
             for name, source in self._config.sources.items()
@@ -313,7 +313,7 @@ class EvaluationSet:
 
 
 def _read_options(config: DataConfig) -> grain.ReadOptions:
-    return grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=config.prefetch)
+    return grain.ReadOptions(num_threads=config.num_threads, prefetch_buffer_size=config.prefetch)
 
 
 def stack(examples: Sequence[Mapping[str, NDArray[Any]]]) -> HostBatch:

@@ -53,20 +53,20 @@ class _Checked:
     reason: str = ""
 
 
-def validate(builder: ExampleBuilder, name: str, *, views: int = 1, threads: int = 2) -> Findings:
+def validate(builder: ExampleBuilder, name: str, *, views: int = 1, num_threads: int = 2) -> Findings:
     """Make the example of every record of a source, as the first epoch of training does.
 
     Args:
         builder: of the examples of the stream or evaluation.
         name: of the source among the builder's.
         views: of each record that an evaluation looks at.
-        threads: that decode.
+        num_threads: that decode.
     """
     source = builder.sources[name]
     found, hashes = Findings(), np.empty(len(source), np.int64)
     indices: grain.MapDataset[int] = grain.MapDataset.range(len(source))
     checks = indices.map(lambda index: _check(builder, Pick(name, index, 0), views))
-    for index, checked in enumerate(checks.to_iter_dataset(grain.ReadOptions(threads, 32 * threads))):
+    for index, checked in enumerate(checks.to_iter_dataset(grain.ReadOptions(num_threads, 32 * num_threads))):
         found.records += 1
         found.pictures += checked.media == "image"
         found.clips += checked.media == "video"

@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image
 
-from data_pipelines.config import WHITE, Colour
+from data_pipelines.config import WHITE, Color
 from data_pipelines.errors import DataError
 from data_pipelines.image import flatten, open_pillow, to_rgb
 from data_pipelines.media import MAX_PIXELS, VIDEOS, Media, check_size, head_of, is_animation, is_image_file, reading
@@ -46,7 +46,7 @@ Take = Callable[[Frame], Kept]
 
 
 def read_video(
-    media: Media, choose: Choose, take: Take, background: Colour = WHITE
+    media: Media, choose: Choose, take: Take, background: Color = WHITE
 ) -> tuple[UInt8[np.ndarray, "t Y X 3"], Float[np.ndarray, " t"]]:
     """Reads some frames of a video, GIF, or animated WebP or PNG as upright RGB.
 
@@ -132,7 +132,7 @@ class _Packets:
 
 
 def _read_some(
-    media: Media, data: bytes | str, choose: Choose, take: Take, background: Colour
+    media: Media, data: bytes | str, choose: Choose, take: Take, background: Color
 ) -> tuple[UInt8[np.ndarray, "t Y X 3"], Float[np.ndarray, " t"]]:
     """Decodes what the wanted frames need."""
     with _open(media, data) as (container, stream):
@@ -152,7 +152,7 @@ def _read_some(
 
 
 def _read_all(
-    media: Media, data: bytes | str, choose: Choose, take: Take, background: Colour
+    media: Media, data: bytes | str, choose: Choose, take: Take, background: Color
 ) -> tuple[UInt8[np.ndarray, "t Y X 3"], Float[np.ndarray, " t"]]:
     """Decodes everything twice: to learn the times of the frames, and to take the wanted ones."""
     with _open(media, data) as (container, stream):
@@ -282,7 +282,7 @@ def _check_work(media: Media, frames: int, pixels: int) -> None:
         )
 
 
-def _upright(frame: Any, background: Colour) -> Frame:
+def _upright(frame: Any, background: Color) -> Frame:
     """A decoded frame as it is to be shown: laid over the background, turned and mirrored.
 
     Raises:
@@ -308,7 +308,7 @@ def _upright(frame: Any, background: Colour) -> Frame:
 
 
 def _read_animation(
-    media: Media, image: Image.Image, choose: Choose, take: Take, background: Colour
+    media: Media, image: Image.Image, choose: Choose, take: Take, background: Color
 ) -> tuple[UInt8[np.ndarray, "t Y X 3"], Float[np.ndarray, " t"]]:
     """Decodes what Pillow opened twice, as ``_read_all``."""
     # The first picture of a PNG may be for those alone who know no animations.

@@ -65,8 +65,8 @@ def _of_pixels(
     if is_clip:
         random = config.sampling == "random"
         count, length = config.num_frames, len(pixels)
-        clip = view // config.crops
-        chosen = random_indices(length, count, rng) if random else middle_indices(length, count, clip, config.clips)
+        clip = view // config.num_crops
+        chosen = random_indices(length, count, rng) if random else middle_indices(length, count, clip, config.num_clips)
         pixels = pixels[chosen]
     window = _window(config, pixels.shape[1], pixels.shape[2], rng, view, is_clip=is_clip)
     frames = np.stack([window.of_frame(frame) for frame in pixels])
@@ -76,12 +76,12 @@ def _of_pixels(
 def _choose(
     config: VisualConfig, times: Float[np.ndarray, " n"], rng: np.random.Generator, view: int
 ) -> Int[np.ndarray, " t"]:
-    clip = view // config.crops
+    clip = view // config.num_crops
     if config.sampling == "fps":
-        return fps_indices(times, config.num_frames, config.fps, clip, config.clips)
+        return fps_indices(times, config.num_frames, config.fps, clip, config.num_clips)
     if config.sampling == "random":
         return random_indices(len(times), config.num_frames, rng)
-    return middle_indices(len(times), config.num_frames, clip, config.clips)
+    return middle_indices(len(times), config.num_frames, clip, config.num_clips)
 
 
 def _window(
@@ -91,11 +91,11 @@ def _window(
     size = config.image_size
     match config.transform:
         case "test":
-            return transforms.square(height, width, size, view % 3 if config.crops == 3 else 1)
+            return transforms.square(height, width, size, view % 3 if config.num_crops == 3 else 1)
         case "resize":
             return transforms.whole(height, width, size)
         case "train":
-            return transforms.random_window(height, width, size, rng, min_area=config.min_area)
+            return transforms.random_window(height, width, size, rng, min_area=config.min_crop_area)
         case "released_test":
             return transforms.whole(height, width, size, "nearest")
         case "released_train":

@@ -38,7 +38,7 @@ def small_model(**overrides: Any) -> ModelConfig:
 
 def stream(kind: str, batch_size: int, examples: ExampleConfig, **objectives: float) -> StreamConfig:
     """A stream of DigitWorld at 16 pixels and 2 frames."""
-    sources = {"digits": SourceConfig(kind=kind, size=1000)}
+    sources = {"digits": SourceConfig(kind=kind, max_records=1000)}
     data = DataConfig(sources=sources, visual=SMALL, examples=examples, batch_size=batch_size)
     return StreamConfig(data=data, objectives=objectives)
 
@@ -50,7 +50,7 @@ def small_run(**overrides: Any) -> RunConfig:
         text="sentence", text_length=12, instructions=ENTAILMENT, instruction_length=16, target_length=4
     )
     heldout = DataConfig(
-        sources={"digits": SourceConfig(kind="image", split="heldout", size=10)},
+        sources={"digits": SourceConfig(kind="image", split="heldout", max_records=10)},
         visual=SMALL,
         examples=ExampleConfig(instructions=QUESTION, instruction_length=12, target_length=6),
         batch_size=8,

@@ -102,7 +102,9 @@ def world(here: Path) -> Path:
 def test_runs(repository: Path, here: Path) -> None:
     """On a smaller recipe than the page's."""
     text = dataclasses.replace(small_run().streams["text"], objectives={"mlm": 1.0})
-    heldout = dataclasses.replace(text.data, sources={"digits": SourceConfig(kind="text", split="heldout", size=8)})
+    heldout = dataclasses.replace(
+        text.data, sources={"digits": SourceConfig(kind="text", split="heldout", max_records=8)}
+    )
     run = small_run(
         streams={"text": text}, evaluations={"words": EvaluationConfig(task="mlm", data=heldout, samples=2)},
         mesh=MeshConfig(fsdp=-1),
@@ -219,9 +221,9 @@ def quickly(words: list[str]) -> list[str]:
     words = [word.replace("released:videoqa", "released:videoqa,tiny") for word in words]
     if words[0] == "train":
         words += ["--config.steps=1", "--config.model.vocab_size=160", "--config.evaluations.video.data.batch_size=8"]
-        words += ["--config.evaluations.video.data.sources.clips.size=8"]
+        words += ["--config.evaluations.video.data.sources.clips.max_records=8"]
     if words[0] == "eval":
-        words += ["--config.evaluations.video.data.sources.clips.size=8"]
+        words += ["--config.evaluations.video.data.sources.clips.max_records=8"]
     return words
 
 

@@ -42,10 +42,10 @@ def test_quirks_are_on_in_the_released_recipes_and_off_in_ours() -> None:
         assert quirky.schedule.kind.startswith("released")
         assert quirky.tasks.search.extend_finished
         assert quirky.model.positions_init == "zeros"
-        assert stream.examples.form == "released"
+        assert stream.examples.tokenization == "released"
         assert (stream.visual.transform, stream.visual.sampling) == ("released_train", "random")
         heldout = next(iter(quirky.evaluations.values())).data.visual
-        assert (heldout.transform, heldout.sampling) == ("released_test", "middle")
+        assert (heldout.transform, heldout.sampling) == ("released_test", "uniform")
     assert next(iter(caption.streams.values())).data.examples.prompt == "a video of"
     assert caption.tasks.distillation is None
     inert = answers.tasks.distillation
@@ -57,7 +57,7 @@ def test_quirks_are_on_in_the_released_recipes_and_off_in_ours() -> None:
     assert not ours.tasks.search.extend_finished
     assert ours.model.positions_init == "normal"
     assert ours.tasks.distillation is None
-    assert all(stream.data.examples.form == "standard" for stream in ours.streams.values())
+    assert all(stream.data.examples.tokenization == "standard" for stream in ours.streams.values())
 
 
 @pytest.mark.parametrize(

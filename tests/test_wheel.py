@@ -41,7 +41,7 @@ def test_the_demo_recipe_runs_from_a_wheel(repository: Path, tmp_path: Path) -> 
         "image_caption", "video_caption", "image_question", "video_question", "image_retrieval", "video_retrieval",
         "masked_words",
     )  # fmt: skip
-    small += [f"--config.evaluations.{name}.data.sources.digits.size=8" for name in names]
+    small += [f"--config.evaluations.{name}.data.sources.digits.max_records=8" for name in names]
     small += [f"--config.evaluations.{name}.data.batch_size=8" for name in names]
     done = run(
         tmp_path / "env" / "bin" / "mplug2", "train", "--config", "demo", *small, "--workdir", tmp_path / "run",

@@ -12,7 +12,7 @@ from mplug2_jax.recipes.retrieval import retrieval
 def get_config(size: str = "large") -> ConfigDict:
     """The run, at one of the sizes of the model."""
     file, media = "coco/dataset_coco.json", "coco"
-    test = files("image", file, media, format="karpathy", split="test", each="text")
+    test = files("image", file, media, format="karpathy", split="test", expand="text")
     sets = Sets(
         train=files("image", file, media, format="karpathy", split="train+restval"), examples=113_287,
         asked={"test": test},

@@ -13,7 +13,7 @@ from mplug2_jax.recipes.retrieval import retrieval
 def get_config(size: str = "large") -> ConfigDict:
     """The run, at one of the sizes of the model."""
     file, media = "flickr30k/dataset_flickr30k.json", "flickr30k/images"
-    test = files("image", file, media, format="karpathy", split="test", each="text")
+    test = files("image", file, media, format="karpathy", split="test", expand="text")
     sets = Sets(
         train=files("image", file, media, format="karpathy", split="train"), examples=29_000, asked={"test": test}
     )

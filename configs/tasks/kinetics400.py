@@ -22,4 +22,4 @@ def get_config(form: str = "large") -> ConfigDict:
         asked={"val": files("video", "kinetics400/val.csv", "kinetics400/videos", format="kinetics")},
     )  # fmt: skip
     classes = read_classes("kinetics400/classes.json", 400)
-    return classification("kinetics400", form, sets, classes, PROMPTS, clips=4, crops=3)
+    return classification("kinetics400", form, sets, classes, PROMPTS, num_clips=4, num_crops=3)

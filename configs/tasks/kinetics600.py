@@ -22,4 +22,4 @@ def get_config(form: str = "large") -> ConfigDict:
         asked={"val": files("video", "kinetics600/val.csv", "kinetics600/videos", format="kinetics")},
     )  # fmt: skip
     classes = read_classes("kinetics600/classes.json", 600)
-    return classification("kinetics600", form, sets, classes, PROMPTS, clips=4, crops=3)
+    return classification("kinetics600", form, sets, classes, PROMPTS, num_clips=4, num_crops=3)

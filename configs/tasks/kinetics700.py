@@ -22,4 +22,4 @@ def get_config(form: str = "large") -> ConfigDict:
         asked={"val": files("video", "kinetics700/val.csv", "kinetics700/videos", format="kinetics")},
     )  # fmt: skip
     classes = read_classes("kinetics700/classes.json", 700)
-    return classification("kinetics700", form, sets, classes, PROMPTS, clips=4, crops=3)
+    return classification("kinetics700", form, sets, classes, PROMPTS, num_clips=4, num_crops=3)

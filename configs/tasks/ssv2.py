@@ -21,4 +21,6 @@ def get_config(form: str = "large") -> ConfigDict:
         train=files("video", f"{name}-train.json", "ssv2/videos", format="ssv2"), examples=168_913,
         asked={"validation": files("video", f"{name}-validation.json", "ssv2/videos", format="ssv2")},
     )  # fmt: skip
-    return classification("ssv2", form, sets, read_classes(f"{name}-labels.json", 174), PROMPTS, flip=False, crops=3)
+    return classification(
+        "ssv2", form, sets, read_classes(f"{name}-labels.json", 174), PROMPTS, flip=False, num_crops=3
+    )

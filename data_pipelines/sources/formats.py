@@ -33,16 +33,16 @@ def open_source(config: SourceConfig, visual: VisualConfig) -> Source:
             )
     if "path" in opener.reads and not config.path:
         raise DataError(f"source.path is empty; format '{config.format}' needs the path of its files")
-    source = opener.open(config, visual) if config.size != 0 else ()
+    source = opener.open(config, visual) if config.max_records != 0 else ()
     if not len(source):
-        setting = "source.size=0" if config.size == 0 else f"no record in {config.path}"
+        setting = "source.max_records=0" if config.max_records == 0 else f"no record in {config.path}"
         raise DataError(
             f"the source {config.format} ({config.kind}{config.split and f', {config.split}'}) is empty: {setting}, "
             "expected at least 1"
         )
-    if config.size is not None and config.size < len(source):
-        source = _First(source, config.size)
-    return EachText(source, config.kind) if config.each == "text" else source
+    if config.max_records is not None and config.max_records < len(source):
+        source = _First(source, config.max_records)
+    return EachText(source, config.kind) if config.expand == "text" else source
 
 
 def parse_spec(spec: str, **settings: Any) -> SourceConfig:
@@ -90,7 +90,7 @@ def _digitworld(config: SourceConfig, visual: VisualConfig) -> Source:
         config.kind,
         split=config.split or "train",
         seed=config.seed,
-        size=100_000 if config.size is None else config.size,
+        size=100_000 if config.max_records is None else config.max_records,
         image_size=visual.image_size,
         num_frames=visual.num_frames,
         label=config.label,

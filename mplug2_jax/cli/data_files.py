@@ -87,7 +87,7 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
 def _source(args: argparse.Namespace) -> "SourceConfig":
     from data_pipelines.sources.formats import parse_spec
 
-    return parse_spec(args.spec, kind=args.kind, media=args.media, split=args.split, size=args.size)
+    return parse_spec(args.spec, kind=args.kind, media=args.media, split=args.split, max_records=args.size)
 
 
 def run_show(args: argparse.Namespace) -> int:

@@ -163,7 +163,7 @@ def read_inputs(args: argparse.Namespace) -> "tuple[dict[str, SourceConfig], str
     each: Literal["record", "text"] = "text" if kind == "text" else "record"
     sources = {
         given: SourceConfig(
-            format=format, path=path, kind=kind, media=args.media, split=args.split, size=args.size, each=each
+            format=format, path=path, kind=kind, media=args.media, split=args.split, max_records=args.size, expand=each
         )
         for given, (format, path) in formats.items()
     }
@@ -181,7 +181,7 @@ def _data(args: argparse.Namespace, sources: "dict[str, SourceConfig]", plan: "B
         check_range("--text-length", args.text_length, 3, config.model.max_positions)
         trained = _trained_on_texts(config)
         examples = ExampleConfig(
-            text="sentence", form=trained.form,
+            text="sentence", tokenization=trained.tokenization,
             text_length=args.text_length or trained.text_length or min(TEXT_LENGTH, config.model.max_positions),
         )  # fmt: skip
     return DataConfig(
@@ -198,7 +198,7 @@ def _trained_on_texts(config: "RunConfig") -> Any:
 def _reading(data: "DataConfig") -> dict[str, Any]:
     """How records are read, as far as it changes features."""
     if data.kind == "text":
-        return {"text_length": data.examples.text_length, "form": data.examples.form}
+        return {"text_length": data.examples.text_length, "tokenization": data.examples.tokenization}
     return {"visual": dataclasses.asdict(data.visual)}
 
 

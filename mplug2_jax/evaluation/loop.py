@@ -115,7 +115,8 @@ class Evaluation:
         assert task.score is not None
         if self._set.views > 1 and not task.views:
             raise UserError(
-                f"{where}.data.visual: clips={config.data.visual.clips} and crops={config.data.visual.crops} are views "
+                f"{where}.data.visual: num_clips={config.data.visual.num_clips} and "
+                f"num_crops={config.data.visual.num_crops} are views "
                 f"whose probabilities are averaged, as task 'classify' does; for task '{config.task}' set both to 1"
             )
         if config.java and task.by_java is None:
@@ -130,7 +131,7 @@ class Evaluation:
             self._matching = Matching(task.match, self._set, rows, definition, context, mesh)
         self._refine, self._context = task.refine, context
         self._round_trip: Callable[[str], str] = str
-        if "decoder" in task.parts and config.data.examples.form == "standard":  # the release compares as it is
+        if "decoder" in task.parts and config.data.examples.tokenization == "standard":  # the release compares as it is
             self._round_trip = functools.partial(round_trip, tokenizer)
 
     def run(
@@ -146,7 +147,7 @@ class Evaluation:
             between_batches: called with what is done next, before every batch.
 
         Raises:
-            DataError: more records that cannot be used than ``data.max_skipped`` allows.
+            DataError: more records that cannot be used than ``data.max_bad_fraction`` allows.
         """
         start = time.perf_counter()
         rows: list[Mapping[str, NDArray[Any]]] = []
@@ -166,7 +167,7 @@ class Evaluation:
             held |= {row: _without_frames(example) for row, example in batch.examples.items() if row % views == 0}
             unusable |= batch.faults
         examples, faults = _of_all_processes(held, unusable, views)
-        check_share(list(faults.values()), len(self._set), self._config.data.max_skipped)
+        check_share(list(faults.values()), len(self._set), self._config.data.max_bad_fraction)
         # A row's place over all batches is its example's in the set; places without an example are left out.
         places = list(examples)
         predictions = _chosen(rows, np.asarray(places, np.int64), views)
@@ -254,7 +255,9 @@ def with_answers(
     examples, positions = config.data.examples, definition.config.max_positions
     search = None if config.ranked else context.settings.search
     listed = read_answers(Path(config.answers), f"{where}.answers", examples, tokenizer, search, positions)
-    return dataclasses.replace(context, answers=listed, ranked=config.ranked, first_twice=examples.form == "released")
+    return dataclasses.replace(
+        context, answers=listed, ranked=config.ranked, first_twice=examples.tokenization == "released"
+    )
 
 
 def with_prompts(

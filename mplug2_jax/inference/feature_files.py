@@ -17,9 +17,11 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
+from data_pipelines.config import ExampleConfig, SourceConfig, VisualConfig
 from data_pipelines.sources.files import write_atomically
 from mplug2_jax.errors import UserError
 from mplug2_jax.inference.features import FeatureShard
+from mplug2_jax.renames import with_current_names
 
 INDEX = "index.json"
 
@@ -115,7 +117,7 @@ class FeatureFolder:
             return []
         try:
             content = json.loads(index.read_text(encoding="utf-8"))
-            before, shards = content["request"], content["shards"]
+            before, shards = _with_current_names(content["request"]), content["shards"]
             changed = _differences(before, self._request)
             sizes = {shard["file"]: shard["bytes"] for shard in shards}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -131,6 +133,15 @@ class FeatureFolder:
             if not path.is_file() or path.stat().st_size != size:
                 raise UserError(f"{path} is missing or not what was written; choose a new folder, or remove this one")
         return shards
+
+
+def _with_current_names(request: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what an index of any version was asked for, by the names of today's config fields."""
+    current = {ExampleConfig.OLD_NAMES.get(name, name): value for name, value in request.items()}
+    if "visual" in current:
+        current["visual"] = with_current_names(VisualConfig, current["visual"], "visual")
+    inputs = current.get("inputs", {})
+    return current | {"inputs": {name: with_current_names(SourceConfig, inputs[name], name) for name in inputs}}
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any], where: str = "") -> list[str]:

@@ -35,13 +35,13 @@ def files(
     *,
     format: Format = "annotations",
     split: str = "",
-    each: Literal["record", "text"] = "record",
+    expand: Literal["record", "text"] = "record",
 ) -> SourceConfig:
     """A source of records whose files are below the data folder."""
     root = data_folder()
     return SourceConfig(
         format=format, kind=kind, path=str(root / path), media=str(root / media) if media else "", split=split,
-        each=each,
+        expand=expand,
     )  # fmt: skip
 
 

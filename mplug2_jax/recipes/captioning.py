@@ -24,7 +24,7 @@ def captioning(name: str, arg: str, sets: Sets, *, epochs: int = 10, texts: int 
     """
     size, form = form_of(name, arg, "scst", "zero_shot", *(["released"] if texts else []))
     if form == "released":
-        each = dataclasses.replace(sets, train=dataclasses.replace(sets.train, each="text"), examples=texts)
+        each = dataclasses.replace(sets, train=dataclasses.replace(sets.train, expand="text"), examples=texts)
         return released(name, size, "caption", each)
     examples = {"instructions": {"caption": InstructionConfig(templates=("",))}, "target_length": 32}
     family = Family(
@@ -37,7 +37,7 @@ def captioning(name: str, arg: str, sets: Sets, *, epochs: int = 10, texts: int 
         family = dataclasses.replace(family, told={**examples, "instructions": told, "instruction_length": 32})
     if form == "scst":
         family = dataclasses.replace(
-            family, objectives={"scst": 1.0}, learned={**examples, "references": 20}, epochs=max(1, epochs // 4),
+            family, objectives={"scst": 1.0}, learned={**examples, "max_references": 20}, epochs=max(1, epochs // 4),
             optimizer=AdamWConfig(learning_rate=2e-6, vision_learning_rate=2e-7, weight_decay=0.02),
         )  # fmt: skip
     return recipe(name, size, sets, family)

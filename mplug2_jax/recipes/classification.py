@@ -9,19 +9,24 @@ from mplug2_jax.training.config import AdamWConfig
 
 def classification(
     name: str, arg: str, sets: Sets, classes: Classes, prompts: tuple[str, ...], *, epochs: int = 30,
-    flip: bool = True, clips: int = 1, crops: int = 1,
+    flip: bool = True, num_clips: int = 1, num_crops: int = 1,
 ) -> ConfigDict:  # fmt: skip
     """Cross entropy with smoothed labels, rates that fall towards the pixels; ``flip=False`` where sides matter.
 
-    Evaluations see ``clips`` times ``crops`` views of each example; a trial at most two. ``SIZE,zero_shot`` asks a
-    pretrained model instead, by ``prompts``.
+    Evaluations see ``num_clips`` times ``num_crops`` views of each example; a trial at most two. ``SIZE,zero_shot``
+    asks a pretrained model instead, by ``prompts``.
     """
     size, form = form_of(name, arg, "zero_shot")
     examples = {"instructions": {"label": InstructionConfig(templates=("",))}, "classes": classes.labels}
-    views = {"clips": min(clips, 2), "crops": 1} if size == "tiny" else {"clips": clips, "crops": crops}
+    views = (
+        {"num_clips": min(num_clips, 2), "num_crops": 1}
+        if size == "tiny"
+        else {"num_clips": num_clips, "num_crops": num_crops}
+    )
     family = Family(
         objectives={"classify": 1.0}, task=form or "classify", learned=examples, told=examples, epochs=epochs,
-        train_visual={"transform": "train", "min_area": 0.2, "flip": flip}, test_visual={"transform": "test"} | views,
+        train_visual={"transform": "train", "min_crop_area": 0.2, "flip": flip},
+        test_visual={"transform": "test"} | views,
         batch_size=256, optimizer=AdamWConfig(learning_rate=1e-4, layer_decay=0.8, weight_decay=0.05),
         label_smoothing=0.1, num_classes=len(classes.labels),
         asked={"prompts": prompts, "class_names": classes.names} if form else {},

@@ -29,8 +29,8 @@ from mplug2_jax.training.config import AdamWConfig, RunConfig, ScheduleConfig, S
 
 EPOCHS = 10
 STAND_IN = Sets(
-    train=SourceConfig(kind="video", split="train", size=100_000), examples=128_000,
-    asked={"video": SourceConfig(kind="video", split="heldout", size=512)},
+    train=SourceConfig(kind="video", split="train", max_records=100_000), examples=128_000,
+    asked={"video": SourceConfig(kind="video", split="heldout", max_records=512)},
 )  # fmt: skip
 """DigitWorld, so that the recipe runs anywhere."""
 
@@ -56,18 +56,19 @@ def released_at(model: ModelConfig, task: str, name: str, sets: Sets = STAND_IN)
     if caption:
         # The prompt is glued to the caption's first word ("a video ofa man"), and its last piece is learned.
         examples = asked = ExampleConfig(
-            form="released", prompt=RELEASE_PROMPT, target_length=20,
+            tokenization="released", prompt=RELEASE_PROMPT, target_length=20,
             instructions={"caption": InstructionConfig(templates=("",))},
         )  # fmt: skip
         search = SearchConfig(beams=5, min_length=4, max_length=20, extend_finished=True)
     else:
         # Questions end without [SEP]; answers bring one in their text.
         examples = ExampleConfig(
-            form="released", question_words=30, instruction_length=min(50, model.max_positions), target_length=10,
+            tokenization="released", max_question_words=30, instruction_length=min(50, model.max_positions),
+            target_length=10,
             instructions={"question": InstructionConfig(templates=("{question}",))},
         )  # fmt: skip
         # When they are asked they may be longer. There is no limit on their tokens; here 50 words of two pieces fit.
-        asked = dataclasses.replace(examples, question_words=50, instruction_length=min(128, model.max_positions))
+        asked = dataclasses.replace(examples, max_question_words=50, instruction_length=min(128, model.max_positions))
         # Beams that ended are kept alive and may go on.
         search = SearchConfig(beams=5, min_length=1, max_length=10, extend_finished=True)
     seen = VisualConfig(
@@ -76,7 +77,7 @@ def released_at(model: ModelConfig, task: str, name: str, sets: Sets = STAND_IN)
         sampling="random", transform="released_train",
     )  # fmt: skip
     # Asked, frames are resized by the nearest pixel.
-    shown = dataclasses.replace(seen, sampling="middle", transform="released_test")
+    shown = dataclasses.replace(seen, sampling="uniform", transform="released_test")
     whole = 64 if caption else 32
     batch_size, steps_per_epoch = 8 if trial else whole, max(1, sets.examples // whole)
 

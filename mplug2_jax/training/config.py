@@ -309,7 +309,7 @@ class RunConfig:
 
     def _check_data(self, where: str, data: DataConfig) -> None:
         for field, value, least in (
-            ("batch_size", data.batch_size, 1), ("threads", data.threads, 0), ("prefetch", data.prefetch, 0),
+            ("batch_size", data.batch_size, 1), ("num_threads", data.num_threads, 0), ("prefetch", data.prefetch, 0),
         ):  # fmt: skip
             check_range(f"{where}.{field}", value, least)
         for field in ("text_length", "instruction_length", "target_length"):

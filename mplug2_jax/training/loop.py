@@ -160,7 +160,7 @@ def _train(config: RunConfig, workdir: WorkDir, notice: PreemptionNotice, lock: 
             number += 1
             watchdog.enter(f"step {number}")
             for name, row in rows:
-                records.take(row.pick.source, row.faults, config.streams[name].data.max_skipped)
+                records.take(row.pick.source, row.faults, config.streams[name].data.max_bad_fraction)
             consumed.take(number, batch)
             instruments.compile(step, number, state, batch)
             ledger.step(number)

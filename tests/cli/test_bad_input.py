@@ -70,9 +70,9 @@ CONFIGS = {
     "streams.text.data.batch_size=12": "config.streams.text.data.batch_size=12 does not split over the mesh's 8 batch "
     "shards (fsdp=8); use 8 or 16",
     "streams.text.data.batch_size=0": "config.streams.text.data.batch_size=0 must be at least 1",
-    "streams.text.data.threads=-1": "config.streams.text.data.threads=-1 must be at least 0",
-    "streams.text.data.sources.digits.size=0": "config.streams.text.data: the source digitworld (text) is empty: "
-    "source.size=0, expected at least 1",
+    "streams.text.data.num_threads=-1": "config.streams.text.data.num_threads=-1 must be at least 0",
+    "streams.text.data.sources.digits.max_records=0": "config.streams.text.data: the source digitworld (text) is "
+    "empty: source.max_records=0, expected at least 1",
     "streams.text.data.sources.digits.kind=sound": "data.sources.digits.kind='sound': valid: image, text, video",
     "streams.text.data.sources.digits.kind=image": "config.streams.text.data: record digitworld/image/train/0/",
     "streams.text.data.examples.text_length=1": "config.streams.text.data: max_length is 1, expected at least 2",
@@ -84,8 +84,8 @@ CONFIGS = {
     "evaluations.masked_words.data.batch_size=12": "config.evaluations.masked_words.data.batch_size=12 does not split",
     "evaluations.masked_words.device_rows=0": "config.evaluations.masked_words.device_rows=0 must be at least 1",
     "evaluations.masked_words.data.batch_size=0": "config.evaluations.masked_words.data.batch_size=0 must be at least",
-    "evaluations.masked_words.data.sources.digits.size=0": "masked_words.data: the source digitworld "
-    "(text, heldout) is empty: source.size=0, expected at least 1",
+    "evaluations.masked_words.data.sources.digits.max_records=0": "masked_words.data: the source digitworld "
+    "(text, heldout) is empty: source.max_records=0, expected at least 1",
     "evaluations.masked_words.task=mlmm": "config.evaluations.masked_words.task='mlmm': did you mean 'mlm'?",
     "evaluations.masked_words.task=answer": "config.evaluations.masked_words: task 'answer' reads instruction, ",
     "tokenizer.path=nowhere": "nowhere does not exist; expected a vocab.txt, a *.model file or a directory with one",

@@ -80,7 +80,7 @@ def test_a_checkpoint_without_a_run_needs_a_folder_and_a_tokeniser(
          "universal, mlm); choose others with --only"),
         (("--task", "{recipe}", "--only", "maskd_words"),
          "--only maskd_words is no evaluation of this run: did you mean 'masked_words'?"),
-        (("--task", "{recipe}", "--config.evaluations.more_words.data.sources.digits.size=0"),
+        (("--task", "{recipe}", "--config.evaluations.more_words.data.sources.digits.max_records=0"),
          "config.evaluations.more_words.data: the source digitworld (text, heldout) is empty"),
         (("--task", "{recipe}", "--config.model.width=64"), " is of another size: "),
         (("--task", "{recipe}", "--config.evaluations.more_words.data.examples.text_length=90"),
@@ -112,7 +112,8 @@ def test_only_the_parts_that_are_needed_are_read(contrasting: Path, tmp_path: Pa
     """Question answering with no weights of contrast, which the checkpoint has."""
     done = mplug2(
         "eval", "--task", "finetune:videoqa,tiny", "--checkpoint", contrasting, "--out", tmp_path / "out",
-        "--config.evaluations.video.data.visual.image_size=16", "--config.evaluations.video.data.sources.clips.size=8",
+        "--config.evaluations.video.data.visual.image_size=16",
+        "--config.evaluations.video.data.sources.clips.max_records=8",
         "--config.mesh.fsdp=8", "--config.tasks.search.beams=1", "--config.tasks.search.max_length=3",
     )  # fmt: skip
     assert done.status == 0, done.err
@@ -190,7 +191,7 @@ class Bad:
         (self.folder / "set.json").write_text(json.dumps(rows))
         path, words = str(self.folder / "set.json"), [f"--config.evaluations.held.{each}" for each in overrides]
         source = SourceConfig(format="annotations", path=path, media=str(self.folder))
-        data = DataConfig(sources={"set": source}, visual=SMALL, examples=examples, batch_size=8, max_skipped=0.5)
+        data = DataConfig(sources={"set": source}, visual=SMALL, examples=examples, batch_size=8, max_bad_fraction=0.5)
         run = small_run(evaluations={"held": EvaluationConfig(task=task, data=data)})
         return self.mplug2(
             "eval", "--task", recipe_file(run, self.folder / "recipe.py"), "--checkpoint", self.checkpoint, "--out",
@@ -255,10 +256,10 @@ KARPATHY = "data.sources.set.format=karpathy", "data.sources.set.split=tset"
         ([{"image": "0.png", "captions": []}], "caption", CAPTIONS, (), "row 1 has nothing in its captions"),
         ([{"image": "0.png", "question": "what?"}], "answer", QUESTIONS, (), "row 1 has no answers or answer"),
         (asked("red"), "caption", CAPTIONS, (), "has none of what is asked for: caption"),
-        (asked("red"), "answer", QUESTIONS, ("data.visual.clips=2",),
-         "visual.clips=2 is of videos, and the sources are of kind image"),
-        (asked("red"), "answer", QUESTIONS, ("data.visual.crops=3",),
-         "clips=1 and crops=3 are views whose probabilities are averaged"),
+        (asked("red"), "answer", QUESTIONS, ("data.visual.num_clips=2",),
+         "visual.num_clips=2 needs videos, found sources of kind image"),
+        (asked("red"), "answer", QUESTIONS, ("data.visual.num_crops=3",),
+         "num_clips=1 and num_crops=3 are views whose probabilities are averaged"),
         ([{"image": "0.png", "label": "a"}], "classify", LABELS, (),
          "task 'classify' needs the parts classifier, which the model in "),
     ],

@@ -65,7 +65,9 @@ def test_what_cannot_be_is_a_sentence(mplug2: Callable[..., Outcome]) -> None:
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A recipe of one stream of text."""
     text = dataclasses.replace(small_run().streams["text"], objectives={"mlm": 1.0})
-    heldout = dataclasses.replace(text.data, sources={"digits": SourceConfig(kind="text", split="heldout", size=8)})
+    heldout = dataclasses.replace(
+        text.data, sources={"digits": SourceConfig(kind="text", split="heldout", max_records=8)}
+    )
     words = EvaluationConfig(task="mlm", data=heldout, samples=1)
     run = small_run(steps=2, streams={"text": text}, evaluations={"words": words})
     return recipe_file(run, tmp_path_factory.mktemp("recipes") / "small.py")

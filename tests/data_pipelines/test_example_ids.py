@@ -30,7 +30,7 @@ def config(tmp_path: Path) -> DataConfig:
         visual=VisualConfig(image_size=8),
         examples=ExampleConfig(text_length=8),
         batch_size=16,
-        threads=0,
+        num_threads=0,
     )
 
 

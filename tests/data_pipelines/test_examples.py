@@ -93,7 +93,7 @@ def test_ids_are_stable_and_fit_a_signed_integer() -> None:
     ("config", "message"),
     [
         ({"instructions": CAPTION}, "needs target_length"),
-        ({"prompt": "a video of"}, "prompt='a video of' is for form='released'"),
+        ({"prompt": "a video of"}, "prompt='a video of' needs tokenization='released'"),
     ],
 )
 def test_configs_without_a_meaning_are_refused(config: dict[str, Any], message: str) -> None:
@@ -128,7 +128,7 @@ def golden(reference: Path) -> dict[str, Any]:
 
 
 def test_released_captions_are_glued_to_the_prompt_whose_first_pieces_are_not_learned(bert) -> None:
-    config = ExampleConfig(form="released", prompt="a video of", instructions=CAPTION, target_length=20)
+    config = ExampleConfig(tokenization="released", prompt="a video of", instructions=CAPTION, target_length=20)
     record = Record(key="r", captions=("A man!",))
     example = make_example(record, config, bert, rng())
     pieces = bert.tokens(example.arrays["target"][example.arrays["target"] != 0].tolist())
@@ -143,7 +143,7 @@ def test_released_captions_are_glued_to_the_prompt_whose_first_pieces_are_not_le
 
 
 def test_what_the_release_leaves_nothing_of_is_not_chosen(bert) -> None:
-    both = ExampleConfig(form="released", instructions=CAPTION, text_length=8, target_length=8)
+    both = ExampleConfig(tokenization="released", instructions=CAPTION, text_length=8, target_length=8)
     for seed in range(4):
         drawn = np.random.default_rng(seed)
         example = make_example(Record("r", captions=("...", "a man", "?!")), both, bert, drawn)
@@ -151,14 +151,18 @@ def test_what_the_release_leaves_nothing_of_is_not_chosen(bert) -> None:
     with pytest.raises(DataError, match="record r has no caption with words behind its punctuation"):
         make_example(Record("r", captions=("...",)), both, bert, rng())
     asked = ExampleConfig(
-        form="released", instructions={"question": InstructionConfig(templates=("{question}",))}, target_length=8
+        tokenization="released",
+        instructions={"question": InstructionConfig(templates=("{question}",))},
+        target_length=8,
     )
     with pytest.raises(
         DataError, match="has none of what is asked for, or none with words behind its punctuation: que"
     ):
         make_example(Record("r", questions=(Question("?", "yes"),)), asked, bert, rng())
     pair = ExampleConfig(
-        form="released", instructions={"label": InstructionConfig(templates=("{text}|{other}",))}, target_length=8
+        tokenization="released",
+        instructions={"label": InstructionConfig(templates=("{text}|{other}",))},
+        target_length=8,
     )
     example = make_example(Record("r", texts=("...", "b"), label="yes"), pair, bert, rng())
     assert example.instruction == "...|b"  # of a pair neither is left out
@@ -166,7 +170,7 @@ def test_what_the_release_leaves_nothing_of_is_not_chosen(bert) -> None:
 
 def test_released_questions_end_without_sep_and_answers_with_one(bert) -> None:
     config = ExampleConfig(
-        form="released", instructions={"question": InstructionConfig(templates=("{question}",))},
+        tokenization="released", instructions={"question": InstructionConfig(templates=("{question}",))},
         instruction_length=20, target_length=10,
     )  # fmt: skip
     record = Record(key="r", questions=(Question("What is a man playing?", "riding"),))
@@ -177,7 +181,7 @@ def test_released_questions_end_without_sep_and_answers_with_one(bert) -> None:
 
 
 def test_a_long_released_caption_loses_its_sep(bert) -> None:
-    config = ExampleConfig(form="released", prompt="a video of", instructions=CAPTION, target_length=6)
+    config = ExampleConfig(tokenization="released", prompt="a video of", instructions=CAPTION, target_length=6)
     record = Record(key="r", captions=("a man is riding a man is riding",))
     target = make_example(record, config, bert, rng()).arrays["target"]
     assert target.all()
@@ -186,7 +190,7 @@ def test_a_long_released_caption_loses_its_sep(bert) -> None:
 
 def test_the_released_form_needs_word_pieces() -> None:
     pieces = train_sentencepiece(vocabulary_texts(100), 160)
-    config = ExampleConfig(form="released", text_length=8)
+    config = ExampleConfig(tokenization="released", text_length=8)
     with pytest.raises(DataError, match="found a SentencePieceTokenizer"):
         make_example(DigitWorld("image")[0], config, pieces, rng())
 
@@ -243,11 +247,11 @@ def test_words_that_are_no_box(words):
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"classes": ("a", "a"), "instructions": LABEL}, "2 names, of which only 1 differ"),
+        ({"classes": ("a", "a"), "instructions": LABEL}, "2 names, only 1 of them distinct"),
         ({"classes": ("a", "b"), "instructions": {}}, "classes need instructions"),
         (
             {"classes": ("a", "b"), "instructions": {"caption": InstructionConfig(templates=("",))}},
-            "classes are of labels and entailments, but the instructions are caption",
+            "classes need instructions of kind 'label' or 'entailment', found caption",
         ),
     ],
 )
@@ -257,7 +261,7 @@ def test_classes_that_mean_nothing_are_refused(fields, said):
 
 
 def test_references_are_the_captions_as_targets_have_them() -> None:
-    config = ExampleConfig(instructions=CAPTION, target_length=8, references=3)
+    config = ExampleConfig(instructions=CAPTION, target_length=8, max_references=3)
     record = Record(key="r", captions=("a red four", "a green two moves left and right and up and down"))
     found = make_example(record, config, TOKENIZER, rng()).arrays
     assert found["references"].shape == config.shapes()["references"][0] == (3, 8)
@@ -271,10 +275,10 @@ def test_references_are_the_captions_as_targets_have_them() -> None:
 @pytest.mark.parametrize(
     "fields",
     [
-        {"references": -1}, {"references": 2, "target_length": 8},
-        {"references": 2, "target_length": 8, "instructions": CAPTION | LABEL},
+        {"max_references": -1}, {"max_references": 2, "target_length": 8},
+        {"max_references": 2, "target_length": 8, "instructions": CAPTION | LABEL},
     ],
 )  # fmt: skip
 def test_references_of_what_has_no_captions_are_refused(fields):
-    with pytest.raises(DataError, match=f"references={fields['references']} are a number of captions"):
+    with pytest.raises(DataError, match=f"max_references={fields['max_references']} counts captions"):
         ExampleConfig(**({"instructions": CAPTION, "target_length": 8} | {"instructions": {}} | fields))

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data_pipelines import media as media_module
-from data_pipelines.config import Colour
+from data_pipelines.config import Color
 from data_pipelines.errors import DataError
 from data_pipelines.image import open_image
 from data_pipelines.media import Media, image_formats
@@ -140,7 +140,7 @@ RED = (200, 30, 30)
 @pytest.mark.parametrize(
     "form", ["PNG", "WEBP", "TIFF", "AVIF", "JPEG2000", "PNG LA", "TIFF PA", "PNG P", "GIF P", "PNG I;16"]
 )
-def test_what_is_transparent_shows_the_background(form: str, background: Colour) -> None:
+def test_what_is_transparent_shows_the_background(form: str, background: Color) -> None:
     """Whatever colour it hides."""
     format, _, mode = form.partition(" ")
     image = Image.new("RGBA", (8, 8), (*RED, 255))

@@ -45,7 +45,7 @@ def tar(tmp_path: Path) -> SourceConfig:
     return SourceConfig(format="webdataset", path=str(write_tar(tmp_path / "a.tar", members)))
 
 
-WHOLE = {"digits": SourceConfig(size=30)}
+WHOLE = {"digits": SourceConfig(max_records=30)}
 
 
 def test_a_batch_is_built_from_its_number_alone_and_by_any_processes() -> None:
@@ -73,17 +73,17 @@ def test_an_epoch_draws_other_captions(tmp_path: Path) -> None:
 def test_mixtures_by_weight_and_by_temperature(tmp_path: Path) -> None:
     img2dataset(tmp_path / "a.tar", 8)
     tars = SourceConfig(format="webdataset", path=str(tmp_path / "a.tar"))
-    digits = SourceConfig(size=72, weight=3.0)
+    digits = SourceConfig(max_records=72, weight=3.0)
     mixed = stream(data({"tars": tars, "digits": digits}, 8))
     assert mixed.shares() == {"tars": 0.25, "digits": 0.75}
     for step in (0, 5, 10_000):
         assert sum(row.pick.source == "tars" for row in mixed.batch(step).rows) == 2
-    warm = stream(data({"tars": tars, "digits": dataclasses.replace(digits, weight=1.0)}, temperature=2.0))
+    warm = stream(data({"tars": tars, "digits": dataclasses.replace(digits, weight=1.0)}, mixture_temperature=2.0))
     assert warm.shares()["digits"] == pytest.approx(72**0.5 / (72**0.5 + 8**0.5))
 
 
 def test_broken_records_are_replaced_by_the_next_good_one(tar: SourceConfig) -> None:
-    config = data({"tars": tar}, 12, max_skipped=0.5)
+    config = data({"tars": tar}, 12, max_bad_fraction=0.5)
     epoch = stream(config).batch(0).rows
     assert sorted(row.example.key for row in epoch) == sorted(
         f"a/{3 if i == 2 else 7 if i == 6 else i:02}" for i in range(12)
@@ -108,7 +108,7 @@ def test_faults_are_counted_written_once_and_too_many_stop(tar: SourceConfig, tm
     again.take("tars", read_faults(path), max_share=0.7)
     assert len(read_faults(path)) == 2, "a run that resumes writes nothing twice"
     with pytest.raises(
-        DataError, match=r"7 of 9 records of source 'tars' cannot be used, more than max_skipped=0\.7"
+        DataError, match=r"7 of 9 records of source 'tars' cannot be used, more than max_bad_fraction=0\.7"
     ) as said:
         again.take("tars", read_faults(path) + [Fault("tars", str(i), "gone") for i in range(3)], max_share=0.7)
     assert "a/02: a.tar:02.png cannot be read" in str(said.value)
@@ -159,7 +159,7 @@ def test_what_is_no_fault_of_a_record_ends_the_run_with_its_key(monkeypatch: pyt
 
 
 def test_evaluations_leave_broken_records_out(tar: SourceConfig) -> None:
-    held = EvaluationSet(data({"digits": SourceConfig(size=3), "tars": tar}, 4), TOKENIZER, name="e", seed=0)
+    held = EvaluationSet(data({"digits": SourceConfig(max_records=3), "tars": tar}, 4), TOKENIZER, name="e", seed=0)
     assert len(held) == 15
     batches = list(held.batches())
     assert [batch.arrays["frames"].shape for batch in batches] == [(4, 1, SIZE, SIZE, 3)] * 4
@@ -178,7 +178,7 @@ def test_evaluations_leave_broken_records_out(tar: SourceConfig) -> None:
 
 
 def test_an_evaluation_begins_anywhere() -> None:
-    held = EvaluationSet(data({"digits": SourceConfig(size=7)}, 2), TOKENIZER, name="e", seed=0)
+    held = EvaluationSet(data({"digits": SourceConfig(max_records=7)}, 2), TOKENIZER, name="e", seed=0)
     whole = [example.key for batch in held.batches() for example in batch.examples.values()]
     for start in range(8):
         batches = list(held.batches(start=start))
@@ -189,14 +189,14 @@ def test_an_evaluation_begins_anywhere() -> None:
 
 def test_an_evaluation_sees_every_view_of_an_example_in_rows_that_follow_each_other() -> None:
     def held(**views: int) -> EvaluationSet:
-        config = data({"digits": SourceConfig(kind="video", size=3)}, 4)
-        visual = dataclasses.replace(VISUAL, num_frames=4 // views.get("clips", 1), **views)
+        config = data({"digits": SourceConfig(kind="video", max_records=3)}, 4)
+        visual = dataclasses.replace(VISUAL, num_frames=4 // views.get("num_clips", 1), **views)
         return EvaluationSet(dataclasses.replace(config, visual=visual), TOKENIZER, name="e", seed=0)
 
     def rows(held: EvaluationSet, shard: Shard = WHOLE_SHARD) -> list[np.ndarray]:
         return [frames for batch in held.batches(shard) for frames in batch.arrays["frames"]]
 
-    whole, views = held(), held(clips=2, crops=3)
+    whole, views = held(), held(num_clips=2, num_crops=3)
     assert (len(views), views.views, len(list(views.batches()))) == (3, 6, 5)
     for example, frames in enumerate(rows(whole)[:3]):
         for view in range(6):  # all squares of a square are alike
@@ -209,14 +209,16 @@ def test_an_evaluation_sees_every_view_of_an_example_in_rows_that_follow_each_ot
 
 
 def test_views_are_of_videos_in_evaluations() -> None:
-    visual = dataclasses.replace(VISUAL, clips=2)
+    visual = dataclasses.replace(VISUAL, num_clips=2)
     for kind in ("image", "text"):
-        with pytest.raises(DataError, match=f"visual.clips=2 is of videos, and the sources are of kind {kind}"):
+        with pytest.raises(DataError, match=f"visual.num_clips=2 needs videos, found sources of kind {kind}"):
             dataclasses.replace(data({"a": SourceConfig(kind=kind)}), visual=visual)
-    with pytest.raises(DataError, match=r"visual\.crops=3, but texts are not seen: leave it out"):
-        dataclasses.replace(data({"a": SourceConfig(kind="text")}), visual=dataclasses.replace(VISUAL, crops=3))
+    with pytest.raises(DataError, match=r"visual\.num_crops=3 needs images or videos, found texts; set it to 1"):
+        dataclasses.replace(data({"a": SourceConfig(kind="text")}), visual=dataclasses.replace(VISUAL, num_crops=3))
     clips = dataclasses.replace(data({"a": SourceConfig(kind="video")}), visual=visual)
-    with pytest.raises(DataError, match=r"visual\.clips=2 is for evaluations: training sees one view of an example"):
+    with pytest.raises(
+        DataError, match=r"visual\.num_clips=2 is for evaluations: training sees one view of an example"
+    ):
         stream(clips)
 
 
@@ -231,9 +233,9 @@ IMAGE, TEXT = SourceConfig(), SourceConfig(kind="text")
 REFUSED = {
     "no source": ({}, {}, "needs sources of one kind, found none"),
     "kinds": ({"a": IMAGE, "b": TEXT}, {}, r"found a \(image\), b \(text\); give each kind a stream of its own"),
-    "weight": ({"a": SourceConfig(weight=0.0)}, {}, r"sources\.a\.weight=0\.0 should be above 0"),
-    "temperature": ({"a": IMAGE}, {"temperature": 0.0}, r"temperature=0\.0 should be above 0"),
-    "share": ({"a": IMAGE}, {"max_skipped": 2.0}, r"max_skipped=2\.0 is a share, expected 0 to 1"),
+    "weight": ({"a": SourceConfig(weight=0.0)}, {}, r"sources\.a\.weight=0\.0 must be above 0"),
+    "temperature": ({"a": IMAGE}, {"mixture_temperature": 0.0}, r"mixture_temperature=0\.0 must be above 0"),
+    "share": ({"a": IMAGE}, {"max_bad_fraction": 2.0}, r"max_bad_fraction=2\.0 is a fraction, expected 0 to 1"),
     "remainder": ({"a": IMAGE, "b": IMAGE}, {"drop_remainder": True}, "drop_remainder needs a single source"),
 }
 
@@ -246,7 +248,7 @@ def test_streams_that_are_none(sources: dict[str, SourceConfig], fields: dict[st
 
 def test_a_batch_larger_than_an_epoch_without_remainder() -> None:
     with pytest.raises(DataError, match=r"sources\.a has 3 records, too few for a batch of 4 with drop_remainder"):
-        stream(data({"a": SourceConfig(size=3)}, 4, drop_remainder=True))
+        stream(data({"a": SourceConfig(max_records=3)}, 4, drop_remainder=True))
 
 
 def test_settings_that_a_format_does_not_read() -> None:
@@ -269,7 +271,7 @@ def test_boxes_are_refused_where_pictures_are_cropped_or_turned() -> None:
         return DataConfig(sources=sources, visual=VisualConfig(**visual), examples=boxes, batch_size=2)
 
     for transform in ("test", "train", "released_train"):
-        with pytest.raises(DataError, match="boxes do not follow what is cropped or turned; use 'resize'"):
+        with pytest.raises(DataError, match="boxes are not transformed with crops and flips; use 'resize'"):
             asked(files, transform=transform)
     asked(files, transform="resize")
     asked(WHOLE)  # DigitWorld draws squares, of which nothing is cropped
@@ -277,9 +279,9 @@ def test_boxes_are_refused_where_pictures_are_cropped_or_turned() -> None:
 
 def test_references_are_read_evenly_and_without_pictures(tar: SourceConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     examples = ExampleConfig(
-        instructions={"caption": InstructionConfig(templates=("",))}, target_length=12, references=1
+        instructions={"caption": InstructionConfig(templates=("",))}, target_length=12, max_references=1
     )
-    made = stream(dataclasses.replace(data({"tars": tar, "digits": SourceConfig(size=24)}), examples=examples))
+    made = stream(dataclasses.replace(data({"tars": tar, "digits": SourceConfig(max_records=24)}), examples=examples))
     monkeypatch.setattr("data_pipelines.loader.load_visual", lambda *_: pytest.fail("a picture was decoded"))
     every = list(made.references(1000))
     assert len(every) == 12 + 24 - 1  # one caption is no UTF-8

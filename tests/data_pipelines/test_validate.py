@@ -24,14 +24,14 @@ from .worlds import SIZE, encoded, records, write_tar
 VISUAL = VisualConfig(image_size=SIZE, num_frames=4)
 TOKENIZER = train_wordpiece(vocabulary_texts(100), 200)
 NOTHING, CAPTIONS = ExampleConfig(), ExampleConfig(text_length=8)
-WORDS = ExampleConfig(text_length=8, form="released")
+WORDS = ExampleConfig(text_length=8, tokenization="released")
 QUESTIONS = ExampleConfig(
     instructions={"question": InstructionConfig(templates=("{question}",))}, instruction_length=8, target_length=8
 )
 
 
 def data(source: SourceConfig, examples: ExampleConfig = NOTHING) -> DataConfig:
-    return DataConfig(sources={"s": source}, visual=VISUAL, examples=examples, batch_size=2, max_skipped=1.0)
+    return DataConfig(sources={"s": source}, visual=VISUAL, examples=examples, batch_size=2, max_bad_fraction=1.0)
 
 
 def found_in(config: DataConfig, least_answers: int = 0) -> Findings:

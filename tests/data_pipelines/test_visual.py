@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_pipelines.config import Colour, Transform, VisualConfig
+from data_pipelines.config import Color, Transform, VisualConfig
 from data_pipelines.errors import DataError
 from data_pipelines.frames import middle_indices, random_indices
 from data_pipelines.image import Picture
@@ -62,13 +62,13 @@ def test_testing_forms_do_not(transform: Transform) -> None:
         assert len({load(source, seed, transform=transform).frames.tobytes() for seed in range(3)}) == 1
 
 
-@pytest.mark.parametrize("sampling", ["middle", "random", "fps"])
+@pytest.mark.parametrize("sampling", ["uniform", "random", "fps"])
 def test_frames_and_times_belong_together(sampling: str) -> None:
     _, frames = moving_clip("h264", 12)
     visual = load(clip(), image_size=64, num_frames=5, sampling=sampling, fps=4.0, transform="released_test")
     indices = np.rint(visual.times * 10).astype(int)
     np.testing.assert_array_equal(visual.frames, frames[indices])
-    if sampling == "middle":
+    if sampling == "uniform":
         assert indices.tolist() == middle_indices(30, 5).tolist()
     elif sampling == "random":
         assert indices.tolist() == random_indices(30, 5, np.random.default_rng(0)).tolist()
@@ -78,11 +78,11 @@ def test_frames_and_times_belong_together(sampling: str) -> None:
 
 def test_pixels_are_chosen_from_and_have_no_clock() -> None:
     pixels = moving(9, 16, 16)
-    for sampling, expected in (("middle", middle_indices(9, 3)), ("fps", middle_indices(9, 3))):
+    for sampling, expected in (("uniform", middle_indices(9, 3)), ("fps", middle_indices(9, 3))):
         visual = load(pixels, image_size=16, num_frames=3, sampling=sampling)
         np.testing.assert_array_equal(visual.frames, pixels[expected])
         assert (visual.times == 0).all()
-    for sampling in ("middle", "random", "fps"):
+    for sampling in ("uniform", "random", "fps"):
         np.testing.assert_array_equal(load(pixels[:4], image_size=16, sampling=sampling).frames, pixels[:4])
         np.testing.assert_array_equal(load(pixels[:1], image_size=16, sampling=sampling).frames, pixels[:1])
 
@@ -90,7 +90,7 @@ def test_pixels_are_chosen_from_and_have_no_clock() -> None:
 def test_views_are_the_squares_of_one_clip_after_the_other() -> None:
     _, frames = moving_clip("h264", 12)
     size = min(frames.shape[1:3])
-    config = VisualConfig(image_size=size, num_frames=5, clips=2, crops=3)
+    config = VisualConfig(image_size=size, num_frames=5, num_clips=2, num_crops=3)
     assert config.views == 6
     for source in (clip(), frames):
         for view in range(6):
@@ -98,17 +98,19 @@ def test_views_are_the_squares_of_one_clip_after_the_other() -> None:
             chosen = frames[middle_indices(30, 5, view // 3, 2)]
             expected = [square(*frame.shape[:2], size, view % 3).of_frame(frame) for frame in chosen]
             np.testing.assert_array_equal(seen, np.stack(expected))
-    config = VisualConfig(crops=3)
+    config = VisualConfig(num_crops=3)
     squares = [load_visual(PHOTOGRAPH, config, np.random.default_rng(0), view).frames for view in range(3)]
     assert len({view.tobytes() for view in squares}) == 3
     np.testing.assert_array_equal(squares[1], load(PHOTOGRAPH).frames)
 
 
 def test_views_of_what_is_drawn_or_seen_whole_are_refused() -> None:
-    with pytest.raises(DataError, match=r"visual\.clips=2 needs frames that are not drawn: sampling 'middle' or 'fps'"):
-        VisualConfig(clips=2, sampling="random")
-    with pytest.raises(DataError, match=r"visual\.crops=3 with visual\.transform='resize': several squares are cut by"):
-        VisualConfig(crops=3, transform="resize")
+    with pytest.raises(
+        DataError, match=r"visual\.num_clips=2 needs deterministic frames: set visual\.sampling to 'uniform'"
+    ):
+        VisualConfig(num_clips=2, sampling="random")
+    with pytest.raises(DataError, match=r"visual\.num_crops=3 with visual\.transform='resize': several crops need"):
+        VisualConfig(num_crops=3, transform="resize")
 
 
 def test_the_whole_clip_is_treated_alike() -> None:
@@ -133,7 +135,7 @@ def test_without_a_flip_left_stays_left() -> None:
 
 
 def test_training_without_anything_is_resizing() -> None:
-    fields = {"min_area": 1.0, "num_ops": 0, "flip": False, "transform": "train"}
+    fields = {"min_crop_area": 1.0, "num_ops": 0, "flip": False, "transform": "train"}
     pixels = moving(1, 40, 40)
     np.testing.assert_array_equal(load(pixels, **fields).frames, load(pixels, transform="resize").frames)
 
@@ -142,7 +144,7 @@ def test_jpegs_are_decoded_small(monkeypatch: pytest.MonkeyPatch) -> None:
     scales: list[float] = []
     decode = Picture.decode
 
-    def recorded(self, shrink: float, background: Colour):
+    def recorded(self, shrink: float, background: Color):
         image, scale = decode(self, shrink, background)
         scales.append(scale)
         return image, scale
@@ -174,9 +176,9 @@ def test_the_release_pretrains_on_pictures_as_pillow_crops() -> None:
         ("image_size", 0, "at least 1"),
         ("num_frames", 0, "at least 1"),
         ("fps", 0.0, "above 0"),
-        ("clips", 0, "at least 1"),
-        ("crops", 2, "1 or 3"),
-        ("min_area", 1.5, "above 0 and at most 1"),
+        ("num_clips", 0, "at least 1"),
+        ("num_crops", 2, "1 or 3"),
+        ("min_crop_area", 1.5, "above 0 and at most 1"),
         ("num_ops", 99, "0 to 14"),
         ("magnitude", 11.0, "0 to 10"),
     ],

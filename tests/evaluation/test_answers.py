@@ -108,7 +108,7 @@ def asked(
     examples: ExampleConfig = QUESTIONS,
 ) -> Evaluation:  # fmt: skip
     data = DataConfig(
-        sources={"digits": SourceConfig(kind="image", split="heldout", size=6)}, visual=VisualConfig(),
+        sources={"digits": SourceConfig(kind="image", split="heldout", max_records=6)}, visual=VisualConfig(),
         examples=examples, batch_size=batch_size,
     )  # fmt: skip
     config = EvaluationConfig(task=task, data=data, answers=str(answers), ranked=ranked)
@@ -180,5 +180,5 @@ def test_the_release_counts_the_first_token_twice_and_its_search_is_not_asked(
     monkeypatch.setitem(globals(), "CONTEXT", dataclasses.replace(CONTEXT, settings=settings))
     path = written(tmp_path, LISTED)
     asked("answer", path, ranked=3)
-    asked("answer", path, ranked=3, examples=dataclasses.replace(QUESTIONS, form="released"))
+    asked("answer", path, ranked=3, examples=dataclasses.replace(QUESTIONS, tokenization="released"))
     assert [context.first_twice for context in told] == [False, True]

@@ -55,8 +55,8 @@ SIZE = 20
 
 
 def evaluation(task, parts, examples, *, batch_size=SIZE, kind="text", size=SIZE, samples=SIZE, mesh=None, clips=1):
-    sources = {"digits": SourceConfig(kind=kind, split="heldout", size=size)}
-    visual = VisualConfig(num_frames=3, clips=clips)
+    sources = {"digits": SourceConfig(kind=kind, split="heldout", max_records=size)}
+    visual = VisualConfig(num_frames=3, num_clips=clips)
     data = DataConfig(sources=sources, visual=visual, examples=examples, batch_size=batch_size)
     config = EvaluationConfig(task=task, data=data, samples=samples)
     one = make_mesh(MeshConfig(), jax.devices()[:1])
@@ -95,7 +95,7 @@ ACTIONS = ExampleConfig(instructions={"label": InstructionConfig(templates=("",)
 
 
 def actions(visual, *, batch_size=6, mesh=None, size=7, model=MODEL):
-    sources = {"digits": SourceConfig(kind="video", split="heldout", size=size)}
+    sources = {"digits": SourceConfig(kind="video", split="heldout", max_records=size)}
     data = DataConfig(sources=sources, visual=visual, examples=ACTIONS, batch_size=batch_size)
     definition = define(dataclasses.replace(model, num_classes=len(VIDEO_LABELS)), SEEING)
     one = make_mesh(MeshConfig(), jax.devices()[:1])
@@ -111,7 +111,7 @@ def assert_said_the_same(ours, theirs):
 
 def test_the_probabilities_of_an_example_s_views_are_averaged(monkeypatch):
     """In any batches, on any mesh; and broken in one view, an example is left out."""
-    visual = VisualConfig(num_frames=2, clips=3)
+    visual = VisualConfig(num_frames=2, num_clips=3)
     ours, definition = actions(visual)
     params = drawn(definition)
     rows = [
@@ -136,7 +136,9 @@ def test_the_probabilities_of_an_example_s_views_are_averaged(monkeypatch):
 
     broken, _ = actions(visual)
     make = broken._set._builder.make
-    broken._config = dataclasses.replace(broken._config, data=dataclasses.replace(broken._config.data, max_skipped=1.0))
+    broken._config = dataclasses.replace(
+        broken._config, data=dataclasses.replace(broken._config.data, max_bad_fraction=1.0)
+    )
 
     def fails(pick, view=0):
         if (pick.index, view) == (4, 1):
@@ -249,7 +251,7 @@ def test_a_result_is_saved_as_json_with_strips_of_its_samples_frames_beside_it(t
          "needs the parts temporal"),
         ("answer", ("vision", "temporal", "text", "universal", "fusion", "decoder"), QUESTIONS,
          {"kind": "video", "clips": 2},
-         "clips=2 and crops=1 are views whose probabilities are averaged, .*; for task 'answer' set both to 1"),
+         "num_clips=2 and num_crops=1 are views whose probabilities are averaged, .*; for task 'answer' set both to 1"),
         ("stsb", ("vision", "text", "universal", "classifier"), NAMED, {"kind": "image"},
          r"task 'stsb' tells 26 classes apart, but config\.model\.num_classes=\d; set that to 26"),
         ("mlm", ("text", "universal", "mlm"), SENTENCES, {"size": 0}, "is empty"),

@@ -43,7 +43,8 @@ DEFINITION = define(MODEL, TASKS["rerank"].parts)
 
 def data(batch_size=8):
     return DataConfig(
-        sources={"digits": SourceConfig(kind="image", split="heldout", size=SIZE)}, visual=VisualConfig(image_size=16),
+        sources={"digits": SourceConfig(kind="image", split="heldout", max_records=SIZE)},
+        visual=VisualConfig(image_size=16),
         examples=ExampleConfig(text_length=24), batch_size=batch_size,
     )  # fmt: skip
 

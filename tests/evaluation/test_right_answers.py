@@ -67,7 +67,7 @@ def test_a_perfect_model_is_right_whatever_the_pieces_do_to_spaces_case_and_acce
 
 def test_the_released_form_compares_to_the_letter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     rows = [{"id": i, "question": "what?", "answer": text} for i, text in enumerate(("yes", "t-shirt"))]
-    released = dataclasses.replace(ASKED, form="released")
+    released = dataclasses.replace(ASKED, tokenization="released")
     assert perfect(monkeypatch, tmp_path, "answer", rows, released).figures == {"accuracy": 0.5}
 
 
@@ -79,7 +79,7 @@ def test_what_no_vocabulary_knows_is_never_right(monkeypatch: pytest.MonkeyPatch
 def test_questions_with_too_few_answers_are_left_out_and_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     given = (["yes"] * 10, ["no"] * 3, ["yes"], ["yes"] * 2 + [""] * 3 + ["no"] * 5)
     rows = [{"id": f"q{i}", "question": "is it?", "answers": answers} for i, answers in enumerate(given)]
-    result = perfect(monkeypatch, tmp_path, "vqa", rows, max_skipped=0.5)
+    result = perfect(monkeypatch, tmp_path, "vqa", rows, max_bad_fraction=0.5)
     assert result.figures == {"vqa_accuracy": 1.0}
     assert (result.examples, len(result.faults)) == (2, 2)
 

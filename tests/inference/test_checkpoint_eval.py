@@ -23,7 +23,7 @@ FREEZE = ("text", "universal", "mlm")
 
 
 def heldout(task: str, kind: str, examples: ExampleConfig) -> EvaluationConfig:
-    sources = {"digits": SourceConfig(kind=kind, split="heldout", size=3)}
+    sources = {"digits": SourceConfig(kind=kind, split="heldout", max_records=3)}
     return EvaluationConfig(
         task=task, data=DataConfig(sources=sources, visual=SMALL, examples=examples, batch_size=8), samples=0
     )

@@ -46,7 +46,7 @@ def params():
 
 def data(kind, batch_size=3, sources=None):
     return DataConfig(
-        sources=sources or {"digits": SourceConfig(kind=kind, split="heldout", size=SIZE)},
+        sources=sources or {"digits": SourceConfig(kind=kind, split="heldout", max_records=SIZE)},
         visual=VisualConfig(image_size=16, num_frames=2, transform="resize"),
         examples=ExampleConfig(text="sentence", text_length=LENGTH) if kind == "text" else ExampleConfig(),
         batch_size=batch_size,

@@ -36,8 +36,8 @@ EVALUATIONS = {
 
 
 def heldout(task: str, kind: str, examples: ExampleConfig, size: int = 11) -> EvaluationConfig:
-    sources = {"digits": SourceConfig(kind=kind, split="heldout", size=size)}
-    visual = dataclasses.replace(SMALL, clips=2, crops=3) if task == "classify" else SMALL
+    sources = {"digits": SourceConfig(kind=kind, split="heldout", max_records=size)}
+    visual = dataclasses.replace(SMALL, num_clips=2, num_crops=3) if task == "classify" else SMALL
     data = DataConfig(sources=sources, visual=visual, examples=examples, batch_size=8)
     return EvaluationConfig(task=task, data=data, samples=2)
 

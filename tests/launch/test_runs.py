@@ -29,11 +29,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     sentences = {f"{i:02}.txt": b"\xff" if i in (2, 7) else f"a red {i} moves left" for i in range(10)}
     sources = {
-        "digits": SourceConfig(kind="text", split="heldout", size=11),
+        "digits": SourceConfig(kind="text", split="heldout", max_records=11),
         "tars": SourceConfig(format="webdataset", path=str(write_tar(folder / "a.tar", sentences)), kind="text"),
     }
     examples = ExampleConfig(text="sentence", text_length=12)
-    held = DataConfig(sources=sources, examples=examples, batch_size=8, max_skipped=0.5)
+    held = DataConfig(sources=sources, examples=examples, batch_size=8, max_bad_fraction=0.5)
     run = small_run(
         streams={"text": dataclasses.replace(small_run().streams["text"], objectives={"mlm": 1.0})},
         evaluations={"words": EvaluationConfig(task="mlm", data=held, samples=12)},

@@ -50,7 +50,8 @@ def params(definition):
 
 def evaluation(definition, tokenizer, *, batch_size=8, mesh=None, names=(), prompts=TEMPLATES, task="zero_shot"):
     data = DataConfig(
-        sources={"digits": SourceConfig(kind="image", split="heldout", size=20)}, visual=SMALL, batch_size=batch_size,
+        sources={"digits": SourceConfig(kind="image", split="heldout", max_records=20)}, visual=SMALL,
+        batch_size=batch_size,
         examples=ExampleConfig(instructions={"label": InstructionConfig(templates=("",))}, classes=DIGITS),
     )  # fmt: skip
     config = EvaluationConfig(task=task, data=data, prompts=prompts, class_names=names)

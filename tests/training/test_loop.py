@@ -21,13 +21,13 @@ from tests.runs import small_run
 TEXT = {"text": small_run().streams["text"]}  # the cheapest to compile
 
 
-def with_a_broken_record(folder: Path, max_skipped: float = 0.5) -> StreamConfig:
+def with_a_broken_record(folder: Path, max_bad_fraction: float = 0.5) -> StreamConfig:
     """DigitWorld's sentences and as many of a tar that holds eight, one of which is no text."""
     sentences = {f"{i:02}.txt": b"\xff" if i == 3 else f"a red {i} moves left" for i in range(8)}
     tar = SourceConfig(format="webdataset", path=str(write_tar(folder / "a.tar", sentences)), kind="text")
     sources = {"digits": SourceConfig(kind="text"), "tars": tar}
     examples = ExampleConfig(text="sentence", text_length=12)
-    data = DataConfig(sources=sources, examples=examples, batch_size=8, max_skipped=max_skipped)
+    data = DataConfig(sources=sources, examples=examples, batch_size=8, max_bad_fraction=max_bad_fraction)
     return StreamConfig(data=data, objectives={"mlm": 1.0})
 
 
@@ -98,5 +98,7 @@ def test_a_model_that_is_refused_leaves_no_trace(tmp_path: Path) -> None:
 
 def test_too_many_broken_records_stop_the_run(tmp_path: Path) -> None:
     config = small_run(streams={"text": with_a_broken_record(tmp_path, 0.0)}, evaluations={}, mesh=MeshConfig(fsdp=8))
-    with pytest.raises(DataError, match=r"source 'tars' cannot be used, more than max_skipped=0 allows \(record 3: "):
+    with pytest.raises(
+        DataError, match=r"source 'tars' cannot be used, more than max_bad_fraction=0 allows \(record 3: "
+    ):
         train(config, tmp_path / "run")

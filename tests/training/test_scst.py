@@ -36,7 +36,7 @@ from tests.runs import small_model, small_run, stream
 
 LENGTH, REFERENCES = 12, 3
 DESCRIBE = ExampleConfig(
-    instructions={"caption": InstructionConfig(templates=("",))}, target_length=LENGTH, references=REFERENCES
+    instructions={"caption": InstructionConfig(templates=("",))}, target_length=LENGTH, max_references=REFERENCES
 )
 
 

@@ -92,4 +92,4 @@ def test_of_many_files_some_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_what_is_drawn_has_no_files() -> None:
-    assert fingerprint(SourceConfig(size=3)) == {}
+    assert fingerprint(SourceConfig(max_records=3)) == {}

@@ -97,7 +97,7 @@ def test_every_text_of_a_record_is_one_of_its_own(tmp_path: Path) -> None:
     rows = [{"image": "a.jpg", "caption": ["one", "two"]}, {"image": "b.jpg", "caption": "three"}, {"image": "c.jpg"}]
     path = tmp_path / "c.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows) + "{broken\n")
-    source = open_source(SourceConfig(format="annotations", kind="text", path=str(path), each="text"), VISUAL)
+    source = open_source(SourceConfig(format="annotations", kind="text", path=str(path), expand="text"), VISUAL)
     assert len(source) == 5
     found = [(source[i].key, source[i].texts) for i in range(3)]
     assert found == [("c/1#0", ("one",)), ("c/1#1", ("two",)), ("c/2", ("three",))]
