@@ -30,7 +30,7 @@ from scipy.stats import t as student
 from mplug2_jax.cli.main import main as mplug2
 from mplug2_jax.config import build, load_recipe
 from mplug2_jax.metrics.units import show
-from mplug2_jax.recipes.digitworld import TRIALS
+from mplug2_jax.recipes.digitworld import FINETUNES
 from mplug2_jax.training.config import RunConfig
 from mplug2_jax.training.initialization import starting_from
 from mplug2_jax.training.loop import train
@@ -57,7 +57,7 @@ def run(
     finished(dataclasses.replace(pretraining, evaluations={}, steps=steps or PRETRAINING, **changes), pretrained)
     figures: dict[str, float] = {}
     for name in TASKS:
-        asked = TRIALS[name].asked
+        asked = FINETUNES[name].asked
         few = [f"--config.evaluations.{each}.data.sources.digits.max_records={examples}" for each in asked]
         if name == LEARNED:
             config = build(RunConfig, load_recipe(f"digitworld:{name}", [*sizes, *few]))

@@ -27,7 +27,7 @@ from typing import Any
 
 from data_pipelines.config import DataConfig, ExampleConfig, SourceConfig
 from mplug2_jax.cli.common import table
-from mplug2_jax.config import defaults_of
+from mplug2_jax.config import to_dict
 from mplug2_jax.launch.local import find_free_port, process_environment
 from mplug2_jax.model.config import model_config
 from mplug2_jax.training.config import (
@@ -82,7 +82,7 @@ class Drills:
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         make_tokenizer(TokenizerConfig(vocab_size=200)).save(self.folder / "tokenizer")
-        values = json.dumps(defaults_of(run_config(self.folder / "tokenizer")))
+        values = json.dumps(to_dict(run_config(self.folder / "tokenizer")))
         (self.folder / "recipe.py").write_text(
             "import json\nfrom ml_collections import ConfigDict\n\n\n"
             f"def get_config():\n    return ConfigDict(json.loads({values!r}), type_safe=False)\n"

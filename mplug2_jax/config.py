@@ -22,20 +22,20 @@ from mplug2_jax.renames import current_name, with_current_names
 T = TypeVar("T")
 
 
-def defaults_of(value: Any) -> Any:
+def to_dict(value: Any) -> Any:
     """A dataclass instance as plain dicts and tuples, ready to be a recipe or JSON."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: defaults_of(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {key: defaults_of(item) for key, item in value.items()}
+        return {key: to_dict(item) for key, item in value.items()}
     if isinstance(value, tuple):
-        return tuple(defaults_of(item) for item in value)
+        return tuple(to_dict(item) for item in value)
     return value
 
 
 def as_recipe(value: Any) -> ConfigDict:
     """A dataclass instance as an ml_collections page, whose every field can be overridden."""
-    return ConfigDict(defaults_of(value), type_safe=False)
+    return ConfigDict(to_dict(value), type_safe=False)
 
 
 def build(cls: type[T], values: Mapping[str, Any] | ConfigDict, where: str = "config") -> T:

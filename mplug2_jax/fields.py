@@ -21,56 +21,56 @@ class Field(NamedTuple):
     meaning: str
 
 
-def fields_of(value: Any, path: str = "") -> Iterator[Field]:
+def iter_fields(value: Any, path: str = "") -> Iterator[Field]:
     """Yield every field of a config, groups of them by their fields, named values by their names."""
     cls: Any = type(value)
-    hints, meanings = get_type_hints(cls), meanings_of(cls)
+    hints, meanings = get_type_hints(cls), field_descriptions(cls)
     for field in dataclasses.fields(cls):
         yield from _of(getattr(value, field.name), hints[field.name], f"{path}{field.name}", meanings[field.name])
 
 
 def _of(value: Any, hint: Any, path: str, meaning: str) -> Iterator[Field]:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        yield from fields_of(value, f"{path}.")
+        yield from iter_fields(value, f"{path}.")
     elif isinstance(value, Mapping) and value:
         inner = get_args(hint)[1] if get_args(hint) else Any
         for key, item in value.items():
             yield from _of(item, inner, f"{path}.{key}", meaning)
     else:
-        yield Field(path, value, valid_of(hint), meaning)
+        yield Field(path, value, describe_type(hint), meaning)
 
 
 @functools.cache
-def meanings_of(cls: type) -> dict[str, str]:
+def field_descriptions(cls: type) -> dict[str, str]:
     """Return the comment behind every field of a dataclass, by its name; empty where there is none."""
     lines = map(_FIELD.fullmatch, inspect.getsource(cls).splitlines())
     said = {line["name"]: (line["meaning"] or "").replace("``", "") for line in lines if line}
     return {field.name: said.get(field.name, "") for field in dataclasses.fields(cls)}
 
 
-def valid_of(hint: Any) -> str:
+def describe_type(hint: Any) -> str:
     """Return what a field of a type takes, in words.
 
     Example:
-        >>> valid_of(int), valid_of(float | None), valid_of(Literal["a", "b"]), valid_of(tuple[str, ...])
-        ('int', 'float or none', 'a | b', '(str, ...)')
+        >>> describe_type(float | None), describe_type(Literal["a", "b"]), describe_type(tuple[str, ...])
+        ('float or none', 'a | b', '(str, ...)')
     """
     origin, args = get_origin(hint), get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return " or ".join("none" if arg is type(None) else valid_of(arg) for arg in args)
+        return " or ".join("none" if arg is type(None) else describe_type(arg) for arg in args)
     if origin is Literal:
         return " | ".join(map(str, args))
     if origin is tuple:
-        return f"({valid_of(args[0])}, ...)"
+        return f"({describe_type(args[0])}, ...)"
     if isinstance(origin, type) and issubclass(origin, Mapping):
-        return f"{valid_of(args[1])} by name"
+        return f"{describe_type(args[1])} by name"
     if hint is bool:
         return "true | false"
     name = str(getattr(hint, "__name__", hint))
     return f"fields of {name}" if dataclasses.is_dataclass(hint) else name
 
 
-def groups_of(cls: type) -> dict[type, str]:
+def config_groups(cls: type) -> dict[type, str]:
     """Return a config's class and all that its fields are made of, the outer before the inner, and where each is.
 
     Names that a run chooses are written NAME: ``config.streams.NAME.data``.
@@ -93,16 +93,16 @@ def groups_of(cls: type) -> dict[type, str]:
 
 def markdown(cls: type) -> str:
     """Return the tables of a config's class and of all that its fields are made of, for a page of docs."""
-    return "\n\n".join(_table(group, path) for group, path in groups_of(cls).items()) + "\n"
+    return "\n\n".join(_table(group, path) for group, path in config_groups(cls).items()) + "\n"
 
 
 def _table(cls: type, path: str) -> str:
-    hints, meanings = get_type_hints(cls), meanings_of(cls)
+    hints, meanings = get_type_hints(cls), field_descriptions(cls)
     rows = ["| field | takes | default | meaning |", "|---|---|---|---|"]
     for field in dataclasses.fields(cls):
         group = bool(_configs_in(hints[field.name]))
         default = "" if group or field.default is dataclasses.MISSING else f"`{field.default!r}`"
-        takes = "" if group else valid_of(hints[field.name])
+        takes = "" if group else describe_type(hints[field.name])
         meaning = meanings[field.name] or "see below"
         rows.append("| " + " | ".join(_cell(text) for text in (f"`{field.name}`", takes, default, meaning)) + " |")
     return "\n".join([f"## `{path}`", "", inspect.cleandoc(cls.__doc__ or ""), "", *rows])

@@ -12,14 +12,14 @@ from typing import Any
 from absl import logging
 
 from mplug2_jax.errors import UserError
-from mplug2_jax.fields import groups_of
+from mplug2_jax.fields import config_groups
 
 _NEW_NAMES: dict[str, set[str]] = collections.defaultdict(set)  # by old name, of all configs
 
 
 def accept_old_names(cls: type) -> None:
     """Let the constructors of a config, and of all that its fields are made of, take fields by their old names."""
-    for group in groups_of(cls):
+    for group in config_groups(cls):
         for old, new in _old_names(group).items():
             _NEW_NAMES[old].add(new)
         if _old_names(group) or _old_values(group):

@@ -62,7 +62,7 @@ def pytest_collection_finish() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _tokenisers_trained_once() -> Iterator[None]:
+def _train_tokenizers_once() -> Iterator[None]:
     """Train each tokeniser once: nearly every run of a test asks for the same."""
     from mplug2_jax.training import workdir
 
@@ -115,7 +115,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 
 @pytest.fixture
-def optimised() -> Iterator[None]:
+def optimized() -> Iterator[None]:
     """Programs are compiled as users compile them: for tests that look at the compiled program."""
     jax.config.update("jax_disable_most_optimizations", False)
     yield

@@ -13,7 +13,7 @@ def clip_model(**overrides: Any) -> Any:
         "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 2,
         "image_size": 32, "patch_size": 8, "projection_dim": 16,
     }  # fmt: skip
-    return randomised(transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**(sizes | overrides))))
+    return randomize_weights(transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**(sizes | overrides))))
 
 
 def bert_model(*, head: bool, layers: int = 4, heads: int = 2) -> Any:
@@ -23,10 +23,10 @@ def bert_model(*, head: bool, layers: int = 4, heads: int = 2) -> Any:
         vocab_size=90, hidden_size=128, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=256,
         max_position_embeddings=24,
     )  # fmt: skip
-    return randomised(transformers.BertForMaskedLM(config) if head else transformers.BertModel(config))
+    return randomize_weights(transformers.BertForMaskedLM(config) if head else transformers.BertModel(config))
 
 
-def randomised(model: Any) -> Any:
+def randomize_weights(model: Any) -> Any:
     """All weights away from their initialisation, so that a forgotten bias or norm shows."""
     import torch
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines.config import DataConfig, ExampleConfig, InstructionConfig, SourceConfig, VisualConfig
-from mplug2_jax.config import defaults_of
+from mplug2_jax.config import to_dict
 from mplug2_jax.evaluation.config import EvaluationConfig
 from mplug2_jax.generation.config import SearchConfig
 from mplug2_jax.model.config import ModelConfig, model_config
@@ -81,7 +81,7 @@ def recipe_file(run: RunConfig, path: Path) -> Path:
     if not run.tokenizer.path:
         kept = make_tokenizer(run.tokenizer).save(path.with_suffix(".tokenizer"))
         run = dataclasses.replace(run, tokenizer=dataclasses.replace(run.tokenizer, path=str(kept)))
-    values = json.dumps(defaults_of(run))
+    values = json.dumps(to_dict(run))
     path.write_text(
         "import json\nfrom ml_collections import ConfigDict\n\n\n"
         "def tuples(x):\n"

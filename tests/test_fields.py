@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mplug2_jax.config import build, load_recipe, override
-from mplug2_jax.fields import fields_of, groups_of, markdown, meanings_of, valid_of
+from mplug2_jax.fields import config_groups, describe_type, field_descriptions, iter_fields, markdown
 from mplug2_jax.training.config import AdamWConfig, RunConfig
 from tests.cli.conftest import command
 
@@ -22,27 +22,27 @@ its values, and with `--only WORD` what has to do with a word. The page is made 
 
 @pytest.mark.parametrize("name", ["demo", "finetune:caption,tiny", "released:videoqa,tiny", "msrvtt_qa"])
 def test_every_field_of_a_recipe_is_explained(name: str) -> None:
-    fields = list(fields_of(build(RunConfig, load_recipe(name))))
+    fields = list(iter_fields(build(RunConfig, load_recipe(name))))
     assert [field.path for field in fields if not field.meaning or not field.valid] == []
 
 
 def test_fields_are_those_that_overrides_know() -> None:
     recipe = load_recipe("demo")
-    for field in fields_of(build(RunConfig, recipe)):
+    for field in iter_fields(build(RunConfig, recipe)):
         if isinstance(field.value, int | float | str):
             override(recipe, [f"--config.{field.path}={field.value}"])
 
 
 def test_values_that_a_type_takes_in_words() -> None:
     hints = {field.name: field.type for field in dataclasses.fields(AdamWConfig)}
-    assert valid_of(hints["vision_learning_rate"]) == "float or none"
-    assert valid_of(hints["decay_mask"]) == "kernels | released"
-    assert valid_of(tuple[int, ...]) == "(int, ...)"
+    assert describe_type(hints["vision_learning_rate"]) == "float or none"
+    assert describe_type(hints["decay_mask"]) == "kernels | released"
+    assert describe_type(tuple[int, ...]) == "(int, ...)"
 
 
 def test_a_comment_behind_a_field_is_its_meaning() -> None:
-    assert meanings_of(AdamWConfig)["clip_norm"] == "of the gradient over all parameters; 0 = no clipping"
-    assert groups_of(RunConfig)[AdamWConfig] == "config.optimizer"
+    assert field_descriptions(AdamWConfig)["clip_norm"] == "of the gradient over all parameters; 0 = no clipping"
+    assert config_groups(RunConfig)[AdamWConfig] == "config.optimizer"
 
 
 def test_the_page_says_what_the_dataclasses_do(repository: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from mplug2_jax.config import as_recipe, build, load_recipe
 from mplug2_jax.errors import UserError
-from mplug2_jax.recipes.digitworld import TRIALS
+from mplug2_jax.recipes.digitworld import FINETUNES
 from mplug2_jax.training.config import RunConfig
 
 SPECS = (
@@ -14,7 +14,7 @@ SPECS = (
     "pretrain:tiny", "pretrain:base", "pretrain:large", "finetune", "finetune:caption", "finetune:videoqa,base",
     "finetune:caption,tiny", "finetune:videoqa,tiny,1", "finetune:caption,large,64", "imagenet:large,zero_shot",
     "kinetics400:large,zero_shot", "msrvtt_qa:large,released", "msvd_caption:base,released",
-    *(f"digitworld:{name}" for name in TRIALS),
+    *(f"digitworld:{name}" for name in FINETUNES),
 )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from absl import logging
 from mplug2_jax import renames
 from mplug2_jax.config import as_recipe, build, override
 from mplug2_jax.errors import UserError
-from mplug2_jax.fields import groups_of
+from mplug2_jax.fields import config_groups
 from mplug2_jax.training.config import RunConfig
 
 
@@ -71,7 +71,7 @@ def test_both_names_at_once_and_unknown_ones_are_refused() -> None:
 
 
 def test_old_names_of_runs_lead_to_fields() -> None:
-    for group, path in groups_of(RunConfig).items():
+    for group, path in config_groups(RunConfig).items():
         fields = {field.name for field in dataclasses.fields(group)}
         for old, new in getattr(group, "OLD_NAMES", {}).items():
             assert new in fields, f"{path}.{new}"

@@ -23,10 +23,10 @@ def run(args: argparse.Namespace) -> int:
     """Prints a line for each field, in the form of an override."""
     from mplug2_jax.config import build, load_recipe
     from mplug2_jax.errors import UserError, did_you_mean
-    from mplug2_jax.fields import fields_of
+    from mplug2_jax.fields import iter_fields
     from mplug2_jax.training.config import RunConfig
 
-    fields = list(fields_of(build(RunConfig, load_recipe(args.recipe, args.overrides))))
+    fields = list(iter_fields(build(RunConfig, load_recipe(args.recipe, args.overrides))))
     word = (args.only or "").lower()
     shown = [field for field in fields if word in field.path.lower() or word in field.meaning.lower()]
     if not shown:

@@ -33,18 +33,18 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs the tasks one after the other and prints the board."""
     from mplug2_jax.config import build, load_recipe
-    from mplug2_jax.recipes.digitworld import TRIALS
+    from mplug2_jax.recipes.digitworld import FINETUNES
     from mplug2_jax.report import write_report
     from mplug2_jax.training.config import RunConfig
     from mplug2_jax.training.initialization import starting_from
     from mplug2_jax.training.loop import train
 
     for name in args.only or ():
-        if name not in TRIALS:
-            raise UserError(f"--only {name} is no task of the demo: {did_you_mean(name, TRIALS)}")
+        if name not in FINETUNES:
+            raise UserError(f"--only {name} is no task of the demo: {did_you_mean(name, FINETUNES)}")
     # All of them are checked before minutes are spent on the first.
     recipes = {
-        name: build(RunConfig, load_recipe(f"digitworld:{name}", args.overrides)) for name in args.only or TRIALS
+        name: build(RunConfig, load_recipe(f"digitworld:{name}", args.overrides)) for name in args.only or FINETUNES
     }
     _pretrain(args.pretrained)
     rows: list[Sequence[str]] = []
@@ -54,7 +54,9 @@ def run(args: argparse.Namespace) -> int:
         before = _ask(name, args.pretrained, args.overrides)
         after = {result.name: result for result in train(config, args.workdir / name)}
         print(f"report: {write_report(args.workdir / name)}")
-        rows += [_row(config, asked.figure, before.get(key), after[key]) for key, asked in TRIALS[name].asked.items()]
+        rows += [
+            _row(config, asked.figure, before.get(key), after[key]) for key, asked in FINETUNES[name].asked.items()
+        ]
     header = ("task", "parts", "steps", "figure", "before", "after", "95 % interval", "baseline")
     print(f"\n{table(rows, header, right=(2, 4, 5, 6, 7))}")
     return 0

@@ -204,12 +204,12 @@ def _reading(data: "DataConfig") -> dict[str, Any]:
 
 def _model(plan: "Blueprint", params: "Params") -> dict[str, Any]:
     """Which model it is, and a digest of its weights."""
-    from mplug2_jax.config import defaults_of
+    from mplug2_jax.config import to_dict
     from mplug2_jax.training.checkpoint.checksums import digests
 
     weights = json.dumps(digests(params), sort_keys=True).encode()
     return {
-        "run": plan.config.name, "parts": list(plan.definition.parts), "config": defaults_of(plan.config.model),
+        "run": plan.config.name, "parts": list(plan.definition.parts), "config": to_dict(plan.config.model),
         "weights": hashlib.sha256(weights).hexdigest()[:16],
     }  # fmt: skip
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from data_pipelines.tokenizers import Tokenizer
-from mplug2_jax.config import as_recipe, build, defaults_of, load_recipe, override
+from mplug2_jax.config import as_recipe, build, load_recipe, override, to_dict
 from mplug2_jax.errors import UserError, did_you_mean
 from mplug2_jax.evaluation.loop import Evaluation, EvaluationResult
 from mplug2_jax.model.mplug2 import Params
@@ -64,7 +64,7 @@ def by_recipe(spec: str, path: Path, overrides: Sequence[str]) -> Subject:
     checkpoints, step = open_checkpoint(path)
     model = checkpoints.identity(step)
     averaged = any(place[0] == "ema" for place in checkpoints.leaves(step))
-    own = {"model": defaults_of(model.config), "ema_decay": AVERAGED if averaged else 0.0}
+    own = {"model": to_dict(model.config), "ema_decay": AVERAGED if averaged else 0.0}
     config = build(RunConfig, override(as_recipe(load_recipe(spec).to_dict() | own), overrides))
     workdir = WorkDir(checkpoints.folder.parent)
     if not workdir.tokenizer_folder.exists() and not config.tokenizer.path:

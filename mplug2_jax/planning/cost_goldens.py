@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines.sources.files import write_atomically
-from mplug2_jax.config import build, defaults_of, load_recipe, recipe_folder
+from mplug2_jax.config import build, load_recipe, recipe_folder, to_dict
 from mplug2_jax.errors import UserError
 from mplug2_jax.parallel.accelerators import parse_topology
 from mplug2_jax.planning.programs import Compiled, evaluation_program, training_program
@@ -70,7 +70,7 @@ def read_ledger(path: Path) -> list[Entry]:
 
 def write_ledger(entries: Sequence[Entry], path: Path) -> None:
     """Writes all entries, or nothing."""
-    write_atomically(str(path), f"{json.dumps([defaults_of(entry) for entry in entries], indent=1)}\n".encode())
+    write_atomically(str(path), f"{json.dumps([to_dict(entry) for entry in entries], indent=1)}\n".encode())
 
 
 def measure(entry: Entry) -> Report:

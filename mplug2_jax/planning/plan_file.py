@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines.sources.files import write_atomically
-from mplug2_jax.config import build, defaults_of
+from mplug2_jax.config import build, to_dict
 from mplug2_jax.errors import UserError
 from mplug2_jax.parallel.accelerators import Topology, parse_topology
 
@@ -32,7 +32,7 @@ class PlanFile:
 
     def write(self, path: Path) -> None:
         """Writes the file, whole or not at all."""
-        write_atomically(str(path), f"{json.dumps(defaults_of(self), indent=2)}\n".encode())
+        write_atomically(str(path), f"{json.dumps(to_dict(self), indent=2)}\n".encode())
 
 
 def read_plan(path: Path) -> PlanFile:

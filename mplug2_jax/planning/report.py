@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from mplug2_jax.config import defaults_of
+from mplug2_jax.config import to_dict
 from mplug2_jax.parallel.accelerators import Topology
 from mplug2_jax.parallel.mesh import describe_mesh
 from mplug2_jax.planning.costs import Costs, prediction_costs, training_costs
@@ -83,7 +83,7 @@ class Report:
     def as_json(self) -> dict[str, Any]:
         """Plain data; sizes in bytes, times in seconds."""
         derived = ("seconds", "days", "chip_hours", "examples_per_second")
-        return defaults_of(self) | {name: list(getattr(self, name)) for name in derived} | {
+        return to_dict(self) | {name: list(getattr(self, name)) for name in derived} | {
             "fits": self.memory.fits,
             "flops": {"step": self.costs.step, "executed": self.costs.executed, "overhead": self.costs.overhead},
             "exposed_share": self.timing.exposed_share,

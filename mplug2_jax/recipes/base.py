@@ -92,7 +92,7 @@ def check_size(size: str, spec: str) -> None:
         raise UserError(f"recipe {spec}: {did_you_mean(size, SIZES)}")
 
 
-def form_of(name: str, arg: str, *forms: str) -> tuple[str, str]:
+def parse_variant(name: str, arg: str, *forms: str) -> tuple[str, str]:
     """The size and the form that a page is asked for, as ``large`` or ``large,zero_shot``.
 
     Raises:

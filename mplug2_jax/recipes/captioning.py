@@ -6,7 +6,7 @@ from ml_collections import ConfigDict
 
 from data_pipelines.config import InstructionConfig
 from mplug2_jax.generation.config import SearchConfig
-from mplug2_jax.recipes.base import Family, Sets, form_of, recipe
+from mplug2_jax.recipes.base import Family, Sets, parse_variant, recipe
 from mplug2_jax.recipes.released import released
 from mplug2_jax.training.config import AdamWConfig
 
@@ -22,7 +22,7 @@ def captioning(name: str, arg: str, sets: Sets, *, epochs: int = 10, texts: int 
     Raises:
         UserError: an unknown size or form.
     """
-    size, form = form_of(name, arg, "scst", "zero_shot", *(["released"] if texts else []))
+    size, form = parse_variant(name, arg, "scst", "zero_shot", *(["released"] if texts else []))
     if form == "released":
         each = dataclasses.replace(sets, train=dataclasses.replace(sets.train, expand="text"), examples=texts)
         return released(name, size, "caption", each)

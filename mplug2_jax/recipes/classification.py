@@ -3,7 +3,7 @@
 from ml_collections import ConfigDict
 
 from data_pipelines.config import InstructionConfig
-from mplug2_jax.recipes.base import Classes, Family, Sets, form_of, recipe
+from mplug2_jax.recipes.base import Classes, Family, Sets, parse_variant, recipe
 from mplug2_jax.training.config import AdamWConfig
 
 
@@ -16,7 +16,7 @@ def classification(
     Evaluations see ``num_clips`` times ``num_crops`` views of each example; a trial at most two. ``SIZE,zero_shot``
     asks a pretrained model instead, by ``prompts``.
     """
-    size, form = form_of(name, arg, "zero_shot")
+    size, form = parse_variant(name, arg, "zero_shot")
     examples = {"instructions": {"label": InstructionConfig(templates=("",))}, "classes": classes.labels}
     views = (
         {"num_clips": min(num_clips, 2), "num_crops": 1}

@@ -88,7 +88,7 @@ _FOLLOWS = _told("entailment", "{premise} means {hypothesis}?", length=32, answe
 _REPORT = _told("question", "{question}", length=56, answer=24)
 _DIGITS, _ACTIONS = _labelled(IMAGE_LABELS), _labelled(VIDEO_LABELS)
 
-TRIALS: Mapping[str, Trial] = {
+FINETUNES: Mapping[str, Trial] = {
     trial.name: trial
     for trial in (
         _as_asked("image_caption", "image", "caption", "cider", _PICTURE, objective="ilm"),
@@ -112,9 +112,9 @@ def digitworld(name: str) -> ConfigDict:
     Raises:
         UserError: an unknown task.
     """
-    if name not in TRIALS:
-        raise UserError(f"recipe digitworld:{name}: {did_you_mean(name, TRIALS)}")
-    trial = TRIALS[name]
+    if name not in FINETUNES:
+        raise UserError(f"recipe digitworld:{name}: {did_you_mean(name, FINETUNES)}")
+    trial = FINETUNES[name]
 
     def data(examples: Mapping[str, Any], batch_size: int, **source: Any) -> DataConfig:
         return DataConfig(

@@ -4,7 +4,7 @@ from ml_collections import ConfigDict
 
 from data_pipelines.config import InstructionConfig
 from mplug2_jax.generation.config import SearchConfig
-from mplug2_jax.recipes.base import Family, Sets, form_of, recipe
+from mplug2_jax.recipes.base import Family, Sets, parse_variant, recipe
 from mplug2_jax.recipes.released import released
 
 
@@ -16,7 +16,7 @@ def answering(name: str, arg: str, sets: Sets, *, task: str = "answer") -> Confi
     Raises:
         UserError: an unknown size or form.
     """
-    size, form = form_of(name, arg, *(["released"] if sets.train.kind == "video" else []))
+    size, form = parse_variant(name, arg, *(["released"] if sets.train.kind == "video" else []))
     if form == "released":
         return released(name, size, "videoqa", sets)
     examples = {

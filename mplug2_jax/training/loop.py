@@ -14,7 +14,7 @@ from data_pipelines.faults import FaultLog
 from data_pipelines.loader import Made, Stream
 from data_pipelines.order import Shard
 from data_pipelines.tokenizers import Tokenizer, fingerprint
-from mplug2_jax.config import defaults_of
+from mplug2_jax.config import to_dict
 from mplug2_jax.errors import Preempted, UserError
 from mplug2_jax.evaluation.loop import Evaluation, EvaluationResult, save_result
 from mplug2_jax.model.mplug2 import Params
@@ -219,7 +219,7 @@ def check_started_alike(config: RunConfig, tokenizer: Tokenizer, *, resumes: boo
     Raises:
         UserError: names what differs, and whose.
     """
-    fields = {f"config.{name}": value for name, value in flat(json.loads(json.dumps(defaults_of(config)))).items()}
+    fields = {f"config.{name}": value for name, value in flat(json.loads(json.dumps(to_dict(config)))).items()}
     check_equal({**fields, "the tokeniser": fingerprint(tokenizer), "a run in --workdir": resumes})
 
 

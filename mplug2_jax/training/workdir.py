@@ -8,7 +8,7 @@ from typing import Any
 
 from data_pipelines.digitworld.source import vocabulary_texts
 from data_pipelines.tokenizers import Tokenizer, load_tokenizer, train_sentencepiece, train_wordpiece
-from mplug2_jax.config import build, defaults_of
+from mplug2_jax.config import build, to_dict
 from mplug2_jax.errors import UserError
 from mplug2_jax.model.config import ModelConfig, SpecialTokens
 from mplug2_jax.training.config import RunConfig, TokenizerConfig
@@ -94,7 +94,7 @@ class WorkDir:
             if self.path.exists() and not all(child.name.startswith(self.lock.name) for child in self.path.iterdir()):
                 raise UserError(f"--workdir {self.path} is not empty and holds no run; choose a new folder")
             return False
-        before, now = (flat(json.loads(json.dumps(defaults_of(v)))) for v in (self.read_config(), config))
+        before, now = (flat(json.loads(json.dumps(to_dict(v)))) for v in (self.read_config(), config))
         changed = [
             f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
             for name in sorted({*before, *now})
@@ -113,7 +113,7 @@ class WorkDir:
     def begin(self, config: RunConfig, tokenizer: Tokenizer | None) -> None:
         """Keeps the config and the tokeniser of a run that was checked, so that a refused one leaves no trace."""
         self.path.mkdir(parents=True, exist_ok=True)
-        _write_json(self._config, defaults_of(config))
+        _write_json(self._config, to_dict(config))
         if tokenizer and not self.tokenizer_folder.exists():
             tokenizer.save(self.tokenizer_folder)
 

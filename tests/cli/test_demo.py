@@ -6,7 +6,7 @@ import pytest
 
 from mplug2_jax.cli.main import main
 from mplug2_jax.config import build, load_recipe
-from mplug2_jax.recipes.digitworld import TRIALS
+from mplug2_jax.recipes.digitworld import FINETUNES
 from mplug2_jax.training.config import RunConfig
 from mplug2_jax.training.loop import train
 
@@ -29,9 +29,9 @@ def test_a_field_that_is_none_is_refused_before_anything_is_pretrained(
 
 
 def test_each_evaluation_of_the_board_has_a_run_and_a_name_of_its_own() -> None:
-    names = [name for trial in TRIALS.values() for name in trial.asked]
+    names = [name for trial in FINETUNES.values() for name in trial.asked]
     assert len(set(names)) == len(names) == 13
-    assert all(run in trial.asked for run, trial in TRIALS.items())
+    assert all(run in trial.asked for run, trial in FINETUNES.items())
 
 
 @pytest.mark.slow

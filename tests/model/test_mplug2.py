@@ -93,7 +93,7 @@ def test_taps_hold_what_was_asked_for_and_change_nothing():
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("optimised")
+@pytest.mark.usefixtures("optimized")
 def test_a_large_model_is_never_whole_on_one_chip():
     from tests.tpu import topology_mesh
 

@@ -279,7 +279,7 @@ def test_a_queue_forgets_its_oldest_and_begins_again_at_its_end():
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("optimised")
+@pytest.mark.usefixtures("optimized")
 def test_memory_per_chip_does_not_change_with_the_number_of_chips():
     memory = []
     for topology in ("v5p:2x2x2", "v5p:4x4x4", "v5p:16x16x16"):

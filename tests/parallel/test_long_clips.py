@@ -39,7 +39,7 @@ def compiled(mesh: MeshConfig, clips: int) -> jax.stages.Compiled:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("optimised")
+@pytest.mark.usefixtures("optimized")
 def test_chips_share_a_clip_and_never_gather_it_in_the_tower() -> None:
     alone, shared = compiled(MeshConfig(data=4, fsdp=1), 4), compiled(MeshConfig(fsdp=1, sequence=4), 1)
     temporary = [program.memory_analysis().temp_size_in_bytes for program in (alone, shared)]

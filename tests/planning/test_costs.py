@@ -139,7 +139,7 @@ def test_the_mesh_gathers_and_kernels_leave_the_count_alone() -> None:
     assert gradient(other) == gradient(only_text())
 
 
-def test_a_stream_s_count_is_within_3_percent_of_xla_s(optimised: None) -> None:
+def test_a_stream_s_count_is_within_3_percent_of_xla_s(optimized: None) -> None:
     """Wide enough that element-wise work, which XLA counts and we do not, is little."""
     model = small_model(
         width=256, mlp_width=1024, scan_unroll=2, dropout=0.0, attention_dropout=0.0, attention="xla"

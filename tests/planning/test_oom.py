@@ -112,7 +112,7 @@ def stack(topology: str, depth: int) -> jax.stages.Lowered:
     return jax.jit(jax.grad(layers)).lower(weights, x)
 
 
-@pytest.mark.usefixtures("optimised")
+@pytest.mark.usefixtures("optimized")
 def test_the_compilers_refusal_is_understood():
     with pytest.raises(jax.errors.JaxRuntimeError) as refusal:
         stack("v5e:2x2", 40).compile()
@@ -122,7 +122,7 @@ def test_the_compilers_refusal_is_understood():
     assert 40 * 0.5 * GIB < found.needed < 4 * 40 * 0.5 * GIB
 
 
-@pytest.mark.usefixtures("optimised")
+@pytest.mark.usefixtures("optimized")
 def test_the_largest_arrays_are_what_every_layer_leaves():
     found = largest_arrays(stack("v5p:2x2x1", 40).compile().as_text(), 3)
     assert (found[0].bytes, found[0].shape) == (40 * 0.5 * GIB, "bf16[40,65536,4096]")

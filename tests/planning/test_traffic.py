@@ -304,7 +304,7 @@ def layer_bytes(width: int, itemsize: int) -> int:
     return 2 * width * 2 * width * itemsize
 
 
-@pytest.mark.usefixtures("optimised")
+@pytest.mark.usefixtures("optimized")
 def test_on_cpus_every_layer_is_gathered_and_its_gradient_summed_in_every_micro_batch():
     mesh = make_mesh(MeshConfig())
     totals = summary(parse_collectives(stack(mesh, 3, width=64, rows=16, accumulate=2), mesh))
@@ -313,7 +313,7 @@ def test_on_cpus_every_layer_is_gathered_and_its_gradient_summed_in_every_micro_
     assert totals["all-reduce", ("fsdp",), "ici"] == pytest.approx(2 * whole * 7 / 8, rel=1e-3)  # and the loss
 
 
-@pytest.mark.usefixtures("optimised")
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("options", [PLAIN, None], ids=["plain", "default"])
 @pytest.mark.parametrize("layers", [3, 24])
 def test_on_tpus_a_scan_gathers_each_of_its_layers(layers, options):
@@ -325,7 +325,7 @@ def test_on_tpus_a_scan_gathers_each_of_its_layers(layers, options):
     assert {each.name for each in gathers} <= {"vision", "convert_element_type"}
 
 
-@pytest.mark.usefixtures("optimised")
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("options", [PLAIN, None], ids=["plain", "default"])
 @pytest.mark.parametrize(
     ("layers", "how"),
@@ -342,7 +342,7 @@ def test_on_tpus_loops_in_loops_multiply(layers, how, options):
     assert largest(found, 1)[0].kind == "all-reduce"
 
 
-@pytest.mark.usefixtures("optimised")
+@pytest.mark.usefixtures("optimized")
 def test_on_tpus_axes_and_pieces_of_gathers_are_told_apart():
     mesh = topology_mesh("v5e:4x4", MeshConfig(data=2, fsdp=4, tensor=2))
     found = parse_collectives(stack(mesh, 3, width=1024, rows=4096), mesh)
@@ -356,7 +356,7 @@ def test_on_tpus_axes_and_pieces_of_gathers_are_told_apart():
     assert not any(each.overlapped for each in found if each.kind == "all-reduce")
 
 
-@pytest.mark.usefixtures("optimised")
+@pytest.mark.usefixtures("optimized")
 def test_on_tpus_a_gather_may_be_a_loop_of_permutes():
     mesh = topology_mesh("v5p:2x2x2", MeshConfig())
     text = stack(mesh, 3, width=1024, rows=8 * 4096, pin=False, gradient=False)
@@ -371,7 +371,7 @@ def test_on_tpus_a_gather_may_be_a_loop_of_permutes():
     assert any(each.overlapped for each in permutes)
 
 
-@pytest.mark.usefixtures("optimised")
+@pytest.mark.usefixtures("optimized")
 def test_on_slices_what_crosses_is_told_from_what_does_not():
     mesh = topology_mesh("v5e:2x2", MeshConfig(replica=2, fsdp=2, tensor=2), slices=2)
     found = parse_collectives(stack(mesh, 3, options=PLAIN), mesh)
@@ -385,7 +385,7 @@ def test_on_slices_what_crosses_is_told_from_what_does_not():
     assert {each.size for each in found} == {2}
 
 
-@pytest.mark.usefixtures("optimised")
+@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize(
     ("along", "config", "slices"),
     [("data", MeshConfig(data=2, fsdp=2, tensor=2), 1), (("data", "tensor"), MeshConfig(data=2, fsdp=2, tensor=2), 1),
@@ -426,7 +426,7 @@ def test_a_program_is_read_once():
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("optimised")
+@pytest.mark.usefixtures("optimized")
 def test_a_training_step_gathers_one_more_layer_of_its_tower_twice_and_says_so():
     mesh = topology_mesh("v5p:2x2x2", MeshConfig())
     captions = dataclasses.replace(stream("video", 16, ExampleConfig(), caption=1.0))

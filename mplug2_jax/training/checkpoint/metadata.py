@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from mplug2_jax.config import defaults_of
+from mplug2_jax.config import to_dict
 from mplug2_jax.model.config import ModelConfig
 
 FORMAT = 3
@@ -59,6 +59,6 @@ class Identity:
     def as_json(self) -> dict[str, Any]:
         """For the checkpoint's metadata."""
         return {
-            "config": defaults_of(self.config), "parts": list(self.parts), "origin": dict(self.origin),
+            "config": to_dict(self.config), "parts": list(self.parts), "origin": dict(self.origin),
             "lora_scale": self.lora_scale,
         }  # fmt: skip

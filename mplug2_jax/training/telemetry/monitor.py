@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import jax
 
-from mplug2_jax.config import defaults_of
+from mplug2_jax.config import to_dict
 from mplug2_jax.objectives.forward import Metrics
 from mplug2_jax.parallel.processes import is_first
 from mplug2_jax.training.checkpoint.metadata import Position
@@ -43,7 +43,7 @@ class Instruments:
         config, first = plan.config, is_first()
         self._progress, self._events, self.ledger = progress, events, ledger
         boards = (
-            [WeightsAndBiases(workdir.path, config.wandb_project, defaults_of(config))]
+            [WeightsAndBiases(workdir.path, config.wandb_project, to_dict(config))]
             if config.wandb_project and first
             else []
         )

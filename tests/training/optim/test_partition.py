@@ -146,7 +146,7 @@ def flops(*frozen: str) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("optimised")
+@pytest.mark.usefixtures("optimized")
 def test_the_backward_pass_is_smaller() -> None:
     """What lies below the lowest trained layer has none; what a gradient must pass has none of its weights."""
     whole, middle, bottom = flops(), flops("universal"), flops("text", "universal")
