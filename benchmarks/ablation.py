@@ -32,7 +32,7 @@ from mplug2_jax.config import build, load_recipe
 from mplug2_jax.metrics.units import show
 from mplug2_jax.recipes.digitworld import FINETUNES
 from mplug2_jax.training.config import RunConfig
-from mplug2_jax.training.initialization import starting_from
+from mplug2_jax.training.initialization import with_init_from
 from mplug2_jax.training.loop import train
 from mplug2_jax.training.workdir import WorkDir
 
@@ -62,7 +62,7 @@ def run(
         if name == LEARNED:
             config = build(RunConfig, load_recipe(f"digitworld:{name}", [*sizes, *few]))
             config = dataclasses.replace(config, steps=steps or config.steps, **changes)
-            results = finished(starting_from(pretrained, config), folder / name).evaluations_of(config.steps)
+            results = finished(with_init_from(pretrained, config), folder / name).evaluation_folder(config.steps)
         else:
             results = folder / name
             if not all((results / f"{each}.json").exists() for each in asked):
@@ -79,7 +79,7 @@ def finished(config: RunConfig, folder: Path) -> WorkDir:
     """A run that was or is brought to its end."""
     workdir, ends = WorkDir(folder), [f"checkpoints/{config.steps}"]
     ends += [f"evaluations/{config.steps}/{name}.json" for name in config.evaluations]
-    if not workdir.check(config) or not all((folder / end).exists() for end in ends):
+    if not workdir.check_config(config) or not all((folder / end).exists() for end in ends):
         train(config, folder)
     return workdir
 

@@ -198,9 +198,9 @@ def waiting(folder: Path, tar: Path, steps: int) -> None:
 def stream_seconds(data: DataConfig, batch: int) -> float:
     """Seconds to make a batch."""
     from mplug2_jax.training.config import TokenizerConfig
-    from mplug2_jax.training.workdir import make_tokenizer
+    from mplug2_jax.training.workdir import load_or_train_tokenizer
 
-    batches = Stream(data, make_tokenizer(TokenizerConfig()), name="image_text", seed=0).batches()
+    batches = Stream(data, load_or_train_tokenizer(TokenizerConfig()), name="image_text", seed=0).batches()
     return batch / rate(batches, 8 * batch, batch)
 
 

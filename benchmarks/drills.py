@@ -39,7 +39,7 @@ from mplug2_jax.training.config import (
     TokenizerConfig,
 )
 from mplug2_jax.training.telemetry.metric_log import read_metrics, read_steps
-from mplug2_jax.training.workdir import make_tokenizer
+from mplug2_jax.training.workdir import load_or_train_tokenizer
 
 STEPS, SAVED_EVERY = 24, 3
 LIMIT = 600.0
@@ -81,7 +81,7 @@ class Drills:
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        make_tokenizer(TokenizerConfig(vocab_size=200)).save(self.folder / "tokenizer")
+        load_or_train_tokenizer(TokenizerConfig(vocab_size=200)).save(self.folder / "tokenizer")
         values = json.dumps(to_dict(run_config(self.folder / "tokenizer")))
         (self.folder / "recipe.py").write_text(
             "import json\nfrom ml_collections import ConfigDict\n\n\n"

@@ -33,8 +33,8 @@ from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.parallel.placement import put_batch
 from mplug2_jax.training.config import RunConfig, StreamConfig
 from mplug2_jax.training.loop import open_streams
-from mplug2_jax.training.state import Blueprint, plan_run
-from mplug2_jax.training.step import compile_step
+from mplug2_jax.training.state import RunSpec, make_run_spec
+from mplug2_jax.training.step import make_step
 from mplug2_jax.training.workdir import special_tokens
 
 Curve = tuple[np.ndarray, list[np.ndarray]]  # losses, parameters after the last step
@@ -94,19 +94,19 @@ def main() -> None:
     streams = open_streams(config, tokenizer)
     batches = [{name: stream.batch(step).arrays for name, stream in streams.items()} for step in range(args.steps)]
 
-    def planned(mesh: MeshConfig) -> Blueprint:
+    def make_spec(mesh: MeshConfig) -> RunSpec:
         count = math.prod(dataclasses.astuple(mesh))
-        return plan_run(config, special_tokens(tokenizer), make_mesh(mesh, jax.devices()[:count]))
+        return make_run_spec(config, special_tokens(tokenizer), make_mesh(mesh, jax.devices()[:count]))
 
     def run(mesh: MeshConfig) -> Curve:
-        plan = planned(mesh)
-        state, step, losses = jax.device_put(start, plan.shardings), compile_step(plan), []
+        spec = make_spec(mesh)
+        state, step, losses = jax.device_put(start, spec.shardings), make_step(spec), []
         for batch in batches:
-            state, metrics = step(state, {name: put_batch(arrays, plan.mesh) for name, arrays in batch.items()})
+            state, metrics = step(state, {name: put_batch(arrays, spec.mesh) for name, arrays in batch.items()})
             losses.append(float(metrics["loss"]))
         return np.asarray(losses), [np.asarray(leaf) for leaf in jax.tree.leaves(state["params"])]
 
-    start = jax.tree.map(np.asarray, planned(MeshConfig(fsdp=1)).init())
+    start = jax.tree.map(np.asarray, make_spec(MeshConfig(fsdp=1)).init())
     expected = run(MeshConfig(fsdp=1))
     print(f"one device: {args.steps} steps, loss {expected[0][0]:.4f} to {expected[0][-1]:.4f}\n")
     print("".join(f"{axis:>9}" for axis in MESH_AXES) + f"{'loss':>11}{'parameters':>12}{'seconds':>9}", flush=True)

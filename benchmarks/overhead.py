@@ -25,11 +25,11 @@ from mplug2_jax.model.config import SpecialTokens, model_config
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.parallel.placement import put_batch, replicated
-from mplug2_jax.training.checkpoint.checksums import digests
-from mplug2_jax.training.checkpoint.metadata import Position
+from mplug2_jax.training.checkpoint.checksums import checksums
+from mplug2_jax.training.checkpoint.metadata import DataPosition
 from mplug2_jax.training.config import FaultConfig, RunConfig, StreamConfig
-from mplug2_jax.training.state import Blueprint, TrainState, plan_run
-from mplug2_jax.training.step import StreamBatches, compile_step, train_step
+from mplug2_jax.training.state import RunSpec, TrainState, make_run_spec
+from mplug2_jax.training.step import StreamBatches, make_step, train_step
 from mplug2_jax.training.telemetry.events import Events
 from mplug2_jax.training.telemetry.goodput import Ledger
 from mplug2_jax.training.telemetry.metric_log import Progress
@@ -37,14 +37,14 @@ from mplug2_jax.training.telemetry.monitor import Instruments
 from mplug2_jax.training.workdir import WorkDir
 
 
-def compile_bare(plan: Blueprint) -> Any:
+def compile_bare(spec: RunSpec) -> Any:
     """The step without metrics."""
 
     def bare(state: TrainState, batches: StreamBatches) -> tuple[TrainState, jax.Array]:
-        after, metrics = train_step(plan, state, batches)
+        after, metrics = train_step(spec, state, batches)
         return after, metrics["loss"]
 
-    return jax.jit(bare, donate_argnums=0, out_shardings=(plan.shardings, replicated(plan.mesh)))
+    return jax.jit(bare, donate_argnums=0, out_shardings=(spec.shardings, replicated(spec.mesh)))
 
 
 def main() -> None:
@@ -67,7 +67,7 @@ def main() -> None:
         log_every=1,
         faults=FaultConfig(spike_zscore=1e9),
     )
-    plan = plan_run(config, SpecialTokens(), make_mesh(MeshConfig()))
+    spec = make_run_spec(config, SpecialTokens(), make_mesh(MeshConfig()))
     rng = np.random.default_rng(0)
     side = model.image_size
     arrays = {
@@ -75,20 +75,20 @@ def main() -> None:
         "target": rng.integers(1, model.vocab_size, (args.batch, 24), np.int32),
         "target_weights": np.ones((args.batch, 24), np.float32),
     }
-    batches = {"image": put_batch(arrays, plan.mesh)}
-    step, bare_step, state = compile_step(plan), compile_bare(plan), plan.init()
+    batches = {"image": put_batch(arrays, spec.mesh)}
+    step, bare_step, state = make_step(spec), compile_bare(spec), spec.init()
     times: dict[str, list[float]] = {"bare": [], "watched": []}
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as quiet:
         workdir = WorkDir(Path(folder))
         instruments = Instruments(
-            plan, workdir, Position(0, {}), Progress(10**6, quiet), Events(workdir.events), Ledger()
+            spec, workdir, DataPosition(0, {}), Progress(10**6, quiet), Events(workdir.events), Ledger()
         )
         instruments.compile(step, 1, state, batches)
         for number in range(1, 2 * args.steps + 4):
             kind = ("bare", "watched")[number % 2]
             start = time.perf_counter()
             if kind == "bare":
-                with jax.set_mesh(plan.mesh):
+                with jax.set_mesh(spec.mesh):
                     state, metrics = bare_step(state, batches)
             else:
                 with instruments.ledger.during("data wait"):
@@ -103,13 +103,13 @@ def main() -> None:
             if number > 3:
                 times[kind].append(time.perf_counter() - start)
         instruments.close()
-    digests(state)
+    checksums(state)
     start = time.perf_counter()
-    digests(state)
+    checksums(state)
     checking = time.perf_counter() - start
     bytes_ = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     bare, watched = (float(np.median(times[kind])) for kind in ("bare", "watched"))
-    print(f"{args.size}, caption, batch {args.batch}, float32, {plan.definition.count():,} parameters")
+    print(f"{args.size}, caption, batch {args.batch}, float32, {spec.definition.count():,} parameters")
     print(f"bare step (median of {len(times['bare'])})     {1e3 * bare:9.2f} ms")
     print(f"watched step (median of {len(times['watched'])})  {1e3 * watched:9.2f} ms")
     print(f"overhead                      {watched / bare - 1:9.2%}")

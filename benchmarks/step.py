@@ -24,12 +24,12 @@ from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.parallel.placement import put_batch
 from mplug2_jax.training.config import RunConfig, StreamConfig
-from mplug2_jax.training.state import Blueprint, plan_run
-from mplug2_jax.training.step import StreamBatches, compile_step, streams_loss
+from mplug2_jax.training.state import RunSpec, make_run_spec
+from mplug2_jax.training.step import StreamBatches, make_step, streams_loss
 from mplug2_jax.training.telemetry.flops import training_flops
 
 
-def plan(args: argparse.Namespace) -> Blueprint:
+def run_spec(args: argparse.Namespace) -> RunSpec:
     """The run that is measured: captions alone, layers unrolled."""
     model = model_config(
         args.size, dtype="float32", image_size=args.image_size, scan_unroll=64, dropout=args.dropout,
@@ -44,7 +44,7 @@ def plan(args: argparse.Namespace) -> Blueprint:
     )
     stream = StreamConfig(data=data, objectives={"caption": 1.0})
     config = RunConfig(name="benchmark", steps=1000, model=model, streams={"video": stream})
-    return plan_run(config, SpecialTokens(), make_mesh(MeshConfig()))
+    return make_run_spec(config, SpecialTokens(), make_mesh(MeshConfig()))
 
 
 def random_batch(args: argparse.Namespace, vocabulary: int) -> dict[str, np.ndarray]:
@@ -58,12 +58,12 @@ def random_batch(args: argparse.Namespace, vocabulary: int) -> dict[str, np.ndar
     }
 
 
-def count(described: Blueprint, batches: StreamBatches) -> int:
+def count(spec: RunSpec, batches: StreamBatches) -> int:
     """Operations of one step by our own count."""
     key = jax.eval_shape(lambda: jax.random.key(0))
     return training_flops(
-        lambda p, b, k: streams_loss(described, p, None, {}, b, k, jnp.zeros(())),
-        described.shapes["params"],
+        lambda p, b, k: streams_loss(spec, p, None, {}, b, k, jnp.zeros(())),
+        spec.shapes["params"],
         batches,
         key,
     )
@@ -83,10 +83,10 @@ def main() -> None:
     args = parser.parse_args()
     args.image_size = args.image_size or model_config(args.size).image_size
 
-    described = plan(args)
-    batches = {"video": put_batch(random_batch(args, described.config.model.vocab_size), described.mesh)}
-    flops = count(described, batches)
-    step, state = compile_step(described), described.init()
+    spec = run_spec(args)
+    batches = {"video": put_batch(random_batch(args, spec.config.model.vocab_size), spec.mesh)}
+    flops = count(spec, batches)
+    step, state = make_step(spec), spec.init()
     square = jax.random.normal(jax.random.key(0), (args.matmul, args.matmul))
     multiply = jax.jit(jnp.matmul)
     jax.block_until_ready(multiply(square, square))
@@ -114,7 +114,7 @@ def main() -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(
         f"\n{args.size}, caption, batch {args.batch} x {args.frames} frames x {args.image_size} px, float32, "
-        f"dropout {args.dropout}, {described.definition.count():,} parameters"
+        f"dropout {args.dropout}, {spec.definition.count():,} parameters"
     )
     print(f"compile and first step   {compiled:8.1f} s")
     print(f"step (median of {args.steps:2})     {seconds:8.3f} s")

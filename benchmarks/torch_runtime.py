@@ -25,17 +25,17 @@ Calls = dict[str, Callable[[], object]]
 def prepare_jax(args: argparse.Namespace) -> Calls:
     """Our model: the compiled loss, and the step that the training loop compiles."""
     import jax
-    from step import plan, random_batch
+    from step import random_batch, run_spec
 
     from mplug2_jax.objectives.forward import Forward
     from mplug2_jax.objectives.language import caption_loss
     from mplug2_jax.parallel.placement import put_batch
-    from mplug2_jax.training.step import compile_step
+    from mplug2_jax.training.step import make_step
 
-    described = plan(args)
-    batch = put_batch(random_batch(args, described.config.model.vocab_size), described.mesh)
-    step, state = compile_step(described), described.init()
-    loss = jax.jit(lambda params, batch: caption_loss(Forward(described.definition.bind(params), batch)).loss)
+    spec = run_spec(args)
+    batch = put_batch(random_batch(args, spec.config.model.vocab_size), spec.mesh)
+    step, state = make_step(spec), spec.init()
+    loss = jax.jit(lambda params, batch: caption_loss(Forward(spec.definition.bind(params), batch)).loss)
 
     def advance() -> None:
         nonlocal state

@@ -69,7 +69,7 @@ def _train_tokenizers_once() -> Iterator[None]:
     def once(train: Callable[..., Any]) -> Callable[..., Any]:
         @functools.cache
         def trained(source: Callable[[], Any], vocab_size: int) -> Any:  # a test may put another source in place
-            return train(workdir.training_texts(), vocab_size)
+            return train(workdir.tokenizer_training_texts(), vocab_size)
 
         return lambda texts, vocab_size: trained(workdir.vocabulary_texts, vocab_size)
 

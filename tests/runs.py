@@ -19,7 +19,7 @@ from mplug2_jax.training.config import (
     StreamConfig,
     TokenizerConfig,
 )
-from mplug2_jax.training.workdir import make_tokenizer
+from mplug2_jax.training.workdir import load_or_train_tokenizer
 
 QUESTION = {"question": InstructionConfig(templates=("{question}",))}
 SMALL = VisualConfig(image_size=16, num_frames=2)
@@ -79,7 +79,7 @@ def small_run(**overrides: Any) -> RunConfig:
 def recipe_file(run: RunConfig, path: Path) -> Path:
     """The run as a recipe for commands, with a tokeniser beside it: else every process would train the same one."""
     if not run.tokenizer.path:
-        kept = make_tokenizer(run.tokenizer).save(path.with_suffix(".tokenizer"))
+        kept = load_or_train_tokenizer(run.tokenizer).save(path.with_suffix(".tokenizer"))
         run = dataclasses.replace(run, tokenizer=dataclasses.replace(run.tokenizer, path=str(kept)))
     values = json.dumps(to_dict(run))
     path.write_text(

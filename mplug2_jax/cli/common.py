@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from data_pipelines.tokenizers import Tokenizer
     from mplug2_jax.evaluation.loop import EvaluationResult
     from mplug2_jax.model.mplug2 import Params
-    from mplug2_jax.training.state import Blueprint
+    from mplug2_jax.training.state import RunSpec
 
 
 def add_group(commands: Any, name: str, *, summary: str, details: str = "", example: str) -> Any:
@@ -71,7 +71,7 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--step", type=int, help="checkpoint to use (default: the last)")
 
 
-def open_run(args: argparse.Namespace) -> "tuple[Blueprint, Params, int, Tokenizer]":
+def open_run(args: argparse.Namespace) -> "tuple[RunSpec, Params, int, Tokenizer]":
     """The run of a work directory, with overrides: its plan, the parameters of a step, that step, its tokeniser.
 
     The parameters are the averaged ones where the run keeps an average, which is then said.
@@ -81,25 +81,25 @@ def open_run(args: argparse.Namespace) -> "tuple[Blueprint, Params, int, Tokeniz
     from mplug2_jax.parallel.processes import is_first
     from mplug2_jax.training.checkpoint.checkpoints import Checkpoints
     from mplug2_jax.training.config import RunConfig
-    from mplug2_jax.training.state import plan_run
+    from mplug2_jax.training.state import make_run_spec
     from mplug2_jax.training.workdir import WorkDir, special_tokens
 
     workdir = WorkDir(args.workdir)
     begun = workdir.read_config()
     config = build(RunConfig, override(as_recipe(begun), args.overrides))
-    tokenizer = workdir.tokenizer(config)
-    plan = plan_run(config, special_tokens(tokenizer), make_mesh(config.mesh))
-    checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint, writes=False)
+    tokenizer = workdir.load_tokenizer(config)
+    spec = make_run_spec(config, special_tokens(tokenizer), make_mesh(config.mesh))
+    checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint, read_only=True)
     try:
         averaged = bool(begun.ema_decay and config.ema_decay)
         params, step = checkpoints.restore_params(
-            plan.evaluated_shapes, args.step, tree="ema" if averaged else "params"
+            spec.eval_param_shapes, args.step, tree="ema" if averaged else "params"
         )
     finally:
         checkpoints.close()
     if averaged and is_first():
         print(f"step {step}: averaged parameters; --config.ema_decay=0 takes the last ones", file=sys.stderr)
-    return plan, params, step, tokenizer
+    return spec, params, step, tokenizer
 
 
 class RecordProgress:

@@ -43,11 +43,11 @@ def add_parser(commands: Any) -> None:
 def run_tokenizer(args: argparse.Namespace) -> int:
     """Trains and saves; never over an existing folder."""
     from data_pipelines.tokenizers import train_sentencepiece, train_wordpiece
-    from mplug2_jax.training.workdir import training_texts
+    from mplug2_jax.training.workdir import tokenizer_training_texts
 
     if args.out.exists():
         raise UserError(f"--out {args.out} exists; choose a new folder")
-    texts = list(_lines(args.texts) if args.texts else training_texts())
+    texts = list(_lines(args.texts) if args.texts else tokenizer_training_texts())
     if not texts:
         raise UserError(f"{', '.join(map(str, args.texts))}: no text to train on; expected lines of words")
     train = train_wordpiece if args.kind == "wordpiece" else train_sentencepiece

@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     from mplug2_jax.recipes.digitworld import FINETUNES
     from mplug2_jax.report import write_report
     from mplug2_jax.training.config import RunConfig
-    from mplug2_jax.training.initialization import starting_from
+    from mplug2_jax.training.initialization import with_init_from
     from mplug2_jax.training.loop import train
 
     for name in args.only or ():
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     rows: list[Sequence[str]] = []
     for i, (name, recipe) in enumerate(recipes.items()):
         print(f"\n{name} ({i + 1} of {len(recipes)})", flush=True)
-        config = starting_from(args.pretrained, recipe)
+        config = with_init_from(args.pretrained, recipe)
         before = _ask(name, args.pretrained, args.overrides)
         after = {result.name: result for result in train(config, args.workdir / name)}
         print(f"report: {write_report(args.workdir / name)}")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mplug2_jax.inference.features import Features
     from mplug2_jax.model.mplug2 import Params
     from mplug2_jax.training.config import RunConfig
-    from mplug2_jax.training.state import Blueprint
+    from mplug2_jax.training.state import RunSpec
 
 ANNOTATIONS = (".json", ".jsonl", ".csv", ".tsv")
 BATCH, TEXT_LENGTH = 32, 64
@@ -72,14 +72,14 @@ def run(args: argparse.Namespace) -> int:
     join()
     wanted = FeatureConfig(name=args.feature, pool=args.pool)
     sources, listing = read_inputs(args)
-    plan, params, step, tokenizer = open_run(args)
-    data = _data(args, sources, plan)
-    features = Features(wanted, data, plan.definition, tokenizer, plan.mesh, seed=plan.config.seed)
+    spec, params, step, tokenizer = open_run(args)
+    data = _data(args, sources, spec)
+    features = Features(wanted, data, spec.definition, tokenizer, spec.mesh, seed=spec.config.seed)
     request = {
         "feature": dataclasses.asdict(wanted), "kind": data.kind, "step": step, "listing": listing,
         "inputs": {name: dataclasses.asdict(source) for name, source in sources.items()},
         "arrays": {name: {"shape": shape, "dtype": dtype} for name, (shape, dtype) in features.shapes.items()},
-        "model": _model(plan, params), **_reading(data),
+        "model": _model(spec, params), **_reading(data),
     }  # fmt: skip
     folder = FeatureFolder(args.out, request, args.format, len(features))
     # The first process writes once all have read.
@@ -170,12 +170,12 @@ def read_inputs(args: argparse.Namespace) -> "tuple[dict[str, SourceConfig], str
     return sources, hashlib.sha256("\n".join(names).encode(errors="surrogatepass")).hexdigest()[:16] if names else ""
 
 
-def _data(args: argparse.Namespace, sources: "dict[str, SourceConfig]", plan: "Blueprint") -> "DataConfig":
+def _data(args: argparse.Namespace, sources: "dict[str, SourceConfig]", spec: "RunSpec") -> "DataConfig":
     """The inputs as batches of the run's form."""
     from data_pipelines.config import DataConfig, ExampleConfig
     from mplug2_jax.parallel.placement import batch_shards
 
-    config, shards = plan.config, batch_shards(plan.mesh)
+    config, shards = spec.config, batch_shards(spec.mesh)
     examples = ExampleConfig()
     if next(iter(sources.values())).kind == "text":
         check_range("--text-length", args.text_length, 3, config.model.max_positions)
@@ -202,14 +202,14 @@ def _reading(data: "DataConfig") -> dict[str, Any]:
     return {"visual": dataclasses.asdict(data.visual)}
 
 
-def _model(plan: "Blueprint", params: "Params") -> dict[str, Any]:
+def _model(spec: "RunSpec", params: "Params") -> dict[str, Any]:
     """Which model it is, and a digest of its weights."""
     from mplug2_jax.config import to_dict
-    from mplug2_jax.training.checkpoint.checksums import digests
+    from mplug2_jax.training.checkpoint.checksums import checksums
 
-    weights = json.dumps(digests(params), sort_keys=True).encode()
+    weights = json.dumps(checksums(params), sort_keys=True).encode()
     return {
-        "run": plan.config.name, "parts": list(plan.definition.parts), "config": to_dict(plan.config.model),
+        "run": spec.config.name, "parts": list(spec.definition.parts), "config": to_dict(spec.config.model),
         "weights": hashlib.sha256(weights).hexdigest()[:16],
     }  # fmt: skip
 

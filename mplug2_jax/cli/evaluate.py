@@ -99,13 +99,13 @@ def _evaluate(args: argparse.Namespace, notice: "PreemptionNotice") -> int:
     for result in evaluator.run(params, step, list(evaluator.evaluations), lambda phase: notice.check()):
         results.append(result)
         if is_first():
-            _save(result, args.out or subject.workdir.evaluations_of(step))
+            _save(result, args.out or subject.workdir.evaluation_folder(step))
             print(f"step {step}  {result.name}: {result.examples} examples in {result.seconds:.1f} s", flush=True)
             for line in result.warning_lines():
                 print(line, file=sys.stderr)
     subject.checkpoints.close()
     if is_first():
-        folder = args.out or subject.workdir.evaluations_of(step)
+        folder = args.out or subject.workdir.evaluation_folder(step)
         print(f"\n{results_table(results)}\n\n{sample_lines(results, folder)}\n")
         print(f"report: {write_report(args.out or subject.workdir.path)}")
     return 0
@@ -128,7 +128,7 @@ def _follow(args: argparse.Namespace, notice: "PreemptionNotice") -> int:
     until = until_step(args.until_step, subject.config.steps)
     follower = Follower(
         Evaluator(subject, args.only or ()), notice, say,
-        lambda result: _save(result, subject.workdir.evaluations_of(result.step)),
+        lambda result: _save(result, subject.workdir.evaluation_folder(result.step)),
     )  # fmt: skip
     _say_averaged(subject, "")
     complete = follower.run(until, poll)

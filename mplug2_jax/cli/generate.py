@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from mplug2_jax.generation.config import SearchConfig
     from mplug2_jax.model.mplug2 import Params
     from mplug2_jax.training.config import RunConfig
-    from mplug2_jax.training.state import Blueprint
+    from mplug2_jax.training.state import RunSpec
 
 BUCKET = 16
 """Instructions are padded to a multiple of so many tokens, so that few lengths are compiled."""
@@ -79,10 +79,10 @@ def run(args: argparse.Namespace) -> int:
     asked, broken = _read_inputs(paths, args.instruction)
     if broken and len(paths) == 1:
         raise broken[0]
-    plan, params, _, tokenizer = open_run(args)
-    search = _search(args, plan.config)
-    _check_parts(asked, plan, args.workdir)
-    answering = Answering(plan, params, tokenizer, search, seed=args.seed or 0)
+    spec, params, _, tokenizer = open_run(args)
+    search = _search(args, spec.config)
+    _check_parts(asked, spec, args.workdir)
+    answering = Answering(spec, params, tokenizer, search, seed=args.seed or 0)
     lost = 0
     with _lines(args.out) as write:
         for answer in _in_order(broken, answering.answers(asked, args.batch_size)):
@@ -152,13 +152,13 @@ def read_input(path: Path, instruction: str | None) -> "tuple[Kind, str]":
     return "text", (instruction or "{text}").replace("{text}", text)
 
 
-def _check_parts(asked: Iterable[Asked], plan: "Blueprint", workdir: Path) -> None:
+def _check_parts(asked: Iterable[Asked], spec: "RunSpec", workdir: Path) -> None:
     """Checks that the model can read what it is asked about, and answer.
 
     Raises:
         UserError: it cannot.
     """
-    parts = plan.definition.parts
+    parts = spec.definition.parts
     if "decoder" not in parts:
         raise UserError(f"the model in {workdir} has no decoder (its parts: {', '.join(parts)})")
     for one in asked:
@@ -180,7 +180,7 @@ class Answering:
     """
 
     def __init__(
-        self, plan: "Blueprint", params: "Params", tokenizer: "Tokenizer", search: "SearchConfig", *, seed: int
+        self, spec: "RunSpec", params: "Params", tokenizer: "Tokenizer", search: "SearchConfig", *, seed: int
     ) -> None:
         import jax
 
@@ -189,20 +189,20 @@ class Answering:
         from mplug2_jax.generation.decode import generate
         from mplug2_jax.objectives.forward import Forward
 
-        self._plan, self._params, self._tokenizer, self._seed = plan, params, tokenizer, seed
+        self._spec, self._params, self._tokenizer, self._seed = spec, params, tokenizer, seed
         # As evaluations ask, where there are any: the release cuts questions shorter when it learns them.
-        told = [evaluation.data.examples for evaluation in plan.config.evaluations.values()]
-        told += [stream.data.examples for stream in plan.config.streams.values()]
+        told = [evaluation.data.examples for evaluation in spec.config.evaluations.values()]
+        told += [stream.data.examples for stream in spec.config.streams.values()]
         self._form = next((examples for examples in told if examples.instructions), ExampleConfig())
         self._read = reader_of(self._form, tokenizer)
-        self._visual = visual_of(plan.config)
+        self._visual = visual_of(spec.config)
 
         @jax.jit
         def answer(params: Any, batch: Any) -> Any:
-            model = plan.definition.bind(params)
+            model = spec.definition.bind(params)
             forward = Forward(model, batch)
             memory, mask = forward.described if "frames" in batch else forward.instructed
-            found = generate(model.decoder, memory, mask, search, plan.context.tokens, batch["seed"])
+            found = generate(model.decoder, memory, mask, search, spec.context.tokens, batch["seed"])
             return found.ids[:, 0], found.lengths[:, 0]
 
         self._answer = answer
@@ -225,7 +225,7 @@ class Answering:
                 yield one.number, error
         if not read:
             return
-        with jax.set_mesh(self._plan.mesh):
+        with jax.set_mesh(self._spec.mesh):
             ids, lengths = map(np.asarray, self._answer(self._params, self._arrays(read, rows)))
         for (one, _), row, length in zip(read, ids, lengths, strict=False):
             yield one.number, (one, self._read(row[:length].tolist()))
@@ -252,8 +252,8 @@ class Answering:
         arrays: dict[str, NDArray[Any]] = {"seed": np.asarray([self._seed + one.number for one, _ in filled], np.int32)}
         if read[0][1] is not None:
             arrays["frames"] = np.stack([frames for _, frames in filled if frames is not None])
-        if "text" in self._plan.definition.parts:
-            longest = self._plan.config.model.max_positions
+        if "text" in self._spec.definition.parts:
+            longest = self._spec.config.model.max_positions
             ids = [instruction_ids(one.instruction, self._form, self._tokenizer, longest) for one, _ in filled]
             length = min(longest, -(-max(map(len, ids)) // BUCKET) * BUCKET)
             arrays["instruction"] = np.asarray([[*row, *[0] * (length - len(row))] for row in ids], np.int32)

@@ -80,7 +80,7 @@ def _train(config: "RunConfig", workdir: Path, overrides: Sequence[str]) -> int:
     from mplug2_jax.report import write_report
 
     if results:
-        folder = WorkDir(workdir).evaluations_of(config.steps)
+        folder = WorkDir(workdir).evaluation_folder(config.steps)
         print(f"\n{results_table(results)}\n\n{sample_lines(results, folder)}\n")
     print(f"report: {write_report(workdir)}")
     print(f"\n{table(next_steps(config, workdir), ('next', 'command'))}")

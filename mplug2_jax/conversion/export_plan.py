@@ -14,8 +14,8 @@ from mplug2_jax.conversion.layouts.official_state import REST, State, official_s
 from mplug2_jax.conversion.layouts.slots import Slot
 from mplug2_jax.errors import UserError
 from mplug2_jax.training.checkpoint.checkpoints import Checkpoints, open_checkpoint
-from mplug2_jax.training.checkpoint.metadata import Identity
-from mplug2_jax.training.optim.lora import stored_pair
+from mplug2_jax.training.checkpoint.metadata import ModelMetadata
+from mplug2_jax.training.optim.lora import stored_adapter
 from mplug2_jax.training.workdir import WorkDir
 
 EXPORT_DTYPES = {"float32": DTYPES["F32"], "float16": DTYPES["F16"], "bfloat16": DTYPES["BF16"]}
@@ -27,7 +27,7 @@ class ExportPlan:
 
     checkpoints: Checkpoints
     step: int
-    identity: Identity
+    identity: ModelMetadata
     task: str
     fusion_start: int
     state: State  # the official state dict that will be written
@@ -94,7 +94,7 @@ def plan_export(
         UserError: no checkpoint, or one whose parts make no model of the release.
     """
     checkpoints, step = open_checkpoint(path)
-    identity = checkpoints.identity(step)
+    identity = checkpoints.model_metadata(step)
     parts = identity.parts
     task = next((t for t, own in official.TASK_PARTS.items() if set(own) <= set(parts)), "caption")
     own = official.TASK_PARTS[task]
@@ -104,7 +104,7 @@ def plan_export(
             f"{path} is a model of {', '.join(parts)}: the release's {task} model also needs {', '.join(missing)}"
         )
     config = identity.config
-    stored = checkpoints.leaves(step)
+    stored = checkpoints.array_specs(step)
     trees = {leaf[0] for leaf in stored}
     averaged = next((tree for tree in ("ema", "teacher") if tree in trees), None)
     if ema and averaged is None:
@@ -123,7 +123,7 @@ def plan_export(
     pairs = {
         place(slot.path): pair
         for slot in scheme.slots
-        if (pair := stored_pair((source[slot.path[0]], *slot.path[1:]), stored))
+        if (pair := stored_adapter((source[slot.path[0]], *slot.path[1:]), stored))
     }
     state = official_state(config, fusion_start, teacher=with_teacher)
     rest = rest or find_rest(checkpoints)

@@ -27,7 +27,7 @@ from mplug2_jax.conversion.layouts.slots import Slot, by_name, copy_into
 from mplug2_jax.conversion.progress import Transfer
 from mplug2_jax.conversion.report import REPORT, Comparison, Fate, Place, Report, Row, digest, largest_difference
 from mplug2_jax.model.mplug2 import define
-from mplug2_jax.training.optim.lora import added
+from mplug2_jax.training.optim.lora import merge_adapter
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin")
 _BATCH_BYTES = 2**27
@@ -149,7 +149,7 @@ def _compared(plan: ExportPlan, file: Path, settings: Path | None) -> list[Compa
 
 def write_state(plan: ExportPlan, file: Path, shard_bytes: int) -> Report:
     """Writes the tensors, and returns what was done."""
-    leaves = plan.checkpoints.leaves(plan.step)
+    leaves = plan.checkpoints.array_specs(plan.step)
     total = sum(4 * math.prod(leaves[path][0]) for path in {slot.path for slot in plan.slots})
     transfer = Transfer(f"exporting {plan.title}", total)
     writer = open_writer(file, plan.state, shard_bytes)
@@ -214,7 +214,7 @@ class _Export:
 
     def run(self) -> None:
         """Everything, group by group; the next is read while one is written."""
-        leaves = self._plan.checkpoints.leaves(self._plan.step)
+        leaves = self._plan.checkpoints.array_specs(self._plan.step)
         sizes = {path: math.prod(shape) * dtype.itemsize for path, (shape, dtype) in leaves.items()}
         found = batches(self._plan.slots, sizes)
         with concurrent.futures.ThreadPoolExecutor(1) as reader, concurrent.futures.ThreadPoolExecutor(2) as pool:
@@ -231,13 +231,13 @@ class _Export:
     def _read(self, paths: Sequence[StatePath]) -> dict[StatePath, HostArray]:
         pairs = {path: self._plan.pairs[path] for path in paths if path in self._plan.pairs}
         places = [*paths, *(place for pair in pairs.values() for place in pair.values())]
-        found = self._plan.checkpoints.read(places, self._plan.step)
+        found = self._plan.checkpoints.read_arrays(places, self._plan.step)
         for path, array in found.items():
             check_finite("/".join(path), array)
         arrays = {path: found[path] for path in paths}
         for path, pair in pairs.items():
             factors = {name: found[place] for name, place in pair.items()}
-            arrays[path] = np.asarray(added(arrays[path], factors, self._plan.identity.lora_scale))
+            arrays[path] = np.asarray(merge_adapter(arrays[path], factors, self._plan.identity.lora_scale))
         self._transfer.read(sum(array.nbytes for array in arrays.values()))
         return arrays
 
@@ -278,7 +278,7 @@ class _Export:
     def rows(self) -> list[Row]:
         """A row for every tensor, in the state dict's order, and for every part that has no place in it."""
         rows = [self._rows[name] for name in self._plan.state]
-        for path, (shape, dtype) in self._plan.checkpoints.leaves(self._plan.step).items():
+        for path, (shape, dtype) in self._plan.checkpoints.array_specs(self._plan.step).items():
             if path[0] == "params" and path[1] in self._plan.left_out:
                 rows.append(Row("/".join(path), "left out", shape, dtype.name, ""))
         return rows

@@ -30,7 +30,7 @@ from mplug2_jax.model.vision import resize_positions
 from mplug2_jax.recipes.released import released_at
 from mplug2_jax.training.checkpoint.checkpoints import Checkpoints
 from mplug2_jax.training.checkpoint.lazy_arrays import LazyArray
-from mplug2_jax.training.checkpoint.metadata import Identity, Position
+from mplug2_jax.training.checkpoint.metadata import DataPosition, ModelMetadata
 from mplug2_jax.training.config import CheckpointConfig, RunConfig
 from mplug2_jax.training.workdir import WorkDir, check_vocabulary
 
@@ -68,10 +68,10 @@ def run_import(
     transfer = Transfer(f"importing {plan.title}", sum(sizes.values()))
     with staged(to, overwrite=overwrite) as folder:
         work = _Import(plan, transfer, seed)
-        identity = Identity(plan.definition.config, plan.definition.parts, plan.origin)
-        checkpoints = Checkpoints(folder / "checkpoints", CheckpointConfig(), identity=identity, lazy=True)
+        identity = ModelMetadata(plan.definition.config, plan.definition.parts, plan.origin)
+        checkpoints = Checkpoints(folder / "checkpoints", CheckpointConfig(), model=identity, lazy=True)
         try:
-            checkpoints.save(work.state(), Position(0, {}))
+            checkpoints.save(work.state(), DataPosition(0, {}))
         finally:
             checkpoints.close()
         work.keep_rest(folder / REST)
@@ -91,7 +91,7 @@ def run_import(
 def _compared(plan: ImportPlan, folder: Path, tokenizer: Tokenizer | None) -> list[Comparison]:
     """Our model from what was just written, beside PyTorch's from the source."""
     (joint,) = plan.joints
-    checkpoints = Checkpoints(folder / "checkpoints", CheckpointConfig(), writes=False)
+    checkpoints = Checkpoints(folder / "checkpoints", CheckpointConfig(), read_only=True)
     params, _ = checkpoints.restore_params(plan.definition.shapes)
     checkpoints.close()
     definition = plan.definition
@@ -261,4 +261,4 @@ def keep_recipe(plan: ImportPlan, folder: Path, tokenizer: Path | None) -> None:
         return
     recipe = released_at(plan.definition.config, task, f"released_{task}")
     recipe.tokenizer.path = "vocab.txt"
-    workdir.begin(build(RunConfig, recipe), kept)
+    workdir.initialize(build(RunConfig, recipe), kept)

@@ -48,9 +48,9 @@ def _holds_steps(path: Path) -> bool:
 def _ours(path: Path) -> Contents:
     checkpoints, step = open_checkpoint(path)
     try:
-        tensors = {leaf: TensorInfo(*described) for leaf, described in checkpoints.leaves(step).items()}
+        tensors = {leaf: TensorInfo(*described) for leaf, described in checkpoints.array_specs(step).items()}
         try:
-            parts: Sequence[str] = checkpoints.identity(step).parts
+            parts: Sequence[str] = checkpoints.model_metadata(step).parts
         except UserError:
             parts = ()
     finally:

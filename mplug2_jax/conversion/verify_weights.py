@@ -31,12 +31,12 @@ def _imported(report: Report, folder: Path) -> Iterator[tuple[str, bool]]:
         for place in row.places:
             places.setdefault(place.path, []).append(place)
     try:
-        stored = {"/".join(leaf): leaf for leaf in checkpoints.leaves(step)}
+        stored = {"/".join(leaf): leaf for leaf in checkpoints.array_specs(step)}
         for path, its_places in places.items():
             if path not in stored:
                 yield path, False
                 continue
-            array = checkpoints.read([stored[path]], step)[stored[path]]
+            array = checkpoints.read_arrays([stored[path]], step)[stored[path]]
             for place in its_places:
                 yield str(place), digest(array if place.layer is None else array[place.layer]) == place.sha256
     finally:

@@ -14,7 +14,7 @@ from mplug2_jax.tasks.contracts import parts_for
 from mplug2_jax.tasks.table import TASKS
 from mplug2_jax.training.checkpoint.checkpoints import Checkpoints, open_checkpoint
 from mplug2_jax.training.config import RunConfig
-from mplug2_jax.training.state import plan_run
+from mplug2_jax.training.state import make_run_spec
 from mplug2_jax.training.workdir import WorkDir, special_tokens
 
 AVERAGED = 0.5
@@ -44,8 +44,8 @@ def of_run(path: Path, overrides: Sequence[str], step: int | None = None) -> Sub
     workdir = WorkDir(path)
     begun = workdir.read_config()
     config = build(RunConfig, override(as_recipe(begun), overrides))
-    tokenizer = workdir.tokenizer(config)
-    checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint, writes=False)
+    tokenizer = workdir.load_tokenizer(config)
+    checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint, read_only=True)
     averaged = bool(begun.ema_decay and config.ema_decay)
     return Subject(config, workdir, checkpoints, step, begun.parts(), tokenizer, averaged, own=True)
 
@@ -62,8 +62,8 @@ def by_recipe(spec: str, path: Path, overrides: Sequence[str]) -> Subject:
         UserError: no such recipe or checkpoint, or no tokeniser.
     """
     checkpoints, step = open_checkpoint(path)
-    model = checkpoints.identity(step)
-    averaged = any(place[0] == "ema" for place in checkpoints.leaves(step))
+    model = checkpoints.model_metadata(step)
+    averaged = any(place[0] == "ema" for place in checkpoints.array_specs(step))
     own = {"model": to_dict(model.config), "ema_decay": AVERAGED if averaged else 0.0}
     config = build(RunConfig, override(as_recipe(load_recipe(spec).to_dict() | own), overrides))
     workdir = WorkDir(checkpoints.folder.parent)
@@ -73,7 +73,7 @@ def by_recipe(spec: str, path: Path, overrides: Sequence[str]) -> Subject:
             "--config.tokenizer.path to its file"
         )
     averaged = averaged and bool(config.ema_decay)
-    tokenizer = workdir.tokenizer(config)
+    tokenizer = workdir.load_tokenizer(config)
     return Subject(config, workdir, checkpoints, step, model.parts, tokenizer, averaged, own=False)
 
 
@@ -100,11 +100,11 @@ class Evaluator:
                 raise UserError(f"--only {name} is no evaluation of this run: {did_you_mean(name, config.evaluations)}")
         needed = {part for name in names for part in self._parts(name)}
         parts = tuple(part for part in subject.parts if part in needed)
-        plan = plan_run(config, special_tokens(subject.tokenizer), make_mesh(config.mesh), parts)
-        self._like = plan.evaluated_shapes
+        spec = make_run_spec(config, special_tokens(subject.tokenizer), make_mesh(config.mesh), parts)
+        self._like = spec.eval_param_shapes
         self.evaluations = {
             name: Evaluation(
-                name, config.evaluations[name], plan.definition, plan.context, subject.tokenizer, plan.mesh,
+                name, config.evaluations[name], spec.definition, spec.context, subject.tokenizer, spec.mesh,
                 seed=config.seed, recipe=config.name,
             )
             for name in names

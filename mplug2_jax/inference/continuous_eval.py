@@ -11,7 +11,7 @@ from mplug2_jax.errors import UserError
 from mplug2_jax.evaluation.loop import EvaluationResult
 from mplug2_jax.inference.checkpoint_eval import Evaluator
 from mplug2_jax.parallel.processes import gather, is_first
-from mplug2_jax.training.checkpoint.checkpoints import DamagedError
+from mplug2_jax.training.checkpoint.checkpoints import DamagedCheckpointError
 from mplug2_jax.training.reliability.preemption import PreemptionNotice
 from mplug2_jax.training.telemetry.events import JsonLines
 from mplug2_jax.training.workdir import WorkDir
@@ -76,7 +76,7 @@ class Follower:
 
     def _evaluate(self, step: int) -> bool:
         """Whether the step's results are there now."""
-        folder = self._workdir.evaluations_of(step)
+        folder = self._workdir.evaluation_folder(step)
         names = gather([name for name in self._evaluator.evaluations if not (folder / f"{name}.json").exists()])[0]
         if not names:
             self._say(f"step {step}: was evaluated before")
@@ -88,7 +88,7 @@ class Follower:
         else:
             try:
                 params, _ = self._evaluator.read(step)
-            except DamagedError as error:
+            except DamagedCheckpointError as error:
                 # A folder that is not there any more was deleted while it was read.
                 there = (self._checkpoints.folder / str(step)).exists()
                 reason = str(error).partition(";")[0] if there else "the run has deleted it"

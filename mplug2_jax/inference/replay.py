@@ -15,12 +15,12 @@ from mplug2_jax.objectives.forward import DeviceBatch, Metrics
 from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.parallel.placement import put_batch
 from mplug2_jax.training.checkpoint.checkpoints import Checkpoints
-from mplug2_jax.training.checkpoint.metadata import Position
-from mplug2_jax.training.initialization import first_state
-from mplug2_jax.training.loop import check_position, open_streams, position_after
-from mplug2_jax.training.optim.partition import join, split
-from mplug2_jax.training.state import Blueprint, TrainState, plan_run
-from mplug2_jax.training.step import StreamBatches, compile_step, micro_batches, step_inputs, streams_loss
+from mplug2_jax.training.checkpoint.metadata import DataPosition
+from mplug2_jax.training.initialization import init_or_load_state
+from mplug2_jax.training.loop import check_data_unchanged, data_position, open_streams
+from mplug2_jax.training.optim.partition import combine, partition
+from mplug2_jax.training.state import RunSpec, TrainState, make_run_spec
+from mplug2_jax.training.step import StreamBatches, make_step, micro_batches, step_inputs, streams_loss
 from mplug2_jax.training.telemetry.events import read_lines
 from mplug2_jax.training.telemetry.metric_log import read_steps
 from mplug2_jax.training.workdir import WorkDir, special_tokens
@@ -83,22 +83,24 @@ def replay(workdir: WorkDir, step: int, *, ranked: int = 64) -> Replayed:
     if not 1 <= step <= config.steps:
         raise UserError(f"step {step} is none of this run's steps; choose 1 to {config.steps}")
     config = dataclasses.replace(config, steps=_steps_then(workdir, step) or config.steps)
-    tokenizer = workdir.tokenizer(config)
-    plan = plan_run(config, special_tokens(tokenizer), make_mesh(config.mesh))
+    tokenizer = workdir.load_tokenizer(config)
+    spec = make_run_spec(config, special_tokens(tokenizer), make_mesh(config.mesh))
     streams = open_streams(config, tokenizer)
-    state, position = _state_before(workdir, plan, streams, step)
-    run_step = compile_step(plan)
+    state, position = _state_before(workdir, spec, streams, step)
+    run_step = make_step(spec)
     for number in range(position.step + 1, step):
-        state, _ = run_step(state, _batches(streams, position.batch(number), plan)[0])
-    batches, rows = _batches(streams, position.batch(step), plan)
-    parts = _rank(plan, state, batches, rows, ranked, _batches(streams, max(position.batch(step) - 1, 0), plan)[0])
+        state, _ = run_step(state, _batches(streams, position.batch_index(number), spec)[0])
+    batches, rows = _batches(streams, position.batch_index(step), spec)
+    parts = _rank(
+        spec, state, batches, rows, ranked, _batches(streams, max(position.batch_index(step) - 1, 0), spec)[0]
+    )
     _, metrics = run_step(state, batches)
     recorded: dict[str, float | None] = {}
     for line in read_steps(workdir.metrics):
         if line.pop("step") == step:
             recorded = line
     values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items() if name != "skipped"}
-    return Replayed(step, position.batch(step), position.step, values, recorded, parts)
+    return Replayed(step, position.batch_index(step), position.step, values, recorded, parts)
 
 
 def _steps_then(workdir: WorkDir, step: int) -> int:
@@ -108,17 +110,17 @@ def _steps_then(workdir: WorkDir, step: int) -> int:
 
 
 def _state_before(
-    workdir: WorkDir, plan: Blueprint, streams: Mapping[str, Stream], step: int
-) -> tuple[TrainState, Position]:
+    workdir: WorkDir, spec: RunSpec, streams: Mapping[str, Stream], step: int
+) -> tuple[TrainState, DataPosition]:
     """The state nearest before a step, and a position that knows of all rollbacks of the run."""
-    checkpoints = Checkpoints(workdir.checkpoints, plan.config.checkpoint, writes=False)
+    checkpoints = Checkpoints(workdir.checkpoints, spec.config.checkpoint, read_only=True)
     try:
         before = [saved for saved in checkpoints.steps() if saved < step]
         if before:
-            state, position = checkpoints.restore(plan.shapes, before[-1])
-            check_position(position, streams)
+            state, position = checkpoints.restore(spec.shapes, before[-1])
+            check_data_unchanged(position, streams)
         else:
-            state, position = first_state(plan, streams)[0], position_after(0, streams)
+            state, position = init_or_load_state(spec, streams)[0], data_position(0, streams)
     finally:
         checkpoints.close()
     offsets: dict[int, int] = {}
@@ -128,14 +130,14 @@ def _state_before(
     return state, dataclasses.replace(position, offsets=tuple(sorted({**dict(position.offsets), **offsets}.items())))
 
 
-def _batches(streams: Mapping[str, Stream], number: int, plan: Blueprint) -> tuple[StreamBatches, dict[str, Any]]:
+def _batches(streams: Mapping[str, Stream], number: int, spec: RunSpec) -> tuple[StreamBatches, dict[str, Any]]:
     loaded = {name: stream.batch(number) for name, stream in streams.items()}
-    placed = {name: put_batch(batch.arrays, plan.mesh) for name, batch in loaded.items()}
+    placed = {name: put_batch(batch.arrays, spec.mesh) for name, batch in loaded.items()}
     return placed, {name: batch.rows for name, batch in loaded.items()}
 
 
 def _rank(
-    plan: Blueprint, state: TrainState, batches: StreamBatches, rows: Mapping[str, Sequence[Made]], ranked: int,
+    spec: RunSpec, state: TrainState, batches: StreamBatches, rows: Mapping[str, Sequence[Made]], ranked: int,
     other: StreamBatches,
 ) -> list[Part]:  # fmt: skip
     """Every example's own loss and gradient: those of its stream's batch when it alone counts.
@@ -145,7 +147,7 @@ def _rank(
     """
     found: list[tuple[str, Made, float, float]] = []
     for name, made in rows.items():
-        alone = _alone(plan, name)
+        alone = _alone(spec, name)
         for row in range(min(ranked, len(made))):
             loss, norm = alone(state, batches[name], jnp.int32(row))
             found.append((name, made[row], float(loss), float(norm)))
@@ -160,22 +162,22 @@ def _rank(
     return sorted(parts, key=lambda part: (np.isfinite(part.loss), -part.loss if np.isfinite(part.loss) else 0.0))
 
 
-def _alone(plan: Blueprint, name: str) -> Any:
+def _alone(spec: RunSpec, name: str) -> Any:
     """(state, batch of a stream, row) -> loss and gradient norm of the stream where only that row counts."""
-    one = dataclasses.replace(plan, config=dataclasses.replace(plan.config, streams={name: plan.config.streams[name]}))
+    one = dataclasses.replace(spec, config=dataclasses.replace(spec.config, streams={name: spec.config.streams[name]}))
 
     def measure(state: TrainState, batch: DeviceBatch, row: jax.Array) -> tuple[jax.Array, jax.Array]:
-        inputs = step_inputs(plan, state)
-        count, rng = plan.config.grad_accum_steps, inputs.rng
+        inputs = step_inputs(spec, state)
+        count, rng = spec.config.grad_accum_steps, inputs.rng
         if count > 1:  # the micro-batch that holds the row, with its randomness
             batch = jax.tree.map(lambda x: x[row % count], micro_batches({name: batch}, count))[name]
             row, rng = row // count, jax.random.fold_in(rng, row % count)
         masked = {name: {**batch, "example_mask": jnp.arange(batch["example_id"].shape[0]) == row}}
 
-        trained, frozen = split(state["params"], plan.config.frozen)
+        trained, frozen = partition(state["params"], spec.config.frozen)
 
         def loss(trained: Any) -> tuple[jax.Array, tuple[Metrics, Any]]:
-            params = join(trained, frozen)
+            params = combine(trained, frozen)
             return streams_loss(
                 one, params, inputs.teacher, state.get("queues", {}), masked, rng, inputs.alpha, inputs.frequencies
             )
@@ -186,7 +188,7 @@ def _alone(plan: Blueprint, name: str) -> Any:
     jitted = jax.jit(measure)
 
     def call(state: TrainState, batch: DeviceBatch, row: jax.Array) -> tuple[jax.Array, jax.Array]:
-        with jax.set_mesh(plan.mesh):
+        with jax.set_mesh(spec.mesh):
             return jitted(state, batch, row)
 
     return call

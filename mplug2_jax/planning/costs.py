@@ -16,7 +16,7 @@ from mplug2_jax.model.mplug2 import define
 from mplug2_jax.planning.programs import Program
 from mplug2_jax.tasks.table import TASKS
 from mplug2_jax.training.config import StreamConfig
-from mplug2_jax.training.state import Blueprint
+from mplug2_jax.training.state import RunSpec
 from mplug2_jax.training.telemetry.flops import count_flops
 from mplug2_jax.training.telemetry.step_flops import gradient_flops
 
@@ -45,16 +45,16 @@ class Costs:
         return self.recomputed / self.step
 
 
-def training_costs(plan: Blueprint, batches: Mapping[str, Any]) -> Costs:
+def training_costs(spec: RunSpec, batches: Mapping[str, Any]) -> Costs:
     """Counts a run's step; nothing is compiled."""
-    config = plan.config
+    config = spec.config
     towers, objectives, again = {}, {}, 0
     for name, stream in config.streams.items():
-        once = gradient_flops(plan, {name: stream}, batches, remat=False)
+        once = gradient_flops(spec, {name: stream}, batches, remat=False)
         towers[name] = _by_tower(once)
-        again += gradient_flops(plan, {name: stream}, batches, remat=True).total() - once.total()
+        again += gradient_flops(spec, {name: stream}, batches, remat=True).total() - once.total()
         objectives[name] = {
-            objective: gradient_flops(plan, {name: _only(stream, objective)}, batches, remat=False).total()
+            objective: gradient_flops(spec, {name: _only(stream, objective)}, batches, remat=False).total()
             for objective in stream.objectives
         }
     return Costs(towers=towers, objectives=objectives, recomputed=again)
@@ -77,14 +77,14 @@ def _only(stream: StreamConfig, objective: str) -> StreamConfig:
 
 def prediction_costs(program: Program) -> Costs:
     """Counts what an evaluation does with a batch, searches to their greatest length."""
-    plan, evaluation = program.spec, program.spec.config.evaluations[program.name]
-    model = dataclasses.replace(plan.config.model, attention="xla")
+    spec, evaluation = program.spec, program.spec.config.evaluations[program.name]
+    model = dataclasses.replace(spec.config.model, attention="xla")
     predict = TASKS[evaluation.task].predict
     assert predict is not None
-    definition = define(model, plan.definition.parts)
+    definition = define(model, spec.definition.parts)
     arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (program.state, dict(program.batches)))
-    turns = plan.config.tasks.search.max_length
+    turns = spec.config.tasks.search.max_length
     counts = count_flops(
-        lambda params, batch: predict(definition.bind(params), batch, plan.context), *arguments, turns=turns
+        lambda params, batch: predict(definition.bind(params), batch, spec.context), *arguments, turns=turns
     )
     return Costs(towers={program.name: _by_tower(counts)}, objectives={}, recomputed=0)

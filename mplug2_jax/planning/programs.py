@@ -23,16 +23,16 @@ from mplug2_jax.parallel.placement import batch_sharding, batch_shards, check_ba
 from mplug2_jax.tasks.base import Prompts
 from mplug2_jax.tasks.table import TASKS
 from mplug2_jax.training.compilation import (
+    cache_everything,
     compiler_options,
-    describe_program,
-    keeping_all,
-    without_cache,
+    disable_cache,
+    program_fingerprint,
     write_manifest,
 )
 from mplug2_jax.training.config import RunConfig
-from mplug2_jax.training.state import Blueprint, plan_run
-from mplug2_jax.training.step import jitted_step
-from mplug2_jax.training.workdir import make_tokenizer, special_tokens
+from mplug2_jax.training.state import RunSpec, make_run_spec
+from mplug2_jax.training.step import jit_train_step
+from mplug2_jax.training.workdir import load_or_train_tokenizer, special_tokens
 
 # There is no TPU here: libtpu need not look for one, nor complain that it finds none.
 _NO_TPU = {
@@ -90,7 +90,7 @@ class Program:
     """A program of a run, traced for a topology."""
 
     name: str  # "train", or the evaluation's
-    spec: Blueprint
+    spec: RunSpec
     topology: Topology
     lowered: Any
     state: Any  # what it holds from call to call, as jax.ShapeDtypeStruct
@@ -108,12 +108,12 @@ class Program:
             JaxRuntimeError: RESOURCE_EXHAUSTED, where the compiler finds no room.
         """
         start = time.perf_counter()
-        with without_cache() if keep is None else keeping_all(keep):
+        with disable_cache() if keep is None else cache_everything(keep):
             options = compiler_options(self.topology.chip.platform) or {}
             options |= {"exec_time_optimization_effort": effort} if effort else {}
             compiled = self.lowered.compile(options or None)
         if keep is not None:
-            write_manifest(keep, describe_program(self.lowered, self.spec.mesh.devices.ravel().tolist()))
+            write_manifest(keep, program_fingerprint(self.lowered, self.spec.mesh.devices.ravel().tolist()))
         return Compiled(self, compiled, time.perf_counter() - start)
 
 
@@ -126,20 +126,20 @@ class Compiled:
     seconds: float
 
 
-def blueprint(config: RunConfig, topology: Topology) -> Blueprint:
+def blueprint(config: RunConfig, topology: Topology) -> RunSpec:
     """A run laid out on a topology. Raises UserError where it does not fit the mesh."""
     mesh = make_mesh(config.mesh, get_topology_devices(topology))
     for name, stream in config.streams.items():
         micro = stream.data.batch_size // config.grad_accum_steps
         check_batch(f"config.streams.{name}.data.batch_size / config.grad_accum_steps", micro, mesh)
-    return plan_run(config, tokens_of(config), mesh)  # last: a tokeniser may take a while
+    return make_run_spec(config, tokens_of(config), mesh)  # last: a tokeniser may take a while
 
 
 def tokens_of(config: RunConfig) -> SpecialTokens:
     """The ids of the run's tokeniser; BERT's where its file is not on this machine."""
     if config.tokenizer.path and not Path(config.tokenizer.path).is_file():
         return SpecialTokens()
-    return special_tokens(make_tokenizer(config.tokenizer))
+    return special_tokens(load_or_train_tokenizer(config.tokenizer))
 
 
 def training_program(config: RunConfig, topology: Topology) -> Program:
@@ -148,15 +148,15 @@ def training_program(config: RunConfig, topology: Topology) -> Program:
     Raises:
         UserError: a mesh that does not fit the topology, or batches that do not fit the mesh or the objectives.
     """
-    plan = blueprint(config, topology)
-    batches = {name: abstract_batch(stream.data, plan) for name, stream in config.streams.items()}
+    spec = blueprint(config, topology)
+    batches = {name: abstract_batch(stream.data, spec) for name, stream in config.streams.items()}
     for name, stream in config.streams.items():
         for objective in stream.objectives:
             TASKS[objective].check(set(batches[name]), f"config.streams.{name}")
     start = time.perf_counter()
-    with jax.set_mesh(plan.mesh):
-        lowered = jitted_step(plan).lower(plan.shapes, batches)
-    return Program("train", plan, topology, lowered, plan.shapes, batches, time.perf_counter() - start)
+    with jax.set_mesh(spec.mesh):
+        lowered = jit_train_step(spec).lower(spec.shapes, batches)
+    return Program("train", spec, topology, lowered, spec.shapes, batches, time.perf_counter() - start)
 
 
 def evaluation_program(config: RunConfig, topology: Topology, name: str) -> Program:
@@ -171,35 +171,35 @@ def evaluation_program(config: RunConfig, topology: Topology, name: str) -> Prog
     """
     if name not in config.evaluations:
         raise UserError(f"--evaluation {name}: {did_you_mean(name, config.evaluations)}")
-    plan, evaluation = blueprint(config, topology), config.evaluations[name]
-    check_batch(f"config.evaluations.{name}.data.batch_size", evaluation.data.batch_size, plan.mesh)
-    rows = evaluation.device_rows * batch_shards(plan.mesh)
+    spec, evaluation = blueprint(config, topology), config.evaluations[name]
+    check_batch(f"config.evaluations.{name}.data.batch_size", evaluation.data.batch_size, spec.mesh)
+    rows = evaluation.device_rows * batch_shards(spec.mesh)
     data = dataclasses.replace(evaluation.data, batch_size=rows)
     example = {key: shape[1:] for key, (shape, _) in data.shapes().items()}
-    check_task(f"config.evaluations.{name}", evaluation.task, example, plan.definition)
+    check_task(f"config.evaluations.{name}", evaluation.task, example, spec.definition)
     start = time.perf_counter()
-    with jax.set_mesh(plan.mesh):
-        batch = {**abstract_batch(data, plan, mask=True), **_shared(plan, evaluation)}
-        predict = jitted_prediction(evaluation.task, plan.definition, plan.context, plan.mesh)
-        params = plan.evaluated_shapes
+    with jax.set_mesh(spec.mesh):
+        batch = {**abstract_batch(data, spec, mask=True), **_shared(spec, evaluation)}
+        predict = jitted_prediction(evaluation.task, spec.definition, spec.context, spec.mesh)
+        params = spec.eval_param_shapes
         lowered = predict.lower(params, batch)
-    return Program(name, plan, topology, lowered, params, batch, time.perf_counter() - start)
+    return Program(name, spec, topology, lowered, params, batch, time.perf_counter() - start)
 
 
-def _shared(plan: Blueprint, evaluation: EvaluationConfig) -> Mapping[str, jax.ShapeDtypeStruct]:
+def _shared(spec: RunSpec, evaluation: EvaluationConfig) -> Mapping[str, jax.ShapeDtypeStruct]:
     """What all batches of an evaluation share, which is made before them. One prompt stands for each class."""
     prepare, classes = TASKS[evaluation.task].prepare, len(evaluation.data.examples.classes)
     if prepare is None:
         return {}
-    context = dataclasses.replace(plan.context, prompts=Prompts(np.zeros((1, classes, 1), np.int32), classes, 1))
-    made = jax.eval_shape(lambda params: prepare(plan.definition.bind(params), context), plan.evaluated_shapes)
-    whole = replicated(plan.mesh)
+    context = dataclasses.replace(spec.context, prompts=Prompts(np.zeros((1, classes, 1), np.int32), classes, 1))
+    made = jax.eval_shape(lambda params: prepare(spec.definition.bind(params), context), spec.eval_param_shapes)
+    whole = replicated(spec.mesh)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), made)
 
 
-def abstract_batch(data: DataConfig, plan: Blueprint, *, mask: bool = False) -> Mapping[str, jax.ShapeDtypeStruct]:
+def abstract_batch(data: DataConfig, spec: RunSpec, *, mask: bool = False) -> Mapping[str, jax.ShapeDtypeStruct]:
     """A stream's batch as :func:`~mplug2_jax.parallel.placement.put_batch` puts it on the mesh, without its numbers."""
-    sharding = batch_sharding(plan.mesh)
+    sharding = batch_sharding(spec.mesh)
     made = data.shapes() | ({"example_mask": ((data.batch_size,), np.bool_)} if mask else {})
     return {
         key: jax.ShapeDtypeStruct(shape, jnp.int32 if dtype is np.int64 else dtype, sharding=sharding)

@@ -93,12 +93,12 @@ class Report:
 def make_report(compiled: Compiled, config: RunConfig) -> Report:
     """Reads a compiled program."""
     program = compiled.program
-    plan, topology, training = program.spec, program.topology, program.name == "train"
+    spec, topology, training = program.spec, program.topology, program.name == "train"
     text = compiled.executable.as_text()
     longest = 1 if training else config.tasks.search.max_length  # turns of a search, which may end before
-    found = parse_collectives(text, plan.mesh, turns=longest)
-    costs = training_costs(plan, program.batches) if training else prediction_costs(program)
-    times = timing(float(costs.executed), memory_traffic(text, turns=longest), found, plan.mesh, topology)
+    found = parse_collectives(text, spec.mesh, turns=longest)
+    costs = training_costs(spec, program.batches) if training else prediction_costs(program)
+    times = timing(float(costs.executed), memory_traffic(text, turns=longest), found, spec.mesh, topology)
     peak = topology.chip.flops * topology.chips
     data = {name: stream.data for name, stream in config.streams.items()}
     data = data if training else {program.name: config.evaluations[program.name].data}
@@ -107,15 +107,15 @@ def make_report(compiled: Compiled, config: RunConfig) -> Report:
         program=program.name,
         topology=str(topology),
         chips=topology.chips,
-        mesh=describe_mesh(plan.mesh),
+        mesh=describe_mesh(spec.mesh),
         examples={name: d.batch_size for name, d in data.items()},
-        parameters=plan.definition.count(),
+        parameters=spec.definition.count(),
         memory=program_memory(compiled, topology),
         costs=costs,
-        traffic=tuple(_grouped(found, plan.mesh, topology)),
+        traffic=tuple(_grouped(found, spec.mesh, topology)),
         largest_collectives=tuple(largest(found, 8)),
         largest_arrays=tuple(largest_arrays(text, 8)),
-        unknown_loops=tuple(loop.scope or loop.name for loop in unknown_loops(text, plan.mesh)),
+        unknown_loops=tuple(loop.scope or loop.name for loop in unknown_loops(text, spec.mesh)),
         timing=times,
         mfu=(costs.step / peak / times.ceiling, costs.step / peak / times.floor),
         steps=config.steps if training else 1,

@@ -21,8 +21,8 @@ from mplug2_jax.planning.remedies import overrides_between, try_compile
 from mplug2_jax.planning.report import fingerprint, make_report
 from mplug2_jax.planning.timing import BEST
 from mplug2_jax.training.config import FsdpGather, RunConfig
-from mplug2_jax.training.optim.partition import split
-from mplug2_jax.training.state import Blueprint
+from mplug2_jax.training.optim.partition import partition
+from mplug2_jax.training.state import RunSpec
 from mplug2_jax.training.telemetry.step_flops import gradient_flops
 
 REMATS = (
@@ -89,8 +89,8 @@ def candidates(config: RunConfig, topology: Topology) -> list[Candidate]:
     Ruled out is what the batches do not divide into, and what needs more memory than a device has before there is a
     single temporary.
     """
-    plan = blueprint(config, topology)
-    model = _Model(config, topology, plan)
+    spec = blueprint(config, topology)
+    model = _Model(config, topology, spec)
     own = model.judge(config)
     same = dataclasses.replace(config, mesh=MeshConfig(**config.mesh.sizes(topology.devices)))  # no axis left open
     varied = [model.judge(variation) for variation in _variations(config, topology) if variation != same]
@@ -124,16 +124,16 @@ def _variations(config: RunConfig, topology: Topology) -> Iterator[RunConfig]:
 class _Model:
     """What can be said of a variation without compiling it: the order in which to try, and no more than that."""
 
-    def __init__(self, config: RunConfig, topology: Topology, plan: Blueprint) -> None:
-        self._base, self._topology, self._plan = config, topology, plan
-        self._batches = {name: abstract_batch(stream.data, plan) for name, stream in config.streams.items()}
+    def __init__(self, config: RunConfig, topology: Topology, spec: RunSpec) -> None:
+        self._base, self._topology, self._spec = config, topology, spec
+        self._batches = {name: abstract_batch(stream.data, spec) for name, stream in config.streams.items()}
         self._operations: dict[RematConfig, float] = {}
-        self._weights = plan.definition.count() * 4.0
+        self._weights = spec.definition.count() * 4.0
         moments = {"float32": 4, "bfloat16": 2}
         optimizer = config.optimizer
         kept = 0 if optimizer.offload_moments else moments[optimizer.mu_dtype] + moments[optimizer.nu_dtype]
-        trained, _ = split(plan.shapes["params"], config.frozen)
-        self._state = plan.definition.count() * (moments[config.param_dtype] + 4.0 * config.has_teacher)
+        trained, _ = partition(spec.shapes["params"], config.frozen)
+        self._state = spec.definition.count() * (moments[config.param_dtype] + 4.0 * config.has_teacher)
         self._state += (kept + 4.0 * bool(config.ema_decay)) * sum(shape.size for shape in jax.tree.leaves(trained))
         self._tokens = sum(_tokens(config, name) for name in config.streams)
 
@@ -168,8 +168,8 @@ class _Model:
     def _executed(self, config: RunConfig) -> float:
         remat = config.model.remat
         if remat not in self._operations:
-            plan = dataclasses.replace(self._plan, config=config)
-            counted = gradient_flops(plan, self._base.streams, self._batches, remat=True)
+            spec = dataclasses.replace(self._spec, config=config)
+            counted = gradient_flops(spec, self._base.streams, self._batches, remat=True)
             self._operations[remat] = float(counted.total())
         return self._operations[remat]
 

@@ -15,7 +15,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from data_pipelines.sources.files import write_atomically
 
-AUTOMATIC = Path("~/.cache/mplug2_jax/xla")
+DEFAULT_CACHE_DIR = Path("~/.cache/mplug2_jax/xla")
 
 # What hides collectives behind matmuls: gathers run piecewise beside them, and reductions on the sparse cores, where a
 # chip has any. These also become true reduce-scatters that way: left alone, most gradients are summed whole on every
@@ -35,7 +35,7 @@ def compiler_options(kind: str) -> dict[str, bool | float] | None:
     return dict(_TPU) if kind == "tpu" else None
 
 
-def keep_compiled(where: str) -> Path | None:
+def enable_compilation_cache(where: str) -> Path | None:
     """Keeps compiled programs in a folder, so that a restart does not compile again.
 
     Args:
@@ -53,7 +53,7 @@ def keep_compiled(where: str) -> Path | None:
     chosen = jax.config.values["jax_compilation_cache_dir"]  # by the environment
     if where == "auto" and chosen:
         return Path(chosen)
-    automatic = AUTOMATIC / f"cpu-{processor()}" if jax.default_backend() == "cpu" else AUTOMATIC
+    automatic = DEFAULT_CACHE_DIR / f"cpu-{cpu_fingerprint()}" if jax.default_backend() == "cpu" else DEFAULT_CACHE_DIR
     folder = (automatic if where == "auto" else Path(where)).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -66,7 +66,7 @@ def keep_compiled(where: str) -> Path | None:
     return folder
 
 
-def processor() -> str:
+def cpu_fingerprint() -> str:
     """Return a digest of this machine's kind of processor: its architecture, and all that it can do."""
     told = [platform.machine(), platform.processor()]
     with contextlib.suppress(OSError):
@@ -76,10 +76,10 @@ def processor() -> str:
 
 
 MANIFEST = "executable.json"
-"""Beside compiled programs that ``plan --save-executable`` made: of what, and for which machine."""
+"""Beside compiled programs that ``mplug2 plan --save-executable`` made: of what, and for which machine."""
 
 
-def describe_program(lowered: Any, devices: Sequence[Any]) -> dict[str, str]:
+def program_fingerprint(lowered: Any, devices: Sequence[Any]) -> dict[str, str]:
     """A program and its machine; two that agree in all of it compile to the same executable."""
     digest = hashlib.sha256(lowered.as_text().encode()).hexdigest()
     return {
@@ -102,7 +102,7 @@ def write_manifest(folder: Path, described: dict[str, str]) -> None:
     write_atomically(str(folder / MANIFEST), f"{json.dumps(described, indent=1)}\n".encode())
 
 
-def why_not(lowered: Any, devices: Sequence[Any]) -> str | None:
+def aot_cache_miss_reason(lowered: Any, devices: Sequence[Any]) -> str | None:
     """Why the program that was compiled ahead cannot be used here; empty if it can, None if there is none.
 
     Looks in the folder where compiled programs are kept; only where it finds one is the program written out.
@@ -115,12 +115,12 @@ def why_not(lowered: Any, devices: Sequence[Any]) -> str | None:
         kept = dict(json.loads(path.read_text()))
     except (ValueError, TypeError):
         return f"{path} cannot be read"
-    here = describe_program(lowered, devices)
+    here = program_fingerprint(lowered, devices)
     differ = [f"{key} {kept.get(key)}, here {value}" for key, value in here.items() if kept.get(key) != value]
     return f"{path} is of another: {'; '.join(differ)}" if differ else ""
 
 
-def keeping_all(folder: Path) -> AbstractContextManager[None]:
+def cache_everything(folder: Path) -> AbstractContextManager[None]:
     """Compiled programs are kept in a folder, however small and fast to compile they are."""
     return _cache_settings(
         jax_compilation_cache_dir=str(folder),
@@ -130,7 +130,7 @@ def keeping_all(folder: Path) -> AbstractContextManager[None]:
     )
 
 
-def without_cache() -> AbstractContextManager[None]:
+def disable_cache() -> AbstractContextManager[None]:
     """Programs are compiled anew."""
     return _cache_settings(jax_enable_compilation_cache=False)
 

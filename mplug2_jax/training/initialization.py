@@ -14,14 +14,14 @@ from mplug2_jax.model.vision import resize_positions
 from mplug2_jax.objectives.cider import Frequencies, document_frequencies
 from mplug2_jax.training.checkpoint.checkpoints import Checkpoints, open_checkpoint
 from mplug2_jax.training.config import RunConfig
-from mplug2_jax.training.optim.lora import without_pairs
-from mplug2_jax.training.optim.partition import PAIR, join, part_of, split
-from mplug2_jax.training.state import Blueprint, TrainState, fresh_average
+from mplug2_jax.training.optim.lora import remove_adapters
+from mplug2_jax.training.optim.partition import LORA_KEY, combine, part_name, partition
+from mplug2_jax.training.state import RunSpec, TrainState, init_ema
 
 POSITIONS = ("vision", "positions")
 
 
-def first_state(plan: Blueprint, streams: Mapping[str, Stream] | None = None) -> tuple[TrainState, list[str]]:
+def init_or_load_state(spec: RunSpec, streams: Mapping[str, Stream] | None = None) -> tuple[TrainState, list[str]]:
     """The state before step 1, and what is to be said of where it came from.
 
     What rewards captions by CIDEr counts those of ``streams`` first, alike in all processes.
@@ -33,17 +33,17 @@ def first_state(plan: Blueprint, streams: Mapping[str, Stream] | None = None) ->
     Raises:
         UserError: no such checkpoint, or one that lacks a part, or has it in another size.
     """
-    state, said = _begun(plan)
+    state, said = _begun(spec)
     if "frequencies" in state and streams:
-        state["frequencies"] = jax.device_put(_counted(plan, streams), plan.shardings["frequencies"])
+        state["frequencies"] = jax.device_put(_counted(spec, streams), spec.shardings["frequencies"])
     return state, said
 
 
-def starting_from(path: Path, config: RunConfig) -> RunConfig:
+def with_init_from(path: Path, config: RunConfig) -> RunConfig:
     """The run with the parts of a checkpoint that both have. Raises UserError where there is no checkpoint."""
     checkpoints, step = open_checkpoint(path)
     try:
-        has = checkpoints.identity(step).parts
+        has = checkpoints.model_metadata(step).parts
     finally:
         checkpoints.close()
     return dataclasses.replace(config, init_from=str(path), init_parts=tuple(p for p in config.parts() if p in has))
@@ -80,7 +80,7 @@ def with_checkpoint_sizes(
     else:
         checkpoints, step = open_checkpoint(Path(config.init_from))
         try:
-            identity = checkpoints.identity(step)
+            identity = checkpoints.model_metadata(step)
         except UserError:  # of an older version, or damaged: what reads the arrays says so
             return config, ""
         finally:
@@ -97,48 +97,48 @@ def with_checkpoint_sizes(
     return sized, f"the model's sizes are those of {config.init_from}: {told}"
 
 
-def _counted(plan: Blueprint, streams: Mapping[str, Stream]) -> Frequencies:
+def _counted(spec: RunSpec, streams: Mapping[str, Stream]) -> Frequencies:
     """The document frequencies of the captions that are rewarded."""
-    config = plan.config
+    config = spec.config
     rewarded = [streams[name] for name, stream in config.streams.items() if "scst" in stream.objectives]
     documents = (ids for stream in rewarded for ids in stream.references(config.tasks.scst.documents))
-    return document_frequencies(documents, plan.context.tokens)
+    return document_frequencies(documents, spec.context.tokens)
 
 
-def _begun(plan: Blueprint) -> tuple[TrainState, list[str]]:
-    if not plan.config.init_from:
-        return plan.init(), []
-    checkpoints, step = open_checkpoint(Path(plan.config.init_from))
+def _begun(spec: RunSpec) -> tuple[TrainState, list[str]]:
+    if not spec.config.init_from:
+        return spec.init(), []
+    checkpoints, step = open_checkpoint(Path(spec.config.init_from))
     try:
-        return _started(plan, checkpoints, step)
+        return _started(spec, checkpoints, step)
     finally:
         checkpoints.close()
 
 
-def _started(plan: Blueprint, checkpoints: Checkpoints, step: int) -> tuple[TrainState, list[str]]:
-    stored = checkpoints.leaves(step)
+def _started(spec: RunSpec, checkpoints: Checkpoints, step: int) -> tuple[TrainState, list[str]]:
+    stored = checkpoints.array_specs(step)
     has = {path[1] for path in stored if path[0] == "params"}
-    wanted = _wanted(plan.config, set(plan.shapes["params"]), has)
-    fresh = sorted(set(plan.shapes["params"]) - set(wanted))
+    wanted = _wanted(spec.config, set(spec.shapes["params"]), has)
+    fresh = sorted(set(spec.shapes["params"]) - set(wanted))
     # What was trained on pictures alone has no temporal units; fresh ones change nothing of a clip's frames.
-    still = "vision" in wanted and "temporal" not in {part_of(path[1:]) for path in stored if path[0] == "params"}
-    fresh += ["temporal"] if still and "temporal" in plan.definition.parts else []
+    still = "vision" in wanted and "temporal" not in {part_name(path[1:]) for path in stored if path[0] == "params"}
+    fresh += ["temporal"] if still and "temporal" in spec.definition.parts else []
     trees = {path[0] for path in stored}
     own = "ema" if "ema" in trees else "params"
     taken_as = ", averaged" if own == "ema" else ""
-    taken_as += ", LoRA in its kernels" if any(PAIR in path for path in stored) else ""
-    said = [f"starting from {plan.config.init_from} (step {step}{taken_as}): {', '.join(wanted)}"]
+    taken_as += ", LoRA in its kernels" if any(LORA_KEY in path for path in stored) else ""
+    said = [f"starting from {spec.config.init_from} (step {step}{taken_as}): {', '.join(wanted)}"]
     said += [f"  fresh: {', '.join(fresh)}"] if fresh else []
     taken = {}
-    for tree in {"params", "teacher"} & set(plan.shapes):
+    for tree in {"params", "teacher"} & set(spec.shapes):
         kept = "teacher" if tree == "teacher" and "teacher" in trees else own
-        like = without_pairs({part: plan.shapes[tree][part] for part in wanted})
-        like = split(like, ("temporal",))[0] if still else like
+        like = remove_adapters({part: spec.shapes[tree][part] for part in wanted})
+        like = partition(like, ("temporal",))[0] if still else like
         taken[tree] = _restored(checkpoints, step, kept, like, said)
-    state = plan.init()
-    state |= {tree: join(parts, state[tree]) for tree, parts in taken.items()}
+    state = spec.init()
+    state |= {tree: combine(parts, state[tree]) for tree, parts in taken.items()}
     if "ema" in state:
-        state["ema"] = fresh_average(plan.config, state["params"])
+        state["ema"] = init_ema(spec.config, state["params"])
     return state, said
 
 
@@ -161,12 +161,12 @@ def _wanted(config: RunConfig, own: set[str], has: set[str]) -> Sequence[str]:
 
 def _restored(checkpoints: Checkpoints, step: int, tree: str, like: Any, said: list[str]) -> Any:
     """Parts of a tree, laid out like ``like``; the position table on its own grid."""
-    stored = checkpoints.leaves(step)
+    stored = checkpoints.array_specs(step)
     path = next((path for path in ((tree, *POSITIONS), ("params", *POSITIONS)) if path in stored), POSITIONS)
     table = like.get("vision", {}).get("positions")
     resized = None
     if table is not None and path in stored and stored[path][0] != table.shape:
-        rows = checkpoints.read([path], step)[path]
+        rows = checkpoints.read_arrays([path], step)[path]
         grid = round((table.shape[0] - 1) ** 0.5)
         resized = jax.device_put(resize_positions(jnp.asarray(rows), grid), table.sharding)
         like = like | {"vision": {name: leaf for name, leaf in like["vision"].items() if name != "positions"}}

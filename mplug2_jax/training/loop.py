@@ -23,25 +23,25 @@ from mplug2_jax.parallel.placement import batch_shards, check_batch, held_parts,
 from mplug2_jax.parallel.processes import check_equal, is_first
 from mplug2_jax.tasks.table import TASKS
 from mplug2_jax.training.checkpoint.checkpoints import Checkpoints
-from mplug2_jax.training.checkpoint.metadata import Identity, Position
-from mplug2_jax.training.compilation import keep_compiled
+from mplug2_jax.training.checkpoint.metadata import DataPosition, ModelMetadata
+from mplug2_jax.training.compilation import enable_compilation_cache
 from mplug2_jax.training.config import RunConfig
-from mplug2_jax.training.initialization import first_state
-from mplug2_jax.training.optim.partition import split
-from mplug2_jax.training.prefetch import Ahead
+from mplug2_jax.training.initialization import init_or_load_state
+from mplug2_jax.training.optim.partition import partition
+from mplug2_jax.training.prefetch import Prefetcher
 from mplug2_jax.training.reliability.faults import with_later_rollbacks
 from mplug2_jax.training.reliability.lock import Lock, held
 from mplug2_jax.training.reliability.preemption import PreemptionNotice
 from mplug2_jax.training.reliability.sdc_check import Recheck
 from mplug2_jax.training.reliability.watchdog import Watchdog
-from mplug2_jax.training.state import Blueprint, evaluated, plan_run
-from mplug2_jax.training.step import StreamBatches, compile_step
+from mplug2_jax.training.state import RunSpec, eval_params, make_run_spec
+from mplug2_jax.training.step import StreamBatches, make_step
 from mplug2_jax.training.telemetry.events import Events
 from mplug2_jax.training.telemetry.example_log import ExampleLog
 from mplug2_jax.training.telemetry.goodput import Ledger
 from mplug2_jax.training.telemetry.metric_log import MetricsFile, Progress
 from mplug2_jax.training.telemetry.monitor import Instruments
-from mplug2_jax.training.workdir import WorkDir, flat, special_tokens
+from mplug2_jax.training.workdir import WorkDir, flatten_dict, special_tokens
 
 
 def train(config: RunConfig, path: Path) -> list[EvaluationResult]:
@@ -58,7 +58,7 @@ def train(config: RunConfig, path: Path) -> list[EvaluationResult]:
     workdir = WorkDir(path)
     with PreemptionNotice(interrupts=True) as notice:
         notice.may_leave("told to end before the first step; the same command starts again")
-        workdir.check(config)
+        workdir.check_config(config)
         with held(workdir.lock) as lock:
             notice.release = lock.release
             return _train(config, workdir, notice, lock)
@@ -66,45 +66,45 @@ def train(config: RunConfig, path: Path) -> list[EvaluationResult]:
 
 def _train(config: RunConfig, workdir: WorkDir, notice: PreemptionNotice, lock: Lock) -> list[EvaluationResult]:
     ledger, progress = Ledger(), Progress(config.steps, quiet=not is_first())
-    keep_compiled(config.compilation_cache)
+    enable_compilation_cache(config.compilation_cache)
 
     # Mesh and model, described before anything is made.
     mesh = make_mesh(config.mesh)
     for name, stream in config.streams.items():
         check_batch(f"config.streams.{name}.data.batch_size", stream.data.batch_size // config.grad_accum_steps, mesh)
-    resumes = workdir.check(config)
+    resumes = workdir.check_config(config)
     begun_with = workdir.read_config() if resumes else config
-    tokenizer = workdir.tokenizer(config)
-    check_started_alike(config, tokenizer, resumes=resumes)
-    plan = plan_run(config, special_tokens(tokenizer), mesh)
-    progress.say(describe(plan))
+    tokenizer = workdir.load_tokenizer(config)
+    check_same_in_all_processes(config, tokenizer, resumes=resumes)
+    spec = make_run_spec(config, special_tokens(tokenizer), mesh)
+    progress.say(describe(spec))
 
     # Evaluations are set up first, so that a mistake in one shows now and not after the last step.
     evaluations = [
         Evaluation(
-            name, evaluation, plan.definition, plan.context, tokenizer, mesh, seed=config.seed, recipe=config.name
+            name, evaluation, spec.definition, spec.context, tokenizer, mesh, seed=config.seed, recipe=config.name
         )
         for name, evaluation in config.evaluations.items()
     ]
     streams = open_streams(config, tokenizer)
 
-    begun = None if resumes else first_state(plan, streams)
+    begun = None if resumes else init_or_load_state(spec, streams)
 
     # Nothing was written until here, so that a run that is refused can be started again.
     if is_first():
-        workdir.begin(config, tokenizer)
+        workdir.initialize(config, tokenizer)
 
     # State: fresh, or the last good checkpoint's.
     events = Events(workdir.events if is_first() else None, progress.say)
-    identity = Identity(config.model, plan.definition.parts, lora_scale=config.lora.scale)
-    checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint, identity=identity, events=events)
+    identity = ModelMetadata(config.model, spec.definition.parts, lora_scale=config.lora.scale)
+    checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint, model=identity, events=events)
     if resumes and checkpoints.steps():
-        state, position = checkpoints.restore_last_good(plan.shapes)
-        check_position(position, streams)
+        state, position = checkpoints.restore_last_good(spec.shapes)
+        check_data_unchanged(position, streams)
         position = with_later_rollbacks(position, workdir.events)
         events.note("resumed", position.step, said=f"resuming from step {position.step}")
     else:
-        (state, said), position = begun or first_state(plan, streams), position_after(0, streams)
+        (state, said), position = begun or init_or_load_state(spec, streams), data_position(0, streams)
         for line in said:
             progress.say(line)
     number = position.step
@@ -114,16 +114,16 @@ def _train(config: RunConfig, workdir: WorkDir, notice: PreemptionNotice, lock: 
             said=f"config.steps was {begun_with.steps} and is {config.steps}: learning rates follow the longer "
             f"schedule from step {number + 1} on",
         )  # fmt: skip
-    notice.may_leave(exit_message(number, config))
+    notice.may_leave(preemption_message(number, config))
 
     # Data: a step's batch is a function of (seed, position), so resuming is starting there. While a step runs, the
     # batches of the next are made and put on the devices.
-    batches = Ahead(device_batches(streams, mesh, position.batch(number + 1)))
-    records = FaultLog(workdir.data_errors_of(jax.process_index()))
+    batches = Prefetcher(device_batches(streams, mesh, position.batch_index(number + 1)))
+    records = FaultLog(workdir.data_errors_path(jax.process_index()))
     consumed = ExampleLog(workdir.examples, number, mesh, wanted=config.log_example_ids)
-    step = compile_step(plan)
-    checked_step = Recheck(plan, step, config.faults.sdc_check_every)
-    instruments = Instruments(plan, workdir, position, progress, events, ledger)
+    step = make_step(spec)
+    checked_step = Recheck(spec, step, config.faults.sdc_check_every)
+    instruments = Instruments(spec, workdir, position, progress, events, ledger)
     watchdog = Watchdog(config.watchdog_timeout)
 
     def begin_next(phase: str) -> None:
@@ -132,9 +132,9 @@ def _train(config: RunConfig, workdir: WorkDir, notice: PreemptionNotice, lock: 
         notice.check()
 
     def evaluate() -> list[EvaluationResult]:
-        notice.may_leave(exit_message(number, config) if checkpoints.holds(number) else None)
+        notice.may_leave(preemption_message(number, config) if checkpoints.is_saved(number) else None)
         with ledger.during("evaluation"):
-            params, folder = evaluated(plan, state), workdir.evaluations_of(number)
+            params, folder = eval_params(spec, state), workdir.evaluation_folder(number)
             return run_evaluations(evaluations, params, number, folder, instruments.metrics, progress, begin_next)
 
     def save() -> None:
@@ -143,7 +143,7 @@ def _train(config: RunConfig, workdir: WorkDir, notice: PreemptionNotice, lock: 
         with ledger.during("checkpoint"):
             instruments.saved(number, checkpoints.save(state, now, instruments.metrics.scores))
             if number == config.steps:
-                checkpoints.finish(state, now, instruments.metrics.scores)
+                checkpoints.save_last(state, now, instruments.metrics.scores)
 
     # The loop. A step's metrics are read while the next one runs; before a save or an evaluation they are read at once,
     # so that neither is of a step that went wrong.
@@ -173,18 +173,18 @@ def _train(config: RunConfig, workdir: WorkDir, notice: PreemptionNotice, lock: 
             notice.may_leave(None)
 
             last = number == config.steps
-            saves = last or checkpoints.due(number)
+            saves = last or checkpoints.should_save(number)
             evaluates = evaluations and (last or (config.eval_every and number % config.eval_every == 0))
             spike = instruments.read(behind=0 if saves or evaluates else 1)
             if spike is not None and checkpoints.steps():
                 with ledger.during("restart"):
-                    state, there = checkpoints.restore_last_good(plan.shapes)
+                    state, there = checkpoints.restore_last_good(spec.shapes)
                     position = instruments.watch.roll_back(spike, there, position)
                     number = position.step
                     instruments.rewind(number)
                     consumed.rewind(number)
                     batches.close()
-                    batches = Ahead(device_batches(streams, mesh, position.batch(number + 1)))
+                    batches = Prefetcher(device_batches(streams, mesh, position.batch_index(number + 1)))
                 continue
             if saves:
                 save()
@@ -194,7 +194,7 @@ def _train(config: RunConfig, workdir: WorkDir, notice: PreemptionNotice, lock: 
         if number > position.step and instruments.read(behind=0) is None:
             save()
         kept = max(checkpoints.steps(), default=0)
-        raise Preempted(exit_message(kept, config)) from preempted
+        raise Preempted(preemption_message(kept, config)) from preempted
     finally:
         watchdog.enter("ending the run")
         batches.close()
@@ -206,35 +206,35 @@ def _train(config: RunConfig, workdir: WorkDir, notice: PreemptionNotice, lock: 
     return results
 
 
-def exit_message(saved: int, config: RunConfig) -> str:
+def preemption_message(saved: int, config: RunConfig) -> str:
     """Return the sentence with which a run ends that was told to; ``saved`` is the last saved step, or 0."""
     if not saved:
         return "told to end before step 1; the same command starts again"
     return f"told to end, with step {saved} of {config.steps} saved; the same command goes on from there"
 
 
-def check_started_alike(config: RunConfig, tokenizer: Tokenizer, *, resumes: bool) -> None:
+def check_same_in_all_processes(config: RunConfig, tokenizer: Tokenizer, *, resumes: bool) -> None:
     """Checks that all processes were given the same run and see the same work directory.
 
     Raises:
         UserError: names what differs, and whose.
     """
-    fields = {f"config.{name}": value for name, value in flat(json.loads(json.dumps(to_dict(config)))).items()}
+    fields = {f"config.{name}": value for name, value in flatten_dict(json.loads(json.dumps(to_dict(config)))).items()}
     check_equal({**fields, "the tokeniser": fingerprint(tokenizer), "a run in --workdir": resumes})
 
 
-def describe(plan: Blueprint) -> str:
+def describe(spec: RunSpec) -> str:
     """What is about to run, in a few lines: model, mesh, and why some parameters are not split."""
-    config = plan.config
-    frozen = _count(split(plan.shapes["params"], config.frozen)[1])
-    pairs = _count(plan.shapes["params"]) - plan.definition.count()
+    config = spec.config
+    frozen = _count(partition(spec.shapes["params"], config.frozen)[1])
+    pairs = _count(spec.shapes["params"]) - spec.definition.count()
     lines = [
-        f"{config.name}: {plan.definition.count():,} parameters in {', '.join(plan.definition.parts)}"
+        f"{config.name}: {spec.definition.count():,} parameters in {', '.join(spec.definition.parts)}"
         + (f"; {frozen:,} of them, in {', '.join(config.frozen)}, are frozen" if frozen else "")
         + (f"; LoRA trains {pairs:,} more for {', '.join(config.lora.parts)}" if pairs else ""),
-        f"mesh {describe_mesh(plan.mesh)} on {plan.mesh.devices.flat[0].device_kind}",
+        f"mesh {describe_mesh(spec.mesh)} on {spec.mesh.devices.flat[0].device_kind}",
     ]
-    lines += [f"  {name}: {why}" for name, why in plan.placement.reasons.items()]
+    lines += [f"  {name}: {why}" for name, why in spec.placement.reasons.items()]
     return "\n".join(lines)
 
 
@@ -273,18 +273,18 @@ def device_batches(
         yield {name: put_batch(batch.arrays, mesh) for name, batch in loaded.items()}, rows
 
 
-def position_after(step: int, streams: Mapping[str, Stream]) -> Position:
+def data_position(step: int, streams: Mapping[str, Stream]) -> DataPosition:
     """The data position that a checkpoint after ``step`` steps keeps."""
-    return Position(step, {name: stream.position() for name, stream in streams.items()})
+    return DataPosition(step, {name: stream.position() for name, stream in streams.items()})
 
 
-def check_position(position: Position, streams: Mapping[str, Stream]) -> None:
+def check_data_unchanged(position: DataPosition, streams: Mapping[str, Stream]) -> None:
     """Checks that a step's position means the same examples as when it was saved.
 
     Raises:
         UserError: data under which it would mean others; names the stream, what was and what is.
     """
-    now = position_after(position.step, streams).streams
+    now = data_position(position.step, streams).streams
     changes = [change for name in now for change in _changes(name, position.streams.get(name, {}), now[name])]
     if changes:
         raise UserError(

@@ -7,7 +7,7 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 
-class Ahead(Iterator[T], Generic[T]):
+class Prefetcher(Iterator[T], Generic[T]):
     """An iterator that is one item ahead of whoever reads it, by a thread of its own.
 
     What the items' making raises is raised where the item would have been. Call ``close`` at the end; it waits for

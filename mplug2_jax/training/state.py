@@ -17,21 +17,21 @@ from mplug2_jax.objectives.queue import fresh_queue
 from mplug2_jax.parallel.placement import Placement, place_parameters, replicated
 from mplug2_jax.tasks.base import TaskContext
 from mplug2_jax.training.config import RunConfig
-from mplug2_jax.training.optim.layer_decay import rate_factors
+from mplug2_jax.training.optim.layer_decay import lr_scales
 from mplug2_jax.training.optim.lora import (
-    added_in_place,
-    fresh_pairs,
-    merged,
-    pair_axes,
-    pair_shapes,
-    with_pairs,
-    without_pairs,
+    adapter_axes,
+    adapter_shapes,
+    add_adapters,
+    init_adapters,
+    merge_adapter_on_devices,
+    merge_adapters,
+    remove_adapters,
 )
 from mplug2_jax.training.optim.optimizer import adamw
-from mplug2_jax.training.optim.partition import join, split
+from mplug2_jax.training.optim.partition import combine, partition
 from mplug2_jax.training.optim.schedule import make_schedule
 
-HOST = "pinned_host"  # the memory of a host that its devices copy from without its help
+HOST_MEMORY = "pinned_host"  # the memory of a host that its devices copy from without its help
 
 TrainState = dict[str, Any]
 """``params``, ``opt`` (optax, of what is trained), ``step``; where the run has them, ``ema``, ``teacher``, ``queues``,
@@ -45,7 +45,7 @@ float32.
 
 
 @dataclasses.dataclass(frozen=True)
-class Blueprint:
+class RunSpec:
     """Everything that is known of a run's arrays before there are any."""
 
     config: RunConfig
@@ -53,8 +53,8 @@ class Blueprint:
     mesh: Mesh
     definition: ModelDef
     optimizer: optax.GradientTransformation
-    rates: Mapping[str, optax.Schedule]
-    axes: Params  # logical ones, of the state's parameters
+    schedules: Mapping[str, optax.Schedule]  # of learning rates, by parameter group
+    logical_axes: Params  # logical ones, of the state's parameters
     placement: Placement
     shapes: TrainState  # of jax.ShapeDtypeStruct with shardings
     shardings: TrainState
@@ -66,22 +66,24 @@ class Blueprint:
             params = self.definition.init(random_key(self.config.seed))
             return _with_parameters(params, self.config, self.optimizer)
 
-        make = jax.jit(fresh, out_shardings=self.on_device)
+        make = jax.jit(fresh, out_shardings=self.device_shardings)
         with jax.set_mesh(self.mesh):
             return jax.device_put(make(), self.shardings)
 
     @property
-    def on_device(self) -> TrainState:
+    def device_shardings(self) -> TrainState:
         """Where the state lives while a step computes: as always, but with nothing in the hosts' memory."""
         return jax.tree.map(lambda s: s.with_memory_kind("device"), self.shardings)
 
     @property
-    def evaluated_shapes(self) -> Params:
-        """What :func:`evaluated` makes of a state of these shapes."""
-        return without_pairs(join(self.shapes.get("ema", {}), self.shapes["params"]))
+    def eval_param_shapes(self) -> Params:
+        """What :func:`eval_params` makes of a state of these shapes."""
+        return remove_adapters(combine(self.shapes.get("ema", {}), self.shapes["params"]))
 
 
-def plan_run(config: RunConfig, tokens: SpecialTokens, mesh: Mesh, parts: tuple[str, ...] | None = None) -> Blueprint:
+def make_run_spec(
+    config: RunConfig, tokens: SpecialTokens, mesh: Mesh, parts: tuple[str, ...] | None = None
+) -> RunSpec:
     """Describes a run on a mesh, or what is needed of its model; no array is made.
 
     Raises:
@@ -94,28 +96,28 @@ def plan_run(config: RunConfig, tokens: SpecialTokens, mesh: Mesh, parts: tuple[
         group: make_schedule(config.schedule, rate, config.steps, config.grad_accum_steps)
         for group, rate in (("rest", peak), ("vision", peak if vision_peak is None else vision_peak))
     }
-    parameters = with_pairs(definition.shapes, config.lora.parts, pair_shapes(config.lora))
-    axes = with_pairs(definition.axes, config.lora.parts, pair_axes)
+    parameters = add_adapters(definition.shapes, config.lora.parts, adapter_shapes(config.lora))
+    axes = add_adapters(definition.axes, config.lora.parts, adapter_axes)
     decay = config.optimizer.layer_decay
-    factors = None if decay == 1 else split(rate_factors(parameters, config.model, decay), config.frozen)[0]
+    factors = None if decay == 1 else partition(lr_scales(parameters, config.model, decay), config.frozen)[0]
     optimizer = adamw(config.optimizer, rates["rest"], rates["vision"], factors)
     placement = place_parameters(parameters, axes, mesh)
     shapes = jax.eval_shape(lambda params: _with_parameters(params, config, optimizer), definition.shapes)
     shardings = _state_shardings(config, shapes, placement, optimizer, mesh)
     described = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
     context = TaskContext(settings=config.tasks, tokens=tokens)
-    return Blueprint(config, context, mesh, definition, optimizer, rates, axes, placement, described, shardings)
+    return RunSpec(config, context, mesh, definition, optimizer, rates, axes, placement, described, shardings)
 
 
 def _with_parameters(params: Params, config: RunConfig, optimizer: optax.GradientTransformation) -> TrainState:
     """Return a fresh state around fresh float32 parameters."""
     key = random_key(config.seed)
     params = jax.tree.map(lambda p: p.astype(config.param_dtype), params)
-    learning = with_pairs(params, config.lora.parts, fresh_pairs(config.lora, key))
-    opt = optimizer.init(split(learning, config.frozen)[0])
+    learning = add_adapters(params, config.lora.parts, init_adapters(config.lora, key))
+    opt = optimizer.init(partition(learning, config.frozen)[0])
     state: TrainState = {"params": learning, "opt": opt, "step": jnp.zeros((), jnp.int32)}
     if config.ema_decay:
-        state["ema"] = fresh_average(config, learning)
+        state["ema"] = init_ema(config, learning)
     if config.has_teacher:
         state["teacher"] = jax.tree.map(lambda p: jnp.array(p, jnp.float32), params)  # 16 bits round its steps away
     size = config.tasks.vlc.queue_size
@@ -130,14 +132,16 @@ def _with_parameters(params: Params, config: RunConfig, optimizer: optax.Gradien
     return state
 
 
-def fresh_average(config: RunConfig, params: Params) -> Params:
+def init_ema(config: RunConfig, params: Params) -> Params:
     """What an average starts as: a copy of what is trained, in float32."""
-    return jax.tree.map(lambda p: jnp.array(p, jnp.float32), split(params, config.frozen)[0])
+    return jax.tree.map(lambda p: jnp.array(p, jnp.float32), partition(params, config.frozen)[0])
 
 
-def evaluated(plan: Blueprint, state: TrainState) -> Params:
+def eval_params(spec: RunSpec, state: TrainState) -> Params:
     """The parameters that evaluations use: averaged where the run keeps an average, LoRA's pairs in their kernels."""
-    return merged(join(state.get("ema", {}), state["params"]), plan.config.lora.scale, added_in_place)
+    return merge_adapters(
+        combine(state.get("ema", {}), state["params"]), spec.config.lora.scale, merge_adapter_on_devices
+    )
 
 
 def _state_shardings(
@@ -148,8 +152,8 @@ def _state_shardings(
     mesh: Mesh,
 ) -> TrainState:
     whole = replicated(mesh)
-    trained, _ = split(placement.shardings, config.frozen)
-    moments_in = HOST if config.optimizer.offload_moments else None
+    trained, _ = partition(placement.shardings, config.frozen)
+    moments_in = HOST_MEMORY if config.optimizer.offload_moments else None
     shardings: TrainState = jax.tree.map(lambda _: whole, shapes)
     shardings["params"] = placement.shardings
     # Moments live with their parameters. Without saying so they would all be put on one device.
@@ -163,5 +167,5 @@ def _state_shardings(
     if "ema" in shapes:
         shardings["ema"] = trained
     if "teacher" in shapes:
-        shardings["teacher"] = without_pairs(placement.shardings)
+        shardings["teacher"] = remove_adapters(placement.shardings)
     return shardings

@@ -19,18 +19,18 @@ from mplug2_jax.objectives.teacher import update_teacher
 from mplug2_jax.parallel.placement import replicated
 from mplug2_jax.parallel.sharding import apart, gathered_before, together
 from mplug2_jax.tasks.table import TASKS
-from mplug2_jax.training.compilation import compiler_options, why_not
+from mplug2_jax.training.compilation import aot_cache_miss_reason, compiler_options
 from mplug2_jax.training.config import RunConfig
-from mplug2_jax.training.optim.lora import merged
-from mplug2_jax.training.optim.partition import join, split
-from mplug2_jax.training.state import Blueprint, TrainState
+from mplug2_jax.training.optim.lora import merge_adapters
+from mplug2_jax.training.optim.partition import combine, partition
+from mplug2_jax.training.state import RunSpec, TrainState
 
 StreamBatches = Mapping[str, DeviceBatch]
 Queues = dict[str, Queue]
 
 
 def streams_loss(
-    plan: Blueprint,
+    spec: RunSpec,
     params: Params,
     teacher: Params | None,
     queues: Queues,
@@ -40,9 +40,9 @@ def streams_loss(
     frequencies: Frequencies | None = None,
 ) -> tuple[Float[Array, ""], tuple[Metrics, Queues]]:
     """The weighted sum of all streams' objectives, their metrics, and the queues with these batches in them."""
-    config = plan.config
-    model = plan.definition.bind(merged(params, config.lora.scale))
-    teaching = None if teacher is None else plan.definition.bind(jax.lax.stop_gradient(teacher))
+    config = spec.config
+    model = spec.definition.bind(merge_adapters(params, config.lora.scale))
+    teaching = None if teacher is None else spec.definition.bind(jax.lax.stop_gradient(teacher))
     total, queues = jnp.zeros(()), dict(queues)
     metrics: Metrics = {}
     for name, stream in config.streams.items():
@@ -54,7 +54,7 @@ def streams_loss(
         for objective, weight in stream.objectives.items():
             loss = TASKS[objective].loss
             assert loss is not None  # as the config has checked
-            outcome = loss(forward, plan.context)
+            outcome = loss(forward, spec.context)
             total += weight * outcome.loss
             metrics |= {f"{name}/{objective}/{what}": value for what, value in outcome.metrics.items()}
             if outcome.queue is not None:
@@ -84,32 +84,32 @@ class StepInputs(NamedTuple):
     frequencies: Frequencies | None
 
 
-def step_inputs(plan: Blueprint, state: TrainState) -> StepInputs:
+def step_inputs(spec: RunSpec, state: TrainState) -> StepInputs:
     """The step's randomness, and its teacher: moved first and then asked, as in the release."""
-    config, teacher = plan.config, state.get("teacher")
+    config, teacher = spec.config, state.get("teacher")
     distillation = config.tasks.distillation
     if teacher is not None and distillation is not None:
-        student = merged(state["params"], config.lora.scale)
+        student = merge_adapters(state["params"], config.lora.scale)
         teacher = update_teacher(teacher, student, distillation.momentum, frozen=distillation.frozen)
     rng = jax.random.fold_in(random_key(config.seed), state["step"])
     return StepInputs(rng, teacher, _alpha(config, state["step"]), state.get("frequencies"))
 
 
-def train_step(plan: Blueprint, state: TrainState, batches: StreamBatches) -> tuple[TrainState, Metrics]:
+def train_step(spec: RunSpec, state: TrainState, batches: StreamBatches) -> tuple[TrainState, Metrics]:
     """(state, batches) -> (state, metrics). Pure; its randomness is a function of (seed, step)."""
-    config = plan.config
-    params, frozen = split(state["params"], config.frozen)
-    rng, teacher, alpha, frequencies = step_inputs(plan, state)
+    config = spec.config
+    params, frozen = partition(state["params"], config.frozen)
+    rng, teacher, alpha, frequencies = step_inputs(spec, state)
 
     once = config.fsdp_gather == "step"
-    axes, frozen_axes = split(plan.axes, config.frozen)
+    axes, frozen_axes = partition(spec.logical_axes, config.frozen)
     used = jax.tree.map(together, params, axes) if once else params
     rest = jax.tree.map(together, frozen, frozen_axes) if once else frozen
-    teaches = jax.tree.map(together, teacher, plan.definition.axes) if once and teacher is not None else teacher
+    teaches = jax.tree.map(together, teacher, spec.definition.axes) if once and teacher is not None else teacher
 
     def loss(params: Params, queues: Queues, batches: StreamBatches, rng: PRNGKeyArray) -> Any:
         with gathered_before() if once else contextlib.nullcontext():
-            return streams_loss(plan, join(params, rest), teaches, queues, batches, rng, alpha, frequencies)
+            return streams_loss(spec, combine(params, rest), teaches, queues, batches, rng, alpha, frequencies)
 
     def gradient_of(queues: Queues, batches: StreamBatches, rng: PRNGKeyArray) -> tuple[Metrics, Queues, Params]:
         (_, (metrics, queues)), gradients = jax.value_and_grad(loss, has_aux=True)(used, queues, batches, rng)
@@ -133,11 +133,13 @@ def train_step(plan: Blueprint, state: TrainState, batches: StreamBatches) -> tu
         metrics = jax.tree.map(lambda m: m.mean(0), each)
 
     gradients = jax.tree.map(lambda g: g.astype(jnp.float32), gradients)
-    moments = jax.device_put(state["opt"], plan.on_device["opt"]) if config.optimizer.offload_moments else state["opt"]
+    moments = (
+        jax.device_put(state["opt"], spec.device_shardings["opt"]) if config.optimizer.offload_moments else state["opt"]
+    )
     with jax.named_scope("optimizer"):
-        updates, opt = plan.optimizer.update(gradients, moments, params)
+        updates, opt = spec.optimizer.update(gradients, moments, params)
         moved = optax.apply_updates(params, updates)
-        after: TrainState = {"params": join(moved, frozen), "opt": opt}
+        after: TrainState = {"params": combine(moved, frozen), "opt": opt}
         if "ema" in state:
             exact = jax.tree.map(lambda p: p.astype(jnp.float32), moved)
             after["ema"] = update_teacher(state["ema"], exact, config.ema_decay)
@@ -158,7 +160,7 @@ def train_step(plan: Blueprint, state: TrainState, batches: StreamBatches) -> tu
     metrics |= {f"parameter_norm/{part}": optax.tree.norm(tree) for part, tree in after["params"].items()}
     if "contrastive" in state["params"]:
         metrics["temperature"] = state["params"]["contrastive"]["temperature"]
-    metrics |= {f"learning_rate/{group}": rate(_updates(moments)) for group, rate in plan.rates.items()}
+    metrics |= {f"learning_rate/{group}": rate(_updates(moments)) for group, rate in spec.schedules.items()}
     return after, metrics
 
 
@@ -181,7 +183,9 @@ class Step:
 
     def __init__(self, jitted: Any, mesh: Mesh) -> None:
         self._jitted, self._mesh = jitted, mesh
-        self.why_compiled: str | None = None  # and not taken as it was compiled ahead; empty: it was; None: it was not
+        self.cache_miss_reason: str | None = (
+            None  # and not taken as it was compiled ahead; empty: it was; None: it was not
+        )
         self._call: Callable[[TrainState, StreamBatches], tuple[TrainState, Metrics]] = jitted
 
     def trace(self, state: TrainState, batches: StreamBatches) -> Any:
@@ -194,7 +198,7 @@ class Step:
         devices = self._mesh.devices.ravel().tolist()
         with jax.set_mesh(self._mesh):
             lowered = traced.lower()
-            self.why_compiled = why_not(lowered, devices)
+            self.cache_miss_reason = aot_cache_miss_reason(lowered, devices)
             compiled = lowered.compile(compiler_options(devices[0].platform))
         self._call = compiled
         analysis = compiled.memory_analysis()
@@ -207,15 +211,15 @@ class Step:
             return self._call(state, batches)
 
 
-def jitted_step(plan: Blueprint) -> Any:
+def jit_train_step(spec: RunSpec) -> Any:
     """The step under ``jax.jit``, to be called or lowered with the mesh in context; the state is donated."""
     return jax.jit(
-        lambda state, batches: train_step(plan, state, batches),
+        lambda state, batches: train_step(spec, state, batches),
         donate_argnums=0,
-        out_shardings=(plan.shardings, replicated(plan.mesh)),
+        out_shardings=(spec.shardings, replicated(spec.mesh)),
     )
 
 
-def compile_step(plan: Blueprint) -> Step:
+def make_step(spec: RunSpec) -> Step:
     """The step of a run, compiled when it is first called or when asked to."""
-    return Step(jitted_step(plan), plan.mesh)
+    return Step(jit_train_step(spec), spec.mesh)

@@ -14,7 +14,7 @@ from mplug2_jax.model.config import ModelConfig, SpecialTokens
 from mplug2_jax.training.config import RunConfig, TokenizerConfig
 
 # What may change when a run resumes: none of it changes what a step computes. Steps may become more, too.
-FREE_FIELDS = (
+MUTABLE_ON_RESUME = (
     "mesh", "checkpoint", "faults", "log_every", "log_example_ids", "watchdog_timeout", "profile", "wandb_project",
     "compilation_cache", "eval_every", "evaluations",
 )  # fmt: skip
@@ -35,15 +35,15 @@ class WorkDir:
         self._config = path / "config.json"
         self.tokenizer_folder = path / "tokenizer"
 
-    def evaluations_of(self, step: int) -> Path:
+    def evaluation_folder(self, step: int) -> Path:
         """Where the results of a step's evaluations are."""
         return self.path / "evaluations" / str(step)
 
-    def data_errors_of(self, process: int) -> Path:
+    def data_errors_path(self, process: int) -> Path:
         """Where a process writes down the records that it could not use."""
         return self._of("data-errors", process)
 
-    def faults_of(self, process: int) -> Path:
+    def faults_path(self, process: int) -> Path:
         """Where a process writes down the steps that went wrong, with its rows of their batches."""
         return self._of("faults", process)
 
@@ -77,7 +77,7 @@ class WorkDir:
         except UserError as error:
             raise UserError(f"{self._config} is damaged or of another version: {error}") from error
 
-    def check(self, config: RunConfig) -> bool:
+    def check_config(self, config: RunConfig) -> bool:
         """True if the run was here before and may go on, False if it may begin here. Writes nothing.
 
         Raises:
@@ -94,12 +94,12 @@ class WorkDir:
             if self.path.exists() and not all(child.name.startswith(self.lock.name) for child in self.path.iterdir()):
                 raise UserError(f"--workdir {self.path} is not empty and holds no run; choose a new folder")
             return False
-        before, now = (flat(json.loads(json.dumps(to_dict(v)))) for v in (self.read_config(), config))
+        before, now = (flatten_dict(json.loads(json.dumps(to_dict(v)))) for v in (self.read_config(), config))
         changed = [
             f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
             for name in sorted({*before, *now})
             if before.get(name) != now.get(name)
-            and name.split(".")[0] not in FREE_FIELDS
+            and name.split(".")[0] not in MUTABLE_ON_RESUME
             and not (name == "steps" and before[name] < now[name])
         ]
         if changed:
@@ -110,14 +110,14 @@ class WorkDir:
             )
         return True
 
-    def begin(self, config: RunConfig, tokenizer: Tokenizer | None) -> None:
+    def initialize(self, config: RunConfig, tokenizer: Tokenizer | None) -> None:
         """Keeps the config and the tokeniser of a run that was checked, so that a refused one leaves no trace."""
         self.path.mkdir(parents=True, exist_ok=True)
         _write_json(self._config, to_dict(config))
         if tokenizer and not self.tokenizer_folder.exists():
             tokenizer.save(self.tokenizer_folder)
 
-    def tokenizer(self, config: RunConfig) -> Tokenizer:
+    def load_tokenizer(self, config: RunConfig) -> Tokenizer:
         """The run's tokeniser: the one that is kept here, or before there is one, what the config says.
 
         That is the file it names, or that of the run whose word tables it starts from, or one that it trains.
@@ -133,7 +133,7 @@ class WorkDir:
         elif inherited and not config.tokenizer.path:
             tokenizer = load_tokenizer(inherited)
         else:
-            tokenizer = make_tokenizer(config.tokenizer)
+            tokenizer = load_or_train_tokenizer(config.tokenizer)
         check_vocabulary(tokenizer, config.model)
         return tokenizer
 
@@ -147,15 +147,15 @@ def _tokenizer_of(config: RunConfig) -> Path | None:
     return next((folder for folder in kept if folder.is_dir()), None)
 
 
-def make_tokenizer(config: TokenizerConfig) -> Tokenizer:
+def load_or_train_tokenizer(config: TokenizerConfig) -> Tokenizer:
     """The tokeniser that a config names, loaded or trained. Raises DataError for a file that is missing or damaged."""
     if config.path:
         return load_tokenizer(Path(config.path))
     train = train_wordpiece if config.kind == "wordpiece" else train_sentencepiece
-    return train(training_texts(), config.vocab_size)
+    return train(tokenizer_training_texts(), config.vocab_size)
 
 
-def training_texts() -> Iterator[str]:
+def tokenizer_training_texts() -> Iterator[str]:
     """What a run without a tokeniser file trains its own on: DigitWorld's texts, and the numbers of boxes."""
     yield from vocabulary_texts()
     yield from (str(number) for number in range(32) for _ in range(100))
@@ -192,9 +192,9 @@ def _tuples(value: Any) -> Any:
     return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
 
 
-def flat(value: Any, path: str = "") -> dict[str, Any]:
+def flatten_dict(value: Any, path: str = "") -> dict[str, Any]:
     """Nested dicts as one, by dotted names."""
     if not isinstance(value, dict):
         return {path: value}
-    inner = (flat(item, f"{path}.{key}".lstrip(".")) for key, item in value.items())
+    inner = (flatten_dict(item, f"{path}.{key}".lstrip(".")) for key, item in value.items())
     return {name: leaf for leaves in inner for name, leaf in leaves.items()}

@@ -19,10 +19,10 @@ from mplug2_jax.cli.main import main
 from mplug2_jax.config import build, load_recipe
 from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.training.checkpoint.checkpoints import Checkpoints
-from mplug2_jax.training.checkpoint.metadata import Identity
+from mplug2_jax.training.checkpoint.metadata import ModelMetadata
 from mplug2_jax.training.config import RunConfig, TokenizerConfig
-from mplug2_jax.training.loop import open_streams, position_after
-from mplug2_jax.training.state import plan_run
+from mplug2_jax.training.loop import data_position, open_streams
+from mplug2_jax.training.state import make_run_spec
 from mplug2_jax.training.workdir import WorkDir, special_tokens
 from tests.runs import small_model, small_run
 
@@ -130,15 +130,15 @@ def workdir(trained: Trained, tmp_path: Path) -> Path:
 def untrained(path: Path, config: RunConfig, scale: float = 0.1) -> Path:
     """The work directory of a run that was saved without having learned anything: its numbers are drawn."""
     rng, workdir = np.random.default_rng(0), WorkDir(path)
-    tokenizer = workdir.tokenizer(config)
-    workdir.begin(config, tokenizer)
-    plan = plan_run(config, special_tokens(tokenizer), make_mesh(config.mesh))
+    tokenizer = workdir.load_tokenizer(config)
+    workdir.initialize(config, tokenizer)
+    spec = make_run_spec(config, special_tokens(tokenizer), make_mesh(config.mesh))
     state = jax.tree.map(
-        lambda s: jax.device_put(scale * rng.normal(size=s.shape).astype(s.dtype), s.sharding), plan.shapes
+        lambda s: jax.device_put(scale * rng.normal(size=s.shape).astype(s.dtype), s.sharding), spec.shapes
     )
-    identity = Identity(config.model, plan.definition.parts)
-    checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint, identity=identity)
-    checkpoints.save(state, position_after(1, open_streams(config, tokenizer)))
+    identity = ModelMetadata(config.model, spec.definition.parts)
+    checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint, model=identity)
+    checkpoints.save(state, data_position(1, open_streams(config, tokenizer)))
     checkpoints.close()
     return path
 

@@ -27,7 +27,7 @@ def bound(workdir: Path, **overrides: Any) -> tuple[Mplug2, Any]:
     import dataclasses
 
     checkpoints, step = open_checkpoint(workdir)
-    identity = checkpoints.identity(step)
+    identity = checkpoints.model_metadata(step)
     definition = define(dataclasses.replace(identity.config, dtype="float32", **overrides), identity.parts)
     params, _ = checkpoints.restore_params(definition.shapes, step)
     checkpoints.close()

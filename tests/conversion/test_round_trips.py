@@ -20,7 +20,7 @@ from mplug2_jax.errors import UserError
 from mplug2_jax.model.config import model_config
 from mplug2_jax.model.mplug2 import define
 from mplug2_jax.training.checkpoint.checkpoints import Checkpoints, open_checkpoint
-from mplug2_jax.training.checkpoint.metadata import Position
+from mplug2_jax.training.checkpoint.metadata import DataPosition
 from mplug2_jax.training.config import CheckpointConfig
 from tests.close import assert_close
 from tests.weights import assert_same, official_config, official_file, tensors_of
@@ -30,7 +30,7 @@ CASES = [("caption", False), ("videoqa", False), ("videoqa", True)]
 
 def arrays_of(workdir: Path) -> dict[tuple[str, ...], np.ndarray]:
     checkpoints, step = open_checkpoint(workdir)
-    found = checkpoints.read(list(checkpoints.leaves(step)), step)
+    found = checkpoints.read_arrays(list(checkpoints.array_specs(step)), step)
     checkpoints.close()
     return found
 
@@ -125,12 +125,12 @@ def test_a_run_s_own_average_is_written_unless_it_is_declined_and_the_frozen_as_
     source = official_file(tmp_path / "s" / "x.safetensors", official_config(), teacher=False)
     run_import(plan_import([source]), tmp_path / "imported")
     theirs, step = open_checkpoint(tmp_path / "imported")
-    identity = theirs.identity(step)
+    identity = theirs.model_metadata(step)
     params, _ = theirs.restore_params(define(identity.config, identity.parts).shapes, step)
     theirs.close()
     average = jax.tree.map(lambda x: x + 1, {part: tree for part, tree in params.items() if part != "decoder"})
-    ours = Checkpoints(tmp_path / "ours" / "checkpoints", CheckpointConfig(), identity=identity)
-    ours.save({"params": params, "ema": average}, Position(3, {}))
+    ours = Checkpoints(tmp_path / "ours" / "checkpoints", CheckpointConfig(), model=identity)
+    ours.save({"params": params, "ema": average}, DataPosition(3, {}))
     ours.close()
 
     (tmp_path / "last").mkdir()

@@ -13,9 +13,9 @@ from mplug2_jax.inference.checkpoint_eval import Evaluator, Subject, by_recipe, 
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.training.checkpoint.checkpoints import Checkpoints
-from mplug2_jax.training.checkpoint.metadata import Identity, Position
+from mplug2_jax.training.checkpoint.metadata import DataPosition, ModelMetadata
 from mplug2_jax.training.config import CheckpointConfig, RunConfig
-from mplug2_jax.training.state import plan_run
+from mplug2_jax.training.state import make_run_spec
 from mplug2_jax.training.workdir import WorkDir, special_tokens
 from tests.runs import SMALL, recipe_file, small_run
 
@@ -51,15 +51,15 @@ def run(tmp_path_factory: pytest.TempPathFactory, state: dict[str, Any]) -> Path
     """A run with two checkpoints, whose average is not its parameters; its recipe knows of no average."""
     path, config = tmp_path_factory.mktemp("runs") / "run", a_run(ema_decay=0.9, freeze=FREEZE)
     workdir = WorkDir(path)
-    tokenizer = workdir.tokenizer(config)
-    workdir.begin(config, tokenizer)
-    plan = plan_run(config, special_tokens(tokenizer), make_mesh(config.mesh))
-    state |= plan.init()
+    tokenizer = workdir.load_tokenizer(config)
+    workdir.initialize(config, tokenizer)
+    spec = make_run_spec(config, special_tokens(tokenizer), make_mesh(config.mesh))
+    state |= spec.init()
     state["ema"] = jax.tree.map(lambda x: x + 1, state["ema"])
-    identity = Identity(config.model, plan.definition.parts)
-    checkpoints = Checkpoints(workdir.checkpoints, CheckpointConfig(), identity=identity)
+    identity = ModelMetadata(config.model, spec.definition.parts)
+    checkpoints = Checkpoints(workdir.checkpoints, CheckpointConfig(), model=identity)
     for step in (3, 4):
-        checkpoints.save(state, Position(step, {}))
+        checkpoints.save(state, DataPosition(step, {}))
     checkpoints.close()
     recipe_file(a_run(), path.parent / "recipe.py")
     return path
@@ -100,11 +100,11 @@ def test_only_what_evaluations_need_is_read(run: Path) -> None:
 @pytest.mark.slow
 def test_a_run_without_universal_layers_is_evaluated(tmp_path: Path) -> None:
     config, workdir = a_run(use_universal_layers=False), WorkDir(tmp_path)
-    tokenizer = workdir.tokenizer(config)
-    workdir.begin(config, tokenizer)
-    plan = plan_run(config, special_tokens(tokenizer), make_mesh(config.mesh))
+    tokenizer = workdir.load_tokenizer(config)
+    workdir.initialize(config, tokenizer)
+    spec = make_run_spec(config, special_tokens(tokenizer), make_mesh(config.mesh))
     checkpoints = Checkpoints(workdir.checkpoints, CheckpointConfig())
-    checkpoints.save(plan.init(), Position(1, {}))
+    checkpoints.save(spec.init(), DataPosition(1, {}))
     checkpoints.close()
     evaluator = Evaluator(of_run(tmp_path, ()), ["words"])
     params, step = evaluator.read(None)

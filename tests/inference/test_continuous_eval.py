@@ -12,7 +12,7 @@ from mplug2_jax.evaluation.loop import EvaluationResult, save_result
 from mplug2_jax.inference import continuous_eval
 from mplug2_jax.inference.checkpoint_eval import Evaluator
 from mplug2_jax.inference.continuous_eval import Follower, until_step, wait_for_run
-from mplug2_jax.training.checkpoint.checkpoints import DamagedError
+from mplug2_jax.training.checkpoint.checkpoints import DamagedCheckpointError
 from mplug2_jax.training.reliability.preemption import PreemptionNotice
 from mplug2_jax.training.telemetry.metric_log import read_metrics
 from mplug2_jax.training.workdir import WorkDir
@@ -46,7 +46,7 @@ class Scores(Evaluator):
         self._reading(step)
         place = self.subject.checkpoints.folder / str(step)
         if not place.exists() or (place / "damaged").exists():
-            raise DamagedError(f"checkpoint {step} is damaged; choose another")
+            raise DamagedCheckpointError(f"checkpoint {step} is damaged; choose another")
         return {}, step
 
     def run(self, params, step, names, between_batches) -> Iterator[EvaluationResult]:
@@ -77,7 +77,7 @@ class Run:
         with PreemptionNotice() as notice:
             follower = Follower(
                 scores, notice, self.said.append,
-                lambda result: void(save_result(result, workdir.evaluations_of(result.step))),
+                lambda result: void(save_result(result, workdir.evaluation_folder(result.step))),
             )  # fmt: skip
             return follower.run(until, 1)
 

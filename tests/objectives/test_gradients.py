@@ -14,7 +14,7 @@ from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.tasks.config import TaskSettings
 from mplug2_jax.training.config import RunConfig, StreamConfig
-from mplug2_jax.training.state import plan_run
+from mplug2_jax.training.state import make_run_spec
 from mplug2_jax.training.step import streams_loss
 from tests.close import assert_close
 
@@ -62,20 +62,20 @@ def batch_of(kind):
 
 
 @pytest.fixture(scope="module")
-def plan():
+def spec():
     """A run whose model has every part; its parameters are all random, so that none hides behind another's zero."""
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    plan = plan_run(run_of(EVERYTHING), SpecialTokens(begin=1, end=2, mask=3), mesh)
+    spec = make_run_spec(run_of(EVERYTHING), SpecialTokens(begin=1, end=2, mask=3), mesh)
     rng = np.random.default_rng(1)
-    params = jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape) * 0.3, jnp.float32), plan.definition.shapes)
+    params = jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape) * 0.3, jnp.float32), spec.definition.shapes)
     params["contrastive"]["temperature"] = jnp.asarray(0.07)
-    assert set(plan.definition.parts) == set(PARTS) - {"classifier"}
-    return plan, params
+    assert set(spec.definition.parts) == set(PARTS) - {"classifier"}
+    return spec, params
 
 
-def largest_gradients(plan, params, kind):
+def largest_gradients(spec, params, kind):
     """The largest gradient of every parameter, from a batch of one stream; and the metrics."""
-    one = dataclasses.replace(plan, config=run_of({kind: OBJECTIVES[kind]}))
+    one = dataclasses.replace(spec, config=run_of({kind: OBJECTIVES[kind]}))
 
     def loss(params, batch):
         return streams_loss(one, params, None, {}, {kind: batch}, jax.random.key(3), jnp.zeros(()))
@@ -97,8 +97,8 @@ def untouched(name, kind):
 
 
 @pytest.mark.parametrize("kind", ["text", "image", "video"])
-def test_gradients_are_exactly_zero_where_a_stream_does_not_reach_and_only_there(plan, kind):
-    largest, metrics = largest_gradients(*plan, kind)
+def test_gradients_are_exactly_zero_where_a_stream_does_not_reach_and_only_there(spec, kind):
+    largest, metrics = largest_gradients(*spec, kind)
     for name, value in largest.items():
         if untouched(name, kind):
             assert value == 0, name

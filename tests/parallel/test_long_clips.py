@@ -12,8 +12,8 @@ from data_pipelines.config import ExampleConfig
 from mplug2_jax.model.config import SpecialTokens, model_config
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.placement import batch_sharding
-from mplug2_jax.training.state import plan_run
-from mplug2_jax.training.step import jitted_step
+from mplug2_jax.training.state import make_run_spec
+from mplug2_jax.training.step import jit_train_step
 from tests.runs import small_run, stream
 from tests.tpu import topology_mesh
 
@@ -24,18 +24,18 @@ MODEL = model_config("tiny", vision_layers=2, decoder_layers=1, dropout=0.0, att
 def compiled(mesh: MeshConfig, clips: int) -> jax.stages.Compiled:
     captions = dataclasses.replace(stream("video", clips, ExampleConfig(), caption=1.0))
     config = small_run(model=MODEL, streams={"clips": captions}, evaluations={})
-    plan = plan_run(config, SpecialTokens(), topology_mesh("v5e:2x2", mesh))
+    spec = make_run_spec(config, SpecialTokens(), topology_mesh("v5e:2x2", mesh))
 
     def array(shape: tuple[int, ...], dtype: object) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(plan.mesh))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(spec.mesh))
 
     batch = {
         "frames": array((clips, FRAMES, MODEL.image_size, MODEL.image_size, 3), jnp.uint8),
         "target": array((clips, 16), jnp.int32),
         "target_weights": array((clips, 16), jnp.float32),
     }
-    with jax.set_mesh(plan.mesh):
-        return jitted_step(plan).lower(plan.shapes, {"clips": batch}).compile()
+    with jax.set_mesh(spec.mesh):
+        return jit_train_step(spec).lower(spec.shapes, {"clips": batch}).compile()
 
 
 @pytest.mark.slow

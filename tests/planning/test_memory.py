@@ -22,9 +22,9 @@ SPLIT = MeshConfig(data=2, fsdp=2, tensor=2)
 
 def memory_of(config: RunConfig) -> tuple[dict[str, float], float, float]:
     """By group, of the host, and numbers of parameters that a device holds."""
-    plan = blueprint(config, TOPOLOGY)
-    batches = {name: abstract_batch(s.data, plan) for name, s in config.streams.items()}
-    return state_memory(plan.shapes, batches), held_by_host(plan.shapes), held(plan.shapes["params"]) / 4
+    spec = blueprint(config, TOPOLOGY)
+    batches = {name: abstract_batch(s.data, spec) for name, s in config.streams.items()}
+    return state_memory(spec.shapes, batches), held_by_host(spec.shapes), held(spec.shapes["params"]) / 4
 
 
 def test_parameters_are_four_bytes_and_adam_twice_that() -> None:
@@ -43,9 +43,9 @@ def test_a_batch_lies_over_the_axes_of_the_batch() -> None:
     image, video = (4 * pairs + masks + frames * frame + 4 for frames in (1, 2))
     text = 4 * (12 + 16 + 4) + 12 + 16 + 4 * 4 + 4
     config = small_run()
-    plan = blueprint(config, TOPOLOGY)
+    spec = blueprint(config, TOPOLOGY)
     for mesh, shards in ((SPLIT, 4), (MeshConfig(fsdp=8), 8), (MeshConfig(fsdp=1, tensor=2, sequence=4), 1)):
-        laid = dataclasses.replace(plan, mesh=make_mesh(mesh))
+        laid = dataclasses.replace(spec, mesh=make_mesh(mesh))
         batches = {name: abstract_batch(s.data, laid) for name, s in config.streams.items()}
         assert held(batches) == 8 / shards * (image + video + text)
 

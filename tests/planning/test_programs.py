@@ -21,9 +21,9 @@ from mplug2_jax.planning.programs import (
     tokens_of,
     training_program,
 )
-from mplug2_jax.training.compilation import without_cache
+from mplug2_jax.training.compilation import disable_cache
 from mplug2_jax.training.config import RunConfig, TokenizerConfig
-from mplug2_jax.training.state import plan_run
+from mplug2_jax.training.state import make_run_spec
 from tests.runs import small_run
 
 TOPOLOGY = parse_topology("cpu:8")
@@ -38,10 +38,10 @@ def texts(**fields) -> RunConfig:
 @pytest.mark.parametrize("mesh", [MeshConfig(), SPLIT, MeshConfig(fsdp=1, sequence=2, tensor=4)])
 def test_abstract_batches_are_what_is_put_on_the_mesh(mesh: MeshConfig) -> None:
     config = small_run(mesh=mesh)
-    plan, tokenizer = blueprint(config, TOPOLOGY), train_wordpiece(vocabulary_texts(60), 160)
+    spec, tokenizer = blueprint(config, TOPOLOGY), train_wordpiece(vocabulary_texts(60), 160)
     for name, stream in config.streams.items():
-        real = put_batch(Stream(stream.data, tokenizer, name=name, seed=0).batch(0).arrays, plan.mesh)
-        said = abstract_batch(stream.data, plan)
+        real = put_batch(Stream(stream.data, tokenizer, name=name, seed=0).batch(0).arrays, spec.mesh)
+        said = abstract_batch(stream.data, spec)
         assert said.keys() == real.keys()
         for key, array in real.items():
             assert (said[key].shape, said[key].dtype) == (array.shape, array.dtype), key
@@ -50,18 +50,18 @@ def test_abstract_batches_are_what_is_put_on_the_mesh(mesh: MeshConfig) -> None:
 
 def test_an_evaluation_s_batch_says_which_rows_count() -> None:
     data = small_run().evaluations["questions"].data
-    plan = blueprint(texts(), TOPOLOGY)
-    said = abstract_batch(data, plan, mask=True)
+    spec = blueprint(texts(), TOPOLOGY)
+    said = abstract_batch(data, spec, mask=True)
     assert (said["example_mask"].shape, said["example_mask"].dtype) == ((8,), np.bool_)
-    assert "example_mask" not in abstract_batch(data, plan)
+    assert "example_mask" not in abstract_batch(data, spec)
 
 
 def test_the_plan_is_the_training_s() -> None:
     config = texts(mesh=SPLIT)
-    plan = blueprint(config, TOPOLOGY)
-    trained = plan_run(config, tokens_of(config), plan.mesh)
-    assert jax.tree.map(str, plan.shapes) == jax.tree.map(str, trained.shapes)
-    assert plan.mesh.devices.size == 8
+    spec = blueprint(config, TOPOLOGY)
+    trained = make_run_spec(config, tokens_of(config), spec.mesh)
+    assert jax.tree.map(str, spec.shapes) == jax.tree.map(str, trained.shapes)
+    assert spec.mesh.devices.size == 8
 
 
 def test_bert_s_ids_stand_in_for_a_tokeniser_that_is_elsewhere() -> None:
@@ -83,7 +83,7 @@ def test_what_is_compiled_for_a_plan_is_compiled_anew() -> None:
     events: list[str] = []
     jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
     try:
-        with without_cache():
+        with disable_cache():
             jax.jit(lambda x: x * 3 + 1)(np.ones(7))
         assert not [event for event in events if event.endswith(("cache_hits", "compile_requests_use_cache"))]
         jax.jit(lambda x: x * 5 + 1)(np.ones(7))

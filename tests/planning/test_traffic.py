@@ -15,8 +15,8 @@ from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.parallel.placement import batch_sharding
 from mplug2_jax.planning.hlo import parse_program, shape_bytes
 from mplug2_jax.planning.traffic import Collective, largest, parse_collectives, summary, unknown_loops
-from mplug2_jax.training.state import plan_run
-from mplug2_jax.training.step import jitted_step
+from mplug2_jax.training.state import make_run_spec
+from mplug2_jax.training.step import jit_train_step
 from tests.planning import programs
 from tests.planning.programs import REDUCE, loop, program
 from tests.runs import small_run, stream
@@ -437,7 +437,7 @@ def test_a_training_step_gathers_one_more_layer_of_its_tower_twice_and_says_so()
             remat=RematConfig(vision="full"),
         )  # fmt: skip
         config = small_run(model=model, streams={"clips": captions}, evaluations={})
-        plan = plan_run(config, SpecialTokens(), mesh)
+        spec = make_run_spec(config, SpecialTokens(), mesh)
         shapes = {
             "frames": ((16, 4, model.image_size, model.image_size, 3), jnp.uint8),
             "target": ((16, 16), jnp.int32),
@@ -448,12 +448,12 @@ def test_a_training_step_gathers_one_more_layer_of_its_tower_twice_and_says_so()
             for name, (shape, dtype) in shapes.items()
         }
         with jax.set_mesh(mesh):
-            text = jitted_step(plan).lower(plan.shapes, {"clips": batch}).compile(compiler_options=PLAIN).as_text()
+            text = jit_train_step(spec).lower(spec.shapes, {"clips": batch}).compile(compiler_options=PLAIN).as_text()
         found = parse_collectives(text, mesh)
         assert not unknown_loops(text, mesh)
         layers = [each for each in found if each.times == depth and each.kind == "all-gather"]
         assert {each.name.partition("/")[0].partition(" ")[0] for each in layers} == {"vision"}
-        block = jax.tree.leaves(plan.shapes["params"]["vision"]["blocks"])
+        block = jax.tree.leaves(spec.shapes["params"]["vision"]["blocks"])
         whole = sum(leaf.size for leaf in block if leaf.sharding.spec and "fsdp" in str(leaf.sharding.spec))
         return summary(found)["all-gather", ("fsdp",), "ici"], whole // depth
 

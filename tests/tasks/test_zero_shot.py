@@ -21,7 +21,7 @@ from mplug2_jax.tasks import zero_shot
 from mplug2_jax.tasks.base import TaskContext
 from mplug2_jax.tasks.config import TaskSettings
 from mplug2_jax.training.config import RunConfig, TokenizerConfig
-from mplug2_jax.training.workdir import make_tokenizer, special_tokens
+from mplug2_jax.training.workdir import load_or_train_tokenizer, special_tokens
 from tests.close import assert_close
 from tests.runs import SMALL, small_model
 
@@ -33,7 +33,7 @@ DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight"
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return make_tokenizer(TokenizerConfig(vocab_size=200))
+    return load_or_train_tokenizer(TokenizerConfig(vocab_size=200))
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def test_the_nearest_class_is_the_likeliest(definition, params):
     batch = {"frames": jnp.asarray(frames), "class_features": jnp.eye(5, 16)}
     model = definition.bind(params)
     visual = model.contrastive.visual_features(Forward(model, batch).visual)
-    context = TaskContext(settings=TaskSettings(), tokens=special_tokens(make_tokenizer(TokenizerConfig())))
+    context = TaskContext(settings=TaskSettings(), tokens=special_tokens(load_or_train_tokenizer(TokenizerConfig())))
     found = zero_shot.predict(model, batch, context)["probabilities"]
     assert_close(found, jax.nn.softmax(visual[:, :5] / 0.07))
 

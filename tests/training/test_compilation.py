@@ -9,11 +9,11 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from mplug2_jax.training.compilation import (
     MANIFEST,
-    describe_program,
-    keep_compiled,
-    keeping_all,
-    processor,
-    why_not,
+    aot_cache_miss_reason,
+    cache_everything,
+    cpu_fingerprint,
+    enable_compilation_cache,
+    program_fingerprint,
     write_manifest,
 )
 
@@ -26,7 +26,7 @@ def test_all_that_is_compiled_is_kept_there_and_nothing_after(tmp_path: Path) ->
     """Although JAX, asked to compile before, has opened another cache."""
     before = jax.config.values["jax_compilation_cache_dir"]
     lowered(3).compile()
-    with keeping_all(tmp_path):
+    with cache_everything(tmp_path):
         lowered(5).compile()
     kept = sorted(path.name for path in tmp_path.glob("*-cache"))
     assert len(kept) == 1
@@ -41,33 +41,35 @@ def test_programs_are_kept_unless_asked_not_to_apart_for_each_processor(
     before = jax.config.values["jax_compilation_cache_dir"]
     monkeypatch.setenv("HOME", str(tmp_path))
     try:
-        assert keep_compiled("off") is None
+        assert enable_compilation_cache("off") is None
         jax.config.update("jax_compilation_cache_dir", str(tmp_path / "asked"))
-        assert keep_compiled("auto") == tmp_path / "asked"
-        assert keep_compiled(str(tmp_path / "own")) == tmp_path / "own"
+        assert enable_compilation_cache("auto") == tmp_path / "asked"
+        assert enable_compilation_cache(str(tmp_path / "own")) == tmp_path / "own"
         jax.config.update("jax_compilation_cache_dir", None)
-        assert keep_compiled("auto") == tmp_path / ".cache" / "mplug2_jax" / "xla" / f"cpu-{processor()}"
+        assert (
+            enable_compilation_cache("auto") == tmp_path / ".cache" / "mplug2_jax" / "xla" / f"cpu-{cpu_fingerprint()}"
+        )
         (tmp_path / "file").touch()
         monkeypatch.setenv("HOME", str(tmp_path / "file"))
         jax.config.update("jax_compilation_cache_dir", None)
-        assert keep_compiled("auto") is None
+        assert enable_compilation_cache("auto") is None
         with pytest.raises(NotADirectoryError):
-            keep_compiled(str(tmp_path / "file" / "kept"))
+            enable_compilation_cache(str(tmp_path / "file" / "kept"))
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
         compilation_cache.reset_cache()
 
 
 def test_a_manifest_says_whether_a_program_is_the_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    described = describe_program(lowered(3), jax.devices())
+    described = program_fingerprint(lowered(3), jax.devices())
     assert described["devices"] == "8 x cpu"
-    with keeping_all(tmp_path):
-        assert why_not(lowered(3), jax.devices()) is None  # there is none
+    with cache_everything(tmp_path):
+        assert aot_cache_miss_reason(lowered(3), jax.devices()) is None  # there is none
         write_manifest(tmp_path, described)
-        assert why_not(lowered(3), jax.devices()) == ""
-        sentence = why_not(lowered(5), jax.devices()[:4])
+        assert aot_cache_miss_reason(lowered(3), jax.devices()) == ""
+        sentence = aot_cache_miss_reason(lowered(5), jax.devices()[:4])
         assert sentence is not None
         assert f"{tmp_path / MANIFEST} is of another: devices 8 x cpu, here 4 x cpu; program" in sentence
         for broken in ("", "{", "[1]", "null", "3"):
             (tmp_path / MANIFEST).write_text(broken)
-            assert why_not(lowered(3), jax.devices()) == f"{tmp_path / MANIFEST} cannot be read"
+            assert aot_cache_miss_reason(lowered(3), jax.devices()) == f"{tmp_path / MANIFEST} cannot be read"

@@ -16,12 +16,12 @@ from mplug2_jax.model.config import SpecialTokens
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.training.checkpoint.checkpoints import Checkpoints
-from mplug2_jax.training.checkpoint.metadata import Identity, Position
+from mplug2_jax.training.checkpoint.metadata import DataPosition, ModelMetadata
 from mplug2_jax.training.config import AdamWConfig, CheckpointConfig, RunConfig
-from mplug2_jax.training.initialization import first_state
+from mplug2_jax.training.initialization import init_or_load_state
 from mplug2_jax.training.loop import device_batches, open_streams
-from mplug2_jax.training.state import Blueprint, evaluated, plan_run
-from mplug2_jax.training.step import compile_step
+from mplug2_jax.training.state import RunSpec, eval_params, make_run_spec
+from mplug2_jax.training.step import make_step
 from mplug2_jax.training.workdir import WorkDir
 from tests.close import assert_close
 from tests.runs import small_run
@@ -34,14 +34,14 @@ def words(**overrides: Any) -> RunConfig:
     return small_run(streams={"text": text}, evaluations={}, optimizer=optimizer, **overrides)
 
 
-def planned(config: RunConfig) -> Blueprint:
-    return plan_run(config, SpecialTokens(), make_mesh(MeshConfig(fsdp=2), jax.devices()[:2]))
+def make_spec(config: RunConfig) -> RunSpec:
+    return make_run_spec(config, SpecialTokens(), make_mesh(MeshConfig(fsdp=2), jax.devices()[:2]))
 
 
-def saved(folder: Path, plan: Blueprint, state: Any) -> None:
-    identity = Identity(plan.config.model, plan.definition.parts)
-    checkpoints = Checkpoints(folder / "checkpoints", CheckpointConfig(), identity=identity)
-    checkpoints.save(state, Position(3, {}))
+def saved(folder: Path, spec: RunSpec, state: Any) -> None:
+    identity = ModelMetadata(spec.config.model, spec.definition.parts)
+    checkpoints = Checkpoints(folder / "checkpoints", CheckpointConfig(), model=identity)
+    checkpoints.save(state, DataPosition(3, {}))
     checkpoints.close()
 
 
@@ -57,10 +57,10 @@ def assert_equal(one: Any, other: Any) -> None:
 @pytest.mark.slow
 def test_it_follows_every_update_of_what_is_trained(overrides: dict[str, Any]) -> None:
     config = words(ema_decay=0.75, **overrides)
-    plan = planned(config)
-    state, step = plan.init(), compile_step(plan)
+    spec = make_spec(config)
+    state, step = spec.init(), make_step(spec)
     expected = {part: jax.tree.map(lambda x: np.asarray(x, np.float32), state["params"][part]) for part in state["ema"]}
-    batches = device_batches(open_streams(config, WorkDir(Path("nowhere")).tokenizer(config)), plan.mesh, 0)
+    batches = device_batches(open_streams(config, WorkDir(Path("nowhere")).load_tokenizer(config)), spec.mesh, 0)
     for _ in range(3):
         state, _ = step(state, next(batches)[0])
         expected = jax.tree.map(
@@ -76,7 +76,7 @@ def test_it_follows_every_update_of_what_is_trained(overrides: dict[str, Any]) -
     sharding = state["ema"]["mlm"]["dense"]["kernel"].sharding
     assert sharding == state["params"]["mlm"]["dense"]["kernel"].sharding
     assert not sharding.is_fully_replicated
-    assert_equal(evaluated(plan, state), {**state["params"], **state["ema"]})
+    assert_equal(eval_params(spec, state), {**state["params"], **state["ema"]})
 
 
 @pytest.mark.slow
@@ -85,12 +85,12 @@ def test_a_run_s_average_is_what_commands_open_and_the_last_parameters_can_be_as
 ) -> None:
     config = words(ema_decay=0.9, freeze=("text",))
     workdir = WorkDir(tmp_path)
-    tokenizer = workdir.tokenizer(config)
-    workdir.begin(config, tokenizer)
-    plan = planned(config)
-    state = plan.init()
+    tokenizer = workdir.load_tokenizer(config)
+    workdir.initialize(config, tokenizer)
+    spec = make_spec(config)
+    state = spec.init()
     state["ema"] = shifted(state["ema"])
-    saved(tmp_path, plan, state)
+    saved(tmp_path, spec, state)
 
     def opened(*overrides: str) -> Any:
         args = argparse.Namespace(workdir=tmp_path, step=None, overrides=list(overrides))
@@ -103,11 +103,11 @@ def test_a_run_s_average_is_what_commands_open_and_the_last_parameters_can_be_as
 
 
 def test_a_run_starts_from_another_s_average_and_its_own_begins_there(tmp_path: Path) -> None:
-    theirs = planned(words(ema_decay=0.9, freeze=("text",), seed=7))
+    theirs = make_spec(words(ema_decay=0.9, freeze=("text",), seed=7))
     state = theirs.init()
     state["ema"] = shifted(state["ema"])
     saved(tmp_path, theirs, state)
-    ours, said = first_state(planned(words(ema_decay=0.5, init_from=str(tmp_path))))
+    ours, said = init_or_load_state(make_spec(words(ema_decay=0.5, init_from=str(tmp_path))))
     assert said == [f"starting from {tmp_path} (step 3, averaged): mlm, text, universal"]
     assert_equal(ours["params"], {**state["params"], **state["ema"]})
     assert_equal(ours["ema"], ours["params"])

@@ -62,10 +62,10 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path: Path) -> None:
 
 def test_a_run_may_be_lengthened_and_not_shortened(tmp_path: Path) -> None:
     workdir = WorkDir(tmp_path)
-    workdir.begin(small_run(steps=4), None)
-    assert workdir.check(small_run(steps=9))
+    workdir.initialize(small_run(steps=4), None)
+    assert workdir.check_config(small_run(steps=9))
     with pytest.raises(UserError, match="steps was 4 and is 3"):
-        workdir.check(small_run(steps=3))
+        workdir.check_config(small_run(steps=3))
 
 
 @pytest.mark.parametrize(

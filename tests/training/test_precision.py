@@ -16,9 +16,9 @@ from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.tasks.config import TaskSettings
 from mplug2_jax.training.checkpoint.checkpoints import Checkpoints
 from mplug2_jax.training.config import AdamWConfig, RunConfig
-from mplug2_jax.training.loop import device_batches, open_streams, position_after
-from mplug2_jax.training.state import Blueprint, plan_run
-from mplug2_jax.training.step import compile_step
+from mplug2_jax.training.loop import data_position, device_batches, open_streams
+from mplug2_jax.training.state import RunSpec, make_run_spec
+from mplug2_jax.training.step import make_step
 from mplug2_jax.training.workdir import special_tokens
 from tests.close import assert_close
 from tests.runs import small_run
@@ -37,18 +37,18 @@ def masked_words(param_dtype: str = "float32", **optimizer: Any) -> RunConfig:
     return small_run(streams={"text": text}, evaluations={}, optimizer=adam, param_dtype=param_dtype)
 
 
-def planned(config: RunConfig, tokenizer: Tokenizer) -> Blueprint:
-    return plan_run(config, special_tokens(tokenizer), make_mesh(MeshConfig(fsdp=2), jax.devices()[:2]))
+def make_spec(config: RunConfig, tokenizer: Tokenizer) -> RunSpec:
+    return make_run_spec(config, special_tokens(tokenizer), make_mesh(MeshConfig(fsdp=2), jax.devices()[:2]))
 
 
 def run(config: RunConfig, tokenizer: Tokenizer) -> tuple[Any, list[float]]:
-    plan = planned(config, tokenizer)
-    state, step, losses = plan.init(), compile_step(plan), []
-    batches = device_batches(open_streams(config, tokenizer), plan.mesh, 0)
+    spec = make_spec(config, tokenizer)
+    state, step, losses = spec.init(), make_step(spec), []
+    batches = device_batches(open_streams(config, tokenizer), spec.mesh, 0)
     for _ in range(STEPS):
         state, metrics = step(state, next(batches)[0])
         losses.append(float(metrics["loss"]))
-    jax.tree.map(lambda leaf, asked: None if leaf.sharding == asked else pytest.fail(str(asked)), state, plan.shardings)
+    jax.tree.map(lambda leaf, asked: None if leaf.sharding == asked else pytest.fail(str(asked)), state, spec.shardings)
     return state, losses
 
 
@@ -84,18 +84,18 @@ def test_moments_on_the_host_change_nothing(plain, tokenizer: Tokenizer, tmp_pat
 
     # And a checkpoint of it comes back to where it was.
     checkpoints = Checkpoints(tmp_path, config.checkpoint)
-    checkpoints.save(state, position_after(STEPS, open_streams(config, tokenizer)))
+    checkpoints.save(state, data_position(STEPS, open_streams(config, tokenizer)))
     checkpoints.close()
-    restored, _ = Checkpoints(tmp_path, config.checkpoint, writes=False).restore(planned(config, tokenizer).shapes)
+    restored, _ = Checkpoints(tmp_path, config.checkpoint, read_only=True).restore(make_spec(config, tokenizer).shapes)
     jax.tree.map(np.testing.assert_array_equal, restored, state)
     assert [leaf.sharding.memory_kind for leaf in jax.tree.leaves(restored["opt"]) if leaf.ndim] == kinds
 
 
 def test_a_teacher_of_16_bit_parameters_keeps_32(tokenizer: Tokenizer) -> None:
     settings = TaskSettings(distillation=DistillationConfig())
-    plan = planned(dataclasses.replace(masked_words("bfloat16"), tasks=settings), tokenizer)
-    assert {leaf.dtype.name for leaf in jax.tree.leaves(plan.shapes["params"])} == {"bfloat16"}
-    assert {leaf.dtype.name for leaf in jax.tree.leaves(plan.shapes["teacher"])} == {"float32"}
+    spec = make_spec(dataclasses.replace(masked_words("bfloat16"), tasks=settings), tokenizer)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(spec.shapes["params"])} == {"bfloat16"}
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(spec.shapes["teacher"])} == {"float32"}
 
 
 def test_16_bits_cannot_follow_a_slow_second_moment() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from mplug2_jax.training.prefetch import Ahead
+from mplug2_jax.training.prefetch import Prefetcher
 
 
 def test_the_next_item_is_made_while_the_present_one_is_in_use() -> None:
@@ -17,7 +17,7 @@ def test_the_next_item_is_made_while_the_present_one_is_in_use() -> None:
             begun[i].set()
             yield i
 
-    ahead = Ahead(items())
+    ahead = Prefetcher(items())
     assert next(ahead) == 0
     assert begun[1].wait(10)
     assert not begun[2].is_set()
@@ -30,7 +30,7 @@ def test_errors_come_where_the_item_would_have_been() -> None:
         yield 1
         raise ZeroDivisionError
 
-    ahead = Ahead(items())
+    ahead = Prefetcher(items())
     assert next(ahead) == 1
     with pytest.raises(ZeroDivisionError):
         next(ahead)
@@ -38,7 +38,7 @@ def test_errors_come_where_the_item_would_have_been() -> None:
 
 
 def test_it_ends_with_items_left() -> None:
-    ahead = Ahead(itertools.count())
+    ahead = Prefetcher(itertools.count())
     assert next(ahead) == 0
     ahead.close()
     assert not any(thread.name.startswith("ahead") for thread in threading.enumerate())

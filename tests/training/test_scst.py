@@ -23,10 +23,10 @@ from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.tasks.config import TaskSettings
 from mplug2_jax.training.config import AdamWConfig, RunConfig
-from mplug2_jax.training.initialization import first_state
+from mplug2_jax.training.initialization import init_or_load_state
 from mplug2_jax.training.loop import device_batches, open_streams, train
-from mplug2_jax.training.state import plan_run
-from mplug2_jax.training.step import compile_step
+from mplug2_jax.training.state import make_run_spec
+from mplug2_jax.training.step import make_step
 from mplug2_jax.training.telemetry.flops import count_flops
 from mplug2_jax.training.telemetry.metric_log import read_steps
 from mplug2_jax.training.telemetry.step_flops import gradient_flops
@@ -58,8 +58,8 @@ def tokenizer() -> Tokenizer:
 
 def curve(config: RunConfig, tokenizer: Tokenizer, devices: int) -> list[dict[str, float]]:
     mesh = make_mesh(config.mesh if devices > 1 else MeshConfig(data=1), jax.devices()[:devices])
-    plan, streams = plan_run(config, special_tokens(tokenizer), mesh), open_streams(config, tokenizer)
-    (state, _), step = first_state(plan, streams), compile_step(plan)
+    spec, streams = make_run_spec(config, special_tokens(tokenizer), mesh), open_streams(config, tokenizer)
+    (state, _), step = init_or_load_state(spec, streams), make_step(spec)
     batches, history = device_batches(streams, mesh, 0), []
     for _ in range(2):
         state, metrics = step(state, next(batches)[0])
@@ -108,22 +108,22 @@ def test_a_run_that_goes_on_is_as_if_never_interrupted(tmp_path: Path) -> None:
 
 def test_a_run_counts_the_captions_of_its_records_before_it_begins(tokenizer: Tokenizer) -> None:
     config = rewarded()
-    plan = plan_run(config, special_tokens(tokenizer), make_mesh(MeshConfig(fsdp=2), jax.devices()[:2]))
+    spec = make_run_spec(config, special_tokens(tokenizer), make_mesh(MeshConfig(fsdp=2), jax.devices()[:2]))
     streams = open_streams(config, tokenizer)
-    found = first_state(plan, streams)[0]["frequencies"]
+    found = init_or_load_state(spec, streams)[0]["frequencies"]
     counted = list(streams["pictures"].references(100))
     assert len(counted) == 100
     assert_close(np.exp(found.log_documents), 100.0)
     jax.tree.map(np.testing.assert_array_equal, found, document_frequencies(counted, special_tokens(tokenizer)))
-    for made, planned in zip(jax.tree.leaves(found), jax.tree.leaves(plan.shapes["frequencies"]), strict=True):
-        assert (made.shape, made.dtype, made.sharding) == (planned.shape, planned.dtype, planned.sharding)
+    for made, make_spec in zip(jax.tree.leaves(found), jax.tree.leaves(spec.shapes["frequencies"]), strict=True):
+        assert (made.shape, made.dtype, made.sharding) == (make_spec.shape, make_spec.dtype, make_spec.sharding)
         assert made.sharding.is_fully_replicated
 
 
 def test_drawing_captions_counts_as_so_many_turns_as_they_may_be_long() -> None:
     """And drawing is computed once, without a gradient."""
     config = rewarded(model=small_model(attention="xla"))
-    plan = plan_run(config, SpecialTokens(), make_mesh(MeshConfig(), jax.devices()[:1]))
+    spec = make_run_spec(config, SpecialTokens(), make_mesh(MeshConfig(), jax.devices()[:1]))
     batch = {
         key: jax.ShapeDtypeStruct(shape, np.int32 if dtype == np.int64 else dtype)
         for key, (shape, dtype) in config.streams["pictures"].data.shapes().items()
@@ -131,17 +131,17 @@ def test_drawing_captions_counts_as_so_many_turns_as_they_may_be_long() -> None:
     search = SearchConfig(beams=2, min_length=0, max_length=LENGTH - 1, top_p=1.0)
 
     def drawn(params: Any, memory: Any, seen: Any, ids: Any) -> Any:
-        decoder = plan.definition.bind(params).decoder
+        decoder = spec.definition.bind(params).decoder
         return generate(decoder, memory, seen, search, SpecialTokens(), ids)
 
     def learned(params: Any, batch: Any, said: Any, lengths: Any) -> Any:
-        return scst_loss(Forward(plan.definition.bind(params), batch), said, lengths, SpecialTokens()).loss
+        return scst_loss(Forward(spec.definition.bind(params), batch), said, lengths, SpecialTokens()).loss
 
-    shapes = plan.definition.shapes
-    memory = jax.eval_shape(lambda p, b: Forward(plan.definition.bind(p), b).described, shapes, batch)
+    shapes = spec.definition.shapes
+    memory = jax.eval_shape(lambda p, b: Forward(spec.definition.bind(p), b).described, shapes, batch)
     found = jax.eval_shape(drawn, shapes, *memory, batch["example_id"])
     drawing = count_flops(drawn, shapes, *memory, batch["example_id"], turns=LENGTH - 1)
     learning = count_flops(jax.value_and_grad(learned), shapes, batch, found.ids, found.lengths)
-    counted = gradient_flops(plan, config.streams, {"pictures": batch}, remat=False)
+    counted = gradient_flops(spec, config.streams, {"pictures": batch}, remat=False)
     assert counted.total() == drawing.total() + learning.total()
     assert drawing.total() > (LENGTH - 1) * 2 * 16 * config.model.width * config.model.vocab_size

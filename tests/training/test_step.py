@@ -17,8 +17,8 @@ from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.tasks.config import TaskSettings
 from mplug2_jax.training.config import AdamWConfig, RunConfig
 from mplug2_jax.training.loop import device_batches, open_streams
-from mplug2_jax.training.state import Blueprint, plan_run
-from mplug2_jax.training.step import compile_step
+from mplug2_jax.training.state import RunSpec, make_run_spec
+from mplug2_jax.training.step import make_step
 from mplug2_jax.training.workdir import special_tokens
 from tests.close import CHAIN, assert_close
 from tests.runs import QUESTION, small_model, small_run, stream
@@ -32,15 +32,15 @@ def tokenizer() -> Tokenizer:
     return train_wordpiece(vocabulary_texts(100), 200)
 
 
-def planned(config: RunConfig, tokenizer: Tokenizer, mesh: MeshConfig) -> Blueprint:
+def make_spec(config: RunConfig, tokenizer: Tokenizer, mesh: MeshConfig) -> RunSpec:
     devices = jax.devices() if mesh is EIGHT else jax.devices()[:1]
-    return plan_run(config, special_tokens(tokenizer), make_mesh(mesh, devices))
+    return make_run_spec(config, special_tokens(tokenizer), make_mesh(mesh, devices))
 
 
 def run(config: RunConfig, tokenizer: Tokenizer, mesh: MeshConfig, steps: int) -> tuple[Any, list[dict[str, float]]]:
-    plan = planned(config, tokenizer, mesh)
-    state, step = plan.init(), compile_step(plan)
-    batches, history = device_batches(open_streams(config, tokenizer), plan.mesh, 0), []
+    spec = make_spec(config, tokenizer, mesh)
+    state, step = spec.init(), make_step(spec)
+    batches, history = device_batches(open_streams(config, tokenizer), spec.mesh, 0), []
     for _ in range(steps):
         state, metrics = step(state, next(batches)[0])
         history.append({name: float(value) for name, value in metrics.items()})
@@ -120,23 +120,23 @@ def test_parameters_gathered_once_give_what_those_gathered_at_each_use_give(toke
 
 
 def test_shards_are_made_where_they_live(tokenizer: Tokenizer) -> None:
-    plan = planned(answering(), tokenizer, EIGHT)
-    state = plan.init()
-    for made, asked in zip(jax.tree.leaves(state), jax.tree.leaves(plan.shardings), strict=True):
+    spec = make_spec(answering(), tokenizer, EIGHT)
+    state = spec.init()
+    for made, asked in zip(jax.tree.leaves(state), jax.tree.leaves(spec.shardings), strict=True):
         assert made.sharding.is_equivalent_to(asked, made.ndim)
     kernel = state["params"]["decoder"]["layers"]["mlp"]["up"]["kernel"]
     assert kernel.addressable_shards[0].data.size == kernel.size // 4  # over fsdp and tensor
     moment = jax.tree.leaves(state["opt"], is_leaf=lambda x: isinstance(x, dict))[1]
     assert moment["decoder"]["layers"]["mlp"]["up"]["kernel"].sharding == kernel.sharding
-    single = planned(answering(), tokenizer, ONE).init()
+    single = make_spec(answering(), tokenizer, ONE).init()
     assert_close(state["params"], single["params"])
 
 
 def test_the_step_compiles_once_and_takes_the_state_with_it(tokenizer: Tokenizer) -> None:
     config = answering()
-    plan = planned(config, tokenizer, ONE)
-    state, step = plan.init(), compile_step(plan)
-    batches = device_batches(open_streams(config, tokenizer), plan.mesh, 0)
+    spec = make_spec(config, tokenizer, ONE)
+    state, step = spec.init(), make_step(spec)
+    batches = device_batches(open_streams(config, tokenizer), spec.mesh, 0)
     compiled: list[str] = []
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, _seconds, **_: compiled.append(event) if "backend_compile" in event else None
@@ -165,7 +165,7 @@ def test_a_teacher_follows_and_its_queue_fills(tokenizer: Tokenizer) -> None:
             vlc=VlcConfig(queue_size=16), distillation=DistillationConfig(momentum=0.5, fusion=False, ramp_steps=4)
         ),
     )  # fmt: skip
-    fresh = planned(config, tokenizer, ONE).init()
+    fresh = make_spec(config, tokenizer, ONE).init()
     start = jax.tree.map(np.asarray, fresh["params"])
     state, history = run(config, tokenizer, ONE, 3)
     assert all(np.isfinite(list(metrics.values())).all() for metrics in history)
@@ -191,7 +191,7 @@ def test_a_queue_needs_a_teacher() -> None:
 
 def test_another_seed_is_another_start_and_another_order(tokenizer: Tokenizer) -> None:
     a, b = answering(), answering(seed=1)
-    first, second = (planned(config, tokenizer, ONE).init()["params"] for config in (a, b))
+    first, second = (make_spec(config, tokenizer, ONE).init()["params"] for config in (a, b))
     assert not np.array_equal(first["decoder"]["embeddings"]["words"], second["decoder"]["embeddings"]["words"])
     ids = [open_streams(config, tokenizer)["q"].batch(0).arrays["example_id"].tolist() for config in (a, b)]
     assert ids[0] != ids[1]

@@ -18,13 +18,13 @@ from mplug2_jax.config import build
 from mplug2_jax.errors import UserError
 from mplug2_jax.model.config import ModelConfig
 from mplug2_jax.parallel.processes import is_first
-from mplug2_jax.training.checkpoint.checksums import differing, digests, leaf_name
-from mplug2_jax.training.checkpoint.lazy_arrays import lazy_handler
-from mplug2_jax.training.checkpoint.metadata import FORMAT, Identity, Position
+from mplug2_jax.training.checkpoint.checksums import checksums, leaf_name, mismatched
+from mplug2_jax.training.checkpoint.lazy_arrays import lazy_array_handler
+from mplug2_jax.training.checkpoint.metadata import FORMAT, DataPosition, ModelMetadata
 from mplug2_jax.training.checkpoint.retention import Retention
 from mplug2_jax.training.config import CheckpointConfig
-from mplug2_jax.training.optim.lora import added_in_place, merged, stored_pair
-from mplug2_jax.training.optim.partition import join
+from mplug2_jax.training.optim.lora import merge_adapter_on_devices, merge_adapters, stored_adapter
+from mplug2_jax.training.optim.partition import combine
 from mplug2_jax.training.state import TrainState
 from mplug2_jax.training.telemetry.events import Events
 
@@ -36,7 +36,7 @@ AGREE_STEPS = 10
 """How often several processes agree whether it is time to save."""
 
 
-class DamagedError(UserError):
+class DamagedCheckpointError(UserError):
     """A checkpoint that cannot be trusted."""
 
 
@@ -50,30 +50,30 @@ class _Manager(ocp.CheckpointManager):
 class Checkpoints:
     """The checkpoints of a work directory. Saves run in the background; call ``close`` before the process ends.
 
-    A reader (``writes=False``) leaves the folder alone: what looks unfinished may be a save of a run that goes on.
+    A reader (``read_only=True``) leaves the folder alone: what looks unfinished may be a save of a run that goes on.
     """
 
     def __init__(
-        self, folder: Path, config: CheckpointConfig, *, identity: Identity | None = None, writes: bool = True,
+        self, folder: Path, config: CheckpointConfig, *, model: ModelMetadata | None = None, read_only: bool = False,
         lazy: bool = False, events: Events | None = None,
     ) -> None:  # fmt: skip
         """``lazy``: the leaves of saved trees are ``LazyArray``, which have no checksums."""
-        self.folder, self._config, self._identity = folder, config, identity
+        self.folder, self._config, self._model = folder, config, model
         self._lazy, self._events = lazy, events or Events()
         self._retention = Retention(config)
         self._saving: int | None = None  # the step whose arrays are being written
         self._tried = time.monotonic()  # when the last save began
-        self.failed = False  # whether it failed
+        self.save_failed = False  # whether it failed
         self._descriptions: dict[int, dict[str, Any]] = {}  # what steps store, as read from their metadata
         self._manager = _Manager(
             folder.absolute(),
             # Named here, so that a process that has saved nothing can read the arrays' shapes.
             item_handlers={
-                "state": lazy_handler() if lazy else ocp.PyTreeCheckpointHandler(),
+                "state": lazy_array_handler() if lazy else ocp.PyTreeCheckpointHandler(),
                 "meta": ocp.JsonCheckpointHandler(),
             },
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=self._retention, create=writes, cleanup_tmp_directories=writes
+                preservation_policy=self._retention, create=not read_only, cleanup_tmp_directories=not read_only
             ),
         )
 
@@ -81,7 +81,7 @@ class Checkpoints:
         """All saved steps, oldest first."""
         return sorted(int(step) for step in self._manager.all_steps())
 
-    def holds(self, step: int) -> bool:
+    def is_saved(self, step: int) -> bool:
         """Whether a step is saved, whole and on disk."""
         return self._saving is None and step in self.steps()
 
@@ -90,22 +90,22 @@ class Checkpoints:
         self._descriptions.clear()
         self._manager.reload()
 
-    def due(self, step: int) -> bool:
+    def should_save(self, step: int) -> bool:
         """Whether to save after this step: by its number, by the time since the last save, or because that failed."""
         if self._saving is not None and not self._manager.is_saving_in_progress():
             self._settle()
         since = time.monotonic() - self._tried
         minutes = self._config.every_minutes
-        timed = (self.failed and since >= RETRY_SECONDS) or (minutes > 0 and since >= 60 * minutes)
+        timed = (self.save_failed and since >= RETRY_SECONDS) or (minutes > 0 and since >= 60 * minutes)
         if jax.process_count() > 1:  # clocks and disks differ, so they ask each other now and then
             timed = step % AGREE_STEPS == 0 and not _everywhere(not timed)
         return timed or step % self._config.every_steps == 0
 
-    def save(self, state: TrainState, position: Position, scores: Mapping[int, float] | None = None) -> float:
+    def save(self, state: TrainState, position: DataPosition, scores: Mapping[int, float] | None = None) -> float:
         """Starts saving; returns once the arrays are copied off the devices' reach.
 
-        A disk that is full, or fails in another way, stops no run: it is said, :meth:`due` asks for another try soon,
-        and the checkpoints that are there stay.
+        A disk that is full or fails in another way does not stop the run: the failure is logged, :meth:`should_save`
+        asks for a retry soon, and existing checkpoints stay untouched.
 
         Args:
             state: what to save.
@@ -118,11 +118,11 @@ class Checkpoints:
         start = time.perf_counter()
         self._settle()
         if position.step not in self.steps():
-            meta = position.as_json() | ({"model": self._identity.as_json()} if self._identity else {})
+            meta = position.to_json() | ({"model": self._model.to_json()} if self._model else {})
             if not self._lazy:
-                meta["digests"] = digests(state)
+                meta["digests"] = checksums(state)
             self._retention.scores = scores or {}
-            self._saving, self._tried, self.failed = position.step, time.monotonic(), False
+            self._saving, self._tried, self.save_failed = position.step, time.monotonic(), False
             self._descriptions.pop(position.step, None)
             try:
                 self._manager.save(
@@ -133,23 +133,23 @@ class Checkpoints:
                 self._not_saved(error)
         return time.perf_counter() - start
 
-    def finish(self, state: TrainState, position: Position, scores: Mapping[int, float] | None = None) -> None:
+    def save_last(self, state: TrainState, position: DataPosition, scores: Mapping[int, float] | None = None) -> None:
         """Waits until the last state is on disk, and tries once more if it could not be saved.
 
         Raises:
             UserError: it cannot be.
         """
         self._settle()
-        if not _everywhere(not self.failed):
+        if not _everywhere(not self.save_failed):
             self.save(state, position, scores)
             self._settle()
-        if not _everywhere(not self.failed):
+        if not _everywhere(not self.save_failed):
             raise UserError(
                 f"the state after step {position.step} could not be saved; make room on the disk of {self.folder}, and "
                 f"start the run again: it goes on from step {max(self.steps(), default=0)}"
             )
 
-    def wait(self) -> None:
+    def wait_until_finished(self) -> None:
         """Blocks until background saves are on disk, or have failed."""
         self._settle()
 
@@ -171,7 +171,7 @@ class Checkpoints:
         self._saving = None
 
     def _not_saved(self, error: Exception) -> None:
-        step, self._saving, self.failed = self._saving, None, True
+        step, self._saving, self.save_failed = self._saving, None, True
         assert step is not None
         if self._lazy:  # nobody comes back to try again
             raise error
@@ -184,44 +184,46 @@ class Checkpoints:
         for folder in unfinished:  # it takes the room that is lacking
             shutil.rmtree(folder, ignore_errors=True)
 
-    def restore(self, like: TrainState, step: int | None = None) -> tuple[TrainState, Position]:
+    def restore(self, like: TrainState, step: int | None = None) -> tuple[TrainState, DataPosition]:
         """The state of a step (the last by default), laid out like ``like``, which describes every array.
 
         Raises:
             DamagedError: the checkpoint is incomplete, or an array is not what was saved.
             UserError: no such checkpoint, one of another model, or of a newer format.
         """
-        step = self.pick(step)
+        step = self.resolve_step(step)
         position = self._position(step)
         return self._restored(step, like), position
 
-    def restore_last_good(self, like: TrainState) -> tuple[TrainState, Position]:
+    def restore_last_good(self, like: TrainState) -> tuple[TrainState, DataPosition]:
         """The newest state that is whole. What is damaged is named and set aside: renamed, never deleted.
 
         Raises:
             DamagedError: all are.
             UserError: as :meth:`restore`.
         """
-        damaged: dict[int, DamagedError] = {}
+        damaged: dict[int, DamagedCheckpointError] = {}
         self._settle()
         self.refresh()
-        self.pick(None)
+        self.resolve_step(None)
         for step in reversed(self.steps()):
             error = None
             try:
                 restored = self.restore(like, step)
-            except DamagedError as found:
+            except DamagedCheckpointError as found:
                 error = found
             if _everywhere(error is None):
                 self._set_aside(damaged)
                 return restored
-            damaged[step] = error or DamagedError(f"checkpoint {self.folder / str(step)} is damaged on another host")
+            damaged[step] = error or DamagedCheckpointError(
+                f"checkpoint {self.folder / str(step)} is damaged on another host"
+            )
         newest = damaged[max(damaged)]
         if len(damaged) == 1:
             raise newest
-        raise DamagedError(f"none of the {len(damaged)} checkpoints can be used: {newest}")
+        raise DamagedCheckpointError(f"none of the {len(damaged)} checkpoints can be used: {newest}")
 
-    def _set_aside(self, damaged: Mapping[int, DamagedError]) -> None:
+    def _set_aside(self, damaged: Mapping[int, DamagedCheckpointError]) -> None:
         for step, error in damaged.items():
             place = next(p for i in range(10**6) if not (p := self.folder / f"damaged-{step}-{i}").exists())
             if is_first():
@@ -240,18 +242,20 @@ class Checkpoints:
         They are those of ``tree``: an average's, say. What it lacks, because it was frozen, is taken from ``params``.
         ``like`` is of a model without LoRA: pairs that the tree has are added to their kernels.
         """
-        step = self.pick(step)
-        stored, wanted, pairs = self.leaves(step), dict[str, Any](), False
+        step = self.resolve_step(step)
+        stored, wanted, pairs = self.array_specs(step), dict[str, Any](), False
         for path, leaf in jax.tree_util.tree_leaves_with_path(like):
             place = tuple(leaf_name(path).split("/"))
             _put(wanted, (tree if (tree, *place) in stored else "params", *place), leaf)
-            for own in stored_pair((tree, *place), stored).values():
+            for own in stored_adapter((tree, *place), stored).values():
                 shape, dtype = stored[own]
                 _put(wanted, own, jax.ShapeDtypeStruct(shape, dtype, sharding=_whole(leaf)))
                 pairs = True
         restored = self.restore_tree(wanted, step)
-        params = join(restored.get(tree, {}), restored.get("params", {}))
-        return (merged(params, self.identity(step).lora_scale, added_in_place) if pairs else params), step
+        params = combine(restored.get(tree, {}), restored.get("params", {}))
+        return (
+            merge_adapters(params, self.model_metadata(step).lora_scale, merge_adapter_on_devices) if pairs else params
+        ), step
 
     def restore_tree(self, like: Any, step: int) -> Any:
         """A part of the state, laid out like ``like``. Raises as :meth:`restore`."""
@@ -278,36 +282,38 @@ class Checkpoints:
         except Exception as error:  # tensorstore, zarr and orbax each raise their own for a damaged file
             raise self._damaged(step, f"damaged ({_reason(error)})") from error
 
-    def identity(self, step: int | None = None) -> Identity:
+    def model_metadata(self, step: int | None = None) -> ModelMetadata:
         """Which model a step's checkpoint is of.
 
         Raises:
             UserError: no such checkpoint, or one that does not say.
         """
-        step = self.pick(step)
+        step = self.resolve_step(step)
         model = self._meta(step).get("model")
         if not isinstance(model, dict):
             raise self._damaged(step, "of a version that did not note which model it is of")
         try:
             config, parts = build(ModelConfig, model["config"]), tuple(model["parts"])
-            return Identity(config, parts, model["origin"], model.get("lora_scale", 0.0))
+            return ModelMetadata(config, parts, model["origin"], model.get("lora_scale", 0.0))
         except (KeyError, TypeError) as error:
             raise self._damaged(step, f"incomplete: meta/metadata lacks {error}") from error
 
-    def leaves(self, step: int | None = None) -> dict[tuple[str, ...], tuple[tuple[int, ...], np.dtype[Any]]]:
+    def array_specs(self, step: int | None = None) -> dict[tuple[str, ...], tuple[tuple[int, ...], np.dtype[Any]]]:
         """Shape and type of every array of a step by its path; nothing is read."""
         return {
             tuple(name.split("/")): (tuple(leaf.shape), np.dtype(leaf.dtype))
-            for name, leaf in self._stored(self.pick(step)).items()
+            for name, leaf in self._stored(self.resolve_step(step)).items()
         }
 
-    def read(self, paths: Sequence[tuple[str, ...]], step: int | None = None) -> dict[tuple[str, ...], NDArray[Any]]:
+    def read_arrays(
+        self, paths: Sequence[tuple[str, ...]], step: int | None = None
+    ) -> dict[tuple[str, ...], NDArray[Any]]:
         """Arrays of dicts in dicts on the host, whole, whatever mesh they were saved from.
 
         Raises:
             UserError: the checkpoint is damaged.
         """
-        step = self.pick(step)
+        step = self.resolve_step(step)
         item: dict[str, Any] = {}
         how: dict[str, Any] = {}
         for path in paths:
@@ -318,7 +324,7 @@ class Checkpoints:
         named = {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(found)}
         return {path: np.asarray(named["/".join(path)]) for path in paths}
 
-    def pick(self, step: int | None) -> int:
+    def resolve_step(self, step: int | None) -> int:
         """A step that is there: the last by default. Raises UserError if it is not."""
         steps = self.steps()
         if not steps:
@@ -327,9 +333,9 @@ class Checkpoints:
             raise UserError(f"{self.folder} holds no checkpoint of step {step}; there are {steps}")
         return steps[-1] if step is None else step
 
-    def _position(self, step: int) -> Position:
+    def _position(self, step: int) -> DataPosition:
         try:
-            return Position.from_json(self._meta(step)["position"])
+            return DataPosition.from_json(self._meta(step)["position"])
         except (TypeError, ValueError, AttributeError) as error:
             raise self._damaged(step, "incomplete: meta/metadata is damaged") from error
 
@@ -363,7 +369,7 @@ class Checkpoints:
     def _check_digests(self, step: int, restored: Any) -> None:
         """Compares every array with the digest of what was saved; a checkpoint of older versions has none."""
         expected = self._meta(step).get("digests", {})
-        wrong = differing(digests(restored), expected) if expected else []
+        wrong = mismatched(checksums(restored), expected) if expected else []
         if wrong:
             more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
             raise self._damaged(step, f"damaged ({wrong[0]}{more} differs from what was saved, by its digest)")
@@ -389,10 +395,10 @@ class Checkpoints:
                 )
         return found
 
-    def _damaged(self, step: int, how: str) -> DamagedError:
+    def _damaged(self, step: int, how: str) -> DamagedCheckpointError:
         others = [other for other in self.steps() if other != step]
         remedy = f"steps {others} are left: choose one" if others else "it is the only one: restore it from a copy"
-        return DamagedError(
+        return DamagedCheckpointError(
             f"checkpoint {self.folder / str(step)} is {how}; {remedy}, or move it away to train without it"
         )
 
@@ -412,8 +418,8 @@ def open_checkpoint(path: Path) -> tuple[Checkpoints, int]:
         raise UserError(
             f"{path} holds no checkpoint; expected a work directory, its checkpoints folder or a step of it"
         )
-    found = Checkpoints(folder, CheckpointConfig(), writes=False)
-    return found, found.pick(step)
+    found = Checkpoints(folder, CheckpointConfig(), read_only=True)
+    return found, found.resolve_step(step)
 
 
 def _everywhere(good: bool) -> bool:

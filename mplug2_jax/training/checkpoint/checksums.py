@@ -10,7 +10,7 @@ from jaxtyping import Array, Shaped, UInt32
 _WORDS = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}
 
 
-def digest(x: Shaped[Array, "..."]) -> UInt32[Array, ""]:
+def checksum(x: Shaped[Array, "..."]) -> UInt32[Array, ""]:
     """The sum, modulo 2**32, of every element's bits mixed with its place.
 
     A sum has no order, so shards add up to what the whole array gives. The mixing is one to one: a single element that
@@ -31,13 +31,15 @@ def _mix(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
     return x ^ (x >> 16)
 
 
-_digest = jax.jit(digest)  # compiled once for each shape, of which a state has far fewer than arrays
+_checksum = jax.jit(checksum)  # compiled once for each shape, of which a state has far fewer than arrays
 
 
-def digests(tree: Any) -> dict[str, int]:
+def checksums(tree: Any) -> dict[str, int]:
     """The digest of every array of a tree, by its name. Runs where the arrays are."""
     # One after the other: many collectives in flight at once starve each other on simulated devices.
-    return {leaf_name(path): int(_digest(_on_device(leaf))) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return {
+        leaf_name(path): int(_checksum(_on_device(leaf))) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 def _on_device(x: Any) -> Any:
@@ -47,7 +49,7 @@ def _on_device(x: Any) -> Any:
     return jax.device_put(x, x.sharding.with_memory_kind("device"))
 
 
-def differing(found: Mapping[str, int], expected: Mapping[str, int]) -> list[str]:
+def mismatched(found: Mapping[str, int], expected: Mapping[str, int]) -> list[str]:
     """The names of both whose digests differ."""
     return [name for name, value in found.items() if name in expected and expected[name] != value]
 

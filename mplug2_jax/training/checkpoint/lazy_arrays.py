@@ -61,7 +61,7 @@ def _make(values: Sequence[LazyArray]) -> list[NDArray[Any]]:
     return [value.make() for value in values]
 
 
-def lazy_handler() -> Any:
+def lazy_array_handler() -> Any:
     """Orbax's handler for trees of lazy arrays; uncompressed, because weights hardly compress and disks are quicker."""
     registry = type_handlers.create_type_handler_registry(
         (LazyArray, _Handler()), (jax.Array, type_handlers.ArrayHandler())

@@ -15,7 +15,7 @@ FORMAT = 3
 
 
 @dataclasses.dataclass(frozen=True)
-class Position:
+class DataPosition:
     """How far the run is, and what decides which examples a step holds.
 
     ``offsets`` are pairs (step, batches): steps after that one see the data so many batches further on, because of
@@ -27,28 +27,28 @@ class Position:
     offsets: tuple[tuple[int, int], ...] = ()
     recent: tuple[float, ...] = ()
 
-    def batch(self, step: int) -> int:
+    def batch_index(self, step: int) -> int:
         """The number of the batch, the first is 0, that ``step``, the first is 1, sees."""
         return step - 1 + max(((after, offset) for after, offset in self.offsets if after < step), default=(0, 0))[1]
 
-    def rolled_back(self, step: int) -> "Position":
+    def after_rollback(self, step: int) -> "DataPosition":
         """This checkpoint's position once all batches up to the one of ``step``, a later step, are skipped."""
         kept = tuple(pair for pair in self.offsets if pair[0] < self.step)
-        return dataclasses.replace(self, offsets=(*kept, (self.step, self.batch(step) + 1 - self.step)))
+        return dataclasses.replace(self, offsets=(*kept, (self.step, self.batch_index(step) + 1 - self.step)))
 
-    def as_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """For the checkpoint's metadata."""
         return {"format": FORMAT, "position": dataclasses.asdict(self)}
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> "Position":
+    def from_json(cls, values: Mapping[str, Any]) -> "DataPosition":
         """What was written, by this version or an older one. Raises TypeError or ValueError if it is damaged."""
         lists = {"offsets": tuple((int(after), int(by)) for after, by in values.get("offsets", ()))}
         return cls(**{**values, **lists, "recent": tuple(values.get("recent", ()))})
 
 
 @dataclasses.dataclass(frozen=True)
-class Identity:
+class ModelMetadata:
     """Which model a checkpoint is of, what LoRA's products count in it, and where imported weights came from."""
 
     config: ModelConfig
@@ -56,7 +56,7 @@ class Identity:
     origin: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     lora_scale: float = 0.0
 
-    def as_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """For the checkpoint's metadata."""
         return {
             "config": to_dict(self.config), "parts": list(self.parts), "origin": dict(self.origin),

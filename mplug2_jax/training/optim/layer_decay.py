@@ -20,7 +20,7 @@ _INPUTS = frozenset({"patch", "class_token", "positions", "norm_pre", "embedding
 _LAYERS = frozenset({"blocks", "layers", "mixing"})
 
 
-def layers_above(path: tuple[str, ...], config: ModelConfig, parts: frozenset[str]) -> NDArray[np.int64]:
+def depth_from_head(path: tuple[str, ...], config: ModelConfig, parts: frozenset[str]) -> NDArray[np.int64]:
     """How many layers are above a parameter, [] or, for a stack's parameters, [layers].
 
     They are counted along the longest way to a head: vision or text, then the universal layers, fusion, the decoder,
@@ -44,7 +44,7 @@ def layers_above(path: tuple[str, ...], config: ModelConfig, parts: frozenset[st
     return top + depth - 1 - index
 
 
-def rate_factors(shapes: Params, config: ModelConfig, decay: float) -> Params:
+def lr_scales(shapes: Params, config: ModelConfig, decay: float) -> Params:
     """What of its group's learning rate each parameter takes: float32 arrays that broadcast over the parameter.
 
     Args:
@@ -55,7 +55,7 @@ def rate_factors(shapes: Params, config: ModelConfig, decay: float) -> Params:
     parts = frozenset(shapes)
 
     def factor(path: tuple[Any, ...], shape: Any) -> NDArray[np.float32]:
-        above = layers_above(tuple(key.key for key in path), config, parts)
+        above = depth_from_head(tuple(key.key for key in path), config, parts)
         return np.asarray(decay**above, np.float32).reshape(above.shape + (1,) * (len(shape.shape) - above.ndim))
 
     return jax.tree_util.tree_map_with_path(factor, shapes)

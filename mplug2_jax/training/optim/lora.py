@@ -26,33 +26,35 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from mplug2_jax.model.mplug2 import Params
 from mplug2_jax.training.config import LoraConfig
 from mplug2_jax.training.optim.optimizer import is_linear
-from mplug2_jax.training.optim.partition import PAIR, part_of
+from mplug2_jax.training.optim.partition import LORA_KEY, part_name
 
 Path = tuple[str, ...]
 Kernel = Float[Array, "*layers i o"] | Float[np.ndarray, "*layers i o"]
 Pair = dict[str, Any]  # a [*layers, i, rank], b [*layers, rank, o]
 
 
-def with_pairs(tree: Params, parts: Collection[str], make: Callable[[Path, Any], Pair], path: Path = ()) -> Params:
+def add_adapters(tree: Params, parts: Collection[str], make: Callable[[Path, Any], Pair], path: Path = ()) -> Params:
     """A tree shaped like the parameters, with ``make(path, leaf)`` beside the leaf of every linear kernel of parts."""
     found: Params = {
-        name: with_pairs(item, parts, make, (*path, name)) if isinstance(item, dict) else item
+        name: add_adapters(item, parts, make, (*path, name)) if isinstance(item, dict) else item
         for name, item in tree.items()
     }
     own = (*path, "kernel")
-    if "kernel" in tree and is_linear(own) and part_of(own) in parts:
-        found[PAIR] = make(own, tree["kernel"])
+    if "kernel" in tree and is_linear(own) and part_name(own) in parts:
+        found[LORA_KEY] = make(own, tree["kernel"])
     return found
 
 
-def without_pairs(tree: Params) -> Params:
+def remove_adapters(tree: Params) -> Params:
     """Such a tree without what is beside kernels."""
     return {
-        name: without_pairs(item) if isinstance(item, dict) else item for name, item in tree.items() if name != PAIR
+        name: remove_adapters(item) if isinstance(item, dict) else item
+        for name, item in tree.items()
+        if name != LORA_KEY
     }
 
 
-def pair_shapes(config: LoraConfig) -> Callable[[Path, Any], Pair]:
+def adapter_shapes(config: LoraConfig) -> Callable[[Path, Any], Pair]:
     """What makes the shapes of a pair from its kernel's."""
 
     def make(_: Path, kernel: Any) -> Pair:
@@ -63,25 +65,25 @@ def pair_shapes(config: LoraConfig) -> Callable[[Path, Any], Pair]:
     return make
 
 
-def pair_axes(_: Path, names: tuple[str | None, ...]) -> Pair:
+def adapter_axes(_: Path, names: tuple[str | None, ...]) -> Pair:
     """The logical axes of a pair, from its kernel's: the rank stays whole."""
     *layers, rows, columns = names
     return {"a": (*layers, rows, None), "b": (*layers, None, columns)}
 
 
-def fresh_pairs(config: LoraConfig, key: PRNGKeyArray) -> Callable[[Path, Any], Pair]:
+def init_adapters(config: LoraConfig, key: PRNGKeyArray) -> Callable[[Path, Any], Pair]:
     """What makes a new pair for a kernel: a of variance 1 / i, which keeps the size of what it maps; b zero."""
 
     def make(path: Path, kernel: Kernel) -> Pair:
-        shapes = pair_shapes(config)(path, kernel)
-        own = jax.random.fold_in(key, zlib.crc32("/".join((*path[:-1], PAIR)).encode()))
+        shapes = adapter_shapes(config)(path, kernel)
+        own = jax.random.fold_in(key, zlib.crc32("/".join((*path[:-1], LORA_KEY)).encode()))
         drawn = jax.random.normal(own, shapes["a"].shape) / math.sqrt(kernel.shape[-2])
         return {"a": drawn, "b": jnp.zeros(shapes["b"].shape)}
 
     return make
 
 
-def added(kernel: Kernel, pair: Pair, scale: float) -> Kernel:
+def merge_adapter(kernel: Kernel, pair: Pair, scale: float) -> Kernel:
     """The kernel with its pair's product in it, in the kernel's type.
 
     Every device multiplies in float32, so that what is exported is what was trained.
@@ -90,26 +92,26 @@ def added(kernel: Kernel, pair: Pair, scale: float) -> Kernel:
         return (kernel + scale * (pair["a"] @ pair["b"])).astype(kernel.dtype)
 
 
-def added_in_place(kernel: Array, pair: Pair, scale: float) -> Array:
+def merge_adapter_on_devices(kernel: Array, pair: Pair, scale: float) -> Array:
     """The same outside of a compiled function, laid out like the kernel, whatever the processes that hold it."""
-    return jax.jit(added, static_argnums=2, out_shardings=kernel.sharding)(kernel, pair, scale)
+    return jax.jit(merge_adapter, static_argnums=2, out_shardings=kernel.sharding)(kernel, pair, scale)
 
 
-def merged(params: Params, scale: float, add: Callable[[Any, Pair, float], Any] = added) -> Params:
+def merge_adapters(params: Params, scale: float, add: Callable[[Any, Pair, float], Any] = merge_adapter) -> Params:
     """Ordinary parameters: every pair in its kernel. Without pairs, they are what they were."""
     plain: Params = {
-        name: merged(item, scale, add) if isinstance(item, dict) else item
+        name: merge_adapters(item, scale, add) if isinstance(item, dict) else item
         for name, item in params.items()
-        if name != PAIR
+        if name != LORA_KEY
     }
-    if PAIR in params:
+    if LORA_KEY in params:
         with jax.named_scope("lora"):
-            plain["kernel"] = add(params["kernel"], params[PAIR], scale)
+            plain["kernel"] = add(params["kernel"], params[LORA_KEY], scale)
     return plain
 
 
-def stored_pair(path: Path, stored: Collection[Path]) -> dict[str, Path]:
+def stored_adapter(path: Path, stored: Collection[Path]) -> dict[str, Path]:
     """Where among what is stored the pair of a parameter stands; empty for what has none."""
     if path[-1] != "kernel":
         return {}
-    return {name: place for name in ("a", "b") if (place := (*path[:-1], PAIR, name)) in stored}
+    return {name: place for name in ("a", "b") if (place := (*path[:-1], LORA_KEY, name)) in stored}

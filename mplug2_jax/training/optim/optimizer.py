@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from mplug2_jax.training.config import AdamWConfig, DecayMask, Dtype
-from mplug2_jax.training.optim.partition import PAIR
+from mplug2_jax.training.optim.partition import LORA_KEY
 
 
 def is_vision(path: tuple[str, ...]) -> bool:
@@ -29,7 +29,7 @@ def is_decayed(path: tuple[str, ...], mask: DecayMask) -> bool:
     CLIP's norms, the norms around the visual stream, latents and all embeddings are decayed.
     """
     if mask == "kernels":
-        return is_linear(path) or PAIR in path
+        return is_linear(path) or LORA_KEY in path
     visual_norms = path[0] in ("vision", "vision_projection") or path[:2] == ("universal", "visual_norm")
     return path[-1] != "bias" and (path[-1] != "scale" or visual_norms)
 
@@ -81,7 +81,7 @@ def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-def scale_each(factors: optax.Params) -> optax.GradientTransformation:
+def scale_by_tree(factors: optax.Params) -> optax.GradientTransformation:
     """Scales each parameter's update by its own factors, which broadcast over it."""
 
     def update(
@@ -118,5 +118,5 @@ def adamw(
     if config.clip_norm > 0:
         steps.insert(0, clip_by_global_norm(config.clip_norm))
     if factors is not None:
-        steps.append(scale_each(factors))
+        steps.append(scale_by_tree(factors))
     return optax.chain(*steps)

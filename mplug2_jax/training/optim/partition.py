@@ -5,11 +5,11 @@ from typing import Any
 
 from mplug2_jax.model.mplug2 import Params
 
-PAIR = "lora"
+LORA_KEY = "lora"
 """The name of what stands beside a frozen kernel and is trained in its place: see lora.py."""
 
 
-def part_of(path: tuple[str, ...]) -> str:
+def part_name(path: tuple[str, ...]) -> str:
     """The part of the model that a parameter belongs to; the temporal units within the vision tower are one.
 
     The projection from the tower's width to the model's, which no checkpoint of CLIP or BERT brings, belongs to none:
@@ -18,7 +18,7 @@ def part_of(path: tuple[str, ...]) -> str:
     return "temporal" if path[:2] == ("vision", "blocks") and path[2].startswith("temporal_") else path[0]
 
 
-def split(tree: Params, frozen: Collection[str], path: tuple[str, ...] = ()) -> tuple[Params, Params]:
+def partition(tree: Params, frozen: Collection[str], path: tuple[str, ...] = ()) -> tuple[Params, Params]:
     """A tree of parameters (what is below ``path``) as two without empty branches: the trained, and the frozen.
 
     What LoRA adds to a frozen part is trained.
@@ -28,18 +28,18 @@ def split(tree: Params, frozen: Collection[str], path: tuple[str, ...] = ()) -> 
     for name, item in tree.items():
         own = (*path, name)
         if isinstance(item, dict):
-            halves: tuple[Any, Any] = split(item, frozen, own)
+            halves: tuple[Any, Any] = partition(item, frozen, own)
         else:
-            halves = ({}, item) if part_of(own) in frozen and PAIR not in own else (item, {})
+            halves = ({}, item) if part_name(own) in frozen and LORA_KEY not in own else (item, {})
         for half, found in zip((trained, kept), halves, strict=True):
             if not isinstance(found, dict) or found:
                 half[name] = found
     return trained, kept
 
 
-def join(one: Params, other: Params) -> Params:
+def combine(one: Params, other: Params) -> Params:
     """Two such trees as one again; a parameter that both have is that of ``one``."""
     return other | {
-        name: join(item, other[name]) if isinstance(item, dict) and name in other else item
+        name: combine(item, other[name]) if isinstance(item, dict) and name in other else item
         for name, item in one.items()
     }

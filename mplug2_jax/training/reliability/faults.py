@@ -10,7 +10,7 @@ import numpy as np
 
 from data_pipelines.loader import Made
 from mplug2_jax.errors import UserError
-from mplug2_jax.training.checkpoint.metadata import Position
+from mplug2_jax.training.checkpoint.metadata import DataPosition
 from mplug2_jax.training.config import FaultConfig
 from mplug2_jax.training.telemetry.events import Events, JsonLines, read_lines
 
@@ -85,7 +85,7 @@ class Watch:
                 "raise config.faults.max_consecutive_skips"
             )
 
-    def roll_back(self, step: int, to: Position, now: Position) -> Position:
+    def roll_back(self, step: int, to: DataPosition, now: DataPosition) -> DataPosition:
         """Where to go on after a spike: at a checkpoint, with the data behind the step that spiked.
 
         Args:
@@ -102,7 +102,7 @@ class Watch:
                 f"the loss of step {step} jumped, and the run has gone back to step {to.step} for that "
                 f"{self._config.max_rollbacks} times: lower the learning rate, or raise config.faults.spike_zscore"
             )
-        moved = Position(to.step, to.streams, now.offsets, to.recent).rolled_back(step)
+        moved = DataPosition(to.step, to.streams, now.offsets, to.recent).after_rollback(step)
         self._recent = collections.deque(to.recent, maxlen=self._config.spike_window)
         offset = moved.offsets[-1][1]
         self._events.note(
@@ -116,13 +116,13 @@ class Watch:
         self._lines.close()
 
 
-def with_later_rollbacks(position: Position, events: Path) -> Position:
+def with_later_rollbacks(position: DataPosition, events: Path) -> DataPosition:
     """A checkpoint's position, with the rollback to it that came after it was saved, if there was one."""
     later = [line for line in read_lines(events) if line.get("event") == "rolled back" and line["to"] == position.step]
     if not later:
         return position
     kept = tuple(pair for pair in position.offsets if pair[0] < position.step)
-    return Position(
+    return DataPosition(
         position.step, position.streams, (*kept, (position.step, int(later[-1]["offset"]))), position.recent
     )
 

@@ -11,9 +11,9 @@ from jax.sharding import Mesh, NamedSharding
 
 from mplug2_jax.errors import UserError
 from mplug2_jax.objectives.forward import Metrics
-from mplug2_jax.training.checkpoint.checksums import differing, digests, leaf_name
-from mplug2_jax.training.state import Blueprint, TrainState, plan_run
-from mplug2_jax.training.step import Step, StreamBatches, compile_step
+from mplug2_jax.training.checkpoint.checksums import checksums, leaf_name, mismatched
+from mplug2_jax.training.state import RunSpec, TrainState, make_run_spec
+from mplug2_jax.training.step import Step, StreamBatches, make_step
 
 
 class CorruptionError(UserError):
@@ -29,9 +29,9 @@ class Recheck:
         every: steps; 0: never.
     """
 
-    def __init__(self, plan: Blueprint, step: Step, every: int) -> None:
-        self._plan, self._step, self._every = plan, step, every
-        self._turned: tuple[Blueprint, Step] | None = None
+    def __init__(self, spec: RunSpec, step: Step, every: int) -> None:
+        self._spec, self._step, self._every = spec, step, every
+        self._turned: tuple[RunSpec, Step] | None = None
 
     def __call__(self, number: int, state: TrainState, batches: StreamBatches) -> tuple[TrainState, Metrics]:
         """The step, checked when it is time to.
@@ -41,24 +41,24 @@ class Recheck:
         """
         if not self._every or number % self._every:
             return self._step(state, batches)
-        plan, again = self._other()
-        copy = jax.tree.map(lambda x, s: jax.device_put(jnp.copy(x), s), state, plan.shardings)
-        moved = jax.tree.map(lambda x: jax.device_put(x, _on(x.sharding, plan.mesh)), batches)
+        spec, again = self._other()
+        copy = jax.tree.map(lambda x, s: jax.device_put(jnp.copy(x), s), state, spec.shardings)
+        moved = jax.tree.map(lambda x: jax.device_put(x, _on(x.sharding, spec.mesh)), batches)
         second, _ = again(copy, moved)
         jax.block_until_ready(second)  # two programs with collectives must not run at once on the same devices
         first, metrics = self._step(state, batches)
         compare(number, first, second)
         return first, metrics
 
-    def _other(self) -> tuple[Blueprint, Step]:
+    def _other(self) -> tuple[RunSpec, Step]:
         """The run on rotated devices, compiled once; where there is a single one, the run itself."""
         if self._turned is None:
-            mesh = rotated(self._plan.mesh)
-            if mesh == self._plan.mesh:
-                self._turned = self._plan, self._step
+            mesh = rotated(self._spec.mesh)
+            if mesh == self._spec.mesh:
+                self._turned = self._spec, self._step
             else:
-                plan = plan_run(self._plan.config, self._plan.context.tokens, mesh)
-                self._turned = dataclasses.replace(plan, context=self._plan.context), compile_step(plan)
+                spec = make_run_spec(self._spec.config, self._spec.context.tokens, mesh)
+                self._turned = dataclasses.replace(spec, context=self._spec.context), make_step(spec)
         return self._turned
 
 
@@ -79,7 +79,7 @@ def compare(number: int, first: TrainState, second: TrainState) -> None:
     Raises:
         CorruptionError: they differ; names the arrays and the devices.
     """
-    wrong = differing(digests(first), digests(second))
+    wrong = mismatched(checksums(first), checksums(second))
     if not wrong:
         return
     pairs = _differing_devices(first, second, wrong)

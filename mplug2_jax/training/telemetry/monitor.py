@@ -10,9 +10,9 @@ import jax
 from mplug2_jax.config import to_dict
 from mplug2_jax.objectives.forward import Metrics
 from mplug2_jax.parallel.processes import is_first
-from mplug2_jax.training.checkpoint.metadata import Position
+from mplug2_jax.training.checkpoint.metadata import DataPosition
 from mplug2_jax.training.reliability.faults import Rows, Watch
-from mplug2_jax.training.state import Blueprint, TrainState
+from mplug2_jax.training.state import RunSpec, TrainState
 from mplug2_jax.training.step import Step, StreamBatches
 from mplug2_jax.training.telemetry.events import Events
 from mplug2_jax.training.telemetry.goodput import Ledger
@@ -38,9 +38,15 @@ class Instruments:
     """
 
     def __init__(
-        self, plan: Blueprint, workdir: WorkDir, position: Position, progress: Progress, events: Events, ledger: Ledger
+        self,
+        spec: RunSpec,
+        workdir: WorkDir,
+        position: DataPosition,
+        progress: Progress,
+        events: Events,
+        ledger: Ledger,
     ) -> None:
-        config, first = plan.config, is_first()
+        config, first = spec.config, is_first()
         self._progress, self._events, self.ledger = progress, events, ledger
         boards = (
             [WeightsAndBiases(workdir.path, config.wandb_project, to_dict(config))]
@@ -57,8 +63,8 @@ class Instruments:
         )
         if first:
             ledger.open(workdir.ledger, self.metrics.reached)
-        self._meter = Meter(plan, progress, self.metrics, ledger)
-        self.watch = Watch(config.faults, workdir.faults_of(jax.process_index()), events, position.recent)
+        self._meter = Meter(spec, progress, self.metrics, ledger)
+        self.watch = Watch(config.faults, workdir.faults_path(jax.process_index()), events, position.recent)
         self.profiler = Profiler(workdir.path, config.profile, events)
         self._unread: collections.deque[tuple[int, Metrics, Rows, Mapping[str, int]]] = collections.deque()
         self._compiled = False
@@ -78,8 +84,12 @@ class Instruments:
                 counted.result()
             seconds = time.perf_counter() - begun
         said = f"compiled in {seconds:.1f} s"
-        if step.why_compiled is not None:
-            said += f" anew: {step.why_compiled}" if step.why_compiled else ", from the program that was compiled ahead"
+        if step.cache_miss_reason is not None:
+            said += (
+                f" anew: {step.cache_miss_reason}"
+                if step.cache_miss_reason
+                else ", from the program that was compiled ahead"
+            )
         if needs:
             total = needs["argument"] + needs["temp"] + needs["output"] - needs["alias"] + needs["generated_code"]
             said += f"; {total / 2**20:,.0f} MiB per device, {needs['temp'] / 2**20:,.0f} of them while a step runs"

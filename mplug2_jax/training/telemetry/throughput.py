@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from mplug2_jax.parallel.accelerators import peak_flops
-from mplug2_jax.training.state import Blueprint
+from mplug2_jax.training.state import RunSpec
 from mplug2_jax.training.step import StreamBatches
 from mplug2_jax.training.telemetry.goodput import Ledger
 from mplug2_jax.training.telemetry.metric_log import MetricsFile, Progress
@@ -19,24 +19,24 @@ from mplug2_jax.training.telemetry.step_flops import flops_of_step, gradient_flo
 class Meter:
     """Turns finished steps into lines and files. Times are the ledger's: saving and evaluating are no part of them."""
 
-    def __init__(self, plan: Blueprint, progress: Progress, metrics_file: MetricsFile, ledger: Ledger) -> None:
-        self._plan, self._progress, self._file, self._ledger = plan, progress, metrics_file, ledger
+    def __init__(self, spec: RunSpec, progress: Progress, metrics_file: MetricsFile, ledger: Ledger) -> None:
+        self._spec, self._progress, self._file, self._ledger = spec, progress, metrics_file, ledger
         self._flops = self._tokens = 0
         self._steps = 0
         self._counts: collections.Counter[str] = collections.Counter()
-        each = peak_flops(plan.mesh.devices.flat[0].device_kind)
-        self._peak = None if each is None else each * plan.mesh.size
-        self._examples = sum(stream.data.batch_size for stream in plan.config.streams.values())
+        each = peak_flops(spec.mesh.devices.flat[0].device_kind)
+        self._peak = None if each is None else each * spec.mesh.size
+        self._examples = sum(stream.data.batch_size for stream in spec.config.streams.values())
         self._read = ledger.read()
 
     def count(self, jaxpr: Any, batches: StreamBatches) -> None:
         """Count a step's operations from its trace (nothing runs), and the positions that the model reads."""
-        plan = self._plan
-        counted = flops_of_step(plan, jaxpr)
+        spec = self._spec
+        counted = flops_of_step(spec, jaxpr)
         if counted is None:
-            counted = gradient_flops(plan, plan.config.streams, batches, remat=False)
+            counted = gradient_flops(spec, spec.config.streams, batches, remat=False)
         self._flops = counted.total()
-        self._tokens = sum(positions(batch, plan.config.model.patch_size) for batch in batches.values())
+        self._tokens = sum(positions(batch, spec.config.model.patch_size) for batch in batches.values())
 
     def finished(self, step: int, metrics: Mapping[str, jax.Array], lost: Mapping[str, int]) -> None:
         """Takes the metrics of a step, and how many records each source lacked; waits for it if it still runs."""
@@ -44,7 +44,7 @@ class Meter:
         self._steps += 1
         self._counts.update({f"data/skipped/{source}": count for source, count in lost.items()})
         self._counts.update({"skipped_updates": int(np.asarray(metrics["skipped"]))})
-        config = self._plan.config
+        config = self._spec.config
         if step % config.log_every and step != config.steps:
             return
         rates = self._rates()
@@ -64,7 +64,7 @@ class Meter:
         self._read, self._steps = now, 0
         spent = {cause: now.get(cause, 0.0) - before.get(cause, 0.0) for cause in ("step", "restart", "data wait")}
         seconds = max(sum(spent.values()), 1e-9) / max(steps, 1)
-        devices = self._plan.mesh.size
+        devices = self._spec.mesh.size
         rates = {
             "examples_per_second": self._examples / seconds,
             "examples_per_second_per_device": self._examples / seconds / devices,

@@ -16,8 +16,8 @@ from mplug2_jax.errors import UserError
 from mplug2_jax.objectives.queue import fresh_queue
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
-from mplug2_jax.training.checkpoint.checkpoints import Checkpoints, DamagedError
-from mplug2_jax.training.checkpoint.metadata import FORMAT, Position
+from mplug2_jax.training.checkpoint.checkpoints import Checkpoints, DamagedCheckpointError
+from mplug2_jax.training.checkpoint.metadata import FORMAT, DataPosition
 from mplug2_jax.training.config import CheckpointConfig
 
 
@@ -44,8 +44,8 @@ def described(spec: PartitionSpec = WHOLE, mesh: MeshConfig = ALL) -> dict[str, 
     return jax.tree.map(leaf, state_of(0.0))
 
 
-def position(step: int) -> Position:
-    return Position(step, {"image_text": {"batch_size": 8, "source_size": 10, "seed": 0}})
+def position(step: int) -> DataPosition:
+    return DataPosition(step, {"image_text": {"batch_size": 8, "source_size": 10, "seed": 0}})
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     checkpoints = Checkpoints(folder, CheckpointConfig(keep_last=2))
     for step in (1, 2, 3):
         checkpoints.save(state_of(float(step)), position(step))
-        checkpoints.wait()
+        checkpoints.wait_until_finished()
     checkpoints.close()
     return folder
 
@@ -66,7 +66,7 @@ def saved(original: Path, tmp_path: Path) -> Path:
 
 
 def reader(folder: Path) -> Checkpoints:
-    return Checkpoints(folder, CheckpointConfig(keep_last=2), writes=False)
+    return Checkpoints(folder, CheckpointConfig(keep_last=2), read_only=True)
 
 
 def test_the_last_ones_are_kept_and_the_newest_is_the_default(saved: Path) -> None:
@@ -166,7 +166,7 @@ def test_another_type_may_restore_and_is_still_checked(saved: Path) -> None:
     params, _ = reader(saved).restore_params(like)
     assert params["decoder"]["kernel"].dtype == jnp.bfloat16
     change_digest(saved / "3", "params/decoder/kernel")
-    with pytest.raises(DamagedError, match="params/decoder/kernel differs from what was saved"):
+    with pytest.raises(DamagedCheckpointError, match="params/decoder/kernel differs from what was saved"):
         reader(saved).restore_params(like)
 
 
@@ -205,7 +205,7 @@ def test_a_damaged_checkpoint_is_named_and_set_aside_and_the_one_before_used(sav
 def test_where_all_are_damaged_nothing_is_moved(saved: Path) -> None:
     for step in ("2", "3"):
         shutil.rmtree(saved / step / "meta")
-    with pytest.raises(DamagedError, match=r"none of the 2 checkpoints can be used: .*3 is incomplete"):
+    with pytest.raises(DamagedCheckpointError, match=r"none of the 2 checkpoints can be used: .*3 is incomplete"):
         Checkpoints(saved, CheckpointConfig()).restore_last_good(described())
     assert reader(saved).steps() == [2, 3]
 
@@ -222,15 +222,15 @@ def test_a_disk_that_is_full_keeps_what_is_there_and_a_later_try_succeeds(tmp_pa
         checkpoints = Checkpoints(disk / "checkpoints", CheckpointConfig(keep_last=2))
         for step in (1, 2):
             checkpoints.save(large, position(step))
-            checkpoints.wait()
-        assert checkpoints.failed
+            checkpoints.wait_until_finished()
+        assert checkpoints.save_failed
         assert "checkpoint of step 2 could not be saved" in capsys.readouterr().out
         assert checkpoints.steps() == [1]
         jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(large)[0], large)
         subprocess.run(["mount", "-o", "remount,size=20m", str(disk)], check=True)
         checkpoints.save(large, position(3))
         checkpoints.close()
-        assert checkpoints.failed is False
+        assert checkpoints.save_failed is False
         assert reader(disk / "checkpoints").steps() == [1, 3]
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)

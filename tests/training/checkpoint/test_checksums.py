@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
-from mplug2_jax.training.checkpoint.checksums import digests
+from mplug2_jax.training.checkpoint.checksums import checksums
 
 ROWS = np.random.default_rng(0).standard_normal((8, 16)).astype(np.float32)
 
@@ -19,7 +19,7 @@ ROWS = np.random.default_rng(0).standard_normal((8, 16)).astype(np.float32)
 def test_any_mesh_gives_the_same(spec: tuple) -> None:
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     split = jax.device_put(ROWS, NamedSharding(mesh, PartitionSpec(*spec)))
-    assert digests({"x": split}) == digests({"x": jnp.asarray(ROWS)})
+    assert checksums({"x": split}) == checksums({"x": jnp.asarray(ROWS)})
 
 
 @settings(max_examples=50)
@@ -27,12 +27,12 @@ def test_any_mesh_gives_the_same(spec: tuple) -> None:
 def test_any_flipped_bit_changes_it(place: int, bit: int) -> None:
     words = ROWS.copy().view(np.uint32)
     words.reshape(-1)[place] ^= np.uint32(1 << bit)
-    assert digests({"x": jnp.asarray(words.view(np.float32))}) != digests({"x": jnp.asarray(ROWS)})
+    assert checksums({"x": jnp.asarray(words.view(np.float32))}) != checksums({"x": jnp.asarray(ROWS)})
 
 
 def test_the_order_of_rows_counts_and_every_type_has_one() -> None:
-    assert digests([jnp.asarray(ROWS)]) != digests([jnp.asarray(ROWS[::-1].copy())])
+    assert checksums([jnp.asarray(ROWS)]) != checksums([jnp.asarray(ROWS[::-1].copy())])
     types = (jnp.bool_, jnp.int8, jnp.uint8, jnp.bfloat16, jnp.float16, jnp.int32)
-    found = digests({str(i): jnp.ones((3, 1), dtype) for i, dtype in enumerate(types)})
+    found = checksums({str(i): jnp.ones((3, 1), dtype) for i, dtype in enumerate(types)})
     assert len(found) == len(types)
-    assert digests({}) == {}
+    assert checksums({}) == {}

@@ -9,7 +9,7 @@ import pytest
 from mplug2_jax.errors import UserError
 from mplug2_jax.training.checkpoint.checkpoints import Checkpoints
 from mplug2_jax.training.checkpoint.lazy_arrays import LazyArray, _runs
-from mplug2_jax.training.checkpoint.metadata import Position
+from mplug2_jax.training.checkpoint.metadata import DataPosition
 from mplug2_jax.training.config import CheckpointConfig
 
 
@@ -29,15 +29,15 @@ def test_a_lazy_state_is_stored_like_any_other(tmp_path: Path) -> None:
     values = {f"x{i}": np.random.default_rng(i).standard_normal((3, i + 1)).astype(np.float32) for i in range(5)}
     made: list[int] = []
     checkpoints = Checkpoints(tmp_path / "checkpoints", CheckpointConfig(), lazy=True)
-    checkpoints.save({"params": lazily(values, made)}, Position(0, {}))
+    checkpoints.save({"params": lazily(values, made)}, DataPosition(0, {}))
     checkpoints.close()
     assert len(made) == 5
-    reader = Checkpoints(tmp_path / "checkpoints", CheckpointConfig(), writes=False)
-    assert reader.leaves() == {("params", name): (value.shape, value.dtype) for name, value in values.items()}
-    for (_, name), value in reader.read(list(reader.leaves())).items():
+    reader = Checkpoints(tmp_path / "checkpoints", CheckpointConfig(), read_only=True)
+    assert reader.array_specs() == {("params", name): (value.shape, value.dtype) for name, value in values.items()}
+    for (_, name), value in reader.read_arrays(list(reader.array_specs())).items():
         np.testing.assert_array_equal(value, values[name])
     with pytest.raises(UserError, match="did not note which model it is of"):
-        reader.identity()
+        reader.model_metadata()
 
 
 def test_large_arrays_are_written_alone_and_small_ones_together() -> None:

@@ -9,16 +9,16 @@ import pytest
 from data_pipelines.config import DataConfig, ExampleConfig, SourceConfig
 from data_pipelines.loader import Stream
 from mplug2_jax.errors import UserError
-from mplug2_jax.training.checkpoint.metadata import Position
-from mplug2_jax.training.loop import check_position, position_after
-from mplug2_jax.training.workdir import make_tokenizer
+from mplug2_jax.training.checkpoint.metadata import DataPosition
+from mplug2_jax.training.loop import check_data_unchanged, data_position
+from mplug2_jax.training.workdir import load_or_train_tokenizer
 from tests.runs import small_run
 
 
 def stream(*files: Path, batch_size: int = 2) -> dict[str, Stream]:
     sources = {file.stem: SourceConfig(format="annotations", path=str(file), kind="text") for file in files}
     data = DataConfig(sources=sources, examples=ExampleConfig(text="sentence", text_length=8), batch_size=batch_size)
-    return {"words": Stream(data, make_tokenizer(small_run().tokenizer), name="words", seed=0)}
+    return {"words": Stream(data, load_or_train_tokenizer(small_run().tokenizer), name="words", seed=0)}
 
 
 def table(path: Path, *texts: str) -> Path:
@@ -26,16 +26,16 @@ def table(path: Path, *texts: str) -> Path:
     return path
 
 
-def saved(streams: dict[str, Stream]) -> Position:
+def saved(streams: dict[str, Stream]) -> DataPosition:
     """The position of step 7 as a checkpoint gives it back."""
-    return Position.from_json(json.loads(json.dumps(position_after(7, streams).as_json()))["position"])
+    return DataPosition.from_json(json.loads(json.dumps(data_position(7, streams).to_json()))["position"])
 
 
 def test_the_same_data_and_those_of_older_versions_go_on(tmp_path: Path) -> None:
     position = saved(stream(table(tmp_path / "a.jsonl", "one", "two")))
-    check_position(position, stream(tmp_path / "a.jsonl"))
+    check_data_unchanged(position, stream(tmp_path / "a.jsonl"))
     old = {key: value for key, value in position.streams["words"].items() if key != "sources"}
-    check_position(dataclasses.replace(position, streams={"words": old}), stream(tmp_path / "a.jsonl"))
+    check_data_unchanged(dataclasses.replace(position, streams={"words": old}), stream(tmp_path / "a.jsonl"))
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_a_change_is_one_sentence(texts: list[str], sentence: str, tmp_path: Pat
     position = saved(stream(table(tmp_path / "a.jsonl", "one", "two")))
     table(tmp_path / "a.jsonl", *texts)
     with pytest.raises(UserError, match=sentence):
-        check_position(position, stream(tmp_path / "a.jsonl"))
+        check_data_unchanged(position, stream(tmp_path / "a.jsonl"))
 
 
 def test_of_several_sources_the_one_that_changed_is_named(tmp_path: Path) -> None:
@@ -59,4 +59,4 @@ def test_of_several_sources_the_one_that_changed_is_named(tmp_path: Path) -> Non
     position = saved(stream(*files))
     table(files[1], "three", "four")
     with pytest.raises(UserError, match=r": source 'b' of stream 'words' had 1 records, now 2\."):
-        check_position(position, stream(*files))
+        check_data_unchanged(position, stream(*files))

@@ -12,8 +12,8 @@ from mplug2_jax.model.mplug2 import define
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.training.config import AdamWConfig
-from mplug2_jax.training.optim.layer_decay import layers_above, rate_factors
-from mplug2_jax.training.state import plan_run
+from mplug2_jax.training.optim.layer_decay import depth_from_head, lr_scales
+from mplug2_jax.training.state import make_run_spec
 from tests.close import assert_close
 from tests.runs import small_model, small_run
 
@@ -24,7 +24,9 @@ MODEL = model_config(
 
 
 def above(path: str, parts: frozenset[str], **changed: int) -> int | list[int]:
-    found: int | list[int] = layers_above(tuple(path.split("/")), dataclasses.replace(MODEL, **changed), parts).tolist()
+    found: int | list[int] = depth_from_head(
+        tuple(path.split("/")), dataclasses.replace(MODEL, **changed), parts
+    ).tolist()
     return found
 
 
@@ -72,7 +74,7 @@ def test_every_parameter_has_a_factor_that_broadcasts(stride: int) -> None:
     """None is left out or shaped otherwise, whatever is built; heads take all."""
     model = dataclasses.replace(MODEL, fusion_stride=stride)
     shapes = define(model, tuple(PARTS)).shapes
-    factors = rate_factors(shapes, model, 0.5)
+    factors = lr_scales(shapes, model, 0.5)
 
     def check(shape: jax.ShapeDtypeStruct, factor: np.ndarray) -> None:
         assert factor.dtype == np.float32
@@ -90,11 +92,11 @@ def test_the_factor_scales_adams_step_and_the_decay() -> None:
     def updates(decay: float) -> dict:
         optimizer = AdamWConfig(learning_rate=1.0, vision_learning_rate=0.5, weight_decay=0.1, layer_decay=decay)
         config = small_run(model=small_model(vision_layers=3), optimizer=optimizer)
-        plan = plan_run(config, SpecialTokens(), make_mesh(MeshConfig(), jax.devices()[:1]))
-        params = plan.init()["params"]
+        spec = make_run_spec(config, SpecialTokens(), make_mesh(MeshConfig(), jax.devices()[:1]))
+        params = spec.init()["params"]
         gradients = jax.tree.map(lambda p: p + 0.5, params)
-        opt = plan.optimizer.update(gradients, plan.optimizer.init(params), params)[1]
-        return plan.optimizer.update(gradients, opt, params)[0]  # the first step's rate is 0
+        opt = spec.optimizer.update(gradients, spec.optimizer.init(params), params)[1]
+        return spec.optimizer.update(gradients, opt, params)[0]  # the first step's rate is 0
 
     plain, decayed = updates(1.0), updates(0.5)
     kernels = [tree["vision"]["blocks"]["mlp"]["up"]["kernel"] for tree in (plain, decayed)]

@@ -25,14 +25,14 @@ from mplug2_jax.tasks.config import TaskSettings
 from mplug2_jax.training.checkpoint.checkpoints import open_checkpoint
 from mplug2_jax.training.checkpoint.checksums import leaf_name
 from mplug2_jax.training.config import AdamWConfig, CheckpointConfig, LoraConfig, RunConfig
-from mplug2_jax.training.initialization import first_state
+from mplug2_jax.training.initialization import init_or_load_state
 from mplug2_jax.training.loop import describe, device_batches, open_streams, train
-from mplug2_jax.training.optim.layer_decay import rate_factors
-from mplug2_jax.training.optim.lora import pair_shapes, with_pairs, without_pairs
+from mplug2_jax.training.optim.layer_decay import lr_scales
+from mplug2_jax.training.optim.lora import adapter_shapes, add_adapters, remove_adapters
 from mplug2_jax.training.optim.optimizer import is_decayed, is_vision
-from mplug2_jax.training.optim.partition import part_of, split
-from mplug2_jax.training.state import Blueprint, evaluated, plan_run
-from mplug2_jax.training.step import compile_step
+from mplug2_jax.training.optim.partition import part_name, partition
+from mplug2_jax.training.state import RunSpec, eval_params, make_run_spec
+from mplug2_jax.training.step import make_step
 from mplug2_jax.training.telemetry.step_flops import gradient_flops
 from mplug2_jax.training.workdir import WorkDir, special_tokens
 from tests.close import BFLOAT16, CHAIN, assert_close
@@ -57,18 +57,18 @@ def words(**overrides: Any) -> RunConfig:
     return small_run(**({"streams": {"text": text}, "evaluations": {}, "optimizer": optimizer} | overrides))
 
 
-def planned(config: RunConfig, mesh: MeshConfig | None = None) -> Blueprint:
+def make_spec(config: RunConfig, mesh: MeshConfig | None = None) -> RunSpec:
     mesh = mesh or MeshConfig(fsdp=1)
-    tokens = special_tokens(WorkDir(Path("nowhere")).tokenizer(config))
-    return plan_run(config, tokens, make_mesh(mesh, jax.devices()[: mesh.fsdp * mesh.tensor]))
+    tokens = special_tokens(WorkDir(Path("nowhere")).load_tokenizer(config))
+    return make_run_spec(config, tokens, make_mesh(mesh, jax.devices()[: mesh.fsdp * mesh.tensor]))
 
 
 def trained(config: RunConfig, steps: int, mesh: MeshConfig | None = None) -> tuple[Any, Any, dict[str, float]]:
     """The first parameters, the last state and the last metrics."""
-    plan = planned(config, mesh)
-    state, step = plan.init(), compile_step(plan)
+    spec = make_spec(config, mesh)
+    state, step = spec.init(), make_step(spec)
     start = jax.tree.map(np.asarray, state["params"])
-    batches = device_batches(open_streams(config, WorkDir(Path("nowhere")).tokenizer(config)), plan.mesh, 0)
+    batches = device_batches(open_streams(config, WorkDir(Path("nowhere")).load_tokenizer(config)), spec.mesh, 0)
     metrics: Any = {}
     for _ in range(steps):
         state, metrics = step(state, next(batches)[0])
@@ -86,7 +86,7 @@ def assert_equal(one: Any, other: Any) -> None:
 def by_hand(base: Any, pairs: Any, scale: float) -> dict[str, Any]:
     """Every parameter by name: the kernel of ``base``, and the product of what stands beside it in ``pairs``."""
     own, merged = leaves(pairs), {}
-    for name, leaf in leaves(without_pairs(base)).items():
+    for name, leaf in leaves(remove_adapters(base)).items():
         a, b = (own.get(name.removesuffix("kernel") + f"lora/{factor}") for factor in "ab")
         value = np.asarray(leaf if a is not None or name not in own else own[name])
         merged[name] = value if a is None else value + scale * np.einsum("...ir,...ro->...io", a, b)
@@ -102,10 +102,10 @@ def test_every_linear_kernel_of_a_part_has_a_pair_and_nothing_else_has() -> None
     }
     for part in PARTS:
         config = LoraConfig(parts=(part,), rank=3)
-        shapes = with_pairs(definition.shapes, config.parts, pair_shapes(config))
-        assert without_pairs(shapes) == definition.shapes
+        shapes = add_adapters(definition.shapes, config.parts, adapter_shapes(config))
+        assert remove_adapters(shapes) == definition.shapes
         added = leaves(shapes).keys() - leaves(definition.shapes).keys()
-        own = {name: leaf for name, leaf in kernels.items() if part_of(tuple(name.split("/"))) == part}
+        own = {name: leaf for name, leaf in kernels.items() if part_name(tuple(name.split("/"))) == part}
         assert own
         assert len(added) == 2 * len(own)
         assert added == {name.replace("kernel", f"lora/{factor}") for name in own for factor in "ab"}
@@ -122,13 +122,13 @@ def test_every_linear_kernel_of_a_part_has_a_pair_and_nothing_else_has() -> None
 )
 @pytest.mark.slow
 def test_a_run_begins_with_the_model_that_it_would_have_begun_with(config: RunConfig) -> None:
-    plan, without = planned(config), planned(dataclasses.replace(config, lora=LoraConfig()))
-    state = plan.init()
-    params = evaluated(plan, state)
+    spec, without = make_spec(config), make_spec(dataclasses.replace(config, lora=LoraConfig()))
+    state = spec.init()
+    params = eval_params(spec, state)
     rounded = config.param_dtype == "bfloat16"
     assert_close(params, without.init()["params"], BFLOAT16 if rounded else 1e-5)
     described = jax.tree.map(lambda x: (x.shape, x.sharding), params)
-    assert described == jax.tree.map(lambda x: (x.shape, x.sharding), plan.evaluated_shapes)
+    assert described == jax.tree.map(lambda x: (x.shape, x.sharding), spec.eval_param_shapes)
     for name, leaf in leaves(state["params"]).items():
         if "/lora/" in name:
             assert leaf.dtype.name == "float32"
@@ -151,7 +151,7 @@ def test_pairs_and_what_is_not_named_move_and_the_rest_stays_to_the_bit(config: 
     learning = set()
     for name, leaf in leaves(state["params"]).items():
         same = np.array_equal(leaf, leaves(start)[name])
-        if "/lora/" in name or part_of(tuple(name.split("/"))) not in config.frozen:
+        if "/lora/" in name or part_name(tuple(name.split("/"))) not in config.frozen:
             learning.add(name)
             if name.endswith(("kernel", "/a", "/b")):
                 assert not same, name
@@ -164,7 +164,7 @@ def test_pairs_and_what_is_not_named_move_and_the_rest_stays_to_the_bit(config: 
     for tree in (moments.mu, moments.nu, *([state["ema"]] if "ema" in state else [])):
         assert leaves(tree).keys() == learning
     if "teacher" in state:
-        assert leaves(state["teacher"]).keys() == leaves(without_pairs(state["params"])).keys()
+        assert leaves(state["teacher"]).keys() == leaves(remove_adapters(state["params"])).keys()
 
 
 @pytest.mark.slow
@@ -206,27 +206,27 @@ def test_a_mesh_changes_nothing_and_the_rank_stays_whole() -> None:
     assert tuple(up["kernel"].sharding.spec) == (None, "fsdp", "tensor")
     assert tuple(up["lora"]["a"].sharding.spec) == (None, "fsdp", None)
     assert tuple(up["lora"]["b"].sharding.spec) == (None, None, "tensor")
-    params = evaluated(planned(config, mesh), state)
+    params = eval_params(make_spec(config, mesh), state)
     assert params["text"]["layers"]["mlp"]["up"]["kernel"].sharding == up["kernel"].sharding
 
 
 def test_groups_go_by_the_pair_s_path() -> None:
-    plan = planned(answers(lora=LORA))
-    paths = [tuple(name.split("/")) for name in leaves(plan.shapes["params"]) if "/lora/" in name]
+    spec = make_spec(answers(lora=LORA))
+    paths = [tuple(name.split("/")) for name in leaves(spec.shapes["params"]) if "/lora/" in name]
     assert {path[0] for path in paths if is_vision(path)} == {"vision"}
     assert all(is_decayed(path, "kernels") and is_decayed(path, "released") for path in paths)
-    factors = leaves(rate_factors(plan.shapes["params"], plan.config.model, 0.5))
+    factors = leaves(lr_scales(spec.shapes["params"], spec.config.model, 0.5))
     for path in paths:
         np.testing.assert_array_equal(factors["/".join(path)], factors["/".join((*path[:-2], "kernel"))])
-    plan = planned(answers(lora=LORA, optimizer=AdamWConfig(layer_decay=0.5)))
-    moving, _ = split(plan.shapes["params"], plan.config.frozen)
-    jax.eval_shape(plan.optimizer.update, moving, plan.shapes["opt"], moving)  # a factor for each, and none besides
+    spec = make_spec(answers(lora=LORA, optimizer=AdamWConfig(layer_decay=0.5)))
+    moving, _ = partition(spec.shapes["params"], spec.config.frozen)
+    jax.eval_shape(spec.optimizer.update, moving, spec.shapes["opt"], moving)  # a factor for each, and none besides
 
 
 def test_what_is_saved_is_not_operations() -> None:
-    plans = [planned(words(lora=lora)) for lora in (LoraConfig(), TEXT)]
-    batches = {"text": abstract_batch(plans[0].config.streams["text"].data, plans[0])}
-    whole, thin = (gradient_flops(plan, plan.config.streams, batches, remat=False) for plan in plans)
+    specs = [make_spec(words(lora=lora)) for lora in (LoraConfig(), TEXT)]
+    batches = {"text": abstract_batch(specs[0].config.streams["text"].data, specs[0])}
+    whole, thin = (gradient_flops(spec, spec.config.streams, batches, remat=False) for spec in specs)
     assert thin["lora"] > 0
     assert [thin[part] for part in ("text", "universal")] == [whole[part] for part in ("text", "universal")]
 
@@ -245,7 +245,9 @@ def stored(path: Path) -> dict[str, Any]:
     """All arrays of a work directory's last checkpoint, by tree."""
     checkpoints, step = open_checkpoint(path)
     found: dict[str, Any] = {}
-    for place, value in checkpoints.read([p for p in checkpoints.leaves(step) if p[0] in ("params", "ema")]).items():
+    for place, value in checkpoints.read_arrays(
+        [p for p in checkpoints.array_specs(step) if p[0] in ("params", "ema")]
+    ).items():
         tree = found
         for key in place[:-1]:
             tree = tree.setdefault(key, {})
@@ -272,10 +274,10 @@ def test_commands_open_ordinary_kernels(run: tuple[Path, RunConfig]) -> None:
     path, _ = run
     trees = stored(path)
     for overrides, tree in (((), "ema"), (("--config.ema_decay=0",), "params")):
-        plan, params, _, _ = open_run(argparse.Namespace(workdir=path, step=None, overrides=list(overrides)))
+        spec, params, _, _ = open_run(argparse.Namespace(workdir=path, step=None, overrides=list(overrides)))
         assert_close(leaves(params), by_hand(trees["params"], trees[tree], 1.5))
         assert params["decoder"]["head"]["dense"]["kernel"].sharding == (
-            plan.shapes["params"]["decoder"]["head"]["dense"]["kernel"].sharding
+            spec.shapes["params"]["decoder"]["head"]["dense"]["kernel"].sharding
         )
 
 
@@ -286,7 +288,7 @@ def test_an_export_has_the_merged_kernels(
 ) -> None:
     path, config = run
     export(path, tmp_path / "x.safetensors", ema=ema)
-    definition = planned(config).definition
+    definition = make_spec(config).definition
     source = open_source(tmp_path / "x.safetensors")
     params, _ = load_official(source, definition, default_fusion_start(config.model))
     trees = stored(path)
@@ -302,14 +304,14 @@ def test_a_run_starts_from_the_merged_kernels_with_or_without_pairs_of_its_own(r
     trees = stored(path)
     expected = by_hand(trees["params"], trees["ema"], 1.5)
     plain = answers(init_from=str(path), tasks=TAUGHT)
-    state, said = first_state(planned(plain))
+    state, said = init_or_load_state(make_spec(plain))
     assert said[0].startswith(f"starting from {path} (step 4, averaged, LoRA in its kernels): decoder, fusion, ")
     for tree in ("params", "teacher"):
         assert_close(leaves(state[tree]), expected)
-    plan = planned(answers(init_from=str(path), lora=LoraConfig(parts=("decoder",), rank=5)))
-    state, _ = first_state(plan)
-    assert_close(leaves(without_pairs(state["params"])), expected)
-    assert_close(leaves(evaluated(plan, state)), expected)
+    spec = make_spec(answers(init_from=str(path), lora=LoraConfig(parts=("decoder",), rank=5)))
+    state, _ = init_or_load_state(spec)
+    assert_close(leaves(remove_adapters(state["params"])), expected)
+    assert_close(leaves(eval_params(spec, state)), expected)
     assert state["params"]["decoder"]["head"]["dense"]["lora"]["a"].shape == (32, 5)
 
 
@@ -329,9 +331,9 @@ def test_what_cannot_be_is_refused(lora: dict[str, Any], freeze: tuple[str, ...]
 
 
 def test_what_learns_by_pairs_is_said() -> None:
-    plan = planned(words(lora=TEXT))
+    spec = make_spec(words(lora=TEXT))
     frozen, pairs = (
         sum(leaf.size for leaf in jax.tree.leaves(tree))
-        for tree in (plan.definition.shapes["text"], split(plan.shapes["params"]["text"], ("text",), ("text",))[0])
+        for tree in (spec.definition.shapes["text"], partition(spec.shapes["params"]["text"], ("text",), ("text",))[0])
     )
-    assert f"; {frozen:,} of them, in text, are frozen; LoRA trains {pairs:,} more for text\n" in describe(plan)
+    assert f"; {frozen:,} of them, in text, are frozen; LoRA trains {pairs:,} more for text\n" in describe(spec)

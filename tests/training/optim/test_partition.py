@@ -18,12 +18,12 @@ from mplug2_jax.planning.programs import abstract_batch
 from mplug2_jax.tasks.config import TaskSettings
 from mplug2_jax.training.checkpoint.checkpoints import Checkpoints
 from mplug2_jax.training.checkpoint.checksums import leaf_name
-from mplug2_jax.training.checkpoint.metadata import Position
+from mplug2_jax.training.checkpoint.metadata import DataPosition
 from mplug2_jax.training.config import AdamWConfig, CheckpointConfig, RunConfig
 from mplug2_jax.training.loop import describe, device_batches, open_streams
-from mplug2_jax.training.optim.partition import join, part_of, split
-from mplug2_jax.training.state import Blueprint, plan_run
-from mplug2_jax.training.step import compile_step, jitted_step
+from mplug2_jax.training.optim.partition import combine, part_name, partition
+from mplug2_jax.training.state import RunSpec, make_run_spec
+from mplug2_jax.training.step import jit_train_step, make_step
 from mplug2_jax.training.telemetry.step_flops import gradient_flops
 from mplug2_jax.training.workdir import WorkDir, special_tokens
 from tests.close import CHAIN, assert_close
@@ -48,19 +48,19 @@ def words(**overrides: Any) -> RunConfig:
     return small_run(streams={"text": text}, evaluations={}, optimizer=optimizer, **overrides)
 
 
-def planned(config: RunConfig, devices: int = 1) -> Blueprint:
+def make_spec(config: RunConfig, devices: int = 1) -> RunSpec:
     mesh = MeshConfig(fsdp=devices)
-    tokens = special_tokens(WorkDir(Path("nowhere")).tokenizer(config))
-    return plan_run(config, tokens, make_mesh(mesh, jax.devices()[:devices]))
+    tokens = special_tokens(WorkDir(Path("nowhere")).load_tokenizer(config))
+    return make_run_spec(config, tokens, make_mesh(mesh, jax.devices()[:devices]))
 
 
 def trained(config: RunConfig, steps: int, devices: int = 1) -> tuple[Any, Any, dict[str, float]]:
     """The first parameters, the last state and the last metrics."""
-    plan = planned(config, devices)
-    state, step = plan.init(), compile_step(plan)
+    spec = make_spec(config, devices)
+    state, step = spec.init(), make_step(spec)
     start = jax.tree.map(np.asarray, state["params"])
-    streams = open_streams(config, WorkDir(Path("nowhere")).tokenizer(config))
-    batches, metrics = device_batches(streams, plan.mesh, 0), {}
+    streams = open_streams(config, WorkDir(Path("nowhere")).load_tokenizer(config))
+    batches, metrics = device_batches(streams, spec.mesh, 0), {}
     for _ in range(steps):
         state, metrics = step(state, next(batches)[0])
     return start, state, {name: float(value) for name, value in metrics.items()}
@@ -72,17 +72,17 @@ def leaves(tree: Any) -> dict[str, Any]:
 
 def test_splitting_goes_by_part_and_joining_undoes_it() -> None:
     shapes = define(model_config("tiny", num_classes=2, vision_width=64), tuple(PARTS)).shapes
-    found = {part_of(tuple(name.split("/"))) for name in leaves(shapes)}
+    found = {part_name(tuple(name.split("/"))) for name in leaves(shapes)}
     assert found == {*PARTS, "vision_projection"}
     for frozen in ((), ("vision",), ("temporal",), ("vision", "temporal", "mlm"), tuple(PARTS)):
-        ours, theirs = split(shapes, frozen)
-        assert {part_of(tuple(name.split("/"))) for name in leaves(theirs)} == set(frozen)
+        ours, theirs = partition(shapes, frozen)
+        assert {part_name(tuple(name.split("/"))) for name in leaves(theirs)} == set(frozen)
         assert leaves(ours).keys() | leaves(theirs).keys() == leaves(shapes).keys()
         assert not leaves(ours).keys() & leaves(theirs).keys()
-        assert join(ours, theirs) == join(theirs, ours) == shapes
-    ours, theirs = split(shapes, ("vision",))
+        assert combine(ours, theirs) == combine(theirs, ours) == shapes
+    ours, theirs = partition(shapes, ("vision",))
     assert set(ours["vision"]["blocks"]) == {"temporal_1", "temporal_2"}
-    assert split(shapes, ("vision", "temporal"))[0].keys() == shapes.keys() - {"vision"}
+    assert partition(shapes, ("vision", "temporal"))[0].keys() == shapes.keys() - {"vision"}
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_the_frozen_stay_to_the_bit_and_the_rest_moves(config: RunConfig, device
     frozen = set(config.freeze)
     for name, leaf in leaves(state["params"]).items():
         same = np.array_equal(leaf, leaves(start)[name])
-        if part_of(tuple(name.split("/"))) in frozen:
+        if part_name(tuple(name.split("/"))) in frozen:
             assert same, name
         elif name.endswith("kernel"):
             assert not same, name
@@ -124,7 +124,7 @@ def test_the_frozen_stay_to_the_bit_and_the_rest_moves(config: RunConfig, device
     assert all(f"parameter_norm/{part}" in metrics for part in state["params"])
     moments = state["opt"][0 if config.optimizer.clip_norm == 0 else 1]
     for tree in (moments.mu, moments.nu):
-        assert leaves(tree).keys() == leaves(split(state["params"], frozen)[0]).keys()
+        assert leaves(tree).keys() == leaves(partition(state["params"], frozen)[0]).keys()
 
 
 @pytest.mark.slow
@@ -138,10 +138,10 @@ def test_what_is_not_frozen_gets_the_gradient_that_it_would() -> None:
 
 
 def flops(*frozen: str) -> float:
-    plan = planned(words(freeze=frozen))
-    batches = {name: abstract_batch(stream.data, plan) for name, stream in plan.config.streams.items()}
-    with jax.set_mesh(plan.mesh):
-        analysis = jitted_step(plan).lower(plan.shapes, batches).compile().cost_analysis()
+    spec = make_spec(words(freeze=frozen))
+    batches = {name: abstract_batch(stream.data, spec) for name, stream in spec.config.streams.items()}
+    with jax.set_mesh(spec.mesh):
+        analysis = jit_train_step(spec).lower(spec.shapes, batches).compile().cost_analysis()
     return analysis["flops"]
 
 
@@ -156,38 +156,38 @@ def test_the_backward_pass_is_smaller() -> None:
 
 @pytest.mark.slow
 def test_costs_are_counted_without_what_is_frozen() -> None:
-    plans = [planned(answers(freeze=frozen)) for frozen in ((), ("vision", "temporal"))]
-    batches = {"clips": abstract_batch(plans[0].config.streams["clips"].data, plans[0])}
-    whole, less = (gradient_flops(plan, plan.config.streams, batches, remat=False) for plan in plans)
+    specs = [make_spec(answers(freeze=frozen)) for frozen in ((), ("vision", "temporal"))]
+    batches = {"clips": abstract_batch(specs[0].config.streams["clips"].data, specs[0])}
+    whole, less = (gradient_flops(spec, spec.config.streams, batches, remat=False) for spec in specs)
     assert less["vision"] < 0.4 * whole["vision"]  # forward alone
     assert less["decoder"] == whole["decoder"]
 
 
 def test_a_frozen_layer_that_a_gradient_passes_counts_twice_and_not_three_times() -> None:
-    plans = [planned(words(freeze=frozen)) for frozen in ((), ("universal",))]
-    batches = {"text": abstract_batch(plans[0].config.streams["text"].data, plans[0])}
-    whole, less = (gradient_flops(plan, plan.config.streams, batches, remat=False) for plan in plans)
+    specs = [make_spec(words(freeze=frozen)) for frozen in ((), ("universal",))]
+    batches = {"text": abstract_batch(specs[0].config.streams["text"].data, specs[0])}
+    whole, less = (gradient_flops(spec, spec.config.streams, batches, remat=False) for spec in specs)
     assert {part for part in whole if whole[part] != less[part]} == {"universal"}
     assert less["universal"] < 0.75 * whole["universal"]
 
 
 def test_a_run_goes_on_from_its_checkpoint_and_with_another_list_does_not(tmp_path: Path) -> None:
     config = words(freeze=("text",))
-    state = planned(config).init()
+    state = make_spec(config).init()
     checkpoints = Checkpoints(tmp_path / "checkpoints", CheckpointConfig())
-    checkpoints.save(state, Position(2, {}))
-    checkpoints.wait()
-    restored, _ = checkpoints.restore(planned(config).shapes)
+    checkpoints.save(state, DataPosition(2, {}))
+    checkpoints.wait_until_finished()
+    restored, _ = checkpoints.restore(make_spec(config).shapes)
     checkpoints.close()
     jax.tree.map(np.testing.assert_array_equal, restored, state)
     workdir = WorkDir(tmp_path / "run")
-    workdir.begin(config, None)
+    workdir.initialize(config, None)
     with pytest.raises(UserError, match=r"freeze was \['text'\] and is \[\]. Use the same config to resume it"):
-        workdir.check(words())
+        workdir.check_config(words())
 
 
 def test_what_is_frozen_is_said() -> None:
     config = words(freeze=("text",))
-    plan = plan_run(config, SpecialTokens(), make_mesh(MeshConfig(), jax.devices()[:1]))
-    count = sum(leaf.size for leaf in jax.tree.leaves(plan.definition.shapes["text"]))
-    assert f"parameters in {', '.join(plan.definition.parts)}; {count:,} of them, in text, are frozen" in describe(plan)
+    spec = make_run_spec(config, SpecialTokens(), make_mesh(MeshConfig(), jax.devices()[:1]))
+    count = sum(leaf.size for leaf in jax.tree.leaves(spec.definition.shapes["text"]))
+    assert f"parameters in {', '.join(spec.definition.parts)}; {count:,} of them, in text, are frozen" in describe(spec)

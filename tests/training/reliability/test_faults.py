@@ -17,13 +17,13 @@ from mplug2_jax.model.config import SpecialTokens
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.training import loop
-from mplug2_jax.training.checkpoint.metadata import Position
+from mplug2_jax.training.checkpoint.metadata import DataPosition
 from mplug2_jax.training.config import CheckpointConfig, FaultConfig, RunConfig
 from mplug2_jax.training.loop import train
 from mplug2_jax.training.reliability.faults import Watch, with_later_rollbacks
 from mplug2_jax.training.reliability.sdc_check import CorruptionError, compare, rotated
-from mplug2_jax.training.state import plan_run
-from mplug2_jax.training.step import compile_step
+from mplug2_jax.training.state import make_run_spec
+from mplug2_jax.training.step import make_step
 from mplug2_jax.training.telemetry.events import Events, read_lines
 from mplug2_jax.training.telemetry.metric_log import read_steps
 from mplug2_jax.training.workdir import WorkDir
@@ -42,8 +42,8 @@ def compiled() -> Iterator[Any]:
     """The step of :func:`words`, compiled once for all runs of this module."""
     steps: dict[Any, Any] = {}
 
-    def once(plan: Any) -> Any:
-        return steps.setdefault(tuple(plan.mesh.shape.items()), compile_step(plan))
+    def once(spec: Any) -> Any:
+        return steps.setdefault(tuple(spec.mesh.shape.items()), make_step(spec))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "compile_step", once)
@@ -60,7 +60,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, seen: list[int], bad: dict[int, float
         for i, item in enumerate(plain(streams, mesh, start)):
             yield {**item[0], "number": start + i}, item[1]
 
-    def with_faults(plan: Any, step: Any, every: int) -> Any:
+    def with_faults(spec: Any, step: Any, every: int) -> Any:
         def call(number: int, state: Any, batch: Any) -> Any:
             at = batch.pop("number")
             seen.append(at)
@@ -101,8 +101,10 @@ def test_a_spike_rolls_back_and_leaves_its_data_out_and_replay_knows(
     assert_close(sum(part.share for part in again.parts), 1.0)
 
 
-def plan_of(config: RunConfig, devices: int = 1) -> Any:
-    return plan_run(config, SpecialTokens(begin=1, end=2, mask=3), make_mesh(MeshConfig(), jax.devices()[:devices]))
+def spec_of(config: RunConfig, devices: int = 1) -> Any:
+    return make_run_spec(
+        config, SpecialTokens(begin=1, end=2, mask=3), make_mesh(MeshConfig(), jax.devices()[:devices])
+    )
 
 
 def batch() -> dict[str, Any]:
@@ -117,13 +119,13 @@ def batch() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def stepped() -> tuple[Any, Any]:
-    plan = plan_of(words())
-    return plan, compile_step(plan)
+    spec = spec_of(words())
+    return spec, make_step(spec)
 
 
 def test_an_update_that_is_not_finite_changes_nothing_but_the_count(stepped: tuple[Any, Any]) -> None:
-    plan, step = stepped
-    state, metrics = step(plan.init(), batch())
+    spec, step = stepped
+    state, metrics = step(spec.init(), batch())
     assert int(metrics["skipped"]) == 0
     before = jax.tree.map(np.asarray, state)
     poisoned = batch()
@@ -135,7 +137,7 @@ def test_an_update_that_is_not_finite_changes_nothing_but_the_count(stepped: tup
         jax.tree.map(np.testing.assert_array_equal, state[name], before[name])
     _, metrics = step(state, batch())
     # The schedule counts updates, and the rate that is logged is the one that is used.
-    assert_close(metrics["learning_rate/rest"], plan.rates["rest"](1))
+    assert_close(metrics["learning_rate/rest"], spec.schedules["rest"](1))
 
 
 def numbers(loss: float, skipped: int = 0) -> dict[str, jax.Array]:
@@ -159,7 +161,7 @@ def test_too_many_skipped_steps_in_a_row_stop_the_run(tmp_path: Path) -> None:
 
 def test_a_run_that_spikes_again_and_again_stops(tmp_path: Path) -> None:
     watch = Watch(FaultConfig(max_rollbacks=2), tmp_path / "faults.jsonl", Events(tmp_path / "events.jsonl"))
-    saved = now = Position(4, {})
+    saved = now = DataPosition(4, {})
     for _ in range(2):
         now = watch.roll_back(6, saved, now)
     assert now.offsets == ((4, 4),)
@@ -169,11 +171,11 @@ def test_a_run_that_spikes_again_and_again_stops(tmp_path: Path) -> None:
 
 
 def test_offsets_of_several_rollbacks_add_up() -> None:
-    position = Position(10, {}).rolled_back(13)
-    assert [position.batch(step) for step in (10, 11, 12)] == [9, 13, 14]
-    later = dataclasses.replace(position, step=20).rolled_back(21)
-    assert [later.batch(step) for step in (10, 11, 20, 21)] == [9, 13, 22, 24]
-    assert Position.from_json(json.loads(json.dumps(later.as_json()))["position"]) == later
+    position = DataPosition(10, {}).after_rollback(13)
+    assert [position.batch_index(step) for step in (10, 11, 12)] == [9, 13, 14]
+    later = dataclasses.replace(position, step=20).after_rollback(21)
+    assert [later.batch_index(step) for step in (10, 11, 20, 21)] == [9, 13, 22, 24]
+    assert DataPosition.from_json(json.loads(json.dumps(later.to_json()))["position"]) == later
 
 
 def test_a_full_disk_stops_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, compiled: Any) -> None:

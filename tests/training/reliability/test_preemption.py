@@ -98,7 +98,7 @@ def test_a_run_that_is_told_to_end_saves_its_step_and_goes_on_from_there(
         patched.setattr(loop, "device_batches", told_while_step_three_is_made)
         with pytest.raises(Preempted, match=r"told to end, with step [123] of 4 saved"):
             train(run, tmp_path)
-    checkpoints = Checkpoints(tmp_path / "checkpoints", run.checkpoint, writes=False)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", run.checkpoint, read_only=True)
     (saved,) = checkpoints.steps()
     checkpoints.close()
     written = [line["step"] for line in read_steps(tmp_path / "metrics.jsonl")]

@@ -10,27 +10,27 @@ from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.planning.programs import abstract_batch
 from mplug2_jax.training.config import RunConfig
-from mplug2_jax.training.state import Blueprint, plan_run
-from mplug2_jax.training.step import jitted_step
+from mplug2_jax.training.state import RunSpec, make_run_spec
+from mplug2_jax.training.step import jit_train_step
 from mplug2_jax.training.telemetry.step_flops import flops_of_step, gradient_flops
 from tests.runs import small_model, small_run
 
 
-def planned(config: RunConfig, **axes: int) -> Blueprint:
-    return plan_run(config, SpecialTokens(begin=1, end=2, mask=3), make_mesh(MeshConfig(**axes), jax.devices()))
+def make_spec(config: RunConfig, **axes: int) -> RunSpec:
+    return make_run_spec(config, SpecialTokens(begin=1, end=2, mask=3), make_mesh(MeshConfig(**axes), jax.devices()))
 
 
 def test_a_steps_trace_holds_the_matmuls_of_its_gradient() -> None:
     """Those of contrast, too, which are computed in shards."""
     config = small_run(fsdp_gather="step")
     one = dataclasses.replace(config, streams={"pictures": config.streams["image_text"]})
-    plan = planned(one, fsdp=4, tensor=2)
-    batches = {name: abstract_batch(stream.data, plan) for name, stream in one.streams.items()}
-    with jax.set_mesh(plan.mesh):
-        traced = jitted_step(plan).trace(plan.shapes, batches)
-    counted = flops_of_step(plan, traced.jaxpr)
+    spec = make_spec(one, fsdp=4, tensor=2)
+    batches = {name: abstract_batch(stream.data, spec) for name, stream in one.streams.items()}
+    with jax.set_mesh(spec.mesh):
+        traced = jit_train_step(spec).trace(spec.shapes, batches)
+    counted = flops_of_step(spec, traced.jaxpr)
     assert counted is not None
-    assert counted == gradient_flops(plan, one.streams, batches, remat=False)
+    assert counted == gradient_flops(spec, one.streams, batches, remat=False)
 
 
 @pytest.mark.parametrize(
@@ -42,4 +42,4 @@ def test_a_steps_trace_holds_the_matmuls_of_its_gradient() -> None:
     ],
 )
 def test_a_trace_that_holds_other_matmuls_is_not_counted(model: dict[str, object], axes: dict[str, int]) -> None:
-    assert flops_of_step(planned(small_run(model=small_model(**model)), **axes), None) is None
+    assert flops_of_step(make_spec(small_run(model=small_model(**model)), **axes), None) is None
