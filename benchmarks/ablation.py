@@ -70,7 +70,7 @@ def run(
                 if status := mplug2(["eval", *words, *few]):
                     raise SystemExit(status)
         for each in asked:
-            known = json.loads((results / f"{each}.json").read_text())["figures"]
+            known = json.loads((results / f"{each}.json").read_text())["metrics"]
             figures |= {f"{each}/{figure}": known[figure] for figure in FIGURES if figure in known}
     return figures
 

@@ -85,9 +85,9 @@ def timed(work: Callable[[], Any]) -> tuple[Any, float]:
     return found, time.perf_counter() - start
 
 
-def both(tokenise: Callable[[Texts], Texts], said: Texts, truth: Texts) -> tuple[Texts, Texts]:
+def both(tokenize: Callable[[Texts], Texts], said: Texts, truth: Texts) -> tuple[Texts, Texts]:
     """Captions and references as tokens."""
-    return tokenise(said), tokenise(truth)
+    return tokenize(said), tokenize(truth)
 
 
 def ours(texts: Texts) -> Texts:

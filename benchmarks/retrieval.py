@@ -12,9 +12,9 @@ import time
 
 import numpy as np
 
-from mplug2_jax.metrics.exact_topk import search
-from mplug2_jax.metrics.metric import intervals
-from mplug2_jax.metrics.retrieval import chance_at, median_by_chance, median_rank, recall_at
+from mplug2_jax.metrics.exact_topk import exact_top_k
+from mplug2_jax.metrics.metric import bootstrap_ci
+from mplug2_jax.metrics.retrieval import chance_median_rank, chance_recall, median_rank, recall_at
 
 
 def main() -> None:
@@ -29,21 +29,21 @@ def main() -> None:
     visual = unit(rng.normal(size=(args.examples, args.width)).astype(np.float32))
     text = unit(visual + 6 * unit(rng.normal(size=visual.shape).astype(np.float32)))
     ids = np.arange(args.examples)
-    search(text[:2], visual[:2], ids[:2], ids[:2])  # what the libraries take is not ours
+    exact_top_k(text[:2], visual[:2], ids[:2], ids[:2])  # what the libraries take is not ours
     before = peak()
     print(f"{args.examples:,} x {args.examples:,} x {args.width}: a matrix of {args.examples**2 * 4 / 2**30:.1f} GiB")
     for name, queries, candidates in (("text to visual", text, visual), ("visual to text", visual, text)):
         start = time.perf_counter()
-        found = search(queries, candidates, ids, ids, args.nearest)
+        found = exact_top_k(queries, candidates, ids, ids, args.nearest)
         figures = {"R@1": recall_at(found.ranks, 1), "R@10": recall_at(found.ranks, 10)}
         middle = median_rank(found.ranks)
         shown = "  ".join(f"{figure} {ratio.value:.4f}" for figure, ratio in figures.items())
         print(f"{name}: {time.perf_counter() - start:7.1f} s  {shown}  median rank {middle.value:.0f}", flush=True)
         start = time.perf_counter()
-        chance = f"R@10 {chance_at(ids, ids, 10):.4f}, median rank {median_by_chance(ids, ids):.0f}"
+        chance = f"R@10 {chance_recall(ids, ids, 10):.4f}, median rank {chance_median_rank(ids, ids):.0f}"
         print(f"  by chance: {chance}, {time.perf_counter() - start:.2f} s")
         start = time.perf_counter()
-        low, high = intervals(figures | {"median": middle})["median"]
+        low, high = bootstrap_ci(figures | {"median": middle})["median"]
         print(f"  95 % of the median rank: {low:.0f} to {high:.0f}, {time.perf_counter() - start:.1f} s")
     print(f"memory beyond features and libraries, at its peak: {peak() - before:.2f} GiB")
 

@@ -19,12 +19,12 @@ import scipy.stats
 import sklearn.metrics
 from nltk.stem.porter import PorterStemmer
 
-from mplug2_jax.metrics.classification import confusion, mean_of_views, top_k
-from mplug2_jax.metrics.glue import CLASSES, glue
-from mplug2_jax.metrics.grounding import box_accuracy, mean_iou, overlaps
-from mplug2_jax.metrics.metric import Figure
-from mplug2_jax.metrics.retrieval import median_rank, ranks_of, recall_at
-from mplug2_jax.metrics.rouge import rouge
+from mplug2_jax.metrics.classification import average_views, confusion_matrix, top_k
+from mplug2_jax.metrics.glue import CLASSES, glue_metrics
+from mplug2_jax.metrics.grounding import box_accuracy, box_iou, mean_iou
+from mplug2_jax.metrics.metric import Metric
+from mplug2_jax.metrics.retrieval import compute_ranks, median_rank, recall_at
+from mplug2_jax.metrics.rouge import rouge_scores
 from mplug2_jax.metrics.vqa import vqa_accuracy
 
 Rows = np.ndarray  # the examples that a figure is over
@@ -35,7 +35,7 @@ class Case:
     """A figure of ours, and the same by others over given examples."""
 
     name: str
-    figure: Figure
+    figure: Metric
     by: str
     theirs: Callable[[Rows], float]
 
@@ -54,7 +54,7 @@ def main() -> None:
     for kind in (vqa, classification, grounding, glue_tasks, summaries, retrieval):
         for case in kind(rng, args.examples):
             ours, theirs = case.figure.value, case.theirs(np.arange(args.examples))
-            resampled = abs(case.figure.over(times) - case.theirs(drawn))
+            resampled = abs(case.figure.weighted(times) - case.theirs(drawn))
             figures = f"{ours:12.6f}{theirs:12.6f}  {case.by:<14}{abs(ours - theirs):11.1e}{resampled:11.1e}"
             print(f"{case.name:<24}{figures}", flush=True)
 
@@ -109,13 +109,13 @@ def classification(rng: np.random.Generator, examples: int) -> Iterator[Case]:
 
     ids = rng.permutation(np.repeat(np.arange(examples), 3))
     probabilities = rng.dirichlet(np.ones(classes), size=len(ids)) + 0.05 * np.eye(classes)[labels[ids]]
-    means = mean_of_views(probabilities, ids, np.arange(examples))
+    means = average_views(probabilities, ids, np.arange(examples))
     views = np.asarray([probabilities[ids == i].mean(0).argmax() for i in range(examples)])
     yield Case(
         "top-1 of 3 views", top_k(means, labels, 1), "by hand", lambda rows: float((views == labels)[rows].mean())
     )
     said = scores.argmax(1)
-    found, known = confusion(said, labels, classes), sklearn.metrics.confusion_matrix(labels, said, labels=every)
+    found, known = confusion_matrix(said, labels, classes), sklearn.metrics.confusion_matrix(labels, said, labels=every)
     print(f"{'confusion, on diagonal':<24}{found.trace():12}{known.trace():12}  {'scikit-learn':<14}", end="")
     print(f"{np.abs(found - known).max():11.1e}")
 
@@ -129,7 +129,7 @@ def grounding(rng: np.random.Generator, examples: int) -> Iterator[Case]:
 
     pairs = [(cells(one), cells(other)) for one, other in zip(said, boxes, strict=True)]
     known = np.asarray([len(one & other) / max(len(one | other), 1) for one, other in pairs])
-    iou = overlaps(said / 32, boxes / 32)
+    iou = box_iou(said / 32, boxes / 32)
     yield Case("accuracy at IoU 0.5", box_accuracy(iou), "by hand", lambda rows: float((known[rows] >= 0.5).mean()))
     yield Case("mean IoU", mean_iou(iou), "by hand", lambda rows: float(known[rows].mean()))
 
@@ -149,7 +149,7 @@ def glue_tasks(rng: np.random.Generator, examples: int) -> Iterator[Case]:
         else:
             labels = rng.integers(CLASSES[task], size=examples)
             said = np.where(rng.random(examples) < 0.8, labels, rng.integers(CLASSES[task], size=examples))
-        for name, figure in glue(task, said, labels).items():
+        for name, figure in glue_metrics(task, said, labels).items():
             by, score = known[name]
 
             def theirs(
@@ -168,7 +168,7 @@ def summaries(rng: np.random.Generator, examples: int) -> Iterator[Case]:
              "said", "bank", "banks", "banking", "in", "the", "of", "##.#", "-", "minister"]  # fmt: skip
     texts = [" ".join(rng.choice(words, size=rng.integers(1, 15))) + " news" for _ in range(2 * examples)]
     said, references = texts[:examples], texts[examples:]
-    for name, figure in rouge(said, references).items():
+    for name, figure in rouge_scores(said, references).items():
         each = np.asarray([by_hand_rouge(name, *pair) for pair in zip(said, references, strict=True)])
         yield Case(name, figure, "by hand", lambda rows, each=each: float(each[rows].mean()))
 
@@ -198,7 +198,7 @@ def by_hand_rouge(name: str, said: str, reference: str) -> float:
 def retrieval(rng: np.random.Generator, examples: int) -> Iterator[Case]:
     texts, pictures = np.arange(examples) // 5, np.arange((examples + 4) // 5)
     similarity = rng.normal(size=(examples, len(pictures))) + 2 * (texts[:, None] == pictures)
-    ranks = ranks_of(similarity, texts, pictures)
+    ranks = compute_ranks(similarity, texts, pictures)
     places = np.asarray(
         [sorted(row, reverse=True).index(row[text]) for row, text in zip(similarity, texts, strict=True)]
     )

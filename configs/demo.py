@@ -50,7 +50,7 @@ def get_config() -> ConfigDict:
         }
         return EvaluationConfig(
             task=task,
-            device_rows=32,
+            per_device_batch_size=32,
             data=DataConfig(
                 sources={"digits": SourceConfig(kind=kind, split="heldout", max_records=size)},
                 examples=ExampleConfig(**{**lengths, **examples}),

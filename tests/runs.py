@@ -68,7 +68,7 @@ def small_run(**overrides: Any) -> RunConfig:
         "tasks": TaskSettings(search=SearchConfig(beams=1, max_length=5)),
         "optimizer": AdamWConfig(learning_rate=1e-3),
         "schedule": ScheduleConfig(warmup_steps=1),
-        "evaluations": {"questions": EvaluationConfig(task="answer", data=heldout, samples=2)},
+        "evaluations": {"questions": EvaluationConfig(task="answer", data=heldout, num_samples=2)},
         "checkpoint": CheckpointConfig(every_steps=2, keep_last=2),
         "log_every": 1,
         "watchdog_timeout": 0,

@@ -106,7 +106,7 @@ def test_runs(repository: Path, here: Path) -> None:
         text.data, sources={"digits": SourceConfig(kind="text", split="heldout", max_records=8)}
     )
     run = small_run(
-        streams={"text": text}, evaluations={"words": EvaluationConfig(task="mlm", data=heldout, samples=2)},
+        streams={"text": text}, evaluations={"words": EvaluationConfig(task="mlm", data=heldout, num_samples=2)},
         mesh=MeshConfig(fsdp=-1),
     )  # fmt: skip
     recipe = str(recipe_file(run, here / "recipe.py"))

@@ -162,22 +162,22 @@ def table(rows: Sequence[Sequence[str]], header: Sequence[str], right: Sequence[
 
 def results_table(results: "Sequence[EvaluationResult]") -> str:
     """Every figure, those that are absent too, beside its baseline and what is published, where anything is."""
-    from mplug2_jax.metrics.units import show, times_as_good
+    from mplug2_jax.metrics.units import ratio_to_baseline, show
     from mplug2_jax.report.published import published
 
     rows = []
     for result in results:
         others = published(result.recipe, result.formats)
-        for what, value in result.figures.items():
+        for what, value in result.metrics.items():
             base = result.baselines[what]
-            ratio = times_as_good(what, value, base)
+            ratio = ratio_to_baseline(what, value, base)
             times = "-" if math.isnan(ratio) else f"{ratio:.1f}x"
-            low, high = (show(what, end) for end in result.intervals[what])
+            low, high = (show(what, end) for end in result.confidence_intervals[what])
             rows.append(
                 (result.name, what, show(what, value), f"{low} to {high}", show(what, base), times,
-                 str(result.examples), show(what, others[what].value) if what in others else "")
+                 str(result.num_examples), show(what, others[what].value) if what in others else "")
             )  # fmt: skip
-        rows += [(result.name, what, "absent", "", "", "", str(result.examples), "") for what in result.absent]
+        rows += [(result.name, what, "absent", "", "", "", str(result.num_examples), "") for what in result.absent]
     header = ("evaluation", "figure", "model", "95 % interval", "baseline", "ratio", "examples", "published")
     width = len(header) if any(row[-1] for row in rows) else len(header) - 1
     return table([row[:width] for row in rows], header[:width], right=range(2, width))
@@ -202,5 +202,5 @@ def sample_lines(results: "Sequence[EvaluationResult]", folder: Path, most: int 
         lines.append(f"{result.name}: {asked}")
         if len(frames):
             lines.append(f"    {shown + ':':<11} {folder / f'{result.name}-0.png'}")
-        lines += [f"    prediction: {sample.said}", f"    reference:  {sample.true[0]}"]
+        lines += [f"    prediction: {sample.prediction}", f"    reference:  {sample.references[0]}"]
     return "\n".join(lines)

@@ -256,7 +256,7 @@ def _recipe_data(args: argparse.Namespace) -> Iterator[DataSet]:
     config: RunConfig = build(RunConfig, load_recipe(args.spec, args.overrides))
     tokenizer = load_or_train_tokenizer(config.tokenizer)
     read = [(f"{name}/", name, stream.data, 0) for name, stream in config.streams.items()] + [
-        (f"evaluations/{name}/", name, evaluation.data, CONTRACTS[evaluation.task].least_answers)
+        (f"evaluations/{name}/", name, evaluation.data, CONTRACTS[evaluation.task].min_answers)
         for name, evaluation in config.evaluations.items()
     ]
     for prefix, name, data, least in read:

@@ -94,10 +94,10 @@ def _last_step(path: Path) -> int:
 
 def _ask(name: str, path: Path, overrides: "Sequence[str]") -> "Mapping[str, EvaluationResult]":
     """What the pretrained model makes of a run's evaluations; nothing where it lacks a part."""
-    from mplug2_jax.inference.checkpoint_eval import Evaluator, by_recipe
+    from mplug2_jax.inference.checkpoint_eval import Evaluator, from_recipe
     from mplug2_jax.tasks.table import TASKS
 
-    subject = by_recipe(f"digitworld:{name}", path, overrides)
+    subject = from_recipe(f"digitworld:{name}", path, overrides)
     try:
         if not all(set(TASKS[each.task].parts) <= set(subject.parts) for each in subject.config.evaluations.values()):
             return {}
@@ -105,7 +105,7 @@ def _ask(name: str, path: Path, overrides: "Sequence[str]") -> "Mapping[str, Eva
         params, step = evaluator.read(subject.step)
         results = {}
         for result in evaluator.run(params, step, list(evaluator.evaluations), lambda phase: None):
-            print(f"before: {result.line()}", flush=True)
+            print(f"before: {result.summary()}", flush=True)
             results[result.name] = result
         return results
     finally:
@@ -117,7 +117,7 @@ def _row(
 ) -> "Sequence[str]":
     from mplug2_jax.metrics.units import show
 
-    told = [show(figure, result.figures[figure]) if result else "-" for result in (before, after)]
-    interval = " to ".join(show(figure, end) for end in after.intervals[figure])
+    told = [show(figure, result.metrics[figure]) if result else "-" for result in (before, after)]
+    interval = " to ".join(show(figure, end) for end in after.confidence_intervals[figure])
     parts, baseline = ", ".join(config.parts()), show(figure, after.baselines[figure])
     return (after.name, parts, str(config.steps), figure, *told, interval, baseline)

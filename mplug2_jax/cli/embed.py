@@ -14,8 +14,8 @@ from mplug2_jax.errors import UserError, check_range
 
 if TYPE_CHECKING:
     from data_pipelines.config import DataConfig, SourceConfig
-    from mplug2_jax.inference.feature_files import FeatureFolder
-    from mplug2_jax.inference.features import Features
+    from mplug2_jax.inference.feature_files import FeatureWriter
+    from mplug2_jax.inference.features import FeatureExtractor
     from mplug2_jax.model.mplug2 import Params
     from mplug2_jax.training.config import RunConfig
     from mplug2_jax.training.state import RunSpec
@@ -64,8 +64,8 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Writes the shards, a line each; status 1 if records were left out."""
-    from mplug2_jax.inference.feature_files import FeatureFolder
-    from mplug2_jax.inference.features import FeatureConfig, Features
+    from mplug2_jax.inference.feature_files import FeatureWriter
+    from mplug2_jax.inference.features import FeatureConfig, FeatureExtractor
     from mplug2_jax.parallel.processes import check_equal, is_first, join
 
     check_range("--batch-size", args.batch_size, 1)
@@ -74,14 +74,14 @@ def run(args: argparse.Namespace) -> int:
     sources, listing = read_inputs(args)
     spec, params, step, tokenizer = open_run(args)
     data = _data(args, sources, spec)
-    features = Features(wanted, data, spec.definition, tokenizer, spec.mesh, seed=spec.config.seed)
+    features = FeatureExtractor(wanted, data, spec.definition, tokenizer, spec.mesh, seed=spec.config.seed)
     request = {
         "feature": dataclasses.asdict(wanted), "kind": data.kind, "step": step, "listing": listing,
         "inputs": {name: dataclasses.asdict(source) for name, source in sources.items()},
         "arrays": {name: {"shape": shape, "dtype": dtype} for name, (shape, dtype) in features.shapes.items()},
         "model": _model(spec, params), **_reading(data),
     }  # fmt: skip
-    folder = FeatureFolder(args.out, request, args.format, len(features))
+    folder = FeatureWriter(args.out, request, args.format, len(features))
     # The first process writes once all have read.
     check_equal({"features that are there": folder.done})
     if is_first():
@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
     return _report(folder) if is_first() else 0
 
 
-def _write(features: "Features", folder: "FeatureFolder", params: "Params") -> None:
+def _write(features: "FeatureExtractor", folder: "FeatureWriter", params: "Params") -> None:
     from mplug2_jax.parallel.processes import is_first
     from mplug2_jax.training.reliability.preemption import PreemptionNotice
 
@@ -111,7 +111,7 @@ def _write(features: "Features", folder: "FeatureFolder", params: "Params") -> N
                 progress.say(f"{path}: {len(shard.ids):,} ids")
 
 
-def _report(folder: "FeatureFolder") -> int:
+def _report(folder: "FeatureWriter") -> int:
     """Prints what was left out; 1 if anything was."""
     faults = [fault for shard in folder.shards for fault in shard["faults"]]
     for fault in faults[:NAMED]:
@@ -214,7 +214,7 @@ def _model(spec: "RunSpec", params: "Params") -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _shapes(features: "Features") -> str:
+def _shapes(features: "FeatureExtractor") -> str:
     """The arrays of an example, for people."""
     return ", ".join(
         f"{name} [{', '.join(map(str, shape))}] {dtype}" for name, (shape, dtype) in features.shapes.items()

@@ -10,7 +10,7 @@ from mplug2_jax.errors import UserError, check_range
 
 if TYPE_CHECKING:
     from mplug2_jax.evaluation.loop import EvaluationResult
-    from mplug2_jax.inference.checkpoint_eval import Subject
+    from mplug2_jax.inference.checkpoint_eval import CheckpointUnderTest
     from mplug2_jax.training.reliability.preemption import PreemptionNotice
 
 POLL = 30
@@ -82,14 +82,14 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _evaluate(args: argparse.Namespace, notice: "PreemptionNotice") -> int:
-    from mplug2_jax.inference.checkpoint_eval import Evaluator, by_recipe, of_run
+    from mplug2_jax.inference.checkpoint_eval import Evaluator, from_recipe, from_workdir
     from mplug2_jax.parallel.processes import is_first
     from mplug2_jax.report import write_report
 
     if args.task:
-        subject = by_recipe(args.task, args.checkpoint, args.overrides)
+        subject = from_recipe(args.task, args.checkpoint, args.overrides)
     else:
-        subject = of_run(args.workdir, args.overrides, args.step)
+        subject = from_workdir(args.workdir, args.overrides, args.step)
     if not args.out and not subject.workdir.exists():
         raise UserError(f"{subject.workdir.path} is no work directory of a run, to keep results in: give --out FOLDER")
     evaluator = Evaluator(subject, args.only or ())
@@ -100,7 +100,7 @@ def _evaluate(args: argparse.Namespace, notice: "PreemptionNotice") -> int:
         results.append(result)
         if is_first():
             _save(result, args.out or subject.workdir.evaluation_folder(step))
-            print(f"step {step}  {result.name}: {result.examples} examples in {result.seconds:.1f} s", flush=True)
+            print(f"step {step}  {result.name}: {result.num_examples} examples in {result.seconds:.1f} s", flush=True)
             for line in result.warning_lines():
                 print(line, file=sys.stderr)
     subject.checkpoints.close()
@@ -112,8 +112,8 @@ def _evaluate(args: argparse.Namespace, notice: "PreemptionNotice") -> int:
 
 
 def _follow(args: argparse.Namespace, notice: "PreemptionNotice") -> int:
-    from mplug2_jax.inference.checkpoint_eval import Evaluator, of_run
-    from mplug2_jax.inference.continuous_eval import Follower, until_step, wait_for_run
+    from mplug2_jax.inference.checkpoint_eval import Evaluator, from_workdir
+    from mplug2_jax.inference.continuous_eval import ContinuousEvaluator, resolve_until_step, wait_for_run
     from mplug2_jax.parallel.processes import is_first
     from mplug2_jax.report import write_report
     from mplug2_jax.training.workdir import WorkDir
@@ -124,9 +124,9 @@ def _follow(args: argparse.Namespace, notice: "PreemptionNotice") -> int:
 
     poll = args.poll or POLL
     wait_for_run(WorkDir(args.workdir), poll, notice, say)
-    subject = of_run(args.workdir, args.overrides)
-    until = until_step(args.until_step, subject.config.steps)
-    follower = Follower(
+    subject = from_workdir(args.workdir, args.overrides)
+    until = resolve_until_step(args.until_step, subject.config.steps)
+    follower = ContinuousEvaluator(
         Evaluator(subject, args.only or ()), notice, say,
         lambda result: _save(result, subject.workdir.evaluation_folder(result.step)),
     )  # fmt: skip
@@ -142,13 +142,13 @@ def _save(result: "EvaluationResult", folder: Path) -> None:
     from mplug2_jax.evaluation.loop import save_result
     from mplug2_jax.evaluation.submissions import save_submission
 
-    unfit = save_submission(result.name, result.task, result.said, folder, result.faults)
+    unfit = save_submission(result.name, result.task, result.predictions, folder, result.skipped)
     if unfit:
         print(unfit, file=sys.stderr)
     save_result(result, folder)
 
 
-def _say_averaged(subject: "Subject", where: str) -> None:
+def _say_averaged(subject: "CheckpointUnderTest", where: str) -> None:
     from mplug2_jax.parallel.processes import is_first
 
     if subject.averaged and is_first():

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from mplug2_jax.cli.common import add_command, table
 
 if TYPE_CHECKING:
-    from mplug2_jax.inference.replay import Part, Replayed
+    from mplug2_jax.inference.replay import ExampleContribution, ReplayedStep
 
 
 def add_parser(commands: Any) -> None:
@@ -28,18 +28,18 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the step; status 1 if it is not what the run recorded."""
-    from mplug2_jax.inference.replay import replay
+    from mplug2_jax.inference.replay import replay_step
     from mplug2_jax.training.workdir import WorkDir
 
-    found = replay(WorkDir(args.workdir), args.step, ranked=args.rank)
+    found = replay_step(WorkDir(args.workdir), args.step, num_ranked=args.rank)
     print(f"step {found.step}: batch {found.batch}, made again from step {found.start}\n")
     print(table([_compared(found, name) for name in found.metrics], ("metric", "again", "recorded"), right=(1, 2)))
     print(f"\n{verdict(found)}\n")
-    print(table([_row(part) for part in found.parts[: args.top]], _HEADER, right=(3, 4, 5)))
+    print(table([_row(part) for part in found.contributions[: args.top]], _HEADER, right=(3, 4, 5)))
     return 1 if found.wrong else 0
 
 
-def verdict(found: "Replayed") -> str:
+def verdict(found: "ReplayedStep") -> str:
     """Whether the step is what the run recorded, in a sentence."""
     if not found.recorded:
         return "metrics.jsonl has no line of this step to compare with"
@@ -56,7 +56,7 @@ def verdict(found: "Replayed") -> str:
     return f"all {compared} metrics equal the recorded ones, bit for bit"
 
 
-def _compared(found: "Replayed", name: str) -> tuple[str, str, str]:
+def _compared(found: "ReplayedStep", name: str) -> tuple[str, str, str]:
     recorded = found.recorded.get(name, "-")
     return name, repr(found.metrics[name]), "not finite" if recorded is None else str(recorded)
 
@@ -64,7 +64,7 @@ def _compared(found: "Replayed", name: str) -> tuple[str, str, str]:
 _HEADER = ("stream", "key", "frame times", "loss", "gradient norm", "share")
 
 
-def _row(part: "Part") -> tuple[str, ...]:
+def _row(part: "ExampleContribution") -> tuple[str, ...]:
     example = part.made.example
     times = " ".join(f"{seconds:.2f}" for seconds in example.times)
     return part.stream, example.key, times, f"{part.loss:.4f}", f"{part.gradient_norm:.4f}", f"{part.share:.1%}"

@@ -17,7 +17,7 @@ from mplug2_jax.generation.config import SearchConfig
 from mplug2_jax.generation.constrained import NOTHING
 
 
-def never_right(
+def unreachable_answers_warning(
     examples: Sequence[Example], answers: Int[np.ndarray, "a m"], decode: Callable[[Sequence[int]], str],
     alike: Callable[[str], str],
 ) -> str:  # fmt: skip

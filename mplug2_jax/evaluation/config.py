@@ -1,34 +1,48 @@
-"""What is asked of a model on held-out data."""
+"""The config of an evaluation on held-out data."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import ClassVar
 
 from data_pipelines.config import DataConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """A task on held-out data. ``samples`` examples are kept for people to look at, and a few of the best and worst.
+    """A task on held-out data.
 
-    ``answers`` is a file with a JSON list of all answers that may be given to questions. A search is held to them; or
-    with ``ranked`` so many, those likeliest by their first token, are scored whole, and the likeliest is given: a batch
-    is then so many times as large for the decoder. The release ranks 128.
+    ``num_samples`` examples are kept to look at, and a few of the best and worst.
 
-    ``prompts`` are texts that stand for a class, with ``{label}`` where its name belongs, and ``class_names`` what
-    ``data.examples.classes`` are called there; empty: as they are.
+    ``answers_file`` holds a JSON list of all valid answers to questions: a search is constrained to them. With
+    ``num_ranked`` K, the K answers whose first token is likeliest are scored in full, and the likeliest one wins; the
+    decoder's batch is then K times as large. The release ranks 128.
 
-    With ``java`` captions are scored by METEOR and SPICE, too, whose programs take seconds to start; where there is no
-    Java they are absent.
+    ``prompts`` are texts that represent a class, with ``{label}`` in place of its name; ``class_names`` are the names
+    of ``data.examples.classes`` in them, in order, or empty to use the classes as they are.
 
-    ``device_rows`` examples are predicted at a time on each device, and ``data.batch_size`` read, rounded up to whole
-    numbers of these: the first may change last digits, the second changes nothing.
+    ``java_metrics`` adds METEOR and SPICE to the scores of captions. Their programs take seconds to start, and without
+    Java these metrics are reported as absent.
+
+    ``per_device_batch_size`` examples are predicted at a time on each device; ``data.batch_size`` are read, rounded up
+    to a multiple of the examples that all devices predict at a time. The former may change the last digits of a
+    prediction, the latter changes nothing.
     """
 
-    task: str  # the name of a task: mplug2 tasks
+    OLD_NAMES: ClassVar[Mapping[str, str]] = {
+        "answers": "answers_file",
+        "ranked": "num_ranked",
+        "java": "java_metrics",
+        "device_rows": "per_device_batch_size",
+        "samples": "num_samples",
+    }
+    OLD_VALUES: ClassVar[Mapping[str, Mapping[str, str]]] = {"task": {"summarise": "summarize"}}
+
+    task: str  # name of a task: mplug2 tasks
     data: DataConfig
-    samples: int = 6  # examples kept to look at
-    answers: str = ""  # file of all answers that may be given; empty: any
-    ranked: int = 0  # so many of them are scored whole; 0: search
-    prompts: tuple[str, ...] = ()  # texts that stand for a class, with {label}; empty: none
-    class_names: tuple[str, ...] = ()  # of the prompts; empty: the classes'
-    java: bool = False  # METEOR and SPICE, too
-    device_rows: int = 8  # examples predicted at a time on each device
+    num_samples: int = 6  # examples kept to look at
+    answers_file: str = ""  # JSON file of all valid answers; empty: any answer is valid
+    num_ranked: int = 0  # answers of the file that are scored in full; 0: search
+    prompts: tuple[str, ...] = ()  # texts that represent a class, with {label}; empty: none
+    class_names: tuple[str, ...] = ()  # names of the classes in the prompts; empty: the classes themselves
+    java_metrics: bool = False  # also compute METEOR and SPICE
+    per_device_batch_size: int = 8  # examples predicted at a time on each device

@@ -17,7 +17,7 @@ from mplug2_jax.parallel.placement import batch_shards, held_parts, put_batch
 from mplug2_jax.tasks.base import Predictions
 
 
-def predict_in_slices(
+def predict_in_fixed_batches(
     predict: Callable[[DeviceBatch], Predictions], batch: HostBatch, rows: int, mesh: Mesh
 ) -> Mapping[str, NDArray[Any]]:
     """What is predicted of a batch, all processes' rows in their order.

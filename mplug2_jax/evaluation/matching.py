@@ -32,7 +32,7 @@ class Rows(NamedTuple):
     pairs: Int[np.ndarray, " p"]
 
 
-def rows_of(pairs: Int[np.ndarray, "p 2"], most: int = TEXTS) -> Rows:
+def group_pairs(pairs: Int[np.ndarray, "p 2"], most: int = TEXTS) -> Rows:
     """Pairs (text, picture) side by side for each picture, at most ``most``."""
     order = np.lexsort(pairs.T)
     text, picture = pairs[order].T
@@ -48,7 +48,7 @@ def rows_of(pairs: Int[np.ndarray, "p 2"], most: int = TEXTS) -> Rows:
     return Rows(picture[begins], texts, places)
 
 
-class Matching:
+class PairScorer:
     """Scores of pairs by a task's ``match``, compiled once.
 
     A picture is encoded once for every ``TEXTS`` of its texts, a text once for every pair: nothing is kept of a batch
@@ -75,7 +75,7 @@ class Matching:
         self,
         params: Params,
         examples: Mapping[int, Example],
-        between_batches: Callable[[str], None],
+        on_batch: Callable[[str], None],
         name: str,
         pairs: Int[np.ndarray, "p 2"],
     ) -> Float[np.ndarray, " p"]:
@@ -84,12 +84,12 @@ class Matching:
         Args:
             params: the model's.
             examples: of the set, by their numbers in it; they need no frames.
-            between_batches: called with what is done next, before every batch.
+            on_batch: called with what is done next, before every batch.
             name: of the evaluation.
             pairs: (the text's example, the picture's), counted in ``examples``.
         """
         places, listed = list(examples), list(examples.values())
-        rows = rows_of(pairs)
+        rows = group_pairs(pairs)
         steps = -(-len(rows.pictures) // self._size)
         mine = Shard(held_parts(self._mesh), batch_shards(self._mesh)).rows(self._size)
         # Rows behind the last are the last again.
@@ -97,7 +97,7 @@ class Matching:
         seen = self._frames([places[i] for i in rows.pictures[numbers].ravel()])
         scores = []
         for step in range(steps):
-            between_batches(f"batch {step + 1} of {steps} of pairs of evaluation {name}")
+            on_batch(f"batch {step + 1} of {steps} of pairs of evaluation {name}")
             batch = {"frames": np.stack(list(itertools.islice(seen, len(mine))))}
             batch |= _texts(listed, rows.texts[numbers[step]])
             with jax.set_mesh(self._mesh):

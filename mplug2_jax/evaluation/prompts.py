@@ -9,7 +9,7 @@ from mplug2_jax.errors import UserError
 from mplug2_jax.tasks.base import Prompts
 
 
-def make_prompts(
+def encode_prompts(
     where: str, templates: Sequence[str], names: Sequence[str], tokenizer: Tokenizer, length: int, rows: int
 ) -> Prompts:
     """Every template with each name in its braces.

@@ -12,14 +12,14 @@ from PIL import Image
 
 from data_pipelines.examples import Example
 from data_pipelines.media import write_image
-from mplug2_jax.tasks.base import Nearest, Scored
+from mplug2_jax.tasks.base import EvalOutput, RetrievalNeighbors
 
 EXTREMES = 3  # so many of the best, and of the worst
 SIDE = 96  # pixels of a frame that is there to be recognised
 
 
 @dataclasses.dataclass(frozen=True)
-class Neighbours:
+class SampleNeighbors:
     """What was nearest to a sample's picture and to its text, the nearest first, and which of it is right."""
 
     texts: tuple[tuple[str, bool], ...]
@@ -32,24 +32,24 @@ class Sample:
     """One example with what the model said to it, how good that was, and why it is looked at."""
 
     example: Example
-    said: str
-    goodness: float
-    why: str  # "first", "best" or "worst"
-    nearest: Neighbours | None = None  # of retrieval
+    prediction: str
+    score: float
+    category: str  # "first", "best" or "worst"
+    nearest: SampleNeighbors | None = None  # of retrieval
 
     @property
-    def true(self) -> tuple[str, ...]:
+    def references(self) -> tuple[str, ...]:
         """What would have been right."""
-        return right_answers(self.example)
+        return reference_answers(self.example)
 
 
-def right_answers(example: Example) -> tuple[str, ...]:
+def reference_answers(example: Example) -> tuple[str, ...]:
     """What is right to say to an example: at least one."""
     return example.answers or (example.text,)
 
 
-def choose(
-    examples: Mapping[int, Example], scored: Scored, goodness: Sequence[float], most: int,
+def choose_samples(
+    examples: Mapping[int, Example], scored: EvalOutput, goodness: Sequence[float], most: int,
     read: Callable[[int], Example],
 ) -> tuple[Sample, ...]:  # fmt: skip
     """The first ``most`` examples, then the best and the worst of all. Of equals, the first are the best.
@@ -68,38 +68,43 @@ def choose(
     read = functools.cache(read)  # one may be a first, a best and a neighbour
     thumbnail = functools.cache(lambda i: _thumbnail(read(places[i])))
 
-    def neighbours(found: Nearest, i: int) -> Neighbours:
-        own, texts, pictures = found.picture[i], found.texts[i].tolist(), found.pictures[i].tolist()
-        return Neighbours(
-            tuple((listed[j].text, bool(found.picture[j] == own)) for j in texts),
+    def neighbours(found: RetrievalNeighbors, i: int) -> SampleNeighbors:
+        own, texts, pictures = found.visual_of[i], found.texts[i].tolist(), found.visuals[i].tolist()
+        return SampleNeighbors(
+            tuple((listed[j].text, bool(found.visual_of[j] == own)) for j in texts),
             np.concatenate([thumbnail(j) for j in pictures], axis=1),
             tuple(bool(j == own) for j in pictures),
         )
 
     return tuple(
         Sample(
-            read(places[i]), scored.said[i], goodness[i], why, neighbours(scored.nearest, i) if scored.nearest else None
+            read(places[i]),
+            scored.predictions[i],
+            goodness[i],
+            why,
+            neighbours(scored.nearest, i) if scored.nearest else None,
         )
         for why, numbers in chosen.items()
         for i in numbers
     )
 
 
-def save(samples: Sequence[Sample], name: str, folder: Path) -> list[dict[str, Any]]:
+def save_samples(samples: Sequence[Sample], name: str, folder: Path) -> list[dict[str, Any]]:
     """Writes the samples' pictures, ``NAME-I.png`` and ``NAME-I-nearest.png``; the rest of them is returned as JSON."""
     rows = []
     for i, sample in enumerate(samples):
         row: dict[str, Any] = {
             "key": sample.example.key, "instruction": sample.example.instruction, "text": sample.example.text,
-            "said": sample.said, "true": list(sample.true), "goodness": sample.goodness, "why": sample.why,
+            "prediction": sample.prediction, "references": list(sample.references), "score": sample.score,
+            "category": sample.category,
         }  # fmt: skip
         frames = sample.example.arrays.get("frames")
         if frames is not None:
             row["frames"] = f"{name}-{i}.png"
             write_image(folder / row["frames"], np.concatenate(list(frames), axis=1), max(1, SIDE // frames.shape[1]))
         if sample.nearest:
-            row["nearest_texts"] = [{"text": text, "right": right} for text, right in sample.nearest.texts]
-            row["nearest_pictures"] = {"frames": f"{name}-{i}-nearest.png", "right": list(sample.nearest.right)}
+            row["nearest_texts"] = [{"text": text, "correct": correct} for text, correct in sample.nearest.texts]
+            row["nearest_images"] = {"frames": f"{name}-{i}-nearest.png", "correct": list(sample.nearest.right)}
             write_image(folder / f"{name}-{i}-nearest.png", sample.nearest.pictures)
         rows.append(row)
     return rows

@@ -101,5 +101,5 @@ def _numbered(said: Sequence[Mapping[str, str]]) -> Numbered:
             raise _Unfit(f"the key {row['key']!r} does not end in a number, by which the server knows an example")
         if int(number) in rows:
             raise _Unfit(f"two examples have the number {int(number)}; give each source an evaluation of its own")
-        rows[int(number)] = row["said"]
+        rows[int(number)] = row["prediction"]
     return list(rows.items())

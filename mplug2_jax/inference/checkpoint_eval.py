@@ -10,7 +10,7 @@ from mplug2_jax.errors import UserError, did_you_mean
 from mplug2_jax.evaluation.loop import Evaluation, EvaluationResult
 from mplug2_jax.model.mplug2 import Params
 from mplug2_jax.parallel.mesh import make_mesh
-from mplug2_jax.tasks.contracts import parts_for
+from mplug2_jax.tasks.contracts import required_parts
 from mplug2_jax.tasks.table import TASKS
 from mplug2_jax.training.checkpoint.checkpoints import Checkpoints, open_checkpoint
 from mplug2_jax.training.config import RunConfig
@@ -22,7 +22,7 @@ AVERAGED = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
-class Subject:
+class CheckpointUnderTest:
     """A model whose checkpoints are evaluated, and how."""
 
     config: RunConfig  # whose evaluations; its model is the checkpoints'
@@ -35,7 +35,7 @@ class Subject:
     own: bool  # whether the config is the run's, which may see pictures of other sizes than it was trained on
 
 
-def of_run(path: Path, overrides: Sequence[str], step: int | None = None) -> Subject:
+def from_workdir(path: Path, overrides: Sequence[str], step: int | None = None) -> CheckpointUnderTest:
     """A run by its own config, with overrides.
 
     Raises:
@@ -47,10 +47,10 @@ def of_run(path: Path, overrides: Sequence[str], step: int | None = None) -> Sub
     tokenizer = workdir.load_tokenizer(config)
     checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint, read_only=True)
     averaged = bool(begun.ema_decay and config.ema_decay)
-    return Subject(config, workdir, checkpoints, step, begun.parts(), tokenizer, averaged, own=True)
+    return CheckpointUnderTest(config, workdir, checkpoints, step, begun.parts(), tokenizer, averaged, own=True)
 
 
-def by_recipe(spec: str, path: Path, overrides: Sequence[str]) -> Subject:
+def from_recipe(spec: str, path: Path, overrides: Sequence[str]) -> CheckpointUnderTest:
     """A checkpoint by a recipe, with overrides: the checkpoint's are the sizes of the model and the tokeniser.
 
     Args:
@@ -74,7 +74,7 @@ def by_recipe(spec: str, path: Path, overrides: Sequence[str]) -> Subject:
         )
     averaged = averaged and bool(config.ema_decay)
     tokenizer = workdir.load_tokenizer(config)
-    return Subject(config, workdir, checkpoints, step, model.parts, tokenizer, averaged, own=False)
+    return CheckpointUnderTest(config, workdir, checkpoints, step, model.parts, tokenizer, averaged, own=False)
 
 
 class Evaluator:
@@ -90,7 +90,7 @@ class Evaluator:
         UserError: unknown names, or evaluations that the model has not the parts for, or not the size.
     """
 
-    def __init__(self, subject: Subject, only: Sequence[str] = ()) -> None:
+    def __init__(self, subject: CheckpointUnderTest, only: Sequence[str] = ()) -> None:
         self.subject, config = subject, subject.config
         names = only or list(config.evaluations)
         if not names:
@@ -116,7 +116,7 @@ class Evaluator:
         evaluation = self.subject.config.evaluations[name]
         task, data = TASKS[evaluation.task], evaluation.data
         clips = data.kind == "video" and (data.visual.num_frames > 1 or model.temporal_downsampling)
-        needed = parts_for([(task, data.kind != "text", clips)])
+        needed = required_parts([(task, data.kind != "text", clips)])
         # A run may choose to go without universal layers.
         missing = [part for part in needed if part not in (*has, "universal")]
         if missing:
@@ -130,7 +130,7 @@ class Evaluator:
                 f"{field}={pixels}, but the model in {self.subject.workdir.path} sees {model.image_size} pixels: set "
                 f"--{field}={model.image_size}"
             )
-        return {*needed, *(task.further_parts if set(task.further_parts) <= set(has) else ())}
+        return {*needed, *(task.optional_parts if set(task.optional_parts) <= set(has) else ())}
 
     def read(self, step: int | None) -> tuple[Params, int]:
         """The parameters of a step, and which it is. Raises as :meth:`Checkpoints.restore`."""
@@ -139,8 +139,8 @@ class Evaluator:
         )
 
     def run(
-        self, params: Params, step: int, names: Sequence[str], between_batches: Callable[[str], None]
+        self, params: Params, step: int, names: Sequence[str], on_batch: Callable[[str], None]
     ) -> Iterator[EvaluationResult]:
         """The results of evaluations, one after the other; all processes call it alike."""
         for name in names:
-            yield self.evaluations[name].run(params, step, between_batches)
+            yield self.evaluations[name].run(params, step, on_batch)

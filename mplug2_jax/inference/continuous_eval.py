@@ -27,7 +27,7 @@ def wait_for_run(workdir: WorkDir, poll: int, notice: PreemptionNotice, say: Cal
         _rest(poll, notice)
 
 
-class Follower:
+class ContinuousEvaluator:
     """Evaluates a run's checkpoints in the order of their steps; each once, even if it is stopped and started again.
 
     All that are there at the start are evaluated. Later, of several that appear while one is evaluated, only the newest
@@ -99,9 +99,9 @@ class Follower:
         for result in self._evaluator.run(params, step, names, lambda phase: self._notice.check()):
             if is_first():
                 # The result is kept last: it is what says that this is done.
-                self._metrics.write({"step": step, **result.metrics()})
+                self._metrics.write({"step": step, **result.tagged_metrics()})
                 self._save(result)
-            self._say(result.line())
+            self._say(result.summary())
         return True
 
     def _steps(self) -> list[int]:
@@ -110,7 +110,7 @@ class Follower:
         return self._checkpoints.steps()
 
 
-def until_step(until: int | None, total: int) -> int:
+def resolve_until_step(until: int | None, total: int) -> int:
     """The last step to evaluate. Raises UserError for one that the run never comes to."""
     if until is not None and not 1 <= until <= total:
         raise UserError(f"--until-step={until}, but the run has steps 1 to {total}")

@@ -57,7 +57,7 @@ FORMATS: Mapping[str, Callable[[FeatureShard], bytes]] = {
 }  # fmt: skip
 
 
-class FeatureFolder:
+class FeatureWriter:
     """The folder, and what it holds so far.
 
     Args:

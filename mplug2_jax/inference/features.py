@@ -68,7 +68,7 @@ class FeatureShard:
     faults: tuple[Fault, ...]
 
 
-class Features:
+class FeatureExtractor:
     """One kind of feature for all examples of a set, compiled once.
 
     Args:
@@ -89,7 +89,7 @@ class Features:
         seed: int,
     ) -> None:  # fmt: skip
         check_batch("--batch-size", data.batch_size, mesh)
-        check_parts(config.name, data.kind, definition)
+        check_feature_parts(config.name, data.kind, definition)
         self._set = EvaluationSet(data, tokenizer, name="features", seed=seed)
         self._sources, self._mesh = list(data.sources), mesh
         example = self._set.first().arrays
@@ -121,21 +121,21 @@ class Features:
         return max(1, min(SHARD_ROWS, SHARD_BYTES // max(1, np.dtype(dtype).itemsize * int(np.prod(shape)))))
 
     def shards(
-        self, params: Params, start: int = 0, between_batches: Callable[[int], None] = lambda place: None
+        self, params: Params, start: int = 0, on_batch: Callable[[int], None] = lambda place: None
     ) -> Iterator[FeatureShard]:
         """All shards from place ``start`` on; all processes call it, and get the same.
 
         Args:
             params: the model's.
             start: where a shard begins.
-            between_batches: called with the place that comes next, before every batch.
+            on_batch: called with the place that comes next, before every batch.
         """
         rows: list[Mapping[str, NDArray[Any]]] = []
         ids: dict[int, str] = {}
         faults: dict[int, Fault] = {}
         first = place = start
         for batch in self._set.batches(Shard(held_parts(self._mesh), batch_shards(self._mesh)), start):
-            between_batches(place)
+            on_batch(place)
             with jax.set_mesh(self._mesh):
                 computed = self._compute(params, put_batch(batch.arrays, self._mesh))
             rows.append({name: np.asarray(value) for name, value in computed.items()})
@@ -153,7 +153,7 @@ class Features:
         return key if len(self._sources) == 1 or key == source else f"{source}/{key}"
 
 
-def check_parts(feature: str, kind: Kind, definition: ModelDef) -> None:
+def check_feature_parts(feature: str, kind: Kind, definition: ModelDef) -> None:
     """Checks that a model has what a feature is made of.
 
     Raises:

@@ -25,12 +25,12 @@ from mplug2_jax.training.telemetry.events import read_lines
 from mplug2_jax.training.telemetry.metric_log import read_steps
 from mplug2_jax.training.workdir import WorkDir, special_tokens
 
-ROUNDING = 1e-5
+ROUNDING_TOLERANCE = 1e-5
 """Relative difference that sums in another order may make; the processes and devices of the run repeat every bit."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class ExampleContribution:
     """What one example brought to a step: its own loss, and its share of all examples' gradient norms."""
 
     stream: str
@@ -41,7 +41,7 @@ class Part:
 
 
 @dataclasses.dataclass(frozen=True)
-class Replayed:
+class ReplayedStep:
     """A step that was made again."""
 
     step: int
@@ -49,7 +49,7 @@ class Replayed:
     start: int  # the step of the checkpoint that it was made from
     metrics: Mapping[str, float]
     recorded: Mapping[str, float | None]  # what metrics.jsonl has of the step; empty: it was not logged
-    parts: Sequence[Part]  # greatest loss first, and before all those that are not finite
+    contributions: Sequence[ExampleContribution]  # greatest loss first, and before all those that are not finite
 
     @property
     def differences(self) -> dict[str, float]:
@@ -65,16 +65,16 @@ class Replayed:
     @property
     def wrong(self) -> list[str]:
         """The metrics that differ by more than other processes, or another kind of device, may round."""
-        return [name for name, difference in self.differences.items() if difference > ROUNDING]
+        return [name for name, difference in self.differences.items() if difference > ROUNDING_TOLERANCE]
 
 
-def replay(workdir: WorkDir, step: int, *, ranked: int = 64) -> Replayed:
+def replay_step(workdir: WorkDir, step: int, *, num_ranked: int = 64) -> ReplayedStep:
     """Makes a step again from the nearest checkpoint before it, or from the run's first state.
 
     Args:
         workdir: of the run.
         step: the first is 1.
-        ranked: examples of each stream to rank, from its first row on; each takes a backward pass.
+        num_ranked: examples of each stream to rank, from its first row on; each takes a backward pass.
 
     Raises:
         UserError: no such step in this run.
@@ -91,16 +91,14 @@ def replay(workdir: WorkDir, step: int, *, ranked: int = 64) -> Replayed:
     for number in range(position.step + 1, step):
         state, _ = run_step(state, _batches(streams, position.batch_index(number), spec)[0])
     batches, rows = _batches(streams, position.batch_index(step), spec)
-    parts = _rank(
-        spec, state, batches, rows, ranked, _batches(streams, max(position.batch_index(step) - 1, 0), spec)[0]
-    )
+    parts = _rank(spec, state, batches, rows, num_ranked, _batches(streams, max(position.batch_index(step) - 1, 0), spec)[0])
     _, metrics = run_step(state, batches)
     recorded: dict[str, float | None] = {}
     for line in read_steps(workdir.metrics):
         if line.pop("step") == step:
             recorded = line
     values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items() if name != "skipped"}
-    return Replayed(step, position.batch_index(step), position.step, values, recorded, parts)
+    return ReplayedStep(step, position.batch_index(step), position.step, values, recorded, parts)
 
 
 def _steps_then(workdir: WorkDir, step: int) -> int:
@@ -137,9 +135,9 @@ def _batches(streams: Mapping[str, Stream], number: int, spec: RunSpec) -> tuple
 
 
 def _rank(
-    spec: RunSpec, state: TrainState, batches: StreamBatches, rows: Mapping[str, Sequence[Made]], ranked: int,
+    spec: RunSpec, state: TrainState, batches: StreamBatches, rows: Mapping[str, Sequence[Made]], num_ranked: int,
     other: StreamBatches,
-) -> list[Part]:  # fmt: skip
+) -> list[ExampleContribution]:  # fmt: skip
     """Every example's own loss and gradient: those of its stream's batch when it alone counts.
 
     Where that is not finite for one, it would be for all, for nothing times infinity is no number. So then each stands
@@ -148,17 +146,17 @@ def _rank(
     found: list[tuple[str, Made, float, float]] = []
     for name, made in rows.items():
         alone = _alone(spec, name)
-        for row in range(min(ranked, len(made))):
+        for row in range(min(num_ranked, len(made))):
             loss, norm = alone(state, batches[name], jnp.int32(row))
             found.append((name, made[row], float(loss), float(norm)))
         if not all(np.isfinite(loss) for stream, _, loss, _ in found if stream == name):
             found = [part for part in found if part[0] != name]
-            for row in range(min(ranked, len(made))):
+            for row in range(min(num_ranked, len(made))):
                 mixed = {key: other[name][key].at[row].set(value[row]) for key, value in batches[name].items()}
                 loss, norm = alone(state, mixed, jnp.int32(row))
                 found.append((name, made[row], float(loss), float(norm)))
     total = sum(norm for *_, norm in found if np.isfinite(norm)) or 1.0
-    parts = [Part(name, made, loss, norm, norm / total) for name, made, loss, norm in found]
+    parts = [ExampleContribution(name, made, loss, norm, norm / total) for name, made, loss, norm in found]
     return sorted(parts, key=lambda part: (np.isfinite(part.loss), -part.loss if np.isfinite(part.loss) else 0.0))
 
 

@@ -11,7 +11,7 @@ from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
 
 from mplug2_jax.metrics import ptb_tokenizer
-from mplug2_jax.metrics.metric import Figure, Ratio
+from mplug2_jax.metrics.metric import MeanMetric, Metric
 
 ORDERS = 4
 _SMALL, _TINY = 1e-9, 1e-15  # the toolkit's, so that nothing is divided by zero
@@ -35,9 +35,9 @@ class Bleu:
     @property
     def value(self) -> float:
         """The score, times 100."""
-        return self.over(np.ones(len(self)))
+        return self.weighted(np.ones(len(self)))
 
-    def over(self, times: Float[np.ndarray, " n"]) -> float:
+    def weighted(self, counts: Float[np.ndarray, " n"]) -> float:
         """The score, were each caption there so many times."""
         length, closest, *rest = (times @ self.counts).tolist()
         guessed, right = rest[: self.order], rest[ORDERS : ORDERS + self.order]
@@ -47,14 +47,14 @@ class Bleu:
 
 
 def caption_scores(
-    said: Sequence[str], references: Sequence[Sequence[str]], tokenise: bool = True
-) -> dict[str, Figure]:
+    said: Sequence[str], references: Sequence[Sequence[str]], tokenize: bool = True
+) -> dict[str, Metric]:
     """CIDEr-D, BLEU-1 to -4 and ROUGE-L, all times 100, of a caption a picture against its references.
 
     CIDEr's document frequencies come from the references given, so that one over few or uniform captions is not
-    comparable. Texts that are tokens with spaces between already need no ``tokenise``.
+    comparable. Texts that are tokens with spaces between already need no ``tokenize``.
     """
-    if tokenise:
+    if tokenize:
         said, references = tokens(said), [tokens(each) for each in references]
     truth = {i: list(each) for i, each in enumerate(references)}
     spoken = {i: [text] for i, text in enumerate(said)}
@@ -62,12 +62,12 @@ def caption_scores(
     _, rouge = Rouge().compute_score(truth, spoken)
     counts = bleu_counts(said, references)
     bleu = {f"bleu_{order}": Bleu(counts, order) for order in range(1, ORDERS + 1)}
-    return {"cider": Ratio(np.asarray(cider) * 100), **bleu, "rouge_l": Ratio(np.asarray(rouge) * 100)}
+    return {"cider": MeanMetric(np.asarray(cider) * 100), **bleu, "rouge_l": MeanMetric(np.asarray(rouge) * 100)}
 
 
 def tokens(texts: Sequence[str]) -> list[str]:
     """The tokens of each text with spaces between, as papers count them."""
-    return [ptb_tokenizer.tokenise(text) for text in texts]
+    return [ptb_tokenizer.tokenize(text) for text in texts]
 
 
 def bleu_counts(said: Sequence[str], references: Sequence[Sequence[str]]) -> Float[np.ndarray, "n 10"]:

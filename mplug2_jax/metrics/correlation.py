@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 from jaxtyping import Float, Real
 
-from mplug2_jax.metrics.validation import check_pairs
+from mplug2_jax.metrics.validation import check_same_length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,14 +21,14 @@ class Correlation:
     of_ranks: bool = False
 
     def __post_init__(self) -> None:
-        check_pairs("correlation", predictions=len(self.said), labels=len(self.labels))
+        check_same_length("correlation", predictions=len(self.said), labels=len(self.labels))
 
     @property
     def value(self) -> float:
         """The figure."""
-        return self.over(np.ones(len(self)))
+        return self.weighted(np.ones(len(self)))
 
-    def over(self, times: Float[np.ndarray, " n"]) -> float:
+    def weighted(self, counts: Float[np.ndarray, " n"]) -> float:
         """The figure, were each example there so many times."""
         there = times > 0
         times, pair = times[there], np.stack([self.said, self.labels]).astype(np.float64)[:, there]

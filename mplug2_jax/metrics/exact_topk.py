@@ -24,8 +24,8 @@ PAIRS = 4096
 NAN = float(np.finfo(np.float32).min)  # in the order of the nearest: behind all numbers, before what is not there
 
 
-class Found(NamedTuple):
-    """Ranks as :func:`~mplug2_jax.metrics.retrieval.ranks_of` has them, and the nearest candidates.
+class TopKResult(NamedTuple):
+    """Ranks as :func:`~mplug2_jax.metrics.retrieval.compute_ranks` has them, and the nearest candidates.
 
     ``nearest`` are places, of the most similar first, of equals the first before the others, and NaN last.
     """
@@ -34,7 +34,7 @@ class Found(NamedTuple):
     nearest: Int[np.ndarray, "q k"]
 
 
-def search(
+def exact_top_k(
     queries: Float[np.ndarray, "q d"],
     candidates: Float[np.ndarray, "c d"],
     query_ids: Int[np.ndarray, " q"],
@@ -43,7 +43,7 @@ def search(
     *,
     rows: int = ROWS,
     columns: int = COLUMNS,
-) -> Found:
+) -> TopKResult:
     """For each query how many wrong candidates are at least as similar as its best right one, and the k nearest.
 
     Right are candidates of the same id. Ties and NaN count against; a query without any right one has the last rank of
@@ -74,7 +74,7 @@ def search(
     k = min(k, len(candidates))
     ranks, nearest = np.full(len(queries), np.iinfo(np.int64).max), np.zeros((len(queries), k), np.int64)
     if not len(queries) or not len(candidates):
-        return Found(ranks, nearest)
+        return TopKResult(ranks, nearest)
     mesh = jax.sharding.get_mesh()
     if mesh.empty:
         mesh = Mesh(np.asarray(jax.local_devices()[:1]), ("device",))
@@ -91,7 +91,7 @@ def search(
         count = len(best)
         ranks[part] = np.where(right > 0, np.asarray(ahead)[:count] - right, ranks[part])
         nearest[part] = np.asarray(places)[:count]
-    return Found(ranks, nearest)
+    return TopKResult(ranks, nearest)
 
 
 def _finite(vectors: Float[np.ndarray, "n d"]) -> Bool[np.ndarray, " n"]:

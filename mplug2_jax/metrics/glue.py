@@ -6,16 +6,16 @@ from jaxtyping import Real
 from mplug2_jax.errors import UserError, did_you_mean
 from mplug2_jax.metrics.classification import check_classes
 from mplug2_jax.metrics.correlation import Correlation
-from mplug2_jax.metrics.metric import Figure, Ratio
-from mplug2_jax.metrics.validation import check_pairs
+from mplug2_jax.metrics.metric import MeanMetric, Metric
+from mplug2_jax.metrics.validation import check_same_length
 
 CLASSES = {"cola": 2, "sst2": 2, "mrpc": 2, "qqp": 2, "mnli": 3, "qnli": 2, "rte": 2}
 """How many each task tells apart; STS-B says a number instead."""
-MOST_ALIKE = 5
+MAX_SIMILARITY = 5
 """STS-B's largest number; its smallest is 0."""
 
 
-def glue(task: str, said: Real[np.ndarray, " n"], labels: Real[np.ndarray, " labels"]) -> dict[str, Figure]:
+def glue_metrics(task: str, said: Real[np.ndarray, " n"], labels: Real[np.ndarray, " labels"]) -> dict[str, Metric]:
     """A task's figures by name, as fractions: Matthews of CoLA, Pearson and Spearman of STS-B, accuracy of the others.
 
     MRPC and QQP have F1 of class 1 (paraphrases) besides; 0 where nothing is of it, nor said to be. MNLI's two sets,
@@ -26,11 +26,11 @@ def glue(task: str, said: Real[np.ndarray, " n"], labels: Real[np.ndarray, " lab
     """
     if task not in (*CLASSES, "stsb"):
         raise UserError(f"GLUE: task '{task}' is unknown: {did_you_mean(task, (*CLASSES, 'stsb'))}")
-    check_pairs(f"GLUE {task}", predictions=len(said), labels=len(labels))
+    check_same_length(f"GLUE {task}", predictions=len(said), labels=len(labels))
     if task == "stsb":
-        if not ((labels >= 0) & (labels <= MOST_ALIKE)).all():
+        if not ((labels >= 0) & (labels <= MAX_SIMILARITY)).all():
             raise UserError(
-                f"GLUE stsb: labels are from {labels.min():g} to {labels.max():g}, expected 0 to {MOST_ALIKE}; "
+                f"GLUE stsb: labels are from {labels.min():g} to {labels.max():g}, expected 0 to {MAX_SIMILARITY}; "
                 "if all are -1, they are the test set's, which are kept back: score the validation set"
             )
         return {"pearson": Correlation(said, labels), "spearman": Correlation(said, labels, of_ranks=True)}
@@ -38,7 +38,7 @@ def glue(task: str, said: Real[np.ndarray, " n"], labels: Real[np.ndarray, " lab
         check_classes(f"GLUE {task}", what, values, CLASSES[task])
     if task == "cola":
         return {"matthews": Correlation(said, labels)}
-    figures: dict[str, Figure] = {"accuracy": Ratio((said == labels).astype(np.float64))}
+    figures: dict[str, Metric] = {"accuracy": MeanMetric((said == labels).astype(np.float64))}
     if task in ("mrpc", "qqp"):
-        figures["f1"] = Ratio(2.0 * (said * labels), (said + labels).astype(np.float64))
+        figures["f1"] = MeanMetric(2.0 * (said * labels), (said + labels).astype(np.float64))
     return figures

@@ -3,17 +3,17 @@
 import numpy as np
 from jaxtyping import Bool, Float
 
-from mplug2_jax.metrics.metric import Ratio
-from mplug2_jax.metrics.validation import check_pairs
+from mplug2_jax.metrics.metric import MeanMetric
+from mplug2_jax.metrics.validation import check_same_length
 
 
-def overlaps(said: Float[np.ndarray, "n 4"], boxes: Float[np.ndarray, "boxes 4"]) -> Float[np.ndarray, " n"]:
+def box_iou(said: Float[np.ndarray, "n 4"], boxes: Float[np.ndarray, "boxes 4"]) -> Float[np.ndarray, " n"]:
     """Intersection over union of each pair; 0 where either is no box: NaN, or an end that is not after its start.
 
     Raises:
         UserError: not one said to each box.
     """
-    check_pairs("grounding", predictions=len(said), boxes=len(boxes))
+    check_same_length("grounding", predictions=len(said), boxes=len(boxes))
     said, boxes = said.astype(np.float64), boxes.astype(np.float64)
     proper = _proper(said) & _proper(boxes)
     said, boxes = said[proper], boxes[proper]
@@ -23,14 +23,14 @@ def overlaps(said: Float[np.ndarray, "n 4"], boxes: Float[np.ndarray, "boxes 4"]
     return found
 
 
-def box_accuracy(iou: Float[np.ndarray, " n"], least: float = 0.5) -> Ratio:
+def box_accuracy(iou: Float[np.ndarray, " n"], least: float = 0.5) -> MeanMetric:
     """Share of boxes that overlap by at least so much."""
-    return Ratio((iou >= least).astype(np.float64))
+    return MeanMetric((iou >= least).astype(np.float64))
 
 
-def mean_iou(iou: Float[np.ndarray, " n"]) -> Ratio:
+def mean_iou(iou: Float[np.ndarray, " n"]) -> MeanMetric:
     """The mean overlap."""
-    return Ratio(iou)
+    return MeanMetric(iou)
 
 
 def _proper(boxes: Float[np.ndarray, "n 4"]) -> Bool[np.ndarray, " n"]:

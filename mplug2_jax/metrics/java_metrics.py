@@ -15,7 +15,7 @@ import numpy as np
 import pycocoevalcap
 from jaxtyping import Float
 
-from mplug2_jax.metrics.metric import Ratio
+from mplug2_jax.metrics.metric import MeanMetric
 
 _TOOLKIT = Path(pycocoevalcap.__path__[0])
 # English, as METEOR 1.5 was tuned on rankings (Denkowski and Lavie 2014, table 3): alpha, beta, gamma, delta, and the
@@ -41,9 +41,9 @@ class Meteor:
     @property
     def value(self) -> float:
         """The score, times 100."""
-        return self.over(np.ones(len(self)))
+        return self.weighted(np.ones(len(self)))
 
-    def over(self, times: Float[np.ndarray, " n"]) -> float:
+    def weighted(self, counts: Float[np.ndarray, " n"]) -> float:
         """The score, were each caption there so many times."""
         total = times @ self.counts
         lengths, functions, kinds = total[:2], total[2:4], total[4:20].reshape(4, 2, 2)
@@ -74,7 +74,7 @@ def meteor(said: Sequence[str], references: Sequence[Sequence[str]], seconds: fl
     return Meteor(counts)
 
 
-def spice(said: Sequence[str], references: Sequence[Sequence[str]], seconds: float = 3600.0) -> Ratio | None:
+def spice(said: Sequence[str], references: Sequence[Sequence[str]], seconds: float = 3600.0) -> MeanMetric | None:
     """SPICE (F of scene graphs), or None without Java, without the parser's models, or where it fails or is too slow.
 
     The models are not in the package: `pycocoevalcap.spice.get_stanford_models` fetches them (Stanford CoreNLP 3.6.0).
@@ -92,7 +92,7 @@ def spice(said: Sequence[str], references: Sequence[Sequence[str]], seconds: flo
         found = {row["image_id"]: row["scores"]["All"]["f"] for row in json.loads(target.read_text())}
     if set(found) != set(range(len(said))):
         return None
-    return Ratio(100 * np.asarray([found[i] for i in range(len(said))], np.float64))
+    return MeanMetric(100 * np.asarray([found[i] for i in range(len(said))], np.float64))
 
 
 def _java(words: Sequence[str], folder: Path, text: str, seconds: float) -> str | None:

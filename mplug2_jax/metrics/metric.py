@@ -12,21 +12,21 @@ LEVEL = 0.95
 
 
 @runtime_checkable
-class Figure(Protocol):
+class Metric(Protocol):
     """A number that comes from ``len(figure)`` examples, and can be had for other mixtures of them."""
 
     @property
     def value(self) -> float:
         """The figure."""
 
-    def over(self, times: Float[np.ndarray, " n"]) -> float:
+    def weighted(self, counts: Float[np.ndarray, " n"]) -> float:
         """The figure, were each example there so many times."""
 
     def __len__(self) -> int: ...
 
 
 @dataclasses.dataclass(frozen=True)
-class Ratio:
+class MeanMetric:
     """sum(values) / sum(weights) over examples; 0 where nothing weighs. Without weights, the mean."""
 
     values: Float[np.ndarray, " n"]
@@ -35,9 +35,9 @@ class Ratio:
     @property
     def value(self) -> float:
         """The figure."""
-        return self.over(np.ones(len(self)))
+        return self.weighted(np.ones(len(self)))
 
-    def over(self, times: Float[np.ndarray, " n"]) -> float:
+    def weighted(self, counts: Float[np.ndarray, " n"]) -> float:
         """The figure, were each example there so many times."""
         total = float(times.sum() if self.weights is None else times @ self.weights)
         return float(times @ self.values) / total if total else 0.0
@@ -46,7 +46,7 @@ class Ratio:
         return len(self.values)
 
 
-def intervals(figures: Mapping[str, Figure], seed: int = 0) -> dict[str, tuple[float, float]]:
+def bootstrap_ci(figures: Mapping[str, Metric], seed: int = 0) -> dict[str, tuple[float, float]]:
     """The middle 95 % of every figure over 1,000 draws of as many examples, with replacement.
 
     The percentile bootstrap (Efron and Tibshirani 1993, chapter 13). Figures over the same number of examples see the
@@ -59,7 +59,7 @@ def intervals(figures: Mapping[str, Figure], seed: int = 0) -> dict[str, tuple[f
         drawn = np.empty((RESAMPLES, len(alike)))
         for i in range(RESAMPLES):
             times = np.bincount(rng.integers(size, size=size), minlength=size).astype(np.float64)
-            drawn[i] = [figure.over(times) for figure in alike.values()]
+            drawn[i] = [figure.weighted(times) for figure in alike.values()]
         low, high = np.quantile(drawn, ((1 - LEVEL) / 2, (1 + LEVEL) / 2), axis=0).tolist()
         found |= {name: (low[i], high[i]) for i, name in enumerate(alike)}
     return found

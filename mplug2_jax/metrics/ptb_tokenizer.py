@@ -217,13 +217,13 @@ _WRITTEN: dict[str, Callable[[str], str]] = {
 _RAW = {"url", "mail", "hashtag"}  # keep soft hyphens
 
 
-def tokenise(caption: str) -> str:
+def tokenize(caption: str) -> str:
     """The caption's tokens with spaces between.
 
     Tokens that held a space, such as "2 1/2", hold a no-break space instead, where ``str.split()`` splits again.
 
     Example:
-        >>> tokenise("A man can't ride (two) horses!")
+        >>> tokenize("A man can't ride (two) horses!")
         "a man ca n't ride -lrb- two -rrb- horses"
     """
     text = re.sub("[\r\f\v\u2028\u2029]", " ", caption) + "\n"

@@ -9,16 +9,16 @@ from collections.abc import Mapping
 import numpy as np
 from jaxtyping import Float, Int, Real
 
-from mplug2_jax.metrics.metric import Ratio
+from mplug2_jax.metrics.metric import MeanMetric
 
 
-def ranks_of(
+def compute_ranks(
     similarity: Float[np.ndarray, "q c"], queries: Int[np.ndarray, " q"], candidates: Int[np.ndarray, "*q c"]
 ) -> Int[np.ndarray, " q"]:
     """For each query (row), how many wrong candidates are at least as similar as its best right one, of the same id.
 
     Ties and NaN count against. A query without any right one has the last rank of all. Candidates are the same for all
-    queries, or each has its own; of many, :func:`~mplug2_jax.metrics.exact_topk.search` needs no matrix.
+    queries, or each has its own; of many, :func:`~mplug2_jax.metrics.exact_topk.exact_top_k` needs no matrix.
     """
     right = queries[:, None] == candidates
     best = np.where(right & ~np.isnan(similarity), similarity, -np.inf).max(1, keepdims=True)
@@ -26,7 +26,7 @@ def ranks_of(
 
 
 @dataclasses.dataclass(frozen=True)
-class Median:
+class MedianMetric:
     """The middle value, or the mean of the middle two; 0 of none."""
 
     values: Real[np.ndarray, " n"]
@@ -34,9 +34,9 @@ class Median:
     @property
     def value(self) -> float:
         """The figure."""
-        return self.over(np.ones(len(self.values)))
+        return self.weighted(np.ones(len(self.values)))
 
-    def over(self, times: Float[np.ndarray, " n"]) -> float:
+    def weighted(self, counts: Float[np.ndarray, " n"]) -> float:
         """The figure, were each example there so many times."""
         order = self._order
         ends = np.cumsum(times[order])  # the places that each value takes in the sorted row are those before its end
@@ -53,25 +53,25 @@ class Median:
         return len(self.values)
 
 
-def median_rank(ranks: Int[np.ndarray, " q"]) -> Median:
+def median_rank(ranks: Int[np.ndarray, " q"]) -> MedianMetric:
     """MedR: the median place, from 1, of queries' best right candidates. Ties and NaN count against, as in ranks.
 
     A query without a right candidate has the last place of all, about 9e18: so has the median, if they are most.
     """
-    return Median(ranks.astype(np.float64) + 1)
+    return MedianMetric(ranks.astype(np.float64) + 1)
 
 
-def recall_at(ranks: Int[np.ndarray, " q"], k: int) -> Ratio:
+def recall_at(ranks: Int[np.ndarray, " q"], k: int) -> MeanMetric:
     """Share of queries with a right candidate among the first k."""
-    return Ratio((ranks < k).astype(np.float64))
+    return MeanMetric((ranks < k).astype(np.float64))
 
 
-def chance_at(queries: Int[np.ndarray, " q"], candidates: Int[np.ndarray, " c"], k: int) -> float:
+def chance_recall(queries: Int[np.ndarray, " q"], candidates: Int[np.ndarray, " c"], k: int) -> float:
     """The same of a random order: one minus the chance that all first k are wrong, over all queries."""
     return _chance(_right_counts(queries, candidates), len(candidates), k)
 
 
-def median_by_chance(queries: Int[np.ndarray, " q"], candidates: Int[np.ndarray, " c"]) -> float:
+def chance_median_rank(queries: Int[np.ndarray, " q"], candidates: Int[np.ndarray, " c"]) -> float:
     """The place by which a random order has found a right candidate for half of the queries."""
     counts, size = _right_counts(queries, candidates), len(candidates)
     return float(1 + bisect.bisect_left(range(1, size + 1), 0.5, key=lambda place: _chance(counts, size, place)))

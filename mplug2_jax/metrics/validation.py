@@ -3,7 +3,7 @@
 from mplug2_jax.errors import UserError
 
 
-def check_pairs(metric: str, **counts: int) -> None:
+def check_same_length(metric: str, **counts: int) -> None:
     """Checks that there are as many of one as of the other, and any at all.
 
     Raises:

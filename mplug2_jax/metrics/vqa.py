@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mplug2_jax.metrics.metric import Ratio
-from mplug2_jax.metrics.validation import check_pairs
+from mplug2_jax.metrics.metric import MeanMetric
+from mplug2_jax.metrics.validation import check_same_length
 
 ENOUGH = 3  # others who gave an answer make it right
 
@@ -40,7 +40,7 @@ _FULL_STOP = re.compile(r"\.(?!\d)")
 _FULL_STOPS = 32  # the most that are removed: a flag, given where the count goes
 
 
-def normalise(answer: str) -> str:
+def normalize_answer(answer: str) -> str:
     """An answer as it is compared: punctuation first, then words, in lower case and with one space between.
 
     A mark is removed where it stands beside a space anywhere in the answer, and all marks are where a comma stands
@@ -63,12 +63,12 @@ def soft_accuracy(said: str, answers: Sequence[str]) -> float:
     """
     said, *answers = (text.replace("\n", " ").replace("\t", " ").strip() for text in (said, *answers))
     if len(set(answers)) > 1:
-        said, *answers = (normalise(text) for text in (said, *answers))
+        said, *answers = (normalize_answer(text) for text in (said, *answers))
     agree = [answer == said for answer in answers]
     return sum(min(1.0, (sum(agree) - own) / ENOUGH) for own in agree) / max(len(agree), 1)
 
 
-def vqa_accuracy(said: Sequence[str], answers: Sequence[Sequence[str]]) -> Ratio:
+def vqa_accuracy(said: Sequence[str], answers: Sequence[Sequence[str]]) -> MeanMetric:
     """VQA v2's accuracy; each question has the answers of all its annotators, the same one as often as it was given.
 
     Blank answers are answers. Questions with too few for anything to be right weigh nothing.
@@ -76,6 +76,6 @@ def vqa_accuracy(said: Sequence[str], answers: Sequence[Sequence[str]]) -> Ratio
     Raises:
         UserError: not one answer said to each question.
     """
-    check_pairs("VQA accuracy", answers=len(said), questions=len(answers))
+    check_same_length("VQA accuracy", answers=len(said), questions=len(answers))
     weights = np.asarray([float(len(given) > ENOUGH) for given in answers])
-    return Ratio(weights * [soft_accuracy(*pair) for pair in zip(said, answers, strict=True)], weights)
+    return MeanMetric(weights * [soft_accuracy(*pair) for pair in zip(said, answers, strict=True)], weights)

@@ -15,7 +15,7 @@ import numpy as np
 from data_pipelines.config import DataConfig
 from mplug2_jax.errors import UserError, did_you_mean
 from mplug2_jax.evaluation.config import EvaluationConfig
-from mplug2_jax.evaluation.loop import check_task, jitted_prediction
+from mplug2_jax.evaluation.loop import check_task, jit_predict
 from mplug2_jax.model.config import SpecialTokens
 from mplug2_jax.parallel.accelerators import Topology
 from mplug2_jax.parallel.mesh import make_mesh
@@ -160,7 +160,9 @@ def training_program(config: RunConfig, topology: Topology) -> Program:
 
 
 def evaluation_program(config: RunConfig, topology: Topology, name: str) -> Program:
-    """What one of a run's evaluations does with ``device_rows`` on each device; a search is as if no list held it.
+    """What one of a run's evaluations does with ``per_device_batch_size`` examples on each device.
+
+    A search is not constrained to a list of answers.
 
     Of retrieval that is re-ranked it is the first step, without matching; of classes by prompts the second, once these
     are encoded.
@@ -173,14 +175,14 @@ def evaluation_program(config: RunConfig, topology: Topology, name: str) -> Prog
         raise UserError(f"--evaluation {name}: {did_you_mean(name, config.evaluations)}")
     spec, evaluation = blueprint(config, topology), config.evaluations[name]
     check_batch(f"config.evaluations.{name}.data.batch_size", evaluation.data.batch_size, spec.mesh)
-    rows = evaluation.device_rows * batch_shards(spec.mesh)
+    rows = evaluation.per_device_batch_size * batch_shards(spec.mesh)
     data = dataclasses.replace(evaluation.data, batch_size=rows)
     example = {key: shape[1:] for key, (shape, _) in data.shapes().items()}
     check_task(f"config.evaluations.{name}", evaluation.task, example, spec.definition)
     start = time.perf_counter()
     with jax.set_mesh(spec.mesh):
         batch = {**abstract_batch(data, spec, mask=True), **_shared(spec, evaluation)}
-        predict = jitted_prediction(evaluation.task, spec.definition, spec.context, spec.mesh)
+        predict = jit_predict(evaluation.task, spec.definition, spec.context, spec.mesh)
         params = spec.eval_param_shapes
         lowered = predict.lower(params, batch)
     return Program(name, spec, topology, lowered, params, batch, time.perf_counter() - start)
@@ -188,11 +190,11 @@ def evaluation_program(config: RunConfig, topology: Topology, name: str) -> Prog
 
 def _shared(spec: RunSpec, evaluation: EvaluationConfig) -> Mapping[str, jax.ShapeDtypeStruct]:
     """What all batches of an evaluation share, which is made before them. One prompt stands for each class."""
-    prepare, classes = TASKS[evaluation.task].prepare, len(evaluation.data.examples.classes)
-    if prepare is None:
+    precompute, classes = TASKS[evaluation.task].precompute, len(evaluation.data.examples.classes)
+    if precompute is None:
         return {}
     context = dataclasses.replace(spec.context, prompts=Prompts(np.zeros((1, classes, 1), np.int32), classes, 1))
-    made = jax.eval_shape(lambda params: prepare(spec.definition.bind(params), context), spec.eval_param_shapes)
+    made = jax.eval_shape(lambda params: precompute(spec.definition.bind(params), context), spec.eval_param_shapes)
     whole = replicated(spec.mesh)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), made)
 

@@ -101,7 +101,7 @@ FINETUNES: Mapping[str, Trial] = {
         _as_asked("digit", "image", "classify", "top_1", _DIGITS, objective="classify", batch_size=96),
         _as_asked("action", "video", "classify", "top_1", _ACTIONS, objective="classify"),
         _as_asked("entailment", "text", "answer", "accuracy", _FOLLOWS, objective="ilm"),
-        _as_asked("summary", "text", "summarise", "rouge_2", _REPORT, objective="ilm"),
+        _as_asked("summary", "text", "summarize", "rouge_2", _REPORT, objective="ilm"),
     )
 }
 
@@ -140,7 +140,7 @@ def digitworld(name: str) -> ConfigDict:
             checkpoint=CheckpointConfig(every_steps=1000, keep_last=1),
             evaluations={
                 key: EvaluationConfig(
-                    task=asked.task, device_rows=32, **asked.more,
+                    task=asked.task, per_device_batch_size=32, **asked.more,
                     data=data(asked.examples, 64, split="heldout", size=256, label=asked.label),
                 )
                 for key, asked in trial.asked.items()

@@ -4,7 +4,7 @@ from ml_collections import ConfigDict
 
 from data_pipelines.config import InstructionConfig
 from mplug2_jax.recipes.base import Family, Sets, files, recipe
-from mplug2_jax.tasks.contracts import LIKENESS
+from mplug2_jax.tasks.contracts import SIMILARITY_LEVELS
 from mplug2_jax.training.config import AdamWConfig
 
 ONE = {"label": InstructionConfig(templates=("{text}",))}
@@ -15,7 +15,7 @@ TASKS = {
     "cola": ("CoLA", ONE, ("unacceptable", "acceptable"), 8_551),
     "sst2": ("SST-2", ONE, ("negative", "positive"), 67_349),
     "mrpc": ("MRPC", PAIR, ("no", "yes"), 3_668),
-    "stsb": ("STS-B", ALIKE, LIKENESS, 5_749),
+    "stsb": ("STS-B", ALIKE, SIMILARITY_LEVELS, 5_749),
     "qqp": ("QQP", PAIR, ("no", "yes"), 363_846),
     "mnli": ("MNLI", PAIR, ("yes", "maybe", "no"), 392_702),
     "qnli": ("QNLI", PAIR, ("no", "yes"), 104_743),

@@ -112,7 +112,9 @@ def released_at(model: ModelConfig, task: str, name: str, sets: Sets = STAND_IN)
             ),
             grad_accum_steps=2 if caption else 1,
             evaluations={
-                key: EvaluationConfig(task=objective, data=data(source, shown, asked), java=caption and not trial)
+                key: EvaluationConfig(
+                    task=objective, data=data(source, shown, asked), java_metrics=caption and not trial
+                )
                 for key, source in sets.asked.items()
             },
             eval_every=steps_per_epoch,

@@ -14,7 +14,7 @@ def summarising(name: str, size: str, sets: Sets, *, epochs: int = 3) -> ConfigD
         "target_length": 32,
     }  # fmt: skip
     family = Family(
-        objectives={"ilm": 1.0}, task="summarise", learned=examples, told=examples, epochs=epochs, batch_size=128,
+        objectives={"ilm": 1.0}, task="summarize", learned=examples, told=examples, epochs=epochs, batch_size=128,
         search=SearchConfig(beams=5, max_length=31), label_smoothing=0.1,
     )  # fmt: skip
     return recipe(name, size, sets, family)

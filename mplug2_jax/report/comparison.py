@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from mplug2_jax.errors import UserError
-from mplug2_jax.metrics.metric import Ratio, intervals
-from mplug2_jax.metrics.units import MINUS, is_share, show
+from mplug2_jax.evaluation.result_format import upgrade_prediction
+from mplug2_jax.metrics.metric import MeanMetric, bootstrap_ci
+from mplug2_jax.metrics.units import NEGATED_PREFIX, is_fraction, show
 from mplug2_jax.report.names import TaskWords, human
 from mplug2_jax.report.page import read_any, shortened
 from mplug2_jax.report.rendering import render, write_page
@@ -134,7 +135,7 @@ def _compare(ours: Evaluation, theirs: Evaluation, notes: list[str]) -> Compared
     keys = [key for key in a if key in b]
     pairs = np.asarray([(a[key].goodness, b[key].goodness) for key in keys], np.float64).reshape(-1, 2)
     differences, measure = pairs[:, 0] - pairs[:, 1], ours.words.measure
-    drawn = intervals({measure: Ratio(differences)}).get(measure)
+    drawn = bootstrap_ci({measure: MeanMetric(differences)}).get(measure)
     # The mean over all examples is a figure: then the interval is its difference's. Else it has a row of its own.
     whole = measure in ours.values and len(keys) == ours.examples == theirs.examples
     rows = [
@@ -183,9 +184,9 @@ def _signed(figure: str, difference: float) -> str:
     """A difference with its sign; of shares in points of a percent."""
     if not math.isfinite(difference):
         return "–"
-    if figure.startswith(MINUS):
+    if figure.startswith(NEGATED_PREFIX):
         return f"{difference:+.4g}"
-    return f"{100 * difference:+.1f} points" if is_share(figure) else f"{difference:+.1f}"
+    return f"{100 * difference:+.1f} points" if is_fraction(figure) else f"{difference:+.1f}"
 
 
 def read_said(path: Path, notes: list[str]) -> Mapping[tuple[str, int], Said]:
@@ -205,9 +206,10 @@ def read_said(path: Path, notes: list[str]) -> Mapping[tuple[str, int], Said]:
                 notes.append(f"{path}: only the first {_MAX_FILE >> 20:,} MiB are read")
                 break
             try:
-                row = json.loads(line)
-                key, goodness = str(row["key"]), row.get("goodness")
-                asked, said, true = (str(row.get(name) or "")[:_MAX_TEXT] for name in ("instruction", "said", "true"))
+                row = upgrade_prediction(json.loads(line))
+                key, goodness = str(row["key"]), row.get("score")
+                texts = (row.get(name) or "" for name in ("instruction", "prediction", "reference"))
+                asked, said, true = (str(text)[:_MAX_TEXT] for text in texts)
                 good = math.nan if goodness is None else float(goodness)
             except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
                 damaged += 1

@@ -14,7 +14,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-from mplug2_jax.metrics.units import RANK, is_share
+from mplug2_jax.metrics.units import RANK, is_fraction
 from mplug2_jax.report.metrics import Curve
 from mplug2_jax.report.names import human
 
@@ -168,7 +168,7 @@ def _evaluations(
             said = human(figure, shown_by.get(evaluation, "picture"))
             direction, _, cutoff = said.rpartition(" R@")
             # What is no share would press shares to the axis.
-            apart = direction or ("" if is_share(figure) else said if figure.endswith(RANK) else "scores")
+            apart = direction or ("" if is_fraction(figure) else said if figure.endswith(RANK) else "scores")
             panels.setdefault((evaluation, apart), []).append((f"R@{cutoff}" if direction else said, name))
     plans = []
     for (evaluation, apart), lines in panels.items():
@@ -176,7 +176,9 @@ def _evaluations(
         # Baselines of several figures would be a second set of lines.
         baseline = baselines.get(evaluation, {}).get(figure, math.nan) if len(lines) == 1 else math.nan
         title = f"{human(evaluation)}, {apart}" if apart else human(evaluation)
-        plans.append(_Plan(title, lines, percent if is_share(figure) else compact, from_zero=True, baseline=baseline))
+        plans.append(
+            _Plan(title, lines, percent if is_fraction(figure) else compact, from_zero=True, baseline=baseline)
+        )
     return plans
 
 

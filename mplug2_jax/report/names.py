@@ -56,7 +56,7 @@ _TASKS = {
     "answer": TaskWords("answered", "true", "always the most frequent answer", "accuracy", marked=True),
     "ilm": TaskWords("answered", "true", "always the most frequent answer", "accuracy", marked=True),
     "vqa": TaskWords("answered", "true", "always the most frequent answer", "vqa_accuracy"),
-    "summarise": TaskWords("summarised", "true", "the first eight words", "rouge_l"),
+    "summarize": TaskWords("summarised", "true", "the first eight words", "rouge_l"),
     "ground": TaskWords("pointed at", "true", "always the mean box", "mean_iou"),
     **dict.fromkeys(("caption", "scst"), TaskWords("said", "true", "another example's caption", "cider")),
     "vlc": TaskWords("found", "true", "chance", "minus_rank"),

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping
 from importlib.resources import files
 
-from mplug2_jax.metrics.units import is_share
+from mplug2_jax.metrics.units import is_fraction
 
 _FIGURES = {
     "accuracy": "accuracy",
@@ -50,6 +50,6 @@ def _of_sets() -> dict[str, dict[str, Published]]:
     found: dict[str, dict[str, Published]] = {}
     for row in content["results"]:
         figure = _FIGURES[row["metric"]]
-        value = row["value"] / 100 if is_share(figure) else row["value"]
+        value = row["value"] / 100 if is_fraction(figure) else row["value"]
         found.setdefault(row["task"], {})[figure] = Published(value, row["setting"], row["source"])
     return found

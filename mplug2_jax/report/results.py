@@ -12,7 +12,8 @@ from typing import Any
 
 from PIL import Image
 
-from mplug2_jax.metrics.units import RANK, is_share, show, times_as_good
+from mplug2_jax.evaluation.result_format import upgrade_result
+from mplug2_jax.metrics.units import RANK, is_fraction, ratio_to_baseline, show
 from mplug2_jax.report.confusion import Confusion, read_confusion
 from mplug2_jax.report.names import TaskWords, human, task_words
 from mplug2_jax.report.published import Published, published
@@ -143,16 +144,17 @@ def _read_all(top: Path, folders: Sequence[Path], order: Sequence[str], notes: l
 def _read(path: Path, name: str, notes: list[str]) -> Evaluation:
     if path.stat().st_size > _MAX_FILE:
         raise ValueError(f"it is larger than {_MAX_FILE >> 20} MiB")
-    content = json.loads(path.read_bytes())
-    task, figures, baselines = str(content["task"]), _numbers(content["figures"]), _numbers(content["baselines"])
-    intervals = {name: (float(low), float(high)) for name, (low, high) in content.get("intervals", {}).items()}
+    content = upgrade_result(json.loads(path.read_bytes()))
+    task, figures, baselines = str(content["task"]), _numbers(content["metrics"]), _numbers(content["baselines"])
+    kept = content.get("confidence_intervals", {})
+    intervals = {name: (float(low), float(high)) for name, (low, high) in kept.items()}
     # Pictures are noted only once the rest has proved readable.
     lost: list[str] = []
     samples = [_sample(task, row, path.parent, lost) for row in content["samples"]]
     others = published(str(content.get("recipe", "")), [str(each) for each in content.get("formats", ())])
     shows = "clip" if any(sample.strip and sample.strip.frames > 1 for sample in samples) else "picture"
     result = Evaluation(
-        path, path.stem, task, task_words(task), int(content["step"]), int(content["examples"]),
+        path, path.stem, task, task_words(task), int(content["step"]), int(content["num_examples"]),
         [*(_figure(name, value, baselines.get(name, math.nan), intervals.get(name), others.get(name), shows)
            for name, value in figures.items()),
          *(_absent(str(name)) for name in content.get("absent", ()))],
@@ -169,10 +171,10 @@ def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
 def _figure(
     name: str, value: float, baseline: float, interval: tuple[float, float] | None, other: Published | None, shows: str
 ) -> Figure:
-    ratio = times_as_good(name, value, baseline)
+    ratio = ratio_to_baseline(name, value, baseline)
     # Shares fill a bar at 100 %; CIDEr, which has no such end, at 150, where good captioners on easy data stand; ranks
     # at the first place, of which the second is half.
-    full = 1.0 if is_share(name) else max(150.0, *(v for v in (value, baseline) if math.isfinite(v)), 0)
+    full = 1.0 if is_fraction(name) else max(150.0, *(v for v in (value, baseline) if math.isfinite(v)), 0)
 
     def along(number: float) -> float:
         number = full / max(number, 1.0) if name.endswith(RANK) else number
@@ -197,14 +199,14 @@ def _times(ratio: float) -> str:
 
 
 def _sample(task: str, row: Mapping[str, Any], folder: Path, lost: list[str]) -> Sample:
-    said, text, true = str(row["said"]), str(row.get("text") or ""), [str(t) for t in row["true"]]
+    said, text, true = str(row["prediction"]), str(row.get("text") or ""), [str(t) for t in row["references"]]
     # Of several right captions the one that the example itself bears is shown.
     shown = text if text in true or not true else true[0]
     if task == "mlm":
         said_words, true_words = _difference(said, shown)
     else:
         said_words, true_words = [Word(said)], [Word(shown)]
-    why, goodness, pictures = row.get("why"), row.get("goodness"), row.get("nearest_pictures") or {}
+    why, goodness, pictures = row.get("category"), row.get("score"), row.get("nearest_images") or {}
     others = [t for t in dict.fromkeys(true) if t != shown]
     return Sample(
         str(row.get("key") or ""),
@@ -216,9 +218,9 @@ def _sample(task: str, row: Mapping[str, Any], folder: Path, lost: list[str]) ->
         _strip(folder, row.get("frames"), lost),
         why if why in HEADINGS else "first",
         "" if goodness is None else show(task_words(task).measure, float(goodness)),
-        [(str(each["text"]), bool(each["right"])) for each in row.get("nearest_texts", ())[:_MOST_NEAREST]],
+        [(str(each["text"]), bool(each["correct"])) for each in row.get("nearest_texts", ())[:_MOST_NEAREST]],
         _strip(folder, pictures.get("frames"), lost),
-        [bool(right) for right in pictures.get("right", ())[:_MOST_NEAREST]],
+        [bool(right) for right in pictures.get("correct", ())[:_MOST_NEAREST]],
     )
 
 

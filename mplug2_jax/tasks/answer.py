@@ -9,11 +9,11 @@ import numpy as np
 from data_pipelines.examples import Example
 from mplug2_jax.generation.decode import generate
 from mplug2_jax.generation.rank import likeliest
-from mplug2_jax.metrics.metric import Ratio
+from mplug2_jax.metrics.metric import MeanMetric
 from mplug2_jax.model.mplug2 import Mplug2
 from mplug2_jax.objectives.forward import DeviceBatch, Forward, Outcome
 from mplug2_jax.objectives.language import answer_loss
-from mplug2_jax.tasks.base import HostPredictions, Predictions, Scored, Task, TaskContext
+from mplug2_jax.tasks.base import EvalOutput, HostPredictions, Predictions, Task, TaskContext
 from mplug2_jax.tasks.contracts import CONTRACTS
 
 
@@ -25,10 +25,10 @@ def loss(forward: Forward, context: TaskContext) -> Outcome:
 def predict(model: Mplug2, batch: DeviceBatch, context: TaskContext) -> Predictions:
     """The best answer's ids."""
     memory, mask = Forward(model, batch).instructed
-    if context.answers is not None and context.ranked:
+    if context.answers is not None and context.num_ranked:
         best = likeliest(
-            model.decoder, memory, mask, context.answers, context.tokens, keep=context.ranked,
-            first_twice=context.first_twice,
+            model.decoder, memory, mask, context.answers, context.tokens, keep=context.num_ranked,
+            first_twice=context.double_count_first_token,
         )  # fmt: skip
         return {"ids": best}
     search, seeds = context.settings.search, batch.get("example_id")
@@ -37,12 +37,14 @@ def predict(model: Mplug2, batch: DeviceBatch, context: TaskContext) -> Predicti
     return {"ids": jnp.where(kept, found.ids[:, 0], context.tokens.pad)}
 
 
-def score(predictions: HostPredictions, examples: Sequence[Example], decode: Callable[[Sequence[int]], str]) -> Scored:
+def score(
+    predictions: HostPredictions, examples: Sequence[Example], decode: Callable[[Sequence[int]], str]
+) -> EvalOutput:
     """Share of answers that equal a right one to the letter, beside always giving the most frequent answer."""
     said = [decode(row.tolist()) for row in predictions["ids"]]
     hits = np.asarray([s in example.answers for s, example in zip(said, examples, strict=True)], np.float64)
     majority = Counter(example.answers[0] for example in examples).most_common(1)[0][1]
-    return Scored({"accuracy": Ratio(hits)}, {"accuracy": majority / len(examples)}, said, goodness=hits)
+    return EvalOutput({"accuracy": MeanMetric(hits)}, {"accuracy": majority / len(examples)}, said, example_scores=hits)
 
 
 TASK = Task(

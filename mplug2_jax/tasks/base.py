@@ -9,8 +9,8 @@ from jaxtyping import Array, Float, Int
 from numpy.typing import NDArray
 
 from data_pipelines.examples import Example
-from mplug2_jax.metrics.classification import Confusion
-from mplug2_jax.metrics.metric import Figure
+from mplug2_jax.metrics.classification import ConfusionSummary
+from mplug2_jax.metrics.metric import Metric
 from mplug2_jax.model.config import SpecialTokens
 from mplug2_jax.model.mplug2 import Mplug2
 from mplug2_jax.objectives.forward import DeviceBatch, Forward, Outcome
@@ -19,15 +19,15 @@ from mplug2_jax.tasks.contracts import Contract
 
 Predictions = dict[str, Any]  # arrays with a leading example axis
 HostPredictions = Mapping[str, NDArray[Any]]
-Match = Callable[[Int[np.ndarray, "p 2"]], Float[np.ndarray, " p"]]
+ScorePairs = Callable[[Int[np.ndarray, "p 2"]], Float[np.ndarray, " p"]]
 
 
 class Prompts(NamedTuple):
     """Texts of classes: all of a class one after the other, in k batches of r, the last of them filled up."""
 
     ids: Int[np.ndarray, "k r l"]
-    classes: int
-    templates: int  # texts of each class
+    num_classes: int
+    num_templates: int  # texts of each class
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,33 +40,33 @@ class TaskContext:
     settings: TaskSettings
     tokens: SpecialTokens
     answers: Int[np.ndarray, "a m"] | None = None
-    ranked: int = 0  # so many of them, likeliest by their first token, are ranked by likelihood; 0: they are searched
-    first_twice: bool = False  # the first token counts twice in a rank, as in the release
+    num_ranked: int = 0  # answers, likeliest by their first token, that are ranked by likelihood; 0: search
+    double_count_first_token: bool = False  # the first token counts twice in a rank, as in the release
     prompts: Prompts | None = None
 
 
 @dataclasses.dataclass(frozen=True)
-class Nearest:
+class RetrievalNeighbors:
     """What retrieval found for each example, the nearest first, as places among the examples.
 
     A picture of several examples is its first one.
     """
 
     texts: Int[np.ndarray, "n k"]  # for the example's picture
-    pictures: Int[np.ndarray, "n j"]  # for its text
-    picture: Int[np.ndarray, " n"]  # which each example has: what is right is of the same
+    visuals: Int[np.ndarray, "n j"]  # for its text
+    visual_of: Int[np.ndarray, " n"]  # which each example has: what is right is of the same
 
 
 @dataclasses.dataclass(frozen=True)
-class Scored:
+class EvalOutput:
     """The result of an evaluation: figures by name, shares as fractions, scores as their field quotes them."""
 
-    figures: Mapping[str, Figure]
+    metrics: Mapping[str, Metric]
     baselines: Mapping[str, float]  # the same figures for something that has learned nothing
-    said: Sequence[str]  # for each example, what the model said, in words
-    goodness: Float[np.ndarray, " n"]  # and how good that was: the higher, the better
-    confusion: Confusion | None = None  # of classes
-    nearest: Nearest | None = None  # of retrieval
+    predictions: Sequence[str]  # for each example, what the model said, in words
+    example_scores: Float[np.ndarray, " n"]  # and how good that was: the higher, the better
+    confusion: ConfusionSummary | None = None  # of classes
+    nearest: RetrievalNeighbors | None = None  # of retrieval
     absent: tuple[str, ...] = ()  # figures that could not be computed here
     warnings: tuple[str, ...] = ()  # sentences about examples that cannot be judged
 
@@ -82,24 +82,25 @@ class Task(Contract):
     """One task.
 
     ``loss`` trains it. ``predict`` runs on the device under jit, ``score`` on the host over all examples, with the mesh
-    in context; a task that has none cannot be evaluated by itself, and one without a loss not be trained. ``prepare``
-    makes, on the device too, the arrays that are the same for all batches, and that ``predict`` finds in each of them.
+    in context; a task that has none cannot be evaluated by itself, and one without a loss not be trained.
+    ``precompute`` makes, on the device too, the arrays that are the same for all batches, and that ``predict`` finds in
+    each of them.
 
     A task whose evaluation compares examples with each other looks at some pairs again, of one's text and another's
-    picture. ``match`` runs on the device under jit: ``frames`` of b examples, and of each r texts (``text``,
-    ``text_mask`` [b, r, l]), in; [b, r] scores out. ``refine`` runs on the host once all examples are predicted, in all
+    picture. ``score_pairs`` runs on the device under jit: ``frames`` of b examples, and of each r texts (``text``,
+    ``text_mask`` [b, r, l]), in; [b, r] scores out. ``rerank`` runs on the host once all examples are predicted, in all
     processes alike, with the mesh in context. It is given a function from pairs (the text's example, the picture's) to
     their scores, and returns what ``score`` reads in place of the predictions.
 
-    ``by_java`` adds to a score the figures of Java programs, of which one process starts those that it has.
+    ``external_metrics`` adds to a score the figures of Java programs, of which one process starts those that it has.
     """
 
     loss: Callable[[Forward, TaskContext], Outcome] | None = None
-    prepare: Callable[[Mplug2, TaskContext], Predictions] | None = None
-    classes: int = 0  # that its score tells apart; 0: as many as the model does
-    views: bool = False  # whether its predictions are probabilities, of which an example's views have a mean
+    precompute: Callable[[Mplug2, TaskContext], Predictions] | None = None
+    num_classes: int = 0  # that its score tells apart; 0: as many as the model does
+    averages_views: bool = False  # whether its predictions are probabilities, of which an example's views have a mean
     predict: Callable[[Mplug2, DeviceBatch, TaskContext], Predictions] | None = None
-    score: Callable[[HostPredictions, Sequence[Example], Callable[[Sequence[int]], str]], Scored] | None = None
-    match: Callable[[Mplug2, DeviceBatch, TaskContext], Float[Array, "b r"]] | None = None
-    refine: Callable[[HostPredictions, Sequence[Example], TaskContext, Match], HostPredictions] | None = None
-    by_java: Callable[[Scored, Sequence[Example]], Scored] | None = None
+    score: Callable[[HostPredictions, Sequence[Example], Callable[[Sequence[int]], str]], EvalOutput] | None = None
+    score_pairs: Callable[[Mplug2, DeviceBatch, TaskContext], Float[Array, "b r"]] | None = None
+    rerank: Callable[[HostPredictions, Sequence[Example], TaskContext, ScorePairs], HostPredictions] | None = None
+    external_metrics: Callable[[EvalOutput, Sequence[Example]], EvalOutput] | None = None

@@ -11,12 +11,12 @@ from data_pipelines.examples import Example
 from mplug2_jax.generation.decode import generate
 from mplug2_jax.metrics.caption import caption_scores, tokens
 from mplug2_jax.metrics.java_metrics import Meteor, meteor, spice
-from mplug2_jax.metrics.metric import Ratio
+from mplug2_jax.metrics.metric import MeanMetric
 from mplug2_jax.model.mplug2 import Mplug2
 from mplug2_jax.objectives.forward import DeviceBatch, Forward, Outcome
 from mplug2_jax.objectives.language import caption_loss
 from mplug2_jax.parallel.processes import gather, is_first
-from mplug2_jax.tasks.base import HostPredictions, Predictions, Scored, Task, TaskContext
+from mplug2_jax.tasks.base import EvalOutput, HostPredictions, Predictions, Task, TaskContext
 from mplug2_jax.tasks.contracts import CONTRACTS
 
 _PATIENCE = 800.0  # seconds for each Java program: a run that hears nothing for half an hour ends
@@ -36,36 +36,40 @@ def predict(model: Mplug2, batch: DeviceBatch, context: TaskContext) -> Predicti
     return {"ids": jnp.where(kept, found.ids[:, 0], context.tokens.pad)}
 
 
-def score(predictions: HostPredictions, examples: Sequence[Example], decode: Callable[[Sequence[int]], str]) -> Scored:
+def score(
+    predictions: HostPredictions, examples: Sequence[Example], decode: Callable[[Sequence[int]], str]
+) -> EvalOutput:
     """CIDEr, BLEU and ROUGE-L against all captions of a picture, beside the captions of another picture.
 
     How good a caption is, is its CIDEr.
     """
     said = [decode(row.tolist()) for row in predictions["ids"]]
     references, shifted = _references(examples)  # once, for both
-    figures = caption_scores(tokens(said), references, tokenise=False)
-    baselines = caption_scores(shifted, references, tokenise=False)
+    figures = caption_scores(tokens(said), references, tokenize=False)
+    baselines = caption_scores(shifted, references, tokenize=False)
     cider = figures["cider"]
-    assert isinstance(cider, Ratio)
-    return Scored(figures, {name: figure.value for name, figure in baselines.items()}, said, goodness=cider.values)
+    assert isinstance(cider, MeanMetric)
+    return EvalOutput(
+        figures, {name: figure.value for name, figure in baselines.items()}, said, example_scores=cider.values
+    )
 
 
-def by_java(scored: Scored, examples: Sequence[Example]) -> Scored:
+def external_metrics(scored: EvalOutput, examples: Sequence[Example]) -> EvalOutput:
     """METEOR and SPICE besides; those that the first process has no program for are absent, in all processes."""
     references, shifted = _references(examples)
-    both = [*tokens(scored.said), *shifted], [*references, *references]  # a program is started once
+    both = [*tokens(scored.predictions), *shifted], [*references, *references]  # a program is started once
     mine: dict[str, list[Any] | None] = {}
     if is_first():
         counts, graphs = meteor(*both, seconds=_PATIENCE), spice(*both, seconds=_PATIENCE)
         mine["meteor"] = None if counts is None else counts.counts.tolist()
         mine["spice"] = None if graphs is None else graphs.values.tolist()
     found = {name: None if rows is None else np.asarray(rows) for name, rows in gather(mine)[0].items()}
-    figures, baselines = dict(scored.figures), dict(scored.baselines)
-    for name, figure in (("meteor", Meteor), ("spice", Ratio)):
+    figures, baselines = dict(scored.metrics), dict(scored.baselines)
+    for name, figure in (("meteor", Meteor), ("spice", MeanMetric)):
         if (rows := found[name]) is not None:
             figures[name], baselines[name] = figure(rows[: len(examples)]), figure(rows[len(examples) :]).value
     absent = tuple(name for name in found if found[name] is None)
-    return dataclasses.replace(scored, figures=figures, baselines=baselines, absent=absent)
+    return dataclasses.replace(scored, metrics=figures, baselines=baselines, absent=absent)
 
 
 def _references(examples: Sequence[Example]) -> tuple[list[list[str]], list[str]]:
@@ -79,5 +83,5 @@ TASK = Task(
     loss=loss,
     predict=predict,
     score=score,
-    by_java=by_java,
+    external_metrics=external_metrics,
 )

@@ -7,11 +7,11 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from data_pipelines.examples import Example
-from mplug2_jax.metrics.classification import taken_for, top_k
+from mplug2_jax.metrics.classification import confusion_summary, top_k
 from mplug2_jax.model.mplug2 import Mplug2
 from mplug2_jax.objectives.classification import class_loss
 from mplug2_jax.objectives.forward import DeviceBatch, Forward, Outcome
-from mplug2_jax.tasks.base import HostPredictions, Predictions, Scored, Task, TaskContext
+from mplug2_jax.tasks.base import EvalOutput, HostPredictions, Predictions, Task, TaskContext
 from mplug2_jax.tasks.contracts import CONTRACTS
 
 
@@ -26,7 +26,9 @@ def predict(model: Mplug2, batch: DeviceBatch, context: TaskContext) -> Predicti
     return {"probabilities": jax.nn.softmax(Forward(model, batch).class_logits, axis=-1)}
 
 
-def score(predictions: HostPredictions, examples: Sequence[Example], decode: Callable[[Sequence[int]], str]) -> Scored:
+def score(
+    predictions: HostPredictions, examples: Sequence[Example], decode: Callable[[Sequence[int]], str]
+) -> EvalOutput:
     """Top-1 and, of more than five classes, top-5 accuracy, beside always naming the most frequent classes.
 
     How good a prediction is, is the right class's probability.
@@ -37,16 +39,18 @@ def score(predictions: HostPredictions, examples: Sequence[Example], decode: Cal
     counts = np.bincount(labels, minlength=probabilities.shape[1])
     names = {f"top_{k}": k for k in (1, 5) if k == 1 or probabilities.shape[1] > k}
     said = probabilities.argmax(1)
-    return Scored(
-        figures={name: top_k(probabilities, labels, k) for name, k in names.items()},
+    return EvalOutput(
+        metrics={name: top_k(probabilities, labels, k) for name, k in names.items()},
         baselines={name: float(np.sort(counts)[::-1][:k].sum() / len(labels)) for name, k in names.items()},
-        said=class_names(said, examples),
-        goodness=of_right(probabilities, labels),
-        confusion=taken_for(said, labels, class_names(np.arange(probabilities.shape[1]), examples)),
+        predictions=class_names(said, examples),
+        example_scores=label_probability(probabilities, labels),
+        confusion=confusion_summary(said, labels, class_names(np.arange(probabilities.shape[1]), examples)),
     )
 
 
-def of_right(probabilities: Float[np.ndarray, "n c"], labels: Int[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+def label_probability(
+    probabilities: Float[np.ndarray, "n c"], labels: Int[np.ndarray, " n"]
+) -> Float[np.ndarray, " n"]:
     """The probability of each example's own class; 0 where it is not a number."""
     return np.nan_to_num(np.take_along_axis(probabilities, labels[:, None], axis=1)[:, 0])
 
@@ -59,7 +63,7 @@ def class_names(said: Int[np.ndarray, " n"], examples: Sequence[Example]) -> lis
 
 TASK = Task(
     **vars(CONTRACTS["classify"]),
-    views=True,
+    averages_views=True,
     loss=loss,
     predict=predict,
     score=score,

@@ -8,7 +8,7 @@ from data_pipelines.batch import BATCH_KEYS
 from mplug2_jax.errors import UserError
 from mplug2_jax.model.config import PARTS
 
-LIKENESS = tuple(f"{i / 5:.1f}" for i in range(26))
+SIMILARITY_LEVELS = tuple(f"{i / 5:.1f}" for i in range(26))
 """STS-B's numbers in steps of 0.2, as classes; what is said is their mean."""
 
 
@@ -19,12 +19,12 @@ class Contract:
     name: str
     parts: tuple[str, ...]
     keys: tuple[str, ...]
-    picture_parts: tuple[str, ...] = ()  # needed too where batches bring frames
+    vision_parts: tuple[str, ...] = ()  # needed too where batches bring frames
     text_parts: tuple[str, ...] = ()  # and where they bring none
-    further_parts: tuple[str, ...] = ()  # that it uses where the model has them: a run's, if its examples instruct
-    trained: bool = True  # it has a loss
-    evaluated: bool = True  # it has a prediction
-    least_answers: int = 0  # right answers that an example needs, for its prediction to be scored
+    optional_parts: tuple[str, ...] = ()  # that it uses where the model has them: a run's, if its examples instruct
+    trainable: bool = True  # it has a loss
+    evaluable: bool = True  # it has a prediction
+    min_answers: int = 0  # right answers that an example needs, for its prediction to be scored
 
     def check(self, batch_keys: set[str], where: str) -> None:
         """Checks that batches bring what the task reads.
@@ -43,14 +43,14 @@ class Contract:
 
 _TOLD = ("instruction", "instruction_mask")
 _ANSWERED = (*_TOLD, "target", "target_weights")
-_SPEAKING: Mapping[str, Any] = {"parts": ("text", "universal", "decoder"), "picture_parts": ("vision", "fusion")}
-_CAPTIONING: Mapping[str, Any] = {"parts": ("vision", "universal", "decoder"), "further_parts": ("text", "fusion")}
+_SPEAKING: Mapping[str, Any] = {"parts": ("text", "universal", "decoder"), "vision_parts": ("vision", "fusion")}
+_CAPTIONING: Mapping[str, Any] = {"parts": ("vision", "universal", "decoder"), "optional_parts": ("text", "fusion")}
 _PAIRED = ("frames", "text", "text_mask", "example_id")
 _CONTRASTING = ("vision", "text", "universal", "contrastive")
 _MATCHING = ("vision", "text", "universal", "fusion", "contrastive", "matching")
 _CLASSIFYING: Mapping[str, Any] = {
     "parts": ("universal", "classifier"),
-    "picture_parts": ("vision",),
+    "vision_parts": ("vision",),
     "text_parts": ("text",),
 }
 
@@ -61,28 +61,28 @@ CONTRACTS: Mapping[str, Contract] = {
     for contract in (
         Contract(name="mlm", parts=("text", "universal", "mlm"), keys=("text", "text_mask", "example_id")),
         Contract(name="vlc", parts=_CONTRASTING, keys=_PAIRED),
-        Contract(name="vlm", parts=_MATCHING, keys=_PAIRED, evaluated=False),
+        Contract(name="vlm", parts=_MATCHING, keys=_PAIRED, evaluable=False),
         Contract(name="rerank", parts=_MATCHING, keys=_PAIRED),
         Contract(name="ilm", **_SPEAKING, keys=_ANSWERED),
         Contract(name="caption", **_CAPTIONING, keys=("frames", "target", "target_weights")),
         Contract(name="scst", **_CAPTIONING, keys=("frames", "references", "example_id")),
         Contract(name="answer", **_SPEAKING, keys=_ANSWERED),
-        Contract(name="vqa", **_SPEAKING, keys=_ANSWERED, least_answers=4),
-        Contract(name="summarise", **_SPEAKING, keys=_ANSWERED),
+        Contract(name="vqa", **_SPEAKING, keys=_ANSWERED, min_answers=4),
+        Contract(name="summarize", **_SPEAKING, keys=_ANSWERED),
         Contract(name="ground", **_SPEAKING, keys=(*_ANSWERED, "box")),
         Contract(name="classify", **_CLASSIFYING, keys=("label",)),
-        Contract(name="zero_shot", parts=_CONTRASTING, keys=("frames", "label"), trained=False),
+        Contract(name="zero_shot", parts=_CONTRASTING, keys=("frames", "label"), trainable=False),
         *(Contract(name=name, **_CLASSIFYING, keys=(*_TOLD, "label")) for name in GLUE),
     )
 }
 """Every task; :mod:`mplug2_jax.tasks.table` has what it does, from a file for each."""
 
 
-def parts_for(uses: Sequence[tuple[Contract, bool, bool]]) -> tuple[str, ...]:
+def required_parts(uses: Sequence[tuple[Contract, bool, bool]]) -> tuple[str, ...]:
     """The parts of a model for some uses, each (task, batches bring frames, frames are clips), in the table's order."""
     needed: set[str] = set()
     for task, pictures, clips in uses:
-        needed |= {*task.parts, *(task.picture_parts if pictures else task.text_parts)}
+        needed |= {*task.parts, *(task.vision_parts if pictures else task.text_parts)}
         if clips and "vision" in needed:
             needed.add("temporal")
     return tuple(part for part in PARTS if part in needed)

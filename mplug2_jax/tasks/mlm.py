@@ -6,11 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from data_pipelines.examples import Example
-from mplug2_jax.metrics.metric import Ratio
+from mplug2_jax.metrics.metric import MeanMetric
 from mplug2_jax.model.mplug2 import Mplug2
 from mplug2_jax.objectives.forward import DeviceBatch, Forward, Outcome
 from mplug2_jax.objectives.mlm import masked_predictions, mlm_loss
-from mplug2_jax.tasks.base import HostPredictions, Predictions, Scored, Task, TaskContext
+from mplug2_jax.tasks.base import EvalOutput, HostPredictions, Predictions, Task, TaskContext
 from mplug2_jax.tasks.contracts import CONTRACTS
 
 
@@ -25,7 +25,9 @@ def predict(model: Mplug2, batch: DeviceBatch, context: TaskContext) -> Predicti
     return {"ids": jnp.where(chosen > 0, jnp.argmax(log_probs, -1), batch["text"]), "chosen": chosen > 0}
 
 
-def score(predictions: HostPredictions, examples: Sequence[Example], decode: Callable[[Sequence[int]], str]) -> Scored:
+def score(
+    predictions: HostPredictions, examples: Sequence[Example], decode: Callable[[Sequence[int]], str]
+) -> EvalOutput:
     """Share of masked tokens that were guessed, beside always guessing the most frequent masked token.
 
     How good a text is, is its own share; of one without masked tokens, that of all.
@@ -34,17 +36,17 @@ def score(predictions: HostPredictions, examples: Sequence[Example], decode: Cal
     true = [example.arrays["text"][mask] for example, mask in zip(examples, chosen, strict=True)]
     hits = [(ids[mask] == t).sum() for ids, mask, t in zip(predictions["ids"], chosen, true, strict=True)]
     masked = chosen.sum(1).astype(np.float64)
-    accuracy = Ratio(np.asarray(hits, np.float64), masked)
+    accuracy = MeanMetric(np.asarray(hits, np.float64), masked)
     shares = np.full(len(hits), accuracy.value)
     np.divide(hits, masked, out=shares, where=masked > 0)
     counts: dict[int, int] = {}
     for token in (int(t) for row in true for t in row):
         counts[token] = counts.get(token, 0) + 1
-    return Scored(
-        figures={"accuracy": accuracy},
+    return EvalOutput(
+        metrics={"accuracy": accuracy},
         baselines={"accuracy": max(counts.values(), default=0) / max(int(chosen.sum()), 1)},
-        said=[decode(row.tolist()) for row in predictions["ids"]],
-        goodness=shares,
+        predictions=[decode(row.tolist()) for row in predictions["ids"]],
+        example_scores=shares,
     )
 
 

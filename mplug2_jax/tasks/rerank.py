@@ -8,16 +8,22 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from data_pipelines.examples import Example
-from mplug2_jax.metrics.retrieval import ranks_of
+from mplug2_jax.metrics.retrieval import compute_ranks
 from mplug2_jax.model.mplug2 import Mplug2
 from mplug2_jax.objectives.forward import DeviceBatch
 from mplug2_jax.tasks import vlc, vlm
-from mplug2_jax.tasks.base import HostPredictions, Match, Scored, TaskContext
+from mplug2_jax.tasks.base import EvalOutput, HostPredictions, ScorePairs, TaskContext
 from mplug2_jax.tasks.contracts import CONTRACTS
-from mplug2_jax.tasks.vlc import NEIGHBOURS, figures_of, nearest_of, search_both_ways, sides_of
+from mplug2_jax.tasks.vlc import (
+    NUM_NEIGHBORS,
+    build_index,
+    collect_neighbors,
+    retrieval_metrics,
+    search_both_directions,
+)
 
 
-def match(model: Mplug2, batch: DeviceBatch, context: TaskContext) -> Float[Array, "b r"]:
+def score_pairs(model: Mplug2, batch: DeviceBatch, context: TaskContext) -> Float[Array, "b r"]:
     """How sure the matching head is of each text: logits of yes less those of no.
 
     That is the order of v1's score, the probability of yes, which in float32 is 1 for all that are sure. Similarities
@@ -31,16 +37,16 @@ def match(model: Mplug2, batch: DeviceBatch, context: TaskContext) -> Float[Arra
     return jnp.reshape(logits[:, 1] - logits[:, 0], batch["text"].shape[:2])
 
 
-def refine(
-    predictions: HostPredictions, examples: Sequence[Example], context: TaskContext, match: Match
+def rerank(
+    predictions: HostPredictions, examples: Sequence[Example], context: TaskContext, score: ScorePairs
 ) -> HostPredictions:
     """Ranks by contrast (``DIRECTION``) and by matching (``reranked_DIRECTION``), and the ``nearest_DIRECTION`` by it.
 
     The ``config.tasks.rerank_k`` nearest candidates of every query, both ways, are matched, each pair once: at most
     2 k pairs for each example. A query whose right candidates are not among them keeps its rank.
     """
-    sides = sides_of(examples)
-    found = search_both_ways(predictions, sides, context.settings.rerank_k)
+    sides = build_index(examples)
+    found = search_both_directions(predictions, sides, context.settings.rerank_k)
     numbers = {
         direction: _pair_numbers(direction, each.nearest, len(sides.pictures)) for direction, each in found.items()
     }
@@ -48,13 +54,13 @@ def refine(
     text, picture = np.divmod(every, len(sides.pictures))
     scores = match(np.stack([text, sides.first[picture]], axis=1))
     refined: dict[str, np.ndarray] = {}
-    for direction, queries, candidates in sides.both_ways():
+    for direction, queries, candidates in sides.directions():
         ranks, nearest = found[direction]
         anew = scores[np.searchsorted(every, numbers[direction])]
         right = (candidates[nearest] == queries[:, None]).any(1)
         refined[direction] = ranks
-        refined[f"reranked_{direction}"] = np.where(right, ranks_of(anew, queries, candidates[nearest]), ranks)
-        order = np.argsort(np.where(np.isnan(anew), np.inf, -anew), axis=1, kind="stable")[:, :NEIGHBOURS]
+        refined[f"reranked_{direction}"] = np.where(right, compute_ranks(anew, queries, candidates[nearest]), ranks)
+        order = np.argsort(np.where(np.isnan(anew), np.inf, -anew), axis=1, kind="stable")[:, :NUM_NEIGHBORS]
         refined[f"nearest_{direction}"] = np.take_along_axis(nearest, order, axis=1)
     return refined
 
@@ -65,26 +71,28 @@ def _pair_numbers(direction: str, nearest: Int[np.ndarray, "q k"], pictures: int
     return queries * pictures + nearest if direction == "text_to_visual" else nearest * pictures + queries
 
 
-def score(predictions: HostPredictions, examples: Sequence[Example], decode: Callable[[Sequence[int]], str]) -> Scored:
+def score(
+    predictions: HostPredictions, examples: Sequence[Example], decode: Callable[[Sequence[int]], str]
+) -> EvalOutput:
     """Recall and median rank by contrast alone, and again after matching, beside chance.
 
     What is said is the text that matches best; how good that is, is minus the best right text's rank after matching.
     """
     del decode
-    sides = sides_of(examples)
-    figures, baselines = figures_of(predictions, sides)
-    reranked = {direction: predictions[f"reranked_{direction}"] for direction, *_ in sides.both_ways()}
-    after, by_chance = figures_of(reranked, sides, "reranked_")
-    nearest = nearest_of(predictions["nearest_text_to_visual"], predictions["nearest_visual_to_text"], sides)
-    return Scored(
-        figures={**figures, **after},
+    sides = build_index(examples)
+    figures, baselines = retrieval_metrics(predictions, sides)
+    reranked = {direction: predictions[f"reranked_{direction}"] for direction, *_ in sides.directions()}
+    after, by_chance = retrieval_metrics(reranked, sides, "reranked_")
+    nearest = collect_neighbors(predictions["nearest_text_to_visual"], predictions["nearest_visual_to_text"], sides)
+    return EvalOutput(
+        metrics={**figures, **after},
         baselines={**baselines, **by_chance},
-        said=[examples[i].text for i in nearest.texts[:, 0]],
-        goodness=-1.0 - reranked["visual_to_text"][sides.of_text],
+        predictions=[examples[i].text for i in nearest.texts[:, 0]],
+        example_scores=-1.0 - reranked["visual_to_text"][sides.of_text],
         nearest=nearest,
     )
 
 
 TASK = dataclasses.replace(
-    vlm.TASK, **vars(CONTRACTS["rerank"]), predict=vlc.predict, match=match, refine=refine, score=score
+    vlm.TASK, **vars(CONTRACTS["rerank"]), predict=vlc.predict, score_pairs=score_pairs, rerank=rerank, score=score
 )

@@ -17,7 +17,7 @@ from mplug2_jax.tasks.base import Predictions, Task, TaskContext
 from mplug2_jax.tasks.contracts import CONTRACTS
 
 
-def prepare(model: Mplug2, context: TaskContext) -> Predictions:
+def precompute(model: Mplug2, context: TaskContext) -> Predictions:
     """Each class's unit vector, ``class_features`` [c, e]."""
     prompts = context.prompts
     assert prompts is not None
@@ -27,8 +27,8 @@ def prepare(model: Mplug2, context: TaskContext) -> Predictions:
         return model.contrastive.text_features(model.text_tokens(ids, ids != context.tokens.pad))
 
     each = jax.lax.map(features, jnp.asarray(prompts.ids))
-    each = each.reshape(-1, each.shape[-1])[: prompts.classes * prompts.templates]
-    return {"class_features": unit(each.reshape(prompts.classes, prompts.templates, -1).mean(1))}
+    each = each.reshape(-1, each.shape[-1])[: prompts.num_classes * prompts.num_templates]
+    return {"class_features": unit(each.reshape(prompts.num_classes, prompts.num_templates, -1).mean(1))}
 
 
 def predict(model: Mplug2, batch: DeviceBatch, context: TaskContext) -> Predictions:
@@ -41,8 +41,8 @@ def predict(model: Mplug2, batch: DeviceBatch, context: TaskContext) -> Predicti
 
 TASK = Task(
     **vars(CONTRACTS["zero_shot"]),
-    views=True,
-    prepare=prepare,
+    averages_views=True,
+    precompute=precompute,
     predict=predict,
     score=classify.score,
 )

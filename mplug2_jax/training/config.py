@@ -11,7 +11,7 @@ from mplug2_jax.model.config import PARTS, ModelConfig
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.renames import accept_old_names
 from mplug2_jax.tasks.config import TaskSettings
-from mplug2_jax.tasks.contracts import CONTRACTS, parts_for
+from mplug2_jax.tasks.contracts import CONTRACTS, required_parts
 
 FsdpGather = Literal["layer", "step"]
 DecayMask = Literal["kernels", "released"]
@@ -243,7 +243,7 @@ class RunConfig:
         check_range("config.ema_decay", self.ema_decay, 0, 1 - 1e-9)
         if not self.streams:
             raise UserError("config.streams is empty: a run needs at least one stream of batches")
-        trained = [name for name, task in CONTRACTS.items() if task.trained]
+        trained = [name for name, task in CONTRACTS.items() if task.trainable]
         for name, stream in self.streams.items():
             where = f"config.streams.{name}"
             self._check_data(f"{where}.data", stream.data)
@@ -299,9 +299,9 @@ class RunConfig:
             )
         for name, evaluation in self.evaluations.items():
             self._check_data(f"config.evaluations.{name}.data", evaluation.data)
-            check_range(f"config.evaluations.{name}.samples", evaluation.samples, 0)
-            check_range(f"config.evaluations.{name}.device_rows", evaluation.device_rows, 1)
-            able = [name for name, task in CONTRACTS.items() if task.evaluated]
+            check_range(f"config.evaluations.{name}.num_samples", evaluation.num_samples, 0)
+            check_range(f"config.evaluations.{name}.per_device_batch_size", evaluation.per_device_batch_size, 1)
+            able = [name for name, task in CONTRACTS.items() if task.evaluable]
             if evaluation.task not in able:
                 raise UserError(
                     f"config.evaluations.{name}.task={evaluation.task!r}: {did_you_mean(evaluation.task, able)}"
@@ -325,9 +325,9 @@ class RunConfig:
         uses = [
             (CONTRACTS[objective], stream.data) for stream in self.streams.values() for objective in stream.objectives
         ]
-        needed = set(parts_for([(task, data.kind != "text", data.kind == "video") for task, data in uses]))
+        needed = set(required_parts([(task, data.kind != "text", data.kind == "video") for task, data in uses]))
         # What can do without an instruction reads one that it is given.
-        needed |= {part for task, data in uses if data.examples.instruction_length for part in task.further_parts}
+        needed |= {part for task, data in uses if data.examples.instruction_length for part in task.optional_parts}
         return tuple(part for part in PARTS if part in needed and (self.use_universal_layers or part != "universal"))
 
     @property

@@ -322,15 +322,15 @@ def run_evaluations(
     folder: Path,
     metrics_file: MetricsFile,
     progress: Progress,
-    between_batches: Callable[[str], None],
+    on_batch: Callable[[str], None],
 ) -> list[EvaluationResult]:
     """Runs every evaluation of the run; the first process keeps what came of it."""
     results = []
     for evaluation in evaluations:
-        result = evaluation.run(params, step, between_batches)
+        result = evaluation.run(params, step, on_batch)
         if is_first():
             save_result(result, folder)
-        metrics_file.write(step, result.metrics())
-        progress.say(result.line())
+        metrics_file.write(step, result.tagged_metrics())
+        progress.say(result.summary())
         results.append(result)
     return results

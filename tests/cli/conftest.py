@@ -89,7 +89,7 @@ def recipes(tmp_path_factory: pytest.TempPathFactory, vocabulary: Path) -> Path:
     common |= {"tokenizer.path": vocabulary, "steps": 2, "log_every": 1}
     text = {
         "streams.text.data.batch_size": 8, "evaluations.masked_words.data.batch_size": 8,
-        "evaluations.masked_words.data.sources.digits.max_records": 11, "evaluations.masked_words.samples": 2,
+        "evaluations.masked_words.data.sources.digits.max_records": 11, "evaluations.masked_words.num_samples": 2,
     }  # fmt: skip
     pictures = {
         "streams.video_text.data.batch_size": 8, "streams.video_text.data.visual.num_frames": 2,

@@ -82,7 +82,7 @@ CONFIGS = {
     "streams.text.data.examples.instructions.entailment.templates=()": "instructions.entailment has 0 templates",
     "streams.text.data.examples.instructions.entailment.weight=0": "entailment all have weight 0; expected one above 0",
     "evaluations.masked_words.data.batch_size=12": "config.evaluations.masked_words.data.batch_size=12 does not split",
-    "evaluations.masked_words.device_rows=0": "config.evaluations.masked_words.device_rows=0 must be at least 1",
+    "evaluations.masked_words.per_device_batch_size=0": "masked_words.per_device_batch_size=0 must be at least 1",
     "evaluations.masked_words.data.batch_size=0": "config.evaluations.masked_words.data.batch_size=0 must be at least",
     "evaluations.masked_words.data.sources.digits.max_records=0": "masked_words.data: the source digitworld "
     "(text, heldout) is empty: source.max_records=0, expected at least 1",
@@ -295,7 +295,10 @@ def test_a_newer_checkpoint_is_refused(refused: Refused, workdir: Path) -> None:
         ("model.universal_layers=2", "is of another size: params/universal/layers/"),
         ("model.vocab_size=50", "config.model.vocab_size=50 is too small for the tokeniser's 160 tokens"),
         ("mesh.fsdp=3", "config.mesh.fsdp=3 needs 3 devices, but there are 8; set one axis to -1"),
-        ("evaluations.masked_word.samples=1", "is not a field: did you mean 'masked_words'? (valid: masked_words, "),
+        (
+            "evaluations.masked_word.num_samples=1",
+            "is not a field: did you mean 'masked_words'? (valid: masked_words, ",
+        ),
     ],
 )
 def test_an_override_that_does_not_fit_a_run_is_refused(

@@ -144,7 +144,7 @@ def test_a_finished_run_is_evaluated_again_and_loses_nothing(
 def test_a_run_with_damaged_metrics_goes_on(trained: Trained, workdir: Path, mplug2: Mplug2) -> None:
     with (workdir / "metrics.jsonl").open("ab") as file:
         file.write(b'5\n{"no": "step"}\n\xff\xfe\n{"step": 2, "lo')
-    fewer = "--config.evaluations.more_words.samples=0"
+    fewer = "--config.evaluations.more_words.num_samples=0"
     done = mplug2("train", "--config", trained.recipe, "--workdir", workdir, fewer)
     assert (done.status, done.err) == (0, "")
     steps = [json.loads(line)["step"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]

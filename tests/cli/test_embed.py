@@ -9,7 +9,7 @@ import pytest
 from safetensors import safe_open
 
 from mplug2_jax.inference import features
-from mplug2_jax.inference.feature_files import FeatureFolder
+from mplug2_jax.inference.feature_files import FeatureWriter
 from tests.close import CHAIN, assert_close
 from tests.data_pipelines.worlds import encoded, records
 
@@ -74,15 +74,15 @@ def test_a_command_that_was_killed_between_shards_goes_on(
     monkeypatch.setattr(features, "SHARD_ROWS", 2)
     words = ("embed", "--workdir", contrasting, folder, "--feature", "pooled", "--out")
     mplug2(*words, tmp_path / "whole")
-    write = FeatureFolder.write
+    write = FeatureWriter.write
 
-    def killed(self: FeatureFolder, shard: features.FeatureShard) -> Path:
+    def killed(self: FeatureWriter, shard: features.FeatureShard) -> Path:
         if self.shards:
             raise KeyboardInterrupt
         return write(self, shard)
 
     with monkeypatch.context() as patch:
-        patch.setattr(FeatureFolder, "write", killed)
+        patch.setattr(FeatureWriter, "write", killed)
         assert mplug2(*words, tmp_path / "parts").status == 130
     assert read(tmp_path / "parts")[0] == KEYS[:2]
     before = (tmp_path / "parts" / "features-00000.safetensors").stat().st_mtime_ns

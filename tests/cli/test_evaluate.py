@@ -133,7 +133,7 @@ def test_a_finished_run_is_followed_to_its_end_and_not_twice(
         name: theirs[name] for name in ("masked_words.json", "masked_words.jsonl")
     }
     (line,) = (workdir / "metrics-eval.jsonl").read_text().splitlines()
-    figures = json.loads(theirs["masked_words.json"])["figures"]
+    figures = json.loads(theirs["masked_words.json"])["metrics"]
     assert json.loads(line) == {"step": 2, "eval/masked_words/accuracy": figures["accuracy"]}
     changed = {name for name, content in snapshot(workdir).items() if before.get(name) != content}
     assert {name.split("/")[0] for name in changed} == {"evaluations", "metrics-eval.jsonl", "report.html"}
@@ -211,20 +211,19 @@ def asked(*answers: str) -> list[dict[str, str]]:
 @pytest.mark.parametrize("ranked", [0, 2])
 def test_right_answers_that_are_not_listed_are_warned_of(ranked: int, bad: Bad) -> None:
     (bad.folder / "answers.json").write_text('["red", "two"]')
-    words = f"answers={bad.folder / 'answers.json'}", f"ranked={ranked}"
+    words = f"answers_file={bad.folder / 'answers.json'}", f"num_ranked={ranked}"
     done = bad(asked("red", "blue", "green"), "answer", QUESTIONS, *words)
     said = "2 of 3 examples can never be right: no answer of theirs is listed, the first is 'blue' of set/2"
     assert (done.status, done.err) == (0, f"warning: evaluation held: {said}\n")
     assert json.loads((bad.folder / "out" / "held.json").read_text())["warnings"] == [said]
-    assert {json.loads(line)["said"] for line in (bad.folder / "out" / "held.jsonl").read_text().splitlines()} <= {
-        "red", "two"
-    }  # fmt: skip
+    lines = (bad.folder / "out" / "held.jsonl").read_text().splitlines()
+    assert {json.loads(line)["prediction"] for line in lines} <= {"red", "two"}
 
 
 def test_a_list_that_has_all_of_them_warns_of_nothing(bad: Bad) -> None:
     (bad.folder / "answers.json").write_text('["red", "a blue"]')
     rows = [{"image": "0.png", "question": "what?", "answers": ["Blue", "blue", "blue", "red"]}]
-    done = bad(rows, "vqa", QUESTIONS, f"answers={bad.folder / 'answers.json'}")  # which the score takes for alike
+    done = bad(rows, "vqa", QUESTIONS, f"answers_file={bad.folder / 'answers.json'}")  # which the score takes for alike
     assert (done.status, done.err) == (0, "")
 
 

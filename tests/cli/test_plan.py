@@ -68,7 +68,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     heldout = dataclasses.replace(
         text.data, sources={"digits": SourceConfig(kind="text", split="heldout", max_records=8)}
     )
-    words = EvaluationConfig(task="mlm", data=heldout, samples=1)
+    words = EvaluationConfig(task="mlm", data=heldout, num_samples=1)
     run = small_run(steps=2, streams={"text": text}, evaluations={"words": words})
     return recipe_file(run, tmp_path_factory.mktemp("recipes") / "small.py")
 

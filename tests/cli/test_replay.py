@@ -5,7 +5,7 @@ import math
 import pytest
 
 from mplug2_jax.cli.replay import verdict
-from mplug2_jax.inference.replay import Replayed
+from mplug2_jax.inference.replay import ReplayedStep
 
 
 @pytest.mark.parametrize(
@@ -23,6 +23,6 @@ from mplug2_jax.inference.replay import Replayed
 def test_rounding_is_told_from_what_is_wrong(
     again: dict[str, float], recorded: dict[str, float | None], said: str, wrong: list[str]
 ) -> None:
-    found = Replayed(3, 2, 2, again, recorded, [])
+    found = ReplayedStep(3, 2, 2, again, recorded, [])
     assert verdict(found).startswith(said)
     assert found.wrong == wrong

@@ -95,7 +95,7 @@ def test_what_is_no_list_is_refused(
     path = tmp_path / "none.json" if content is None else written(tmp_path, content)
     with pytest.raises(UserError) as error:
         read_answers(path, "config.evaluations.held.answers", ASK, TOKENIZER, search, 7)
-    assert str(error.value).startswith(f"config.evaluations.held.answers={path}")
+    assert str(error.value).startswith(f"config.evaluations.held.answers_file={path}")
     assert sentence in str(error.value)
 
 
@@ -111,7 +111,7 @@ def asked(
         sources={"digits": SourceConfig(kind="image", split="heldout", max_records=6)}, visual=VisualConfig(),
         examples=examples, batch_size=batch_size,
     )  # fmt: skip
-    config = EvaluationConfig(task=task, data=data, answers=str(answers), ranked=ranked)
+    config = EvaluationConfig(task=task, data=data, answers_file=str(answers), num_ranked=ranked)
     one = make_mesh(MeshConfig(), jax.devices()[:1])
     return Evaluation("held", config, DEFINITION, CONTEXT, TOKENIZER, mesh or one, seed=0)
 
@@ -124,16 +124,18 @@ def params() -> Params:
 
 def test_an_evaluation_says_nothing_that_is_not_listed(tmp_path: Path, params: Params) -> None:
     result = asked("answer", written(tmp_path, ["red", "two", "left"])).run(params, 0)
-    assert len(result.said) == 6
-    assert {row["said"] for row in result.said} <= {"red", "two", "left"}
+    assert len(result.predictions) == 6
+    assert {row["prediction"] for row in result.predictions} <= {"red", "two", "left"}
 
 
 def test_a_list_of_answers_is_for_questions(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"held\.answers is for the tasks 'answer' and 'vqa', not for 'caption'"):
         asked("caption", written(tmp_path, ["red"]))
-    with pytest.raises(UserError, match=r"held\.ranked=3 ranks a list: set config\.evaluations\.held\.answers to its"):
+    with pytest.raises(
+        UserError, match=r"held\.num_ranked=3 ranks a list: set config\.evaluations\.held\.answers_file to its"
+    ):
         asked("answer", "", ranked=3)
-    with pytest.raises(UserError, match=r"held\.ranked=-1 must be at least 0"):
+    with pytest.raises(UserError, match=r"held\.num_ranked=-1 must be at least 0"):
         asked("answer", written(tmp_path, ["red"]), ranked=-1)
 
 
@@ -167,7 +169,7 @@ def test_the_likeliest_of_those_that_begin_likeliest_is_given_on_any_mesh(tmp_pa
         given[ranked] = [LISTED[a] for a in best]
         for mesh in meshes:
             result = asked("answer", path, ranked=ranked, mesh=mesh).run(params, 0)
-            assert [row["said"] for row in result.said] == given[ranked]
+            assert [row["prediction"] for row in result.predictions] == given[ranked]
     assert given[1] != given[99]  # else nothing is shown
 
 
@@ -175,7 +177,7 @@ def test_the_release_counts_the_first_token_twice_and_its_search_is_not_asked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[TaskContext] = []
-    monkeypatch.setattr(loop, "jitted_prediction", lambda task, definition, context, mesh: told.append(context))
+    monkeypatch.setattr(loop, "jit_predict", lambda task, definition, context, mesh: told.append(context))
     settings = dataclasses.replace(CONTEXT.settings, search=SearchConfig(extend_finished=True, max_length=1))
     monkeypatch.setitem(globals(), "CONTEXT", dataclasses.replace(CONTEXT, settings=settings))
     path = written(tmp_path, LISTED)

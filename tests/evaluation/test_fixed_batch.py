@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from mplug2_jax.evaluation.fixed_batch import predict_in_slices
+from mplug2_jax.evaluation.fixed_batch import predict_in_fixed_batches
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.parallel.placement import replicated
@@ -23,7 +23,7 @@ def test_predictions_come_back_in_the_batch_s_order(batch, axes):
     predict = jax.jit(twice, out_shardings=replicated(mesh))
     x = np.arange(3 * batch).reshape(batch, 3)
     arrays = {"x": x, "mask": x[:, 0] % 2 == 0}
-    made = predict_in_slices(predict, arrays, 2, mesh)
+    made = predict_in_fixed_batches(predict, arrays, 2, mesh)
     np.testing.assert_array_equal(made["twice"], 2 * x)
     np.testing.assert_array_equal(made["mask"], arrays["mask"])
     assert seen == [(2 * mesh.size, 3)]

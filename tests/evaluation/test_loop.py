@@ -20,8 +20,8 @@ from mplug2_jax.cli.common import results_table
 from mplug2_jax.errors import UserError
 from mplug2_jax.evaluation.config import EvaluationConfig
 from mplug2_jax.evaluation.loop import Evaluation, EvaluationResult, save_result
-from mplug2_jax.evaluation.samples import Neighbours, Sample
-from mplug2_jax.metrics.classification import taken_for
+from mplug2_jax.evaluation.samples import Sample, SampleNeighbors
+from mplug2_jax.metrics.classification import confusion_summary
 from mplug2_jax.model.config import SpecialTokens, model_config
 from mplug2_jax.model.mplug2 import define
 from mplug2_jax.objectives.config import MlmConfig
@@ -58,7 +58,7 @@ def evaluation(task, parts, examples, *, batch_size=SIZE, kind="text", size=SIZE
     sources = {"digits": SourceConfig(kind=kind, split="heldout", max_records=size)}
     visual = VisualConfig(num_frames=3, num_clips=clips)
     data = DataConfig(sources=sources, visual=visual, examples=examples, batch_size=batch_size)
-    config = EvaluationConfig(task=task, data=data, samples=samples)
+    config = EvaluationConfig(task=task, data=data, num_samples=samples)
     one = make_mesh(MeshConfig(), jax.devices()[:1])
     return Evaluation("held", config, define(MODEL, parts), CONTEXT, TOKENIZER, mesh or one, seed=0, recipe="a_recipe")
 
@@ -82,12 +82,12 @@ def results():
 @pytest.mark.parametrize("size", [7, 16])
 def test_neither_the_batch_size_nor_padding_nor_the_mesh_changes_what_is_predicted(results, size):
     whole, ours = results[SIZE], results[size]
-    assert [sample.said for sample in ours.samples] == [sample.said for sample in whole.samples]
-    assert [(s.why, s.example.key) for s in ours.samples] == [(s.why, s.example.key) for s in whole.samples]
-    assert ours.figures == whole.figures
+    assert [sample.prediction for sample in ours.samples] == [sample.prediction for sample in whole.samples]
+    assert [(s.category, s.example.key) for s in ours.samples] == [(s.category, s.example.key) for s in whole.samples]
+    assert ours.metrics == whole.metrics
     assert ours.baselines == whole.baselines
-    assert ours.intervals == whole.intervals
-    assert ours.said == whole.said
+    assert ours.confidence_intervals == whole.confidence_intervals
+    assert ours.predictions == whole.predictions
     assert ours.examples == SIZE
 
 
@@ -105,8 +105,8 @@ def actions(visual, *, batch_size=6, mesh=None, size=7, model=MODEL):
 
 def assert_said_the_same(ours, theirs):
     """But for the last of a probability's four digits, to which it is rounded."""
-    assert [row | {"goodness": 0} for row in ours] == [row | {"goodness": 0} for row in theirs]
-    assert_close([row["goodness"] for row in ours], [row["goodness"] for row in theirs], 1.5e-4, scale=1)
+    assert [row | {"score": 0} for row in ours] == [row | {"score": 0} for row in theirs]
+    assert_close([row["score"] for row in ours], [row["score"] for row in theirs], 1.5e-4, scale=1)
 
 
 def test_the_probabilities_of_an_example_s_views_are_averaged(monkeypatch):
@@ -131,8 +131,8 @@ def test_the_probabilities_of_an_example_s_views_are_averaged(monkeypatch):
     assert whole.examples == 7
     for size, mesh in ((1, None), (16, make_mesh(MeshConfig(data=8)))):
         other = actions(visual, batch_size=size, mesh=mesh)[0].run(params, 0)
-        assert (other.figures, other.intervals) == (whole.figures, whole.intervals)
-        assert_said_the_same(other.said, whole.said)
+        assert (other.metrics, other.confidence_intervals) == (whole.metrics, whole.confidence_intervals)
+        assert_said_the_same(other.predictions, whole.predictions)
 
     broken, _ = actions(visual)
     make = broken._set._builder.make
@@ -148,8 +148,8 @@ def test_the_probabilities_of_an_example_s_views_are_averaged(monkeypatch):
     monkeypatch.setattr(broken._set._builder, "make", fails)
     left = broken.run(params, 0)
     assert left.examples == 6
-    assert left.faults == (Fault("digits", "4", "cut off"),)
-    assert_said_the_same(left.said, whole.said[:4] + whole.said[5:])
+    assert left.skipped == (Fault("digits", "4", "cut off"),)
+    assert_said_the_same(left.predictions, whole.predictions[:4] + whole.predictions[5:])
 
 
 @pytest.mark.parametrize(("size", "mesh"), [(1, {}), (7, {}), (16, {}), (8, {"data": 8}), (16, {"data": 2, "fsdp": 2})])
@@ -174,14 +174,14 @@ def test_in_bfloat16_no_bit_of_a_prediction_depends_on_how_many_are_read_at_a_ti
 def test_a_result_says_what_was_evaluated_and_when(results):
     result = results[7]
     assert (result.name, result.task, result.step) == ("held", "mlm", 3)
-    assert set(result.figures) == {"accuracy"}
-    low, high = result.intervals["accuracy"]
-    assert 0 <= low <= result.figures["accuracy"] <= high <= 1
-    first = [sample for sample in result.samples if sample.why == "first"]
-    assert [row["key"] for row in result.said] == [sample.example.key for sample in first]
+    assert set(result.metrics) == {"accuracy"}
+    low, high = result.confidence_intervals["accuracy"]
+    assert 0 <= low <= result.metrics["accuracy"] <= high <= 1
+    first = [sample for sample in result.samples if sample.category == "first"]
+    assert [row["key"] for row in result.predictions] == [sample.example.key for sample in first]
     assert len({sample.example.key for sample in first}) == SIZE
-    assert all(sample.true == (sample.example.text,) for sample in result.samples)
-    assert [row["true"] for row in result.said] == [sample.example.text for sample in first]
+    assert all(sample.references == (sample.example.text,) for sample in result.samples)
+    assert [row["reference"] for row in result.predictions] == [sample.example.text for sample in first]
     assert (result.recipe, result.formats) == ("a_recipe", ("digitworld",))
 
 
@@ -190,8 +190,8 @@ def test_only_so_many_samples_are_kept_as_asked_for(monkeypatch):
     said = {"ids": jnp.full((8, 24), 7), "chosen": jnp.ones((8, 24), bool)}
     monkeypatch.setattr(few, "_predict", lambda params, batch: said)
     result = few.run({}, 0)
-    assert [sample.why for sample in result.samples] == ["first", "first", "best", "worst"]
-    assert result.examples == 3
+    assert [sample.category for sample in result.samples] == ["first", "first", "best", "worst"]
+    assert result.num_examples == 3
 
 
 def test_a_result_is_saved_as_json_with_strips_of_its_samples_frames_beside_it(tmp_path):
@@ -202,33 +202,36 @@ def test_a_result_is_saved_as_json_with_strips_of_its_samples_frames_beside_it(t
             "wrong",
             0.25,
             "first",
-            Neighbours((("t", True), ("u", False)), clip[0], (False, True)),
+            SampleNeighbors((("t", True), ("u", False)), clip[0], (False, True)),
         ),
         Sample(Example({}, "text-2", text="only text"), "said", 1.0, "best"),
     )
-    said = ({"key": "clip-1", "instruction": "q?", "said": "wrong"}, {"key": "é", "instruction": "", "said": "said"})
-    confusion = taken_for(np.asarray([1, 1]), np.asarray([0, 1]), ["a", "b"])
+    predictions = (
+        {"key": "clip-1", "instruction": "q?", "prediction": "wrong"},
+        {"key": "é", "instruction": "", "prediction": "said"},
+    )
+    confusion = confusion_summary(np.asarray([1, 1]), np.asarray([0, 1]), ["a", "b"])
     result = EvaluationResult(
         "held", "answer", 70, 2, 1.5, {"accuracy": 0.5}, {"accuracy": 0.25}, samples, (), {"accuracy": (0.0, 1.0)},
-        said, confusion, "msrvtt_qa", ("annotations",), ("spice",), ("so few",),
+        predictions, confusion, "msrvtt_qa", ("annotations",), ("spice",), ("so few",),
     )  # fmt: skip
-    assert result.line().splitlines()[1:] == ["warning: evaluation held: so few"]
+    assert result.summary().splitlines()[1:] == ["warning: evaluation held: so few"]
     assert ["held", "spice", "absent", "2"] in [line.split() for line in results_table([result]).splitlines()]
     path = save_result(result, tmp_path / "new" / "70")
     assert path == tmp_path / "new" / "70" / "held.json"
     content = json.loads(path.read_text(encoding="utf-8"))
     assert content == {
-        "name": "held", "task": "answer", "step": 70, "examples": 2, "seconds": 1.5,
+        "format_version": 2, "name": "held", "task": "answer", "step": 70, "num_examples": 2, "seconds": 1.5,
         "recipe": "msrvtt_qa", "formats": ["annotations"],
-        "figures": {"accuracy": 0.5}, "intervals": {"accuracy": [0.0, 1.0]}, "baselines": {"accuracy": 0.25},
+        "metrics": {"accuracy": 0.5}, "confidence_intervals": {"accuracy": [0.0, 1.0]}, "baselines": {"accuracy": 0.25},
         "absent": ["spice"], "warnings": ["so few"], "skipped": [],
         "samples": [
-            {"key": "clip-1", "instruction": "q?", "text": "t", "said": "wrong", "true": ["right", "also"],
-             "goodness": 0.25, "why": "first", "frames": "held-0.png",
-             "nearest_texts": [{"text": "t", "right": True}, {"text": "u", "right": False}],
-             "nearest_pictures": {"frames": "held-0-nearest.png", "right": [False, True]}},
-            {"key": "text-2", "instruction": "", "text": "only text", "said": "said", "true": ["only text"],
-             "goodness": 1.0, "why": "best"},
+            {"key": "clip-1", "instruction": "q?", "text": "t", "prediction": "wrong", "references": ["right", "also"],
+             "score": 0.25, "category": "first", "frames": "held-0.png",
+             "nearest_texts": [{"text": "t", "correct": True}, {"text": "u", "correct": False}],
+             "nearest_images": {"frames": "held-0-nearest.png", "correct": [False, True]}},
+            {"key": "text-2", "instruction": "", "text": "only text", "prediction": "said", "references": ["only text"],
+             "score": 1.0, "category": "best"},
         ],
         "confusion": {"classes": ["a", "b"], "counts": [[0, 1], [0, 1]]},
     }  # fmt: skip
@@ -238,7 +241,7 @@ def test_a_result_is_saved_as_json_with_strips_of_its_samples_frames_beside_it(t
     np.testing.assert_array_equal(pixels[::3, ::3], np.concatenate(list(clip), axis=1))
     assert pixels.shape == (96, 192, 3)
     assert {p.name for p in path.parent.iterdir()} == {"held.json", "held.jsonl", "held-0.png", "held-0-nearest.png"}
-    assert [json.loads(line) for line in path.with_suffix(".jsonl").read_text().splitlines()] == list(said)
+    assert [json.loads(line) for line in path.with_suffix(".jsonl").read_text().splitlines()] == list(predictions)
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ from mplug2_jax.errors import UserError
 from mplug2_jax.evaluation import matching
 from mplug2_jax.evaluation.config import EvaluationConfig
 from mplug2_jax.evaluation.loop import Evaluation
-from mplug2_jax.evaluation.matching import rows_of
-from mplug2_jax.metrics.retrieval import ranks_of
+from mplug2_jax.evaluation.matching import group_pairs
+from mplug2_jax.metrics.retrieval import compute_ranks
 from mplug2_jax.model.config import SpecialTokens, model_config
 from mplug2_jax.model.mplug2 import define
 from mplug2_jax.objectives.forward import Forward
@@ -50,14 +50,14 @@ def data(batch_size=8):
 
 
 def evaluation(batch_size=8, mesh=None, definition=DEFINITION):
-    config = EvaluationConfig(task="rerank", data=data(batch_size), samples=1)
+    config = EvaluationConfig(task="rerank", data=data(batch_size), num_samples=1)
     one = make_mesh(MeshConfig(), jax.devices()[:1])
     return Evaluation("held", config, definition, CONTEXT, TOKENIZER, mesh or one, seed=0)
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 4)), min_size=1, unique=True), st.integers(1, 5))
 def test_every_pair_has_its_place_and_no_picture_has_more_rows_than_it_needs(pairs, most):
-    rows = rows_of(np.asarray(pairs), most)
+    rows = group_pairs(np.asarray(pairs), most)
     width = rows.texts.shape[1]
     assert [(rows.texts.ravel()[i], rows.pictures[i // width]) for i in rows.pairs] == pairs
     counts = collections.Counter(picture for _, picture in pairs)
@@ -116,21 +116,21 @@ def test_reranking_is_all_pairs_matched_and_the_nearest_ordered_by_it(params, di
     result = held.run(params, 0)
     changed = 0
     for direction, x, y in (("text_to_visual", similarity, scores), ("visual_to_text", similarity.T, scores.T)):
-        before, after = ranks_of(x, ids, ids), by_hand(x, y, ids)
+        before, after = compute_ranks(x, ids, ids), by_hand(x, y, ids)
         changed += (before != after).sum()
         for prefix, ranks in (("", before), ("reranked_", after)):
             queries = np.arange(SIZE) if direction == "text_to_visual" else np.argsort(ids)  # pictures in order of ids
             np.testing.assert_array_equal(refined[f"{prefix}{direction}"], ranks[queries])
             for k in (1, 5, 10):
-                assert result.figures[f"{prefix}{direction}_r{k}"] == np.mean(ranks < k)
+                assert result.metrics[f"{prefix}{direction}_r{k}"] == np.mean(ranks < k)
                 assert result.baselines[f"{prefix}{direction}_r{k}"] == pytest.approx(min(k / SIZE, 1))
-            assert result.figures[f"{prefix}{direction}_median_rank"] == np.median(ranks) + 1
+            assert result.metrics[f"{prefix}{direction}_median_rank"] == np.median(ranks) + 1
     assert changed
     nearest = np.argsort(-similarity.T, axis=1)[:, :K]
     found = np.take_along_axis(nearest, np.take_along_axis(scores.T, nearest, 1).argmax(1)[:, None], 1)[:, 0]
-    assert [row["said"] for row in result.said] == [examples[i].text for i in found]
+    assert [row["prediction"] for row in result.predictions] == [examples[i].text for i in found]
     ranks = by_hand(similarity.T, scores.T, ids)
-    assert [row["goodness"] for row in result.said] == [-1 - rank for rank in ranks]
+    assert [row["score"] for row in result.predictions] == [-1 - rank for rank in ranks]
 
 
 def test_a_sample_has_the_texts_and_the_pictures_that_match_best(params, direct):
@@ -148,8 +148,8 @@ def test_a_sample_has_the_texts_and_the_pictures_that_match_best(params, direct)
 def test_neither_the_batch_size_nor_the_mesh_changes_what_is_found(params, batch_size, devices):
     mesh = make_mesh(MeshConfig(data=2, fsdp=4)) if devices == 8 else None
     whole, ours = evaluation().run(params, 0), evaluation(batch_size, mesh).run(params, 0)
-    assert ours.figures == whole.figures
-    assert ours.said == whole.said
+    assert ours.metrics == whole.metrics
+    assert ours.predictions == whole.predictions
 
 
 def test_a_watchdog_hears_of_every_batch_of_pairs(params):

@@ -45,49 +45,51 @@ def perfect(
     )
     tokens = SpecialTokens(begin=WORDS.cls_id, end=WORDS.sep_id, mask=WORDS.mask_id)
     context = TaskContext(settings=TaskSettings(), tokens=tokens)
-    monkeypatch.setattr(loop, "jitted_prediction", lambda *_: lambda params, batch: {"ids": batch["target"]})
+    monkeypatch.setattr(loop, "jit_predict", lambda *_: lambda params, batch: {"ids": batch["target"]})
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     config = EvaluationConfig(task=task, data=read)
     return Evaluation("held", config, definition, context, WORDS, mesh, seed=0).run({}, 0)
 
 
-@pytest.mark.parametrize("task", ["answer", "ilm", "vqa", "summarise"])
+@pytest.mark.parametrize("task", ["answer", "ilm", "vqa", "summarize"])
 def test_a_perfect_model_is_right_whatever_the_pieces_do_to_spaces_case_and_accents(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, task: str
 ) -> None:
-    given = [[text] * 10 if task == "vqa" else [text] for text in TEXTS if task != "summarise" or text != "¿qué?"]
+    given = [[text] * 10 if task == "vqa" else [text] for text in TEXTS if task != "summarize" or text != "¿qué?"]
     rows = [{"id": i, "question": "what?", "answers": answers} for i, answers in enumerate(given)]
     result = perfect(monkeypatch, tmp_path, task, rows)
-    figures = {"summarise": ("rouge_1", 100), "vqa": ("vqa_accuracy", 1)}
+    figures = {"summarize": ("rouge_1", 100), "vqa": ("vqa_accuracy", 1)}
     name, full = figures.get(task, ("accuracy", 1))
-    assert result.figures[name] == full
-    assert [row["true"] for row in result.said] == [answers[0] for answers in given]  # shown as they were written
+    assert result.metrics[name] == full
+    assert [row["reference"] for row in result.predictions] == [
+        answers[0] for answers in given
+    ]  # shown as they were written
     assert not result.warnings
 
 
 def test_the_released_form_compares_to_the_letter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     rows = [{"id": i, "question": "what?", "answer": text} for i, text in enumerate(("yes", "t-shirt"))]
     released = dataclasses.replace(ASKED, tokenization="released")
-    assert perfect(monkeypatch, tmp_path, "answer", rows, released).figures == {"accuracy": 0.5}
+    assert perfect(monkeypatch, tmp_path, "answer", rows, released).metrics == {"accuracy": 0.5}
 
 
 def test_what_no_vocabulary_knows_is_never_right(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     rows = [{"id": i, "question": "what?", "answer": text} for i, text in enumerate(("yes", "日本", "東京"))]
-    assert perfect(monkeypatch, tmp_path, "answer", rows).figures["accuracy"] == pytest.approx(1 / 3)
+    assert perfect(monkeypatch, tmp_path, "answer", rows).metrics["accuracy"] == pytest.approx(1 / 3)
 
 
 def test_questions_with_too_few_answers_are_left_out_and_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     given = (["yes"] * 10, ["no"] * 3, ["yes"], ["yes"] * 2 + [""] * 3 + ["no"] * 5)
     rows = [{"id": f"q{i}", "question": "is it?", "answers": answers} for i, answers in enumerate(given)]
     result = perfect(monkeypatch, tmp_path, "vqa", rows, max_bad_fraction=0.5)
-    assert result.figures == {"vqa_accuracy": 1.0}
-    assert (result.examples, len(result.faults)) == (2, 2)
+    assert result.metrics == {"vqa_accuracy": 1.0}
+    assert (result.num_examples, len(result.skipped)) == (2, 2)
 
 
 def test_a_summary_without_a_word_weighs_nothing_and_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     rows = [{"id": i, "question": "in short?", "answer": text} for i, text in enumerate(("it rains", "?", "日本"))]
-    result = perfect(monkeypatch, tmp_path, "summarise", rows)
-    assert result.figures["rouge_1"] == 100
+    result = perfect(monkeypatch, tmp_path, "summarize", rows)
+    assert result.metrics["rouge_1"] == 100
     assert result.warnings[0].startswith("2 of 3 summaries to say have no word and weigh nothing, the first is ")
 
 

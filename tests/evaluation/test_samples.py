@@ -4,16 +4,18 @@ import numpy as np
 import pytest
 
 from data_pipelines.examples import Example
-from mplug2_jax.evaluation.samples import SIDE, choose
-from mplug2_jax.tasks.base import Nearest, Scored
+from mplug2_jax.evaluation.samples import SIDE, choose_samples
+from mplug2_jax.tasks.base import EvalOutput, RetrievalNeighbors
 
 
 def chosen(goodness, most, side=8, **fields):
     """(why, place, goodness) of what is chosen of examples at the places 10, 20, ..., and the samples themselves."""
     examples = {10 * (i + 1): Example({}, f"{10 * (i + 1)}", text=f"text {i}") for i in range(len(goodness))}
-    scored = Scored({}, {}, [f"said {i}" for i in range(len(goodness))], np.asarray(goodness), **fields)
-    samples = choose(examples, scored, goodness, most, lambda place: Example({"frames": clip(place, side)}, f"{place}"))
-    return [(sample.why, int(sample.example.key), sample.goodness) for sample in samples], samples
+    scored = EvalOutput({}, {}, [f"said {i}" for i in range(len(goodness))], np.asarray(goodness), **fields)
+    samples = choose_samples(
+        examples, scored, goodness, most, lambda place: Example({"frames": clip(place, side)}, f"{place}")
+    )
+    return [(sample.category, int(sample.example.key), sample.score) for sample in samples], samples
 
 
 def clip(place, side):
@@ -28,7 +30,7 @@ def test_the_first_are_kept_then_the_best_and_the_worst_of_all():
         ("best", 30, 0.9), ("best", 70, 0.8), ("best", 40, 0.7),
         ("worst", 20, 0.1), ("worst", 60, 0.2), ("worst", 50, 0.3),
     ]  # fmt: skip
-    assert samples[4].said == "said 2"
+    assert samples[4].prediction == "said 2"
     assert samples[4].example.arrays["frames"].shape == (3, 8, 8, 3)
 
 
@@ -46,7 +48,7 @@ def test_of_equals_the_first_are_the_best_and_none_is_both(count, most, best, wo
 @pytest.mark.parametrize("side", [8, 96, 200])
 def test_what_is_nearest_comes_with_pictures_of_its_middle_frames(side):
     texts, pictures = np.asarray([[2, 0], [1, 0], [1, 2]]), np.asarray([[2, 0], [0, 2], [0, 2]])
-    _, samples = chosen([1.0, 0.5, 0.0], 1, side, nearest=Nearest(texts, pictures, np.asarray([0, 0, 2])))
+    _, samples = chosen([1.0, 0.5, 0.0], 1, side, nearest=RetrievalNeighbors(texts, pictures, np.asarray([0, 0, 2])))
     nearest = samples[0].nearest
     assert nearest.texts == (("text 2", False), ("text 0", True))
     assert nearest.right == (False, True)

@@ -12,7 +12,7 @@ from mplug2_jax.tasks.table import TASKS
 
 
 def said(*rows: tuple[str, str]) -> list[dict[str, str]]:
-    return [{"key": key, "instruction": "what?", "said": text} for key, text in rows]
+    return [{"key": key, "instruction": "what?", "prediction": text} for key, text in rows]
 
 
 def written(folder: Path) -> dict[str, str]:

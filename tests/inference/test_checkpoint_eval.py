@@ -9,7 +9,7 @@ import pytest
 
 from data_pipelines.config import DataConfig, ExampleConfig, InstructionConfig, SourceConfig
 from mplug2_jax.evaluation.config import EvaluationConfig
-from mplug2_jax.inference.checkpoint_eval import Evaluator, Subject, by_recipe, of_run
+from mplug2_jax.inference.checkpoint_eval import CheckpointUnderTest, Evaluator, from_recipe, from_workdir
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.training.checkpoint.checkpoints import Checkpoints
@@ -25,7 +25,7 @@ FREEZE = ("text", "universal", "mlm")
 def heldout(task: str, kind: str, examples: ExampleConfig) -> EvaluationConfig:
     sources = {"digits": SourceConfig(kind=kind, split="heldout", max_records=3)}
     return EvaluationConfig(
-        task=task, data=DataConfig(sources=sources, visual=SMALL, examples=examples, batch_size=8), samples=0
+        task=task, data=DataConfig(sources=sources, visual=SMALL, examples=examples, batch_size=8), num_samples=0
     )
 
 
@@ -65,8 +65,8 @@ def run(tmp_path_factory: pytest.TempPathFactory, state: dict[str, Any]) -> Path
     return path
 
 
-def subjects(run: Path, *overrides: str) -> list[Subject]:
-    return [of_run(run, overrides), by_recipe(str(run.parent / "recipe.py"), run, overrides)]
+def subjects(run: Path, *overrides: str) -> list[CheckpointUnderTest]:
+    return [from_workdir(run, overrides), from_recipe(str(run.parent / "recipe.py"), run, overrides)]
 
 
 def assert_equal(one: Any, other: Any) -> None:
@@ -106,23 +106,23 @@ def test_a_run_without_universal_layers_is_evaluated(tmp_path: Path) -> None:
     checkpoints = Checkpoints(workdir.checkpoints, CheckpointConfig())
     checkpoints.save(spec.init(), DataPosition(1, {}))
     checkpoints.close()
-    evaluator = Evaluator(of_run(tmp_path, ()), ["words"])
+    evaluator = Evaluator(from_workdir(tmp_path, ()), ["words"])
     params, step = evaluator.read(None)
     assert set(params) == {"text", "mlm"}
     (result,) = evaluator.run(params, step, ["words"], lambda phase: None)
-    assert result.examples == 3
+    assert result.num_examples == 3
 
 
 @pytest.mark.slow
 def test_one_program_serves_all_checkpoints(run: Path) -> None:
-    evaluator = Evaluator(of_run(run, ()))
+    evaluator = Evaluator(from_workdir(run, ()))
     results = []
     for step in (3, 4):
         params, _ = evaluator.read(step)
         results.append(list(evaluator.run(params, step, ["words", "captions"], lambda phase: None)))
-    assert [[(result.step, result.name, result.examples) for result in each] for each in results] == [
+    assert [[(result.step, result.name, result.num_examples) for result in each] for each in results] == [
         [(step, name, 3) for name in ("words", "captions")] for step in (3, 4)
     ]
-    first, second = ([(result.said, result.figures) for result in each] for each in results)
+    first, second = ([(result.predictions, result.metrics) for result in each] for each in results)
     assert first == second
     assert {evaluation._predict._cache_size() for evaluation in evaluator.evaluations.values()} == {1}

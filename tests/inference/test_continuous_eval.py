@@ -11,8 +11,8 @@ from mplug2_jax.errors import Preempted, UserError
 from mplug2_jax.evaluation.loop import EvaluationResult, save_result
 from mplug2_jax.inference import continuous_eval
 from mplug2_jax.inference.checkpoint_eval import Evaluator
-from mplug2_jax.inference.continuous_eval import Follower, until_step, wait_for_run
-from mplug2_jax.training.checkpoint.checkpoints import DamagedCheckpointError
+from mplug2_jax.inference.continuous_eval import ContinuousEvaluator, resolve_until_step, wait_for_run
+from mplug2_jax.training.checkpoint.checkpoints import DamagedError
 from mplug2_jax.training.reliability.preemption import PreemptionNotice
 from mplug2_jax.training.telemetry.metric_log import read_metrics
 from mplug2_jax.training.workdir import WorkDir
@@ -49,7 +49,7 @@ class Scores(Evaluator):
             raise DamagedCheckpointError(f"checkpoint {step} is damaged; choose another")
         return {}, step
 
-    def run(self, params, step, names, between_batches) -> Iterator[EvaluationResult]:
+    def run(self, params, step, names, on_batch) -> Iterator[EvaluationResult]:
         for name in names:
             self._running(step)
             yield EvaluationResult(name, "mlm", step, 1, 0.0, {"accuracy": float(step)}, {}, ())
@@ -75,7 +75,7 @@ class Run:
         workdir = WorkDir(self.path)
         scores = Scores(self.path, lambda step: self.reading(step), lambda step: self.running(step))
         with PreemptionNotice() as notice:
-            follower = Follower(
+            follower = ContinuousEvaluator(
                 scores, notice, self.said.append,
                 lambda result: void(save_result(result, workdir.evaluation_folder(result.step))),
             )  # fmt: skip
@@ -184,7 +184,7 @@ def test_it_waits_for_a_run_to_begin(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_the_last_step_is_one_of_the_run() -> None:
-    assert (until_step(None, 7), until_step(3, 7), until_step(7, 7)) == (7, 3, 7)
+    assert (resolve_until_step(None, 7), resolve_until_step(3, 7), resolve_until_step(7, 7)) == (7, 3, 7)
     for wrong in (0, 8):
         with pytest.raises(UserError, match=rf"--until-step={wrong}, but the run has steps 1 to 7"):
-            until_step(wrong, 7)
+            resolve_until_step(wrong, 7)

@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from data_pipelines.faults import Fault
 from mplug2_jax.errors import UserError
-from mplug2_jax.inference.feature_files import FORMATS, FeatureFolder
+from mplug2_jax.inference.feature_files import FORMATS, FeatureWriter
 from mplug2_jax.inference.features import FeatureShard
 
 REQUEST = {"feature": {"name": "text/out", "pool": "none"}, "step": 3}
@@ -50,8 +50,8 @@ def read_parquet(path: Path) -> tuple[list[str], dict[str, np.ndarray]]:
 READERS: dict[str, Read] = {"safetensors": read_safetensors, "npz": read_npz, "parquet": read_parquet}
 
 
-def folder(path: Path, format: str = "safetensors", **changes: object) -> FeatureFolder:
-    return FeatureFolder(path, REQUEST | changes, format, 4)
+def folder(path: Path, format: str = "safetensors", **changes: object) -> FeatureWriter:
+    return FeatureWriter(path, REQUEST | changes, format, 4)
 
 
 def test_every_format_has_a_reader() -> None:
@@ -120,7 +120,7 @@ def test_other_features_are_never_mixed_in(changes: dict[str, object], said: str
     with pytest.raises(UserError, match="format was 'safetensors' and is 'npz'"):
         folder(tmp_path, "npz")
     with pytest.raises(UserError, match="records was 4 and is 5"):
-        FeatureFolder(tmp_path, REQUEST, "safetensors", 5)
+        FeatureWriter(tmp_path, REQUEST, "safetensors", 5)
 
 
 def test_a_folder_that_holds_something_else_is_refused(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from data_pipelines.loader import EvaluationSet
 from data_pipelines.tokenizers import SPECIAL_TOKENS, WordPieceTokenizer
 from mplug2_jax.errors import UserError
 from mplug2_jax.inference import features as features_module
-from mplug2_jax.inference.features import FeatureConfig, Features
+from mplug2_jax.inference.features import FeatureConfig, FeatureExtractor
 from mplug2_jax.model.config import model_config
 from mplug2_jax.model.mplug2 import define
 from mplug2_jax.model.taps import Taps
@@ -56,7 +56,7 @@ def data(kind, batch_size=3, sources=None):
 def opened(kind, name="contrastive", pool="none", *, batch_size=3, mesh=None, sources=None, parts=PARTS):
     mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:1])
     config = FeatureConfig(name=name, pool=pool)
-    return Features(config, data(kind, batch_size, sources), define(MODEL, parts), TOKENIZER, mesh, seed=0)
+    return FeatureExtractor(config, data(kind, batch_size, sources), define(MODEL, parts), TOKENIZER, mesh, seed=0)
 
 
 def written(features, params, start=0):

@@ -39,7 +39,7 @@ def heldout(task: str, kind: str, examples: ExampleConfig, size: int = 11) -> Ev
     sources = {"digits": SourceConfig(kind=kind, split="heldout", max_records=size)}
     visual = dataclasses.replace(SMALL, num_clips=2, num_crops=3) if task == "classify" else SMALL
     data = DataConfig(sources=sources, visual=visual, examples=examples, batch_size=8)
-    return EvaluationConfig(task=task, data=data, samples=2)
+    return EvaluationConfig(task=task, data=data, num_samples=2)
 
 
 def environment(folder: Path, devices: int) -> dict[str, str]:
@@ -91,7 +91,7 @@ def evaluated(folder: Path, name: str, batch_size: int, *launched: object) -> di
     for evaluation in EVALUATIONS:
         content = json.loads(files[f"{evaluation}.json"])
         assert content.pop("seconds") > 0
-        assert content["examples"] == 11
+        assert content["num_examples"] == 11
         files[f"{evaluation}.json"] = json.dumps(content).encode()
     return files
 
@@ -119,11 +119,11 @@ def test_different_things_are_said_once_to_each(alone: dict[str, bytes]) -> None
         said = [json.loads(line) for line in alone[f"{name}.jsonl"].splitlines()]
         assert len({row["key"] for row in said}) == 11
         if name == "pairs":  # a drawn model may find the same text nearest to all, but does not rank all alike
-            assert 0 < json.loads(alone[f"{name}.json"])["figures"]["text_to_visual_r5"] < 1
+            assert 0 < json.loads(alone[f"{name}.json"])["metrics"]["text_to_visual_r5"] < 1
         elif name == "actions":  # it takes all for one class, which some are
-            assert 0 < json.loads(alone[f"{name}.json"])["figures"]["top_1"] < 1
+            assert 0 < json.loads(alone[f"{name}.json"])["metrics"]["top_1"] < 1
         else:
-            assert len({row["said"] for row in said}) > 1, name
+            assert len({row["prediction"] for row in said}) > 1, name
 
 
 # Beside a run
@@ -196,6 +196,6 @@ def test_a_run_is_followed_while_it_trains(
     assert f"step {STEPS}" in said
     for line in written:
         (file,) = (kept / str(line["step"])).glob("words.json")
-        assert json.loads(file.read_text())["figures"] == {"accuracy": line["eval/words/accuracy"]}
+        assert json.loads(file.read_text())["metrics"] == {"accuracy": line["eval/words/accuracy"]}
     finished(start(folder, "report", run))
     assert "metrics-eval" not in (run / "report.html").read_text()  # no notes of anything damaged

@@ -36,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     held = DataConfig(sources=sources, examples=examples, batch_size=8, max_bad_fraction=0.5)
     run = small_run(
         streams={"text": dataclasses.replace(small_run().streams["text"], objectives={"mlm": 1.0})},
-        evaluations={"words": EvaluationConfig(task="mlm", data=held, samples=12)},
+        evaluations={"words": EvaluationConfig(task="mlm", data=held, num_samples=12)},
         log_example_ids=True,
     )
     recipe_file(run, folder / "recipe.py")

@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
+import sklearn.metrics
 from hypothesis import given
 from hypothesis import strategies as st
-from sklearn.metrics import confusion_matrix, top_k_accuracy_score
 
 from mplug2_jax.errors import UserError
-from mplug2_jax.metrics.classification import FEW, confusion, mean_of_views, taken_for, top_k
+from mplug2_jax.metrics.classification import FEW, average_views, confusion_matrix, confusion_summary, top_k
 from tests.close import FLOAT64, assert_close
 
 
@@ -18,8 +18,9 @@ def test_top_k_is_scikit_learns_and_its_resamples_too(seed, examples, classes, k
     times = rng.integers(3, size=examples).astype(np.float64) + (np.arange(examples) == 0)
     known = {"k": min(k, classes - 1), "labels": np.arange(classes)}
     figure = top_k(scores, labels, known["k"])
-    assert figure.value == pytest.approx(top_k_accuracy_score(labels, scores, **known))
-    assert figure.over(times) == pytest.approx(top_k_accuracy_score(labels, scores, sample_weight=times, **known))
+    assert figure.value == pytest.approx(sklearn.metrics.top_k_accuracy_score(labels, scores, **known))
+    theirs = sklearn.metrics.top_k_accuracy_score(labels, scores, sample_weight=times, **known)
+    assert figure.weighted(times) == pytest.approx(theirs)
     assert top_k(scores, labels, classes).value == 1
 
 
@@ -37,12 +38,12 @@ def test_views_of_a_video_are_averaged_wherever_they_stand(seed, counts):
     ids = rng.permutation(np.repeat(videos, counts))
     probabilities = rng.random((len(ids), 3))
     expected = np.stack([probabilities[ids == video].mean(0) for video in videos])
-    assert_close(mean_of_views(probabilities, ids, videos), expected, FLOAT64)
+    assert_close(average_views(probabilities, ids, videos), expected, FLOAT64)
 
 
 def test_two_views_outvote_one():
     probabilities = np.asarray([[0.4, 0.6], [0.9, 0.1], [0.4, 0.6], [0.2, 0.8]])
-    means = mean_of_views(probabilities, np.asarray([7, 7, 7, 3]), np.asarray([3, 7]))
+    means = average_views(probabilities, np.asarray([7, 7, 7, 3]), np.asarray([3, 7]))
     assert_close(means, [[0.2, 0.8], [1.7 / 3, 1.3 / 3]], FLOAT64)
 
 
@@ -50,25 +51,27 @@ def test_two_views_outvote_one():
 @given(st.integers(0, 2**32 - 1), st.integers(1, 40), st.integers(1, 5))
 def test_confusion_is_scikit_learns(seed, examples, classes):
     said, labels = np.random.default_rng(seed).integers(classes, size=(2, examples))
-    expected = confusion_matrix(labels, said, labels=np.arange(classes))
-    np.testing.assert_array_equal(confusion(said, labels, classes), expected)
+    expected = sklearn.metrics.confusion_matrix(labels, said, labels=np.arange(classes))
+    np.testing.assert_array_equal(confusion_matrix(said, labels, classes), expected)
 
 
 def test_confusion_has_the_true_classes_as_rows():
-    np.testing.assert_array_equal(confusion(np.asarray([1, 1]), np.asarray([0, 1]), 3), [[0, 1, 0], [0, 1, 0], [0] * 3])
+    np.testing.assert_array_equal(
+        confusion_matrix(np.asarray([1, 1]), np.asarray([0, 1]), 3), [[0, 1, 0], [0, 1, 0], [0] * 3]
+    )
 
 
 def test_of_few_classes_a_matrix_is_kept_and_of_many_the_most_frequent_mistakes():
-    few = taken_for(np.asarray([1, 1, 2]), np.asarray([0, 1, 2]), ["cat", "dog", "cow"]).content()
+    few = confusion_summary(np.asarray([1, 1, 2]), np.asarray([0, 1, 2]), ["cat", "dog", "cow"]).content()
     assert few == {"classes": ["cat", "dog", "cow"], "counts": [[0, 1, 0], [0, 1, 0], [0, 0, 1]]}
     names = [f"class {i}" for i in range(1000)]
     # 0 for 1 once, 2 for 3 twice, and each of 50 others for the next once; the rest is right.
     said = np.asarray([1, 3, 3, *range(101, 151), 7, 7])
     labels = np.asarray([0, 2, 2, *range(100, 150), 7, 7])
-    many = taken_for(said, labels, names).content()
+    many = confusion_summary(said, labels, names).content()
     assert many["mistakes"][:3] == [("class 2", "class 3", 2), ("class 0", "class 1", 1), ("class 100", "class 101", 1)]
     assert len(many["mistakes"]) == FEW
-    assert taken_for(labels, labels, names).content() == {"mistakes": []}
+    assert confusion_summary(labels, labels, names).content() == {"mistakes": []}
 
 
 def test_what_cannot_be_scored_is_refused():
@@ -78,7 +81,7 @@ def test_what_cannot_be_scored_is_refused():
     with pytest.raises(UserError, match=r"labels\[1\] is -1, expected a class from 0 to 2"):
         top_k(scores, np.asarray([0, -1]), 1)
     with pytest.raises(UserError, match=r"confusion: predictions\[0\] is 2, expected a class from 0 to 1"):
-        confusion(np.asarray([2, 0]), np.asarray([0, 1]), 2)
+        confusion_matrix(np.asarray([2, 0]), np.asarray([0, 1]), 2)
 
 
 @pytest.mark.parametrize(
@@ -92,4 +95,4 @@ def test_what_cannot_be_scored_is_refused():
 )
 def test_views_that_do_not_fit_their_examples_are_refused(ids, examples, message):
     with pytest.raises(UserError, match=message):
-        mean_of_views(np.ones((2, 3)), np.asarray(ids), np.asarray(examples))
+        average_views(np.ones((2, 3)), np.asarray(ids), np.asarray(examples))

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from mplug2_jax.errors import UserError
 from mplug2_jax.metrics.correlation import Correlation
-from mplug2_jax.metrics.metric import Figure, intervals
+from mplug2_jax.metrics.metric import Metric, bootstrap_ci
 from tests.close import FLOAT64, assert_close
 
 THEIRS = {False: scipy.stats.pearsonr, True: scipy.stats.spearmanr}
@@ -24,7 +24,7 @@ def test_it_is_scipys_and_resampled_that_of_the_repeated_data(of_ranks, rows, sc
     figure = Correlation(said * scale, labels, of_ranks)
     assert_close(figure.value, THEIRS[of_ranks](said, labels).statistic, FLOAT64, scale=1)
     repeated = (np.repeat(column, times.astype(int)) for column in (said, labels))
-    assert_close(figure.over(times), THEIRS[of_ranks](*repeated).statistic, FLOAT64, scale=1)
+    assert_close(figure.weighted(times), THEIRS[of_ranks](*repeated).statistic, FLOAT64, scale=1)
 
 
 def test_by_hand():
@@ -40,15 +40,15 @@ def test_a_model_that_says_the_same_to_everything_or_nan_scores_nothing(of_ranks
     for said in ([0.1] * 3, [1.0, 2.0, np.nan], [1.0, np.inf, 2.0]):
         assert Correlation(np.asarray(said), labels, of_ranks).value == 0
     figure = Correlation(labels, labels, of_ranks)
-    assert figure.over(np.asarray([0.0, 5.0, 0.0])) == figure.over(np.zeros(3)) == 0
+    assert figure.weighted(np.asarray([0.0, 5.0, 0.0])) == figure.weighted(np.zeros(3)) == 0
 
 
 def test_correlations_have_intervals_as_shares_have():
     rng = np.random.default_rng(0)
     labels = rng.normal(size=300)
     figure = Correlation(labels + rng.normal(size=300), labels)
-    assert isinstance(figure, Figure)
-    low, high = intervals({"pearson": figure})["pearson"]
+    assert isinstance(figure, Metric)
+    low, high = bootstrap_ci({"pearson": figure})["pearson"]
     error = 1.96 * (1 - figure.value**2) / np.sqrt(300)  # of large samples
     assert (low, high) == pytest.approx((figure.value - error, figure.value + error), abs=0.3 * error)
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from mplug2_jax.errors import UserError
-from mplug2_jax.metrics.glue import CLASSES, glue
+from mplug2_jax.metrics.glue import CLASSES, glue_metrics
 from tests.close import FLOAT64, assert_close
 
 FIGURES = {"cola": ["matthews"], "mrpc": ["accuracy", "f1"], "qqp": ["accuracy", "f1"]}
@@ -28,11 +28,11 @@ def test_figures_are_scikit_learns_and_their_resamples_those_of_weights(task, se
     labels = (rng.random(examples) * skew * CLASSES[task]).astype(np.int64)
     said = np.where(rng.random(examples) < 0.6, labels, rng.integers(CLASSES[task], size=examples))
     times = rng.integers(4, size=examples).astype(np.float64) + (np.arange(examples) == 0)
-    figures = glue(task, said, labels)
+    figures = glue_metrics(task, said, labels)
     assert list(figures) == FIGURES.get(task, ["accuracy"])
     for name, figure in figures.items():
         assert_close(figure.value, theirs(name, labels, said, None), FLOAT64, scale=1)
-        assert_close(figure.over(times), theirs(name, labels, said, times), FLOAT64, scale=1)
+        assert_close(figure.weighted(times), theirs(name, labels, said, times), FLOAT64, scale=1)
         assert len(figure) == examples
 
 
@@ -40,7 +40,7 @@ def test_sts_b_has_both_correlations():
     rng = np.random.default_rng(0)
     labels = np.round(rng.random(200) * 25) / 5
     said = labels + rng.normal(size=200)
-    figures = glue("stsb", said, labels)
+    figures = glue_metrics("stsb", said, labels)
     assert figures["pearson"].value == pytest.approx(scipy.stats.pearsonr(said, labels).statistic)
     assert figures["spearman"].value == pytest.approx(scipy.stats.spearmanr(said, labels).statistic)
 
@@ -48,15 +48,18 @@ def test_sts_b_has_both_correlations():
 def test_by_hand():
     """Of 2 true and 2 false paraphrases, one true is missed and one false is taken: F1 is 2 / (2 + 1 + 1)."""
     said, labels = np.asarray([1, 0, 1, 0]), np.asarray([1, 1, 0, 0])
-    assert {name: figure.value for name, figure in glue("mrpc", said, labels).items()} == {"accuracy": 0.5, "f1": 0.5}
-    assert_close(glue("cola", said, labels)["matthews"].value, 0, FLOAT64, scale=1)
-    assert glue("cola", 1 - labels, labels)["matthews"].value == pytest.approx(-1)
+    assert {name: figure.value for name, figure in glue_metrics("mrpc", said, labels).items()} == {
+        "accuracy": 0.5,
+        "f1": 0.5,
+    }
+    assert_close(glue_metrics("cola", said, labels)["matthews"].value, 0, FLOAT64, scale=1)
+    assert glue_metrics("cola", 1 - labels, labels)["matthews"].value == pytest.approx(-1)
 
 
 def test_one_answer_to_everything_is_worth_nothing_where_accuracy_would_praise_it():
     said, labels = np.zeros(10, np.int64), np.asarray([0] * 9 + [1])
-    assert glue("qqp", said, labels)["accuracy"].value == 0.9
-    assert glue("qqp", said, labels)["f1"].value == glue("cola", said, labels)["matthews"].value == 0
+    assert glue_metrics("qqp", said, labels)["accuracy"].value == 0.9
+    assert glue_metrics("qqp", said, labels)["f1"].value == glue_metrics("cola", said, labels)["matthews"].value == 0
 
 
 @pytest.mark.parametrize(
@@ -73,4 +76,4 @@ def test_one_answer_to_everything_is_worth_nothing_where_accuracy_would_praise_i
 )
 def test_what_cannot_be_scored_is_refused(task, said, labels, message):
     with pytest.raises(UserError, match=message):
-        glue(task, np.asarray(said), np.asarray(labels))
+        glue_metrics(task, np.asarray(said), np.asarray(labels))

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mplug2_jax.errors import UserError
-from mplug2_jax.metrics.grounding import box_accuracy, mean_iou, overlaps
+from mplug2_jax.metrics.grounding import box_accuracy, box_iou, mean_iou
 from tests.close import FLOAT64, assert_close
 
 UNIT = [0.0, 0.0, 1.0, 1.0]
@@ -29,7 +29,7 @@ UNIT = [0.0, 0.0, 1.0, 1.0]
     ],
 )
 def test_hand_computed_overlaps(said, box, iou):
-    assert overlaps(np.asarray([said]), np.asarray([box])) == pytest.approx(iou)
+    assert box_iou(np.asarray([said]), np.asarray([box])) == pytest.approx(iou)
 
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from([np.float32, np.float64]))
@@ -41,18 +41,18 @@ def test_overlaps_are_what_counting_cells_of_a_grid_gives(seed, dtype):
         each[y0:y1, x0:x1] = True
     shared, union = (filled[0] & filled[1]).sum((1, 2)), (filled[0] | filled[1]).sum((1, 2))
     proper = filled.any((2, 3)).all(0)
-    found = overlaps((said / 8).astype(dtype), (boxes / 8).astype(dtype))
+    found = box_iou((said / 8).astype(dtype), (boxes / 8).astype(dtype))
     assert_close(found, np.where(proper, shared / np.maximum(union, 1), 0), FLOAT64, scale=1)
-    np.testing.assert_array_equal(found, overlaps((boxes / 8).astype(dtype), (said / 8).astype(dtype)))
+    np.testing.assert_array_equal(found, box_iou((boxes / 8).astype(dtype), (said / 8).astype(dtype)))
 
 
 def test_half_an_overlap_is_enough_and_figures_can_be_weighted():
-    iou = overlaps(np.asarray([UNIT, UNIT, UNIT]), np.asarray([UNIT, [0.0, 0.0, 0.5, 1.0], [0.0, 0.0, 0.25, 1.0]]))
+    iou = box_iou(np.asarray([UNIT, UNIT, UNIT]), np.asarray([UNIT, [0.0, 0.0, 0.5, 1.0], [0.0, 0.0, 0.25, 1.0]]))
     assert box_accuracy(iou).value == pytest.approx(2 / 3)
     assert mean_iou(iou).value == pytest.approx(1.75 / 3)
-    assert box_accuracy(iou).over(np.asarray([0.0, 1.0, 3.0])) == pytest.approx(1 / 4)
+    assert box_accuracy(iou).weighted(np.asarray([0.0, 1.0, 3.0])) == pytest.approx(1 / 4)
 
 
 def test_boxes_without_predictions_are_refused():
     with pytest.raises(UserError, match="grounding: found 1 predictions and 2 boxes"):
-        overlaps(np.asarray([UNIT]), np.asarray([UNIT, UNIT]))
+        box_iou(np.asarray([UNIT]), np.asarray([UNIT, UNIT]))

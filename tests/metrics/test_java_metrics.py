@@ -18,7 +18,7 @@ from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 from mplug2_jax.metrics import java_metrics
 from mplug2_jax.metrics.caption import caption_scores, tokens
 from mplug2_jax.metrics.java_metrics import meteor, spice
-from mplug2_jax.metrics.metric import intervals
+from mplug2_jax.metrics.metric import bootstrap_ci
 from tests.close import FLOAT64, assert_close
 
 EXAMPLES = Path(__file__).parent / "captions"
@@ -65,8 +65,8 @@ def test_meteor_is_the_toolkits_for_all_captions_and_for_each() -> None:
     found = meteor([text for (text,) in said.values()], list(truth.values()))
     assert found is not None
     assert_close(found.value, 100 * whole, FLOAT64)
-    assert_close([found.over(one) / 100 for one in np.eye(len(found))], each, FLOAT64)
-    low, high = intervals({"meteor": found})["meteor"]
+    assert_close([found.weighted(one) / 100 for one in np.eye(len(found))], each, FLOAT64)
+    low, high = bootstrap_ci({"meteor": found})["meteor"]
     assert low < 100 * whole < high
 
 

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mplug2_jax.metrics.caption import Bleu, caption_scores
-from mplug2_jax.metrics.metric import Figure, Ratio, intervals
-from mplug2_jax.metrics.retrieval import chance_at, median_by_chance, median_rank, ranks_of, recall_at
+from mplug2_jax.metrics.metric import MeanMetric, Metric, bootstrap_ci
+from mplug2_jax.metrics.retrieval import chance_median_rank, chance_recall, compute_ranks, median_rank, recall_at
 
 
 def cider(said, references):
@@ -50,7 +50,7 @@ def test_captions_that_equal_a_reference_but_for_case_and_marks_are_perfect():
         {"bleu_4": 100, "rouge_l": 100}
     )
     assert list(scores) == ["cider", "bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l"]
-    apart = caption_scores(said, references, tokenise=False)
+    apart = caption_scores(said, references, tokenize=False)
     assert apart["rouge_l"].value < 100
 
 
@@ -60,31 +60,31 @@ def test_bleu_of_a_hand_computed_case_and_its_interval():
     Second: 2 words, none right; its reference has 4, so both together have 6 words for 8. Draws of two: the first
     twice, both, or the second twice, which has no word right.
     """
-    scores = caption_scores(["a b c x", "y z"], [["a b c d", "a b c d e"], ["p q r s"]], tokenise=False)
+    scores = caption_scores(["a b c x", "y z"], [["a b c d", "a b c d e"], ["p q r s"]], tokenize=False)
     assert scores["bleu_1"].value == pytest.approx(100 * 3 / 6 * np.exp(1 - 8 / 6))
     assert scores["bleu_2"].value == pytest.approx(100 * (3 / 6 * 2 / 4) ** 0.5 * np.exp(1 - 8 / 6))
     first = {"bleu_1": 100 * 3 / 4, "bleu_2": 100 * (3 / 4 * 2 / 3) ** 0.5}
     for name, high in first.items():
-        assert scores[name].over(np.asarray([2.0, 0.0])) == pytest.approx(high)
-        assert intervals(scores)[name] == pytest.approx((0, high), abs=1e-4)
+        assert scores[name].weighted(np.asarray([2.0, 0.0])) == pytest.approx(high)
+        assert bootstrap_ci(scores)[name] == pytest.approx((0, high), abs=1e-4)
 
 
 def test_bleu_of_all_is_not_the_mean_of_each():
-    scores = caption_scores(["a b c d e f g h", "x"], [["a b c d e f g h"], ["y"]], tokenise=False)
+    scores = caption_scores(["a b c d e f g h", "x"], [["a b c d e f g h"], ["y"]], tokenize=False)
     assert scores["bleu_1"].value == pytest.approx(100 * 8 / 9)
-    assert np.mean([scores["bleu_1"].over(one) for one in np.eye(2)]) == pytest.approx(100 / 2)
+    assert np.mean([scores["bleu_1"].weighted(one) for one in np.eye(2)]) == pytest.approx(100 / 2)
 
 
 def test_figures_of_both_kinds_see_the_same_draws():
     counts = np.asarray([[1.0, 1, 1, 0, 0, 0, right, 0, 0, 0] for right in (1, 0, 1, 1, 0, 1, 0, 0)])
-    figures: dict[str, Figure] = {"bleu": Bleu(counts, 1), "mean": Ratio(100 * counts[:, 6])}
-    found = intervals(figures)
+    figures: dict[str, Metric] = {"bleu": Bleu(counts, 1), "mean": MeanMetric(100 * counts[:, 6])}
+    found = bootstrap_ci(figures)
     assert found["bleu"] == pytest.approx(found["mean"], abs=1e-4)
 
 
 def recall(similarity, k):
     own = np.arange(len(similarity))
-    return recall_at(ranks_of(similarity, own, own), k).value
+    return recall_at(compute_ranks(similarity, own, own), k).value
 
 
 def test_recall_counts_rows_whose_own_column_is_among_the_best():
@@ -115,34 +115,35 @@ def test_a_rank_is_the_place_of_the_first_right_candidate_among_the_wrong(seed, 
     for row, name in zip(similarity, names, strict=True):
         order = others[np.argsort(-row)]
         expected.append(int(np.argmax(order == name)) if (order == name).any() else np.iinfo(np.int64).max)
-    np.testing.assert_array_equal(ranks_of(similarity, names, others), expected)
+    np.testing.assert_array_equal(compute_ranks(similarity, names, others), expected)
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 3)), max_size=20))
 def test_the_median_rank_counts_from_one_and_resampled_is_that_of_the_repeated_data(rows):
     ranks, times = np.asarray(rows, np.int64).reshape(-1, 2).T
     for repeated, found in (
-        (ranks, median_rank(ranks).value), (np.repeat(ranks, times), median_rank(ranks).over(times.astype(np.float64)))
+        (ranks, median_rank(ranks).value),
+        (np.repeat(ranks, times), median_rank(ranks).weighted(times.astype(np.float64))),
     ):  # fmt: skip
         assert found == (np.median(repeated) + 1 if len(repeated) else 0)
 
 
 def test_a_collapsed_model_has_the_last_median_rank():
     own = np.arange(5)
-    assert median_rank(ranks_of(np.ones((5, 5)), own, own)).value == 5
-    assert median_rank(ranks_of(np.full((5, 5), np.nan), own, own)).value == 5
-    assert median_rank(ranks_of(np.eye(5), own, own)).value == 1
-    assert median_rank(ranks_of(np.eye(5), own, own + 5)).value > 1e18  # no query has a right candidate
+    assert median_rank(compute_ranks(np.ones((5, 5)), own, own)).value == 5
+    assert median_rank(compute_ranks(np.full((5, 5), np.nan), own, own)).value == 5
+    assert median_rank(compute_ranks(np.eye(5), own, own)).value == 1
+    assert median_rank(compute_ranks(np.eye(5), own, own + 5)).value > 1e18  # no query has a right candidate
 
 
 def test_chance_is_what_random_orders_do():
     pictures, texts = np.arange(4), np.asarray([0, 0, 0, 1, 2, 2])  # the last picture has no text
     rng = np.random.default_rng(0)
     for k in (1, 2, 5, 10):
-        tried = [recall_at(ranks_of(rng.normal(size=(4, 6)), pictures, texts), k).value for _ in range(3000)]
-        assert chance_at(pictures, texts, k) == pytest.approx(np.mean(tried), abs=0.02)
-    assert chance_at(texts, texts, 10) == 1
-    assert chance_at(np.arange(5), np.arange(5), 2) == pytest.approx(2 / 5)
+        tried = [recall_at(compute_ranks(rng.normal(size=(4, 6)), pictures, texts), k).value for _ in range(3000)]
+        assert chance_recall(pictures, texts, k) == pytest.approx(np.mean(tried), abs=0.02)
+    assert chance_recall(texts, texts, 10) == 1
+    assert chance_recall(np.arange(5), np.arange(5), 2) == pytest.approx(2 / 5)
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=9), st.lists(st.integers(1, 4), min_size=1, max_size=9))
@@ -151,49 +152,52 @@ def test_chance_counts_the_draws_that_hold_no_right_candidate(queries, candidate
     counts, size = [(candidates == query).sum() for query in queries], len(candidates)
     by_count = [1.0 - np.mean([math.comb(size - n, k) / math.comb(size, k) for n in counts]) for k in range(size + 1)]
     for k, expected in enumerate(by_count):
-        assert chance_at(queries, candidates, k) == pytest.approx(expected)
-    assert chance_at(queries, candidates, size + 3) == pytest.approx(by_count[-1])
-    middle = median_by_chance(queries, candidates)
+        assert chance_recall(queries, candidates, k) == pytest.approx(expected)
+    assert chance_recall(queries, candidates, size + 3) == pytest.approx(by_count[-1])
+    middle = chance_median_rank(queries, candidates)
     assert middle == 1 + size or by_count[int(middle)] >= 0.5 - 1e-9
     assert middle == 1 or by_count[int(middle) - 1] < 0.5 + 1e-9
 
 
 def test_a_rank_may_be_among_candidates_of_each_querys_own():
     similarity = np.asarray([[0.9, 0.5], [0.1, 0.2], [0.1, 0.2]])
-    found = ranks_of(similarity, np.asarray([7, 8, 9]), np.asarray([[5, 7], [8, 6], [5, 6]]))
+    found = compute_ranks(similarity, np.asarray([7, 8, 9]), np.asarray([[5, 7], [8, 6], [5, 6]]))
     assert found.tolist() == [1, 1, np.iinfo(np.int64).max]
 
 
 def test_a_ratio_is_the_mean_or_what_weights_make_of_it():
     values = np.asarray([1.0, 0.0, 2.0])
-    assert Ratio(values).value == 1
-    assert Ratio(values, np.asarray([1.0, 1.0, 4.0])).value == 0.5
-    assert Ratio(values).over(np.asarray([2.0, 1.0, 0.0])) == pytest.approx(2 / 3)
-    assert Ratio(values, np.zeros(3)).value == Ratio(np.zeros(0)).value == 0
+    assert MeanMetric(values).value == 1
+    assert MeanMetric(values, np.asarray([1.0, 1.0, 4.0])).value == 0.5
+    assert MeanMetric(values).weighted(np.asarray([2.0, 1.0, 0.0])) == pytest.approx(2 / 3)
+    assert MeanMetric(values, np.zeros(3)).value == MeanMetric(np.zeros(0)).value == 0
 
 
 def test_intervals_are_about_two_standard_errors_to_each_side_and_the_same_each_time():
     rng = np.random.default_rng(0)
-    figures = {"share": Ratio((rng.random(400) < 0.3).astype(np.float64)), "mean": Ratio(rng.normal(size=400) * 50)}
-    found = intervals(figures)
-    assert found == intervals(figures)
+    figures = {
+        "share": MeanMetric((rng.random(400) < 0.3).astype(np.float64)),
+        "mean": MeanMetric(rng.normal(size=400) * 50),
+    }
+    found = bootstrap_ci(figures)
+    assert found == bootstrap_ci(figures)
     for name, figure in figures.items():
         error = 1.96 * np.std(figure.values) / 20
         assert found[name] == pytest.approx((figure.value - error, figure.value + error), abs=0.15 * error)
-    assert intervals({"same": Ratio(np.ones(5))}) == {"same": (1.0, 1.0)}
-    assert intervals({"few": Ratio(np.arange(5.0)), **figures})["share"] == found["share"]  # of another size
-    assert intervals({}) == intervals({"none": Ratio(np.zeros(0))}) == {}
+    assert bootstrap_ci({"same": MeanMetric(np.ones(5))}) == {"same": (1.0, 1.0)}
+    assert bootstrap_ci({"few": MeanMetric(np.arange(5.0)), **figures})["share"] == found["share"]  # of another size
+    assert bootstrap_ci({}) == bootstrap_ci({"none": MeanMetric(np.zeros(0))}) == {}
 
 
 def test_intervals_of_a_weighted_ratio_draw_examples_and_not_what_they_weigh():
-    lone = Ratio(np.asarray([100.0, 0.0]), np.asarray([100.0, 1.0]))  # drawn: the first, both, or the second alone
-    assert intervals({"lone": lone})["lone"] == (0.0, 1.0)
+    lone = MeanMetric(np.asarray([100.0, 0.0]), np.asarray([100.0, 1.0]))  # drawn: the first, both, or the second alone
+    assert bootstrap_ci({"lone": lone})["lone"] == (0.0, 1.0)
 
 
 def test_about_nineteen_of_twenty_intervals_hold_the_truth():
     rng = np.random.default_rng(1)
     held = 0
     for _ in range(60):
-        low, high = intervals({"share": Ratio((rng.random(100) < 0.4).astype(np.float64))})["share"]
+        low, high = bootstrap_ci({"share": MeanMetric((rng.random(100) < 0.4).astype(np.float64))})["share"]
         held += low <= 0.4 <= high
     assert 51 <= held <= 60

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pycocoevalcap.tokenizer.ptbtokenizer import PUNCTUATIONS
 
-from mplug2_jax.metrics.ptb_tokenizer import tokenise
+from mplug2_jax.metrics.ptb_tokenizer import tokenize
 
 EXAMPLES = Path(__file__).parent / "captions"
 
@@ -64,23 +64,23 @@ PAIRS = list(zip(*[iter(SAID.strip("\n").split("\n"))] * 2, strict=True))
 
 @pytest.mark.parametrize(("text", "tokens"), PAIRS)
 def test_a_caption_has_the_tokens_that_java_gives_it(text: str, tokens: str) -> None:
-    assert tokenise(text) == tokens
+    assert tokenize(text) == tokens
 
 
 def test_nothing_and_punctuation_alone_are_no_tokens_and_line_breaks_are_spaces() -> None:
-    assert tokenise("") == tokenise(" \n") == tokenise('... "." -- ;') == ""
-    assert tokenise("a\nb\r\nc") == "a b c"
+    assert tokenize("") == tokenize(" \n") == tokenize('... "." -- ;') == ""
+    assert tokenize("a\nb\r\nc") == "a b c"
 
 
 @given(st.text())
 def test_any_text_has_tokens_without_spaces_or_what_the_toolkit_drops(text: str) -> None:
-    tokens = tokenise(text)
+    tokens = tokenize(text)
     assert not set(tokens.split(" ")) & set(PUNCTUATIONS)
     assert "  " not in tokens
     assert tokens.strip(" ") == tokens
 
 
-def by_java(texts: list[str]) -> list[str]:
+def java_tokens(texts: list[str]) -> list[str]:
     """Java's tokens; a line between texts keeps each from being read as the next one's beginning."""
     folder = Path(pycocoevalcap.__path__[0], "tokenizer")
     if not shutil.which("java"):
@@ -129,5 +129,5 @@ def test_java_gives_the_examples_and_fuzzed_lines_the_same_tokens() -> None:
     rng, examples = random.Random(0), captions()
     words = sorted({word for text in examples for word in text.split()})
     texts = [*examples, *(text for text, _ in PAIRS), *(fuzzed(rng, words) for _ in range(2000))]
-    wrong = [(t, java, tokenise(t)) for t, java in zip(texts, by_java(texts), strict=True) if tokenise(t) != java]
+    wrong = [(t, java, tokenize(t)) for t, java in zip(texts, java_tokens(texts), strict=True) if tokenize(t) != java]
     assert not wrong

@@ -6,11 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mplug2_jax.errors import UserError
-from mplug2_jax.metrics.rouge import rouge
+from mplug2_jax.metrics.rouge import rouge_scores
 
 
 def scores(said, reference):
-    return {name: figure.value for name, figure in rouge([said], [reference]).items()}
+    return {name: figure.value for name, figure in rouge_scores([said], [reference]).items()}
 
 
 def test_a_hand_computed_case():
@@ -42,18 +42,18 @@ def test_resampled_scores_are_those_of_the_repeated_data(rows):
     rows = [(said, f"{reference} a", times) for said, reference, times in [*rows, ("a", "", 1)]]
     said, references, times = zip(*rows, strict=True)
     repeated = [row for row in rows for _ in range(row[2])]
-    expected = rouge(*([row[i] for row in repeated] for i in (0, 1)))
-    for name, figure in rouge(said, references).items():
+    expected = rouge_scores(*([row[i] for row in repeated] for i in (0, 1)))
+    for name, figure in rouge_scores(said, references).items():
         assert 0 <= figure.value <= 100
-        assert figure.over(np.asarray(times, np.float64)) == pytest.approx(expected[name].value)
+        assert figure.weighted(np.asarray(times, np.float64)) == pytest.approx(expected[name].value)
 
 
 def test_what_cannot_be_scored_is_refused():
     with pytest.raises(UserError, match="ROUGE: found 1 summaries and 2 references"):
-        rouge(["a"], ["a", "b"])
+        rouge_scores(["a"], ["a", "b"])
 
 
 @pytest.mark.parametrize("empty", ["", " \n", "...", "日本"])
 def test_references_without_a_word_weigh_nothing(empty):
-    assert rouge(["a", "b"], ["a", empty])["rouge_1"].value == 100
-    assert rouge(["b"], [empty])["rouge_1"].value == 0
+    assert rouge_scores(["a", "b"], ["a", empty])["rouge_1"].value == 100
+    assert rouge_scores(["b"], [empty])["rouge_1"].value == 0

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from mplug2_jax.metrics.units import is_share, show, times_as_good
+from mplug2_jax.metrics.units import is_fraction, ratio_to_baseline, show
 
 
 @pytest.mark.parametrize(
@@ -16,12 +16,12 @@ from mplug2_jax.metrics.units import is_share, show, times_as_good
 )  # fmt: skip
 def test_shares_are_percent_and_scores_and_places_are_not(figure: str, value: float, said: str) -> None:
     assert show(figure, value) == said
-    assert is_share(figure) == said.endswith(("%", "–"))
+    assert is_fraction(figure) == said.endswith(("%", "–"))
 
 
 def test_of_ranks_the_lower_is_better() -> None:
-    assert times_as_good("accuracy", 0.4, 0.1) == pytest.approx(4)
-    assert times_as_good("text_to_visual_median_rank", 4.0, 128.0) == pytest.approx(32)
+    assert ratio_to_baseline("accuracy", 0.4, 0.1) == pytest.approx(4)
+    assert ratio_to_baseline("text_to_visual_median_rank", 4.0, 128.0) == pytest.approx(32)
 
 
 @pytest.mark.parametrize(
@@ -34,4 +34,4 @@ def test_of_ranks_the_lower_is_better() -> None:
 def test_beside_a_baseline_that_is_shown_as_nothing_there_is_no_ratio(
     figure: str, value: float, baseline: float
 ) -> None:
-    assert math.isnan(times_as_good(figure, value, baseline))
+    assert math.isnan(ratio_to_baseline(figure, value, baseline))

@@ -3,14 +3,14 @@
 import pytest
 
 from mplug2_jax.errors import UserError
-from mplug2_jax.metrics.validation import check_pairs
+from mplug2_jax.metrics.validation import check_same_length
 
 
 def test_as_many_of_each_are_wanted_and_some():
-    check_pairs("ROUGE", summaries=2, references=2)
+    check_same_length("ROUGE", summaries=2, references=2)
     with pytest.raises(
         UserError, match="ROUGE: found 1,000 summaries and 2 references; every example needs one of each"
     ):
-        check_pairs("ROUGE", summaries=1000, references=2)
+        check_same_length("ROUGE", summaries=1000, references=2)
     with pytest.raises(UserError, match="ROUGE: found 0 summaries and 0 references; there must be an example"):
-        check_pairs("ROUGE", summaries=0, references=0)
+        check_same_length("ROUGE", summaries=0, references=0)

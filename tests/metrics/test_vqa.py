@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mplug2_jax.errors import UserError
-from mplug2_jax.metrics.vqa import CONTRACTIONS, normalise, soft_accuracy, vqa_accuracy
+from mplug2_jax.metrics.vqa import CONTRACTIONS, normalize_answer, soft_accuracy, vqa_accuracy
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ from mplug2_jax.metrics.vqa import CONTRACTIONS, normalise, soft_accuracy, vqa_a
     ],
 )
 def test_normal_answers(answer, normal):
-    assert normalise(answer) == normal
+    assert normalize_answer(answer) == normal
 
 
 def test_contractions_are_the_originals():
@@ -71,7 +71,7 @@ def test_the_order_of_annotators_does_not_matter_and_the_score_is_the_mean_over_
     score = soft_accuracy(said, answers)
     assert score == pytest.approx(soft_accuracy(said, answers[::-1]))
     if len(set(answers)) > 1:
-        agree = [normalise(answer) == said for answer in answers]
+        agree = [normalize_answer(answer) == said for answer in answers]
         others = itertools.combinations(agree, len(agree) - 1)
         assert score == pytest.approx(np.mean([min(1, sum(of) / 3) for of in others]))
 
@@ -79,7 +79,7 @@ def test_the_order_of_annotators_does_not_matter_and_the_score_is_the_mean_over_
 def test_vqa_accuracy_is_the_mean_over_questions_and_can_be_weighted():
     figure = vqa_accuracy(["red", "two"], [["red"] + ["blue"] * 9, ["2"] * 4 + ["3"] * 6])
     assert figure.value == pytest.approx((0.3 + 1) / 2)
-    assert figure.over(np.asarray([3.0, 1.0])) == pytest.approx((3 * 0.3 + 1) / 4)
+    assert figure.weighted(np.asarray([3.0, 1.0])) == pytest.approx((3 * 0.3 + 1) / 4)
 
 
 @pytest.mark.parametrize(

@@ -65,17 +65,17 @@ def test_a_task_from_its_public_files_to_a_report(
     for name, evaluation in config.evaluations.items():
         result = json.loads((run / "evaluations" / "2" / f"{name}.json").read_text())
         assert result["task"] == evaluation.task
-        assert result["examples"] >= 2
-        assert result["figures"].keys() == result["baselines"].keys() == result["intervals"].keys()
+        assert result["num_examples"] >= 2
+        assert result["metrics"].keys() == result["baselines"].keys() == result["confidence_intervals"].keys()
         assert not result["skipped"]
-        assert len((run / "evaluations" / "2" / f"{name}.jsonl").read_text().splitlines()) == result["examples"]
+        assert len((run / "evaluations" / "2" / f"{name}.jsonl").read_text().splitlines()) == result["num_examples"]
         assert name in printed
     assert "<svg" in (run / "report.html").read_text()
     if page not in FIRST.values():
         return
     assert main(["eval", "--workdir", str(run)]) == 0
     again = json.loads((run / "evaluations" / "2" / f"{name}.json").read_text())
-    assert again["figures"] == result["figures"]  # from the checkpoint
+    assert again["metrics"] == result["metrics"]  # from the checkpoint
 
 
 @pytest.mark.slow
@@ -92,7 +92,7 @@ def test_captions_from_their_public_files_to_a_run_by_reward(
     metrics = [json.loads(line) for line in (rewarded / "metrics.jsonl").read_text().splitlines()]
     assert [line["set/scst/length"] > 0 for line in metrics if "loss" in line] == [True, True]
     result = json.loads((rewarded / "evaluations" / "2" / "test.json").read_text())
-    assert (result["task"], result["examples"]) == ("caption", public_data.TEST)
+    assert (result["task"], result["num_examples"]) == ("caption", public_data.TEST)
 
 
 @pytest.mark.slow
@@ -107,7 +107,7 @@ def test_classes_by_prompts_of_a_run_that_never_had_any(
     assert main(["eval", *asked, "--config.mesh.fsdp=1", "--config.mesh.data=8"]) == 0
     result = json.loads((out / "val.json").read_text())
     assert (result["task"], result["recipe"]) == ("zero_shot", "imagenet")
-    assert result["figures"].keys() == {"top_1", "top_5"}
+    assert result["metrics"].keys() == {"top_1", "top_5"}
     assert (out / "report.html").is_file()
 
 
@@ -124,4 +124,4 @@ def test_the_releases_form_of_a_task_learns_from_its_public_files(
     assert main(["train", "--config", spec, "--workdir", str(tmp_path / "run"), *changes]) == 0
     assert not (tmp_path / "run" / "data-errors.jsonl").exists()
     result = json.loads((tmp_path / "run" / "evaluations" / "2" / "test.json").read_text())
-    assert (result["recipe"], result["examples"]) == (page, public_data.TEST)
+    assert (result["recipe"], result["num_examples"]) == (page, public_data.TEST)

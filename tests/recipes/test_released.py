@@ -143,12 +143,12 @@ def test_what_is_scored_is_what_the_release_reads(task: str, read: str, data: Pa
     assert score is not None
     reader = reader_of(evaluation.data.examples, WordPieceTokenizer(words["vocab"]))
     scored = score({"ids": ids}, [Example({}, str(i), answers=(text,)) for i, text in enumerate(told)], reader)
-    assert list(scored.said) == right
+    assert list(scored.predictions) == right
     if task == "videoqa":
-        assert scored.figures["accuracy"].value == (len(cases) - 1) / len(cases)
-        assert not scored.goodness[0]
+        assert scored.metrics["accuracy"].value == (len(cases) - 1) / len(cases)
+        assert not scored.example_scores[0]
     else:
-        assert scored.goodness[0] == pytest.approx(1000)  # the most there is: captions are compared in lower case
+        assert scored.example_scores[0] == pytest.approx(1000)  # the most there is: captions are compared in lower case
 
 
 @pytest.mark.slow
@@ -171,7 +171,7 @@ def test_weights_of_the_release_say_the_same_in_pytorch(
         fields |= {f"{of}.data.examples.instruction_length": 40 for of in ("streams.video", "evaluations.test")}
     overrides = [f"--config.{field}={value}" for field, value in fields.items()]
     assert main(["eval", "--task", PAGES[task], "--checkpoint", str(run), "--out", str(out), *overrides]) == 0
-    said = [json.loads(line)["said"] for line in (out / "test.jsonl").read_text().splitlines()]
+    said = [json.loads(line)["prediction"] for line in (out / "test.jsonl").read_text().splitlines()]
     assert main(["convert", "export", str(run), "--to", str(hub)]) == 0
 
     evaluation = page(task, 56).evaluations["test"].data

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mplug2_jax.metrics.units import is_share
+from mplug2_jax.metrics.units import is_fraction
 from mplug2_jax.report import results
 from mplug2_jax.report.names import task_words
 from mplug2_jax.report.published import published
@@ -99,7 +99,7 @@ def test_absent_figures_are_said_to_be_absent(run: Run) -> None:
         ({"confusion": {"classes": ["a"], "counts": [[-1]]}}, "less than nothing"),
         ({"confusion": {"mistakes": [["a", "b"]]}}, "not enough values"),
         ({"samples": ["x"]}, ""),
-        ({"samples": [{"said": "x"}]}, "'true' is missing"),
+        ({"samples": [{"said": "x"}]}, "'references' is missing"),
     ],
 )
 def test_a_damaged_file_is_noted_and_the_evaluation_before_it_shown(run: Run, damage: Any, said: str) -> None:
@@ -294,7 +294,7 @@ def test_every_published_figure_is_one_that_a_recipe_of_this_name_reports(reposi
         found = published(row["task"], ["annotations"])
         names = set(found)
         assert names <= {"accuracy", "cider", "top_1", "top_5", "text_to_visual_r1", "text_to_visual_r10"}
-        assert row["value"] in [pytest.approx(100 * each.value if is_share(name) else each.value)
+        assert row["value"] in [pytest.approx(100 * each.value if is_fraction(name) else each.value)
                                 for name, each in found.items()]  # fmt: skip
 
 

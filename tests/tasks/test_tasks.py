@@ -11,16 +11,16 @@ from data_pipelines.examples import Example
 from mplug2_jax.errors import UserError
 from mplug2_jax.generation.config import SearchConfig
 from mplug2_jax.metrics.java_metrics import Meteor
-from mplug2_jax.metrics.metric import Ratio
-from mplug2_jax.metrics.units import is_share
+from mplug2_jax.metrics.metric import MeanMetric
+from mplug2_jax.metrics.units import is_fraction
 from mplug2_jax.model.config import PARTS, SpecialTokens, model_config
 from mplug2_jax.model.mplug2 import define
 from mplug2_jax.objectives.config import MlmConfig, VlmConfig
 from mplug2_jax.objectives.forward import Forward
 from mplug2_jax.tasks import answer, caption, classify, mlm, vlc
-from mplug2_jax.tasks.base import Prompts, Scored, TaskContext
+from mplug2_jax.tasks.base import EvalOutput, Prompts, TaskContext
 from mplug2_jax.tasks.config import TaskSettings
-from mplug2_jax.tasks.contracts import CONTRACTS, LIKENESS, parts_for
+from mplug2_jax.tasks.contracts import CONTRACTS, SIMILARITY_LEVELS, required_parts
 from mplug2_jax.tasks.glue import TASKS as GLUE
 from mplug2_jax.tasks.table import TASKS
 
@@ -35,7 +35,7 @@ SETTINGS = TaskSettings(
 )
 PROMPTS = Prompts(np.arange(4, 12, dtype=np.int32).reshape(2, 2, 2), classes=2, templates=2)
 CONTEXT = TaskContext(settings=SETTINGS, tokens=SpecialTokens(begin=1, end=2, mask=3), prompts=PROMPTS)
-CLASSES = {"classify": 6, "mnli": 3, "stsb": len(LIKENESS)}  # of other tasks: 2
+CLASSES = {"classify": 6, "mnli": 3, "stsb": len(SIMILARITY_LEVELS)}  # of other tasks: 2
 HEADS = [name for name, task in TASKS.items() if "classifier" in task.parts]
 WORDS = ["", "", "", "", *"abcdefghijkl"]
 
@@ -74,8 +74,8 @@ def predicted_by(task, model, batch):
 
 def parts_of(name, frames=1):
     """The parts for a task, and whether its batches bring frames."""
-    pictures = "frames" in TASKS[name].keys or bool(frames and TASKS[name].picture_parts and name not in GLUE)
-    return parts_for([(TASKS[name], pictures, frames > 1)]), pictures
+    pictures = "frames" in TASKS[name].keys or bool(frames and TASKS[name].vision_parts and name not in GLUE)
+    return required_parts([(TASKS[name], pictures, frames > 1)]), pictures
 
 
 def examples_of(batch, name=""):
@@ -96,12 +96,12 @@ def examples_of(batch, name=""):
 def test_a_task_is_listed_under_its_name_with_parts_that_exist(name):
     task = TASKS[name]
     assert task.name == name
-    assert {*task.parts, *task.picture_parts, *task.text_parts} <= set(PARTS)
+    assert {*task.parts, *task.vision_parts, *task.text_parts} <= set(PARTS)
     assert (task.predict is None) == (task.score is None)
     contract = CONTRACTS[name]
     assert {field.name: getattr(task, field.name) for field in dataclasses.fields(contract)} == vars(contract)
-    assert (task.trained, task.evaluated) == (task.loss is not None, task.predict is not None)
-    assert (task.match is None) == (task.refine is None)
+    assert (task.trainable, task.evaluable) == (task.loss is not None, task.predict is not None)
+    assert (task.score_pairs is None) == (task.rerank is None)
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -121,7 +121,7 @@ def test_every_contract_is_of_a_task():
     assert list(CONTRACTS) == list(TASKS)
 
 
-USES = [*[(name, 1) for name in TASKS], ("ilm", 0), ("caption", 3), ("summarise", 0), ("classify", 3)]
+USES = [*[(name, 1) for name in TASKS], ("ilm", 0), ("caption", 3), ("summarize", 0), ("classify", 3)]
 
 
 @pytest.mark.parametrize(("name", "frames"), USES)
@@ -151,13 +151,13 @@ def test_parts_for_a_task_are_those_that_its_loss_reads_and_its_prediction_needs
 
 
 def test_parts_for_several_uses_are_their_union_in_the_order_of_the_table():
-    assert parts_for([]) == ()
-    assert parts_for([(TASKS["mlm"], False, False)]) == ("text", "universal", "mlm")
-    assert parts_for([(TASKS["mlm"], False, True)]) == ("text", "universal", "mlm")  # no vision, so no clips
-    assert parts_for([(TASKS["ilm"], False, False)]) == ("text", "universal", "decoder")
+    assert required_parts([]) == ()
+    assert required_parts([(TASKS["mlm"], False, False)]) == ("text", "universal", "mlm")
+    assert required_parts([(TASKS["mlm"], False, True)]) == ("text", "universal", "mlm")  # no vision, so no clips
+    assert required_parts([(TASKS["ilm"], False, False)]) == ("text", "universal", "decoder")
     everything = [(TASKS["mlm"], False, False), (TASKS["vlm"], True, True), (TASKS["ilm"], True, False)]
-    assert parts_for(everything) == tuple(part for part in PARTS if part != "classifier")
-    assert parts_for(everything[::-1]) == parts_for(everything)
+    assert required_parts(everything) == tuple(part for part in PARTS if part != "classifier")
+    assert required_parts(everything[::-1]) == required_parts(everything)
 
 
 @pytest.fixture(scope="module")
@@ -211,20 +211,20 @@ def test_losses_are_finite_and_name_themselves_in_their_metrics(predictions, nam
 def test_predictions_are_scored_in_finite_figures_each_beside_its_baseline(predictions, name):
     examples = examples_of(batch_of(), name)
     predicted = predictions[0][name]
-    if TASKS[name].refine:
-        predicted = TASKS[name].refine(predicted, examples, CONTEXT, lambda pairs: np.float32(pairs[:, 0]))
+    if TASKS[name].rerank:
+        predicted = TASKS[name].rerank(predicted, examples, CONTEXT, lambda pairs: np.float32(pairs[:, 0]))
     scored = TASKS[name].score(predicted, examples, decode)
-    assert scored.figures
-    assert scored.figures.keys() == scored.baselines.keys()
-    assert all(len(figure) == BATCH for figure in scored.figures.values())
+    assert scored.metrics
+    assert scored.metrics.keys() == scored.baselines.keys()
+    assert all(len(figure) == BATCH for figure in scored.metrics.values())
     for figure, value in (*values_of(scored).items(), *scored.baselines.items()):
         assert np.isfinite(value)
         lowest = -1 if figure in ("matthews", "pearson", "spearman") else 0
-        assert lowest <= value <= (1 if is_share(figure) else 1000)
-    assert len(scored.said) == BATCH
-    assert all(isinstance(sentence, str) for sentence in scored.said)
-    assert scored.goodness.shape == (BATCH,)
-    assert np.isfinite(scored.goodness).all()
+        assert lowest <= value <= (1 if is_fraction(figure) else 1000)
+    assert len(scored.predictions) == BATCH
+    assert all(isinstance(sentence, str) for sentence in scored.predictions)
+    assert scored.example_scores.shape == (BATCH,)
+    assert np.isfinite(scored.example_scores).all()
     assert (scored.confusion is not None) == ((name in HEADS and name != "stsb") or name == "zero_shot")
     assert (scored.nearest is not None) == (name in ("vlc", "rerank"))
 
@@ -240,7 +240,7 @@ def test_generated_ids_begin_with_the_begin_token_and_end_in_padding(predictions
 
 
 def values_of(scored):
-    return {name: figure.value for name, figure in scored.figures.items()}
+    return {name: figure.value for name, figure in scored.metrics.items()}
 
 
 def sample(**fields):
@@ -251,10 +251,10 @@ def test_an_answer_is_right_if_it_equals_any_of_the_right_ones():
     examples = [sample(answers=("a", "b")), sample(answers=("a",)), sample(answers=("c",)), sample(answers=("a b",))]
     ids = np.asarray([[1, 5, 2, 0], [1, 4, 4, 2], [1, 6, 2, 0], [1, 5, 4, 2]])  # b, a a, c, b a
     scored = answer.score({"ids": ids}, examples, decode)
-    assert scored.said == ["b", "a a", "c", "b a"]
+    assert scored.predictions == ["b", "a a", "c", "b a"]
     assert values_of(scored) == {"accuracy": 0.5}
     assert scored.baselines == {"accuracy": 0.5}  # always to say "a"
-    assert scored.goodness.tolist() == [1, 0, 1, 0]
+    assert scored.example_scores.tolist() == [1, 0, 1, 0]
 
 
 def test_masked_words_are_scored_where_they_were_masked():
@@ -264,9 +264,9 @@ def test_masked_words_are_scored_where_they_were_masked():
     scored = mlm.score({"ids": ids, "chosen": chosen}, examples, decode)
     assert values_of(scored) == {"accuracy": 0.5}
     assert scored.baselines == {"accuracy": 0.75}  # always to guess 5
-    assert scored.goodness.tolist() == [0.5, 0.5]
+    assert scored.example_scores.tolist() == [0.5, 0.5]
     part = mlm.score({"ids": ids, "chosen": chosen & [[True], [False]]}, examples, decode)
-    assert part.goodness.tolist() == [0.5, 0.5]  # nothing of the second was masked: as good as all
+    assert part.example_scores.tolist() == [0.5, 0.5]  # nothing of the second was masked: as good as all
     nothing = mlm.score({"ids": ids, "chosen": chosen & False}, examples, decode)
     assert values_of(nothing) == nothing.baselines == {"accuracy": 0.0}
 
@@ -278,16 +278,16 @@ def test_retrieval_is_scored_in_both_directions_and_says_the_nearest_text():
     visual = np.eye(3)
     text = np.asarray([[0.9, 0.1, 0], [0.8, 0.5, 0], [0, 0, 1.0]])  # the second text is nearer to the first picture
     scored = vlc.score({"visual": visual, "text": text}, examples, decode)
-    assert scored.figures["text_to_visual_r1"].value == pytest.approx(2 / 3)
-    assert scored.figures["visual_to_text_r1"].value == 1
-    assert scored.figures["text_to_visual_r5"].value == 1
+    assert scored.metrics["text_to_visual_r1"].value == pytest.approx(2 / 3)
+    assert scored.metrics["visual_to_text_r1"].value == 1
+    assert scored.metrics["text_to_visual_r5"].value == 1
     assert scored.baselines["text_to_visual_r1"] == pytest.approx(1 / 3)
     assert scored.baselines["visual_to_text_r10"] == 1
-    assert scored.said == ["one", "two", "three"]
-    assert scored.goodness.tolist() == [-1, -1, -1]
+    assert scored.predictions == ["one", "two", "three"]
+    assert scored.example_scores.tolist() == [-1, -1, -1]
     assert scored.nearest.texts.tolist() == [[0, 1, 2], [1, 0, 2], [2, 0, 1]]
-    assert scored.nearest.pictures.tolist() == [[0, 1, 2], [0, 1, 2], [2, 0, 1]]
-    assert scored.nearest.picture.tolist() == [0, 1, 2]
+    assert scored.nearest.visuals.tolist() == [[0, 1, 2], [0, 1, 2], [2, 0, 1]]
+    assert scored.nearest.visual_of.tolist() == [0, 1, 2]
 
 
 def test_the_texts_of_one_picture_are_all_right():
@@ -296,62 +296,62 @@ def test_the_texts_of_one_picture_are_all_right():
     visual = np.asarray([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])  # the first two are the same picture
     text = np.asarray([[0.1, 0.2], [0.9, 0.0], [0.3, 0.8]])  # "one" is nearer to the other picture
     scored = vlc.score({"visual": visual, "text": text}, examples, decode)
-    assert scored.figures["visual_to_text_r1"].value == 1  # of two pictures
-    assert scored.figures["text_to_visual_r1"].value == pytest.approx(2 / 3)  # of three texts, and no copy competes
+    assert scored.metrics["visual_to_text_r1"].value == 1  # of two pictures
+    assert scored.metrics["text_to_visual_r1"].value == pytest.approx(2 / 3)  # of three texts, and no copy competes
     assert scored.baselines["text_to_visual_r1"] == 1 / 2
     assert scored.baselines["visual_to_text_r1"] == pytest.approx((2 / 3 + 1 / 3) / 2)
-    assert scored.said == ["uno", "uno", "three"]
-    assert scored.nearest.pictures.tolist() == [[2, 0], [0, 2], [2, 0]]  # a picture is its first example
-    assert scored.nearest.picture.tolist() == [0, 0, 2]
+    assert scored.predictions == ["uno", "uno", "three"]
+    assert scored.nearest.visuals.tolist() == [[2, 0], [0, 2], [2, 0]]  # a picture is its first example
+    assert scored.nearest.visual_of.tolist() == [0, 0, 2]
 
 
 def test_a_picture_s_nearest_texts_are_worse_the_further_behind_the_right_one_is():
     examples = [sample(text=text, arrays={"example_id": np.asarray(i)}) for i, text in enumerate("abc")]
     text = np.asarray([[0.1, 0.9, 0], [0.9, 0.1, 0], [0.5, 0.2, 0.3]])
     scored = vlc.score({"visual": np.eye(3), "text": text}, examples, decode)
-    assert scored.goodness.tolist() == [-3, -3, -1]
+    assert scored.example_scores.tolist() == [-3, -3, -1]
 
 
 def test_classes_are_as_good_as_the_right_one_is_likely_and_taken_for_each_other():
     examples = [sample(answers=(name,), arrays={"label": np.asarray(i)}) for i, name in ((0, "cat"), (1, "dog"))]
     scored = classify.score({"probabilities": np.asarray([[0.2, 0.7, 0.1], [0.1, np.nan, 0]])}, examples, decode)
-    assert scored.goodness.tolist() == [0.2, 0]
-    assert scored.confusion.content() == {
+    assert scored.example_scores.tolist() == [0.2, 0]
+    assert scored.confusion.to_dict() == {
         "classes": ["cat", "dog", "class 2"], "counts": [[0, 1, 0], [0, 1, 0], [0, 0, 0]]
     }  # fmt: skip
 
 
 def test_a_number_is_worse_the_further_it_is_off():
     examples = [sample(answers=(answer,)) for answer in ("1.0", "5.0", "3.0")]
-    probabilities = np.zeros((3, len(LIKENESS)))
+    probabilities = np.zeros((3, len(SIMILARITY_LEVELS)))
     probabilities[[0, 1], [5, 0]] = 1
     probabilities[2] = np.nan
     scored = GLUE["stsb"].score({"probabilities": probabilities}, examples, decode)
-    assert scored.goodness.tolist() == [0, -5, -5]
+    assert scored.example_scores.tolist() == [0, -5, -5]
 
 
 def test_java_s_figures_of_captions_are_there_or_absent(monkeypatch):
     """Every program is started once, for the captions and for those of the baseline."""
     examples = [sample(answers=("a b", "a c")), sample(answers=("d e",))]
-    scored = Scored({}, {}, ["a b", "f"], np.zeros(2))
+    scored = EvalOutput({}, {}, ["a b", "f"], np.zeros(2))
     asked = []
 
     def spice(said, references, seconds):
         asked.append((said, references))
-        return Ratio(np.asarray([100.0, 0.0, 10.0, 30.0]))
+        return MeanMetric(np.asarray([100.0, 0.0, 10.0, 30.0]))
 
     monkeypatch.setattr(caption, "spice", spice)
     monkeypatch.setattr(caption, "meteor", lambda said, references, seconds: None)
-    found = caption.by_java(scored, examples)
+    found = caption.external_metrics(scored, examples)
     assert asked == [(["a b", "f", "d e", "a b"], 2 * [["a b", "a c"], ["d e"]])]
-    assert (found.figures["spice"].value, found.baselines) == (50.0, {"spice": 20.0})
-    assert (found.figures.keys(), found.absent, found.said) == ({"spice"}, ("meteor",), scored.said)
+    assert (found.metrics["spice"].value, found.baselines) == (50.0, {"spice": 20.0})
+    assert (found.metrics.keys(), found.absent, found.predictions) == ({"spice"}, ("meteor",), scored.predictions)
 
     counts = np.arange(4 * 23, dtype=np.float64).reshape(4, 23)
     monkeypatch.setattr(caption, "meteor", lambda said, references, seconds: Meteor(counts))
     monkeypatch.setattr(caption, "spice", lambda said, references, seconds: None)
-    found = caption.by_java(scored, examples)
-    assert (found.figures["meteor"].value, found.absent) == (Meteor(counts[:2]).value, ("spice",))
+    found = caption.external_metrics(scored, examples)
+    assert (found.metrics["meteor"].value, found.absent) == (Meteor(counts[:2]).value, ("spice",))
     assert found.baselines == {"meteor": Meteor(counts[2:]).value}
 
 
@@ -359,9 +359,9 @@ def test_captions_are_compared_with_all_of_their_own_and_the_baseline_with_anoth
     texts = [("a b c d e", "a b c e d"), ("f g h i j",), ("k l a c e",)]
     ids = np.asarray([[1, *(WORDS.index(w) for w in t[0].split()), 2] for t in texts])
     scored = caption.score({"ids": ids}, [sample(answers=t) for t in texts], decode)
-    assert scored.said == [t[0] for t in texts]
-    assert scored.figures["cider"].value > 100 > scored.baselines["cider"]
-    assert scored.goodness.mean() == pytest.approx(scored.figures["cider"].value)
+    assert scored.predictions == [t[0] for t in texts]
+    assert scored.metrics["cider"].value > 100 > scored.baselines["cider"]
+    assert scored.example_scores.mean() == pytest.approx(scored.metrics["cider"].value)
 
 
 def test_settings_are_frozen_and_have_a_default_for_everything():

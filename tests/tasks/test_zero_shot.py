@@ -12,7 +12,7 @@ from mplug2_jax.config import build, load_recipe
 from mplug2_jax.errors import UserError
 from mplug2_jax.evaluation.config import EvaluationConfig
 from mplug2_jax.evaluation.loop import Evaluation
-from mplug2_jax.evaluation.prompts import make_prompts
+from mplug2_jax.evaluation.prompts import encode_prompts
 from mplug2_jax.model.mplug2 import define
 from mplug2_jax.objectives.forward import Forward
 from mplug2_jax.parallel.config import MeshConfig
@@ -62,7 +62,7 @@ def evaluation(definition, tokenizer, *, batch_size=8, mesh=None, names=(), prom
 
 @pytest.mark.parametrize("rows", [1, 4, 64])
 def test_a_class_is_the_mean_direction_of_its_prompts(definition, params, tokenizer, rows):
-    prompts = make_prompts("here", TEMPLATES, NAMES, tokenizer, 12, rows)
+    prompts = encode_prompts("here", TEMPLATES, NAMES, tokenizer, 12, rows)
     assert prompts.ids.shape[1] == rows
     model = definition.bind(params)
     context = TaskContext(settings=TaskSettings(), tokens=special_tokens(tokenizer), prompts=prompts)
@@ -90,12 +90,12 @@ def test_the_nearest_class_is_the_likeliest(definition, params):
 def test_neither_the_batch_size_nor_the_mesh_changes_the_classes(definition, params, tokenizer):
     whole = evaluation(definition, tokenizer).run(params, 1)
     split = evaluation(definition, tokenizer, batch_size=16, mesh=make_mesh(MeshConfig(data=2, fsdp=4))).run(params, 1)
-    for ours, theirs in zip(split.said, whole.said, strict=True):
-        assert ours | {"goodness": 0} == theirs | {"goodness": 0}
-        assert_close(ours["goodness"], theirs["goodness"], 1.5e-4, scale=1)  # rounded to four digits
-    assert whole.figures == split.figures
-    assert {"top_1", "top_5"} == set(whole.figures)
-    assert len({row["said"] for row in whole.said}) > 1  # not one class for all
+    for ours, theirs in zip(split.predictions, whole.predictions, strict=True):
+        assert ours | {"score": 0} == theirs | {"score": 0}
+        assert_close(ours["score"], theirs["score"], 1.5e-4, scale=1)  # rounded to four digits
+    assert whole.metrics == split.metrics
+    assert {"top_1", "top_5"} == set(whole.metrics)
+    assert len({row["prediction"] for row in whole.predictions}) > 1  # not one class for all
 
 
 def test_names_stand_in_for_labels(definition, params, tokenizer):
@@ -103,9 +103,9 @@ def test_names_stand_in_for_labels(definition, params, tokenizer):
     straight = evaluation(definition, tokenizer).run(params, 1)
     turned = evaluation(definition, tokenizer, names=DIGITS[::-1]).run(params, 1)
     opposite = {str(a): b for a, b in zip(DIGITS, DIGITS[::-1], strict=True)}
-    for a, b in zip(straight.said, turned.said, strict=True):
-        if "class" not in a["said"] + b["said"]:  # of a class that no example is of only the number is known
-            assert opposite[a["said"]] == b["said"]
+    for a, b in zip(straight.predictions, turned.predictions, strict=True):
+        if "class" not in a["prediction"] + b["prediction"]:  # a class without examples has only a number
+            assert opposite[a["prediction"]] == b["prediction"]
 
 
 @pytest.mark.parametrize(

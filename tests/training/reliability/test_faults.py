@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from mplug2_jax.errors import UserError
-from mplug2_jax.inference.replay import replay
+from mplug2_jax.inference.replay import replay_step
 from mplug2_jax.model.config import SpecialTokens
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
@@ -91,14 +91,14 @@ def test_a_spike_rolls_back_and_leaves_its_data_out_and_replay_knows(
     (fault,) = read_lines(tmp_path / "run" / "faults.jsonl")
     assert fault["fault"] == "spike"
     assert len(fault["rows"]) == 8
-    again = replay(WorkDir(tmp_path / "run"), 7, ranked=2)
+    again = replay_step(WorkDir(tmp_path / "run"), 7, num_ranked=2)
     assert (again.batch, again.start) == (7, 6)
     assert again.recorded
     assert again.differences == {}
-    assert len(again.parts) == 2
-    early = replay(WorkDir(tmp_path / "run"), 2, ranked=1)
+    assert len(again.contributions) == 2
+    early = replay_step(WorkDir(tmp_path / "run"), 2, num_ranked=1)
     assert (early.batch, early.start, early.differences) == (1, 0, {})
-    assert_close(sum(part.share for part in again.parts), 1.0)
+    assert_close(sum(part.share for part in again.contributions), 1.0)
 
 
 def spec_of(config: RunConfig, devices: int = 1) -> Any:
