@@ -91,7 +91,9 @@ def replay_step(workdir: WorkDir, step: int, *, num_ranked: int = 64) -> Replaye
     for number in range(position.step + 1, step):
         state, _ = run_step(state, _batches(streams, position.batch_index(number), spec)[0])
     batches, rows = _batches(streams, position.batch_index(step), spec)
-    parts = _rank(spec, state, batches, rows, num_ranked, _batches(streams, max(position.batch_index(step) - 1, 0), spec)[0])
+    parts = _rank(
+        spec, state, batches, rows, num_ranked, _batches(streams, max(position.batch_index(step) - 1, 0), spec)[0]
+    )
     _, metrics = run_step(state, batches)
     recorded: dict[str, float | None] = {}
     for line in read_steps(workdir.metrics):

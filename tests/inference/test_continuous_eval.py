@@ -12,7 +12,6 @@ from mplug2_jax.evaluation.loop import EvaluationResult, save_result
 from mplug2_jax.inference import continuous_eval
 from mplug2_jax.inference.checkpoint_eval import Evaluator
 from mplug2_jax.inference.continuous_eval import ContinuousEvaluator, resolve_until_step, wait_for_run
-from mplug2_jax.training.checkpoint.checkpoints import DamagedError
 from mplug2_jax.training.reliability.preemption import PreemptionNotice
 from mplug2_jax.training.telemetry.metric_log import read_metrics
 from mplug2_jax.training.workdir import WorkDir
