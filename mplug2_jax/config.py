@@ -1,7 +1,8 @@
-"""From a recipe (an ml_collections page of Python) to frozen dataclasses, checked field by field.
+"""Load recipes, override their fields, and build frozen dataclasses from them, checked field by field.
 
-A recipe holds every field, so that any of them can be overridden on the command line; ``as_recipe`` turns a dataclass
-into such a page. Errors name the field, what was found and the nearest valid choice.
+A recipe is a Python file whose ``get_config`` returns a config dataclass, or an ml_collections ``ConfigDict`` of its
+fields. Every field can be overridden on the command line. Errors name the field, what was found and the nearest valid
+choice.
 """
 
 import ast
@@ -23,7 +24,7 @@ T = TypeVar("T")
 
 
 def to_dict(value: Any) -> Any:
-    """A dataclass instance as plain dicts and tuples, ready to be a recipe or JSON."""
+    """Return a dataclass instance as plain dicts and tuples, for a recipe or JSON."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
@@ -34,12 +35,12 @@ def to_dict(value: Any) -> Any:
 
 
 def as_recipe(value: Any) -> ConfigDict:
-    """A dataclass instance as an ml_collections page, whose every field can be overridden."""
+    """Return a dataclass instance as a ``ConfigDict``, in which every field can be overridden."""
     return ConfigDict(to_dict(value), type_safe=False)
 
 
 def build(cls: type[T], values: Mapping[str, Any] | ConfigDict, where: str = "config") -> T:
-    """An instance of a frozen dataclass from a mapping; nested dataclasses, mappings and tuples are built too.
+    """Build a frozen dataclass from a mapping, nested dataclasses, mappings and tuples included.
 
     Raises:
         UserError: unknown or missing fields and wrong types, named by their path from ``where``.
@@ -102,7 +103,7 @@ def _scalar(hint: type, value: Any, where: str) -> Any:
 
 
 def load_recipe(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
-    """Runs ``get_config(arg)`` of ``path.py[:arg]`` or of a shipped recipe's name, and applies ``--config.a.b=value``.
+    """Load ``path.py[:arg]`` or a shipped recipe by its name, and apply overrides of the form ``--config.a.b=value``.
 
     Raises:
         UserError: no such recipe, an error inside it, or an override that does not fit.
@@ -112,36 +113,39 @@ def load_recipe(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     try:
         get_config = runpy.run_path(str(path)).get("get_config")
         if get_config is None:
-            raise UserError(f"recipe {path} defines no function get_config, which returns the config")
+            raise UserError(f"recipe {path} lacks a function get_config() that returns the config")
         recipe = get_config(arg) if arg else get_config()
     except UserError:
         raise
     except Exception as error:
         raise UserError(f"recipe {path} fails with {type(error).__name__}: {error}") from error
+    if dataclasses.is_dataclass(recipe) and not isinstance(recipe, type):
+        recipe = as_recipe(recipe)
     if not isinstance(recipe, ConfigDict):
         raise UserError(
-            f"get_config() of recipe {path} returned {type(recipe).__name__}, expected an ml_collections ConfigDict"
+            f"get_config() of recipe {path} returned {type(recipe).__name__}, expected a RunConfig or an "
+            "ml_collections ConfigDict"
         )
     return override(recipe, overrides)
 
 
 def recipe_folder() -> Path:
-    """Where the shipped recipes are: inside an installed package, or beside it in a checkout."""
+    """Return the folder of the shipped recipes: inside an installed package, or next to it in a checkout."""
     package = Path(__file__).resolve().parent
     return next((p for p in (package / "configs", package.parent / "configs") if p.is_dir()), package / "configs")
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """All recipes that come with the package, the pages of tasks among them, by their names."""
+    """Return the files of all shipped recipes by name, those of ``configs/tasks`` included."""
     folder = recipe_folder()
     return {path.stem: path for pattern in ("*.py", "tasks/*.py") for path in sorted(folder.glob(pattern))}
 
 
 def find_recipe(name: str) -> Path:
-    """A recipe's file: a path, or the name of a shipped recipe ("demo", "configs/demo.py").
+    """Return a recipe's file, given a path or the name of a shipped recipe ("demo", "configs/demo.py").
 
     Raises:
-        UserError: neither, with the shipped recipe of the nearest name.
+        UserError: neither; the message names the closest shipped recipe.
     """
     if Path(name).is_file():
         return Path(name)
@@ -151,16 +155,16 @@ def find_recipe(name: str) -> Path:
         return shipped[stem]
     runs = ", ".join(name for name, path in shipped.items() if path.parent.name != "tasks")
     raise UserError(
-        f"recipe '{name}' is neither a file nor a shipped recipe: {did_you_mean(stem, shipped)}: {runs}, and those of "
-        "mplug2 tasks"
+        f"recipe '{name}' is neither a file nor a shipped recipe: {did_you_mean(stem, shipped)}: {runs}, and those "
+        "that mplug2 tasks lists"
     )
 
 
 def override(recipe: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
-    """Applies ``--config.a.b=value`` words to a recipe, in place.
+    """Apply overrides of the form ``--config.a.b=value`` to a recipe, in place, and return it.
 
     Raises:
-        UserError: an unknown field, with the nearest name, or a value of another type.
+        UserError: an unknown field or a value of the wrong type.
     """
     for text in overrides:
         _override(recipe, text)
@@ -173,7 +177,7 @@ _OVERRIDE = re.compile(r"--config\.(?P<path>[\w.]+)=(?P<value>.*)", re.DOTALL)
 def _override(recipe: ConfigDict, text: str) -> None:
     match = _OVERRIDE.fullmatch(text)
     if not match:
-        raise UserError(f"cannot read '{text}': an override looks like --config.field=value")
+        raise UserError(f"cannot read '{text}': write an override as --config.field=value")
     *groups, leaf = match["path"].split(".")
     node, where = recipe, "config"
     for name in (*groups, leaf):
@@ -192,7 +196,7 @@ def _override(recipe: ConfigDict, text: str) -> None:
 
 
 def _parse(text: str, like: Any, where: str) -> Any:
-    """The override's text as a value of the same type as the one it replaces."""
+    """Parse an override's text as a value of the type that it replaces."""
     if isinstance(like, str):
         return text
     try:

@@ -1,7 +1,7 @@
-"""What a process tells people: log lines on standard error, and the progress of long work.
+"""Log lines on standard error, and the progress of long work.
 
-Everything logs by ``absl.logging``; ``print`` is for what a command was asked to output. Process 0 logs all of it, the
-other processes their warnings and errors.
+All code logs by ``absl.logging``; ``print`` is for the output of a command. Process 0 logs at every severity, the other
+processes only warnings and errors.
 """
 
 import contextlib
@@ -21,11 +21,11 @@ _process_index = 0
 
 
 def configure_logging(verbosity: int = 0) -> None:
-    """Send the log to standard error, a line per message: severity, date, time, process, message.
+    """Send the log to standard error, one line per message: severity, date, time, process, message.
 
     Args:
-        verbosity: -1 shows warnings and errors alone; 0 also what this project logs at INFO; 1 everything at DEBUG,
-            that of libraries too.
+        verbosity: -1 shows only warnings and errors; 0 also this project's INFO messages; 1 everything down to DEBUG,
+            from libraries too.
     """
     for handler in [handler for handler in logging.root.handlers if isinstance(handler, _Handler)]:
         logging.root.removeHandler(handler)
@@ -35,13 +35,13 @@ def configure_logging(verbosity: int = 0) -> None:
 
 
 def set_process_index(index: int) -> None:
-    """Name this process in the log; all but process 0 log warnings and errors alone from now on."""
+    """Set this process's index in log lines; processes other than 0 log only warnings and errors."""
     global _process_index
     _process_index = index
 
 
 class _Handler(logging.StreamHandler[Any]):
-    """Writes to whatever ``sys.stderr`` is when a message comes, and keeps out of a progress bar's way."""
+    """A handler that writes to the current ``sys.stderr`` and clears a progress bar first."""
 
     def __init__(self, verbosity: int) -> None:
         logging.Handler.__init__(self)
@@ -77,25 +77,25 @@ def _bar_cleared() -> Iterator[None]:
 
 
 def format_duration(seconds: float | int) -> str:
-    """Return a time as people read it.
+    """Return a duration as ``minutes:seconds`` or ``hours:minutes:seconds``.
 
     Example:
         >>> format_duration(42), format_duration(187), format_duration(8100)
         ('0:42', '3:07', '2:15:00')
     """
-    minutes, rest = divmod(int(seconds), 60)
+    minutes, secs = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+    return f"{hours}:{minutes:02}:{secs:02}" if hours else f"{minutes}:{secs:02}"
 
 
 class Progress:
-    """Progress of long work, with rate and ETA: a bar on a terminal, log lines elsewhere. Process 0 alone shows it.
+    """Progress of long work, with rate and ETA: a bar on a terminal, log lines elsewhere. Only process 0 shows it.
 
     Args:
-        total: how many units there are.
-        unit: in the singular, as "step" or "record"; "B" for bytes, which are shown as MB.
-        initial: how many were done before this process began.
-        desc: what is done, in front of the line.
+        total: number of units.
+        unit: in the singular, such as "step" or "record"; "B" for bytes, shown as MB.
+        initial: units done before this process started.
+        desc: description at the start of the line.
         log_every: seconds between log lines; 0 logs every update.
     """
 
@@ -121,12 +121,12 @@ class Progress:
         self.close()
 
     def update(self, done: int, stats: str = "", *, seconds_per_unit: float | None = None) -> None:
-        """Show how far the work is.
+        """Show the number of units done.
 
         Args:
-            done: units done in all, those before this process among them; lower than before after a rollback.
-            stats: what else the line says.
-            seconds_per_unit: a better measure of the rate than the mean since the start.
+            done: units done in total, including ``initial``; may decrease after a rollback.
+            stats: further text for the line.
+            seconds_per_unit: a better estimate of the rate than the mean since the start.
         """
         if self._bar is not None:
             self._bar.set_postfix_str(stats, refresh=False)

@@ -1,42 +1,42 @@
-"""The exceptions that people are meant to read, and the exit statuses that schedulers are meant to read."""
+"""Exceptions with messages for users, and exit statuses for schedulers."""
 
 import difflib
 import math
 from collections.abc import Iterable
 
 USER_ERROR = 2
-"""Exit status: something the user can mend; starting again will not help."""
+"""Exit status: an error that the user has to fix; restarting does not help."""
 PREEMPTED = 75
-"""Exit status (EX_TEMPFAIL): asked to end, the state is saved; start it again."""
+"""Exit status (EX_TEMPFAIL): preempted, with the state saved; restart to continue."""
 STALLED = 79
-"""Exit status: the watchdog ended a run that stood still; start it again."""
+"""Exit status: the watchdog ended a stalled run; restart to continue."""
 
 
 class UserError(Exception):
-    """Something the user can mend. The command line prints it as one sentence and exits with status 2."""
+    """An error that the user can fix. The command line prints its message and exits with status 2."""
 
 
 class Preempted(Exception):
-    """The run was asked to end, and did so in order. The command line exits with status 75: start it again."""
+    """A run that saved its state on request and stopped. The command line exits with status 75: restart to continue."""
 
 
 def check_range(
-    field: str, value: float | int | None, least: float | int = -math.inf, most: float | int = math.inf
+    field: str, value: float | int | None, minimum: float | int = -math.inf, maximum: float | int = math.inf
 ) -> None:
-    """Checks ``least <= value <= most``; None, a field that is left open, passes.
+    """Check that ``minimum <= value <= maximum``; None, an unset field, passes.
 
     Raises:
-        UserError: names the field, what was found and what is valid.
+        UserError: the value is out of range; the message names the field, the value and the range.
     """
-    if value is None or least <= value <= most:
+    if value is None or minimum <= value <= maximum:
         return
-    if most == math.inf:
-        raise UserError(f"{field}={value} must be at least {least:g}")
-    raise UserError(f"{field}={value} must be between {least:g} and {most:g}")
+    if maximum == math.inf:
+        raise UserError(f"{field}={value} must be at least {minimum:g}")
+    raise UserError(f"{field}={value} must be between {minimum:g} and {maximum:g}")
 
 
 def did_you_mean(name: str, choices: Iterable[str]) -> str:
-    """The end of an error sentence: the nearest valid name, and all of them while they are few.
+    """Return the end of an error message: the closest valid name, and all valid names if there are few.
 
     Example:
         >>> did_you_mean("viscon", ["vision", "text"])

@@ -1,4 +1,4 @@
-"""What can be said of the fields of configs: types, valid values, and the comments that stand behind them."""
+"""Describe the fields of configs: types, valid values, and the comments that follow them."""
 
 import dataclasses
 import functools
@@ -9,47 +9,49 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
-_FIELD = re.compile(r"    (?P<name>\w+): [^#]*?(?:  # (?P<meaning>.*))?")
+_FIELD = re.compile(r"    (?P<name>\w+): [^#]*?(?:  # (?P<comment>.*))?")
 
 
 class Field(NamedTuple):
     """A field of a config."""
 
-    path: str  # dotted, from the config on
-    value: Any  # what it is set to
-    valid: str  # its type, or the values that it takes
-    meaning: str
+    path: str  # dotted, relative to the config
+    value: Any
+    type: str  # its type, or its valid values
+    description: str
 
 
 def iter_fields(value: Any, path: str = "") -> Iterator[Field]:
-    """Yield every field of a config, groups of them by their fields, named values by their names."""
+    """Yield every leaf field of a config; nested configs and named values are descended into."""
     cls: Any = type(value)
-    hints, meanings = get_type_hints(cls), field_descriptions(cls)
+    hints, descriptions = get_type_hints(cls), field_descriptions(cls)
     for field in dataclasses.fields(cls):
-        yield from _of(getattr(value, field.name), hints[field.name], f"{path}{field.name}", meanings[field.name])
+        yield from _iter_value(
+            getattr(value, field.name), hints[field.name], f"{path}{field.name}", descriptions[field.name]
+        )
 
 
-def _of(value: Any, hint: Any, path: str, meaning: str) -> Iterator[Field]:
+def _iter_value(value: Any, hint: Any, path: str, description: str) -> Iterator[Field]:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         yield from iter_fields(value, f"{path}.")
     elif isinstance(value, Mapping) and value:
         inner = get_args(hint)[1] if get_args(hint) else Any
         for key, item in value.items():
-            yield from _of(item, inner, f"{path}.{key}", meaning)
+            yield from _iter_value(item, inner, f"{path}.{key}", description)
     else:
-        yield Field(path, value, describe_type(hint), meaning)
+        yield Field(path, value, describe_type(hint), description)
 
 
 @functools.cache
 def field_descriptions(cls: type) -> dict[str, str]:
-    """Return the comment behind every field of a dataclass, by its name; empty where there is none."""
+    """Return the comment after each field of a dataclass, by field name; empty if there is none."""
     lines = map(_FIELD.fullmatch, inspect.getsource(cls).splitlines())
-    said = {line["name"]: (line["meaning"] or "").replace("``", "") for line in lines if line}
-    return {field.name: said.get(field.name, "") for field in dataclasses.fields(cls)}
+    comments = {line["name"]: (line["comment"] or "").replace("``", "") for line in lines if line}
+    return {field.name: comments.get(field.name, "") for field in dataclasses.fields(cls)}
 
 
 def describe_type(hint: Any) -> str:
-    """Return what a field of a type takes, in words.
+    """Return a type as a reader of the docs sees it.
 
     Example:
         >>> describe_type(float | None), describe_type(Literal["a", "b"]), describe_type(tuple[str, ...])
@@ -71,15 +73,15 @@ def describe_type(hint: Any) -> str:
 
 
 def config_groups(cls: type) -> dict[type, str]:
-    """Return a config's class and all that its fields are made of, the outer before the inner, and where each is.
+    """Return a config's class and the config classes nested in it, outer before inner, with the path of each.
 
-    Names that a run chooses are written NAME: ``config.streams.NAME.data``.
+    Names that a recipe chooses are written NAME: ``config.streams.NAME.data``.
     """
-    found: dict[type, str] = {}
+    groups: dict[type, str] = {}
 
     def add(hint: Any, path: str) -> None:
-        if dataclasses.is_dataclass(hint) and isinstance(hint, type) and hint not in found:
-            found[hint] = path
+        if dataclasses.is_dataclass(hint) and isinstance(hint, type) and hint not in groups:
+            groups[hint] = path
             for name, inner in get_type_hints(hint).items():
                 add(inner, f"{path}.{name}")
         origin = get_origin(hint)
@@ -88,31 +90,28 @@ def config_groups(cls: type) -> dict[type, str]:
             add(arg, f"{path}.NAME" if named else path)
 
     add(cls, "config")
-    return found
+    return groups
 
 
-def markdown(cls: type) -> str:
-    """Return the tables of a config's class and of all that its fields are made of, for a page of docs."""
+def render_markdown(cls: type) -> str:
+    """Return Markdown tables of a config's class and of the configs nested in it, for the docs."""
     return "\n\n".join(_table(group, path) for group, path in config_groups(cls).items()) + "\n"
 
 
 def _table(cls: type, path: str) -> str:
-    hints, meanings = get_type_hints(cls), field_descriptions(cls)
-    rows = ["| field | takes | default | meaning |", "|---|---|---|---|"]
+    hints, descriptions = get_type_hints(cls), field_descriptions(cls)
+    rows = ["| field | type | default | meaning |", "|---|---|---|---|"]
     for field in dataclasses.fields(cls):
         group = bool(_configs_in(hints[field.name]))
         default = "" if group or field.default is dataclasses.MISSING else f"`{field.default!r}`"
-        takes = "" if group else describe_type(hints[field.name])
-        meaning = meanings[field.name] or "see below"
-        rows.append("| " + " | ".join(_cell(text) for text in (f"`{field.name}`", takes, default, meaning)) + " |")
+        kind = "" if group else describe_type(hints[field.name])
+        description = descriptions[field.name] or "see below"
+        cells = (f"`{field.name}`", kind, default, description)
+        rows.append("| " + " | ".join(text.replace("|", "\\|") for text in cells) + " |")
     return "\n".join([f"## `{path}`", "", inspect.cleandoc(cls.__doc__ or ""), "", *rows])
 
 
 def _configs_in(hint: Any) -> list[type]:
-    """Return the configs that a type is made of."""
-    own = [hint] if dataclasses.is_dataclass(hint) and isinstance(hint, type) else []
-    return [*own, *(group for arg in get_args(hint) for group in _configs_in(arg))]
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
+    """Return the config classes in a type."""
+    outer = [hint] if dataclasses.is_dataclass(hint) and isinstance(hint, type) else []
+    return [*outer, *(group for arg in get_args(hint) for group in _configs_in(arg))]

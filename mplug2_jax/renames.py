@@ -1,7 +1,7 @@
-"""Config fields that were renamed, still read by their old names, with a warning that says the new one.
+"""Read renamed config fields by their old names, and log a warning with the new name.
 
-A dataclass says so in two class variables: ``OLD_NAMES = {"accumulate": "grad_accum_steps"}`` and, where values were
-renamed too, ``OLD_VALUES = {"decay_mask": {"matrices": "kernels"}}``.
+A dataclass declares its renames in two class variables: ``OLD_NAMES = {"accumulate": "grad_accum_steps"}`` and, for
+renamed values, ``OLD_VALUES = {"decay_mask": {"matrices": "kernels"}}``.
 """
 
 import collections
@@ -18,7 +18,7 @@ _NEW_NAMES: dict[str, set[str]] = collections.defaultdict(set)  # by old name, o
 
 
 def accept_old_names(cls: type) -> None:
-    """Let the constructors of a config, and of all that its fields are made of, take fields by their old names."""
+    """Make the constructors of a config class and of the configs nested in it accept old field names."""
     for group in config_groups(cls):
         for old, new in _old_names(group).items():
             _NEW_NAMES[old].add(new)
@@ -38,14 +38,14 @@ def _accept(cls: Any) -> None:
 
 
 def with_current_names(cls: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return a config's fields and values by their names of today.
+    """Return a config's fields and values by their current names.
 
     Raises:
-        UserError: a field is set by both of its names.
+        UserError: a field is set by both its old and its new name.
     """
-    renamed, current = _old_names(cls), {}
+    new_names, current = _old_names(cls), {}
     for name, value in values.items():
-        new = renamed.get(name, name)
+        new = new_names.get(name, name)
         if new != name:
             if new in values:
                 raise UserError(
@@ -61,7 +61,7 @@ def with_current_names(cls: type, values: Mapping[str, Any], where: str) -> dict
 
 
 def current_name(old: str, fields: Collection[str], where: str) -> str:
-    """Return what a field is called today among ``fields``, which may be any group of a config; else ``old``."""
+    """Return the current name of a field if ``fields``, those of any config, contain it; else return ``old``."""
     new = next((name for name in sorted(_NEW_NAMES.get(old, ())) if name in fields), None)
     if old in fields or new is None:
         return old
@@ -69,7 +69,7 @@ def current_name(old: str, fields: Collection[str], where: str) -> str:
     return new
 
 
-@functools.cache  # once, however often a config is built
+@functools.cache  # one warning, however often a config is built
 def _warn(old: str, new: str) -> None:
     logging.warning("%s is called %s now; the old name is still read", old, new)
 

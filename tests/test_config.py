@@ -180,7 +180,7 @@ def test_any_text_is_a_value_of_the_field_or_an_error_that_names_it(field: str, 
         ("--config.words=a", "config.words=a is str, expected tuple (like ('a', 'b'))"),
         ("--config.inner=3", "config.inner is a group of fields (kind, rate); override one of them"),
         ("--config.steps.more=3", "config.steps is a value, not a group of fields, so config.steps.more does not"),
-        ("--config.steps", "cannot read '--config.steps': an override looks like --config.field=value"),
+        ("--config.steps", "cannot read '--config.steps': write an override as --config.field=value"),
         ("--config.=3", "cannot read"),
         ("--config..steps=3", "config. is not a field"),
     ],
@@ -201,13 +201,16 @@ def test_a_wrong_type_behind_none_is_found_when_the_config_is_built() -> None:
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("x = 1", "defines no function get_config"),
+        ("x = 1", "lacks a function get_config() that returns the config"),
         ("def get_config(:", "fails with SyntaxError"),
         ("def get_config(): return 1 / 0", "fails with ZeroDivisionError: division by zero"),
         ("def get_config(): return {}['lost']", "fails with KeyError: 'lost'"),
         ("import nothing_of_that_name", "fails with ModuleNotFoundError"),
-        ("def get_config(): return {'steps': 3}", "returned dict, expected an ml_collections ConfigDict"),
-        ("def get_config(): pass", "returned NoneType, expected an ml_collections ConfigDict"),
+        (
+            "def get_config(): return {'steps': 3}",
+            "returned dict, expected a RunConfig or an ml_collections ConfigDict",
+        ),
+        ("def get_config(): pass", "returned NoneType, expected a RunConfig or an"),
     ],
 )
 def test_recipes_that_fail_are_refused_by_their_file(text: str, sentence: str, tmp_path: Path) -> None:

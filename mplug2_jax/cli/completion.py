@@ -1,4 +1,4 @@
-"""``mplug2 completion``: what makes a shell complete commands, options, recipes and paths."""
+"""``mplug2 completion``: print a script that completes commands, options, recipes and paths in a shell."""
 
 import argparse
 from collections.abc import Iterator
@@ -8,33 +8,33 @@ from typing import Any
 from mplug2_jax.cli.common import add_command
 
 RECIPES = {"config", "recipe", "spec", "task"}
-"""Where a recipe is named, by its name or its file."""
+"""Arguments that take a recipe."""
 PATHS = {"inputs", "workdir"}
-"""Where a path is taken as text, as it may be a URL."""
+"""Arguments that take a path as text, because it may be a URL."""
 
 
 def add_parser(commands: Any) -> None:
-    """Adds the command."""
+    """Add the command."""
     parser = add_command(
         commands, "completion", run,
-        summary="Print a script that completes commands in a shell",
+        summary="Print a shell completion script",
         details="To install it:\n"
         "  bash: mplug2 completion bash > ~/.mplug2.bash && echo '. ~/.mplug2.bash' >> ~/.bashrc\n"
         "  zsh:  mplug2 completion zsh > \"${fpath[1]}/_mplug2\"\n"
         "  tcsh: mplug2 completion tcsh > ~/.mplug2.tcsh && echo 'source ~/.mplug2.tcsh' >> ~/.tcshrc",
         example="mplug2 completion bash",
     )  # fmt: skip
-    parser.add_argument("shell", choices=("bash", "zsh", "tcsh"), help="which shell")
+    parser.add_argument("shell", choices=("bash", "zsh", "tcsh"), help="the shell")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the script."""
+    """Print the script."""
     import shtab
 
     from mplug2_jax.cli.main import parser
     from mplug2_jax.config import shipped_recipes
 
-    top, recipes = parser(), _recipes(" ".join(shipped_recipes()))
+    top, recipes = parser(), _complete_recipe(" ".join(shipped_recipes()))
     for action in _actions(top):
         if action.choices is not None or action.nargs == 0 or action.metavar == "FORMAT:PATH":
             continue
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
-    """All options and positionals of a parser and of its commands."""
+    """Yield all options and positionals of a parser and its commands."""
     for action in parser._actions:
         yield action
         if isinstance(action, argparse._SubParsersAction):
@@ -57,8 +57,8 @@ def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
                 yield from _actions(command)
 
 
-def _recipes(names: str) -> dict[str, Any]:
-    """What completes a recipe, in shtab's form: names of shipped ones, and files; files alone in tcsh."""
+def _complete_recipe(names: str) -> dict[str, Any]:
+    """Return shtab's completion of a recipe: shipped names and files (tcsh: files)."""
     bash = f'_mplug2_recipe_files() {{\n  compgen -W "{names}" -- "$1"\n  compgen -f -- "$1"\n}}'
     zsh = f"{{compadd {names}; _files}}"
     return {"bash": "_mplug2_recipe_files", "zsh": zsh, "tcsh": "f", "preamble": {"bash": bash}}

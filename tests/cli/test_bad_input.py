@@ -47,7 +47,7 @@ CONFIGS = {
     "model.widht=3": "config.model.widht is not a field: did you mean 'width'?",
     "model.width=wide": "config.model.width=wide is str, expected int (like 32)",
     "optimizer.learning_rate=none": "config.optimizer.learning_rate=None is NoneType, expected float",
-    "model": "cannot read '--config.model': an override looks like --config.field=value",
+    "model": "cannot read '--config.model': write an override as --config.field=value",
     "model.dtype=float16": "config.model.dtype='float16': did you mean 'bfloat16'? (valid: bfloat16, float32)",
     "steps=0": "config.steps=0 must be at least 1",
     "seed=-1": "config.seed=-1 must be at least 0",
