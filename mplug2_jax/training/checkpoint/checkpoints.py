@@ -188,7 +188,7 @@ class Checkpoints:
         """The state of a step (the last by default), laid out like ``like``, which describes every array.
 
         Raises:
-            DamagedError: the checkpoint is incomplete, or an array is not what was saved.
+            DamagedCheckpointError: the checkpoint is incomplete, or an array is not what was saved.
             UserError: no such checkpoint, one of another model, or of a newer format.
         """
         step = self.resolve_step(step)
@@ -199,7 +199,7 @@ class Checkpoints:
         """The newest state that is whole. What is damaged is named and set aside: renamed, never deleted.
 
         Raises:
-            DamagedError: all are.
+            DamagedCheckpointError: all are.
             UserError: as :meth:`restore`.
         """
         damaged: dict[int, DamagedCheckpointError] = {}

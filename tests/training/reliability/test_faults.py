@@ -46,8 +46,8 @@ def compiled() -> Iterator[Any]:
         return steps.setdefault(tuple(spec.mesh.shape.items()), make_step(spec))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "compile_step", once)
-        patch.setattr("mplug2_jax.inference.replay.compile_step", once)
+        patch.setattr(loop, "make_step", once)
+        patch.setattr("mplug2_jax.inference.replay.make_step", once)
         patch.setattr("mplug2_jax.training.telemetry.monitor.Instruments.compile", lambda *args: None)
         yield once
 
