@@ -30,7 +30,7 @@ from mplug2_jax.conversion.layouts.official_config import settings_of
 from mplug2_jax.conversion.layouts.official_state import fresh, official_state, tie_of
 from mplug2_jax.conversion.layouts.slots import at
 from mplug2_jax.model.config import model_config
-from mplug2_jax.model.mplug2 import define
+from mplug2_jax.model.mplug2 import define_model
 
 GB = 1e9
 
@@ -58,7 +58,7 @@ def make(folder: Path, size: str, teacher: bool) -> None:
 def largest_group(size: str, teacher: bool) -> int:
     """Bytes of the arrays that must be in memory together, at most."""
     config = model_config(size)
-    definition = define(config, QUESTION_PARTS)
+    definition = define_model(config, QUESTION_PARTS)
     scheme = official_scheme(config, QUESTION_PARTS, default_fusion_start(config), teacher=teacher)
     trees = {"params": definition.shapes, "teacher": definition.shapes}
     return max(sum(4 * at(trees, path).size for path in paths) for paths, _ in groups(scheme.slots))

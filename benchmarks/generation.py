@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from mplug2_jax.generation.config import SearchConfig
 from mplug2_jax.generation.decode import generate
 from mplug2_jax.model.config import SpecialTokens, model_config
-from mplug2_jax.model.mplug2 import define
+from mplug2_jax.model.mplug2 import define_model
 
 
 def operations(fn: Any, *args: Any) -> float:
@@ -38,9 +38,9 @@ def main() -> None:
     args = parser.parse_args()
 
     config = model_config(args.size, dtype="float32", attention="xla", scan_unroll=64)
-    definition = define(config, ("vision", "temporal", "universal", "decoder"))
-    search = SearchConfig(beams=args.beams, max_length=args.tokens)
-    length = config.visual_tokens(args.frames)
+    definition = define_model(config, ("vision", "temporal", "universal", "decoder"))
+    search = SearchConfig(num_beams=args.beams, max_length=args.tokens)
+    length = config.num_visual_tokens(args.frames)
 
     def memory(rows: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
         return (
@@ -52,7 +52,9 @@ def main() -> None:
         return definition.bind(params).decoder
 
     start = operations(
-        lambda p, m, k: decoder(p).start(m, k, sequences=args.beams, length=args.tokens), definition.shapes, *memory(1)
+        lambda p, m, k: decoder(p).init_cache(m, k, sequences=args.beams, length=args.tokens),
+        definition.shapes,
+        *memory(1),
     )
     once = operations(
         lambda p, m, k: generate(decoder(p), m, k, search, SpecialTokens()), definition.shapes, *memory(1)

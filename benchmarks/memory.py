@@ -87,7 +87,7 @@ def main() -> None:
 
     config = caption_run(args, args.clips)
     model = config.model
-    rows = args.frames * (model.patches + 1)
+    rows = args.frames * (model.num_patches + 1)
     print(f"{args.size}, caption, {args.clips} clips of {args.frames} frames, v5p, fsdp=8, GiB per chip")
     print(f"one clip in the tower: {2 * rows * model.vision_width / 2**20:.1f} MiB bf16[{rows},{model.vision_width}]\n")
     print(f"{'':34}" + "".join(f"{name:>10}" for name in ("peak", "state", "temp", "host")) + f"{'seconds':>9}  gather")

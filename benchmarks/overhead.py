@@ -24,7 +24,7 @@ from data_pipelines.config import DataConfig, ExampleConfig, InstructionConfig, 
 from mplug2_jax.model.config import SpecialTokens, model_config
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
-from mplug2_jax.parallel.placement import put_batch, replicated
+from mplug2_jax.parallel.placement import put_batch, replicated_sharding
 from mplug2_jax.training.checkpoint.checksums import checksums
 from mplug2_jax.training.checkpoint.metadata import DataPosition
 from mplug2_jax.training.config import FaultConfig, RunConfig, StreamConfig
@@ -44,7 +44,7 @@ def compile_bare(spec: RunSpec) -> Any:
         after, metrics = train_step(spec, state, batches)
         return after, metrics["loss"]
 
-    return jax.jit(bare, donate_argnums=0, out_shardings=(spec.shardings, replicated(spec.mesh)))
+    return jax.jit(bare, donate_argnums=0, out_shardings=(spec.shardings, replicated_sharding(spec.mesh)))
 
 
 def main() -> None:
@@ -109,7 +109,7 @@ def main() -> None:
     checking = time.perf_counter() - start
     bytes_ = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     bare, watched = (float(np.median(times[kind])) for kind in ("bare", "watched"))
-    print(f"{args.size}, caption, batch {args.batch}, float32, {spec.definition.count():,} parameters")
+    print(f"{args.size}, caption, batch {args.batch}, float32, {spec.definition.num_params():,} parameters")
     print(f"bare step (median of {len(times['bare'])})     {1e3 * bare:9.2f} ms")
     print(f"watched step (median of {len(times['watched'])})  {1e3 * watched:9.2f} ms")
     print(f"overhead                      {watched / bare - 1:9.2%}")

@@ -114,7 +114,7 @@ def main() -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(
         f"\n{args.size}, caption, batch {args.batch} x {args.frames} frames x {args.image_size} px, float32, "
-        f"dropout {args.dropout}, {spec.definition.count():,} parameters"
+        f"dropout {args.dropout}, {spec.definition.num_params():,} parameters"
     )
     print(f"compile and first step   {compiled:8.1f} s")
     print(f"step (median of {args.steps:2})     {seconds:8.3f} s")

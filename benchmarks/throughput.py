@@ -23,15 +23,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from mplug2_jax.generation.beam import Found, beam_search
+from mplug2_jax.generation.beam import DecodeOutput, beam_search
 from mplug2_jax.generation.config import SearchConfig
 from mplug2_jax.generation.decode import generate
 from mplug2_jax.model.config import SpecialTokens, model_config
-from mplug2_jax.model.decoder import Decoder, kept_rows
-from mplug2_jax.model.mplug2 import define
+from mplug2_jax.model.decoder import Decoder, gather_beams
+from mplug2_jax.model.mplug2 import define_model
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
-from mplug2_jax.parallel.placement import batch_sharding, place_parameters
+from mplug2_jax.parallel.placement import batch_sharding, make_param_shardings
 
 TOKENS = SpecialTokens(end=-1)  # none is the end
 
@@ -43,20 +43,20 @@ class Prefixes(NamedTuple):
 
     def reorder(self, kept: Int[Array, "b r"]) -> "Prefixes":
         """The prefixes of the sequences that were kept."""
-        return Prefixes(kept_rows(self.ids, kept))
+        return Prefixes(gather_beams(self.ids, kept))
 
 
-def uncached(decoder: Decoder, memory: Array, mask: Array, config: SearchConfig, *, copies: bool) -> Found:
+def uncached(decoder: Decoder, memory: Array, mask: Array, config: SearchConfig, *, copies: bool) -> DecodeOutput:
     """The search that reads every prefix anew; with ``copies`` each beam has a memory of its own."""
     b = memory.shape[0]
     if copies:
-        memory, mask = (jnp.repeat(x, config.beams, axis=0) for x in (memory, mask))
+        memory, mask = (jnp.repeat(x, config.num_beams, axis=0) for x in (memory, mask))
 
     def step(tokens: Array, position: Array, state: Prefixes) -> tuple[Array, Prefixes]:
         ids = jax.lax.dynamic_update_index_in_dim(state.ids, tokens, position, axis=1)
         return decoder(ids, None, memory, mask)[:, position], Prefixes(ids)
 
-    start = Prefixes(jnp.zeros((b * config.beams, config.max_length), jnp.int32))
+    start = Prefixes(jnp.zeros((b * config.num_beams, config.max_length), jnp.int32))
     return beam_search(step, start, b, config, TOKENS)
 
 
@@ -87,19 +87,19 @@ def main() -> None:
         jax.config.update("jax_num_cpu_devices", args.devices)
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     config = model_config(args.size, dtype=dtype, attention=args.attention)
-    definition = define(config, ("vision", "temporal", "universal", "decoder"))
-    search = SearchConfig(beams=args.beams, min_length=0, max_length=args.tokens)
+    definition = define_model(config, ("vision", "temporal", "universal", "decoder"))
+    search = SearchConfig(num_beams=args.beams, min_length=0, max_length=args.tokens)
     params = jax.jit(definition.init)(jax.random.key(0))
     frames = jax.random.randint(
         jax.random.key(1), (args.clips, args.frames, config.image_size, config.image_size, 3), 0, 256, jnp.uint8
     )
-    see = jax.jit(lambda p, f: definition.bind(p).visual_tokens(f))
+    see = jax.jit(lambda p, f: definition.bind(p).encode_visual(f))
     memory = see(params, frames)
     mask = jnp.ones(memory.shape[:2], bool)
 
-    def decoding(search_of: Callable[[Decoder, Array, Array], Found], devices: int = 1) -> Callable[[], Any]:
+    def decoding(search_of: Callable[[Decoder, Array, Array], DecodeOutput], devices: int = 1) -> Callable[[], Any]:
         mesh = make_mesh(MeshConfig(), jax.devices()[:devices])
-        placed = jax.device_put(params, place_parameters(definition.shapes, definition.axes, mesh).shardings)
+        placed = jax.device_put(params, make_param_shardings(definition.shapes, definition.axes, mesh).shardings)
         clips = jax.device_put((memory, mask), batch_sharding(mesh))
         jitted = jax.jit(lambda p, m, k: search_of(definition.bind(p).decoder, m, k))
 

@@ -27,7 +27,7 @@ def prepare_jax(args: argparse.Namespace) -> Calls:
     import jax
     from step import random_batch, run_spec
 
-    from mplug2_jax.objectives.forward import Forward
+    from mplug2_jax.objectives.forward import ForwardPass
     from mplug2_jax.objectives.language import caption_loss
     from mplug2_jax.parallel.placement import put_batch
     from mplug2_jax.training.step import make_step
@@ -35,7 +35,7 @@ def prepare_jax(args: argparse.Namespace) -> Calls:
     spec = run_spec(args)
     batch = put_batch(random_batch(args, spec.config.model.vocab_size), spec.mesh)
     step, state = make_step(spec), spec.init()
-    loss = jax.jit(lambda params, batch: caption_loss(Forward(spec.definition.bind(params), batch)).loss)
+    loss = jax.jit(lambda params, batch: caption_loss(ForwardPass(spec.definition.bind(params), batch)).loss)
 
     def advance() -> None:
         nonlocal state

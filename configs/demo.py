@@ -69,7 +69,7 @@ def get_config() -> ConfigDict:
                 "video_text": stream("video", clips, 16, vlc=1.0, vlm=1.0, ilm=1.0),
                 "text": stream("text", sentences, 16, mlm=1.0, ilm=0.5),
             },
-            tasks=TaskSettings(search=SearchConfig(beams=1, max_length=23)),
+            tasks=TaskSettings(search=SearchConfig(num_beams=1, max_length=23)),
             optimizer=AdamWConfig(learning_rate=2e-3, vision_learning_rate=1e-3, b2=0.95, weight_decay=0.05),
             schedule=ScheduleConfig(warmup_steps=25),
             checkpoint=CheckpointConfig(every_steps=100, keep_last=2),

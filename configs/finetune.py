@@ -74,7 +74,7 @@ def recipe(task: str, size: str, frames: int) -> ConfigDict:
             streams={
                 "video": StreamConfig(data=data("train", batch_size, 100_000), objectives={OBJECTIVES[task]: 1.0})
             },
-            tasks=TaskSettings(search=SearchConfig(beams=5, max_length=min(32, model.max_positions) - 1)),
+            tasks=TaskSettings(search=SearchConfig(num_beams=5, max_length=min(32, model.max_positions) - 1)),
             mesh=MeshConfig(sequence=2 if frames > LONG else 1),
             optimizer=AdamWConfig(learning_rate=2e-5, vision_learning_rate=2e-6, weight_decay=0.02),
             schedule=ScheduleConfig(warmup_steps=500),

@@ -48,7 +48,7 @@ def assert_close(found: Any, expected: Any, tolerance: float = 1e-5, *, scale: f
     assert not wrong, "\n".join(wrong[:8] + [f"and {len(wrong) - 8} more"] * (len(wrong) > 8))
 
 
-def largest(tree: Any) -> float:
+def max_magnitude(tree: Any) -> float:
     """The largest magnitude in a tree: the ``scale`` of what is left when such numbers are subtracted."""
     return max(_scale(leaf) for leaf in _leaves(tree).values())
 

@@ -65,7 +65,7 @@ def small_run(**overrides: Any) -> RunConfig:
             "video_text": stream("video", 8, pairs, vlc=1.0, vlm=1.0, ilm=1.0),
             "text": stream("text", 8, sentences, mlm=1.0, ilm=0.5),
         },
-        "tasks": TaskSettings(search=SearchConfig(beams=1, max_length=5)),
+        "tasks": TaskSettings(search=SearchConfig(num_beams=1, max_length=5)),
         "optimizer": AdamWConfig(learning_rate=1e-3),
         "schedule": ScheduleConfig(warmup_steps=1),
         "evaluations": {"questions": EvaluationConfig(task="answer", data=heldout, num_samples=2)},

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.close import assert_close, largest
+from tests.close import assert_close, max_magnitude
 
 LINE = np.linspace(-1, 1, 5).astype(np.float32)
 
@@ -37,10 +37,10 @@ def test_numbers_that_cancelled_are_measured_by_what_was_subtracted() -> None:
     found, expected = 1e-6 * LINE, 2e-6 * LINE
     with pytest.raises(AssertionError):
         assert_close(found, expected)
-    assert_close(found, expected, scale=largest({"a": LINE, "b": -3 * LINE}))
+    assert_close(found, expected, scale=max_magnitude({"a": LINE, "b": -3 * LINE}))
     with pytest.raises(AssertionError):
         assert_close(found, expected, scale=0.01)
-    assert largest([LINE, [-3.0, np.inf]]) == 3
+    assert max_magnitude([LINE, [-3.0, np.inf]]) == 3
 
 
 def test_biases_of_keys_are_measured_by_their_kernels() -> None:

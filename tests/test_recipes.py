@@ -50,7 +50,7 @@ def test_quirks_are_on_in_the_released_recipes_and_off_in_ours() -> None:
     assert caption.tasks.distillation is None
     inert = answers.tasks.distillation
     assert inert is not None
-    assert (inert.alpha, inert.over, inert.fusion) == (0.0, "time", False)
+    assert (inert.alpha, inert.softmax_axis, inert.average_fusion) == (0.0, "time", False)
 
     assert ours.optimizer.decay_mask == "kernels"
     assert ours.schedule.kind == "cosine"

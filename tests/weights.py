@@ -50,7 +50,7 @@ def official_file(
     return path
 
 
-def tensors_of(path: Path) -> dict[str, HostArray]:
+def read_tensors(path: Path) -> dict[str, HostArray]:
     """Everything in a checkpoint, in its order."""
     source = open_source(path)
     return {name: source.read(name) for name in source.names()}
@@ -126,7 +126,9 @@ def _drawn(shapes: dict[str, tuple[int, ...]]) -> dict[str, HostArray]:
     return {name: np.asarray(rng.standard_normal(shape, np.float32)) for name, shape in shapes.items()}
 
 
-def written(path: Path, tensors: dict[str, HostArray], settings: dict[str, dict[str, Any]] | None = None) -> Path:
+def write_checkpoint(
+    path: Path, tensors: dict[str, HostArray], settings: dict[str, dict[str, Any]] | None = None
+) -> Path:
     """Tensors in a file, with JSON files of these names beside it; the suffix chooses the format."""
     path.parent.mkdir(parents=True, exist_ok=True)
     infos = {name: TensorInfo(value.shape, value.dtype) for name, value in tensors.items()}

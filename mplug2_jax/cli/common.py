@@ -78,7 +78,7 @@ def open_run(args: argparse.Namespace) -> "tuple[RunSpec, Params, int, Tokenizer
     """
     from mplug2_jax.config import as_recipe, build, override
     from mplug2_jax.parallel.mesh import make_mesh
-    from mplug2_jax.parallel.processes import is_first
+    from mplug2_jax.parallel.processes import is_primary_process
     from mplug2_jax.training.checkpoint.checkpoints import Checkpoints
     from mplug2_jax.training.config import RunConfig
     from mplug2_jax.training.state import make_run_spec
@@ -97,7 +97,7 @@ def open_run(args: argparse.Namespace) -> "tuple[RunSpec, Params, int, Tokenizer
         )
     finally:
         checkpoints.close()
-    if averaged and is_first():
+    if averaged and is_primary_process():
         print(f"step {step}: averaged parameters; --config.ema_decay=0 takes the last ones", file=sys.stderr)
     return spec, params, step, tokenizer
 

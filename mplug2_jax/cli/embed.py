@@ -66,10 +66,10 @@ def run(args: argparse.Namespace) -> int:
     """Writes the shards, a line each; status 1 if records were left out."""
     from mplug2_jax.inference.feature_files import FeatureWriter
     from mplug2_jax.inference.features import FeatureConfig, FeatureExtractor
-    from mplug2_jax.parallel.processes import check_equal, is_first, join
+    from mplug2_jax.parallel.processes import check_same_across_processes, initialize_distributed, is_primary_process
 
     check_range("--batch-size", args.batch_size, 1)
-    join()
+    initialize_distributed()
     wanted = FeatureConfig(name=args.feature, pool=args.pool)
     sources, listing = read_inputs(args)
     spec, params, step, tokenizer = open_run(args)
@@ -83,30 +83,33 @@ def run(args: argparse.Namespace) -> int:
     }  # fmt: skip
     folder = FeatureWriter(args.out, request, args.format, len(features))
     # The first process writes once all have read.
-    check_equal({"features that are there": folder.done})
-    if is_first():
+    check_same_across_processes({"features that are there": folder.done})
+    if is_primary_process():
         folder.begin()
         print(f"step {step}: {args.feature} of {len(features):,} {data.kind}s, {_shapes(features)}", flush=True)
     _write(features, folder, params)
-    return _report(folder) if is_first() else 0
+    return _report(folder) if is_primary_process() else 0
 
 
 def _write(features: "FeatureExtractor", folder: "FeatureWriter", params: "Params") -> None:
-    from mplug2_jax.parallel.processes import is_first
+    from mplug2_jax.parallel.processes import is_primary_process
     from mplug2_jax.training.reliability.preemption import PreemptionNotice
 
-    if folder.done and is_first():
+    if folder.done and is_primary_process():
         print(f"{folder.done:,} records were done before", flush=True)
     if folder.done == len(features):
         return
-    with PreemptionNotice() as notice, RecordProgress(folder.done, len(features), quiet=not is_first()) as progress:
+    with (
+        PreemptionNotice() as notice,
+        RecordProgress(folder.done, len(features), quiet=not is_primary_process()) as progress,
+    ):
 
         def between(place: int) -> None:
             notice.check()
             progress.show(place)
 
         for shard in features.shards(params, folder.done, between):
-            if is_first():
+            if is_primary_process():
                 path = folder.write(shard)
                 progress.say(f"{path}: {len(shard.ids):,} ids")
 
@@ -173,9 +176,9 @@ def read_inputs(args: argparse.Namespace) -> "tuple[dict[str, SourceConfig], str
 def _data(args: argparse.Namespace, sources: "dict[str, SourceConfig]", spec: "RunSpec") -> "DataConfig":
     """The inputs as batches of the run's form."""
     from data_pipelines.config import DataConfig, ExampleConfig
-    from mplug2_jax.parallel.placement import batch_shards
+    from mplug2_jax.parallel.placement import num_batch_shards
 
-    config, shards = spec.config, batch_shards(spec.mesh)
+    config, shards = spec.config, num_batch_shards(spec.mesh)
     examples = ExampleConfig()
     if next(iter(sources.values())).kind == "text":
         check_range("--text-length", args.text_length, 3, config.model.max_positions)

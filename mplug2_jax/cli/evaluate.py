@@ -48,11 +48,11 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluates, prints the table, keeps and draws the results; status 1 if the last of a followed run was left out."""
-    from mplug2_jax.parallel.processes import join
+    from mplug2_jax.parallel.processes import initialize_distributed
     from mplug2_jax.training.reliability.preemption import PreemptionNotice
 
     _check(args)
-    join()
+    initialize_distributed()
     with PreemptionNotice() as notice:
         return _follow(args, notice) if args.follow else _evaluate(args, notice)
 
@@ -83,7 +83,7 @@ def _check(args: argparse.Namespace) -> None:
 
 def _evaluate(args: argparse.Namespace, notice: "PreemptionNotice") -> int:
     from mplug2_jax.inference.checkpoint_eval import Evaluator, from_recipe, from_workdir
-    from mplug2_jax.parallel.processes import is_first
+    from mplug2_jax.parallel.processes import is_primary_process
     from mplug2_jax.report import write_report
 
     if args.task:
@@ -98,13 +98,13 @@ def _evaluate(args: argparse.Namespace, notice: "PreemptionNotice") -> int:
     results = []
     for result in evaluator.run(params, step, list(evaluator.evaluations), lambda phase: notice.check()):
         results.append(result)
-        if is_first():
+        if is_primary_process():
             _save(result, args.out or subject.workdir.evaluation_folder(step))
             print(f"step {step}  {result.name}: {result.num_examples} examples in {result.seconds:.1f} s", flush=True)
             for line in result.warning_lines():
                 print(line, file=sys.stderr)
     subject.checkpoints.close()
-    if is_first():
+    if is_primary_process():
         folder = args.out or subject.workdir.evaluation_folder(step)
         print(f"\n{results_table(results)}\n\n{sample_lines(results, folder)}\n")
         print(f"report: {write_report(args.out or subject.workdir.path)}")
@@ -114,12 +114,12 @@ def _evaluate(args: argparse.Namespace, notice: "PreemptionNotice") -> int:
 def _follow(args: argparse.Namespace, notice: "PreemptionNotice") -> int:
     from mplug2_jax.inference.checkpoint_eval import Evaluator, from_workdir
     from mplug2_jax.inference.continuous_eval import ContinuousEvaluator, resolve_until_step, wait_for_run
-    from mplug2_jax.parallel.processes import is_first
+    from mplug2_jax.parallel.processes import is_primary_process
     from mplug2_jax.report import write_report
     from mplug2_jax.training.workdir import WorkDir
 
     def say(text: str) -> None:
-        if is_first():
+        if is_primary_process():
             print(text, flush=True)
 
     poll = args.poll or POLL
@@ -132,7 +132,7 @@ def _follow(args: argparse.Namespace, notice: "PreemptionNotice") -> int:
     )  # fmt: skip
     _say_averaged(subject, "")
     complete = follower.run(until, poll)
-    if is_first():
+    if is_primary_process():
         print(f"report: {write_report(subject.workdir.path)}")
     return 0 if complete else 1
 
@@ -149,7 +149,7 @@ def _save(result: "EvaluationResult", folder: Path) -> None:
 
 
 def _say_averaged(subject: "CheckpointUnderTest", where: str) -> None:
-    from mplug2_jax.parallel.processes import is_first
+    from mplug2_jax.parallel.processes import is_primary_process
 
-    if subject.averaged and is_first():
+    if subject.averaged and is_primary_process():
         print(f"{where}averaged parameters; --config.ema_decay=0 takes the last ones", file=sys.stderr)

@@ -102,7 +102,7 @@ def _search(args: argparse.Namespace, config: "RunConfig") -> "SearchConfig":
     """The run's search, with what the command line asks for."""
     asked = config.tasks.search
     search = dataclasses.replace(
-        asked, beams=args.beams or asked.beams,
+        asked, num_beams=args.beams or asked.num_beams,
         max_length=min(args.max_length or asked.max_length, config.model.max_positions),
         top_p=asked.top_p if args.top_p is None else args.top_p,
         temperature=asked.temperature if args.temperature is None else args.temperature,
@@ -187,7 +187,7 @@ class Answering:
         from data_pipelines.config import ExampleConfig
         from data_pipelines.examples import reader_of
         from mplug2_jax.generation.decode import generate
-        from mplug2_jax.objectives.forward import Forward
+        from mplug2_jax.objectives.forward import ForwardPass
 
         self._spec, self._params, self._tokenizer, self._seed = spec, params, tokenizer, seed
         # As evaluations ask, where there are any: the release cuts questions shorter when it learns them.
@@ -200,8 +200,8 @@ class Answering:
         @jax.jit
         def answer(params: Any, batch: Any) -> Any:
             model = spec.definition.bind(params)
-            forward = Forward(model, batch)
-            memory, mask = forward.described if "frames" in batch else forward.instructed
+            forward = ForwardPass(model, batch)
+            memory, mask = forward.caption_memory if "frames" in batch else forward.instruction_memory
             found = generate(model.decoder, memory, mask, search, spec.context.tokens, batch["seed"])
             return found.ids[:, 0], found.lengths[:, 0]
 

@@ -115,9 +115,9 @@ def _ended(status: int, why: str) -> int:
     """Says why a command ended early; a process among others ends here and now, because they may wait for it."""
     print(f"mplug2: {why}", file=sys.stderr)
     if "jax" in sys.modules:
-        from mplug2_jax.parallel.processes import leave
+        from mplug2_jax.parallel.processes import exit_if_distributed
 
-        leave(status)
+        exit_if_distributed(status)
     return status
 
 

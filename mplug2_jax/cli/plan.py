@@ -221,12 +221,12 @@ def shardings(config: "RunConfig", mesh: "Mesh | AbstractMesh") -> "Iterator[str
     """The mesh, the two tables of rules, every parameter with its place, and the reasons where a rule could not act."""
     import jax
 
-    from mplug2_jax.model.mplug2 import define
-    from mplug2_jax.parallel.placement import place_parameters
+    from mplug2_jax.model.mplug2 import define_model
+    from mplug2_jax.parallel.placement import make_param_shardings
     from mplug2_jax.parallel.sharding import ACTIVATION_RULES, PARAMETER_RULES
 
-    definition = define(config.model, config.parts())
-    placement = place_parameters(definition.shapes, definition.axes, mesh)
+    definition = define_model(config.model, config.parts())
+    placement = make_param_shardings(definition.shapes, definition.axes, mesh)
     yield f"mesh of {mesh.size} devices: {', '.join(f'{axis}={size}' for axis, size in mesh.shape.items())}"
     yield f"\n{_rules('parameters', PARAMETER_RULES)}\n\n{_rules('activations', ACTIVATION_RULES)}\n"
 
@@ -237,13 +237,13 @@ def shardings(config: "RunConfig", mesh: "Mesh | AbstractMesh") -> "Iterator[str
         name, part = "/".join(key.key for key in path), sharding.shard_shape(shape.shape)
         size = math.prod(part)
         held += size
-        mark = " *" if name in placement.reasons else ""
+        mark = " *" if name in placement.skipped_rules else ""
         rows.append((name, _listed(shape.shape), _listed(axes), _listed(sharding.spec) + mark, f"{size:,}"))
     yield table(rows, ("parameter", "shape", "logical axes", "split over", "numbers per device"), right=(4,))
-    yield f"\n{definition.count():,} parameters; a device holds {held:,}"
-    if placement.reasons:
+    yield f"\n{definition.num_params():,} parameters; a device holds {held:,}"
+    if placement.skipped_rules:
         yield "\n* rules that could not act:"
-        yield from (f"  {name}: {why}" for name, why in placement.reasons.items())
+        yield from (f"  {name}: {why}" for name, why in placement.skipped_rules.items())
 
 
 def _rules(what: str, rules: "Mapping[str, MeshAxes]") -> str:

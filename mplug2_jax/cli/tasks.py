@@ -67,11 +67,11 @@ def _page(name: str, path: Path, size: str) -> "Iterator[str]":
 def _read(name: str, size: str) -> "tuple[RunConfig, int]":
     """A task's run, and how many parameters its model has."""
     from mplug2_jax.config import build, load_recipe
-    from mplug2_jax.model.mplug2 import define
+    from mplug2_jax.model.mplug2 import define_model
     from mplug2_jax.training.config import RunConfig
 
     config = build(RunConfig, load_recipe(f"{name}:{size}"))
-    return config, define(config.model, config.parts()).count()
+    return config, define_model(config.model, config.parts()).num_params()
 
 
 def _paths(config: "RunConfig") -> dict[str, bool]:

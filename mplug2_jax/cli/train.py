@@ -64,18 +64,18 @@ def run(args: argparse.Namespace) -> int:
 
 def _train(config: "RunConfig", workdir: Path, overrides: Sequence[str]) -> int:
     with _exit_on_sigterm():
-        from mplug2_jax.parallel.processes import is_first, join
+        from mplug2_jax.parallel.processes import initialize_distributed, is_primary_process
         from mplug2_jax.training.initialization import with_checkpoint_sizes
         from mplug2_jax.training.loop import train
         from mplug2_jax.training.workdir import WorkDir
 
-    join()
+    initialize_distributed()
     begun = WorkDir(workdir).read_config() if WorkDir(workdir).exists() else None
     config, said = with_checkpoint_sizes(config, overrides, begun)
-    if said and is_first():
+    if said and is_primary_process():
         print(said, flush=True)
     results = train(config, workdir)
-    if not is_first():
+    if not is_primary_process():
         return 0
     from mplug2_jax.report import write_report
 

@@ -97,7 +97,7 @@ def run_import(args: argparse.Namespace) -> int:
         plan, args.to, tokenizer=args.tokenizer, seed=args.seed, overwrite=args.overwrite, verify=args.verify
     )
     print(report.summary())
-    print(f"{args.to}: a model of {', '.join(plan.definition.parts)}, {plan.definition.count():,} parameters")
+    print(f"{args.to}: a model of {', '.join(plan.definition.parts)}, {plan.definition.num_params():,} parameters")
     return report.status
 
 

@@ -18,14 +18,14 @@ from mplug2_jax.errors import UserError
 from mplug2_jax.generation.config import SearchConfig
 from mplug2_jax.generation.decode import generate
 from mplug2_jax.model.config import ModelConfig, SpecialTokens
-from mplug2_jax.model.mplug2 import Mplug2, Params, define
+from mplug2_jax.model.mplug2 import Mplug2, Params, define_model
 from mplug2_jax.model.taps import Taps
-from mplug2_jax.objectives.forward import Forward
+from mplug2_jax.objectives.forward import ForwardPass
 from mplug2_jax.training.workdir import special_tokens
 
 _CLIP_FRAMES = 3
 _LENGTH = 9  # tokens of questions and of targets
-_SEARCH = SearchConfig(beams=2, min_length=1, max_length=8, extend_finished=True)
+_SEARCH = SearchConfig(num_beams=2, min_length=1, max_length=8, extend_finished=True)
 
 Batch = Mapping[str, HostArray]
 Tapped = dict[str, HostArray]  # "path: tap" -> value
@@ -130,18 +130,18 @@ def _by_jax(
     tokens: SpecialTokens,
     search: SearchConfig,
 ) -> tuple[Tapped, Text]:
-    definition = define(config, parts)
+    definition = define_model(config, parts)
 
     @jax.jit
     def run(params: Params, batch: Any) -> Any:
         taps = Taps()
         model: Mplug2 = definition.bind(params)
-        visual = model.visual_tokens(batch["frames"], taps=taps)
+        visual = model.encode_visual(batch["frames"], taps=taps)
         memory, mask = visual, jnp.ones(visual.shape[:2], bool)
         if "text" in parts:
-            text = model.text_tokens(batch["instruction"], batch["instruction_mask"], taps=taps)
+            text = model.encode_text(batch["instruction"], batch["instruction_mask"], taps=taps)
             model.fusion(text, batch["instruction_mask"], visual, taps=taps)
-            memory, mask = Forward(model, batch).instructed
+            memory, mask = ForwardPass(model, batch).instruction_memory
         logits = model.decoder(batch["target"], batch["target"] != 0, memory, mask, taps=taps)
         return {**taps, "logits": logits}, memory, mask
 
@@ -182,7 +182,8 @@ def _by_torch(
         model.load_official({name: torch.from_numpy(_plain(tensors.read(name))) for name in student})
     model.eval()
     found: Tapped = {}
-    limits = {name: getattr(search, name) for name in ("beams", "min_length", "max_length", "extend_finished")}
+    limits = {name: getattr(search, name) for name in ("min_length", "max_length", "extend_finished")}
+    limits["beams"] = search.num_beams
     for path, batch in batches.items():
         taps = runtime.Taps()
         frames = torch.from_numpy(batch["frames"]).permute(0, 4, 1, 2, 3)

@@ -26,7 +26,7 @@ from mplug2_jax.conversion.layouts.official_state import State, fresh, tie_of
 from mplug2_jax.conversion.layouts.slots import Slot, by_name, copy_into
 from mplug2_jax.conversion.progress import Transfer
 from mplug2_jax.conversion.report import REPORT, Comparison, Fate, Place, Report, Row, digest, largest_difference
-from mplug2_jax.model.mplug2 import define
+from mplug2_jax.model.mplug2 import define_model
 from mplug2_jax.training.optim.lora import merge_adapter
 
 TORCH_SUFFIXES = (".pth", ".pt", ".bin")
@@ -137,7 +137,7 @@ def _compared(plan: ExportPlan, file: Path, settings: Path | None) -> list[Compa
     """PyTorch's model from what was just written, beside ours from the checkpoint (or from the file, if rounded)."""
     source = open_source(file if file.exists() else file.with_name(f"{file.name}.index.json"))
     config, parts = plan.identity.config, official.TASK_PARTS[plan.task]
-    definition = define(config, parts)
+    definition = define_model(config, parts)
     if plan.rounded:
         params, _ = official.load_official(source, definition, plan.fusion_start)
     else:

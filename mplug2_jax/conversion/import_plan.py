@@ -14,7 +14,7 @@ from mplug2_jax.conversion.layouts.schemes import Fate, Scheme, account_for
 from mplug2_jax.conversion.layouts.slots import Slot
 from mplug2_jax.errors import UserError
 from mplug2_jax.model.config import ModelConfig
-from mplug2_jax.model.mplug2 import ModelDef, define
+from mplug2_jax.model.mplug2 import ModelDef, define_model
 
 StatePath = tuple[str, ...]  # "params" or "teacher", then the place in the tree
 POSITIONS: StatePath = ("vision", "positions")
@@ -110,7 +110,7 @@ def _plan_official(found: Found, task: Task | None, parts: Sequence[str] | None,
     config = dataclasses.replace(config, image_size=image_size or config.image_size)
     teacher = found.has_teacher
     own = official.CAPTION_PARTS if task == "caption" else official.QUESTION_PARTS
-    definition = define(config, tuple(parts) if parts else own)
+    definition = define_model(config, tuple(parts) if parts else own)
     scheme = official.official_scheme(config, definition.parts, fusion_start, teacher=teacher)
     origin = {"layout": "official", "task": task, "fusion_start": fusion_start, "teacher": teacher}
     title = f"official {task}" + (" with its teacher" if teacher else "")
@@ -137,7 +137,7 @@ def _plan_joined(found: Sequence[Found], parts: Sequence[str] | None, image_size
         "bert": ("text", "universal", *(("mlm",) if head else ())),
         "clip bert": (*official.QUESTION_PARTS, *(("mlm",) if head else ())),
     }
-    definition = define(config, tuple(parts) if parts else own[" ".join(sorted(by_kind, reverse=True))])
+    definition = define_model(config, tuple(parts) if parts else own[" ".join(sorted(by_kind, reverse=True))])
     schemes = []
     for f in found:
         if f.kind == "bert":

@@ -14,7 +14,7 @@ from data_pipelines.record import clean_text
 from data_pipelines.tokenizers import Tokenizer
 from mplug2_jax.errors import UserError
 from mplug2_jax.generation.config import SearchConfig
-from mplug2_jax.generation.constrained import NOTHING
+from mplug2_jax.generation.constrained import ANSWER_PAD
 
 
 def unreachable_answers_warning(
@@ -25,7 +25,7 @@ def unreachable_answers_warning(
 
     ``alike`` makes equal what the score takes for equal.
     """
-    listed = {alike(decode(row[row != NOTHING].tolist())) for row in answers}
+    listed = {alike(decode(row[row != ANSWER_PAD].tolist())) for row in answers}
     missed = [example for example in examples if not any(alike(answer) in listed for answer in example.answers)]
     if not missed:
         return ""
@@ -87,7 +87,7 @@ def read_answers(
             f"{where}={path}: {rows[longest]!r} has {len(longest) + 1} tokens with its begin and end, and "
             f"config.model.max_positions={positions}; leave the answer out"
         )
-    table = np.full((len(rows), search.max_length if search is not None else len(longest)), NOTHING, np.int32)
+    table = np.full((len(rows), search.max_length if search is not None else len(longest)), ANSWER_PAD, np.int32)
     for line, ids in zip(table, rows, strict=True):
         line[: len(ids)] = ids
     return table

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from data_pipelines.loader import HostBatch
 from mplug2_jax.objectives.forward import DeviceBatch
-from mplug2_jax.parallel.placement import batch_shards, held_parts, put_batch
+from mplug2_jax.parallel.placement import local_batch_shards, num_batch_shards, put_batch
 from mplug2_jax.tasks.base import Predictions
 
 
@@ -26,12 +26,12 @@ def predict_in_fixed_batches(
 
     Args:
         predict: of a slice on the mesh; its results are whole on every device.
-        batch: this process's rows, those of its :func:`~mplug2_jax.parallel.placement.held_parts`; a multiple of
-            ``rows`` in each part.
+        batch: this process's rows, those of its :func:`~mplug2_jax.parallel.placement.local_batch_shards`; a multiple
+            of ``rows`` in each part.
         rows: examples of a slice on each device.
         mesh: that holds the slices.
     """
-    held, shards = len(held_parts(mesh)), batch_shards(mesh)
+    held, shards = len(local_batch_shards(mesh)), num_batch_shards(mesh)
     places = np.arange(len(next(iter(batch.values())))).reshape(held, -1, rows)
     slices = [
         predict(put_batch({name: array[chosen.ravel()] for name, array in batch.items()}, mesh))

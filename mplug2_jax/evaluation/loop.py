@@ -33,8 +33,13 @@ from mplug2_jax.metrics.classification import ConfusionSummary, average_views
 from mplug2_jax.metrics.metric import bootstrap_ci
 from mplug2_jax.metrics.vqa import normalize_answer
 from mplug2_jax.model.mplug2 import ModelDef, Params
-from mplug2_jax.parallel.placement import batch_shards, check_batch, held_parts, replicated
-from mplug2_jax.parallel.processes import gather, is_first
+from mplug2_jax.parallel.placement import (
+    check_batch_divisible,
+    local_batch_shards,
+    num_batch_shards,
+    replicated_sharding,
+)
+from mplug2_jax.parallel.processes import allgather_objects, is_primary_process
 from mplug2_jax.tasks.base import HostPredictions, Predictions, TaskContext
 from mplug2_jax.tasks.contracts import required_parts
 from mplug2_jax.tasks.table import TASKS
@@ -103,8 +108,8 @@ class Evaluation:
         self.name, self._config, self._mesh, self._tokenizer = name, config, mesh, tokenizer
         self._recipe, self._formats = recipe, tuple(sorted({source.format for source in config.data.sources.values()}))
         where = f"config.evaluations.{name}"
-        check_batch(f"{where}.data.batch_size", config.data.batch_size, mesh)
-        rows = config.per_device_batch_size * batch_shards(mesh)
+        check_batch_divisible(f"{where}.data.batch_size", config.data.batch_size, mesh)
+        rows = config.per_device_batch_size * num_batch_shards(mesh)
         try:
             read = dataclasses.replace(config.data, batch_size=-(-config.data.batch_size // rows) * rows)
             least = TASKS[config.task].min_answers
@@ -160,7 +165,7 @@ class Evaluation:
             with jax.set_mesh(self._mesh):
                 shared = self._prepare(params)
         predict = lambda batch: self._predict(params, batch | shared)  # noqa: E731
-        for batch in self._set.batches(Shard(held_parts(self._mesh), batch_shards(self._mesh))):
+        for batch in self._set.batches(Shard(local_batch_shards(self._mesh), num_batch_shards(self._mesh))):
             on_batch(f"batch {len(rows) + 1} of evaluation {self.name}")
             with jax.set_mesh(self._mesh):
                 rows.append(
@@ -192,7 +197,7 @@ class Evaluation:
         goodness = [round(float(value), 4) for value in scored.example_scores]
         samples = (
             choose_samples(examples, scored, goodness, self._config.num_samples, self._set.__getitem__)
-            if is_first()
+            if is_primary_process()
             else ()
         )
         figures = {name: figure.value for name, figure in scored.metrics.items()}
@@ -237,7 +242,7 @@ def jit_predict(task: str, definition: ModelDef, context: TaskContext, mesh: Mes
     assert predict is not None
     # Every process gets all predictions of a batch, whoever's devices made them.
     return jax.jit(
-        lambda params, batch: predict(definition.bind(params), batch, context), out_shardings=replicated(mesh)
+        lambda params, batch: predict(definition.bind(params), batch, context), out_shardings=replicated_sharding(mesh)
     )
 
 
@@ -245,7 +250,7 @@ def jit_precompute(task: str, definition: ModelDef, context: TaskContext, mesh: 
     """Parameters -> the arrays that a task's batches share, under ``jax.jit``, the same on every device."""
     prepare = TASKS[task].precompute
     assert prepare is not None
-    return jax.jit(lambda params: prepare(definition.bind(params), context), out_shardings=replicated(mesh))
+    return jax.jit(lambda params: prepare(definition.bind(params), context), out_shardings=replicated_sharding(mesh))
 
 
 def add_answers(
@@ -323,7 +328,7 @@ def _of_all_processes(
     }
     all_examples: dict[int, Example] = {}
     all_faults: dict[int, Fault] = {}
-    for theirs in gather(mine):
+    for theirs in allgather_objects(mine):
         all_examples |= {place: _unpacked(packed) for place, packed in theirs["examples"]}
         all_faults |= {place: Fault(**fields) for place, fields in theirs["faults"]}
     lost = {row // views: fault for row, fault in sorted(all_faults.items())}

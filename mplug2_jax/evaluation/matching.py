@@ -14,7 +14,7 @@ from data_pipelines.loader import EvaluationSet, HostBatch, stack
 from data_pipelines.order import Shard
 from mplug2_jax.model.mplug2 import ModelDef, Mplug2, Params
 from mplug2_jax.objectives.forward import DeviceBatch
-from mplug2_jax.parallel.placement import batch_shards, held_parts, put_batch, replicated
+from mplug2_jax.parallel.placement import local_batch_shards, num_batch_shards, put_batch, replicated_sharding
 from mplug2_jax.tasks.base import TaskContext
 
 TEXTS = 16
@@ -68,7 +68,8 @@ class PairScorer:
         self._set, self._size, self._mesh = examples, rows, mesh
         # Every process gets all scores of a batch, whoever's devices made them.
         self._match = jax.jit(
-            lambda params, batch: match(definition.bind(params), batch, context), out_shardings=replicated(mesh)
+            lambda params, batch: match(definition.bind(params), batch, context),
+            out_shardings=replicated_sharding(mesh),
         )
 
     def run(
@@ -91,7 +92,7 @@ class PairScorer:
         places, listed = list(examples), list(examples.values())
         rows = group_pairs(pairs)
         steps = -(-len(rows.pictures) // self._size)
-        mine = Shard(held_parts(self._mesh), batch_shards(self._mesh)).rows(self._size)
+        mine = Shard(local_batch_shards(self._mesh), num_batch_shards(self._mesh)).rows(self._size)
         # Rows behind the last are the last again.
         numbers = np.minimum(np.arange(steps)[:, None] * self._size + mine, len(rows.pictures) - 1)
         seen = self._frames([places[i] for i in rows.pictures[numbers].ravel()])

@@ -18,7 +18,7 @@ from mplug2_jax.generation.config import SearchConfig
 from mplug2_jax.model.config import SpecialTokens
 
 
-class Found(NamedTuple):
+class DecodeOutput(NamedTuple):
     """The best sequences of each clip, best first; ids start with the begin token and are 0 after ``lengths``."""
 
     ids: Int[Array, "b r m"]
@@ -46,11 +46,11 @@ class _Loop(NamedTuple):
 
     ids: Int[Array, "b r m"]
     log_probs: Float[Array, "b r"]
-    found: Found
+    found: DecodeOutput
     live: Bool[Array, " b"]
 
 
-def normaliser(length: int) -> Float[Array, " m"]:
+def length_penalty(length: int) -> Float[Array, " m"]:
     """What the log-probability of 1, 2, ... ``length`` generated tokens is divided by, to be compared."""
     return jnp.asarray(((5 + np.arange(length) + 1) / 6) ** 0.6, jnp.float32)
 
@@ -62,18 +62,18 @@ def beam_search(
     config: SearchConfig,
     tokens: SpecialTokens,
     *,
-    given: bool = False,
-) -> Found:
-    """Searches ``config.beams`` sequences for each of ``batch`` clips, up to ``config.max_length`` tokens.
+    step_gives_log_probs: bool = False,
+) -> DecodeOutput:
+    """Searches ``config.num_beams`` sequences for each of ``batch`` clips, up to ``config.max_length`` tokens.
 
     ``step(tokens, position, state)`` takes the newest token of every sequence and returns logits for the next one; with
     ``given`` these are log-probabilities already, of any sum, and ``config.min_length`` is theirs to see to. The loop
     ends early once every clip is done.
     """
-    b, r, length = batch, config.beams, config.max_length + 1
-    divisors = normaliser(config.max_length)
+    b, r, length = batch, config.num_beams, config.max_length + 1
+    divisors = length_penalty(config.max_length)
     start = jnp.zeros((b, r, length), jnp.int32).at[:, :, 0].set(tokens.begin)
-    nothing = Found(jnp.zeros_like(start), jnp.full((b, r), -jnp.inf), jnp.zeros((b, r), jnp.int32))
+    nothing = DecodeOutput(jnp.zeros_like(start), jnp.full((b, r), -jnp.inf), jnp.zeros((b, r), jnp.int32))
     first_only = jnp.where(jnp.arange(r) == 0, 0.0, -jnp.inf)
     loop = _Loop(start, jnp.broadcast_to(first_only, (b, r)), nothing, jnp.ones(b, bool))
 
@@ -85,9 +85,9 @@ def beam_search(
         position, loop, state = carry
         newest = jax.lax.dynamic_index_in_dim(loop.ids, position, axis=2, keepdims=False)
         logits, state = step(newest.reshape(-1), position, state)
-        log_probs = logits if given else jnp.log(jax.nn.softmax(logits.astype(jnp.float32), axis=-1))
+        log_probs = logits if step_gives_log_probs else jnp.log(jax.nn.softmax(logits.astype(jnp.float32), axis=-1))
         log_probs = log_probs.reshape(b, r, -1)
-        if not given:
+        if not step_gives_log_probs:
             too_short = (position < config.min_length) & (jnp.arange(log_probs.shape[-1]) == tokens.end)
             log_probs = jnp.where(too_short, -1e20, log_probs)
 
@@ -101,7 +101,9 @@ def beam_search(
         finished = (token == tokens.end) | (position == config.max_length - 1)
         done = finished[:, 0]
         stored = (finished | (done[:, None] & config.extend_finished)) & loop.live[:, None]
-        found = _keep_best(loop.found, Found(ids, jnp.where(stored, scores, -jnp.inf), jnp.full((b, r), position + 2)))
+        found = _keep_best(
+            loop.found, DecodeOutput(ids, jnp.where(stored, scores, -jnp.inf), jnp.full((b, r), position + 2))
+        )
         log_probs = scores * divisors[position]
         if not config.extend_finished:
             log_probs = jnp.where(token == tokens.end, -jnp.inf, log_probs)
@@ -112,9 +114,9 @@ def beam_search(
     return loop.found
 
 
-def _keep_best(old: Found, new: Found) -> Found:
+def _keep_best(old: DecodeOutput, new: DecodeOutput) -> DecodeOutput:
     """The best of both; equal scores keep the order in which they were stored."""
     both = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), old, new)
     scores, kept = jax.lax.top_k(both.scores, old.scores.shape[1])
     ids = jnp.take_along_axis(both.ids, kept[..., None], axis=1)
-    return Found(ids, scores, jnp.take_along_axis(both.lengths, kept, axis=1))
+    return DecodeOutput(ids, scores, jnp.take_along_axis(both.lengths, kept, axis=1))

@@ -5,15 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from mplug2_jax.generation.beam import Found, beam_search
+from mplug2_jax.generation.beam import DecodeOutput, beam_search
 from mplug2_jax.generation.config import SearchConfig
-from mplug2_jax.generation.constrained import constrained, start_possible
+from mplug2_jax.generation.constrained import constrain_step, init_constraint
 from mplug2_jax.generation.nucleus import sample
 from mplug2_jax.model.config import SpecialTokens
 from mplug2_jax.model.decoder import Decoder
-from mplug2_jax.model.layers import gathered_once
+from mplug2_jax.model.layers import all_gather_module
 from mplug2_jax.model.prng import random_key
-from mplug2_jax.parallel.sharding import gathered_before
+from mplug2_jax.parallel.sharding import assume_params_gathered
 
 
 def generate(
@@ -25,7 +25,7 @@ def generate(
     seeds: Int[Array, " b"] | None = None,
     answers: Int[np.ndarray, "a m"] | None = None,
     key: PRNGKeyArray | None = None,
-) -> Found:
+) -> DecodeOutput:
     """The best sequences, with a cache: the memory is projected once for each clip and shared by its beams.
 
     ``seeds``, one for each clip, are read where sequences are drawn; without any, a clip's place is its seed. What is
@@ -33,15 +33,17 @@ def generate(
     :func:`~mplug2_jax.generation.constrained.constrained` takes them, nothing else is said. The decoder's parameters
     are gathered once, not for every token.
     """
-    decoder = gathered_once(decoder, decoder.config.dtype)
-    with gathered_before():
+    decoder = all_gather_module(decoder, decoder.config.dtype)
+    with assume_params_gathered():
         b = memory.shape[0]
-        cache = decoder.start(memory, memory_mask, sequences=config.beams, length=config.max_length)
+        cache = decoder.init_cache(memory, memory_mask, sequences=config.num_beams, length=config.max_length)
         if answers is not None:
-            state = start_possible(cache, answers, b * config.beams)
-            return beam_search(constrained(decoder.step, answers), state, b, config, tokens, given=True)
+            state = init_constraint(cache, answers, b * config.num_beams)
+            return beam_search(
+                constrain_step(decoder.decode_step, answers), state, b, config, tokens, step_gives_log_probs=True
+            )
         if not config.top_p:
-            return beam_search(decoder.step, cache, b, config, tokens)
+            return beam_search(decoder.decode_step, cache, b, config, tokens)
         seeds = jnp.arange(b) if seeds is None else seeds
         keys = jax.vmap(jax.random.fold_in, (None, 0))(random_key(0) if key is None else key, seeds)
-        return sample(decoder.step, cache, keys, config, tokens)
+        return sample(decoder.decode_step, cache, keys, config, tokens)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from mplug2_jax.generation.beam import Found, State, Step, normaliser
+from mplug2_jax.generation.beam import DecodeOutput, State, Step, length_penalty
 from mplug2_jax.generation.config import SearchConfig
 from mplug2_jax.model.config import SpecialTokens
 
@@ -22,7 +22,7 @@ class _Loop(NamedTuple):
     live: Bool[Array, "b r"]
 
 
-def nucleus(logits: Float[Array, "*n v"], top_p: float) -> Float[Array, "*n v"]:
+def top_p_filter(logits: Float[Array, "*n v"], top_p: float) -> Float[Array, "*n v"]:
     """Log-probabilities with minus infinity outside the fewest likeliest tokens that hold ``top_p`` of probability.
 
     The likeliest token is always inside; so are all that are exactly as likely as the last. All are for ``top_p`` of 1.
@@ -39,13 +39,13 @@ def nucleus(logits: Float[Array, "*n v"], top_p: float) -> Float[Array, "*n v"]:
 
 def sample(
     step: Step[State], state: State, keys: Key[Array, " b"], config: SearchConfig, tokens: SpecialTokens
-) -> Found:
-    """Draws ``config.beams`` sequences for each clip, up to ``config.max_length`` tokens; the likeliest comes first.
+) -> DecodeOutput:
+    """Sample ``config.num_beams`` sequences per example, up to ``config.max_length`` tokens; the likeliest comes first.
 
     ``step(tokens, position, state)`` is that of :func:`~mplug2_jax.generation.beam.beam_search`. Scores are the model's
     own, length-normalised as there: ``config.temperature`` and ``config.top_p`` say only what is drawn.
     """
-    b, r, length = keys.shape[0], config.beams, config.max_length + 1
+    b, r, length = keys.shape[0], config.num_beams, config.max_length + 1
     rows = jax.vmap(lambda key: jax.random.split(key, r))(keys)
     start = _Loop(
         jnp.zeros((b, r, length), jnp.int32).at[:, :, 0].set(tokens.begin), jnp.zeros((b, r)),
@@ -62,7 +62,7 @@ def sample(
         logits, state = step(newest.reshape(-1), position, state)
         logits = logits.astype(jnp.float32).reshape(b, r, -1)
         too_short = (position < config.min_length) & (jnp.arange(logits.shape[-1]) == tokens.end)
-        drawn_from = nucleus(jnp.where(too_short, -1e20, logits) / config.temperature, config.top_p)
+        drawn_from = top_p_filter(jnp.where(too_short, -1e20, logits) / config.temperature, config.top_p)
         now = jax.vmap(jax.random.fold_in, (0, None))(rows.reshape(-1), position)
         token = jax.vmap(jax.random.categorical)(now, drawn_from.reshape(b * r, -1)).reshape(b, r)
         token = jnp.where(loop.live, token.astype(jnp.int32), 0)
@@ -76,6 +76,6 @@ def sample(
         return position + 1, loop, state
 
     _, loop, _ = jax.lax.while_loop(go_on, advance, (jnp.zeros((), jnp.int32), start, state))
-    scores, order = jax.lax.top_k(loop.log_probs / normaliser(config.max_length)[loop.lengths - 2], r)
+    scores, order = jax.lax.top_k(loop.log_probs / length_penalty(config.max_length)[loop.lengths - 2], r)
     ids = jnp.take_along_axis(loop.ids, order[..., None], axis=1)
-    return Found(ids, scores, jnp.take_along_axis(loop.lengths, order, axis=1))
+    return DecodeOutput(ids, scores, jnp.take_along_axis(loop.lengths, order, axis=1))

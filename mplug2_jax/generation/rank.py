@@ -5,20 +5,20 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from mplug2_jax.generation.constrained import NOTHING
+from mplug2_jax.generation.constrained import ANSWER_PAD
 from mplug2_jax.model.config import SpecialTokens
 from mplug2_jax.model.decoder import Decoder
 
 
-def likeliest(
+def best_answer(
     decoder: Decoder,
     memory: Float[Array, "b s d"],
     memory_mask: Bool[Array, "b s"],
     answers: Int[np.ndarray, "a m"],
     tokens: SpecialTokens,
     *,
-    keep: int,
-    first_twice: bool = False,
+    num_candidates: int,
+    double_count_first_token: bool = False,
 ) -> Int[Array, "b n"]:
     """The best of a list's answers for each example, its ids from the begin token on; padded to the longest.
 
@@ -26,10 +26,16 @@ def likeliest(
     :func:`rank_answers`'; of a list that is shorter than ``keep`` all are ranked.
     """
     ids = np.pad(answers, ((0, 0), (1, 0)), constant_values=tokens.begin)
-    mask = ids != NOTHING
+    mask = ids != ANSWER_PAD
     table = jnp.asarray(np.where(mask, ids, tokens.pad))
     best, _ = rank_answers(
-        decoder, memory, memory_mask, table, jnp.asarray(mask), keep=min(keep, len(ids)), first_twice=first_twice
+        decoder,
+        memory,
+        memory_mask,
+        table,
+        jnp.asarray(mask),
+        num_candidates=min(num_candidates, len(ids)),
+        double_count_first_token=double_count_first_token,
     )
     return table[best[:, 0]]
 
@@ -41,8 +47,8 @@ def rank_answers(
     answers: Int[Array, "a m"],
     answers_mask: Bool[Array, "a m"],
     *,
-    keep: int,
-    first_twice: bool = False,
+    num_candidates: int,
+    double_count_first_token: bool = False,
 ) -> tuple[Int[Array, "b r"], Float[Array, "b r"]]:
     """The ``keep`` best answers of each example, best first, and their share of probability among themselves.
 
@@ -52,15 +58,15 @@ def rank_answers(
     b = memory.shape[0]
     begin = jnp.broadcast_to(answers[0, :1], (b, 1))
     first = jax.nn.softmax(decoder(begin, None, memory, memory_mask)[:, 0], axis=-1)
-    probabilities, chosen = jax.lax.top_k(first[:, answers[:, 1]], keep)
+    probabilities, chosen = jax.lax.top_k(first[:, answers[:, 1]], num_candidates)
 
-    ids = answers[chosen].reshape(b * keep, -1)
-    mask = answers_mask[chosen].reshape(b * keep, -1)
+    ids = answers[chosen].reshape(b * num_candidates, -1)
+    mask = answers_mask[chosen].reshape(b * num_candidates, -1)
     logits = decoder(ids, mask, memory, memory_mask)
     log_likelihood = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), ids[:, 1:, None], axis=-1)[..., 0]
-    total = jnp.sum(log_likelihood * mask[:, 1:], axis=-1).reshape(b, keep)
+    total = jnp.sum(log_likelihood * mask[:, 1:], axis=-1).reshape(b, num_candidates)
 
-    if first_twice:
+    if double_count_first_token:
         total += jnp.log(probabilities)
-    share, order = jax.lax.top_k(jax.nn.softmax(total, axis=-1), keep)
+    share, order = jax.lax.top_k(jax.nn.softmax(total, axis=-1), num_candidates)
     return jnp.take_along_axis(chosen, order, axis=1), share

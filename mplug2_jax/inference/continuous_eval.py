@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from mplug2_jax.errors import UserError
 from mplug2_jax.evaluation.loop import EvaluationResult
 from mplug2_jax.inference.checkpoint_eval import Evaluator
-from mplug2_jax.parallel.processes import gather, is_first
+from mplug2_jax.parallel.processes import allgather_objects, is_primary_process
 from mplug2_jax.training.checkpoint.checkpoints import DamagedCheckpointError
 from mplug2_jax.training.reliability.preemption import PreemptionNotice
 from mplug2_jax.training.telemetry.events import JsonLines
@@ -20,7 +20,9 @@ from mplug2_jax.training.workdir import WorkDir
 def wait_for_run(workdir: WorkDir, poll: int, notice: PreemptionNotice, say: Callable[[str], None]) -> None:
     """Returns once a run has begun to keep checkpoints, as all processes see it."""
     said = False
-    while not all(gather(workdir.checkpoints.is_dir())):  # the last thing that a run makes before its first step
+    while not all(
+        allgather_objects(workdir.checkpoints.is_dir())
+    ):  # the last thing that a run makes before its first step
         if not said:
             say(f"waiting for a run in {workdir.path}")
         said = True
@@ -60,7 +62,7 @@ class ContinuousEvaluator:
         good = False
         while True:
             self._notice.check()
-            there = gather(self._steps())[0]  # the first process looks for all
+            there = allgather_objects(self._steps())[0]  # the first process looks for all
             new = [step for step in there if step <= until and step not in seen]
             if seen and len(new) > 1:
                 self._say(f"step {', '.join(map(str, new[:-1]))}: left out, step {new[-1]} is there already")
@@ -77,13 +79,15 @@ class ContinuousEvaluator:
     def _evaluate(self, step: int) -> bool:
         """Whether the step's results are there now."""
         folder = self._workdir.evaluation_folder(step)
-        names = gather([name for name in self._evaluator.evaluations if not (folder / f"{name}.json").exists()])[0]
+        names = allgather_objects(
+            [name for name in self._evaluator.evaluations if not (folder / f"{name}.json").exists()]
+        )[0]
         if not names:
             self._say(f"step {step}: was evaluated before")
             return True
         reason, params = "", None
         # All look first: who cannot see it must not let the others wait in the reading.
-        if not all(gather(step in self._steps())):
+        if not all(allgather_objects(step in self._steps())):
             reason = "the run has deleted it"
         else:
             try:
@@ -92,12 +96,12 @@ class ContinuousEvaluator:
                 # A folder that is not there any more was deleted while it was read.
                 there = (self._checkpoints.folder / str(step)).exists()
                 reason = str(error).partition(";")[0] if there else "the run has deleted it"
-        reasons: Sequence[str] = [reason for reason in gather(reason) if reason]
+        reasons: Sequence[str] = [reason for reason in allgather_objects(reason) if reason]
         if reasons or params is None:
             self._say(f"step {step}: left out, {reasons[0]}")
             return False
         for result in self._evaluator.run(params, step, names, lambda phase: self._notice.check()):
-            if is_first():
+            if is_primary_process():
                 # The result is kept last: it is what says that this is done.
                 self._metrics.write({"step": step, **result.tagged_metrics()})
                 self._save(result)

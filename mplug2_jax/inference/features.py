@@ -20,8 +20,14 @@ from mplug2_jax.errors import UserError, did_you_mean
 from mplug2_jax.model.mplug2 import ModelDef, Mplug2, Params
 from mplug2_jax.model.taps import Taps
 from mplug2_jax.objectives.forward import DeviceBatch
-from mplug2_jax.parallel.placement import batch_shards, check_batch, held_parts, put_batch, replicated
-from mplug2_jax.parallel.processes import gather
+from mplug2_jax.parallel.placement import (
+    check_batch_divisible,
+    local_batch_shards,
+    num_batch_shards,
+    put_batch,
+    replicated_sharding,
+)
+from mplug2_jax.parallel.processes import allgather_objects
 
 Pool = Literal["none", "mean", "cls"]
 Named = dict[str, Array]
@@ -88,7 +94,7 @@ class FeatureExtractor:
         self, config: FeatureConfig, data: DataConfig, definition: ModelDef, tokenizer: Tokenizer, mesh: Mesh, *,
         seed: int,
     ) -> None:  # fmt: skip
-        check_batch("--batch-size", data.batch_size, mesh)
+        check_batch_divisible("--batch-size", data.batch_size, mesh)
         check_feature_parts(config.name, data.kind, definition)
         self._set = EvaluationSet(data, tokenizer, name="features", seed=seed)
         self._sources, self._mesh = list(data.sources), mesh
@@ -108,7 +114,7 @@ class FeatureExtractor:
         made = jax.eval_shape(compute, definition.shapes, _batch_of(example, 1))
         self.shapes = {name: (tuple(x.shape[1:]), x.dtype.name) for name, x in made.items()}  # of one example
         # Every process gets all features of a batch, whoever's devices made them; the first will write them.
-        self._compute = jax.jit(compute, out_shardings=replicated(mesh))
+        self._compute = jax.jit(compute, out_shardings=replicated_sharding(mesh))
 
     def __len__(self) -> int:
         """Number of records, those that cannot be used among them."""
@@ -134,7 +140,7 @@ class FeatureExtractor:
         ids: dict[int, str] = {}
         faults: dict[int, Fault] = {}
         first = place = start
-        for batch in self._set.batches(Shard(held_parts(self._mesh), batch_shards(self._mesh)), start):
+        for batch in self._set.batches(Shard(local_batch_shards(self._mesh), num_batch_shards(self._mesh)), start):
             on_batch(place)
             with jax.set_mesh(self._mesh):
                 computed = self._compute(params, put_batch(batch.arrays, self._mesh))
@@ -172,8 +178,8 @@ def check_feature_parts(feature: str, kind: Kind, definition: ModelDef) -> None:
 def _tokens(model: Mplug2, batch: DeviceBatch, taps: Taps) -> Float[Array, "b s d"]:
     """The last tokens of a batch's pictures or texts; what is tapped on the way is in ``taps``."""
     if "frames" in batch:
-        return model.visual_tokens(batch["frames"], taps=taps)
-    return model.text_tokens(batch["text"], batch["text_mask"], taps=taps)
+        return model.encode_visual(batch["frames"], taps=taps)
+    return model.encode_text(batch["text"], batch["text_mask"], taps=taps)
 
 
 def _offered(definition: ModelDef, example: Mapping[str, NDArray[Any]]) -> dict[str, int]:
@@ -242,7 +248,7 @@ def _shard(
     }  # fmt: skip
     all_ids: dict[int, str] = {}
     all_faults: dict[int, Fault] = {}
-    for theirs in gather(mine):
+    for theirs in allgather_objects(mine):
         all_ids |= dict(theirs["ids"])
         all_faults |= {place: Fault(**fields) for place, fields in theirs["faults"]}
     places = sorted(all_ids)

@@ -50,9 +50,9 @@ def launch_gke(job: Job, options: GkeOptions) -> Launch:
         service_account=options.service_account,
         spot=options.spot,
         slices=job.topology.slices,
-        hosts=job.topology.hosts,
-        chips=min(job.topology.slice_chips, chip.host_chips),
-        accelerator=chip.gke,
+        hosts=job.topology.hosts_per_slice,
+        chips=min(job.topology.chips_per_slice, chip.chips_per_host),
+        accelerator=chip.gke_accelerator,
         shape=job.topology.name.partition(":")[2],
         image=options.image,
         # Kubernetes replaces $(NAME) in a command, and $$ is its dollar.
@@ -86,7 +86,7 @@ def xpk_commands(job: Job, options: GkeOptions, bucket: Bucket) -> tuple[tuple[s
     )  # fmt: skip
     create = (
         "xpk", "workload", "create", f"--cluster={options.cluster}", f"--workload={job.name}",
-        f"--tpu-type={chip.cloud or chip.name}-{job.topology.name.partition(':')[2]}",
+        f"--tpu-type={chip.cloud_prefix or chip.name}-{job.topology.name.partition(':')[2]}",
         f"--num-slices={job.topology.slices}", f"--docker-image={options.image}", f"--storage={storage}",
         f"--max-restarts={job.max_restarts}", f"--restart-on-exit-codes=1,{PREEMPTED},{STALLED}",
         f"--termination-grace-period-seconds={job.grace}",

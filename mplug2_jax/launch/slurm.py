@@ -33,11 +33,11 @@ def launch_slurm(job: Job, options: SlurmOptions) -> Launch:
         )
     if "://" in workdir:
         raise UserError(f"--workdir {workdir}: expected a folder that all nodes share, as in /shared/runs/{job.name}")
-    each = min(job.topology.slice_chips, chip.host_chips)
-    if job.topology.slice_chips % each:
+    each = min(job.topology.chips_per_slice, chip.chips_per_host)
+    if job.topology.chips_per_slice % each:
         raise UserError(
             f"--topology {job.topology.name}: all nodes are alike; expected a multiple of {each}, as in "
-            f"{chip.name}:{each * job.topology.hosts}"
+            f"{chip.name}:{each * job.topology.hosts_per_slice}"
         )
     check_option("--partition", options.partition, _WORD, "gpu")
     check_option("--account", options.account, _WORD, "my-project")
@@ -53,7 +53,7 @@ def launch_slurm(job: Job, options: SlurmOptions) -> Launch:
     text = render(
         "slurm.sbatch.j2",
         name=job.name,
-        nodes=job.topology.hosts,
+        nodes=job.topology.hosts_per_slice,
         gpus=each if gpu else 0,
         cpus=0 if gpu else each,
         options={option: value for option, value in names.items() if value is not None},

@@ -17,8 +17,8 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from mplug2_jax.model import kernels
 from mplug2_jax.model.config import AttentionKernel
-from mplug2_jax.model.sequence import WHOLE, Layout, sequence_attention
-from mplug2_jax.parallel.sharding import activation_spec, axis_size, platform
+from mplug2_jax.model.sequence import REPLICATED, AttentionSharding, sequence_attention
+from mplug2_jax.parallel.sharding import activation_spec, num_shards, target_platform
 
 _SPLASH_PAIRS = 2**20
 _CUDNN_PAIRS = 2**16
@@ -34,7 +34,7 @@ def attention(
     dropout: float = 0.0,
     rng: PRNGKeyArray | None = None,
     kernel: AttentionKernel = "auto",
-    layout: Layout = WHOLE,
+    layout: AttentionSharding = REPLICATED,
 ) -> Float[Array, "b l h k"]:
     """softmax(q k^T / sqrt(k)) v, in float32 inside, returned in the dtype of ``value``.
 
@@ -53,7 +53,7 @@ def attention(
         )
     if kernel == "splash" and causal:
         raise ValueError("attention kernel 'splash' serves no causal attention here: use 'auto' or 'xla'")
-    if layout.is_split and axis_size("visual") > 1:
+    if layout.is_split and num_shards("visual") > 1:
         if causal:
             raise ValueError("causal attention over a sequence that is split over the mesh is not supported")
         return sequence_attention(query, key, value, key_mask, keep, dropout=dropout, kernel=kernel, layout=layout)
@@ -68,7 +68,7 @@ def _pick(
     query: Float[Array, "b l h k"], key: Float[Array, "b s h k"], *, causal: bool, dropped: bool
 ) -> AttentionKernel:
     pairs = query.shape[1] * key.shape[1]
-    where = platform()
+    where = target_platform()
     if dropped:
         return "xla"
     if where == "tpu" and pairs >= _SPLASH_PAIRS and not causal:
@@ -83,7 +83,7 @@ def _splash(
     key: Float[Array, "b s h k"],
     value: Float[Array, "b s h k"],
     key_mask: Bool[Array, "b s"] | None,
-    layout: Layout,
+    layout: AttentionSharding,
 ) -> Float[Array, "b l h k"]:
     mask = jnp.ones(key.shape[:2], bool) if key_mask is None else key_mask
     mesh = jax.sharding.get_abstract_mesh()

@@ -119,18 +119,18 @@ class ModelConfig:
             )
 
     @property
-    def patches(self) -> int:
+    def num_patches(self) -> int:
         """Patches per frame at the configured image size."""
         return (self.image_size // self.patch_size) ** 2
 
-    def tubes(self, frames: int) -> int:
+    def num_tubelets(self, frames: int) -> int:
         """Frames that the tower's blocks see, for clips of ``frames`` frames."""
         return (frames - 1) // 2 + 1 if self.temporal_downsampling and frames > 1 else frames
 
-    def visual_tokens(self, frames: int, image_size: int | None = None) -> int:
+    def num_visual_tokens(self, frames: int, image_size: int | None = None) -> int:
         """Length of the visual sequence: one class token and every patch of every frame."""
-        patches = self.patches if image_size is None else (image_size // self.patch_size) ** 2
-        return 1 + self.tubes(frames) * patches
+        patches = self.num_patches if image_size is None else (image_size // self.patch_size) ** 2
+        return 1 + self.num_tubelets(frames) * patches
 
 
 # fmt: off

@@ -13,8 +13,8 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
 
 from mplug2_jax.errors import UserError
 from mplug2_jax.model.config import ModelConfig
-from mplug2_jax.model.layers import BertLayer, scan_layers, split_rng, stack
-from mplug2_jax.model.sequence import Layout
+from mplug2_jax.model.layers import BertLayer, scan_layers, split_rng, stack_layers
+from mplug2_jax.model.sequence import AttentionSharding
 from mplug2_jax.model.taps import Taps, tap
 from mplug2_jax.model.text import Embeddings, MlmHead
 from mplug2_jax.parallel.sharding import constrain
@@ -31,11 +31,11 @@ class DecoderCache(NamedTuple):
 
     def reorder(self, kept: Int[Array, "b r"]) -> "DecoderCache":
         """The cache after a search has kept these of each memory's sequences; the memory's part is shared: it stays."""
-        keys, values = (jax.vmap(kept_rows, (0, None))(x, kept) for x in (self.self_keys, self.self_values))
+        keys, values = (jax.vmap(gather_beams, (0, None))(x, kept) for x in (self.self_keys, self.self_values))
         return self._replace(self_keys=keys, self_values=values)
 
 
-def kept_rows(x: Shaped[Array, "br *n"], kept: Int[Array, "b r"]) -> Shaped[Array, "br *n"]:
+def gather_beams(x: Shaped[Array, "br *n"], kept: Int[Array, "b r"]) -> Shaped[Array, "br *n"]:
     """Rows that a search has kept, chosen among the r of each memory: none crosses to another chip."""
     groups = x.reshape(*kept.shape, *x.shape[1:])
     return jax.vmap(lambda group, rows: group[rows])(groups, kept).reshape(x.shape)
@@ -46,7 +46,7 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
         self.embeddings = Embeddings(config, rngs=rngs)
-        self.layers = stack(lambda r: BertLayer(config, cross=True, rngs=r), config.decoder_layers, rngs)
+        self.layers = stack_layers(lambda r: BertLayer(config, cross=True, rngs=r), config.decoder_layers, rngs)
         self.head = MlmHead(config, rngs=rngs)
         self.config = config
 
@@ -78,7 +78,7 @@ class Decoder(nnx.Module):
         return self.head(x, self.embeddings.words[...])
 
     @jax.named_scope("decoder")
-    def start(
+    def init_cache(
         self,
         memory: Float[Array, "b s d"],
         memory_mask: Bool[Array, "b s"],
@@ -110,7 +110,7 @@ class Decoder(nnx.Module):
         return DecoderCache(empty, empty, keys, values, memory_mask)
 
     @jax.named_scope("decoder")
-    def step(
+    def decode_step(
         self, tokens: Int[Array, " br"], position: Int[Array, ""], cache: DecoderCache
     ) -> tuple[Float[Array, "br v"], DecoderCache]:
         """One more token for each sequence: logits for the next, and the cache with this one in it."""
@@ -126,7 +126,7 @@ class Decoder(nnx.Module):
             self_values = jax.lax.dynamic_update_slice_in_dim(self_values, value, position, axis=1)
             x = layer.add_self(x, layer.self_attention.attend(x, self_keys, self_values, seen), None)
             seen_of_memory = layer.cross_attention.attend(
-                x, cross_keys, cross_values, cache.memory_mask, layout=Layout(keys="visual")
+                x, cross_keys, cross_values, cache.memory_mask, layout=AttentionSharding(keys="visual")
             )
             return layer.add_mlp(layer.add_cross(x, seen_of_memory, None), None), (self_keys, self_values)
 

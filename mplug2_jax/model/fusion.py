@@ -8,12 +8,12 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from mplug2_jax.model.config import ModelConfig
-from mplug2_jax.model.layers import BertLayer, layer_at, scan_layers, split_rng, stack
+from mplug2_jax.model.layers import BertLayer, scan_layers, slice_layers, split_rng, stack_layers
 from mplug2_jax.model.taps import Taps, tap
 from mplug2_jax.parallel.sharding import constrain
 
 
-def mixing_layers(depth: int, stride: int) -> tuple[int, ...]:
+def joint_attention_layers(depth: int, stride: int) -> tuple[int, ...]:
     """Indices of the layers that mix: every stride-th but the first. With stride 0, none."""
     return tuple(j for j in range(1, depth) if j % stride == 0) if stride else ()
 
@@ -22,11 +22,11 @@ class Fusion(nnx.Module):
     """Two stacks: layers that read the visual tokens, and layers that mix both streams (none in released sizes)."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
-        mixing = len(mixing_layers(config.fusion_layers, config.fusion_stride))
+        mixing = len(joint_attention_layers(config.fusion_layers, config.fusion_stride))
         reading = config.fusion_layers - mixing
-        self.layers = stack(lambda r: BertLayer(config, cross=True, rngs=r), reading, rngs)
+        self.layers = stack_layers(lambda r: BertLayer(config, cross=True, rngs=r), reading, rngs)
         if mixing:
-            self.mixing = stack(lambda r: BertLayer(config, cross=False, rngs=r), mixing, rngs)
+            self.mixing = stack_layers(lambda r: BertLayer(config, cross=False, rngs=r), mixing, rngs)
         self.config = config
 
     @jax.named_scope("fusion")
@@ -41,7 +41,7 @@ class Fusion(nnx.Module):
     ) -> tuple[Float[Array, "bv s d"], Float[Array, "br l d"]]:
         """Returns the visual stream (changed by mixing layers only, and then one for each text) and the fused text."""
         config = self.config
-        mixing = mixing_layers(config.fusion_layers, config.fusion_stride)
+        mixing = joint_attention_layers(config.fusion_layers, config.fusion_stride)
         if mixing:
             visual = jnp.repeat(visual, text.shape[0] // visual.shape[0], axis=0)
         bounds = [-1, *mixing, config.fusion_layers]
@@ -49,11 +49,11 @@ class Fusion(nnx.Module):
         read = 0
         for i, (last, stop) in enumerate(itertools.pairwise(bounds)):
             if last >= 0:
-                visual, text = self._mix(layer_at(self.mixing, i - 1), visual, text, text_mask, keys[2 * i])
+                visual, text = self._mix(slice_layers(self.mixing, i - 1), visual, text, text_mask, keys[2 * i])
                 tap(taps, f"fusion/layer{last}", text)
             count = stop - last - 1
             if count:
-                layers = layer_at(self.layers, slice(read, read + count))
+                layers = slice_layers(self.layers, slice(read, read + count))
                 text = self._read(layers, visual, text, text_mask, keys[2 * i + 1], taps, last + 1)
                 read += count
         return visual, text

@@ -6,7 +6,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from mplug2_jax.model.config import ModelConfig
-from mplug2_jax.model.layers import Linear, kernel_init, parameter
+from mplug2_jax.model.layers import Linear, kernel_init, make_param
 
 
 class ContrastiveHead(nnx.Module):
@@ -20,20 +20,20 @@ class ContrastiveHead(nnx.Module):
             )  # fmt: skip
 
         self.visual, self.text = project(), project()
-        self.temperature = parameter(rngs, nnx.initializers.constant(0.07), (), ())
+        self.temperature = make_param(rngs, nnx.initializers.constant(0.07), (), ())
 
     @jax.named_scope("contrastive")
     def visual_features(self, tokens: Float[Array, "b s d"]) -> Float[Array, "b e"]:
         """Unit vectors of pictures, from visual token 0."""
-        return unit(self.visual(tokens[:, 0].astype(jnp.float32)))
+        return l2_normalize(self.visual(tokens[:, 0].astype(jnp.float32)))
 
     @jax.named_scope("contrastive")
     def text_features(self, tokens: Float[Array, "b l d"]) -> Float[Array, "b e"]:
         """Unit vectors of texts, from [CLS]."""
-        return unit(self.text(tokens[:, 0].astype(jnp.float32)))
+        return l2_normalize(self.text(tokens[:, 0].astype(jnp.float32)))
 
 
-def unit(x: Float[Array, "b e"]) -> Float[Array, "b e"]:
+def l2_normalize(x: Float[Array, "b e"]) -> Float[Array, "b e"]:
     """Each row at length 1."""
     # The squared norm is floored (torch's normalize: norm at least 1e-12), which also keeps the gradient finite at 0.
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, -1, keepdims=True), 1e-24))

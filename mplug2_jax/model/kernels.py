@@ -13,7 +13,7 @@ _SPLASH_BLOCK_KV = 1536
 _MASKED = -1e30
 
 
-class Softmax(NamedTuple):
+class PartialSoftmax(NamedTuple):
     """A softmax-weighted sum over some of the keys, not yet divided: what parts of a sequence can be merged from."""
 
     out: Float[Array, "b h l k"]
@@ -21,12 +21,12 @@ class Softmax(NamedTuple):
     peak: Float[Array, "b h l 1"]  # the largest score; ``out`` and ``total`` are in units of exp(peak)
 
 
-def heads_first(*arrays: Float[Array, "b _ h k"]) -> list[Float[Array, "b h _ k"]]:
+def transpose_heads(*arrays: Float[Array, "b _ h k"]) -> list[Float[Array, "b h _ k"]]:
     """Batched matmuls over contiguous heads run several times faster on CPU, and cost nothing elsewhere."""
     return [x.swapaxes(1, 2) for x in arrays]
 
 
-def scores(
+def attention_scores(
     query: Float[Array, "b h l k"], key: Float[Array, "b h s k"], key_mask: Bool[Array, "b s"] | None
 ) -> Float[Array, "b h l s"]:
     """Products of scaled queries and keys in float32, and next to nothing where a key does not count."""
@@ -35,7 +35,7 @@ def scores(
     return products if key_mask is None else jnp.where(key_mask[:, None, None, :], products, _MASKED)
 
 
-def softmax(
+def partial_softmax(
     query: Float[Array, "b h l k"],
     key: Float[Array, "b h s k"],
     value: Float[Array, "b h s k"],
@@ -44,9 +44,9 @@ def softmax(
     causal: bool = False,
     dropout: float = 0.0,
     keep: Bool[Array, "b h l s"] | None = None,
-) -> Softmax:
+) -> PartialSoftmax:
     """The sum over these keys for scaled queries. ``keep``: which weights survive a dropout of rate ``dropout``."""
-    logits = scores(query, key, key_mask)
+    logits = attention_scores(query, key, key_mask)
     if causal:
         logits = jnp.where(jnp.tri(logits.shape[-2], logits.shape[-1], dtype=bool), logits, _MASKED)
     peak = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
@@ -55,7 +55,7 @@ def softmax(
     if keep is not None:
         weights = jnp.where(keep, weights / (1.0 - dropout), 0.0)
     out = jnp.einsum("bhls,bhsk->bhlk", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
-    return Softmax(out, total, peak)
+    return PartialSoftmax(out, total, peak)
 
 
 def xla(
@@ -69,8 +69,8 @@ def xla(
     keep: Bool[Array, "b h l s"] | None = None,
 ) -> Float[Array, "b l h k"]:
     """Plain matmuls around a softmax; every score exists at once."""
-    query, key, value = heads_first(query * query.shape[-1] ** -0.5, key, value)
-    parts = softmax(query, key, value, key_mask, causal=causal, dropout=dropout, keep=keep)
+    query, key, value = transpose_heads(query * query.shape[-1] ** -0.5, key, value)
+    parts = partial_softmax(query, key, value, key_mask, causal=causal, dropout=dropout, keep=keep)
     # Divided after the product with the values: one pass less over the largest array in both directions.
     return (parts.out / parts.total).astype(value.dtype).swapaxes(1, 2)
 

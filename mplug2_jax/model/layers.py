@@ -17,9 +17,9 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from mplug2_jax.model.attention import attention
 from mplug2_jax.model.config import AttentionKernel, ModelConfig, Remat
-from mplug2_jax.model.sequence import WHOLE, Layout
+from mplug2_jax.model.sequence import REPLICATED, AttentionSharding
 from mplug2_jax.model.taps import Taps, tap
-from mplug2_jax.parallel.sharding import apart, parameters_are_whole, platform, together
+from mplug2_jax.parallel.sharding import all_gather_param, params_are_gathered, reduce_scatter_grad, target_platform
 
 Initializer = Callable[..., Array]
 EMBEDDING_INIT: Initializer = nnx.initializers.normal(0.02)  # BERT's
@@ -53,7 +53,7 @@ def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
     return jax.nn.gelu(x, approximate=False)
 
 
-def parameter(
+def make_param(
     rngs: nnx.Rngs, init: Initializer, shape: tuple[int, ...], axes: tuple[str | None, ...]
 ) -> nnx.Param[jax.Array]:
     """A float32 parameter that carries its logical axis names."""
@@ -84,7 +84,7 @@ def matmul(
     half the bytes where that has 16 bits. The gradient of the weight is written out, so that it comes in the weight's
     dtype: 16-bit compute then accumulates and reduces float32 gradients, which JAX's own rule would round first.
     """
-    return _matmul(x, weight, None if parameters_are_whole() else names, tied)
+    return _matmul(x, weight, None if params_are_gathered() else names, tied)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -94,7 +94,7 @@ def _matmul(x: Array, weight: Array, names: tuple[str | None, ...] | None, tied:
 
 def _used(weight: Array, dtype: Any, names: tuple[str | None, ...] | None) -> Array:
     weight = weight.astype(dtype)
-    return weight if names is None else together(weight, names)
+    return weight if names is None else all_gather_param(weight, names)
 
 
 def _dot(x: Array, y: Array, over_x: tuple[int, ...], over_y: tuple[int, ...], dtype: Any) -> Array:
@@ -116,11 +116,11 @@ def _matmul_backward(
     if x is None:
         return dx, None
     left, right = (dy, x) if tied else (x, dy)
-    if platform() == "cpu":  # its matmuls copy operands that are contracted over several dimensions
+    if target_platform() == "cpu":  # its matmuls copy operands that are contracted over several dimensions
         left, right = left.reshape(-1, left.shape[-1]), right.reshape(-1, right.shape[-1])
     rows = tuple(range(left.ndim - 1))
     gradient = _dot(left, right, rows, rows, weight.dtype)
-    return dx, gradient if names is None else apart(gradient, names)
+    return dx, gradient if names is None else reduce_scatter_grad(gradient, names)
 
 
 _matmul.defvjp(_matmul_forward, _matmul_backward, symbolic_zeros=True)
@@ -141,9 +141,9 @@ class Linear(nnx.Module):
         bias_init: Initializer = nnx.initializers.zeros,
         bias: bool = True,
     ) -> None:
-        self.kernel = parameter(rngs, kernel_init, (in_dim, out_dim), axes)
+        self.kernel = make_param(rngs, kernel_init, (in_dim, out_dim), axes)
         if bias:
-            self.bias = parameter(rngs, bias_init, (out_dim,), ("norm" if axes[1] == "embed" else axes[1],))
+            self.bias = make_param(rngs, bias_init, (out_dim,), ("norm" if axes[1] == "embed" else axes[1],))
         self.has_bias, self.dtype, self.axes = bias, dtype, axes
 
     def __call__(self, x: Float[Array, "*batch i"]) -> Float[Array, "*batch o"]:
@@ -156,8 +156,8 @@ class LayerNorm(nnx.Module):
     """Layer normalisation over the last axis, in float32, returned in the dtype of its input."""
 
     def __init__(self, dim: int, eps: float, *, rngs: nnx.Rngs) -> None:
-        self.scale = parameter(rngs, nnx.initializers.ones, (dim,), ("norm",))
-        self.bias = parameter(rngs, nnx.initializers.zeros, (dim,), ("norm",))
+        self.scale = make_param(rngs, nnx.initializers.ones, (dim,), ("norm",))
+        self.bias = make_param(rngs, nnx.initializers.zeros, (dim,), ("norm",))
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*batch d"]) -> Float[Array, "*batch d"]:
@@ -205,7 +205,7 @@ class Attention(nnx.Module):
         *,
         causal: bool = False,
         rng: PRNGKeyArray | None = None,
-        layout: Layout = WHOLE,
+        layout: AttentionSharding = REPLICATED,
     ) -> Float[Array, "br l d"]:
         """Queries of ``x`` over projected keys and values.
 
@@ -231,7 +231,7 @@ class Attention(nnx.Module):
         *,
         causal: bool = False,
         rng: PRNGKeyArray | None = None,
-        layout: Layout = WHOLE,
+        layout: AttentionSharding = REPLICATED,
     ) -> Float[Array, "br l d"]:
         """Self attention, or cross attention when a memory is given."""
         keys, values = self.project(x if memory is None else memory)
@@ -308,15 +308,17 @@ class BertLayer(nnx.Module):
         """Runs the layer; without a memory it is an ordinary BERT layer. ``visual`` says which is the long sequence."""
         r = split_rng(rng, 5)
         own, other = ("visual" if visual == name else None for name in ("x", "memory"))
-        update = self.self_attention(x, None, mask, causal=causal, rng=r[0], layout=Layout(queries=own, keys=own))
+        update = self.self_attention(
+            x, None, mask, causal=causal, rng=r[0], layout=AttentionSharding(queries=own, keys=own)
+        )
         x = self.add_self(x, update, r[1])
         if memory is not None:
-            layout = Layout(queries=own, keys=other)
+            layout = AttentionSharding(queries=own, keys=other)
             x = self.add_cross(x, self.cross_attention(x, memory, memory_mask, rng=r[2], layout=layout), r[3])
         return self.add_mlp(x, r[4])
 
 
-def stack(make: Callable[[nnx.Rngs], Layer], depth: int, rngs: nnx.Rngs) -> Layer:
+def stack_layers(make: Callable[[nnx.Rngs], Layer], depth: int, rngs: nnx.Rngs) -> Layer:
     """``depth`` layers as one module whose parameters have a leading "layers" axis."""
     build = nnx.split_rngs(splits=depth)(
         nnx.vmap(make, in_axes=0, out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layers"})
@@ -324,13 +326,13 @@ def stack(make: Callable[[nnx.Rngs], Layer], depth: int, rngs: nnx.Rngs) -> Laye
     return build(rngs)
 
 
-def layer_at(layers: Layer, index: int | slice) -> Layer:
+def slice_layers(layers: Layer, index: int | slice) -> Layer:
     """One layer of a stack, or a contiguous part of it."""
     graphdef, params = nnx.split(layers, nnx.Param)
     return nnx.merge(graphdef, jax.tree.map(lambda p: p[index], params))
 
 
-def gathered_once(module: Layer, dtype: str) -> Layer:
+def all_gather_module(module: Layer, dtype: str) -> Layer:
     """A module with its parameters gathered, and kernels in the dtype that they compute in: for a loop of many uses.
 
     Its uses are traced under :func:`~mplug2_jax.parallel.sharding.gathered_before`.
@@ -339,13 +341,13 @@ def gathered_once(module: Layer, dtype: str) -> Layer:
 
     def gather(path: tuple[Any, ...], parameter: nnx.Variable[jax.Array]) -> nnx.Variable[jax.Array]:
         value = parameter[...].astype(dtype) if path[-1] == "kernel" else parameter[...]
-        return parameter.replace(together(value, parameter.get_metadata("out_sharding")))
+        return parameter.replace(all_gather_param(value, parameter.get_metadata("out_sharding")))
 
     gathered: Layer = nnx.merge(graphdef, nnx.map_state(gather, params))
     return gathered
 
 
-def depth_of(layers: nnx.Module) -> int:
+def num_layers(layers: nnx.Module) -> int:
     """How many layers a stack holds."""
     return int(jax.tree.leaves(nnx.state(layers, nnx.Param))[0].shape[0])
 
@@ -374,9 +376,9 @@ def scan_layers(
     come back stacked. With a tap called ``name``, so do the outputs of every layer.
     """
     graphdef, params = nnx.split(layers, nnx.Param)
-    depth = depth_of(layers)
+    depth = num_layers(layers)
     keys = None if rng is None else jax.random.split(rng, depth)
-    wanted = taps is not None and bool(name) and taps.wants(name)
+    wanted = taps is not None and bool(name) and taps.is_requested(name)
 
     def step(x: Array, per_layer: tuple[Any, PRNGKeyArray | None, Any]) -> tuple[Array, Any]:
         layer_params, key, extra = per_layer

@@ -22,7 +22,7 @@ from mplug2_jax.model.layers import BERT_EPS, LayerNorm, Linear, dropout, split_
 from mplug2_jax.model.taps import Taps, tap
 from mplug2_jax.model.text import MlmHead, TextEncoder
 from mplug2_jax.model.universal import UniversalLayers
-from mplug2_jax.model.vision import VisionTower, normalise_pixels
+from mplug2_jax.model.vision import VisionTower, normalize_pixels
 from mplug2_jax.parallel.sharding import constrain
 
 Params = dict[str, Any]
@@ -74,7 +74,7 @@ class Mplug2(nnx.Module):
             self.classifier = ClassHead(config, config.num_classes, rngs=rngs)
         self.config, self.parts = config, parts
 
-    def visual_tokens(
+    def encode_visual(
         self, frames: Frames, *, rng: PRNGKeyArray | None = None, taps: Taps | None = None
     ) -> Float[Array, "b s d"]:
         """Images (t = 1) or clips -> visual tokens [b, 1 + t*n, d], through the universal layers if there are any.
@@ -83,7 +83,7 @@ class Mplug2(nnx.Module):
         """
         rng_tower, rng_projection, rng_universal = split_rng(rng, 3)
         if frames.dtype == jnp.uint8:
-            frames = normalise_pixels(frames)
+            frames = normalize_pixels(frames)
         v = self.vision(frames, rng=rng_tower, taps=taps)
         if self.config.vision_width != self.config.width:
             v = constrain(self.vision_projection(v, rng_projection), "batch", "visual", None)
@@ -93,7 +93,7 @@ class Mplug2(nnx.Module):
         tap(taps, "visual/out", v)
         return v
 
-    def text_tokens(
+    def encode_text(
         self,
         ids: Int[Array, "b l"],
         mask: Bool[Array, "b l"],
@@ -127,26 +127,26 @@ class ModelDef:
     def init(self, key: PRNGKeyArray) -> Params:
         """Fresh parameters. Pure: under ``jax.jit`` with output shardings each shard is made where it lives."""
         with nnx.use_eager_sharding(False):
-            return pure_params(Mplug2(self.config, self.parts, rngs=nnx.Rngs(params=key)))
+            return params_to_dict(Mplug2(self.config, self.parts, rngs=nnx.Rngs(params=key)))
 
     def bind(self, params: Params) -> Mplug2:
         """The live model, to be called inside a compiled function."""
         model: Mplug2 = nnx.merge(self.graphdef, params)
         return model
 
-    def count(self) -> int:
+    def num_params(self) -> int:
         """Number of parameters."""
         return sum(s.size for s in jax.tree.leaves(self.shapes))
 
 
-def pure_params(model: nnx.Module) -> Params:
+def params_to_dict(model: nnx.Module) -> Params:
     """The parameters of a module as a plain nested dict of arrays."""
     params: Params = nnx.to_pure_dict(nnx.as_pure(nnx.state(model, nnx.Param)))
     return params
 
 
 @functools.lru_cache(maxsize=64)  # its layers are built, abstractly, for seconds; commands describe a model repeatedly
-def define(config: ModelConfig, parts: tuple[str, ...]) -> ModelDef:
+def define_model(config: ModelConfig, parts: tuple[str, ...]) -> ModelDef:
     """Describes a model abstractly; no array is made. The description is shared: it is not to be changed.
 
     Raises:
@@ -159,7 +159,7 @@ def define(config: ModelConfig, parts: tuple[str, ...]) -> ModelDef:
     axes = jax.tree.map(
         lambda v: tuple(v.get_metadata("out_sharding")), nnx.to_pure_dict(state, lambda v: v), is_leaf=_is_variable
     )
-    return ModelDef(config, parts, pure_params(abstract), axes, graphdef)
+    return ModelDef(config, parts, params_to_dict(abstract), axes, graphdef)
 
 
 def _is_variable(x: Any) -> bool:

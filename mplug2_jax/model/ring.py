@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from mplug2_jax.model.kernels import Softmax, heads_first, scores, softmax
+from mplug2_jax.model.kernels import PartialSoftmax, attention_scores, partial_softmax, transpose_heads
 
 _ROWS = 512  # queries whose scores exist at once
 
@@ -21,7 +21,7 @@ Held = tuple[Array, ...]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def ring(
+def ring_attention(
     query: Float[Array, "b l h k"],
     key: Float[Array, "b s h k"],
     value: Float[Array, "b s h k"],
@@ -36,12 +36,12 @@ def ring(
 
 
 def _forward(query: Array, key: Array, value: Array, key_mask: Array, axis: str) -> tuple[Array, Held]:
-    scaled, keys, values = heads_first(query * query.shape[-1] ** -0.5, key, value)
+    scaled, keys, values = transpose_heads(query * query.shape[-1] ** -0.5, key, value)
 
-    def block(held: Held) -> Softmax:
-        return Softmax(*_by_rows(lambda rows: softmax(rows[0], *held), (scaled,)))
+    def block(held: Held) -> PartialSoftmax:
+        return PartialSoftmax(*_by_rows(lambda rows: partial_softmax(rows[0], *held), (scaled,)))
 
-    def turn(carry: tuple[Held, Softmax], _: None) -> tuple[tuple[Held, Softmax], None]:
+    def turn(carry: tuple[Held, PartialSoftmax], _: None) -> tuple[tuple[Held, PartialSoftmax], None]:
         held, total = carry
         held = _passed_on(held, axis)
         return (held, _merge(total, block(held))), None
@@ -56,7 +56,7 @@ def _forward(query: Array, key: Array, value: Array, key_mask: Array, axis: str)
 def _backward(axis: str, saved: Held, gradient: Array) -> tuple[Array, Array, Array, None]:
     query, key, value, key_mask, out, log_total = saved
     scale = query.shape[-1] ** -0.5
-    scaled, keys, values, slope = heads_first(query * scale, key, value, gradient)
+    scaled, keys, values, slope = transpose_heads(query * scale, key, value, gradient)
     inner = jnp.sum(out * slope, axis=-1, keepdims=True)
     of_rows = (scaled, slope, log_total, inner)
 
@@ -73,11 +73,11 @@ def _backward(axis: str, saved: Held, gradient: Array) -> tuple[Array, Array, Ar
     d_keys, d_values, d_query = (jnp.zeros_like(x, jnp.float32) for x in (keys, values, scaled))
     start = ((keys, values, key_mask, d_keys, d_values), d_query)
     ((_, _, _, d_keys, d_values), d_query), _ = jax.lax.scan(turn, start, length=jax.lax.axis_size(axis))
-    d_query, d_keys, d_values = heads_first(d_query * scale, d_keys, d_values)
+    d_query, d_keys, d_values = transpose_heads(d_query * scale, d_keys, d_values)
     return d_query.astype(query.dtype), d_keys.astype(key.dtype), d_values.astype(value.dtype), None
 
 
-ring.defvjp(_forward, _backward)
+ring_attention.defvjp(_forward, _backward)
 
 
 def _block_gradients(
@@ -86,17 +86,17 @@ def _block_gradients(
     """What some queries and one block of keys add to the gradients of (queries; keys, values)."""
     query, slope, log_total, inner = of_rows
     dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    weights = jnp.exp(scores(query, key, mask) - log_total)
+    weights = jnp.exp(attention_scores(query, key, mask) - log_total)
     change = (weights * (dot("bhlk,bhsk->bhls", slope, value) - inner)).astype(key.dtype)
     d_keys = dot("bhls,bhlk->bhsk", change, query)
     d_values = dot("bhls,bhlk->bhsk", weights.astype(value.dtype), slope)
     return dot("bhls,bhsk->bhlk", change, key), (d_keys, d_values)
 
 
-def _merge(a: Softmax, b: Softmax) -> Softmax:
+def _merge(a: PartialSoftmax, b: PartialSoftmax) -> PartialSoftmax:
     peak = jnp.maximum(a.peak, b.peak)
     of_a, of_b = jnp.exp(a.peak - peak), jnp.exp(b.peak - peak)
-    return Softmax(a.out * of_a + b.out * of_b, a.total * of_a + b.total * of_b, peak)
+    return PartialSoftmax(a.out * of_a + b.out * of_b, a.total * of_a + b.total * of_b, peak)
 
 
 def _passed_on(held: Held, axis: str) -> Held:
@@ -124,6 +124,6 @@ def _scan_rows(body: Callable[[Any, Held], tuple[Any, Any]], carry: Any, arrays:
     return carry, jax.tree.map(join, each)
 
 
-def _by_rows(function: Callable[[Held], Softmax], arrays: Held) -> Softmax:
-    result: Softmax = _scan_rows(lambda carry, its: (carry, function(its)), None, arrays)[1]
+def _by_rows(function: Callable[[Held], PartialSoftmax], arrays: Held) -> PartialSoftmax:
+    result: PartialSoftmax = _scan_rows(lambda carry, its: (carry, function(its)), None, arrays)[1]
     return result

@@ -22,14 +22,14 @@ from jaxtyping import Array, Bool, Float
 
 from mplug2_jax.model import kernels
 from mplug2_jax.model.config import AttentionKernel
-from mplug2_jax.model.ring import ring
+from mplug2_jax.model.ring import ring_attention
 from mplug2_jax.parallel.config import SEQUENCE
-from mplug2_jax.parallel.sharding import activation_spec, axis_size
+from mplug2_jax.parallel.sharding import activation_spec, num_shards
 
 _GATHER_BYTES = 2**30  # keys and values of one chip's examples; more of them go round
 
 
-class Layout(NamedTuple):
+class AttentionSharding(NamedTuple):
     """Logical axes of the rows, the queries and the keys of an attention; None: whole on every chip."""
 
     rows: str = "batch"
@@ -42,7 +42,7 @@ class Layout(NamedTuple):
         return self.queries is not None or self.keys is not None
 
 
-WHOLE = Layout()
+REPLICATED = AttentionSharding()
 
 
 def sequence_attention(
@@ -54,10 +54,10 @@ def sequence_attention(
     *,
     dropout: float,
     kernel: AttentionKernel,
-    layout: Layout,
+    layout: AttentionSharding,
 ) -> Float[Array, "b l h k"]:
     """What ``attention`` gives, from parts: lengths that the mesh does not divide are padded inside, and masked."""
-    parts = axis_size("visual")
+    parts = num_shards("visual")
     pad_queries = -query.shape[1] % parts if layout.queries else 0
     pad_keys = -key.shape[1] % parts if layout.keys else 0
     mask = jnp.ones(key.shape[:2], bool) if key_mask is None else key_mask
@@ -89,7 +89,7 @@ def _pad(x: Array, count: int) -> Array:
 
 
 def _form(
-    key: Array, spec: PartitionSpec, sizes: Mapping[str, int], layout: Layout, *, dropped: bool
+    key: Array, spec: PartitionSpec, sizes: Mapping[str, int], layout: AttentionSharding, *, dropped: bool
 ) -> Callable[..., Array]:
     """The form of the table above."""
     if layout.keys is None:
@@ -123,8 +123,8 @@ def _merged(
     query: Array, key: Array, value: Array, mask: Array, keep: Array | None = None, *, dropout: float, kernel: str
 ) -> Array:
     del kernel  # few queries: no kernel does better than XLA
-    query, key, value = kernels.heads_first(query * query.shape[-1] ** -0.5, key, value)
-    part = kernels.softmax(query, key, value, mask, dropout=dropout, keep=keep)
+    query, key, value = kernels.transpose_heads(query * query.shape[-1] ** -0.5, key, value)
+    part = kernels.partial_softmax(query, key, value, mask, dropout=dropout, keep=keep)
     scale = jnp.exp(part.peak - jax.lax.pmax(part.peak, SEQUENCE))
     out, total = jax.lax.psum((part.out * scale, part.total * scale), SEQUENCE)
     return (out / total).astype(value.dtype).swapaxes(1, 2)
@@ -132,4 +132,4 @@ def _merged(
 
 def _ring(query: Array, key: Array, value: Array, mask: Array, *, dropout: float, kernel: str) -> Array:
     del dropout, kernel  # chosen without dropout only; blocks are small enough for XLA
-    return ring(query, key, value, mask, SEQUENCE)
+    return ring_attention(query, key, value, mask, SEQUENCE)

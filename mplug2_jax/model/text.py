@@ -16,14 +16,14 @@ from mplug2_jax.model.layers import (
     dropout,
     gelu,
     kernel_init,
+    make_param,
     matmul,
-    parameter,
     scan_layers,
     split_rng,
-    stack,
+    stack_layers,
 )  # fmt: skip
 from mplug2_jax.model.taps import Taps, tap
-from mplug2_jax.parallel.sharding import constrain, gathered
+from mplug2_jax.parallel.sharding import constrain, gather_param
 
 PAD_ID = 0
 
@@ -33,10 +33,10 @@ class Embeddings(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
         width = config.width
-        self.words = parameter(rngs, EMBEDDING_INIT, (config.vocab_size, width), ("vocab", "embed"))
-        self.positions = parameter(rngs, EMBEDDING_INIT, (config.max_positions, width), ("position", "embed"))
+        self.words = make_param(rngs, EMBEDDING_INIT, (config.vocab_size, width), ("vocab", "embed"))
+        self.positions = make_param(rngs, EMBEDDING_INIT, (config.max_positions, width), ("position", "embed"))
         # Two rows as in BERT, so that its checkpoints fit; only row 0 is ever looked up.
-        self.types = parameter(rngs, EMBEDDING_INIT, (2, width), (None, "embed"))
+        self.types = make_param(rngs, EMBEDDING_INIT, (2, width), (None, "embed"))
         self.norm = LayerNorm(width, BERT_EPS, rngs=rngs)
         self.dropout, self.dtype = config.dropout, config.dtype
 
@@ -54,11 +54,11 @@ class Embeddings(nnx.Module):
             raise UserError(
                 f"a text of {length} tokens exceeds config.model.max_positions={rows}; truncate it or raise that"
             )
-        x = constrain(gathered(self.words[...], ("vocab", "embed"))[ids], "batch", None, None)
+        x = constrain(gather_param(self.words[...], ("vocab", "embed"))[ids], "batch", None, None)
         # The pad row is looked up but, as in torch, learns nothing through the lookup.
         x = jnp.where((ids == PAD_ID)[..., None], jax.lax.stop_gradient(x), x)
-        x = x + gathered(self.types[...], (None, "embed"))[0]
-        x = x + jax.lax.dynamic_slice_in_dim(gathered(self.positions[...], ("position", "embed")), start, length)
+        x = x + gather_param(self.types[...], (None, "embed"))[0]
+        x = x + jax.lax.dynamic_slice_in_dim(gather_param(self.positions[...], ("position", "embed")), start, length)
         return dropout(self.norm(x).astype(self.dtype), self.dropout, rng)
 
 
@@ -68,7 +68,7 @@ class TextEncoder(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
         self.embeddings = Embeddings(config, rngs=rngs)
         if config.text_layers:
-            self.layers = stack(lambda r: BertLayer(config, cross=False, rngs=r), config.text_layers, rngs)
+            self.layers = stack_layers(lambda r: BertLayer(config, cross=False, rngs=r), config.text_layers, rngs)
         self.config = config
 
     @jax.named_scope("text")
@@ -107,7 +107,7 @@ class MlmHead(nnx.Module):
             config.width, config.width, ("embed", "mlp"), dtype=config.dtype, kernel_init=kernel_init(config), rngs=rngs
         )  # fmt: skip
         self.norm = LayerNorm(config.width, BERT_EPS, rngs=rngs)
-        self.bias = parameter(rngs, nnx.initializers.zeros, (config.vocab_size,), ("vocab",))
+        self.bias = make_param(rngs, nnx.initializers.zeros, (config.vocab_size,), ("vocab",))
 
     @jax.named_scope("mlm")
     def __call__(self, x: Float[Array, "b l d"], words: Float[Array, "v d"]) -> Float[Array, "b l v"]:

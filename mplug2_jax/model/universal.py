@@ -18,24 +18,24 @@ from mplug2_jax.model.layers import (
     BertLayer,
     LayerNorm,
     dropout,
-    layer_at,
-    parameter,
+    make_param,
     scan_layers,
+    slice_layers,
     split_rng,
-    stack,
+    stack_layers,
 )  # fmt: skip
 from mplug2_jax.model.taps import Taps, tap
-from mplug2_jax.parallel.sharding import constrain, gathered
+from mplug2_jax.parallel.sharding import constrain, gather_param
 
 
 class UniversalLayers(nnx.Module):
     """The shared layers; with ``visual`` also what only vision uses: latents, cross attention, the closing norm."""
 
     def __init__(self, config: ModelConfig, *, visual: bool, rngs: nnx.Rngs) -> None:
-        self.layers = stack(lambda r: BertLayer(config, cross=visual, rngs=r), config.universal_layers, rngs)
+        self.layers = stack_layers(lambda r: BertLayer(config, cross=visual, rngs=r), config.universal_layers, rngs)
         if visual:
             init = nnx.initializers.normal(1.0)
-            self.latents = parameter(rngs, init, (config.num_latents, config.width), ("latent", "embed"))
+            self.latents = make_param(rngs, init, (config.num_latents, config.width), ("latent", "embed"))
             self.visual_norm = LayerNorm(config.width, BERT_EPS, rngs=rngs)
         self.config = config
 
@@ -73,7 +73,7 @@ class UniversalLayers(nnx.Module):
         """
         depth = self.config.universal_layers
         keys = split_rng(rng, depth + 1)
-        latents = gathered(self.latents[...], ("latent", "embed")).astype(v.dtype)
+        latents = gather_param(self.latents[...], ("latent", "embed")).astype(v.dtype)
         latents = constrain(jnp.broadcast_to(latents, (v.shape[0], *latents.shape)), "batch", None, None)
         for i in range(depth - 1):
             latents = constrain(self._run(i, latents, v, "memory", keys[i]), "batch", None, None)
@@ -90,5 +90,5 @@ class UniversalLayers(nnx.Module):
         def body(layer: BertLayer, x: Array, key: PRNGKeyArray | None, _extra: None) -> tuple[Array, None]:
             return layer(x, None, memory, rng=key, visual=visual), None
 
-        one = layer_at(self.layers, slice(index, index + 1))
+        one = slice_layers(self.layers, slice(index, index + 1))
         return scan_layers(one, x, body, rng=rng, remat=self.config.remat.text)[0]

@@ -20,16 +20,16 @@ from mplug2_jax.model.layers import (
     LayerNorm,
     Linear,
     gelu,
-    parameter,
+    make_param,
     quick_gelu,
     scan_layers,
-    stack,
+    stack_layers,
     uniform_fan_in,
 )  # fmt: skip
-from mplug2_jax.model.sequence import Layout
+from mplug2_jax.model.sequence import AttentionSharding
 from mplug2_jax.model.taps import Taps, tap
 from mplug2_jax.parallel.config import SEQUENCE
-from mplug2_jax.parallel.sharding import activation_spec, axis_size, constrain, gathered
+from mplug2_jax.parallel.sharding import activation_spec, constrain, gather_param, num_shards
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -37,7 +37,7 @@ PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 VIT_INIT = nnx.initializers.xavier_uniform()
 
 
-def normalise_pixels(frames: UInt8[Array, "b t y x 3"]) -> Float[Array, "b t y x 3"]:
+def normalize_pixels(frames: UInt8[Array, "b t y x 3"]) -> Float[Array, "b t y x 3"]:
     """CLIP's normalisation, on the device: bytes travel, floats do not."""
     return (frames.astype(jnp.float32) / 255.0 - jnp.asarray(PIXEL_MEAN)) / jnp.asarray(PIXEL_STD)
 
@@ -52,19 +52,19 @@ def resize_positions(table: Float[Array, "p w"], grid: int) -> Float[Array, "n w
     return jnp.concatenate([table[:1], rows.reshape(grid * grid, -1)])
 
 
-def lie(clips: int, frames: int) -> tuple[str, int]:
+def frame_sharding(clips: int, frames: int) -> tuple[str, int]:
     """How clips lie on the mesh: the logical axis of their frames, folded into the batch, and each clip's parts.
 
     Clips enough for all chips stay whole, and no frame travels. Fewer are cut between frames, or, where the mesh does
     not divide their number, not at all.
     """
-    parts = axis_size("frames")
-    if frames == 1 or clips % axis_size("images") == 0:
+    parts = num_shards("frames")
+    if frames == 1 or clips % num_shards("images") == 0:
         return "images", 1
     return ("images", parts) if frames % parts == 0 else ("batch", 1)
 
 
-def beside(x: Float[Array, "b t n w"]) -> tuple[Float[Array, "b t n w"], Float[Array, "b t n w"]]:
+def shift_frames(x: Float[Array, "b t n w"]) -> tuple[Float[Array, "b t n w"], Float[Array, "b t n w"]]:
     """The frame before each frame and the one after it; zeros beyond the clip.
 
     Where clips are cut, each chip sends its first and last frame to the chips beside it.
@@ -73,7 +73,7 @@ def beside(x: Float[Array, "b t n w"]) -> tuple[Float[Array, "b t n w"], Float[A
     def moved(x: Array, first: Array, last: Array) -> tuple[Array, Array]:
         return jnp.concatenate([first, x[:, :-1]], axis=1), jnp.concatenate([x[:, 1:], last], axis=1)
 
-    _, parts = lie(*x.shape[:2])
+    _, parts = frame_sharding(*x.shape[:2])
     if parts == 1:
         nothing = jnp.zeros_like(x[:, :1])
         return moved(x, nothing, nothing)
@@ -102,8 +102,8 @@ class LocalTemporal(nnx.Module):
             width, half, ("embed", "mlp"), dtype=config.dtype, kernel_init=uniform_fan_in(width),
             bias_init=uniform_fan_in(width), rngs=rngs,
         )  # fmt: skip
-        self.kernel = parameter(rngs, uniform_fan_in(3), (3, half), (None, "mlp"))
-        self.bias = parameter(rngs, uniform_fan_in(3), (half,), ("mlp",))
+        self.kernel = make_param(rngs, uniform_fan_in(3), (3, half), (None, "mlp"))
+        self.bias = make_param(rngs, uniform_fan_in(3), (half,), ("mlp",))
         zeros = nnx.initializers.zeros
         self.up = Linear(half, width, ("mlp", "embed"), dtype=config.dtype, kernel_init=zeros, rngs=rngs)
 
@@ -112,7 +112,7 @@ class LocalTemporal(nnx.Module):
         """The update of every token from its own frame and the two beside it."""
         y = self.down(self.norm(x))
         kernel, bias = self.kernel[...].astype(y.dtype), self.bias[...].astype(y.dtype)
-        before, after = beside(y)
+        before, after = shift_frames(y)
         y = before * kernel[0] + y * kernel[1] + after * kernel[2] + bias
         return self.up(quick_gelu(y))
 
@@ -141,7 +141,7 @@ class VisionBlock(nnx.Module):
         """
         if frames > 1:
             x = x + self._patches_only(self.temporal_1, x, frames)
-        x = x + self.attention(self.norm_1(x), layout=Layout(rows=rows))
+        x = x + self.attention(self.norm_1(x), layout=AttentionSharding(rows=rows))
         if frames > 1:
             x = x + self._patches_only(self.temporal_2, x, frames)
         return x + self.mlp(self.norm_2(x))
@@ -164,11 +164,11 @@ class VisionTower(nnx.Module):
             kernel_init=nnx.initializers.lecun_normal(), rngs=rngs,
         )  # fmt: skip
         init = nnx.initializers.truncated_normal(0.02)
-        self.class_token = parameter(rngs, init, (width,), ("norm",))
+        self.class_token = make_param(rngs, init, (width,), ("norm",))
         positions = init if config.positions_init == "normal" else nnx.initializers.zeros
-        self.positions = parameter(rngs, positions, (config.patches + 1, width), ("position", "embed"))
+        self.positions = make_param(rngs, positions, (config.num_patches + 1, width), ("position", "embed"))
         self.norm_pre = LayerNorm(width, CLIP_EPS, rngs=rngs)
-        self.blocks = stack(lambda r: VisionBlock(config, temporal=temporal, rngs=r), config.vision_layers, rngs)
+        self.blocks = stack_layers(lambda r: VisionBlock(config, temporal=temporal, rngs=r), config.vision_layers, rngs)
         self.norm_post = LayerNorm(width, CLIP_EPS, rngs=rngs)
         self.config, self.temporal = config, temporal
 
@@ -192,12 +192,14 @@ class VisionTower(nnx.Module):
             raise UserError(f"clips of {t} frames need the part 'temporal', which this model was built without")
         patches = self._patches(frames)
         t, n = patches.shape[1], patches.shape[2]
-        rows, _ = lie(b, t)
+        rows, _ = frame_sharding(b, t)
         patches = constrain(patches.reshape(b * t, n, -1), rows, None, None)
         x = self.patch(patches.astype(self.config.dtype))
         class_token = jnp.broadcast_to(self.class_token[...].astype(x.dtype), (b * t, 1, x.shape[-1]))
         x = jnp.concatenate([class_token, x], axis=1)
-        x = x + resize_positions(gathered(self.positions[...], ("position", "embed")), math.isqrt(n)).astype(x.dtype)
+        x = x + resize_positions(gather_param(self.positions[...], ("position", "embed")), math.isqrt(n)).astype(
+            x.dtype
+        )
         x = constrain(self.norm_pre(x), rows, None, None)
         tap(taps, "vision/norm_pre", x)
 
@@ -228,6 +230,6 @@ class VisionTower(nnx.Module):
         x = frames.reshape(b, t, g, p, g, p, 3).transpose(0, 1, 2, 4, 3, 5, 6).reshape(b, t, g * g, p * p * 3)
         if not self.config.temporal_downsampling:
             return x
-        kept = self.config.tubes(t)
+        kept = self.config.num_tubelets(t)
         padded = jnp.pad(x, ((0, 0), (1, 1), (0, 0), (0, 0)))
         return jnp.concatenate([padded[:, k : k + 2 * kept - 1 : 2] for k in range(3)], axis=-1)

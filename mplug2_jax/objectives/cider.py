@@ -19,7 +19,7 @@ TABLE = 2**18  # n-grams whose frequencies are known
 _NO_WORD = -1
 
 
-class Frequencies(NamedTuple):
+class DocumentFrequencies(NamedTuple):
     """In how many documents the commonest n-grams occur; all others count as if one document had them.
 
     N-grams are told apart by 32 bits. So of those that are not in a full table one in 16,384 gets another's frequency,
@@ -36,22 +36,24 @@ class Frequencies(NamedTuple):
         return self.log_documents - jnp.where(self.keys[place] == keys, self.logs[place], 0.0)
 
 
-def no_frequencies() -> Frequencies:
+def uniform_frequencies() -> DocumentFrequencies:
     """Of nothing: all n-grams weigh the same."""
-    return Frequencies(jnp.full(TABLE, 2**32 - 1, jnp.uint32), jnp.zeros(TABLE), jnp.ones(()))
+    return DocumentFrequencies(jnp.full(TABLE, 2**32 - 1, jnp.uint32), jnp.zeros(TABLE), jnp.ones(()))
 
 
-def document_frequencies(documents: Iterable[Int[np.ndarray, "_ _"]], tokens: SpecialTokens) -> Frequencies:
+def count_document_frequencies(
+    documents: Iterable[Int[np.ndarray, "_ _"]], tokens: SpecialTokens
+) -> DocumentFrequencies:
     """Counts n-grams on the host, a few bytes for each of each document; a document is all captions of a picture.
 
     Of equally common n-grams that find no room the same are left out everywhere.
     """
     each = [np.empty(0, np.uint32)]
     for ids in documents:
-        words, counts = words_of(ids, tokens)
+        words, counts = compact_words(ids, tokens)
         found = [
             keys[np.arange(keys.shape[-1]) < (counts - before)[:, None]]
-            for before, keys in enumerate(ngram_keys(words))
+            for before, keys in enumerate(hash_ngrams(words))
         ]
         each.append(np.unique(np.concatenate(found)))
     keys, counts = np.unique(np.concatenate(each), return_counts=True)
@@ -60,11 +62,11 @@ def document_frequencies(documents: Iterable[Int[np.ndarray, "_ _"]], tokens: Sp
     table, logs = np.full(TABLE, 2**32 - 1, np.uint32), np.zeros(TABLE, np.float32)
     table[: len(kept)], logs[: len(kept)] = keys[kept], np.log(counts[kept])
     total = np.float32(np.log(max(1, len(each) - 1)))  # rounded as the others: what all documents have weighs nothing
-    return Frequencies(jnp.asarray(table), jnp.asarray(logs), jnp.asarray(total))
+    return DocumentFrequencies(jnp.asarray(table), jnp.asarray(logs), jnp.asarray(total))
 
 
 # On hosts and devices alike, so that both mean the same n-gram: either's arrays bring their own functions.
-def words_of(ids: Any, tokens: SpecialTokens) -> tuple[Any, Any]:
+def compact_words(ids: Any, tokens: SpecialTokens) -> tuple[Any, Any]:
     """Ids [..., m] without special tokens, the words moved to the front and -1 behind them; and how many, [...]."""
     xp = ids.__array_namespace__()
     is_word = (ids != tokens.pad) & (ids != tokens.begin) & (ids != tokens.end)
@@ -74,7 +76,7 @@ def words_of(ids: Any, tokens: SpecialTokens) -> tuple[Any, Any]:
     return xp.where(xp.arange(ids.shape[-1]) < counts[..., None], words, _NO_WORD), counts
 
 
-def ngram_keys(words: Any) -> list[Any]:
+def hash_ngrams(words: Any) -> list[Any]:
     """32 bits for the n-gram that begins at each word, for n = 1 to 4, [..., m - n + 1]."""
     words = words.astype(np.uint32)
     keys = [_mix(words)]
@@ -92,14 +94,14 @@ def _mix(x: Any) -> Any:
 
 
 def cider_d(
-    said: Int[Array, "b k m"], references: Int[Array, "b r n"], frequencies: Frequencies, tokens: SpecialTokens
+    said: Int[Array, "b k m"], references: Int[Array, "b r n"], frequencies: DocumentFrequencies, tokens: SpecialTokens
 ) -> Float[Array, "b k"]:
     """Each caption against all references of its example, in the toolkit's unit: 10 is the most, papers quote it * 100.
 
     References that are all padding are none; one without words is one.
     """
-    words, lengths = words_of(said, tokens)
-    theirs, their_lengths = words_of(references, tokens)
+    words, lengths = compact_words(said, tokens)
+    theirs, their_lengths = compact_words(references, tokens)
     between = _matches(words[:, :, None], theirs[:, None])
     ours = _measured(words, lengths, frequencies)
     others = _measured(theirs, their_lengths, frequencies)
@@ -129,11 +131,11 @@ def _matches(a: Int[Array, "*#n p"], b: Int[Array, "*#n q"]) -> list[Array]:
 
 
 def _measured(
-    words: Int[Array, "*n m"], lengths: Int[Array, "*n"], frequencies: Frequencies
+    words: Int[Array, "*n m"], lengths: Int[Array, "*n"], frequencies: DocumentFrequencies
 ) -> list[tuple[Array, Array, Array]]:
     """For n = 1 to 4 and each n-gram by its place: its squared weight, how often it occurs; and the vector's norm."""
     found = []
-    for before, (keys, same) in enumerate(zip(ngram_keys(words), _matches(words, words), strict=True)):
+    for before, (keys, same) in enumerate(zip(hash_ngrams(words), _matches(words, words), strict=True)):
         inside = jnp.arange(keys.shape[-1]) < (lengths - before)[..., None]
         weights = jnp.where(inside, frequencies.weights(keys) ** 2, 0.0)
         times = same.sum(-1)

@@ -24,7 +24,7 @@ _NOTHING = -1e30  # a score that no softmax sees
 Block = tuple[Array, Array, Array]  # features, ids, counts
 
 
-def cross_entropy(
+def info_nce(
     features: Float[Array, "b e"],
     others: Float[Array, "b e"],
     ids: Int[Array, " b"],

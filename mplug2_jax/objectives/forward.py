@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
 
 from mplug2_jax.model.mplug2 import Mplug2
-from mplug2_jax.objectives.cider import Frequencies
+from mplug2_jax.objectives.cider import DocumentFrequencies
 from mplug2_jax.objectives.queue import Queue
 from mplug2_jax.parallel.sharding import constrain
 
@@ -18,7 +18,7 @@ DeviceBatch = Mapping[str, Shaped[Array, "..."]]
 Metrics = dict[str, Array]
 
 
-class Outcome(NamedTuple):
+class LossOutput(NamedTuple):
     """What an objective gives back; ``queue`` is the contrastive queue with this batch in it, where there is one."""
 
     loss: Float[Array, ""]
@@ -26,12 +26,12 @@ class Outcome(NamedTuple):
     queue: Queue | None = None
 
 
-def purpose_key(rng: PRNGKeyArray | None, purpose: str) -> PRNGKeyArray | None:
+def named_key(rng: PRNGKeyArray | None, purpose: str) -> PRNGKeyArray | None:
     """A key of its own for every purpose, so that one more random draw never changes another."""
     return None if rng is None else jax.random.fold_in(rng, zlib.crc32(purpose.encode()))
 
 
-class Forward:
+class ForwardPass:
     """A batch and a model, with the intermediate results that objectives share, computed when first asked for.
 
     ``rng=None`` is evaluation. ``teacher`` is the same batch on its way through the teacher, ``alpha`` how much it
@@ -48,7 +48,7 @@ class Forward:
         teacher: Optional["Forward"] = None,
         alpha: Float[Array, ""] | float = 0.0,
         queue: Queue | None = None,
-        frequencies: Frequencies | None = None,
+        frequencies: DocumentFrequencies | None = None,
     ) -> None:
         self.model, self.batch, self.rng = model, batch, rng
         self.teacher, self.alpha, self.queue = teacher, alpha, queue
@@ -56,17 +56,17 @@ class Forward:
 
     def key(self, purpose: str) -> PRNGKeyArray | None:
         """Randomness of one purpose."""
-        return purpose_key(self.rng, purpose)
+        return named_key(self.rng, purpose)
 
     @functools.cached_property
     def visual(self) -> Float[Array, "b s d"]:
         """Visual tokens of ``frames``."""
-        return self.model.visual_tokens(self.batch["frames"], rng=self.key("visual"))
+        return self.model.encode_visual(self.batch["frames"], rng=self.key("visual"))
 
     @functools.cached_property
     def text(self) -> Float[Array, "b l d"]:
         """Text tokens of ``text``."""
-        return self.model.text_tokens(self.batch["text"], self.batch["text_mask"], rng=self.key("text"))
+        return self.model.encode_text(self.batch["text"], self.batch["text_mask"], rng=self.key("text"))
 
     @functools.cached_property
     def features(self) -> tuple[Float[Array, "b e"], Float[Array, "b e"]]:
@@ -75,10 +75,10 @@ class Forward:
         return head.visual_features(self.visual), head.text_features(self.text)
 
     @functools.cached_property
-    def instructed(self) -> tuple[Float[Array, "b s d"], Bool[Array, "b s"]]:
+    def instruction_memory(self) -> tuple[Float[Array, "b s d"], Bool[Array, "b s"]]:
         """What the decoder reads to answer ``instruction``: [picture, fused text], or text alone without frames."""
         mask = self.batch["instruction_mask"]
-        text = self.model.text_tokens(self.batch["instruction"], mask, rng=self.key("instruction"))
+        text = self.model.encode_text(self.batch["instruction"], mask, rng=self.key("instruction"))
         if "frames" not in self.batch:
             return text, mask
         visual, fused = self.model.fusion(text, mask, self.visual, rng=self.key("fusion"))
@@ -87,10 +87,10 @@ class Forward:
         return both, jnp.concatenate([seen, mask], axis=1)
 
     @functools.cached_property
-    def described(self) -> tuple[Float[Array, "b s d"], Bool[Array, "b s"]]:
+    def caption_memory(self) -> tuple[Float[Array, "b s d"], Bool[Array, "b s"]]:
         """What the decoder reads to caption: as instructed where there is an instruction, else the picture alone."""
         if "instruction" in self.batch and "fusion" in self.model.parts:
-            return self.instructed
+            return self.instruction_memory
         return self.visual, jnp.ones(self.visual.shape[:2], bool)
 
     @functools.cached_property
@@ -100,11 +100,11 @@ class Forward:
             return self.model.classifier(self.visual)
         mask = self.batch["instruction_mask"]
         return self.model.classifier(
-            self.model.text_tokens(self.batch["instruction"], mask, rng=self.key("instruction"))
+            self.model.encode_text(self.batch["instruction"], mask, rng=self.key("instruction"))
         )
 
     @functools.cached_property
-    def counts(self) -> Float[Array, " b"]:
+    def example_weights(self) -> Float[Array, " b"]:
         """1 for examples that count, 0 for padding."""
         mask = self.batch.get("example_mask")
         if mask is None:

@@ -7,7 +7,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 from mplug2_jax.model.config import SpecialTokens
 from mplug2_jax.model.prng import random_key
 from mplug2_jax.objectives.config import MlmConfig
-from mplug2_jax.objectives.forward import DeviceBatch, Forward, Outcome, label_cross_entropy, weighted_mean
+from mplug2_jax.objectives.forward import DeviceBatch, ForwardPass, LossOutput, label_cross_entropy, weighted_mean
 
 
 def mask_tokens(
@@ -34,13 +34,13 @@ def mask_tokens(
         word = jnp.cumsum(batch["word_starts"].astype(jnp.int32), axis=1) - 1
         chance = jnp.take_along_axis(chance, jnp.maximum(word, 0), axis=1)
     plain = batch["text_mask"] & (ids != tokens.begin) & (ids != tokens.end) & (ids != tokens.pad)
-    chosen = plain & (chance < config.rate)
+    chosen = plain & (chance < config.mask_rate)
     corrupted = jnp.where(action < 0.8, tokens.mask, jnp.where(action < 0.9, random_ids, ids))
     return jnp.where(chosen, corrupted, ids), chosen
 
 
-def masked_predictions(
-    forward: Forward, tokens: SpecialTokens, config: MlmConfig
+def predict_masked(
+    forward: ForwardPass, tokens: SpecialTokens, config: MlmConfig
 ) -> tuple[Float[Array, "b l v"], Float[Array, "b l"]]:
     """Log-probabilities at every token of the corrupted ``text``, and 1 for the tokens that were chosen.
 
@@ -53,14 +53,14 @@ def masked_predictions(
     else:
         keys = jax.random.split(rng, batch["text"].shape[0])
     corrupted, chosen = mask_tokens(keys, batch, model.config.vocab_size, tokens, config)
-    hidden = model.text_tokens(corrupted, batch["text_mask"], rng=forward.key("mlm/text"))
+    hidden = model.encode_text(corrupted, batch["text_mask"], rng=forward.key("mlm/text"))
     return jax.nn.log_softmax(model.mlm_logits(hidden), axis=-1), chosen.astype(jnp.float32)
 
 
-def mlm_loss(forward: Forward, tokens: SpecialTokens, config: MlmConfig, smoothing: float = 0.0) -> Outcome:
+def mlm_loss(forward: ForwardPass, tokens: SpecialTokens, config: MlmConfig, smoothing: float = 0.0) -> LossOutput:
     """Mean cross entropy over the chosen tokens of ``text``."""
-    log_probs, chosen = masked_predictions(forward, tokens, config)
-    ids, weights = forward.batch["text"], chosen * forward.counts[:, None]
+    log_probs, chosen = predict_masked(forward, tokens, config)
+    ids, weights = forward.batch["text"], chosen * forward.example_weights[:, None]
     loss = weighted_mean(label_cross_entropy(log_probs, ids, smoothing), weights)
     hit = (jnp.argmax(log_probs, axis=-1) == ids).astype(jnp.float32)
-    return Outcome(loss, {"loss": loss, "accuracy": weighted_mean(hit, weights)})
+    return LossOutput(loss, {"loss": loss, "accuracy": weighted_mean(hit, weights)})

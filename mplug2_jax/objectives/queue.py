@@ -25,7 +25,7 @@ class Queue(NamedTuple):
         return Queue(write(self.visual, visual), write(self.text, text), write(self.ids, ids), pointer)
 
 
-def fresh_queue(rng: PRNGKeyArray, size: int, width: int) -> Queue:
+def init_queue(rng: PRNGKeyArray, size: int, width: int) -> Queue:
     """Random unit vectors whose ids (-100) match nothing."""
     visual, text = jax.random.normal(rng, (2, size, width))
     unit = [x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (visual, text)]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from mplug2_jax.objectives.config import VlmConfig
-from mplug2_jax.objectives.forward import Forward, Outcome, label_cross_entropy, weighted_mean
+from mplug2_jax.objectives.forward import ForwardPass, LossOutput, label_cross_entropy, weighted_mean
 
 Features = tuple[Float[Array, "b e"], Float[Array, "b e"]]  # (visual, text), unit vectors
 
@@ -41,7 +41,7 @@ def hard_negatives(
     return wrong_picture, draw(features[0], candidates[1], keys[1]), wrong.any(-1)
 
 
-def take_in_group(x: Array, index: Int[Array, "g n"]) -> Array:
+def gather_in_group(x: Array, index: Int[Array, "g n"]) -> Array:
     """Rows of ``x`` [g*n, ...] chosen inside each group, by a one-hot product: exact, and local to the group."""
     groups, size = index.shape
     chosen = jax.nn.one_hot(index, size, dtype=jnp.float32 if x.dtype == jnp.bool_ else x.dtype)
@@ -50,31 +50,31 @@ def take_in_group(x: Array, index: Int[Array, "g n"]) -> Array:
     return rows.reshape(x.shape).astype(x.dtype)
 
 
-def vlm_loss(forward: Forward, config: VlmConfig, smoothing: float = 0.0) -> Outcome:
+def vlm_loss(forward: ForwardPass, config: VlmConfig, smoothing: float = 0.0) -> LossOutput:
     """Two-way cross entropy over one true pair, one wrong picture and one wrong text per example."""
     model, batch = forward.model, forward.batch
     text, mask, visual = forward.text, batch["text_mask"], forward.visual
-    group = config.group or text.shape[0]
+    group = config.group_size or text.shape[0]
     features, temperature = jax.lax.stop_gradient((forward.features, model.contrastive.temperature[...]))
     candidates = features if forward.teacher is None else jax.lax.stop_gradient(forward.teacher.features)
     wrong_picture, wrong_text, exists = hard_negatives(
-        features, candidates, batch["example_id"], forward.counts, temperature, group,
+        features, candidates, batch["example_id"], forward.example_weights, temperature, group,
         forward.key("vlm/negatives"),
     )  # fmt: skip
 
     # The true and the wrong text of a picture are two sequences over one memory; interleaved, they stay where it is.
-    both = jnp.stack([text, take_in_group(text, wrong_text)], axis=1).reshape(-1, *text.shape[1:])
-    both_masks = jnp.stack([mask, take_in_group(mask, wrong_text)], axis=1).reshape(-1, mask.shape[1])
+    both = jnp.stack([text, gather_in_group(text, wrong_text)], axis=1).reshape(-1, *text.shape[1:])
+    both_masks = jnp.stack([mask, gather_in_group(mask, wrong_text)], axis=1).reshape(-1, mask.shape[1])
     _, fused = model.fusion(both, both_masks, visual, rng=forward.key("vlm/texts"))
     by_text = model.matching(fused).reshape(-1, 2, 2)
-    _, fused = model.fusion(text, mask, take_in_group(visual, wrong_picture), rng=forward.key("vlm/picture"))
+    _, fused = model.fusion(text, mask, gather_in_group(visual, wrong_picture), rng=forward.key("vlm/picture"))
     logits = jnp.concatenate([by_text, model.matching(fused)[:, None]], axis=1)  # [b, (true, text, picture), 2]
 
     labels = jnp.asarray([1, 0, 0])
     log_probs = jax.nn.log_softmax(logits, axis=-1)
     losses = label_cross_entropy(log_probs, jnp.broadcast_to(labels, logits.shape[:2]), smoothing)
     usable = jnp.stack([jnp.ones_like(exists), exists, exists], axis=-1).reshape(-1, 3)
-    weights = usable * forward.counts[:, None]
+    weights = usable * forward.example_weights[:, None]
     loss = weighted_mean(losses, weights)
     hit = (jnp.argmax(logits, -1) == labels).astype(jnp.float32)
-    return Outcome(loss, {"loss": loss, "accuracy": weighted_mean(hit, weights)})
+    return LossOutput(loss, {"loss": loss, "accuracy": weighted_mean(hit, weights)})

@@ -17,58 +17,62 @@ GIB = 2.0**30
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Chip:
+class ChipSpec:
     """One kind of accelerator. Rates are of a whole chip; a chip may be several of JAX's devices."""
 
     name: str
-    kinds: tuple[str, ...]  # what JAX calls its devices
+    device_kinds: tuple[str, ...]  # what JAX calls its devices
     platform: Literal["tpu", "gpu", "cpu"]
-    flops: float  # a second, bfloat16 matmuls
-    memory: float  # bytes of each device that a program may use
+    peak_flops: float  # a second, bfloat16 matmuls
+    memory_bytes: float  # bytes of each device that a program may use
     memory_bandwidth: float  # bytes a second
     links: int  # to neighbours in the torus; 1 for a switch that reaches all
     link_bandwidth: float  # bytes a second, one way, of each link
     network_bandwidth: float  # bytes a second, one way, between slices
-    devices: int = 1  # of JAX
-    host_chips: int = 4  # of a machine, where a slice is more than one machine
-    dims: int = 0  # of the torus; 0: a switch
+    devices_per_chip: int = 1  # of JAX
+    chips_per_host: int = 4  # of a machine, where a slice is more than one machine
+    torus_dims: int = 0  # of the torus; 0: a switch
     max_chips: int = 2**20  # of a slice
-    gke: str = ""  # what GKE's node selector calls it
-    cloud: str = ""  # how an accelerator type of the Cloud TPU API begins, where it sells the chip: v5p-1024
-    cloud_counts: Literal["chips", "cores"] = "chips"
-    compiler: str = ""  # libtpu's name of how its cores make one device
+    gke_accelerator: str = ""  # what GKE's node selector calls it
+    cloud_prefix: str = ""  # how an accelerator type of the Cloud TPU API begins, where it sells the chip: v5p-1024
+    cloud_count_unit: Literal["chips", "cores"] = "chips"
+    libtpu_variant: str = ""  # libtpu's name of how its cores make one device
 
 
 def peak_flops(kind: str) -> float | None:
     """Operations a second of one of JAX's devices by its kind, or None for what is not in the table (CPUs are not)."""
-    return next((chip.flops / chip.devices for chip in CHIPS.values() if kind in chip.kinds), None)
+    return next((chip.peak_flops / chip.devices_per_chip for chip in CHIPS.values() if kind in chip.device_kinds), None)
 
 
 # fmt: off
-CHIPS: Mapping[str, Chip] = {chip.name: chip for chip in (
-    Chip(name="v4", kinds=("TPU v4",), platform="tpu", flops=275e12, memory=30.75 * GIB, memory_bandwidth=1228e9,
-         links=6, link_bandwidth=50e9, network_bandwidth=6.25e9, dims=3, max_chips=4096, gke="tpu-v4-podslice",
-         cloud="v4", cloud_counts="cores", compiler="megacore"),
-    Chip(name="v5e", kinds=("TPU v5 lite", "TPU v5e"), platform="tpu", flops=197e12, memory=15.75 * GIB,
-         memory_bandwidth=819e9, links=4, link_bandwidth=50e9, network_bandwidth=3.125e9, dims=2, max_chips=256,
-         gke="tpu-v5-lite-podslice", cloud="v5litepod"),
-    Chip(name="v5p", kinds=("TPU v5", "TPU v5p"), platform="tpu", flops=459e12, memory=95.73 * GIB,
-         memory_bandwidth=2765e9, links=6, link_bandwidth=100e9, network_bandwidth=6.25e9, dims=3, max_chips=6144,
-         gke="tpu-v5p-slice", cloud="v5p", cloud_counts="cores"),
-    Chip(name="v6e", kinds=("TPU v6 lite", "TPU v6e"), platform="tpu", flops=918e12, memory=31.24 * GIB,
-         memory_bandwidth=1640e9, links=4, link_bandwidth=100e9, network_bandwidth=12.5e9, dims=2, max_chips=256,
-         gke="tpu-v6e-slice", cloud="v6e"),
-    Chip(name="tpu7x", kinds=("TPU7x",), platform="tpu", flops=2307e12, memory=94.74 * GIB, memory_bandwidth=7380e9,
-         links=6, link_bandwidth=100e9, network_bandwidth=12.5e9, devices=2, dims=3, max_chips=9216, gke="tpu7x"),
-    Chip(name="a100", kinds=("NVIDIA A100-SXM4-80GB",), platform="gpu", flops=312e12, memory=76 * GIB,
-         memory_bandwidth=2039e9, links=1, link_bandwidth=300e9, network_bandwidth=25e9, host_chips=8),
-    Chip(name="h100", kinds=("NVIDIA H100 80GB HBM3",), platform="gpu", flops=989e12, memory=76 * GIB,
-         memory_bandwidth=3350e9, links=1, link_bandwidth=450e9, network_bandwidth=50e9, host_chips=8),
-    Chip(name="h200", kinds=("NVIDIA H200",), platform="gpu", flops=989e12, memory=134 * GIB,
-         memory_bandwidth=4800e9, links=1, link_bandwidth=450e9, network_bandwidth=50e9, host_chips=8),
+CHIPS: Mapping[str, ChipSpec] = {chip.name: chip for chip in (
+    ChipSpec(name="v4", device_kinds=("TPU v4",), platform="tpu", peak_flops=275e12, memory_bytes=30.75 * GIB,
+         memory_bandwidth=1228e9, links=6, link_bandwidth=50e9, network_bandwidth=6.25e9, torus_dims=3, max_chips=4096,
+         gke_accelerator="tpu-v4-podslice", cloud_prefix="v4", cloud_count_unit="cores", libtpu_variant="megacore"),
+    ChipSpec(name="v5e", device_kinds=("TPU v5 lite", "TPU v5e"), platform="tpu", peak_flops=197e12,
+         memory_bytes=15.75 * GIB, memory_bandwidth=819e9, links=4, link_bandwidth=50e9, network_bandwidth=3.125e9,
+         torus_dims=2, max_chips=256, gke_accelerator="tpu-v5-lite-podslice", cloud_prefix="v5litepod"),
+    ChipSpec(name="v5p", device_kinds=("TPU v5", "TPU v5p"), platform="tpu", peak_flops=459e12,
+         memory_bytes=95.73 * GIB, memory_bandwidth=2765e9, links=6, link_bandwidth=100e9, network_bandwidth=6.25e9,
+         torus_dims=3, max_chips=6144, gke_accelerator="tpu-v5p-slice", cloud_prefix="v5p", cloud_count_unit="cores"),
+    ChipSpec(name="v6e", device_kinds=("TPU v6 lite", "TPU v6e"), platform="tpu", peak_flops=918e12,
+         memory_bytes=31.24 * GIB, memory_bandwidth=1640e9, links=4, link_bandwidth=100e9, network_bandwidth=12.5e9,
+         torus_dims=2, max_chips=256, gke_accelerator="tpu-v6e-slice", cloud_prefix="v6e"),
+    ChipSpec(name="tpu7x", device_kinds=("TPU7x",), platform="tpu", peak_flops=2307e12, memory_bytes=94.74 * GIB,
+         memory_bandwidth=7380e9, links=6, link_bandwidth=100e9, network_bandwidth=12.5e9, devices_per_chip=2,
+         torus_dims=3, max_chips=9216, gke_accelerator="tpu7x"),
+    ChipSpec(name="a100", device_kinds=("NVIDIA A100-SXM4-80GB",), platform="gpu", peak_flops=312e12,
+         memory_bytes=76 * GIB, memory_bandwidth=2039e9, links=1, link_bandwidth=300e9, network_bandwidth=25e9,
+         chips_per_host=8),
+    ChipSpec(name="h100", device_kinds=("NVIDIA H100 80GB HBM3",), platform="gpu", peak_flops=989e12,
+         memory_bytes=76 * GIB, memory_bandwidth=3350e9, links=1, link_bandwidth=450e9, network_bandwidth=50e9,
+         chips_per_host=8),
+    ChipSpec(name="h200", device_kinds=("NVIDIA H200",), platform="gpu", peak_flops=989e12, memory_bytes=134 * GIB,
+         memory_bandwidth=4800e9, links=1, link_bandwidth=450e9, network_bandwidth=50e9, chips_per_host=8),
     # A share of an ordinary server; there is no such product to look up.
-    Chip(name="cpu", kinds=(), platform="cpu", flops=1e12, memory=16 * GIB, memory_bandwidth=50e9, links=1,
-         link_bandwidth=10e9, network_bandwidth=1e9, host_chips=8),
+    ChipSpec(name="cpu", device_kinds=(), platform="cpu", peak_flops=1e12,
+         memory_bytes=16 * GIB, memory_bandwidth=50e9, links=1, link_bandwidth=10e9, network_bandwidth=1e9,
+         chips_per_host=8),
 )}
 # fmt: on
 
@@ -77,7 +81,7 @@ CHIPS: Mapping[str, Chip] = {chip.name: chip for chip in (
 class Topology:
     """Slices of chips, as ``v5p:8x8x8`` (a torus) or ``h100:64`` (a number)."""
 
-    chip: Chip
+    chip: ChipSpec
     shape: tuple[int, ...]
     slices: int = 1
 
@@ -87,30 +91,30 @@ class Topology:
         return f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
 
     @property
-    def slice_chips(self) -> int:
+    def chips_per_slice(self) -> int:
         """Chips of one slice."""
         return math.prod(self.shape)
 
     @property
     def chips(self) -> int:
         """Chips of all slices."""
-        return self.slice_chips * self.slices
+        return self.chips_per_slice * self.slices
 
     @property
     def devices(self) -> int:
         """JAX's devices."""
-        return self.chips * self.chip.devices
+        return self.chips * self.chip.devices_per_chip
 
     @property
-    def hosts(self) -> int:
+    def hosts_per_slice(self) -> int:
         """Machines of one slice."""
-        return -(-self.slice_chips // self.chip.host_chips)
+        return -(-self.chips_per_slice // self.chip.chips_per_host)
 
     @cached_property
     def accelerator_type(self) -> str:
         """What Cloud TPU calls a slice, as ``v5p-1024``; empty for what is no TPU."""
-        each = 2 if self.chip.cloud_counts == "cores" else 1
-        return f"{self.chip.cloud}-{self.slice_chips * each}" if self.chip.cloud else ""
+        each = 2 if self.chip.cloud_count_unit == "cores" else 1
+        return f"{self.chip.cloud_prefix}-{self.chips_per_slice * each}" if self.chip.cloud_prefix else ""
 
     def __str__(self) -> str:
         return self.name + (f" x {self.slices} slices" if self.slices > 1 else "")
@@ -125,8 +129,8 @@ _CUBES = (
 def topology_names() -> list[str]:
     """The usual topologies of every kind of TPU, and how numbers of other devices are written."""
     shapes = {2: _FLAT, 3: _CUBES}
-    tori = [f"{c.name}:{s}" for c in CHIPS.values() if c.dims for s in shapes[c.dims]]
-    return tori + [f"{c.name}:8" for c in CHIPS.values() if not c.dims]
+    tori = [f"{c.name}:{s}" for c in CHIPS.values() if c.torus_dims for s in shapes[c.torus_dims]]
+    return tori + [f"{c.name}:8" for c in CHIPS.values() if not c.torus_dims]
 
 
 def parse_topology(text: str, slices: int = 1) -> Topology:
@@ -140,16 +144,18 @@ def parse_topology(text: str, slices: int = 1) -> Topology:
         raise UserError(f"--topology {text}: chip '{name}' is unknown: {did_you_mean(name, CHIPS)}; as in v5p:8x8x8")
     chip = CHIPS[name]
     valid = ", ".join(n for n in topology_names() if n.startswith(f"{name}:"))
-    words = shape.split("x") if chip.dims else [shape]
+    words = shape.split("x") if chip.torus_dims else [shape]
     # Python reads no numbers of thousands of digits.
-    if not all(w.isdecimal() and len(w) < 10 and int(w) for w in words) or len(words) != max(chip.dims, 1):
-        raise UserError(f"--topology {text}: expected {'a torus' if chip.dims else 'a number of devices'}: {valid}")
+    if not all(w.isdecimal() and len(w) < 10 and int(w) for w in words) or len(words) != max(chip.torus_dims, 1):
+        raise UserError(
+            f"--topology {text}: expected {'a torus' if chip.torus_dims else 'a number of devices'}: {valid}"
+        )
     sizes = tuple(map(int, words))
     if math.prod(sizes) > chip.max_chips:
         raise UserError(f"--topology {text}: a slice of {name} has at most {chip.max_chips:,} chips: {valid}")
-    if chip.dims == 2 and f"{name}:{shape}" not in topology_names():
+    if chip.torus_dims == 2 and f"{name}:{shape}" not in topology_names():
         raise UserError(f"--topology {text}: {name} does not come in this shape: {valid}")
-    if chip.dims == 3 and shape not in _CUBES and any(size % 4 for size in sizes):
+    if chip.torus_dims == 3 and shape not in _CUBES and any(size % 4 for size in sizes):
         raise UserError(f"--topology {text}: large slices of {name} are made of cubes of 4x4x4: {valid}")
     if slices < 1 or (slices > 1 and chip.platform != "tpu"):
         raise UserError(f"--slices {slices}: expected at least 1, and more than 1 for TPUs only")

@@ -24,7 +24,7 @@ class MeshConfig:
     sequence: int = 1  # splits the visual tokens of clips
     tensor: int = 1  # splits heads, MLP width and vocabulary
 
-    def sizes(self, devices: int) -> dict[str, int]:
+    def axis_sizes(self, devices: int) -> dict[str, int]:
         """The size of every axis on this many devices.
 
         Raises:

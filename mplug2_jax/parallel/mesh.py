@@ -27,7 +27,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         UserError: axes that do not multiply to the number of devices, or replicas that do not follow the slices.
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = config.sizes(len(devices))
+    sizes = config.axis_sizes(len(devices))
     slices = num_slices(devices)
     if sizes["replica"] % slices:
         raise UserError(
@@ -45,7 +45,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 def abstract_mesh(config: MeshConfig, devices: int) -> AbstractMesh:
     """The mesh of so many devices that nobody has: enough to say where arrays would live."""
-    return AbstractMesh(tuple(config.sizes(devices).values()), MESH_AXES, axis_types=_AUTO)
+    return AbstractMesh(tuple(config.axis_sizes(devices).values()), MESH_AXES, axis_types=_AUTO)
 
 
 def num_slices(devices: Sequence[jax.Device]) -> int:

@@ -17,14 +17,14 @@ Tree = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
-class Placement:
+class ParamShardings:
     """Where each parameter lives, and why some dimension is not split although a rule says so."""
 
     shardings: Tree
-    reasons: Mapping[str, str]
+    skipped_rules: Mapping[str, str]
 
 
-def parameter_spec(
+def param_spec(
     shape: tuple[int, ...], axes: tuple[str | None, ...], sizes: Mapping[str, int]
 ) -> tuple[PartitionSpec, list[str]]:
     """The partition of one parameter, and a reason for each rule that could not apply."""
@@ -46,21 +46,21 @@ def parameter_spec(
     return PartitionSpec(*spec), reasons
 
 
-def place_parameters(shapes: Tree, axes: Tree, mesh: Mesh | AbstractMesh) -> Placement:
+def make_param_shardings(shapes: Tree, axes: Tree, mesh: Mesh | AbstractMesh) -> ParamShardings:
     """A sharding for every parameter of a tree of shapes with a tree of logical axis names beside it."""
     sizes, reasons = dict(mesh.shape), {}
 
     def place(path: tuple[Any, ...], shape: Any, names: tuple[str | None, ...]) -> NamedSharding:
-        spec, why = parameter_spec(tuple(shape.shape), names, sizes)
+        spec, why = param_spec(tuple(shape.shape), names, sizes)
         if why:
             reasons["/".join(key.key for key in path)] = "; ".join(why)
         return NamedSharding(mesh, spec)
 
     shardings = jax.tree_util.tree_map_with_path(place, shapes, axes)
-    return Placement(shardings, reasons)
+    return ParamShardings(shardings, reasons)
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated_sharding(mesh: Mesh) -> NamedSharding:
     """The same on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
@@ -70,19 +70,19 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(ACTIVATION_RULES["batch"]))
 
 
-def batch_shards(mesh: Mesh) -> int:
+def num_batch_shards(mesh: Mesh) -> int:
     """Into how many parts a batch is split."""
     axes = ACTIVATION_RULES["batch"]
     assert isinstance(axes, tuple)
     return math.prod(mesh.shape[axis] for axis in axes)
 
 
-def held_parts(mesh: Mesh) -> tuple[int, ...]:
-    """Which of a batch's ``batch_shards(mesh)`` parts this process's devices hold, in the order of the batch.
+def local_batch_shards(mesh: Mesh) -> tuple[int, ...]:
+    """Which of a batch's ``num_batch_shards(mesh)`` parts this process's devices hold, in the order of the batch.
 
     They are not always neighbours, and two processes hold the same where ``tensor`` runs across both.
     """
-    indices = batch_sharding(mesh).addressable_devices_indices_map((batch_shards(mesh),)).values()
+    indices = batch_sharding(mesh).addressable_devices_indices_map((num_batch_shards(mesh),)).values()
     return tuple(sorted({_first_row(index) for index in indices}))
 
 
@@ -91,13 +91,13 @@ def _first_row(index: tuple[slice, ...] | None) -> int:
     return index[0].start or 0
 
 
-def check_batch(field: str, size: int, mesh: Mesh) -> None:
+def check_batch_divisible(field: str, size: int, mesh: Mesh) -> None:
     """Checks that a batch splits evenly.
 
     Raises:
         UserError: names the field, the mesh and the nearest sizes.
     """
-    shards = batch_shards(mesh)
+    shards = num_batch_shards(mesh)
     if size % shards:
         lower, upper = size // shards * shards, -(-size // shards) * shards
         near = f"{lower} or {upper}" if lower else f"{upper}"
@@ -108,12 +108,12 @@ def check_batch(field: str, size: int, mesh: Mesh) -> None:
 
 
 def put_batch(batch: Mapping[str, NDArray[Any]], mesh: Mesh) -> dict[str, jax.Array]:
-    """A process's rows of a batch, those of its :func:`held_parts`, as global arrays.
+    """A process's rows of a batch, those of its :func:`local_batch_shards`, as global arrays.
 
     ``example_id`` becomes int32: the halves of the int64 are folded, which keeps different ids different as far as 31
     bits can.
     """
-    sharding, parts = batch_sharding(mesh), held_parts(mesh)
+    sharding, parts = batch_sharding(mesh), local_batch_shards(mesh)
 
     def put(name: str, value: NDArray[Any]) -> jax.Array:
         if name == "example_id":
@@ -124,6 +124,6 @@ def put_batch(batch: Mapping[str, NDArray[Any]], mesh: Mesh) -> dict[str, jax.Ar
             place = parts.index(_first_row(index) // size)
             return value[place * size : (place + 1) * size]
 
-        return jax.make_array_from_callback((size * batch_shards(mesh), *value.shape[1:]), sharding, held)
+        return jax.make_array_from_callback((size * num_batch_shards(mesh), *value.shape[1:]), sharding, held)
 
     return {name: put(name, value) for name, value in batch.items()}

@@ -23,14 +23,16 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from jax.experimental import multihost_utils
 
+from mplug2_jax import console
 from mplug2_jax.errors import UserError
 from mplug2_jax.parallel.slurm import first_host, local_device_ids
 
-HEARTBEAT_SECONDS = 30
+HEARTBEAT_TIMEOUT_SECONDS = 30
 """A process that was silent for so long is taken for dead, and JAX ends the others."""
-PORT = 8476
+DEFAULT_PORT = 8476
 """The coordinator's, where nobody says another."""
 
 
@@ -38,14 +40,14 @@ PORT = 8476
 class Cluster:
     """Where a process stands among the others. What is None is left to JAX to ask of the machine."""
 
-    how: str
-    coordinator: str | None = None
-    count: int | None = None
-    index: int | None = None
-    local_devices: tuple[int, ...] | None = None  # which of the machine's accelerators are this process's; None: all
+    source: str
+    coordinator_address: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+    local_device_ids: tuple[int, ...] | None = None  # which of the machine's accelerators are this process's; None: all
 
 
-def detect(environment: Mapping[str, str], *, tpu: bool = False) -> Cluster | None:
+def detect_cluster(environment: Mapping[str, str], *, tpu: bool = False) -> Cluster | None:
     """The cluster that the environment describes, or None for a process on its own.
 
     Args:
@@ -84,7 +86,7 @@ def _by_name(environment: Mapping[str, str]) -> Cluster:
 def _by_jobset(environment: Mapping[str, str]) -> Cluster:
     name, job = (_text(environment, key) for key in ("JOBSET_NAME", "REPLICATED_JOB_NAME"))
     count, index = (_number(environment, key) for key in ("JAX_NUM_PROCESSES", "JOB_COMPLETION_INDEX"))
-    return _checked(Cluster(f"JobSet {name}", f"{name}-{job}-0-0.{name}:{PORT}", count, index))
+    return _checked(Cluster(f"JobSet {name}", f"{name}-{job}-0-0.{name}:{DEFAULT_PORT}", count, index))
 
 
 def _by_slurm(environment: Mapping[str, str]) -> Cluster:
@@ -95,7 +97,7 @@ def _by_slurm(environment: Mapping[str, str]) -> Cluster:
     _number(environment, "SLURM_LOCALID")
     host, local = first_host(nodes), local_device_ids(environment)
     # Jobs that share a node need ports of their own.
-    address = f"{host}:{PORT + job % 4096}"
+    address = f"{host}:{DEFAULT_PORT + job % 4096}"
     return _checked(Cluster(f"SLURM job {job}", address, count, index, local))
 
 
@@ -109,17 +111,17 @@ def _by_tpu(environment: Mapping[str, str]) -> Cluster:
                 "none"
             )
         return Cluster("TPU metadata")
-    within = Cluster("TPU pod", count=len(hosts.split(",")), index=_number(environment, "TPU_WORKER_ID"))
+    within = Cluster("TPU pod", num_processes=len(hosts.split(",")), process_id=_number(environment, "TPU_WORKER_ID"))
     _check_slices(environment)
-    return Cluster(_checked(within).how)  # several slices make more of them: JAX counts
+    return Cluster(_checked(within).source)  # several slices make more of them: JAX counts
 
 
 def _check_slices(environment: Mapping[str, str]) -> None:
     """Checks what JAX would take for the first slice if it were missing, to wait for the others for ever."""
     if "MEGASCALE_NUM_SLICES" not in environment:
         return
-    slices = Cluster("TPU slices", count=_number(environment, "MEGASCALE_NUM_SLICES"), index=0)
-    if slices.count != 1:
+    slices = Cluster("TPU slices", num_processes=_number(environment, "MEGASCALE_NUM_SLICES"), process_id=0)
+    if slices.num_processes != 1:
         _text(environment, "MEGASCALE_COORDINATOR_ADDRESS")
         _checked(dataclasses.replace(slices, index=_number(environment, "MEGASCALE_SLICE_ID")))
 
@@ -141,17 +143,17 @@ def _number(environment: Mapping[str, str], name: str, default: int | None = Non
 
 
 def _checked(cluster: Cluster) -> Cluster:
-    assert cluster.count is not None
-    assert cluster.index is not None
-    if cluster.index >= cluster.count:
+    assert cluster.num_processes is not None
+    assert cluster.process_id is not None
+    if cluster.process_id >= cluster.num_processes:
         raise UserError(
-            f"{cluster.how}: process {cluster.index} of {cluster.count} cannot be: the first is 0, the last "
-            f"{cluster.count - 1}"
+            f"{cluster.source}: process {cluster.process_id} of {cluster.num_processes} cannot be: the first is 0, the "
+            f"last {cluster.num_processes - 1}"
         )
     return cluster
 
 
-def join() -> None:
+def initialize_distributed() -> None:
     """Joins the other processes of the run, if the environment describes any, and says so in one line.
 
     Must run before anything asks JAX for devices.
@@ -159,32 +161,31 @@ def join() -> None:
     Raises:
         UserError: an environment that is wrong, or a coordinator that cannot be reached.
     """
-    cluster = detect(os.environ, tpu=_has_tpus())
+    cluster = detect_cluster(os.environ, tpu=_has_tpus())
     if cluster is None:
         return
-    known = cluster.coordinator is not None
+    known = cluster.coordinator_address is not None
     try:
         jax.distributed.initialize(
-            cluster.coordinator,
-            cluster.count,
-            cluster.index,
-            local_device_ids=cluster.local_devices,
+            cluster.coordinator_address,
+            cluster.num_processes,
+            cluster.process_id,
+            local_device_ids=cluster.local_device_ids,
             cluster_detection_method="deactivate" if known else None,
-            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_SECONDS,
         )
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(
-            f"{cluster.how}: cannot join the other processes at {cluster.coordinator} ({reason}); check the address, "
-            "and that all were started"
+            f"{cluster.source}: cannot join the other processes at {cluster.coordinator_address} ({reason}); check the "
+            "address, and that all were started"
         ) from error
+    console.set_process_index(jax.process_index())
     sys.excepthook = _leave_on_exception
-    if is_first():
-        print(
-            f"{jax.process_count()} processes ({cluster.how}) with {jax.local_device_count()} of {jax.device_count()} "
-            f"{jax.devices()[0].device_kind} devices each",
-            flush=True,
-        )
+    logging.info(
+        "%d processes (%s) with %d of %d %s devices each", jax.process_count(), cluster.source,
+        jax.local_device_count(), jax.device_count(), jax.devices()[0].device_kind,
+    )  # fmt: skip
 
 
 def _has_tpus() -> bool:
@@ -194,12 +195,12 @@ def _has_tpus() -> bool:
     return free and (Path("/dev/accel0").exists() or any(Path("/dev/vfio").glob("[0-9]*")))
 
 
-def is_first() -> bool:
+def is_primary_process() -> bool:
     """Whether this process is the one that writes files and talks."""
     return jax.process_index() == 0
 
 
-def gather(value: Any) -> list[Any]:
+def allgather_objects(value: Any) -> list[Any]:
     """Every process's value, in their order. All processes must come here; ``value`` is anything that JSON can hold."""
     if jax.process_count() == 1:
         return [value]
@@ -211,13 +212,13 @@ def gather(value: Any) -> list[Any]:
     return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
 
-def check_equal(values: Mapping[str, Any]) -> None:
+def check_same_across_processes(values: Mapping[str, Any]) -> None:
     """Checks that all processes were started alike; each gives what it was started with, by name.
 
     Raises:
         UserError: names the first thing that differs, and whose.
     """
-    first, *others = gather(dict(values))
+    first, *others = allgather_objects(dict(values))
     for index, other in enumerate(others, start=1):
         for name in [*first, *other]:
             if first.get(name) != other.get(name):
@@ -227,7 +228,7 @@ def check_equal(values: Mapping[str, Any]) -> None:
                 )
 
 
-def leave(status: int) -> None:
+def exit_if_distributed(status: int) -> None:
     """Ends this process at once if it runs among others, and returns otherwise.
 
     The usual end waits for the others, and they may wait for this process in a collective.
@@ -240,4 +241,4 @@ def leave(status: int) -> None:
 
 def _leave_on_exception(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     sys.__excepthook__(kind, error, trace)
-    leave(1)
+    exit_if_distributed(1)

@@ -72,7 +72,7 @@ def _partition(name: str | None, axes: MeshAxes, size: int, axis_sizes: Mapping[
     return tuple(taken) or None
 
 
-def axis_size(name: str) -> int:
+def num_shards(name: str) -> int:
     """Into how many parts the mesh in context may cut a logical axis of activations; 1 without a mesh."""
     mesh, axes = jax.sharding.get_abstract_mesh(), ACTIVATION_RULES[name]
     return math.prod(dict(mesh.shape).get(axis, 1) for axis in ((axes,) if isinstance(axes, str) else axes or ()))
@@ -96,12 +96,12 @@ def _constrain(
     return jax.lax.with_sharding_constraint(x, activation_spec(names, dict(mesh.shape), x.shape, rules))
 
 
-def together(parameter: Float[Array, "..."], names: tuple[str | None, ...]) -> Float[Array, "..."]:
+def all_gather_param(parameter: Float[Array, "..."], names: tuple[str | None, ...]) -> Float[Array, "..."]:
     """A parameter as compute sees it: whole over ``fsdp``, still split over ``tensor``."""
     return _constrain(parameter, tuple(n if n in ACTIVATION_RULES else None for n in names), ACTIVATION_RULES)
 
 
-def apart(gradient: Float[Array, "..."], names: tuple[str | None, ...]) -> Float[Array, "..."]:
+def reduce_scatter_grad(gradient: Float[Array, "..."], names: tuple[str | None, ...]) -> Float[Array, "..."]:
     """A parameter's gradient, summed over the batch's axes and split as the parameter is."""
     return _constrain(gradient, names, PARAMETER_RULES)
 
@@ -110,7 +110,7 @@ _ARE_WHOLE = contextvars.ContextVar("_ARE_WHOLE", default=False)
 
 
 @contextlib.contextmanager
-def gathered_before() -> Iterator[None]:
+def assume_params_gathered() -> Iterator[None]:
     """While this is traced, parameters are whole already, and their gradients are split by whoever gathered them."""
     token = _ARE_WHOLE.set(True)
     try:
@@ -119,23 +119,23 @@ def gathered_before() -> Iterator[None]:
         _ARE_WHOLE.reset(token)
 
 
-def parameters_are_whole() -> bool:
+def params_are_gathered() -> bool:
     """Whether somebody gathered them before: see :func:`gathered_before`."""
     return _ARE_WHOLE.get()
 
 
-def gathered(parameter: Float[Array, "..."], names: tuple[str | None, ...]) -> Float[Array, "..."]:
+def gather_param(parameter: Float[Array, "..."], names: tuple[str | None, ...]) -> Float[Array, "..."]:
     """A parameter brought together for this use; its gradient is split again.
 
     Left to itself the partitioner may move activations instead of weights, and JAX 0.10 on three mesh axes gets the
     gradient of a tied table wrong (by up to half; a test holds the curve of 2 x 2 x 2 devices to that of one).
     """
-    return parameter if parameters_are_whole() else _gathered(parameter, names)
+    return parameter if params_are_gathered() else _gathered(parameter, names)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _gathered(parameter: Float[Array, "..."], names: tuple[str | None, ...]) -> Float[Array, "..."]:
-    return together(parameter, names)
+    return all_gather_param(parameter, names)
 
 
 def _gathered_forward(
@@ -147,13 +147,13 @@ def _gathered_forward(
 def _gathered_backward(
     names: tuple[str | None, ...], _saved: None, gradient: Float[Array, "..."]
 ) -> tuple[Float[Array, "..."]]:
-    return (apart(gradient, names),)
+    return (reduce_scatter_grad(gradient, names),)
 
 
 _gathered.defvjp(_gathered_forward, _gathered_backward)
 
 
-def platform() -> str:
+def target_platform() -> str:
     """The platform a program is being built for: the mesh in context knows (also ahead of time), else the default."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.platform if device is not None else jax.default_backend()

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from mplug2_jax.model.config import PARTS
-from mplug2_jax.model.mplug2 import define
+from mplug2_jax.model.mplug2 import define_model
 from mplug2_jax.planning.programs import Program
 from mplug2_jax.tasks.table import TASKS
 from mplug2_jax.training.config import StreamConfig
@@ -81,7 +81,7 @@ def prediction_costs(program: Program) -> Costs:
     model = dataclasses.replace(spec.config.model, attention="xla")
     predict = TASKS[evaluation.task].predict
     assert predict is not None
-    definition = define(model, spec.definition.parts)
+    definition = define_model(model, spec.definition.parts)
     arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (program.state, dict(program.batches)))
     turns = spec.config.tasks.search.max_length
     counts = count_flops(

@@ -76,6 +76,6 @@ def program_memory(compiled: Compiled, topology: Topology) -> Memory:
     return Memory(
         parts=parts,
         peak=sum(parts.values()),
-        capacity=topology.chip.memory,
+        capacity=topology.chip.memory_bytes,
         host=held_by_host(compiled.program.state),
     )

@@ -19,7 +19,7 @@ from mplug2_jax.evaluation.loop import check_task, jit_predict
 from mplug2_jax.model.config import SpecialTokens
 from mplug2_jax.parallel.accelerators import Topology
 from mplug2_jax.parallel.mesh import make_mesh
-from mplug2_jax.parallel.placement import batch_sharding, batch_shards, check_batch, replicated
+from mplug2_jax.parallel.placement import batch_sharding, check_batch_divisible, num_batch_shards, replicated_sharding
 from mplug2_jax.tasks.base import Prompts
 from mplug2_jax.tasks.table import TASKS
 from mplug2_jax.training.compilation import (
@@ -55,8 +55,8 @@ def get_topology_devices(topology: Topology) -> list[Any]:
     for name, value in _NO_TPU.items():
         os.environ.setdefault(name, value)
     options: dict[str, Any] = {"num_slices": topology.slices} if topology.slices > 1 else {}
-    options |= {"chip_config_name": topology.chip.compiler} if topology.chip.compiler else {}
-    options |= {"chips_per_host_bounds": [1, 1, 1]} if topology.slice_chips == 1 else {}  # libtpu expects four
+    options |= {"chip_config_name": topology.chip.libtpu_variant} if topology.chip.libtpu_variant else {}
+    options |= {"chips_per_host_bounds": [1, 1, 1]} if topology.chips_per_slice == 1 else {}  # libtpu expects four
     try:
         return list(topologies.get_topology_desc(topology.name, "tpu", **options).devices)
     except Exception as error:
@@ -131,7 +131,7 @@ def blueprint(config: RunConfig, topology: Topology) -> RunSpec:
     mesh = make_mesh(config.mesh, get_topology_devices(topology))
     for name, stream in config.streams.items():
         micro = stream.data.batch_size // config.grad_accum_steps
-        check_batch(f"config.streams.{name}.data.batch_size / config.grad_accum_steps", micro, mesh)
+        check_batch_divisible(f"config.streams.{name}.data.batch_size / config.grad_accum_steps", micro, mesh)
     return make_run_spec(config, tokens_of(config), mesh)  # last: a tokeniser may take a while
 
 
@@ -174,8 +174,8 @@ def evaluation_program(config: RunConfig, topology: Topology, name: str) -> Prog
     if name not in config.evaluations:
         raise UserError(f"--evaluation {name}: {did_you_mean(name, config.evaluations)}")
     spec, evaluation = blueprint(config, topology), config.evaluations[name]
-    check_batch(f"config.evaluations.{name}.data.batch_size", evaluation.data.batch_size, spec.mesh)
-    rows = evaluation.per_device_batch_size * batch_shards(spec.mesh)
+    check_batch_divisible(f"config.evaluations.{name}.data.batch_size", evaluation.data.batch_size, spec.mesh)
+    rows = evaluation.per_device_batch_size * num_batch_shards(spec.mesh)
     data = dataclasses.replace(evaluation.data, batch_size=rows)
     example = {key: shape[1:] for key, (shape, _) in data.shapes().items()}
     check_task(f"config.evaluations.{name}", evaluation.task, example, spec.definition)
@@ -195,7 +195,7 @@ def _shared(spec: RunSpec, evaluation: EvaluationConfig) -> Mapping[str, jax.Sha
         return {}
     context = dataclasses.replace(spec.context, prompts=Prompts(np.zeros((1, classes, 1), np.int32), classes, 1))
     made = jax.eval_shape(lambda params: precompute(spec.definition.bind(params), context), spec.eval_param_shapes)
-    whole = replicated(spec.mesh)
+    whole = replicated_sharding(spec.mesh)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), made)
 
 

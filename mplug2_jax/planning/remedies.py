@@ -62,13 +62,15 @@ def same_number(topology: Topology) -> Topology | None:
     """As many devices of a TPU with more memory."""
     if topology.chip.platform != "tpu":
         return None
-    chip = max((c for c in CHIPS.values() if c.dims == 3 and c.devices == 1), key=lambda c: c.memory)
+    chip = max(
+        (c for c in CHIPS.values() if c.torus_dims == 3 and c.devices_per_chip == 1), key=lambda c: c.memory_bytes
+    )
     sides = [2, 2, 1]  # a host's, and so the smallest
     while math.prod(sides) < topology.devices // topology.slices:
         sides[2 - sides[::-1].index(min(sides))] *= 2
     found = Topology(chip, tuple(sides), topology.slices)
-    none = chip.memory <= topology.chip.memory or found.devices != topology.devices
-    return None if none or found.slice_chips > chip.max_chips else found
+    none = chip.memory_bytes <= topology.chip.memory_bytes or found.devices != topology.devices
+    return None if none or found.chips_per_slice > chip.max_chips else found
 
 
 def changes(config: RunConfig) -> Iterator[Change]:

@@ -99,7 +99,7 @@ def make_report(compiled: Compiled, config: RunConfig) -> Report:
     found = parse_collectives(text, spec.mesh, turns=longest)
     costs = training_costs(spec, program.batches) if training else prediction_costs(program)
     times = timing(float(costs.executed), memory_traffic(text, turns=longest), found, spec.mesh, topology)
-    peak = topology.chip.flops * topology.chips
+    peak = topology.chip.peak_flops * topology.chips
     data = {name: stream.data for name, stream in config.streams.items()}
     data = data if training else {program.name: config.evaluations[program.name].data}
     return Report(
@@ -109,7 +109,7 @@ def make_report(compiled: Compiled, config: RunConfig) -> Report:
         chips=topology.chips,
         mesh=describe_mesh(spec.mesh),
         examples={name: d.batch_size for name, d in data.items()},
-        parameters=spec.definition.count(),
+        parameters=spec.definition.num_params(),
         memory=program_memory(compiled, topology),
         costs=costs,
         traffic=tuple(_grouped(found, spec.mesh, topology)),

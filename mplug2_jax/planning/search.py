@@ -92,9 +92,9 @@ def candidates(config: RunConfig, topology: Topology) -> list[Candidate]:
     spec = blueprint(config, topology)
     model = _Model(config, topology, spec)
     own = model.judge(config)
-    same = dataclasses.replace(config, mesh=MeshConfig(**config.mesh.sizes(topology.devices)))  # no axis left open
+    same = dataclasses.replace(config, mesh=MeshConfig(**config.mesh.axis_sizes(topology.devices)))  # no axis left open
     varied = [model.judge(variation) for variation in _variations(config, topology) if variation != same]
-    varied = [c for c in varied if c.memory <= topology.chip.memory]
+    varied = [c for c in varied if c.memory <= topology.chip.memory_bytes]
     return [own, *sorted(varied, key=lambda c: (c.seconds, c.memory))]
 
 
@@ -128,20 +128,20 @@ class _Model:
         self._base, self._topology, self._spec = config, topology, spec
         self._batches = {name: abstract_batch(stream.data, spec) for name, stream in config.streams.items()}
         self._operations: dict[RematConfig, float] = {}
-        self._weights = spec.definition.count() * 4.0
+        self._weights = spec.definition.num_params() * 4.0
         moments = {"float32": 4, "bfloat16": 2}
         optimizer = config.optimizer
         kept = 0 if optimizer.offload_moments else moments[optimizer.mu_dtype] + moments[optimizer.nu_dtype]
         trained, _ = partition(spec.shapes["params"], config.frozen)
-        self._state = spec.definition.count() * (moments[config.param_dtype] + 4.0 * config.has_teacher)
+        self._state = spec.definition.num_params() * (moments[config.param_dtype] + 4.0 * config.has_teacher)
         self._state += (kept + 4.0 * bool(config.ema_decay)) * sum(shape.size for shape in jax.tree.leaves(trained))
         self._tokens = sum(_tokens(config, name) for name in config.streams)
 
     def judge(self, config: RunConfig) -> Candidate:
         """Its time, were all matmuls near the peak and nothing hidden behind them, and the least memory it needs."""
-        topology, mesh = self._topology, config.mesh.sizes(self._topology.devices)
+        topology, mesh = self._topology, config.mesh.axis_sizes(self._topology.devices)
         chip = topology.chip
-        compute = self._executed(config) / topology.chips / chip.flops / BEST
+        compute = self._executed(config) / topology.chips / chip.peak_flops / BEST
 
         # Weights and gradients cross the network at every use, or once a step; activations where heads are split.
         weights, once = self._weights / mesh["tensor"], config.fsdp_gather == "step"
@@ -154,7 +154,7 @@ class _Model:
         tokens = self._tokens / (topology.devices / mesh["tensor"])
         depth = config.model.vision_layers + config.model.universal_layers
         sent += 8 * depth * tokens * config.model.width * 2.0 * (1 - 1 / mesh["tensor"])
-        network = sent / (chip.link_bandwidth * max(1, chip.links // 2) / chip.devices)
+        network = sent / (chip.link_bandwidth * max(1, chip.links // 2) / chip.devices_per_chip)
 
         held = self._state / (mesh["fsdp"] * mesh["tensor"])
         whole = 2 * weights if once and mesh["fsdp"] > 1 else weights / mesh["fsdp"]  # with gradients
@@ -180,7 +180,7 @@ def _tokens(config: RunConfig, name: str) -> float:
     if data.kind == "text":
         return float(data.batch_size * data.examples.text_length)
     frames = data.visual.num_frames if data.kind == "video" else 1
-    return float(data.batch_size * config.model.visual_tokens(frames, data.visual.image_size))
+    return float(data.batch_size * config.model.num_visual_tokens(frames, data.visual.image_size))
 
 
 def search(

@@ -59,8 +59,8 @@ def timing(
     chip = topology.chip
     seconds = [(each, each.total / bandwidth(each, mesh, topology)) for each in collectives if each.total]
     return Timing(
-        compute=executed / topology.chips / chip.flops,
-        memory=memory_bytes / (chip.memory_bandwidth / chip.devices),
+        compute=executed / topology.chips / chip.peak_flops,
+        memory=memory_bytes / (chip.memory_bandwidth / chip.devices_per_chip),
         network=sum((time for _, time in seconds), 0.0),
         exposed=sum((time for each, time in seconds if not each.overlapped), 0.0),
     )
@@ -74,20 +74,20 @@ def bandwidth(collective: Collective, mesh: jax.sharding.Mesh, topology: Topolog
     """
     chip = topology.chip
     if collective.network == "dcn":
-        return chip.network_bandwidth / chip.devices
-    if not chip.dims:
-        beyond = collective.size > chip.host_chips
+        return chip.network_bandwidth / chip.devices_per_chip
+    if not chip.torus_dims:
+        beyond = collective.size > chip.chips_per_host
         return chip.network_bandwidth if beyond else chip.link_bandwidth
     if collective.kind == "collective-permute":
-        return chip.link_bandwidth / chip.devices
+        return chip.link_bandwidth / chip.devices_per_chip
     links = sum(_links(size, topology, dim) for dim, size in enumerate(extents(collective.axes, mesh)) if size > 1)
-    return chip.link_bandwidth * max(links, 1) / chip.devices
+    return chip.link_bandwidth * max(links, 1) / chip.devices_per_chip
 
 
 def _links(size: int, topology: Topology, dim: int) -> int:
     """Links along a dimension: two where it is a ring, which wraps round whole cubes or pods only."""
     whole = size == topology.shape[dim]
-    closes = size % 4 == 0 if topology.chip.dims == 3 else size == math.isqrt(topology.chip.max_chips)
+    closes = size % 4 == 0 if topology.chip.torus_dims == 3 else size == math.isqrt(topology.chip.max_chips)
     return 2 if whole and closes else 1
 
 

@@ -126,7 +126,7 @@ class Family:
     asked: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # further fields of EvaluationConfig
     train_visual: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"transform": "train"})
     test_visual: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"transform": "resize"})
-    search: SearchConfig = SearchConfig(beams=5, max_length=31)
+    search: SearchConfig = SearchConfig(num_beams=5, max_length=31)
     epochs: int = 10
     batch_size: int = 64
     optimizer: AdamWConfig = AdamWConfig(learning_rate=2e-5, vision_learning_rate=2e-6, weight_decay=0.02)

@@ -29,8 +29,9 @@ def captioning(name: str, arg: str, sets: Sets, *, epochs: int = 10, texts: int 
     examples = {"instructions": {"caption": InstructionConfig(templates=("",))}, "target_length": 32}
     family = Family(
         objectives={"caption": 1.0}, task="caption", learned=examples, told=examples, epochs=epochs,
-        train_visual={"transform": "train", "flip": False}, search=SearchConfig(beams=5, min_length=4, max_length=31),
-        label_smoothing=0.1, asked={"java_metrics": size != "tiny"},
+        train_visual={"transform": "train", "flip": False},
+        search=SearchConfig(num_beams=5, min_length=4, max_length=31), label_smoothing=0.1,
+        asked={"java_metrics": size != "tiny"},
     )  # fmt: skip
     if form == "zero_shot":
         told = {"caption": InstructionConfig(templates=("describe it",))}  # as pretraining has it

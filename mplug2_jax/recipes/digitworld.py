@@ -134,7 +134,7 @@ def digitworld(name: str) -> ConfigDict:
             ),
             tokenizer=TokenizerConfig(vocab_size=512),
             streams={"digits": StreamConfig(data=seen, objectives={trial.objective: 1.0})},
-            tasks=TaskSettings(search=SearchConfig(beams=1, max_length=23)),
+            tasks=TaskSettings(search=SearchConfig(num_beams=1, max_length=23)),
             optimizer=AdamWConfig(learning_rate=5e-4, b2=0.98, weight_decay=0.05),
             schedule=ScheduleConfig(warmup_steps=20),
             checkpoint=CheckpointConfig(every_steps=1000, keep_last=1),

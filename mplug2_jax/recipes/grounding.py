@@ -15,6 +15,6 @@ def grounding(name: str, size: str, sets: Sets) -> ConfigDict:
     }  # fmt: skip
     family = Family(
         objectives={"answer": 1.0}, task="ground", learned=examples, told=examples,
-        train_visual={"transform": "resize"}, search=SearchConfig(beams=1, max_length=8),
+        train_visual={"transform": "resize"}, search=SearchConfig(num_beams=1, max_length=8),
     )  # fmt: skip
     return recipe(name, size, sets, family)

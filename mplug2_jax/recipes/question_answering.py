@@ -26,6 +26,6 @@ def answering(name: str, arg: str, sets: Sets, *, task: str = "answer") -> Confi
     family = Family(
         objectives={"answer": 1.0}, task=task, learned=examples, told=examples,
         train_visual={"transform": "train", "flip": False},  # "on the left" stays on the left
-        search=SearchConfig(beams=5, max_length=15), batch_size=32,
+        search=SearchConfig(num_beams=5, max_length=15), batch_size=32,
     )  # fmt: skip
     return recipe(name, size, sets, family)

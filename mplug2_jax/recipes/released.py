@@ -59,7 +59,7 @@ def released_at(model: ModelConfig, task: str, name: str, sets: Sets = STAND_IN)
             tokenization="released", prompt=RELEASE_PROMPT, target_length=20,
             instructions={"caption": InstructionConfig(templates=("",))},
         )  # fmt: skip
-        search = SearchConfig(beams=5, min_length=4, max_length=20, extend_finished=True)
+        search = SearchConfig(num_beams=5, min_length=4, max_length=20, extend_finished=True)
     else:
         # Questions end without [SEP]; answers bring one in their text.
         examples = ExampleConfig(
@@ -70,7 +70,7 @@ def released_at(model: ModelConfig, task: str, name: str, sets: Sets = STAND_IN)
         # When they are asked they may be longer. There is no limit on their tokens; here 50 words of two pieces fit.
         asked = dataclasses.replace(examples, max_question_words=50, instruction_length=min(128, model.max_positions))
         # Beams that ended are kept alive and may go on.
-        search = SearchConfig(beams=5, min_length=1, max_length=10, extend_finished=True)
+        search = SearchConfig(num_beams=5, min_length=1, max_length=10, extend_finished=True)
     seen = VisualConfig(
         image_size=model.image_size, num_frames=4 if trial else FRAMES,
         # An interval's last frame is never drawn, and what overshoots in bicubic crops wraps round.
@@ -97,7 +97,9 @@ def released_at(model: ModelConfig, task: str, name: str, sets: Sets = STAND_IN)
             tasks=TaskSettings(
                 # A teacher is kept and asked, but alpha is dropped on its way to the decoder, so it changes nothing;
                 # were it not, its term would be normalised over time and its fusion module would never follow.
-                distillation=None if caption else DistillationConfig(alpha=0.0, over="time", fusion=False),
+                distillation=None
+                if caption
+                else DistillationConfig(alpha=0.0, softmax_axis="time", average_fusion=False),
                 search=search,
             ),
             optimizer=AdamWConfig(

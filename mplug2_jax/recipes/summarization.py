@@ -15,6 +15,6 @@ def summarising(name: str, size: str, sets: Sets, *, epochs: int = 3) -> ConfigD
     }  # fmt: skip
     family = Family(
         objectives={"ilm": 1.0}, task="summarize", learned=examples, told=examples, epochs=epochs, batch_size=128,
-        search=SearchConfig(beams=5, max_length=31), label_smoothing=0.1,
+        search=SearchConfig(num_beams=5, max_length=31), label_smoothing=0.1,
     )  # fmt: skip
     return recipe(name, size, sets, family)

@@ -8,27 +8,27 @@ import numpy as np
 
 from data_pipelines.examples import Example
 from mplug2_jax.generation.decode import generate
-from mplug2_jax.generation.rank import likeliest
+from mplug2_jax.generation.rank import best_answer
 from mplug2_jax.metrics.metric import MeanMetric
 from mplug2_jax.model.mplug2 import Mplug2
-from mplug2_jax.objectives.forward import DeviceBatch, Forward, Outcome
+from mplug2_jax.objectives.forward import DeviceBatch, ForwardPass, LossOutput
 from mplug2_jax.objectives.language import answer_loss
 from mplug2_jax.tasks.base import EvalOutput, HostPredictions, Predictions, Task, TaskContext
 from mplug2_jax.tasks.contracts import CONTRACTS
 
 
-def loss(forward: Forward, context: TaskContext) -> Outcome:
+def loss(forward: ForwardPass, context: TaskContext) -> LossOutput:
     """The release's loss: token sums per answer over the number of questions; with a teacher also distillation."""
     return answer_loss(forward, context.settings.distillation, context.settings.label_smoothing)
 
 
 def predict(model: Mplug2, batch: DeviceBatch, context: TaskContext) -> Predictions:
     """The best answer's ids."""
-    memory, mask = Forward(model, batch).instructed
+    memory, mask = ForwardPass(model, batch).instruction_memory
     if context.answers is not None and context.num_ranked:
-        best = likeliest(
-            model.decoder, memory, mask, context.answers, context.tokens, keep=context.num_ranked,
-            first_twice=context.double_count_first_token,
+        best = best_answer(
+            model.decoder, memory, mask, context.answers, context.tokens, num_candidates=context.num_ranked,
+            double_count_first_token=context.double_count_first_token,
         )  # fmt: skip
         return {"ids": best}
     search, seeds = context.settings.search, batch.get("example_id")

@@ -13,7 +13,7 @@ from mplug2_jax.metrics.classification import ConfusionSummary
 from mplug2_jax.metrics.metric import Metric
 from mplug2_jax.model.config import SpecialTokens
 from mplug2_jax.model.mplug2 import Mplug2
-from mplug2_jax.objectives.forward import DeviceBatch, Forward, Outcome
+from mplug2_jax.objectives.forward import DeviceBatch, ForwardPass, LossOutput
 from mplug2_jax.tasks.config import TaskSettings
 from mplug2_jax.tasks.contracts import Contract
 
@@ -95,7 +95,7 @@ class Task(Contract):
     ``external_metrics`` adds to a score the figures of Java programs, of which one process starts those that it has.
     """
 
-    loss: Callable[[Forward, TaskContext], Outcome] | None = None
+    loss: Callable[[ForwardPass, TaskContext], LossOutput] | None = None
     precompute: Callable[[Mplug2, TaskContext], Predictions] | None = None
     num_classes: int = 0  # that its score tells apart; 0: as many as the model does
     averages_views: bool = False  # whether its predictions are probabilities, of which an example's views have a mean

@@ -13,23 +13,23 @@ from mplug2_jax.metrics.caption import caption_scores, tokens
 from mplug2_jax.metrics.java_metrics import Meteor, meteor, spice
 from mplug2_jax.metrics.metric import MeanMetric
 from mplug2_jax.model.mplug2 import Mplug2
-from mplug2_jax.objectives.forward import DeviceBatch, Forward, Outcome
+from mplug2_jax.objectives.forward import DeviceBatch, ForwardPass, LossOutput
 from mplug2_jax.objectives.language import caption_loss
-from mplug2_jax.parallel.processes import gather, is_first
+from mplug2_jax.parallel.processes import allgather_objects, is_primary_process
 from mplug2_jax.tasks.base import EvalOutput, HostPredictions, Predictions, Task, TaskContext
 from mplug2_jax.tasks.contracts import CONTRACTS
 
 _PATIENCE = 800.0  # seconds for each Java program: a run that hears nothing for half an hour ends
 
 
-def loss(forward: Forward, context: TaskContext) -> Outcome:
+def loss(forward: ForwardPass, context: TaskContext) -> LossOutput:
     """Cross entropy of the caption's tokens."""
     return caption_loss(forward, context.settings.label_smoothing)
 
 
 def predict(model: Mplug2, batch: DeviceBatch, context: TaskContext) -> Predictions:
     """The best caption's ids."""
-    memory, mask = Forward(model, batch).described
+    memory, mask = ForwardPass(model, batch).caption_memory
     search, seeds = context.settings.search, batch.get("example_id")
     found = generate(model.decoder, memory, mask, search, context.tokens, seeds)
     kept = jnp.arange(found.ids.shape[-1]) < found.lengths[:, :1]
@@ -59,11 +59,11 @@ def external_metrics(scored: EvalOutput, examples: Sequence[Example]) -> EvalOut
     references, shifted = _references(examples)
     both = [*tokens(scored.predictions), *shifted], [*references, *references]  # a program is started once
     mine: dict[str, list[Any] | None] = {}
-    if is_first():
+    if is_primary_process():
         counts, graphs = meteor(*both, seconds=_PATIENCE), spice(*both, seconds=_PATIENCE)
         mine["meteor"] = None if counts is None else counts.counts.tolist()
         mine["spice"] = None if graphs is None else graphs.values.tolist()
-    found = {name: None if rows is None else np.asarray(rows) for name, rows in gather(mine)[0].items()}
+    found = {name: None if rows is None else np.asarray(rows) for name, rows in allgather_objects(mine)[0].items()}
     figures, baselines = dict(scored.metrics), dict(scored.baselines)
     for name, figure in (("meteor", Meteor), ("spice", MeanMetric)):
         if (rows := found[name]) is not None:

@@ -10,12 +10,12 @@ from data_pipelines.examples import Example
 from mplug2_jax.metrics.classification import confusion_summary, top_k
 from mplug2_jax.model.mplug2 import Mplug2
 from mplug2_jax.objectives.classification import class_loss
-from mplug2_jax.objectives.forward import DeviceBatch, Forward, Outcome
+from mplug2_jax.objectives.forward import DeviceBatch, ForwardPass, LossOutput
 from mplug2_jax.tasks.base import EvalOutput, HostPredictions, Predictions, Task, TaskContext
 from mplug2_jax.tasks.contracts import CONTRACTS
 
 
-def loss(forward: Forward, context: TaskContext) -> Outcome:
+def loss(forward: ForwardPass, context: TaskContext) -> LossOutput:
     """Cross entropy of the class."""
     return class_loss(forward, context.settings.label_smoothing)
 
@@ -23,7 +23,7 @@ def loss(forward: Forward, context: TaskContext) -> Outcome:
 def predict(model: Mplug2, batch: DeviceBatch, context: TaskContext) -> Predictions:
     """Each class's probability."""
     del context
-    return {"probabilities": jax.nn.softmax(Forward(model, batch).class_logits, axis=-1)}
+    return {"probabilities": jax.nn.softmax(ForwardPass(model, batch).class_logits, axis=-1)}
 
 
 def score(

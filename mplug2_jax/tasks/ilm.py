@@ -1,13 +1,13 @@
 """Instruction-based generation: any instruction in, its answer out; with a picture through fusion, or text alone."""
 
-from mplug2_jax.objectives.forward import Forward, Outcome
+from mplug2_jax.objectives.forward import ForwardPass, LossOutput
 from mplug2_jax.objectives.language import ilm_loss
 from mplug2_jax.tasks.answer import predict, score
 from mplug2_jax.tasks.base import Task, TaskContext
 from mplug2_jax.tasks.contracts import CONTRACTS
 
 
-def loss(forward: Forward, context: TaskContext) -> Outcome:
+def loss(forward: ForwardPass, context: TaskContext) -> LossOutput:
     """Cross entropy of the answer's tokens."""
     return ilm_loss(forward, context.settings.label_smoothing)
 

@@ -8,20 +8,20 @@ import numpy as np
 from data_pipelines.examples import Example
 from mplug2_jax.metrics.metric import MeanMetric
 from mplug2_jax.model.mplug2 import Mplug2
-from mplug2_jax.objectives.forward import DeviceBatch, Forward, Outcome
-from mplug2_jax.objectives.mlm import masked_predictions, mlm_loss
+from mplug2_jax.objectives.forward import DeviceBatch, ForwardPass, LossOutput
+from mplug2_jax.objectives.mlm import mlm_loss, predict_masked
 from mplug2_jax.tasks.base import EvalOutput, HostPredictions, Predictions, Task, TaskContext
 from mplug2_jax.tasks.contracts import CONTRACTS
 
 
-def loss(forward: Forward, context: TaskContext) -> Outcome:
+def loss(forward: ForwardPass, context: TaskContext) -> LossOutput:
     """Cross entropy of the masked tokens."""
     return mlm_loss(forward, context.tokens, context.settings.mlm, context.settings.label_smoothing)
 
 
 def predict(model: Mplug2, batch: DeviceBatch, context: TaskContext) -> Predictions:
     """Each token's best guess, and which tokens were masked."""
-    log_probs, chosen = masked_predictions(Forward(model, batch), context.tokens, context.settings.mlm)
+    log_probs, chosen = predict_masked(ForwardPass(model, batch), context.tokens, context.settings.mlm)
     return {"ids": jnp.where(chosen > 0, jnp.argmax(log_probs, -1), batch["text"]), "chosen": chosen > 0}
 
 

@@ -30,9 +30,9 @@ def score_pairs(model: Mplug2, batch: DeviceBatch, context: TaskContext) -> Floa
     are not added: they have chosen the candidates, and v1 adds none.
     """
     del context
-    visual = model.visual_tokens(batch["frames"])
+    visual = model.encode_visual(batch["frames"])
     text, mask = (batch[name].reshape(-1, batch[name].shape[-1]) for name in ("text", "text_mask"))
-    _, fused = model.fusion(model.text_tokens(text, mask), mask, visual)
+    _, fused = model.fusion(model.encode_text(text, mask), mask, visual)
     logits = model.matching(fused)
     return jnp.reshape(logits[:, 1] - logits[:, 0], batch["text"].shape[:2])
 

@@ -6,21 +6,24 @@ import jax
 
 from mplug2_jax.generation.config import SearchConfig
 from mplug2_jax.generation.decode import generate
-from mplug2_jax.objectives.forward import Forward, Outcome
+from mplug2_jax.objectives.forward import ForwardPass, LossOutput
 from mplug2_jax.objectives.scst import scst_loss
 from mplug2_jax.tasks import caption
 from mplug2_jax.tasks.base import TaskContext
 from mplug2_jax.tasks.contracts import CONTRACTS
 
 
-def loss(forward: Forward, context: TaskContext) -> Outcome:
+def loss(forward: ForwardPass, context: TaskContext) -> LossOutput:
     """Captions of each example by a key of its own, drawn and learned from without dropout: by the same chances."""
     batch = forward.batch
-    quiet = Forward(forward.model, batch, frequencies=forward.frequencies)
+    quiet = ForwardPass(forward.model, batch, frequencies=forward.frequencies)
     search = SearchConfig(
-        beams=context.settings.scst.samples, min_length=0, max_length=batch["references"].shape[-1] - 1, top_p=1.0
+        num_beams=context.settings.scst.num_samples,
+        min_length=0,
+        max_length=batch["references"].shape[-1] - 1,
+        top_p=1.0,
     )
-    decoder, memory = jax.lax.stop_gradient((forward.model.decoder, quiet.described))
+    decoder, memory = jax.lax.stop_gradient((forward.model.decoder, quiet.caption_memory))
     found = generate(decoder, *memory, search, context.tokens, batch["example_id"], key=forward.key("scst"))
     return scst_loss(quiet, found.ids, found.lengths, context.tokens)
 

@@ -11,7 +11,7 @@ from mplug2_jax.metrics.exact_topk import TopKResult, exact_top_k
 from mplug2_jax.metrics.metric import Metric
 from mplug2_jax.metrics.retrieval import chance_median_rank, chance_recall, median_rank, recall_at
 from mplug2_jax.model.mplug2 import Mplug2
-from mplug2_jax.objectives.forward import DeviceBatch, Forward, Outcome
+from mplug2_jax.objectives.forward import DeviceBatch, ForwardPass, LossOutput
 from mplug2_jax.objectives.vlc import vlc_loss
 from mplug2_jax.tasks.base import EvalOutput, HostPredictions, Predictions, RetrievalNeighbors, Task, TaskContext
 from mplug2_jax.tasks.contracts import CONTRACTS
@@ -20,7 +20,7 @@ CUTOFFS = (1, 5, 10)
 NUM_NEIGHBORS = 5  # of each example, to look at
 
 
-def loss(forward: Forward, context: TaskContext) -> Outcome:
+def loss(forward: ForwardPass, context: TaskContext) -> LossOutput:
     """Symmetric contrast over the global batch."""
     return vlc_loss(forward, context.settings.vlc)
 
@@ -28,7 +28,7 @@ def loss(forward: Forward, context: TaskContext) -> Outcome:
 def predict(model: Mplug2, batch: DeviceBatch, context: TaskContext) -> Predictions:
     """Unit vectors of pictures and texts."""
     del context
-    visual, text = Forward(model, batch).features
+    visual, text = ForwardPass(model, batch).features
     return {"visual": visual, "text": text}
 
 

@@ -1,12 +1,12 @@
 """Vision-language matching: does this text belong to this picture?"""
 
-from mplug2_jax.objectives.forward import Forward, Outcome
+from mplug2_jax.objectives.forward import ForwardPass, LossOutput
 from mplug2_jax.objectives.vlm import vlm_loss
 from mplug2_jax.tasks.base import Task, TaskContext
 from mplug2_jax.tasks.contracts import CONTRACTS
 
 
-def loss(forward: Forward, context: TaskContext) -> Outcome:
+def loss(forward: ForwardPass, context: TaskContext) -> LossOutput:
     """Two-way cross entropy over true pairs and hard negatives."""
     return vlm_loss(forward, context.settings.vlm, context.settings.label_smoothing)
 

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mplug2_jax.model.heads import unit
+from mplug2_jax.model.heads import l2_normalize
 from mplug2_jax.model.mplug2 import Mplug2
-from mplug2_jax.objectives.forward import DeviceBatch, Forward
+from mplug2_jax.objectives.forward import DeviceBatch, ForwardPass
 from mplug2_jax.parallel.sharding import constrain
 from mplug2_jax.tasks import classify
 from mplug2_jax.tasks.base import Predictions, Task, TaskContext
@@ -24,17 +24,17 @@ def precompute(model: Mplug2, context: TaskContext) -> Predictions:
 
     def features(ids: Int[Array, "r l"]) -> Float[Array, "r e"]:
         ids = constrain(ids, "batch", None)
-        return model.contrastive.text_features(model.text_tokens(ids, ids != context.tokens.pad))
+        return model.contrastive.text_features(model.encode_text(ids, ids != context.tokens.pad))
 
     each = jax.lax.map(features, jnp.asarray(prompts.ids))
     each = each.reshape(-1, each.shape[-1])[: prompts.num_classes * prompts.num_templates]
-    return {"class_features": unit(each.reshape(prompts.num_classes, prompts.num_templates, -1).mean(1))}
+    return {"class_features": l2_normalize(each.reshape(prompts.num_classes, prompts.num_templates, -1).mean(1))}
 
 
 def predict(model: Mplug2, batch: DeviceBatch, context: TaskContext) -> Predictions:
     """Each class's probability."""
     del context
-    visual = model.contrastive.visual_features(Forward(model, batch).visual)
+    visual = model.contrastive.visual_features(ForwardPass(model, batch).visual)
     logits = visual @ batch["class_features"].T / model.contrastive.temperature
     return {"probabilities": jax.nn.softmax(logits, axis=-1)}
 

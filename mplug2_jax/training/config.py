@@ -263,10 +263,11 @@ class RunConfig:
                     f"{where}.data.batch_size={stream.data.batch_size} is not a multiple of "
                     f"config.grad_accum_steps={self.grad_accum_steps}"
                 )
-            group = self.tasks.vlm.group
+            group = self.tasks.vlm.group_size
             if "vlm" in stream.objectives and group and micro % group:
                 raise UserError(
-                    f"{where}: {micro} examples per micro-batch are not a multiple of config.tasks.vlm.group={group}"
+                    f"{where}: {micro} examples per micro-batch are not a multiple of "
+                    f"config.tasks.vlm.group_size={group}"
                 )
             queue = self.tasks.vlc.queue_size
             if "vlc" in stream.objectives and queue and self.tasks.distillation is None:

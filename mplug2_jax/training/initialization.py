@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from data_pipelines.loader import Stream
 from mplug2_jax.errors import UserError, did_you_mean
 from mplug2_jax.model.vision import resize_positions
-from mplug2_jax.objectives.cider import Frequencies, document_frequencies
+from mplug2_jax.objectives.cider import DocumentFrequencies, count_document_frequencies
 from mplug2_jax.training.checkpoint.checkpoints import Checkpoints, open_checkpoint
 from mplug2_jax.training.config import RunConfig
 from mplug2_jax.training.optim.lora import remove_adapters
@@ -97,12 +97,12 @@ def with_checkpoint_sizes(
     return sized, f"the model's sizes are those of {config.init_from}: {told}"
 
 
-def _counted(spec: RunSpec, streams: Mapping[str, Stream]) -> Frequencies:
+def _counted(spec: RunSpec, streams: Mapping[str, Stream]) -> DocumentFrequencies:
     """The document frequencies of the captions that are rewarded."""
     config = spec.config
     rewarded = [streams[name] for name, stream in config.streams.items() if "scst" in stream.objectives]
-    documents = (ids for stream in rewarded for ids in stream.references(config.tasks.scst.documents))
-    return document_frequencies(documents, spec.context.tokens)
+    documents = (ids for stream in rewarded for ids in stream.references(config.tasks.scst.num_documents))
+    return count_document_frequencies(documents, spec.context.tokens)
 
 
 def _begun(spec: RunSpec) -> tuple[TrainState, list[str]]:

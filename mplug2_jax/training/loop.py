@@ -19,8 +19,8 @@ from mplug2_jax.errors import Preempted, UserError
 from mplug2_jax.evaluation.loop import Evaluation, EvaluationResult, save_result
 from mplug2_jax.model.mplug2 import Params
 from mplug2_jax.parallel.mesh import describe_mesh, make_mesh
-from mplug2_jax.parallel.placement import batch_shards, check_batch, held_parts, put_batch
-from mplug2_jax.parallel.processes import check_equal, is_first
+from mplug2_jax.parallel.placement import check_batch_divisible, local_batch_shards, num_batch_shards, put_batch
+from mplug2_jax.parallel.processes import check_same_across_processes, is_primary_process
 from mplug2_jax.tasks.table import TASKS
 from mplug2_jax.training.checkpoint.checkpoints import Checkpoints
 from mplug2_jax.training.checkpoint.metadata import DataPosition, ModelMetadata
@@ -65,13 +65,15 @@ def train(config: RunConfig, path: Path) -> list[EvaluationResult]:
 
 
 def _train(config: RunConfig, workdir: WorkDir, notice: PreemptionNotice, lock: Lock) -> list[EvaluationResult]:
-    ledger, progress = Ledger(), Progress(config.steps, quiet=not is_first())
+    ledger, progress = Ledger(), Progress(config.steps, quiet=not is_primary_process())
     enable_compilation_cache(config.compilation_cache)
 
     # Mesh and model, described before anything is made.
     mesh = make_mesh(config.mesh)
     for name, stream in config.streams.items():
-        check_batch(f"config.streams.{name}.data.batch_size", stream.data.batch_size // config.grad_accum_steps, mesh)
+        check_batch_divisible(
+            f"config.streams.{name}.data.batch_size", stream.data.batch_size // config.grad_accum_steps, mesh
+        )
     resumes = workdir.check_config(config)
     begun_with = workdir.read_config() if resumes else config
     tokenizer = workdir.load_tokenizer(config)
@@ -91,11 +93,11 @@ def _train(config: RunConfig, workdir: WorkDir, notice: PreemptionNotice, lock: 
     begun = None if resumes else init_or_load_state(spec, streams)
 
     # Nothing was written until here, so that a run that is refused can be started again.
-    if is_first():
+    if is_primary_process():
         workdir.initialize(config, tokenizer)
 
     # State: fresh, or the last good checkpoint's.
-    events = Events(workdir.events if is_first() else None, progress.say)
+    events = Events(workdir.events if is_primary_process() else None, progress.say)
     identity = ModelMetadata(config.model, spec.definition.parts, lora_scale=config.lora.scale)
     checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint, model=identity, events=events)
     if resumes and checkpoints.steps():
@@ -220,21 +222,21 @@ def check_same_in_all_processes(config: RunConfig, tokenizer: Tokenizer, *, resu
         UserError: names what differs, and whose.
     """
     fields = {f"config.{name}": value for name, value in flatten_dict(json.loads(json.dumps(to_dict(config)))).items()}
-    check_equal({**fields, "the tokeniser": fingerprint(tokenizer), "a run in --workdir": resumes})
+    check_same_across_processes({**fields, "the tokeniser": fingerprint(tokenizer), "a run in --workdir": resumes})
 
 
 def describe(spec: RunSpec) -> str:
     """What is about to run, in a few lines: model, mesh, and why some parameters are not split."""
     config = spec.config
     frozen = _count(partition(spec.shapes["params"], config.frozen)[1])
-    pairs = _count(spec.shapes["params"]) - spec.definition.count()
+    pairs = _count(spec.shapes["params"]) - spec.definition.num_params()
     lines = [
-        f"{config.name}: {spec.definition.count():,} parameters in {', '.join(spec.definition.parts)}"
+        f"{config.name}: {spec.definition.num_params():,} parameters in {', '.join(spec.definition.parts)}"
         + (f"; {frozen:,} of them, in {', '.join(config.frozen)}, are frozen" if frozen else "")
         + (f"; LoRA trains {pairs:,} more for {', '.join(config.lora.parts)}" if pairs else ""),
         f"mesh {describe_mesh(spec.mesh)} on {spec.mesh.devices.flat[0].device_kind}",
     ]
-    lines += [f"  {name}: {why}" for name, why in spec.placement.reasons.items()]
+    lines += [f"  {name}: {why}" for name, why in spec.placement.skipped_rules.items()]
     return "\n".join(lines)
 
 
@@ -265,7 +267,7 @@ def device_batches(
     streams: Mapping[str, Stream], mesh: Mesh, start: int
 ) -> Iterator[tuple[StreamBatches, list[tuple[str, Made]]]]:
     """The streams' batches on the devices, from step ``start`` on, and the rows that this process made of them."""
-    shard = Shard(held_parts(mesh), batch_shards(mesh))
+    shard = Shard(local_batch_shards(mesh), num_batch_shards(mesh))
     sources = {name: stream.batches(start, shard) for name, stream in streams.items()}
     while True:
         loaded = {name: next(source) for name, source in sources.items()}
@@ -328,7 +330,7 @@ def run_evaluations(
     results = []
     for evaluation in evaluations:
         result = evaluation.run(params, step, on_batch)
-        if is_first():
+        if is_primary_process():
             save_result(result, folder)
         metrics_file.write(step, result.tagged_metrics())
         progress.say(result.summary())

@@ -10,11 +10,11 @@ import optax
 from jax.sharding import Mesh
 
 from mplug2_jax.model.config import SpecialTokens
-from mplug2_jax.model.mplug2 import ModelDef, Params, define
+from mplug2_jax.model.mplug2 import ModelDef, Params, define_model
 from mplug2_jax.model.prng import random_key
-from mplug2_jax.objectives.cider import no_frequencies
-from mplug2_jax.objectives.queue import fresh_queue
-from mplug2_jax.parallel.placement import Placement, place_parameters, replicated
+from mplug2_jax.objectives.cider import uniform_frequencies
+from mplug2_jax.objectives.queue import init_queue
+from mplug2_jax.parallel.placement import ParamShardings, make_param_shardings, replicated_sharding
 from mplug2_jax.tasks.base import TaskContext
 from mplug2_jax.training.config import RunConfig
 from mplug2_jax.training.optim.layer_decay import lr_scales
@@ -55,7 +55,7 @@ class RunSpec:
     optimizer: optax.GradientTransformation
     schedules: Mapping[str, optax.Schedule]  # of learning rates, by parameter group
     logical_axes: Params  # logical ones, of the state's parameters
-    placement: Placement
+    placement: ParamShardings
     shapes: TrainState  # of jax.ShapeDtypeStruct with shardings
     shardings: TrainState
 
@@ -89,7 +89,7 @@ def make_run_spec(
     Raises:
         UserError: parts and sizes that do not make a model.
     """
-    definition = define(config.model, config.parts() if parts is None else parts)
+    definition = define_model(config.model, config.parts() if parts is None else parts)
     peak = config.optimizer.learning_rate
     vision_peak = config.optimizer.vision_learning_rate
     rates = {
@@ -101,7 +101,7 @@ def make_run_spec(
     decay = config.optimizer.layer_decay
     factors = None if decay == 1 else partition(lr_scales(parameters, config.model, decay), config.frozen)[0]
     optimizer = adamw(config.optimizer, rates["rest"], rates["vision"], factors)
-    placement = place_parameters(parameters, axes, mesh)
+    placement = make_param_shardings(parameters, axes, mesh)
     shapes = jax.eval_shape(lambda params: _with_parameters(params, config, optimizer), definition.shapes)
     shardings = _state_shardings(config, shapes, placement, optimizer, mesh)
     described = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
@@ -123,12 +123,12 @@ def _with_parameters(params: Params, config: RunConfig, optimizer: optax.Gradien
     size = config.tasks.vlc.queue_size
     if size:
         state["queues"] = {
-            name: fresh_queue(jax.random.fold_in(key, i), size, config.model.contrastive_width)
+            name: init_queue(jax.random.fold_in(key, i), size, config.model.contrastive_width)
             for i, (name, stream) in enumerate(sorted(config.streams.items()))
             if "vlc" in stream.objectives
         }
     if any("scst" in stream.objectives for stream in config.streams.values()):
-        state["frequencies"] = no_frequencies()  # until the captions are counted
+        state["frequencies"] = uniform_frequencies()  # until the captions are counted
     return state
 
 
@@ -147,11 +147,11 @@ def eval_params(spec: RunSpec, state: TrainState) -> Params:
 def _state_shardings(
     config: RunConfig,
     shapes: TrainState,
-    placement: Placement,
+    placement: ParamShardings,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
 ) -> TrainState:
-    whole = replicated(mesh)
+    whole = replicated_sharding(mesh)
     trained, _ = partition(placement.shardings, config.frozen)
     moments_in = HOST_MEMORY if config.optimizer.offload_moments else None
     shardings: TrainState = jax.tree.map(lambda _: whole, shapes)

@@ -12,12 +12,12 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from mplug2_jax.model.mplug2 import Params
 from mplug2_jax.model.prng import random_key
-from mplug2_jax.objectives.cider import Frequencies
-from mplug2_jax.objectives.forward import DeviceBatch, Forward, Metrics, purpose_key
+from mplug2_jax.objectives.cider import DocumentFrequencies
+from mplug2_jax.objectives.ema import ema_update
+from mplug2_jax.objectives.forward import DeviceBatch, ForwardPass, Metrics, named_key
 from mplug2_jax.objectives.queue import Queue
-from mplug2_jax.objectives.teacher import update_teacher
-from mplug2_jax.parallel.placement import replicated
-from mplug2_jax.parallel.sharding import apart, gathered_before, together
+from mplug2_jax.parallel.placement import replicated_sharding
+from mplug2_jax.parallel.sharding import all_gather_param, assume_params_gathered, reduce_scatter_grad
 from mplug2_jax.tasks.table import TASKS
 from mplug2_jax.training.compilation import aot_cache_miss_reason, compiler_options
 from mplug2_jax.training.config import RunConfig
@@ -37,7 +37,7 @@ def streams_loss(
     batches: StreamBatches,
     rng: PRNGKeyArray,
     alpha: Float[Array, ""],
-    frequencies: Frequencies | None = None,
+    frequencies: DocumentFrequencies | None = None,
 ) -> tuple[Float[Array, ""], tuple[Metrics, Queues]]:
     """The weighted sum of all streams' objectives, their metrics, and the queues with these batches in them."""
     config = spec.config
@@ -46,9 +46,9 @@ def streams_loss(
     total, queues = jnp.zeros(()), dict(queues)
     metrics: Metrics = {}
     for name, stream in config.streams.items():
-        key = purpose_key(rng, name)
-        taught = None if teaching is None else Forward(teaching, batches[name], purpose_key(key, "teacher"))
-        forward = Forward(
+        key = named_key(rng, name)
+        taught = None if teaching is None else ForwardPass(teaching, batches[name], named_key(key, "teacher"))
+        forward = ForwardPass(
             model, batches[name], key, teacher=taught, alpha=alpha, queue=queues.get(name), frequencies=frequencies
         )
         for objective, weight in stream.objectives.items():
@@ -81,7 +81,7 @@ class StepInputs(NamedTuple):
     rng: PRNGKeyArray
     teacher: Params | None
     alpha: Float[Array, ""]
-    frequencies: Frequencies | None
+    frequencies: DocumentFrequencies | None
 
 
 def step_inputs(spec: RunSpec, state: TrainState) -> StepInputs:
@@ -90,7 +90,7 @@ def step_inputs(spec: RunSpec, state: TrainState) -> StepInputs:
     distillation = config.tasks.distillation
     if teacher is not None and distillation is not None:
         student = merge_adapters(state["params"], config.lora.scale)
-        teacher = update_teacher(teacher, student, distillation.momentum, frozen=distillation.frozen)
+        teacher = ema_update(teacher, student, distillation.momentum, frozen=distillation.frozen)
     rng = jax.random.fold_in(random_key(config.seed), state["step"])
     return StepInputs(rng, teacher, _alpha(config, state["step"]), state.get("frequencies"))
 
@@ -103,17 +103,17 @@ def train_step(spec: RunSpec, state: TrainState, batches: StreamBatches) -> tupl
 
     once = config.fsdp_gather == "step"
     axes, frozen_axes = partition(spec.logical_axes, config.frozen)
-    used = jax.tree.map(together, params, axes) if once else params
-    rest = jax.tree.map(together, frozen, frozen_axes) if once else frozen
-    teaches = jax.tree.map(together, teacher, spec.definition.axes) if once and teacher is not None else teacher
+    used = jax.tree.map(all_gather_param, params, axes) if once else params
+    rest = jax.tree.map(all_gather_param, frozen, frozen_axes) if once else frozen
+    teaches = jax.tree.map(all_gather_param, teacher, spec.definition.axes) if once and teacher is not None else teacher
 
     def loss(params: Params, queues: Queues, batches: StreamBatches, rng: PRNGKeyArray) -> Any:
-        with gathered_before() if once else contextlib.nullcontext():
+        with assume_params_gathered() if once else contextlib.nullcontext():
             return streams_loss(spec, combine(params, rest), teaches, queues, batches, rng, alpha, frequencies)
 
     def gradient_of(queues: Queues, batches: StreamBatches, rng: PRNGKeyArray) -> tuple[Metrics, Queues, Params]:
         (_, (metrics, queues)), gradients = jax.value_and_grad(loss, has_aux=True)(used, queues, batches, rng)
-        return metrics, queues, jax.tree.map(apart, gradients, axes) if once else gradients
+        return metrics, queues, jax.tree.map(reduce_scatter_grad, gradients, axes) if once else gradients
 
     queues = state.get("queues", {})
     if config.grad_accum_steps == 1:
@@ -142,7 +142,7 @@ def train_step(spec: RunSpec, state: TrainState, batches: StreamBatches) -> tupl
         after: TrainState = {"params": combine(moved, frozen), "opt": opt}
         if "ema" in state:
             exact = jax.tree.map(lambda p: p.astype(jnp.float32), moved)
-            after["ema"] = update_teacher(state["ema"], exact, config.ema_decay)
+            after["ema"] = ema_update(state["ema"], exact, config.ema_decay)
     if teacher is not None:
         after["teacher"] = teacher
     if queues:
@@ -216,7 +216,7 @@ def jit_train_step(spec: RunSpec) -> Any:
     return jax.jit(
         lambda state, batches: train_step(spec, state, batches),
         donate_argnums=0,
-        out_shardings=(spec.shardings, replicated(spec.mesh)),
+        out_shardings=(spec.shardings, replicated_sharding(spec.mesh)),
     )
 
 

@@ -58,9 +58,9 @@ CONFIGS = {
     "optimizer.learning_rate=-1": "config.optimizer.learning_rate=-1.0 must be at least 0",
     "optimizer.b2=1.5": "config.optimizer.b2=1.5 must be between 0 and 1",
     "schedule.warmup_steps=-1": "config.schedule.warmup_steps=-1 must be at least 0",
-    "tasks.search.beams=0": "config.tasks.search.beams=0 must be at least 1",
-    "tasks.mlm.rate=15": "config.tasks.mlm.rate=15.0 must be between 0 and 1",
-    "tasks.vlm.group=-1": "config.tasks.vlm.group=-1 must be at least 0",
+    "tasks.search.num_beams=0": "config.tasks.search.num_beams=0 must be at least 1",
+    "tasks.mlm.mask_rate=15": "config.tasks.mlm.mask_rate=15.0 must be between 0 and 1",
+    "tasks.vlm.group_size=-1": "config.tasks.vlm.group_size=-1 must be at least 0",
     "model.heads=5": "config.model.width=32 does not divide into config.model.heads=5 heads",
     "model.vocab_size=50": "config.model.vocab_size=50 is too small for the tokeniser's 160 tokens; raise it to at "
     "least 160",

@@ -114,7 +114,7 @@ def test_only_the_parts_that_are_needed_are_read(contrasting: Path, tmp_path: Pa
         "eval", "--task", "finetune:videoqa,tiny", "--checkpoint", contrasting, "--out", tmp_path / "out",
         "--config.evaluations.video.data.visual.image_size=16",
         "--config.evaluations.video.data.sources.clips.max_records=8",
-        "--config.mesh.fsdp=8", "--config.tasks.search.beams=1", "--config.tasks.search.max_length=3",
+        "--config.mesh.fsdp=8", "--config.tasks.search.num_beams=1", "--config.tasks.search.max_length=3",
     )  # fmt: skip
     assert done.status == 0, done.err
     assert len((tmp_path / "out" / "video.jsonl").read_text().splitlines()) == 8

@@ -14,7 +14,7 @@ import pytest
 from data_pipelines.config import SourceConfig
 from mplug2_jax.evaluation.config import EvaluationConfig
 from mplug2_jax.model.config import model_config
-from mplug2_jax.model.mplug2 import define
+from mplug2_jax.model.mplug2 import define_model
 from mplug2_jax.parallel.sharding import ACTIVATION_RULES, PARAMETER_RULES
 from mplug2_jax.planning.plan_file import PlanFile, read_plan
 from tests.runs import recipe_file, small_run
@@ -45,8 +45,8 @@ def test_both_tables_and_every_parameter_are_shown(mplug2: Callable[..., Outcome
     for name in (*PARAMETER_RULES, *ACTIVATION_RULES):
         assert re.search(rf"^{name} +[-\w]", shown.out, re.MULTILINE), name
     parts = ("vision", "temporal", "text", "universal", "fusion", "decoder", "mlm", "contrastive", "matching")
-    definition = define(model_config("tiny"), parts)
-    assert f"\n{definition.count():,} parameters; a device holds " in shown.out
+    definition = define_model(model_config("tiny"), parts)
+    assert f"\n{definition.num_params():,} parameters; a device holds " in shown.out
     assert "could not act" not in shown.out
 
 

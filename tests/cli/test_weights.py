@@ -78,7 +78,7 @@ def test_an_import_says_what_became_of_everything_and_leaves_a_work_directory(
 def test_an_import_can_be_evaluated(imported: Path, mplug2: Mplug2) -> None:
     done = mplug2(
         "eval", "--workdir", imported, "--config.evaluations.video.data.sources.clips.max_records=8",
-        "--config.tasks.search.beams=1", "--config.tasks.search.max_length=3",
+        "--config.tasks.search.num_beams=1", "--config.tasks.search.max_length=3",
     )  # fmt: skip
     assert done.status == 0, done.err
     assert re.search(r"^video +accuracy ", done.out, re.MULTILINE)

@@ -12,7 +12,7 @@ from mplug2_jax.conversion.files.sources import open_source
 from mplug2_jax.conversion.import_plan import plan_import
 from mplug2_jax.conversion.import_weights import run_import
 from mplug2_jax.errors import UserError
-from mplug2_jax.model.mplug2 import Mplug2, define
+from mplug2_jax.model.mplug2 import Mplug2, define_model
 from mplug2_jax.model.taps import Taps
 from mplug2_jax.training.checkpoint.checkpoints import open_checkpoint
 from tests.close import assert_close
@@ -28,7 +28,7 @@ def bound(workdir: Path, **overrides: Any) -> tuple[Mplug2, Any]:
 
     checkpoints, step = open_checkpoint(workdir)
     identity = checkpoints.model_metadata(step)
-    definition = define(dataclasses.replace(identity.config, dtype="float32", **overrides), identity.parts)
+    definition = define_model(dataclasses.replace(identity.config, dtype="float32", **overrides), identity.parts)
     params, _ = checkpoints.restore_params(definition.shapes, step)
     checkpoints.close()
     params = jax.tree.map(jnp.asarray, params)
@@ -131,7 +131,7 @@ def test_bert_is_the_same_at_every_layer(tmp_path: Path, head: bool, heads: int)
 
 def _text_states(model: Mplug2, ids: jax.Array, mask: jax.Array) -> dict[str, jax.Array]:
     taps = Taps()
-    model.text_tokens(ids, mask, taps=taps)
+    model.encode_text(ids, mask, taps=taps)
     return dict(taps)
 
 

@@ -18,12 +18,12 @@ from mplug2_jax.conversion.layouts.official_state import REST, official_state
 from mplug2_jax.conversion.report import read_report
 from mplug2_jax.errors import UserError
 from mplug2_jax.model.config import model_config
-from mplug2_jax.model.mplug2 import define
+from mplug2_jax.model.mplug2 import define_model
 from mplug2_jax.training.checkpoint.checkpoints import Checkpoints, open_checkpoint
 from mplug2_jax.training.checkpoint.metadata import DataPosition
 from mplug2_jax.training.config import CheckpointConfig
 from tests.close import assert_close
-from tests.weights import assert_same, official_config, official_file, tensors_of
+from tests.weights import assert_same, official_config, official_file, read_tensors
 
 CASES = [("caption", False), ("videoqa", False), ("videoqa", True)]
 
@@ -100,7 +100,7 @@ def test_without_kept_weights_the_release_s_initialisation_fills_and_is_said(imp
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_other_types_round_and_say_by_how_much(imported: Path, tmp_path: Path, dtype: str) -> None:
     report = export(imported / "ours", tmp_path / "x.safetensors", dtype=dtype)
-    stored, whole = tensors_of(tmp_path / "x.safetensors"), tensors_of(imported / "source" / "x.safetensors")
+    stored, whole = read_tensors(tmp_path / "x.safetensors"), read_tensors(imported / "source" / "x.safetensors")
     rows = {row.name: row for row in report.rows}
     for name, value in whole.items():
         if value.dtype == np.int64:
@@ -115,7 +115,7 @@ def test_other_types_round_and_say_by_how_much(imported: Path, tmp_path: Path, d
 
 def test_averaged_weights_can_be_written_as_the_model_s_own(imported: Path, tmp_path: Path) -> None:
     export(imported / "ours", tmp_path / "x.safetensors", ema=True, teacher=False)
-    stored, whole = tensors_of(tmp_path / "x.safetensors"), tensors_of(imported / "source" / "x.safetensors")
+    stored, whole = read_tensors(tmp_path / "x.safetensors"), read_tensors(imported / "source" / "x.safetensors")
     name = "text_decoder.bert.encoder.layer.1.output.dense.weight"
     assert stored[name].tobytes() == whole[name.replace("text_decoder.", "text_decoder_m.")].tobytes()
     assert not any(name.startswith("text_decoder_m.") for name in stored)
@@ -126,7 +126,7 @@ def test_a_run_s_own_average_is_written_unless_it_is_declined_and_the_frozen_as_
     run_import(plan_import([source]), tmp_path / "imported")
     theirs, step = open_checkpoint(tmp_path / "imported")
     identity = theirs.model_metadata(step)
-    params, _ = theirs.restore_params(define(identity.config, identity.parts).shapes, step)
+    params, _ = theirs.restore_params(define_model(identity.config, identity.parts).shapes, step)
     theirs.close()
     average = jax.tree.map(lambda x: x + 1, {part: tree for part, tree in params.items() if part != "decoder"})
     ours = Checkpoints(tmp_path / "ours" / "checkpoints", CheckpointConfig(), model=identity)
@@ -139,8 +139,8 @@ def test_a_run_s_own_average_is_written_unless_it_is_declined_and_the_frozen_as_
     assert not export(tmp_path / "ours", tmp_path / "last" / "x.safetensors", ema=False).kind.endswith(
         "averaged weights"
     )
-    averaged, last = (tensors_of(tmp_path / file) for file in ("averaged.safetensors", "last/x.safetensors"))
-    whole = tensors_of(source)
+    averaged, last = (read_tensors(tmp_path / file) for file in ("averaged.safetensors", "last/x.safetensors"))
+    whole = read_tensors(source)
     moved, frozen = (
         "text_encoder.encoder.layer.1.output.dense.bias",
         "text_decoder.bert.encoder.layer.1.output.dense.bias",
@@ -154,7 +154,7 @@ def test_the_release_s_training_wants_a_teacher_and_gets_copies(tmp_path: Path) 
     source = official_file(tmp_path / "s" / "x.safetensors", official_config(), teacher=False)
     run_import(plan_import([source]), tmp_path / "ours")
     export(tmp_path / "ours", tmp_path / "x.safetensors", teacher=True)
-    stored = tensors_of(tmp_path / "x.safetensors")
+    stored = read_tensors(tmp_path / "x.safetensors")
     config = official_config()
     assert list(stored) == list(official_state(config, default_fusion_start(config), teacher=True))
     for name in (
@@ -182,7 +182,7 @@ def test_a_position_table_is_resized_and_the_rest_is_not(tmp_path: Path) -> None
     report = run_import(plan_import([source], image_size=48), tmp_path / "ours")
     assert [row.name for row in report.rows if row.fate == "resized"] == ["visual_encoder.visual.positional_embedding"]
     table = arrays_of(tmp_path / "ours")["params", "vision", "positions"]
-    stored = tensors_of(source)["visual_encoder.visual.positional_embedding"]
+    stored = read_tensors(source)["visual_encoder.visual.positional_embedding"]
     assert table.shape == (37, 64)
     np.testing.assert_array_equal(table[0], stored[0])
     torch = pytest.importorskip("torch")
@@ -192,7 +192,7 @@ def test_a_position_table_is_resized_and_the_rest_is_not(tmp_path: Path) -> None
 
 
 def test_arrays_that_share_tensors_are_read_together_and_small_ones_at_once() -> None:
-    definition = define(official_config(), TASK_PARTS["videoqa"])
+    definition = define_model(official_config(), TASK_PARTS["videoqa"])
     scheme = official_scheme(definition.config, definition.parts, 2, teacher=True)
     found = groups(scheme.slots)
     paths = [path for group, _ in found for path in group]
@@ -251,7 +251,7 @@ def test_the_pytorch_runtime_opens_an_export_as_it_is(tmp_path: Path, task: str,
     run_import(plan_import([source]), tmp_path / "ours")
     export(tmp_path / "ours", tmp_path / "hub", shard_bytes=shard_bytes)
     model = (Caption if task == "caption" else VideoQA).from_pretrained(tmp_path / "hub")
-    stored = tensors_of(source)
+    stored = read_tensors(source)
     for name, parameter in model.state_dict().items():
         assert torch.equal(parameter, torch.from_numpy(stored[name].copy())), name
 

@@ -17,9 +17,9 @@ from mplug2_jax.evaluation.answers import read_answers
 from mplug2_jax.evaluation.config import EvaluationConfig
 from mplug2_jax.evaluation.loop import Evaluation
 from mplug2_jax.generation.config import SearchConfig
-from mplug2_jax.generation.constrained import NOTHING
-from mplug2_jax.model.mplug2 import Params, define
-from mplug2_jax.objectives.forward import DeviceBatch, Forward
+from mplug2_jax.generation.constrained import ANSWER_PAD
+from mplug2_jax.model.mplug2 import Params, define_model
+from mplug2_jax.objectives.forward import DeviceBatch, ForwardPass
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.tasks.base import TaskContext
@@ -42,9 +42,9 @@ def test_answers_are_ids_from_after_the_begin_token_to_the_end_each_once(tmp_pat
     table = read_answers(path, "config.x", ASK, TOKENIZER, SEARCH, 32)
     assert table.shape == (3, 5)  # longer than targets are
     for row, answer in zip(table, ("ab", "c d e", "a b"), strict=True):
-        ids = row[row != NOTHING].tolist()
+        ids = row[row != ANSWER_PAD].tolist()
         assert [TOKENIZER.cls_id, *ids] == TOKENIZER.encode(answer)
-        assert (row[len(ids) :] == NOTHING).all()
+        assert (row[len(ids) :] == ANSWER_PAD).all()
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,9 @@ def test_answers_are_ids_from_after_the_begin_token_to_the_end_each_once(tmp_pat
 )
 def test_lists_as_they_are_passed_around_are_read(tmp_path: Path, content: object, expected: list[str]) -> None:
     table = read_answers(written(tmp_path, content), "config.x", ASK, TOKENIZER, SEARCH, 32)
-    assert [[TOKENIZER.cls_id, *row[row != NOTHING].tolist()] for row in table] == list(map(TOKENIZER.encode, expected))
+    assert [[TOKENIZER.cls_id, *row[row != ANSWER_PAD].tolist()] for row in table] == list(
+        map(TOKENIZER.encode, expected)
+    )
 
 
 @pytest.mark.parametrize(
@@ -99,7 +101,7 @@ def test_what_is_no_list_is_refused(
     assert sentence in str(error.value)
 
 
-DEFINITION = define(MODEL, ("vision", "text", "universal", "fusion", "decoder"))
+DEFINITION = define_model(MODEL, ("vision", "text", "universal", "fusion", "decoder"))
 LISTED = ["red", "two", "left", "le", "r e d", "twos", "blue", "no"]
 
 
@@ -146,7 +148,7 @@ def log_likelihoods(params: Params) -> np.ndarray:
 
     def of_one(params: Params, arrays: DeviceBatch, ids: jax.Array) -> jax.Array:
         model = DEFINITION.bind(params)
-        memory, mask = Forward(model, arrays).instructed
+        memory, mask = ForwardPass(model, arrays).instruction_memory
         rows = jnp.tile(ids, (len(memory), 1))  # those behind the six are padding
         logits = model.decoder(rows, None, memory, mask)[:6, :-1]
         return jnp.take_along_axis(jax.nn.log_softmax(logits), rows[:6, 1:, None], axis=-1)[..., 0]
@@ -183,4 +185,4 @@ def test_the_release_counts_the_first_token_twice_and_its_search_is_not_asked(
     path = written(tmp_path, LISTED)
     asked("answer", path, ranked=3)
     asked("answer", path, ranked=3, examples=dataclasses.replace(QUESTIONS, tokenization="released"))
-    assert [context.first_twice for context in told] == [False, True]
+    assert [context.double_count_first_token for context in told] == [False, True]

@@ -7,7 +7,7 @@ import pytest
 from mplug2_jax.evaluation.fixed_batch import predict_in_fixed_batches
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
-from mplug2_jax.parallel.placement import replicated
+from mplug2_jax.parallel.placement import replicated_sharding
 
 
 @pytest.mark.parametrize(("batch", "axes"), [(2, {}), (14, {}), (48, {"data": 2, "fsdp": 4}), (16, {"data": 8})])
@@ -20,7 +20,7 @@ def test_predictions_come_back_in_the_batch_s_order(batch, axes):
         seen.append(arrays["x"].shape)
         return {"twice": 2 * arrays["x"], "mask": arrays["mask"]}
 
-    predict = jax.jit(twice, out_shardings=replicated(mesh))
+    predict = jax.jit(twice, out_shardings=replicated_sharding(mesh))
     x = np.arange(3 * batch).reshape(batch, 3)
     arrays = {"x": x, "mask": x[:, 0] % 2 == 0}
     made = predict_in_fixed_batches(predict, arrays, 2, mesh)

@@ -23,7 +23,7 @@ from mplug2_jax.evaluation.loop import Evaluation, EvaluationResult, save_result
 from mplug2_jax.evaluation.samples import Sample, SampleNeighbors
 from mplug2_jax.metrics.classification import confusion_summary
 from mplug2_jax.model.config import SpecialTokens, model_config
-from mplug2_jax.model.mplug2 import define
+from mplug2_jax.model.mplug2 import define_model
 from mplug2_jax.objectives.config import MlmConfig
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
@@ -35,7 +35,7 @@ from tests.close import assert_close
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 TOKENIZER = WordPieceTokenizer([*SPECIAL_TOKENS, "?", *LETTERS, *(f"##{letter}" for letter in LETTERS)])
 CONTEXT = TaskContext(
-    settings=TaskSettings(mlm=MlmConfig(rate=0.5)),
+    settings=TaskSettings(mlm=MlmConfig(mask_rate=0.5)),
     tokens=SpecialTokens(begin=TOKENIZER.cls_id, end=TOKENIZER.sep_id, mask=TOKENIZER.mask_id),
 )
 MODEL = model_config(
@@ -60,7 +60,9 @@ def evaluation(task, parts, examples, *, batch_size=SIZE, kind="text", size=SIZE
     data = DataConfig(sources=sources, visual=visual, examples=examples, batch_size=batch_size)
     config = EvaluationConfig(task=task, data=data, num_samples=samples)
     one = make_mesh(MeshConfig(), jax.devices()[:1])
-    return Evaluation("held", config, define(MODEL, parts), CONTEXT, TOKENIZER, mesh or one, seed=0, recipe="a_recipe")
+    return Evaluation(
+        "held", config, define_model(MODEL, parts), CONTEXT, TOKENIZER, mesh or one, seed=0, recipe="a_recipe"
+    )
 
 
 def drawn(definition):
@@ -72,7 +74,7 @@ def drawn(definition):
 def results():
     """The same evaluation in batches of everything, of 7 (the last holds 6), and of 16 (the last holds 4) on a mesh."""
     parts = ("text", "universal", "mlm")
-    params = drawn(define(MODEL, parts))
+    params = drawn(define_model(MODEL, parts))
     return {
         size: evaluation("mlm", parts, SENTENCES, batch_size=size, mesh=mesh).run(params, 3)
         for size, mesh in ((SIZE, None), (7, None), (16, make_mesh(MeshConfig(data=2, fsdp=4))))
@@ -97,7 +99,7 @@ ACTIONS = ExampleConfig(instructions={"label": InstructionConfig(templates=("",)
 def actions(visual, *, batch_size=6, mesh=None, size=7, model=MODEL):
     sources = {"digits": SourceConfig(kind="video", split="heldout", max_records=size)}
     data = DataConfig(sources=sources, visual=visual, examples=ACTIONS, batch_size=batch_size)
-    definition = define(dataclasses.replace(model, num_classes=len(VIDEO_LABELS)), SEEING)
+    definition = define_model(dataclasses.replace(model, num_classes=len(VIDEO_LABELS)), SEEING)
     one = make_mesh(MeshConfig(), jax.devices()[:1])
     config = EvaluationConfig(task="classify", data=data)
     return Evaluation("held", config, definition, CONTEXT, TOKENIZER, mesh or one, seed=0), definition

@@ -18,8 +18,8 @@ from mplug2_jax.evaluation.loop import Evaluation
 from mplug2_jax.evaluation.matching import group_pairs
 from mplug2_jax.metrics.retrieval import compute_ranks
 from mplug2_jax.model.config import SpecialTokens, model_config
-from mplug2_jax.model.mplug2 import define
-from mplug2_jax.objectives.forward import Forward
+from mplug2_jax.model.mplug2 import define_model
+from mplug2_jax.objectives.forward import ForwardPass
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.tasks.base import TaskContext
@@ -38,7 +38,7 @@ MODEL = model_config(
     image_size=16, text_layers=1, universal_layers=1, fusion_layers=1, num_latents=2, vocab_size=TOKENIZER.vocab_size,
     contrastive_width=8,
 )  # fmt: skip
-DEFINITION = define(MODEL, TASKS["rerank"].parts)
+DEFINITION = define_model(MODEL, TASKS["rerank"].parts)
 
 
 def data(batch_size=8):
@@ -81,7 +81,7 @@ def direct(params):
 
     @jax.jit
     def compute(params, arrays):
-        forward = Forward(DEFINITION.bind(params), arrays)
+        forward = ForwardPass(DEFINITION.bind(params), arrays)
         model, (visual, text) = forward.model, forward.features
 
         def of_picture(tokens):
@@ -166,7 +166,7 @@ def test_it_needs_all_that_finds_and_all_that_matches():
     assert set(parts) == {"vision", "text", "universal", "contrastive", "fusion", "matching"}
     for lacking in ("contrastive", "matching"):
         with pytest.raises(UserError, match=f"task 'rerank' needs the parts {lacking}, which this model lacks"):
-            evaluation(definition=define(MODEL, tuple(part for part in parts if part != lacking)))
+            evaluation(definition=define_model(MODEL, tuple(part for part in parts if part != lacking)))
 
 
 def test_at_least_one_candidate_is_ordered_anew():

@@ -14,7 +14,7 @@ from mplug2_jax.evaluation import loop
 from mplug2_jax.evaluation.config import EvaluationConfig
 from mplug2_jax.evaluation.loop import Evaluation, EvaluationResult
 from mplug2_jax.model.config import SpecialTokens
-from mplug2_jax.model.mplug2 import define
+from mplug2_jax.model.mplug2 import define_model
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.tasks.base import TaskContext
@@ -40,7 +40,7 @@ def perfect(
     (folder / "set.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
     source = SourceConfig(format="annotations", kind="text", path=str(folder / "set.jsonl"))
     read = DataConfig(sources={"set": source}, visual=VisualConfig(), examples=examples, batch_size=4, **data)
-    definition = define(
+    definition = define_model(
         dataclasses.replace(MODEL, vocab_size=WORDS.vocab_size, max_positions=64), ("text", "universal", "decoder")
     )
     tokens = SpecialTokens(begin=WORDS.cls_id, end=WORDS.sep_id, mask=WORDS.mask_id)

@@ -19,8 +19,8 @@ from mplug2_jax.generation.beam import beam_search
 from mplug2_jax.generation.config import SearchConfig
 from mplug2_jax.generation.decode import generate
 from mplug2_jax.model.config import SpecialTokens, model_config
-from mplug2_jax.model.decoder import Decoder, kept_rows
-from tests.close import CHAIN, assert_close, largest
+from mplug2_jax.model.decoder import Decoder, gather_beams
+from tests.close import CHAIN, assert_close, max_magnitude
 
 TOKENS = SpecialTokens(pad=0, begin=1, end=2, mask=3)
 VOCABULARY, STATES = 9, 1009
@@ -36,7 +36,7 @@ class History:
     table: Float[Array, "n v"]
 
     def reorder(self, kept):
-        return History(kept_rows(self.value, kept), self.table)
+        return History(gather_beams(self.value, kept), self.table)
 
 
 def toy_step(tokens, position, state):
@@ -58,7 +58,7 @@ def search_one(logits_of, config, vocabulary):
     Returned beside them is the smallest difference of two scores by which one came first: where that is a rounding's
     size, either may.
     """
-    beams = [(FLOAT(0.0), [TOKENS.begin])] + [(FLOAT(-np.inf), [TOKENS.begin])] * (config.beams - 1)
+    beams = [(FLOAT(0.0), [TOKENS.begin])] + [(FLOAT(-np.inf), [TOKENS.begin])] * (config.num_beams - 1)
     pool, margin = [], np.inf
     for step in range(config.max_length):
         penalty = FLOAT(((5 + step + 1) / 6) ** 0.6)
@@ -72,12 +72,12 @@ def search_one(logits_of, config, vocabulary):
                 log_probs[TOKENS.end] = FLOAT(-1e20)
             candidates += [((total + log_probs[token]) / penalty, parent, token) for token in range(vocabulary)]
         candidates.sort(key=lambda c: -c[0])  # stable: equal scores keep the order of the flattened beams
-        margin = min(margin, smallest_gap([c[0] for c in candidates[: config.beams + 1]]))
-        best = [(score, [*beams[parent][1], token]) for score, parent, token in candidates[: config.beams]]
+        margin = min(margin, smallest_gap([c[0] for c in candidates[: config.num_beams + 1]]))
+        best = [(score, [*beams[parent][1], token]) for score, parent, token in candidates[: config.num_beams]]
         last = step == config.max_length - 1
         ended = [last or ids[-1] == TOKENS.end for _, ids in best]
         if ended[0] and config.extend_finished:
-            ended = [True] * config.beams
+            ended = [True] * config.num_beams
         pool += [found for found, end in zip(best, ended, strict=True) if end]
         if ended[0]:
             break
@@ -86,7 +86,7 @@ def search_one(logits_of, config, vocabulary):
             for score, ids in best
         ]
     pool = sorted((p for p in pool if p[0] > -np.inf), key=lambda p: -p[0])
-    return pool[: config.beams], min(margin, smallest_gap([p[0] for p in pool[: config.beams + 1]]))
+    return pool[: config.num_beams], min(margin, smallest_gap([p[0] for p in pool[: config.num_beams + 1]]))
 
 
 def smallest_gap(scores):
@@ -97,7 +97,7 @@ def smallest_gap(scores):
 def assert_same(found, expected, config, scale):
     """Compares the results for every clip; what there are too few results for is empty. ``scale`` is the logits'."""
     for clip, results in enumerate(expected):
-        for rank in range(config.beams):
+        for rank in range(config.num_beams):
             score, ids = results[rank] if rank < len(results) else (-np.inf, [])
             assert int(found.lengths[clip, rank]) == len(ids)
             padded = [*ids, *[0] * (config.max_length + 1 - len(ids))]
@@ -113,7 +113,7 @@ def search_each(starts, table, config):
 
 @functools.partial(jax.jit, static_argnames="config")
 def toy_search(starts, table, config):
-    state = History(jnp.repeat(starts, config.beams), table)
+    state = History(jnp.repeat(starts, config.num_beams), table)
     return beam_search(toy_step, state, starts.shape[0], config, TOKENS)
 
 
@@ -144,13 +144,13 @@ def tables(seed, sharpness, end_bias):
 def test_search_finds_what_a_plain_restatement_finds(
     batch, beams, min_length, max_length, extend, seed, sharpness, end_bias
 ):
-    config = SearchConfig(beams=beams, min_length=min_length, max_length=max_length, extend_finished=extend)
+    config = SearchConfig(num_beams=beams, min_length=min_length, max_length=max_length, extend_finished=extend)
     table = tables(seed, sharpness, end_bias)
     starts = np.arange(batch) * 13 + seed % 100
     expected, margins = search_each(starts, table, config)
-    assume(min(margins) > 1e-5 * largest(table))
+    assume(min(margins) > 1e-5 * max_magnitude(table))
     found = toy_search(jnp.asarray(starts, jnp.int32), jnp.asarray(table), config)
-    assert_same(found, expected, config, largest(table))
+    assert_same(found, expected, config, max_magnitude(table))
 
 
 def chain(*rows):
@@ -178,7 +178,7 @@ def run_chain(table, config):
 def test_a_hand_computed_search():
     """At each position: probability of (pad, begin, end, a, b)."""
     table = chain((0, 0, 0.3, 0.5, 0.2), (0, 0, 0.8, 0.12, 0.08))
-    found = run_chain(table, SearchConfig(beams=2, min_length=0, max_length=2, extend_finished=True))
+    found = run_chain(table, SearchConfig(num_beams=2, min_length=0, max_length=2, extend_finished=True))
     second = (7 / 6) ** 0.6  # the penalty at step 1; at step 0 it is 1
     # Step 0: a (0.5), then end (0.3), which is stored and lives on. Step 1: a end (0.4), end end (0.24): done.
     np.testing.assert_array_equal(found.ids[0], [[1, 3, 2], [1, 2, 0]])
@@ -189,7 +189,7 @@ def test_a_hand_computed_search():
 def test_released_search_goes_on_beyond_an_end_and_the_standard_one_does_not():
     table = chain((0, 0, 0.4, 0.6, 0), (0, 0, 0.03, 0.95, 0.02), (0, 0, 0.98, 0.01, 0.01))
     released, standard = (
-        run_chain(table, SearchConfig(beams=2, min_length=0, max_length=3, extend_finished=extend))
+        run_chain(table, SearchConfig(num_beams=2, min_length=0, max_length=3, extend_finished=extend))
         for extend in (True, False)
     )
     np.testing.assert_array_equal(released.ids[0], [[1, 3, 3, 2], [1, 2, 3, 2]])
@@ -199,7 +199,7 @@ def test_released_search_goes_on_beyond_an_end_and_the_standard_one_does_not():
 @pytest.mark.parametrize("min_length", [0, 3])
 def test_the_end_comes_no_earlier_than_the_minimal_length(min_length):
     table = chain(*[(0, 0, 0.98, 0.01, 0.01)] * 6)
-    found = run_chain(table, SearchConfig(beams=1, min_length=min_length, max_length=6))
+    found = run_chain(table, SearchConfig(num_beams=1, min_length=min_length, max_length=6))
     assert found.ids[0, 0].tolist().index(TOKENS.end) == min_length + 1
 
 
@@ -210,7 +210,7 @@ def test_a_search_ends_as_soon_as_every_clip_is_done():
         jax.debug.callback(lambda p: positions.append(int(p)), position)
         return jnp.broadcast_to(chain((0, 0, 0.9, 0.05, 0.05)), (*tokens.shape, 5)), state
 
-    found = beam_search(step, Stateless(), 2, SearchConfig(beams=1, min_length=2, max_length=50), TOKENS)
+    found = beam_search(step, Stateless(), 2, SearchConfig(num_beams=1, min_length=2, max_length=50), TOKENS)
     jax.block_until_ready(found)
     jax.effects_barrier()
     assert positions == [0, 1, 2]
@@ -245,7 +245,7 @@ def forward(graphdef, params, ids, memory, mask):
 @pytest.mark.parametrize(("beams", "extend"), [(1, False), (4, False), (4, True)])
 def test_a_cache_changes_nothing(decoder, beams, extend):
     graphdef, params, memory, mask = decoder
-    config = SearchConfig(beams=beams, min_length=1, max_length=7, extend_finished=extend)
+    config = SearchConfig(num_beams=beams, min_length=1, max_length=7, extend_finished=extend)
 
     scale = 0.0
 
@@ -254,7 +254,7 @@ def test_a_cache_changes_nothing(decoder, beams, extend):
         ids = np.zeros((4, config.max_length), np.int32)
         ids[:, : len(prefix)] = prefix
         logits = forward(graphdef, params, ids, memory, mask)[clip, len(prefix) - 1]
-        scale = max(scale, largest(logits))
+        scale = max(scale, max_magnitude(logits))
         return logits
 
     found = cached(graphdef, params, memory, mask, config)
@@ -272,7 +272,7 @@ class Prefixes(NamedTuple):
     ids: Int[Array, "br m"]
 
     def reorder(self, kept):
-        return Prefixes(kept_rows(self.ids, kept))
+        return Prefixes(gather_beams(self.ids, kept))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
@@ -284,7 +284,7 @@ def uncached(graphdef, params, memory, mask, config, noise):
         ids = jax.lax.dynamic_update_index_in_dim(state.ids, tokens, position, axis=1)
         return decoder(ids, None, memory, mask)[:, position] + noise[position], Prefixes(ids)
 
-    start = Prefixes(jnp.zeros((b * config.beams, config.max_length), jnp.int32))
+    start = Prefixes(jnp.zeros((b * config.num_beams, config.max_length), jnp.int32))
     return beam_search(step, start, b, config, TOKENS)
 
 
@@ -298,7 +298,7 @@ def test_a_thousand_clips_are_told_the_same_without_a_cache(decoder, beams, exte
     rng = np.random.default_rng(beams)
     memory = jnp.asarray(rng.normal(size=(clips, 6, 32)), jnp.float32)
     mask = jnp.arange(6) < jnp.asarray(rng.integers(1, 7, (clips, 1)))
-    config = SearchConfig(beams=beams, min_length=1, max_length=7, extend_finished=extend)
+    config = SearchConfig(num_beams=beams, min_length=1, max_length=7, extend_finished=extend)
     found = cached(graphdef, params, memory, mask, config)
     search = functools.partial(uncached, graphdef, params, memory, mask, config)
     shape = (config.max_length, clips * beams, VOCABULARY)
@@ -318,12 +318,12 @@ def test_a_thousand_clips_are_told_the_same_without_a_cache(decoder, beams, exte
 
 def test_a_search_beyond_the_position_table_is_refused(decoder):
     with pytest.raises(UserError, match=r"13 tokens exceeds config\.model\.max_positions=12"):
-        cached(*decoder, SearchConfig(beams=1, max_length=13))
+        cached(*decoder, SearchConfig(num_beams=1, max_length=13))
 
 
 def test_clips_of_a_batch_do_not_influence_each_other_and_masked_memory_is_not_seen(decoder):
     graphdef, params, memory, mask = decoder
-    config = SearchConfig(beams=3, min_length=1, max_length=7)
+    config = SearchConfig(num_beams=3, min_length=1, max_length=7)
     together = cached(graphdef, params, memory, mask, config)
     # Every clip but one is replaced, and what is masked is filled with noise.
     for kept in range(4):

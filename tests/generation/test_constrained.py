@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 from mplug2_jax.generation.beam import beam_search
 from mplug2_jax.generation.config import SearchConfig
-from mplug2_jax.generation.constrained import NOTHING, constrained, start_possible
+from mplug2_jax.generation.constrained import ANSWER_PAD, constrain_step, init_constraint
 from mplug2_jax.generation.decode import generate
 from mplug2_jax.model.config import model_config
 from mplug2_jax.model.decoder import Decoder
-from tests.close import CHAIN, assert_close, largest
+from tests.close import CHAIN, assert_close, max_magnitude
 from tests.generation.test_beam import STATES, TOKENS, VOCABULARY, History, smallest_gap, toy_logits, toy_step
 
 LENGTH = 6
@@ -26,7 +26,7 @@ def lists(rng, count):
 
 
 def table_of(answers):
-    table = np.full((len(answers), LENGTH), NOTHING, np.int32)
+    table = np.full((len(answers), LENGTH), ANSWER_PAD, np.int32)
     for line, ids in zip(table, answers, strict=True):
         line[: len(ids)] = ids
     return table
@@ -64,29 +64,29 @@ def search_one(start, table, answers, beams):
 def test_the_search_is_a_plain_one_over_beginnings_of_answers(seed, count, beams):
     rng = np.random.default_rng(seed)
     table, answers = rng.normal(size=(STATES, VOCABULARY)).astype(np.float32) * 2, lists(rng, count)
-    config = SearchConfig(beams=beams, min_length=0, max_length=LENGTH)
+    config = SearchConfig(num_beams=beams, min_length=0, max_length=LENGTH)
     starts = np.arange(4)
     expected = [search_one(int(start), table, answers, beams) for start in starts]
-    assume(min(margin for _, _, margin in expected) > 1e-5 * largest(table))
+    assume(min(margin for _, _, margin in expected) > 1e-5 * max_magnitude(table))
     history = History(jnp.repeat(jnp.asarray(starts), beams), jnp.asarray(table))
-    state = start_possible(history, table_of(answers), 4 * beams)
-    found = beam_search(constrained(toy_step, table_of(answers)), state, 4, config, TOKENS, given=True)
+    state = init_constraint(history, table_of(answers), 4 * beams)
+    found = beam_search(constrain_step(toy_step, table_of(answers)), state, 4, config, TOKENS, given=True)
     for clip, (best, score, _) in enumerate(expected):
         said = tuple(np.asarray(found.ids[clip, 0, 1 : found.lengths[clip, 0]]).tolist())
         assert said in answers
         assert said == best
-        assert_close(found.scores[clip, 0], score, scale=largest(table))
+        assert_close(found.scores[clip, 0], score, scale=max_magnitude(table))
 
 
 def test_with_room_for_all_the_best_answer_is_the_likeliest_of_one_length():
     rng = np.random.default_rng(3)
     table = rng.normal(size=(STATES, VOCABULARY)).astype(np.float32) * 2
     answers = sorted({(*rng.integers(3, 9, size=3).tolist(), TOKENS.end) for _ in range(20)})
-    config = SearchConfig(beams=len(answers), min_length=0, max_length=LENGTH)
-    state = start_possible(
+    config = SearchConfig(num_beams=len(answers), min_length=0, max_length=LENGTH)
+    state = init_constraint(
         History(jnp.zeros(len(answers), jnp.int32) + 17, jnp.asarray(table)), table_of(answers), len(answers)
     )
-    found = beam_search(constrained(toy_step, table_of(answers)), state, 1, config, TOKENS, given=True)
+    found = beam_search(constrain_step(toy_step, table_of(answers)), state, 1, config, TOKENS, given=True)
 
     def likelihood(answer):
         total, prefix = 0.0, [TOKENS.begin]
@@ -100,7 +100,7 @@ def test_with_room_for_all_the_best_answer_is_the_likeliest_of_one_length():
     said = [tuple(row[1:5].tolist()) for row in np.asarray(found.ids[0])]
     assert said == ranked
     scores = np.asarray([likelihood(a) for a in ranked]) / ((5 + 4) / 6) ** 0.6
-    assert smallest_gap(scores) > CHAIN * largest(scores)  # no rounding decides
+    assert smallest_gap(scores) > CHAIN * max_magnitude(scores)  # no rounding decides
     assert_close(found.scores[0], scores)
 
 
@@ -109,9 +109,9 @@ def test_a_decoder_says_what_is_listed_under_jit():
     with nnx.use_eager_sharding(False):
         decoder = Decoder(config, rngs=nnx.Rngs(0))
     memory, mask = jax.random.normal(jax.random.key(1), (5, 3, config.width)), jnp.ones((5, 3), bool)
-    answers = np.asarray([[5, 6, 2, NOTHING], [5, 2, NOTHING, NOTHING], [7, 7, 7, 2]], np.int32)
+    answers = np.asarray([[5, 6, 2, ANSWER_PAD], [5, 2, ANSWER_PAD, ANSWER_PAD], [7, 7, 7, 2]], np.int32)
     graph, params = nnx.split(decoder)
-    search = SearchConfig(beams=3, max_length=4)
+    search = SearchConfig(num_beams=3, max_length=4)
     found = jax.jit(lambda p: generate(nnx.merge(graph, p), memory, mask, search, TOKENS, answers=answers))(params)
     for row in range(5):
         said = {tuple(ids[1:length].tolist()) for ids, length in zip(found.ids[row], found.lengths[row], strict=True)}

@@ -7,25 +7,25 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mplug2_jax.generation.beam import Found
+from mplug2_jax.generation.beam import DecodeOutput
 from mplug2_jax.generation.config import SearchConfig
 from mplug2_jax.generation.decode import generate
 from mplug2_jax.model.config import SpecialTokens
-from mplug2_jax.model.mplug2 import Params, define
+from mplug2_jax.model.mplug2 import Params, define_model
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
-from mplug2_jax.parallel.placement import batch_sharding, place_parameters, replicated
+from mplug2_jax.parallel.placement import batch_sharding, make_param_shardings, replicated_sharding
 from mplug2_jax.planning.traffic import parse_collectives
 from tests.close import assert_close
 from tests.runs import small_model
 
-DEFINITION = define(dataclasses.replace(small_model(), decoder_layers=2), ("text", "decoder"))
-SEARCH = SearchConfig(beams=2, max_length=6)
+DEFINITION = define_model(dataclasses.replace(small_model(), decoder_layers=2), ("text", "decoder"))
+SEARCH = SearchConfig(num_beams=2, max_length=6)
 TOKENS = SpecialTokens(begin=1, end=2, mask=3)
 CLIPS, LENGTH = 8, 5
 
 
-def say(params: Params, memory: jax.Array) -> Found:
+def say(params: Params, memory: jax.Array) -> DecodeOutput:
     seen = jnp.ones(memory.shape[:2], bool)
     return generate(DEFINITION.bind(params).decoder, memory, seen, SEARCH, TOKENS)
 
@@ -39,16 +39,16 @@ def test_a_mesh_says_what_one_device_says_and_gathers_the_decoder_once(config: M
     params = jax.jit(DEFINITION.init)(jax.random.key(0))
     expected = jax.jit(say)(params, memory())
     mesh = make_mesh(config)
-    placed = jax.device_put(params, place_parameters(DEFINITION.shapes, DEFINITION.axes, mesh).shardings)
+    placed = jax.device_put(params, make_param_shardings(DEFINITION.shapes, DEFINITION.axes, mesh).shardings)
     with jax.set_mesh(mesh):
         given = (placed, jax.device_put(memory(), batch_sharding(mesh)))
-        compiled = jax.jit(say, out_shardings=replicated(mesh)).lower(*given).compile()
+        compiled = jax.jit(say, out_shardings=replicated_sharding(mesh)).lower(*given).compile()
         ours = compiled(*given)
     np.testing.assert_array_equal(ours.ids, expected.ids)
     assert_close(ours.scores, expected.scores)
     found = parse_collectives(compiled.as_text(), mesh)
     # Within the loop over tokens, whose turns nobody knows, travel all scores once, on CPUs, and no parameters.
-    scores = 4 * CLIPS * SEARCH.beams * DEFINITION.config.vocab_size
+    scores = 4 * CLIPS * SEARCH.num_beams * DEFINITION.config.vocab_size
     each_token = [c for c in found if not c.has_known_count and "fsdp" in c.axes]
     assert any(c.kind == "all-gather" for c in found if c not in each_token)
     assert sum(c.bytes for c in each_token) <= scores

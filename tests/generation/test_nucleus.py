@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from mplug2_jax.errors import UserError
 from mplug2_jax.generation.beam import beam_search
 from mplug2_jax.generation.config import SearchConfig
-from mplug2_jax.generation.nucleus import nucleus, sample
+from mplug2_jax.generation.nucleus import sample, top_p_filter
 from tests.close import assert_close
 from tests.generation.test_beam import STATES, TOKENS, VOCABULARY, History, toy_step
 
@@ -24,14 +24,14 @@ def keys(count, first=0):
 def toy(config, seed, clips, starts=None):
     table = jnp.asarray(np.random.default_rng(seed).normal(size=(STATES, VOCABULARY)).astype(np.float32) * 3)
     starts = jnp.arange(clips) if starts is None else jnp.asarray(starts)
-    return History(jnp.repeat(starts, config.beams), table)
+    return History(jnp.repeat(starts, config.num_beams), table)
 
 
 @settings(max_examples=60)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 40), st.floats(0.01, 1.0))
 def test_the_nucleus_is_the_fewest_likeliest_tokens_with_that_much_probability(seed, size, top_p):
     logits = np.random.default_rng(seed).normal(size=size).astype(np.float32) * 2
-    kept = np.isfinite(np.asarray(nucleus(jnp.asarray(logits), top_p)))
+    kept = np.isfinite(np.asarray(top_p_filter(jnp.asarray(logits), top_p)))
     chances = np.exp(logits.astype(np.float64)) / np.exp(logits.astype(np.float64)).sum()
     order = np.argsort(-logits)
     held = np.cumsum(chances[order])
@@ -42,19 +42,19 @@ def test_the_nucleus_is_the_fewest_likeliest_tokens_with_that_much_probability(s
 
 
 def test_equally_likely_tokens_are_in_or_out_together():
-    assert np.isfinite(nucleus(jnp.zeros(6), 0.5)).all()
-    assert np.isfinite(nucleus(jnp.asarray([3.0, 0.0, 0.0]), 0.5)).tolist() == [True, False, False]
+    assert np.isfinite(top_p_filter(jnp.zeros(6), 0.5)).all()
+    assert np.isfinite(top_p_filter(jnp.asarray([3.0, 0.0, 0.0]), 0.5)).tolist() == [True, False, False]
 
 
 def test_all_of_the_probability_is_all_tokens():
     """A sum of many rounded ones may reach 1 too early."""
     logits = jnp.asarray(np.random.default_rng(0).normal(size=30_000).astype(np.float32) * 8)
-    assert np.isfinite(nucleus(logits, 1.0)).all()
+    assert np.isfinite(top_p_filter(logits, 1.0)).all()
 
 
 def test_tokens_are_drawn_as_often_as_their_share_of_the_nucleus():
     chances = np.asarray([0.0, 0.0, 1e-9, 0.05, 0.5, 0.25, 0.2, 1e-9, 1e-9]) + 1e-12
-    config = SearchConfig(beams=1, min_length=0, max_length=1, top_p=0.9)
+    config = SearchConfig(num_beams=1, min_length=0, max_length=1, top_p=0.9)
     step = lambda tokens, position, state: (jnp.broadcast_to(jnp.log(chances), (4000, 9)), state)  # noqa: E731
     found = jax.jit(lambda k: sample(step, toy(config, 0, 4000), k, config, TOKENS))(keys(4000))
     drawn = np.bincount(np.asarray(found.ids)[:, 0, 1], minlength=9) / 4000
@@ -69,7 +69,7 @@ def test_tokens_are_drawn_as_often_as_their_share_of_the_nucleus():
 
 @pytest.mark.parametrize("seed", range(5))
 def test_the_smallest_nucleus_is_greedy_search(seed):
-    config = SearchConfig(beams=1, min_length=2, max_length=7, top_p=1e-6)
+    config = SearchConfig(num_beams=1, min_length=2, max_length=7, top_p=1e-6)
     drawn = jax.jit(lambda k: sample(toy_step, toy(config, seed, 16), k, config, TOKENS))(keys(16))
     searched = beam_search(toy_step, toy(config, seed, 16), 16, dataclasses.replace(config, top_p=0.0), TOKENS)
     np.testing.assert_array_equal(drawn.lengths, searched.lengths)
@@ -78,7 +78,7 @@ def test_the_smallest_nucleus_is_greedy_search(seed):
 
 
 def test_a_clips_draw_depends_on_its_key_and_not_on_the_batch():
-    config = SearchConfig(beams=3, min_length=1, max_length=8, top_p=0.95)
+    config = SearchConfig(num_beams=3, min_length=1, max_length=8, top_p=0.95)
     together = sample(toy_step, toy(config, 1, 12), keys(12), config, TOKENS)
     for clip in (0, 5, 11):
         alone = sample(toy_step, toy(config, 1, 1, [clip]), keys(1, clip), config, TOKENS)
@@ -89,7 +89,7 @@ def test_a_clips_draw_depends_on_its_key_and_not_on_the_batch():
 
 
 def test_drawn_sequences_end_once_are_padded_and_come_best_first():
-    config = SearchConfig(beams=4, min_length=2, max_length=9, top_p=1.0)
+    config = SearchConfig(num_beams=4, min_length=2, max_length=9, top_p=1.0)
     found = jax.tree.map(np.asarray, sample(toy_step, toy(config, 2, 64), keys(64), config, TOKENS))
     assert (found.ids[..., 0] == TOKENS.begin).all()
     assert (np.diff(found.scores, axis=1) <= 0).all()

@@ -36,10 +36,18 @@ def inputs():
     return graphdef, params, memory, mask, jnp.asarray(answers)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "keep", "first_twice"))
-def rank(graphdef, params, memory, mask, answers, *, keep, first_twice):
+@functools.partial(jax.jit, static_argnames=("graphdef", "num_candidates", "double_count_first_token"))
+def rank(graphdef, params, memory, mask, answers, *, num_candidates, double_count_first_token):
     decoder = nnx.merge(graphdef, params)
-    return rank_answers(decoder, memory, mask, answers, answers != 0, keep=keep, first_twice=first_twice)
+    return rank_answers(
+        decoder,
+        memory,
+        mask,
+        answers,
+        answers != 0,
+        num_candidates=num_candidates,
+        double_count_first_token=double_count_first_token,
+    )
 
 
 def log_softmax(x):
@@ -47,13 +55,13 @@ def log_softmax(x):
     return x - x.max() - np.log(np.exp(x - x.max()).sum())
 
 
-def reference(log_probs, keep, first_twice):
+def reference(log_probs, keep, double_count_first_token):
     """One question: ``log_probs[a, t]`` is what the decoder expects after t tokens of answer a."""
     first = [log_probs[a, 0][[*words, END][0]] for a, words in enumerate(ANSWERS)]
     chosen = sorted(range(len(ANSWERS)), key=lambda a: -first[a])[:keep]
     scores = []
     for a in chosen:
-        total = first[a] if first_twice else 0.0
+        total = first[a] if double_count_first_token else 0.0
         for t, token in enumerate([*ANSWERS[a], END]):
             total += log_probs[a, t][token]
         scores.append(total)
@@ -73,19 +81,20 @@ def log_probs(inputs):
     return np.apply_along_axis(log_softmax, -1, logits).reshape(3, len(ANSWERS), LENGTH, -1)
 
 
-@pytest.mark.parametrize(("keep", "first_twice"), [(3, True), (3, False), (7, True)])
-def test_ranking_equals_a_plain_restatement(inputs, log_probs, keep, first_twice):
-    found, shares = rank(*inputs, keep=keep, first_twice=first_twice)
+@pytest.mark.parametrize(("keep", "double_count_first_token"), [(3, True), (3, False), (7, True)])
+def test_ranking_equals_a_plain_restatement(inputs, log_probs, keep, double_count_first_token):
+    found, shares = rank(*inputs, num_candidates=keep, double_count_first_token=double_count_first_token)
     assert found.shape == shares.shape == (3, keep)
     for question in range(3):
-        expected, expected_shares = reference(log_probs[question], keep, first_twice)
+        expected, expected_shares = reference(log_probs[question], keep, double_count_first_token)
         np.testing.assert_array_equal(found[question], expected)
         assert_close(shares[question], expected_shares, CHAIN)
 
 
 def test_questions_narrowing_and_the_first_token_matter_in_these_cases(log_probs):
     (everything, shares), (narrowed, _), (_, twice) = (
-        reference(log_probs[0], keep, first_twice) for keep, first_twice in ((7, False), (3, False), (7, True))
+        reference(log_probs[0], keep, double_count_first_token)
+        for keep, double_count_first_token in ((7, False), (3, False), (7, True))
     )
     assert everything != reference(log_probs[1], 7, False)[0]
     assert everything[:3] != narrowed

@@ -14,7 +14,7 @@ from mplug2_jax.errors import UserError
 from mplug2_jax.inference import features as features_module
 from mplug2_jax.inference.features import FeatureConfig, FeatureExtractor
 from mplug2_jax.model.config import model_config
-from mplug2_jax.model.mplug2 import define
+from mplug2_jax.model.mplug2 import define_model
 from mplug2_jax.model.taps import Taps
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
@@ -41,7 +41,7 @@ def small_shards(monkeypatch):
 @pytest.fixture(scope="module")
 def params():
     rng = np.random.default_rng(0)
-    return jax.tree.map(lambda s: jnp.float32(rng.normal(size=s.shape)), define(MODEL, PARTS).shapes)
+    return jax.tree.map(lambda s: jnp.float32(rng.normal(size=s.shape)), define_model(MODEL, PARTS).shapes)
 
 
 def data(kind, batch_size=3, sources=None):
@@ -56,7 +56,9 @@ def data(kind, batch_size=3, sources=None):
 def opened(kind, name="contrastive", pool="none", *, batch_size=3, mesh=None, sources=None, parts=PARTS):
     mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:1])
     config = FeatureConfig(name=name, pool=pool)
-    return FeatureExtractor(config, data(kind, batch_size, sources), define(MODEL, parts), TOKENIZER, mesh, seed=0)
+    return FeatureExtractor(
+        config, data(kind, batch_size, sources), define_model(MODEL, parts), TOKENIZER, mesh, seed=0
+    )
 
 
 def written(features, params, start=0):
@@ -71,16 +73,16 @@ def direct(kind, params):
     held = EvaluationSet(data(kind), TOKENIZER, name="features", seed=0)
     examples = [held[i] for i in range(SIZE)]
     batch = {name: jnp.stack([e.arrays[name] for e in examples]) for name in examples[0].arrays if name != "example_id"}
-    return define(MODEL, PARTS).bind(params), batch, [example.key for example in examples]
+    return define_model(MODEL, PARTS).bind(params), batch, [example.key for example in examples]
 
 
 def tapped(kind, params, name):
     model, batch, _ = direct(kind, params)
     taps = Taps([name])
     if kind == "text":
-        model.text_tokens(batch["text"], batch["text_mask"], taps=taps)
+        model.encode_text(batch["text"], batch["text_mask"], taps=taps)
     else:
-        model.visual_tokens(batch["frames"], taps=taps)
+        model.encode_visual(batch["frames"], taps=taps)
     return np.asarray(taps[name]), batch
 
 
@@ -88,9 +90,9 @@ def tapped(kind, params, name):
 def test_contrastive_features_are_those_of_a_direct_pass_in_any_batches_on_any_mesh(kind, params):
     model, batch, keys = direct(kind, params)
     if kind == "text":
-        expected = model.contrastive.text_features(model.text_tokens(batch["text"], batch["text_mask"]))
+        expected = model.contrastive.text_features(model.encode_text(batch["text"], batch["text_mask"]))
     else:
-        expected = model.contrastive.visual_features(model.visual_tokens(batch["frames"]))
+        expected = model.contrastive.visual_features(model.encode_visual(batch["frames"]))
     assert_close(np.linalg.norm(expected, axis=1), np.ones(SIZE))
     assert np.ptp(np.asarray(expected), axis=0).max() > 1e-3  # they do tell the examples apart
     eight = make_mesh(MeshConfig(data=2, fsdp=4))

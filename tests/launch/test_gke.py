@@ -74,10 +74,10 @@ def test_the_pods_of_a_slice_have_its_chips(topology: str) -> None:
     (container,) = pod(jobset)["containers"]
     chips = container["resources"]["limits"]["google.com/tpu"]
     assert (replicated["replicas"], spec["completions"]) == (3, spec["parallelism"])
-    assert chips * spec["completions"] == job_.topology.slice_chips
+    assert chips * spec["completions"] == job_.topology.chips_per_slice
     selector = pod(jobset)["nodeSelector"]
     assert selector["cloud.google.com/gke-tpu-topology"] == topology.partition(":")[2]
-    assert selector["cloud.google.com/gke-tpu-accelerator"] == job_.topology.chip.gke != ""
+    assert selector["cloud.google.com/gke-tpu-accelerator"] == job_.topology.chip.gke_accelerator != ""
 
 
 def test_what_a_cluster_wants_to_know() -> None:

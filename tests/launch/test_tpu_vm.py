@@ -140,7 +140,7 @@ def test_what_is_asked_for(cloud: Path) -> None:
         "demo", "--zone=us-east5-a", "--project=project", "--accelerator-type=v5p-32",
         "--runtime-version=tpu-ubuntu2204-base", "--node-count=2", "--node-prefix=demo", "--spot",
     ]  # fmt: skip
-    assert {chip.name for chip in CHIPS.values() if chip.cloud} == set(RUNTIMES)
+    assert {chip.name for chip in CHIPS.values() if chip.cloud_prefix} == set(RUNTIMES)
 
 
 def test_gcloud_takes_its_commands(cloud: Path) -> None:

@@ -2,7 +2,7 @@ import pytest
 
 from mplug2_jax.errors import UserError
 from mplug2_jax.model.config import PARTS, check_parts, model_config
-from mplug2_jax.model.fusion import mixing_layers
+from mplug2_jax.model.fusion import joint_attention_layers
 
 
 @pytest.mark.parametrize(
@@ -46,14 +46,14 @@ def test_every_part_is_described():
 
 def test_token_counts():
     large = model_config("large")
-    assert large.visual_tokens(16) == 4097
-    assert large.visual_tokens(1) == 257
-    assert large.visual_tokens(4, image_size=448) == 1 + 4 * 1024
+    assert large.num_visual_tokens(16) == 4097
+    assert large.num_visual_tokens(1) == 257
+    assert large.num_visual_tokens(4, image_size=448) == 1 + 4 * 1024
     halved = model_config("large", temporal_downsampling=True)
-    assert [halved.tubes(t) for t in (1, 2, 5, 16)] == [1, 1, 3, 8]
+    assert [halved.num_tubelets(t) for t in (1, 2, 5, 16)] == [1, 1, 3, 8]
 
 
 def test_mixing_layers_are_every_stride_th_but_the_first():
-    assert mixing_layers(6, 0) == ()
-    assert mixing_layers(6, 3) == (3,)
-    assert mixing_layers(3, 1) == (1, 2)
+    assert joint_attention_layers(6, 0) == ()
+    assert joint_attention_layers(6, 3) == (3,)
+    assert joint_attention_layers(3, 1) == (1, 2)

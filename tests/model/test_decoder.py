@@ -27,8 +27,8 @@ def memory():
 def test_one_token_at_a_time_equals_all_at_once(decoder, memory):
     ids = jax.random.randint(jax.random.key(1), (6, 8), 1, 50)  # three sequences for each memory
     at_once = decoder(ids, None, *memory)
-    cache = decoder.start(*memory, sequences=3, length=8)
-    step = jax.jit(decoder.step)
+    cache = decoder.init_cache(*memory, sequences=3, length=8)
+    step = jax.jit(decoder.decode_step)
     for position in range(8):
         logits, cache = step(ids[:, position], jnp.asarray(position), cache)
         assert_close(logits, at_once[:, position])

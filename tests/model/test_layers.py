@@ -5,7 +5,7 @@ import pytest
 from flax import nnx
 
 from mplug2_jax.model.config import model_config
-from mplug2_jax.model.layers import BertLayer, LayerNorm, dropout, layer_at, matmul, scan_layers, stack
+from mplug2_jax.model.layers import BertLayer, LayerNorm, dropout, matmul, scan_layers, slice_layers, stack_layers
 from tests.close import assert_close
 
 CONFIG = model_config("tiny", dtype="float32", width=32, heads=4, mlp_width=64)
@@ -14,7 +14,7 @@ CONFIG = model_config("tiny", dtype="float32", width=32, heads=4, mlp_width=64)
 @pytest.fixture(scope="module")
 def layers():
     with nnx.use_eager_sharding(False):
-        return stack(lambda r: BertLayer(CONFIG, cross=False, rngs=r), 3, nnx.Rngs(0))
+        return stack_layers(lambda r: BertLayer(CONFIG, cross=False, rngs=r), 3, nnx.Rngs(0))
 
 
 def body(layer, x, key, _extra):
@@ -69,7 +69,7 @@ def test_scan_equals_a_loop(layers):
     scanned, _ = scan_layers(layers, x, body)
     looped = x
     for i in range(3):
-        looped = layer_at(layers, i)(looped)
+        looped = slice_layers(layers, i)(looped)
     assert_close(scanned, looped)
 
 

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from mplug2_jax.model.config import model_config
-from mplug2_jax.model.mplug2 import define
+from mplug2_jax.model.mplug2 import define_model
 from mplug2_jax.model.taps import Taps
 from mplug2_jax.parallel.config import MeshConfig
-from mplug2_jax.parallel.placement import place_parameters
+from mplug2_jax.parallel.placement import make_param_shardings
 from tests.close import BFLOAT16, assert_close
 
 CAPTION = ("vision", "temporal", "universal", "decoder")
@@ -25,7 +25,7 @@ EVERYTHING = (*QUESTION, "mlm", "contrastive", "matching")
     ],
 )
 def test_parameters_are_those_that_the_releases_loss_gradient_reaches(size, parts, count):
-    assert define(model_config(size), parts).count() == count
+    assert define_model(model_config(size), parts).num_params() == count
 
 
 @pytest.mark.parametrize(
@@ -37,14 +37,14 @@ def test_parameters_are_those_that_the_releases_loss_gradient_reaches(size, part
     ],
 )
 def test_what_a_task_does_not_use_is_not_created(parts, present, absent):
-    shapes = define(model_config("tiny", num_classes=10), parts).shapes
+    shapes = define_model(model_config("tiny", num_classes=10), parts).shapes
     keys = {str(key.key) for path, _ in jax.tree_util.tree_leaves_with_path(shapes) for key in path}
     assert present <= keys
     assert not absent & keys
 
 
 def test_every_parameter_names_every_axis():
-    definition = define(model_config("tiny", num_classes=10), (*EVERYTHING, "classifier"))
+    definition = define_model(model_config("tiny", num_classes=10), (*EVERYTHING, "classifier"))
     is_axes = lambda x: isinstance(x, tuple)  # noqa: E731
     axes = jax.tree.leaves(definition.axes, is_leaf=is_axes)
     shapes = jax.tree.leaves(definition.shapes)
@@ -52,34 +52,34 @@ def test_every_parameter_names_every_axis():
 
 
 def test_computing_in_16_bits_keeps_parameters_in_32():
-    definition = define(model_config("tiny", dtype="bfloat16", dropout=0.0), QUESTION)
+    definition = define_model(model_config("tiny", dtype="bfloat16", dropout=0.0), QUESTION)
     params = jax.jit(definition.init)(jax.random.key(0))
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
     images = jnp.zeros((1, 1, 32, 32, 3), jnp.uint8)
-    tokens = jax.eval_shape(lambda p: definition.bind(p).visual_tokens(images), params)
+    tokens = jax.eval_shape(lambda p: definition.bind(p).encode_visual(images), params)
     assert tokens.dtype == jnp.bfloat16
 
 
 def test_16_bit_compute_is_near_32_bit_compute():
-    params = jax.jit(define(model_config("tiny"), CAPTION).init)(jax.random.key(0))
+    params = jax.jit(define_model(model_config("tiny"), CAPTION).init)(jax.random.key(0))
     clip = jax.random.randint(jax.random.key(1), (2, 3, 32, 32, 3), 0, 256).astype(jnp.uint8)
 
     def tokens(dtype):
-        definition = define(model_config("tiny", dtype=dtype), CAPTION)
-        return jax.jit(lambda p: definition.bind(p).visual_tokens(clip))(params)
+        definition = define_model(model_config("tiny", dtype=dtype), CAPTION)
+        return jax.jit(lambda p: definition.bind(p).encode_visual(clip))(params)
 
     assert_close(tokens("bfloat16"), tokens("float32"), BFLOAT16)
 
 
 def test_taps_hold_what_was_asked_for_and_change_nothing():
-    definition = define(model_config("tiny", dtype="float32"), CAPTION)
+    definition = define_model(model_config("tiny", dtype="float32"), CAPTION)
     params = jax.jit(definition.init)(jax.random.key(0))
     clip = jnp.ones((1, 2, 32, 32, 3))
     taps = Taps(["vision/block", "visual/out"])
 
     @jax.jit
     def run(params):
-        return definition.bind(params).visual_tokens(clip, taps=taps), dict(taps)
+        return definition.bind(params).encode_visual(clip, taps=taps), dict(taps)
 
     out, taken = run(params)
     assert set(taken) == {"vision/block", "visual/out"}
@@ -87,7 +87,7 @@ def test_taps_hold_what_was_asked_for_and_change_nothing():
     np.testing.assert_array_equal(taken["visual/out"], out)
 
     def program(taps):
-        return str(jax.make_jaxpr(lambda p: definition.bind(p).visual_tokens(clip, taps=taps))(params))
+        return str(jax.make_jaxpr(lambda p: definition.bind(p).encode_visual(clip, taps=taps))(params))
 
     assert program(None) == program(Taps([]))
 
@@ -98,12 +98,12 @@ def test_a_large_model_is_never_whole_on_one_chip():
     from tests.tpu import topology_mesh
 
     mesh = topology_mesh("v5p:2x2x2", MeshConfig())
-    definition = define(model_config("large"), QUESTION)
-    placed = place_parameters(definition.shapes, definition.axes, mesh)
+    definition = define_model(model_config("large"), QUESTION)
+    placed = make_param_shardings(definition.shapes, definition.axes, mesh)
     key = jax.eval_shape(lambda: jax.random.key(0))
     with jax.set_mesh(mesh):
         compiled = jax.jit(definition.init, out_shardings=placed.shardings).lower(key).compile()
     memory = compiled.memory_analysis()
-    whole = 4 * definition.count()
+    whole = 4 * definition.num_params()
     assert memory.output_size_in_bytes < 1.1 * whole / 8
     assert memory.temp_size_in_bytes < 0.1 * whole

@@ -8,15 +8,19 @@ import pytest
 
 from mplug2_jax.model import layers, ring, sequence
 from mplug2_jax.model.attention import attention
-from mplug2_jax.model.mplug2 import define
-from mplug2_jax.model.sequence import Layout
+from mplug2_jax.model.mplug2 import define_model
+from mplug2_jax.model.sequence import AttentionSharding
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
 from tests.close import BFLOAT16, assert_close
 from tests.runs import small_model
 
-CLIP = Layout(queries="visual", keys="visual")
-LAYOUTS = {"text to clip": Layout(keys="visual"), "clip to latents": Layout(queries="visual"), "clip to clip": CLIP}
+CLIP = AttentionSharding(queries="visual", keys="visual")
+LAYOUTS = {
+    "text to clip": AttentionSharding(keys="visual"),
+    "clip to latents": AttentionSharding(queries="visual"),
+    "clip to clip": CLIP,
+}
 
 
 def inputs(l: int, s: int, b: int = 4, h: int = 2, k: int = 8):
@@ -57,7 +61,7 @@ def test_keys_that_do_not_fit_go_round(monkeypatch, length: int, parts: int, row
     monkeypatch.setattr(sequence, "_GATHER_BYTES", 0)
     monkeypatch.setattr(ring, "_ROWS", rows)
     went_round = []
-    monkeypatch.setattr(sequence, "ring", lambda *args: went_round.append(args[0].shape) or ring.ring(*args))
+    monkeypatch.setattr(sequence, "ring", lambda *args: went_round.append(args[0].shape) or ring.ring_attention(*args))
     assert_equals_one_device(length, length, CLIP, MeshConfig(sequence=parts, tensor=2 if parts < 8 else 1))
     assert went_round
 
@@ -67,7 +71,9 @@ def test_a_ring_in_16_bits_stays_close() -> None:
     half = [x.astype(jnp.bfloat16) for x in qkv]
     with jax.set_mesh(make_mesh(MeshConfig(sequence=4))):
         spec = jax.P(None, "sequence")
-        run = jax.jit(jax.shard_map(lambda *x: ring.ring(*x, "sequence"), in_specs=(spec,) * 4, out_specs=spec))
+        run = jax.jit(
+            jax.shard_map(lambda *x: ring.ring_attention(*x, "sequence"), in_specs=(spec,) * 4, out_specs=spec)
+        )
         out = run(*half, mask)
     assert out.dtype == jnp.bfloat16
     assert_close(out, attention(*qkv, key_mask=mask), BFLOAT16)
@@ -95,7 +101,7 @@ def test_causal_attention_is_not_split() -> None:
 def test_a_model_reads_a_clip_whose_frames_and_tokens_are_split(monkeypatch) -> None:
     """Tower, universal layers and decoder, with dropout; matmuls as on a TPU, where nothing is flattened first."""
     monkeypatch.setattr(layers, "platform", lambda: "tpu")
-    definition = define(small_model(universal_layers=2), ("vision", "temporal", "text", "universal", "decoder"))
+    definition = define_model(small_model(universal_layers=2), ("vision", "temporal", "text", "universal", "decoder"))
     params = definition.init(jax.random.key(0))
     up = params["vision"]["blocks"]["temporal_1"]["up"]  # starts at zero, and would hide its neighbours
     up["kernel"] = 0.1 * jax.random.normal(jax.random.key(1), up["kernel"].shape)
@@ -104,7 +110,7 @@ def test_a_model_reads_a_clip_whose_frames_and_tokens_are_split(monkeypatch) -> 
 
     def loss(params):
         model = definition.bind(params)
-        visual = model.visual_tokens(clips, rng=jax.random.key(4))
+        visual = model.encode_visual(clips, rng=jax.random.key(4))
         logits = model.decoder(words, None, visual, rng=jax.random.key(5))
         return jnp.sum(jax.nn.log_softmax(logits) ** 2) / 1e3 + jnp.sum(visual[:, 0] ** 3), (visual, logits)
 

@@ -8,7 +8,7 @@ from flax import nnx
 
 from mplug2_jax.errors import UserError
 from mplug2_jax.model.config import model_config
-from mplug2_jax.model.vision import LocalTemporal, VisionTower, lie, normalise_pixels, resize_positions
+from mplug2_jax.model.vision import LocalTemporal, VisionTower, frame_sharding, normalize_pixels, resize_positions
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.parallel.placement import batch_sharding
@@ -57,7 +57,7 @@ def test_position_tables_are_resized_as_in_the_release(reference):
 def test_pixels_are_normalised_as_clip_does():
     bytes_ = jnp.asarray([[[[[0, 128, 255]]]]], jnp.uint8)
     expected = [(0 - 0.48145466) / 0.26862954, (128 / 255 - 0.4578275) / 0.26130258, (1 - 0.40821073) / 0.27577711]
-    assert_close(normalise_pixels(bytes_)[0, 0, 0, 0], expected)
+    assert_close(normalize_pixels(bytes_)[0, 0, 0, 0], expected)
 
 
 def test_the_temporal_unit_is_a_depthwise_convolution_over_time():
@@ -83,7 +83,7 @@ def test_clips_are_cut_only_where_there_are_too_few_and_look_the_same(clips, fra
     clip, mesh = frames_of(clips, frames), make_mesh(MeshConfig(data=4, fsdp=1, sequence=2))
     expected = run(tower(), clip)
     with jax.set_mesh(mesh):
-        assert lie(clips, frames)[1] == parts
+        assert frame_sharding(clips, frames)[1] == parts
         graphdef, params = nnx.split(tower(), nnx.Param)
         placed = jax.device_put(clip, batch_sharding(mesh))
         compiled = jax.jit(lambda p, c: nnx.merge(graphdef, p)(c)).lower(params, placed).compile()
@@ -127,7 +127,7 @@ def test_a_changed_frame_reaches_two_neighbours_in_one_block():
 @pytest.mark.parametrize("size", [24, 32, 40])
 def test_any_number_of_frames_and_any_square_size(t, size):
     out = run(tower(), frames(t=t, size=size))
-    assert out.shape == (2, CONFIG.visual_tokens(t, size), 32)
+    assert out.shape == (2, CONFIG.num_visual_tokens(t, size), 32)
     assert jnp.isfinite(out).all()
 
 

@@ -8,7 +8,14 @@ from hypothesis import strategies as st
 from pycocoevalcap.cider.cider import Cider
 
 from mplug2_jax.model.config import SpecialTokens
-from mplug2_jax.objectives.cider import TABLE, cider_d, document_frequencies, ngram_keys, no_frequencies, words_of
+from mplug2_jax.objectives.cider import (
+    TABLE,
+    cider_d,
+    compact_words,
+    count_document_frequencies,
+    hash_ngrams,
+    uniform_frequencies,
+)
 from tests.close import assert_close
 
 TOKENS = SpecialTokens(begin=1, end=2, mask=3)
@@ -42,23 +49,23 @@ EXAMPLE = st.tuples(CAPTION, st.lists(CAPTION, min_size=1, max_size=REFERENCES))
 def test_it_is_the_toolkits(examples):
     said, references = zip(*examples, strict=True)
     ids = np.stack([ids_of(each, REFERENCES) for each in references])
-    frequencies = document_frequencies(ids, TOKENS)
+    frequencies = count_document_frequencies(ids, TOKENS)
     ours = measure(np.stack([ids_of([caption], 1) for caption in said]), ids, frequencies)[:, 0]
     assert_close(ours, toolkit(said, references), scale=10)  # which is the most there is
 
 
 def test_special_tokens_anywhere_are_no_words():
     references = np.stack([ids_of([[4, 5, 6, 7]], 1), ids_of([[8, 9]], 1)])
-    frequencies = document_frequencies(references, TOKENS)
+    frequencies = count_document_frequencies(references, TOKENS)
     torn = np.asarray([[[1, 4, 0, 5, 1, 6, 7, 2, 0]]], np.int32)
     assert_close(measure(torn, references[:1], frequencies)[0, 0], 10.0)
-    assert words_of(torn, TOKENS)[0].tolist() == [[[4, 5, 6, 7, -1, -1, -1, -1, -1]]]
+    assert compact_words(torn, TOKENS)[0].tolist() == [[[4, 5, 6, 7, -1, -1, -1, -1, -1]]]
 
 
 def test_without_frequencies_all_ngrams_weigh_the_same_and_nothing_gets_nothing():
     references = ids_of([[4, 5, 6, 7]], 2)[None]
     said = ids_of([[4, 5, 6, 7], [4], [], [8, 9, 8, 9]], 4)[None]
-    whole, word, *nothing = measure(said, references, no_frequencies())[0].tolist()
+    whole, word, *nothing = measure(said, references, uniform_frequencies())[0].tolist()
     assert_close(whole, 10.0)
     assert_close(word, 10 * 0.5 / 4 * np.exp(-9 / 72))  # one of four words, three bigrams too few
     assert nothing == [0, 0]
@@ -67,24 +74,24 @@ def test_without_frequencies_all_ngrams_weigh_the_same_and_nothing_gets_nothing(
 def test_a_reference_without_words_is_one_and_padding_is_none():
     said = ids_of([[4, 5, 6, 7]], 1)[None]
     padded, empty = (ids_of(each, 2)[None] for each in ([[4, 5, 6, 7]], [[4, 5, 6, 7], []]))
-    assert_close(measure(said, padded, no_frequencies())[0, 0], 10.0)
-    assert_close(measure(said, empty, no_frequencies())[0, 0], 5.0)
-    assert measure(said, padded * 0, no_frequencies())[0, 0] == 0
+    assert_close(measure(said, padded, uniform_frequencies())[0, 0], 10.0)
+    assert_close(measure(said, empty, uniform_frequencies())[0, 0], 5.0)
+    assert measure(said, padded * 0, uniform_frequencies())[0, 0] == 0
 
 
 def test_hosts_and_devices_mean_the_same_ngram():
     ids = np.random.default_rng(0).integers(0, 30_000, (5, LENGTH)).astype(np.int32)
-    for host, device in zip(ngram_keys(ids), ngram_keys(jnp.asarray(ids)), strict=True):
+    for host, device in zip(hash_ngrams(ids), hash_ngrams(jnp.asarray(ids)), strict=True):
         np.testing.assert_array_equal(host, device)
 
 
 def test_a_document_counts_once_and_the_commonest_find_room():
     words = np.arange(4, 4 + 300_000, dtype=np.int32).reshape(-1, 1)
     everything, two = (np.asarray(x, np.int32) for x in (words, [[50], [50], [60]]))
-    frequencies = document_frequencies([everything, everything, two, two, two], TOKENS)
-    keys = jnp.asarray(ngram_keys(np.asarray([[50], [60], [1_000_000]], np.int32))[0][:, 0])
+    frequencies = count_document_frequencies([everything, everything, two, two, two], TOKENS)
+    keys = jnp.asarray(hash_ngrams(np.asarray([[50], [60], [1_000_000]], np.int32))[0][:, 0])
     assert_close(frequencies.weights(keys), np.log([1, 1, 5]))
     assert (np.diff(np.asarray(frequencies.keys, np.int64)) >= 0).all()
     held = np.asarray(frequencies.logs)
     assert (held[held > 0]).size == TABLE
-    assert float(document_frequencies([], TOKENS).log_documents) == 0
+    assert float(count_document_frequencies([], TOKENS).log_documents) == 0

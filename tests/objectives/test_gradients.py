@@ -39,7 +39,8 @@ def run_of(streams):
         return DataConfig(sources={"digits": SourceConfig(kind=kind)}, examples=ExampleConfig(), batch_size=BATCH)
 
     return RunConfig(
-        name="gradients", steps=1, model=MODEL, tasks=TaskSettings(vlm=VlmConfig(group=BATCH), mlm=MlmConfig(rate=0.5)),
+        name="gradients", steps=1, model=MODEL,
+        tasks=TaskSettings(vlm=VlmConfig(group_size=BATCH), mlm=MlmConfig(mask_rate=0.5)),
         streams={kind: StreamConfig(data=data(kind), objectives=weights) for kind, weights in streams.items()},
     )  # fmt: skip
 

@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mplug2_jax.errors import UserError
-from mplug2_jax.objectives.forward import Forward, label_cross_entropy
+from mplug2_jax.objectives.forward import ForwardPass, label_cross_entropy
 from mplug2_jax.tasks.base import TaskContext
 from mplug2_jax.tasks.config import TaskSettings
 from mplug2_jax.tasks.table import TASKS
-from tests.close import assert_close, largest
+from tests.close import assert_close, max_magnitude
 from tests.objectives.test_language import Prepared as Decoded
 from tests.objectives.test_language import case
 from tests.objectives.test_mlm import TOKENS, sentences
@@ -31,7 +31,7 @@ def test_it_is_torch_s(seed: int, rows: int, classes: int, smoothing: float) -> 
     )
     log_probs = jax.nn.log_softmax(jnp.asarray(logits, jnp.float32))
     ours = label_cross_entropy(log_probs, jnp.asarray(labels, jnp.int32), smoothing)
-    assert_close(ours, theirs, scale=largest(logits))
+    assert_close(ours, theirs, scale=max_magnitude(logits))
 
 
 def test_it_is_the_formula_by_hand() -> None:
@@ -41,7 +41,7 @@ def test_it_is_the_formula_by_hand() -> None:
     assert_close(found, (0.8 * 2 + 0.2 * (1 + 2 + 3 + 3) / 4) * nats)
 
 
-class Classed(Forward):
+class Classed(ForwardPass):
     """A forward pass whose classifier says what it is told to; no model runs."""
 
     def __init__(self) -> None:
@@ -50,7 +50,7 @@ class Classed(Forward):
         self.class_logits = jnp.asarray(rng.normal(size=(8, 5)), jnp.float32)
 
 
-def forward_of(objective: str) -> Forward:
+def forward_of(objective: str) -> ForwardPass:
     if "classifier" in TASKS[objective].parts:
         return Classed()
     if objective == "mlm":

@@ -10,28 +10,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mplug2_jax.objectives.config import DistillationConfig
-from mplug2_jax.objectives.forward import Forward, weighted_mean
+from mplug2_jax.objectives.forward import ForwardPass, weighted_mean
 from mplug2_jax.objectives.language import (
     answer_loss,
-    answer_sums,
     caption_loss,
-    distillation_sums,
     ilm_loss,
     next_token_loss,
+    summed_answer_loss,
+    summed_distillation_loss,
     teacher_probabilities,
 )
-from tests.close import assert_close, largest
+from tests.close import assert_close, max_magnitude
 
 ANSWERS, LENGTH, VOCABULARY = 6, 5, 7
 
 
-class Prepared(Forward):
+class Prepared(ForwardPass):
     """A forward pass whose decoder says what it is told to; no model runs."""
 
     def __init__(self, batch, logits, teacher=None, alpha=0.0):
         self.batch, self.rng, self.teacher, self.alpha = batch, None, teacher, alpha
         self.visual = jnp.zeros((1, 1, 1))
-        self.instructed = (jnp.zeros((1, 1, 1)), jnp.ones((1, 1), bool))
+        self.instruction_memory = (jnp.zeros((1, 1, 1)), jnp.ones((1, 1), bool))
         self.model = types.SimpleNamespace(decoder=lambda *args, rng: logits)
 
 
@@ -72,24 +72,27 @@ def test_logits_at_t_predict_the_token_at_t_plus_1(seed):
     losses = losses_of(logits, target)
     assert_close(jax.jit(next_token_loss)(logits, target), losses)
     sums = (losses * np.asarray(weights)[:, 1:]).sum(1)
-    assert_close(jax.jit(answer_sums)(logits, target, weights), sums, scale=largest(losses))
+    assert_close(jax.jit(summed_answer_loss)(logits, target, weights), sums, scale=max_magnitude(losses))
 
 
 @few
 @seeds
-@pytest.mark.parametrize("over", ["vocabulary", "time"])
-def test_distillation_is_cross_entropy_with_a_student_normalised_over_the_axis_that_is_asked_for(seed, over):
+@pytest.mark.parametrize("axis", ["vocabulary", "time"])
+def test_distillation_is_cross_entropy_with_a_student_normalised_over_the_axis_that_is_asked_for(seed, axis):
     logits, _, weights, soft = case(seed)
-    student = log_softmax(np.asarray(logits)[:, :-1], axis={"vocabulary": 2, "time": 1}[over])
+    student = log_softmax(np.asarray(logits)[:, :-1], axis={"vocabulary": 2, "time": 1}[axis])
     expected = (-(student * np.asarray(soft, np.float64)).sum(-1) * np.asarray(weights)[:, 1:]).sum(1)
-    sums = jax.jit(distillation_sums, static_argnames="over")(logits, soft, weights, over=over)
-    assert_close(sums, expected, scale=largest(student))
+    sums = jax.jit(summed_distillation_loss, static_argnames="softmax_axis")(logits, soft, weights, softmax_axis=axis)
+    assert_close(sums, expected, scale=max_magnitude(student))
 
 
 def test_a_teacher_that_is_sure_of_the_target_distils_to_plain_cross_entropy():
     logits, target, weights, _ = case(0)
     sure = jax.nn.one_hot(target[:, 1:], VOCABULARY)
-    assert_close(distillation_sums(logits, sure, weights, over="vocabulary"), answer_sums(logits, target, weights))
+    assert_close(
+        summed_distillation_loss(logits, sure, weights, softmax_axis="vocabulary"),
+        summed_answer_loss(logits, target, weights),
+    )
 
 
 @pytest.mark.parametrize("objective", [caption_loss, ilm_loss])
@@ -148,11 +151,11 @@ def test_distillation_mixes_in_the_teachers_view_by_alpha():
     logits, target, weights, _ = case(3)
     other, *_ = case(4)
     batch = {"target": target, "target_weights": weights}
-    config = DistillationConfig(over="time")
+    config = DistillationConfig(softmax_axis="time")
     soft = np.exp(log_softmax(np.asarray(other)[:, :-1]))
     assert_close(teacher_probabilities(Prepared(batch, other)), soft)
     plain = answer_loss(Prepared(batch, logits)).loss
-    distilled = distillation_sums(logits, jnp.asarray(soft, jnp.float32), weights, over="time").mean()
+    distilled = summed_distillation_loss(logits, jnp.asarray(soft, jnp.float32), weights, softmax_axis="time").mean()
     for alpha in (0.0, 0.4, 1.0):
         outcome = answer_loss(Prepared(batch, logits, Prepared(batch, other), alpha), config)
         assert_close(outcome.loss, (1 - alpha) * plain + alpha * distilled)

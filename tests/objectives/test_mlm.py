@@ -10,8 +10,8 @@ import pytest
 
 from mplug2_jax.model.config import SpecialTokens
 from mplug2_jax.objectives.config import MlmConfig
-from mplug2_jax.objectives.forward import Forward
-from mplug2_jax.objectives.mlm import mask_tokens, masked_predictions, mlm_loss
+from mplug2_jax.objectives.forward import ForwardPass
+from mplug2_jax.objectives.mlm import mask_tokens, mlm_loss, predict_masked
 from tests.close import CHAIN, assert_close
 
 TOKENS = SpecialTokens(pad=0, begin=1, end=2, mask=3)
@@ -75,7 +75,7 @@ def test_of_the_words_15_percent_are_chosen_and_of_those_80_10_10_are_masked_rep
 
 @pytest.mark.parametrize("whole_word", [False, True])
 def test_padding_and_ends_are_never_chosen_and_what_is_not_chosen_stays(batch, whole_word):
-    corrupted, chosen = (np.asarray(x) for x in mask(batch, MlmConfig(rate=1.0, whole_word=whole_word)))
+    corrupted, chosen = (np.asarray(x) for x in mask(batch, MlmConfig(mask_rate=1.0, whole_word=whole_word)))
     ids = np.asarray(batch["text"])
     np.testing.assert_array_equal(chosen, ids >= 4)  # at a rate of 1, all words and nothing else
     np.testing.assert_array_equal(corrupted[~chosen], ids[~chosen])
@@ -84,12 +84,12 @@ def test_padding_and_ends_are_never_chosen_and_what_is_not_chosen_stays(batch, w
 
 def test_words_that_the_mask_hides_are_never_chosen(batch):
     hidden = batch | {"text_mask": batch["text_mask"] & (jnp.arange(48) != 1)}
-    _, chosen = mask(hidden, MlmConfig(rate=1.0))
+    _, chosen = mask(hidden, MlmConfig(mask_rate=1.0))
     assert not chosen[:, 1].any()
 
 
 def test_whole_words_are_chosen_with_all_their_pieces(batch):
-    chosen = np.asarray(mask(batch, MlmConfig(rate=0.3, whole_word=True))[1])
+    chosen = np.asarray(mask(batch, MlmConfig(mask_rate=0.3, whole_word=True))[1])
     ids, starts = np.asarray(batch["text"]), np.asarray(batch["word_starts"])
     words = np.cumsum(starts, axis=1)
     continues = ~starts & (ids >= 4)  # the piece before it belongs to the same word
@@ -106,18 +106,18 @@ def test_whole_words_are_chosen_with_all_their_pieces(batch):
     assert (apart[continues] != np.roll(apart, 1, axis=1)[continues]).mean() > 0.2
 
 
-class Prepared(Forward):
+class Prepared(ForwardPass):
     """A forward pass whose model says what a table tells for the tokens that it gets."""
 
     def __init__(self, batch, rng=None):
         self.batch, self.rng, self.seen = batch, rng, []
         self.model = types.SimpleNamespace(
             config=types.SimpleNamespace(vocab_size=VOCABULARY),
-            text_tokens=self.text_tokens,
+            encode_text=self.encode_text,
             mlm_logits=self.mlm_logits,
         )
 
-    def text_tokens(self, ids, mask, rng):
+    def encode_text(self, ids, mask, rng):
         self.seen.append(ids)
         return jnp.cumsum(jax.nn.one_hot(ids % 16, 16), axis=1)
 
@@ -132,9 +132,9 @@ def take(batch, rows):
 @jax.jit
 def predict(batch, rng=None):
     """Log-probabilities, which tokens were chosen, what the model was shown, and the loss."""
-    config = MlmConfig(rate=0.3)
+    config = MlmConfig(mask_rate=0.3)
     forward = Prepared(batch, rng)
-    log_probs, chosen = masked_predictions(forward, TOKENS, config)
+    log_probs, chosen = predict_masked(forward, TOKENS, config)
     return log_probs, chosen, forward.seen[0], mlm_loss(forward, TOKENS, config)
 
 

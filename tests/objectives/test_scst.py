@@ -11,10 +11,10 @@ from mplug2_jax.errors import UserError
 from mplug2_jax.generation.config import SearchConfig
 from mplug2_jax.generation.decode import generate
 from mplug2_jax.model.config import SpecialTokens, model_config
-from mplug2_jax.model.mplug2 import define
-from mplug2_jax.objectives.cider import cider_d, no_frequencies
+from mplug2_jax.model.mplug2 import define_model
+from mplug2_jax.objectives.cider import cider_d, uniform_frequencies
 from mplug2_jax.objectives.config import ScstConfig
-from mplug2_jax.objectives.forward import Forward, purpose_key
+from mplug2_jax.objectives.forward import ForwardPass, named_key
 from mplug2_jax.objectives.scst import advantages
 from mplug2_jax.tasks.base import TaskContext
 from mplug2_jax.tasks.config import TaskSettings
@@ -29,13 +29,13 @@ MODEL = model_config(
 )  # fmt: skip
 TASK, RNG = TASKS["scst"], jax.random.key(3)
 CONTEXT = TaskContext(
-    settings=TaskSettings(scst=ScstConfig(samples=SAMPLES)), tokens=SpecialTokens(begin=1, end=2, mask=3)
+    settings=TaskSettings(scst=ScstConfig(num_samples=SAMPLES)), tokens=SpecialTokens(begin=1, end=2, mask=3)
 )
 
 
 @pytest.fixture(scope="module")
 def model():
-    definition = define(MODEL, TASK.parts)
+    definition = define_model(MODEL, TASK.parts)
     rng = np.random.default_rng(0)
     return definition, jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape) * 0.3, s.dtype), definition.shapes)
 
@@ -52,8 +52,11 @@ def batch_of(ids=range(EXAMPLES)):
 def drawn(model, batch):
     """The captions that a step draws."""
     definition, params = model
-    bound, search = definition.bind(params), SearchConfig(beams=SAMPLES, min_length=0, max_length=LENGTH - 1, top_p=1.0)
-    memory, key = Forward(bound, batch).described, purpose_key(RNG, "scst")
+    bound, search = (
+        definition.bind(params),
+        SearchConfig(num_beams=SAMPLES, min_length=0, max_length=LENGTH - 1, top_p=1.0),
+    )
+    memory, key = ForwardPass(bound, batch).caption_memory, named_key(RNG, "scst")
     return generate(bound.decoder, *memory, search, CONTEXT.tokens, batch["example_id"], key=key)
 
 
@@ -63,12 +66,12 @@ def test_its_gradient_is_reinforce_by_hand(model):
     batch = batch_of()
     found = jax.jit(lambda p: drawn((definition, p), batch))(params)
     ids, lengths = np.asarray(found.ids), np.asarray(found.lengths)
-    rewards = np.asarray(cider_d(found.ids, batch["references"], no_frequencies(), CONTEXT.tokens))
+    rewards = np.asarray(cider_d(found.ids, batch["references"], uniform_frequencies(), CONTEXT.tokens))
     assert rewards.std(1).min() > 0
 
     def by_hand(params):
         bound = definition.bind(params)
-        memory, seen = (jnp.repeat(x, SAMPLES, axis=0) for x in Forward(bound, batch).described)
+        memory, seen = (jnp.repeat(x, SAMPLES, axis=0) for x in ForwardPass(bound, batch).caption_memory)
         logits = bound.decoder(jnp.asarray(ids.reshape(-1, ids.shape[-1])), None, memory, seen)
         chances = jax.nn.log_softmax(logits).reshape(*ids.shape, VOCABULARY)
         total = 0.0
@@ -79,7 +82,7 @@ def test_its_gradient_is_reinforce_by_hand(model):
         return total / (lengths - 1).sum()
 
     def ours(params):
-        outcome = TASK.loss(Forward(definition.bind(params), batch, RNG), CONTEXT)
+        outcome = TASK.loss(ForwardPass(definition.bind(params), batch, RNG), CONTEXT)
         return outcome.loss, outcome.metrics
 
     (loss, metrics), gradients = jax.jit(jax.value_and_grad(ours, has_aux=True))(params)
@@ -99,7 +102,7 @@ def test_an_examples_captions_do_not_depend_on_its_neighbours(model):
 
 def test_padding_counts_for_nothing(model):
     definition, params = model
-    measure = jax.jit(lambda batch: TASK.loss(Forward(definition.bind(params), batch, RNG), CONTEXT).metrics)
+    measure = jax.jit(lambda batch: TASK.loss(ForwardPass(definition.bind(params), batch, RNG), CONTEXT).metrics)
     alone, padded = batch_of((0, 1)), batch_of((0, 1, 2)) | {"example_mask": jnp.asarray([True, True, False])}
     ours, theirs = measure(alone), measure(padded)
     assert_close(ours, theirs, CHAIN)
@@ -109,7 +112,7 @@ def test_a_caption_is_measured_by_the_mean_of_the_others():
     assert_close(advantages(jnp.asarray([[1.0, 2.0, 6.0], [3.0, 3.0, 3.0]])), [[-3, -1.5, 4.5], [0] * 3])
 
 
-@pytest.mark.parametrize(("field", "value"), [("samples", 1), ("documents", 0)])
+@pytest.mark.parametrize(("field", "value"), [("num_samples", 1), ("num_documents", 0)])
 def test_settings_out_of_range_are_refused(field, value):
     with pytest.raises(UserError, match=f"config.tasks.scst.{field}"):
         ScstConfig(**{field: value})

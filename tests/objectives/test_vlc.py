@@ -13,10 +13,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from mplug2_jax.objectives import contrast
 from mplug2_jax.objectives.config import VlcConfig
-from mplug2_jax.objectives.forward import Forward
-from mplug2_jax.objectives.momentum import momentum_contrastive_loss
-from mplug2_jax.objectives.queue import Queue, fresh_queue
-from mplug2_jax.objectives.vlc import contrastive_loss, vlc_loss
+from mplug2_jax.objectives.forward import ForwardPass
+from mplug2_jax.objectives.queue import Queue, init_queue
+from mplug2_jax.objectives.vlc import contrastive_loss, momentum_contrastive_loss, vlc_loss
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import abstract_mesh, make_mesh
 from mplug2_jax.parallel.placement import batch_sharding
@@ -162,7 +161,7 @@ def test_blocks_are_those_of_few_chips(devices, rows, turns):
     assert seen == [turns]
 
 
-class Prepared(Forward):
+class Prepared(ForwardPass):
     """A forward pass whose features are known; no model runs."""
 
     def __init__(self, batch, features, temperature=0.07, teacher=None, alpha=0.0, queue=None):
@@ -262,7 +261,7 @@ def test_with_alpha_0_and_an_empty_queue_the_momentum_form_is_the_plain_contrast
 
 
 def test_a_queue_forgets_its_oldest_and_begins_again_at_its_end():
-    queue = fresh_queue(jax.random.key(0), 6, WIDTH)
+    queue = init_queue(jax.random.key(0), 6, WIDTH)
     assert_close(np.linalg.norm(queue.visual, axis=-1), np.ones(6))
     assert (queue.ids == -100).all()
     push = jax.jit(Queue.push)

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from mplug2_jax.model.config import model_config
 from mplug2_jax.model.fusion import Fusion
 from mplug2_jax.objectives.config import VlmConfig
-from mplug2_jax.objectives.forward import Forward
-from mplug2_jax.objectives.vlm import hard_negatives, take_in_group, vlm_loss
+from mplug2_jax.objectives.forward import ForwardPass
+from mplug2_jax.objectives.vlm import gather_in_group, hard_negatives, vlm_loss
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.parallel.placement import batch_sharding
@@ -126,12 +126,12 @@ def test_candidates_may_be_a_teachers_features():
 def test_rows_are_taken_inside_their_group_exactly(dtype):
     x = jax.random.normal(jax.random.key(0), (6, 2, 3))
     x = x > 0 if dtype == "bool" else x.astype(dtype)
-    taken = take_in_group(x, jnp.asarray([[2, 0, 0], [1, 1, 2]]))
+    taken = gather_in_group(x, jnp.asarray([[2, 0, 0], [1, 1, 2]]))
     assert taken.dtype == x.dtype
     np.testing.assert_array_equal(taken, x[np.asarray([2, 0, 0, 4, 4, 5])])
 
 
-class Prepared(Forward):
+class Prepared(ForwardPass):
     """A forward pass whose tokens carry their own number, and whose match of text i with picture j is a table's."""
 
     def __init__(self, batch, features, table, rng=None):
@@ -157,7 +157,7 @@ def loss_and_negatives(batch, features, table, rng, group):
     key = forward.key("vlm/negatives")
     counts = batch["example_mask"].astype(jnp.float32)
     negatives = draw_from_themselves(*features, batch["example_id"], counts, key, group=group or len(table))
-    return vlm_loss(forward, VlmConfig(group=group)), negatives
+    return vlm_loss(forward, VlmConfig(group_size=group)), negatives
 
 
 loss_of = jax.jit(loss_and_negatives, static_argnames="group")

@@ -26,13 +26,13 @@ FACTS = {  # chips, hosts, devices, accelerator type
 @pytest.mark.parametrize("name", FACTS)
 def test_known_topologies_are_counted(name: str) -> None:
     topology = parse_topology(name)
-    assert (topology.chips, topology.hosts, topology.devices, topology.accelerator_type) == FACTS[name]
+    assert (topology.chips, topology.hosts_per_slice, topology.devices, topology.accelerator_type) == FACTS[name]
     assert (topology.name, str(topology)) == (name, name)
 
 
 def test_slices_multiply_chips_and_leave_a_slice_as_it_is() -> None:
     topology = parse_topology("v5p:4x4x4", 3)
-    assert (topology.chips, topology.slice_chips, topology.devices, topology.hosts) == (192, 64, 192, 16)
+    assert (topology.chips, topology.chips_per_slice, topology.devices, topology.hosts_per_slice) == (192, 64, 192, 16)
     assert (topology.name, str(topology), topology.accelerator_type) == ("v5p:4x4x4", "v5p:4x4x4 x 3 slices", "v5p-128")
 
 
@@ -40,24 +40,26 @@ def test_slices_multiply_chips_and_leave_a_slice_as_it_is() -> None:
 def test_every_usual_topology_reads_back(name: str) -> None:
     topology = parse_topology(name)
     assert topology.name == name
-    assert topology.devices == math.prod(topology.shape) * topology.chip.devices
+    assert topology.devices == math.prod(topology.shape) * topology.chip.devices_per_chip
 
 
 cubes = st.lists(st.integers(1, 4).map(lambda n: 4 * n), min_size=3, max_size=3)
 
 
-@given(st.sampled_from([c for c in CHIPS.values() if c.dims == 3]), cubes)
+@given(st.sampled_from([c for c in CHIPS.values() if c.torus_dims == 3]), cubes)
 def test_a_torus_may_be_of_any_whole_cubes(chip, sides) -> None:
     topology = parse_topology(f"{chip.name}:{'x'.join(map(str, sides))}")
     assert topology.shape == tuple(sides)
     assert topology.chips == math.prod(sides)
 
 
-@given(st.sampled_from([c for c in CHIPS.values() if not c.dims]), st.integers(1, 2**20))
+@given(st.sampled_from([c for c in CHIPS.values() if not c.torus_dims]), st.integers(1, 2**20))
 def test_a_switch_joins_any_number(chip, number: int) -> None:
     topology = parse_topology(f"{chip.name}:{number}")
     assert topology.devices == number
-    assert (topology.hosts - 1) * chip.host_chips < number <= topology.hosts * chip.host_chips
+    assert (
+        (topology.hosts_per_slice - 1) * chip.chips_per_host < number <= topology.hosts_per_slice * chip.chips_per_host
+    )
 
 
 alphabet = st.text("0123456789x:-. v5epch", max_size=12)
@@ -120,5 +122,5 @@ def test_the_peak_of_a_device_is_its_share_of_the_chip() -> None:
     assert peak_flops("TPU7x") == 2307e12 / 2
     assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
     assert peak_flops("cpu") is None
-    kinds = [kind for chip in CHIPS.values() for kind in chip.kinds]
+    kinds = [kind for chip in CHIPS.values() for kind in chip.device_kinds]
     assert len(kinds) == len(set(kinds))

@@ -46,4 +46,6 @@ def test_chips_share_a_clip_and_never_gather_it_in_the_tower() -> None:
     assert temporary[1] < 0.3 * temporary[0]
     gathered = re.findall(r"\w+\[([\d,]+)\]\S* all-gather(?:-start)?\(", shared.as_text())
     assert gathered  # the keys of the universal layers, at least
-    assert max(math.prod(map(int, g.split(","))) for g in gathered) < FRAMES * (MODEL.patches + 1) * MODEL.vision_width
+    assert (
+        max(math.prod(map(int, g.split(","))) for g in gathered) < FRAMES * (MODEL.num_patches + 1) * MODEL.vision_width
+    )

@@ -18,7 +18,7 @@ from tests.tpu import topology_mesh
     opened=st.sampled_from(MESH_AXES),
 )
 def test_the_open_axis_takes_what_is_left(fixed: dict[str, int], opened: str) -> None:
-    assert MeshConfig(**(fixed | {opened: -1})).sizes(math.prod(fixed.values())) == fixed
+    assert MeshConfig(**(fixed | {opened: -1})).axis_sizes(math.prod(fixed.values())) == fixed
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ def test_the_open_axis_takes_what_is_left(fixed: dict[str, int], opened: str) ->
 )
 def test_sizes_that_do_not_fit_are_a_sentence(config: MeshConfig, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        config.sizes(8)
+        config.axis_sizes(8)
 
 
 def test_every_device_is_there_once() -> None:

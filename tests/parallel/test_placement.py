@@ -7,39 +7,45 @@ from jax.sharding import Mesh, PartitionSpec
 
 from mplug2_jax.errors import UserError
 from mplug2_jax.model.config import model_config
-from mplug2_jax.model.mplug2 import define
+from mplug2_jax.model.mplug2 import define_model
 from mplug2_jax.parallel.config import MESH_AXES, MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
-from mplug2_jax.parallel.placement import check_batch, held_parts, parameter_spec, place_parameters, put_batch
+from mplug2_jax.parallel.placement import (
+    check_batch_divisible,
+    local_batch_shards,
+    make_param_shardings,
+    param_spec,
+    put_batch,
+)
 from mplug2_jax.parallel.sharding import PARAMETER_RULES, activation_spec
 
 SIZES = {"replica": 1, "data": 2, "fsdp": 2, "sequence": 1, "tensor": 2}
 
 
 def test_axes_follow_the_table_and_reasons_are_given() -> None:
-    assert parameter_spec((64, 128), ("embed", "mlp"), SIZES) == (PartitionSpec("fsdp", "tensor"), [])
-    spec, why = parameter_spec((63, 128), ("embed", "mlp"), SIZES)
+    assert param_spec((64, 128), ("embed", "mlp"), SIZES) == (PartitionSpec("fsdp", "tensor"), [])
+    spec, why = param_spec((63, 128), ("embed", "mlp"), SIZES)
     assert spec == PartitionSpec(None, "tensor")
     assert why == ["'embed' stays whole: 63 is not a multiple of fsdp=2"]
-    spec, why = parameter_spec((64, 64), ("embed", "embed"), SIZES)
+    spec, why = param_spec((64, 64), ("embed", "embed"), SIZES)
     assert spec == PartitionSpec("fsdp", None)
     assert "already splits" in why[0]
 
 
 def test_a_large_model_lives_in_shards() -> None:
     """No device holds more than its part of the matrices; what stays whole is small."""
-    definition = define(model_config("large"), ("vision", "temporal", "text", "universal", "fusion", "decoder"))
+    definition = define_model(model_config("large"), ("vision", "temporal", "text", "universal", "fusion", "decoder"))
     mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
-    placement = place_parameters(definition.shapes, definition.axes, mesh)
+    placement = make_param_shardings(definition.shapes, definition.axes, mesh)
     shapes, shardings = jax.tree.leaves(definition.shapes), jax.tree.leaves(placement.shardings)
     held = sum(int(np.prod(s.shard_shape(x.shape))) for x, s in zip(shapes, shardings, strict=True))
-    assert held < 1.05 * definition.count() / 8
-    assert all("stays whole" in why for why in placement.reasons.values())
+    assert held < 1.05 * definition.num_params() / 8
+    assert all("stays whole" in why for why in placement.skipped_rules.values())
 
 
 def test_every_logical_axis_of_the_model_has_a_rule() -> None:
     parts = ("vision", "temporal", "text", "universal", "fusion", "decoder", "mlm", "contrastive", "matching")
-    definition = define(model_config("tiny", num_classes=10), (*parts, "classifier"))
+    definition = define_model(model_config("tiny", num_classes=10), (*parts, "classifier"))
     leaves = jax.tree.leaves(definition.axes, is_leaf=lambda x: isinstance(x, tuple))
     names = {name for axes in leaves for name in axes if name is not None}
     assert names <= set(PARAMETER_RULES)
@@ -73,7 +79,7 @@ def test_rows_come_to_rest_on_the_devices_that_hold_their_part() -> None:
     rows = np.arange(16).reshape(8, 2)
     backwards = Mesh(np.array(jax.devices()[::-1]).reshape(1, 2, 2, 1, 2), MESH_AXES)
     for mesh in (make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)), make_mesh(MeshConfig(tensor=8, fsdp=1)), backwards):
-        assert held_parts(mesh) == tuple(range(mesh.shape["data"] * mesh.shape["fsdp"]))
+        assert local_batch_shards(mesh) == tuple(range(mesh.shape["data"] * mesh.shape["fsdp"]))
         placed = put_batch({"text": rows}, mesh)["text"]
         for shard in placed.addressable_shards:
             np.testing.assert_array_equal(np.asarray(shard.data), rows[shard.index])
@@ -81,8 +87,8 @@ def test_rows_come_to_rest_on_the_devices_that_hold_their_part() -> None:
 
 def test_a_batch_that_does_not_split_names_the_nearest_sizes() -> None:
     mesh = make_mesh(MeshConfig(data=2, fsdp=4))
-    check_batch("config.x", 16, mesh)
+    check_batch_divisible("config.x", 16, mesh)
     with pytest.raises(UserError, match=r"config.x=12 does not split .* 8 batch shards .*; use 8 or 16"):
-        check_batch("config.x", 12, mesh)
+        check_batch_divisible("config.x", 12, mesh)
     with pytest.raises(UserError, match=r"use 8$"):
-        check_batch("config.x", 3, mesh)
+        check_batch_divisible("config.x", 3, mesh)

@@ -7,7 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mplug2_jax.errors import UserError
-from mplug2_jax.parallel.processes import PORT, Cluster, check_equal, detect, gather
+from mplug2_jax.parallel.processes import (
+    DEFAULT_PORT,
+    Cluster,
+    allgather_objects,
+    check_same_across_processes,
+    detect_cluster,
+)
 
 NAMED = {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
 JOBSET = {
@@ -34,11 +40,11 @@ def without(environment: dict[str, str], name: str) -> dict[str, str]:
         (TPU, False, None),  # of a TPU machine whose TPUs are not used
         (NAMED, False, Cluster("environment", "10.0.0.1:1234", 4, 3)),
         (TPU | JOBSET | SLURM | NAMED, True, Cluster("environment", "10.0.0.1:1234", 4, 3)),
-        (JOBSET, False, Cluster("JobSet run", f"run-workers-0-0.run:{PORT}", 8, 5)),
+        (JOBSET, False, Cluster("JobSet run", f"run-workers-0-0.run:{DEFAULT_PORT}", 8, 5)),
         (without(JOBSET, "JAX_NUM_PROCESSES") | TPU, True, Cluster("TPU pod")),
-        (SLURM, False, Cluster("SLURM job 4097", f"node003:{PORT + 1}", 8, 7, (3,))),
-        (SLURM | {"SLURM_STEP_NUM_NODES": "8"}, False, Cluster("SLURM job 4097", f"node003:{PORT + 1}", 8, 7)),
-        (SLURM | {"CUDA_VISIBLE_DEVICES": "3"}, False, Cluster("SLURM job 4097", f"node003:{PORT + 1}", 8, 7)),
+        (SLURM, False, Cluster("SLURM job 4097", f"node003:{DEFAULT_PORT + 1}", 8, 7, (3,))),
+        (SLURM | {"SLURM_STEP_NUM_NODES": "8"}, False, Cluster("SLURM job 4097", f"node003:{DEFAULT_PORT + 1}", 8, 7)),
+        (SLURM | {"CUDA_VISIBLE_DEVICES": "3"}, False, Cluster("SLURM job 4097", f"node003:{DEFAULT_PORT + 1}", 8, 7)),
         (SLURM | {"SLURM_STEP_NUM_TASKS": "1"}, False, None),
         (without(SLURM, "SLURM_STEP_NUM_TASKS"), False, None),  # a batch script, not a step
         ({}, True, Cluster("TPU metadata")),
@@ -48,7 +54,7 @@ def without(environment: dict[str, str], name: str) -> dict[str, str]:
     ],
 )
 def test_who_the_others_are(environment: dict[str, str], tpu: bool, cluster: Cluster | None) -> None:
-    assert detect(environment, tpu=tpu) == cluster
+    assert detect_cluster(environment, tpu=tpu) == cluster
 
 
 @pytest.mark.parametrize(
@@ -74,16 +80,16 @@ def test_who_the_others_are(environment: dict[str, str], tpu: bool, cluster: Clu
 )
 def test_a_wrong_environment_is_a_sentence(environment: dict[str, str], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
-        detect(environment)
+        detect_cluster(environment)
 
 
 def test_half_of_a_tpu_pod() -> None:
     with pytest.raises(UserError, match="TPU_WORKER_ID=1 is set, but TPU_WORKER_HOSTNAMES is not; set both or none"):
-        detect(without(TPU, "TPU_WORKER_HOSTNAMES"), tpu=True)
+        detect_cluster(without(TPU, "TPU_WORKER_HOSTNAMES"), tpu=True)
     with pytest.raises(UserError, match="TPU_WORKER_ID is not set"):
-        detect(without(TPU, "TPU_WORKER_ID"), tpu=True)
+        detect_cluster(without(TPU, "TPU_WORKER_ID"), tpu=True)
     with pytest.raises(UserError, match="TPU pod: process 2 of 2 cannot be"):
-        detect(TPU | {"TPU_WORKER_ID": "2"}, tpu=True)
+        detect_cluster(TPU | {"TPU_WORKER_ID": "2"}, tpu=True)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +104,7 @@ def test_half_of_a_tpu_pod() -> None:
 def test_half_of_several_slices(environment: dict[str, str], sentence: str) -> None:
     """JAX would take each for slice 0, and wait."""
     with pytest.raises(UserError, match=sentence):
-        detect(environment, tpu=True)
+        detect_cluster(environment, tpu=True)
 
 
 @given(
@@ -110,10 +116,12 @@ def test_half_of_several_slices(environment: dict[str, str], sentence: str) -> N
 )
 def test_any_environment_is_a_cluster_or_a_sentence(environment: dict[str, str]) -> None:
     with contextlib.suppress(UserError):
-        cluster = detect(environment)
-        assert cluster is None or (cluster.count and cluster.index is not None and cluster.index < cluster.count)
+        cluster = detect_cluster(environment)
+        assert cluster is None or (
+            cluster.num_processes and cluster.process_id is not None and cluster.process_id < cluster.num_processes
+        )
 
 
 def test_a_process_on_its_own_agrees_with_itself() -> None:
-    assert gather({"a": [1, None]}) == [{"a": [1, None]}]
-    check_equal({"a": 1})
+    assert allgather_objects({"a": [1, None]}) == [{"a": [1, None]}]
+    check_same_across_processes({"a": 1})

@@ -120,7 +120,7 @@ def test_every_shipped_entry_is_of_a_recipe_and_a_machine_that_exist() -> None:
     assert any(entry.quick for entry in shipped)
     for entry in shipped:
         config = build(RunConfig, load_recipe(entry.recipe, entry.overrides))
-        config.mesh.sizes(parse_topology(entry.topology, entry.slices).devices)
+        config.mesh.axis_sizes(parse_topology(entry.topology, entry.slices).devices)
         assert not entry.evaluation or entry.evaluation in config.evaluations
     assert json.loads(path.read_text())
 

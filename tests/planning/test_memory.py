@@ -29,7 +29,7 @@ def memory_of(config: RunConfig) -> tuple[dict[str, float], float, float]:
 
 def test_parameters_are_four_bytes_and_adam_twice_that() -> None:
     groups, host, numbers = memory_of(small_run(mesh=SPLIT))
-    whole = blueprint(small_run(), TOPOLOGY).definition.count()
+    whole = blueprint(small_run(), TOPOLOGY).definition.num_params()
     assert whole / 4 <= numbers < whole / 2  # over fsdp and tensor, but for what is small
     assert groups["parameters"] == 4 * numbers
     assert groups["optimiser"] == pytest.approx(8 * numbers, abs=64)  # and its counters
@@ -103,7 +103,7 @@ def test_machine_code_lies_beside_the_compilers_peak() -> None:
 def test_it_fits_where_there_is_room() -> None:
     memory = program_memory(compiled(), TOPOLOGY)
     assert memory.fits
-    assert memory.share == memory.peak / TOPOLOGY.chip.memory
+    assert memory.share == memory.peak / TOPOLOGY.chip.memory_bytes
     tight = dataclasses.replace(memory, capacity=memory.peak - 1)
     assert isinstance(tight, Memory)
     assert not tight.fits

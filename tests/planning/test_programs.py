@@ -147,4 +147,4 @@ def test_devices_of_tpus_are_libtpu_s(name: str, slices: int, kind: str) -> None
     devices = get_topology_devices(topology)
     assert len(devices) == topology.devices
     assert {device.device_kind for device in devices} == {kind}
-    assert kind in topology.chip.kinds
+    assert kind in topology.chip.device_kinds

@@ -120,7 +120,7 @@ def test_there_are_as_many_of_the_larger_chip(name: str) -> None:
     if roomy is not None:
         assert parse_topology(roomy.name) == roomy
         assert (roomy.devices, roomy.slices) == (topology.devices, topology.slices)
-        assert roomy.chip.memory > topology.chip.memory
+        assert roomy.chip.memory_bytes > topology.chip.memory_bytes
 
 
 def test_libtpu_knows_the_smallest_of_them() -> None:
@@ -188,4 +188,4 @@ def test_libtpu_s_refusal_is_read() -> None:
     assert isinstance(out, OutOfMemory)
     assert out.exceeded_by > 0
     assert out.needed == pytest.approx(out.capacity + out.exceeded_by)
-    assert out.capacity == pytest.approx(CHIPS["v5e"].memory, rel=0.02)
+    assert out.capacity == pytest.approx(CHIPS["v5e"].memory_bytes, rel=0.02)

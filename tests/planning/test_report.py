@@ -51,7 +51,7 @@ def test_a_compiled_program_s_report_is_whole(compiled: Compiled) -> None:
     json.dumps(made.as_json(), allow_nan=False)
     assert (made.name, made.program, made.topology, made.chips) == ("small", "train", "cpu:8", 8)
     assert made.mesh == "data=2, fsdp=2, tensor=2"
-    assert made.parameters == compiled.program.spec.definition.count()
+    assert made.parameters == compiled.program.spec.definition.num_params()
     assert made.simulated
     assert made.steps == config.steps
     assert {row.axes for row in made.traffic} >= {"fsdp"}

@@ -4,8 +4,8 @@ import jax
 import pytest
 
 from mplug2_jax.model.config import model_config
-from mplug2_jax.model.mplug2 import define
-from mplug2_jax.objectives.forward import Forward
+from mplug2_jax.model.mplug2 import define_model
+from mplug2_jax.objectives.forward import ForwardPass
 from mplug2_jax.objectives.language import caption_loss
 from mplug2_jax.planning.scopes import readable
 from mplug2_jax.training.telemetry.flops import count_flops
@@ -36,7 +36,7 @@ def test_names_are_the_models_own(op_name, name):
 
 def test_every_matmul_of_the_model_is_in_a_scope():
     config = model_config("tiny")
-    definition = define(config, ("vision", "temporal", "universal", "decoder"))
+    definition = define_model(config, ("vision", "temporal", "universal", "decoder"))
     batch = {
         "frames": jax.ShapeDtypeStruct((2, 2, config.image_size, config.image_size, 3), "uint8"),
         "target": jax.ShapeDtypeStruct((2, 4), "int32"),
@@ -44,7 +44,7 @@ def test_every_matmul_of_the_model_is_in_a_scope():
     }
 
     def loss(params, batch):
-        return caption_loss(Forward(definition.bind(params), batch)).loss
+        return caption_loss(ForwardPass(definition.bind(params), batch)).loss
 
     counts = count_flops(loss, definition.shapes, batch)
     assert set(counts) == {"vision", "universal", "decoder"}

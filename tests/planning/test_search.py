@@ -42,14 +42,14 @@ def test_candidates_divide_devices_heads_and_batches(found: list[Candidate]) -> 
     own = found[0].config
     for candidate in found:
         config = candidate.config
-        sizes = config.mesh.sizes(8)
+        sizes = config.mesh.axis_sizes(8)
         shards = sizes["replica"] * sizes["data"] * sizes["fsdp"]
         assert config.streams == own.streams
         assert 8 % (shards * config.grad_accum_steps) == 0
         assert config.model.heads % sizes["tensor"] == 0
         assert sizes["sequence"] == 1  # there are no long clips
         assert not (config.fsdp_gather == "step" and sizes["fsdp"] == 1)
-        assert candidate.memory <= TOPOLOGY.chip.memory
+        assert candidate.memory <= TOPOLOGY.chip.memory_bytes
 
 
 def test_their_words_make_them_and_no_two_are_the_same(found: list[Candidate]) -> None:

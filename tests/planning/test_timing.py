@@ -24,7 +24,7 @@ def collective(*axes: str, kind: str = "all-gather", network: str = "ici", size:
 def torus(name: str, slices: int = 1, **axes: int):
     topology = parse_topology(name, slices)
     mesh = MeshConfig(**({"replica": slices, "fsdp": 1} | axes))
-    topology_mesh(name, mesh, slices) if not topology.chip.compiler else None  # skips where there is no libtpu
+    topology_mesh(name, mesh, slices) if not topology.chip.libtpu_variant else None  # skips where there is no libtpu
     return topology, make_mesh(mesh, get_topology_devices(topology))
 
 

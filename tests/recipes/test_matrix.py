@@ -20,7 +20,7 @@ FIRST = {
 }
 SMALL = {
     "steps": 2, "log_every": 1, "checkpoint.every_steps": 2, "model.vision_layers": 1, "model.text_layers": 1,
-    "model.fusion_layers": 1, "model.decoder_layers": 1, "model.universal_layers": 1, "tasks.search.beams": 2,
+    "model.fusion_layers": 1, "model.decoder_layers": 1, "model.universal_layers": 1, "tasks.search.num_beams": 2,
     "mesh.fsdp": 1, "mesh.data": -1, "streams.set.data.visual.num_frames": 2,
 }  # fmt: skip
 

@@ -16,7 +16,7 @@ from mplug2_jax.cli.main import main
 from mplug2_jax.config import build, load_recipe
 from mplug2_jax.conversion.parity.goldens import Golden, load_goldens
 from mplug2_jax.model.config import SpecialTokens
-from mplug2_jax.model.vision import normalise_pixels
+from mplug2_jax.model.vision import normalize_pixels
 from mplug2_jax.tasks.base import TaskContext
 from mplug2_jax.tasks.table import TASKS
 from mplug2_jax.training.config import RunConfig
@@ -84,7 +84,7 @@ def test_what_is_seen_and_asked_is_what_the_release_makes_of_its_files(
     for example in examples:
         frames = example.arrays["frames"]
         np.testing.assert_array_equal(frames, pixels[f"test_resized_{size}"][[0, 1, 0, 1]])
-        seen = normalise_pixels(jnp.asarray(frames)[None])[0]
+        seen = normalize_pixels(jnp.asarray(frames)[None])[0]
         golden = pixels[f"test_normalised_{size}"].transpose(1, 2, 3, 0)[[0, 1, 0, 1]]
         assert_close(seen, golden)
     if task == "caption":

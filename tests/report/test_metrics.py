@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mplug2_jax.report.metrics import MAX_POINTS, Curve, read_metrics
-from tests.close import FLOAT64, assert_close, largest
+from tests.close import FLOAT64, assert_close, max_magnitude
 
 
 def write(path: Path, *lines: bytes) -> Path:
@@ -37,7 +37,7 @@ def test_a_hundred_thousand_lines_become_a_bounded_curve_with_true_means_and_ext
     assert edges[-1] == 100_000
     for i, (first, last) in enumerate(itertools.pairwise(edges)):
         its = values[first:last]
-        assert_close(curve.means[i], its.mean(), FLOAT64, scale=largest(its))
+        assert_close(curve.means[i], its.mean(), FLOAT64, scale=max_magnitude(its))
         assert (curve.lows[i], curve.highs[i]) == (its.min(), its.max())
     assert curve.highs.max() == 1e6
 

@@ -14,9 +14,9 @@ from mplug2_jax.metrics.java_metrics import Meteor
 from mplug2_jax.metrics.metric import MeanMetric
 from mplug2_jax.metrics.units import is_fraction
 from mplug2_jax.model.config import PARTS, SpecialTokens, model_config
-from mplug2_jax.model.mplug2 import define
+from mplug2_jax.model.mplug2 import define_model
 from mplug2_jax.objectives.config import MlmConfig, VlmConfig
-from mplug2_jax.objectives.forward import Forward
+from mplug2_jax.objectives.forward import ForwardPass
 from mplug2_jax.tasks import answer, caption, classify, mlm, vlc
 from mplug2_jax.tasks.base import EvalOutput, Prompts, TaskContext
 from mplug2_jax.tasks.config import TaskSettings
@@ -31,7 +31,9 @@ CONFIG = model_config(
     vocab_size=VOCABULARY, max_positions=8, contrastive_width=8,
 )  # fmt: skip
 SETTINGS = TaskSettings(
-    mlm=MlmConfig(rate=0.5), vlm=VlmConfig(group=BATCH), search=SearchConfig(beams=2, min_length=1, max_length=4)
+    mlm=MlmConfig(mask_rate=0.5),
+    vlm=VlmConfig(group_size=BATCH),
+    search=SearchConfig(num_beams=2, min_length=1, max_length=4),
 )
 PROMPTS = Prompts(np.arange(4, 12, dtype=np.int32).reshape(2, 2, 2), classes=2, templates=2)
 CONTEXT = TaskContext(settings=SETTINGS, tokens=SpecialTokens(begin=1, end=2, mask=3), prompts=PROMPTS)
@@ -130,13 +132,13 @@ def test_parts_for_a_task_are_those_that_its_loss_reads_and_its_prediction_needs
     parts, pictures = parts_of(name, frames)
     read = {*task.keys, *(["frames"] if pictures else [])}
     batch = {key: value for key, value in batch_of(frames).items() if key in read}
-    definition = define(config_of(name), parts)
+    definition = define_model(config_of(name), parts)
 
     def used(params, batch):
         model = definition.bind(params)
         if task.loss is None:
             return predicted_by(task, model, batch)
-        return task.loss(Forward(model, batch, jax.random.key(0)), CONTEXT).loss
+        return task.loss(ForwardPass(model, batch, jax.random.key(0)), CONTEXT).loss
 
     traced = jax.make_jaxpr(used)(definition.shapes, batch).jaxpr
     read = {id(variable) for eqn in traced.eqns for variable in eqn.invars}
@@ -164,14 +166,14 @@ def test_parts_for_several_uses_are_their_union_in_the_order_of_the_table():
 def predictions():
     """What a model that has every part, and is as good as untrained, predicts in every task; and each loss."""
     parts = tuple(part for part in PARTS if part not in ("classifier", "temporal"))
-    definition = define(CONFIG, parts)
+    definition = define_model(CONFIG, parts)
     params = untrained(definition)
     params["contrastive"]["temperature"] = jnp.asarray(0.07)
     generating = {name: task for name, task in TASKS.items() if name not in HEADS}
 
     def run(params, batch):
         model = definition.bind(params)
-        forward = Forward(model, batch)
+        forward = ForwardPass(model, batch)
         predicted = {
             # The instruction-based task predicts as question answering does.
             name: predicted_by(task, model, batch)
@@ -186,10 +188,10 @@ def predictions():
             predicted[name] = predicted["answer"]
     for name in HEADS:
         task, (parts, pictures) = TASKS[name], parts_of(name)
-        definition = define(config_of(name), parts)
+        definition = define_model(config_of(name), parts)
         bound, batch = definition.bind(untrained(definition)), jax.device_put(batch_of(int(pictures)))
         predicted[name] = jax.device_get(task.predict(bound, batch, CONTEXT))
-        losses[name] = jax.device_get(task.loss(Forward(bound, batch), CONTEXT))
+        losses[name] = jax.device_get(task.loss(ForwardPass(bound, batch), CONTEXT))
     return predicted, losses
 
 
@@ -366,4 +368,4 @@ def test_captions_are_compared_with_all_of_their_own_and_the_baseline_with_anoth
 
 def test_settings_are_frozen_and_have_a_default_for_everything():
     with pytest.raises(dataclasses.FrozenInstanceError):
-        TaskSettings().mlm = MlmConfig(rate=0.5)
+        TaskSettings().mlm = MlmConfig(mask_rate=0.5)

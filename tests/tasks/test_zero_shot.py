@@ -13,8 +13,8 @@ from mplug2_jax.errors import UserError
 from mplug2_jax.evaluation.config import EvaluationConfig
 from mplug2_jax.evaluation.loop import Evaluation
 from mplug2_jax.evaluation.prompts import encode_prompts
-from mplug2_jax.model.mplug2 import define
-from mplug2_jax.objectives.forward import Forward
+from mplug2_jax.model.mplug2 import define_model
+from mplug2_jax.objectives.forward import ForwardPass
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.tasks import zero_shot
@@ -38,7 +38,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def definition():
-    return define(small_model(), PARTS)
+    return define_model(small_model(), PARTS)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def test_a_class_is_the_mean_direction_of_its_prompts(definition, params, tokeni
         vectors = []
         for template in TEMPLATES:
             ids = jnp.asarray([tokenizer.encode(template.format(label=name), max_length=12)])
-            vectors.append(model.contrastive.text_features(model.text_tokens(ids, jnp.ones(ids.shape, bool)))[0])
+            vectors.append(model.contrastive.text_features(model.encode_text(ids, jnp.ones(ids.shape, bool)))[0])
         mean = sum(vectors) / len(vectors)
         assert_close(features, mean / jnp.linalg.norm(mean))
 
@@ -81,7 +81,7 @@ def test_the_nearest_class_is_the_likeliest(definition, params):
     frames = np.random.default_rng(1).integers(0, 256, (3, 1, 16, 16, 3)).astype(np.uint8)
     batch = {"frames": jnp.asarray(frames), "class_features": jnp.eye(5, 16)}
     model = definition.bind(params)
-    visual = model.contrastive.visual_features(Forward(model, batch).visual)
+    visual = model.contrastive.visual_features(ForwardPass(model, batch).visual)
     context = TaskContext(settings=TaskSettings(), tokens=special_tokens(load_or_train_tokenizer(TokenizerConfig())))
     found = zero_shot.predict(model, batch, context)["probabilities"]
     assert_close(found, jax.nn.softmax(visual[:, :5] / 0.07))
@@ -119,7 +119,7 @@ def test_names_stand_in_for_labels(definition, params, tokenizer):
     ],
 )
 def test_what_makes_no_prompts_is_refused(tokenizer, fields, message):
-    both = define(dataclasses.replace(small_model(), num_classes=10), (*PARTS, "classifier"))
+    both = define_model(dataclasses.replace(small_model(), num_classes=10), (*PARTS, "classifier"))
     with pytest.raises(UserError, match=message):
         evaluation(both, tokenizer, **fields)
 

@@ -15,9 +15,9 @@ from data_pipelines.tokenizers import Tokenizer, train_wordpiece
 from mplug2_jax.generation.config import SearchConfig
 from mplug2_jax.generation.decode import generate
 from mplug2_jax.model.config import SpecialTokens
-from mplug2_jax.objectives.cider import document_frequencies
+from mplug2_jax.objectives.cider import count_document_frequencies
 from mplug2_jax.objectives.config import ScstConfig
-from mplug2_jax.objectives.forward import Forward
+from mplug2_jax.objectives.forward import ForwardPass
 from mplug2_jax.objectives.scst import scst_loss
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
@@ -44,7 +44,7 @@ def rewarded(**overrides: Any) -> RunConfig:
     """Pictures of DigitWorld. With a large eps a gradient that is rounding noise stays a step that is."""
     fields = {
         "streams": {"pictures": stream("image", 8, DESCRIBE, scst=1.0)},
-        "tasks": TaskSettings(scst=ScstConfig(samples=2, documents=100)),
+        "tasks": TaskSettings(scst=ScstConfig(num_samples=2, num_documents=100)),
         "optimizer": AdamWConfig(learning_rate=1e-2, eps=1e-2),
         "evaluations": {},
     }
@@ -114,7 +114,7 @@ def test_a_run_counts_the_captions_of_its_records_before_it_begins(tokenizer: To
     counted = list(streams["pictures"].references(100))
     assert len(counted) == 100
     assert_close(np.exp(found.log_documents), 100.0)
-    jax.tree.map(np.testing.assert_array_equal, found, document_frequencies(counted, special_tokens(tokenizer)))
+    jax.tree.map(np.testing.assert_array_equal, found, count_document_frequencies(counted, special_tokens(tokenizer)))
     for made, make_spec in zip(jax.tree.leaves(found), jax.tree.leaves(spec.shapes["frequencies"]), strict=True):
         assert (made.shape, made.dtype, made.sharding) == (make_spec.shape, make_spec.dtype, make_spec.sharding)
         assert made.sharding.is_fully_replicated
@@ -128,17 +128,17 @@ def test_drawing_captions_counts_as_so_many_turns_as_they_may_be_long() -> None:
         key: jax.ShapeDtypeStruct(shape, np.int32 if dtype == np.int64 else dtype)
         for key, (shape, dtype) in config.streams["pictures"].data.shapes().items()
     }
-    search = SearchConfig(beams=2, min_length=0, max_length=LENGTH - 1, top_p=1.0)
+    search = SearchConfig(num_beams=2, min_length=0, max_length=LENGTH - 1, top_p=1.0)
 
     def drawn(params: Any, memory: Any, seen: Any, ids: Any) -> Any:
         decoder = spec.definition.bind(params).decoder
         return generate(decoder, memory, seen, search, SpecialTokens(), ids)
 
     def learned(params: Any, batch: Any, said: Any, lengths: Any) -> Any:
-        return scst_loss(Forward(spec.definition.bind(params), batch), said, lengths, SpecialTokens()).loss
+        return scst_loss(ForwardPass(spec.definition.bind(params), batch), said, lengths, SpecialTokens()).loss
 
     shapes = spec.definition.shapes
-    memory = jax.eval_shape(lambda p, b: Forward(spec.definition.bind(p), b).described, shapes, batch)
+    memory = jax.eval_shape(lambda p, b: ForwardPass(spec.definition.bind(p), b).caption_memory, shapes, batch)
     found = jax.eval_shape(drawn, shapes, *memory, batch["example_id"])
     drawing = count_flops(drawn, shapes, *memory, batch["example_id"], turns=LENGTH - 1)
     learning = count_flops(jax.value_and_grad(learned), shapes, batch, found.ids, found.lengths)

@@ -162,7 +162,8 @@ def test_a_teacher_follows_and_its_queue_fills(tokenizer: Tokenizer) -> None:
         streams={"image_text": dataclasses.replace(pictures, objectives={"vlc": 1.0, "answer": 1.0})},
         evaluations={},
         tasks=TaskSettings(
-            vlc=VlcConfig(queue_size=16), distillation=DistillationConfig(momentum=0.5, fusion=False, ramp_steps=4)
+            vlc=VlcConfig(queue_size=16),
+            distillation=DistillationConfig(momentum=0.5, average_fusion=False, ramp_steps=4),
         ),
     )  # fmt: skip
     fresh = make_spec(config, tokenizer, ONE).init()

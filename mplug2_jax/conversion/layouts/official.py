@@ -25,7 +25,7 @@ from mplug2_jax.conversion.layouts.schemes import (
 from mplug2_jax.conversion.layouts.slots import Slot, by_name, linear, norm, shape_at, take
 from mplug2_jax.errors import UserError
 from mplug2_jax.model.config import ModelConfig
-from mplug2_jax.model.fusion import mixing_layers
+from mplug2_jax.model.fusion import joint_attention_layers
 from mplug2_jax.model.mplug2 import ModelDef, Params
 
 CAPTION_PARTS = ("vision", "temporal", "universal", "decoder")
@@ -87,7 +87,7 @@ def slots(config: ModelConfig, parts: Sequence[str], fusion_start: int) -> list[
 
 
 def _fusion(config: ModelConfig, fusion_start: int) -> Iterator[Slot]:
-    mixing = mixing_layers(config.fusion_layers, config.fusion_stride)
+    mixing = joint_attention_layers(config.fusion_layers, config.fusion_stride)
     read = mixed = 0
     for j in range(config.fusion_layers):
         name = f"fusion_encoder.encoder.layer.{fusion_start + j}"
@@ -144,7 +144,7 @@ def _dead_rules(config: ModelConfig, parts: Sequence[str], fusion_start: int) ->
     if fusion_start:
         layers = "|".join(str(i) for i in range(fusion_start))
         rules.append((rf"fusion_encoder\.encoder\.layer\.({layers})\..*", "fusion layer below the first in use"))
-    for j in mixing_layers(config.fusion_layers, config.fusion_stride):
+    for j in joint_attention_layers(config.fusion_layers, config.fusion_stride):
         name = rf"fusion_encoder\.encoder\.layer\.{fusion_start + j}\.crossattention\..*"
         rules.append((name, "cross attention of a fusion layer that mixes instead"))
     if "fusion" not in parts:

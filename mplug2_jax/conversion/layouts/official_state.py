@@ -74,7 +74,7 @@ def _clip(config: ModelConfig) -> Named:
     yield f"{top}.text_projection", (width, width)
     yield f"{top}.logit_scale", ()
     yield f"{top}.visual.class_embedding", (vision,)
-    yield f"{top}.visual.positional_embedding", (config.patches + 1, vision)
+    yield f"{top}.visual.positional_embedding", (config.num_patches + 1, vision)
     yield f"{top}.visual.proj", (vision, width)
     yield f"{top}.visual.conv1.weight", (vision, 3, 3 if config.temporal_downsampling else 1, patch, patch)
     yield from _norm(f"{top}.visual.ln_pre", vision)

@@ -16,7 +16,7 @@ from mplug2_jax.conversion.layouts.official import CAPTION_PARTS, QUESTION_PARTS
 from mplug2_jax.conversion.layouts.official_config import sizes_from_settings
 from mplug2_jax.conversion.layouts.slots import Slot
 from mplug2_jax.errors import UserError
-from mplug2_jax.model.mplug2 import ModelDef, Params, define
+from mplug2_jax.model.mplug2 import ModelDef, Params, define_model
 
 MATCHING_PARTS = ("vision", "text", "fusion", "contrastive", "matching")  # mPLUG v1's retrieval model
 
@@ -50,7 +50,7 @@ class Golden:
         The text part comes along only because a model without its foundations is refused.
         """
         config = dataclasses.replace(self.definition.config, fusion_stride=stride)
-        definition = define(config, self.definition.parts)
+        definition = define_model(config, self.definition.parts)
         return definition, load_official(self.source, definition, self.fusion_start)[0]
 
 
@@ -109,11 +109,11 @@ def _load(folder: Path, settings: Mapping[str, Any], model: str, parts: tuple[st
     source = SafetensorsSource(folder / ("weights.safetensors" if retrieval else f"{model}_weights.safetensors"))
     config, fusion_start = sizes_from_settings(settings, source)
     config = dataclasses.replace(config, dtype="float32")
-    definition = define(config, parts)
+    definition = define_model(config, parts)
     params, account = load_official(source, definition, fusion_start)
     teacher = None
     if retrieval:
-        taught = define(config, ("vision", "text", "contrastive"))
+        taught = define_model(config, ("vision", "text", "contrastive"))
         teacher = load_official(source, taught, fusion_start, teacher=True)[0]
         outputs = read_npz(folder / "data.npz")
         inputs, stats = outputs, {"grads": read_json(folder / "grads.json")}

@@ -41,15 +41,15 @@ from mplug2_jax.model.config import SpecialTokens
 from mplug2_jax.model.mplug2 import Params
 from mplug2_jax.model.taps import Taps
 from mplug2_jax.objectives.config import DistillationConfig
-from mplug2_jax.objectives.forward import DeviceBatch, Forward
+from mplug2_jax.objectives.ema import ema_update
+from mplug2_jax.objectives.forward import DeviceBatch, ForwardPass
 from mplug2_jax.objectives.language import (
     answer_loss,
-    answer_sums,
     caption_loss,
-    distillation_sums,
+    summed_answer_loss,
+    summed_distillation_loss,
     teacher_probabilities,
 )
-from mplug2_jax.objectives.teacher import update_teacher
 from mplug2_jax.training.config import AdamWConfig
 from mplug2_jax.training.optim.optimizer import adamw
 
@@ -141,7 +141,7 @@ def _searches(golden: Golden, memory: jax.Array, mask: jax.Array) -> Named:
     limits = settings[f"{golden.model}_generation"]
     tokens = SpecialTokens(begin=settings["bos"], end=settings["eos"])
     for width in numbers_in(golden, r"beam(\d+)_ids"):
-        config = SearchConfig(beams=width, extend_finished=True, **limits)
+        config = SearchConfig(num_beams=width, extend_finished=True, **limits)
 
         @jax.jit
         def search(params: Params, memory: jax.Array, mask: jax.Array, config: SearchConfig = config) -> Any:
@@ -158,14 +158,14 @@ def caption_arrays(golden: Golden) -> Named:
     @jax.jit
     def run(params: Params) -> Any:
         model, taps = golden.definition.bind(params), Taps()
-        visual = model.visual_tokens(batch["frames"], taps=taps)
+        visual = model.encode_visual(batch["frames"], taps=taps)
         logits = model.decoder(batch["target"], batch["target"] != 0, visual, taps=taps)
         return (
             dict(taps),
             visual,
             logits,
-            caption_loss(Forward(model, batch)).loss,
-            caption_loss(Forward(model, unmasked)).loss,
+            caption_loss(ForwardPass(model, batch)).loss,
+            caption_loss(ForwardPass(model, unmasked)).loss,
         )
 
     taps, visual, logits, loss, loss_unmasked = run(golden.params)
@@ -184,13 +184,13 @@ def question_arrays(golden: Golden) -> Named:
     @jax.jit
     def run(params: Params) -> Any:
         model, taps = golden.definition.bind(params), Taps()
-        visual = model.visual_tokens(batch["frames"], taps=taps)
-        text = model.text_tokens(ids, mask, taps=taps)
+        visual = model.encode_visual(batch["frames"], taps=taps)
+        text = model.encode_text(ids, mask, taps=taps)
         image, fused = model.fusion(text, mask, visual, taps=taps)
-        memory, memory_mask = Forward(model, batch).instructed
+        memory, memory_mask = ForwardPass(model, batch).instruction_memory
         logits = model.decoder(batch["target"], batch["target"] != 0, memory, memory_mask, taps=taps)
-        sums = answer_sums(logits, batch["target"], batch["target_weights"])
-        loss = answer_loss(Forward(model, batch)).loss
+        sums = summed_answer_loss(logits, batch["target"], batch["target_weights"])
+        loss = answer_loss(ForwardPass(model, batch)).loss
         return dict(taps), text, visual, image, fused, memory, memory_mask, logits, sums, loss
 
     taps, text, visual, image, fused, memory, memory_mask, logits, sums, loss = run(golden.params)
@@ -215,7 +215,7 @@ def question_arrays(golden: Golden) -> Named:
     ranked = jax.jit(
         lambda p, m, n: rank_answers(
             golden.definition.bind(p).decoder, m, n, jnp.asarray(candidates, jnp.int32), jnp.asarray(candidates_mask),
-            keep=golden.settings["rank_k"], first_twice=True,
+            num_candidates=golden.settings["rank_k"], double_count_first_token=True,
         )
     )(golden.params, memory, memory_mask)  # fmt: skip
     yield "rank_ids", np.asarray(ranked[0]).astype(np.int64)
@@ -224,15 +224,17 @@ def question_arrays(golden: Golden) -> Named:
 
 def released_distillation(golden: Golden, *, alpha: float) -> DistillationConfig:
     """The release's form, which normalises over time and leaves the fusion teacher alone."""
-    return DistillationConfig(alpha=alpha, momentum=golden.settings["momentum"], over="time", fusion=False)
+    return DistillationConfig(
+        alpha=alpha, momentum=golden.settings["momentum"], softmax_axis="time", average_fusion=False
+    )
 
 
 def _distilled_loss(golden: Golden, batch: DeviceBatch, alpha: float) -> Callable[[Params, Params], jax.Array]:
     config = released_distillation(golden, alpha=alpha)
 
     def loss(params: Params, teacher: Params) -> jax.Array:
-        taught = Forward(golden.definition.bind(teacher), batch)
-        own = Forward(golden.definition.bind(params), batch, teacher=taught, alpha=config.alpha)
+        taught = ForwardPass(golden.definition.bind(teacher), batch)
+        own = ForwardPass(golden.definition.bind(params), batch, teacher=taught, alpha=config.alpha)
         return answer_loss(own, config).loss
 
     return loss
@@ -254,10 +256,10 @@ def _distillation_arrays(golden: Golden, batch: DeviceBatch, rows: HostArray) ->
         logits = []
         for tree in (params, teacher):
             model = golden.definition.bind(tree)
-            logits.append(model.decoder(target, target != 0, *Forward(model, batch).instructed))
-        soft = teacher_probabilities(Forward(golden.definition.bind(teacher), batch))
-        sums = (1 - alpha) * answer_sums(logits[0], target, weights)
-        sums += alpha * distillation_sums(logits[0], soft, weights, over=config.over)
+            logits.append(model.decoder(target, target != 0, *ForwardPass(model, batch).instruction_memory))
+        soft = teacher_probabilities(ForwardPass(golden.definition.bind(teacher), batch))
+        sums = (1 - alpha) * summed_answer_loss(logits[0], target, weights)
+        sums += alpha * summed_distillation_loss(logits[0], soft, weights, softmax_axis=config.softmax_axis)
         return sums, logits[1][:, :-1], soft
 
     sums, teacher_logits, soft = run(golden.params, teacher)
@@ -279,7 +281,7 @@ class JaxComputation:
         objective = caption_loss if caption else answer_loss
         # One program for all that is asked of the loss: compiling it takes longer than everything else here.
         self._loss_and_gradients = jax.jit(
-            jax.value_and_grad(lambda p: objective(Forward(golden.definition.bind(p), self._batch)).loss)
+            jax.value_and_grad(lambda p: objective(ForwardPass(golden.definition.bind(p), self._batch)).loss)
         )
 
     def account(self) -> str:
@@ -324,7 +326,7 @@ class JaxComputation:
         state = optimizer.init(params)
         for i in range(train["steps"] + 1):
             if teacher is not None:
-                teacher = update_teacher(teacher, params, golden.settings["momentum"], frozen=frozen)
+                teacher = ema_update(teacher, params, golden.settings["momentum"], frozen=frozen)
             value, gradients = self._loss_and_gradients(params)
             losses.append(float(value))
             if i < train["steps"]:
@@ -336,4 +338,4 @@ class JaxComputation:
 def _updated_teacher(golden: Golden) -> Params:
     assert golden.teacher is not None
     config = released_distillation(golden, alpha=golden.settings["alpha"])
-    return update_teacher(golden.teacher, golden.params, config.momentum, frozen=config.frozen)
+    return ema_update(golden.teacher, golden.params, config.momentum, frozen=config.frozen)

@@ -8,11 +8,11 @@ import numpy as np
 
 from mplug2_jax.conversion.files.sources import HostArray
 from mplug2_jax.conversion.parity.goldens import Golden
-from mplug2_jax.model.mplug2 import Params, define
+from mplug2_jax.model.mplug2 import Params, define_model
 from mplug2_jax.objectives.config import VlcConfig, VlmConfig
-from mplug2_jax.objectives.forward import Forward
+from mplug2_jax.objectives.ema import ema_update
+from mplug2_jax.objectives.forward import ForwardPass
 from mplug2_jax.objectives.queue import Queue
-from mplug2_jax.objectives.teacher import update_teacher
 from mplug2_jax.objectives.vlc import vlc_loss
 from mplug2_jax.objectives.vlm import hard_negatives, vlm_loss
 
@@ -37,16 +37,16 @@ def retrieval_run(golden: Golden) -> tuple[dict[str, HostArray], Params]:
         jnp.asarray(golden.source.read("queue_ptr").reshape(()), jnp.int32),
     )
     student_part = {part: golden.params[part] for part in golden.teacher}
-    teacher = update_teacher(golden.teacher, student_part, golden.settings["momentum"])
-    teaching = define(golden.definition.config, TEACHER_PARTS)
+    teacher = ema_update(golden.teacher, student_part, golden.settings["momentum"])
+    teaching = define_model(golden.definition.config, TEACHER_PARTS)
 
     def loss(params: Params) -> Any:
-        taught = Forward(teaching.bind(teacher), batch)
-        own = Forward(golden.definition.bind(params), batch, teacher=taught, alpha=float(x["alpha"]), queue=queue)
+        taught = ForwardPass(teaching.bind(teacher), batch)
+        own = ForwardPass(golden.definition.bind(params), batch, teacher=taught, alpha=float(x["alpha"]), queue=queue)
         contrast = vlc_loss(own, VlcConfig(min_temperature=0.0))
-        matching = vlm_loss(own, VlmConfig(group=0)).loss
+        matching = vlm_loss(own, VlmConfig(group_size=0)).loss
         temperature = own.model.contrastive.temperature[...]
-        ids, counts = batch["example_id"], own.counts
+        ids, counts = batch["example_id"], own.example_weights
         negatives = hard_negatives(own.features, taught.features, ids, counts, temperature, len(ids), None)
         aside = (
             own.features,

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from mplug2_jax.config import build
 from mplug2_jax.errors import UserError
 from mplug2_jax.model.config import ModelConfig
-from mplug2_jax.parallel.processes import is_first
+from mplug2_jax.parallel.processes import is_primary_process
 from mplug2_jax.training.checkpoint.checksums import checksums, leaf_name, mismatched
 from mplug2_jax.training.checkpoint.lazy_arrays import lazy_array_handler
 from mplug2_jax.training.checkpoint.metadata import FORMAT, DataPosition, ModelMetadata
@@ -180,7 +180,7 @@ class Checkpoints:
             said=f"checkpoint of step {step} could not be saved ({_reason(error)}); those before it are untouched, and "
             "it will be tried again: make room",
         )  # fmt: skip
-        unfinished = self.folder.glob(f"{step}.orbax-checkpoint-tmp*") if is_first() else ()
+        unfinished = self.folder.glob(f"{step}.orbax-checkpoint-tmp*") if is_primary_process() else ()
         for folder in unfinished:  # it takes the room that is lacking
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -226,7 +226,7 @@ class Checkpoints:
     def _set_aside(self, damaged: Mapping[int, DamagedCheckpointError]) -> None:
         for step, error in damaged.items():
             place = next(p for i in range(10**6) if not (p := self.folder / f"damaged-{step}-{i}").exists())
-            if is_first():
+            if is_primary_process():
                 (self.folder / str(step)).rename(place)
             self._events.note(
                 "damaged", step, reason=str(error),

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mplug2_jax.model.config import ModelConfig
-from mplug2_jax.model.fusion import mixing_layers
+from mplug2_jax.model.fusion import joint_attention_layers
 from mplug2_jax.model.mplug2 import Params
 
 _JOINT = ("universal", "fusion", "decoder")  # stacks that read another, from the bottom up
@@ -39,7 +39,7 @@ def depth_from_head(path: tuple[str, ...], config: ModelConfig, parts: frozenset
         return np.asarray(top)
     index = np.arange(depth)
     if stack == "fusion":
-        mixes = np.isin(index, mixing_layers(depth, config.fusion_stride))
+        mixes = np.isin(index, joint_attention_layers(depth, config.fusion_stride))
         index = index[mixes if path[1] == "mixing" else ~mixes]
     return top + depth - 1 - index
 

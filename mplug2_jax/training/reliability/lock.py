@@ -21,7 +21,7 @@ from types import TracebackType
 from data_pipelines.sources.files import write_atomically
 from mplug2_jax.config import build
 from mplug2_jax.errors import UserError
-from mplug2_jax.parallel.processes import gather, is_first
+from mplug2_jax.parallel.processes import allgather_objects, is_primary_process
 
 BEAT_SECONDS = 10.0
 PATIENCE_SECONDS = 45.0
@@ -65,19 +65,19 @@ def held(path: Path, say: Callable[[str], None] = print) -> Iterator["Lock"]:
         UserError: in all of them, if the folder cannot be written, or another run lives in it.
     """
     lock, problem = Lock(path, say), ""
-    if is_first():
+    if is_primary_process():
         try:
             lock.__enter__()
         except UserError as error:
             problem = str(error)
         except OSError as error:
             problem = f"--workdir {path.parent} cannot be used: {error.filename}: {error.strerror}; choose another"
-    if problem := gather(problem)[0]:
+    if problem := allgather_objects(problem)[0]:
         raise UserError(problem)
     try:
         yield lock
     finally:
-        if is_first():
+        if is_primary_process():
             lock.release()
 
 

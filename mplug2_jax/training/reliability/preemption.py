@@ -12,7 +12,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from mplug2_jax.errors import PREEMPTED, Preempted
-from mplug2_jax.parallel.processes import is_first
+from mplug2_jax.parallel.processes import is_primary_process
 
 INTERRUPTED = 130
 _NOTICE_KEY = "RECEIVED_PREEMPTION_NOTICE"
@@ -45,7 +45,7 @@ class PreemptionNotice:
 
     def __enter__(self) -> "PreemptionNotice":
         self._alone = not jax.distributed.is_initialized()
-        self._first = self._alone or is_first()  # asked only where devices are known already
+        self._first = self._alone or is_primary_process()  # asked only where devices are known already
         signals = [signal.SIGTERM] * self._alone + [signal.SIGINT] * self._interrupts
         if signals and threading.current_thread() is threading.main_thread():
             read, write = os.pipe()

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from mplug2_jax.parallel.placement import replicated
-from mplug2_jax.parallel.processes import is_first
+from mplug2_jax.parallel.placement import replicated_sharding
+from mplug2_jax.parallel.processes import is_primary_process
 from mplug2_jax.training.step import StreamBatches
 from mplug2_jax.training.telemetry.metric_log import StepLines
 
@@ -24,8 +24,8 @@ class ExampleLog:
 
     def __init__(self, path: Path, start_step: int, mesh: Mesh, *, wanted: bool) -> None:
         self._wanted = wanted
-        self._lines = StepLines(path, start_step) if wanted and is_first() else None
-        self._gather = jax.jit(lambda ids: ids, out_shardings=replicated(mesh))
+        self._lines = StepLines(path, start_step) if wanted and is_primary_process() else None
+        self._gather = jax.jit(lambda ids: ids, out_shardings=replicated_sharding(mesh))
 
     def take(self, step: int, batches: StreamBatches) -> None:
         """Writes a step's line. All processes must call it."""

@@ -9,7 +9,7 @@ import jax
 
 from mplug2_jax.config import to_dict
 from mplug2_jax.objectives.forward import Metrics
-from mplug2_jax.parallel.processes import is_first
+from mplug2_jax.parallel.processes import is_primary_process
 from mplug2_jax.training.checkpoint.metadata import DataPosition
 from mplug2_jax.training.reliability.faults import Rows, Watch
 from mplug2_jax.training.state import RunSpec, TrainState
@@ -46,7 +46,7 @@ class Instruments:
         events: Events,
         ledger: Ledger,
     ) -> None:
-        config, first = spec.config, is_first()
+        config, first = spec.config, is_primary_process()
         self._progress, self._events, self.ledger = progress, events, ledger
         boards = (
             [WeightsAndBiases(workdir.path, config.wandb_project, to_dict(config))]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import jax
 
-from mplug2_jax.parallel.processes import is_first
+from mplug2_jax.parallel.processes import is_primary_process
 from mplug2_jax.training.config import ProfileConfig
 from mplug2_jax.training.telemetry.events import Events
 
@@ -22,7 +22,7 @@ class Profiler:
 
     def before(self, step: int) -> None:
         """Call before a step is started."""
-        if self._until is None and is_first() and (step in self._config.start_steps or self._asked.exists()):
+        if self._until is None and is_primary_process() and (step in self._config.start_steps or self._asked.exists()):
             self._asked.unlink(missing_ok=True)
             jax.profiler.start_trace(str(self._folder / f"step-{step}"))
             self._until = step + self._config.num_steps - 1

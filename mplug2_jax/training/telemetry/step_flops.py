@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from mplug2_jax.model.config import RematConfig
-from mplug2_jax.model.mplug2 import define
+from mplug2_jax.model.mplug2 import define_model
 from mplug2_jax.model.prng import random_key
 from mplug2_jax.training.config import RunConfig, StreamConfig
 from mplug2_jax.training.optim.partition import combine, partition
@@ -28,7 +28,7 @@ def gradient_flops(
     config: RunConfig = spec.config
     model = dataclasses.replace(config.model, attention="xla", remat=config.model.remat if remat else RematConfig())
     config = dataclasses.replace(config, model=model, streams=streams)
-    plain = dataclasses.replace(spec, config=config, definition=define(model, spec.definition.parts))
+    plain = dataclasses.replace(spec, config=config, definition=define_model(model, spec.definition.parts))
 
     def loss(trained: Any, frozen: Any, state: Any, batches: Any, alpha: Any) -> Any:
         params, queues, frequencies = combine(trained, frozen), state.get("queues", {}), state.get("frequencies")

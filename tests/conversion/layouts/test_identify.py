@@ -16,8 +16,8 @@ from tests.weights import (
     official_config,
     official_file,
     openai_clip,
-    tensors_of,
-    written,
+    read_tensors,
+    write_checkpoint,
 )
 
 SMALL: dict[str, Any] = {
@@ -34,11 +34,11 @@ def prefixed(tensors: Any, prefix: str) -> Any:
 @pytest.mark.parametrize("layout", [*SMALL, "headed", "official"])
 def test_a_prefix_that_all_names_share_is_no_part_of_them(tmp_path: Path, layout: str, prefix: str) -> None:
     if layout == "official":
-        tensors = tensors_of(official_file(tmp_path / "x.safetensors", official_config()))
+        tensors = read_tensors(official_file(tmp_path / "x.safetensors", official_config()))
     else:
         tensors = HEADED if layout == "headed" else SMALL[layout]
-    plain = identify(written(tmp_path / "plain.pth", tensors))
-    found = identify(written(tmp_path / "prefixed.pth", prefixed(tensors, prefix)))
+    plain = identify(write_checkpoint(tmp_path / "plain.pth", tensors))
+    found = identify(write_checkpoint(tmp_path / "prefixed.pth", prefixed(tensors, prefix)))
     assert (found.kind, found.layout) == (plain.kind, plain.layout)
     assert found.source.names() == plain.source.names()
     name = found.source.names()[-1]
@@ -48,14 +48,14 @@ def test_a_prefix_that_all_names_share_is_no_part_of_them(tmp_path: Path, layout
 @pytest.mark.parametrize("prefix", ["", "visual.", "model.visual."])
 def test_a_tower_of_openai_s_may_be_alone(tmp_path: Path, prefix: str) -> None:
     tower = {n.removeprefix("visual."): x for n, x in SMALL["openai"].items() if n.startswith("visual.")}
-    plan = plan_import([written(tmp_path / "x.safetensors", prefixed(tower, prefix))])
+    plan = plan_import([write_checkpoint(tmp_path / "x.safetensors", prefixed(tower, prefix))])
     assert (plan.title, plan.definition.config.vision_layers) == ("CLIP (OpenAI)", 1)
 
 
 def test_what_fine_tuning_put_on_a_bert_is_ignored_and_named(tmp_path: Path) -> None:
     heads = ("classifier.weight", "qa_outputs.bias", "score.weight", "crf.transitions", "pooler.dense.weight")
     tensors = SMALL["bert"] | dict.fromkeys(heads, np.zeros((2, 64), np.float32))
-    plan = plan_import([written(tmp_path / "x.safetensors", prefixed(tensors, "bert."))])
+    plan = plan_import([write_checkpoint(tmp_path / "x.safetensors", prefixed(tensors, "bert."))])
     fates = plan.joints[0].fates
     assert {fates[name][0] for name in heads} == {"dead"}
     assert fates["qa_outputs.bias"][1] == "head of a fine-tuned BERT, which mPLUG-2 has not"
@@ -65,15 +65,15 @@ def test_what_fine_tuning_put_on_a_bert_is_ignored_and_named(tmp_path: Path) -> 
     ):
         changed = SMALL["bert"] | {inside: np.zeros((3, 64), np.float32)}
         with pytest.raises(UserError, match=rf"1 unexpected \({inside}\)"):
-            plan_import([written(tmp_path / "y.safetensors", changed)])
+            plan_import([write_checkpoint(tmp_path / "y.safetensors", changed)])
 
 
 @pytest.mark.parametrize("family", ["roberta", "model.xlm_roberta", "camembert", "electra", "distilbert", "esm"])
 def test_relatives_of_bert_are_refused_by_their_names(tmp_path: Path, family: str) -> None:
-    path = written(tmp_path / "x.safetensors", prefixed(SMALL["bert"], f"{family}.") | {"cls.x": np.zeros(2)})
+    path = write_checkpoint(tmp_path / "x.safetensors", prefixed(SMALL["bert"], f"{family}.") | {"cls.x": np.zeros(2)})
     with pytest.raises(UserError, match=rf"x\.safetensors holds weights of {family.rpartition('.')[2]} \("):
         plan_import([path])
-    alone = written(tmp_path / "y.safetensors", bert_tensors(64, 1, types=1))
+    alone = write_checkpoint(tmp_path / "y.safetensors", bert_tensors(64, 1, types=1))
     with pytest.raises(UserError, match=r"token_type_embeddings\.weight has 1 row, BERT's has 2: these are of RoBERTa"):
         plan_import([alone])
 
@@ -81,7 +81,7 @@ def test_relatives_of_bert_are_refused_by_their_names(tmp_path: Path, family: st
 def test_one_tensor_under_two_names_is_refused(tmp_path: Path) -> None:
     twice = SMALL["bert"] | prefixed(SMALL["bert"], "bert.")
     with pytest.raises(UserError, match="which are one tensor; remove one of them"):
-        identify(written(tmp_path / "x.safetensors", twice))
+        identify(write_checkpoint(tmp_path / "x.safetensors", twice))
 
 
 @pytest.mark.parametrize(
@@ -89,15 +89,15 @@ def test_one_tensor_under_two_names_is_refused(tmp_path: Path) -> None:
     ["open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin", "epoch_3.pt"],
 )  # fmt: skip
 def test_a_folder_of_open_clip_s_holds_weights(tmp_path: Path, name: str) -> None:
-    written(tmp_path / name, {"x": np.ones(2, np.float32)})
+    write_checkpoint(tmp_path / name, {"x": np.ones(2, np.float32)})
     assert open_source(tmp_path).names() == ["x"]
 
 
 def test_of_several_files_in_a_folder_the_known_name_counts_or_all_are_named(tmp_path: Path) -> None:
     for name in ("epoch_1.pt", "epoch_2.pt"):
-        written(tmp_path / name, {name: np.ones(2, np.float32)})
+        write_checkpoint(tmp_path / name, {name: np.ones(2, np.float32)})
     with pytest.raises(UserError, match=r"holds 2 files of weights \(epoch_1\.pt, epoch_2\.pt\); name the one that is"):
         open_source(tmp_path)
-    written(tmp_path / "open_clip_pytorch_model.bin", {"x": np.ones(2, np.float32)})
-    written(tmp_path / "model.safetensors", {"y": np.ones(2, np.float32)})
+    write_checkpoint(tmp_path / "open_clip_pytorch_model.bin", {"x": np.ones(2, np.float32)})
+    write_checkpoint(tmp_path / "model.safetensors", {"y": np.ones(2, np.float32)})
     assert open_source(tmp_path).names() == ["y"]

@@ -24,7 +24,7 @@ from mplug2_jax.conversion.layouts.schemes import account_for
 from mplug2_jax.conversion.parity.goldens import load_goldens
 from mplug2_jax.errors import UserError
 from mplug2_jax.model.config import model_config
-from mplug2_jax.model.mplug2 import define
+from mplug2_jax.model.mplug2 import define_model
 
 
 def all_of(source: TensorSource) -> MemorySource:
@@ -42,7 +42,7 @@ def test_every_name_and_shape_of_the_release_is_accounted_for(reference: Path, t
     listed = json.loads((reference / f"state_dict_{task}_{size}.json").read_text())
     shapes = {row["name"]: tuple(row["shape"]) for row in listed}
     parts = CAPTION_PARTS if task == "caption" else QUESTION_PARTS
-    definition = define(model_config(size), parts)
+    definition = define_model(model_config(size), parts)
     start = default_fusion_start(definition.config)
     assert start == {"base": 9, "large": 18}[size]
     wanted, account = account_for(list(shapes), official_scheme(definition.config, parts, start))
@@ -50,7 +50,7 @@ def test_every_name_and_shape_of_the_release_is_accounted_for(reference: Path, t
     assert account.count("tied") == 2
     assert (account.count("aside") > 0) == (task == "videoqa")
     # Together the tensors in use have exactly as many elements as our model.
-    assert sum(int(np.prod(shapes[name])) for name in wanted) == definition.count()
+    assert sum(int(np.prod(shapes[name])) for name in wanted) == definition.num_params()
 
 
 def test_the_way_back_gives_every_tensor_to_the_bit(golden) -> None:

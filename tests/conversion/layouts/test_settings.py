@@ -9,7 +9,7 @@ from mplug2_jax.conversion.import_plan import ImportPlan, plan_import
 from mplug2_jax.conversion.import_weights import run_import
 from mplug2_jax.conversion.report import read_report
 from mplug2_jax.errors import UserError
-from tests.weights import bert_tensors, hugging_face_clip, openai_clip, written
+from tests.weights import bert_tensors, hugging_face_clip, openai_clip, write_checkpoint
 
 BERT: dict[str, Any] = {"model_type": "bert", "hidden_size": 128, "num_attention_heads": 4, "hidden_act": "gelu"}
 TOWER: dict[str, Any] = {"hidden_size": 128, "num_attention_heads": 4, "hidden_act": "gelu", "patch_size": 8}
@@ -17,7 +17,7 @@ OPEN_CLIP: dict[str, Any] = {"width": 128, "head_width": 32, "layers": 2, "patch
 
 
 def planned(folder: Path, tensors: Any, settings: Any, name: str = "model.safetensors") -> ImportPlan:
-    written(folder / name, tensors, settings)
+    write_checkpoint(folder / name, tensors, settings)
     return plan_import([folder])
 
 
@@ -127,7 +127,7 @@ def test_without_settings_heads_are_the_usual_ones_or_refused(tmp_path: Path) ->
 
 
 def test_settings_that_are_damaged_are_a_sentence(tmp_path: Path) -> None:
-    written(tmp_path / "model.safetensors", bert_tensors())
+    write_checkpoint(tmp_path / "model.safetensors", bert_tensors())
     for content in ("{", "[" * 100_000):
         (tmp_path / "config.json").write_text(content)
         with pytest.raises(UserError, match=r"config\.json is not valid JSON"):
@@ -135,7 +135,7 @@ def test_settings_that_are_damaged_are_a_sentence(tmp_path: Path) -> None:
 
 
 def test_the_report_says_what_was_assumed_and_the_model_keeps_what_was_told(tmp_path: Path) -> None:
-    path = written(tmp_path / "ViT.pt", openai_clip(64, 1))
+    path = write_checkpoint(tmp_path / "ViT.pt", openai_clip(64, 1))
     report = run_import(plan_import([path]), tmp_path / "ours")
     said = "heads of 64 columns, QuickGELU: no config.json or open_clip_config.json beside ViT.pt says otherwise"
     assert f"note: {said}" in report.summary()

@@ -25,7 +25,7 @@ from mplug2_jax.conversion.torch_runtime.vision import resize_positions
 from mplug2_jax.errors import UserError
 from mplug2_jax.model import vision
 from mplug2_jax.model.config import ModelConfig
-from mplug2_jax.model.mplug2 import define
+from mplug2_jax.model.mplug2 import define_model
 from mplug2_jax.model.taps import Taps as JaxTaps
 from tests.close import BFLOAT16, CHAIN, assert_close
 
@@ -58,7 +58,7 @@ def test_every_intermediate_is_ours_under_the_same_name(small, lively, changed) 
 
     ours = {field.name for field in dataclasses.fields(ModelConfig)}
     shared = {name: value for name, value in dataclasses.asdict(config).items() if name in ours}
-    definition = define(ModelConfig(**shared, dtype="float32"), QUESTION_PARTS)
+    definition = define_model(ModelConfig(**shared, dtype="float32"), QUESTION_PARTS)
     source = MemorySource({name: value.numpy() for name, value in model.state_dict().items()})
     params, _ = load_official(source, definition, config.fusion_start)
 
@@ -66,8 +66,8 @@ def test_every_intermediate_is_ours_under_the_same_name(small, lively, changed) 
     def run(params):
         ours, found = definition.bind(params), JaxTaps()
         mask = jnp.asarray(QUESTION.numpy() != 0)
-        visual = ours.visual_tokens(jnp.asarray(frames.numpy().transpose(0, 2, 3, 4, 1)), taps=found)
-        text = ours.text_tokens(jnp.asarray(QUESTION.numpy(), jnp.int32), mask, taps=found)
+        visual = ours.encode_visual(jnp.asarray(frames.numpy().transpose(0, 2, 3, 4, 1)), taps=found)
+        text = ours.encode_text(jnp.asarray(QUESTION.numpy(), jnp.int32), mask, taps=found)
         visual, fused = ours.fusion(text, mask, visual, taps=found)
         memory = jnp.concatenate([visual, fused], axis=1)
         seen = jnp.concatenate([jnp.ones(visual.shape[:2], bool), mask], axis=1)
@@ -139,7 +139,7 @@ def test_position_tables_are_resized_as_ours_are(side, grid) -> None:
 
 def test_pixels_are_normalised_as_ours_are() -> None:
     frames = np.random.default_rng(0).integers(0, 256, (2, 3, 4, 5, 3), np.uint8)
-    ours = np.asarray(vision.normalise_pixels(jnp.asarray(frames))).transpose(0, 4, 1, 2, 3)
+    ours = np.asarray(vision.normalize_pixels(jnp.asarray(frames))).transpose(0, 4, 1, 2, 3)
     assert_close(normalise_pixels(torch.from_numpy(frames)), ours)
 
 

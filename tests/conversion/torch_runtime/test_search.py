@@ -12,7 +12,7 @@ from mplug2_jax.conversion.torch_runtime import SearchConfig
 from mplug2_jax.conversion.torch_runtime.decoder import TextDecoder
 from mplug2_jax.conversion.torch_runtime.search import beam_search, generate, rank_answers
 from mplug2_jax.errors import UserError
-from tests.close import assert_close, largest
+from tests.close import assert_close, max_magnitude
 from tests.generation.test_beam import STATES, TOKENS, VOCABULARY, assert_same, search_each, tables
 
 
@@ -71,9 +71,9 @@ def test_search_finds_what_a_plain_restatement_finds(config, batch, seed, sharpn
     table = tables(seed, sharpness, end_bias)
     starts = np.arange(batch) * 13 + seed % 100
     expected, margins = search_each(starts, table, config)
-    assume(min(margins) > 1e-5 * largest(table))
+    assume(min(margins) > 1e-5 * max_magnitude(table))
     found = beam_search(Toy(starts, config.beams, torch.from_numpy(table)), batch, config)
-    assert_same(found, expected, config, largest(table))
+    assert_same(found, expected, config, max_magnitude(table))
 
 
 @pytest.fixture(scope="module")

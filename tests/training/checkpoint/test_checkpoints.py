@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mplug2_jax.errors import UserError
-from mplug2_jax.objectives.queue import fresh_queue
+from mplug2_jax.objectives.queue import init_queue
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.training.checkpoint.checkpoints import Checkpoints, DamagedCheckpointError
@@ -25,7 +25,7 @@ def state_of(value: float) -> dict[str, Any]:
     return {
         "params": {"decoder": {"kernel": jnp.full((8, 4), value), "bias": jnp.arange(4.0)}},
         "opt": (jnp.full((8, 4), value + 1),),
-        "queues": {"image_text": fresh_queue(jax.random.key(0), 4, 2)},
+        "queues": {"image_text": init_queue(jax.random.key(0), 4, 2)},
         "step": jnp.asarray(int(value), jnp.int32),
     }
 

@@ -8,7 +8,7 @@ import pytest
 
 from mplug2_jax.errors import UserError
 from mplug2_jax.model.config import PARTS, SpecialTokens, model_config
-from mplug2_jax.model.mplug2 import define
+from mplug2_jax.model.mplug2 import define_model
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.training.config import AdamWConfig
@@ -73,7 +73,7 @@ def test_fusion_layers_that_mix_keep_their_place_between_those_that_read() -> No
 def test_every_parameter_has_a_factor_that_broadcasts(stride: int) -> None:
     """None is left out or shaped otherwise, whatever is built; heads take all."""
     model = dataclasses.replace(MODEL, fusion_stride=stride)
-    shapes = define(model, tuple(PARTS)).shapes
+    shapes = define_model(model, tuple(PARTS)).shapes
     factors = lr_scales(shapes, model, 0.5)
 
     def check(shape: jax.ShapeDtypeStruct, factor: np.ndarray) -> None:

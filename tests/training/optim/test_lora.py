@@ -16,7 +16,7 @@ from mplug2_jax.conversion.files.sources import open_source
 from mplug2_jax.conversion.layouts.official import default_fusion_start, load_official
 from mplug2_jax.errors import UserError
 from mplug2_jax.model.config import PARTS, model_config
-from mplug2_jax.model.mplug2 import define
+from mplug2_jax.model.mplug2 import define_model
 from mplug2_jax.objectives.config import DistillationConfig
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
@@ -94,7 +94,7 @@ def by_hand(base: Any, pairs: Any, scale: float) -> dict[str, Any]:
 
 
 def test_every_linear_kernel_of_a_part_has_a_pair_and_nothing_else_has() -> None:
-    definition = define(model_config("tiny", num_classes=2, vision_width=64), tuple(PARTS))
+    definition = define_model(model_config("tiny", num_classes=2, vision_width=64), tuple(PARTS))
     kernels = {
         name: leaf
         for name, leaf in leaves(definition.shapes).items()

@@ -10,7 +10,7 @@ import pytest
 
 from mplug2_jax.errors import UserError
 from mplug2_jax.model.config import PARTS, SpecialTokens, model_config
-from mplug2_jax.model.mplug2 import define
+from mplug2_jax.model.mplug2 import define_model
 from mplug2_jax.objectives.config import DistillationConfig
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
@@ -71,7 +71,7 @@ def leaves(tree: Any) -> dict[str, Any]:
 
 
 def test_splitting_goes_by_part_and_joining_undoes_it() -> None:
-    shapes = define(model_config("tiny", num_classes=2, vision_width=64), tuple(PARTS)).shapes
+    shapes = define_model(model_config("tiny", num_classes=2, vision_width=64), tuple(PARTS)).shapes
     found = {part_name(tuple(name.split("/"))) for name in leaves(shapes)}
     assert found == {*PARTS, "vision_projection"}
     for frozen in ((), ("vision",), ("temporal",), ("vision", "temporal", "mlm"), tuple(PARTS)):

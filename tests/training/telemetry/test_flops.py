@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import pytest
 
 from mplug2_jax.model.config import model_config
-from mplug2_jax.model.mplug2 import define
-from mplug2_jax.objectives.forward import Forward
+from mplug2_jax.model.mplug2 import define_model
+from mplug2_jax.objectives.forward import ForwardPass
 from mplug2_jax.objectives.language import caption_loss
 from mplug2_jax.training.telemetry.flops import count_flops, training_flops
 
@@ -100,13 +100,16 @@ MODEL = model_config(
 
 def caption_program(unroll):
     """A caption loss without dropout, with its abstract arguments."""
-    definition = define(dataclasses.replace(MODEL, scan_unroll=unroll), ("vision", "universal", "decoder"))
+    definition = define_model(dataclasses.replace(MODEL, scan_unroll=unroll), ("vision", "universal", "decoder"))
     batch = {
         "frames": jax.ShapeDtypeStruct((2, 1, 32, 32, 3), "uint8"),
         "target": jax.ShapeDtypeStruct((2, 32), "int32"),
         "target_weights": jax.ShapeDtypeStruct((2, 32), "float32"),
     }
-    return lambda params, batch: caption_loss(Forward(definition.bind(params), batch)).loss, (definition.shapes, batch)
+    return lambda params, batch: caption_loss(ForwardPass(definition.bind(params), batch)).loss, (
+        definition.shapes,
+        batch,
+    )
 
 
 @pytest.mark.parametrize("differentiate", [False, True], ids=["loss", "gradient"])

@@ -7,7 +7,7 @@ import jax
 from mplug2_jax.model.mplug2 import Params
 
 
-def update_teacher(teacher: Params, student: Params, momentum: float, *, frozen: Collection[str] = ()) -> Params:
+def ema_update(teacher: Params, student: Params, momentum: float, *, frozen: Collection[str] = ()) -> Params:
     """Momentum * teacher + (1 - momentum) * student, for every part the teacher holds.
 
     ``frozen`` names top-level parts that stay as they are: the release never updates its teacher's fusion.
