@@ -279,7 +279,7 @@ def test_of_several_steps_the_others_are_named(refused: Refused, workdir: Path) 
     shutil.copytree(steps / "2", steps / "1")
     (steps / "2" / "meta" / "metadata").unlink()
     sentence = refused("eval", "--workdir", workdir)
-    assert sentence.endswith("; steps [1] are left: choose one, or move it away to train without it")
+    assert sentence.endswith("; choose another step of [1], or move it away to train without it")
 
 
 def test_a_newer_checkpoint_is_refused(refused: Refused, workdir: Path) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints by Orbax: parameters, optimiser, averages, queues, step and data position, as one checked unit."""
+"""Checkpoints by Orbax: parameters, optimizer, averages, queues, step and data position, saved and checked as one."""
 
 import json
 import shutil
@@ -14,14 +14,13 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from numpy.typing import NDArray
 
-from mplug2_jax.config import build
+from mplug2_jax.config import build, to_dict
 from mplug2_jax.errors import UserError
-from mplug2_jax.model.config import ModelConfig
 from mplug2_jax.parallel.processes import is_primary_process
 from mplug2_jax.training.checkpoint.checksums import checksums, leaf_name, mismatched
 from mplug2_jax.training.checkpoint.lazy_arrays import lazy_array_handler
 from mplug2_jax.training.checkpoint.metadata import FORMAT, DataPosition, ModelMetadata
-from mplug2_jax.training.checkpoint.retention import Retention
+from mplug2_jax.training.checkpoint.retention import BestByScore, preservation_policy
 from mplug2_jax.training.config import CheckpointConfig
 from mplug2_jax.training.optim.lora import merge_adapter_on_devices, merge_adapters, stored_adapter
 from mplug2_jax.training.optim.partition import combine
@@ -29,11 +28,10 @@ from mplug2_jax.training.state import TrainState
 from mplug2_jax.training.telemetry.events import Events
 
 RETRY_SECONDS = 60.0
-"""After a save that failed, the next chance is not so far away as the next regular one."""
+"""A failed save is retried after this time, sooner than the next regular one."""
 
-
-AGREE_STEPS = 10
-"""How often several processes agree whether it is time to save."""
+SAVE_SYNC_INTERVAL = 10
+"""Steps between the collectives in which several processes agree whether it is time to save."""
 
 
 class DamagedCheckpointError(UserError):
@@ -41,7 +39,7 @@ class DamagedCheckpointError(UserError):
 
 
 class _Manager(ocp.CheckpointManager):
-    """Orbax's, which asks nobody whether the run is told to end: the loop does, and counts its questions."""
+    """Orbax's manager without its own preemption check: the training loop checks, and counts its checks."""
 
     def reached_preemption(self, step: int) -> bool:
         return False
@@ -50,21 +48,21 @@ class _Manager(ocp.CheckpointManager):
 class Checkpoints:
     """The checkpoints of a work directory. Saves run in the background; call ``close`` before the process ends.
 
-    A reader (``read_only=True``) leaves the folder alone: what looks unfinished may be a save of a run that goes on.
+    A reader (``read_only=True``) changes nothing in the folder: what looks unfinished may be a live run's save.
     """
 
     def __init__(
         self, folder: Path, config: CheckpointConfig, *, model: ModelMetadata | None = None, read_only: bool = False,
         lazy: bool = False, events: Events | None = None,
     ) -> None:  # fmt: skip
-        """``lazy``: the leaves of saved trees are ``LazyArray``, which have no checksums."""
+        """With ``lazy`` the leaves of saved trees are ``LazyArray``, which have no checksums."""
         self.folder, self._config, self._model = folder, config, model
         self._lazy, self._events = lazy, events or Events()
-        self._retention = Retention(config)
-        self._saving: int | None = None  # the step whose arrays are being written
-        self._tried = time.monotonic()  # when the last save began
+        self._best = BestByScore(config)
+        self._pending_step: int | None = None  # whose arrays are being written
+        self._last_save = time.monotonic()  # when it began
         self.save_failed = False  # whether it failed
-        self._descriptions: dict[int, dict[str, Any]] = {}  # what steps store, as read from their metadata
+        self._leaves: dict[int, dict[str, Any]] = {}  # array metadata of steps that were looked at
         self._manager = _Manager(
             folder.absolute(),
             # Named here, so that a process that has saved nothing can read the arrays' shapes.
@@ -73,36 +71,38 @@ class Checkpoints:
                 "meta": ocp.JsonCheckpointHandler(),
             },
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=self._retention, create=not read_only, cleanup_tmp_directories=not read_only
+                preservation_policy=preservation_policy(config, self._best),
+                create=not read_only,
+                cleanup_tmp_directories=not read_only,
             ),
         )
 
     def steps(self) -> list[int]:
-        """All saved steps, oldest first."""
+        """Return all saved steps, oldest first."""
         return sorted(int(step) for step in self._manager.all_steps())
 
     def is_saved(self, step: int) -> bool:
-        """Whether a step is saved, whole and on disk."""
-        return self._saving is None and step in self.steps()
+        """Return whether a step is completely on disk."""
+        return self._pending_step is None and step in self.steps()
 
     def refresh(self) -> None:
-        """Looks again at what is there, which another process may have changed."""
-        self._descriptions.clear()
+        """Reread the folder, which another process may have changed."""
+        self._leaves.clear()
         self._manager.reload()
 
     def should_save(self, step: int) -> bool:
-        """Whether to save after this step: by its number, by the time since the last save, or because that failed."""
-        if self._saving is not None and not self._manager.is_saving_in_progress():
-            self._settle()
-        since = time.monotonic() - self._tried
+        """Return whether to save after a step: by its number, by the time since the last save, or to retry that."""
+        if self._pending_step is not None and not self._manager.is_saving_in_progress():
+            self._finish_pending_save()
+        elapsed = time.monotonic() - self._last_save
         minutes = self._config.every_minutes
-        timed = (self.save_failed and since >= RETRY_SECONDS) or (minutes > 0 and since >= 60 * minutes)
-        if jax.process_count() > 1:  # clocks and disks differ, so they ask each other now and then
-            timed = step % AGREE_STEPS == 0 and not _everywhere(not timed)
+        timed = (self.save_failed and elapsed >= RETRY_SECONDS) or (minutes > 0 and elapsed >= 60 * minutes)
+        if jax.process_count() > 1:  # clocks and disks differ between processes
+            timed = step % SAVE_SYNC_INTERVAL == 0 and not _all_processes(not timed)
         return timed or step % self._config.every_steps == 0
 
     def save(self, state: TrainState, position: DataPosition, scores: Mapping[int, float] | None = None) -> float:
-        """Starts saving; returns once the arrays are copied off the devices' reach.
+        """Start saving, and return once the arrays are copied from the devices.
 
         A disk that is full or fails in another way does not stop the run: the failure is logged, :meth:`should_save`
         asks for a retry soon, and existing checkpoints stay untouched.
@@ -110,112 +110,113 @@ class Checkpoints:
         Args:
             state: what to save.
             position: where the run is.
-            scores: the metric of every step by which the best are kept.
+            scores: by step, the metric by which the best checkpoints are kept.
 
         Returns:
-            The seconds that the caller was kept waiting.
+            The seconds that the call blocked.
         """
         start = time.perf_counter()
-        self._settle()
+        self._finish_pending_save()
         if position.step not in self.steps():
-            meta = position.to_json() | ({"model": self._model.to_json()} if self._model else {})
+            meta: dict[str, Any] = {"format": FORMAT, "position": to_dict(position)}
+            if self._model:
+                meta["model"] = to_dict(self._model)
             if not self._lazy:
                 meta["digests"] = checksums(state)
-            self._retention.scores = scores or {}
-            self._saving, self._tried, self.save_failed = position.step, time.monotonic(), False
-            self._descriptions.pop(position.step, None)
+            self._best.scores = scores or {}
+            self._pending_step, self._last_save, self.save_failed = position.step, time.monotonic(), False
+            self._leaves.pop(position.step, None)
             try:
                 self._manager.save(
                     position.step,
                     args=ocp.args.Composite(state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(meta)),
                 )
             except Exception as error:  # orbax, tensorstore and the file system each raise their own
-                self._not_saved(error)
+                self._handle_failed_save(error)
         return time.perf_counter() - start
 
     def save_last(self, state: TrainState, position: DataPosition, scores: Mapping[int, float] | None = None) -> None:
-        """Waits until the last state is on disk, and tries once more if it could not be saved.
+        """Wait until the run's last state, whose save has begun, is on disk; retry once if that failed.
 
         Raises:
-            UserError: it cannot be.
+            UserError: it cannot be saved.
         """
-        self._settle()
-        if not _everywhere(not self.save_failed):
+        self._finish_pending_save()
+        if not _all_processes(not self.save_failed):
             self.save(state, position, scores)
-            self._settle()
-        if not _everywhere(not self.save_failed):
+            self._finish_pending_save()
+        if not _all_processes(not self.save_failed):
             raise UserError(
-                f"the state after step {position.step} could not be saved; make room on the disk of {self.folder}, and "
-                f"start the run again: it goes on from step {max(self.steps(), default=0)}"
+                f"the state after step {position.step} could not be saved; free space on the disk of {self.folder} and "
+                f"start the run again: it resumes from step {max(self.steps(), default=0)}"
             )
 
     def wait_until_finished(self) -> None:
-        """Blocks until background saves are on disk, or have failed."""
-        self._settle()
+        """Block until background saves are on disk or have failed."""
+        self._finish_pending_save()
 
     def close(self) -> None:
-        """Finishes background saves and releases the folder."""
-        self._settle()
+        """Finish background saves and release the folder."""
+        self._finish_pending_save()
         self._manager.close()
 
-    def _settle(self) -> None:
-        """Waits for a save in the background and takes note of how it ended."""
-        if self._saving is None:
+    def _finish_pending_save(self) -> None:
+        if self._pending_step is None:
             return
         try:
             self._manager.wait_until_finished()
         except Exception as error:
-            self._not_saved(error)
+            self._handle_failed_save(error)
             return
-        self._events.note("saved", self._saving, seconds=time.monotonic() - self._tried)
-        self._saving = None
+        self._events.note("saved", self._pending_step, seconds=time.monotonic() - self._last_save)
+        self._pending_step = None
 
-    def _not_saved(self, error: Exception) -> None:
-        step, self._saving, self.save_failed = self._saving, None, True
+    def _handle_failed_save(self, error: Exception) -> None:
+        step, self._pending_step, self.save_failed = self._pending_step, None, True
         assert step is not None
-        if self._lazy:  # nobody comes back to try again
+        if self._lazy:  # nobody retries an import
             raise error
         self._events.note(
-            "not saved", step, reason=_reason(error),
-            said=f"checkpoint of step {step} could not be saved ({_reason(error)}); those before it are untouched, and "
-            "it will be tried again: make room",
+            "not saved", step, reason=_first_line(error),
+            said=f"saving the checkpoint of step {step} failed ({_first_line(error)}); earlier checkpoints are intact, "
+            "and the save will be retried: free disk space",
         )  # fmt: skip
         unfinished = self.folder.glob(f"{step}.orbax-checkpoint-tmp*") if is_primary_process() else ()
-        for folder in unfinished:  # it takes the room that is lacking
+        for folder in unfinished:  # it takes the space that is lacking
             shutil.rmtree(folder, ignore_errors=True)
 
     def restore(self, like: TrainState, step: int | None = None) -> tuple[TrainState, DataPosition]:
-        """The state of a step (the last by default), laid out like ``like``, which describes every array.
+        """Restore the state of a step (the last by default), laid out like ``like``, which describes every array.
 
         Raises:
             DamagedCheckpointError: the checkpoint is incomplete, or an array is not what was saved.
-            UserError: no such checkpoint, one of another model, or of a newer format.
+            UserError: no such checkpoint, or one of another model or of a newer format.
         """
         step = self.resolve_step(step)
-        position = self._position(step)
-        return self._restored(step, like), position
+        position = self._read_position(step)
+        return self._restore_checked(step, like), position
 
     def restore_last_good(self, like: TrainState) -> tuple[TrainState, DataPosition]:
-        """The newest state that is whole. What is damaged is named and set aside: renamed, never deleted.
+        """Restore the newest intact state. Damaged checkpoints are logged and quarantined: renamed, never deleted.
 
         Raises:
-            DamagedCheckpointError: all are.
+            DamagedCheckpointError: none is intact.
             UserError: as :meth:`restore`.
         """
         damaged: dict[int, DamagedCheckpointError] = {}
-        self._settle()
+        self._finish_pending_save()
         self.refresh()
         self.resolve_step(None)
         for step in reversed(self.steps()):
-            error = None
+            damage = None
             try:
                 restored = self.restore(like, step)
-            except DamagedCheckpointError as found:
-                error = found
-            if _everywhere(error is None):
-                self._set_aside(damaged)
+            except DamagedCheckpointError as error:
+                damage = error
+            if _all_processes(damage is None):
+                self._quarantine(damaged)
                 return restored
-            damaged[step] = error or DamagedCheckpointError(
+            damaged[step] = damage or DamagedCheckpointError(
                 f"checkpoint {self.folder / str(step)} is damaged on another host"
             )
         newest = damaged[max(damaged)]
@@ -223,47 +224,50 @@ class Checkpoints:
             raise newest
         raise DamagedCheckpointError(f"none of the {len(damaged)} checkpoints can be used: {newest}")
 
-    def _set_aside(self, damaged: Mapping[int, DamagedCheckpointError]) -> None:
+    def _quarantine(self, damaged: Mapping[int, DamagedCheckpointError]) -> None:
         for step, error in damaged.items():
-            place = next(p for i in range(10**6) if not (p := self.folder / f"damaged-{step}-{i}").exists())
+            folder = next(p for i in range(10**6) if not (p := self.folder / f"damaged-{step}-{i}").exists())
             if is_primary_process():
-                (self.folder / str(step)).rename(place)
+                (self.folder / str(step)).rename(folder)
             self._events.note(
                 "damaged", step, reason=str(error),
-                said=f"{str(error).partition(';')[0]}; it is kept as {place.name}, and the one before is used",
+                said=f"{str(error).partition(';')[0]}; renamed it to {folder.name} and using the one before it",
             )  # fmt: skip
         if damaged:
-            multihost_utils.sync_global_devices("damaged checkpoints are set aside")
+            multihost_utils.sync_global_devices("damaged checkpoints are quarantined")
             self.refresh()
 
     def restore_params(self, like: Any, step: int | None = None, *, tree: str = "params") -> tuple[Any, int]:
-        """The parameters alone, with their step; raises as :meth:`restore`.
+        """Restore the parameters alone, and return them with their step.
 
-        They are those of ``tree``: an average's, say. What it lacks, because it was frozen, is taken from ``params``.
-        ``like`` is of a model without LoRA: pairs that the tree has are added to their kernels.
+        They are read from ``tree``, as "ema"; what it lacks because it was frozen is read from ``params``. ``like``
+        describes a model without LoRA: adapters in the tree are merged into their kernels.
+
+        Raises:
+            DamagedCheckpointError, UserError: as :meth:`restore`.
         """
         step = self.resolve_step(step)
-        stored, wanted, pairs = self.array_specs(step), dict[str, Any](), False
+        stored, target, has_adapters = self.array_specs(step), dict[str, Any](), False
         for path, leaf in jax.tree_util.tree_leaves_with_path(like):
             place = tuple(leaf_name(path).split("/"))
-            _put(wanted, (tree if (tree, *place) in stored else "params", *place), leaf)
-            for own in stored_adapter((tree, *place), stored).values():
-                shape, dtype = stored[own]
-                _put(wanted, own, jax.ShapeDtypeStruct(shape, dtype, sharding=_whole(leaf)))
-                pairs = True
-        restored = self.restore_tree(wanted, step)
+            _set_path(target, (tree if (tree, *place) in stored else "params", *place), leaf)
+            for factor in stored_adapter((tree, *place), stored).values():
+                shape, dtype = stored[factor]
+                _set_path(target, factor, jax.ShapeDtypeStruct(shape, dtype, sharding=_replicated_like(leaf)))
+                has_adapters = True
+        restored = self.restore_tree(target, step)
         params = combine(restored.get(tree, {}), restored.get("params", {}))
-        return (
-            merge_adapters(params, self.model_metadata(step).lora_scale, merge_adapter_on_devices) if pairs else params
-        ), step
+        if has_adapters:
+            params = merge_adapters(params, self.model_metadata(step).lora_scale, merge_adapter_on_devices)
+        return params, step
 
     def restore_tree(self, like: Any, step: int) -> Any:
-        """A part of the state, laid out like ``like``. Raises as :meth:`restore`."""
-        self._position(step)
-        return self._restored(step, like)
+        """Restore a part of the state, laid out like ``like``. Raises as :meth:`restore`."""
+        self._read_position(step)
+        return self._restore_checked(step, like)
 
-    def _restored(self, step: int, like: Any) -> Any:
-        """Arrays in their stored type first, as which they are checked, and then as wanted."""
+    def _restore_checked(self, step: int, like: Any) -> Any:
+        """Restore arrays in their stored dtype, in which they are checked, and cast them."""
         stored = self._check_shapes(step, like)
         exact = jax.tree_util.tree_map_with_path(
             lambda path, leaf: jax.ShapeDtypeStruct(
@@ -271,61 +275,62 @@ class Checkpoints:
             ),
             like,
         )
-        how = ocp.checkpoint_utils.construct_restore_args(exact)
-        restored = self._read(step, ocp.args.PyTreeRestore(item=exact, restore_args=how, partial_restore=True))
-        self._check_digests(step, restored)
+        restore_args = ocp.checkpoint_utils.construct_restore_args(exact)
+        restored = self._read(step, ocp.args.PyTreeRestore(item=exact, restore_args=restore_args, partial_restore=True))
+        self._check_checksums(step, restored)
         return jax.tree.map(lambda x, leaf: x if x.dtype == leaf.dtype else x.astype(leaf.dtype), restored, like)
 
     def _read(self, step: int, target: Any) -> Any:
         try:
             return self._manager.restore(step, args=ocp.args.Composite(state=target)).state
         except Exception as error:  # tensorstore, zarr and orbax each raise their own for a damaged file
-            raise self._damaged(step, f"damaged ({_reason(error)})") from error
+            raise self._damaged(step, f"damaged ({_first_line(error)})") from error
 
     def model_metadata(self, step: int | None = None) -> ModelMetadata:
-        """Which model a step's checkpoint is of.
+        """Return which model a step's checkpoint holds.
 
         Raises:
-            UserError: no such checkpoint, or one that does not say.
+            DamagedCheckpointError: the metadata do not say, or are incomplete.
+            UserError: no such checkpoint.
         """
         step = self.resolve_step(step)
-        model = self._meta(step).get("model")
+        model = self._read_meta(step).get("model")
         if not isinstance(model, dict):
-            raise self._damaged(step, "of a version that did not note which model it is of")
+            raise self._damaged(step, "of a version that did not record its model")
         try:
-            config, parts = build(ModelConfig, model["config"]), tuple(model["parts"])
-            return ModelMetadata(config, parts, model["origin"], model.get("lora_scale", 0.0))
-        except (KeyError, TypeError) as error:
-            raise self._damaged(step, f"incomplete: meta/metadata lacks {error}") from error
+            return build(ModelMetadata, model, "model")
+        except UserError as error:
+            raise self._damaged(step, f"of another version, or incomplete (meta/metadata: {error})") from error
 
     def array_specs(self, step: int | None = None) -> dict[tuple[str, ...], tuple[tuple[int, ...], np.dtype[Any]]]:
-        """Shape and type of every array of a step by its path; nothing is read."""
+        """Return shape and dtype of every array of a step by its path; no array is read."""
         return {
             tuple(name.split("/")): (tuple(leaf.shape), np.dtype(leaf.dtype))
-            for name, leaf in self._stored(self.resolve_step(step)).items()
+            for name, leaf in self._stored_leaves(self.resolve_step(step)).items()
         }
 
     def read_arrays(
         self, paths: Sequence[tuple[str, ...]], step: int | None = None
     ) -> dict[tuple[str, ...], NDArray[Any]]:
-        """Arrays of dicts in dicts on the host, whole, whatever mesh they were saved from.
+        """Read arrays of nested dicts to the host, whole, whatever mesh they were saved from.
 
         Raises:
-            UserError: the checkpoint is damaged.
+            DamagedCheckpointError: the checkpoint is damaged.
+            UserError: no such checkpoint.
         """
         step = self.resolve_step(step)
         item: dict[str, Any] = {}
-        how: dict[str, Any] = {}
+        restore_args: dict[str, Any] = {}
         for path in paths:
-            _put(item, path, 0)
-            _put(how, path, ocp.RestoreArgs(restore_type=np.ndarray))
-        found = self._read(step, ocp.args.PyTreeRestore(item=item, restore_args=how, partial_restore=True))
-        self._check_digests(step, found)
-        named = {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(found)}
-        return {path: np.asarray(named["/".join(path)]) for path in paths}
+            _set_path(item, path, 0)
+            _set_path(restore_args, path, ocp.RestoreArgs(restore_type=np.ndarray))
+        restored = self._read(step, ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True))
+        self._check_checksums(step, restored)
+        leaves = {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(restored)}
+        return {path: np.asarray(leaves["/".join(path)]) for path in paths}
 
     def resolve_step(self, step: int | None) -> int:
-        """A step that is there: the last by default. Raises UserError if it is not."""
+        """Return a saved step: the last one for None. Raises UserError if it is not saved."""
         steps = self.steps()
         if not steps:
             raise UserError(f"{self.folder} holds no checkpoint; train first, or check the path")
@@ -333,13 +338,13 @@ class Checkpoints:
             raise UserError(f"{self.folder} holds no checkpoint of step {step}; there are {steps}")
         return steps[-1] if step is None else step
 
-    def _position(self, step: int) -> DataPosition:
+    def _read_position(self, step: int) -> DataPosition:
         try:
-            return DataPosition.from_json(self._meta(step)["position"])
-        except (TypeError, ValueError, AttributeError) as error:
-            raise self._damaged(step, "incomplete: meta/metadata is damaged") from error
+            return build(DataPosition, self._read_meta(step)["position"], "position")
+        except (UserError, TypeError, ValueError) as error:
+            raise self._damaged(step, f"incomplete: meta/metadata is damaged ({error})") from error
 
-    def _meta(self, step: int) -> dict[str, Any]:
+    def _read_meta(self, step: int) -> dict[str, Any]:
         path = self.folder / str(step) / "meta" / "metadata"
         try:
             meta = json.loads(path.read_text())
@@ -348,63 +353,64 @@ class Checkpoints:
             raise self._damaged(step, "incomplete: meta/metadata is missing or damaged") from error
         if newer:
             raise UserError(
-                f"checkpoint {path.parent.parent} has format {meta['format']}, but this version reads up to {FORMAT}"
+                f"checkpoint {path.parent.parent} has format {meta['format']}, but this version reads up to {FORMAT}; "
+                "update mplug2_jax"
             )
         return dict(meta)
 
-    def _stored(self, step: int) -> dict[str, Any]:
-        """What is stored, described, by name; its metadata are read once."""
-        if step in self._descriptions:
-            return self._descriptions[step]
+    def _stored_leaves(self, step: int) -> dict[str, Any]:
+        """Return the metadata of a step's arrays by name; they are read once."""
+        if step in self._leaves:
+            return self._leaves[step]
         try:
             stored = self._manager.item_metadata(step).state
         except Exception as error:
-            raise self._damaged(step, f"damaged ({_reason(error)})") from error
+            raise self._damaged(step, f"damaged ({_first_line(error)})") from error
         if stored is None:
             raise self._damaged(step, "incomplete: state/_METADATA is missing")
         leaves = {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(stored.tree)}
-        self._descriptions[step] = leaves
+        self._leaves[step] = leaves
         return leaves
 
-    def _check_digests(self, step: int, restored: Any) -> None:
-        """Compares every array with the digest of what was saved; a checkpoint of older versions has none."""
-        expected = self._meta(step).get("digests", {})
+    def _check_checksums(self, step: int, restored: Any) -> None:
+        """Compare every array with its checksum at the save; checkpoints of older versions have none."""
+        expected = self._read_meta(step).get("digests", {})
         wrong = mismatched(checksums(restored), expected) if expected else []
         if wrong:
             more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-            raise self._damaged(step, f"damaged ({wrong[0]}{more} differs from what was saved, by its digest)")
+            raise self._damaged(step, f"damaged ({wrong[0]}{more} differs from what was saved, by its checksum)")
 
     def _check_shapes(self, step: int, like: Any) -> dict[str, Any]:
-        """Compares names and shapes with what is stored, so that the error can name the first difference."""
-        found = self._stored(step)
+        """Compare names and shapes with what is stored, so that the error can name the first difference."""
+        stored = self._stored_leaves(step)
         for path, leaf in jax.tree_util.tree_leaves_with_path(like):
             name = leaf_name(path)
-            if name not in found and name.startswith("opt/"):
+            if name not in stored and name.startswith("opt/"):
                 raise UserError(
-                    f"checkpoint {self.folder / str(step)} holds weights without an optimiser, so no run can "
+                    f"checkpoint {self.folder / str(step)} holds weights without an optimizer state, so no run can "
                     f"resume from it: start one in a new --workdir with --config.init_from={self.folder.parent}"
                 )
-            if name not in found:
+            if name not in stored:
                 raise UserError(
                     f"checkpoint {self.folder / str(step)} lacks {name}, which this model has; check its parts"
                 )
-            if tuple(found[name].shape) != tuple(leaf.shape):
+            if tuple(stored[name].shape) != tuple(leaf.shape):
                 raise UserError(
                     f"checkpoint {self.folder / str(step)} is of another size: {name} is "
-                    f"{list(found[name].shape)} there, {list(leaf.shape)} in this model"
+                    f"{list(stored[name].shape)} there, {list(leaf.shape)} in this model; match config.model"
                 )
-        return found
+        return stored
 
-    def _damaged(self, step: int, how: str) -> DamagedCheckpointError:
+    def _damaged(self, step: int, problem: str) -> DamagedCheckpointError:
         others = [other for other in self.steps() if other != step]
-        remedy = f"steps {others} are left: choose one" if others else "it is the only one: restore it from a copy"
+        remedy = f"choose another step of {others}" if others else "it is the only one: restore it from a copy"
         return DamagedCheckpointError(
-            f"checkpoint {self.folder / str(step)} is {how}; {remedy}, or move it away to train without it"
+            f"checkpoint {self.folder / str(step)} is {problem}; {remedy}, or move it away to train without it"
         )
 
 
 def open_checkpoint(path: Path) -> tuple[Checkpoints, int]:
-    """A checkpoint by its step's folder, by the folder of all steps, or by the work directory (the last step then).
+    """Open a checkpoint by its step's folder, by the folder of all steps, or by the work directory (the last step).
 
     Raises:
         UserError: there is none.
@@ -418,27 +424,29 @@ def open_checkpoint(path: Path) -> tuple[Checkpoints, int]:
         raise UserError(
             f"{path} holds no checkpoint; expected a work directory, its checkpoints folder or a step of it"
         )
-    found = Checkpoints(folder, CheckpointConfig(), read_only=True)
-    return found, found.resolve_step(step)
+    checkpoints = Checkpoints(folder, CheckpointConfig(), read_only=True)
+    return checkpoints, checkpoints.resolve_step(step)
 
 
-def _everywhere(good: bool) -> bool:
-    """Whether all processes say so."""
-    return good if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.asarray(good)).all())
+def _all_processes(condition: bool) -> bool:
+    """Return whether a condition holds in all processes, which call this together."""
+    if jax.process_count() == 1:
+        return condition
+    return bool(multihost_utils.process_allgather(np.asarray(condition)).all())
 
 
-def _put(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
+def _set_path(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
     for key in path[:-1]:
         tree = tree.setdefault(key, {})
     tree[path[-1]] = value
 
 
-def _whole(leaf: Any) -> Any:
-    """The sharding of something small that goes with an array: on all of its devices."""
+def _replicated_like(leaf: Any) -> Any:
+    """Return a sharding that replicates a small array over all devices of a large one."""
     sharding = getattr(leaf, "sharding", None)
     return NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else sharding
 
 
-def _reason(error: BaseException) -> str:
-    """The beginning of what a library says, which goes on with its own addresses in memory."""
+def _first_line(error: BaseException) -> str:
+    """Return the beginning of a library's message, which goes on with addresses in memory."""
     return (str(error).strip() or type(error).__name__).split("\n")[0].partition(". See full")[0][:160]

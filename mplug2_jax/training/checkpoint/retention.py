@@ -1,46 +1,36 @@
-"""Which checkpoints are kept: the newest, the best, one for each span of time, and every Nth for ever."""
+"""Choose which checkpoints to keep: Orbax's policies, the best ranked by metrics that are known after the save."""
 
 from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
+
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, EveryNSeconds, EveryNSteps, LatestN
 
 from mplug2_jax.training.config import CheckpointConfig
 
 
-def kept(config: CheckpointConfig, times: Mapping[int, float], scores: Mapping[int, float]) -> set[int]:
-    """The steps to keep, of those that are there; what is not kept is deleted.
-
-    The newest are kept whatever their scores: a run whose metric gets worse must still be able to go on.
-
-    Args:
-        config: how many of each.
-        times: of the checkpoints, by step, in seconds.
-        scores: the metric ``config.best_metric`` by step; a step without one is not among the best.
-    """
-    steps = sorted(times)
-    keep = set(steps[-config.keep_last :])
-    if config.keep_best:
-        sign = 1 if config.best_mode == "min" else -1
-        keep |= set(sorted((s for s in steps if s in scores), key=lambda s: (sign * scores[s], -s))[: config.keep_best])
-    if config.keep_every_steps:
-        keep |= {step for step in steps if step % config.keep_every_steps == 0}
-    if config.keep_every_minutes:
-        last = -float("inf")
-        for step in steps:  # the first of each span; the spans begin anew at it
-            if times[step] - last >= 60 * config.keep_every_minutes:
-                keep.add(step)
-                last = times[step]
-    return keep
-
-
-class Retention:
-    """The same as Orbax asks for it. ``scores`` are renewed before every save."""
+class BestByScore(BestN):
+    """Orbax's ``BestN`` with ``scores`` by step, to be set before every save; a step without one is never the best."""
 
     def __init__(self, config: CheckpointConfig) -> None:
-        self._config = config
+        super().__init__(n=config.keep_best, get_metric_fn=float, reverse=config.best_mode == "min")
         self.scores: Mapping[int, float] = {}
 
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
-        """Whether each checkpoint is kept."""
-        del context
-        keep = kept(self._config, {int(c.step): c.time.timestamp() for c in checkpoints}, self.scores)
-        return [int(checkpoint.step) in keep for checkpoint in checkpoints]
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Return for each checkpoint whether to keep it."""
+        scored = [SimpleNamespace(step=info.step, metrics=self.scores.get(int(info.step))) for info in checkpoints]
+        best = super().should_preserve(scored, context=context)
+        return [keep and info.metrics is not None for keep, info in zip(best, scored, strict=True)]
+
+
+def preservation_policy(config: CheckpointConfig, best: BestByScore) -> AnyPreservationPolicy:
+    """Return the policy that keeps what any rule of the config keeps; Orbax deletes the other checkpoints.
+
+    The newest are kept whatever their scores: a run whose metric gets worse must still be able to resume.
+    """
+    rules = [LatestN(config.keep_last), best]
+    if config.keep_every_steps:
+        rules.append(EveryNSteps(config.keep_every_steps))
+    if config.keep_every_minutes:
+        rules.append(EveryNSeconds(60 * config.keep_every_minutes))
+    return AnyPreservationPolicy(rules)

@@ -8,7 +8,7 @@ import pytest
 
 from mplug2_jax.errors import UserError
 from mplug2_jax.training.checkpoint.checkpoints import Checkpoints
-from mplug2_jax.training.checkpoint.lazy_arrays import LazyArray, _runs
+from mplug2_jax.training.checkpoint.lazy_arrays import LazyArray, _write_batches
 from mplug2_jax.training.checkpoint.metadata import DataPosition
 from mplug2_jax.training.config import CheckpointConfig
 
@@ -36,7 +36,7 @@ def test_a_lazy_state_is_stored_like_any_other(tmp_path: Path) -> None:
     assert reader.array_specs() == {("params", name): (value.shape, value.dtype) for name, value in values.items()}
     for (_, name), value in reader.read_arrays(list(reader.array_specs())).items():
         np.testing.assert_array_equal(value, values[name])
-    with pytest.raises(UserError, match="did not note which model it is of"):
+    with pytest.raises(UserError, match="did not record its model"):
         reader.model_metadata()
 
 
@@ -45,5 +45,5 @@ def test_large_arrays_are_written_alone_and_small_ones_together() -> None:
         return LazyArray((megabytes, 2**18), np.dtype(np.float32), lambda: np.zeros(0, np.float32))
 
     sizes = [1, 1, 100, 30, 30, 30, 200, 1]
-    runs = _runs([lazy(size) for size in sizes])
-    assert [sizes[run] for run in runs] == [[1, 1], [100], [30, 30], [30], [200], [1]]
+    batches = _write_batches([lazy(size) for size in sizes])
+    assert [sizes[batch] for batch in batches] == [[1, 1], [100], [30, 30], [30], [200], [1]]

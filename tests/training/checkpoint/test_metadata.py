@@ -1,4 +1,4 @@
-"""A position means the same examples for ever: what changed in the data is named, and older versions' are taken."""
+"""Checkpoint metadata: read as older versions wrote them; what changed in the data is named when a run resumes."""
 
 import dataclasses
 import json
@@ -8,8 +8,11 @@ import pytest
 
 from data_pipelines.config import DataConfig, ExampleConfig, SourceConfig
 from data_pipelines.loader import Stream
+from mplug2_jax.config import build, to_dict
 from mplug2_jax.errors import UserError
-from mplug2_jax.training.checkpoint.metadata import DataPosition
+from mplug2_jax.training.checkpoint.checkpoints import Checkpoints, DamagedCheckpointError
+from mplug2_jax.training.checkpoint.metadata import DataPosition, ModelMetadata
+from mplug2_jax.training.config import CheckpointConfig
 from mplug2_jax.training.loop import check_data_unchanged, data_position
 from mplug2_jax.training.workdir import load_or_train_tokenizer
 from tests.runs import small_run
@@ -27,11 +30,11 @@ def table(path: Path, *texts: str) -> Path:
 
 
 def saved(streams: dict[str, Stream]) -> DataPosition:
-    """The position of step 7 as a checkpoint gives it back."""
-    return DataPosition.from_json(json.loads(json.dumps(data_position(7, streams).to_json()))["position"])
+    """Return the position of step 7 as a checkpoint gives it back."""
+    return build(DataPosition, json.loads(json.dumps(to_dict(data_position(7, streams)))))
 
 
-def test_the_same_data_and_those_of_older_versions_go_on(tmp_path: Path) -> None:
+def test_the_same_data_is_accepted_with_or_without_fingerprints(tmp_path: Path) -> None:
     position = saved(stream(table(tmp_path / "a.jsonl", "one", "two")))
     check_data_unchanged(position, stream(tmp_path / "a.jsonl"))
     old = {key: value for key, value in position.streams["words"].items() if key != "sources"}
@@ -60,3 +63,49 @@ def test_of_several_sources_the_one_that_changed_is_named(tmp_path: Path) -> Non
     table(files[1], "three", "four")
     with pytest.raises(UserError, match=r": source 'b' of stream 'words' had 1 records, now 2\."):
         check_data_unchanged(position, stream(*files))
+
+
+OLDEST = '{"format": 1, "position": {"step": 40, "streams": {"text": {"batch_size": 8, "seed": 0, "source_size": 10}}}}'
+OLD = """{"format": 3, "position": {"step": 40, "streams": {"text": {"seed": 0, "batch_size": 8,
+"records": {"digits": 10}, "sources": {}}}, "offsets": [[20, 3], [30, 7]], "recent": [4.0625, 3.999999523162842]},
+"model": {"config": {"vision_width": 32, "vision_layers": 1, "vision_heads": 2, "image_size": 16,
+"patch_size": 8, "width": 32, "heads": 2, "mlp_width": 64, "text_layers": 1, "universal_layers": 1, "num_latents": 4,
+"fusion_layers": 1, "fusion_stride": 1, "decoder_layers": 1, "vocab_size": 256, "max_positions": 64,
+"contrastive_width": 16, "attention_dropout": 0.0, "dtype": "float32"}, "parts": ["text", "universal", "mlm"],
+"origin": {"url": "x", "size": 3}, "lora_scale": 2.0}, "digests": {"params/x": 7}}"""
+
+
+def reader_of(folder: Path, metadata: str) -> Checkpoints:
+    """Return a reader of a step 40 that is metadata alone."""
+    (folder / "40" / "meta").mkdir(parents=True)
+    (folder / "40" / "state").mkdir()
+    (folder / "40" / "meta" / "metadata").write_text(metadata)
+    return Checkpoints(folder, CheckpointConfig(), read_only=True)
+
+
+def test_metadata_of_older_versions_are_read(tmp_path: Path) -> None:
+    text = {"batch_size": 8, "seed": 0, "source_size": 10}
+    assert reader_of(tmp_path / "oldest", OLDEST)._read_position(40) == DataPosition(40, {"text": text})
+    reader = reader_of(tmp_path / "old", OLD)
+    position = reader._read_position(40)
+    assert position == DataPosition(
+        40, {"text": {"seed": 0, "batch_size": 8, "records": {"digits": 10}, "sources": {}}},
+        ((20, 3), (30, 7)), (4.0625, 3.999999523162842),
+    )  # fmt: skip
+    assert position.batch_index(41) == 47
+    model = reader.model_metadata()
+    assert (model.config.width, model.parts, model.origin, model.lora_scale) == (
+        32, ("text", "universal", "mlm"), {"url": "x", "size": 3}, 2.0
+    )  # fmt: skip
+    written = json.loads(json.dumps({"format": 3, "position": to_dict(position), "model": to_dict(model)}))
+    old = json.loads(OLD)
+    assert written["position"] == old["position"]
+    assert {name: written["model"]["config"][name] for name in old["model"]["config"]} == old["model"]["config"]
+    assert build(ModelMetadata, {k: v for k, v in old["model"].items() if k != "lora_scale"}).lora_scale == 0.0
+
+
+@pytest.mark.parametrize("position", ["[]", '{"step": "4", "streams": {}}', '{"step": 40}', '{"stp": 1}'])
+def test_damaged_metadata_are_named(position: str, tmp_path: Path) -> None:
+    reader = reader_of(tmp_path, f'{{"format": 3, "position": {position}}}')
+    with pytest.raises(DamagedCheckpointError, match=r"40 is incomplete: meta/metadata is damaged \(.*; it is"):
+        reader._read_position(40)

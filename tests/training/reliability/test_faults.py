@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mplug2_jax.config import build, to_dict
 from mplug2_jax.errors import UserError
 from mplug2_jax.inference.replay import replay_step
 from mplug2_jax.model.config import SpecialTokens
@@ -175,7 +176,7 @@ def test_offsets_of_several_rollbacks_add_up() -> None:
     assert [position.batch_index(step) for step in (10, 11, 12)] == [9, 13, 14]
     later = dataclasses.replace(position, step=20).after_rollback(21)
     assert [later.batch_index(step) for step in (10, 11, 20, 21)] == [9, 13, 22, 24]
-    assert DataPosition.from_json(json.loads(json.dumps(later.to_json()))["position"]) == later
+    assert build(DataPosition, json.loads(json.dumps(to_dict(later)))) == later
 
 
 def test_a_full_disk_stops_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, compiled: Any) -> None:
@@ -191,7 +192,7 @@ def test_a_full_disk_stops_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(checkpoints.ocp.CheckpointManager, "save", full)
     monkeypatch.setattr(checkpoints, "RETRY_SECONDS", 0.0)
     train(words(steps=5, checkpoint=CheckpointConfig(every_steps=2)), tmp_path / "run")
-    assert "checkpoint of step 4 could not be saved" in capsys.readouterr().out
+    assert "saving the checkpoint of step 4 failed" in capsys.readouterr().out
     kept = sorted(int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.isdecimal())
     assert kept == [2, 5]
     kinds = [line["event"] for line in read_lines(tmp_path / "run" / "events.jsonl")]
