@@ -29,7 +29,7 @@ from scipy.stats import t as student
 
 from mplug2_jax.cli.main import main as mplug2
 from mplug2_jax.config import build, load_recipe
-from mplug2_jax.metrics.units import show
+from mplug2_jax.metrics.units import format_metric
 from mplug2_jax.recipes.digitworld import FINETUNES
 from mplug2_jax.training.config import RunConfig
 from mplug2_jax.training.initialization import with_init_from
@@ -111,7 +111,10 @@ def main() -> None:
         for (model, seed), figures in zip(runs, pool.map(run, *zip(*asked, strict=True)), strict=True):
             for name, value in figures.items():
                 found.setdefault(model, {}).setdefault(name, []).append(value)
-            print(f"{model}, seed {seed}: {', '.join(f'{n} {show(n, v)}' for n, v in figures.items())}", flush=True)
+            print(
+                f"{model}, seed {seed}: {', '.join(f'{n} {format_metric(n, v)}' for n, v in figures.items())}",
+                flush=True,
+            )
 
     whole = found["the whole model"]
     print(f"\nseeds: {args.seeds}, {args.examples} examples of each task\n")
@@ -119,13 +122,13 @@ def main() -> None:
     for name in whole:
         for model, figures in found.items():
             values = figures[name]
-            spread = f"{show(name, min(values))} to {show(name, max(values))}"
-            line = f"{name:36}{model:28}{show(name, statistics.mean(values)):>8}{spread:>18}"
+            spread = f"{format_metric(name, min(values))} to {format_metric(name, max(values))}"
+            line = f"{name:36}{model:28}{format_metric(name, statistics.mean(values)):>8}{spread:>18}"
             if model != "the whole model" and args.seeds > 1:
                 apart = [mine - theirs for mine, theirs in zip(values, whole[name], strict=True)]
                 low, high = interval(apart)
-                span = f"{show(name, low)} to {show(name, high)}"
-                line += f"{show(name, statistics.mean(apart)):>14}{span:>20}"
+                span = f"{format_metric(name, low)} to {format_metric(name, high)}"
+                line += f"{format_metric(name, statistics.mean(apart)):>14}{span:>20}"
             print(line)
 
 

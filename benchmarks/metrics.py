@@ -21,7 +21,7 @@ from pycocoevalcap.meteor.meteor import Meteor
 from pycocoevalcap.rouge.rouge import Rouge
 from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-from mplug2_jax.metrics.caption import caption_scores, tokens
+from mplug2_jax.metrics.caption import caption_scores, tokenize_captions
 from mplug2_jax.metrics.java_metrics import meteor, spice
 
 EXAMPLES = Path(__file__).parents[1] / "tests" / "evaluation" / "captions"
@@ -92,7 +92,7 @@ def both(tokenize: Callable[[Texts], Texts], said: Texts, truth: Texts) -> tuple
 
 def ours(texts: Texts) -> Texts:
     """Tokens by us."""
-    return {i: tokens(each) for i, each in texts.items()}
+    return {i: tokenize_captions(each) for i, each in texts.items()}
 
 
 def toolkit(texts: Texts) -> Texts:

@@ -20,7 +20,7 @@ import sklearn.metrics
 from nltk.stem.porter import PorterStemmer
 
 from mplug2_jax.metrics.classification import average_views, confusion_matrix, top_k
-from mplug2_jax.metrics.glue import CLASSES, glue_metrics
+from mplug2_jax.metrics.glue import NUM_CLASSES, glue_metrics
 from mplug2_jax.metrics.grounding import box_accuracy, box_iou, mean_iou
 from mplug2_jax.metrics.metric import Metric
 from mplug2_jax.metrics.retrieval import compute_ranks, median_rank, recall_at
@@ -142,13 +142,13 @@ def glue_tasks(rng: np.random.Generator, examples: int) -> Iterator[Case]:
         "pearson": ("scipy", lambda labels, said: scipy.stats.pearsonr(said, labels).statistic),
         "spearman": ("scipy", lambda labels, said: scipy.stats.spearmanr(said, labels).statistic),
     }
-    for task in (*CLASSES, "stsb"):
+    for task in (*NUM_CLASSES, "stsb"):
         if task == "stsb":
             labels = np.round(rng.random(examples) * 25) / 5  # ties, as there
             said = np.round(labels + rng.normal(size=examples), 1)
         else:
-            labels = rng.integers(CLASSES[task], size=examples)
-            said = np.where(rng.random(examples) < 0.8, labels, rng.integers(CLASSES[task], size=examples))
+            labels = rng.integers(NUM_CLASSES[task], size=examples)
+            said = np.where(rng.random(examples) < 0.8, labels, rng.integers(NUM_CLASSES[task], size=examples))
         for name, figure in glue_metrics(task, said, labels).items():
             by, score = known[name]
 

@@ -162,7 +162,7 @@ def table(rows: Sequence[Sequence[str]], header: Sequence[str], right: Sequence[
 
 def results_table(results: "Sequence[EvaluationResult]") -> str:
     """Every figure, those that are absent too, beside its baseline and what is published, where anything is."""
-    from mplug2_jax.metrics.units import ratio_to_baseline, show
+    from mplug2_jax.metrics.units import format_metric, ratio_to_baseline
     from mplug2_jax.report.published import published
 
     rows = []
@@ -172,10 +172,10 @@ def results_table(results: "Sequence[EvaluationResult]") -> str:
             base = result.baselines[what]
             ratio = ratio_to_baseline(what, value, base)
             times = "-" if math.isnan(ratio) else f"{ratio:.1f}x"
-            low, high = (show(what, end) for end in result.confidence_intervals[what])
+            low, high = (format_metric(what, end) for end in result.confidence_intervals[what])
             rows.append(
-                (result.name, what, show(what, value), f"{low} to {high}", show(what, base), times,
-                 str(result.num_examples), show(what, others[what].value) if what in others else "")
+                (result.name, what, format_metric(what, value), f"{low} to {high}", format_metric(what, base), times,
+                 str(result.num_examples), format_metric(what, others[what].value) if what in others else "")
             )  # fmt: skip
         rows += [(result.name, what, "absent", "", "", "", str(result.num_examples), "") for what in result.absent]
     header = ("evaluation", "figure", "model", "95 % interval", "baseline", "ratio", "examples", "published")

@@ -115,9 +115,9 @@ def _ask(name: str, path: Path, overrides: "Sequence[str]") -> "Mapping[str, Eva
 def _row(
     config: "RunConfig", figure: str, before: "EvaluationResult | None", after: "EvaluationResult"
 ) -> "Sequence[str]":
-    from mplug2_jax.metrics.units import show
+    from mplug2_jax.metrics.units import format_metric
 
-    told = [show(figure, result.metrics[figure]) if result else "-" for result in (before, after)]
-    interval = " to ".join(show(figure, end) for end in after.confidence_intervals[figure])
-    parts, baseline = ", ".join(config.parts()), show(figure, after.baselines[figure])
+    told = [format_metric(figure, result.metrics[figure]) if result else "-" for result in (before, after)]
+    interval = " to ".join(format_metric(figure, end) for end in after.confidence_intervals[figure])
+    parts, baseline = ", ".join(config.parts()), format_metric(figure, after.baselines[figure])
     return (after.name, parts, str(config.steps), figure, *told, interval, baseline)

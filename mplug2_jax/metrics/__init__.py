@@ -1,1 +1,1 @@
-"""Scores, by well-kept libraries where there are any. Pure functions of lists and arrays on the host."""
+"""Scores of predictions, by established libraries where there are any: pure functions on the host."""

@@ -1,4 +1,4 @@
-"""Caption scores of the COCO toolkit, as papers quote them."""
+"""Caption metrics of the COCO toolkit, as papers quote them."""
 
 import dataclasses
 import math
@@ -13,70 +13,70 @@ from pycocoevalcap.rouge.rouge import Rouge
 from mplug2_jax.metrics import ptb_tokenizer
 from mplug2_jax.metrics.metric import MeanMetric, Metric
 
-ORDERS = 4
-_SMALL, _TINY = 1e-9, 1e-15  # the toolkit's, so that nothing is divided by zero
+MAX_ORDER = 4
+_SMALL, _TINY = 1e-9, 1e-15  # the toolkit's constants against division by zero
 
 
 @dataclasses.dataclass(frozen=True)
 class Bleu:
-    """BLEU of n-grams up to an order: precisions and brevity of all captions together, not a mean over captions.
+    """BLEU of n-grams up to an order: precision and brevity over all captions together, not a mean over captions.
 
-    A caption's counts: its length, its closest reference's length, then its n-grams for n = 1 to 4, then how many of
-    them a reference has too.
+    The counts of a caption: its length, the length of the closest reference, its n-grams for n = 1 to 4, and how many
+    of these a reference contains.
     """
 
     counts: Float[np.ndarray, "n 10"]
     order: int
 
     def __len__(self) -> int:
-        """How many captions."""
+        """Return the number of captions."""
         return len(self.counts)
 
     @property
     def value(self) -> float:
-        """The score, times 100."""
+        """Return the score, times 100."""
         return self.weighted(np.ones(len(self)))
 
     def weighted(self, counts: Float[np.ndarray, " n"]) -> float:
-        """The score, were each caption there so many times."""
-        length, closest, *rest = (times @ self.counts).tolist()
-        guessed, right = rest[: self.order], rest[ORDERS : ORDERS + self.order]
-        precision = math.prod((r + _TINY) / (g + _SMALL) for r, g in zip(right, guessed, strict=True))
+        """Return the score of a resample in which each caption occurs ``counts`` times."""
+        length, closest, *ngrams = (counts @ self.counts).tolist()
+        total, matched = ngrams[: self.order], ngrams[MAX_ORDER : MAX_ORDER + self.order]
+        precision = math.prod((m + _TINY) / (t + _SMALL) for m, t in zip(matched, total, strict=True))
         ratio = (length + _TINY) / (closest + _SMALL)
         return 100 * precision ** (1 / self.order) * math.exp(min(0.0, 1 - 1 / ratio))
 
 
 def caption_scores(
-    said: Sequence[str], references: Sequence[Sequence[str]], tokenize: bool = True
+    captions: Sequence[str], references: Sequence[Sequence[str]], tokenize: bool = True
 ) -> dict[str, Metric]:
-    """CIDEr-D, BLEU-1 to -4 and ROUGE-L, all times 100, of a caption a picture against its references.
+    """Return CIDEr-D, BLEU-1 to -4 and ROUGE-L, all times 100, of one caption per image against its references.
 
-    CIDEr's document frequencies come from the references given, so that one over few or uniform captions is not
-    comparable. Texts that are tokens with spaces between already need no ``tokenize``.
+    CIDEr's document frequencies come from the given references, so its value over few or uniform captions is not
+    comparable with others. ``tokenize=False`` takes texts that are tokens separated by spaces.
     """
     if tokenize:
-        said, references = tokens(said), [tokens(each) for each in references]
-    truth = {i: list(each) for i, each in enumerate(references)}
-    spoken = {i: [text] for i, text in enumerate(said)}
-    _, cider = Cider().compute_score(truth, spoken)
-    _, rouge = Rouge().compute_score(truth, spoken)
-    counts = bleu_counts(said, references)
-    bleu = {f"bleu_{order}": Bleu(counts, order) for order in range(1, ORDERS + 1)}
+        captions, references = tokenize_captions(captions), [tokenize_captions(texts) for texts in references]
+    references_by_id = {i: list(texts) for i, texts in enumerate(references)}
+    captions_by_id = {i: [text] for i, text in enumerate(captions)}
+    _, cider = Cider().compute_score(references_by_id, captions_by_id)
+    _, rouge = Rouge().compute_score(references_by_id, captions_by_id)
+    counts = bleu_counts(captions, references)
+    bleu = {f"bleu_{order}": Bleu(counts, order) for order in range(1, MAX_ORDER + 1)}
     return {"cider": MeanMetric(np.asarray(cider) * 100), **bleu, "rouge_l": MeanMetric(np.asarray(rouge) * 100)}
 
 
-def tokens(texts: Sequence[str]) -> list[str]:
-    """The tokens of each text with spaces between, as papers count them."""
+def tokenize_captions(texts: Sequence[str]) -> list[str]:
+    """Return the Penn Treebank tokens of each text, separated by spaces."""
     return [ptb_tokenizer.tokenize(text) for text in texts]
 
 
-def bleu_counts(said: Sequence[str], references: Sequence[Sequence[str]]) -> Float[np.ndarray, "n 10"]:
-    """What `Bleu` adds up, by the toolkit's own counting; texts are split at spaces."""
-    scorer = BleuScorer(n=ORDERS)
-    for text, each in zip(said, references, strict=True):
-        scorer += (text, list(each))
+def bleu_counts(captions: Sequence[str], references: Sequence[Sequence[str]]) -> Float[np.ndarray, "n 10"]:
+    """Return the counts of `Bleu` by the toolkit's own code; texts are split at spaces."""
+    scorer = BleuScorer(n=MAX_ORDER)
+    for text, texts in zip(captions, references, strict=True):
+        scorer += (text, list(texts))
     rows = []
-    for found in scorer.ctest:
-        closest = min(found["reflen"], key=lambda length: (abs(length - found["testlen"]), length))
-        rows.append([found["testlen"], closest, *found["guess"], *found["correct"]])
-    return np.asarray(rows, np.float64).reshape(-1, 2 + 2 * ORDERS)
+    for entry in scorer.ctest:
+        closest = min(entry["reflen"], key=lambda length: (abs(length - entry["testlen"]), length))
+        rows.append([entry["testlen"], closest, *entry["guess"], *entry["correct"]])
+    return np.asarray(rows, np.float64).reshape(-1, 2 + 2 * MAX_ORDER)

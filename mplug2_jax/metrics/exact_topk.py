@@ -1,9 +1,9 @@
-"""The nearest candidates of every query and the rank of its right ones, without all similarities at once.
+"""Exact top-k search and ranks of correct candidates, without the full similarity matrix.
 
-Similarities are computed in tiles, some queries by some candidates: queries are split over the devices of the mesh,
-candidates are whole on each. A vector's numbers are rounded to steps of 1 / (127 * 2**16) and cut into three digits of
-eight bits, so that similarities are sums of whole numbers: exact in any order. So the same vectors have the same
-similarity in any tile, on any mesh, on any chip, alone or among others, and what is equal is a tie everywhere.
+Similarities are computed in tiles of queries by candidates: queries are split over the devices of the mesh, candidates
+are replicated. A vector's numbers are rounded to multiples of 1 / (127 * 2**16) and split into three signed 8-bit
+digits, so similarities are sums of integers, exact in any order. The same vectors therefore have the same similarity in
+any tile, on any mesh, on any chip and in any batch, and equal similarities are ties everywhere.
 """
 
 import functools
@@ -17,17 +17,17 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Int8
 from numpy.typing import NDArray
 
-UNIT = 127 << 16
-ROWS, COLUMNS = 1024, 4096
-"""A tile's queries, on each device, and its candidates: 16 MiB of similarities."""
-PAIRS = 4096
-NAN = float(np.finfo(np.float32).min)  # in the order of the nearest: behind all numbers, before what is not there
+SCALE = 127 << 16
+TILE_ROWS, TILE_COLUMNS = 1024, 4096
+"""Queries of a tile on each device, and its candidates: 16 MiB of similarities."""
+PAIRS_PER_CALL = 4096
+NAN_ORDER = float(np.finfo(np.float32).min)  # sorts NaN after all numbers, before padding
 
 
 class TopKResult(NamedTuple):
-    """Ranks as :func:`~mplug2_jax.metrics.retrieval.compute_ranks` has them, and the nearest candidates.
+    """Ranks as by :func:`~mplug2_jax.metrics.retrieval.compute_ranks`, and the nearest candidates.
 
-    ``nearest`` are places, of the most similar first, of equals the first before the others, and NaN last.
+    ``nearest`` are indices of candidates, the most similar first; ties are in the order of the indices, NaN is last.
     """
 
     ranks: Int[np.ndarray, " q"]
@@ -41,33 +41,33 @@ def exact_top_k(
     candidate_ids: Int[np.ndarray, " c"],
     k: int = 1,
     *,
-    rows: int = ROWS,
-    columns: int = COLUMNS,
+    rows: int = TILE_ROWS,
+    columns: int = TILE_COLUMNS,
 ) -> TopKResult:
-    """For each query how many wrong candidates are at least as similar as its best right one, and the k nearest.
+    """Return for each query how many wrong candidates are at or above its best correct one, and the k nearest.
 
-    Right are candidates of the same id. Ties and NaN count against; a query without any right one has the last rank of
-    all. On the mesh in context, whose processes all come here with the same arrays and get the same; without one, on a
-    device of this process.
+    A candidate is correct if it has the query's id. Ties and NaN count as errors; a query without a correct candidate
+    has the largest int64 as its rank. Runs on the mesh in context, whose processes all call it with the same arrays and
+    get the same result; without a mesh, on one device of this process.
 
-    A similarity is off by about 5e-7 from that of the vectors before rounding: as much as float32 sums are. It takes
-    6 q c d multiplications of bytes, and besides the vectors memory for a tile; right pairs are few and are compared
+    Similarities differ from those of the unrounded vectors by about 5e-7, as much as float32 sums do. The cost is
+    6 q c d byte multiplications, and memory for one tile besides the vectors; the few correct pairs are compared
     one by one.
 
     Args:
-        queries: unit vectors, or shorter.
-        candidates: likewise.
-        query_ids: what is right for each.
-        candidate_ids: what each is.
-        k: so many nearest, or all if there are fewer.
-        rows: of a tile, on each device. No tile changes any result.
-        columns: of a tile.
+        queries: vectors of length at most 1.
+        candidates: vectors of length at most 1.
+        query_ids: the id of each query.
+        candidate_ids: the id of each candidate.
+        k: number of nearest candidates; all, if there are fewer.
+        rows: queries of a tile on each device. The tile's size changes no result.
+        columns: candidates of a tile.
 
     Raises:
-        ValueError: vectors that are longer.
+        ValueError: a vector is longer than 1.
     """
     for name, vectors in (("queries", queries), ("candidates", candidates)):
-        longest = np.sqrt(np.einsum("nd,nd->n", vectors, vectors).max(initial=0.0, where=_finite(vectors)))
+        longest = np.sqrt(np.einsum("nd,nd->n", vectors, vectors).max(initial=0.0, where=_is_finite(vectors)))
         if longest > 1.001:
             raise ValueError(f"{name} hold a vector of length {longest:.4g}; expected unit vectors")
     queries, candidates = queries.astype(np.float32, copy=False), candidates.astype(np.float32, copy=False)
@@ -80,25 +80,26 @@ def exact_top_k(
         mesh = Mesh(np.asarray(jax.local_devices()[:1]), ("device",))
     columns = min(columns, len(candidates))
     rows = min(rows, -(-len(queries) // mesh.size)) * mesh.size
-    sweep, whole = _sweep(mesh, k), NamedSharding(mesh, PartitionSpec())
-    tiles = _put(_padded(candidates, columns).reshape(-1, columns, candidates.shape[1]), whole)
+    tile_topk, replicated = _tile_topk(mesh, k), NamedSharding(mesh, PartitionSpec())
+    tiles = _put(_pad_rows(candidates, columns).reshape(-1, columns, candidates.shape[1]), replicated)
     size = np.int32(len(candidates))
     for start in range(0, len(queries), rows):
         part = slice(start, start + rows)
-        best, right = _right(queries[part], candidates, query_ids[part], candidate_ids)
+        best, num_correct = _best_correct(queries[part], candidates, query_ids[part], candidate_ids)
         split = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-        ahead, places = sweep(_put(_padded(queries[part], rows), split), _put(_padded(best, rows), split), tiles, size)
+        inputs = _put(_pad_rows(queries[part], rows), split), _put(_pad_rows(best, rows), split)
+        num_above, indices = tile_topk(*inputs, tiles, size)
         count = len(best)
-        ranks[part] = np.where(right > 0, np.asarray(ahead)[:count] - right, ranks[part])
-        nearest[part] = np.asarray(places)[:count]
+        ranks[part] = np.where(num_correct > 0, np.asarray(num_above)[:count] - num_correct, ranks[part])
+        nearest[part] = np.asarray(indices)[:count]
     return TopKResult(ranks, nearest)
 
 
-def _finite(vectors: Float[np.ndarray, "n d"]) -> Bool[np.ndarray, " n"]:
+def _is_finite(vectors: Float[np.ndarray, "n d"]) -> Bool[np.ndarray, " n"]:
     return np.isfinite(vectors).all(1)
 
 
-def _padded(x: NDArray[np.float32], multiple: int) -> NDArray[np.float32]:
+def _pad_rows(x: NDArray[np.float32], multiple: int) -> NDArray[np.float32]:
     return np.pad(x, ((0, -len(x) % multiple), *[(0, 0)] * (x.ndim - 1)))
 
 
@@ -106,58 +107,61 @@ def _put(x: NDArray[np.float32], sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
 
-class _Digits(NamedTuple):
-    """Vectors as three bytes for each number, q = high * 2**16 + middle * 2**8 + low, once each way around."""
+class _Int8Vectors(NamedTuple):
+    """Vectors as three 8-bit digits, q = high * 2**16 + middle * 2**8 + low, in both orders of the digits."""
 
-    falling: Int8[Array, "n 3*d"]
-    rising: Int8[Array, "n 3*d"]
-    usable: Bool[Array, " n"]
+    high_first: Int8[Array, "n 3*d"]
+    low_first: Int8[Array, "n 3*d"]
+    finite: Bool[Array, " n"]
 
 
-def _digits(vectors: Float[Array, "n d"]) -> _Digits:
-    usable = jnp.isfinite(vectors).all(1)
-    whole = jnp.round(jnp.where(usable[:, None], vectors, 0) * UNIT).astype(jnp.int32)
+def _int8_split(vectors: Float[Array, "n d"]) -> _Int8Vectors:
+    finite = jnp.isfinite(vectors).all(1)
+    integers = jnp.round(jnp.where(finite[:, None], vectors, 0) * SCALE).astype(jnp.int32)
     digits = []
     for _ in range(3):
-        low = ((whole + 128) & 255) - 128
+        low = ((integers + 128) & 255) - 128
         digits.append(low.astype(jnp.int8))
-        whole = (whole - low) >> 8
-    return _Digits(jnp.concatenate(digits[::-1], 1), jnp.concatenate(digits, 1), usable)
+        integers = (integers - low) >> 8
+    return _Int8Vectors(jnp.concatenate(digits[::-1], 1), jnp.concatenate(digits, 1), finite)
 
 
 def _similarity(
-    one: _Digits, other: _Digits, dot: Callable[[Array, Array], Array], both: Bool[Array, "..."]
+    a: _Int8Vectors, b: _Int8Vectors, dot: Callable[[Array, Array], Array], both_finite: Bool[Array, "..."]
 ) -> Float[Array, "..."]:
-    """The products of digits down to 2**16, summed as whole numbers and rounded once; NaN where not ``both`` are."""
-    d = one.falling.shape[1] // 3
+    """Return the products of digits down to 2**16, summed as integers and rounded once; NaN unless both are finite."""
+    d = a.high_first.shape[1] // 3
     total = sum(
-        dot(one.falling[:, : n * d], other.rising[:, (3 - n) * d :]) << shift for n, shift in ((1, 16), (2, 8), (3, 0))
+        dot(a.high_first[:, : n * d], b.low_first[:, (3 - n) * d :]) << shift for n, shift in ((1, 16), (2, 8), (3, 0))
     )
-    return jnp.where(both, jnp.asarray(total).astype(jnp.float32), jnp.nan)
+    return jnp.where(both_finite, jnp.asarray(total).astype(jnp.float32), jnp.nan)
 
 
 @jax.jit
-def _of_pairs(one: Float[Array, "p d"], other: Float[Array, "p d"]) -> Float[Array, " p"]:
-    a, b = _digits(one), _digits(other)
-    return _similarity(a, b, lambda x, y: (x.astype(jnp.int32) * y).sum(1, dtype=jnp.int32), a.usable & b.usable)
+def _pair_similarity(left: Float[Array, "p d"], right: Float[Array, "p d"]) -> Float[Array, " p"]:
+    a, b = _int8_split(left), _int8_split(right)
+    return _similarity(a, b, lambda x, y: (x.astype(jnp.int32) * y).sum(1, dtype=jnp.int32), a.finite & b.finite)
 
 
-def _of_all(one: _Digits, other: _Digits) -> Float[Array, "q c"]:
+def _similarity_matrix(queries: _Int8Vectors, candidates: _Int8Vectors) -> Float[Array, "q c"]:
     dot = functools.partial(jnp.einsum, "qd,cd->qc", preferred_element_type=jnp.int32)
-    return _similarity(one, other, dot, one.usable[:, None] & other.usable)
+    return _similarity(queries, candidates, dot, queries.finite[:, None] & candidates.finite)
 
 
-def _right(
+def _best_correct(
     queries: Float[np.ndarray, "q d"],
     candidates: Float[np.ndarray, "c d"],
     query_ids: Int[np.ndarray, " q"],
     candidate_ids: Int[np.ndarray, " c"],
 ) -> tuple[Float[np.ndarray, " q"], Int[np.ndarray, " q"]]:
-    """Each query's best similarity to a right candidate, and how many right ones are not below it; 0 of none."""
+    """Return each query's best similarity to a correct candidate, and how many correct ones are not below it."""
     pairs = [
-        (rows, columns, _of_pairs(_padded(queries[rows], PAIRS), _padded(candidates[columns], PAIRS)))
-        for rows, columns in _right_pairs(query_ids, candidate_ids)
-    ]
+        (
+            rows, columns,
+            _pair_similarity(_pad_rows(queries[rows], PAIRS_PER_CALL), _pad_rows(candidates[columns], PAIRS_PER_CALL)),
+        )
+        for rows, columns in _correct_pairs(query_ids, candidate_ids)
+    ]  # fmt: skip
     best, count = np.full(len(queries), -np.inf, np.float32), np.zeros(len(queries), np.int64)
     for rows, _, similarity in pairs:
         np.fmax.at(best, rows, np.asarray(similarity)[: len(rows)])
@@ -166,51 +170,51 @@ def _right(
     return best, count
 
 
-def _right_pairs(
+def _correct_pairs(
     query_ids: Int[np.ndarray, " q"], candidate_ids: Int[np.ndarray, " c"]
 ) -> Iterator[tuple[Int[np.ndarray, " p"], Int[np.ndarray, " p"]]]:
-    """The places of all pairs of equal ids, at most PAIRS at a time."""
+    """Yield the indices of all pairs of equal ids, at most PAIRS_PER_CALL at a time."""
     order = np.argsort(candidate_ids, kind="stable")
     first = np.searchsorted(candidate_ids[order], query_ids, side="left")
     counts = np.searchsorted(candidate_ids[order], query_ids, side="right") - first
     ends = np.cumsum(counts)
-    for start in range(0, int(ends[-1]), PAIRS):
-        numbers = np.arange(start, min(start + PAIRS, int(ends[-1])))
+    for start in range(0, int(ends[-1]), PAIRS_PER_CALL):
+        numbers = np.arange(start, min(start + PAIRS_PER_CALL, int(ends[-1])))
         rows = np.searchsorted(ends, numbers, side="right")
         yield rows, order[first[rows] + numbers - (ends - counts)[rows]]
 
 
 @functools.cache
-def _sweep(mesh: Mesh, k: int) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """(queries, best, tiles of candidates, how many are there) -> (how many are not below best, the k nearest)."""
+def _tile_topk(mesh: Mesh, k: int) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """Return (queries, best, tiles, number of candidates) -> (number not below best, indices of the k nearest)."""
 
-    def sweep(
+    def search(
         queries: Float[Array, "q d"], best: Float[Array, " q"], tiles: Float[Array, "n t d"], size: Int[Array, ""]
     ) -> tuple[Int[Array, " q"], Int[Array, "q k"]]:
-        ours, width = _digits(queries), tiles.shape[1]
+        split_queries, width = _int8_split(queries), tiles.shape[1]
 
         def step(
             carry: tuple[Array, Array, Array], tile: tuple[Int[Array, ""], Float[Array, "t d"]]
         ) -> tuple[tuple[Array, Array, Array], None]:
-            ahead, values, places = carry
+            num_above, values, indices = carry
             number, vectors = tile
-            similarity = _of_all(ours, _digits(vectors))
-            place = number * width + jnp.arange(width)
-            there = place < size
-            ahead += jnp.sum(there & ~(similarity < best[:, None]), axis=1, dtype=jnp.int32)
-            order = jnp.where(there, jnp.where(jnp.isnan(similarity), NAN, similarity), -jnp.inf)
-            # Of equals the first is taken, so those of earlier tiles stand before.
-            values, taken = jax.lax.top_k(jnp.concatenate([values, order], axis=1), k)
-            kept = jnp.take_along_axis(places, jnp.minimum(taken, k - 1), axis=1)
-            return (ahead, values, jnp.where(taken < k, kept, number * width + taken - k)), None
+            similarity = _similarity_matrix(split_queries, _int8_split(vectors))
+            index = number * width + jnp.arange(width)
+            is_candidate = index < size  # the last tile is padded
+            num_above += jnp.sum(is_candidate & ~(similarity < best[:, None]), axis=1, dtype=jnp.int32)
+            order = jnp.where(is_candidate, jnp.where(jnp.isnan(similarity), NAN_ORDER, similarity), -jnp.inf)
+            # top_k takes the first of equals, so earlier tiles come first.
+            values, chosen = jax.lax.top_k(jnp.concatenate([values, order], axis=1), k)
+            earlier = jnp.take_along_axis(indices, jnp.minimum(chosen, k - 1), axis=1)
+            return (num_above, values, jnp.where(chosen < k, earlier, number * width + chosen - k)), None
 
         rows = len(queries)
-        none = (jnp.zeros(rows, jnp.int32), jnp.full((rows, k), -jnp.inf), jnp.zeros((rows, k), jnp.int32))
-        (ahead, _, places), _ = jax.lax.scan(step, none, (jnp.arange(len(tiles)), tiles))
-        return ahead, places
+        init = (jnp.zeros(rows, jnp.int32), jnp.full((rows, k), -jnp.inf), jnp.zeros((rows, k), jnp.int32))
+        (num_above, _, indices), _ = jax.lax.scan(step, init, (jnp.arange(len(tiles)), tiles))
+        return num_above, indices
 
     split, whole = PartitionSpec(mesh.axis_names), PartitionSpec()
     sharded = jax.shard_map(
-        sweep, mesh=mesh, in_specs=(split, split, whole, whole), out_specs=(split, split), check_vma=False
+        search, mesh=mesh, in_specs=(split, split, whole, whole), out_specs=(split, split), check_vma=False
     )
     return jax.jit(sharded, out_shardings=NamedSharding(mesh, whole))

@@ -1,6 +1,6 @@
-"""The COCO toolkit's two Java scores, METEOR and SPICE: figures (times 100), or None where no Java computes them.
+"""METEOR and SPICE, the COCO toolkit's two Java metrics, times 100; None where they cannot be computed.
 
-Both read tokens with spaces between. Nothing outlives a call: programs that take longer than their time are killed.
+Both take tokens separated by spaces. No process outlives a call: a program that exceeds its timeout is killed.
 """
 
 import dataclasses
@@ -26,26 +26,26 @@ _WEIGHTS = np.asarray([1.0, 0.6, 0.8, 0.6])
 
 @dataclasses.dataclass(frozen=True)
 class Meteor:
-    """METEOR of all captions together: their matches are added up, not their scores.
+    """METEOR of all captions together: the counts of their matches are summed, not their scores.
 
-    A caption's counts, in the program's order: lengths of it and its reference; how many of each are function words;
-    for each of four kinds of match, content words of both and function words of both; chunks; matched words of both.
+    The counts of a caption, in the program's order: lengths of caption and reference; function words of each; for each
+    of four kinds of match, the matched content words of both and function words of both; chunks; matched words of both.
     """
 
     counts: Float[np.ndarray, "n 23"]
 
     def __len__(self) -> int:
-        """How many captions."""
+        """Return the number of captions."""
         return len(self.counts)
 
     @property
     def value(self) -> float:
-        """The score, times 100."""
+        """Return the score, times 100."""
         return self.weighted(np.ones(len(self)))
 
     def weighted(self, counts: Float[np.ndarray, " n"]) -> float:
-        """The score, were each caption there so many times."""
-        total = times @ self.counts
+        """Return the score of a resample in which each caption occurs ``counts`` times."""
+        total = counts @ self.counts
         lengths, functions, kinds = total[:2], total[2:4], total[4:20].reshape(4, 2, 2)
         weights = np.asarray([_DELTA, 1 - _DELTA])  # of content words and of function words
         matched = np.einsum("k,kws,w->s", _WEIGHTS, kinds, weights)
@@ -58,50 +58,51 @@ class Meteor:
         return float(100 * mean * (1 - _GAMMA * (chunks / words.mean()) ** _BETA))
 
 
-def meteor(said: Sequence[str], references: Sequence[Sequence[str]], seconds: float = 600.0) -> Meteor | None:
-    """METEOR 1.5 as the toolkit runs it, or None without Java or where the program fails or is too slow."""
+def meteor(captions: Sequence[str], references: Sequence[Sequence[str]], timeout: float = 600.0) -> Meteor | None:
+    """Return METEOR 1.5 as the toolkit runs it, or None without Java, on failure, or after ``timeout`` seconds."""
     lines = [
-        " ||| ".join(("SCORE", *each, text.replace("|||", ""))) for text, each in zip(said, references, strict=True)
+        " ||| ".join(("SCORE", *texts, caption.replace("|||", "")))
+        for caption, texts in zip(captions, references, strict=True)
     ]
     command = ["-Xmx2G", "-jar", "meteor-1.5.jar", "-", "-", "-stdio", "-l", "en", "-norm"]
-    out = _java(command, _TOOLKIT / "meteor", "".join(line.replace("\n", " ") + "\n" for line in lines), seconds)
-    rows = [line.split() for line in (out or "").splitlines()]
-    if len(rows) != len(said) or any(len(row) != 23 for row in rows):
+    output = _run_java(command, _TOOLKIT / "meteor", "".join(line.replace("\n", " ") + "\n" for line in lines), timeout)
+    rows = [line.split() for line in (output or "").splitlines()]
+    if len(rows) != len(captions) or any(len(row) != 23 for row in rows):
         return None
     counts = np.asarray(rows, np.float64).reshape(-1, 23)
     whole = (counts[:, 20] == 1) & (counts[:, :2] == counts[:, 21:]).all(1)
-    counts[whole, 20] = 0  # one chunk that is all of both texts is not broken
+    counts[whole, 20] = 0  # a single chunk that covers both texts has no fragmentation penalty
     return Meteor(counts)
 
 
-def spice(said: Sequence[str], references: Sequence[Sequence[str]], seconds: float = 3600.0) -> MeanMetric | None:
-    """SPICE (F of scene graphs), or None without Java, without the parser's models, or where it fails or is too slow.
+def spice(captions: Sequence[str], references: Sequence[Sequence[str]], timeout: float = 3600.0) -> MeanMetric | None:
+    """Return SPICE (F of scene graphs), or None without Java or the parser's models, on failure, or after ``timeout``.
 
     The models are not in the package: `pycocoevalcap.spice.get_stanford_models` fetches them (Stanford CoreNLP 3.6.0).
     """
     if not list((_TOOLKIT / "spice" / "lib").glob("stanford-corenlp-*-models.jar")):
         return None
-    pairs = zip(said, references, strict=True)
-    asked = [{"image_id": i, "test": text, "refs": list(each)} for i, (text, each) in enumerate(pairs)]
+    pairs = zip(captions, references, strict=True)
+    requests = [{"image_id": i, "test": text, "refs": list(texts)} for i, (text, texts) in enumerate(pairs)]
     with tempfile.TemporaryDirectory() as folder:
-        source, target = Path(folder, "asked.json"), Path(folder, "found.json")
-        source.write_text(json.dumps(asked))
+        source, target = Path(folder, "requests.json"), Path(folder, "scores.json")
+        source.write_text(json.dumps(requests))
         command = ["-Xmx8G", "-jar", "spice-1.0.jar", str(source), "-out", str(target), "-subset", "-silent"]
-        if _java(command, _TOOLKIT / "spice", "", seconds) is None or not target.exists():
+        if _run_java(command, _TOOLKIT / "spice", "", timeout) is None or not target.exists():
             return None
-        found = {row["image_id"]: row["scores"]["All"]["f"] for row in json.loads(target.read_text())}
-    if set(found) != set(range(len(said))):
+        scores = {row["image_id"]: row["scores"]["All"]["f"] for row in json.loads(target.read_text())}
+    if set(scores) != set(range(len(captions))):
         return None
-    return MeanMetric(100 * np.asarray([found[i] for i in range(len(said))], np.float64))
+    return MeanMetric(100 * np.asarray([scores[i] for i in range(len(captions))], np.float64))
 
 
-def _java(words: Sequence[str], folder: Path, text: str, seconds: float) -> str | None:
-    """What a Java program prints after reading a text; None where there is none, it fails, or takes too long."""
+def _run_java(arguments: Sequence[str], folder: Path, text: str, timeout: float) -> str | None:
+    """Return a Java program's output for a text; None without Java, on failure, or after ``timeout`` seconds."""
     if not shutil.which("java"):
         return None
-    try:  # run() kills the program when its time is over
+    try:  # run() kills the program after the timeout
         done = subprocess.run(
-            ["java", *words], cwd=folder, input=text, capture_output=True, encoding="utf-8", timeout=seconds
+            ["java", *arguments], cwd=folder, input=text, capture_output=True, encoding="utf-8", timeout=timeout
         )
     except subprocess.TimeoutExpired:
         return None

@@ -1,4 +1,4 @@
-"""Figures over examples, those that are a share or a mean, and how far chance may have carried them."""
+"""Metrics over examples, and their bootstrap confidence intervals."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -7,59 +7,59 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float
 
-RESAMPLES = 1000
-LEVEL = 0.95
+NUM_RESAMPLES = 1000
+CONFIDENCE_LEVEL = 0.95
 
 
 @runtime_checkable
 class Metric(Protocol):
-    """A number that comes from ``len(figure)`` examples, and can be had for other mixtures of them."""
+    """A number computed from ``len(metric)`` examples, which can be recomputed for a resample of them."""
 
     @property
     def value(self) -> float:
-        """The figure."""
+        """Return the metric."""
 
     def weighted(self, counts: Float[np.ndarray, " n"]) -> float:
-        """The figure, were each example there so many times."""
+        """Return the metric of a resample in which each example occurs ``counts`` times."""
 
     def __len__(self) -> int: ...
 
 
 @dataclasses.dataclass(frozen=True)
 class MeanMetric:
-    """sum(values) / sum(weights) over examples; 0 where nothing weighs. Without weights, the mean."""
+    """sum(values) / sum(weights) over examples; 0 if all weights are 0. Without weights, the mean."""
 
     values: Float[np.ndarray, " n"]
     weights: Float[np.ndarray, " n"] | None = None
 
     @property
     def value(self) -> float:
-        """The figure."""
+        """Return the metric."""
         return self.weighted(np.ones(len(self)))
 
     def weighted(self, counts: Float[np.ndarray, " n"]) -> float:
-        """The figure, were each example there so many times."""
-        total = float(times.sum() if self.weights is None else times @ self.weights)
-        return float(times @ self.values) / total if total else 0.0
+        """Return the metric of a resample in which each example occurs ``counts`` times."""
+        total = float(counts.sum() if self.weights is None else counts @ self.weights)
+        return float(counts @ self.values) / total if total else 0.0
 
     def __len__(self) -> int:
         return len(self.values)
 
 
-def bootstrap_ci(figures: Mapping[str, Metric], seed: int = 0) -> dict[str, tuple[float, float]]:
-    """The middle 95 % of every figure over 1,000 draws of as many examples, with replacement.
+def bootstrap_ci(metrics: Mapping[str, Metric], seed: int = 0) -> dict[str, tuple[float, float]]:
+    """Return the 95% confidence interval of every metric, from 1,000 resamples of its examples with replacement.
 
-    The percentile bootstrap (Efron and Tibshirani 1993, chapter 13). Figures over the same number of examples see the
-    same draws, which depend on that number alone: so a figure's interval is the same wherever it is computed.
+    This is the percentile bootstrap (Efron and Tibshirani 1993, chapter 13). Metrics over the same number of examples
+    share their resamples, which depend on that number alone, so a metric has the same interval wherever it is computed.
     """
-    found: dict[str, tuple[float, float]] = {}
-    for size in {len(figure) for figure in figures.values()} - {0}:
+    bounds: dict[str, tuple[float, float]] = {}
+    for size in {len(metric) for metric in metrics.values()} - {0}:
         rng = np.random.default_rng([seed, size])
-        alike = {name: figure for name, figure in figures.items() if len(figure) == size}
-        drawn = np.empty((RESAMPLES, len(alike)))
-        for i in range(RESAMPLES):
-            times = np.bincount(rng.integers(size, size=size), minlength=size).astype(np.float64)
-            drawn[i] = [figure.weighted(times) for figure in alike.values()]
-        low, high = np.quantile(drawn, ((1 - LEVEL) / 2, (1 + LEVEL) / 2), axis=0).tolist()
-        found |= {name: (low[i], high[i]) for i, name in enumerate(alike)}
-    return found
+        group = {name: metric for name, metric in metrics.items() if len(metric) == size}
+        resampled = np.empty((NUM_RESAMPLES, len(group)))
+        for i in range(NUM_RESAMPLES):
+            counts = np.bincount(rng.integers(size, size=size), minlength=size).astype(np.float64)
+            resampled[i] = [metric.weighted(counts) for metric in group.values()]
+        low, high = np.quantile(resampled, ((1 - CONFIDENCE_LEVEL) / 2, (1 + CONFIDENCE_LEVEL) / 2), axis=0).tolist()
+        bounds |= {name: (low[i], high[i]) for i, name in enumerate(group)}
+    return bounds

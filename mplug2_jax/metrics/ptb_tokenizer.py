@@ -1,15 +1,15 @@
-"""The words that caption scores count: Penn Treebank tokens, lower-case, without punctuation.
+"""The Penn Treebank tokens that caption metrics count: lower case, without punctuation.
 
-Papers quote scores of captions that the COCO toolkit split by a Java program (Stanford CoreNLP 3.4.1's PTBTokenizer,
-lower-casing, a caption a line). This is the same without Java, written from what that program does to texts, and equal
-to it on hundreds of thousands of fuzzed lines of ASCII, Latin, Greek, Cyrillic, Hebrew, Arabic and CJK letters,
-typographic quotes and dashes, fractions, currencies and HTML's lower-case entities. Equality ends here:
-scripts of South Asia, and letters that Unicode gained since 2012, may be split elsewhere; and Java reads all captions
-as one text, where the last abbreviation's full stop may depend on how the next caption begins ("No." before "5 dogs"),
-while here each caption stands alone. A soft hyphen just before a contraction or an address may be read otherwise, too.
+Papers quote scores of captions tokenized by the COCO toolkit's Java program (Stanford CoreNLP 3.4.1's PTBTokenizer,
+lower-casing, one caption per line). This is the same without Java, written from what that program does to texts, and
+equal to it on hundreds of thousands of fuzzed lines of ASCII, Latin, Greek, Cyrillic, Hebrew, Arabic and CJK letters,
+typographic quotes and dashes, fractions, currencies and HTML's lower-case entities. Known differences: South Asian
+scripts, and letters added to Unicode since 2012, may be split elsewhere; Java reads all captions as one text, where the
+period of a final abbreviation may depend on how the next caption begins ("No." before "5 dogs"), while here each
+caption is separate; and a soft hyphen just before a contraction or an address may be treated differently.
 
-A text is read from the left. Of the rules that match there, the one that sees furthest makes the next token; what a
-rule must see after its token counts, but is left to the next one.
+A text is read from the left. Of the rules that match at a position, the one with the longest match, lookahead included,
+yields the next token; the lookahead is left to the following tokens.
 """
 
 import functools
@@ -17,12 +17,12 @@ import re
 import unicodedata
 from collections.abc import Callable
 
-# What the toolkit drops. It names brackets too, in upper case, which lower-cased tokens never equal: brackets stay.
+# Tokens that the toolkit drops. It lists brackets too, in upper case, which lower-cased tokens never equal: they stay.
 _DROPPED = {"", "''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"}
 
 
 def _letters() -> str:
-    """The inside of a character class: letters and combining marks of the basic plane, as ranges."""
+    """Return the letters and combining marks of the basic plane, as ranges of a character class."""
     kinds = ((p, unicodedata.category(chr(p))[0]) for p in range(0x10000))
     points = [p for p, kind in kinds if kind == "L" or (kind in "MS" and (0x2C2 <= p < 0x370 or 0x483 <= p < 0x700))]
     starts = [p for p, before in zip(points, [-1, *points[:-1]], strict=True) if p != before + 1]
@@ -31,17 +31,17 @@ def _letters() -> str:
 
 
 def _any_of(words: str) -> str:
-    """Any of these words in any case, the longest first."""
+    """Return a pattern of any of these words in any case, the longest first."""
     return f"(?ai:{'|'.join(sorted(words.split(), key=len, reverse=True))})"
 
 
 _L = _letters()
 _ACCENTED = "&[aeiouAEIOU](?:acute|grave|uml);"  # an accented letter of HTML
 _WORD = f"(?:[{_L}\xad]|{_ACCENTED})(?:[{_L}\\d\xad]|{_ACCENTED})*"
-_WORDS = f"{_WORD}(?:[.!?]{_WORD})*"  # words with no space after a full stop stay together
+_WORDS = f"{_WORD}(?:[.!?]{_WORD})*"  # words without a space after a period stay together
 _APOSTROPHE = "(?:['\u2019\x92]|&apos;)"
 _CURLY = "(?:[\u2019\x92]|&apos;)"
-_QUOTE = "(?:['`\u2018\u2019\u201b\x91\x92]|&apos;)"  # what is taken for an apostrophe inside a word
+_QUOTE = "(?:['`\u2018\u2019\u201b\x91\x92]|&apos;)"  # characters read as an apostrophe inside a word
 _HYPHENS = "[-_\u058a\u2010\u2011]"
 _PART = f"(?:[dDoOlL]{_QUOTE}[{_L}\\d])?[{_L}\\d]+"  # of a word with hyphens; d'or, o'clock, l'eau
 _HYPHENATED = f"{_PART}(?:{_HYPHENS}{_PART})*"
@@ -52,7 +52,7 @@ _CLITIC = f"{_APOSTROPHE}(?ai:[msd]|re|ve|ll)"
 _SPACE = "[ \t\xa0\n]"
 _GAP = "[- \xa0]"  # between groups of a telephone number
 _EYES = "-'<=>^~x"
-_HOST = "[^ \t\n\f\r\"`'<>|.!?(){},-_$]+"  # ",-_" is a range, as it is there: no digits, no capitals, no hyphen
+_HOST = "[^ \t\n\f\r\"`'<>|.!?(){},-_$]+"  # ",-_" is a range, as in the original: no digits, no capitals, no hyphen
 _WWW = '[^ \t\n\f\r"<>|.!?(){},]+'
 _SITE = rf"(?:(?ai:www)\.(?:{_WWW}\.)+[a-zA-Z]{{2,4}}|(?:{_HOST}\.)+(?ai:com|net|org|edu))"
 _PATH = '[^ \t\n\f\r"<>|()]+[^ \t\n\f\r"<>|.!?(){},\\-]'
@@ -78,26 +78,26 @@ _ENDING = _any_of(
     "jun kan ltd mar mon neb nev nov oct plc sep seq sys tel thu tue wed wis wyo ariz assn bldg blvd bros calif colo "
     "conn corp intl kans mich minn mont okla penn sept tenn thurs tues univ wisc ph\\.d"
 )
-# These are words too, and abbreviations in some cases only.
+# Words that are abbreviations in these cases only.
 _CASED = (
     "A[Zz]|[LP][Aa]|A[Rr][Kk]|D[Ee][Ll]|I[Ll][Ll]|O[Rr][Ee]|T[Ee][Xx]|M[AaIi][Ss][Ss]|W[Aa][Ss][Hh]|P?[Pp][Tt][ey]s?"
 )
 # Abbreviations before a number.
 _NUMBERED = _any_of("no nos fig figs prop op pp art ca")
-# A capital letter's full stop ends a sentence before these.
+# The period after a capital letter ends a sentence before these words.
 _STARTS = "(?=[A-Z])" + _any_of(
     "a about according additionally after an as at but earlier he her here however if in it last many more mr\\. ms\\. "
     "now once one other our she since so some such that the their then there these they this we what when while yet you"
 )
 
-# Whatever is a token by itself; any other character that no rule knows is dropped.
+# Characters that are tokens by themselves; other characters that match no rule are dropped.
 _SYMBOLS = (
     "!-/:-@\\[-`{-~\x80¡-©¬®-´¶-¹¼-¿×÷\u037e\u0387\u0589\u05be\u05c0\u05c3\u05c6\u05f3\u05f4\u0600-\u0603\u0606-\u060c\u0614"
     "\u061b\u061e\u061f\u066a\u066d\u06d4‖‗‚„-‣‰-‸※‾-⁂⁄⁰⁴-⁾₀-₎₠₤€℀℁℃-℆℈℉℔№-℘℞-℣℥℧℩℮℺℻⅀-⅄⅊-⅍⅏⅓-⅞←-⒵ⓐ-⯿、。〒・"
     "！-／：-＠［-｀｛-･￠￡￥￦"
 )
 
-# Name, token, and what must follow it. Of rules that see equally far, the first wins.
+# Name, token, and lookahead. Of rules with equally long matches, the first wins.
 _RULES = (
     ("tag", _TAG, ""),
     ("two", "(?ai:can)", "(?ai:not)"),
@@ -160,10 +160,10 @@ _RULES = (
     ("symbol", f"[{_SYMBOLS}]", ""),
     ("unknown", "(?s:.)", ""),
 )
-# Most words need none of this: letters before a space, unless they are two words in one.
+# A fast path for most words: letters before a space, unless they are two words in one.
 _PLAIN = re.compile("(?!(?ai:cannot|gonna|gotta|lemme|gimme|wanna)[ \n])([A-Za-z]+)(?=[ \n])[ \t\xa0\n]+")
 
-_SIGNS = {
+_SYMBOL_NAMES = {
     "(": "-LRB-", ")": "-RRB-", "[": "-LSB-", "]": "-RSB-", "{": "-LCB-", "}": "-RCB-",
     "£": "#", "€": "$", "\x80": "$", "¤": "$", "₠": "$", "¢": "cents",
     "½": "1/2", "¼": "1/4", "¾": "3/4", "⅓": "1/3", "⅔": "2/3", '"': "''",
@@ -177,67 +177,66 @@ _ENTITIES = {"&lt;": "<", "&gt;": ">", "&amp;": "&", "&quot;": "''", "&apos;": "
 
 @functools.cache
 def _lexer() -> re.Pattern[str]:
-    """Every rule is tried in one go: its first group sees, its second is the token.
+    """Return one pattern that tries every rule: its first group is the match with lookahead, its second the token.
 
-    Compiled when it is first used: that takes longer than importing all other metrics.
+    Compiled on first use, because that takes longer than importing all other metrics.
     """
     return re.compile("".join(f"(?:(?=(({token}){after}))|)" for _, token, after in _RULES))
 
 
-def _straight(token: str) -> str:
-    """With the apostrophe of a keyboard."""
+def _straighten_apostrophes(token: str) -> str:
     return re.sub(_APOSTROPHE, "'", re.sub("[‘‛]", "`", token))
 
 
-def _round(token: str) -> str:
-    """With round brackets by their names, which faces and telephone numbers alone keep inside."""
+def _name_brackets(token: str) -> str:
+    """Replace round brackets by their names; only smileys and telephone numbers contain any."""
     return token.replace("(", "-LRB-").replace(")", "-RRB-")
 
 
-def _dash(token: str) -> str:
+def _normalize_dash(token: str) -> str:
     return token if token[0] == "-" and len(token) > 4 else "--"
 
 
-_WRITTEN: dict[str, Callable[[str], str]] = {
+_NORMALIZERS: dict[str, Callable[[str], str]] = {
     "space": lambda token: "",
     "unknown": lambda token: "",
-    "symbol": lambda token: _SIGNS.get(token, token),
+    "symbol": lambda token: _SYMBOL_NAMES.get(token, token),
     "quotes": lambda token: "".join(_QUOTES.get(c, c) for c in token),
     "entity": lambda token: _ENTITIES.get(token.lower(), token),
     "dots": lambda token: "...",
-    "dash": _dash,
-    "clitic": _straight,
-    "curly_clitic": _straight,
-    "negation": _straight,
+    "dash": _normalize_dash,
+    "clitic": _straighten_apostrophes,
+    "curly_clitic": _straighten_apostrophes,
+    "negation": _straighten_apostrophes,
     "capitals": lambda token: token.replace("&amp;", "&"),
-    "smiley": _round,
-    "face": _round,
-    "area_phone": _round,
+    "smiley": _name_brackets,
+    "face": _name_brackets,
+    "area_phone": _name_brackets,
 }
-_RAW = {"url", "mail", "hashtag"}  # keep soft hyphens
+_KEEPS_SOFT_HYPHENS = {"url", "mail", "hashtag"}
 
 
 def tokenize(caption: str) -> str:
-    """The caption's tokens with spaces between.
+    """Return the caption's tokens, separated by spaces.
 
-    Tokens that held a space, such as "2 1/2", hold a no-break space instead, where ``str.split()`` splits again.
+    A space inside a token, as in "2 1/2", becomes a no-break space, at which ``str.split()`` still splits.
 
     Example:
         >>> tokenize("A man can't ride (two) horses!")
         "a man ca n't ride -lrb- two -rrb- horses"
     """
     text = re.sub("[\r\f\v\u2028\u2029]", " ", caption) + "\n"
-    found, at = [], 0
+    tokens, at = [], 0
     while at < len(text):
         if plain := _PLAIN.match(text, at):
             at = plain.end()
-            found.append(plain[1].lower())
+            tokens.append(plain[1].lower())
             continue
         match = _lexer().match(text, at)
         assert match
         rule = max(range(len(_RULES)), key=lambda i: match.end(2 * i + 1))
         name, token = _RULES[rule][0], match[2 * rule + 2]
         at += len(token)
-        token = _WRITTEN.get(name, str)(token if name in _RAW else token.replace("\xad", ""))
-        found.append(token.replace(" ", "\xa0").lower())
-    return " ".join(token for token in found if token not in _DROPPED)
+        token = _NORMALIZERS.get(name, str)(token if name in _KEEPS_SOFT_HYPHENS else token.replace("\xad", ""))
+        tokens.append(token.replace(" ", "\xa0").lower())
+    return " ".join(token for token in tokens if token not in _DROPPED)

@@ -1,39 +1,40 @@
-"""How figures are quoted, by their names."""
+"""The units of metrics, by the metrics' names."""
 
 import math
 
-SCORES = ("bleu", "cider", "meteor", "rouge", "spice")
-"""What names begin with whose figures are scores times 100, as papers quote them."""
-RANK = "median_rank"
-"""What names end with whose figures are places, the first of which is 1."""
+SCORE_PREFIXES = ("bleu", "cider", "meteor", "rouge", "spice")
+"""Prefixes of metrics that are scores times 100, as papers quote them."""
+RANK_SUFFIX = "median_rank"
+"""Suffix of metrics that are ranks; the best rank is 1."""
 NEGATED_PREFIX = "minus_"
-"""What names begin with that say how good an example is by how bad it is: 0 is best, or -1 of ranks."""
+"""Prefix of example scores that are a negated error, at best 0, or a negated rank, at best -1."""
 
 
-def is_fraction(figure: str) -> bool:
-    """Whether a figure is a fraction, to be shown in percent."""
-    return not figure.rpartition("/")[2].startswith((*SCORES, NEGATED_PREFIX)) and not figure.endswith(RANK)
+def is_fraction(metric: str) -> bool:
+    """Return whether a metric is a fraction, shown in percent."""
+    name = metric.rpartition("/")[2]
+    return not name.startswith((*SCORE_PREFIXES, NEGATED_PREFIX)) and not metric.endswith(RANK_SUFFIX)
 
 
-def show(figure: str, value: float) -> str:
-    """A figure as people read it.
+def format_metric(metric: str, value: float) -> str:
+    """Return a metric's value as text.
 
     Example:
-        >>> show("accuracy", 0.48), show("cider", 80.3)
+        >>> format_metric("accuracy", 0.48), format_metric("cider", 80.3)
         ('48.0%', '80.3')
     """
     if not math.isfinite(value):
         return "–"
-    if figure.startswith(NEGATED_PREFIX):
+    if metric.startswith(NEGATED_PREFIX):
         return f"{value:.4g}"
-    return f"{value:.1%}" if is_fraction(figure) else f"{value:.1f}"
+    return f"{value:.1%}" if is_fraction(metric) else f"{value:.1f}"
 
 
-def ratio_to_baseline(figure: str, value: float, baseline: float) -> float:
-    """How many times as good as its baseline a figure is; of ranks the lower is better.
+def ratio_to_baseline(metric: str, value: float, baseline: float) -> float:
+    """Return how many times better than its baseline a metric is; lower ranks are better.
 
-    NaN where that has no meaning: beside a baseline that is shown as 0, and of a figure below 0.
+    The ratio is NaN where it has no meaning: if the baseline is displayed as 0, or the metric is negative.
     """
-    better, worse = (baseline, value) if figure.endswith(RANK) else (value, baseline)
-    shown = round(100 * worse if is_fraction(figure) else worse, 1) if math.isfinite(worse) else math.nan
-    return better / worse if shown > 0 and better >= 0 else math.nan
+    better, worse = (baseline, value) if metric.endswith(RANK_SUFFIX) else (value, baseline)
+    displayed = round(100 * worse if is_fraction(metric) else worse, 1) if math.isfinite(worse) else math.nan
+    return better / worse if displayed > 0 and better >= 0 else math.nan

@@ -1,16 +1,16 @@
-"""What is scored and what it is scored by belong together."""
+"""Checks of a metric's inputs."""
 
 from mplug2_jax.errors import UserError
 
 
 def check_same_length(metric: str, **counts: int) -> None:
-    """Checks that there are as many of one as of the other, and any at all.
+    """Check that all inputs of a metric have the same length, and are not empty.
 
     Raises:
-        UserError: names the metric and what was found.
+        UserError: names the metric and the lengths.
     """
     found = " and ".join(f"{count:,} {name}" for name, count in counts.items())
     if len(set(counts.values())) > 1:
-        raise UserError(f"{metric}: found {found}; every example needs one of each, in the same order")
+        raise UserError(f"{metric}: found {found}; expected one of each for every example, in the same order")
     if not all(counts.values()):
-        raise UserError(f"{metric}: found {found}; there must be an example to score")
+        raise UserError(f"{metric}: found {found}; expected at least one example")

@@ -1,7 +1,7 @@
-"""VQA v2's soft accuracy: an answer counts by how many of a question's ten annotators gave it.
+"""VQA v2's soft accuracy: an answer scores by how many of a question's ten annotators gave it.
 
-After the dataset authors' evaluation, github.com/GT-Vision-Lab/VQA (commit a013f00), quirks included: figures are
-comparable only if the texts are.
+Follows the evaluation of the data set's authors, github.com/GT-Vision-Lab/VQA (commit a013f00), with all its quirks:
+scores are comparable only if texts are normalized alike.
 """
 
 import re
@@ -12,10 +12,10 @@ import numpy as np
 from mplug2_jax.metrics.metric import MeanMetric
 from mplug2_jax.metrics.validation import check_same_length
 
-ENOUGH = 3  # others who gave an answer make it right
+MIN_AGREEING = 3  # annotators besides the one left out, for an answer to score 1
 
-# A word written without its apostrophe, or without one of its several, gets it back; not all words (she'd: shed).
-# "somebody'd" is the wrong way round in the original, so it is here.
+# Apostrophes that are missing from these words are restored; ambiguous ones are not listed (she'd: shed).
+# "somebody'd" is reversed in the original, and so it is here.
 _WITH_APOSTROPHES = """
     ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't he'd he'd've
     he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've needn't not've
@@ -35,47 +35,47 @@ DIGITS = {word: str(i) for i, word in enumerate(_NUMBERS)} | {"none": "0"}
 ARTICLES = frozenset(("a", "an", "the"))
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
-# What stands before a full stop does not matter, though it was meant to: "5." loses it, "v.2" keeps it.
-_FULL_STOP = re.compile(r"\.(?!\d)")
-_FULL_STOPS = 32  # the most that are removed: a flag, given where the count goes
+# The original meant to look at what precedes a period, and does not: "5." loses it, "v.2" keeps it.
+_PERIOD = re.compile(r"\.(?!\d)")
+_MAX_PERIODS = 32  # that are removed: the original passes a regex flag as the count
 
 
 def normalize_answer(answer: str) -> str:
-    """An answer as it is compared: punctuation first, then words, in lower case and with one space between.
+    """Return an answer as it is compared: first punctuation, then words are normalized; lower case, single spaces.
 
-    A mark is removed where it stands beside a space anywhere in the answer, and all marks are where a comma stands
-    between digits; else it becomes a space.
+    A punctuation mark is removed if it is next to a space anywhere in the answer, and all marks are removed if a comma
+    is between digits; else a mark becomes a space.
     """
-    spaceless, text = _COMMA_IN_NUMBER.search(answer) is not None, answer
+    remove_all, text = _COMMA_IN_NUMBER.search(answer) is not None, answer
     for mark in PUNCTUATION:
-        removed = spaceless or f"{mark} " in answer or f" {mark}" in answer
-        text = text.replace(mark, "" if removed else " ")
-    text = _FULL_STOP.sub("", text, count=_FULL_STOPS)
+        remove = remove_all or f"{mark} " in answer or f" {mark}" in answer
+        text = text.replace(mark, "" if remove else " ")
+    text = _PERIOD.sub("", text, count=_MAX_PERIODS)
     words = (DIGITS.get(word, word) for word in text.lower().split())
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 
 
-def soft_accuracy(said: str, answers: Sequence[str]) -> float:
-    """The mean, each annotator left out once, of min(1, others who agree / 3).
+def soft_accuracy(prediction: str, answers: Sequence[str]) -> float:
+    """Return the mean over annotators of min(1, others who gave the prediction / 3).
 
-    Where all annotators wrote the same, nothing is normalised, what was said neither: such answers are often read off
-    the picture.
+    If all annotators wrote the same text, neither it nor the prediction is normalized: such answers are often read off
+    the image.
     """
-    said, *answers = (text.replace("\n", " ").replace("\t", " ").strip() for text in (said, *answers))
+    prediction, *answers = (text.replace("\n", " ").replace("\t", " ").strip() for text in (prediction, *answers))
     if len(set(answers)) > 1:
-        said, *answers = (normalize_answer(text) for text in (said, *answers))
-    agree = [answer == said for answer in answers]
-    return sum(min(1.0, (sum(agree) - own) / ENOUGH) for own in agree) / max(len(agree), 1)
+        prediction, *answers = (normalize_answer(text) for text in (prediction, *answers))
+    agrees = [answer == prediction for answer in answers]
+    return sum(min(1.0, (sum(agrees) - left_out) / MIN_AGREEING) for left_out in agrees) / max(len(agrees), 1)
 
 
-def vqa_accuracy(said: Sequence[str], answers: Sequence[Sequence[str]]) -> MeanMetric:
-    """VQA v2's accuracy; each question has the answers of all its annotators, the same one as often as it was given.
+def vqa_accuracy(predictions: Sequence[str], answers: Sequence[Sequence[str]]) -> MeanMetric:
+    """Return VQA v2's accuracy; each question has the answers of all its annotators, repeated as often as given.
 
-    Blank answers are answers. Questions with too few for anything to be right weigh nothing.
+    Blank answers are answers. Questions with so few answers that no prediction can score 1 have weight 0.
 
     Raises:
-        UserError: not one answer said to each question.
+        UserError: the numbers of predictions and questions differ.
     """
-    check_same_length("VQA accuracy", answers=len(said), questions=len(answers))
-    weights = np.asarray([float(len(given) > ENOUGH) for given in answers])
-    return MeanMetric(weights * [soft_accuracy(*pair) for pair in zip(said, answers, strict=True)], weights)
+    check_same_length("VQA accuracy", answers=len(predictions), questions=len(answers))
+    weights = np.asarray([float(len(given) > MIN_AGREEING) for given in answers])
+    return MeanMetric(weights * [soft_accuracy(*pair) for pair in zip(predictions, answers, strict=True)], weights)

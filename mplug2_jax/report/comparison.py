@@ -12,7 +12,7 @@ import numpy as np
 from mplug2_jax.errors import UserError
 from mplug2_jax.evaluation.result_format import upgrade_prediction
 from mplug2_jax.metrics.metric import MeanMetric, bootstrap_ci
-from mplug2_jax.metrics.units import NEGATED_PREFIX, is_fraction, show
+from mplug2_jax.metrics.units import NEGATED_PREFIX, format_metric, is_fraction
 from mplug2_jax.report.names import TaskWords, human
 from mplug2_jax.report.page import read_any, shortened
 from mplug2_jax.report.rendering import render, write_page
@@ -154,8 +154,8 @@ def _compare(ours: Evaluation, theirs: Evaluation, notes: list[str]) -> Compared
     def shown(places: Sequence[int]) -> list[Differing]:
         return [
             Differing(
-                keys[i][0], a[keys[i]], b[keys[i]], show(measure, a[keys[i]].goodness),
-                show(measure, b[keys[i]].goodness), strips.get(keys[i][0]),
+                keys[i][0], a[keys[i]], b[keys[i]], format_metric(measure, a[keys[i]].goodness),
+                format_metric(measure, b[keys[i]].goodness), strips.get(keys[i][0]),
             )
             for i in places[:_MOST]
         ]  # fmt: skip
@@ -172,10 +172,10 @@ def _row(
     their_interval: tuple[float, float] | None, interval: tuple[float, float] | None,
 ) -> Row:  # fmt: skip
     def ends(found: tuple[float, float] | None) -> str:
-        return " to ".join(show(figure, end) for end in found or ())
+        return " to ".join(format_metric(figure, end) for end in found or ())
 
     return Row(
-        title, show(figure, ours), ends(our_interval), show(figure, theirs), ends(their_interval),
+        title, format_metric(figure, ours), ends(our_interval), format_metric(figure, theirs), ends(their_interval),
         _signed(figure, ours - theirs), " to ".join(_signed(figure, end) for end in interval or ()),
     )  # fmt: skip
 

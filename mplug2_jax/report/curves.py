@@ -14,7 +14,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-from mplug2_jax.metrics.units import RANK, is_fraction
+from mplug2_jax.metrics.units import RANK_SUFFIX, is_fraction
 from mplug2_jax.report.metrics import Curve
 from mplug2_jax.report.names import human
 
@@ -168,7 +168,7 @@ def _evaluations(
             said = human(figure, shown_by.get(evaluation, "picture"))
             direction, _, cutoff = said.rpartition(" R@")
             # What is no share would press shares to the axis.
-            apart = direction or ("" if is_fraction(figure) else said if figure.endswith(RANK) else "scores")
+            apart = direction or ("" if is_fraction(figure) else said if figure.endswith(RANK_SUFFIX) else "scores")
             panels.setdefault((evaluation, apart), []).append((f"R@{cutoff}" if direction else said, name))
     plans = []
     for (evaluation, apart), lines in panels.items():

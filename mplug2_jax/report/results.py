@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 
 from mplug2_jax.evaluation.result_format import upgrade_result
-from mplug2_jax.metrics.units import RANK, is_fraction, ratio_to_baseline, show
+from mplug2_jax.metrics.units import RANK_SUFFIX, format_metric, is_fraction, ratio_to_baseline
 from mplug2_jax.report.confusion import Confusion, read_confusion
 from mplug2_jax.report.names import TaskWords, human, task_words
 from mplug2_jax.report.published import Published, published
@@ -177,14 +177,14 @@ def _figure(
     full = 1.0 if is_fraction(name) else max(150.0, *(v for v in (value, baseline) if math.isfinite(v)), 0)
 
     def along(number: float) -> float:
-        number = full / max(number, 1.0) if name.endswith(RANK) else number
+        number = full / max(number, 1.0) if name.endswith(RANK_SUFFIX) else number
         return round(100 * min(max(number / full, 0.0), 1.0), 2) if math.isfinite(number) else 0.0
 
     return Figure(
-        human(name, shows), show(name, value), " to ".join(show(name, end) for end in interval or ()),
-        show(name, baseline), _times(ratio), ratio < 1, along(value),
+        human(name, shows), format_metric(name, value), " to ".join(format_metric(name, end) for end in interval or ()),
+        format_metric(name, baseline), _times(ratio), ratio < 1, along(value),
         along(baseline) if math.isfinite(baseline) else None,
-        show(name, other.value) if other else "", other.note if other else "",
+        format_metric(name, other.value) if other else "", other.note if other else "",
     )  # fmt: skip
 
 
@@ -217,7 +217,7 @@ def _sample(task: str, row: Mapping[str, Any], folder: Path, lost: list[str]) ->
         said in true,
         _strip(folder, row.get("frames"), lost),
         why if why in HEADINGS else "first",
-        "" if goodness is None else show(task_words(task).measure, float(goodness)),
+        "" if goodness is None else format_metric(task_words(task).measure, float(goodness)),
         [(str(each["text"]), bool(each["correct"])) for each in row.get("nearest_texts", ())[:_MOST_NEAREST]],
         _strip(folder, pictures.get("frames"), lost),
         [bool(right) for right in pictures.get("correct", ())[:_MOST_NEAREST]],

@@ -9,7 +9,7 @@ import numpy as np
 
 from data_pipelines.examples import Example
 from mplug2_jax.generation.decode import generate
-from mplug2_jax.metrics.caption import caption_scores, tokens
+from mplug2_jax.metrics.caption import caption_scores, tokenize_captions
 from mplug2_jax.metrics.java_metrics import Meteor, meteor, spice
 from mplug2_jax.metrics.metric import MeanMetric
 from mplug2_jax.model.mplug2 import Mplug2
@@ -45,7 +45,7 @@ def score(
     """
     said = [decode(row.tolist()) for row in predictions["ids"]]
     references, shifted = _references(examples)  # once, for both
-    figures = caption_scores(tokens(said), references, tokenize=False)
+    figures = caption_scores(tokenize_captions(said), references, tokenize=False)
     baselines = caption_scores(shifted, references, tokenize=False)
     cider = figures["cider"]
     assert isinstance(cider, MeanMetric)
@@ -57,10 +57,10 @@ def score(
 def external_metrics(scored: EvalOutput, examples: Sequence[Example]) -> EvalOutput:
     """METEOR and SPICE besides; those that the first process has no program for are absent, in all processes."""
     references, shifted = _references(examples)
-    both = [*tokens(scored.predictions), *shifted], [*references, *references]  # a program is started once
+    both = [*tokenize_captions(scored.predictions), *shifted], [*references, *references]  # a program is started once
     mine: dict[str, list[Any] | None] = {}
     if is_primary_process():
-        counts, graphs = meteor(*both, seconds=_PATIENCE), spice(*both, seconds=_PATIENCE)
+        counts, graphs = meteor(*both, timeout=_PATIENCE), spice(*both, timeout=_PATIENCE)
         mine["meteor"] = None if counts is None else counts.counts.tolist()
         mine["spice"] = None if graphs is None else graphs.values.tolist()
     found = {name: None if rows is None else np.asarray(rows) for name, rows in allgather_objects(mine)[0].items()}
@@ -74,7 +74,7 @@ def external_metrics(scored: EvalOutput, examples: Sequence[Example]) -> EvalOut
 
 def _references(examples: Sequence[Example]) -> tuple[list[list[str]], list[str]]:
     """Each example's captions as tokens, and a caption of the next."""
-    references = [tokens(example.answers) for example in examples]
+    references = [tokenize_captions(example.answers) for example in examples]
     return references, [answers[0] for answers in (*references[1:], references[0])]
 
 

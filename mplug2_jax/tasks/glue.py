@@ -9,7 +9,7 @@ import numpy as np
 
 from data_pipelines.examples import Example
 from mplug2_jax.metrics.classification import confusion_summary
-from mplug2_jax.metrics.glue import CLASSES, MAX_SIMILARITY, glue_metrics
+from mplug2_jax.metrics.glue import MAX_SIMILARITY, NUM_CLASSES, glue_metrics
 from mplug2_jax.tasks import classify
 from mplug2_jax.tasks.base import EvalOutput, HostPredictions, Task
 from mplug2_jax.tasks.contracts import CONTRACTS, GLUE, SIMILARITY_LEVELS
@@ -37,7 +37,7 @@ def score(
         constant = np.full_like(true, Counter(true.tolist()).most_common(1)[0][0])
         words = classify.class_names(said, examples)
         goodness = classify.label_probability(probabilities, true)
-        confusion = confusion_summary(said, true, classify.class_names(np.arange(CLASSES[name]), examples))
+        confusion = confusion_summary(said, true, classify.class_names(np.arange(NUM_CLASSES[name]), examples))
     baselines = {figure: found.value for figure, found in glue_metrics(name, constant, true).items()}
     return EvalOutput(glue_metrics(name, said, true), baselines, words, goodness, confusion)
 
@@ -46,7 +46,7 @@ def _task(name: str) -> Task:
     return dataclasses.replace(
         classify.TASK,
         **vars(CONTRACTS[name]),
-        num_classes=CLASSES.get(name, len(SIMILARITY_LEVELS)),
+        num_classes=NUM_CLASSES.get(name, len(SIMILARITY_LEVELS)),
         score=functools.partial(score, name),
     )
 

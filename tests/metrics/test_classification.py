@@ -7,7 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mplug2_jax.errors import UserError
-from mplug2_jax.metrics.classification import FEW, average_views, confusion_matrix, confusion_summary, top_k
+from mplug2_jax.metrics.classification import (
+    MAX_CLASSES_IN_MATRIX,
+    average_views,
+    confusion_matrix,
+    confusion_summary,
+    top_k,
+)
 from tests.close import FLOAT64, assert_close
 
 
@@ -70,7 +76,7 @@ def test_of_few_classes_a_matrix_is_kept_and_of_many_the_most_frequent_mistakes(
     labels = np.asarray([0, 2, 2, *range(100, 150), 7, 7])
     many = confusion_summary(said, labels, names).content()
     assert many["mistakes"][:3] == [("class 2", "class 3", 2), ("class 0", "class 1", 1), ("class 100", "class 101", 1)]
-    assert len(many["mistakes"]) == FEW
+    assert len(many["mistakes"]) == MAX_CLASSES_IN_MATRIX
     assert confusion_summary(labels, labels, names).content() == {"mistakes": []}
 
 
@@ -88,8 +94,8 @@ def test_what_cannot_be_scored_is_refused():
     ("ids", "examples", "message"),
     [
         ([1, 2, 2], [1, 2], "found 2 predictions and 3 ids"),
-        ([1, 2], [1, 2, 4, 5], "2 of 4 examples have none, the first is id 4"),
-        ([1, 2], [2], "1 of their ids are of no example, the first is 1"),
+        ([1, 2], [1, 2, 4, 5], "2 of 4 examples have none, first id 4"),
+        ([1, 2], [2], "1 of their ids are of no example, first id 1"),
         ([1, 2], [1, 2, 2], "3 examples have only 2 ids"),
     ],
 )

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mplug2_jax.metrics.exact_topk import PAIRS, exact_top_k
+from mplug2_jax.metrics.exact_topk import PAIRS_PER_CALL, exact_top_k
 from mplug2_jax.metrics.retrieval import compute_ranks
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
@@ -87,7 +87,7 @@ def test_a_copy_of_the_right_candidate_is_a_tie_wherever_it_stands():
 
 def test_right_pairs_may_be_more_than_are_compared_at_once():
     rng = np.random.default_rng(3)
-    text, visual = unit(rng, 80), unit(rng, PAIRS // 40)
+    text, visual = unit(rng, 80), unit(rng, PAIRS_PER_CALL // 40)
     names, theirs = np.zeros(80, np.int64), np.zeros(len(visual), np.int64)
     theirs[:5] = 1
     found = exact_top_k(text, visual, names, theirs)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from mplug2_jax.errors import UserError
-from mplug2_jax.metrics.glue import CLASSES, glue_metrics
+from mplug2_jax.metrics.glue import NUM_CLASSES, glue_metrics
 from tests.close import FLOAT64, assert_close
 
 FIGURES = {"cola": ["matthews"], "mrpc": ["accuracy", "f1"], "qqp": ["accuracy", "f1"]}
@@ -21,12 +21,12 @@ def theirs(name, labels, said, times):
 
 
 @pytest.mark.filterwarnings("ignore:A single label was found")
-@pytest.mark.parametrize("task", CLASSES)
+@pytest.mark.parametrize("task", NUM_CLASSES)
 @given(seed=st.integers(0, 2**32 - 1), examples=st.integers(1, 40), skew=st.floats(0.05, 1))
 def test_figures_are_scikit_learns_and_their_resamples_those_of_weights(task, seed, examples, skew):
     rng = np.random.default_rng(seed)
-    labels = (rng.random(examples) * skew * CLASSES[task]).astype(np.int64)
-    said = np.where(rng.random(examples) < 0.6, labels, rng.integers(CLASSES[task], size=examples))
+    labels = (rng.random(examples) * skew * NUM_CLASSES[task]).astype(np.int64)
+    said = np.where(rng.random(examples) < 0.6, labels, rng.integers(NUM_CLASSES[task], size=examples))
     times = rng.integers(4, size=examples).astype(np.float64) + (np.arange(examples) == 0)
     figures = glue_metrics(task, said, labels)
     assert list(figures) == FIGURES.get(task, ["accuracy"])

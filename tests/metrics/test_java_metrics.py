@@ -16,7 +16,7 @@ from pycocoevalcap.rouge.rouge import Rouge
 from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
 from mplug2_jax.metrics import java_metrics
-from mplug2_jax.metrics.caption import caption_scores, tokens
+from mplug2_jax.metrics.caption import caption_scores, tokenize_captions
 from mplug2_jax.metrics.java_metrics import meteor, spice
 from mplug2_jax.metrics.metric import bootstrap_ci
 from tests.close import FLOAT64, assert_close
@@ -49,7 +49,9 @@ def toolkit_scores(truth: Texts, said: Texts) -> dict[str, float]:
 @pytest.mark.parametrize("by", ["us", pytest.param("java", marks=needs_java)])
 def test_every_score_of_the_examples_is_the_toolkits(by: str) -> None:
     truth, said = examples()
-    split = toolkit_tokens if by == "java" else (lambda texts: {i: tokens(each) for i, each in texts.items()})
+    split = (
+        toolkit_tokens if by == "java" else (lambda texts: {i: tokenize_captions(each) for i, each in texts.items()})
+    )
     expected = toolkit_scores(split(truth), split(said))
     found = caption_scores([text for (text,) in said.values()], [truth[i] for i in said])
     assert_close({name: figure.value for name, figure in found.items()}, expected, FLOAT64, scale=100)
@@ -58,7 +60,7 @@ def test_every_score_of_the_examples_is_the_toolkits(by: str) -> None:
 @needs_java
 @pytest.mark.slow
 def test_meteor_is_the_toolkits_for_all_captions_and_for_each() -> None:
-    truth, said = ({i: tokens(each) for i, each in texts.items()} for texts in examples())
+    truth, said = ({i: tokenize_captions(each) for i, each in texts.items()} for texts in examples())
     said[3] = [truth[3][0]]  # all of a reference in one piece, whose score is 1
     scorer = Meteor()
     whole, each = scorer.compute_score(truth, said)
@@ -86,7 +88,7 @@ def test_a_java_that_fails_is_slow_or_is_not_there_leaves_the_figure_absent(
         assert meteor(said, references) is None
     program(tmp_path, f"echo $$ > {tmp_path}/pid; exec sleep 60")
     start = time.monotonic()
-    assert meteor(said, references, seconds=0.5) is None
+    assert meteor(said, references, timeout=0.5) is None
     assert time.monotonic() - start < 30
     done = subprocess.run(["ps", "-p", (tmp_path / "pid").read_text().strip()], capture_output=True)
     assert done.returncode != 0  # it is gone

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from mplug2_jax.metrics.units import is_fraction, ratio_to_baseline, show
+from mplug2_jax.metrics.units import format_metric, is_fraction, ratio_to_baseline
 
 
 @pytest.mark.parametrize(
@@ -15,7 +15,7 @@ from mplug2_jax.metrics.units import is_fraction, ratio_to_baseline, show
     ],
 )  # fmt: skip
 def test_shares_are_percent_and_scores_and_places_are_not(figure: str, value: float, said: str) -> None:
-    assert show(figure, value) == said
+    assert format_metric(figure, value) == said
     assert is_fraction(figure) == said.endswith(("%", "–"))
 
 

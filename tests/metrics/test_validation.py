@@ -9,8 +9,8 @@ from mplug2_jax.metrics.validation import check_same_length
 def test_as_many_of_each_are_wanted_and_some():
     check_same_length("ROUGE", summaries=2, references=2)
     with pytest.raises(
-        UserError, match="ROUGE: found 1,000 summaries and 2 references; every example needs one of each"
+        UserError, match="ROUGE: found 1,000 summaries and 2 references; expected one of each for every"
     ):
         check_same_length("ROUGE", summaries=1000, references=2)
-    with pytest.raises(UserError, match="ROUGE: found 0 summaries and 0 references; there must be an example"):
+    with pytest.raises(UserError, match="ROUGE: found 0 summaries and 0 references; expected at least one example"):
         check_same_length("ROUGE", summaries=0, references=0)
