@@ -174,7 +174,7 @@ def waiting(folder: Path, tar: Path, steps: int) -> None:
     from mplug2_jax.config import as_recipe, build, load_recipe
     from mplug2_jax.training.config import RunConfig
     from mplug2_jax.training.loop import train
-    from mplug2_jax.training.telemetry.metric_log import read_steps
+    from mplug2_jax.training.telemetry.metric_log import read_train_metrics
 
     words = (f"steps={steps}", "log_every=5", "model.vision_layers=12")
     recipe = load_recipe("demo", [f"--config.{word}" for word in words])
@@ -190,7 +190,7 @@ def waiting(folder: Path, tar: Path, steps: int) -> None:
     config = build(RunConfig, recipe)
     made = stream_seconds(config.streams["image_text"].data, BATCH)
     train(config, folder / "run")
-    lines = [line for line in read_steps(folder / "run" / "metrics.jsonl") if line["step"] > 5]
+    lines = [line for line in read_train_metrics(folder / "run" / "metrics.jsonl") if line["step"] > 5]
     step, wait = (float(np.median([line[key] for line in lines])) for key in ("seconds_per_step", "data_wait"))
     row(f"training, {step:.2f} s a step, {made:.2f} s to make a batch: waiting for data", f"{wait:.2%}")
 

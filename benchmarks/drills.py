@@ -38,7 +38,7 @@ from mplug2_jax.training.config import (
     StreamConfig,
     TokenizerConfig,
 )
-from mplug2_jax.training.telemetry.metric_log import read_metrics, read_steps
+from mplug2_jax.training.telemetry.metric_log import read_step_lines, read_train_metrics
 from mplug2_jax.training.workdir import load_or_train_tokenizer
 
 STEPS, SAVED_EVERY = 24, 3
@@ -184,12 +184,12 @@ def expect(found: int, wanted: int, workdir: Path) -> None:
 
 def examples_of(workdir: Path) -> dict[int, dict[str, Any]]:
     """The example ids of every step."""
-    return {line["step"]: line for line in read_metrics(workdir / "examples.jsonl")}
+    return {line["step"]: line for line in read_step_lines(workdir / "examples.jsonl")}
 
 
 def metrics_of(workdir: Path) -> dict[int, dict[str, Any]]:
     """The metrics of every step."""
-    return {line["step"]: line for line in read_steps(workdir / "metrics.jsonl")}
+    return {line["step"]: line for line in read_train_metrics(workdir / "metrics.jsonl")}
 
 
 def await_step(step: int, workdir: Path, process: "subprocess.Popen[bytes]") -> None:

@@ -4,8 +4,8 @@
     python benchmarks/overhead.py --size base --steps 10
 
 Bare is a compiled step that gives the loss and nothing else, so that the compiler drops what only metrics need. Watched
-adds norms by tower, the ledger, reading of metrics, the watch for faults, and a line of metrics for every step, which
-is ten times as often as runs write by default.
+adds norms by tower, the goodput tracker, reading of metrics, fault detection, and a line of metrics for every step,
+which is ten times as often as runs write by default.
 """
 
 import argparse
@@ -26,14 +26,12 @@ from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.parallel.placement import put_batch, replicated_sharding
 from mplug2_jax.training.checkpoint.checksums import checksums
-from mplug2_jax.training.checkpoint.metadata import DataPosition
 from mplug2_jax.training.config import FaultConfig, RunConfig, StreamConfig
 from mplug2_jax.training.state import RunSpec, TrainState, make_run_spec
 from mplug2_jax.training.step import StreamBatches, make_step, train_step
-from mplug2_jax.training.telemetry.events import Events
-from mplug2_jax.training.telemetry.goodput import Ledger
-from mplug2_jax.training.telemetry.metric_log import Progress
-from mplug2_jax.training.telemetry.monitor import Instruments
+from mplug2_jax.training.telemetry.events import EventLog
+from mplug2_jax.training.telemetry.goodput import GoodputTracker
+from mplug2_jax.training.telemetry.monitor import TrainMonitor
 from mplug2_jax.training.workdir import WorkDir
 
 
@@ -78,12 +76,10 @@ def main() -> None:
     batches = {"image": put_batch(arrays, spec.mesh)}
     step, bare_step, state = make_step(spec), compile_bare(spec), spec.init()
     times: dict[str, list[float]] = {"bare": [], "watched": []}
-    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as quiet:
+    with tempfile.TemporaryDirectory() as folder:
         workdir = WorkDir(Path(folder))
-        instruments = Instruments(
-            spec, workdir, DataPosition(0, {}), Progress(10**6, quiet), Events(workdir.events), Ledger()
-        )
-        instruments.compile(step, 1, state, batches)
+        monitor = TrainMonitor(spec, workdir, Position(0, {}), EventLog(workdir.events), GoodputTracker())
+        monitor.compile(step, 1, state, batches)
         for number in range(1, 2 * args.steps + 4):
             kind = ("bare", "watched")[number % 2]
             start = time.perf_counter()
@@ -91,18 +87,18 @@ def main() -> None:
                 with jax.set_mesh(spec.mesh):
                     state, metrics = bare_step(state, batches)
             else:
-                with instruments.ledger.during("data wait"):
+                with monitor.goodput.track("data_wait"):
                     pass
-                instruments.ledger.step(number)
-                instruments.profiler.before(number)
+                monitor.goodput.start_step(number)
+                monitor.profiler.before_step(number)
                 state, metrics = step(state, batches)
-                instruments.profiler.after(number, metrics)
-                instruments.begun(number, metrics, (), {})
-                instruments.read(behind=1)
+                monitor.profiler.after_step(number, metrics)
+                monitor.on_step_dispatched(number, metrics, (), {})
+                monitor.drain(max_pending=1)
             jax.block_until_ready((state, metrics))
             if number > 3:
                 times[kind].append(time.perf_counter() - start)
-        instruments.close()
+        monitor.close()
     checksums(state)
     start = time.perf_counter()
     checksums(state)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mplug2_jax.training.telemetry.metric_log import read_steps
+from mplug2_jax.training.telemetry.metric_log import read_train_metrics
 
 
 def commands(repository: Path) -> list[str]:
@@ -36,7 +36,7 @@ def test_every_command_of_the_readme_works(repository: Path, reference: Path, tm
             text=True,
         )
         assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
-    losses = [row["loss"] for row in read_steps(tmp_path / "runs" / "short" / "metrics.jsonl")]
+    losses = [row["loss"] for row in read_train_metrics(tmp_path / "runs" / "short" / "metrics.jsonl")]
     assert losses[-1] < losses[0]
     assert (tmp_path / "runs" / "short" / "report.html").stat().st_size > 10_000
 

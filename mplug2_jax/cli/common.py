@@ -10,6 +10,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from absl import logging
+
+from mplug2_jax.cli.parsing import add_verbosity
+
 if TYPE_CHECKING:
     from data_pipelines.tokenizers import Tokenizer
     from mplug2_jax.evaluation.loop import EvaluationResult
@@ -62,6 +66,7 @@ def _add_parser(commands: Any, name: str, summary: str, details: str, example: s
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    add_verbosity(added)
     return added
 
 
@@ -78,7 +83,6 @@ def open_run(args: argparse.Namespace) -> "tuple[RunSpec, Params, int, Tokenizer
     """
     from mplug2_jax.config import as_recipe, build, override
     from mplug2_jax.parallel.mesh import make_mesh
-    from mplug2_jax.parallel.processes import is_primary_process
     from mplug2_jax.training.checkpoint.checkpoints import Checkpoints
     from mplug2_jax.training.config import RunConfig
     from mplug2_jax.training.state import make_run_spec
@@ -97,8 +101,8 @@ def open_run(args: argparse.Namespace) -> "tuple[RunSpec, Params, int, Tokenizer
         )
     finally:
         checkpoints.close()
-    if averaged and is_primary_process():
-        print(f"step {step}: averaged parameters; --config.ema_decay=0 takes the last ones", file=sys.stderr)
+    if averaged:
+        logging.info("step %d: using the EMA parameters; --config.ema_decay=0 selects the last ones", step)
     return spec, params, step, tokenizer
 
 
@@ -125,14 +129,14 @@ class RecordProgress:
 
     def show(self, done: int) -> None:
         """Records, their rate and the time left."""
-        from mplug2_jax.training.telemetry.metric_log import duration
+        from mplug2_jax.console import format_duration
 
         now = time.perf_counter()
         if done == self._start or now - self._shown < (0.2 if self._live else 10):
             return
         self._shown = now
         rate = (done - self._start) / (now - self._began)
-        left = duration((self._total - done) / rate)
+        left = format_duration((self._total - done) / rate)
         line = f"{done:,} of {self._total:,} records  {rate:,.1f}/s  left {left}"
         self._write(f"\r\x1b[K{line}" if self._live else f"{line}\n")
 

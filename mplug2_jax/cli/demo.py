@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from absl import logging
+
 from mplug2_jax.cli.common import add_command, table
 from mplug2_jax.errors import UserError, did_you_mean
 
@@ -76,7 +78,7 @@ def _pretrain(path: Path) -> None:
         if begun is None or begun.name != config.name or _last_step(path) >= begun.steps:
             return
         config = begun
-    print(f"pretraining {path}, as make demo does", flush=True)
+    logging.info("pretraining %s, as make demo does", path)
     train(config, path)
 
 
@@ -105,7 +107,7 @@ def _ask(name: str, path: Path, overrides: "Sequence[str]") -> "Mapping[str, Eva
         params, step = evaluator.read(subject.step)
         results = {}
         for result in evaluator.run(params, step, list(evaluator.evaluations), lambda phase: None):
-            print(f"before: {result.summary()}", flush=True)
+            logging.info("before fine-tuning: %s", result.summary())
             results[result.name] = result
         return results
     finally:

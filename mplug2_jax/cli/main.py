@@ -1,9 +1,11 @@
-"""``mplug2``: the commands, their help, and errors as sentences."""
+"""``mplug2``: the commands, their help, and errors as one-line messages."""
 
 import argparse
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
+
+from absl import logging
 
 from data_pipelines.errors import DataError
 from mplug2_jax import __version__
@@ -23,10 +25,11 @@ from mplug2_jax.cli import (
     tasks,
     train,
 )
-from mplug2_jax.cli.parsing import SuggestingParser, parse_words
+from mplug2_jax.cli.parsing import SuggestingParser, add_verbosity, parse_words
+from mplug2_jax.console import configure_logging
 from mplug2_jax.errors import PREEMPTED, USER_ERROR, Preempted, UserError
 
-# Each module adds one parser and sets its ``run``; heavy imports wait until a command runs, so that --help is instant.
+# Each module adds one parser and sets its ``run``; a command imports heavy packages when it runs, to keep --help fast.
 COMMANDS = {
     "Train": (train, demo, tasks, config),
     "Evaluate and use": (evaluate, generate, embed, report, replay),
@@ -38,47 +41,51 @@ COMMANDS = {
 
 
 class _Parser(SuggestingParser):
-    """The parser of the whole command line, whose help lists the commands by their purpose."""
+    """The parser of the whole command line, whose help groups the commands by purpose."""
 
     def __init__(self) -> None:
         super().__init__(
             prog="mplug2", description="mPLUG-2 in JAX: pretrain, evaluate, generate, embed, plan, convert."
         )
         self.add_argument("--version", action="version", version=f"mplug2 {__version__}")
+        self.set_defaults(verbosity=0)
+        add_verbosity(self)
         commands = self.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=SuggestingParser)
         self._listing: list[str] = []
         for purpose, modules in COMMANDS.items():
-            listed = set(commands.choices)
+            previous = set(commands.choices)
             for module in modules:
                 module.add_parser(commands)
             self._listing.append(f"\n{purpose}:")
             for name, command in commands.choices.items():
-                if name not in listed:
+                if name not in previous:
                     summary = (command.description or "").partition(".\n")[0].rstrip(".")
                     self._listing.append(f"  {name:<11} {summary}")
 
     def format_help(self) -> str:
-        """Usage, commands, options and an example."""
+        """Return usage, commands, options and an example."""
         lines = [
             f"{self.format_usage()}\n{self.description}",
             *self._listing,
             "\noptions:",
-            "  -h, --help  show this help; after a command, its options and an example",
-            "  --version   show the version",
+            "  -h, --help     show this help; after a command, its options and an example",
+            "  --version      show the version",
+            "  -v, --verbose  log debug messages; before or after the command",
+            "  --quiet        log warnings and errors only; before or after the command",
             "\nexample:\n  mplug2 train --config demo --workdir runs/demo",
         ]
         return "\n".join(lines) + "\n"
 
 
 def parser() -> argparse.ArgumentParser:
-    """The parser of the whole command line."""
+    """Return the parser of the whole command line."""
     return _Parser()
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command and its options; wrong ones end the process with status 2 and a line that names them.
+    """Parse the command and its options; exit with status 2 and a message if they are invalid.
 
-    Without any word the commands are listed, and the process ends well.
+    Without arguments, print the help and exit with status 0.
     """
     top = parser()
     words = sys.argv[1:] if argv is None else argv
@@ -89,31 +96,34 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command.
+    """Run a command.
 
-    Exit status: 0 well, 1 a check failed, 2 something the user can mend, 75 told to end and to be started again.
+    Returns:
+        The exit status: 0 success, 1 a check failed, 2 an error that the user can fix, 75 preempted (run the same
+        command again), 130 interrupted.
     """
     args = parse(argv)
+    configure_logging(args.verbosity)
     run: Callable[[argparse.Namespace], int] = args.run
     try:
         return run(args)
     except (UserError, DataError) as error:
-        return _ended(USER_ERROR, f"error: {' '.join(str(error).split())}")
+        return _exit_with(USER_ERROR, f"error: {' '.join(str(error).split())}")
     except OSError as error:
         if error.filename is None:
             raise
-        return _ended(USER_ERROR, f"error: {error.filename}: {error.strerror}")
+        return _exit_with(USER_ERROR, f"error: {error.filename}: {error.strerror}")
     except Preempted as preempted:
-        # All processes end here, so they can part in order.
-        print(f"mplug2: {preempted}", file=sys.stderr)
+        # All processes come here, so they can shut down in order.
+        logging.warning("%s", preempted)
         return PREEMPTED
     except KeyboardInterrupt:
-        return _ended(130, "interrupted")
+        return _exit_with(130, "interrupted")
 
 
-def _ended(status: int, why: str) -> int:
-    """Says why a command ended early; a process among others ends here and now, because they may wait for it."""
-    print(f"mplug2: {why}", file=sys.stderr)
+def _exit_with(status: int, message: str) -> int:
+    """Print why a command failed; one of several processes exits at once, because the others may wait for it."""
+    print(f"mplug2: {message}", file=sys.stderr)
     if "jax" in sys.modules:
         from mplug2_jax.parallel.processes import exit_if_distributed
 
@@ -122,10 +132,10 @@ def _ended(status: int, why: str) -> int:
 
 
 def program() -> None:
-    """The whole process: a command, and nothing said after it.
+    """Run a command and exit; the installed script calls this.
 
-    A checkpoint that cannot be restored leaves reads behind that end after their event loop has, each of which Python
-    would report below the sentence that says what is wrong.
+    A failed restore of a checkpoint leaves reads that outlive their event loop; Python would report each of them below
+    the error message, so those reports are suppressed.
     """
 
     def report(unraisable: Any) -> None:

@@ -21,6 +21,18 @@ class SuggestingParser(argparse.ArgumentParser):
         super().error(message)
 
 
+def add_verbosity(parser: argparse.ArgumentParser) -> None:
+    """Add the options that choose what is logged, which a command takes before and after its name."""
+    group, suppress = parser.add_mutually_exclusive_group(), argparse.SUPPRESS
+    group.add_argument(
+        "-v", "--verbose", dest="verbosity", action="store_const", const=1, default=suppress, help="log debug messages"
+    )
+    group.add_argument(
+        "--quiet", dest="verbosity", action="store_const", const=-1, default=suppress,
+        help="log warnings and errors only",
+    )  # fmt: skip
+
+
 def parse_words(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
     """Parse a command line; ``--config.field=value`` words become ``overrides`` of commands that accept them.
 

@@ -4,10 +4,11 @@ import argparse
 import contextlib
 import os
 import signal
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from absl import logging
 
 from mplug2_jax.cli.common import add_command, results_table, sample_lines, table
 from mplug2_jax.errors import PREEMPTED
@@ -21,8 +22,8 @@ def add_parser(commands: Any) -> None:
     parser = add_command(
         commands, "train", run, config=True,
         summary="Train a recipe, or resume it where its work directory ends",
-        details="Every field of the recipe can be overridden: --config.model.width=192. Exit status 75: told to stop "
-        "(SIGTERM or Ctrl-C), with everything saved; 79: the run stood still. Start it again after either.",
+        details="Every field of the recipe can be overridden: --config.model.width=192. Exit status 75: preempted "
+        "(SIGTERM or Ctrl-C), with everything saved; 79: the run stalled. Run the same command again after either.",
         example="mplug2 train --config configs/demo.py --config.steps=50 --workdir runs/short",
     )  # fmt: skip
     parser.add_argument("--config", help="recipe: a file, or the name of a shipped one; FILE:ARG passes ARG")
@@ -72,8 +73,8 @@ def _train(config: "RunConfig", workdir: Path, overrides: Sequence[str]) -> int:
     initialize_distributed()
     begun = WorkDir(workdir).read_config() if WorkDir(workdir).exists() else None
     config, said = with_checkpoint_sizes(config, overrides, begun)
-    if said and is_primary_process():
-        print(said, flush=True)
+    if said:
+        logging.info("%s", said)
     results = train(config, workdir)
     if not is_primary_process():
         return 0
@@ -92,7 +93,7 @@ def _exit_on_sigterm() -> Iterator[None]:
     """A context in which SIGTERM ends the process with the status that asks for another start: nothing is lost yet."""
 
     def leave(number: int, frame: object) -> None:
-        print("mplug2: told to end before step 1; the same command starts again", file=sys.stderr, flush=True)
+        logging.warning("SIGTERM: exiting before step 1; run the same command again to start over")
         os._exit(PREEMPTED)
 
     before = signal.signal(signal.SIGTERM, leave)

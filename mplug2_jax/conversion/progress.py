@@ -4,7 +4,7 @@ import sys
 import threading
 import time
 
-from mplug2_jax.training.telemetry.metric_log import duration
+from mplug2_jax.console import format_duration
 
 
 class Transfer:
@@ -38,7 +38,7 @@ class Transfer:
             return
         self._shown = now
         rate = self.bytes_read / (now - self._start)
-        left = duration((self._total - self.bytes_read) / max(rate, 1))
+        left = format_duration((self._total - self.bytes_read) / max(rate, 1))
         line = f"{self._what}  {self.bytes_read / 1e6:,.0f} of {self._total / 1e6:,.0f} MB  {rate / 1e6:,.0f} MB/s"
         sys.stderr.write(f"\r\x1b[K{line}  left {left}" if live else f"{line}  left {left}\n")
         sys.stderr.flush()

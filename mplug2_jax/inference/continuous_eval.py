@@ -13,7 +13,7 @@ from mplug2_jax.inference.checkpoint_eval import Evaluator
 from mplug2_jax.parallel.processes import allgather_objects, is_primary_process
 from mplug2_jax.training.checkpoint.checkpoints import DamagedCheckpointError
 from mplug2_jax.training.reliability.preemption import PreemptionNotice
-from mplug2_jax.training.telemetry.events import JsonLines
+from mplug2_jax.training.telemetry.jsonl import JsonlWriter
 from mplug2_jax.training.workdir import WorkDir
 
 
@@ -49,7 +49,7 @@ class ContinuousEvaluator:
     ) -> None:  # fmt: skip
         self._evaluator, self._notice, self._say, self._save = evaluator, notice, say, save
         self._workdir, self._checkpoints = evaluator.subject.workdir, evaluator.subject.checkpoints
-        self._metrics = JsonLines(self._workdir.evaluation_metrics, say)
+        self._metrics = JsonlWriter(self._workdir.evaluation_metrics)
 
     def run(self, until: int, poll: int) -> bool:
         """Goes on until the run is at step ``until``; whether its last checkpoint up to there is evaluated.

@@ -21,8 +21,8 @@ from mplug2_jax.training.loop import check_data_unchanged, data_position, open_s
 from mplug2_jax.training.optim.partition import combine, partition
 from mplug2_jax.training.state import RunSpec, TrainState, make_run_spec
 from mplug2_jax.training.step import StreamBatches, make_step, micro_batches, step_inputs, streams_loss
-from mplug2_jax.training.telemetry.events import read_lines
-from mplug2_jax.training.telemetry.metric_log import read_steps
+from mplug2_jax.training.telemetry.events import read_events
+from mplug2_jax.training.telemetry.metric_log import read_train_metrics
 from mplug2_jax.training.workdir import WorkDir, special_tokens
 
 ROUNDING_TOLERANCE = 1e-5
@@ -96,7 +96,7 @@ def replay_step(workdir: WorkDir, step: int, *, num_ranked: int = 64) -> Replaye
     )
     _, metrics = run_step(state, batches)
     recorded: dict[str, float | None] = {}
-    for line in read_steps(workdir.metrics):
+    for line in read_train_metrics(workdir.metrics):
         if line.pop("step") == step:
             recorded = line
     values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items() if name != "skipped"}
@@ -105,8 +105,8 @@ def replay_step(workdir: WorkDir, step: int, *, num_ranked: int = 64) -> Replaye
 
 def _steps_then(workdir: WorkDir, step: int) -> int:
     """How many steps the run was to have when it did this one; 0 where it has not been lengthened since."""
-    lengthened = (line for line in read_lines(workdir.events) if line.get("event") == "lengthened")
-    return next((int(line["before"]) for line in lengthened if step <= line["step"]), 0)
+    extensions = (line for line in read_events(workdir.events) if line["event"] == "steps_extended")
+    return next((int(line["old_steps"]) for line in extensions if step <= line["step"]), 0)
 
 
 def _state_before(
@@ -124,9 +124,10 @@ def _state_before(
     finally:
         checkpoints.close()
     offsets: dict[int, int] = {}
-    for line in read_lines(workdir.events):
-        if line.get("event") == "rolled back":  # what was done since the checkpoint it went to was undone
-            offsets = {to: by for to, by in offsets.items() if to < line["to"]} | {line["to"]: line["offset"]}
+    for line in read_events(workdir.events):
+        if line["event"] == "rolled_back":  # everything after the step that it went to was undone
+            to_step, offset = line["to_step"], line["data_offset"]
+            offsets = {to: by for to, by in offsets.items() if to < to_step} | {to_step: offset}
     return state, dataclasses.replace(position, offsets=tuple(sorted({**dict(position.offsets), **offsets}.items())))
 
 

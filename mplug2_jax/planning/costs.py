@@ -18,7 +18,7 @@ from mplug2_jax.tasks.table import TASKS
 from mplug2_jax.training.config import StreamConfig
 from mplug2_jax.training.state import RunSpec
 from mplug2_jax.training.telemetry.flops import count_flops
-from mplug2_jax.training.telemetry.step_flops import gradient_flops
+from mplug2_jax.training.telemetry.step_flops import count_gradient_flops
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,11 +50,11 @@ def training_costs(spec: RunSpec, batches: Mapping[str, Any]) -> Costs:
     config = spec.config
     towers, objectives, again = {}, {}, 0
     for name, stream in config.streams.items():
-        once = gradient_flops(spec, {name: stream}, batches, remat=False)
+        once = count_gradient_flops(spec, {name: stream}, batches, remat=False)
         towers[name] = _by_tower(once)
-        again += gradient_flops(spec, {name: stream}, batches, remat=True).total() - once.total()
+        again += count_gradient_flops(spec, {name: stream}, batches, remat=True).total() - once.total()
         objectives[name] = {
-            objective: gradient_flops(spec, {name: _only(stream, objective)}, batches, remat=False).total()
+            objective: count_gradient_flops(spec, {name: _only(stream, objective)}, batches, remat=False).total()
             for objective in stream.objectives
         }
     return Costs(towers=towers, objectives=objectives, recomputed=again)

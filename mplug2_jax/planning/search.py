@@ -23,7 +23,7 @@ from mplug2_jax.planning.timing import BEST
 from mplug2_jax.training.config import FsdpGather, RunConfig
 from mplug2_jax.training.optim.partition import partition
 from mplug2_jax.training.state import RunSpec
-from mplug2_jax.training.telemetry.step_flops import gradient_flops
+from mplug2_jax.training.telemetry.step_flops import count_gradient_flops
 
 REMATS = (
     RematConfig(),
@@ -169,7 +169,7 @@ class _Model:
         remat = config.model.remat
         if remat not in self._operations:
             spec = dataclasses.replace(self._spec, config=config)
-            counted = gradient_flops(spec, self._base.streams, self._batches, remat=True)
+            counted = count_gradient_flops(spec, self._base.streams, self._batches, remat=True)
             self._operations[remat] = float(counted.total())
         return self._operations[remat]
 

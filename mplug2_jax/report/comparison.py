@@ -13,10 +13,10 @@ from mplug2_jax.errors import UserError
 from mplug2_jax.evaluation.result_format import upgrade_prediction
 from mplug2_jax.metrics.metric import MeanMetric, bootstrap_ci
 from mplug2_jax.metrics.units import NEGATED_PREFIX, format_metric, is_fraction
-from mplug2_jax.report.names import TaskWords, human
+from mplug2_jax.report.names import TaskLabels, display_name
 from mplug2_jax.report.page import read_any, shortened
 from mplug2_jax.report.rendering import render, write_page
-from mplug2_jax.report.results import Evaluation, Strip
+from mplug2_jax.report.results import Evaluation, FrameStrip
 
 _MOST = 8  # examples that are shown, each way
 _MAX_LINE, _MAX_FILE, _MAX_TEXT = 1 << 16, 1 << 28, 2000  # of a NAME.jsonl: bytes, bytes, letters of a text
@@ -36,7 +36,7 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True)
-class Said:
+class PredictionRow:
     """A line of ``NAME.jsonl``."""
 
     instruction: str
@@ -46,15 +46,15 @@ class Said:
 
 
 @dataclasses.dataclass(frozen=True)
-class Differing:
+class DivergentExample:
     """An example on which one is better than the other."""
 
     key: str
-    ours: Said
-    theirs: Said
+    ours: PredictionRow
+    theirs: PredictionRow
     our_goodness: str
     their_goodness: str
-    strip: Strip | None
+    strip: FrameStrip | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,13 +62,13 @@ class Compared:
     """An evaluation that both have."""
 
     name: str
-    words: TaskWords
+    words: TaskLabels
     steps: tuple[int, int]
     examples: tuple[int, int]
     shared: int  # examples whose goodness both keep
     rows: Sequence[Row]
-    ours_better: Sequence[Differing]
-    theirs_better: Sequence[Differing]
+    ours_better: Sequence[DivergentExample]
+    theirs_better: Sequence[DivergentExample]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +131,7 @@ def _evaluations(folder: Path, notes: list[str]) -> list[Evaluation]:
 
 
 def _compare(ours: Evaluation, theirs: Evaluation, notes: list[str]) -> Compared:
-    a, b = (read_said(evaluation.path.with_suffix(".jsonl"), notes) for evaluation in (ours, theirs))
+    a, b = (read_predictions(evaluation.path.with_suffix(".jsonl"), notes) for evaluation in (ours, theirs))
     keys = [key for key in a if key in b]
     pairs = np.asarray([(a[key].goodness, b[key].goodness) for key in keys], np.float64).reshape(-1, 2)
     differences, measure = pairs[:, 0] - pairs[:, 1], ours.words.measure
@@ -140,20 +140,20 @@ def _compare(ours: Evaluation, theirs: Evaluation, notes: list[str]) -> Compared
     whole = measure in ours.values and len(keys) == ours.examples == theirs.examples
     rows = [
         _row(
-            human(name, ours.shows), name, ours.values[name], theirs.values[name], ours.intervals.get(name),
+            display_name(name, ours.shows), name, ours.values[name], theirs.values[name], ours.intervals.get(name),
             theirs.intervals.get(name), drawn if whole and name == measure else None,
         )
         for name in ours.values if name in theirs.values
     ]  # fmt: skip
     if keys and not whole:
         our_mean, their_mean = pairs.mean(0).tolist()
-        title = f"{human(measure)}, mean of the same examples"
+        title = f"{display_name(measure)}, mean of the same examples"
         rows.append(_row(title, measure, our_mean, their_mean, None, None, drawn))
     strips = {s.key: s.strip for s in (*theirs.samples, *ours.samples) if s.strip}
 
-    def shown(places: Sequence[int]) -> list[Differing]:
+    def shown(places: Sequence[int]) -> list[DivergentExample]:
         return [
-            Differing(
+            DivergentExample(
                 keys[i][0], a[keys[i]], b[keys[i]], format_metric(measure, a[keys[i]].goodness),
                 format_metric(measure, b[keys[i]].goodness), strips.get(keys[i][0]),
             )
@@ -189,13 +189,13 @@ def _signed(figure: str, difference: float) -> str:
     return f"{100 * difference:+.1f} points" if is_fraction(figure) else f"{difference:+.1f}"
 
 
-def read_said(path: Path, notes: list[str]) -> Mapping[tuple[str, int], Said]:
+def read_predictions(path: Path, notes: list[str]) -> Mapping[tuple[str, int], PredictionRow]:
     """What was said to each example, by its key and how often that came before; none of a file that is not there.
 
     Lines without a number that says how good it was, as older results have, are left out; of damaged ones, and of what
     is more than anyone can have said, ``notes`` takes a sentence.
     """
-    found: dict[tuple[str, int], Said] = {}
+    found: dict[tuple[str, int], PredictionRow] = {}
     seen: Counter[str] = Counter()
     damaged = 0
     if not path.is_file():
@@ -215,7 +215,7 @@ def read_said(path: Path, notes: list[str]) -> Mapping[tuple[str, int], Said]:
                 damaged += 1
                 continue
             if math.isfinite(good):
-                found[key, seen[key]] = Said(asked, said, true, good)
+                found[key, seen[key]] = PredictionRow(asked, said, true, good)
             seen[key] += 1
     if damaged:
         notes.append(f"{path}: {damaged:,} line{'s are' if damaged > 1 else ' is'} damaged and left out")

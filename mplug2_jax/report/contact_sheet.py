@@ -27,7 +27,7 @@ class _Cell:
     times: str  # of the frames
 
 
-def write_sheet(stem: Path, stream: str, step: int, batch: LoadedBatch) -> list[Path]:
+def write_contact_sheet(stem: Path, stream: str, step: int, batch: LoadedBatch) -> list[Path]:
     """Writes STEM.html, and STEM.png where the batch has pictures; returns what was written.
 
     Raises:

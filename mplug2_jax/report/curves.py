@@ -16,7 +16,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from mplug2_jax.metrics.units import RANK_SUFFIX, is_fraction
 from mplug2_jax.report.metrics import Curve
-from mplug2_jax.report.names import human
+from mplug2_jax.report.names import display_name
 
 LINE_STYLES = ("solid", (0, (5, 2)), (0, (1, 1.5)), (0, (7, 2, 1, 2)))  # lines differ in more than colour
 _TOWER_NORMS = (("gradient norms", "gradient_norm"), ("parameter norms", "parameter_norm"))
@@ -113,13 +113,18 @@ def _layout(
     for stream in streams:
         losses = [name for name in objective if name.startswith(f"{stream}/") and name.endswith("/loss")]
         groups.append(
-            (f"Losses · {human(stream)}", [_Plan(human(n.split("/")[1]), [("", n)], compact) for n in losses])
+            (
+                f"Losses · {display_name(stream)}",
+                [_Plan(display_name(n.split("/")[1]), [("", n)], compact) for n in losses],
+            )
         )
-    by_stream = [(s, [(human(n.split("/")[1]), n) for n in accuracies if n.startswith(f"{s}/")]) for s in streams]
+    by_stream = [
+        (s, [(display_name(n.split("/")[1]), n) for n in accuracies if n.startswith(f"{s}/")]) for s in streams
+    ]
     groups.append(
         (
             "Accuracy in training",
-            [plan for s, lines in by_stream for plan in _lines(human(s), lines, percent, from_zero=True)],
+            [plan for s, lines in by_stream for plan in _lines(display_name(s), lines, percent, from_zero=True)],
         )
     )
     groups.append(
@@ -139,7 +144,7 @@ def _layout(
     shown |= {"seconds_per_step", "flops_per_second", "examples_per_second_per_device"}
     other = [name for name in names if name not in shown and not name.startswith("eval/")]
     groups.append(
-        ("More", [_Plan(" · ".join(human(part) for part in n.split("/")), [("", n)], compact) for n in other])
+        ("More", [_Plan(" · ".join(display_name(part) for part in n.split("/")), [("", n)], compact) for n in other])
     )
     return groups
 
@@ -165,7 +170,7 @@ def _evaluations(
     for name in names:
         if name.startswith("eval/") and len(names[name]) > 1:
             evaluation, _, figure = name.removeprefix("eval/").rpartition("/")
-            said = human(figure, shown_by.get(evaluation, "picture"))
+            said = display_name(figure, shown_by.get(evaluation, "picture"))
             direction, _, cutoff = said.rpartition(" R@")
             # What is no share would press shares to the axis.
             apart = direction or ("" if is_fraction(figure) else said if figure.endswith(RANK_SUFFIX) else "scores")
@@ -175,7 +180,7 @@ def _evaluations(
         figure = lines[0][1].rpartition("/")[2]
         # Baselines of several figures would be a second set of lines.
         baseline = baselines.get(evaluation, {}).get(figure, math.nan) if len(lines) == 1 else math.nan
-        title = f"{human(evaluation)}, {apart}" if apart else human(evaluation)
+        title = f"{display_name(evaluation)}, {apart}" if apart else display_name(evaluation)
         plans.append(
             _Plan(title, lines, percent if is_fraction(figure) else compact, from_zero=True, baseline=baseline)
         )

@@ -41,7 +41,7 @@ _FIGURES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class TaskWords:
+class TaskLabels:
     """How a task's samples and baselines are spoken of, and what says how good an example is."""
 
     said: str = "said"
@@ -51,33 +51,33 @@ class TaskWords:
     marked: bool = False  # whether what is said is either right or wrong
 
 
-_CLASS = TaskWords("classified", "true", "always the most frequent class", "probability", marked=True)
+_CLASS = TaskLabels("classified", "true", "always the most frequent class", "probability", marked=True)
 _TASKS = {
-    "answer": TaskWords("answered", "true", "always the most frequent answer", "accuracy", marked=True),
-    "ilm": TaskWords("answered", "true", "always the most frequent answer", "accuracy", marked=True),
-    "vqa": TaskWords("answered", "true", "always the most frequent answer", "vqa_accuracy"),
-    "summarize": TaskWords("summarised", "true", "the first eight words", "rouge_l"),
-    "ground": TaskWords("pointed at", "true", "always the mean box", "mean_iou"),
-    **dict.fromkeys(("caption", "scst"), TaskWords("said", "true", "another example's caption", "cider")),
-    "vlc": TaskWords("found", "true", "chance", "minus_rank"),
-    "rerank": TaskWords("found", "true", "chance", "minus_rank"),
-    "mlm": TaskWords("completed", "true", "always the most frequent word", "masked_share"),
+    "answer": TaskLabels("answered", "true", "always the most frequent answer", "accuracy", marked=True),
+    "ilm": TaskLabels("answered", "true", "always the most frequent answer", "accuracy", marked=True),
+    "vqa": TaskLabels("answered", "true", "always the most frequent answer", "vqa_accuracy"),
+    "summarize": TaskLabels("summarised", "true", "the first eight words", "rouge_l"),
+    "ground": TaskLabels("pointed at", "true", "always the mean box", "mean_iou"),
+    **dict.fromkeys(("caption", "scst"), TaskLabels("said", "true", "another example's caption", "cider")),
+    "vlc": TaskLabels("found", "true", "chance", "minus_rank"),
+    "rerank": TaskLabels("found", "true", "chance", "minus_rank"),
+    "mlm": TaskLabels("completed", "true", "always the most frequent word", "masked_share"),
     **dict.fromkeys(("classify", "zero_shot", "cola", "sst2", "mrpc", "qqp", "mnli", "qnli", "rte"), _CLASS),
-    "stsb": TaskWords("rated", "true", "always the mean", "minus_error"),
+    "stsb": TaskLabels("rated", "true", "always the mean", "minus_error"),
 }
 
 
-def task_words(task: str) -> TaskWords:
+def task_labels(task: str) -> TaskLabels:
     """The words for a task; plain ones for a task that this page does not know."""
-    return _TASKS.get(task, TaskWords())
+    return _TASKS.get(task, TaskLabels())
 
 
-def human(name: str, shown: str = "picture") -> str:
+def display_name(name: str, shown: str = "picture") -> str:
     """A name as people say it; ``shown`` is what examples show.
 
     Example:
-        >>> human("text_to_visual_r1"), human("reranked_text_to_visual_r1"), human("image_question")
-        ('text → picture R@1', 'text → picture re-ranked R@1', 'image question')
+        >>> display_name("text_to_visual_r1"), display_name("image_question")
+        ('text → picture R@1', 'image question')
     """
     if recall := _RECALL.fullmatch(name):
         how = " re-ranked" if recall[1] else ""

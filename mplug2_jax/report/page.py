@@ -9,10 +9,10 @@ from typing import Any
 from mplug2_jax.errors import UserError
 from mplug2_jax.report.curves import Group, draw_groups
 from mplug2_jax.report.metrics import read_metrics
-from mplug2_jax.report.names import human
+from mplug2_jax.report.names import display_name
 from mplug2_jax.report.rendering import render, write_page
 from mplug2_jax.report.results import Evaluation, read_evaluations, read_folder
-from mplug2_jax.report.run_history import Story, read_story
+from mplug2_jax.report.run_history import RunHistory, read_run_history
 
 _MAX_NOTES = 20
 
@@ -38,7 +38,7 @@ class Page:
     streams: Sequence[Stream]
     evaluations: Sequence[Evaluation]
     groups: Sequence[Group]
-    story: Story
+    history: RunHistory
     config: str
     notes: Sequence[str]
     run: bool  # or else a folder of evaluations, which has nothing but these
@@ -65,7 +65,7 @@ class Page:
         """What the evaluations' baselines are."""
         said: dict[str, list[str]] = {}
         for evaluation in self.evaluations:
-            said.setdefault(evaluation.words.baseline, []).append(human(evaluation.name))
+            said.setdefault(evaluation.words.baseline, []).append(display_name(evaluation.name))
         return "; ".join(f"{baseline} ({', '.join(names)})" for baseline, names in said.items() if baseline)
 
 
@@ -79,7 +79,7 @@ def write_report(folder: Path) -> Path:
         UserError: neither in this folder, a damaged config, or a folder that cannot be written to.
     """
     path = folder / "report.html"
-    write_page(path, render("template.html", page=gather(folder)))
+    write_page(path, render("template.html", page=load_page(folder)))
     return path
 
 
@@ -105,7 +105,7 @@ def read_any(folder: Path, notes: list[str]) -> tuple[dict[str, Any] | None, lis
     return None, evaluations
 
 
-def gather(workdir: Path) -> Page:
+def load_page(workdir: Path) -> Page:
     """Reads a work directory or a folder of evaluations.
 
     Raises:
@@ -129,7 +129,7 @@ def gather(workdir: Path) -> Page:
         groups=draw_groups(
             metrics.curves, {e.name: e.baselines for e in evaluations}, {e.name: e.shows for e in evaluations}
         ),
-        story=read_story(workdir),
+        history=read_run_history(workdir),
         config="\n".join(_listing(config)),
         notes=shortened(notes),
         run=found is not None,
@@ -160,12 +160,12 @@ def _stream(name: str, stream: Mapping[str, Any]) -> Stream:
     data = _dict(stream.get("data"))
     weights = _dict(stream.get("objectives"))
     return Stream(
-        name=human(name),
+        name=display_name(name),
         source=", ".join(
             " ".join(str(source[key]) for key in ("format", "kind") if source.get(key)) for source in _sources(stream)
         ),
         batch_size=str(data.get("batch_size", "?")),
-        objectives=", ".join(human(o) + (f" × {w}" if w != 1 else "") for o, w in weights.items()),
+        objectives=", ".join(display_name(o) + (f" × {w}" if w != 1 else "") for o, w in weights.items()),
     )
 
 

@@ -8,7 +8,7 @@ from markupsafe import Markup
 
 from data_pipelines.sources.files import write_atomically
 from mplug2_jax.errors import UserError
-from mplug2_jax.report.names import human
+from mplug2_jax.report.names import display_name
 
 
 def render(template: str, **values: object) -> str:
@@ -17,7 +17,7 @@ def render(template: str, **values: object) -> str:
         loader=jinja2.PackageLoader("mplug2_jax", "report"), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters["human"] = human
+    environment.filters["display_name"] = display_name
     style = Markup((files("mplug2_jax.report") / "style.css").read_text(encoding="utf-8"))
     return environment.get_template(template).render(style=style, **values)
 

@@ -15,7 +15,7 @@ from PIL import Image
 from mplug2_jax.evaluation.result_format import upgrade_result
 from mplug2_jax.metrics.units import RANK_SUFFIX, format_metric, is_fraction, ratio_to_baseline
 from mplug2_jax.report.confusion import Confusion, read_confusion
-from mplug2_jax.report.names import TaskWords, human, task_words
+from mplug2_jax.report.names import TaskLabels, display_name, task_labels
 from mplug2_jax.report.published import Published, published
 
 # Frames of real pictures make PNG strips of megabytes; above this size they go into the page as JPEG.
@@ -43,7 +43,7 @@ class Figure:
 
 
 @dataclasses.dataclass(frozen=True)
-class Strip:
+class FrameStrip:
     """Frames side by side."""
 
     uri: str
@@ -75,11 +75,11 @@ class Sample:
     true: Sequence[Word]
     also_true: Sequence[str]
     right: bool
-    strip: Strip | None
+    strip: FrameStrip | None
     why: str  # it is shown: a key of HEADINGS
     goodness: str  # empty where none is kept
     nearest_texts: Sequence[tuple[str, bool]]  # of retrieval, and whether each is right
-    nearest_pictures: Strip | None
+    nearest_pictures: FrameStrip | None
     right_pictures: Sequence[bool]
 
 
@@ -90,7 +90,7 @@ class Evaluation:
     path: Path
     name: str
     task: str
-    words: TaskWords
+    words: TaskLabels
     step: int
     examples: int
     figures: Sequence[Figure]
@@ -154,7 +154,7 @@ def _read(path: Path, name: str, notes: list[str]) -> Evaluation:
     others = published(str(content.get("recipe", "")), [str(each) for each in content.get("formats", ())])
     shows = "clip" if any(sample.strip and sample.strip.frames > 1 for sample in samples) else "picture"
     result = Evaluation(
-        path, path.stem, task, task_words(task), int(content["step"]), int(content["num_examples"]),
+        path, path.stem, task, task_labels(task), int(content["step"]), int(content["num_examples"]),
         [*(_figure(name, value, baselines.get(name, math.nan), intervals.get(name), others.get(name), shows)
            for name, value in figures.items()),
          *(_absent(str(name)) for name in content.get("absent", ()))],
@@ -181,7 +181,8 @@ def _figure(
         return round(100 * min(max(number / full, 0.0), 1.0), 2) if math.isfinite(number) else 0.0
 
     return Figure(
-        human(name, shows), format_metric(name, value), " to ".join(format_metric(name, end) for end in interval or ()),
+        display_name(name, shows), format_metric(name, value),
+        " to ".join(format_metric(name, end) for end in interval or ()),
         format_metric(name, baseline), _times(ratio), ratio < 1, along(value),
         along(baseline) if math.isfinite(baseline) else None,
         format_metric(name, other.value) if other else "", other.note if other else "",
@@ -189,7 +190,7 @@ def _figure(
 
 
 def _absent(name: str) -> Figure:
-    return Figure(human(name), "absent", "", "–", "–", False, 0.0, None, "", "")
+    return Figure(display_name(name), "absent", "", "–", "–", False, 0.0, None, "", "")
 
 
 def _times(ratio: float) -> str:
@@ -217,14 +218,14 @@ def _sample(task: str, row: Mapping[str, Any], folder: Path, lost: list[str]) ->
         said in true,
         _strip(folder, row.get("frames"), lost),
         why if why in HEADINGS else "first",
-        "" if goodness is None else format_metric(task_words(task).measure, float(goodness)),
+        "" if goodness is None else format_metric(task_labels(task).measure, float(goodness)),
         [(str(each["text"]), bool(each["correct"])) for each in row.get("nearest_texts", ())[:_MOST_NEAREST]],
         _strip(folder, pictures.get("frames"), lost),
         [bool(right) for right in pictures.get("correct", ())[:_MOST_NEAREST]],
     )
 
 
-def _strip(folder: Path, name: object, lost: list[str]) -> Strip | None:
+def _strip(folder: Path, name: object, lost: list[str]) -> FrameStrip | None:
     """The picture of this name; None of no name, or of one that ``lost`` then says the reason of."""
     try:
         return None if name is None else _read_strip(folder, name)
@@ -233,7 +234,7 @@ def _strip(folder: Path, name: object, lost: list[str]) -> Strip | None:
         return None
 
 
-def _read_strip(folder: Path, name: object) -> Strip:
+def _read_strip(folder: Path, name: object) -> FrameStrip:
     """A picture of the evaluation's own folder.
 
     Raises:
@@ -259,7 +260,7 @@ def _read_strip(folder: Path, name: object) -> Strip:
             buffer = io.BytesIO()
             smaller.save(buffer, "JPEG", quality=85)
             data, kind = buffer.getvalue(), "jpeg"
-    return Strip(f"data:image/{kind};base64,{base64.b64encode(data).decode()}", width, height, frames)
+    return FrameStrip(f"data:image/{kind};base64,{base64.b64encode(data).decode()}", width, height, frames)
 
 
 def _difference(said: str, true: str) -> tuple[list[Word], list[Word]]:

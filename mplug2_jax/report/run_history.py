@@ -1,115 +1,104 @@
-"""Where a run's time went and what happened to it, from ``ledger.jsonl`` and ``events.jsonl``."""
+"""Where the time of a run went and what happened to it, from ``goodput.jsonl`` and ``events.jsonl``."""
 
 import collections
 import dataclasses
 import datetime
-import json
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mplug2_jax.console import format_duration
+from mplug2_jax.training.telemetry.events import read_events
+from mplug2_jax.training.telemetry.goodput import read_goodput
+
 MAX_EVENTS = 200
-_ORDER = ("step", "data wait", "compile", "checkpoint", "evaluation", "start", "restart", "idle")
-_QUIET = ("saved", "compiled")  # of which a table would be full; they are counted
+_ORDER = ("step", "data_wait", "compile", "checkpoint", "evaluation", "init", "restart", "idle")
+_COUNTED_ONLY = ("saved", "compiled")  # too frequent for the table of events
 
 
 @dataclasses.dataclass(frozen=True)
-class Booked:
-    """One cause's part of the wall clock."""
+class PhaseTime:
+    """The part of the wall-clock time that one phase took."""
 
-    cause: str
+    phase: str
     seconds: float
     share: float  # percent
 
     @property
     def time(self) -> str:
-        """Hours, minutes and seconds."""
-        return str(datetime.timedelta(seconds=round(self.seconds)))
+        """Return the time in hours, minutes and seconds."""
+        return format_duration(self.seconds)
 
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """One thing that happened."""
+    """Something that happened to the run."""
 
     time: str
     step: int
-    what: str
+    description: str
 
 
 @dataclasses.dataclass(frozen=True)
-class Story:
-    """What the page says of time and events; empty for a run that kept no ledger."""
+class RunHistory:
+    """Time and events of a run; empty if it wrote none.
 
-    booked: Sequence[Booked] = ()
-    wall: float = 0.0  # seconds from the first process's start to the last word of the last
+    ``wall`` counts seconds from the start of the first process to the last line of the last one.
+    """
+
+    phases: Sequence[PhaseTime] = ()
+    wall: float = 0.0
     events: Sequence[Event] = ()
     counts: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def goodput(self) -> float:
-        """Percent of the time that went into steps which were not done again."""
-        return next((booked.share for booked in self.booked if booked.cause == "step"), 0.0)
+        """Return the percentage of the time that went into steps that were not repeated."""
+        return next((time.share for time in self.phases if time.phase == "step"), 0.0)
 
     @property
     def time(self) -> str:
-        """The wall clock in hours, minutes and seconds."""
-        return str(datetime.timedelta(seconds=round(self.wall)))
+        """Return the wall-clock time in hours, minutes and seconds."""
+        return format_duration(self.wall)
 
 
-def read_story(workdir: Path) -> Story:
-    """Reads both files as streams; lines that are damaged are left out."""
+def read_run_history(workdir: Path) -> RunHistory:
+    """Return the history of a run; damaged lines of its files are skipped."""
     seconds: dict[str, float] = collections.defaultdict(float)
-    first, last = math.inf, -math.inf
-    for line in _lines(workdir / "ledger.jsonl"):
-        try:
-            booked = {str(cause): float(value) for cause, value in line["seconds"].items()}
-            first, last = min(first, float(line["from"])), max(last, float(line["to"]))
-        except (KeyError, TypeError, ValueError, AttributeError):
-            continue
-        for cause, value in booked.items():
-            seconds[cause] += value
-    wall = max(last - first, 0.0) if math.isfinite(last - first) else 0.0
-    causes = sorted(seconds, key=lambda cause: _ORDER.index(cause) if cause in _ORDER else len(_ORDER))
-    shares = [Booked(cause, seconds[cause], round(100 * seconds[cause] / wall, 2) if wall else 0.0) for cause in causes]
+    spans = read_goodput(workdir / "goodput.jsonl")
+    for span in spans:
+        for phase, value in span["seconds"].items():
+            seconds[phase] += value
+    end = max((span["end_time"] for span in spans), default=0.0)
+    wall = max(end - min((span["start_time"] for span in spans), default=0.0), 0.0)
+    order = {phase: i for i, phase in enumerate(_ORDER)}
+    phases = sorted(seconds, key=lambda phase: order.get(phase, len(order)))
+    times = [PhaseTime(name, seconds[name], round(100 * seconds[name] / wall, 2) if wall else 0.0) for name in phases]
     counts: collections.Counter[str] = collections.Counter()
     events: collections.deque[Event] = collections.deque(maxlen=MAX_EVENTS)
-    for line in _lines(workdir / "events.jsonl"):
-        kind = str(line.get("event"))
-        counts[kind] += 1
-        if kind not in _QUIET:
-            events.append(Event(_moment(line.get("time")), _whole(line.get("step")), _told(kind, line)))
-    return Story(shares, wall, list(events), dict(counts))
+    for line in read_events(workdir / "events.jsonl"):
+        name = line["event"]
+        counts[name] += 1
+        if name not in _COUNTED_ONLY:
+            events.append(Event(_format_time(line.get("time")), _as_int(line.get("step")), _describe_event(name, line)))
+    return RunHistory(times, wall, list(events), dict(counts))
 
 
-def _told(kind: str, line: Mapping[str, Any]) -> str:
-    """An event in words."""
-    if kind == "rolled back":
-        return f"rolled back to step {line.get('to')}; the data are {line.get('offset')} batches further on since"
-    if kind == "skipped":
-        return f"update skipped: {', '.join(map(str, line.get('metrics') or ['it']))} not finite"
-    return f"{kind}: {line['reason']}" if "reason" in line else kind
+def _describe_event(name: str, line: Mapping[str, Any]) -> str:
+    if name == "rolled_back":
+        return f"rolled back to step {line.get('to_step')}; {line.get('data_offset')} batches of data were skipped"
+    if name == "update_skipped":
+        return f"update skipped: non-finite {', '.join(map(str, line.get('metrics') or ['loss']))}"
+    name = name.replace("_", " ")
+    return f"{name}: {line['reason']}" if "reason" in line else name
 
 
-def _moment(seconds: Any) -> str:
+def _format_time(seconds: Any) -> str:
     try:
         return datetime.datetime.fromtimestamp(seconds, datetime.UTC).strftime("%Y-%m-%d %H:%M:%S")
     except (TypeError, ValueError, OverflowError, OSError):
         return "?"
 
 
-def _whole(value: Any) -> int:
+def _as_int(value: Any) -> int:
     return value if isinstance(value, int) else 0
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    if not path.is_file():
-        return
-    with path.open("rb") as file:
-        for text in file:
-            try:
-                line = json.loads(text)
-            except (ValueError, RecursionError):
-                continue
-            if isinstance(line, dict):
-                yield line

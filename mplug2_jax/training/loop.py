@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from absl import logging
 from jax.sharding import Mesh
 
 from data_pipelines.errors import DataError
@@ -29,18 +30,18 @@ from mplug2_jax.training.config import RunConfig
 from mplug2_jax.training.initialization import init_or_load_state
 from mplug2_jax.training.optim.partition import partition
 from mplug2_jax.training.prefetch import Prefetcher
-from mplug2_jax.training.reliability.faults import with_later_rollbacks
-from mplug2_jax.training.reliability.lock import Lock, held
+from mplug2_jax.training.reliability.faults import apply_later_rollbacks
+from mplug2_jax.training.reliability.lock import WorkDirLock, lock_workdir
 from mplug2_jax.training.reliability.preemption import PreemptionNotice
-from mplug2_jax.training.reliability.sdc_check import Recheck
+from mplug2_jax.training.reliability.sdc_check import SdcCheck
 from mplug2_jax.training.reliability.watchdog import Watchdog
 from mplug2_jax.training.state import RunSpec, eval_params, make_run_spec
 from mplug2_jax.training.step import StreamBatches, make_step
-from mplug2_jax.training.telemetry.events import Events
-from mplug2_jax.training.telemetry.example_log import ExampleLog
-from mplug2_jax.training.telemetry.goodput import Ledger
-from mplug2_jax.training.telemetry.metric_log import MetricsFile, Progress
-from mplug2_jax.training.telemetry.monitor import Instruments
+from mplug2_jax.training.telemetry.events import EventLog
+from mplug2_jax.training.telemetry.example_log import ExampleIdLog
+from mplug2_jax.training.telemetry.goodput import GoodputTracker
+from mplug2_jax.training.telemetry.metric_log import MetricLog
+from mplug2_jax.training.telemetry.monitor import TrainMonitor
 from mplug2_jax.training.workdir import WorkDir, flatten_dict, special_tokens
 
 
@@ -57,15 +58,15 @@ def train(config: RunConfig, path: Path) -> list[EvaluationResult]:
     """
     workdir = WorkDir(path)
     with PreemptionNotice(interrupts=True) as notice:
-        notice.may_leave("told to end before the first step; the same command starts again")
+        notice.allow_exit(preemption_message(0, config))
         workdir.check_config(config)
-        with held(workdir.lock) as lock:
-            notice.release = lock.release
+        with lock_workdir(workdir.lock) as lock:
+            notice.on_exit = lock.release
             return _train(config, workdir, notice, lock)
 
 
-def _train(config: RunConfig, workdir: WorkDir, notice: PreemptionNotice, lock: Lock) -> list[EvaluationResult]:
-    ledger, progress = Ledger(), Progress(config.steps, quiet=not is_primary_process())
+def _train(config: RunConfig, workdir: WorkDir, notice: PreemptionNotice, lock: WorkDirLock) -> list[EvaluationResult]:
+    goodput = GoodputTracker()
     enable_compilation_cache(config.compilation_cache)
 
     # Mesh and model, described before anything is made.
@@ -79,7 +80,8 @@ def _train(config: RunConfig, workdir: WorkDir, notice: PreemptionNotice, lock: 
     tokenizer = workdir.load_tokenizer(config)
     check_same_in_all_processes(config, tokenizer, resumes=resumes)
     spec = make_run_spec(config, special_tokens(tokenizer), mesh)
-    progress.say(describe(spec))
+    for line in describe(spec):
+        logging.info("%s", line)
 
     # Evaluations are set up first, so that a mistake in one shows now and not after the last step.
     evaluations = [
@@ -97,35 +99,36 @@ def _train(config: RunConfig, workdir: WorkDir, notice: PreemptionNotice, lock: 
         workdir.initialize(config, tokenizer)
 
     # State: fresh, or the last good checkpoint's.
-    events = Events(workdir.events if is_primary_process() else None, progress.say)
+    events = EventLog(workdir.events if is_primary_process() else None)
     identity = ModelMetadata(config.model, spec.definition.parts, lora_scale=config.lora.scale)
     checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint, model=identity, events=events)
     if resumes and checkpoints.steps():
         state, position = checkpoints.restore_last_good(spec.shapes)
         check_data_unchanged(position, streams)
-        position = with_later_rollbacks(position, workdir.events)
-        events.note("resumed", position.step, said=f"resuming from step {position.step}")
+        position = apply_later_rollbacks(position, workdir.events)
+        logging.info("resuming from step %d", position.step)
+        events.log_event("resumed", position.step)
     else:
         (state, said), position = begun or init_or_load_state(spec, streams), data_position(0, streams)
         for line in said:
-            progress.say(line)
+            logging.info("%s", line)
     number = position.step
     if begun_with.steps < config.steps:
-        events.note(
-            "lengthened", number, before=begun_with.steps,
-            said=f"config.steps was {begun_with.steps} and is {config.steps}: learning rates follow the longer "
-            f"schedule from step {number + 1} on",
+        logging.info(
+            "config.steps was %d and is %d: the learning rate follows the longer schedule from step %d on",
+            begun_with.steps, config.steps, number + 1,
         )  # fmt: skip
-    notice.may_leave(preemption_message(number, config))
+        events.log_event("steps_extended", number, old_steps=begun_with.steps)
+    notice.allow_exit(preemption_message(number, config))
 
     # Data: a step's batch is a function of (seed, position), so resuming is starting there. While a step runs, the
     # batches of the next are made and put on the devices.
     batches = Prefetcher(device_batches(streams, mesh, position.batch_index(number + 1)))
     records = FaultLog(workdir.data_errors_path(jax.process_index()))
-    consumed = ExampleLog(workdir.examples, number, mesh, wanted=config.log_example_ids)
+    example_ids = ExampleIdLog(workdir.examples, number, mesh, enabled=config.log_example_ids)
     step = make_step(spec)
-    checked_step = Recheck(spec, step, config.faults.sdc_check_every)
-    instruments = Instruments(spec, workdir, position, progress, events, ledger)
+    checked_step = SdcCheck(spec, step, config.faults.sdc_check_every)
+    monitor = TrainMonitor(spec, workdir, position, events, goodput)
     watchdog = Watchdog(config.watchdog_timeout)
 
     def begin_next(phase: str) -> None:
@@ -134,18 +137,18 @@ def _train(config: RunConfig, workdir: WorkDir, notice: PreemptionNotice, lock: 
         notice.check()
 
     def evaluate() -> list[EvaluationResult]:
-        notice.may_leave(preemption_message(number, config) if checkpoints.is_saved(number) else None)
-        with ledger.during("evaluation"):
+        notice.allow_exit(preemption_message(number, config) if checkpoints.is_saved(number) else None)
+        with goodput.track("evaluation"):
             params, folder = eval_params(spec, state), workdir.evaluation_folder(number)
-            return run_evaluations(evaluations, params, number, folder, instruments.metrics, progress, begin_next)
+            return run_evaluations(evaluations, params, number, folder, monitor.metrics, begin_next)
 
     def save() -> None:
         watchdog.enter(f"saving step {number}")
-        now = dataclasses.replace(position, step=number, recent=instruments.watch.recent)
-        with ledger.during("checkpoint"):
-            instruments.saved(number, checkpoints.save(state, now, instruments.metrics.scores))
+        now = dataclasses.replace(position, step=number, recent=monitor.faults.recent)
+        with goodput.track("checkpoint"):
+            monitor.on_save(number, checkpoints.save(state, now, monitor.metrics.scores))
             if number == config.steps:
-                checkpoints.save_last(state, now, instruments.metrics.scores)
+                checkpoints.save_last(state, now, monitor.metrics.scores)
 
     # The loop. A step's metrics are read while the next one runs; before a save or an evaluation they are read at once,
     # so that neither is of a step that went wrong.
@@ -153,38 +156,38 @@ def _train(config: RunConfig, workdir: WorkDir, notice: PreemptionNotice, lock: 
     try:
         watchdog.start()
         if number >= config.steps:
-            progress.say(f"all {config.steps} steps were done before")
+            logging.info("all %d steps are already done", config.steps)
             results = evaluate()
         while number < config.steps:
             begin_next(f"waiting for the batches of step {number + 1}")
-            with ledger.during("data wait"):
+            with goodput.track("data_wait"):
                 batch, rows = next(batches)
             number += 1
             watchdog.enter(f"step {number}")
             for name, row in rows:
                 records.take(row.pick.source, row.faults, config.streams[name].data.max_bad_fraction)
-            consumed.take(number, batch)
-            instruments.compile(step, number, state, batch)
-            ledger.step(number)
-            instruments.profiler.before(number)
+            example_ids.write(number, batch)
+            monitor.compile(step, number, state, batch)
+            goodput.start_step(number)
+            monitor.profiler.before_step(number)
             state, metrics = checked_step(number, state, batch)
-            instruments.profiler.after(number, metrics)
-            instruments.begun(number, metrics, rows, records.skipped())
+            monitor.profiler.after_step(number, metrics)
+            monitor.on_step_dispatched(number, metrics, rows, records.skipped())
             if number == position.step + 1:  # once all processes have compiled, there is something to save
                 jax.block_until_ready(metrics)
-            notice.may_leave(None)
+            notice.allow_exit(None)
 
             last = number == config.steps
             saves = last or checkpoints.should_save(number)
             evaluates = evaluations and (last or (config.eval_every and number % config.eval_every == 0))
-            spike = instruments.read(behind=0 if saves or evaluates else 1)
+            spike = monitor.drain(max_pending=0 if saves or evaluates else 1)
             if spike is not None and checkpoints.steps():
-                with ledger.during("restart"):
+                with goodput.track("restart"):
                     state, there = checkpoints.restore_last_good(spec.shapes)
-                    position = instruments.watch.roll_back(spike, there, position)
+                    position = monitor.faults.roll_back(spike, there, position)
                     number = position.step
-                    instruments.rewind(number)
-                    consumed.rewind(number)
+                    monitor.rewind(number)
+                    example_ids.rewind(number)
                     batches.close()
                     batches = Prefetcher(device_batches(streams, mesh, position.batch_index(number + 1)))
                 continue
@@ -193,26 +196,26 @@ def _train(config: RunConfig, workdir: WorkDir, notice: PreemptionNotice, lock: 
             if evaluates:
                 results = evaluate()
     except Preempted as preempted:
-        if number > position.step and instruments.read(behind=0) is None:
+        if number > position.step and monitor.drain(max_pending=0) is None:
             save()
         kept = max(checkpoints.steps(), default=0)
-        raise Preempted(preemption_message(kept, config)) from preempted
+        raise Preempted(f"{notice.signal_name}: {preemption_message(kept, config)}") from preempted
     finally:
         watchdog.enter("ending the run")
         batches.close()
-        with ledger.during("checkpoint"):
+        with goodput.track("checkpoint"):
             checkpoints.close()
-        consumed.close()
-        instruments.close()
+        example_ids.close()
+        monitor.close()
         watchdog.close()
     return results
 
 
 def preemption_message(saved: int, config: RunConfig) -> str:
-    """Return the sentence with which a run ends that was told to; ``saved`` is the last saved step, or 0."""
+    """Return what is logged when a run is preempted; ``saved`` is the last saved step, or 0."""
     if not saved:
-        return "told to end before step 1; the same command starts again"
-    return f"told to end, with step {saved} of {config.steps} saved; the same command goes on from there"
+        return "exiting before the first save; run the same command again to start over"
+    return f"saved step {saved} of {config.steps}, exiting; run the same command again to resume"
 
 
 def check_same_in_all_processes(config: RunConfig, tokenizer: Tokenizer, *, resumes: bool) -> None:
@@ -225,7 +228,7 @@ def check_same_in_all_processes(config: RunConfig, tokenizer: Tokenizer, *, resu
     check_same_across_processes({**fields, "the tokeniser": fingerprint(tokenizer), "a run in --workdir": resumes})
 
 
-def describe(spec: RunSpec) -> str:
+def describe(spec: RunSpec) -> list[str]:
     """What is about to run, in a few lines: model, mesh, and why some parameters are not split."""
     config = spec.config
     frozen = _count(partition(spec.shapes["params"], config.frozen)[1])
@@ -236,8 +239,7 @@ def describe(spec: RunSpec) -> str:
         + (f"; LoRA trains {pairs:,} more for {', '.join(config.lora.parts)}" if pairs else ""),
         f"mesh {describe_mesh(spec.mesh)} on {spec.mesh.devices.flat[0].device_kind}",
     ]
-    lines += [f"  {name}: {why}" for name, why in spec.placement.skipped_rules.items()]
-    return "\n".join(lines)
+    return lines + [f"  {name}: {why}" for name, why in spec.placement.skipped_rules.items()]
 
 
 def _count(tree: Params) -> int:
@@ -322,8 +324,7 @@ def run_evaluations(
     params: Params,
     step: int,
     folder: Path,
-    metrics_file: MetricsFile,
-    progress: Progress,
+    metric_log: MetricLog,
     on_batch: Callable[[str], None],
 ) -> list[EvaluationResult]:
     """Runs every evaluation of the run; the first process keeps what came of it."""
@@ -332,7 +333,8 @@ def run_evaluations(
         result = evaluation.run(params, step, on_batch)
         if is_primary_process():
             save_result(result, folder)
-        metrics_file.write(step, result.tagged_metrics())
-        progress.say(result.summary())
+        metric_log.write(step, result.tagged_metrics())
+        for line in result.summary().splitlines():
+            logging.info("%s", line)
         results.append(result)
     return results

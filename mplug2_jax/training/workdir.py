@@ -30,7 +30,7 @@ class WorkDir:
         self.evaluation_metrics = path / "metrics-eval.jsonl"  # of who follows the run: each file has one writer
         self.examples = path / "examples.jsonl"
         self.events = path / "events.jsonl"
-        self.ledger = path / "ledger.jsonl"
+        self.goodput = path / "goodput.jsonl"
         self.lock = path / "lock.json"  # of the run that lives here now
         self._config = path / "config.json"
         self.tokenizer_folder = path / "tokenizer"

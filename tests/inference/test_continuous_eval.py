@@ -13,7 +13,7 @@ from mplug2_jax.inference import continuous_eval
 from mplug2_jax.inference.checkpoint_eval import Evaluator
 from mplug2_jax.inference.continuous_eval import ContinuousEvaluator, resolve_until_step, wait_for_run
 from mplug2_jax.training.reliability.preemption import PreemptionNotice
-from mplug2_jax.training.telemetry.metric_log import read_metrics
+from mplug2_jax.training.telemetry.metric_log import read_step_lines
 from mplug2_jax.training.workdir import WorkDir
 
 Meanwhile = Callable[[int], None]
@@ -83,7 +83,7 @@ class Run:
     @property
     def evaluated(self) -> list[tuple[int, str]]:
         """Step and name in the order in which they were written down."""
-        lines = read_metrics(self.path / "metrics-eval.jsonl")
+        lines = read_step_lines(self.path / "metrics-eval.jsonl")
         assert all(line[name] == line["step"] for line in lines for name in line if name != "step")
         return [(line["step"], name.split("/")[1]) for line in lines for name in line if name != "step"]
 

@@ -16,7 +16,7 @@ from data_pipelines.config import DataConfig, ExampleConfig, InstructionConfig, 
 from data_pipelines.digitworld import VIDEO_LABELS
 from mplug2_jax.evaluation.config import EvaluationConfig
 from mplug2_jax.training.config import CheckpointConfig
-from mplug2_jax.training.telemetry.metric_log import read_metrics
+from mplug2_jax.training.telemetry.metric_log import read_step_lines
 from tests.cli.conftest import untrained
 from tests.runs import QUESTION, SMALL, recipe_file, small_model, small_run, stream
 
@@ -171,11 +171,11 @@ def test_a_run_is_followed_while_it_trains(
     request.addfinalizer(training.kill)  # held, it would outlive a test that fails
     wait_until(lambda: newest() > 0, training)
     training.send_signal(signal.SIGSTOP)
-    wait_until(lambda: lines.exists() and bool(read_metrics(lines)), follower)
+    wait_until(lambda: lines.exists() and bool(read_step_lines(lines)), follower)
     follower.send_signal(signal.SIGTERM)
     assert f"waiting for a run in {run}\n" in finished(follower, status=75)
 
-    before = read_metrics(lines)
+    before = read_step_lines(lines)
     training.send_signal(signal.SIGCONT)
     wait_until(lambda: newest() > before[-1]["step"], training)
     training.send_signal(signal.SIGSTOP)
@@ -188,7 +188,7 @@ def test_a_run_is_followed_while_it_trains(
     said = finished(start(folder, *follow))
     finished(training)
 
-    written = read_metrics(lines)
+    written = read_step_lines(lines)
     steps = [line["step"] for line in written]
     assert steps == sorted(set(steps))
     assert all(step % EVERY == 0 for step in steps)

@@ -13,7 +13,7 @@ import pytest
 from data_pipelines.config import DataConfig, ExampleConfig, SourceConfig
 from mplug2_jax.evaluation.config import EvaluationConfig
 from mplug2_jax.launch.local import find_free_port, process_environment
-from mplug2_jax.training.telemetry.metric_log import read_steps
+from mplug2_jax.training.telemetry.metric_log import read_train_metrics
 from tests.close import assert_close
 from tests.data_pipelines.worlds import write_tar
 from tests.runs import recipe_file, small_run
@@ -80,7 +80,7 @@ def test_several_processes_train_and_evaluate_like_one(folder: Path, alone: Path
     launched = ("launch", "local", "--processes", str(processes), "--devices-per-process", str(8 // processes), "--")
     workdir = train(folder, f"by-{processes}", *launched)
     assert (workdir / "examples.jsonl").read_bytes() == (alone / "examples.jsonl").read_bytes()
-    ours, one = (read_steps(folder / "metrics.jsonl") for folder in (workdir, alone))
+    ours, one = (read_train_metrics(folder / "metrics.jsonl") for folder in (workdir, alone))
     assert [line["step"] for line in ours] == [line["step"] for line in one] == [1, 2, 3, 4]
     assert_close([line["loss"] for line in ours], [line["loss"] for line in one])
     assert evaluation(workdir) == evaluation(alone)

@@ -15,7 +15,7 @@ from mplug2_jax.planning.programs import abstract_batch, blueprint, evaluation_p
 from mplug2_jax.training.config import RunConfig
 from mplug2_jax.training.step import streams_loss
 from mplug2_jax.training.telemetry.flops import count_flops
-from mplug2_jax.training.telemetry.step_flops import gradient_flops
+from mplug2_jax.training.telemetry.step_flops import count_gradient_flops
 from tests.runs import small_model, small_run
 
 TOPOLOGY = parse_topology("cpu:8")
@@ -33,7 +33,7 @@ def planned(config: RunConfig):
 
 def gradient(config: RunConfig, *, remat: bool = False) -> int:
     plan, batches = planned(config)
-    return gradient_flops(plan, config.streams, batches, remat=remat).total()
+    return count_gradient_flops(plan, config.streams, batches, remat=remat).total()
 
 
 @functools.cache

@@ -8,7 +8,7 @@ import pytest
 
 from mplug2_jax.errors import UserError
 from mplug2_jax.report import comparison, write_comparison
-from mplug2_jax.report.comparison import compare, read_said
+from mplug2_jax.report.comparison import compare, read_predictions
 
 from .conftest import Run, results, sample
 from .test_page import HOSTILE, check_self_contained
@@ -104,11 +104,11 @@ def test_damaged_lines_are_counted_and_long_files_cut(tmp_path: Path, monkeypatc
     lines = [json.dumps(row) for row in said(1, 0.5, float("nan"), 0)]
     rows = [*lines, "{", "[1]", '{"said": 1}', '{"key": "x", "goodness": "high"}', "x" * 200_000, "[" * 60_000]
     path.write_text("\n".join(rows))
-    assert sorted(read_said(path, notes)) == [("k0", 0), ("k1", 0), ("k3", 0)]
+    assert sorted(read_predictions(path, notes)) == [("k0", 0), ("k1", 0), ("k3", 0)]
     assert len(notes) == 1
     assert "lines are damaged and left out" in notes[0]
     monkeypatch.setattr(comparison, "_MAX_FILE", len(f"{lines[0]}\n{lines[1]}\n"))
-    assert sorted(read_said(path, notes)) == [("k0", 0), ("k1", 0)]
+    assert sorted(read_predictions(path, notes)) == [("k0", 0), ("k1", 0)]
     assert notes[1].endswith("MiB are read")
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from mplug2_jax.metrics.units import is_fraction
 from mplug2_jax.report import results
-from mplug2_jax.report.names import task_words
+from mplug2_jax.report.names import task_labels
 from mplug2_jax.report.published import published
 from mplug2_jax.report.results import Evaluation, read_evaluations
 from mplug2_jax.tasks.table import TASKS
@@ -301,7 +301,7 @@ def test_every_published_figure_is_one_that_a_recipe_of_this_name_reports(reposi
 def test_every_task_that_is_evaluated_has_its_words() -> None:
     for name, task in TASKS.items():
         if task.score is not None:
-            words = task_words(name)
+            words = task_labels(name)
             assert words.baseline, name
             assert words.measure != "goodness", name
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from mplug2_jax.report import write_report
-from mplug2_jax.report.run_history import MAX_EVENTS, read_story
+from mplug2_jax.report.run_history import MAX_EVENTS, read_run_history
 
 from .conftest import Run
 
@@ -29,7 +29,7 @@ def test_shares_are_of_the_wall_clock_and_the_page_says_them(run: Run) -> None:
         {"time": 120.0, "event": "rolled back", "step": 5, "to": 2, "offset": 3},
         {"time": "?", "event": "<b>bold</b>", "step": None},
     )
-    story = read_story(run.path)
+    story = read_run_history(run.path)
     assert {booked.cause: booked.share for booked in story.booked} == {"step": 75.0, "start": 10.0, "idle": 15.0}
     assert (story.wall, story.goodput, story.time) == (100.0, 75.0, "0:01:40")
     assert story.counts == {"saved": 1, "rolled back": 1, "<b>bold</b>": 1}
@@ -45,7 +45,7 @@ def test_a_run_without_a_ledger_has_no_such_part(run: Run) -> None:
 
 def test_of_very_many_events_the_last_are_listed(run: Run) -> None:
     write(run.path / "events.jsonl", *({"time": 1.0, "event": "skipped", "step": i} for i in range(MAX_EVENTS + 50)))
-    story = read_story(run.path)
+    story = read_run_history(run.path)
     assert [story.events[0].step, story.events[-1].step] == [50, MAX_EVENTS + 49]
     assert story.counts["skipped"] == MAX_EVENTS + 50
     assert story.time == "0:00:00"
@@ -54,4 +54,4 @@ def test_of_very_many_events_the_last_are_listed(run: Run) -> None:
 @pytest.mark.parametrize("line", ['{"seconds": {"step": "x"}}\n', '{"from": null, "to": 1, "seconds": {}}\n', "\xff\n"])
 def test_damaged_lines_are_left_out(run: Run, line: str) -> None:
     write(run.path / "ledger.jsonl", line)
-    assert read_story(run.path).booked == []
+    assert read_run_history(run.path).booked == []

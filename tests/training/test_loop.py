@@ -12,8 +12,8 @@ from mplug2_jax.errors import UserError
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.training.config import StreamConfig
 from mplug2_jax.training.loop import train
-from mplug2_jax.training.reliability.lock import Lock
-from mplug2_jax.training.telemetry.metric_log import read_steps
+from mplug2_jax.training.reliability.lock import WorkDirLock
+from mplug2_jax.training.telemetry.metric_log import read_train_metrics
 from mplug2_jax.training.workdir import WorkDir
 from tests.data_pipelines.worlds import write_tar
 from tests.runs import small_run
@@ -37,7 +37,7 @@ def test_a_run_explains_itself(tmp_path: Path, capsys) -> None:
     printed = capsys.readouterr().out
     assert "parameters in text, universal, mlm" in printed
     assert "mesh fsdp=8 on cpu" in printed
-    lines = read_steps(tmp_path / "run" / "metrics.jsonl")
+    lines = read_train_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert {"loss", "text/mlm/accuracy", "gradient_norm", "learning_rate/rest", "examples_per_second", "data_wait",
             "flops_per_second"} <= set(lines[0])  # fmt: skip
@@ -55,7 +55,7 @@ def test_a_run_explains_itself(tmp_path: Path, capsys) -> None:
 
 
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path: Path) -> None:
-    with Lock(WorkDir(tmp_path / "run").lock), pytest.raises(UserError, match="is in use by process"):
+    with WorkDirLock(WorkDir(tmp_path / "run").lock), pytest.raises(UserError, match="is in use by process"):
         train(small_run(), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

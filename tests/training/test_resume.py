@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mplug2_jax.training.telemetry.metric_log import read_steps
+from mplug2_jax.training.telemetry.metric_log import read_train_metrics
 from tests.runs import recipe_file, small_model, small_run
 
 STEPS = 60  # so many that the kill after the fifth does not come after the last, however busy the machine is
@@ -35,7 +35,7 @@ def losses(workdir: Path) -> list[dict[str, float]]:
     timings = {"data_wait", "seconds_per_step", "flops_per_second", "mfu"}
     return [
         {name: value for name, value in line.items() if name not in timings and "per_second" not in name}
-        for line in read_steps(workdir / "metrics.jsonl")
+        for line in read_train_metrics(workdir / "metrics.jsonl")
     ]
 
 

@@ -28,8 +28,8 @@ from mplug2_jax.training.loop import device_batches, open_streams, train
 from mplug2_jax.training.state import make_run_spec
 from mplug2_jax.training.step import make_step
 from mplug2_jax.training.telemetry.flops import count_flops
-from mplug2_jax.training.telemetry.metric_log import read_steps
-from mplug2_jax.training.telemetry.step_flops import gradient_flops
+from mplug2_jax.training.telemetry.metric_log import read_train_metrics
+from mplug2_jax.training.telemetry.step_flops import count_gradient_flops
 from mplug2_jax.training.workdir import special_tokens
 from tests.close import CHAIN, assert_close
 from tests.runs import small_model, small_run, stream
@@ -97,7 +97,9 @@ def test_a_run_that_goes_on_is_as_if_never_interrupted(tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "through", tmp_path / "interrupted")
     shutil.rmtree(tmp_path / "interrupted" / "checkpoints" / "4")
     train(config, tmp_path / "interrupted")
-    through, interrupted = (read_steps(tmp_path / name / "metrics.jsonl") for name in ("through", "interrupted"))
+    through, interrupted = (
+        read_train_metrics(tmp_path / name / "metrics.jsonl") for name in ("through", "interrupted")
+    )
     again = interrupted[-2:]
     assert [line["step"] for line in again] == [3, 4]
     kept = [name for name in through[0] if name.startswith(("loss", "pictures/", "gradient", "parameter"))]
@@ -142,6 +144,6 @@ def test_drawing_captions_counts_as_so_many_turns_as_they_may_be_long() -> None:
     found = jax.eval_shape(drawn, shapes, *memory, batch["example_id"])
     drawing = count_flops(drawn, shapes, *memory, batch["example_id"], turns=LENGTH - 1)
     learning = count_flops(jax.value_and_grad(learned), shapes, batch, found.ids, found.lengths)
-    counted = gradient_flops(spec, config.streams, {"pictures": batch}, remat=False)
+    counted = count_gradient_flops(spec, config.streams, {"pictures": batch}, remat=False)
     assert counted.total() == drawing.total() + learning.total()
     assert drawing.total() > (LENGTH - 1) * 2 * 16 * config.model.width * config.model.vocab_size

@@ -11,17 +11,17 @@ import pytest
 
 from mplug2_jax.errors import UserError
 from mplug2_jax.training.config import ProfileConfig
-from mplug2_jax.training.telemetry.events import Events, read_lines
-from mplug2_jax.training.telemetry.metric_log import MetricsFile, read_metrics
+from mplug2_jax.training.telemetry.events import EventLog, read_jsonl
+from mplug2_jax.training.telemetry.metric_log import MetricLog, read_step_lines
 from mplug2_jax.training.telemetry.profiling import Profiler
 from mplug2_jax.training.telemetry.throughput import positions
-from mplug2_jax.training.telemetry.writers import WeightsAndBiases
+from mplug2_jax.training.telemetry.writers import WandbWriter
 
 
 def test_weights_and_biases_that_is_not_installed_is_a_sentence(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match=r"config.wandb_project='mine' needs the package wandb, which is not installed"):
-        WeightsAndBiases(tmp_path, "mine", {})
+        WandbWriter(tmp_path, "mine", {})
 
 
 def test_weights_and_biases_sees_what_is_written_and_a_resumed_run_goes_on(tmp_path: Path, monkeypatch) -> None:
@@ -43,7 +43,7 @@ def test_weights_and_biases_sees_what_is_written_and_a_resumed_run_goes_on(tmp_p
     fake = types.ModuleType("wandb")
     fake.init = init  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    file = MetricsFile(tmp_path, 0, boards=[WeightsAndBiases(tmp_path, "mine", {"seed": 1})])
+    file = MetricLog(tmp_path, 0, boards=[WandbWriter(tmp_path, "mine", {"seed": 1})])
     file.write(1, {"loss": 2.0})
     file.close()
     assert (begun[0]["project"], begun[0]["resume"], begun[0]["config"]) == ("mine", "allow", {"seed": 1})
@@ -51,7 +51,7 @@ def test_weights_and_biases_sees_what_is_written_and_a_resumed_run_goes_on(tmp_p
 
 
 def test_a_file_named_profile_asks_for_a_trace_and_so_does_the_config(tmp_path: Path) -> None:
-    events = Events(tmp_path / "events.jsonl", lambda text: None)
+    events = EventLog(tmp_path / "events.jsonl", lambda text: None)
     profiler = Profiler(tmp_path, ProfileConfig(start_steps=(2,), num_steps=2), events)
     add = jax.jit(lambda x: x + 1)
     for step in range(1, 7):
@@ -63,11 +63,11 @@ def test_a_file_named_profile_asks_for_a_trace_and_so_does_the_config(tmp_path: 
     assert not (tmp_path / "profile").exists()
     assert sorted(folder.name for folder in (tmp_path / "profiles").iterdir()) == ["step-2", "step-5"]
     assert len(list((tmp_path / "profiles").rglob("*.xplane.pb"))) == 2
-    assert [line["step"] for line in read_lines(tmp_path / "events.jsonl")] == [3, 6]
+    assert [line["step"] for line in read_jsonl(tmp_path / "events.jsonl")] == [3, 6]
 
 
 def test_scores_follow_the_watched_metric_and_a_rewind_forgets(tmp_path: Path) -> None:
-    file = MetricsFile(tmp_path, 0, watched="eval/words/accuracy")
+    file = MetricLog(tmp_path, 0, watched="eval/words/accuracy")
     for step in (1, 2, 3):
         file.write(step, {"loss": 1.0})
         file.write(step, {"eval/words/accuracy": step / 4})
@@ -77,7 +77,7 @@ def test_scores_follow_the_watched_metric_and_a_rewind_forgets(tmp_path: Path) -
     assert file.reached == 3
     file.write(3, {"loss": 2.0})
     file.close()
-    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 1, 2, 2, 3]
+    assert [line["step"] for line in read_step_lines(tmp_path / "metrics.jsonl")] == [1, 1, 2, 2, 3]
 
 
 def test_positions_count_patches_and_words() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from numpy.typing import NDArray
@@ -25,7 +26,7 @@ from mplug2_jax.training.config import CheckpointConfig
 from mplug2_jax.training.optim.lora import merge_adapter_on_devices, merge_adapters, stored_adapter
 from mplug2_jax.training.optim.partition import combine
 from mplug2_jax.training.state import TrainState
-from mplug2_jax.training.telemetry.events import Events
+from mplug2_jax.training.telemetry.events import EventLog
 
 RETRY_SECONDS = 60.0
 """A failed save is retried after this time, sooner than the next regular one."""
@@ -53,11 +54,11 @@ class Checkpoints:
 
     def __init__(
         self, folder: Path, config: CheckpointConfig, *, model: ModelMetadata | None = None, read_only: bool = False,
-        lazy: bool = False, events: Events | None = None,
+        lazy: bool = False, events: EventLog | None = None,
     ) -> None:  # fmt: skip
         """With ``lazy`` the leaves of saved trees are ``LazyArray``, which have no checksums."""
         self.folder, self._config, self._model = folder, config, model
-        self._lazy, self._events = lazy, events or Events()
+        self._lazy, self._events = lazy, events or EventLog()
         self._best = BestByScore(config)
         self._pending_step: int | None = None  # whose arrays are being written
         self._last_save = time.monotonic()  # when it began
@@ -168,7 +169,7 @@ class Checkpoints:
         except Exception as error:
             self._handle_failed_save(error)
             return
-        self._events.note("saved", self._pending_step, seconds=time.monotonic() - self._last_save)
+        self._events.log_event("saved", self._pending_step, seconds=time.monotonic() - self._last_save)
         self._pending_step = None
 
     def _handle_failed_save(self, error: Exception) -> None:
@@ -176,11 +177,11 @@ class Checkpoints:
         assert step is not None
         if self._lazy:  # nobody retries an import
             raise error
-        self._events.note(
-            "not saved", step, reason=_first_line(error),
-            said=f"saving the checkpoint of step {step} failed ({_first_line(error)}); earlier checkpoints are intact, "
-            "and the save will be retried: free disk space",
+        logging.warning(
+            "saving the checkpoint of step %d failed (%s); earlier checkpoints are intact, and the save will be "
+            "retried: free disk space", step, _first_line(error),
         )  # fmt: skip
+        self._events.log_event("save_failed", step, reason=_first_line(error))
         unfinished = self.folder.glob(f"{step}.orbax-checkpoint-tmp*") if is_primary_process() else ()
         for folder in unfinished:  # it takes the space that is lacking
             shutil.rmtree(folder, ignore_errors=True)
@@ -229,10 +230,10 @@ class Checkpoints:
             folder = next(p for i in range(10**6) if not (p := self.folder / f"damaged-{step}-{i}").exists())
             if is_primary_process():
                 (self.folder / str(step)).rename(folder)
-            self._events.note(
-                "damaged", step, reason=str(error),
-                said=f"{str(error).partition(';')[0]}; renamed it to {folder.name} and using the one before it",
-            )  # fmt: skip
+            logging.warning(
+                "%s; renamed it to %s and using the one before it", str(error).partition(";")[0], folder.name
+            )
+            self._events.log_event("checkpoint_damaged", step, reason=str(error))
         if damaged:
             multihost_utils.sync_global_devices("damaged checkpoints are quarantined")
             self.refresh()

@@ -1,4 +1,4 @@
-"""Steps that go wrong: updates that were skipped, losses that jump, and who was in the batch."""
+"""Steps that go wrong: updates that were skipped, losses that spike, and the examples of their batches."""
 
 import collections
 from collections.abc import Mapping, Sequence
@@ -7,131 +7,128 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 
 from data_pipelines.loader import Made
 from mplug2_jax.errors import UserError
 from mplug2_jax.training.checkpoint.metadata import DataPosition
 from mplug2_jax.training.config import FaultConfig
-from mplug2_jax.training.telemetry.events import Events, JsonLines, read_lines
+from mplug2_jax.training.telemetry.events import EventLog, read_events
+from mplug2_jax.training.telemetry.jsonl import JsonlWriter
 
-Rows = Sequence[tuple[str, Made]]
-"""The rows that this process made of a step's batches, each with its stream."""
+LocalRows = Sequence[tuple[str, Made]]
+"""The rows of a step's batches that this process loaded, each with its stream."""
 
 
-class Watch:
-    """Judges every step of a run, in order.
+class FaultDetector:
+    """Looks at every finished step of a run, in order.
 
-    What it says goes to ``faults.jsonl``: a line for each step that went wrong, with the examples of its batches.
+    ``faults.jsonl`` has a line for each step that went wrong, with the examples of its batches.
 
     Args:
-        config: what is wrong, and how much of it is too much.
+        config: what counts as a fault, and how many faults stop the run.
         path: of ``faults.jsonl``.
-        events: takes what happened.
-        recent: the last losses of the run that is continued.
+        events: receives what happens.
+        recent: the last losses of the run that is resumed.
     """
 
-    def __init__(self, config: FaultConfig, path: Path, events: Events, recent: Sequence[float] = ()) -> None:
+    def __init__(self, config: FaultConfig, path: Path, events: EventLog, recent: Sequence[float] = ()) -> None:
         self._config, self._events = config, events
-        self._lines = JsonLines(path)
+        self._writer = JsonlWriter(path)
         self._recent = collections.deque(recent, maxlen=config.spike_window)
-        self._skipped: list[tuple[int, list[dict[str, Any]]]] = []  # in a row
-        self._rollbacks: collections.Counter[int] = collections.Counter()
+        self._skips: list[tuple[int, list[dict[str, Any]]]] = []  # the current sequence of skipped steps
+        self._num_rollbacks: collections.Counter[int] = collections.Counter()
 
     @property
     def recent(self) -> tuple[float, ...]:
-        """The last losses, for a checkpoint. Without spikes to look for there is nothing to keep."""
+        """Return the last losses, for a checkpoint; none if spikes are not detected."""
         return tuple(self._recent)
 
-    def spiked(self, step: int, metrics: Mapping[str, jax.Array], rows: Rows) -> bool:
-        """Takes a finished step; whether its loss is so far above the last ones that the run should go back.
+    def observe(self, step: int, metrics: Mapping[str, jax.Array], rows: LocalRows) -> bool:
+        """Take a finished step; return whether its loss is so far above the last ones that the run should roll back.
 
         Raises:
-            UserError: too many updates in a row were skipped, with the examples of the last.
+            UserError: too many updates in a row were skipped; names the examples of the last.
         """
         loss = float(np.asarray(metrics["loss"]))
         if int(np.asarray(metrics["skipped"])):
-            wrong = [name for name, value in jax.device_get(dict(metrics)).items() if not np.isfinite(value).all()]
-            self._skip(step, wrong, listed(rows))
+            non_finite = [name for name, value in jax.device_get(dict(metrics)).items() if not np.isfinite(value).all()]
+            self._record_skip(step, non_finite, describe_rows(rows))
             return False
-        self._skipped.clear()
+        self._skips.clear()
         if self._config.spike_zscore and len(self._recent) == self._config.spike_window:
             mean, deviation = float(np.mean(self._recent)), float(np.std(self._recent))
-            limit = mean + self._config.spike_zscore * max(
-                deviation, 0.01 * abs(mean)
-            )  # losses that stand still may tremble
+            # Losses that are constant may vary by a percent.
+            limit = mean + self._config.spike_zscore * max(deviation, 0.01 * abs(mean))
             if loss > limit:
-                self._lines.write({"step": step, "fault": "spike", "loss": loss, "limit": limit, "rows": listed(rows)})
+                spike = {"step": step, "fault": "spike", "loss": loss, "limit": limit, "examples": describe_rows(rows)}
+                self._writer.write(spike)
                 return True
         if self._config.spike_zscore:
             self._recent.append(loss)
         return False
 
-    def _skip(self, step: int, wrong: Sequence[str], rows: list[dict[str, Any]]) -> None:
-        self._lines.write({"step": step, "fault": "not finite", "metrics": list(wrong), "rows": rows})
-        self._skipped.append((step, rows))
-        self._events.note(
-            "skipped", step, metrics=list(wrong),
-            said=f"step {step} is skipped: {', '.join(wrong[:3])} {'is' if len(wrong) == 1 else 'are'} not finite",
-        )  # fmt: skip
-        if len(self._skipped) >= self._config.max_consecutive_skips:
-            steps = f"{self._skipped[0][0]} to {step}"
-            named = "; ".join(
-                f"step {number}: {', '.join(row['key'] for row in found[:4])}{', ...' if len(found) > 4 else ''}"
-                for number, found in self._skipped[-3:]
+    def _record_skip(self, step: int, non_finite: Sequence[str], examples: list[dict[str, Any]]) -> None:
+        fault = {"step": step, "fault": "non_finite", "metrics": list(non_finite), "examples": examples}
+        self._writer.write(fault)
+        self._skips.append((step, examples))
+        logging.warning("step %d: update skipped, non-finite %s", step, ", ".join(non_finite[:3]))
+        self._events.log_event("update_skipped", step, metrics=list(non_finite))
+        if len(self._skips) >= self._config.max_consecutive_skips:
+            keys = "; ".join(
+                f"step {number}: {', '.join(example['key'] for example in found[:4])}{', ...' if found[4:] else ''}"
+                for number, found in self._skips[-3:]
             )
             raise UserError(
-                f"loss or gradient were not finite in {len(self._skipped)} steps in a row, {steps} (examples of "
-                f"{named}; all in faults.jsonl): lower the learning rate, look at the examples with mplug2 replay, or "
-                "raise config.faults.max_consecutive_skips"
+                f"{len(self._skips)} updates in a row, steps {self._skips[0][0]} to {step}, were skipped because loss "
+                f"or gradient was not finite (examples of {keys}; all are in faults.jsonl): lower the learning rate, "
+                "inspect the examples with mplug2 replay, or raise config.faults.max_consecutive_skips"
             )
 
     def roll_back(self, step: int, to: DataPosition, now: DataPosition) -> DataPosition:
-        """Where to go on after a spike: at a checkpoint, with the data behind the step that spiked.
+        """Return where the run continues after a spike: at a checkpoint, with the data after the step that spiked.
 
         Args:
             step: that spiked.
-            to: the checkpoint's own position.
-            now: the run's, which knows of rollbacks since the checkpoint was saved.
+            to: the position of the checkpoint.
+            now: the position of the run, which knows of rollbacks since the checkpoint was saved.
 
         Raises:
-            UserError: the run went back to this checkpoint too often.
+            UserError: the run rolled back to this checkpoint too often.
         """
-        self._rollbacks[to.step] += 1
-        if self._rollbacks[to.step] > self._config.max_rollbacks:
+        self._num_rollbacks[to.step] += 1
+        if self._num_rollbacks[to.step] > self._config.max_rollbacks:
             raise UserError(
-                f"the loss of step {step} jumped, and the run has gone back to step {to.step} for that "
+                f"the loss of step {step} spiked, and the run has already rolled back to step {to.step} "
                 f"{self._config.max_rollbacks} times: lower the learning rate, or raise config.faults.spike_zscore"
             )
-        moved = DataPosition(to.step, to.streams, now.offsets, to.recent).after_rollback(step)
+        position = DataPosition(to.step, to.streams, now.offsets, to.recent).after_rollback(step)
         self._recent = collections.deque(to.recent, maxlen=self._config.spike_window)
-        offset = moved.offsets[-1][1]
-        self._events.note(
-            "rolled back", step, to=to.step, offset=offset,
-            said=f"the loss of step {step} jumped: back to step {to.step}, leaving out the data up to there",
-        )  # fmt: skip
-        return moved
+        logging.warning("step %d: loss spike, rolling back to step %d and skipping the data in between", step, to.step)
+        self._events.log_event("rolled_back", step, to_step=to.step, data_offset=position.offsets[-1][1])
+        return position
 
     def close(self) -> None:
-        """Closes the file."""
-        self._lines.close()
+        """Close the file."""
+        self._writer.close()
 
 
-def with_later_rollbacks(position: DataPosition, events: Path) -> DataPosition:
-    """A checkpoint's position, with the rollback to it that came after it was saved, if there was one."""
-    later = [line for line in read_lines(events) if line.get("event") == "rolled back" and line["to"] == position.step]
-    if not later:
+def apply_later_rollbacks(position: DataPosition, events: Path) -> DataPosition:
+    """Return the position of a checkpoint after the last rollback to it, which came after it was saved, if any."""
+    rollbacks = [line for line in read_events(events) if line["event"] == "rolled_back"]
+    rollbacks = [line for line in rollbacks if line["to_step"] == position.step]
+    if not rollbacks:
         return position
-    kept = tuple(pair for pair in position.offsets if pair[0] < position.step)
-    return DataPosition(
-        position.step, position.streams, (*kept, (position.step, int(later[-1]["offset"]))), position.recent
-    )
+    earlier = tuple(pair for pair in position.offsets if pair[0] < position.step)
+    offset = int(rollbacks[-1]["data_offset"])
+    return DataPosition(position.step, position.streams, (*earlier, (position.step, offset)), position.recent)
 
 
-def listed(rows: Rows) -> list[dict[str, Any]]:
-    """Rows as they are written down: the example's id, and the record that it was made of."""
+def describe_rows(rows: LocalRows) -> list[dict[str, Any]]:
+    """Return rows as they are written to files: the id of each example, and the record that it was made from."""
     return [
         {
-            "stream": name, "id": int(made.example.arrays["example_id"]), "key": made.example.key,
+            "stream": name, "example_id": int(made.example.arrays["example_id"]), "key": made.example.key,
             "source": made.pick.source, "record": made.pick.index, "epoch": made.pick.epoch,
         }
         for name, made in rows

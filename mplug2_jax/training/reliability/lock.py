@@ -1,8 +1,8 @@
-"""One run at a time in a work directory: a file that its holder renews.
+"""One run at a time per work directory: a lock file that its holder renews.
 
-Nothing but creating a file that is not there yet, replacing one and reading it is asked of the file system, so a shared
-one will do; clocks are not compared. A holder that is gone shows by its process, where that can be asked for, or by a
-file that nobody renews.
+It only needs a file system that can create a new file exclusively, replace a file and read it, so a shared file system
+works; clocks are not compared. A dead holder is recognized by its process, if that is visible from here, or by a lock
+that is not renewed.
 """
 
 import contextlib
@@ -14,57 +14,63 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
+
+from absl import logging
 
 from data_pipelines.sources.files import write_atomically
 from mplug2_jax.config import build
 from mplug2_jax.errors import UserError
 from mplug2_jax.parallel.processes import allgather_objects, is_primary_process
 
-BEAT_SECONDS = 10.0
-PATIENCE_SECONDS = 45.0
-"""A file that was not renewed for so long is a dead holder's."""
+RENEW_SECONDS = 10.0
+STALE_SECONDS = 45.0
+"""A lock that was not renewed for this long belongs to a dead holder."""
 SETTLE_SECONDS = 0.5
-"""Two that take over one file at a time: the second one's is there after so long, and counts."""
+"""If two processes take over a stale lock at once, the later one's file is visible after this time, and counts."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Holder:
-    """Who holds a work directory."""
+    """The process that holds a lock; the fields of ``lock.json``."""
 
     id: str
     host: str
-    process: int
-    machine: str = ""  # what process numbers count in: this start of the system, this container; empty: not known
-    started: str = ""  # of the process, by the system's clock, as numbers come back
-    since: str = ""
-    time: str = ""  # of the last renewal
+    process: int  # its number
+    machine: str = ""  # what process numbers are unique in: this boot, this container; empty: unknown
+    started: str = ""  # when the process was started, in the system's ticks, as numbers are reused
+    since: str = ""  # when the lock was taken
+    time: str = ""  # when it was last renewed
 
     @classmethod
-    def here(cls) -> "Holder":
-        """This process."""
+    def current(cls) -> "Holder":
+        """Return this process as a holder."""
         process = os.getpid()
-        started = _started(process) or ""
-        return cls(uuid.uuid4().hex, socket.gethostname(), process, _machine(), started, _now(), _now())
+        started = _start_ticks(process) or ""
+        return cls(uuid.uuid4().hex, socket.gethostname(), process, _machine_id(), started, _now(), _now())
 
     def __str__(self) -> str:
         return f"process {self.process} on {self.host} (since {self.since}, last renewed {self.time})"
 
-    def ended(self) -> bool:
-        """Whether it is known to have ended; False also where that cannot be told from here."""
-        return bool(self.machine) and self.machine == _machine() and _started(self.process) != self.started
+    def is_local(self) -> bool:
+        """Return whether the process can be looked up from here."""
+        return bool(self.machine) and self.machine == _machine_id()
+
+    def is_dead(self) -> bool:
+        """Return whether the process is known to have ended; False if that is unknown."""
+        return self.is_local() and _start_ticks(self.process) != self.started
 
 
 @contextlib.contextmanager
-def held(path: Path, say: Callable[[str], None] = print) -> Iterator["Lock"]:
-    """Hold a work directory for all processes of a run, by the lock of this path; the first process takes it.
+def lock_workdir(path: Path) -> Iterator["WorkDirLock"]:
+    """Hold a work directory for all processes of a run by its lock file; process 0 takes it.
 
     Raises:
-        UserError: in all of them, if the folder cannot be written, or another run lives in it.
+        UserError: in all processes, if the folder cannot be written, or another run uses it.
     """
-    lock, problem = Lock(path, say), ""
+    lock, problem = WorkDirLock(path), ""
     if is_primary_process():
         try:
             lock.__enter__()
@@ -81,39 +87,37 @@ def held(path: Path, say: Callable[[str], None] = print) -> Iterator["Lock"]:
             lock.release()
 
 
-class Lock:
-    """A context in which this process holds a work directory, which is made if there is none.
+class WorkDirLock:
+    """A context in which this process holds a work directory, which is created if it does not exist.
 
     Args:
-        path: of the lock, in the work directory.
-        say: takes sentences for people.
-        beat: seconds between renewals.
-        patience: seconds without one after which another holder is taken for dead.
+        path: of the lock file, in the work directory.
+        renew_seconds: between renewals.
+        stale_seconds: without renewal, after which another holder counts as dead.
     """
 
     def __init__(
-        self, path: Path, say: Callable[[str], None] = print, *, beat: float = BEAT_SECONDS,
-        patience: float = PATIENCE_SECONDS,
-    ) -> None:  # fmt: skip
-        self._path, self._say, self._beat, self._patience = path, say, beat, patience
-        self._own = Holder.here()
-        self._made = [path for path in self._path.parents if not path.exists()]
+        self, path: Path, *, renew_seconds: float = RENEW_SECONDS, stale_seconds: float = STALE_SECONDS
+    ) -> None:
+        self._path, self._renew_seconds, self._stale_seconds = path, renew_seconds, stale_seconds
+        self._holder = Holder.current()
+        self._new_folders = [path for path in self._path.parents if not path.exists()]
         self._released, self._writing = threading.Event(), threading.Lock()
-        self._other: Holder | None = None  # that has taken it over
+        self._new_holder: Holder | None = None  # the process that has taken over this lock
 
-    def __enter__(self) -> "Lock":
-        """Takes it.
+    def __enter__(self) -> "WorkDirLock":
+        """Take the lock.
 
         Raises:
-            UserError: another process holds it, and lives.
-            OSError: the folder cannot be made or written.
+            UserError: a live process holds it.
+            OSError: the folder cannot be created or written.
         """
         self._path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            if not self._created():
+            if not self._create():
                 self._take_over()
         except BaseException:
-            self._remove_made()
+            self._remove_new_folders()
             raise
         threading.Thread(target=self._renew, name="lock", daemon=True).start()
         return self
@@ -124,86 +128,86 @@ class Lock:
         self.release()
 
     def check(self) -> None:
-        """Raises UserError if another process has taken over: this one stood still for so long."""
-        if self._other is not None:
+        """Raise UserError if another process has taken over the lock, because this one was suspended for too long."""
+        if self._new_holder is not None:
             raise UserError(
-                f"{self._path.parent} was taken over by {self._other}, as this process did not renew {self._path.name} "
-                f"for {self._patience:g} s; that one goes on, this one ends"
+                f"{self._path.parent} was taken over by {self._new_holder}, because this process did not renew "
+                f"{self._path.name} for {self._stale_seconds:g} s; the other run continues, this one ends"
             )
 
     def release(self) -> None:
-        """Gives the work directory back; folders that were made for it and are still empty go."""
+        """Release the lock, and remove the folders that were created for it if they are still empty."""
         with self._writing, contextlib.suppress(OSError):
             self._released.set()
-            _, there = _read(self._path)
-            if there is not None and there.id == self._own.id:
+            _, holder = _read(self._path)
+            if holder is not None and holder.id == self._holder.id:
                 self._path.unlink()
-        self._remove_made()
+        self._remove_new_folders()
 
-    def _created(self) -> bool:
+    def _create(self) -> bool:
         try:
             with self._path.open("xb") as file:
-                file.write(self._bytes())
+                file.write(self._to_bytes())
         except FileExistsError:
             return False
         return True
 
     def _take_over(self) -> None:
-        """Waits until the holder proves to be alive, or dead."""
-        seen, holder = _read(self._path)
-        since, waiting = time.monotonic(), False
-        while holder is None or not holder.ended():
-            if time.monotonic() - since >= self._patience:
+        """Wait until the holder proves to be alive, which is an error, or dead."""
+        first_read, holder = _read(self._path)
+        since, announced = time.monotonic(), False
+        while holder is None or not holder.is_dead():
+            if time.monotonic() - since >= self._stale_seconds:
                 break
-            if not waiting and holder is not None:
-                self._say(f"{self._path} is of {holder}: waiting {self._patience:g} s at most to see whether it lives")
-                waiting = True
-            time.sleep(min(0.2, self._beat / 4))
-            now, renewed = _read(self._path)
-            if not now and self._created():
+            if not announced and holder is not None:
+                logging.warning(
+                    "%s is held by %s; waiting up to %g s to see whether that process is alive",
+                    self._path, holder, self._stale_seconds,
+                )  # fmt: skip
+                announced = True
+            time.sleep(min(0.2, self._renew_seconds / 4))
+            data, renewed = _read(self._path)
+            if not data and self._create():
                 return
-            if now != seen and renewed is not None:
-                raise self._held(renewed)
-            if holder is not None and self._lives_here(holder):
-                raise self._held(holder)
-        write_atomically(str(self._path), self._bytes())
+            if data != first_read and renewed is not None:
+                raise self._in_use(renewed)
+            if holder is not None and holder.is_local() and not holder.is_dead():
+                raise self._in_use(holder)
+        write_atomically(str(self._path), self._to_bytes())
         time.sleep(SETTLE_SECONDS)
-        _, there = _read(self._path)
-        if there is not None and there.id != self._own.id:
-            raise self._held(there)
-        self._say(f"taking {self._path.parent} over from {holder or 'a process without a name'}, which is gone")
+        _, winner = _read(self._path)
+        if winner is not None and winner.id != self._holder.id:
+            raise self._in_use(winner)
+        logging.warning("taking over %s from %s, which is dead", self._path.parent, holder or "an unknown process")
 
-    def _lives_here(self, holder: Holder) -> bool:
-        return bool(holder.machine) and holder.machine == _machine() and not holder.ended()
-
-    def _held(self, holder: Holder) -> UserError:
+    def _in_use(self, holder: Holder) -> UserError:
         return UserError(
-            f"--workdir {self._path.parent} is in use by {holder}: two runs in it would mix their files; wait for "
-            "it, end it, or choose another --workdir"
+            f"--workdir {self._path.parent} is in use by {holder}: two runs would mix their files; wait for it, stop "
+            "it, or choose another --workdir"
         )
 
     def _renew(self) -> None:
-        while not self._released.wait(self._beat):
-            with self._writing, contextlib.suppress(OSError):  # a full disk; the next time may do
-                _, there = _read(self._path)
-                if there is not None and there.id != self._own.id:
-                    self._other = there
-                if self._other or self._released.is_set():
+        while not self._released.wait(self._renew_seconds):
+            with self._writing, contextlib.suppress(OSError):  # a full disk; the next renewal may succeed
+                _, holder = _read(self._path)
+                if holder is not None and holder.id != self._holder.id:
+                    self._new_holder = holder
+                if self._new_holder or self._released.is_set():
                     return
-                self._own = dataclasses.replace(self._own, time=_now())
-                write_atomically(str(self._path), self._bytes())
+                self._holder = dataclasses.replace(self._holder, time=_now())
+                write_atomically(str(self._path), self._to_bytes())
 
-    def _bytes(self) -> bytes:
-        return json.dumps(dataclasses.asdict(self._own), indent=1).encode()
+    def _to_bytes(self) -> bytes:
+        return json.dumps(dataclasses.asdict(self._holder), indent=1).encode()
 
-    def _remove_made(self) -> None:
+    def _remove_new_folders(self) -> None:
         with contextlib.suppress(OSError):  # not empty
-            for path in self._made:
+            for path in self._new_folders:
                 path.rmdir()
 
 
 def _read(path: Path) -> tuple[bytes, Holder | None]:
-    """What the file holds, as bytes, nothing if there is none, and as what it says; None while it is being written."""
+    """Return the contents of a lock file (empty if there is none) and its holder (None while it is being written)."""
     try:
         with path.open("rb") as file:
             data = file.read(2**16)
@@ -218,16 +222,16 @@ def _now() -> str:
     return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
-def _machine() -> str:
-    """What process numbers count in, or nothing where the system does not say."""
+def _machine_id() -> str:
+    """Return what process numbers are unique in, or "" if the system does not tell."""
     with contextlib.suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     return ""
 
 
-def _started(process: int) -> str | None:
-    """When a living process of this machine was started, in the system's ticks; None if there is none."""
+def _start_ticks(process: int) -> str | None:
+    """Return when a live process of this machine was started, in the system's ticks; None if there is none."""
     with contextlib.suppress(OSError, IndexError):
         state, *fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
         return None if state in "ZX" else fields[18]

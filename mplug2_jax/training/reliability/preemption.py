@@ -1,4 +1,4 @@
-"""Notices of preemption: SIGTERM to any process ends all of them at one point, with the state saved."""
+"""Preemption: SIGTERM to any process makes all of them stop at the same step, with the state saved."""
 
 import os
 import signal
@@ -9,6 +9,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 import jax
+from absl import logging
 from jax.experimental import multihost_utils
 
 from mplug2_jax.errors import PREEMPTED, Preempted
@@ -16,59 +17,66 @@ from mplug2_jax.parallel.processes import is_primary_process
 
 INTERRUPTED = 130
 _NOTICE_KEY = "RECEIVED_PREEMPTION_NOTICE"
-"""Where JAX's processes leave a notice for the others."""
+"""The key under which a JAX process tells the others that it was preempted."""
 _POLL_MILLISECONDS = 2000
 
 
 class PreemptionNotice:
-    """A context in which SIGTERM is a notice, and ``check`` says when to heed it.
+    """A context in which SIGTERM requests an orderly exit; ``check`` raises when it is time for it.
 
-    While there is nothing to save (:meth:`may_leave`) a notice ends the process at once, whatever it does: compiling
-    takes minutes in which Python handles no signal, so a thread is told of them.
+    As long as there is nothing to save (:meth:`allow_exit`), a notice ends the process at once, whatever it does:
+    compiling takes minutes in which Python handles no signal, so a thread listens for them.
 
-    Among several processes JAX passes the notice on and agrees on the check at which all raise; its own handler must
-    not be replaced. A process on its own has none, so this is one.
+    With several processes JAX passes the notice on and agrees on the check at which all of them raise; its own handler
+    must not be replaced. A single process has none, so this class installs one.
 
     Args:
-        interrupts: Ctrl-C (SIGINT) is a notice, too; the second ends the process at once.
+        interrupts: whether Ctrl-C (SIGINT) is a notice too; the second one ends the process at once.
     """
 
     def __init__(self, *, interrupts: bool = False) -> None:
         self._interrupts = interrupts
-        self._checks = 0
+        self._num_checks = 0
         self._noticed = False
-        self._alone = self._first = True
-        self._before: dict[int, Any] = {}
-        self._wakeup = (-1, -1, -1)  # who is told of signals: the one before, and both ends of our pipe
-        self._said: str | None = None  # as a process that has nothing to save leaves; None: there is something
-        self.release: Callable[[], None] = lambda: None  # called before a process leaves at once
+        self._signal = signal.SIGTERM  # the signal that this process got; the others only hear of a notice
+        self._single_process = self._primary = True
+        self._handlers: dict[int, Any] = {}  # those before
+        self._wakeup = (-1, -1, -1)  # the wakeup descriptor before, and both ends of our pipe
+        self._exit_message: str | None = None  # of an exit at once; None: there is something to save
+        self.on_exit: Callable[[], None] = lambda: None  # called before an exit at once
 
     def __enter__(self) -> "PreemptionNotice":
-        self._alone = not jax.distributed.is_initialized()
-        self._first = self._alone or is_primary_process()  # asked only where devices are known already
-        signals = [signal.SIGTERM] * self._alone + [signal.SIGINT] * self._interrupts
+        self._single_process = not jax.distributed.is_initialized()
+        self._primary = self._single_process or is_primary_process()  # asks JAX only if the devices are known already
+        signals = [signal.SIGTERM] * self._single_process + [signal.SIGINT] * self._interrupts
         if signals and threading.current_thread() is threading.main_thread():
             read, write = os.pipe()
             os.set_blocking(write, False)
             self._wakeup = (signal.set_wakeup_fd(write, warn_on_full_buffer=False), read, write)
-            self._before = {number: signal.signal(number, self._notice) for number in signals}
+            self._handlers = {number: signal.signal(number, self._handle) for number in signals}
             threading.Thread(target=self._listen, args=(read,), name="signals", daemon=True).start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._said = None
-        for number, handler in self._before.items():
+        self._exit_message = None
+        for number, handler in self._handlers.items():
             signal.signal(number, handler)
-        if self._before:
+        if self._handlers:
             before, _, write = self._wakeup
             signal.set_wakeup_fd(before)
-            os.close(write)  # which ends the thread
+            os.close(write)  # this ends the thread
 
-    def _notice(self, number: int, frame: FrameType | None) -> None:
-        """Takes a notice between two of Python's instructions; what cannot wait for these is the thread's."""
-        self._noticed = self._noticed or self._alone
+    @property
+    def signal_name(self) -> str:
+        """Return the name of the signal that was the notice, for messages."""
+        return self._signal.name
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        """Take a notice between two Python instructions; the thread handles what cannot wait for them."""
+        self._signal = signal.Signals(number)
+        self._noticed = self._noticed or self._single_process
 
     def _listen(self, signals: int) -> None:
         interrupts = 0
@@ -76,66 +84,67 @@ class PreemptionNotice:
             if numbers[0] == signal.SIGINT:
                 interrupts += 1
                 if interrupts > 1:
-                    self._leave(INTERRUPTED, "interrupted twice: ended at once; what was saved before is whole")
-                if not self._alone:
-                    os.kill(os.getpid(), signal.SIGTERM)  # JAX tells all processes, this one among them
+                    self._exit(INTERRUPTED, "second SIGINT: exiting at once; earlier checkpoints are complete")
+                if not self._single_process:
+                    os.kill(os.getpid(), signal.SIGTERM)  # JAX tells all processes, this one included
             elif numbers[0] != signal.SIGTERM:
                 continue
-            if self._alone:
-                self._leave_if_free()
+            self._signal = signal.Signals(numbers[0])
+            if self._single_process:
+                self._exit_if_allowed()
             if interrupts:
-                print("mplug2: saving before the end; Ctrl-C again ends at once", file=sys.stderr, flush=True)
+                logging.warning("SIGINT: saving before the exit; press Ctrl-C again to exit at once")
         os.close(signals)
 
-    def may_leave(self, said: str | None) -> None:
-        """Says whether a notice may end the process without a check, as nothing would be lost.
+    def allow_exit(self, message: str | None) -> None:
+        """Say whether a notice may end the process without a check, because there is nothing to save.
 
         Args:
-            said: what it says then; None: there is something to save from now on.
+            message: logged at such an exit; None: from now on there is something to save.
 
         Raises:
-            Preempted: the notice is here already.
+            Preempted: the notice has come already.
         """
-        told = self._said is None and said is not None
-        self._said = said
-        if told and self._noticed:
-            raise Preempted(said)
-        if told and not self._alone:
-            threading.Thread(target=self._ask_others, name="notices", daemon=True).start()
+        newly_allowed = self._exit_message is None and message is not None
+        self._exit_message = message
+        if newly_allowed and self._noticed:
+            raise Preempted(f"{self.signal_name}: {message}")
+        if newly_allowed and not self._single_process:
+            threading.Thread(target=self._poll_other_processes, name="notices", daemon=True).start()
 
-    def _ask_others(self) -> None:
-        """Waits for a notice to any of the processes, for as long as there is nothing to save."""
+    def _poll_other_processes(self) -> None:
+        """Wait for a notice to any of the processes as long as there is nothing to save."""
         client = getattr(getattr(multihost_utils, "distributed", None), "global_state", None)
-        ask = getattr(getattr(client, "client", None), "blocking_key_value_get", None)
-        while ask is not None and self._said is not None:
+        get_value = getattr(getattr(client, "client", None), "blocking_key_value_get", None)
+        while get_value is not None and self._exit_message is not None:
             try:
-                ask(_NOTICE_KEY, _POLL_MILLISECONDS)
+                get_value(_NOTICE_KEY, _POLL_MILLISECONDS)
             except Exception as error:
                 if "DEADLINE_EXCEEDED" not in str(error):
-                    return  # the processes part
+                    return  # the processes are shutting down
             else:
-                self._leave_if_free()
+                self._exit_if_allowed()
                 return
 
-    def _leave_if_free(self) -> None:
-        if self._said is not None:
-            self._leave(PREEMPTED, self._said)
+    def _exit_if_allowed(self) -> None:
+        if self._exit_message is not None:
+            self._exit(PREEMPTED, f"{self.signal_name}: {self._exit_message}")
 
-    def _leave(self, status: int, said: str) -> None:
-        print(f"mplug2: {said}", file=sys.stderr)
-        self.release()
+    def _exit(self, status: int, message: str) -> None:
+        logging.warning("%s", message)
+        self.on_exit()
         sys.stdout.flush()
         sys.stderr.flush()
-        if not self._alone and self._first:
-            threading.Event().wait(1)  # the others hear of the notice by this process
+        if not self._single_process and self._primary:
+            threading.Event().wait(1)  # the others learn of the notice from this process
         os._exit(status)
 
     def check(self) -> None:
-        """To be called between any two pieces of work, by all processes alike.
+        """Raise if the run should stop. All processes must call it between any two units of work.
 
         Raises:
-            Preempted: here all processes stop.
+            Preempted: all processes stop here.
         """
-        self._checks += 1
-        if self._noticed or multihost_utils.reached_preemption_sync_point(self._checks):
-            raise Preempted("told to end")
+        self._num_checks += 1
+        if self._noticed or multihost_utils.reached_preemption_sync_point(self._num_checks):
+            raise Preempted(f"{self.signal_name}: exiting; run the same command again to continue")

@@ -1,4 +1,4 @@
-"""Silent data corruption: a step computed twice, on other devices where there are several, and compared bit by bit."""
+"""Silent data corruption: a step is repeated, on other devices if there are several, and compared bit by bit."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -17,104 +17,104 @@ from mplug2_jax.training.step import Step, StreamBatches, make_step
 
 
 class CorruptionError(UserError):
-    """A device that computes different bits from the same numbers."""
+    """A device that computes different bits from the same inputs."""
 
 
-class Recheck:
-    """Computes every ``every``-th step twice. Such a step takes twice its time, and the state's memory twice.
+class SdcCheck:
+    """A step function that repeats every n-th step, which then takes twice the time and twice the state's memory.
 
     Args:
-        plan: the run.
-        step: its step.
-        every: steps; 0: never.
+        spec: the run.
+        run_step: the step function.
+        every: steps; 0 for never.
     """
 
-    def __init__(self, spec: RunSpec, step: Step, every: int) -> None:
-        self._spec, self._step, self._every = spec, step, every
-        self._turned: tuple[RunSpec, Step] | None = None
+    def __init__(self, spec: RunSpec, run_step: Step, every: int) -> None:
+        self._spec, self._run_step, self._every = spec, run_step, every
+        self._rotated: tuple[RunSpec, Step] | None = None
 
-    def __call__(self, number: int, state: TrainState, batches: StreamBatches) -> tuple[TrainState, Metrics]:
-        """The step, checked when it is time to.
+    def __call__(self, step: int, state: TrainState, batches: StreamBatches) -> tuple[TrainState, Metrics]:
+        """Run a step, and check it if it is due.
 
         Raises:
             CorruptionError: names the devices whose results differ.
         """
-        if not self._every or number % self._every:
-            return self._step(state, batches)
-        spec, again = self._other()
+        if not self._every or step % self._every:
+            return self._run_step(state, batches)
+        spec, run_rotated = self._rotated_run()
         copy = jax.tree.map(lambda x, s: jax.device_put(jnp.copy(x), s), state, spec.shardings)
-        moved = jax.tree.map(lambda x: jax.device_put(x, _on(x.sharding, spec.mesh)), batches)
-        second, _ = again(copy, moved)
+        moved = jax.tree.map(lambda x: jax.device_put(x, _with_mesh(x.sharding, spec.mesh)), batches)
+        second, _ = run_rotated(copy, moved)
         jax.block_until_ready(second)  # two programs with collectives must not run at once on the same devices
-        first, metrics = self._step(state, batches)
-        compare(number, first, second)
+        first, metrics = self._run_step(state, batches)
+        check_same_bits(step, first, second)
         return first, metrics
 
-    def _other(self) -> tuple[RunSpec, Step]:
-        """The run on rotated devices, compiled once; where there is a single one, the run itself."""
-        if self._turned is None:
-            mesh = rotated(self._spec.mesh)
+    def _rotated_run(self) -> tuple[RunSpec, Step]:
+        """Return the run on rotated devices, compiled once; with a single device, the run itself."""
+        if self._rotated is None:
+            mesh = rotate_devices(self._spec.mesh)
             if mesh == self._spec.mesh:
-                self._turned = self._spec, self._step
+                self._rotated = self._spec, self._run_step
             else:
                 spec = make_run_spec(self._spec.config, self._spec.context.tokens, mesh)
-                self._turned = dataclasses.replace(spec, context=self._spec.context), make_step(spec)
-        return self._turned
+                self._rotated = dataclasses.replace(spec, context=self._spec.context), make_step(spec)
+        return self._rotated
 
 
-def rotated(mesh: Mesh) -> Mesh:
-    """The mesh with every device's place taken by the next of the same process, so that nothing crosses hosts."""
+def rotate_devices(mesh: Mesh) -> Mesh:
+    """Return the mesh with every device replaced by the next one of its process, so that no data crosses hosts."""
     devices = list(mesh.devices.flat)
-    following: dict[jax.Device, jax.Device] = {}
+    next_device: dict[jax.Device, jax.Device] = {}
     for process in {d.process_index for d in devices}:
-        own = [d for d in devices if d.process_index == process]
-        following.update(zip(own, [*own[1:], own[0]], strict=True))
-    turned: Any = np.array([following[d] for d in devices], dtype=object)
-    return Mesh(turned.reshape(mesh.devices.shape), mesh.axis_names, axis_types=mesh.axis_types)
+        local = [d for d in devices if d.process_index == process]
+        next_device.update(zip(local, [*local[1:], local[0]], strict=True))
+    rotated: Any = np.array([next_device[d] for d in devices], dtype=object)
+    return Mesh(rotated.reshape(mesh.devices.shape), mesh.axis_names, axis_types=mesh.axis_types)
 
 
-def compare(number: int, first: TrainState, second: TrainState) -> None:
-    """Compares two results of one step.
+def check_same_bits(step: int, first: TrainState, second: TrainState) -> None:
+    """Check that two results of one step are equal bit by bit.
 
     Raises:
-        CorruptionError: they differ; names the arrays and the devices.
+        CorruptionError: names the arrays that differ and the devices that computed them.
     """
-    wrong = mismatched(checksums(first), checksums(second))
-    if not wrong:
+    names = mismatched(checksums(first), checksums(second))
+    if not names:
         return
-    pairs = _differing_devices(first, second, wrong)
-    # Each pair computed one shard's two versions. A device that is in all pairs is the one.
+    pairs = _mismatched_devices(first, second, names)
+    # The devices of a pair computed the two versions of one shard. A device in all pairs is the faulty one.
     common = set.intersection(*pairs) if pairs else set()
     suspects = sorted(common or set().union(*pairs), key=lambda d: d.id)
-    named = ", ".join(str(device) for device in suspects) or "none of this process's devices"
-    certain = "" if len(suspects) == 1 else " (one of these; which cannot be told from two results)"
+    devices = ", ".join(str(device) for device in suspects) or "none of the devices"
+    ambiguous = "" if len(suspects) == 1 else " (one of these; two results cannot tell which)"
     raise CorruptionError(
-        f"step {number}, computed twice from the same numbers, gave different bits in {wrong[0]}"
-        f"{f' and {len(wrong) - 1} more arrays' if len(wrong) > 1 else ''}; device {named}{certain} of process "
-        f"{jax.process_index()}: take it out, and resume from the last checkpoint"
+        f"step {step} was repeated from the same inputs and gave different bits in {names[0]}"
+        f"{f' and {len(names) - 1} more arrays' if len(names) > 1 else ''}; device {devices}{ambiguous} of "
+        f"process {jax.process_index()}: remove the device, and resume from the last checkpoint"
     )
 
 
-def _differing_devices(first: TrainState, second: TrainState, wrong: Sequence[str]) -> list[set[jax.Device]]:
-    """The two devices of each shard whose versions differ."""
-    before, after = _named(first), _named(second)
+def _mismatched_devices(first: TrainState, second: TrainState, names: Sequence[str]) -> list[set[jax.Device]]:
+    """Return the two devices of each shard whose versions differ."""
+    first_leaves, second_leaves = _leaves_by_name(first), _leaves_by_name(second)
     pairs = []
-    for name in wrong:
-        place = {device: i for i, device in enumerate(before[name].sharding.mesh.devices.flat)}
-        others = list(after[name].sharding.mesh.devices.flat)
-        theirs = {shard.device: shard.data for shard in after[name].addressable_shards}
-        for shard in before[name].addressable_shards:
-            other = others[place[shard.device]]
-            if np.asarray(shard.data).tobytes() != np.asarray(theirs[other]).tobytes():
-                pair = {shard.device, other}
+    for name in names:
+        mesh_index = {device: i for i, device in enumerate(first_leaves[name].sharding.mesh.devices.flat)}
+        second_devices = list(second_leaves[name].sharding.mesh.devices.flat)
+        second_data = {shard.device: shard.data for shard in second_leaves[name].addressable_shards}
+        for shard in first_leaves[name].addressable_shards:
+            device = second_devices[mesh_index[shard.device]]
+            if np.asarray(shard.data).tobytes() != np.asarray(second_data[device]).tobytes():
+                pair = {shard.device, device}
                 if pair not in pairs:
                     pairs.append(pair)
     return pairs
 
 
-def _named(tree: Any) -> dict[str, Any]:
+def _leaves_by_name(tree: Any) -> dict[str, Any]:
     return {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def _on(sharding: NamedSharding, mesh: Mesh) -> NamedSharding:
+def _with_mesh(sharding: NamedSharding, mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, sharding.spec)

@@ -1,101 +1,126 @@
-"""Where the time of a run goes: every second is booked to one cause, over restarts too."""
+"""Where the wall-clock time of a run goes: every second belongs to one phase, across restarts too."""
 
 import collections
 import contextlib
+import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
-from mplug2_jax.training.telemetry.events import JsonLines, read_lines
+from mplug2_jax.training.telemetry.jsonl import JsonlWriter, iterate_jsonl
 
-Cause = Literal["start", "compile", "step", "data wait", "checkpoint", "evaluation", "restart", "idle"]
-"""``restart``: all that a run does again, from opening its checkpoint to the steps it had done before. ``idle``: no
-process ran, or one did that was killed before it could say what it did."""
+Phase = Literal["init", "compile", "step", "data_wait", "checkpoint", "evaluation", "restart", "idle"]
+"""``restart``: everything that a run repeats, from restoring its checkpoint to the steps that it had done before.
+``idle``: no process ran, or it was killed before it could write where its time went."""
 
-CAUSES: tuple[Cause, ...] = get_args(Cause)
+PHASES: tuple[Phase, ...] = get_args(Phase)
 FLUSH_SECONDS = 30.0
+_OLD_FILE = "ledger.jsonl"
+_OLD_KEYS: Mapping[str, str] = {"from": "start_time", "to": "end_time"}
+_OLD_PHASES: Mapping[str, str] = {"start": "init", "data wait": "data_wait"}
 
 
-class Ledger:
-    """A clock that always runs on one cause, from the moment it is made; so what is booked adds up to the wall clock.
+class GoodputTracker:
+    """A stopwatch that always runs for one phase, so that the phases add up to the wall clock.
 
-    ``ledger.jsonl`` has a line for each span of time: ``from`` and ``to`` in Unix seconds, the step reached, and the
-    seconds of each cause.
+    ``goodput.jsonl`` has a line for each span of time: ``start_time`` and ``end_time`` in Unix seconds, the step that
+    was reached, and the seconds of each phase.
     """
 
     def __init__(self) -> None:
-        self._epoch = time.time() - time.monotonic()  # so that a wall clock that is set anew moves nothing
-        self._since = self._span = self._now()
-        self._cause: Cause = "start"
-        self._booked: dict[str, float] = collections.defaultdict(float)
-        self._total: dict[str, float] = collections.defaultdict(float)
-        self._lines: JsonLines | None = None
-        self._step = self._reached = 0
+        self._epoch = time.time() - time.monotonic()  # an adjustment of the wall clock must not move the spans
+        self._since = self._span_start = self._now()
+        self._phase: Phase = "init"
+        self._span_seconds: dict[str, float] = collections.defaultdict(float)
+        self._total_seconds: dict[str, float] = collections.defaultdict(float)
+        self._writer: JsonlWriter | None = None
+        self._step = self._last_step = 0
 
-    def open(self, path: Path, reached: int = 0) -> None:
-        """Begins to write.
+    def open(self, path: Path, last_step: int = 0) -> None:
+        """Start writing.
 
         Args:
-            path: of the file; where it has lines, this is a restart, and the time since their end was idle.
-            reached: the furthest step that was done before, as far as other files know.
+            path: of the file; if it has lines, this is a restart, and the time since the last of them was idle.
+            last_step: the furthest step that was done before, as far as other files know.
         """
-        before = read_lines(path)
-        self._lines = JsonLines(path)
-        if before:
-            ended = max(float(line["to"]) for line in before)
-            self._reached = max(reached, *(int(line["step"]) for line in before))
-            self._booked = collections.defaultdict(float, {"restart": self._booked.pop("start", 0.0)})
-            self._cause = "restart"
-            self._booked["idle"] += self._span - ended
-            self._span = ended
+        previous = read_goodput(path)
+        self._writer = JsonlWriter(path)
+        if previous:
+            end_time = max(line["end_time"] for line in previous)
+            self._last_step = max(last_step, *(line["step"] for line in previous))
+            self._span_seconds = collections.defaultdict(float, {"restart": self._span_seconds.pop("init", 0.0)})
+            self._phase = "restart"
+            self._span_seconds["idle"] += self._span_start - end_time
+            self._span_start = end_time
 
     @contextlib.contextmanager
-    def during(self, cause: Cause) -> Iterator[None]:
-        """A context whose time is the cause's."""
-        before = self._turn(cause)
+    def track(self, phase: Phase) -> Iterator[None]:
+        """Count the time inside this context for a phase."""
+        before = self._switch(phase)
         try:
             yield
         finally:
-            self._turn(before)
+            self._switch(before)
 
-    def step(self, number: int) -> None:
-        """From here on the time is a step's, or that of a restart if this step had been done before."""
-        self._step = number
-        self._turn("step" if number > self._reached else "restart")
+    def start_step(self, step: int) -> None:
+        """Count the time from here on for a step, or for the restart if this step had been done before."""
+        self._step = step
+        self._switch("step" if step > self._last_step else "restart")
 
-    def rolled_back(self) -> None:
-        """Steps up to here will be done again."""
-        self._reached = max(self._reached, self._step)
+    def roll_back(self) -> None:
+        """Count the steps up to here for the restart when they are done again."""
+        self._last_step = max(self._last_step, self._step)
 
     def read(self) -> Mapping[str, float]:
-        """Seconds of each cause since this ledger was made."""
-        self._turn(self._cause)
-        return dict(self._total)
+        """Return the seconds of each phase since this tracker was created."""
+        self._switch(self._phase)
+        return dict(self._total_seconds)
 
     def close(self) -> None:
-        """Writes what is left."""
-        self._turn(self._cause)
-        if self._lines:
+        """Write the last span and close the file."""
+        self._switch(self._phase)
+        if self._writer:
             self._write()
-            self._lines.close()
+            self._writer.close()
 
     def _now(self) -> float:
         return self._epoch + time.monotonic()
 
-    def _turn(self, cause: Cause) -> Cause:
-        now, before = self._now(), self._cause
-        self._booked[before] += now - self._since
-        self._total[before] += now - self._since
-        self._since, self._cause = now, cause
-        if self._lines and now - self._span >= FLUSH_SECONDS:
+    def _switch(self, phase: Phase) -> Phase:
+        now, before = self._now(), self._phase
+        self._span_seconds[before] += now - self._since
+        self._total_seconds[before] += now - self._since
+        self._since, self._phase = now, phase
+        if self._writer and now - self._span_start >= FLUSH_SECONDS:
             self._write()
         return before
 
     def _write(self) -> None:
-        assert self._lines
-        seconds = {cause: round(value, 6) for cause, value in self._booked.items() if value}
-        line = {"from": round(self._span, 6), "to": round(self._since, 6), "step": self._step, "seconds": seconds}
-        self._lines.write(line)
-        self._booked.clear()
-        self._span = self._since
+        assert self._writer
+        seconds = {phase: round(value, 6) for phase, value in self._span_seconds.items() if value}
+        span = {"start_time": round(self._span_start, 6), "end_time": round(self._since, 6), "step": self._step}
+        self._writer.write({**span, "seconds": seconds})
+        self._span_seconds.clear()
+        self._span_start = self._since
+
+
+def read_goodput(path: Path) -> Sequence[Mapping[str, Any]]:
+    """Return the spans of a run, without damaged ones; those of older versions come first, with the keys of this one.
+
+    Args:
+        path: ``goodput.jsonl``; ``ledger.jsonl``, as older versions called it, is read beside it.
+    """
+    lines = [line for file in (path.with_name(_OLD_FILE), path) for line in iterate_jsonl(file) if line is not None]
+    spans = []
+    for line in lines:
+        line = {_OLD_KEYS.get(key, key): value for key, value in line.items()}
+        try:
+            seconds = {_OLD_PHASES.get(phase, str(phase)): float(value) for phase, value in line["seconds"].items()}
+            start_time, end_time = float(line["start_time"]), float(line["end_time"])
+            step = int(line.get("step", 0))
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
+            continue
+        if math.isfinite(end_time - start_time):
+            spans.append({"start_time": start_time, "end_time": end_time, "step": step, "seconds": seconds})
+    return spans

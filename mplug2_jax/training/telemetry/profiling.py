@@ -1,41 +1,47 @@
-"""Traces for TensorBoard's profiler, of steps that the config names or from when somebody asks."""
+"""Profiler traces for TensorBoard, of the steps that the config names or of the next steps on request."""
 
 from pathlib import Path
 
 import jax
+from absl import logging
 
 from mplug2_jax.parallel.processes import is_primary_process
 from mplug2_jax.training.config import ProfileConfig
-from mplug2_jax.training.telemetry.events import Events
+from mplug2_jax.training.telemetry.events import EventLog
 
 
 class Profiler:
-    """Traces steps of a run into ``profiles/`` of its work directory, on the first process.
+    """Traces steps of a run into ``profiles/`` of its work directory, on process 0.
 
-    A file named ``profile`` there, as ``touch`` makes it, starts a trace with the next step and is taken away.
+    A file named ``profile`` in the work directory (``touch profile``) starts a trace at the next step and is removed.
     """
 
-    def __init__(self, workdir: Path, config: ProfileConfig, events: Events) -> None:
-        self._folder, self._asked = workdir / "profiles", workdir / "profile"
+    def __init__(self, workdir: Path, config: ProfileConfig, events: EventLog) -> None:
+        self._folder, self._request = workdir / "profiles", workdir / "profile"
         self._config, self._events = config, events
-        self._until: int | None = None  # the last step of the trace that runs
+        self._last_step: int | None = None  # of the trace that is being recorded
 
-    def before(self, step: int) -> None:
-        """Call before a step is started."""
-        if self._until is None and is_primary_process() and (step in self._config.start_steps or self._asked.exists()):
-            self._asked.unlink(missing_ok=True)
+    def before_step(self, step: int) -> None:
+        """Start a trace if one is due; call it before the step is dispatched."""
+        if (
+            self._last_step is None
+            and is_primary_process()
+            and (step in self._config.start_steps or self._request.exists())
+        ):
+            self._request.unlink(missing_ok=True)
             jax.profiler.start_trace(str(self._folder / f"step-{step}"))
-            self._until = step + self._config.num_steps - 1
+            self._last_step = step + self._config.num_steps - 1
 
-    def after(self, step: int, result: object) -> None:
-        """Call with what a step gave; the last step of a trace is waited for."""
-        if self._until is not None and step >= self._until:
+    def after_step(self, step: int, result: object) -> None:
+        """End the trace if this is its last step; ``result``, the step's output, is waited for first."""
+        if self._last_step is not None and step >= self._last_step:
             jax.block_until_ready(result)
             self.close()
-            self._events.note("profiled", step, said=f"profile up to step {step} is in {self._folder}")
+            logging.info("profile up to step %d: %s", step, self._folder)
+            self._events.log_event("profiled", step)
 
     def close(self) -> None:
-        """Ends a trace that runs."""
-        if self._until is not None:
+        """End the trace that is being recorded, if any."""
+        if self._last_step is not None:
             jax.profiler.stop_trace()
-            self._until = None
+            self._last_step = None

@@ -1,4 +1,4 @@
-"""What the gradient of a step computes, counted from its trace: frozen weights have none of their own."""
+"""Floating-point operations of a train step, counted from its trace: frozen weights need no gradient."""
 
 import collections
 import dataclasses
@@ -18,46 +18,52 @@ from mplug2_jax.training.step import streams_loss
 from mplug2_jax.training.telemetry.flops import count_flops, count_jaxpr_flops
 
 
-def gradient_flops(
+def count_gradient_flops(
     spec: RunSpec, streams: Mapping[str, StreamConfig], batches: Mapping[str, Any], *, remat: bool
 ) -> collections.Counter[str]:
-    """Operations of some streams' loss and gradient by outermost scope, with or without the run's recomputation.
+    """Return the operations of some streams' loss and gradient by outermost scope.
 
-    Captions that are drawn count as if each were as long as there is room for.
+    Sampled captions count as if each had the maximum length.
+
+    Args:
+        spec: the run.
+        streams: whose losses count.
+        batches: of the streams; may be abstract.
+        remat: whether to count the run's recomputation.
     """
     config: RunConfig = spec.config
     model = dataclasses.replace(config.model, attention="xla", remat=config.model.remat if remat else RematConfig())
     config = dataclasses.replace(config, model=model, streams=streams)
-    plain = dataclasses.replace(spec, config=config, definition=define_model(model, spec.definition.parts))
+    xla_spec = dataclasses.replace(spec, config=config, definition=define_model(model, spec.definition.parts))
 
     def loss(trained: Any, frozen: Any, state: Any, batches: Any, alpha: Any) -> Any:
         params, queues, frequencies = combine(trained, frozen), state.get("queues", {}), state.get("frequencies")
-        return streams_loss(plain, params, state.get("teacher"), queues, batches, random_key(0), alpha, frequencies)
+        return streams_loss(xla_spec, params, state.get("teacher"), queues, batches, random_key(0), alpha, frequencies)
 
-    whole = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (spec.shapes, dict(batches)))
-    state, batches = whole
+    state, batches = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (spec.shapes, dict(batches)))
     trained, frozen = partition(state["params"], config.frozen)
     state = {name: state[name] for name in ("teacher", "queues", "frequencies") if name in state}
     alpha = jax.ShapeDtypeStruct((), jnp.float32)
     return count_flops(
-        jax.value_and_grad(loss, has_aux=True), trained, frozen, state, batches, alpha, turns=_turns(streams)
-    )
+        jax.value_and_grad(loss, has_aux=True), trained, frozen, state, batches, alpha,
+        trip_count=_max_sampling_steps(streams),
+    )  # fmt: skip
 
 
-def flops_of_step(spec: RunSpec, jaxpr: Any) -> collections.Counter[str] | None:
-    """Count a step's operations from the step's own trace, which spares tracing its gradient a second time.
+def count_traced_step_flops(spec: RunSpec, jaxpr: Any) -> collections.Counter[str] | None:
+    """Count the operations of a step from its own trace, which saves tracing its gradient a second time.
 
     Returns:
-        Operations by outermost scope; None where the trace holds other matmuls than the gradient needs: it recomputes
-        some, hides some in kernels, or holds one device's part of them.
+        Operations by outermost scope; None if the trace has other matmuls than the gradient needs, because it
+        recomputes some, hides some in kernels, or holds those of one device.
     """
     model, sizes = spec.config.model, spec.mesh.shape
-    plain = model.attention == "xla" or (model.attention == "auto" and spec.mesh.devices.flat[0].platform == "cpu")
-    if not plain or model.remat != RematConfig() or sizes["sequence"] > 1:
+    uses_xla = model.attention == "xla" or (model.attention == "auto" and spec.mesh.devices.flat[0].platform == "cpu")
+    if not uses_xla or model.remat != RematConfig() or sizes["sequence"] > 1:
         return None
-    return count_jaxpr_flops(jaxpr, turns=_turns(spec.config.streams))
+    return count_jaxpr_flops(jaxpr, trip_count=_max_sampling_steps(spec.config.streams))
 
 
-def _turns(streams: Mapping[str, StreamConfig]) -> int:
-    """How often the loop that draws captions may run."""
+def _max_sampling_steps(streams: Mapping[str, StreamConfig]) -> int:
+    """Return the most tokens that the loop that samples captions can generate."""
     return max([1, *(stream.data.examples.target_length - 1 for stream in streams.values())])

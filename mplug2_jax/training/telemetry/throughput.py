@@ -1,4 +1,4 @@
-"""What finished steps say: losses, norms, rates, the share of time waiting for data, FLOP/s, MFU and memory."""
+"""Metrics of finished steps: losses, norms, throughput, share of time waiting for data, FLOP/s, MFU and memory."""
 
 import collections
 import math
@@ -8,76 +8,97 @@ from typing import Any
 import jax
 import numpy as np
 
+from mplug2_jax.console import Progress
 from mplug2_jax.parallel.accelerators import peak_flops
 from mplug2_jax.training.state import RunSpec
 from mplug2_jax.training.step import StreamBatches
-from mplug2_jax.training.telemetry.goodput import Ledger
-from mplug2_jax.training.telemetry.metric_log import MetricsFile, Progress
-from mplug2_jax.training.telemetry.step_flops import flops_of_step, gradient_flops
+from mplug2_jax.training.telemetry.goodput import GoodputTracker
+from mplug2_jax.training.telemetry.metric_log import MetricLog
+from mplug2_jax.training.telemetry.step_flops import count_gradient_flops, count_traced_step_flops
 
 
-class Meter:
-    """Turns finished steps into lines and files. Times are the ledger's: saving and evaluating are no part of them."""
+class ThroughputMeter:
+    """Writes the metrics of finished steps and shows progress.
 
-    def __init__(self, spec: RunSpec, progress: Progress, metrics_file: MetricsFile, ledger: Ledger) -> None:
-        self._spec, self._progress, self._file, self._ledger = spec, progress, metrics_file, ledger
-        self._flops = self._tokens = 0
-        self._steps = 0
+    Times are the goodput tracker's, so saving and evaluating do not count.
+
+    Args:
+        spec: the run.
+        start_step: the step that the run resumes from.
+        metric_log: receives the metrics.
+        goodput: the tracker of the run.
+    """
+
+    def __init__(self, spec: RunSpec, start_step: int, metric_log: MetricLog, goodput: GoodputTracker) -> None:
+        self._spec, self._metric_log, self._goodput = spec, metric_log, goodput
+        self._progress = Progress(spec.config.steps, "step", initial=start_step, log_every=0)
+        self._flops = self._tokens = self._steps = 0
         self._counts: collections.Counter[str] = collections.Counter()
-        each = peak_flops(spec.mesh.devices.flat[0].device_kind)
-        self._peak = None if each is None else each * spec.mesh.size
+        device_peak = peak_flops(spec.mesh.devices.flat[0].device_kind)
+        self._peak = None if device_peak is None else device_peak * spec.mesh.size
         self._examples = sum(stream.data.batch_size for stream in spec.config.streams.values())
-        self._read = ledger.read()
+        self._seconds = goodput.read()
 
-    def count(self, jaxpr: Any, batches: StreamBatches) -> None:
-        """Count a step's operations from its trace (nothing runs), and the positions that the model reads."""
+    def count_step(self, jaxpr: Any, batches: StreamBatches) -> None:
+        """Count the operations of a step from its trace (nothing runs), and the tokens of its batches."""
         spec = self._spec
-        counted = flops_of_step(spec, jaxpr)
-        if counted is None:
-            counted = gradient_flops(spec, spec.config.streams, batches, remat=False)
-        self._flops = counted.total()
-        self._tokens = sum(positions(batch, spec.config.model.patch_size) for batch in batches.values())
+        flops = count_traced_step_flops(spec, jaxpr)
+        if flops is None:
+            flops = count_gradient_flops(spec, spec.config.streams, batches, remat=False)
+        self._flops = flops.total()
+        self._tokens = sum(count_tokens(batch, spec.config.model.patch_size) for batch in batches.values())
 
-    def finished(self, step: int, metrics: Mapping[str, jax.Array], lost: Mapping[str, int]) -> None:
-        """Takes the metrics of a step, and how many records each source lacked; waits for it if it still runs."""
+    def record_step(self, step: int, metrics: Mapping[str, jax.Array], num_skipped_records: Mapping[str, int]) -> None:
+        """Record the metrics of a step; blocks until the step has finished.
+
+        Args:
+            step: its number.
+            metrics: of the step.
+            num_skipped_records: records that could not be used, by source.
+        """
         loss = float(np.asarray(metrics["loss"]))
         self._steps += 1
-        self._counts.update({f"data/skipped/{source}": count for source, count in lost.items()})
+        self._counts.update({f"data/skipped/{source}": count for source, count in num_skipped_records.items()})
         self._counts.update({"skipped_updates": int(np.asarray(metrics["skipped"]))})
         config = self._spec.config
         if step % config.log_every and step != config.steps:
             return
-        rates = self._rates()
+        rates = self._measure_rates()
         counts = {name: float(count) for name, count in self._counts.items() if count}
         self._counts.clear()
         values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items() if name != "skipped"}
-        self._file.write(step, values | rates | memory() | counts)
-        shown = {"examples/s": rates["examples_per_second"], "data wait": rates["data_wait"]}
-        shown["GFLOP/s"] = rates["flops_per_second"] / 1e9
+        self._metric_log.write(step, values | rates | device_memory() | counts)
+        stats = f"loss {loss:.4f}  {rates['examples_per_second']:,.1f} examples/s  data wait {rates['data_wait']:.1%}"
+        stats += f"  {rates['flops_per_second'] / 1e9:,.1f} GFLOP/s"
         if "mfu" in rates:
-            shown["MFU"] = rates["mfu"]
-        self._progress.show(step, loss, shown, rates["seconds_per_step"])
+            stats += f"  MFU {rates['mfu']:.1%}"
+        self._progress.update(step, stats, seconds_per_unit=rates["seconds_per_step"])
 
-    def _rates(self) -> dict[str, float]:
-        """Of the time in steps since the last reading."""
-        now, before, steps = self._ledger.read(), self._read, self._steps
-        self._read, self._steps = now, 0
-        spent = {cause: now.get(cause, 0.0) - before.get(cause, 0.0) for cause in ("step", "restart", "data wait")}
-        seconds = max(sum(spent.values()), 1e-9) / max(steps, 1)
+    def close(self) -> None:
+        """Remove the progress bar."""
+        self._progress.close()
+
+    def _measure_rates(self) -> dict[str, float]:
+        """Return the rates over the steps since the last measurement."""
+        seconds, before, steps = self._goodput.read(), self._seconds, self._steps
+        self._seconds, self._steps = seconds, 0
+        spent = {phase: seconds.get(phase, 0.0) - before.get(phase, 0.0) for phase in ("step", "restart", "data_wait")}
+        total = max(sum(spent.values()), 1e-9)
+        seconds_per_step = total / max(steps, 1)
         devices = self._spec.mesh.size
         rates = {
-            "examples_per_second": self._examples / seconds,
-            "examples_per_second_per_device": self._examples / seconds / devices,
-            "tokens_per_second_per_device": self._tokens / seconds / devices,
-            "data_wait": spent["data wait"] / max(sum(spent.values()), 1e-9),
-            "seconds_per_step": seconds,
-            "flops_per_second": self._flops / seconds,
+            "examples_per_second": self._examples / seconds_per_step,
+            "examples_per_second_per_device": self._examples / seconds_per_step / devices,
+            "tokens_per_second_per_device": self._tokens / seconds_per_step / devices,
+            "data_wait": spent["data_wait"] / total,
+            "seconds_per_step": seconds_per_step,
+            "flops_per_second": self._flops / seconds_per_step,
         }
         return rates | ({"mfu": rates["flops_per_second"] / self._peak} if self._peak else {})
 
 
-def positions(batch: Mapping[str, Any], patch_size: int) -> int:
-    """Patches and text positions of a batch, padding included: what the towers compute on."""
+def count_tokens(batch: Mapping[str, Any], patch_size: int) -> int:
+    """Return the number of patches and text tokens of a batch, padding included: what the towers compute on."""
     total = 0
     for name in ("text", "instruction", "target"):
         if name in batch:
@@ -88,8 +109,8 @@ def positions(batch: Mapping[str, Any], patch_size: int) -> int:
     return total
 
 
-def memory() -> dict[str, float]:
-    """Bytes in use and at most so far on this process's fullest device; empty where the backend does not say."""
+def device_memory() -> dict[str, float]:
+    """Return the bytes in use and their peak on the fullest local device; empty if the backend reports none."""
     stats = [found for device in jax.local_devices() if (found := device.memory_stats())]
     names = {"bytes_in_use": "memory/bytes_in_use", "peak_bytes_in_use": "memory/peak_bytes"}
-    return {ours: float(max(s[name] for s in stats)) for name, ours in names.items() if stats and name in stats[0]}
+    return {name: float(max(s[key] for s in stats)) for key, name in names.items() if stats and key in stats[0]}

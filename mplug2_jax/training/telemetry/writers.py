@@ -1,4 +1,4 @@
-"""Where metrics are drawn while a run goes on: TensorBoard always, Weights & Biases where it is asked for."""
+"""Where metrics are sent during a run: TensorBoard always, Weights & Biases if the config says so."""
 
 import contextlib
 import importlib
@@ -12,8 +12,8 @@ from mplug2_jax.errors import UserError
 
 
 @contextlib.contextmanager
-def _without(module: str) -> Iterator[None]:
-    """Importing a module that was not imported yet fails here, as if it were not installed."""
+def _import_blocked(module: str) -> Iterator[None]:
+    """Make the import of a module fail inside this context, unless it is imported already."""
     if module in sys.modules:
         yield
         return
@@ -24,29 +24,29 @@ def _without(module: str) -> Iterator[None]:
         del sys.modules[module]
 
 
-with _without("torch"):  # which tensorboardX imports where it can: two seconds of every run, for nothing that is used
+with _import_blocked("torch"):  # tensorboardX imports it if it can: two seconds of every run, and nothing here needs it
     from tensorboardX.event_file_writer import EventsWriter
     from tensorboardX.proto.event_pb2 import Event, SessionLog
     from tensorboardX.proto.summary_pb2 import Summary
 
 
 @runtime_checkable
-class Board(Protocol):
-    """Takes the metrics of steps."""
+class MetricWriter(Protocol):
+    """Receives the metrics of steps."""
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """The metrics of one step."""
+        """Write the metrics of one step."""
 
     def close(self) -> None:
-        """Ends it."""
+        """Finish writing."""
 
 
-class TensorBoard:
-    """Event files, written by the caller: tensorboardX's own thread dies of a full disk and then blocks the run.
+class TensorBoardWriter:
+    """Event files, written by the calling thread: tensorboardX's own thread dies of a full disk and blocks the run.
 
     Args:
-        folder: where they are.
-        start_step: what earlier files say of later steps is hidden.
+        folder: of the files.
+        start_step: the step that the run resumes from; TensorBoard hides later steps of earlier files.
     """
 
     def __init__(self, folder: Path, start_step: int) -> None:
@@ -55,27 +55,27 @@ class TensorBoard:
         self._add(Event(step=start_step + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One event; a full disk loses it."""
+        """Write one event; a full disk loses it."""
         values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
         self._add(Event(step=step, summary=Summary(value=values)))
 
     def _add(self, event: Any) -> None:
         event.wall_time = time.time()
-        with contextlib.suppress(OSError):  # metrics.jsonl has the same, and says so
+        with contextlib.suppress(OSError):  # metrics.jsonl has the same values, and its writer logs the failure
             self._writer.write_event(event)
             self._writer.flush()
 
     def close(self) -> None:
-        """Closes the file."""
+        """Close the file."""
         with contextlib.suppress(OSError):
             self._writer.close()
 
 
-class WeightsAndBiases:
-    """A run of Weights & Biases, which goes on where the work directory's last one ended.
+class WandbWriter:
+    """A run of Weights & Biases, which continues the previous one of the same work directory.
 
     Raises:
-        UserError: it is not installed.
+        UserError: the package is not installed.
     """
 
     def __init__(self, workdir: Path, project: str, config: Mapping[str, Any]) -> None:
@@ -92,9 +92,9 @@ class WeightsAndBiases:
         )
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """The metrics of one step."""
+        """Write the metrics of one step."""
         self._run.log(dict(metrics), step=step)
 
     def close(self) -> None:
-        """Ends the run."""
+        """Finish the run."""
         self._run.finish()

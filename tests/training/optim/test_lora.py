@@ -33,7 +33,7 @@ from mplug2_jax.training.optim.optimizer import is_decayed, is_vision
 from mplug2_jax.training.optim.partition import part_name, partition
 from mplug2_jax.training.state import RunSpec, eval_params, make_run_spec
 from mplug2_jax.training.step import make_step
-from mplug2_jax.training.telemetry.step_flops import gradient_flops
+from mplug2_jax.training.telemetry.step_flops import count_gradient_flops
 from mplug2_jax.training.workdir import WorkDir, special_tokens
 from tests.close import BFLOAT16, CHAIN, assert_close
 from tests.runs import small_run
@@ -226,7 +226,7 @@ def test_groups_go_by_the_pair_s_path() -> None:
 def test_what_is_saved_is_not_operations() -> None:
     specs = [make_spec(words(lora=lora)) for lora in (LoraConfig(), TEXT)]
     batches = {"text": abstract_batch(specs[0].config.streams["text"].data, specs[0])}
-    whole, thin = (gradient_flops(spec, spec.config.streams, batches, remat=False) for spec in specs)
+    whole, thin = (count_gradient_flops(spec, spec.config.streams, batches, remat=False) for spec in specs)
     assert thin["lora"] > 0
     assert [thin[part] for part in ("text", "universal")] == [whole[part] for part in ("text", "universal")]
 

@@ -24,7 +24,7 @@ from mplug2_jax.training.loop import describe, device_batches, open_streams
 from mplug2_jax.training.optim.partition import combine, part_name, partition
 from mplug2_jax.training.state import RunSpec, make_run_spec
 from mplug2_jax.training.step import jit_train_step, make_step
-from mplug2_jax.training.telemetry.step_flops import gradient_flops
+from mplug2_jax.training.telemetry.step_flops import count_gradient_flops
 from mplug2_jax.training.workdir import WorkDir, special_tokens
 from tests.close import CHAIN, assert_close
 from tests.runs import small_run
@@ -158,7 +158,7 @@ def test_the_backward_pass_is_smaller() -> None:
 def test_costs_are_counted_without_what_is_frozen() -> None:
     specs = [make_spec(answers(freeze=frozen)) for frozen in ((), ("vision", "temporal"))]
     batches = {"clips": abstract_batch(specs[0].config.streams["clips"].data, specs[0])}
-    whole, less = (gradient_flops(spec, spec.config.streams, batches, remat=False) for spec in specs)
+    whole, less = (count_gradient_flops(spec, spec.config.streams, batches, remat=False) for spec in specs)
     assert less["vision"] < 0.4 * whole["vision"]  # forward alone
     assert less["decoder"] == whole["decoder"]
 
@@ -166,7 +166,7 @@ def test_costs_are_counted_without_what_is_frozen() -> None:
 def test_a_frozen_layer_that_a_gradient_passes_counts_twice_and_not_three_times() -> None:
     specs = [make_spec(words(freeze=frozen)) for frozen in ((), ("universal",))]
     batches = {"text": abstract_batch(specs[0].config.streams["text"].data, specs[0])}
-    whole, less = (gradient_flops(spec, spec.config.streams, batches, remat=False) for spec in specs)
+    whole, less = (count_gradient_flops(spec, spec.config.streams, batches, remat=False) for spec in specs)
     assert {part for part in whole if whole[part] != less[part]} == {"universal"}
     assert less["universal"] < 0.75 * whole["universal"]
 

@@ -21,12 +21,12 @@ from mplug2_jax.training import loop
 from mplug2_jax.training.checkpoint.metadata import DataPosition
 from mplug2_jax.training.config import CheckpointConfig, FaultConfig, RunConfig
 from mplug2_jax.training.loop import train
-from mplug2_jax.training.reliability.faults import Watch, with_later_rollbacks
+from mplug2_jax.training.reliability.faults import FaultDetector, apply_later_rollbacks
 from mplug2_jax.training.reliability.sdc_check import CorruptionError, compare, rotated
 from mplug2_jax.training.state import make_run_spec
 from mplug2_jax.training.step import make_step
-from mplug2_jax.training.telemetry.events import Events, read_lines
-from mplug2_jax.training.telemetry.metric_log import read_steps
+from mplug2_jax.training.telemetry.events import EventLog, read_jsonl
+from mplug2_jax.training.telemetry.metric_log import read_train_metrics
 from mplug2_jax.training.workdir import WorkDir
 from tests.close import assert_close
 from tests.runs import small_run
@@ -49,7 +49,7 @@ def compiled() -> Iterator[Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "make_step", once)
         patch.setattr("mplug2_jax.inference.replay.make_step", once)
-        patch.setattr("mplug2_jax.training.telemetry.monitor.Instruments.compile", lambda *args: None)
+        patch.setattr("mplug2_jax.training.telemetry.monitor.TrainMonitor.compile", lambda *args: None)
         yield once
 
 
@@ -71,7 +71,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, seen: list[int], bad: dict[int, float
         return call
 
     monkeypatch.setattr(loop, "device_batches", numbered)
-    monkeypatch.setattr(loop, "Recheck", with_faults)
+    monkeypatch.setattr(loop, "SdcCheck", with_faults)
 
 
 @pytest.mark.slow
@@ -85,11 +85,11 @@ def test_a_spike_rolls_back_and_leaves_its_data_out_and_replay_knows(
         spoil(patch, seen, {4: 100.0})
         train(config, tmp_path / "run")
     assert seen == [0, 1, 2, 3, 4, 5, 5, 6, 7]  # a step was under way when the spike was seen
-    lines = read_steps(tmp_path / "run" / "metrics.jsonl")
+    lines = read_train_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(1, 8))
-    (event,) = [line for line in read_lines(tmp_path / "run" / "events.jsonl") if line["event"] == "rolled back"]
+    (event,) = [line for line in read_jsonl(tmp_path / "run" / "events.jsonl") if line["event"] == "rolled back"]
     assert (event["step"], event["to"], event["offset"]) == (5, 4, 1)
-    (fault,) = read_lines(tmp_path / "run" / "faults.jsonl")
+    (fault,) = read_jsonl(tmp_path / "run" / "faults.jsonl")
     assert fault["fault"] == "spike"
     assert len(fault["rows"]) == 8
     again = replay_step(WorkDir(tmp_path / "run"), 7, num_ranked=2)
@@ -146,8 +146,8 @@ def numbers(loss: float, skipped: int = 0) -> dict[str, jax.Array]:
 
 
 def test_too_many_skipped_steps_in_a_row_stop_the_run(tmp_path: Path) -> None:
-    events = Events(tmp_path / "events.jsonl")
-    watch = Watch(FaultConfig(max_consecutive_skips=2), tmp_path / "faults.jsonl", events)
+    events = EventLog(tmp_path / "events.jsonl")
+    watch = FaultDetector(FaultConfig(max_consecutive_skips=2), tmp_path / "faults.jsonl", events)
     assert not watch.spiked(1, numbers(np.nan, 1), [])
     assert not watch.spiked(2, numbers(1.0), [])
     assert not watch.spiked(3, numbers(np.inf, 1), [])
@@ -155,18 +155,18 @@ def test_too_many_skipped_steps_in_a_row_stop_the_run(tmp_path: Path) -> None:
         UserError, match=r"not finite in 2 steps in a row, 3 to 4 .*config.faults.max_consecutive_skips"
     ):
         watch.spiked(4, numbers(np.nan, 1), [])
-    lines = read_lines(tmp_path / "faults.jsonl")
+    lines = read_jsonl(tmp_path / "faults.jsonl")
     assert [line["step"] for line in lines] == [1, 3, 4]
     assert lines[0]["metrics"] == ["gradient_norm", "loss"]
 
 
 def test_a_run_that_spikes_again_and_again_stops(tmp_path: Path) -> None:
-    watch = Watch(FaultConfig(max_rollbacks=2), tmp_path / "faults.jsonl", Events(tmp_path / "events.jsonl"))
+    watch = FaultDetector(FaultConfig(max_rollbacks=2), tmp_path / "faults.jsonl", EventLog(tmp_path / "events.jsonl"))
     saved = now = DataPosition(4, {})
     for _ in range(2):
         now = watch.roll_back(6, saved, now)
     assert now.offsets == ((4, 4),)
-    assert with_later_rollbacks(saved, tmp_path / "events.jsonl") == now
+    assert apply_later_rollbacks(saved, tmp_path / "events.jsonl") == now
     with pytest.raises(UserError, match="has gone back to step 4 for that 2 times"):
         watch.roll_back(6, saved, now)
 
@@ -195,7 +195,7 @@ def test_a_full_disk_stops_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "saving the checkpoint of step 4 failed" in capsys.readouterr().out
     kept = sorted(int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.isdecimal())
     assert kept == [2, 5]
-    kinds = [line["event"] for line in read_lines(tmp_path / "run" / "events.jsonl")]
+    kinds = [line["event"] for line in read_jsonl(tmp_path / "run" / "events.jsonl")]
     assert [kind for kind in kinds if "saved" in kind] == ["saved", "not saved", "saved"]
 
 
@@ -227,4 +227,4 @@ def test_a_bit_that_differs_names_its_device() -> None:
 @pytest.mark.slow
 def test_a_run_that_is_rechecked_on_rotated_devices_gives_the_same_bits(tmp_path: Path) -> None:
     train(words(steps=3, faults=FaultConfig(sdc_check_every=2), mesh=MeshConfig(fsdp=2, data=4)), tmp_path / "run")
-    assert len(read_steps(tmp_path / "run" / "metrics.jsonl")) == 3
+    assert len(read_train_metrics(tmp_path / "run" / "metrics.jsonl")) == 3

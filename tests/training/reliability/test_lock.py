@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from mplug2_jax.errors import UserError
-from mplug2_jax.training.reliability.lock import Holder, Lock, held
+from mplug2_jax.training.reliability.lock import Holder, WorkDirLock, held
 
 QUICK = {"beat": 0.05, "patience": 0.4}
 
@@ -30,7 +30,7 @@ def ended_process() -> int:
 
 def test_a_lock_says_who_and_goes_with_all_that_was_made_for_it(tmp_path: Path) -> None:
     path = tmp_path / "runs" / "one" / "lock.json"
-    with Lock(path, **QUICK):
+    with WorkDirLock(path, **QUICK):
         told = json.loads(path.read_text())
         assert told["process"] == os.getpid()
         assert told["host"]
@@ -39,29 +39,29 @@ def test_a_lock_says_who_and_goes_with_all_that_was_made_for_it(tmp_path: Path) 
 
 
 def test_what_came_into_the_folder_meanwhile_stays(tmp_path: Path) -> None:
-    with Lock(tmp_path / "run" / "lock.json", **QUICK):
+    with WorkDirLock(tmp_path / "run" / "lock.json", **QUICK):
         (tmp_path / "run" / "config.json").write_text("{}")
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.json"]
 
 
 def test_the_second_of_two_runs_is_refused_by_the_first_one_s_name(tmp_path: Path) -> None:
     path = tmp_path / "lock.json"
-    with Lock(path, **QUICK):
+    with WorkDirLock(path, **QUICK):
         before = path.read_bytes()
         with pytest.raises(UserError, match=rf"in use by process {os.getpid()} on \S+ \(since .* another --workdir"):
-            Lock(path, **QUICK).__enter__()
+            WorkDirLock(path, **QUICK).__enter__()
         assert json.loads(path.read_bytes())["id"] == json.loads(before)["id"]
 
 
 def test_a_run_elsewhere_is_alive_as_long_as_it_renews(tmp_path: Path) -> None:
     """Whatever its clock says, and whatever process here has its number."""
     path = tmp_path / "lock.json"
-    with Lock(path, **QUICK) as lock:
+    with WorkDirLock(path, **QUICK) as lock:
         lock._own = dataclasses.replace(lock._own, host="far", machine="another", since="1999-01-01 00:00:00 UTC")
         lock._released.wait(0.2)
         said: list[str] = []
         with pytest.raises(UserError, match=r"in use by process .* on far \(since 1999-01-01"):
-            Lock(path, said.append, beat=0.05, patience=60.0).__enter__()
+            WorkDirLock(path, said.append, beat=0.05, patience=60.0).__enter__()
         assert all("waiting 60 s at most to see whether it lives" in line for line in said)
 
 
@@ -81,7 +81,7 @@ def test_a_run_elsewhere_is_alive_as_long_as_it_renews(tmp_path: Path) -> None:
 def test_a_stale_lock_is_taken_over_with_a_line(tmp_path: Path, gone: Callable[[Path], object]) -> None:
     path, said = tmp_path / "lock.json", []
     gone(path)
-    with Lock(path, said.append, **QUICK):
+    with WorkDirLock(path, said.append, **QUICK):
         assert json.loads(path.read_text())["process"] == os.getpid()
     assert said[-1].startswith(f"taking {tmp_path} over from ")
     assert not path.exists()
@@ -89,7 +89,7 @@ def test_a_stale_lock_is_taken_over_with_a_line(tmp_path: Path, gone: Callable[[
 
 def test_a_holder_that_was_taken_over_notices_and_leaves_the_other_s_lock(tmp_path: Path) -> None:
     path = tmp_path / "lock.json"
-    with Lock(path, **QUICK) as lock:
+    with WorkDirLock(path, **QUICK) as lock:
         lock.check()
         written(path, process=7, host="far")
         lock._released.wait(0.3)

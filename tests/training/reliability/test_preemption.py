@@ -15,7 +15,7 @@ from mplug2_jax.training.checkpoint.checkpoints import Checkpoints
 from mplug2_jax.training.config import CheckpointConfig
 from mplug2_jax.training.loop import train
 from mplug2_jax.training.reliability.preemption import PreemptionNotice
-from mplug2_jax.training.telemetry.metric_log import read_metrics, read_steps
+from mplug2_jax.training.telemetry.metric_log import read_step_lines, read_train_metrics
 from tests.runs import small_run
 
 
@@ -101,12 +101,12 @@ def test_a_run_that_is_told_to_end_saves_its_step_and_goes_on_from_there(
     checkpoints = Checkpoints(tmp_path / "checkpoints", run.checkpoint, read_only=True)
     (saved,) = checkpoints.steps()
     checkpoints.close()
-    written = [line["step"] for line in read_steps(tmp_path / "metrics.jsonl")]
+    written = [line["step"] for line in read_train_metrics(tmp_path / "metrics.jsonl")]
     assert written == list(range(1, saved + 1))
 
     capsys.readouterr()
     train(run, tmp_path)
     assert f"resuming from step {saved}\n" in capsys.readouterr().out
-    assert [line["step"] for line in read_steps(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
-    assert [line["step"] for line in read_metrics(tmp_path / "examples.jsonl")] == [1, 2, 3, 4]
-    assert all(len(line["text"]) == 8 for line in read_metrics(tmp_path / "examples.jsonl"))
+    assert [line["step"] for line in read_train_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert [line["step"] for line in read_step_lines(tmp_path / "examples.jsonl")] == [1, 2, 3, 4]
+    assert all(len(line["text"]) == 8 for line in read_step_lines(tmp_path / "examples.jsonl"))

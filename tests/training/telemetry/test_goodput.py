@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from mplug2_jax.training.telemetry.events import JsonLines, read_lines
-from mplug2_jax.training.telemetry.goodput import CAUSES, Ledger
+from mplug2_jax.training.telemetry.events import JsonlWriter, read_jsonl
+from mplug2_jax.training.telemetry.goodput import CAUSES, GoodputTracker
 
 
 def lines(path: Path) -> list[dict]:
@@ -31,7 +31,7 @@ def sleep(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 def test_what_is_booked_adds_up_to_the_clock_over_restarts(tmp_path: Path, sleep: Callable[[float], None]) -> None:
     path = tmp_path / "ledger.jsonl"
     for run in range(2):
-        ledger = Ledger()
+        ledger = GoodputTracker()
         sleep(0.5)
         ledger.open(path)
         with ledger.during("compile"):
@@ -58,17 +58,17 @@ def test_what_is_booked_adds_up_to_the_clock_over_restarts(tmp_path: Path, sleep
 def test_a_cut_line_is_left_behind(tmp_path: Path) -> None:
     path = tmp_path / "lines.jsonl"
     path.write_text('{"a": 1}\n{"a": ')
-    again = JsonLines(path)
+    again = JsonlWriter(path)
     again.write({"a": 2})
     again.close()
-    assert read_lines(path) == [{"a": 1}, {"a": 2}]
+    assert read_jsonl(path) == [{"a": 1}, {"a": 2}]
 
 
 def test_a_full_disk_delays_lines_and_stops_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from mplug2_jax.training.telemetry import events
 
     said: list[str] = []
-    file = JsonLines(tmp_path / "lines.jsonl", said.append)
+    file = JsonlWriter(tmp_path / "lines.jsonl", said.append)
     plain, room = events.os.write, [5]
 
     def write(fd: int, data: bytes) -> int:
@@ -87,4 +87,4 @@ def test_a_full_disk_delays_lines_and_stops_nothing(monkeypatch: pytest.MonkeyPa
     file.write({"step": 3})
     monkeypatch.undo()
     file.close()
-    assert [line["step"] for line in read_lines(tmp_path / "lines.jsonl")] == [1, 2, 3]
+    assert [line["step"] for line in read_jsonl(tmp_path / "lines.jsonl")] == [1, 2, 3]

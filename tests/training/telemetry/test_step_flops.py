@@ -12,7 +12,7 @@ from mplug2_jax.planning.programs import abstract_batch
 from mplug2_jax.training.config import RunConfig
 from mplug2_jax.training.state import RunSpec, make_run_spec
 from mplug2_jax.training.step import jit_train_step
-from mplug2_jax.training.telemetry.step_flops import flops_of_step, gradient_flops
+from mplug2_jax.training.telemetry.step_flops import count_gradient_flops, count_traced_step_flops
 from tests.runs import small_model, small_run
 
 
@@ -28,9 +28,9 @@ def test_a_steps_trace_holds_the_matmuls_of_its_gradient() -> None:
     batches = {name: abstract_batch(stream.data, spec) for name, stream in one.streams.items()}
     with jax.set_mesh(spec.mesh):
         traced = jit_train_step(spec).trace(spec.shapes, batches)
-    counted = flops_of_step(spec, traced.jaxpr)
+    counted = count_traced_step_flops(spec, traced.jaxpr)
     assert counted is not None
-    assert counted == gradient_flops(spec, one.streams, batches, remat=False)
+    assert counted == count_gradient_flops(spec, one.streams, batches, remat=False)
 
 
 @pytest.mark.parametrize(
@@ -42,4 +42,4 @@ def test_a_steps_trace_holds_the_matmuls_of_its_gradient() -> None:
     ],
 )
 def test_a_trace_that_holds_other_matmuls_is_not_counted(model: dict[str, object], axes: dict[str, int]) -> None:
-    assert flops_of_step(make_spec(small_run(model=small_model(**model)), **axes), None) is None
+    assert count_traced_step_flops(make_spec(small_run(model=small_model(**model)), **axes), None) is None
