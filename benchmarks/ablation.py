@@ -1,15 +1,15 @@
-"""What the paper claims, at the demo's scale: shared universal layers, and local temporal units, on video tasks.
+"""Ablate the paper's claims at the demo's scale: universal layers and local temporal units, on video tasks.
 
-    python benchmarks/ablation.py --workers 2            # 3 models x 3 seeds: two hours of two CPU cores
-    python benchmarks/ablation.py --seeds 2 --steps 2    # to see that it works
-    python benchmarks/ablation.py --config.model.decoder_layers=1    # of other models, all alike
+    python benchmarks/ablation.py --workers 2            # 3 models x 3 seeds: two hours on two CPU cores
+    python benchmarks/ablation.py --seeds 2 --steps 2    # a quick check
+    python benchmarks/ablation.py --config.model.decoder_layers=1    # the same ablation of another model
 
-Each model is pretrained as the demo is, three times as long, from its own seed and on its own order of the data. It is
-asked the video tasks that it has met there, without any more training: captions, questions, retrieval, and colours by
-prompts. What is done in a clip, which is a class and takes a head, it learns first. Temporal units are off where they
-are frozen: fresh ones change nothing. Beside each mean stands the least and the most of the seeds, and for models
-without something, the mean difference to the whole model of the same seed with its 95 % interval (Student's t). Runs
-are kept below ``--out``: called again, what is finished is read, and what was ended goes on.
+Each model is pretrained like the demo but for three times as many steps, with its own seed and data order. It is
+evaluated without further training on the video tasks of pretraining: captions, questions, retrieval, and colors by
+prompts. Action classification needs a head, so it is fine-tuned first. Freezing temporal units disables them, because
+fresh ones are the identity. The table shows the mean, minimum and maximum over seeds, and for ablated models the mean
+difference to the full model of the same seed with its 95% CI (Student's t). Runs are stored below ``--out``: a second
+call reads finished runs and resumes the others.
 """
 
 import argparse
@@ -37,46 +37,48 @@ from mplug2_jax.training.loop import train
 from mplug2_jax.training.workdir import WorkDir
 
 MODELS: Mapping[str, Mapping[str, object]] = {
-    "the whole model": {},
+    "the full model": {},
     "without universal layers": {"use_universal_layers": False},
     "without temporal units": {"freeze": ("temporal",)},
 }
-PRETRAINING = 840  # steps
-LEARNED = "action"
-FIGURES = ("cider", "accuracy", "text_to_visual_r1", "visual_to_text_r1", "top_1")
-TASKS = ("video_caption", "video_question", "video_retrieval", LEARNED)
-Figures = dict[str, list[float]]
+PRETRAINING_STEPS = 840
+FINETUNED = "action"
+METRICS = ("cider", "accuracy", "text_to_visual_r1", "visual_to_text_r1", "top_1")
+TASKS = ("video_caption", "video_question", "video_retrieval", FINETUNED)
+Scores = dict[str, list[float]]
 
 
 def run(
-    model: str, seed: int, steps: int | None, examples: int, sizes: Sequence[str], folder: Path
+    model: str, seed: int, steps: int | None, examples: int, model_overrides: Sequence[str], folder: Path
 ) -> dict[str, float]:
-    """The figures of a model on the video tasks, asked or learned after pretraining."""
+    """Pretrain a model and return its metrics on the video tasks."""
     changes: dict[str, Any] = {"seed": seed, **MODELS[model]}
-    pretraining, pretrained = build(RunConfig, load_recipe("demo", sizes)), folder / "pretrained"
-    finished(dataclasses.replace(pretraining, evaluations={}, steps=steps or PRETRAINING, **changes), pretrained)
-    figures: dict[str, float] = {}
+    pretraining, pretrained = build(RunConfig, load_recipe("demo", model_overrides)), folder / "pretrained"
+    train_to_end(
+        dataclasses.replace(pretraining, evaluations={}, steps=steps or PRETRAINING_STEPS, **changes), pretrained
+    )
+    metrics: dict[str, float] = {}
     for name in TASKS:
-        asked = FINETUNES[name].asked
-        few = [f"--config.evaluations.{each}.data.sources.digits.max_records={examples}" for each in asked]
-        if name == LEARNED:
-            config = build(RunConfig, load_recipe(f"digitworld:{name}", [*sizes, *few]))
+        evaluations = FINETUNES[name].asked
+        limits = [f"--config.evaluations.{each}.data.sources.digits.max_records={examples}" for each in evaluations]
+        if name == FINETUNED:
+            config = build(RunConfig, load_recipe(f"digitworld:{name}", [*model_overrides, *limits]))
             config = dataclasses.replace(config, steps=steps or config.steps, **changes)
-            results = finished(with_init_from(pretrained, config), folder / name).evaluation_folder(config.steps)
+            results = train_to_end(with_init_from(pretrained, config), folder / name).evaluation_folder(config.steps)
         else:
             results = folder / name
-            if not all((results / f"{each}.json").exists() for each in asked):
+            if not all((results / f"{each}.json").exists() for each in evaluations):
                 words = ("--task", f"digitworld:{name}", "--checkpoint", str(pretrained), "--out", str(results))
-                if status := mplug2(["eval", *words, *few]):
+                if status := mplug2(["eval", *words, *limits]):
                     raise SystemExit(status)
-        for each in asked:
-            known = json.loads((results / f"{each}.json").read_text())["metrics"]
-            figures |= {f"{each}/{figure}": known[figure] for figure in FIGURES if figure in known}
-    return figures
+        for each in evaluations:
+            values = json.loads((results / f"{each}.json").read_text())["metrics"]
+            metrics |= {f"{each}/{metric}": values[metric] for metric in METRICS if metric in values}
+    return metrics
 
 
-def finished(config: RunConfig, folder: Path) -> WorkDir:
-    """A run that was or is brought to its end."""
+def train_to_end(config: RunConfig, folder: Path) -> WorkDir:
+    """Train a run to its end unless it is finished, and return its work directory."""
     workdir, ends = WorkDir(folder), [f"checkpoints/{config.steps}"]
     ends += [f"evaluations/{config.steps}/{name}.json" for name in config.evaluations]
     if not workdir.check_config(config) or not all((folder / end).exists() for end in ends):
@@ -84,51 +86,55 @@ def finished(config: RunConfig, folder: Path) -> WorkDir:
     return workdir
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """The 95 % interval of a mean, by Student's t."""
+def confidence_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Return the 95% CI of a mean, by Student's t."""
     mean, error = statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5
-    reach = float(student.ppf(0.975, len(values) - 1)) * error
-    return mean - reach, mean + reach
+    half_width = float(student.ppf(0.975, len(values) - 1)) * error
+    return mean - half_width, mean + half_width
 
 
 def main() -> None:
-    """Trains all and prints."""
+    """Train all models and print their metrics."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, help="of each run (default: the recipes')")
-    parser.add_argument("--workers", type=int, default=1, help="models at a time (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("runs/ablation"), help="for the runs (default: %(default)s)")
-    parser.add_argument("--examples", type=int, default=512, help="held out, of each task (default: %(default)s)")
-    args, sizes = parser.parse_known_args()
-    if others := [word for word in sizes if not word.startswith("--config.model.")]:
-        parser.error(f"{others[0]} is neither an option nor a field of the model, as --config.model.decoder_layers=1")
+    parser.add_argument("--steps", type=int, help="steps of each run (default: from the recipes)")
+    parser.add_argument("--workers", type=int, default=1, help="models trained at the same time (default: %(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/ablation"), help="folder of the runs (default: %(default)s)"
+    )
+    parser.add_argument("--examples", type=int, default=512, help="held-out examples per task (default: %(default)s)")
+    args, model_overrides = parser.parse_known_args()
+    if unknown := [word for word in model_overrides if not word.startswith("--config.model.")]:
+        parser.error(f"{unknown[0]} is neither an option nor a model field such as --config.model.decoder_layers=1")
     runs = [(model, seed) for seed in range(args.seeds) for model in MODELS]
     folders = [args.out / f"{model.replace(' ', '_')}-{seed}-{args.examples}-examples" for model, seed in runs]
-    asked = [(*each, args.steps, args.examples, sizes, folder) for each, folder in zip(runs, folders, strict=True)]
-    found: dict[str, Figures] = {}
-    # A process for each run: what one compiled or holds does not slow the next.
+    jobs = [
+        (*each, args.steps, args.examples, model_overrides, folder) for each, folder in zip(runs, folders, strict=True)
+    ]
+    scores: dict[str, Scores] = {}
+    # One process per run, so that compiled programs and memory of a run do not slow the next.
     with ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
-        for (model, seed), figures in zip(runs, pool.map(run, *zip(*asked, strict=True)), strict=True):
-            for name, value in figures.items():
-                found.setdefault(model, {}).setdefault(name, []).append(value)
+        for (model, seed), metrics in zip(runs, pool.map(run, *zip(*jobs, strict=True)), strict=True):
+            for name, value in metrics.items():
+                scores.setdefault(model, {}).setdefault(name, []).append(value)
             print(
-                f"{model}, seed {seed}: {', '.join(f'{n} {format_metric(n, v)}' for n, v in figures.items())}",
+                f"{model}, seed {seed}: {', '.join(f'{n} {format_metric(n, v)}' for n, v in metrics.items())}",
                 flush=True,
             )
 
-    whole = found["the whole model"]
+    full_model = scores["the full model"]
     print(f"\nseeds: {args.seeds}, {args.examples} examples of each task\n")
-    print(f"{'figure':36}{'model':28}{'mean':>8}{'least to most':>18}{'to the whole':>14}{'95 %':>20}")
-    for name in whole:
-        for model, figures in found.items():
-            values = figures[name]
+    print(f"{'metric':36}{'model':28}{'mean':>8}{'min to max':>18}{'difference':>14}{'95% CI':>20}")
+    for name in full_model:
+        for model, metrics in scores.items():
+            values = metrics[name]
             spread = f"{format_metric(name, min(values))} to {format_metric(name, max(values))}"
             line = f"{name:36}{model:28}{format_metric(name, statistics.mean(values)):>8}{spread:>18}"
-            if model != "the whole model" and args.seeds > 1:
-                apart = [mine - theirs for mine, theirs in zip(values, whole[name], strict=True)]
-                low, high = interval(apart)
+            if model != "the full model" and args.seeds > 1:
+                differences = [ablated - full for ablated, full in zip(values, full_model[name], strict=True)]
+                low, high = confidence_interval(differences)
                 span = f"{format_metric(name, low)} to {format_metric(name, high)}"
-                line += f"{format_metric(name, statistics.mean(apart)):>14}{span:>20}"
+                line += f"{format_metric(name, statistics.mean(differences)):>14}{span:>20}"
             print(line)
 
 

@@ -1,9 +1,9 @@
-"""Memory of the contrastive loss on one chip, as the pod grows and a chip's batch stays: compiled for real topologies.
+"""Measure the memory of the contrastive loss on one chip while the pod grows and the batch per chip stays the same.
 
     python benchmarks/contrast.py                  # 32 pairs a chip, 8 to 2,048 chips of v5p
     python benchmarks/contrast.py --pairs 8
 
-Everything is the compiler's own account of the loss and its gradient.
+All numbers come from the compiler, for the loss and its gradient on real topologies.
 """
 
 import argparse
@@ -27,13 +27,13 @@ TOPOLOGIES = ("v5p:2x2x2", "v5p:2x4x4", "v5p:4x4x8", "v5p:8x8x8", "v5p:8x16x16")
 
 
 def main() -> None:
-    """Compiles and prints."""
+    """Compile and print a row per topology."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, default=32, help="of a chip (default: %(default)s)")
-    parser.add_argument("--width", type=int, default=256, help="of the features (default: %(default)s)")
+    parser.add_argument("--pairs", type=int, default=32, help="per chip (default: %(default)s)")
+    parser.add_argument("--width", type=int, default=256, help="feature width (default: %(default)s)")
     args = parser.parse_args()
 
-    print(f"{'topology':14}{'chips':>7}{'pairs':>9}{'temporaries MiB':>17}{'to the first':>14}{'seconds':>9}")
+    print(f"{'topology':14}{'chips':>7}{'pairs':>9}{'temporaries MiB':>17}{'ratio':>14}{'seconds':>9}")
     first = 0.0
     for name in TOPOLOGIES:
         topology, start = parse_topology(name), time.perf_counter()

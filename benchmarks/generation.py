@@ -1,10 +1,10 @@
-"""What the key-value cache saves in beam search, in operations by XLA's own count. Nothing runs; programs are lowered.
+"""Count the FLOPs that the key-value cache saves in beam search, by XLA's cost analysis of lowered programs.
 
     python benchmarks/generation.py                # large, beam 5, 20 tokens, 16 frames: 4,097 visual tokens
     python benchmarks/generation.py --size base --frames 4
 
-Without a cache every step runs the decoder over the whole prefix of every beam; the release also gives each beam its
-own copy of the memory, whose keys and values are projected anew each time. The middle row shares the memory.
+Without a cache every step runs the decoder over the whole prefix of every beam. The release also gives each beam its
+own copy of the memory and projects keys and values again in every step. In the middle row beams share the memory.
 """
 
 import argparse
@@ -22,14 +22,14 @@ from mplug2_jax.model.config import SpecialTokens, model_config
 from mplug2_jax.model.mplug2 import define_model
 
 
-def operations(fn: Any, *args: Any) -> float:
-    """XLA's count for a program; a loop of unknown length counts once."""
+def count_flops(fn: Any, *args: Any) -> float:
+    """Return XLA's FLOP count of a program; a loop of unknown length counts once."""
     cost = jax.jit(fn).lower(*args).cost_analysis()
     return float(cost["flops"])
 
 
 def main() -> None:
-    """Counts and prints."""
+    """Count and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="large", help="row of the model table (default: %(default)s)")
     parser.add_argument("--frames", type=int, default=16)
@@ -51,12 +51,12 @@ def main() -> None:
     def decoder(params: Any) -> Any:
         return definition.bind(params).decoder
 
-    start = operations(
+    start = count_flops(
         lambda p, m, k: decoder(p).init_cache(m, k, sequences=args.beams, length=args.tokens),
         definition.shapes,
         *memory(1),
     )
-    once = operations(
+    once = count_flops(
         lambda p, m, k: generate(decoder(p), m, k, search, SpecialTokens()), definition.shapes, *memory(1)
     )
     cached = start + (once - start) * args.tokens  # the loop's body is the same program for every token
@@ -65,16 +65,16 @@ def main() -> None:
         total = 0.0
         for prefix in range(1, args.tokens + 1):
             ids = jax.ShapeDtypeStruct((args.beams, prefix), jnp.int32)
-            total += operations(lambda p, i, m, k: decoder(p)(i, None, m, k), definition.shapes, ids, *memory(rows))
+            total += count_flops(lambda p, i, m, k: decoder(p)(i, None, m, k), definition.shapes, ids, *memory(rows))
         return total
 
     print(
-        f"{args.size} decoder, beam {args.beams} x {args.tokens} tokens over {length:,} visual tokens, XLA's count:\n"
+        f"{args.size} decoder, beam {args.beams} x {args.tokens} tokens over {length:,} visual tokens, FLOPs by XLA:\n"
     )
     rows = (
         ("with cache", cached),
         ("without cache, beams share the memory", uncached(1)),
-        ("without cache, a copy for each beam (the release)", uncached(args.beams)),
+        ("without cache, a copy per beam (the release)", uncached(args.beams)),
     )
     for name, flops in rows:
         print(f"{name:<50} {flops / 1e9:12,.1f} GFLOP   1/{flops / cached:.1f}")

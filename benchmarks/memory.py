@@ -1,11 +1,11 @@
-"""Memory of one chip for a training step, by ahead-of-time compilation for TPUs that need not be here.
+"""Measure the memory of a training step on one chip, by ahead-of-time compilation for TPU topologies.
 
-    python benchmarks/memory.py                       # large, caption, 8 clips of 64 frames, sequence=1, 2, 4, 8
-    python benchmarks/memory.py --sequence 4 --state  # and other ways to keep state: 16 bits, on the host, ...
+    python benchmarks/memory.py                       # large, caption, 8 videos of 64 frames, sequence=1, 2, 4, 8
+    python benchmarks/memory.py --sequence 4 --state  # also other state layouts: 16 bits, on the host, ...
     python benchmarks/memory.py --frames 128 --sequence 8
 
-Everything is the compiler's own account. Beside it stands the largest activation that an all-gather makes: a tower that
-gathered activations over the frames of a clip would show the array of the second line, or more.
+All numbers come from the compiler. The last column shows the largest activation that an all-gather produces: a vision
+tower that gathered activations over frames would show the array of the second line, or a larger one.
 """
 
 import argparse
@@ -29,11 +29,11 @@ from mplug2_jax.planning.traffic import Collective, parse_collectives
 from mplug2_jax.training.config import AdamWConfig, RunConfig
 
 GIB = 2**30
-_TOPOLOGIES = {8: "v5p:2x2x2", 16: "v5p:2x2x4", 32: "v5p:2x4x4", 64: "v5p:4x4x4"}  # by the number of chips
+_TOPOLOGIES = {8: "v5p:2x2x2", 16: "v5p:2x2x4", 32: "v5p:2x4x4", 64: "v5p:4x4x4"}  # by number of chips
 
 
 def caption_run(args: argparse.Namespace, batch: int) -> RunConfig:
-    """The recipe of long clips, with so many in its batch."""
+    """Return the fine-tuning run on long videos with this batch size."""
     recipe = load_recipe(
         f"finetune:caption,{args.size},{args.frames}", [f"--config.streams.video.data.batch_size={batch}"]
     )
@@ -42,27 +42,29 @@ def caption_run(args: argparse.Namespace, batch: int) -> RunConfig:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vision_layers=layers))
 
 
-def largest_gather(found: list[Collective], known: set[int]) -> str:
-    """The largest array that an all-gather makes, parameters and layers of them left out."""
-    sizes = [(c.bytes * c.size / (c.size - 1), c.shape) for c in found if c.kind == "all-gather" and c.size > 1]
-    size, shape = max(((s, name) for s, name in sizes if not _made(name, s) & known), default=(0.0, "none"))
+def largest_gather(collectives: list[Collective], parameter_sizes: set[int]) -> str:
+    """Return the largest output of an all-gather, other than parameters and single layers of them."""
+    sizes = [(c.bytes * c.size / (c.size - 1), c.shape) for c in collectives if c.kind == "all-gather" and c.size > 1]
+    size, shape = max(
+        ((s, name) for s, name in sizes if not _num_elements(name, s) & parameter_sizes), default=(0.0, "none")
+    )
     return f"{size / 2**20:.1f} MiB of {shape}"
 
 
-def _made(shape: str, size: float) -> set[int]:
-    """How many numbers a gathered array has, by its bytes and the type of its shards."""
+def _num_elements(shape: str, size: float) -> set[int]:
+    """Return the number of elements of a gathered array, from its bytes and the dtype of its shards."""
     bits = re.match(r"[a-z]+(\d+)", shape)
     return {round(size * 8 / int(bits.group(1)))} if bits else set()
 
 
-def line(name: str, config: RunConfig, mesh: MeshConfig) -> None:
-    """Compiles, and prints a line of the table."""
+def print_row(name: str, config: RunConfig, mesh: MeshConfig) -> None:
+    """Compile and print a row of the table."""
     start = time.perf_counter()
     config = dataclasses.replace(config, mesh=mesh)
     program = training_program(config, parse_topology(_TOPOLOGIES[mesh.fsdp * mesh.sequence]))
     compiled = program.compile(effort=-1).executable
     parameters = jax.tree.leaves(program.spec.definition.shapes)
-    known = {math.prod(shape) for leaf in parameters for shape in (leaf.shape, leaf.shape[1:])}
+    parameter_sizes = {math.prod(shape) for leaf in parameters for shape in (leaf.shape, leaf.shape[1:])}
     memory = compiled.memory_analysis()
     figures = (
         memory.peak_memory_in_bytes, memory.argument_size_in_bytes, memory.temp_size_in_bytes,
@@ -70,40 +72,48 @@ def line(name: str, config: RunConfig, mesh: MeshConfig) -> None:
     )  # fmt: skip
     shown = "".join(f"{figure / GIB:10.2f}" for figure in figures)
     seconds = time.perf_counter() - start
-    gather = largest_gather(parse_collectives(compiled.as_text(), program.spec.mesh), known)
+    gather = largest_gather(parse_collectives(compiled.as_text(), program.spec.mesh), parameter_sizes)
     print(f"{name:34}{shown}{seconds:9.0f}  {gather}", flush=True)
 
 
 def main() -> None:
-    """Compiles and prints."""
+    """Compile and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="large", help="row of the model table (default: %(default)s)")
-    parser.add_argument("--layers", type=int, help="of the vision tower (default: the size's own)")
-    parser.add_argument("--frames", type=int, default=64, help="of a clip (default: %(default)s)")
+    parser.add_argument("--layers", type=int, help="of the vision tower (default: from the size)")
+    parser.add_argument("--frames", type=int, default=64, help="frames per video (default: %(default)s)")
     parser.add_argument("--sequence", type=int, nargs="+", choices=[1, 2, 4, 8], default=[1, 2, 4, 8])
-    parser.add_argument("--clips", type=int, default=8, help="in the global batch (default: %(default)s)")
-    parser.add_argument("--state", action="store_true", help="vary how state is kept, on the last sequence axis")
+    parser.add_argument(
+        "--videos", "--clips", type=int, default=8, help="videos in the global batch (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--state", action="store_true", help="also vary the state layout, at the last value of --sequence"
+    )
     args = parser.parse_args()
 
-    config = caption_run(args, args.clips)
+    config = caption_run(args, args.videos)
     model = config.model
     rows = args.frames * (model.num_patches + 1)
-    print(f"{args.size}, caption, {args.clips} clips of {args.frames} frames, v5p, fsdp=8, GiB per chip")
-    print(f"one clip in the tower: {2 * rows * model.vision_width / 2**20:.1f} MiB bf16[{rows},{model.vision_width}]\n")
+    print(f"{args.size}, caption, {args.videos} videos of {args.frames} frames, v5p, fsdp=8, GiB per chip")
+    print(
+        f"one video in the tower: {2 * rows * model.vision_width / 2**20:.1f} MiB bf16[{rows},{model.vision_width}]\n"
+    )
     print(f"{'':34}" + "".join(f"{name:>10}" for name in ("peak", "state", "temp", "host")) + f"{'seconds':>9}  gather")
     for parts in args.sequence:
-        line(f"sequence={parts}", config, MeshConfig(fsdp=8, sequence=parts))
+        print_row(f"sequence={parts}", config, MeshConfig(fsdp=8, sequence=parts))
     if args.state:
         mesh = MeshConfig(fsdp=8, sequence=args.sequence[-1])
-        keep = dataclasses.replace
-        for name, varied in {
-            "no remat": keep(config, model=keep(model, remat=RematConfig())),
-            "grad_accum_steps=2, twice the clips": keep(caption_run(args, 2 * args.clips), grad_accum_steps=2),
-            "bfloat16 parameters": keep(config, param_dtype="bfloat16"),
-            "bfloat16 moments": keep(config, optimizer=AdamWConfig(b2=0.98, mu_dtype="bfloat16", nu_dtype="bfloat16")),
-            "moments on the host": keep(config, optimizer=AdamWConfig(offload_moments=True)),
+        replace = dataclasses.replace
+        for name, variant in {
+            "no remat": replace(config, model=replace(model, remat=RematConfig())),
+            "grad_accum_steps=2, twice the batch": replace(caption_run(args, 2 * args.videos), grad_accum_steps=2),
+            "bfloat16 parameters": replace(config, param_dtype="bfloat16"),
+            "bfloat16 moments": replace(
+                config, optimizer=AdamWConfig(b2=0.98, mu_dtype="bfloat16", nu_dtype="bfloat16")
+            ),
+            "moments on the host": replace(config, optimizer=AdamWConfig(offload_moments=True)),
         }.items():
-            line(name, varied, mesh)
+            print_row(name, variant, mesh)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""The demo recipe, made tiny, on every mesh: how far its curve and its parameters are from those of one device.
+"""Compare loss curves and parameters of a tiny demo run on every mesh with those of one device.
 
-    python benchmarks/meshes.py                        # all 35 ways to lay 8 simulated devices along five axes
-    python benchmarks/meshes.py --devices 2 4          # on fewer
-    python benchmarks/meshes.py --only 1x1x2x2x2       # some: replica x data x fsdp x sequence x tensor
+    python benchmarks/meshes.py                        # all 35 meshes of 8 simulated devices over five axes
+    python benchmarks/meshes.py --devices 2 4          # fewer devices
+    python benchmarks/meshes.py --only 1x1x2x2x2       # one mesh: replica x data x fsdp x sequence x tensor
 
 Dropout, attention dropout, masked words and hard negatives are on: randomness must not depend on the mesh. Adam's eps
-is 1e-2: with 1e-8 a gradient that is rounding noise becomes a full step. Printed are the largest deviation of the loss
-over the steps, as a share of it, and that of any parameter after them, as a share of its array's largest number, or of
-a step's learning rate if that is larger.
+is 1e-2: with 1e-8 a gradient of rounding noise becomes a full step. The table shows the largest relative error of the
+loss over the steps, and the largest error of a parameter after them, relative to its array's largest absolute value or
+to the learning rate, whichever is larger.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import os
 import time
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-if "XLA_FLAGS" not in os.environ:  # compiling is nearly all the time there is
+if "XLA_FLAGS" not in os.environ:  # compiling dominates the run time
     os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false --xla_llvm_disable_expensive_passes=true"
 
 import jax
@@ -41,7 +41,7 @@ Curve = tuple[np.ndarray, list[np.ndarray]]  # losses, parameters after the last
 
 
 def tiny_demo(frames: int) -> RunConfig:
-    """The demo with one layer of each kind, 32 wide, every objective once, and the dropout that it goes without."""
+    """Return the demo with one layer per module, width 32, each objective once, and dropout."""
     config: RunConfig = build(RunConfig, load_recipe("demo", []))
     model = dataclasses.replace(
         config.model, vision_width=32, vision_layers=1, vision_heads=2, image_size=16, width=32, heads=2, mlp_width=64,
@@ -69,19 +69,19 @@ def tiny_demo(frames: int) -> RunConfig:
 
 
 def meshes(devices: int) -> list[MeshConfig]:
-    """Every way to lay so many devices along the axes."""
+    """Return all meshes of this number of devices."""
     divisors = [d for d in range(1, devices + 1) if devices % d == 0]
     shapes = itertools.product(divisors, repeat=len(MESH_AXES))
     return [MeshConfig(**dict(zip(MESH_AXES, s, strict=True))) for s in shapes if math.prod(s) == devices]
 
 
 def main() -> None:
-    """Runs and prints a line for each mesh."""
+    """Run each mesh and print a row for it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--devices", type=int, nargs="+", default=[8], help="how many are simulated (default: 8)")
-    parser.add_argument("--only", nargs="+", help="sizes along the axes, as 1x1x2x2x2, instead of all")
+    parser.add_argument("--devices", type=int, nargs="+", default=[8], help="number of simulated devices (default: 8)")
+    parser.add_argument("--only", nargs="+", help="axis sizes, such as 1x1x2x2x2, instead of all meshes")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--frames", type=int, default=4, help="of a clip (default: %(default)s)")
+    parser.add_argument("--frames", type=int, default=4, help="frames per video (default: %(default)s)")
     args = parser.parse_args()
     chosen = [mesh for count in args.devices for mesh in meshes(count)]
     if args.only:
@@ -111,7 +111,7 @@ def main() -> None:
     print(f"one device: {args.steps} steps, loss {expected[0][0]:.4f} to {expected[0][-1]:.4f}\n")
     print("".join(f"{axis:>9}" for axis in MESH_AXES) + f"{'loss':>11}{'parameters':>12}{'seconds':>9}", flush=True)
     for mesh in chosen:
-        begun = time.perf_counter()
+        start_time = time.perf_counter()
         losses, parameters = run(mesh)
         loss = np.max(np.abs(losses / expected[0] - 1))
         parameter = max(
@@ -119,7 +119,7 @@ def main() -> None:
             for a, b in zip(parameters, expected[1], strict=True)
         )
         sizes = "".join(f"{size:9}" for size in dataclasses.astuple(mesh))
-        print(f"{sizes}{loss:11.1e}{parameter:12.1e}{time.perf_counter() - begun:9.0f}", flush=True)
+        print(f"{sizes}{loss:11.1e}{parameter:12.1e}{time.perf_counter() - start_time:9.0f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""What watching a run costs: a step in the loop's company against the bare compiled step, in turns, in one process.
+"""Measure the overhead of monitoring: the training loop's step against the bare compiled step, alternating.
 
     python benchmarks/overhead.py                  # tiny, 40 steps each
     python benchmarks/overhead.py --size base --steps 10
 
-Bare is a compiled step that gives the loss and nothing else, so that the compiler drops what only metrics need. Watched
-adds norms by tower, the goodput tracker, reading of metrics, fault detection, and a line of metrics for every step,
-which is ten times as often as runs write by default.
+The bare step returns only the loss, so the compiler removes what only metrics need. The monitored step adds norms by
+tower, goodput accounting, fetching of metrics, fault detection, and a line of metrics per step, ten times as often as
+runs write by default.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from mplug2_jax.training.workdir import WorkDir
 
 
 def compile_bare(spec: RunSpec) -> Any:
-    """The step without metrics."""
+    """Compile the step without metrics."""
 
     def bare(state: TrainState, batches: StreamBatches) -> tuple[TrainState, jax.Array]:
         after, metrics = train_step(spec, state, batches)
@@ -46,11 +46,11 @@ def compile_bare(spec: RunSpec) -> Any:
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="tiny", help="row of the model table (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=40, help="steps of each kind (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=40, help="steps of each variant (default: %(default)s)")
     args = parser.parse_args()
 
     model = model_config(args.size, dtype="float32")
@@ -75,15 +75,15 @@ def main() -> None:
     }
     batches = {"image": put_batch(arrays, spec.mesh)}
     step, bare_step, state = make_step(spec), compile_bare(spec), spec.init()
-    times: dict[str, list[float]] = {"bare": [], "watched": []}
+    times: dict[str, list[float]] = {"bare": [], "monitored": []}
     with tempfile.TemporaryDirectory() as folder:
         workdir = WorkDir(Path(folder))
         monitor = TrainMonitor(spec, workdir, Position(0, {}), EventLog(workdir.events), GoodputTracker())
         monitor.compile(step, 1, state, batches)
         for number in range(1, 2 * args.steps + 4):
-            kind = ("bare", "watched")[number % 2]
+            variant = ("bare", "monitored")[number % 2]
             start = time.perf_counter()
-            if kind == "bare":
+            if variant == "bare":
                 with jax.set_mesh(spec.mesh):
                     state, metrics = bare_step(state, batches)
             else:
@@ -97,19 +97,19 @@ def main() -> None:
                 monitor.drain(max_pending=1)
             jax.block_until_ready((state, metrics))
             if number > 3:
-                times[kind].append(time.perf_counter() - start)
+                times[variant].append(time.perf_counter() - start)
         monitor.close()
     checksums(state)
     start = time.perf_counter()
     checksums(state)
     checking = time.perf_counter() - start
     bytes_ = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-    bare, watched = (float(np.median(times[kind])) for kind in ("bare", "watched"))
+    bare, monitored = (float(np.median(times[variant])) for variant in ("bare", "monitored"))
     print(f"{args.size}, caption, batch {args.batch}, float32, {spec.definition.num_params():,} parameters")
     print(f"bare step (median of {len(times['bare'])})     {1e3 * bare:9.2f} ms")
-    print(f"watched step (median of {len(times['watched'])})  {1e3 * watched:9.2f} ms")
-    print(f"overhead                      {watched / bare - 1:9.2%}")
-    print(f"digests of {bytes_ / 2**20:,.0f} MiB of state  {1e3 * checking:9.2f} ms")
+    print(f"monitored step (median of {len(times['monitored'])})  {1e3 * monitored:9.2f} ms")
+    print(f"overhead                      {monitored / bare - 1:9.2%}")
+    print(f"checksums of {bytes_ / 2**20:,.0f} MiB of state  {1e3 * checking:9.2f} ms")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Ranks and neighbours among many pictures and texts: time, and memory beyond the features.
+"""Measure exact ranks and nearest neighbors among many images and texts: time, and memory beyond the features.
 
-    python benchmarks/retrieval.py                 # 50,000 texts x 50,000 pictures x 256, both directions
+    python benchmarks/retrieval.py                 # 50,000 texts x 50,000 images x 256, both directions
     python benchmarks/retrieval.py --examples 5000
 
-The matrix itself is never there; its size is printed beside.
+The similarity matrix is never materialized; its size is printed for comparison.
 """
 
 import argparse
@@ -18,20 +18,23 @@ from mplug2_jax.metrics.retrieval import chance_median_rank, chance_recall, medi
 
 
 def main() -> None:
-    """Searches and prints."""
+    """Search and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--examples", type=int, default=50_000, help="of each kind (default: %(default)s)")
-    parser.add_argument("--width", type=int, default=256, help="of the features (default: %(default)s)")
-    parser.add_argument("--nearest", type=int, default=16, help="kept of each query (default: %(default)s)")
+    parser.add_argument(
+        "--examples", type=int, default=50_000, help="number of images and of texts (default: %(default)s)"
+    )
+    parser.add_argument("--width", type=int, default=256, help="feature width (default: %(default)s)")
+    parser.add_argument("--nearest", type=int, default=16, help="neighbors per query (default: %(default)s)")
     args = parser.parse_args()
 
     rng = np.random.default_rng(0)
-    visual = unit(rng.normal(size=(args.examples, args.width)).astype(np.float32))
-    text = unit(visual + 6 * unit(rng.normal(size=visual.shape).astype(np.float32)))
+    visual = l2_normalize(rng.normal(size=(args.examples, args.width)).astype(np.float32))
+    text = l2_normalize(visual + 6 * l2_normalize(rng.normal(size=visual.shape).astype(np.float32)))
     ids = np.arange(args.examples)
-    exact_top_k(text[:2], visual[:2], ids[:2], ids[:2])  # what the libraries take is not ours
-    before = peak()
-    print(f"{args.examples:,} x {args.examples:,} x {args.width}: a matrix of {args.examples**2 * 4 / 2**30:.1f} GiB")
+    exact_top_k(text[:2], visual[:2], ids[:2], ids[:2])  # the memory of the libraries does not count
+    baseline = peak_memory()
+    full = args.examples**2 * 4 / 2**30
+    print(f"{args.examples:,} x {args.examples:,} x {args.width}: a full matrix takes {full:.1f} GiB")
     for name, queries, candidates in (("text to visual", text, visual), ("visual to text", visual, text)):
         start = time.perf_counter()
         found = exact_top_k(queries, candidates, ids, ids, args.nearest)
@@ -41,19 +44,19 @@ def main() -> None:
         print(f"{name}: {time.perf_counter() - start:7.1f} s  {shown}  median rank {middle.value:.0f}", flush=True)
         start = time.perf_counter()
         chance = f"R@10 {chance_recall(ids, ids, 10):.4f}, median rank {chance_median_rank(ids, ids):.0f}"
-        print(f"  by chance: {chance}, {time.perf_counter() - start:.2f} s")
+        print(f"  chance: {chance}, {time.perf_counter() - start:.2f} s")
         start = time.perf_counter()
         low, high = bootstrap_ci(figures | {"median": middle})["median"]
-        print(f"  95 % of the median rank: {low:.0f} to {high:.0f}, {time.perf_counter() - start:.1f} s")
-    print(f"memory beyond features and libraries, at its peak: {peak() - before:.2f} GiB")
+        print(f"  95% CI of the median rank: {low:.0f} to {high:.0f}, {time.perf_counter() - start:.1f} s")
+    print(f"peak memory beyond features and libraries: {peak_memory() - baseline:.2f} GiB")
 
 
-def unit(x: np.ndarray) -> np.ndarray:
+def l2_normalize(x: np.ndarray) -> np.ndarray:
     return x / np.linalg.norm(x, axis=1, keepdims=True)
 
 
-def peak() -> float:
-    """Of this process, in GiB."""
+def peak_memory() -> float:
+    """Return the peak memory of this process in GiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 

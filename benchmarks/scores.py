@@ -1,9 +1,9 @@
-"""Scores beside those of other implementations, over all examples and over one draw of as many with replacement.
+"""Compare metrics with reference implementations, over all examples and over one bootstrap sample.
 
-    python benchmarks/scores.py                    # 1,000 seeded examples of each kind
+    python benchmarks/scores.py                    # 1,000 random examples per metric
 
-The first difference is of the figure over all examples, the last between the figure told how often each example was
-drawn and the other implementation's over the drawn examples themselves. "by hand" is the plain loop of this file.
+The column "difference" compares over all examples. "resampled" compares our metric, weighted by bootstrap counts, with
+the reference implementation on the resampled examples. "by hand" is a plain loop in this file.
 """
 
 import argparse
@@ -27,53 +27,53 @@ from mplug2_jax.metrics.retrieval import compute_ranks, median_rank, recall_at
 from mplug2_jax.metrics.rouge import rouge_scores
 from mplug2_jax.metrics.vqa import vqa_accuracy
 
-Rows = np.ndarray  # the examples that a figure is over
+Rows = np.ndarray  # indices of examples
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A figure of ours, and the same by others over given examples."""
+    """Our metric, and the reference implementation as a function of example indices."""
 
     name: str
-    figure: Metric
-    by: str
-    theirs: Callable[[Rows], float]
+    metric: Metric
+    source: str
+    reference: Callable[[Rows], float]
 
 
 def main() -> None:
-    """Scores and prints."""
+    """Score and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--examples", type=int, default=1000, help="of each kind (default: %(default)s)")
+    parser.add_argument("--examples", type=int, default=1000, help="examples per metric (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
     rng = np.random.default_rng(args.seed)
     drawn = rng.integers(args.examples, size=args.examples)
-    times = np.bincount(drawn, minlength=args.examples).astype(np.float64)
-    print(f"{'metric':<24}{'ours':>12}{'reference':>12}  {'by':<14}{'difference':>11}{'resampled':>11}")
-    for kind in (vqa, classification, grounding, glue_tasks, summaries, retrieval):
-        for case in kind(rng, args.examples):
-            ours, theirs = case.figure.value, case.theirs(np.arange(args.examples))
-            resampled = abs(case.figure.weighted(times) - case.theirs(drawn))
-            figures = f"{ours:12.6f}{theirs:12.6f}  {case.by:<14}{abs(ours - theirs):11.1e}{resampled:11.1e}"
-            print(f"{case.name:<24}{figures}", flush=True)
+    counts = np.bincount(drawn, minlength=args.examples).astype(np.float64)
+    print(f"{'metric':<24}{'ours':>12}{'reference':>12}  {'source':<14}{'difference':>11}{'resampled':>11}")
+    for make_cases in (vqa, classification, grounding, glue_tasks, summaries, retrieval):
+        for case in make_cases(rng, args.examples):
+            ours, reference = case.metric.value, case.reference(np.arange(args.examples))
+            resampled = abs(case.metric.weighted(counts) - case.reference(drawn))
+            columns = f"{ours:12.6f}{reference:12.6f}  {case.source:<14}{abs(ours - reference):11.1e}{resampled:11.1e}"
+            print(f"{case.name:<24}{columns}", flush=True)
 
 
 def vqa(rng: np.random.Generator, examples: int) -> Iterator[Case]:
     words = ["two", "2", "the dog", "dog.", "a dog", "Dog", "t-shirt", "t shirt", "dont know", "don't know", "1,000",
              "1000", "2.5", "none", "0", "yes", "yes!", "yes, it is", "Yes it is"]  # fmt: skip
-    near = random.Random(int(rng.integers(2**32)))
+    generator = random.Random(int(rng.integers(2**32)))
     answers: list[list[str]] = []
     for _ in range(examples):
-        start, spread = near.randrange(len(words)), near.randrange(4)
-        answers.append([words[(start + near.randint(0, spread)) % len(words)] for _ in range(10)])
-    said = [near.choice([*given, near.choice(words)]) for given in answers]
-    hits = np.asarray([by_hand_vqa(*pair) for pair in zip(said, answers, strict=True)])
-    yield Case("VQA v2 accuracy", vqa_accuracy(said, answers), "by hand", lambda rows: hits[rows].mean())
+        start, spread = generator.randrange(len(words)), generator.randrange(4)
+        answers.append([words[(start + generator.randint(0, spread)) % len(words)] for _ in range(10)])
+    predictions = [generator.choice([*row, generator.choice(words)]) for row in answers]
+    hits = np.asarray([vqa_by_hand(*pair) for pair in zip(predictions, answers, strict=True)])
+    yield Case("VQA v2 accuracy", vqa_accuracy(predictions, answers), "by hand", lambda rows: hits[rows].mean())
 
 
-def by_hand_vqa(said: str, answers: Sequence[str]) -> float:
-    def plain(text: str) -> str:
+def vqa_by_hand(prediction: str, answers: Sequence[str]) -> float:
+    def normalize(text: str) -> str:
         letters = ""
         for i, letter in enumerate(text):
             if letter == "." and not text[i + 1 : i + 2].isdigit():
@@ -82,15 +82,15 @@ def by_hand_vqa(said: str, answers: Sequence[str]) -> float:
                 letters += letter
             elif not (re.search("[0-9],[0-9]", text) or f"{letter} " in text or f" {letter}" in text):
                 letters += " "
-        kept = [word for word in letters.lower().split() if word not in ("a", "an", "the")]
+        words = [word for word in letters.lower().split() if word not in ("a", "an", "the")]
         known = {"dont": "don't", "none": "0", "two": "2"}
-        return " ".join(known.get(word, word) for word in kept)
+        return " ".join(known.get(word, word) for word in words)
 
     if any(answer != answers[0] for answer in answers):
-        said, answers = plain(said), [plain(answer) for answer in answers]
+        prediction, answers = normalize(prediction), [normalize(answer) for answer in answers]
     total = 0.0
-    for left_out in range(10):
-        agree = sum(answers[i] == said for i in range(10) if i != left_out)
+    for excluded in range(10):
+        agree = sum(answers[i] == prediction for i in range(10) if i != excluded)
         total += 1 if agree >= 3 else agree / 3
     return total / 10
 
@@ -102,10 +102,10 @@ def classification(rng: np.random.Generator, examples: int) -> Iterator[Case]:
     every = np.arange(classes)
     for k in (1, 5):
 
-        def theirs(rows: Rows, scores: np.ndarray = scores, k: int = k) -> float:
+        def reference(rows: Rows, scores: np.ndarray = scores, k: int = k) -> float:
             return float(sklearn.metrics.top_k_accuracy_score(labels[rows], scores[rows], k=k, labels=every))
 
-        yield Case(f"top-{k} accuracy", top_k(scores, labels, k), "scikit-learn", theirs)
+        yield Case(f"top-{k} accuracy", top_k(scores, labels, k), "scikit-learn", reference)
 
     ids = rng.permutation(np.repeat(np.arange(examples), 3))
     probabilities = rng.dirichlet(np.ones(classes), size=len(ids)) + 0.05 * np.eye(classes)[labels[ids]]
@@ -114,84 +114,88 @@ def classification(rng: np.random.Generator, examples: int) -> Iterator[Case]:
     yield Case(
         "top-1 of 3 views", top_k(means, labels, 1), "by hand", lambda rows: float((views == labels)[rows].mean())
     )
-    said = scores.argmax(1)
-    found, known = confusion_matrix(said, labels, classes), sklearn.metrics.confusion_matrix(labels, said, labels=every)
-    print(f"{'confusion, on diagonal':<24}{found.trace():12}{known.trace():12}  {'scikit-learn':<14}", end="")
-    print(f"{np.abs(found - known).max():11.1e}")
+    predictions = scores.argmax(1)
+    ours, reference = (
+        confusion_matrix(predictions, labels, classes),
+        sklearn.metrics.confusion_matrix(labels, predictions, labels=every),
+    )
+    print(f"{'confusion, on diagonal':<24}{ours.trace():12}{reference.trace():12}  {'scikit-learn':<14}", end="")
+    print(f"{np.abs(ours - reference).max():11.1e}")
 
 
 def grounding(rng: np.random.Generator, examples: int) -> Iterator[Case]:
     boxes = np.sort(rng.integers(33, size=(examples, 2, 2)), axis=1).reshape(-1, 4)
-    said = np.clip(boxes + rng.integers(-5, 6, size=boxes.shape), 0, 32)  # some of both are degenerate
+    predictions = np.clip(boxes + rng.integers(-5, 6, size=boxes.shape), 0, 32)  # some of both are degenerate
 
     def cells(box: np.ndarray) -> set[tuple[int, int]]:
         return {(x, y) for x in range(box[0], box[2]) for y in range(box[1], box[3])}
 
-    pairs = [(cells(one), cells(other)) for one, other in zip(said, boxes, strict=True)]
-    known = np.asarray([len(one & other) / max(len(one | other), 1) for one, other in pairs])
-    iou = box_iou(said / 32, boxes / 32)
-    yield Case("accuracy at IoU 0.5", box_accuracy(iou), "by hand", lambda rows: float((known[rows] >= 0.5).mean()))
-    yield Case("mean IoU", mean_iou(iou), "by hand", lambda rows: float(known[rows].mean()))
+    pairs = [(cells(one), cells(other)) for one, other in zip(predictions, boxes, strict=True)]
+    ious = np.asarray([len(one & other) / max(len(one | other), 1) for one, other in pairs])
+    iou = box_iou(predictions / 32, boxes / 32)
+    yield Case("accuracy at IoU 0.5", box_accuracy(iou), "by hand", lambda rows: float((ious[rows] >= 0.5).mean()))
+    yield Case("mean IoU", mean_iou(iou), "by hand", lambda rows: float(ious[rows].mean()))
 
 
 def glue_tasks(rng: np.random.Generator, examples: int) -> Iterator[Case]:
-    known: dict[str, tuple[str, Callable[[np.ndarray, np.ndarray], float]]] = {
+    references: dict[str, tuple[str, Callable[[np.ndarray, np.ndarray], float]]] = {
         "accuracy": ("scikit-learn", sklearn.metrics.accuracy_score),
         "f1": ("scikit-learn", sklearn.metrics.f1_score),
         "matthews": ("scikit-learn", sklearn.metrics.matthews_corrcoef),
-        "pearson": ("scipy", lambda labels, said: scipy.stats.pearsonr(said, labels).statistic),
-        "spearman": ("scipy", lambda labels, said: scipy.stats.spearmanr(said, labels).statistic),
+        "pearson": ("scipy", lambda labels, predictions: scipy.stats.pearsonr(predictions, labels).statistic),
+        "spearman": ("scipy", lambda labels, predictions: scipy.stats.spearmanr(predictions, labels).statistic),
     }
     for task in (*NUM_CLASSES, "stsb"):
         if task == "stsb":
             labels = np.round(rng.random(examples) * 25) / 5  # ties, as there
-            said = np.round(labels + rng.normal(size=examples), 1)
+            predictions = np.round(labels + rng.normal(size=examples), 1)
         else:
             labels = rng.integers(NUM_CLASSES[task], size=examples)
-            said = np.where(rng.random(examples) < 0.8, labels, rng.integers(NUM_CLASSES[task], size=examples))
-        for name, figure in glue_metrics(task, said, labels).items():
-            by, score = known[name]
+            predictions = np.where(rng.random(examples) < 0.8, labels, rng.integers(NUM_CLASSES[task], size=examples))
+        for name, metric in glue_metrics(task, predictions, labels).items():
+            source, score = references[name]
 
-            def theirs(
+            def reference(
                 rows: Rows,
                 labels: np.ndarray = labels,
-                said: np.ndarray = said,
+                predictions: np.ndarray = predictions,
                 score: Callable[[np.ndarray, np.ndarray], float] = score,
             ) -> float:
-                return float(score(labels[rows], said[rows]))
+                return float(score(labels[rows], predictions[rows]))
 
-            yield Case(f"{task} {name}", figure, by, theirs)
+            yield Case(f"{task} {name}", metric, source, reference)
 
 
 def summaries(rng: np.random.Generator, examples: int) -> Iterator[Case]:
     words = ["markets", "market", "fall", "falling", "falls", "oil", "prices", "price", "rise", "U.S.", "u.s", "says",
              "said", "bank", "banks", "banking", "in", "the", "of", "##.#", "-", "minister"]  # fmt: skip
     texts = [" ".join(rng.choice(words, size=rng.integers(1, 15))) + " news" for _ in range(2 * examples)]
-    said, references = texts[:examples], texts[examples:]
-    for name, figure in rouge_scores(said, references).items():
-        each = np.asarray([by_hand_rouge(name, *pair) for pair in zip(said, references, strict=True)])
-        yield Case(name, figure, "by hand", lambda rows, each=each: float(each[rows].mean()))
+    predictions, references = texts[:examples], texts[examples:]
+    for name, metric in rouge_scores(predictions, references).items():
+        each = np.asarray([rouge_by_hand(name, *pair) for pair in zip(predictions, references, strict=True)])
+        yield Case(name, metric, "by hand", lambda rows, each=each: float(each[rows].mean()))
 
 
-def by_hand_rouge(name: str, said: str, reference: str) -> float:
+def rouge_by_hand(name: str, prediction: str, reference: str) -> float:
     stem = PorterStemmer().stem
-    ours, theirs = (
+    predicted, expected = (
         [stem(word) if len(word) > 3 else word for word in re.findall("[a-z0-9]+", text.lower())]
-        for text in (said, reference)
+        for text in (prediction, reference)
     )
     if name == "rouge_l":
         longest = collections.Counter[tuple[int, int]]()
-        for i, one in enumerate(ours):
-            for j, other in enumerate(theirs):
-                alike = longest[i - 1, j - 1] + 1 if one == other else 0
-                longest[i, j] = max(alike, longest[i - 1, j], longest[i, j - 1])
-        shared, total = longest[len(ours) - 1, len(theirs) - 1], len(ours) + len(theirs)
+        for i, left in enumerate(predicted):
+            for j, right in enumerate(expected):
+                length = longest[i - 1, j - 1] + 1 if left == right else 0
+                longest[i, j] = max(length, longest[i - 1, j], longest[i, j - 1])
+        shared, total = longest[len(predicted) - 1, len(expected) - 1], len(predicted) + len(expected)
     else:
         size = int(name[-1])
-        one, other = (
-            collections.Counter(tuple(row[i : i + size]) for i in range(len(row) - size + 1)) for row in (ours, theirs)
+        left, right = (
+            collections.Counter(tuple(row[i : i + size]) for i in range(len(row) - size + 1))
+            for row in (predicted, expected)
         )
-        shared, total = (one & other).total(), one.total() + other.total()
+        shared, total = (left & right).total(), left.total() + right.total()
     return 100 * 2 * shared / total if total else 0.0
 
 

@@ -1,10 +1,10 @@
-"""A whole training step on this machine: its time, peak memory, and share of what one large matmul reaches.
+"""Measure a training step on this machine: time, peak memory, and FLOP rate relative to one large matmul.
 
-    python benchmarks/step.py                      # base, caption, 1 clip of 4 frames at 224 px, float32
+    python benchmarks/step.py                      # base, caption, 1 video of 4 frames at 224 px, float32
     python benchmarks/step.py --size tiny --steps 3
 
-The share is (operations of the model's matmuls, forward and backward) / (time of a step) / (rate of a square float32
-matmul measured between the steps of the same process), so it does not depend on how fast the machine is today.
+The relative rate is (FLOPs of the model's matmuls, forward and backward) / (step time) / (FLOP rate of a square float32
+matmul measured between the steps of the same process), so it does not depend on the current speed of the machine.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from mplug2_jax.training.telemetry.flops import training_flops
 
 
 def run_spec(args: argparse.Namespace) -> RunSpec:
-    """The run that is measured: captions alone, layers unrolled."""
+    """Return the measured run: the caption objective only, layers unrolled."""
     model = model_config(
         args.size, dtype="float32", image_size=args.image_size, scan_unroll=64, dropout=args.dropout,
         attention_dropout=args.dropout,
@@ -48,7 +48,7 @@ def run_spec(args: argparse.Namespace) -> RunSpec:
 
 
 def random_batch(args: argparse.Namespace, vocabulary: int) -> dict[str, np.ndarray]:
-    """Pixels and captions; what they show costs nothing."""
+    """Return random pixels and captions."""
     rng = np.random.default_rng(0)
     shape = (args.batch, args.frames, args.image_size, args.image_size, 3)
     return {
@@ -58,8 +58,8 @@ def random_batch(args: argparse.Namespace, vocabulary: int) -> dict[str, np.ndar
     }
 
 
-def count(spec: RunSpec, batches: StreamBatches) -> int:
-    """Operations of one step by our own count."""
+def count_flops(spec: RunSpec, batches: StreamBatches) -> int:
+    """Return the FLOPs of one step by this project's count."""
     key = jax.eval_shape(lambda: jax.random.key(0))
     return training_flops(
         lambda p, b, k: streams_loss(spec, p, None, {}, b, k, jnp.zeros(())),
@@ -70,10 +70,10 @@ def count(spec: RunSpec, batches: StreamBatches) -> int:
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="base", help="row of the model table (default: %(default)s)")
-    parser.add_argument("--image-size", type=int, help="pixels (default: the size's own)")
+    parser.add_argument("--image-size", type=int, help="pixels (default: from the size)")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--frames", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=20, help="caption length (default: %(default)s)")
@@ -85,7 +85,7 @@ def main() -> None:
 
     spec = run_spec(args)
     batches = {"video": put_batch(random_batch(args, spec.config.model.vocab_size), spec.mesh)}
-    flops = count(spec, batches)
+    flops = count_flops(spec, batches)
     step, state = make_step(spec), spec.init()
     square = jax.random.normal(jax.random.key(0), (args.matmul, args.matmul))
     multiply = jax.jit(jnp.matmul)
@@ -118,7 +118,7 @@ def main() -> None:
     )
     print(f"compile and first step   {compiled:8.1f} s")
     print(f"step (median of {args.steps:2})     {seconds:8.3f} s")
-    print(f"operations per step      {flops / 1e9:8.1f} GFLOP (matmuls, forward and backward)")
+    print(f"FLOPs per step           {flops / 1e9:8.1f} GFLOP (matmuls, forward and backward)")
     print(f"peak memory of process   {peak:8.2f} GiB")
     print(f"matmul {args.matmul} x {args.matmul}      {rate / 1e9:8.1f} GFLOP/s (median of {args.steps})")
     print(f"share of matmul rate     {flops / seconds / rate:8.1%}")

@@ -1,13 +1,13 @@
-"""How many clips a second captions are searched for, with the cache and without: one process, one table.
+"""Measure captioning throughput of beam search with and without the key-value cache, in one process.
 
-    JAX_PLATFORMS=cuda python benchmarks/throughput.py                  # large, 16 frames, 8 clips, beam 5, 20 tokens
+    JAX_PLATFORMS=cuda python benchmarks/throughput.py                  # large, 16 frames, 8 videos, beam 5, 20 tokens
     python benchmarks/throughput.py --size tiny --frames 4 --repeat 3   # on a CPU
-    python benchmarks/throughput.py --size tiny --frames 4 --devices 2  # two of its cores as devices
+    python benchmarks/throughput.py --size tiny --frames 4 --devices 2  # two cores as devices
 
-From visual tokens on (the tower's time is printed by itself), with random weights, until the last token: nothing ends
-early. Without a cache the decoder reads the whole prefix, padded to its full length, for every token; the release also
-gives each beam a copy of the memory, whose keys and values it projects anew each time. With several devices, clips and
-parameters (``fsdp``) also lie split over them: evaluation on a mesh.
+The time starts from visual tokens (the vision tower has a row of its own). Weights are random and no beam ends early.
+Without a cache the decoder reads the whole prefix, padded to its full length, for every token. The release also gives
+each beam a copy of the memory and projects keys and values again in every step. With several devices, videos and
+parameters are sharded over ``fsdp``, as in evaluation on a mesh.
 """
 
 import argparse
@@ -33,21 +33,21 @@ from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.parallel.placement import batch_sharding, make_param_shardings
 
-TOKENS = SpecialTokens(end=-1)  # none is the end
+TOKENS = SpecialTokens(end=-1)  # no token ends a beam
 
 
 class Prefixes(NamedTuple):
-    """What a search without a cache remembers."""
+    """Search state without a cache: the token prefixes."""
 
     ids: Int[Array, "br m"]
 
     def reorder(self, kept: Int[Array, "b r"]) -> "Prefixes":
-        """The prefixes of the sequences that were kept."""
+        """Return the prefixes of the selected sequences."""
         return Prefixes(gather_beams(self.ids, kept))
 
 
 def uncached(decoder: Decoder, memory: Array, mask: Array, config: SearchConfig, *, copies: bool) -> DecodeOutput:
-    """The search that reads every prefix anew; with ``copies`` each beam has a memory of its own."""
+    """Search by reading every prefix again; with ``copies`` each beam has its own copy of the memory."""
     b = memory.shape[0]
     if copies:
         memory, mask = (jnp.repeat(x, config.num_beams, axis=0) for x in (memory, mask))
@@ -61,7 +61,7 @@ def uncached(decoder: Decoder, memory: Array, mask: Array, config: SearchConfig,
 
 
 def median_seconds(run: Callable[[], Any], repeat: int) -> float:
-    """Of a call, the first of which, which compiles, is left out."""
+    """Return the median time of a call, after a first call that compiles."""
     jax.block_until_ready(run())
     times = []
     for _ in range(repeat):
@@ -72,16 +72,18 @@ def median_seconds(run: Callable[[], Any], repeat: int) -> float:
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="large", help="row of the model table (default: %(default)s)")
     parser.add_argument("--frames", type=int, default=16)
-    parser.add_argument("--clips", type=int, default=8, help="at a time (default: %(default)s)")
+    parser.add_argument("--videos", "--clips", type=int, default=8, help="videos per batch (default: %(default)s)")
     parser.add_argument("--beams", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=20)
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--attention", default="auto", help="kernel (default: %(default)s)")
-    parser.add_argument("--devices", type=int, default=1, help="besides on one, on so many (default: %(default)s)")
+    parser.add_argument(
+        "--devices", type=int, default=1, help="also measure on this many devices (default: %(default)s)"
+    )
     args = parser.parse_args()
     if os.environ["JAX_PLATFORMS"] == "cpu":
         jax.config.update("jax_num_cpu_devices", args.devices)
@@ -91,10 +93,10 @@ def main() -> None:
     search = SearchConfig(num_beams=args.beams, min_length=0, max_length=args.tokens)
     params = jax.jit(definition.init)(jax.random.key(0))
     frames = jax.random.randint(
-        jax.random.key(1), (args.clips, args.frames, config.image_size, config.image_size, 3), 0, 256, jnp.uint8
+        jax.random.key(1), (args.videos, args.frames, config.image_size, config.image_size, 3), 0, 256, jnp.uint8
     )
-    see = jax.jit(lambda p, f: definition.bind(p).encode_visual(f))
-    memory = see(params, frames)
+    encode = jax.jit(lambda p, f: definition.bind(p).encode_visual(f))
+    memory = encode(params, frames)
     mask = jnp.ones(memory.shape[:2], bool)
 
     def decoding(search_of: Callable[[Decoder, Array, Array], DecodeOutput], devices: int = 1) -> Callable[[], Any]:
@@ -109,29 +111,29 @@ def main() -> None:
 
         return run
 
-    forms = {
+    variants = {
         "with the cache": lambda d, m, k: generate(d, m, k, search, TOKENS),
         "without, beams share the memory": lambda d, m, k: uncached(d, m, k, search, copies=False),
-        "without, a copy for each beam (the release)": lambda d, m, k: uncached(d, m, k, search, copies=True),
+        "without, a copy per beam (the release)": lambda d, m, k: uncached(d, m, k, search, copies=True),
     }
     device = jax.devices()[0].device_kind
     print(
-        f"{args.size}, {dtype}, {args.clips} clips of {args.frames} frames ({memory.shape[1]:,} visual tokens), beam "
+        f"{args.size}, {dtype}, {args.videos} videos of {args.frames} frames ({memory.shape[1]:,} visual tokens), beam "
         f"{args.beams} x {args.tokens} tokens, on {device}; median of {args.repeat}\n"
     )
-    print(f"{'':46}{'seconds':>10}{'clips/s':>10}{'ratio':>8}")
-    seconds = median_seconds(lambda: see(params, frames), args.repeat)
-    print(f"{'frames to visual tokens':46}{seconds:10.4f}{args.clips / seconds:10.1f}")
+    print(f"{'':46}{'seconds':>10}{'videos/s':>10}{'ratio':>8}")
+    seconds = median_seconds(lambda: encode(params, frames), args.repeat)
+    print(f"{'frames to visual tokens':46}{seconds:10.4f}{args.videos / seconds:10.1f}")
     slowest = 0.0
     rows = {}
-    for name, search_of in forms.items():
+    for name, search_of in variants.items():
         rows[name] = median_seconds(decoding(search_of), args.repeat)
         slowest = max(slowest, rows[name])
     if args.devices > 1:
-        split = decoding(forms["with the cache"], args.devices)
+        split = decoding(variants["with the cache"], args.devices)
         rows[f"with the cache, on {args.devices} devices"] = median_seconds(split, args.repeat)
     for name, seconds in rows.items():
-        print(f"{name:46}{seconds:10.4f}{args.clips / seconds:10.1f}{slowest / seconds:8.1f}")
+        print(f"{name:46}{seconds:10.4f}{args.videos / seconds:10.1f}{slowest / seconds:8.1f}")
 
 
 if __name__ == "__main__":

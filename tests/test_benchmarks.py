@@ -1,4 +1,4 @@
-"""The benchmarks run, at small sizes, and print the figures that the notes quote."""
+"""The benchmarks run at small sizes and print the numbers that the lab notes quote."""
 
 import collections
 import os
@@ -12,29 +12,29 @@ import pytest
 from tests.close import CHAIN, FLOAT64
 
 
-def printed(repository: Path, script: str, *words: str) -> str:
-    quick = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(repository), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    command = [sys.executable, str(repository / "benchmarks" / script), *words]
-    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, env=os.environ | quick)
+def run_benchmark(repository: Path, script: str, *args: str) -> str:
+    environment = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(repository), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    command = [sys.executable, str(repository / "benchmarks" / script), *args]
+    done = subprocess.run(command, cwd=repository, capture_output=True, text=True, env=os.environ | environment)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 @pytest.mark.slow
 def test_step(repository: Path) -> None:
-    out = printed(repository, "step.py", "--size", "tiny", "--steps", "2", "--matmul", "256")
+    out = run_benchmark(repository, "step.py", "--size", "tiny", "--steps", "2", "--matmul", "256")
     for figure in (r"step \(median of +2\) +[\d.]+ s", r"process +[\d.]+ GiB", r"matmul rate +[\d.]+%"):
         assert re.search(figure, out), out
 
 
-def test_generation_needs_at_most_a_fiftieth_of_the_release_s_operations(repository: Path) -> None:
-    out = printed(repository, "generation.py")
+def test_generation_takes_at_most_a_fiftieth_of_the_release_s_flops(repository: Path) -> None:
+    out = run_benchmark(repository, "generation.py")
     assert "4,097 visual tokens" in out
     assert float(re.findall(r"1/([\d.]+)", out)[-1]) >= 50
 
 
-def test_scores_are_those_of_other_implementations(repository: Path) -> None:
-    out = printed(repository, "scores.py", "--examples", "300")
+def test_scores_equal_those_of_reference_implementations(repository: Path) -> None:
+    out = run_benchmark(repository, "scores.py", "--examples", "300")
     figures = re.compile(r"^(\S.*?) +[\d.]+ +([\d.]+)  \S.* ([\d.]+e[-+]\d+)(?: +([\d.]+e[-+]\d+))?$", re.MULTILINE)
     rows = figures.findall(out)
     assert len(rows) == len(out.splitlines()) - 1 == 25, out
@@ -45,14 +45,14 @@ def test_scores_are_those_of_other_implementations(repository: Path) -> None:
 @pytest.mark.slow
 def test_torch_runtime(repository: Path) -> None:
     pytest.importorskip("torch")
-    out = printed(repository, "torch_runtime.py", "--size", "tiny", "--rounds", "1")
+    out = run_benchmark(repository, "torch_runtime.py", "--size", "tiny", "--rounds", "1")
     for call in ("forward", "training step"):
         assert re.search(rf"^{call} +[\d.]+ s +[\d.]+ s +[\d.]+ +[\d.]+ +[\d.]+$", out, re.MULTILINE), out
 
 
 @pytest.mark.slow
 def test_meshes_agree_with_one_device(repository: Path) -> None:
-    out = printed(repository, "meshes.py", "--only", "2x1x1x2x2", "--steps", "5")
+    out = run_benchmark(repository, "meshes.py", "--only", "2x1x1x2x2", "--steps", "5")
     *sizes, loss, parameters, _ = out.splitlines()[-1].split()
     assert sizes == ["2", "1", "1", "2", "2"]
     assert float(loss) < 1e-5
@@ -61,8 +61,8 @@ def test_meshes_agree_with_one_device(repository: Path) -> None:
 
 @pytest.mark.slow
 def test_data(repository: Path) -> None:
-    few = ("--pictures", "16", "--clips", "2", "--index", "30000", "--steps", "6", "--repeats", "1")
-    out = printed(repository, "data.py", *few)
+    small = ("--pictures", "16", "--clips", "2", "--index", "30000", "--steps", "6", "--repeats", "1")
+    out = run_benchmark(repository, "data.py", *small)
     for figure in (
         r"JPEG .*, crop, 224: share of the bare loop on one core +\d+%", r"video, .*: two threads against one +[\d.]+x",
         r"index of 30,000 records: opened in +[\d.]+ s", r"at step 0, and at step 1,000,000 +[\d.]+ s, [\d.]+ s",
@@ -74,22 +74,22 @@ def test_data(repository: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_drills(repository: Path, tmp_path: Path) -> None:
-    """All in one process: they share the runs that are left alone."""
-    out = printed(repository, "drills.py", "all", "--times", "3", "--bound", "90", "--work", str(tmp_path))
-    passed = re.findall(r"^(elastic|preempt|kill) .*  ok  ", out.rpartition("what was lost")[2], re.MULTILINE)
+    """All drills run in one process because they share the undisturbed runs."""
+    out = run_benchmark(repository, "drills.py", "all", "--times", "3", "--bound", "90", "--work", str(tmp_path))
+    passed = re.findall(r"^(elastic|preempt|kill) .*  ok  ", out.rpartition("details")[2], re.MULTILINE)
     assert collections.Counter(passed) == {"elastic": 3, "preempt": 2, "kill": 4}
 
 
 @pytest.mark.slow
 def test_overhead(repository: Path) -> None:
-    out = printed(repository, "overhead.py", "--steps", "2", "--batch", "2")
+    out = run_benchmark(repository, "overhead.py", "--steps", "2", "--batch", "2")
     for figure in (r"bare step \(median of 2\) +[\d.]+ ms", r"overhead +-?[\d.]+%", r"MiB of state +[\d.]+ ms"):
         assert re.search(figure, out), out
 
 
 @pytest.mark.slow
-def test_caption_scores_are_the_toolkit_s(repository: Path) -> None:
-    out = printed(repository, "metrics.py")
+def test_caption_scores_equal_the_toolkit_s(repository: Path) -> None:
+    out = run_benchmark(repository, "metrics.py")
     rows = re.findall(r"^(\w+) +[\d.]+ +([\d.]+) +(-?[\d.e+-]+) +[\d.]+$", out, re.MULTILINE)
     assert {"cider", "bleu_1", "bleu_4", "rouge_l"} <= {name for name, *_ in rows}, out
     assert all(abs(float(difference)) <= FLOAT64 * float(reference) for _, reference, difference in rows), out
@@ -97,23 +97,25 @@ def test_caption_scores_are_the_toolkit_s(repository: Path) -> None:
 
 @pytest.mark.slow
 def test_throughput_with_and_without_a_cache_and_on_a_mesh(repository: Path) -> None:
-    sizes = ("--size", "tiny", "--frames", "1", "--clips", "2", "--tokens", "3", "--repeat", "1", "--devices", "2")
-    rows = re.findall(r"^(\w.*?) +[\d.]+ +[\d.]+ +[\d.]+$", printed(repository, "throughput.py", *sizes), re.MULTILINE)
+    sizes = ("--size", "tiny", "--frames", "1", "--videos", "2", "--tokens", "3", "--repeat", "1", "--devices", "2")
+    rows = re.findall(
+        r"^(\w.*?) +[\d.]+ +[\d.]+ +[\d.]+$", run_benchmark(repository, "throughput.py", *sizes), re.MULTILINE
+    )
     assert [row.partition(",")[0] for row in rows] == ["with the cache", "without", "without", "with the cache"]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_ablation(repository: Path, tmp_path: Path) -> None:
-    """All models are asked the same, and what is finished is read."""
-    words = ["--seeds", "1", "--steps", "1", "--examples", "8", "--workers", "2", "--out", str(tmp_path)]
-    words += [f"--config.model.{field}=1" for field in ("vision_layers", "fusion_layers", "decoder_layers")]
-    words.append("--config.model.scan_unroll=1")
-    out = printed(repository, "ablation.py", *words)
+    """All models are evaluated on the same tasks, and a second call reads finished runs."""
+    args = ["--seeds", "1", "--steps", "1", "--examples", "8", "--workers", "2", "--out", str(tmp_path)]
+    args += [f"--config.model.{field}=1" for field in ("vision_layers", "fusion_layers", "decoder_layers")]
+    args.append("--config.model.scan_unroll=1")
+    out = run_benchmark(repository, "ablation.py", *args)
     table = out[out.index("seeds: 1") :]
     for figure in ("video_retrieval/text_to_visual_r1", "video_colour_by_prompts/top_1", "action/top_1"):
-        rows = re.findall(rf"^{figure} +(the whole model|without \S+ \S+) ", table, re.MULTILINE)
-        assert rows == ["the whole model", "without universal layers", "without temporal units"], out
-    again = printed(repository, "ablation.py", *words)
+        rows = re.findall(rf"^{figure} +(the full model|without \S+ \S+) ", table, re.MULTILINE)
+        assert rows == ["the full model", "without universal layers", "without temporal units"], out
+    again = run_benchmark(repository, "ablation.py", *args)
     assert again[again.index("seeds: 1") :] == table
     assert "compiling" not in again
