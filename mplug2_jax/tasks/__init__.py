@@ -1,1 +1,1 @@
-"""A task in each file; ``contracts`` has what they need and read, ``table`` what they do."""
+"""One file per task; ``contracts`` says what each needs and reads, ``table`` lists their implementations."""

@@ -1,7 +1,7 @@
-"""Question answering by generation: question and picture in, answer out."""
+"""Question answering by generation: question and frames in, answer out."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,17 +13,17 @@ from mplug2_jax.metrics.metric import MeanMetric
 from mplug2_jax.model.mplug2 import Mplug2
 from mplug2_jax.objectives.forward import DeviceBatch, ForwardPass, LossOutput
 from mplug2_jax.objectives.language import answer_loss
-from mplug2_jax.tasks.base import EvalOutput, HostPredictions, Predictions, Task, TaskContext
+from mplug2_jax.tasks.base import Decode, EvalOutput, HostPredictions, Predictions, Task, TaskContext
 from mplug2_jax.tasks.contracts import CONTRACTS
 
 
 def loss(forward: ForwardPass, context: TaskContext) -> LossOutput:
-    """The release's loss: token sums per answer over the number of questions; with a teacher also distillation."""
+    """Compute the release's loss: token sums per answer over the number of questions; plus distillation if any."""
     return answer_loss(forward, context.settings.distillation, context.settings.label_smoothing)
 
 
 def predict(model: Mplug2, batch: DeviceBatch, context: TaskContext) -> Predictions:
-    """The best answer's ids."""
+    """Return the ids of the best answers."""
     memory, mask = ForwardPass(model, batch).instruction_memory
     if context.answers is not None and context.num_ranked:
         best = best_answer(
@@ -32,24 +32,17 @@ def predict(model: Mplug2, batch: DeviceBatch, context: TaskContext) -> Predicti
         )  # fmt: skip
         return {"ids": best}
     search, seeds = context.settings.search, batch.get("example_id")
-    found = generate(model.decoder, memory, mask, search, context.tokens, seeds, context.answers)
-    kept = jnp.arange(found.ids.shape[-1]) < found.lengths[:, :1]
-    return {"ids": jnp.where(kept, found.ids[:, 0], context.tokens.pad)}
+    output = generate(model.decoder, memory, mask, search, context.tokens, seeds, context.answers)
+    generated = jnp.arange(output.ids.shape[-1]) < output.lengths[:, :1]
+    return {"ids": jnp.where(generated, output.ids[:, 0], context.tokens.pad)}
 
 
-def score(
-    predictions: HostPredictions, examples: Sequence[Example], decode: Callable[[Sequence[int]], str]
-) -> EvalOutput:
-    """Share of answers that equal a right one to the letter, beside always giving the most frequent answer."""
-    said = [decode(row.tolist()) for row in predictions["ids"]]
-    hits = np.asarray([s in example.answers for s, example in zip(said, examples, strict=True)], np.float64)
+def score(predictions: HostPredictions, examples: Sequence[Example], decode: Decode) -> EvalOutput:
+    """Score exact matches with any reference; the baseline is always the most frequent answer."""
+    answers = [decode(ids.tolist()) for ids in predictions["ids"]]
+    hits = np.asarray([a in example.answers for a, example in zip(answers, examples, strict=True)], np.float64)
     majority = Counter(example.answers[0] for example in examples).most_common(1)[0][1]
-    return EvalOutput({"accuracy": MeanMetric(hits)}, {"accuracy": majority / len(examples)}, said, example_scores=hits)
+    return EvalOutput({"accuracy": MeanMetric(hits)}, {"accuracy": majority / len(examples)}, answers, hits)
 
 
-TASK = Task(
-    **vars(CONTRACTS["answer"]),
-    loss=loss,
-    predict=predict,
-    score=score,
-)
+TASK = Task(**vars(CONTRACTS["answer"]), loss=loss, predict=predict, score=score)

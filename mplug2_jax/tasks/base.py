@@ -1,4 +1,4 @@
-"""What a task is, and the settings that all tasks share."""
+"""The interface of a task."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -19,62 +19,60 @@ from mplug2_jax.tasks.contracts import Contract
 
 Predictions = dict[str, Any]  # arrays with a leading example axis
 HostPredictions = Mapping[str, NDArray[Any]]
+Decode = Callable[[Sequence[int]], str]  # token ids to text
 ScorePairs = Callable[[Int[np.ndarray, "p 2"]], Float[np.ndarray, " p"]]
 
 
 class Prompts(NamedTuple):
-    """Texts of classes: all of a class one after the other, in k batches of r, the last of them filled up."""
+    """Texts that represent classes, class by class, in k batches of r texts; the last batch is padded."""
 
     ids: Int[np.ndarray, "k r l"]
     num_classes: int
-    num_templates: int  # texts of each class
+    num_templates: int  # texts per class
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskContext:
-    """The settings, the ids of the run's tokeniser, and what some evaluations bring.
-
-    ``answers`` are the only ones that may be given, where there is a list; ``prompts`` stand for classes.
-    """
+    """The settings, the tokenizer's special tokens, and what only some evaluations have."""
 
     settings: TaskSettings
     tokens: SpecialTokens
-    answers: Int[np.ndarray, "a m"] | None = None
+    answers: Int[np.ndarray, "a m"] | None = None  # the only valid answers, if there is a list
     num_ranked: int = 0  # answers, likeliest by their first token, that are ranked by likelihood; 0: search
     double_count_first_token: bool = False  # the first token counts twice in a rank, as in the release
-    prompts: Prompts | None = None
+    prompts: Prompts | None = None  # of zero-shot classification
 
 
 @dataclasses.dataclass(frozen=True)
 class RetrievalNeighbors:
-    """What retrieval found for each example, the nearest first, as places among the examples.
+    """The retrieved texts and visuals of each example, nearest first, as indices of examples.
 
-    A picture of several examples is its first one.
+    A visual that several examples share has the index of the first of them.
     """
 
-    texts: Int[np.ndarray, "n k"]  # for the example's picture
-    visuals: Int[np.ndarray, "n j"]  # for its text
-    visual_of: Int[np.ndarray, " n"]  # which each example has: what is right is of the same
+    texts: Int[np.ndarray, "n k"]  # retrieved for the example's visual
+    visuals: Int[np.ndarray, "n j"]  # retrieved for the example's text
+    visual_of: Int[np.ndarray, " n"]  # the visual of each example: equal ones are correct
 
 
 @dataclasses.dataclass(frozen=True)
 class EvalOutput:
-    """The result of an evaluation: figures by name, shares as fractions, scores as their field quotes them."""
+    """The scored predictions of an evaluation; metrics are fractions, or scores as papers quote them."""
 
     metrics: Mapping[str, Metric]
-    baselines: Mapping[str, float]  # the same figures for something that has learned nothing
-    predictions: Sequence[str]  # for each example, what the model said, in words
-    example_scores: Float[np.ndarray, " n"]  # and how good that was: the higher, the better
-    confusion: ConfusionSummary | None = None  # of classes
+    baselines: Mapping[str, float]  # the same metrics of a trivial model
+    predictions: Sequence[str]  # of each example, as text
+    example_scores: Float[np.ndarray, " n"]  # of each prediction; higher is better
+    confusion: ConfusionSummary | None = None  # of classification
     nearest: RetrievalNeighbors | None = None  # of retrieval
-    absent: tuple[str, ...] = ()  # figures that could not be computed here
-    warnings: tuple[str, ...] = ()  # sentences about examples that cannot be judged
+    absent: tuple[str, ...] = ()  # metrics that cannot be computed on this machine
+    warnings: tuple[str, ...] = ()  # about examples that cannot be scored
 
 
-def unscored_warning(examples: Sequence[Example], judged: Sequence[bool], why: str) -> tuple[str, ...]:
-    """The warning about examples that weigh nothing, if there are any; ``why`` follows the number of them."""
-    keys = [example.key for example, fine in zip(examples, judged, strict=True) if not fine]
-    return (f"{len(keys)} of {len(examples)} {why} and weigh nothing, the first is {keys[0]}",) if keys else ()
+def unscored_warning(examples: Sequence[Example], scorable: Sequence[bool], reason: str) -> tuple[str, ...]:
+    """Return a warning about examples with weight 0, if there are any; ``reason`` follows their number."""
+    keys = [example.key for example, ok in zip(examples, scorable, strict=True) if not ok]
+    return (f"{len(keys)} of {len(examples)} {reason} and have weight 0, first {keys[0]}",) if keys else ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,25 +80,24 @@ class Task(Contract):
     """One task.
 
     ``loss`` trains it. ``predict`` runs on the device under jit, ``score`` on the host over all examples, with the mesh
-    in context; a task that has none cannot be evaluated by itself, and one without a loss not be trained.
-    ``precompute`` makes, on the device too, the arrays that are the same for all batches, and that ``predict`` finds in
-    each of them.
+    in context. A task without ``score`` cannot be evaluated by itself, one without ``loss`` cannot be trained.
+    ``precompute`` runs once on the device; the arrays it returns are added to every batch of ``predict``.
 
-    A task whose evaluation compares examples with each other looks at some pairs again, of one's text and another's
-    picture. ``score_pairs`` runs on the device under jit: ``frames`` of b examples, and of each r texts (``text``,
-    ``text_mask`` [b, r, l]), in; [b, r] scores out. ``rerank`` runs on the host once all examples are predicted, in all
-    processes alike, with the mesh in context. It is given a function from pairs (the text's example, the picture's) to
-    their scores, and returns what ``score`` reads in place of the predictions.
+    Retrieval tasks may score some pairs of one example's text and another's frames again. ``score_pairs`` runs on the
+    device under jit: it takes ``frames`` of b examples, and r texts for each (``text``, ``text_mask`` [b, r, l]), and
+    returns scores [b, r]. ``rerank`` runs on the host after all predictions, with the mesh in context and alike in all
+    processes: it takes a function from pairs (example of the text, example of the frames) to scores, and returns what
+    ``score`` reads in place of the predictions.
 
-    ``external_metrics`` adds to a score the figures of Java programs, of which one process starts those that it has.
+    ``external_metrics`` adds the metrics of Java programs, which the primary process runs where they are installed.
     """
 
     loss: Callable[[ForwardPass, TaskContext], LossOutput] | None = None
     precompute: Callable[[Mplug2, TaskContext], Predictions] | None = None
-    num_classes: int = 0  # that its score tells apart; 0: as many as the model does
-    averages_views: bool = False  # whether its predictions are probabilities, of which an example's views have a mean
+    num_classes: int = 0  # that the score expects; 0: the model's
+    averages_views: bool = False  # predictions are probabilities, averaged over the views of an example
     predict: Callable[[Mplug2, DeviceBatch, TaskContext], Predictions] | None = None
-    score: Callable[[HostPredictions, Sequence[Example], Callable[[Sequence[int]], str]], EvalOutput] | None = None
+    score: Callable[[HostPredictions, Sequence[Example], Decode], EvalOutput] | None = None
     score_pairs: Callable[[Mplug2, DeviceBatch, TaskContext], Float[Array, "b r"]] | None = None
     rerank: Callable[[HostPredictions, Sequence[Example], TaskContext, ScorePairs], HostPredictions] | None = None
     external_metrics: Callable[[EvalOutput, Sequence[Example]], EvalOutput] | None = None

@@ -1,7 +1,7 @@
-"""Captioning: the picture alone as in the release, or asked for by an instruction where the batch brings one."""
+"""Captioning: from the frames alone as in the release, or by an instruction where the batch has one."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -16,72 +16,62 @@ from mplug2_jax.model.mplug2 import Mplug2
 from mplug2_jax.objectives.forward import DeviceBatch, ForwardPass, LossOutput
 from mplug2_jax.objectives.language import caption_loss
 from mplug2_jax.parallel.processes import allgather_objects, is_primary_process
-from mplug2_jax.tasks.base import EvalOutput, HostPredictions, Predictions, Task, TaskContext
+from mplug2_jax.tasks.base import Decode, EvalOutput, HostPredictions, Predictions, Task, TaskContext
 from mplug2_jax.tasks.contracts import CONTRACTS
 
-_PATIENCE = 800.0  # seconds for each Java program: a run that hears nothing for half an hour ends
+_JAVA_TIMEOUT = 800.0  # seconds for each Java program; a run without progress for half an hour is ended
 
 
 def loss(forward: ForwardPass, context: TaskContext) -> LossOutput:
-    """Cross entropy of the caption's tokens."""
+    """Compute the cross entropy of the caption's tokens."""
     return caption_loss(forward, context.settings.label_smoothing)
 
 
 def predict(model: Mplug2, batch: DeviceBatch, context: TaskContext) -> Predictions:
-    """The best caption's ids."""
+    """Return the ids of the best captions."""
     memory, mask = ForwardPass(model, batch).caption_memory
-    search, seeds = context.settings.search, batch.get("example_id")
-    found = generate(model.decoder, memory, mask, search, context.tokens, seeds)
-    kept = jnp.arange(found.ids.shape[-1]) < found.lengths[:, :1]
-    return {"ids": jnp.where(kept, found.ids[:, 0], context.tokens.pad)}
+    output = generate(model.decoder, memory, mask, context.settings.search, context.tokens, batch.get("example_id"))
+    generated = jnp.arange(output.ids.shape[-1]) < output.lengths[:, :1]
+    return {"ids": jnp.where(generated, output.ids[:, 0], context.tokens.pad)}
 
 
-def score(
-    predictions: HostPredictions, examples: Sequence[Example], decode: Callable[[Sequence[int]], str]
-) -> EvalOutput:
-    """CIDEr, BLEU and ROUGE-L against all captions of a picture, beside the captions of another picture.
+def score(predictions: HostPredictions, examples: Sequence[Example], decode: Decode) -> EvalOutput:
+    """Score CIDEr, BLEU and ROUGE-L against all references; the baseline is another example's caption.
 
-    How good a caption is, is its CIDEr.
+    A caption's example score is its CIDEr.
     """
-    said = [decode(row.tolist()) for row in predictions["ids"]]
-    references, shifted = _references(examples)  # once, for both
-    figures = caption_scores(tokenize_captions(said), references, tokenize=False)
+    captions = [decode(ids.tolist()) for ids in predictions["ids"]]
+    references, shifted = _tokenize_references(examples)
+    metrics = caption_scores(tokenize_captions(captions), references, tokenize=False)
     baselines = caption_scores(shifted, references, tokenize=False)
-    cider = figures["cider"]
+    cider = metrics["cider"]
     assert isinstance(cider, MeanMetric)
-    return EvalOutput(
-        figures, {name: figure.value for name, figure in baselines.items()}, said, example_scores=cider.values
-    )
+    return EvalOutput(metrics, {name: metric.value for name, metric in baselines.items()}, captions, cider.values)
 
 
-def external_metrics(scored: EvalOutput, examples: Sequence[Example]) -> EvalOutput:
-    """METEOR and SPICE besides; those that the first process has no program for are absent, in all processes."""
-    references, shifted = _references(examples)
-    both = [*tokenize_captions(scored.predictions), *shifted], [*references, *references]  # a program is started once
-    mine: dict[str, list[Any] | None] = {}
+def external_metrics(output: EvalOutput, examples: Sequence[Example]) -> EvalOutput:
+    """Add METEOR and SPICE; in all processes, a metric is absent if the primary process cannot compute it."""
+    references, shifted = _tokenize_references(examples)
+    # Predictions and baselines go to one call, so that each program starts once.
+    inputs = [*tokenize_captions(output.predictions), *shifted], [*references, *references]
+    local: dict[str, list[Any] | None] = {}
     if is_primary_process():
-        counts, graphs = meteor(*both, timeout=_PATIENCE), spice(*both, timeout=_PATIENCE)
-        mine["meteor"] = None if counts is None else counts.counts.tolist()
-        mine["spice"] = None if graphs is None else graphs.values.tolist()
-    found = {name: None if rows is None else np.asarray(rows) for name, rows in allgather_objects(mine)[0].items()}
-    figures, baselines = dict(scored.metrics), dict(scored.baselines)
-    for name, figure in (("meteor", Meteor), ("spice", MeanMetric)):
-        if (rows := found[name]) is not None:
-            figures[name], baselines[name] = figure(rows[: len(examples)]), figure(rows[len(examples) :]).value
-    absent = tuple(name for name in found if found[name] is None)
-    return dataclasses.replace(scored, metrics=figures, baselines=baselines, absent=absent)
+        meteor_counts, spice_scores = meteor(*inputs, timeout=_JAVA_TIMEOUT), spice(*inputs, timeout=_JAVA_TIMEOUT)
+        local["meteor"] = None if meteor_counts is None else meteor_counts.counts.tolist()
+        local["spice"] = None if spice_scores is None else spice_scores.values.tolist()
+    values = {name: None if rows is None else np.asarray(rows) for name, rows in allgather_objects(local)[0].items()}
+    metrics, baselines = dict(output.metrics), dict(output.baselines)
+    for name, metric in (("meteor", Meteor), ("spice", MeanMetric)):
+        if (rows := values[name]) is not None:
+            metrics[name], baselines[name] = metric(rows[: len(examples)]), metric(rows[len(examples) :]).value
+    absent = tuple(name for name in values if values[name] is None)
+    return dataclasses.replace(output, metrics=metrics, baselines=baselines, absent=absent)
 
 
-def _references(examples: Sequence[Example]) -> tuple[list[list[str]], list[str]]:
-    """Each example's captions as tokens, and a caption of the next."""
+def _tokenize_references(examples: Sequence[Example]) -> tuple[list[list[str]], list[str]]:
+    """Return each example's tokenized captions, and one caption of the next example."""
     references = [tokenize_captions(example.answers) for example in examples]
-    return references, [answers[0] for answers in (*references[1:], references[0])]
+    return references, [captions[0] for captions in (*references[1:], references[0])]
 
 
-TASK = Task(
-    **vars(CONTRACTS["caption"]),
-    loss=loss,
-    predict=predict,
-    score=score,
-    external_metrics=external_metrics,
-)
+TASK = Task(**vars(CONTRACTS["caption"]), loss=loss, predict=predict, score=score, external_metrics=external_metrics)

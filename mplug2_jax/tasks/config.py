@@ -9,18 +9,18 @@ from mplug2_jax.objectives.config import DistillationConfig, MlmConfig, ScstConf
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskSettings:
-    """Everything the objectives and predictions of a run can be told."""
+    """Settings of the objectives and predictions of a run."""
 
     mlm: MlmConfig = MlmConfig()
     vlc: VlcConfig = VlcConfig()
     vlm: VlmConfig = VlmConfig()
     scst: ScstConfig = ScstConfig()
-    distillation: DistillationConfig | None = None  # none: there is no teacher
-    label_smoothing: float = 0.0  # of all cross entropies over words and classes: all losses but vlc and scst
+    distillation: DistillationConfig | None = None  # None: no teacher
+    label_smoothing: float = 0.0  # of all cross entropies over tokens and classes: all losses but vlc and scst
     search: SearchConfig = SearchConfig()
-    rerank_k: int = 16  # so many candidates that contrast finds nearest are ordered anew by matching
+    rerank_k: int = 16  # nearest candidates by contrast that the matching head reranks
 
     def __post_init__(self) -> None:
-        """Checks the ranges. Raises UserError."""
+        """Check the ranges. Raises UserError."""
         check_range("config.tasks.label_smoothing", self.label_smoothing, 0, 1 - 1e-9)
         check_range("config.tasks.rerank_k", self.rerank_k, 1)

@@ -1,4 +1,4 @@
-"""What each task needs of the model and reads of a batch, known before anything heavy is imported."""
+"""The parts of the model and the keys of a batch that each task needs; imports nothing heavy."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -9,46 +9,46 @@ from mplug2_jax.errors import UserError
 from mplug2_jax.model.config import PARTS
 
 SIMILARITY_LEVELS = tuple(f"{i / 5:.1f}" for i in range(26))
-"""STS-B's numbers in steps of 0.2, as classes; what is said is their mean."""
+"""STS-B's labels as classes, in steps of 0.2; the prediction is their mean."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Contract:
-    """Parts of the model and keys of the batches of a task, and whether it can be trained and evaluated by itself."""
+    """What a task needs, and whether it can be trained and evaluated by itself."""
 
     name: str
     parts: tuple[str, ...]
     keys: tuple[str, ...]
-    vision_parts: tuple[str, ...] = ()  # needed too where batches bring frames
-    text_parts: tuple[str, ...] = ()  # and where they bring none
-    optional_parts: tuple[str, ...] = ()  # that it uses where the model has them: a run's, if its examples instruct
-    trainable: bool = True  # it has a loss
-    evaluable: bool = True  # it has a prediction
-    min_answers: int = 0  # right answers that an example needs, for its prediction to be scored
+    vision_parts: tuple[str, ...] = ()  # also needed if batches have frames
+    text_parts: tuple[str, ...] = ()  # also needed if they have none
+    optional_parts: tuple[str, ...] = ()  # used if the model has them: a run's, if its examples have instructions
+    trainable: bool = True  # has a loss
+    evaluable: bool = True  # has a prediction
+    min_answers: int = 0  # references that an example needs to be scored
 
     def check(self, batch_keys: set[str], where: str) -> None:
-        """Checks that batches bring what the task reads.
+        """Check that batches have the keys that the task reads.
 
         Raises:
             UserError: names the missing keys.
         """
         missing = [key for key in self.keys if key not in batch_keys]
         if missing:
-            brought = ", ".join(sorted(batch_keys & BATCH_KEYS))
+            available = ", ".join(sorted(batch_keys & BATCH_KEYS))
             raise UserError(
-                f"{where}: task '{self.name}' reads {', '.join(missing)}, but its batches bring {brought}; "
-                "set what is missing in its data.examples, or another source"
+                f"{where}: task '{self.name}' reads {', '.join(missing)}, but its batches have {available}; "
+                "set the missing ones in data.examples, or use another source"
             )
 
 
-_TOLD = ("instruction", "instruction_mask")
-_ANSWERED = (*_TOLD, "target", "target_weights")
-_SPEAKING: Mapping[str, Any] = {"parts": ("text", "universal", "decoder"), "vision_parts": ("vision", "fusion")}
-_CAPTIONING: Mapping[str, Any] = {"parts": ("vision", "universal", "decoder"), "optional_parts": ("text", "fusion")}
-_PAIRED = ("frames", "text", "text_mask", "example_id")
-_CONTRASTING = ("vision", "text", "universal", "contrastive")
-_MATCHING = ("vision", "text", "universal", "fusion", "contrastive", "matching")
-_CLASSIFYING: Mapping[str, Any] = {
+_INSTRUCTION_KEYS = ("instruction", "instruction_mask")
+_GENERATION_KEYS = (*_INSTRUCTION_KEYS, "target", "target_weights")
+_GENERATION: Mapping[str, Any] = {"parts": ("text", "universal", "decoder"), "vision_parts": ("vision", "fusion")}
+_CAPTION: Mapping[str, Any] = {"parts": ("vision", "universal", "decoder"), "optional_parts": ("text", "fusion")}
+_PAIR_KEYS = ("frames", "text", "text_mask", "example_id")
+_CONTRAST_PARTS = ("vision", "text", "universal", "contrastive")
+_MATCHING_PARTS = ("vision", "text", "universal", "fusion", "contrastive", "matching")
+_CLASSIFICATION: Mapping[str, Any] = {
     "parts": ("universal", "classifier"),
     "vision_parts": ("vision",),
     "text_parts": ("text",),
@@ -60,29 +60,29 @@ CONTRACTS: Mapping[str, Contract] = {
     contract.name: contract
     for contract in (
         Contract(name="mlm", parts=("text", "universal", "mlm"), keys=("text", "text_mask", "example_id")),
-        Contract(name="vlc", parts=_CONTRASTING, keys=_PAIRED),
-        Contract(name="vlm", parts=_MATCHING, keys=_PAIRED, evaluable=False),
-        Contract(name="rerank", parts=_MATCHING, keys=_PAIRED),
-        Contract(name="ilm", **_SPEAKING, keys=_ANSWERED),
-        Contract(name="caption", **_CAPTIONING, keys=("frames", "target", "target_weights")),
-        Contract(name="scst", **_CAPTIONING, keys=("frames", "references", "example_id")),
-        Contract(name="answer", **_SPEAKING, keys=_ANSWERED),
-        Contract(name="vqa", **_SPEAKING, keys=_ANSWERED, min_answers=4),
-        Contract(name="summarize", **_SPEAKING, keys=_ANSWERED),
-        Contract(name="ground", **_SPEAKING, keys=(*_ANSWERED, "box")),
-        Contract(name="classify", **_CLASSIFYING, keys=("label",)),
-        Contract(name="zero_shot", parts=_CONTRASTING, keys=("frames", "label"), trainable=False),
-        *(Contract(name=name, **_CLASSIFYING, keys=(*_TOLD, "label")) for name in GLUE),
+        Contract(name="vlc", parts=_CONTRAST_PARTS, keys=_PAIR_KEYS),
+        Contract(name="vlm", parts=_MATCHING_PARTS, keys=_PAIR_KEYS, evaluable=False),
+        Contract(name="rerank", parts=_MATCHING_PARTS, keys=_PAIR_KEYS),
+        Contract(name="ilm", **_GENERATION, keys=_GENERATION_KEYS),
+        Contract(name="caption", **_CAPTION, keys=("frames", "target", "target_weights")),
+        Contract(name="scst", **_CAPTION, keys=("frames", "references", "example_id")),
+        Contract(name="answer", **_GENERATION, keys=_GENERATION_KEYS),
+        Contract(name="vqa", **_GENERATION, keys=_GENERATION_KEYS, min_answers=4),
+        Contract(name="summarize", **_GENERATION, keys=_GENERATION_KEYS),
+        Contract(name="ground", **_GENERATION, keys=(*_GENERATION_KEYS, "box")),
+        Contract(name="classify", **_CLASSIFICATION, keys=("label",)),
+        Contract(name="zero_shot", parts=_CONTRAST_PARTS, keys=("frames", "label"), trainable=False),
+        *(Contract(name=name, **_CLASSIFICATION, keys=(*_INSTRUCTION_KEYS, "label")) for name in GLUE),
     )
 }
-"""Every task; :mod:`mplug2_jax.tasks.table` has what it does, from a file for each."""
+"""All tasks by name; :mod:`mplug2_jax.tasks.table` has their implementations."""
 
 
 def required_parts(uses: Sequence[tuple[Contract, bool, bool]]) -> tuple[str, ...]:
-    """The parts of a model for some uses, each (task, batches bring frames, frames are clips), in the table's order."""
+    """Return the parts of a model for uses (task, batches have frames, frames are videos), ordered as ``PARTS``."""
     needed: set[str] = set()
-    for task, pictures, clips in uses:
-        needed |= {*task.parts, *(task.vision_parts if pictures else task.text_parts)}
-        if clips and "vision" in needed:
+    for task, has_frames, is_video in uses:
+        needed |= {*task.parts, *(task.vision_parts if has_frames else task.text_parts)}
+        if is_video and "vision" in needed:
             needed.add("temporal")
     return tuple(part for part in PARTS if part in needed)

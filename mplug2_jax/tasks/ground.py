@@ -1,30 +1,28 @@
-"""Visual grounding by generation: a phrase in, the cells of its box's corners out."""
+"""Visual grounding by generation: a phrase in, the quantized corners of its box out."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from data_pipelines.examples import Example, box_of_words
 from mplug2_jax.metrics.grounding import box_accuracy, box_iou, mean_iou
 from mplug2_jax.tasks import answer
-from mplug2_jax.tasks.base import EvalOutput, HostPredictions
+from mplug2_jax.tasks.base import Decode, EvalOutput, HostPredictions
 from mplug2_jax.tasks.contracts import CONTRACTS
 
 NO_BOX = (np.nan,) * 4
 
 
-def score(
-    predictions: HostPredictions, examples: Sequence[Example], decode: Callable[[Sequence[int]], str]
-) -> EvalOutput:
-    """Accuracy at an overlap of one half, and the mean overlap, beside always saying the mean box."""
-    said = [decode(row.tolist()) for row in predictions["ids"]]
-    true = np.stack([example.arrays["box"] for example in examples])
-    found = box_iou(np.asarray([box_of_words(words) or NO_BOX for words in said]), true)
-    constant = box_iou(np.broadcast_to(true.mean(0), true.shape), true)
-    figures = {"accuracy_at_0.5": box_accuracy(found), "mean_iou": mean_iou(found)}
+def score(predictions: HostPredictions, examples: Sequence[Example], decode: Decode) -> EvalOutput:
+    """Score accuracy at IoU 0.5 and mean IoU; the baseline is always the mean box. The example score is the IoU."""
+    texts = [decode(ids.tolist()) for ids in predictions["ids"]]
+    boxes = np.stack([example.arrays["box"] for example in examples])
+    iou = box_iou(np.asarray([box_of_words(text) or NO_BOX for text in texts]), boxes)
+    constant = box_iou(np.broadcast_to(boxes.mean(0), boxes.shape), boxes)
+    metrics = {"accuracy_at_0.5": box_accuracy(iou), "mean_iou": mean_iou(iou)}
     baselines = {"accuracy_at_0.5": box_accuracy(constant).value, "mean_iou": mean_iou(constant).value}
-    return EvalOutput(metrics=figures, baselines=baselines, predictions=said, example_scores=found)
+    return EvalOutput(metrics, baselines, texts, example_scores=iou)
 
 
 TASK = dataclasses.replace(answer.TASK, **vars(CONTRACTS["ground"]), score=score)

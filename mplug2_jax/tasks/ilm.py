@@ -1,4 +1,4 @@
-"""Instruction-based generation: any instruction in, its answer out; with a picture through fusion, or text alone."""
+"""Instruction-based language modeling: instruction in, answer out; with frames through fusion, or text alone."""
 
 from mplug2_jax.objectives.forward import ForwardPass, LossOutput
 from mplug2_jax.objectives.language import ilm_loss
@@ -8,13 +8,8 @@ from mplug2_jax.tasks.contracts import CONTRACTS
 
 
 def loss(forward: ForwardPass, context: TaskContext) -> LossOutput:
-    """Cross entropy of the answer's tokens."""
+    """Compute the cross entropy of the answer's tokens."""
     return ilm_loss(forward, context.settings.label_smoothing)
 
 
-TASK = Task(
-    **vars(CONTRACTS["ilm"]),
-    loss=loss,
-    predict=predict,
-    score=score,
-)
+TASK = Task(**vars(CONTRACTS["ilm"]), loss=loss, predict=predict, score=score)

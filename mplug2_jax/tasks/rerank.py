@@ -1,7 +1,7 @@
-"""Retrieval in two steps: contrast finds each query's nearest candidates, matching on fused tokens orders them anew."""
+"""Two-stage retrieval: contrast finds the nearest candidates, and the matching head reranks them."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +12,7 @@ from mplug2_jax.metrics.retrieval import compute_ranks
 from mplug2_jax.model.mplug2 import Mplug2
 from mplug2_jax.objectives.forward import DeviceBatch
 from mplug2_jax.tasks import vlc, vlm
-from mplug2_jax.tasks.base import EvalOutput, HostPredictions, ScorePairs, TaskContext
+from mplug2_jax.tasks.base import Decode, EvalOutput, HostPredictions, ScorePairs, TaskContext
 from mplug2_jax.tasks.contracts import CONTRACTS
 from mplug2_jax.tasks.vlc import (
     NUM_NEIGHBORS,
@@ -24,10 +24,10 @@ from mplug2_jax.tasks.vlc import (
 
 
 def score_pairs(model: Mplug2, batch: DeviceBatch, context: TaskContext) -> Float[Array, "b r"]:
-    """How sure the matching head is of each text: logits of yes less those of no.
+    """Return the matching head's log odds of a match for each text.
 
-    That is the order of v1's score, the probability of yes, which in float32 is 1 for all that are sure. Similarities
-    are not added: they have chosen the candidates, and v1 adds none.
+    They have the order of v1's score, the probability of a match, which saturates at 1 in float32. Similarities are not
+    added, as in v1: they have selected the candidates.
     """
     del context
     visual = model.encode_visual(batch["frames"])
@@ -38,57 +38,55 @@ def score_pairs(model: Mplug2, batch: DeviceBatch, context: TaskContext) -> Floa
 
 
 def rerank(
-    predictions: HostPredictions, examples: Sequence[Example], context: TaskContext, score: ScorePairs
+    predictions: HostPredictions, examples: Sequence[Example], context: TaskContext, score_all: ScorePairs
 ) -> HostPredictions:
-    """Ranks by contrast (``DIRECTION``) and by matching (``reranked_DIRECTION``), and the ``nearest_DIRECTION`` by it.
+    """Return ranks by contrast (``DIRECTION``) and by matching (``reranked_DIRECTION``), and ``nearest_DIRECTION``.
 
     The ``config.tasks.rerank_k`` nearest candidates of every query, both ways, are matched, each pair once: at most
-    2 k pairs for each example. A query whose right candidates are not among them keeps its rank.
+    2 k pairs per example. A query without a correct candidate among them keeps its rank.
     """
-    sides = build_index(examples)
-    found = search_both_directions(predictions, sides, context.settings.rerank_k)
-    numbers = {
-        direction: _pair_numbers(direction, each.nearest, len(sides.pictures)) for direction, each in found.items()
-    }
-    every = np.unique(np.concatenate([each.ravel() for each in numbers.values()]))
-    text, picture = np.divmod(every, len(sides.pictures))
-    scores = match(np.stack([text, sides.first[picture]], axis=1))
-    refined: dict[str, np.ndarray] = {}
-    for direction, queries, candidates in sides.directions():
-        ranks, nearest = found[direction]
-        anew = scores[np.searchsorted(every, numbers[direction])]
-        right = (candidates[nearest] == queries[:, None]).any(1)
-        refined[direction] = ranks
-        refined[f"reranked_{direction}"] = np.where(right, compute_ranks(anew, queries, candidates[nearest]), ranks)
-        order = np.argsort(np.where(np.isnan(anew), np.inf, -anew), axis=1, kind="stable")[:, :NUM_NEIGHBORS]
-        refined[f"nearest_{direction}"] = np.take_along_axis(nearest, order, axis=1)
-    return refined
+    index = build_index(examples)
+    results = search_both_directions(predictions, index, context.settings.rerank_k)
+    num_visuals = len(index.visual_ids)
+    pair_ids = {name: _pair_ids(name, result.nearest, num_visuals) for name, result in results.items()}
+    unique_ids = np.unique(np.concatenate([ids.ravel() for ids in pair_ids.values()]))
+    text, visual = np.divmod(unique_ids, num_visuals)
+    scores = score_all(np.stack([text, index.first_example[visual]], axis=1))
+    reranked: dict[str, np.ndarray] = {}
+    for direction, queries, candidates in index.directions():
+        ranks, nearest = results[direction]
+        rerank_scores = scores[np.searchsorted(unique_ids, pair_ids[direction])]
+        has_correct = (candidates[nearest] == queries[:, None]).any(1)
+        new_ranks = compute_ranks(rerank_scores, queries, candidates[nearest])
+        reranked[direction] = ranks
+        reranked[f"reranked_{direction}"] = np.where(has_correct, new_ranks, ranks)
+        order = np.argsort(np.where(np.isnan(rerank_scores), np.inf, -rerank_scores), axis=1, kind="stable")
+        reranked[f"nearest_{direction}"] = np.take_along_axis(nearest, order[:, :NUM_NEIGHBORS], axis=1)
+    return reranked
 
 
-def _pair_numbers(direction: str, nearest: Int[np.ndarray, "q k"], pictures: int) -> Int[np.ndarray, "q k"]:
-    """One number for each pair of a text and a picture."""
+def _pair_ids(direction: str, nearest: Int[np.ndarray, "q k"], num_visuals: int) -> Int[np.ndarray, "q k"]:
+    """Return one number for each pair of a text and a visual."""
     queries = np.arange(len(nearest))[:, None]
-    return queries * pictures + nearest if direction == "text_to_visual" else nearest * pictures + queries
+    return queries * num_visuals + nearest if direction == "text_to_visual" else nearest * num_visuals + queries
 
 
-def score(
-    predictions: HostPredictions, examples: Sequence[Example], decode: Callable[[Sequence[int]], str]
-) -> EvalOutput:
-    """Recall and median rank by contrast alone, and again after matching, beside chance.
+def score(predictions: HostPredictions, examples: Sequence[Example], decode: Decode) -> EvalOutput:
+    """Score recall and median rank by contrast alone and after matching; the baseline is chance.
 
-    What is said is the text that matches best; how good that is, is minus the best right text's rank after matching.
+    The prediction is the text that matches best, its score the negated rank of the best correct text after matching.
     """
     del decode
-    sides = build_index(examples)
-    figures, baselines = retrieval_metrics(predictions, sides)
-    reranked = {direction: predictions[f"reranked_{direction}"] for direction, *_ in sides.directions()}
-    after, by_chance = retrieval_metrics(reranked, sides, "reranked_")
-    nearest = collect_neighbors(predictions["nearest_text_to_visual"], predictions["nearest_visual_to_text"], sides)
+    index = build_index(examples)
+    metrics, baselines = retrieval_metrics(predictions, index)
+    reranked = {direction: predictions[f"reranked_{direction}"] for direction, *_ in index.directions()}
+    reranked_metrics, reranked_baselines = retrieval_metrics(reranked, index, "reranked_")
+    nearest = collect_neighbors(predictions["nearest_text_to_visual"], predictions["nearest_visual_to_text"], index)
     return EvalOutput(
-        metrics={**figures, **after},
-        baselines={**baselines, **by_chance},
+        metrics={**metrics, **reranked_metrics},
+        baselines={**baselines, **reranked_baselines},
         predictions=[examples[i].text for i in nearest.texts[:, 0]],
-        example_scores=-1.0 - reranked["visual_to_text"][sides.of_text],
+        example_scores=-1.0 - reranked["visual_to_text"][index.visual_of_text],
         nearest=nearest,
     )
 

@@ -1,4 +1,4 @@
-"""Captioning by reward: captions are drawn, and those that CIDEr-D likes better than others become likelier."""
+"""Self-critical sequence training: sampled captions with an above-average CIDEr-D reward become likelier."""
 
 import dataclasses
 
@@ -14,18 +14,16 @@ from mplug2_jax.tasks.contracts import CONTRACTS
 
 
 def loss(forward: ForwardPass, context: TaskContext) -> LossOutput:
-    """Captions of each example by a key of its own, drawn and learned from without dropout: by the same chances."""
+    """Sample captions of each example by its own key, and reinforce them; both without dropout, so on-policy."""
     batch = forward.batch
-    quiet = ForwardPass(forward.model, batch, frequencies=forward.frequencies)
+    deterministic = ForwardPass(forward.model, batch, frequencies=forward.frequencies)
     search = SearchConfig(
-        num_beams=context.settings.scst.num_samples,
-        min_length=0,
-        max_length=batch["references"].shape[-1] - 1,
+        num_beams=context.settings.scst.num_samples, min_length=0, max_length=batch["references"].shape[-1] - 1,
         top_p=1.0,
-    )
-    decoder, memory = jax.lax.stop_gradient((forward.model.decoder, quiet.caption_memory))
-    found = generate(decoder, *memory, search, context.tokens, batch["example_id"], key=forward.key("scst"))
-    return scst_loss(quiet, found.ids, found.lengths, context.tokens)
+    )  # fmt: skip
+    decoder, memory = jax.lax.stop_gradient((forward.model.decoder, deterministic.caption_memory))
+    output = generate(decoder, *memory, search, context.tokens, batch["example_id"], key=forward.key("scst"))
+    return scst_loss(deterministic, output.ids, output.lengths, context.tokens)
 
 
 TASK = dataclasses.replace(caption.TASK, **vars(CONTRACTS["scst"]), loss=loss)

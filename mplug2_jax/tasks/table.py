@@ -1,4 +1,4 @@
-"""The tasks, by name: what each needs and reads, its objective and its prediction."""
+"""All tasks by name, with their objectives and predictions."""
 
 from collections.abc import Mapping
 

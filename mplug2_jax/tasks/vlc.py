@@ -1,6 +1,6 @@
-"""Vision-language contrast, and retrieval by it: texts for pictures and pictures for texts."""
+"""Vision-language contrast, and retrieval by it: text to visual and visual to text."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -13,99 +13,100 @@ from mplug2_jax.metrics.retrieval import chance_median_rank, chance_recall, medi
 from mplug2_jax.model.mplug2 import Mplug2
 from mplug2_jax.objectives.forward import DeviceBatch, ForwardPass, LossOutput
 from mplug2_jax.objectives.vlc import vlc_loss
-from mplug2_jax.tasks.base import EvalOutput, HostPredictions, Predictions, RetrievalNeighbors, Task, TaskContext
+from mplug2_jax.tasks.base import (
+    Decode,
+    EvalOutput,
+    HostPredictions,
+    Predictions,
+    RetrievalNeighbors,
+    Task,
+    TaskContext,
+)
 from mplug2_jax.tasks.contracts import CONTRACTS
 
-CUTOFFS = (1, 5, 10)
-NUM_NEIGHBORS = 5  # of each example, to look at
+RECALL_CUTOFFS = (1, 5, 10)
+NUM_NEIGHBORS = 5  # kept of each example
 
 
 def loss(forward: ForwardPass, context: TaskContext) -> LossOutput:
-    """Symmetric contrast over the global batch."""
+    """Compute the symmetric contrastive loss over the global batch."""
     return vlc_loss(forward, context.settings.vlc)
 
 
 def predict(model: Mplug2, batch: DeviceBatch, context: TaskContext) -> Predictions:
-    """Unit vectors of pictures and texts."""
+    """Return the unit vectors of frames and texts."""
     del context
     visual, text = ForwardPass(model, batch).features
     return {"visual": visual, "text": text}
 
 
 class RetrievalIndex(NamedTuple):
-    """What retrieval is between: texts by their ids, and pictures by theirs, each once.
+    """The texts and the distinct visuals of a retrieval set; a text is correct for the visual of the same id."""
 
-    ``first`` is a picture's first example, ``of_text`` the picture of each example.
-    """
-
-    texts: Int[np.ndarray, " n"]
-    pictures: Int[np.ndarray, " p"]
-    first: Int[np.ndarray, " p"]
-    of_text: Int[np.ndarray, " n"]
+    text_ids: Int[np.ndarray, " n"]
+    visual_ids: Int[np.ndarray, " v"]
+    first_example: Int[np.ndarray, " v"]  # of each visual
+    visual_of_text: Int[np.ndarray, " n"]
 
     def directions(self) -> tuple[tuple[str, Int[np.ndarray, " q"], Int[np.ndarray, " c"]], ...]:
-        """Both directions: name, queries' ids, candidates' ids."""
-        return ("text_to_visual", self.texts, self.pictures), ("visual_to_text", self.pictures, self.texts)
+        """Return both directions: name, ids of queries, ids of candidates."""
+        return ("text_to_visual", self.text_ids, self.visual_ids), ("visual_to_text", self.visual_ids, self.text_ids)
 
 
 def build_index(examples: Sequence[Example]) -> RetrievalIndex:
-    """Examples of one picture are its several texts."""
-    texts = np.asarray([int(example.arrays["example_id"]) for example in examples])
-    return RetrievalIndex(texts, *np.unique(texts, return_index=True, return_inverse=True))
+    """Index examples; those with the same id are several texts of one visual."""
+    ids = np.asarray([int(example.arrays["example_id"]) for example in examples])
+    return RetrievalIndex(ids, *np.unique(ids, return_index=True, return_inverse=True))
 
 
-def search_both_directions(predictions: HostPredictions, sides: RetrievalIndex, k: int) -> dict[str, TopKResult]:
-    """Ranks and the k nearest by contrast, by direction."""
-    vectors = {"text_to_visual": (predictions["text"], predictions["visual"][sides.first])}
+def search_both_directions(predictions: HostPredictions, index: RetrievalIndex, k: int) -> dict[str, TopKResult]:
+    """Return ranks and the k nearest candidates by contrast, for each direction."""
+    vectors = {"text_to_visual": (predictions["text"], predictions["visual"][index.first_example])}
     vectors["visual_to_text"] = vectors["text_to_visual"][::-1]
-    return {name: exact_top_k(*vectors[name], own, others, k) for name, own, others in sides.directions()}
+    return {
+        name: exact_top_k(*vectors[name], queries, candidates, k) for name, queries, candidates in index.directions()
+    }
 
 
 def retrieval_metrics(
-    ranks: Mapping[str, Int[np.ndarray, " q"]], sides: RetrievalIndex, prefix: str = ""
+    ranks: Mapping[str, Int[np.ndarray, " q"]], index: RetrievalIndex, prefix: str = ""
 ) -> tuple[dict[str, Metric], dict[str, float]]:
-    """Recall at 1, 5, 10 and median rank by direction, and the same by chance."""
-    figures: dict[str, Metric] = {}
+    """Return recall at 1, 5, 10 and median rank for each direction, and their values by chance."""
+    metrics: dict[str, Metric] = {}
     baselines: dict[str, float] = {}
-    for direction, queries, candidates in sides.directions():
-        for k in CUTOFFS:
-            figures[f"{prefix}{direction}_r{k}"] = recall_at(ranks[direction], k)
+    for direction, queries, candidates in index.directions():
+        for k in RECALL_CUTOFFS:
+            metrics[f"{prefix}{direction}_r{k}"] = recall_at(ranks[direction], k)
             baselines[f"{prefix}{direction}_r{k}"] = chance_recall(queries, candidates, k)
-        figures[f"{prefix}{direction}_median_rank"] = median_rank(ranks[direction])
+        metrics[f"{prefix}{direction}_median_rank"] = median_rank(ranks[direction])
         baselines[f"{prefix}{direction}_median_rank"] = chance_median_rank(queries, candidates)
-    return figures, baselines
+    return metrics, baselines
 
 
 def collect_neighbors(
-    pictures: Int[np.ndarray, "n j"], texts: Int[np.ndarray, "p k"], sides: RetrievalIndex
+    visuals: Int[np.ndarray, "n j"], texts: Int[np.ndarray, "v k"], index: RetrievalIndex
 ) -> RetrievalNeighbors:
-    """What was found for each example, from each text's nearest pictures and each picture's nearest texts."""
-    return RetrievalNeighbors(texts[sides.of_text], sides.first[pictures], sides.first[sides.of_text])
+    """Return each example's neighbors, from the nearest visuals of each text and the nearest texts of each visual."""
+    first, visual_of_text = index.first_example, index.visual_of_text
+    return RetrievalNeighbors(texts[visual_of_text], first[visuals], first[visual_of_text])
 
 
-def score(
-    predictions: HostPredictions, examples: Sequence[Example], decode: Callable[[Sequence[int]], str]
-) -> EvalOutput:
-    """Recall at 1, 5, 10 and median rank, both ways, beside chance.
+def score(predictions: HostPredictions, examples: Sequence[Example], decode: Decode) -> EvalOutput:
+    """Score recall at 1, 5, 10 and median rank, both ways; the baseline is chance.
 
-    What is said is the text that is nearest to the picture; how good that is, is minus the best right text's rank.
+    The prediction is the text nearest to the visual, its score the negated rank of the best correct text.
     """
     del decode
-    sides = build_index(examples)
-    found = search_both_directions(predictions, sides, NUM_NEIGHBORS)
-    ranks = {direction: each.ranks for direction, each in found.items()}
-    nearest = collect_neighbors(found["text_to_visual"].nearest, found["visual_to_text"].nearest, sides)
+    index = build_index(examples)
+    results = search_both_directions(predictions, index, NUM_NEIGHBORS)
+    ranks = {direction: result.ranks for direction, result in results.items()}
+    nearest = collect_neighbors(results["text_to_visual"].nearest, results["visual_to_text"].nearest, index)
     return EvalOutput(
-        *retrieval_metrics(ranks, sides),
+        *retrieval_metrics(ranks, index),
         predictions=[examples[i].text for i in nearest.texts[:, 0]],
-        example_scores=-1.0 - ranks["visual_to_text"][sides.of_text],
+        example_scores=-1.0 - ranks["visual_to_text"][index.visual_of_text],
         nearest=nearest,
     )
 
 
-TASK = Task(
-    **vars(CONTRACTS["vlc"]),
-    loss=loss,
-    predict=predict,
-    score=score,
-)
+TASK = Task(**vars(CONTRACTS["vlc"]), loss=loss, predict=predict, score=score)

@@ -1,4 +1,4 @@
-"""Vision-language matching: does this text belong to this picture?"""
+"""Vision-language matching: does this text match these frames?"""
 
 from mplug2_jax.objectives.forward import ForwardPass, LossOutput
 from mplug2_jax.objectives.vlm import vlm_loss
@@ -7,11 +7,8 @@ from mplug2_jax.tasks.contracts import CONTRACTS
 
 
 def loss(forward: ForwardPass, context: TaskContext) -> LossOutput:
-    """Two-way cross entropy over true pairs and hard negatives."""
+    """Compute the binary cross entropy of true pairs and hard negatives."""
     return vlm_loss(forward, context.settings.vlm, context.settings.label_smoothing)
 
 
-TASK = Task(
-    **vars(CONTRACTS["vlm"]),
-    loss=loss,
-)
+TASK = Task(**vars(CONTRACTS["vlm"]), loss=loss)

@@ -1,7 +1,7 @@
-"""Classification without a head: the class of a picture or clip is the one whose prompts contrast finds nearest.
+"""Classification without a head: an image or video has the class whose prompts are nearest by contrast.
 
-Radford et al. 2021, arXiv 2103.00020, section 3.1.4: the unit vectors of a class's prompts are averaged, and the mean
-is made a unit vector again. They are made once for all batches.
+Radford et al. 2021, arXiv 2103.00020, section 3.1.4: the unit vectors of a class's prompts are averaged and normalized
+again, once for all batches.
 """
 
 import jax
@@ -18,21 +18,21 @@ from mplug2_jax.tasks.contracts import CONTRACTS
 
 
 def precompute(model: Mplug2, context: TaskContext) -> Predictions:
-    """Each class's unit vector, ``class_features`` [c, e]."""
+    """Return the unit vectors of the classes, ``class_features`` [c, e]."""
     prompts = context.prompts
     assert prompts is not None
 
-    def features(ids: Int[Array, "r l"]) -> Float[Array, "r e"]:
+    def encode(ids: Int[Array, "r l"]) -> Float[Array, "r e"]:
         ids = constrain(ids, "batch", None)
         return model.contrastive.text_features(model.encode_text(ids, ids != context.tokens.pad))
 
-    each = jax.lax.map(features, jnp.asarray(prompts.ids))
-    each = each.reshape(-1, each.shape[-1])[: prompts.num_classes * prompts.num_templates]
-    return {"class_features": l2_normalize(each.reshape(prompts.num_classes, prompts.num_templates, -1).mean(1))}
+    features = jax.lax.map(encode, jnp.asarray(prompts.ids))
+    features = features.reshape(-1, features.shape[-1])[: prompts.num_classes * prompts.num_templates]
+    return {"class_features": l2_normalize(features.reshape(prompts.num_classes, prompts.num_templates, -1).mean(1))}
 
 
 def predict(model: Mplug2, batch: DeviceBatch, context: TaskContext) -> Predictions:
-    """Each class's probability."""
+    """Return the probability of each class."""
     del context
     visual = model.contrastive.visual_features(ForwardPass(model, batch).visual)
     logits = visual @ batch["class_features"].T / model.contrastive.temperature

@@ -189,7 +189,7 @@ def test_a_result_says_what_was_evaluated_and_when(results):
 
 def test_only_so_many_samples_are_kept_as_asked_for(monkeypatch):
     few = evaluation("mlm", ("text", "universal", "mlm"), SENTENCES, samples=2, size=3, batch_size=4)
-    said = {"ids": jnp.full((8, 24), 7), "chosen": jnp.ones((8, 24), bool)}
+    said = {"ids": jnp.full((8, 24), 7), "masked": jnp.ones((8, 24), bool)}
     monkeypatch.setattr(few, "_predict", lambda params, batch: said)
     result = few.run({}, 0)
     assert [sample.category for sample in result.samples] == ["first", "first", "best", "worst"]

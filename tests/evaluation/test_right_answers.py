@@ -90,7 +90,7 @@ def test_a_summary_without_a_word_weighs_nothing_and_is_named(monkeypatch: pytes
     rows = [{"id": i, "question": "in short?", "answer": text} for i, text in enumerate(("it rains", "?", "日本"))]
     result = perfect(monkeypatch, tmp_path, "summarize", rows)
     assert result.metrics["rouge_1"] == 100
-    assert result.warnings[0].startswith("2 of 3 summaries to say have no word and weigh nothing, the first is ")
+    assert result.warnings[0].startswith("2 of 3 reference summaries have no word and have weight 0, first ")
 
 
 @pytest.mark.parametrize("tokenizer", [WORDS, train_sentencepiece(["a t-shirt at 3:30, don't"] * 20, 40)])

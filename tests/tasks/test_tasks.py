@@ -111,12 +111,12 @@ def test_batches_that_lack_a_key_are_refused_with_what_is_missing_and_what_there
     task = TASKS[name]
     task.check({*task.keys, "word_starts"}, "config.streams.x")
     for key in task.keys:
-        brought = {*task.keys, "word_starts"} - {key}
+        available = {*task.keys, "word_starts"} - {key}
         with pytest.raises(UserError) as error:
-            task.check(brought, "config.streams.x")
+            task.check(available, "config.streams.x")
         sentence = str(error.value)
         assert sentence.startswith(f"config.streams.x: task '{name}' reads {key}, ")
-        assert f"its batches bring {', '.join(sorted(brought))}; set what is missing" in sentence
+        assert f"its batches have {', '.join(sorted(available))}; set the missing ones" in sentence
 
 
 def test_every_contract_is_of_a_task():
@@ -263,13 +263,13 @@ def test_masked_words_are_scored_where_they_were_masked():
     examples = [sample(arrays={"text": np.asarray(row)}) for row in ([1, 5, 5, 6, 2], [1, 5, 7, 2, 0])]
     ids = np.asarray([[9, 5, 9, 6, 2], [1, 5, 8, 9, 9]])
     chosen = np.asarray([[0, 1, 1, 0, 0], [0, 1, 1, 0, 0]], bool)
-    scored = mlm.score({"ids": ids, "chosen": chosen}, examples, decode)
+    scored = mlm.score({"ids": ids, "masked": chosen}, examples, decode)
     assert values_of(scored) == {"accuracy": 0.5}
     assert scored.baselines == {"accuracy": 0.75}  # always to guess 5
     assert scored.example_scores.tolist() == [0.5, 0.5]
-    part = mlm.score({"ids": ids, "chosen": chosen & [[True], [False]]}, examples, decode)
+    part = mlm.score({"ids": ids, "masked": chosen & [[True], [False]]}, examples, decode)
     assert part.example_scores.tolist() == [0.5, 0.5]  # nothing of the second was masked: as good as all
-    nothing = mlm.score({"ids": ids, "chosen": chosen & False}, examples, decode)
+    nothing = mlm.score({"ids": ids, "masked": chosen & False}, examples, decode)
     assert values_of(nothing) == nothing.baselines == {"accuracy": 0.0}
 
 
