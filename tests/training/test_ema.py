@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ def test_it_follows_every_update_of_what_is_trained(overrides: dict[str, Any]) -
 
 @pytest.mark.slow
 def test_a_run_s_average_is_what_commands_open_and_the_last_parameters_can_be_asked_for(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = words(ema_decay=0.9, freeze=("text",))
     workdir = WorkDir(tmp_path)
@@ -96,10 +97,12 @@ def test_a_run_s_average_is_what_commands_open_and_the_last_parameters_can_be_as
         args = argparse.Namespace(workdir=tmp_path, step=None, overrides=list(overrides))
         return open_run(args)[1]
 
+    caplog.set_level(logging.INFO, logger="absl")
+    message = "step 3: using the EMA parameters; --config.ema_decay=0 selects the last ones"
     assert_equal(opened(), {**state["params"], **state["ema"]})
-    assert capsys.readouterr().err == "step 3: averaged parameters; --config.ema_decay=0 takes the last ones\n"
+    assert caplog.messages.count(message) == 1
     assert_equal(opened("--config.ema_decay=0"), state["params"])
-    assert capsys.readouterr().err == ""
+    assert caplog.messages.count(message) == 1
 
 
 def test_a_run_starts_from_another_s_average_and_its_own_begins_there(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import logging
+import re
 from pathlib import Path
 
 import pytest
@@ -31,12 +33,15 @@ def with_a_broken_record(folder: Path, max_bad_fraction: float = 0.5) -> StreamC
     return StreamConfig(data=data, objectives={"mlm": 1.0})
 
 
-def test_a_run_explains_itself(tmp_path: Path, capsys) -> None:
+def test_a_run_explains_itself(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="absl")
     config = small_run(streams={"text": with_a_broken_record(tmp_path)}, evaluations={}, mesh=MeshConfig(fsdp=8))
     assert train(config, tmp_path / "run") == []
-    printed = capsys.readouterr().out
-    assert "parameters in text, universal, mlm" in printed
-    assert "mesh fsdp=8 on cpu" in printed
+    assert "parameters in text, universal, mlm" in caplog.text
+    assert "mesh fsdp=8 on cpu" in caplog.text
+    progress = [message for message in caplog.messages if re.match(r"step \d/4  loss \d+\.\d{4}  ", message)]
+    assert len(progress) == 4
+    assert re.search(r"examples/s  data wait \d+\.\d%  [\d.]+ GFLOP/s  [\d.]+ steps/s  eta 0:00$", progress[-1])
     lines = read_train_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert {"loss", "text/mlm/accuracy", "gradient_norm", "learning_rate/rest", "examples_per_second", "data_wait",

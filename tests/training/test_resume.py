@@ -64,5 +64,5 @@ def test_killed_and_resumed_equals_never_killed(tmp_path: Path, repository: Path
 
     resumed = subprocess.run(command(path, killed), cwd=repository, env=environment, capture_output=True, text=True)
     assert resumed.returncode == 0, resumed.stderr
-    assert "resuming from step" in resumed.stdout
+    assert "resuming from step" in resumed.stderr
     assert losses(killed) == losses(through)

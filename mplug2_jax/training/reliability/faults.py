@@ -99,8 +99,8 @@ class FaultDetector:
         self._num_rollbacks[to.step] += 1
         if self._num_rollbacks[to.step] > self._config.max_rollbacks:
             raise UserError(
-                f"the loss of step {step} spiked, and the run has already rolled back to step {to.step} "
-                f"{self._config.max_rollbacks} times: lower the learning rate, or raise config.faults.spike_zscore"
+                f"the loss of step {step} spiked, and the run rolled back {self._config.max_rollbacks} times to step "
+                f"{to.step}: lower the learning rate, or raise config.faults.spike_zscore"
             )
         position = DataPosition(to.step, to.streams, now.offsets, to.recent).after_rollback(step)
         self._recent = collections.deque(to.recent, maxlen=self._config.spike_window)

@@ -179,7 +179,7 @@ def change_digest(folder: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["bit", "meta", "state", "empty"])
-def test_a_damaged_checkpoint_is_named_and_set_aside_and_the_one_before_used(saved: Path, how: str, capsys) -> None:
+def test_a_damaged_checkpoint_is_named_and_set_aside_and_the_one_before_used(saved: Path, how: str, caplog) -> None:
     folder = saved / "3"
     if how == "bit":
         change_digest(folder, "opt/0")
@@ -194,7 +194,7 @@ def test_a_damaged_checkpoint_is_named_and_set_aside_and_the_one_before_used(sav
     assert float(state["params"]["decoder"]["kernel"][0, 0]) == good
     damaged = f"damaged-{9 if how == 'empty' else 3}-0"
     assert (saved / damaged).is_dir()
-    assert f"renamed it to {damaged}" in capsys.readouterr().out
+    assert f"renamed it to {damaged}" in caplog.text
     for step in (10, 11, 12):  # what is set aside is no checkpoint, so it is never deleted
         checkpoints.save(state_of(float(step)), position(step))
     checkpoints.close()
@@ -210,7 +210,7 @@ def test_where_all_are_damaged_nothing_is_moved(saved: Path) -> None:
     assert reader(saved).steps() == [2, 3]
 
 
-def test_a_disk_that_is_full_keeps_what_is_there_and_a_later_try_succeeds(tmp_path: Path, capsys) -> None:
+def test_a_disk_that_is_full_keeps_what_is_there_and_a_later_try_succeeds(tmp_path: Path, caplog) -> None:
     """A small file system in memory, where one can be mounted."""
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -224,7 +224,7 @@ def test_a_disk_that_is_full_keeps_what_is_there_and_a_later_try_succeeds(tmp_pa
             checkpoints.save(large, position(step))
             checkpoints.wait_until_finished()
         assert checkpoints.save_failed
-        assert "saving the checkpoint of step 2 failed" in capsys.readouterr().out
+        assert "saving the checkpoint of step 2 failed" in caplog.text
         assert checkpoints.steps() == [1]
         jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(large)[0], large)
         subprocess.run(["mount", "-o", "remount,size=20m", str(disk)], check=True)

@@ -22,10 +22,11 @@ from mplug2_jax.training.checkpoint.metadata import DataPosition
 from mplug2_jax.training.config import CheckpointConfig, FaultConfig, RunConfig
 from mplug2_jax.training.loop import train
 from mplug2_jax.training.reliability.faults import FaultDetector, apply_later_rollbacks
-from mplug2_jax.training.reliability.sdc_check import CorruptionError, compare, rotated
+from mplug2_jax.training.reliability.sdc_check import CorruptionError, check_same_bits, rotate_devices
 from mplug2_jax.training.state import make_run_spec
 from mplug2_jax.training.step import make_step
-from mplug2_jax.training.telemetry.events import EventLog, read_jsonl
+from mplug2_jax.training.telemetry.events import EventLog, read_events
+from mplug2_jax.training.telemetry.jsonl import read_jsonl
 from mplug2_jax.training.telemetry.metric_log import read_train_metrics
 from mplug2_jax.training.workdir import WorkDir
 from tests.close import assert_close
@@ -53,20 +54,20 @@ def compiled() -> Iterator[Any]:
         yield once
 
 
-def spoil(monkeypatch: pytest.MonkeyPatch, seen: list[int], bad: dict[int, float]) -> None:
-    """Scales the parameters before some batches, by their number in the order of the data."""
-    plain = loop.device_batches
+def inject_faults(monkeypatch: pytest.MonkeyPatch, seen: list[int], scales: dict[int, float]) -> None:
+    """Scale the losses of some batches, by their number in the order of the data."""
+    load_batches = loop.device_batches
 
     def numbered(streams: Any, mesh: Any, start: int) -> Any:
-        for i, item in enumerate(plain(streams, mesh, start)):
+        for i, item in enumerate(load_batches(streams, mesh, start)):
             yield {**item[0], "number": start + i}, item[1]
 
-    def with_faults(spec: Any, step: Any, every: int) -> Any:
-        def call(number: int, state: Any, batch: Any) -> Any:
-            at = batch.pop("number")
-            seen.append(at)
-            state, metrics = step(state, batch)
-            return state, metrics | {"loss": metrics["loss"] * bad.get(at, 1.0)}
+    def with_faults(spec: Any, run_step: Any, every: int) -> Any:
+        def call(step: int, state: Any, batch: Any) -> Any:
+            index = batch.pop("number")
+            seen.append(index)
+            state, metrics = run_step(state, batch)
+            return state, metrics | {"loss": metrics["loss"] * scales.get(index, 1.0)}
 
         return call
 
@@ -75,23 +76,23 @@ def spoil(monkeypatch: pytest.MonkeyPatch, seen: list[int], bad: dict[int, float
 
 
 @pytest.mark.slow
-def test_a_spike_rolls_back_and_leaves_its_data_out_and_replay_knows(
+def test_a_spike_rolls_back_and_skips_its_data_and_replay_knows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiled: Any
 ) -> None:
-    """Batch 4, which step 5 sees, spikes after a checkpoint of step 4: batch 4 is left out, batch 5 is next."""
+    """Batch 4, which step 5 sees, spikes after a checkpoint of step 4: batch 4 is skipped, batch 5 is next."""
     seen: list[int] = []
     config = words(steps=7, faults=FaultConfig(spike_zscore=6.0, spike_window=3))
     with pytest.MonkeyPatch.context() as patch:
-        spoil(patch, seen, {4: 100.0})
+        inject_faults(patch, seen, {4: 100.0})
         train(config, tmp_path / "run")
-    assert seen == [0, 1, 2, 3, 4, 5, 5, 6, 7]  # a step was under way when the spike was seen
+    assert seen == [0, 1, 2, 3, 4, 5, 5, 6, 7]  # a step was in flight when the spike was seen
     lines = read_train_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(1, 8))
-    (event,) = [line for line in read_jsonl(tmp_path / "run" / "events.jsonl") if line["event"] == "rolled back"]
-    assert (event["step"], event["to"], event["offset"]) == (5, 4, 1)
+    (event,) = [line for line in read_events(tmp_path / "run" / "events.jsonl") if line["event"] == "rolled_back"]
+    assert (event["step"], event["to_step"], event["data_offset"]) == (5, 4, 1)
     (fault,) = read_jsonl(tmp_path / "run" / "faults.jsonl")
     assert fault["fault"] == "spike"
-    assert len(fault["rows"]) == 8
+    assert len(fault["examples"]) == 8
     again = replay_step(WorkDir(tmp_path / "run"), 7, num_ranked=2)
     assert (again.batch, again.start) == (7, 6)
     assert again.recorded
@@ -147,28 +148,30 @@ def numbers(loss: float, skipped: int = 0) -> dict[str, jax.Array]:
 
 def test_too_many_skipped_steps_in_a_row_stop_the_run(tmp_path: Path) -> None:
     events = EventLog(tmp_path / "events.jsonl")
-    watch = FaultDetector(FaultConfig(max_consecutive_skips=2), tmp_path / "faults.jsonl", events)
-    assert not watch.spiked(1, numbers(np.nan, 1), [])
-    assert not watch.spiked(2, numbers(1.0), [])
-    assert not watch.spiked(3, numbers(np.inf, 1), [])
+    detector = FaultDetector(FaultConfig(max_consecutive_skips=2), tmp_path / "faults.jsonl", events)
+    assert not detector.observe(1, numbers(np.nan, 1), [])
+    assert not detector.observe(2, numbers(1.0), [])
+    assert not detector.observe(3, numbers(np.inf, 1), [])
     with pytest.raises(
-        UserError, match=r"not finite in 2 steps in a row, 3 to 4 .*config.faults.max_consecutive_skips"
+        UserError, match=r"^2 updates in a row, steps 3 to 4, were skipped .*config.faults.max_consecutive_skips"
     ):
-        watch.spiked(4, numbers(np.nan, 1), [])
+        detector.observe(4, numbers(np.nan, 1), [])
     lines = read_jsonl(tmp_path / "faults.jsonl")
     assert [line["step"] for line in lines] == [1, 3, 4]
     assert lines[0]["metrics"] == ["gradient_norm", "loss"]
 
 
 def test_a_run_that_spikes_again_and_again_stops(tmp_path: Path) -> None:
-    watch = FaultDetector(FaultConfig(max_rollbacks=2), tmp_path / "faults.jsonl", EventLog(tmp_path / "events.jsonl"))
+    detector = FaultDetector(
+        FaultConfig(max_rollbacks=2), tmp_path / "faults.jsonl", EventLog(tmp_path / "events.jsonl")
+    )
     saved = now = DataPosition(4, {})
     for _ in range(2):
-        now = watch.roll_back(6, saved, now)
+        now = detector.roll_back(6, saved, now)
     assert now.offsets == ((4, 4),)
     assert apply_later_rollbacks(saved, tmp_path / "events.jsonl") == now
-    with pytest.raises(UserError, match="has gone back to step 4 for that 2 times"):
-        watch.roll_back(6, saved, now)
+    with pytest.raises(UserError, match="rolled back 2 times to step 4"):
+        detector.roll_back(6, saved, now)
 
 
 def test_offsets_of_several_rollbacks_add_up() -> None:
@@ -179,7 +182,7 @@ def test_offsets_of_several_rollbacks_add_up() -> None:
     assert build(DataPosition, json.loads(json.dumps(to_dict(later)))) == later
 
 
-def test_a_full_disk_stops_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, compiled: Any) -> None:
+def test_a_full_disk_stops_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog, compiled: Any) -> None:
     from mplug2_jax.training.checkpoint import checkpoints
 
     plain = checkpoints.ocp.CheckpointManager.save
@@ -192,16 +195,16 @@ def test_a_full_disk_stops_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(checkpoints.ocp.CheckpointManager, "save", full)
     monkeypatch.setattr(checkpoints, "RETRY_SECONDS", 0.0)
     train(words(steps=5, checkpoint=CheckpointConfig(every_steps=2)), tmp_path / "run")
-    assert "saving the checkpoint of step 4 failed" in capsys.readouterr().out
+    assert "saving the checkpoint of step 4 failed" in caplog.text
     kept = sorted(int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.isdecimal())
     assert kept == [2, 5]
-    kinds = [line["event"] for line in read_jsonl(tmp_path / "run" / "events.jsonl")]
-    assert [kind for kind in kinds if "saved" in kind] == ["saved", "not saved", "saved"]
+    names = [line["event"] for line in read_events(tmp_path / "run" / "events.jsonl")]
+    assert [name for name in names if name.startswith("save")] == ["saved", "save_failed", "saved"]
 
 
 def test_a_bit_that_differs_names_its_device() -> None:
     mesh = make_mesh(MeshConfig(fsdp=8))
-    turned = rotated(mesh)
+    rotated = rotate_devices(mesh)
     spec = jax.sharding.PartitionSpec("fsdp")
     rows = np.arange(32, dtype=np.float32).reshape(8, 4)
 
@@ -217,14 +220,14 @@ def test_a_bit_that_differs_names_its_device() -> None:
         parts = [shard(d, i) for d, i in sharding.addressable_devices_indices_map(rows.shape).items()]
         return {"w": jax.make_array_from_single_device_arrays(rows.shape, sharding, parts)}
 
-    compare(3, on(mesh, None), on(turned, None))
+    check_same_bits(3, on(mesh, None), on(rotated, None))
     with pytest.raises(CorruptionError, match=r"step 3, .* different bits in w; device \S*5 of process 0"):
-        compare(3, on(mesh, 5), on(turned, 5))
+        check_same_bits(3, on(mesh, 5), on(rotated, 5))
     with pytest.raises(CorruptionError, match="one of these"):
-        compare(3, on(mesh, 5), on(turned, None))
+        check_same_bits(3, on(mesh, 5), on(rotated, None))
 
 
 @pytest.mark.slow
-def test_a_run_that_is_rechecked_on_rotated_devices_gives_the_same_bits(tmp_path: Path) -> None:
+def test_a_run_that_is_checked_for_sdc_on_rotated_devices_gives_the_same_bits(tmp_path: Path) -> None:
     train(words(steps=3, faults=FaultConfig(sdc_check_every=2), mesh=MeshConfig(fsdp=2, data=4)), tmp_path / "run")
     assert len(read_train_metrics(tmp_path / "run" / "metrics.jsonl")) == 3

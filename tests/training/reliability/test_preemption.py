@@ -1,5 +1,6 @@
-"""A notice to a process on its own: heeded between two pieces of work, and only while a run goes on."""
+"""Preemption of a single process: it stops between two units of work, and only while a run is active."""
 
+import logging
 import os
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from mplug2_jax.training.telemetry.metric_log import read_step_lines, read_train
 from tests.runs import small_run
 
 
-def test_a_notice_is_heeded_at_the_next_check_and_the_handler_is_put_back() -> None:
+def test_a_notice_raises_at_the_next_check_and_the_handler_is_restored() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with PreemptionNotice() as notice:
         notice.check()
@@ -29,37 +30,37 @@ def test_a_notice_is_heeded_at_the_next_check_and_the_handler_is_put_back() -> N
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_an_interruption_is_a_notice_where_it_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+def test_ctrl_c_is_a_notice_if_requested() -> None:
     before = signal.getsignal(signal.SIGINT)
     with PreemptionNotice(interrupts=True) as notice:
         os.kill(os.getpid(), signal.SIGINT)
-        with pytest.raises(Preempted):
+        with pytest.raises(Preempted, match=r"^SIGINT: exiting"):
             notice.check()
-        with pytest.raises(Preempted, match="nothing"):
-            notice.may_leave("nothing is lost")
+        with pytest.raises(Preempted, match=r"^SIGINT: nothing to save$"):
+            notice.allow_exit("nothing to save")
     assert signal.getsignal(signal.SIGINT) is before
     with pytest.raises(KeyboardInterrupt), PreemptionNotice():
         os.kill(os.getpid(), signal.SIGINT)
 
 
 @pytest.mark.parametrize(
-    ("signals", "free", "status", "said"),
+    ("signals", "exit_allowed", "status", "message"),
     [
-        ([signal.SIGTERM], True, 75, "mplug2: nothing is lost\n"),
-        ([signal.SIGINT], True, 75, "mplug2: nothing is lost\n"),
-        ([signal.SIGINT, signal.SIGINT], False, 130, "mplug2: interrupted twice: ended at once"),
+        ([signal.SIGTERM], True, 75, "SIGTERM: nothing to save\n"),
+        ([signal.SIGINT], True, 75, "SIGINT: nothing to save\n"),
+        ([signal.SIGINT, signal.SIGINT], False, 130, "second SIGINT: exiting at once; earlier checkpoints are"),
     ],
 )
-def test_a_process_that_compiles_ends_at_once(
-    signals: list[signal.Signals], free: bool, status: int, said: str, tmp_path: Path
+def test_a_process_that_compiles_exits_at_once(
+    signals: list[signal.Signals], exit_allowed: bool, status: int, message: str, tmp_path: Path
 ) -> None:
-    """Held up in a library that does not come back to Python, as XLA's compiler does."""
+    """The process is inside a library call that does not return to Python, as in XLA's compiler."""
     script = (
         "import hashlib\nfrom pathlib import Path\n"
         "from mplug2_jax.training.reliability.preemption import PreemptionNotice\n"
         "with PreemptionNotice(interrupts=True) as notice:\n"
-        f"    notice.may_leave({'nothing is lost' if free else None!r})\n"
-        f"    notice.release = Path({str(tmp_path / 'released')!r}).touch\n"
+        f"    notice.allow_exit({'nothing to save' if exit_allowed else None!r})\n"
+        f"    notice.on_exit = Path({str(tmp_path / 'exited')!r}).touch\n"
         "    print('ready', flush=True)\n    hashlib.pbkdf2_hmac('sha512', b'', b'', 2**31 - 1)\n"
     )
     process = subprocess.Popen(
@@ -70,33 +71,33 @@ def test_a_process_that_compiles_ends_at_once(
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signals[0])
     for number in signals[1:]:
-        assert "Ctrl-C again ends at once" in process.stderr.readline()  # two at a time would be one
+        assert "Ctrl-C again to exit at once" in process.stderr.readline()  # two signals at once would be merged
         process.send_signal(number)
     _, err = process.communicate(timeout=60)
     assert process.returncode == status
-    assert said in err
-    assert (tmp_path / "released").exists()
+    assert message in err
+    assert (tmp_path / "exited").exists()
 
 
 @pytest.mark.slow
-def test_a_run_that_is_told_to_end_saves_its_step_and_goes_on_from_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_preempted_run_saves_its_step_and_resumes_from_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = small_run(
         streams={"text": small_run().streams["text"]}, evaluations={}, mesh=MeshConfig(fsdp=8), log_example_ids=True,
         checkpoint=CheckpointConfig(every_steps=100),
     )  # fmt: skip
-    made = loop.device_batches
+    load_batches = loop.device_batches
 
-    def told_while_step_three_is_made(*args, **kwargs):
-        for i, item in enumerate(made(*args, **kwargs)):
+    def preempt_while_loading_step_three(*args, **kwargs):
+        for i, item in enumerate(load_batches(*args, **kwargs)):
             if i == 2:
                 os.kill(os.getpid(), signal.SIGTERM)
             yield item
 
     with monkeypatch.context() as patched:
-        patched.setattr(loop, "device_batches", told_while_step_three_is_made)
-        with pytest.raises(Preempted, match=r"told to end, with step [123] of 4 saved"):
+        patched.setattr(loop, "device_batches", preempt_while_loading_step_three)
+        with pytest.raises(Preempted, match=r"^SIGTERM: saved step [123] of 4, exiting"):
             train(run, tmp_path)
     checkpoints = Checkpoints(tmp_path / "checkpoints", run.checkpoint, read_only=True)
     (saved,) = checkpoints.steps()
@@ -104,9 +105,9 @@ def test_a_run_that_is_told_to_end_saves_its_step_and_goes_on_from_there(
     written = [line["step"] for line in read_train_metrics(tmp_path / "metrics.jsonl")]
     assert written == list(range(1, saved + 1))
 
-    capsys.readouterr()
+    caplog.set_level(logging.INFO, logger="absl")
     train(run, tmp_path)
-    assert f"resuming from step {saved}\n" in capsys.readouterr().out
+    assert f"resuming from step {saved}" in caplog.messages
     assert [line["step"] for line in read_train_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
     assert [line["step"] for line in read_step_lines(tmp_path / "examples.jsonl")] == [1, 2, 3, 4]
     assert all(len(line["text"]) == 8 for line in read_step_lines(tmp_path / "examples.jsonl"))
