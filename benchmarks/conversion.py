@@ -23,12 +23,12 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import numpy as np
 
 from mplug2_jax.conversion.export_weights import groups
+from mplug2_jax.conversion.files.open import open_source
 from mplug2_jax.conversion.files.safetensors_writer import SafetensorsWriter
-from mplug2_jax.conversion.files.sources import open_source
-from mplug2_jax.conversion.layouts.official import QUESTION_PARTS, default_fusion_start, official_scheme
-from mplug2_jax.conversion.layouts.official_config import settings_of
-from mplug2_jax.conversion.layouts.official_state import fresh, official_state, tie_of
-from mplug2_jax.conversion.layouts.slots import at
+from mplug2_jax.conversion.layouts.official import QUESTION_PARTS, default_fusion_start, map_official_names
+from mplug2_jax.conversion.layouts.official_config import to_config_json
+from mplug2_jax.conversion.layouts.official_state import init_tensor, official_state, tied_to
+from mplug2_jax.conversion.layouts.tensor_mapping import get_leaf
 from mplug2_jax.model.config import model_config
 from mplug2_jax.model.mplug2 import define_model
 
@@ -41,13 +41,13 @@ def make(folder: Path, size: str, teacher: bool) -> None:
     start = default_fusion_start(config)
     state = official_state(config, start, teacher=teacher)
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(settings_of(config, start, task="videoqa", teacher=teacher)))
+    (folder / "config.json").write_text(json.dumps(to_config_json(config, start, task="videoqa", teacher=teacher)))
     writer = SafetensorsWriter(folder / "model.safetensors", state)
-    ties = {tie_of(name): name for name in state}
+    ties = {tied_to(name): name for name in state}
     for seed, (name, info) in enumerate(state.items()):
         if name.endswith(".position_ids"):
-            writer.write(name, fresh(name, info))
-        elif tie_of(name) is None:
+            writer.write(name, init_tensor(name, info))
+        elif tied_to(name) is None:
             value = np.random.default_rng(seed).standard_normal(info.shape, np.float32)
             writer.write(name, value)
             if name in ties:
@@ -59,12 +59,12 @@ def largest_group(size: str, teacher: bool) -> int:
     """Bytes of the arrays that must be in memory together, at most."""
     config = model_config(size)
     definition = define_model(config, QUESTION_PARTS)
-    scheme = official_scheme(config, QUESTION_PARTS, default_fusion_start(config), teacher=teacher)
+    name_mapping = map_official_names(config, QUESTION_PARTS, default_fusion_start(config), teacher=teacher)
     trees = {"params": definition.shapes, "teacher": definition.shapes}
-    return max(sum(4 * at(trees, path).size for path in paths) for paths, _ in groups(scheme.slots))
+    return max(sum(4 * get_leaf(trees, path).size for path in paths) for paths, _ in groups(name_mapping.mappings))
 
 
-def staged(*command: str) -> tuple[float, float]:
+def measure(*command: str) -> tuple[float, float]:
     """Runs a command; its seconds, and its peak resident memory in bytes."""
     start = time.perf_counter()
     code = "import resource, runpy, sys\nsys.argv = sys.argv[1:]\n"
@@ -107,8 +107,8 @@ def main() -> None:
         copied = time.perf_counter() - start
         (args.folder / "copy").unlink()
         cli = "mplug2_jax.cli.main"
-        stages = {"import": staged(cli, "convert", "import", str(source), "--to", str(imported))}
-        stages["export"] = staged(
+        stages = {"import": measure(cli, "convert", "import", str(source), "--to", str(imported))}
+        stages["export"] = measure(
             cli, "convert", "export", str(imported), "--to", str(exported), "--shard-size", "1000"
         )
         tensors = same(source, exported)

@@ -50,7 +50,7 @@ def prepare_torch(args: argparse.Namespace) -> Calls:
     import torch
     from step import random_batch
 
-    from mplug2_jax.conversion.torch_runtime import Caption, Config, normalise_pixels, parameter_groups
+    from mplug2_jax.conversion.torch_runtime import Caption, Config, normalize_pixels, parameter_groups
     from mplug2_jax.model.config import model_config
 
     sizes = dataclasses.asdict(
@@ -60,11 +60,11 @@ def prepare_torch(args: argparse.Namespace) -> Calls:
     names = {field.name for field in dataclasses.fields(Config)} & set(sizes)
     model = Caption(Config(**{name: sizes[name] for name in names}))
     batch = {name: torch.from_numpy(value) for name, value in random_batch(args, sizes["vocab_size"]).items()}
-    groups = parameter_groups(model, rest=1e-5, vision=1e-6, weight_decay=0.02)
+    groups = parameter_groups(model, learning_rate=1e-5, vision_learning_rate=1e-6, weight_decay=0.02)
     optimizer = torch.optim.AdamW(groups, fused=True)
 
     def loss() -> torch.Tensor:
-        found: torch.Tensor = model(normalise_pixels(batch["frames"]), batch["target"].long(), batch["target_weights"])
+        found: torch.Tensor = model(normalize_pixels(batch["frames"]), batch["target"].long(), batch["target_weights"])
         return found
 
     def forward() -> None:

@@ -6,12 +6,13 @@ from typing import Any
 
 import numpy as np
 
+from mplug2_jax.conversion.files.open import open_source
 from mplug2_jax.conversion.files.safetensors_writer import SafetensorsWriter
-from mplug2_jax.conversion.files.sources import HostArray, TensorInfo, open_source
+from mplug2_jax.conversion.files.sources import HostArray, TensorInfo
 from mplug2_jax.conversion.files.torch_files import TorchWriter
 from mplug2_jax.conversion.layouts.official import default_fusion_start
-from mplug2_jax.conversion.layouts.official_config import settings_of
-from mplug2_jax.conversion.layouts.official_state import fresh, official_state, tie_of
+from mplug2_jax.conversion.layouts.official_config import to_config_json
+from mplug2_jax.conversion.layouts.official_state import init_tensor, official_state, tied_to
 from mplug2_jax.model.config import ModelConfig, model_config
 
 
@@ -33,15 +34,15 @@ def official_file(
     state = official_state(config, start, teacher=teacher)
     path.parent.mkdir(parents=True, exist_ok=True)
     if settings:
-        text = json.dumps(settings_of(config, start, task=task, teacher=teacher))
+        text = json.dumps(to_config_json(config, start, task=task, teacher=teacher))
         path.with_name("config.json").write_text(text)
     writer = TorchWriter(path, state) if path.suffix == ".pth" else SafetensorsWriter(path, state)
     rng = np.random.default_rng(0)
-    ties = {tie_of(name): name for name in state}
+    ties = {tied_to(name): name for name in state}
     for name, info in state.items():
         if name.endswith(".position_ids"):
-            writer.write(name, fresh(name, info))
-        elif tie_of(name) is None:
+            writer.write(name, init_tensor(name, info))
+        elif tied_to(name) is None:
             value = np.asarray(0.2 * rng.standard_normal(info.shape, np.float32))
             writer.write(name, value)
             if name in ties:

@@ -1,4 +1,4 @@
-"""``mplug2 convert import | export | verify | inspect``: weights in, weights out, and the proof of both."""
+"""``mplug2 convert import | export | verify | inspect``: convert weights, and check them."""
 
 import argparse
 import os
@@ -9,106 +9,114 @@ from mplug2_jax.cli.common import add_command
 from mplug2_jax.errors import UserError, check_range
 
 
-def add_parsers(kinds: Any) -> None:
-    """Adds the sub-commands of ``convert`` that move weights."""
-    incoming = add_command(
-        kinds, "import", run_import,
+def add_parsers(subcommands: Any) -> None:
+    """Add the sub-commands of ``convert`` that move weights."""
+    importer = add_command(
+        subcommands, "import", run_import,
         summary="Import weights of the official release, CLIP or BERT into a checkpoint",
-        details="Every tensor is accounted for.",
+        details="Reports what happened to every tensor.",
         example="mplug2 convert import mplug2_msrvtt_qa.pth --to runs/official --tokenizer vocab.txt\n"
         "  mplug2 convert import ViT-L-14.pt bert-large-uncased/ --to runs/start",
     )  # fmt: skip
-    incoming.add_argument(
+    importer.add_argument(
         "sources", nargs="+", type=Path, metavar="SRC",
         help="an official checkpoint; or a CLIP, a BERT, or both: files or folders, safetensors or PyTorch",
     )  # fmt: skip
-    incoming.add_argument("--to", type=Path, required=True, metavar="DIR", help="new folder for the checkpoint")
-    incoming.add_argument("--task", choices=("caption", "videoqa"), help="which of the release's models, if not told")
-    incoming.add_argument("--parts", metavar="A,B,...", help="parts of the model (default: what the sources start)")
-    incoming.add_argument("--image-size", type=int, metavar="PX", help="resize the position table to this image size")
-    incoming.add_argument("--tokenizer", type=Path, metavar="FILE", help="vocab.txt or SentencePiece model to keep")
-    incoming.add_argument("--seed", type=int, default=0, help="of what no source fills (default: %(default)s)")
-    _add_common(incoming)
+    importer.add_argument("--to", type=Path, required=True, metavar="DIR", help="new folder for the checkpoint")
+    importer.add_argument(
+        "--task", choices=("caption", "videoqa"), help="which official model it is, if its files do not tell"
+    )
+    importer.add_argument("--parts", metavar="A,B,...", help="parts of the model (default: all that the sources have)")
+    importer.add_argument("--image-size", type=int, metavar="PX", help="resize the position table to this image size")
+    importer.add_argument("--tokenizer", type=Path, metavar="FILE", help="vocab.txt or SentencePiece model to copy")
+    importer.add_argument("--seed", type=int, default=0, help="for arrays that no source fills (default: %(default)s)")
+    _add_common(importer)
 
-    outgoing = add_command(
-        kinds, "export", run_export,
+    exporter = add_command(
+        subcommands, "export", run_export,
         summary="Export a checkpoint as a complete official state dict",
         details="To a file, or to a folder by Hugging Face's conventions.",
         example="mplug2 convert export runs/official --to exports/msrvtt_qa\n"
         "  mplug2 convert export runs/official/checkpoints/2000 --to qa.pth --dtype float16",
     )  # fmt: skip
-    outgoing.add_argument("checkpoint", type=Path, metavar="CKPT", help="work directory, its checkpoints, or a step")
-    outgoing.add_argument(
+    exporter.add_argument("checkpoint", type=Path, metavar="CKPT", help="work directory, its checkpoints, or a step")
+    exporter.add_argument(
         "--to", type=Path, required=True, metavar="FILE",
-        help="a .safetensors or .pth file, or a new folder: weights, config.json, tokeniser and a model card",
+        help="a .safetensors or .pth file, or a new folder: weights, config.json, tokenizer and a model card",
     )  # fmt: skip
-    outgoing.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
-    outgoing.add_argument(
+    exporter.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
+    exporter.add_argument(
         "--ema", action=argparse.BooleanOptionalAction,
-        help="write the averaged weights as the model's own (default: where the run has config.ema_decay)",
+        help="write the averaged weights as the model's own (default: if the run has config.ema_decay)",
     )  # fmt: skip
-    outgoing.add_argument(
+    exporter.add_argument(
         "--teacher", action=argparse.BooleanOptionalAction,
-        help="write the averaged copy too, which the release's training wants (default: where there is one)",
+        help="also write the averaged copy, which the release's training needs (default: if there is one)",
     )  # fmt: skip
-    outgoing.add_argument("--rest", type=Path, metavar="FILE", help="tensors that an import kept (default: found)")
-    outgoing.add_argument(
-        "--shard-size", type=float, default=5.0, metavar="GB", help="split above this size (default: 5)"
+    exporter.add_argument(
+        "--leftover", type=Path, metavar="FILE",
+        help="the tensors that the model ignores (default: official-rest.safetensors of the import)",
+    )  # fmt: skip
+    exporter.add_argument("--rest", dest="leftover", type=Path, help=argparse.SUPPRESS)  # its old name
+    exporter.add_argument(
+        "--shard-size", type=float, default=5.0, metavar="GB", help="split above this size (default: %(default)g)"
     )
-    _add_common(outgoing)
+    _add_common(exporter)
 
-    check = add_command(
-        kinds, "verify", run_verify,
-        summary="Check an import or export against its report",
+    verifier = add_command(
+        subcommands, "verify", run_verify,
+        summary="Verify an import or export against its report",
         details="Names the first tensor that changed.",
         example="mplug2 convert verify runs/official/conversion-report.json",
     )  # fmt: skip
-    check.add_argument("report", type=Path, metavar="REPORT", help="conversion-report.json, or the folder it is in")
+    verifier.add_argument("report", type=Path, metavar="REPORT", help="conversion-report.json, or its folder")
 
-    look = add_command(
-        kinds, "inspect", run_inspect,
-        summary="Show what a checkpoint holds, as a tree of shapes, types and counts",
-        details="No array is read.",
+    inspector = add_command(
+        subcommands, "inspect", run_inspect,
+        summary="Show what a checkpoint holds, as a tree of shapes, dtypes and counts",
+        details="Reads no arrays.",
         example="mplug2 convert inspect runs/demo --depth 3",
     )  # fmt: skip
-    look.add_argument("path", type=Path, metavar="FILE|DIR", help="official, CLIP, BERT or our own")
-    look.add_argument("--depth", type=int, default=3, help="levels of the tree (default: %(default)s)")
+    inspector.add_argument("path", type=Path, metavar="FILE|DIR", help="official, CLIP, BERT or mplug2_jax checkpoint")
+    inspector.add_argument("--depth", type=int, default=3, help="levels of the tree (default: %(default)s)")
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--verify", action="store_true", help="compare both frameworks tap by tap (needs torch)")
-    parser.add_argument("--overwrite", action="store_true", help="replace what is there")
+    parser.add_argument("--verify", action="store_true", help="compare JAX and PyTorch tap by tap (needs torch)")
+    parser.add_argument("--overwrite", action="store_true", help="replace what exists")
 
 
-def _on_host() -> None:
-    """Conversions need no accelerator, and should not wait for one."""
+def _use_cpu() -> None:
+    """Run JAX on the CPU: conversions need no accelerator, and should not wait for one."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
 def run_import(args: argparse.Namespace) -> int:
-    """Imports, and prints what became of the tensors; 1 if the frameworks differ."""
-    _on_host()
+    """Import, and print the report's summary; return 1 if the frameworks differ."""
+    _use_cpu()
     from mplug2_jax.conversion.import_plan import plan_import
     from mplug2_jax.conversion.import_weights import run_import
+    from mplug2_jax.recipes.released import released_at
 
     parts = args.parts.split(",") if args.parts else None
     plan = plan_import(args.sources, parts=parts, task=args.task, image_size=args.image_size)
     report = run_import(
-        plan, args.to, tokenizer=args.tokenizer, seed=args.seed, overwrite=args.overwrite, verify=args.verify
-    )
+        plan, args.to, make_recipe=lambda model, task: released_at(model, task, f"released_{task}"),
+        tokenizer=args.tokenizer, seed=args.seed, overwrite=args.overwrite, verify=args.verify,
+    )  # fmt: skip
     print(report.summary())
-    print(f"{args.to}: a model of {', '.join(plan.definition.parts)}, {plan.definition.num_params():,} parameters")
+    print(f"{args.to}: model with {', '.join(plan.definition.parts)}; {plan.definition.num_params():,} parameters")
     return report.status
 
 
 def run_export(args: argparse.Namespace) -> int:
-    """Exports, and prints what became of the tensors; 1 if the frameworks differ."""
-    _on_host()
+    """Export, and print the report's summary; return 1 if the frameworks differ."""
+    _use_cpu()
     from mplug2_jax.conversion.export_weights import export
 
     check_range("--shard-size", args.shard_size, 1e-6)
     report = export(
-        args.checkpoint, args.to, dtype=args.dtype, ema=args.ema, teacher=args.teacher, rest=args.rest,
+        args.checkpoint, args.to, dtype=args.dtype, ema=args.ema, teacher=args.teacher, leftover=args.leftover,
         shard_bytes=int(args.shard_size * 1e9), overwrite=args.overwrite, verify=args.verify,
     )  # fmt: skip
     print(report.summary())
@@ -117,28 +125,28 @@ def run_export(args: argparse.Namespace) -> int:
 
 
 def run_verify(args: argparse.Namespace) -> int:
-    """Checks every tensor; 1 at the first that changed."""
-    _on_host()
-    from mplug2_jax.conversion.verify_weights import check_report
+    """Verify every tensor; return 1 at the first that changed."""
+    _use_cpu()
+    from mplug2_jax.conversion.verify_weights import verify_output
 
     count = 0
-    for name, same in check_report(args.report):
-        count += 1
-        if not same:
-            print(f"{args.report}: {name} has changed since; {count - 1:,} tensors before it are as they were")
+    for name, is_equal in verify_output(args.report):
+        if not is_equal:
+            print(f"{args.report}: {name} has changed; the {count:,} tensors before it are unchanged")
             return 1
-    print(f"{args.report}: all {count:,} tensors are as they were")
+        count += 1
+    print(f"{args.report}: all {count:,} tensors are unchanged")
     return 0
 
 
 def run_inspect(args: argparse.Namespace) -> int:
-    """Prints the tree."""
-    _on_host()
-    from mplug2_jax.conversion.inspect_weights import contents_of, tree_lines
+    """Print the tree."""
+    _use_cpu()
+    from mplug2_jax.conversion.inspect_weights import read_contents, tree_lines
 
     check_range("--depth", args.depth, 1)
     if not args.path.exists():
         raise UserError(f"{args.path} does not exist; expected a checkpoint")
-    for line in tree_lines(contents_of(args.path), args.depth):
+    for line in tree_lines(read_contents(args.path), args.depth):
         print(line)
     return 0

@@ -28,7 +28,7 @@ _LENGTH = 9  # tokens of questions and of targets
 _SEARCH = SearchConfig(num_beams=2, min_length=1, max_length=8, extend_finished=True)
 
 Batch = Mapping[str, HostArray]
-Tapped = dict[str, HostArray]  # "path: tap" -> value
+Activations = dict[str, HostArray]  # "path: tap" -> value
 
 
 class Text(NamedTuple):
@@ -129,7 +129,7 @@ def _by_jax(
     batches: Mapping[str, Batch],
     tokens: SpecialTokens,
     search: SearchConfig,
-) -> tuple[Tapped, Text]:
+) -> tuple[Activations, Text]:
     definition = define_model(config, parts)
 
     @jax.jit
@@ -149,7 +149,7 @@ def _by_jax(
     def speak(params: Params, memory: Any, mask: Any) -> Any:
         return generate(definition.bind(params).decoder, memory, mask, search, tokens)
 
-    found: Tapped = {}
+    found: Activations = {}
     on_device = jax.tree.map(jnp.asarray, params)
     for path, batch in batches.items():
         tapped, memory, mask = run(on_device, jax.tree.map(jnp.asarray, dict(batch)))
@@ -165,7 +165,7 @@ def _by_torch(
     tensors: TensorSource,
     batches: Mapping[str, Batch],
     search: SearchConfig,
-) -> tuple[Tapped, Text]:
+) -> tuple[Activations, Text]:
     import torch
 
     from mplug2_jax.conversion import torch_runtime as runtime
@@ -181,9 +181,11 @@ def _by_torch(
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         model.load_official({name: torch.from_numpy(_plain(tensors.read(name))) for name in student})
     model.eval()
-    found: Tapped = {}
-    limits = {name: getattr(search, name) for name in ("min_length", "max_length", "extend_finished")}
-    limits["beams"] = search.num_beams
+    found: Activations = {}
+    search_config = runtime.SearchConfig(
+        num_beams=search.num_beams, min_length=search.min_length, max_length=search.max_length,
+        extend_finished=search.extend_finished,
+    )  # fmt: skip
     for path, batch in batches.items():
         taps = runtime.Taps()
         frames = torch.from_numpy(batch["frames"]).permute(0, 4, 1, 2, 3)
@@ -192,10 +194,10 @@ def _by_torch(
             if isinstance(model, runtime.VideoQA):
                 asked = torch.from_numpy(batch["instruction"]).long(), torch.from_numpy(batch["instruction_mask"])
                 logits = model.answer_logits(frames, *asked, target, taps=taps)
-                said = model.generate(frames, *asked, runtime.SearchConfig(**limits))
+                said = model.generate(frames, *asked, search_config)
             else:
                 logits = model.text_decoder(target, target != 0, model.visual_tokens(frames, taps), taps=taps)
-                said = model.generate(frames, runtime.SearchConfig(**limits))
+                said = model.generate(frames, search_config)
         found |= {f"{path}: {name}": value.numpy() for name, value in {**taps, "logits": logits}.items()}
     return found, _best(said.ids, said.scores, said.lengths)
 

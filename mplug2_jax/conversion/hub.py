@@ -1,4 +1,4 @@
-"""A folder by Hugging Face's conventions: weights, settings, tokeniser, and a model card from what the run left."""
+"""Write a folder by Hugging Face's conventions: weights, config, tokenizer, and a model card from the run's files."""
 
 import json
 import shutil
@@ -9,17 +9,17 @@ from typing import Any
 import jinja2
 
 from mplug2_jax.conversion.export_plan import ExportPlan
-from mplug2_jax.conversion.layouts.official_config import settings_of
+from mplug2_jax.conversion.layouts.official_config import to_config_json
 from mplug2_jax.training.workdir import special_tokens
 
 WEIGHTS, SETTINGS = "model.safetensors", "config.json"
 
 
 def write_companions(plan: ExportPlan, folder: Path) -> None:
-    """Writes ``config.json``, the tokeniser's files and ``README.md`` beside the weights."""
+    """Write ``config.json``, the tokenizer's files and ``README.md`` next to the weights."""
     tokenizer = plan.tokenizer
-    settings = settings_of(
-        plan.identity.config, plan.fusion_start, task=plan.task, teacher=plan.teacher,
+    settings = to_config_json(
+        plan.model.config, plan.fusion_start, task=plan.task, teacher=plan.teacher,
         tokens=special_tokens(tokenizer) if tokenizer else None,
     )  # fmt: skip
     (folder / SETTINGS).write_text(json.dumps(settings, indent=1), encoding="utf-8")
@@ -30,25 +30,26 @@ def write_companions(plan: ExportPlan, folder: Path) -> None:
 
 
 def model_card(plan: ExportPlan, workdir: Path) -> str:
-    """The card: recipe, data mixture, steps, and evaluation results as far as the work directory has them."""
+    """Return the model card: recipe, data mixture, steps, and evaluation results if the work directory has them."""
     return _CARD.render(
-        plan=plan, name=workdir.name, recipe=_json(workdir / "config.json"), results=_results(workdir, plan.step),
-        config=plan.identity.config,
+        plan=plan, name=workdir.name, recipe=_read_json(workdir / "config.json"), results=_results(workdir, plan.step),
+        config=plan.model.config,
     )  # fmt: skip
 
 
 def _results(workdir: Path, step: int) -> list[tuple[str, str, float, float, int]]:
-    """(evaluation, figure, value, baseline, examples) of a step."""
+    """Return (evaluation, metric, value, baseline, examples) of a step (old result files say ``figures``)."""
     rows = []
     for path in sorted((workdir / "evaluations" / str(step)).glob("*.json")):
-        found = _json(path) or {}
-        for figure, value in found.get("figures", {}).items():
-            baseline = found.get("baselines", {}).get(figure, float("nan"))
-            rows.append((str(found.get("name")), str(figure), float(value), float(baseline), int(found["examples"])))
+        result = _read_json(path) or {}
+        examples = int(result.get("num_examples", result.get("examples", 0)))
+        for metric, value in (result.get("metrics") or result.get("figures") or {}).items():
+            baseline = result.get("baselines", {}).get(metric, float("nan"))
+            rows.append((str(result.get("name")), str(metric), float(value), float(baseline), examples))
     return rows
 
 
-def _json(path: Path) -> Mapping[str, Any] | None:
+def _read_json(path: Path) -> Mapping[str, Any] | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""What an import will do, known before an array is read: which tensor goes where, and what stays fresh."""
+"""Plan an import before any array is read: which tensor fills which parameter, and which parameters are initialized."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -8,121 +8,124 @@ from typing import Any
 import jax
 
 from mplug2_jax.conversion.layouts import bert, clip, official
-from mplug2_jax.conversion.layouts.identify import Found, Task, identify
+from mplug2_jax.conversion.layouts.identify import DetectedCheckpoint, OfficialTask, identify
+from mplug2_jax.conversion.layouts.name_mapping import Disposition, NameMapping, match_names
 from mplug2_jax.conversion.layouts.official import check_shapes
-from mplug2_jax.conversion.layouts.schemes import Fate, Scheme, account_for
-from mplug2_jax.conversion.layouts.slots import Slot
+from mplug2_jax.conversion.layouts.tensor_mapping import TensorMapping
 from mplug2_jax.errors import UserError
 from mplug2_jax.model.config import ModelConfig
 from mplug2_jax.model.mplug2 import ModelDef, define_model
 
-StatePath = tuple[str, ...]  # "params" or "teacher", then the place in the tree
+StatePath = tuple[str, ...]  # "params" or "teacher", then the path of a parameter
 POSITIONS: StatePath = ("vision", "positions")
 
 
 @dataclasses.dataclass(frozen=True)
-class Joint:
-    """One source's part in an import: what becomes of each of its tensors."""
+class SourceMapping:
+    """One source of an import, and the disposition of each of its tensors."""
 
-    found: Found
+    checkpoint: DetectedCheckpoint
     tied: Mapping[str, str]
-    fates: Mapping[str, tuple[Fate, str]]
+    dispositions: Mapping[str, tuple[Disposition, str]]
 
 
 @dataclasses.dataclass(frozen=True)
 class ImportPlan:
-    """Everything that is known before an array is read."""
+    """Everything about an import that is known before an array is read."""
 
     definition: ModelDef
     title: str
-    joints: Sequence[Joint]
+    sources: Sequence[SourceMapping]
     state: Mapping[StatePath, jax.ShapeDtypeStruct]  # every array of the checkpoint
-    filled: Mapping[StatePath, Sequence[tuple[Joint, Slot]]]  # what fills it; absent: fresh
+    pieces: Mapping[StatePath, Sequence[tuple[SourceMapping, TensorMapping]]]  # the tensors that fill an array
     origin: Mapping[str, Any]
 
     @property
     def notes(self) -> list[str]:
-        """What was assumed of the sources, and what is theirs alone."""
-        notes = [text for joint in self.joints for text in joint.found.assumed]
+        """Return what is assumed about the sources, and where the release's code would compute something else."""
+        notes = [note for source in self.sources for note in source.checkpoint.assumptions]
         return notes + activation_notes(self.definition.config, self.definition.parts)
 
     @property
-    def fresh(self) -> list[StatePath]:
-        """Arrays that no source fills."""
-        return [path for path in self.state if path not in self.filled]
+    def initialized(self) -> list[StatePath]:
+        """Return the arrays that no source fills."""
+        return [path for path in self.state if path not in self.pieces]
 
 
 def activation_notes(config: ModelConfig, parts: Sequence[str]) -> list[str]:
-    """A sentence where a model is not computed as the release's own code would."""
+    """Return a sentence if the release's own code would compute the model differently."""
     if "vision" not in parts or config.vision_activation == "quick_gelu":
         return []
-    return ["the vision tower computes exact GELU: an export of it is for our PyTorch runtime, not the release's code"]
+    return ["the vision tower computes exact GELU: use its exports with our PyTorch runtime, not the release's code"]
 
 
 def plan_import(
     paths: Sequence[Path],
     *,
     parts: Sequence[str] | None = None,
-    task: Task | None = None,
+    task: OfficialTask | None = None,
     image_size: int | None = None,
 ) -> ImportPlan:
-    """Reads names and shapes of all sources, and finds a place for everything.
+    """Read names and shapes of all sources, and map every tensor.
 
     Args:
         paths: an official checkpoint alone, or a CLIP, a BERT, or both.
-        parts: parts of the model (default: those of the official task, or all that start from the sources).
-        task: which of the release's models an official checkpoint is of, where it does not say.
-        image_size: pixels of the model's position table (default: the source's own).
+        parts: parts of the model (default: those of the official task, or all that the sources initialize).
+        task: which of the release's two models an official checkpoint is, if its files do not tell.
+        image_size: pixels of the model's position table (default: the source's).
 
     Raises:
-        UserError: sources that are no checkpoints or do not go together, or tensors without a place.
+        UserError: the sources are not checkpoints or do not go together, or tensors are unexpected or missing.
     """
-    return plan_found([identify(path) for path in paths], parts=parts, task=task, image_size=image_size)
+    return plan_detected([identify(path) for path in paths], parts=parts, task=task, image_size=image_size)
 
 
-def plan_found(
-    found: Sequence[Found],
+def plan_detected(
+    checkpoints: Sequence[DetectedCheckpoint],
     *,
     parts: Sequence[str] | None = None,
-    task: Task | None = None,
+    task: OfficialTask | None = None,
     image_size: int | None = None,
 ) -> ImportPlan:
-    """As :func:`plan_import`, of sources that are open already."""
-    kinds = [f.kind for f in found]
-    if len(set(kinds)) != len(kinds) or (len(found) > 1 and "official" in kinds):
+    """Plan an import as :func:`plan_import` does, from sources that are open already."""
+    kinds = [checkpoint.kind for checkpoint in checkpoints]
+    if len(set(kinds)) != len(kinds) or (len(checkpoints) > 1 and "official" in kinds):
         raise UserError(
-            f"{', '.join(str(f.path) for f in found)} are {', '.join(f.title for f in found)}: expected one official "
-            "checkpoint, or at most one CLIP and one BERT"
+            f"{', '.join(str(c.path) for c in checkpoints)} are {', '.join(c.title for c in checkpoints)}: expected "
+            "one official checkpoint, or at most one CLIP and one BERT"
         )
     if kinds == ["official"]:
-        return _plan_official(found[0], task, parts, image_size)
-    return _plan_joined(found, parts, image_size)
+        return _plan_official(checkpoints[0], task, parts, image_size)
+    return _plan_clip_and_bert(checkpoints, parts, image_size)
 
 
-def _plan_official(found: Found, task: Task | None, parts: Sequence[str] | None, image_size: int | None) -> ImportPlan:
-    task = task or found.task
+def _plan_official(
+    checkpoint: DetectedCheckpoint, task: OfficialTask | None, parts: Sequence[str] | None, image_size: int | None
+) -> ImportPlan:
+    task = task or checkpoint.task
     if task is None:
         raise UserError(
-            f"{found.path} may be the release's caption or its videoqa model, whose tensors have the same names: say "
-            "which with --task caption or --task videoqa"
+            f"{checkpoint.path} may be the release's caption or its videoqa model, whose tensors have the same names: "
+            "choose with --task caption or --task videoqa"
         )
-    config, fusion_start = found.sizes
+    config, fusion_start = checkpoint.sizes
     config = dataclasses.replace(config, image_size=image_size or config.image_size)
-    teacher = found.has_teacher
-    own = official.CAPTION_PARTS if task == "caption" else official.QUESTION_PARTS
-    definition = define_model(config, tuple(parts) if parts else own)
-    scheme = official.official_scheme(config, definition.parts, fusion_start, teacher=teacher)
+    teacher = checkpoint.has_teacher
+    definition = define_model(config, tuple(parts) if parts else official.TASK_PARTS[task])
+    name_mapping = official.map_official_names(config, definition.parts, fusion_start, teacher=teacher)
     origin = {"layout": "official", "task": task, "fusion_start": fusion_start, "teacher": teacher}
     title = f"official {task}" + (" with its teacher" if teacher else "")
-    return _plan(definition, title, [(found, scheme)], origin, teacher=teacher)
+    return _plan(definition, title, [(checkpoint, name_mapping)], origin, teacher=teacher)
 
 
-def _plan_joined(found: Sequence[Found], parts: Sequence[str] | None, image_size: int | None) -> ImportPlan:
-    by_kind = {f.kind: f for f in found}
+def _plan_clip_and_bert(
+    checkpoints: Sequence[DetectedCheckpoint], parts: Sequence[str] | None, image_size: int | None
+) -> ImportPlan:
+    by_kind = {checkpoint.kind: checkpoint for checkpoint in checkpoints}
     sizes: dict[str, Any] = {}
-    for f in found:
-        sizes |= f.fields
-    if "bert" not in by_kind:  # the text side is not built; its sizes follow the tower
+    for checkpoint in checkpoints:
+        sizes |= checkpoint.model_fields
+    if "bert" not in by_kind:  # the text layers are not built; their sizes follow the vision tower
         width = sizes["vision_width"]
         sizes |= {
             "width": width, "heads": sizes["vision_heads"], "mlp_width": 4 * width, "text_layers": 0,
@@ -131,49 +134,47 @@ def _plan_joined(found: Sequence[Found], parts: Sequence[str] | None, image_size
     if "clip" not in by_kind:
         sizes |= {"vision_width": 64, "vision_layers": 1, "vision_heads": 1, "patch_size": 16, "image_size": 224}
     config = ModelConfig(**(sizes | ({"image_size": image_size} if image_size else {})))
-    head = "bert" in by_kind and by_kind["bert"].has_head
-    own = {
-        "clip": ("vision",),
-        "bert": ("text", "universal", *(("mlm",) if head else ())),
-        "clip bert": (*official.QUESTION_PARTS, *(("mlm",) if head else ())),
-    }
-    definition = define_model(config, tuple(parts) if parts else own[" ".join(sorted(by_kind, reverse=True))])
-    schemes = []
-    for f in found:
-        if f.kind == "bert":
-            schemes.append((f, bert.bert_scheme(config, definition.parts, head=head)))
-        elif f.layout == "openai":
-            schemes.append((f, clip.openai_scheme(config)))
+    head = "bert" in by_kind and by_kind["bert"].has_mlm_head
+    if "bert" not in by_kind:
+        default_parts: tuple[str, ...] = ("vision",)
+    else:
+        encoder = official.QUESTION_PARTS if "clip" in by_kind else ("text", "universal")
+        default_parts = (*encoder, *(("mlm",) if head else ()))
+    definition = define_model(config, tuple(parts) if parts else default_parts)
+
+    def name_mapping(checkpoint: DetectedCheckpoint) -> NameMapping:
+        if checkpoint.kind == "bert":
+            names = bert.map_bert_names(config, definition.parts, head=head)
         else:
-            schemes.append((f, clip.hugging_face_scheme(config)))
-    prefixed = [
-        (f, dataclasses.replace(s, slots=tuple(dataclasses.replace(x, path=("params", *x.path)) for x in s.slots)))
-        for f, s in schemes
-    ]
-    title = " + ".join(f.title for f in found)
-    return _plan(definition, title, prefixed, {"layout": title}, teacher=False)
+            names = (clip.map_openai_names if checkpoint.layout == "openai" else clip.map_hugging_face_names)(config)
+        mappings = (dataclasses.replace(mapping, path=("params", *mapping.path)) for mapping in names.mappings)
+        return dataclasses.replace(names, mappings=tuple(mappings))
+
+    title = " + ".join(checkpoint.title for checkpoint in checkpoints)
+    pairs = [(checkpoint, name_mapping(checkpoint)) for checkpoint in checkpoints]
+    return _plan(definition, title, pairs, {"layout": title}, teacher=False)
 
 
 def _plan(
     definition: ModelDef,
     title: str,
-    schemes: Sequence[tuple[Found, Scheme]],
+    name_mappings: Sequence[tuple[DetectedCheckpoint, NameMapping]],
     origin: Mapping[str, Any],
     *,
     teacher: bool,
 ) -> ImportPlan:
     trees = {"params": definition.shapes} | ({"teacher": definition.shapes} if teacher else {})
     state = {tuple(key.key for key in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(trees)}
-    joints: list[Joint] = []
-    filled: dict[StatePath, list[tuple[Joint, Slot]]] = {}
-    for found, scheme in schemes:
-        _, account = account_for(found.source.names(), scheme)
-        resized = [slot for slot in scheme.slots if slot.path[1:] == POSITIONS]
-        check_shapes(found.source, dataclasses.replace(scheme, slots=tuple(set(scheme.slots) - set(resized))), trees)
-        joints.append(Joint(found, scheme.tied, account.rows))
-        for slot in scheme.slots:
-            filled.setdefault(slot.path, []).append((joints[-1], slot))
-    for path, pieces in filled.items():
-        covered = {slot.layer for _, slot in pieces}
-        assert covered == {None} or len(covered) == state[path].shape[0], path
-    return ImportPlan(definition, title, joints, state, filled, origin)
+    sources: list[SourceMapping] = []
+    pieces: dict[StatePath, list[tuple[SourceMapping, TensorMapping]]] = {}
+    for checkpoint, names in name_mappings:
+        _, report = match_names(checkpoint.tensors.names(), names)
+        fixed_size = tuple(mapping for mapping in names.mappings if mapping.path[1:] != POSITIONS)
+        check_shapes(checkpoint.tensors, fixed_size, trees)
+        sources.append(SourceMapping(checkpoint, names.tied, report.rows))
+        for mapping in names.mappings:
+            pieces.setdefault(mapping.path, []).append((sources[-1], mapping))
+    for path, mappings in pieces.items():
+        layers = {mapping.layer for _, mapping in mappings}
+        assert layers == {None} or len(layers) == state[path].shape[0], path
+    return ImportPlan(definition, title, sources, state, pieces, origin)

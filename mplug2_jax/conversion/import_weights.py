@@ -1,10 +1,12 @@
-"""Weights of other worlds into a checkpoint of ours, tensor by tensor, with an account of every one.
+"""Import weights of other projects into a checkpoint, tensor by tensor, with a report of every one.
 
-The state is never whole in memory: each array of the checkpoint is put together from its tensors when it is written.
+The state is never in memory as a whole: each array of the checkpoint is assembled from its tensors when it is written.
 """
 
 import concurrent.futures
+import contextlib
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,250 +17,262 @@ import numpy as np
 from data_pipelines.tokenizers import Tokenizer, load_tokenizer
 from mplug2_jax.config import build
 from mplug2_jax.conversion.compare_torch import check_torch, compare_frameworks
-from mplug2_jax.conversion.files.atomic import check_space, staged
+from mplug2_jax.conversion.files.atomic import atomic_folder, check_disk_space
 from mplug2_jax.conversion.files.safetensors_writer import SafetensorsWriter
 from mplug2_jax.conversion.files.sources import HostArray, TensorInfo
-from mplug2_jax.conversion.import_plan import POSITIONS, ImportPlan, Joint, StatePath
+from mplug2_jax.conversion.import_plan import POSITIONS, ImportPlan, SourceMapping, StatePath
 from mplug2_jax.conversion.layouts.official import TASK_PARTS
-from mplug2_jax.conversion.layouts.official_state import REST
-from mplug2_jax.conversion.layouts.slots import Slot, copy_into
-from mplug2_jax.conversion.progress import Transfer
-from mplug2_jax.conversion.report import Comparison, Place, Report, Row, digest, largest_difference
+from mplug2_jax.conversion.layouts.official_state import LEFTOVER_FILE
+from mplug2_jax.conversion.layouts.tensor_mapping import TensorMapping, copy_into
+from mplug2_jax.conversion.progress import ByteProgress
+from mplug2_jax.conversion.report import Comparison, ParamDigest, Report, Row, digest, max_difference
 from mplug2_jax.errors import UserError
+from mplug2_jax.model.config import ModelConfig
 from mplug2_jax.model.prng import random_key
 from mplug2_jax.model.vision import resize_positions
-from mplug2_jax.recipes.released import released_at
 from mplug2_jax.training.checkpoint.checkpoints import Checkpoints
 from mplug2_jax.training.checkpoint.lazy_arrays import LazyArray
 from mplug2_jax.training.checkpoint.metadata import DataPosition, ModelMetadata
 from mplug2_jax.training.config import CheckpointConfig, RunConfig
 from mplug2_jax.training.workdir import WorkDir, check_vocabulary
 
+MakeRecipe = Callable[[ModelConfig, str], Any]  # of a model's sizes and its task
+
 
 def run_import(
     plan: ImportPlan,
     to: Path,
     *,
+    make_recipe: MakeRecipe | None = None,
     tokenizer: Path | None = None,
     seed: int = 0,
     overwrite: bool = False,
     verify: bool = False,
 ) -> Report:
-    """Writes the checkpoint, what nothing of ours reads, a recipe and the report into a new folder.
+    """Write the checkpoint, the tensors that the model ignores, a recipe and the report into a new folder.
 
     Args:
         plan: from :func:`~mplug2_jax.conversion.import_plan.plan_import`.
-        to: the folder; it appears when everything is in it.
-        tokenizer: file of a tokeniser to keep in it.
+        to: the folder; it appears when it is complete.
+        make_recipe: returns the config of a run that evaluates one of the release's two models; without it the folder
+            only initializes other runs.
+        tokenizer: a tokenizer file to copy into the folder.
         seed: of the arrays that no source fills.
-        overwrite: whether an existing folder is replaced.
-        verify: whether both frameworks are compared on the same inputs; of official checkpoints only.
+        overwrite: replace an existing folder.
+        verify: compare both frameworks on the same inputs; official checkpoints only.
 
     Raises:
-        UserError: a tensor that is not finite, ties that differ, a folder that exists, a full disk.
+        UserError: a tensor is not finite, tied tensors differ, the folder exists, or the disk is full.
     """
     if verify:
         check_torch()
         if plan.origin["layout"] != "official":
-            raise UserError(f"--verify compares models of the release, and {plan.title} is none; import without it")
-    sizes = {(number, name): joint.found.source.info(name).nbytes
-             for number, joint in enumerate(plan.joints) for name in joint.fates}  # fmt: skip
-    state = sum(4 * leaf.size for leaf in plan.state.values())
-    check_space(to.parent, state + sum(sizes.values()) // 2)
-    transfer = Transfer(f"importing {plan.title}", sum(sizes.values()))
-    with staged(to, overwrite=overwrite) as folder:
-        work = _Import(plan, transfer, seed)
-        identity = ModelMetadata(plan.definition.config, plan.definition.parts, plan.origin)
-        checkpoints = Checkpoints(folder / "checkpoints", CheckpointConfig(), model=identity, lazy=True)
-        try:
-            checkpoints.save(work.state(), DataPosition(0, {}))
-        finally:
-            checkpoints.close()
-        work.keep_rest(folder / REST)
-        keep_recipe(plan, folder, tokenizer)
-        transfer.done()
+            raise UserError(f"--verify needs an official checkpoint, but the source is {plan.title}; import without it")
+    sizes = {
+        (i, name): source.checkpoint.tensors.info(name).nbytes
+        for i, source in enumerate(plan.sources)
+        for name in source.dispositions
+    }
+    state_bytes = sum(4 * leaf.size for leaf in plan.state.values())
+    check_disk_space(to.parent, state_bytes + sum(sizes.values()) // 2)
+    progress = ByteProgress(f"importing {plan.title}", sum(sizes.values()))
+    with atomic_folder(to, overwrite=overwrite) as folder:
+        importer = _Importer(plan, progress, seed)
+        model = ModelMetadata(plan.definition.config, plan.definition.parts, plan.origin)
+        checkpoints = Checkpoints(folder / "checkpoints", CheckpointConfig(), model=model, lazy=True)
+        with contextlib.closing(progress), contextlib.closing(checkpoints):
+            checkpoints.save(importer.lazy_state(), DataPosition(0, {}))
+        importer.read_leftover(folder / LEFTOVER_FILE)
+        write_recipe(plan, folder, make_recipe, tokenizer)
         comparisons = None
         if verify:
-            comparisons = _compared(plan, folder, load_tokenizer(tokenizer) if tokenizer else None)
+            comparisons = _compare(plan, folder, load_tokenizer(tokenizer) if tokenizer else None)
         report = Report(
-            "import", plan.title, [_described(joint) for joint in plan.joints], "checkpoints/0", work.rows(),
-            transfer.seconds, transfer.bytes_read, transfer.bytes_written, comparisons, plan.notes,
+            "import", plan.title, [_describe(source) for source in plan.sources], "checkpoints/0", importer.rows(),
+            progress.seconds, progress.bytes_read, progress.bytes_written, comparisons, plan.notes,
         )  # fmt: skip
         report.write(folder)
     return report
 
 
-def _compared(plan: ImportPlan, folder: Path, tokenizer: Tokenizer | None) -> list[Comparison]:
-    """Our model from what was just written, beside PyTorch's from the source."""
-    (joint,) = plan.joints
+def _compare(plan: ImportPlan, folder: Path, tokenizer: Tokenizer | None) -> list[Comparison]:
+    """Compare our model, restored from the new checkpoint, with PyTorch's, loaded from the source."""
+    (source,) = plan.sources
     checkpoints = Checkpoints(folder / "checkpoints", CheckpointConfig(), read_only=True)
     params, _ = checkpoints.restore_params(plan.definition.shapes)
     checkpoints.close()
     definition = plan.definition
     return compare_frameworks(
-        params, definition.config, definition.parts, plan.origin["fusion_start"], joint.found.source,
+        params, definition.config, definition.parts, plan.origin["fusion_start"], source.checkpoint.tensors,
         tokenizer=tokenizer,
     )  # fmt: skip
 
 
-def _described(joint: Joint) -> dict[str, Any]:
-    return {"name": joint.found.path.name, "kind": joint.found.title, "tensors": len(joint.fates)}
+def _describe(source: SourceMapping) -> dict[str, Any]:
+    checkpoint = source.checkpoint
+    return {"name": checkpoint.path.name, "kind": checkpoint.title, "tensors": len(source.dispositions)}
 
 
-class _Import:
-    """Makes the arrays of a plan, and keeps account of what it reads."""
+class _Importer:
+    """Builds the arrays of a plan, and records what it reads."""
 
-    def __init__(self, plan: ImportPlan, transfer: Transfer, seed: int) -> None:
-        self._plan, self._transfer, self._seed = plan, transfer, seed
-        self._read: dict[tuple[str, str], tuple[str, float]] = {}  # (layout, name) -> SHA-256, largest difference
-        self._places: dict[tuple[str, str], list[Place]] = {}
-        self._fresh: dict[StatePath, str] = {}
-        self._kept: set[str] = set()
+    def __init__(self, plan: ImportPlan, progress: ByteProgress, seed: int) -> None:
+        self._plan, self._progress, self._seed = plan, progress, seed
+        self._read_digests: dict[tuple[str, str], tuple[str, float]] = {}  # (layout, name) -> SHA-256, max difference
+        self._params: dict[tuple[str, str], list[ParamDigest]] = {}
+        self._initialized: dict[StatePath, str] = {}
+        self._preserved: set[str] = set()
         self._pool = concurrent.futures.ThreadPoolExecutor(2)
 
-    def state(self) -> dict[str, Any]:
-        """The whole state, as arrays that are made when they are written."""
+    def lazy_state(self) -> dict[str, Any]:
+        """Return the whole state, as arrays that are built when they are written."""
         tree: dict[str, Any] = {}
-        for path, described in self._plan.state.items():
+        for path, leaf in self._plan.state.items():
             node = tree
             for key in path[:-1]:
                 node = node.setdefault(key, {})
-            make = functools.partial(self._make, path, tuple(described.shape))
-            node[path[-1]] = LazyArray(tuple(described.shape), np.dtype(np.float32), make)
+            build_array = functools.partial(self._build, path, tuple(leaf.shape))
+            node[path[-1]] = LazyArray(tuple(leaf.shape), np.dtype(np.float32), build_array)
         return tree
 
-    def _make(self, path: StatePath, shape: tuple[int, ...]) -> HostArray:
-        if path not in self._plan.filled:
-            value = self._fresh_arrays[path[1:]]
-            self._fresh[path] = digest(value)
+    def _build(self, path: StatePath, shape: tuple[int, ...]) -> HostArray:
+        if path not in self._plan.pieces:
+            value = self._initial_arrays[path[1:]]
+            self._initialized[path] = digest(value)
             return value
         value = np.empty(shape, np.float32)
-        list(self._pool.map(lambda piece: self._fill(value, *piece), self._plan.filled[path]))
+        list(self._pool.map(lambda piece: self._fill(value, *piece), self._plan.pieces[path]))
         return value
 
-    def _fill(self, value: HostArray, joint: Joint, slot: Slot) -> None:
-        tensor = self._take(joint, slot.name)
-        target = value if slot.layer is None else value[slot.layer : slot.layer + 1].reshape(value.shape[1:])
-        cut = slot.to_ours(tensor)
-        if slot.path[1:] == POSITIONS and cut.shape != target.shape:
+    def _fill(self, value: HostArray, source: SourceMapping, mapping: TensorMapping) -> None:
+        tensor = self._read(source, mapping.name)
+        target = value if mapping.layer is None else value[mapping.layer : mapping.layer + 1].reshape(value.shape[1:])
+        param = mapping.to_param(tensor)
+        if mapping.path[1:] == POSITIONS and param.shape != target.shape:
             config = self._plan.definition.config
-            cut = np.asarray(resize_positions(jnp.asarray(cut, jnp.float32), config.image_size // config.patch_size))
-        copy_into(target, cut)
-        place = Place("/".join(slot.path), slot.layer, digest(target))
-        self._places.setdefault((joint.found.layout, slot.name), []).append(place)
-        self._transfer.wrote(target.nbytes)
+            grid = config.image_size // config.patch_size
+            param = np.asarray(resize_positions(jnp.asarray(param, jnp.float32), grid))
+        copy_into(target, param)
+        filled = ParamDigest("/".join(mapping.path), mapping.layer, digest(target))
+        self._params.setdefault((source.checkpoint.layout, mapping.name), []).append(filled)
+        self._progress.add_written(target.nbytes)
 
-    def _take(self, joint: Joint, name: str) -> HostArray:
-        """A tensor of a source; accounted for when it is read for the first time."""
-        tensor = joint.found.source.read(name)
-        key = (joint.found.layout, name)
-        if key not in self._read:
+    def _read(self, source: SourceMapping, name: str) -> HostArray:
+        """Read a tensor; the first time, also check and record it."""
+        tensor = source.checkpoint.tensors.read(name)
+        key = source.checkpoint.layout, name
+        if key not in self._read_digests:
             check_finite(name, tensor)
-            self._read[key] = digest(tensor), largest_difference(tensor, tensor.astype(np.float32, copy=False))
-            self._transfer.read(tensor.nbytes)
+            rounding = max_difference(tensor, tensor.astype(np.float32, copy=False))
+            self._read_digests[key] = digest(tensor), rounding
+            self._progress.add_read(tensor.nbytes)
         return tensor
 
     @functools.cached_property
-    def _fresh_arrays(self) -> dict[StatePath, HostArray]:
-        """What the model's own initialisation gives for the arrays that no source fills."""
-        wanted = {path[1:] for path in self._plan.fresh}
+    def _initial_arrays(self) -> dict[StatePath, HostArray]:
+        """Return the model's own initialization of the arrays that no source fills."""
+        paths = {path[1:] for path in self._plan.initialized}
 
-        def pick(key: Any) -> dict[str, Any]:
+        def init(key: Any) -> dict[str, Any]:
             leaves = jax.tree_util.tree_leaves_with_path(self._plan.definition.init(key))
-            named = {tuple(k.key for k in path): leaf for path, leaf in leaves}
-            return {"/".join(path): named[path] for path in wanted}
+            arrays = {tuple(k.key for k in path): leaf for path, leaf in leaves}
+            return {"/".join(path): arrays[path] for path in paths}
 
-        made = jax.jit(pick)(random_key(self._seed))
-        return {tuple(name.split("/")): np.asarray(value) for name, value in made.items()}
+        arrays = jax.jit(init)(random_key(self._seed))
+        return {tuple(name.split("/")): np.asarray(value) for name, value in arrays.items()}
 
-    def keep_rest(self, path: Path) -> None:
-        """Reads what is left: checks ties, and copies what nothing of ours reads to a file of its own.
+    def read_leftover(self, path: Path) -> None:
+        """Read the tensors that fill no parameter: check ties, and copy those that the model ignores to a file.
 
-        Only of the official layout: its exports need every tensor. Of CLIP and BERT the rest is only accounted for.
+        Only for the official layout, whose exports need every tensor. For CLIP and BERT they are only recorded.
         """
-        rest: dict[str, TensorInfo] = {}
-        for joint in self._plan.joints:
-            for name, (fate, _) in joint.fates.items():
-                if fate == "tied":
-                    self._check_tie(joint, name, joint.tied[name])
-                elif fate in ("dead", "aside") and joint.found.kind == "official":
-                    rest[name] = joint.found.source.info(name)
-                elif fate in ("dead", "aside"):
-                    self._take(joint, name)
-        if rest:
-            (joint,) = self._plan.joints
-            writer = SafetensorsWriter(path, rest)
+        leftover: dict[str, TensorInfo] = {}
+        for source in self._plan.sources:
+            for name, (disposition, _) in source.dispositions.items():
+                if disposition == "tied":
+                    self._check_tie(source, name, source.tied[name])
+                elif disposition in ("ignored", "unused") and source.checkpoint.kind == "official":
+                    leftover[name] = source.checkpoint.tensors.info(name)
+                elif disposition in ("ignored", "unused"):
+                    self._read(source, name)
+        if leftover:
+            (source,) = self._plan.sources
+            writer = SafetensorsWriter(path, leftover)
 
             def copy(name: str) -> None:
-                tensor = self._take(joint, name)
+                tensor = self._read(source, name)
                 writer.write(name, tensor)
-                self._transfer.wrote(tensor.nbytes)
+                self._progress.add_written(tensor.nbytes)
 
-            list(self._pool.map(copy, rest))
+            list(self._pool.map(copy, leftover))
             writer.close()
-            self._kept = set(rest)
+            self._preserved = set(leftover)
 
-    def _check_tie(self, joint: Joint, name: str, tie: str) -> None:
-        self._take(joint, name)
-        if self._read[joint.found.layout, name][0] != self._read[joint.found.layout, tie][0]:
+    def _check_tie(self, source: SourceMapping, name: str, tied: str) -> None:
+        self._read(source, name)
+        layout = source.checkpoint.layout
+        if self._read_digests[layout, name][0] != self._read_digests[layout, tied][0]:
             raise UserError(
-                f"{name} should repeat {tie}, but differs from it: the file is damaged, or of a model that unties them"
+                f"{name} is tied to {tied}, but their values differ: the file is damaged, or its model does not tie "
+                "them; import another"
             )
 
     def rows(self) -> list[Row]:
-        """A row for every tensor of every source, and for every fresh array."""
+        """Return a row for every tensor of every source, and for every array that the model initialized."""
         rows = []
         table = self._plan.state.get(("params", *POSITIONS))
-        for joint in self._plan.joints:
-            for name, (fate, why) in joint.fates.items():
-                info = joint.found.source.info(name)
-                sha, difference = self._read[joint.found.layout, name]
-                places = tuple(self._places.get((joint.found.layout, name), ()))
-                on_another_grid = table is not None and info.shape != tuple(table.shape)
-                if fate == "used" and places[0].path.endswith("/".join(POSITIONS)) and on_another_grid:
-                    fate = "resized"
-                kept = name in self._kept
+        for source in self._plan.sources:
+            for name, (disposition, reason) in source.dispositions.items():
+                info = source.checkpoint.tensors.info(name)
+                sha, rounding = self._read_digests[source.checkpoint.layout, name]
+                params = tuple(self._params.get((source.checkpoint.layout, name), ()))
+                resized = table is not None and info.shape != tuple(table.shape)
+                if disposition == "converted" and params[0].path.endswith("/".join(POSITIONS)) and resized:
+                    disposition = "resized"
                 rows.append(
                     Row(
-                        name, "kept" if kept else fate, info.shape, info.dtype.name, sha, places, difference,
-                        "" if places else why,
+                        name, "preserved" if name in self._preserved else disposition, info.shape, info.dtype.name, sha,
+                        params, rounding, "" if params else reason,
                     )
                 )  # fmt: skip
-        for path, sha in self._fresh.items():
-            place = Place("/".join(path), None, sha)
-            rows.append(Row("/".join(path), "fresh", tuple(self._plan.state[path].shape), "float32", "", (place,)))
+        for path, sha in self._initialized.items():
+            param = ParamDigest("/".join(path), None, sha)
+            rows.append(Row(param.path, "initialized", tuple(self._plan.state[path].shape), "float32", "", (param,)))
         return rows
 
 
 def check_finite(name: str, value: HostArray) -> None:
-    """Checks a tensor of floats.
+    """Check that a floating-point tensor holds no NaN or infinity.
 
     Raises:
-        UserError: it holds NaN or infinity.
+        UserError: it does.
     """
     if value.size and value.dtype.kind not in "iub":
-        low, high = (float(extreme) for extreme in (value.min(), value.max()))  # NaN where anything is
-        if not np.isfinite([low, high]).all():
-            bad = int((~np.isfinite(value.astype(np.float64))).sum())
-            raise UserError(f"{name} holds {bad:,} values of {value.size:,} that are not finite; nothing was written")
+        extremes = (float(value.min()), float(value.max()))  # NaN if any value is
+        if not np.isfinite(extremes).all():
+            count = int((~np.isfinite(value.astype(np.float64))).sum())
+            raise UserError(
+                f"{name}: {count:,} of {value.size:,} values are NaN or infinite, expected finite ones; nothing was "
+                "written. Use another checkpoint"
+            )
 
 
-def keep_recipe(plan: ImportPlan, folder: Path, tokenizer: Path | None) -> None:
-    """Makes a work directory of the folder, that can be evaluated: the released recipe at these sizes, and a tokeniser.
+def write_recipe(plan: ImportPlan, folder: Path, make_recipe: MakeRecipe | None, tokenizer: Path | None) -> None:
+    """Write a recipe at the model's sizes and a tokenizer, so that the folder is a work directory to evaluate.
 
-    Without a tokeniser the recipe asks for BERT's ``vocab.txt`` by a path that is not there, so that no other is taken.
-    A model that is neither of the release's has no recipe; it is there to start runs from.
+    Without a tokenizer the recipe names BERT's ``vocab.txt`` at a path that does not exist, so that no other is used by
+    mistake. A model that is not one of the release's has no recipe.
     """
     workdir = WorkDir(folder)
-    kept = load_tokenizer(tokenizer) if tokenizer else None
-    if kept:
-        check_vocabulary(kept, plan.definition.config)
+    loaded = load_tokenizer(tokenizer) if tokenizer else None
+    if loaded:
+        check_vocabulary(loaded, plan.definition.config)
     parts = set(plan.definition.parts)
-    task = next((t for t, own in TASK_PARTS.items() if set(own) <= parts), None)
-    if task is None:
-        if kept:
-            kept.save(workdir.tokenizer_folder)
+    task = next((task for task, task_parts in TASK_PARTS.items() if set(task_parts) <= parts), None)
+    if task is None or make_recipe is None:
+        if loaded:
+            loaded.save(workdir.tokenizer_folder)
         return
-    recipe = released_at(plan.definition.config, task, f"released_{task}")
+    recipe = make_recipe(plan.definition.config, task)
     recipe.tokenizer.path = "vocab.txt"
-    workdir.initialize(build(RunConfig, recipe), kept)
+    workdir.initialize(build(RunConfig, recipe), loaded)

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, told without reading an array: a tree of names with shapes, types and counts."""
+"""Show what a checkpoint holds without reading an array: a tree of names with shapes, dtypes and counts."""
 
 import dataclasses
 import math
@@ -14,52 +14,53 @@ from mplug2_jax.training.checkpoint.checkpoints import open_checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
-class Contents:
-    """A checkpoint's title, its parts, and its tensors by the steps of their names."""
+class CheckpointContents:
+    """A checkpoint's title, its parts, and its tensors by the components of their names."""
 
     title: str
     parts: Sequence[str]
     tensors: Mapping[tuple[str, ...], TensorInfo]
 
 
-def contents_of(path: Path) -> Contents:
-    """Names and shapes of any checkpoint that we can read.
+def read_contents(path: Path) -> CheckpointContents:
+    """Read names and shapes of a checkpoint in any known layout.
 
     Raises:
         UserError: there is none.
     """
-    if path.is_dir() and ((path / "checkpoints").is_dir() or (path / "state").is_dir() or _holds_steps(path)):
-        return _ours(path)
-    found = identify(path)
+    if path.is_dir() and ((path / "checkpoints").is_dir() or (path / "state").is_dir() or _has_steps(path)):
+        return _read_own_checkpoint(path)
+    checkpoint = identify(path)
     parts: Sequence[str] = ("vision",)
-    title = found.title
-    if found.kind == "official":
-        parts = official.CAPTION_PARTS if found.task == "caption" else official.QUESTION_PARTS
-        title += f" {found.task or 'caption or videoqa'}" + (" with its teacher" if found.has_teacher else "")
-    elif found.kind == "bert":
-        parts = ("text", "universal", *(("mlm",) if found.has_head else ()))
-    return Contents(title, parts, {tuple(name.split(".")): found.source.info(name) for name in found.source.names()})
+    title = checkpoint.title
+    if checkpoint.kind == "official":
+        parts = official.TASK_PARTS[checkpoint.task or "videoqa"]
+        title += f" {checkpoint.task or 'caption or videoqa'}" + (" with its teacher" if checkpoint.has_teacher else "")
+    elif checkpoint.kind == "bert":
+        parts = ("text", "universal", *(("mlm",) if checkpoint.has_mlm_head else ()))
+    tensors = checkpoint.tensors
+    return CheckpointContents(title, parts, {tuple(name.split(".")): tensors.info(name) for name in tensors.names()})
 
 
-def _holds_steps(path: Path) -> bool:
+def _has_steps(path: Path) -> bool:
     return any(child.name.isdigit() for child in path.iterdir())
 
 
-def _ours(path: Path) -> Contents:
+def _read_own_checkpoint(path: Path) -> CheckpointContents:
     checkpoints, step = open_checkpoint(path)
     try:
-        tensors = {leaf: TensorInfo(*described) for leaf, described in checkpoints.array_specs(step).items()}
+        tensors = {leaf: TensorInfo(*spec) for leaf, spec in checkpoints.array_specs(step).items()}
         try:
             parts: Sequence[str] = checkpoints.model_metadata(step).parts
         except UserError:
             parts = ()
     finally:
         checkpoints.close()
-    return Contents(f"checkpoint of step {step}", parts, tensors)
+    return CheckpointContents(f"checkpoint of step {step}", parts, tensors)
 
 
-def tree_lines(contents: Contents, depth: int) -> Iterator[str]:
-    """The tree, down to ``depth`` levels; layers that are alike are shown once."""
+def tree_lines(contents: CheckpointContents, depth: int) -> Iterator[str]:
+    """Yield the lines of the tree, down to ``depth`` levels; equal layers are shown once."""
     root: dict[str, Any] = {}
     for path, info in contents.tensors.items():
         node = root
@@ -67,39 +68,39 @@ def tree_lines(contents: Contents, depth: int) -> Iterator[str]:
             node = node.setdefault(key, {})
         node[path[-1]] = info
     infos = list(contents.tensors.values())
-    yield f"{contents.title}: {_amount(infos)}"
+    yield f"{contents.title}: {_summarize(infos)}"
     if contents.parts:
         yield f"parts: {', '.join(contents.parts)}"
-    yield from _branches(root, "", depth)
+    yield from _branch_lines(root, "", depth)
 
 
-def _branches(node: Mapping[str, Any], indent: str, depth: int) -> Iterator[str]:
-    merged = _merged(node)
-    for i, (name, child) in enumerate(merged):
-        last = i == len(merged) - 1
-        line = f"{indent}{'└─' if last else '├─'} {name}"
+def _branch_lines(node: Mapping[str, Any], indent: str, depth: int) -> Iterator[str]:
+    children = _merge_equal(node)
+    for i, (name, child) in enumerate(children):
+        is_last = i == len(children) - 1
+        line = f"{indent}{'└─' if is_last else '├─'} {name}"
         if isinstance(child, TensorInfo):
             yield f"{line}  {'x'.join(map(str, child.shape)) or 'scalar'} {child.dtype.name}"
             continue
-        yield f"{line}  {_amount(list(_leaves(child)))}"
+        yield f"{line}  {_summarize(list(_leaves(child)))}"
         if depth > 1:
-            yield from _branches(child, indent + ("   " if last else "│  "), depth - 1)
+            yield from _branch_lines(child, indent + ("   " if is_last else "│  "), depth - 1)
 
 
-def _merged(node: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """Children, with runs of numbered ones that are alike as one."""
-    found: list[tuple[str, Any]] = []
+def _merge_equal(node: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Return the children of a node, with runs of equal numbered ones merged into one."""
+    merged: list[tuple[str, Any]] = []
     run: list[str] = []
     for name, child in node.items():
-        alike = bool(run) and name.isdigit() and child == node[run[-1]]
-        if not alike:
+        is_equal = bool(run) and name.isdigit() and child == node[run[-1]]
+        if not is_equal:
             run = []
         run.append(name)
-        if alike:
-            found[-1] = (f"{run[0]} ... {name} ({len(run)}, each)", child)
+        if is_equal:
+            merged[-1] = (f"{run[0]} ... {name} ({len(run)}, each)", child)
         else:
-            found.append((name, child))
-    return found
+            merged.append((name, child))
+    return merged
 
 
 def _leaves(node: Any) -> Iterator[TensorInfo]:
@@ -110,9 +111,9 @@ def _leaves(node: Any) -> Iterator[TensorInfo]:
             yield from _leaves(child)
 
 
-def _amount(infos: Sequence[TensorInfo]) -> str:
+def _summarize(infos: Sequence[TensorInfo]) -> str:
     elements = sum(math.prod(info.shape) for info in infos)
-    types = ", ".join(sorted({info.dtype.name for info in infos}))
+    dtypes = ", ".join(sorted({info.dtype.name for info in infos}))
     size = sum(info.nbytes for info in infos)
     scale, unit = (1e9, "GB") if size >= 1e9 else (1e6, "MB") if size >= 1e6 else (1e3, "kB")
-    return f"{len(infos):,} tensors, {elements:,} elements, {size / scale:,.1f} {unit}, {types}"
+    return f"{len(infos):,} tensors, {elements:,} elements, {size / scale:,.1f} {unit}, {dtypes}"

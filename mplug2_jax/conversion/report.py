@@ -1,4 +1,4 @@
-"""What a conversion did, tensor by tensor, as a file that can be checked again and a page that can be read."""
+"""The report of a conversion, tensor by tensor: a JSON file that can be verified again and an HTML page."""
 
 import dataclasses
 import datetime
@@ -17,25 +17,34 @@ from mplug2_jax.conversion.files.sources import HostArray
 from mplug2_jax.errors import UserError
 
 REPORT, PAGE = "conversion-report.json", "conversion-report.html"
-FORMAT = 1
+FORMAT_VERSION = 2
 
-Fate = Literal["used", "resized", "tied", "dead", "kept", "filled", "fresh", "aside", "left out"]
-FATES: Mapping[Fate, str] = {
-    "used": "carried over, every bit (rounded only where the type says so)",
-    "resized": "carried over onto another grid",
+Disposition = Literal[
+    "converted", "resized", "tied", "ignored", "preserved", "filled", "initialized", "unused", "skipped"
+]  # fmt: skip
+DISPOSITIONS: Mapping[Disposition, str] = {
+    "converted": "the same values on both sides (rounded only if the dtype is shorter)",
+    "resized": "interpolated to another grid",
     "tied": "repeats another tensor",
-    "dead": "nothing reads it",
-    "kept": "nothing reads it; copied from the file that the weights came from",
-    "filled": "nothing reads it; the release's own initialisation",
-    "fresh": "not in the sources; initialised as the model does",
-    "aside": "not asked for",
-    "left out": "the other layout has no place for it",
+    "ignored": "not used by the model",
+    "preserved": "not used by the model; copied from the original file",
+    "filled": "not used by the model; initialized as in the release",
+    "initialized": "not in the sources; initialized by the model",
+    "unused": "not requested",
+    "skipped": "has no counterpart in the official layout",
 }
+
+# Names of format 1.
+_OLD_KEYS = {"fate": "disposition", "places": "params", "why": "reason"}
+_OLD_DISPOSITIONS = {
+    "used": "converted", "dead": "ignored", "kept": "preserved", "fresh": "initialized", "aside": "unused",
+    "left out": "skipped",
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
-    """A place in our parameter tree, and the SHA-256 of what stands there (float32, C order)."""
+class ParamDigest:
+    """A parameter of ours, or one layer of a stack, and the SHA-256 of its values (float32, C order)."""
 
     path: str
     layer: int | None
@@ -47,23 +56,23 @@ class Place:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One tensor of the other world: what became of it, its SHA-256 there, and its places here."""
+    """One tensor of the other layout: its disposition, its SHA-256 there, and its parameters here."""
 
     name: str
-    fate: Fate
+    disposition: Disposition
     shape: tuple[int, ...]
     dtype: str
     sha256: str
-    places: tuple[Place, ...] = ()
-    max_difference: float = 0.0  # between both sides, after conversion of the type
-    why: str = ""
+    params: tuple[ParamDigest, ...] = ()
+    max_difference: float = 0.0  # between both sides, after conversion of the dtype
+    reason: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """One tap of both frameworks on the same input; ``relative`` is a share of the tap's largest value.
+    """One tap in both frameworks on the same input; ``relative`` is a fraction of the tap's largest magnitude.
 
-    Of a generated text it is that of the scores, and 0 where both say the same.
+    For a generated text it compares the scores, and is 0 if both texts are equal.
     """
 
     path: str
@@ -72,12 +81,12 @@ class Comparison:
     max_difference: float
     relative: float
     passed: bool
-    text: str = ""  # of a generated one: what PyTorch's model says
+    text: str = ""  # what PyTorch's model generated
 
 
 @dataclasses.dataclass
 class Report:
-    """A whole conversion. ``output`` is beside the report; ``sources`` are names and sizes of what was read."""
+    """A whole conversion. ``output`` is relative to the report's folder; ``sources`` describes the input."""
 
     direction: Literal["import", "export"]
     kind: str  # "official videoqa", "CLIP (OpenAI) + BERT", ...
@@ -87,55 +96,58 @@ class Report:
     seconds: float = 0.0
     bytes_read: int = 0
     bytes_written: int = 0
-    comparisons: list[Comparison] | None = None  # None: not asked for
-    notes: Sequence[str] = ()  # sentences about what was assumed, and about what others would compute otherwise
+    comparisons: list[Comparison] | None = None  # None: not requested
+    notes: Sequence[str] = ()  # assumptions, and where other code would compute something else
 
     @property
     def status(self) -> int:
-        """Exit status: 1 if the frameworks were compared and differ."""
+        """Return the exit status: 1 if the frameworks were compared and differ."""
         return int(any(not comparison.passed for comparison in self.comparisons or ()))
 
     def totals(self) -> dict[str, dict[str, int]]:
-        """Tensors and elements by fate."""
+        """Count tensors and elements by disposition."""
         totals: dict[str, dict[str, int]] = {}
         for row in self.rows:
-            total = totals.setdefault(row.fate, {"tensors": 0, "elements": 0})
+            total = totals.setdefault(row.disposition, {"tensors": 0, "elements": 0})
             total["tensors"] += 1
             total["elements"] += int(np.prod(row.shape, dtype=np.int64))
         return totals
 
     def write(self, folder: Path) -> None:
-        """Writes both files."""
+        """Write the JSON file and the HTML page."""
         content = dataclasses.asdict(self) | {
-            "format": FORMAT, "tools": tool_versions(), "totals": self.totals(),
+            "format_version": FORMAT_VERSION, "tools": tool_versions(), "totals": self.totals(),
             "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }  # fmt: skip
         (folder / REPORT).write_text(json.dumps(content, indent=1), encoding="utf-8")
-        page = _PAGE.render(report=self, content=content, fates=FATES)
+        page = _PAGE.render(report=self, content=content, dispositions=DISPOSITIONS)
         (folder / PAGE).write_text(page, encoding="utf-8")
 
     def summary(self) -> str:
-        """The totals in a few lines."""
+        """Return the totals in a few lines."""
         lines = [f"{self.direction}: {self.kind}"]
-        for fate, total in self.totals().items():
-            lines.append(f"  {total['tensors']:>5} {fate:<8} {total['elements']:>13,} elements  {FATES[fate]}")  # type: ignore[index]
+        for disposition, total in self.totals().items():
+            meaning = DISPOSITIONS[disposition]  # type: ignore[index]
+            lines.append(f"  {total['tensors']:>5} {disposition:<11} {total['elements']:>13,} elements  {meaning}")
         rate = (self.bytes_read + self.bytes_written) / max(self.seconds, 1e-9) / 1e6
-        moved = f"{self.bytes_read / 1e6:,.0f} MB read, {self.bytes_written / 1e6:,.0f} MB written"
         lines += [f"  note: {note}" for note in self.notes]
-        lines.append(f"  {moved} in {self.seconds:.1f} s ({rate:,.0f} MB/s)")
+        lines.append(
+            f"  {self.bytes_read / 1e6:,.0f} MB read, {self.bytes_written / 1e6:,.0f} MB written in "
+            f"{self.seconds:.1f} s ({rate:,.0f} MB/s)"
+        )
         if self.comparisons is not None:
             worst = max(self.comparisons, key=lambda c: c.relative)
             failed = sum(not c.passed for c in self.comparisons)
             lines.append(
-                f"  {len(self.comparisons)} taps compared with PyTorch, {failed} differ; largest difference "
-                f"{worst.relative:.1e} of a tap's largest value ({worst.path}: {worst.tap})"
+                f"  compared with PyTorch: {failed} of {len(self.comparisons)} taps differ; max relative difference "
+                f"{worst.relative:.1e} ({worst.path}: {worst.tap})"
             )
-            lines += [f"  {c.path}: PyTorch says {c.text!r}" for c in self.comparisons if c.text]
+            lines += [f"  {c.path}: PyTorch generates {c.text!r}" for c in self.comparisons if c.text]
         return "\n".join(lines)
 
 
 def read_report(path: Path) -> Report:
-    """A report from its file or folder.
+    """Read a report from its file or folder.
 
     Raises:
         UserError: it is missing, damaged, or of a newer format.
@@ -143,41 +155,49 @@ def read_report(path: Path) -> Report:
     path = path / REPORT if path.is_dir() else path
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        if content["format"] > FORMAT:
-            raise UserError(f"{path} has format {content['format']}, but this version reads up to {FORMAT}")
-        rows = [
-            Row(**{**row, "shape": tuple(row["shape"]), "places": tuple(Place(**place) for place in row["places"])})
-            for row in content["rows"]
-        ]
-        known = {field.name for field in dataclasses.fields(Report)} - {"rows", "comparisons"}
-        return Report(rows=rows, **{name: content[name] for name in known if name in content or name != "notes"})
+        version = content["format_version"] if "format_version" in content else content["format"]
+        if version > FORMAT_VERSION:
+            raise UserError(
+                f"{path} has format_version={version}, but this version of mplug2_jax reads up to {FORMAT_VERSION}; "
+                "upgrade mplug2_jax"
+            )
+        fields = {field.name for field in dataclasses.fields(Report)} - {"rows", "comparisons"}
+        values = {name: content[name] for name in fields if name in content or name != "notes"}
+        return Report(rows=[_read_row(row) for row in content["rows"]], **values)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; expected a {REPORT}, or the folder that holds one") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no conversion report, or a damaged one ({error!r})") from error
+        raise UserError(f"{path} is not a conversion report, or is damaged ({error!r}); convert again") from error
+
+
+def _read_row(row: Mapping[str, Any]) -> Row:
+    values = {_OLD_KEYS.get(key, key): value for key, value in row.items()}
+    disposition = _OLD_DISPOSITIONS.get(values["disposition"], values["disposition"])
+    params = tuple(ParamDigest(**param) for param in values["params"])
+    return Row(**{**values, "disposition": disposition, "shape": tuple(values["shape"]), "params": params})
 
 
 def digest(value: HostArray) -> str:
-    """SHA-256 of an array's bytes in C order."""
+    """Return the SHA-256 of an array's bytes in C order."""
     return hashlib.sha256(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data).hexdigest()
 
 
-def largest_difference(one: HostArray, other: HostArray) -> float:
-    """The largest absolute difference, in float64; 0 for equal bits of the same type."""
-    if one.dtype == other.dtype or not one.size:
+def max_difference(a: HostArray, b: HostArray) -> float:
+    """Return the largest absolute difference, computed in float64; arrays of one dtype are taken as equal."""
+    if a.dtype == b.dtype or not a.size:
         return 0.0
-    return float(np.abs(one.astype(np.float64) - other.astype(np.float64)).max())
+    return float(np.abs(a.astype(np.float64) - b.astype(np.float64)).max())
 
 
 def tool_versions() -> dict[str, str]:
-    """Versions of everything that could matter."""
-    found = {"python": platform.python_version()}
+    """Return the versions of Python and of the packages that a conversion depends on."""
+    versions = {"python": platform.python_version()}
     for name in ("mplug2-jax", "jax", "flax", "orbax-checkpoint", "numpy", "torch"):
         try:
-            found[name] = importlib.metadata.version(name)
+            versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 _PAGE = jinja2.Environment(autoescape=True).from_string(

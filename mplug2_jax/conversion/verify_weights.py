@@ -1,59 +1,59 @@
-"""Checking an output against its report: has any tensor changed since?"""
+"""Verify an output against its report: has any tensor changed since?"""
 
 from collections.abc import Iterator
 from pathlib import Path
 
-from mplug2_jax.conversion.files.sources import open_source
-from mplug2_jax.conversion.layouts.official_state import REST
-from mplug2_jax.conversion.report import REPORT, Place, Report, digest, read_report
+from mplug2_jax.conversion.files.open import open_source
+from mplug2_jax.conversion.layouts.official_state import LEFTOVER_FILE
+from mplug2_jax.conversion.report import REPORT, ParamDigest, Report, digest, read_report
 from mplug2_jax.errors import UserError
 from mplug2_jax.training.checkpoint.checkpoints import open_checkpoint
 
 
-def check_report(path: Path) -> Iterator[tuple[str, bool]]:
-    """Every tensor of an output with whether it is what the report says, in the output's order.
+def verify_output(path: Path) -> Iterator[tuple[str, bool]]:
+    """Yield every tensor of an output, in its order, and whether its SHA-256 is the report's.
 
     Raises:
-        UserError: a report or an output that is missing or damaged.
+        UserError: the report or the output is missing or damaged.
     """
     report = read_report(path)
     folder = path if path.is_dir() else path.parent
     if report.direction == "import":
-        yield from _imported(report, folder)
+        yield from _verify_import(report, folder)
     else:
-        yield from _exported(report, folder)
+        yield from _verify_export(report, folder)
 
 
-def _imported(report: Report, folder: Path) -> Iterator[tuple[str, bool]]:
+def _verify_import(report: Report, folder: Path) -> Iterator[tuple[str, bool]]:
     checkpoints, step = open_checkpoint(folder / report.output)
-    places: dict[str, list[Place]] = {}
+    by_path: dict[str, list[ParamDigest]] = {}
     for row in report.rows:
-        for place in row.places:
-            places.setdefault(place.path, []).append(place)
+        for param in row.params:
+            by_path.setdefault(param.path, []).append(param)
     try:
-        stored = {"/".join(leaf): leaf for leaf in checkpoints.array_specs(step)}
-        for path, its_places in places.items():
+        stored = {"/".join(path): path for path in checkpoints.array_specs(step)}
+        for path, params in by_path.items():
             if path not in stored:
                 yield path, False
                 continue
             array = checkpoints.read_arrays([stored[path]], step)[stored[path]]
-            for place in its_places:
-                yield str(place), digest(array if place.layer is None else array[place.layer]) == place.sha256
+            for param in params:
+                yield str(param), digest(array if param.layer is None else array[param.layer]) == param.sha256
     finally:
         checkpoints.close()
-    kept = [row for row in report.rows if row.fate == "kept"]
-    if kept:
-        source = open_source(folder / REST)
+    preserved = [row for row in report.rows if row.disposition == "preserved"]
+    if preserved:
+        source = open_source(folder / LEFTOVER_FILE)
         names = set(source.names())
-        for row in kept:
+        for row in preserved:
             yield row.name, row.name in names and digest(source.read(row.name)) == row.sha256
 
 
-def _exported(report: Report, folder: Path) -> Iterator[tuple[str, bool]]:
+def _verify_export(report: Report, folder: Path) -> Iterator[tuple[str, bool]]:
     file = folder / report.output
     index = file.with_name(f"{file.name}.index.json")
     if not file.exists() and not index.exists():
-        raise UserError(f"{file} is missing, which {folder / REPORT} describes")
+        raise UserError(f"{file} is missing, but {folder / REPORT} describes it; export again")
     source = open_source(file if file.exists() else index)
     names = set(source.names())
     for row in report.rows:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mplug2_jax.conversion.files.sources import open_source
+from mplug2_jax.conversion.files.open import open_source
 from mplug2_jax.conversion.files.torch_files import TorchWriter
 from tests.weights import assert_same, official_config, official_file
 
@@ -61,7 +61,7 @@ def test_an_import_says_what_became_of_everything_and_leaves_a_work_directory(
     done = mplug2("convert", "import", source, "--to", tmp_path / "ours", "--tokenizer", vocabulary)
     assert done.status == 0
     assert done.out.startswith("import: official videoqa with its teacher\n")
-    assert re.search(r"^ +\d+ used +[\d,]+ elements  carried over, every bit", done.out, re.MULTILINE)
+    assert re.search(r"^ +\d+ converted +[\d,]+ elements  the same values on both sides", done.out, re.MULTILINE)
     assert {path.name for path in (tmp_path / "ours").iterdir()} == {
         "checkpoints", "config.json", "tokenizer", "official-rest.safetensors", "conversion-report.json",
         "conversion-report.html",
@@ -69,7 +69,9 @@ def test_an_import_says_what_became_of_everything_and_leaves_a_work_directory(
     report = json.loads((tmp_path / "ours" / "conversion-report.json").read_text())
     assert report["tools"]["jax"]
     assert len(report["rows"]) == len(open_source(source).names())
-    assert all(row["sha256"] and (row["places"] or row["fate"] in ("tied", "kept")) for row in report["rows"])
+    without_params = [row["disposition"] for row in report["rows"] if not row["params"]]
+    assert set(without_params) == {"tied", "preserved"}
+    assert all(row["sha256"] for row in report["rows"])
     page = (tmp_path / "ours" / "conversion-report.html").read_text()
     assert "text_decoder_m.cls.predictions.decoder.weight" in page
     assert "http" not in page.replace("http-equiv", "")  # nothing is fetched
@@ -106,14 +108,14 @@ def test_verify_passes_and_names_the_first_tensor_that_changed(imported: Path, t
     report = tmp_path / "conversion-report.json"
     good = mplug2("convert", "verify", report)
     assert good.status == 0
-    assert re.fullmatch(rf"{report}: all [\d,]+ tensors are as they were\n", good.out)
+    assert re.fullmatch(rf"{report}: all [\d,]+ tensors are unchanged\n", good.out)
     data = bytearray((tmp_path / "x.safetensors").read_bytes())
     names = open_source(tmp_path / "x.safetensors").names()
     data[-1] ^= 1  # the last byte of the last tensor
     (tmp_path / "x.safetensors").write_bytes(data)
     bad = mplug2("convert", "verify", tmp_path)
     assert bad.status == 1
-    assert f"{names[-1]} has changed since; {len(names) - 1} tensors before it are as they were" in bad.out
+    assert f"{names[-1]} has changed; the {len(names) - 1} tensors before it are unchanged" in bad.out
 
 
 def test_a_checkpoint_that_changed_is_noticed_too(imported: Path, tmp_path: Path, mplug2: Mplug2) -> None:
@@ -124,7 +126,7 @@ def test_a_checkpoint_that_changed_is_noticed_too(imported: Path, tmp_path: Path
     data[len(data) // 2] ^= 4
     largest.write_bytes(data)
     done = mplug2("convert", "verify", copy)
-    assert (done.status == 1 and "has changed since" in done.out) or (done.status == 2 and "damaged" in done.err)
+    assert (done.status == 1 and "has changed" in done.out) or (done.status == 2 and "damaged" in done.err)
 
 
 def test_inspect_shows_parts_and_shapes_of_every_layout(imported: Path, source: Path, mplug2: Mplug2) -> None:
@@ -201,12 +203,12 @@ def untie(tensors: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (poison, "fusion_encoder.encoder.layer.3.output.dense.weight holds 2 values of 6,144 that are not finite"),
+        (poison, "fusion_encoder.encoder.layer.3.output.dense.weight: 2 of 6,144 values are NaN or infinite"),
         (shrink, "weights of another size: visn_emb_norm.weight [5] does not fit universal/visual_norm/scale [64]"),
         (rename, "1 missing (visn_emb_norm.bias) and 1 unexpected (text_encoder.encoder.layer.9.attention.self.query"),
         (
             untie,
-            "text_decoder.cls.predictions.decoder.weight should repeat text_decoder.bert.embeddings.word_embeddings",
+            "text_decoder.cls.predictions.decoder.weight is tied to text_decoder.bert.embeddings.word_embeddings",
         ),
     ],
 )
@@ -222,9 +224,9 @@ def test_a_checkpoint_that_could_be_either_asks_which(
 ) -> None:
     path = official_file(tmp_path / "x.pth", official_config(), settings=False)
     said = refused("import", path, "--to", tmp_path / "ours")
-    assert "say which with --task caption or --task videoqa" in said
+    assert "choose with --task caption or --task videoqa" in said
     said = refused("import", path, "--task", "caption", "--to", tmp_path / "ours")
-    assert "these weights are 64 wide, which no size of the release is (768, 1024); put the config.json" in said
+    assert "these weights have width=64, expected one of the release's (768, 1024); put the config.json" in said
 
 
 def test_a_vocabulary_that_is_too_large_for_the_weights_is_refused(

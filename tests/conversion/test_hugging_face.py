@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mplug2_jax.conversion.files.sources import open_source
+from mplug2_jax.conversion.files.open import open_source
 from mplug2_jax.conversion.import_plan import plan_import
 from mplug2_jax.conversion.import_weights import run_import
 from mplug2_jax.errors import UserError
@@ -159,9 +159,9 @@ def test_a_model_starts_from_both(tmp_path: Path) -> None:
     for part in ("text", "decoder"):
         np.testing.assert_array_equal(params[part]["embeddings"]["words"], theirs("embeddings.word_embeddings.weight"))
     np.testing.assert_array_equal(params["decoder"]["head"]["bias"], state["cls.predictions.bias"].numpy())
-    fresh = {row.name for row in report.rows if row.fate == "fresh"}
-    assert all(any(word in name for word in ("temporal", "cross_", "latents", "visual_norm")) for name in fresh)
-    assert any("temporal_1/up" in name for name in fresh)
+    initialized = {row.name for row in report.rows if row.disposition == "initialized"}
+    assert all(any(word in name for word in ("temporal", "cross_", "latents", "visual_norm")) for name in initialized)
+    assert any("temporal_1/up" in name for name in initialized)
     assert not np.asarray(params["vision"]["blocks"]["temporal_1"]["up"]["kernel"]).any()  # starts as the identity
     assert np.asarray(params["universal"]["latents"]).std() == pytest.approx(1.0, rel=0.1)
 
@@ -173,9 +173,9 @@ def test_old_names_of_bert_are_known(tmp_path: Path) -> None:
     old |= {"bert.pooler.dense.weight": torch.zeros(128, 128), "cls.seq_relationship.bias": torch.zeros(2)}
     torch.save(old, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
     report = run_import(plan_import([tmp_path]), tmp_path / "ours")
-    why = {row.name: row.why for row in report.rows if row.fate == "dead"}
-    assert why["pooler.dense.weight"] == "BERT's pooler, which mPLUG-2 has not"
-    assert "cls.seq_relationship.bias" in why
+    reasons = {row.name: row.reason for row in report.rows if row.disposition == "ignored"}
+    assert reasons["pooler.dense.weight"] == "BERT's pooler, which mPLUG-2 does not have"
+    assert "cls.seq_relationship.bias" in reasons
 
 
 def test_a_torchscript_archive_of_clip_is_known(tmp_path: Path) -> None:
@@ -211,5 +211,5 @@ def test_something_else_of_the_library_is_refused(tmp_path: Path) -> None:
 
     config = transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=20, n_positions=8)
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt")
-    with pytest.raises(UserError, match="neither the official release's nor CLIP's nor BERT's"):
+    with pytest.raises(UserError, match="of an unknown model; expected an official checkpoint, a CLIP or a BERT"):
         plan_import([tmp_path / "gpt"])

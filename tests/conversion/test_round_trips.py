@@ -9,12 +9,13 @@ import pytest
 
 from data_pipelines.tokenizers import SPECIAL_TOKENS, WordPieceTokenizer
 from mplug2_jax.conversion.export_plan import plan_export
-from mplug2_jax.conversion.export_weights import batches, export, groups
-from mplug2_jax.conversion.files.sources import DTYPES, MemorySource, open_source
+from mplug2_jax.conversion.export_weights import export, groups
+from mplug2_jax.conversion.files.open import open_source
+from mplug2_jax.conversion.files.sources import DTYPES, MemorySource
 from mplug2_jax.conversion.import_plan import ImportPlan, plan_import
 from mplug2_jax.conversion.import_weights import run_import
-from mplug2_jax.conversion.layouts.official import TASK_PARTS, default_fusion_start, official_scheme
-from mplug2_jax.conversion.layouts.official_state import REST, official_state
+from mplug2_jax.conversion.layouts.official import TASK_PARTS, default_fusion_start, map_official_names
+from mplug2_jax.conversion.layouts.official_state import LEFTOVER_FILE, official_state
 from mplug2_jax.conversion.report import read_report
 from mplug2_jax.errors import UserError
 from mplug2_jax.model.config import model_config
@@ -47,7 +48,7 @@ def assert_equal_arrays(one: Path, other: Path) -> None:
 def test_there_and_back_is_the_same_to_the_byte(tmp_path: Path, task: str, teacher: bool, suffix: str) -> None:
     source = official_file(tmp_path / "source" / f"x{suffix}", official_config(), task=task, teacher=teacher)
     report = run_import(plan_import([source]), tmp_path / "ours")
-    assert {row.fate for row in report.rows} == {"used", "tied", "kept"}
+    assert {row.disposition for row in report.rows} == {"converted", "tied", "preserved"}
     assert len(report.rows) == len(open_source(source).names())
     exported = tmp_path / "back" / f"y{suffix}"
     again = export(tmp_path / "ours", exported)
@@ -58,7 +59,7 @@ def test_there_and_back_is_the_same_to_the_byte(tmp_path: Path, task: str, teach
     # The two reports say the same of both sides.
     hashes = {row.name: row.sha256 for row in report.rows}
     assert hashes == {row.name: row.sha256 for row in again.rows}
-    assert {p for row in report.rows for p in row.places} == {p for row in again.rows for p in row.places}
+    assert {p for row in report.rows for p in row.params} == {p for row in again.rows for p in row.params}
 
 
 def test_a_golden_comes_back_to_the_byte(reference: Path, tmp_path: Path) -> None:
@@ -85,12 +86,12 @@ def test_our_own_weights_come_back_to_the_byte(imported: Path, tmp_path: Path) -
 
 
 def test_without_kept_weights_the_release_s_initialisation_fills_and_is_said(imported: Path, tmp_path: Path) -> None:
-    (imported / "ours" / REST).rename(tmp_path / "elsewhere")
+    (imported / "ours" / LEFTOVER_FILE).rename(tmp_path / "elsewhere")
     try:
         report = export(imported / "ours", tmp_path / "filled.safetensors")
     finally:
-        (tmp_path / "elsewhere").rename(imported / "ours" / REST)
-    assert {row.fate for row in report.rows} == {"used", "tied", "filled"}
+        (tmp_path / "elsewhere").rename(imported / "ours" / LEFTOVER_FILE)
+    assert {row.disposition for row in report.rows} == {"converted", "tied", "filled"}
     config = official_config()
     state = official_state(config, default_fusion_start(config), teacher=True)
     source = open_source(tmp_path / "filled.safetensors")
@@ -108,7 +109,7 @@ def test_other_types_round_and_say_by_how_much(imported: Path, tmp_path: Path, d
             continue
         rounded = value.astype({"float16": DTYPES["F16"], "bfloat16": DTYPES["BF16"]}[dtype])
         assert stored[name].tobytes() == rounded.tobytes()
-        if rows[name].fate == "used":
+        if rows[name].disposition == "converted":
             difference = np.abs(value.astype(np.float64) - rounded.astype(np.float64)).max()
             assert rows[name].max_difference == difference > 0
 
@@ -180,7 +181,8 @@ def test_large_files_are_cut_with_an_index(imported: Path, tmp_path: Path) -> No
 def test_a_position_table_is_resized_and_the_rest_is_not(tmp_path: Path) -> None:
     source = official_file(tmp_path / "s" / "x.safetensors", official_config(image_size=32))
     report = run_import(plan_import([source], image_size=48), tmp_path / "ours")
-    assert [row.name for row in report.rows if row.fate == "resized"] == ["visual_encoder.visual.positional_embedding"]
+    resized = [row.name for row in report.rows if row.disposition == "resized"]
+    assert resized == ["visual_encoder.visual.positional_embedding"]
     table = arrays_of(tmp_path / "ours")["params", "vision", "positions"]
     stored = read_tensors(source)["visual_encoder.visual.positional_embedding"]
     assert table.shape == (37, 64)
@@ -193,14 +195,16 @@ def test_a_position_table_is_resized_and_the_rest_is_not(tmp_path: Path) -> None
 
 def test_arrays_that_share_tensors_are_read_together_and_small_ones_at_once() -> None:
     definition = define_model(official_config(), TASK_PARTS["videoqa"])
-    scheme = official_scheme(definition.config, definition.parts, 2, teacher=True)
-    found = groups(scheme.slots)
+    name_mapping = map_official_names(definition.config, definition.parts, 2, teacher=True)
+    found = groups(name_mapping.mappings)
     paths = [path for group, _ in found for path in group]
-    assert len(paths) == len(set(paths)) == len({slot.path for slot in scheme.slots})
-    assert sorted(name for _, names in found for name in names) == sorted({slot.name for slot in scheme.slots})
+    assert len(paths) == len(set(paths)) == len({mapping.path for mapping in name_mapping.mappings})
+    assert sorted(name for _, names in found for name in names) == sorted(
+        {mapping.name for mapping in name_mapping.mappings}
+    )
     assert max(len(group) for group, _ in found) == 3  # query, key, value
-    assert len(batches(scheme.slots, dict.fromkeys(paths, 2**20))) == -(-len(paths) // 128) or len(paths) < 384
-    assert len(batches(scheme.slots, dict.fromkeys(paths, 2**28))) == len(found)
+    assert len(batches(name_mapping.mappings, dict.fromkeys(paths, 2**20))) == -(-len(paths) // 128) or len(paths) < 384
+    assert len(batches(name_mapping.mappings, dict.fromkeys(paths, 2**28))) == len(found)
 
 
 @pytest.mark.parametrize(("task", "teacher"), [("caption", False), ("videoqa", True)])
@@ -211,24 +215,26 @@ def test_the_large_models_have_a_place_for_everything(task: str, teacher: bool) 
     hollow = MemorySource({name: np.broadcast_to(np.zeros((), info.dtype), info.shape) for name, info in state.items()})
     plan = planned(hollow, task)
     assert plan.definition.config.fusion_layers == 6
-    assert not plan.fresh
+    assert not plan.initialized
     assert sum(leaf.size for leaf in jax.tree.leaves(plan.definition.shapes)) == (
         621_853_498 if task == "caption" else 1_031_533_370
     )
 
 
 def planned(source: MemorySource, task: str) -> ImportPlan:
-    from mplug2_jax.conversion.import_plan import plan_found
-    from mplug2_jax.conversion.layouts.identify import Found
+    from mplug2_jax.conversion.import_plan import plan_detected
+    from mplug2_jax.conversion.layouts.identify import DetectedCheckpoint
 
-    return plan_found([Found(Path("large.pth"), "official", "official mPLUG-2", source, "official")], task=task)
+    return plan_detected(
+        [DetectedCheckpoint(Path("large.pth"), "official", "official mPLUG-2", source, "official")], task=task
+    )
 
 
 def test_a_model_that_is_none_of_the_release_s_says_what_it_lacks(tmp_path: Path) -> None:
     from tests.hugging_face import clip_folder
 
     run_import(plan_import([clip_folder(tmp_path / "clip")]), tmp_path / "ours")
-    with pytest.raises(UserError, match="is a model of vision: the release's caption model also needs temporal"):
+    with pytest.raises(UserError, match="has the parts vision; the release's caption model also needs temporal"):
         plan_export(tmp_path / "ours")
 
 
@@ -239,7 +245,7 @@ def test_base_comes_back_to_the_byte(tmp_path: Path) -> None:
     run_import(plan_import([source], task="videoqa"), tmp_path / "ours")
     export(tmp_path / "ours", tmp_path / "back.safetensors")
     assert_same(source, tmp_path / "back.safetensors")
-    assert read_report(tmp_path).totals()["used"]["elements"] == 379_952_442
+    assert read_report(tmp_path).totals()["converted"]["elements"] == 379_952_442
 
 
 @pytest.mark.parametrize(("task", "shard_bytes"), [("caption", 10**9), ("videoqa", 300_000)])
@@ -270,7 +276,7 @@ def test_both_frameworks_agree_on_every_tap_of_a_conversion(tmp_path: Path, task
         taps = {(c.path, c.tap) for c in each.comparisons}
         assert {("image", "vision/out"), ("video", "vision/block"), ("video", "logits")} <= taps
         (said,) = (c.text for c in each.comparisons if c.tap == "generated text")
-        assert f"PyTorch says {said!r}" in each.summary()
+        assert f"PyTorch generates {said!r}" in each.summary()
         assert any("exact GELU" in note for note in each.notes) == (activation == "gelu")
         assert (("video", "text/out") in taps) == (task == "videoqa")
         assert max(c.relative for c in each.comparisons) <= 1e-5
@@ -291,8 +297,8 @@ def test_an_export_that_would_not_speak_by_its_own_tokeniser_is_seen(
 
     source = official_file(tmp_path / "s" / "x.safetensors", official_config(), task="caption")
     run_import(plan_import([source]), tmp_path / "ours", tokenizer=OWN.save(tmp_path / "tokenizer"))
-    true = hub.settings_of
-    monkeypatch.setattr(hub, "settings_of", lambda *sizes, tokens, **told: true(*sizes, **told))
+    true = hub.to_config_json
+    monkeypatch.setattr(hub, "to_config_json", lambda *sizes, tokens, **told: true(*sizes, **told))
     report = export(tmp_path / "ours", tmp_path / "hub", verify=True)  # which speaks by BERT's
     assert [c.tap for c in report.comparisons or () if not c.passed] == ["generated text"]
     assert report.status == 1
@@ -300,15 +306,15 @@ def test_an_export_that_would_not_speak_by_its_own_tokeniser_is_seen(
 
 def test_a_conversion_that_went_wrong_is_seen_by_the_taps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torch", reason="PyTorch is not installed here")
-    from mplug2_jax.conversion.layouts.slots import Slot
+    from mplug2_jax.conversion.layouts.tensor_mapping import TensorMapping
 
     source = official_file(tmp_path / "s" / "x.safetensors", official_config(), task="caption")
-    true = Slot.to_ours
+    true = TensorMapping.to_param
 
-    def wrong(self: Slot, tensor: np.ndarray) -> np.ndarray:
+    def wrong(self: TensorMapping, tensor: np.ndarray) -> np.ndarray:
         return -true(self, tensor) if self.path[-2:] == ("up", "kernel") and self.layer == 1 else true(self, tensor)
 
-    monkeypatch.setattr(Slot, "to_ours", wrong)
+    monkeypatch.setattr(TensorMapping, "to_param", wrong)
     report = run_import(plan_import([source]), tmp_path / "ours", verify=True)
     assert report.status == 1
-    assert "differ; largest difference" in report.summary()
+    assert "taps differ; max relative difference" in report.summary()

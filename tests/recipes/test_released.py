@@ -158,7 +158,7 @@ def test_weights_of_the_release_say_the_same_in_pytorch(
 ) -> None:
     """From its weights, a page and files to a line of words; and back out, of the same frames, by the other runtime."""
     torch = pytest.importorskip("torch", reason="PyTorch is not installed here")
-    from mplug2_jax.conversion.torch_runtime import Caption, VideoQA, normalise_pixels
+    from mplug2_jax.conversion.torch_runtime import Caption, VideoQA, normalize_pixels
 
     weights = reference / "goldens" / "c1_fc" / f"{task}_weights.safetensors"
     tokenizer = WordPieceTokenizer(words["vocab"][:200])
@@ -177,7 +177,7 @@ def test_weights_of_the_release_say_the_same_in_pytorch(
     evaluation = page(task, 56).evaluations["test"].data
     held = EvaluationSet(evaluation, tokenizer, name="test", seed=0)
     arrays = [held[i].arrays for i in range(len(held))]
-    frames = normalise_pixels(torch.from_numpy(np.stack([each["frames"] for each in arrays])))
+    frames = normalize_pixels(torch.from_numpy(np.stack([each["frames"] for each in arrays])))
     if task == "caption":
         found = Caption.from_pretrained(hub).generate(frames)
     else:

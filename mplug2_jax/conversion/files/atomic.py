@@ -10,13 +10,13 @@ from pathlib import Path
 from mplug2_jax.errors import UserError
 
 
-def refuse_existing(path: Path, *, overwrite: bool) -> None:
+def check_not_existing(path: Path, *, overwrite: bool) -> None:
     """Raises UserError if something is there and may not be replaced."""
     if path.exists() and not overwrite:
         raise UserError(f"{path} exists; choose another place, or replace it with --overwrite")
 
 
-def check_space(folder: Path, needed: int) -> None:
+def check_disk_space(folder: Path, needed: int) -> None:
     """Raises UserError if the disk of a folder (or of its nearest parent that is there) has less room than needed."""
     existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     free = shutil.disk_usage(existing).free
@@ -27,13 +27,13 @@ def check_space(folder: Path, needed: int) -> None:
 
 
 @contextmanager
-def staged(path: Path, *, overwrite: bool) -> Iterator[Path]:
+def atomic_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
     """A new folder for what will stand at ``path``: moved there when all went well, else removed.
 
     Raises:
         UserError: something is at ``path`` already, or the disk is full.
     """
-    refuse_existing(path, overwrite=overwrite)
+    check_not_existing(path, overwrite=overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
     try:
@@ -49,14 +49,14 @@ def staged(path: Path, *, overwrite: bool) -> Iterator[Path]:
 
 
 @contextmanager
-def staged_files(folder: Path, *, overwrite: bool) -> Iterator[Path]:
+def atomic_files(folder: Path, *, overwrite: bool) -> Iterator[Path]:
     """A new folder for files that will stand in ``folder`` among others. Raises as :func:`staged`."""
     folder.mkdir(parents=True, exist_ok=True)
-    with staged(folder / f".{folder.name or 'files'}.new", overwrite=True) as partial:
+    with atomic_folder(folder / f".{folder.name or 'files'}.new", overwrite=True) as partial:
         yield partial
         made = sorted(partial.iterdir())
         for file in made:
-            refuse_existing(folder / file.name, overwrite=overwrite)
+            check_not_existing(folder / file.name, overwrite=overwrite)
         for file in made:
             file.replace(folder / file.name)
     (folder / f".{folder.name or 'files'}.new").rmdir()

@@ -1,1 +1,1 @@
-"""The names that other worlds give their tensors, and the place of each in our parameter tree."""
+"""How other projects name their tensors, and which of our parameters each one fills."""

@@ -1,17 +1,17 @@
-"""BERT's names, as Hugging Face and the official release write them, and which of our modules start from BERT."""
+"""BERT's names in Hugging Face's library and in the official release, and which of our modules BERT initializes."""
 
 import re
 from collections.abc import Iterator, Sequence
 
 from mplug2_jax.conversion.files.sources import TensorSource
-from mplug2_jax.conversion.layouts.schemes import Scheme, dead_rules, without_wrapper
-from mplug2_jax.conversion.layouts.slots import Path, Slot, linear, norm
+from mplug2_jax.conversion.layouts.name_mapping import NameMapping, compile_patterns, strip_wrappers
+from mplug2_jax.conversion.layouts.tensor_mapping import Path, TensorMapping, map_linear, map_norm
 from mplug2_jax.errors import UserError
 from mplug2_jax.model.config import ModelConfig
 
 HEAD, TYPES = "cls.predictions", "embeddings.token_type_embeddings.weight"
-NOT_ASKED = "no part of this model starts from it"
-_RELATIVES = (
+_NOT_REQUESTED = "initializes no part of this model"
+_VARIANTS = (
     r"\w*roberta|camembert|albert|distilbert|electra|deberta\w*|mpnet|ernie\w*|esm|nezha|layoutlm\w*|data2vec\w*|"
     r"longformer|big_?bird|mobilebert|convbert|megatron_?bert|roformer|xlm\w*|luke|splinter|markuplm|lilt|xmod"
 )
@@ -21,69 +21,69 @@ _LAYER = (
 )
 
 
-def _attention(name: str, path: Path, its_norm: Path, layer: int) -> Iterator[Slot]:
+def _map_attention(name: str, path: Path, norm_path: Path, layer: int) -> Iterator[TensorMapping]:
     for which in ("query", "key", "value"):
-        yield from linear(f"{name}.self.{which}", (*path, which), layer)
-    yield from linear(f"{name}.output.dense", (*path, "out"), layer)
-    yield from norm(f"{name}.output.LayerNorm", its_norm, layer)
+        yield from map_linear(f"{name}.self.{which}", (*path, which), layer)
+    yield from map_linear(f"{name}.output.dense", (*path, "out"), layer)
+    yield from map_norm(f"{name}.output.LayerNorm", norm_path, layer)
 
 
-def layer_slots(name: str, path: Path, layer: int, *, cross: bool) -> Iterator[Slot]:
-    """One layer; ``cross``: with the cross attention that the official release adds."""
-    yield from _attention(f"{name}.attention", (*path, "self_attention"), (*path, "self_norm"), layer)
+def map_layer(name: str, path: Path, layer: int, *, cross: bool) -> Iterator[TensorMapping]:
+    """Map one layer; ``cross``: with the cross attention that the official release adds."""
+    yield from _map_attention(f"{name}.attention", (*path, "self_attention"), (*path, "self_norm"), layer)
     if cross:
-        yield from _attention(f"{name}.crossattention", (*path, "cross_attention"), (*path, "cross_norm"), layer)
-    yield from linear(f"{name}.intermediate.dense", (*path, "mlp", "up"), layer)
-    yield from linear(f"{name}.output.dense", (*path, "mlp", "down"), layer)
-    yield from norm(f"{name}.output.LayerNorm", (*path, "mlp_norm"), layer)
+        yield from _map_attention(f"{name}.crossattention", (*path, "cross_attention"), (*path, "cross_norm"), layer)
+    yield from map_linear(f"{name}.intermediate.dense", (*path, "mlp", "up"), layer)
+    yield from map_linear(f"{name}.output.dense", (*path, "mlp", "down"), layer)
+    yield from map_norm(f"{name}.output.LayerNorm", (*path, "mlp_norm"), layer)
 
 
-def embedding_slots(name: str, path: Path) -> Iterator[Slot]:
-    """Word, position and type tables and their norm."""
+def map_embeddings(name: str, path: Path) -> Iterator[TensorMapping]:
+    """Map word, position and type tables and their norm."""
     for theirs, ours in (("word", "words"), ("position", "positions"), ("token_type", "types")):
-        yield Slot(f"{name}.{theirs}_embeddings.weight", (*path, ours), layout="same")
-    yield from norm(f"{name}.LayerNorm", (*path, "norm"))
+        yield TensorMapping(f"{name}.{theirs}_embeddings.weight", (*path, ours), transform="identity")
+    yield from map_norm(f"{name}.LayerNorm", (*path, "norm"))
 
 
-def head_slots(name: str, path: Path) -> Iterator[Slot]:
-    """The masked-language head, without the matrix that is tied to the word table."""
-    yield from linear(f"{name}.transform.dense", (*path, "dense"))
-    yield from norm(f"{name}.transform.LayerNorm", (*path, "norm"))
-    yield Slot(f"{name}.bias", (*path, "bias"), layout="same")
+def map_head(name: str, path: Path) -> Iterator[TensorMapping]:
+    """Map the masked-language-modeling head, without the matrix that is tied to the word table."""
+    yield from map_linear(f"{name}.transform.dense", (*path, "dense"))
+    yield from map_norm(f"{name}.transform.LayerNorm", (*path, "norm"))
+    yield TensorMapping(f"{name}.bias", (*path, "bias"), transform="identity")
 
 
 def canonical_names(names: Sequence[str]) -> dict[str, str]:
-    """Hugging Face's variants under one name (``{canonical: stored}``): no ``bert.`` in front, norms as today."""
+    """Return Hugging Face's names, ``{canonical: stored}``: without ``bert.``, and norms as in current versions."""
 
-    def today(name: str) -> str:
-        plain = re.sub(r"\bLayerNorm\.gamma$", "LayerNorm.weight", name.removeprefix("bert."))
-        return re.sub(r"\bLayerNorm\.beta$", "LayerNorm.bias", plain)
+    def rename(name: str) -> str:
+        name = re.sub(r"\bLayerNorm\.gamma$", "LayerNorm.weight", name.removeprefix("bert."))
+        return re.sub(r"\bLayerNorm\.beta$", "LayerNorm.bias", name)
 
-    return without_wrapper(names, ("bert",), today)
+    return strip_wrappers(names, ("bert",), rename)
 
 
-def relative_of(names: Sequence[str]) -> str:
-    """Which relative of BERT's the names are of, whose tensors may be called as BERT's; nothing if of none."""
-    found = (re.search(rf"(?:^|\.)({_RELATIVES})\.", name, re.IGNORECASE) for name in names)
-    return next((match[1] for match in found if match), "")
+def find_variant(names: Sequence[str]) -> str:
+    """Return which variant of BERT the names are of, if any; its tensors may have BERT's names."""
+    matches = (re.search(rf"(?:^|\.)({_VARIANTS})\.", name, re.IGNORECASE) for name in names)
+    return next((match[1] for match in matches if match), "")
 
 
 def is_bert(names: Sequence[str]) -> bool:
-    """Whether canonical names are a BERT's."""
+    """Return whether canonical names are a BERT's."""
     return "embeddings.word_embeddings.weight" in names and "encoder.layer.0.attention.self.query.weight" in names
 
 
 def sizes(source: TensorSource) -> dict[str, int]:
-    """The fields of our sizes that a BERT of canonical names tells, and how the paper cuts it up.
+    """Return the ModelConfig fields that a BERT's shapes determine, with its layers divided as in the paper.
 
     Raises:
-        UserError: a type table that is no BERT's.
+        UserError: the type table is not a BERT's.
     """
     types = source.info(TYPES).shape if TYPES in source.names() else (2,)
     if types[0] != 2:
         raise UserError(
-            f"{TYPES} has {types[0]} row{'s' * (types[0] != 1)}, BERT's has 2: these are of RoBERTa or the like, whose "
-            "positions and words mPLUG-2 has not; expected a BERT"
+            f"{TYPES} has {types[0]} row{'s' * (types[0] != 1)}, BERT's has 2: this is RoBERTa or similar, whose "
+            "positions and vocabulary mPLUG-2 does not have; expected a BERT"
         )
     words, width = source.info("embeddings.word_embeddings.weight").shape
     names = set(source.names())
@@ -100,41 +100,41 @@ def sizes(source: TensorSource) -> dict[str, int]:
     }
 
 
-def bert_scheme(config: ModelConfig, parts: Sequence[str], *, head: bool) -> Scheme:
-    """What starts from BERT: text and universal layers, fusion from its last layers, the decoder from its first.
+def map_bert_names(config: ModelConfig, parts: Sequence[str], *, head: bool) -> NameMapping:
+    """Map BERT to text and universal layers, its last layers to fusion, and its first to the decoder.
 
-    Cross attentions and latents are not BERT's and stay fresh. ``head``: whether the checkpoint has the MLM head.
+    BERT has no cross attention and no latents. ``head``: whether the checkpoint has the MLM head.
     """
-    found: list[Slot] = []
+    mappings: list[TensorMapping] = []
     if "text" in parts:
-        found += embedding_slots("embeddings", ("text", "embeddings"))
+        mappings += map_embeddings("embeddings", ("text", "embeddings"))
         for i in range(config.text_layers):
-            found += layer_slots(f"encoder.layer.{i}", ("text", "layers"), i, cross=False)
+            mappings += map_layer(f"encoder.layer.{i}", ("text", "layers"), i, cross=False)
     if "universal" in parts:
         for i in range(config.universal_layers):
-            found += layer_slots(f"encoder.layer.{config.text_layers + i}", ("universal", "layers"), i, cross=False)
+            mappings += map_layer(f"encoder.layer.{config.text_layers + i}", ("universal", "layers"), i, cross=False)
     if "fusion" in parts:
         first = config.text_layers + config.universal_layers - config.fusion_layers
         for j in range(config.fusion_layers):
-            found += layer_slots(f"encoder.layer.{first + j}", ("fusion", "layers"), j, cross=False)
+            mappings += map_layer(f"encoder.layer.{first + j}", ("fusion", "layers"), j, cross=False)
     if "decoder" in parts:
-        found += embedding_slots("embeddings", ("decoder", "embeddings"))
+        mappings += map_embeddings("embeddings", ("decoder", "embeddings"))
         for i in range(config.decoder_layers):
-            found += layer_slots(f"encoder.layer.{i}", ("decoder", "layers"), i, cross=False)
-        found += head_slots(HEAD, ("decoder", "head")) if head else ()
+            mappings += map_layer(f"encoder.layer.{i}", ("decoder", "layers"), i, cross=False)
+        mappings += map_head(HEAD, ("decoder", "head")) if head else ()
     if "mlm" in parts and head:
-        found += head_slots(HEAD, ("mlm",))
+        mappings += map_head(HEAD, ("mlm",))
     tied = {
         f"{HEAD}.decoder.weight": "embeddings.word_embeddings.weight",
         f"{HEAD}.decoder.bias": f"{HEAD}.bias",
     }
-    dead = dead_rules(
+    ignored = compile_patterns(
         (r"embeddings\.position_ids", "buffer: the positions 0, 1, 2, ..."),
-        (r"pooler\..*", "BERT's pooler, which mPLUG-2 has not"),
-        (r"cls\.seq_relationship\..*", "next-sentence head, which mPLUG-2 has not"),
-        (r"cls\.predictions\..*", "no decoder and no MLM head among the parts"),
-        (r"embeddings\.((word|position|token_type)_embeddings\.weight|LayerNorm\.(weight|bias))", NOT_ASKED),
-        (_LAYER, NOT_ASKED),
-        (r"(?!(embeddings|encoder|cls)\.).*", "head of a fine-tuned BERT, which mPLUG-2 has not"),
+        (r"pooler\..*", "BERT's pooler, which mPLUG-2 does not have"),
+        (r"cls\.seq_relationship\..*", "next-sentence head, which mPLUG-2 does not have"),
+        (r"cls\.predictions\..*", "the model has no decoder and no MLM head"),
+        (r"embeddings\.((word|position|token_type)_embeddings\.weight|LayerNorm\.(weight|bias))", _NOT_REQUESTED),
+        (_LAYER, _NOT_REQUESTED),
+        (r"(?!(embeddings|encoder|cls)\.).*", "head of a fine-tuned BERT, which mPLUG-2 does not have"),
     )
-    return Scheme(tuple(found), tied, dead)
+    return NameMapping(tuple(mappings), tied, ignored)

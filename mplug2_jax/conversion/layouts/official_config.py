@@ -1,4 +1,4 @@
-"""Sizes of official weights: from the settings beside them, the release's or an export's, or from their shapes."""
+"""Sizes of official weights: from the settings next to them, the release's or an export's, or from their shapes."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -16,14 +16,14 @@ EXPORTED_SIZES = (
     "fusion_start", "fusion_layers", "fusion_stride", "decoder_layers", "vocab_size", "max_positions", "dropout",
     "attention_dropout",
 )  # fmt: skip
-"""What the ``config.json`` of an export says of the model."""
+"""The model sizes in the ``config.json`` of an export."""
 
 
 def sizes_from_settings(settings: Mapping[str, Any], source: TensorSource) -> tuple[ModelConfig, int]:
-    """Our sizes from the release's settings, and the first fusion layer in use. Weights tell the tables' sizes.
+    """Return our sizes and the first fusion layer in use, from the release's settings and the weights' table sizes.
 
     Raises:
-        UserError: settings that lack something.
+        UserError: a setting is missing.
     """
     try:
         vision, bert = settings["vision"], settings["bert"]
@@ -56,15 +56,17 @@ def sizes_from_settings(settings: Mapping[str, Any], source: TensorSource) -> tu
             attention_dropout=bert["attention_probs_dropout_prob"],
         )
     except KeyError as error:
-        raise UserError(f"config.json beside the weights lacks {error}") from error
+        raise UserError(
+            f"config.json next to the weights lacks {error}; use the one that they were trained with"
+        ) from error
     return config, fusion_start
 
 
 def sizes_from_shapes(source: TensorSource) -> tuple[ModelConfig, int]:
-    """Our sizes from the weights alone, for the release's own sizes: 64 columns a head, its number of fusion layers.
+    """Return sizes from the weights alone, as in the release: head width 64, its number of fusion layers.
 
     Raises:
-        UserError: a text width that is not the release's, so that the number of fusion layers in use is not known.
+        UserError: the text width is not the release's, so the number of fusion layers in use is unknown.
     """
     names = set(source.names())
 
@@ -75,8 +77,8 @@ def sizes_from_shapes(source: TensorSource) -> tuple[ModelConfig, int]:
     sizes = next((s for s in SIZES.values() if s["width"] == words[1] and "decoder_layers" in s), None)
     if sizes is None or words[1] < 768:
         raise UserError(
-            f"these weights are {words[1]} wide, which no size of the release is (768, 1024); put the config.json that "
-            "they were made with beside them"
+            f"these weights have width={words[1]}, expected one of the release's (768, 1024); put the config.json that "
+            "they were trained with next to them"
         )
     text, layer = depth("text_encoder.encoder.layer."), "text_encoder.encoder.layer."
     first = next((i for i in range(text) if f"{layer}{i}.latents" in names), text)
@@ -99,28 +101,28 @@ def sizes_from_shapes(source: TensorSource) -> tuple[ModelConfig, int]:
     return config, max(0, fusion_start)
 
 
-def settings_of(
+def to_config_json(
     config: ModelConfig, fusion_start: int, *, task: str, teacher: bool, tokens: SpecialTokens | None = None
 ) -> dict[str, Any]:
-    """The ``config.json`` beside an export: our sizes by our names, which the PyTorch runtime reads too.
+    """Return the ``config.json`` of an export: sizes by our names, which the PyTorch runtime reads too.
 
-    ``tokens`` are the ids of its tokeniser, without which the runtime takes BERT's.
+    ``tokens`` are the special ids of its tokenizer; without them the runtime uses BERT's.
     """
     sizes = dataclasses.asdict(config) | {"fusion_start": fusion_start}
     architecture = "VideoQA" if task == "videoqa" else "Caption"
-    head = {"model_type": "mplug2", "architectures": [architecture], "task": task, "teacher": teacher}
+    header = {"model_type": "mplug2", "architectures": [architecture], "task": task, "teacher": teacher}
     ids = {} if tokens is None else {"bos_token_id": tokens.begin, "eos_token_id": tokens.end}
-    return head | {name: sizes[name] for name in EXPORTED_SIZES} | ids
+    return header | {name: sizes[name] for name in EXPORTED_SIZES} | ids
 
 
 def sizes_from_export(settings: Mapping[str, Any]) -> tuple[ModelConfig, int]:
-    """Our sizes and the first fusion layer in use, from what :func:`settings_of` wrote.
+    """Return our sizes and the first fusion layer in use, from what :func:`to_config_json` returned.
 
     Raises:
-        UserError: sizes that are missing, or make no model.
+        UserError: sizes are missing or invalid.
     """
     missing = [name for name in EXPORTED_SIZES if name not in settings and name != "vision_activation"]
-    if missing:  # the activation came later: exports from before have the release's
-        raise UserError(f"config.json beside the weights lacks {', '.join(missing)}")
+    if missing:  # older exports lack the activation, and have the release's
+        raise UserError(f"config.json next to the weights lacks {', '.join(missing)}; export the weights again")
     sizes = {name: settings[name] for name in EXPORTED_SIZES if name != "fusion_start" and name in settings}
     return build(ModelConfig, sizes, "config.json: model"), int(settings["fusion_start"])

@@ -1,7 +1,7 @@
-"""A whole official state dict: every name, shape, type and their order, dead weights and ties included.
+"""The whole official state dict: all names, shapes and dtypes in order, ignored and tied tensors included.
 
-What nothing reads must still be there for the release's code to load a file strictly. Where no kept tensor fills it,
-the release's own initialisation does.
+The release's code loads a file strictly only if ignored tensors are there too. Without a leftover file they are
+initialized as in the release.
 """
 
 import math
@@ -15,58 +15,58 @@ from mplug2_jax.conversion.files.sources import HostArray, TensorInfo
 from mplug2_jax.conversion.layouts.official import TIED, student_name, teacher_name
 from mplug2_jax.model.config import ModelConfig
 
-REST = "official-rest.safetensors"
-"""Beside an imported checkpoint: what nothing of ours reads, so that an export gives back the whole file."""
+LEFTOVER_FILE = "official-rest.safetensors"
+"""In the folder of an import: the tensors that the model ignores, so that an export restores the whole file."""
 
-State = dict[str, TensorInfo]
-Named = Iterator[tuple[str, tuple[int, ...]]]
+StateInfo = dict[str, TensorInfo]
+NamedShapes = Iterator[tuple[str, tuple[int, ...]]]
 
-# CLIP's text tower beside each vision tower: (width, layers, rows of its word table, of its position table). Other
-# vision widths have no release, and get the smallest tower that the code can build.
+# CLIP's text tower by the width of its vision tower: (width, layers, vocabulary, positions). Other widths were never
+# released, and get the smallest tower that the code can build.
 _CLIP_TEXT = {768: (512, 12, 49408, 77), 1024: (768, 12, 49408, 77)}
 _NO_CLIP_TEXT = (64, 1, 32, 8)
 
 
-def official_state(config: ModelConfig, fusion_start: int, *, teacher: bool) -> State:
-    """Every tensor in the release's order; with ``teacher`` the averaged copies behind the student's."""
+def official_state(config: ModelConfig, fusion_start: int, *, teacher: bool) -> StateInfo:
+    """Return every tensor in the release's order; with ``teacher``, the averaged copies after the student's."""
     names = [*_student(config, fusion_start)]
     if teacher:
-        # The order in which the release builds its copies.
+        # The release builds its copies in this order.
         for module in ("visual_encoder", "text_encoder", "fusion_encoder", "text_decoder"):
             names += [(teacher_name(name), shape) for name, shape in names if name.split(".")[0] == module]
-        names += [(teacher_name(name), shape) for name, shape in _around(config)]
+        names += [(teacher_name(name), shape) for name, shape in _projections(config)]
     return {
         name: TensorInfo(shape, np.dtype(np.int64 if name.endswith(".position_ids") else np.float32))
         for name, shape in names
     }
 
 
-def _student(config: ModelConfig, fusion_start: int) -> Named:
-    yield from _around(config)
+def _student(config: ModelConfig, fusion_start: int) -> NamedShapes:
+    yield from _projections(config)
     yield from _clip(config)
     yield from _text_encoder(config)
     yield from _fusion_encoder(config, fusion_start)
     yield from _text_decoder(config)
 
 
-def _around(config: ModelConfig) -> Named:
+def _projections(config: ModelConfig) -> NamedShapes:
     yield from _norm("visn_emb_norm", config.width)
     if config.vision_width != config.width:
         yield from _linear("visn_fc", config.vision_width, config.width)
         yield from _norm("visn_layer_norm", config.width)
 
 
-def _linear(name: str, in_dim: int, out_dim: int) -> Named:
+def _linear(name: str, in_dim: int, out_dim: int) -> NamedShapes:
     yield f"{name}.weight", (out_dim, in_dim)
     yield f"{name}.bias", (out_dim,)
 
 
-def _norm(name: str, dim: int) -> Named:
+def _norm(name: str, dim: int) -> NamedShapes:
     yield f"{name}.weight", (dim,)
     yield f"{name}.bias", (dim,)
 
 
-def _clip(config: ModelConfig) -> Named:
+def _clip(config: ModelConfig) -> NamedShapes:
     vision, patch = config.vision_width, config.patch_size
     width, layers, words, positions = _CLIP_TEXT.get(vision, _NO_CLIP_TEXT)
     top = "visual_encoder"
@@ -87,7 +87,7 @@ def _clip(config: ModelConfig) -> Named:
     yield from _norm(f"{top}.ln_final", width)
 
 
-def _clip_block(name: str, width: int, *, temporal: bool) -> Named:
+def _clip_block(name: str, width: int, *, temporal: bool) -> NamedShapes:
     if temporal:
         for unit in (f"{name}.lmhra1", f"{name}.lmhra2"):
             yield from _norm(f"{unit}.ln", width)
@@ -106,7 +106,7 @@ def _clip_block(name: str, width: int, *, temporal: bool) -> Named:
     yield from _norm(f"{name}.ln_2", width)
 
 
-def _embeddings(name: str, config: ModelConfig) -> Named:
+def _embeddings(name: str, config: ModelConfig) -> NamedShapes:
     yield f"{name}.position_ids", (1, config.max_positions)
     yield f"{name}.word_embeddings.weight", (config.vocab_size, config.width)
     yield f"{name}.position_embeddings.weight", (config.max_positions, config.width)
@@ -114,8 +114,10 @@ def _embeddings(name: str, config: ModelConfig) -> Named:
     yield from _norm(f"{name}.LayerNorm", config.width)
 
 
-def _bert_layer(name: str, config: ModelConfig, *, cross: bool, latents: bool = False, twin: bool = False) -> Named:
-    """A layer; ``twin``: with the separate MLP for vision that the release makes and does not use."""
+def _bert_layer(
+    name: str, config: ModelConfig, *, cross: bool, latents: bool = False, separate_vision_mlp: bool = False
+) -> NamedShapes:
+    """Yield a layer; ``separate_vision_mlp``: with the MLP for vision that the release builds but never uses."""
     width, hidden = config.width, config.mlp_width
     if latents:
         yield f"{name}.latents", (config.num_latents, width)
@@ -124,32 +126,36 @@ def _bert_layer(name: str, config: ModelConfig, *, cross: bool, latents: bool = 
             yield from _linear(f"{name}.{attention}.self.{which}", width, width)
         yield from _linear(f"{name}.{attention}.output.dense", width, width)
         yield from _norm(f"{name}.{attention}.output.LayerNorm", width)
-    for suffix in ("", "_vision") if twin else ("",):
+    for suffix in ("", "_vision") if separate_vision_mlp else ("",):
         yield from _linear(f"{name}.intermediate{suffix}.dense", width, hidden)
         yield from _linear(f"{name}.output{suffix}.dense", hidden, width)
         yield from _norm(f"{name}.output{suffix}.LayerNorm", width)
 
 
-def _text_encoder(config: ModelConfig) -> Named:
+def _text_encoder(config: ModelConfig) -> NamedShapes:
     yield from _embeddings("text_encoder.embeddings", config)
     for i in range(config.text_layers + config.universal_layers):
         shared = i >= config.text_layers
-        first = i == config.text_layers
-        yield from _bert_layer(f"text_encoder.encoder.layer.{i}", config, cross=shared, latents=first, twin=shared)
+        yield from _bert_layer(
+            f"text_encoder.encoder.layer.{i}", config, cross=shared, latents=i == config.text_layers,
+            separate_vision_mlp=shared,
+        )  # fmt: skip
 
 
-def _fusion_encoder(config: ModelConfig, fusion_start: int) -> Named:
+def _fusion_encoder(config: ModelConfig, fusion_start: int) -> NamedShapes:
     yield from _embeddings("fusion_encoder.embeddings", config)
     for i in range(fusion_start + config.fusion_layers):
         yield from _bert_layer(f"fusion_encoder.encoder.layer.{i}", config, cross=True)
 
 
-def _text_decoder(config: ModelConfig) -> Named:
+def _text_decoder(config: ModelConfig) -> NamedShapes:
     yield from _embeddings("text_decoder.bert.embeddings", config)
-    shared = config.decoder_layers - config.universal_layers
+    first_shared = config.decoder_layers - config.universal_layers
     for i in range(config.decoder_layers):
         name = f"text_decoder.bert.encoder.layer.{i}"
-        yield from _bert_layer(name, config, cross=True, latents=i == shared, twin=i >= shared)
+        yield from _bert_layer(
+            name, config, cross=True, latents=i == first_shared, separate_vision_mlp=i >= first_shared
+        )
     head, width = "text_decoder.cls.predictions", config.width
     yield f"{head}.bias", (config.vocab_size,)
     yield from _linear(f"{head}.transform.dense", width, width)
@@ -158,18 +164,18 @@ def _text_decoder(config: ModelConfig) -> Named:
     yield f"{head}.decoder.bias", (config.vocab_size,)
 
 
-def tie_of(name: str) -> str | None:
-    """The tensor that this one repeats, if it does."""
-    plain = student_name(name)
-    if plain not in TIED:
+def tied_to(name: str) -> str | None:
+    """Return the name of the tensor that this one repeats, or None."""
+    student = student_name(name)
+    if student not in TIED:
         return None
-    return TIED[plain] if name == plain else teacher_name(TIED[plain])
+    return TIED[student] if name == student else teacher_name(TIED[student])
 
 
-def fresh(name: str, info: TensorInfo, seed: int = 0) -> HostArray:
-    """The release's initialisation of a tensor; a function of (seed, name), the same for a teacher's copy.
+def init_tensor(name: str, info: TensorInfo, seed: int = 0) -> HostArray:
+    """Initialize a tensor as the release does; a function of (seed, name), the same for a teacher's copy.
 
-    CLIP's text tower is drawn as in CLIP's own code, everything else of this list as in BERT's.
+    CLIP's text tower is initialized as in CLIP's code, every other ignored tensor as in BERT's.
     """
     name = student_name(name)
     shape, dtype = info
@@ -182,11 +188,11 @@ def fresh(name: str, info: TensorInfo, seed: int = 0) -> HostArray:
     if name.endswith("bias"):
         return np.zeros(shape, dtype)
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
-    return (rng.standard_normal(shape, np.float32) * np.float32(_deviation(name, shape))).astype(dtype)
+    return (rng.standard_normal(shape, np.float32) * np.float32(_init_std(name, shape))).astype(dtype)
 
 
-def _deviation(name: str, shape: tuple[int, ...]) -> float:
-    """Standard deviation of a fresh weight."""
+def _init_std(name: str, shape: tuple[int, ...]) -> float:
+    """Return the standard deviation of a weight's initialization."""
     if name.endswith(".latents"):
         return 1.0
     if not name.startswith("visual_encoder.") or name == "visual_encoder.token_embedding.weight":

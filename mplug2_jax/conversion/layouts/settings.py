@@ -1,6 +1,6 @@
-"""What others keep beside a CLIP or a BERT says what shapes do not: heads, activation, positions, epsilons.
+"""Settings files next to a CLIP or a BERT: what its shapes do not determine (heads, activation, positions, epsilons).
 
-Settings of a model that ours cannot compute are refused. What no file says is assumed, and told in words.
+Rejects settings that our model cannot compute. What no file says is assumed, and reported.
 """
 
 import json
@@ -12,33 +12,33 @@ from mplug2_jax.errors import UserError
 from mplug2_jax.model.vision import PIXEL_MEAN, PIXEL_STD
 
 HUGGING_FACE, OPEN_CLIP, GOOGLE = "config.json", "open_clip_config.json", "bert_config.json"
-PIXELS, WORDS = "preprocessor_config.json", "tokenizer_config.json"
-_HEAD = 64  # columns of a head, where nothing says another number
-_WIDER_HEADS = {1280: 80, 1408: 88, 1664: 104}  # ViT-H, -g and -G, of all CLIPs that are published
+PREPROCESSOR, TOKENIZER = "preprocessor_config.json", "tokenizer_config.json"
+_HEAD_WIDTH = 64  # unless a file says another
+_WIDER_HEADS = {1280: 80, 1408: 88, 1664: 104}  # by width: ViT-H, -g and -G of all published CLIPs
 
-_OF_TOWERS, _OF_BERT = ("patch_size", "vision_config"), ("num_attention_heads", "hidden_size", "model_type")
+_TOWER_KEYS, _BERT_KEYS = ("patch_size", "vision_config"), ("num_attention_heads", "hidden_size", "model_type")
 
-# What the libraries take for fields that are absent, and all that our model computes.
+# The libraries' defaults for absent fields, and the values that our model supports.
 _CLIP_DEFAULTS: Mapping[str, Any] = {"num_attention_heads": 12, "hidden_act": "quick_gelu"}
-_CLIP_COMPUTED: Mapping[str, tuple[Any, ...]] = {"hidden_act": ("quick_gelu", "gelu"), "layer_norm_eps": (1e-5,)}
-_PIXELS: Mapping[str, tuple[Any, ...]] = {"image_mean": (list(PIXEL_MEAN),), "image_std": (list(PIXEL_STD),)}
+_CLIP_SUPPORTED: Mapping[str, tuple[Any, ...]] = {"hidden_act": ("quick_gelu", "gelu"), "layer_norm_eps": (1e-5,)}
+_PIXELS_SUPPORTED: Mapping[str, tuple[Any, ...]] = {"image_mean": (list(PIXEL_MEAN),), "image_std": (list(PIXEL_STD),)}
 _BERT_DEFAULTS: Mapping[str, Any] = {"num_attention_heads": 12, "hidden_act": "gelu"}
-_BERT_COMPUTED: Mapping[str, tuple[Any, ...]] = {
+_BERT_SUPPORTED: Mapping[str, tuple[Any, ...]] = {
     "model_type": ("bert",), "hidden_act": ("gelu", "gelu_python"), "position_embedding_type": ("absolute",),
     "layer_norm_eps": (1e-12,), "is_decoder": (False,),
 }  # fmt: skip
 
 
 class Architecture(NamedTuple):
-    """What is known of a model beside its shapes; ``assumed`` are sentences about what no file says."""
+    """What is known about a model besides its shapes; ``assumptions`` are sentences about what no file says."""
 
     heads: int
     activation: str
-    assumed: tuple[str, ...] = ()
+    assumptions: tuple[str, ...] = ()
 
 
 def read_settings(path: Path) -> Mapping[str, Any] | None:
-    """The object in a JSON file; None where there is no file, or something other in it.
+    """Return the object in a JSON file; None if there is no file, or it holds no object.
 
     Raises:
         UserError: the file is damaged.
@@ -48,135 +48,142 @@ def read_settings(path: Path) -> Mapping[str, Any] | None:
     except FileNotFoundError:
         return None
     except (ValueError, OSError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}); mend or remove it") from error
+        raise UserError(f"{path} is not valid JSON ({error}); fix or remove it") from error
     return settings if isinstance(settings, dict) else None
 
 
 def clip_architecture(weights: Path, sizes: Mapping[str, Any], *, openai: bool) -> Architecture:
-    """Heads and activation of a vision tower of these sizes.
+    """Return heads and activation of a vision tower of these sizes.
 
     Args:
-        weights: the file or folder that the tower is in.
-        sizes: the fields of our sizes that its shapes tell.
-        openai: whether its names are OpenAI's, which open_clip writes; its settings then come first.
+        weights: the tower's file or folder.
+        sizes: the ModelConfig fields that its shapes determine.
+        openai: whether its names are OpenAI's, as open_clip writes them; its settings then take precedence.
 
     Raises:
-        UserError: settings of another model, or of one that ours does not compute.
+        UserError: the settings are of another model, or of one that ours does not support.
     """
-    theirs = {
+    expected = {
         "hidden_size": sizes["vision_width"], "num_hidden_layers": sizes["vision_layers"],
         "patch_size": sizes["patch_size"],
     }  # fmt: skip
-    _check(_folder(weights) / PIXELS, read_settings(_folder(weights) / PIXELS) or {}, _PIXELS)
-    kinds = {HUGGING_FACE: _of_hugging_face_clip, OPEN_CLIP: _of_open_clip}
-    for name in sorted(kinds, reverse=openai):
-        if (said := kinds[name](read_settings(_folder(weights) / name))) is not None:
-            return _architecture(_folder(weights) / name, said, theirs, _CLIP_DEFAULTS, {**_CLIP_COMPUTED, **_PIXELS})
-    return _assumed(weights, sizes["vision_width"], "quick_gelu", "QuickGELU", (HUGGING_FACE, OPEN_CLIP))
+    _check(_folder(weights) / PREPROCESSOR, read_settings(_folder(weights) / PREPROCESSOR) or {}, _PIXELS_SUPPORTED)
+    parsers = {HUGGING_FACE: _parse_hugging_face_clip, OPEN_CLIP: _parse_open_clip}
+    for name in sorted(parsers, reverse=openai):
+        if (settings := parsers[name](read_settings(_folder(weights) / name))) is not None:
+            return _architecture(
+                _folder(weights) / name, settings, expected, _CLIP_DEFAULTS, {**_CLIP_SUPPORTED, **_PIXELS_SUPPORTED}
+            )
+    return _assume(weights, sizes["vision_width"], "quick_gelu", "QuickGELU", (HUGGING_FACE, OPEN_CLIP))
 
 
 def bert_architecture(weights: Path, sizes: Mapping[str, Any]) -> Architecture:
-    """Heads of a BERT of these sizes, whose other settings are those that ours computes.
+    """Return the heads of a BERT of these sizes, and check that our model supports its other settings.
 
     Raises:
         UserError: as :func:`clip_architecture`.
     """
-    theirs = {
+    expected = {
         "hidden_size": sizes["width"], "num_hidden_layers": sizes["text_layers"] + sizes["universal_layers"],
         "intermediate_size": sizes["mlp_width"], "max_position_embeddings": sizes["max_positions"],
     }  # fmt: skip
     for name in (HUGGING_FACE, GOOGLE):
-        said = read_settings(_folder(weights) / name) or {}
-        if said.keys().isdisjoint(_OF_TOWERS) and not said.keys().isdisjoint(_OF_BERT):
-            told = _architecture(_folder(weights) / name, said, theirs, _BERT_DEFAULTS, _BERT_COMPUTED)
+        settings = read_settings(_folder(weights) / name) or {}
+        if settings.keys().isdisjoint(_TOWER_KEYS) and not settings.keys().isdisjoint(_BERT_KEYS):
+            architecture = _architecture(_folder(weights) / name, settings, expected, _BERT_DEFAULTS, _BERT_SUPPORTED)
             break
     else:
-        told = _assumed(weights, sizes["width"], "gelu", "exact GELU, absolute positions", (HUGGING_FACE,))
-    if (read_settings(_folder(weights) / WORDS) or {}).get("do_lower_case") is False:
-        cased = f"{WORDS} says do_lower_case=false: our word pieces are in lower case, so that words in capitals differ"
-        told = told._replace(assumed=(*told.assumed, cased))
-    return told
+        architecture = _assume(weights, sizes["width"], "gelu", "exact GELU, absolute positions", (HUGGING_FACE,))
+    if (read_settings(_folder(weights) / TOKENIZER) or {}).get("do_lower_case") is False:
+        cased = f"{TOKENIZER} has do_lower_case=false, but our word pieces are lower case: words in capitals differ"
+        architecture = architecture._replace(assumptions=(*architecture.assumptions, cased))
+    return architecture
 
 
 def _folder(weights: Path) -> Path:
     return weights if weights.is_dir() else weights.parent
 
 
-def _of_hugging_face_clip(settings: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-    """A tower's own settings, or those inside a whole CLIP's; older files have them twice, and the second counts."""
+def _parse_hugging_face_clip(settings: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """Return a tower's settings, or those in a whole CLIP's; of two sections in older files, the second overrides."""
     settings = settings or {}
-    both = [settings[name] for name in ("vision_config", "vision_config_dict") if isinstance(settings.get(name), dict)]
-    if both:
-        return {name: value for part in both for name, value in part.items()}
+    sections = [
+        settings[name] for name in ("vision_config", "vision_config_dict") if isinstance(settings.get(name), dict)
+    ]
+    if sections:
+        return {name: value for section in sections for name, value in section.items()}
     return settings if "patch_size" in settings else None
 
 
-def _of_open_clip(settings: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-    """open_clip's settings in Hugging Face's words; its own default is exact GELU, and heads of 64."""
+def _parse_open_clip(settings: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """Return open_clip's settings under Hugging Face's names; its defaults are exact GELU and a head width of 64."""
     model = (settings or {}).get("model_cfg", settings)
     vision = model.get("vision_cfg") if isinstance(model, dict) else None
     if not isinstance(model, dict) or not isinstance(vision, dict):
         return None
-    width, head, norm = vision.get("width", 768), vision.get("head_width", _HEAD), vision.get("norm_kwargs")
-    seen = (settings or {}).get("preprocess_cfg")
-    whole = type(width) is int and type(head) is int and head > 0
+    width, head_width, norm = vision.get("width", 768), vision.get("head_width", _HEAD_WIDTH), vision.get("norm_kwargs")
+    preprocessing = (settings or {}).get("preprocess_cfg")
+    valid = type(width) is int and type(head_width) is int and head_width > 0
     return {
         "hidden_act": "quick_gelu" if model.get("quick_gelu") else "gelu",
         "hidden_size": width,
         "num_hidden_layers": vision.get("layers"),
         "patch_size": vision.get("patch_size"),
-        "num_attention_heads": width // head if whole else head,
+        "num_attention_heads": width // head_width if valid else head_width,
         "layer_norm_eps": norm.get("eps") if isinstance(norm, dict) else None,
-        "image_mean": seen.get("mean") if isinstance(seen, dict) else None,
-        "image_std": seen.get("std") if isinstance(seen, dict) else None,
+        "image_mean": preprocessing.get("mean") if isinstance(preprocessing, dict) else None,
+        "image_std": preprocessing.get("std") if isinstance(preprocessing, dict) else None,
     }
 
 
 def _architecture(
-    path: Path, said: Mapping[str, Any], theirs: Mapping[str, int], defaults: Mapping[str, Any],
-    computed: Mapping[str, tuple[Any, ...]],
+    path: Path, settings: Mapping[str, Any], expected: Mapping[str, int], defaults: Mapping[str, Any],
+    supported: Mapping[str, tuple[Any, ...]],
 ) -> Architecture:  # fmt: skip
-    """What a file says, held against the shapes and what our model computes."""
-    said = {name: value for name, value in said.items() if value is not None}
-    _check(path, said, computed)
-    for name, value in theirs.items():
-        if said.get(name, value) != value:
+    """Check a file's settings against the shapes and against what our model supports."""
+    present = {name: value for name, value in settings.items() if value is not None}
+    _check(path, present, supported)
+    for name, value in expected.items():
+        if present.get(name, value) != value:
             raise UserError(
-                f"{path}: {name}={said[name]!r}, but the weights have {value}; put the settings beside them that "
-                "they were made with"
+                f"{path}: {name}={present[name]!r}, but the weights have {value}; put the settings that they were "
+                "trained with next to them"
             )
-    settings = {**defaults, **said}
-    heads, width = settings["num_attention_heads"], theirs["hidden_size"]
+    completed = {**defaults, **present}
+    heads, width = completed["num_attention_heads"], expected["hidden_size"]
     if type(heads) is not int or heads < 1 or width % heads:
-        raise UserError(f"{path}: num_attention_heads={heads!r} does not divide {width} columns; mend it")
-    absent = [name for name in defaults if name not in said]
-    assumed = (f"{name}={defaults[name]!r}: {path.name} does not say, and it is the library's own" for name in absent)
-    return Architecture(heads, settings["hidden_act"], tuple(assumed))
+        raise UserError(f"{path}: num_attention_heads={heads!r} does not divide the width {width}; correct it")
+    assumptions = (
+        f"{name}={default!r}: not in {path.name}, the library's default"
+        for name, default in defaults.items()
+        if name not in present
+    )
+    return Architecture(heads, completed["hidden_act"], tuple(assumptions))
 
 
-def _check(path: Path, said: Mapping[str, Any], computed: Mapping[str, tuple[Any, ...]]) -> None:
-    """Refuses what our model does not compute."""
-    for name, known in computed.items():
-        if said.get(name) is not None and _short(said[name]) not in map(_short, known):
+def _check(path: Path, settings: Mapping[str, Any], supported: Mapping[str, tuple[Any, ...]]) -> None:
+    """Raise UserError for a setting that our model does not support."""
+    for name, values in supported.items():
+        if settings.get(name) is not None and _round(settings[name]) not in map(_round, values):
             raise UserError(
-                f"{path}: {name}={said[name]!r} is not what mPLUG-2 computes, which is "
-                f"{' or '.join(map(repr, known))}; import a model of that"
+                f"{path}: {name}={settings[name]!r} is not supported, expected {' or '.join(map(repr, values))}; "
+                "import another model"
             )
 
 
-def _short(value: Any) -> Any:
-    """Lists of numbers to three digits, as some write the colours' means."""
-    numbers = isinstance(value, list) and all(isinstance(x, int | float) for x in value)
-    return [round(x, 3) for x in value] if numbers else value
+def _round(value: Any) -> Any:
+    """Round lists of numbers to three digits, as some files write the mean color."""
+    is_numbers = isinstance(value, list) and all(isinstance(x, int | float) for x in value)
+    return [round(x, 3) for x in value] if is_numbers else value
 
 
-def _assumed(weights: Path, width: int, activation: str, words: str, files: Iterable[str]) -> Architecture:
-    """What is taken for granted of weights alone."""
-    head = _WIDER_HEADS.get(width, _HEAD)
-    if width % head:
+def _assume(weights: Path, width: int, activation: str, description: str, files: Iterable[str]) -> Architecture:
+    """Return the usual architecture, for weights without settings."""
+    head_width = _WIDER_HEADS.get(width, _HEAD_WIDTH)
+    if width % head_width:
         raise UserError(
-            f"{weights}: {width} columns are no whole number of heads of {head}; put the {' or '.join(files)} that the "
-            "weights were made with beside them"
+            f"{weights}: the width {width} is not a multiple of the head width {head_width}; put the "
+            f"{' or '.join(files)} that the weights were trained with next to them"
         )
-    where = f"no {' or '.join(files)} beside {weights.name} says otherwise"
-    return Architecture(width // head, activation, (f"heads of {head} columns, {words}: {where}",))
+    assumption = f"head width {head_width}, {description}: assumed without {' or '.join(files)} next to {weights.name}"
+    return Architecture(width // head_width, activation, (assumption,))

@@ -1,6 +1,6 @@
 """What every parity runner shares: the rows, the tolerances, the goldens' names for our intermediates.
 
-A framework's part is a :class:`Computation`: it computes numbers and gives them their golden names. What the golden
+A framework's part is a :class:`Runner`: it computes numbers and gives them their golden names. What the golden
 files list and it does not compute is a failure, so a folder with new arrays can never pass by being ignored.
 """
 
@@ -39,7 +39,7 @@ class Row:
 
 
 @runtime_checkable
-class Computation(Protocol):
+class Runner(Protocol):
     """One framework's numbers for one model of a golden folder; tensors have their official names and shapes."""
 
     def account(self) -> str:
@@ -89,15 +89,15 @@ def compare_summary(section: str, name: str, ours: HostArray, theirs: dict[str, 
     return Row(section, name, ours.shape, gaps[2], relative, relative <= tolerance)
 
 
-def account_row(golden: Golden, account: str, note: str = "") -> Row:
+def weights_row(golden: Golden, account: str, note: str = "") -> Row:
     """The row that opens a model: what became of its weights."""
     return Row(golden.model, f"weights: {account}", (), 0.0, 0.0, True, note)
 
 
-def compare_all(golden: Golden, computation: Computation) -> Iterator[Row]:
+def compare_all(golden: Golden, computation: Runner) -> Iterator[Row]:
     """Everything that a caption or question-answering golden lists; rows come as they are computed."""
-    yield account_row(golden, computation.account())
-    yield from against_outputs(golden, computation.arrays())
+    yield weights_row(golden, computation.account())
+    yield from compare_outputs(golden, computation.arrays())
     stats, known = golden.stats, {"grads", "train"}
     yield from gradient_rows(golden, "grads", computation.gradients())
     if golden.teacher is not None:
@@ -113,7 +113,7 @@ def compare_all(golden: Golden, computation: Computation) -> Iterator[Row]:
         yield Row(golden.model, kind, (), np.inf, np.inf, False, "not computed")
 
 
-def against_outputs(golden: Golden, computed: Named, inputs: tuple[str, ...] = ()) -> Iterator[Row]:
+def compare_outputs(golden: Golden, computed: Named, inputs: tuple[str, ...] = ()) -> Iterator[Row]:
     """A row for every array of the outputs but those that are ``inputs``."""
     ours = dict(computed)
     for name, theirs in golden.outputs.items():
@@ -163,7 +163,7 @@ def caption_weights(golden: Golden, *, masked_prompt: bool = True) -> HostArray:
     return (mask & (np.arange(mask.shape[1]) >= prompt)).astype(np.float32)
 
 
-def numbers_in(golden: Golden, pattern: str) -> list[int]:
+def find_numbers(golden: Golden, pattern: str) -> list[int]:
     """The numbers in the names of the outputs that match a pattern, taken from its group."""
     return sorted({int(found[1]) for found in map(re.compile(pattern).fullmatch, golden.outputs) if found})
 

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from mplug2_jax.conversion.files.sources import HostArray, SafetensorsSource
-from mplug2_jax.conversion.layouts.official import CAPTION_PARTS, QUESTION_PARTS, load_official, slots
+from mplug2_jax.conversion.layouts.official import CAPTION_PARTS, QUESTION_PARTS, load_official, map_tensors
 from mplug2_jax.conversion.layouts.official_config import sizes_from_settings
-from mplug2_jax.conversion.layouts.slots import Slot
+from mplug2_jax.conversion.layouts.tensor_mapping import TensorMapping
 from mplug2_jax.errors import UserError
 from mplug2_jax.model.mplug2 import ModelDef, Params, define_model
 
@@ -40,9 +40,9 @@ class Golden:
     account: str
 
     @functools.cached_property
-    def slots(self) -> list[Slot]:
+    def mappings(self) -> list[TensorMapping]:
         """Where every official tensor in use stands in our tree."""
-        return slots(self.definition.config, self.definition.parts, self.fusion_start)
+        return map_tensors(self.definition.config, self.definition.parts, self.fusion_start)
 
     def fusion_with_stride(self, stride: int) -> tuple[ModelDef, Params]:
         """The fusion module rebuilt with another stride from the same weights, as a model of its own.

@@ -15,21 +15,21 @@ import optax
 from mplug2_jax.conversion.files.sources import HostArray
 from mplug2_jax.conversion.layouts.official import to_official
 from mplug2_jax.conversion.parity.comparison import (
-    Computation,
     Named,
     Row,
-    account_row,
-    against_outputs,
+    Runner,
     beam_arrays,
     caption_weights,
     compare_all,
+    compare_outputs,
     decoder_arrays,
+    find_numbers,
     fusion_arrays,
     gradient_rows,
-    numbers_in,
     teachers,
     text_arrays,
     visual_arrays,
+    weights_row,
 )  # fmt: skip
 from mplug2_jax.conversion.parity.goldens import Golden, load_goldens
 from mplug2_jax.conversion.parity.retrieval import RETRIEVAL_INPUTS, retrieval_run
@@ -64,7 +64,7 @@ def run_parity(folder: Path, framework: Framework = "jax") -> Iterator[Row]:
         UserError: the folder is missing, incomplete or damaged, its weights do not fit its sizes, or the framework is
             not installed.
     """
-    compute = JaxComputation if framework == "jax" else _torch_computation()
+    compute = JaxRunner if framework == "jax" else _torch_computation()
     for golden in load_goldens(folder):
         if golden.model == "retrieval":
             yield from _retrieval_rows(golden, "" if framework == "jax" else RETRIEVAL_NOTE)
@@ -72,25 +72,25 @@ def run_parity(folder: Path, framework: Framework = "jax") -> Iterator[Row]:
             yield from compare_all(golden, compute(golden))
 
 
-def _torch_computation() -> Callable[[Golden], Computation]:
+def _torch_computation() -> Callable[[Golden], Runner]:
     try:
-        from mplug2_jax.conversion.parity.torch_runner import TorchComputation
+        from mplug2_jax.conversion.parity.torch_runner import TorchRunner
     except ModuleNotFoundError as error:
         if error.name != "torch":
             raise
         raise UserError("--framework torch needs PyTorch: pip install 'mplug2-jax[torch]'") from error
-    return TorchComputation
+    return TorchRunner
 
 
 def _retrieval_rows(golden: Golden, note: str) -> Iterator[Row]:
-    yield account_row(golden, golden.account, note)
+    yield weights_row(golden, golden.account, note)
     computed, gradient = retrieval_run(golden)
-    yield from against_outputs(golden, iter(computed.items()), RETRIEVAL_INPUTS)
+    yield from compare_outputs(golden, iter(computed.items()), RETRIEVAL_INPUTS)
     yield from gradient_rows(golden, "grads", _official(golden, gradient))
 
 
 def _official(golden: Golden, tree: Params) -> dict[str, HostArray]:
-    return dict(to_official(tree, golden.slots, golden.source))
+    return dict(to_official(tree, golden.mappings, golden.source))
 
 
 # --- inputs -----------------------------------------------------------------------------------------------------------
@@ -106,14 +106,14 @@ def _caption_batch(golden: Golden, *, masked_prompt: bool = True) -> DeviceBatch
     return {"frames": _frames(golden), "target": ids, "target_weights": jnp.asarray(weights)}
 
 
-def _slots_of_answers(golden: Golden) -> HostArray:
+def _answer_rows(golden: Golden) -> HostArray:
     """Row of each answer when every question is padded to the same number r of answers."""
     counts = golden.inputs["answer_k"]
     return np.concatenate([i * counts.max() + np.arange(k) for i, k in enumerate(counts)])
 
 
 def _question_batch(golden: Golden) -> DeviceBatch:
-    x, rows = golden.inputs, _slots_of_answers(golden)
+    x, rows = golden.inputs, _answer_rows(golden)
     total = len(x["answer_k"]) * int(x["answer_k"].max())
 
     def spread(values: HostArray, fill: HostArray) -> jax.Array:
@@ -140,7 +140,7 @@ def _searches(golden: Golden, memory: jax.Array, mask: jax.Array) -> Named:
     settings = golden.settings
     limits = settings[f"{golden.model}_generation"]
     tokens = SpecialTokens(begin=settings["bos"], end=settings["eos"])
-    for width in numbers_in(golden, r"beam(\d+)_ids"):
+    for width in find_numbers(golden, r"beam(\d+)_ids"):
         config = SearchConfig(num_beams=width, extend_finished=True, **limits)
 
         @jax.jit
@@ -176,9 +176,9 @@ def caption_arrays(golden: Golden) -> Named:
     yield from _searches(golden, visual, jnp.ones(visual.shape[:2], bool))
 
 
-def question_arrays(golden: Golden) -> Named:
+def videoqa_arrays(golden: Golden) -> Named:
     """Everything the question-answering model's outputs list."""
-    batch, rows = _question_batch(golden), _slots_of_answers(golden)
+    batch, rows = _question_batch(golden), _answer_rows(golden)
     ids, mask = batch["instruction"], batch["instruction_mask"]
 
     @jax.jit
@@ -197,7 +197,7 @@ def question_arrays(golden: Golden) -> Named:
     yield from visual_arrays(taps, golden)
     yield from text_arrays(taps)
     yield from fusion_arrays(taps, golden, image, fused)
-    for stride in numbers_in(golden, r"fusion_stride(\d+)_text"):
+    for stride in find_numbers(golden, r"fusion_stride(\d+)_text"):
         definition, params = golden.fusion_with_stride(stride)
         mixed = jax.jit(lambda p, *x, d=definition: d.bind(p).fusion(*x))(params, text, mask, visual)
         yield f"fusion_stride{stride}_image", np.asarray(mixed[0])
@@ -271,7 +271,7 @@ def _distillation_arrays(golden: Golden, batch: DeviceBatch, rows: HostArray) ->
 # --- gradients and training -------------------------------------------------------------------------------------------
 
 
-class JaxComputation:
+class JaxRunner:
     """Our model's numbers."""
 
     def __init__(self, golden: Golden) -> None:
@@ -290,7 +290,7 @@ class JaxComputation:
 
     def arrays(self) -> Named:
         """Everything that the golden's outputs list."""
-        return caption_arrays(self.golden) if self.golden.model == "caption" else question_arrays(self.golden)
+        return caption_arrays(self.golden) if self.golden.model == "caption" else videoqa_arrays(self.golden)
 
     def gradients(self, alpha: float | None = None) -> Mapping[str, HostArray]:
         """Gradients of the loss; with ``alpha``, of the distilled one, after one update of the teacher."""

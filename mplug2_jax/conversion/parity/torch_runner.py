@@ -14,8 +14,8 @@ from mplug2_jax.conversion.parity.comparison import (
     beam_arrays,
     caption_weights,
     decoder_arrays,
+    find_numbers,
     fusion_arrays,
-    numbers_in,
     teachers,
     text_arrays,
     visual_arrays,
@@ -30,14 +30,14 @@ from mplug2_jax.conversion.torch_runtime import (
     parameter_groups,
     update_teacher,
 )  # fmt: skip
-from mplug2_jax.conversion.torch_runtime.model import Mplug2, answer_sums, distillation_sums
+from mplug2_jax.conversion.torch_runtime.model import Mplug2, summed_answer_loss, summed_distillation_loss
 from mplug2_jax.conversion.torch_runtime.search import generate
 
 Model = TypeVar("Model", bound=Mplug2)
 
 
-class TorchComputation:
-    """A :class:`~mplug2_jax.conversion.parity.comparison.Computation` by the PyTorch runtime, in evaluation mode."""
+class TorchRunner:
+    """A :class:`~mplug2_jax.conversion.parity.comparison.Runner` by the PyTorch runtime, in evaluation mode."""
 
     def __init__(self, golden: Golden) -> None:
         self.golden = golden
@@ -50,7 +50,7 @@ class TorchComputation:
 
     def arrays(self) -> Named:
         """Everything that the golden's outputs list."""
-        compute = caption_arrays if self._kind is Caption else question_arrays
+        compute = caption_arrays if self._kind is Caption else videoqa_arrays
         with torch.no_grad():  # to the end: a generator would carry it outside
             return iter(list(compute(self.golden)))
 
@@ -73,7 +73,10 @@ class TorchComputation:
         model, losses = load(golden, self._kind), []
         teacher = load(golden, self._kind, teacher=True) if golden.teacher is not None else None
         groups = parameter_groups(
-            model, rest=train["lr_other"], vision=train["lr_visual"], weight_decay=train["weight_decay"]
+            model,
+            learning_rate=train["lr_other"],
+            vision_learning_rate=train["lr_visual"],
+            weight_decay=train["weight_decay"],
         )
         optimizer = torch.optim.AdamW(groups, betas=tuple(train["betas"]), eps=train["eps"])
         for i in range(train["steps"] + 1):
@@ -123,7 +126,7 @@ def _loss(golden: Golden, model: Caption | VideoQA, **distillation: Any) -> Tens
 
 def _distilled_loss(golden: Golden, model: Caption | VideoQA, teacher: VideoQA, alpha: float) -> Tensor:
     """The release's form, which normalises over time."""
-    return _loss(golden, model, teacher=teacher, alpha=alpha, over="time")
+    return _loss(golden, model, teacher=teacher, alpha=alpha, softmax_axis="time")
 
 
 def _update(golden: Golden, teacher: Caption | VideoQA, model: Caption | VideoQA) -> None:
@@ -158,7 +161,7 @@ def caption_arrays(golden: Golden) -> Named:
     yield from _searches(golden, model, visual, torch.ones(visual.shape[:2], dtype=torch.bool))
 
 
-def question_arrays(golden: Golden) -> Named:
+def videoqa_arrays(golden: Golden) -> Named:
     """Everything the question-answering model's outputs list."""
     model, taps, batch = load(golden, VideoQA), Taps(), _question_batch(golden)
     asked = batch["frames"], batch["question"], batch["question_mask"]
@@ -174,19 +177,19 @@ def question_arrays(golden: Golden) -> Named:
     yield from decoder_arrays(taps, logits)
     yield "vqa_loss", _loss(golden, model).numpy()
     (weights,) = _inputs(golden, "answer_mask")
-    yield "vqa_loss_per_answer", answer_sums(logits, batch["target"], weights).numpy()
+    yield "vqa_loss_per_answer", summed_answer_loss(logits, batch["target"], weights).numpy()
     if golden.teacher is not None:
         yield from _distillation_arrays(golden, model, logits, batch)
     yield from _searches(golden, model, memory, mask)
     (candidates,) = _inputs(golden, "cand_ids")
-    chosen, shares = model.rank_answers(*asked, candidates, keep=golden.settings["rank_k"])
+    chosen, shares = model.rank_answers(*asked, candidates, num_candidates=golden.settings["rank_k"])
     yield "rank_ids", chosen.numpy()
     yield "rank_probs", shares.numpy()
 
 
 def _mixed_fusion(golden: Golden, taps: Taps, mask: Tensor) -> Named:
     """The fusion module rebuilt with other strides from the same weights."""
-    for stride in numbers_in(golden, r"fusion_stride(\d+)_text"):
+    for stride in find_numbers(golden, r"fusion_stride(\d+)_text"):
         fusion = load(golden, VideoQA, fusion_stride=stride).fusion_encoder
         image, text = fusion(taps["text/out"], mask, taps["visual/out"])
         yield f"fusion_stride{stride}_image", image.numpy()
@@ -201,8 +204,8 @@ def _distillation_arrays(golden: Golden, model: VideoQA, logits: Tensor, batch: 
     taught = teacher.answer_logits(**batch, taps=None)[:, :-1]
     soft, target = taught.softmax(-1), batch["target"]
     (weights,) = _inputs(golden, "answer_mask")
-    sums = (1 - alpha) * answer_sums(logits, target, weights)
-    sums = sums + alpha * distillation_sums(logits, soft, weights, over="time")
+    sums = (1 - alpha) * summed_answer_loss(logits, target, weights)
+    sums = sums + alpha * summed_distillation_loss(logits, soft, weights, softmax_axis="time")
     yield f"vqa_loss_distill_alpha{alpha}_per_answer", sums.numpy()
     yield "teacher_logits", taught.numpy()
     yield "teacher_probs", soft.numpy()
@@ -211,9 +214,9 @@ def _distillation_arrays(golden: Golden, model: VideoQA, logits: Tensor, batch: 
 def _searches(golden: Golden, model: Caption | VideoQA, memory: Tensor, mask: Tensor) -> Named:
     """Beam searches of every width that the outputs list."""
     settings = golden.settings
-    for width in numbers_in(golden, r"beam(\d+)_ids"):
+    for width in find_numbers(golden, r"beam(\d+)_ids"):
         config = SearchConfig(
-            beams=width, begin=settings["bos"], end=settings["eos"], **settings[f"{golden.model}_generation"]
+            num_beams=width, begin=settings["bos"], end=settings["eos"], **settings[f"{golden.model}_generation"]
         )
         ids, scores, lengths = (np.asarray(x) for x in generate(model.text_decoder, memory, mask, config))
         yield from beam_arrays(golden, width, ids, lengths, scores)

@@ -6,24 +6,24 @@ load strictly; what the release holds and never reads is dropped by rule and lis
 Example::
 
     model = Caption.from_pretrained("exports/msrvtt-caption")
-    found = model.generate(normalise_pixels(frames))
+    found = model.generate(normalize_pixels(frames))
 """
 
 from mplug2_jax.conversion.torch_runtime.config import SIZES, Config, read_config
 from mplug2_jax.conversion.torch_runtime.layers import Taps
 from mplug2_jax.conversion.torch_runtime.model import Caption, VideoQA, parameter_groups, update_teacher
-from mplug2_jax.conversion.torch_runtime.search import Found, SearchConfig
-from mplug2_jax.conversion.torch_runtime.vision import normalise_pixels
+from mplug2_jax.conversion.torch_runtime.search import DecodeOutput, SearchConfig
+from mplug2_jax.conversion.torch_runtime.vision import normalize_pixels
 
 __all__ = [
     "SIZES",
     "Caption",
     "Config",
-    "Found",
+    "DecodeOutput",
     "SearchConfig",
     "Taps",
     "VideoQA",
-    "normalise_pixels",
+    "normalize_pixels",
     "parameter_groups",
     "read_config",
     "update_teacher",

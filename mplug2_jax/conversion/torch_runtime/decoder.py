@@ -16,7 +16,7 @@ from mplug2_jax.conversion.torch_runtime.layers import (
     Encoder,
     KeysValues,
     Taps,
-    seen_by_all,
+    broadcast_mask,
     tap,
 )  # fmt: skip
 
@@ -89,8 +89,8 @@ class TextDecoder(nn.Module):
         tap(taps, "decoder/embed", x)
         seen = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()
         if mask is not None:
-            seen = seen & seen_by_all(mask)
-        memory_seen = None if memory_mask is None else seen_by_all(memory_mask)
+            seen = seen & broadcast_mask(mask)
+        memory_seen = None if memory_mask is None else broadcast_mask(memory_mask)
         for i, layer in enumerate(self.bert.encoder.layers):
             x = layer(x, seen, memory, memory_seen)
             tap(taps, "decoder/layer", x, layer=i)
@@ -99,11 +99,11 @@ class TextDecoder(nn.Module):
 
 
 class DecoderCache:
-    """Decoding one token at a time: a :class:`~mplug2_jax.conversion.torch_runtime.search.Continuation`."""
+    """Decoding one token at a time: a :class:`~mplug2_jax.conversion.torch_runtime.search.IncrementalDecoder`."""
 
     def __init__(self, decoder: TextDecoder, memory: Tensor, memory_mask: Tensor) -> None:
         """Projects the memory [b, s, d], once for all layers and tokens."""
-        self._decoder, self._memory_seen = decoder, seen_by_all(memory_mask)
+        self._decoder, self._memory_seen = decoder, broadcast_mask(memory_mask)
         self._memory = [layer.crossattention.project(memory) for layer in decoder.bert.encoder.layers]
         self._past: list[KeysValues | None] = [None] * len(self._memory)
         self._length = 0

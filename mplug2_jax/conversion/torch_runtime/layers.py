@@ -43,7 +43,7 @@ def tap(taps: Taps | None, name: str, x: Tensor, layer: int | None = None) -> No
         taps[name] = x[None] if layer == 0 else torch.cat([taps[name], x[None]])
 
 
-def seen_by_all(mask: Tensor) -> Tensor:
+def broadcast_mask(mask: Tensor) -> Tensor:
     """A key mask [b, s] for every head and query: [b, 1, 1, s]."""
     return mask[:, None, None, :]
 
@@ -91,7 +91,7 @@ class BertAttention(nn.Module):
         """``x`` [b*r, l, d] after attending to projected keys and values of b memories.
 
         The r sequences of a memory lie side by side as its queries, so that keys and values are never copied; ``mask``
-        is then the same for all queries (see :func:`seen_by_all`).
+        is then the same for all queries (see :func:`broadcast_mask`).
         """
         keys, values = keys_values
         query = self._split(self.self.query(x).reshape(keys.shape[0], -1, x.shape[-1]))

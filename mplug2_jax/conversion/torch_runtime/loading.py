@@ -24,13 +24,13 @@ TIED: Mapping[str, str] = {
     "text_decoder.cls.predictions.decoder.weight": "text_decoder.bert.embeddings.word_embeddings.weight",
     "text_decoder.cls.predictions.decoder.bias": "text_decoder.cls.predictions.bias",
 }
-TOPS = ("model", "module", "state_dict", "model_state_dict")
+STATE_DICT_KEYS = ("model", "module", "state_dict", "model_state_dict")
 """Where training checkpoints keep the state dict."""
 _TEACHER = re.compile(r"^(\w+)_m(?=\.)")  # the release appends _m to the module's name
 Rules = list[tuple[re.Pattern[str], str]]  # a pattern of whole names, and why nothing reads such a tensor
 
 
-def dead_rules(config: Config, *, text: bool) -> Rules:
+def ignored_patterns(config: Config, *, text: bool) -> Rules:
     """Which tensors of the release nothing reads, and why; the first rule that matches a whole name explains it.
 
     ``text``: whether the model encodes text, so that it has a text encoder below the universal layers, and fusion.
@@ -83,7 +83,7 @@ class SafetensorsFile(Mapping[str, Tensor]):
 def read_weights(path: Path) -> Mapping[str, Tensor]:
     """All tensors of a file, by name: safetensors, or what ``torch.save`` wrote of tensors alone; no code is run.
 
-    A checkpoint's tensors may lie under one of :data:`TOPS`, and a wrapper's prefix is taken off.
+    A checkpoint's tensors may lie under one of :data:`STATE_DICT_KEYS`, and a wrapper's prefix is taken off.
 
     Raises:
         UserError: the file is missing, damaged, of another kind, or holds more than tensors and plain values.
@@ -117,12 +117,14 @@ def _read_pickled(path: Path) -> Mapping[str, Tensor]:
     except Exception as error:  # zipfile, pickle and torch each raise their own for a damaged file
         reason = str(error).partition("\n")[0]
         raise UserError(f"{path} is damaged or holds more than tensors and plain values ({reason})") from error
-    for key in TOPS:
+    for key in STATE_DICT_KEYS:
         if isinstance(found, dict) and isinstance(found.get(key), dict):
             found = found[key]
             break
     if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
-        raise UserError(f"{path} holds no state dict: expected named tensors, bare or under {' or '.join(TOPS)}")
+        raise UserError(
+            f"{path} holds no state dict: expected named tensors, bare or under {' or '.join(STATE_DICT_KEYS)}"
+        )
     return found
 
 
@@ -171,7 +173,7 @@ def choose_weights(folder: Path) -> Path:
     return found[0]
 
 
-def official_state(
+def select_state(
     tensors: Mapping[str, Tensor],
     expected: Mapping[str, Tensor],
     rules: Rules,

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from mplug2_jax.conversion.torch_runtime.config import Config, read_config
 from mplug2_jax.conversion.torch_runtime.decoder import TextDecoder
 from mplug2_jax.conversion.torch_runtime.layers import BERT_EPS, Taps, tap
-from mplug2_jax.conversion.torch_runtime.loading import choose_weights, dead_rules, official_state, read_weights
-from mplug2_jax.conversion.torch_runtime.search import Found, SearchConfig, generate, rank_answers
+from mplug2_jax.conversion.torch_runtime.loading import choose_weights, ignored_patterns, read_weights, select_state
+from mplug2_jax.conversion.torch_runtime.search import DecodeOutput, SearchConfig, generate, rank_answers
 from mplug2_jax.conversion.torch_runtime.text import FusionEncoder, TextEncoder
 from mplug2_jax.conversion.torch_runtime.vision import VisionTower
 from mplug2_jax.errors import UserError
@@ -78,11 +78,11 @@ class Mplug2(nn.Module):
         Raises:
             UserError: the tensors are not exactly those of the model; ``where`` names them in the sentence.
         """
-        rules = dead_rules(self.config, text=self.encodes_text)
-        state, self.dropped = official_state(tensors, self.state_dict(), rules, teacher=teacher, where=where)
+        rules = ignored_patterns(self.config, text=self.encodes_text)
+        state, self.dropped = select_state(tensors, self.state_dict(), rules, teacher=teacher, where=where)
         self.load_state_dict(state, strict=True)
 
-    def search_with(self, search: SearchConfig) -> SearchConfig:
+    def with_default_tokens(self, search: SearchConfig) -> SearchConfig:
         """A search with the model's own begin and end tokens where it names none.
 
         Raises:
@@ -126,11 +126,11 @@ class Caption(Mplug2):
         return (next_token_loss(logits, target) * weights).sum() / total.where(total > 0, 1.0)
 
     @torch.no_grad()
-    def generate(self, frames: Tensor, search: SearchConfig | None = None) -> Found:
+    def generate(self, frames: Tensor, search: SearchConfig | None = None) -> DecodeOutput:
         """Captions by beam search; the limits are the release's (4 to 20 tokens) if not given."""
         memory = self.visual_tokens(frames)
         mask = torch.ones(memory.shape[:2], dtype=torch.bool, device=memory.device)
-        search = self.search_with(search or SearchConfig(min_length=4, max_length=20))
+        search = self.with_default_tokens(search or SearchConfig(min_length=4, max_length=20))
         return generate(self.text_decoder, memory, mask, search)
 
 
@@ -180,7 +180,7 @@ class VideoQA(Mplug2):
         answer_weights: Tensor | None = None,
         teacher: "VideoQA | None" = None,
         alpha: float = 0.0,
-        over: Literal["vocabulary", "time"] = "vocabulary",
+        softmax_axis: Literal["vocabulary", "time"] = "vocabulary",
         taps: Taps | None = None,
     ) -> Tensor:
         """The release's loss: token sums per answer, weighted, over the number of questions; a scalar.
@@ -198,16 +198,18 @@ class VideoQA(Mplug2):
             answer_weights: [a], 1 if absent.
             teacher: a model of the same sizes that runs without gradient; see :func:`update_teacher`.
             alpha: share of the distillation.
-            over: the axis of the student's softmax in the distillation.
+            softmax_axis: the axis of the student's softmax in the distillation.
             taps: collects intermediates of the student.
         """
         batch = (frames, question, question_mask, target, answers_per_question)
         logits = self.answer_logits(*batch, taps)
-        sums = answer_sums(logits, target, target_weights)
+        sums = summed_answer_loss(logits, target, target_weights)
         if teacher is not None:
             with torch.no_grad():
                 soft = teacher.answer_logits(*batch)[:, :-1].float().softmax(-1)
-            sums = (1 - alpha) * sums + alpha * distillation_sums(logits, soft, target_weights, over=over)
+            sums = (1 - alpha) * sums + alpha * summed_distillation_loss(
+                logits, soft, target_weights, softmax_axis=softmax_axis
+            )
         if answer_weights is not None:
             sums = sums * answer_weights
         return sums.sum() / frames.shape[0]
@@ -215,10 +217,10 @@ class VideoQA(Mplug2):
     @torch.no_grad()
     def generate(
         self, frames: Tensor, question: Tensor, question_mask: Tensor, search: SearchConfig | None = None
-    ) -> Found:
+    ) -> DecodeOutput:
         """Answers by beam search; the limits are the release's (1 to 10 tokens) if not given."""
         memory, mask = self.memory(frames, question, question_mask)
-        search = self.search_with(search or SearchConfig(min_length=1, max_length=10))
+        search = self.with_default_tokens(search or SearchConfig(min_length=1, max_length=10))
         return generate(self.text_decoder, memory, mask, search)
 
     @torch.no_grad()
@@ -229,13 +231,21 @@ class VideoQA(Mplug2):
         question_mask: Tensor,
         answers: Tensor,
         *,
-        keep: int = 128,
-        first_twice: bool = True,
+        num_candidates: int = 128,
+        double_count_first_token: bool = True,
     ) -> tuple[Tensor, Tensor]:
-        """The ``keep`` best of the answers [a, m] to each question, [b, keep], and their probabilities among those."""
+        """Return the ``num_candidates`` best answers of [a, m] to each question, [b, num_candidates], and their probabilities."""
         memory, mask = self.memory(frames, question, question_mask)
-        keep = min(keep, answers.shape[0])
-        return rank_answers(self.text_decoder, memory, mask, answers, answers != 0, keep=keep, first_twice=first_twice)
+        num_candidates = min(num_candidates, answers.shape[0])
+        return rank_answers(
+            self.text_decoder,
+            memory,
+            mask,
+            answers,
+            answers != 0,
+            num_candidates=num_candidates,
+            double_count_first_token=double_count_first_token,
+        )
 
 
 def next_token_loss(logits: Tensor, target: Tensor) -> Tensor:
@@ -243,13 +253,13 @@ def next_token_loss(logits: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(logits[:, :-1].float().transpose(1, 2), target[:, 1:], reduction="none")
 
 
-def answer_sums(logits: Tensor, target: Tensor, weights: Tensor) -> Tensor:
+def summed_answer_loss(logits: Tensor, target: Tensor, weights: Tensor) -> Tensor:
     """The release's loss of an answer, [a]: the sum over its tokens."""
     return (next_token_loss(logits, target) * weights[:, 1:]).sum(-1)
 
 
-def distillation_sums(
-    logits: Tensor, teacher_probabilities: Tensor, weights: Tensor, *, over: Literal["vocabulary", "time"]
+def summed_distillation_loss(
+    logits: Tensor, teacher_probabilities: Tensor, weights: Tensor, *, softmax_axis: Literal["vocabulary", "time"]
 ) -> Tensor:
     """Cross entropy against a teacher's distribution [a, m - 1, v] at each position, summed over an answer's tokens."""
     log_probs = logits[:, :-1].float().log_softmax(-1 if over == "vocabulary" else 1)

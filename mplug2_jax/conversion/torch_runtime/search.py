@@ -27,7 +27,7 @@ class SearchConfig:
     all its beams are stored, ended or not.
     """
 
-    beams: int = 5
+    num_beams: int = 5
     min_length: int = 1
     max_length: int = 20
     begin: int | None = None
@@ -35,7 +35,7 @@ class SearchConfig:
     extend_finished: bool = True
 
 
-class Found(NamedTuple):
+class DecodeOutput(NamedTuple):
     """The best sequences of each clip, best first; ids start with the begin token and are 0 after ``lengths``."""
 
     ids: Tensor  # [b, r, m]
@@ -44,7 +44,7 @@ class Found(NamedTuple):
 
 
 @runtime_checkable
-class Continuation(Protocol):
+class IncrementalDecoder(Protocol):
     """The sequences so far, as something that says what comes next."""
 
     def logits(self, tokens: Tensor) -> Tensor:
@@ -55,19 +55,21 @@ class Continuation(Protocol):
 
 
 @torch.no_grad()
-def beam_search(sequences: Continuation, batch: int, config: SearchConfig, device: torch.device | None = None) -> Found:
-    """Searches ``config.beams`` sequences for each of ``batch`` clips, up to ``config.max_length`` tokens.
+def beam_search(
+    sequences: IncrementalDecoder, batch: int, config: SearchConfig, device: torch.device | None = None
+) -> DecodeOutput:
+    """Searches ``config.num_beams`` sequences for each of ``batch`` clips, up to ``config.max_length`` tokens.
 
     Raises:
         UserError: no begin or end token.
     """
     if config.begin is None or config.end is None:
         raise UserError("a search needs the ids of its begin and end tokens; set both, or use a model's generate")
-    b, r = batch, config.beams
+    b, r = batch, config.num_beams
     ids = torch.zeros(b, r, config.max_length + 1, dtype=torch.long, device=device)
     ids[:, :, 0] = config.begin
     log_probs = torch.full((b, r), -torch.inf, device=device)
-    found = Found(torch.zeros_like(ids), log_probs.clone(), torch.zeros(b, r, dtype=torch.long, device=device))
+    found = DecodeOutput(torch.zeros_like(ids), log_probs.clone(), torch.zeros(b, r, dtype=torch.long, device=device))
     log_probs[:, 0] = 0.0
     live = torch.ones(b, dtype=torch.bool, device=device)
     first_rows = r * torch.arange(b, device=device)[:, None]
@@ -89,7 +91,7 @@ def beam_search(sequences: Continuation, batch: int, config: SearchConfig, devic
         done = finished[:, :1]
         stored = ((finished | done) if config.extend_finished else finished) & live[:, None]
         lengths = torch.full_like(found.lengths, position + 2)
-        found = _keep_best(found, Found(ids, scores.where(stored, -torch.inf), lengths))
+        found = _keep_best(found, DecodeOutput(ids, scores.where(stored, -torch.inf), lengths))
         log_probs = scores * normaliser
         if not config.extend_finished:
             log_probs = log_probs.masked_fill(token == config.end, -torch.inf)
@@ -99,18 +101,18 @@ def beam_search(sequences: Continuation, batch: int, config: SearchConfig, devic
     return found
 
 
-def _keep_best(old: Found, new: Found) -> Found:
+def _keep_best(old: DecodeOutput, new: DecodeOutput) -> DecodeOutput:
     """The best of both; equal scores keep the order in which they were stored."""
     ids, scores, lengths = (torch.cat(pair, dim=1) for pair in zip(old, new, strict=True))
     scores, order = scores.sort(dim=1, descending=True, stable=True)
     kept = order[:, : old.scores.shape[1]]
-    return Found(
+    return DecodeOutput(
         ids.take_along_dim(kept[..., None], dim=1), scores[:, : kept.shape[1]], lengths.take_along_dim(kept, dim=1)
     )
 
 
 @torch.no_grad()
-def generate(decoder: TextDecoder, memory: Tensor, memory_mask: Tensor, config: SearchConfig) -> Found:
+def generate(decoder: TextDecoder, memory: Tensor, memory_mask: Tensor, config: SearchConfig) -> DecodeOutput:
     """Beam search with a cache: the memory [b, s, d] is projected once for each clip and shared by its beams.
 
     Raises:
@@ -130,24 +132,25 @@ def rank_answers(
     answers: Tensor,
     answers_mask: Tensor,
     *,
-    keep: int,
-    first_twice: bool = True,
+    num_candidates: int,
+    double_count_first_token: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """The ``keep`` best of the answers [a, m] to each example [b, keep], and their share of probability [b, keep].
+    """The ``num_candidates`` best of the answers [a, m] to each example [b, num_candidates], and their share of probability [b, num_candidates].
 
     The answers are first narrowed by the probability of their first token, then scored by their log-likelihood; with
-    ``first_twice`` the first token counts a second time, as in the release. Answers are ``[CLS] words [SEP] pad``.
+    ``double_count_first_token`` the first token counts a second time, as in the release. Answers are
+    ``[CLS] words [SEP] pad``.
     """
     b = memory.shape[0]
     first = decoder(answers[:1, :1].expand(b, 1), None, memory, memory_mask)[:, 0].float().softmax(-1)
-    probabilities, chosen = first[:, answers[:, 1]].topk(keep)
+    probabilities, chosen = first[:, answers[:, 1]].topk(num_candidates)
 
-    ids, mask = answers[chosen].flatten(0, 1), answers_mask[chosen].flatten(0, 1)  # [b*keep, m]
+    ids, mask = answers[chosen].flatten(0, 1), answers_mask[chosen].flatten(0, 1)  # [b*num_candidates, m]
     logits = decoder(ids, mask, memory, memory_mask)
     log_likelihood = -F.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none")
-    total = (log_likelihood * mask[:, 1:]).sum(-1).unflatten(0, (b, keep))
+    total = (log_likelihood * mask[:, 1:]).sum(-1).unflatten(0, (b, num_candidates))
 
-    if first_twice:
+    if double_count_first_token:
         total = total + probabilities.log()
     share, order = total.softmax(-1).sort(dim=-1, descending=True, stable=True)
     return chosen.take_along_dim(order, dim=1), share

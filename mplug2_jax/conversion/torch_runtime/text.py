@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mplug2_jax.conversion.torch_runtime.config import Config
-from mplug2_jax.conversion.torch_runtime.layers import BertLayer, Embeddings, Encoder, Taps, seen_by_all, tap
+from mplug2_jax.conversion.torch_runtime.layers import BertLayer, Embeddings, Encoder, Taps, broadcast_mask, tap
 
 
 class TextEncoder(nn.Module):
@@ -28,7 +28,7 @@ class TextEncoder(nn.Module):
         x = self.embeddings(ids)
         tap(taps, "text/embed", x)
         for i, layer in enumerate(self.encoder.layers):
-            x = layer(x, seen_by_all(mask))
+            x = layer(x, broadcast_mask(mask))
             if i < self._lower:
                 tap(taps, "text/layer", x, layer=i)
             else:
@@ -69,12 +69,12 @@ class FusionEncoder(nn.Module):
         for j, layer in enumerate(self.encoder.layers):
             if j in self._mixing:
                 mask = torch.cat([text_mask.new_ones(visual.shape[:2]), text_mask], dim=1)
-                both = layer(torch.cat([visual, text], dim=1), seen_by_all(mask))
+                both = layer(torch.cat([visual, text], dim=1), broadcast_mask(mask))
                 # As in the release, the image's part is added to it, the text's replaces it.
                 visual, text = visual + both[:, : visual.shape[1]], both[:, visual.shape[1] :]
                 tap(taps, f"fusion/layer{j}", text)
                 first = j + 1
             else:
-                text = layer(text, seen_by_all(text_mask), visual)
+                text = layer(text, broadcast_mask(text_mask), visual)
                 tap(taps, f"fusion/layers_from{first}", text, layer=j - first)
         return visual, text

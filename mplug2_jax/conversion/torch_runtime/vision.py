@@ -20,7 +20,7 @@ PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def normalise_pixels(frames: Tensor) -> Tensor:
+def normalize_pixels(frames: Tensor) -> Tensor:
     """Bytes as decoders give them, uint8 [b, t, y, x, 3] -> what the model takes, float32 [b, 3, t, y, x]."""
     mean, std = (torch.tensor(rgb, device=frames.device) for rgb in (PIXEL_MEAN, PIXEL_STD))
     return ((frames / 255.0 - mean) / std).permute(0, 4, 1, 2, 3)

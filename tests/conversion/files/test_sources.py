@@ -10,8 +10,9 @@ import safetensors.numpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mplug2_jax.conversion.files.open import open_source
 from mplug2_jax.conversion.files.safetensors_writer import SafetensorsWriter
-from mplug2_jax.conversion.files.sources import DTYPES, SafetensorsSource, TensorInfo, open_source
+from mplug2_jax.conversion.files.sources import DTYPES, SafetensorsSource, TensorInfo
 from mplug2_jax.errors import UserError
 
 # Every type that the library's own numpy form can read; bfloat16 only has a reader here.

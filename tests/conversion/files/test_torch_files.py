@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mplug2_jax.conversion.files.sources import DTYPES, TensorInfo, open_source
+from mplug2_jax.conversion.files.open import open_source
+from mplug2_jax.conversion.files.sources import DTYPES, TensorInfo
 from mplug2_jax.conversion.files.torch_files import _KNOWN, TorchSource, TorchWriter
 from mplug2_jax.errors import UserError
 

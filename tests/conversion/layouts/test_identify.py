@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mplug2_jax.conversion.files.sources import open_source
+from mplug2_jax.conversion.files.open import open_source
 from mplug2_jax.conversion.import_plan import plan_import
 from mplug2_jax.conversion.layouts.identify import identify
 from mplug2_jax.errors import UserError
@@ -40,9 +40,9 @@ def test_a_prefix_that_all_names_share_is_no_part_of_them(tmp_path: Path, layout
     plain = identify(write_checkpoint(tmp_path / "plain.pth", tensors))
     found = identify(write_checkpoint(tmp_path / "prefixed.pth", prefixed(tensors, prefix)))
     assert (found.kind, found.layout) == (plain.kind, plain.layout)
-    assert found.source.names() == plain.source.names()
-    name = found.source.names()[-1]
-    np.testing.assert_array_equal(found.source.read(name), plain.source.read(name))
+    assert found.tensors.names() == plain.source.names()
+    name = found.tensors.names()[-1]
+    np.testing.assert_array_equal(found.tensors.read(name), plain.source.read(name))
 
 
 @pytest.mark.parametrize("prefix", ["", "visual.", "model.visual."])
@@ -56,9 +56,9 @@ def test_what_fine_tuning_put_on_a_bert_is_ignored_and_named(tmp_path: Path) -> 
     heads = ("classifier.weight", "qa_outputs.bias", "score.weight", "crf.transitions", "pooler.dense.weight")
     tensors = SMALL["bert"] | dict.fromkeys(heads, np.zeros((2, 64), np.float32))
     plan = plan_import([write_checkpoint(tmp_path / "x.safetensors", prefixed(tensors, "bert."))])
-    fates = plan.joints[0].fates
-    assert {fates[name][0] for name in heads} == {"dead"}
-    assert fates["qa_outputs.bias"][1] == "head of a fine-tuned BERT, which mPLUG-2 has not"
+    dispositions = plan.sources[0].dispositions
+    assert {dispositions[name][0] for name in heads} == {"ignored"}
+    assert dispositions["qa_outputs.bias"][1] == "head of a fine-tuned BERT, which mPLUG-2 does not have"
     for inside in (
         "encoder.layer.0.attention.self.distance_embedding.weight",
         "embeddings.x_position_embeddings.weight",
@@ -74,13 +74,13 @@ def test_relatives_of_bert_are_refused_by_their_names(tmp_path: Path, family: st
     with pytest.raises(UserError, match=rf"x\.safetensors holds weights of {family.rpartition('.')[2]} \("):
         plan_import([path])
     alone = write_checkpoint(tmp_path / "y.safetensors", bert_tensors(64, 1, types=1))
-    with pytest.raises(UserError, match=r"token_type_embeddings\.weight has 1 row, BERT's has 2: these are of RoBERTa"):
+    with pytest.raises(UserError, match=r"token_type_embeddings\.weight has 1 row, BERT's has 2: this is RoBERTa"):
         plan_import([alone])
 
 
 def test_one_tensor_under_two_names_is_refused(tmp_path: Path) -> None:
     twice = SMALL["bert"] | prefixed(SMALL["bert"], "bert.")
-    with pytest.raises(UserError, match="which are one tensor; remove one of them"):
+    with pytest.raises(UserError, match=r"the same tensor as .* and as .*; remove one of them"):
         identify(write_checkpoint(tmp_path / "x.safetensors", twice))
 
 

@@ -7,20 +7,20 @@ import numpy as np
 import pytest
 
 from mplug2_jax.conversion.files.sources import MemorySource, TensorSource
+from mplug2_jax.conversion.layouts.name_mapping import match_names
 from mplug2_jax.conversion.layouts.official import (
     CAPTION_PARTS,
     QUESTION_PARTS,
     canonical_names,
     default_fusion_start,
     load_official,
-    official_scheme,
-    slots,
+    map_official_names,
+    map_tensors,
     student_name,
     teacher_name,
     to_official,
 )
-from mplug2_jax.conversion.layouts.official_state import fresh, official_state, tie_of
-from mplug2_jax.conversion.layouts.schemes import account_for
+from mplug2_jax.conversion.layouts.official_state import init_tensor, official_state, tied_to
 from mplug2_jax.conversion.parity.goldens import load_goldens
 from mplug2_jax.errors import UserError
 from mplug2_jax.model.config import model_config
@@ -45,21 +45,21 @@ def test_every_name_and_shape_of_the_release_is_accounted_for(reference: Path, t
     definition = define_model(model_config(size), parts)
     start = default_fusion_start(definition.config)
     assert start == {"base": 9, "large": 18}[size]
-    wanted, account = account_for(list(shapes), official_scheme(definition.config, parts, start))
-    assert set(account.rows) == set(shapes)
-    assert account.count("tied") == 2
-    assert (account.count("aside") > 0) == (task == "videoqa")
+    mappings, report = match_names(list(shapes), map_official_names(definition.config, parts, start))
+    assert set(report.rows) == set(shapes)
+    assert report.count("tied") == 2
+    assert (report.count("unused") > 0) == (task == "videoqa")
     # Together the tensors in use have exactly as many elements as our model.
-    assert sum(int(np.prod(shapes[name])) for name in wanted) == definition.num_params()
+    assert sum(int(np.prod(shapes[name])) for name in mappings) == definition.num_params()
 
 
 def test_the_way_back_gives_every_tensor_to_the_bit(golden) -> None:
-    for name, ours in to_official(golden.params, golden.slots, golden.source):
+    for name, ours in to_official(golden.params, golden.mappings, golden.source):
         np.testing.assert_array_equal(ours, golden.source.read(name), err_msg=name)
 
 
 def test_the_teacher_is_another_set_of_the_same_tensors(golden) -> None:
-    back = dict(to_official(golden.teacher, golden.slots, golden.source))
+    back = dict(to_official(golden.teacher, golden.mappings, golden.source))
     for name in ("text_encoder.embeddings.word_embeddings.weight", "visn_emb_norm.bias"):
         np.testing.assert_array_equal(back[name], golden.source.read(teacher_name(name)))
         assert student_name(teacher_name(name)) == name
@@ -87,7 +87,10 @@ def test_a_tensor_of_another_size_is_named_with_both_shapes(golden) -> None:
 def test_every_place_of_our_model_is_filled_once(golden) -> None:
     import jax
 
-    filled = [(slot.path, slot.layer) for slot in slots(golden.definition.config, QUESTION_PARTS, golden.fusion_start)]
+    filled = [
+        (mapping.path, mapping.layer)
+        for mapping in map_tensors(golden.definition.config, QUESTION_PARTS, golden.fusion_start)
+    ]
     assert len(filled) == len(set(filled))
     paths = {
         tuple(key.key for key in path) for path, _ in jax.tree_util.tree_leaves_with_path(golden.definition.shapes)
@@ -120,7 +123,7 @@ def test_names_of_pretraining_and_of_wrappers_are_those_of_the_models() -> None:
         "text_decoder.bert.encoder.layer.0.x": stored[3],
         "text_encoder_m.encoder.layer.0.x": stored[4],
     }
-    with pytest.raises(UserError, match="which are one tensor"):
+    with pytest.raises(UserError, match="the same tensor as"):
         canonical_names(["fusion_encoder.bert.x", "fusion_encoder.fusion.x"])
 
 
@@ -128,14 +131,14 @@ def test_what_nothing_reads_is_filled_as_the_release_initialises_it() -> None:
     config = model_config("base")
     state = official_state(config, default_fusion_start(config), teacher=True)
 
-    def made(name: str) -> np.ndarray:
-        return fresh(name, state[name])
+    def init(name: str) -> np.ndarray:
+        return init_tensor(name, state[name])
 
-    assert made("text_encoder.embeddings.position_ids").tolist() == [list(range(512))]
-    assert (made("fusion_encoder.encoder.layer.0.output.LayerNorm.weight") == 1).all()
-    assert (made("visual_encoder.ln_final.weight") == 1).all()
-    assert (made("fusion_encoder.encoder.layer.0.output.dense.bias") == 0).all()
-    assert made("visual_encoder.logit_scale") == np.float32(np.log(1 / 0.07))
+    assert init("text_encoder.embeddings.position_ids").tolist() == [list(range(512))]
+    assert (init("fusion_encoder.encoder.layer.0.output.LayerNorm.weight") == 1).all()
+    assert (init("visual_encoder.ln_final.weight") == 1).all()
+    assert (init("fusion_encoder.encoder.layer.0.output.dense.bias") == 0).all()
+    assert init("visual_encoder.logit_scale") == np.float32(np.log(1 / 0.07))
     deviations = {
         "text_decoder.bert.encoder.layer.10.latents": 1.0,
         "text_encoder.encoder.layer.10.intermediate_vision.dense.weight": 0.02,
@@ -146,9 +149,9 @@ def test_what_nothing_reads_is_filled_as_the_release_initialises_it() -> None:
         "visual_encoder.transformer.resblocks.3.mlp.c_proj.weight": 512**-0.5 * 24**-0.5,
     }
     for name, deviation in deviations.items():
-        assert made(name).std() == pytest.approx(deviation, rel=0.05), name
+        assert init(name).std() == pytest.approx(deviation, rel=0.05), name
     # The release copies its teacher from the student.
     name = "visual_encoder.text_projection"
-    np.testing.assert_array_equal(made(name), made(teacher_name(name)))
-    assert tie_of("text_decoder_m.cls.predictions.decoder.bias") == "text_decoder_m.cls.predictions.bias"
-    assert tie_of("text_decoder.cls.predictions.bias") is None
+    np.testing.assert_array_equal(init(name), init(teacher_name(name)))
+    assert tied_to("text_decoder_m.cls.predictions.decoder.bias") == "text_decoder_m.cls.predictions.bias"
+    assert tied_to("text_decoder.cls.predictions.bias") is None

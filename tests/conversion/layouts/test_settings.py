@@ -41,24 +41,26 @@ def test_a_bert_has_the_heads_that_its_settings_say(tmp_path: Path, settings: An
 def test_what_a_bert_s_settings_leave_out_is_the_library_s_and_said(tmp_path: Path) -> None:
     plan = planned(tmp_path, bert_tensors(384), {"config.json": {"model_type": "bert", "num_attention_heads": None}})
     assert plan.definition.config.heads == 12
-    assert plan.notes[0] == "num_attention_heads=12: config.json does not say, and it is the library's own"
+    assert plan.notes[0] == "num_attention_heads=12: not in config.json, the library's default"
 
 
 def test_of_a_bert_whose_words_have_case_it_is_said(tmp_path: Path) -> None:
     plan = planned(tmp_path, bert_tensors(), {"config.json": BERT, "tokenizer_config.json": {"do_lower_case": False}})
-    assert [note.partition(":")[0] for note in plan.notes] == ["tokenizer_config.json says do_lower_case=false"]
+    assert [note.partition(":")[0] for note in plan.notes] == [
+        "tokenizer_config.json has do_lower_case=false, but our word pieces are lower case"
+    ]
 
 
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"hidden_act": "relu"}, "hidden_act='relu' is not what mPLUG-2 computes, which is 'gelu'"),
+        ({"hidden_act": "relu"}, "hidden_act='relu' is not supported, expected 'gelu'"),
         ({"hidden_act": "gelu_new"}, "hidden_act='gelu_new' is not"),
         ({"position_embedding_type": "relative_key"}, "position_embedding_type='relative_key' is not"),
         ({"layer_norm_eps": 1e-5}, "layer_norm_eps=1e-05 is not"),
         ({"is_decoder": True}, "is_decoder=True is not"),
         ({"model_type": "xlm-roberta"}, "model_type='xlm-roberta' is not"),
-        ({"num_attention_heads": 3}, "num_attention_heads=3 does not divide 128 columns"),
+        ({"num_attention_heads": 3}, "num_attention_heads=3 does not divide the width 128"),
         ({"num_attention_heads": "4"}, "num_attention_heads='4' does not divide"),
         ({"hidden_size": 256}, "hidden_size=256, but the weights have 128"),
         ({"num_hidden_layers": 12}, "num_hidden_layers=12, but the weights have 2"),
@@ -94,7 +96,7 @@ def test_a_tower_has_the_heads_and_the_activation_that_its_settings_say(
     plan = planned(tmp_path, openai_clip() if openai else hugging_face_clip(), settings)
     config = plan.definition.config
     assert (config.vision_heads, config.vision_activation) == (heads, activation)
-    assumed = [note for note in plan.notes if "beside" in note]
+    assumed = [note for note in plan.notes if "next to" in note]
     assert bool(assumed) == (not settings or ("config.json" in settings and settings["config.json"] is BERT))
 
 
@@ -122,7 +124,7 @@ def test_a_tower_that_we_do_not_compute_is_refused_by_the_field(
 def test_without_settings_heads_are_the_usual_ones_or_refused(tmp_path: Path) -> None:
     huge = planned(tmp_path / "huge", openai_clip(1280, 1), {})
     assert huge.definition.config.vision_heads == 16  # of 80 columns, as all ViT-H/14
-    with pytest.raises(UserError, match=r"100 columns are no whole number of heads of 64; put the config\.json"):
+    with pytest.raises(UserError, match=r"the width 100 is not a multiple of the head width 64; put the config\.json"):
         planned(tmp_path / "narrow", bert_tensors(100), {})
 
 
@@ -137,7 +139,7 @@ def test_settings_that_are_damaged_are_a_sentence(tmp_path: Path) -> None:
 def test_the_report_says_what_was_assumed_and_the_model_keeps_what_was_told(tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path / "ViT.pt", openai_clip(64, 1))
     report = run_import(plan_import([path]), tmp_path / "ours")
-    said = "heads of 64 columns, QuickGELU: no config.json or open_clip_config.json beside ViT.pt says otherwise"
+    said = "head width 64, QuickGELU: assumed without config.json or open_clip_config.json next to ViT.pt"
     assert f"note: {said}" in report.summary()
     assert read_report(tmp_path / "ours").notes == [said]
     assert said in (tmp_path / "ours" / "conversion-report.html").read_text()

@@ -17,7 +17,7 @@ from mplug2_jax.conversion.torch_runtime import (
     Caption,
     Taps,
     VideoQA,
-    normalise_pixels,
+    normalize_pixels,
     parameter_groups,
     update_teacher,
 )
@@ -140,7 +140,7 @@ def test_position_tables_are_resized_as_ours_are(side, grid) -> None:
 def test_pixels_are_normalised_as_ours_are() -> None:
     frames = np.random.default_rng(0).integers(0, 256, (2, 3, 4, 5, 3), np.uint8)
     ours = np.asarray(vision.normalize_pixels(jnp.asarray(frames))).transpose(0, 4, 1, 2, 3)
-    assert_close(normalise_pixels(torch.from_numpy(frames)), ours)
+    assert_close(normalize_pixels(torch.from_numpy(frames)), ours)
 
 
 def test_sixteen_bits_are_enough_for_a_loss(small) -> None:
@@ -184,7 +184,7 @@ def test_every_parameter_is_reached_and_stands_in_one_group(small, lively, kind)
     model(*batch, TARGET, weights).backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
 
-    groups = parameter_groups(model, rest=1e-3, vision=1e-4, weight_decay=0.02)
+    groups = parameter_groups(model, learning_rate=1e-3, vision_learning_rate=1e-4, weight_decay=0.02)
     assert sorted((group["lr"], group["weight_decay"]) for group in groups) == [
         (1e-4, 0.0), (1e-4, 0.02), (1e-3, 0.0), (1e-3, 0.02)
     ]  # fmt: skip
@@ -235,9 +235,9 @@ def test_distillation_pulls_towards_the_teacher_when_normalised_over_the_vocabul
     student, batch = lively(VideoQA(small())), asked()
     weights = (TARGET != 0).float()
 
-    def gradient(over: str) -> float:
+    def gradient(softmax_axis: str) -> float:
         student.zero_grad()
-        student(*batch, TARGET, weights, teacher=student, alpha=1.0, over=over).backward()
+        student(*batch, TARGET, weights, teacher=student, alpha=1.0, softmax_axis=softmax_axis).backward()
         return max(float(p.grad.abs().max()) for p in student.parameters() if p.grad is not None)
 
     # One's own teacher has nothing to say, but the release's form pulls all the same.

@@ -52,7 +52,7 @@ def searching(**fields):
 
 searches = st.builds(
     searching,
-    beams=st.integers(1, 5),
+    num_beams=st.integers(1, 5),
     min_length=st.integers(0, 5),
     max_length=st.integers(1, 8),
     extend_finished=st.booleans(),
@@ -72,7 +72,7 @@ def test_search_finds_what_a_plain_restatement_finds(config, batch, seed, sharpn
     starts = np.arange(batch) * 13 + seed % 100
     expected, margins = search_each(starts, table, config)
     assume(min(margins) > 1e-5 * max_magnitude(table))
-    found = beam_search(Toy(starts, config.beams, torch.from_numpy(table)), batch, config)
+    found = beam_search(Toy(starts, config.num_beams, torch.from_numpy(table)), batch, config)
     assert_same(found, expected, config, max_magnitude(table))
 
 
@@ -93,7 +93,7 @@ def test_a_cache_changes_nothing(decoder, config, seed):
     model, _, mask = decoder
     memory = torch.randn(3, 6, 24, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     cached = generate(model, memory, mask, config)
-    uncached = beam_search(Uncached(model, memory, mask, config.beams, config.begin), 3, config)
+    uncached = beam_search(Uncached(model, memory, mask, config.num_beams, config.begin), 3, config)
     assert torch.equal(cached.ids, uncached.ids)
     assert torch.equal(cached.lengths, uncached.lengths)
     assert_close(cached.scores, uncached.scores)
@@ -106,7 +106,7 @@ def test_the_memory_is_projected_once_and_shared_by_the_beams(decoder):
         layer.crossattention.self.key.register_forward_hook(lambda _module, given, _out: shapes.append(given[0].shape))
         for layer in model.bert.encoder.layers
     ]
-    generate(model, memory, mask, searching(beams=4, max_length=6))
+    generate(model, memory, mask, searching(num_beams=4, max_length=6))
     for hook in hooks:
         hook.remove()
     assert shapes == [memory.shape] * len(hooks)
@@ -114,7 +114,7 @@ def test_the_memory_is_projected_once_and_shared_by_the_beams(decoder):
 
 def test_masked_memory_is_not_seen_and_clips_do_not_influence_each_other(decoder):
     model, memory, mask = decoder
-    config = searching(beams=3, max_length=7)
+    config = searching(num_beams=3, max_length=7)
     together = generate(model, memory, mask, config)
     noisy = memory.where(mask[..., None], 50.0)
     for clip in range(3):
@@ -124,9 +124,9 @@ def test_masked_memory_is_not_seen_and_clips_do_not_influence_each_other(decoder
 
 
 def test_a_search_beyond_the_position_table_is_refused(decoder):
-    generate(*decoder, searching(beams=1, min_length=12, max_length=12))
+    generate(*decoder, searching(num_beams=1, min_length=12, max_length=12))
     with pytest.raises(UserError, match=r"generating 13 tokens exceeds max_positions=12; lower max_length"):
-        generate(*decoder, searching(beams=1, max_length=13))
+        generate(*decoder, searching(num_beams=1, max_length=13))
 
 
 # Two begin with the same word, one is empty, one is longer than the others.
@@ -134,12 +134,20 @@ ANSWERS = ([3], [4, 5], [4, 6], [7, 8, 3, 5], [], [8, 3], [5])
 
 
 @pytest.mark.parametrize("keep", [1, 4, 7])
-@pytest.mark.parametrize("first_twice", [True, False])
-def test_ranking_is_that_of_the_answers_decoded_one_by_one(decoder, keep, first_twice):
+@pytest.mark.parametrize("double_count_first_token", [True, False])
+def test_ranking_is_that_of_the_answers_decoded_one_by_one(decoder, keep, double_count_first_token):
     model, memory, mask = decoder
     rows = [[TOKENS.begin, *words, TOKENS.end] for words in ANSWERS]
     answers = torch.tensor([row + [TOKENS.pad] * (6 - len(row)) for row in rows])
-    chosen, shares = rank_answers(model, memory, mask, answers, answers != 0, keep=keep, first_twice=first_twice)
+    chosen, shares = rank_answers(
+        model,
+        memory,
+        mask,
+        answers,
+        answers != 0,
+        num_candidates=keep,
+        double_count_first_token=double_count_first_token,
+    )
 
     @functools.cache
     @torch.no_grad()
@@ -150,7 +158,9 @@ def test_ranking_is_that_of_the_answers_decoded_one_by_one(decoder, keep, first_
 
     for clip in range(3):
         narrowed = sorted(range(len(rows)), key=lambda a: -float(log_probs(clip, a)[0]))[:keep]
-        totals = {a: float(log_probs(clip, a).sum() + first_twice * log_probs(clip, a)[0]) for a in narrowed}
+        totals = {
+            a: float(log_probs(clip, a).sum() + double_count_first_token * log_probs(clip, a)[0]) for a in narrowed
+        }
         best = sorted(narrowed, key=lambda a: -totals[a])
         assert chosen[clip].tolist() == best
         expected = torch.tensor([totals[a] for a in best], dtype=torch.float64).softmax(0)

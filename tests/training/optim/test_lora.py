@@ -12,7 +12,7 @@ import pytest
 
 from mplug2_jax.cli.common import open_run
 from mplug2_jax.conversion.export_weights import export
-from mplug2_jax.conversion.files.sources import open_source
+from mplug2_jax.conversion.files.open import open_source
 from mplug2_jax.conversion.layouts.official import default_fusion_start, load_official
 from mplug2_jax.errors import UserError
 from mplug2_jax.model.config import PARTS, model_config

@@ -25,9 +25,12 @@ def test_groups_equal_the_release(reference: Path, task: str) -> None:
     theirs = {name: (group["lr"], group["weight_decay"]) for group in recipe[task] for name in group["params"]}
     rates = sorted({lr for lr, _ in theirs.values()})
     assert len(rates) == 2
-    for slot in golden.slots:
-        ours = (rates[0] if is_vision(slot.path) else rates[1], 0.02 if is_decayed(slot.path, "released") else 0.0)
-        assert ours == theirs[slot.name], slot.name
+    for mapping in golden.mappings:
+        ours = (
+            rates[0] if is_vision(mapping.path) else rates[1],
+            0.02 if is_decayed(mapping.path, "released") else 0.0,
+        )
+        assert ours == theirs[mapping.name], mapping.name
 
 
 def params() -> dict[str, Any]:
