@@ -234,7 +234,7 @@ class VideoQA(Mplug2):
         num_candidates: int = 128,
         double_count_first_token: bool = True,
     ) -> tuple[Tensor, Tensor]:
-        """Return the ``num_candidates`` best answers of [a, m] to each question, [b, num_candidates], and their probabilities."""
+        """Return the best answers of [a, m] to each question, [b, num_candidates], and their probabilities."""
         memory, mask = self.memory(frames, question, question_mask)
         num_candidates = min(num_candidates, answers.shape[0])
         return rank_answers(

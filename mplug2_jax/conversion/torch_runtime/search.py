@@ -135,7 +135,7 @@ def rank_answers(
     num_candidates: int,
     double_count_first_token: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """The ``num_candidates`` best of the answers [a, m] to each example [b, num_candidates], and their share of probability [b, num_candidates].
+    """Return the best answers of [a, m] to each example [b, num_candidates], and their probabilities among those.
 
     The answers are first narrowed by the probability of their first token, then scored by their log-likelihood; with
     ``double_count_first_token`` the first token counts a second time, as in the release. Answers are
