@@ -1,8 +1,9 @@
-"""Two small runs in work directories, made once, and the command line as a function."""
+"""Small runs in work directories, created once, and the command line as a function."""
 
 import contextlib
 import dataclasses
 import io
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -50,24 +51,33 @@ MODEL = {
 }  # fmt: skip
 
 
+LOG_LINE = re.compile(r"[DI]\d{4} \d\d:\d\d:\d\d p\d+\] (.*\n)")
+
+
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What a command gave back."""
+    """Exit status and output of a command; of standard error the DEBUG and INFO messages are in ``log``."""
 
     status: int
     out: str
     err: str
+    log: str = dataclasses.field(default="", compare=False)
+
+    @classmethod
+    def split(cls, status: int, out: str, err: str) -> "Outcome":
+        """Return the outcome of a process, with the log separated from the rest of standard error."""
+        return cls(status, out, LOG_LINE.sub("", err), "".join(LOG_LINE.findall(err)))
 
 
 def command(*words: object) -> Outcome:
-    """Runs ``mplug2 WORDS``."""
+    """Run ``mplug2 WORDS``."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             status = main([str(word) for word in words])
         except SystemExit as stop:
             status = int(stop.code or 0)
-    return Outcome(status, out.getvalue(), err.getvalue())
+    return Outcome.split(status, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture(scope="package")
@@ -77,13 +87,13 @@ def mplug2() -> Callable[..., Outcome]:
 
 @pytest.fixture(scope="package")
 def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A vocab.txt of at most 160 tokens."""
+    """Return a vocab.txt of at most 160 tokens."""
     return train_wordpiece(vocabulary_texts(60), 160).save(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture(scope="package")
 def recipes(tmp_path_factory: pytest.TempPathFactory, vocabulary: Path) -> Path:
-    """A folder with two recipes, both the demo's but tiny: text.py masks words, pictures.py answers about clips."""
+    """Return a folder with two tiny variants of the demo: text.py masks words, pictures.py answers about clips."""
     folder = tmp_path_factory.mktemp("recipes")
     common = {f"model.{name}": value for name, value in MODEL.items()}
     common |= {"tokenizer.path": vocabulary, "steps": 2, "log_every": 1}
@@ -106,29 +116,29 @@ def recipes(tmp_path_factory: pytest.TempPathFactory, vocabulary: Path) -> Path:
 
 
 @dataclasses.dataclass(frozen=True)
-class Trained:
-    """A finished run, and what its training printed."""
+class TrainedRun:
+    """A finished run, and the outcome of its training."""
 
     workdir: Path
     recipe: Path
-    printed: Outcome
+    outcome: Outcome
 
 
 @pytest.fixture(scope="package")
-def trained(tmp_path_factory: pytest.TempPathFactory, recipes: Path) -> Trained:
-    """A model of text, trained for two steps. Tests that change the folder copy it."""
+def trained(tmp_path_factory: pytest.TempPathFactory, recipes: Path) -> TrainedRun:
+    """Return a text model that was trained for two steps. Tests that change the folder copy it."""
     workdir, recipe = tmp_path_factory.mktemp("runs") / "text", recipes / "text.py"
-    return Trained(workdir, recipe, command("train", "--config", recipe, "--workdir", workdir))
+    return TrainedRun(workdir, recipe, command("train", "--config", recipe, "--workdir", workdir))
 
 
 @pytest.fixture
-def workdir(trained: Trained, tmp_path: Path) -> Path:
-    """A copy of the trained run's work directory."""
+def workdir(trained: TrainedRun, tmp_path: Path) -> Path:
+    """Return a copy of the trained run's work directory."""
     return shutil.copytree(trained.workdir, tmp_path / "run")
 
 
-def untrained(path: Path, config: RunConfig, scale: float = 0.1) -> Path:
-    """The work directory of a run that was saved without having learned anything: its numbers are drawn."""
+def save_random_run(path: Path, config: RunConfig, scale: float = 0.1) -> Path:
+    """Return the work directory of a run with random parameters."""
     rng, workdir = np.random.default_rng(0), WorkDir(path)
     tokenizer = workdir.load_tokenizer(config)
     workdir.initialize(config, tokenizer)
@@ -136,8 +146,8 @@ def untrained(path: Path, config: RunConfig, scale: float = 0.1) -> Path:
     state = jax.tree.map(
         lambda s: jax.device_put(scale * rng.normal(size=s.shape).astype(s.dtype), s.sharding), spec.shapes
     )
-    identity = ModelMetadata(config.model, spec.definition.parts)
-    checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint, model=identity)
+    model = ModelMetadata(config.model, spec.definition.parts)
+    checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint, model=model)
     checkpoints.save(state, data_position(1, open_streams(config, tokenizer)))
     checkpoints.close()
     return path
@@ -145,30 +155,30 @@ def untrained(path: Path, config: RunConfig, scale: float = 0.1) -> Path:
 
 @pytest.fixture(scope="package")
 def pictures(tmp_path_factory: pytest.TempPathFactory, recipes: Path) -> Path:
-    """The work directory of a model that sees."""
+    """Return the work directory of a model with a vision tower."""
     config = build(RunConfig, load_recipe(str(recipes / "pictures.py")))
-    return untrained(tmp_path_factory.mktemp("runs") / "pictures", config)
+    return save_random_run(tmp_path_factory.mktemp("runs") / "pictures", config)
 
 
 @pytest.fixture(scope="package")
-def contrasting(tmp_path_factory: pytest.TempPathFactory, vocabulary: Path) -> Path:
-    """The work directory of a model that compares pictures and clips with texts, and gives many answers."""
+def contrastive_run(tmp_path_factory: pytest.TempPathFactory, vocabulary: Path) -> Path:
+    """Return the work directory of a model that compares images and clips with texts, and gives various answers."""
     streams = small_run().streams
     pairs = {
         name: dataclasses.replace(streams[name], objectives={"vlc": 1.0, "ilm": 1.0})
         for name in ("image_text", "video_text")
     }
-    # One universal layer fewer, and its searches would answer everything alike.
+    # With one universal layer fewer, its searches would give the same answer to everything.
     config = small_run(
         streams=pairs, evaluations={}, tokenizer=TokenizerConfig(path=str(vocabulary)),
         model=small_model(universal_layers=2),
     )  # fmt: skip
-    return untrained(tmp_path_factory.mktemp("runs") / "contrasting", config, scale=1.0)
+    return save_random_run(tmp_path_factory.mktemp("runs") / "contrastive_run", config, scale=1.0)
 
 
 @pytest.fixture(scope="package")
 def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a picture, a video, a GIF and a text: a.png, a.mp4, a.gif, a.txt."""
+    """Return a folder with an image, a video, a GIF and a text: a.png, a.mp4, a.gif, a.txt."""
     folder = tmp_path_factory.mktemp("media")
     frames = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), np.uint8)
     write_image(folder / "a.png", frames[0])
@@ -181,7 +191,7 @@ def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="package")
 def snapshot() -> Callable[[Path], dict[str, bytes]]:
-    """Every file below a folder with its bytes, and every folder as nothing."""
+    """Return a function that maps every path below a folder to the bytes of the file, empty for a folder."""
 
     def take(folder: Path) -> dict[str, bytes]:
         return {

@@ -1,4 +1,4 @@
-"""Whatever is wrong with the input: status 2, one sentence that names it and says what would do, nothing written."""
+"""Invalid input: status 2, a one-line error that names it and the remedy, and nothing is written."""
 
 import json
 import re
@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 
-from .conftest import Outcome, Trained
+from .conftest import Outcome, TrainedRun
 
 Refused = Callable[..., str]
 Snapshot = Callable[[Path], dict[str, bytes]]
 
 
-def sentence_of(outcome: Outcome) -> str:
-    """The error of a command that was refused."""
+def error_of(outcome: Outcome) -> str:
+    """Return the error message of a command that was refused."""
     assert outcome.status == 2, outcome
     (line,) = outcome.err.splitlines()
     assert line.startswith("mplug2: error: ")
@@ -27,14 +27,14 @@ def sentence_of(outcome: Outcome) -> str:
 
 
 @pytest.fixture
-def refused(mplug2: Callable[..., Outcome], snapshot: Snapshot, trained: Trained, tmp_path: Path) -> Refused:
-    """Runs a command that must be refused and must leave every file alone; its sentence."""
+def refused(mplug2: Callable[..., Outcome], snapshot: Snapshot, trained: TrainedRun, tmp_path: Path) -> Refused:
+    """Return a function that runs a command, which must fail and change no file, and returns its error message."""
 
     def run(*words: object) -> str:
         before = snapshot(trained.workdir), snapshot(tmp_path)
         outcome = mplug2(*words)
         assert (snapshot(trained.workdir), snapshot(tmp_path)) == before
-        return sentence_of(outcome)
+        return error_of(outcome)
 
     return run
 
@@ -94,7 +94,7 @@ CONFIGS = {
 
 @pytest.mark.parametrize(("override", "said"), CONFIGS.items(), ids=CONFIGS)
 def test_a_wrong_config_is_refused_before_anything_is_written(
-    override: str, said: str, refused: Refused, trained: Trained, tmp_path: Path
+    override: str, said: str, refused: Refused, trained: TrainedRun, tmp_path: Path
 ) -> None:
     word = f"--config.{override}"
     assert said in refused("train", "--config", trained.recipe, "--workdir", tmp_path / "new", word)
@@ -116,7 +116,7 @@ def test_an_unknown_recipe_is_refused(name: str, said: str, refused: Refused, tm
 
 
 def test_a_folder_that_holds_something_else_is_not_trained_in(
-    refused: Refused, trained: Trained, tmp_path: Path
+    refused: Refused, trained: TrainedRun, tmp_path: Path
 ) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     train = ("train", "--config", trained.recipe, "--workdir")
@@ -139,7 +139,7 @@ def test_a_folder_that_holds_something_else_is_not_trained_in(
     ],
 )
 def test_a_run_is_not_resumed_with_what_does_not_fit_it(
-    overrides: list[str], said: str, refused: Refused, trained: Trained
+    overrides: list[str], said: str, refused: Refused, trained: TrainedRun
 ) -> None:
     words = [f"--config.{override}" for override in overrides]
     assert said in refused("train", "--config", trained.recipe, "--workdir", trained.workdir, *words)
@@ -225,7 +225,7 @@ def test_a_run_without_a_checkpoint_is_refused(folder: str, refused: Refused, wo
     assert refused("eval", "--workdir", workdir) == said
 
 
-def test_a_step_that_was_not_saved_is_refused(refused: Refused, trained: Trained) -> None:
+def test_a_step_that_was_not_saved_is_refused(refused: Refused, trained: TrainedRun) -> None:
     said = refused("eval", "--workdir", trained.workdir, "--step", 7)
     assert said == f"{trained.workdir / 'checkpoints'} holds no checkpoint of step 7; there are [2]"
 
@@ -260,13 +260,13 @@ def test_a_broken_checkpoint_is_refused(
 
 
 def test_a_checkpoint_that_lost_its_data_is_neither_read_nor_resumed(
-    mplug2: Callable[..., Outcome], snapshot: Snapshot, trained: Trained, workdir: Path
+    mplug2: Callable[..., Outcome], snapshot: Snapshot, trained: TrainedRun, workdir: Path
 ) -> None:
     for path in (workdir / "checkpoints" / "2" / "state" / "ocdbt.process_0" / "d").iterdir():
         path.write_bytes(b"")
     before = snapshot(workdir / "checkpoints")
     for words in (["eval"], ["train", "--config", trained.recipe]):
-        sentence = sentence_of(mplug2(*words, "--workdir", workdir))
+        sentence = error_of(mplug2(*words, "--workdir", workdir))
         assert re.match(
             rf"checkpoint {re.escape(str(workdir))}/checkpoints/2 is damaged \(.+\); it is the only", sentence
         )
@@ -302,12 +302,12 @@ def test_a_newer_checkpoint_is_refused(refused: Refused, workdir: Path) -> None:
     ],
 )
 def test_an_override_that_does_not_fit_a_run_is_refused(
-    override: str, said: str, refused: Refused, trained: Trained
+    override: str, said: str, refused: Refused, trained: TrainedRun
 ) -> None:
     assert said in refused("eval", "--workdir", trained.workdir, f"--config.{override}")
 
 
-def test_an_unknown_evaluation_is_refused_with_the_nearest(refused: Refused, trained: Trained) -> None:
+def test_an_unknown_evaluation_is_refused_with_the_nearest(refused: Refused, trained: TrainedRun) -> None:
     assert refused("eval", "--workdir", trained.workdir, "--only", "mor_words") == (
         "--only mor_words is no evaluation of this run: did you mean 'more_words'? (valid: masked_words, more_words)"
     )
@@ -318,7 +318,7 @@ def test_a_refusal_is_one_line_of_the_whole_process_too(workdir: Path, repositor
     edit(workdir, lambda config: config["mesh"].update(fsdp=-1))
     words = [sys.executable, "-m", "mplug2_jax.cli.main", "eval", "--workdir", workdir]
     done = subprocess.run(words, cwd=repository, capture_output=True, text=True, env={"JAX_PLATFORMS": "cpu"})
-    assert "is damaged (" in sentence_of(Outcome(done.returncode, done.stdout, done.stderr))
+    assert "is damaged (" in error_of(Outcome.split(done.returncode, done.stdout, done.stderr))
 
 
 # Files to generate from
@@ -359,7 +359,7 @@ def test_an_unreadable_file_is_refused(
         assert sentence.endswith("; replace or remove the file")
 
 
-def test_a_model_that_cannot_answer_is_refused(refused: Refused, trained: Trained, media: Path) -> None:
+def test_a_model_that_cannot_answer_is_refused(refused: Refused, trained: TrainedRun, media: Path) -> None:
     sentence = refused("generate", "--workdir", trained.workdir, media / "a.png")
     assert sentence == f"the model in {trained.workdir} has no decoder (its parts: text, universal, mlm)"
 

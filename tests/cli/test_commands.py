@@ -1,4 +1,4 @@
-"""The commands on two small runs: what they print, what they leave behind, and what they leave alone."""
+"""The commands on two small runs: what they print, write, and leave unchanged."""
 
 import json
 import re
@@ -18,24 +18,24 @@ from mplug2_jax.evaluation.loop import EvaluationResult
 from mplug2_jax.evaluation.samples import Sample
 from mplug2_jax.training import workdir as workdir_module
 
-from .conftest import Outcome, Trained
+from .conftest import Outcome, TrainedRun
 
 Mplug2 = Callable[..., Outcome]
 
 
-def tables(printed: str) -> list[list[str]]:
-    """The rows of the results table, without its header."""
-    rows = printed.split("\n\n")
-    (table,) = [row for row in rows if row.startswith("evaluation ")]
+def table_rows(out: str) -> list[list[str]]:
+    """Return the rows of the results table, without its header."""
+    (table,) = [block for block in out.split("\n\n") if block.startswith("evaluation ")]
     return [line.split() for line in table.splitlines()[2:]]
 
 
-def test_training_prints_what_runs_and_ends_with_results_samples_the_report_and_what_is_next(trained: Trained) -> None:
-    status, out, err = trained.printed.status, trained.printed.out, trained.printed.err
-    assert (status, err) == (0, "")
-    assert re.match(r"demo: [\d,]+ parameters in text, universal, mlm\nmesh fsdp=8 on cpu\n", out)
-    assert re.findall(r"^step (\d)/2  loss \d+\.\d+  examples/s ", out, re.MULTILINE) == ["1", "2"]
-    assert [(row[:2], row[-1]) for row in tables(out)] == [
+def test_training_logs_its_progress_and_prints_results_samples_the_report_and_next_steps(trained: TrainedRun) -> None:
+    outcome, out = trained.outcome, trained.outcome.out
+    assert (outcome.status, outcome.err) == (0, "")
+    assert re.match(r"demo: [\d,]+ parameters in text, universal, mlm\nmesh fsdp=8 on cpu\n", outcome.log)
+    progress = r"^step (\d)/2  loss \d+\.\d+  [\d.,]+ examples/s .* eta \d:\d\d$"
+    assert re.findall(progress, outcome.log, re.MULTILINE) == ["1", "2"]
+    assert [(row[:2], row[-1]) for row in table_rows(out)] == [
         (["masked_words", "accuracy"], "11"), (["more_words", "accuracy"], "11")
     ]  # fmt: skip
     assert out.count("    prediction: ") == out.count("    reference:  ") == 2  # one of each evaluation
@@ -64,10 +64,10 @@ def test_samples_of_pictures_come_first_and_name_their_files(tmp_path: Path) -> 
     assert clip[1] == f"    clip:       {tmp_path / 'c-0.png'}"
 
 
-def test_training_leaves_everything_in_the_work_directory(trained: Trained) -> None:
+def test_training_leaves_everything_in_the_work_directory(trained: TrainedRun) -> None:
     path = trained.workdir
     assert {entry.name for entry in path.iterdir()} == {
-        "checkpoints", "config.json", "evaluations", "events.jsonl", "ledger.jsonl", "metrics.jsonl", "report.html",
+        "checkpoints", "config.json", "evaluations", "events.jsonl", "goodput.jsonl", "metrics.jsonl", "report.html",
         "tensorboard", "tokenizer",
     }  # fmt: skip
     assert [entry.name for entry in (path / "checkpoints").iterdir()] == ["2"]
@@ -81,13 +81,13 @@ def test_training_leaves_everything_in_the_work_directory(trained: Trained) -> N
     assert "<svg" in page
 
 
-def test_eval_finds_what_training_found(trained: Trained, workdir: Path, mplug2: Mplug2) -> None:
+def test_eval_finds_what_training_found(trained: TrainedRun, workdir: Path, mplug2: Mplug2) -> None:
     results = workdir / "evaluations/2/masked_words.json"
     before = json.loads(results.read_text())
     results.unlink()
     done = mplug2("eval", "--workdir", workdir)
     assert (done.status, done.err) == (0, "")
-    assert tables(done.out) == tables(trained.printed.out)
+    assert table_rows(done.out) == table_rows(trained.outcome.out)
     after = json.loads(results.read_text())
     assert after | {"seconds": 0} == before | {"seconds": 0}
 
@@ -112,7 +112,7 @@ def test_eval_only_evaluates_what_is_named_and_leaves_the_checkpoints_alone(
         "--config.mesh.fsdp=1",
     )
     assert done.status == 0
-    assert [row[0] for row in tables(done.out)] == ["more_words"]
+    assert [row[0] for row in table_rows(done.out)] == ["more_words"]
     assert re.search(r"^step 2  more_words: 11 examples in ", done.out, re.MULTILINE)
     after = snapshot(workdir)
     assert {name for name in after if before.get(name) != after[name]} <= {"evaluations/2/more_words.json"}
@@ -120,16 +120,16 @@ def test_eval_only_evaluates_what_is_named_and_leaves_the_checkpoints_alone(
 
 
 def test_a_finished_run_is_evaluated_again_and_loses_nothing(
-    snapshot: Callable[[Path], dict[str, bytes]], trained: Trained, workdir: Path, mplug2: Mplug2
+    snapshot: Callable[[Path], dict[str, bytes]], trained: TrainedRun, workdir: Path, mplug2: Mplug2
 ) -> None:
     before = snapshot(workdir)
     mesh = ("--config.mesh.data=2", "--config.mesh.fsdp=4")
     done = mplug2("train", "--config", trained.recipe, "--workdir", workdir, "--config.log_every=7", *mesh)
     assert (done.status, done.err) == (0, "")
-    assert "resuming from step 2\n" in done.out
-    assert "all 2 steps were done before\n" in done.out
-    assert "loss" not in done.out
-    assert tables(done.out) == tables(trained.printed.out)
+    assert "resuming from step 2\n" in done.log
+    assert "all 2 steps are already done\n" in done.log
+    assert "loss" not in done.log
+    assert table_rows(done.out) == table_rows(trained.outcome.out)
     after = snapshot(workdir)
     assert {name: after[name] for name in after if name.startswith("checkpoints/")} == {
         name: content for name, content in before.items() if name.startswith("checkpoints/")
@@ -141,7 +141,7 @@ def test_a_finished_run_is_evaluated_again_and_loses_nothing(
     assert json.loads(after["config.json"])["log_every"] == 7
 
 
-def test_a_run_with_damaged_metrics_goes_on(trained: Trained, workdir: Path, mplug2: Mplug2) -> None:
+def test_a_run_with_damaged_metrics_goes_on(trained: TrainedRun, workdir: Path, mplug2: Mplug2) -> None:
     with (workdir / "metrics.jsonl").open("ab") as file:
         file.write(b'5\n{"no": "step"}\n\xff\xfe\n{"step": 2, "lo')
     fewer = "--config.evaluations.more_words.num_samples=0"
@@ -221,7 +221,7 @@ def test_report_prints_where_the_page_is(workdir: Path, mplug2: Mplug2) -> None:
 
 
 def test_report_compares_two_and_overwrites_nothing(
-    trained: Trained, workdir: Path, tmp_path: Path, mplug2: Mplug2
+    trained: TrainedRun, workdir: Path, tmp_path: Path, mplug2: Mplug2
 ) -> None:
     words = ("report", trained.workdir, "--against", workdir, "--out", tmp_path / "page.html")
     assert mplug2(*words) == Outcome(0, f"{tmp_path / 'page.html'}\n", "")

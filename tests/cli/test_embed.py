@@ -13,8 +13,8 @@ from mplug2_jax.inference.feature_files import FeatureWriter
 from tests.close import CHAIN, assert_close
 from tests.data_pipelines.worlds import encoded, records
 
-from .conftest import Outcome, Trained
-from .test_bad_input import sentence_of
+from .conftest import Outcome, TrainedRun
+from .test_bad_input import error_of
 
 Mplug2 = Callable[..., Outcome]
 
@@ -44,10 +44,10 @@ def read(out: Path) -> tuple[list[str], np.ndarray]:
 
 
 def test_a_folder_is_embedded_and_what_is_broken_is_named(
-    contrasting: Path, folder: Path, tmp_path: Path, mplug2: Mplug2
+    contrastive_run: Path, folder: Path, tmp_path: Path, mplug2: Mplug2
 ) -> None:
     out = tmp_path / "features"
-    words = ("embed", "--workdir", contrasting, folder, "--out", out)
+    words = ("embed", "--workdir", contrastive_run, folder, "--out", out)
     done = mplug2(*words)
     assert (done.status, done.err) == (1, "")
     first, shard, left_out = done.out.splitlines()
@@ -69,10 +69,10 @@ def test_a_folder_is_embedded_and_what_is_broken_is_named(
 
 @pytest.mark.slow
 def test_a_command_that_was_killed_between_shards_goes_on(
-    contrasting: Path, folder: Path, tmp_path: Path, mplug2: Mplug2, monkeypatch: pytest.MonkeyPatch
+    contrastive_run: Path, folder: Path, tmp_path: Path, mplug2: Mplug2, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(features, "SHARD_ROWS", 2)
-    words = ("embed", "--workdir", contrasting, folder, "--feature", "pooled", "--out")
+    words = ("embed", "--workdir", contrastive_run, folder, "--feature", "pooled", "--out")
     mplug2(*words, tmp_path / "whole")
     write = FeatureWriter.write
 
@@ -94,27 +94,29 @@ def test_a_command_that_was_killed_between_shards_goes_on(
     assert_close(rows, whole, CHAIN)
 
 
-def test_other_features_are_not_mixed_in(contrasting: Path, folder: Path, tmp_path: Path, mplug2: Mplug2) -> None:
+def test_other_features_are_not_mixed_in(contrastive_run: Path, folder: Path, tmp_path: Path, mplug2: Mplug2) -> None:
     out = tmp_path / "features"
-    words = ("embed", "--workdir", contrasting, folder, "--out", out)
+    words = ("embed", "--workdir", contrastive_run, folder, "--out", out)
     mplug2(*words)
     before = (out / "index.json").read_bytes()
-    said = sentence_of(mplug2(*words, "--feature", "visual/out", "--pool", "cls"))
+    said = error_of(mplug2(*words, "--feature", "visual/out", "--pool", "cls"))
     assert (
         "holds other features: arrays.features.shape was [16] and is [32]; feature.name was 'contrastive' and" in said
     )
     (folder / "0.png").rename(folder / "9.png")
-    assert "listing was" in sentence_of(mplug2(*words))
+    assert "listing was" in error_of(mplug2(*words))
     assert (out / "index.json").read_bytes() == before
 
 
 def test_the_texts_of_an_annotation_file_are_embedded_each(
-    contrasting: Path, media: Path, tmp_path: Path, mplug2: Mplug2
+    contrastive_run: Path, media: Path, tmp_path: Path, mplug2: Mplug2
 ) -> None:
     rows = [{"id": "x", "image": "a.png", "caption": ["a red digit", "a digit"]}, {"image": "b.png", "caption": "blue"}]
     file = tmp_path / "captions.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    done = mplug2("embed", "--workdir", contrasting, file, media / "a.txt", "--kind", "text", "--out", tmp_path / "f")
+    done = mplug2(
+        "embed", "--workdir", contrastive_run, file, media / "a.txt", "--kind", "text", "--out", tmp_path / "f"
+    )
     assert (done.status, done.err) == (0, "")
     ids, rows = read(tmp_path / "f")
     assert ids == [f"{file}/captions/x#0", f"{file}/captions/x#1", f"{file}/captions/2", str(media / "a.txt")]
@@ -123,12 +125,12 @@ def test_the_texts_of_an_annotation_file_are_embedded_each(
 
 
 def test_the_clips_of_an_annotation_file_are_embedded(
-    contrasting: Path, media: Path, tmp_path: Path, mplug2: Mplug2
+    contrastive_run: Path, media: Path, tmp_path: Path, mplug2: Mplug2
 ) -> None:
     file = tmp_path / "clips.json"
     file.write_text(json.dumps([{"video": "a.mp4", "caption": "x"}, {"video": "a.gif", "caption": "y"}]))
     words = ("--feature", "vision/norm_pre", "--format", "npz", "--kind", "video", "--media", media)
-    done = mplug2("embed", "--workdir", contrasting, file, *words, "--out", tmp_path / "f")
+    done = mplug2("embed", "--workdir", contrastive_run, file, *words, "--out", tmp_path / "f")
     assert (done.status, done.err) == (0, "")
     with np.load(tmp_path / "f" / "features-00000.npz", allow_pickle=False) as found:
         assert found["ids"].tolist() == ["clips/1", "clips/2"]
@@ -152,19 +154,19 @@ def test_the_clips_of_an_annotation_file_are_embedded(
     ],
 )
 def test_what_cannot_be_embedded_is_refused(
-    words: str, said: str, contrasting: Path, media: Path, tmp_path: Path, mplug2: Mplug2
+    words: str, said: str, contrastive_run: Path, media: Path, tmp_path: Path, mplug2: Mplug2
 ) -> None:
     out = tmp_path / "features"
-    sentence = sentence_of(mplug2("embed", "--workdir", contrasting, *words.format(media=media).split(), "--out", out))
+    sentence = error_of(mplug2("embed", "--workdir", contrastive_run, *words.format(media=media).split(), "--out", out))
     assert sentence.startswith(said.format(media=media))
     assert not out.exists()
 
 
-def test_a_model_without_the_parts_is_refused(trained: Trained, media: Path, tmp_path: Path, mplug2: Mplug2) -> None:
+def test_a_model_without_the_parts_is_refused(trained: TrainedRun, media: Path, tmp_path: Path, mplug2: Mplug2) -> None:
     words = ("embed", "--workdir", trained.workdir, "--out", tmp_path / "f")
-    assert sentence_of(mplug2(*words, media / "a.txt")) == (
+    assert error_of(mplug2(*words, media / "a.txt")) == (
         "feature 'contrastive' of a text needs the part contrastive, which this model lacks (it has text, universal, "
         "mlm)"
     )
-    assert "needs the part vision and contrastive" in sentence_of(mplug2(*words, media / "a.png"))
+    assert "needs the part vision and contrastive" in error_of(mplug2(*words, media / "a.png"))
     assert mplug2(*words, media / "a.txt", "--feature", "text/out", "--pool", "cls").status == 0

@@ -14,8 +14,8 @@ from data_pipelines.media import write_image
 from mplug2_jax.evaluation.config import EvaluationConfig
 from tests.runs import QUESTION, SMALL, recipe_file, small_run
 
-from .conftest import Outcome, Trained
-from .test_bad_input import sentence_of
+from .conftest import Outcome, TrainedRun
+from .test_bad_input import error_of
 
 Mplug2 = Callable[..., Outcome]
 
@@ -31,7 +31,7 @@ def results(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("where", ["", "checkpoints", "checkpoints/2"])
 def test_a_checkpoint_by_its_own_recipe_gives_what_training_gave(
-    where: str, trained: Trained, tmp_path: Path, mplug2: Mplug2
+    where: str, trained: TrainedRun, tmp_path: Path, mplug2: Mplug2
 ) -> None:
     done = mplug2("eval", "--task", trained.recipe, "--checkpoint", trained.workdir / where, "--out", tmp_path / "out")
     assert (done.status, done.err) == (0, "")
@@ -42,7 +42,7 @@ def test_a_checkpoint_by_its_own_recipe_gives_what_training_gave(
 
 
 def test_results_go_beside_the_run_and_sizes_are_the_checkpoint_s(
-    trained: Trained, workdir: Path, recipes: Path, mplug2: Mplug2
+    trained: TrainedRun, workdir: Path, recipes: Path, mplug2: Mplug2
 ) -> None:
     shutil.rmtree(workdir / "evaluations")
     (workdir / "report.html").unlink()
@@ -58,16 +58,16 @@ def test_results_go_beside_the_run_and_sizes_are_the_checkpoint_s(
 
 
 def test_a_checkpoint_without_a_run_needs_a_folder_and_a_tokeniser(
-    trained: Trained, workdir: Path, mplug2: Mplug2, vocabulary: Path
+    trained: TrainedRun, workdir: Path, mplug2: Mplug2, vocabulary: Path
 ) -> None:
     (workdir / "config.json").unlink()
     words = ("eval", "--task", trained.recipe, "--checkpoint", workdir)
-    assert sentence_of(mplug2(*words)) == (
+    assert error_of(mplug2(*words)) == (
         f"{workdir} is no work directory of a run, to keep results in: give --out FOLDER"
     )
     shutil.rmtree(workdir / "tokenizer")
     words = (*words, "--out", workdir / "out")
-    assert f"{workdir} keeps no tokeniser" in sentence_of(mplug2(*words, "--config.tokenizer.path="))
+    assert f"{workdir} keeps no tokeniser" in error_of(mplug2(*words, "--config.tokenizer.path="))
     assert mplug2(*words, f"--config.tokenizer.path={vocabulary}").status == 0
     assert results(workdir / "out") == results(trained.workdir / "evaluations" / "2")
 
@@ -92,26 +92,26 @@ def test_a_checkpoint_without_a_run_needs_a_folder_and_a_tokeniser(
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused(
-    words: tuple[str, ...], said: str, trained: Trained, tmp_path: Path, mplug2: Mplug2
+    words: tuple[str, ...], said: str, trained: TrainedRun, tmp_path: Path, mplug2: Mplug2
 ) -> None:
     words = tuple(word.format(recipe=trained.recipe) for word in words)
     done = mplug2("eval", *words, "--checkpoint", trained.workdir, "--out", tmp_path / "out")
-    assert said.format(trained.workdir) in sentence_of(done)
+    assert said.format(trained.workdir) in error_of(done)
     assert not (tmp_path / "out").exists()
 
 
-def test_pictures_of_another_size_are_refused(contrasting: Path, tmp_path: Path, mplug2: Mplug2) -> None:
-    done = mplug2("eval", "--task", "finetune:videoqa,tiny", "--checkpoint", contrasting, "--out", tmp_path / "out")
-    assert sentence_of(done) == (
-        f"config.evaluations.video.data.visual.image_size=32, but the model in {contrasting} sees 16 pixels: set "
+def test_pictures_of_another_size_are_refused(contrastive_run: Path, tmp_path: Path, mplug2: Mplug2) -> None:
+    done = mplug2("eval", "--task", "finetune:videoqa,tiny", "--checkpoint", contrastive_run, "--out", tmp_path / "out")
+    assert error_of(done) == (
+        f"config.evaluations.video.data.visual.image_size=32, but the model in {contrastive_run} sees 16 pixels: set "
         "--config.evaluations.video.data.visual.image_size=16"
     )
 
 
-def test_only_the_parts_that_are_needed_are_read(contrasting: Path, tmp_path: Path, mplug2: Mplug2) -> None:
+def test_only_the_parts_that_are_needed_are_read(contrastive_run: Path, tmp_path: Path, mplug2: Mplug2) -> None:
     """Question answering with no weights of contrast, which the checkpoint has."""
     done = mplug2(
-        "eval", "--task", "finetune:videoqa,tiny", "--checkpoint", contrasting, "--out", tmp_path / "out",
+        "eval", "--task", "finetune:videoqa,tiny", "--checkpoint", contrastive_run, "--out", tmp_path / "out",
         "--config.evaluations.video.data.visual.image_size=16",
         "--config.evaluations.video.data.sources.clips.max_records=8",
         "--config.mesh.fsdp=8", "--config.tasks.search.num_beams=1", "--config.tasks.search.max_length=3",
@@ -121,7 +121,7 @@ def test_only_the_parts_that_are_needed_are_read(contrasting: Path, tmp_path: Pa
 
 
 def test_a_finished_run_is_followed_to_its_end_and_not_twice(
-    trained: Trained, workdir: Path, mplug2: Mplug2, snapshot: Callable[[Path], dict[str, bytes]]
+    trained: TrainedRun, workdir: Path, mplug2: Mplug2, snapshot: Callable[[Path], dict[str, bytes]]
 ) -> None:
     shutil.rmtree(workdir / "evaluations")
     before = snapshot(workdir)
@@ -164,9 +164,9 @@ def test_a_damaged_checkpoint_is_left_out(workdir: Path, mplug2: Mplug2) -> None
     ],
 )
 def test_options_that_mean_nothing_are_refused(
-    words: tuple[str, ...], said: str, trained: Trained, mplug2: Mplug2
+    words: tuple[str, ...], said: str, trained: TrainedRun, mplug2: Mplug2
 ) -> None:
-    assert sentence_of(mplug2("eval", "--workdir", trained.workdir, *words)) == said
+    assert error_of(mplug2("eval", "--workdir", trained.workdir, *words)) == said
 
 
 # Evaluations on bad files
@@ -200,8 +200,8 @@ class Bad:
 
 
 @pytest.fixture
-def bad(tmp_path: Path, contrasting: Path, mplug2: Mplug2) -> Bad:
-    return Bad(tmp_path, contrasting, mplug2)
+def bad(tmp_path: Path, contrastive_run: Path, mplug2: Mplug2) -> Bad:
+    return Bad(tmp_path, contrastive_run, mplug2)
 
 
 def asked(*answers: str) -> list[dict[str, str]]:
@@ -266,7 +266,7 @@ KARPATHY = "data.sources.set.format=karpathy", "data.sources.set.split=tset"
 def test_files_that_cannot_be_evaluated_are_refused(
     rows: object, task: str, examples: ExampleConfig, words: tuple[str, ...], said: str, bad: Bad
 ) -> None:
-    sentence = sentence_of(bad(rows, task, examples, *words))
+    sentence = error_of(bad(rows, task, examples, *words))
     assert said in sentence
     assert "nor can 0 others" not in sentence
     assert not (bad.folder / "out").exists()

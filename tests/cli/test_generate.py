@@ -39,9 +39,9 @@ def lines(done: Outcome) -> list[str]:
 @pytest.mark.parametrize("how", [("--beams", 2), ("--beams", 1, "--top-p", 0.99, "--temperature", 5)], ids=str)
 @pytest.mark.slow
 def test_answers_in_batches_are_those_of_one_at_a_time(
-    how: tuple[object, ...], contrasting: Path, many: Path, mplug2: Mplug2
+    how: tuple[object, ...], contrastive_run: Path, many: Path, mplug2: Mplug2
 ) -> None:
-    words = ("generate", "--workdir", contrasting, many, "--max-length", 4, *how)
+    words = ("generate", "--workdir", contrastive_run, many, "--max-length", 4, *how)
     alone = lines(mplug2(*words, "--batch-size", 1))
     names = [*(f"{i:02}.{'png' if i % 3 == 0 else 'txt'}" for i in range(11) if i % 3 != 1),
              *(f"deep/{i:02}.mp4" for i in range(1, 11, 3))]  # fmt: skip

@@ -1,4 +1,4 @@
-"""The command line's form: help with an example that works, one status for wrong arguments, errors in one line."""
+"""The command line: help with an example that works, one status for invalid arguments, errors on one line."""
 
 import argparse
 import re
@@ -8,18 +8,19 @@ import sys
 from collections.abc import Callable, Iterator
 
 import pytest
+from absl import logging
 
 from data_pipelines.errors import DataError
-from mplug2_jax import __version__
-from mplug2_jax.cli import report
+from mplug2_jax import __version__, console
+from mplug2_jax.cli import data_files, report
 from mplug2_jax.cli.main import main, parser
-from mplug2_jax.errors import UserError
+from mplug2_jax.errors import Preempted, UserError
 
 from .conftest import Outcome
 
 
 def walk(parser: argparse.ArgumentParser, *names: str) -> Iterator[tuple[str, ...]]:
-    """Every command and sub-command, and none for the command line itself."""
+    """Yield the names of every command and subcommand; none for the command line itself."""
     yield names
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
@@ -31,9 +32,9 @@ COMMANDS = list(walk(parser()))
 every_command = pytest.mark.parametrize("names", COMMANDS, ids=[" ".join(("mplug2", *names)) for names in COMMANDS])
 
 
-def example(shown: Outcome) -> list[str]:
-    """The words of the example in a command's help, without the program's name."""
-    (line,) = re.findall(r"^example:\n  mplug2 (.*)$", shown.out, re.MULTILINE)
+def find_example(help: Outcome) -> list[str]:
+    """Return the words of the example in the help of a command, without the program's name."""
+    (line,) = re.findall(r"^example:\n  mplug2 (.*)$", help.out, re.MULTILINE)
     return shlex.split(line)
 
 
@@ -43,14 +44,14 @@ def test_the_commands_are_found() -> None:
 
 @every_command
 def test_help_shows_an_example_that_parses(names: tuple[str, ...], mplug2: Callable[..., Outcome]) -> None:
-    shown = mplug2(*names, "--help")
-    assert (shown.status, shown.err) == (0, "")
-    words = example(shown)
+    help = mplug2(*names, "--help")
+    assert (help.status, help.err) == (0, "")
+    words = find_example(help)
     assert tuple(words[: len(names)]) == names
-    args, rest = parser().parse_known_args(words)
+    args, overrides = parser().parse_known_args(words)
     assert callable(args.run)
-    assert all(word.startswith("--config.") for word in rest)
-    assert not rest or hasattr(args, "overrides")
+    assert all(word.startswith("--config.") for word in overrides)
+    assert not overrides or hasattr(args, "overrides")
 
 
 @every_command
@@ -61,7 +62,7 @@ def test_help_says_what_each_command_is_for(names: tuple[str, ...], mplug2: Call
 
 @every_command
 def test_unknown_arguments_are_refused(names: tuple[str, ...], mplug2: Callable[..., Outcome]) -> None:
-    refused = mplug2(*example(mplug2(*names, "--help")), "--no-such-option")
+    refused = mplug2(*find_example(mplug2(*names, "--help")), "--no-such-option")
     assert (refused.status, refused.out) == (2, "")
     assert refused.err.endswith("error: unrecognized arguments: --no-such-option\n")
 
@@ -107,7 +108,7 @@ def test_commands_are_listed_by_purpose_with_a_line_each(mplug2: Callable[..., O
     assert all(len(summary) < 80 and summary[0].isupper() and summary[-1] != "." for summary in rows.values())
 
 
-def test_the_version_is_told(mplug2: Callable[..., Outcome]) -> None:
+def test_the_version_is_printed(mplug2: Callable[..., Outcome]) -> None:
     assert mplug2("--version") == Outcome(0, f"mplug2 {__version__}\n", "")
 
 
@@ -132,7 +133,7 @@ def test_a_file_that_the_system_refuses_is_named(
     assert mplug2("report", "w") == Outcome(2, "", "mplug2: error: runs/x/config.json: Permission denied\n")
 
 
-def test_an_interruption_is_no_error(monkeypatch: pytest.MonkeyPatch, mplug2: Callable[..., Outcome]) -> None:
+def test_ctrl_c_exits_with_130(monkeypatch: pytest.MonkeyPatch, mplug2: Callable[..., Outcome]) -> None:
     def run(args: argparse.Namespace) -> int:
         raise KeyboardInterrupt
 
@@ -140,13 +141,55 @@ def test_an_interruption_is_no_error(monkeypatch: pytest.MonkeyPatch, mplug2: Ca
     assert mplug2("report", "w") == Outcome(130, "", "mplug2: interrupted\n")
 
 
-def test_a_mistake_of_ours_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bug_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     def run(args: argparse.Namespace) -> int:
         raise ZeroDivisionError
 
     monkeypatch.setattr(report, "run", run)
     with pytest.raises(ZeroDivisionError):
         main(["report", "w"])
+
+
+@pytest.mark.parametrize(
+    ("words", "levels"),
+    [
+        (["report", "w"], "IWE"), (["--quiet", "report", "w"], "WE"), (["report", "--quiet", "w"], "WE"),
+        (["-v", "report", "w"], "DIWE"), (["report", "w", "--verbose"], "DIWE"),
+        (["--quiet", "data", "validate", "w"], "WE"), (["data", "-v", "validate", "w"], "DIWE"),
+    ],
+)  # fmt: skip
+def test_verbosity_is_chosen_before_and_after_the_command(
+    words: list[str], levels: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(args: argparse.Namespace) -> int:
+        for log in (logging.debug, logging.info, logging.warning, logging.error):
+            log("from %s", "here")
+        return 0
+
+    monkeypatch.setattr(console, "_OURS", (__file__,))
+    monkeypatch.setattr(report, "run", run)
+    monkeypatch.setattr(data_files, "run_validate", run)
+    assert main(words) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert "".join(line[0] for line in lines) == levels
+    assert all(line.endswith(" p0] from here") for line in lines)
+
+
+def test_verbose_and_quiet_exclude_each_other(mplug2: Callable[..., Outcome]) -> None:
+    refused = mplug2("report", "w", "-v", "--quiet")
+    assert refused.status == 2
+    assert "not allowed with argument" in refused.err
+
+
+def test_preemption_is_a_warning_and_exits_with_75(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(args: argparse.Namespace) -> int:
+        raise Preempted("SIGTERM: saved step 40 of 100, exiting")
+
+    monkeypatch.setattr(report, "run", run)
+    assert main(["--quiet", "report", "w"]) == 75
+    assert re.fullmatch(r"W\d{4} [\d:]+ p0\] SIGTERM: saved step 40 of 100, exiting\n", capsys.readouterr().err)
 
 
 REFUSED = (
@@ -175,10 +218,10 @@ print(main("data validate digitworld: --kind text --size 2".split()), "tensorflo
 """
 
 
-def test_a_run_does_not_wait_for_packages_that_it_does_not_use() -> None:
-    """A wrong config is refused before anything heavy is imported, and a run imports only what it needs.
+def test_a_run_does_not_import_packages_that_it_does_not_use() -> None:
+    """An invalid config is refused before heavy packages are imported, and a run imports only what it needs.
 
-    PyTorch, nltk and SciPy's statistics take longer to import than all that a run needs; TFDS is of its own data sets.
+    PyTorch, nltk and SciPy's statistics take longer to import than everything that a run needs.
     """
     done = subprocess.run([sys.executable, "-c", IMPORTED], capture_output=True, text=True, check=True)
     refused, heavy, unused, *_, other_data = done.stdout.splitlines()

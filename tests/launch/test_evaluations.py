@@ -17,7 +17,7 @@ from data_pipelines.digitworld import VIDEO_LABELS
 from mplug2_jax.evaluation.config import EvaluationConfig
 from mplug2_jax.training.config import CheckpointConfig
 from mplug2_jax.training.telemetry.metric_log import read_step_lines
-from tests.cli.conftest import untrained
+from tests.cli.conftest import save_random_run
 from tests.runs import QUESTION, SMALL, recipe_file, small_model, small_run, stream
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -75,7 +75,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         streams=streams, model=small_model(num_classes=len(VIDEO_LABELS), dtype="bfloat16"),
         evaluations={name: heldout(*what) for name, what in EVALUATIONS.items()},
     )  # fmt: skip
-    untrained(folder / "run", run, scale=1.0)
+    save_random_run(folder / "run", run, scale=1.0)
     recipe_file(run, folder / "recipe.py")
     return folder
 
