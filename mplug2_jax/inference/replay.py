@@ -20,7 +20,7 @@ from mplug2_jax.training.initialization import init_or_load_state
 from mplug2_jax.training.loop import check_data_unchanged, data_position, open_streams
 from mplug2_jax.training.optim.partition import combine, partition
 from mplug2_jax.training.state import RunSpec, TrainState, make_run_spec
-from mplug2_jax.training.step import StreamBatches, make_step, micro_batches, step_inputs, streams_loss
+from mplug2_jax.training.step import StreamBatches, make_step, split_micro_batches, step_inputs, streams_loss
 from mplug2_jax.training.telemetry.events import read_events
 from mplug2_jax.training.telemetry.metric_log import read_train_metrics
 from mplug2_jax.training.workdir import WorkDir, special_tokens
@@ -120,7 +120,7 @@ def _state_before(
             state, position = checkpoints.restore(spec.shapes, before[-1])
             check_data_unchanged(position, streams)
         else:
-            state, position = init_or_load_state(spec, streams)[0], data_position(0, streams)
+            state, position = init_or_load_state(spec, streams), data_position(0, streams)
     finally:
         checkpoints.close()
     offsets: dict[int, int] = {}
@@ -171,7 +171,7 @@ def _alone(spec: RunSpec, name: str) -> Any:
         inputs = step_inputs(spec, state)
         count, rng = spec.config.grad_accum_steps, inputs.rng
         if count > 1:  # the micro-batch that holds the row, with its randomness
-            batch = jax.tree.map(lambda x: x[row % count], micro_batches({name: batch}, count))[name]
+            batch = jax.tree.map(lambda x: x[row % count], split_micro_batches({name: batch}, count))[name]
             row, rng = row // count, jax.random.fold_in(rng, row % count)
         masked = {name: {**batch, "example_mask": jnp.arange(batch["example_id"].shape[0]) == row}}
 

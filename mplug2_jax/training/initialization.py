@@ -1,12 +1,14 @@
-"""A run's first state: fresh, or with parts of another checkpoint's weights in it."""
+"""A run's initial state: fresh, or with parts of another checkpoint's weights."""
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 
 from data_pipelines.loader import Stream
 from mplug2_jax.errors import UserError, did_you_mean
@@ -21,32 +23,43 @@ from mplug2_jax.training.state import RunSpec, TrainState, init_ema
 POSITIONS = ("vision", "positions")
 
 
-def init_or_load_state(spec: RunSpec, streams: Mapping[str, Stream] | None = None) -> tuple[TrainState, list[str]]:
-    """The state before step 1, and what is to be said of where it came from.
+def init_or_load_state(spec: RunSpec, streams: Mapping[str, Stream] | None = None) -> TrainState:
+    """Return the state before step 1, and log where it came from.
 
-    What rewards captions by CIDEr counts those of ``streams`` first, alike in all processes.
+    Where captions are rewarded by CIDEr, those of ``streams`` are counted first, alike in all processes.
 
-    With ``config.init_from`` the chosen parts are another checkpoint's, whole or not at all, averaged where it keeps an
-    average, and with LoRA's pairs in their kernels; a teacher starts as that checkpoint's teacher, or else as a copy of
-    the weights.
+    With ``config.init_from`` the chosen parts are loaded from another checkpoint, whole or not at all: its EMA where it
+    has one, with LoRA's adapters merged. A teacher starts as that checkpoint's teacher, or else as a copy of the
+    weights.
 
     Raises:
         UserError: no such checkpoint, or one that lacks a part, or has it in another size.
     """
-    state, said = _begun(spec)
+    if spec.config.init_from:
+        with _opened(spec.config.init_from) as (checkpoints, step):
+            state = _load_parts(spec, checkpoints, step)
+    else:
+        state = spec.init()
     if "frequencies" in state and streams:
-        state["frequencies"] = jax.device_put(_counted(spec, streams), spec.shardings["frequencies"])
-    return state, said
+        state["frequencies"] = jax.device_put(_caption_frequencies(spec, streams), spec.shardings["frequencies"])
+    return state
+
+
+@contextlib.contextmanager
+def _opened(path: str | Path) -> Iterator[tuple[Checkpoints, int]]:
+    checkpoints, step = open_checkpoint(Path(path))
+    try:
+        yield checkpoints, step
+    finally:
+        checkpoints.close()
 
 
 def with_init_from(path: Path, config: RunConfig) -> RunConfig:
-    """The run with the parts of a checkpoint that both have. Raises UserError where there is no checkpoint."""
-    checkpoints, step = open_checkpoint(path)
-    try:
-        has = checkpoints.model_metadata(step).parts
-    finally:
-        checkpoints.close()
-    return dataclasses.replace(config, init_from=str(path), init_parts=tuple(p for p in config.parts() if p in has))
+    """Return the run with the parts of a checkpoint that both have. Raises UserError if there is no checkpoint."""
+    with _opened(path) as (checkpoints, step):
+        available = checkpoints.model_metadata(step).parts
+    parts = tuple(part for part in config.parts() if part in available)
+    return dataclasses.replace(config, init_from=str(path), init_parts=parts)
 
 
 _SIZES: Mapping[str, tuple[str, ...]] = {
@@ -57,110 +70,99 @@ _SIZES: Mapping[str, tuple[str, ...]] = {
     "decoder": ("width", "heads", "mlp_width", "decoder_layers", "vocab_size", "max_positions"),
     "contrastive": ("contrastive_width",),
 }
-"""What of a model's sizes each part has; not the size of pictures, to which the position table is resized."""
+"""The model's sizes that each part has; not the image size, to which the position table is resized."""
 
 
-def with_checkpoint_sizes(
-    config: RunConfig, overrides: Sequence[str], begun: RunConfig | None
-) -> tuple[RunConfig, str]:
-    """Return a run with the model's sizes of the parts that it takes from ``config.init_from``, and a line about them.
+def with_checkpoint_sizes(config: RunConfig, overrides: Sequence[str], previous: RunConfig | None) -> RunConfig:
+    """Return a run with the model's sizes of the parts that it loads from ``config.init_from``; log what changed.
 
     Args:
         config: of the run.
-        overrides: words as ``--config.model.width=64``; what these set stays as it is.
-        begun: the run's config as its work directory keeps it, which has these sizes already; None: it is a new run.
+        overrides: words as ``--config.model.width=64``; the fields that they set stay as they are.
+        previous: the config in the run's work directory, which has these sizes already; None for a new run.
 
     Raises:
         UserError: no such checkpoint.
     """
     if not config.init_from:
-        return config, ""
-    if begun is not None:
-        has, model = begun.parts(), begun.model
+        return config
+    if previous is not None:
+        available, model = previous.parts(), previous.model
     else:
-        checkpoints, step = open_checkpoint(Path(config.init_from))
-        try:
-            identity = checkpoints.model_metadata(step)
-        except UserError:  # of an older version, or damaged: what reads the arrays says so
-            return config, ""
-        finally:
-            checkpoints.close()
-        has, model = identity.parts, identity.config
-    taken = set(config.init_parts or config.parts()) & set(has)
-    asked = {word.removeprefix("--config.model.").partition("=")[0] for word in overrides}
-    fields = dict.fromkeys(field for part in taken & set(_SIZES) for field in _SIZES[part] if field not in asked)
+        with _opened(config.init_from) as (checkpoints, step):
+            try:
+                metadata = checkpoints.model_metadata(step)
+            except UserError:  # of an older version, or damaged: reading the arrays names the problem
+                return config
+        available, model = metadata.parts, metadata.config
+    loaded = set(config.init_parts or config.parts()) & set(available) & set(_SIZES)
+    overridden = {word.removeprefix("--config.model.").partition("=")[0] for word in overrides}
+    fields = sorted({field for part in loaded for field in _SIZES[part]} - overridden)
     sizes = {field: getattr(model, field) for field in fields if getattr(model, field) != getattr(config.model, field)}
     if not sizes:
-        return config, ""
-    told = ", ".join(f"{field} {size} (not {getattr(config.model, field)})" for field, size in sorted(sizes.items()))
-    sized = dataclasses.replace(config, model=dataclasses.replace(config.model, **sizes))
-    return sized, f"the model's sizes are those of {config.init_from}: {told}"
+        return config
+    changes = ", ".join(f"{field} {size} (not {getattr(config.model, field)})" for field, size in sizes.items())
+    logging.info("model sizes are taken from %s: %s", config.init_from, changes)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **sizes))
 
 
-def _counted(spec: RunSpec, streams: Mapping[str, Stream]) -> DocumentFrequencies:
-    """The document frequencies of the captions that are rewarded."""
+def _caption_frequencies(spec: RunSpec, streams: Mapping[str, Stream]) -> DocumentFrequencies:
+    """Return the document frequencies of the captions that are rewarded."""
     config = spec.config
     rewarded = [streams[name] for name, stream in config.streams.items() if "scst" in stream.objectives]
     documents = (ids for stream in rewarded for ids in stream.references(config.tasks.scst.num_documents))
     return count_document_frequencies(documents, spec.context.tokens)
 
 
-def _begun(spec: RunSpec) -> tuple[TrainState, list[str]]:
-    if not spec.config.init_from:
-        return spec.init(), []
-    checkpoints, step = open_checkpoint(Path(spec.config.init_from))
-    try:
-        return _started(spec, checkpoints, step)
-    finally:
-        checkpoints.close()
-
-
-def _started(spec: RunSpec, checkpoints: Checkpoints, step: int) -> tuple[TrainState, list[str]]:
+def _load_parts(spec: RunSpec, checkpoints: Checkpoints, step: int) -> TrainState:
     stored = checkpoints.array_specs(step)
-    has = {path[1] for path in stored if path[0] == "params"}
-    wanted = _wanted(spec.config, set(spec.shapes["params"]), has)
-    fresh = sorted(set(spec.shapes["params"]) - set(wanted))
-    # What was trained on pictures alone has no temporal units; fresh ones change nothing of a clip's frames.
-    still = "vision" in wanted and "temporal" not in {part_name(path[1:]) for path in stored if path[0] == "params"}
-    fresh += ["temporal"] if still and "temporal" in spec.definition.parts else []
+    available = {path[1] for path in stored if path[0] == "params"}
+    loaded = _select_parts(spec.config, set(spec.shapes["params"]), available)
+    fresh = sorted(set(spec.shapes["params"]) - set(loaded))
+    # What was trained on images alone has no temporal units; fresh ones do not change a clip's frames.
+    stored_parts = {part_name(path[1:]) for path in stored if path[0] == "params"}
+    lacks_temporal = "vision" in loaded and "temporal" not in stored_parts
+    fresh += ["temporal"] if lacks_temporal and "temporal" in spec.definition.parts else []
     trees = {path[0] for path in stored}
-    own = "ema" if "ema" in trees else "params"
-    taken_as = ", averaged" if own == "ema" else ""
-    taken_as += ", LoRA in its kernels" if any(LORA_KEY in path for path in stored) else ""
-    said = [f"starting from {spec.config.init_from} (step {step}{taken_as}): {', '.join(wanted)}"]
-    said += [f"  fresh: {', '.join(fresh)}"] if fresh else []
-    taken = {}
+    weights = "ema" if "ema" in trees else "params"
+    details = ", EMA weights" if weights == "ema" else ""
+    details += ", LoRA merged" if any(LORA_KEY in path for path in stored) else ""
+    logging.info(
+        "initializing from %s (step %d%s): %s%s", spec.config.init_from, step, details, ", ".join(loaded),
+        f"; fresh: {', '.join(fresh)}" if fresh else "",
+    )  # fmt: skip
+    params = {}
     for tree in {"params", "teacher"} & set(spec.shapes):
-        kept = "teacher" if tree == "teacher" and "teacher" in trees else own
-        like = remove_adapters({part: spec.shapes[tree][part] for part in wanted})
-        like = partition(like, ("temporal",))[0] if still else like
-        taken[tree] = _restored(checkpoints, step, kept, like, said)
+        source = "teacher" if tree == "teacher" and "teacher" in trees else weights
+        like = remove_adapters({part: spec.shapes[tree][part] for part in loaded})
+        like = partition(like, ("temporal",))[0] if lacks_temporal else like
+        params[tree] = _restore(checkpoints, step, source, like)
     state = spec.init()
-    state |= {tree: combine(parts, state[tree]) for tree, parts in taken.items()}
+    state |= {tree: combine(parts, state[tree]) for tree, parts in params.items()}
     if "ema" in state:
         state["ema"] = init_ema(spec.config, state["params"])
-    return state, said
+    return state
 
 
-def _wanted(config: RunConfig, own: set[str], has: set[str]) -> Sequence[str]:
+def _select_parts(config: RunConfig, parts: set[str], available: set[str]) -> Sequence[str]:
     # Temporal units come and go with the tower that they are in.
     chosen = tuple(part for part in config.init_parts if part != "temporal")
     for part in chosen:
-        if part not in own:
-            raise UserError(f"config.init_parts names {part!r}: {did_you_mean(part, own)}")
-    wanted = chosen or tuple(sorted(own))
-    missing = [part for part in wanted if part not in has]
+        if part not in parts:
+            raise UserError(f"config.init_parts names {part!r}: {did_you_mean(part, parts)}")
+    selected = chosen or tuple(sorted(parts))
+    missing = [part for part in selected if part not in available]
     if missing:
-        there = ", ".join(part for part in wanted if part in has) or "none of them"
+        present = ", ".join(part for part in selected if part in available) or "none of them"
         raise UserError(
-            f"config.init_from={config.init_from} lacks {', '.join(missing)} (it has {', '.join(sorted(has))}); to "
-            f"take the rest from it, set config.init_parts to {there}"
+            f"config.init_from={config.init_from} lacks {', '.join(missing)} (it has {', '.join(sorted(available))}); "
+            f"to load the other parts from it, set config.init_parts to {present}"
         )
-    return wanted
+    return selected
 
 
-def _restored(checkpoints: Checkpoints, step: int, tree: str, like: Any, said: list[str]) -> Any:
-    """Parts of a tree, laid out like ``like``; the position table on its own grid."""
+def _restore(checkpoints: Checkpoints, step: int, tree: str, like: Any) -> Any:
+    """Restore parts of a tree, laid out like ``like``, with the position table resized to the model's grid."""
     stored = checkpoints.array_specs(step)
     path = next((path for path in ((tree, *POSITIONS), ("params", *POSITIONS)) if path in stored), POSITIONS)
     table = like.get("vision", {}).get("positions")
@@ -171,7 +173,7 @@ def _restored(checkpoints: Checkpoints, step: int, tree: str, like: Any, said: l
         resized = jax.device_put(resize_positions(jnp.asarray(rows), grid), table.sharding)
         like = like | {"vision": {name: leaf for name, leaf in like["vision"].items() if name != "positions"}}
         if tree != "teacher":
-            said.append(f"  the position table of {rows.shape[0]} rows is resized to {table.shape[0]}")
+            logging.info("resized the position table from %d to %d rows", rows.shape[0], table.shape[0])
     parts, _ = checkpoints.restore_params(like, step, tree=tree)
     if resized is not None:
         parts["vision"]["positions"] = resized

@@ -39,44 +39,47 @@ def streams_loss(
     alpha: Float[Array, ""],
     frequencies: DocumentFrequencies | None = None,
 ) -> tuple[Float[Array, ""], tuple[Metrics, Queues]]:
-    """The weighted sum of all streams' objectives, their metrics, and the queues with these batches in them."""
+    """Return the weighted sum of all streams' objectives, their metrics, and the queues with these batches added."""
     config = spec.config
     model = spec.definition.bind(merge_adapters(params, config.lora.scale))
-    teaching = None if teacher is None else spec.definition.bind(jax.lax.stop_gradient(teacher))
+    teacher_model = None if teacher is None else spec.definition.bind(jax.lax.stop_gradient(teacher))
     total, queues = jnp.zeros(()), dict(queues)
     metrics: Metrics = {}
     for name, stream in config.streams.items():
         key = named_key(rng, name)
-        taught = None if teaching is None else ForwardPass(teaching, batches[name], named_key(key, "teacher"))
+        teacher_pass = None
+        if teacher_model is not None:
+            teacher_pass = ForwardPass(teacher_model, batches[name], named_key(key, "teacher"))
         forward = ForwardPass(
-            model, batches[name], key, teacher=taught, alpha=alpha, queue=queues.get(name), frequencies=frequencies
-        )
+            model, batches[name], key, teacher=teacher_pass, alpha=alpha, queue=queues.get(name),
+            frequencies=frequencies,
+        )  # fmt: skip
         for objective, weight in stream.objectives.items():
             loss = TASKS[objective].loss
-            assert loss is not None  # as the config has checked
-            outcome = loss(forward, spec.context)
-            total += weight * outcome.loss
-            metrics |= {f"{name}/{objective}/{what}": value for what, value in outcome.metrics.items()}
-            if outcome.queue is not None:
-                queues[name] = outcome.queue
+            assert loss is not None  # checked by the config
+            output = loss(forward, spec.context)
+            total += weight * output.loss
+            metrics |= {f"{name}/{objective}/{metric}": value for metric, value in output.metrics.items()}
+            if output.queue is not None:
+                queues[name] = output.queue
     return total, ({"loss": total, **metrics}, queues)
 
 
 def _alpha(config: RunConfig, step: Int[Array, ""]) -> Float[Array, ""]:
-    """How much the teacher counts: a linear ramp, then constant."""
+    """Return the weight of the teacher's labels: a linear ramp, then constant."""
     distillation = config.tasks.distillation
     if distillation is None:
         return jnp.zeros(())
     return distillation.alpha * jnp.minimum(1.0, step / max(distillation.ramp_steps, 1))
 
 
-def micro_batches(batches: StreamBatches, count: int) -> StreamBatches:
-    """Every array as [count, rows / count, ...]; each micro-batch takes its rows from every device."""
+def split_micro_batches(batches: StreamBatches, count: int) -> StreamBatches:
+    """Reshape every array to [count, rows / count, ...]; each micro-batch has rows of every device."""
     return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0), batches)
 
 
 class StepInputs(NamedTuple):
-    """What a step's losses depend on besides parameters, queues and batches."""
+    """Inputs of a step's losses besides parameters, queues and batches."""
 
     rng: PRNGKeyArray
     teacher: Params | None
@@ -85,7 +88,7 @@ class StepInputs(NamedTuple):
 
 
 def step_inputs(spec: RunSpec, state: TrainState) -> StepInputs:
-    """The step's randomness, and its teacher: moved first and then asked, as in the release."""
+    """Return the step's random key, and its teacher: updated before it is used, as in the release."""
     config, teacher = spec.config, state.get("teacher")
     distillation = config.tasks.distillation
     if teacher is not None and distillation is not None:
@@ -96,80 +99,84 @@ def step_inputs(spec: RunSpec, state: TrainState) -> StepInputs:
 
 
 def train_step(spec: RunSpec, state: TrainState, batches: StreamBatches) -> tuple[TrainState, Metrics]:
-    """(state, batches) -> (state, metrics). Pure; its randomness is a function of (seed, step)."""
+    """Map (state, batches) to (state, metrics). Pure; the randomness is a function of (seed, step)."""
     config = spec.config
     params, frozen = partition(state["params"], config.frozen)
     rng, teacher, alpha, frequencies = step_inputs(spec, state)
 
-    once = config.fsdp_gather == "step"
+    gather_once = config.fsdp_gather == "step"
     axes, frozen_axes = partition(spec.logical_axes, config.frozen)
-    used = jax.tree.map(all_gather_param, params, axes) if once else params
-    rest = jax.tree.map(all_gather_param, frozen, frozen_axes) if once else frozen
-    teaches = jax.tree.map(all_gather_param, teacher, spec.definition.axes) if once and teacher is not None else teacher
+    used = jax.tree.map(all_gather_param, params, axes) if gather_once else params
+    used_frozen = jax.tree.map(all_gather_param, frozen, frozen_axes) if gather_once else frozen
+    used_teacher = teacher
+    if gather_once and teacher is not None:
+        used_teacher = jax.tree.map(all_gather_param, teacher, spec.definition.axes)
 
     def loss(params: Params, queues: Queues, batches: StreamBatches, rng: PRNGKeyArray) -> Any:
-        with assume_params_gathered() if once else contextlib.nullcontext():
-            return streams_loss(spec, combine(params, rest), teaches, queues, batches, rng, alpha, frequencies)
+        with assume_params_gathered() if gather_once else contextlib.nullcontext():
+            whole = combine(params, used_frozen)
+            return streams_loss(spec, whole, used_teacher, queues, batches, rng, alpha, frequencies)
 
-    def gradient_of(queues: Queues, batches: StreamBatches, rng: PRNGKeyArray) -> tuple[Metrics, Queues, Params]:
-        (_, (metrics, queues)), gradients = jax.value_and_grad(loss, has_aux=True)(used, queues, batches, rng)
-        return metrics, queues, jax.tree.map(reduce_scatter_grad, gradients, axes) if once else gradients
+    def compute_grads(queues: Queues, batches: StreamBatches, rng: PRNGKeyArray) -> tuple[Metrics, Queues, Params]:
+        (_, (metrics, queues)), grads = jax.value_and_grad(loss, has_aux=True)(used, queues, batches, rng)
+        return metrics, queues, jax.tree.map(reduce_scatter_grad, grads, axes) if gather_once else grads
 
     queues = state.get("queues", {})
     if config.grad_accum_steps == 1:
-        metrics, queues, gradients = gradient_of(queues, batches, rng)
+        metrics, queues, grads = compute_grads(queues, batches, rng)
     else:
         count = config.grad_accum_steps
 
-        def add(carry: Any, micro: Any) -> tuple[Any, Metrics]:
+        def accumulate(carry: Any, micro: Any) -> tuple[Any, Metrics]:
             total, queues = carry
             batches, i = micro
-            metrics, queues, gradients = gradient_of(queues, batches, jax.random.fold_in(rng, i))
-            return (jax.tree.map(lambda t, g: t + g / count, total, gradients), queues), metrics
+            metrics, queues, grads = compute_grads(queues, batches, jax.random.fold_in(rng, i))
+            return (jax.tree.map(lambda t, g: t + g / count, total, grads), queues), metrics
 
         zeros = jax.tree.map(lambda p: jnp.zeros_like(p, jnp.float32), params)
-        micro = (micro_batches(batches, count), jnp.arange(count))
-        (gradients, queues), each = jax.lax.scan(add, (zeros, queues), micro)
-        metrics = jax.tree.map(lambda m: m.mean(0), each)
+        micro = (split_micro_batches(batches, count), jnp.arange(count))
+        (grads, queues), stacked = jax.lax.scan(accumulate, (zeros, queues), micro)
+        metrics = jax.tree.map(lambda m: m.mean(0), stacked)
 
-    gradients = jax.tree.map(lambda g: g.astype(jnp.float32), gradients)
-    moments = (
-        jax.device_put(state["opt"], spec.device_shardings["opt"]) if config.optimizer.offload_moments else state["opt"]
-    )
+    grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+    moments = state["opt"]
+    if config.optimizer.offload_moments:
+        moments = jax.device_put(moments, spec.device_shardings["opt"])
     with jax.named_scope("optimizer"):
-        updates, opt = spec.optimizer.update(gradients, moments, params)
-        moved = optax.apply_updates(params, updates)
-        after: TrainState = {"params": combine(moved, frozen), "opt": opt}
+        updates, opt = spec.optimizer.update(grads, moments, params)
+        new_params = optax.apply_updates(params, updates)
+        new_state: TrainState = {"params": combine(new_params, frozen), "opt": opt}
         if "ema" in state:
-            exact = jax.tree.map(lambda p: p.astype(jnp.float32), moved)
-            after["ema"] = ema_update(state["ema"], exact, config.ema_decay)
+            exact = jax.tree.map(lambda p: p.astype(jnp.float32), new_params)
+            new_state["ema"] = ema_update(state["ema"], exact, config.ema_decay)
     if teacher is not None:
-        after["teacher"] = teacher
+        new_state["teacher"] = teacher
     if queues:
-        after["queues"] = queues
+        new_state["queues"] = queues
     if frequencies is not None:
-        after["frequencies"] = frequencies
-    norm = optax.tree.norm(gradients)
+        new_state["frequencies"] = frequencies
+    norm = optax.tree.norm(grads)
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
-    # A step that is not finite changes nothing but the count. Loss and norm are the same on all devices, so all skip.
-    before = {**state, "opt": moments}
-    after = {name: _chosen(finite, new, before[name]) for name, new in after.items()} | {"step": state["step"] + 1}
+    # A step that is not finite changes only the step count. Loss and norm are equal on all devices, so all skip it.
+    old_state = {**state, "opt": moments}
+    new_state = {name: _select(finite, new, old_state[name]) for name, new in new_state.items()}
+    new_state["step"] = state["step"] + 1
     metrics |= {"gradient_norm": norm, "skipped": 1 - finite.astype(jnp.int32)}
-    metrics |= {f"gradient_norm/{part}": optax.tree.norm(tree) for part, tree in gradients.items()}
-    # Of the new ones: asking the old ones would keep them alive beside the new.
-    metrics |= {f"parameter_norm/{part}": optax.tree.norm(tree) for part, tree in after["params"].items()}
+    metrics |= {f"gradient_norm/{part}": optax.tree.norm(tree) for part, tree in grads.items()}
+    # Of the new parameters: reading the old ones would keep both alive.
+    metrics |= {f"parameter_norm/{part}": optax.tree.norm(tree) for part, tree in new_state["params"].items()}
     if "contrastive" in state["params"]:
         metrics["temperature"] = state["params"]["contrastive"]["temperature"]
-    metrics |= {f"learning_rate/{group}": rate(_updates(moments)) for group, rate in spec.schedules.items()}
-    return after, metrics
+    metrics |= {f"learning_rate/{group}": schedule(_num_updates(moments)) for group, schedule in spec.schedules.items()}
+    return new_state, metrics
 
 
-def _chosen(finite: Bool[Array, ""], new: Any, old: Any) -> Any:
+def _select(finite: Bool[Array, ""], new: Any, old: Any) -> Any:
     return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
 
 
-def _updates(opt: optax.OptState) -> Int[Array, ""]:
-    """The updates that were made, which is what schedules count: fewer than steps where some were skipped."""
+def _num_updates(opt: optax.OptState) -> Int[Array, ""]:
+    """Return the number of updates, which schedules count: fewer than steps where some were skipped."""
     adam = [s for s in jax.tree.leaves(opt, is_leaf=_is_adam) if _is_adam(s)]
     return adam[0].count
 
@@ -179,22 +186,20 @@ def _is_adam(node: Any) -> bool:
 
 
 class Step:
-    """(state, batches) -> (state, metrics) under jit: the state is donated, and stays where it was."""
+    """The jitted step (state, batches) -> (state, metrics): the state is donated and keeps its shardings."""
 
     def __init__(self, jitted: Any, mesh: Mesh) -> None:
         self._jitted, self._mesh = jitted, mesh
-        self.cache_miss_reason: str | None = (
-            None  # and not taken as it was compiled ahead; empty: it was; None: it was not
-        )
+        self.cache_miss_reason: str | None = None  # of the executable compiled ahead; empty: a hit; None: there is none
         self._call: Callable[[TrainState, StreamBatches], tuple[TrainState, Metrics]] = jitted
 
     def trace(self, state: TrainState, batches: StreamBatches) -> Any:
-        """Trace the step: what :meth:`compile` takes, with its ``jaxpr``."""
+        """Trace the step, for :meth:`compile` and for its ``jaxpr``."""
         with jax.set_mesh(self._mesh):
             return self._jitted.trace(state, batches)
 
     def compile(self, traced: Any) -> dict[str, int]:
-        """Compile before the first call; return the bytes of each device's memory that the program needs, by use."""
+        """Compile before the first call, and return the bytes of memory that each device needs, by use."""
         devices = self._mesh.devices.ravel().tolist()
         with jax.set_mesh(self._mesh):
             lowered = traced.lower()
@@ -206,13 +211,13 @@ class Step:
         return {use: int(getattr(analysis, f"{use}_size_in_bytes")) for use in uses} if analysis else {}
 
     def __call__(self, state: TrainState, batches: StreamBatches) -> tuple[TrainState, Metrics]:
-        """One step; the old state is gone."""
+        """Run a step; the old state is deleted."""
         with jax.set_mesh(self._mesh):
             return self._call(state, batches)
 
 
 def jit_train_step(spec: RunSpec) -> Any:
-    """The step under ``jax.jit``, to be called or lowered with the mesh in context; the state is donated."""
+    """Return the step under ``jax.jit``, to be called or lowered with the mesh in context; the state is donated."""
     return jax.jit(
         lambda state, batches: train_step(spec, state, batches),
         donate_argnums=0,
@@ -221,5 +226,5 @@ def jit_train_step(spec: RunSpec) -> Any:
 
 
 def make_step(spec: RunSpec) -> Step:
-    """The step of a run, compiled when it is first called or when asked to."""
+    """Return the step of a run; it is compiled by its first call or by :meth:`Step.compile`."""
     return Step(jit_train_step(spec), spec.mesh)

@@ -1,4 +1,4 @@
-"""AdamW with the release's parameter groups: {vision, rest} x {decayed, not decayed}."""
+"""AdamW with the release's parameter groups: {vision, others} x {decayed, not decayed}."""
 
 import math
 from typing import Any
@@ -12,20 +12,20 @@ from mplug2_jax.training.optim.partition import LORA_KEY
 
 
 def is_vision(path: tuple[str, ...]) -> bool:
-    """Whether a parameter belongs to the vision tower, which has a learning rate of its own."""
+    """Return whether a parameter belongs to the vision tower, which has its own learning rate."""
     return path[0] == "vision"
 
 
 def is_linear(path: tuple[str, ...]) -> bool:
-    """Whether a parameter is the kernel of a linear map: those of the temporal units' own convolutions are none."""
+    """Return whether a parameter is the kernel of a linear map; those of the temporal units' convolutions are not."""
     return path[-1] == "kernel" and len(path) > 1 and not path[-2].startswith("temporal_")
 
 
 def is_decayed(path: tuple[str, ...], mask: DecayMask) -> bool:
-    """Whether weight decay acts on a parameter.
+    """Return whether weight decay acts on a parameter.
 
-    ``kernels``: the kernels of linear maps alone, and LoRA's pairs beside them. ``released``: everything but biases
-    and BERT's LayerNorm scales, because the release looks for the substrings "bias" and "LayerNorm.weight" in names; so
+    ``kernels``: on the kernels of linear maps and their LoRA adapters alone. ``released``: on everything but biases and
+    BERT's LayerNorm scales, because the release looks for the substrings "bias" and "LayerNorm.weight" in names; so
     CLIP's norms, the norms around the visual stream, latents and all embeddings are decayed.
     """
     if mask == "kernels":
@@ -37,39 +37,39 @@ def is_decayed(path: tuple[str, ...], mask: DecayMask) -> bool:
 def scale_by_adam(
     b1: float, b2: float, eps: float, mu_dtype: Dtype = "float32", nu_dtype: Dtype = "float32"
 ) -> optax.GradientTransformation:
-    """Adam's direction, with optax's state and bias corrections that are exact in float32.
+    """Return Adam's transformation with optax's state, and bias corrections that are exact in float32.
 
-    Moments are kept in the given dtypes; the arithmetic, and the step that they are fresh in, is float32.
+    Moments are stored in the given dtypes; the arithmetic, that of their first step included, is float32.
 
     optax forms ``1 - b2**t`` in float32, which is off by 5e-5 in the first step (0.999 has no exact neighbour there);
     ``-expm1(t log b2)`` is not, and the release's losses after a step are met to 2e-6 instead of 4e-5.
     """
 
-    def kept(tree: Any, dtype: Dtype) -> Any:
+    def cast(tree: Any, dtype: Dtype) -> Any:
         return jax.tree.map(lambda x: x.astype(dtype), tree)
 
     def init(params: optax.Params) -> optax.OptState:
         zeros = jax.tree.map(jnp.zeros_like, params)
-        return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), kept(zeros, mu_dtype), kept(zeros, nu_dtype))
+        return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), cast(zeros, mu_dtype), cast(zeros, nu_dtype))
 
     def update(
         gradients: optax.Updates, state: optax.OptState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.OptState]:
         del params
         assert isinstance(state, optax.ScaleByAdamState)
-        old_mu, old_nu = kept(state.mu, "float32"), kept(state.nu, "float32")
+        old_mu, old_nu = cast(state.mu, "float32"), cast(state.nu, "float32")
         mu = jax.tree.map(lambda m, g: b1 * m + (1.0 - b1) * g, old_mu, gradients)
         nu = jax.tree.map(lambda v, g: b2 * v + (1.0 - b2) * g * g, old_nu, gradients)
         count = state.count + 1
-        first, second = -jnp.expm1(count * math.log(b1)), -jnp.expm1(count * math.log(b2))
-        direction = jax.tree.map(lambda m, v: (m / first) / (jnp.sqrt(v / second) + eps), mu, nu)
-        return direction, optax.ScaleByAdamState(count, kept(mu, mu_dtype), kept(nu, nu_dtype))
+        mu_scale, nu_scale = -jnp.expm1(count * math.log(b1)), -jnp.expm1(count * math.log(b2))
+        direction = jax.tree.map(lambda m, v: (m / mu_scale) / (jnp.sqrt(v / nu_scale) + eps), mu, nu)
+        return direction, optax.ScaleByAdamState(count, cast(mu, mu_dtype), cast(nu, nu_dtype))
 
     return optax.GradientTransformation(init, update)
 
 
 def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
-    """Scales gradients down to a global norm, as one factor that fuses into the update instead of a pass of its own."""
+    """Return a transformation that scales gradients down to a global norm, by one factor that fuses into the update."""
 
     def update(
         gradients: optax.Updates, state: optax.OptState, params: optax.Params | None = None
@@ -81,42 +81,47 @@ def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-def scale_by_tree(factors: optax.Params) -> optax.GradientTransformation:
-    """Scales each parameter's update by its own factors, which broadcast over it."""
+def scale_by_tree(scales: optax.Params) -> optax.GradientTransformation:
+    """Return a transformation that scales each parameter's update by its own factors, which broadcast over it."""
 
     def update(
         updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.OptState]:
         del params
-        return jax.tree.map(lambda u, f: u * f, updates, factors), state
+        return jax.tree.map(lambda u, s: u * s, updates, scales), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def adamw(
     config: AdamWConfig,
-    rest: optax.ScalarOrSchedule,
-    vision: optax.ScalarOrSchedule,
-    factors: optax.Params | None = None,
+    learning_rate: optax.ScalarOrSchedule,
+    vision_learning_rate: optax.ScalarOrSchedule,
+    scales: optax.Params | None = None,
 ) -> Any:
-    """The optimiser: clipping, Adam, decoupled decay, one learning rate for vision and one for the rest.
+    """Return the optimizer: clipping, Adam, decoupled weight decay, and separate learning rates for the vision tower.
 
-    ``factors``: what each parameter takes of its rate, for the step of Adam and for the decay alike.
+    ``scales`` are each parameter's factors of its learning rate, for Adam's step and the weight decay alike.
     """
 
-    def paths(tree: Any, choose: Any) -> Any:  # parameters, or optax's placeholder for them
-        return jax.tree_util.tree_map_with_path(lambda p, _: choose(tuple(key.key for key in p)), tree)
+    def map_paths(tree: Any, fn: Any) -> Any:  # of parameters, or of optax's placeholder for them
+        return jax.tree_util.tree_map_with_path(lambda p, _: fn(tuple(key.key for key in p)), tree)
 
-    steps = [
+    transforms = [
         scale_by_adam(config.b1, config.b2, config.eps, config.mu_dtype, config.nu_dtype),
-        optax.add_decayed_weights(config.weight_decay, lambda p: paths(p, lambda q: is_decayed(q, config.decay_mask))),
+        optax.add_decayed_weights(
+            config.weight_decay, lambda p: map_paths(p, lambda q: is_decayed(q, config.decay_mask))
+        ),
         optax.partition(
-            {"vision": optax.scale_by_learning_rate(vision), "rest": optax.scale_by_learning_rate(rest)},
-            lambda p: paths(p, lambda q: "vision" if is_vision(q) else "rest"),
+            {  # these names are keys of the saved state
+                "vision": optax.scale_by_learning_rate(vision_learning_rate),
+                "rest": optax.scale_by_learning_rate(learning_rate),
+            },
+            lambda p: map_paths(p, lambda path: "vision" if is_vision(path) else "rest"),
         ),
     ]
     if config.clip_norm > 0:
-        steps.insert(0, clip_by_global_norm(config.clip_norm))
-    if factors is not None:
-        steps.append(scale_by_tree(factors))
-    return optax.chain(*steps)
+        transforms.insert(0, clip_by_global_norm(config.clip_norm))
+    if scales is not None:
+        transforms.append(scale_by_tree(scales))
+    return optax.chain(*transforms)

@@ -1,4 +1,4 @@
-"""Freezing by part: what a run does not train gets no gradient, no moments, no decay, and stays as it was."""
+"""Freezing by part: a frozen parameter gets no gradient, no moments and no weight decay, and never changes."""
 
 from collections.abc import Collection
 from typing import Any
@@ -6,40 +6,40 @@ from typing import Any
 from mplug2_jax.model.mplug2 import Params
 
 LORA_KEY = "lora"
-"""The name of what stands beside a frozen kernel and is trained in its place: see lora.py."""
+"""The key, next to a frozen kernel, of the adapter that is trained in its place: see lora.py."""
 
 
 def part_name(path: tuple[str, ...]) -> str:
-    """The part of the model that a parameter belongs to; the temporal units within the vision tower are one.
+    """Return the part of the model that a parameter belongs to; the temporal units in the vision tower are one.
 
-    The projection from the tower's width to the model's, which no checkpoint of CLIP or BERT brings, belongs to none:
-    it is trained whatever is frozen.
+    The projection from the tower's width to the model's, which no checkpoint of CLIP or BERT provides, belongs to none:
+    it is always trained.
     """
     return "temporal" if path[:2] == ("vision", "blocks") and path[2].startswith("temporal_") else path[0]
 
 
 def partition(tree: Params, frozen: Collection[str], path: tuple[str, ...] = ()) -> tuple[Params, Params]:
-    """A tree of parameters (what is below ``path``) as two without empty branches: the trained, and the frozen.
+    """Split a tree of parameters (what is below ``path``) into trained and frozen ones, without empty branches.
 
-    What LoRA adds to a frozen part is trained.
+    LoRA's adapters in a frozen part are trained.
     """
-    trained: Params = {}
-    kept: Params = {}
+    trained_params: Params = {}
+    frozen_params: Params = {}
     for name, item in tree.items():
-        own = (*path, name)
+        place = (*path, name)
         if isinstance(item, dict):
-            halves: tuple[Any, Any] = partition(item, frozen, own)
+            halves: tuple[Any, Any] = partition(item, frozen, place)
         else:
-            halves = ({}, item) if part_name(own) in frozen and LORA_KEY not in own else (item, {})
-        for half, found in zip((trained, kept), halves, strict=True):
-            if not isinstance(found, dict) or found:
-                half[name] = found
-    return trained, kept
+            halves = ({}, item) if part_name(place) in frozen and LORA_KEY not in place else (item, {})
+        for half, content in zip((trained_params, frozen_params), halves, strict=True):
+            if not isinstance(content, dict) or content:
+                half[name] = content
+    return trained_params, frozen_params
 
 
-def combine(one: Params, other: Params) -> Params:
-    """Two such trees as one again; a parameter that both have is that of ``one``."""
-    return other | {
-        name: combine(item, other[name]) if isinstance(item, dict) and name in other else item
-        for name, item in one.items()
+def combine(first: Params, second: Params) -> Params:
+    """Merge two trees of parameters; a parameter that both have is taken from ``first``."""
+    return second | {
+        name: combine(item, second[name]) if isinstance(item, dict) and name in second else item
+        for name, item in first.items()
     }
