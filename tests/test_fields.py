@@ -41,7 +41,10 @@ def test_types_are_described_in_words() -> None:
 
 
 def test_the_comment_after_a_field_is_its_description() -> None:
-    assert field_descriptions(AdamWConfig)["clip_norm"] == "of the gradient over all parameters; 0 = no clipping"
+    assert (
+        field_descriptions(AdamWConfig)["clip_norm"]
+        == "global norm of the gradient above which it is scaled down; 0 = no clipping"
+    )
     assert config_groups(RunConfig)[AdamWConfig] == "config.optimizer"
 
 
@@ -56,7 +59,7 @@ def test_the_page_matches_the_dataclasses(repository: Path) -> None:
 def test_the_command_prints_overrides_with_their_descriptions() -> None:
     shown = command("config", "demo", "--only", "clip_norm", "--config.optimizer.clip_norm=2.5")
     (line,) = shown.out.splitlines()
-    assert line.startswith("--config.optimizer.clip_norm=2.5  # of the gradient over all parameters")
+    assert line.startswith("--config.optimizer.clip_norm=2.5  # global norm of the gradient")
     wrong = command("config", "demo", "--only", "learnign_rate")
     assert wrong.status == 2
     assert "did you mean 'learning_rate'?" in wrong.err

@@ -1,4 +1,4 @@
-"""Compiled programs that outlive their process."""
+"""Compiled programs that outlive their process: the compilation cache, and executables compiled ahead of time."""
 
 import contextlib
 import hashlib
@@ -17,9 +17,9 @@ from data_pipelines.sources.files import write_atomically
 
 DEFAULT_CACHE_DIR = Path("~/.cache/mplug2_jax/xla")
 
-# What hides collectives behind matmuls: gathers run piecewise beside them, and reductions on the sparse cores, where a
-# chip has any. These also become true reduce-scatters that way: left alone, most gradients are summed whole on every
-# device and cut afterwards, which sends twice as much.
+# Overlap collectives with matmuls: all-gathers run piecewise during them, and reductions on the sparse cores, where a
+# chip has any. The flags also turn gradient sums into true reduce-scatters: by default most gradients are summed whole
+# on every device and sliced afterwards, which sends twice as much.
 _TPU = {
     "xla_enable_async_all_gather": True,
     "xla_tpu_enable_async_collective_fusion": True,
@@ -30,57 +30,57 @@ _TPU = {
 }
 
 
-def compiler_options(kind: str) -> dict[str, bool | float] | None:
-    """What XLA is told when it compiles a step for a kind of device: "tpu", "gpu" or "cpu"."""
-    return dict(_TPU) if kind == "tpu" else None
+def compiler_options(platform: str) -> dict[str, bool | float] | None:
+    """Return XLA's options for a step on a kind of device: "tpu", "gpu" or "cpu"."""
+    return dict(_TPU) if platform == "tpu" else None
 
 
 def enable_compilation_cache(where: str) -> Path | None:
-    """Keeps compiled programs in a folder, so that a restart does not compile again.
+    """Cache compiled programs in a folder, so that a restart does not compile them again.
 
     Args:
-        where: the config's ``compilation_cache``: a folder, "off", or "auto". On CPUs "auto" has a folder for each kind
-            of processor: a home that several machines share would hand one the machine code of another.
+        where: ``config.compilation_cache``: a folder, "off", or "auto". On CPUs "auto" uses one folder per kind of
+            processor: in a shared home directory one machine would load machine code for another.
 
     Returns:
-        The folder, if programs are kept.
+        The folder; None without a cache.
 
     Raises:
-        OSError: a folder that was asked for cannot be made.
+        OSError: a folder that the config names cannot be created.
     """
     if where == "off":
         return None
-    chosen = jax.config.values["jax_compilation_cache_dir"]  # by the environment
-    if where == "auto" and chosen:
-        return Path(chosen)
-    automatic = DEFAULT_CACHE_DIR / f"cpu-{cpu_fingerprint()}" if jax.default_backend() == "cpu" else DEFAULT_CACHE_DIR
-    folder = (automatic if where == "auto" else Path(where)).expanduser()
+    configured = jax.config.values["jax_compilation_cache_dir"]  # by the environment
+    if where == "auto" and configured:
+        return Path(configured)
+    default = DEFAULT_CACHE_DIR / f"cpu-{cpu_fingerprint()}" if jax.default_backend() == "cpu" else DEFAULT_CACHE_DIR
+    folder = (default if where == "auto" else Path(where)).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
-        if where == "auto":  # a home that cannot be written, as in containers
+        if where == "auto":  # a home directory that is not writable, as in containers
             return None
         raise
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    compilation_cache.reset_cache()  # JAX asks where it is once
+    compilation_cache.reset_cache()  # JAX reads the setting only once
     return folder
 
 
 def cpu_fingerprint() -> str:
-    """Return a digest of this machine's kind of processor: its architecture, and all that it can do."""
-    told = [platform.machine(), platform.processor()]
+    """Return a hash of this machine's kind of processor: its architecture and instruction sets."""
+    facts = [platform.machine(), platform.processor()]
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-        told += sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))})
-    return hashlib.sha256("\n".join(told).encode()).hexdigest()[:12]
+        facts += sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))})
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:12]
 
 
 MANIFEST = "executable.json"
-"""Beside compiled programs that ``mplug2 plan --save-executable`` made: of what, and for which machine."""
+"""The file next to executables of ``mplug2 plan --save-executable`` that says what they were compiled from and for."""
 
 
 def program_fingerprint(lowered: Any, devices: Sequence[Any]) -> dict[str, str]:
-    """A program and its machine; two that agree in all of it compile to the same executable."""
+    """Return what identifies a program and its machine; equal fingerprints compile to the same executable."""
     digest = hashlib.sha256(lowered.as_text().encode()).hexdigest()
     return {
         "devices": f"{len(devices)} x {devices[0].device_kind}",
@@ -96,32 +96,32 @@ def _version(package: str) -> str:
         return "none"
 
 
-def write_manifest(folder: Path, described: dict[str, str]) -> None:
-    """Writes it, whole or not at all."""
+def write_manifest(folder: Path, fingerprint: dict[str, str]) -> None:
+    """Write the manifest of the executables in a folder, atomically."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(str(folder / MANIFEST), f"{json.dumps(described, indent=1)}\n".encode())
+    write_atomically(str(folder / MANIFEST), f"{json.dumps(fingerprint, indent=1)}\n".encode())
 
 
 def aot_cache_miss_reason(lowered: Any, devices: Sequence[Any]) -> str | None:
-    """Why the program that was compiled ahead cannot be used here; empty if it can, None if there is none.
+    """Return why the executable in the compilation cache, compiled ahead of time, cannot be used here.
 
-    Looks in the folder where compiled programs are kept; only where it finds one is the program written out.
+    Empty if it can be used, None if there is none; only if there is one is the program hashed.
     """
     folder = jax.config.values["jax_compilation_cache_dir"]
     path = Path(folder) / MANIFEST if folder else None
     if path is None or not path.is_file():
         return None
     try:
-        kept = dict(json.loads(path.read_text()))
+        stored = dict(json.loads(path.read_text()))
     except (ValueError, TypeError):
-        return f"{path} cannot be read"
-    here = program_fingerprint(lowered, devices)
-    differ = [f"{key} {kept.get(key)}, here {value}" for key, value in here.items() if kept.get(key) != value]
-    return f"{path} is of another: {'; '.join(differ)}" if differ else ""
+        return f"{path} is damaged"
+    current = program_fingerprint(lowered, devices)
+    changes = [f"{key} {stored.get(key)}, here {value}" for key, value in current.items() if stored.get(key) != value]
+    return f"{path} was compiled for {'; '.join(changes)}" if changes else ""
 
 
 def cache_everything(folder: Path) -> AbstractContextManager[None]:
-    """Compiled programs are kept in a folder, however small and fast to compile they are."""
+    """Return a context that caches all compiled programs in a folder, however small and fast to compile."""
     return _cache_settings(
         jax_compilation_cache_dir=str(folder),
         jax_enable_compilation_cache=True,
@@ -131,21 +131,21 @@ def cache_everything(folder: Path) -> AbstractContextManager[None]:
 
 
 def disable_cache() -> AbstractContextManager[None]:
-    """Programs are compiled anew."""
+    """Return a context that compiles without the cache."""
     return _cache_settings(jax_enable_compilation_cache=False)
 
 
 @contextmanager
 def _cache_settings(**settings: Any) -> Iterator[None]:
-    before = {name: jax.config.values[name] for name in settings}
+    previous = {name: jax.config.values[name] for name in settings}
 
     def apply(values: Mapping[str, Any]) -> None:
         for name, value in values.items():
             jax.config.update(name, value)
-        compilation_cache.reset_cache()  # JAX asks for its settings once
+        compilation_cache.reset_cache()  # JAX reads the settings only once
 
     try:
         apply(settings)
         yield
     finally:
-        apply(before)
+        apply(previous)

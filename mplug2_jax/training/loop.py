@@ -1,4 +1,4 @@
-"""The training run, from a config to a trained model in a work directory, in the order in which it happens."""
+"""The training run, from a config to a trained model in a work directory, in the order of events."""
 
 import dataclasses
 import json
@@ -46,15 +46,15 @@ from mplug2_jax.training.workdir import WorkDir, flatten_dict, special_tokens
 
 
 def train(config: RunConfig, path: Path) -> list[EvaluationResult]:
-    """Trains, or goes on where the work directory's last good checkpoint ends; returns the last evaluations.
+    """Train, or resume from the work directory's last good checkpoint; return the last evaluations.
 
-    All processes of a run call this alike; the first writes and talks, and each raises what it finds.
+    All processes of a run call this together; process 0 writes the files, and each raises the errors that it finds.
 
     Raises:
-        UserError, DataError: whatever is wrong with the config, the data, the mesh or the directory, or another run
-            that lives in it, before step 1; losses that are not finite many times in a row, a device that computes
-            wrongly, a last state that cannot be saved.
-        Preempted: the run was told to end; its state is saved.
+        UserError, DataError: before step 1, an invalid config, data set, mesh or directory, or another run that uses
+            it; later, losses that are not finite many times in a row, a device that computes wrong results, a last
+            state that cannot be saved.
+        Preempted: the run was told to stop; its state is saved.
     """
     workdir = WorkDir(path)
     with PreemptionNotice(interrupts=True) as notice:
@@ -69,21 +69,21 @@ def _train(config: RunConfig, workdir: WorkDir, notice: PreemptionNotice, lock: 
     goodput = GoodputTracker()
     enable_compilation_cache(config.compilation_cache)
 
-    # Mesh and model, described before anything is made.
+    # Mesh and model, described before any array is allocated.
     mesh = make_mesh(config.mesh)
     for name, stream in config.streams.items():
         check_batch_divisible(
             f"config.streams.{name}.data.batch_size", stream.data.batch_size // config.grad_accum_steps, mesh
         )
     resumes = workdir.check_config(config)
-    begun_with = workdir.read_config() if resumes else config
+    previous = workdir.read_config() if resumes else config
     tokenizer = workdir.load_tokenizer(config)
-    check_same_in_all_processes(config, tokenizer, resumes=resumes)
+    check_processes_agree(config, tokenizer, resumes=resumes)
     spec = make_run_spec(config, special_tokens(tokenizer), mesh)
     for line in describe(spec):
         logging.info("%s", line)
 
-    # Evaluations are set up first, so that a mistake in one shows now and not after the last step.
+    # Evaluations are set up first, so that a mistake in one is found now and not after the last step.
     evaluations = [
         Evaluation(
             name, evaluation, spec.definition, spec.context, tokenizer, mesh, seed=config.seed, recipe=config.name
@@ -91,17 +91,16 @@ def _train(config: RunConfig, workdir: WorkDir, notice: PreemptionNotice, lock: 
         for name, evaluation in config.evaluations.items()
     ]
     streams = open_streams(config, tokenizer)
+    initial_state = None if resumes else init_or_load_state(spec, streams)
 
-    begun = None if resumes else init_or_load_state(spec, streams)
-
-    # Nothing was written until here, so that a run that is refused can be started again.
+    # Nothing was written until here, so that a run with an error leaves no trace and can be started again.
     if is_primary_process():
         workdir.initialize(config, tokenizer)
 
-    # State: fresh, or the last good checkpoint's.
+    # State: initial, or the last good checkpoint's.
     events = EventLog(workdir.events if is_primary_process() else None)
-    identity = ModelMetadata(config.model, spec.definition.parts, lora_scale=config.lora.scale)
-    checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint, model=identity, events=events)
+    model = ModelMetadata(config.model, spec.definition.parts, lora_scale=config.lora.scale)
+    checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint, model=model, events=events)
     if resumes and checkpoints.steps():
         state, position = checkpoints.restore_last_good(spec.shapes)
         check_data_unchanged(position, streams)
@@ -109,20 +108,18 @@ def _train(config: RunConfig, workdir: WorkDir, notice: PreemptionNotice, lock: 
         logging.info("resuming from step %d", position.step)
         events.log_event("resumed", position.step)
     else:
-        (state, said), position = begun or init_or_load_state(spec, streams), data_position(0, streams)
-        for line in said:
-            logging.info("%s", line)
+        state, position = initial_state or init_or_load_state(spec, streams), data_position(0, streams)
     number = position.step
-    if begun_with.steps < config.steps:
+    if previous.steps < config.steps:
         logging.info(
             "config.steps was %d and is %d: the learning rate follows the longer schedule from step %d on",
-            begun_with.steps, config.steps, number + 1,
+            previous.steps, config.steps, number + 1,
         )  # fmt: skip
-        events.log_event("steps_extended", number, old_steps=begun_with.steps)
+        events.log_event("steps_extended", number, old_steps=previous.steps)
     notice.allow_exit(preemption_message(number, config))
 
-    # Data: a step's batch is a function of (seed, position), so resuming is starting there. While a step runs, the
-    # batches of the next are made and put on the devices.
+    # Data: a step's batch is a function of (seed, position), so a resumed run just starts there. While a step runs, the
+    # batches of the next one are prepared and put on the devices.
     batches = Prefetcher(device_batches(streams, mesh, position.batch_index(number + 1)))
     records = FaultLog(workdir.data_errors_path(jax.process_index()))
     example_ids = ExampleIdLog(workdir.examples, number, mesh, enabled=config.log_example_ids)
@@ -131,7 +128,7 @@ def _train(config: RunConfig, workdir: WorkDir, notice: PreemptionNotice, lock: 
     monitor = TrainMonitor(spec, workdir, position, events, goodput)
     watchdog = Watchdog(config.watchdog_timeout)
 
-    def begin_next(phase: str) -> None:
+    def enter_phase(phase: str) -> None:
         watchdog.enter(phase)
         lock.check()
         notice.check()
@@ -140,18 +137,18 @@ def _train(config: RunConfig, workdir: WorkDir, notice: PreemptionNotice, lock: 
         notice.allow_exit(preemption_message(number, config) if checkpoints.is_saved(number) else None)
         with goodput.track("evaluation"):
             params, folder = eval_params(spec, state), workdir.evaluation_folder(number)
-            return run_evaluations(evaluations, params, number, folder, monitor.metrics, begin_next)
+            return run_evaluations(evaluations, params, number, folder, monitor.metrics, enter_phase)
 
     def save() -> None:
         watchdog.enter(f"saving step {number}")
-        now = dataclasses.replace(position, step=number, recent=monitor.faults.recent)
+        saved = dataclasses.replace(position, step=number, recent=monitor.faults.recent)
         with goodput.track("checkpoint"):
-            monitor.on_save(number, checkpoints.save(state, now, monitor.metrics.scores))
+            monitor.on_save(number, checkpoints.save(state, saved, monitor.metrics.scores))
             if number == config.steps:
-                checkpoints.save_last(state, now, monitor.metrics.scores)
+                checkpoints.save_last(state, saved, monitor.metrics.scores)
 
     # The loop. A step's metrics are read while the next one runs; before a save or an evaluation they are read at once,
-    # so that neither is of a step that went wrong.
+    # so that neither uses the state of a faulty step.
     results: list[EvaluationResult] = []
     try:
         watchdog.start()
@@ -159,7 +156,7 @@ def _train(config: RunConfig, workdir: WorkDir, notice: PreemptionNotice, lock: 
             logging.info("all %d steps are already done", config.steps)
             results = evaluate()
         while number < config.steps:
-            begin_next(f"waiting for the batches of step {number + 1}")
+            enter_phase(f"waiting for the batches of step {number + 1}")
             with goodput.track("data_wait"):
                 batch, rows = next(batches)
             number += 1
@@ -178,28 +175,28 @@ def _train(config: RunConfig, workdir: WorkDir, notice: PreemptionNotice, lock: 
             notice.allow_exit(None)
 
             last = number == config.steps
-            saves = last or checkpoints.should_save(number)
-            evaluates = evaluations and (last or (config.eval_every and number % config.eval_every == 0))
-            spike = monitor.drain(max_pending=0 if saves or evaluates else 1)
+            save_due = last or checkpoints.should_save(number)
+            eval_due = evaluations and (last or (config.eval_every and number % config.eval_every == 0))
+            spike = monitor.drain(max_pending=0 if save_due or eval_due else 1)
             if spike is not None and checkpoints.steps():
                 with goodput.track("restart"):
-                    state, there = checkpoints.restore_last_good(spec.shapes)
-                    position = monitor.faults.roll_back(spike, there, position)
+                    state, restored = checkpoints.restore_last_good(spec.shapes)
+                    position = monitor.faults.roll_back(spike, restored, position)
                     number = position.step
                     monitor.rewind(number)
                     example_ids.rewind(number)
                     batches.close()
                     batches = Prefetcher(device_batches(streams, mesh, position.batch_index(number + 1)))
                 continue
-            if saves:
+            if save_due:
                 save()
-            if evaluates:
+            if eval_due:
                 results = evaluate()
     except Preempted as preempted:
         if number > position.step and monitor.drain(max_pending=0) is None:
             save()
-        kept = max(checkpoints.steps(), default=0)
-        raise Preempted(f"{notice.signal_name}: {preemption_message(kept, config)}") from preempted
+        last_saved = max(checkpoints.steps(), default=0)
+        raise Preempted(f"{notice.signal_name}: {preemption_message(last_saved, config)}") from preempted
     finally:
         watchdog.enter("ending the run")
         batches.close()
@@ -218,39 +215,39 @@ def preemption_message(saved: int, config: RunConfig) -> str:
     return f"saved step {saved} of {config.steps}, exiting; run the same command again to resume"
 
 
-def check_same_in_all_processes(config: RunConfig, tokenizer: Tokenizer, *, resumes: bool) -> None:
-    """Checks that all processes were given the same run and see the same work directory.
+def check_processes_agree(config: RunConfig, tokenizer: Tokenizer, *, resumes: bool) -> None:
+    """Check that all processes were given the same run and see the same work directory.
 
     Raises:
-        UserError: names what differs, and whose.
+        UserError: names what differs, and in which process.
     """
     fields = {f"config.{name}": value for name, value in flatten_dict(json.loads(json.dumps(to_dict(config)))).items()}
-    check_same_across_processes({**fields, "the tokeniser": fingerprint(tokenizer), "a run in --workdir": resumes})
+    check_same_across_processes({**fields, "the tokenizer": fingerprint(tokenizer), "a run in --workdir": resumes})
 
 
 def describe(spec: RunSpec) -> list[str]:
-    """What is about to run, in a few lines: model, mesh, and why some parameters are not split."""
+    """Return a summary of the run, line by line: model, mesh, and why some parameters are not sharded."""
     config = spec.config
-    frozen = _count(partition(spec.shapes["params"], config.frozen)[1])
-    pairs = _count(spec.shapes["params"]) - spec.definition.num_params()
+    frozen = _num_params(partition(spec.shapes["params"], config.frozen)[1])
+    adapters = _num_params(spec.shapes["params"]) - spec.definition.num_params()
     lines = [
         f"{config.name}: {spec.definition.num_params():,} parameters in {', '.join(spec.definition.parts)}"
-        + (f"; {frozen:,} of them, in {', '.join(config.frozen)}, are frozen" if frozen else "")
-        + (f"; LoRA trains {pairs:,} more for {', '.join(config.lora.parts)}" if pairs else ""),
+        + (f"; {frozen:,} frozen ({', '.join(config.frozen)})" if frozen else "")
+        + (f"; LoRA adds {adapters:,} ({', '.join(config.lora.parts)})" if adapters else ""),
         f"mesh {describe_mesh(spec.mesh)} on {spec.mesh.devices.flat[0].device_kind}",
     ]
-    return lines + [f"  {name}: {why}" for name, why in spec.placement.skipped_rules.items()]
+    return lines + [f"  {name}: {reason}" for name, reason in spec.placement.skipped_rules.items()]
 
 
-def _count(tree: Params) -> int:
+def _num_params(tree: Params) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
 def open_streams(config: RunConfig, tokenizer: Tokenizer) -> dict[str, Stream]:
-    """Every stream of the run, its first example made.
+    """Open every stream of the run, and build its first example.
 
     Raises:
-        UserError: a stream that has none, or whose batches lack what an objective reads.
+        UserError: a stream has no example, or its batches lack arrays that an objective reads.
     """
     streams = {}
     for name, stream in config.streams.items():
@@ -268,7 +265,7 @@ def open_streams(config: RunConfig, tokenizer: Tokenizer) -> dict[str, Stream]:
 def device_batches(
     streams: Mapping[str, Stream], mesh: Mesh, start: int
 ) -> Iterator[tuple[StreamBatches, list[tuple[str, Made]]]]:
-    """The streams' batches on the devices, from step ``start`` on, and the rows that this process made of them."""
+    """Yield the streams' batches on the devices, from index ``start`` on, and this process's rows of them."""
     shard = Shard(local_batch_shards(mesh), num_batch_shards(mesh))
     sources = {name: stream.batches(start, shard) for name, stream in streams.items()}
     while True:
@@ -278,45 +275,44 @@ def device_batches(
 
 
 def data_position(step: int, streams: Mapping[str, Stream]) -> DataPosition:
-    """The data position that a checkpoint after ``step`` steps keeps."""
+    """Return the data position to save after ``step`` steps."""
     return DataPosition(step, {name: stream.position() for name, stream in streams.items()})
 
 
 def check_data_unchanged(position: DataPosition, streams: Mapping[str, Stream]) -> None:
-    """Checks that a step's position means the same examples as when it was saved.
+    """Check that a saved position selects the same examples as when it was saved.
 
     Raises:
-        UserError: data under which it would mean others; names the stream, what was and what is.
+        UserError: the data changed; names the stream, what was and what is there.
     """
-    now = data_position(position.step, streams).streams
-    changes = [change for name in now for change in _changes(name, position.streams.get(name, {}), now[name])]
+    current = data_position(position.step, streams).streams
+    changes = [change for name in current for change in _changes(name, position.streams.get(name, {}), current[name])]
     if changes:
         raise UserError(
-            f"the data changed since step {position.step} was saved: {'; '.join(changes)}. The run would go on with "
-            "other examples than it began with: put the data of then back, or start a new --workdir with "
-            "--config.init_from of this one"
+            f"the data changed since step {position.step} was saved: {'; '.join(changes)}. The resumed run would read "
+            "other examples: restore the old data, or start a new --workdir with --config.init_from of this one"
         )
 
 
-def _changes(stream: str, was: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """What of a stream's position is otherwise, in words; versions before this one kept no fingerprints."""
+def _changes(stream: str, saved: Mapping[str, Any], current: Mapping[str, Any]) -> Iterator[str]:
+    """Yield how a stream's position changed since it was saved; old versions saved no fingerprints."""
     for field in ("batch_size", "seed"):
-        if was.get(field) != now[field]:
-            yield f"stream '{stream}' had {field} {was.get(field)}, now {now[field]}"
-    records, kept = was.get("records", {}), was.get("sources", {})
-    for source, count in now["records"].items():
-        what = f"stream '{stream}'" if len(now["records"]) == 1 else f"source '{source}' of stream '{stream}'"
-        before, after = kept.get(source), now["sources"][source]
+        if saved.get(field) != current[field]:
+            yield f"stream '{stream}' had {field} {saved.get(field)}, now {current[field]}"
+    records, fingerprints = saved.get("records", {}), saved.get("sources", {})
+    for source, count in current["records"].items():
+        where = f"stream '{stream}'" if len(current["records"]) == 1 else f"source '{source}' of stream '{stream}'"
+        before, after = fingerprints.get(source), current["sources"][source]
         if records.get(source) != count:
-            yield f"{what} had {records.get(source, 0):,} records, now {count:,}"
+            yield f"{where} had {records.get(source, 0):,} records, now {count:,}"
         elif before is not None and before != after:
-            had, has = _files(before), _files(after)
-            yield f"{what} had {had}, now {has}" if had != has else f"{what} had other contents in its {had}"
+            old, new = _describe_files(before), _describe_files(after)
+            yield f"{where} had {old}, now {new}" if old != new else f"{where} had other contents in its {old}"
 
 
-def _files(kept: Mapping[str, Any]) -> str:
-    count = kept.get("files", 0)
-    return f"{count:,} file{'s' * (count != 1)} with {kept.get('bytes', 0):,} bytes"
+def _describe_files(fingerprint: Mapping[str, Any]) -> str:
+    count = fingerprint.get("files", 0)
+    return f"{count:,} file{'s' * (count != 1)} with {fingerprint.get('bytes', 0):,} bytes"
 
 
 def run_evaluations(
@@ -327,7 +323,7 @@ def run_evaluations(
     metric_log: MetricLog,
     on_batch: Callable[[str], None],
 ) -> list[EvaluationResult]:
-    """Runs every evaluation of the run; the first process keeps what came of it."""
+    """Run every evaluation of the run; process 0 saves the results."""
     results = []
     for evaluation in evaluations:
         result = evaluation.run(params, step, on_batch)

@@ -1,4 +1,4 @@
-"""Making the next thing while the present one is in use."""
+"""Prefetch: prepare the next item while the current one is in use."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -8,22 +8,22 @@ T = TypeVar("T")
 
 
 class Prefetcher(Iterator[T], Generic[T]):
-    """An iterator that is one item ahead of whoever reads it, by a thread of its own.
+    """An iterator whose thread prepares one item ahead.
 
-    What the items' making raises is raised where the item would have been. Call ``close`` at the end; it waits for
-    the item that is being made.
+    An exception is raised in place of the item that failed. Call ``close`` at the end; it waits for the item in
+    preparation.
     """
 
     def __init__(self, items: Iterator[T]) -> None:
         self._items = items
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ahead")
-        self._next = self._thread.submit(next, items)
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
+        self._next = self._executor.submit(next, items)
 
     def __next__(self) -> T:
         item = self._next.result()
-        self._next = self._thread.submit(next, self._items)
+        self._next = self._executor.submit(next, self._items)
         return item
 
     def close(self) -> None:
-        """Ends the thread."""
-        self._thread.shutdown(cancel_futures=True)
+        """Stop the thread."""
+        self._executor.shutdown(cancel_futures=True)

@@ -62,7 +62,7 @@ CONFIGS = {
     "tasks.mlm.mask_rate=15": "config.tasks.mlm.mask_rate=15.0 must be between 0 and 1",
     "tasks.vlm.group_size=-1": "config.tasks.vlm.group_size=-1 must be at least 0",
     "model.heads=5": "config.model.width=32 does not divide into config.model.heads=5 heads",
-    "model.vocab_size=50": "config.model.vocab_size=50 is too small for the tokeniser's 160 tokens; raise it to at "
+    "model.vocab_size=50": "config.model.vocab_size=50 is too small for the tokenizer's 160 tokens; raise it to at "
     "least 160",
     "model.max_positions=20": "config.streams.text.data.examples.text_length=24 exceeds config.model.max_positions=20",
     "mesh.fsdp=3": "config.mesh.fsdp=3 needs 3 devices, but there are 8; set one axis to -1",
@@ -194,7 +194,7 @@ def edit(workdir: Path, change: Callable[[dict[str, Any]], object]) -> None:
         (lambda c: c.update(steps="two"), "config.json is damaged or of another version: config.steps='two' is str"),
         (lambda c: c["model"].update(width=64), "is of another size: params/"),
         (lambda c: c["model"].update(text_layers=2), "is of another size: params/text/layers/"),
-        (lambda c: c["model"].update(vocab_size=50), "config.model.vocab_size=50 is too small for the tokeniser's 160"),
+        (lambda c: c["model"].update(vocab_size=50), "config.model.vocab_size=50 is too small for the tokenizer's 160"),
     ],
 )
 def test_a_config_that_was_changed_does_not_fit_its_checkpoint(
@@ -293,7 +293,7 @@ def test_a_newer_checkpoint_is_refused(refused: Refused, workdir: Path) -> None:
     [
         ("model.width=64", "is of another size: params/"),
         ("model.universal_layers=2", "is of another size: params/universal/layers/"),
-        ("model.vocab_size=50", "config.model.vocab_size=50 is too small for the tokeniser's 160 tokens"),
+        ("model.vocab_size=50", "config.model.vocab_size=50 is too small for the tokenizer's 160 tokens"),
         ("mesh.fsdp=3", "config.mesh.fsdp=3 needs 3 devices, but there are 8; set one axis to -1"),
         (
             "evaluations.masked_word.num_samples=1",

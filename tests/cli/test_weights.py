@@ -234,7 +234,7 @@ def test_a_vocabulary_that_is_too_large_for_the_weights_is_refused(
 ) -> None:
     path = official_file(tmp_path / "s" / "x.safetensors", official_config(vocab_size=120))
     said = refused("import", path, "--to", tmp_path / "ours", "--tokenizer", vocabulary)
-    assert said.startswith("config.model.vocab_size=120 is too small for the tokeniser's 160 tokens")
+    assert said.startswith("config.model.vocab_size=120 is too small for the tokenizer's 160 tokens")
 
 
 def test_unknown_parts_and_impossible_sizes_are_refused(

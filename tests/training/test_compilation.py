@@ -69,7 +69,7 @@ def test_a_manifest_says_whether_a_program_is_the_one(tmp_path: Path, monkeypatc
         assert aot_cache_miss_reason(lowered(3), jax.devices()) == ""
         sentence = aot_cache_miss_reason(lowered(5), jax.devices()[:4])
         assert sentence is not None
-        assert f"{tmp_path / MANIFEST} is of another: devices 8 x cpu, here 4 x cpu; program" in sentence
+        assert f"{tmp_path / MANIFEST} was compiled for devices 8 x cpu, here 4 x cpu; program" in sentence
         for broken in ("", "{", "[1]", "null", "3"):
             (tmp_path / MANIFEST).write_text(broken)
-            assert aot_cache_miss_reason(lowered(3), jax.devices()) == f"{tmp_path / MANIFEST} cannot be read"
+            assert aot_cache_miss_reason(lowered(3), jax.devices()) == f"{tmp_path / MANIFEST} is damaged"

@@ -99,6 +99,6 @@ def test_a_teacher_of_16_bit_parameters_keeps_32(tokenizer: Tokenizer) -> None:
 
 
 def test_16_bits_cannot_follow_a_slow_second_moment() -> None:
-    with pytest.raises(UserError, match=r"nu_dtype=bfloat16 cannot follow b2=0.999: .*set b2 to 0.99 or less"):
+    with pytest.raises(UserError, match=r"nu_dtype=bfloat16 is too coarse for b2=0.999: .*set b2 to 0.99 or less"):
         AdamWConfig(nu_dtype="bfloat16")
     assert AdamWConfig(mu_dtype="bfloat16").b2 == 0.999

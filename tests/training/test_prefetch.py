@@ -17,12 +17,12 @@ def test_the_next_item_is_made_while_the_present_one_is_in_use() -> None:
             begun[i].set()
             yield i
 
-    ahead = Prefetcher(items())
-    assert next(ahead) == 0
+    prefetcher = Prefetcher(items())
+    assert next(prefetcher) == 0
     assert begun[1].wait(10)
     assert not begun[2].is_set()
-    assert list(ahead) == [1, 2, 3]
-    ahead.close()
+    assert list(prefetcher) == [1, 2, 3]
+    prefetcher.close()
 
 
 def test_errors_come_where_the_item_would_have_been() -> None:
@@ -30,15 +30,15 @@ def test_errors_come_where_the_item_would_have_been() -> None:
         yield 1
         raise ZeroDivisionError
 
-    ahead = Prefetcher(items())
-    assert next(ahead) == 1
+    prefetcher = Prefetcher(items())
+    assert next(prefetcher) == 1
     with pytest.raises(ZeroDivisionError):
-        next(ahead)
-    ahead.close()
+        next(prefetcher)
+    prefetcher.close()
 
 
 def test_it_ends_with_items_left() -> None:
-    ahead = Prefetcher(itertools.count())
-    assert next(ahead) == 0
-    ahead.close()
-    assert not any(thread.name.startswith("ahead") for thread in threading.enumerate())
+    prefetcher = Prefetcher(itertools.count())
+    assert next(prefetcher) == 0
+    prefetcher.close()
+    assert not any(thread.name.startswith("prefetch") for thread in threading.enumerate())

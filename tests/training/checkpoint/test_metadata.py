@@ -44,7 +44,7 @@ def test_the_same_data_is_accepted_with_or_without_fingerprints(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("texts", "sentence"),
     [
-        (["one"], r"step 7 was saved: stream 'words' had 2 records, now 1\. The run would go on with other examples"),
+        (["one"], r"step 7 was saved: stream 'words' had 2 records, now 1\. The resumed run would read other examples"),
         (["one", "twenty"], r"stream 'words' had 1 file with 32 bytes, now 1 file with 35 bytes\."),
         (["one", "six"], r"stream 'words' had other contents in its 1 file with 32 bytes\."),
         (["two", "one"], r"stream 'words' had other contents"),
