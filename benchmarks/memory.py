@@ -24,7 +24,7 @@ from mplug2_jax.config import build, load_recipe
 from mplug2_jax.model.config import RematConfig
 from mplug2_jax.parallel.accelerators import parse_topology
 from mplug2_jax.parallel.config import MeshConfig
-from mplug2_jax.planning.programs import training_program
+from mplug2_jax.planning.programs import trace_training
 from mplug2_jax.planning.traffic import Collective, parse_collectives
 from mplug2_jax.training.config import AdamWConfig, RunConfig
 
@@ -42,12 +42,11 @@ def caption_run(args: argparse.Namespace, batch: int) -> RunConfig:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vision_layers=layers))
 
 
-def largest_gather(collectives: list[Collective], parameter_sizes: set[int]) -> str:
-    """Return the largest output of an all-gather, other than parameters and single layers of them."""
-    sizes = [(c.bytes * c.size / (c.size - 1), c.shape) for c in collectives if c.kind == "all-gather" and c.size > 1]
-    size, shape = max(
-        ((s, name) for s, name in sizes if not _num_elements(name, s) & parameter_sizes), default=(0.0, "none")
-    )
+def largest_gather(found: list[Collective], known: set[int]) -> str:
+    """The largest array that an all-gather makes, parameters and layers of them left out."""
+    gathers = (c for c in found if c.kind == "all-gather" and c.group_size > 1)
+    sizes = [(c.bytes_sent * c.group_size / (c.group_size - 1), c.shape) for c in gathers]
+    size, shape = max(((s, name) for s, name in sizes if not _made(name, s) & known), default=(0.0, "none"))
     return f"{size / 2**20:.1f} MiB of {shape}"
 
 
@@ -61,7 +60,7 @@ def print_row(name: str, config: RunConfig, mesh: MeshConfig) -> None:
     """Compile and print a row of the table."""
     start = time.perf_counter()
     config = dataclasses.replace(config, mesh=mesh)
-    program = training_program(config, parse_topology(_TOPOLOGIES[mesh.fsdp * mesh.sequence]))
+    program = trace_training(config, parse_topology(_TOPOLOGIES[mesh.fsdp * mesh.sequence]))
     compiled = program.compile(effort=-1).executable
     parameters = jax.tree.leaves(program.spec.definition.shapes)
     parameter_sizes = {math.prod(shape) for leaf in parameters for shape in (leaf.shape, leaf.shape[1:])}

@@ -1,7 +1,6 @@
-"""What a step computes, by stream, tower and objective: counted from the traced losses, the same on every machine.
+"""FLOPs of a step by stream, tower and objective: counted from the traced losses, independent of the machine.
 
-Attention counts as two matmuls whatever kernel serves it, because kernels' own operations are nobody's business but
-theirs; the counts are those of the whole batch, of all devices together.
+Attention counts as two matmuls whatever its kernel. Counts are for the whole batch, on all devices together.
 """
 
 import collections
@@ -13,7 +12,7 @@ import jax
 
 from mplug2_jax.model.config import PARTS
 from mplug2_jax.model.mplug2 import define_model
-from mplug2_jax.planning.programs import Program
+from mplug2_jax.planning.programs import TracedProgram
 from mplug2_jax.tasks.table import TASKS
 from mplug2_jax.training.config import StreamConfig
 from mplug2_jax.training.state import RunSpec
@@ -23,60 +22,60 @@ from mplug2_jax.training.telemetry.step_flops import count_gradient_flops
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Costs:
-    """Floating-point operations of one step over the whole batch."""
+    """FLOPs of one step over the whole batch."""
 
     towers: Mapping[str, Mapping[str, int]]  # stream -> tower -> forward and backward
-    objectives: Mapping[str, Mapping[str, int]]  # stream -> objective -> what it would cost without the others
-    recomputed: int  # what the remat policies compute twice
+    objectives: Mapping[str, Mapping[str, int]]  # stream -> objective -> forward and backward of it alone
+    recomputed_flops: int  # by the remat policies
 
     @property
-    def step(self) -> int:
-        """Operations that the maths needs: what MFU counts."""
+    def model_flops(self) -> int:
+        """Return the FLOPs that the model needs: the numerator of MFU."""
         return sum(sum(towers.values()) for towers in self.towers.values())
 
     @property
-    def executed(self) -> int:
-        """With what is computed twice."""
-        return self.step + self.recomputed
+    def hardware_flops(self) -> int:
+        """Return the FLOPs that are executed, recomputed ones included."""
+        return self.model_flops + self.recomputed_flops
 
     @property
-    def overhead(self) -> float:
-        """What is computed twice, as a share of the rest."""
-        return self.recomputed / self.step
+    def recompute_overhead(self) -> float:
+        """Return the recomputed FLOPs as a fraction of the model's."""
+        return self.recomputed_flops / self.model_flops
 
 
 def training_costs(spec: RunSpec, batches: Mapping[str, Any]) -> Costs:
-    """Counts a run's step; nothing is compiled."""
+    """Count the FLOPs of a training step, without compiling it."""
     config = spec.config
-    towers, objectives, again = {}, {}, 0
+    towers, objectives, recomputed = {}, {}, 0
     for name, stream in config.streams.items():
-        once = count_gradient_flops(spec, {name: stream}, batches, remat=False)
-        towers[name] = _by_tower(once)
-        again += count_gradient_flops(spec, {name: stream}, batches, remat=True).total() - once.total()
+        flops = gradient_flops(spec, {name: stream}, batches, remat=False)
+        towers[name] = _sum_by_tower(flops)
+        recomputed += gradient_flops(spec, {name: stream}, batches, remat=True).total() - flops.total()
         objectives[name] = {
-            objective: count_gradient_flops(spec, {name: _only(stream, objective)}, batches, remat=False).total()
+            objective: gradient_flops(spec, {name: _with_objective(stream, objective)}, batches, remat=False).total()
             for objective in stream.objectives
         }
-    return Costs(towers=towers, objectives=objectives, recomputed=again)
+    return Costs(towers=towers, objectives=objectives, recomputed_flops=recomputed)
 
 
 _TOWERS = frozenset(PARTS) | {"class_head", "vision_projection"}
 
 
-def _by_tower(counts: collections.Counter[str]) -> dict[str, int]:
-    """What belongs to no tower (similarities, draws of negatives) is the objectives'."""
+def _sum_by_tower(counts: collections.Counter[str]) -> dict[str, int]:
+    """Sum counts by tower; what belongs to none (similarities, sampling of negatives) is "objectives"."""
     towers: collections.Counter[str] = collections.Counter()
     for scope, count in sorted(counts.items()):
         towers[scope if scope in _TOWERS else "objectives"] += count
     return {tower: count for tower, count in towers.items() if count}
 
 
-def _only(stream: StreamConfig, objective: str) -> StreamConfig:
+def _with_objective(stream: StreamConfig, objective: str) -> StreamConfig:
     return dataclasses.replace(stream, objectives={objective: stream.objectives[objective]})
 
 
-def prediction_costs(program: Program) -> Costs:
-    """Counts what an evaluation does with a batch, searches to their greatest length."""
+def prediction_costs(program: TracedProgram) -> Costs:
+    """Count the FLOPs of an evaluation's batch; searches run to their maximum length."""
     spec, evaluation = program.spec, program.spec.config.evaluations[program.name]
     model = dataclasses.replace(spec.config.model, attention="xla")
     predict = TASKS[evaluation.task].predict
@@ -87,4 +86,4 @@ def prediction_costs(program: Program) -> Costs:
     counts = count_flops(
         lambda params, batch: predict(definition.bind(params), batch, spec.context), *arguments, turns=turns
     )
-    return Costs(towers={program.name: _by_tower(counts)}, objectives={}, recomputed=0)
+    return Costs(towers={program.name: _sum_by_tower(counts)}, objectives={}, recomputed_flops=0)

@@ -1,8 +1,8 @@
-"""The text of a compiled program, as computations and instructions: the little that reports of a program need.
+"""Parse the text of a compiled program (HLO) into computations and instructions: the subset that plans need.
 
-A scheduled program is printed computation by computation, one instruction a line, in the order in which they run. The
-text of TPU programs has layouts in shapes (``bf16[8,128]{1,0:T(8,128)(2,1)S(1)}``) and says nothing of how often a
-loop turns; :mod:`mplug2_jax.planning.loops` finds that out.
+A scheduled module is printed computation by computation, one instruction per line, in the order of execution. TPU
+modules print layouts in shapes (``bf16[8,128]{1,0:T(8,128)(2,1)S(1)}``) but no trip counts of loops, which
+:mod:`mplug2_jax.planning.loops` derives.
 """
 
 import dataclasses
@@ -30,37 +30,37 @@ class Instruction:
     name: str
     shape: str
     opcode: str
-    arguments: str  # between the parentheses
-    attributes: str  # all that follows
+    arguments: str  # the text between the parentheses
+    attributes: str  # the text after them
 
     @cached_property
     def operands(self) -> tuple[str, ...]:
-        """Names of other instructions; some printers put shapes before them."""
-        parts = (_NAME.search(part.strip()) for part in _split(_COMMENT.sub("", self.arguments)))
+        """Return the names of the operands, without the shapes that some printers add."""
+        parts = (_NAME.search(part.strip()) for part in _split_top_level(_COMMENT.sub("", self.arguments)))
         return tuple(match.group(1) for match in parts if match)
 
     def attribute(self, name: str) -> str:
-        """A plain attribute, as ``channel_id``, or the name that one refers to, as ``body``; empty if there is none."""
+        """Return an attribute such as ``channel_id``, or the name that one such as ``body`` refers to; "" if absent."""
         match = re.search(rf", {name}=\"?%?([\w.\-]+)", self.attributes)
         return match.group(1) if match else ""
 
     @cached_property
     def op_name(self) -> str:
-        """Where in the traced program this comes from; empty for what the compiler added."""
+        """Return the name of the traced operation; "" for instructions that the compiler added."""
         match = re.search(r'metadata=\{[^}]*?op_name="((?:[^"\\]|\\.)*)"', self.attributes)
         return match.group(1) if match else ""
 
     @cached_property
-    def called(self) -> tuple[str, ...]:
-        """Names of the computations that this one calls."""
+    def callees(self) -> tuple[str, ...]:
+        """Return the names of the computations that this instruction calls."""
         names = _CALLS.findall(self.attributes)
-        lists = (part.strip().lstrip("%") for found in _LISTS.findall(self.attributes) for part in found.split(","))
+        lists = (part.strip().lstrip("%") for match in _LISTS.findall(self.attributes) for part in match.split(","))
         return (*names, *lists)
 
 
 @dataclasses.dataclass(frozen=True)
 class Computation:
-    """Instructions in order, the last of which (usually) is the result."""
+    """Instructions in order; ``root`` names the result."""
 
     name: str
     instructions: Mapping[str, Instruction]
@@ -68,50 +68,50 @@ class Computation:
 
     @cached_property
     def parameters(self) -> dict[str, int]:
-        """The position of each parameter, by its name."""
-        found = (i for i in self.instructions.values() if i.opcode == "parameter")
-        return {i.name: int(i.arguments) for i in found}
+        """Return the position of each parameter by its name."""
+        parameters = (i for i in self.instructions.values() if i.opcode == "parameter")
+        return {i.name: int(i.arguments) for i in parameters}
 
     @cached_property
     def users(self) -> dict[str, list[str]]:
-        """By an instruction's name: the names of those that take its result."""
-        found: dict[str, list[str]] = {}
+        """Return the names of the instructions that use each instruction's result, by its name."""
+        users: dict[str, list[str]] = {}
         for instruction in self.instructions.values():
             for operand in instruction.operands:
-                found.setdefault(operand, []).append(instruction.name)
-        return found
+                users.setdefault(operand, []).append(instruction.name)
+        return users
 
     @cached_property
     def order(self) -> tuple[Instruction, ...]:
-        """The instructions in the order in which they are printed; in a scheduled program, in which they run."""
+        """Return the instructions in the order of the text: in a scheduled module, the order of execution."""
         return tuple(self.instructions.values())
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
-    """A compiled program."""
+class HloModule:
+    """A parsed program."""
 
     computations: Mapping[str, Computation]
     entry: str
-    num_devices: int  # that the program numbers: with several TPU slices, those of one slice
+    num_devices: int  # that the module numbers: with several TPU slices, those of one slice
 
-    def called(self, instruction: Instruction) -> Iterator[Computation]:
-        """The computations that an instruction calls."""
-        return (self.computations[name] for name in instruction.called if name in self.computations)
+    def callees(self, instruction: Instruction) -> Iterator[Computation]:
+        """Return the computations that an instruction calls."""
+        return (self.computations[name] for name in instruction.callees if name in self.computations)
 
 
 @functools.lru_cache(maxsize=4)
-def parse_program(text: str) -> Program:
-    """Reads ``compiled.as_text()``.
+def parse_hlo(text: str) -> HloModule:
+    """Parse ``compiled.as_text()``.
 
     Raises:
-        ValueError: text without an entry computation.
+        ValueError: the text has no entry computation.
     """
     computations: dict[str, Computation] = {}
     entry, name, root = "", "", ""
     body: dict[str, Instruction] | None = None
     header = ""
-    for line in _whole_lines(text):
+    for line in _logical_lines(text):
         if line.startswith("HloModule"):
             header = line
         elif body is None:
@@ -122,42 +122,42 @@ def parse_program(text: str) -> Program:
             computations[name] = Computation(name, body, root or next(reversed(body), ""))
             body = None
         elif match := _LINE.match(line):
-            instruction = _instruction(match.group(2), line[match.end() :])
+            instruction = _parse_instruction(match.group(2), line[match.end() :])
             if instruction is not None:
                 body[instruction.name] = instruction
                 root = instruction.name if match.group(1) else root
     if not entry:
         raise ValueError("this is not the text of a compiled program: it has no ENTRY computation")
-    sizes = (re.search(rf"{what}=(\d+)", header) for what in ("num_partitions", "replica_count"))
-    return Program(computations, entry, math.prod(int(size.group(1)) for size in sizes if size))
+    sizes = (re.search(rf"{field}=(\d+)", header) for field in ("num_partitions", "replica_count"))
+    return HloModule(computations, entry, math.prod(int(size.group(1)) for size in sizes if size))
 
 
-def _whole_lines(text: str) -> Iterator[str]:
-    """Lines, with those put together that a kernel's metadata, which may hold line ends, tears apart."""
-    held = ""
+def _logical_lines(text: str) -> Iterator[str]:
+    """Yield lines, joining those that are split by line breaks in the metadata of a kernel."""
+    pending = ""
     for line in text.splitlines():
-        begins = line.startswith(("  ", "HloModule", "ENTRY", "%", "}, exec")) or line in ("", "}")
-        if not begins and held.startswith("  "):
-            held += line
+        is_start = line.startswith(("  ", "HloModule", "ENTRY", "%", "}, exec")) or line in ("", "}")
+        if not is_start and pending.startswith("  "):
+            pending += line
             continue
-        if held:
-            yield held
-        held = line
-    yield held
+        if pending:
+            yield pending
+        pending = line
+    yield pending
 
 
-def _instruction(name: str, rest: str) -> Instruction | None:
-    end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.find(" ")
-    match = _OPCODE.match(rest, end)
+def _parse_instruction(name: str, text: str) -> Instruction | None:
+    end = _find_closing(text, 0) + 1 if text.startswith("(") else text.find(" ")
+    match = _OPCODE.match(text, end)
     if match is None:
         return None
-    close = _closing(rest, match.end() - 1)
-    shape = _COMMENT.sub("", rest[:end])
-    return Instruction(name, shape, match.group(1), rest[match.end() : close], rest[close + 1 :])
+    close = _find_closing(text, match.end() - 1)
+    shape = _COMMENT.sub("", text[:end])
+    return Instruction(name, shape, match.group(1), text[match.end() : close], text[close + 1 :])
 
 
-def _closing(text: str, start: int) -> int:
-    """Where the parenthesis that opens at ``start`` closes."""
+def _find_closing(text: str, start: int) -> int:
+    """Return the index of the parenthesis that closes the one at ``start``."""
     depth = 0
     for match in re.compile(r"[()]").finditer(text, start):
         depth += 1 if match.group() == "(" else -1
@@ -166,8 +166,8 @@ def _closing(text: str, start: int) -> int:
     return len(text)
 
 
-def _split(text: str) -> Iterator[str]:
-    """Parts between commas that no bracket encloses."""
+def _split_top_level(text: str) -> Iterator[str]:
+    """Split at the commas outside all brackets."""
     depth, start = 0, 0
     for match in re.finditer(r"[(){}\[\],]", text):
         if match.group() != ",":
@@ -178,28 +178,28 @@ def _split(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def arrays(shape: str) -> list[tuple[str, float]]:
-    """The arrays of a shape, tuples taken apart: each as it is written without its layout, and its bytes."""
+def parse_arrays(shape: str) -> list[tuple[str, float]]:
+    """Return the arrays of a shape, tuples flattened: each without its layout, and its bytes."""
     return [(f"{t}[{dims}]", _array_bytes(t, dims)) for t, dims in _ARRAY.findall(shape)]
 
 
 def shape_bytes(shape: str) -> float:
-    """Bytes of all arrays of a shape, without the padding of layouts.
+    """Return the bytes of all arrays of a shape, without layout padding.
 
     Example:
         >>> shape_bytes("(bf16[8,128]{1,0:T(8,128)(2,1)}, s4[3]{0}, token[])")
         2049.5
     """
-    return sum((size for _, size in arrays(shape)), 0.0)
+    return sum((size for _, size in parse_arrays(shape)), 0.0)
 
 
-_PLACED = re.compile(r"([a-z][a-z0-9]*)\[([\d,<= ]*)\](\{[^}]*\})?")
+_ARRAY_LAYOUT = re.compile(r"([a-z][a-z0-9]*)\[([\d,<= ]*)\](\{[^}]*\})?")
 
 
-def main_memory_bytes(shape: str) -> float:
-    """Bytes of the arrays of a shape that lie in the device's main memory, and not on the chip (``S(1)``)."""
-    placed = _PLACED.findall(shape)
-    return sum((_array_bytes(t, dims) for t, dims, layout in placed if "S(" not in layout), 0.0)
+def hbm_bytes(shape: str) -> float:
+    """Return the bytes of those arrays of a shape that are in HBM and not in on-chip memory (``S(1)``)."""
+    matches = _ARRAY_LAYOUT.findall(shape)
+    return sum((_array_bytes(t, dims) for t, dims, layout in matches if "S(" not in layout), 0.0)
 
 
 def _array_bytes(dtype: str, dims: str) -> float:

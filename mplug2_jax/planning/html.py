@@ -1,4 +1,4 @@
-"""A plan as one self-contained page."""
+"""A plan's report as one self-contained HTML page."""
 
 from importlib.resources import files
 from pathlib import Path
@@ -7,29 +7,30 @@ import jinja2
 from markupsafe import Markup
 
 from data_pipelines.sources.files import write_atomically
-from mplug2_jax.planning.report import Report
-from mplug2_jax.planning.text import duration, quantity, size_of, span
+from mplug2_jax.planning import text
+from mplug2_jax.planning.report import PlanReport
 
 
-def write_page(report: Report, path: Path) -> Path:
-    """Writes the page, whole or not at all."""
-    here, drawn = files("mplug2_jax.planning"), files("mplug2_jax.report")
+def write_html(report: PlanReport, path: Path) -> Path:
+    """Write the page, atomically, and return its path."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    template = (files("mplug2_jax.planning") / "plan.html").read_text(encoding="utf-8")
+    style = (files("mplug2_jax.report") / "style.css").read_text(encoding="utf-8")
     t = report.timing
-    page = environment.from_string((here / "plan.html").read_text(encoding="utf-8")).render(
+    page = environment.from_string(template).render(
         r=report,
-        style=Markup((drawn / "style.css").read_text(encoding="utf-8")),
-        scale=max(report.memory.capacity, report.memory.peak),
-        roof=(
-            ("compute", t.compute, ""),
-            ("memory", t.memory, ""),
-            ("network", t.network, ""),
-            ("not hidden", t.exposed, f"({t.exposed_share:.1%} of compute)"),
+        style=Markup(style),
+        memory_scale=max(report.memory.capacity, report.memory.peak),
+        resources=(
+            ("compute", t.compute_seconds, ""),
+            ("HBM", t.hbm_seconds, ""),
+            ("communication", t.communication_seconds, ""),
+            ("exposed", t.exposed_seconds, f"({t.exposed_fraction:.1%} of compute)"),
         ),
-        duration=duration,
-        size_of=size_of,
-        quantity=quantity,
-        span=span,
+        format_seconds=text.format_seconds,
+        format_bytes=text.format_bytes,
+        format_quantity=text.format_quantity,
+        format_range=text.format_range,
     )
     write_atomically(str(path), page.encode())
     return path

@@ -1,22 +1,22 @@
-"""How often a compiled loop turns: found by running its counter, and nothing else of it.
+"""Derive the trip counts of compiled loops by evaluating their counters, and nothing else of them.
 
-The text of TPU programs does not say. But what a loop of ``jax.lax.scan`` or ``fori_loop`` asks before every turn is a
-comparison of integers that the text has: constants, and counters that start at one and grow by one. Those are run here,
-turn by turn, as the program would. A condition on anything else (data, another loop's counter) has no answer.
+The text of TPU programs has no trip counts. But the condition of a loop from ``jax.lax.scan`` or ``fori_loop`` compares
+integers that are in the text: constants, and counters that start at a constant and are incremented by one. These are
+evaluated here, iteration by iteration. A condition on anything else (data, the counter of another loop) has no answer.
 """
 
 import dataclasses
 import operator
 from collections.abc import Callable, Mapping
 
-from mplug2_jax.planning.hlo import Computation, Instruction, Program
+from mplug2_jax.planning.hlo import Computation, HloModule, Instruction
 
-MAX_TURNS = 10_000  # more than any loop of a model: whoever turns longer may turn for ever
+MAX_TRIP_COUNT = 10_000  # more than any loop of a model; longer loops may not terminate
 
-_SAME = frozenset({
+_IDENTITY_OPS = frozenset({
     "copy", "convert", "bitcast", "reshape", "copy-start", "copy-done", "optimization-barrier", "bitcast-convert",
 })  # fmt: skip
-_OPERATIONS: Mapping[str, Callable[[int, int], int]] = {
+_BINARY_OPS: Mapping[str, Callable[[int, int], int]] = {
     "add": operator.add,
     "subtract": operator.sub,
     "multiply": operator.mul,
@@ -36,135 +36,137 @@ _COMPARISONS: Mapping[str, Callable[[int, int], bool]] = {
 }
 
 
-class Unknown(Exception):
-    """A value that the text alone does not tell."""
+class UnknownValueError(Exception):
+    """A value that does not follow from the text alone."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Frame:
-    """A computation in the middle of being called."""
+    """A call frame: a computation and its caller."""
 
     computation: Computation
     caller: Instruction | None = None
     parent: "Frame | None" = None
-    loop: "Counters | None" = None  # of the loop whose body or condition this is
-    turn: int | None = None  # of that loop; None for any
+    loop: "LoopCarry | None" = None  # of the loop whose body or condition this is
+    iteration: int | None = None  # of that loop; None for any
 
-    def inner(self, caller: Instruction, computation: Computation) -> "Frame":
-        """The frame of a computation that an instruction here calls."""
+    def call(self, caller: Instruction, computation: Computation) -> "Frame":
+        """Return the frame of a computation that an instruction of this one calls."""
         return Frame(computation, caller, self)
 
 
-class Counters:
-    """The integers that a loop carries, turn by turn, as far as they are asked for."""
+class LoopCarry:
+    """The integers in a loop's carry, evaluated on demand, iteration by iteration."""
 
-    def __init__(self, program: Program, frame: Frame, loop: Instruction) -> None:
-        self.program, self.frame, self.loop = program, frame, loop
-        self.body = program.computations[loop.attribute("body")]
-        self.condition = program.computations[loop.attribute("condition")]
-        self._known: dict[tuple[int, int], int] = {}
+    def __init__(self, module: HloModule, frame: Frame, loop: Instruction) -> None:
+        self.module, self.frame, self.loop = module, frame, loop
+        self.body = module.computations[loop.attribute("body")]
+        self.condition = module.computations[loop.attribute("condition")]
+        self._values: dict[tuple[int, int], int] = {}
 
-    def at(self, index: int, turn: int) -> int:
-        """Element ``index`` of what the loop carries, before turn ``turn``."""
-        if (index, turn) not in self._known:
-            if turn == 0:
-                value = _element(self.program, self.frame, self.loop.operands[0], index)
+    def value_at(self, index: int, iteration: int) -> int:
+        """Return element ``index`` of the carry before an iteration."""
+        if (index, iteration) not in self._values:
+            if iteration == 0:
+                value = _eval_element(self.module, self.frame, self.loop.operands[0], index)
             else:
-                inside = Frame(self.body, self.loop, self.frame, self, turn - 1)
-                value = _element(self.program, inside, self.body.root, index)
-            self._known[index, turn] = value
-        return self._known[index, turn]
+                body = Frame(self.body, self.loop, self.frame, self, iteration - 1)
+                value = _eval_element(self.module, body, self.body.root, index)
+            self._values[index, iteration] = value
+        return self._values[index, iteration]
 
-    def constant(self, index: int) -> int:
-        """An element that is the same in every turn. Raises Unknown."""
+    def invariant_value(self, index: int) -> int:
+        """Return a loop-invariant element. Raises UnknownValueError."""
         root = self.body.instructions[self.body.root]
-        if root.opcode == "tuple" and _passed_on(self.body, root.operands[index], index):
-            return self.at(index, 0)
-        raise Unknown
+        if root.opcode == "tuple" and _is_loop_invariant(self.body, root.operands[index], index):
+            return self.value_at(index, 0)
+        raise UnknownValueError
 
-    def turns(self) -> int:
-        """How often the loop turns. Raises Unknown."""
-        turn = 0
-        while _value(self.program, Frame(self.condition, self.loop, self.frame, self, turn), self.condition.root):
-            turn += 1
-            if turn > MAX_TURNS:
-                raise Unknown
-        return turn
+    def trip_count(self) -> int:
+        """Count the iterations. Raises UnknownValueError."""
+        count = 0
+        while _eval_scalar(self.module, Frame(self.condition, self.loop, self.frame, self, count), self.condition.root):
+            count += 1
+            if count > MAX_TRIP_COUNT:
+                raise UnknownValueError
+        return count
 
 
-def trip_count(program: Program, frame: Frame, loop: Instruction) -> int | None:
-    """How often a ``while`` instruction of a frame's computation turns; None if the text does not tell."""
+def trip_count(module: HloModule, frame: Frame, loop: Instruction) -> int | None:
+    """Return the trip count of a ``while`` instruction in a frame; None if the text does not determine it."""
     known = loop.attributes.partition('"known_trip_count":{"n":"')[2].partition('"')[0]
     if known:
         return int(known)
     try:
-        return Counters(program, frame, loop).turns()
-    except (Unknown, KeyError, IndexError, RecursionError):
+        return LoopCarry(module, frame, loop).trip_count()
+    except (UnknownValueError, KeyError, IndexError, RecursionError):
         return None
 
 
-def loop_frame(program: Program, frame: Frame, loop: Instruction, computation: Computation) -> Frame:
-    """The body or condition of a loop, in any of its turns: only what is the same in all of them is known there."""
-    return Frame(computation, loop, frame, Counters(program, frame, loop))
+def loop_frame(module: HloModule, frame: Frame, loop: Instruction, computation: Computation) -> Frame:
+    """Return the frame of a loop's body or condition in any iteration: only loop invariants are known in it."""
+    return Frame(computation, loop, frame, LoopCarry(module, frame, loop))
 
 
-def _value(program: Program, frame: Frame, name: str) -> int:
-    """The value of a scalar integer or truth value."""
+def _eval_scalar(module: HloModule, frame: Frame, name: str) -> int:
+    """Evaluate a scalar integer or boolean."""
     instruction = frame.computation.instructions[name]
     opcode, operands = instruction.opcode, instruction.operands
     if opcode == "constant":
-        return _literal(instruction.arguments)
-    if opcode in _SAME:
-        return _value(program, frame, operands[0])
-    if opcode in _OPERATIONS:
-        left, right = (_value(program, frame, operand) for operand in operands)
-        return _OPERATIONS[opcode](left, right)
+        return _parse_literal(instruction.arguments)
+    if opcode in _IDENTITY_OPS:
+        return _eval_scalar(module, frame, operands[0])
+    if opcode in _BINARY_OPS:
+        left, right = (_eval_scalar(module, frame, operand) for operand in operands)
+        return _BINARY_OPS[opcode](left, right)
     if opcode == "compare":
-        left, right = (_value(program, frame, operand) for operand in operands)
+        left, right = (_eval_scalar(module, frame, operand) for operand in operands)
         return _COMPARISONS[instruction.attribute("direction")](left, right)
     if opcode == "get-tuple-element":
-        return _element(program, frame, operands[0], int(instruction.attribute("index")))
+        return _eval_element(module, frame, operands[0], int(instruction.attribute("index")))
     if opcode == "parameter" and frame.parent and frame.caller and frame.loop is None:
-        return _value(program, frame.parent, frame.caller.operands[frame.computation.parameters[name]])
+        return _eval_scalar(module, frame.parent, frame.caller.operands[frame.computation.parameters[name]])
     if opcode in ("fusion", "call"):
-        called = next(program.called(instruction))
-        return _value(program, frame.inner(instruction, called), called.root)
-    raise Unknown
+        callee = next(module.callees(instruction))
+        return _eval_scalar(module, frame.call(instruction, callee), callee.root)
+    raise UnknownValueError
 
 
-def _element(program: Program, frame: Frame, name: str, index: int) -> int:
-    """The value of an element of a tuple."""
+def _eval_element(module: HloModule, frame: Frame, name: str, index: int) -> int:
+    """Evaluate an element of a tuple."""
     instruction = frame.computation.instructions[name]
     opcode, operands = instruction.opcode, instruction.operands
     if opcode == "tuple":
-        return _value(program, frame, operands[index])
-    if opcode in _SAME:
-        return _element(program, frame, operands[0], index)
+        return _eval_scalar(module, frame, operands[index])
+    if opcode in _IDENTITY_OPS:
+        return _eval_element(module, frame, operands[0], index)
     if opcode == "parameter" and frame.loop is not None:
-        return frame.loop.constant(index) if frame.turn is None else frame.loop.at(index, frame.turn)
+        if frame.iteration is None:
+            return frame.loop.invariant_value(index)
+        return frame.loop.value_at(index, frame.iteration)
     if opcode == "parameter" and frame.parent and frame.caller:
-        return _element(program, frame.parent, frame.caller.operands[frame.computation.parameters[name]], index)
+        return _eval_element(module, frame.parent, frame.caller.operands[frame.computation.parameters[name]], index)
     if opcode in ("fusion", "call"):
-        called = next(program.called(instruction))
-        return _element(program, frame.inner(instruction, called), called.root, index)
+        callee = next(module.callees(instruction))
+        return _eval_element(module, frame.call(instruction, callee), callee.root, index)
     if opcode == "while":
-        return Counters(program, frame, instruction).constant(index)
-    raise Unknown
+        return LoopCarry(module, frame, instruction).invariant_value(index)
+    raise UnknownValueError
 
 
-def _passed_on(body: Computation, name: str, index: int) -> bool:
-    """Whether an instruction of a loop's body is element ``index`` of what the body was given."""
+def _is_loop_invariant(body: Computation, name: str, index: int) -> bool:
+    """Return whether an instruction of a loop's body is element ``index`` of its argument, unchanged."""
     instruction = body.instructions[name]
-    while instruction.opcode in _SAME:
+    while instruction.opcode in _IDENTITY_OPS:
         instruction = body.instructions[instruction.operands[0]]
-    given = instruction.opcode == "get-tuple-element" and instruction.operands[0] in body.parameters
-    return given and int(instruction.attribute("index")) == index
+    from_argument = instruction.opcode == "get-tuple-element" and instruction.operands[0] in body.parameters
+    return from_argument and int(instruction.attribute("index")) == index
 
 
-def _literal(text: str) -> int:
+def _parse_literal(text: str) -> int:
     if text in ("true", "false"):
         return text == "true"
     try:
         return int(text)
     except ValueError as error:
-        raise Unknown from error
+        raise UnknownValueError from error

@@ -1,4 +1,4 @@
-"""``plan.json``: what ``mplug2 plan`` chose for a recipe on a topology, for ``train`` and ``launch`` to do."""
+"""``plan.json``: the layout that ``mplug2 plan`` chose for a recipe on a topology, for ``train`` and ``launch``."""
 
 import dataclasses
 import json
@@ -11,52 +11,57 @@ from mplug2_jax.config import build, to_dict
 from mplug2_jax.errors import UserError
 from mplug2_jax.parallel.accelerators import Topology, parse_topology
 
-FORMAT = 1
+FORMAT_VERSION = 2
+_OLD_KEYS = {"format": "format_version", "report": "predictions"}  # of version 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanFile:
-    """A recipe, what to override in it, and the machine that this is for."""
+    """A recipe, its overrides, and the topology that they are for."""
 
-    config: str  # as --config has it: FILE:ARG or a shipped recipe's NAME:ARG
+    config: str  # as of --config: FILE:ARG, or NAME:ARG of a shipped recipe
     overrides: tuple[str, ...]  # --config.field=value
     topology: str
     slices: int = 1
-    report: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # the figures it was chosen by
-    format: int = FORMAT
+    predictions: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # that the choice is based on
+    format_version: int = FORMAT_VERSION
 
     @property
-    def machine(self) -> Topology:
-        """The topology, checked. Raises UserError."""
+    def parsed_topology(self) -> Topology:
+        """Return the topology. Raises UserError if it is unknown."""
         return parse_topology(self.topology, self.slices)
 
     def write(self, path: Path) -> None:
-        """Writes the file, whole or not at all."""
+        """Write the file, atomically."""
         write_atomically(str(path), f"{json.dumps(to_dict(self), indent=2)}\n".encode())
 
 
 def read_plan(path: Path) -> PlanFile:
-    """Reads what :meth:`PlanFile.write` wrote.
+    """Read a plan file, of this version or an earlier one.
 
     Raises:
-        UserError: no such file, not a plan, one of a newer format or of no known machine; names the file.
+        UserError: the file does not exist, is not a plan, or has a newer format or an unknown topology; names the file.
     """
     try:
         values = json.loads(path.read_text())
     except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist; mplug2 plan --search --out {path} makes one") from error
+        raise UserError(f"{path} does not exist; create it with mplug2 plan --search --out {path}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not a plan: {error}") from error
     if not isinstance(values, dict) or "topology" not in values:
-        raise UserError(f"{path} is not a plan: it has no topology; mplug2 plan --search --out writes plans")
-    if values.get("format", FORMAT) != FORMAT:
-        raise UserError(f"{path} has format {values['format']}, this version reads {FORMAT}: plan again")
-    report = values.pop("report", {})
-    if not isinstance(report, dict):
-        raise UserError(f"{path} is not a plan: its report should be a group of named values")
-    plan = dataclasses.replace(build(PlanFile, values, where=str(path)), report=report)
+        raise UserError(f"{path} is not a plan: it has no topology; create plans with mplug2 plan --search --out")
+    values = {_OLD_KEYS.get(key, key): value for key, value in values.items()}
+    format_version = values.pop("format_version", 1)
+    if format_version not in (1, FORMAT_VERSION):
+        raise UserError(
+            f"{path} has format version {format_version!r}, expected at most {FORMAT_VERSION}: run mplug2 plan again"
+        )
+    predictions = values.pop("predictions", {})
+    if not isinstance(predictions, dict):
+        raise UserError(f"{path} is not a plan: predictions={predictions!r} should be a group of named values")
+    plan = dataclasses.replace(build(PlanFile, values, where=str(path)), predictions=predictions)
     try:
-        _ = plan.machine
+        _ = plan.parsed_topology
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     return plan

@@ -1,4 +1,4 @@
-"""A plan: everything that is known of a program on a topology, as plain data, text and a page to look at."""
+"""The report of a plan: memory, FLOPs, collectives and step time of a program on a topology."""
 
 import dataclasses
 import hashlib
@@ -12,19 +12,19 @@ from mplug2_jax.config import to_dict
 from mplug2_jax.parallel.accelerators import Topology
 from mplug2_jax.parallel.mesh import describe_mesh
 from mplug2_jax.planning.costs import Costs, prediction_costs, training_costs
-from mplug2_jax.planning.hbm_traffic import memory_traffic
+from mplug2_jax.planning.hbm_traffic import count_hbm_bytes
 from mplug2_jax.planning.memory import Memory, program_memory
-from mplug2_jax.planning.oom import Buffer, largest_arrays
-from mplug2_jax.planning.programs import Compiled, Program
-from mplug2_jax.planning.timing import Timing, bandwidth, timing
-from mplug2_jax.planning.traffic import Collective, largest, parse_collectives, unknown_loops
+from mplug2_jax.planning.oom import Buffer, largest_buffers
+from mplug2_jax.planning.programs import CompiledProgram, TracedProgram
+from mplug2_jax.planning.timing import Timing, bandwidth, estimate_timing
+from mplug2_jax.planning.traffic import Collective, find_unknown_loops, largest_collectives, parse_collectives
 from mplug2_jax.training.compilation import compiler_options
 from mplug2_jax.training.config import RunConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Traffic:
-    """Collectives of one kind along the same mesh axes; bytes and seconds are one device's, in one step."""
+class AxisTraffic:
+    """Collectives of one kind along the same mesh axes: of one device, in one step."""
 
     kind: str
     axes: str
@@ -32,77 +32,83 @@ class Traffic:
     bytes: float
     count: int
     seconds: float
-    exposed: float  # seconds that no other work hides
+    exposed_seconds: float  # not overlapped with compute
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Report:
-    """What a plan says."""
+class PlanReport:
+    """The report of a plan."""
 
     name: str  # of the recipe
-    program: str  # "train", or an evaluation's name
+    program: str  # "train", or the name of an evaluation
     topology: str
     chips: int
     mesh: str
-    examples: Mapping[str, int]  # a step's, by stream
+    examples: Mapping[str, int]  # per step, by stream
     parameters: int
     memory: Memory
     costs: Costs
-    traffic: Sequence[Traffic]
+    traffic: Sequence[AxisTraffic]
     largest_collectives: Sequence[Collective]
-    largest_arrays: Sequence[Buffer]
-    unknown_loops: Sequence[str]  # whose turns the program's text does not say: of searches
+    largest_buffers: Sequence[Buffer]
+    unknown_loops: Sequence[str]  # of unknown trip count: of searches
     timing: Timing
-    mfu: tuple[float, float]  # of the ceiling and of the floor
+    mfu: tuple[float, float]  # pessimistic and optimistic
     steps: int  # of the whole recipe; 1 for an evaluation
     trace_seconds: float
     compile_seconds: float
-    simulated: bool  # compiled for CPUs in place of the chip
+    simulated: bool  # compiled for simulated CPU devices
 
     @property
-    def seconds(self) -> tuple[float, float]:
-        """A step's, least and most."""
-        return self.timing.floor, self.timing.ceiling
+    def step_seconds(self) -> tuple[float, float]:
+        """Return the optimistic and the pessimistic step time."""
+        return self.timing.optimistic, self.timing.pessimistic
 
     @property
     def days(self) -> tuple[float, float]:
-        """The whole recipe's."""
-        return tuple(s * self.steps / 86400 for s in self.seconds)  # type: ignore[return-value]
+        """Return the days that the whole recipe takes."""
+        return tuple(s * self.steps / 86400 for s in self.step_seconds)  # type: ignore[return-value]
 
     @property
     def chip_hours(self) -> tuple[float, float]:
-        """The whole recipe's."""
+        """Return the chip-hours that the whole recipe takes."""
         return tuple(days * 24 * self.chips for days in self.days)  # type: ignore[return-value]
 
     @property
     def examples_per_second(self) -> tuple[float, float]:
-        """Of all streams together, least and most."""
+        """Return the pessimistic and the optimistic throughput of all streams together."""
         total = sum(self.examples.values())
-        return tuple(total / s for s in reversed(self.seconds))  # type: ignore[return-value]
+        return tuple(total / s for s in reversed(self.step_seconds))  # type: ignore[return-value]
 
-    def as_json(self) -> dict[str, Any]:
-        """Plain data; sizes in bytes, times in seconds."""
-        derived = ("seconds", "days", "chip_hours", "examples_per_second")
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as plain data; sizes in bytes, times in seconds."""
+        derived = ("step_seconds", "days", "chip_hours", "examples_per_second")
         return to_dict(self) | {name: list(getattr(self, name)) for name in derived} | {
+            "format_version": 2,
             "fits": self.memory.fits,
-            "flops": {"step": self.costs.step, "executed": self.costs.executed, "overhead": self.costs.overhead},
-            "exposed_share": self.timing.exposed_share,
+            "flops": {
+                "model": self.costs.model_flops,
+                "hardware": self.costs.hardware_flops,
+                "recompute_overhead": self.costs.recompute_overhead,
+            },
+            "exposed_fraction": self.timing.exposed_fraction,
         }  # fmt: skip
 
 
-def make_report(compiled: Compiled, config: RunConfig) -> Report:
-    """Reads a compiled program."""
+def make_report(compiled: CompiledProgram, config: RunConfig) -> PlanReport:
+    """Analyze a compiled program."""
     program = compiled.program
     spec, topology, training = program.spec, program.topology, program.name == "train"
     text = compiled.executable.as_text()
-    longest = 1 if training else config.tasks.search.max_length  # turns of a search, which may end before
-    found = parse_collectives(text, spec.mesh, turns=longest)
+    search_steps = 1 if training else config.tasks.search.max_length  # at most: a search may end earlier
+    collectives = parse_collectives(text, spec.mesh, trip_counts=search_steps)
     costs = training_costs(spec, program.batches) if training else prediction_costs(program)
-    times = timing(float(costs.executed), memory_traffic(text, turns=longest), found, spec.mesh, topology)
-    peak = topology.chip.peak_flops * topology.chips
+    hbm_bytes = count_hbm_bytes(text, default_trips=search_steps)
+    timing = estimate_timing(float(costs.hardware_flops), hbm_bytes, collectives, spec.mesh, topology)
+    peak_flops = topology.chip.peak_flops * topology.chips
     data = {name: stream.data for name, stream in config.streams.items()}
     data = data if training else {program.name: config.evaluations[program.name].data}
-    return Report(
+    return PlanReport(
         name=config.name,
         program=program.name,
         topology=str(topology),
@@ -112,43 +118,43 @@ def make_report(compiled: Compiled, config: RunConfig) -> Report:
         parameters=spec.definition.num_params(),
         memory=program_memory(compiled, topology),
         costs=costs,
-        traffic=tuple(_grouped(found, spec.mesh, topology)),
-        largest_collectives=tuple(largest(found, 8)),
-        largest_arrays=tuple(largest_arrays(text, 8)),
-        unknown_loops=tuple(loop.scope or loop.name for loop in unknown_loops(text, spec.mesh)),
-        timing=times,
-        mfu=(costs.step / peak / times.ceiling, costs.step / peak / times.floor),
+        traffic=tuple(_group_by_axes(collectives, spec.mesh, topology)),
+        largest_collectives=tuple(largest_collectives(collectives, 8)),
+        largest_buffers=tuple(largest_buffers(text, 8)),
+        unknown_loops=tuple(loop.scope or loop.name for loop in find_unknown_loops(text, spec.mesh)),
+        timing=timing,
+        mfu=(costs.model_flops / peak_flops / timing.pessimistic, costs.model_flops / peak_flops / timing.optimistic),
         steps=config.steps if training else 1,
-        trace_seconds=program.seconds,
-        compile_seconds=compiled.seconds,
+        trace_seconds=program.trace_seconds,
+        compile_seconds=compiled.compile_seconds,
         simulated=topology.chip.platform != "tpu",
     )
 
 
-def _grouped(found: Sequence[Collective], mesh: jax.sharding.Mesh, topology: Topology) -> list[Traffic]:
+def _group_by_axes(collectives: Sequence[Collective], mesh: jax.sharding.Mesh, topology: Topology) -> list[AxisTraffic]:
     groups: dict[tuple[str, str, str], list[Collective]] = {}
-    for each in found:
-        if each.total:
-            groups.setdefault((each.kind, each.where, each.network), []).append(each)
+    for each in collectives:
+        if each.total_bytes:
+            groups.setdefault((each.kind, each.axes_label, each.network), []).append(each)
     rows = []
     for (kind, axes, network), members in groups.items():
-        times = {id(c): c.total / bandwidth(c, mesh, topology) for c in members}
+        seconds = [c.total_bytes / bandwidth(c, mesh, topology) for c in members]
         rows.append(
-            Traffic(
+            AxisTraffic(
                 kind=kind,
                 axes=axes,
                 network=network,
-                bytes=sum(c.total for c in members),
-                count=sum(c.times for c in members),
-                seconds=sum(times.values()),
-                exposed=sum(times[id(c)] for c in members if not c.overlapped),
+                bytes=sum(c.total_bytes for c in members),
+                count=sum(c.count for c in members),
+                seconds=sum(seconds),
+                exposed_seconds=sum(s for s, c in zip(seconds, members, strict=True) if not c.overlapped),
             )
         )
     return sorted(rows, key=lambda row: row.bytes, reverse=True)
 
 
-def fingerprint(program: Program) -> str:
-    """A name for a lowered program on its topology: equal programs compile to the same."""
+def fingerprint(program: TracedProgram) -> str:
+    """Return a hash of a lowered program and its topology: equal hashes compile to equal executables."""
     digest = hashlib.sha256(program.lowered.as_text().encode())
     digest.update(f"{program.topology} {jax.__version__} {version('jaxlib')} {compiler_options('tpu')}".encode())
     return digest.hexdigest()[:16]

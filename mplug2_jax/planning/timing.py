@@ -1,8 +1,8 @@
-"""How long a step takes, from what it computes, reads and sends, and what the chips can do: a range, and not a promise.
+"""Step time from FLOPs, HBM traffic, collectives and the chips' peak rates: a range, not a promise.
 
-The floor lets everything overlap and every unit run near its peak; the ceiling runs matmuls at half of it, and after
-them every collective that the compiler did not hide behind other work. No more can be hidden than there is work: what
-is read, written and sent takes its time in both.
+The optimistic end overlaps everything and runs every unit near its peak. The pessimistic end runs matmuls at half their
+peak, followed by every collective that the compiler did not overlap with compute. Overlap is bounded by the available
+work: HBM traffic and communication take at least their own time in both.
 """
 
 import dataclasses
@@ -15,85 +15,87 @@ import numpy as np
 from mplug2_jax.parallel.accelerators import Topology
 from mplug2_jax.planning.traffic import Collective
 
-BEST, ORDINARY = 0.85, 0.5
-"""Shares of the peak that large matmuls reach on a good day, and on an ordinary one."""
+MFU_CEILING, MFU_TYPICAL = 0.85, 0.5
+"""Shares of the peak FLOP/s that large matmuls reach at best, and typically."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Timing:
-    """Seconds of one step on every chip, resource by resource."""
+    """The time of one step on every chip, by resource."""
 
-    compute: float  # of all that is executed, at the chip's peak
-    memory: float  # what the program reads and writes, at the memory's peak
-    network: float  # all collectives, one after the other
-    exposed: float  # of these, those that wait for nobody and let nobody work
-
-    @property
-    def floor(self) -> float:
-        """The least it can be."""
-        return max(self.compute / BEST, self.memory, self.network)
+    compute_seconds: float  # all FLOPs at the chip's peak
+    hbm_seconds: float  # all HBM traffic at the memory's peak
+    communication_seconds: float  # all collectives, one after the other
+    exposed_seconds: float  # the collectives that are not overlapped with compute
 
     @property
-    def ceiling(self) -> float:
-        """What it should not exceed."""
-        return max(self.compute / ORDINARY, self.memory, self.network - self.exposed) + self.exposed
+    def optimistic(self) -> float:
+        """Return a lower bound of the step time, in seconds."""
+        return max(self.compute_seconds / MFU_CEILING, self.hbm_seconds, self.communication_seconds)
 
     @property
-    def exposed_share(self) -> float:
-        """Collectives that nothing hides, as a share of compute."""
-        return self.exposed / self.compute if self.compute else math.inf
+    def pessimistic(self) -> float:
+        """Return an upper estimate of the step time, in seconds."""
+        overlapped = self.communication_seconds - self.exposed_seconds
+        return max(self.compute_seconds / MFU_TYPICAL, self.hbm_seconds, overlapped) + self.exposed_seconds
+
+    @property
+    def exposed_fraction(self) -> float:
+        """Return exposed communication as a fraction of compute."""
+        return self.exposed_seconds / self.compute_seconds if self.compute_seconds else math.inf
 
 
-def timing(
-    executed: float, memory_bytes: float, collectives: Iterable[Collective], mesh: jax.sharding.Mesh, topology: Topology
+def estimate_timing(
+    hardware_flops: float, hbm_bytes: float, traffic: Iterable[Collective], mesh: jax.sharding.Mesh, topology: Topology
 ) -> Timing:
-    """The times of a program.
+    """Estimate the times of a program.
 
     Args:
-        executed: operations of all devices together.
-        memory_bytes: that one device reads and writes.
-        collectives: what one device sends.
+        hardware_flops: of all devices together.
+        hbm_bytes: that one device reads and writes.
+        traffic: the collectives of one device.
         mesh: of the program.
-        topology: that it is for.
+        topology: that it is compiled for.
     """
     chip = topology.chip
-    seconds = [(each, each.total / bandwidth(each, mesh, topology)) for each in collectives if each.total]
+    seconds = [(each, each.total_bytes / bandwidth(each, mesh, topology)) for each in traffic if each.total_bytes]
     return Timing(
-        compute=executed / topology.chips / chip.peak_flops,
-        memory=memory_bytes / (chip.memory_bandwidth / chip.devices_per_chip),
-        network=sum((time for _, time in seconds), 0.0),
-        exposed=sum((time for each, time in seconds if not each.overlapped), 0.0),
+        compute_seconds=hardware_flops / topology.chips / chip.peak_flops,
+        hbm_seconds=hbm_bytes / (chip.memory_bandwidth / chip.devices_per_chip),
+        communication_seconds=sum((time for _, time in seconds), 0.0),
+        exposed_seconds=sum((time for each, time in seconds if not each.overlapped), 0.0),
     )
 
 
 def bandwidth(collective: Collective, mesh: jax.sharding.Mesh, topology: Topology) -> float:
-    """Bytes a second that one device can put on the wire for a collective.
+    """Return the bytes per second that one device can send for a collective.
 
-    In a torus, groups that extend along several of its dimensions use the links of all of them; along a dimension that
-    closes to a ring, both directions. A permute uses one link.
+    In a torus, groups that extend along several dimensions use the links of all of them, and both directions of a
+    dimension that wraps around. A permute uses one link.
     """
     chip = topology.chip
     if collective.network == "dcn":
         return chip.network_bandwidth / chip.devices_per_chip
     if not chip.torus_dims:
-        beyond = collective.size > chip.chips_per_host
-        return chip.network_bandwidth if beyond else chip.link_bandwidth
+        crosses_hosts = collective.group_size > chip.chips_per_host
+        return chip.network_bandwidth if crosses_hosts else chip.link_bandwidth
     if collective.kind == "collective-permute":
         return chip.link_bandwidth / chip.devices_per_chip
-    links = sum(_links(size, topology, dim) for dim, size in enumerate(extents(collective.axes, mesh)) if size > 1)
+    extents = torus_extents(collective.axes, mesh)
+    links = sum(_num_links(size, topology, dim) for dim, size in enumerate(extents) if size > 1)
     return chip.link_bandwidth * max(links, 1) / chip.devices_per_chip
 
 
-def _links(size: int, topology: Topology, dim: int) -> int:
-    """Links along a dimension: two where it is a ring, which wraps round whole cubes or pods only."""
-    whole = size == topology.shape[dim]
-    closes = size % 4 == 0 if topology.chip.torus_dims == 3 else size == math.isqrt(topology.chip.max_chips)
-    return 2 if whole and closes else 1
+def _num_links(size: int, topology: Topology, dim: int) -> int:
+    """Return the links along a dimension: two where it wraps around, as whole cubes and pods do."""
+    is_whole = size == topology.shape[dim]
+    wraps = size % 4 == 0 if topology.chip.torus_dims == 3 else size == math.isqrt(topology.chip.max_chips)
+    return 2 if is_whole and wraps else 1
 
 
-def extents(axes: Sequence[str], mesh: jax.sharding.Mesh) -> tuple[int, ...]:
-    """How many chips a group along some mesh axes spans in each dimension of the torus."""
+def torus_extents(axes: Sequence[str], mesh: jax.sharding.Mesh) -> tuple[int, ...]:
+    """Return how many chips a group along some mesh axes spans in each dimension of the torus."""
     index = tuple(slice(None) if axis in axes else 0 for axis in mesh.axis_names)
     group = np.atleast_1d(np.asarray(mesh.devices[index])).ravel()
-    places = np.array([device.coords for device in group])
-    return tuple(len(np.unique(places[:, dim])) for dim in range(places.shape[1]))
+    coords = np.array([device.coords for device in group])
+    return tuple(len(np.unique(coords[:, dim])) for dim in range(coords.shape[1]))

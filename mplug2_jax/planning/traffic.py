@@ -1,14 +1,14 @@
-"""What a compiled program sends between devices: every collective, its bytes, its mesh axes, and how often it runs.
+"""Collectives of a compiled program: bytes, mesh axes, execution counts, and overlap with compute.
 
 Everything is read from ``compiled.as_text()`` and the mesh that the program was compiled for; neither the devices nor
-the model need be here. What is special about these texts:
+the model are needed. Properties of these texts:
 
-- A loop's body is printed once; its collectives are multiplied by the turns of all loops around it.
-- A TPU program may run a collective piecewise beside matmuls: the same ``all-gather`` then stands in a fusion that
-  starts it, in those that it runs beside, and in one that ends it. It counts once.
-- It may turn an all-gather and its matmul into a loop of permutes (``windowed_dot_general``). These count as what they
-  are, permutes.
-- A program for several TPU slices is that of one slice. What crosses slices are ``send`` and ``recv`` pairs to the
+- A loop body is printed once; its collectives are multiplied by the trip counts of all enclosing loops.
+- A TPU program may split a collective into pieces that overlap with matmuls: the same ``all-gather`` is then in the
+  fusion that starts it, in those that it overlaps with, and in the one that ends it. It is counted once.
+- It may turn an all-gather and its matmul into a loop of permutes (``windowed_dot_general``), which are counted as
+  permutes.
+- A program for several TPU slices is that of one slice. Transfers between slices are ``send`` and ``recv`` pairs of the
   transfer library (``_xla_megascale_transfer_type``).
 """
 
@@ -21,14 +21,16 @@ from typing import Literal
 
 import jax
 
-from mplug2_jax.planning.groups import Network, Reach, parse_groups, parse_pairs, reach, reach_across_slices
-from mplug2_jax.planning.hlo import Computation, Instruction, Program, arrays, parse_program, shape_bytes
+from mplug2_jax.planning.groups import GroupSpan, Network, cross_slice_span, group_span, parse_groups, parse_pairs
+from mplug2_jax.planning.hlo import Computation, HloModule, Instruction, parse_arrays, parse_hlo, shape_bytes
 from mplug2_jax.planning.loops import Frame, loop_frame, trip_count
-from mplug2_jax.planning.scopes import origin, readable
+from mplug2_jax.planning.scopes import pretty_scope, source_scope
 
-Kind = Literal["all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute", "collective-broadcast"]
+CollectiveKind = Literal[
+    "all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute", "collective-broadcast"
+]
 
-_KINDS: Mapping[str, Kind] = {
+_KINDS: Mapping[str, CollectiveKind] = {
     "all-gather": "all-gather",
     "reduce-scatter": "reduce-scatter",
     "all-reduce": "all-reduce",
@@ -37,7 +39,7 @@ _KINDS: Mapping[str, Kind] = {
     "collective-permute": "collective-permute",
     "collective-broadcast": "collective-broadcast",
 }
-_TRANSFERS: Mapping[str, Kind] = {
+_TRANSFER_KINDS: Mapping[str, CollectiveKind] = {
     "ALL_GATHER": "all-gather",
     "REDUCE_SCATTER": "reduce-scatter",
     "ALL_REDUCE": "all-reduce",
@@ -45,266 +47,282 @@ _TRANSFERS: Mapping[str, Kind] = {
     "ONE_TO_ONE": "collective-permute",
 }
 _TRANSFER = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
-_WORK = frozenset({
+_COMPUTE_OPS = frozenset({
     "fusion", "convolution", "dot", "while", "call", "reduce", "sort", "conditional", "scatter", "gather",
 })  # fmt: skip
-_KERNEL = 'custom_call_target="tpu_custom_call"'  # of Pallas
+_PALLAS_KERNEL = 'custom_call_target="tpu_custom_call"'
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """A collective of a program. Bytes are what one device puts on the wire in one run."""
+    """A collective of a program."""
 
-    kind: Kind
-    axes: tuple[str, ...]  # of the mesh, whose devices take part; what the compiler splits otherwise may name several
+    kind: CollectiveKind
+    axes: tuple[str, ...]  # of the mesh, along which it communicates; several where the compiler splits them itself
     network: Network
-    size: int  # devices of a group; slices, where the network is between slices
-    bytes: float
-    times: int  # in one run of the program
-    name: str  # the model's scope, for people
-    shape: str  # of the largest array that goes in, and how many others there are
-    overlapped: bool  # whether other work is scheduled between its start and its end
-    has_known_count: bool = True  # False: within a loop of unknown trip count
+    group_size: int  # devices; slices, for a collective between slices
+    bytes_sent: float  # by one device in one execution of the collective
+    count: int  # of executions in one run of the program
+    scope: str  # of the model
+    shape: str  # of the largest operand, and the number of further operands
+    overlapped: bool  # whether compute is scheduled between its start and its end
+    has_known_count: bool = True  # False: in a loop of unknown trip count; ``count`` then depends on the caller's
 
     @property
-    def total(self) -> float:
-        """Bytes that one device puts on the wire in one run of the program."""
-        return self.bytes * self.times
+    def total_bytes(self) -> float:
+        """Return the bytes that one device sends in one run of the program."""
+        return self.bytes_sent * self.count
 
     @property
-    def where(self) -> str:
-        """The axes as one word: ``data x fsdp``."""
+    def axes_label(self) -> str:
+        """Return the axes as text: ``data x fsdp``."""
         return " x ".join(self.axes) or "none"
 
 
 @dataclasses.dataclass(frozen=True)
-class Loop:
-    """A loop with collectives in it whose number of turns the text does not tell."""
+class UnknownLoop:
+    """A loop with collectives whose trip count the text does not determine."""
 
-    name: str  # of its instruction, to be named in ``turns``
-    scope: str  # the model's
-    inside: str  # the computation that it is in
+    name: str  # of its instruction: a key of ``trip_counts``
+    scope: str  # of the model
+    computation: str  # that contains it
 
 
-def parse_collectives(program: str, mesh: jax.sharding.Mesh, *, turns: Mapping[str, int] | int = 1) -> list[Collective]:
-    """All collectives of a program, in the order in which they first run.
+def parse_collectives(
+    program: str, mesh: jax.sharding.Mesh, *, trip_counts: Mapping[str, int] | int = 1
+) -> list[Collective]:
+    """Return all collectives of a program, in order of first execution.
 
-    Of the branches of a conditional the one with most traffic counts. A loop whose number of turns is not in the text
-    (:func:`unknown_loops` lists them) is taken to turn as often as ``turns`` says.
+    Of the branches of a conditional, the one with most traffic counts.
 
     Args:
         program: ``compiled.as_text()``.
-        mesh: What it was compiled for.
-        turns: Of loops that the text does not tell: one number, or numbers by the loop's name (1 for others).
+        mesh: the mesh that it was compiled for.
+        trip_counts: of loops whose trip count the text does not determine (:func:`find_unknown_loops`): one number, or
+            numbers by the loop's name (1 for loops without an entry).
 
     Raises:
-        ValueError: not the text of a program, or groups of devices in a form that is not known.
+        ValueError: the text is not that of a program, or has replica groups of unknown format.
     """
-    walk = _Walk(parse_program(program), mesh, turns)
-    return list(walk.run(Frame(walk.program.computations[walk.program.entry]), 1, True))
+    return list(_ModuleWalker(parse_hlo(program), mesh, trip_counts).walk_entry())
 
 
-def unknown_loops(program: str, mesh: jax.sharding.Mesh) -> list[Loop]:
-    """Loops with collectives whose number of turns the text does not tell: of ``lax.while_loop`` on data, mostly."""
-    walk = _Walk(parse_program(program), mesh, 1)
-    list(walk.run(Frame(walk.program.computations[walk.program.entry]), 1, True))
-    return list(walk.unknown.values())
+def find_unknown_loops(program: str, mesh: jax.sharding.Mesh) -> list[UnknownLoop]:
+    """Return the loops with collectives of unknown trip count: mostly ``lax.while_loop`` with a condition on data."""
+    walker = _ModuleWalker(parse_hlo(program), mesh, 1)
+    list(walker.walk_entry())
+    return list(walker.unknown_loops.values())
 
 
-def summary(found: Iterable[Collective]) -> collections.Counter[tuple[Kind, tuple[str, ...], Network]]:
-    """Bytes that one device puts on the wire in one run of the program, by kind, mesh axes and network."""
-    totals: dict[tuple[Kind, tuple[str, ...], Network], float] = collections.defaultdict(float)
-    for each in found:
-        totals[each.kind, each.axes, each.network] += each.total
+def sum_bytes(
+    traffic: Iterable[Collective],
+) -> collections.Counter[tuple[CollectiveKind, tuple[str, ...], Network]]:
+    """Return the bytes that one device sends in one run of the program, by kind, mesh axes and network."""
+    totals: dict[tuple[CollectiveKind, tuple[str, ...], Network], float] = collections.defaultdict(float)
+    for each in traffic:
+        totals[each.kind, each.axes, each.network] += each.total_bytes
     return collections.Counter({key: round(total) for key, total in totals.items()})
 
 
-def largest(found: Iterable[Collective], count: int = 10) -> list[Collective]:
-    """Those that move most bytes in all, first the largest."""
-    return sorted(found, key=lambda each: each.total, reverse=True)[:count]
+def largest_collectives(traffic: Iterable[Collective], count: int = 10) -> list[Collective]:
+    """Return the collectives that send most bytes in total, largest first."""
+    return sorted(traffic, key=lambda each: each.total_bytes, reverse=True)[:count]
 
 
-class _Walk:
-    """Follows a program's calls."""
+class _ModuleWalker:
+    """Walk through the calls of a module, in execution order."""
 
-    def __init__(self, program: Program, mesh: jax.sharding.Mesh, turns: Mapping[str, int] | int) -> None:
-        self.program, self.mesh, self.turns = program, mesh, turns
-        self.unknown: dict[str, Loop] = {}
-        self._talks: dict[str, bool] = {}
-        self._reaches: dict[str, Reach] = {}
-        self._chains = {
-            each.attribute("channel_id")
-            for computation in program.computations.values()
+    def __init__(self, module: HloModule, mesh: jax.sharding.Mesh, trip_counts: Mapping[str, int] | int) -> None:
+        self.module, self.mesh, self.trip_counts = module, mesh, trip_counts
+        self.unknown_loops: dict[str, UnknownLoop] = {}
+        self._collective_cache: dict[str, bool] = {}
+        self._span_cache: dict[str, GroupSpan] = {}
+        self._async_channels = {
+            instruction.attribute("channel_id")
+            for computation in module.computations.values()
             if _has_target(computation, "AsyncCollectiveStart")
-            for each in computation.order
-            if _kind(each)
+            for instruction in computation.order
+            if _collective_kind(instruction)
         }
 
-    def run(self, frame: Frame, times: int, bounded: bool) -> Iterator[Collective]:
-        """The collectives of a computation and of all that it calls."""
+    def walk_entry(self) -> Iterator[Collective]:
+        """Yield the collectives of the program."""
+        return self._walk(Frame(self.module.computations[self.module.entry]), 1, True)
+
+    def _walk(self, frame: Frame, count: int, known: bool) -> Iterator[Collective]:
+        """Yield the collectives of a computation that is executed ``count`` times, and of its callees."""
         for position, instruction in enumerate(frame.computation.order):
-            kind = _kind(instruction)
+            kind = _collective_kind(instruction)
             if kind:
-                yield self._collective(kind, instruction, frame.computation, position, times, bounded)
+                yield self._make_collective(kind, instruction, frame.computation, position, count, known)
             elif instruction.opcode == "while":
-                yield from self._loop(frame, instruction, times, bounded)
+                yield from self._walk_loop(frame, instruction, count, known)
             elif instruction.opcode == "conditional":
-                # Without a parent: what a branch is given is not looked up.
-                branches = (Frame(branch) for branch in self.program.called(instruction))
-                inner = [list(self.run(branch, times, bounded)) for branch in branches]
-                yield from max(inner, key=lambda branch: sum(each.total for each in branch), default=[])
+                # Frames without a parent: operands of branches are not evaluated.
+                branches = (Frame(branch) for branch in self.module.callees(instruction))
+                by_branch = [list(self._walk(branch, count, known)) for branch in branches]
+                yield from max(by_branch, key=lambda branch: sum(c.total_bytes for c in branch), default=[])
             elif instruction.opcode in ("call", "async-start", "call-start"):
-                for computation in self.program.called(instruction):
-                    found = list(self.run(frame.inner(instruction, computation), times, bounded))
-                    if instruction.opcode != "call" and _works(frame.computation, position):
-                        found = [dataclasses.replace(each, overlapped=True) for each in found]
-                    yield from found
+                for callee in self.module.callees(instruction):
+                    inner = list(self._walk(frame.call(instruction, callee), count, known))
+                    if instruction.opcode != "call" and _computes_before_done(frame.computation, position):
+                        inner = [dataclasses.replace(each, overlapped=True) for each in inner]
+                    yield from inner
             elif instruction.opcode == "fusion":
-                for computation in self.program.called(instruction):
-                    if self._talkative(computation):
-                        yield from self._fused(frame.computation, position, computation, times, bounded)
+                for callee in self.module.callees(instruction):
+                    if self._has_collective(callee):
+                        yield from self._walk_fusion(frame.computation, position, callee, count, known)
 
-    def _loop(self, frame: Frame, loop: Instruction, times: int, bounded: bool) -> Iterator[Collective]:
-        if not any(self._talkative(computation) for computation in self.program.called(loop)):
+    def _walk_loop(self, frame: Frame, loop: Instruction, count: int, known: bool) -> Iterator[Collective]:
+        if not any(self._has_collective(computation) for computation in self.module.callees(loop)):
             return
-        found = trip_count(self.program, frame, loop)
-        if found is None:
-            self.unknown[loop.name] = Loop(loop.name, readable(loop.op_name), frame.computation.name)
-            found = self.turns if isinstance(self.turns, int) else self.turns.get(loop.name, 1)
-            bounded = False
-        # The condition is asked once more than the body runs.
-        for role, turns in (("condition", found + 1), ("body", found)):
-            computation = self.program.computations[loop.attribute(role)]
-            if turns and self._talkative(computation):
-                yield from self.run(loop_frame(self.program, frame, loop, computation), times * turns, bounded)
+        trips = trip_count(self.module, frame, loop)
+        if trips is None:
+            self.unknown_loops[loop.name] = UnknownLoop(loop.name, pretty_scope(loop.op_name), frame.computation.name)
+            trips = self.trip_counts if isinstance(self.trip_counts, int) else self.trip_counts.get(loop.name, 1)
+            known = False
+        # The condition runs once more than the body.
+        for role, runs in (("condition", trips + 1), ("body", trips)):
+            computation = self.module.computations[loop.attribute(role)]
+            if runs and self._has_collective(computation):
+                yield from self._walk(loop_frame(self.module, frame, loop, computation), count * runs, known)
 
-    def _fused(
-        self, outer: Computation, position: int, fused: Computation, times: int, bounded: bool
+    def _walk_fusion(
+        self, caller: Computation, position: int, fusion: Computation, count: int, known: bool
     ) -> Iterator[Collective]:
-        """The collectives of a fusion: pieces of one that runs beside others, or a sum of which a part is kept."""
-        starts = _has_target(fused, "AsyncCollectiveStart")
-        for place, instruction in enumerate(fused.order):
-            kind = _kind(instruction)
+        """Yield the collectives of a fusion: pieces of an overlapped one, or an all-reduce that is then sliced."""
+        is_start = _has_target(fusion, "AsyncCollectiveStart")
+        for inner_position, instruction in enumerate(fusion.order):
+            kind = _collective_kind(instruction)
             if kind is None:
-                for computation in self.program.called(instruction):
-                    if instruction.opcode == "fusion" and self._talkative(computation):
-                        yield from self._fused(outer, position, computation, times, bounded)
+                for callee in self.module.callees(instruction):
+                    if instruction.opcode == "fusion" and self._has_collective(callee):
+                        yield from self._walk_fusion(caller, position, callee, count, known)
                 continue
             channel = instruction.attribute("channel_id")
-            if not starts and channel in self._chains and "chain_id" in instruction.attributes:
+            if not is_start and channel in self._async_channels and "chain_id" in instruction.attributes:
                 continue  # counted where it starts
-            found = self._collective(kind, instruction, fused, place, times, bounded)
+            collective = self._make_collective(kind, instruction, fusion, inner_position, count, known)
             if not instruction.op_name:
-                caller = outer.order[position]
-                found = dataclasses.replace(found, name=readable(origin(caller, outer, self.program) or found.name))
-            if starts:
-                found = dataclasses.replace(found, overlapped=self._beside(outer, position, channel))
-            if kind == "all-reduce" and _keeps_part(fused, instruction):
-                found = dataclasses.replace(found, kind="reduce-scatter", bytes=found.bytes / 2)
-            yield found
+                scope = pretty_scope(source_scope(caller.order[position], caller, self.module) or collective.scope)
+                collective = dataclasses.replace(collective, scope=scope)
+            if is_start:
+                collective = dataclasses.replace(collective, overlapped=self._is_overlapped(caller, position, channel))
+            if kind == "all-reduce" and _is_sliced(fusion, instruction):
+                collective = dataclasses.replace(
+                    collective, kind="reduce-scatter", bytes_sent=collective.bytes_sent / 2
+                )
+            yield collective
 
-    def _beside(self, outer: Computation, start: int, channel: str) -> bool:
-        """Whether a computation works between the fusion that starts a collective and the one that ends it."""
-        for instruction in outer.order[start + 1 :]:
-            if instruction.opcode not in _WORK:
+    def _is_overlapped(self, caller: Computation, start: int, channel: str) -> bool:
+        """Return whether compute runs between the fusion that starts a collective and the one that ends it."""
+        for instruction in caller.order[start + 1 :]:
+            if instruction.opcode not in _COMPUTE_OPS:
                 continue
-            inner = list(self.program.called(instruction))
-            ends = any(_has_target(c, "AsyncCollectiveDone") and _on_channel(c, channel) for c in inner)
-            return not ends
+            callees = self.module.callees(instruction)
+            return not any(_has_target(c, "AsyncCollectiveDone") and _has_channel(c, channel) for c in callees)
         return False
 
-    def _collective(
-        self, kind: Kind, instruction: Instruction, inside: Computation, position: int, times: int, bounded: bool
+    def _make_collective(
+        self,
+        kind: CollectiveKind,
+        instruction: Instruction,
+        computation: Computation,
+        position: int,
+        count: int,
+        known: bool,
     ) -> Collective:
-        shapes = [inside.instructions[name].shape for name in instruction.operands if name in inside.instructions]
-        transfer = _TRANSFER.search(instruction.attributes)
-        if transfer:
+        operands = (computation.instructions.get(name) for name in instruction.operands)
+        shapes = [operand.shape for operand in operands if operand]
+        if _TRANSFER.search(instruction.attributes):
             shapes = shapes[:1]  # the second is a token
-            reached = reach_across_slices(self.mesh)
+            span = cross_slice_span(self.mesh)
         else:
-            reached = self._reach(kind, instruction)
-        size, given = reached.size, sum(map(shape_bytes, shapes))
-        share = (size - 1) / size if size else 0.0
-        sent = {
-            "all-gather": given * (size - 1),
-            "reduce-scatter": given * share,
-            "all-reduce": 2 * given * share,
-            "all-to-all": given * share,
-            "collective-permute": given if reached.axes else 0.0,
-            "collective-broadcast": given,
+            span = self._span(kind, instruction)
+        size, operand_bytes = span.size, sum(map(shape_bytes, shapes))
+        remote = (size - 1) / size if size else 0.0
+        bytes_sent = {
+            "all-gather": operand_bytes * (size - 1),
+            "reduce-scatter": operand_bytes * remote,
+            "all-reduce": 2 * operand_bytes * remote,
+            "all-to-all": operand_bytes * remote,
+            "collective-permute": operand_bytes if span.axes else 0.0,
+            "collective-broadcast": operand_bytes,
         }[kind]
+        is_async = instruction.opcode.endswith(("-start", "send"))
         return Collective(
-            kind,
-            reached.axes,
-            reached.network,
-            size,
-            sent,
-            times,
-            readable(origin(instruction, inside, self.program) or instruction.name),
-            _described(shapes),
-            instruction.opcode.endswith(("-start", "send")) and _works(inside, position),
-            bounded,
+            kind=kind,
+            axes=span.axes,
+            network=span.network,
+            group_size=size,
+            bytes_sent=bytes_sent,
+            count=count,
+            scope=pretty_scope(source_scope(instruction, computation, self.module) or instruction.name),
+            shape=_describe_operands(shapes),
+            overlapped=is_async and _computes_before_done(computation, position),
+            has_known_count=known,
         )
 
-    def _reach(self, kind: Kind, instruction: Instruction) -> Reach:
-        which = "source_target_pairs" if kind == "collective-permute" else "replica_groups"
-        text = instruction.attributes.partition(f", {which}=")[2]
+    def _span(self, kind: CollectiveKind, instruction: Instruction) -> GroupSpan:
+        is_permute = kind == "collective-permute"
+        attribute = "source_target_pairs" if is_permute else "replica_groups"
+        text = instruction.attributes.partition(f", {attribute}=")[2]
         text = re.split(r", [a-z_]+=(?!\()", text, maxsplit=1)[0]
-        if text not in self._reaches:
-            number = self.program.num_devices
-            groups = parse_pairs(text) if which == "source_target_pairs" else parse_groups(text, number)
-            found = reach(groups, self.mesh, number)
-            if which == "source_target_pairs":
-                found = dataclasses.replace(found, size=math.prod(self.mesh.shape[axis] for axis in found.axes))
-            self._reaches[text] = found
-        return self._reaches[text]
+        if text not in self._span_cache:
+            num_devices = self.module.num_devices
+            groups = parse_pairs(text) if is_permute else parse_groups(text, num_devices)
+            span = group_span(groups, self.mesh, num_devices)
+            if is_permute:
+                span = dataclasses.replace(span, size=math.prod(self.mesh.shape[axis] for axis in span.axes))
+            self._span_cache[text] = span
+        return self._span_cache[text]
 
-    def _talkative(self, computation: Computation) -> bool:
-        """Whether a computation, or one that it calls, has a collective."""
-        if computation.name not in self._talks:
-            self._talks[computation.name] = any(
-                _kind(each) or any(self._talkative(called) for called in self.program.called(each))
-                for each in computation.order
+    def _has_collective(self, computation: Computation) -> bool:
+        """Return whether a computation or one of its callees has a collective."""
+        if computation.name not in self._collective_cache:
+            self._collective_cache[computation.name] = any(
+                _collective_kind(instruction) or any(map(self._has_collective, self.module.callees(instruction)))
+                for instruction in computation.order
             )
-        return self._talks[computation.name]
+        return self._collective_cache[computation.name]
 
 
-def _kind(instruction: Instruction) -> Kind | None:
-    """The kind of collective that an instruction is or starts."""
+def _collective_kind(instruction: Instruction) -> CollectiveKind | None:
+    """Return the kind of collective that an instruction is or starts."""
     if instruction.opcode == "send":
         match = _TRANSFER.search(instruction.attributes)
-        return _TRANSFERS.get(match.group(1)) if match else None
+        return _TRANSFER_KINDS.get(match.group(1)) if match else None
     return _KINDS.get(instruction.opcode.removesuffix("-start"))
 
 
-def _described(shapes: Iterable[str]) -> str:
-    """The largest array, and how many others there are."""
-    every = sorted((array for shape in shapes for array in arrays(shape)), key=lambda array: array[1], reverse=True)
-    return (every[0][0] + (f" and {len(every) - 1} more" if len(every) > 1 else "")) if every else ""
+def _describe_operands(shapes: Iterable[str]) -> str:
+    """Return the largest array, and the number of further ones."""
+    arrays = sorted((a for shape in shapes for a in parse_arrays(shape)), key=lambda array: array[1], reverse=True)
+    return (arrays[0][0] + (f" and {len(arrays) - 1} more" if len(arrays) > 1 else "")) if arrays else ""
 
 
 def _has_target(computation: Computation, target: str) -> bool:
-    return any(each.opcode == "custom-call" and f'"{target}"' in each.attributes for each in computation.order)
+    return any(i.opcode == "custom-call" and f'"{target}"' in i.attributes for i in computation.order)
 
 
-def _on_channel(computation: Computation, channel: str) -> bool:
-    return any(_kind(each) and each.attribute("channel_id") == channel for each in computation.order)
+def _has_channel(computation: Computation, channel: str) -> bool:
+    return any(_collective_kind(i) and i.attribute("channel_id") == channel for i in computation.order)
 
 
-def _works(computation: Computation, start: int) -> bool:
-    """Whether a computation does anything else between an instruction and the one that waits for it."""
+def _computes_before_done(computation: Computation, start: int) -> bool:
+    """Return whether compute runs between an instruction and the one that waits for it."""
     name = computation.order[start].name
     for instruction in computation.order[start + 1 :]:
         if name in instruction.operands:
             return False
-        if instruction.opcode in _WORK or _KERNEL in instruction.attributes:
+        if instruction.opcode in _COMPUTE_OPS or _PALLAS_KERNEL in instruction.attributes:
             return True
     return False
 
 
-def _keeps_part(computation: Computation, whole: Instruction) -> bool:
-    """Whether every device keeps a part of a sum and no more: then no device is sent more than its part."""
-    uses = [each for each in computation.order if whole.name in each.operands]
+def _is_sliced(computation: Computation, all_reduce: Instruction) -> bool:
+    """Return whether every device keeps only a slice of an all-reduce, which then sends what a reduce-scatter does."""
+    uses = [i for i in computation.order if all_reduce.name in i.operands]
     while len(uses) == 1 and uses[0].opcode in ("bitcast", "copy", "reshape"):
-        uses = [each for each in computation.order if uses[0].name in each.operands]
+        uses = [i for i in computation.order if uses[0].name in i.operands]
     return len(uses) == 1 and uses[0].opcode == "dynamic-slice"

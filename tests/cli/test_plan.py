@@ -1,4 +1,4 @@
-"""``mplug2 plan``: places of parameters, whole plans, searches, programs compiled ahead, and sentences."""
+"""``mplug2 plan``: shardings, whole plans, searches, ahead-of-time compilation, and errors."""
 
 import dataclasses
 import json
@@ -25,7 +25,7 @@ Mplug2 = Callable[..., Outcome]
 PLAN = ("plan", "--config", "demo", "--shardings")
 
 
-def test_places_and_reasons_on_devices_that_nobody_has(mplug2: Callable[..., Outcome]) -> None:
+def test_shardings_and_skipped_rules_on_any_number_of_devices(mplug2: Callable[..., Outcome]) -> None:
     shown = mplug2(*PLAN, "--devices", "96", "--config.mesh.tensor=3", "--config.mesh.sequence=2")
     assert (shown.status, shown.err) == (0, "")
     assert "mesh of 96 devices: replica=1, data=1, fsdp=16, sequence=2, tensor=3" in shown.out
@@ -33,24 +33,24 @@ def test_places_and_reasons_on_devices_that_nobody_has(mplug2: Callable[..., Out
     assert re.search(r"2, 128, 512 +layers, embed, mlp +-, fsdp, - \* +8,192$", rows["decoder/layers/mlp/up/kernel"])
     assert re.search(r"64, 128 +position, embed +-, fsdp +512$", rows["decoder/embeddings/positions"])
     reason = "decoder/layers/mlp/up/kernel: 'mlp' stays whole: 512 is not a multiple of tensor=3"
-    assert reason in shown.out.partition("rules that could not act")[2]
+    assert reason in shown.out.partition("skipped rules")[2]
     marked = {name for name, row in rows.items() if " * " in row}
     explained = set(re.findall(r"^  (\S+): '", shown.out, re.MULTILINE))
     assert marked == explained
 
 
-def test_both_tables_and_every_parameter_are_shown(mplug2: Callable[..., Outcome]) -> None:
+def test_both_rule_tables_and_every_parameter_are_shown(mplug2: Callable[..., Outcome]) -> None:
     shown = mplug2(*PLAN)
     assert "mesh of 8 devices: replica=1, data=1, fsdp=8, sequence=1, tensor=1" in shown.out
     for name in (*PARAMETER_RULES, *ACTIVATION_RULES):
         assert re.search(rf"^{name} +[-\w]", shown.out, re.MULTILINE), name
     parts = ("vision", "temporal", "text", "universal", "fusion", "decoder", "mlm", "contrastive", "matching")
     definition = define_model(model_config("tiny"), parts)
-    assert f"\n{definition.num_params():,} parameters; a device holds " in shown.out
-    assert "could not act" not in shown.out
+    assert f"\n{definition.num_params():,} parameters; " in shown.out
+    assert "skipped rules" not in shown.out
 
 
-def test_what_cannot_be_is_a_sentence(mplug2: Callable[..., Outcome]) -> None:
+def test_errors_of_shardings(mplug2: Callable[..., Outcome]) -> None:
     for words, message in (
         (("--devices", "0"), "--devices=0 must be at least 1"),
         (("--devices", "6", "--config.mesh.data=4"), "4 does not divide the 6 devices"),
@@ -58,12 +58,12 @@ def test_what_cannot_be_is_a_sentence(mplug2: Callable[..., Outcome]) -> None:
         refused = mplug2(*PLAN, *words)
         assert refused.status == 2
         assert message in refused.err
-    assert mplug2("plan", "--config", "demo").status == 2  # nothing was asked for
+    assert mplug2("plan", "--config", "demo").status == 2  # neither --topology nor --shardings
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A recipe of one stream of text."""
+    """Return a recipe with one text stream."""
     text = dataclasses.replace(small_run().streams["text"], objectives={"mlm": 1.0})
     heldout = dataclasses.replace(
         text.data, sources={"digits": SourceConfig(kind="text", split="heldout", max_records=8)}
@@ -74,7 +74,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("words", "sentence"),
+    ("words", "message"),
     [
         (("--topology", "cpu:8"), "--config is missing: name the recipe to plan, as pretrain:large"),
         (("--config", "demo"), "plan needs --topology, as v5p:8x8x8, or --shardings"),
@@ -107,33 +107,33 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
         (
             ("--config", "demo", "--topology", "cpu:8", "--search", "--evaluation", "masked_words"),
-            "--search is for training: leave --evaluation out",
+            "--search is for training: remove --evaluation",
         ),
         (("--config", "demo", "--topology", "h100:64"), "is planned on 64 simulated CPU devices, but JAX was started"),
     ],
 )
-def test_a_plan_of_nothing_is_a_sentence(mplug2: Mplug2, words: tuple[str, ...], sentence: str) -> None:
+def test_errors_are_one_line(mplug2: Mplug2, words: tuple[str, ...], message: str) -> None:
     refused = mplug2("plan", *words)
     assert (refused.status, refused.out) == (2, "")
-    assert sentence in refused.err
+    assert message in refused.err
     assert refused.err.count("\n") == 1
 
 
-def test_plans_overwrite_no_plan_and_begin_nothing_that_has_no_place(mplug2: Mplug2, tmp_path: Path) -> None:
+def test_output_paths_are_checked_before_compiling(mplug2: Mplug2, tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text("mine")
     refused = mplug2("plan", "--config", "demo", "--topology", "cpu:8", "--search", "--out", tmp_path / "plan.json")
     assert refused.status == 2
-    assert f"--out {tmp_path / 'plan.json'} exists: remove it, or name another file" in refused.err
+    assert f"--out {tmp_path / 'plan.json'} exists: remove it, or choose another name" in refused.err
     assert (tmp_path / "plan.json").read_text() == "mine"
     for option in ("--json", "--html"):
-        lost = mplug2("plan", "--config", "demo", "--topology", "cpu:8", option, tmp_path / "lost" / "plan")
-        assert lost.status == 2
-        assert f"{option} {tmp_path / 'lost' / 'plan'}: there is no folder {tmp_path / 'lost'}" in lost.err
-        assert "compiling" not in lost.err
+        refused = mplug2("plan", "--config", "demo", "--topology", "cpu:8", option, tmp_path / "lost" / "plan")
+        assert refused.status == 2
+        assert f"{option} {tmp_path / 'lost' / 'plan'}: folder {tmp_path / 'lost'} does not exist" in refused.err
+        assert "compiling" not in refused.err
 
 
 @pytest.mark.slow
-def test_a_whole_plan_in_words_as_data_and_as_a_page(mplug2: Mplug2, small: Path, tmp_path: Path) -> None:
+def test_a_whole_plan_as_text_json_and_html(mplug2: Mplug2, small: Path, tmp_path: Path) -> None:
     data, page = tmp_path / "plan.json", tmp_path / "plan.html"
     shown = mplug2("plan", "--config", small, "--topology", "cpu:8", "--effort", "0", "--json", data, "--html", page,
                    "--config.mesh.tensor=2")  # fmt: skip
@@ -142,17 +142,17 @@ def test_a_whole_plan_in_words_as_data_and_as_a_page(mplug2: Mplug2, small: Path
     assert re.search(
         r"^small, train: [\d,]+ parameters on cpu:8 \(8 chips\), mesh fsdp=4, tensor=2$", shown.out, re.MULTILINE
     )
-    assert "compiled for simulated CPUs in place of these chips" in shown.out
-    assert f"it fits\npage: {page}\n" in shown.out
+    assert "compiled for simulated CPU devices" in shown.out
+    assert f"fits\npage: {page}\n" in shown.out
     plain = json.loads(data.read_text())
     assert (plain["fits"], plain["chips"], plain["examples"]) == (True, 8, {"text": 8})
-    assert sum(plain["memory"]["parts"].values()) == pytest.approx(plain["memory"]["peak"])
+    assert sum(plain["memory"]["breakdown"].values()) == pytest.approx(plain["memory"]["peak"])
     assert "small on cpu:8" in page.read_text()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.html", "plan.json"]
 
 
 @pytest.mark.slow
-def test_an_evaluation_has_a_plan_too(mplug2: Mplug2, small: Path) -> None:
+def test_the_plan_of_an_evaluation(mplug2: Mplug2, small: Path) -> None:
     shown = mplug2("plan", "--config", small, "--topology", "cpu:8", "--evaluation", "words", "--effort", "0")
     assert shown.status == 0, shown.err
     assert re.search(r"^small, words: [\d,]+ parameters on cpu:8", shown.out, re.MULTILINE)
@@ -161,7 +161,7 @@ def test_an_evaluation_has_a_plan_too(mplug2: Mplug2, small: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_search_writes_what_training_takes(
+def test_a_search_writes_a_plan_for_training(
     mplug2: Mplug2, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -169,55 +169,55 @@ def test_a_search_writes_what_training_takes(
     words = ("--config", small, "--topology", "cpu:8", "--effort", "0", "--config.log_every=2")
     shown = mplug2("plan", *words, "--search", "--minutes", "0.2", "--out", out)
     assert shown.status == 0, shown.err
-    assert "candidates by the analytic model; compiling the most promising" in shown.err
+    assert "candidates; compiling the most promising" in shown.err
     assert "layout (* the recipe's own)" in shown.out
     plan = read_plan(out)
     assert (plan.config, plan.topology) == (str(small), "cpu:8")
     assert plan.overrides[0] == "--config.log_every=2"
-    assert plan.report["tried"] >= 1
+    assert plan.predictions["num_trials"] >= 1
     assert list((tmp_path / ".cache/mplug2_jax/plans").glob("*.json"))
     trained = mplug2("train", "--plan", out, "--workdir", tmp_path / "run", "--config.steps=1")
     assert trained.status == 0, trained.err
 
 
 @pytest.mark.slow
-def test_training_by_a_plan_does_what_it_says(mplug2: Mplug2, recipes: Path, tmp_path: Path) -> None:
+def test_training_follows_a_plan(mplug2: Mplug2, recipes: Path, tmp_path: Path) -> None:
     plan = PlanFile(
         config=str(recipes / "text.py"), topology="cpu:8",
         overrides=("--config.mesh.data=8", "--config.mesh.fsdp=1", "--config.steps=2", "--config.eval_every=0"),
     )  # fmt: skip
     plan.write(tmp_path / "plan.json")
     words = ("--plan", tmp_path / "plan.json", "--workdir", tmp_path / "run", "--config.steps=1")
-    other = mplug2("train", *words, "--config", "demo")
-    assert other.status == 2
-    assert "--config demo with --plan" in other.err
-    assert "the plan says it already; give one or the other" in other.err
+    refused = mplug2("train", *words, "--config", "demo")
+    assert refused.status == 2
+    assert "--config demo with --plan" in refused.err
+    assert "the plan says it already; give one or the other" in refused.err
     assert not (tmp_path / "run").exists()
 
     trained = mplug2("train", *words)
     assert trained.status == 0, trained.err
     assert "mesh data=8 on cpu" in trained.out
     kept = json.loads((tmp_path / "run/config.json").read_text())
-    assert (kept["mesh"]["data"], kept["mesh"]["fsdp"], kept["steps"]) == (8, 1, 1)  # what is asked beside it counts
+    assert (kept["mesh"]["data"], kept["mesh"]["fsdp"], kept["steps"]) == (8, 1, 1)  # overrides apply after the plan
 
 
-def test_training_by_no_plan_is_a_sentence(mplug2: Mplug2, tmp_path: Path) -> None:
+def test_errors_of_train_plan(mplug2: Mplug2, tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text('{"topology": "v5x:8", "config": "demo", "overrides": []}')
-    for plan, sentence in (
-        ("lost.json", "lost.json does not exist; mplug2 plan --search"),
+    for plan, message in (
+        ("lost.json", "lost.json does not exist; create it with mplug2 plan --search"),
         ("plan.json", "plan.json: --topology v5x:8: chip 'v5x' is unknown"),
     ):
         refused = mplug2("train", "--plan", tmp_path / plan, "--workdir", tmp_path / "run")
         assert refused.status == 2
-        assert sentence in refused.err
+        assert message in refused.err
     neither = mplug2("train", "--workdir", tmp_path / "run")
     assert "--config is missing: name a recipe, or a --plan that has one" in neither.err
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_program_compiled_ahead_is_taken_by_training_on_such_machines_only(small: Path, tmp_path: Path) -> None:
-    """Real processes. What the environment says of another cache does not matter."""
+def test_training_uses_a_saved_executable_on_matching_machines_only(small: Path, tmp_path: Path) -> None:
+    """Run real processes; a cache set in the environment is ignored."""
     kept = tmp_path / "kept"
 
     def process(*words: object, devices: int | None = None) -> str:
@@ -234,8 +234,8 @@ def test_a_program_compiled_ahead_is_taken_by_training_on_such_machines_only(sma
         return process("train", "--config", small, "--workdir", tmp_path / name, f"--config.compilation_cache={kept}",
                        "--config.steps=1", devices=devices)  # fmt: skip
 
-    said = process("plan", "--config", small, "--topology", "cpu:4", "--save-executable", kept, "--config.steps=1")
-    assert f"executable: {kept}; mplug2 train ... --config.compilation_cache={kept}" in said
+    output = process("plan", "--config", small, "--topology", "cpu:4", "--save-executable", kept, "--config.steps=1")
+    assert f"executable: {kept}; mplug2 train ... --config.compilation_cache={kept}" in output
     manifest = json.loads((kept / "executable.json").read_text())
     assert manifest["devices"] == "4 x cpu"
     keys = {path.name.removesuffix("-cache") for path in kept.glob("*-cache")}
@@ -251,19 +251,19 @@ def test_a_program_compiled_ahead_is_taken_by_training_on_such_machines_only(sma
     assert re.search(rf"compiled in [\d.]+ s; {reason}", other)
 
 
-def test_a_plan_asks_for_no_accelerator_that_is_there() -> None:
-    """In a process that is told nothing of platforms: jax reads the environment when it is imported, not later."""
+def test_a_plan_does_not_initialize_accelerators() -> None:
+    """Run a process without JAX_PLATFORMS, which JAX reads when it is imported."""
     code = "import sys; from mplug2_jax.cli.main import main; main(sys.argv[1:]); import jax; "
     code += "print(jax.config.jax_platforms)"
     words = ("plan", "--config", "demo", "--topology", "cpu:8", "--evaluation", "nothing")
-    told_nothing = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
-    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, env=told_nothing)
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, env=environment)
     assert "--evaluation nothing: valid: " in done.stderr
     assert done.stdout == "cpu\n"
 
 
-def test_a_missing_libtpu_is_named_with_what_to_install(tmp_path: Path) -> None:
-    """In a process that cannot import it."""
+def test_the_error_of_a_missing_libtpu_says_how_to_install_it(tmp_path: Path) -> None:
+    """Run a process that cannot import it."""
     (tmp_path / "sitecustomize.py").write_text(
         "import sys\n"
         "class Gone:\n"
@@ -273,10 +273,10 @@ def test_a_missing_libtpu_is_named_with_what_to_install(tmp_path: Path) -> None:
         "sys.meta_path.insert(0, Gone())\n"
     )
     words = ["plan", "--config", "finetune:caption,tiny", "--topology", "v5e:2x2"]
-    ours = {name: value for name, value in os.environ.items() if name != "TPU_LIBRARY_PATH"}  # where JAX found it
+    environment = {name: value for name, value in os.environ.items() if name != "TPU_LIBRARY_PATH"}  # where JAX found it
     done = subprocess.run(
         [sys.executable, "-m", "mplug2_jax.cli.main", *words], capture_output=True, text=True, timeout=120,
-        env=ours | {"PYTHONPATH": str(tmp_path)},
+        env=environment | {"PYTHONPATH": str(tmp_path)},
     )  # fmt: skip
-    sentence = "plans for TPUs need the compiler in libtpu, which is not installed: pip install 'mplug2-jax[tpu]'"
-    assert (done.returncode, done.stderr.splitlines()[-1]) == (2, f"mplug2: error: {sentence}")
+    message = "plans for TPUs need the compiler in libtpu, which is not installed: pip install 'mplug2-jax[tpu]'"
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (2, f"mplug2: error: {message}")

@@ -51,4 +51,4 @@ def test_a_mesh_says_what_one_device_says_and_gathers_the_decoder_once(config: M
     scores = 4 * CLIPS * SEARCH.num_beams * DEFINITION.config.vocab_size
     each_token = [c for c in found if not c.has_known_count and "fsdp" in c.axes]
     assert any(c.kind == "all-gather" for c in found if c not in each_token)
-    assert sum(c.bytes for c in each_token) <= scores
+    assert sum(c.bytes_sent for c in each_token) <= scores

@@ -88,7 +88,7 @@ def test_clips_are_cut_only_where_there_are_too_few_and_look_the_same(clips, fra
         placed = jax.device_put(clip, batch_sharding(mesh))
         compiled = jax.jit(lambda p, c: nnx.merge(graphdef, p)(c)).lower(params, placed).compile()
         assert_close(compiled(params, placed), expected)
-    sent = {c.kind for c in parse_collectives(compiled.as_text(), mesh) if "temporal" in c.name}
+    sent = {c.kind for c in parse_collectives(compiled.as_text(), mesh) if "temporal" in c.scope}
     assert ("collective-permute" in sent) == travels
     assert "all-to-all" not in sent
 

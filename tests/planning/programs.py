@@ -1,23 +1,23 @@
-"""Small programs in the compiler's own text, one for each of its ways to write things."""
+"""Small programs as HLO text, one for each syntax of the compiler."""
 
 HEAD = "HloModule jit_step, is_scheduled=true, entry_computation_layout={()->f32[]}, num_partitions=8\n\n"
 
 
 def program(entry: str, *computations: str, partitions: int = 8) -> str:
-    """A module of some computations and an entry computation of some lines."""
+    """Return a module of some computations, and an entry computation of some lines."""
     head = HEAD.replace("num_partitions=8", f"num_partitions={partitions}")
     lines = "\n".join(f"  {line.strip()}" for line in entry.strip().splitlines())
     return head + "\n\n".join(computations) + "\n\nENTRY %main (p: f32[8]) -> f32[] {\n" + lines + "\n}\n"
 
 
 def loop(start: int, bound: str, step: int = 1, direction: str = "LT", inside: str = "") -> tuple[str, str, str]:
-    """A body and a condition of a loop over (counter, bound, data), and the instruction that runs it.
+    """Return the body and the condition of a loop over (counter, bound, data), and the lines that run it.
 
-    ``bound`` is a literal, or empty for the carried one, which the entry computation sets to 5.
+    ``bound`` is a literal, or empty for the one in the carry, which the entry computation sets to 5.
     """
-    carried = "(s32[]{:T(128)}, s32[]{:T(128)}, f32[8,128]{1,0:T(8,128)})"
+    carry = "(s32[]{:T(128)}, s32[]{:T(128)}, f32[8,128]{1,0:T(8,128)})"
     body = f"""%body (arg: (s32[], s32[], f32[8,128])) -> (s32[], s32[], f32[8,128]) {{
-  %arg = {carried} parameter(0)
+  %arg = {carry} parameter(0)
   %i = s32[]{{:T(128)}} get-tuple-element(%arg), index=0
   %copy.i = s32[]{{:T(128)S(6)}} copy(%i)
   %one = s32[]{{:T(128)}} constant({step})
@@ -25,11 +25,11 @@ def loop(start: int, bound: str, step: int = 1, direction: str = "LT", inside: s
   %limit = s32[]{{:T(128)}} get-tuple-element(%arg), index=1
   %data = f32[8,128]{{1,0:T(8,128)}} get-tuple-element(%arg), index=2
   {inside or "%sum = f32[8,128]{1,0:T(8,128)} " + REDUCE.format("%data")}
-  ROOT %out = {carried} tuple(%next, %limit, %sum)
+  ROOT %out = {carry} tuple(%next, %limit, %sum)
 }}"""
     limit = f"s32[] constant({bound})" if bound else "s32[] get-tuple-element(%arg.1), index=1"
     condition = f"""%cond (arg.1: (s32[], s32[], f32[8,128])) -> pred[] {{
-  %arg.1 = {carried} parameter(0)
+  %arg.1 = {carry} parameter(0)
   %i.1 = s32[]{{:T(128)}} get-tuple-element(%arg.1), index=0
   %limit.1 = {limit}
   ROOT %lt = pred[]{{:T(512)}} compare(%i.1, %limit.1), direction={direction}, metadata={{op_name="while/cond/lt"}}
@@ -39,8 +39,8 @@ def loop(start: int, bound: str, step: int = 1, direction: str = "LT", inside: s
   %start = s32[]{{:T(128)}} constant({start})
   %copied = s32[]{{:T(128)}} copy(%start)
   %five = s32[]{{:T(128)}} constant(5)
-  %init = {carried} tuple(%copied, %five, /*index=2*/%p)
-  ROOT %loop = {carried} while(%init), condition=%cond, body=%body, metadata={{op_name="jit(step)/vision/while"}}
+  %init = {carry} tuple(%copied, %five, /*index=2*/%p)
+  ROOT %loop = {carry} while(%init), condition=%cond, body=%body, metadata={{op_name="jit(step)/vision/while"}}
 """
     return body, condition, entry
 
@@ -74,13 +74,13 @@ _GATHER = (
 _STATE = "(bf16[8,128]{1,0:T(8,128)(2,1)}, bf16[64,128]{1,0:T(8,128)(2,1)}, u32[]{:S(2)})"
 
 
-def piecewise_gather(beside: str) -> str:
-    """A gather that runs beside other work: started, carried on within a matmul's fusion if asked, and ended."""
+def piecewise_gather(between: str) -> str:
+    """Return a gather that overlaps with compute: started, continued in ``between``, and ended."""
     return program(
         f"""
   %p = bf16[8,128]{{1,0:T(8,128)(2,1)}} parameter(0)
   %start = {_STATE} fusion(%p), kind=kCustom, calls=%starting
-  {beside}
+  {between}
   ROOT %done = bf16[64,128]{{1,0:T(8,128)(2,1)}} fusion(%start), kind=kCustom, calls=%ending
 """,
         f"""%starting (p0: bf16[8,128]) -> (bf16[8,128], bf16[64,128], u32[]) {{
@@ -100,4 +100,4 @@ def piecewise_gather(beside: str) -> str:
     )
 
 
-MATMUL_BESIDE = "%fusion.9 = bf16[64,128]{1,0:T(8,128)(2,1)} fusion(%p), kind=kOutput, calls=%step"
+OVERLAPPED_MATMUL = "%fusion.9 = bf16[64,128]{1,0:T(8,128)(2,1)} fusion(%p), kind=kOutput, calls=%step"

@@ -1,4 +1,4 @@
-"""Operations by stream, tower and objective: they add up, scale with the batch, and are XLA's to 3 %."""
+"""FLOPs by stream, tower and objective: they add up, scale with the batch, and match XLA's within 3%."""
 
 import dataclasses
 import functools
@@ -11,7 +11,7 @@ from mplug2_jax.model.config import RematConfig
 from mplug2_jax.parallel.accelerators import parse_topology
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.planning.costs import Costs, prediction_costs, training_costs
-from mplug2_jax.planning.programs import abstract_batch, blueprint, evaluation_program
+from mplug2_jax.planning.programs import abstract_batch, make_run_spec_for_topology, trace_evaluation
 from mplug2_jax.training.config import RunConfig
 from mplug2_jax.training.step import streams_loss
 from mplug2_jax.training.telemetry.flops import count_flops
@@ -21,147 +21,149 @@ from tests.runs import small_model, small_run
 TOPOLOGY = parse_topology("cpu:8")
 
 
-def only_text(objectives: dict[str, float] | None = None, **fields) -> RunConfig:
-    chosen = dataclasses.replace(small_run().streams["text"], objectives=objectives or {"mlm": 1.0})
-    return small_run(**({"streams": {"text": chosen}, "evaluations": {}} | fields))
+def text_run(objectives: dict[str, float] | None = None, **fields) -> RunConfig:
+    stream = dataclasses.replace(small_run().streams["text"], objectives=objectives or {"mlm": 1.0})
+    return small_run(**({"streams": {"text": stream}, "evaluations": {}} | fields))
 
 
-def planned(config: RunConfig):
-    plan = blueprint(config, TOPOLOGY)
-    return plan, {name: abstract_batch(s.data, plan) for name, s in config.streams.items()}
+def make_spec(config: RunConfig):
+    spec = make_run_spec_for_topology(config, TOPOLOGY)
+    return spec, {name: abstract_batch(s.data, spec) for name, s in config.streams.items()}
 
 
-def gradient(config: RunConfig, *, remat: bool = False) -> int:
-    plan, batches = planned(config)
-    return count_gradient_flops(plan, config.streams, batches, remat=remat).total()
-
-
-@functools.cache
-def whole() -> Costs:
-    return training_costs(*planned(small_run()))
+def gradient_total(config: RunConfig, *, remat: bool = False) -> int:
+    spec, batches = make_spec(config)
+    return gradient_flops(spec, config.streams, batches, remat=remat).total()
 
 
 @functools.cache
-def text() -> Costs:
-    return training_costs(*planned(only_text({"mlm": 1.0, "ilm": 0.5})))
+def small_run_costs() -> Costs:
+    return training_costs(*make_spec(small_run()))
 
 
-def resized(config: RunConfig, times: int) -> RunConfig:
-    def larger(each):
-        return dataclasses.replace(each, data=dataclasses.replace(each.data, batch_size=times * each.data.batch_size))
-
-    return dataclasses.replace(config, streams={name: larger(each) for name, each in config.streams.items()})
+@functools.cache
+def text_run_costs() -> Costs:
+    return training_costs(*make_spec(text_run({"mlm": 1.0, "ilm": 0.5})))
 
 
-def all_kept(kind: str) -> RematConfig:
-    return RematConfig(**dict.fromkeys(("vision", "text", "fusion", "decoder"), kind))
+def scale_batches(config: RunConfig, factor: int) -> RunConfig:
+    def scale(stream):
+        data = dataclasses.replace(stream.data, batch_size=factor * stream.data.batch_size)
+        return dataclasses.replace(stream, data=data)
+
+    return dataclasses.replace(config, streams={name: scale(stream) for name, stream in config.streams.items()})
+
+
+def remat_all(policy: str) -> RematConfig:
+    return RematConfig(**dict.fromkeys(("vision", "text", "fusion", "decoder"), policy))
 
 
 def loss_and_arguments(config: RunConfig):
-    """The loss as a step has it, on one device."""
-    plan, batches = planned(config)
+    """Return the loss of a train step and its abstract arguments, on one device."""
+    spec, batches = make_spec(config)
 
     def loss(params, batches):
-        return streams_loss(plan, params, None, {}, batches, jax.random.key(0), jnp.zeros(()))[0]
+        return streams_loss(spec, params, None, {}, batches, jax.random.key(0), jnp.zeros(()))[0]
 
-    arguments = (plan.definition.shapes, batches)
+    arguments = (spec.definition.shapes, batches)
     return loss, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)
 
 
-def added_up(config: RunConfig, costs: Costs) -> None:
+def check_sums(config: RunConfig, costs: Costs) -> None:
     loss, arguments = loss_and_arguments(config)
-    assert costs.step == count_flops(jax.value_and_grad(loss), *arguments).total()
-    for name, chosen in config.streams.items():
+    assert costs.model_flops == count_flops(jax.value_and_grad(loss), *arguments).total()
+    for name, stream in config.streams.items():
         total = sum(costs.towers[name].values())
-        assert set(costs.objectives[name]) == set(chosen.objectives)
+        assert set(costs.objectives[name]) == set(stream.objectives)
         assert all(0 < alone <= total for alone in costs.objectives[name].values())
-        assert sum(costs.objectives[name].values()) >= total  # what they share, each would pay for
+        assert sum(costs.objectives[name].values()) >= total  # shared FLOPs count for each
         assert all(count > 0 for count in costs.towers[name].values())
 
 
-def test_towers_add_up_to_the_gradient() -> None:
-    costs = training_costs(*planned(only_text()))
-    added_up(only_text(), costs)
+def test_towers_add_up_to_the_gradient_total() -> None:
+    costs = training_costs(*make_spec(text_run()))
+    check_sums(text_run(), costs)
     assert "text" in costs.towers["text"]
     assert not {"vision", "decoder"} & set(costs.towers["text"])
-    assert (costs.recomputed, costs.overhead, costs.executed) == (0, 0, costs.step)
+    assert (costs.recomputed_flops, costs.recompute_overhead, costs.hardware_flops) == (0, 0, costs.model_flops)
 
 
 @pytest.mark.slow
-def test_no_objective_alone_is_more_than_its_stream() -> None:
-    added_up(only_text({"mlm": 1.0, "ilm": 0.5}), text())
-    assert {"text", "decoder"} <= set(text().towers["text"])
+def test_no_objective_costs_more_than_its_stream() -> None:
+    check_sums(text_run({"mlm": 1.0, "ilm": 0.5}), text_run_costs())
+    assert {"text", "decoder"} <= set(text_run_costs().towers["text"])
 
 
 @pytest.mark.slow
 def test_towers_of_all_streams_add_up_to_the_gradient_of_the_whole_loss() -> None:
-    added_up(small_run(), whole())
-    assert {"vision", "text", "universal", "fusion", "decoder"} <= set(whole().towers["image_text"])
-    pictures, clips = (whole().towers[name]["vision"] for name in ("image_text", "video_text"))
-    assert clips > 2 * pictures  # two frames, and what joins them
-    assert whole().towers["text"] == text().towers["text"]  # whatever stands beside it
+    check_sums(small_run(), small_run_costs())
+    assert {"vision", "text", "universal", "fusion", "decoder"} <= set(small_run_costs().towers["image_text"])
+    images, clips = (small_run_costs().towers[name]["vision"] for name in ("image_text", "video_text"))
+    assert clips > 2 * images  # two frames, and temporal attention
+    assert small_run_costs().towers["text"] == text_run_costs().towers["text"]  # independent of the other objectives
 
 
-def test_twice_the_batch_is_twice_the_work() -> None:
-    assert gradient(resized(only_text(), 2)) == 2 * gradient(only_text())
+def test_twice_the_batch_is_twice_the_flops() -> None:
+    assert gradient_total(scale_batches(text_run(), 2)) == 2 * gradient_total(text_run())
 
 
 @pytest.mark.slow
-def test_similarities_of_all_with_all_are_four_times_as_many_for_twice_the_batch() -> None:
-    doubled = training_costs(*planned(resized(small_run(), 2)))
-    for name, towers in whole().towers.items():
+def test_similarities_grow_with_the_square_of_the_batch() -> None:
+    doubled = training_costs(*make_spec(scale_batches(small_run(), 2)))
+    for name, towers in small_run_costs().towers.items():
         for tower, count in towers.items():
             more = doubled.towers[name][tower]
             assert (2 * count <= more <= 4 * count) if tower == "objectives" else more == 2 * count, (name, tower)
 
 
 @pytest.mark.slow
-def test_what_is_not_kept_is_computed_again() -> None:
-    plain = gradient(only_text())
+def test_remat_recomputes() -> None:
+    plain = gradient_total(text_run())
     none, dots, full = (
-        gradient(only_text(model=small_model(remat=all_kept(kind))), remat=True) for kind in ("none", "dots", "full")
+        gradient_total(text_run(model=small_model(remat=remat_all(policy))), remat=True)
+        for policy in ("none", "dots", "full")
     )
     assert plain == none < dots < full < 4 / 3 * plain + 1  # a forward pass is a third of forward and backward
-    assert gradient(only_text(model=small_model(remat=all_kept("full")))) == plain  # what the maths needs stays
+    assert gradient_total(text_run(model=small_model(remat=remat_all("full")))) == plain  # model FLOPs do not change
 
 
 @pytest.mark.slow
-def test_what_is_computed_again_is_told_apart() -> None:
-    again = training_costs(*planned(only_text(model=small_model(remat=all_kept("full")))))
-    assert again.recomputed > 0
-    assert again.executed == again.step + again.recomputed
-    assert again.overhead == again.recomputed / again.step
+def test_recomputed_flops_are_counted_separately() -> None:
+    costs = training_costs(*make_spec(text_run(model=small_model(remat=remat_all("full")))))
+    assert costs.recomputed_flops > 0
+    assert costs.hardware_flops == costs.model_flops + costs.recomputed_flops
+    assert costs.recompute_overhead == costs.recomputed_flops / costs.model_flops
 
 
-def test_the_mesh_gathers_and_kernels_leave_the_count_alone() -> None:
+def test_flops_do_not_depend_on_mesh_gather_and_kernel() -> None:
     mesh = MeshConfig(data=1, fsdp=2, sequence=2, tensor=2)
-    other = only_text(mesh=mesh, fsdp_gather="step", model=small_model(attention="splash"))
-    assert gradient(other) == gradient(only_text())
+    other = text_run(mesh=mesh, fsdp_gather="step", model=small_model(attention="splash"))
+    assert gradient_total(other) == gradient_total(text_run())
 
 
-def test_a_stream_s_count_is_within_3_percent_of_xla_s(optimized: None) -> None:
-    """Wide enough that element-wise work, which XLA counts and we do not, is little."""
+def test_flops_of_a_stream_are_within_3_percent_of_xla_s(optimized: None) -> None:
+    """Use a width at which element-wise operations, which only XLA counts, are few."""
     model = small_model(
         width=256, mlp_width=1024, scan_unroll=2, dropout=0.0, attention_dropout=0.0, attention="xla"
     )  # fmt: skip
-    config = only_text(model=model)
+    config = text_run(model=model)
     loss, arguments = loss_and_arguments(config)
-    theirs = jax.jit(jax.grad(loss)).lower(*arguments).compile().cost_analysis()["flops"]
-    assert gradient(config) == pytest.approx(theirs, rel=0.03)
+    xla_flops = jax.jit(jax.grad(loss)).lower(*arguments).compile().cost_analysis()["flops"]
+    assert gradient_total(config) == pytest.approx(xla_flops, rel=0.03)
 
 
 @pytest.mark.slow
-def test_a_search_counts_to_its_greatest_length() -> None:
+def test_a_search_counts_with_its_maximum_length() -> None:
     counts = []
-    for longest in (3, 5):
+    for max_length in (3, 5):
         config = small_run()
         tasks = dataclasses.replace(
-            config.tasks, search=dataclasses.replace(config.tasks.search, max_length=longest)
+            config.tasks, search=dataclasses.replace(config.tasks.search, max_length=max_length)
         )  # fmt: skip
-        program = evaluation_program(dataclasses.replace(config, tasks=tasks), TOPOLOGY, "questions")
+        program = trace_evaluation(dataclasses.replace(config, tasks=tasks), TOPOLOGY, "questions")
         costs = prediction_costs(program)
         assert set(costs.towers) == {"questions"}
-        assert (costs.recomputed, costs.objectives) == (0, {})
+        assert (costs.recomputed_flops, costs.objectives) == (0, {})
         counts.append(costs.towers["questions"])
     assert counts[0]["vision"] == counts[1]["vision"]
     assert counts[0]["decoder"] < counts[1]["decoder"]

@@ -1,8 +1,8 @@
-"""Bytes of memory that small programs touch, by hand."""
+"""HBM bytes of small programs, computed by hand."""
 
 import pytest
 
-from mplug2_jax.planning.hbm_traffic import memory_traffic
+from mplug2_jax.planning.hbm_traffic import count_hbm_bytes
 from tests.planning.programs import loop, program
 
 BLOCK = 8 * 128 * 4  # bytes of f32[8,128]
@@ -35,8 +35,8 @@ ARGUMENTS = """
 """
 
 
-def traffic(*lines: str, computations: tuple[str, ...] = (), turns: int = 1) -> float:
-    return memory_traffic(program(ARGUMENTS + "\n".join(f"  {line}" for line in lines), *computations), turns=turns)
+def traffic(*lines: str, computations: tuple[str, ...] = ()) -> float:
+    return count_hbm_bytes(program(ARGUMENTS + "\n".join(f"  {line}" for line in lines), *computations))
 
 
 @pytest.mark.parametrize(
@@ -56,12 +56,12 @@ def traffic(*lines: str, computations: tuple[str, ...] = (), turns: int = 1) -> 
         ("ROOT %h = bf16[8,128]{1,0} convert(%p)", "", 1.5 * BLOCK),
     ],
 )  # fmt: skip
-def test_what_one_instruction_touches(line: str, computation: str, size: float) -> None:
+def test_bytes_of_one_instruction(line: str, computation: str, size: float) -> None:
     assert traffic(line, computations=(computation,) if computation else ()) == size
 
 
-def test_what_is_inside_a_fusion_stays_on_the_chip() -> None:
-    """However much it computes, and however often it looks at what it read."""
+def test_intermediates_of_a_fusion_stay_on_the_chip() -> None:
+    """Check that neither further operations nor further uses of an operand count."""
     more = ADD.replace("add(%twice, %b)", "add(%again, %b)").replace(
         "  ROOT", "  %again = f32[8,128]{1,0} multiply(%twice, %a)\n  ROOT"
     )
@@ -69,24 +69,23 @@ def test_what_is_inside_a_fusion_stays_on_the_chip() -> None:
     assert traffic(line, computations=(more,)) == traffic(line, computations=(ADD,)) == 3 * BLOCK
 
 
-def test_an_index_is_read_as_an_index() -> None:
-    """What a slice is taken at is not what it is taken from; what is both, or used otherwise, is read whole."""
+def test_an_operand_used_both_sliced_and_whole_is_read_whole() -> None:
     line = "ROOT %f = f32[8,128]{1,0} fusion(%stack, %i), kind=kLoop, calls=%take"
     whole = TAKE.replace("  ROOT", "  %all = f32[12,8,128]{2,1,0} negate(%stack)\n  ROOT")
     assert traffic(line, computations=(whole,)) == 12 * BLOCK + 4 + BLOCK
 
 
-def test_a_loop_counts_as_often_as_it_turns() -> None:
+def test_a_loop_counts_trip_count_times() -> None:
     body, condition, entry = loop(0, "7", inside="%sum = f32[8,128]{1,0:T(8,128)} negate(%data)")
-    once = memory_traffic(program("\n".join(["%p = f32[8,128]{1,0} parameter(0)", "ROOT %n = f32[8,128] negate(%p)"])))
+    once = count_hbm_bytes(program("\n".join(["%p = f32[8,128]{1,0} parameter(0)", "ROOT %n = f32[8,128] negate(%p)"])))
     assert once == 2 * BLOCK
-    looped = memory_traffic(program(entry, body, condition))
-    counter = 4 + 4 + 4  # its copy, which goes to the chip, and its addition, of which one operand is there
-    assert looped == 7 * (once + counter) + 8  # and the copy of where it starts
+    total = count_hbm_bytes(program(entry, body, condition))
+    counter = 4 + 4 + 4  # its copy to the chip, and its addition, which has one operand on the chip
+    assert total == 7 * (once + counter) + 8  # and the copy of its initial value
 
 
-def test_a_loop_that_does_not_say_turns_as_often_as_the_caller_says() -> None:
+def test_a_loop_of_unknown_trip_count_runs_as_often_as_the_caller_says() -> None:
     body, condition, entry = loop(0, "7", inside="%sum = f32[8,128]{1,0:T(8,128)} negate(%data)")
     unknown = condition.replace("constant(7)", 'custom-call(%i.1), custom_call_target="ask"')
     text = program(entry, body, unknown)
-    assert memory_traffic(text, turns=3) - memory_traffic(text, turns=2) == 2 * BLOCK + 12
+    assert count_hbm_bytes(text, default_trips=3) - count_hbm_bytes(text, default_trips=2) == 2 * BLOCK + 12

@@ -1,4 +1,4 @@
-"""A device's memory: groups by hand, hosts' told apart, and parts that add up to the compiler's peak."""
+"""HBM of a device by use, host memory, and a breakdown that adds up to the compiler's peak."""
 
 import dataclasses
 import functools
@@ -10,100 +10,113 @@ from mplug2_jax.objectives.config import DistillationConfig, VlcConfig
 from mplug2_jax.parallel.accelerators import parse_topology
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
-from mplug2_jax.planning.memory import Memory, held, held_by_host, program_memory, state_memory
-from mplug2_jax.planning.programs import Compiled, abstract_batch, blueprint, training_program
+from mplug2_jax.planning.memory import Memory, per_device_bytes, per_device_host_bytes, program_memory, state_memory
+from mplug2_jax.planning.programs import CompiledProgram, abstract_batch, make_run_spec_for_topology, trace_training
 from mplug2_jax.tasks.config import TaskSettings
 from mplug2_jax.training.config import AdamWConfig, RunConfig
 from tests.runs import small_run
 
 TOPOLOGY = parse_topology("cpu:8")
-SPLIT = MeshConfig(data=2, fsdp=2, tensor=2)
+MESH = MeshConfig(data=2, fsdp=2, tensor=2)
 
 
 def memory_of(config: RunConfig) -> tuple[dict[str, float], float, float]:
-    """By group, of the host, and numbers of parameters that a device holds."""
-    spec = blueprint(config, TOPOLOGY)
+    """Return bytes by use, bytes in host memory, and the number of parameters per device."""
+    spec = make_run_spec_for_topology(config, TOPOLOGY)
     batches = {name: abstract_batch(s.data, spec) for name, s in config.streams.items()}
-    return state_memory(spec.shapes, batches), held_by_host(spec.shapes), held(spec.shapes["params"]) / 4
+    return (
+        state_memory(spec.shapes, batches),
+        per_device_host_bytes(spec.shapes),
+        per_device_bytes(spec.shapes["params"]) / 4,
+    )
 
 
 def test_parameters_are_four_bytes_and_adam_twice_that() -> None:
-    groups, host, numbers = memory_of(small_run(mesh=SPLIT))
-    whole = blueprint(small_run(), TOPOLOGY).definition.num_params()
-    assert whole / 4 <= numbers < whole / 2  # over fsdp and tensor, but for what is small
-    assert groups["parameters"] == 4 * numbers
-    assert groups["optimiser"] == pytest.approx(8 * numbers, abs=64)  # and its counters
-    assert set(groups) == {"parameters", "optimiser", "batch"}
+    uses, host, num_local = memory_of(small_run(mesh=MESH))
+    num_params = make_run_spec_for_topology(small_run(), TOPOLOGY).definition.num_params()
+    assert num_params / 4 <= num_local < num_params / 2  # over fsdp and tensor, except for small ones
+    assert uses["parameters"] == 4 * num_local
+    assert uses["optimizer"] == pytest.approx(8 * num_local, abs=64)  # and its counters
+    assert set(uses) == {"parameters", "optimizer", "batch"}
     assert host == 0
 
 
-def test_a_batch_lies_over_the_axes_of_the_batch() -> None:
+def test_a_batch_is_sharded_over_the_batch_axes() -> None:
     pairs, frame = 12 + 12 + 6, 16 * 16 * 3  # tokens of text, instruction and target
     masks = 12 + 12 + 4 * 6  # of text and instruction, and weights
     image, video = (4 * pairs + masks + frames * frame + 4 for frames in (1, 2))
     text = 4 * (12 + 16 + 4) + 12 + 16 + 4 * 4 + 4
     config = small_run()
-    spec = blueprint(config, TOPOLOGY)
-    for mesh, shards in ((SPLIT, 4), (MeshConfig(fsdp=8), 8), (MeshConfig(fsdp=1, tensor=2, sequence=4), 1)):
-        laid = dataclasses.replace(spec, mesh=make_mesh(mesh))
-        batches = {name: abstract_batch(s.data, laid) for name, s in config.streams.items()}
-        assert held(batches) == 8 / shards * (image + video + text)
+    spec = make_run_spec_for_topology(config, TOPOLOGY)
+    for mesh, shards in ((MESH, 4), (MeshConfig(fsdp=8), 8), (MeshConfig(fsdp=1, tensor=2, sequence=4), 1)):
+        resharded = dataclasses.replace(spec, mesh=make_mesh(mesh))
+        batches = {name: abstract_batch(s.data, resharded) for name, s in config.streams.items()}
+        assert per_device_bytes(batches) == 8 / shards * (image + video + text)
 
 
-def test_offloaded_moments_are_the_hosts() -> None:
-    groups, host, numbers = memory_of(small_run(mesh=SPLIT, optimizer=AdamWConfig(offload_moments=True)))
-    assert host == 8 * numbers
-    assert groups.get("optimiser", 0.0) < 64
+def test_offloaded_moments_are_in_host_memory() -> None:
+    uses, host, num_local = memory_of(small_run(mesh=MESH, optimizer=AdamWConfig(offload_moments=True)))
+    assert host == 8 * num_local
+    assert uses.get("optimizer", 0.0) < 64
     narrow, _, _ = memory_of(
-        small_run(mesh=SPLIT, optimizer=AdamWConfig(b2=0.98, mu_dtype="bfloat16", nu_dtype="bfloat16"))
+        small_run(mesh=MESH, optimizer=AdamWConfig(b2=0.98, mu_dtype="bfloat16", nu_dtype="bfloat16"))
     )  # fmt: skip
-    assert narrow["optimiser"] == pytest.approx(4 * numbers, abs=64)
+    assert narrow["optimizer"] == pytest.approx(4 * num_local, abs=64)
 
 
-def test_teachers_and_queues_are_told_apart() -> None:
+def test_teachers_and_queues_are_separate_uses() -> None:
     tasks = dataclasses.replace(
         small_run().tasks, vlc=VlcConfig(queue_size=16), distillation=DistillationConfig(momentum=0.9)
     )  # fmt: skip
     assert isinstance(tasks, TaskSettings)
-    groups, _, numbers = memory_of(small_run(mesh=SPLIT, tasks=tasks, param_dtype="bfloat16"))
-    numbers *= 2  # of two bytes each
-    assert (groups["parameters"], groups["teacher"]) == (2 * numbers, 4 * numbers)
-    assert groups["queues"] > 2 * 2 * 16 * 16 * 4  # two streams' pictures and texts, whole on every device
+    uses, _, num_local = memory_of(small_run(mesh=MESH, tasks=tasks, param_dtype="bfloat16"))
+    num_local *= 2  # of two bytes each
+    assert (uses["parameters"], uses["teacher"]) == (2 * num_local, 4 * num_local)
+    assert uses["queues"] > 2 * 2 * 16 * 16 * 4  # images and texts of two streams, replicated
 
 
 @functools.cache
-def compiled() -> Compiled:
+def compiled() -> CompiledProgram:
     text = small_run().streams["text"]
-    config = small_run(mesh=SPLIT, streams={"text": dataclasses.replace(text, objectives={"mlm": 1.0})}, evaluations={})
-    return training_program(config, TOPOLOGY).compile()
+    config = small_run(mesh=MESH, streams={"text": dataclasses.replace(text, objectives={"mlm": 1.0})}, evaluations={})
+    return trace_training(config, TOPOLOGY).compile()
 
 
-def test_the_parts_of_a_program_add_up_to_its_peak() -> None:
+def test_the_breakdown_adds_up_to_the_peak() -> None:
     memory = program_memory(compiled(), TOPOLOGY)
-    assert sum(memory.parts.values()) == pytest.approx(memory.peak)
-    assert set(memory.parts) == {"parameters", "optimiser", "batch", "layout", "temporaries", "machine code"}
-    assert memory.parts["temporaries"] > 0
-    assert all(size >= 0 for size in memory.parts.values())
+    assert sum(memory.breakdown.values()) == pytest.approx(memory.peak)
+    assert set(memory.breakdown) == {
+        "parameters",
+        "optimizer",
+        "batch",
+        "layout padding",
+        "temporaries",
+        "generated code",
+    }
+    assert memory.breakdown["temporaries"] > 0
+    assert all(size >= 0 for size in memory.breakdown.values())
     analysis = compiled().executable.memory_analysis()
     assert memory.peak >= analysis.argument_size_in_bytes
-    given = sum(memory.parts[name] for name in ("parameters", "optimiser", "batch", "layout"))
-    unused = 2 * (16 * 4 + 16 + 4 * 4 + 4 * 4 + 4)  # two rows' instructions, targets and ids: no argument, but there
-    assert abs(given - analysis.argument_size_in_bytes) <= unused
+    arguments = sum(memory.breakdown[name] for name in ("parameters", "optimizer", "batch", "layout padding"))
+    unused = 2 * (
+        16 * 4 + 16 + 4 * 4 + 4 * 4 + 4
+    )  # instructions, targets and ids of two rows: dropped from the arguments
+    assert abs(arguments - analysis.argument_size_in_bytes) <= unused
 
 
-def test_machine_code_lies_beside_the_compilers_peak() -> None:
+def test_generated_code_is_added_to_the_compilers_peak() -> None:
     analysis = types.SimpleNamespace(argument_size_in_bytes=10**9, peak_memory_in_bytes=3 * 10**9, temp_size_in_bytes=0)
     analysis.generated_code_size_in_bytes = 5 * 10**8  # XLA's CPU compiler reports none
     executable = types.SimpleNamespace(memory_analysis=lambda: analysis)
     memory = program_memory(dataclasses.replace(compiled(), executable=executable), TOPOLOGY)
-    assert memory.parts["machine code"] == 5e8
-    assert memory.peak == sum(memory.parts.values()) == pytest.approx(3.5e9)
+    assert memory.breakdown["generated code"] == 5e8
+    assert memory.peak == sum(memory.breakdown.values()) == pytest.approx(3.5e9)
 
 
-def test_it_fits_where_there_is_room() -> None:
+def test_it_fits_up_to_the_capacity() -> None:
     memory = program_memory(compiled(), TOPOLOGY)
     assert memory.fits
-    assert memory.share == memory.peak / TOPOLOGY.chip.memory_bytes
+    assert memory.utilization == memory.peak / TOPOLOGY.chip.memory_bytes
     tight = dataclasses.replace(memory, capacity=memory.peak - 1)
     assert isinstance(tight, Memory)
     assert not tight.fits

@@ -1,4 +1,4 @@
-"""What the compiler says of memory, and what its programs hold."""
+"""Out-of-memory errors of the compiler, and the largest buffers of programs."""
 
 import jax
 import jax.numpy as jnp
@@ -6,17 +6,17 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from mplug2_jax.parallel.config import MeshConfig
-from mplug2_jax.planning.oom import Buffer, largest_arrays, parse_oom
+from mplug2_jax.planning.oom import Buffer, largest_buffers, parse_oom
 from tests.planning.programs import program
 from tests.tpu import topology_mesh
 
 GIB = 2.0**30
 
-AHEAD = (
+AHEAD_OF_TIME = (
     "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (17.05G) exceeds "
     "available HBM (15.75G)."
 )
-ON_MACHINES = (
+ON_DEVICE = (
     """RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. """
     """\
 Used 63.80G of 30.75G hbm. Exceeded hbm capacity by 33.05G.
@@ -62,28 +62,28 @@ source_file="model.py" source_line=10
 )
 
 
-def test_two_numbers_are_read():
-    found = parse_oom(AHEAD)
-    assert found is not None
-    assert (found.needed, found.capacity, found.largest) == (17.05 * GIB, 15.75 * GIB, [])
-    assert found.exceeded_by == pytest.approx(1.3 * GIB)
+def test_ahead_of_time_errors_have_two_numbers():
+    oom = parse_oom(AHEAD_OF_TIME)
+    assert oom is not None
+    assert (oom.required, oom.capacity, oom.largest) == (17.05 * GIB, 15.75 * GIB, [])
+    assert oom.exceeded_by == pytest.approx(1.3 * GIB)
 
 
 @pytest.mark.parametrize(
     ("written", "size"), [("80.00G", 80 * GIB), ("512.5M", 512.5 * 2**20), ("3K", 3072), ("7B", 7)]
 )
 def test_units(written, size):
-    found = parse_oom(AHEAD.replace("17.05G", written))
-    assert found is not None
-    assert found.needed == size
+    oom = parse_oom(AHEAD_OF_TIME.replace("17.05G", written))
+    assert oom is not None
+    assert oom.required == size
 
 
 def test_allocations_are_listed_by_size_under_the_models_names():
-    found = parse_oom(ON_MACHINES)
-    assert found is not None
-    assert (found.needed, found.capacity) == (63.80 * GIB, 30.75 * GIB)
-    assert found.exceeded_by == pytest.approx(33.05 * GIB)
-    assert found.largest == [
+    oom = parse_oom(ON_DEVICE)
+    assert oom is not None
+    assert (oom.required, oom.capacity) == (63.80 * GIB, 30.75 * GIB)
+    assert oom.exceeded_by == pytest.approx(33.05 * GIB)
+    assert oom.largest == [
         Buffer(2 * GIB, "f32[32,4096,4096]", "decoder/attention (backward)"),
         Buffer(512.5 * 2**20, "bf16[32,4096,1024]", "vision/mlp"),
         Buffer(128.0 * 2**10, "f32[32,1024]", "copy.9"),
@@ -104,7 +104,7 @@ def layers(weights, x):
 
 
 def stack(topology: str, depth: int) -> jax.stages.Lowered:
-    """The gradient of a deep stack, whose activations of every layer are kept: 512 MiB a layer and device."""
+    """Lower the gradient of a deep stack that saves all activations: 512 MiB per layer and device."""
     mesh = topology_mesh(topology, MeshConfig())
     rows = mesh.size * 2**16
     weights = jax.ShapeDtypeStruct((depth, 4096, 4096), "bfloat16", sharding=NamedSharding(mesh, PartitionSpec()))
@@ -113,25 +113,25 @@ def stack(topology: str, depth: int) -> jax.stages.Lowered:
 
 
 @pytest.mark.usefixtures("optimized")
-def test_the_compilers_refusal_is_understood():
-    with pytest.raises(jax.errors.JaxRuntimeError) as refusal:
+def test_a_real_error_is_parsed():
+    with pytest.raises(jax.errors.JaxRuntimeError) as caught:
         stack("v5e:2x2", 40).compile()
-    found = parse_oom(str(refusal.value))
-    assert found is not None
-    assert found.capacity == 15.75 * GIB
-    assert 40 * 0.5 * GIB < found.needed < 4 * 40 * 0.5 * GIB
+    oom = parse_oom(str(caught.value))
+    assert oom is not None
+    assert oom.capacity == 15.75 * GIB
+    assert 40 * 0.5 * GIB < oom.required < 4 * 40 * 0.5 * GIB
 
 
 @pytest.mark.usefixtures("optimized")
-def test_the_largest_arrays_are_what_every_layer_leaves():
-    found = largest_arrays(stack("v5p:2x2x1", 40).compile().as_text(), 3)
-    assert (found[0].bytes, found[0].shape) == (40 * 0.5 * GIB, "bf16[40,65536,4096]")
-    assert found[0].name == "vision"
-    assert [each.bytes for each in found] == sorted((each.bytes for each in found), reverse=True)
-    assert len(found) == 3
+def test_the_largest_buffers_are_the_saved_activations():
+    buffers = largest_buffers(stack("v5p:2x2x1", 40).compile().as_text(), 3)
+    assert (buffers[0].bytes, buffers[0].shape) == (40 * 0.5 * GIB, "bf16[40,65536,4096]")
+    assert buffers[0].scope == "vision"
+    assert [b.bytes for b in buffers] == sorted((b.bytes for b in buffers), reverse=True)
+    assert len(buffers) == 3
 
 
-def test_arrays_elsewhere_and_those_that_are_there_already_are_left_out():
+def test_on_chip_arrays_and_existing_ones_are_excluded():
     text = program(
         """
         %p = f32[1024]{0:T(1024)} parameter(0)
@@ -146,5 +146,5 @@ def test_arrays_elsewhere_and_those_that_are_there_already_are_left_out():
         "%f (a: f32[1024]) -> f32[1024] {\n  %a = f32[1024]{0} parameter(0)\n  ROOT %n = f32[1024]{0} negate(%a)\n}",
     )
     first, second = Buffer(2048.0, "f32[512]", "vision", 2), Buffer(128.0, "bf16[64]", "text")
-    assert largest_arrays(text) == [first, second]
-    assert largest_arrays(text, 1) == [first]
+    assert largest_buffers(text) == [first, second]
+    assert largest_buffers(text, 1) == [first]

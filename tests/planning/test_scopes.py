@@ -1,4 +1,4 @@
-"""Names for people: out of a program's own, and whether the model gives any."""
+"""Scopes of the model from operation names, and that every matmul of the model has one."""
 
 import jax
 import pytest
@@ -7,12 +7,12 @@ from mplug2_jax.model.config import model_config
 from mplug2_jax.model.mplug2 import define_model
 from mplug2_jax.objectives.forward import ForwardPass
 from mplug2_jax.objectives.language import caption_loss
-from mplug2_jax.planning.scopes import readable
+from mplug2_jax.planning.scopes import pretty_scope
 from mplug2_jax.training.telemetry.flops import count_flops
 
 
 @pytest.mark.parametrize(
-    ("op_name", "name"),
+    ("op_name", "scope"),
     [
         ("jit(step)/jvp(vision)/while/body/closed_call/checkpoint/mlp/dot_general", "vision/mlp"),
         ("jit(step)/jvp(vision/blocks)/mlp/dot_general", "vision/blocks/mlp"),
@@ -30,8 +30,8 @@ from mplug2_jax.training.telemetry.flops import count_flops
         ("copy.9", "copy.9"),
     ],
 )
-def test_names_are_the_models_own(op_name, name):
-    assert readable(op_name) == name
+def test_scopes_are_the_models(op_name, scope):
+    assert pretty_scope(op_name) == scope
 
 
 def test_every_matmul_of_the_model_is_in_a_scope():

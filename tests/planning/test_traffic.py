@@ -1,4 +1,4 @@
-"""Collectives of programs: of stored texts, one for each syntax, and of programs compiled here for CPUs and TPUs."""
+"""Collectives of programs: stored texts, one for each syntax, and programs compiled for CPUs and TPUs."""
 
 import dataclasses
 import functools
@@ -13,8 +13,14 @@ from mplug2_jax.model.config import RematConfig, SpecialTokens, model_config
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.parallel.placement import batch_sharding
-from mplug2_jax.planning.hlo import parse_program, shape_bytes
-from mplug2_jax.planning.traffic import Collective, largest, parse_collectives, summary, unknown_loops
+from mplug2_jax.planning.hlo import parse_hlo, shape_bytes
+from mplug2_jax.planning.traffic import (
+    Collective,
+    find_unknown_loops,
+    largest_collectives,
+    parse_collectives,
+    sum_bytes,
+)
 from mplug2_jax.training.state import make_run_spec
 from mplug2_jax.training.step import jit_train_step
 from tests.planning import programs
@@ -23,21 +29,21 @@ from tests.runs import small_run, stream
 from tests.tpu import topology_mesh
 
 ROWS = ("replica", "data", "fsdp", "sequence")
-PLAIN = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}  # no loops of permutes
+NO_WINDOWED_EINSUM = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
 
 
 def fsdp() -> Mesh:
     return make_mesh(MeshConfig())
 
 
-def only(text: str, mesh: Mesh | None = None) -> Collective:
-    (found,) = parse_collectives(text, mesh or fsdp())
-    return found
+def parse_one(text: str, mesh: Mesh | None = None) -> Collective:
+    (collective,) = parse_collectives(text, mesh or fsdp())
+    return collective
 
 
-def one_line(shape: str, call: str, attributes: str, given: str = "bf16[8,128]{1,0:T(8,128)(2,1)}") -> str:
-    """A program of one collective."""
-    return program(f"%p = {given} parameter(0)\nROOT %x = {shape} {call}(%p), channel_id=1, {attributes}")
+def one_line(shape: str, call: str, attributes: str, operand: str = "bf16[8,128]{1,0:T(8,128)(2,1)}") -> str:
+    """Return a program of one collective."""
+    return program(f"%p = {operand} parameter(0)\nROOT %x = {shape} {call}(%p), channel_id=1, {attributes}")
 
 
 # --- Texts ------------------------------------------------------------------------------------------------------------
@@ -77,10 +83,10 @@ GROUPS = "replica_groups=[1,8]<=[8], use_global_device_ids=true"
         ("bf16[64,128]{1,0}", "all-gather", "replica_groups={}", 7 * 2048),
     ],
 )  # fmt: skip
-def test_bytes_on_the_wire_of_every_kind(shape, call, attributes, sent):
-    found = only(one_line(shape, call, attributes))
-    assert (found.bytes, found.times, found.kind) == (sent, 1, call.removesuffix("-start"))
-    assert found.axes == (("fsdp",) if sent else ())
+def test_bytes_sent_of_every_kind(shape, call, attributes, sent):
+    collective = parse_one(one_line(shape, call, attributes))
+    assert (collective.bytes_sent, collective.count, collective.kind) == (sent, 1, call.removesuffix("-start"))
+    assert collective.axes == (("fsdp",) if sent else ())
 
 
 def test_all_arrays_of_a_combined_collective_count():
@@ -91,12 +97,12 @@ def test_all_arrays_of_a_combined_collective_count():
         ROOT %x = (bf16[8,128]{1,0}, f32[16]{0}) all-reduce(%p, /*index=1*/%q), replica_groups={}, to_apply=%add
         """
     )
-    found = only(text)
-    assert found.bytes == 2 * (2048 + 64) * 7 / 8
-    assert found.shape == "bf16[8,128] and 1 more"
+    collective = parse_one(text)
+    assert collective.bytes_sent == 2 * (2048 + 64) * 7 / 8
+    assert collective.shape == "bf16[8,128] and 1 more"
 
 
-def test_a_start_and_its_end_are_one_and_work_between_them_is_seen():
+def test_a_start_and_its_done_count_once_and_compute_between_them_overlaps():
     def text(between: str) -> str:
         return program(
             f"""
@@ -108,9 +114,9 @@ def test_a_start_and_its_end_are_one_and_work_between_them_is_seen():
             "%work (a: f32[8]) -> f32[8] {\n  ROOT %a = f32[8]{0} parameter(0)\n}",
         )
 
-    assert not only(text("%b = f32[8]{0} bitcast(%p)")).overlapped
-    assert only(text("%f = f32[8]{0} fusion(%p), kind=kLoop, calls=%work")).overlapped
-    assert only(text('%k = f32[8]{0} custom-call(%p), custom_call_target="tpu_custom_call"')).overlapped
+    assert not parse_one(text("%b = f32[8]{0} bitcast(%p)")).overlapped
+    assert parse_one(text("%f = f32[8]{0} fusion(%p), kind=kLoop, calls=%work")).overlapped
+    assert parse_one(text('%k = f32[8]{0} custom-call(%p), custom_call_target="tpu_custom_call"')).overlapped
 
 
 def test_a_wrapped_collective_is_found():
@@ -124,24 +130,24 @@ def test_a_wrapped_collective_is_found():
         "%wrapped (a: f32[8]) -> f32[1] {\n  %a = f32[8]{0} parameter(0)\n"
         "  ROOT %r = f32[1]{0} reduce-scatter(%a), replica_groups={}, dimensions={0}, to_apply=%add\n}",
     )
-    assert (only(text).kind, only(text).bytes, only(text).times) == ("reduce-scatter", 28, 1)
+    assert (parse_one(text).kind, parse_one(text).bytes_sent, parse_one(text).count) == ("reduce-scatter", 28, 1)
 
 
-def test_a_sum_of_which_each_device_keeps_a_part_is_a_reduce_scatter():
-    found = only(programs.FUSED_REDUCE_SCATTER)
-    assert (found.kind, found.bytes) == ("reduce-scatter", 1024 * 4096 * 2 * 7 / 8)
-    assert found.name == "text (backward)"  # of the fusion: the collective in it has no name
+def test_a_sliced_all_reduce_is_a_reduce_scatter():
+    collective = parse_one(programs.FUSED_REDUCE_SCATTER)
+    assert (collective.kind, collective.bytes_sent) == ("reduce-scatter", 1024 * 4096 * 2 * 7 / 8)
+    assert collective.scope == "text (backward)"  # of the fusion: the collective in it has none
 
 
-def test_pieces_of_one_collective_count_once():
-    beside = only(programs.piecewise_gather(programs.MATMUL_BESIDE))
-    alone = only(programs.piecewise_gather(""))
-    assert beside.bytes == alone.bytes == 7 * 8 * 128 * 2
-    assert (beside.overlapped, alone.overlapped) == (True, False)
-    assert beside.name == "vision"
+def test_pieces_of_a_collective_count_once():
+    overlapped = parse_one(programs.piecewise_gather(programs.OVERLAPPED_MATMUL))
+    exposed = parse_one(programs.piecewise_gather(""))
+    assert overlapped.bytes_sent == exposed.bytes_sent == 7 * 8 * 128 * 2
+    assert (overlapped.overlapped, exposed.overlapped) == (True, False)
+    assert overlapped.scope == "vision"
 
 
-def test_of_branches_the_one_with_most_traffic_counts():
+def test_the_branch_with_most_traffic_counts():
     def branch(name: str, width: int) -> str:
         return (
             f"%{name} (a.{name}: f32[{width}]) -> f32[{width}] {{\n  %a.{name} = f32[{width}]{{0}} parameter(0)\n"
@@ -158,10 +164,10 @@ def test_of_branches_the_one_with_most_traffic_counts():
         branch("small", 8),
         branch("big", 16),
     )
-    assert only(text).shape == "f32[16]"
+    assert parse_one(text).shape == "f32[16]"
 
 
-def test_text_that_is_no_program_is_refused():
+def test_other_text_is_rejected():
     with pytest.raises(ValueError, match="no ENTRY"):
         parse_collectives("module @jit_step {}", fsdp())
 
@@ -170,7 +176,7 @@ def test_text_that_is_no_program_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("start", "bound", "step", "direction", "turns"),
+    ("start", "bound", "step", "direction", "trip_count"),
     [
         (0, "7", 1, "LT", 7),
         (1, "7", 1, "LT", 6),
@@ -178,18 +184,18 @@ def test_text_that_is_no_program_is_refused():
         (0, "7", 1, "LE", 8),
         (7, "0", -1, "GT", 7),
         (0, "6", 2, "NE", 3),
-        (0, "", 1, "LT", 5),  # the bound is carried
+        (0, "", 1, "LT", 5),  # the bound is in the carry
         (9, "7", 1, "LT", 0),
     ],
 )
-def test_a_loop_turns_as_often_as_its_counter_says(start, bound, step, direction, turns):
+def test_trip_counts_follow_from_counters(start, bound, step, direction, trip_count):
     body, condition, entry = loop(start, bound, step, direction)
     text = program(entry, body, condition)
-    assert sum(each.times for each in parse_collectives(text, fsdp())) == turns
-    assert not unknown_loops(text, fsdp())
+    assert sum(c.count for c in parse_collectives(text, fsdp())) == trip_count
+    assert not find_unknown_loops(text, fsdp())
 
 
-def test_what_a_fusion_compares_and_adds_is_followed():
+def test_fused_conditions_are_evaluated():
     body, condition, entry = loop(0, "7")
     condition = condition.replace(
         "compare(%i.1, %limit.1), direction=LT", "fusion(%i.1, %limit.1), kind=kLoop, calls=%compared"
@@ -198,34 +204,35 @@ def test_what_a_fusion_compares_and_adds_is_followed():
         "%compared (a: s32[], b: s32[]) -> pred[] {\n  %b = s32[] parameter(1)\n  %a = s32[] parameter(0)\n"
         "  ROOT %c = pred[] compare(%a, %b), direction=LT\n}"
     )
-    assert only(program(entry, compared, body, condition)).times == 7
+    assert parse_one(program(entry, compared, body, condition)).count == 7
 
 
-def test_a_stated_number_of_turns_is_taken():
+def test_a_known_trip_count_is_used():
     body, condition, entry = loop(0, "7")
     entry = entry.replace("metadata=", 'backend_config={"known_trip_count":{"n":"3"}}, metadata=')
-    assert only(program(entry, body, condition)).times == 3
+    assert parse_one(program(entry, body, condition)).count == 3
 
 
-def test_a_loop_on_data_is_named_and_the_caller_says_how_often_it_turns():
+def test_a_loop_with_a_condition_on_data_is_unknown_and_the_caller_gives_its_trip_count():
     body, condition, entry = loop(0, "")
-    # The bound is what the last turn made of it.
+    # The bound changes in every iteration.
     body = body.replace("tuple(%next, %limit,", "tuple(%next, %moved,").replace(
         "%data =", "%moved = s32[] custom-call(%limit)\n  %data ="
     )
     text = program(entry, body, condition)
-    (unknown,) = unknown_loops(text, fsdp())
-    assert (unknown.name, unknown.scope, unknown.inside) == ("loop", "vision", "main")
-    assert [only(text).times, only(text).has_known_count] == [1, False]
-    assert [each.times for turns in (9, {"loop": 9}) for each in parse_collectives(text, fsdp(), turns=turns)] == [9, 9]
+    (unknown,) = find_unknown_loops(text, fsdp())
+    assert (unknown.name, unknown.scope, unknown.computation) == ("loop", "vision", "main")
+    assert (parse_one(text).count, parse_one(text).has_known_count) == (1, False)
+    for trip_counts in (9, {"loop": 9}):
+        assert [c.count for c in parse_collectives(text, fsdp(), trip_counts=trip_counts)] == [9]
 
 
-def test_a_loop_without_end_is_not_waited_for():
+def test_an_endless_loop_is_unknown():
     body, condition, entry = loop(0, "7", step=0)
-    assert [each.scope for each in unknown_loops(program(entry, body, condition), fsdp())] == ["vision"]
+    assert [each.scope for each in find_unknown_loops(program(entry, body, condition), fsdp())] == ["vision"]
 
 
-def test_a_counter_that_another_loop_carries_is_no_constant():
+def test_a_bound_in_the_carry_of_an_outer_loop_must_be_invariant():
     inner_body, inner_condition, inner_entry = loop(0, "")
     inner = inner_entry.strip().splitlines()[1:]
     renamed = [
@@ -241,47 +248,47 @@ def test_a_counter_that_another_loop_carries_is_no_constant():
         'condition=%until, body=%outer, metadata={op_name="jit(step)/vision/while"}\n  %sum',
         'condition=%cond, body=%body, metadata={op_name="jit(step)/vision/while"}\n  %sum',
     )
-    assert sum(each.times for each in parse_collectives(fixed, fsdp())) == 4 * 5  # the limit is carried, unchanged
+    assert sum(c.count for c in parse_collectives(fixed, fsdp())) == 4 * 5  # the limit is loop-invariant
     moving = fixed.replace("tuple(%next, %limit, %sum)\n}\n\n%until", "tuple(%next, %next, %sum)\n}\n\n%until")
     assert moving != fixed
-    assert [each.name for each in unknown_loops(moving, fsdp())] == ["loop.2"]
+    assert [each.name for each in find_unknown_loops(moving, fsdp())] == ["loop.2"]
 
 
 # --- Compiled programs ------------------------------------------------------------------------------------------------
 
 
 def stack(mesh: Mesh, layers: int, *, width: int = 256, rows: int = 512, options: dict | None = None, **how) -> str:
-    """A training step of a scanned stack of two matmuls a layer, parameters split over fsdp (and tensor), compiled.
+    """Compile a train step of a scanned stack, two matmuls per layer, parameters sharded over fsdp (and tensor).
 
     Args:
-        mesh: With its parameters' axes.
-        layers: Of the scan.
-        width: Of the model; the hidden width is twice as large.
-        rows: Of the batch.
-        options: For the compiler.
+        mesh: with axes fsdp and tensor.
+        layers: of the scan.
+        width: of the model; the hidden width is twice as large.
+        rows: of the batch.
+        options: of the compiler.
         how: ``gradient``, ``accumulate``, ``outer`` (a scan around the scan), ``unroll``, ``pin`` (gather weights
             before their matmuls).
     """
     gradient, accumulate, outer = how.get("gradient", True), how.get("accumulate", 1), how.get("outer", 0)
 
-    def placed(*axes: object) -> NamedSharding:
+    def sharding(*axes: object) -> NamedSharding:
         return NamedSharding(mesh, PartitionSpec(*axes))
 
     lead = ((outer,) if outer else ()) + (layers,)
     none = (None,) * len(lead)
     params = [
-        jax.ShapeDtypeStruct((*lead, width, 2 * width), "float32", sharding=placed(*none, "fsdp", "tensor")),
-        jax.ShapeDtypeStruct((*lead, 2 * width, width), "float32", sharding=placed(*none, "tensor", "fsdp")),
+        jax.ShapeDtypeStruct((*lead, width, 2 * width), "float32", sharding=sharding(*none, "fsdp", "tensor")),
+        jax.ShapeDtypeStruct((*lead, 2 * width, width), "float32", sharding=sharding(*none, "tensor", "fsdp")),
     ]
-    x = jax.ShapeDtypeStruct((accumulate, rows, width), "bfloat16", sharding=placed(None, ROWS))
+    x = jax.ShapeDtypeStruct((accumulate, rows, width), "bfloat16", sharding=sharding(None, ROWS))
 
     def layer(x, weights):
         up, down = (w.astype(jnp.bfloat16) for w in weights)
         if how.get("pin", True):
-            up = jax.lax.with_sharding_constraint(up, placed(None, "tensor"))
-            down = jax.lax.with_sharding_constraint(down, placed("tensor", None))
+            up = jax.lax.with_sharding_constraint(up, sharding(None, "tensor"))
+            down = jax.lax.with_sharding_constraint(down, sharding("tensor", None))
         with jax.named_scope("vision"):
-            return jax.lax.with_sharding_constraint(x + jnp.tanh(x @ up) @ down, placed(ROWS)), None
+            return jax.lax.with_sharding_constraint(x + jnp.tanh(x @ up) @ down, sharding(ROWS)), None
 
     def loss(weights, x):
         def scan(x, w):
@@ -305,55 +312,55 @@ def layer_bytes(width: int, itemsize: int) -> int:
 
 
 @pytest.mark.usefixtures("optimized")
-def test_on_cpus_every_layer_is_gathered_and_its_gradient_summed_in_every_micro_batch():
+def test_on_cpus_every_layer_is_gathered_and_its_gradient_reduced_in_every_microbatch():
     mesh = make_mesh(MeshConfig())
-    totals = summary(parse_collectives(stack(mesh, 3, width=64, rows=16, accumulate=2), mesh))
+    totals = sum_bytes(parse_collectives(stack(mesh, 3, width=64, rows=16, accumulate=2), mesh))
     whole = layer_bytes(64, 4) * 3 * 2  # CPUs compute in float32
     assert totals["all-gather", ("fsdp",), "ici"] == whole * 7 / 8
     assert totals["all-reduce", ("fsdp",), "ici"] == pytest.approx(2 * whole * 7 / 8, rel=1e-3)  # and the loss
 
 
 @pytest.mark.usefixtures("optimized")
-@pytest.mark.parametrize("options", [PLAIN, None], ids=["plain", "default"])
+@pytest.mark.parametrize("options", [NO_WINDOWED_EINSUM, None], ids=["plain", "default"])
 @pytest.mark.parametrize("layers", [3, 24])
 def test_on_tpus_a_scan_gathers_each_of_its_layers(layers, options):
     mesh = topology_mesh("v5p:2x2x2", MeshConfig())
-    found = parse_collectives(stack(mesh, layers, gradient=False, options=options), mesh)
-    assert summary(found)["all-gather", ("fsdp",), "ici"] == layers * layer_bytes(256, 2) * 7 / 8
-    gathers = [each for each in found if each.kind == "all-gather"]
-    assert {each.times for each in gathers} == {layers}
-    assert {each.name for each in gathers} <= {"vision", "convert_element_type"}
+    collectives = parse_collectives(stack(mesh, layers, gradient=False, options=options), mesh)
+    assert sum_bytes(collectives)["all-gather", ("fsdp",), "ici"] == layers * layer_bytes(256, 2) * 7 / 8
+    gathers = [each for each in collectives if each.kind == "all-gather"]
+    assert {each.count for each in gathers} == {layers}
+    assert {each.scope for each in gathers} <= {"vision", "convert_element_type"}
 
 
 @pytest.mark.usefixtures("optimized")
-@pytest.mark.parametrize("options", [PLAIN, None], ids=["plain", "default"])
+@pytest.mark.parametrize("options", [NO_WINDOWED_EINSUM, None], ids=["plain", "default"])
 @pytest.mark.parametrize(
     ("layers", "how"),
     [(7, {}), (3, {"accumulate": 3}), (3, {"outer": 5}), (24, {"unroll": 2}), (7, {"unroll": 2})],
     ids=["backward", "accumulated", "nested", "unrolled", "unrolled unevenly"],
 )
-def test_on_tpus_loops_in_loops_multiply(layers, how, options):
+def test_on_tpus_trip_counts_of_nested_loops_multiply(layers, how, options):
     mesh = topology_mesh("v5p:2x2x2", MeshConfig())
-    found = parse_collectives(stack(mesh, layers, options=options, **how), mesh)
+    collectives = parse_collectives(stack(mesh, layers, options=options, **how), mesh)
     whole = layers * layer_bytes(256, 2) * how.get("accumulate", 1) * how.get("outer", 1)
-    totals = summary(found)
-    assert totals["all-gather", ("fsdp",), "ici"] == whole * 7 / 8  # kept for the backward pass, so gathered once
+    totals = sum_bytes(collectives)
+    assert totals["all-gather", ("fsdp",), "ici"] == whole * 7 / 8  # saved for the backward pass, so gathered once
     assert totals["all-reduce", ("fsdp",), "ici"] == pytest.approx(2 * whole * 7 / 8, rel=1e-3)
-    assert largest(found, 1)[0].kind == "all-reduce"
+    assert largest_collectives(collectives, 1)[0].kind == "all-reduce"
 
 
 @pytest.mark.usefixtures("optimized")
-def test_on_tpus_axes_and_pieces_of_gathers_are_told_apart():
+def test_on_tpus_axes_and_overlap_are_found():
     mesh = topology_mesh("v5e:4x4", MeshConfig(data=2, fsdp=4, tensor=2))
-    found = parse_collectives(stack(mesh, 3, width=1024, rows=4096), mesh)
-    whole = 3 * layer_bytes(1024, 2) / 2  # a half for each place on the tensor axis
-    totals = summary(found)
+    collectives = parse_collectives(stack(mesh, 3, width=1024, rows=4096), mesh)
+    whole = 3 * layer_bytes(1024, 2) / 2  # half of it per device of the tensor axis
+    totals = sum_bytes(collectives)
     assert totals["all-gather", ("fsdp",), "ici"] == whole * 3 / 4
     assert totals["all-reduce", ("data", "fsdp"), "ici"] == pytest.approx(2 * whole * 7 / 8, rel=1e-3)
     one_way = 3 * 512 * 1024 * 2  # the activations of a device, once forward and once backward, over two devices
     assert totals["all-reduce", ("tensor",), "ici"] == 2 * one_way
-    assert any(each.overlapped for each in found if each.kind == "all-gather")
-    assert not any(each.overlapped for each in found if each.kind == "all-reduce")
+    assert any(each.overlapped for each in collectives if each.kind == "all-gather")
+    assert not any(each.overlapped for each in collectives if each.kind == "all-reduce")
 
 
 @pytest.mark.usefixtures("optimized")
@@ -361,28 +368,28 @@ def test_on_tpus_a_gather_may_be_a_loop_of_permutes():
     mesh = topology_mesh("v5p:2x2x2", MeshConfig())
     text = stack(mesh, 3, width=1024, rows=8 * 4096, pin=False, gradient=False)
     assert "windowed_dot_general" in text
-    found = parse_collectives(text, mesh)
-    permutes = [each for each in found if each.kind == "collective-permute"]
+    collectives = parse_collectives(text, mesh)
+    permutes = [each for each in collectives if each.kind == "collective-permute"]
     shard = layer_bytes(1024, 2) / 2 / 8
-    assert {each.bytes for each in permutes} == {shard}
-    # Both ways round the ring, two steps a turn: one permute before the loop, and two turns of four.
-    assert sorted({each.times for each in permutes}) == [3, 3 * 2]
-    assert sum(each.total for each in permutes) == 3 * 2 * 9 * shard
+    assert {each.bytes_sent for each in permutes} == {shard}
+    # Both directions of the ring, two steps per iteration: one permute before the loop, two iterations of four.
+    assert sorted({each.count for each in permutes}) == [3, 3 * 2]
+    assert sum(each.total_bytes for each in permutes) == 3 * 2 * 9 * shard
     assert any(each.overlapped for each in permutes)
 
 
 @pytest.mark.usefixtures("optimized")
-def test_on_slices_what_crosses_is_told_from_what_does_not():
+def test_on_slices_ici_and_dcn_are_distinguished():
     mesh = topology_mesh("v5e:2x2", MeshConfig(replica=2, fsdp=2, tensor=2), slices=2)
-    found = parse_collectives(stack(mesh, 3, options=PLAIN), mesh)
-    totals = summary(found)
+    collectives = parse_collectives(stack(mesh, 3, options=NO_WINDOWED_EINSUM), mesh)
+    totals = sum_bytes(collectives)
     whole = 3 * layer_bytes(256, 2) / 2
     assert totals["all-gather", ("fsdp",), "ici"] == whole / 2
-    crossing = {key: total for key, total in totals.items() if key[2] == "dcn"}
-    assert set(crossing) == {("all-reduce", ("replica",), "dcn")}
-    # Summed within the slice first: each device's half of the gradients crosses, there and back.
-    assert sum(crossing.values()) == pytest.approx(2 * whole / 2 / 2, rel=1e-2)
-    assert {each.size for each in found} == {2}
+    over_dcn = {key: total for key, total in totals.items() if key[2] == "dcn"}
+    assert set(over_dcn) == {("all-reduce", ("replica",), "dcn")}
+    # Reduced within the slice first: each device's half of the gradients crosses, both ways.
+    assert sum(over_dcn.values()) == pytest.approx(2 * whole / 2 / 2, rel=1e-2)
+    assert {each.group_size for each in collectives} == {2}
 
 
 @pytest.mark.usefixtures("optimized")
@@ -409,25 +416,25 @@ def test_on_tpus_every_kind_is_found_on_its_axes(along, config, slices):
         return jax.lax.psum(x * 2, along) + scattered + swapped + passed
 
     x = jax.ShapeDtypeStruct((8 * 64, 256), "float32", sharding=NamedSharding(mesh, rows))
-    totals = summary(parse_collectives(jax.jit(program).lower(x).compile().as_text(), mesh))
-    given = 64 * 256 * 4
+    totals = sum_bytes(parse_collectives(jax.jit(program).lower(x).compile().as_text(), mesh))
+    operand = 64 * 256 * 4
     assert totals == {
-        ("all-gather", names, "ici"): given * (count - 1),
-        ("reduce-scatter", names, "ici"): given * (count - 1),
-        ("all-to-all", names, "ici"): given * (count - 1) / count,
-        ("all-reduce", names, "ici"): 2 * given * (count - 1) / count,
-        ("collective-permute", names, "ici"): given,
+        ("all-gather", names, "ici"): operand * (count - 1),
+        ("reduce-scatter", names, "ici"): operand * (count - 1),
+        ("all-to-all", names, "ici"): operand * (count - 1) / count,
+        ("all-reduce", names, "ici"): 2 * operand * (count - 1) / count,
+        ("collective-permute", names, "ici"): operand,
     }
 
 
-def test_a_program_is_read_once():
+def test_a_program_is_parsed_once():
     text = one_line("bf16[64,128]{1,0}", "all-gather", GROUPS)
-    assert parse_program(text) is parse_program(text)
+    assert parse_hlo(text) is parse_hlo(text)
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("optimized")
-def test_a_training_step_gathers_one_more_layer_of_its_tower_twice_and_says_so():
+def test_a_train_step_gathers_each_rematerialized_layer_twice():
     mesh = topology_mesh("v5p:2x2x2", MeshConfig())
     captions = dataclasses.replace(stream("video", 16, ExampleConfig(), caption=1.0))
 
@@ -448,14 +455,19 @@ def test_a_training_step_gathers_one_more_layer_of_its_tower_twice_and_says_so()
             for name, (shape, dtype) in shapes.items()
         }
         with jax.set_mesh(mesh):
-            text = jit_train_step(spec).lower(spec.shapes, {"clips": batch}).compile(compiler_options=PLAIN).as_text()
-        found = parse_collectives(text, mesh)
-        assert not unknown_loops(text, mesh)
-        layers = [each for each in found if each.times == depth and each.kind == "all-gather"]
-        assert {each.name.partition("/")[0].partition(" ")[0] for each in layers} == {"vision"}
+            text = (
+                jit_train_step(spec)
+                .lower(spec.shapes, {"clips": batch})
+                .compile(compiler_options=NO_WINDOWED_EINSUM)
+                .as_text()
+            )
+        collectives = parse_collectives(text, mesh)
+        assert not find_unknown_loops(text, mesh)
+        layers = [each for each in collectives if each.count == depth and each.kind == "all-gather"]
+        assert {each.scope.partition("/")[0].partition(" ")[0] for each in layers} == {"vision"}
         block = jax.tree.leaves(spec.shapes["params"]["vision"]["blocks"])
         whole = sum(leaf.size for leaf in block if leaf.sharding.spec and "fsdp" in str(leaf.sharding.spec))
-        return summary(found)["all-gather", ("fsdp",), "ici"], whole // depth
+        return sum_bytes(collectives)["all-gather", ("fsdp",), "ici"], whole // depth
 
     (two, layer), (three, _) = gathered(2), gathered(3)
-    assert three - two == 2 * layer * 2 * 7 / 8  # forward and when it is computed again, in bfloat16
+    assert three - two == 2 * layer * 2 * 7 / 8  # forward and recomputed, in bfloat16
