@@ -49,11 +49,13 @@ def training_costs(spec: RunSpec, batches: Mapping[str, Any]) -> Costs:
     config = spec.config
     towers, objectives, recomputed = {}, {}, 0
     for name, stream in config.streams.items():
-        flops = gradient_flops(spec, {name: stream}, batches, remat=False)
+        flops = count_gradient_flops(spec, {name: stream}, batches, remat=False)
         towers[name] = _sum_by_tower(flops)
-        recomputed += gradient_flops(spec, {name: stream}, batches, remat=True).total() - flops.total()
+        recomputed += count_gradient_flops(spec, {name: stream}, batches, remat=True).total() - flops.total()
         objectives[name] = {
-            objective: gradient_flops(spec, {name: _with_objective(stream, objective)}, batches, remat=False).total()
+            objective: count_gradient_flops(
+                spec, {name: _with_objective(stream, objective)}, batches, remat=False
+            ).total()
             for objective in stream.objectives
         }
     return Costs(towers=towers, objectives=objectives, recomputed_flops=recomputed)
@@ -82,8 +84,8 @@ def prediction_costs(program: TracedProgram) -> Costs:
     assert predict is not None
     definition = define_model(model, spec.definition.parts)
     arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (program.state, dict(program.batches)))
-    turns = spec.config.tasks.search.max_length
+    max_length = spec.config.tasks.search.max_length
     counts = count_flops(
-        lambda params, batch: predict(definition.bind(params), batch, spec.context), *arguments, turns=turns
+        lambda params, batch: predict(definition.bind(params), batch, spec.context), *arguments, trip_count=max_length
     )
     return Costs(towers={program.name: _sum_by_tower(counts)}, objectives={}, recomputed_flops=0)

@@ -174,7 +174,7 @@ class _CostModel:
         remat = config.model.remat
         if remat not in self._flops:
             spec = dataclasses.replace(self._spec, config=config)
-            flops = gradient_flops(spec, self._base.streams, self._batches, remat=True)
+            flops = count_gradient_flops(spec, self._base.streams, self._batches, remat=True)
             self._flops[remat] = float(flops.total())
         return self._flops[remat]
 

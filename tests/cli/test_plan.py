@@ -273,7 +273,8 @@ def test_the_error_of_a_missing_libtpu_says_how_to_install_it(tmp_path: Path) ->
         "sys.meta_path.insert(0, Gone())\n"
     )
     words = ["plan", "--config", "finetune:caption,tiny", "--topology", "v5e:2x2"]
-    environment = {name: value for name, value in os.environ.items() if name != "TPU_LIBRARY_PATH"}  # where JAX found it
+    # JAX sets TPU_LIBRARY_PATH where it finds libtpu.
+    environment = {name: value for name, value in os.environ.items() if name != "TPU_LIBRARY_PATH"}
     done = subprocess.run(
         [sys.executable, "-m", "mplug2_jax.cli.main", *words], capture_output=True, text=True, timeout=120,
         env=environment | {"PYTHONPATH": str(tmp_path)},

@@ -40,9 +40,7 @@ traffics = st.dictionaries(st.sampled_from(AXES), sizes, max_size=3)
 
 
 @given(sizes, traffics, st.floats(0, 0.0099))
-def test_less_than_1_percent_more_passes(
-    memory: float, traffic: dict[str, float], share: float
-) -> None:
+def test_less_than_1_percent_more_passes(memory: float, traffic: dict[str, float], share: float) -> None:
     after = costs(memory * (1 + share), **{name: size * (1 + share) for name, size in traffic.items()})
     assert find_regressions(costs(memory, **traffic), after) == []
 

@@ -33,7 +33,7 @@ def make_spec(config: RunConfig):
 
 def gradient_total(config: RunConfig, *, remat: bool = False) -> int:
     spec, batches = make_spec(config)
-    return gradient_flops(spec, config.streams, batches, remat=remat).total()
+    return count_gradient_flops(spec, config.streams, batches, remat=remat).total()
 
 
 @functools.cache
