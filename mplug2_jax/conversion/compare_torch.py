@@ -1,4 +1,4 @@
-"""Both frameworks on the same input: every tap, by JAX from our checkpoint and by PyTorch from the official tensors."""
+"""Compare JAX, running our checkpoint, with PyTorch, running the official tensors, tap by tap on the same inputs."""
 
 import dataclasses
 import warnings
@@ -13,7 +13,7 @@ import numpy as np
 from data_pipelines.tokenizers import Tokenizer
 from mplug2_jax.conversion.files.sources import HostArray, TensorSource
 from mplug2_jax.conversion.report import Comparison
-from mplug2_jax.conversion.tolerance import ACTIVATION_TOLERANCE, errors
+from mplug2_jax.conversion.tolerance import ACTIVATION_TOLERANCE, max_errors
 from mplug2_jax.errors import UserError
 from mplug2_jax.generation.config import SearchConfig
 from mplug2_jax.generation.decode import generate
@@ -23,25 +23,25 @@ from mplug2_jax.model.taps import Taps
 from mplug2_jax.objectives.forward import ForwardPass
 from mplug2_jax.training.workdir import special_tokens
 
-_CLIP_FRAMES = 3
-_LENGTH = 9  # tokens of questions and of targets
+_VIDEO_FRAMES = 3
+_LENGTH = 9  # in tokens, of questions and targets
 _SEARCH = SearchConfig(num_beams=2, min_length=1, max_length=8, extend_finished=True)
 
 Batch = Mapping[str, HostArray]
 Activations = dict[str, HostArray]  # "path: tap" -> value
 
 
-class Text(NamedTuple):
-    """The best sequence of each clip, and its score."""
+class GeneratedText(NamedTuple):
+    """The best sequence of each video clip, and its score."""
 
     ids: list[list[int]]
     scores: HostArray
 
 
-def _best(ids: Any, scores: Any, lengths: Any) -> Text:
-    """The first of each clip's sequences."""
+def _best_sequences(ids: Any, scores: Any, lengths: Any) -> GeneratedText:
+    """Return the first of each clip's sequences."""
     ids, scores, lengths = (np.asarray(x)[:, 0] for x in (ids, scores, lengths))
-    return Text([row[:length].tolist() for row, length in zip(ids, lengths, strict=True)], scores)
+    return GeneratedText([row[:length].tolist() for row, length in zip(ids, lengths, strict=True)], scores)
 
 
 def compare_frameworks(
@@ -54,64 +54,64 @@ def compare_frameworks(
     tokenizer: Tokenizer | None = None,
     settings: Path | None = None,
 ) -> list[Comparison]:
-    """Runs a random picture, clip and text through both, and compares every tap, the logits and a generated text.
+    """Run a random image, video clip and text through both, and compare every tap, the logits and a generated text.
 
     Args:
         params: our parameters, on the host.
-        config: their sizes.
-        parts: those of one of the release's models.
+        config: the model's sizes.
+        parts: the parts of one of the release's models.
         fusion_start: the first fusion layer in use.
         tensors: the official state dict.
-        tokenizer: whose ids begin and end our texts, and that makes words of them; BERT's ids where there is none.
-        settings: the ``config.json`` of an export, from which PyTorch's model takes sizes and ids.
+        tokenizer: decodes texts, and defines the ids that begin and end them (default: BERT's ids, and no decoding).
+        settings: the ``config.json`` of an export, from which PyTorch's model reads sizes and ids.
 
     Raises:
         UserError: PyTorch is not installed.
     """
     check_torch()
-    batches = dict(_batches(config))
+    batches = dict(_random_batches(config))
     tokens = special_tokens(tokenizer) if tokenizer else _bert_tokens(config.vocab_size)
     search = dataclasses.replace(_SEARCH, max_length=min(_SEARCH.max_length, config.max_positions))
     exact = dataclasses.replace(config, dtype="float32", attention="xla")
-    ours, our_text = _by_jax(params, exact, parts, batches, tokens, search)
+    ours, our_text = _run_jax(params, exact, parts, batches, tokens, search)
     sizes = dataclasses.asdict(config) | {
         "fusion_start": fusion_start, "bos_token_id": tokens.begin, "eos_token_id": tokens.end,
     }  # fmt: skip
-    theirs, their_text = _by_torch(sizes, settings, "text" in parts, tensors, batches, search)
+    theirs, their_text = _run_torch(sizes, settings, "text" in parts, tensors, batches, search)
     assert set(ours) == set(theirs), set(ours) ^ set(theirs)
-    rows = [_said(our_text, their_text, tokenizer)]
+    rows = [_compare_texts(our_text, their_text, tokenizer)]
     for name, value in ours.items():
         path, tap = name.split(": ")
-        absolute, relative = errors(value, theirs[name])
+        absolute, relative = max_errors(value, theirs[name])
         rows.append(Comparison(path, tap, value.shape, absolute, relative, relative <= ACTIVATION_TOLERANCE))
     return rows
 
 
 def _bert_tokens(vocab_size: int) -> SpecialTokens:
-    """BERT's ids, or the last ones of a vocabulary that has not so many."""
+    """Return BERT's ids, or the last ones of a smaller vocabulary."""
     return SpecialTokens(begin=min(SpecialTokens.begin, vocab_size - 2), end=min(SpecialTokens.end, vocab_size - 1))
 
 
-def _said(ours: Text, theirs: Text, tokenizer: Tokenizer | None) -> Comparison:
-    """Whether both say the same; texts of one score, which rounding chooses between, count as the same."""
-    absolute, relative = (0.0, 0.0) if ours.ids == theirs.ids else errors(ours.scores, theirs.scores)
+def _compare_texts(ours: GeneratedText, theirs: GeneratedText, tokenizer: Tokenizer | None) -> Comparison:
+    """Compare the texts; those of equal score, which rounding chooses between, count as equal."""
+    absolute, relative = (0.0, 0.0) if ours.ids == theirs.ids else max_errors(ours.scores, theirs.scores)
     first = theirs.ids[0]
-    words = tokenizer.decode(first) if tokenizer else " ".join(map(str, first))
+    decoded = tokenizer.decode(first) if tokenizer else " ".join(map(str, first))
     shape = (len(ours.ids), max(map(len, ours.ids)))
-    return Comparison("video", "generated text", shape, absolute, relative, relative <= ACTIVATION_TOLERANCE, words)
+    return Comparison("video", "generated text", shape, absolute, relative, relative <= ACTIVATION_TOLERANCE, decoded)
 
 
 def check_torch() -> None:
-    """Raises UserError if PyTorch is not installed, before any long work."""
+    """Raise UserError if PyTorch is not installed, before any long work."""
     try:
         import torch  # noqa: F401
     except ImportError as error:
         raise UserError("comparing frameworks needs PyTorch: install mplug2-jax[torch]") from error
 
 
-def _batches(config: ModelConfig) -> Iterator[tuple[str, Batch]]:
+def _random_batches(config: ModelConfig) -> Iterator[tuple[str, Batch]]:
     rng = np.random.default_rng(0)
-    for path, frames in (("image", 1), ("video", _CLIP_FRAMES)):
+    for path, frames in (("image", 1), ("video", _VIDEO_FRAMES)):
         length = min(_LENGTH, config.max_positions)
         mask = np.arange(length) < np.array([[length], [max(2, length // 2)]])
         ids = rng.integers(1, config.vocab_size, (2, 2, length), np.int32)
@@ -122,14 +122,14 @@ def _batches(config: ModelConfig) -> Iterator[tuple[str, Batch]]:
         }  # fmt: skip
 
 
-def _by_jax(
+def _run_jax(
     params: Params,
     config: ModelConfig,
     parts: tuple[str, ...],
     batches: Mapping[str, Batch],
     tokens: SpecialTokens,
     search: SearchConfig,
-) -> tuple[Activations, Text]:
+) -> tuple[Activations, GeneratedText]:
     definition = define_model(config, parts)
 
     @jax.jit
@@ -146,42 +146,42 @@ def _by_jax(
         return {**taps, "logits": logits}, memory, mask
 
     @jax.jit
-    def speak(params: Params, memory: Any, mask: Any) -> Any:
+    def decode(params: Params, memory: Any, mask: Any) -> Any:
         return generate(definition.bind(params).decoder, memory, mask, search, tokens)
 
-    found: Activations = {}
+    activations: Activations = {}
     on_device = jax.tree.map(jnp.asarray, params)
     for path, batch in batches.items():
-        tapped, memory, mask = run(on_device, jax.tree.map(jnp.asarray, dict(batch)))
-        found |= {f"{path}: {name}": np.asarray(value) for name, value in tapped.items()}
-    said = speak(on_device, memory, mask)  # of the clip, which comes last
-    return found, _best(said.ids, said.scores, said.lengths)
+        taps, memory, mask = run(on_device, jax.tree.map(jnp.asarray, dict(batch)))
+        activations |= {f"{path}: {name}": np.asarray(value) for name, value in taps.items()}
+    output = decode(on_device, memory, mask)  # of the video clip, which is the last batch
+    return activations, _best_sequences(output.ids, output.scores, output.lengths)
 
 
-def _by_torch(
+def _run_torch(
     sizes: dict[str, Any],
     settings: Path | None,
-    question: bool,
+    answers_questions: bool,
     tensors: TensorSource,
     batches: Mapping[str, Batch],
     search: SearchConfig,
-) -> tuple[Activations, Text]:
+) -> tuple[Activations, GeneratedText]:
     import torch
 
     from mplug2_jax.conversion import torch_runtime as runtime
 
-    table = tensors.info("visual_encoder.visual.positional_embedding").shape[0]
-    sizes["image_size"] = round((table - 1) ** 0.5) * sizes["patch_size"]  # it resizes by itself
-    kind = runtime.VideoQA if question else runtime.Caption
-    own = {field.name: sizes[field.name] for field in dataclasses.fields(runtime.Config)}
-    model = kind(runtime.read_config(settings) if settings else runtime.Config(**own))
-    student = [name for name in tensors.names() if not name.partition(".")[0].endswith("_m")]
-    # Half-precision files are read exactly and computed in float32, as ours are.
-    with warnings.catch_warnings():  # memory-mapped files are read-only, and nothing writes to them
+    num_positions = tensors.info("visual_encoder.visual.positional_embedding").shape[0]
+    sizes["image_size"] = round((num_positions - 1) ** 0.5) * sizes["patch_size"]  # the runtime resizes the table
+    model_class = runtime.VideoQA if answers_questions else runtime.Caption
+    fields = {field.name: sizes[field.name] for field in dataclasses.fields(runtime.Config)}
+    model = model_class(runtime.read_config(settings) if settings else runtime.Config(**fields))
+    student_names = [name for name in tensors.names() if not name.partition(".")[0].endswith("_m")]
+    # Half-precision weights are read exactly and computed in float32, as in our model.
+    with warnings.catch_warnings():  # memory-mapped arrays are read-only, and nothing writes to them
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        model.load_official({name: torch.from_numpy(_plain(tensors.read(name))) for name in student})
+        model.load_official({name: torch.from_numpy(_to_float32(tensors.read(name))) for name in student_names})
     model.eval()
-    found: Activations = {}
+    activations: Activations = {}
     search_config = runtime.SearchConfig(
         num_beams=search.num_beams, min_length=search.min_length, max_length=search.max_length,
         extend_finished=search.extend_finished,
@@ -192,15 +192,15 @@ def _by_torch(
         target = torch.from_numpy(batch["target"]).long()
         with torch.no_grad():
             if isinstance(model, runtime.VideoQA):
-                asked = torch.from_numpy(batch["instruction"]).long(), torch.from_numpy(batch["instruction_mask"])
-                logits = model.answer_logits(frames, *asked, target, taps=taps)
-                said = model.generate(frames, *asked, search_config)
+                question = torch.from_numpy(batch["instruction"]).long(), torch.from_numpy(batch["instruction_mask"])
+                logits = model.answer_logits(frames, *question, target, taps=taps)
+                output = model.generate(frames, *question, search_config)
             else:
                 logits = model.text_decoder(target, target != 0, model.visual_tokens(frames, taps), taps=taps)
-                said = model.generate(frames, search_config)
-        found |= {f"{path}: {name}": value.numpy() for name, value in {**taps, "logits": logits}.items()}
-    return found, _best(said.ids, said.scores, said.lengths)
+                output = model.generate(frames, search_config)
+        activations |= {f"{path}: {name}": value.numpy() for name, value in {**taps, "logits": logits}.items()}
+    return activations, _best_sequences(output.ids, output.scores, output.lengths)
 
 
-def _plain(value: HostArray) -> HostArray:
+def _to_float32(value: HostArray) -> HostArray:
     return value if value.dtype.kind in "iub" else np.asarray(value, np.float32)

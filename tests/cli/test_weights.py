@@ -150,7 +150,7 @@ def test_what_exists_is_never_replaced_without_being_asked(
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.txt").write_text("years of work")
-    said = f"{mine} exists; choose another place, or replace it with --overwrite"
+    said = f"{mine} exists; choose another path, or replace it with --overwrite"
     assert refused("import", source, "--to", mine) == said
     assert refused("export", imported, "--to", mine) == said
     (tmp_path / "x.pth").write_text("precious")
@@ -262,10 +262,10 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_written(
     source: Path, imported: Path, tmp_path: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
-    assert re.fullmatch(r"no space: this needs 0\.0 GB, and the disk of .* has 0\.0 GB free", refused(
+    assert re.fullmatch(r"the disk of .* has 0\.0 GB free, but 0\.0 GB are needed; free some space", refused(
         "import", source, "--to", tmp_path / "ours"
     ))  # fmt: skip
-    assert refused("export", imported, "--to", tmp_path / "hub").startswith("no space: ")
+    assert refused("export", imported, "--to", tmp_path / "hub").endswith("free some space")
     assert not list(tmp_path.iterdir())
 
 
@@ -283,7 +283,7 @@ def test_a_disk_that_fills_up_leaves_nothing_half_written(
     original = os.pwrite
     monkeypatch.setattr(os, "pwrite", full)
     said = refused("export", imported, "--to", tmp_path / "out" / "x.safetensors")
-    assert said == f"the disk of {tmp_path / 'out'} is full: nothing was written; free some"
+    assert said == f"the disk of {tmp_path / 'out'} is full, nothing was written; free some space"
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 

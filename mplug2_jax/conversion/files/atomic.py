@@ -1,4 +1,4 @@
-"""Outputs that appear whole or not at all: made beside their place under another name, then moved there."""
+"""Atomic outputs: written under a temporary name in the same folder, then renamed."""
 
 import errno
 import shutil
@@ -11,27 +11,28 @@ from mplug2_jax.errors import UserError
 
 
 def check_not_existing(path: Path, *, overwrite: bool) -> None:
-    """Raises UserError if something is there and may not be replaced."""
+    """Raise UserError if something exists and may not be replaced."""
     if path.exists() and not overwrite:
-        raise UserError(f"{path} exists; choose another place, or replace it with --overwrite")
+        raise UserError(f"{path} exists; choose another path, or replace it with --overwrite")
 
 
 def check_disk_space(folder: Path, needed: int) -> None:
-    """Raises UserError if the disk of a folder (or of its nearest parent that is there) has less room than needed."""
+    """Raise UserError if the disk of a folder, or of its nearest existing parent, has less free space than needed."""
     existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise UserError(
-            f"no space: this needs {needed / 1e9:.1f} GB, and the disk of {existing} has {free / 1e9:.1f} GB free"
+            f"the disk of {existing} has {free / 1e9:.1f} GB free, but {needed / 1e9:.1f} GB are needed; free some "
+            "space"
         )
 
 
 @contextmanager
 def atomic_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
-    """A new folder for what will stand at ``path``: moved there when all went well, else removed.
+    """Yield a new folder that is renamed to ``path`` on success, and removed on failure.
 
     Raises:
-        UserError: something is at ``path`` already, or the disk is full.
+        UserError: ``path`` exists, or the disk is full.
     """
     check_not_existing(path, overwrite=overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -41,8 +42,8 @@ def atomic_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
         partial.chmod(0o755)
         _replace(partial, path)
     except Exception as error:
-        if _is_full(error):
-            raise UserError(f"the disk of {path.parent} is full: nothing was written; free some") from error
+        if _is_disk_full(error):
+            raise UserError(f"the disk of {path.parent} is full, nothing was written; free some space") from error
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -50,20 +51,20 @@ def atomic_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
 
 @contextmanager
 def atomic_files(folder: Path, *, overwrite: bool) -> Iterator[Path]:
-    """A new folder for files that will stand in ``folder`` among others. Raises as :func:`staged`."""
+    """Yield a new folder whose files are moved to ``folder`` on success. Raises as :func:`atomic_folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_folder(folder / f".{folder.name or 'files'}.new", overwrite=True) as partial:
         yield partial
-        made = sorted(partial.iterdir())
-        for file in made:
+        files = sorted(partial.iterdir())
+        for file in files:
             check_not_existing(folder / file.name, overwrite=overwrite)
-        for file in made:
+        for file in files:
             file.replace(folder / file.name)
     (folder / f".{folder.name or 'files'}.new").rmdir()
 
 
 def _replace(partial: Path, path: Path) -> None:
-    """Moves a folder to its place; what was there before is only removed once the new one stands."""
+    """Rename a folder to ``path``; remove what was there only afterwards."""
     if not path.exists():
         partial.rename(path)
         return
@@ -73,7 +74,7 @@ def _replace(partial: Path, path: Path) -> None:
     shutil.rmtree(old)
 
 
-def _is_full(error: BaseException | None) -> bool:
+def _is_disk_full(error: BaseException | None) -> bool:
     while error is not None:
         if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error):
             return True

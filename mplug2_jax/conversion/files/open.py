@@ -14,24 +14,24 @@ _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 
 
 def open_source(path: Path) -> TensorSource:
-    """Opens a file of weights, told by its content, or the weights of a folder.
+    """Open a file of weights, in the format that its first bytes show, or the weights of a folder.
 
     Raises:
-        UserError: nothing there, or nothing that is known.
+        UserError: there are no weights, or their format is unknown.
     """
     if path.is_dir():
-        found = [path / name for name in WEIGHT_FILES if (path / name).is_file()]
-        found = found or sorted(file for file in path.iterdir() if file.suffix in _SUFFIXES and file.is_file())
-        if not found:
+        files = [path / name for name in WEIGHT_FILES if (path / name).is_file()]
+        files = files or sorted(file for file in path.iterdir() if file.suffix in _SUFFIXES and file.is_file())
+        if not files:
             raise UserError(f"{path} holds no weights; expected one of {', '.join(WEIGHT_FILES)}")
-        if len(found) > 1 and found[0].name not in WEIGHT_FILES:
-            names = ", ".join(file.name for file in found[:4]) + ", ..." * (len(found) > 4)
-            raise UserError(f"{path} holds {len(found)} files of weights ({names}); name the one that is meant")
-        path = found[0]
+        if len(files) > 1 and files[0].name not in WEIGHT_FILES:
+            names = ", ".join(file.name for file in files[:4]) + ", ..." * (len(files) > 4)
+            raise UserError(f"{path} holds {len(files)} files of weights ({names}); give the path of one of them")
+        path = files[0]
     if path.name.endswith(".index.json"):
         return ShardedSource(path, open_source)
-    head = FileReader(path)
-    start = head.bytes_at(0, min(16, head.size)).tobytes()
+    reader = FileReader(path)
+    start = reader.read_bytes(0, min(16, reader.size)).tobytes()
     if start[8:9] == b"{":
         return SafetensorsSource(path)
     if start[:4] == b"PK\x03\x04" or start[:1] == b"\x80":

@@ -1,4 +1,4 @@
-"""Safetensors files written a tensor at a time, in any order: their header says beforehand where each one goes."""
+"""Write safetensors files a tensor at a time, in any order: the header fixes all offsets in advance."""
 
 import json
 import os
@@ -14,9 +14,9 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class SafetensorsWriter:
-    """A file of known shapes, laid out in the order given. Every tensor must be written before ``close``.
+    """A file of known shapes, in the given order. Every tensor must be written before ``close``.
 
-    The library's own writer wants all tensors in memory at once.
+    The library's writer needs all tensors in memory at once.
     """
 
     def __init__(
@@ -26,8 +26,8 @@ class SafetensorsWriter:
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         position = 0
         for name, info in tensors.items():
-            ends = [position, position + info.nbytes]
-            header[name] = {"dtype": _NAMES[info.dtype], "shape": list(info.shape), "data_offsets": ends}
+            span = [position, position + info.nbytes]
+            header[name] = {"dtype": _NAMES[info.dtype], "shape": list(info.shape), "data_offsets": span}
             self._offsets[name] = position
             position += info.nbytes
         text = json.dumps(header).encode()
@@ -39,14 +39,14 @@ class SafetensorsWriter:
         self._unwritten = set(tensors)
 
     def write(self, name: str, value: HostArray) -> None:
-        """Writes the bytes of one tensor. Safe to call from several threads."""
+        """Write the bytes of one tensor. Thread-safe."""
         data, position = np.ascontiguousarray(value).reshape(-1).view(np.uint8).data, self._begin + self._offsets[name]
         while data.nbytes:
-            done = os.pwrite(self._file.fileno(), data, position)
-            data, position = data[done:], position + done
+            written = os.pwrite(self._file.fileno(), data, position)
+            data, position = data[written:], position + written
         self._unwritten.discard(name)
 
     def close(self) -> None:
-        """Closes the file."""
+        """Close the file."""
         self._file.close()
         assert not self._unwritten, f"never written: {sorted(self._unwritten)[:4]}"

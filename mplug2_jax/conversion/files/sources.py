@@ -1,4 +1,4 @@
-"""Files of named tensors, read one at a time and never executed: safetensors, sharded folders, PyTorch archives."""
+"""Sources of named tensors that are read one at a time: in memory, safetensors, and several files with an index."""
 
 import json
 import math
@@ -22,18 +22,18 @@ DTYPES: Mapping[str, np.dtype[Any]] = {
     "BF16": np.dtype(ml_dtypes.bfloat16), "I64": np.dtype(np.int64), "I32": np.dtype(np.int32),
     "I16": np.dtype(np.int16), "I8": np.dtype(np.int8), "U8": np.dtype(np.uint8), "BOOL": np.dtype(np.bool_),
 }  # fmt: skip
-"""The format's names of element types."""
+"""Dtypes by their names in the format."""
 
 
 class TensorInfo(NamedTuple):
-    """Shape and element type of a stored tensor."""
+    """Shape and dtype of a stored tensor."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its elements."""
+        """Return the bytes of its elements."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
@@ -42,39 +42,38 @@ class TensorSource(Protocol):
     """Named tensors that are read one at a time."""
 
     def names(self) -> list[str]:
-        """All names, in the file's order."""
+        """Return all names, in the file's order."""
 
     def info(self, name: str) -> TensorInfo:
-        """Shape and type of one tensor, without reading it."""
+        """Return shape and dtype of one tensor, without reading it."""
 
     def read(self, name: str) -> HostArray:
-        """One tensor, as it is stored."""
+        """Read one tensor as it is stored."""
 
 
 class MemorySource:
-    """Arrays that are in memory already."""
+    """Arrays in memory."""
 
     def __init__(self, tensors: Mapping[str, HostArray]) -> None:
         self.tensors = dict(tensors)
 
     def names(self) -> list[str]:
-        """All names."""
+        """Return all names."""
         return list(self.tensors)
 
     def info(self, name: str) -> TensorInfo:
-        """Shape and type."""
+        """Return shape and dtype."""
         return TensorInfo(self.tensors[name].shape, self.tensors[name].dtype)
 
     def read(self, name: str) -> HostArray:
-        """One tensor."""
+        """Read one tensor."""
         return self.tensors[name]
 
 
 class FileReader:
-    """Reads parts of a file into fresh arrays.
+    """Reads parts of a file into new arrays.
 
-    Not mapped into memory: the pages of a mapped file count as the process's own while it is read, and a conversion's
-    memory is to stay bounded and measurable.
+    Does not map the file: its pages would count as the process's memory, which must stay bounded and measurable.
     """
 
     def __init__(self, path: Path) -> None:
@@ -84,29 +83,29 @@ class FileReader:
         self._file = path.open("rb", buffering=0)
         self.size = os.fstat(self._file.fileno()).st_size
 
-    def bytes_at(self, offset: int, count: int) -> HostArray:
-        """``count`` bytes from ``offset`` on, as uint8. Safe to call from several threads.
+    def read_bytes(self, offset: int, count: int) -> HostArray:
+        """Return ``count`` bytes from ``offset`` on, as uint8. Thread-safe.
 
         Raises:
-            UserError: the file ends before.
+            UserError: the file is shorter.
         """
         out = np.empty(count, np.uint8)
         view, done = out.data, 0
         while done < count:
-            got = os.preadv(self._file.fileno(), [view[done:]], offset + done)
-            if not got:
+            count_read = os.preadv(self._file.fileno(), [view[done:]], offset + done)
+            if not count_read:
                 raise UserError(f"{self.path} is truncated: it ends at byte {offset + done:,}; copy it again")
-            done += got
+            done += count_read
         return out
 
 
 class SafetensorsSource:
     """A safetensors file.
 
-    The library's own reader maps the file, and has no bfloat16 for numpy; the format is a JSON header and raw bytes.
+    The library's reader maps the file, and has no bfloat16 for numpy; the format is a JSON header and raw bytes.
 
     Raises:
-        UserError: the file is missing, truncated, or no safetensors file.
+        UserError: the file is missing, truncated, or not safetensors.
     """
 
     def __init__(self, path: Path) -> None:
@@ -123,14 +122,14 @@ class SafetensorsSource:
         size = self._reader.size
         if size < 8:
             raise ValueError(f"it has {size} bytes")
-        (length,) = struct.unpack("<Q", self._reader.bytes_at(0, 8).tobytes())
+        (length,) = struct.unpack("<Q", self._reader.read_bytes(0, 8).tobytes())
         if length > min(_MAX_HEADER, size - 8):
             raise ValueError(f"its header claims {length:,} bytes, the file has {size:,}")
-        header = json.loads(self._reader.bytes_at(8, length).tobytes())
+        header = json.loads(self._reader.read_bytes(8, length).tobytes())
         self.metadata = dict(header.pop("__metadata__", {}))
         for name, entry in header.items():
             if entry["dtype"] not in DTYPES:
-                raise ValueError(f"{name} has element type {entry['dtype']}, known are {', '.join(DTYPES)}")
+                raise ValueError(f"{name} has dtype {entry['dtype']}, expected one of {', '.join(DTYPES)}")
             info = TensorInfo(tuple(entry["shape"]), DTYPES[entry["dtype"]])
             begin, end = entry["data_offsets"]
             if begin < 0 or any(n < 0 for n in info.shape) or end - begin != info.nbytes:
@@ -141,69 +140,69 @@ class SafetensorsSource:
         self._tensors = dict(sorted(self._tensors.items(), key=lambda item: item[1][1]))
 
     def names(self) -> list[str]:
-        """All names, in the order of their bytes."""
+        """Return all names, in the order of their bytes."""
         return list(self._tensors)
 
     def info(self, name: str) -> TensorInfo:
-        """Shape and type of one tensor, without reading it."""
+        """Return shape and dtype of one tensor, without reading it."""
         return self._tensors[name][0]
 
     def read(self, name: str) -> HostArray:
-        """One tensor."""
+        """Read one tensor."""
         info, offset = self._tensors[name]
-        return self._reader.bytes_at(offset, info.nbytes).view(info.dtype).reshape(info.shape)
+        return self._reader.read_bytes(offset, info.nbytes).view(info.dtype).reshape(info.shape)
 
 
 class ShardedSource:
-    """Several files with an index that says which tensor is in which, by Hugging Face's convention.
+    """Several files, and an index of which tensor is in which, by Hugging Face's convention.
 
     Raises:
-        UserError: an index that is damaged, or names files that are missing, elsewhere, or lack what it promises.
+        UserError: the index is damaged, or names files that are missing, in another folder, or lack a tensor.
     """
 
     def __init__(self, index: Path, open_file: Callable[[Path], TensorSource]) -> None:
         try:
-            where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            files = sorted(set(where.values()))
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            files = sorted(set(weight_map.values()))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{index} is no index of weight files: {error!r}") from error
+            raise UserError(f"{index} is not an index of weight files ({error!r}); copy it again") from error
         for file in files:
             if not isinstance(file, str) or Path(file).name != file:
-                raise UserError(f"{index} names {file!r}; expected files beside it")
+                raise UserError(f"{index} names {file!r}; expected files in its own folder")
         self._shards = {file: open_file(index.parent / file) for file in files}
-        self._where: dict[str, str] = where
-        held = {file: set(shard.names()) for file, shard in self._shards.items()}
-        for name, file in where.items():
-            if name not in held[file]:
+        self._files: dict[str, str] = weight_map  # by tensor
+        names = {file: set(shard.names()) for file, shard in self._shards.items()}
+        for name, file in weight_map.items():
+            if name not in names[file]:
                 raise UserError(f"{index} says that {name} is in {file}, which lacks it; copy the files again")
 
     def names(self) -> list[str]:
-        """All names, file by file."""
-        return [name for file, shard in self._shards.items() for name in shard.names() if self._where.get(name) == file]
+        """Return all names, file by file."""
+        return [name for file, shard in self._shards.items() for name in shard.names() if self._files.get(name) == file]
 
     def info(self, name: str) -> TensorInfo:
-        """Shape and type of one tensor, without reading it."""
-        return self._shards[self._where[name]].info(name)
+        """Return shape and dtype of one tensor, without reading it."""
+        return self._shards[self._files[name]].info(name)
 
     def read(self, name: str) -> HostArray:
-        """One tensor."""
-        return self._shards[self._where[name]].read(name)
+        """Read one tensor."""
+        return self._shards[self._files[name]].read(name)
 
 
 class RenamedSource:
-    """A source under other names: ``names[new] = old``. What is not listed is hidden."""
+    """A source under other names, ``names[new] = old``; tensors that are not listed are hidden."""
 
     def __init__(self, source: TensorSource, names: Mapping[str, str]) -> None:
-        self.source, self.stored = source, dict(names)
+        self._source, self._stored_names = source, dict(names)
 
     def names(self) -> list[str]:
-        """The new names."""
-        return list(self.stored)
+        """Return the new names."""
+        return list(self._stored_names)
 
     def info(self, name: str) -> TensorInfo:
-        """Shape and type of one tensor, without reading it."""
-        return self.source.info(self.stored[name])
+        """Return shape and dtype of one tensor, without reading it."""
+        return self._source.info(self._stored_names[name])
 
     def read(self, name: str) -> HostArray:
-        """One tensor."""
-        return self.source.read(self.stored[name])
+        """Read one tensor."""
+        return self._source.read(self._stored_names[name])

@@ -1,1 +1,1 @@
-"""Golden numbers of the official release beside our own and the PyTorch runtime's, array by array."""
+"""Compare golden numbers of the official release with our model's and the PyTorch runtime's, array by array."""

@@ -1,4 +1,4 @@
-"""Golden folders: sizes, inputs, official weights and the numbers that the release computed with them."""
+"""Load golden folders: sizes, inputs, official weights, and the numbers that the release computed with them."""
 
 import dataclasses
 import functools
@@ -37,28 +37,25 @@ class Golden:
     inputs: Arrays
     outputs: Arrays
     stats: Mapping[str, Any]
-    account: str
+    load_summary: str
 
     @functools.cached_property
     def mappings(self) -> list[TensorMapping]:
-        """Where every official tensor in use stands in our tree."""
+        """Map every official tensor in use to our parameter tree."""
         return map_tensors(self.definition.config, self.definition.parts, self.fusion_start)
 
     def fusion_with_stride(self, stride: int) -> tuple[ModelDef, Params]:
-        """The fusion module rebuilt with another stride from the same weights, as a model of its own.
-
-        The text part comes along only because a model without its foundations is refused.
-        """
+        """Return the model rebuilt with another fusion stride, from the same weights."""
         config = dataclasses.replace(self.definition.config, fusion_stride=stride)
         definition = define_model(config, self.definition.parts)
         return definition, load_official(self.source, definition, self.fusion_start)[0]
 
 
 def read_json(path: Path) -> Any:
-    """A JSON file.
+    """Read a JSON file.
 
     Raises:
-        UserError: the file is missing or no JSON.
+        UserError: the file is missing or not JSON.
     """
     try:
         return json.loads(path.read_text())
@@ -69,7 +66,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_npz(path: Path) -> Arrays:
-    """All arrays of an npz file; pickled objects are refused.
+    """Read all arrays of an npz file; rejects pickled objects.
 
     Raises:
         UserError: the file is missing, truncated, or holds pickles.
@@ -84,24 +81,24 @@ def read_npz(path: Path) -> Arrays:
 
 
 def load_goldens(folder: Path) -> list[Golden]:
-    """Every model that a golden folder holds.
+    """Load every model in a golden folder.
 
     Raises:
-        UserError: no golden folder, or one whose files are missing or damaged.
+        UserError: the folder or a file in it is missing, or damaged.
     """
     if not folder.is_dir():
         raise UserError(f"golden folder {folder} does not exist")
     settings = read_json(folder / "config.json")
-    found = [
+    goldens = [
         _load(folder, settings, model, parts)
         for model, parts in (("caption", CAPTION_PARTS), ("videoqa", QUESTION_PARTS))
         if (folder / f"{model}_weights.safetensors").exists() or (folder / f"{model}_outputs.npz").exists()
     ]
     if (folder / "weights.safetensors").exists():
-        found.append(_load(folder, settings, "retrieval", MATCHING_PARTS))
-    if not found:
+        goldens.append(_load(folder, settings, "retrieval", MATCHING_PARTS))
+    if not goldens:
         raise UserError(f"{folder} holds no model: expected caption_, videoqa_ or plain weights.safetensors")
-    return found
+    return goldens
 
 
 def _load(folder: Path, settings: Mapping[str, Any], model: str, parts: tuple[str, ...]) -> Golden:
@@ -110,11 +107,11 @@ def _load(folder: Path, settings: Mapping[str, Any], model: str, parts: tuple[st
     config, fusion_start = sizes_from_settings(settings, source)
     config = dataclasses.replace(config, dtype="float32")
     definition = define_model(config, parts)
-    params, account = load_official(source, definition, fusion_start)
+    params, report = load_official(source, definition, fusion_start)
     teacher = None
     if retrieval:
-        taught = define_model(config, ("vision", "text", "contrastive"))
-        teacher = load_official(source, taught, fusion_start, teacher=True)[0]
+        teacher_definition = define_model(config, ("vision", "text", "contrastive"))
+        teacher = load_official(source, teacher_definition, fusion_start, teacher=True)[0]
         outputs = read_npz(folder / "data.npz")
         inputs, stats = outputs, {"grads": read_json(folder / "grads.json")}
     else:
@@ -124,5 +121,5 @@ def _load(folder: Path, settings: Mapping[str, Any], model: str, parts: tuple[st
         stats = read_json(folder / f"{model}_stats.json")
     params, teacher = jax.tree.map(jnp.asarray, (params, teacher))
     return Golden(
-        model, definition, params, teacher, source, fusion_start, settings, inputs, outputs, stats, str(account)
+        model, definition, params, teacher, source, fusion_start, settings, inputs, outputs, stats, str(report)
     )

@@ -1,6 +1,6 @@
-"""Parity: every number of a golden folder, computed by our model from the release's weights, beside the release's own.
+"""Parity: compute every number of a golden folder from the release's weights, and compare it with the release's.
 
-``comparison`` holds the rows; here are our model's numbers, ``parity_torch`` has those of the PyTorch runtime.
+This module computes our model's numbers, ``torch_runner`` the PyTorch runtime's; ``comparison`` compares them.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +15,7 @@ import optax
 from mplug2_jax.conversion.files.sources import HostArray
 from mplug2_jax.conversion.layouts.official import to_official
 from mplug2_jax.conversion.parity.comparison import (
-    Named,
+    NamedArrays,
     Row,
     Runner,
     beam_arrays,
@@ -26,13 +26,13 @@ from mplug2_jax.conversion.parity.comparison import (
     find_numbers,
     fusion_arrays,
     gradient_rows,
-    teachers,
     text_arrays,
     visual_arrays,
     weights_row,
+    with_teacher_names,
 )  # fmt: skip
 from mplug2_jax.conversion.parity.goldens import Golden, load_goldens
-from mplug2_jax.conversion.parity.retrieval import RETRIEVAL_INPUTS, retrieval_run
+from mplug2_jax.conversion.parity.retrieval import RETRIEVAL_INPUTS, compute_retrieval
 from mplug2_jax.errors import UserError
 from mplug2_jax.generation.config import SearchConfig
 from mplug2_jax.generation.decode import generate
@@ -58,21 +58,21 @@ RETRIEVAL_NOTE = "the PyTorch runtime has no retrieval model, so these rows are 
 
 
 def run_parity(folder: Path, framework: Framework = "jax") -> Iterator[Row]:
-    """Compares every array that a golden folder lists; rows come as they are computed.
+    """Compare every array in a golden folder; yields rows as they are computed.
 
     Raises:
         UserError: the folder is missing, incomplete or damaged, its weights do not fit its sizes, or the framework is
             not installed.
     """
-    compute = JaxRunner if framework == "jax" else _torch_computation()
+    make_runner = JaxRunner if framework == "jax" else _import_torch_runner()
     for golden in load_goldens(folder):
         if golden.model == "retrieval":
             yield from _retrieval_rows(golden, "" if framework == "jax" else RETRIEVAL_NOTE)
         else:
-            yield from compare_all(golden, compute(golden))
+            yield from compare_all(golden, make_runner(golden))
 
 
-def _torch_computation() -> Callable[[Golden], Runner]:
+def _import_torch_runner() -> Callable[[Golden], Runner]:
     try:
         from mplug2_jax.conversion.parity.torch_runner import TorchRunner
     except ModuleNotFoundError as error:
@@ -83,13 +83,13 @@ def _torch_computation() -> Callable[[Golden], Runner]:
 
 
 def _retrieval_rows(golden: Golden, note: str) -> Iterator[Row]:
-    yield weights_row(golden, golden.account, note)
-    computed, gradient = retrieval_run(golden)
-    yield from compare_outputs(golden, iter(computed.items()), RETRIEVAL_INPUTS)
-    yield from gradient_rows(golden, "grads", _official(golden, gradient))
+    yield weights_row(golden, golden.load_summary, note)
+    arrays, gradients = compute_retrieval(golden)
+    yield from compare_outputs(golden, iter(arrays.items()), RETRIEVAL_INPUTS)
+    yield from gradient_rows(golden, "grads", _to_to_official(golden, gradients))
 
 
-def _official(golden: Golden, tree: Params) -> dict[str, HostArray]:
+def _to_official(golden: Golden, tree: Params) -> dict[str, HostArray]:
     return dict(to_official(tree, golden.mappings, golden.source))
 
 
@@ -107,7 +107,7 @@ def _caption_batch(golden: Golden, *, masked_prompt: bool = True) -> DeviceBatch
 
 
 def _answer_rows(golden: Golden) -> HostArray:
-    """Row of each answer when every question is padded to the same number r of answers."""
+    """Return the row of each answer when every question is padded to the same number r of answers."""
     counts = golden.inputs["answer_k"]
     return np.concatenate([i * counts.max() + np.arange(k) for i, k in enumerate(counts)])
 
@@ -116,7 +116,7 @@ def _question_batch(golden: Golden) -> DeviceBatch:
     x, rows = golden.inputs, _answer_rows(golden)
     total = len(x["answer_k"]) * int(x["answer_k"].max())
 
-    def spread(values: HostArray, fill: HostArray) -> jax.Array:
+    def pad_answers(values: HostArray, fill: HostArray) -> jax.Array:
         out = np.broadcast_to(fill, (total, *values.shape[1:])).copy()
         out[rows] = values
         return jnp.asarray(out)
@@ -126,17 +126,17 @@ def _question_batch(golden: Golden) -> DeviceBatch:
         "frames": _frames(golden),
         "instruction": jnp.asarray(x["question_ids"], jnp.int32),
         "instruction_mask": jnp.asarray(x["question_mask"].astype(bool)),
-        "target": spread(ids, ids[0]),  # a padding answer repeats a real one and weighs nothing
-        "target_weights": spread(x["answer_mask"].astype(np.float32), np.zeros((), np.float32)),
-        "answer_weights": spread(x["answer_weights"].astype(np.float32), np.zeros((), np.float32)),
+        "target": pad_answers(ids, ids[0]),  # padding repeats a real answer with weight 0
+        "target_weights": pad_answers(x["answer_mask"].astype(np.float32), np.zeros((), np.float32)),
+        "answer_weights": pad_answers(x["answer_weights"].astype(np.float32), np.zeros((), np.float32)),
     }
 
 
 # --- arrays -----------------------------------------------------------------------------------------------------------
 
 
-def _searches(golden: Golden, memory: jax.Array, mask: jax.Array) -> Named:
-    """Beam searches of every width that the outputs list."""
+def _searches(golden: Golden, memory: jax.Array, mask: jax.Array) -> NamedArrays:
+    """Run beam searches with every width in the outputs."""
     settings = golden.settings
     limits = settings[f"{golden.model}_generation"]
     tokens = SpecialTokens(begin=settings["bos"], end=settings["eos"])
@@ -147,12 +147,12 @@ def _searches(golden: Golden, memory: jax.Array, mask: jax.Array) -> Named:
         def search(params: Params, memory: jax.Array, mask: jax.Array, config: SearchConfig = config) -> Any:
             return generate(golden.definition.bind(params).decoder, memory, mask, config, tokens)
 
-        found = jax.tree.map(np.asarray, search(golden.params, memory, mask))
-        yield from beam_arrays(golden, width, found.ids, found.lengths, found.scores)
+        output = jax.tree.map(np.asarray, search(golden.params, memory, mask))
+        yield from beam_arrays(golden, width, output.ids, output.lengths, output.scores)
 
 
-def caption_arrays(golden: Golden) -> Named:
-    """Everything the caption model's outputs list."""
+def caption_arrays(golden: Golden) -> NamedArrays:
+    """Compute every array in the caption model's outputs."""
     batch, unmasked = _caption_batch(golden), _caption_batch(golden, masked_prompt=False)
 
     @jax.jit
@@ -176,8 +176,8 @@ def caption_arrays(golden: Golden) -> Named:
     yield from _searches(golden, visual, jnp.ones(visual.shape[:2], bool))
 
 
-def videoqa_arrays(golden: Golden) -> Named:
-    """Everything the question-answering model's outputs list."""
+def videoqa_arrays(golden: Golden) -> NamedArrays:
+    """Compute every array in the question-answering model's outputs."""
     batch, rows = _question_batch(golden), _answer_rows(golden)
     ids, mask = batch["instruction"], batch["instruction_mask"]
 
@@ -223,7 +223,7 @@ def videoqa_arrays(golden: Golden) -> Named:
 
 
 def released_distillation(golden: Golden, *, alpha: float) -> DistillationConfig:
-    """The release's form, which normalises over time and leaves the fusion teacher alone."""
+    """Return distillation as in the release, which normalizes over time and never updates the fusion teacher."""
     return DistillationConfig(
         alpha=alpha, momentum=golden.settings["momentum"], softmax_axis="time", average_fusion=False
     )
@@ -233,17 +233,17 @@ def _distilled_loss(golden: Golden, batch: DeviceBatch, alpha: float) -> Callabl
     config = released_distillation(golden, alpha=alpha)
 
     def loss(params: Params, teacher: Params) -> jax.Array:
-        taught = ForwardPass(golden.definition.bind(teacher), batch)
-        own = ForwardPass(golden.definition.bind(params), batch, teacher=taught, alpha=config.alpha)
-        return answer_loss(own, config).loss
+        teacher_pass = ForwardPass(golden.definition.bind(teacher), batch)
+        student = ForwardPass(golden.definition.bind(params), batch, teacher=teacher_pass, alpha=config.alpha)
+        return answer_loss(student, config).loss
 
     return loss
 
 
-def _distillation_arrays(golden: Golden, batch: DeviceBatch, rows: HostArray) -> Named:
+def _distillation_arrays(golden: Golden, batch: DeviceBatch, rows: HostArray) -> NamedArrays:
     alpha = golden.settings["alpha"]
     config, teacher = released_distillation(golden, alpha=alpha), _updated_teacher(golden)
-    # The release asks for alpha but drops it on the way to the decoder: its distillation is alpha = 0.
+    # The release has an alpha but drops it on the way to the decoder: its distillation has alpha = 0.
     yield "vqa_loss_release_distill", np.asarray(jax.jit(_distilled_loss(golden, batch, 0.0))(golden.params, teacher))
     yield (
         f"vqa_loss_distill_alpha{alpha}",
@@ -272,42 +272,42 @@ def _distillation_arrays(golden: Golden, batch: DeviceBatch, rows: HostArray) ->
 
 
 class JaxRunner:
-    """Our model's numbers."""
+    """Computes our model's numbers."""
 
     def __init__(self, golden: Golden) -> None:
         self.golden = golden
         caption = golden.model == "caption"
         self._batch = _caption_batch(golden) if caption else _question_batch(golden)
         objective = caption_loss if caption else answer_loss
-        # One program for all that is asked of the loss: compiling it takes longer than everything else here.
+        # One program for loss and gradients: compiling it takes longer than everything else here.
         self._loss_and_gradients = jax.jit(
             jax.value_and_grad(lambda p: objective(ForwardPass(golden.definition.bind(p), self._batch)).loss)
         )
 
-    def account(self) -> str:
-        """What became of the checkpoint's tensors."""
-        return self.golden.account
+    def load_summary(self) -> str:
+        """Return how many of the checkpoint's tensors were loaded."""
+        return self.golden.load_summary
 
-    def arrays(self) -> Named:
-        """Everything that the golden's outputs list."""
+    def arrays(self) -> NamedArrays:
+        """Compute every array in the golden's outputs."""
         return caption_arrays(self.golden) if self.golden.model == "caption" else videoqa_arrays(self.golden)
 
     def gradients(self, alpha: float | None = None) -> Mapping[str, HostArray]:
-        """Gradients of the loss; with ``alpha``, of the distilled one, after one update of the teacher."""
+        """Compute gradients of the loss; with ``alpha``, of the distillation loss, after one update of the teacher."""
         golden = self.golden
         if alpha is None:
-            return _official(golden, self._loss_and_gradients(golden.params)[1])
+            return _to_official(golden, self._loss_and_gradients(golden.params)[1])
         distilled = jax.jit(jax.grad(_distilled_loss(golden, self._batch, alpha)))
-        return _official(golden, distilled(golden.params, _updated_teacher(golden)))
+        return _to_official(golden, distilled(golden.params, _updated_teacher(golden)))
 
     def updated_teacher(self) -> Mapping[str, HostArray]:
-        """The teacher after one update, under the teacher's names."""
+        """Return the teacher after one update, under the teacher's names."""
         return teachers(_official(self.golden, _updated_teacher(self.golden)))
 
-    def trained(self) -> tuple[list[float], Mapping[str, HostArray]]:
-        """Losses before every AdamW step and after the last, and all parameters then, the teacher's too.
+    def train(self) -> tuple[list[float], Mapping[str, HostArray]]:
+        """Return the losses before every AdamW step and after the last, and the final parameters, the teacher's too.
 
-        The optimiser has the release's groups; the teacher, where there is one, moves before every loss.
+        The optimizer has the release's parameter groups; the teacher, if there is one, is updated before every loss.
         """
         golden, train = self.golden, self.golden.settings["train"]
         config = AdamWConfig(
@@ -331,8 +331,8 @@ class JaxRunner:
             losses.append(float(value))
             if i < train["steps"]:
                 params, state = step(params, state, gradients)
-        after = _official(golden, params)
-        return losses, after if teacher is None else after | teachers(_official(golden, teacher))
+        trained = _to_official(golden, params)
+        return losses, trained if teacher is None else trained | with_teacher_names(_to_official(golden, teacher))
 
 
 def _updated_teacher(golden: Golden) -> Params:

@@ -1,4 +1,4 @@
-"""The arrays of a retrieval golden: mPLUG v1's contrast with teacher and queue, and its matching."""
+"""Compute the arrays of a retrieval golden: mPLUG v1's contrastive loss with teacher and queue, and matching."""
 
 from typing import Any
 
@@ -20,8 +20,8 @@ RETRIEVAL_INPUTS = ("image", "text_ids", "text_mask", "idx", "alpha")
 TEACHER_PARTS = ("vision", "text", "contrastive")
 
 
-def retrieval_run(golden: Golden) -> tuple[dict[str, HostArray], Params]:
-    """Every array that the golden's data file lists beside its inputs, and the gradient of the whole loss."""
+def compute_retrieval(golden: Golden) -> tuple[dict[str, HostArray], Params]:
+    """Compute every array of the golden's data file but its inputs, and the gradients of the total loss."""
     x = golden.inputs
     assert golden.teacher is not None
     batch = {
@@ -36,35 +36,31 @@ def retrieval_run(golden: Golden) -> tuple[dict[str, HostArray], Params]:
         jnp.asarray(golden.source.read("idx_queue").reshape(-1), jnp.int32),
         jnp.asarray(golden.source.read("queue_ptr").reshape(()), jnp.int32),
     )
-    student_part = {part: golden.params[part] for part in golden.teacher}
-    teacher = ema_update(golden.teacher, student_part, golden.settings["momentum"])
-    teaching = define_model(golden.definition.config, TEACHER_PARTS)
+    student_params = {part: golden.params[part] for part in golden.teacher}
+    teacher_params = ema_update(golden.teacher, student_params, golden.settings["momentum"])
+    teacher_definition = define_model(golden.definition.config, TEACHER_PARTS)
 
     def loss(params: Params) -> Any:
-        taught = ForwardPass(teaching.bind(teacher), batch)
-        own = ForwardPass(golden.definition.bind(params), batch, teacher=taught, alpha=float(x["alpha"]), queue=queue)
-        contrast = vlc_loss(own, VlcConfig(min_temperature=0.0))
-        matching = vlm_loss(own, VlmConfig(group_size=0)).loss
-        temperature = own.model.contrastive.temperature[...]
-        ids, counts = batch["example_id"], own.example_weights
-        negatives = hard_negatives(own.features, taught.features, ids, counts, temperature, len(ids), None)
-        aside = (
-            own.features,
-            taught.features,
-            contrast.loss,
-            matching,
-            negatives[0][0],
-            negatives[1][0],
-            contrast.queue,
+        teacher = ForwardPass(teacher_definition.bind(teacher_params), batch)
+        student = ForwardPass(
+            golden.definition.bind(params), batch, teacher=teacher, alpha=float(x["alpha"]), queue=queue
         )
-        return contrast.loss + matching, aside
+        contrast = vlc_loss(student, VlcConfig(min_temperature=0.0))
+        matching = vlm_loss(student, VlmConfig(group_size=0)).loss
+        temperature = student.model.contrastive.temperature[...]
+        ids, weights = batch["example_id"], student.example_weights
+        negatives = hard_negatives(student.features, teacher.features, ids, weights, temperature, len(ids), None)
+        losses = contrast.loss, matching
+        return contrast.loss + matching, (student.features, teacher.features, losses, negatives, contrast.queue)
 
     run = jax.jit(jax.value_and_grad(loss, has_aux=True))
-    (_, (own, theirs, contrast, matching, picture, text, after)), gradient = run(golden.params)
+    (_, (features, teacher_features, losses, negatives, queue_after)), gradients = run(golden.params)
     arrays = {
-        "image_feat": own[0], "text_feat": own[1], "image_feat_m": theirs[0], "text_feat_m": theirs[1],
-        "loss_itc": contrast, "loss_itm": matching, "neg_image_per_text": picture, "neg_text_per_image": text,
-        "image_queue_after": after.visual.T, "text_queue_after": after.text.T, "idx_queue_after": after.ids[None],
-        "queue_ptr_after": after.pointer[None],
+        "image_feat": features[0], "text_feat": features[1],
+        "image_feat_m": teacher_features[0], "text_feat_m": teacher_features[1],
+        "loss_itc": losses[0], "loss_itm": losses[1],
+        "neg_image_per_text": negatives[0][0], "neg_text_per_image": negatives[1][0],
+        "image_queue_after": queue_after.visual.T, "text_queue_after": queue_after.text.T,
+        "idx_queue_after": queue_after.ids[None], "queue_ptr_after": queue_after.pointer[None],
     }  # fmt: skip
-    return {name: np.asarray(value) for name, value in arrays.items()}, gradient
+    return {name: np.asarray(value) for name, value in arrays.items()}, gradients

@@ -1,4 +1,4 @@
-"""The PyTorch runtime's numbers for a golden folder, beside the release's own; ``comparison`` holds the rows."""
+"""Compute the PyTorch runtime's numbers for a golden folder; ``comparison`` compares them with the release's."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -10,15 +10,15 @@ from torch import Tensor
 
 from mplug2_jax.conversion.files.sources import HostArray
 from mplug2_jax.conversion.parity.comparison import (
-    Named,
+    NamedArrays,
     beam_arrays,
     caption_weights,
     decoder_arrays,
     find_numbers,
     fusion_arrays,
-    teachers,
     text_arrays,
     visual_arrays,
+    with_teacher_names,
 )  # fmt: skip
 from mplug2_jax.conversion.parity.goldens import Golden
 from mplug2_jax.conversion.torch_runtime import (
@@ -37,26 +37,26 @@ Model = TypeVar("Model", bound=Mplug2)
 
 
 class TorchRunner:
-    """A :class:`~mplug2_jax.conversion.parity.comparison.Runner` by the PyTorch runtime, in evaluation mode."""
+    """A :class:`~mplug2_jax.conversion.parity.comparison.Runner` for the PyTorch runtime, in evaluation mode."""
 
     def __init__(self, golden: Golden) -> None:
         self.golden = golden
-        self._kind: type[Caption] | type[VideoQA] = Caption if golden.model == "caption" else VideoQA
+        self._model_class: type[Caption] | type[VideoQA] = Caption if golden.model == "caption" else VideoQA
 
-    def account(self) -> str:
-        """What became of the checkpoint's tensors."""
-        total, dropped = len(self.golden.source.names()), len(load(self.golden, self._kind).dropped)
-        return f"{total - dropped} used, {dropped} dropped of {total}"
+    def load_summary(self) -> str:
+        """Return how many of the checkpoint's tensors were loaded."""
+        total, dropped = len(self.golden.source.names()), len(load(self.golden, self._model_class).dropped)
+        return f"{total - dropped} converted, {dropped} ignored of {total}"
 
-    def arrays(self) -> Named:
-        """Everything that the golden's outputs list."""
-        compute = caption_arrays if self._kind is Caption else videoqa_arrays
-        with torch.no_grad():  # to the end: a generator would carry it outside
+    def arrays(self) -> NamedArrays:
+        """Compute every array in the golden's outputs."""
+        compute = caption_arrays if self._model_class is Caption else videoqa_arrays
+        with torch.no_grad():  # a generator would leave it before it ends
             return iter(list(compute(self.golden)))
 
     def gradients(self, alpha: float | None = None) -> Mapping[str, HostArray]:
-        """Gradients of the loss; with ``alpha``, of the distilled one, after one update of the teacher."""
-        model = load(self.golden, self._kind)
+        """Compute gradients of the loss; with ``alpha``, of the distillation loss, after one update of the teacher."""
+        model = load(self.golden, self._model_class)
         if alpha is None:
             _loss(self.golden, model).backward()
         else:
@@ -64,51 +64,51 @@ class TorchRunner:
         return {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
 
     def updated_teacher(self) -> Mapping[str, HostArray]:
-        """The teacher after one update, under the teacher's names."""
-        return teachers(_values(_updated_teacher(self.golden)))
+        """Return the teacher after one update, under the teacher's names."""
+        return with_teacher_names(_values(_updated_teacher(self.golden)))
 
-    def trained(self) -> tuple[list[float], Mapping[str, HostArray]]:
-        """Losses before every AdamW step and after the last, and all parameters then, the teacher's too."""
-        golden, train = self.golden, self.golden.settings["train"]
-        model, losses = load(golden, self._kind), []
-        teacher = load(golden, self._kind, teacher=True) if golden.teacher is not None else None
+    def train(self) -> tuple[list[float], Mapping[str, HostArray]]:
+        """Return the losses before every AdamW step and after the last, and the final parameters, the teacher's too."""
+        golden, settings = self.golden, self.golden.settings["train"]
+        model, losses = load(golden, self._model_class), []
+        teacher = load(golden, self._model_class, teacher=True) if golden.teacher is not None else None
         groups = parameter_groups(
             model,
-            learning_rate=train["lr_other"],
-            vision_learning_rate=train["lr_visual"],
-            weight_decay=train["weight_decay"],
+            learning_rate=settings["lr_other"],
+            vision_learning_rate=settings["lr_visual"],
+            weight_decay=settings["weight_decay"],
         )
-        optimizer = torch.optim.AdamW(groups, betas=tuple(train["betas"]), eps=train["eps"])
-        for i in range(train["steps"] + 1):
+        optimizer = torch.optim.AdamW(groups, betas=tuple(settings["betas"]), eps=settings["eps"])
+        for i in range(settings["steps"] + 1):
             if teacher is not None:
-                _update(golden, teacher, model)
+                _update_teacher(golden, teacher, model)
             loss = _loss(golden, model)
             losses.append(loss.item())
-            if i < train["steps"]:
+            if i < settings["steps"]:
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-        return losses, _values(model) if teacher is None else _values(model) | teachers(_values(teacher))
+        return losses, _values(model) if teacher is None else _values(model) | with_teacher_names(_values(teacher))
 
 
 # --- models and losses ------------------------------------------------------------------------------------------------
 
 
-def load(golden: Golden, kind: type[Model], *, teacher: bool = False, **changed: Any) -> Model:
-    """A golden's model, fresh from its file; ``changed`` replaces sizes that change no tensor in use."""
-    ours = dataclasses.asdict(golden.definition.config) | {"fusion_start": golden.fusion_start} | changed
-    config = Config(**{field.name: ours[field.name] for field in dataclasses.fields(Config) if field.name in ours})
-    return kind.from_pretrained(golden.source.path, config, teacher=teacher)
+def load(golden: Golden, model_class: type[Model], *, teacher: bool = False, **overrides: Any) -> Model:
+    """Load a golden's model from its file; ``overrides`` are sizes that change no tensor in use."""
+    sizes = dataclasses.asdict(golden.definition.config) | {"fusion_start": golden.fusion_start} | overrides
+    config = Config(**{field.name: sizes[field.name] for field in dataclasses.fields(Config) if field.name in sizes})
+    return model_class.from_pretrained(golden.source.path, config, teacher=teacher)
 
 
 def _inputs(golden: Golden, *names: str) -> list[Tensor]:
-    """Inputs of these names; masks as booleans."""
-    found = (torch.from_numpy(golden.inputs[name]) for name in names)
-    return [x.bool() if name.endswith("_mask") else x for name, x in zip(names, found, strict=True)]
+    """Return inputs by name; masks as booleans."""
+    inputs = (torch.from_numpy(golden.inputs[name]) for name in names)
+    return [x.bool() if name.endswith("_mask") else x for name, x in zip(names, inputs, strict=True)]
 
 
 def _question_batch(golden: Golden) -> dict[str, Tensor]:
-    """The arguments of the question-answering model that all losses share."""
+    """Return the question-answering model's arguments that all losses share."""
     names = ("image", "question_ids", "question_mask", "answer_ids", "answer_k")
     arguments = ("frames", "question", "question_mask", "target", "answers_per_question")
     return dict(zip(arguments, _inputs(golden, *names), strict=True))
@@ -125,18 +125,18 @@ def _loss(golden: Golden, model: Caption | VideoQA, **distillation: Any) -> Tens
 
 
 def _distilled_loss(golden: Golden, model: Caption | VideoQA, teacher: VideoQA, alpha: float) -> Tensor:
-    """The release's form, which normalises over time."""
+    """Return the distillation loss as in the release, which normalizes over time."""
     return _loss(golden, model, teacher=teacher, alpha=alpha, softmax_axis="time")
 
 
-def _update(golden: Golden, teacher: Caption | VideoQA, model: Caption | VideoQA) -> None:
-    """The release's form, which leaves the fusion teacher alone."""
+def _update_teacher(golden: Golden, teacher: Caption | VideoQA, model: Caption | VideoQA) -> None:
+    """Update the teacher as in the release, which never updates its fusion module."""
     update_teacher(teacher, model, golden.settings["momentum"], frozen=["fusion_encoder"])
 
 
 def _updated_teacher(golden: Golden) -> VideoQA:
     teacher = load(golden, VideoQA, teacher=True)
-    _update(golden, teacher, load(golden, VideoQA))
+    _update_teacher(golden, teacher, load(golden, VideoQA))
     return teacher
 
 
@@ -147,8 +147,8 @@ def _values(model: Caption | VideoQA) -> dict[str, HostArray]:
 # --- arrays -----------------------------------------------------------------------------------------------------------
 
 
-def caption_arrays(golden: Golden) -> Named:
-    """Everything the caption model's outputs list."""
+def caption_arrays(golden: Golden) -> NamedArrays:
+    """Compute every array in the caption model's outputs."""
     model, taps = load(golden, Caption), Taps()
     frames, target = _inputs(golden, "image", "caption_ids")
     yield "caption_loss", _loss(golden, model).numpy()
@@ -161,17 +161,17 @@ def caption_arrays(golden: Golden) -> Named:
     yield from _searches(golden, model, visual, torch.ones(visual.shape[:2], dtype=torch.bool))
 
 
-def videoqa_arrays(golden: Golden) -> Named:
-    """Everything the question-answering model's outputs list."""
+def videoqa_arrays(golden: Golden) -> NamedArrays:
+    """Compute every array in the question-answering model's outputs."""
     model, taps, batch = load(golden, VideoQA), Taps(), _question_batch(golden)
-    asked = batch["frames"], batch["question"], batch["question_mask"]
+    question = batch["frames"], batch["question"], batch["question_mask"]
     logits = model.answer_logits(**batch, taps=taps)
-    memory, mask = model.memory(*asked)
-    cut = taps["visual/out"].shape[1]
+    memory, mask = model.memory(*question)
+    num_visual = taps["visual/out"].shape[1]
     yield from visual_arrays(taps, golden)
     yield from text_arrays(taps)
-    yield from fusion_arrays(taps, golden, memory[:, :cut], memory[:, cut:])
-    yield from _mixed_fusion(golden, taps, batch["question_mask"])
+    yield from fusion_arrays(taps, golden, memory[:, :num_visual], memory[:, num_visual:])
+    yield from _fusion_with_strides(golden, taps, batch["question_mask"])
     yield "dec_memory", memory.numpy()
     yield "dec_memory_mask", mask.numpy().astype(golden.outputs["dec_memory_mask"].dtype)
     yield from decoder_arrays(taps, logits)
@@ -182,13 +182,13 @@ def videoqa_arrays(golden: Golden) -> Named:
         yield from _distillation_arrays(golden, model, logits, batch)
     yield from _searches(golden, model, memory, mask)
     (candidates,) = _inputs(golden, "cand_ids")
-    chosen, shares = model.rank_answers(*asked, candidates, num_candidates=golden.settings["rank_k"])
-    yield "rank_ids", chosen.numpy()
-    yield "rank_probs", shares.numpy()
+    ids, probabilities = model.rank_answers(*question, candidates, num_candidates=golden.settings["rank_k"])
+    yield "rank_ids", ids.numpy()
+    yield "rank_probs", probabilities.numpy()
 
 
-def _mixed_fusion(golden: Golden, taps: Taps, mask: Tensor) -> Named:
-    """The fusion module rebuilt with other strides from the same weights."""
+def _fusion_with_strides(golden: Golden, taps: Taps, mask: Tensor) -> NamedArrays:
+    """Compute fusion with other strides from the same weights."""
     for stride in find_numbers(golden, r"fusion_stride(\d+)_text"):
         fusion = load(golden, VideoQA, fusion_stride=stride).fusion_encoder
         image, text = fusion(taps["text/out"], mask, taps["visual/out"])
@@ -196,23 +196,23 @@ def _mixed_fusion(golden: Golden, taps: Taps, mask: Tensor) -> Named:
         yield f"fusion_stride{stride}_text", text.numpy()
 
 
-def _distillation_arrays(golden: Golden, model: VideoQA, logits: Tensor, batch: Mapping[str, Tensor]) -> Named:
+def _distillation_arrays(golden: Golden, model: VideoQA, logits: Tensor, batch: Mapping[str, Tensor]) -> NamedArrays:
     alpha, teacher = golden.settings["alpha"], _updated_teacher(golden)
-    # The release asks for alpha but drops it on the way to the decoder: its distillation is alpha = 0.
+    # The release has an alpha but drops it on the way to the decoder: its distillation has alpha = 0.
     yield "vqa_loss_release_distill", _distilled_loss(golden, model, teacher, 0.0).numpy()
     yield f"vqa_loss_distill_alpha{alpha}", _distilled_loss(golden, model, teacher, alpha).numpy()
-    taught = teacher.answer_logits(**batch, taps=None)[:, :-1]
-    soft, target = taught.softmax(-1), batch["target"]
+    teacher_logits = teacher.answer_logits(**batch, taps=None)[:, :-1]
+    soft, target = teacher_logits.softmax(-1), batch["target"]
     (weights,) = _inputs(golden, "answer_mask")
     sums = (1 - alpha) * summed_answer_loss(logits, target, weights)
     sums = sums + alpha * summed_distillation_loss(logits, soft, weights, softmax_axis="time")
     yield f"vqa_loss_distill_alpha{alpha}_per_answer", sums.numpy()
-    yield "teacher_logits", taught.numpy()
+    yield "teacher_logits", teacher_logits.numpy()
     yield "teacher_probs", soft.numpy()
 
 
-def _searches(golden: Golden, model: Caption | VideoQA, memory: Tensor, mask: Tensor) -> Named:
-    """Beam searches of every width that the outputs list."""
+def _searches(golden: Golden, model: Caption | VideoQA, memory: Tensor, mask: Tensor) -> NamedArrays:
+    """Run beam searches with every width in the outputs."""
     settings = golden.settings
     for width in find_numbers(golden, r"beam(\d+)_ids"):
         config = SearchConfig(

@@ -75,7 +75,7 @@ def test_a_truncated_file_is_a_sentence(whole: bytes, tmp_path: Path, cut: int) 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"dtype": "F8_E4M3"}, "x has element type F8_E4M3, known are F64, F32"),
+        ({"dtype": "F8_E4M3"}, "x has dtype F8_E4M3, expected one of F64, F32"),
         ({"shape": [-100]}, "x has shape"),
         ({"shape": [50]}, r"x has shape \[50\] and 400 bytes"),
         ({"data_offsets": [-4, 396]}, "x has shape"),
@@ -120,7 +120,7 @@ def test_several_files_are_one_source(tmp_path: Path) -> None:
 
 def test_an_index_leads_nowhere_else(tmp_path: Path) -> None:
     sharded(tmp_path, {"a": "../a.safetensors"})
-    with pytest.raises(UserError, match="expected files beside it"):
+    with pytest.raises(UserError, match="expected files in its own folder"):
         open_source(tmp_path)
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from mplug2_jax.conversion.files.open import open_source
 from mplug2_jax.conversion.files.sources import DTYPES, TensorInfo
-from mplug2_jax.conversion.files.torch_files import _KNOWN, TorchSource, TorchWriter
+from mplug2_jax.conversion.files.torch_files import _ALLOWED, TorchSource, TorchWriter
 from mplug2_jax.errors import UserError
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed here")
@@ -104,7 +104,7 @@ def test_nothing_is_known_that_torch_does_not_let_through() -> None:
     from torch._weights_only_unpickler import _get_allowed_globals
 
     allowed = {*_get_allowed_globals(), "argparse.Namespace"}
-    named = {f"{module}.{name}" for module, name in _KNOWN if module != "torch.jit._pickle"}  # TorchScript's own
+    named = {f"{module}.{name}" for module, name in _ALLOWED if module != "torch.jit._pickle"}  # TorchScript's own
     assert named <= allowed
 
 
@@ -116,7 +116,7 @@ def test_what_torch_does_not_let_through_is_refused_by_its_name(tmp_path: Path, 
     path = saved(tmp_path / "x.pt", {"model": {"x": torch.ones(1)}, "beside": beside})
     with torch.serialization.safe_globals([argparse.Namespace]), pytest.raises(Exception, match="GLOBAL"):
         torch.load(path, weights_only=True)
-    with pytest.raises(UserError, match="is refused: its pickle asks for"):
+    with pytest.raises(UserError, match="is rejected: its pickle contains"):
         TorchSource(path)
 
 
@@ -126,7 +126,7 @@ def test_state_dicts_of_which_none_is_the_model_s_are_named(tmp_path: Path) -> N
         TorchSource(path)
     content: dict[str, Any] = {"model": {}}
     content["model"]["model"] = content  # of itself
-    with pytest.raises(UserError, match="holds no tensors by name"):
+    with pytest.raises(UserError, match="holds no named tensors"):
         TorchSource(saved(tmp_path / "y.pt", content))
 
 
@@ -144,7 +144,7 @@ class Evil:
 def test_a_file_with_code_in_it_is_refused_and_the_code_not_run(tmp_path: Path, legacy: bool) -> None:
     trace = tmp_path / "it ran"
     path = saved(tmp_path / "evil.pth", {"model": {"x": torch.ones(1)}, "extra": Evil(trace)}, legacy=legacy)
-    with pytest.raises(UserError, match=r"is refused: its pickle asks for \w+\.system, which is not a plain tensor"):
+    with pytest.raises(UserError, match=r"is rejected: its pickle contains \w+\.system, which is not a plain tensor"):
         TorchSource(path)
     assert not trace.exists()
 
@@ -160,7 +160,7 @@ def test_a_file_cut_anywhere_is_a_sentence(tmp_path: Path, legacy: bool) -> None
 
 
 def test_something_without_names_is_a_sentence(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no tensors by name"):
+    with pytest.raises(UserError, match="holds no named tensors"):
         TorchSource(saved(tmp_path / "x.pth", torch.ones(3)))
 
 

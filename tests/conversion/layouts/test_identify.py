@@ -96,7 +96,9 @@ def test_a_folder_of_open_clip_s_holds_weights(tmp_path: Path, name: str) -> Non
 def test_of_several_files_in_a_folder_the_known_name_counts_or_all_are_named(tmp_path: Path) -> None:
     for name in ("epoch_1.pt", "epoch_2.pt"):
         write_checkpoint(tmp_path / name, {name: np.ones(2, np.float32)})
-    with pytest.raises(UserError, match=r"holds 2 files of weights \(epoch_1\.pt, epoch_2\.pt\); name the one that is"):
+    with pytest.raises(
+        UserError, match=r"holds 2 files of weights \(epoch_1\.pt, epoch_2\.pt\); give the path of one of them"
+    ):
         open_source(tmp_path)
     write_checkpoint(tmp_path / "open_clip_pytorch_model.bin", {"x": np.ones(2, np.float32)})
     write_checkpoint(tmp_path / "model.safetensors", {"y": np.ones(2, np.float32)})

@@ -30,7 +30,7 @@ def test_a_whole_folder_passes(reference: Path, tmp_path: Path, folder: str, lea
     sections = {row["section"] for row in rows}
     assert {"caption.grads", "videoqa.grads_distill_alpha0.4", "videoqa.teacher_after_1_update"} <= sections
     assert "FAIL" not in printed
-    assert "used, " in next(line for line in printed.splitlines() if "weights:" in line)
+    assert "converted, " in next(line for line in printed.splitlines() if "weights:" in line)
 
 
 def test_a_model_that_the_runtime_lacks_is_computed_by_jax_and_the_output_says_so(
