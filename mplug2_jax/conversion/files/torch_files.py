@@ -1,4 +1,4 @@
-"""Read and write PyTorch's files without PyTorch, and without running code in them: state dicts and TorchScript archives.
+"""Read and write PyTorch's files without PyTorch, and without running their code: state dicts, TorchScript archives.
 
 A pickle names the functions that rebuild it. The allowlist has those of plain tensors and of what training checkpoints
 hold besides: no more than ``torch.load(weights_only=True)`` allows by default or with ``argparse.Namespace`` in its
