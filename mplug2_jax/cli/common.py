@@ -16,7 +16,7 @@ from mplug2_jax.cli.parsing import add_verbosity
 
 if TYPE_CHECKING:
     from data_pipelines.tokenizers import Tokenizer
-    from mplug2_jax.evaluation.loop import EvaluationResult
+    from mplug2_jax.evaluation.results import EvaluationResult
     from mplug2_jax.model.mplug2 import Params
     from mplug2_jax.training.state import RunSpec
 

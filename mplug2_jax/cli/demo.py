@@ -12,7 +12,7 @@ from mplug2_jax.errors import UserError, did_you_mean
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from mplug2_jax.evaluation.loop import EvaluationResult
+    from mplug2_jax.evaluation.results import EvaluationResult
     from mplug2_jax.training.config import RunConfig
 
 

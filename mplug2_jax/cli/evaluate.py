@@ -9,7 +9,7 @@ from mplug2_jax.cli.common import add_command, results_table, sample_lines
 from mplug2_jax.errors import UserError, check_range
 
 if TYPE_CHECKING:
-    from mplug2_jax.evaluation.loop import EvaluationResult
+    from mplug2_jax.evaluation.results import EvaluationResult
     from mplug2_jax.inference.checkpoint_eval import CheckpointUnderTest
     from mplug2_jax.training.reliability.preemption import PreemptionNotice
 
@@ -100,9 +100,7 @@ def _evaluate(args: argparse.Namespace, notice: "PreemptionNotice") -> int:
         results.append(result)
         if is_primary_process():
             _save(result, args.out or subject.workdir.evaluation_folder(step))
-            print(f"step {step}  {result.name}: {result.num_examples} examples in {result.seconds:.1f} s", flush=True)
-            for line in result.warning_lines():
-                print(line, file=sys.stderr)
+            result.log()
     subject.checkpoints.close()
     if is_primary_process():
         folder = args.out or subject.workdir.evaluation_folder(step)
@@ -139,12 +137,10 @@ def _follow(args: argparse.Namespace, notice: "PreemptionNotice") -> int:
 
 def _save(result: "EvaluationResult", folder: Path) -> None:
     """Keeps a result, and what its benchmark's server takes; says why that is not there."""
-    from mplug2_jax.evaluation.loop import save_result
+    from mplug2_jax.evaluation.results import save_result
     from mplug2_jax.evaluation.submissions import save_submission
 
-    unfit = save_submission(result.name, result.task, result.predictions, folder, result.skipped)
-    if unfit:
-        print(unfit, file=sys.stderr)
+    save_submission(result.name, result.task, result.predictions, folder, result.skipped)
     save_result(result, folder)
 
 

@@ -1,1 +1,1 @@
-"""Running a checkpoint over held-out data, on any mesh, and scoring what it says."""
+"""Evaluation on held-out data, on any mesh: predictions, metrics, samples and submissions."""

@@ -1,5 +1,6 @@
-"""A list of all answers that may be given, from a file to the token ids that a search is held to."""
+"""A list of valid answers: from a file to the token ids that a search is constrained to."""
 
+import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,52 +13,79 @@ from data_pipelines.errors import DataError
 from data_pipelines.examples import Example, answer_ids
 from data_pipelines.record import clean_text
 from data_pipelines.tokenizers import Tokenizer
-from mplug2_jax.errors import UserError
+from mplug2_jax.errors import UserError, check_range
+from mplug2_jax.evaluation.config import EvaluationConfig
 from mplug2_jax.generation.config import SearchConfig
 from mplug2_jax.generation.constrained import ANSWER_PAD
+from mplug2_jax.model.mplug2 import ModelDef
+from mplug2_jax.tasks.base import TaskContext
+
+
+def add_answers(
+    context: TaskContext, config: EvaluationConfig, where: str, definition: ModelDef, tokenizer: Tokenizer
+) -> TaskContext:
+    """Add an evaluation's list of answers, if it has one, to the context. Raises UserError if they do not fit."""
+    check_range(f"{where}.num_ranked", config.num_ranked, 0)
+    if config.num_ranked and not config.answers_file:
+        raise UserError(f"{where}.num_ranked={config.num_ranked} needs a list of answers: set {where}.answers_file")
+    if not config.answers_file:
+        return context
+    if config.task not in ("answer", "vqa"):
+        raise UserError(f"{where}.answers_file is for the tasks 'answer' and 'vqa', not for '{config.task}': remove it")
+    data, max_positions = config.data.examples, definition.config.max_positions
+    search = None if config.num_ranked else context.settings.search
+    answers = read_answers(Path(config.answers_file), f"{where}.answers_file", data, tokenizer, search, max_positions)
+    return dataclasses.replace(
+        context, answers=answers, num_ranked=config.num_ranked,
+        double_count_first_token=data.tokenization == "released",
+    )  # fmt: skip
 
 
 def unreachable_answers_warning(
     examples: Sequence[Example], answers: Int[np.ndarray, "a m"], decode: Callable[[Sequence[int]], str],
-    alike: Callable[[str], str],
-) -> str:  # fmt: skip
-    """A sentence about the examples none of whose right answers is listed; nothing where there are none.
+    normalize: Callable[[str], str],
+) -> tuple[str, ...]:  # fmt: skip
+    """Return a warning about examples without any reference in the list of answers, if there are any.
 
-    ``alike`` makes equal what the score takes for equal.
+    ``normalize`` maps texts that the score treats as equal to the same text.
     """
-    listed = {alike(decode(row[row != ANSWER_PAD].tolist())) for row in answers}
-    missed = [example for example in examples if not any(alike(answer) in listed for answer in example.answers)]
+    listed = {normalize(decode(row[row != ANSWER_PAD].tolist())) for row in answers}
+    missed = [example for example in examples if not any(normalize(text) in listed for text in example.answers)]
     if not missed:
-        return ""
-    first = missed[0]
-    return (
-        f"{len(missed)} of {len(examples)} examples can never be right: no answer of theirs is listed, the first is "
-        f"{first.answers[0]!r} of {first.key}"
-    )
+        return ()
+    count, first = f"{len(missed)} of {len(examples)} examples", missed[0]
+    return (f"{count} have no reference in the list of answers, first {first.answers[0]!r} of {first.key}",)
 
 
 def read_answers(
-    path: Path, where: str, examples: ExampleConfig, tokenizer: Tokenizer, search: SearchConfig | None, positions: int
+    path: Path,
+    where: str,
+    examples: ExampleConfig,
+    tokenizer: Tokenizer,
+    search: SearchConfig | None,
+    max_positions: int,
 ) -> Int[np.ndarray, "a m"]:
-    """The answers of a JSON list, or of an object with their numbers, each as what follows the begin token to its end.
+    """Read answers from a JSON list, or an object of answers and their numbers; return the ids after the begin token.
 
-    A blank answer is one, as some annotators gave none.
+    A blank text is an answer too: some annotators gave none.
 
     Args:
-        path: the file.
+        path: of the file.
         where: the config's field that names it, for errors.
-        examples: how the evaluation makes its targets.
-        tokenizer: the run's.
-        search: that will be held to them; None: they are ranked.
-        positions: of the decoder's table.
+        examples: how the evaluation encodes its targets.
+        tokenizer: of the run.
+        search: constrained to the answers; None if they are ranked.
+        max_positions: of the decoder.
+
+    Returns:
+        One row per distinct answer, padded with ``ANSWER_PAD``.
 
     Raises:
-        UserError: no such file, none or other than a list of words, an answer that no search of this length finds, or a
-            search that a list cannot hold.
+        UserError: no such file, not a list of texts, a too long answer, or a search that cannot be constrained.
     """
     for option in ("extend_finished", "top_p"):
         if search is not None and getattr(search, option):
-            raise UserError(f"{where}={path}: a list of answers needs a plain search, not config.tasks.search.{option}")
+            raise UserError(f"{where}={path}: a list of answers cannot be combined with config.tasks.search.{option}")
     try:
         listed = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -65,12 +93,12 @@ def read_answers(
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}={path} is not JSON: {error}; expected a list of answers") from error
     if isinstance(listed, dict) and all(type(number) is int for number in listed.values()):
-        listed = sorted(listed, key=listed.__getitem__)  # answers and their numbers
+        listed = sorted(listed, key=listed.__getitem__)  # in the order of the numbers
     if not isinstance(listed, list) or not listed:
-        raise UserError(f'{where}={path} should be a list of answers, as ["yes", "no"], and not an empty one')
+        raise UserError(f'{where}={path} is empty or not a list; expected answers, as ["yes", "no"]')
     for i, answer in enumerate(listed):
         if type(answer) is not int and not isinstance(answer, str):
-            raise UserError(f'{where}={path}: entry {i} is {answer!r}; expected a list of answers, as ["yes", "no"]')
+            raise UserError(f'{where}={path}: entry {i} is {answer!r}; expected answers, as ["yes", "no"]')
     try:
         listed = [clean_text(str(answer)) for answer in listed]
     except DataError as error:
@@ -79,13 +107,13 @@ def read_answers(
     longest = max(rows, key=len)
     if search is not None and len(longest) > search.max_length:
         raise UserError(
-            f"{where}={path}: {rows[longest]!r} has {len(longest)} tokens with its end, and "
-            f"config.tasks.search.max_length={search.max_length}; set that to {len(longest)}, or leave the answer out"
+            f"{where}={path}: {rows[longest]!r} has {len(longest)} tokens with its end token, but "
+            f"config.tasks.search.max_length={search.max_length}; set that to {len(longest)}, or remove the answer"
         )
-    if len(longest) >= positions:
+    if len(longest) >= max_positions:
         raise UserError(
-            f"{where}={path}: {rows[longest]!r} has {len(longest) + 1} tokens with its begin and end, and "
-            f"config.model.max_positions={positions}; leave the answer out"
+            f"{where}={path}: {rows[longest]!r} has {len(longest) + 1} tokens with its begin and end tokens, but "
+            f"config.model.max_positions={max_positions}; remove the answer"
         )
     table = np.full((len(rows), search.max_length if search is not None else len(longest)), ANSWER_PAD, np.int32)
     for line, ids in zip(table, rows, strict=True):

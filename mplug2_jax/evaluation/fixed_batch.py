@@ -1,6 +1,6 @@
-"""A batch in slices of one size, so that how many examples are in it changes no bit of what is predicted.
+"""Prediction in batches of one fixed size, so that the batch size that is read changes no bit of a prediction.
 
-A compiler chooses the order of its sums by the shapes that it sees. So one program, for so many examples on each
+The compiler chooses the order of sums by the shapes. Therefore one program, for a fixed number of examples on each
 device, predicts batches of all sizes.
 """
 
@@ -20,27 +20,27 @@ from mplug2_jax.tasks.base import Predictions
 def predict_in_fixed_batches(
     predict: Callable[[DeviceBatch], Predictions], batch: HostBatch, rows: int, mesh: Mesh
 ) -> Mapping[str, NDArray[Any]]:
-    """What is predicted of a batch, all processes' rows in their order.
+    """Return the predictions of a batch, with the rows of all processes in order.
 
-    All slices are on their way to the devices before the first result is waited for.
+    All slices are dispatched to the devices before the first result is read.
 
     Args:
-        predict: of a slice on the mesh; its results are whole on every device.
+        predict: maps a slice on the mesh to predictions that are replicated on every device.
         batch: this process's rows, those of its :func:`~mplug2_jax.parallel.placement.local_batch_shards`; a multiple
-            of ``rows`` in each part.
+            of ``rows`` for each shard.
         rows: examples of a slice on each device.
-        mesh: that holds the slices.
+        mesh: of the slices.
     """
-    held, shards = len(local_batch_shards(mesh)), num_batch_shards(mesh)
-    places = np.arange(len(next(iter(batch.values())))).reshape(held, -1, rows)
-    slices = [
-        predict(put_batch({name: array[chosen.ravel()] for name, array in batch.items()}, mesh))
-        for chosen in places.swapaxes(0, 1)
+    local_shards, num_shards = len(local_batch_shards(mesh)), num_batch_shards(mesh)
+    indices = np.arange(len(next(iter(batch.values())))).reshape(local_shards, -1, rows)
+    outputs = [
+        predict(put_batch({name: array[chunk.ravel()] for name, array in batch.items()}, mesh))
+        for chunk in indices.swapaxes(0, 1)
     ]
 
     def in_order(name: str) -> NDArray[Any]:
-        made = np.stack([np.asarray(each[name]) for each in slices])
-        parts = made.reshape(len(slices), shards, rows, *made.shape[2:]).swapaxes(0, 1)
-        return parts.reshape(-1, *made.shape[2:])
+        stacked = np.stack([np.asarray(output[name]) for output in outputs])
+        by_shard = stacked.reshape(len(outputs), num_shards, rows, *stacked.shape[2:]).swapaxes(0, 1)
+        return by_shard.reshape(-1, *stacked.shape[2:])
 
-    return {name: in_order(name) for name in slices[0]}
+    return {name: in_order(name) for name in outputs[0]}

@@ -1,4 +1,4 @@
-"""Pairs of one example's text and another's picture, scored on the mesh."""
+"""Scores of pairs of one example's text and another's frames, computed on the mesh."""
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
@@ -17,58 +17,55 @@ from mplug2_jax.objectives.forward import DeviceBatch
 from mplug2_jax.parallel.placement import local_batch_shards, num_batch_shards, put_batch, replicated_sharding
 from mplug2_jax.tasks.base import TaskContext
 
-TEXTS = 16
-"""Most texts of a picture in one row of a batch; a picture of more has several rows."""
+MAX_TEXTS = 16
+"""Texts per row of a batch; frames with more texts take several rows."""
 
 
-class Rows(NamedTuple):
-    """Pictures with several texts each. ``pairs`` are the places in ``texts``, flat, of the pairs that were asked for.
+class GroupedPairs(NamedTuple):
+    """Pairs in rows of one visual and several texts; shorter rows are padded with their first text."""
 
-    Rows that have fewer texts are filled with their first.
-    """
-
-    pictures: Int[np.ndarray, " n"]
+    visuals: Int[np.ndarray, " n"]
     texts: Int[np.ndarray, "n r"]
-    pairs: Int[np.ndarray, " p"]
+    pairs: Int[np.ndarray, " p"]  # flat index in ``texts`` of each pair
 
 
-def group_pairs(pairs: Int[np.ndarray, "p 2"], most: int = TEXTS) -> Rows:
-    """Pairs (text, picture) side by side for each picture, at most ``most``."""
+def group_pairs(pairs: Int[np.ndarray, "p 2"], max_texts: int) -> GroupedPairs:
+    """Group pairs (text, visual) by visual, with at most ``max_texts`` texts in a row."""
     order = np.lexsort(pairs.T)
-    text, picture = pairs[order].T
-    begins = np.append(True, picture[1:] != picture[:-1])
-    place = np.arange(len(order)) - np.maximum.accumulate(np.where(begins, np.arange(len(order)), 0))
-    width = min(most, int(place.max()) + 1)
-    begins = place % width == 0
-    row = np.cumsum(begins) - 1
-    texts = np.repeat(text[begins, None], width, axis=1)
-    texts[row, place % width] = text
-    places = np.empty(len(order), np.int64)
-    places[order] = row * width + place % width
-    return Rows(picture[begins], texts, places)
+    text, visual = pairs[order].T
+    starts = np.append(True, visual[1:] != visual[:-1])
+    position = np.arange(len(order)) - np.maximum.accumulate(np.where(starts, np.arange(len(order)), 0))
+    width = min(max_texts, int(position.max()) + 1)
+    starts = position % width == 0
+    row = np.cumsum(starts) - 1
+    texts = np.repeat(text[starts, None], width, axis=1)
+    texts[row, position % width] = text
+    index = np.empty(len(order), np.int64)
+    index[order] = row * width + position % width
+    return GroupedPairs(visual[starts], texts, index)
 
 
 class PairScorer:
-    """Scores of pairs by a task's ``match``, compiled once.
+    """Scores pairs by a task's ``score_pairs``, compiled once.
 
-    A picture is encoded once for every ``TEXTS`` of its texts, a text once for every pair: nothing is kept of a batch
-    but its scores, because tokens of all examples would fill the memory. Retrieval with k candidates both ways has k
-    to 2 k pairs for each example, so it reads and encodes each picture about k / 8 times.
+    Frames are encoded once for every ``MAX_TEXTS`` of their texts, a text once for every pair: only scores are kept of
+    a batch, because the tokens of all examples would fill the memory. Retrieval with k candidates both ways has k to
+    2 k pairs per example, so it reads and encodes the frames of each example about k / 8 times.
     """
 
     def __init__(
         self,
-        match: Callable[[Mplug2, DeviceBatch, TaskContext], Float[Array, "b r"]],
+        score_pairs: Callable[[Mplug2, DeviceBatch, TaskContext], Float[Array, "b r"]],
         examples: EvaluationSet,
         rows: int,
         definition: ModelDef,
         context: TaskContext,
         mesh: Mesh,
     ) -> None:
-        self._set, self._size, self._mesh = examples, rows, mesh
-        # Every process gets all scores of a batch, whoever's devices made them.
-        self._match = jax.jit(
-            lambda params, batch: match(definition.bind(params), batch, context),
+        self._set, self._batch_size, self._mesh = examples, rows, mesh
+        # Replicated, so that every process has all scores of a batch.
+        self._score_pairs = jax.jit(
+            lambda params, batch: score_pairs(definition.bind(params), batch, context),
             out_shardings=replicated_sharding(mesh),
         )
 
@@ -80,39 +77,39 @@ class PairScorer:
         name: str,
         pairs: Int[np.ndarray, "p 2"],
     ) -> Float[np.ndarray, " p"]:
-        """One score for each pair; all processes call it with the same, and get the same.
+        """Return one score per pair; all processes call it with the same arguments, and get the same scores.
 
         Args:
-            params: the model's.
-            examples: of the set, by their numbers in it; they need no frames.
-            on_batch: called with what is done next, before every batch.
+            params: of the model.
+            examples: of the set, by their indices in it; they need no frames.
+            on_batch: called before every batch, with a description of it.
             name: of the evaluation.
-            pairs: (the text's example, the picture's), counted in ``examples``.
+            pairs: (example of the text, example of the frames), as positions in ``examples``.
         """
-        places, listed = list(examples), list(examples.values())
-        rows = group_pairs(pairs)
-        steps = -(-len(rows.pictures) // self._size)
-        mine = Shard(local_batch_shards(self._mesh), num_batch_shards(self._mesh)).rows(self._size)
-        # Rows behind the last are the last again.
-        numbers = np.minimum(np.arange(steps)[:, None] * self._size + mine, len(rows.pictures) - 1)
-        seen = self._frames([places[i] for i in rows.pictures[numbers].ravel()])
+        indices, by_position = list(examples), list(examples.values())
+        grouped = group_pairs(pairs, MAX_TEXTS)
+        steps = -(-len(grouped.visuals) // self._batch_size)
+        local_rows = Shard(local_batch_shards(self._mesh), num_batch_shards(self._mesh)).rows(self._batch_size)
+        # The last row is repeated as padding.
+        rows = np.minimum(np.arange(steps)[:, None] * self._batch_size + local_rows, len(grouped.visuals) - 1)
+        frames = self._frames([indices[i] for i in grouped.visuals[rows].ravel()])
         scores = []
         for step in range(steps):
             on_batch(f"batch {step + 1} of {steps} of pairs of evaluation {name}")
-            batch = {"frames": np.stack(list(itertools.islice(seen, len(mine))))}
-            batch |= _texts(listed, rows.texts[numbers[step]])
+            batch = {"frames": np.stack(list(itertools.islice(frames, len(local_rows))))}
+            batch |= _texts(by_position, grouped.texts[rows[step]])
             with jax.set_mesh(self._mesh):
-                scores.append(np.asarray(self._match(params, put_batch(batch, self._mesh))))
-        return np.concatenate(scores).ravel()[rows.pairs]
+                scores.append(np.asarray(self._score_pairs(params, put_batch(batch, self._mesh))))
+        return np.concatenate(scores).ravel()[grouped.pairs]
 
-    def _frames(self, places: list[int]) -> Iterator[np.ndarray]:
-        """Frames of examples by their places in the set; of neighbours that are the same, once."""
-        runs = [(place, len(list(run))) for place, run in itertools.groupby(places)]
-        made = self._set.each([place for place, _ in runs])
-        for (_, count), example in zip(runs, made, strict=True):
+    def _frames(self, indices: list[int]) -> Iterator[np.ndarray]:
+        """Yield the frames of examples by their indices in the set; runs of equal indices are read once."""
+        runs = [(index, len(list(run))) for index, run in itertools.groupby(indices)]
+        examples = self._set.each([index for index, _ in runs])
+        for (_, count), example in zip(runs, examples, strict=True):
             yield from itertools.repeat(example.arrays["frames"], count)
 
 
-def _texts(examples: list[Example], numbers: Int[np.ndarray, "b r"]) -> HostBatch:
-    flat = stack([{name: examples[i].arrays[name] for name in ("text", "text_mask")} for i in numbers.ravel()])
-    return {name: x.reshape(*numbers.shape, -1) for name, x in flat.items()}
+def _texts(examples: list[Example], positions: Int[np.ndarray, "b r"]) -> HostBatch:
+    flat = stack([{name: examples[i].arrays[name] for name in ("text", "text_mask")} for i in positions.ravel()])
+    return {name: x.reshape(*positions.shape, -1) for name, x in flat.items()}

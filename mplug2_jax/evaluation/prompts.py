@@ -1,41 +1,65 @@
-"""Texts that stand for classes, as token ids."""
+"""Prompts of zero-shot classification, as token ids."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
 
 from data_pipelines.tokenizers import Tokenizer
 from mplug2_jax.errors import UserError
-from mplug2_jax.tasks.base import Prompts
+from mplug2_jax.evaluation.config import EvaluationConfig
+from mplug2_jax.model.mplug2 import ModelDef
+from mplug2_jax.tasks.base import Prompts, TaskContext
+from mplug2_jax.tasks.table import TASKS
+
+
+def add_prompts(
+    context: TaskContext, config: EvaluationConfig, where: str, definition: ModelDef, tokenizer: Tokenizer, rows: int
+) -> TaskContext:
+    """Add an evaluation's prompts, if its task has any, to the context, in batches of ``rows``.
+
+    Raises:
+        UserError: prompts or class names that do not fit the task or the classes.
+    """
+    if TASKS[config.task].precompute is None:
+        if config.prompts or config.class_names:
+            raise UserError(f"{where}.prompts and class_names are for the task 'zero_shot', not for '{config.task}'")
+        return context
+    classes = config.data.examples.classes
+    names = config.class_names or classes
+    if len(names) != len(classes):
+        raise UserError(f"{where}.class_names has {len(names)} names, expected one for each of {len(classes)} classes")
+    prompts = encode_prompts(where, config.prompts, names, tokenizer, definition.config.max_positions, rows)
+    return dataclasses.replace(context, prompts=prompts)
 
 
 def encode_prompts(
-    where: str, templates: Sequence[str], names: Sequence[str], tokenizer: Tokenizer, length: int, rows: int
+    where: str, templates: Sequence[str], names: Sequence[str], tokenizer: Tokenizer, max_length: int, rows: int
 ) -> Prompts:
-    """Every template with each name in its braces.
+    """Encode every template with every class name.
 
     Args:
         where: the config's field of the evaluation, for errors.
-        templates: with ``{label}`` where a class's name belongs.
-        names: what the classes are called.
-        tokenizer: the run's.
-        length: room for a text, in tokens.
-        rows: texts of a batch; the last is filled up.
+        templates: with ``{label}`` in place of a class name.
+        names: of the classes.
+        tokenizer: of the run.
+        max_length: of a text, in tokens.
+        rows: texts of a batch; the last batch is padded.
 
     Raises:
-        UserError: no templates, one that does not name its class, or that has other braces.
+        UserError: no templates, a template without ``{label}``, or with other braces.
     """
     if not templates:
         raise UserError(f"{where}.prompts is empty: task 'zero_shot' needs texts, as ('a picture of a {{label}}',)")
     for template in templates:
         if "{label}" not in template:
-            raise UserError(f"{where}.prompts: {template!r} says the same of every class; write {{label}} into it")
+            raise UserError(f"{where}.prompts: {template!r} is the same for every class; add {{label}}")
     try:
         texts = [template.format(label=name) for name in names for template in templates]
     except (KeyError, IndexError, ValueError) as error:
-        raise UserError(f"{where}.prompts: a template fails ({error}); valid braces: {{label}}") from error
-    encoded = [tokenizer.encode(text, max_length=length) for text in texts]
-    ids = np.zeros((-(-len(encoded) // rows) * rows, max(map(len, encoded))), np.int32)  # 0 is every tokeniser's pad
+        raise UserError(f"{where}.prompts: a template is invalid ({error}); the only field is {{label}}") from error
+    encoded = [tokenizer.encode(text, max_length=max_length) for text in texts]
+    ids = np.zeros((-(-len(encoded) // rows) * rows, max(map(len, encoded))), np.int32)  # 0 is every tokenizer's pad
     for row, text in zip(ids, encoded, strict=False):
         row[: len(text)] = text
     return Prompts(ids.reshape(-1, rows, ids.shape[1]), len(names), len(templates))

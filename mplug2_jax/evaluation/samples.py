@@ -1,4 +1,4 @@
-"""The examples of an evaluation that are kept for people to look at: the first, the best and the worst."""
+"""The samples of an evaluation that are kept to look at: the first, the best and the worst examples."""
 
 import dataclasses
 import functools
@@ -14,22 +14,22 @@ from data_pipelines.examples import Example
 from data_pipelines.media import write_image
 from mplug2_jax.tasks.base import EvalOutput, RetrievalNeighbors
 
-EXTREMES = 3  # so many of the best, and of the worst
-SIDE = 96  # pixels of a frame that is there to be recognised
+NUM_EXTREMES = 3  # best examples, and worst ones
+THUMBNAIL_SIZE = 96  # pixels
 
 
 @dataclasses.dataclass(frozen=True)
 class SampleNeighbors:
-    """What was nearest to a sample's picture and to its text, the nearest first, and which of it is right."""
+    """The texts and images retrieved for a sample, nearest first, and which of them are correct."""
 
     texts: tuple[tuple[str, bool], ...]
-    pictures: UInt8[np.ndarray, "y x 3"]  # side by side
-    right: tuple[bool, ...]  # which of the pictures are
+    images: UInt8[np.ndarray, "y x 3"]  # side by side
+    correct: tuple[bool, ...]  # of each image
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One example with what the model said to it, how good that was, and why it is looked at."""
+    """An example with its prediction."""
 
     example: Example
     prediction: str
@@ -39,58 +39,55 @@ class Sample:
 
     @property
     def references(self) -> tuple[str, ...]:
-        """What would have been right."""
+        """Return the reference answers."""
         return reference_answers(self.example)
 
 
 def reference_answers(example: Example) -> tuple[str, ...]:
-    """What is right to say to an example: at least one."""
+    """Return the reference answers of an example: at least one."""
     return example.answers or (example.text,)
 
 
 def choose_samples(
-    examples: Mapping[int, Example], scored: EvalOutput, goodness: Sequence[float], most: int,
+    examples: Mapping[int, Example], output: EvalOutput, scores: Sequence[float], num_samples: int,
     read: Callable[[int], Example],
 ) -> tuple[Sample, ...]:  # fmt: skip
-    """The first ``most`` examples, then the best and the worst of all. Of equals, the first are the best.
+    """Choose the first examples, then the best and the worst of all; ties are in the order of the examples.
 
     Args:
-        examples: of the evaluation, by their places in its set; they need no frames.
-        scored: what came of them.
-        goodness: how good each is.
-        most: so many first ones, and no more of the others.
-        read: the example of a place, with its frames.
+        examples: of the evaluation, by their indices in its set; they need no frames.
+        output: of the evaluation.
+        scores: of each example.
+        num_samples: first examples; also the maximum of best ones and of worst ones.
+        read: the example of an index, with its frames.
     """
-    places, listed = list(examples), list(examples.values())
-    order = np.argsort(-np.asarray(goodness), kind="stable").tolist()
-    extremes = min(EXTREMES, most, len(order) // 2)
-    chosen = {"first": range(min(most, len(order))), "best": order[:extremes], "worst": order[::-1][:extremes]}
-    read = functools.cache(read)  # one may be a first, a best and a neighbour
-    thumbnail = functools.cache(lambda i: _thumbnail(read(places[i])))
+    indices, by_position = list(examples), list(examples.values())
+    order = np.argsort(-np.asarray(scores), kind="stable").tolist()
+    extremes = min(NUM_EXTREMES, num_samples, len(order) // 2)
+    chosen = {"first": range(min(num_samples, len(order))), "best": order[:extremes], "worst": order[::-1][:extremes]}
+    read = functools.cache(read)  # an example may be a first one, a best one and a neighbor
+    thumbnail = functools.cache(lambda i: _thumbnail(read(indices[i])))
 
-    def neighbours(found: RetrievalNeighbors, i: int) -> SampleNeighbors:
-        own, texts, pictures = found.visual_of[i], found.texts[i].tolist(), found.visuals[i].tolist()
+    def neighbors(nearest: RetrievalNeighbors, i: int) -> SampleNeighbors:
+        visual, texts, visuals = nearest.visual_of[i], nearest.texts[i].tolist(), nearest.visuals[i].tolist()
         return SampleNeighbors(
-            tuple((listed[j].text, bool(found.visual_of[j] == own)) for j in texts),
-            np.concatenate([thumbnail(j) for j in pictures], axis=1),
-            tuple(bool(j == own) for j in pictures),
+            tuple((by_position[j].text, bool(nearest.visual_of[j] == visual)) for j in texts),
+            np.concatenate([thumbnail(j) for j in visuals], axis=1),
+            tuple(bool(j == visual) for j in visuals),
         )
 
     return tuple(
         Sample(
-            read(places[i]),
-            scored.predictions[i],
-            goodness[i],
-            why,
-            neighbours(scored.nearest, i) if scored.nearest else None,
+            read(indices[i]), output.predictions[i], scores[i], category,
+            neighbors(output.nearest, i) if output.nearest else None,
         )
-        for why, numbers in chosen.items()
-        for i in numbers
-    )
+        for category, positions in chosen.items()
+        for i in positions
+    )  # fmt: skip
 
 
 def save_samples(samples: Sequence[Sample], name: str, folder: Path) -> list[dict[str, Any]]:
-    """Writes the samples' pictures, ``NAME-I.png`` and ``NAME-I-nearest.png``; the rest of them is returned as JSON."""
+    """Write the samples' images, ``NAME-I.png`` and ``NAME-I-nearest.png``; return all else as JSON values."""
     rows = []
     for i, sample in enumerate(samples):
         row: dict[str, Any] = {
@@ -101,17 +98,18 @@ def save_samples(samples: Sequence[Sample], name: str, folder: Path) -> list[dic
         frames = sample.example.arrays.get("frames")
         if frames is not None:
             row["frames"] = f"{name}-{i}.png"
-            write_image(folder / row["frames"], np.concatenate(list(frames), axis=1), max(1, SIDE // frames.shape[1]))
+            scale = max(1, THUMBNAIL_SIZE // frames.shape[1])
+            write_image(folder / row["frames"], np.concatenate(list(frames), axis=1), scale)
         if sample.nearest:
             row["nearest_texts"] = [{"text": text, "correct": correct} for text, correct in sample.nearest.texts]
-            row["nearest_images"] = {"frames": f"{name}-{i}-nearest.png", "correct": list(sample.nearest.right)}
-            write_image(folder / f"{name}-{i}-nearest.png", sample.nearest.pictures)
+            row["nearest_images"] = {"frames": f"{name}-{i}-nearest.png", "correct": list(sample.nearest.correct)}
+            write_image(folder / f"{name}-{i}-nearest.png", sample.nearest.images)
         rows.append(row)
     return rows
 
 
 def _thumbnail(example: Example) -> UInt8[np.ndarray, "y x 3"]:
-    """The middle frame at ``SIDE`` pixels."""
+    """Return the middle frame at ``THUMBNAIL_SIZE``."""
     frames = example.arrays["frames"]
     middle = Image.fromarray(frames[len(frames) // 2])
-    return np.asarray(middle.resize((SIDE, SIDE), Image.Resampling.BOX))
+    return np.asarray(middle.resize((THUMBNAIL_SIZE, THUMBNAIL_SIZE), Image.Resampling.BOX))

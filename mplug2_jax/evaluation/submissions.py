@@ -1,7 +1,7 @@
-"""What was said to an evaluation's examples, as the servers and scorers of public benchmarks take it.
+"""Predictions in the formats of public benchmarks' servers and scorers.
 
 =====================  ==============================================  =================================================
-task                   form                                            written down at
+task                   format                                          source
 =====================  ==============================================  =================================================
 vqa                    JSON ``[{"question_id": int, "answer": str}]``  visualqa.org, "evaluation": results format
 caption                JSON ``[{"image_id": int, "caption": str}]``    cocodataset.org, "results format"; NoCaps' is the
@@ -9,7 +9,7 @@ caption                JSON ``[{"image_id": int, "caption": str}]``    cocodatas
 cola, sst2, mrpc, ...  TSV with the columns index and prediction       gluebenchmark.com, FAQ and sample submission
 =====================  ==============================================  =================================================
 
-All of them name an example by a number, which is the last part of its record's key.
+All of them identify an example by a number, the last part of its record's key.
 """
 
 import functools
@@ -17,89 +17,91 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from absl import logging
+
 from data_pipelines.faults import Fault
 from data_pipelines.sources.files import write_atomically
 
-Numbered = Sequence[tuple[int, str]]  # an example's number, and what was said to it
+NumberedPredictions = Sequence[tuple[int, str]]
 
 
-class _Unfit(ValueError):
-    """Why predictions cannot be handed in."""
+class _SubmissionError(ValueError):
+    """Predictions that have no place in the server's format."""
 
 
-def _json(number: str, words: str, said: Numbered) -> str:
-    return json.dumps([{number: example, words: text} for example, text in said])
+def _json(number_key: str, text_key: str, predictions: NumberedPredictions) -> str:
+    return json.dumps([{number_key: number, text_key: text} for number, text in predictions])
 
 
-def _glue(names: Mapping[str, str], said: Numbered) -> str:
-    """The server's words: numbers, or those of the task's own files. STS-B, whose numbers are said, has no names."""
-    known = {**{name: name for name in names.values()}, **names}
-    unknown = {text for _, text in said if names and text not in known}
+def _glue(labels: Mapping[str, str], predictions: NumberedPredictions) -> str:
+    """Format predictions by the server's labels, given as its labels or as those of the task's own files.
+
+    STS-B predicts numbers and has no labels.
+    """
+    known = {**{label: label for label in labels.values()}, **labels}
+    unknown = {text for _, text in predictions if labels and text not in known}
     if unknown:
-        raise _Unfit(f"{min(unknown)!r} is none of what the server knows ({', '.join(sorted(known))})")
-    return "".join(["index\tprediction\n", *(f"{index}\t{known.get(text, text)}\n" for index, text in said)])
+        raise _SubmissionError(f"{min(unknown)!r} is not a label of the server ({', '.join(sorted(known))})")
+    return "".join(["index\tprediction\n", *(f"{number}\t{known.get(text, text)}\n" for number, text in predictions)])
 
 
-_FOLLOWS = {"yes": "entailment", "no": "not_entailment"}
-_SAME = {"no": "0", "yes": "1"}
+_ENTAILMENT = {"yes": "entailment", "no": "not_entailment"}
+_PARAPHRASE = {"no": "0", "yes": "1"}
 _GLUE: Mapping[str, Mapping[str, str]] = {
     "cola": {"unacceptable": "0", "acceptable": "1"},
     "sst2": {"negative": "0", "positive": "1"},
-    "mrpc": _SAME,
-    "qqp": _SAME,
+    "mrpc": _PARAPHRASE,
+    "qqp": _PARAPHRASE,
     "mnli": {"yes": "entailment", "maybe": "neutral", "no": "contradiction"},
-    "qnli": _FOLLOWS,
-    "rte": _FOLLOWS,
+    "qnli": _ENTAILMENT,
+    "rte": _ENTAILMENT,
     "stsb": {},
 }
-"""The server's words for ours, which are those of :mod:`data_pipelines.sources.annotations.glue`."""
+"""The server's labels by ours, which are those of :mod:`data_pipelines.sources.annotations.glue`."""
 
-WRITERS: Mapping[str, tuple[str, Callable[[Numbered], str]]] = {
+WRITERS: Mapping[str, tuple[str, Callable[[NumberedPredictions], str]]] = {
     "vqa": (".json", functools.partial(_json, "question_id", "answer")),
     "caption": (".json", functools.partial(_json, "image_id", "caption")),
-    **{task: (".tsv", functools.partial(_glue, names)) for task, names in _GLUE.items()},
+    **{task: (".tsv", functools.partial(_glue, labels)) for task, labels in _GLUE.items()},
 }
-"""Suffix and content of what is handed in, by the task's name; the other tasks have no server."""
+"""Suffix and formatter of a submission by task; the other tasks have no server."""
 
 
 def save_submission(
-    name: str, task: str, said: Sequence[Mapping[str, str]], folder: Path, lost: Sequence[Fault] = ()
-) -> str:
-    """Writes ``submissions/NAME`` in an evaluation's folder, where the task has a format.
+    name: str, task: str, predictions: Sequence[Mapping[str, str]], folder: Path, skipped: Sequence[Fault] = ()
+) -> None:
+    """Write ``submissions/NAME`` in an evaluation's folder, if the task has a format; warn if it is incomplete.
 
     Args:
         name: of the evaluation.
         task: of the evaluation.
-        said: to every example: its ``key``, and what was ``said``.
-        folder: for all results of the step.
-        lost: records that were left out, which servers miss.
-
-    Returns:
-        Why there is none, or not all, as a sentence; else nothing.
+        predictions: ``key`` and ``prediction`` of every example.
+        folder: of all results of the step.
+        skipped: records without a prediction, which servers will miss.
     """
     if task not in WRITERS:
-        return ""
+        return
     suffix, write = WRITERS[task]
     path = folder / "submissions" / f"{name}{suffix}"
     try:
-        text = write(_numbered(said))
-    except _Unfit as why:
-        return f"{path} is not written: {why}"
+        text = write(_number(predictions))
+    except _SubmissionError as error:
+        logging.warning("%s is not written: %s", path, error)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(str(path), text.encode())
-    if lost:
-        were = "records that were" if len(lost) > 1 else "record that was"
-        return f"{path} has no prediction for {len(lost)} {were} left out, the first is {lost[0].key}"
-    return ""
+    if skipped:
+        count, first = len(skipped), skipped[0].key
+        logging.warning("%s misses %d skipped record%s, first %s", path, count, "s" * (count > 1), first)
 
 
-def _numbered(said: Sequence[Mapping[str, str]]) -> Numbered:
+def _number(predictions: Sequence[Mapping[str, str]]) -> NumberedPredictions:
     rows: dict[int, str] = {}
-    for row in said:
+    for row in predictions:
         number = row["key"].rpartition("/")[2]
         if not (number.isascii() and number.isdecimal()):
-            raise _Unfit(f"the key {row['key']!r} does not end in a number, by which the server knows an example")
+            raise _SubmissionError(f"the key {row['key']!r} does not end in the number that the server expects")
         if int(number) in rows:
-            raise _Unfit(f"two examples have the number {int(number)}; give each source an evaluation of its own")
+            raise _SubmissionError(f"two examples have the number {int(number)}; use one evaluation per source")
         rows[int(number)] = row["prediction"]
     return list(rows.items())

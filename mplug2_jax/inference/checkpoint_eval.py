@@ -7,7 +7,8 @@ from pathlib import Path
 from data_pipelines.tokenizers import Tokenizer
 from mplug2_jax.config import as_recipe, build, load_recipe, override, to_dict
 from mplug2_jax.errors import UserError, did_you_mean
-from mplug2_jax.evaluation.loop import Evaluation, EvaluationResult
+from mplug2_jax.evaluation.loop import Evaluation
+from mplug2_jax.evaluation.results import EvaluationResult
 from mplug2_jax.model.mplug2 import Params
 from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.tasks.contracts import required_parts

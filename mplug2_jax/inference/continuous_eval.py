@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from mplug2_jax.errors import UserError
-from mplug2_jax.evaluation.loop import EvaluationResult
+from mplug2_jax.evaluation.results import EvaluationResult
 from mplug2_jax.inference.checkpoint_eval import Evaluator
 from mplug2_jax.parallel.processes import allgather_objects, is_primary_process
 from mplug2_jax.training.checkpoint.checkpoints import DamagedCheckpointError

@@ -17,7 +17,8 @@ from data_pipelines.order import Shard
 from data_pipelines.tokenizers import Tokenizer, fingerprint
 from mplug2_jax.config import to_dict
 from mplug2_jax.errors import Preempted, UserError
-from mplug2_jax.evaluation.loop import Evaluation, EvaluationResult, save_result
+from mplug2_jax.evaluation.loop import Evaluation
+from mplug2_jax.evaluation.results import EvaluationResult, save_result
 from mplug2_jax.model.mplug2 import Params
 from mplug2_jax.parallel.mesh import describe_mesh, make_mesh
 from mplug2_jax.parallel.placement import check_batch_divisible, local_batch_shards, num_batch_shards, put_batch
@@ -330,7 +331,6 @@ def run_evaluations(
         if is_primary_process():
             save_result(result, folder)
         metric_log.write(step, result.tagged_metrics())
-        for line in result.summary().splitlines():
-            logging.info("%s", line)
+        result.log()
         results.append(result)
     return results

@@ -14,7 +14,7 @@ from data_pipelines.media import media_of
 from data_pipelines.tokenizers import load_tokenizer
 from data_pipelines.visual import load_visual
 from mplug2_jax.cli.common import results_table, sample_lines
-from mplug2_jax.evaluation.loop import EvaluationResult
+from mplug2_jax.evaluation.results import EvaluationResult
 from mplug2_jax.evaluation.samples import Sample
 from mplug2_jax.training import workdir as workdir_module
 

@@ -1,7 +1,8 @@
-"""The evaluation loop: batches change nothing, results are kept, wrong set-ups are refused."""
+"""The evaluation loop: batch sizes change nothing, results are saved, invalid configs are errors."""
 
 import dataclasses
 import json
+import logging
 import math
 
 import jax
@@ -19,7 +20,8 @@ from data_pipelines.tokenizers import SPECIAL_TOKENS, WordPieceTokenizer
 from mplug2_jax.cli.common import results_table
 from mplug2_jax.errors import UserError
 from mplug2_jax.evaluation.config import EvaluationConfig
-from mplug2_jax.evaluation.loop import Evaluation, EvaluationResult, save_result
+from mplug2_jax.evaluation.loop import Evaluation
+from mplug2_jax.evaluation.results import EvaluationResult, save_result
 from mplug2_jax.evaluation.samples import Sample, SampleNeighbors
 from mplug2_jax.metrics.classification import confusion_summary
 from mplug2_jax.model.config import SpecialTokens, model_config
@@ -65,16 +67,16 @@ def evaluation(task, parts, examples, *, batch_size=SIZE, kind="text", size=SIZE
     )
 
 
-def drawn(definition):
+def random_params(definition):
     rng = np.random.default_rng(0)
     return jax.tree.map(lambda s: (rng.normal(size=s.shape) * 0.3).astype(np.float32), definition.shapes)
 
 
 @pytest.fixture(scope="module")
 def results():
-    """The same evaluation in batches of everything, of 7 (the last holds 6), and of 16 (the last holds 4) on a mesh."""
+    """Run one evaluation in a single batch, in batches of 7 (the last has 6), and of 16 (the last has 4) on a mesh."""
     parts = ("text", "universal", "mlm")
-    params = drawn(define_model(MODEL, parts))
+    params = random_params(define_model(MODEL, parts))
     return {
         size: evaluation("mlm", parts, SENTENCES, batch_size=size, mesh=mesh).run(params, 3)
         for size, mesh in ((SIZE, None), (7, None), (16, make_mesh(MeshConfig(data=2, fsdp=4))))
@@ -90,7 +92,7 @@ def test_neither_the_batch_size_nor_padding_nor_the_mesh_changes_what_is_predict
     assert ours.baselines == whole.baselines
     assert ours.confidence_intervals == whole.confidence_intervals
     assert ours.predictions == whole.predictions
-    assert ours.examples == SIZE
+    assert ours.num_examples == SIZE
 
 
 ACTIONS = ExampleConfig(instructions={"label": InstructionConfig(templates=("",))}, classes=VIDEO_LABELS)
@@ -105,36 +107,36 @@ def actions(visual, *, batch_size=6, mesh=None, size=7, model=MODEL):
     return Evaluation("held", config, definition, CONTEXT, TOKENIZER, mesh or one, seed=0), definition
 
 
-def assert_said_the_same(ours, theirs):
-    """But for the last of a probability's four digits, to which it is rounded."""
+def assert_same_predictions(ours, theirs):
+    """Allow a difference in the last of the four digits to which scores are rounded."""
     assert [row | {"score": 0} for row in ours] == [row | {"score": 0} for row in theirs]
     assert_close([row["score"] for row in ours], [row["score"] for row in theirs], 1.5e-4, scale=1)
 
 
 def test_the_probabilities_of_an_example_s_views_are_averaged(monkeypatch):
-    """In any batches, on any mesh; and broken in one view, an example is left out."""
+    """Any batch size and mesh gives the same; an example with one bad view is skipped."""
     visual = VisualConfig(num_frames=2, num_clips=3)
     ours, definition = actions(visual)
-    params = drawn(definition)
+    params = random_params(definition)
     rows = [
         np.asarray(ours._predict(params, batch.arrays)["probabilities"]) for batch in ours._set.batches()
     ]  # a row for each view
     means = np.concatenate(rows)[:21].reshape(7, 3, -1).astype(np.float64).mean(1)
-    given = {}
+    scored = {}
 
-    def scored(predictions, *rest):
-        given.update(predictions)
+    def record(predictions, *rest):
+        scored.update(predictions)
         return score(predictions, *rest)
 
-    monkeypatch.setattr(ours, "_score", scored)
+    monkeypatch.setattr(ours, "_score", record)
     whole = ours.run(params, 0)
-    assert_close(given["probabilities"], means)
+    assert_close(scored["probabilities"], means)
     assert len({row.tobytes() for row in np.concatenate(rows)[:3]}) == 3
-    assert whole.examples == 7
+    assert whole.num_examples == 7
     for size, mesh in ((1, None), (16, make_mesh(MeshConfig(data=8)))):
         other = actions(visual, batch_size=size, mesh=mesh)[0].run(params, 0)
         assert (other.metrics, other.confidence_intervals) == (whole.metrics, whole.confidence_intervals)
-        assert_said_the_same(other.predictions, whole.predictions)
+        assert_same_predictions(other.predictions, whole.predictions)
 
     broken, _ = actions(visual)
     make = broken._set._builder.make
@@ -148,27 +150,29 @@ def test_the_probabilities_of_an_example_s_views_are_averaged(monkeypatch):
         return make(pick, view)
 
     monkeypatch.setattr(broken._set._builder, "make", fails)
-    left = broken.run(params, 0)
-    assert left.examples == 6
-    assert left.skipped == (Fault("digits", "4", "cut off"),)
-    assert_said_the_same(left.predictions, whole.predictions[:4] + whole.predictions[5:])
+    partial = broken.run(params, 0)
+    assert partial.num_examples == 6
+    assert partial.skipped == (Fault("digits", "4", "cut off"),)
+    assert_same_predictions(partial.predictions, whole.predictions[:4] + whole.predictions[5:])
 
 
 @pytest.mark.parametrize(("size", "mesh"), [(1, {}), (7, {}), (16, {}), (8, {"data": 8}), (16, {"data": 2, "fsdp": 2})])
 def test_in_bfloat16_no_bit_of_a_prediction_depends_on_how_many_are_read_at_a_time(monkeypatch, size, mesh):
     given = []
 
-    def scored(predictions, *rest):
+    def record(predictions, *rest):
         given.append(predictions["probabilities"])
         return score(predictions, *rest)
 
-    halved = dataclasses.replace(MODEL, dtype="bfloat16", num_classes=len(VIDEO_LABELS))
+    in_bfloat16 = dataclasses.replace(MODEL, dtype="bfloat16", num_classes=len(VIDEO_LABELS))
     for batch_size, axes in ((3, {}), (size, mesh)):
         devices = jax.devices()[: math.prod(axes.values())]
         on = make_mesh(MeshConfig(**axes), devices)
-        ours, definition = actions(VisualConfig(num_frames=2), model=halved, batch_size=batch_size, mesh=on, size=21)
-        monkeypatch.setattr(ours, "_score", scored)
-        ours.run(drawn(definition), 0)
+        ours, definition = actions(
+            VisualConfig(num_frames=2), model=in_bfloat16, batch_size=batch_size, mesh=on, size=21
+        )
+        monkeypatch.setattr(ours, "_score", record)
+        ours.run(random_params(definition), 0)
     assert len(np.unique(given[0])) > 20
     np.testing.assert_array_equal(*given)
 
@@ -187,16 +191,17 @@ def test_a_result_says_what_was_evaluated_and_when(results):
     assert (result.recipe, result.formats) == ("a_recipe", ("digitworld",))
 
 
-def test_only_so_many_samples_are_kept_as_asked_for(monkeypatch):
+def test_num_samples_limits_the_samples_of_each_category(monkeypatch):
     few = evaluation("mlm", ("text", "universal", "mlm"), SENTENCES, samples=2, size=3, batch_size=4)
-    said = {"ids": jnp.full((8, 24), 7), "masked": jnp.ones((8, 24), bool)}
-    monkeypatch.setattr(few, "_predict", lambda params, batch: said)
+    output = {"ids": jnp.full((8, 24), 7), "masked": jnp.ones((8, 24), bool)}
+    monkeypatch.setattr(few, "_predict", lambda params, batch: output)
     result = few.run({}, 0)
     assert [sample.category for sample in result.samples] == ["first", "first", "best", "worst"]
     assert result.num_examples == 3
 
 
-def test_a_result_is_saved_as_json_with_strips_of_its_samples_frames_beside_it(tmp_path):
+def test_a_result_is_saved_as_json_with_images_of_its_samples(tmp_path, caplog):
+    caplog.set_level(logging.WARNING, "absl")
     clip = np.arange(2 * 32 * 32 * 3, dtype=np.uint8).reshape(2, 32, 32, 3)
     samples = (
         Sample(
@@ -217,7 +222,8 @@ def test_a_result_is_saved_as_json_with_strips_of_its_samples_frames_beside_it(t
         "held", "answer", 70, 2, 1.5, {"accuracy": 0.5}, {"accuracy": 0.25}, samples, (), {"accuracy": (0.0, 1.0)},
         predictions, confusion, "msrvtt_qa", ("annotations",), ("spice",), ("so few",),
     )  # fmt: skip
-    assert result.summary().splitlines()[1:] == ["warning: evaluation held: so few"]
+    result.log()
+    assert caplog.messages == ["evaluation held: so few"]
     assert ["held", "spice", "absent", "2"] in [line.split() for line in results_table([result]).splitlines()]
     path = save_result(result, tmp_path / "new" / "70")
     assert path == tmp_path / "new" / "70" / "held.json"
@@ -239,7 +245,7 @@ def test_a_result_is_saved_as_json_with_strips_of_its_samples_frames_beside_it(t
     }  # fmt: skip
     with Image.open(path.parent / "held-0.png") as strip:
         pixels = np.asarray(strip)
-    # Both frames side by side, each pixel three times as large.
+    # Both frames are side by side, enlarged threefold.
     np.testing.assert_array_equal(pixels[::3, ::3], np.concatenate(list(clip), axis=1))
     assert pixels.shape == (96, 192, 3)
     assert {p.name for p in path.parent.iterdir()} == {"held.json", "held.jsonl", "held-0.png", "held-0-nearest.png"}
@@ -258,12 +264,12 @@ def test_a_result_is_saved_as_json_with_strips_of_its_samples_frames_beside_it(t
          {"kind": "video", "clips": 2},
          "num_clips=2 and num_crops=1 are views whose probabilities are averaged, .*; for task 'answer' set both to 1"),
         ("stsb", ("vision", "text", "universal", "classifier"), NAMED, {"kind": "image"},
-         r"task 'stsb' tells 26 classes apart, but config\.model\.num_classes=\d; set that to 26"),
+         r"task 'stsb' has 26 classes, but config\.model\.num_classes=\d; set that to 26"),
         ("mlm", ("text", "universal", "mlm"), SENTENCES, {"size": 0}, "is empty"),
         ("mlm", ("text", "universal", "mlm"), SENTENCES, {"mesh": 8}, "batch_size=20 does not split .* 16 or 24"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_evaluated_is_refused_before_anything_runs(task, parts, examples, changes, sentence):
+def test_an_invalid_evaluation_is_an_error_before_anything_runs(task, parts, examples, changes, sentence):
     if "mesh" in changes:
         changes = {"mesh": make_mesh(MeshConfig(fsdp=changes["mesh"]))}
     with pytest.raises(UserError, match=sentence) as error:

@@ -1,4 +1,4 @@
-"""Re-ranking: pairs side by side in batches, and the whole of it beside all pairs computed at once."""
+"""Reranking: grouping of pairs into batches, and results against all pairs scored directly."""
 
 import collections
 
@@ -56,14 +56,14 @@ def evaluation(batch_size=8, mesh=None, definition=DEFINITION):
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 4)), min_size=1, unique=True), st.integers(1, 5))
-def test_every_pair_has_its_place_and_no_picture_has_more_rows_than_it_needs(pairs, most):
-    rows = group_pairs(np.asarray(pairs), most)
+def test_every_pair_has_an_index_and_no_visual_has_more_rows_than_it_needs(pairs, max_texts):
+    rows = group_pairs(np.asarray(pairs), max_texts)
     width = rows.texts.shape[1]
-    assert [(rows.texts.ravel()[i], rows.pictures[i // width]) for i in rows.pairs] == pairs
-    counts = collections.Counter(picture for _, picture in pairs)
-    assert width == min(most, max(counts.values()))
-    assert collections.Counter(rows.pictures.tolist()) == {i: -(-n // width) for i, n in counts.items()}
-    assert {(t, p) for p, texts in zip(rows.pictures, rows.texts, strict=True) for t in texts} == set(pairs)
+    assert [(rows.texts.ravel()[i], rows.visuals[i // width]) for i in rows.pairs] == pairs
+    counts = collections.Counter(visual for _, visual in pairs)
+    assert width == min(max_texts, max(counts.values()))
+    assert collections.Counter(rows.visuals.tolist()) == {i: -(-n // width) for i, n in counts.items()}
+    assert {(t, v) for v, texts in zip(rows.visuals, rows.texts, strict=True) for t in texts} == set(pairs)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def params():
 
 @pytest.fixture(scope="module")
 def direct(params):
-    """Features, and the matching head's log odds of all pairs [texts, pictures], each pair by itself."""
+    """Compute features, and the matching head's log odds of all pairs [texts, visuals], each pair by itself."""
     examples = [example for batch in EvaluationSet(data(SIZE), TOKENIZER, name="held", seed=0).batches()
                 for example in batch.examples.values()]  # fmt: skip
     arrays = {name: np.stack([e.arrays[name] for e in examples]) for name in ("frames", "text", "text_mask")}
@@ -84,10 +84,10 @@ def direct(params):
         forward = ForwardPass(DEFINITION.bind(params), arrays)
         model, (visual, text) = forward.model, forward.features
 
-        def of_picture(tokens):
+        def of_visual(tokens):
             return model.fusion(forward.text, arrays["text_mask"], jax.numpy.stack([tokens] * SIZE))[1]
 
-        logits = jax.numpy.stack([model.matching(of_picture(forward.visual[i])) for i in range(SIZE)], axis=1)
+        logits = jax.numpy.stack([model.matching(of_visual(forward.visual[i])) for i in range(SIZE)], axis=1)
         return visual, text, jax.nn.log_softmax(logits)
 
     visual, text, log_probs = (np.asarray(x) for x in compute(params, arrays))
@@ -96,31 +96,31 @@ def direct(params):
 
 
 def by_hand(similarity, scores, ids):
-    """Ranks where the k nearest are ordered by their scores, and the others follow as they were."""
+    """Return ranks after ordering the k nearest by their scores, and leaving the others in place."""
     order = np.argsort(-similarity, axis=1)
     ranks = []
     for i, row in enumerate(order):
         near = row[:K]
-        anew = [*near[np.argsort(-scores[i][near])], *row[K:]]
-        ranks.append(ids[anew].tolist().index(ids[i]))
+        reordered = [*near[np.argsort(-scores[i][near])], *row[K:]]
+        ranks.append(ids[reordered].tolist().index(ids[i]))
     return np.asarray(ranks)
 
 
-def test_reranking_is_all_pairs_matched_and_the_nearest_ordered_by_it(params, direct, monkeypatch):
-    monkeypatch.setattr(matching, "TEXTS", 2)
+def test_reranking_orders_the_nearest_by_their_matching_scores(params, direct, monkeypatch):
+    monkeypatch.setattr(matching, "MAX_TEXTS", 2)
     ids, similarity, scores, examples = direct
     assert len(set(ids.tolist())) == SIZE
-    held, refined = evaluation(), {}
+    held, reranked = evaluation(), {}
     score = held._score
-    monkeypatch.setattr(held, "_score", lambda found, *rest: refined.update(found) or score(found, *rest))
+    monkeypatch.setattr(held, "_score", lambda ranks, *rest: reranked.update(ranks) or score(ranks, *rest))
     result = held.run(params, 0)
     changed = 0
     for direction, x, y in (("text_to_visual", similarity, scores), ("visual_to_text", similarity.T, scores.T)):
         before, after = compute_ranks(x, ids, ids), by_hand(x, y, ids)
         changed += (before != after).sum()
         for prefix, ranks in (("", before), ("reranked_", after)):
-            queries = np.arange(SIZE) if direction == "text_to_visual" else np.argsort(ids)  # pictures in order of ids
-            np.testing.assert_array_equal(refined[f"{prefix}{direction}"], ranks[queries])
+            queries = np.arange(SIZE) if direction == "text_to_visual" else np.argsort(ids)  # visuals in order of ids
+            np.testing.assert_array_equal(reranked[f"{prefix}{direction}"], ranks[queries])
             for k in (1, 5, 10):
                 assert result.metrics[f"{prefix}{direction}_r{k}"] == np.mean(ranks < k)
                 assert result.baselines[f"{prefix}{direction}_r{k}"] == pytest.approx(min(k / SIZE, 1))
@@ -133,15 +133,15 @@ def test_reranking_is_all_pairs_matched_and_the_nearest_ordered_by_it(params, di
     assert [row["score"] for row in result.predictions] == [-1 - rank for rank in ranks]
 
 
-def test_a_sample_has_the_texts_and_the_pictures_that_match_best(params, direct):
+def test_a_sample_has_the_texts_and_images_that_match_best(params, direct):
     _, similarity, scores, examples = direct
     sample = evaluation().run(params, 0).samples[0]
     order = lambda x, y: np.argsort(-x[0])[:K][np.argsort(-y[0][np.argsort(-x[0])[:K]])]  # noqa: E731
-    texts, pictures = order(similarity.T, scores.T), order(similarity, scores)
+    texts, visuals = order(similarity.T, scores.T), order(similarity, scores)
     assert sample.nearest.texts == tuple((examples[i].text, i == 0) for i in texts)
-    assert sample.nearest.right == tuple(i == 0 for i in pictures)
-    shown = np.concatenate([examples[i].arrays["frames"][0].repeat(6, 0).repeat(6, 1) for i in pictures], axis=1)
-    np.testing.assert_array_equal(sample.nearest.pictures, shown)
+    assert sample.nearest.correct == tuple(i == 0 for i in visuals)
+    shown = np.concatenate([examples[i].arrays["frames"][0].repeat(6, 0).repeat(6, 1) for i in visuals], axis=1)
+    np.testing.assert_array_equal(sample.nearest.images, shown)
 
 
 @pytest.mark.parametrize(("batch_size", "devices"), [(5, 1), (16, 8)])
@@ -152,16 +152,16 @@ def test_neither_the_batch_size_nor_the_mesh_changes_what_is_found(params, batch
     assert ours.predictions == whole.predictions
 
 
-def test_a_watchdog_hears_of_every_batch_of_pairs(params):
-    heard = []
-    evaluation().run(params, 0, heard.append)
-    pairs = [phase for phase in heard if "pairs" in phase]
+def test_every_batch_of_pairs_is_reported(params):
+    phases = []
+    evaluation().run(params, 0, phases.append)
+    pairs = [phase for phase in phases if "pairs" in phase]
     assert pairs[0].startswith("batch 1 of ")
     assert pairs[0].endswith(" of pairs of evaluation held")
     assert len(pairs) == int(pairs[0].split()[3])
 
 
-def test_it_needs_all_that_finds_and_all_that_matches():
+def test_reranking_needs_the_parts_of_contrast_and_matching():
     parts = TASKS["rerank"].parts
     assert set(parts) == {"vision", "text", "universal", "contrastive", "fusion", "matching"}
     for lacking in ("contrastive", "matching"):
@@ -169,6 +169,6 @@ def test_it_needs_all_that_finds_and_all_that_matches():
             evaluation(definition=define_model(MODEL, tuple(part for part in parts if part != lacking)))
 
 
-def test_at_least_one_candidate_is_ordered_anew():
+def test_at_least_one_candidate_is_reranked():
     with pytest.raises(UserError, match=r"config\.tasks\.rerank_k"):
         TaskSettings(rerank_k=0)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from mplug2_jax.errors import Preempted, UserError
-from mplug2_jax.evaluation.loop import EvaluationResult, save_result
+from mplug2_jax.evaluation.results import EvaluationResult, save_result
 from mplug2_jax.inference import continuous_eval
 from mplug2_jax.inference.checkpoint_eval import Evaluator
 from mplug2_jax.inference.continuous_eval import ContinuousEvaluator, resolve_until_step, wait_for_run

@@ -1,4 +1,4 @@
-"""Classes by prompts: which texts stand for them, what is nearest, and what is refused."""
+"""Zero-shot classification: class features from prompts, predictions, and errors."""
 
 import dataclasses
 
@@ -43,9 +43,9 @@ def definition():
 
 @pytest.fixture(scope="module")
 def params(definition):
-    """Fresh, but with a vision tower thrice as large: else all pictures look alike and are of one class."""
-    drawn = definition.init(jax.random.key(0))
-    return drawn | {"vision": jax.tree.map(lambda x: 3 * x, drawn["vision"])}
+    """Return initial parameters with a vision tower three times as large, or all images would have one class."""
+    params = definition.init(jax.random.key(0))
+    return params | {"vision": jax.tree.map(lambda x: 3 * x, params["vision"])}
 
 
 def evaluation(definition, tokenizer, *, batch_size=8, mesh=None, names=(), prompts=TEMPLATES, task="zero_shot"):
@@ -66,9 +66,9 @@ def test_a_class_is_the_mean_direction_of_its_prompts(definition, params, tokeni
     assert prompts.ids.shape[1] == rows
     model = definition.bind(params)
     context = TaskContext(settings=TaskSettings(), tokens=special_tokens(tokenizer), prompts=prompts)
-    found = zero_shot.prepare(model, context)["class_features"]
-    assert found.shape == (len(NAMES), 16)
-    for name, features in zip(NAMES, found, strict=True):
+    output = zero_shot.precompute(model, context)["class_features"]
+    assert output.shape == (len(NAMES), 16)
+    for name, features in zip(NAMES, output, strict=True):
         vectors = []
         for template in TEMPLATES:
             ids = jnp.asarray([tokenizer.encode(template.format(label=name), max_length=12)])
@@ -83,8 +83,8 @@ def test_the_nearest_class_is_the_likeliest(definition, params):
     model = definition.bind(params)
     visual = model.contrastive.visual_features(ForwardPass(model, batch).visual)
     context = TaskContext(settings=TaskSettings(), tokens=special_tokens(load_or_train_tokenizer(TokenizerConfig())))
-    found = zero_shot.predict(model, batch, context)["probabilities"]
-    assert_close(found, jax.nn.softmax(visual[:, :5] / 0.07))
+    output = zero_shot.predict(model, batch, context)["probabilities"]
+    assert_close(output, jax.nn.softmax(visual[:, :5] / 0.07))
 
 
 def test_neither_the_batch_size_nor_the_mesh_changes_the_classes(definition, params, tokenizer):
@@ -98,12 +98,12 @@ def test_neither_the_batch_size_nor_the_mesh_changes_the_classes(definition, par
     assert len({row["prediction"] for row in whole.predictions}) > 1  # not one class for all
 
 
-def test_names_stand_in_for_labels(definition, params, tokenizer):
-    """The figures count labels; with names that are turned round, what is said is turned round, too."""
+def test_class_names_replace_labels(definition, params, tokenizer):
+    """Metrics count labels; with reversed names, predictions are reversed too."""
     straight = evaluation(definition, tokenizer).run(params, 1)
-    turned = evaluation(definition, tokenizer, names=DIGITS[::-1]).run(params, 1)
+    reversed_names = evaluation(definition, tokenizer, names=DIGITS[::-1]).run(params, 1)
     opposite = {str(a): b for a, b in zip(DIGITS, DIGITS[::-1], strict=True)}
-    for a, b in zip(straight.predictions, turned.predictions, strict=True):
+    for a, b in zip(straight.predictions, reversed_names.predictions, strict=True):
         if "class" not in a["prediction"] + b["prediction"]:  # a class without examples has only a number
             assert opposite[a["prediction"]] == b["prediction"]
 
@@ -112,13 +112,13 @@ def test_names_stand_in_for_labels(definition, params, tokenizer):
     ("fields", "message"),
     [
         ({"prompts": ()}, "prompts is empty"),
-        ({"prompts": ("a digit",)}, "says the same of every class"),
-        ({"prompts": ("a {label} {x}",)}, "valid braces: {label}"),
-        ({"names": ("one", "two")}, "class_names are 2, expected one for each of the 10 classes"),
+        ({"prompts": ("a digit",)}, "is the same for every class"),
+        ({"prompts": ("a {label} {x}",)}, "the only field is {label}"),
+        ({"names": ("one", "two")}, "class_names has 2 names, expected one for each of 10 classes"),
         ({"task": "classify"}, "are for the task 'zero_shot', not for 'classify'"),
     ],
 )
-def test_what_makes_no_prompts_is_refused(tokenizer, fields, message):
+def test_invalid_prompts_are_an_error(tokenizer, fields, message):
     both = define_model(dataclasses.replace(small_model(), num_classes=10), (*PARTS, "classifier"))
     with pytest.raises(UserError, match=message):
         evaluation(both, tokenizer, **fields)
