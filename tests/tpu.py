@@ -1,4 +1,4 @@
-"""Meshes of TPUs that are not here, for ahead-of-time compilation."""
+"""Meshes of TPUs that are not attached, for ahead-of-time compilation."""
 
 import pytest
 from jax.experimental import topologies
@@ -9,7 +9,7 @@ from mplug2_jax.parallel.mesh import make_mesh
 
 
 def topology_mesh(name: str, config: MeshConfig, slices: int = 1) -> Mesh:
-    """The mesh of a config over a named topology; skips the test where libtpu is not installed."""
+    """Make a config's mesh over a named topology; skip the test where libtpu is not installed."""
     pytest.importorskip("libtpu", reason="libtpu, the compiler for TPU topologies, is not installed here")
     return make_mesh(
         config, topologies.get_topology_desc(platform="tpu", topology_name=name, num_slices=slices).devices

@@ -1,1 +1,1 @@
-"""Where arrays live: the mesh, and the two tables from logical axes to mesh axes."""
+"""Processes, the device mesh, and the two tables that shard arrays over it by logical axis."""

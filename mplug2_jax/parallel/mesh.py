@@ -1,4 +1,4 @@
-"""The device mesh, from a config and whatever devices there are."""
+"""Device meshes from a config."""
 
 from collections.abc import Sequence
 
@@ -13,18 +13,18 @@ _AUTO = (AxisType.Auto,) * len(MESH_AXES)
 
 
 def describe_mesh(mesh: Mesh) -> str:
-    """The axes that split anything, as ``data=2, fsdp=4``."""
+    """Return the axes larger than 1, as in ``data=2, fsdp=4``."""
     return ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "of one device"
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh over the given devices, or over all that JAX sees, ordered so that neighbours are near.
+    """Make a mesh over the given devices, or over all devices of JAX, ordered so that neighbors are physically close.
 
-    The devices may be those of a topology that is not here, for ahead-of-time compilation. On several TPU slices only
-    ``replica`` crosses from one to another.
+    The devices may be those of a topology that is not attached, for ahead-of-time compilation. On several TPU slices
+    only ``replica`` crosses slices.
 
     Raises:
-        UserError: axes that do not multiply to the number of devices, or replicas that do not follow the slices.
+        UserError: axes whose sizes do not multiply to the number of devices, or replicas that do not match the slices.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = config.axis_sizes(len(devices))
@@ -37,17 +37,17 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     if slices == 1:
         grid = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
     else:
-        within = tuple((sizes | {"replica": sizes["replica"] // slices}).values())
-        across = (slices,) + (1,) * (len(within) - 1)
-        grid = mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
+        per_slice = tuple((sizes | {"replica": sizes["replica"] // slices}).values())
+        across_slices = (slices,) + (1,) * (len(per_slice) - 1)
+        grid = mesh_utils.create_hybrid_device_mesh(per_slice, across_slices, devices, allow_split_physical_axes=True)
     return Mesh(grid, MESH_AXES, axis_types=_AUTO)
 
 
-def abstract_mesh(config: MeshConfig, devices: int) -> AbstractMesh:
-    """The mesh of so many devices that nobody has: enough to say where arrays would live."""
-    return AbstractMesh(tuple(config.axis_sizes(devices).values()), MESH_AXES, axis_types=_AUTO)
+def abstract_mesh(config: MeshConfig, num_devices: int) -> AbstractMesh:
+    """Return a mesh of ``num_devices`` devices that need not exist: enough to shard shapes."""
+    return AbstractMesh(tuple(config.axis_sizes(num_devices).values()), MESH_AXES, axis_types=_AUTO)
 
 
 def num_slices(devices: Sequence[jax.Device]) -> int:
-    """How many TPU slices the devices come from. Other devices are one: their order by process is near enough."""
+    """Count the TPU slices that the devices belong to. Other devices count as one: their order by process suffices."""
     return len({getattr(device, "slice_index", 0) if device.platform == "tpu" else 0 for device in devices})

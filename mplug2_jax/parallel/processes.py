@@ -1,13 +1,13 @@
-"""The processes of one run: how they find each other, agree, and leave.
+"""The processes of one run: initialization, agreement and exit.
 
-A process joins others only where its environment says that there are any; ``detect`` is the one place that reads it:
+A process joins others only if its environment describes them. :func:`detect_cluster` reads it:
 
 ==========================  ================================================================================
-by name (``launch local``)  ``JAX_COORDINATOR_ADDRESS``, ``JAX_NUM_PROCESSES``, ``JAX_PROCESS_ID``
+set by ``launch local``      ``JAX_COORDINATOR_ADDRESS``, ``JAX_NUM_PROCESSES``, ``JAX_PROCESS_ID``
 GKE JobSet                  ``JOBSET_NAME``, ``REPLICATED_JOB_NAME``, ``JOB_COMPLETION_INDEX``, ``JAX_NUM_PROCESSES``
-SLURM                       a step of several tasks: ``SLURM_STEP_NUM_TASKS`` and its siblings
+SLURM                       a step of several tasks: ``SLURM_STEP_NUM_TASKS`` and related variables
 TPU pod                     ``TPU_WORKER_HOSTNAMES`` and ``TPU_WORKER_ID``, or the metadata server of a TPU machine
-several slices of TPUs      besides, ``MEGASCALE_NUM_SLICES``, ``_SLICE_ID``, ``_COORDINATOR_ADDRESS``: JAX reads them
+several TPU slices          also ``MEGASCALE_NUM_SLICES``, ``_SLICE_ID``, ``_COORDINATOR_ADDRESS``, which JAX reads
 ==========================  ================================================================================
 """
 
@@ -31,78 +31,80 @@ from mplug2_jax.errors import UserError
 from mplug2_jax.parallel.slurm import first_host, local_device_ids
 
 HEARTBEAT_TIMEOUT_SECONDS = 30
-"""A process that was silent for so long is taken for dead, and JAX ends the others."""
+"""JAX takes a process that is silent for this long for dead, and ends the others."""
 DEFAULT_PORT = 8476
-"""The coordinator's, where nobody says another."""
+"""Port of the coordinator, unless the environment names one."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Cluster:
-    """Where a process stands among the others. What is None is left to JAX to ask of the machine."""
+    """Arguments of ``jax.distributed.initialize``, and what they were read from. JAX detects those that are None."""
 
     source: str
     coordinator_address: str | None = None
     num_processes: int | None = None
     process_id: int | None = None
-    local_device_ids: tuple[int, ...] | None = None  # which of the machine's accelerators are this process's; None: all
+    local_device_ids: tuple[int, ...] | None = None  # None: all accelerators of the host
 
 
 def detect_cluster(environment: Mapping[str, str], *, tpu: bool = False) -> Cluster | None:
-    """The cluster that the environment describes, or None for a process on its own.
+    """Return the cluster that the environment describes, or None for a single process.
 
     Args:
         environment: such as ``os.environ``.
-        tpu: whether this machine has TPUs that may be used.
+        tpu: whether this host has TPUs that JAX may use.
 
     Raises:
-        UserError: an environment that is set by half, or wrong.
+        UserError: variables that are missing or invalid.
     """
     if "JAX_COORDINATOR_ADDRESS" in environment:
-        return _by_name(environment)
+        return _from_jax_variables(environment)
     if "JOBSET_NAME" in environment and not tpu:
-        return _by_jobset(environment)
+        return _from_jobset(environment)
     for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
         if name in environment:
             raise UserError(f"{name}={environment[name]} is set, but JAX_COORDINATOR_ADDRESS is not; set all or none")
-    # A batch script and an interactive shell have SLURM_JOB_ID too; only a step (srun) has tasks.
-    if _number(environment, "SLURM_STEP_NUM_TASKS", default=1) > 1:
-        return _by_slurm(environment)
+    # SLURM_JOB_ID is also set in batch scripts and interactive shells; only a step (srun) has tasks.
+    if _read_int(environment, "SLURM_STEP_NUM_TASKS", default=1) > 1:
+        return _from_slurm(environment)
     if tpu:
-        return _by_tpu(environment)
+        return _from_tpu_pod(environment)
     return None
 
 
-def _by_name(environment: Mapping[str, str]) -> Cluster:
+def _from_jax_variables(environment: Mapping[str, str]) -> Cluster:
     address = environment["JAX_COORDINATOR_ADDRESS"]
     if not re.fullmatch(r"\S+:\d{1,5}", address):
-        raise UserError(f"JAX_COORDINATOR_ADDRESS={address} should look like HOST:PORT")
-    return _checked(
+        raise UserError(f"JAX_COORDINATOR_ADDRESS={address} is invalid; expected HOST:PORT")
+    return _check_process_id(
         Cluster(
-            "environment", address, _number(environment, "JAX_NUM_PROCESSES"), _number(environment, "JAX_PROCESS_ID")
+            "environment",
+            address,
+            _read_int(environment, "JAX_NUM_PROCESSES"),
+            _read_int(environment, "JAX_PROCESS_ID"),
         )
     )
 
 
-def _by_jobset(environment: Mapping[str, str]) -> Cluster:
-    name, job = (_text(environment, key) for key in ("JOBSET_NAME", "REPLICATED_JOB_NAME"))
-    count, index = (_number(environment, key) for key in ("JAX_NUM_PROCESSES", "JOB_COMPLETION_INDEX"))
-    return _checked(Cluster(f"JobSet {name}", f"{name}-{job}-0-0.{name}:{DEFAULT_PORT}", count, index))
+def _from_jobset(environment: Mapping[str, str]) -> Cluster:
+    name, job = (_read_text(environment, key) for key in ("JOBSET_NAME", "REPLICATED_JOB_NAME"))
+    count, index = (_read_int(environment, key) for key in ("JAX_NUM_PROCESSES", "JOB_COMPLETION_INDEX"))
+    return _check_process_id(Cluster(f"JobSet {name}", f"{name}-{job}-0-0.{name}:{DEFAULT_PORT}", count, index))
 
 
-def _by_slurm(environment: Mapping[str, str]) -> Cluster:
-    count, index = (_number(environment, key) for key in ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"))
-    job, nodes = _number(environment, "SLURM_JOB_ID"), _text(environment, "SLURM_STEP_NODELIST")
-    if not _number(environment, "SLURM_STEP_NUM_NODES"):
-        raise UserError("SLURM_STEP_NUM_NODES=0 should be at least 1")
-    _number(environment, "SLURM_LOCALID")
-    host, local = first_host(nodes), local_device_ids(environment)
-    # Jobs that share a node need ports of their own.
-    address = f"{host}:{DEFAULT_PORT + job % 4096}"
-    return _checked(Cluster(f"SLURM job {job}", address, count, index, local))
+def _from_slurm(environment: Mapping[str, str]) -> Cluster:
+    count, index = (_read_int(environment, key) for key in ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"))
+    job, nodes = _read_int(environment, "SLURM_JOB_ID"), _read_text(environment, "SLURM_STEP_NODELIST")
+    if not _read_int(environment, "SLURM_STEP_NUM_NODES"):
+        raise UserError("SLURM_STEP_NUM_NODES=0 must be at least 1")
+    _read_int(environment, "SLURM_LOCALID")
+    # Jobs that share a node need different ports.
+    address = f"{first_host(nodes)}:{DEFAULT_PORT + job % 4096}"
+    return _check_process_id(Cluster(f"SLURM job {job}", address, count, index, local_device_ids(environment)))
 
 
-def _by_tpu(environment: Mapping[str, str]) -> Cluster:
-    # GKE sets the one or the other, and JAX prefers the first.
+def _from_tpu_pod(environment: Mapping[str, str]) -> Cluster:
+    # GKE sets one of these; JAX prefers the first.
     hosts = environment.get("TPU_PROCESS_ADDRESSES", environment.get("TPU_WORKER_HOSTNAMES"))
     if hosts is None:
         if "TPU_WORKER_ID" in environment:
@@ -111,77 +113,76 @@ def _by_tpu(environment: Mapping[str, str]) -> Cluster:
                 "none"
             )
         return Cluster("TPU metadata")
-    within = Cluster("TPU pod", num_processes=len(hosts.split(",")), process_id=_number(environment, "TPU_WORKER_ID"))
+    pod = Cluster("TPU pod", num_processes=len(hosts.split(",")), process_id=_read_int(environment, "TPU_WORKER_ID"))
     _check_slices(environment)
-    return Cluster(_checked(within).source)  # several slices make more of them: JAX counts
+    return Cluster(_check_process_id(pod).source)  # JAX counts the processes of all slices
 
 
 def _check_slices(environment: Mapping[str, str]) -> None:
-    """Checks what JAX would take for the first slice if it were missing, to wait for the others for ever."""
+    """Check variables without which JAX would take this slice for the first one and wait forever for the others."""
     if "MEGASCALE_NUM_SLICES" not in environment:
         return
-    slices = Cluster("TPU slices", num_processes=_number(environment, "MEGASCALE_NUM_SLICES"), process_id=0)
+    slices = Cluster("TPU slices", num_processes=_read_int(environment, "MEGASCALE_NUM_SLICES"), process_id=0)
     if slices.num_processes != 1:
-        _text(environment, "MEGASCALE_COORDINATOR_ADDRESS")
-        _checked(dataclasses.replace(slices, index=_number(environment, "MEGASCALE_SLICE_ID")))
+        _read_text(environment, "MEGASCALE_COORDINATOR_ADDRESS")
+        _check_process_id(dataclasses.replace(slices, index=_read_int(environment, "MEGASCALE_SLICE_ID")))
 
 
-def _text(environment: Mapping[str, str], name: str) -> str:
+def _read_text(environment: Mapping[str, str], name: str) -> str:
     value = environment.get(name)
     if not value:
-        raise UserError(f"{name} is not set, though its siblings are; set all that mplug2_jax.parallel.processes lists")
+        raise UserError(f"{name} is not set, but related variables are; set all that {__name__} lists, or none")
     return value
 
 
-def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
+def _read_int(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
     if default is not None and name not in environment:
         return default
-    value = _text(environment, name)
+    value = _read_text(environment, name)
     if not value.isdecimal():
-        raise UserError(f"{name}={value} should be a whole number")
+        raise UserError(f"{name}={value} is not a whole number")
     return int(value)
 
 
-def _checked(cluster: Cluster) -> Cluster:
+def _check_process_id(cluster: Cluster) -> Cluster:
     assert cluster.num_processes is not None
     assert cluster.process_id is not None
     if cluster.process_id >= cluster.num_processes:
         raise UserError(
-            f"{cluster.source}: process {cluster.process_id} of {cluster.num_processes} cannot be: the first is 0, the "
-            f"last {cluster.num_processes - 1}"
+            f"{cluster.source}: process id {cluster.process_id} is out of range for {cluster.num_processes} processes; "
+            f"expected 0 to {cluster.num_processes - 1}"
         )
     return cluster
 
 
 def initialize_distributed() -> None:
-    """Joins the other processes of the run, if the environment describes any, and says so in one line.
+    """Initialize JAX's distributed runtime if the environment describes other processes.
 
-    Must run before anything asks JAX for devices.
+    Call it before anything asks JAX for devices.
 
     Raises:
-        UserError: an environment that is wrong, or a coordinator that cannot be reached.
+        UserError: an invalid environment, or a coordinator that cannot be reached.
     """
     cluster = detect_cluster(os.environ, tpu=_has_tpus())
     if cluster is None:
         return
-    known = cluster.coordinator_address is not None
     try:
         jax.distributed.initialize(
             cluster.coordinator_address,
             cluster.num_processes,
             cluster.process_id,
             local_device_ids=cluster.local_device_ids,
-            cluster_detection_method="deactivate" if known else None,
+            cluster_detection_method="deactivate" if cluster.coordinator_address else None,
             heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_SECONDS,
         )
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(
-            f"{cluster.source}: cannot join the other processes at {cluster.coordinator_address} ({reason}); check the "
-            "address, and that all were started"
+            f"{cluster.source}: cannot connect to the coordinator at {cluster.coordinator_address} ({reason}); check "
+            "the address, and that all processes were started"
         ) from error
     console.set_process_index(jax.process_index())
-    sys.excepthook = _leave_on_exception
+    sys.excepthook = _exit_on_exception
     logging.info(
         "%d processes (%s) with %d of %d %s devices each", jax.process_count(), cluster.source,
         jax.local_device_count(), jax.device_count(), jax.devices()[0].device_kind,
@@ -189,19 +190,19 @@ def initialize_distributed() -> None:
 
 
 def _has_tpus() -> bool:
-    """Whether there are TPU chips that JAX is free to use. Asks the file system only."""
+    """Return whether there are TPU chips that JAX may use, by looking at the file system only."""
     platforms: str | None = jax.config.jax_platforms  # type: ignore[attr-defined]
-    free = not platforms or "tpu" in platforms.split(",")
-    return free and (Path("/dev/accel0").exists() or any(Path("/dev/vfio").glob("[0-9]*")))
+    allowed = not platforms or "tpu" in platforms.split(",")
+    return allowed and (Path("/dev/accel0").exists() or any(Path("/dev/vfio").glob("[0-9]*")))
 
 
 def is_primary_process() -> bool:
-    """Whether this process is the one that writes files and talks."""
+    """Return whether this is process 0, which writes the files and the log of a run."""
     return jax.process_index() == 0
 
 
 def allgather_objects(value: Any) -> list[Any]:
-    """Every process's value, in their order. All processes must come here; ``value`` is anything that JSON can hold."""
+    """Gather a JSON-serializable value from every process, in process order. A collective: all processes call it."""
     if jax.process_count() == 1:
         return [value]
     data = np.frombuffer(json.dumps(value).encode(), np.uint8)
@@ -213,25 +214,25 @@ def allgather_objects(value: Any) -> list[Any]:
 
 
 def check_same_across_processes(values: Mapping[str, Any]) -> None:
-    """Checks that all processes were started alike; each gives what it was started with, by name.
+    """Check that named values are the same in all processes. A collective: all processes call it.
 
     Raises:
-        UserError: names the first thing that differs, and whose.
+        UserError: names the first value that differs, and the process.
     """
-    first, *others = allgather_objects(dict(values))
-    for index, other in enumerate(others, start=1):
-        for name in [*first, *other]:
-            if first.get(name) != other.get(name):
+    expected, *gathered = allgather_objects(dict(values))
+    for index, found in enumerate(gathered, start=1):
+        for name in [*expected, *found]:
+            if expected.get(name) != found.get(name):
                 raise UserError(
-                    f"process {index} has {name}={other.get(name)!r}, process 0 has {first.get(name)!r}; start all "
-                    "processes with the same command, over the same files"
+                    f"process {index} has {name}={found.get(name)!r}, process 0 has {expected.get(name)!r}; start all "
+                    "processes with the same command and the same files"
                 )
 
 
 def exit_if_distributed(status: int) -> None:
-    """Ends this process at once if it runs among others, and returns otherwise.
+    """Exit at once if there are other processes; return otherwise.
 
-    The usual end waits for the others, and they may wait for this process in a collective.
+    The usual interpreter exit waits for the other processes, which may be waiting for this one in a collective.
     """
     if jax.distributed.is_initialized():
         sys.stdout.flush()
@@ -239,6 +240,6 @@ def exit_if_distributed(status: int) -> None:
         os._exit(status)
 
 
-def _leave_on_exception(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+def _exit_on_exception(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     sys.__excepthook__(kind, error, trace)
     exit_if_distributed(1)

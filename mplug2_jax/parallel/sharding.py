@@ -1,7 +1,7 @@
 """Logical axis names, and the two tables that map them to mesh axes.
 
-The model says what a dimension *is* ("embed", "heads", ...); only these tables say where it lives. There are two,
-because parameters live spread out (``fsdp``) while compute lives with the batch.
+The model names what a dimension *is* ("embed", "heads", ...); only these tables say how it is sharded. There are two
+because parameters are sharded over ``fsdp`` between uses, while activations are sharded with the batch.
 """
 
 import contextlib
@@ -19,12 +19,12 @@ from mplug2_jax.parallel.config import SEQUENCE
 MeshAxes = str | tuple[str, ...] | None
 
 PARAMETER_RULES: Mapping[str, MeshAxes] = {
-    "layers": None,  # the stacked depth that the scan walks
+    "layers": None,  # the stacked layers of a scan
     "embed": "fsdp",  # the residual stream's width
-    "heads": "tensor",  # all heads side by side
+    "heads": "tensor",  # heads x head width
     "mlp": "tensor",
     "vocab": "tensor",
-    "norm": None,  # vectors as wide as the residual stream; too small to be worth a gather
+    "norm": None,  # vectors of the residual stream's width; too small to be worth a gather
     "patch": None,
     "position": None,
     "latent": None,
@@ -43,8 +43,8 @@ ACTIVATION_RULES: Mapping[str, MeshAxes] = {
 }
 
 
-# The visual sequence has an odd length: the partitioner pads its last shard, and masks it in every reduction.
-_UNEVEN = frozenset({"visual"})
+# The visual sequence has an odd length: the partitioner pads its last shard and masks it in every reduction.
+_PADDED_AXES = frozenset({"visual"})
 
 
 def activation_spec(
@@ -53,36 +53,36 @@ def activation_spec(
     shape: tuple[int, ...],
     rules: Mapping[str, MeshAxes] = ACTIVATION_RULES,
 ) -> PartitionSpec:
-    """The partition of an activation: each dimension over as many of its mesh axes, from the first on, as divide it."""
+    """Partition an activation: shard each dimension over the longest prefix of its mesh axes that divides it."""
     return PartitionSpec(
         *(_partition(n, rules[n] if n else None, s, axis_sizes) for n, s in zip(names, shape, strict=True))
     )
 
 
 def _partition(name: str | None, axes: MeshAxes, size: int, axis_sizes: Mapping[str, int]) -> MeshAxes:
-    taken: list[str] = []
-    count = 1
+    used: list[str] = []
+    num_shards = 1
     for axis in (axes,) if isinstance(axes, str) else axes or ():
-        extent = axis_sizes.get(axis, 1)
-        if size % (count * extent) and name not in _UNEVEN:
+        axis_size = axis_sizes.get(axis, 1)
+        if size % (num_shards * axis_size) and name not in _PADDED_AXES:
             break
-        if extent > 1:
-            taken.append(axis)
-            count *= extent
-    return tuple(taken) or None
+        if axis_size > 1:
+            used.append(axis)
+            num_shards *= axis_size
+    return tuple(used) or None
 
 
 def num_shards(name: str) -> int:
-    """Into how many parts the mesh in context may cut a logical axis of activations; 1 without a mesh."""
+    """Return how many shards a logical axis of activations has on the mesh in context; 1 without a mesh."""
     mesh, axes = jax.sharding.get_abstract_mesh(), ACTIVATION_RULES[name]
     return math.prod(dict(mesh.shape).get(axis, 1) for axis in ((axes,) if isinstance(axes, str) else axes or ()))
 
 
 def constrain(x: Shaped[Array, "..."], *names: str | None) -> Shaped[Array, "..."]:
-    """Pins an activation's layout by logical names, one for each dimension; does nothing when no mesh is in context.
+    """Constrain an activation's sharding by one logical name per dimension; a no-op without a mesh in context.
 
     Example:
-        ``constrain(tokens, "batch", None, None)`` keeps the examples where the batch is, and the rest whole.
+        ``constrain(tokens, "batch", None, None)`` shards the first dimension as the batch, and no other dimension.
     """
     return _constrain(x, names, ACTIVATION_RULES)
 
@@ -97,63 +97,64 @@ def _constrain(
 
 
 def all_gather_param(parameter: Float[Array, "..."], names: tuple[str | None, ...]) -> Float[Array, "..."]:
-    """A parameter as compute sees it: whole over ``fsdp``, still split over ``tensor``."""
+    """All-gather a parameter over ``fsdp``; it stays sharded over ``tensor``."""
     return _constrain(parameter, tuple(n if n in ACTIVATION_RULES else None for n in names), ACTIVATION_RULES)
 
 
-def reduce_scatter_grad(gradient: Float[Array, "..."], names: tuple[str | None, ...]) -> Float[Array, "..."]:
-    """A parameter's gradient, summed over the batch's axes and split as the parameter is."""
-    return _constrain(gradient, names, PARAMETER_RULES)
+def reduce_scatter_grad(grad: Float[Array, "..."], names: tuple[str | None, ...]) -> Float[Array, "..."]:
+    """Sum a parameter's gradient over the batch axes and shard it like the parameter."""
+    return _constrain(grad, names, PARAMETER_RULES)
 
 
-_ARE_WHOLE = contextvars.ContextVar("_ARE_WHOLE", default=False)
+_PARAMS_GATHERED = contextvars.ContextVar("_PARAMS_GATHERED", default=False)
 
 
 @contextlib.contextmanager
 def assume_params_gathered() -> Iterator[None]:
-    """While this is traced, parameters are whole already, and their gradients are split by whoever gathered them."""
-    token = _ARE_WHOLE.set(True)
+    """Trace the body with parameters that the caller has gathered; the caller also reduce-scatters their gradients."""
+    token = _PARAMS_GATHERED.set(True)
     try:
         yield
     finally:
-        _ARE_WHOLE.reset(token)
+        _PARAMS_GATHERED.reset(token)
 
 
 def params_are_gathered() -> bool:
-    """Whether somebody gathered them before: see :func:`gathered_before`."""
-    return _ARE_WHOLE.get()
+    """Return whether the code being traced runs under :func:`gathered_before`."""
+    return _PARAMS_GATHERED.get()
 
 
 def gather_param(parameter: Float[Array, "..."], names: tuple[str | None, ...]) -> Float[Array, "..."]:
-    """A parameter brought together for this use; its gradient is split again.
+    """All-gather a parameter for one use, and reduce-scatter its gradient.
 
-    Left to itself the partitioner may move activations instead of weights, and JAX 0.10 on three mesh axes gets the
-    gradient of a tied table wrong (by up to half; a test holds the curve of 2 x 2 x 2 devices to that of one).
+    Without explicit constraints the partitioner may move activations instead of weights, and JAX 0.10 on three mesh
+    axes computes a wrong gradient for a tied table (off by up to half; a test compares the loss curve on 2 x 2 x 2
+    devices with that of one).
     """
-    return parameter if params_are_gathered() else _gathered(parameter, names)
+    return parameter if params_are_gathered() else _gather_param(parameter, names)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _gathered(parameter: Float[Array, "..."], names: tuple[str | None, ...]) -> Float[Array, "..."]:
+def _gather_param(parameter: Float[Array, "..."], names: tuple[str | None, ...]) -> Float[Array, "..."]:
     return all_gather_param(parameter, names)
 
 
-def _gathered_forward(
+def _gather_param_fwd(
     parameter: Float[Array, "..."], names: tuple[str | None, ...]
 ) -> tuple[Float[Array, "..."], None]:
-    return _gathered(parameter, names), None
+    return _gather_param(parameter, names), None
 
 
-def _gathered_backward(
-    names: tuple[str | None, ...], _saved: None, gradient: Float[Array, "..."]
+def _gather_param_bwd(
+    names: tuple[str | None, ...], _residuals: None, grad: Float[Array, "..."]
 ) -> tuple[Float[Array, "..."]]:
-    return (reduce_scatter_grad(gradient, names),)
+    return (reduce_scatter_grad(grad, names),)
 
 
-_gathered.defvjp(_gathered_forward, _gathered_backward)
+_gather_param.defvjp(_gather_param_fwd, _gather_param_bwd)
 
 
 def target_platform() -> str:
-    """The platform a program is being built for: the mesh in context knows (also ahead of time), else the default."""
+    """Return the platform that a program is traced for: that of the mesh in context (even ahead of time), or JAX's."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return device.platform if device is not None else jax.default_backend()

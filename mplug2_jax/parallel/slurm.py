@@ -1,4 +1,4 @@
-"""What the environment of a SLURM step says: the host of its first task, and which accelerators are a task's own."""
+"""What the environment of a SLURM step says: the host of its first task, and the accelerators of a task."""
 
 import re
 from collections.abc import Mapping
@@ -8,17 +8,17 @@ from mplug2_jax.errors import UserError
 _RANGES = r"\[\d+(?:-\d+)?(?:,\d+(?:-\d+)?)*\]"
 _FIRST_ENTRY = re.compile(rf"[\s,]*((?:[^\s,\[\]]|{_RANGES})+)(?:[\s,]|$)")
 _VISIBLE = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
-_NO_DEVICE = {"", "-1", "NoDevFiles"}
-_USUAL_MOST = 8  # accelerators of a node
+_NO_DEVICES = {"", "-1", "NoDevFiles"}
+_MAX_GPUS_PER_NODE = 8  # of common nodes
 
 
 def first_host(nodes: str) -> str:
-    """Return the first name that ``scontrol show hostnames`` makes of a list of nodes.
+    """Return the first host name to which ``scontrol show hostnames`` expands a node list.
 
-    Brackets hold numbers and ranges, keep leading zeros, and may stand anywhere in a name, several times.
+    Brackets hold numbers and ranges with leading zeros, and may appear anywhere in a name, several times.
 
     Raises:
-        UserError: no name, or one of digits alone, which a resolver would take for an address.
+        UserError: no name, or one of digits only, which a resolver would take for an address.
 
     Example:
         >>> first_host("rack[02-10,12]node[3,7]-ib.cluster,login")
@@ -28,57 +28,61 @@ def first_host(nodes: str) -> str:
     name = re.sub(r"\[(\d+)[^\]]*\]", r"\1", entry[1]) if entry else ""
     if not re.search(r"[^\d]", name):
         raise UserError(
-            f"SLURM_STEP_NODELIST={nodes} names no node; expected a list that scontrol show hostnames expands, as in "
+            f"SLURM_STEP_NODELIST={nodes} names no node; expected a list that scontrol show hostnames expands, such as "
             "node[001-004]"
         )
     return name
 
 
 def local_device_ids(environment: Mapping[str, str]) -> tuple[int, ...] | None:
-    """Return which of the accelerators that this task can see are its own; None: all.
+    """Return the indices of this task's accelerators among those that it sees; None: all of them.
 
-    A task that SLURM bound sees no others than its own. Tasks that it did not bind all see those of their node, and
-    share them evenly, in the order of their local numbers. Which of both it is, SLURM says by the accelerators of a
-    task or of the node. Where it does not, a list from 0 on is taken for a node's if it has several for each task, or
-    if a node would need more than eight for each task to have so many.
+    A task that SLURM binds sees its own accelerators only. Tasks that it does not bind all see those of their node, and
+    share them evenly, in the order of their local ids. SLURM's counts of accelerators per task or per node tell the two
+    cases apart. Without these counts, a list that starts at 0 is taken for the whole node's if it has several entries
+    per task, or if a node would need more than eight accelerators for every task to have that many.
 
     Raises:
         UserError: accelerators that the tasks of a node cannot share evenly.
     """
-    tasks = _tasks_on_node(environment)
-    if tasks == 1 or environment.get("JAX_PLATFORMS") == "cpu":
+    num_tasks = _tasks_on_node(environment)
+    if num_tasks == 1 or environment.get("JAX_PLATFORMS") == "cpu":
         return None
-    local, each, there = int(environment["SLURM_LOCALID"]), _gpus_per_task(environment), _gpus_on_node(environment)
-    lists = [environment[name].split(",") for name in _VISIBLE if environment.get(name)]
-    if not lists:  # nothing is hidden
-        each = each or max(1, (there or 0) // tasks)
-        return tuple(range(local * each, (local + 1) * each))
-    seen = min(lists, key=len)
-    count = len(seen)
-    if count == 1 or not _NO_DEVICE.isdisjoint(seen):
+    local_id, per_task, on_node = (
+        int(environment["SLURM_LOCALID"]),
+        _gpus_per_task(environment),
+        _gpus_on_node(environment),
+    )
+    visible_lists = [environment[name].split(",") for name in _VISIBLE if environment.get(name)]
+    if not visible_lists:  # all accelerators of the node are visible
+        per_task = per_task or max(1, (on_node or 0) // num_tasks)
+        return tuple(range(local_id * per_task, (local_id + 1) * per_task))
+    visible = min(visible_lists, key=len)
+    count = len(visible)
+    if count == 1 or not _NO_DEVICES.isdisjoint(visible):
         return None
-    if each:
-        bound = count < each * tasks
-    elif there:
-        bound = count < there
+    if per_task:
+        is_bound = count < per_task * num_tasks
+    elif on_node:
+        is_bound = count < on_node
     else:
-        bound = seen != [str(i) for i in range(count)] or (count <= tasks and count * tasks <= _USUAL_MOST)
-    if bound:
+        from_zero = visible == [str(i) for i in range(count)]
+        is_bound = not from_zero or (count <= num_tasks and count * num_tasks <= _MAX_GPUS_PER_NODE)
+    if is_bound:
         return tuple(range(count))
-    share, rest = divmod(count, tasks)
-    if not each and (rest or not share):
+    if not per_task and (count % num_tasks or count < num_tasks):
         raise UserError(
-            f"{tasks} tasks of this node share {count} accelerators unevenly; start as many tasks on each node as it "
-            "has accelerators, or bind them with srun --gpus-per-task"
+            f"{num_tasks} tasks of this node share {count} accelerators unevenly; start one task per accelerator, or "
+            "bind them with srun --gpus-per-task"
         )
-    share = each or share
-    return tuple(range(local * share, (local + 1) * share))
+    share = per_task or count // num_tasks
+    return tuple(range(local_id * share, (local_id + 1) * share))
 
 
 def _tasks_on_node(environment: Mapping[str, str]) -> int:
-    """Return how many tasks of the step run on this node: ``SLURM_STEP_TASKS_PER_NODE`` is like "2(x3),1"."""
+    """Return the number of tasks of the step on this node; ``SLURM_STEP_TASKS_PER_NODE`` reads like "2(x3),1"."""
     listed = re.findall(r"(\d+)(?:\(x(\d+)\))?", environment.get("SLURM_STEP_TASKS_PER_NODE", ""))
-    counts = [int(count) for count, times in listed for _ in range(int(times or 1))]
+    counts = [int(count) for count, repeats in listed for _ in range(int(repeats or 1))]
     node = environment.get("SLURM_NODEID", "")
     if node.isdecimal() and int(node) < len(counts):
         return counts[int(node)]
@@ -86,14 +90,14 @@ def _tasks_on_node(environment: Mapping[str, str]) -> int:
 
 
 def _gpus_per_task(environment: Mapping[str, str]) -> int | None:
-    """Return the accelerators of a task, where SLURM was asked for so many: "2", "a100:2" or "cpu=8,gres/gpu:2"."""
+    """Return the accelerators requested per task, from "2", "a100:2" or "cpu=8,gres/gpu:2"; None: not requested."""
     count = re.fullmatch(r"(?:.*:)?(\d+)", environment.get("SLURM_GPUS_PER_TASK", ""))
     count = count or re.search(r"gres[/:]gpu[^,]*?[:=](\d+)(?:,|$)", environment.get("SLURM_TRES_PER_TASK", ""))
     return int(count[1]) or None if count else None
 
 
 def _gpus_on_node(environment: Mapping[str, str]) -> int | None:
-    """Return the accelerators of the step on this node, from "4", "gpu:a100:4(S:0-1)" or a list of them."""
+    """Return the number of the step's accelerators on this node, from "4", "gpu:a100:4(S:0-1)" or a list of ids."""
     count = re.fullmatch(r"(?:.*:)?(\d+)(?:\(.*\))?", environment.get("SLURM_GPUS_ON_NODE", ""))
     if count:
         return int(count[1]) or None

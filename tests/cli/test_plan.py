@@ -32,7 +32,7 @@ def test_shardings_and_skipped_rules_on_any_number_of_devices(mplug2: Callable[.
     rows = {line.split()[0]: line for line in shown.out.splitlines() if re.match(r"\w+/", line)}
     assert re.search(r"2, 128, 512 +layers, embed, mlp +-, fsdp, - \* +8,192$", rows["decoder/layers/mlp/up/kernel"])
     assert re.search(r"64, 128 +position, embed +-, fsdp +512$", rows["decoder/embeddings/positions"])
-    reason = "decoder/layers/mlp/up/kernel: 'mlp' stays whole: 512 is not a multiple of tensor=3"
+    reason = "decoder/layers/mlp/up/kernel: 'mlp' is not sharded: 512 is not a multiple of tensor=3"
     assert reason in shown.out.partition("skipped rules")[2]
     marked = {name for name, row in rows.items() if " * " in row}
     explained = set(re.findall(r"^  (\S+): '", shown.out, re.MULTILINE))

@@ -1,4 +1,4 @@
-"""Topologies as they are written: what is known is counted, and what is not is refused with what is."""
+"""Parsing of topologies, and errors that name the valid ones."""
 
 import math
 
@@ -24,20 +24,20 @@ FACTS = {  # chips, hosts, devices, accelerator type
 
 
 @pytest.mark.parametrize("name", FACTS)
-def test_known_topologies_are_counted(name: str) -> None:
+def test_sizes_of_known_topologies(name: str) -> None:
     topology = parse_topology(name)
     assert (topology.chips, topology.hosts_per_slice, topology.devices, topology.accelerator_type) == FACTS[name]
     assert (topology.name, str(topology)) == (name, name)
 
 
-def test_slices_multiply_chips_and_leave_a_slice_as_it_is() -> None:
+def test_several_slices_multiply_chips_but_not_hosts_per_slice() -> None:
     topology = parse_topology("v5p:4x4x4", 3)
     assert (topology.chips, topology.chips_per_slice, topology.devices, topology.hosts_per_slice) == (192, 64, 192, 16)
     assert (topology.name, str(topology), topology.accelerator_type) == ("v5p:4x4x4", "v5p:4x4x4 x 3 slices", "v5p-128")
 
 
 @given(st.sampled_from(topology_names()))
-def test_every_usual_topology_reads_back(name: str) -> None:
+def test_every_listed_topology_round_trips(name: str) -> None:
     topology = parse_topology(name)
     assert topology.name == name
     assert topology.devices == math.prod(topology.shape) * topology.chip.devices_per_chip
@@ -47,14 +47,14 @@ cubes = st.lists(st.integers(1, 4).map(lambda n: 4 * n), min_size=3, max_size=3)
 
 
 @given(st.sampled_from([c for c in CHIPS.values() if c.torus_dims == 3]), cubes)
-def test_a_torus_may_be_of_any_whole_cubes(chip, sides) -> None:
+def test_a_3d_torus_may_have_any_multiples_of_4(chip, sides) -> None:
     topology = parse_topology(f"{chip.name}:{'x'.join(map(str, sides))}")
     assert topology.shape == tuple(sides)
     assert topology.chips == math.prod(sides)
 
 
 @given(st.sampled_from([c for c in CHIPS.values() if not c.torus_dims]), st.integers(1, 2**20))
-def test_a_switch_joins_any_number(chip, number: int) -> None:
+def test_a_switch_connects_any_number_of_chips(chip, number: int) -> None:
     topology = parse_topology(f"{chip.name}:{number}")
     assert topology.devices == number
     assert (
@@ -66,26 +66,26 @@ alphabet = st.text("0123456789x:-. v5epch", max_size=12)
 
 
 @given(st.one_of(alphabet, st.text(max_size=8), st.tuples(st.sampled_from(sorted(CHIPS)), alphabet).map(":".join)))
-def test_any_text_is_a_topology_or_one_sentence_that_names_valid_ones(text: str) -> None:
+def test_any_text_is_a_topology_or_an_error_that_names_valid_ones(text: str) -> None:
     try:
         topology = parse_topology(text)
     except UserError as error:
-        sentence = str(error)
+        message = str(error)
     else:
         assert parse_topology(topology.name) == topology
         return
-    assert sentence.startswith(f"--topology {text}: ")
+    assert message.startswith(f"--topology {text}: ")
     chip = text.partition(":")[0]
-    said = sentence.removeprefix(f"--topology {text}: ")
+    reason = message.removeprefix(f"--topology {text}: ")
     if chip in CHIPS:
-        assert all(name in said for name in topology_names() if name.startswith(f"{chip}:"))
+        assert all(name in reason for name in topology_names() if name.startswith(f"{chip}:"))
     else:
-        assert all(name in said for name in CHIPS)
-    assert "\n" not in said.replace(chip, "")
+        assert all(name in reason for name in CHIPS)
+    assert "\n" not in reason.replace(chip, "")
 
 
 @pytest.mark.parametrize(
-    ("text", "why"),
+    ("text", "reason"),
     [
         ("v5x:4x4", "chip 'v5x' is unknown: did you mean 'v5p'"),
         ("", "chip '' is unknown: valid: a100, cpu"),
@@ -94,7 +94,7 @@ def test_any_text_is_a_topology_or_one_sentence_that_names_valid_ones(text: str)
         ("v5p:8x8x8x1", "expected a torus"),
         ("v5p:8x8x0", "expected a torus"),
         ("v5p:8x8x-8", "expected a torus"),
-        ("v5p:6x4x4", "large slices of v5p are made of cubes of 4x4x4"),
+        ("v5p:6x4x4", "large slices of v5p are multiples of 4 in every dimension"),
         ("v5p:32x32x32", "a slice of v5p has at most 6,144 chips"),
         ("v5e:16x32", "a slice of v5e has at most 256 chips"),
         ("v5e:3x5", "v5e does not come in this shape: v5e:1x1, v5e:2x2"),
@@ -104,19 +104,19 @@ def test_any_text_is_a_topology_or_one_sentence_that_names_valid_ones(text: str)
         pytest.param("h100:" + "9" * 5000, "expected a number of devices", id="digits"),
     ],
 )
-def test_what_there_is_not_says_why(text: str, why: str) -> None:
-    with pytest.raises(UserError) as caught:
+def test_invalid_topologies_are_refused(text: str, reason: str) -> None:
+    with pytest.raises(UserError) as error:
         parse_topology(text)
-    assert why in str(caught.value)
+    assert reason in str(error.value)
 
 
 @pytest.mark.parametrize(("text", "slices"), [("v5p:4x4x4", 0), ("v5p:4x4x4", -1), ("cpu:8", 2), ("h100:8", 2)])
-def test_slices_are_of_tpus_and_at_least_one(text: str, slices: int) -> None:
+def test_invalid_slice_counts_are_refused(text: str, slices: int) -> None:
     with pytest.raises(UserError, match=f"--slices {slices}: expected at least 1, and more than 1 for TPUs only"):
         parse_topology(text, slices)
 
 
-def test_the_peak_of_a_device_is_its_share_of_the_chip() -> None:
+def test_peak_flops_are_per_device() -> None:
     assert peak_flops("TPU v5") == 459e12
     assert peak_flops("TPU v5 lite") == peak_flops("TPU v5e") == 197e12
     assert peak_flops("TPU7x") == 2307e12 / 2

@@ -1,4 +1,4 @@
-"""Long clips on a TPU, by ahead-of-time compilation: the sequence axis takes memory off each chip."""
+"""Long video clips on a TPU, compiled ahead of time: the sequence axis reduces each chip's memory."""
 
 import dataclasses
 import math
@@ -17,11 +17,11 @@ from mplug2_jax.training.step import jit_train_step
 from tests.runs import small_run, stream
 from tests.tpu import topology_mesh
 
-FRAMES = 256  # 4,097 tokens of a tiny model: activations outweigh gradients, as in a large one
+FRAMES = 256  # 4,097 tokens: activations outweigh gradients, as in a large model
 MODEL = model_config("tiny", vision_layers=2, decoder_layers=1, dropout=0.0, attention_dropout=0.0)
 
 
-def compiled(mesh: MeshConfig, clips: int) -> jax.stages.Compiled:
+def compile_step(mesh: MeshConfig, clips: int) -> jax.stages.Compiled:
     captions = dataclasses.replace(stream("video", clips, ExampleConfig(), caption=1.0))
     config = small_run(model=MODEL, streams={"clips": captions}, evaluations={})
     spec = make_run_spec(config, SpecialTokens(), topology_mesh("v5e:2x2", mesh))
@@ -40,12 +40,12 @@ def compiled(mesh: MeshConfig, clips: int) -> jax.stages.Compiled:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("optimized")
-def test_chips_share_a_clip_and_never_gather_it_in_the_tower() -> None:
-    alone, shared = compiled(MeshConfig(data=4, fsdp=1), 4), compiled(MeshConfig(fsdp=1, sequence=4), 1)
-    temporary = [program.memory_analysis().temp_size_in_bytes for program in (alone, shared)]
+def test_a_sharded_clip_is_never_gathered_in_the_vision_tower() -> None:
+    replicated, sharded = compile_step(MeshConfig(data=4, fsdp=1), 4), compile_step(MeshConfig(fsdp=1, sequence=4), 1)
+    temporary = [program.memory_analysis().temp_size_in_bytes for program in (replicated, sharded)]
     assert temporary[1] < 0.3 * temporary[0]
-    gathered = re.findall(r"\w+\[([\d,]+)\]\S* all-gather(?:-start)?\(", shared.as_text())
-    assert gathered  # the keys of the universal layers, at least
+    gathered = re.findall(r"\w+\[([\d,]+)\]\S* all-gather(?:-start)?\(", sharded.as_text())
+    assert gathered  # at least the keys of the universal layers
     assert (
         max(math.prod(map(int, g.split(","))) for g in gathered) < FRAMES * (MODEL.num_patches + 1) * MODEL.vision_width
     )

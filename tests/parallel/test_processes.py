@@ -1,4 +1,4 @@
-"""How a process finds the others: every environment that says so, and sentences for those that say half of it."""
+"""Cluster detection: every supported environment, and errors for incomplete ones."""
 
 import contextlib
 
@@ -37,7 +37,7 @@ def without(environment: dict[str, str], name: str) -> dict[str, str]:
     ("environment", "tpu", "cluster"),
     [
         ({}, False, None),
-        (TPU, False, None),  # of a TPU machine whose TPUs are not used
+        (TPU, False, None),  # a TPU host whose TPUs are not used
         (NAMED, False, Cluster("environment", "10.0.0.1:1234", 4, 3)),
         (TPU | JOBSET | SLURM | NAMED, True, Cluster("environment", "10.0.0.1:1234", 4, 3)),
         (JOBSET, False, Cluster("JobSet run", f"run-workers-0-0.run:{DEFAULT_PORT}", 8, 5)),
@@ -53,23 +53,23 @@ def without(environment: dict[str, str], name: str) -> dict[str, str]:
         ({"TPU_PROCESS_ADDRESSES": "t0:1,t1:1", "TPU_WORKER_ID": "1"}, True, Cluster("TPU pod")),
     ],
 )
-def test_who_the_others_are(environment: dict[str, str], tpu: bool, cluster: Cluster | None) -> None:
+def test_detected_clusters(environment: dict[str, str], tpu: bool, cluster: Cluster | None) -> None:
     assert detect_cluster(environment, tpu=tpu) == cluster
 
 
 @pytest.mark.parametrize(
-    ("environment", "sentence"),
+    ("environment", "message"),
     [
         (without(NAMED, "JAX_COORDINATOR_ADDRESS"), "JAX_NUM_PROCESSES=4 is set, but JAX_COORDINATOR_ADDRESS is not"),
         ({"JAX_PROCESS_ID": "0"}, "JAX_PROCESS_ID=0 is set, but JAX_COORDINATOR_ADDRESS is not; set all or none"),
-        (without(NAMED, "JAX_NUM_PROCESSES"), "JAX_NUM_PROCESSES is not set, though its siblings are"),
-        (without(NAMED, "JAX_PROCESS_ID"), "JAX_PROCESS_ID is not set, though its siblings are"),
-        (NAMED | {"JAX_NUM_PROCESSES": "four"}, "JAX_NUM_PROCESSES=four should be a whole number"),
-        (NAMED | {"JAX_PROCESS_ID": "-1"}, "JAX_PROCESS_ID=-1 should be a whole number"),
-        (NAMED | {"JAX_PROCESS_ID": "4"}, "environment: process 4 of 4 cannot be: the first is 0, the last 3"),
+        (without(NAMED, "JAX_NUM_PROCESSES"), "JAX_NUM_PROCESSES is not set, but related variables are"),
+        (without(NAMED, "JAX_PROCESS_ID"), "JAX_PROCESS_ID is not set, but related variables are"),
+        (NAMED | {"JAX_NUM_PROCESSES": "four"}, "JAX_NUM_PROCESSES=four is not a whole number"),
+        (NAMED | {"JAX_PROCESS_ID": "-1"}, "JAX_PROCESS_ID=-1 is not a whole number"),
+        (NAMED | {"JAX_PROCESS_ID": "4"}, "environment: process id 4 is out of range for 4 processes; expected 0 to 3"),
         (
             NAMED | {"JAX_COORDINATOR_ADDRESS": "10.0.0.1"},
-            "JAX_COORDINATOR_ADDRESS=10.0.0.1 should look like HOST:PORT",
+            "JAX_COORDINATOR_ADDRESS=10.0.0.1 is invalid; expected HOST:PORT",
         ),
         (without(JOBSET, "REPLICATED_JOB_NAME"), "REPLICATED_JOB_NAME is not set"),
         (without(JOBSET, "JOB_COMPLETION_INDEX"), "JOB_COMPLETION_INDEX is not set"),
@@ -78,43 +78,43 @@ def test_who_the_others_are(environment: dict[str, str], tpu: bool, cluster: Clu
         (SLURM | {"SLURM_STEP_NODELIST": "[1-2]"}, r"SLURM_STEP_NODELIST=\[1-2\] names no node"),
     ],
 )
-def test_a_wrong_environment_is_a_sentence(environment: dict[str, str], sentence: str) -> None:
-    with pytest.raises(UserError, match=sentence):
+def test_invalid_environments_are_refused(environment: dict[str, str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         detect_cluster(environment)
 
 
-def test_half_of_a_tpu_pod() -> None:
+def test_an_incomplete_tpu_pod_is_refused() -> None:
     with pytest.raises(UserError, match="TPU_WORKER_ID=1 is set, but TPU_WORKER_HOSTNAMES is not; set both or none"):
         detect_cluster(without(TPU, "TPU_WORKER_HOSTNAMES"), tpu=True)
     with pytest.raises(UserError, match="TPU_WORKER_ID is not set"):
         detect_cluster(without(TPU, "TPU_WORKER_ID"), tpu=True)
-    with pytest.raises(UserError, match="TPU pod: process 2 of 2 cannot be"):
+    with pytest.raises(UserError, match="TPU pod: process id 2 is out of range for 2"):
         detect_cluster(TPU | {"TPU_WORKER_ID": "2"}, tpu=True)
 
 
 @pytest.mark.parametrize(
-    ("environment", "sentence"),
+    ("environment", "message"),
     [
-        (without(SLICES, "MEGASCALE_SLICE_ID"), "MEGASCALE_SLICE_ID is not set, though its siblings are"),
+        (without(SLICES, "MEGASCALE_SLICE_ID"), "MEGASCALE_SLICE_ID is not set, but related variables are"),
         (without(SLICES, "MEGASCALE_COORDINATOR_ADDRESS"), "MEGASCALE_COORDINATOR_ADDRESS is not set"),
-        (SLICES | {"MEGASCALE_SLICE_ID": "2"}, "TPU slices: process 2 of 2 cannot be"),
-        (SLICES | {"MEGASCALE_NUM_SLICES": "two"}, "MEGASCALE_NUM_SLICES=two should be a whole number"),
+        (SLICES | {"MEGASCALE_SLICE_ID": "2"}, "TPU slices: process id 2 is out of range for 2"),
+        (SLICES | {"MEGASCALE_NUM_SLICES": "two"}, "MEGASCALE_NUM_SLICES=two is not a whole number"),
     ],
 )
-def test_half_of_several_slices(environment: dict[str, str], sentence: str) -> None:
-    """JAX would take each for slice 0, and wait."""
-    with pytest.raises(UserError, match=sentence):
+def test_incomplete_slice_variables_are_refused(environment: dict[str, str], message: str) -> None:
+    """JAX would take each for slice 0 and wait forever."""
+    with pytest.raises(UserError, match=message):
         detect_cluster(environment, tpu=True)
 
 
 @given(
     st.sampled_from([NAMED, JOBSET, SLURM]).flatmap(
-        lambda whole: st.fixed_dictionaries(
-            {}, optional={key: st.just(v) | st.text("0a[,:-") for key, v in whole.items()}
+        lambda complete: st.fixed_dictionaries(
+            {}, optional={key: st.just(v) | st.text("0a[,:-") for key, v in complete.items()}
         )
     )
 )
-def test_any_environment_is_a_cluster_or_a_sentence(environment: dict[str, str]) -> None:
+def test_any_environment_is_a_cluster_or_an_error(environment: dict[str, str]) -> None:
     with contextlib.suppress(UserError):
         cluster = detect_cluster(environment)
         assert cluster is None or (
@@ -122,6 +122,6 @@ def test_any_environment_is_a_cluster_or_a_sentence(environment: dict[str, str])
         )
 
 
-def test_a_process_on_its_own_agrees_with_itself() -> None:
+def test_collectives_of_a_single_process() -> None:
     assert allgather_objects({"a": [1, None]}) == [{"a": [1, None]}]
     check_same_across_processes({"a": 1})

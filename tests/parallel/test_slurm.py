@@ -1,4 +1,4 @@
-"""SLURM's lists of nodes in every form that it writes, and the accelerators of one task among others of its node."""
+"""SLURM's node lists in every form, and the accelerators of one task of a node."""
 
 import pytest
 
@@ -18,22 +18,22 @@ VISIBLE = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"
         ("node1.a.b,node2.a.b", "node1.a.b"), ("[2-3]node", "2node"), ("c1[1-2],c[3-4]", "c11"),
     ],
 )  # fmt: skip
-def test_the_first_of_slurm_s_nodes(nodes: str, first: str) -> None:
+def test_first_host_of_a_node_list(nodes: str, first: str) -> None:
     assert first_host(nodes) == first
 
 
 @pytest.mark.parametrize("nodes", ["", ",", "[1-2]", "7", "n[", "n[1-2", "n[]", "[a-b]", "n[1-]", "n]", "n[1[2]]"])
-def test_a_list_that_names_no_node_is_a_sentence(nodes: str) -> None:
+def test_a_node_list_without_a_name_is_refused(nodes: str) -> None:
     with pytest.raises(UserError, match=r"SLURM_STEP_NODELIST=.* names no node"):
         first_host(nodes)
 
 
 @pytest.mark.parametrize("name", VISIBLE)
 @pytest.mark.parametrize(
-    ("seen", "told", "own"),
+    ("visible", "variables", "ids"),
     [
         ("3", {}, None),
-        ("MIG-1,MIG-2", {}, (0, 1)),  # names are of this task
+        ("MIG-1,MIG-2", {}, (0, 1)),  # names are of bound accelerators
         ("2,3", {}, (0, 1)),
         ("0,1", {}, (0, 1)),
         ("0,1,2,3", {}, (2, 3)),
@@ -48,7 +48,7 @@ def test_a_list_that_names_no_node_is_a_sentence(nodes: str) -> None:
         ("0,1,2,3", {"SLURM_TRES_PER_TASK": "cpu=8,gres/gpu:h100=2,mem=1G"}, (2, 3)),
         ("0,1,2,3", {"SLURM_STEP_TASKS_PER_NODE": "3,1", "SLURM_NODEID": "1"}, None),  # alone on its node
         ("0,1,2,3", {"SLURM_STEP_TASKS_PER_NODE": "1,2(x2)", "SLURM_NODEID": "2"}, (2, 3)),
-        ("0,1,2,3", {"SLURM_STEP_NUM_NODES": "1"}, (1,)),  # four for each of four tasks are more than nodes have
+        ("0,1,2,3", {"SLURM_STEP_NUM_NODES": "1"}, (1,)),  # four for each of four tasks: more than a node has
         ("0,1,2,3", {"SLURM_STEP_NUM_NODES": "4"}, None),
         ("NoDevFiles", {}, None),
         ("", {}, (1,)),
@@ -56,14 +56,16 @@ def test_a_list_that_names_no_node_is_a_sentence(nodes: str) -> None:
         ("", {"SLURM_GPUS_PER_TASK": "2"}, (2, 3)),
     ],
 )
-def test_a_task_has_what_slurm_gave_it(name: str, seen: str, told: dict[str, str], own: tuple[int, ...] | None) -> None:
-    assert local_device_ids(STEP | {name: seen} | told) == own
+def test_a_task_uses_the_accelerators_that_slurm_gave_it(
+    name: str, visible: str, variables: dict[str, str], ids: tuple[int, ...] | None
+) -> None:
+    assert local_device_ids(STEP | {name: visible} | variables) == ids
 
 
-def test_of_several_lists_the_shortest_counts() -> None:
+def test_the_shortest_of_several_lists_counts() -> None:
     assert local_device_ids(STEP | dict(zip(VISIBLE, ("2,3", "2,3", "1"), strict=True))) is None
 
 
-def test_accelerators_that_cannot_be_shared_evenly() -> None:
-    with pytest.raises(UserError, match="2 tasks of this node share 3 accelerators unevenly; start as many tasks"):
+def test_accelerators_that_tasks_cannot_share_evenly_are_refused() -> None:
+    with pytest.raises(UserError, match="2 tasks of this node share 3 accelerators unevenly; start one task"):
         local_device_ids(STEP | {"CUDA_VISIBLE_DEVICES": "0,1,2", "SLURM_GPUS_ON_NODE": "3"})
