@@ -52,7 +52,7 @@ def main() -> None:
         return definition.bind(params).decoder
 
     start = count_flops(
-        lambda p, m, k: decoder(p).init_cache(m, k, sequences=args.beams, length=args.tokens),
+        lambda p, m, k: decoder(p).init_cache(m, k, num_sequences=args.beams, length=args.tokens),
         definition.shapes,
         *memory(1),
     )

@@ -36,7 +36,7 @@ def generate(
     decoder = all_gather_module(decoder, decoder.config.dtype)
     with assume_params_gathered():
         b = memory.shape[0]
-        cache = decoder.init_cache(memory, memory_mask, sequences=config.num_beams, length=config.max_length)
+        cache = decoder.init_cache(memory, memory_mask, num_sequences=config.num_beams, length=config.max_length)
         if answers is not None:
             state = init_constraint(cache, answers, b * config.num_beams)
             return beam_search(

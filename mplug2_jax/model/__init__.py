@@ -1,1 +1,1 @@
-"""The model, one file per module of the paper. Knows arrays and logical axis names; no mesh, no data, no optimiser."""
+"""The model, one file per module of the paper, on arrays and logical axis names: no mesh, data or optimizer."""

@@ -1,4 +1,4 @@
-"""Sizes of the model, from one table, and the parts it is composed of."""
+"""Model sizes, from one table, and the parts that a model is composed of."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -11,17 +11,17 @@ AttentionKernel = Literal["auto", "xla", "splash", "cudnn"]
 
 PARTS: Mapping[str, str] = {
     "vision": "dual-vision encoder: one CLIP ViT for images and videos",
-    "temporal": "local temporal units in the vision tower, run for videos only",
-    "text": "text encoder: embeddings and BERT's layers below the universal ones",
+    "temporal": "local temporal units in the vision tower, for videos only",
+    "text": "text encoder: embeddings and BERT's layers below the universal layers",
     "universal": "layers shared by text and vision; with vision also latents and cross attention",
-    "fusion": "text attends to the visual tokens",
+    "fusion": "text cross-attends to the visual tokens",
     "decoder": "shared decoder with its head: answers, captions, labels, boxes",
-    "mlm": "masked-language head, tied to the text encoder's word table",
-    "contrastive": "projections and temperature for vision-language contrast",
-    "matching": "does this text belong to this picture? on the fused [CLS]",
-    "classifier": "class logits from the visual [CLS], or the text's where there is no vision",
+    "mlm": "masked language modeling head, tied to the text encoder's word embeddings",
+    "contrastive": "projections and temperature of the vision-language contrastive loss (VLC)",
+    "matching": "image-text matching head (VLM) on the fused [CLS]",
+    "classifier": "class logits from the visual [CLS], or from the text's without vision",
 }
-_NEEDS = {
+_PREREQUISITES = {
     "temporal": ("vision",),
     "fusion": ("text", "vision"),
     "mlm": ("text",),
@@ -32,7 +32,7 @@ _NEEDS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SpecialTokens:
-    """Ids that mean something to objectives and search. The defaults are BERT's uncased vocabulary."""
+    """Token ids with a meaning for objectives and decoding; by default those of BERT's uncased vocabulary."""
 
     pad: int = 0
     begin: int = 101
@@ -42,55 +42,61 @@ class SpecialTokens:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RematConfig:
-    """What the backward pass recomputes, tower by tower.
+    """Rematerialization of each tower: what the backward pass recomputes.
 
-    ``none`` keeps every activation; ``dots`` keeps matmul outputs; ``full`` keeps only the layers' inputs.
+    ``none`` saves every activation, ``dots`` the outputs of matmuls, ``full`` only the inputs of layers.
     """
 
-    vision: Remat = "none"  # the vision tower
-    text: Remat = "none"  # and the universal layers
-    fusion: Remat = "none"  # the fusion module
-    decoder: Remat = "none"  # the decoder
+    vision: Remat = "none"  # vision tower
+    text: Remat = "none"  # text encoder and universal layers
+    fusion: Remat = "none"  # fusion module
+    decoder: Remat = "none"  # decoder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Every size of the model. Make one with :func:`model_config`, which starts from the table below."""
+    """Sizes and numerics of a model. Make one with :func:`model_config`, which starts from the table below."""
 
     vision_width: int  # of the vision tower; a multiple of vision_heads
     vision_layers: int  # of the vision tower
     vision_heads: int  # of the vision tower
-    vision_activation: Literal["quick_gelu", "gelu"] = "quick_gelu"  # of its MLPs: the release's, or LAION's exact one
-    patch_size: int  # pixels of a patch's side; divides image_size
-    image_size: int  # pixels; fixes the grid of the position table, other sizes resize it
-    width: int  # of everything but the vision tower
-    heads: int  # of everything but the vision tower
-    mlp_width: int  # of the feed-forward layers there
-    text_layers: int  # below the universal ones: N - S of the paper
-    universal_layers: int = 2  # S of the paper
-    num_latents: int = 50  # K of the paper: the learnable queries of the universal layers
+    vision_activation: Literal["quick_gelu", "gelu"] = (
+        "quick_gelu"  # of its MLPs: quick_gelu is the release's, gelu LAION's
+    )
+    patch_size: int  # pixels per patch side; divides image_size
+    image_size: int  # pixels; the grid of the position table, which is resized for other image sizes
+    width: int  # of everything except the vision tower
+    heads: int  # of everything except the vision tower
+    mlp_width: int  # of everything except the vision tower
+    text_layers: int  # below the universal layers: N - S in the paper
+    universal_layers: int = 2  # S in the paper
+    num_latents: int = 50  # K in the paper: learnable queries of the universal layers
     fusion_layers: int  # of the fusion module
-    fusion_stride: int = 0  # every stride-th fusion layer mixes image and text in one self attention; 0 = none does
+    fusion_stride: int = 0  # every stride-th fusion layer is a joint self attention over image and text; 0: none
     decoder_layers: int  # of the shared decoder
-    vocab_size: int = 30522  # rows of the word tables, at least the tokeniser's tokens
-    max_positions: int = 512  # text length
-    positions_init: Literal["normal", "zeros"] = "normal"  # of the vision tower; the release loses CLIP's: "zeros"
-    temporal_downsampling: bool = False  # patches see 3 frames, every second one is kept; off in every released model
-    contrastive_width: int = 256  # of the vectors that contrast compares
-    num_classes: int = 0  # of the classifier
-    init_std: float = 0.02  # of fresh kernels outside the vision tower, as BERT has it; narrow models need more
-    dropout: float = 0.1  # hidden states of the BERT parts
-    attention_dropout: float = 0.1  # attention probabilities there; flash kernels need 0
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # compute; parameters, softmax, LayerNorm, loss stay float32
-    attention: AttentionKernel = "auto"  # kernel; auto: the fastest that the device and the shapes allow
+    vocab_size: int = 30522  # rows of the word embeddings, at least the tokenizer's vocabulary
+    max_positions: int = 512  # largest text length
+    positions_init: Literal["normal", "zeros"] = (
+        "normal"  # of the vision tower; the release drops CLIP's table: "zeros"
+    )
+    temporal_downsampling: bool = False  # tubelets of 3 frames, stride 2; off in every released model
+    contrastive_width: int = 256  # of the features that VLC compares
+    num_classes: int = 0  # of the part "classifier"
+    init_std: float = 0.02  # of kernels outside the vision tower; BERT's, narrow models need more
+    dropout: float = 0.1  # of hidden states outside the vision tower
+    attention_dropout: float = 0.1  # of attention probabilities there; flash kernels need 0
+    dtype: Literal["float32", "bfloat16"] = (
+        "bfloat16"  # of compute; parameters, softmax, LayerNorm and losses are float32
+    )
+    attention: AttentionKernel = "auto"  # kernel; auto: the fastest for the device and the shapes
     remat: RematConfig = RematConfig()
-    scan_unroll: int = 1  # layers per scan iteration; >= the depth removes the loop (exact cost counts, CPU speed)
+    scan_unroll: int = 1  # layers per scan iteration; >= the depth removes the loop (exact cost counts, faster on CPUs)
 
     def __post_init__(self) -> None:
-        """Checks that the sizes fit together.
+        """Check that the sizes fit together.
 
         Raises:
-            UserError: names the field, what was found and what would fit.
+            UserError: names the field, the value found and the values expected.
         """
         for name in (
             "vision_width", "vision_heads", "patch_size", "image_size", "width", "heads", "mlp_width", "vocab_size",
@@ -120,17 +126,17 @@ class ModelConfig:
 
     @property
     def num_patches(self) -> int:
-        """Patches per frame at the configured image size."""
+        """Return the number of patches per frame at the configured image size."""
         return (self.image_size // self.patch_size) ** 2
 
     def num_tubelets(self, frames: int) -> int:
-        """Frames that the tower's blocks see, for clips of ``frames`` frames."""
+        """Return the number of tubelets along time in a clip of ``frames`` frames: the frames of the tower's blocks."""
         return (frames - 1) // 2 + 1 if self.temporal_downsampling and frames > 1 else frames
 
     def num_visual_tokens(self, frames: int, image_size: int | None = None) -> int:
-        """Length of the visual sequence: one class token and every patch of every frame."""
-        patches = self.num_patches if image_size is None else (image_size // self.patch_size) ** 2
-        return 1 + self.num_tubelets(frames) * patches
+        """Return the length of the visual sequence: one class token, then every patch of every frame."""
+        num_patches = self.num_patches if image_size is None else (image_size // self.patch_size) ** 2
+        return 1 + self.num_tubelets(frames) * num_patches
 
 
 # fmt: off
@@ -157,10 +163,10 @@ SIZES: Mapping[str, Mapping[str, Any]] = {
 
 
 def model_config(size: str, **overrides: Any) -> ModelConfig:
-    """A configuration from the table, with any field replaced.
+    """Return a config from the table, with any field replaced.
 
     Raises:
-        UserError: an unknown size or field, with the nearest valid name.
+        UserError: an unknown size or field; names the nearest valid one.
 
     Example:
         >>> model_config("base", dtype="float32").vision_width
@@ -176,15 +182,15 @@ def model_config(size: str, **overrides: Any) -> ModelConfig:
 
 
 def check_parts(parts: tuple[str, ...], config: ModelConfig) -> None:
-    """Checks that a list of parts makes a model.
+    """Check that a list of parts makes a model.
 
     Raises:
-        UserError: an unknown part, or one whose foundations are missing.
+        UserError: an unknown part, or one whose prerequisites are missing.
     """
     for part in parts:
         if part not in PARTS:
             raise UserError(f"part '{part}' is unknown: {did_you_mean(part, PARTS)}")
-        missing = [need for need in _NEEDS.get(part, ()) if need not in parts]
+        missing = [required for required in _PREREQUISITES.get(part, ()) if required not in parts]
         if missing:
             raise UserError(f"part '{part}' needs {' and '.join(missing)}, but the parts are: {', '.join(parts)}")
     if "classifier" in parts and config.num_classes < 2:

@@ -1,7 +1,7 @@
-"""The shared decoder: causal self attention, cross attention to a memory, MLP; a word head tied to its own table.
+"""The shared decoder: causal self attention, cross attention to a memory, MLP; an output head tied to its embeddings.
 
-Several sequences may share one memory (the answers to a question, the beams of a clip): ids come as [b*r, m], the
-memory as [b, s, d], and the memory's keys and values are projected once for all r.
+Several sequences may share one memory (the answers to a question, the beams of a clip): ids are [b*r, m], the memory is
+[b, s, d], and the memory's keys and values are projected once for all r.
 """
 
 from typing import NamedTuple
@@ -21,7 +21,7 @@ from mplug2_jax.parallel.sharding import constrain
 
 
 class DecoderCache(NamedTuple):
-    """What decoding one token at a time remembers, with a leading layer axis ``i`` for the scan."""
+    """Keys and values of earlier tokens and of the memory, with a leading layer axis ``i`` for the scan."""
 
     self_keys: Float[Array, "i br m h k"]
     self_values: Float[Array, "i br m h k"]
@@ -29,20 +29,20 @@ class DecoderCache(NamedTuple):
     cross_values: Float[Array, "i b s h k"]
     memory_mask: Bool[Array, "b s"]
 
-    def reorder(self, kept: Int[Array, "b r"]) -> "DecoderCache":
-        """The cache after a search has kept these of each memory's sequences; the memory's part is shared: it stays."""
-        keys, values = (jax.vmap(gather_beams, (0, None))(x, kept) for x in (self.self_keys, self.self_values))
+    def reorder(self, parents: Int[Array, "b r"]) -> "DecoderCache":
+        """Select the parents of each memory's sequences; what belongs to the memory is shared and unchanged."""
+        keys, values = (jax.vmap(gather_beams, (0, None))(x, parents) for x in (self.self_keys, self.self_values))
         return self._replace(self_keys=keys, self_values=values)
 
 
-def gather_beams(x: Shaped[Array, "br *n"], kept: Int[Array, "b r"]) -> Shaped[Array, "br *n"]:
-    """Rows that a search has kept, chosen among the r of each memory: none crosses to another chip."""
-    groups = x.reshape(*kept.shape, *x.shape[1:])
-    return jax.vmap(lambda group, rows: group[rows])(groups, kept).reshape(x.shape)
+def gather_beams(x: Shaped[Array, "br *n"], parents: Int[Array, "b r"]) -> Shaped[Array, "br *n"]:
+    """Gather rows among the r of each memory, so that none moves to another chip."""
+    groups = x.reshape(*parents.shape, *x.shape[1:])
+    return jax.vmap(lambda group, rows: group[rows])(groups, parents).reshape(x.shape)
 
 
 class Decoder(nnx.Module):
-    """Embeddings, layers and head."""
+    """Embeddings, layers and output head."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
         self.embeddings = Embeddings(config, rngs=rngs)
@@ -61,7 +61,7 @@ class Decoder(nnx.Module):
         rng: PRNGKeyArray | None = None,
         taps: Taps | None = None,
     ) -> Float[Array, "br m v"]:
-        """Teacher forcing: logits at every position, each for the token after it."""
+        """Compute logits with teacher forcing: at every position, for the token after it."""
         rng_embed, rng_layers = split_rng(rng, 2)
         x = constrain(self.embeddings(ids, rng=rng_embed), "batch", None, None)
         memory = constrain(memory, "batch", "visual", None)
@@ -83,18 +83,18 @@ class Decoder(nnx.Module):
         memory: Float[Array, "b s d"],
         memory_mask: Bool[Array, "b s"],
         *,
-        sequences: int,
+        num_sequences: int,
         length: int,
     ) -> DecoderCache:
-        """An empty cache for ``sequences`` per memory, up to ``length`` tokens each; projects the memory, once.
+        """Project the memory and make an empty cache for ``num_sequences`` per memory of up to ``length`` tokens.
 
         Raises:
-            UserError: more tokens than the position table has rows.
+            UserError: more tokens than rows of the position table.
         """
         if length > self.config.max_positions:
             raise UserError(
                 f"generating {length} tokens exceeds config.model.max_positions={self.config.max_positions}; lower "
-                "the search's max_length or raise that"
+                "config.tasks.search.max_length or raise config.model.max_positions"
             )
 
         def body(
@@ -104,7 +104,7 @@ class Decoder(nnx.Module):
 
         memory = constrain(memory, "batch", "visual", None)
         _, (keys, values) = scan_layers(self.layers, memory, body, unroll=self.config.scan_unroll)
-        rows = memory.shape[0] * sequences
+        rows = memory.shape[0] * num_sequences
         empty = jnp.zeros((keys.shape[0], rows, length, *keys.shape[3:]), keys.dtype)
         empty = constrain(empty, None, "batch", None, "heads", None)
         return DecoderCache(empty, empty, keys, values, memory_mask)
@@ -113,9 +113,9 @@ class Decoder(nnx.Module):
     def decode_step(
         self, tokens: Int[Array, " br"], position: Int[Array, ""], cache: DecoderCache
     ) -> tuple[Float[Array, "br v"], DecoderCache]:
-        """One more token for each sequence: logits for the next, and the cache with this one in it."""
-        x = self.embeddings(tokens[:, None], start=position)
-        seen = jnp.broadcast_to(jnp.arange(cache.self_keys.shape[2]) <= position, cache.self_keys.shape[1:3])
+        """Decode one token per sequence: return logits for the next one, and the updated cache."""
+        x = self.embeddings(tokens[:, None], offset=position)
+        past = jnp.broadcast_to(jnp.arange(cache.self_keys.shape[2]) <= position, cache.self_keys.shape[1:3])
 
         def body(
             layer: BertLayer, x: Array, _key: PRNGKeyArray | None, extra: tuple[Array, Array, Array, Array]
@@ -124,15 +124,15 @@ class Decoder(nnx.Module):
             key, value = layer.self_attention.project(x)
             self_keys = jax.lax.dynamic_update_slice_in_dim(self_keys, key, position, axis=1)
             self_values = jax.lax.dynamic_update_slice_in_dim(self_values, value, position, axis=1)
-            x = layer.add_self(x, layer.self_attention.attend(x, self_keys, self_values, seen), None)
-            seen_of_memory = layer.cross_attention.attend(
-                x, cross_keys, cross_values, cache.memory_mask, layout=AttentionSharding(keys="visual")
+            x = layer.add_self(x, layer.self_attention.attend(x, self_keys, self_values, past), None)
+            update = layer.cross_attention.attend(
+                x, cross_keys, cross_values, cache.memory_mask, sharding=AttentionSharding(keys="visual")
             )
-            return layer.add_mlp(layer.add_cross(x, seen_of_memory, None), None), (self_keys, self_values)
+            return layer.add_mlp(layer.add_cross(x, update, None), None), (self_keys, self_values)
 
         per_layer = (cache.self_keys, cache.self_values, cache.cross_keys, cache.cross_values)
         x, (self_keys, self_values) = scan_layers(
-            self.layers, x, body, carry_in=per_layer, unroll=self.config.scan_unroll
+            self.layers, x, body, per_layer=per_layer, unroll=self.config.scan_unroll
         )
         logits = self.head(x, self.embeddings.words[...])[:, 0]
         return logits, cache._replace(self_keys=self_keys, self_values=self_values)

@@ -1,7 +1,7 @@
-"""The composition: mPLUG-2 as a set of parts, and the definition that the rest of the stack handles.
+"""mPLUG-2 as a composition of parts, and the model definition that training and inference use.
 
-A model that trains is three things: a :class:`ModelDef` (which layers there are), a plain nested dict of float32 arrays
-(its parameters) and, inside a compiled function, the two bound together as a :class:`Mplug2`.
+A model is a :class:`ModelDef` (its layers) and a plain nested dict of float32 arrays (its parameters). Inside a
+compiled function the two are bound to an :class:`Mplug2`.
 """
 
 import dataclasses
@@ -30,10 +30,10 @@ Frames = UInt8[Array, "b t y x 3"] | Float[Array, "b t y x 3"]
 
 
 class VisionProjection(nnx.Module):
-    """Carries visual tokens to the model's width where the tower has another one."""
+    """Projection of visual tokens to the model's width, where the tower's width differs."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
-        init = uniform_fan_in(config.vision_width)  # outside the BERT classes of the release: torch's default
+        init = uniform_fan_in(config.vision_width)  # as in the release: torch's default
         self.dense = Linear(
             config.vision_width, config.width, ("embed", "mlp"), dtype=config.dtype, kernel_init=init, bias_init=init,
             rngs=rngs,
@@ -43,12 +43,12 @@ class VisionProjection(nnx.Module):
 
     @jax.named_scope("vision_projection")
     def __call__(self, x: Float[Array, "b s w"], rng: PRNGKeyArray | None) -> Float[Array, "b s d"]:
-        """Projects and normalises."""
+        """Project and normalize."""
         return dropout(self.norm(self.dense(x)), self.dropout, rng)
 
 
 class Mplug2(nnx.Module):
-    """The parts that a task chose, and the paths through them. What was not chosen does not exist."""
+    """Selected parts of the model, and the paths through them. Parts that are not selected have no parameters."""
 
     def __init__(self, config: ModelConfig, parts: tuple[str, ...], *, rngs: nnx.Rngs) -> None:
         check_parts(parts, config)
@@ -77,9 +77,9 @@ class Mplug2(nnx.Module):
     def encode_visual(
         self, frames: Frames, *, rng: PRNGKeyArray | None = None, taps: Taps | None = None
     ) -> Float[Array, "b s d"]:
-        """Images (t = 1) or clips -> visual tokens [b, 1 + t*n, d], through the universal layers if there are any.
+        """Encode images (t = 1) or video clips to visual tokens [b, 1 + t*n, d], including any universal layers.
 
-        Bytes are normalised here, on the device; float frames are taken as normalised already.
+        uint8 frames are normalized here, on the device; float frames must be normalized already.
         """
         rng_tower, rng_projection, rng_universal = split_rng(rng, 3)
         if frames.dtype == jnp.uint8:
@@ -101,7 +101,7 @@ class Mplug2(nnx.Module):
         rng: PRNGKeyArray | None = None,
         taps: Taps | None = None,
     ) -> Float[Array, "b l d"]:
-        """Token ids -> text tokens, through the universal layers if there are any."""
+        """Encode token ids to text tokens, including any universal layers."""
         rng_text, rng_universal = split_rng(rng, 2)
         x = self.text(ids, mask, rng=rng_text, taps=taps)
         if "universal" in self.parts:
@@ -110,51 +110,51 @@ class Mplug2(nnx.Module):
         return x
 
     def mlm_logits(self, tokens: Float[Array, "b l d"]) -> Float[Array, "b l v"]:
-        """Logits over the vocabulary at every text token."""
+        """Compute logits over the vocabulary at every text token."""
         return self.mlm(tokens, self.text.embeddings.words[...])
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelDef:
-    """What a model is made of, without its numbers."""
+    """Structure of a model, without parameter values."""
 
     config: ModelConfig
     parts: tuple[str, ...]
-    shapes: Params  # of jax.ShapeDtypeStruct
-    axes: Params  # of tuples of logical axis names, one name for each dimension
+    shapes: Params  # tree of jax.ShapeDtypeStruct
+    axes: Params  # tree of tuples of logical axis names, one per dimension
     graphdef: Any
 
     def init(self, key: PRNGKeyArray) -> Params:
-        """Fresh parameters. Pure: under ``jax.jit`` with output shardings each shard is made where it lives."""
+        """Initialize parameters. Under ``jax.jit`` with output shardings each device initializes its shards only."""
         with nnx.use_eager_sharding(False):
             return params_to_dict(Mplug2(self.config, self.parts, rngs=nnx.Rngs(params=key)))
 
     def bind(self, params: Params) -> Mplug2:
-        """The live model, to be called inside a compiled function."""
+        """Bind parameters to a model, for use inside a compiled function."""
         model: Mplug2 = nnx.merge(self.graphdef, params)
         return model
 
     def num_params(self) -> int:
-        """Number of parameters."""
+        """Return the number of parameters."""
         return sum(s.size for s in jax.tree.leaves(self.shapes))
 
 
 def params_to_dict(model: nnx.Module) -> Params:
-    """The parameters of a module as a plain nested dict of arrays."""
+    """Return a module's parameters as a plain nested dict of arrays."""
     params: Params = nnx.to_pure_dict(nnx.as_pure(nnx.state(model, nnx.Param)))
     return params
 
 
-@functools.lru_cache(maxsize=64)  # its layers are built, abstractly, for seconds; commands describe a model repeatedly
+@functools.lru_cache(maxsize=64)  # abstract construction takes seconds, and commands repeat it
 def define_model(config: ModelConfig, parts: tuple[str, ...]) -> ModelDef:
-    """Describes a model abstractly; no array is made. The description is shared: it is not to be changed.
+    """Define a model from its config and parts without allocating arrays. The result is cached: do not modify it.
 
     Raises:
         UserError: parts that do not make a model.
     """
-    make: Callable[[Any], Mplug2] = lambda key: Mplug2(config, parts, rngs=nnx.Rngs(params=key))  # noqa: E731
+    init: Callable[[Any], Mplug2] = lambda key: Mplug2(config, parts, rngs=nnx.Rngs(params=key))  # noqa: E731
     with nnx.use_eager_sharding(False):
-        abstract = nnx.eval_shape(make, jax.eval_shape(lambda: jax.random.key(0)))
+        abstract = nnx.eval_shape(init, jax.eval_shape(lambda: jax.random.key(0)))
         graphdef, state = nnx.split(abstract, nnx.Param)
     axes = jax.tree.map(
         lambda v: tuple(v.get_metadata("out_sharding")), nnx.to_pure_dict(state, lambda v: v), is_leaf=_is_variable

@@ -1,4 +1,4 @@
-"""Named intermediates ("taps"): what a test or a probe may ask of a forward pass, free when nobody asks."""
+"""Named intermediates ("taps") of a forward pass, for tests and probes; free when not requested."""
 
 from collections.abc import Iterable
 
@@ -7,10 +7,10 @@ from jaxtyping import Array, Shaped
 
 
 class Taps(dict[str, jax.Array]):
-    """Collects the intermediates named at construction, or all of them.
+    """Container for the intermediates named at construction, or for all of them.
 
-    A forward pass offers arrays by name with :func:`tap`; scanned layers offer one array stacked over depth. A pass
-    without taps traces to the same program as if the offers did not exist.
+    A forward pass exposes arrays by name with :func:`tap`; scanned layers expose one array stacked over depth. Without
+    taps a pass traces to the same program as if it called :func:`tap` nowhere.
 
     Example:
         ``taps = Taps(["vision/out"]); model.encode_visual(frames, taps=taps); taps["vision/out"]``
@@ -21,11 +21,11 @@ class Taps(dict[str, jax.Array]):
         self._names = None if names is None else frozenset(names)
 
     def is_requested(self, name: str) -> bool:
-        """Whether this name was asked for."""
+        """Return whether this intermediate was requested."""
         return self._names is None or name in self._names
 
 
 def tap(taps: Taps | None, name: str, x: Shaped[Array, "..."]) -> None:
-    """Offers one intermediate; kept only if it was asked for."""
+    """Expose one intermediate; it is stored only if it was requested."""
     if taps is not None and taps.is_requested(name):
         taps[name] = x

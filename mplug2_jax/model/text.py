@@ -1,4 +1,4 @@
-"""Text encoder: BERT's embeddings and the layers below the universal ones."""
+"""Text encoder: BERT's embeddings and the layers below the universal layers."""
 
 import jax
 import jax.numpy as jnp
@@ -29,22 +29,22 @@ PAD_ID = 0
 
 
 class Embeddings(nnx.Module):
-    """Word + position + type rows, normalised. The text encoder and the decoder have one each, not shared."""
+    """Sum of word, position and type embeddings, normalized. The text encoder and the decoder do not share it."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
         width = config.width
         self.words = make_param(rngs, EMBEDDING_INIT, (config.vocab_size, width), ("vocab", "embed"))
         self.positions = make_param(rngs, EMBEDDING_INIT, (config.max_positions, width), ("position", "embed"))
-        # Two rows as in BERT, so that its checkpoints fit; only row 0 is ever looked up.
+        # Two rows, so that BERT's checkpoints fit; only row 0 is used.
         self.types = make_param(rngs, EMBEDDING_INIT, (2, width), (None, "embed"))
         self.norm = LayerNorm(width, BERT_EPS, rngs=rngs)
         self.dropout, self.dtype = config.dropout, config.dtype
 
     @jax.named_scope("embeddings")
     def __call__(
-        self, ids: Int[Array, "b l"], *, start: Int[Array, ""] | int = 0, rng: PRNGKeyArray | None = None
+        self, ids: Int[Array, "b l"], *, offset: Int[Array, ""] | int = 0, rng: PRNGKeyArray | None = None
     ) -> Float[Array, "b l d"]:
-        """Embeds token ids that stand at positions ``start``, ``start + 1``, ...
+        """Embed token ids at positions ``offset``, ``offset + 1``, ...
 
         Raises:
             UserError: a text longer than the position table.
@@ -52,18 +52,18 @@ class Embeddings(nnx.Module):
         rows, length = self.positions[...].shape[0], ids.shape[1]
         if length > rows:
             raise UserError(
-                f"a text of {length} tokens exceeds config.model.max_positions={rows}; truncate it or raise that"
+                f"a text of {length} tokens exceeds config.model.max_positions={rows}; truncate the text or raise it"
             )
         x = constrain(gather_param(self.words[...], ("vocab", "embed"))[ids], "batch", None, None)
-        # The pad row is looked up but, as in torch, learns nothing through the lookup.
+        # As in torch, the pad row gets no gradient through the lookup.
         x = jnp.where((ids == PAD_ID)[..., None], jax.lax.stop_gradient(x), x)
         x = x + gather_param(self.types[...], (None, "embed"))[0]
-        x = x + jax.lax.dynamic_slice_in_dim(gather_param(self.positions[...], ("position", "embed")), start, length)
+        x = x + jax.lax.dynamic_slice_in_dim(gather_param(self.positions[...], ("position", "embed")), offset, length)
         return dropout(self.norm(x).astype(self.dtype), self.dropout, rng)
 
 
 class TextEncoder(nnx.Module):
-    """Embeddings and the first N - S layers; the universal layers finish the encoding."""
+    """Embeddings and the first N - S layers, which the universal layers follow."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
         self.embeddings = Embeddings(config, rngs=rngs)
@@ -80,7 +80,7 @@ class TextEncoder(nnx.Module):
         rng: PRNGKeyArray | None = None,
         taps: Taps | None = None,
     ) -> Float[Array, "b l d"]:
-        """Encodes token ids up to the universal layers."""
+        """Encode token ids, up to the universal layers."""
         rng_embed, rng_layers = split_rng(rng, 2)
         x = constrain(self.embeddings(ids, rng=rng_embed), "batch", None, None)
         tap(taps, "text/embed", x)
@@ -97,9 +97,9 @@ class TextEncoder(nnx.Module):
 
 
 class MlmHead(nnx.Module):
-    """Dense -> GELU -> LayerNorm -> the word table it is given, plus a bias for each word.
+    """Dense -> GELU -> LayerNorm -> tied word embeddings, plus a bias per word.
 
-    The same head serves the masked-language objective (with the text encoder's table) and the decoder (with its own).
+    The masked language modeling objective uses it with the text encoder's embeddings, the decoder with its own.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
@@ -111,7 +111,7 @@ class MlmHead(nnx.Module):
 
     @jax.named_scope("mlm")
     def __call__(self, x: Float[Array, "b l d"], words: Float[Array, "v d"]) -> Float[Array, "b l v"]:
-        """Logits over the vocabulary, in float32."""
+        """Compute float32 logits over the vocabulary."""
         x = self.norm(gelu(self.dense(x)))
         logits = matmul(x, words, ("vocab", "embed"), tied=True).astype(jnp.float32) + self.bias[...]
         return constrain(logits, "batch", None, "vocab")

@@ -1,8 +1,8 @@
-"""Universal layers: BERT's last S layers, whose self attention and MLP serve text and vision alike.
+"""Universal layers: BERT's last S layers, whose self attention and MLP are shared by text and vision.
 
-Text passes through them as through ordinary layers. Vision enters with learnable latents: they first gather from the
-visual tokens, then the visual tokens attend to them, so that a video's tokens meet text's weights at the cost of K = 50
-queries everywhere but in the last layer.
+Text passes through them as through ordinary layers. Vision uses learnable latents: the latents attend to the visual
+tokens in all layers but the last, where the visual tokens attend to the latents. So a video's tokens share text's
+weights at the cost of K = 50 queries in all layers but the last.
 """
 
 from typing import Literal
@@ -29,7 +29,7 @@ from mplug2_jax.parallel.sharding import constrain, gather_param
 
 
 class UniversalLayers(nnx.Module):
-    """The shared layers; with ``visual`` also what only vision uses: latents, cross attention, the closing norm."""
+    """Shared layers; with ``visual`` also the vision-only parameters: latents, cross attention and the final norm."""
 
     def __init__(self, config: ModelConfig, *, visual: bool, rngs: nnx.Rngs) -> None:
         self.layers = stack_layers(lambda r: BertLayer(config, cross=visual, rngs=r), config.universal_layers, rngs)
@@ -48,7 +48,7 @@ class UniversalLayers(nnx.Module):
         rng: PRNGKeyArray | None = None,
         taps: Taps | None = None,
     ) -> Float[Array, "b l d"]:
-        """Text mode: self attention and MLP only."""
+        """Apply the layers to text: self attention and MLP only."""
 
         def body(layer: BertLayer, x: Array, key: PRNGKeyArray | None, _extra: None) -> tuple[Array, None]:
             return constrain(layer(x, mask, rng=key), "batch", None, None), None
@@ -66,29 +66,29 @@ class UniversalLayers(nnx.Module):
         rng: PRNGKeyArray | None = None,
         taps: Taps | None = None,
     ) -> Float[Array, "b s d"]:
-        """Visual mode: latents gather from ``v`` in every layer but the last, where ``v`` attends to the latents.
+        """Apply the layers to visual tokens: latents attend to ``v``; in the last layer ``v`` attends to the latents.
 
-        The unprocessed ``v`` is what every layer reads; the residual around the whole stack is added here, normalised.
-        With a single universal layer ``v`` attends to the raw latents.
+        Every layer reads the input ``v``; a normalized residual spans the whole stack. With a single universal layer
+        ``v`` attends to the learned latents themselves.
         """
         depth = self.config.universal_layers
         keys = split_rng(rng, depth + 1)
         latents = gather_param(self.latents[...], ("latent", "embed")).astype(v.dtype)
         latents = constrain(jnp.broadcast_to(latents, (v.shape[0], *latents.shape)), "batch", None, None)
         for i in range(depth - 1):
-            latents = constrain(self._run(i, latents, v, "memory", keys[i]), "batch", None, None)
+            latents = constrain(self._apply_layer(i, latents, v, "memory", keys[i]), "batch", None, None)
             tap(taps, f"universal/visual{i}", latents)
-        out = self._run(depth - 1, v, latents, "x", keys[depth - 1])
+        out = self._apply_layer(depth - 1, v, latents, "x", keys[depth - 1])
         tap(taps, f"universal/visual{depth - 1}", out)
         return constrain(dropout(self.visual_norm(v + out), self.config.dropout, keys[depth]), "batch", "visual", None)
 
-    def _run(
+    def _apply_layer(
         self, index: int, x: Array, memory: Array, visual: Literal["x", "memory"], rng: PRNGKeyArray | None
     ) -> Array:
-        """One layer of the stack; layers play different roles, so they are not scanned."""
+        """Apply one layer of the stack; layers have different roles, so they are not scanned."""
 
         def body(layer: BertLayer, x: Array, key: PRNGKeyArray | None, _extra: None) -> tuple[Array, None]:
             return layer(x, None, memory, rng=key, visual=visual), None
 
-        one = slice_layers(self.layers, slice(index, index + 1))
-        return scan_layers(one, x, body, rng=rng, remat=self.config.remat.text)[0]
+        layer = slice_layers(self.layers, slice(index, index + 1))
+        return scan_layers(layer, x, body, rng=rng, remat=self.config.remat.text)[0]

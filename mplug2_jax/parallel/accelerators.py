@@ -142,9 +142,7 @@ def parse_topology(text: str, slices: int = 1) -> Topology:
     """
     name, _, shape = text.partition(":")
     if name not in CHIPS:
-        raise UserError(
-            f"--topology {text}: chip '{name}' is unknown: {did_you_mean(name, CHIPS)}; expected a topology such as v5p:8x8x8"
-        )
+        raise UserError(f"--topology {text}: chip '{name}' is unknown: {did_you_mean(name, CHIPS)}; example: v5p:8x8x8")
     chip = CHIPS[name]
     valid = ", ".join(n for n in topology_names() if n.startswith(f"{name}:"))
     words = shape.split("x") if chip.torus_dims else [shape]

@@ -19,7 +19,7 @@ def inputs(b=2, l=5, s=7, h=2, k=8, seed=0):
 
 
 def reference(query, key, value, mask=None, causal=False):
-    """In float64, with loops: slow and plain."""
+    """Compute attention in float64, with loops."""
     query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
     out = np.zeros(query.shape)
     for b, l, h in np.ndindex(query.shape[:3]):
@@ -35,19 +35,19 @@ def reference(query, key, value, mask=None, causal=False):
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("causal", [False, True])
-def test_xla_equals_plain_softmax(masked, causal):
+def test_xla_matches_a_plain_softmax(masked, causal):
     query, key, value, mask = inputs(l=7)
     mask = mask if masked else None
     out = attention(query, key, value, key_mask=mask, causal=causal, kernel="xla")
     assert_close(out, reference(query, key, value, mask, causal))
 
 
-def test_16_bit_inputs_are_computed_in_float32_inside():
+def test_16_bit_inputs_are_computed_in_float32():
     query, key, value, mask = inputs()
     half = [x.astype(jnp.bfloat16) for x in (query, key, value)]
     out = attention(*half, key_mask=mask, kernel="xla")
     assert out.dtype == jnp.bfloat16
-    assert_close(out, reference(*half, mask), 2**-7)  # weights and result are rounded
+    assert_close(out, reference(*half, mask), 2**-7)  # weights and result are rounded to 16 bits
 
 
 def test_dropout_keeps_the_expectation_and_is_off_without_a_key():
@@ -61,7 +61,7 @@ def test_dropout_keeps_the_expectation_and_is_off_without_a_key():
 
 
 @pytest.mark.parametrize(("l", "s"), [(257, 257), (50, 257), (128, 130)])
-def test_splash_equals_xla_for_any_length(l, s):
+def test_splash_matches_xla_for_any_length(l, s):
     query, key, value, _ = inputs(b=2, l=l, s=s, h=2, k=64)
     mask = jnp.arange(s)[None] < jnp.array([[s], [s - 57]])
 
@@ -70,39 +70,39 @@ def test_splash_equals_xla_for_any_length(l, s):
             return jnp.sum(kernels.splash(*qkv, mask, interpret=True) ** 2)
         return jnp.sum(attention(*qkv, key_mask=mask, kernel="xla") ** 2)
 
-    ours, plain = (
+    splash, xla = (
         jax.value_and_grad(functools.partial(loss, kernel), argnums=(0, 1, 2))(query, key, value)
         for kernel in ("splash", "xla")
     )
-    assert_close(ours, plain)
+    assert_close(splash, xla)
 
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(("l", "s", "causal"), [(257, 257, False), (6, 9, False), (5, 8, False), (7, 7, True)])
-def test_what_cudnn_is_given_is_even_without_a_mask_and_means_the_same(monkeypatch, l, s, causal, masked):
-    plain = jax.nn.dot_product_attention
+def test_cudnn_gets_even_lengths_without_a_mask_and_matches(monkeypatch, l, s, causal, masked):
+    dot_product_attention = jax.nn.dot_product_attention
 
-    def library(query, key, value, *, implementation, **rest):
+    def fake_cudnn(query, key, value, *, implementation, **kwargs):
         assert implementation == "cudnn"
-        assert "mask" not in rest
+        assert "mask" not in kwargs
         assert all(x.shape[1] % 2 == 0 and x.shape[-1] % 8 == 0 for x in (query, key, value))
-        return plain(query, key, value, **rest)
+        return dot_product_attention(query, key, value, **kwargs)
 
-    monkeypatch.setattr(jax.nn, "dot_product_attention", library)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", fake_cudnn)
     query, key, value, mask = inputs(l=l, s=s)
     mask = mask if masked else None
     out = kernels.cudnn(query, key, value, mask, causal=causal)
     assert_close(out, reference(query, key, value, mask, causal))
 
 
-def test_blocks_divide_padded_lengths():
-    assert kernels._block(4224, 512) == 384
-    assert kernels._block(4224, 1536) == 1408
-    assert kernels._block(128, 512) == 128
+def test_block_sizes_divide_padded_lengths():
+    assert kernels._block_size(4224, 512) == 384
+    assert kernels._block_size(4224, 1536) == 1408
+    assert kernels._block_size(128, 512) == 128
 
 
 @pytest.mark.parametrize(
-    ("platform", "l", "dtype", "dropped", "causal", "expected"),
+    ("platform", "l", "dtype", "has_dropout", "causal", "expected"),
     [
         ("tpu", 4097, "bfloat16", False, False, "splash"),
         ("tpu", 257, "bfloat16", False, False, "xla"),
@@ -113,17 +113,17 @@ def test_blocks_divide_padded_lengths():
         ("cpu", 4097, "bfloat16", False, False, "xla"),
     ],
 )
-def test_auto_picks_by_platform_and_length(monkeypatch, platform, l, dtype, dropped, causal, expected):
+def test_auto_chooses_by_platform_and_length(monkeypatch, platform, l, dtype, has_dropout, causal, expected):
     monkeypatch.setattr(module, "platform", lambda: platform)
     chosen = []
     x = jax.ShapeDtypeStruct((1, l, 16, 64), dtype)
-    jax.eval_shape(lambda x: chosen.append(module._pick(x, x, causal=causal, dropped=dropped)), x)
+    jax.eval_shape(lambda x: chosen.append(module._choose_kernel(x, x, causal=causal, has_dropout=has_dropout)), x)
     assert chosen == [expected]
 
 
-def test_named_kernels_refuse_what_they_cannot_do():
+def test_kernels_refuse_unsupported_calls():
     query, key, value, _ = inputs()
-    with pytest.raises(ValueError, match="no dropout"):
+    with pytest.raises(ValueError, match="does not support dropout"):
         attention(query, key, value, dropout=0.1, rng=jax.random.key(0), kernel="splash")
     with pytest.raises(ValueError, match="causal"):
         attention(query, key, value, causal=True, kernel="splash")

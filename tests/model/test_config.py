@@ -6,7 +6,7 @@ from mplug2_jax.model.fusion import joint_attention_layers
 
 
 @pytest.mark.parametrize(
-    ("overrides", "sentence"),
+    ("overrides", "message"),
     [
         ({"visoin_width": 64}, "model.visoin_width is not a field of the model: did you mean 'vision_width'?"),
         ({"heads": 5}, "config.model.width=128 does not divide into config.model.heads=5"),
@@ -14,18 +14,18 @@ from mplug2_jax.model.fusion import joint_attention_layers
         ({"text_layers": -1}, "config.model.text_layers=-1 must be at least 0"),
     ],
 )
-def test_sizes_that_do_not_fit_are_refused(overrides, sentence):
-    with pytest.raises(UserError, match=sentence.replace("?", r"\?").replace("(", r"\(")):
+def test_sizes_that_do_not_fit_are_refused(overrides, message):
+    with pytest.raises(UserError, match=message.replace("?", r"\?").replace("(", r"\(")):
         model_config("tiny", **overrides)
 
 
-def test_unknown_sizes_are_refused_with_the_nearest():
+def test_an_unknown_size_is_refused_with_the_nearest():
     with pytest.raises(UserError, match="did you mean 'large'"):
         model_config("larg")
 
 
 @pytest.mark.parametrize(
-    ("parts", "sentence"),
+    ("parts", "message"),
     [
         (("vision", "universel"), "did you mean 'universal'"),
         (("vision", "fusion"), "part 'fusion' needs text"),
@@ -35,12 +35,12 @@ def test_unknown_sizes_are_refused_with_the_nearest():
         ((), "needs 'vision' or 'text'"),
     ],
 )
-def test_parts_without_foundations_are_refused(parts, sentence):
-    with pytest.raises(UserError, match=sentence):
+def test_parts_without_prerequisites_are_refused(parts, message):
+    with pytest.raises(UserError, match=message):
         check_parts(parts, model_config("tiny"))
 
 
-def test_every_part_is_described():
+def test_every_part_has_a_description():
     assert all(PARTS.values())
 
 
@@ -53,7 +53,7 @@ def test_token_counts():
     assert [halved.num_tubelets(t) for t in (1, 2, 5, 16)] == [1, 1, 3, 8]
 
 
-def test_mixing_layers_are_every_stride_th_but_the_first():
+def test_joint_attention_layers_are_every_stride_th_except_the_first():
     assert joint_attention_layers(6, 0) == ()
     assert joint_attention_layers(6, 3) == (3,)
     assert joint_attention_layers(3, 1) == (1, 2)

@@ -24,24 +24,24 @@ def memory():
     return jax.random.normal(jax.random.key(0), (2, 7, 32)), mask
 
 
-def test_one_token_at_a_time_equals_all_at_once(decoder, memory):
+def test_decoding_with_a_cache_matches_teacher_forcing(decoder, memory):
     ids = jax.random.randint(jax.random.key(1), (6, 8), 1, 50)  # three sequences for each memory
-    at_once = decoder(ids, None, *memory)
-    cache = decoder.init_cache(*memory, sequences=3, length=8)
+    expected = decoder(ids, None, *memory)
+    cache = decoder.init_cache(*memory, num_sequences=3, length=8)
     step = jax.jit(decoder.decode_step)
     for position in range(8):
         logits, cache = step(ids[:, position], jnp.asarray(position), cache)
-        assert_close(logits, at_once[:, position])
+        assert_close(logits, expected[:, position])
 
 
-def test_sequences_that_share_a_memory_equal_sequences_with_copies_of_it(decoder, memory):
+def test_sequences_that_share_a_memory_match_sequences_with_copies_of_it(decoder, memory):
     ids = jax.random.randint(jax.random.key(1), (6, 8), 1, 50)
     shared = decoder(ids, ids != 0, *memory)
     copied = decoder(ids, ids != 0, *(jnp.repeat(x, 3, axis=0) for x in memory))
     assert_close(shared, copied)
 
 
-def test_later_tokens_and_masked_memory_change_nothing(decoder, memory):
+def test_later_tokens_and_masked_memory_have_no_effect(decoder, memory):
     tokens, mask = memory
     ids = jax.random.randint(jax.random.key(1), (2, 8), 1, 50)
     before = decoder(ids, None, tokens, mask)
@@ -50,15 +50,15 @@ def test_later_tokens_and_masked_memory_change_nothing(decoder, memory):
     assert float(jnp.abs(after[:, 5:] - before[:, 5:]).max()) > 1e-3
 
 
-def test_the_pad_row_learns_nothing_through_the_lookup(decoder):
+def test_the_pad_row_gets_no_gradient_through_the_lookup(decoder):
     graphdef, params = nnx.split(decoder, nnx.Param)
     ids = jnp.asarray([[0, 3, 0]])
 
     def embed(params):
         return nnx.merge(graphdef, params).embeddings(ids).sum() ** 2
 
-    gradient = jax.grad(lambda p: jnp.sum(nnx.merge(graphdef, p).embeddings(ids) * jnp.arange(32.0)))(params)
-    words = gradient["embeddings"]["words"][...]
+    grads = jax.grad(lambda p: jnp.sum(nnx.merge(graphdef, p).embeddings(ids) * jnp.arange(32.0)))(params)
+    words = grads["embeddings"]["words"][...]
     np.testing.assert_array_equal(words[0], 0)
     assert float(jnp.abs(words[3]).max()) > 0
     assert jnp.isfinite(embed(params))

@@ -22,7 +22,7 @@ def body(layer, x, key, _extra):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_matmul_is_a_product_with_the_product_rule(tied):
+def test_matmul_has_the_values_and_gradients_of_a_product(tied):
     x = jax.random.normal(jax.random.key(0), (2, 3, 4))
     weight = jax.random.normal(jax.random.key(1), (5, 4) if tied else (4, 5))
     out = jax.random.normal(jax.random.key(2), (2, 3, 5))
@@ -30,20 +30,20 @@ def test_matmul_is_a_product_with_the_product_rule(tied):
     def ours(x, w):
         return jnp.sum(matmul(x, w, tied=tied) * out)
 
-    def plain(x, w):
+    def reference(x, w):
         return jnp.sum((x @ (w.T if tied else w)) * out)
 
-    assert_close(jax.value_and_grad(ours, (0, 1))(x, weight), jax.value_and_grad(plain, (0, 1))(x, weight))
+    assert_close(jax.value_and_grad(ours, (0, 1))(x, weight), jax.value_and_grad(reference, (0, 1))(x, weight))
 
 
 def test_matmul_gives_float32_gradients_to_float32_weights_of_16_bit_compute():
     x = jax.random.normal(jax.random.key(0), (512, 4)).astype(jnp.bfloat16)
     weight = jnp.ones((4, 2), jnp.float32)
-    gradient = jax.grad(lambda w: matmul(x, w).astype(jnp.float32).sum())(weight)
-    assert gradient.dtype == jnp.float32
+    grad = jax.grad(lambda w: matmul(x, w).astype(jnp.float32).sum())(weight)
+    assert grad.dtype == jnp.float32
     assert matmul(x, weight).dtype == jnp.bfloat16
     # Rounded to 16 bits, these sums of 512 numbers would be off by about 1e-2.
-    assert_close(gradient[:, 0], np.asarray(x, np.float64).sum(0))
+    assert_close(grad[:, 0], np.asarray(x, np.float64).sum(0))
 
 
 def test_layer_norm_computes_in_float32_and_returns_its_input_dtype():
@@ -52,19 +52,19 @@ def test_layer_norm_computes_in_float32_and_returns_its_input_dtype():
     x = 1000 + jax.random.normal(jax.random.key(0), (3, 8))
     wide = np.asarray(x, np.float64)
     expected = (wide - wide.mean(-1, keepdims=True)) / wide.std(-1, keepdims=True)
-    assert_close(norm(x), expected, 1e-6, scale=1000)  # which the mean takes away
+    assert_close(norm(x), expected, 1e-6, scale=1000)  # which the mean cancels
     assert norm(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
 
 
 def test_dropout_is_a_function_of_its_key():
     x = jnp.ones((1000,))
-    once = dropout(x, 0.25, jax.random.key(1))
-    np.testing.assert_array_equal(once, dropout(x, 0.25, jax.random.key(1)))
-    assert set(np.unique(once)) == {0.0, np.float32(1 / 0.75)}
+    dropped = dropout(x, 0.25, jax.random.key(1))
+    np.testing.assert_array_equal(dropped, dropout(x, 0.25, jax.random.key(1)))
+    assert set(np.unique(dropped)) == {0.0, np.float32(1 / 0.75)}
     np.testing.assert_array_equal(dropout(x, 0.25, None), x)
 
 
-def test_scan_equals_a_loop(layers):
+def test_a_scan_matches_a_loop(layers):
     x = jax.random.normal(jax.random.key(0), (2, 5, 32))
     scanned, _ = scan_layers(layers, x, body)
     looped = x
@@ -79,24 +79,24 @@ def test_remat_and_unrolling_change_neither_values_nor_gradients(layers, remat, 
     graphdef, params = nnx.split(layers, nnx.Param)
     x, weights = jax.random.normal(jax.random.key(0), (2, 2, 5, 32))
 
-    def run(params, **how):
-        out, _ = scan_layers(nnx.merge(graphdef, params), x, body, rng=jax.random.key(3), **how)
-        return jnp.sum(out * weights)  # a plain sum of what is normalised is zero, and so are its gradients
+    def run(params, **options):
+        out, _ = scan_layers(nnx.merge(graphdef, params), x, body, rng=jax.random.key(3), **options)
+        return jnp.sum(out * weights)  # the unweighted sum of normalized values is zero, and so are its gradients
 
-    plain = jax.jit(jax.value_and_grad(run))(params)
-    other = jax.jit(jax.value_and_grad(lambda p: run(p, remat=remat, unroll=unroll)))(params)
-    assert_close(other, plain)
+    expected = jax.jit(jax.value_and_grad(run))(params)
+    found = jax.jit(jax.value_and_grad(lambda p: run(p, remat=remat, unroll=unroll)))(params)
+    assert_close(found, expected)
 
 
-def test_remat_keeps_fewer_values_for_the_backward_pass(layers):
+def test_remat_saves_fewer_residuals(layers):
     graphdef, params = nnx.split(layers, nnx.Param)
     x = jnp.zeros((2, 5, 32))
 
-    def kept(remat):
+    def num_residuals(remat):
         def run(params):
             return scan_layers(nnx.merge(graphdef, params), x, body, remat=remat)[0].sum()
 
         _, backward = jax.eval_shape(lambda p: jax.vjp(run, p), params)
         return sum(leaf.size for leaf in jax.tree.leaves(backward))
 
-    assert kept("full") < kept("dots") < kept("none")
+    assert num_residuals("full") < num_residuals("dots") < num_residuals("none")

@@ -24,7 +24,7 @@ EVERYTHING = (*QUESTION, "mlm", "contrastive", "matching")
         ("large", CAPTION, 621_853_498),
     ],
 )
-def test_parameters_are_those_that_the_releases_loss_gradient_reaches(size, parts, count):
+def test_parameter_counts_are_those_that_the_releases_gradient_reaches(size, parts, count):
     assert define_model(model_config(size), parts).num_params() == count
 
 
@@ -36,14 +36,14 @@ def test_parameters_are_those_that_the_releases_loss_gradient_reaches(size, part
         (CAPTION, {"temporal_1", "decoder"}, {"text", "fusion", "contrastive"}),
     ],
 )
-def test_what_a_task_does_not_use_is_not_created(parts, present, absent):
+def test_unused_parts_have_no_parameters(parts, present, absent):
     shapes = define_model(model_config("tiny", num_classes=10), parts).shapes
     keys = {str(key.key) for path, _ in jax.tree_util.tree_leaves_with_path(shapes) for key in path}
     assert present <= keys
     assert not absent & keys
 
 
-def test_every_parameter_names_every_axis():
+def test_every_parameter_has_a_name_per_axis():
     definition = define_model(model_config("tiny", num_classes=10), (*EVERYTHING, "classifier"))
     is_axes = lambda x: isinstance(x, tuple)  # noqa: E731
     axes = jax.tree.leaves(definition.axes, is_leaf=is_axes)
@@ -51,7 +51,7 @@ def test_every_parameter_names_every_axis():
     assert [len(a) for a in axes] == [len(s.shape) for s in shapes]
 
 
-def test_computing_in_16_bits_keeps_parameters_in_32():
+def test_16_bit_compute_has_float32_parameters():
     definition = define_model(model_config("tiny", dtype="bfloat16", dropout=0.0), QUESTION)
     params = jax.jit(definition.init)(jax.random.key(0))
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
@@ -60,7 +60,7 @@ def test_computing_in_16_bits_keeps_parameters_in_32():
     assert tokens.dtype == jnp.bfloat16
 
 
-def test_16_bit_compute_is_near_32_bit_compute():
+def test_16_bit_compute_is_close_to_float32():
     params = jax.jit(define_model(model_config("tiny"), CAPTION).init)(jax.random.key(0))
     clip = jax.random.randint(jax.random.key(1), (2, 3, 32, 32, 3), 0, 256).astype(jnp.uint8)
 
@@ -71,7 +71,7 @@ def test_16_bit_compute_is_near_32_bit_compute():
     assert_close(tokens("bfloat16"), tokens("float32"), BFLOAT16)
 
 
-def test_taps_hold_what_was_asked_for_and_change_nothing():
+def test_taps_have_the_requested_intermediates_and_no_effect():
     definition = define_model(model_config("tiny", dtype="float32"), CAPTION)
     params = jax.jit(definition.init)(jax.random.key(0))
     clip = jnp.ones((1, 2, 32, 32, 3))
@@ -81,10 +81,10 @@ def test_taps_hold_what_was_asked_for_and_change_nothing():
     def run(params):
         return definition.bind(params).encode_visual(clip, taps=taps), dict(taps)
 
-    out, taken = run(params)
-    assert set(taken) == {"vision/block", "visual/out"}
-    assert taken["vision/block"].shape == (4, 2, 17, 128)
-    np.testing.assert_array_equal(taken["visual/out"], out)
+    out, tapped = run(params)
+    assert set(tapped) == {"vision/block", "visual/out"}
+    assert tapped["vision/block"].shape == (4, 2, 17, 128)
+    np.testing.assert_array_equal(tapped["visual/out"], out)
 
     def program(taps):
         return str(jax.make_jaxpr(lambda p: definition.bind(p).encode_visual(clip, taps=taps))(params))
@@ -94,16 +94,16 @@ def test_taps_hold_what_was_asked_for_and_change_nothing():
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("optimized")
-def test_a_large_model_is_never_whole_on_one_chip():
+def test_a_large_model_is_initialized_in_shards():
     from tests.tpu import topology_mesh
 
     mesh = topology_mesh("v5p:2x2x2", MeshConfig())
     definition = define_model(model_config("large"), QUESTION)
-    placed = make_param_shardings(definition.shapes, definition.axes, mesh)
+    sharded = make_param_shardings(definition.shapes, definition.axes, mesh)
     key = jax.eval_shape(lambda: jax.random.key(0))
     with jax.set_mesh(mesh):
-        compiled = jax.jit(definition.init, out_shardings=placed.shardings).lower(key).compile()
+        compiled = jax.jit(definition.init, out_shardings=sharded.shardings).lower(key).compile()
     memory = compiled.memory_analysis()
-    whole = 4 * definition.num_params()
-    assert memory.output_size_in_bytes < 1.1 * whole / 8
-    assert memory.temp_size_in_bytes < 0.1 * whole
+    total = 4 * definition.num_params()
+    assert memory.output_size_in_bytes < 1.1 * total / 8
+    assert memory.temp_size_in_bytes < 0.1 * total

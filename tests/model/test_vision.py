@@ -23,7 +23,7 @@ def tower(config=CONFIG, temporal=True):
     with nnx.use_eager_sharding(False):
         built = VisionTower(config, temporal=temporal, rngs=nnx.Rngs(0))
     graphdef, params = nnx.split(built, nnx.Param)
-    # A fresh temporal unit changes nothing, because its last map starts at zero: give it something to do.
+    # New temporal units are the identity, because their up-projection is zero: perturb all parameters.
     params = jax.tree.map(lambda p: p + 0.02 * jax.random.normal(jax.random.key(1), p.shape), params)
     return nnx.merge(graphdef, params)
 
@@ -54,7 +54,7 @@ def test_position_tables_are_resized_as_in_the_release(reference):
             assert_close(ours, golden[name].reshape(ours.shape))
 
 
-def test_pixels_are_normalised_as_clip_does():
+def test_pixels_are_normalized_as_in_clip():
     bytes_ = jnp.asarray([[[[[0, 128, 255]]]]], jnp.uint8)
     expected = [(0 - 0.48145466) / 0.26862954, (128 / 255 - 0.4578275) / 0.26130258, (1 - 0.40821073) / 0.27577711]
     assert_close(normalize_pixels(bytes_)[0, 0, 0, 0], expected)
@@ -75,63 +75,63 @@ def test_the_temporal_unit_is_a_depthwise_convolution_over_time():
 
 
 @pytest.mark.parametrize(
-    ("clips", "frames", "parts", "travels"),
+    ("clips", "frames", "clip_shards", "communicates"),
     [(8, 4, 1, False), (4, 4, 2, True), (4, 3, 1, False), (16, 3, 1, False)],
     ids=["enough clips", "few clips", "few odd clips", "enough odd clips"],
 )
-def test_clips_are_cut_only_where_there_are_too_few_and_look_the_same(clips, frames, parts, travels):
+def test_clips_are_sharded_between_frames_only_if_there_are_too_few(clips, frames, clip_shards, communicates):
     clip, mesh = frames_of(clips, frames), make_mesh(MeshConfig(data=4, fsdp=1, sequence=2))
     expected = run(tower(), clip)
     with jax.set_mesh(mesh):
-        assert frame_sharding(clips, frames)[1] == parts
+        assert frame_sharding(clips, frames)[1] == clip_shards
         graphdef, params = nnx.split(tower(), nnx.Param)
         placed = jax.device_put(clip, batch_sharding(mesh))
         compiled = jax.jit(lambda p, c: nnx.merge(graphdef, p)(c)).lower(params, placed).compile()
         assert_close(compiled(params, placed), expected)
-    sent = {c.kind for c in parse_collectives(compiled.as_text(), mesh) if "temporal" in c.scope}
-    assert ("collective-permute" in sent) == travels
-    assert "all-to-all" not in sent
+    kinds = {c.kind for c in parse_collectives(compiled.as_text(), mesh) if "temporal" in c.scope}
+    assert ("collective-permute" in kinds) == communicates
+    assert "all-to-all" not in kinds
 
 
-def still(model):
-    """The model with temporal units that change nothing."""
+def without_temporal(model):
+    """Return the model with temporal units that are the identity."""
     graphdef, params = nnx.split(model, nnx.Param)
-    silence = lambda path, p: p * 0 if {"temporal_1", "temporal_2"} & set(path) else p  # noqa: E731
-    return nnx.merge(graphdef, nnx.map_state(silence, params))
+    zero_units = lambda path, p: p * 0 if {"temporal_1", "temporal_2"} & set(path) else p  # noqa: E731
+    return nnx.merge(graphdef, nnx.map_state(zero_units, params))
 
 
 def test_images_skip_the_temporal_units():
     images = frames(t=1)
-    np.testing.assert_array_equal(run(tower(), images), run(still(tower()), images))
+    np.testing.assert_array_equal(run(tower(), images), run(without_temporal(tower()), images))
     clip = frames(t=2)
-    assert float(jnp.abs(run(tower(), clip) - run(still(tower()), clip)).max()) > 1e-3
+    assert float(jnp.abs(run(tower(), clip) - run(without_temporal(tower()), clip)).max()) > 1e-3
 
 
-def test_without_temporal_units_frames_do_not_meet():
+def test_without_temporal_units_frames_are_independent():
     clip = frames()
-    together = run(still(tower()), clip)[:, 1:]
-    apart = [run(tower(), clip[:, i : i + 1])[:, 1:] for i in range(3)]
-    assert_close(together, jnp.concatenate(apart, axis=1))
+    batched = run(without_temporal(tower()), clip)[:, 1:]
+    separate = [run(tower(), clip[:, i : i + 1])[:, 1:] for i in range(3)]
+    assert_close(batched, jnp.concatenate(separate, axis=1))
 
 
-def test_a_changed_frame_reaches_two_neighbours_in_one_block():
+def test_a_block_propagates_a_change_to_two_adjacent_frames():
     one_block = tower(model_config("tiny", dtype="float32", vision_width=32, vision_layers=1))
     clip = frames(t=7)
     changed = clip.at[:, 0].add(1.0)
     difference = np.abs(run(one_block, changed) - run(one_block, clip))[:, 1:].reshape(2, 7, -1).max((0, 2))
-    assert (difference[:3] > 1e-4).all()  # two units in a block, one frame each
+    assert (difference[:3] > 1e-4).all()  # two temporal units per block, one frame each
     np.testing.assert_array_equal(difference[3:], 0)
 
 
 @pytest.mark.parametrize("t", [1, 2, 5])
 @pytest.mark.parametrize("size", [24, 32, 40])
-def test_any_number_of_frames_and_any_square_size(t, size):
+def test_any_number_of_frames_of_any_square_size(t, size):
     out = run(tower(), frames(t=t, size=size))
     assert out.shape == (2, CONFIG.num_visual_tokens(t, size), 32)
     assert jnp.isfinite(out).all()
 
 
-def test_patches_are_what_a_strided_convolution_sees():
+def test_patch_embedding_is_a_strided_convolution():
     model, images = tower(), frames(t=1)
     kernel = model.patch.kernel[...].reshape(8, 8, 3, 32)
     convolved = jax.lax.conv_general_dilated(
@@ -153,9 +153,9 @@ def test_temporal_downsampling_is_a_strided_convolution_over_time(t):
     assert run(model, clip).shape[1] == 1 + 16 * ((t - 1) // 2 + 1)
 
 
-@pytest.mark.parametrize(("shape", "sentence"), [((1, 1, 32, 24, 3), "32x24"), ((1, 1, 30, 30, 3), "multiple of 8")])
-def test_frames_of_a_wrong_shape_are_refused(shape, sentence):
-    with pytest.raises(UserError, match=sentence):
+@pytest.mark.parametrize(("shape", "message"), [((1, 1, 32, 24, 3), "32x24"), ((1, 1, 30, 30, 3), "multiple of 8")])
+def test_frames_of_an_invalid_shape_are_refused(shape, message):
+    with pytest.raises(UserError, match=message):
         tower()(jnp.zeros(shape))
 
 
