@@ -59,7 +59,7 @@ def run(
     )
     metrics: dict[str, float] = {}
     for name in TASKS:
-        evaluations = FINETUNES[name].asked
+        evaluations = FINETUNES[name].evaluations
         limits = [f"--config.evaluations.{each}.data.sources.digits.max_records={examples}" for each in evaluations]
         if name == FINETUNED:
             config = build(RunConfig, load_recipe(f"digitworld:{name}", [*model_overrides, *limits]))

@@ -26,6 +26,7 @@ from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.parallel.placement import put_batch, replicated_sharding
 from mplug2_jax.training.checkpoint.checksums import checksums
+from mplug2_jax.training.checkpoint.metadata import DataPosition
 from mplug2_jax.training.config import FaultConfig, RunConfig, StreamConfig
 from mplug2_jax.training.state import RunSpec, TrainState, make_run_spec
 from mplug2_jax.training.step import StreamBatches, make_step, train_step
@@ -78,7 +79,7 @@ def main() -> None:
     times: dict[str, list[float]] = {"bare": [], "monitored": []}
     with tempfile.TemporaryDirectory() as folder:
         workdir = WorkDir(Path(folder))
-        monitor = TrainMonitor(spec, workdir, Position(0, {}), EventLog(workdir.events), GoodputTracker())
+        monitor = TrainMonitor(spec, workdir, DataPosition(0, {}), EventLog(workdir.events), GoodputTracker())
         monitor.compile(step, 1, state, batches)
         for number in range(1, 2 * args.steps + 4):
             variant = ("bare", "monitored")[number % 2]

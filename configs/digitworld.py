@@ -1,13 +1,11 @@
-"""A task of DigitWorld for what the demo has pretrained, as ``digitworld:image_question``.
+"""A downstream task of DigitWorld for the model that the demo pretrains, such as ``digitworld:image_question``.
 
 ``mplug2 demo tasks`` runs all of them.
 """
 
-from ml_collections import ConfigDict
-
-from mplug2_jax.recipes.digitworld import digitworld
+from mplug2_jax.recipes.api import RunConfig, digitworld_recipe
 
 
-def get_config(task: str = "image_question") -> ConfigDict:
-    """The whole run."""
-    return digitworld(task)
+def get_config(task: str = "image_question") -> RunConfig:
+    """Return the run of a task."""
+    return digitworld_recipe(task)

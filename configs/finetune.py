@@ -1,84 +1,94 @@
-"""Our own fine-tuning on clips: ``finetune:TASK[,SIZE[,FRAMES]]``, as ``finetune:caption,large,64`` for long clips.
+"""Our fine-tuning on videos: ``finetune:TASK[,SIZE[,FRAMES]]``, such as ``finetune:caption,large,64`` for long videos.
 
-Without the quirks of the release (``configs/released.py`` has them), at its batch sizes and rates. Clips of more than
-16 frames lie split over the mesh's ``sequence`` axis.
+It has the release's batch sizes and learning rates but not its quirks (``configs/released.py`` has them). Videos of
+more than 16 frames are sharded over the mesh's ``sequence`` axis.
 
-DigitWorld stands in for the data; with files, override ``streams.video.data.sources.clips`` and the evaluation's.
+DigitWorld replaces the data. With files, override ``streams.video.data.sources.clips`` and the evaluation's sources.
 """
 
-from ml_collections import ConfigDict
-
-from data_pipelines.config import DataConfig, ExampleConfig, InstructionConfig, SourceConfig, VisualConfig
-from mplug2_jax.config import as_recipe
-from mplug2_jax.errors import UserError, did_you_mean
-from mplug2_jax.evaluation.config import EvaluationConfig
-from mplug2_jax.generation.config import SearchConfig
-from mplug2_jax.model.config import SIZES, RematConfig, model_config
-from mplug2_jax.parallel.config import MeshConfig
-from mplug2_jax.tasks.config import TaskSettings
-from mplug2_jax.training.config import AdamWConfig, RunConfig, ScheduleConfig, StreamConfig, TokenizerConfig
+from mplug2_jax.recipes.api import (
+    AdamWConfig,
+    DataConfig,
+    EvaluationConfig,
+    ExampleConfig,
+    InstructionConfig,
+    MeshConfig,
+    RematConfig,
+    RunConfig,
+    ScheduleConfig,
+    SearchConfig,
+    SourceConfig,
+    StreamConfig,
+    TaskSettings,
+    TokenizerConfig,
+    UserError,
+    VisualConfig,
+    check_size,
+    did_you_mean,
+    model_config,
+)
 
 OBJECTIVES = {"caption": "caption", "videoqa": "answer"}
-LONG = 16  # frames
+EXAMPLES = {
+    "caption": ExampleConfig(
+        instructions={"caption": InstructionConfig(templates=("what happens?",))}, target_length=32
+    ),
+    "videoqa": ExampleConfig(
+        instructions={"question": InstructionConfig(templates=("{question}",))}, instruction_length=32,
+        target_length=16,
+    ),
+}  # fmt: skip
+LONG_VIDEO = 16  # frames; longer videos are sharded
 
 
-def get_config(arg: str = "videoqa") -> ConfigDict:
-    """The whole run."""
-    task, size, frames, *more = (*arg.split(","), "", "")
-    if any(more):
+def get_config(arg: str = "videoqa") -> RunConfig:
+    """Return the run of a task, a model size and a number of frames."""
+    task, size, frames, *extra = (*arg.split(","), "", "")
+    if any(extra):
         raise UserError(f"recipe finetune:{arg}: takes a task, a size and a number of frames")
     size, frames = size or "large", frames or ("4" if size == "tiny" else "16")
     if task not in OBJECTIVES:
         raise UserError(f"recipe finetune:{arg}: {did_you_mean(task, OBJECTIVES)}")
-    if size not in SIZES:
-        raise UserError(f"recipe finetune:{arg}: {did_you_mean(size, SIZES)}")
+    check_size(size, f"finetune:{arg}")
     if not frames.isdecimal() or not int(frames):
         raise UserError(f"recipe finetune:{arg}: {frames!r} should be a number of frames")
-    return recipe(task, size, int(frames))
+    return video_run(task, size, int(frames))
 
 
-def recipe(task: str, size: str, frames: int) -> ConfigDict:
-    """The run of a task."""
+def video_run(task: str, size: str, num_frames: int) -> RunConfig:
+    """Return the run of a task."""
+    # Model
     model = model_config(
         size, dropout=0.0, attention_dropout=0.0,
         remat=RematConfig(vision="dots", text="dots", fusion="dots", decoder="dots"),
     )  # fmt: skip
-    if task == "caption":
-        examples = ExampleConfig(
-            instructions={"caption": InstructionConfig(templates=("what happens?",))}, target_length=32
-        )
-    else:
-        examples = ExampleConfig(
-            instructions={"question": InstructionConfig(templates=("{question}",))}, instruction_length=32,
-            target_length=16,
-        )  # fmt: skip
 
-    def data(split: str, batch_size: int, records: int) -> DataConfig:
-        train = split == "train"
-        visual = VisualConfig(
-            image_size=model.image_size, num_frames=frames, sampling="random" if train else "uniform",
-            transform="train" if train else "test",
-        )  # fmt: skip
-        source = SourceConfig(kind="video", split=split, max_records=records)
-        return DataConfig(sources={"clips": source}, visual=visual, examples=examples, batch_size=batch_size)
-
+    # Data
+    train_visual = VisualConfig(
+        image_size=model.image_size, num_frames=num_frames, sampling="random", transform="train"
+    )
+    eval_visual = VisualConfig(image_size=model.image_size, num_frames=num_frames, transform="test")
     batch_size = 8 if size == "tiny" else 64 if task == "caption" else 32
-    # Without a backward pass there is room for more at a time, and parameters are gathered for more.
-    asked = batch_size if size == "tiny" else 4 * batch_size
-    return as_recipe(
-        RunConfig(
-            name=f"finetune_{task}",
-            steps=20_000,
-            model=model,
-            tokenizer=TokenizerConfig(vocab_size=min(model.vocab_size, 512)),
-            streams={
-                "video": StreamConfig(data=data("train", batch_size, 100_000), objectives={OBJECTIVES[task]: 1.0})
-            },
-            tasks=TaskSettings(search=SearchConfig(num_beams=5, max_length=min(32, model.max_positions) - 1)),
-            mesh=MeshConfig(sequence=2 if frames > LONG else 1),
-            optimizer=AdamWConfig(learning_rate=2e-5, vision_learning_rate=2e-6, weight_decay=0.02),
-            schedule=ScheduleConfig(warmup_steps=500),
-            evaluations={"video": EvaluationConfig(task=OBJECTIVES[task], data=data("heldout", asked, 512))},
-            eval_every=2000,
-        )
+    # Without a backward pass there is memory for more, and parameters are gathered less often.
+    eval_batch_size = batch_size if size == "tiny" else 4 * batch_size
+
+    def data(split: str, max_records: int, visual: VisualConfig, batch_size: int) -> DataConfig:
+        source = SourceConfig(kind="video", split=split, max_records=max_records)
+        return DataConfig(sources={"clips": source}, visual=visual, examples=EXAMPLES[task], batch_size=batch_size)
+
+    train_data = data("train", 100_000, train_visual, batch_size)
+    eval_data = data("heldout", 512, eval_visual, eval_batch_size)
+
+    return RunConfig(
+        name=f"finetune_{task}",
+        steps=20_000,
+        model=model,
+        tokenizer=TokenizerConfig(vocab_size=min(model.vocab_size, 512)),
+        streams={"video": StreamConfig(data=train_data, objectives={OBJECTIVES[task]: 1.0})},
+        tasks=TaskSettings(search=SearchConfig(num_beams=5, max_length=min(32, model.max_positions) - 1)),
+        mesh=MeshConfig(sequence=2 if num_frames > LONG_VIDEO else 1),
+        optimizer=AdamWConfig(learning_rate=2e-5, vision_learning_rate=2e-6, weight_decay=0.02),
+        schedule=ScheduleConfig(warmup_steps=500),
+        evaluations={"video": EvaluationConfig(task=OBJECTIVES[task], data=eval_data)},
+        eval_every=2000,
     )

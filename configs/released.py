@@ -1,23 +1,19 @@
-"""The release's own fine-tuning, quirks included: ``released:caption`` or ``released:videoqa``, ``,tiny`` to try it.
+"""The release's fine-tuning with its quirks: ``released:caption`` or ``released:videoqa``, with ``,tiny`` to try it.
 
-DigitWorld stands in for its data, so that it runs anywhere. On the data themselves it is a form of their pages, as
-``msrvtt_qa:large,released``; our own recipes have none of the quirks, which ``mplug2_jax/recipes/released.py`` tells.
+DigitWorld replaces its data, so that the recipe runs anywhere. Recipes of the real data sets have it as a variant, such
+as ``msrvtt_qa:large,released``. ``mplug2_jax/recipes/released.py`` lists the quirks; our own recipes have none.
 """
 
-from ml_collections import ConfigDict
-
-from mplug2_jax.errors import UserError, did_you_mean
-from mplug2_jax.recipes.base import check_size
-from mplug2_jax.recipes.released import released
+from mplug2_jax.recipes.api import RunConfig, UserError, check_size, did_you_mean, released_recipe
 
 TASKS = ("caption", "videoqa")
 
 
-def get_config(arg: str = "videoqa") -> ConfigDict:
-    """The recipe of a task, at one of the sizes of the table."""
+def get_config(arg: str = "videoqa") -> RunConfig:
+    """Return the run of a task at a model size."""
     task, _, size = arg.partition(",")
     if task not in TASKS:
         raise UserError(f"recipe released:{task}: {did_you_mean(task, TASKS)}")
     if size:
         check_size(size, f"released:{arg}")
-    return released(f"released_{task}", size or "large", task)
+    return released_recipe(f"released_{task}", size or "large", task)

@@ -1,4 +1,4 @@
-"""Every shipped recipe makes a run; the released ones have the release's quirks, ours none."""
+"""Every shipped recipe is a valid run; the released ones have the release's quirks, ours have none."""
 
 from pathlib import Path
 
@@ -19,38 +19,38 @@ SPECS = (
 
 
 @pytest.mark.parametrize("spec", SPECS)
-def test_it_is_a_whole_run(spec: str) -> None:
+def test_recipes_are_valid_runs(spec: str) -> None:
     config = build(RunConfig, load_recipe(spec))
     assert config.parts()
     assert bool(config.evaluations) == (not spec.startswith("pretrain"))
     assert build(RunConfig, as_recipe(config)) == config
 
 
-def test_every_recipe_file_is_tried_here(repository: Path) -> None:
+def test_every_recipe_file_is_covered(repository: Path) -> None:
     shipped = {path.stem for path in (repository / "configs").glob("*.py")}
-    assert shipped <= {spec.partition(":")[0] for spec in SPECS}  # tasks' pages: tests/recipes
+    assert shipped <= {spec.partition(":")[0] for spec in SPECS}  # those of tasks: tests/recipes
 
 
-def test_quirks_are_on_in_the_released_recipes_and_off_in_ours() -> None:
+def test_only_the_released_recipes_have_quirks() -> None:
     ours, caption, answers = (
         build(RunConfig, load_recipe(spec)) for spec in ("demo", "released:caption", "released:videoqa")
     )
-    for quirky in (caption, answers):
-        stream = next(iter(quirky.streams.values())).data
-        assert quirky.optimizer.decay_mask == "released"
-        assert quirky.optimizer.clip_norm == 0
-        assert quirky.schedule.kind.startswith("released")
-        assert quirky.tasks.search.extend_finished
-        assert quirky.model.positions_init == "zeros"
+    for released in (caption, answers):
+        stream = next(iter(released.streams.values())).data
+        assert released.optimizer.decay_mask == "released"
+        assert released.optimizer.clip_norm == 0
+        assert released.schedule.kind.startswith("released")
+        assert released.tasks.search.extend_finished
+        assert released.model.positions_init == "zeros"
         assert stream.examples.tokenization == "released"
         assert (stream.visual.transform, stream.visual.sampling) == ("released_train", "random")
-        heldout = next(iter(quirky.evaluations.values())).data.visual
+        heldout = next(iter(released.evaluations.values())).data.visual
         assert (heldout.transform, heldout.sampling) == ("released_test", "uniform")
     assert next(iter(caption.streams.values())).data.examples.prompt == "a video of"
     assert caption.tasks.distillation is None
-    inert = answers.tasks.distillation
-    assert inert is not None
-    assert (inert.alpha, inert.softmax_axis, inert.average_fusion) == (0.0, "time", False)
+    distillation = answers.tasks.distillation
+    assert distillation is not None
+    assert (distillation.alpha, distillation.softmax_axis, distillation.average_fusion) == (0.0, "time", False)
 
     assert ours.optimizer.decay_mask == "kernels"
     assert ours.schedule.kind == "cosine"
@@ -70,7 +70,7 @@ def test_quirks_are_on_in_the_released_recipes_and_off_in_ours() -> None:
         ("imagenet:large,zeroshot", "recipe imagenet:large,zeroshot: did you mean 'zero_shot'? (valid: zero_shot)"),
         ("digitworld:digits", "recipe digitworld:digits: did you mean 'digit'?"),
         ("vatex_caption:large,scts", "recipe vatex_caption:large,scts: did you mean 'scst'? (valid: scst, zero_shot)"),
-        ("vqa_v2:large,released", "recipe vqa_v2:large,released: this page has no forms; leave out ',released'"),
+        ("vqa_v2:large,released", "recipe vqa_v2:large,released: it has no variants; remove ',released'"),
         ("vatex_caption:large,", "recipe vatex_caption:large,: valid: scst, zero_shot"),
         ("vatex_caption:lage,scst", "recipe vatex_caption:lage: did you mean 'large'? (valid: base, large, tiny)"),
         ("finetune:captions", "recipe finetune:captions: did you mean 'caption'? (valid: caption, videoqa)"),
@@ -88,19 +88,19 @@ def test_unknown_arguments_name_the_valid_ones(spec: str, sentence: str) -> None
     assert sentence in str(caught.value)
 
 
-@pytest.mark.parametrize("page", ["coco_caption", "msrvtt_caption", "msvd_caption", "nocaps", "vatex_caption"])
-def test_captions_go_on_by_reward(page: str) -> None:
-    plain, rewarded = (build(RunConfig, load_recipe(f"{page}:{form}")) for form in ("large", "large,scst"))
-    (learned,) = rewarded.streams.values()
-    assert set(learned.objectives) == {"scst"}
-    assert learned.data.shapes()["references"][0] == (64, 20, 32)
+@pytest.mark.parametrize("recipe", ["coco_caption", "msrvtt_caption", "msvd_caption", "nocaps", "vatex_caption"])
+def test_captioning_continues_by_reward(recipe: str) -> None:
+    plain, rewarded = (build(RunConfig, load_recipe(f"{recipe}:{arg}")) for arg in ("large", "large,scst"))
+    (stream,) = rewarded.streams.values()
+    assert set(stream.objectives) == {"scst"}
+    assert stream.data.shapes()["references"][0] == (64, 20, 32)
     assert rewarded.steps < plain.steps
     assert rewarded.optimizer.learning_rate < plain.optimizer.learning_rate
     assert rewarded.evaluations == plain.evaluations
     assert rewarded.parts() == plain.parts()
 
 
-def test_long_clips_lie_split() -> None:
+def test_long_videos_are_sharded() -> None:
     short, long = (build(RunConfig, load_recipe(f"finetune:caption,large{frames}")) for frames in ("", ",64"))
     assert short.streams["video"].data.visual.num_frames == 16
     assert long.streams["video"].data.visual.num_frames == 64
@@ -108,12 +108,12 @@ def test_long_clips_lie_split() -> None:
 
 
 @pytest.mark.parametrize("size", ["tiny", "base", "large"])
-def test_pretraining_has_all_objectives_at_the_sizes_batches(size: str) -> None:
+def test_pretraining_has_all_objectives_and_the_batch_sizes_of_its_size(size: str) -> None:
     streams = build(RunConfig, load_recipe(f"pretrain:{size}")).streams
     assert {name: set(stream.objectives) for name, stream in streams.items()} == {
         "image_text": {"vlc", "vlm", "ilm"}, "video_text": {"vlc", "vlm", "ilm"}, "text": {"mlm"},
     }  # fmt: skip
-    pictures, clips = (streams[name].data.batch_size for name in ("image_text", "video_text"))
+    images, videos = (streams[name].data.batch_size for name in ("image_text", "video_text"))
     if size != "tiny":
         chips = {"base": 256, "large": 512}[size]
-        assert (pictures / chips, clips / chips) == (32, 8)
+        assert (images / chips, videos / chips) == (32, 8)

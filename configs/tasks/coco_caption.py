@@ -1,20 +1,17 @@
-"""COCO captions, Karpathy's splits: 113,287 pictures to learn from, 5,000 to be described, five captions each.
+"""COCO captions, Karpathy's splits: 113,287 training and 5,000 test images with five captions each.
 
-Data: coco/dataset_coco.json (https://cs.stanford.edu/people/karpathy/deepimagesent); the pictures in coco/, as
-train2014 and val2014 (https://cocodataset.org/#download).
+Data: coco/dataset_coco.json (https://cs.stanford.edu/people/karpathy/deepimagesent); the images in coco/train2014 and
+coco/val2014 (https://cocodataset.org/#download).
 """
 
-from ml_collections import ConfigDict
-
-from mplug2_jax.recipes.base import Sets, files
-from mplug2_jax.recipes.captioning import captioning
+from mplug2_jax.recipes.api import RunConfig, TaskData, caption_recipe, file_source
 
 
-def get_config(form: str = "large") -> ConfigDict:
-    """The run, at one of the sizes of the model, or a form of it: ``SIZE,scst``, ``SIZE,zero_shot``."""
+def get_config(variant: str = "large") -> RunConfig:
+    """Return the run at a model size, or a variant: ``SIZE,scst``, ``SIZE,zero_shot``."""
     file, media = "coco/dataset_coco.json", "coco"
-    sets = Sets(
-        train=files("image", file, media, format="karpathy", split="train+restval"), examples=113_287,
-        asked={"test": files("image", file, media, format="karpathy", split="test")},
+    data = TaskData(
+        train=file_source("image", file, media, format="karpathy", split="train+restval"), num_train=113_287,
+        eval={"test": file_source("image", file, media, format="karpathy", split="test")},
     )  # fmt: skip
-    return captioning("coco_caption", form, sets)
+    return caption_recipe("coco_caption", variant, data)

@@ -1,20 +1,17 @@
-"""COCO retrieval, Karpathy's splits: 5,000 pictures and their 25,000 captions to be found.
+"""COCO retrieval, Karpathy's splits: 113,287 training images, 5,000 test images and their 25,000 captions.
 
-Data: that of ``coco_caption``.
+Data: as for ``coco_caption``.
 """
 
-from ml_collections import ConfigDict
-
-from mplug2_jax.recipes.base import Sets, files
-from mplug2_jax.recipes.retrieval import retrieval
+from mplug2_jax.recipes.api import RunConfig, TaskData, file_source, retrieval_recipe
 
 
-def get_config(size: str = "large") -> ConfigDict:
-    """The run, at one of the sizes of the model."""
+def get_config(size: str = "large") -> RunConfig:
+    """Return the run at a model size."""
     file, media = "coco/dataset_coco.json", "coco"
-    test = files("image", file, media, format="karpathy", split="test", expand="text")
-    sets = Sets(
-        train=files("image", file, media, format="karpathy", split="train+restval"), examples=113_287,
-        asked={"test": test},
+    test = file_source("image", file, media, format="karpathy", split="test", expand="text")
+    data = TaskData(
+        train=file_source("image", file, media, format="karpathy", split="train+restval"), num_train=113_287,
+        eval={"test": test},
     )  # fmt: skip
-    return retrieval("coco_retrieval", size, sets)
+    return retrieval_recipe("coco_retrieval", size, data)

@@ -1,19 +1,16 @@
-"""DiDeMo retrieval by paragraphs: all descriptions of a clip as one text; 8,395 to learn from, 1,003 to be found.
+"""DiDeMo retrieval by paragraphs, all descriptions of a video joined: 8,395 training and 1,003 test videos.
 
-Data: didemo/train.jsonl and test.jsonl (clip_name, caption: the paragraph), made of
-https://github.com/LisaAnne/LocalizingMoments; the clips in didemo/videos.
+Data: didemo/train.jsonl and test.jsonl (clip_name, caption: the paragraph), made from
+https://github.com/LisaAnne/LocalizingMoments; the videos in didemo/videos.
 """
 
-from ml_collections import ConfigDict
-
-from mplug2_jax.recipes.base import Sets, files
-from mplug2_jax.recipes.retrieval import retrieval
+from mplug2_jax.recipes.api import RunConfig, TaskData, file_source, retrieval_recipe
 
 
-def get_config(size: str = "large") -> ConfigDict:
-    """The run, at one of the sizes of the model."""
-    sets = Sets(
-        train=files("video", "didemo/train.jsonl", "didemo/videos"), examples=8_395,
-        asked={"test": files("video", "didemo/test.jsonl", "didemo/videos")},
+def get_config(size: str = "large") -> RunConfig:
+    """Return the run at a model size."""
+    data = TaskData(
+        train=file_source("video", "didemo/train.jsonl", "didemo/videos"), num_train=8_395,
+        eval={"test": file_source("video", "didemo/test.jsonl", "didemo/videos")},
     )  # fmt: skip
-    return retrieval("didemo_retrieval", size, sets, text_length=64, epochs=20)
+    return retrieval_recipe("didemo_retrieval", size, data, text_length=64, epochs=20)

@@ -1,20 +1,17 @@
-"""Flickr30k retrieval, Karpathy's splits: 29,000 pictures to learn from, 1,000 and their 5,000 captions to be found.
+"""Flickr30k retrieval, Karpathy's splits: 29,000 training images, 1,000 test images and their 5,000 captions.
 
-Data: flickr30k/dataset_flickr30k.json (https://cs.stanford.edu/people/karpathy/deepimagesent); the pictures in
+Data: flickr30k/dataset_flickr30k.json (https://cs.stanford.edu/people/karpathy/deepimagesent); the images in
 flickr30k/images (https://shannon.cs.illinois.edu/DenotationGraph).
 """
 
-from ml_collections import ConfigDict
-
-from mplug2_jax.recipes.base import Sets, files
-from mplug2_jax.recipes.retrieval import retrieval
+from mplug2_jax.recipes.api import RunConfig, TaskData, file_source, retrieval_recipe
 
 
-def get_config(size: str = "large") -> ConfigDict:
-    """The run, at one of the sizes of the model."""
+def get_config(size: str = "large") -> RunConfig:
+    """Return the run at a model size."""
     file, media = "flickr30k/dataset_flickr30k.json", "flickr30k/images"
-    test = files("image", file, media, format="karpathy", split="test", expand="text")
-    sets = Sets(
-        train=files("image", file, media, format="karpathy", split="train"), examples=29_000, asked={"test": test}
+    test = file_source("image", file, media, format="karpathy", split="test", expand="text")
+    data = TaskData(
+        train=file_source("image", file, media, format="karpathy", split="train"), num_train=29_000, eval={"test": test}
     )
-    return retrieval("flickr30k_retrieval", size, sets)
+    return retrieval_recipe("flickr30k_retrieval", size, data)

@@ -1,19 +1,16 @@
-"""Gigaword headlines: a news text's first sentence to its headline; 3,803,957 to learn from, 1,951 to be told.
+"""Gigaword: the headline of a news text from its first sentence; 3,803,957 training and 1,951 test examples.
 
-Data: gigaword/train.jsonl and test.jsonl (document, summary), as https://huggingface.co/datasets/Harvard/gigaword has
-them.
+Data: gigaword/train.jsonl and test.jsonl (document, summary), as in
+https://huggingface.co/datasets/Harvard/gigaword.
 """
 
-from ml_collections import ConfigDict
-
-from mplug2_jax.recipes.base import Sets, files
-from mplug2_jax.recipes.summarization import summarising
+from mplug2_jax.recipes.api import RunConfig, TaskData, file_source, summarization_recipe
 
 
-def get_config(size: str = "large") -> ConfigDict:
-    """The run, at one of the sizes of the model."""
-    sets = Sets(
-        train=files("text", "gigaword/train.jsonl"), examples=3_803_957,
-        asked={"test": files("text", "gigaword/test.jsonl")},
+def get_config(size: str = "large") -> RunConfig:
+    """Return the run at a model size."""
+    data = TaskData(
+        train=file_source("text", "gigaword/train.jsonl"), num_train=3_803_957,
+        eval={"test": file_source("text", "gigaword/test.jsonl")},
     )  # fmt: skip
-    return summarising("gigaword", size, sets)
+    return summarization_recipe("gigaword", size, data)

@@ -1,13 +1,10 @@
-"""ImageNet-1k: the class of a picture; 1,281,167 to learn from, 50,000 to be classified.
+"""ImageNet-1k: the class of an image; 1,281,167 training and 50,000 validation images.
 
-Data: imagenet/train and imagenet/val, a folder for each class with its pictures (https://image-net.org/download.php);
+Data: imagenet/train and imagenet/val, one folder of images per class (https://image-net.org/download.php);
 imagenet/classes.json, the folders' names and what they stand for, ``{"n01440764": "tench", ...}``.
 """
 
-from ml_collections import ConfigDict
-
-from mplug2_jax.recipes.base import Sets, files, read_classes
-from mplug2_jax.recipes.classification import classification
+from mplug2_jax.recipes.api import RunConfig, TaskData, classification_recipe, file_source, read_class_names
 
 PROMPTS = (
     "{label}", "a {label}", "a photo of a {label}", "a picture with a {label} in it", "a {label} seen from close by",
@@ -15,10 +12,10 @@ PROMPTS = (
 )  # fmt: skip
 
 
-def get_config(form: str = "large") -> ConfigDict:
-    """The run, at one of the sizes of the model, or a form of it: ``SIZE,zero_shot``."""
-    sets = Sets(
-        train=files("image", "imagenet/train", format="image_folder"), examples=1_281_167,
-        asked={"val": files("image", "imagenet/val", format="image_folder")},
+def get_config(variant: str = "large") -> RunConfig:
+    """Return the run at a model size, or a variant: ``SIZE,zero_shot``."""
+    data = TaskData(
+        train=file_source("image", "imagenet/train", format="image_folder"), num_train=1_281_167,
+        eval={"val": file_source("image", "imagenet/val", format="image_folder")},
     )  # fmt: skip
-    return classification("imagenet", form, sets, read_classes("imagenet/classes.json", 1000), PROMPTS)
+    return classification_recipe("imagenet", variant, data, read_class_names("imagenet/classes.json", 1000), PROMPTS)

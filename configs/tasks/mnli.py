@@ -1,13 +1,11 @@
-"""GLUE's MNLI: does a hypothesis follow, contradict, or neither? Matched genres and others.
+"""GLUE's MNLI: does a hypothesis follow, contradict, or neither? Matched and mismatched genres.
 
 Data: glue/MNLI, the task's folder of https://gluebenchmark.com/tasks.
 """
 
-from ml_collections import ConfigDict
-
-from mplug2_jax.recipes.glue import understanding
+from mplug2_jax.recipes.api import RunConfig, glue_recipe
 
 
-def get_config(size: str = "large") -> ConfigDict:
-    """The run, at one of the sizes of the model."""
-    return understanding("mnli", size)
+def get_config(size: str = "large") -> RunConfig:
+    """Return the run at a model size."""
+    return glue_recipe("mnli", size)

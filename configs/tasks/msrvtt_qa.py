@@ -1,20 +1,17 @@
-"""MSRVTT-QA: open questions about 10,000 web clips; 158,581 to learn from, 72,821 to be asked.
+"""MSRVTT-QA: open-ended questions about 10,000 web videos; 158,581 training and 72,821 test questions.
 
-Data, as the mPLUG-2 release names it: msrvtt_qa/train.json and test.json (video, question, answer); the clips in
-msrvtt/videos (https://www.robots.ox.ac.uk/~maxbain/frozen-in-time/data/MSRVTT.zip). The release's own protocol, quirks
-included, is ``msrvtt_qa:SIZE,released``.
+Data, in the format of the mPLUG-2 release: msrvtt_qa/train.json and test.json (video, question, answer); the videos in
+msrvtt/videos (https://www.robots.ox.ac.uk/~maxbain/frozen-in-time/data/MSRVTT.zip). The release's protocol with its
+quirks is ``msrvtt_qa:SIZE,released``.
 """
 
-from ml_collections import ConfigDict
-
-from mplug2_jax.recipes.base import Sets, files
-from mplug2_jax.recipes.question_answering import answering
+from mplug2_jax.recipes.api import RunConfig, TaskData, file_source, vqa_recipe
 
 
-def get_config(form: str = "large") -> ConfigDict:
-    """The run, at one of the sizes of the model, or ``SIZE,released``."""
-    sets = Sets(
-        train=files("video", "msrvtt_qa/train.json", "msrvtt/videos"), examples=158_581,
-        asked={"test": files("video", "msrvtt_qa/test.json", "msrvtt/videos")},
+def get_config(variant: str = "large") -> RunConfig:
+    """Return the run at a model size, or a variant: ``SIZE,released``."""
+    data = TaskData(
+        train=file_source("video", "msrvtt_qa/train.json", "msrvtt/videos"), num_train=158_581,
+        eval={"test": file_source("video", "msrvtt_qa/test.json", "msrvtt/videos")},
     )  # fmt: skip
-    return answering("msrvtt_qa", form, sets)
+    return vqa_recipe("msrvtt_qa", variant, data)

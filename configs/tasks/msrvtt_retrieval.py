@@ -1,19 +1,16 @@
-"""MSRVTT retrieval, split 1k-A: 9,000 clips to learn from, 1,000 with one caption each to be found.
+"""MSRVTT retrieval, split 1k-A: 9,000 training videos, 1,000 test videos with one caption each.
 
-Data: msrvtt_retrieval/train.json (video, caption) and MSRVTT_JSFUSION_test.csv (video_id, sentence); the clips in
+Data: msrvtt_retrieval/train.json (video, caption) and MSRVTT_JSFUSION_test.csv (video_id, sentence); the videos in
 msrvtt/videos.
 """
 
-from ml_collections import ConfigDict
-
-from mplug2_jax.recipes.base import Sets, files
-from mplug2_jax.recipes.retrieval import retrieval
+from mplug2_jax.recipes.api import RunConfig, TaskData, file_source, retrieval_recipe
 
 
-def get_config(size: str = "large") -> ConfigDict:
-    """The run, at one of the sizes of the model."""
-    sets = Sets(
-        train=files("video", "msrvtt_retrieval/train.json", "msrvtt/videos"), examples=180_000,
-        asked={"test": files("video", "msrvtt_retrieval/MSRVTT_JSFUSION_test.csv", "msrvtt/videos")},
+def get_config(size: str = "large") -> RunConfig:
+    """Return the run at a model size."""
+    data = TaskData(
+        train=file_source("video", "msrvtt_retrieval/train.json", "msrvtt/videos"), num_train=180_000,
+        eval={"test": file_source("video", "msrvtt_retrieval/MSRVTT_JSFUSION_test.csv", "msrvtt/videos")},
     )  # fmt: skip
-    return retrieval("msrvtt_retrieval", size, sets, epochs=5)
+    return retrieval_recipe("msrvtt_retrieval", size, data, epochs=5)

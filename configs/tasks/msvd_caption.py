@@ -1,18 +1,15 @@
-"""MSVD captions: about 40 for each of 1,970 short clips; 1,200 clips to learn from, 670 to be described.
+"""MSVD captions, about 40 per video: 1,200 training and 670 test videos.
 
-Data: msvd_caption/train.json and test.json (video, golden_captions or caption); the clips in msvd/videos.
+Data: msvd_caption/train.json and test.json (video, golden_captions or caption); the videos in msvd/videos.
 """
 
-from ml_collections import ConfigDict
-
-from mplug2_jax.recipes.base import Sets, files
-from mplug2_jax.recipes.captioning import captioning
+from mplug2_jax.recipes.api import RunConfig, TaskData, caption_recipe, file_source
 
 
-def get_config(form: str = "large") -> ConfigDict:
-    """The run, at one of the sizes of the model, or a form: ``SIZE,released``, ``SIZE,scst``, ``SIZE,zero_shot``."""
-    sets = Sets(
-        train=files("video", "msvd_caption/train.json", "msvd/videos"), examples=1_200,
-        asked={"test": files("video", "msvd_caption/test.json", "msvd/videos")},
+def get_config(variant: str = "large") -> RunConfig:
+    """Return the run at a model size, or a variant: ``SIZE,released``, ``SIZE,scst``, ``SIZE,zero_shot``."""
+    data = TaskData(
+        train=file_source("video", "msvd_caption/train.json", "msvd/videos"), num_train=1_200,
+        eval={"test": file_source("video", "msvd_caption/test.json", "msvd/videos")},
     )  # fmt: skip
-    return captioning("msvd_caption", form, sets, epochs=40, texts=48_774)
+    return caption_recipe("msvd_caption", variant, data, epochs=40, num_captions=48_774)

@@ -1,19 +1,16 @@
-"""MSVD-QA: open questions about 1,970 short clips; 30,933 to learn from, 13,157 to be asked.
+"""MSVD-QA: open-ended questions about 1,970 short videos; 30,933 training and 13,157 test questions.
 
-Data: msvd_qa/train.json and test.json (video, question, answer); the clips in msvd/videos
+Data: msvd_qa/train.json and test.json (video, question, answer); the videos in msvd/videos
 (https://www.cs.utexas.edu/~ml/clamp/videoDescription).
 """
 
-from ml_collections import ConfigDict
-
-from mplug2_jax.recipes.base import Sets, files
-from mplug2_jax.recipes.question_answering import answering
+from mplug2_jax.recipes.api import RunConfig, TaskData, file_source, vqa_recipe
 
 
-def get_config(form: str = "large") -> ConfigDict:
-    """The run, at one of the sizes of the model, or ``SIZE,released``."""
-    sets = Sets(
-        train=files("video", "msvd_qa/train.json", "msvd/videos"), examples=30_933,
-        asked={"test": files("video", "msvd_qa/test.json", "msvd/videos")},
+def get_config(variant: str = "large") -> RunConfig:
+    """Return the run at a model size, or a variant: ``SIZE,released``."""
+    data = TaskData(
+        train=file_source("video", "msvd_qa/train.json", "msvd/videos"), num_train=30_933,
+        eval={"test": file_source("video", "msvd_qa/test.json", "msvd/videos")},
     )  # fmt: skip
-    return answering("msvd_qa", form, sets)
+    return vqa_recipe("msvd_qa", variant, data)

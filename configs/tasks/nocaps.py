@@ -1,21 +1,18 @@
-"""NoCaps: captions of what COCO does not show, learned from COCO; 4,500 pictures to be described, also by domain.
+"""NoCaps: captions of objects that COCO lacks, trained on COCO; 4,500 test images, also by domain.
 
-Data: that of ``coco_caption``; nocaps/nocaps_val_4500_captions.json (https://nocaps.org/download), the pictures in
+Data: as for ``coco_caption``; nocaps/nocaps_val_4500_captions.json (https://nocaps.org/download), the images in
 nocaps/val.
 """
 
-from ml_collections import ConfigDict
-
-from mplug2_jax.recipes.base import Sets, files
-from mplug2_jax.recipes.captioning import captioning
+from mplug2_jax.recipes.api import RunConfig, TaskData, caption_recipe, file_source
 
 
-def get_config(form: str = "large") -> ConfigDict:
-    """The run, at one of the sizes of the model, or a form of it: ``SIZE,scst``, ``SIZE,zero_shot``."""
+def get_config(variant: str = "large") -> RunConfig:
+    """Return the run at a model size, or a variant: ``SIZE,scst``, ``SIZE,zero_shot``."""
     coco, held, media = "coco/dataset_coco.json", "nocaps/nocaps_val_4500_captions.json", "nocaps/val"
     domains = {"in": "in-domain", "near": "near-domain", "out": "out-domain", "all": ""}
-    sets = Sets(
-        train=files("image", coco, "coco", format="karpathy", split="train+restval"), examples=113_287,
-        asked={key: files("image", held, media, format="coco_captions", split=of) for key, of in domains.items()},
+    data = TaskData(
+        train=file_source("image", coco, "coco", format="karpathy", split="train+restval"), num_train=113_287,
+        eval={key: file_source("image", held, media, format="coco_captions", split=of) for key, of in domains.items()},
     )  # fmt: skip
-    return captioning("nocaps", form, sets)
+    return caption_recipe("nocaps", variant, data)

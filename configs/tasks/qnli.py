@@ -1,13 +1,11 @@
-"""GLUE's QNLI: does a sentence hold the answer to a question?
+"""GLUE's QNLI: does a sentence contain the answer to a question?
 
 Data: glue/QNLI, the task's folder of https://gluebenchmark.com/tasks.
 """
 
-from ml_collections import ConfigDict
-
-from mplug2_jax.recipes.glue import understanding
+from mplug2_jax.recipes.api import RunConfig, glue_recipe
 
 
-def get_config(size: str = "large") -> ConfigDict:
-    """The run, at one of the sizes of the model."""
-    return understanding("qnli", size)
+def get_config(size: str = "large") -> RunConfig:
+    """Return the run at a model size."""
+    return glue_recipe("qnli", size)

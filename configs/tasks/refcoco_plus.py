@@ -1,21 +1,19 @@
-"""RefCOCO+: the box of what a phrase refers to; 120,191 phrases to learn from.
+"""RefCOCO+: the box of a referring expression; 120,191 training expressions.
 
 Data: refcoco_plus/train.jsonl and val, testA, testB (image, expression, bbox as x, y, width, height in pixels, and the
-picture's width and height), made of https://github.com/lichengunc/refer; the pictures in coco/train2014.
+image's width and height), made from https://github.com/lichengunc/refer; the images in coco/train2014.
 """
 
-from ml_collections import ConfigDict
-
-from data_pipelines.config import SourceConfig
-from mplug2_jax.recipes.base import Sets, files
-from mplug2_jax.recipes.grounding import grounding
+from mplug2_jax.recipes.api import RunConfig, SourceConfig, TaskData, file_source, grounding_recipe
 
 
-def get_config(size: str = "large") -> ConfigDict:
-    """The run, at one of the sizes of the model."""
+def get_config(size: str = "large") -> RunConfig:
+    """Return the run at a model size."""
 
-    def part(name: str) -> SourceConfig:
-        return files("image", f"refcoco_plus/{name}.jsonl", "coco/train2014")
+    def split(name: str) -> SourceConfig:
+        return file_source("image", f"refcoco_plus/{name}.jsonl", "coco/train2014")
 
-    sets = Sets(train=part("train"), examples=120_191, asked={name: part(name) for name in ("val", "testA", "testB")})
-    return grounding("refcoco_plus", size, sets)
+    data = TaskData(
+        train=split("train"), num_train=120_191, eval={name: split(name) for name in ("val", "testA", "testB")}
+    )
+    return grounding_recipe("refcoco_plus", size, data)

@@ -1,13 +1,11 @@
-"""GLUE's RTE: does a hypothesis follow?
+"""GLUE's RTE: does a hypothesis follow from a premise?
 
 Data: glue/RTE, the task's folder of https://gluebenchmark.com/tasks.
 """
 
-from ml_collections import ConfigDict
-
-from mplug2_jax.recipes.glue import understanding
+from mplug2_jax.recipes.api import RunConfig, glue_recipe
 
 
-def get_config(size: str = "large") -> ConfigDict:
-    """The run, at one of the sizes of the model."""
-    return understanding("rte", size)
+def get_config(size: str = "large") -> RunConfig:
+    """Return the run at a model size."""
+    return glue_recipe("rte", size)

@@ -1,13 +1,11 @@
-"""GLUE's SST-2: is a review's sentence for or against?
+"""GLUE's SST-2: is a sentence of a review positive or negative?
 
 Data: glue/SST-2, the task's folder of https://gluebenchmark.com/tasks.
 """
 
-from ml_collections import ConfigDict
-
-from mplug2_jax.recipes.glue import understanding
+from mplug2_jax.recipes.api import RunConfig, glue_recipe
 
 
-def get_config(size: str = "large") -> ConfigDict:
-    """The run, at one of the sizes of the model."""
-    return understanding("sst2", size)
+def get_config(size: str = "large") -> RunConfig:
+    """Return the run at a model size."""
+    return glue_recipe("sst2", size)

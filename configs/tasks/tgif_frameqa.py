@@ -1,19 +1,16 @@
-"""TGIF-FrameQA: questions that a single frame of a GIF answers; 39,392 to learn from, 13,691 to be asked.
+"""TGIF-FrameQA: questions that one frame of a GIF answers; 39,392 training and 13,691 test questions.
 
 Data: tgif_qa/Train_frameqa_question.tsv and Test_frameqa_question.tsv (gif_name, question, answer; the files of
 https://github.com/YunseokJANG/tgif-qa, which are tab-separated although they are called .csv); the GIFs in tgif/gifs.
 """
 
-from ml_collections import ConfigDict
-
-from mplug2_jax.recipes.base import Sets, files
-from mplug2_jax.recipes.question_answering import answering
+from mplug2_jax.recipes.api import RunConfig, TaskData, file_source, vqa_recipe
 
 
-def get_config(form: str = "large") -> ConfigDict:
-    """The run, at one of the sizes of the model, or ``SIZE,released``."""
-    sets = Sets(
-        train=files("video", "tgif_qa/Train_frameqa_question.tsv", "tgif/gifs"), examples=39_392,
-        asked={"test": files("video", "tgif_qa/Test_frameqa_question.tsv", "tgif/gifs")},
+def get_config(variant: str = "large") -> RunConfig:
+    """Return the run at a model size, or a variant: ``SIZE,released``."""
+    data = TaskData(
+        train=file_source("video", "tgif_qa/Train_frameqa_question.tsv", "tgif/gifs"), num_train=39_392,
+        eval={"test": file_source("video", "tgif_qa/Test_frameqa_question.tsv", "tgif/gifs")},
     )  # fmt: skip
-    return answering("tgif_frameqa", form, sets)
+    return vqa_recipe("tgif_frameqa", variant, data)

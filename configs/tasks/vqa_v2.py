@@ -1,20 +1,17 @@
-"""VQA v2: questions about COCO's pictures, each answered by ten people; 443,757 to learn from, 214,354 to be asked.
+"""VQA v2: questions about COCO's images with ten answers each; 443,757 training and 214,354 validation questions.
 
-Data, all of https://visualqa.org/download.html: vqa_v2/ with the questions' and the annotations' files of both splits;
-the pictures in coco/train2014 and coco/val2014.
+Data, all from https://visualqa.org/download.html: vqa_v2/ with the question and annotation files of both splits; the
+images in coco/train2014 and coco/val2014.
 """
 
-from ml_collections import ConfigDict
-
-from mplug2_jax.recipes.base import Sets, files
-from mplug2_jax.recipes.question_answering import answering
+from mplug2_jax.recipes.api import RunConfig, TaskData, file_source, vqa_recipe
 
 
-def get_config(size: str = "large") -> ConfigDict:
-    """The run, at one of the sizes of the model."""
-    sets = Sets(
-        train=files("image", "vqa_v2/v2_*mscoco_train2014_*.json", "coco/train2014", format="vqa_v2"),
-        examples=443_757,
-        asked={"val": files("image", "vqa_v2/v2_*mscoco_val2014_*.json", "coco/val2014", format="vqa_v2")},
+def get_config(size: str = "large") -> RunConfig:
+    """Return the run at a model size."""
+    data = TaskData(
+        train=file_source("image", "vqa_v2/v2_*mscoco_train2014_*.json", "coco/train2014", format="vqa_v2"),
+        num_train=443_757,
+        eval={"val": file_source("image", "vqa_v2/v2_*mscoco_val2014_*.json", "coco/val2014", format="vqa_v2")},
     )
-    return answering("vqa_v2", size, sets, task="vqa")
+    return vqa_recipe("vqa_v2", size, data, task="vqa")

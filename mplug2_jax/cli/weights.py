@@ -96,12 +96,12 @@ def run_import(args: argparse.Namespace) -> int:
     _use_cpu()
     from mplug2_jax.conversion.import_plan import plan_import
     from mplug2_jax.conversion.import_weights import run_import
-    from mplug2_jax.recipes.released import released_at
+    from mplug2_jax.recipes.released import released_run
 
     parts = args.parts.split(",") if args.parts else None
     plan = plan_import(args.sources, parts=parts, task=args.task, image_size=args.image_size)
     report = run_import(
-        plan, args.to, make_recipe=lambda model, task: released_at(model, task, f"released_{task}"),
+        plan, args.to, make_recipe=lambda model, task: released_run(model, task, f"released_{task}"),
         tokenizer=args.tokenizer, seed=args.seed, overwrite=args.overwrite, verify=args.verify,
     )  # fmt: skip
     print(report.summary())

@@ -5,6 +5,7 @@ The state is never in memory as a whole: each array of the checkpoint is assembl
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from data_pipelines.tokenizers import Tokenizer, load_tokenizer
-from mplug2_jax.config import build
 from mplug2_jax.conversion.compare_torch import check_torch, compare_frameworks
 from mplug2_jax.conversion.files.atomic import atomic_folder, check_disk_space
 from mplug2_jax.conversion.files.safetensors_writer import SafetensorsWriter
@@ -36,7 +36,7 @@ from mplug2_jax.training.checkpoint.metadata import DataPosition, ModelMetadata
 from mplug2_jax.training.config import CheckpointConfig, RunConfig
 from mplug2_jax.training.workdir import WorkDir, check_vocabulary
 
-MakeRecipe = Callable[[ModelConfig, str], Any]  # of a model's sizes and its task
+MakeRecipe = Callable[[ModelConfig, str], RunConfig]  # of a model's sizes and its task
 
 
 def run_import(
@@ -273,6 +273,6 @@ def write_recipe(plan: ImportPlan, folder: Path, make_recipe: MakeRecipe | None,
         if loaded:
             loaded.save(workdir.tokenizer_folder)
         return
-    recipe = make_recipe(plan.definition.config, task)
-    recipe.tokenizer.path = "vocab.txt"
-    workdir.initialize(build(RunConfig, recipe), loaded)
+    config = make_recipe(plan.definition.config, task)
+    tokenizer_config = dataclasses.replace(config.tokenizer, path="vocab.txt")
+    workdir.initialize(dataclasses.replace(config, tokenizer=tokenizer_config), loaded)

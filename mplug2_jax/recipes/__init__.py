@@ -1,1 +1,1 @@
-"""Fine-tuning by families of tasks: each file is a family, each page of ``configs/tasks`` a data set of one."""
+"""Recipes of fine-tuning: one module per family of tasks, and ``api.py``, which ``configs/`` imports."""

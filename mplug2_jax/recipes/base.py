@@ -1,4 +1,4 @@
-"""What the recipes of all families share: where data is, and a run from a data set's page."""
+"""What the recipes of all families share: data files, class names, and the run of a task family on a data set."""
 
 import dataclasses
 import json
@@ -8,10 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from ml_collections import ConfigDict
-
 from data_pipelines.config import DataConfig, ExampleConfig, Format, Kind, SourceConfig, VisualConfig
-from mplug2_jax.config import as_recipe
 from mplug2_jax.errors import UserError, did_you_mean
 from mplug2_jax.evaluation.config import EvaluationConfig
 from mplug2_jax.generation.config import SearchConfig
@@ -19,16 +16,16 @@ from mplug2_jax.model.config import SIZES, RematConfig, model_config
 from mplug2_jax.tasks.config import TaskSettings
 from mplug2_jax.training.config import AdamWConfig, RunConfig, ScheduleConfig, StreamConfig, TokenizerConfig
 
-FRAMES = 16  # of a clip
-TRIAL_STEPS = 20  # of the size "tiny", which is for trying a recipe out
+NUM_FRAMES = 16  # per video
+TINY_STEPS = 20  # of the size "tiny", which only tries a recipe out
 
 
 def data_folder() -> Path:
-    """Where all data sets are, each in a folder of its own: $MPLUG2_DATA, or ``data`` where the command is run."""
+    """Return the folder of all data sets, one subfolder each: $MPLUG2_DATA, or ``data`` in the current directory."""
     return Path(os.environ.get("MPLUG2_DATA", "data"))
 
 
-def files(
+def file_source(
     kind: Kind,
     path: str,
     media: str = "",
@@ -37,7 +34,7 @@ def files(
     split: str = "",
     expand: Literal["record", "text"] = "record",
 ) -> SourceConfig:
-    """A source of records whose files are below the data folder."""
+    """Return a source whose ``path`` and ``media`` are relative to the data folder."""
     root = data_folder()
     return SourceConfig(
         format=format, kind=kind, path=str(root / path), media=str(root / media) if media else "", split=split,
@@ -45,87 +42,92 @@ def files(
     )  # fmt: skip
 
 
-class Classes(NamedTuple):
-    """What a set's records call their classes, and what people call them."""
+class ClassNames(NamedTuple):
+    """The labels of a data set's records, and the names that people use for them."""
 
     labels: tuple[str, ...]
     names: tuple[str, ...]
 
 
-def read_classes(path: str, count: int) -> Classes:
-    """All classes of a set, from a JSON file below the data folder.
+def read_class_names(path: str, count: int) -> ClassNames:
+    """Read the classes of a data set from a JSON file below the data folder.
 
-    That is a list of labels, an object of labels and numbers as SSv2's, or one of labels and names as ImageNet needs,
-    ``{"n01440764": "tench", ...}``. Where there is no file they are placeholders, which no record is of: so a recipe
-    can be looked at without its data.
+    The file holds a list of labels, an object of labels and numbers as SSv2 has it, or an object of labels and names as
+    ImageNet needs it, ``{"n01440764": "tench", ...}``. Without the file, returns placeholders that match no record, so
+    that a recipe can be inspected without its data.
 
     Raises:
-        UserError: a file with something else in it, or another number of classes.
+        UserError: the file has other content, or another number of classes.
     """
     file = data_folder() / path
     if not file.is_file():
-        return Classes(*[tuple(f"class {i} of {path}" for i in range(count))] * 2)
+        return ClassNames(*[tuple(f"class {i} of {path}" for i in range(count))] * 2)
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        told = isinstance(content, dict)
-        named = told and any(not str(value).isdecimal() for value in content.values())
-        labels = sorted(content, key=lambda label: int(content[label])) if told and not named else list(content)
-        found = Classes(
-            tuple(_plain(label) for label in labels),
-            tuple(_plain(content[label] if named else label) for label in labels),
+        has_values = isinstance(content, dict)
+        has_names = has_values and any(not str(value).isdecimal() for value in content.values())
+        has_numbers = has_values and not has_names
+        labels = sorted(content, key=lambda label: int(content[label])) if has_numbers else list(content)
+        classes = ClassNames(
+            tuple(_strip_brackets(label) for label in labels),
+            tuple(_strip_brackets(content[label] if has_names else label) for label in labels),
         )
     except (ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{file} should be a JSON list of the names of {count} classes ({error})") from error
-    if len(found.labels) != count:
-        raise UserError(f"{file} names {len(found.labels)} classes, expected {count}")
-    return found
+        raise UserError(f"{file}: expected a JSON list of {count} class names ({error})") from error
+    if len(classes.labels) != count:
+        raise UserError(f"{file} has {len(classes.labels)} classes, expected {count}")
+    return classes
 
 
-def _plain(text: str) -> str:
-    """Without SSv2's brackets around things."""
+def _strip_brackets(text: str) -> str:
+    """Remove the brackets around SSv2's placeholders."""
     return re.sub(r"[\[\]]", "", text)
 
 
 def check_size(size: str, spec: str) -> None:
-    """Checks that there is a size of the model. Raises UserError, which quotes what was asked for, where not."""
+    """Check that a model size exists.
+
+    Raises:
+        UserError: it does not; the message names the recipe, ``spec``.
+    """
     if size not in SIZES:
         raise UserError(f"recipe {spec}: {did_you_mean(size, SIZES)}")
 
 
-def parse_variant(name: str, arg: str, *forms: str) -> tuple[str, str]:
-    """The size and the form that a page is asked for, as ``large`` or ``large,zero_shot``.
+def parse_variant(name: str, arg: str, *variants: str) -> tuple[str, str]:
+    """Split a recipe's argument, ``large`` or ``large,zero_shot``, into a model size and a variant, empty if absent.
 
     Raises:
-        UserError: an unknown size or form.
+        UserError: an unknown size or variant.
     """
-    size, comma, form = arg.partition(",")
+    size, comma, variant = arg.partition(",")
     check_size(size, f"{name}:{size}")
-    if comma and form not in forms:
-        remedy = did_you_mean(form, forms) if forms else f"this page has no forms; leave out ',{form}'"
+    if comma and variant not in variants:
+        remedy = did_you_mean(variant, variants) if variants else f"it has no variants; remove ',{variant}'"
         raise UserError(f"recipe {name}:{arg}: {remedy}")
-    return size, form
+    return size, variant
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sets:
-    """The data of a task: what it learns from, how many examples these are, and what it is asked, by name."""
+class TaskData:
+    """The data of a task: its training source with the number of examples, and its evaluation sources by name."""
 
     train: SourceConfig
-    examples: int
-    asked: Mapping[str, SourceConfig]
+    num_train: int
+    eval: Mapping[str, SourceConfig]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Family:
-    """How the data sets of a family are learned and asked. Lengths are cut to what a model has room for."""
+class TaskFamily:
+    """Training and evaluation of a family of data sets. Lengths are limited by the model's positions."""
 
     objectives: Mapping[str, float]
     task: str  # of the evaluations
-    learned: Mapping[str, Any]  # fields of ExampleConfig, in training
-    told: Mapping[str, Any]  # and in evaluations
-    asked: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # further fields of EvaluationConfig
+    train_examples: Mapping[str, Any]  # fields of ExampleConfig
+    eval_examples: Mapping[str, Any] | None = None  # None: those of training
+    eval_overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # fields of EvaluationConfig
     train_visual: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"transform": "train"})
-    test_visual: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"transform": "resize"})
+    eval_visual: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"transform": "resize"})
     search: SearchConfig = SearchConfig(num_beams=5, max_length=31)
     epochs: int = 10
     batch_size: int = 64
@@ -134,57 +136,64 @@ class Family:
     num_classes: int = 0
 
 
-def recipe(name: str, size: str, sets: Sets, family: Family, **overrides: Any) -> ConfigDict:
-    """A data set's run.
+def finetune_recipe(name: str, size: str, data: TaskData, family: TaskFamily) -> RunConfig:
+    """Return the fine-tuning run of a task family on a data set.
 
     Args:
-        name: of the page.
-        size: of the model: a row of its table. "tiny" is to try the recipe out: few steps, few frames.
-        sets: the data.
-        family: what is done with it.
-        overrides: fields of RunConfig that the page sets itself.
+        name: of the recipe.
+        size: of the model. "tiny" only tries the recipe out: few steps, few frames.
+        data: the data set.
+        family: how it is trained and evaluated.
 
     Raises:
         UserError: an unknown size.
     """
     check_size(size, f"{name}:{size}")
-    trial = size == "tiny"
+    tiny = size == "tiny"
     model = model_config(
         size, dropout=0.0, attention_dropout=0.0, num_classes=family.num_classes,
         remat=RematConfig(vision="dots", text="dots", fusion="dots", decoder="dots"),
     )  # fmt: skip
-    frames, batch_size = 4 if trial else FRAMES, 8 if trial else family.batch_size
+    num_frames, batch_size = 4 if tiny else NUM_FRAMES, 8 if tiny else family.batch_size
+    eval_batch_size = batch_size if tiny else 4 * batch_size  # without a backward pass there is memory for more
+    steps = TINY_STEPS if tiny else max(1, round(family.epochs * data.num_train / batch_size))
 
-    def data(source: SourceConfig, fields: Mapping[str, Any], visual: Mapping[str, Any], rows: int) -> DataConfig:
-        lengths = {key: min(value, model.max_positions) for key, value in fields.items() if key.endswith("_length")}
-        seen = VisualConfig(image_size=model.image_size, num_frames=frames, **visual)
-        examples = ExampleConfig(**{**fields, **lengths})
-        return DataConfig(sources={"set": source}, visual=seen, examples=examples, batch_size=rows)
+    def data_config(
+        source: SourceConfig, examples: Mapping[str, Any], visual: Mapping[str, Any], batch_size: int
+    ) -> DataConfig:
+        lengths = {key: min(value, model.max_positions) for key, value in examples.items() if key.endswith("_length")}
+        return DataConfig(
+            sources={"set": source},
+            visual=VisualConfig(image_size=model.image_size, num_frames=num_frames, **visual),
+            examples=ExampleConfig(**{**examples, **lengths}),
+            batch_size=batch_size,
+        )
 
-    sampled = {"sampling": "random", **family.train_visual}
-    # Without a backward pass there is room for more at a time.
-    asked = batch_size if trial else 4 * batch_size
-    search = dataclasses.replace(family.search, max_length=min(family.search.max_length, model.max_positions - 1))
-    steps = TRIAL_STEPS if trial else max(1, round(family.epochs * sets.examples / batch_size))
-    fields: dict[str, Any] = {
-        "name": name,
-        "steps": steps,
-        "model": model,
-        "tokenizer": TokenizerConfig(vocab_size=min(model.vocab_size, 512)),
-        "streams": {
-            "set": StreamConfig(
-                data=data(sets.train, family.learned, sampled, batch_size), objectives=family.objectives
-            )
-        },
-        "tasks": TaskSettings(search=search, label_smoothing=family.label_smoothing),
-        "optimizer": family.optimizer,
-        "schedule": ScheduleConfig(warmup_steps=max(1, steps // 20)),
-        "evaluations": {
+    train_data = data_config(
+        data.train, family.train_examples, {"sampling": "random", **family.train_visual}, batch_size
+    )
+    eval_examples = family.train_examples if family.eval_examples is None else family.eval_examples
+    return RunConfig(
+        name=name,
+        steps=steps,
+        model=model,
+        tokenizer=TokenizerConfig(vocab_size=min(model.vocab_size, 512)),
+        streams={"set": StreamConfig(data=train_data, objectives=family.objectives)},
+        tasks=TaskSettings(
+            search=dataclasses.replace(
+                family.search, max_length=min(family.search.max_length, model.max_positions - 1)
+            ),
+            label_smoothing=family.label_smoothing,
+        ),
+        optimizer=family.optimizer,
+        schedule=ScheduleConfig(warmup_steps=max(1, steps // 20)),
+        evaluations={
             key: EvaluationConfig(
-                task=family.task, data=data(source, family.told, family.test_visual, asked), **family.asked
+                task=family.task,
+                data=data_config(source, eval_examples, family.eval_visual, eval_batch_size),
+                **family.eval_overrides,
             )
-            for key, source in sets.asked.items()
+            for key, source in data.eval.items()
         },
-        "eval_every": 0 if trial else max(1, steps // family.epochs),
-    }
-    return as_recipe(RunConfig(**(fields | overrides)))
+        eval_every=0 if tiny else max(1, steps // family.epochs),
+    )

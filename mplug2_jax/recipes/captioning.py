@@ -1,44 +1,50 @@
-"""Captions of clips and pictures: vision, universal, decoder."""
+"""Captioning of images and videos. Parts: vision, universal, decoder."""
 
 import dataclasses
 
-from ml_collections import ConfigDict
-
 from data_pipelines.config import InstructionConfig
 from mplug2_jax.generation.config import SearchConfig
-from mplug2_jax.recipes.base import Family, Sets, parse_variant, recipe
-from mplug2_jax.recipes.released import released
-from mplug2_jax.training.config import AdamWConfig
+from mplug2_jax.recipes.base import TaskData, TaskFamily, finetune_recipe, parse_variant
+from mplug2_jax.recipes.released import released_recipe
+from mplug2_jax.training.config import AdamWConfig, RunConfig
 
 
-def captioning(name: str, arg: str, sets: Sets, *, epochs: int = 10, texts: int = 0) -> ConfigDict:
-    """Cross entropy of one of the captions, drawn anew in every epoch; beam search of five.
+def caption_recipe(name: str, arg: str, data: TaskData, *, epochs: int = 10, num_captions: int = 0) -> RunConfig:
+    """Return a captioning run: cross entropy of one caption per record, drawn again in each epoch, and beam search.
 
-    ``SIZE,scst`` goes on from there by reward, with a tenth of the rate in a quarter of the epochs: start it with
-    ``--config.init_from`` of a run that has learned by cross entropy. ``SIZE,zero_shot`` asks a pretrained model, which
-    has learned captions by instruction. ``SIZE,released`` is the release's own protocol, where the page says how many
-    ``texts`` there are to learn from: each is an example.
+    Args:
+        name: of the recipe.
+        arg: ``SIZE``, or one of the variants. ``SIZE,scst`` continues by reward with a tenth of the learning rate and a
+            quarter of the epochs; start it by ``--config.init_from`` a run of cross entropy. ``SIZE,zero_shot``
+            evaluates a pretrained model by its captioning instruction. ``SIZE,released`` is the release's protocol.
+        data: the data set.
+        epochs: of training.
+        num_captions: number of training captions, each of which is an example of the variant ``released``; 0: there is
+            no such variant.
 
     Raises:
-        UserError: an unknown size or form.
+        UserError: an unknown size or variant.
     """
-    size, form = parse_variant(name, arg, "scst", "zero_shot", *(["released"] if texts else []))
-    if form == "released":
-        each = dataclasses.replace(sets, train=dataclasses.replace(sets.train, expand="text"), examples=texts)
-        return released(name, size, "caption", each)
+    size, variant = parse_variant(name, arg, "scst", "zero_shot", *(["released"] if num_captions else []))
+    if variant == "released":
+        train = dataclasses.replace(data.train, expand="text")
+        return released_recipe(name, size, "caption", dataclasses.replace(data, train=train, num_train=num_captions))
     examples = {"instructions": {"caption": InstructionConfig(templates=("",))}, "target_length": 32}
-    family = Family(
-        objectives={"caption": 1.0}, task="caption", learned=examples, told=examples, epochs=epochs,
+    family = TaskFamily(
+        objectives={"caption": 1.0}, task="caption", train_examples=examples, epochs=epochs,
         train_visual={"transform": "train", "flip": False},
         search=SearchConfig(num_beams=5, min_length=4, max_length=31), label_smoothing=0.1,
-        asked={"java_metrics": size != "tiny"},
+        eval_overrides={"java_metrics": size != "tiny"},
     )  # fmt: skip
-    if form == "zero_shot":
-        told = {"caption": InstructionConfig(templates=("describe it",))}  # as pretraining has it
-        family = dataclasses.replace(family, told={**examples, "instructions": told, "instruction_length": 32})
-    if form == "scst":
+    if variant == "zero_shot":
+        instructions = {"caption": InstructionConfig(templates=("describe it",))}  # of pretraining
         family = dataclasses.replace(
-            family, objectives={"scst": 1.0}, learned={**examples, "max_references": 20}, epochs=max(1, epochs // 4),
+            family, eval_examples={**examples, "instructions": instructions, "instruction_length": 32}
+        )
+    if variant == "scst":
+        family = dataclasses.replace(
+            family, objectives={"scst": 1.0}, train_examples={**examples, "max_references": 20},
+            eval_examples=examples, epochs=max(1, epochs // 4),
             optimizer=AdamWConfig(learning_rate=2e-6, vision_learning_rate=2e-7, weight_decay=0.02),
         )  # fmt: skip
-    return recipe(name, size, sets, family)
+    return finetune_recipe(name, size, data, family)

@@ -1,34 +1,42 @@
-"""Classes of pictures and actions of clips, by a head: vision, universal, classifier; or by prompts, from contrast."""
-
-from ml_collections import ConfigDict
+"""Classification of images and videos, by a head (parts: vision, universal, classifier) or by prompts (contrast)."""
 
 from data_pipelines.config import InstructionConfig
-from mplug2_jax.recipes.base import Classes, Family, Sets, parse_variant, recipe
-from mplug2_jax.training.config import AdamWConfig
+from mplug2_jax.recipes.base import ClassNames, TaskData, TaskFamily, finetune_recipe, parse_variant
+from mplug2_jax.training.config import AdamWConfig, RunConfig
 
 
-def classification(
-    name: str, arg: str, sets: Sets, classes: Classes, prompts: tuple[str, ...], *, epochs: int = 30,
+def classification_recipe(
+    name: str, arg: str, data: TaskData, classes: ClassNames, prompts: tuple[str, ...], *, epochs: int = 30,
     flip: bool = True, num_clips: int = 1, num_crops: int = 1,
-) -> ConfigDict:  # fmt: skip
-    """Cross entropy with smoothed labels, rates that fall towards the pixels; ``flip=False`` where sides matter.
+) -> RunConfig:  # fmt: skip
+    """Return a classification run: cross entropy with label smoothing and layer-wise learning rate decay.
 
-    Evaluations see ``num_clips`` times ``num_crops`` views of each example; a trial at most two. ``SIZE,zero_shot``
-    asks a pretrained model instead, by ``prompts``.
+    Args:
+        name: of the recipe.
+        arg: ``SIZE``, or ``SIZE,zero_shot``, which evaluates a pretrained model by ``prompts``.
+        data: the data set.
+        classes: of the data set.
+        prompts: templates with ``{label}``.
+        epochs: of training.
+        flip: False if classes tell left from right.
+        num_clips: temporal views of an evaluated example; the size "tiny" has at most 2.
+        num_crops: spatial views of each temporal one; the size "tiny" has 1.
+
+    Raises:
+        UserError: an unknown size or variant.
     """
-    size, form = parse_variant(name, arg, "zero_shot")
-    examples = {"instructions": {"label": InstructionConfig(templates=("",))}, "classes": classes.labels}
-    views = (
-        {"num_clips": min(num_clips, 2), "num_crops": 1}
-        if size == "tiny"
-        else {"num_clips": num_clips, "num_crops": num_crops}
-    )
-    family = Family(
-        objectives={"classify": 1.0}, task=form or "classify", learned=examples, told=examples, epochs=epochs,
-        train_visual={"transform": "train", "min_crop_area": 0.2, "flip": flip},
-        test_visual={"transform": "test"} | views,
+    size, variant = parse_variant(name, arg, "zero_shot")
+    if size == "tiny":
+        num_clips, num_crops = min(num_clips, 2), 1
+    family = TaskFamily(
+        objectives={"classify": 1.0}, task=variant or "classify",
+        train_examples={
+            "instructions": {"label": InstructionConfig(templates=("",))}, "classes": classes.labels,
+        },
+        epochs=epochs, train_visual={"transform": "train", "min_crop_area": 0.2, "flip": flip},
+        eval_visual={"transform": "test", "num_clips": num_clips, "num_crops": num_crops},
         batch_size=256, optimizer=AdamWConfig(learning_rate=1e-4, layer_decay=0.8, weight_decay=0.05),
         label_smoothing=0.1, num_classes=len(classes.labels),
-        asked={"prompts": prompts, "class_names": classes.names} if form else {},
+        eval_overrides={"prompts": prompts, "class_names": classes.names} if variant else {},
     )  # fmt: skip
-    return recipe(name, size, sets, family)
+    return finetune_recipe(name, size, data, family)

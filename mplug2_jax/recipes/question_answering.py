@@ -1,31 +1,34 @@
-"""Questions about clips and pictures, answered in words: vision, text, universal, fusion, decoder."""
-
-from ml_collections import ConfigDict
+"""Open-ended questions about images and videos. Parts: vision, text, universal, fusion, decoder."""
 
 from data_pipelines.config import InstructionConfig
 from mplug2_jax.generation.config import SearchConfig
-from mplug2_jax.recipes.base import Family, Sets, parse_variant, recipe
-from mplug2_jax.recipes.released import released
+from mplug2_jax.recipes.base import TaskData, TaskFamily, finetune_recipe, parse_variant
+from mplug2_jax.recipes.released import released_recipe
+from mplug2_jax.training.config import RunConfig
 
 
-def answering(name: str, arg: str, sets: Sets, *, task: str = "answer") -> ConfigDict:
-    """The release's loss and batch of 32; ``task`` is how answers are scored: to the letter, or as VQA v2 does.
+def vqa_recipe(name: str, arg: str, data: TaskData, *, task: str = "answer") -> RunConfig:
+    """Return a question answering run with the release's loss and batch size of 32.
 
-    ``SIZE,released`` is the release's own protocol, which is of clips.
+    Args:
+        name: of the recipe.
+        arg: ``SIZE``, or for videos also ``SIZE,released``, the release's protocol.
+        data: the data set.
+        task: "answer" scores by exact match, "vqa" as VQA v2 does.
 
     Raises:
-        UserError: an unknown size or form.
+        UserError: an unknown size or variant.
     """
-    size, form = parse_variant(name, arg, *(["released"] if sets.train.kind == "video" else []))
-    if form == "released":
-        return released(name, size, "videoqa", sets)
-    examples = {
-        "instructions": {"question": InstructionConfig(templates=("{question}",))}, "instruction_length": 32,
-        "target_length": 16,
-    }  # fmt: skip
-    family = Family(
-        objectives={"answer": 1.0}, task=task, learned=examples, told=examples,
-        train_visual={"transform": "train", "flip": False},  # "on the left" stays on the left
+    size, variant = parse_variant(name, arg, *(["released"] if data.train.kind == "video" else []))
+    if variant == "released":
+        return released_recipe(name, size, "videoqa", data)
+    family = TaskFamily(
+        objectives={"answer": 1.0}, task=task,
+        train_examples={
+            "instructions": {"question": InstructionConfig(templates=("{question}",))}, "instruction_length": 32,
+            "target_length": 16,
+        },
+        train_visual={"transform": "train", "flip": False},  # questions may tell left from right
         search=SearchConfig(num_beams=5, max_length=15), batch_size=32,
     )  # fmt: skip
-    return recipe(name, size, sets, family)
+    return finetune_recipe(name, size, data, family)

@@ -1,14 +1,13 @@
-"""The release's own fine-tuning, quirks included, each of which is marked: for its weights, and to compare with it.
+"""The release's fine-tuning with all its quirks, each marked by a comment: for its weights, and to compare with it.
 
-Sizes, rates and lengths are those of its recipes for MSRVTT (8 GPUs). Our own recipes have none of the quirks. Part of
-the architecture, and so always on: question text runs through the universal layers without cross attention, the last
-universal layer swaps query and memory, two LayerNorm epsilons, two GELUs, no gradient for the padding row. Left out on
-purpose: starting from a checkpoint deletes the fusion encoder's weights, and the sampler's duplicates count.
+Sizes, learning rates and lengths are those of its recipes for MSRVTT (8 GPUs). Our own recipes have none of the quirks.
+Some are part of the architecture and so always on: question text passes the universal layers without cross attention,
+the last universal layer swaps query and memory, two LayerNorm epsilons, two GELUs, no gradient for the padding row.
+Two are omitted on purpose: the release deletes the fusion encoder's weights when it starts from a checkpoint, and
+counts the duplicates of its distributed sampler in evaluations.
 """
 
 import dataclasses
-
-from ml_collections import ConfigDict
 
 from data_pipelines.config import (
     RELEASE_PROMPT,
@@ -18,107 +17,113 @@ from data_pipelines.config import (
     SourceConfig,
     VisualConfig,
 )
-from mplug2_jax.config import as_recipe
 from mplug2_jax.evaluation.config import EvaluationConfig
 from mplug2_jax.generation.config import SearchConfig
 from mplug2_jax.model.config import SIZES, ModelConfig, model_config
 from mplug2_jax.objectives.config import DistillationConfig
-from mplug2_jax.recipes.base import FRAMES, Sets
+from mplug2_jax.recipes.base import NUM_FRAMES, TaskData
 from mplug2_jax.tasks.config import TaskSettings
 from mplug2_jax.training.config import AdamWConfig, RunConfig, ScheduleConfig, StreamConfig, TokenizerConfig
 
 EPOCHS = 10
-STAND_IN = Sets(
-    train=SourceConfig(kind="video", split="train", max_records=100_000), examples=128_000,
-    asked={"video": SourceConfig(kind="video", split="heldout", max_records=512)},
+PLACEHOLDER_DATA = TaskData(
+    train=SourceConfig(kind="video", split="train", max_records=100_000), num_train=128_000,
+    eval={"video": SourceConfig(kind="video", split="heldout", max_records=512)},
 )  # fmt: skip
 """DigitWorld, so that the recipe runs anywhere."""
 
 
-def released(name: str, size: str, task: str, sets: Sets = STAND_IN) -> ConfigDict:
-    """A page's run at one of the sizes of the model."""
-    # CLIP's position table is lost on the way, so the tower starts without positions.
-    return released_at(model_config(size, positions_init="zeros"), task, name, sets)
+def released_recipe(name: str, size: str, task: str, data: TaskData = PLACEHOLDER_DATA) -> RunConfig:
+    """Return the release's run at a model size; see :func:`released_run`."""
+    # The release loses CLIP's position table when it loads it, so the tower starts without positions.
+    return released_run(model_config(size, positions_init="zeros"), task, name, data)
 
 
-def released_at(model: ModelConfig, task: str, name: str, sets: Sets = STAND_IN) -> ConfigDict:
-    """The whole run of a task.
+def released_run(model: ModelConfig, task: str, name: str, data: TaskData = PLACEHOLDER_DATA) -> RunConfig:
+    """Return the release's run of a task.
 
     Args:
-        model: its sizes. What is smaller than the base is to try the recipe out: small batches, few frames.
-        task: which of the release's two, caption or videoqa.
-        name: of the page.
-        sets: the data.
+        model: smaller than the base size only tries the recipe out: small batches, few frames.
+        task: of the release, "caption" or "videoqa".
+        name: of the recipe.
+        data: the data set.
     """
-    trial = model.width < SIZES["base"]["width"]
+    small = model.width < SIZES["base"]["width"]
     caption = task == "caption"
     objective = "caption" if caption else "answer"
     if caption:
-        # The prompt is glued to the caption's first word ("a video ofa man"), and its last piece is learned.
-        examples = asked = ExampleConfig(
+        # The prompt is joined to the caption's first word ("a video ofa man"), and its last piece is a target.
+        train_examples = eval_examples = ExampleConfig(
             tokenization="released", prompt=RELEASE_PROMPT, target_length=20,
             instructions={"caption": InstructionConfig(templates=("",))},
         )  # fmt: skip
         search = SearchConfig(num_beams=5, min_length=4, max_length=20, extend_finished=True)
     else:
-        # Questions end without [SEP]; answers bring one in their text.
-        examples = ExampleConfig(
+        # Questions end without [SEP]; answers have one in their text.
+        train_examples = ExampleConfig(
             tokenization="released", max_question_words=30, instruction_length=min(50, model.max_positions),
-            target_length=10,
-            instructions={"question": InstructionConfig(templates=("{question}",))},
+            target_length=10, instructions={"question": InstructionConfig(templates=("{question}",))},
         )  # fmt: skip
-        # When they are asked they may be longer. There is no limit on their tokens; here 50 words of two pieces fit.
-        asked = dataclasses.replace(examples, max_question_words=50, instruction_length=min(128, model.max_positions))
-        # Beams that ended are kept alive and may go on.
+        # Evaluated questions may be longer. The release does not limit their tokens; here 50 words of two pieces fit.
+        eval_examples = dataclasses.replace(
+            train_examples, max_question_words=50, instruction_length=min(128, model.max_positions)
+        )
+        # Finished beams are kept alive and may be extended.
         search = SearchConfig(num_beams=5, min_length=1, max_length=10, extend_finished=True)
-    seen = VisualConfig(
-        image_size=model.image_size, num_frames=4 if trial else FRAMES,
-        # An interval's last frame is never drawn, and what overshoots in bicubic crops wraps round.
+    train_visual = VisualConfig(
+        image_size=model.image_size, num_frames=4 if small else NUM_FRAMES,
+        # The last frame of an interval is never drawn, and overshoot of bicubic crops wraps around.
         sampling="random", transform="released_train",
     )  # fmt: skip
-    # Asked, frames are resized by the nearest pixel.
-    shown = dataclasses.replace(seen, sampling="uniform", transform="released_test")
-    whole = 64 if caption else 32
-    batch_size, steps_per_epoch = 8 if trial else whole, max(1, sets.examples // whole)
+    # Evaluated frames are resized by nearest neighbor.
+    eval_visual = dataclasses.replace(train_visual, sampling="uniform", transform="released_test")
+    full_batch_size = 64 if caption else 32
+    batch_size, steps_per_epoch = 8 if small else full_batch_size, max(1, data.num_train // full_batch_size)
 
-    def data(source: SourceConfig, visual: VisualConfig, told: ExampleConfig) -> DataConfig:
-        return DataConfig(sources={"clips": source}, visual=visual, examples=told, batch_size=batch_size)
+    def data_config(source: SourceConfig, visual: VisualConfig, examples: ExampleConfig) -> DataConfig:
+        return DataConfig(sources={"clips": source}, visual=visual, examples=examples, batch_size=batch_size)
 
-    return as_recipe(
-        RunConfig(
-            name=name,
-            steps=EPOCHS * steps_per_epoch,
-            seed=42,
-            model=model,
-            # The release's files are BERT's: tokenizer.path=vocab.txt.
-            tokenizer=TokenizerConfig(vocab_size=min(model.vocab_size, 512)),
-            # A caption's loss is the mean over all tokens of the batch, an answer's the sum over its own.
-            streams={"video": StreamConfig(data=data(sets.train, seen, examples), objectives={objective: 1.0})},
-            tasks=TaskSettings(
-                # A teacher is kept and asked, but alpha is dropped on its way to the decoder, so it changes nothing;
-                # were it not, its term would be normalised over time and its fusion module would never follow.
-                distillation=None
-                if caption
-                else DistillationConfig(alpha=0.0, softmax_axis="time", average_fusion=False),
-                search=search,
+    train_data = data_config(data.train, train_visual, train_examples)
+    return RunConfig(
+        name=name,
+        steps=EPOCHS * steps_per_epoch,
+        seed=42,
+        model=model,
+        # The release has BERT's vocabulary: tokenizer.path=vocab.txt.
+        tokenizer=TokenizerConfig(vocab_size=min(model.vocab_size, 512)),
+        # A caption's loss is the mean over all tokens of the batch, an answer's the sum over its own tokens.
+        streams={"video": StreamConfig(data=train_data, objectives={objective: 1.0})},
+        tasks=TaskSettings(
+            # The release runs a teacher but loses alpha on the way to the decoder, so the teacher has no effect. With
+            # alpha, its term would be normalized over time and its fusion module would never be updated.
+            distillation=(
+                None if caption else DistillationConfig(alpha=0.0, softmax_axis="time", average_fusion=False)
             ),
-            optimizer=AdamWConfig(
-                learning_rate=2e-5, vision_learning_rate=2e-6, weight_decay=0.02, clip_norm=0.0,
-                # A rule of substrings, which decays CLIP's norms, latents and embeddings too.
-                decay_mask="released",
-            ),
-            schedule=ScheduleConfig(
-                # One step late, 200 steps too short, and for captions with a dip after every 100 steps of epoch 0.
-                kind="released_caption" if caption else "released",
-                warmup_steps=200, init_lr=1e-6, end_lr=1e-6, steps_per_epoch=steps_per_epoch,
-            ),
-            grad_accum_steps=2 if caption else 1,
-            evaluations={
-                key: EvaluationConfig(
-                    task=objective, data=data(source, shown, asked), java_metrics=caption and not trial
-                )
-                for key, source in sets.asked.items()
-            },
-            eval_every=steps_per_epoch,
-        )
-    )  # fmt: skip
+            search=search,
+        ),
+        optimizer=AdamWConfig(
+            learning_rate=2e-5,
+            vision_learning_rate=2e-6,
+            weight_decay=0.02,
+            clip_norm=0.0,
+            decay_mask="released",  # a rule of substrings that decays CLIP's norms, latents and embeddings too
+        ),
+        schedule=ScheduleConfig(
+            # One step late, 200 steps short, and for captions with a dip after every 100 steps of epoch 0.
+            kind="released_caption" if caption else "released",
+            warmup_steps=200,
+            init_lr=1e-6,
+            end_lr=1e-6,
+            steps_per_epoch=steps_per_epoch,
+        ),
+        grad_accum_steps=2 if caption else 1,
+        evaluations={
+            key: EvaluationConfig(
+                task=objective,
+                data=data_config(source, eval_visual, eval_examples),
+                java_metrics=caption and not small,
+            )
+            for key, source in data.eval.items()
+        },
+        eval_every=steps_per_epoch,
+    )

@@ -1,17 +1,14 @@
-"""Texts for pictures and pictures for texts: vision, text, universal, contrast, and matching by fusion beside."""
+"""Text-to-visual and visual-to-text retrieval. Parts: vision, text, universal, contrastive, and fusion for matching."""
 
-from ml_collections import ConfigDict
-
-from mplug2_jax.recipes.base import Family, Sets, recipe
-from mplug2_jax.training.config import AdamWConfig
+from mplug2_jax.recipes.base import TaskData, TaskFamily, finetune_recipe
+from mplug2_jax.training.config import AdamWConfig, RunConfig
 
 
-def retrieval(name: str, size: str, sets: Sets, *, text_length: int = 40, epochs: int = 10) -> ConfigDict:
-    """Contrast and matching, as the fine-tuning of mPLUG (v1) and ALBEF has them."""
-    examples = {"text_length": text_length}
-    family = Family(
-        objectives={"vlc": 1.0, "vlm": 1.0}, task="vlc", learned=examples, told=examples, epochs=epochs,
+def retrieval_recipe(name: str, size: str, data: TaskData, *, text_length: int = 40, epochs: int = 10) -> RunConfig:
+    """Return a retrieval run: contrast and matching, as in the fine-tuning of mPLUG (v1) and ALBEF."""
+    family = TaskFamily(
+        objectives={"vlc": 1.0, "vlm": 1.0}, task="vlc", train_examples={"text_length": text_length}, epochs=epochs,
         train_visual={"transform": "train", "flip": False}, batch_size=256,
         optimizer=AdamWConfig(learning_rate=1e-5, vision_learning_rate=1e-6, weight_decay=0.02),
     )  # fmt: skip
-    return recipe(name, size, sets, family)
+    return finetune_recipe(name, size, data, family)

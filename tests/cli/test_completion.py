@@ -1,4 +1,4 @@
-"""The script that ``mplug2 completion`` prints completes what people type, in a real shell."""
+"""The script of ``mplug2 completion`` completes command lines in a real shell."""
 
 import subprocess
 from collections.abc import Callable
@@ -8,7 +8,7 @@ import pytest
 
 from .conftest import Outcome
 
-TYPED = {
+COMPLETIONS = {
     ("tr",): {"train"},
     ("convert", "i"): {"import", "inspect"},
     ("train", "--wo"): {"--workdir"},
@@ -38,20 +38,20 @@ def test_bash_completes_commands_options_recipes_and_paths(mplug2: Callable[...,
     script = tmp_path / "script"
     script.write_text(mplug2("completion", "bash").out)
     subprocess.run(["bash", "-n", script], check=True)
-    here = tmp_path / "here"
-    (here / "runs").mkdir(parents=True)
-    (here / "mine.py").touch()
-    lines = "".join(f"mplug2 {' '.join(word or chr(34) * 2 for word in words)}\n" for words in TYPED)
-    done = subprocess.run(
-        ["bash", "--norc", "-c", COMPLETE, "bash", script], cwd=here, input=lines, capture_output=True, text=True
+    folder = tmp_path / "folder"
+    (folder / "runs").mkdir(parents=True)
+    (folder / "mine.py").touch()
+    lines = "".join(f"mplug2 {' '.join(word or chr(34) * 2 for word in words)}\n" for words in COMPLETIONS)
+    process = subprocess.run(
+        ["bash", "--norc", "-c", COMPLETE, "bash", script], cwd=folder, input=lines, capture_output=True, text=True
     )
-    assert (done.returncode, done.stderr) == (0, "")
-    found = dict(zip(TYPED, (set(line.split()) for line in done.stdout.splitlines()), strict=True))
-    assert found == TYPED
+    assert (process.returncode, process.stderr) == (0, "")
+    completions = dict(zip(COMPLETIONS, (set(line.split()) for line in process.stdout.splitlines()), strict=True))
+    assert completions == COMPLETIONS
 
 
 @pytest.mark.parametrize("shell", ["zsh", "tcsh"])
-def test_other_shells_have_a_script_with_every_command(shell: str, mplug2: Callable[..., Outcome]) -> None:
-    done = mplug2("completion", shell)
-    assert (done.status, done.err) == (0, "")
-    assert all(word in done.out for word in ("train", "workdir", "tokenizer"))
+def test_scripts_for_other_shells_have_every_command(shell: str, mplug2: Callable[..., Outcome]) -> None:
+    outcome = mplug2("completion", shell)
+    assert (outcome.status, outcome.err) == (0, "")
+    assert all(word in outcome.out for word in ("train", "workdir", "tokenizer"))

@@ -1,4 +1,4 @@
-"""``mplug2 demo tasks``: the board of what was pretrained, what it learns, and names that are none."""
+"""``mplug2 demo tasks``: its table of scores before and after fine-tuning, and unknown names."""
 
 from pathlib import Path
 
@@ -10,50 +10,47 @@ from mplug2_jax.recipes.digitworld import FINETUNES
 from mplug2_jax.training.config import RunConfig
 from mplug2_jax.training.loop import train
 
-# The demo's vision tower in one layer; the tokeniser and all else as recipes have it.
-THIN = {"vision_layers": 1, "fusion_layers": 1, "decoder_layers": 1}
+# The demo's vision tower with one layer; everything else as in the recipes.
+ONE_LAYER = {"vision_layers": 1, "fusion_layers": 1, "decoder_layers": 1}
 
 
-def test_a_task_that_is_none_is_refused_with_the_nearest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_task_is_refused_with_the_closest_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["demo", "tasks", "--pretrained", str(tmp_path), "--only", "caption"]) == 2
-    assert "--only caption is no task of the demo: did you mean '" in capsys.readouterr().err
+    assert "--only caption is not a task of the demo: did you mean '" in capsys.readouterr().err
 
 
-def test_a_field_that_is_none_is_refused_before_anything_is_pretrained(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = ["demo", "tasks", "--pretrained", str(tmp_path / "new"), "--workdir", str(tmp_path / "tasks")]
-    assert main([*words, "--config.modle.width=3"]) == 2
+def test_an_unknown_field_is_refused_before_pretraining(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["demo", "tasks", "--pretrained", str(tmp_path / "new"), "--workdir", str(tmp_path / "tasks")]
+    assert main([*args, "--config.modle.width=3"]) == 2
     assert "config.modle is not a field: did you mean 'model'?" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
-def test_each_evaluation_of_the_board_has_a_run_and_a_name_of_its_own() -> None:
-    names = [name for trial in FINETUNES.values() for name in trial.asked]
+def test_evaluation_names_are_unique_and_include_their_run() -> None:
+    names = [name for run in FINETUNES.values() for name in run.evaluations]
     assert len(set(names)) == len(names) == 13
-    assert all(run in trial.asked for run, trial in FINETUNES.items())
+    assert all(name in run.evaluations for name, run in FINETUNES.items())
 
 
 @pytest.mark.slow
-def test_the_board_is_printed_from_a_pretrained_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    thin = [f"--config.model.{field}={value}" for field, value in THIN.items()]
+def test_scores_before_and_after_fine_tuning_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one_layer = [f"--config.model.{field}={value}" for field, value in ONE_LAYER.items()]
     pretrained, runs = tmp_path / "pretrained", tmp_path / "tasks"
-    sparse = load_recipe("demo", ["--config.steps=1", *thin])
-    del sparse.streams.video_text, sparse.streams.text
-    sparse.evaluations = {}
-    train(build(RunConfig, sparse), pretrained)
+    recipe = load_recipe("demo", ["--config.steps=1", *one_layer])
+    del recipe.streams.video_text, recipe.streams.text
+    recipe.evaluations = {}
+    train(build(RunConfig, recipe), pretrained)
     only = ["--only", "image_retrieval", "--only", "digit", "--only", "action"]
-    few = ["--config.steps=1", "--config.model.scan_unroll=1", *thin]
-    assert main(["demo", "tasks", "--pretrained", str(pretrained), "--workdir", str(runs), *only, *few]) == 0
-    printed = capsys.readouterr().out
-    board = {line.split()[0]: line for line in printed[printed.index("task  ") :].splitlines()[2:]}
-    assert list(board) == ["image_retrieval", "image_colour_by_prompts", "digit", "action"]
-    for name, line in board.items():
-        before = [cell.strip() for cell in line.split("  ")][-6:]
+    overrides = ["--config.steps=1", "--config.model.scan_unroll=1", *one_layer]
+    assert main(["demo", "tasks", "--pretrained", str(pretrained), "--workdir", str(runs), *only, *overrides]) == 0
+    out, err = capsys.readouterr()
+    table = {line.split()[0]: line for line in out[out.index("task  ") :].splitlines()[2:]}
+    assert list(table) == ["image_retrieval", "image_colour_by_prompts", "digit", "action"]
+    for name, line in table.items():
+        scores = [cell.strip() for cell in line.split("  ")][-6:]
         assert "vision" in line
-        assert ("-" in before) == (name in ("digit", "action")), "heads are fresh, contrast is not"
-    assert "starting from" in printed
-    assert "fresh: classifier" in printed
-    assert "fresh: classifier, temporal" in printed
+        assert ("-" in scores) == (name in ("digit", "action")), "heads are fresh, contrast is not"
+    assert "fresh: classifier" in err
+    assert "fresh: classifier, temporal" in err
     for name in ("image_retrieval", "digit", "action"):
         assert (runs / name / "report.html").is_file()
