@@ -1,4 +1,4 @@
-"""Small random models of the transformers library, saved as it saves them."""
+"""Small random models of the transformers library."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ import pytest
 
 
 def clip_model(**overrides: Any) -> Any:
-    """A CLIP vision tower: 2 layers, 128 wide, patches of 8 of 32 pixels."""
+    """Return a CLIP vision tower: 2 layers of width 128, images of 32 pixels in patches of 8."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed here")
     sizes = {
         "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -17,7 +17,7 @@ def clip_model(**overrides: Any) -> Any:
 
 
 def bert_model(*, head: bool, layers: int = 4, heads: int = 2) -> Any:
-    """A BERT: 128 wide, 90 words."""
+    """Return a BERT of width 128 with a vocabulary of 90."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed here")
     config = transformers.BertConfig(
         vocab_size=90, hidden_size=128, num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=256,
@@ -27,7 +27,7 @@ def bert_model(*, head: bool, layers: int = 4, heads: int = 2) -> Any:
 
 
 def randomize_weights(model: Any) -> Any:
-    """All weights away from their initialisation, so that a forgotten bias or norm shows."""
+    """Move all weights away from their initialization, so that a missing bias or norm is detected."""
     import torch
 
     torch.manual_seed(0)
@@ -38,12 +38,12 @@ def randomize_weights(model: Any) -> Any:
 
 
 def clip_folder(folder: Path) -> Path:
-    """A saved CLIP."""
+    """Save a CLIP."""
     clip_model().save_pretrained(folder)
     return folder
 
 
 def bert_folder(folder: Path, *, head: bool = True, layers: int = 4) -> Path:
-    """A saved BERT."""
+    """Save a BERT."""
     bert_model(head=head, layers=layers).save_pretrained(folder)
     return folder

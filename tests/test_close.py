@@ -1,4 +1,4 @@
-"""The measure of floats fails where it should, whatever the size of the numbers."""
+"""``assert_close`` fails when it should, at any scale of numbers."""
 
 from typing import Any
 
@@ -12,18 +12,18 @@ LINE = np.linspace(-1, 1, 5).astype(np.float32)
 
 
 @pytest.mark.parametrize("size", [1e-6, 1.0, 31.0, 1e9])
-def test_an_error_is_measured_by_the_largest_number_that_is_expected(size: float) -> None:
+def test_errors_are_relative_to_the_largest_expected_value(size: float) -> None:
     expected = size * LINE
-    near, off = expected.copy(), expected.copy()
-    near[2] += 0.9e-5 * size  # the number itself is zero
+    close, off = expected.copy(), expected.copy()
+    close[2] += 0.9e-5 * size  # the value itself is zero
     off[2] += 1.1e-5 * size
-    assert_close(near, expected)
+    assert_close(close, expected)
     with pytest.raises(AssertionError, match=r"^the value: at \[2\] found .*, expected 0 within 1.0e-05 of the scale"):
         assert_close(off, expected)
     assert_close(off, expected, 2e-5)
 
 
-def test_every_leaf_has_its_own_scale_and_the_message_its_name() -> None:
+def test_leaves_have_their_own_scale_and_are_named_in_the_message() -> None:
     expected = {"large": 1e6 * LINE, "small": [LINE, {"x": 1e-3 * LINE}]}
     assert_close(expected, expected)
     off = {"large": 1e6 * LINE + 1, "small": [LINE, {"x": 1e-3 * LINE + 1e-6}]}
@@ -33,7 +33,7 @@ def test_every_leaf_has_its_own_scale_and_the_message_its_name() -> None:
     assert "large" not in str(error.value)
 
 
-def test_numbers_that_cancelled_are_measured_by_what_was_subtracted() -> None:
+def test_the_scale_can_be_that_of_cancelled_terms() -> None:
     found, expected = 1e-6 * LINE, 2e-6 * LINE
     with pytest.raises(AssertionError):
         assert_close(found, expected)
@@ -43,7 +43,7 @@ def test_numbers_that_cancelled_are_measured_by_what_was_subtracted() -> None:
     assert max_magnitude([LINE, [-3.0, np.inf]]) == 3
 
 
-def test_biases_of_keys_are_measured_by_their_kernels() -> None:
+def test_key_biases_have_the_scale_of_their_kernels() -> None:
     def layer(noise: float, key: str = "key") -> dict[str, Any]:
         return {"layer": {key: {"kernel": LINE, "bias": np.full(3, noise)}}}
 
@@ -53,14 +53,14 @@ def test_biases_of_keys_are_measured_by_their_kernels() -> None:
             assert_close(*off)
 
 
-def test_zeros_are_met_exactly() -> None:
+def test_zeros_must_be_exact() -> None:
     assert_close(np.zeros(3), np.zeros(3))
     with pytest.raises(AssertionError, match=r"at \[1\] found 1e-30, expected 0"):
         assert_close(np.asarray([0, 1e-30, 0]), np.zeros(3))
 
 
 @pytest.mark.parametrize(
-    ("found", "expected", "said"),
+    ("found", "expected", "message"),
     [
         (LINE[:4], LINE, r"shape \[4\], expected \[5\]"),
         (LINE[:1], 1.0, r"shape \[1\], expected \[\]"),
@@ -76,18 +76,18 @@ def test_zeros_are_met_exactly() -> None:
         (np.asarray([True]), np.asarray([False]), "exactly"),
     ],
 )
-def test_what_is_not_alike_is_named(found: Any, expected: Any, said: str) -> None:
-    with pytest.raises(AssertionError, match=said):
+def test_differences_are_named(found: Any, expected: Any, message: str) -> None:
+    with pytest.raises(AssertionError, match=message):
         assert_close(found, expected, tolerance=0.1)
 
 
-def test_infinities_and_nan_in_the_same_places_are_alike_and_no_scale() -> None:
+def test_equal_infinities_and_nans_pass_and_do_not_set_the_scale() -> None:
     assert_close([np.inf, np.nan, -np.inf, 1.0], [np.inf, np.nan, -np.inf, 1.0])
     with pytest.raises(AssertionError):
         assert_close([np.inf, 1.001], [np.inf, 1.0])
 
 
-def test_arrays_of_any_framework_and_type_are_compared_by_their_values() -> None:
+def test_arrays_of_any_framework_and_dtype_are_compared_by_value() -> None:
     torch = pytest.importorskip("torch")
     for other in (jnp.asarray(LINE), torch.tensor(LINE, requires_grad=True), LINE.tolist(), tuple(LINE.tolist())):
         assert_close(other, LINE)

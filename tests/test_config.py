@@ -1,4 +1,4 @@
-"""From recipes to dataclasses: round trips, overrides of every type, and one sentence for whatever does not fit."""
+"""From recipes to dataclasses: round trips, overrides of every type, and errors."""
 
 import dataclasses
 import json
@@ -39,9 +39,9 @@ def recipe(**fields: Any) -> ConfigDict:
     return as_recipe(Outer(**({"name": "x", "table": {"one": Inner()}} | fields)))
 
 
-def built(*words: str) -> Outer:
-    """The recipe with overrides, as a dataclass."""
-    return build(Outer, override(recipe(), [f"--config.{word}" for word in words]))
+def build_with(*overrides: str) -> Outer:
+    """Build the recipe with overrides."""
+    return build(Outer, override(recipe(), [f"--config.{text}" for text in overrides]))
 
 
 inners = st.builds(Inner, rate=st.floats(allow_nan=False), kind=st.sampled_from(["soft", "hard"]))
@@ -55,13 +55,13 @@ outers = st.builds(
 
 
 @given(outers)
-def test_a_dataclass_survives_as_a_recipe(value: Outer) -> None:
+def test_a_dataclass_round_trips_through_a_recipe(value: Outer) -> None:
     assert build(Outer, as_recipe(value)) == value
     assert build(Outer, as_recipe(value).to_dict()) == value
 
 
 @pytest.mark.parametrize("name", ["demo", "released", "released:caption", "released:videoqa,tiny"])
-def test_shipped_recipes_survive_as_configs_and_as_json(name: str) -> None:
+def test_shipped_recipes_round_trip_through_dataclasses_and_json(name: str) -> None:
     from mplug2_jax.training.config import RunConfig
     from mplug2_jax.training.workdir import _tuples
 
@@ -71,7 +71,7 @@ def test_shipped_recipes_survive_as_configs_and_as_json(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "sentence"),
+    ("values", "message"),
     [
         ({"nam": "x"}, "config.nam is not a field: did you mean 'name'?"),
         ({}, "config lacks name"),
@@ -93,19 +93,19 @@ def test_shipped_recipes_survive_as_configs_and_as_json(name: str) -> None:
         ({"name": "x", "chosen": {"lef": 1.0}}, "config.chosen.lef is not a field: did you mean 'left'?"),
     ],
 )
-def test_values_that_do_not_fit_are_refused_by_their_path(values: dict[str, Any], sentence: str) -> None:
+def test_invalid_values_are_refused_with_their_path(values: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError) as caught:
         build(Outer, values)
-    assert sentence in str(caught.value)
+    assert message in str(caught.value)
 
 
-def test_whole_numbers_serve_as_floats() -> None:
+def test_integers_are_accepted_as_floats() -> None:
     value = build(Outer, {"name": "x", "peak": 3, "inner": {"rate": 1}})
     assert (type(value.peak), type(value.inner.rate)) == (float, float)
 
 
 @pytest.mark.parametrize(
-    ("word", "field", "value"),
+    ("text", "field", "value"),
     [
         ("steps=7", "steps", 7),
         ("steps=-7", "steps", -7),
@@ -126,13 +126,13 @@ def test_whole_numbers_serve_as_floats() -> None:
         ("peak=none", "peak", None),
     ],
 )
-def test_overrides_of_every_type(word: str, field: str, value: Any) -> None:
-    found = getattr(built(word), field)
+def test_overrides_of_every_type(text: str, field: str, value: Any) -> None:
+    found = getattr(build_with(text), field)
     assert (found, type(found)) == (value, type(value))
 
 
-def test_overrides_reach_into_groups_and_the_last_counts() -> None:
-    value = built("inner.rate=1", "inner.kind=hard", "table.one.rate=2.5", "steps=1", "steps=2")
+def test_overrides_reach_into_groups_and_the_last_one_wins() -> None:
+    value = build_with("inner.rate=1", "inner.kind=hard", "table.one.rate=2.5", "steps=1", "steps=2")
     assert value.inner == Inner(rate=1.0, kind="hard")
     assert value.table["one"] == Inner(rate=2.5)
     assert value.steps == 2
@@ -142,32 +142,32 @@ finite = st.floats(allow_nan=False, allow_infinity=False)
 scalars = {"steps": st.integers(), "exact": st.booleans(), "inner.rate": finite}
 plain = {field: values.map(str) for field, values in scalars.items()}
 tuples = {"words": st.lists(st.text()).map(tuple), "sizes": st.lists(st.integers()).map(tuple)}
-spelt = plain | {field: values.map(repr) for field, values in tuples.items()} | {"name": st.text()}
+written = plain | {field: values.map(repr) for field, values in tuples.items()} | {"name": st.text()}
 
 
-@given(st.sampled_from(sorted(spelt)).flatmap(lambda field: st.tuples(st.just(field), spelt[field])))
-def test_an_override_reads_back_what_was_written(pair: tuple[str, str]) -> None:
+@given(st.sampled_from(sorted(written)).flatmap(lambda field: st.tuples(st.just(field), written[field])))
+def test_overrides_round_trip_through_text(pair: tuple[str, str]) -> None:
     field, text = pair
-    value: Any = built(f"{field}={text}")
+    value: Any = build_with(f"{field}={text}")
     for name in field.split("."):
         value = getattr(value, name)
     assert (value if field == "name" else str(value)) == text
 
 
 @given(st.sampled_from(["steps", "exact", "inner.rate", "words", "peak", "name"]), st.text())
-def test_any_text_is_a_value_of_the_field_or_an_error_that_names_it(field: str, text: str) -> None:
+def test_any_text_is_a_valid_value_or_an_error_that_names_the_field(field: str, text: str) -> None:
     try:
-        value = built(f"{field}={text}")
+        value = build_with(f"{field}={text}")
     except UserError as error:
-        sentence = str(error)
+        message = str(error)
     else:
         assert build(Outer, as_recipe(value)) == value
         return
-    assert f"config.{field}=" in sentence
+    assert f"config.{field}=" in message
 
 
 @pytest.mark.parametrize(
-    ("word", "sentence"),
+    ("text", "message"),
     [
         ("--config.stepps=3", "config.stepps is not a field: did you mean 'steps'?"),
         ("--config.inner.rat=3", "config.inner.rat is not a field: did you mean 'rate'? (valid: kind, rate)"),
@@ -185,21 +185,21 @@ def test_any_text_is_a_value_of_the_field_or_an_error_that_names_it(field: str, 
         ("--config..steps=3", "config. is not a field"),
     ],
 )
-def test_overrides_that_do_not_fit_are_refused(word: str, sentence: str) -> None:
+def test_invalid_overrides_are_refused(text: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
-        override(recipe(), [word])
-    assert sentence in str(caught.value)
+        override(recipe(), [text])
+    assert message in str(caught.value)
 
 
-def test_a_wrong_type_behind_none_is_found_when_the_config_is_built() -> None:
+def test_a_wrong_type_in_place_of_none_is_refused_when_the_config_is_built() -> None:
     with pytest.raises(UserError, match=r"config\.peak='high' is str, expected float"):
-        built("peak=high")
+        build_with("peak=high")
     with pytest.raises(UserError, match=r"config\.steps=None is NoneType, expected int"):
-        built("steps=none")
+        build_with("steps=none")
 
 
 @pytest.mark.parametrize(
-    ("text", "sentence"),
+    ("code", "message"),
     [
         ("x = 1", "lacks a function get_config() that returns the config"),
         ("def get_config(:", "fails with SyntaxError"),
@@ -213,16 +213,16 @@ def test_a_wrong_type_behind_none_is_found_when_the_config_is_built() -> None:
         ("def get_config(): pass", "returned NoneType, expected a RunConfig or an"),
     ],
 )
-def test_recipes_that_fail_are_refused_by_their_file(text: str, sentence: str, tmp_path: Path) -> None:
+def test_failing_recipes_are_refused_with_their_file(code: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "mine.py"
-    path.write_text(text)
+    path.write_text(code)
     with pytest.raises(UserError) as caught:
         load_recipe(str(path))
     assert str(path) in str(caught.value)
-    assert sentence in str(caught.value)
+    assert message in str(caught.value)
 
 
-def test_a_recipe_may_refuse_its_argument_in_its_own_words() -> None:
+def test_a_recipe_may_raise_its_own_user_errors() -> None:
     with pytest.raises(UserError, match=r"recipe released:captoin: did you mean 'caption'"):
         load_recipe("released:captoin")
     with pytest.raises(UserError, match=r"demo\.py fails with TypeError: get_config\(\) takes 0 positional arguments"):
@@ -241,6 +241,6 @@ def test_recipes_are_found_by_file_and_by_name(tmp_path: Path, monkeypatch: pyte
     assert load_recipe("demo.py:large", ["--config.arg=small"]).arg == "small"
 
 
-def test_an_unknown_recipe_is_refused_with_the_nearest() -> None:
+def test_an_unknown_recipe_is_refused_with_the_closest_name() -> None:
     with pytest.raises(UserError, match=r"recipe 'demmo' is neither a file nor a shipped recipe: did you mean 'demo'"):
         find_recipe("demmo")

@@ -1,4 +1,4 @@
-"""Log lines and progress: who writes, where to, and in which form."""
+"""Log lines and progress: which process writes, where, and in which format."""
 
 import io
 import logging
@@ -16,7 +16,7 @@ LINE = re.compile(r"(?P<severity>[DIWE])\d{4} \d\d:\d\d:\d\d p(?P<process>\d+)\]
 
 
 @pytest.fixture(autouse=True)
-def _restored() -> Iterator[None]:
+def _restore_logging() -> Iterator[None]:
     handlers, level = logging.root.handlers[:], absl_logging.get_verbosity()
     yield
     logging.root.handlers[:] = handlers
@@ -24,43 +24,43 @@ def _restored() -> Iterator[None]:
     set_process_index(0)
 
 
-def lines(err: str) -> list[tuple[str, str, str]]:
+def parse_lines(err: str) -> list[tuple[str, str, str]]:
     return [match.groups() for line in err.splitlines() if (match := LINE.fullmatch(line))]
 
 
-def log(ours: bool) -> None:
-    """Log one line of each severity, from a file of this project or from a library's."""
-    path = console.__file__ if ours else "/usr/lib/orbax/save.py"
+def log_each_severity(from_project: bool) -> None:
+    """Log one line of each severity, from a file of this project or of a library."""
+    path = console.__file__ if from_project else "/usr/lib/orbax/save.py"
     logger = absl_logging.get_absl_logger()
     for level in (logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR):
         if logger.isEnabledFor(level):
-            logger.handle(logger.makeRecord("absl", level, path, 1, "said %d", (level,), None))
+            logger.handle(logger.makeRecord("absl", level, path, 1, "level %d", (level,), None))
 
 
-@pytest.mark.parametrize(("verbosity", "ours", "theirs"), [(-1, "WE", "WE"), (0, "IWE", "WE"), (1, "DIWE", "DIWE")])
-def test_verbosity_chooses_severities_and_libraries_are_less_loud(
-    verbosity: int, ours: str, theirs: str, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("verbosity", "project", "library"), [(-1, "WE", "WE"), (0, "IWE", "WE"), (1, "DIWE", "DIWE")])
+def test_verbosity_selects_severities_and_libraries_log_less(
+    verbosity: int, project: str, library: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     configure_logging(verbosity)
-    configure_logging(verbosity)  # again: not a second time each line
-    for is_ours, expected in ((True, ours), (False, theirs)):
-        log(is_ours)
+    configure_logging(verbosity)  # a second call must not duplicate lines
+    for from_project, expected in ((True, project), (False, library)):
+        log_each_severity(from_project)
         out, err = capsys.readouterr()
         assert out == ""
-        assert "".join(severity for severity, _, _ in lines(err)) == expected
+        assert "".join(severity for severity, _, _ in parse_lines(err)) == expected
         assert len(err.splitlines()) == len(expected)
 
 
-def test_other_processes_log_warnings_and_errors_alone_and_no_progress(capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_processes_log_only_warnings_and_errors_and_no_progress(capsys: pytest.CaptureFixture[str]) -> None:
     configure_logging()
     set_process_index(3)
-    log(True)
+    log_each_severity(True)
     with Progress(10, "record", log_every=0) as progress:
         progress.update(10)
-    assert lines(capsys.readouterr().err) == [("W", "3", "said 30"), ("E", "3", "said 40")]
+    assert parse_lines(capsys.readouterr().err) == [("W", "3", "level 30"), ("E", "3", "level 40")]
 
 
-def test_progress_is_log_lines_with_rate_and_eta_where_there_is_no_terminal(
+def test_progress_without_a_terminal_is_log_lines_with_rate_and_eta(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [100.0]
@@ -75,7 +75,7 @@ def test_progress_is_log_lines_with_rate_and_eta_where_there_is_no_terminal(
         progress.update(500_000_000)
     with Progress(380, "step", log_every=0) as progress:
         progress.update(20, "loss 3.1250", seconds_per_unit=0.5)
-    assert [message for _, _, message in lines(capsys.readouterr().err)] == [
+    assert [message for _, _, message in parse_lines(capsys.readouterr().err)] == [
         "record   400/1,200  2 skipped  20.0 records/s  eta 0:40",
         "record 1,200/1,200  2 skipped  50.0 records/s  eta 0:00",
         "reading  500/2,000 MB  50 MB/s  eta 0:30",
@@ -83,7 +83,7 @@ def test_progress_is_log_lines_with_rate_and_eta_where_there_is_no_terminal(
     ]
 
 
-def test_progress_is_a_bar_on_a_terminal_and_log_lines_stand_above_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_on_a_terminal_is_a_bar_below_log_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
             return True
@@ -93,9 +93,9 @@ def test_progress_is_a_bar_on_a_terminal_and_log_lines_stand_above_it(monkeypatc
     configure_logging()
     with Progress(4, "step") as progress:
         progress.update(1)
-        log(True)
+        log_each_severity(True)
         progress.update(2, "loss 1.0")
-        progress.update(1)  # rolled back
+        progress.update(1)  # after a rollback
     shown = terminal.getvalue()
     assert "/4" in shown
     assert any(LINE.fullmatch(part) for part in re.split(r"[\r\n]", shown))

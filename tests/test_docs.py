@@ -1,4 +1,4 @@
-"""The commands of docs/ work, in their order, on files of the formats that they name."""
+"""The commands of docs/ work, in order, on files in the formats that they name."""
 
 import dataclasses
 import json
@@ -32,7 +32,7 @@ from tests.weights import official_file
 
 
 def commands(page: str) -> list[list[str]]:
-    """The words of every command of a page: lines of ```bash blocks, and those after a $ in the others."""
+    """Return the arguments of every command of a page: lines of ```bash blocks, and lines after $ in other blocks."""
     blocks = re.findall(r"^```(\w*)\n(.*?)^```$", page, flags=re.DOTALL | re.MULTILINE)
     lines = [
         line for kind, block in blocks for line in block.splitlines() if kind == "bash" or line.startswith("$ ")
@@ -40,21 +40,21 @@ def commands(page: str) -> list[list[str]]:
     return [shlex.split(line.removeprefix("$ "), comments=True)[1:] for line in lines if line]
 
 
-def run(words: Sequence[str], status: int = 0) -> str:
-    done = command(*words)
-    assert done.status == status, f"mplug2 {shlex.join(words)}\n{done.out}\n{done.err}"
-    return done.out
+def run(args: Sequence[str], status: int = 0) -> str:
+    outcome = command(*args)
+    assert outcome.status == status, f"mplug2 {shlex.join(args)}\n{outcome.out}\n{outcome.err}"
+    return outcome.out
 
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder, and the process in it."""
+    """Run the test in an empty folder."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def put(name: str, content: Any) -> None:
-    """A file: bytes or text as they are, several dicts as JSON lines, all else as JSON."""
+def write_file(name: str, content: Any) -> None:
+    """Write bytes or text as they are, a tuple of dicts as JSON lines, and anything else as JSON."""
     path = Path(name)
     path.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(content, tuple):
@@ -66,31 +66,31 @@ def put(name: str, content: Any) -> None:
 
 @pytest.fixture
 def world(here: Path) -> Path:
-    """The public data sets that docs/data.md names, with a record or two each."""
-    picture, clip = encoded(records("image", 1)[0]), encoded(records("video", 1)[0])
+    """Write the public data sets that docs/data.md names, with a record or two each."""
+    image, video = encoded(records("image", 1)[0]), encoded(records("video", 1)[0])
     for name in ("coco/val2014/a.jpg", "imagenet/val/n01/a.JPEG"):
-        put(name, picture)
+        write_file(name, image)
     for name in ("msrvtt/videos/video1.mp4", "k400/val/abc_000003_000013.mp4", "ssv2/videos/78.webm"):
-        put(name, clip)
-    asked = tuple({"video_id": f"video{i}", "question": "what?", "answer": "a digit"} for i in (1, 99))
-    put("msrvtt/train_qa.jsonl", asked)
-    put("coco/captions_val2014.json", {
+        write_file(name, video)
+    questions = tuple({"video_id": f"video{i}", "question": "what?", "answer": "a digit"} for i in (1, 99))
+    write_file("msrvtt/train_qa.jsonl", questions)
+    write_file("coco/captions_val2014.json", {
         "images": [{"id": 42, "file_name": "a.jpg"}], "annotations": [{"image_id": 42, "id": 1, "caption": "one"}]
     })  # fmt: skip
-    put("coco/v2_OpenEnded_mscoco_val2014_questions.json", {
+    write_file("coco/v2_OpenEnded_mscoco_val2014_questions.json", {
         "data_subtype": "val2014", "questions": [{"image_id": 9, "question": "what?", "question_id": 1}]
     })  # fmt: skip
-    put("coco/v2_mscoco_val2014_annotations.json", {
+    write_file("coco/v2_mscoco_val2014_annotations.json", {
         "annotations": [{"question_id": 1, "answers": [{"answer": "two"}] * 10}]
     })  # fmt: skip
-    put("coco/val2014/COCO_val2014_000000000009.jpg", picture)
-    put("dataset_coco.json", {"dataset": "coco", "images": [
+    write_file("coco/val2014/COCO_val2014_000000000009.jpg", image)
+    write_file("dataset_coco.json", {"dataset": "coco", "images": [
         {"filepath": "val2014", "filename": "a.jpg", "imgid": 0, "split": "test", "sentences": [{"raw": "A cat."}]}
     ]})  # fmt: skip
-    put("k400/val.csv", "label,youtube_id,time_start,time_end,split\nwaving,abc,3,13,val\n")
-    put("ssv2/validation.json", [{"id": "78", "label": "holding a pen", "template": "Holding [something]"}])
-    put("glue/RTE/dev.tsv", "index\tsentence1\tsentence2\tlabel\n0\ta\tb\tentailment\n")
-    put("wiki.txt", "a red four moves left\n" * 60)
+    write_file("k400/val.csv", "label,youtube_id,time_start,time_end,split\nwaving,abc,3,13,val\n")
+    write_file("ssv2/validation.json", [{"id": "78", "label": "holding a pen", "template": "Holding [something]"}])
+    write_file("glue/RTE/dev.tsv", "index\tsentence1\tsentence2\tlabel\n0\ta\tb\tentailment\n")
+    write_file("wiki.txt", "a red four moves left\n" * 60)
     (here / "shards").mkdir()
     img2dataset(here / "shards" / "00000.tar")
     train_wordpiece(vocabulary_texts(60), 160).save(here / "tok")
@@ -100,7 +100,7 @@ def world(here: Path) -> Path:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_runs(repository: Path, here: Path) -> None:
-    """On a smaller recipe than the page's."""
+    """Use a smaller recipe than the page's."""
     text = dataclasses.replace(small_run().streams["text"], objectives={"mlm": 1.0})
     heldout = dataclasses.replace(
         text.data, sources={"digits": SourceConfig(kind="text", split="heldout", max_records=8)}
@@ -110,25 +110,25 @@ def test_runs(repository: Path, here: Path) -> None:
         mesh=MeshConfig(fsdp=-1),
     )  # fmt: skip
     recipe = str(recipe_file(run, here / "recipe.py"))
-    for words in commands((repository / "docs" / "runs.md").read_text()):
-        words = [{"demo": recipe, "120": "3"}.get(word, word) for word in words]
-        done = subprocess.run(
-            [sys.executable, "-m", "mplug2_jax.cli.main", *words], capture_output=True, text=True, timeout=300,
+    for args in commands((repository / "docs" / "runs.md").read_text()):
+        args = [{"demo": recipe, "120": "3"}.get(arg, arg) for arg in args]
+        process = subprocess.run(
+            [sys.executable, "-m", "mplug2_jax.cli.main", *args], capture_output=True, text=True, timeout=300,
             env=os.environ | {"JAX_NUM_CPU_DEVICES": "4", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
         )  # fmt: skip
-        assert done.returncode == 0, f"mplug2 {shlex.join(words)}\n{done.stdout}\n{done.stderr}"
-    assert "bit for bit" in done.stdout
+        assert process.returncode == 0, f"mplug2 {shlex.join(args)}\n{process.stdout}\n{process.stderr}"
+    assert "bit for bit" in process.stdout
     assert (here / "runs" / "two" / "report.html").exists()
 
 
 @pytest.mark.timeout(300)
 def test_tasks(repository: Path, here: Path) -> None:
     page = (repository / "docs" / "tasks.md").read_text()
-    for words in commands(page):
-        run(words)
+    for args in commands(page):
+        run(args)
     example = re.search(r"```python\n(.*?)```", page, flags=re.DOTALL)
     assert example
-    put("ours.py", example[1])
+    write_file("ours.py", example[1])
     config = build(RunConfig, load_recipe("ours.py:tiny"))
     assert config.streams["set"].data.sources["set"].path == "data/ours/train.json"
 
@@ -136,15 +136,15 @@ def test_tasks(repository: Path, here: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_plans(repository: Path, here: Path) -> None:
-    """With no time to search: the recipe's own layout is tried even then."""
-    for words in commands((repository / "docs" / "plans.md").read_text()):
-        if "--minutes" in words:
-            words[words.index("--minutes") + 1] = "0"
-        done = subprocess.run(
-            [sys.executable, "-m", "mplug2_jax.cli.main", *words], capture_output=True, text=True, timeout=600,
+    """Search for 0 minutes, in which only the recipe's own layout is tried."""
+    for args in commands((repository / "docs" / "plans.md").read_text()):
+        if "--minutes" in args:
+            args[args.index("--minutes") + 1] = "0"
+        process = subprocess.run(
+            [sys.executable, "-m", "mplug2_jax.cli.main", *args], capture_output=True, text=True, timeout=600,
             env={name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {"HOME": str(here)},
         )  # fmt: skip
-        assert done.returncode == 0, f"mplug2 {shlex.join(words)}\n{done.stdout}\n{done.stderr}"
+        assert process.returncode == 0, f"mplug2 {shlex.join(args)}\n{process.stdout}\n{process.stderr}"
     assert (here / "plan.html").exists()
     assert (here / "runs" / "planned" / "report.html").exists()
 
@@ -153,107 +153,108 @@ def test_plans(repository: Path, here: Path) -> None:
 def test_data(repository: Path, world: Path) -> None:
     pages = commands((repository / "docs" / "data.md").read_text())
     assert len(pages) >= 13
-    for words in pages:
-        if any(word.startswith("tfds:") for word in words):
+    for args in pages:
+        if any(arg.startswith("tfds:") for arg in args):
             from tests.data_pipelines.sources import tfds_builders
 
             tfds_builders.Digits(data_dir=world / "tfds", file_format="array_record").download_and_prepare()
-        broken = "annotations:msrvtt/train_qa.jsonl" in words  # the page shows what is said of a missing clip
-        printed = run(words, status=1 if broken else 0)
-        assert ("would be lost" in printed) == (words[1] == "validate")
+        broken = "annotations:msrvtt/train_qa.jsonl" in args  # the page shows the report of a missing video
+        printed = run(args, status=1 if broken else 0)
+        assert ("would be lost" in printed) == (args[1] == "validate")
     assert (world / "sheets" / "video_text-step7.png").exists()
 
 
 @pytest.fixture
 def ours(here: Path) -> Path:
-    """The folder of docs/own-data.md."""
-    pictures, clips = records("image", 16), records("video", 12)
-    rows = [f'{i}.png,"{record.captions[0]}"' for i, record in enumerate(pictures)]
-    put("ours/captions.csv", "\n".join(["image,caption", *rows]))
-    for i, record in enumerate(pictures):
-        put(f"ours/pictures/{i}.png", encoded(record))
-    told = []
-    for name, record in zip("abcdefghijkl", clips, strict=True):
-        put(f"ours/clips/{name}.mp4", encoded(record))
-        asked = record.questions[0]
-        told.append({
-            "video": f"{name}.mp4", "caption": record.captions[0], "question": asked.question, "answer": asked.answer
+    """Write the folder of docs/own-data.md."""
+    images, videos = records("image", 16), records("video", 12)
+    rows = [f'{i}.png,"{record.captions[0]}"' for i, record in enumerate(images)]
+    write_file("ours/captions.csv", "\n".join(["image,caption", *rows]))
+    for i, record in enumerate(images):
+        write_file(f"ours/pictures/{i}.png", encoded(record))
+    rows = []
+    for name, record in zip("abcdefghijkl", videos, strict=True):
+        write_file(f"ours/clips/{name}.mp4", encoded(record))
+        question = record.questions[0]
+        rows.append({
+            "video": f"{name}.mp4", "caption": record.captions[0], "question": question.question,
+            "answer": question.answer,
         })  # fmt: skip
-    put("ours/clips.jsonl", tuple(told[:8]))
-    put("ours/heldout.jsonl", tuple(told[8:]))
+    write_file("ours/clips.jsonl", tuple(rows[:8]))
+    write_file("ours/heldout.jsonl", tuple(rows[8:]))
     for name in "abcdefghijklmnop":
-        put(f"ours/texts/{name}.txt", "a red four moves left quickly\n" * 3)
+        write_file(f"ours/texts/{name}.txt", "a red four moves left quickly\n" * 3)
     return here
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_own_data(repository: Path, ours: Path) -> None:
-    """With one layer of each kind."""
+    """Use one layer per module."""
     page = (repository / "docs" / "own-data.md").read_text()
     recipe = re.search(r"```python\n(.*?)```", page, flags=re.DOTALL)
     assert recipe
-    put("ours.py", recipe[1])
-    thin = [f"--config.model.{part}_layers=1" for part in ("vision", "text", "universal", "fusion", "decoder")]
-    printed = {}
-    for words in commands(page):
-        printed[" ".join(words[:2])] = run([*words, *thin] if words[0] == "train" else words)
-    assert "44 of 44 records are usable" in printed["data validate"]
+    write_file("ours.py", recipe[1])
+    one_layer = [f"--config.model.{part}_layers=1" for part in ("vision", "text", "universal", "fusion", "decoder")]
+    outputs = {}
+    for args in commands(page):
+        outputs[" ".join(args[:2])] = run([*args, *one_layer] if args[0] == "train" else args)
+    assert "44 of 44 records are usable" in outputs["data validate"]
     assert json.loads(Path("runs/ours/evaluations/2/captions.json").read_text())["examples"] == 4
-    assert "0 differ" in printed["convert export"]
+    assert "0 differ" in outputs["convert export"]
     assert Path("exports/ours/model.safetensors").is_file()
 
 
 @pytest.fixture
 def official(here: Path) -> Path:
-    """The files that docs/weights.md begins with: a release of questions and its vocabulary; exported captions."""
+    """Write the files of docs/weights.md: a released question-answering and a caption model, and their vocabulary."""
     pytest.importorskip("torch", reason="PyTorch is not installed here")
     vocabulary = train_wordpiece(vocabulary_texts(60), 160).save(here / "tok")
-    put("vocab.txt", vocabulary.read_bytes())
+    write_file("vocab.txt", vocabulary.read_bytes())
     size = model_config("tiny", vocab_size=160)
     official_file(here / "mplug2_msrvtt_qa.pth", size, teacher=True)
     official_file(here / "captions" / "c.safetensors", size, task="caption")
     return here
 
 
-def quickly(words: list[str]) -> list[str]:
-    """The same command on the smallest sizes: the page's are those of a month."""
-    words = [word.replace("released:videoqa", "released:videoqa,tiny") for word in words]
-    if words[0] == "train":
-        words += ["--config.steps=1", "--config.model.vocab_size=160", "--config.evaluations.video.data.batch_size=8"]
-        words += ["--config.evaluations.video.data.sources.clips.max_records=8"]
-    if words[0] == "eval":
-        words += ["--config.evaluations.video.data.sources.clips.max_records=8"]
-    return words
+def shrink(args: list[str]) -> list[str]:
+    """Return the same command on the smallest sizes."""
+    args = [arg.replace("released:videoqa", "released:videoqa,tiny") for arg in args]
+    if args[0] == "train":
+        args += ["--config.steps=1", "--config.model.vocab_size=160", "--config.evaluations.video.data.batch_size=8"]
+        args += ["--config.evaluations.video.data.sources.clips.max_records=8"]
+    if args[0] == "eval":
+        args += ["--config.evaluations.video.data.sources.clips.max_records=8"]
+    return args
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_weights(repository: Path, official: Path) -> None:
     page = (repository / "docs" / "weights.md").read_text()
-    for words in commands(page):
-        run([word.replace("/checkpoints/2000", "/checkpoints/1") for word in quickly(words)])
+    for args in commands(page):
+        run([arg.replace("/checkpoints/2000", "/checkpoints/1") for arg in shrink(args)])
     assert Path("runs/tuned/tokenizer/vocab.txt").read_bytes() == Path("vocab.txt").read_bytes()
     assert {path.name for path in (official / "exports" / "qa").iterdir()} >= {"README.md", "model.safetensors"}
 
 
 @pytest.fixture
 def captions(official: Path) -> Path:
-    """A folder with exported captions."""
+    """Return a folder with an exported caption model."""
     run(["convert", "import", "captions/c.safetensors", "--to", "ours", "--tokenizer", "vocab.txt"])
     run(["convert", "export", "ours", "--to", "exports/caption"])
     return official
 
 
 def programs(page: str) -> tuple[str, str, str]:
-    """The three programs of docs/weights.md."""
+    """Return the three programs of docs/weights.md."""
     wrap, read, serve = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     return wrap, read, serve
 
 
 @pytest.fixture
 def server(repository: Path, captions: Path) -> Iterator[str]:
-    """The page's server in a process of its own."""
+    """Run the page's server in a process."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -266,8 +267,8 @@ def server(repository: Path, captions: Path) -> Iterator[str]:
     process.communicate()
 
 
-def asked(server: str, data: bytes) -> str:
-    """What the server answers, once it is up."""
+def post(server: str, data: bytes) -> str:
+    """Return the server's answer, once it is up."""
     for _ in range(300):
         try:
             with urllib.request.urlopen(server, data) as answer:
@@ -288,6 +289,6 @@ def test_programs_for_pytorch(repository: Path, captions: Path, server: str) -> 
     assert set(torch.load("for_the_release.pth", weights_only=True)) == {"model"}
     exec(read, {})
     clip = encoded(records("video", 1)[0])
-    assert len(asked(server, clip).split()) >= 1
-    assert asked(server, clip) == asked(server, clip)
-    assert asked(server, b"no clip").startswith("400 what was sent cannot be read as a video")
+    assert len(post(server, clip).split()) >= 1
+    assert post(server, clip) == post(server, clip)
+    assert post(server, b"no clip").startswith("400 what was sent cannot be read as a video")

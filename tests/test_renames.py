@@ -1,4 +1,4 @@
-"""Renamed fields: read by both names, by whoever names them, with one warning each."""
+"""Renamed fields are read by both names, with one warning each."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -30,16 +30,16 @@ class Whole:
 
 
 renames.accept_old_names(Whole)
-renames.accept_old_names(Whole)  # again changes nothing
+renames.accept_old_names(Whole)  # a second call changes nothing
 EXPECTED = Whole(steps=3, group=Group(mode="soft"), groups={"a": Group(mode="soft")})
 
 
 @pytest.fixture
 def warnings(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    said: list[str] = []
+    lines: list[str] = []
     renames._warn.cache_clear()
-    monkeypatch.setattr(logging, "warning", lambda text, *args: said.append(text % args))
-    yield said
+    monkeypatch.setattr(logging, "warning", lambda text, *args: lines.append(text % args))
+    yield lines
     renames._warn.cache_clear()
 
 
@@ -55,7 +55,7 @@ def test_a_config_file_is_read_by_old_names_and_values(warnings: list[str]) -> N
     ]
 
 
-def test_a_recipe_and_overrides_may_use_them_too(warnings: list[str]) -> None:
+def test_recipes_and_overrides_may_use_old_names(warnings: list[str]) -> None:
     old = Whole(turns=2, groups={"a": Group(gentle="soft")})  # type: ignore[call-arg]
     words = ["--config.turns=3", "--config.piece.gentle=weak"]
     assert build(Whole, override(as_recipe(old), words)) == EXPECTED
@@ -63,14 +63,14 @@ def test_a_recipe_and_overrides_may_use_them_too(warnings: list[str]) -> None:
     assert any("config.turns is called config.steps now" in line for line in warnings)
 
 
-def test_both_names_at_once_and_unknown_ones_are_refused() -> None:
+def test_both_names_at_once_and_unknown_names_are_refused() -> None:
     with pytest.raises(UserError, match=r"config\.turns is the old name of config\.steps, and both are set: remove"):
         build(Whole, {"turns": 1, "steps": 2})
     with pytest.raises(UserError, match=r"config\.trns is not a field: did you mean 'turns'|config\.trns"):
         override(as_recipe(Whole()), ["--config.trns=2"])
 
 
-def test_old_names_of_runs_lead_to_fields() -> None:
+def test_old_names_of_run_configs_map_to_fields() -> None:
     for group, path in config_groups(RunConfig).items():
         fields = {field.name for field in dataclasses.fields(group)}
         for old, new in getattr(group, "OLD_NAMES", {}).items():

@@ -1,4 +1,4 @@
-"""A wheel built from the repository, installed into an empty environment, runs a shipped recipe away from it."""
+"""A wheel of the repository, installed into an empty environment, runs a shipped recipe."""
 
 import os
 import subprocess
@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 
-def run(*words: str | Path, **options: object) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run([str(word) for word in words], capture_output=True, text=True, **options)
-    assert done.returncode == 0, f"{words}\n{done.stdout}\n{done.stderr}"
-    return done
+def run(*command: str | Path, **options: object) -> subprocess.CompletedProcess[str]:
+    process = subprocess.run([str(word) for word in command], capture_output=True, text=True, **options)
+    assert process.returncode == 0, f"{command}\n{process.stdout}\n{process.stderr}"
+    return process
 
 
 @pytest.mark.slow
@@ -21,18 +21,18 @@ def run(*words: str | Path, **options: object) -> subprocess.CompletedProcess[st
 def test_the_demo_recipe_runs_from_a_wheel(repository: Path, tmp_path: Path) -> None:
     run(sys.executable, "-m", "build", "--wheel", "--outdir", tmp_path / "dist", repository)
     (wheel,) = (tmp_path / "dist").glob("*.whl")
-    packed = set(zipfile.ZipFile(wheel).namelist())
-    assert {"mplug2_jax/configs/demo.py", "mplug2_jax/report/template.html", "data_pipelines/batch.py"} <= packed
-    assert {"mplug2_jax/report/parts.html", "mplug2_jax/report/published.json"} <= packed
-    assert not any(name.startswith("tests") for name in packed)
-    assert {"mplug2_jax/launch/files/jobset.yaml.j2", "mplug2_jax/launch/files/Dockerfile.tpu"} <= packed
+    files = set(zipfile.ZipFile(wheel).namelist())
+    assert {"mplug2_jax/configs/demo.py", "mplug2_jax/report/template.html", "data_pipelines/batch.py"} <= files
+    assert {"mplug2_jax/report/parts.html", "mplug2_jax/report/published.json"} <= files
+    assert not any(name.startswith("tests") for name in files)
+    assert {"mplug2_jax/launch/files/jobset.yaml.j2", "mplug2_jax/launch/files/Dockerfile.tpu"} <= files
 
     venv.create(tmp_path / "env", with_pip=True)
     python = tmp_path / "env" / "bin" / "python"
     pins = ["-c", str(repository / "constraints.txt")] if sys.version_info[:2] == (3, 11) else []
     run(python, "-m", "pip", "install", "--quiet", "--no-compile", *pins, wheel)
 
-    clean = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
     small = [
         "--config.steps=2", "--config.model.scan_unroll=1", "--config.model.vision_layers=1",
         "--config.model.decoder_layers=1", "--config.model.fusion_layers=1", "--config.log_every=1",
@@ -43,14 +43,14 @@ def test_the_demo_recipe_runs_from_a_wheel(repository: Path, tmp_path: Path) -> 
     )  # fmt: skip
     small += [f"--config.evaluations.{name}.data.sources.digits.max_records=8" for name in names]
     small += [f"--config.evaluations.{name}.data.batch_size=8" for name in names]
-    done = run(
+    process = run(
         tmp_path / "env" / "bin" / "mplug2", "train", "--config", "demo", *small, "--workdir", tmp_path / "run",
-        cwd=tmp_path, env=clean | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+        cwd=tmp_path, env=environment | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
     )  # fmt: skip
-    assert "image_question" in done.stdout
-    done = run(
+    assert "image_question" in process.stdout
+    process = run(
         tmp_path / "env" / "bin" / "mplug2", "launch", "slurm", "--config", "demo", "--topology", "h100:16",
-        "--workdir", "/shared/demo", cwd=tmp_path, env=clean,
+        "--workdir", "/shared/demo", cwd=tmp_path, env=environment,
     )  # fmt: skip
-    assert "#SBATCH --nodes=2" in done.stdout
+    assert "#SBATCH --nodes=2" in process.stdout
     assert (tmp_path / "run" / "report.html").is_file()
