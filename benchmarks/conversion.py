@@ -1,11 +1,10 @@
-"""Import and export of a whole official checkpoint: memory, speed beside a plain copy of the file, and the round trip.
+"""Benchmark import and export of a whole official checkpoint: memory, speed relative to a file copy, and round trip.
 
     python benchmarks/conversion.py                          # videoqa large with its teacher: 3.05 G elements, 12.2 GB
     python benchmarks/conversion.py --size base --no-teacher
 
-The file is made of random weights. Every stage runs as a process of its own, whose peak resident memory the system
-tells; the limit is 1.5 GB above the largest group of arrays that share tensors. Needs about three times the file's
-size on the disk of ``--folder``.
+The weights are random. Every stage runs in its own process, to measure its peak resident memory; the limit is 1.5 GB
+above the largest group of arrays that share tensors. Needs three times the file's size on the disk of ``--folder``.
 """
 
 import argparse
@@ -22,7 +21,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import numpy as np
 
-from mplug2_jax.conversion.export_weights import groups
+from mplug2_jax.conversion.export_weights import group_arrays
 from mplug2_jax.conversion.files.open import open_source
 from mplug2_jax.conversion.files.safetensors_writer import SafetensorsWriter
 from mplug2_jax.conversion.layouts.official import QUESTION_PARTS, default_fusion_start, map_official_names
@@ -35,8 +34,8 @@ from mplug2_jax.model.mplug2 import define_model
 GB = 1e9
 
 
-def make(folder: Path, size: str, teacher: bool) -> None:
-    """Writes a checkpoint of random weights in the official layout, with its settings."""
+def write_checkpoint(folder: Path, size: str, teacher: bool) -> None:
+    """Write a checkpoint of random weights in the official layout, with its settings."""
     config = model_config(size)
     start = default_fusion_start(config)
     state = official_state(config, start, teacher=teacher)
@@ -56,16 +55,18 @@ def make(folder: Path, size: str, teacher: bool) -> None:
 
 
 def largest_group(size: str, teacher: bool) -> int:
-    """Bytes of the arrays that must be in memory together, at most."""
+    """Return the bytes of the largest group of arrays that must be in memory together."""
     config = model_config(size)
     definition = define_model(config, QUESTION_PARTS)
     name_mapping = map_official_names(config, QUESTION_PARTS, default_fusion_start(config), teacher=teacher)
     trees = {"params": definition.shapes, "teacher": definition.shapes}
-    return max(sum(4 * get_leaf(trees, path).size for path in paths) for paths, _ in groups(name_mapping.mappings))
+    return max(
+        sum(4 * get_leaf(trees, path).size for path in paths) for paths, _ in group_arrays(name_mapping.mappings)
+    )
 
 
 def measure(*command: str) -> tuple[float, float]:
-    """Runs a command; its seconds, and its peak resident memory in bytes."""
+    """Run a command; return its seconds, and its peak resident memory in bytes."""
     start = time.perf_counter()
     code = "import resource, runpy, sys\nsys.argv = sys.argv[1:]\n"
     code += "try: runpy.run_module(sys.argv[0], run_name='__main__')\n"
@@ -77,8 +78,8 @@ def measure(*command: str) -> tuple[float, float]:
     return time.perf_counter() - start, peak * 1024.0
 
 
-def same(one: Path, other: Path) -> int:
-    """How many tensors of two checkpoints are equal to the byte; all must be."""
+def check_equal(one: Path, other: Path) -> int:
+    """Check that all tensors of two checkpoints are equal to the byte, and return their number."""
     a, b = open_source(one), open_source(other)
     assert set(a.names()) == set(b.names())
     differing = [n for n in a.names() if a.info(n) != b.info(n) or a.read(n).tobytes() != b.read(n).tobytes()]
@@ -87,7 +88,7 @@ def same(one: Path, other: Path) -> int:
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="large", help="row of the model table (default: %(default)s)")
     parser.add_argument("--teacher", action=argparse.BooleanOptionalAction, default=True)
@@ -99,19 +100,19 @@ def main() -> None:
         sys.exit(f"{args.folder} exists; choose a new folder")
     source, imported, exported = (args.folder / name for name in ("source", "imported", "exported"))
     try:
-        make(source, args.size, args.teacher)
+        write_checkpoint(source, args.size, args.teacher)
         file = source / "model.safetensors"
         size = file.stat().st_size
         start = time.perf_counter()
         shutil.copyfile(file, args.folder / "copy")
-        copied = time.perf_counter() - start
+        copy_seconds = time.perf_counter() - start
         (args.folder / "copy").unlink()
         cli = "mplug2_jax.cli.main"
         stages = {"import": measure(cli, "convert", "import", str(source), "--to", str(imported))}
         stages["export"] = measure(
             cli, "convert", "export", str(imported), "--to", str(exported), "--shard-size", "1000"
         )
-        tensors = same(source, exported)
+        tensors = check_equal(source, exported)
     finally:
         shutil.rmtree(args.folder, ignore_errors=True)
 
@@ -119,20 +120,18 @@ def main() -> None:
     print(
         f"\nvideoqa {args.size}{', with its teacher' if args.teacher else ''}: {size / GB:.2f} GB, {tensors:,} tensors,"
     )
-    print("official -> ours -> official: all equal to the byte")
-    print(f"\n{'':<8} {'seconds':>8} {'MB/s':>7} {'of a copy':>10} {'peak GB':>8} {'above the largest group':>24}")
-    print(f"{'copy':<8} {copied:>8.1f} {size / copied / 1e6:>7,.0f} {1:>10.0%}")
+    print("official -> ours -> official: all tensors are equal to the byte")
+    print(f"\n{'':<8} {'seconds':>8} {'MB/s':>7} {'of a copy':>10} {'peak GB':>8} {'above largest group':>24}")
+    print(f"{'copy':<8} {copy_seconds:>8.1f} {size / copy_seconds / 1e6:>7,.0f} {1:>10.0%}")
     for name, (seconds, peak) in stages.items():
         above = (peak - group) / GB
         print(
-            f"{name:<8} {seconds:>8.1f} {size / seconds / 1e6:>7,.0f} {copied / seconds:>10.0%} {peak / GB:>8.2f} "
-            f"{above:>21.2f} GB"
+            f"{name:<8} {seconds:>8.1f} {size / seconds / 1e6:>7,.0f} {copy_seconds / seconds:>10.0%} "
+            f"{peak / GB:>8.2f} {above:>21.2f} GB"
         )
-    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GB
-    print(
-        f"\nlargest group {group / GB:.2f} GB (limit: 1.5 GB above it); start of the processes is part of the seconds;"
-    )
-    print(f"this process, which made and compared the files: {own:.2f} GB")
+    own_peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GB
+    print(f"\nlargest group {group / GB:.2f} GB (limit: 1.5 GB above it); seconds include the start of the processes;")
+    print(f"peak of this process, which wrote and compared the files: {own_peak:.2f} GB")
 
 
 if __name__ == "__main__":

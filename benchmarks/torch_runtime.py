@@ -1,10 +1,10 @@
-"""The PyTorch runtime beside our JAX model on this machine: captioning, forward and a whole training step.
+"""Benchmark the PyTorch runtime against our JAX model on this machine: a caption's forward pass and training step.
 
     python benchmarks/torch_runtime.py             # base, 1 clip of 4 frames at 224 px, float32
     python benchmarks/torch_runtime.py --size tiny --rounds 3
 
-Each framework lives in a process of its own and has all cores; calls alternate between them, so that both see the same
-machine. Forward is the caption loss in evaluation mode; a training step adds dropout, the backward pass and AdamW.
+Each framework runs in its own process with all cores; calls alternate between them, so that both see the same machine.
+Forward is the caption loss in evaluation mode; a training step adds dropout, the backward pass and AdamW.
 """
 
 import argparse
@@ -17,13 +17,13 @@ import time
 from collections.abc import Callable
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")  # for both; it is XLA's scratch memory that gains
+os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")  # for both; speeds up XLA's scratch memory
 
 Calls = dict[str, Callable[[], object]]
 
 
 def prepare_jax(args: argparse.Namespace) -> Calls:
-    """Our model: the compiled loss, and the step that the training loop compiles."""
+    """Prepare our model: the compiled loss, and the training loop's step."""
     import jax
     from step import random_batch, run_spec
 
@@ -46,7 +46,7 @@ def prepare_jax(args: argparse.Namespace) -> Calls:
 
 
 def prepare_torch(args: argparse.Namespace) -> Calls:
-    """The runtime, with random weights."""
+    """Prepare the runtime with random weights."""
     import torch
     from step import random_batch
 
@@ -64,8 +64,8 @@ def prepare_torch(args: argparse.Namespace) -> Calls:
     optimizer = torch.optim.AdamW(groups, fused=True)
 
     def loss() -> torch.Tensor:
-        found: torch.Tensor = model(normalize_pixels(batch["frames"]), batch["target"].long(), batch["target_weights"])
-        return found
+        value: torch.Tensor = model(normalize_pixels(batch["frames"]), batch["target"].long(), batch["target_weights"])
+        return value
 
     def forward() -> None:
         model.eval()
@@ -85,7 +85,7 @@ PREPARE = {"jax": prepare_jax, "torch": prepare_torch}
 
 
 def serve(calls: Calls) -> None:
-    """Makes the calls that are asked for on standard input, and answers with their seconds."""
+    """Make the calls named on standard input, and print the seconds of each."""
     for line in sys.stdin:
         call = calls[line.strip()]
         start = time.perf_counter()
@@ -94,37 +94,37 @@ def serve(calls: Calls) -> None:
 
 
 class Framework:
-    """A framework in a process of its own."""
+    """A framework in its own process."""
 
     def __init__(self, name: str) -> None:
         command = [sys.executable, __file__, *sys.argv[1:], "--serve", name]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def seconds(self, call: str) -> float:
-        """The time of one call."""
+        """Return the seconds of one call."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         print(call, file=self._process.stdin, flush=True)
         return float(self._process.stdout.readline())
 
     def close(self) -> None:
-        """Ends the process."""
+        """End the process."""
         self._process.communicate()
 
 
 def compare(call: str, frameworks: dict[str, Framework], rounds: int) -> dict[str, float]:
-    """Median seconds of one call in each framework; the first call of each warms up, or compiles."""
+    """Return the median seconds of a call in each framework; the first call, which compiles, does not count."""
     times: dict[str, list[float]] = {name: [] for name in frameworks}
-    for turn in range(rounds + 1):
+    for i in range(rounds + 1):
         for name, framework in frameworks.items():
             seconds = framework.seconds(call)
-            if turn:
+            if i:
                 times[name].append(seconds)
-    return {name: statistics.median(found) for name, found in times.items()}
+    return {name: statistics.median(seconds) for name, seconds in times.items()}
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Measure and print."""
     from mplug2_jax.model.config import model_config
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -149,10 +149,13 @@ def main() -> None:
     )
     print(f"{'':<14} {'jax':>9} {'torch':>9}   {'jax clips/s':>11} {'torch clips/s':>13}   torch's throughput / jax's")
     for call in ("forward", "training step"):
-        found = compare(call, frameworks, args.rounds)
-        ours, theirs = found["jax"], found["torch"]
-        rates = f"{args.batch / ours:>11.3f} {args.batch / theirs:>13.3f}"
-        print(f"{call:<14} {ours:>7.3f} s {theirs:>7.3f} s   {rates}   {ours / theirs:.2f}", flush=True)
+        seconds = compare(call, frameworks, args.rounds)
+        jax_seconds, torch_seconds = seconds["jax"], seconds["torch"]
+        rates = f"{args.batch / jax_seconds:>11.3f} {args.batch / torch_seconds:>13.3f}"
+        print(
+            f"{call:<14} {jax_seconds:>7.3f} s {torch_seconds:>7.3f} s   {rates}   {jax_seconds / torch_seconds:.2f}",
+            flush=True,
+        )
     for framework in frameworks.values():
         framework.close()
 

@@ -1,4 +1,4 @@
-"""``mplug2 convert``: weights from and to other worlds, with proof."""
+"""``mplug2 convert``: import and export weights, and compare with the release's golden numbers."""
 
 import argparse
 import json
@@ -12,30 +12,30 @@ from mplug2_jax.errors import UserError
 
 
 def add_parser(commands: Any) -> None:
-    """Adds the command with its sub-commands."""
-    kinds = add_group(
+    """Add the command with its sub-commands."""
+    subcommands = add_group(
         commands, "convert",
-        summary="Convert weights from and to PyTorch, with proof",
+        summary="Convert weights from and to PyTorch, and verify them",
         example="mplug2 convert import ViT-L-14.pt bert-large-uncased/ --to runs/start",
     )  # fmt: skip
-    weights.add_parsers(kinds)
+    weights.add_parsers(subcommands)
     parity = add_command(
-        kinds, "parity", run_parity,
-        summary="Compare our numbers with those of a golden folder",
-        details="Computes every number of the folder from the release's weights.",
+        subcommands, "parity", run_parity,
+        summary="Compare our model's numbers with the release's golden ones",
+        details="Computes every number in the golden folder from the release's weights.",
         example="mplug2 convert parity ../shared/reference/goldens/c1_fc --summary",
     )  # fmt: skip
     parity.add_argument("folder", type=Path, metavar="DIR", help="golden folder: config.json, weights, inputs, outputs")
-    parity.add_argument("--summary", action="store_true", help="a row per group of parameters; failures always in full")
+    parity.add_argument("--summary", action="store_true", help="one row per group of parameters, and every failure")
     parity.add_argument(
         "--framework", choices=("jax", "torch"), default="jax",
-        help="whose numbers: our model's, or the PyTorch runtime's (default: %(default)s)",
+        help="compute with our model or with the PyTorch runtime (default: %(default)s)",
     )  # fmt: skip
-    parity.add_argument("--json", type=Path, metavar="FILE", help="also write all rows as JSON")
+    parity.add_argument("--json", type=Path, metavar="FILE", help="also write all rows to a JSON file")
 
 
 def run_parity(args: argparse.Namespace) -> int:
-    """Prints one row per array; 1 if any differs by more than its tolerance."""
+    """Print one row per array; return 1 if any differs by more than its tolerance."""
     from mplug2_jax.conversion.parity.comparison import Row
     from mplug2_jax.conversion.parity.jax_runner import run_parity
 
@@ -48,7 +48,7 @@ def run_parity(args: argparse.Namespace) -> int:
         if not args.summary:
             print(_line(row), flush=True)
     if args.summary:
-        print(table([_cells(row) for row in _grouped(rows)], HEADER, right=(3, 4)))
+        print(table([_cells(row) for row in _merge_groups(rows)], HEADER, right=(3, 4)))
     failed = [row for row in rows if not row.passed]
     if args.json:
         args.json.write_text(json.dumps([vars(row) for row in rows], indent=1), encoding="utf-8")
@@ -76,8 +76,8 @@ def _line(row: Any) -> str:
     return f"{section:<30} {name:<72} {shape:>14} {absolute:>9} {relative:>9}  {verdict}"
 
 
-def _grouped(rows: list[Any]) -> list[Any]:
-    """Rows of single arrays as they are; rows of a group's parameters as one, under its worst; failures all."""
+def _merge_groups(rows: list[Any]) -> list[Any]:
+    """Merge the rows of each group of parameters into its worst one; keep rows of single arrays and failures."""
     import dataclasses
 
     groups: dict[str, list[Any]] = {}

@@ -196,7 +196,7 @@ def _run_torch(
                 logits = model.answer_logits(frames, *question, target, taps=taps)
                 output = model.generate(frames, *question, search_config)
             else:
-                logits = model.text_decoder(target, target != 0, model.visual_tokens(frames, taps), taps=taps)
+                logits = model.text_decoder(target, target != 0, model.encode_visual(frames, taps), taps=taps)
                 output = model.generate(frames, search_config)
         activations |= {f"{path}: {name}": value.numpy() for name, value in {**taps, "logits": logits}.items()}
     return activations, _best_sequences(output.ids, output.scores, output.lengths)

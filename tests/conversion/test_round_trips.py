@@ -9,7 +9,7 @@ import pytest
 
 from data_pipelines.tokenizers import SPECIAL_TOKENS, WordPieceTokenizer
 from mplug2_jax.conversion.export_plan import plan_export
-from mplug2_jax.conversion.export_weights import export, groups
+from mplug2_jax.conversion.export_weights import batch_groups, export, group_arrays
 from mplug2_jax.conversion.files.open import open_source
 from mplug2_jax.conversion.files.sources import DTYPES, MemorySource
 from mplug2_jax.conversion.import_plan import ImportPlan, plan_import
@@ -196,15 +196,18 @@ def test_a_position_table_is_resized_and_the_rest_is_not(tmp_path: Path) -> None
 def test_arrays_that_share_tensors_are_read_together_and_small_ones_at_once() -> None:
     definition = define_model(official_config(), TASK_PARTS["videoqa"])
     name_mapping = map_official_names(definition.config, definition.parts, 2, teacher=True)
-    found = groups(name_mapping.mappings)
+    found = group_arrays(name_mapping.mappings)
     paths = [path for group, _ in found for path in group]
     assert len(paths) == len(set(paths)) == len({mapping.path for mapping in name_mapping.mappings})
     assert sorted(name for _, names in found for name in names) == sorted(
         {mapping.name for mapping in name_mapping.mappings}
     )
     assert max(len(group) for group, _ in found) == 3  # query, key, value
-    assert len(batches(name_mapping.mappings, dict.fromkeys(paths, 2**20))) == -(-len(paths) // 128) or len(paths) < 384
-    assert len(batches(name_mapping.mappings, dict.fromkeys(paths, 2**28))) == len(found)
+    assert (
+        len(batch_groups(name_mapping.mappings, dict.fromkeys(paths, 2**20))) == -(-len(paths) // 128)
+        or len(paths) < 384
+    )
+    assert len(batch_groups(name_mapping.mappings, dict.fromkeys(paths, 2**28))) == len(found)
 
 
 @pytest.mark.parametrize(("task", "teacher"), [("caption", False), ("videoqa", True)])

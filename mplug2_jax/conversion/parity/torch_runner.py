@@ -154,7 +154,7 @@ def caption_arrays(golden: Golden) -> NamedArrays:
     yield "caption_loss", _loss(golden, model).numpy()
     unmasked = torch.from_numpy(caption_weights(golden, masked_prompt=False))
     yield "caption_loss_no_prompt_mask", model(frames, target, unmasked).numpy()
-    visual = model.visual_tokens(frames, taps)
+    visual = model.encode_visual(frames, taps)
     logits = model.text_decoder(target, target != 0, visual, taps=taps)
     yield from visual_arrays(taps, golden)
     yield from decoder_arrays(taps, logits)
@@ -166,7 +166,7 @@ def videoqa_arrays(golden: Golden) -> NamedArrays:
     model, taps, batch = load(golden, VideoQA), Taps(), _question_batch(golden)
     question = batch["frames"], batch["question"], batch["question_mask"]
     logits = model.answer_logits(**batch, taps=taps)
-    memory, mask = model.memory(*question)
+    memory, mask = model.instruction_memory(*question)
     num_visual = taps["visual/out"].shape[1]
     yield from visual_arrays(taps, golden)
     yield from text_arrays(taps)

@@ -1,12 +1,12 @@
-"""A PyTorch runtime for weights in the official layout: the same model as ours, as plain PyTorch modules.
+"""A PyTorch runtime for weights in the official layout: our model as plain PyTorch modules.
 
-It needs PyTorch and safetensors, nothing of JAX. Attribute names are the release's, so its checkpoints and our exports
-load strictly; what the release holds and never reads is dropped by rule and listed. Read ``model.py`` first.
+It needs PyTorch and safetensors, but not JAX. Attribute names are the release's, so its checkpoints and our exports
+load strictly; ignored tensors are dropped by rule and listed. Read ``model.py`` first.
 
 Example::
 
     model = Caption.from_pretrained("exports/msrvtt-caption")
-    found = model.generate(normalize_pixels(frames))
+    output = model.generate(normalize_pixels(frames))
 """
 
 from mplug2_jax.conversion.torch_runtime.config import SIZES, Config, read_config

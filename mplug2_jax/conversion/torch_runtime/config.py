@@ -1,4 +1,4 @@
-"""Sizes of the model, as a ``config.json`` beside exported weights holds them; tables for the released ones."""
+"""Sizes of the model, as in the ``config.json`` next to exported weights, and a table of the released ones."""
 
 import dataclasses
 import json
@@ -11,69 +11,69 @@ from mplug2_jax.errors import UserError, did_you_mean
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """Every size of the model; names as in :class:`mplug2_jax.model.config.ModelConfig`.
+    """All sizes of the model, named as in :class:`mplug2_jax.model.config.ModelConfig`.
 
     Raises:
-        UserError: a size that is no number of its kind, or does not fit the others.
+        UserError: a size is out of range, or does not fit another.
     """
 
     vision_width: int
     vision_layers: int
     vision_heads: int
-    vision_activation: str = "quick_gelu"  # of its MLPs; or the exact "gelu"
+    vision_activation: str = "quick_gelu"  # or the exact "gelu"
     patch_size: int
-    image_size: int  # pixels; fixes the grid of the position table, other sizes resize it
-    temporal_downsampling: bool = False  # patches see 3 frames, every second one is kept; off in every released model
+    image_size: int  # pixels; sets the grid of the position table, which is resized for other sizes
+    temporal_downsampling: bool = False  # patches of 3 frames with stride 2; off in every released model
     width: int  # of everything but the vision tower
     heads: int
     mlp_width: int
     text_layers: int  # below the universal ones
     universal_layers: int = 2  # the last layers of the text encoder, shared with vision
     num_latents: int = 50  # learnable queries of the universal layers
-    fusion_start: int  # the release counts fusion layers from 0 and uses the last ones; the first of those
+    fusion_start: int  # the release numbers fusion layers from 0 and uses the last ones; the first of these
     fusion_layers: int  # in use
-    fusion_stride: int = 0  # every stride-th of them mixes image and text in one self attention; 0 = none does
+    fusion_stride: int = 0  # every stride-th layer has joint self attention over image and text; 0 = none
     decoder_layers: int
     vocab_size: int = 30522
     max_positions: int = 512
     dropout: float = 0.1  # of hidden states outside the vision tower, in train mode
-    attention_dropout: float = 0.1  # of attention probabilities there
-    bos_token_id: int = 101  # what generated texts begin and end with, in the tokeniser's ids; BERT's
+    attention_dropout: float = 0.1  # of attention probabilities outside the vision tower
+    bos_token_id: int = 101  # generated texts begin and end with these ids of the tokenizer; default: BERT's
     eos_token_id: int = 102
 
     def __post_init__(self) -> None:
-        """Checks every field."""
+        """Check every field."""
         _check(vars(self))
 
     @property
-    def mixing_layers(self) -> tuple[int, ...]:
-        """Which fusion layers, counted from the first in use, mix image and text."""
+    def joint_attention_layers(self) -> tuple[int, ...]:
+        """Return which fusion layers, counted from the first in use, attend jointly over image and text."""
         return tuple(range(self.fusion_stride, self.fusion_layers, self.fusion_stride)) if self.fusion_stride else ()
 
 
-_NO_SIZES = ("model_type", "architectures", "task", "teacher")  # what else an export says of itself
+_OTHER_FIELDS = ("model_type", "architectures", "task", "teacher")  # of an export's config.json
 _MAY_BE_ZERO = ("text_layers", "fusion_start", "fusion_layers", "fusion_stride", "bos_token_id", "eos_token_id")
 _ACTIVATIONS = ("quick_gelu", "gelu")
 
 
 def _check(sizes: Mapping[str, Any]) -> None:
-    """Refuses sizes that are no numbers of their kind, or do not fit together; defaults may be absent."""
+    """Raise UserError for sizes that are out of range or do not fit together; those with a default may be absent."""
     for field in dataclasses.fields(Config):
         value = sizes.get(field.name, field.default)
         if field.type is bool:
-            fits, expected = isinstance(value, bool), "true or false"
+            valid, expected = isinstance(value, bool), "true or false"
         elif field.type is str:
-            fits, expected = value in _ACTIVATIONS, " or ".join(_ACTIVATIONS)
+            valid, expected = value in _ACTIVATIONS, " or ".join(_ACTIVATIONS)
         elif field.type is float:
-            fits, expected = type(value) in (int, float) and 0 <= value < 1, "a number from 0 to below 1"
+            valid, expected = type(value) in (int, float) and 0 <= value < 1, "a number from 0 to below 1"
         else:
-            least = 0 if field.name in _MAY_BE_ZERO else 1
-            fits, expected = type(value) is int and value >= least, f"a whole number of at least {least}"
-        if not fits:
+            minimum = 0 if field.name in _MAY_BE_ZERO else 1
+            valid, expected = type(value) is int and value >= minimum, f"an integer of at least {minimum}"
+        if not valid:
             raise UserError(f"{field.name}={value!r} must be {expected}")
     for width, heads in (("vision_width", "vision_heads"), ("width", "heads")):
         if sizes[width] % sizes[heads]:
-            raise UserError(f"{width}={sizes[width]} does not divide into {heads}={sizes[heads]} heads")
+            raise UserError(f"{width}={sizes[width]} is not a multiple of {heads}={sizes[heads]}")
     if sizes["image_size"] % sizes["patch_size"]:
         raise UserError(f"image_size={sizes['image_size']} is not a multiple of patch_size={sizes['patch_size']}")
 
@@ -91,29 +91,29 @@ SIZES: Mapping[str, Config] = {
 
 
 def read_config(path: Path) -> Config:
-    """The sizes in a JSON file: one object with the fields of :class:`Config`; those with a default may be absent.
+    """Read the sizes in a JSON file: an object with the fields of :class:`Config`; those with a default may be absent.
 
     Raises:
-        UserError: the file is missing or no such object, a field is unknown or missing, or sizes do not fit.
+        UserError: the file is missing or invalid, a field is unknown or missing, or sizes do not fit.
     """
     try:
-        found: Any = json.loads(path.read_text(encoding="utf-8"))
+        sizes: Any = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; write one, or pass a config, such as SIZES['large']") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{path} holds a {type(found).__name__}, expected an object with the sizes of the model")
-    found = {name: value for name, value in found.items() if name not in _NO_SIZES}
+    if not isinstance(sizes, dict):
+        raise UserError(f"{path} holds a {type(sizes).__name__}, expected an object with the sizes of the model")
+    sizes = {name: value for name, value in sizes.items() if name not in _OTHER_FIELDS}
     fields = {field.name: field for field in dataclasses.fields(Config)}
-    for name in found:
+    for name in sizes:
         if name not in fields:
             raise UserError(f"{path}: {name} is not a size of the model: {did_you_mean(name, fields)}")
-    missing = [n for n, field in fields.items() if n not in found and field.default is dataclasses.MISSING]
+    missing = [n for n, field in fields.items() if n not in sizes and field.default is dataclasses.MISSING]
     if missing:
-        raise UserError(f"{path} lacks {', '.join(missing)}; add what the model was made with")
+        raise UserError(f"{path} lacks {', '.join(missing)}; add the sizes that the model was trained with")
     try:
-        _check(found)
+        _check(sizes)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    return Config(**found)
+    return Config(**sizes)

@@ -1,7 +1,7 @@
-"""The shared decoder: causal self attention, cross attention to a memory, MLP; a word head tied to its own table.
+"""The shared decoder: causal self attention, cross attention to a memory, MLP; its head is tied to its word table.
 
-Several sequences may share one memory (the candidate answers to a question, the beams of a clip): ids come as
-[b*r, m], the memory as [b, s, d], and its keys and values are projected once for all r.
+Several sequences may share one memory (the candidate answers to a question, the beams of a video clip): ids are
+[b*r, m], the memory is [b, s, d], and its keys and values are projected once for all r.
 """
 
 import torch
@@ -31,7 +31,7 @@ class Bert(nn.Module):
 
 
 class Transform(nn.Module):
-    """Dense -> GELU -> LayerNorm, before the words."""
+    """Dense -> GELU -> LayerNorm, before the logits."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -39,13 +39,13 @@ class Transform(nn.Module):
         self.LayerNorm = nn.LayerNorm(width, BERT_EPS)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[b, m, d] -> the same."""
+        """Transform [b, m, d]."""
         out: Tensor = self.LayerNorm(F.gelu(self.dense(x)))
         return out
 
 
 class Predictions(nn.Module):
-    """Logits over the vocabulary. The word table and the bias have two names each and are one parameter each."""
+    """Logits over the vocabulary. The word table and the bias have two names, but are one parameter each."""
 
     def __init__(self, words: Tensor) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class Predictions(nn.Module):
         self.decoder.weight, self.decoder.bias = words, self.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        """[b, m, d] -> logits [b, m, v]."""
+        """Map [b, m, d] to logits [b, m, v]."""
         out: Tensor = self.decoder(self.transform(x))
         return out
 
@@ -84,7 +84,7 @@ class TextDecoder(nn.Module):
         memory_mask: Tensor | None = None,
         taps: Taps | None = None,
     ) -> Tensor:
-        """Teacher forcing: logits [b*r, m, v] at every position of ids [b*r, m], each for the token after it."""
+        """Return logits [b*r, m, v] with teacher forcing: at every position of ids [b*r, m], for the token after it."""
         x = self.bert.embeddings(ids)
         tap(taps, "decoder/embed", x)
         seen = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()
@@ -99,17 +99,17 @@ class TextDecoder(nn.Module):
 
 
 class DecoderCache:
-    """Decoding one token at a time: a :class:`~mplug2_jax.conversion.torch_runtime.search.IncrementalDecoder`."""
+    """The decoder, one token at a time: a :class:`~mplug2_jax.conversion.torch_runtime.search.IncrementalDecoder`."""
 
     def __init__(self, decoder: TextDecoder, memory: Tensor, memory_mask: Tensor) -> None:
-        """Projects the memory [b, s, d], once for all layers and tokens."""
+        """Project the memory [b, s, d] once for all tokens."""
         self._decoder, self._memory_seen = decoder, broadcast_mask(memory_mask)
         self._memory = [layer.crossattention.project(memory) for layer in decoder.bert.encoder.layers]
         self._past: list[KeysValues | None] = [None] * len(self._memory)
         self._length = 0
 
-    def logits(self, tokens: Tensor) -> Tensor:
-        """Takes the newest token of each sequence [b*r]; logits [b*r, v] for the next one."""
+    def step(self, tokens: Tensor) -> Tensor:
+        """Append a token to each sequence [b*r], and return logits [b*r, v] for the next one."""
         x = self._decoder.bert.embeddings(tokens[:, None], start=self._length)
         for i, layer in enumerate(self._decoder.bert.encoder.layers):
             x, self._past[i] = layer.step(x, self._past[i], self._memory[i], self._memory_seen)
@@ -118,5 +118,5 @@ class DecoderCache:
         return logits
 
     def reorder(self, rows: Tensor) -> None:
-        """Keeps the sequences ``rows`` [b*r]; the memory's part is shared, so it stays."""
+        """Replace the sequences by ``rows`` of them [b*r]; the memory is shared by the rows of an example."""
         self._past = [past and (past[0][rows], past[1][rows]) for past in self._past]

@@ -1,7 +1,7 @@
 """Building blocks of the BERT-like towers, under the release's attribute names, and taps.
 
-Axis letters as everywhere in the project: b batch, l text length (and any queries), m target length, s visual sequence
-(and any keys), d width, h heads, k width of a head, r sequences per memory. Masks are True where a token counts.
+Axis letters as in the whole project: b batch, l text length (and any queries), m target length, s visual sequence (and
+any keys), d width, h heads, k head width, r sequences per memory. Masks are True for valid tokens.
 """
 
 from collections.abc import Iterable
@@ -18,7 +18,7 @@ KeysValues = tuple[Tensor, Tensor]  # [b, h, s, k] each
 
 
 class Taps(dict[str, Tensor]):
-    """Collects the intermediates named at construction, or all of them; towers offer one tensor stacked over depth.
+    """Collects the intermediates named at construction, or all of them; those of layers are stacked over depth.
 
     Example:
         ``taps = Taps(["vision/out"]); model.visual_tokens(frames, taps); taps["vision/out"]``
@@ -29,12 +29,12 @@ class Taps(dict[str, Tensor]):
         self._names = None if names is None else frozenset(names)
 
     def wants(self, name: str) -> bool:
-        """Whether this name was asked for."""
+        """Return whether this name is collected."""
         return self._names is None or name in self._names
 
 
 def tap(taps: Taps | None, name: str, x: Tensor, layer: int | None = None) -> None:
-    """Offers one intermediate, kept only if it was asked for. Outputs of ``layer`` 0, 1, ... are stacked."""
+    """Collect one intermediate, if ``taps`` wants it. Outputs of ``layer`` 0, 1, ... are stacked."""
     if taps is None or not taps.wants(name):
         return
     if layer is None:
@@ -44,7 +44,7 @@ def tap(taps: Taps | None, name: str, x: Tensor, layer: int | None = None) -> No
 
 
 def broadcast_mask(mask: Tensor) -> Tensor:
-    """A key mask [b, s] for every head and query: [b, 1, 1, s]."""
+    """Broadcast a key mask [b, s] over heads and queries: [b, 1, 1, s]."""
     return mask[:, None, None, :]
 
 
@@ -57,7 +57,7 @@ class QueryKeyValue(nn.Module):
 
 
 class AddNorm(nn.Module):
-    """How every sub-layer ends: dense -> dropout -> residual -> LayerNorm."""
+    """The end of every sub-layer: dense -> dropout -> residual -> LayerNorm."""
 
     def __init__(self, in_dim: int, config: Config) -> None:
         super().__init__()
@@ -66,17 +66,17 @@ class AddNorm(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, update: Tensor, x: Tensor) -> Tensor:
-        """Adds ``update`` [b, l, in_dim] to ``x`` [b, l, d]."""
+        """Add ``update`` [b, l, in_dim] to ``x`` [b, l, d]."""
         out: Tensor = self.LayerNorm(x + self.dropout(self.dense(update)))
         return out
 
 
 class BertAttention(nn.Module):
-    """Multi-head attention over itself or a memory, with its residual."""
+    """Multi-head self attention, or cross attention to a memory, with its residual."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.self = QueryKeyValue(config.width)  # so the release calls it
+        self.self = QueryKeyValue(config.width)  # the release's name
         self.output = AddNorm(config.width, config)
         self.heads, self.dropout = config.heads, config.attention_dropout
 
@@ -84,43 +84,43 @@ class BertAttention(nn.Module):
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def project(self, memory: Tensor) -> KeysValues:
-        """Keys and values of a memory [b, s, d], for use by many queries."""
+        """Project a memory [b, s, d] to keys and values, for many queries."""
         return self._split(self.self.key(memory)), self._split(self.self.value(memory))
 
     def attend(self, x: Tensor, keys_values: KeysValues, mask: Tensor | None = None) -> Tensor:
-        """``x`` [b*r, l, d] after attending to projected keys and values of b memories.
+        """Attend from ``x`` [b*r, l, d] to projected keys and values of b memories.
 
-        The r sequences of a memory lie side by side as its queries, so that keys and values are never copied; ``mask``
-        is then the same for all queries (see :func:`broadcast_mask`).
+        The r sequences of a memory are concatenated to one sequence of queries, so that keys and values are never
+        copied; ``mask`` is then the same for all queries (see :func:`broadcast_mask`).
         """
         keys, values = keys_values
         query = self._split(self.self.query(x).reshape(keys.shape[0], -1, x.shape[-1]))
         rate = self.dropout if self.training else 0.0
-        # The release adds -1e4 (self) or -1e9 (cross) where this masks; with a key that counts the softmax is the same.
+        # The release adds -1e4 (self) or -1e9 (cross) to masked scores; with any valid key the softmax is the same.
         out = F.scaled_dot_product_attention(query, keys, values, mask, dropout_p=rate)
         return self.output(out.transpose(1, 2).reshape(x.shape), x)
 
     def forward(self, x: Tensor, memory: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """Self attention of ``x`` [b*r, l, d], or cross attention where a memory [b, s, d] is given."""
+        """Compute self attention of ``x`` [b*r, l, d], or cross attention if a memory [b, s, d] is given."""
         return self.attend(x, self.project(x if memory is None else memory), mask)
 
 
 class Intermediate(nn.Module):
-    """The first half of the MLP; GELU is the exact form."""
+    """The first half of the MLP, with exact GELU."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.dense = nn.Linear(config.width, config.mlp_width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[b, l, d] -> [b, l, mlp width]."""
+        """Map [b, l, d] to [b, l, mlp width]."""
         return F.gelu(self.dense(x))
 
 
 class BertLayer(nn.Module):
     """BERT's post-norm layer: self attention, cross attention if it has one and is given a memory, MLP.
 
-    The first universal layer also holds the latents, because there the release keeps them.
+    The first universal layer also holds the latents, as in the release.
     """
 
     def __init__(self, config: Config, *, cross: bool, latents: bool = False) -> None:
@@ -136,7 +136,7 @@ class BertLayer(nn.Module):
     def forward(
         self, x: Tensor, mask: Tensor | None = None, memory: Tensor | None = None, memory_mask: Tensor | None = None
     ) -> Tensor:
-        """``x`` [b*r, l, d], ``memory`` [b, s, d]; masks broadcast to [b, h, queries, keys]."""
+        """Run the layer on ``x`` [b*r, l, d] and ``memory`` [b, s, d]; masks broadcast to [b, h, queries, keys]."""
         x = self.attention(x, None, mask)
         if memory is not None:
             x = self.crossattention(x, memory, memory_mask)
@@ -145,7 +145,7 @@ class BertLayer(nn.Module):
     def step(
         self, x: Tensor, past: KeysValues | None, memory: KeysValues, memory_mask: Tensor
     ) -> tuple[Tensor, KeysValues]:
-        """One more token of each sequence, ``x`` [b*r, 1, d], over the tokens before it and a projected memory."""
+        """Run the layer on the next token of each sequence, ``x`` [b*r, 1, d], given past and memory keys, values."""
         keys, values = self.attention.project(x)
         if past is not None:
             keys, values = torch.cat([past[0], keys], dim=2), torch.cat([past[1], values], dim=2)
@@ -154,12 +154,12 @@ class BertLayer(nn.Module):
         return self.mlp(x), (keys, values)
 
     def mlp(self, x: Tensor) -> Tensor:
-        """The MLP with its residual."""
+        """Apply the MLP with its residual."""
         return self.output(self.intermediate(x), x)
 
 
 class Encoder(nn.Module):
-    """A tower's layers as ``layer.i``; ``first`` is the release's index of the first, where lower ones are dead."""
+    """A tower's layers as ``layer.i``; ``first`` is the first index, if the release has unused layers below."""
 
     def __init__(self, layers: Iterable[BertLayer], first: int = 0) -> None:
         super().__init__()
@@ -167,27 +167,27 @@ class Encoder(nn.Module):
 
     @property
     def layers(self) -> list[BertLayer]:
-        """The layers in their order."""
+        """Return the layers in order."""
         return [layer for layer in self.layer.values() if isinstance(layer, BertLayer)]
 
 
 class Embeddings(nn.Module):
-    """Word + position + type rows, normalised. The text encoder and the decoder have one each, not shared."""
+    """Word + position + type embeddings, normalized. The text encoder and the decoder do not share theirs."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        # The pad row is looked up but learns nothing through the lookup.
+        # The padding row gets no gradient from the lookup.
         self.word_embeddings = nn.Embedding(config.vocab_size, config.width, padding_idx=0)
         self.position_embeddings = nn.Embedding(config.max_positions, config.width)
-        self.token_type_embeddings = nn.Embedding(2, config.width)  # only row 0 is ever looked up
+        self.token_type_embeddings = nn.Embedding(2, config.width)  # only row 0 is used
         self.LayerNorm = nn.LayerNorm(config.width, BERT_EPS)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, ids: Tensor, start: int = 0) -> Tensor:
-        """Ids [b, l] that stand at positions ``start``, ``start + 1``, ... -> [b, l, d].
+        """Embed ids [b, l] at positions ``start``, ``start + 1``, ... -> [b, l, d].
 
         Raises:
-            UserError: a text longer than the position table.
+            UserError: the text is longer than the position table.
         """
         stop, rows = start + ids.shape[1], self.position_embeddings.num_embeddings
         if stop > rows:

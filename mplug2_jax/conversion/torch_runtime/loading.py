@@ -1,6 +1,6 @@
-"""Checkpoints of the release's layout: files of named tensors, and the names of which nothing is kept.
+"""Load checkpoints of the release's layout: files of named tensors, and patterns of the names that are ignored.
 
-Loading is strict: a tensor that no module holds must be explained by a rule below, or nothing is loaded.
+Loading is strict: a tensor that no module holds must match a pattern below, or nothing is loaded.
 """
 
 import argparse
@@ -19,51 +19,53 @@ from torch import Tensor
 from mplug2_jax.conversion.torch_runtime.config import Config
 from mplug2_jax.errors import UserError
 
-# One parameter each, listed twice: the copy and the name that it is a copy of.
+# One parameter each under two names: the copy, and the original.
 TIED: Mapping[str, str] = {
     "text_decoder.cls.predictions.decoder.weight": "text_decoder.bert.embeddings.word_embeddings.weight",
     "text_decoder.cls.predictions.decoder.bias": "text_decoder.cls.predictions.bias",
 }
 STATE_DICT_KEYS = ("model", "module", "state_dict", "model_state_dict")
-"""Where training checkpoints keep the state dict."""
+"""Keys of the state dict in training checkpoints."""
 _TEACHER = re.compile(r"^(\w+)_m(?=\.)")  # the release appends _m to the module's name
-Rules = list[tuple[re.Pattern[str], str]]  # a pattern of whole names, and why nothing reads such a tensor
+NamePatterns = list[tuple[re.Pattern[str], str]]  # patterns of whole names, and the reason why they are ignored
 
 
-def ignored_patterns(config: Config, *, text: bool) -> Rules:
-    """Which tensors of the release nothing reads, and why; the first rule that matches a whole name explains it.
+def ignored_patterns(config: Config, *, text: bool) -> NamePatterns:
+    """Return patterns of the tensors that the model ignores, with reasons; the first that matches a name explains it.
 
-    ``text``: whether the model encodes text, so that it has a text encoder below the universal layers, and fusion.
+    ``text``: whether the model encodes text, and so has fusion and a text encoder below the universal layers.
     """
-    rules = [
+    patterns = [
         (r".*\.position_ids", "buffer: the positions 0, 1, 2, ..."),
         (r"visual_encoder\.visual\.proj", "CLIP's projection, never called"),
         (r"visual_encoder\.(?!visual\.).*", "CLIP's text tower, never called"),
         (r".*\.(intermediate|output)_vision\..*", "separate vision MLP, commented out in the release"),
-        (r"text_decoder\..*\.latents", "latents made by the layer class, never read in the decoder"),
+        (r"text_decoder\..*\.latents", "latents of the layer class, never read in the decoder"),
         (r"fusion_encoder\.embeddings\..*", "fusion starts from encoded text, never from ids"),
         (_layers("fusion_encoder", range(config.fusion_start)), "fusion layer below the first in use"),
         (
-            _layers("fusion_encoder", (config.fusion_start + j for j in config.mixing_layers), r"crossattention\."),
+            _layers(
+                "fusion_encoder", (config.fusion_start + j for j in config.joint_attention_layers), r"crossattention\."
+            ),
             "cross attention of a fusion layer that mixes instead",
         ),
     ]
     if not text:
-        rules += [
+        patterns += [
             (r"fusion_encoder\..*", "no fusion in this model"),
             (r"text_encoder\.embeddings\..*", "no text in this model"),
             (_layers("text_encoder", range(config.text_layers)), "no text in this model"),
         ]
-    return [(re.compile(pattern), why) for pattern, why in rules]
+    return [(re.compile(pattern), reason) for pattern, reason in patterns]
 
 
 def _layers(tower: str, indices: Iterable[int], part: str = "") -> str:
-    """The pattern of a part of some layers; of none where there are no indices."""
+    """Return the pattern of a part of some layers; without indices it matches nothing."""
     return rf"{tower}\.encoder\.layer\.({'|'.join(map(str, indices)) or '(?!)'})\.{part}.*"
 
 
 class SafetensorsFile(Mapping[str, Tensor]):
-    """The tensors of a safetensors file, each read when it is asked for."""
+    """The tensors of a safetensors file, read on access."""
 
     def __init__(self, path: Path) -> None:
         self._file: Any = safe_open(path, framework="pt")
@@ -81,12 +83,12 @@ class SafetensorsFile(Mapping[str, Tensor]):
 
 
 def read_weights(path: Path) -> Mapping[str, Tensor]:
-    """All tensors of a file, by name: safetensors, or what ``torch.save`` wrote of tensors alone; no code is run.
+    """Read all tensors of a file by name: safetensors, or a file of ``torch.save``; runs no code in it.
 
-    A checkpoint's tensors may lie under one of :data:`STATE_DICT_KEYS`, and a wrapper's prefix is taken off.
+    A checkpoint's tensors may be under one of :data:`STATE_DICT_KEYS`, and a wrapper's prefix is removed.
 
     Raises:
-        UserError: the file is missing, damaged, of another kind, or holds more than tensors and plain values.
+        UserError: the file is missing, damaged, of another format, or holds more than tensors and plain values.
     """
     if not path.is_file():
         raise UserError(f"weights file {path} does not exist")
@@ -94,9 +96,9 @@ def read_weights(path: Path) -> Mapping[str, Tensor]:
         tensors: Mapping[str, Tensor] = ShardedFiles(path)
     else:
         tensors = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickled(path)
-    wrapper = os.path.commonprefix(list(tensors)).rpartition(".")[0]  # noqa: RUF071  they are no paths
-    if wrapper and len(tensors) > 1:
-        tensors = {name.removeprefix(f"{wrapper}."): tensors[name] for name in tensors}
+    prefix = os.path.commonprefix(list(tensors)).rpartition(".")[0]  # noqa: RUF071  these are not paths
+    if prefix and len(tensors) > 1:
+        tensors = {name.removeprefix(f"{prefix}."): tensors[name] for name in tensors}
     return tensors
 
 
@@ -111,83 +113,81 @@ def _read_safetensors(path: Path) -> Mapping[str, Tensor]:
 
 def _read_pickled(path: Path) -> Mapping[str, Tensor]:
     try:
-        # Files of before PyTorch 1.6 are no zip archives and cannot be mapped into memory.
-        with torch.serialization.safe_globals([argparse.Namespace]):  # a run's settings, which hold nothing to call
-            found: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        # Files of before PyTorch 1.6 are not zip archives and cannot be memory-mapped.
+        with torch.serialization.safe_globals([argparse.Namespace]):  # a run's settings, without code
+            content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # zipfile, pickle and torch each raise their own for a damaged file
         reason = str(error).partition("\n")[0]
         raise UserError(f"{path} is damaged or holds more than tensors and plain values ({reason})") from error
     for key in STATE_DICT_KEYS:
-        if isinstance(found, dict) and isinstance(found.get(key), dict):
-            found = found[key]
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
             break
-    if not isinstance(found, dict) or not all(isinstance(value, Tensor) for value in found.values()):
+    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise UserError(
             f"{path} holds no state dict: expected named tensors, bare or under {' or '.join(STATE_DICT_KEYS)}"
         )
-    return found
+    return content
 
 
 class ShardedFiles(Mapping[str, Tensor]):
     """The tensors of several safetensors files with an index, by Hugging Face's convention.
 
     Raises:
-        UserError: an index that is damaged, or leads elsewhere, or to files that are missing or damaged.
+        UserError: the index or a file is missing or damaged, or the index names files in another folder.
     """
 
     def __init__(self, index: Path) -> None:
         try:
-            self._where: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            names = set(self._where.values())
+            self._file_of: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            names = set(self._file_of.values())
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{index} is no index of weight files: {error!r}") from error
+            raise UserError(f"{index} is not an index of weight files ({error!r}); copy it again") from error
         if any(Path(str(name)).name != name for name in names):
-            raise UserError(f"{index} names files that are not beside it")
+            raise UserError(f"{index} names files of another folder; expected files in its own")
         self._files = {name: _read_safetensors(index.parent / name) for name in names}
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._files[self._where[name]][name]
+        return self._files[self._file_of[name]][name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._where)
+        return iter(self._file_of)
 
     def __len__(self) -> int:
-        return len(self._where)
+        return len(self._file_of)
 
 
 def choose_weights(folder: Path) -> Path:
-    """The one weights file of a folder, or the index of its several.
+    """Return the only weights file of a folder, or the index of several.
 
     Raises:
-        UserError: no weights file, or more than one.
+        UserError: there is no weights file, or more than one.
     """
     indices = sorted(folder.glob("*.safetensors.index.json"))
     if len(indices) == 1:
         return indices[0]
-    found = sorted(path for pattern in ("*.safetensors", "*.pth") for path in folder.glob(pattern))
-    if len(found) != 1:
-        listed = (
-            f"{len(found)} weights files ({', '.join(path.name for path in found)})" if found else "no weights file"
-        )
-        raise UserError(f"{folder} holds {listed}; expected one .safetensors or .pth file, or name the file itself")
-    return found[0]
+    files = sorted(path for pattern in ("*.safetensors", "*.pth") for path in folder.glob(pattern))
+    if len(files) != 1:
+        names = ", ".join(path.name for path in files)
+        listed = f"{len(files)} weights files ({names})" if files else "no weights file"
+        raise UserError(f"{folder} holds {listed}; expected one .safetensors or .pth file; give the path of a file")
+    return files[0]
 
 
 def select_state(
     tensors: Mapping[str, Tensor],
     expected: Mapping[str, Tensor],
-    rules: Rules,
+    ignored: NamePatterns,
     *,
     teacher: bool,
     where: Path | str,
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """What a model with the ``expected`` state takes of a checkpoint, and why the rest is dropped, by stored name.
+    """Return the tensors of a checkpoint for a model with the ``expected`` state, and why others are dropped, by name.
 
-    With ``teacher`` the teacher's copy of every tensor is taken.
+    With ``teacher``, selects the teacher's copy of every tensor.
 
     Raises:
-        UserError: tensors that nothing explains, missing ones, others of a wrong shape or kind, or tied ones that
-            differ; nothing is loaded then.
+        UserError: tensors are unexpected, missing, of a wrong shape or dtype, or tied but different; nothing is loaded.
     """
     state: dict[str, Tensor] = {}
     dropped: dict[str, str] = {}
@@ -195,11 +195,11 @@ def select_state(
     for stored in tensors:
         name, is_teacher = _TEACHER.subn(r"\1", stored)
         if name not in expected:
-            why = next((why for pattern, why in rules if pattern.fullmatch(name)), None)
-            if why is None:
+            reason = next((reason for pattern, reason in ignored if pattern.fullmatch(name)), None)
+            if reason is None:
                 unexpected.append(stored)
             else:
-                dropped[stored] = why
+                dropped[stored] = reason
         elif bool(is_teacher) != teacher:
             dropped[stored] = "the student's copy" if teacher else "the teacher's copy"
         else:
@@ -207,18 +207,18 @@ def select_state(
     _complete_ties(state, where)
     missing = [name.replace(".", "_m.", 1) if teacher else name for name in expected if name not in state]
     wrong = [
-        f"{name} {str(found.dtype).removeprefix('torch.')} {list(found.shape)} instead of {list(expected[name].shape)}"
-        for name, found in state.items()
-        if found.shape != expected[name].shape or not found.is_floating_point()
+        f"{name} {str(x.dtype).removeprefix('torch.')} {list(x.shape)} instead of {list(expected[name].shape)}"
+        for name, x in state.items()
+        if x.shape != expected[name].shape or not x.is_floating_point()
     ]
-    troubles = {"missing": missing, "unexpected": unexpected, "of another shape or kind": wrong}
-    if said := [f"{len(names)} {what} ({_examples(names)})" for what, names in troubles.items() if names]:
-        raise UserError(f"{where} does not match the model: {', '.join(said)}; nothing was loaded. Check the sizes")
+    problems = {"missing": missing, "unexpected": unexpected, "of another shape or dtype": wrong}
+    if found := [f"{len(names)} {problem} ({_first_few(names)})" for problem, names in problems.items() if names]:
+        raise UserError(f"{where} does not match the model: {', '.join(found)}; nothing was loaded. Check the sizes")
     return state, dropped
 
 
 def _complete_ties(state: dict[str, Tensor], where: Path | str) -> None:
-    """Both names of a tied parameter are accepted, together if they are equal, or one alone."""
+    """Set both names of a tied parameter, if the checkpoint has one of them or two equal tensors."""
     for pair in TIED.items():
         present = [name for name in pair if name in state]
         if len(present) == 2 and not torch.equal(state[pair[0]], state[pair[1]]):
@@ -227,5 +227,5 @@ def _complete_ties(state: dict[str, Tensor], where: Path | str) -> None:
             state.update(dict.fromkeys(pair, state[present[0]]))
 
 
-def _examples(names: list[str], limit: int = 4) -> str:
+def _first_few(names: list[str], limit: int = 4) -> str:
     return ", ".join(names[:limit]) + (f", and {len(names) - limit} more" if len(names) > limit else "")

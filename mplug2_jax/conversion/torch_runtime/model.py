@@ -1,4 +1,4 @@
-"""The two released models, composed: captions of a clip, and answers to questions about it.
+"""The two released models: captions of an image or video clip, and answers to questions about it.
 
 Axis letters as in ``layers``; also a answers of all questions together, t frames, n patches per frame, v vocabulary.
 """
@@ -21,7 +21,7 @@ from mplug2_jax.conversion.torch_runtime.text import FusionEncoder, TextEncoder
 from mplug2_jax.conversion.torch_runtime.vision import VisionTower
 from mplug2_jax.errors import UserError
 
-Model = TypeVar("Model", bound="Mplug2")  # not typing.Self, which the run-time type checks of the tests cannot read
+Model = TypeVar("Model", bound="Mplug2")  # not typing.Self, which the tests' run-time type checks do not support
 
 
 class VisualEncoder(nn.Module):
@@ -33,7 +33,7 @@ class VisualEncoder(nn.Module):
 
 
 class Mplug2(nn.Module):
-    """What both models share: the path of the visual tokens, the decoder, and loading."""
+    """The common part of both models: the visual encoder, the decoder, and loading."""
 
     encodes_text: ClassVar[bool]
 
@@ -48,21 +48,21 @@ class Mplug2(nn.Module):
         self.text_decoder = TextDecoder(config)
         self.dropout = nn.Dropout(config.dropout)
         self.config = config
-        self.dropped: Mapping[str, str] = {}  # what a checkpoint held beside this model's tensors, and why it is dead
+        self.dropped: Mapping[str, str] = {}  # the checkpoint's tensors that the model ignores, with reasons
 
     @classmethod
     def from_pretrained(
         cls: type[Model], path: Path | str, config: Config | None = None, *, teacher: bool = False
     ) -> Model:
-        """The model from a folder with ``config.json`` and one weights file, or from a weights file; in eval mode.
+        """Load the model from a folder with ``config.json`` and one weights file, or from a weights file; in eval mode.
 
         Args:
             path: a folder or a file, ``.safetensors`` or ``.pth``.
-            config: sizes, in place of the ``config.json`` beside the weights.
-            teacher: take the teacher's copy of every tensor (names with ``_m``), not the student's.
+            config: sizes, instead of the ``config.json`` next to the weights.
+            teacher: load the teacher's copy of every tensor (names with ``_m``), not the student's.
 
         Raises:
-            UserError: a file is missing or damaged, or its tensors are not exactly those of the model.
+            UserError: a file is missing or damaged, or its tensors do not match the model.
         """
         path = Path(path)
         weights = choose_weights(path) if path.is_dir() else path
@@ -73,69 +73,69 @@ class Mplug2(nn.Module):
     def load_official(
         self, tensors: Mapping[str, Tensor], *, teacher: bool = False, where: Path | str = "state"
     ) -> None:
-        """Loads named tensors of the release's layout; ``dropped`` lists what was dead in them.
+        """Load named tensors of the release's layout; ``dropped`` lists those that the model ignores.
 
         Raises:
-            UserError: the tensors are not exactly those of the model; ``where`` names them in the sentence.
+            UserError: the tensors do not match the model; ``where`` names their source in the message.
         """
-        rules = ignored_patterns(self.config, text=self.encodes_text)
-        state, self.dropped = select_state(tensors, self.state_dict(), rules, teacher=teacher, where=where)
+        ignored = ignored_patterns(self.config, text=self.encodes_text)
+        state, self.dropped = select_state(tensors, self.state_dict(), ignored, teacher=teacher, where=where)
         self.load_state_dict(state, strict=True)
 
     def with_default_tokens(self, search: SearchConfig) -> SearchConfig:
-        """A search with the model's own begin and end tokens where it names none.
+        """Return a search with the model's begin and end tokens, if it has none.
 
         Raises:
-            UserError: a token beyond the vocabulary.
+            UserError: a token is not in the vocabulary.
         """
         begin = self.config.bos_token_id if search.begin is None else search.begin
         end = self.config.eos_token_id if search.end is None else search.end
         for name, token in (("begin", begin), ("end", end)):
             if token >= self.config.vocab_size:
                 raise UserError(
-                    f"the {name} token is {token}, and vocab_size={self.config.vocab_size}; set bos_token_id and "
-                    "eos_token_id of config.json to the tokeniser's [CLS] and [SEP]"
+                    f"the {name} token is {token}, expected less than vocab_size={self.config.vocab_size}; set "
+                    "bos_token_id and eos_token_id of config.json to the tokenizer's [CLS] and [SEP]"
                 )
         return dataclasses.replace(search, begin=begin, end=end)
 
-    def visual_tokens(self, frames: Tensor, taps: Taps | None = None) -> Tensor:
-        """Normalised frames [b, 3, t, y, x] (images: t = 1) -> visual tokens [b, s, d], s = 1 + t*n."""
+    def encode_visual(self, frames: Tensor, taps: Taps | None = None) -> Tensor:
+        """Encode normalized frames [b, 3, t, y, x] (images: t = 1) -> visual tokens [b, s, d], s = 1 + t*n."""
         v = self.visual_encoder.visual(frames, taps)
         if self.config.vision_width != self.config.width:
             v = self.dropout(self.visn_layer_norm(self.visn_fc(v)))
         tap(taps, "visual/in", v)
-        v = self.dropout(self.visn_emb_norm(v + self.text_encoder.visual(v, taps)))
+        v = self.dropout(self.visn_emb_norm(v + self.text_encoder.encode_visual(v, taps)))
         tap(taps, "visual/out", v)
         return v
 
 
 class Caption(Mplug2):
-    """Captions of images and clips, from the visual tokens alone."""
+    """Captions of images and video clips, from visual tokens alone."""
 
     encodes_text = False
 
     def forward(self, frames: Tensor, target: Tensor, target_weights: Tensor, taps: Taps | None = None) -> Tensor:
-        """Loss of captions [b, m]: mean cross entropy over the batch's counted tokens, a scalar.
+        """Compute the loss of captions [b, m]: mean cross entropy over the batch's tokens with a weight, a scalar.
 
-        ``target`` is ``[CLS] words [SEP] pad``. ``target_weights`` [b, m] say which tokens count as predictions: 0 for
-        padding, and for the prompt where there is one.
+        ``target`` is ``[CLS] words [SEP] pad``. ``target_weights`` [b, m] are 0 for tokens that are not predicted:
+        padding, and the prompt if there is one.
         """
-        logits = self.text_decoder(target, target != 0, self.visual_tokens(frames, taps), taps=taps)
+        logits = self.text_decoder(target, target != 0, self.encode_visual(frames, taps), taps=taps)
         weights = target_weights[:, 1:]
         total = weights.sum()
         return (next_token_loss(logits, target) * weights).sum() / total.where(total > 0, 1.0)
 
     @torch.no_grad()
     def generate(self, frames: Tensor, search: SearchConfig | None = None) -> DecodeOutput:
-        """Captions by beam search; the limits are the release's (4 to 20 tokens) if not given."""
-        memory = self.visual_tokens(frames)
+        """Generate captions by beam search; by default of 4 to 20 tokens, as in the release."""
+        memory = self.encode_visual(frames)
         mask = torch.ones(memory.shape[:2], dtype=torch.bool, device=memory.device)
         search = self.with_default_tokens(search or SearchConfig(min_length=4, max_length=20))
         return generate(self.text_decoder, memory, mask, search)
 
 
 class VideoQA(Mplug2):
-    """Answers to questions about images and clips."""
+    """Answers to questions about images and video clips."""
 
     encodes_text = True
 
@@ -143,12 +143,12 @@ class VideoQA(Mplug2):
         super().__init__(config)
         self.fusion_encoder = FusionEncoder(config)
 
-    def memory(
+    def instruction_memory(
         self, frames: Tensor, question: Tensor, question_mask: Tensor, taps: Taps | None = None
     ) -> tuple[Tensor, Tensor]:
-        """What the decoder reads: [visual tokens, fused question] [b, s + l, d], and its mask [b, s + l]."""
+        """Return the decoder's memory, [visual tokens, fused question] [b, s + l, d], and its mask [b, s + l]."""
         text = self.text_encoder(question, question_mask, taps)
-        visual, fused = self.fusion_encoder(text, question_mask, self.visual_tokens(frames, taps), taps)
+        visual, fused = self.fusion_encoder(text, question_mask, self.encode_visual(frames, taps), taps)
         mask = torch.cat([question_mask.new_ones(visual.shape[:2]), question_mask], dim=1)
         return torch.cat([visual, fused], dim=1), mask
 
@@ -161,8 +161,8 @@ class VideoQA(Mplug2):
         answers_per_question: Tensor | None = None,
         taps: Taps | None = None,
     ) -> Tensor:
-        """Logits [a, m, v] of answers [a, m]; ``answers_per_question`` [b] if it is not one each."""
-        memory, mask = self.memory(frames, question, question_mask, taps)
+        """Return logits [a, m, v] of answers [a, m]; ``answers_per_question`` [b] if it is not one each."""
+        memory, mask = self.instruction_memory(frames, question, question_mask, taps)
         if answers_per_question is not None:
             memory, mask = (x.repeat_interleave(answers_per_question, dim=0) for x in (memory, mask))
         logits: Tensor = self.text_decoder(target, target != 0, memory, mask, taps)
@@ -183,21 +183,21 @@ class VideoQA(Mplug2):
         softmax_axis: Literal["vocabulary", "time"] = "vocabulary",
         taps: Taps | None = None,
     ) -> Tensor:
-        """The release's loss: token sums per answer, weighted, over the number of questions; a scalar.
+        """Compute the release's loss: the weighted sum over answers and tokens, divided by the number of questions.
 
-        With a teacher it is (1 - alpha) * cross entropy + alpha * distillation, normalised ``over`` the vocabulary. The
-        release normalises over time, and drops alpha on its way to the decoder, so that its distillation is alpha 0.
+        With a teacher it is (1 - alpha) * cross entropy + alpha * distillation, with a softmax over the vocabulary. The
+        release's softmax is over time, and it drops alpha on the way to the decoder: its distillation has alpha = 0.
 
         Args:
-            frames: normalised, [b, 3, t, y, x].
-            question: ids [b, l]; ``question_mask`` is True where they count.
-            question_mask: [b, l], bool.
-            target: answers ``[CLS] words [SEP] pad``, [a, m], those of a question after each other.
-            target_weights: [a, m], 0 for tokens that are no predictions.
-            answers_per_question: [b], where it is not one each.
-            answer_weights: [a], 1 if absent.
-            teacher: a model of the same sizes that runs without gradient; see :func:`update_teacher`.
-            alpha: share of the distillation.
+            frames: normalized, [b, 3, t, y, x].
+            question: ids [b, l].
+            question_mask: [b, l], bool, True for valid tokens.
+            target: answers ``[CLS] words [SEP] pad``, [a, m], grouped by question.
+            target_weights: [a, m], 0 for tokens that are not predicted.
+            answers_per_question: [b], if it is not one each.
+            answer_weights: [a], default 1.
+            teacher: a model of the same sizes, run without gradient; see :func:`update_teacher`.
+            alpha: weight of the distillation.
             softmax_axis: the axis of the student's softmax in the distillation.
             taps: collects intermediates of the student.
         """
@@ -218,8 +218,8 @@ class VideoQA(Mplug2):
     def generate(
         self, frames: Tensor, question: Tensor, question_mask: Tensor, search: SearchConfig | None = None
     ) -> DecodeOutput:
-        """Answers by beam search; the limits are the release's (1 to 10 tokens) if not given."""
-        memory, mask = self.memory(frames, question, question_mask)
+        """Generate answers by beam search; by default of 1 to 10 tokens, as in the release."""
+        memory, mask = self.instruction_memory(frames, question, question_mask)
         search = self.with_default_tokens(search or SearchConfig(min_length=1, max_length=10))
         return generate(self.text_decoder, memory, mask, search)
 
@@ -235,7 +235,7 @@ class VideoQA(Mplug2):
         double_count_first_token: bool = True,
     ) -> tuple[Tensor, Tensor]:
         """Return the best answers of [a, m] to each question, [b, num_candidates], and their probabilities."""
-        memory, mask = self.memory(frames, question, question_mask)
+        memory, mask = self.instruction_memory(frames, question, question_mask)
         num_candidates = min(num_candidates, answers.shape[0])
         return rank_answers(
             self.text_decoder,
@@ -249,45 +249,45 @@ class VideoQA(Mplug2):
 
 
 def next_token_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """Cross entropy of each following token, [a, m - 1], from logits [a, m, v] and ids [a, m]."""
+    """Return the cross entropy of each next token, [a, m - 1], from logits [a, m, v] and ids [a, m]."""
     return F.cross_entropy(logits[:, :-1].float().transpose(1, 2), target[:, 1:], reduction="none")
 
 
 def summed_answer_loss(logits: Tensor, target: Tensor, weights: Tensor) -> Tensor:
-    """The release's loss of an answer, [a]: the sum over its tokens."""
+    """Return the release's loss of each answer, [a]: the sum over its tokens."""
     return (next_token_loss(logits, target) * weights[:, 1:]).sum(-1)
 
 
 def summed_distillation_loss(
     logits: Tensor, teacher_probabilities: Tensor, weights: Tensor, *, softmax_axis: Literal["vocabulary", "time"]
 ) -> Tensor:
-    """Cross entropy against a teacher's distribution [a, m - 1, v] at each position, summed over an answer's tokens."""
-    log_probs = logits[:, :-1].float().log_softmax(-1 if over == "vocabulary" else 1)
+    """Return the cross entropy with a teacher's distribution [a, m - 1, v], summed over each answer's tokens, [a]."""
+    log_probs = logits[:, :-1].float().log_softmax(-1 if softmax_axis == "vocabulary" else 1)
     return (-(log_probs * teacher_probabilities).sum(-1) * weights[:, 1:]).sum(-1)
 
 
 @torch.no_grad()
 def update_teacher(teacher: Mplug2, student: Mplug2, momentum: float = 0.995, *, frozen: Collection[str] = ()) -> None:
-    """Momentum * teacher + (1 - momentum) * student, in place, for every parameter.
+    """Set every parameter to momentum * teacher + (1 - momentum) * student, in place.
 
-    ``frozen`` names modules of the teacher that stay as they are; the release's is ``["fusion_encoder"]``.
+    ``frozen`` names modules of the teacher that are not updated; in the release it is ``["fusion_encoder"]``.
     """
-    theirs = dict(student.named_parameters())
-    for name, own in teacher.named_parameters():
+    student_params = dict(student.named_parameters())
+    for name, param in teacher.named_parameters():
         if name.partition(".")[0] not in frozen:
-            own.mul_(momentum).add_(theirs[name], alpha=1 - momentum)
+            param.mul_(momentum).add_(student_params[name], alpha=1 - momentum)
 
 
 def parameter_groups(
-    model: Mplug2, *, rest: float, vision: float, weight_decay: float
+    model: Mplug2, *, learning_rate: float, vision_learning_rate: float, weight_decay: float
 ) -> list[dict[str, list[nn.Parameter] | float]]:
-    """The release's groups for ``torch.optim.AdamW``: {vision, rest} x {decayed, not decayed}, with learning rates.
+    """Return the release's groups for ``torch.optim.AdamW``: vision and others, decayed or not.
 
-    Not decayed is what has "bias" or "LayerNorm.weight" in its name: CLIP's norms, latents and embeddings are.
+    Names with "bias" or "LayerNorm.weight" are not decayed; CLIP's norms, latents and embeddings are.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        rate = vision if name.startswith("visual_encoder.") else rest
+        rate = vision_learning_rate if name.startswith("visual_encoder.") else learning_rate
         decay = 0.0 if "bias" in name or "LayerNorm.weight" in name else weight_decay
         groups.setdefault((rate, decay), []).append(parameter)
-    return [{"params": found, "lr": rate, "weight_decay": decay} for (rate, decay), found in groups.items()]
+    return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]

@@ -1,9 +1,9 @@
-"""Search over the decoder's outputs: beams, and answer ranking; the release's results where asked (the default).
+"""Beam search and answer ranking over the decoder's outputs; by default with the release's results.
 
-* Scores are length-normalised at every step by ((5 + length) / 6) ** 0.6, and ranked normalised.
-* A beam that emits the end token is stored; a clip is done when its best beam has just ended.
-* log(softmax(x)) rather than log_softmax(x), as in the release: a probability that underflows is minus infinity.
-* The prompt is not fed: generation starts from the begin token alone.
+* Scores are divided by a length penalty, ((5 + length) / 6) ** 0.6, at every step, and ranked so.
+* A beam that emits the end token is finished; an example is done when its best beam has just finished.
+* log(softmax(x)) rather than log_softmax(x), as in the release: a probability that underflows becomes minus infinity.
+* There is no prompt: generation starts from the begin token.
 """
 
 import dataclasses
@@ -19,12 +19,12 @@ from mplug2_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SearchConfig:
-    """How to search. Lengths count generated tokens: the begin token is not one, the end token is.
+    """Settings of a beam search. Lengths count generated tokens: the end token, but not the begin token.
 
-    ``begin`` and ``end`` are ids of the tokeniser; a model's ``generate`` takes its config's where they are None.
+    ``begin`` and ``end`` are ids of the tokenizer; a model's ``generate`` uses its config's if they are None.
 
-    With ``extend_finished``, as in the release, beams that ended go on, beyond their end token, and when a clip is done
-    all its beams are stored, ended or not.
+    With ``extend_finished``, as in the release, finished beams are extended beyond their end token, and when an example
+    is done, all its beams are stored, finished or not.
     """
 
     num_beams: int = 5
@@ -36,7 +36,7 @@ class SearchConfig:
 
 
 class DecodeOutput(NamedTuple):
-    """The best sequences of each clip, best first; ids start with the begin token and are 0 after ``lengths``."""
+    """The best sequences of each example, best first; ids start with the begin token and are 0 after ``lengths``."""
 
     ids: Tensor  # [b, r, m]
     scores: Tensor  # [b, r]
@@ -45,78 +45,80 @@ class DecodeOutput(NamedTuple):
 
 @runtime_checkable
 class IncrementalDecoder(Protocol):
-    """The sequences so far, as something that says what comes next."""
+    """The sequences so far, and a model of their next tokens."""
 
-    def logits(self, tokens: Tensor) -> Tensor:
-        """Takes the newest token of each sequence [b*r]; logits [b*r, v] for the next one."""
+    def step(self, tokens: Tensor) -> Tensor:
+        """Append a token to each sequence [b*r], and return logits [b*r, v] for the next one."""
 
     def reorder(self, rows: Tensor) -> None:
-        """Keeps the sequences ``rows`` [b*r], which the search has chosen."""
+        """Replace the sequences by ``rows`` of them [b*r], which the search selected."""
 
 
 @torch.no_grad()
 def beam_search(
-    sequences: IncrementalDecoder, batch: int, config: SearchConfig, device: torch.device | None = None
+    decoder: IncrementalDecoder, batch: int, config: SearchConfig, device: torch.device | None = None
 ) -> DecodeOutput:
-    """Searches ``config.num_beams`` sequences for each of ``batch`` clips, up to ``config.max_length`` tokens.
+    """Search ``config.num_beams`` sequences for each of ``batch`` examples, of up to ``config.max_length`` tokens.
 
     Raises:
-        UserError: no begin or end token.
+        UserError: the begin or the end token is missing.
     """
     if config.begin is None or config.end is None:
-        raise UserError("a search needs the ids of its begin and end tokens; set both, or use a model's generate")
+        raise UserError(
+            "SearchConfig.begin or SearchConfig.end is None, expected token ids; set both, or use a model's generate"
+        )
     b, r = batch, config.num_beams
     ids = torch.zeros(b, r, config.max_length + 1, dtype=torch.long, device=device)
     ids[:, :, 0] = config.begin
     log_probs = torch.full((b, r), -torch.inf, device=device)
-    found = DecodeOutput(torch.zeros_like(ids), log_probs.clone(), torch.zeros(b, r, dtype=torch.long, device=device))
+    best = DecodeOutput(torch.zeros_like(ids), log_probs.clone(), torch.zeros(b, r, dtype=torch.long, device=device))
     log_probs[:, 0] = 0.0
-    live = torch.ones(b, dtype=torch.bool, device=device)
+    unfinished = torch.ones(b, dtype=torch.bool, device=device)
     first_rows = r * torch.arange(b, device=device)[:, None]
 
     for position in range(config.max_length):
-        logits = sequences.logits(ids[:, :, position].flatten())
+        logits = decoder.step(ids[:, :, position].flatten())
         next_log_probs = logits.float().softmax(-1).log().unflatten(0, (b, r))
         if position < config.min_length:
             next_log_probs[..., config.end] = -1e20
 
-        normaliser = ((5 + position + 1) / 6) ** 0.6
-        scores, flat = ((log_probs[..., None] + next_log_probs) / normaliser).flatten(1).topk(r)
+        length_penalty = ((5 + position + 1) / 6) ** 0.6
+        scores, flat = ((log_probs[..., None] + next_log_probs) / length_penalty).flatten(1).topk(r)
         parent, token = flat // logits.shape[-1], flat % logits.shape[-1]
         ids = ids.take_along_dim(parent[..., None], dim=1)
         ids[:, :, position + 1] = token
-        sequences.reorder((first_rows + parent).flatten())
+        decoder.reorder((first_rows + parent).flatten())
 
         finished = (token == config.end) | (position == config.max_length - 1)
         done = finished[:, :1]
-        stored = ((finished | done) if config.extend_finished else finished) & live[:, None]
-        lengths = torch.full_like(found.lengths, position + 2)
-        found = _keep_best(found, DecodeOutput(ids, scores.where(stored, -torch.inf), lengths))
-        log_probs = scores * normaliser
+        is_stored = ((finished | done) if config.extend_finished else finished) & unfinished[:, None]
+        lengths = torch.full_like(best.lengths, position + 2)
+        best = _merge_best(best, DecodeOutput(ids, scores.where(is_stored, -torch.inf), lengths))
+        log_probs = scores * length_penalty
         if not config.extend_finished:
             log_probs = log_probs.masked_fill(token == config.end, -torch.inf)
-        live = live & ~done[:, 0]
-        if not live.any():
+        unfinished = unfinished & ~done[:, 0]
+        if not unfinished.any():
             break
-    return found
+    return best
 
 
-def _keep_best(old: DecodeOutput, new: DecodeOutput) -> DecodeOutput:
-    """The best of both; equal scores keep the order in which they were stored."""
+def _merge_best(old: DecodeOutput, new: DecodeOutput) -> DecodeOutput:
+    """Return the best sequences of both; equal scores keep the order in which they were stored."""
     ids, scores, lengths = (torch.cat(pair, dim=1) for pair in zip(old, new, strict=True))
     scores, order = scores.sort(dim=1, descending=True, stable=True)
-    kept = order[:, : old.scores.shape[1]]
+    top = order[:, : old.scores.shape[1]]
     return DecodeOutput(
-        ids.take_along_dim(kept[..., None], dim=1), scores[:, : kept.shape[1]], lengths.take_along_dim(kept, dim=1)
+        ids.take_along_dim(top[..., None], dim=1), scores[:, : top.shape[1]], lengths.take_along_dim(top, dim=1)
     )
 
 
 @torch.no_grad()
 def generate(decoder: TextDecoder, memory: Tensor, memory_mask: Tensor, config: SearchConfig) -> DecodeOutput:
-    """Beam search with a cache: the memory [b, s, d] is projected once for each clip and shared by its beams.
+    """Run beam search with a cache: the memory [b, s, d] is projected once per example and shared by its beams.
 
     Raises:
-        UserError: more tokens than the position table has rows.
+        UserError: ``max_length`` exceeds the position table.
     """
     rows = decoder.bert.embeddings.position_embeddings.num_embeddings
     if config.max_length > rows:
@@ -143,14 +145,14 @@ def rank_answers(
     """
     b = memory.shape[0]
     first = decoder(answers[:1, :1].expand(b, 1), None, memory, memory_mask)[:, 0].float().softmax(-1)
-    probabilities, chosen = first[:, answers[:, 1]].topk(num_candidates)
+    probabilities, selected = first[:, answers[:, 1]].topk(num_candidates)
 
-    ids, mask = answers[chosen].flatten(0, 1), answers_mask[chosen].flatten(0, 1)  # [b*num_candidates, m]
+    ids, mask = answers[selected].flatten(0, 1), answers_mask[selected].flatten(0, 1)  # [b*num_candidates, m]
     logits = decoder(ids, mask, memory, memory_mask)
     log_likelihood = -F.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none")
     total = (log_likelihood * mask[:, 1:]).sum(-1).unflatten(0, (b, num_candidates))
 
     if double_count_first_token:
         total = total + probabilities.log()
-    share, order = total.softmax(-1).sort(dim=-1, descending=True, stable=True)
-    return chosen.take_along_dim(order, dim=1), share
+    ranked, order = total.softmax(-1).sort(dim=-1, descending=True, stable=True)
+    return selected.take_along_dim(order, dim=1), ranked

@@ -1,7 +1,7 @@
 """The dual-vision encoder: one CLIP ViT for images and videos, with local temporal units for videos only.
 
-Frames are folded into the batch for spatial attention; only the temporal units and the mean class token cross them.
-Axes: b clips, t frames, n patches per frame (n + 1 with the class token), w vision width, s = 1 + t*n.
+Frames are folded into the batch for spatial attention; only the temporal units and the mean class token combine them.
+Axes: b batch, t frames, n patches per frame (n + 1 with the class token), w vision width, s = 1 + t*n.
 """
 
 import math
@@ -21,13 +21,13 @@ PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def normalize_pixels(frames: Tensor) -> Tensor:
-    """Bytes as decoders give them, uint8 [b, t, y, x, 3] -> what the model takes, float32 [b, 3, t, y, x]."""
+    """Normalize decoded pixels, uint8 [b, t, y, x, 3], to the model's input, float32 [b, 3, t, y, x]."""
     mean, std = (torch.tensor(rgb, device=frames.device) for rgb in (PIXEL_MEAN, PIXEL_STD))
     return ((frames / 255.0 - mean) / std).permute(0, 4, 1, 2, 3)
 
 
 def resize_positions(table: Tensor, grid: int) -> Tensor:
-    """Resizes the grid rows of a position table [1 + n, w], bilinear with half-pixel centres; keeps the class row."""
+    """Resize the grid rows of a position table [1 + n, w], bilinear with half-pixel centers; keep the class row."""
     side = math.isqrt(table.shape[0] - 1)
     if side == grid:
         return table
@@ -40,15 +40,15 @@ class QuickGELU(nn.Module):
     """CLIP's activation."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """X * sigmoid(1.702 x)."""
+        """Compute x * sigmoid(1.702 x)."""
         return x * torch.sigmoid(1.702 * x)
 
 
 class LocalTemporal(nn.Module):
     """LN -> down-projection -> depthwise convolution over three frames -> QuickGELU -> up-projection.
 
-    The convolutions hold the weights in the release's shapes; tokens stay last-axis vectors, so two of them are linear
-    maps and the third is three shifted products. What lies before the first and after the last frame is zero.
+    The convolutions hold the weights in the release's shapes; width stays the last axis, so two of them are linear maps
+    and the third is three shifted products. Frames before the first and after the last are zero.
     """
 
     def __init__(self, width: int) -> None:
@@ -60,11 +60,11 @@ class LocalTemporal(nn.Module):
         self.activation = QuickGELU()
 
     def forward(self, x: Tensor) -> Tensor:
-        """The update of every token of [b, t, n, w] from its own frame and the two beside it."""
+        """Return the update of every token of [b, t, n, w] from its own frame, the previous and the next."""
         y = F.linear(self.ln(x), self.down_proj.weight.flatten(1), self.down_proj.bias)
-        before, after = F.pad(y[:, :-1], (0, 0, 0, 0, 1, 0)), F.pad(y[:, 1:], (0, 0, 0, 0, 0, 1))
+        previous, following = F.pad(y[:, :-1], (0, 0, 0, 0, 1, 0)), F.pad(y[:, 1:], (0, 0, 0, 0, 0, 1))
         kernel = self.conv.weight.flatten(1)
-        y = before * kernel[:, 0] + y * kernel[:, 1] + after * kernel[:, 2] + self.conv.get_parameter("bias")
+        y = previous * kernel[:, 0] + y * kernel[:, 1] + following * kernel[:, 2] + self.conv.get_parameter("bias")
         return F.linear(self.activation(y), self.up_proj.weight.flatten(1), self.up_proj.bias)
 
 
@@ -80,7 +80,7 @@ class FrameAttention(nn.Module):
         nn.init.xavier_uniform_(self.in_proj_weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[b*t, n + 1, w] -> the same."""
+        """Attend within each frame of [b*t, n + 1, w]."""
         fused = F.linear(x, self.in_proj_weight, self.in_proj_bias).unflatten(-1, (3, self.heads, -1))
         query, key, value = fused.permute(2, 0, 3, 1, 4)
         out: Tensor = self.out_proj(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
@@ -97,11 +97,11 @@ class VisionBlock(nn.Module):
         self.ln_1, self.ln_2 = nn.LayerNorm(width, CLIP_EPS), nn.LayerNorm(width, CLIP_EPS)
         self.attn = FrameAttention(width, heads)
         activation = QuickGELU() if config.vision_activation == "quick_gelu" else nn.GELU()
-        parts = {"c_fc": nn.Linear(width, 4 * width), "gelu": activation, "c_proj": nn.Linear(4 * width, width)}
-        self.mlp = nn.Sequential(OrderedDict(parts))
+        layers = {"c_fc": nn.Linear(width, 4 * width), "gelu": activation, "c_proj": nn.Linear(4 * width, width)}
+        self.mlp = nn.Sequential(OrderedDict(layers))
 
     def forward(self, x: Tensor, frames: int) -> Tensor:
-        """Runs the block on [b*t, n + 1, w], t = ``frames``; with one frame the temporal units are skipped."""
+        """Run the block on [b*t, n + 1, w], t = ``frames``; a single frame skips the temporal units."""
         x = self._temporal(self.lmhra1, x, frames)
         x = x + self.attn(self.ln_1(x))
         x = self._temporal(self.lmhra2, x, frames)
@@ -109,7 +109,7 @@ class VisionBlock(nn.Module):
 
     @staticmethod
     def _temporal(unit: LocalTemporal, x: Tensor, frames: int) -> Tensor:
-        """Adds a temporal unit's update to the patches; the class token passes by."""
+        """Add a temporal unit's update to the patches, not to the class token."""
         if frames == 1:
             return x
         update = unit(x[:, 1:].unflatten(0, (-1, frames))).flatten(0, 1)
@@ -131,9 +131,14 @@ class VisionTower(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         width, patch, grid = config.vision_width, config.patch_size, config.image_size // config.patch_size
-        taken, stride = (3, 2) if config.temporal_downsampling else (1, 1)
+        tubelet_size, stride = (3, 2) if config.temporal_downsampling else (1, 1)
         self.conv1 = nn.Conv3d(
-            3, width, (taken, patch, patch), (stride, patch, patch), padding=(taken // 2, 0, 0), bias=False
+            3,
+            width,
+            (tubelet_size, patch, patch),
+            (stride, patch, patch),
+            padding=(tubelet_size // 2, 0, 0),
+            bias=False,
         )
         self.class_embedding = nn.Parameter(0.02 * torch.randn(width))
         self.positional_embedding = nn.Parameter(0.02 * torch.randn(1 + grid**2, width))
@@ -142,16 +147,16 @@ class VisionTower(nn.Module):
         self.patch_size = patch
 
     def forward(self, frames: Tensor, taps: Taps | None = None) -> Tensor:
-        """Normalised frames [b, 3, t, y, x], any number of any square size -> [b, s, w].
+        """Encode normalized frames [b, 3, t, y, x], any number of any square size -> [b, s, w].
 
         Raises:
-            UserError: frames that are not square or not a multiple of the patch.
+            UserError: the frames are not square, or their size is not a multiple of the patch size.
         """
         height, width = frames.shape[-2:]
         if height != width or height % self.patch_size:
             raise UserError(
-                f"frames are {height}x{width} pixels, but the tower takes squares whose side is a multiple of "
-                f"{self.patch_size}"
+                f"frames are {height}x{width} pixels, expected squares whose side is a multiple of patch_size="
+                f"{self.patch_size}; resize or crop them"
             )
         x = self.conv1(frames.to(self.conv1.weight.dtype))  # [b, w, t, grid, grid]
         b, _, t, grid, _ = x.shape

@@ -28,16 +28,16 @@ def test_a_file_gives_back_the_sizes(tmp_path, small):
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"width": 25}, "width=25 does not divide into heads=2 heads"),
-        ({"vision_width": 0}, "vision_width=0 must be a whole number of at least 1"),
-        ({"text_layers": -1}, "text_layers=-1 must be a whole number of at least 0"),
-        ({"heads": True}, "heads=True must be a whole number of at least 1"),
-        ({"decoder_layers": 2.0}, "decoder_layers=2.0 must be a whole number of at least 1"),
+        ({"width": 25}, "width=25 is not a multiple of heads=2"),
+        ({"vision_width": 0}, "vision_width=0 must be an integer of at least 1"),
+        ({"text_layers": -1}, "text_layers=-1 must be an integer of at least 0"),
+        ({"heads": True}, "heads=True must be an integer of at least 1"),
+        ({"decoder_layers": 2.0}, "decoder_layers=2.0 must be an integer of at least 1"),
         ({"dropout": 1.0}, "dropout=1.0 must be a number from 0 to below 1"),
         ({"dropout": float("nan")}, "dropout=nan must be a number from 0 to below 1"),
         ({"temporal_downsampling": 1}, "temporal_downsampling=1 must be true or false"),
         ({"vision_activation": "relu"}, "vision_activation='relu' must be quick_gelu or gelu"),
-        ({"eos_token_id": -1}, "eos_token_id=-1 must be a whole number of at least 0"),
+        ({"eos_token_id": -1}, "eos_token_id=-1 must be an integer of at least 0"),
         ({"image_size": 20}, "image_size=20 is not a multiple of patch_size=8"),
     ],
 )
@@ -68,11 +68,11 @@ def test_files_that_hold_no_sizes_are_refused(tmp_path, text, said):
 
 
 def test_sizes_are_checked_without_a_file_too(small):
-    with pytest.raises(UserError, match=r"^vision_width=33 does not divide into vision_heads=2 heads$"):
+    with pytest.raises(UserError, match=r"^vision_width=33 is not a multiple of vision_heads=2$"):
         small(vision_width=33)
 
 
 def test_layers_that_mix_are_every_stride_th_but_the_first(small):
-    assert small(fusion_layers=7, fusion_stride=3).mixing_layers == (3, 6)
-    assert small(fusion_layers=3, fusion_stride=1).mixing_layers == (1, 2)
-    assert small(fusion_layers=3).mixing_layers == ()
+    assert small(fusion_layers=7, fusion_stride=3).joint_attention_layers == (3, 6)
+    assert small(fusion_layers=3, fusion_stride=1).joint_attention_layers == (1, 2)
+    assert small(fusion_layers=3).joint_attention_layers == ()

@@ -86,7 +86,7 @@ def test_missing_unexpected_and_misshapen_tensors_are_one_sentence(model, state)
     state["visn_emb_norm.bias"] = torch.zeros(24, dtype=torch.long)
     assert refused(model, state) == (
         "x.pth does not match the model: 2 missing (visn_fc.weight, visn_fc.bias), 1 unexpected "
-        "(text_encoder.pooler.dense.weight), 2 of another shape or kind (visn_emb_norm.weight float32 [25] instead of "
+        "(text_encoder.pooler.dense.weight), 2 of another shape or dtype (visn_emb_norm.weight float32 [25] instead of "
         "[24], visn_emb_norm.bias int64 [24] instead of [24]); nothing was loaded. Check the sizes"
     )
 

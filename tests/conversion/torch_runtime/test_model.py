@@ -96,7 +96,7 @@ def test_only_the_taps_that_are_asked_for_are_kept(small) -> None:
 @pytest.mark.parametrize(("frames", "side"), [(1, 16), (1, 24), (2, 8), (3, 16), (7, 32)])
 def test_any_number_of_frames_and_any_square_size(small, frames, side) -> None:
     model = Caption(small(max_positions=20, vocab_size=110)).eval()
-    assert model.visual_tokens(clips(frames, side)).shape == (2, 1 + frames * (side // 8) ** 2, 24)
+    assert model.encode_visual(clips(frames, side)).shape == (2, 1 + frames * (side // 8) ** 2, 24)
     found = model.generate(clips(frames, side))
     assert found.ids.shape == (2, 5, 21)  # the release's limits
     assert (found.lengths >= 6).all()  # with the begin and the end token
@@ -105,13 +105,15 @@ def test_any_number_of_frames_and_any_square_size(small, frames, side) -> None:
 @pytest.mark.parametrize("shape", [(16, 24), (20, 20), (4, 4)])
 def test_frames_of_another_shape_are_refused(small, shape) -> None:
     frames = torch.zeros(1, 3, 1, *shape)
-    with pytest.raises(UserError, match=rf"frames are {shape[0]}x{shape[1]} pixels, .* a multiple of 8"):
-        Caption(small()).visual_tokens(frames)
+    with pytest.raises(
+        UserError, match=rf"frames are {shape[0]}x{shape[1]} pixels, expected squares .* a multiple of patch_size=8"
+    ):
+        Caption(small()).encode_visual(frames)
 
 
 def test_one_frame_skips_the_temporal_units(small, lively) -> None:
     model, frames = lively(Caption(small())), clips(frames=1)
-    before, moving = model.visual_tokens(frames), model.visual_tokens(clips(frames=2))
+    before, moving = model.encode_visual(frames), model.encode_visual(clips(frames=2))
     assert not torch.equal(moving, before)
     before.sum().backward()
     units = {name: p for name, p in model.named_parameters() if "lmhra" in name}
@@ -120,13 +122,13 @@ def test_one_frame_skips_the_temporal_units(small, lively) -> None:
     with torch.no_grad():
         for parameter in units.values():
             parameter.fill_(torch.nan)
-        assert torch.equal(model.visual_tokens(frames), before)
+        assert torch.equal(model.encode_visual(frames), before)
 
 
 def test_a_text_beyond_the_position_table_is_refused(small) -> None:
     question = torch.ones(2, 13, dtype=torch.long)
     with pytest.raises(UserError, match="a text of 13 tokens exceeds max_positions=12; truncate it"):
-        VideoQA(small()).memory(clips(), question, question != 0)
+        VideoQA(small()).instruction_memory(clips(), question, question != 0)
 
 
 @settings(max_examples=20)

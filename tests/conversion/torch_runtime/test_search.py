@@ -22,7 +22,7 @@ class Toy:
     def __init__(self, starts, beams, table):
         self.value, self.position, self.table = torch.as_tensor(starts).repeat_interleave(beams), 0, table
 
-    def logits(self, tokens):
+    def step(self, tokens):
         self.value = (self.value * 31 + tokens * 7 + self.position) % STATES
         self.position += 1
         return self.table[self.value]
@@ -38,7 +38,7 @@ class Uncached:
         self.decoder, self.memory, self.mask = decoder, memory, mask
         self.prefix = torch.zeros(len(memory) * beams, 0, dtype=torch.long)
 
-    def logits(self, tokens):
+    def step(self, tokens):
         self.prefix = torch.cat([self.prefix, tokens[:, None]], dim=1)
         return self.decoder(self.prefix, None, self.memory, self.mask)[:, -1]
 
