@@ -167,11 +167,11 @@ def table(rows: Sequence[Sequence[str]], header: Sequence[str], right: Sequence[
 def results_table(results: "Sequence[EvaluationResult]") -> str:
     """Every figure, those that are absent too, beside its baseline and what is published, where anything is."""
     from mplug2_jax.metrics.units import format_metric, ratio_to_baseline
-    from mplug2_jax.report.published import published
+    from mplug2_jax.report.published import published_results
 
     rows = []
     for result in results:
-        others = published(result.recipe, result.formats)
+        others = published_results(result.recipe, result.formats)
         for what, value in result.metrics.items():
             base = result.baselines[what]
             ratio = ratio_to_baseline(what, value, base)

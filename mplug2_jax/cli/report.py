@@ -1,4 +1,4 @@
-"""``mplug2 report``: draw a run or its evaluations, or two of them side by side."""
+"""``mplug2 report``: draw a run or its evaluations, or compare two of them."""
 
 import argparse
 from pathlib import Path
@@ -9,31 +9,34 @@ from mplug2_jax.errors import UserError
 
 
 def add_parser(commands: Any) -> None:
-    """Adds the command."""
+    """Add the command."""
     parser = add_command(
         commands, "report", run,
-        summary="Draw a run as one self-contained page, or two side by side",
-        details="A page has results, samples, curves and the config. Two runs are compared by the same evaluations, "
-        "and by the examples on which they differ.",
+        summary="Draw a run as one self-contained HTML page, or compare two runs",
+        details="The page has results, samples, curves, events and the config. A comparison has the evaluations that "
+        "both runs have, and the examples whose scores differ most.",
         example="mplug2 report runs/demo\n  mplug2 report runs/demo --against runs/other",
     )  # fmt: skip
     parser.add_argument(
-        "folder", type=Path, help="work directory of a training run, finished or not, or the --out of mplug2 eval"
+        "folder", type=Path, help="work directory of a training run, active or finished, or the --out of mplug2 eval"
     )
-    parser.add_argument("--against", type=Path, metavar="FOLDER", help="another of these, to compare with")
+    parser.add_argument("--against", type=Path, metavar="FOLDER", help="another one, to compare with")
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="with --against: new page (default: against-OTHER.html in the first)"
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="with --against: the new page (default: against-OTHER.html in the first folder)",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Writes ``report.html``, or the page that compares."""
+    """Write ``report.html``, or a comparison, and print its path."""
     from mplug2_jax.report import write_comparison, write_report
 
     if args.against is not None:
         print(write_comparison(args.folder, args.against, args.out))
     elif args.out is not None:
-        raise UserError("--out is for --against; leave it out, or give that")
+        raise UserError("--out needs --against: remove it, or name a folder to compare with")
     else:
         print(write_report(args.folder))
     return 0

@@ -1,8 +1,8 @@
-"""A run or its evaluations as one self-contained page, for people who want to look rather than read.
+"""A run or its evaluations as one self-contained HTML page.
 
-Reads files alone and imports no JAX, so it runs anywhere and while the run goes on. Reading order: ``page`` (what is
-on the page), ``results`` and ``metrics`` (files to plain data), ``curves`` (data to SVG), ``template.html``;
-``comparison`` (two of them side by side).
+The package only reads files and does not import JAX, so it runs anywhere, also while a run is active. Reading order:
+``page`` (the contents of the page), ``results``, ``metrics`` and ``run_history`` (files to plain data), ``curves``
+(data to SVG), ``template.html``; ``comparison`` (two of them side by side).
 """
 
 from mplug2_jax.report.comparison import write_comparison

@@ -1,7 +1,6 @@
-"""Two runs or folders of evaluations side by side: what both evaluated, and the examples on which they differ most."""
+"""Two runs or folders of evaluations side by side: common evaluations, and the examples that differ most."""
 
 import dataclasses
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,25 +13,26 @@ from mplug2_jax.evaluation.result_format import upgrade_prediction
 from mplug2_jax.metrics.metric import MeanMetric, bootstrap_ci
 from mplug2_jax.metrics.units import NEGATED_PREFIX, format_metric, is_fraction
 from mplug2_jax.report.names import TaskLabels, display_name
-from mplug2_jax.report.page import read_any, shortened
+from mplug2_jax.report.page import read_run_or_results, truncate_notes
 from mplug2_jax.report.rendering import render, write_page
 from mplug2_jax.report.results import Evaluation, FrameStrip
+from mplug2_jax.training.telemetry.jsonl import iterate_jsonl
 
-_MOST = 8  # examples that are shown, each way
-_MAX_LINE, _MAX_FILE, _MAX_TEXT = 1 << 16, 1 << 28, 2000  # of a NAME.jsonl: bytes, bytes, letters of a text
+_MAX_EXAMPLES = 8  # shown for each side
+_MAX_LINE, _MAX_FILE, _MAX_TEXT = 1 << 16, 1 << 28, 2000  # of a NAME.jsonl: bytes, bytes, characters of a text
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
-    """A figure of both, and ours less theirs."""
+class ComparedMetric:
+    """A metric of both sides, and the first minus the second."""
 
-    figure: str
-    ours: str
-    our_interval: str
-    theirs: str
-    their_interval: str
+    name: str
+    first: str
+    first_interval: str  # 95% CI; empty if there is none
+    second: str
+    second_interval: str
     difference: str
-    interval: str  # of the difference, over the same examples; empty where they are not the same
+    interval: str  # of the difference, over the same examples; empty if they are not the same
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,183 +40,180 @@ class PredictionRow:
     """A line of ``NAME.jsonl``."""
 
     instruction: str
-    said: str
-    true: str
-    goodness: float
+    prediction: str
+    reference: str
+    score: float
 
 
 @dataclasses.dataclass(frozen=True)
 class DivergentExample:
-    """An example on which one is better than the other."""
+    """An example on which one side is better."""
 
     key: str
-    ours: PredictionRow
-    theirs: PredictionRow
-    our_goodness: str
-    their_goodness: str
+    first: PredictionRow
+    second: PredictionRow
+    first_score: str
+    second_score: str
     strip: FrameStrip | None
 
 
 @dataclasses.dataclass(frozen=True)
-class Compared:
-    """An evaluation that both have."""
+class ComparedEvaluation:
+    """An evaluation that both sides have."""
 
     name: str
-    words: TaskLabels
+    labels: TaskLabels
     steps: tuple[int, int]
-    examples: tuple[int, int]
-    shared: int  # examples whose goodness both keep
-    rows: Sequence[Row]
-    ours_better: Sequence[DivergentExample]
-    theirs_better: Sequence[DivergentExample]
+    num_examples: tuple[int, int]
+    num_shared: int  # examples with a score on both sides
+    metrics: Sequence[ComparedMetric]
+    first_better: Sequence[DivergentExample]
+    second_better: Sequence[DivergentExample]
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
     """Everything on the page."""
 
-    ours: str
-    theirs: str
-    compared: Sequence[Compared]
-    only_ours: Sequence[str]
-    only_theirs: Sequence[str]
+    first: str
+    second: str
+    evaluations: Sequence[ComparedEvaluation]
+    only_first: Sequence[str]
+    only_second: Sequence[str]
     notes: Sequence[str]
 
 
-def write_comparison(ours: Path, theirs: Path, path: Path | None = None) -> Path:
-    """Writes a page about two work directories or folders of evaluations: one file that needs no other.
+def write_comparison(first: Path, second: Path, path: Path | None = None) -> Path:
+    """Write a self-contained page about two work directories or folders of evaluations.
 
     Args:
-        ours: one of them.
-        theirs: the other.
-        path: of the page; by default ``against-THEIRS.html`` in ours.
+        first: one of them.
+        second: the one to compare it with.
+        path: of the page; by default ``against-SECOND.html`` in the first.
 
     Returns:
-        The page's path.
+        The path of the page.
 
     Raises:
-        UserError: the file exists or cannot be written, or a folder is neither.
+        UserError: the file exists or cannot be written, or a folder holds neither a run nor evaluations.
     """
-    path = path or ours / f"against-{theirs.resolve().name}.html"
+    path = path or first / f"against-{second.resolve().name}.html"
     if path.exists():
         raise UserError(f"{path} exists; choose another --out")
-    html = render("comparison.html", page=compare(ours, theirs))
+    html = render("comparison.html", page=compare(first, second))
     path.parent.mkdir(parents=True, exist_ok=True)
     write_page(path, html)
     return path
 
 
-def compare(ours: Path, theirs: Path) -> Comparison:
-    """Reads both. Raises UserError where a folder holds neither a run nor evaluations."""
+def compare(first: Path, second: Path) -> Comparison:
+    """Read both folders and compare them. Raises UserError if one holds neither a run nor evaluations."""
     notes: list[str] = []
-    a, b = ({e.name: e for e in _evaluations(folder, notes)} for folder in (ours, theirs))
+    a, b = ({e.name: e for e in _read_evaluations(folder, notes)} for folder in (first, second))
     for name in [name for name in a if name in b and a[name].task != b[name].task]:
-        notes.append(f"{name} is not compared: its task is {a[name].task} in {ours}, and {b[name].task} in {theirs}")
+        notes.append(f"{name} is not compared: its task is {a[name].task} in {first}, and {b[name].task} in {second}")
         del a[name], b[name]
-    names = (ours.resolve().name, theirs.resolve().name)
+    names = (first.resolve().name, second.resolve().name)
     return Comparison(
-        *(names if names[0] != names[1] else (str(ours), str(theirs))),
+        *(names if names[0] != names[1] else (str(first), str(second))),
         [_compare(a[name], b[name], notes) for name in a if name in b],
         [name for name in a if name not in b],
         [name for name in b if name not in a],
-        shortened(notes),
+        truncate_notes(notes),
     )
 
 
-def _evaluations(folder: Path, notes: list[str]) -> list[Evaluation]:
-    lost: list[str] = []
-    _, evaluations = read_any(folder, lost)
-    notes.extend(f"{folder}: {note}" for note in lost)
+def _read_evaluations(folder: Path, notes: list[str]) -> list[Evaluation]:
+    folder_notes: list[str] = []
+    _, evaluations = read_run_or_results(folder, folder_notes)
+    notes.extend(f"{folder}: {note}" for note in folder_notes)
     return evaluations
 
 
-def _compare(ours: Evaluation, theirs: Evaluation, notes: list[str]) -> Compared:
-    a, b = (read_predictions(evaluation.path.with_suffix(".jsonl"), notes) for evaluation in (ours, theirs))
+def _compare(first: Evaluation, second: Evaluation, notes: list[str]) -> ComparedEvaluation:
+    a, b = (read_predictions(evaluation.path.with_suffix(".jsonl"), notes) for evaluation in (first, second))
     keys = [key for key in a if key in b]
-    pairs = np.asarray([(a[key].goodness, b[key].goodness) for key in keys], np.float64).reshape(-1, 2)
-    differences, measure = pairs[:, 0] - pairs[:, 1], ours.words.measure
-    drawn = bootstrap_ci({measure: MeanMetric(differences)}).get(measure)
-    # The mean over all examples is a figure: then the interval is its difference's. Else it has a row of its own.
-    whole = measure in ours.values and len(keys) == ours.examples == theirs.examples
-    rows = [
-        _row(
-            display_name(name, ours.shows), name, ours.values[name], theirs.values[name], ours.intervals.get(name),
-            theirs.intervals.get(name), drawn if whole and name == measure else None,
+    scores = np.asarray([(a[key].score, b[key].score) for key in keys], np.float64).reshape(-1, 2)
+    differences, score_name = scores[:, 0] - scores[:, 1], first.labels.score
+    interval = bootstrap_ci({score_name: MeanMetric(differences)}).get(score_name)
+    # If a metric is the mean score of these examples, the interval belongs to its difference. Else it has its own row.
+    is_metric = score_name in first.metrics and len(keys) == first.num_examples == second.num_examples
+    metrics = [
+        _compare_metric(
+            display_name(name, first.visual), name, (first.metrics[name], second.metrics[name]),
+            (first.intervals.get(name), second.intervals.get(name)),
+            interval if is_metric and name == score_name else None,
         )
-        for name in ours.values if name in theirs.values
+        for name in first.metrics if name in second.metrics
     ]  # fmt: skip
-    if keys and not whole:
-        our_mean, their_mean = pairs.mean(0).tolist()
-        title = f"{display_name(measure)}, mean of the same examples"
-        rows.append(_row(title, measure, our_mean, their_mean, None, None, drawn))
-    strips = {s.key: s.strip for s in (*theirs.samples, *ours.samples) if s.strip}
+    if keys and not is_metric:
+        first_mean, second_mean = scores.mean(0).tolist()
+        title = f"{display_name(score_name)}, mean over shared examples"
+        metrics.append(_compare_metric(title, score_name, (first_mean, second_mean), (None, None), interval))
+    strips = {s.key: s.strip for s in (*second.samples, *first.samples) if s.strip}
 
-    def shown(places: Sequence[int]) -> list[DivergentExample]:
+    def divergent_examples(indices: Sequence[int]) -> list[DivergentExample]:
         return [
             DivergentExample(
-                keys[i][0], a[keys[i]], b[keys[i]], format_metric(measure, a[keys[i]].goodness),
-                format_metric(measure, b[keys[i]].goodness), strips.get(keys[i][0]),
+                keys[i][0], a[keys[i]], b[keys[i]], format_metric(score_name, a[keys[i]].score),
+                format_metric(score_name, b[keys[i]].score), strips.get(keys[i][0]),
             )
-            for i in places[:_MOST]
+            for i in indices[:_MAX_EXAMPLES]
         ]  # fmt: skip
 
-    return Compared(
-        ours.name, ours.words, (ours.step, theirs.step), (ours.examples, theirs.examples), len(keys), rows,
-        shown([i for i in np.argsort(-differences, kind="stable").tolist() if differences[i] > 0]),
-        shown([i for i in np.argsort(differences, kind="stable").tolist() if differences[i] < 0]),
+    return ComparedEvaluation(
+        first.name, first.labels, (first.step, second.step), (first.num_examples, second.num_examples), len(keys),
+        metrics,
+        divergent_examples([i for i in np.argsort(-differences, kind="stable").tolist() if differences[i] > 0]),
+        divergent_examples([i for i in np.argsort(differences, kind="stable").tolist() if differences[i] < 0]),
     )  # fmt: skip
 
 
-def _row(
-    title: str, figure: str, ours: float, theirs: float, our_interval: tuple[float, float] | None,
-    their_interval: tuple[float, float] | None, interval: tuple[float, float] | None,
-) -> Row:  # fmt: skip
-    def ends(found: tuple[float, float] | None) -> str:
-        return " to ".join(format_metric(figure, end) for end in found or ())
-
-    return Row(
-        title, format_metric(figure, ours), ends(our_interval), format_metric(figure, theirs), ends(their_interval),
-        _signed(figure, ours - theirs), " to ".join(_signed(figure, end) for end in interval or ()),
+def _compare_metric(
+    title: str, metric: str, values: tuple[float, float],
+    intervals: tuple[tuple[float, float] | None, tuple[float, float] | None], interval: tuple[float, float] | None,
+) -> ComparedMetric:  # fmt: skip
+    first_interval, second_interval = (
+        " to ".join(format_metric(metric, bound) for bound in bounds or ()) for bounds in intervals
+    )
+    return ComparedMetric(
+        title, format_metric(metric, values[0]), first_interval, format_metric(metric, values[1]), second_interval,
+        _format_difference(metric, values[0] - values[1]),
+        " to ".join(_format_difference(metric, bound) for bound in interval or ()),
     )  # fmt: skip
 
 
-def _signed(figure: str, difference: float) -> str:
-    """A difference with its sign; of shares in points of a percent."""
+def _format_difference(metric: str, difference: float) -> str:
+    """Return a difference with its sign; that of fractions in percentage points."""
     if not math.isfinite(difference):
         return "–"
-    if figure.startswith(NEGATED_PREFIX):
+    if metric.startswith(NEGATED_PREFIX):
         return f"{difference:+.4g}"
-    return f"{100 * difference:+.1f} points" if is_fraction(figure) else f"{difference:+.1f}"
+    return f"{100 * difference:+.1f} points" if is_fraction(metric) else f"{difference:+.1f}"
 
 
 def read_predictions(path: Path, notes: list[str]) -> Mapping[tuple[str, int], PredictionRow]:
-    """What was said to each example, by its key and how often that came before; none of a file that is not there.
+    """Return the predictions of a ``NAME.jsonl``, if it exists, by the example's key and the count of its repetitions.
 
-    Lines without a number that says how good it was, as older results have, are left out; of damaged ones, and of what
-    is more than anyone can have said, ``notes`` takes a sentence.
+    Lines without a score, as older results have, are skipped. ``notes`` receives a message about damaged lines, and
+    about a file that is too large.
     """
-    found: dict[tuple[str, int], PredictionRow] = {}
-    seen: Counter[str] = Counter()
+    predictions: dict[tuple[str, int], PredictionRow] = {}
+    repetitions: Counter[str] = Counter()
     damaged = 0
-    if not path.is_file():
-        return found
-    with path.open("rb") as file:
-        while line := file.readline(_MAX_LINE):
-            if file.tell() > _MAX_FILE:
-                notes.append(f"{path}: only the first {_MAX_FILE >> 20:,} MiB are read")
-                break
-            try:
-                row = upgrade_prediction(json.loads(line))
-                key, goodness = str(row["key"]), row.get("score")
-                texts = (row.get(name) or "" for name in ("instruction", "prediction", "reference"))
-                asked, said, true = (str(text)[:_MAX_TEXT] for text in texts)
-                good = math.nan if goodness is None else float(goodness)
-            except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
-                damaged += 1
-                continue
-            if math.isfinite(good):
-                found[key, seen[key]] = PredictionRow(asked, said, true, good)
-            seen[key] += 1
+    for line in iterate_jsonl(path, max_line=_MAX_LINE, max_bytes=_MAX_FILE):
+        try:
+            row = upgrade_prediction(line or {})
+            key, score = str(row["key"]), math.nan if row.get("score") is None else float(row["score"])
+        except (ValueError, TypeError, KeyError, OverflowError):
+            damaged += 1
+            continue
+        if math.isfinite(score):
+            texts = (str(row.get(name) or "")[:_MAX_TEXT] for name in ("instruction", "prediction", "reference"))
+            predictions[key, repetitions[key]] = PredictionRow(*texts, score)
+        repetitions[key] += 1
+    if path.is_file() and path.stat().st_size > _MAX_FILE:
+        notes.append(f"{path}: only the first {_MAX_FILE >> 20:,} MiB were read")
     if damaged:
-        notes.append(f"{path}: {damaged:,} line{'s are' if damaged > 1 else ' is'} damaged and left out")
-    return found
+        notes.append(f"{path}: {damaged:,} damaged line{'s were' if damaged > 1 else ' was'} skipped")
+    return predictions

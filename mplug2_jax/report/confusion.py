@@ -1,24 +1,24 @@
-"""Which classes were taken for which, as plain data: a matrix of few classes, the most frequent mistakes of many."""
+"""Confusions between classes as plain data: a matrix for few classes, the most frequent mistakes for many."""
 
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-_MOST = 20  # classes of a matrix, and mistakes that are listed
+_MAX_SHOWN = 20  # classes of a matrix, and listed mistakes
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """How many examples of a row's class were taken for a column's, and which percentage of the row that is."""
+    """The number of examples of a row's class that were predicted as a column's, and its percentage of the row."""
 
     count: int
-    share: float
-    right: bool
+    percent: float
+    correct: bool
 
 
 @dataclasses.dataclass(frozen=True)
 class Confusion:
-    """A matrix, one row for each true class; or mistakes: true class, what it was taken for, how often."""
+    """A matrix with a row for each reference class; or a list of mistakes: reference, prediction, count."""
 
     classes: Sequence[str]
     rows: Sequence[Sequence[Cell]]
@@ -26,21 +26,24 @@ class Confusion:
 
 
 def read_confusion(content: Any) -> Confusion | None:
-    """What an evaluation's file says; None of one that says nothing.
+    """Return the confusions of an evaluation's file; None if it has none.
 
     Raises:
-        ValueError, TypeError, KeyError: anything else than a matrix of counts or a list of mistakes.
+        ValueError, TypeError, KeyError: neither a matrix of counts nor a list of mistakes.
     """
     if content is None:
         return None
     if "mistakes" in content:
-        rows = [(str(true), str(taken), int(count)) for true, taken, count in content["mistakes"][:_MOST]]
-        return Confusion((), (), rows)
+        mistakes = [
+            (str(reference), str(prediction), int(count))
+            for reference, prediction, count in content["mistakes"][:_MAX_SHOWN]
+        ]
+        return Confusion((), (), mistakes)
     classes, counts = [str(name) for name in content["classes"]], [[int(n) for n in row] for row in content["counts"]]
-    if len(classes) > _MOST or [len(row) for row in counts] != [len(classes)] * len(classes):
-        raise ValueError(f"the confusion of {len(classes)} classes is no matrix of at most {_MOST}")
+    if len(classes) > _MAX_SHOWN or [len(row) for row in counts] != [len(classes)] * len(classes):
+        raise ValueError(f"the confusion matrix of {len(classes)} classes is not a square of at most {_MAX_SHOWN}")
     if any(count < 0 for row in counts for count in row):
-        raise ValueError("the confusion counts less than nothing")
+        raise ValueError("the confusion matrix has a negative count")
     return Confusion(
         classes,
         [

@@ -1,4 +1,4 @@
-"""A batch to look at: a contact sheet as a picture, and as one page that needs nothing else."""
+"""A batch as a contact sheet: an image, and a self-contained page."""
 
 import base64
 import dataclasses
@@ -14,53 +14,53 @@ from data_pipelines.loader import LoadedBatch, Made
 from mplug2_jax.errors import UserError
 from mplug2_jax.report.rendering import render, write_page
 
-FRAME, WIDTH, GAP = 96, 1600, 4
-"""Pixels: the least side of a frame, the width of a sheet, and what is between examples."""
+MIN_FRAME, WIDTH, GAP = 96, 1600, 4
+"""Pixels: the minimum side of a frame, the width of a sheet, and the gap between examples."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _Cell:
     """One example on the page."""
 
-    made: Made
-    picture: str  # a PNG in base64, or empty
+    row: Made
+    image: str  # a PNG in base64; empty without frames
     times: str  # of the frames
 
 
 def write_contact_sheet(stem: Path, stream: str, step: int, batch: LoadedBatch) -> list[Path]:
-    """Writes STEM.html, and STEM.png where the batch has pictures; returns what was written.
+    """Write STEM.html, and STEM.png if the batch has frames; return their paths.
 
     Raises:
-        UserError: a file is there already.
+        UserError: a file exists.
     """
     strips = [_strip(row.example.arrays) for row in batch.rows]
-    pictures = [strip for strip in strips if strip is not None]
-    paths = [stem.with_name(f"{stem.name}.html")] + [stem.with_name(f"{stem.name}.png")] * bool(pictures)
-    if taken := [path for path in paths if path.exists()]:
-        raise UserError(f"{taken[0]} exists; choose another --out")
+    images = [strip for strip in strips if strip is not None]
+    paths = [stem.with_name(f"{stem.name}.html")] + [stem.with_name(f"{stem.name}.png")] * bool(images)
+    if existing := [path for path in paths if path.exists()]:
+        raise UserError(f"{existing[0]} exists; choose another --out")
     cells = [
         _Cell(row, "" if strip is None else _base64(strip), ", ".join(f"{t:.2f}" for t in row.example.times))
         for row, strip in zip(batch.rows, strips, strict=True)
     ]
     stem.parent.mkdir(parents=True, exist_ok=True)
     write_page(paths[0], render("contact_sheet.html", stream=stream, step=step, cells=cells))
-    if pictures:
-        Image.fromarray(_contact_sheet(pictures)).save(paths[1])
+    if images:
+        Image.fromarray(_arrange(images)).save(paths[1])
     return paths
 
 
 def _strip(arrays: Any) -> UInt8[np.ndarray, "y x 3"] | None:
-    """The frames of an example side by side, enlarged to be seen."""
+    """Return the frames of an example side by side, enlarged to at least ``MIN_FRAME``."""
     frames = arrays.get("frames")
     if frames is None:
         return None
-    scale = max(1, FRAME // frames.shape[1])
+    scale = max(1, MIN_FRAME // frames.shape[1])
     strip: UInt8[np.ndarray, "y x 3"] = np.concatenate(list(frames), axis=1).repeat(scale, 0).repeat(scale, 1)
     return strip
 
 
-def _contact_sheet(strips: list[UInt8[np.ndarray, "y x 3"]]) -> UInt8[np.ndarray, "Y X 3"]:
-    """All strips of a batch, which are of one size, in rows."""
+def _arrange(strips: list[UInt8[np.ndarray, "y x 3"]]) -> UInt8[np.ndarray, "Y X 3"]:
+    """Return all strips of a batch, which have one size, in rows."""
     height, width = strips[0].shape[0] + GAP, strips[0].shape[1] + GAP
     columns = max(1, min(WIDTH // width, len(strips)))
     sheet = np.full((-(-len(strips) // columns) * height, columns * width, 3), 255, np.uint8)
@@ -70,7 +70,7 @@ def _contact_sheet(strips: list[UInt8[np.ndarray, "y x 3"]]) -> UInt8[np.ndarray
     return sheet
 
 
-def _base64(picture: UInt8[np.ndarray, "y x 3"]) -> str:
+def _base64(image: UInt8[np.ndarray, "y x 3"]) -> str:
     file = io.BytesIO()
-    Image.fromarray(picture).save(file, "PNG")
+    Image.fromarray(image).save(file, "PNG")
     return base64.b64encode(file.getvalue()).decode()

@@ -1,4 +1,4 @@
-"""Curves as small panels of inline SVG that take their colours from the page, so that dark mode and print just work."""
+"""Curves as small panels of inline SVG that take their colors from the page, so that dark mode and print work."""
 
 import dataclasses
 import io
@@ -18,19 +18,19 @@ from mplug2_jax.metrics.units import RANK_SUFFIX, is_fraction
 from mplug2_jax.report.metrics import Curve
 from mplug2_jax.report.names import display_name
 
-LINE_STYLES = ("solid", (0, (5, 2)), (0, (1, 1.5)), (0, (7, 2, 1, 2)))  # lines differ in more than colour
+LINE_STYLES = ("solid", (0, (5, 2)), (0, (1, 1.5)), (0, (7, 2, 1, 2)))  # lines differ in more than color
 _TOWER_NORMS = (("gradient norms", "gradient_norm"), ("parameter norms", "parameter_norm"))
-_COLOURS = 6  # --c0 to --c5 of style.css
+_NUM_COLORS = 6  # --c0 to --c5 of style.css
 _MAX_PANELS = 90
-# matplotlib wants colours; these stand for the page's variables and are replaced in its output.
+# matplotlib needs colors; these stand for the page's CSS variables and are replaced in its output.
 _TEXT, _GRID = "#0a0a01", "#0a0a02"
-_LINES = [f"#0a0b{i:02x}" for i in range(_COLOURS)]
+_LINES = [f"#0a0b{i:02x}" for i in range(_NUM_COLORS)]
 _VARIABLES = {_TEXT: "var(--muted)", _GRID: "var(--line)"} | {c: f"var(--c{i})" for i, c in enumerate(_LINES)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A line's place in the legend, with its last value."""
+    """The legend of a line, with its last value."""
 
     label: str
     style: int
@@ -39,7 +39,7 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-    """One drawing with its title and legend, which are the page's own text."""
+    """A drawing with its title and legend, which are text of the page."""
 
     title: str
     entries: Sequence[Entry]
@@ -57,8 +57,8 @@ class Group:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Plan:
-    """What a panel is to show: labels and metrics; a single line needs no label."""
+class _PanelSpec:
+    """The contents of a panel: labels and metrics; a single line needs no label."""
 
     title: str
     lines: Sequence[tuple[str, str]]
@@ -69,18 +69,18 @@ class _Plan:
 
 
 def draw_groups(
-    curves: Mapping[str, Curve], baselines: Mapping[str, Mapping[str, float]], shown: Mapping[str, str] | None = None
+    curves: Mapping[str, Curve], baselines: Mapping[str, Mapping[str, float]], visuals: Mapping[str, str] | None = None
 ) -> list[Group]:
-    """All curves of a run in the order in which people look at them.
+    """Return all curves of a run, the most important first.
 
     Args:
-        curves: by the metrics' names.
-        baselines: figures to compare with, by evaluation.
-        shown: what the examples of evaluations show, if not pictures.
+        curves: by metric.
+        baselines: values to compare with, by evaluation and metric.
+        visuals: what the examples of evaluations show, "image" or "video"; images by default.
     """
     drawn, room = [], _MAX_PANELS
-    for title, plans in _layout(curves, baselines, shown or {}):
-        panels = [_draw(plan, curves) for plan in plans[:room]]
+    for title, specs in _layout(curves, baselines, visuals or {}):
+        panels = [_draw(spec, curves) for spec in specs[:room]]
         room -= len(panels)
         if panels:
             drawn.append(Group(title, panels))
@@ -88,15 +88,15 @@ def draw_groups(
 
 
 def _layout(
-    names: Mapping[str, Curve], baselines: Mapping[str, Mapping[str, float]], shown_by: Mapping[str, str]
-) -> list[tuple[str, list[_Plan]]]:
+    names: Mapping[str, Curve], baselines: Mapping[str, Mapping[str, float]], visuals: Mapping[str, str]
+) -> list[tuple[str, list[_PanelSpec]]]:
     objective = [name for name in names if name.count("/") == 2 and not name.startswith("eval/")]
     streams = list(dict.fromkeys(name.split("/")[0] for name in objective))
     accuracies = [name for name in objective if name.endswith("accuracy")]
     rates = [name for name in names if name.startswith("learning_rate")]
     groups = [
         (
-            "The run",
+            "Training",
             [
                 *_single(names, "total loss", "loss", compact),
                 *_lines("learning rate", [(n.partition("/")[2] or "all", n) for n in rates], compact, from_zero=True),
@@ -106,16 +106,17 @@ def _layout(
         )
     ]
     towers = [(title, [n for n in names if n.startswith(f"{kind}/")]) for title, kind in _TOWER_NORMS]
-    plans = [
-        _Plan(title, [(n.partition("/")[2], n) for n in found], compact, log=True) for title, found in towers if found
-    ]
-    groups.append(("Towers", plans))
+    specs = [
+        _PanelSpec(title, [(n.partition("/")[2], n) for n in norms], compact, log=True)
+        for title, norms in towers if norms
+    ]  # fmt: skip
+    groups.append(("Towers", specs))
     for stream in streams:
         losses = [name for name in objective if name.startswith(f"{stream}/") and name.endswith("/loss")]
         groups.append(
             (
                 f"Losses · {display_name(stream)}",
-                [_Plan(display_name(n.split("/")[1]), [("", n)], compact) for n in losses],
+                [_PanelSpec(display_name(n.split("/")[1]), [("", n)], compact) for n in losses],
             )
         )
     by_stream = [
@@ -123,113 +124,113 @@ def _layout(
     ]
     groups.append(
         (
-            "Accuracy in training",
-            [plan for s, lines in by_stream for plan in _lines(display_name(s), lines, percent, from_zero=True)],
+            "Training accuracy",
+            [spec for s, lines in by_stream for spec in _lines(display_name(s), lines, percent, from_zero=True)],
         )
     )
     groups.append(
         (
-            "Speed",
+            "Throughput",
             [
                 *_single(names, "examples per second", "examples_per_second", compact, from_zero=True),
                 *_single(names, "tokens/s per device", "tokens_per_second_per_device", compact, from_zero=True),
-                *_single(names, "time spent waiting for data", "data_wait", percent, from_zero=True),
-                *_single(names, "model FLOP/s utilisation", "mfu", percent, from_zero=True),
+                *_single(names, "data wait", "data_wait", percent, from_zero=True),
+                *_single(names, "MFU", "mfu", percent, from_zero=True),
             ],
         )
     )
-    groups.append(("Evaluations", _evaluations(names, baselines, shown_by)))
-    shown = {name for _, plans in groups for plan in plans for _, name in plan.lines}
-    # These are the examples per second in other words.
+    groups.append(("Evaluations", _evaluations(names, baselines, visuals)))
+    shown = {name for _, specs in groups for spec in specs for _, name in spec.lines}
+    # These follow from the examples per second.
     shown |= {"seconds_per_step", "flops_per_second", "examples_per_second_per_device"}
     other = [name for name in names if name not in shown and not name.startswith("eval/")]
-    groups.append(
-        ("More", [_Plan(" · ".join(display_name(part) for part in n.split("/")), [("", n)], compact) for n in other])
-    )
+    specs = [_PanelSpec(" · ".join(display_name(part) for part in n.split("/")), [("", n)], compact) for n in other]
+    groups.append(("Other", specs))
     return groups
 
 
 def _single(
     names: Iterable[str], title: str, name: str, show: Callable[[float], str], *, from_zero: bool = False,
     log: bool = False,
-) -> list[_Plan]:  # fmt: skip
-    return [_Plan(title, [("", name)], show, from_zero, log)] if name in names else []
+) -> list[_PanelSpec]:  # fmt: skip
+    return [_PanelSpec(title, [("", name)], show, from_zero, log)] if name in names else []
 
 
 def _lines(
     title: str, lines: Sequence[tuple[str, str]], show: Callable[[float], str], *, from_zero: bool
-) -> list[_Plan]:
-    return [_Plan(title, lines, show, from_zero)] if lines else []
+) -> list[_PanelSpec]:
+    return [_PanelSpec(title, lines, show, from_zero)] if lines else []
 
 
 def _evaluations(
-    names: Mapping[str, Curve], baselines: Mapping[str, Mapping[str, float]], shown_by: Mapping[str, str]
-) -> list[_Plan]:
-    """A panel per evaluation, per direction of retrieval, and for scores, where there are several points to draw."""
+    names: Mapping[str, Curve], baselines: Mapping[str, Mapping[str, float]], visuals: Mapping[str, str]
+) -> list[_PanelSpec]:
+    """Return a panel per evaluation, per direction of retrieval, and for scores, if there are several points."""
     panels: dict[tuple[str, str], list[tuple[str, str]]] = {}
     for name in names:
         if name.startswith("eval/") and len(names[name]) > 1:
-            evaluation, _, figure = name.removeprefix("eval/").rpartition("/")
-            said = display_name(figure, shown_by.get(evaluation, "picture"))
-            direction, _, cutoff = said.rpartition(" R@")
-            # What is no share would press shares to the axis.
-            apart = direction or ("" if is_fraction(figure) else said if figure.endswith(RANK_SUFFIX) else "scores")
-            panels.setdefault((evaluation, apart), []).append((f"R@{cutoff}" if direction else said, name))
-    plans = []
-    for (evaluation, apart), lines in panels.items():
-        figure = lines[0][1].rpartition("/")[2]
-        # Baselines of several figures would be a second set of lines.
-        baseline = baselines.get(evaluation, {}).get(figure, math.nan) if len(lines) == 1 else math.nan
-        title = f"{display_name(evaluation)}, {apart}" if apart else display_name(evaluation)
-        plans.append(
-            _Plan(title, lines, percent if is_fraction(figure) else compact, from_zero=True, baseline=baseline)
+            evaluation, _, metric = name.removeprefix("eval/").rpartition("/")
+            label = display_name(metric, visuals.get(evaluation, "image"))
+            direction, _, cutoff = label.rpartition(" R@")
+            # Values that are not fractions would press fractions to the axis.
+            group = direction or ("" if is_fraction(metric) else label if metric.endswith(RANK_SUFFIX) else "scores")
+            panels.setdefault((evaluation, group), []).append((f"R@{cutoff}" if direction else label, name))
+    specs = []
+    for (evaluation, group), lines in panels.items():
+        metric = lines[0][1].rpartition("/")[2]
+        # Baselines of several metrics would be a second set of lines.
+        baseline = baselines.get(evaluation, {}).get(metric, math.nan) if len(lines) == 1 else math.nan
+        title = f"{display_name(evaluation)}, {group}" if group else display_name(evaluation)
+        specs.append(
+            _PanelSpec(title, lines, percent if is_fraction(metric) else compact, from_zero=True, baseline=baseline)
         )
-    return plans
+    return specs
 
 
-def _draw(plan: _Plan, curves: Mapping[str, Curve]) -> Panel:
+def _draw(spec: _PanelSpec, curves: Mapping[str, Curve]) -> Panel:
     # The salt makes ids that differ between panels and are the same whenever a run is drawn.
-    salt = repr((plan.title, plan.lines))
+    salt = repr((spec.title, spec.lines))
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt, "font.size": 8, "axes.linewidth": 0.6}):
         figure = Figure(figsize=(4.6, 2.1))
         FigureCanvasSVG(figure)
         axes = figure.add_axes((0.115, 0.125, 0.865, 0.82))
-        lines = [curves[name] for _, name in plan.lines]
+        lines = [curves[name] for _, name in spec.lines]
         for i, curve in enumerate(lines):
-            style, colour = LINE_STYLES[i % len(LINE_STYLES)], _LINES[i % _COLOURS]
+            style, color = LINE_STYLES[i % len(LINE_STYLES)], _LINES[i % _NUM_COLORS]
             marker: dict[str, Any] = {"marker": "o", "markersize": 2.5} if len(curve) <= 12 else {}
             if curve.binned:
-                axes.fill_between(curve.steps, curve.lows, curve.highs, color=colour, alpha=0.18, linewidth=0)
-            axes.plot(curve.steps, curve.means, color=colour, linewidth=1.3, linestyle=style, **marker)
-        if math.isfinite(plan.baseline):
-            axes.axhline(plan.baseline, color=_TEXT, linewidth=1, linestyle=(0, (1, 1.5)))
-        _dress(axes, plan, lines)
+                axes.fill_between(curve.steps, curve.lows, curve.highs, color=color, alpha=0.18, linewidth=0)
+            axes.plot(curve.steps, curve.means, color=color, linewidth=1.3, linestyle=style, **marker)
+        if math.isfinite(spec.baseline):
+            axes.axhline(spec.baseline, color=_TEXT, linewidth=1, linestyle=(0, (1, 1.5)))
+        _style_axes(axes, spec, lines)
         buffer = io.StringIO()
-        # Dates and the like would make two drawings of one run differ.
+        # Dates would make two drawings of one run differ.
         metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(buffer, format="svg", transparent=True, metadata=metadata)
     entries = [
-        Entry(label, i, plan.show(curve.last))
-        for i, ((label, _), curve) in enumerate(zip(plan.lines, lines, strict=True))
+        Entry(label, i, spec.show(curve.last))
+        for i, ((label, _), curve) in enumerate(zip(spec.lines, lines, strict=True))
     ]
-    baseline = plan.show(plan.baseline) if math.isfinite(plan.baseline) else ""
-    return Panel(plan.title, entries, _for_page(buffer.getvalue()), baseline, sum(curve.not_finite for curve in lines))
+    baseline = spec.show(spec.baseline) if math.isfinite(spec.baseline) else ""
+    not_finite = sum(curve.not_finite for curve in lines)
+    return Panel(spec.title, entries, _to_inline_svg(buffer.getvalue()), baseline, not_finite)
 
 
-def _dress(axes: Any, plan: _Plan, lines: Sequence[Curve]) -> None:
-    """A light grid, no frame, few ticks."""
-    values = np.concatenate([[plan.baseline], *(bound for c in lines for bound in (c.lows, c.highs))])
+def _style_axes(axes: Any, spec: _PanelSpec, lines: Sequence[Curve]) -> None:
+    """Draw a light grid, no frame, and few ticks."""
+    values = np.concatenate([[spec.baseline], *(bound for c in lines for bound in (c.lows, c.highs))])
     values = values[np.isfinite(values)]
     low, high = (values.min(), values.max()) if len(values) else (0.0, 1.0)
-    if plan.log and low > 0 and high / low > 20:
+    if spec.log and low > 0 and high / low > 20:
         axes.set_yscale("log")
         axes.yaxis.set_minor_locator(NullLocator())
-    elif plan.from_zero:
+    elif spec.from_zero:
         axes.set_ylim(min(0.0, low), high * 1.06 if high > 0 else 1.0)
     if axes.get_yscale() != "log":
         axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
     axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: plan.show(value)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: spec.show(value)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
     axes.grid(axis="y", color=_GRID, linewidth=0.7)
     axes.set_axisbelow(True)
@@ -240,35 +241,35 @@ def _dress(axes: Any, plan: _Plan, lines: Sequence[Curve]) -> None:
     axes.margins(x=0.01)
 
 
-def _for_page(svg: str) -> Markup:
-    """The drawing without what a file of its own would need, in the page's colours and font.
+def _to_inline_svg(svg: str) -> Markup:
+    """Return a drawing for inline use, in the colors and the font of the page.
 
-    It holds numbers alone (names are the page's text), so it needs no escaping.
+    It has only numbers (names are text of the page), so it needs no escaping.
     """
     viewbox, _, body = svg[svg.index("<svg") :].partition(">")
     box = re.search(r'viewBox="[\d. ]+"', viewbox)
     svg = f'<svg {box[0] if box else ""} aria-hidden="true">{body}'
     svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->|<style.*?</style>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r' id="[a-z0-9.]+_\d+"', "", svg)  # axes_1 and the like would be there once per panel
-    svg = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", svg)  # as older versions write it
+    svg = re.sub(r' id="[a-z0-9.]+_\d+"', "", svg)  # ids like axes_1 would be repeated in every panel
+    svg = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font-size: \1", svg)  # as older versions of matplotlib write it
     svg = re.sub(r"font-family: [^;\"]*; ?", "", svg)
-    # Hundredths of a pixel will do; numbers outside of attributes are labels and stay as they are.
+    # Two decimals are enough; numbers outside of attributes are labels and stay as they are.
     svg = re.sub(r'"[^"]*"', lambda quoted: re.sub(r"(\.\d\d)\d+", r"\1", quoted[0]), svg)
-    for colour, variable in _VARIABLES.items():
-        svg = svg.replace(colour, variable)
+    for color, variable in _VARIABLES.items():
+        svg = svg.replace(color, variable)
     return Markup(re.sub(r"\n\s*", "\n", svg))
 
 
 def percent(value: float) -> str:
-    """A share in percent: 38.1%, 2.68%."""
+    """Return a fraction in percent: 38.1%, 2.68%."""
     return f"{100 * value:.3g}%" if math.isfinite(value) else "–"
 
 
 def compact(value: float) -> str:
-    """A number in few letters: 0.00025, 2.5e-5, 3.14, 12.3k, 1.5M."""
+    """Return a number in few characters: 0.00025, 2.5e-5, 3.14, 12.3k, 1.5M."""
     if not math.isfinite(value):
         return "–"
     for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= 0.9995 * size:  # where rounding reaches it
+        if abs(value) >= 0.9995 * size:  # numbers that round to it too
             return f"{value / size:.3g}{letter}"
     return f"{value:.3g}".replace("e-0", "e-")

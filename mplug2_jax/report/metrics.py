@@ -3,16 +3,18 @@
 import dataclasses
 import heapq
 import itertools
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
+from mplug2_jax.training.telemetry.jsonl import iterate_jsonl
+
 MAX_POINTS = 400  # a curve is drawn some 300 pixels wide
-_CHUNK = 10_000  # lines held at a time
+_CHUNK = 10_000  # lines in memory at a time
 
 Bins = Float[np.ndarray, "_ 6"]
 _FIRST, _LAST, _TOTAL, _COUNT, _LOW, _HIGH = range(6)
@@ -21,77 +23,77 @@ _FIRST, _LAST, _TOTAL, _COUNT, _LOW, _HIGH = range(6)
 class Curve:
     """A metric over steps: at most ``MAX_POINTS`` bins of consecutive values, each with its mean and its extremes.
 
-    The extremes are kept because a mean over a thousand steps hides the one step that went wrong.
+    Extremes are recorded because a mean over a thousand steps hides the one step that went wrong.
     """
 
     def __init__(self) -> None:
         self._stride = 1
         self._bins: Bins = np.empty((0, 6))
         self.not_finite = 0
-        self.last = math.nan  # the last finite value, as it was written
+        self.last = math.nan  # the last finite value
 
     def extend(self, steps: list[int], values: list[float]) -> None:
-        """Adds values in the order of their steps; of several for one step the last counts."""
-        at, value = np.array(steps, np.float64), np.array(values, np.float64)
-        # An evaluation that is run again on a finished run repeats its step.
-        kept = np.append(np.diff(at) != 0, True)
-        at, value = at[kept], value[kept]
+        """Append values in the order of their steps; of several values of one step the last counts."""
+        step, value = np.array(steps, np.float64), np.array(values, np.float64)
+        # An evaluation that is repeated on a finished run repeats its step.
+        is_last = np.append(np.diff(step) != 0, True)
+        step, value = step[is_last], value[is_last]
         finite = np.isfinite(value)
         self.not_finite += int((~finite).sum())
         if finite.any():
             self.last = float(value[finite][-1])
-        seen = np.where(finite, value, np.nan)
-        new = np.stack([at, at, np.where(finite, value, 0), finite, seen, seen], axis=1)
+        extreme = np.where(finite, value, np.nan)
+        new = np.stack([step, step, np.where(finite, value, 0), finite, extreme, extreme], axis=1)
         self._bins = np.concatenate([self._bins, _merge(new, self._stride)])
         while len(self._bins) > MAX_POINTS:
             self._bins = _merge(self._bins, 2)
             self._stride *= 2
 
     def __len__(self) -> int:
-        """The number of bins."""
+        """Return the number of bins."""
         return len(self._bins)
 
     @property
     def binned(self) -> bool:
-        """Whether points stand for several values each."""
+        """Return whether a point represents several values."""
         return self._stride > 1
 
     @property
     def steps(self) -> Float[np.ndarray, " n"]:
-        """The middle of each bin."""
+        """Return the middle of each bin."""
         return (self._bins[:, _FIRST] + self._bins[:, _LAST]) / 2
 
     @property
     def means(self) -> Float[np.ndarray, " n"]:
-        """The mean of each bin's finite values; NaN where there is none, which leaves a gap in the line."""
+        """Return the mean of each bin's finite values; NaN, which leaves a gap in the line, if it has none."""
         count = self._bins[:, _COUNT]
         return np.where(count > 0, self._bins[:, _TOTAL] / np.maximum(count, 1), np.nan)
 
     @property
     def lows(self) -> Float[np.ndarray, " n"]:
-        """The least value of each bin."""
+        """Return the minimum of each bin."""
         return self._bins[:, _LOW]
 
     @property
     def highs(self) -> Float[np.ndarray, " n"]:
-        """The greatest value of each bin."""
+        """Return the maximum of each bin."""
         return self._bins[:, _HIGH]
 
 
 @dataclasses.dataclass(frozen=True)
 class Metrics:
-    """What a metrics file holds."""
+    """The contents of metrics files."""
 
     curves: dict[str, Curve]
     last_step: int = 0
-    damaged: int = 0  # lines that are no metrics, not counting a last line that is still being written
+    damaged: int = 0  # lines
 
 
 def read_metrics(*paths: Path) -> Metrics:
-    """Reads metrics files as streams, one line by the other's steps; a file that is not there yet holds nothing."""
+    """Read metrics files as streams, merged by step; a file that does not exist yet is empty."""
     curves: dict[str, Curve] = {}
     last_step = damaged = 0
-    lines = heapq.merge(*map(_lines, paths), key=lambda line: line[0])
+    lines = heapq.merge(*map(_iterate_steps, paths), key=lambda line: line[0])
     while chunk := list(itertools.islice(lines, _CHUNK)):
         columns: dict[str, tuple[list[int], list[float]]] = {}
         for step, row in chunk:
@@ -106,33 +108,27 @@ def read_metrics(*paths: Path) -> Metrics:
     return Metrics(curves, last_step, damaged)
 
 
-def _lines(path: Path) -> Iterator[tuple[int, dict[str, float] | None]]:
-    """Every line's step and values; a damaged line has the step before it, and no values."""
-    if not path.is_file():
-        return
+def _iterate_steps(path: Path) -> Iterator[tuple[int, dict[str, float] | None]]:
+    """Yield each line's step and values; a damaged line has the step before it, and None as values."""
     step = 0
-    with path.open("rb") as file:
-        for line in file:
-            try:
-                step, row = _parse(line)
-            except (ValueError, TypeError, OverflowError, RecursionError):
-                if line.endswith(b"\n") and line.strip():
-                    yield step, None
-                continue
-            yield step, row
+    for line in iterate_jsonl(path):
+        try:
+            step, row = _parse(line)
+        except (ValueError, TypeError, OverflowError):
+            row = None
+        yield step, row
 
 
-def _parse(line: bytes) -> tuple[int, dict[str, float]]:
-    """A line's step and values; null, which stands for a number that is not finite, becomes NaN."""
-    row = json.loads(line)
-    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+def _parse(line: dict[str, Any] | None) -> tuple[int, dict[str, float]]:
+    """Return a line's step and values; null, which stands for a value that is not finite, becomes NaN."""
+    if line is None or not isinstance(line.get("step"), int):
         raise ValueError("no step")
-    float(row["step"])  # a whole number in JSON may be beyond all floats
-    return row.pop("step"), {name: math.nan if value is None else float(value) for name, value in row.items()}
+    float(line["step"])  # an integer in JSON may be larger than any float
+    return line.pop("step"), {name: math.nan if value is None else float(value) for name, value in line.items()}
 
 
 def _merge(bins: Bins, group: int) -> Bins:
-    """Every ``group`` consecutive bins become one; the last may take fewer."""
+    """Merge every ``group`` consecutive bins into one; the last group may be smaller."""
     starts = np.arange(0, len(bins), group)
     ends = np.minimum(starts + group, len(bins)) - 1
     return np.stack(

@@ -1,4 +1,4 @@
-"""What is on the page: gathered from a run's or an evaluation's files into plain data."""
+"""The contents of the page: plain data from the files of a run or of evaluations."""
 
 import dataclasses
 import json
@@ -41,103 +41,103 @@ class Page:
     history: RunHistory
     config: str
     notes: Sequence[str]
-    run: bool  # or else a folder of evaluations, which has nothing but these
+    is_run: bool  # else a folder of evaluations, which has nothing else
 
     @property
     def done(self) -> float:
-        """Percent of the planned steps."""
+        """Return the percentage of the planned steps that are done."""
         return round(100 * min(self.step / self.steps, 1.0), 1) if self.steps else 0.0
 
     @property
     def evaluated_at(self) -> int | None:
-        """The step of all evaluations, if it is one."""
+        """Return the step of the evaluations; None if they are of several."""
         steps = {evaluation.step for evaluation in self.evaluations}
         return steps.pop() if len(steps) == 1 else None
 
     @property
     def sources(self) -> list[str]:
-        """Where the published figures are from, in the order of their marks."""
-        notes = [figure.note for evaluation in self.evaluations for figure in evaluation.figures if figure.published]
+        """Return the sources of the published values, in the order of their marks."""
+        notes = [row.note for evaluation in self.evaluations for row in evaluation.metric_rows if row.published]
         return list(dict.fromkeys(notes))
 
     @property
     def baselines(self) -> str:
-        """What the evaluations' baselines are."""
-        said: dict[str, list[str]] = {}
+        """Return what the baselines of the evaluations are."""
+        names: dict[str, list[str]] = {}
         for evaluation in self.evaluations:
-            said.setdefault(evaluation.words.baseline, []).append(display_name(evaluation.name))
-        return "; ".join(f"{baseline} ({', '.join(names)})" for baseline, names in said.items() if baseline)
+            names.setdefault(evaluation.labels.baseline, []).append(display_name(evaluation.name))
+        return "; ".join(f"{baseline} ({', '.join(each)})" for baseline, each in names.items() if baseline)
 
 
 def write_report(folder: Path) -> Path:
-    """Writes ``report.html`` into a work directory or a folder of evaluations: one file that needs no other.
+    """Write the self-contained ``report.html`` into a work directory or a folder of evaluations.
 
     Returns:
         Its path.
 
     Raises:
-        UserError: neither in this folder, a damaged config, or a folder that cannot be written to.
+        UserError: the folder holds neither, its config is damaged, or it cannot be written to.
     """
     path = folder / "report.html"
     write_page(path, render("template.html", page=load_page(folder)))
     return path
 
 
-def read_any(folder: Path, notes: list[str]) -> tuple[dict[str, Any] | None, list[Evaluation]]:
-    """A run's config and its evaluations; or None and the evaluations that a folder holds.
+def read_run_or_results(folder: Path, notes: list[str]) -> tuple[dict[str, Any] | None, list[Evaluation]]:
+    """Return the config and the evaluations of a run, or None and the evaluations of a folder.
 
     Args:
-        folder: a work directory, or what ``mplug2 eval --out`` wrote.
-        notes: takes a sentence for each file that could not be read.
+        folder: a work directory, or the ``--out`` of ``mplug2 eval``.
+        notes: receives a message for each file that could not be read.
 
     Raises:
-        UserError: neither in this folder, or a damaged config.
+        UserError: the folder holds neither, or the config is damaged.
     """
     if (folder / "config.json").is_file():
         config = _read_config(folder / "config.json")
-        return config, read_evaluations(folder, list(_dict(config.get("evaluations"))), notes)
+        return config, read_evaluations(folder, list(_as_dict(config.get("evaluations"))), notes)
     evaluations = read_folder(folder, notes)
     if not evaluations:
         raise UserError(
-            f"{folder} holds no run: config.json is missing; give a training run's work directory, or a folder with "
-            "results of mplug2 eval"
+            f"{folder} holds no run: config.json is missing; give the work directory of a training run, or a folder "
+            "with results of mplug2 eval"
         )
     return None, evaluations
 
 
-def load_page(workdir: Path) -> Page:
-    """Reads a work directory or a folder of evaluations.
+def load_page(folder: Path) -> Page:
+    """Read a work directory or a folder of evaluations.
 
     Raises:
-        UserError: neither in this folder, or a damaged config.
+        UserError: the folder holds neither, or the config is damaged.
     """
     notes: list[str] = []
-    found, evaluations = read_any(workdir, notes)
-    config = found or {}
-    metrics = read_metrics(workdir / "metrics.jsonl", workdir / "metrics-eval.jsonl")
+    run_config, evaluations = read_run_or_results(folder, notes)
+    config = run_config or {}
+    metrics = read_metrics(folder / "metrics.jsonl", folder / "metrics-eval.jsonl")
     if metrics.damaged:
-        lines = "1 line is" if metrics.damaged == 1 else f"{metrics.damaged:,} lines are"
-        notes.append(f"metrics.jsonl: {lines} damaged and left out of the curves")
+        lines = "1 damaged line was" if metrics.damaged == 1 else f"{metrics.damaged:,} damaged lines were"
+        notes.append(f"metrics.jsonl: {lines} skipped")
     steps = config.get("steps")
     return Page(
-        name=str(config.get("name") or workdir.resolve().name or workdir),
+        name=str(config.get("name") or folder.resolve().name or folder),
         step=max([metrics.last_step, *(evaluation.step for evaluation in evaluations)]),
         steps=steps if isinstance(steps, int) and steps > 0 else None,
-        model=_model(config),
-        streams=[_stream(name, _dict(stream)) for name, stream in _dict(config.get("streams")).items()],
+        model=_describe_model(config),
+        streams=[_stream(name, _as_dict(stream)) for name, stream in _as_dict(config.get("streams")).items()],
         evaluations=evaluations,
         groups=draw_groups(
-            metrics.curves, {e.name: e.baselines for e in evaluations}, {e.name: e.shows for e in evaluations}
+            metrics.curves, {e.name: e.baselines for e in evaluations}, {e.name: e.visual for e in evaluations}
         ),
-        history=read_run_history(workdir),
-        config="\n".join(_listing(config)),
-        notes=shortened(notes),
-        run=found is not None,
+        history=read_run_history(folder),
+        config="\n".join(_config_lines(config)),
+        notes=truncate_notes(notes),
+        is_run=run_config is not None,
     )
 
 
-def shortened(notes: Sequence[str]) -> list[str]:
-    """Notes of which there may be many."""
+def truncate_notes(notes: Sequence[str]) -> list[str]:
+    """Return the first notes, and how many more there are."""
     return [*notes[:_MAX_NOTES], *([f"and {len(notes) - _MAX_NOTES:,} more"] if len(notes) > _MAX_NOTES else [])]
 
 
@@ -151,14 +151,14 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _dict(value: Any) -> Mapping[str, Any]:
-    """Configs of other versions may lack a group; the page then says less."""
+def _as_dict(value: Any) -> Mapping[str, Any]:
+    """Return an empty dict for anything else: configs of other versions may lack a group."""
     return value if isinstance(value, dict) else {}
 
 
 def _stream(name: str, stream: Mapping[str, Any]) -> Stream:
-    data = _dict(stream.get("data"))
-    weights = _dict(stream.get("objectives"))
+    data = _as_dict(stream.get("data"))
+    weights = _as_dict(stream.get("objectives"))
     return Stream(
         name=display_name(name),
         source=", ".join(
@@ -170,30 +170,30 @@ def _stream(name: str, stream: Mapping[str, Any]) -> Stream:
 
 
 def _sources(stream: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    return [_dict(source) for source in _dict(_dict(stream.get("data")).get("sources")).values()]
+    return [_as_dict(source) for source in _as_dict(_as_dict(stream.get("data")).get("sources")).values()]
 
 
-def _model(config: Mapping[str, Any]) -> str:
-    """The sizes of the towers in a line; pictures only where a stream has any."""
-    model, streams = _dict(config.get("model")), _dict(config.get("streams")).values()
-    kinds = {source.get("kind") for stream in streams for source in _sources(_dict(stream))}
-    rows = []
+def _describe_model(config: Mapping[str, Any]) -> str:
+    """Return the sizes of the towers in one line; the vision tower only if a stream has images or videos."""
+    model, streams = _as_dict(config.get("model")), _as_dict(config.get("streams")).values()
+    kinds = {source.get("kind") for stream in streams for source in _sources(_as_dict(stream))}
+    parts = []
     if kinds - {"text"} and "vision_layers" in model:
-        rows.append(f"vision {model['vision_layers']} × {model.get('vision_width')}")
-        rows[-1] += f" on {model.get('image_size')} px in patches of {model.get('patch_size')}"
+        vision = f"vision {model['vision_layers']} × {model.get('vision_width')}"
+        parts.append(f"{vision} on {model.get('image_size')} px in patches of {model.get('patch_size')}")
     towers = [(part, model.get(f"{part}_layers")) for part in ("text", "universal", "fusion", "decoder")]
     depths = ", ".join(f"{part} {layers}" for part, layers in towers if layers)
     if depths:
-        rows.append(f"{depths} × {model.get('width')}")
-    return "; ".join(rows)
+        parts.append(f"{depths} × {model.get('width')}")
+    return "; ".join(parts)
 
 
-def _listing(value: Any, indent: int = 0) -> Iterator[str]:
-    """A nested config as indented ``key: value`` lines."""
+def _config_lines(value: Any, indent: int = 0) -> Iterator[str]:
+    """Yield a nested config as indented ``key: value`` lines."""
     for key, item in value.items():
         if isinstance(item, dict) and item:
             yield f"{'  ' * indent}{key}:"
-            yield from _listing(item, indent + 1)
+            yield from _config_lines(item, indent + 1)
         else:
-            said = item if isinstance(item, str) and item else json.dumps(item, ensure_ascii=False)
-            yield f"{'  ' * indent}{key}: {said}"
+            text = item if isinstance(item, str) and item else json.dumps(item, ensure_ascii=False)
+            yield f"{'  ' * indent}{key}: {text}"

@@ -1,4 +1,4 @@
-"""What is published of mPLUG-2 on public data sets, to stand beside our figures: ``published.json``."""
+"""Published mPLUG-2 results on public data sets, from ``published.json``."""
 
 import dataclasses
 import functools
@@ -8,7 +8,7 @@ from importlib.resources import files
 
 from mplug2_jax.metrics.units import is_fraction
 
-_FIGURES = {
+_METRICS = {
     "accuracy": "accuracy",
     "CIDEr": "cider",
     "top1": "top_1",
@@ -17,12 +17,12 @@ _FIGURES = {
     "text_to_video_R@5": "text_to_visual_r5",
     "text_to_video_R@10": "text_to_visual_r10",
 }
-STAND_IN = "digitworld"  # the format of data that only stand in for a set's own
+PLACEHOLDER_FORMAT = "digitworld"  # the format of data that only takes the place of a data set
 
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """A figure of the large model, as a fraction if ours is."""
+    """A published result of the large model; a fraction if the metric is one."""
 
     value: float
     setting: str
@@ -30,26 +30,26 @@ class Published:
 
     @property
     def note(self) -> str:
-        """Where it is from."""
+        """Return the setting and the source."""
         return f"{self.setting}; {self.source}"
 
 
-def published(recipe: str, formats: Iterable[str]) -> Mapping[str, Published]:
-    """What is published of a recipe's data set, by our names of the figures.
+def published_results(recipe: str, formats: Iterable[str]) -> Mapping[str, Published]:
+    """Return the published results on the data set of a recipe, by metric.
 
     Args:
-        recipe: its name; the evaluations of these recipes are the sets' own test splits.
-        formats: of the data that were evaluated: of what only stands in for a set nothing is published.
+        recipe: its name; the evaluations of these recipes are the test splits of the data sets.
+        formats: of the evaluated data; nothing is published for placeholder data.
     """
-    return {} if STAND_IN in formats else _of_sets().get(recipe, {})
+    return {} if PLACEHOLDER_FORMAT in formats else _results_by_recipe().get(recipe, {})
 
 
 @functools.cache
-def _of_sets() -> dict[str, dict[str, Published]]:
+def _results_by_recipe() -> dict[str, dict[str, Published]]:
     content = json.loads((files("mplug2_jax.report") / "published.json").read_text(encoding="utf-8"))
-    found: dict[str, dict[str, Published]] = {}
+    results: dict[str, dict[str, Published]] = {}
     for row in content["results"]:
-        figure = _FIGURES[row["metric"]]
-        value = row["value"] / 100 if is_fraction(figure) else row["value"]
-        found.setdefault(row["task"], {})[figure] = Published(value, row["setting"], row["source"])
-    return found
+        metric = _METRICS[row["metric"]]
+        value = row["value"] / 100 if is_fraction(metric) else row["value"]
+        results.setdefault(row["task"], {})[metric] = Published(value, row["setting"], row["source"])
+    return results

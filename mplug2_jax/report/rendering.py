@@ -1,4 +1,4 @@
-"""Templates to HTML, and HTML to a file."""
+"""Render templates to HTML, and write HTML to a file."""
 
 from importlib.resources import files
 from pathlib import Path
@@ -12,7 +12,7 @@ from mplug2_jax.report.names import display_name
 
 
 def render(template: str, **values: object) -> str:
-    """A page as HTML. Everything but our own style sheet and drawings is escaped."""
+    """Return a page as HTML. Everything except this package's style sheet and drawings is escaped."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("mplug2_jax", "report"), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
@@ -23,8 +23,8 @@ def render(template: str, **values: object) -> str:
 
 
 def write_page(path: Path, html: str) -> None:
-    """Writes a page in one piece. Raises UserError if it cannot be."""
+    """Write a page atomically. Raises UserError if that fails."""
     try:
-        write_atomically(str(path), html.encode(errors="replace"))  # lone surrogates of JSON are no UTF-8
+        write_atomically(str(path), html.encode(errors="replace"))  # JSON may hold lone surrogates, which UTF-8 cannot
     except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}); give a folder that is writable") from error
+        raise UserError(f"cannot write {path} ({error.strerror}); choose a writable folder") from error

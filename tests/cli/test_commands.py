@@ -225,13 +225,15 @@ def test_report_compares_two_and_overwrites_nothing(
 ) -> None:
     words = ("report", trained.workdir, "--against", workdir, "--out", tmp_path / "page.html")
     assert mplug2(*words) == Outcome(0, f"{tmp_path / 'page.html'}\n", "")
-    assert "equally good on every example" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "the same score on every example" in (tmp_path / "page.html").read_text(encoding="utf-8")
     assert mplug2(*words) == Outcome(2, "", f"mplug2: error: {tmp_path / 'page.html'} exists; choose another --out\n")
     alone = mplug2("report", workdir, "--out", tmp_path / "other.html")
-    assert alone == Outcome(2, "", "mplug2: error: --out is for --against; leave it out, or give that\n")
+    assert alone == Outcome(
+        2, "", "mplug2: error: --out needs --against: remove it, or name a folder to compare with\n"
+    )
 
 
-def test_what_is_published_stands_in_the_table_of_results_where_anything_is() -> None:
+def test_the_results_table_has_published_results_if_there_are_any() -> None:
     def result(recipe: str, *formats: str) -> EvaluationResult:
         return EvaluationResult(
             "test", "answer", 1, 8, 1.0, {"accuracy": 0.5}, {"accuracy": 0.25}, (), intervals={"accuracy": (0.4, 0.6)},

@@ -1,4 +1,4 @@
-"""A work directory made by hand: config, metrics and evaluations with pictures, and nothing that trained."""
+"""A work directory that no run wrote: config, metrics and evaluations with images."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ CONFIG: dict[str, Any] = {
 
 
 class Run:
-    """Writes what a run writes."""
+    """Writes the files of a run."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -33,33 +33,35 @@ class Run:
         (self.path / "config.json").write_text(json.dumps(values), encoding="utf-8")
 
     def metrics(self, *lines: Any) -> None:
-        """Appends lines: bytes as they are, anything else as JSON."""
+        """Append lines: bytes as they are, anything else as JSON."""
         with (self.path / "metrics.jsonl").open("ab") as file:
             for line in lines:
                 file.write(line if isinstance(line, bytes) else json.dumps(line).encode() + b"\n")
 
     def evaluation(self, name: str, step: int = 100, *, samples: Any = (), **fields: Any) -> Path:
-        """Writes ``evaluations/STEP/NAME.json``; a field given as None is left out."""
-        return results(self.path / "evaluations" / str(step), name, step, samples=samples, **fields)
+        """Write ``evaluations/STEP/NAME.json``; fields that are None are omitted."""
+        return write_results(self.path / "evaluations" / str(step), name, step, samples=samples, **fields)
 
-    def picture(self, name: str, step: int = 100, frames: int = 3) -> Path:
-        """Writes a strip of frames beside the evaluations of a step."""
+    def frames(self, name: str, step: int = 100, num_frames: int = 3) -> Path:
+        """Write a strip of frames next to the evaluations of a step."""
         path = self.path / "evaluations" / str(step) / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        pixels = np.random.default_rng(0).integers(0, 256, (8, 8 * frames, 3), np.uint8)
+        pixels = np.random.default_rng(0).integers(0, 256, (8, 8 * num_frames, 3), np.uint8)
         Image.fromarray(pixels).save(path, "PNG")
         return path
 
 
-def results(folder: Path, name: str, step: int = 100, *, samples: Any = (), said: Any = (), **fields: Any) -> Path:
-    """Writes ``NAME.json`` into a folder, and ``NAME.jsonl`` if anything is ``said``; a None field is left out."""
+def write_results(
+    folder: Path, name: str, step: int = 100, *, samples: Any = (), predictions: Any = (), **fields: Any
+) -> Path:
+    """Write ``NAME.json`` into a folder, and ``NAME.jsonl`` if there are predictions; None fields are omitted."""
     folder.mkdir(parents=True, exist_ok=True)
     content = {
-        "task": "answer", "step": step, "examples": 8, "figures": {"accuracy": 0.5}, "baselines": {"accuracy": 0.25},
-        "samples": list(samples),
+        "format_version": 2, "task": "answer", "step": step, "num_examples": 8, "metrics": {"accuracy": 0.5},
+        "baselines": {"accuracy": 0.25}, "samples": list(samples),
     } | fields  # fmt: skip
-    if said:
-        (folder / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in said))
+    if predictions:
+        (folder / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in predictions))
     path = folder / f"{name}.json"
     path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
     return path
@@ -73,5 +75,6 @@ def run(tmp_path: Path) -> Run:
 
 
 def sample(**fields: Any) -> dict[str, Any]:
-    """One sample of an evaluation."""
-    return {"key": "k", "instruction": "what is it?", "text": "", "said": "a four", "true": ["a five"]} | fields
+    """Return a sample of an evaluation."""
+    prediction = {"prediction": "a four", "references": ["a five"]}
+    return {"key": "k", "instruction": "what is it?", "text": "", **prediction} | fields

@@ -1,4 +1,4 @@
-"""The page: self-contained, escaped, written in one piece, and made of whatever a work directory holds."""
+"""The page: self-contained, escaped, written atomically, and robust against damaged files."""
 
 import re
 import subprocess
@@ -13,29 +13,29 @@ from fsspec.implementations.local import LocalFileSystem
 from mplug2_jax.errors import UserError
 from mplug2_jax.report import curves, write_report
 
-from .conftest import CONFIG, Run, results, sample
+from .conftest import CONFIG, Run, sample, write_results
 
 HOSTILE = "<script>alert(1)</script><img src=http://evil/x onerror=alert(1)>\"'&{{ page }}{% for %}</title></style>"
 
 
 class Elements(HTMLParser):
-    """Every element of a page with its attributes, and its text."""
+    """The elements of a page with their attributes, and its text."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
-        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
         self.text = ""
         self.open: list[str] = []
         self.feed(html)
         self.close()
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.found.append((tag, dict(attrs)))
+        self.elements.append((tag, dict(attrs)))
         if tag not in ("meta", "img"):
             self.open.append(tag)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.found.append((tag, dict(attrs)))
+        self.elements.append((tag, dict(attrs)))
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
@@ -49,11 +49,11 @@ def report(run: Run) -> str:
 
 
 def check_self_contained(html: str) -> Elements:
-    """Fails on anything that loads or runs something, on tags that do not nest, and on ids that are there twice."""
+    """Fail on anything that loads or runs something, on tags that do not nest, and on repeated ids."""
     elements = Elements(html)
     assert elements.open == []
     ids: list[str | None] = []
-    for tag, attributes in elements.found:
+    for tag, attributes in elements.elements:
         assert tag not in ("script", "link", "iframe", "object", "embed", "base", "form", "a", "image")
         for name, value in attributes.items():
             assert not name.startswith("on")
@@ -72,7 +72,7 @@ def check_self_contained(html: str) -> Elements:
 
 @pytest.fixture
 def full(run: Run) -> Run:
-    """A run with curves of every group, evaluations at two steps, and pictures."""
+    """Return a run with curves of every group, evaluations at two steps, and images."""
     for step in range(1, 41):
         run.metrics(
             {
@@ -83,7 +83,7 @@ def full(run: Run) -> Run:
         )  # fmt: skip
     for step in (20, 40):
         run.metrics({"step": step, "eval/image_question/accuracy": step / 100})
-        run.picture("image_question-0.png", step)
+        run.frames("image_question-0.png", step)
         run.evaluation("image_question", step, samples=[sample(frames="image_question-0.png")])
     return run
 
@@ -94,10 +94,9 @@ def test_a_page_needs_no_other_file_and_no_network(full: Run) -> None:
     assert "http://" not in html
     assert "https://" not in html
     assert "<script" not in html
-    pictures = [attributes for tag, attributes in elements.found if tag == "img"]
-    assert len(pictures) == 1
-    assert sum(tag == "figure" for tag, _ in elements.found) == 10
-    for title in ("Losses · image text", "Accuracy in training", "Speed", "Evaluations", "More", "synthetic"):
+    assert sum(tag == "img" for tag, _ in elements.elements) == 1
+    assert sum(tag == "figure" for tag, _ in elements.elements) == 10
+    for title in ("Losses · image text", "Training accuracy", "Throughput", "Evaluations", "Other", "synthetic"):
         assert title in elements.text
     assert re.search(r"40\s+of 100 steps", elements.text)
 
@@ -107,7 +106,7 @@ def test_scores_have_a_panel_of_their_own_beside_the_shares_of_the_same_evaluati
         run.metrics({"step": step, "eval/a/cider": 60.0, "eval/a/bleu_4": 30.0, "eval/a/accuracy": 0.5})
     html = report(run)
     elements = check_self_contained(html)
-    assert sum(tag == "figure" for tag, _ in elements.found) == 2
+    assert sum(tag == "figure" for tag, _ in elements.elements) == 2
     for words in ("a, scores", "CIDEr", "BLEU-4", "accuracy"):
         assert words in elements.text
 
@@ -117,11 +116,12 @@ def test_the_same_directory_gives_the_same_page(full: Run) -> None:
 
 
 def test_hostile_text_is_shown_and_does_nothing(run: Run) -> None:
-    said = sample(key=HOSTILE, instruction=HOSTILE, text=HOSTILE, said=HOSTILE, true=[HOSTILE, HOSTILE + "2"])
-    figures = {HOSTILE: 0.5}
-    run.evaluation("a", task="mlm", samples=[said, sample(frames=HOSTILE)], figures=figures, baselines=figures)
-    run.evaluation("<img src=x onerror=alert(1)>", task="caption", samples=[said])
-    run.evaluation("<b>damaged", figures=None)
+    references = [HOSTILE, HOSTILE + "2"]
+    hostile = sample(key=HOSTILE, instruction=HOSTILE, text=HOSTILE, prediction=HOSTILE, references=references)
+    metrics = {HOSTILE: 0.5}
+    run.evaluation("a", task="mlm", samples=[hostile, sample(frames=HOSTILE)], metrics=metrics, baselines=metrics)
+    run.evaluation("<img src=x onerror=alert(1)>", task="caption", samples=[hostile])
+    run.evaluation("<b>damaged", metrics=None)
     run.config(
         CONFIG
         | {
@@ -140,8 +140,8 @@ def test_hostile_text_is_shown_and_does_nothing(run: Run) -> None:
     elements = check_self_contained(html)
     assert "<script" not in html
     assert elements.text.count("<script>alert(1)</script>") > 10
-    assert [attributes.get("title") for tag, attributes in elements.found if tag == "article"].count(HOSTILE) == 2
-    assert {tag for tag, _ in elements.found} & {"img", "b"} == {"b"}
+    assert [attributes.get("title") for tag, attributes in elements.elements if tag == "article"].count(HOSTILE) == 2
+    assert {tag for tag, _ in elements.elements} & {"img", "b"} == {"b"}
 
 
 @pytest.mark.parametrize(
@@ -149,29 +149,29 @@ def test_hostile_text_is_shown_and_does_nothing(run: Run) -> None:
 )
 def test_strange_characters_make_a_page_that_is_utf8(run: Run, text: str) -> None:
     run.config(CONFIG | {"name": text, text: text})
-    run.evaluation("a", samples=[sample(said=text, key=text)])
+    run.evaluation("a", samples=[sample(prediction=text, key=text)])
     run.metrics({"step": 1, text: 1})
     assert check_self_contained(report(run))
 
 
-def test_frames_outside_of_the_folder_are_left_out_and_said_to_be(run: Run) -> None:
-    run.picture("secret.png").rename(run.path / "secret.png")
+def test_frames_outside_of_the_folder_are_skipped_and_noted(run: Run) -> None:
+    run.frames("secret.png").rename(run.path / "secret.png")
     run.evaluation("a", samples=[sample(frames="../../secret.png")])
     elements = check_self_contained(report(run))
-    assert "img" not in {tag for tag, _ in elements.found}
-    assert "Could not be read" in elements.text
+    assert "img" not in {tag for tag, _ in elements.elements}
+    assert "Notes" in elements.text
     assert "'../../secret.png' is not the plain name of a file in the same folder" in elements.text
 
 
-def test_the_best_and_worst_samples_confusions_neighbours_and_published_figures_are_drawn(run: Run) -> None:
-    run.picture("test-0-nearest.png", frames=2)
+def test_best_and_worst_samples_confusions_neighbors_and_published_results_are_drawn(run: Run) -> None:
+    run.frames("test-0-nearest.png", num_frames=2)
     near = {
-        "nearest_texts": [{"text": HOSTILE, "right": True}],
-        "nearest_pictures": {"frames": "test-0-nearest.png", "right": [False, True]},
+        "nearest_texts": [{"text": HOSTILE, "correct": True}],
+        "nearest_images": {"frames": "test-0-nearest.png", "correct": [False, True]},
     }
     run.evaluation(
-        "test", task="vlc", recipe="msrvtt_retrieval", formats=["annotations"], figures={"text_to_visual_r1": 0.4},
-        samples=[sample(why="first", goodness=-2, **near), sample(why="worst", goodness=-9)],
+        "test", task="vlc", recipe="msrvtt_retrieval", formats=["annotations"], metrics={"text_to_visual_r1": 0.4},
+        samples=[sample(category="first", score=-2, **near), sample(category="worst", score=-9)],
     )  # fmt: skip
     run.evaluation("few", task="classify", confusion={"classes": ["a", HOSTILE], "counts": [[31, 1000], [0, 7]]})
     run.evaluation("many", task="classify", confusion={"mistakes": [[HOSTILE, "dog", 17]]})
@@ -180,13 +180,13 @@ def test_the_best_and_worst_samples_confusions_neighbours_and_published_figures_
     elements = check_self_contained(html)
     assert "<script" not in html
     for words in (
-        "The first", "The worst", "minus the right text's rank: -9", "✓ right", "2 ✓ right", "1,000", "No mistake",
+        "First", "Worst", "negated rank of the correct text: -9", "✓ correct", "2 ✓ correct", "1,000", "No mistakes",
         "zero-shot; quoted by a later paper's table",
     ):  # fmt: skip
         assert words in elements.text, words
     assert re.search(r"47\.1%\s*1", elements.text)
-    assert re.search(r"taken for dog: 17", elements.text)
-    assert "The best" not in elements.text
+    assert re.search(r"predicted as dog: 17", elements.text)
+    assert "Best" not in elements.text
 
 
 def test_without_anything_published_there_is_no_column_for_it(full: Run) -> None:
@@ -197,34 +197,34 @@ def test_without_anything_published_there_is_no_column_for_it(full: Run) -> None
 
 def test_a_folder_of_evaluations_has_a_page_too(tmp_path: Path) -> None:
     folder = tmp_path / "zero_shot"
-    results(folder, "test", samples=[sample(said="an answer")])
+    write_results(folder, "test", samples=[sample(prediction="an answer")])
     (folder / "broken.json").write_text("{")
     path = write_report(folder)
     assert path == folder / "report.html"
     elements = check_self_contained(path.read_text(encoding="utf-8"))
-    for words in ("zero_shot", "after step 100", "an answer", "broken.json is damaged and was left out"):
+    for words in ("zero_shot", "after step 100", "an answer", "broken.json is damaged and was skipped"):
         assert words in elements.text
     for words in ("No metrics yet", "Config"):
         assert words not in elements.text
 
 
-def test_what_could_not_be_read_is_listed_and_the_list_is_bounded(run: Run) -> None:
+def test_unreadable_files_are_listed_and_the_list_is_bounded(run: Run) -> None:
     run.metrics({"step": 1, "loss": 1}, b"garbage\n", b"more\n", {"step": 2, "loss": None})
     text = Elements(report(run)).text
-    assert "metrics.jsonl: 2 lines are damaged and left out of the curves" in text
+    assert "metrics.jsonl: 2 damaged lines were skipped" in text
     assert "1 value not finite" in text
     for i in range(50):
         run.evaluation(f"b{i}", task=None)
     text = Elements(report(run)).text
-    assert text.count("is damaged and was left out: 'task' is missing") == 20
+    assert text.count("is damaged and was skipped: 'task' is missing") == 20
     assert "and 31 more" in text
 
 
-def test_a_run_that_has_only_begun_has_a_page(run: Run) -> None:
+def test_a_run_that_has_just_started_has_a_page(run: Run) -> None:
     text = Elements(report(run)).text
-    for said in ("No evaluation yet", "No samples yet", "No metrics yet"):
-        assert said in text
-    assert "Could not be read" not in text
+    for message in ("No evaluations yet", "No samples yet", "No metrics yet"):
+        assert message in text
+    assert "Notes" not in text
 
 
 @pytest.mark.parametrize(
@@ -241,17 +241,17 @@ def test_a_config_of_another_version_still_gives_a_page(run: Run, config: dict[s
 def test_any_values_can_be_drawn(run: Run, value: float | None) -> None:
     for step in range(5):
         run.metrics({"step": step, "loss": value, "gradient_norm": value, "mfu": value, "eval/a/accuracy": value})
-    run.evaluation("a", baselines={"accuracy": value}, figures={"accuracy": value})
-    assert sum(tag == "figure" for tag, _ in check_self_contained(report(run)).found) == 4
+    run.evaluation("a", baselines={"accuracy": value}, metrics={"accuracy": value})
+    assert sum(tag == "figure" for tag, _ in check_self_contained(report(run)).elements) == 4
 
 
 def test_metrics_of_any_number_make_a_bounded_page(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(curves, "_MAX_PANELS", 4)
     run.metrics({"step": 1, "loss": 1} | {f"metric_{i}": i for i in range(9)})
-    assert sum(tag == "figure" for tag, _ in Elements(report(run)).found) == 4
+    assert sum(tag == "figure" for tag, _ in Elements(report(run)).elements) == 4
 
 
-def test_the_page_replaces_the_one_before_in_one_piece(full: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page_is_replaced_atomically(full: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     before = report(full)
     full.config(CONFIG | {"name": "another"})
 
@@ -270,13 +270,13 @@ def test_the_page_replaces_the_one_before_in_one_piece(full: Run, monkeypatch: p
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "missing"):
-        with pytest.raises(UserError, match=r"holds no run: config\.json is missing; give a training run's work dir"):
+        with pytest.raises(UserError, match=r"holds no run: config\.json is missing; give the work directory of a"):
             write_report(folder)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (b"", "is not valid JSON"),
         (b'{"name": "a', "is not valid JSON"),
@@ -285,9 +285,9 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
         (b"[]", "holds a list and not a run's config"),
     ],
 )
-def test_a_damaged_config_is_refused_by_its_name(run: Run, content: bytes, said: str) -> None:
+def test_a_damaged_config_is_refused_by_its_name(run: Run, content: bytes, message: str) -> None:
     (run.path / "config.json").write_bytes(content)
-    with pytest.raises(UserError, match=rf"config\.json {said}.*restore it"):
+    with pytest.raises(UserError, match=rf"config\.json {message}.*restore it"):
         write_report(run.path)
 
 

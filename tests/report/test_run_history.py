@@ -1,4 +1,4 @@
-"""Time and events on the page: shares of the wall clock, goodput, and whatever the files hold."""
+"""Time and events on the page: shares of the wall clock, goodput, and files of older versions."""
 
 import json
 from pathlib import Path
@@ -16,42 +16,76 @@ def write(path: Path, *lines: Any) -> None:
     path.write_text("".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines))
 
 
-def test_shares_are_of_the_wall_clock_and_the_page_says_them(run: Run) -> None:
+def test_shares_are_of_the_wall_clock_time(run: Run) -> None:
     write(
-        run.path / "ledger.jsonl",
-        {"from": 100.0, "to": 160.0, "step": 3, "seconds": {"start": 10.0, "step": 50.0}},
-        '{"from": 160.0, "to"\n', {"seconds": 3}, [1],
-        {"from": 160.0, "to": 200.0, "step": 5, "seconds": {"idle": 15.0, "step": 25.0}},
+        run.path / "goodput.jsonl",
+        {"start_time": 100.0, "end_time": 160.0, "step": 3, "seconds": {"init": 10.0, "step": 50.0}},
+        '{"start_time": 160.0, "end_time"\n', {"seconds": 3}, [1],
+        {"start_time": 160.0, "end_time": 200.0, "step": 5, "seconds": {"idle": 15.0, "step": 25.0}},
     )  # fmt: skip
     write(
         run.path / "events.jsonl",
         {"time": 110.0, "event": "saved", "step": 2},
-        {"time": 120.0, "event": "rolled back", "step": 5, "to": 2, "offset": 3},
+        {"time": 120.0, "event": "rolled_back", "step": 5, "to_step": 2, "data_offset": 3},
         {"time": "?", "event": "<b>bold</b>", "step": None},
     )
-    story = read_run_history(run.path)
-    assert {booked.cause: booked.share for booked in story.booked} == {"step": 75.0, "start": 10.0, "idle": 15.0}
-    assert (story.wall, story.goodput, story.time) == (100.0, 75.0, "0:01:40")
-    assert story.counts == {"saved": 1, "rolled back": 1, "<b>bold</b>": 1}
+    history = read_run_history(run.path)
+    assert {time.phase: time.share for time in history.phases} == {"step": 75.0, "init": 10.0, "idle": 15.0}
+    assert (history.wall, history.goodput, history.time) == (100.0, 75.0, "1:40")
+    assert history.counts == {"saved": 1, "rolled_back": 1, "<b>bold</b>": 1}
     html = write_report(run.path).read_text()
-    assert "75.0% of it goodput" in html
-    assert "rolled back to step 2; the data are 3 batches further on since" in html
+    assert "75.0% goodput" in html
+    assert "rolled back to step 2; 3 batches of data were skipped" in html
     assert "<b>bold</b>" not in html
 
 
-def test_a_run_without_a_ledger_has_no_such_part(run: Run) -> None:
+OLD_LEDGER = """\
+{"from": 100.0, "to": 160.0, "step": 3, "seconds": {"start": 10.0, "data wait": 5.0, "step": 45.0}}
+"""
+OLD_EVENTS = """\
+{"time": 120.0, "event": "rolled back", "step": 5, "to": 2, "offset": 3}
+{"time": 130.0, "event": "not saved", "step": 6, "reason": "No space left on device"}
+{"time": 140.0, "event": "skipped", "step": 7, "metrics": ["loss"]}
+"""
+
+
+def test_a_run_of_an_older_version_and_its_resumption_are_one_history(run: Run) -> None:
+    (run.path / "ledger.jsonl").write_text(OLD_LEDGER)
+    (run.path / "events.jsonl").write_text(OLD_EVENTS)
+    write(
+        run.path / "goodput.jsonl",
+        {"start_time": 160.0, "end_time": 200.0, "step": 5, "seconds": {"data_wait": 5.0, "step": 35.0}},
+    )
+    history = read_run_history(run.path)
+    assert {time.phase: time.seconds for time in history.phases} == {"step": 80.0, "data_wait": 10.0, "init": 10.0}
+    assert history.goodput == 80.0
+    assert [event.description for event in history.events] == [
+        "rolled back to step 2; 3 batches of data were skipped", "save failed: No space left on device",
+        "update skipped: non-finite loss",
+    ]  # fmt: skip
+    html = write_report(run.path).read_text()
+    assert "80.0% goodput" in html
+    assert "save failed 1×" in html
+
+
+def test_a_run_without_goodput_and_events_has_no_such_section(run: Run) -> None:
     assert 'id="time"' not in write_report(run.path).read_text()
 
 
-def test_of_very_many_events_the_last_are_listed(run: Run) -> None:
-    write(run.path / "events.jsonl", *({"time": 1.0, "event": "skipped", "step": i} for i in range(MAX_EVENTS + 50)))
-    story = read_run_history(run.path)
-    assert [story.events[0].step, story.events[-1].step] == [50, MAX_EVENTS + 49]
-    assert story.counts["skipped"] == MAX_EVENTS + 50
-    assert story.time == "0:00:00"
+def test_of_many_events_the_last_are_listed(run: Run) -> None:
+    write(
+        run.path / "events.jsonl",
+        *({"time": 1.0, "event": "update_skipped", "step": i} for i in range(MAX_EVENTS + 50)),
+    )
+    history = read_run_history(run.path)
+    assert [history.events[0].step, history.events[-1].step] == [50, MAX_EVENTS + 49]
+    assert history.counts["update_skipped"] == MAX_EVENTS + 50
+    assert history.time == "0:00"
 
 
-@pytest.mark.parametrize("line", ['{"seconds": {"step": "x"}}\n', '{"from": null, "to": 1, "seconds": {}}\n', "\xff\n"])
-def test_damaged_lines_are_left_out(run: Run, line: str) -> None:
-    write(run.path / "ledger.jsonl", line)
-    assert read_run_history(run.path).booked == []
+@pytest.mark.parametrize(
+    "line", ['{"seconds": {"step": "x"}}\n', '{"start_time": null, "end_time": 1, "seconds": {}}\n', "\xff\n"]
+)
+def test_damaged_lines_are_skipped(run: Run, line: str) -> None:
+    write(run.path / "goodput.jsonl", line)
+    assert read_run_history(run.path).phases == []
