@@ -137,7 +137,8 @@ def run_local(args: argparse.Namespace, parsers: Mapping[str, argparse.ArgumentP
     launched = parse_words(parsers[command], options)
     if command == "train":
         chosen(launched.config, launched.plan, launched.overrides)
-    words = [sys.executable, "-m", "mplug2_jax.cli.main", *args.launched]
+    verbosity = {-1: ["--quiet"], 1: ["--verbose"]}.get(args.verbosity, [])
+    words = [sys.executable, "-m", "mplug2_jax.cli.main", *verbosity, *args.launched]
     return LocalProcesses(words, args.processes, args.devices_per_process).run(args.max_restarts)
 
 
