@@ -92,24 +92,24 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize(("override", "said"), CONFIGS.items(), ids=CONFIGS)
+@pytest.mark.parametrize(("override", "message"), CONFIGS.items(), ids=CONFIGS)
 def test_a_wrong_config_is_refused_before_anything_is_written(
-    override: str, said: str, refused: Refused, trained: TrainedRun, tmp_path: Path
+    override: str, message: str, refused: Refused, trained: TrainedRun, tmp_path: Path
 ) -> None:
     word = f"--config.{override}"
-    assert said in refused("train", "--config", trained.recipe, "--workdir", tmp_path / "new", word)
+    assert message in refused("train", "--config", trained.recipe, "--workdir", tmp_path / "new", word)
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         ("demmo", "recipe 'demmo' is neither a file nor a shipped recipe: did you mean 'demo'? "),
         ("runs/mine.py", "recipe 'runs/mine.py' is neither a file nor a shipped recipe: 36 valid names: demo, "),
         ("demo:large", "demo.py fails with TypeError: get_config() takes 0 positional arguments but 1 was given"),
     ],
 )
-def test_an_unknown_recipe_is_refused(name: str, said: str, refused: Refused, tmp_path: Path) -> None:
-    assert said in refused("train", "--config", name, "--workdir", tmp_path / "new")
+def test_an_unknown_recipe_is_refused(name: str, message: str, refused: Refused, tmp_path: Path) -> None:
+    assert message in refused("train", "--config", name, "--workdir", tmp_path / "new")
 
 
 # Work directories
@@ -120,15 +120,15 @@ def test_a_folder_that_holds_something_else_is_not_trained_in(
 ) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     train = ("train", "--config", trained.recipe, "--workdir")
-    said = "is not empty and holds no run; choose a new folder"
-    assert refused(*train, tmp_path) == f"--workdir {tmp_path} {said}"
+    message = "is not empty and holds no run; choose a new folder"
+    assert refused(*train, tmp_path) == f"--workdir {tmp_path} {message}"
     assert refused(*train, tmp_path / "thesis.txt").startswith(f"--workdir {tmp_path / 'thesis.txt'} is ")
     inside = tmp_path / "thesis.txt" / "x"
     assert refused(*train, inside) == f"--workdir {inside} cannot be used: {inside}: Not a directory; choose another"
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "message"),
     [
         (["steps=1"], "another config: steps was 2 and is 1. Use the same config to resume it, or a new --workdir"),
         (["seed=1", "name=x"], "another config: name was 'demo' and is 'x'; seed was 0 and is 1. Use"),
@@ -139,10 +139,10 @@ def test_a_folder_that_holds_something_else_is_not_trained_in(
     ],
 )
 def test_a_run_is_not_resumed_with_what_does_not_fit_it(
-    overrides: list[str], said: str, refused: Refused, trained: TrainedRun
+    overrides: list[str], message: str, refused: Refused, trained: TrainedRun
 ) -> None:
     words = [f"--config.{override}" for override in overrides]
-    assert said in refused("train", "--config", trained.recipe, "--workdir", trained.workdir, *words)
+    assert message in refused("train", "--config", trained.recipe, "--workdir", trained.workdir, *words)
 
 
 READERS = {"eval": ["eval", "--workdir"], "generate": ["generate", "--workdir"], "report": ["report"]}
@@ -152,8 +152,8 @@ READERS = {"eval": ["eval", "--workdir"], "generate": ["generate", "--workdir"],
 def test_a_folder_without_a_run_is_refused(name: str, refused: Refused, media: Path, tmp_path: Path) -> None:
     files = [media / "a.txt"] * (name == "generate")
     for folder in (tmp_path, tmp_path / "missing"):
-        said = refused(*READERS[name], folder, *files)
-        assert said.startswith(f"{folder} holds no run: config.json is missing; give ")
+        message = refused(*READERS[name], folder, *files)
+        assert message.startswith(f"{folder} holds no run: config.json is missing; give ")
 
 
 DAMAGED = {
@@ -164,15 +164,15 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("name", READERS)
-@pytest.mark.parametrize(("damage", "said"), DAMAGED.values(), ids=DAMAGED)
+@pytest.mark.parametrize(("damage", "message"), DAMAGED.values(), ids=DAMAGED)
 def test_a_damaged_config_is_refused_by_its_name(
-    name: str, damage: Callable[[str], str], said: str, refused: Refused, workdir: Path, media: Path
+    name: str, damage: Callable[[str], str], message: str, refused: Refused, workdir: Path, media: Path
 ) -> None:
     config = workdir / "config.json"
     config.write_text(damage(config.read_text()))
-    sentence = refused(*READERS[name], workdir, *[media / "a.txt"] * (name == "generate"))
-    assert sentence.startswith(f"{config} {said}")
-    assert "restore it" in sentence
+    error = refused(*READERS[name], workdir, *[media / "a.txt"] * (name == "generate"))
+    assert error.startswith(f"{config} {message}")
+    assert "restore it" in error
 
 
 def edit(workdir: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -184,7 +184,7 @@ def edit(workdir: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda c: c.pop("model"), "config.json is damaged or of another version: config lacks model"),
         (
@@ -198,10 +198,10 @@ def edit(workdir: Path, change: Callable[[dict[str, Any]], object]) -> None:
     ],
 )
 def test_a_config_that_was_changed_does_not_fit_its_checkpoint(
-    change: Callable[[dict[str, Any]], object], said: str, refused: Refused, workdir: Path
+    change: Callable[[dict[str, Any]], object], message: str, refused: Refused, workdir: Path
 ) -> None:
     edit(workdir, change)
-    assert said in refused("eval", "--workdir", workdir)
+    assert message in refused("eval", "--workdir", workdir)
 
 
 def test_a_part_that_only_the_config_has_is_missed_where_it_is_read(
@@ -221,13 +221,13 @@ def test_a_run_without_a_checkpoint_is_refused(folder: str, refused: Refused, wo
     shutil.rmtree(workdir / "checkpoints")
     if folder == "empty":
         (workdir / "checkpoints").mkdir()
-    said = f"{workdir / 'checkpoints'} holds no checkpoint; train first, or check the path"
-    assert refused("eval", "--workdir", workdir) == said
+    message = f"{workdir / 'checkpoints'} holds no checkpoint; train first, or check the path"
+    assert refused("eval", "--workdir", workdir) == message
 
 
 def test_a_step_that_was_not_saved_is_refused(refused: Refused, trained: TrainedRun) -> None:
-    said = refused("eval", "--workdir", trained.workdir, "--step", 7)
-    assert said == f"{trained.workdir / 'checkpoints'} holds no checkpoint of step 7; there are [2]"
+    message = refused("eval", "--workdir", trained.workdir, "--step", 7)
+    assert message == f"{trained.workdir / 'checkpoints'} holds no checkpoint of step 7; there are [2]"
 
 
 def largest(folder: Path) -> Path:
@@ -243,9 +243,9 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("how", ["deleted", "truncated", "emptied"])
-@pytest.mark.parametrize(("find", "said"), BROKEN.values(), ids=BROKEN)
+@pytest.mark.parametrize(("find", "message"), BROKEN.values(), ids=BROKEN)
 def test_a_broken_checkpoint_is_refused(
-    find: Callable[[Path], Path], said: str, how: str, refused: Refused, workdir: Path
+    find: Callable[[Path], Path], message: str, how: str, refused: Refused, workdir: Path
 ) -> None:
     step = workdir / "checkpoints" / "2"
     path = find(step)
@@ -253,10 +253,10 @@ def test_a_broken_checkpoint_is_refused(
     path.unlink()
     if how != "deleted":
         path.write_bytes(data[: len(data) // 2] if how == "truncated" else b"")
-    sentence = refused("eval", "--workdir", workdir)
-    assert sentence.startswith(f"checkpoint {step} is {said.removeprefix('is ')}")
-    assert sentence.endswith("; it is the only one: restore it from a copy, or move it away to train without it")
-    assert "object has no attribute" not in sentence
+    error = refused("eval", "--workdir", workdir)
+    assert error.startswith(f"checkpoint {step} is {message.removeprefix('is ')}")
+    assert error.endswith("; it is the only one: restore it from a copy, or move it away to train without it")
+    assert "object has no attribute" not in error
 
 
 def test_a_checkpoint_that_lost_its_data_is_neither_read_nor_resumed(
@@ -266,11 +266,11 @@ def test_a_checkpoint_that_lost_its_data_is_neither_read_nor_resumed(
         path.write_bytes(b"")
     before = snapshot(workdir / "checkpoints")
     for words in (["eval"], ["train", "--config", trained.recipe]):
-        sentence = error_of(mplug2(*words, "--workdir", workdir))
+        error = error_of(mplug2(*words, "--workdir", workdir))
         assert re.match(
-            rf"checkpoint {re.escape(str(workdir))}/checkpoints/2 is damaged \(.+\); it is the only", sentence
+            rf"checkpoint {re.escape(str(workdir))}/checkpoints/2 is damaged \(.+\); it is the only", error
         )
-        assert "TensorStore details" not in sentence
+        assert "TensorStore details" not in error
     assert snapshot(workdir / "checkpoints") == before
 
 
@@ -278,8 +278,8 @@ def test_of_several_steps_the_others_are_named(refused: Refused, workdir: Path) 
     steps = workdir / "checkpoints"
     shutil.copytree(steps / "2", steps / "1")
     (steps / "2" / "meta" / "metadata").unlink()
-    sentence = refused("eval", "--workdir", workdir)
-    assert sentence.endswith("; choose another step of [1], or move it away to train without it")
+    error = refused("eval", "--workdir", workdir)
+    assert error.endswith("; choose another step of [1], or move it away to train without it")
 
 
 def test_a_newer_checkpoint_is_refused(refused: Refused, workdir: Path) -> None:
@@ -289,7 +289,7 @@ def test_a_newer_checkpoint_is_refused(refused: Refused, workdir: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "message"),
     [
         ("model.width=64", "is of another size: params/"),
         ("model.universal_layers=2", "is of another size: params/universal/layers/"),
@@ -302,9 +302,9 @@ def test_a_newer_checkpoint_is_refused(refused: Refused, workdir: Path) -> None:
     ],
 )
 def test_an_override_that_does_not_fit_a_run_is_refused(
-    override: str, said: str, refused: Refused, trained: TrainedRun
+    override: str, message: str, refused: Refused, trained: TrainedRun
 ) -> None:
-    assert said in refused("eval", "--workdir", trained.workdir, f"--config.{override}")
+    assert message in refused("eval", "--workdir", trained.workdir, f"--config.{override}")
 
 
 def test_an_unknown_evaluation_is_refused_with_the_nearest(refused: Refused, trained: TrainedRun) -> None:
@@ -325,7 +325,7 @@ def test_a_refusal_is_one_line_of_the_whole_process_too(workdir: Path, repositor
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "message"),
     [
         ("missing.png", None, "does not exist or is no file; expected an image, a video or a .txt file"),
         ("empty.png", b"", "cannot be read as an image: "),
@@ -345,7 +345,7 @@ def test_a_refusal_is_one_line_of_the_whole_process_too(workdir: Path, repositor
     ],
 )
 def test_an_unreadable_file_is_refused(
-    name: str, content: bytes | str | None, said: str, refused: Refused, pictures: Path, media: Path, tmp_path: Path
+    name: str, content: bytes | str | None, message: str, refused: Refused, pictures: Path, media: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / name
     if isinstance(content, str):
@@ -353,15 +353,15 @@ def test_an_unreadable_file_is_refused(
         path.write_bytes(data[: len(data) // 2])
     elif content is not None:
         path.write_bytes(content)
-    sentence = refused("generate", "--workdir", pictures, path)
-    assert sentence.startswith(f"{path} {said}")
-    if "cannot be read" in sentence:
-        assert sentence.endswith("; replace or remove the file")
+    error = refused("generate", "--workdir", pictures, path)
+    assert error.startswith(f"{path} {message}")
+    if "cannot be read" in error:
+        assert error.endswith("; replace or remove the file")
 
 
 def test_a_model_that_cannot_answer_is_refused(refused: Refused, trained: TrainedRun, media: Path) -> None:
-    sentence = refused("generate", "--workdir", trained.workdir, media / "a.png")
-    assert sentence == f"the model in {trained.workdir} has no decoder (its parts: text, universal, mlm)"
+    error = refused("generate", "--workdir", trained.workdir, media / "a.png")
+    assert error == f"the model in {trained.workdir} has no decoder (its parts: text, universal, mlm)"
 
 
 @pytest.mark.parametrize("option", ["--beams", "--max-length"])
@@ -374,7 +374,7 @@ def test_a_search_of_nothing_is_refused(option: str, refused: Refused, pictures:
 
 @pytest.mark.parametrize("kind", ["wordpiece", "sentencepiece"])
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         ("{texts} --out {taken}", "--out {taken} exists; choose a new folder"),
         ("{missing} --out {new}", "{missing}: No such file or directory"),
@@ -387,15 +387,15 @@ def test_a_search_of_nothing_is_refused(option: str, refused: Refused, pictures:
     ],
 )
 def test_a_tokeniser_that_cannot_be_trained_is_refused(
-    words: str, said: str, kind: str, refused: Refused, tmp_path: Path
+    words: str, message: str, kind: str, refused: Refused, tmp_path: Path
 ) -> None:
     names = {name: tmp_path / name for name in ("texts", "missing", "latin", "empty", "taken", "new")}
     names["texts"].write_text("a small red digit moves\n" * 9)
     names["latin"].write_bytes(b"tea\ncaf\xe9")
     names["empty"].write_text("\n \n")
     names["taken"].mkdir()
-    sentence = refused("data", "tokenizer", "--kind", kind, *words.format(**names).split())
-    assert sentence.startswith(said.format(**names))
+    error = refused("data", "tokenizer", "--kind", kind, *words.format(**names).split())
+    assert error.startswith(message.format(**names))
 
 
 def test_samples_never_replace_files(refused: Refused, tmp_path: Path) -> None:
@@ -417,9 +417,9 @@ GOLDEN = {
 
 
 @pytest.mark.parametrize("how", ["deleted", "truncated", "emptied"])
-@pytest.mark.parametrize(("name", "said"), GOLDEN.items(), ids=GOLDEN)
+@pytest.mark.parametrize(("name", "message"), GOLDEN.items(), ids=GOLDEN)
 def test_a_golden_folder_with_broken_files_is_refused(
-    name: str, said: str, how: str, refused: Refused, reference: Path, tmp_path: Path
+    name: str, message: str, how: str, refused: Refused, reference: Path, tmp_path: Path
 ) -> None:
     for path in (reference / "goldens" / "c1_fc").iterdir():
         if path.name in GOLDEN:
@@ -428,8 +428,8 @@ def test_a_golden_folder_with_broken_files_is_refused(
     (tmp_path / name).unlink()
     if how != "deleted":
         (tmp_path / name).write_bytes(data[: len(data) // 2] if how == "truncated" else b"")
-    sentence = refused("convert", "parity", tmp_path, "--summary")
-    assert f"{tmp_path / name} {'does not exist' if how == 'deleted' else said}" in sentence
+    error = refused("convert", "parity", tmp_path, "--summary")
+    assert f"{tmp_path / name} {'does not exist' if how == 'deleted' else message}" in error
 
 
 def test_parity_of_nothing_and_over_a_file_is_refused(refused: Refused, tmp_path: Path) -> None:
@@ -438,5 +438,5 @@ def test_parity_of_nothing_and_over_a_file_is_refused(refused: Refused, tmp_path
     assert "holds no model: expected caption_, videoqa_ or plain weights" in refused("convert", "parity", tmp_path)
     rows = tmp_path / "rows.json"
     rows.write_text("[]")
-    said = refused("convert", "parity", tmp_path, "--json", rows)
-    assert said == f"--json {rows} exists; choose a new file"
+    message = refused("convert", "parity", tmp_path, "--json", rows)
+    assert message == f"--json {rows} exists; choose a new file"

@@ -68,7 +68,7 @@ def test_unknown_arguments_are_refused(names: tuple[str, ...], mplug2: Callable[
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         ("eval --workdir w --no-such-option --config.steps=3", "unrecognized arguments: --no-such-option"),
         ("report w --config.steps=3", "unrecognized arguments: --config.steps=3"),
@@ -88,10 +88,10 @@ def test_unknown_arguments_are_refused(names: tuple[str, ...], mplug2: Callable[
         ("eval --workdir w --step two", "invalid int value: 'two'"),
     ],
 )
-def test_a_wrong_argument_is_named(words: str, said: str, mplug2: Callable[..., Outcome]) -> None:
+def test_a_wrong_argument_is_named(words: str, message: str, mplug2: Callable[..., Outcome]) -> None:
     refused = mplug2(*words.split())
     assert refused.status == 2
-    assert said in refused.err.splitlines()[-1]
+    assert message in refused.err.splitlines()[-1]
 
 
 def test_commands_are_listed_by_purpose_with_a_line_each(mplug2: Callable[..., Outcome]) -> None:
