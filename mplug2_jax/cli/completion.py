@@ -31,10 +31,10 @@ def run(args: argparse.Namespace) -> int:
     """Print the script."""
     import shtab
 
-    from mplug2_jax.cli.main import parser
+    from mplug2_jax.cli.main import make_parser
     from mplug2_jax.config import shipped_recipes
 
-    top, recipes = parser(), _complete_recipe(" ".join(shipped_recipes()))
+    top, recipes = make_parser(), _complete_recipe(" ".join(shipped_recipes()))
     for action in _actions(top):
         if action.choices is not None or action.nargs == 0 or action.metavar == "FORMAT:PATH":
             continue

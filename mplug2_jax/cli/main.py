@@ -77,7 +77,7 @@ class _Parser(SuggestingParser):
         return "\n".join(lines) + "\n"
 
 
-def parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command line."""
     return _Parser()
 
@@ -87,7 +87,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
     Without arguments, print the help and exit with status 0.
     """
-    top = parser()
+    top = make_parser()
     words = sys.argv[1:] if argv is None else argv
     if not words:
         top.print_help()

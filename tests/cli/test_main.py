@@ -13,7 +13,7 @@ from absl import logging
 from data_pipelines.errors import DataError
 from mplug2_jax import __version__, console
 from mplug2_jax.cli import data_files, report
-from mplug2_jax.cli.main import main, parser
+from mplug2_jax.cli.main import main, make_parser
 from mplug2_jax.errors import Preempted, UserError
 
 from .conftest import Outcome
@@ -28,7 +28,7 @@ def walk(parser: argparse.ArgumentParser, *names: str) -> Iterator[tuple[str, ..
                 yield from walk(child, *names, name)
 
 
-COMMANDS = list(walk(parser()))
+COMMANDS = list(walk(make_parser()))
 every_command = pytest.mark.parametrize("names", COMMANDS, ids=[" ".join(("mplug2", *names)) for names in COMMANDS])
 
 
@@ -48,7 +48,7 @@ def test_help_shows_an_example_that_parses(names: tuple[str, ...], mplug2: Calla
     assert (help.status, help.err) == (0, "")
     words = find_example(help)
     assert tuple(words[: len(names)]) == names
-    args, overrides = parser().parse_known_args(words)
+    args, overrides = make_parser().parse_known_args(words)
     assert callable(args.run)
     assert all(word.startswith("--config.") for word in overrides)
     assert not overrides or hasattr(args, "overrides")

@@ -1,1 +1,1 @@
-"""A file for each thing that can break: bad records, spikes, preemption, hung processes, wrong bits, two trainers."""
+"""How a run survives failures: faulty steps, preemption, hung processes, silent data corruption, two runs at once."""
