@@ -1,4 +1,4 @@
-"""``mplug2 launch``: a run on several processes here, or on machines that a scheduler has."""
+"""``mplug2 launch``: start a run as several processes on this machine, or submit it to a scheduler."""
 
 import argparse
 import functools
@@ -13,17 +13,17 @@ from mplug2_jax.cli.parsing import parse_words
 from mplug2_jax.errors import UserError, check_range, did_you_mean
 
 if TYPE_CHECKING:
-    from mplug2_jax.launch.job import Job, Launch
+    from mplug2_jax.launch.job import Job, Submission
 
 MULTIPROCESS_COMMANDS = ("train", "eval", "embed")
 
 
 def add_parser(commands: Any) -> None:
-    """Adds the commands."""
+    """Add the commands."""
     group = add_group(
         commands, "launch",
         summary="Start a run on several processes, here or on a cluster",
-        details="Clusters are those of SLURM, GKE and the Cloud TPU service.",
+        details="Supported clusters: SLURM, GKE and the Cloud TPU service.",
         example="mplug2 launch local --processes 2 -- train --config demo --workdir runs/two",
     )  # fmt: skip
     _add_local(group, commands.choices)
@@ -36,16 +36,16 @@ def _add_local(group: Any, parsers: Mapping[str, argparse.ArgumentParser]) -> No
     local = add_command(
         group, "local", functools.partial(run_local, parsers=parsers),
         summary="Start a run as several processes on this machine",
-        details="Each simulates CPU devices; all of them end when one does.",
+        details="Each process simulates CPU devices. When one exits, all of them are stopped.",
         example="mplug2 launch local --processes 4 --devices-per-process 2 -- train --config demo --workdir runs/four",
     )  # fmt: skip
-    local.add_argument("--processes", type=int, required=True, help="how many")
-    local.add_argument("--devices-per-process", type=int, default=1, help="devices that each simulates (default: 1)")
+    local.add_argument("--processes", type=int, required=True, help="number of processes")
+    local.add_argument("--devices-per-process", type=int, default=1, help="simulated CPU devices per process (default: 1)")
     local.add_argument(
-        "--max-restarts", type=int, default=0, help="start all again after a failure, so many times (default: 0)"
+        "--max-restarts", type=int, default=0, help="restarts of all processes after a failure (default: 0)"
     )
     local.add_argument(
-        "launched", nargs="+", metavar="COMMAND", help="after --: the train, eval or embed command to start"
+        "launched", nargs="+", metavar="COMMAND", help="after --: the train, eval or embed command to run"
     )
 
 
@@ -53,67 +53,73 @@ def _add_slurm(group: Any) -> None:
     slurm = add_command(
         group, "slurm", run_slurm, config=True,
         summary="Print the sbatch file of a training run on SLURM",
-        details="It has one task for each host, and queues itself again when preempted.",
+        details="It has one task per host, and requeues itself after preemption.",
         example="mplug2 launch slurm --config demo --topology h100:64 --workdir /shared/runs/demo --time 12:00:00",
     )  # fmt: skip
-    _add_job(slurm)
-    slurm.add_argument("--partition", help="of the cluster (default: its own)")
-    slurm.add_argument("--account", help="who pays (default: the cluster's)")
-    slurm.add_argument("--time", help="after which SLURM ends the job (default: the partition's), as in 12:00:00")
-    slurm.add_argument("--image", help="container to run in, by Pyxis (default: none, the environment of sbatch)")
+    _add_job_options(slurm)
+    slurm.add_argument("--partition", help="partition (default: the cluster's)")
+    slurm.add_argument("--account", help="account to charge (default: the cluster's)")
+    slurm.add_argument("--time", help="time limit, as 12:00:00 (default: the partition's)")
+    slurm.add_argument("--image", help="container image, for Pyxis (default: none, the environment of sbatch)")
 
 
 def _add_gke(group: Any) -> None:
     gke = add_command(
         group, "gke", run_gke, config=True,
-        summary="Print the JobSet of a training run on TPU slices of GKE",
-        details="The commands of xpk that do the same are printed too.",
+        summary="Print the JobSet of a training run on TPU slices on GKE",
+        details="Also prints the equivalent commands of xpk.",
         example="mplug2 launch gke --config demo --topology v5p:4x4x4 --workdir gs://bucket/demo "
         "--image REGISTRY/mplug2:1",
     )  # fmt: skip
-    _add_job(gke)
-    gke.add_argument("--image", required=True, help="container image, made of launch/Dockerfile.tpu")
-    gke.add_argument("--queue", help="local queue of Kueue (default: none, pods are made at once)")
-    gke.add_argument("--namespace", help="of Kubernetes (default: kubectl's)")
-    gke.add_argument("--service-account", help="that may write into the bucket (default: the namespace's)")
-    gke.add_argument("--spot", action="store_true", help="on machines that may be taken away")
-    gke.add_argument("--cluster", default="CLUSTER", help="its name, for xpk")
+    _add_job_options(gke)
+    gke.add_argument("--image", required=True, help="container image, built from launch/Dockerfile.tpu")
+    gke.add_argument("--queue", help="local queue of Kueue (default: none, pods are created at once)")
+    gke.add_argument("--namespace", help="Kubernetes namespace (default: kubectl's)")
+    gke.add_argument(
+        "--service-account", help="Kubernetes service account with write access to the bucket "
+        "(default: the namespace's)",
+    )  # fmt: skip
+    gke.add_argument("--spot", action="store_true", help="use spot (preemptible) machines")
+    gke.add_argument("--cluster", default="CLUSTER", help="name of the cluster, for xpk")
 
 
 def _add_tpu_vm(group: Any) -> None:
     tpu_vm = add_command(
         group, "tpu-vm", run_tpu_vm, config=True,
         summary="Print a script that trains on slices of the Cloud TPU service",
-        details="The script asks for slices until they are there, trains on all of their hosts, and asks again when "
-        "they are taken away.",
+        details="The script requests slices until they are available, trains on all of their hosts, and requests them "
+        "again after preemption.",
         example="mplug2 launch tpu-vm --config demo --topology v6e:4x4 --workdir gs://bucket/demo --zone us-east5-a "
         "--image REGISTRY/mplug2:1",
     )  # fmt: skip
-    _add_job(tpu_vm)
-    tpu_vm.add_argument("--image", required=True, help="container image, made of launch/Dockerfile.tpu")
-    tpu_vm.add_argument("--zone", required=True, help="of the Google Cloud")
-    tpu_vm.add_argument("--project", help="of the Google Cloud (default: gcloud's)")
-    tpu_vm.add_argument("--runtime-version", help="software of the machines (default: the usual one of the chip)")
-    kind = tpu_vm.add_mutually_exclusive_group()
-    kind.add_argument("--spot", action="store_true", help="machines that may be taken away")
-    kind.add_argument("--reserved", action="store_true", help="machines of a reservation")
+    _add_job_options(tpu_vm)
+    tpu_vm.add_argument("--image", required=True, help="container image, built from launch/Dockerfile.tpu")
+    tpu_vm.add_argument("--zone", required=True, help="Google Cloud zone")
+    tpu_vm.add_argument("--project", help="Google Cloud project (default: gcloud's)")
+    tpu_vm.add_argument("--runtime-version", help="TPU runtime version (default: by chip)")
+    provisioning = tpu_vm.add_mutually_exclusive_group()
+    provisioning.add_argument("--spot", action="store_true", help="use spot (preemptible) machines")
+    provisioning.add_argument("--reserved", action="store_true", help="use a reservation")
 
 
-def _add_job(parser: argparse.ArgumentParser) -> None:
-    """What every scheduler's job has."""
-    parser.add_argument("--plan", type=Path, help="plan.json of mplug2 plan: the recipe, its overrides, the machines")
-    parser.add_argument("--config", help="without --plan: recipe, as mplug2 train has it")
-    parser.add_argument("--topology", help="without --plan: machines, as in v5p:8x8x8 or h100:64")
-    parser.add_argument("--slices", type=int, help="without --plan: of the topology (default: 1)")
-    parser.add_argument("--workdir", required=True, help="where the run keeps everything; resumes if it exists")
-    parser.add_argument("--name", help="of the job (default: the last part of --workdir)")
-    parser.add_argument("--grace", type=int, default=120, help="seconds to save, once told to end (default: 120)")
+def _add_job_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of all schedulers."""
+    parser.add_argument("--plan", type=Path, help="plan.json of mplug2 plan: recipe, overrides and topology")
+    parser.add_argument("--config", help="without --plan: recipe, as for mplug2 train")
+    parser.add_argument("--topology", help="without --plan: topology, as v5p:8x8x8 or h100:64")
+    parser.add_argument("--slices", type=int, help="without --plan: number of slices (default: 1)")
+    parser.add_argument("--workdir", required=True, help="folder of the run; resumes if it exists")
+    parser.add_argument("--name", help="name of the job (default: the last part of --workdir)")
     parser.add_argument(
-        "--max-restarts", type=int, default=100, help="start again after faults, so many times (default: 100)"
+        "--grace-period", type=int, default=120, help="seconds from SIGTERM to SIGKILL, to save (default: 120)"
     )
-    parser.add_argument("--out", type=Path, help="write the file, and print only what to do with it")
+    parser.add_argument("--grace", dest="grace_period", type=int, help=argparse.SUPPRESS, default=argparse.SUPPRESS)
     parser.add_argument(
-        "--submit", action="store_true", help="write the file (default: NAME with its ending) and do it"
+        "--max-restarts", type=int, default=100, help="restarts after failures (default: 100)"
+    )
+    parser.add_argument("--out", type=Path, help="write the file instead of printing it")
+    parser.add_argument(
+        "--submit", action="store_true", help="write the file (default: NAME and its extension) and submit it"
     )
 
 
@@ -143,80 +149,82 @@ def run_local(args: argparse.Namespace, parsers: Mapping[str, argparse.ArgumentP
 
 
 def run_slurm(args: argparse.Namespace) -> int:
-    """Prints or submits the sbatch file."""
-    from mplug2_jax.launch.slurm import SlurmOptions, launch_slurm
+    """Print or submit the sbatch file."""
+    from mplug2_jax.launch.slurm import SlurmOptions, render_slurm
 
     options = SlurmOptions(partition=args.partition, account=args.account, time=args.time, image=args.image)
-    return _finish(launch_slurm(_job(args), options), args)
+    return _print_or_submit(render_slurm(_make_job(args), options), args)
 
 
 def run_gke(args: argparse.Namespace) -> int:
-    """Prints or applies the JobSet."""
-    from mplug2_jax.launch.gke import GkeOptions, launch_gke
+    """Print or apply the JobSet."""
+    from mplug2_jax.launch.gke import GkeOptions, render_gke
 
     options = GkeOptions(
         image=args.image, queue=args.queue, namespace=args.namespace, service_account=args.service_account,
         spot=args.spot, cluster=args.cluster,
     )  # fmt: skip
-    return _finish(launch_gke(_job(args), options), args)
+    return _print_or_submit(render_gke(_make_job(args), options), args)
 
 
 def run_tpu_vm(args: argparse.Namespace) -> int:
-    """Prints or runs the script."""
-    from mplug2_jax.launch.tpu_vm import TpuVmOptions, launch_tpu_vm
+    """Print or run the script."""
+    from mplug2_jax.launch.tpu_vm import TpuVmOptions, render_tpu_vm
 
     options = TpuVmOptions(
         image=args.image, zone=args.zone, project=args.project, runtime=args.runtime_version, spot=args.spot,
         reserved=args.reserved,
     )  # fmt: skip
-    return _finish(launch_tpu_vm(_job(args), options), args)
+    return _print_or_submit(render_tpu_vm(_make_job(args), options), args)
 
 
-def _job(args: argparse.Namespace) -> "Job":
-    from mplug2_jax.launch.job import make_job, plan_of
+def _make_job(args: argparse.Namespace) -> "Job":
+    from mplug2_jax.launch.job import make_job, resolve_plan
 
-    plan = plan_of(
+    plan = resolve_plan(
         plan=args.plan, config=args.config, overrides=args.overrides, topology=args.topology, slices=args.slices
     )
-    return make_job(plan, workdir=args.workdir, name=args.name, grace=args.grace, max_restarts=args.max_restarts)
+    return make_job(
+        plan, workdir=args.workdir, name=args.name, grace_period=args.grace_period, max_restarts=args.max_restarts
+    )
 
 
-def _finish(launch: "Launch", args: argparse.Namespace) -> int:
-    """Prints the file and what to do with it, or does it."""
-    from mplug2_jax.launch.templates import shell_command
+def _print_or_submit(submission: "Submission", args: argparse.Namespace) -> int:
+    """Print or write the file, and print or run the command that submits it."""
+    from mplug2_jax.launch.templates import quote_command
 
-    path = args.out or Path(launch.filename)
+    path = args.out or Path(submission.filename)
     if args.out or args.submit:
-        _write(launch.text, path)
-        print(f"{path} is written")
+        _write(submission.text, path)
+        print(f"wrote {path}")
     else:
-        print(launch.text)
-    for note in launch.notes:
+        print(submission.text)
+    for note in submission.notes:
         print(f"# {' '.join(note.split())}")
-    submit = [*launch.submit, str(path)]
+    command = [*submission.command, str(path)]
     if args.submit:
-        print(f"$ {shell_command(submit)}", flush=True)
-        return _run(submit)
-    print(f"# to submit it (or --submit):\n$ {shell_command(submit)}")
-    for what, commands in launch.others:
-        print("\n".join([f"\n# {what}:", *(f"$ {shell_command(command)}" for command in commands)]))
+        print(f"$ {quote_command(command)}", flush=True)
+        return _run(command)
+    print(f"# to submit (or use --submit):\n$ {quote_command(command)}")
+    for title, commands in submission.alternatives:
+        print("\n".join([f"\n# {title}:", *(f"$ {quote_command(words)}" for words in commands)]))
     return 0
 
 
 def _write(text: str, path: Path) -> None:
-    """Writes the file, and never over another. Raises UserError."""
+    """Write the file; never overwrite a different one. Raises UserError."""
     if path.exists() and path.read_bytes() != text.encode():
         raise UserError(
-            f"--out {path} exists and differs from what would be written; choose another name, or remove it"
+            f"--out {path} exists with different content; choose another name, or remove it"
         )
     path.write_text(text, encoding="utf-8")
 
 
 def _run(command: list[str]) -> int:
-    """Runs the command and returns its status. Raises UserError where it is not installed."""
+    """Run the command and return its exit status. Raises UserError if it is not installed."""
     try:
         return subprocess.run(command).returncode
     except FileNotFoundError as error:
         raise UserError(
-            f"{command[0]} is not installed here; copy the file to where it is, and run it there"
+            f"{command[0]} is not installed on this machine; copy the file to a machine that has it, and run the command there"
         ) from error

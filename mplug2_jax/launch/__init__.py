@@ -1,1 +1,1 @@
-"""How a run gets onto machines: processes here, or a file for what schedules them elsewhere."""
+"""Start runs on several processes: on this machine, on SLURM, GKE and Cloud TPU machines."""

@@ -1,38 +1,38 @@
-"""GKE: a JobSet for slices of TPUs, with its work directory in a bucket; and the commands of xpk that do the same.
+"""GKE: a JobSet for TPU slices, with the work directory in a bucket; and the equivalent commands of xpk.
 
-GKE tells the pods who they are (``TPU_WORKER_ID``, ``TPU_WORKER_HOSTNAMES``, and for several slices ``MEGASCALE_*``),
-and JAX reads it; nothing of it is set here.
+GKE sets the environment of the pods (``TPU_WORKER_ID``, ``TPU_WORKER_HOSTNAMES``, and for several slices
+``MEGASCALE_*``), and JAX reads it; the JobSet sets none of it.
 """
 
 import dataclasses
 
 from mplug2_jax.errors import PREEMPTED, STALLED, USER_ERROR
-from mplug2_jax.launch.job import MOUNT, RECIPES, Bucket, Job, Launch, bucket_of, check_option, check_tpu, notes_on
-from mplug2_jax.launch.templates import render, shell_word
+from mplug2_jax.launch.job import MOUNT, RECIPES, Bucket, Job, Submission, check_option, check_tpu, describe_input_paths, parse_bucket
+from mplug2_jax.launch.templates import render, quote_word
 
 _LABEL = r"[a-z0-9]([-a-z0-9.]{0,61}[a-z0-9])?"
 MOUNT_OPTIONS = "implicit-dirs,metadata-cache:ttl-secs:0,metadata-cache:negative-ttl-secs:0"
-"""What one host wrote, all others see at once."""
+"""Disable metadata caching: all hosts see a file as soon as one host has written it."""
 IMAGE = r"[\w.:@/-]+"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GkeOptions:
-    """The image, and what a cluster wants to know besides."""
+    """Options of a cluster."""
 
     image: str
-    queue: str | None = None  # Kueue's; None: started at once
+    queue: str | None = None  # of Kueue; None: pods are created at once
     namespace: str | None = None
-    service_account: str | None = None  # with the right to write into the bucket
+    service_account: str | None = None  # with write access to the bucket
     spot: bool = False
     cluster: str = "CLUSTER"  # for xpk
 
 
-def launch_gke(job: Job, options: GkeOptions) -> Launch:
-    """The JobSet, and xpk's commands.
+def render_gke(job: Job, options: GkeOptions) -> Submission:
+    """Render the JobSet, and the commands of xpk.
 
     Raises:
-        UserError: no TPUs, no bucket, or names that Kubernetes does not take.
+        UserError: the topology has no TPUs, the work directory is not in a bucket, or Kubernetes rejects a name.
     """
     check_tpu(job, "gke")
     check_option("--image", options.image, IMAGE, "europe-docker.pkg.dev/project/runs/mplug2:1")
@@ -40,8 +40,8 @@ def launch_gke(job: Job, options: GkeOptions) -> Launch:
     check_option("--namespace", options.namespace, _LABEL, "team")
     check_option("--service-account", options.service_account, _LABEL, "trainer")
     check_option("--cluster", options.cluster, r"[\w-]+", "pods")
-    bucket, chip = bucket_of(job), job.topology.chip
-    recipe = f"{RECIPES}/{job.recipe.name}" if job.recipe else ""
+    bucket, chip = parse_bucket(job), job.topology.chip
+    recipe_path = f"{RECIPES}/{job.recipe.name}" if job.recipe else ""
     text = render(
         "jobset.yaml.j2",
         name=job.name,
@@ -55,42 +55,42 @@ def launch_gke(job: Job, options: GkeOptions) -> Launch:
         accelerator=chip.gke_accelerator,
         shape=job.topology.name.partition(":")[2],
         image=options.image,
-        # Kubernetes replaces $(NAME) in a command, and $$ is its dollar.
-        command=[word.replace("$", "$$") for word in job.command(bucket.workdir, recipe)],
+        # Kubernetes expands $(NAME) in a command; $$ is a literal dollar.
+        command=[word.replace("$", "$$") for word in job.command(bucket.workdir, recipe_path)],
         recipe=job.recipe,
-        recipes=RECIPES,
-        grace=job.grace,
+        recipe_mount=RECIPES,
+        grace_period=job.grace_period,
         max_restarts=job.max_restarts,
-        mistake=USER_ERROR,
+        user_error=USER_ERROR,
         bucket=bucket.name,
         mount=MOUNT,
         mount_options=MOUNT_OPTIONS,
     )
-    by_xpk = ("the same by xpk, which has queues of its own", xpk_commands(job, options, bucket))
-    return Launch(
+    xpk = ("or with xpk, which has its own queues", make_xpk_commands(job, options, bucket))
+    return Submission(
         filename=f"{job.name}.yaml",
         text=text,
-        submit=("kubectl", "apply", "-f"),
-        others=() if job.recipe else (by_xpk,),  # xpk carries no files
-        notes=notes_on(job, MOUNT),
+        command=("kubectl", "apply", "-f"),
+        alternatives=() if job.recipe else (xpk,),  # xpk cannot bundle files
+        notes=describe_input_paths(job, MOUNT),
     )
 
 
-def xpk_commands(job: Job, options: GkeOptions, bucket: Bucket) -> tuple[tuple[str, ...], ...]:
-    """The commands of xpk that attach the bucket, once, and start the job."""
+def make_xpk_commands(job: Job, options: GkeOptions, bucket: Bucket) -> tuple[tuple[str, ...], ...]:
+    """Return the commands of xpk that attach the bucket, once, and start the job."""
     storage, chip = f"{job.name}-bucket", job.topology.chip
     attach = (
         "xpk", "storage", "attach", storage, f"--cluster={options.cluster}", "--type=gcsfuse",
         f"--bucket={bucket.name}", f"--mount-point={MOUNT}", "--readonly=false", "--auto-mount=false",
-        f"--mount-options={MOUNT_OPTIONS}", "--size=1",  # which xpk wants of a volume, and a bucket does not have
+        f"--mount-options={MOUNT_OPTIONS}", "--size=1",  # required by xpk, meaningless for a bucket
     )  # fmt: skip
     create = (
         "xpk", "workload", "create", f"--cluster={options.cluster}", f"--workload={job.name}",
         f"--tpu-type={chip.cloud_prefix or chip.name}-{job.topology.name.partition(':')[2]}",
         f"--num-slices={job.topology.slices}", f"--docker-image={options.image}", f"--storage={storage}",
         f"--max-restarts={job.max_restarts}", f"--restart-on-exit-codes=1,{PREEMPTED},{STALLED}",
-        f"--termination-grace-period-seconds={job.grace}",
-        # xpk tells its shell's child to end, which must be the run itself.
-        f"--command=exec {' '.join(map(shell_word, job.command(bucket.workdir)))}",
+        f"--termination-grace-period-seconds={job.grace_period}",
+        # xpk sends SIGTERM to the child of its shell, which must be the run itself.
+        f"--command=exec {' '.join(map(quote_word, job.command(bucket.workdir)))}",
     )  # fmt: skip
     return attach, create

@@ -1,4 +1,4 @@
-"""A run and the machines it is for, checked before anybody waits for them; and what a target makes of both."""
+"""Jobs: a run and its machines, validated before submission, and the files that schedulers take."""
 
 import ast
 import contextlib
@@ -17,62 +17,62 @@ from mplug2_jax.planning.plan_file import PlanFile, read_plan
 from mplug2_jax.training.config import RunConfig
 
 MOUNT = "/gcs"
-"""Where a bucket is a folder, in containers."""
+"""Mount point of the bucket, in containers."""
 RECIPES = "/recipes"
-"""Where the recipe that a job carries is, in containers."""
+"""Mount point of a bundled recipe, in containers."""
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")
 _BUCKET = re.compile(r"gs://(?P<bucket>[a-z0-9][-._a-z0-9]{1,220}[a-z0-9])/(?P<path>[^/].*)", re.DOTALL)
 
 
-_MAX_RECIPE = 2**16
+_MAX_RECIPE_BYTES = 2**16
 
 
-class Recipe(NamedTuple):
-    """A recipe file that goes with a job."""
+class BundledRecipe(NamedTuple):
+    """A recipe file that is bundled with a job."""
 
     name: str
     text: str
-    arg: str  # ":ARG", or nothing
+    arg: str  # ":ARG", or empty
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
-    """A run, where it keeps everything, and the machines that it is for."""
+    """A run, its work directory, and its machines."""
 
     config: str
     overrides: tuple[str, ...]
     topology: Topology
     workdir: str
     name: str
-    grace: int = 120  # seconds to save and leave, once told to end
+    grace_period: int = 120  # seconds from SIGTERM to SIGKILL, to save and exit
     max_restarts: int = 100
-    recipe: Recipe | None = None  # that is none of the package's
-    reads: Mapping[str, str] = dataclasses.field(default_factory=dict)  # paths, and the fields that name them
+    recipe: BundledRecipe | None = None  # None: a shipped one
+    input_paths: Mapping[str, str] = dataclasses.field(default_factory=dict)  # the config field by path
 
-    def command(self, workdir: str = "", recipe: str = "") -> list[str]:
-        """The words of the training command; ``recipe`` is where the job finds the file that it carries."""
-        config = f"{recipe}{self.recipe.arg}" if self.recipe else self.config
+    def command(self, workdir: str = "", recipe_path: str = "") -> list[str]:
+        """Return the training command, with the paths of the work directory and a bundled recipe on the machines."""
+        config = f"{recipe_path}{self.recipe.arg}" if self.recipe else self.config
         return ["mplug2", "train", "--config", config, "--workdir", workdir or self.workdir, *self.overrides]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Launch:
-    """What a target makes of a job: a file, how it is submitted, and other ways to do the same."""
+class Submission:
+    """A scheduler's file for a job, and the command that submits it."""
 
     filename: str
     text: str
-    submit: tuple[str, ...]  # the words before the file's name
-    others: tuple[tuple[str, tuple[tuple[str, ...], ...]], ...] = ()  # what they are, and their commands
-    notes: tuple[str, ...] = ()  # on what may be missing where it runs
+    command: tuple[str, ...]  # to be followed by the file's name
+    alternatives: tuple[tuple[str, tuple[tuple[str, ...], ...]], ...] = ()  # titles, and commands
+    notes: tuple[str, ...] = ()  # about inputs that may be missing on the machines
 
 
-def plan_of(
+def resolve_plan(
     *, plan: Path | None, config: str | None, overrides: Sequence[str], topology: str | None, slices: int | None
 ) -> PlanFile:
-    """What to run on which machines: from a file, with further overrides, or from the options that say the same.
+    """Return what to run on which topology: from a plan file plus overrides, or from the options.
 
     Raises:
-        UserError: neither or both.
+        UserError: neither the plan nor the options are given, or both.
     """
     if plan is None:
         for option, value in (("--config", config), ("--topology", topology)):
@@ -83,66 +83,65 @@ def plan_of(
         return PlanFile(
             config=config, overrides=tuple(overrides), topology=topology, slices=1 if slices is None else slices
         )
-    for option, found in (("--config", config), ("--topology", topology), ("--slices", slices)):
-        if found is not None:
-            raise UserError(f"{option} {found} with --plan {plan}: the plan says it already; give one or the other")
-    read = read_plan(plan)
-    return dataclasses.replace(read, overrides=(*read.overrides, *overrides))
+    for option, value in (("--config", config), ("--topology", topology), ("--slices", slices)):
+        if value is not None:
+            raise UserError(f"{option} {value} with --plan {plan}: the plan already sets it; give one or the other")
+    plan_file = read_plan(plan)
+    return dataclasses.replace(plan_file, overrides=(*plan_file.overrides, *overrides))
 
 
-def make_job(plan: PlanFile, *, workdir: str, name: str | None, grace: int, max_restarts: int) -> Job:
-    """A job whose config, mesh and names are right.
+def make_job(plan: PlanFile, *, workdir: str, name: str | None, grace_period: int, max_restarts: int) -> Job:
+    """Validate a config, its mesh and the name of its job.
 
     Raises:
-        UserError: a config that would fail, a mesh that does not fit the topology, or a name that no target takes.
+        UserError: the config is invalid, the mesh does not fit the topology, or schedulers do not accept the name.
     """
-    # Here, so that --help need not wait for JAX.
+    # Imported here, so that --help does not import JAX.
     from mplug2_jax.parallel.mesh import abstract_mesh
 
     topology = parse_topology(plan.topology, plan.slices)
-    check_range("--grace", grace, 1, 3600)
+    check_range("--grace-period", grace_period, 1, 3600)
     check_range("--max-restarts", max_restarts, 0)
-    run = build(RunConfig, load_recipe(plan.config, plan.overrides))
+    run_config = build(RunConfig, load_recipe(plan.config, plan.overrides))
     config, recipe = bundle_recipe(plan.config)
-    mesh = run.mesh
-    replicas = abstract_mesh(mesh, topology.devices).shape["replica"]
+    replicas = abstract_mesh(run_config.mesh, topology.devices).shape["replica"]
     if replicas % topology.slices:
         raise UserError(
-            f"config.mesh.replica={replicas} on {topology}: only replicas may cross slices; add "
+            f"config.mesh.replica={replicas} on {topology}: only the replica axis may cross slices; add "
             f"--config.mesh.replica={topology.slices}"
         )
     return Job(
         config=config,
         recipe=recipe,
-        reads=read_paths(run),
+        input_paths=find_input_paths(run_config),
         overrides=tuple(plan.overrides),
         topology=topology,
         workdir=workdir,
-        name=_name(name, workdir),
-        grace=grace,
+        name=_job_name(name, workdir),
+        grace_period=grace_period,
         max_restarts=max_restarts,
     )
 
 
-def _name(name: str | None, workdir: str) -> str:
-    """The name, or one made of the work directory's last part."""
-    made = re.sub(r"[^a-z0-9]+", "-", workdir.rstrip("/").rpartition("/")[2].lower()).strip("-")[:40].strip("-")
-    found = made if name is None else name
-    if not _NAME.fullmatch(found):
+def _job_name(name: str | None, workdir: str) -> str:
+    """Return the given name, or one derived from the last part of the work directory."""
+    derived = re.sub(r"[^a-z0-9]+", "-", workdir.rstrip("/").rpartition("/")[2].lower()).strip("-")[:40].strip("-")
+    job_name = derived if name is None else name
+    if not _NAME.fullmatch(job_name):
         raise UserError(
-            f"--name {found!r}: expected at most 40 of a-z, 0-9 and -, beginning with a letter, as in --name my-run"
+            f"--name {job_name!r}: expected at most 40 of a-z, 0-9 and -, beginning with a letter, as in --name my-run"
         )
-    return found
+    return job_name
 
 
-def check_option(option: str, value: str | None, pattern: str, like: str) -> None:
-    """Checks an option's value, if it was given, against what the target takes. Raises UserError."""
+def check_option(option: str, value: str | None, pattern: str, example: str) -> None:
+    """Check an option's value, if given, against a pattern. Raises UserError."""
     if value is not None and not re.fullmatch(pattern, value):
-        raise UserError(f"{option} {value!r}: expected something like {option} {like}")
+        raise UserError(f"{option} {value!r}: expected something like {option} {example}")
 
 
 def check_tpu(job: Job, target: str) -> None:
-    """Raises UserError for other machines than TPUs."""
+    """Check that a job is for TPUs. Raises UserError."""
     if job.topology.chip.platform != "tpu":
         raise UserError(
             f"--topology {job.topology.name}: {target} starts runs on TPUs only, as in v5p:8x8x8; for "
@@ -150,78 +149,78 @@ def check_tpu(job: Job, target: str) -> None:
         )
 
 
-def bundle_recipe(spec: str) -> tuple[str, Recipe | None]:
-    """Return a recipe as a job names it, and the file if it is none of the package's, which the job must bring.
+def bundle_recipe(spec: str) -> tuple[str, BundledRecipe | None]:
+    """Return a recipe as jobs name it, and its file to bundle with the job if it is no shipped one.
 
     Raises:
-        UserError: no such recipe, one that is too large, or one that imports files beside it.
+        UserError: the recipe does not exist, is too large, or imports files next to it.
     """
     name, colon, arg = spec.partition(":")
     path = find_recipe(name).resolve()
     if path in {shipped.resolve() for shipped in shipped_recipes().values()}:
         return f"{path.stem}{colon}{arg}", None
     text = path.read_text(encoding="utf-8")
-    if len(text.encode()) > _MAX_RECIPE:
-        raise UserError(f"--config {spec}: a job carries recipes of up to {_MAX_RECIPE >> 10} KiB; make it shorter")
-    for module in _imported(text):
-        beside = next((each for each in (path.parent, Path.cwd()) if _is_module(each, module)), None)
-        if beside is not None:
+    if len(text.encode()) > _MAX_RECIPE_BYTES:
+        raise UserError(f"--config {spec}: the limit for recipes of jobs is {_MAX_RECIPE_BYTES >> 10} KiB; shorten it")
+    for module in _imported_packages(text):
+        folder = next((folder for folder in (path.parent, Path.cwd()) if _has_module(folder, module)), None)
+        if folder is not None:
             raise UserError(
-                f"--config {spec} imports {module} of {beside}, which the job would not have: put it into the recipe"
+                f"--config {spec} imports {module} from {folder}, which the job does not have: move it into the recipe"
             )
-    return spec, Recipe(re.sub(r"[^\w.-]", "-", path.name), text, f"{colon}{arg}")
+    return spec, BundledRecipe(re.sub(r"[^\w.-]", "-", path.name), text, f"{colon}{arg}")
 
 
-def _imported(text: str) -> set[str]:
-    """The packages that a file of Python imports."""
-    found: set[str] = set()
+def _imported_packages(text: str) -> set[str]:
+    """Return the top-level packages that Python source imports, other than this project's."""
+    packages: set[str] = set()
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
-            found |= {alias.name.partition(".")[0] for alias in node.names}
+            packages |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            found.add(node.module.partition(".")[0])
-    return found - {"configs", "data_pipelines", "mplug2_jax"}
+            packages.add(node.module.partition(".")[0])
+    return packages - {"configs", "data_pipelines", "mplug2_jax"}
 
 
-def _is_module(folder: Path, name: str) -> bool:
+def _has_module(folder: Path, name: str) -> bool:
     return (folder / f"{name}.py").is_file() or (folder / name / "__init__.py").is_file()
 
 
-def read_paths(config: RunConfig) -> dict[str, str]:
-    """Return all that a run reads besides its work directory: the first field that names each path, by the path."""
-    named = [("config.tokenizer.path", config.tokenizer.path), ("config.init_from", config.init_from)]
+def find_input_paths(config: RunConfig) -> dict[str, str]:
+    """Return the paths that a run reads outside its work directory, each with the first config field that names it."""
+    paths = [("config.tokenizer.path", config.tokenizer.path), ("config.init_from", config.init_from)]
     data = [(f"config.streams.{name}.data", stream.data) for name, stream in config.streams.items()]
     for name, evaluation in config.evaluations.items():
         data.append((f"config.evaluations.{name}.data", evaluation.data))
-        named.append((f"config.evaluations.{name}.answers", evaluation.answers))
-    for where, each in data:
-        for name, source in each.sources.items():
-            named += [(f"{where}.sources.{name}.{field}", getattr(source, field)) for field in ("path", "media")]
-    found: dict[str, str] = {}
-    for field, path in named:
+        paths.append((f"config.evaluations.{name}.answers", evaluation.answers))
+    for where, data_config in data:
+        for name, source in data_config.sources.items():
+            paths += [(f"{where}.sources.{name}.{field}", getattr(source, field)) for field in ("path", "media")]
+    fields: dict[str, str] = {}
+    for field, path in paths:
         if path:
-            found.setdefault(path, field)
-    return found
+            fields.setdefault(path, field)
+    return fields
 
 
-def notes_on(job: Job, mounted: str | None) -> tuple[str, ...]:
-    """Return a sentence about each path that the job reads and that it may lack.
+def describe_input_paths(job: Job, mounted: str | None) -> tuple[str, ...]:
+    """Return a note about each path that the job reads and that may be missing on its machines.
 
     Args:
         job: the job.
-        mounted: the folder of this or another machine that its containers have; None: it has this machine's paths.
+        mounted: the folder that is mounted in the containers; None: the job runs with the paths of this machine.
     """
     notes = []
-    for path, field in job.reads.items():
+    for path, field in job.input_paths.items():
         if "://" in path or (mounted and Path(path).is_relative_to(mounted)):
-            why = "whether it is there, and may be read, cannot be known from here"
+            note = "not checked: it is not visible from this machine"
         elif mounted:
-            why = f"the containers have {mounted} and what the image holds, nothing else; put it there, or give a URL"
+            note = f"not in the containers, which have only {mounted} and the image; move it there, or use a URL"
         elif not _exists(path):
-            why = "it is not here; the nodes must have it"
+            note = "missing on this machine; the nodes must have it"
         else:
-            why = "it is here; whether the nodes see it, too, cannot be known from here"
-        notes.append(f"{field}={path}: {why}")
+            note = "found on this machine; the nodes must have it, too"
+        notes.append(f"{field}={path}: {note}")
     return tuple(notes)
 
 
@@ -241,15 +240,15 @@ class Bucket:
 
     @property
     def workdir(self) -> str:
-        """Where containers find it."""
+        """Return its path in containers."""
         return f"{MOUNT}/{self.path}"
 
 
-def bucket_of(job: Job) -> Bucket:
-    """The bucket of a work directory. Raises UserError where it is in none."""
+def parse_bucket(job: Job) -> Bucket:
+    """Return the bucket of a job's work directory. Raises UserError if it is not in one."""
     match = _BUCKET.fullmatch(job.workdir)
     if not match or ".." in match["path"].split("/"):
         raise UserError(
-            f"--workdir {job.workdir}: expected gs://BUCKET/FOLDER, as the machines' own disks are lost with them"
+            f"--workdir {job.workdir}: expected gs://BUCKET/FOLDER, because the machines' disks are deleted with them"
         )
     return Bucket(match["bucket"], match["path"].rstrip("/"))

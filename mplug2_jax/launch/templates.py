@@ -1,4 +1,4 @@
-"""Fills in the files of ``launch/``; whatever is put in is quoted for the file's language, without being asked to."""
+"""Render the templates of ``launch/``; all values are quoted for the language of the file."""
 
 import shlex
 from collections.abc import Callable
@@ -7,23 +7,23 @@ from typing import Any
 
 import jinja2
 
-_LINE = 100
-_NEXT_LINE = " \\\n    "
+_MAX_LINE = 100
+_CONTINUATION = " \\\n    "
 
 
 def launch_folder() -> Path:
-    """Where the shipped files are: inside an installed package, or beside it in a checkout."""
+    """Return the folder of the templates: inside an installed package, or next to it in a checkout."""
     package = Path(__file__).resolve().parent
-    places = (package / "files", package.parents[1] / "launch")
-    return next((place for place in places if place.is_dir()), places[0])
+    folders = (package / "files", package.parents[1] / "launch")
+    return next((folder for folder in folders if folder.is_dir()), folders[0])
 
 
 def render(template: str, **values: Any) -> str:
-    """A file of :func:`launch_folder`, filled in: shell scripts, SLURM's too, and YAML.
+    """Render a template of :func:`launch_folder`: a shell script, an sbatch file, or YAML.
 
-    A sequence becomes the words of a command.
+    In shell, a sequence is rendered as the words of a command.
     """
-    quote = yaml_value if ".yaml" in template else _shell_value
+    quote = quote_yaml if ".yaml" in template else _quote_shell
     return _environment(quote).get_template(template).render(**values)
 
 
@@ -39,14 +39,14 @@ def _environment(quote: Callable[[Any], str]) -> jinja2.Environment:
     )
 
 
-def shell_word(word: str) -> str:
-    """A word for bash, on one line whatever is in it."""
+def quote_word(word: str) -> str:
+    """Quote a word for bash, on one line even if it has line breaks."""
     if word.isprintable():
         return shlex.quote(word)
-    return "$'" + "".join(map(_shell_character, word)) + "'"
+    return "$'" + "".join(map(_escape_shell, word)) + "'"
 
 
-def _shell_character(character: str) -> str:
+def _escape_shell(character: str) -> str:
     if character in "\\'":
         return f"\\{character}"
     if character.isprintable():
@@ -54,34 +54,34 @@ def _shell_character(character: str) -> str:
     return "".join(f"\\x{byte:02x}" for byte in character.encode(errors="surrogateescape"))
 
 
-def shell_command(words: list[str] | tuple[str, ...]) -> str:
-    """A command for bash; a long one has a line for every option."""
-    quoted = [shell_word(word) for word in words]
-    if sum(map(len, quoted)) + len(quoted) <= _LINE:
+def quote_command(words: list[str] | tuple[str, ...]) -> str:
+    """Quote a command for bash; a long one gets a line per option."""
+    quoted = [quote_word(word) for word in words]
+    if sum(map(len, quoted)) + len(quoted) <= _MAX_LINE:
         return " ".join(quoted)
     lines: list[str] = []
     for word in quoted:
         if word.startswith(("-", "'-", "$'-")) or not lines:
             lines.append(word)
-        else:  # an option's value stays with it
+        else:  # the value of an option stays on its line
             lines[-1] += f" {word}"
-    return _NEXT_LINE.join(lines)
+    return _CONTINUATION.join(lines)
 
 
-def _shell_value(value: Any) -> str:
+def _quote_shell(value: Any) -> str:
     if isinstance(value, list | tuple):
-        return shell_command(value)
-    return shell_word(str(value))
+        return quote_command(value)
+    return quote_word(str(value))
 
 
-def yaml_value(value: Any) -> str:
-    """A scalar for YAML: numbers as they are, all else between double quotes."""
+def quote_yaml(value: Any) -> str:
+    """Format a YAML scalar: numbers unquoted, everything else in double quotes."""
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
-    return '"' + "".join(map(_yaml_character, str(value))) + '"'
+    return '"' + "".join(map(_escape_yaml, str(value))) + '"'
 
 
-def _yaml_character(character: str) -> str:
+def _escape_yaml(character: str) -> str:
     if character in '"\\':
         return f"\\{character}"
     return character if character.isprintable() else f"\\U{ord(character):08x}"

@@ -1,10 +1,10 @@
-"""Cloud TPU machines: a script around gcloud's queued resources, which asks again for what is taken away."""
+"""Cloud TPU VMs: a script around gcloud's queued resources, which requests preempted resources again."""
 
 import dataclasses
 
 from mplug2_jax.errors import PREEMPTED, USER_ERROR, UserError
 from mplug2_jax.launch.gke import IMAGE
-from mplug2_jax.launch.job import MOUNT, RECIPES, Job, Launch, bucket_of, check_option, check_tpu, notes_on
+from mplug2_jax.launch.job import MOUNT, RECIPES, Job, Submission, check_option, check_tpu, describe_input_paths, parse_bucket
 from mplug2_jax.launch.templates import render
 
 RUNTIMES = {
@@ -13,32 +13,32 @@ RUNTIMES = {
     "v5p": "v2-alpha-tpuv5",
     "v6e": "v2-alpha-tpuv6e",
 }
-"""The software that machines of a chip come with, as Google names it for JAX."""
-_RECIPE_FILE = "/tmp/mplug2-recipe.py"  # of the hosts
+"""The runtime version of Google's machine images for JAX, by chip."""
+_RECIPE_FILE = "/tmp/mplug2-recipe.py"  # on the hosts
 _NAME = r"[a-z0-9]([-a-z0-9.:]{0,61}[a-z0-9])?"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TpuVmOptions:
-    """The image, and where to ask for machines."""
+    """Options of the Cloud TPU service."""
 
     image: str
     zone: str
-    project: str | None = None  # None: gcloud's own
-    runtime: str | None = None  # None: the usual one of the chip
+    project: str | None = None  # None: gcloud's default
+    runtime: str | None = None  # None: the chip's in RUNTIMES
     spot: bool = False
     reserved: bool = False
 
 
-def launch_tpu_vm(job: Job, options: TpuVmOptions) -> Launch:
-    """The script.
+def render_tpu_vm(job: Job, options: TpuVmOptions) -> Submission:
+    """Render the script.
 
     Raises:
-        UserError: no TPUs, or some that this service does not sell, no bucket, or names that it does not take.
+        UserError: the service does not offer the topology, the work directory is not in a bucket, or a name is invalid.
     """
     check_tpu(job, "tpu-vm")
-    kind = job.topology.accelerator_type
-    if not kind:
+    accelerator_type = job.topology.accelerator_type
+    if not accelerator_type:
         raise UserError(
             f"--topology {job.topology.name}: queued resources have no {job.topology.chip.name}; use mplug2 launch "
             f"gke, or one of {', '.join(RUNTIMES)}"
@@ -47,16 +47,16 @@ def launch_tpu_vm(job: Job, options: TpuVmOptions) -> Launch:
     check_option("--zone", options.zone, _NAME, "us-east5-a")
     check_option("--project", options.project, _NAME, "my-project")
     check_option("--runtime-version", options.runtime, _NAME, "v2-alpha-tpuv5")
-    bucket, slices = bucket_of(job), job.topology.slices
-    recipe = f"{RECIPES}/{job.recipe.name}" if job.recipe else ""
+    bucket, slices = parse_bucket(job), job.topology.slices
+    recipe_path = f"{RECIPES}/{job.recipe.name}" if job.recipe else ""
     registry = options.image.partition("/")[0]
     text = render(
         "tpu_vm.sh.j2",
         name=job.name,
-        where=[f"--zone={options.zone}", *([f"--project={options.project}"] if options.project else [])],
+        location=[f"--zone={options.zone}", *([f"--project={options.project}"] if options.project else [])],
         nodes=[f"{job.name}-{i}" for i in range(slices)] if slices > 1 else [job.name],
         request=[
-            f"--accelerator-type={kind}",
+            f"--accelerator-type={accelerator_type}",
             f"--runtime-version={options.runtime or RUNTIMES[job.topology.chip.name]}",
             *([f"--node-count={slices}", f"--node-prefix={job.name}"] if slices > 1 else [f"--node-id={job.name}"]),
             *(["--spot"] if options.spot else []),
@@ -67,13 +67,15 @@ def launch_tpu_vm(job: Job, options: TpuVmOptions) -> Launch:
         bucket=bucket.name,
         mount=MOUNT,
         volume=f"{MOUNT}:{MOUNT}",
-        command=job.command(bucket.workdir, recipe),
+        command=job.command(bucket.workdir, recipe_path),
         recipe=job.recipe.text if job.recipe else "",
         recipe_file=_RECIPE_FILE,
-        recipe_volume=f"{_RECIPE_FILE}:{recipe}:ro",
-        grace=job.grace,
+        recipe_volume=f"{_RECIPE_FILE}:{recipe_path}:ro",
+        grace_period=job.grace_period,
         max_restarts=job.max_restarts,
-        mistake=USER_ERROR,
+        user_error=USER_ERROR,
         preempted=PREEMPTED,
     )
-    return Launch(filename=f"{job.name}.sh", text=text, submit=("bash",), notes=notes_on(job, MOUNT))
+    return Submission(
+        filename=f"{job.name}.sh", text=text, command=("bash",), notes=describe_input_paths(job, MOUNT)
+    )

@@ -1,1 +1,1 @@
-"""What a program costs, known before it runs."""
+"""Predict memory, communication and step time of a run before it starts."""

@@ -11,7 +11,7 @@ from mplug2_jax.errors import UserError
 from mplug2_jax.launch.gke import GkeOptions, launch_gke
 from mplug2_jax.launch.job import Bucket, Recipe, bucket_of, bundle_recipe, make_job, notes_on, plan_of
 from mplug2_jax.launch.slurm import SlurmOptions, launch_slurm
-from mplug2_jax.launch.templates import shell_word
+from mplug2_jax.launch.templates import quote_word
 from mplug2_jax.launch.tpu_vm import TpuVmOptions, launch_tpu_vm
 from mplug2_jax.planning.plan_file import PlanFile
 from tests.launch.jobs import job
@@ -146,7 +146,7 @@ def test_scripts_write_the_recipe_where_their_command_reads_it(mine: PlanFile, t
     (line,) = [line for line in text.splitlines() if line.startswith("mkdir -p ")]
     subprocess.run(["bash", "-c", line], check=True)
     assert (workdir.parent / "run.recipe.py").read_text() == MINE
-    assert f"--config {shell_word(f'{workdir.parent}/run.recipe.py:7')} " in text
+    assert f"--config {quote_word(f'{workdir.parent}/run.recipe.py:7')} " in text
 
     text = launch_tpu_vm(made(mine), TpuVmOptions(image="x/y:1", zone="us-east5-a")).text
     (line,) = [line for line in text.splitlines() if line.startswith("  printf %s ")]

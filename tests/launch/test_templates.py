@@ -10,7 +10,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mplug2_jax.launch.templates import launch_folder, render, shell_command, shell_word, yaml_value
+from mplug2_jax.launch.templates import launch_folder, render, quote_command, quote_word, yaml_value
 from tests.launch.jobs import HOSTILE
 
 
@@ -25,13 +25,13 @@ def words_of(script: str) -> list[bytes]:
 
 @given(st.lists(HOSTILE, min_size=1, max_size=4))
 def test_bash_reads_back_every_word(words: list[str]) -> None:
-    assert words_of(shell_command(["x" * 200, *words]))[1:] == [os.fsencode(word) for word in words]
-    assert words_of(shell_command(words)) == [os.fsencode(word) for word in words]
+    assert words_of(quote_command(["x" * 200, *words]))[1:] == [os.fsencode(word) for word in words]
+    assert words_of(quote_command(words)) == [os.fsencode(word) for word in words]
 
 
 @given(HOSTILE)
 def test_a_word_is_one_line_of_printable_characters(word: str) -> None:
-    assert shell_word(word).isprintable()
+    assert quote_word(word).isprintable()
 
 
 @given(HOSTILE.filter(lambda text: "\udcff" not in text))
@@ -45,8 +45,8 @@ def test_numbers_are_numbers_of_yaml() -> None:
 
 
 def test_long_commands_have_a_line_for_every_option() -> None:
-    assert shell_command(["a", "--b", "c", "--d=e"]) == "a --b c --d=e"
-    long = shell_command(["a", "b", "--c", "d" * 99, "--e=f g", "-h"])
+    assert quote_command(["a", "--b", "c", "--d=e"]) == "a --b c --d=e"
+    long = quote_command(["a", "b", "--c", "d" * 99, "--e=f g", "-h"])
     assert long.split(" \\\n    ") == ["a b", f"--c {'d' * 99}", "'--e=f g'", "-h"]
 
 
