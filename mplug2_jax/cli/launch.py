@@ -40,7 +40,9 @@ def _add_local(group: Any, parsers: Mapping[str, argparse.ArgumentParser]) -> No
         example="mplug2 launch local --processes 4 --devices-per-process 2 -- train --config demo --workdir runs/four",
     )  # fmt: skip
     local.add_argument("--processes", type=int, required=True, help="number of processes")
-    local.add_argument("--devices-per-process", type=int, default=1, help="simulated CPU devices per process (default: 1)")
+    local.add_argument(
+        "--devices-per-process", type=int, default=1, help="simulated CPU devices per process (default: 1)"
+    )
     local.add_argument(
         "--max-restarts", type=int, default=0, help="restarts of all processes after a failure (default: 0)"
     )
@@ -114,9 +116,7 @@ def _add_job_options(parser: argparse.ArgumentParser) -> None:
         "--grace-period", type=int, default=120, help="seconds from SIGTERM to SIGKILL, to save (default: 120)"
     )
     parser.add_argument("--grace", dest="grace_period", type=int, help=argparse.SUPPRESS, default=argparse.SUPPRESS)
-    parser.add_argument(
-        "--max-restarts", type=int, default=100, help="restarts after failures (default: 100)"
-    )
+    parser.add_argument("--max-restarts", type=int, default=100, help="restarts after failures (default: 100)")
     parser.add_argument("--out", type=Path, help="write the file instead of printing it")
     parser.add_argument(
         "--submit", action="store_true", help="write the file (default: NAME and its extension) and submit it"
@@ -214,9 +214,7 @@ def _print_or_submit(submission: "Submission", args: argparse.Namespace) -> int:
 def _write(text: str, path: Path) -> None:
     """Write the file; never overwrite a different one. Raises UserError."""
     if path.exists() and path.read_bytes() != text.encode():
-        raise UserError(
-            f"--out {path} exists with different content; choose another name, or remove it"
-        )
+        raise UserError(f"--out {path} exists with different content; choose another name, or remove it")
     path.write_text(text, encoding="utf-8")
 
 
@@ -226,5 +224,5 @@ def _run(command: list[str]) -> int:
         return subprocess.run(command).returncode
     except FileNotFoundError as error:
         raise UserError(
-            f"{command[0]} is not installed on this machine; copy the file to a machine that has it, and run the command there"
+            f"{command[0]} is not installed on this machine; copy the file to one that has it, and submit it there"
         ) from error

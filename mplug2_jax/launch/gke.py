@@ -7,8 +7,18 @@ GKE sets the environment of the pods (``TPU_WORKER_ID``, ``TPU_WORKER_HOSTNAMES`
 import dataclasses
 
 from mplug2_jax.errors import PREEMPTED, STALLED, USER_ERROR
-from mplug2_jax.launch.job import MOUNT, RECIPES, Bucket, Job, Submission, check_option, check_tpu, describe_input_paths, parse_bucket
-from mplug2_jax.launch.templates import render, quote_word
+from mplug2_jax.launch.job import (
+    MOUNT,
+    RECIPES,
+    Bucket,
+    Job,
+    Submission,
+    check_option,
+    check_tpu,
+    describe_input_paths,
+    parse_bucket,
+)
+from mplug2_jax.launch.templates import quote_word, render
 
 _LABEL = r"[a-z0-9]([-a-z0-9.]{0,61}[a-z0-9])?"
 MOUNT_OPTIONS = "implicit-dirs,metadata-cache:ttl-secs:0,metadata-cache:negative-ttl-secs:0"

@@ -192,7 +192,7 @@ def find_input_paths(config: RunConfig) -> dict[str, str]:
     data = [(f"config.streams.{name}.data", stream.data) for name, stream in config.streams.items()]
     for name, evaluation in config.evaluations.items():
         data.append((f"config.evaluations.{name}.data", evaluation.data))
-        paths.append((f"config.evaluations.{name}.answers", evaluation.answers))
+        paths.append((f"config.evaluations.{name}.answers_file", evaluation.answers_file))
     for where, data_config in data:
         for name, source in data_config.sources.items():
             paths += [(f"{where}.sources.{name}.{field}", getattr(source, field)) for field in ("path", "media")]

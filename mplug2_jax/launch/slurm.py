@@ -32,12 +32,14 @@ def render_slurm(job: Job, options: SlurmOptions) -> Submission:
             "GPUs, as in h100:64"
         )
     if "://" in workdir:
-        raise UserError(f"--workdir {workdir}: expected a folder on a file system that all nodes share, as in /shared/runs/{job.name}")
+        raise UserError(
+            f"--workdir {workdir}: expected a folder on a shared file system, as in /shared/runs/{job.name}"
+        )
     chips_per_node = min(job.topology.chips_per_slice, chip.chips_per_host)
     if job.topology.chips_per_slice % chips_per_node:
         raise UserError(
-            f"--topology {job.topology.name}: expected a multiple of {chips_per_node}, because all nodes are equal, as in "
-            f"{chip.name}:{chips_per_node * job.topology.hosts_per_slice}"
+            f"--topology {job.topology.name}: expected a multiple of {chips_per_node}, because all nodes are equal, "
+            f"as in {chip.name}:{chips_per_node * job.topology.hosts_per_slice}"
         )
     check_option("--partition", options.partition, _WORD, "gpu")
     check_option("--account", options.account, _WORD, "my-project")
@@ -88,8 +90,8 @@ def _check_time(time: str | None, grace_period: int) -> None:
     total = ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
     if total <= grace_period + 60:
         raise UserError(
-            f"--time {time} with --grace-period {grace_period}: SIGTERM would come right after the start; expected more "
-            f"than {grace_period + 60} seconds"
+            f"--time {time} with --grace-period {grace_period}: SIGTERM would come right after the start; expected "
+            f"more than {grace_period + 60} seconds"
         )
 
 
@@ -100,6 +102,7 @@ def _container_options(image: str | None, workdir: str) -> list[str]:
     parent = workdir.rstrip("/").rpartition("/")[0]
     if not parent.startswith("/") or "," in parent or ":" in parent:
         raise UserError(
-            f"--workdir {workdir} with --image: expected an absolute path without commas and colons, as in /shared/runs/one"
+            f"--workdir {workdir} with --image: expected an absolute path without commas or colons, as in "
+            "/shared/runs/one"
         )
     return [f"--container-image={image}", f"--container-mounts={parent}:{parent}"]

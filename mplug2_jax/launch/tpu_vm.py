@@ -4,7 +4,16 @@ import dataclasses
 
 from mplug2_jax.errors import PREEMPTED, USER_ERROR, UserError
 from mplug2_jax.launch.gke import IMAGE
-from mplug2_jax.launch.job import MOUNT, RECIPES, Job, Submission, check_option, check_tpu, describe_input_paths, parse_bucket
+from mplug2_jax.launch.job import (
+    MOUNT,
+    RECIPES,
+    Job,
+    Submission,
+    check_option,
+    check_tpu,
+    describe_input_paths,
+    parse_bucket,
+)
 from mplug2_jax.launch.templates import render
 
 RUNTIMES = {
@@ -76,6 +85,4 @@ def render_tpu_vm(job: Job, options: TpuVmOptions) -> Submission:
         user_error=USER_ERROR,
         preempted=PREEMPTED,
     )
-    return Submission(
-        filename=f"{job.name}.sh", text=text, command=("bash",), notes=describe_input_paths(job, MOUNT)
-    )
+    return Submission(filename=f"{job.name}.sh", text=text, command=("bash",), notes=describe_input_paths(job, MOUNT))

@@ -1,4 +1,4 @@
-"""launch slurm, gke and tpu-vm: what is printed, written, and done."""
+"""launch slurm, gke and tpu-vm: what they print, write and run."""
 
 import os
 from collections.abc import Callable
@@ -34,7 +34,7 @@ TARGETS = {
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder, and the process in it; beside it, programs that say how they were called."""
+    """Change to an empty folder, with fake schedulers on PATH that record their calls."""
     bin_, folder = tmp_path / "bin", tmp_path / "here"
     bin_.mkdir()
     folder.mkdir()
@@ -47,47 +47,49 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_nothing_is_done_unless_asked(mplug2: Callable[..., Any], here: Path, target: str) -> None:
+def test_without_submit_nothing_runs(mplug2: Callable[..., Any], here: Path, target: str) -> None:
     words, submit, file = TARGETS[target]
     printed = mplug2(*words)
     assert printed.status == 0, printed.err
-    assert f"# to submit it (or --submit):\n$ {submit} {file}\n" in printed.out
+    assert f"# to submit (or use --submit):\n$ {submit} {file}\n" in printed.out
     assert list(here.iterdir()) == []
-    text = printed.out.partition("\n\n# to submit it")[0] + "\n"
+    text = printed.out.partition("\n\n# to submit")[0] + "\n"
     assert mplug2(*words, "--out", "sub.txt").out.startswith(
-        f"sub.txt is written\n# to submit it (or --submit):\n$ {submit}"
+        f"wrote sub.txt\n# to submit (or use --submit):\n$ {submit}"
     )
     assert (here / "sub.txt").read_text() == text
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_it_is_done_if_asked(mplug2: Callable[..., Any], here: Path, target: str) -> None:
+def test_submit_runs_the_command(mplug2: Callable[..., Any], here: Path, target: str) -> None:
     words, submit, file = TARGETS[target]
     done = mplug2(*words, "--submit")
-    assert (done.status, done.out) == (7, f"{file} is written\n$ {submit} {file}\n")
+    assert (done.status, done.out) == (7, f"wrote {file}\n$ {submit} {file}\n")
     assert (here / "called").read_text() == f"{submit} {file}\n"
     assert (here / file).exists()
 
 
-def test_another_file_is_never_written_over(mplug2: Callable[..., Any], here: Path) -> None:
+def test_different_files_are_never_overwritten(mplug2: Callable[..., Any], here: Path) -> None:
     (here / "demo.sbatch").write_text("mine")
     for words in (("--out", "demo.sbatch"), ("--submit",)):
         refused = mplug2(*SLURM, *words)
         assert refused.status == 2
         assert refused.err == (
-            "mplug2: error: --out demo.sbatch exists and differs from what would be written; choose another name, or "
-            "remove it\n"
+            "mplug2: error: --out demo.sbatch exists with different content; choose another name, or remove it\n"
         )
     assert (here / "demo.sbatch").read_text() == "mine"
     assert not (here / "called").exists()
     assert mplug2(*SLURM, "--out", "again.sbatch").status == mplug2(*SLURM, "--out", "again.sbatch").status == 0
 
 
-def test_a_scheduler_that_is_not_here(mplug2: Callable[..., Any], here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_of_a_missing_scheduler(
+    mplug2: Callable[..., Any], here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PATH", str(here))
     refused = mplug2(*SLURM, "--submit")
     assert (refused.status, refused.err) == (
-        2, "mplug2: error: sbatch is not installed here; copy the file to where it is, and run it there\n"
+        2, "mplug2: error: sbatch is not installed on this machine; copy the file to one that has it, and submit it "
+        "there\n",
     )  # fmt: skip
 
 
@@ -104,7 +106,7 @@ def test_a_plan_is_launched_with_its_overrides(mplug2: Callable[..., Any], here:
 
 
 @pytest.mark.parametrize(
-    ("words", "sentence"),
+    ("words", "message"),
     [
         ((*GKE, "--topology", "h100:8"), "--topology h100:8: gke starts runs on TPUs only"),
         ((*GKE, "--workdir", "runs/demo"), "--workdir runs/demo: expected gs://BUCKET/FOLDER"),
@@ -122,18 +124,22 @@ def test_a_plan_is_launched_with_its_overrides(mplug2: Callable[..., Any], here:
         ((*TPU_VM, "--spot", "--reserved"), "--reserved: not allowed with argument --spot"),
     ],
 )
-def test_what_is_wrong_is_one_sentence(
-    mplug2: Callable[..., Any], here: Path, words: tuple[str, ...], sentence: str
-) -> None:
+def test_errors_are_one_line(mplug2: Callable[..., Any], here: Path, words: tuple[str, ...], message: str) -> None:
     refused = mplug2(*words)
     assert refused.status == 2
-    assert sentence in refused.err.splitlines()[-1]
+    assert message in refused.err.splitlines()[-1]
     assert refused.out == ""
 
 
 @pytest.mark.parametrize("target", ["slurm", "gke", "tpu-vm"])
-def test_help_has_an_example_that_works(mplug2: Callable[..., Any], here: Path, target: str) -> None:
+def test_the_example_of_help_works(mplug2: Callable[..., Any], here: Path, target: str) -> None:
     shown = mplug2("launch", target, "--help").out
     example = shown.partition("example:\n")[2].split()
     assert example[:3] == ["mplug2", "launch", target]
     assert mplug2(*example[1:]).status == 0
+
+
+def test_the_old_name_of_the_grace_period_is_accepted(mplug2: Callable[..., Any], here: Path) -> None:
+    assert "--grace " not in mplug2("launch", "slurm", "--help").out
+    assert mplug2(*SLURM, "--grace", "50").out == mplug2(*SLURM, "--grace-period", "50").out
+    assert "--signal=TERM@50" in mplug2(*SLURM, "--grace", "50").out

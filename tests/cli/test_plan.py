@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from data_pipelines.config import SourceConfig
+from mplug2_jax.cli import plan as plan_command
 from mplug2_jax.evaluation.config import EvaluationConfig
 from mplug2_jax.model.config import model_config
 from mplug2_jax.model.mplug2 import define_model
@@ -130,6 +131,14 @@ def test_output_paths_are_checked_before_compiling(mplug2: Mplug2, tmp_path: Pat
         assert refused.status == 2
         assert f"{option} {tmp_path / 'lost' / 'plan'}: folder {tmp_path / 'lost'} does not exist" in refused.err
         assert "compiling" not in refused.err
+
+
+def test_the_old_name_of_cost_goldens_is_accepted(mplug2: Mplug2, monkeypatch: pytest.MonkeyPatch) -> None:
+    actions: list[str] = []
+    monkeypatch.setattr(plan_command, "_run_cost_goldens", lambda action: actions.append(action) or 0)
+    assert [mplug2("plan", option, "quick").status for option in ("--ledger", "--cost-goldens")] == [0, 0]
+    assert actions == ["quick", "quick"]
+    assert "--ledger" not in mplug2("plan", "--help").out
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Jobs to render, and values that would leave their place in a file that forgets to quote."""
+"""Jobs to render, and values that break files without quoting."""
 
 from typing import Any
 
@@ -16,10 +16,10 @@ HOSTILE = st.one_of(
         "!!python/name:os.system", "no", "1e3", "~", "", "-n", "\udcff",
     ]),
 )  # fmt: skip
-"""Anything a shell can pass as a word."""
+"""Any word that a shell can pass."""
 
 
-def job(topology: str = "v5p:2x2x4", slices: int = 1, **values: Any) -> Job:
+def make_job(topology: str = "v5p:2x2x4", slices: int = 1, **values: Any) -> Job:
     fields: dict[str, Any] = {
         "config": "demo", "overrides": (), "topology": parse_topology(topology, slices),
         "workdir": "gs://bucket/runs/demo", "name": "demo",

@@ -1,4 +1,4 @@
-"""A SLURM of two nodes on this machine: its own daemons, key, ports and state, all gone at the end."""
+"""A SLURM cluster of two nodes on this machine, with its own daemons, key, ports and state; removed at the end."""
 
 import getpass
 import os
@@ -14,7 +14,7 @@ from mplug2_jax.launch.local import find_free_port
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scancel", "scontrol", "squeue")
 PATH = os.environ["PATH"] + ":/usr/sbin:/sbin"
-NODES = ("127.0.0.1", "127.0.0.2")  # names that are addresses, as there is nobody to look names up
+NODES = ("127.0.0.1", "127.0.0.2")  # addresses instead of names, which nothing resolves
 
 CONFIG = """
 ClusterName=drill
@@ -46,13 +46,13 @@ PartitionName=all Nodes=ALL Default=YES State=UP
 """
 
 
-def missing() -> list[str]:
-    """The programs that are not installed."""
+def missing_programs() -> list[str]:
+    """Return the programs that are not installed."""
     return [name for name in PROGRAMS if shutil.which(name, path=PATH) is None]
 
 
 class SlurmCluster:
-    """Its commands."""
+    """The commands of the cluster."""
 
     def __init__(self, folder: Path) -> None:
         self.environment = os.environ | {"PATH": PATH, "SLURM_CONF": str(folder / "slurm.conf")}
@@ -67,7 +67,7 @@ class SlurmCluster:
         return done.stdout
 
     def job(self, number: str) -> dict[str, str]:
-        """What is known of a job."""
+        """Return the properties of a job."""
         words = self.run("scontrol", "show", "job", number, "--oneliner").split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
@@ -81,12 +81,12 @@ class SlurmCluster:
 
 @contextmanager
 def slurm_cluster(folder: Path) -> Iterator[SlurmCluster]:
-    """Starts the daemons, and ends them."""
+    """Start the daemons, and stop them at the end."""
     (folder / "state").mkdir()
     (folder / "munge.key").write_bytes(os.urandom(1024))
     (folder / "munge.key").chmod(0o600)
     first = find_free_port()
-    while True:  # two ports in a row, as SLURM wants them
+    while True:  # two consecutive ports, as SLURM needs them
         low = find_free_port()
         with socket.socket() as probe:
             if low < 65000 and probe.connect_ex(("127.0.0.1", low + 1)):
@@ -121,7 +121,7 @@ def slurm_cluster(folder: Path) -> Iterator[SlurmCluster]:
             (folder / f"spool-{node}").mkdir()
             start("slurmd", "-D", "-N", node)
         deadline = time.monotonic() + 60
-        while cluster.environment and _idle(cluster) < len(NODES):
+        while _count_idle_nodes(cluster) < len(NODES):
             logs = "".join(path.read_text() for path in folder.glob("slurm*.out"))
             assert time.monotonic() < deadline, logs
             time.sleep(0.2)
@@ -137,7 +137,7 @@ def slurm_cluster(folder: Path) -> Iterator[SlurmCluster]:
                 daemon.wait()
 
 
-def _idle(cluster: SlurmCluster) -> int:
+def _count_idle_nodes(cluster: SlurmCluster) -> int:
     done = subprocess.run(
         ["scontrol", "show", "nodes", "--oneliner"], env=cluster.environment, capture_output=True, text=True, timeout=60
     )

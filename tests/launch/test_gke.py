@@ -1,4 +1,4 @@
-"""The JobSet: valid by JobSet's own schema, and restarted by what should restart it; and xpk's commands."""
+"""The JobSet: valid by JobSet's schema, with correct restarts; and the commands of xpk."""
 
 import json
 import os
@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mplug2_jax.errors import PREEMPTED, STALLED, USER_ERROR, UserError
-from mplug2_jax.launch.gke import GkeOptions, launch_gke
+from mplug2_jax.launch.gke import GkeOptions, render_gke
 from mplug2_jax.launch.job import Job
 from mplug2_jax.parallel.accelerators import CHIPS, topology_names
-from tests.launch.jobs import HOSTILE, job
+from tests.launch.jobs import HOSTILE, make_job
 
 IMAGE = "europe-docker.pkg.dev/project/runs/mplug2:1"
 OPTIONS = GkeOptions(image=IMAGE)
@@ -27,73 +27,73 @@ ALL = GkeOptions(
 TPUS = [name for name in topology_names() if CHIPS[name.partition(":")[0]].platform == "tpu"]
 
 
-def manifest(job_: Job, options: GkeOptions = OPTIONS) -> dict[str, Any]:
-    return yaml.safe_load(launch_gke(job_, options).text)
+def render(job: Job, options: GkeOptions = OPTIONS) -> dict[str, Any]:
+    return yaml.safe_load(render_gke(job, options).text)
 
 
-def slices(jobset: dict[str, Any]) -> dict[str, Any]:
-    """The one replicated job."""
+def replicated_job(jobset: dict[str, Any]) -> dict[str, Any]:
+    """Return the only replicated job."""
     (replicated,) = jobset["spec"]["replicatedJobs"]
     return replicated
 
 
 def pod(jobset: dict[str, Any]) -> dict[str, Any]:
-    return slices(jobset)["template"]["spec"]["template"]["spec"]
+    return replicated_job(jobset)["template"]["spec"]["template"]["spec"]
 
 
 @pytest.mark.parametrize("options", [OPTIONS, ALL])
 @pytest.mark.parametrize("topology", ["v5e:1x1", "v6e:16x16", "v5p:8x8x8", "tpu7x:4x4x4"])
 def test_manifests_are_valid(schemas: Path, topology: str, options: GkeOptions) -> None:
     jsonschema = pytest.importorskip("jsonschema", reason="jsonschema is not installed here: make test does it")
-    schema = closed(json.loads((schemas / "jobset.v1alpha2.schema.json").read_text()))
+    schema = forbid_unknown_fields(json.loads((schemas / "jobset.v1alpha2.schema.json").read_text()))
     validator = jsonschema.Draft202012Validator(schema)
-    jobset = manifest(job(topology, 2), options)
+    jobset = render(make_job(topology, 2), options)
     validator.validate(jobset)
-    for broken in ("replicaz", "failurePolicy"):  # or else the schema would let everything through
+    for broken in ("replicaz", "failurePolicy"):  # otherwise the schema accepts everything
         wrong = jobset | {"spec": jobset["spec"] | {broken: 3}}
         assert not validator.is_valid(wrong)
 
 
-def closed(schema: Any) -> Any:
-    """The schema, with fields that it does not name forbidden, as Kubernetes does under --validate=strict."""
+def forbid_unknown_fields(schema: Any) -> Any:
+    """Return the schema without unknown fields, as Kubernetes validates with --validate=strict."""
     if isinstance(schema, list):
-        return [closed(item) for item in schema]
+        return [forbid_unknown_fields(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
-    made = {key: closed(value) for key, value in schema.items()}
+    strict = {key: forbid_unknown_fields(value) for key, value in schema.items()}
     if schema.get("type") == "object" and isinstance(schema.get("properties"), dict):
-        made.setdefault("additionalProperties", False)
-    return made
+        strict.setdefault("additionalProperties", False)
+    return strict
 
 
 @pytest.mark.parametrize("topology", TPUS)
 def test_the_pods_of_a_slice_have_its_chips(topology: str) -> None:
-    job_ = job(topology, 3)
-    jobset = manifest(job_)
-    replicated, spec = slices(jobset), slices(jobset)["template"]["spec"]
+    job = make_job(topology, 3)
+    jobset = render(job)
+    replicated, spec = replicated_job(jobset), replicated_job(jobset)["template"]["spec"]
     (container,) = pod(jobset)["containers"]
     chips = container["resources"]["limits"]["google.com/tpu"]
     assert (replicated["replicas"], spec["completions"]) == (3, spec["parallelism"])
-    assert chips * spec["completions"] == job_.topology.chips_per_slice
+    assert chips * spec["completions"] == job.topology.chips_per_slice
     selector = pod(jobset)["nodeSelector"]
     assert selector["cloud.google.com/gke-tpu-topology"] == topology.partition(":")[2]
-    assert selector["cloud.google.com/gke-tpu-accelerator"] == job_.topology.chip.gke_accelerator != ""
+    assert selector["cloud.google.com/gke-tpu-accelerator"] == job.topology.chip.gke_accelerator != ""
 
 
-def test_what_a_cluster_wants_to_know() -> None:
-    jobset = manifest(job(), ALL)
+def test_options_of_the_cluster() -> None:
+    jobset = render(make_job(), ALL)
     assert jobset["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "training"}
     assert (jobset["metadata"]["namespace"], pod(jobset)["serviceAccountName"]) == ("team", "trainer")
     assert pod(jobset)["nodeSelector"]["cloud.google.com/gke-spot"] == "true"
-    plain = manifest(job())
+    plain = render(make_job())
     assert {"labels", "namespace"}.isdisjoint(plain["metadata"])
     assert "serviceAccountName" not in pod(plain)
     assert "cloud.google.com/gke-spot" not in pod(plain)["nodeSelector"]
 
 
-def ends(jobset: dict[str, Any], status: int) -> str:
-    """What JobSet does when a pod exits with a status, by the rules that Job and JobSet document."""
-    spec = slices(jobset)["template"]["spec"]
+def action_after(jobset: dict[str, Any], status: int) -> str:
+    """Return what JobSet does when a pod exits with a status, by the documented rules of Job and JobSet."""
+    spec = replicated_job(jobset)["template"]["spec"]
     assert (spec["backoffLimit"], spec["template"]["spec"]["restartPolicy"]) == (0, "Never")
     reason = "BackoffLimitExceeded"
     for rule in spec["podFailurePolicy"]["rules"]:
@@ -107,53 +107,47 @@ def ends(jobset: dict[str, Any], status: int) -> str:
     return next((rule["action"] for rule in rules if reason in rule["onJobFailureReasons"]), "RestartJobSet")
 
 
-def test_all_slices_start_again_unless_the_user_must_mend_something() -> None:
-    jobset = manifest(job(grace=77, max_restarts=5))
-    assert ends(jobset, USER_ERROR) == "FailJobSet"
+def test_all_slices_restart_except_after_a_user_error() -> None:
+    jobset = render(make_job(grace_period=77, max_restarts=5))
+    assert action_after(jobset, USER_ERROR) == "FailJobSet"
     for status in (PREEMPTED, STALLED, 1, 134, 137):
-        assert ends(jobset, status) == "RestartJobSet"
+        assert action_after(jobset, status) == "RestartJobSet"
     assert jobset["spec"]["failurePolicy"]["maxRestarts"] == 5
     assert pod(jobset)["terminationGracePeriodSeconds"] == 77
 
 
 def test_the_run_is_in_the_bucket() -> None:
-    jobset = manifest(job())
+    jobset = render(make_job())
     (container,) = pod(jobset)["containers"]
     assert container["command"][-2:] == ["--workdir", "/gcs/runs/demo"]
     mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
     volumes = {volume["name"]: volume for volume in pod(jobset)["volumes"]}
     assert mounts["bucket"] == "/gcs"
     assert volumes["bucket"]["csi"]["volumeAttributes"]["bucketName"] == "bucket"
-    annotations = slices(jobset)["template"]["spec"]["template"]["metadata"]["annotations"]
+    annotations = replicated_job(jobset)["template"]["spec"]["template"]["metadata"]["annotations"]
     assert annotations == {"gke-gcsfuse/volumes": "true"}
 
 
-def expanded(word: str) -> str:
-    """A word of a command as Kubernetes passes it on: $$ is a dollar, and $(NAME) a variable."""
-    made, rest = "", word
-    while rest:
-        if rest.startswith("$$"):
-            made, rest = made + "$", rest[2:]
-        else:
-            assert not rest.startswith("$("), word
-            made, rest = made + rest[0], rest[1:]
-    return made
+def expand(word: str) -> str:
+    """Return a word of a command as Kubernetes passes it on: $$ is a dollar sign, $(NAME) a variable."""
+    assert "$(" not in word.replace("$$", ""), word
+    return word.replace("$$", "$")
 
 
 @given(st.lists(HOSTILE.filter(lambda text: "\udcff" not in text), max_size=3))
-def test_no_value_leaves_its_place(overrides: list[str]) -> None:
-    job_ = job(overrides=tuple(overrides))
-    jobset = manifest(job_)
+def test_values_are_quoted(overrides: list[str]) -> None:
+    job = make_job(overrides=tuple(overrides))
+    jobset = render(job)
     (container,) = pod(jobset)["containers"]
-    assert [expanded(word) for word in container["command"]] == job_.command("/gcs/runs/demo")
-    container["command"] = pod(plain := manifest(job()))["containers"][0]["command"]
+    assert [expand(word) for word in container["command"]] == job.command("/gcs/runs/demo")
+    container["command"] = pod(plain := render(make_job()))["containers"][0]["command"]
     assert jobset == plain
 
 
 @given(st.lists(HOSTILE, max_size=3))
-def test_xpk_is_told_the_same(overrides: list[str]) -> None:
-    job_ = job(slices=2, overrides=tuple(overrides), grace=9, max_restarts=4)
-    ((_, (attach, create)),) = launch_gke(job_, ALL).others
+def test_xpk_gets_the_same_job(overrides: list[str]) -> None:
+    job = make_job(slices=2, overrides=tuple(overrides), grace_period=9, max_restarts=4)
+    ((_, (attach, create)),) = render_gke(job, ALL).alternatives
     assert {"--cluster=pods", "--bucket=bucket", "--mount-point=/gcs"} <= set(attach)
     options = dict(word[2:].split("=", 1) for word in create if word.startswith("--"))
     assert options.pop("command").startswith("exec mplug2 train ")
@@ -162,7 +156,7 @@ def test_xpk_is_told_the_same(overrides: list[str]) -> None:
     done = subprocess.run(
         ["bash", "-c", os.fsencode(f"printf '%s\\0' {command}")], capture_output=True, timeout=20, check=True
     )
-    assert done.stdout.split(b"\0")[:-1] == [os.fsencode(word) for word in job_.command("/gcs/runs/demo")]
+    assert done.stdout.split(b"\0")[:-1] == [os.fsencode(word) for word in job.command("/gcs/runs/demo")]
     assert options == {
         "cluster": "pods", "workload": "demo", "tpu-type": "v5p-2x2x4", "num-slices": "2", "docker-image": IMAGE,
         "storage": "demo-bucket", "max-restarts": "4", "restart-on-exit-codes": "1,75,79",
@@ -172,46 +166,46 @@ def test_xpk_is_told_the_same(overrides: list[str]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("topology", ["v5e:4x4", "v5p:2x2x1", "v5p:8x8x8", "v6e:16x16", "tpu7x:4x4x4"])
-def test_xpk_takes_its_commands(tmp_path: Path, topology: str) -> None:
-    """Its dry run, which needs no cluster; MPLUG2_XPK is the program where it is not on the path."""
+def test_xpk_accepts_its_commands(tmp_path: Path, topology: str) -> None:
+    """Run xpk's dry run, which needs no cluster; MPLUG2_XPK names the program if it is not on PATH."""
     xpk = os.environ.get("MPLUG2_XPK") or shutil.which("xpk")
     if not xpk:
-        pytest.skip("xpk is not installed here: pip install xpk, in an environment of its own")
-    job_ = job(topology, 2, overrides=("--config.name=it's $(here)",))
-    ((_, (attach, create)),) = launch_gke(job_, ALL).others
+        pytest.skip("xpk is not installed: pip install xpk, in a separate environment")
+    job = make_job(topology, 2, overrides=("--config.name=it's $(here)",))
+    ((_, (attach, create)),) = render_gke(job, ALL).alternatives
 
-    def dry(words: tuple[str, ...], *more: str) -> "subprocess.CompletedProcess[str]":
+    def dry_run(words: tuple[str, ...], *options: str) -> "subprocess.CompletedProcess[str]":
         return subprocess.run(
-            [xpk, *words[1:], "--dry-run", "--skip-validation", "--project=project", "--zone=us-central1-a", *more],
+            [xpk, *words[1:], "--dry-run", "--skip-validation", "--project=project", "--zone=us-central1-a", *options],
             capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL,
             env=os.environ | {"HOME": str(tmp_path), "KUBECONFIG": str(tmp_path / "none")},
         )  # fmt: skip
 
-    # Attaching asks the cluster even in a dry run, so all that can be seen is that it gets so far.
-    attached = dry(attach)
+    # Attaching contacts the cluster even in a dry run, so this only checks that it gets that far.
+    attached = dry_run(attach)
     assert "Finished get-credentials and kubectl setup" in attached.stdout
     assert attached.stderr.strip().endswith("Invalid kube-config file. No configuration found.")
-    done = dry(create, f"--output-manifest-file={tmp_path / 'xpk.yaml'}")
+    done = dry_run(create, f"--output-manifest-file={tmp_path / 'xpk.yaml'}")
     print(done.stdout)
     assert (done.returncode, done.stderr) == (0, "")
     assert "Exiting XPK cleanly" in done.stdout
-    theirs, ours = yaml.safe_load((tmp_path / "xpk.yaml").read_text()), manifest(job_, ALL)
+    xpk_jobset, jobset = yaml.safe_load((tmp_path / "xpk.yaml").read_text()), render(job, ALL)
     for status in (134, 137, PREEMPTED, STALLED, USER_ERROR, 1):
-        assert ends(theirs, status) == ends(ours, status)
+        assert action_after(xpk_jobset, status) == action_after(jobset, status)
     for key in ("parallelism", "completions", "backoffLimit"):
-        assert slices(theirs)["template"]["spec"][key] == slices(ours)["template"]["spec"][key]
-    assert slices(theirs)["replicas"] == slices(ours)["replicas"]
-    wanted = {key: value for key, value in pod(theirs)["nodeSelector"].items() if "/gke-tpu-" in key}
-    assert len(wanted) == 2
-    assert wanted.items() <= pod(ours)["nodeSelector"].items()
-    assert pod(theirs)["terminationGracePeriodSeconds"] == pod(ours)["terminationGracePeriodSeconds"]
-    (command,) = (line for line in pod(theirs)["containers"][0]["command"][2].splitlines() if "mplug2" in line)
+        assert replicated_job(xpk_jobset)["template"]["spec"][key] == replicated_job(jobset)["template"]["spec"][key]
+    assert replicated_job(xpk_jobset)["replicas"] == replicated_job(jobset)["replicas"]
+    selector = {key: value for key, value in pod(xpk_jobset)["nodeSelector"].items() if "/gke-tpu-" in key}
+    assert len(selector) == 2
+    assert selector.items() <= pod(jobset)["nodeSelector"].items()
+    assert pod(xpk_jobset)["terminationGracePeriodSeconds"] == pod(jobset)["terminationGracePeriodSeconds"]
+    (command,) = (line for line in pod(xpk_jobset)["containers"][0]["command"][2].splitlines() if "mplug2" in line)
     words = shlex.split(command.strip().removeprefix("(exec ").rpartition(")")[0])
-    assert words == job_.command("/gcs/runs/demo")
+    assert words == job.command("/gcs/runs/demo")
 
 
 @pytest.mark.parametrize(
-    ("values", "options", "sentence"),
+    ("values", "options", "message"),
     [
         (
             {"topology": "h100:8"},
@@ -221,7 +215,7 @@ def test_xpk_takes_its_commands(tmp_path: Path, topology: str) -> None:
         (
             {"workdir": "/data/demo"},
             {},
-            "--workdir /data/demo: expected gs://BUCKET/FOLDER, as the machines' own disks",
+            "--workdir /data/demo: expected gs://BUCKET/FOLDER, because the machines",
         ),
         ({}, {"image": "a b"}, "--image 'a b': expected something like --image europe-docker"),
         ({}, {"queue": "A"}, "--queue 'A': expected something like --queue training"),
@@ -230,6 +224,6 @@ def test_xpk_takes_its_commands(tmp_path: Path, topology: str) -> None:
         ({}, {"cluster": "a;b"}, "--cluster 'a;b': expected"),
     ],
 )
-def test_what_gke_would_not_take_is_a_sentence(values: dict[str, Any], options: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(UserError, match=sentence):
-        launch_gke(job(**values), GkeOptions(**({"image": IMAGE} | options)))
+def test_errors(values: dict[str, Any], options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        render_gke(make_job(**values), GkeOptions(**({"image": IMAGE} | options)))

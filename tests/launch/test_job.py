@@ -1,4 +1,4 @@
-"""What is wrong is said before there is a file, in one sentence."""
+"""Jobs are validated before a file is rendered."""
 
 import subprocess
 from pathlib import Path
@@ -8,61 +8,70 @@ import pytest
 import yaml
 
 from mplug2_jax.errors import UserError
-from mplug2_jax.launch.gke import GkeOptions, launch_gke
-from mplug2_jax.launch.job import Bucket, Recipe, bucket_of, bundle_recipe, make_job, notes_on, plan_of
-from mplug2_jax.launch.slurm import SlurmOptions, launch_slurm
+from mplug2_jax.launch import job as job_module
+from mplug2_jax.launch.gke import GkeOptions, render_gke
+from mplug2_jax.launch.job import (
+    Bucket,
+    BundledRecipe,
+    bundle_recipe,
+    describe_input_paths,
+    parse_bucket,
+    resolve_plan,
+)
+from mplug2_jax.launch.slurm import SlurmOptions, render_slurm
 from mplug2_jax.launch.templates import quote_word
-from mplug2_jax.launch.tpu_vm import TpuVmOptions, launch_tpu_vm
+from mplug2_jax.launch.tpu_vm import TpuVmOptions, render_tpu_vm
 from mplug2_jax.planning.plan_file import PlanFile
-from tests.launch.jobs import job
+from tests.launch.jobs import make_job
 
 DEMO = PlanFile(config="demo", overrides=("--config.seed=3",), topology="v5p:2x2x4", slices=2)
 
 
-def made(plan: PlanFile = DEMO, **options: Any) -> Any:
-    return make_job(plan, **({"workdir": "gs://b-1/Run_7", "name": None, "grace": 9, "max_restarts": 0} | options))
+def job_of(plan: PlanFile = DEMO, **options: Any) -> job_module.Job:
+    defaults = {"workdir": "gs://b-1/Run_7", "name": None, "grace_period": 9, "max_restarts": 0}
+    return job_module.make_job(plan, **(defaults | options))
 
 
-def test_a_plan_says_what_the_options_say(tmp_path: Path) -> None:
+def test_a_plan_file_is_equivalent_to_the_options(tmp_path: Path) -> None:
     file = tmp_path / "plan.json"
     DEMO.write(file)
-    nothing: dict[str, Any] = {"config": None, "topology": None, "slices": None}
-    read = plan_of(plan=file, overrides=["--config.steps=4"], **nothing)
-    assert (read.config, read.topology, read.slices) == ("demo", "v5p:2x2x4", 2)
-    assert read.overrides == ("--config.seed=3", "--config.steps=4")
-    said = plan_of(plan=None, config="demo", overrides=["--config.seed=3"], topology="v5p:2x2x4", slices=2)
-    assert said == DEMO
+    unset: dict[str, Any] = {"config": None, "topology": None, "slices": None}
+    from_file = resolve_plan(plan=file, overrides=["--config.steps=4"], **unset)
+    assert (from_file.config, from_file.topology, from_file.slices) == ("demo", "v5p:2x2x4", 2)
+    assert from_file.overrides == ("--config.seed=3", "--config.steps=4")
+    from_options = resolve_plan(plan=None, config="demo", overrides=["--config.seed=3"], topology="v5p:2x2x4", slices=2)
+    assert from_options == DEMO
     for option, value in (("config", "demo"), ("topology", "v5e:2x2"), ("slices", 2)):
-        with pytest.raises(UserError, match=f"--{option} {value} with --plan .*plan.json: the plan says it already"):
-            plan_of(plan=file, overrides=[], **(nothing | {option: value}))
+        with pytest.raises(UserError, match=f"--{option} {value} with --plan .*plan.json: the plan already sets it"):
+            resolve_plan(plan=file, overrides=[], **(unset | {option: value}))
     for option in ("config", "topology"):
-        given = {"config": "demo", "topology": "v5e:2x2", "slices": None} | {option: None}
+        options = {"config": "demo", "topology": "v5e:2x2", "slices": None} | {option: None}
         with pytest.raises(UserError, match=f"--{option} is missing; give --config and --topology, or --plan"):
-            plan_of(plan=None, overrides=[], **given)
+            resolve_plan(plan=None, overrides=[], **options)
 
 
-def test_a_job_trains_what_was_planned() -> None:
-    planned = made(PlanFile(config="demo", overrides=("--config.mesh.replica=2",), topology="v5p:2x2x4", slices=2))
-    assert planned.command("/gcs/x") == [
+def test_a_job_trains_by_the_plan() -> None:
+    job = job_of(PlanFile(config="demo", overrides=("--config.mesh.replica=2",), topology="v5p:2x2x4", slices=2))
+    assert job.command("/gcs/x") == [
         "mplug2", "train", "--config", "demo", "--workdir", "/gcs/x", "--config.mesh.replica=2"
     ]  # fmt: skip
-    assert (planned.name, planned.topology.chips, planned.grace) == ("run-7", 32, 9)
+    assert (job.name, job.topology.chips, job.grace_period) == ("run-7", 32, 9)
 
 
 @pytest.mark.parametrize(
-    ("plan", "options", "sentence"),
+    ("plan", "options", "message"),
     [
         ({"overrides": ("--config.sed=3",)}, {}, "config.sed is not a field: did you mean 'seed'"),
         ({"overrides": ("--config.mesh.tensor=3",)}, {}, "3 does not divide the 32 devices"),
         (
             {},
             {},
-            "config.mesh.replica=1 on v5p:2x2x4 x 2 slices: only replicas may cross slices; add --config.mesh.rep",
+            "config.mesh.replica=1 on v5p:2x2x4 x 2 slices: only the replica axis may cross slices; add --config",
         ),
         ({"slices": 0}, {}, "--slices 0: expected at least 1"),
         ({"topology": "v9:2"}, {}, "--topology v9:2: chip 'v9' is unknown"),
         ({"config": "dmo"}, {}, "recipe 'dmo' is neither a file nor a shipped recipe: did you mean 'demo'"),
-        ({"slices": 1}, {"grace": 0}, "--grace=0 must be between 1 and 3600"),
+        ({"slices": 1}, {"grace_period": 0}, "--grace-period=0 must be between 1 and 3600"),
         ({"slices": 1}, {"max_restarts": -1}, "--max-restarts=-1 must be at least 0"),
         ({"slices": 1}, {"name": "Demo"}, "--name 'Demo': expected at most 40 of a-z, 0-9 and -"),
         ({"slices": 1}, {"name": "a" * 41}, "--name 'a+': expected at most 40"),
@@ -70,15 +79,15 @@ def test_a_job_trains_what_was_planned() -> None:
         ({"slices": 1}, {"workdir": "gs://b-1/777"}, "--name '777': expected .* beginning with a letter"),
     ],
 )
-def test_what_is_wrong_is_a_sentence(plan: dict[str, Any], options: dict[str, Any], sentence: str) -> None:
+def test_errors(plan: dict[str, Any], options: dict[str, Any], message: str) -> None:
     fields = {"config": "demo", "overrides": (), "topology": "v5p:2x2x4", "slices": 2} | plan
-    with pytest.raises(UserError, match=sentence):
-        made(PlanFile(**fields), **options)
+    with pytest.raises(UserError, match=message):
+        job_of(PlanFile(**fields), **options)
 
 
-def test_a_bucket_is_a_folder_of_the_container() -> None:
-    assert bucket_of(job()) == Bucket("bucket", "runs/demo")
-    assert bucket_of(job(workdir="gs://my.bucket-1/a b/")).workdir == "/gcs/a b"
+def test_a_bucket_is_mounted_in_the_container() -> None:
+    assert parse_bucket(make_job()) == Bucket("bucket", "runs/demo")
+    assert parse_bucket(make_job(workdir="gs://my.bucket-1/a b/")).workdir == "/gcs/a b"
 
 
 @pytest.mark.parametrize(
@@ -88,28 +97,28 @@ def test_a_bucket_is_a_folder_of_the_container() -> None:
         "gs://bucket/a/..", "s3://bucket/x", "gs://Bucket/x",
     ],
 )  # fmt: skip
-def test_what_is_no_bucket_is_lost_with_the_machine(workdir: str) -> None:
+def test_the_error_of_a_work_directory_outside_buckets(workdir: str) -> None:
     with pytest.raises(UserError, match=f"--workdir {workdir}: expected gs://BUCKET/FOLDER"):
-        bucket_of(job(workdir=workdir))
+        parse_bucket(make_job(workdir=workdir))
 
 
-def test_a_shipped_recipe_goes_by_its_name_and_another_goes_along(tmp_path: Path, repository: Path) -> None:
+def test_shipped_recipes_are_named_and_others_are_bundled(tmp_path: Path, repository: Path) -> None:
     assert bundle_recipe("configs/demo.py") == ("demo", None)
     assert bundle_recipe(str(repository / "configs" / "released.py") + ":caption") == ("released:caption", None)
     assert bundle_recipe("msrvtt_qa:tiny") == ("msrvtt_qa:tiny", None)
     (tmp_path / "my recipe.py").write_text("import json\n")
     spec = f"{tmp_path / 'my recipe.py'}:a,b"
-    assert bundle_recipe(spec) == (spec, Recipe("my-recipe.py", "import json\n", ":a,b"))
+    assert bundle_recipe(spec) == (spec, BundledRecipe("my-recipe.py", "import json\n", ":a,b"))
     (tmp_path / "helpers.py").write_text("")
     (tmp_path / "b.py").write_text("from helpers import x\n")
-    with pytest.raises(UserError, match=r"b.py imports helpers of .*, which the job would not have"):
+    with pytest.raises(UserError, match=r"b.py imports helpers from .*, which the job does not have"):
         bundle_recipe(str(tmp_path / "b.py"))
     (tmp_path / "long.py").write_text("#" * 2**17)
-    with pytest.raises(UserError, match=r"long.py: a job carries recipes of up to 64 KiB"):
+    with pytest.raises(UserError, match=r"long.py: the limit for recipes of jobs is 64 KiB"):
         bundle_recipe(str(tmp_path / "long.py"))
 
 
-MINE = """
+CUSTOM_RECIPE = """
 from mplug2_jax.config import load_recipe
 
 
@@ -119,49 +128,52 @@ def get_config(arg):
 
 
 @pytest.fixture
-def mine(tmp_path: Path) -> PlanFile:
-    """A run by a recipe of one's own, on files that are not here."""
-    (tmp_path / "mine.py").write_text(MINE)
+def custom_plan(tmp_path: Path) -> PlanFile:
+    """Return a plan with a custom recipe that reads missing files."""
+    (tmp_path / "mine.py").write_text(CUSTOM_RECIPE)
     source = "--config.streams.text.data.sources.digits"
     files = (f"{source}.format=files", f"{source}.path={tmp_path}/data", f"--config.tokenizer.path={tmp_path}/mine.py")
     return PlanFile(config=f"{tmp_path / 'mine.py'}:7", overrides=files, topology="v6e:4x4", slices=1)
 
 
-def test_a_config_map_brings_the_recipe(mine: PlanFile) -> None:
-    launch = launch_gke(made(mine, workdir="gs://bucket/run"), GkeOptions(image="x/y:1", namespace="team"))
-    config_map, job_set = yaml.safe_load_all(launch.text)
+def test_a_config_map_contains_the_recipe(custom_plan: PlanFile) -> None:
+    submission = render_gke(job_of(custom_plan, workdir="gs://bucket/run"), GkeOptions(image="x/y:1", namespace="team"))
+    config_map, job_set = yaml.safe_load_all(submission.text)
     assert config_map["metadata"] == {"name": "run-recipe", "namespace": "team"}
-    assert config_map["data"] == {"mine.py": MINE}
+    assert config_map["data"] == {"mine.py": CUSTOM_RECIPE}
     pod = job_set["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
     assert pod["containers"][0]["command"][:4] == ["mplug2", "train", "--config", "/recipes/mine.py:7"]
     assert {"name": "recipe", "mountPath": "/recipes", "readOnly": True} in pod["containers"][0]["volumeMounts"]
     assert {"name": "recipe", "configMap": {"name": "run-recipe"}} in pod["volumes"]
-    assert launch.others == ()
+    assert submission.alternatives == ()
 
 
-def test_scripts_write_the_recipe_where_their_command_reads_it(mine: PlanFile, tmp_path: Path) -> None:
-    slurm = PlanFile(config=mine.config, overrides=mine.overrides, topology="h100:8", slices=1)
+def test_scripts_write_the_recipe_to_the_path_of_their_command(custom_plan: PlanFile, tmp_path: Path) -> None:
+    slurm = PlanFile(config=custom_plan.config, overrides=custom_plan.overrides, topology="h100:8", slices=1)
     workdir = tmp_path / "it's $HOME" / "run"
-    text = launch_slurm(made(slurm, workdir=str(workdir)), SlurmOptions()).text
+    text = render_slurm(job_of(slurm, workdir=str(workdir)), SlurmOptions()).text
     (line,) = [line for line in text.splitlines() if line.startswith("mkdir -p ")]
     subprocess.run(["bash", "-c", line], check=True)
-    assert (workdir.parent / "run.recipe.py").read_text() == MINE
+    assert (workdir.parent / "run.recipe.py").read_text() == CUSTOM_RECIPE
     assert f"--config {quote_word(f'{workdir.parent}/run.recipe.py:7')} " in text
 
-    text = launch_tpu_vm(made(mine), TpuVmOptions(image="x/y:1", zone="us-east5-a")).text
+    text = render_tpu_vm(job_of(custom_plan), TpuVmOptions(image="x/y:1", zone="us-east5-a")).text
     (line,) = [line for line in text.splitlines() if line.startswith("  printf %s ")]
-    said = subprocess.run(["bash", "-c", line.replace("> /tmp/mplug2-recipe.py", "")], check=True, capture_output=True)
-    assert said.stdout.decode() == MINE
+    done = subprocess.run(["bash", "-c", line.replace("> /tmp/mplug2-recipe.py", "")], check=True, capture_output=True)
+    assert done.stdout.decode() == CUSTOM_RECIPE
     assert "--volume /tmp/mplug2-recipe.py:/recipes/mine.py:ro x/y:1" in text
     assert "--config /recipes/mine.py:7" in text
 
 
-def test_what_the_job_may_lack_is_said(mine: PlanFile, tmp_path: Path) -> None:
-    overrides = (*mine.overrides, "--config.init_from=gs://bucket/old")
-    planned = made(PlanFile(config=mine.config, overrides=overrides, topology="v6e:4x4", slices=1))
-    here, there, bucket = notes_on(planned, None)
-    assert here.endswith("mine.py: it is here; whether the nodes see it, too, cannot be known from here")
-    assert there == "config.init_from=gs://bucket/old: whether it is there, and may be read, cannot be known from here"
-    assert bucket.endswith("/data: it is not here; the nodes must have it")
-    assert all("the containers have /gcs and what the image holds" in note for note in notes_on(planned, "/gcs")[::2])
-    assert notes_on(made(PlanFile(config="demo", overrides=(), topology="v6e:4x4", slices=1)), "/gcs") == ()
+def test_notes_about_inputs(custom_plan: PlanFile, tmp_path: Path) -> None:
+    overrides = (*custom_plan.overrides, "--config.init_from=gs://bucket/old")
+    job = job_of(PlanFile(config=custom_plan.config, overrides=overrides, topology="v6e:4x4", slices=1))
+    local, remote, missing = describe_input_paths(job, None)
+    assert local.endswith("mine.py: found on this machine; the nodes must have it, too")
+    assert remote == "config.init_from=gs://bucket/old: not checked: it is not visible from this machine"
+    assert missing.endswith("/data: missing on this machine; the nodes must have it")
+    notes = describe_input_paths(job, "/gcs")
+    assert all("not in the containers, which have only /gcs and the image" in note for note in notes[::2])
+    assert (
+        describe_input_paths(job_of(PlanFile(config="demo", overrides=(), topology="v6e:4x4", slices=1)), "/gcs") == ()
+    )

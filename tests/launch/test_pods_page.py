@@ -1,4 +1,4 @@
-"""docs/pods.md shows what its commands print, and the container files keep what the page promises."""
+"""docs/pods.md shows the output of its commands, and the container files match the page."""
 
 import os
 import re
@@ -12,29 +12,29 @@ from tests.cli.conftest import command
 _COMMAND = re.compile(r"^(```bash\nmplug2 (launch .*)\n```\n\n<details>.*\n\n```\w+\n)(?:.*\n)*?```$", re.MULTILINE)
 
 
-def test_files_are_what_the_commands_print(repository: Path) -> None:
-    """RENEW=1 writes them anew."""
+def test_files_are_the_output_of_the_commands(repository: Path) -> None:
+    """Compare; RENEW=1 updates the page."""
     path = repository / "docs" / "pods.md"
     page = path.read_text(encoding="utf-8")
 
-    def shown(match: re.Match[str]) -> str:
+    def with_output(match: re.Match[str]) -> str:
         done = command(*shlex.split(match[2]))
         assert done.status == 0, done.err
         return f"{match[1]}{done.out}```"
 
-    renewed, count = _COMMAND.subn(shown, page)
+    renewed, count = _COMMAND.subn(with_output, page)
     assert count == page.count("\nmplug2 launch ") == 3
     if os.environ.get("RENEW"):
         path.write_text(renewed, encoding="utf-8")
-    assert renewed == path.read_text(encoding="utf-8"), "RENEW=1 pytest tests/launch/test_pods_page.py renews the page"
+    assert renewed == path.read_text(encoding="utf-8"), "update with RENEW=1 pytest tests/launch/test_pods_page.py"
 
 
 @pytest.mark.parametrize(("which", "extra"), [("tpu", "tpu"), ("gpu", "cuda")])
-def test_images_are_pinned_small_and_without_root(repository: Path, which: str, extra: str) -> None:
+def test_images_are_pinned_small_and_not_root(repository: Path, which: str, extra: str) -> None:
     text = (repository / "launch" / f"Dockerfile.{which}").read_text(encoding="utf-8")
     lines = re.sub(r"\\\n\s*", "", text).splitlines()
     bases = [line.split()[1] for line in lines if line.startswith("FROM ")]
-    assert len(bases) == 2  # what builds stays behind
+    assert len(bases) == 2  # the build stage is dropped
     assert all(re.fullmatch(r"python:3\.11\.\d+-slim-\w+", base) for base in bases)
     (install,) = (line for line in lines if "pip " in line)
     assert f'install --no-cache-dir --constraint constraints.txt ".[{extra}]"' in install

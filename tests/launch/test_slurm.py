@@ -1,4 +1,4 @@
-"""The sbatch file: what SLURM is asked for, and what the tasks are told to run."""
+"""The sbatch file: its options, and the command of the tasks."""
 
 import os
 import re
@@ -11,76 +11,82 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mplug2_jax.errors import UserError
-from mplug2_jax.launch.slurm import SlurmOptions, launch_slurm
-from tests.launch.jobs import HOSTILE, job
+from mplug2_jax.launch.slurm import SlurmOptions, render_slurm
+from tests.launch.jobs import HOSTILE, make_job
 
 OPTIONS = SlurmOptions()
 
 
-def rendered(topology: str = "h100:64", options: SlurmOptions = OPTIONS, **values: Any) -> str:
-    return launch_slurm(job(topology, **({"workdir": "/shared/demo"} | values)), options).text
+def render(topology: str = "h100:64", options: SlurmOptions = OPTIONS, **values: Any) -> str:
+    return render_slurm(make_job(topology, **({"workdir": "/shared/demo"} | values)), options).text
 
 
 def directives(text: str) -> dict[str, str]:
     return {name: value for name, _, value in re.findall(r"^#SBATCH --([\w-]+)(=(.*))?$", text, re.MULTILINE)}
 
 
-def test_every_host_has_one_task() -> None:
-    asked = directives(rendered(grace=300, options=SlurmOptions(partition="gpu", account="a-1", time="1-0:30:00")))
+def test_one_task_per_host() -> None:
+    options = directives(
+        render(grace_period=300, options=SlurmOptions(partition="gpu", account="a-1", time="1-0:30:00"))
+    )
     expected = {"nodes": "8", "ntasks-per-node": "1", "gpus-per-node": "8", "signal": "TERM@300", "requeue": ""}
-    assert asked.items() >= expected.items()
-    assert (asked["partition"], asked["account"], asked["time"]) == ("gpu", "a-1", "1-0:30:00")
-    assert "partition" not in directives(rendered())
+    assert options.items() >= expected.items()
+    assert (options["partition"], options["account"], options["time"]) == ("gpu", "a-1", "1-0:30:00")
+    assert "partition" not in directives(render())
 
 
 @pytest.mark.parametrize(
-    ("topology", "nodes", "each"), [("h100:8", "1", "8"), ("a100:4", "1", "4"), ("cpu:16", "2", None)]
+    ("topology", "nodes", "gpus"), [("h100:8", "1", "8"), ("a100:4", "1", "4"), ("cpu:16", "2", None)]
 )
-def test_hosts_have_what_the_topology_has(topology: str, nodes: str, each: str | None) -> None:
-    text = rendered(topology)
-    asked = directives(text)
-    assert (asked["nodes"], asked.get("gpus-per-node")) == (nodes, each)
-    assert ("JAX_PLATFORMS=cuda,cpu" in text) == (each is not None)
-    assert ("JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=8" in text) == (each is None)
+def test_devices_per_node(topology: str, nodes: str, gpus: str | None) -> None:
+    text = render(topology)
+    options = directives(text)
+    assert (options["nodes"], options.get("gpus-per-node")) == (nodes, gpus)
+    assert ("JAX_PLATFORMS=cuda,cpu" in text) == (gpus is not None)
+    assert ("JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=8" in text) == (gpus is None)
 
 
-def test_containers_see_the_work_directory() -> None:
-    text = rendered(options=SlurmOptions(image="nvcr.io#team/mplug2:1"))
+def test_containers_mount_the_work_directory() -> None:
+    text = render(options=SlurmOptions(image="nvcr.io#team/mplug2:1"))
     assert "'--container-image=nvcr.io#team/mplug2:1' --container-mounts=/shared:/shared" in text
     for workdir in ("demo", "/a,b/demo", "/a:b/demo", "/demo"):
-        with pytest.raises(UserError, match=f"--workdir {workdir} with --image: expected a whole path"):
-            rendered(workdir=workdir, options=SlurmOptions(image="a"))
+        with pytest.raises(UserError, match=f"--workdir {workdir} with --image: expected an absolute path"):
+            render(workdir=workdir, options=SlurmOptions(image="a"))
 
 
 @pytest.mark.parametrize(
-    ("values", "options", "sentence"),
+    ("values", "options", "message"),
     [
         ({"topology": "v5p:2x2x4"}, {}, "--topology v5p:2x2x4: SLURM has no TPUs; use mplug2 launch gke or tpu-vm"),
-        ({"topology": "h100:12"}, {}, "--topology h100:12: all nodes are alike; .* multiple of 8, as in h100:16"),
-        ({"workdir": "gs://bucket/demo"}, {}, "--workdir gs://bucket/demo: expected a folder that all nodes share"),
+        ({"topology": "h100:12"}, {}, "--topology h100:12: expected a multiple of 8, .*, as in h100:16"),
+        (
+            {"workdir": "gs://bucket/demo"},
+            {},
+            "--workdir gs://bucket/demo: expected a folder on a shared file system",
+        ),
         ({}, {"partition": "gpu\n#SBATCH --uid=0"}, "--partition 'gpu.*': expected something like --partition gpu"),
         ({}, {"account": "a b"}, "--account 'a b': expected"),
         ({}, {"time": "tomorrow"}, "--time 'tomorrow': expected something like --time 12:00:00"),
-        ({"grace": 120}, {"time": "3"}, "--time 3 with --grace 120: .* give it more than 180 seconds"),
-        ({}, {"time": "2:59"}, "--time 2:59 with --grace 120: the run would be told to end as soon as it starts"),
+        ({"grace_period": 120}, {"time": "3"}, "--time 3 with --grace-period 120: .* expected more than 180 seconds"),
+        ({}, {"time": "2:59"}, "--time 2:59 with --grace-period 120: SIGTERM would come right after the start"),
         ({}, {"time": "0:03:00"}, "--time 0:03:00 with"),
         ({}, {"time": "0-0:03"}, "--time 0-0:03 with"),
         ({}, {"image": "a b"}, "--image 'a b': expected"),
     ],
 )
-def test_what_slurm_would_misread_is_a_sentence(values: dict[str, Any], options: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(UserError, match=sentence):
-        rendered(options=SlurmOptions(**options), **values)
+def test_errors(values: dict[str, Any], options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        render(options=SlurmOptions(**options), **values)
 
 
 @pytest.mark.parametrize("time", ["4", "3:01", "0:03:01", "1:00:00", "0-1", "0-0:04", "1-0:00:00"])
-def test_slurm_s_ways_to_say_how_long(time: str) -> None:
-    assert directives(rendered(options=SlurmOptions(time=time)))["time"] == time
+def test_time_formats_of_slurm(time: str) -> None:
+    assert directives(render(options=SlurmOptions(time=time)))["time"] == time
 
 
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An srun that prints its words, and SLURM's other commands, which do nothing."""
+    """Create an srun that prints its arguments, and no-op versions of the other commands of SLURM."""
     folder = tmp_path_factory.mktemp("bin")
     for name, code in (("srun", "printf '%s\\0' \"$@\""), ("squeue", ""), ("scontrol", "")):
         (folder / name).write_text(f"#!/bin/bash\n{code}\n")
@@ -89,14 +95,14 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @given(workdir=HOSTILE.filter(lambda text: "://" not in text), overrides=st.lists(HOSTILE, max_size=3))
-def test_no_value_leaves_its_place(programs: Path, workdir: str, overrides: list[str]) -> None:
-    job_ = job("cpu:16", workdir=workdir, overrides=tuple(overrides))
-    text = launch_slurm(job_, OPTIONS).text
+def test_values_are_quoted(programs: Path, workdir: str, overrides: list[str]) -> None:
+    job = make_job("cpu:16", workdir=workdir, overrides=tuple(overrides))
+    text = render_slurm(job, OPTIONS).text
     done = subprocess.run(
         ["/bin/bash", "-c", text], capture_output=True, timeout=20, cwd=programs,
         env={"PATH": f"{programs}:{os.environ['PATH']}", "SLURM_JOB_ID": "1"},
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (0, b"")
     words = done.stdout.split(b"\0")[:-1]
-    assert words[words.index(b"mplug2") :] == [os.fsencode(word) for word in job_.command()]
-    assert directives(text) == directives(rendered("cpu:16"))
+    assert words[words.index(b"mplug2") :] == [os.fsencode(word) for word in job.command()]
+    assert directives(text) == directives(render("cpu:16"))

@@ -1,4 +1,4 @@
-"""Whatever is put into a file is one word or one value of it."""
+"""Every rendered value is one word or one value of its file."""
 
 import os
 import subprocess
@@ -10,12 +10,12 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mplug2_jax.launch.templates import launch_folder, render, quote_command, quote_word, yaml_value
+from mplug2_jax.launch.templates import launch_folder, quote_command, quote_word, quote_yaml, render
 from tests.launch.jobs import HOSTILE
 
 
-def words_of(script: str) -> list[bytes]:
-    """The words that bash gives a command."""
+def parse_words(script: str) -> list[bytes]:
+    """Return the words that bash parses."""
     done = subprocess.run(
         ["bash", "-c", os.fsencode(f"printf '%s\\0' {script}")], capture_output=True, timeout=20, check=True
     )
@@ -24,9 +24,9 @@ def words_of(script: str) -> list[bytes]:
 
 
 @given(st.lists(HOSTILE, min_size=1, max_size=4))
-def test_bash_reads_back_every_word(words: list[str]) -> None:
-    assert words_of(quote_command(["x" * 200, *words]))[1:] == [os.fsencode(word) for word in words]
-    assert words_of(quote_command(words)) == [os.fsencode(word) for word in words]
+def test_bash_parses_every_quoted_word(words: list[str]) -> None:
+    assert parse_words(quote_command(["x" * 200, *words]))[1:] == [os.fsencode(word) for word in words]
+    assert parse_words(quote_command(words)) == [os.fsencode(word) for word in words]
 
 
 @given(HOSTILE)
@@ -35,27 +35,27 @@ def test_a_word_is_one_line_of_printable_characters(word: str) -> None:
 
 
 @given(HOSTILE.filter(lambda text: "\udcff" not in text))
-def test_yaml_reads_back_every_value(value: str) -> None:
-    assert yaml.safe_load(f"key: {yaml_value(value)}\nother: 1") == {"key": value, "other": 1}
-    assert yaml_value(value).isprintable()
+def test_yaml_parses_every_quoted_value(value: str) -> None:
+    assert yaml.safe_load(f"key: {quote_yaml(value)}\nother: 1") == {"key": value, "other": 1}
+    assert quote_yaml(value).isprintable()
 
 
-def test_numbers_are_numbers_of_yaml() -> None:
-    assert yaml.safe_load(f"[{yaml_value(3)}, {yaml_value('3')}]") == [3, "3"]
+def test_numbers_are_yaml_numbers() -> None:
+    assert yaml.safe_load(f"[{quote_yaml(3)}, {quote_yaml('3')}]") == [3, "3"]
 
 
-def test_long_commands_have_a_line_for_every_option() -> None:
+def test_long_commands_have_a_line_per_option() -> None:
     assert quote_command(["a", "--b", "c", "--d=e"]) == "a --b c --d=e"
     long = quote_command(["a", "b", "--c", "d" * 99, "--e=f g", "-h"])
     assert long.split(" \\\n    ") == ["a b", f"--c {'d' * 99}", "'--e=f g'", "-h"]
 
 
-def test_a_template_lacks_nothing() -> None:
+def test_undefined_variables_raise() -> None:
     with pytest.raises(jinja2.UndefinedError):
         render("jobset.yaml.j2", name="demo")
 
 
-def test_the_files_are_found(repository: Path) -> None:
+def test_the_templates_are_found(repository: Path) -> None:
     assert launch_folder() == repository / "launch"
     assert {path.name for path in launch_folder().iterdir()} == {
         "Dockerfile.gpu", "Dockerfile.tpu", "jobset.yaml.j2", "slurm.sbatch.j2", "tpu_vm.sh.j2",
