@@ -1,4 +1,4 @@
-"""The commands that move weights: what they print and leave, and one sentence for whatever is wrong."""
+"""The commands that convert weights: output, files, and one-line errors."""
 
 import errno
 import json
@@ -27,41 +27,41 @@ Mplug2 = Callable[..., Outcome]
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An official question-answering checkpoint with its teacher, and its settings beside it."""
+    """Write an official question-answering checkpoint with its teacher and settings."""
     folder = tmp_path_factory.mktemp("official")
     return official_file(folder / "qa.safetensors", official_config(vocab_size=160), teacher=True)
 
 
 @pytest.fixture(scope="module")
 def imported(source: Path, tmp_path_factory: pytest.TempPathFactory, mplug2: Mplug2, vocabulary: Path) -> Path:
-    """Its import, with a tokeniser."""
+    """Import it with a tokenizer."""
     folder = tmp_path_factory.mktemp("imported") / "ours"
-    done = mplug2("convert", "import", source, "--to", folder, "--tokenizer", vocabulary)
-    assert done.status == 0, done.err
+    outcome = mplug2("convert", "import", source, "--to", folder, "--tokenizer", vocabulary)
+    assert outcome.status == 0, outcome.err
     return folder
 
 
 @pytest.fixture
-def refused(mplug2: Mplug2) -> Callable[..., str]:
-    """Runs a command that must fail with one sentence, and returns the sentence."""
+def fail(mplug2: Mplug2) -> Callable[..., str]:
+    """Return a function that runs a command that must fail with one line, and returns that line."""
 
     def run(*words: object) -> str:
-        done = mplug2("convert", *words)
-        assert done.status == 2, done.out
-        assert done.err.count("\n") == 1
-        assert done.err.startswith("mplug2: error: ")
-        return done.err.removeprefix("mplug2: error: ").rstrip()
+        outcome = mplug2("convert", *words)
+        assert outcome.status == 2, outcome.out
+        assert outcome.err.count("\n") == 1
+        assert outcome.err.startswith("mplug2: error: ")
+        return outcome.err.removeprefix("mplug2: error: ").rstrip()
 
     return run
 
 
-def test_an_import_says_what_became_of_everything_and_leaves_a_work_directory(
+def test_an_import_reports_every_tensor_and_writes_a_work_directory(
     source: Path, tmp_path: Path, mplug2: Mplug2, vocabulary: Path
 ) -> None:
-    done = mplug2("convert", "import", source, "--to", tmp_path / "ours", "--tokenizer", vocabulary)
-    assert done.status == 0
-    assert done.out.startswith("import: official videoqa with its teacher\n")
-    assert re.search(r"^ +\d+ converted +[\d,]+ elements  the same values on both sides", done.out, re.MULTILINE)
+    outcome = mplug2("convert", "import", source, "--to", tmp_path / "ours", "--tokenizer", vocabulary)
+    assert outcome.status == 0
+    assert outcome.out.startswith("import: official videoqa with its teacher\n")
+    assert re.search(r"^ +\d+ converted +[\d,]+ elements  the same values on both sides", outcome.out, re.MULTILINE)
     assert {path.name for path in (tmp_path / "ours").iterdir()} == {
         "checkpoints", "config.json", "tokenizer", "official-rest.safetensors", "conversion-report.json",
         "conversion-report.html",
@@ -74,30 +74,30 @@ def test_an_import_says_what_became_of_everything_and_leaves_a_work_directory(
     assert all(row["sha256"] for row in report["rows"])
     page = (tmp_path / "ours" / "conversion-report.html").read_text()
     assert "text_decoder_m.cls.predictions.decoder.weight" in page
-    assert "http" not in page.replace("http-equiv", "")  # nothing is fetched
+    assert "http" not in page.replace("http-equiv", "")  # no external resources
 
 
 def test_an_import_can_be_evaluated(imported: Path, mplug2: Mplug2) -> None:
-    done = mplug2(
+    outcome = mplug2(
         "eval", "--workdir", imported, "--config.evaluations.video.data.sources.clips.max_records=8",
         "--config.tasks.search.num_beams=1", "--config.tasks.search.max_length=3",
     )  # fmt: skip
-    assert done.status == 0, done.err
-    assert re.search(r"^video +accuracy ", done.out, re.MULTILINE)
+    assert outcome.status == 0, outcome.err
+    assert re.search(r"^video +accuracy ", outcome.out, re.MULTILINE)
 
 
-def test_an_export_into_a_folder_is_a_model_of_the_hub(
+def test_an_export_to_a_folder_follows_hugging_face(
     imported: Path, source: Path, tmp_path: Path, mplug2: Mplug2
 ) -> None:
-    done = mplug2("convert", "export", imported, "--to", tmp_path / "hub")
-    assert done.status == 0, done.err
+    outcome = mplug2("convert", "export", imported, "--to", tmp_path / "hub")
+    assert outcome.status == 0, outcome.err
     assert {path.name for path in (tmp_path / "hub").iterdir()} == {
         "model.safetensors", "config.json", "vocab.txt", "README.md", "conversion-report.json",
         "conversion-report.html",
     }  # fmt: skip
     assert_same(tmp_path / "hub", source)
     settings, theirs = (json.loads((p / "config.json").read_text()) for p in (tmp_path / "hub", source.parent))
-    assert settings == theirs | {"bos_token_id": 2, "eos_token_id": 3}  # of its own tokeniser
+    assert settings == theirs | {"bos_token_id": 2, "eos_token_id": 3}  # of its tokenizer
     card = (tmp_path / "hub" / "README.md").read_text()
     assert "Recipe `released_videoqa`, step 0 of 40000, from imported weights" in card
 
@@ -118,15 +118,15 @@ def test_verify_passes_and_names_the_first_tensor_that_changed(imported: Path, t
     assert f"{names[-1]} has changed; the {len(names) - 1} tensors before it are unchanged" in bad.out
 
 
-def test_a_checkpoint_that_changed_is_noticed_too(imported: Path, tmp_path: Path, mplug2: Mplug2) -> None:
-    """Arrays are stored without compression: a flipped bit restores silently, and only the report knows."""
+def test_verify_detects_a_changed_checkpoint(imported: Path, tmp_path: Path, mplug2: Mplug2) -> None:
+    """Arrays are stored uncompressed: a flipped bit is restored silently, and only the report detects it."""
     copy = shutil.copytree(imported, tmp_path / "copy")
     largest = max((copy / "checkpoints" / "0" / "state").rglob("*"), key=lambda path: path.stat().st_size)
     data = bytearray(largest.read_bytes())
     data[len(data) // 2] ^= 4
     largest.write_bytes(data)
-    done = mplug2("convert", "verify", copy)
-    assert (done.status == 1 and "has changed" in done.out) or (done.status == 2 and "damaged" in done.err)
+    outcome = mplug2("convert", "verify", copy)
+    assert (outcome.status == 1 and "has changed" in outcome.out) or (outcome.status == 2 and "damaged" in outcome.err)
 
 
 def test_inspect_shows_parts_and_shapes_of_every_layout(imported: Path, source: Path, mplug2: Mplug2) -> None:
@@ -141,30 +141,30 @@ def test_inspect_shows_parts_and_shapes_of_every_layout(imported: Path, source: 
     assert "├─ visn_emb_norm  2 tensors, 128 elements, 0.5 kB, float32" in theirs.out
 
 
-# What is wrong
+# Errors
 
 
-def test_what_exists_is_never_replaced_without_being_asked(
-    source: Path, imported: Path, tmp_path: Path, refused: Callable[..., str], mplug2: Mplug2
+def test_existing_files_are_replaced_only_with_overwrite(
+    source: Path, imported: Path, tmp_path: Path, fail: Callable[..., str], mplug2: Mplug2
 ) -> None:
-    mine = tmp_path / "mine"
-    mine.mkdir()
-    (mine / "thesis.txt").write_text("years of work")
-    said = f"{mine} exists; choose another path, or replace it with --overwrite"
-    assert refused("import", source, "--to", mine) == said
-    assert refused("export", imported, "--to", mine) == said
+    existing = tmp_path / "existing"
+    existing.mkdir()
+    (existing / "thesis.txt").write_text("years of work")
+    message = f"{existing} exists; choose another path, or replace it with --overwrite"
+    assert fail("import", source, "--to", existing) == message
+    assert fail("export", imported, "--to", existing) == message
     (tmp_path / "x.pth").write_text("precious")
-    assert refused("export", imported, "--to", tmp_path / "x.pth").startswith(f"{tmp_path / 'x.pth'} exists;")
-    assert (mine / "thesis.txt").read_text() == "years of work"
+    assert fail("export", imported, "--to", tmp_path / "x.pth").startswith(f"{tmp_path / 'x.pth'} exists;")
+    assert (existing / "thesis.txt").read_text() == "years of work"
     assert (tmp_path / "x.pth").read_text() == "precious"
-    assert mplug2("convert", "export", imported, "--to", mine, "--overwrite").status == 0
-    assert {path.suffix for path in mine.iterdir()} == {".safetensors", ".json", ".txt", ".md", ".html"}
-    assert not (mine / "thesis.txt").exists()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "x.pth"]
+    assert mplug2("convert", "export", imported, "--to", existing, "--overwrite").status == 0
+    assert {path.suffix for path in existing.iterdir()} == {".safetensors", ".json", ".txt", ".md", ".html"}
+    assert not (existing / "thesis.txt").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["existing", "x.pth"]
 
 
-def changed(source: Path, folder: Path, change: Callable[[dict[str, Any]], None]) -> Path:
-    """A copy of a checkpoint whose tensors were changed."""
+def write_changed(source: Path, folder: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+    """Copy a checkpoint and change its tensors."""
     reader = open_source(source)
     tensors = {name: reader.read(name) for name in reader.names()}
     change(tensors)
@@ -179,7 +179,7 @@ def changed(source: Path, folder: Path, change: Callable[[dict[str, Any]], None]
     return folder / "x.pth"
 
 
-def poison(tensors: dict[str, Any]) -> None:
+def insert_nan(tensors: dict[str, Any]) -> None:
     name = "fusion_encoder.encoder.layer.3.output.dense.weight"
     tensors[name] = tensors[name].copy()
     tensors[name][3, :2] = np.nan
@@ -201,9 +201,9 @@ def untie(tensors: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
-        (poison, "fusion_encoder.encoder.layer.3.output.dense.weight: 2 of 6,144 values are NaN or infinite"),
+        (insert_nan, "fusion_encoder.encoder.layer.3.output.dense.weight: 2 of 6,144 values are NaN or infinite"),
         (shrink, "weights of another size: visn_emb_norm.weight [5] does not fit universal/visual_norm/scale [64]"),
         (rename, "1 missing (visn_emb_norm.bias) and 1 unexpected (text_encoder.encoder.layer.9.attention.self.query"),
         (
@@ -212,65 +212,59 @@ def untie(tensors: dict[str, Any]) -> None:
         ),
     ],
 )
-def test_weights_that_are_wrong_are_named_and_nothing_is_written(
-    source: Path, tmp_path: Path, refused: Callable[..., str], change: Callable[..., None], said: str
+def test_invalid_weights_are_named_and_nothing_is_written(
+    source: Path, tmp_path: Path, fail: Callable[..., str], change: Callable[..., None], message: str
 ) -> None:
-    assert said in refused("import", changed(source, tmp_path / "source", change), "--to", tmp_path / "ours")
+    assert message in fail("import", write_changed(source, tmp_path / "source", change), "--to", tmp_path / "ours")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-def test_a_checkpoint_that_could_be_either_asks_which(
-    source: Path, tmp_path: Path, refused: Callable[..., str]
-) -> None:
+def test_an_ambiguous_checkpoint_needs_the_task(source: Path, tmp_path: Path, fail: Callable[..., str]) -> None:
     path = official_file(tmp_path / "x.pth", official_config(), settings=False)
-    said = refused("import", path, "--to", tmp_path / "ours")
-    assert "choose with --task caption or --task videoqa" in said
-    said = refused("import", path, "--task", "caption", "--to", tmp_path / "ours")
-    assert "these weights have width=64, expected one of the release's (768, 1024); put the config.json" in said
+    message = fail("import", path, "--to", tmp_path / "ours")
+    assert "choose with --task caption or --task videoqa" in message
+    message = fail("import", path, "--task", "caption", "--to", tmp_path / "ours")
+    assert "these weights have width=64, expected one of the release's (768, 1024); put the config.json" in message
 
 
-def test_a_vocabulary_that_is_too_large_for_the_weights_is_refused(
-    tmp_path: Path, refused: Callable[..., str], vocabulary: Path
+def test_a_tokenizer_larger_than_the_vocabulary_is_an_error(
+    tmp_path: Path, fail: Callable[..., str], vocabulary: Path
 ) -> None:
     path = official_file(tmp_path / "s" / "x.safetensors", official_config(vocab_size=120))
-    said = refused("import", path, "--to", tmp_path / "ours", "--tokenizer", vocabulary)
-    assert said.startswith("config.model.vocab_size=120 is too small for the tokenizer's 160 tokens")
+    message = fail("import", path, "--to", tmp_path / "ours", "--tokenizer", vocabulary)
+    assert message.startswith("config.model.vocab_size=120 is too small for the tokenizer's 160 tokens")
 
 
-def test_unknown_parts_and_impossible_sizes_are_refused(
-    source: Path, tmp_path: Path, refused: Callable[..., str]
-) -> None:
+def test_unknown_parts_and_invalid_sizes_are_errors(source: Path, tmp_path: Path, fail: Callable[..., str]) -> None:
     to = ("--to", tmp_path / "ours")
-    assert refused("import", source, *to, "--parts", "vision,texts").startswith("part 'texts' is unknown: did you mean")
-    assert "config.model.image_size=20 is not a multiple of" in refused("import", source, *to, "--image-size", 20)
-    assert refused("import", tmp_path / "nothing.pth", *to) == f"weights file {tmp_path / 'nothing.pth'} does not exist"
-    assert "--shard-size=0.0 must be at least" in refused(
-        "export", source, "--to", tmp_path / "x.pth", "--shard-size", 0
-    )
+    assert fail("import", source, *to, "--parts", "vision,texts").startswith("part 'texts' is unknown: did you mean")
+    assert "config.model.image_size=20 is not a multiple of" in fail("import", source, *to, "--image-size", 20)
+    assert fail("import", tmp_path / "nothing.pth", *to) == f"weights file {tmp_path / 'nothing.pth'} does not exist"
+    assert "--shard-size=0.0 must be at least" in fail("export", source, "--to", tmp_path / "x.pth", "--shard-size", 0)
 
 
-def test_a_checkpoint_without_an_averaged_copy_has_none_to_export(
-    tmp_path: Path, refused: Callable[..., str], mplug2: Mplug2
+def test_exporting_an_average_needs_one_in_the_checkpoint(
+    tmp_path: Path, fail: Callable[..., str], mplug2: Mplug2
 ) -> None:
     path = official_file(tmp_path / "s" / "x.safetensors", official_config(), task="caption")
     assert mplug2("convert", "import", path, "--to", tmp_path / "ours").status == 0
-    assert refused("export", tmp_path / "ours", "--to", tmp_path / "x.pth", "--ema").endswith("export without --ema")
-    assert refused("export", path.parent, "--to", tmp_path / "x.pth").startswith(f"{path.parent} holds no checkpoint;")
+    assert fail("export", tmp_path / "ours", "--to", tmp_path / "x.pth", "--ema").endswith("export without --ema")
+    assert fail("export", path.parent, "--to", tmp_path / "x.pth").startswith(f"{path.parent} holds no checkpoint;")
 
 
-def test_a_disk_that_is_too_small_is_told_before_anything_is_written(
-    source: Path, imported: Path, tmp_path: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+def test_too_little_disk_space_is_an_error_before_anything_is_written(
+    source: Path, imported: Path, tmp_path: Path, fail: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
-    assert re.fullmatch(r"the disk of .* has 0\.0 GB free, but 0\.0 GB are needed; free some space", refused(
+    assert re.fullmatch(r"the disk of .* has 0\.0 GB free, but 0\.0 GB are needed; free some space", fail(
         "import", source, "--to", tmp_path / "ours"
     ))  # fmt: skip
-    assert refused("export", imported, "--to", tmp_path / "hub").endswith("free some space")
+    assert fail("export", imported, "--to", tmp_path / "hub").endswith("free some space")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_disk_that_fills_up_leaves_nothing_half_written(
-    imported: Path, tmp_path: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+def test_a_full_disk_leaves_no_partial_files(
+    imported: Path, tmp_path: Path, fail: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     writes = []
 
@@ -282,12 +276,12 @@ def test_a_disk_that_fills_up_leaves_nothing_half_written(
 
     original = os.pwrite
     monkeypatch.setattr(os, "pwrite", full)
-    said = refused("export", imported, "--to", tmp_path / "out" / "x.safetensors")
-    assert said == f"the disk of {tmp_path / 'out'} is full, nothing was written; free some space"
+    message = fail("export", imported, "--to", tmp_path / "out" / "x.safetensors")
+    assert message == f"the disk of {tmp_path / 'out'} is full, nothing was written; free some space"
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def test_a_process_that_is_killed_leaves_nothing_under_the_final_name(tmp_path: Path) -> None:
+def test_a_killed_process_leaves_nothing_under_the_final_name(tmp_path: Path) -> None:
     source = official_file(tmp_path / "s" / "x.safetensors", official_config(vision_layers=24), teacher=True)
     words = [
         sys.executable,

@@ -1,4 +1,4 @@
-"""CLIP and BERT as others wrote them: our hidden states equal those of the transformers library at every layer."""
+"""CLIP and BERT from the transformers library: our hidden states equal the library's at every layer."""
 
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,8 @@ torch = pytest.importorskip("torch", reason="PyTorch is not installed here")
 pytest.importorskip("transformers", reason="transformers is not installed here")
 
 
-def bound(workdir: Path, **overrides: Any) -> tuple[Mplug2, Any]:
-    """The model of a checkpoint with its parameters, in float32."""
+def load_model(workdir: Path, **overrides: Any) -> tuple[Mplug2, Any]:
+    """Return the model of a checkpoint and its parameters, in float32."""
     import dataclasses
 
     checkpoints, step = open_checkpoint(workdir)
@@ -35,10 +35,10 @@ def bound(workdir: Path, **overrides: Any) -> tuple[Mplug2, Any]:
     return definition.bind(params), params
 
 
-def openai_names(model: Any) -> dict[str, Any]:
-    """The tower's state dict in OpenAI's names and form: fused projections, and things of the text tower."""
+def openai_state_dict(model: Any) -> dict[str, Any]:
+    """Return the tower's state dict in OpenAI's layout: fused projections, and some tensors of the text tower."""
     state = model.state_dict()
-    found = {
+    tensors = {
         "visual.class_embedding": state["embeddings.class_embedding"],
         "visual.conv1.weight": state["embeddings.patch_embedding.weight"],
         "visual.positional_embedding": state["embeddings.position_embedding.weight"],
@@ -46,18 +46,18 @@ def openai_names(model: Any) -> dict[str, Any]:
         "token_embedding.weight": torch.zeros(5, 8), "transformer.resblocks.0.ln_1.weight": torch.ones(8),
     }  # fmt: skip
     for theirs, ours in (("pre_layrnorm", "ln_pre"), ("post_layernorm", "ln_post")):
-        found |= {f"visual.{ours}.{end}": state[f"{theirs}.{end}"] for end in ("weight", "bias")}
+        tensors |= {f"visual.{ours}.{end}": state[f"{theirs}.{end}"] for end in ("weight", "bias")}
     for i in range(2):
         block, layer = f"visual.transformer.resblocks.{i}", f"encoder.layers.{i}"
         for end, fused in (("weight", "in_proj_weight"), ("bias", "in_proj_bias")):
             cuts = [state[f"{layer}.self_attn.{which}_proj.{end}"] for which in "qkv"]
-            found[f"{block}.attn.{fused}"] = torch.cat(cuts)
+            tensors[f"{block}.attn.{fused}"] = torch.cat(cuts)
             for theirs, ours in (
                 ("self_attn.out_proj", "attn.out_proj"), ("layer_norm1", "ln_1"), ("layer_norm2", "ln_2"),
                 ("mlp.fc1", "mlp.c_fc"), ("mlp.fc2", "mlp.c_proj"),
             ):  # fmt: skip
-                found[f"{block}.{ours}.{end}"] = state[f"{layer}.{theirs}.{end}"]
-    return found
+                tensors[f"{block}.{ours}.{end}"] = state[f"{layer}.{theirs}.{end}"]
+    return tensors
 
 
 def save(model: Any, layout: str, folder: Path) -> Path:
@@ -65,7 +65,7 @@ def save(model: Any, layout: str, folder: Path) -> Path:
     if layout == "hugging_face":
         model.save_pretrained(folder)
         return folder
-    torch.save(openai_names(model), folder / "clip.pt")
+    torch.save(openai_state_dict(model), folder / "clip.pt")
     return folder / "clip.pt"
 
 
@@ -78,13 +78,15 @@ def save(model: Any, layout: str, folder: Path) -> Path:
         ("openai", 48, {}),
     ],
 )
-def test_clip_is_the_same_at_every_layer(tmp_path: Path, layout: str, size: int, settings: dict[str, Any]) -> None:
+def test_clip_equals_the_library_at_every_layer(
+    tmp_path: Path, layout: str, size: int, settings: dict[str, Any]
+) -> None:
     model = clip_model(**settings)
     run_import(
         plan_import([save(model, layout, tmp_path / "clip")], image_size=None if size == 32 else size),
         tmp_path / "ours",
     )
-    if size != 32:  # theirs, resized by torch
+    if size != 32:  # the library's, resized by torch
         table = model.embeddings.position_embedding.weight.detach()
         grid = table[1:].reshape(1, 4, 4, -1).permute(0, 3, 1, 2)
         grid = torch.nn.functional.interpolate(grid, (size // 8, size // 8), mode="bilinear", align_corners=False)
@@ -98,7 +100,7 @@ def test_clip_is_the_same_at_every_layer(tmp_path: Path, layout: str, size: int,
     pixels = np.random.default_rng(0).standard_normal((2, 3, size, size)).astype(np.float32)
     with torch.no_grad():
         theirs = model(torch.from_numpy(pixels), output_hidden_states=True)
-    ours, _ = bound(tmp_path / "ours")
+    ours, _ = load_model(tmp_path / "ours")
     taps = Taps()
     out = jax.jit(lambda x: (ours.vision(x, taps=taps), dict(taps)))(jnp.asarray(pixels.transpose(0, 2, 3, 1)[:, None]))
     assert_close(out[1]["vision/norm_pre"], theirs.hidden_states[0])
@@ -108,7 +110,7 @@ def test_clip_is_the_same_at_every_layer(tmp_path: Path, layout: str, size: int,
 
 
 @pytest.mark.parametrize(("head", "heads"), [(False, 4), (True, 2)])  # as MiniLM's, of 32 columns; as BERT's
-def test_bert_is_the_same_at_every_layer(tmp_path: Path, head: bool, heads: int) -> None:
+def test_bert_equals_the_library_at_every_layer(tmp_path: Path, head: bool, heads: int) -> None:
     model = bert_model(head=head, heads=heads)
     model.save_pretrained(tmp_path / "bert")
     plan = plan_import([tmp_path / "bert"])
@@ -119,7 +121,7 @@ def test_bert_is_the_same_at_every_layer(tmp_path: Path, head: bool, heads: int)
     ids = np.where(mask, ids, 0)
     with torch.no_grad():
         theirs = model(torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64)), output_hidden_states=True)
-    ours, _ = bound(tmp_path / "ours")
+    ours, _ = load_model(tmp_path / "ours")
     states = jax.jit(lambda i, m: _text_states(ours, i, m))(jnp.asarray(ids, jnp.int32), jnp.asarray(mask))
     layers = [states["text/embed"], *states["text/layer"], *states["universal/text"]]
     for layer, expected in zip(layers, theirs.hidden_states, strict=True):
@@ -135,15 +137,15 @@ def _text_states(model: Mplug2, ids: jax.Array, mask: jax.Array) -> dict[str, ja
     return dict(taps)
 
 
-def test_a_model_starts_from_both(tmp_path: Path) -> None:
-    """CLIP's tower; BERT in text, universal layers, fusion and decoder; the rest fresh; what the release does."""
+def test_clip_and_bert_initialize_one_model(tmp_path: Path) -> None:
+    """As in the release: CLIP's tower; BERT in text, universal layers, fusion and decoder; the rest initialized."""
     clip, bert = clip_model(), bert_model(head=True)
     clip.save_pretrained(tmp_path / "clip")
     bert.save_pretrained(tmp_path / "bert")
     plan = plan_import([tmp_path / "clip", tmp_path / "bert"])
     assert plan.definition.parts == ("vision", "temporal", "text", "universal", "fusion", "decoder", "mlm")
     report = run_import(plan, tmp_path / "ours")
-    _, params = bound(tmp_path / "ours")
+    _, params = load_model(tmp_path / "ours")
     state = bert.state_dict()
 
     def theirs(name: str) -> np.ndarray:
@@ -166,7 +168,7 @@ def test_a_model_starts_from_both(tmp_path: Path) -> None:
     assert np.asarray(params["universal"]["latents"]).std() == pytest.approx(1.0, rel=0.1)
 
 
-def test_old_names_of_bert_are_known(tmp_path: Path) -> None:
+def test_old_names_of_bert_are_accepted(tmp_path: Path) -> None:
     model = bert_model(head=True)
     old = {name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): tensor
            for name, tensor in model.state_dict().items()}  # fmt: skip
@@ -178,35 +180,35 @@ def test_old_names_of_bert_are_known(tmp_path: Path) -> None:
     assert "cls.seq_relationship.bias" in reasons
 
 
-def test_a_torchscript_archive_of_clip_is_known(tmp_path: Path) -> None:
-    """The form that OpenAI published, which the release starts from: half precision inside a script."""
-    names = openai_names(clip_model())
+def test_a_torchscript_archive_of_clip_is_accepted(tmp_path: Path) -> None:
+    """OpenAI published this format, which the release starts from: half precision in a script."""
+    names = openai_state_dict(clip_model())
 
-    def module(prefix: str) -> Any:
-        made = torch.nn.Module()
+    def build_module(prefix: str) -> Any:
+        parent = torch.nn.Module()
         children = {name.removeprefix(prefix).partition(".")[0] for name in names if name.startswith(prefix)}
         for child in children:
             if f"{prefix}{child}" in names:
-                setattr(made, child, torch.nn.Parameter(names[f"{prefix}{child}"].half()))
+                setattr(parent, child, torch.nn.Parameter(names[f"{prefix}{child}"].half()))
             else:
-                made.add_module(child, module(f"{prefix}{child}."))
-        return made
+                parent.add_module(child, build_module(f"{prefix}{child}."))
+        return parent
 
-    torch.jit.script(module("")).save(str(tmp_path / "ViT.pt"))
+    torch.jit.script(build_module("")).save(str(tmp_path / "ViT.pt"))
     assert set(open_source(tmp_path / "ViT.pt").names()) == set(names)
     run_import(plan_import([tmp_path / "ViT.pt"]), tmp_path / "ours")
-    _, params = bound(tmp_path / "ours")
+    _, params = load_model(tmp_path / "ours")
     kernel = names["visual.transformer.resblocks.1.mlp.c_fc.weight"].half().float().numpy().T
     np.testing.assert_array_equal(params["vision"]["blocks"]["mlp"]["up"]["kernel"][1], kernel)
 
 
-def test_two_of_a_kind_are_refused(tmp_path: Path) -> None:
+def test_two_clips_are_an_error(tmp_path: Path) -> None:
     clip_model().save_pretrained(tmp_path / "clip")
     with pytest.raises(UserError, match="expected one official checkpoint, or at most one CLIP and one BERT"):
         plan_import([tmp_path / "clip", tmp_path / "clip"])
 
 
-def test_something_else_of_the_library_is_refused(tmp_path: Path) -> None:
+def test_another_model_of_the_library_is_an_error(tmp_path: Path) -> None:
     import transformers
 
     config = transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=20, n_positions=8)

@@ -1,4 +1,4 @@
-"""Official -> ours -> official and ours -> official -> ours: to the byte, whatever the task and the format."""
+"""official -> ours -> official and ours -> official -> ours are equal to the byte, for every task and format."""
 
 import json
 from pathlib import Path
@@ -29,15 +29,15 @@ from tests.weights import assert_same, official_config, official_file, read_tens
 CASES = [("caption", False), ("videoqa", False), ("videoqa", True)]
 
 
-def arrays_of(workdir: Path) -> dict[tuple[str, ...], np.ndarray]:
+def read_arrays(workdir: Path) -> dict[tuple[str, ...], np.ndarray]:
     checkpoints, step = open_checkpoint(workdir)
-    found = checkpoints.read_arrays(list(checkpoints.array_specs(step)), step)
+    arrays = checkpoints.read_arrays(list(checkpoints.array_specs(step)), step)
     checkpoints.close()
-    return found
+    return arrays
 
 
 def assert_equal_arrays(one: Path, other: Path) -> None:
-    a, b = arrays_of(one), arrays_of(other)
+    a, b = read_arrays(one), read_arrays(other)
     assert set(a) == set(b)
     for path, value in a.items():
         assert value.tobytes() == b[path].tobytes(), path
@@ -45,25 +45,25 @@ def assert_equal_arrays(one: Path, other: Path) -> None:
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 @pytest.mark.parametrize(("task", "teacher"), CASES)
-def test_there_and_back_is_the_same_to_the_byte(tmp_path: Path, task: str, teacher: bool, suffix: str) -> None:
+def test_import_and_export_restore_the_file_to_the_byte(tmp_path: Path, task: str, teacher: bool, suffix: str) -> None:
     source = official_file(tmp_path / "source" / f"x{suffix}", official_config(), task=task, teacher=teacher)
     report = run_import(plan_import([source]), tmp_path / "ours")
     assert {row.disposition for row in report.rows} == {"converted", "tied", "preserved"}
     assert len(report.rows) == len(open_source(source).names())
-    exported = tmp_path / "back" / f"y{suffix}"
-    again = export(tmp_path / "ours", exported)
-    assert_same(source, exported)
-    assert open_source(exported).names() == list(
+    file = tmp_path / "back" / f"y{suffix}"
+    exported = export(tmp_path / "ours", file)
+    assert_same(source, file)
+    assert open_source(file).names() == list(
         official_state(official_config(), default_fusion_start(official_config()), teacher=teacher)
     )
-    # The two reports say the same of both sides.
+    # Both reports have the same digests.
     hashes = {row.name: row.sha256 for row in report.rows}
-    assert hashes == {row.name: row.sha256 for row in again.rows}
-    assert {p for row in report.rows for p in row.params} == {p for row in again.rows for p in row.params}
+    assert hashes == {row.name: row.sha256 for row in exported.rows}
+    assert {p for row in report.rows for p in row.params} == {p for row in exported.rows for p in row.params}
 
 
-def test_a_golden_comes_back_to_the_byte(reference: Path, tmp_path: Path) -> None:
-    """Another tower of CLIP's text, another width of vision than of text, and the file in another order."""
+def test_a_golden_round_trip_is_equal_to_the_byte(reference: Path, tmp_path: Path) -> None:
+    """CLIP's text tower, the vision width and the file's order differ from the release's."""
     source = reference / "goldens" / "c1_fc" / "videoqa_weights.safetensors"
     run_import(plan_import([source]), tmp_path / "ours")
     export(tmp_path / "ours", tmp_path / "back.safetensors")
@@ -72,20 +72,20 @@ def test_a_golden_comes_back_to_the_byte(reference: Path, tmp_path: Path) -> Non
 
 @pytest.fixture(scope="module")
 def imported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An imported question-answering model with its teacher."""
+    """Import a question-answering model with its teacher."""
     folder = tmp_path_factory.mktemp("imported")
     source = official_file(folder / "source" / "x.safetensors", official_config(), teacher=True)
     run_import(plan_import([source]), folder / "ours")
     return folder
 
 
-def test_our_own_weights_come_back_to_the_byte(imported: Path, tmp_path: Path) -> None:
+def test_export_and_import_restore_our_weights_to_the_byte(imported: Path, tmp_path: Path) -> None:
     export(imported / "ours", tmp_path / "hub")
     run_import(plan_import([tmp_path / "hub"]), tmp_path / "again")
     assert_equal_arrays(imported / "ours", tmp_path / "again")
 
 
-def test_without_kept_weights_the_release_s_initialisation_fills_and_is_said(imported: Path, tmp_path: Path) -> None:
+def test_without_leftover_tensors_the_export_initializes_them_and_reports_it(imported: Path, tmp_path: Path) -> None:
     (imported / "ours" / LEFTOVER_FILE).rename(tmp_path / "elsewhere")
     try:
         report = export(imported / "ours", tmp_path / "filled.safetensors")
@@ -99,11 +99,11 @@ def test_without_kept_weights_the_release_s_initialisation_fills_and_is_said(imp
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_other_types_round_and_say_by_how_much(imported: Path, tmp_path: Path, dtype: str) -> None:
+def test_other_dtypes_round_and_the_report_says_by_how_much(imported: Path, tmp_path: Path, dtype: str) -> None:
     report = export(imported / "ours", tmp_path / "x.safetensors", dtype=dtype)
-    stored, whole = read_tensors(tmp_path / "x.safetensors"), read_tensors(imported / "source" / "x.safetensors")
+    stored, original = read_tensors(tmp_path / "x.safetensors"), read_tensors(imported / "source" / "x.safetensors")
     rows = {row.name: row for row in report.rows}
-    for name, value in whole.items():
+    for name, value in original.items():
         if value.dtype == np.int64:
             assert stored[name].dtype == np.int64
             continue
@@ -114,21 +114,21 @@ def test_other_types_round_and_say_by_how_much(imported: Path, tmp_path: Path, d
             assert rows[name].max_difference == difference > 0
 
 
-def test_averaged_weights_can_be_written_as_the_model_s_own(imported: Path, tmp_path: Path) -> None:
+def test_averaged_weights_can_replace_the_model_s_own(imported: Path, tmp_path: Path) -> None:
     export(imported / "ours", tmp_path / "x.safetensors", ema=True, teacher=False)
-    stored, whole = read_tensors(tmp_path / "x.safetensors"), read_tensors(imported / "source" / "x.safetensors")
+    stored, original = read_tensors(tmp_path / "x.safetensors"), read_tensors(imported / "source" / "x.safetensors")
     name = "text_decoder.bert.encoder.layer.1.output.dense.weight"
-    assert stored[name].tobytes() == whole[name.replace("text_decoder.", "text_decoder_m.")].tobytes()
+    assert stored[name].tobytes() == original[name.replace("text_decoder.", "text_decoder_m.")].tobytes()
     assert not any(name.startswith("text_decoder_m.") for name in stored)
 
 
-def test_a_run_s_own_average_is_written_unless_it_is_declined_and_the_frozen_as_they_are(tmp_path: Path) -> None:
+def test_a_run_s_average_is_exported_by_default_with_frozen_parameters_as_they_are(tmp_path: Path) -> None:
     source = official_file(tmp_path / "s" / "x.safetensors", official_config(), teacher=False)
     run_import(plan_import([source]), tmp_path / "imported")
-    theirs, step = open_checkpoint(tmp_path / "imported")
-    identity = theirs.model_metadata(step)
-    params, _ = theirs.restore_params(define_model(identity.config, identity.parts).shapes, step)
-    theirs.close()
+    imported, step = open_checkpoint(tmp_path / "imported")
+    identity = imported.model_metadata(step)
+    params, _ = imported.restore_params(define_model(identity.config, identity.parts).shapes, step)
+    imported.close()
     average = jax.tree.map(lambda x: x + 1, {part: tree for part, tree in params.items() if part != "decoder"})
     ours = Checkpoints(tmp_path / "ours" / "checkpoints", CheckpointConfig(), model=identity)
     ours.save({"params": params, "ema": average}, DataPosition(3, {}))
@@ -141,17 +141,17 @@ def test_a_run_s_own_average_is_written_unless_it_is_declined_and_the_frozen_as_
         "averaged weights"
     )
     averaged, last = (read_tensors(tmp_path / file) for file in ("averaged.safetensors", "last/x.safetensors"))
-    whole = read_tensors(source)
+    original = read_tensors(source)
     moved, frozen = (
         "text_encoder.encoder.layer.1.output.dense.bias",
         "text_decoder.bert.encoder.layer.1.output.dense.bias",
     )
-    np.testing.assert_array_equal(averaged[moved], whole[moved] + 1)
-    np.testing.assert_array_equal(averaged[frozen], whole[frozen])
-    np.testing.assert_array_equal(last[moved], whole[moved])
+    np.testing.assert_array_equal(averaged[moved], original[moved] + 1)
+    np.testing.assert_array_equal(averaged[frozen], original[frozen])
+    np.testing.assert_array_equal(last[moved], original[moved])
 
 
-def test_the_release_s_training_wants_a_teacher_and_gets_copies(tmp_path: Path) -> None:
+def test_an_export_without_a_teacher_can_repeat_the_student_for_the_release_s_training(tmp_path: Path) -> None:
     source = official_file(tmp_path / "s" / "x.safetensors", official_config(), teacher=False)
     run_import(plan_import([source]), tmp_path / "ours")
     export(tmp_path / "ours", tmp_path / "x.safetensors", teacher=True)
@@ -163,11 +163,11 @@ def test_the_release_s_training_wants_a_teacher_and_gets_copies(tmp_path: Path) 
         "text_encoder.encoder.layer.1.output.dense.bias",
         "visn_emb_norm.weight",
     ):
-        module, _, rest = name.partition(".")
-        assert stored[f"{module}_m.{rest}"].tobytes() == stored[name].tobytes()
+        module, _, suffix = name.partition(".")
+        assert stored[f"{module}_m.{suffix}"].tobytes() == stored[name].tobytes()
 
 
-def test_large_files_are_cut_with_an_index(imported: Path, tmp_path: Path) -> None:
+def test_large_files_are_sharded_with_an_index(imported: Path, tmp_path: Path) -> None:
     export(imported / "ours", tmp_path / "hub", shard_bytes=1_000_000)
     shards = sorted((tmp_path / "hub").glob("model-*.safetensors"))
     assert len(shards) > 2
@@ -178,12 +178,12 @@ def test_large_files_are_cut_with_an_index(imported: Path, tmp_path: Path) -> No
     assert_same(imported / "source" / "x.safetensors", tmp_path / "hub")
 
 
-def test_a_position_table_is_resized_and_the_rest_is_not(tmp_path: Path) -> None:
+def test_only_the_position_table_is_resized(tmp_path: Path) -> None:
     source = official_file(tmp_path / "s" / "x.safetensors", official_config(image_size=32))
     report = run_import(plan_import([source], image_size=48), tmp_path / "ours")
     resized = [row.name for row in report.rows if row.disposition == "resized"]
     assert resized == ["visual_encoder.visual.positional_embedding"]
-    table = arrays_of(tmp_path / "ours")["params", "vision", "positions"]
+    table = read_arrays(tmp_path / "ours")["params", "vision", "positions"]
     stored = read_tensors(source)["visual_encoder.visual.positional_embedding"]
     assert table.shape == (37, 64)
     np.testing.assert_array_equal(table[0], stored[0])
@@ -193,30 +193,32 @@ def test_a_position_table_is_resized_and_the_rest_is_not(tmp_path: Path) -> None
     assert_close(table[1:], resized[0].permute(1, 2, 0).reshape(36, 64))
 
 
-def test_arrays_that_share_tensors_are_read_together_and_small_ones_at_once() -> None:
+def test_arrays_that_share_tensors_are_grouped_and_small_groups_are_batched() -> None:
     definition = define_model(official_config(), TASK_PARTS["videoqa"])
     name_mapping = map_official_names(definition.config, definition.parts, 2, teacher=True)
-    found = group_arrays(name_mapping.mappings)
-    paths = [path for group, _ in found for path in group]
+    groups = group_arrays(name_mapping.mappings)
+    paths = [path for group, _ in groups for path in group]
     assert len(paths) == len(set(paths)) == len({mapping.path for mapping in name_mapping.mappings})
-    assert sorted(name for _, names in found for name in names) == sorted(
+    assert sorted(name for _, names in groups for name in names) == sorted(
         {mapping.name for mapping in name_mapping.mappings}
     )
-    assert max(len(group) for group, _ in found) == 3  # query, key, value
+    assert max(len(group) for group, _ in groups) == 3  # query, key, value
     assert (
         len(batch_groups(name_mapping.mappings, dict.fromkeys(paths, 2**20))) == -(-len(paths) // 128)
         or len(paths) < 384
     )
-    assert len(batch_groups(name_mapping.mappings, dict.fromkeys(paths, 2**28))) == len(found)
+    assert len(batch_groups(name_mapping.mappings, dict.fromkeys(paths, 2**28))) == len(groups)
 
 
 @pytest.mark.parametrize(("task", "teacher"), [("caption", False), ("videoqa", True)])
-def test_the_large_models_have_a_place_for_everything(task: str, teacher: bool) -> None:
-    """By shapes alone: no array of the large model is made."""
+def test_every_tensor_of_the_large_models_is_mapped(task: str, teacher: bool) -> None:
+    """Uses shapes only, without allocating the large model."""
     config = model_config("large")
     state = official_state(config, default_fusion_start(config), teacher=teacher)
-    hollow = MemorySource({name: np.broadcast_to(np.zeros((), info.dtype), info.shape) for name, info in state.items()})
-    plan = planned(hollow, task)
+    shapes_only = MemorySource(
+        {name: np.broadcast_to(np.zeros((), info.dtype), info.shape) for name, info in state.items()}
+    )
+    plan = make_plan(shapes_only, task)
     assert plan.definition.config.fusion_layers == 6
     assert not plan.initialized
     assert sum(leaf.size for leaf in jax.tree.leaves(plan.definition.shapes)) == (
@@ -224,7 +226,7 @@ def test_the_large_models_have_a_place_for_everything(task: str, teacher: bool) 
     )
 
 
-def planned(source: MemorySource, task: str) -> ImportPlan:
+def make_plan(source: MemorySource, task: str) -> ImportPlan:
     from mplug2_jax.conversion.import_plan import plan_detected
     from mplug2_jax.conversion.layouts.identify import DetectedCheckpoint
 
@@ -233,7 +235,7 @@ def planned(source: MemorySource, task: str) -> ImportPlan:
     )
 
 
-def test_a_model_that_is_none_of_the_release_s_says_what_it_lacks(tmp_path: Path) -> None:
+def test_exporting_a_model_without_the_release_s_parts_names_the_missing_ones(tmp_path: Path) -> None:
     from tests.hugging_face import clip_folder
 
     run_import(plan_import([clip_folder(tmp_path / "clip")]), tmp_path / "ours")
@@ -242,7 +244,7 @@ def test_a_model_that_is_none_of_the_release_s_says_what_it_lacks(tmp_path: Path
 
 
 @pytest.mark.slow
-def test_base_comes_back_to_the_byte(tmp_path: Path) -> None:
+def test_the_base_size_round_trip_is_equal_to_the_byte(tmp_path: Path) -> None:
     config = model_config("base")
     source = official_file(tmp_path / "s" / "x.safetensors", config, task="videoqa", settings=False)
     run_import(plan_import([source], task="videoqa"), tmp_path / "ours")
@@ -252,7 +254,7 @@ def test_base_comes_back_to_the_byte(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("task", "shard_bytes"), [("caption", 10**9), ("videoqa", 300_000)])
-def test_the_pytorch_runtime_opens_an_export_as_it_is(tmp_path: Path, task: str, shard_bytes: int) -> None:
+def test_the_pytorch_runtime_opens_an_export(tmp_path: Path, task: str, shard_bytes: int) -> None:
     torch = pytest.importorskip("torch", reason="PyTorch is not installed here")
     from mplug2_jax.conversion.torch_runtime import Caption, VideoQA
 
@@ -272,50 +274,50 @@ def test_both_frameworks_agree_on_every_tap_of_a_conversion(tmp_path: Path, task
     config = official_config(image_size=16, vision_activation=activation)
     source = official_file(tmp_path / "s" / "x.safetensors", config, task=task)
     plan = plan_import([source], image_size=24)
-    report = run_import(plan, tmp_path / "ours", tokenizer=OWN.save(tmp_path / "tokenizer"), verify=True)
-    again = export(tmp_path / "ours", tmp_path / "hub", dtype=dtype, verify=True)
-    for each in (report, again):
+    report = run_import(plan, tmp_path / "ours", tokenizer=TOKENIZER.save(tmp_path / "tokenizer"), verify=True)
+    exported = export(tmp_path / "ours", tmp_path / "hub", dtype=dtype, verify=True)
+    for each in (report, exported):
         assert each.status == 0
         taps = {(c.path, c.tap) for c in each.comparisons}
         assert {("image", "vision/out"), ("video", "vision/block"), ("video", "logits")} <= taps
-        (said,) = (c.text for c in each.comparisons if c.tap == "generated text")
-        assert f"PyTorch generates {said!r}" in each.summary()
+        (text,) = (c.text for c in each.comparisons if c.tap == "generated text")
+        assert f"PyTorch generates {text!r}" in each.summary()
         assert any("exact GELU" in note for note in each.notes) == (activation == "gelu")
         assert (("video", "text/out") in taps) == (task == "videoqa")
         assert max(c.relative for c in each.comparisons) <= 1e-5
     settings = json.loads((tmp_path / "hub" / "config.json").read_text())
-    assert (settings["bos_token_id"], settings["eos_token_id"]) == (OWN.cls_id, OWN.sep_id)
+    assert (settings["bos_token_id"], settings["eos_token_id"]) == (TOKENIZER.cls_id, TOKENIZER.sep_id)
     assert plan_import([tmp_path / "hub"]).definition == plan.definition
 
 
-OWN = WordPieceTokenizer([*SPECIAL_TOKENS, *map(chr, range(97, 123)), "a red dot"])
-"""A tokeniser whose texts do not begin and end as BERT's do."""
+TOKENIZER = WordPieceTokenizer([*SPECIAL_TOKENS, *map(chr, range(97, 123)), "a red dot"])
+"""A tokenizer whose begin and end ids are not BERT's."""
 
 
-def test_an_export_that_would_not_speak_by_its_own_tokeniser_is_seen(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_export_with_wrong_begin_and_end_ids_is_detected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torch", reason="PyTorch is not installed here")
     from mplug2_jax.conversion import hub
 
     source = official_file(tmp_path / "s" / "x.safetensors", official_config(), task="caption")
-    run_import(plan_import([source]), tmp_path / "ours", tokenizer=OWN.save(tmp_path / "tokenizer"))
-    true = hub.to_config_json
-    monkeypatch.setattr(hub, "to_config_json", lambda *sizes, tokens, **told: true(*sizes, **told))
-    report = export(tmp_path / "ours", tmp_path / "hub", verify=True)  # which speaks by BERT's
+    run_import(plan_import([source]), tmp_path / "ours", tokenizer=TOKENIZER.save(tmp_path / "tokenizer"))
+    correct = hub.to_config_json
+    monkeypatch.setattr(hub, "to_config_json", lambda *sizes, tokens, **fields: correct(*sizes, **fields))
+    report = export(tmp_path / "ours", tmp_path / "hub", verify=True)  # with BERT's ids
     assert [c.tap for c in report.comparisons or () if not c.passed] == ["generated text"]
     assert report.status == 1
 
 
-def test_a_conversion_that_went_wrong_is_seen_by_the_taps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_conversion_is_detected_by_the_taps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torch", reason="PyTorch is not installed here")
     from mplug2_jax.conversion.layouts.tensor_mapping import TensorMapping
 
     source = official_file(tmp_path / "s" / "x.safetensors", official_config(), task="caption")
-    true = TensorMapping.to_param
+    correct = TensorMapping.to_param
 
     def wrong(self: TensorMapping, tensor: np.ndarray) -> np.ndarray:
-        return -true(self, tensor) if self.path[-2:] == ("up", "kernel") and self.layer == 1 else true(self, tensor)
+        return (
+            -correct(self, tensor) if self.path[-2:] == ("up", "kernel") and self.layer == 1 else correct(self, tensor)
+        )
 
     monkeypatch.setattr(TensorMapping, "to_param", wrong)
     report = run_import(plan_import([source]), tmp_path / "ours", verify=True)

@@ -1,4 +1,4 @@
-"""Files of tensors: what is read is what was written, and what is damaged is a sentence."""
+"""Files of tensors: reading returns what was written, and damage is a clear error."""
 
 import json
 import struct
@@ -15,8 +15,8 @@ from mplug2_jax.conversion.files.safetensors_writer import SafetensorsWriter
 from mplug2_jax.conversion.files.sources import DTYPES, SafetensorsSource, TensorInfo
 from mplug2_jax.errors import UserError
 
-# Every type that the library's own numpy form can read; bfloat16 only has a reader here.
-LIBRARY = [name for name in DTYPES if name != "BF16"]
+# Every dtype that the library reads to numpy; it does not read bfloat16.
+LIBRARY_DTYPES = [name for name in DTYPES if name != "BF16"]
 
 
 def random_array(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:
@@ -28,10 +28,10 @@ def random_array(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     shapes=st.lists(st.lists(st.integers(0, 4), max_size=3).map(tuple), min_size=1, max_size=6),
-    types=st.lists(st.sampled_from(LIBRARY), min_size=6, max_size=6),
+    types=st.lists(st.sampled_from(LIBRARY_DTYPES), min_size=6, max_size=6),
     seed=st.integers(0, 1000),
 )
-def test_what_we_write_the_library_reads_and_the_other_way_round(tmp_path: Path, shapes, types, seed) -> None:
+def test_the_library_reads_our_files_and_we_read_the_library_s(tmp_path: Path, shapes, types, seed) -> None:
     rng = np.random.default_rng(seed)
     tensors = {f"t.{i}": random_array(rng, shape, t) for i, (shape, t) in enumerate(zip(shapes, types, strict=False))}
     ours, theirs = tmp_path / "ours.safetensors", tmp_path / "theirs.safetensors"
@@ -65,7 +65,7 @@ def whole(tmp_path: Path) -> bytes:
 
 
 @pytest.mark.parametrize("cut", [0, 4, 9, 60, -1])
-def test_a_truncated_file_is_a_sentence(whole: bytes, tmp_path: Path, cut: int) -> None:
+def test_a_truncated_file_is_an_error(whole: bytes, tmp_path: Path, cut: int) -> None:
     path = tmp_path / "cut.safetensors"
     path.write_bytes(whole[:cut])
     with pytest.raises(UserError, match=r"cut\.safetensors is (truncated|not a checkpoint)"):
@@ -73,7 +73,7 @@ def test_a_truncated_file_is_a_sentence(whole: bytes, tmp_path: Path, cut: int) 
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"dtype": "F8_E4M3"}, "x has dtype F8_E4M3, expected one of F64, F32"),
         ({"shape": [-100]}, "x has shape"),
@@ -82,28 +82,28 @@ def test_a_truncated_file_is_a_sentence(whole: bytes, tmp_path: Path, cut: int) 
         ({"data_offsets": [4, 404]}, "x ends at byte"),
     ],
 )
-def test_a_header_that_lies_is_a_sentence(tmp_path: Path, change: dict, said: str) -> None:
+def test_an_inconsistent_header_is_an_error(tmp_path: Path, change: dict, message: str) -> None:
     entry = {"dtype": "F32", "shape": [100], "data_offsets": [0, 400]} | change
     header = json.dumps({"x": entry}).encode()
-    (tmp_path / "lies.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(400))
-    with pytest.raises(UserError, match=said):
-        open_source(tmp_path / "lies.safetensors")
+    (tmp_path / "inconsistent.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(400))
+    with pytest.raises(UserError, match=message):
+        open_source(tmp_path / "inconsistent.safetensors")
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(position=st.integers(0, 70), value=st.integers(0, 255))
-def test_a_damaged_header_never_is_anything_but_a_sentence(whole: bytes, tmp_path: Path, position, value) -> None:
+def test_a_damaged_header_raises_nothing_but_user_errors(whole: bytes, tmp_path: Path, position, value) -> None:
     path = tmp_path / "damaged.safetensors"
     path.write_bytes(whole[:position] + bytes([value]) + whole[position + 1 :])
     try:
         source = open_source(path)
         for name in source.names():
             source.read(name)
-    except UserError:  # a sentence; any other exception fails the test
+    except UserError:  # any other exception fails the test
         return
 
 
-def sharded(folder: Path, weight_map: dict[str, str]) -> Path:
+def write_shards(folder: Path, weight_map: dict[str, str]) -> Path:
     for file in set(weight_map.values()) - {"../a.safetensors"}:
         names = [name for name, where in weight_map.items() if where == file]
         safetensors.numpy.save_file({name: np.full(3, i, np.float32) for i, name in enumerate(names)}, folder / file)
@@ -112,27 +112,29 @@ def sharded(folder: Path, weight_map: dict[str, str]) -> Path:
 
 
 def test_several_files_are_one_source(tmp_path: Path) -> None:
-    source = open_source(sharded(tmp_path, {"a": "one.safetensors", "b": "two.safetensors", "c": "one.safetensors"}))
+    source = open_source(
+        write_shards(tmp_path, {"a": "one.safetensors", "b": "two.safetensors", "c": "one.safetensors"})
+    )
     assert sorted(source.names()) == ["a", "b", "c"]
     assert source.info("b") == TensorInfo((3,), np.dtype(np.float32))
     assert source.read("c").tolist() == [1, 1, 1]
 
 
-def test_an_index_leads_nowhere_else(tmp_path: Path) -> None:
-    sharded(tmp_path, {"a": "../a.safetensors"})
+def test_an_index_may_not_name_files_of_other_folders(tmp_path: Path) -> None:
+    write_shards(tmp_path, {"a": "../a.safetensors"})
     with pytest.raises(UserError, match="expected files in its own folder"):
         open_source(tmp_path)
 
 
-def test_an_index_that_promises_too_much_is_a_sentence(tmp_path: Path) -> None:
-    folder = sharded(tmp_path, {"a": "one.safetensors"})
+def test_an_index_with_tensors_that_a_file_lacks_is_an_error(tmp_path: Path) -> None:
+    folder = write_shards(tmp_path, {"a": "one.safetensors"})
     index = {"weight_map": {"a": "one.safetensors", "b": "one.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match=r"says that b is in one\.safetensors, which lacks it"):
         open_source(folder)
 
 
-def test_a_folder_without_weights_and_a_file_of_something_else_are_sentences(tmp_path: Path) -> None:
+def test_a_folder_without_weights_and_a_file_of_another_format_are_errors(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no weights; expected one of model\.safetensors\.index\.json"):
         open_source(tmp_path)
     (tmp_path / "notes.txt").write_text("not weights at all")

@@ -1,4 +1,4 @@
-"""PyTorch's files without PyTorch: what it wrote is read, what we write it reads, and code is never run."""
+"""PyTorch's files without PyTorch: we read its files, it reads ours, and code in them is never run."""
 
 import argparse
 import collections
@@ -26,7 +26,7 @@ def state_dict() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def saved(path: Path, content: Any, *, legacy: bool = False) -> Path:
+def save(path: Path, content: Any, *, legacy: bool = False) -> Path:
     torch.save(content, path, _use_new_zipfile_serialization=not legacy)
     return path
 
@@ -50,7 +50,7 @@ def test_a_state_dict_is_read_alone_or_from_a_training_checkpoint(
     if top:
         optimizer = {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 1e-3, "betas": (0.9, 0.999)}]}
         content = {top: tensors, "optimizer": optimizer, "epoch": 3, "config": {"image_res": 224, "x": [1, None, "y"]}}
-    assert_holds(open_source(saved(tmp_path / "x.pth", content, legacy=legacy)), tensors)
+    assert_holds(open_source(save(tmp_path / "x.pth", content, legacy=legacy)), tensors)
 
 
 def test_a_torchscript_archive_is_read_as_a_state_dict(tmp_path: Path) -> None:
@@ -83,8 +83,8 @@ def test_a_torchscript_archive_is_read_as_a_state_dict(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-def test_what_training_keeps_beside_the_weights_is_passed_over(tmp_path: Path, legacy: bool) -> None:
-    """Where torch itself reads it: DeepSpeed's sets, shapes and types, a run's settings, random states."""
+def test_other_content_of_training_checkpoints_is_skipped(tmp_path: Path, legacy: bool) -> None:
+    """As far as torch allows it: DeepSpeed's sets, shapes and dtypes, a run's settings, random states."""
     tensors = state_dict()
     decorated = torch.nn.Parameter(torch.ones(2))
     decorated.partitioned = {"by": "DeepSpeed"}
@@ -94,44 +94,44 @@ def test_what_training_keeps_beside_the_weights_is_passed_over(tmp_path: Path, l
         "dtype": torch.float16, "seen": collections.Counter("aab"), "raw": b"\x00\xff", "bytes": bytearray(b"ab"),
         "complex": 1 + 2j, "device": torch.device("cpu"), "rng": torch.get_rng_state(), "decorated": decorated,
     }  # fmt: skip
-    path = saved(tmp_path / "x.pt", content, legacy=legacy)
+    path = save(tmp_path / "x.pt", content, legacy=legacy)
     with torch.serialization.safe_globals([argparse.Namespace]):
         torch.load(path, weights_only=True)
     assert_holds(open_source(path), tensors)
 
 
-def test_nothing_is_known_that_torch_does_not_let_through() -> None:
+def test_the_allowlist_has_nothing_that_torch_does_not_allow() -> None:
     from torch._weights_only_unpickler import _get_allowed_globals
 
     allowed = {*_get_allowed_globals(), "argparse.Namespace"}
-    named = {f"{module}.{name}" for module, name in _ALLOWED if module != "torch.jit._pickle"}  # TorchScript's own
-    assert named <= allowed
+    names = {f"{module}.{name}" for module, name in _ALLOWED if module != "torch.jit._pickle"}  # TorchScript's own
+    assert names <= allowed
 
 
 @pytest.mark.parametrize(
-    "beside", [np.float64(0.5), Path("x"), collections.defaultdict(list), frozenset("ab"), range(3), len, str],
+    "extra", [np.float64(0.5), Path("x"), collections.defaultdict(list), frozenset("ab"), range(3), len, str],
     ids=lambda value: type(value).__name__,
 )  # fmt: skip
-def test_what_torch_does_not_let_through_is_refused_by_its_name(tmp_path: Path, beside: Any) -> None:
-    path = saved(tmp_path / "x.pt", {"model": {"x": torch.ones(1)}, "beside": beside})
+def test_what_torch_does_not_allow_is_rejected_by_name(tmp_path: Path, extra: Any) -> None:
+    path = save(tmp_path / "x.pt", {"model": {"x": torch.ones(1)}, "extra": extra})
     with torch.serialization.safe_globals([argparse.Namespace]), pytest.raises(Exception, match="GLOBAL"):
         torch.load(path, weights_only=True)
     with pytest.raises(UserError, match="is rejected: its pickle contains"):
         TorchSource(path)
 
 
-def test_state_dicts_of_which_none_is_the_model_s_are_named(tmp_path: Path) -> None:
-    path = saved(tmp_path / "x.pt", {"student": {"x": torch.ones(1)}, "teacher": {"x": torch.ones(1)}})
+def test_several_unnamed_state_dicts_are_an_error(tmp_path: Path) -> None:
+    path = save(tmp_path / "x.pt", {"student": {"x": torch.ones(1)}, "teacher": {"x": torch.ones(1)}})
     with pytest.raises(UserError, match=r"holds tensors under student, teacher; save the model's state dict alone"):
         TorchSource(path)
     content: dict[str, Any] = {"model": {}}
-    content["model"]["model"] = content  # of itself
+    content["model"]["model"] = content  # recursive
     with pytest.raises(UserError, match="holds no named tensors"):
-        TorchSource(saved(tmp_path / "y.pt", content))
+        TorchSource(save(tmp_path / "y.pt", content))
 
 
 class Evil:
-    """Asks the reader to run a command."""
+    """A pickle that makes the reader run a command."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -141,17 +141,17 @@ class Evil:
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-def test_a_file_with_code_in_it_is_refused_and_the_code_not_run(tmp_path: Path, legacy: bool) -> None:
+def test_a_file_with_code_is_rejected_and_the_code_is_not_run(tmp_path: Path, legacy: bool) -> None:
     trace = tmp_path / "it ran"
-    path = saved(tmp_path / "evil.pth", {"model": {"x": torch.ones(1)}, "extra": Evil(trace)}, legacy=legacy)
+    path = save(tmp_path / "evil.pth", {"model": {"x": torch.ones(1)}, "extra": Evil(trace)}, legacy=legacy)
     with pytest.raises(UserError, match=r"is rejected: its pickle contains \w+\.system, which is not a plain tensor"):
         TorchSource(path)
     assert not trace.exists()
 
 
 @pytest.mark.parametrize("legacy", [False, True])
-def test_a_file_cut_anywhere_is_a_sentence(tmp_path: Path, legacy: bool) -> None:
-    data = saved(tmp_path / "whole.pth", state_dict(), legacy=legacy).read_bytes()
+def test_a_file_truncated_anywhere_is_an_error(tmp_path: Path, legacy: bool) -> None:
+    data = save(tmp_path / "whole.pth", state_dict(), legacy=legacy).read_bytes()
     path = tmp_path / "cut.pth"
     for cut in [*range(1, 40, 7), *range(40, len(data) - 1, len(data) // 25), len(data) - 2]:
         path.write_bytes(data[:cut])
@@ -159,13 +159,13 @@ def test_a_file_cut_anywhere_is_a_sentence(tmp_path: Path, legacy: bool) -> None
             open_source(path)
 
 
-def test_something_without_names_is_a_sentence(tmp_path: Path) -> None:
+def test_a_file_without_named_tensors_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no named tensors"):
-        TorchSource(saved(tmp_path / "x.pth", torch.ones(3)))
+        TorchSource(save(tmp_path / "x.pth", torch.ones(3)))
 
 
 @pytest.mark.parametrize("mmap", [False, True])
-def test_torch_reads_what_we_write(tmp_path: Path, mmap: bool) -> None:
+def test_torch_reads_our_files(tmp_path: Path, mmap: bool) -> None:
     rng = np.random.default_rng(0)
     tensors = {
         "f32": rng.standard_normal((3, 4)).astype(np.float32), "ids": np.arange(5)[None], "scalar": np.array(2.0),

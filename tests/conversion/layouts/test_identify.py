@@ -1,4 +1,4 @@
-"""CLIP, BERT and the release under the names that trainers give them; relatives of BERT refused by name."""
+"""CLIP, BERT and the release under the names that training code gives them; variants of BERT are errors."""
 
 from pathlib import Path
 from typing import Any
@@ -23,54 +23,56 @@ from tests.weights import (
 SMALL: dict[str, Any] = {
     "openai": openai_clip(64, 1), "hugging_face": hugging_face_clip(64, 1), "bert": bert_tensors(64, 1)
 }  # fmt: skip
-HEADED = {f"bert.{name}": value for name, value in SMALL["bert"].items()} | {"classifier.weight": np.zeros((2, 64))}
+WITH_HEAD = {f"bert.{name}": value for name, value in SMALL["bert"].items()} | {"classifier.weight": np.zeros((2, 64))}
 
 
-def prefixed(tensors: Any, prefix: str) -> Any:
+def add_prefix(tensors: Any, prefix: str) -> Any:
     return {f"{prefix}{name}": value for name, value in tensors.items()}
 
 
 @pytest.mark.parametrize("prefix", ["module.", "model.", "state_dict.", "module.model._orig_mod.", "0.auto_model."])
-@pytest.mark.parametrize("layout", [*SMALL, "headed", "official"])
-def test_a_prefix_that_all_names_share_is_no_part_of_them(tmp_path: Path, layout: str, prefix: str) -> None:
+@pytest.mark.parametrize("layout", [*SMALL, "with_head", "official"])
+def test_a_prefix_of_all_names_is_removed(tmp_path: Path, layout: str, prefix: str) -> None:
     if layout == "official":
         tensors = read_tensors(official_file(tmp_path / "x.safetensors", official_config()))
     else:
-        tensors = HEADED if layout == "headed" else SMALL[layout]
+        tensors = WITH_HEAD if layout == "with_head" else SMALL[layout]
     plain = identify(write_checkpoint(tmp_path / "plain.pth", tensors))
-    found = identify(write_checkpoint(tmp_path / "prefixed.pth", prefixed(tensors, prefix)))
-    assert (found.kind, found.layout) == (plain.kind, plain.layout)
-    assert found.tensors.names() == plain.source.names()
-    name = found.tensors.names()[-1]
-    np.testing.assert_array_equal(found.tensors.read(name), plain.source.read(name))
+    detected = identify(write_checkpoint(tmp_path / "prefixed.pth", add_prefix(tensors, prefix)))
+    assert (detected.kind, detected.layout) == (plain.kind, plain.layout)
+    assert detected.tensors.names() == plain.source.names()
+    name = detected.tensors.names()[-1]
+    np.testing.assert_array_equal(detected.tensors.read(name), plain.source.read(name))
 
 
 @pytest.mark.parametrize("prefix", ["", "visual.", "model.visual."])
-def test_a_tower_of_openai_s_may_be_alone(tmp_path: Path, prefix: str) -> None:
+def test_openai_s_vision_tower_may_be_alone(tmp_path: Path, prefix: str) -> None:
     tower = {n.removeprefix("visual."): x for n, x in SMALL["openai"].items() if n.startswith("visual.")}
-    plan = plan_import([write_checkpoint(tmp_path / "x.safetensors", prefixed(tower, prefix))])
+    plan = plan_import([write_checkpoint(tmp_path / "x.safetensors", add_prefix(tower, prefix))])
     assert (plan.title, plan.definition.config.vision_layers) == ("CLIP (OpenAI)", 1)
 
 
-def test_what_fine_tuning_put_on_a_bert_is_ignored_and_named(tmp_path: Path) -> None:
+def test_heads_of_a_fine_tuned_bert_are_ignored_and_listed(tmp_path: Path) -> None:
     heads = ("classifier.weight", "qa_outputs.bias", "score.weight", "crf.transitions", "pooler.dense.weight")
     tensors = SMALL["bert"] | dict.fromkeys(heads, np.zeros((2, 64), np.float32))
-    plan = plan_import([write_checkpoint(tmp_path / "x.safetensors", prefixed(tensors, "bert."))])
+    plan = plan_import([write_checkpoint(tmp_path / "x.safetensors", add_prefix(tensors, "bert."))])
     dispositions = plan.sources[0].dispositions
     assert {dispositions[name][0] for name in heads} == {"ignored"}
     assert dispositions["qa_outputs.bias"][1] == "head of a fine-tuned BERT, which mPLUG-2 does not have"
-    for inside in (
+    for unexpected in (
         "encoder.layer.0.attention.self.distance_embedding.weight",
         "embeddings.x_position_embeddings.weight",
     ):
-        changed = SMALL["bert"] | {inside: np.zeros((3, 64), np.float32)}
-        with pytest.raises(UserError, match=rf"1 unexpected \({inside}\)"):
+        changed = SMALL["bert"] | {unexpected: np.zeros((3, 64), np.float32)}
+        with pytest.raises(UserError, match=rf"1 unexpected \({unexpected}\)"):
             plan_import([write_checkpoint(tmp_path / "y.safetensors", changed)])
 
 
 @pytest.mark.parametrize("family", ["roberta", "model.xlm_roberta", "camembert", "electra", "distilbert", "esm"])
-def test_relatives_of_bert_are_refused_by_their_names(tmp_path: Path, family: str) -> None:
-    path = write_checkpoint(tmp_path / "x.safetensors", prefixed(SMALL["bert"], f"{family}.") | {"cls.x": np.zeros(2)})
+def test_variants_of_bert_are_errors_by_name(tmp_path: Path, family: str) -> None:
+    path = write_checkpoint(
+        tmp_path / "x.safetensors", add_prefix(SMALL["bert"], f"{family}.") | {"cls.x": np.zeros(2)}
+    )
     with pytest.raises(UserError, match=rf"x\.safetensors holds weights of {family.rpartition('.')[2]} \("):
         plan_import([path])
     alone = write_checkpoint(tmp_path / "y.safetensors", bert_tensors(64, 1, types=1))
@@ -78,22 +80,22 @@ def test_relatives_of_bert_are_refused_by_their_names(tmp_path: Path, family: st
         plan_import([alone])
 
 
-def test_one_tensor_under_two_names_is_refused(tmp_path: Path) -> None:
-    twice = SMALL["bert"] | prefixed(SMALL["bert"], "bert.")
+def test_one_tensor_under_two_names_is_an_error(tmp_path: Path) -> None:
+    duplicated = SMALL["bert"] | add_prefix(SMALL["bert"], "bert.")
     with pytest.raises(UserError, match=r"the same tensor as .* and as .*; remove one of them"):
-        identify(write_checkpoint(tmp_path / "x.safetensors", twice))
+        identify(write_checkpoint(tmp_path / "x.safetensors", duplicated))
 
 
 @pytest.mark.parametrize(
     "name",
     ["open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin", "epoch_3.pt"],
 )  # fmt: skip
-def test_a_folder_of_open_clip_s_holds_weights(tmp_path: Path, name: str) -> None:
+def test_open_clip_s_file_names_are_recognized_in_a_folder(tmp_path: Path, name: str) -> None:
     write_checkpoint(tmp_path / name, {"x": np.ones(2, np.float32)})
     assert open_source(tmp_path).names() == ["x"]
 
 
-def test_of_several_files_in_a_folder_the_known_name_counts_or_all_are_named(tmp_path: Path) -> None:
+def test_a_folder_with_several_files_needs_a_known_name(tmp_path: Path) -> None:
     for name in ("epoch_1.pt", "epoch_2.pt"):
         write_checkpoint(tmp_path / name, {name: np.ones(2, np.float32)})
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""The official layout: every tensor is accounted for, nothing is loaded in part, and the way back is exact."""
+"""The official layout: every tensor is mapped or ignored, nothing is loaded in part, and the inverse is exact."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,7 @@ from mplug2_jax.model.config import model_config
 from mplug2_jax.model.mplug2 import define_model
 
 
-def all_of(source: TensorSource) -> MemorySource:
+def read_all(source: TensorSource) -> MemorySource:
     return MemorySource({name: source.read(name) for name in source.names()})
 
 
@@ -38,9 +38,9 @@ def golden(reference: Path):
 
 @pytest.mark.parametrize("size", ["base", "large"])
 @pytest.mark.parametrize("task", ["caption", "videoqa"])
-def test_every_name_and_shape_of_the_release_is_accounted_for(reference: Path, task: str, size: str) -> None:
-    listed = json.loads((reference / f"state_dict_{task}_{size}.json").read_text())
-    shapes = {row["name"]: tuple(row["shape"]) for row in listed}
+def test_every_name_and_shape_of_the_release_is_mapped_or_ignored(reference: Path, task: str, size: str) -> None:
+    rows = json.loads((reference / f"state_dict_{task}_{size}.json").read_text())
+    shapes = {row["name"]: tuple(row["shape"]) for row in rows}
     parts = CAPTION_PARTS if task == "caption" else QUESTION_PARTS
     definition = define_model(model_config(size), parts)
     start = default_fusion_start(definition.config)
@@ -49,25 +49,25 @@ def test_every_name_and_shape_of_the_release_is_accounted_for(reference: Path, t
     assert set(report.rows) == set(shapes)
     assert report.count("tied") == 2
     assert (report.count("unused") > 0) == (task == "videoqa")
-    # Together the tensors in use have exactly as many elements as our model.
+    # The converted tensors have exactly as many elements as our model.
     assert sum(int(np.prod(shapes[name])) for name in mappings) == definition.num_params()
 
 
-def test_the_way_back_gives_every_tensor_to_the_bit(golden) -> None:
+def test_the_inverse_is_equal_to_the_bit(golden) -> None:
     for name, ours in to_official(golden.params, golden.mappings, golden.source):
         np.testing.assert_array_equal(ours, golden.source.read(name), err_msg=name)
 
 
-def test_the_teacher_is_another_set_of_the_same_tensors(golden) -> None:
-    back = dict(to_official(golden.teacher, golden.mappings, golden.source))
+def test_the_teacher_has_its_own_values_of_the_same_tensors(golden) -> None:
+    tensors = dict(to_official(golden.teacher, golden.mappings, golden.source))
     for name in ("text_encoder.embeddings.word_embeddings.weight", "visn_emb_norm.bias"):
-        np.testing.assert_array_equal(back[name], golden.source.read(teacher_name(name)))
+        np.testing.assert_array_equal(tensors[name], golden.source.read(teacher_name(name)))
         assert student_name(teacher_name(name)) == name
-        assert not np.array_equal(back[name], golden.source.read(name))
+        assert not np.array_equal(tensors[name], golden.source.read(name))
 
 
 def test_missing_and_unexpected_tensors_are_listed_together(golden) -> None:
-    source = all_of(golden.source)
+    source = read_all(golden.source)
     del source.tensors["visn_fc.weight"]
     source.tensors["text_encoder.pooler.dense.weight"] = np.zeros(3, np.float32)
     with pytest.raises(UserError) as error:
@@ -77,14 +77,14 @@ def test_missing_and_unexpected_tensors_are_listed_together(golden) -> None:
     assert "nothing was loaded" in str(error.value)
 
 
-def test_a_tensor_of_another_size_is_named_with_both_shapes(golden) -> None:
-    source = all_of(golden.source)
+def test_a_misshapen_tensor_is_named_with_both_shapes(golden) -> None:
+    source = read_all(golden.source)
     source.tensors["visn_fc.weight"] = np.zeros((48, 32), np.float32)
     with pytest.raises(UserError, match=r"visn_fc.weight \[48, 32\] does not fit vision_projection/dense/kernel"):
         load_official(source, golden.definition, golden.fusion_start)
 
 
-def test_every_place_of_our_model_is_filled_once(golden) -> None:
+def test_every_parameter_is_filled_once(golden) -> None:
     import jax
 
     filled = [
@@ -100,17 +100,15 @@ def test_every_place_of_our_model_is_filled_once(golden) -> None:
 
 @pytest.mark.parametrize("size", ["base", "large"])
 @pytest.mark.parametrize("task", ["caption", "videoqa"])
-def test_a_whole_state_dict_is_the_release_s_in_names_shapes_types_and_order(
-    reference: Path, task: str, size: str
-) -> None:
-    listed = json.loads((reference / f"state_dict_{task}_{size}.json").read_text())
+def test_a_state_dict_has_the_release_s_names_shapes_dtypes_and_order(reference: Path, task: str, size: str) -> None:
+    rows = json.loads((reference / f"state_dict_{task}_{size}.json").read_text())
     config = model_config(size)
     state = official_state(config, default_fusion_start(config), teacher=task == "videoqa")
     ours = [{"name": n, "shape": list(info.shape), "dtype": info.dtype.name} for n, info in state.items()]
-    assert ours == [{key: row[key] for key in ("name", "shape", "dtype")} for row in listed]
+    assert ours == [{key: row[key] for key in ("name", "shape", "dtype")} for row in rows]
 
 
-def test_names_of_pretraining_and_of_wrappers_are_those_of_the_models() -> None:
+def test_names_of_pretraining_and_of_wrappers_become_canonical() -> None:
     stored = [
         "module.text_encoder.bert.embeddings.word_embeddings.weight", "module.fusion_encoder.fusion.encoder.layer.0.x",
         "module.fusion_encoder.bert.embeddings.x", "module.text_decoder.bert.encoder.layer.0.x",
@@ -127,7 +125,7 @@ def test_names_of_pretraining_and_of_wrappers_are_those_of_the_models() -> None:
         canonical_names(["fusion_encoder.bert.x", "fusion_encoder.fusion.x"])
 
 
-def test_what_nothing_reads_is_filled_as_the_release_initialises_it() -> None:
+def test_ignored_tensors_are_initialized_as_in_the_release() -> None:
     config = model_config("base")
     state = official_state(config, default_fusion_start(config), teacher=True)
 
@@ -139,7 +137,7 @@ def test_what_nothing_reads_is_filled_as_the_release_initialises_it() -> None:
     assert (init("visual_encoder.ln_final.weight") == 1).all()
     assert (init("fusion_encoder.encoder.layer.0.output.dense.bias") == 0).all()
     assert init("visual_encoder.logit_scale") == np.float32(np.log(1 / 0.07))
-    deviations = {
+    stds = {
         "text_decoder.bert.encoder.layer.10.latents": 1.0,
         "text_encoder.encoder.layer.10.intermediate_vision.dense.weight": 0.02,
         "visual_encoder.visual.proj": 768**-0.5,
@@ -148,8 +146,8 @@ def test_what_nothing_reads_is_filled_as_the_release_initialises_it() -> None:
         "visual_encoder.transformer.resblocks.3.mlp.c_fc.weight": 1024**-0.5,
         "visual_encoder.transformer.resblocks.3.mlp.c_proj.weight": 512**-0.5 * 24**-0.5,
     }
-    for name, deviation in deviations.items():
-        assert init(name).std() == pytest.approx(deviation, rel=0.05), name
+    for name, std in stds.items():
+        assert init(name).std() == pytest.approx(std, rel=0.05), name
     # The release copies its teacher from the student.
     name = "visual_encoder.text_projection"
     np.testing.assert_array_equal(init(name), init(teacher_name(name)))

@@ -1,4 +1,4 @@
-"""Settings beside a CLIP or a BERT decide what shapes do not tell, or are refused; the rest is assumed in words."""
+"""Settings next to a CLIP or a BERT set what shapes do not determine, or are errors; assumptions are reported."""
 
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ TOWER: dict[str, Any] = {"hidden_size": 128, "num_attention_heads": 4, "hidden_a
 OPEN_CLIP: dict[str, Any] = {"width": 128, "head_width": 32, "layers": 2, "patch_size": 8}
 
 
-def planned(folder: Path, tensors: Any, settings: Any, name: str = "model.safetensors") -> ImportPlan:
+def make_plan(folder: Path, tensors: Any, settings: Any, name: str = "model.safetensors") -> ImportPlan:
     write_checkpoint(folder / name, tensors, settings)
     return plan_import([folder])
 
@@ -25,34 +25,34 @@ def planned(folder: Path, tensors: Any, settings: Any, name: str = "model.safete
     ("settings", "heads"),
     [
         ({"config.json": BERT}, 4),
-        ({"bert_config.json": BERT}, 4),  # of Google's archives
+        ({"bert_config.json": BERT}, 4),  # in Google's archives
         ({"config.json": BERT | {"hidden_act": "gelu_python", "layer_norm_eps": 1e-12}}, 4),
         ({"config.json": {"vision_config": TOWER}, "bert_config.json": BERT}, 4),  # the first is a tower's
         ({"config.json": {"learning_rate": 1.0}}, 2),  # of something else
         ({}, 2),
     ],
 )
-def test_a_bert_has_the_heads_that_its_settings_say(tmp_path: Path, settings: Any, heads: int) -> None:
-    plan = planned(tmp_path, bert_tensors(), settings)
+def test_a_bert_has_the_heads_in_its_settings(tmp_path: Path, settings: Any, heads: int) -> None:
+    plan = make_plan(tmp_path, bert_tensors(), settings)
     assert plan.definition.config.heads == heads
     assert bool(plan.notes) == (heads == 2)
 
 
-def test_what_a_bert_s_settings_leave_out_is_the_library_s_and_said(tmp_path: Path) -> None:
-    plan = planned(tmp_path, bert_tensors(384), {"config.json": {"model_type": "bert", "num_attention_heads": None}})
+def test_absent_settings_of_a_bert_are_the_library_s_defaults_and_reported(tmp_path: Path) -> None:
+    plan = make_plan(tmp_path, bert_tensors(384), {"config.json": {"model_type": "bert", "num_attention_heads": None}})
     assert plan.definition.config.heads == 12
     assert plan.notes[0] == "num_attention_heads=12: not in config.json, the library's default"
 
 
-def test_of_a_bert_whose_words_have_case_it_is_said(tmp_path: Path) -> None:
-    plan = planned(tmp_path, bert_tensors(), {"config.json": BERT, "tokenizer_config.json": {"do_lower_case": False}})
+def test_a_cased_bert_is_reported(tmp_path: Path) -> None:
+    plan = make_plan(tmp_path, bert_tensors(), {"config.json": BERT, "tokenizer_config.json": {"do_lower_case": False}})
     assert [note.partition(":")[0] for note in plan.notes] == [
         "tokenizer_config.json has do_lower_case=false, but our word pieces are lower case"
     ]
 
 
 @pytest.mark.parametrize(
-    ("changed", "said"),
+    ("changed", "message"),
     [
         ({"hidden_act": "relu"}, "hidden_act='relu' is not supported, expected 'gelu'"),
         ({"hidden_act": "gelu_new"}, "hidden_act='gelu_new' is not"),
@@ -66,10 +66,10 @@ def test_of_a_bert_whose_words_have_case_it_is_said(tmp_path: Path) -> None:
         ({"num_hidden_layers": 12}, "num_hidden_layers=12, but the weights have 2"),
     ],
 )
-def test_a_bert_that_we_do_not_compute_is_refused_by_the_field(tmp_path: Path, changed: Any, said: str) -> None:
+def test_unsupported_settings_of_a_bert_are_errors_with_the_field(tmp_path: Path, changed: Any, message: str) -> None:
     with pytest.raises(UserError) as error:
-        planned(tmp_path, bert_tensors(), {"config.json": BERT | changed})
-    assert str(error.value).startswith(f"{tmp_path / 'config.json'}: {said}")
+        make_plan(tmp_path, bert_tensors(), {"config.json": BERT | changed})
+    assert str(error.value).startswith(f"{tmp_path / 'config.json'}: {message}")
 
 
 @pytest.mark.parametrize(
@@ -90,18 +90,18 @@ def test_a_bert_that_we_do_not_compute_is_refused_by_the_field(tmp_path: Path, c
         (True, {}, 2, "quick_gelu"),
     ],
 )  # fmt: skip
-def test_a_tower_has_the_heads_and_the_activation_that_its_settings_say(
+def test_a_tower_has_the_heads_and_the_activation_in_its_settings(
     tmp_path: Path, openai: bool, settings: Any, heads: int, activation: str
 ) -> None:
-    plan = planned(tmp_path, openai_clip() if openai else hugging_face_clip(), settings)
+    plan = make_plan(tmp_path, openai_clip() if openai else hugging_face_clip(), settings)
     config = plan.definition.config
     assert (config.vision_heads, config.vision_activation) == (heads, activation)
-    assumed = [note for note in plan.notes if "next to" in note]
-    assert bool(assumed) == (not settings or ("config.json" in settings and settings["config.json"] is BERT))
+    assumptions = [note for note in plan.notes if "next to" in note]
+    assert bool(assumptions) == (not settings or ("config.json" in settings and settings["config.json"] is BERT))
 
 
 @pytest.mark.parametrize(
-    ("name", "settings", "said"),
+    ("name", "settings", "message"),
     [
         ("config.json", {"vision_config": TOWER | {"hidden_act": "relu"}}, "hidden_act='relu' is not"),
         ("config.json", {"vision_config": TOWER | {"layer_norm_eps": 1e-6}}, "layer_norm_eps=1e-06 is not"),
@@ -113,22 +113,22 @@ def test_a_tower_has_the_heads_and_the_activation_that_its_settings_say(
         ("open_clip_config.json", {"vision_cfg": {}}, "hidden_size=768, but the weights have 128"),
     ],
 )
-def test_a_tower_that_we_do_not_compute_is_refused_by_the_field(
-    tmp_path: Path, name: str, settings: Any, said: str
+def test_unsupported_settings_of_a_tower_are_errors_with_the_field(
+    tmp_path: Path, name: str, settings: Any, message: str
 ) -> None:
     with pytest.raises(UserError) as error:
-        planned(tmp_path, openai_clip(), {name: settings})
-    assert str(error.value).startswith(f"{tmp_path / name}: {said}")
+        make_plan(tmp_path, openai_clip(), {name: settings})
+    assert str(error.value).startswith(f"{tmp_path / name}: {message}")
 
 
-def test_without_settings_heads_are_the_usual_ones_or_refused(tmp_path: Path) -> None:
-    huge = planned(tmp_path / "huge", openai_clip(1280, 1), {})
+def test_without_settings_head_widths_are_the_usual_ones_or_an_error(tmp_path: Path) -> None:
+    huge = make_plan(tmp_path / "huge", openai_clip(1280, 1), {})
     assert huge.definition.config.vision_heads == 16  # of 80 columns, as all ViT-H/14
     with pytest.raises(UserError, match=r"the width 100 is not a multiple of the head width 64; put the config\.json"):
-        planned(tmp_path / "narrow", bert_tensors(100), {})
+        make_plan(tmp_path / "narrow", bert_tensors(100), {})
 
 
-def test_settings_that_are_damaged_are_a_sentence(tmp_path: Path) -> None:
+def test_damaged_settings_are_an_error(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "model.safetensors", bert_tensors())
     for content in ("{", "[" * 100_000):
         (tmp_path / "config.json").write_text(content)
@@ -136,10 +136,10 @@ def test_settings_that_are_damaged_are_a_sentence(tmp_path: Path) -> None:
             plan_import([tmp_path])
 
 
-def test_the_report_says_what_was_assumed_and_the_model_keeps_what_was_told(tmp_path: Path) -> None:
+def test_the_report_lists_assumptions(tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path / "ViT.pt", openai_clip(64, 1))
     report = run_import(plan_import([path]), tmp_path / "ours")
-    said = "head width 64, QuickGELU: assumed without config.json or open_clip_config.json next to ViT.pt"
-    assert f"note: {said}" in report.summary()
-    assert read_report(tmp_path / "ours").notes == [said]
-    assert said in (tmp_path / "ours" / "conversion-report.html").read_text()
+    message = "head width 64, QuickGELU: assumed without config.json or open_clip_config.json next to ViT.pt"
+    assert f"note: {message}" in report.summary()
+    assert read_report(tmp_path / "ours").notes == [message]
+    assert message in (tmp_path / "ours" / "conversion-report.html").read_text()

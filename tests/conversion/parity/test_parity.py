@@ -1,4 +1,4 @@
-"""The parity command: whole golden folders pass, and folders that differ anywhere fail."""
+"""The parity command: whole golden folders pass, and any difference fails."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ from mplug2_jax.conversion.parity.comparison import compare
 
 @pytest.fixture
 def copy(reference: Path, tmp_path: Path) -> Path:
-    """A golden folder that may be changed: the smallest."""
+    """Copy the smallest golden folder."""
     folder = tmp_path / "golden"
     shutil.copytree(reference / "goldens" / "v1_itc_itm", folder, copy_function=shutil.copyfile)
     folder.chmod(0o755)
@@ -42,7 +42,7 @@ def test_a_whole_folder_passes(reference: Path, tmp_path: Path, folder: str, lea
 
 
 @pytest.mark.parametrize("size", [1e-4, 1.0, 31.0, 1e5])
-def test_an_error_is_measured_by_the_largest_number_of_its_array(size: float) -> None:
+def test_errors_are_relative_to_the_largest_magnitude_of_an_array(size: float) -> None:
     theirs = size * np.linspace(-1, 1, 5)
 
     def passes(error: float) -> bool:
@@ -52,12 +52,12 @@ def test_an_error_is_measured_by_the_largest_number_of_its_array(size: float) ->
 
 
 @pytest.mark.parametrize(("theirs", "near"), [([0.0, 0.0], [0.0, 1e-30]), ([100_000, 200_000], [100_000, 200_001])])
-def test_zeros_and_whole_numbers_are_met_exactly(theirs: list[float], near: list[float]) -> None:
+def test_zeros_and_integers_are_compared_exactly(theirs: list[float], near: list[float]) -> None:
     assert compare("model", "array", np.asarray(theirs), np.asarray(theirs)).passed
     assert not compare("model", "array", np.asarray(near), np.asarray(theirs)).passed
 
 
-def test_a_number_that_differs_fails(copy: Path, capsys) -> None:
+def test_a_different_number_fails(copy: Path, capsys) -> None:
     data = dict(np.load(copy / "data.npz"))
     data["image_feat"] = data["image_feat"] + 1e-4
     np.savez(copy / "data.npz", **data)
@@ -82,9 +82,9 @@ def test_a_changed_weight_fails(copy: Path, capsys) -> None:
     assert "loss_itm" in next(line for line in capsys.readouterr().out.splitlines() if "FAIL" in line)
 
 
-def test_a_report_is_never_written_over_a_file(copy: Path, tmp_path: Path, capsys) -> None:
-    mine = tmp_path / "mine.json"
-    mine.write_text("precious")
-    assert main(["convert", "parity", str(copy), "--json", str(mine)]) == 2
+def test_a_json_file_is_never_overwritten(copy: Path, tmp_path: Path, capsys) -> None:
+    existing = tmp_path / "existing.json"
+    existing.write_text("precious")
+    assert main(["convert", "parity", str(copy), "--json", str(existing)]) == 2
     assert "choose a new file" in capsys.readouterr().err
-    assert mine.read_text() == "precious"
+    assert existing.read_text() == "precious"

@@ -7,10 +7,10 @@ import pytest
 
 try:
     import torch
-except ModuleNotFoundError:  # the extra 'dev' brings it on Python 3.11 alone
+except ModuleNotFoundError:  # the extra 'dev' installs it only on Python 3.11
     collect_ignore_glob = ["test_*.py"]
 else:
-    torch.set_num_threads(1)  # operations are tiny here: more threads only wait for each other
+    torch.set_num_threads(1)  # operations are tiny: more threads are slower
 
 if TYPE_CHECKING:
     from mplug2_jax.conversion.torch_runtime import Config
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture(autouse=True)
 def seeded() -> Iterator[None]:
-    """Random weights are the same in every run."""
+    """Seed the random weights."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         yield
@@ -27,23 +27,23 @@ def seeded() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def small() -> "Callable[..., Config]":
-    """Sizes of a model with two of everything, with any size replaced."""
+    """Return a function that makes a small config, with overrides."""
     from mplug2_jax.conversion.torch_runtime import Config
 
-    def make(**changed: Any) -> Config:
+    def make(**overrides: Any) -> Config:
         sizes: dict[str, Any] = {
             "vision_width": 32, "vision_layers": 2, "vision_heads": 2, "patch_size": 8, "image_size": 16, "width": 24,
             "heads": 2, "mlp_width": 48, "text_layers": 2, "num_latents": 5, "fusion_start": 1, "fusion_layers": 2,
             "decoder_layers": 2, "vocab_size": 40, "max_positions": 12,
         }  # fmt: skip
-        return Config(**(sizes | changed))
+        return Config(**(sizes | overrides))
 
     return make
 
 
 @pytest.fixture(scope="session")
 def lively() -> "Callable[[Mplug2], Mplug2]":
-    """Gives a model weights under which everything matters: predictions far from uniform, temporal units not zero."""
+    """Return a function that draws weights with a visible effect: no uniform predictions, no zero temporal units."""
 
     def fill(model: "Mplug2") -> "Mplug2":
         with torch.no_grad():

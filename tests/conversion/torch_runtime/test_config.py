@@ -1,4 +1,4 @@
-"""Sizes: read strictly, and refused in a sentence when they do not fit."""
+"""Sizes are read strictly, and clear errors if they do not fit."""
 
 import dataclasses
 import json
@@ -11,22 +11,25 @@ from mplug2_jax.model.config import SpecialTokens, model_config
 
 
 @pytest.mark.parametrize("size", ["base", "large"])
-def test_the_tables_are_those_of_our_model(size):
+def test_the_size_table_is_that_of_our_model(size):
     ours = dataclasses.asdict(model_config(size))
-    theirs = dataclasses.asdict(SIZES[size])
-    assert theirs.pop("fusion_start") == ours["text_layers"] + ours["universal_layers"] - ours["fusion_layers"]
-    assert (theirs.pop("bos_token_id"), theirs.pop("eos_token_id")) == (SpecialTokens.begin, SpecialTokens.end)
-    assert theirs == {name: ours[name] for name in theirs}
+    runtime_sizes = dataclasses.asdict(SIZES[size])
+    assert runtime_sizes.pop("fusion_start") == ours["text_layers"] + ours["universal_layers"] - ours["fusion_layers"]
+    assert (runtime_sizes.pop("bos_token_id"), runtime_sizes.pop("eos_token_id")) == (
+        SpecialTokens.begin,
+        SpecialTokens.end,
+    )
+    assert runtime_sizes == {name: ours[name] for name in runtime_sizes}
 
 
-def test_a_file_gives_back_the_sizes(tmp_path, small):
+def test_a_file_round_trip_keeps_the_sizes(tmp_path, small):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(dataclasses.asdict(small(fusion_stride=1))))
     assert read_config(path) == small(fusion_stride=1)
 
 
 @pytest.mark.parametrize(
-    ("changed", "said"),
+    ("changed", "message"),
     [
         ({"width": 25}, "width=25 is not a multiple of heads=2"),
         ({"vision_width": 0}, "vision_width=0 must be an integer of at least 1"),
@@ -41,16 +44,16 @@ def test_a_file_gives_back_the_sizes(tmp_path, small):
         ({"image_size": 20}, "image_size=20 is not a multiple of patch_size=8"),
     ],
 )
-def test_sizes_that_do_not_fit_are_refused(small, tmp_path, changed, said):
+def test_invalid_sizes_are_errors(small, tmp_path, changed, message):
     path = tmp_path / "config.json"
     path.write_text(json.dumps(dataclasses.asdict(small()) | changed))
     with pytest.raises(UserError) as error:
         read_config(path)
-    assert str(error.value) == f"{path}: {said}"
+    assert str(error.value) == f"{path}: {message}"
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("{", "is not valid JSON"),
         ("[" * 100_000, "is not valid JSON"),
@@ -59,10 +62,10 @@ def test_sizes_that_do_not_fit_are_refused(small, tmp_path, changed, said):
         ('{"width": 48}', "lacks vision_width, vision_layers,"),
     ],
 )
-def test_files_that_hold_no_sizes_are_refused(tmp_path, text, said):
+def test_files_without_sizes_are_errors(tmp_path, text, message):
     path = tmp_path / "config.json"
     path.write_text(text)
-    with pytest.raises(UserError, match=said) as error:
+    with pytest.raises(UserError, match=message) as error:
         read_config(path)
     assert str(path) in str(error.value)
 
@@ -72,7 +75,7 @@ def test_sizes_are_checked_without_a_file_too(small):
         small(vision_width=33)
 
 
-def test_layers_that_mix_are_every_stride_th_but_the_first(small):
+def test_joint_attention_layers_are_every_stride_th_but_the_first(small):
     assert small(fusion_layers=7, fusion_stride=3).joint_attention_layers == (3, 6)
     assert small(fusion_layers=3, fusion_stride=1).joint_attention_layers == (1, 2)
     assert small(fusion_layers=3).joint_attention_layers == ()

@@ -1,4 +1,4 @@
-"""Checkpoints: strictly loaded, every dropped tensor explained, files hostile until proved otherwise."""
+"""Checkpoints are loaded strictly, every dropped tensor is explained, and files are not trusted."""
 
 import argparse
 import dataclasses
@@ -18,9 +18,9 @@ from mplug2_jax.errors import UserError
 WORDS, HEAD = "text_decoder.bert.embeddings.word_embeddings.weight", "text_decoder.cls.predictions.decoder.weight"
 
 
-def official(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """A state dict as the release has it: tied tensors twice, buffers, dead weights."""
-    dead = {
+def official_state_dict(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return a state dict like the release's: tied tensors twice, buffers, ignored weights."""
+    ignored = {
         "text_decoder.bert.embeddings.position_ids": torch.arange(12)[None],
         "visual_encoder.visual.proj": torch.zeros(32, 8),
         "visual_encoder.token_embedding.weight": torch.zeros(9, 8),
@@ -28,7 +28,7 @@ def official(model: torch.nn.Module) -> dict[str, torch.Tensor]:
         "text_decoder.bert.encoder.layer.0.latents": torch.zeros(5, 24),
         "fusion_encoder.encoder.layer.0.output.dense.bias": torch.zeros(24),
     }
-    return {name: value.clone() for name, value in model.state_dict().items()} | dead
+    return {name: value.clone() for name, value in model.state_dict().items()} | ignored
 
 
 @pytest.fixture
@@ -38,19 +38,19 @@ def model(small) -> VideoQA:
 
 @pytest.fixture
 def state(model) -> dict[str, torch.Tensor]:
-    return official(model)
+    return official_state_dict(model)
 
 
-def refused(model: VideoQA, state: dict[str, torch.Tensor], **how: bool) -> str:
+def load_error(model: VideoQA, state: dict[str, torch.Tensor], **options: bool) -> str:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(UserError) as error:
-        model.load_official(state, where="x.pth", **how)
+        model.load_official(state, where="x.pth", **options)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     return str(error.value)
 
 
 @pytest.mark.filterwarnings("ignore:.*copying from a non-meta parameter")
-# Parameters that the loss reaches, from the release's facts.
+# Numbers of parameters that the release's loss reaches.
 @pytest.mark.parametrize(
     ("kind", "task", "size", "parameters"),
     [
@@ -60,7 +60,9 @@ def refused(model: VideoQA, state: dict[str, torch.Tensor], **how: bool) -> str:
         (VideoQA, "videoqa", "large", 1_031_533_370),
     ],
 )
-def test_every_name_and_shape_of_the_release_is_accounted_for(reference: Path, kind, task, size, parameters) -> None:
+def test_every_name_and_shape_of_the_release_is_loaded_or_dropped(
+    reference: Path, kind, task, size, parameters
+) -> None:
     listed = json.loads((reference / f"state_dict_{task}_{size}.json").read_text())
     zero = {"float32": torch.zeros(()), "int64": torch.zeros((), dtype=torch.long)}
     tensors = {row["name"]: zero[row["dtype"]].expand(row["shape"]) for row in listed}
@@ -72,19 +74,19 @@ def test_every_name_and_shape_of_the_release_is_accounted_for(reference: Path, k
     assert sum(math.prod(p.shape) for p in model.parameters()) == parameters
 
 
-def test_what_is_dropped_is_listed_with_its_reason(model, state) -> None:
+def test_dropped_tensors_are_listed_with_reasons(model, state) -> None:
     model.load_official(state)
     assert len(model.dropped) == 6
     assert model.dropped["visual_encoder.visual.proj"] == "CLIP's projection, never called"
     assert model.dropped["fusion_encoder.encoder.layer.0.output.dense.bias"] == "fusion layer below the first in use"
 
 
-def test_missing_unexpected_and_misshapen_tensors_are_one_sentence(model, state) -> None:
+def test_missing_unexpected_and_misshapen_tensors_are_one_error(model, state) -> None:
     del state["visn_fc.weight"], state["visn_fc.bias"]
     state["text_encoder.pooler.dense.weight"] = torch.zeros(3)
     state["visn_emb_norm.weight"] = torch.zeros(25)
     state["visn_emb_norm.bias"] = torch.zeros(24, dtype=torch.long)
-    assert refused(model, state) == (
+    assert load_error(model, state) == (
         "x.pth does not match the model: 2 missing (visn_fc.weight, visn_fc.bias), 1 unexpected "
         "(text_encoder.pooler.dense.weight), 2 of another shape or dtype (visn_emb_norm.weight float32 [25] instead of "
         "[24], visn_emb_norm.bias int64 [24] instead of [24]); nothing was loaded. Check the sizes"
@@ -112,37 +114,37 @@ def test_tied_tensors_are_one_parameter_under_either_name(small, state) -> None:
         assert HEAD not in dict(model.named_parameters())
 
 
-def test_tied_tensors_that_differ_are_refused(model, state) -> None:
+def test_tied_tensors_that_differ_are_an_error(model, state) -> None:
     state[HEAD] = state[HEAD] + 1
-    assert refused(model, state) == f"x.pth: {HEAD} differs from {WORDS}, but the model has one parameter for both"
+    assert load_error(model, state) == f"x.pth: {HEAD} differs from {WORDS}, but the model has one parameter for both"
 
 
-def test_the_teacher_s_copy_is_loaded_when_asked_for(small, state) -> None:
+def test_the_teacher_s_copy_can_be_loaded(small, state) -> None:
     teacher = {}
     for name, value in VideoQA(small()).state_dict().items():
-        module, rest = name.split(".", 1)
-        teacher[f"{module}_m.{rest}"] = value
-    for asked, expected, other in ((False, state, "the teacher's copy"), (True, teacher, "the student's copy")):
+        module, suffix = name.split(".", 1)
+        teacher[f"{module}_m.{suffix}"] = value
+    for use_teacher, expected, reason in ((False, state, "the teacher's copy"), (True, teacher, "the student's copy")):
         model = VideoQA(small())
-        model.load_official(state | teacher, teacher=asked)
-        name = "visn_emb_norm_m.weight" if asked else "visn_emb_norm.weight"
+        model.load_official(state | teacher, teacher=use_teacher)
+        name = "visn_emb_norm_m.weight" if use_teacher else "visn_emb_norm.weight"
         assert torch.equal(model.visn_emb_norm.weight, expected[name])
-        assert list(model.dropped.values()).count(other) == len(model.state_dict())
+        assert list(model.dropped.values()).count(reason) == len(model.state_dict())
 
 
-def test_a_teacher_that_is_not_there_is_missed_by_its_name(model, state) -> None:
-    assert "missing (visual_encoder_m.visual.class_embedding, " in refused(model, state, teacher=True)
+def test_a_missing_teacher_is_an_error_with_its_names(model, state) -> None:
+    assert "missing (visual_encoder_m.visual.class_embedding, " in load_error(model, state, teacher=True)
 
 
 @pytest.mark.parametrize("top", [None, "model", "model_state_dict"])
 @pytest.mark.parametrize("prefix", ["", "module._orig_mod."])
 @pytest.mark.parametrize("zipped", [True, False])
-def test_checkpoints_of_torch_are_read_in_all_their_forms(tmp_path, small, state, top, prefix, zipped) -> None:
+def test_all_forms_of_torch_checkpoints_are_read(tmp_path, small, state, top, prefix, zipped) -> None:
     named = {prefix + name: value for name, value in state.items()}
     path = tmp_path / "checkpoint.pth"
-    beside = {"epoch": 3, "args": argparse.Namespace(lr=1e-5), "seen": {"x"}, "dtype": torch.float16}
-    whole = named if top is None else {top: named, **beside}
-    torch.save(whole, path, _use_new_zipfile_serialization=zipped)
+    extra = {"epoch": 3, "args": argparse.Namespace(lr=1e-5), "seen": {"x"}, "dtype": torch.float16}
+    content = named if top is None else {top: named, **extra}
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
     loaded = VideoQA.from_pretrained(path, small())
     assert not loaded.training
     assert torch.equal(loaded.visn_fc.weight, state["visn_fc.weight"])
@@ -166,7 +168,7 @@ def test_a_folder_holds_sizes_and_one_file_of_weights(tmp_path, small, state) ->
 
 
 class Harmful:
-    """What a malicious checkpoint holds."""
+    """Content of a malicious checkpoint."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -183,24 +185,24 @@ def test_code_in_a_checkpoint_is_never_run(tmp_path) -> None:
     assert not harm.exists()
 
 
-@pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 0.98])
+@pytest.mark.parametrize("fraction", [0.0, 0.02, 0.5, 0.98])
 @pytest.mark.parametrize("name", ["weights.safetensors", "weights.pth"])
-def test_truncated_files_are_refused(tmp_path, state, name, share) -> None:
+def test_truncated_files_are_errors(tmp_path, state, name, fraction) -> None:
     path = tmp_path / name
     save = torch.save if path.suffix == ".pth" else save_file
     save(state, path)
-    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    path.write_bytes(path.read_bytes()[: int(fraction * path.stat().st_size)])
     with pytest.raises(UserError, match=name):
         read_weights(path)
 
 
 @pytest.mark.parametrize("value", [3, [1, 2], {"model": 3}, {"epoch": 3, "x": torch.zeros(1)}])
-def test_files_without_a_state_dict_are_refused(tmp_path, value) -> None:
+def test_files_without_a_state_dict_are_errors(tmp_path, value) -> None:
     torch.save(value, tmp_path / "odd.pth")
     with pytest.raises(UserError, match=r"odd\.pth holds no state dict: expected named tensors"):
         read_weights(tmp_path / "odd.pth")
 
 
-def test_a_file_that_is_not_there_is_named(tmp_path, small) -> None:
+def test_a_missing_file_is_named(tmp_path, small) -> None:
     with pytest.raises(UserError, match=r"weights file .*none\.pth does not exist"):
         VideoQA.from_pretrained(tmp_path / "none.pth", small())

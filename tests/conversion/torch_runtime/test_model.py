@@ -1,4 +1,4 @@
-"""The two models: the same as ours at sizes that no golden has, and what training needs of them."""
+"""The two models equal ours at sizes that no golden has, and can be trained."""
 
 import dataclasses
 
@@ -33,15 +33,15 @@ QUESTION = torch.tensor([[1, 7, 9, 4], [1, 5, 0, 0]])
 TARGET = torch.tensor([[1, 8, 2, 0], [1, 30, 31, 2]])
 
 
-def clips(frames: int = 2, side: int = 16, batch: int = 2) -> torch.Tensor:
+def random_frames(frames: int = 2, side: int = 16, batch: int = 2) -> torch.Tensor:
     return torch.randn(batch, 3, frames, side, side)
 
 
-def asked(frames: int = 2) -> tuple[torch.Tensor, ...]:
-    return clips(frames), QUESTION, QUESTION != 0
+def question_batch(frames: int = 2) -> tuple[torch.Tensor, ...]:
+    return random_frames(frames), QUESTION, QUESTION != 0
 
 
-# What no golden has: three universal layers or one, fusion that reads after it has mixed, frames taken by threes.
+# No golden has these: three universal layers or one, cross attention after joint attention, tubelets of 3 frames.
 @pytest.mark.parametrize(
     "changed",
     [
@@ -49,10 +49,10 @@ def asked(frames: int = 2) -> tuple[torch.Tensor, ...]:
         {"universal_layers": 1, "text_layers": 0, "fusion_layers": 4, "fusion_stride": 2, "width": 32},
     ],
 )
-def test_every_intermediate_is_ours_under_the_same_name(small, lively, changed) -> None:
+def test_every_intermediate_equals_ours_under_the_same_name(small, lively, changed) -> None:
     config = small(**changed)
     model, taps = lively(VideoQA(config)), Taps()
-    frames = clips(frames=5, side=24)  # a larger grid than the table's
+    frames = random_frames(frames=5, side=24)  # a larger grid than the table's
     with torch.no_grad():
         logits = model.answer_logits(frames, QUESTION, QUESTION != 0, TARGET, taps=taps)
 
@@ -81,29 +81,29 @@ def test_every_intermediate_is_ours_under_the_same_name(small, lively, changed) 
     assert_close(logits, expected_logits, CHAIN)
 
 
-def test_only_the_taps_that_are_asked_for_are_kept(small) -> None:
+def test_only_requested_taps_are_kept(small) -> None:
     model = Caption(small()).eval()
-    frames, weights, taps = clips(), torch.ones(TARGET.shape), Taps(["vision/block", "visual/out"])
+    frames, weights, taps = random_frames(), torch.ones(TARGET.shape), Taps(["vision/block", "visual/out"])
     loss = model(frames, TARGET, weights, taps=taps)
     assert {name: tuple(value.shape) for name, value in taps.items()} == {
         "vision/block": (2, 4, 5, 32), "visual/out": (2, 9, 24)
     }  # fmt: skip
     assert torch.equal(loss, model(frames, TARGET, weights))
-    model(clips(frames=1), TARGET, weights, taps=taps)  # a second pass takes the place of the first
+    model(random_frames(frames=1), TARGET, weights, taps=taps)  # a second pass overwrites the first
     assert taps["vision/block"].shape == (2, 2, 5, 32)
 
 
 @pytest.mark.parametrize(("frames", "side"), [(1, 16), (1, 24), (2, 8), (3, 16), (7, 32)])
 def test_any_number_of_frames_and_any_square_size(small, frames, side) -> None:
     model = Caption(small(max_positions=20, vocab_size=110)).eval()
-    assert model.encode_visual(clips(frames, side)).shape == (2, 1 + frames * (side // 8) ** 2, 24)
-    found = model.generate(clips(frames, side))
+    assert model.encode_visual(random_frames(frames, side)).shape == (2, 1 + frames * (side // 8) ** 2, 24)
+    found = model.generate(random_frames(frames, side))
     assert found.ids.shape == (2, 5, 21)  # the release's limits
     assert (found.lengths >= 6).all()  # with the begin and the end token
 
 
 @pytest.mark.parametrize("shape", [(16, 24), (20, 20), (4, 4)])
-def test_frames_of_another_shape_are_refused(small, shape) -> None:
+def test_frames_of_another_shape_are_an_error(small, shape) -> None:
     frames = torch.zeros(1, 3, 1, *shape)
     with pytest.raises(
         UserError, match=rf"frames are {shape[0]}x{shape[1]} pixels, expected squares .* a multiple of patch_size=8"
@@ -112,8 +112,8 @@ def test_frames_of_another_shape_are_refused(small, shape) -> None:
 
 
 def test_one_frame_skips_the_temporal_units(small, lively) -> None:
-    model, frames = lively(Caption(small())), clips(frames=1)
-    before, moving = model.encode_visual(frames), model.encode_visual(clips(frames=2))
+    model, frames = lively(Caption(small())), random_frames(frames=1)
+    before, moving = model.encode_visual(frames), model.encode_visual(random_frames(frames=2))
     assert not torch.equal(moving, before)
     before.sum().backward()
     units = {name: p for name, p in model.named_parameters() if "lmhra" in name}
@@ -125,28 +125,28 @@ def test_one_frame_skips_the_temporal_units(small, lively) -> None:
         assert torch.equal(model.encode_visual(frames), before)
 
 
-def test_a_text_beyond_the_position_table_is_refused(small) -> None:
+def test_a_text_beyond_the_position_table_is_an_error(small) -> None:
     question = torch.ones(2, 13, dtype=torch.long)
     with pytest.raises(UserError, match="a text of 13 tokens exceeds max_positions=12; truncate it"):
-        VideoQA(small()).instruction_memory(clips(), question, question != 0)
+        VideoQA(small()).instruction_memory(random_frames(), question, question != 0)
 
 
 @settings(max_examples=20)
 @given(side=st.integers(1, 6), grid=st.integers(1, 6))
-def test_position_tables_are_resized_as_ours_are(side, grid) -> None:
+def test_position_tables_are_resized_as_in_our_model(side, grid) -> None:
     table = np.random.default_rng(side).normal(size=(1 + side**2, 3)).astype(np.float32)
     ours = vision.resize_positions(jnp.asarray(table), grid)
     assert_close(resize_positions(torch.from_numpy(table), grid), ours)
 
 
-def test_pixels_are_normalised_as_ours_are() -> None:
+def test_pixels_are_normalized_as_in_our_model() -> None:
     frames = np.random.default_rng(0).integers(0, 256, (2, 3, 4, 5, 3), np.uint8)
     ours = np.asarray(vision.normalize_pixels(jnp.asarray(frames))).transpose(0, 4, 1, 2, 3)
     assert_close(normalize_pixels(torch.from_numpy(frames)), ours)
 
 
 def test_sixteen_bits_are_enough_for_a_loss(small) -> None:
-    model, frames = Caption(small()).eval(), clips()
+    model, frames = Caption(small()).eval(), random_frames()
     exact = model(frames, TARGET, torch.ones(TARGET.shape))
     rounded = model.bfloat16()(frames, TARGET, torch.ones(TARGET.shape))
     assert rounded.dtype == torch.float32
@@ -157,7 +157,7 @@ def test_sixteen_bits_are_enough_for_a_loss(small) -> None:
 
 
 def losses(model: Caption | VideoQA, frames: torch.Tensor) -> list[float]:
-    """The loss, twice."""
+    """Compute the loss twice."""
     weights = torch.ones(TARGET.shape)
     if isinstance(model, Caption):
         return [model(frames, TARGET, weights).item() for _ in range(2)]
@@ -166,8 +166,8 @@ def losses(model: Caption | VideoQA, frames: torch.Tensor) -> list[float]:
 
 @pytest.mark.parametrize("kind", [Caption, VideoQA])
 @pytest.mark.parametrize("rates", [{"dropout": 0.0}, {"attention_dropout": 0.0}])
-def test_dropout_of_either_sort_works_in_train_mode_alone(small, lively, kind, rates) -> None:
-    model, frames = lively(kind(small(**rates))), clips()
+def test_both_dropouts_work_only_in_train_mode(small, lively, kind, rates) -> None:
+    model, frames = lively(kind(small(**rates))), random_frames()
     first, second = losses(model, frames)
     assert first == second
     model.train()
@@ -179,10 +179,10 @@ def test_dropout_of_either_sort_works_in_train_mode_alone(small, lively, kind, r
 
 
 @pytest.mark.parametrize("kind", [Caption, VideoQA])
-def test_every_parameter_is_reached_and_stands_in_one_group(small, lively, kind) -> None:
+def test_every_parameter_gets_a_gradient_and_is_in_one_group(small, lively, kind) -> None:
     model = lively(kind(small()))
     weights = torch.ones(TARGET.shape)
-    batch = (clips(),) if kind is Caption else asked()
+    batch = (random_frames(),) if kind is Caption else question_batch()
     model(*batch, TARGET, weights).backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
 
@@ -205,22 +205,24 @@ def test_every_parameter_is_reached_and_stands_in_one_group(small, lively, kind)
     assert {name: place[id(model.get_parameter(name))] for name in expected} == expected
 
 
-def test_the_pad_row_learns_through_the_head_alone(small, lively) -> None:
+def test_the_padding_row_gets_gradients_only_from_the_head(small, lively) -> None:
     model = lively(VideoQA(small()))
     question = torch.zeros_like(QUESTION)
     question[:, 0] = 1
-    model(clips(), question, torch.ones_like(question, dtype=torch.bool), TARGET, torch.ones(TARGET.shape)).backward()
+    model(
+        random_frames(), question, torch.ones_like(question, dtype=torch.bool), TARGET, torch.ones(TARGET.shape)
+    ).backward()
     assert not model.text_encoder.embeddings.word_embeddings.weight.grad[0].any()
     assert model.text_decoder.bert.embeddings.word_embeddings.weight.grad[0].any()
 
 
-def test_captions_without_a_token_that_counts_cost_nothing(small) -> None:
-    loss = Caption(small())(clips(), TARGET, torch.zeros(TARGET.shape))
+def test_captions_without_weights_have_zero_loss(small) -> None:
+    loss = Caption(small())(random_frames(), TARGET, torch.zeros(TARGET.shape))
     assert loss.item() == 0.0
 
 
-def test_answers_of_a_question_are_summed_with_their_weights(small, lively) -> None:
-    model, (frames, question, mask) = lively(VideoQA(small())), asked()
+def test_answers_of_a_question_are_summed_with_weights(small, lively) -> None:
+    model, (frames, question, mask) = lively(VideoQA(small())), question_batch()
     target = torch.tensor([[1, 8, 2, 0], [1, 9, 2, 0], [1, 30, 31, 2]])
     counted, weights = (target != 0).float(), torch.tensor([0.5, 2.0, 0.25])
     together = model(
@@ -233,8 +235,8 @@ def test_answers_of_a_question_are_summed_with_their_weights(small, lively) -> N
     assert_close(together, (torch.stack(alone) * weights).sum() / 2)
 
 
-def test_distillation_pulls_towards_the_teacher_when_normalised_over_the_vocabulary(small, lively) -> None:
-    student, batch = lively(VideoQA(small())), asked()
+def test_distillation_over_the_vocabulary_moves_towards_the_teacher(small, lively) -> None:
+    student, batch = lively(VideoQA(small())), question_batch()
     weights = (TARGET != 0).float()
 
     def gradient(softmax_axis: str) -> float:
@@ -242,18 +244,18 @@ def test_distillation_pulls_towards_the_teacher_when_normalised_over_the_vocabul
         student(*batch, TARGET, weights, teacher=student, alpha=1.0, softmax_axis=softmax_axis).backward()
         return max(float(p.grad.abs().max()) for p in student.parameters() if p.grad is not None)
 
-    # One's own teacher has nothing to say, but the release's form pulls all the same.
+    # A model as its own teacher has no gradient, but the release's softmax over time has one.
     assert gradient("vocabulary") < 1e-3 * gradient("time")
     inert = student(*batch, TARGET, weights, teacher=student, alpha=0.0)
     assert_close(inert, student(*batch, TARGET, weights))
 
 
-def test_the_teacher_follows_its_student_but_where_it_is_frozen(small) -> None:
+def test_the_teacher_is_updated_except_for_frozen_modules(small) -> None:
     teacher, student = VideoQA(small()), VideoQA(small())
     before = {name: p.clone() for name, p in teacher.named_parameters()}
     update_teacher(teacher, student, 0.75, frozen=["fusion_encoder"])
-    followed = {name: 0.75 * p + 0.25 * student.get_parameter(name) for name, p in before.items()}
+    updated = {name: 0.75 * p + 0.25 * student.get_parameter(name) for name, p in before.items()}
     frozen = {name: p for name, p in before.items() if name.startswith("fusion_encoder.")}
-    assert_close(dict(teacher.named_parameters()), followed | frozen)
+    assert_close(dict(teacher.named_parameters()), updated | frozen)
     update_teacher(teacher, student, 0.0)
     assert all(torch.equal(own, student.get_parameter(name)) for name, own in teacher.named_parameters())

@@ -1,4 +1,4 @@
-"""The PyTorch runtime against whole golden folders, through the command; and alone, without JAX."""
+"""The PyTorch runtime equals whole golden folders, and works without JAX."""
 
 import itertools
 import json
@@ -33,14 +33,14 @@ def test_a_whole_folder_passes(reference: Path, tmp_path: Path, folder: str, lea
     assert "converted, " in next(line for line in printed.splitlines() if "weights:" in line)
 
 
-def test_a_model_that_the_runtime_lacks_is_computed_by_jax_and_the_output_says_so(
+def test_models_that_the_runtime_lacks_are_computed_by_jax_and_the_output_says_so(
     reference: Path, monkeypatch, capsys
 ) -> None:
     folder = reference / "goldens" / "v1_itc_itm"
     monkeypatch.setattr(jax_runner, "run_parity", lambda *args: itertools.islice(run_parity(*args), 1))  # the first row
     assert main(["convert", "parity", str(folder), "--framework", "torch", "--summary"]) == 0
-    said = capsys.readouterr().out.splitlines()[-1]
-    assert said == "retrieval: the PyTorch runtime has no retrieval model, so these rows are jax's"
+    output = capsys.readouterr().out.splitlines()[-1]
+    assert output == "retrieval: the PyTorch runtime has no retrieval model, so these rows are jax's"
     monkeypatch.undo()
     assert [row.note for row in itertools.islice(run_parity(folder), 1)] == [""]
 
@@ -54,11 +54,11 @@ def test_without_torch_the_extra_is_named(reference: Path, monkeypatch, capsys) 
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "torch", None)
     assert main(["convert", "parity", str(reference / "goldens" / "c1_eq"), "--framework", "torch"]) == 2
-    said = capsys.readouterr().err
-    assert said == "mplug2: error: --framework torch needs PyTorch: pip install 'mplug2-jax[torch]'\n"
+    output = capsys.readouterr().err
+    assert output == "mplug2: error: --framework torch needs PyTorch: pip install 'mplug2-jax[torch]'\n"
 
 
-def test_the_runtime_needs_nothing_of_jax(repository: Path) -> None:
+def test_the_runtime_imports_nothing_of_jax(repository: Path) -> None:
     program = (
         "import sys, mplug2_jax.conversion.torch_runtime\n"
         "print({'jax', 'flax', 'optax', 'orbax', 'jaxtyping'} & {name.partition('.')[0] for name in sys.modules})\n"

@@ -1,4 +1,4 @@
-"""Beams and ranking of the PyTorch runtime: against plain restatements, and with and without a cache."""
+"""Beam search and ranking of the PyTorch runtime equal plain implementations, with and without a cache."""
 
 import functools
 
@@ -16,8 +16,8 @@ from tests.close import assert_close, max_magnitude
 from tests.generation.test_beam import STATES, TOKENS, VOCABULARY, assert_same, search_each, tables
 
 
-class Toy:
-    """The toy decoder of the other framework's tests: what comes next depends on all tokens, in their order."""
+class ToyDecoder:
+    """The toy decoder of the JAX tests: the next token depends on all previous ones and their order."""
 
     def __init__(self, starts, beams, table):
         self.value, self.position, self.table = torch.as_tensor(starts).repeat_interleave(beams), 0, table
@@ -31,8 +31,8 @@ class Toy:
         self.value = self.value[rows]
 
 
-class Uncached:
-    """A decoder that reads every prefix from its beginning, as the release does."""
+class UncachedDecoder:
+    """A decoder that recomputes every prefix, as the release does."""
 
     def __init__(self, decoder, memory, mask, beams, begin):
         self.decoder, self.memory, self.mask = decoder, memory, mask
@@ -46,12 +46,12 @@ class Uncached:
         self.prefix = self.prefix[rows]
 
 
-def searching(**fields):
+def search_config(**fields):
     return SearchConfig(begin=TOKENS.begin, end=TOKENS.end, **fields)
 
 
 searches = st.builds(
-    searching,
+    search_config,
     num_beams=st.integers(1, 5),
     min_length=st.integers(0, 5),
     max_length=st.integers(1, 8),
@@ -67,20 +67,20 @@ searches = st.builds(
     sharpness=st.sampled_from([0.3, 1.0, 4.0]),
     end_bias=st.sampled_from([-4.0, 0.0, 1.0, 4.0]),
 )
-def test_search_finds_what_a_plain_restatement_finds(config, batch, seed, sharpness, end_bias):
+def test_search_equals_a_plain_implementation(config, batch, seed, sharpness, end_bias):
     table = tables(seed, sharpness, end_bias)
     starts = np.arange(batch) * 13 + seed % 100
     expected, margins = search_each(starts, table, config)
     assume(min(margins) > 1e-5 * max_magnitude(table))
-    found = beam_search(Toy(starts, config.num_beams, torch.from_numpy(table)), batch, config)
-    assert_same(found, expected, config, max_magnitude(table))
+    output = beam_search(ToyDecoder(starts, config.num_beams, torch.from_numpy(table)), batch, config)
+    assert_same(output, expected, config, max_magnitude(table))
 
 
 @pytest.fixture(scope="module")
 def decoder(small, lively):
-    """A decoder, three memories, and which of their tokens count.
+    """Return a decoder, three memories, and their mask.
 
-    In float64: in float32 two sequences may be closer than the rounding of either way to compute them.
+    In float64: in float32 two sequences may be closer than rounding errors.
     """
     torch.manual_seed(1)
     decoder = lively(TextDecoder(small(vocab_size=VOCABULARY))).double()
@@ -93,7 +93,7 @@ def test_a_cache_changes_nothing(decoder, config, seed):
     model, _, mask = decoder
     memory = torch.randn(3, 6, 24, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     cached = generate(model, memory, mask, config)
-    uncached = beam_search(Uncached(model, memory, mask, config.num_beams, config.begin), 3, config)
+    uncached = beam_search(UncachedDecoder(model, memory, mask, config.num_beams, config.begin), 3, config)
     assert torch.equal(cached.ids, uncached.ids)
     assert torch.equal(cached.lengths, uncached.lengths)
     assert_close(cached.scores, uncached.scores)
@@ -103,18 +103,20 @@ def test_the_memory_is_projected_once_and_shared_by_the_beams(decoder):
     model, memory, mask = decoder
     shapes = []
     hooks = [
-        layer.crossattention.self.key.register_forward_hook(lambda _module, given, _out: shapes.append(given[0].shape))
+        layer.crossattention.self.key.register_forward_hook(
+            lambda _module, inputs, _output: shapes.append(inputs[0].shape)
+        )
         for layer in model.bert.encoder.layers
     ]
-    generate(model, memory, mask, searching(num_beams=4, max_length=6))
+    generate(model, memory, mask, search_config(num_beams=4, max_length=6))
     for hook in hooks:
         hook.remove()
     assert shapes == [memory.shape] * len(hooks)
 
 
-def test_masked_memory_is_not_seen_and_clips_do_not_influence_each_other(decoder):
+def test_masked_memory_is_ignored_and_examples_are_independent(decoder):
     model, memory, mask = decoder
-    config = searching(num_beams=3, max_length=7)
+    config = search_config(num_beams=3, max_length=7)
     together = generate(model, memory, mask, config)
     noisy = memory.where(mask[..., None], 50.0)
     for clip in range(3):
@@ -123,29 +125,29 @@ def test_masked_memory_is_not_seen_and_clips_do_not_influence_each_other(decoder
         assert_close(alone.scores[0], together.scores[clip])
 
 
-def test_a_search_beyond_the_position_table_is_refused(decoder):
-    generate(*decoder, searching(num_beams=1, min_length=12, max_length=12))
+def test_a_search_beyond_the_position_table_is_an_error(decoder):
+    generate(*decoder, search_config(num_beams=1, min_length=12, max_length=12))
     with pytest.raises(UserError, match=r"generating 13 tokens exceeds max_positions=12; lower max_length"):
-        generate(*decoder, searching(num_beams=1, max_length=13))
+        generate(*decoder, search_config(num_beams=1, max_length=13))
 
 
-# Two begin with the same word, one is empty, one is longer than the others.
+# Two begin with the same word, one is empty, one is long.
 ANSWERS = ([3], [4, 5], [4, 6], [7, 8, 3, 5], [], [8, 3], [5])
 
 
-@pytest.mark.parametrize("keep", [1, 4, 7])
+@pytest.mark.parametrize("num_candidates", [1, 4, 7])
 @pytest.mark.parametrize("double_count_first_token", [True, False])
-def test_ranking_is_that_of_the_answers_decoded_one_by_one(decoder, keep, double_count_first_token):
+def test_ranking_equals_decoding_every_answer_alone(decoder, num_candidates, double_count_first_token):
     model, memory, mask = decoder
     rows = [[TOKENS.begin, *words, TOKENS.end] for words in ANSWERS]
     answers = torch.tensor([row + [TOKENS.pad] * (6 - len(row)) for row in rows])
-    chosen, shares = rank_answers(
+    ids_ranked, probabilities = rank_answers(
         model,
         memory,
         mask,
         answers,
         answers != 0,
-        num_candidates=keep,
+        num_candidates=num_candidates,
         double_count_first_token=double_count_first_token,
     )
 
@@ -157,11 +159,11 @@ def test_ranking_is_that_of_the_answers_decoded_one_by_one(decoder, keep, double
         return logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
 
     for clip in range(3):
-        narrowed = sorted(range(len(rows)), key=lambda a: -float(log_probs(clip, a)[0]))[:keep]
+        candidates = sorted(range(len(rows)), key=lambda a: -float(log_probs(clip, a)[0]))[:num_candidates]
         totals = {
-            a: float(log_probs(clip, a).sum() + double_count_first_token * log_probs(clip, a)[0]) for a in narrowed
+            a: float(log_probs(clip, a).sum() + double_count_first_token * log_probs(clip, a)[0]) for a in candidates
         }
-        best = sorted(narrowed, key=lambda a: -totals[a])
-        assert chosen[clip].tolist() == best
+        best = sorted(candidates, key=lambda a: -totals[a])
+        assert ids_ranked[clip].tolist() == best
         expected = torch.tensor([totals[a] for a in best], dtype=torch.float64).softmax(0)
-        assert_close(shares[clip], expected)
+        assert_close(probabilities[clip], expected)
