@@ -30,12 +30,12 @@ import numpy as np
 from PIL import Image
 
 from data_pipelines.config import DataConfig, ExampleConfig, SourceConfig, VisualConfig
-from data_pipelines.frames import middle_indices
+from data_pipelines.frames import uniform_indices
 from data_pipelines.loader import Stream
 from data_pipelines.media import write_video
 from data_pipelines.sources import tar_index
 from data_pipelines.tokenizers import SPECIAL_TOKENS, WordPieceTokenizer
-from data_pipelines.transforms import random_window
+from data_pipelines.transforms import random_resized_crop
 
 SIZE, BATCH = 224, 16
 TOKENIZER = WordPieceTokenizer([*SPECIAL_TOKENS, "a", "picture"])
@@ -118,7 +118,7 @@ def read_jpeg(file: Path) -> list[Image.Image]:
 def read_16_frames(file: Path) -> list[Image.Image]:
     """The frames that the pipeline takes, by PyAV: all are decoded, and those taken become RGB."""
     with av.open(str(file)) as container:
-        wanted = set(middle_indices(300, 16).tolist())
+        wanted = set(uniform_indices(300, 16).tolist())
         frames = (frame for i, frame in enumerate(container.decode(video=0)) if i in wanted)
         return [Image.fromarray(frame.to_ndarray(format="rgb24")) for frame in frames]
 
@@ -129,7 +129,7 @@ def bare(files: Iterable[Path], read: Callable[[Path], list[Image.Image]]) -> fl
     for file in files:
         frames = read(file)
         width, height = frames[0].size
-        window = random_window(height, width, SIZE, rng, min_area=0.5)  # as large as the pipeline's
+        window = random_resized_crop(height, width, SIZE, rng, min_area=0.5)  # as large as the pipeline's
         box = (window.left, window.top, window.left + window.width, window.top + window.height)
         for frame in frames:
             np.asarray(frame.resize((SIZE, SIZE), Image.Resampling.BICUBIC, box))
@@ -219,7 +219,7 @@ def write_index(folder: Path, samples: int, per_tar: int = 10_000) -> Path:
         spans = np.broadcast_to(np.array([[[512, len(text)]]], np.int64), (count, 1, 2))
         packed = tar_index.pack_index(
             np.frombuffer(keys, np.uint8), np.arange(1, count + 1, dtype=np.int64) * 9, spans, [".txt"],
-            tar_index.stamp(str(tar)),
+            tar_index.file_signature(str(tar)),
         )  # fmt: skip
         Path(f"{tar}{tar_index.SUFFIX}").write_bytes(packed)
     return folder / "index"
@@ -263,7 +263,7 @@ def index(folder: Path, samples: int) -> None:
 def decode(data: bytes, rng: np.random.Generator) -> np.ndarray:
     """The same work, as a user of the other two would write it."""
     with Image.open(io.BytesIO(data)) as image:
-        window = random_window(image.height, image.width, SIZE, rng, min_area=0.5)
+        window = random_resized_crop(image.height, image.width, SIZE, rng, min_area=0.5)
         box = (window.left, window.top, window.left + window.width, window.top + window.height)
         picture = image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BICUBIC, box)
     return np.array(picture)

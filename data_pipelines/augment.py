@@ -1,4 +1,4 @@
-"""Random changes of pixels, the same for all frames of a clip: RandAugment as we do it, and in the release's forms."""
+"""Random augmentation, the same for all frames of a video: RandAugment, and the release's variants of it."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -9,109 +9,114 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from data_pipelines.config import MAX_MAGNITUDE
 
-Clip = UInt8[np.ndarray, "t y x 3"]
-Change = Callable[[Image.Image], Image.Image]
-Operation = Callable[[Clip, float], Clip]  # with a strength from -1 to 1, of which some take the sign as a direction
-Affine = Float[np.ndarray, "2 3"]  # from the place of a pixel, (x, y, 1), to where it moves
+Frames = UInt8[np.ndarray, "t y x 3"]
+PilTransform = Callable[[Image.Image, float], Image.Image]
+Operation = Callable[[Frames, float], Frames]  # at a level from -1 to 1, whose sign is a direction for some
+Affine = Float[np.ndarray, "2 3"]  # from a pixel's position (x, y, 1) to its new one
 
-_GREY = 128  # where pixels moved away and none came
-
-
-def flip(clip: Clip) -> Clip:
-    """Left becomes right."""
-    return clip[:, :, ::-1]
+_GRAY = 128  # fill value
 
 
-def random_flip(clip: Clip, rng: np.random.Generator) -> Clip:
-    """By even chance a flip."""
-    return flip(clip) if rng.random() < 0.5 else clip
+def flip(frames: Frames) -> Frames:
+    """Flip horizontally."""
+    return frames[:, :, ::-1]
 
 
-def rand_augment(clip: Clip, rng: np.random.Generator, *, num_ops: int, magnitude: float) -> Clip:
-    """Different random operations of ``OPERATIONS`` one after the other, in random directions.
+def random_flip(frames: Frames, rng: np.random.Generator) -> Frames:
+    """Flip horizontally with probability 0.5."""
+    return flip(frames) if rng.random() < 0.5 else frames
+
+
+def rand_augment(frames: Frames, rng: np.random.Generator, *, num_ops: int, magnitude: float) -> Frames:
+    """Apply different random operations of ``OPERATIONS`` in sequence, in random directions.
 
     Args:
-        clip: frames; all are treated alike, and colours are balanced over all of them, so that a clip does not flicker.
-        rng: the randomness.
-        num_ops: how many operations.
-        magnitude: how strong, 0 to ``MAX_MAGNITUDE``.
+        frames: all change alike, and colors are balanced over all of them, so that a video does not flicker.
+        rng: the random generator.
+        num_ops: number of operations.
+        magnitude: their level, 0 to ``MAX_MAGNITUDE``.
     """
     for name in rng.permutation(list(OPERATIONS))[:num_ops] if num_ops else ():
-        clip = OPERATIONS[name](clip, magnitude / MAX_MAGNITUDE * rng.choice((-1, 1)))
-    return clip
+        frames = OPERATIONS[name](frames, magnitude / MAX_MAGNITUDE * rng.choice((-1, 1)))
+    return frames
 
 
-def release_augment_clip(clip: Clip, rng: np.random.Generator, *, flips: bool) -> Clip:
-    """The release's augmentation of videos: two different operations at magnitude 5, always in the same direction.
+def release_augment_video(frames: Frames, rng: np.random.Generator, *, flips: bool) -> Frames:
+    """Augment a video as the release does: two different operations at magnitude 5, always in the same direction.
 
     Args:
-        clip: frames; all are treated alike.
-        rng: the randomness.
+        frames: all change alike.
+        rng: the random generator.
         flips: whether a flip is among the operations, as in pretraining.
     """
-    for name in rng.permutation(_RELEASED_CLIP if flips else _RELEASED_CLIP[:-1])[:2]:
-        clip = _RELEASED[name](clip, 5 / MAX_MAGNITUDE)
-    return clip
+    for name in rng.permutation(_RELEASED_VIDEO if flips else _RELEASED_VIDEO[:-1])[:2]:
+        frames = _RELEASED[name](frames, 5 / MAX_MAGNITUDE)
+    return frames
 
 
-def release_augment_image(clip: Clip, rng: np.random.Generator) -> Clip:
-    """The release's augmentation of pictures in pretraining: twice, by even chance, any operation at magnitude 7."""
+def release_augment_image(frames: Frames, rng: np.random.Generator) -> Frames:
+    """Augment an image as the release does in pretraining: twice, with probability 0.5, an operation at magnitude 7."""
     for name in rng.choice(_RELEASED_IMAGE, 2):
-        strength = 7 / MAX_MAGNITUDE * rng.choice((-1, 1))
+        level = 7 / MAX_MAGNITUDE * rng.choice((-1, 1))
         if rng.random() < 0.5:
-            clip = _RELEASED[name](clip, strength)
-    return clip
+            frames = _RELEASED[name](frames, level)
+    return frames
 
 
-def warp(clip: Clip, affine: Affine) -> Clip:
-    """Moves pixels as OpenCV's ``warpAffine`` does: places count from pixel centres, what is outside is grey.
+def warp(frames: Frames, affine: Affine) -> Frames:
+    """Warp like OpenCV's ``warpAffine``: positions count from pixel centers, the outside is gray.
 
-    Pixels are interpolated between four in float32 and rounded. OpenCV before 5 rounded the places to 1/32 pixel first.
+    Interpolation is bilinear in float32, then rounded. OpenCV before 5 rounded positions to 1/32 pixel first.
     """
-    _, height, width, _ = clip.shape
+    _, height, width, _ = frames.shape
     y, x = np.mgrid[:height, :width]
     source = np.einsum("ij,jyx->iyx", _inverse(affine), np.stack([x, y, np.ones_like(x)]))
     left, top = np.floor(source).astype(np.int64)
-    past_x, past_y = (source - np.floor(source)).astype(np.float32)[..., None]
-    near_x, near_y = 1 - past_x, 1 - past_y
-    rimmed = np.pad(clip, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=_GREY).astype(np.float32)
+    fraction_x, fraction_y = (source - np.floor(source)).astype(np.float32)[..., None]
+    weight_x, weight_y = 1 - fraction_x, 1 - fraction_y
+    padded = np.pad(frames, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=_GRAY).astype(np.float32)
     columns, rows = left.clip(-1, width) + 1, top.clip(-1, height) + 1
     next_columns, next_rows = (left + 1).clip(-1, width) + 1, (top + 1).clip(-1, height) + 1
-    above = rimmed[:, rows, columns] * near_x + rimmed[:, rows, next_columns] * past_x
-    below = rimmed[:, next_rows, columns] * near_x + rimmed[:, next_rows, next_columns] * past_x
-    return np.rint(above * near_y + below * past_y).astype(np.uint8)
+    above = padded[:, rows, columns] * weight_x + padded[:, rows, next_columns] * fraction_x
+    below = padded[:, next_rows, columns] * weight_x + padded[:, next_rows, next_columns] * fraction_x
+    return np.rint(above * weight_y + below * fraction_y).astype(np.uint8)
 
 
-def _together(clip: Clip, change: Change) -> Clip:
-    """Changes all frames as one tall picture: what depends on its colours is then one for all."""
-    t, y, x, _ = clip.shape
-    return np.asarray(change(Image.fromarray(np.ascontiguousarray(clip).reshape(t * y, x, 3)))).reshape(clip.shape)
+def _stacked(transform: PilTransform) -> Operation:
+    """Return an operation on all frames as one tall image, so that what depends on colors is the same for all."""
+
+    def apply(frames: Frames, level: float) -> Frames:
+        t, y, x, _ = frames.shape
+        stacked = Image.fromarray(np.ascontiguousarray(frames).reshape(t * y, x, 3))
+        return np.asarray(transform(stacked, level)).reshape(frames.shape)
+
+    return apply
 
 
-def _each(clip: Clip, change: Change) -> Clip:
-    return np.stack([np.asarray(change(Image.fromarray(frame))) for frame in clip])
+def _per_frame(transform: PilTransform) -> Operation:
+    """Return an operation on each frame."""
+    return lambda frames, level: np.stack([np.asarray(transform(Image.fromarray(frame), level)) for frame in frames])
 
 
-def _move(clip: Clip, affine: Affine) -> Clip:
-    """Moves pixels by Pillow, with the origin in the middle of the picture."""
-    _, height, width, _ = clip.shape
-    back = _inverse(_about_centre(affine, height, width)).ravel().tolist()
-
-    def moved(image: Image.Image) -> Image.Image:
-        method = Image.Resampling.BILINEAR
-        return image.transform((width, height), Image.Transform.AFFINE, back, method, fillcolor=(_GREY,) * 3)
-
-    return _each(clip, moved)
+def _affine(frames: Frames, affine: Affine) -> Frames:
+    """Warp with Pillow, with the origin in the center of the image."""
+    _, height, width, _ = frames.shape
+    inverse, fill = _inverse(_about_center(affine, height, width)).ravel().tolist(), (_GRAY,) * 3
+    method, bilinear = Image.Transform.AFFINE, Image.Resampling.BILINEAR
+    transform = _per_frame(
+        lambda image, level: image.transform((width, height), method, inverse, bilinear, fillcolor=fill)
+    )
+    return transform(frames, 0.0)
 
 
 def _inverse(affine: Affine) -> Affine:
     return np.linalg.inv(np.vstack([affine, [0, 0, 1]]))[:2]
 
 
-def _about_centre(affine: Affine, height: int, width: int) -> Affine:
+def _about_center(affine: Affine, height: int, width: int) -> Affine:
     linear, shift = affine[:, :2], affine[:, 2:]
-    middle = np.array([[width / 2], [height / 2]])
-    return np.hstack([linear, shift + middle - linear @ middle])
+    center = np.array([[width / 2], [height / 2]])
+    return np.hstack([linear, shift + center - linear @ center])
 
 
 def _linear(a: float, b: float, c: float, d: float) -> Affine:
@@ -123,48 +128,44 @@ def _shift(x: float, y: float) -> Affine:
 
 
 def _rotation(degrees: float) -> Affine:
-    """Counter-clockwise, as y points down."""
+    """Return a counter-clockwise rotation; y points down."""
     cosine, sine = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     return _linear(cosine, sine, -sine, cosine)
 
 
-def _rotate_released(clip: Clip, strength: float) -> Clip:
-    return warp(clip, _about_centre(_rotation(30 * strength), *clip.shape[1:3]))
-
-
 OPERATIONS: Mapping[str, Operation] = {
-    "identity": lambda clip, s: clip,
-    "auto_contrast": lambda clip, s: _together(clip, ImageOps.autocontrast),
-    "equalize": lambda clip, s: _together(clip, ImageOps.equalize),
-    "posterize": lambda clip, s: _together(clip, lambda image: ImageOps.posterize(image, 8 - round(4 * abs(s)))),
-    "solarize": lambda clip, s: _together(clip, lambda image: ImageOps.solarize(image, 256 - round(128 * abs(s)))),
-    "brightness": lambda clip, s: _together(clip, lambda image: ImageEnhance.Brightness(image).enhance(1 + 0.9 * s)),
-    "contrast": lambda clip, s: _together(clip, lambda image: ImageEnhance.Contrast(image).enhance(1 + 0.9 * s)),
-    "color": lambda clip, s: _together(clip, lambda image: ImageEnhance.Color(image).enhance(1 + 0.9 * s)),
-    "sharpness": lambda clip, s: _each(clip, lambda image: ImageEnhance.Sharpness(image).enhance(1 + 0.9 * s)),
-    "shear_x": lambda clip, s: _move(clip, _linear(1.0, 0.3 * s, 0.0, 1.0)),
-    "shear_y": lambda clip, s: _move(clip, _linear(1.0, 0.0, 0.3 * s, 1.0)),
-    "translate_x": lambda clip, s: _move(clip, _shift(0.45 * s * clip.shape[2], 0.0)),
-    "translate_y": lambda clip, s: _move(clip, _shift(0.0, 0.45 * s * clip.shape[1])),
-    "rotate": lambda clip, s: _move(clip, _rotation(30 * s)),
+    "identity": lambda frames, s: frames,
+    "auto_contrast": _stacked(lambda image, s: ImageOps.autocontrast(image)),
+    "equalize": _stacked(lambda image, s: ImageOps.equalize(image)),
+    "posterize": _stacked(lambda image, s: ImageOps.posterize(image, 8 - round(4 * abs(s)))),
+    "solarize": _stacked(lambda image, s: ImageOps.solarize(image, 256 - round(128 * abs(s)))),
+    "brightness": _stacked(lambda image, s: ImageEnhance.Brightness(image).enhance(1 + 0.9 * s)),
+    "contrast": _stacked(lambda image, s: ImageEnhance.Contrast(image).enhance(1 + 0.9 * s)),
+    "color": _stacked(lambda image, s: ImageEnhance.Color(image).enhance(1 + 0.9 * s)),
+    "sharpness": _per_frame(lambda image, s: ImageEnhance.Sharpness(image).enhance(1 + 0.9 * s)),
+    "shear_x": lambda frames, s: _affine(frames, _linear(1.0, 0.3 * s, 0.0, 1.0)),
+    "shear_y": lambda frames, s: _affine(frames, _linear(1.0, 0.0, 0.3 * s, 1.0)),
+    "translate_x": lambda frames, s: _affine(frames, _shift(0.45 * s * frames.shape[2], 0.0)),
+    "translate_y": lambda frames, s: _affine(frames, _shift(0.0, 0.45 * s * frames.shape[1])),
+    "rotate": lambda frames, s: _affine(frames, _rotation(30 * s)),
 }
-"""Ours. None of them is a flip: what is left and what is right may matter."""
+"""Operations of ``rand_augment``. None is a flip: left and right may matter."""
 
 _RELEASED: Mapping[str, Operation] = {
-    "identity": lambda clip, s: clip,
-    "auto_contrast": lambda clip, s: _each(clip, ImageOps.autocontrast),
-    "equalize": lambda clip, s: _each(clip, ImageOps.equalize),
-    # At magnitude 5 the factor of these three is 1: they do nothing.
-    "contrast": lambda clip, s: _each(clip, lambda image: ImageEnhance.Contrast(image).enhance(0.1 + 1.8 * abs(s))),
-    "brightness": lambda clip, s: _each(clip, lambda image: ImageEnhance.Brightness(image).enhance(0.1 + 1.8 * abs(s))),
-    "sharpness": lambda clip, s: _each(clip, lambda image: ImageEnhance.Sharpness(image).enhance(0.1 + 1.8 * abs(s))),
-    "shear_x": lambda clip, s: warp(clip, _linear(1.0, 0.3 * s, 0.0, 1.0)),
-    "shear_y": lambda clip, s: warp(clip, _linear(1.0, 0.0, 0.3 * s, 1.0)),
-    "translate_x": lambda clip, s: warp(clip, _shift(-10 * s, 0.0)),
-    "translate_y": lambda clip, s: warp(clip, _shift(0.0, -10 * s)),
-    "rotate": _rotate_released,
-    "flip": lambda clip, s: flip(clip),
+    "identity": lambda frames, s: frames,
+    "auto_contrast": _per_frame(lambda image, s: ImageOps.autocontrast(image)),
+    "equalize": _per_frame(lambda image, s: ImageOps.equalize(image)),
+    # At magnitude 5 the factor of these three is 1: they change nothing.
+    "contrast": _per_frame(lambda image, s: ImageEnhance.Contrast(image).enhance(0.1 + 1.8 * abs(s))),
+    "brightness": _per_frame(lambda image, s: ImageEnhance.Brightness(image).enhance(0.1 + 1.8 * abs(s))),
+    "sharpness": _per_frame(lambda image, s: ImageEnhance.Sharpness(image).enhance(0.1 + 1.8 * abs(s))),
+    "shear_x": lambda frames, s: warp(frames, _linear(1.0, 0.3 * s, 0.0, 1.0)),
+    "shear_y": lambda frames, s: warp(frames, _linear(1.0, 0.0, 0.3 * s, 1.0)),
+    "translate_x": lambda frames, s: warp(frames, _shift(-10 * s, 0.0)),
+    "translate_y": lambda frames, s: warp(frames, _shift(0.0, -10 * s)),
+    "rotate": lambda frames, s: warp(frames, _about_center(_rotation(30 * s), *frames.shape[1:3])),
+    "flip": lambda frames, s: flip(frames),
 }
-_MOVES = ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")
-_RELEASED_CLIP = ("identity", "contrast", "brightness", "sharpness", *_MOVES, "flip")
-_RELEASED_IMAGE = ("identity", "auto_contrast", "equalize", "brightness", "sharpness", *_MOVES)
+_GEOMETRIC = ("shear_x", "shear_y", "translate_x", "translate_y", "rotate")
+_RELEASED_VIDEO = ("identity", "contrast", "brightness", "sharpness", *_GEOMETRIC, "flip")
+_RELEASED_IMAGE = ("identity", "auto_contrast", "equalize", "brightness", "sharpness", *_GEOMETRIC)

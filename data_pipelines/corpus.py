@@ -1,6 +1,6 @@
-"""Plain text cut once into records of a fixed number of tokens, for the stream of text."""
+"""Plain text, tokenized once and cut into records of a fixed number of tokens, for text streams."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from array_record.python.array_record_module import ArrayRecordWriter
@@ -11,29 +11,43 @@ from data_pipelines.sources.array_record import SUFFIX, encode_record
 from data_pipelines.tokenizers import Tokenizer, fingerprint
 
 
-def cut_corpus(files: Iterable[Path], tokenizer: Tokenizer, length: int) -> Iterator[Record]:
-    """Pieces ``[CLS] tokens [SEP]`` of ``length`` ids that follow each other without gaps; only the last is shorter.
+def chunk_corpus(
+    files: Iterable[Path], tokenizer: Tokenizer, length: int, on_progress: Callable[[int], None] = lambda done: None
+) -> Iterator[Record]:
+    """Yield chunks ``[CLS] tokens [SEP]`` of ``length`` ids, contiguous; only the last may be shorter.
 
-    A line is encoded as a whole, and lines run together: a piece may begin inside a line, and in another file.
+    Each line is tokenized as a whole, and lines are concatenated: a chunk may begin inside a line, and span files.
+
+    Args:
+        files: text files in UTF-8.
+        tokenizer: for their lines.
+        length: tokens of a chunk, special tokens included.
+        on_progress: called with the number of bytes read so far.
 
     Raises:
-        DataError: a length without room for a word, or text that is not UTF-8 (with its line).
+        DataError: ``length`` is below 3, or a text is not UTF-8 (with its line).
     """
-    room = length - 2
-    if room < 1:
-        raise DataError(f"pieces of {length} tokens have no room beside [CLS] and [SEP]; expected at least 3")
-    name, number, waiting = fingerprint(tokenizer), 0, list[int]()
-    for line in _lines(files):
-        waiting += tokenizer.encode(line, None, close=False)[1:]
-        while len(waiting) >= room:
-            yield _piece(number, waiting[:room], tokenizer, name)
-            number, waiting = number + 1, waiting[room:]
-    if waiting:
-        yield _piece(number, waiting, tokenizer, name)
+    capacity = length - 2
+    if capacity < 1:
+        raise DataError(f"the chunk length is {length}, expected at least 3 to hold [CLS], a token and [SEP]")
+    name, number, pending = fingerprint(tokenizer), 0, list[int]()
+    for line in _lines(files, on_progress):
+        pending += tokenizer.encode(line, None, add_sep=False)[1:]
+        while len(pending) >= capacity:
+            yield _chunk(number, pending[:capacity], tokenizer, name)
+            number, pending = number + 1, pending[capacity:]
+    if pending:
+        yield _chunk(number, pending, tokenizer, name)
 
 
-def write_corpus(files: Iterable[Path], tokenizer: Tokenizer, length: int, out: Path) -> int:
-    """Cuts files into an ArrayRecord file that is not there yet; returns the number of records.
+def write_corpus(
+    files: Iterable[Path],
+    tokenizer: Tokenizer,
+    length: int,
+    out: Path,
+    on_progress: Callable[[int], None] = lambda done: None,
+) -> int:
+    """Write the chunks of files as a new ArrayRecord file; return the number of records. See ``chunk_corpus``.
 
     Raises:
         DataError: the file exists, has another suffix, or the text is empty or cannot be read.
@@ -43,29 +57,34 @@ def write_corpus(files: Iterable[Path], tokenizer: Tokenizer, length: int, out: 
     temporary, count = out.with_suffix(".tmp"), 0
     writer = ArrayRecordWriter(str(temporary), "group_size:1,zstd")
     try:
-        for record in cut_corpus(files, tokenizer, length):
+        for record in chunk_corpus(files, tokenizer, length, on_progress):
             writer.write(encode_record(record))
             count += 1
         writer.close()
         if not count:
-            raise DataError(f"no text in {', '.join(map(str, files))}; expected lines of words")
+            raise DataError(f"{', '.join(map(str, files))}: found no text, expected lines of words")
         temporary.replace(out)
     finally:
         temporary.unlink(missing_ok=True)
     return count
 
 
-def _piece(number: int, tokens: list[int], tokenizer: Tokenizer, name: str) -> Record:
+def _chunk(number: int, tokens: list[int], tokenizer: Tokenizer, name: str) -> Record:
     return Record(str(number), tokens=(tokenizer.cls_id, *tokens, tokenizer.sep_id), tokenizer=name)
 
 
-def _lines(files: Iterable[Path]) -> Iterator[str]:
+def _lines(files: Iterable[Path], on_progress: Callable[[int], None]) -> Iterator[str]:
+    done = 0
     for path in files:
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 try:
                     text = line.decode("utf-8").strip()
                 except UnicodeDecodeError as error:
-                    raise DataError(f"text file {path} is not UTF-8: {error.reason} in line {number}") from error
+                    raise DataError(
+                        f"text file {path} is not UTF-8: {error.reason} in line {number}; convert it"
+                    ) from error
                 if text:
                     yield text
+                done += len(line)
+                on_progress(done)

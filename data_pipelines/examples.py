@@ -1,6 +1,6 @@
-"""From a record to an example: which caption, which instruction, which answer, as token ids of fixed length.
+"""From a record to an example: a caption, an instruction and an answer, as token ids of fixed length.
 
-Everything random comes from the generator that is passed in, which the loader makes from (seed, record, epoch).
+All randomness comes from the generator that is passed in, which the loader seeds by (seed, record, epoch).
 """
 
 import dataclasses
@@ -39,31 +39,31 @@ BOX_BINS = 32
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """Arrays for a batch, and the words they were made of, for people and for scores."""
+    """The arrays of a batch row, and the texts that they were made of, for reports and metrics."""
 
     arrays: Mapping[str, NDArray[Any]]
     key: str
     text: str = ""
     instruction: str = ""
-    answers: tuple[str, ...] = ()  # every answer that is right; the first is the target
-    times: tuple[float, ...] = ()  # seconds from the start of the clip, for every frame
+    answers: tuple[str, ...] = ()  # all right answers; the first is the target
+    times: tuple[float, ...] = ()  # of each frame, in seconds from the start of the video
 
 
-def box_words(box: Box) -> str:
-    """A box as four whole numbers 0..31, the cells of a 32 x 32 grid that its corners are in.
+def quantize_box(box: Box) -> str:
+    """Return a box as four integers 0..31, the cells of a 32 x 32 grid that hold its corners.
 
     Example:
-        >>> box_words((0.0, 0.25, 0.5, 1.0))
+        >>> quantize_box((0.0, 0.25, 0.5, 1.0))
         '0 8 16 31'
     """
     return " ".join(str(min(BOX_BINS - 1, int(value * BOX_BINS))) for value in box)
 
 
-def box_of_words(words: str) -> Box | None:
-    """The box that four whole numbers stand for, from the first cell's beginning to the last one's end; None: no box.
+def parse_box(words: str) -> Box | None:
+    """Return the box of four integers, from the start of the first cell to the end of the last; None if it is no box.
 
     Example:
-        >>> box_of_words("0 8 15 31")
+        >>> parse_box("0 8 15 31")
         (0.0, 0.25, 0.5, 1.0)
     """
     cells = words.split()
@@ -74,49 +74,50 @@ def box_of_words(words: str) -> Box | None:
 
 
 def example_id(key: str, source: str = "") -> int:
-    """63 bits of a record's key, and of its source where there are several: always the same, on every machine."""
+    """Return a 63-bit hash of a record's key, and of its source if there are several; the same on every machine."""
     name = f"{source}\0{key}" if source else key
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest()) >> 1
 
 
-class Instructed(NamedTuple):
-    """Words for the template's braces, the right answers, and the box that these are of."""
+class _Instruction(NamedTuple):
+    """The values of a template's placeholders, the right answers, and their box."""
 
-    words: dict[str, str]
+    values: dict[str, str]
     answers: tuple[str, ...]
     box: Box | None = None
 
 
-def _captioned(record: Record, rng: np.random.Generator) -> Instructed:
+def _sample_caption(record: Record, rng: np.random.Generator) -> _Instruction:
     order = rng.permutation(len(record.captions))
-    return Instructed({}, tuple(record.captions[i] for i in order))
+    return _Instruction({}, tuple(record.captions[i] for i in order))
 
 
-def _questioned(record: Record, rng: np.random.Generator) -> Instructed:
+def _sample_question(record: Record, rng: np.random.Generator) -> _Instruction:
     question = record.questions[rng.integers(len(record.questions))]
-    return Instructed({"question": question.question}, (question.answer, *question.others))
+    return _Instruction({"question": question.question}, (question.answer, *question.alternative_answers))
 
 
-def _labelled(record: Record, rng: np.random.Generator) -> Instructed:
-    return Instructed(dict(zip(("text", "other"), record.texts, strict=False)), (record.label or "",))
+def _sample_label(record: Record, rng: np.random.Generator) -> _Instruction:
+    return _Instruction(dict(zip(("text", "other"), record.texts, strict=False)), (record.label or "",))
 
 
-def _boxed(record: Record, rng: np.random.Generator) -> Instructed:
+def _sample_expression(record: Record, rng: np.random.Generator) -> _Instruction:
     expression = record.expressions[rng.integers(len(record.expressions))]
-    return Instructed({"expression": expression.text}, (box_words(expression.box),), expression.box)
+    return _Instruction({"expression": expression.text}, (quantize_box(expression.box),), expression.box)
 
 
-def _entailed(record: Record, rng: np.random.Generator) -> Instructed:
-    pair = record.entailments[rng.integers(len(record.entailments))]
-    return Instructed({"premise": pair.premise, "hypothesis": pair.hypothesis}, (pair.answer,))
+def _sample_entailment(record: Record, rng: np.random.Generator) -> _Instruction:
+    entailment = record.entailments[rng.integers(len(record.entailments))]
+    values = {"premise": entailment.premise, "hypothesis": entailment.hypothesis}
+    return _Instruction(values, (entailment.answer,))
 
 
-_KINDS: Mapping[InstructionKind, tuple[str, Callable[[Record, np.random.Generator], Instructed]]] = {
-    "caption": ("captions", _captioned),
-    "question": ("questions", _questioned),
-    "label": ("label", _labelled),
-    "box": ("expressions", _boxed),
-    "entailment": ("entailments", _entailed),
+_SAMPLERS: Mapping[InstructionKind, tuple[str, Callable[[Record, np.random.Generator], _Instruction]]] = {
+    "caption": ("captions", _sample_caption),
+    "question": ("questions", _sample_question),
+    "label": ("label", _sample_label),
+    "box": ("expressions", _sample_expression),
+    "entailment": ("entailments", _sample_entailment),
 }
 
 
@@ -128,49 +129,49 @@ def make_example(
     visual: Visual | None = None,
     source: str = "",
 ) -> Example:
-    """One training or evaluation example of a record; ``visual`` is what became of its picture or clip.
+    """Return one training or evaluation example of a record; ``visual`` holds its frames.
 
-    Pictures of other sources are other pictures, whatever their names: ``source`` is part of the ``example_id``.
+    Media of different sources are different, whatever their names: ``source`` is part of the ``example_id``.
 
     Raises:
-        DataError: the record has nothing that the config asks for.
+        DataError: the record lacks what the config needs.
     """
-    shown = example_id(record.picture or record.key, source)
-    arrays: dict[str, NDArray[Any]] = {"example_id": np.asarray(shown, np.int64)}
+    visual_id = example_id(record.visual_id or record.key, source)
+    arrays: dict[str, NDArray[Any]] = {"example_id": np.asarray(visual_id, np.int64)}
     text = instruction = ""
     answers: tuple[str, ...] = ()
     if visual is not None:
         arrays["frames"] = visual.frames
     if config.tokenization == "released":
-        record = _drop_wordless(record, config)
+        record = _drop_empty_texts(record, config)
     _check_record(record, config)
     if config.text_length:
-        text, ids = _choose_text(record, config, tokenizer, rng)
-        arrays["text"], arrays["text_mask"] = _padded(ids, config.text_length)
+        text, ids = _sample_text(record, config, tokenizer, rng)
+        arrays["text"], arrays["text_mask"] = _pad(ids, config.text_length)
         if config.word_starts:
             arrays["word_starts"] = tokenizer.word_starts(arrays["text"].tolist())
     if config.instructions:
-        kind, instruction, told = _instruct(record, config, rng)
-        answers = told.answers
+        kind, instruction, sample = _sample_instruction(record, config, rng)
+        answers = sample.answers
         if config.instruction_length:
-            ids = instruction_ids(instruction, config, tokenizer, config.instruction_length)
-            arrays["instruction"], arrays["instruction_mask"] = _padded(ids, config.instruction_length)
+            ids = encode_instruction(instruction, config, tokenizer, config.instruction_length)
+            arrays["instruction"], arrays["instruction_mask"] = _pad(ids, config.instruction_length)
         if config.target_length:
-            ids, unlearned = _target_ids(kind, answers[0], config, tokenizer)
-            arrays["target"], mask = _padded(ids, config.target_length)
-            arrays["target_weights"] = (mask & (np.arange(config.target_length) >= unlearned)).astype(np.float32)
+            ids, num_masked = _encode_target(kind, answers[0], config, tokenizer)
+            arrays["target"], mask = _pad(ids, config.target_length)
+            arrays["target_weights"] = (mask & (np.arange(config.target_length) >= num_masked)).astype(np.float32)
         if config.max_references:
-            arrays["references"] = reference_ids(answers, config, tokenizer)
+            arrays["references"] = encode_references(answers, config, tokenizer)
         if config.classes:
-            arrays["label"] = np.asarray(_class_of(answers[0], config.classes, record.key), np.int32)
+            arrays["label"] = np.asarray(_class_index(answers[0], config.classes, record.key), np.int32)
         if config.has_boxes:
-            arrays["box"] = np.asarray(told.box, np.float32)
+            arrays["box"] = np.asarray(sample.box, np.float32)
     times = () if visual is None else tuple(visual.times.tolist())
     return Example(arrays, record.key, text, instruction, answers, times)
 
 
-def _drop_wordless(record: Record, config: ExampleConfig) -> Record:
-    """The record without captions, questions and texts of which the release's cleaning leaves no word."""
+def _drop_empty_texts(record: Record, config: ExampleConfig) -> Record:
+    """Return the record without captions, questions and texts that the release's cleaning leaves empty."""
 
     def has_words(text: str) -> bool:
         return bool(pre_caption(text, 1))
@@ -184,117 +185,117 @@ def _drop_wordless(record: Record, config: ExampleConfig) -> Record:
 
 
 def _check_record(record: Record, config: ExampleConfig) -> None:
-    """Check that a record has something of all that examples are made of. Raises DataError, which names what lacks."""
-    words = " with words behind its punctuation" if config.tokenization == "released" else ""
+    """Check that a record has everything that examples need. Raises DataError with what is missing."""
+    words = " with words besides punctuation" if config.tokenization == "released" else ""
     if config.text_length and not (record.captions if config.text == "caption" else record.texts or record.tokens):
-        raise DataError(f"record {record.key} has no {config.text}{words}, which the stream's examples ask for")
-    if config.instructions and not _kinds(record, config):
+        raise DataError(f"record {record.key} has no {config.text}{words}, which examples.text_length needs")
+    if config.instructions and not _available_kinds(record, config):
         raise DataError(
-            f"record {record.key} has none of what is asked for{words and f', or none{words}'}: "
-            f"{', '.join(config.instructions)}"
+            f"record {record.key} has nothing for the instructions {', '.join(config.instructions)}"
+            f"{words and f', or nothing{words}'}"
         )
 
 
-def _kinds(record: Record, config: ExampleConfig) -> list[InstructionKind]:
-    return [kind for kind in config.instructions if getattr(record, _KINDS[kind][0])]
+def _available_kinds(record: Record, config: ExampleConfig) -> list[InstructionKind]:
+    return [kind for kind in config.instructions if getattr(record, _SAMPLERS[kind][0])]
 
 
-def _choose_text(
+def _sample_text(
     record: Record, config: ExampleConfig, tokenizer: Tokenizer, rng: np.random.Generator
 ) -> tuple[str, list[int]]:
-    """One of the record's texts, and its ids."""
+    """Sample one of the record's texts; return it and its token ids."""
     choices = record.captions if config.text == "caption" else record.texts
     if choices or not record.tokens:
         text = choices[rng.integers(len(choices))]
-        return text, _text_ids(text, config, tokenizer)
+        return text, _encode_text(text, config, tokenizer)
     if len(record.tokens) > config.text_length or record.tokenizer != fingerprint(tokenizer):
         raise DataError(
-            f"record {record.key} has {len(record.tokens)} tokens of tokeniser {record.tokenizer}, expected at most "
-            f"text_length={config.text_length} of {fingerprint(tokenizer)}; cut the corpus again"
+            f"record {record.key} has {len(record.tokens)} tokens of tokenizer {record.tokenizer}, expected at most "
+            f"text_length={config.text_length} of {fingerprint(tokenizer)}; chunk the corpus again"
         )
     return tokenizer.decode(record.tokens), list(record.tokens)
 
 
-def _instruct(
+def _sample_instruction(
     record: Record, config: ExampleConfig, rng: np.random.Generator
-) -> tuple[InstructionKind, str, Instructed]:
-    kinds = _kinds(record, config)
+) -> tuple[InstructionKind, str, _Instruction]:
+    kinds = _available_kinds(record, config)
     weights = np.array([config.instructions[kind].weight for kind in kinds])
     kind = kinds[rng.choice(len(kinds), p=weights / weights.sum())]
-    told = _KINDS[kind][1](record, rng)
+    sample = _SAMPLERS[kind][1](record, rng)
     templates = config.instructions[kind].templates
     template = templates[rng.integers(len(templates))]
     try:
-        return kind, template.format(**told.words), told
+        return kind, template.format(**sample.values), sample
     except (KeyError, IndexError, ValueError) as error:
-        valid = ", ".join(f"{{{word}}}" for word in told.words) or "none"
+        valid = ", ".join(f"{{{name}}}" for name in sample.values) or "none"
         raise DataError(
-            f"instruction template {template!r} of kind '{kind}' fails ({error}); valid braces: {valid}"
+            f"instruction template {template!r} of kind '{kind}' fails ({error}); valid placeholders: {valid}"
         ) from error
 
 
-_CAPTION_WORDS = 80  # the release's limit, before that on tokens
+_MAX_CAPTION_WORDS = 80  # the release's limit, applied before that on tokens
 
 
-def _wordpieces(tokenizer: Tokenizer) -> WordPieceTokenizer:
+def _check_wordpiece(tokenizer: Tokenizer) -> WordPieceTokenizer:
     if not isinstance(tokenizer, WordPieceTokenizer):
         raise DataError(
-            f"tokenization='released' needs BERT's word pieces, found a {type(tokenizer).__name__}; "
+            f"tokenization='released' needs a BERT WordPiece tokenizer, found a {type(tokenizer).__name__}; "
             "set tokenizer.kind='wordpiece'"
         )
     return tokenizer
 
 
-def reader_of(config: ExampleConfig, tokenizer: Tokenizer) -> Callable[[Sequence[int]], str]:
-    """What turns generated ids into words; in the released form what follows the prompt."""
+def make_detokenizer(config: ExampleConfig, tokenizer: Tokenizer) -> Callable[[Sequence[int]], str]:
+    """Return a function from generated token ids to text; with tokenization="released", what follows the prompt."""
     if config.tokenization == "standard":
         return tokenizer.decode
-    wordpieces = _wordpieces(tokenizer)
-    return lambda ids: release_read_caption(release_decode(wordpieces, ids), config.prompt)
+    wordpiece = _check_wordpiece(tokenizer)
+    return lambda ids: release_read_caption(release_decode(wordpiece, ids), config.prompt)
 
 
-def _text_ids(text: str, config: ExampleConfig, tokenizer: Tokenizer) -> list[int]:
+def _encode_text(text: str, config: ExampleConfig, tokenizer: Tokenizer) -> list[int]:
     if config.tokenization == "standard":
         return tokenizer.encode(text, max_length=config.text_length)
-    return release_encode(_wordpieces(tokenizer), f"{pre_caption(text, _CAPTION_WORDS)}[SEP]", config.text_length)
+    return release_encode(_check_wordpiece(tokenizer), f"{pre_caption(text, _MAX_CAPTION_WORDS)}[SEP]", config.text_length)
 
 
-def instruction_ids(text: str, config: ExampleConfig, tokenizer: Tokenizer, max_length: int) -> list[int]:
-    """Token ids of an instruction, in the examples' form."""
+def encode_instruction(text: str, config: ExampleConfig, tokenizer: Tokenizer, max_length: int) -> list[int]:
+    """Return the token ids of an instruction."""
     if config.tokenization == "standard":
         return tokenizer.encode(text, max_length=max_length)
-    return release_encode(_wordpieces(tokenizer), pre_question(text, config.max_question_words), max_length)
+    return release_encode(_check_wordpiece(tokenizer), pre_question(text, config.max_question_words), max_length)
 
 
-def _target_ids(
+def _encode_target(
     kind: InstructionKind, answer: str, config: ExampleConfig, tokenizer: Tokenizer
 ) -> tuple[list[int], int]:
-    """Ids of the answer, and how many of the first are not to be learned."""
+    """Return the token ids of the answer, and the number of leading ones that are masked from the loss."""
     if config.tokenization == "standard":
         return tokenizer.encode(answer, max_length=config.target_length), 0
-    wordpieces = _wordpieces(tokenizer)
+    wordpiece = _check_wordpiece(tokenizer)
     if kind != "caption":
-        return release_answer(wordpieces, answer)[: config.target_length], 0
-    ids = release_caption(wordpieces, pre_caption(answer, _CAPTION_WORDS), config.target_length, config.prompt)
-    # One too few: the last piece of the prompt is learned, because the release does not count [CLS].
-    return ids, release_prompt_length(wordpieces, config.prompt) if config.prompt else 0
+        return release_answer(wordpiece, answer)[: config.target_length], 0
+    ids = release_caption(wordpiece, pre_caption(answer, _MAX_CAPTION_WORDS), config.target_length, config.prompt)
+    # One too few: the last token of the prompt is learned, because the release does not count [CLS].
+    return ids, release_prompt_length(wordpiece, config.prompt) if config.prompt else 0
 
 
-def answer_ids(answer: str, config: ExampleConfig, tokenizer: Tokenizer) -> list[int]:
-    """Ids of an answer to a question, whole, as a stream's targets have them: from the begin token to the end token."""
-    return _target_ids("question", answer, dataclasses.replace(config, target_length=sys.maxsize), tokenizer)[0]
+def encode_answer(answer: str, config: ExampleConfig, tokenizer: Tokenizer) -> list[int]:
+    """Return the token ids of an answer to a question as in ``target``, from begin to end token, not truncated."""
+    return _encode_target("question", answer, dataclasses.replace(config, target_length=sys.maxsize), tokenizer)[0]
 
 
-def reference_ids(captions: Sequence[str], config: ExampleConfig, tokenizer: Tokenizer) -> Int[np.ndarray, "r m"]:
-    """The first captions, as a stream's targets have them; rows beyond the last one are 0."""
+def encode_references(captions: Sequence[str], config: ExampleConfig, tokenizer: Tokenizer) -> Int[np.ndarray, "r m"]:
+    """Return the token ids of the first captions, each as in ``target``; rows after the last caption are 0."""
     table = np.zeros((config.max_references, config.target_length), np.int32)
     for row, caption in zip(table, captions, strict=False):
-        ids, _ = _target_ids("caption", caption, config, tokenizer)
+        ids, _ = _encode_target("caption", caption, config, tokenizer)
         row[: len(ids)] = ids
     return table
 
 
-def _class_of(answer: str, classes: Sequence[str], key: str) -> int:
+def _class_index(answer: str, classes: Sequence[str], key: str) -> int:
     if answer in classes:
         return classes.index(answer)
     try:
@@ -304,12 +305,12 @@ def _class_of(answer: str, classes: Sequence[str], key: str) -> int:
         pass
     near = difflib.get_close_matches(answer, classes, n=1, cutoff=0.5)
     hint = f"; did you mean '{near[0]}'?" if near else ""
-    raise DataError(f"record {key} is of '{answer}', which is none of the {len(classes)} classes{hint}")
+    raise DataError(f"record {key} has the class '{answer}', expected one of the {len(classes)} classes{hint}")
 
 
-def _padded(
+def _pad(
     ids: Sequence[int], length: int
 ) -> tuple[np.ndarray[Any, np.dtype[np.int32]], np.ndarray[Any, np.dtype[np.bool_]]]:
-    padded = np.zeros(length, np.int32)  # every tokeniser's padding is 0
+    padded = np.zeros(length, np.int32)  # the padding id of every tokenizer is 0
     padded[: len(ids)] = ids
     return padded, np.arange(length) < len(ids)

@@ -1,4 +1,4 @@
-"""Which frames of a video a clip takes."""
+"""Sampling of frame indices from a video."""
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -8,11 +8,11 @@ from data_pipelines.errors import DataError
 
 def _check(length: int, num_frames: int) -> None:
     if length < 1 or num_frames < 1:
-        raise DataError(f"found a video of {length} frames and num_frames {num_frames}, expected at least 1 of both")
+        raise DataError(f"found {length} frames in the video and num_frames={num_frames}, expected at least 1 of each")
 
 
 def _boundaries(length: int, num_frames: int) -> Int[np.ndarray, " bounds"]:
-    """Where n = min(length, num_frames) nearly equal intervals of a video begin and end."""
+    """Return the bounds of n = min(length, num_frames) nearly equal intervals of a video."""
     _check(length, num_frames)
     return np.linspace(0, length, min(length, num_frames) + 1).astype(np.int64)
 
@@ -21,17 +21,17 @@ def _pad(indices: Int[np.ndarray, " n"], num_frames: int) -> Int[np.ndarray, " t
     return np.pad(indices, (0, num_frames - len(indices)), mode="edge")
 
 
-def middle_indices(length: int, num_frames: int, clip: int = 0, clips: int = 1) -> Int[np.ndarray, " t"]:
-    """The middle frame of each of ``num_frames`` equal intervals: the release's choice for evaluation.
+def uniform_indices(length: int, num_frames: int, clip: int = 0, num_clips: int = 1) -> Int[np.ndarray, " t"]:
+    """Return the middle frame of each of ``num_frames`` equal intervals, as the release does for evaluation.
 
-    Of several clips each takes the middle of its own part of every interval. So all of them span the video, as the
-    clips of training do.
+    Each interval is divided among the clips, and each clip takes the middle frame of its part. So all clips span the
+    video, as those of training do.
 
     Args:
-        length: frames of the video.
-        num_frames: frames wanted; a shorter video repeats its last frame.
-        clip: which one, from 0.
-        clips: how many parts an interval has.
+        length: number of frames of the video.
+        num_frames: number of frames to return; a shorter video repeats its last frame.
+        clip: index of the clip, from 0.
+        num_clips: number of clips.
 
     Returns:
         Ascending frame indices, int64 [num_frames].
@@ -40,20 +40,20 @@ def middle_indices(length: int, num_frames: int, clip: int = 0, clips: int = 1) 
         DataError: ``length`` or ``num_frames`` is below 1.
     """
     bounds = _boundaries(length, num_frames)
-    within = (np.diff(bounds) * (2 * clip + 1) - clips) // (2 * clips)
+    within = (np.diff(bounds) * (2 * clip + 1) - num_clips) // (2 * num_clips)
     return _pad(bounds[:-1] + within.clip(min=0), num_frames)
 
 
 def random_indices(length: int, num_frames: int, rng: np.random.Generator) -> Int[np.ndarray, " t"]:
-    """A random frame of each of ``num_frames`` equal intervals: the release's choice for training.
+    """Return a random frame of each of ``num_frames`` equal intervals, as the release does for training.
 
-    As in the release, an interval's last frame is never drawn; and where intervals are a single frame long, distinct
+    As in the release, the last frame of an interval is never drawn; if an interval is a single frame long, distinct
     frames of the whole video are drawn instead.
 
     Args:
-        length: frames of the video.
-        num_frames: frames wanted; a shorter video repeats its last frame.
-        rng: the randomness.
+        length: number of frames of the video.
+        num_frames: number of frames to return; a shorter video repeats its last frame.
+        rng: the random generator.
 
     Returns:
         Ascending frame indices, int64 [num_frames].
@@ -69,18 +69,18 @@ def random_indices(length: int, num_frames: int, rng: np.random.Generator) -> In
 
 
 def fps_indices(
-    times: Float[np.ndarray, " n"], num_frames: int, fps: float, clip: int = 0, clips: int = 1
+    times: Float[np.ndarray, " n"], num_frames: int, fps: float, clip: int = 0, num_clips: int = 1
 ) -> Int[np.ndarray, " t"]:
-    """The frames that are seen at ``fps`` moments per second, in the middle of the video.
+    """Return the frames that are shown at ``fps`` times per second, centered in the video.
 
-    Of several clips each is in the middle of where it can begin, cut into so many equal parts.
+    The range of possible starts is divided among the clips, and each clip starts in the middle of its part.
 
     Args:
-        times: when each frame is shown, ascending, in seconds.
-        num_frames: frames wanted; where a video ends too early its last frame is repeated.
-        fps: moments per second.
-        clip: which one, from 0.
-        clips: how many there are.
+        times: presentation time of each frame in seconds, ascending.
+        num_frames: number of frames to return; a video that is too short repeats its last frame.
+        fps: sampling rate.
+        clip: index of the clip, from 0.
+        num_clips: number of clips.
 
     Returns:
         Ascending frame indices, int64 [num_frames].
@@ -90,8 +90,8 @@ def fps_indices(
     """
     _check(len(times), num_frames)
     if not 0 < fps < np.inf:
-        raise DataError(f"fps is {fps}, expected frames per second above 0")
-    seconds = (times[-1] - times[0]) * len(times) / max(1, len(times) - 1)  # the last frame is shown as long as others
-    start = max(0.0, seconds - num_frames / fps) * (2 * clip + 1) / (2 * clips)
-    moments = times[0] + start + (np.arange(num_frames) + 0.5) / fps
-    return np.searchsorted(times, moments + 1e-6, side="right") - 1  # a frame that begins just then is seen
+        raise DataError(f"fps is {fps}, expected a rate above 0")
+    seconds = (times[-1] - times[0]) * len(times) / max(1, len(times) - 1)  # the last frame lasts as long as the mean
+    start = max(0.0, seconds - num_frames / fps) * (2 * clip + 1) / (2 * num_clips)
+    sample_times = times[0] + start + (np.arange(num_frames) + 0.5) / fps
+    return np.searchsorted(times, sample_times + 1e-6, side="right") - 1  # a frame that begins just then counts

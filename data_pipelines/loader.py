@@ -1,7 +1,7 @@
-"""Streams of batches: records in the order of :mod:`data_pipelines.order`, made into examples, stacked.
+"""Streams of batches: records in the order of :mod:`data_pipelines.order`, built into examples and collated.
 
-A record that cannot be used is replaced by the next good one of its source, so that what step N holds stays a function
-of (seed, N) and of the files.
+An unusable record is replaced by the next good one of its source, so that the batch of step N stays a function of
+(seed, N) and of the files.
 """
 
 import contextlib
@@ -15,12 +15,12 @@ import numpy as np
 from jaxtyping import Int
 from numpy.typing import NDArray
 
+from data_pipelines.bad_records import BadRecord
 from data_pipelines.config import DataConfig, Kind
 from data_pipelines.errors import DataError
-from data_pipelines.examples import Example, make_example, reference_ids
-from data_pipelines.faults import Fault
-from data_pipelines.media import NOUNS
-from data_pipelines.order import WHOLE, Pick, Rows, Shard, endless_order
+from data_pipelines.examples import Example, encode_references, make_example
+from data_pipelines.media import KIND_NOUNS
+from data_pipelines.order import SINGLE_HOST, HostShards, HostSlice, RecordRef, infinite_shuffled_mixture
 from data_pipelines.record import Record, Source
 from data_pipelines.sources.fingerprint import fingerprint
 from data_pipelines.sources.formats import open_source
@@ -29,31 +29,31 @@ from data_pipelines.visual import Visual, load_visual
 
 HostBatch = dict[str, NDArray[Any]]
 
-NEAR, FAR = 16, 16
-"""Records tried in place of an unusable one before its source is given up: its neighbours, then some all over it."""
+MAX_ADJACENT_RETRIES, MAX_SPREAD_RETRIES = 16, 16
+"""Records tried in place of an unusable one before its source is given up: the next ones, then some spread over it."""
 
 
-class Made(NamedTuple):
-    """An example, where it was wanted, and the records that it stands in for."""
+class LoadedExample(NamedTuple):
+    """An example, the record that was requested for it, and the bad records that it replaces."""
 
-    pick: Pick
+    ref: RecordRef
     example: Example
-    faults: tuple[Fault, ...] = ()
+    bad_records: tuple[BadRecord, ...] = ()
 
 
 class LoadedBatch(NamedTuple):
-    """A host's rows of a batch as arrays, and row by row what they were made of."""
+    """A host's rows of a batch: the collated arrays, and the example of each row."""
 
     arrays: HostBatch
-    rows: Sequence[Made]
+    rows: Sequence[LoadedExample]
 
 
-class _Unusable(DataError):
-    """One record that cannot be used."""
+class _BadRecordError(DataError):
+    """A record cannot be used."""
 
-    def __init__(self, fault: Fault) -> None:
-        super().__init__(fault.reason)
-        self.fault = fault
+    def __init__(self, bad_record: BadRecord) -> None:
+        super().__init__(bad_record.reason)
+        self.bad_record = bad_record
 
 
 class ExampleBuilder:
@@ -64,98 +64,102 @@ class ExampleBuilder:
         tokenizer: for its texts.
         name: of the stream.
         seed: of the run.
-        least_answers: right answers that an example needs, so that it can be scored.
+        min_answers: right answers that an example needs to be scored.
     """
 
-    def __init__(
-        self, config: DataConfig, tokenizer: Tokenizer, name: str, seed: int, *, least_answers: int = 0
-    ) -> None:
+    def __init__(self, config: DataConfig, tokenizer: Tokenizer, name: str, seed: int, *, min_answers: int = 0) -> None:
         visual = config.visual
-        if config.kind == "image":  # a picture is one frame, however many a clip would have
+        if config.kind == "image":  # an image is one frame, whatever num_frames says
             visual = dataclasses.replace(visual, num_frames=1)
-        # What draws its clips draws all frames that they are chosen from.
-        drawn = dataclasses.replace(visual, num_frames=visual.num_frames * visual.num_clips)
-        self.sources: Mapping[str, Source] = {key: open_source(source, drawn) for key, source in config.sources.items()}
+        # DigitWorld renders all frames that num_clips selections choose from.
+        rendered = dataclasses.replace(visual, num_frames=visual.num_frames * visual.num_clips)
+        self.sources: Mapping[str, Source] = {
+            key: open_source(source, rendered) for key, source in config.sources.items()
+        }
         self._config, self._visual, self._tokenizer, self._name, self._seed = config, visual, tokenizer, name, seed
-        self._least_answers = least_answers
+        self._min_answers = min_answers
 
     @property
     def kind(self) -> Kind:
         """Return the kind of its records: image, video or text."""
         return self._config.kind
 
-    def make(self, pick: Pick, view: int = 0) -> Example:
-        """One example. Raises _Unusable, or with the record's key whatever is no fault of the record's."""
-        key = f"record {pick.index}"
+    def load(self, ref: RecordRef, view: int = 0) -> Example:
+        """Read a record and build its example.
+
+        Raises:
+            _BadRecordError: the record cannot be used. Any other exception gets a note with the record's key.
+        """
+        key = f"record {ref.index}"
         try:
-            record = self.sources[pick.source][pick.index]
+            record = self.sources[ref.source][ref.index]
             key = record.key
-            return self.build(record, pick, self.decode(record, pick, view))
+            return self.build(record, ref, self.decode(record, ref, view))
         except DataError as error:
-            raise _Unusable(Fault(pick.source, key, str(error))) from error
+            raise _BadRecordError(BadRecord(ref.source, key, str(error))) from error
         except Exception as error:
-            error.add_note(f"while making an example of {key} of source '{pick.source}'")
+            error.add_note(f"while building the example of {key} of source '{ref.source}'")
             raise
 
-    def decode(self, record: Record, pick: Pick, view: int = 0) -> Visual | None:
+    def decode(self, record: Record, ref: RecordRef, view: int = 0) -> Visual | None:
         """Decode the frames of a record; None for a text. Raises DataError if they are missing or damaged."""
         kind = self.kind
         if kind == "text":
             if not (record.texts or record.captions or record.questions or record.entailments or record.tokens):
-                raise DataError(f"record {record.key} has no text, which its stream is made of")
+                raise DataError(f"record {record.key} has no text, expected at least one for a text stream")
             return None
         if record.media is not None and record.media.kind != kind:
-            found, wanted = (NOUNS[each] for each in (record.media.kind, kind))
-            raise DataError(f"{record.media.name} is taken for {found}, expected {wanted}; set the source's kind")
-        seen = record.frames if record.media is None else record.media
-        if seen is None:
-            raise DataError(f"record {record.key} has no {kind}, which its stream is made of")
-        return load_visual(seen, self._visual, pick.rng(self._seed, self._name, "visual"), view)
+            found, expected = (KIND_NOUNS[each] for each in (record.media.kind, kind))
+            raise DataError(f"{record.media.name} is {found}, expected {expected}; set the source's kind")
+        encoded = record.frames if record.media is None else record.media
+        if encoded is None:
+            raise DataError(f"record {record.key} has no {kind}, expected one for this stream")
+        return load_visual(encoded, self._visual, ref.rng(self._seed, self._name, "visual"), view)
 
-    def build(self, record: Record, pick: Pick, visual: Visual | None) -> Example:
+    def build(self, record: Record, ref: RecordRef, visual: Visual | None) -> Example:
         """Build the example of a record with its decoded frames. Raises DataError if a text or answer is missing."""
-        rng = pick.rng(self._seed, self._name, "text")
+        rng = ref.rng(self._seed, self._name, "text")
         example = make_example(
-            record, self._config.examples, self._tokenizer, rng, visual, pick.source if len(self.sources) > 1 else ""
+            record, self._config.examples, self._tokenizer, rng, visual, ref.source if len(self.sources) > 1 else ""
         )
-        if len(example.answers) < self._least_answers:
+        if len(example.answers) < self._min_answers:
             raise DataError(
                 f"record {record.key} has {len(example.answers)} annotated answers, expected at least "
-                f"{self._least_answers}, blank ones among them: fewer cannot be scored; give those of all annotators"
+                f"{self._min_answers} (blank ones count); provide the answers of all annotators"
             )
         return example
 
-    def make_or_replace(self, pick: Pick) -> Made:
-        """The example of a record, or of the next good one of its source.
+    def load_or_replace(self, ref: RecordRef) -> LoadedExample:
+        """Return the example of a record, or of the next good one of its source.
 
         Raises:
-            DataError: none of those that were tried can be used.
+            DataError: none of the records that were tried can be used.
         """
-        faults: list[Fault] = []
-        for index in _places(pick.index, len(self.sources[pick.source])):
+        bad_records: list[BadRecord] = []
+        for index in _fallback_indices(ref.index, len(self.sources[ref.source])):
             try:
-                return Made(pick, self.make(dataclasses.replace(pick, index=index)), tuple(faults))
-            except _Unusable as unusable:
-                faults.append(unusable.fault)
-        others = f" (nor can {len(faults) - 1} others be used that were tried in its place)" if len(faults) > 1 else ""
-        raise DataError(f"{faults[0].reason}{others}")
+                return LoadedExample(ref, self.load(dataclasses.replace(ref, index=index)), tuple(bad_records))
+            except _BadRecordError as error:
+                bad_records.append(error.bad_record)
+        tried = f" ({len(bad_records) - 1} replacements failed too)" if len(bad_records) > 1 else ""
+        raise DataError(f"{bad_records[0].reason}{tried}")
 
 
-def _places(index: int, records: int) -> list[int]:
-    """A record and those that stand in for it. A whole archive may be broken, so not all of them are neighbours."""
-    if records <= NEAR + FAR:
-        return [(index + ahead) % records for ahead in range(records)]
-    far = [records * i // (FAR + 1) for i in range(1, FAR + 1)]
-    return [(index + ahead) % records for ahead in (*range(NEAR), *far)]
+def _fallback_indices(index: int, num_records: int) -> list[int]:
+    """Return a record's index and those of its replacements, some of them far away: a whole archive may be broken."""
+    if num_records <= MAX_ADJACENT_RETRIES + MAX_SPREAD_RETRIES:
+        return [(index + offset) % num_records for offset in range(num_records)]
+    spread = [num_records * i // (MAX_SPREAD_RETRIES + 1) for i in range(1, MAX_SPREAD_RETRIES + 1)]
+    return [(index + offset) % num_records for offset in (*range(MAX_ADJACENT_RETRIES), *spread)]
 
 
 class Stream:
-    """A stream, opened: an endless sequence of examples with random access, and its batches.
+    """An open stream: an infinite sequence of examples with random access, and its batches.
 
     Args:
-        config: what it is made of.
+        config: its sources, examples and batch size.
         tokenizer: for its texts.
-        name: of the stream; streams with other names see other orders and draws.
+        name: of the stream; streams with different names see different orders and draws.
         seed: of the run.
 
     Raises:
@@ -165,37 +169,39 @@ class Stream:
     def __init__(self, config: DataConfig, tokenizer: Tokenizer, *, name: str, seed: int) -> None:
         for field in ("num_clips", "num_crops"):
             if (count := getattr(config.visual, field)) > 1:
-                raise DataError(f"visual.{field}={count} is for evaluations: training sees one view of an example")
+                raise DataError(f"visual.{field}={count} is for evaluations: training sees one view of each example")
         self._config, self._tokenizer, self._seed = config, tokenizer, seed
         self._builder = ExampleBuilder(config, tokenizer, name, seed)
         multiple = config.batch_size if config.drop_remainder else 1
         for key, source in self._builder.sources.items():
             if len(source) < multiple:
                 raise DataError(
-                    f"sources.{key} has {len(source)} records, too few for a batch of {multiple} with drop_remainder"
+                    f"sources.{key} has {len(source)} records, fewer than batch_size={multiple}, with drop_remainder; "
+                    "reduce batch_size or turn drop_remainder off"
                 )
-        self._order = endless_order(self.records, self.shares(), stream=name, seed=seed, multiple=multiple)
-        self.examples: grain.MapDataset[Made] = self._order.map(self._builder.make_or_replace)
+        weights = self.mixture_weights()
+        self._order = infinite_shuffled_mixture(self.records, weights, stream=name, seed=seed, multiple=multiple)
+        self.examples: grain.MapDataset[LoadedExample] = self._order.map(self._builder.load_or_replace)
 
     @property
     def records(self) -> Mapping[str, int]:
-        """Number of records of each source."""
+        """Return the number of records of each source."""
         return {name: len(source) for name, source in self._builder.sources.items()}
 
-    def shares(self) -> Mapping[str, float]:
-        """How much of the mixture each source is; the shares add up to 1."""
+    def mixture_weights(self) -> Mapping[str, float]:
+        """Return the weight of each source in the mixture; they add up to 1."""
         temperature, records = self._config.mixture_temperature, self.records
         raw = {
             name: source.weight * (records[name] ** (1 / temperature) if temperature is not None else 1.0)
             for name, source in self._config.sources.items()
         }
-        return {name: share / sum(raw.values()) for name, share in raw.items()}
+        return {name: weight / sum(raw.values()) for name, weight in raw.items()}
 
     def position(self) -> Mapping[str, Any]:
-        """All that decides which records a step holds, besides the step, with a fingerprint of each source's files.
+        """Return what determines the records of a step, besides its number, with a fingerprint of each source's files.
 
         Raises:
-            DataError: files that are gone, or cannot be read.
+            DataError: files that are missing or cannot be read.
         """
         return {
             "batch_size": self._config.batch_size, "seed": self._seed, "records": dict(self.records),
@@ -206,116 +212,114 @@ class Stream:
     def _fingerprints(self) -> Mapping[str, Mapping[str, Any]]:
         return {name: fingerprint(source) for name, source in self._config.sources.items()}
 
-    def references(self, most: int) -> Iterator[Int[np.ndarray, "r m"]]:
-        """The captions of up to ``most`` records, evenly from all sources, as examples' ``references`` have them.
+    def references(self, max_records: int) -> Iterator[Int[np.ndarray, "r m"]]:
+        """Yield the captions of up to ``max_records`` records, evenly from all sources, encoded as ``references``.
 
-        No picture is decoded. Records without captions, or that cannot be read, are left out.
+        Nothing is decoded. Records without captions, or that cannot be read, are skipped.
         """
-        stride = -(-sum(self.records.values()) // most)
+        stride = -(-sum(self.records.values()) // max_records)
         for source in self._builder.sources.values():
             for index in range(0, len(source), stride):
                 with contextlib.suppress(DataError):
                     if captions := source[index].captions:
-                        yield reference_ids(captions, self._config.examples, self._tokenizer)
+                        yield encode_references(captions, self._config.examples, self._tokenizer)
 
     def batch(self, step: int) -> LoadedBatch:
-        """The whole batch that step ``step`` (the first is 0) sees, built from its number alone."""
+        """Return the whole batch of step ``step`` (the first is 0), built from its number alone."""
         size = self._config.batch_size
-        return _stacked([self.examples[step * size + row] for row in range(size)])
+        return _collate_batch([self.examples[step * size + row] for row in range(size)])
 
-    def batches(self, start_step: int = 0, shard: Shard = WHOLE) -> Iterator[LoadedBatch]:
-        """This host's rows of the batches of step ``start_step``, ``start_step + 1``, ... without end."""
-        rows: grain.MapDataset[Made] = Rows(self.examples, self._config.batch_size, shard, start_step)
-        made = iter(rows.to_iter_dataset(_read_options(self._config)))
+    def batches(self, start_step: int = 0, shards: HostShards = SINGLE_HOST) -> Iterator[LoadedBatch]:
+        """Yield this host's rows of the batches of step ``start_step``, ``start_step + 1``, ... without end."""
+        rows: grain.MapDataset[LoadedExample] = HostSlice(self.examples, self._config.batch_size, shards, start_step)
+        examples = iter(rows.to_iter_dataset(_read_options(self._config)))
         while True:
-            yield _stacked([next(made) for _ in shard.rows(self._config.batch_size)])
+            yield _collate_batch([next(examples) for _ in shards.rows(self._config.batch_size)])
 
 
-def _stacked(rows: Sequence[Made]) -> LoadedBatch:
-    return LoadedBatch(stack([made.example.arrays for made in rows]), rows)
+def _collate_batch(rows: Sequence[LoadedExample]) -> LoadedBatch:
+    return LoadedBatch(collate([row.example.arrays for row in rows]), rows)
 
 
 class EvaluationBatch(NamedTuple):
-    """A host's rows of a batch; ``example_mask`` is False in those that stand for no example."""
+    """A host's rows of a batch; ``example_mask`` is False in rows without an example."""
 
     arrays: HostBatch
-    examples: Mapping[int, Example]  # by the numbers of their rows: without several views, those in the set
-    faults: Mapping[int, Fault]
+    examples: Mapping[int, Example]  # by row number; with a single view, that is the index in the set
+    bad_records: Mapping[int, BadRecord]
 
 
 class _Padding:
-    """A row behind the last record."""
+    """A row after the last record."""
 
 
 class EvaluationSet:
     """The examples of a stream's sources, one source after the other, each in its own order.
 
-    A record that cannot be used is left out, not replaced: nothing may count twice. Where there are several views of
-    each, row r of the batches is view r % views of example r // views. The arguments are those of ``ExampleBuilder``.
+    An unusable record is skipped, not replaced: nothing may count twice. With several views of each example, row r of
+    the batches is view r % views of example r // views. The arguments are those of ``ExampleBuilder``.
     """
 
-    def __init__(
-        self, config: DataConfig, tokenizer: Tokenizer, *, name: str, seed: int, least_answers: int = 0
-    ) -> None:
+    def __init__(self, config: DataConfig, tokenizer: Tokenizer, *, name: str, seed: int, min_answers: int = 0) -> None:
         self._config = config
-        self._builder = ExampleBuilder(config, tokenizer, name, seed, least_answers=least_answers)
-        self._picks = [(name, len(source)) for name, source in self._builder.sources.items()]
+        self._builder = ExampleBuilder(config, tokenizer, name, seed, min_answers=min_answers)
+        self._lengths = {name: len(source) for name, source in self._builder.sources.items()}
         self.views = config.visual.views
 
     def __len__(self) -> int:
-        return sum(length for _, length in self._picks)
+        return sum(self._lengths.values())
 
     def source_of(self, index: int) -> str:
-        """The name of the source that an example is of."""
-        return self._pick(index).source
+        """Return the name of an example's source."""
+        return self._ref(index).source
 
-    def _pick(self, index: int) -> Pick:
-        for name, length in self._picks:
+    def _ref(self, index: int) -> RecordRef:
+        for name, length in self._lengths.items():
             if index < length:
-                return Pick(name, index, 0)
+                return RecordRef(name, index, 0)
             index -= length
-        raise IndexError(f"record {index} beyond the end of an evaluation")
+        raise IndexError(f"record {index} is beyond the end of the evaluation set")
 
     def __getitem__(self, index: int) -> Example:
-        """One example. Raises DataError if its record cannot be used."""
-        return self._builder.make(self._pick(index))
+        """Return one example. Raises DataError if its record cannot be used."""
+        return self._builder.load(self._ref(index))
 
-    def each(self, indices: Sequence[int]) -> Iterator[Example]:
-        """Examples in any order, made ahead as those of batches are. Raises DataError as for one."""
-        made = grain.MapDataset.source(indices).map(self.__getitem__)
-        return iter(made.to_iter_dataset(_read_options(self._config)))
+    def iter_examples(self, indices: Sequence[int]) -> Iterator[Example]:
+        """Yield examples in any order, prefetched. Raises DataError if a record cannot be used."""
+        examples = grain.MapDataset.source(indices).map(self.__getitem__)
+        return iter(examples.to_iter_dataset(_read_options(self._config)))
 
-    def first(self) -> Example:
-        """The first example that can be made. Raises DataError if none of those that were tried can."""
-        return self._builder.make_or_replace(self._pick(0)).example
+    def first_example(self) -> Example:
+        """Return the first usable example. Raises DataError if none of those that were tried is."""
+        return self._builder.load_or_replace(self._ref(0)).example
 
-    def batches(self, shard: Shard = WHOLE, start: int = 0) -> Iterator[EvaluationBatch]:
-        """This host's rows of every batch from row ``start`` on; the last batch is padded."""
-        size, padding = self._config.batch_size, self.first()
-        rows, steps = shard.rows(size), -(-(len(self) * self.views - start) // size)
-        indices: grain.MapDataset[int] = Rows(grain.MapDataset.range(start, start + steps * size), size, shard, 0)
-        made = iter(indices[: steps * len(rows)].map(self._try).to_iter_dataset(_read_options(self._config)))
+    def batches(self, shards: HostShards = SINGLE_HOST, start: int = 0) -> Iterator[EvaluationBatch]:
+        """Yield this host's rows of every batch from row ``start`` on; the last batch is padded."""
+        size, padding = self._config.batch_size, self.first_example()
+        rows, steps = shards.rows(size), -(-(len(self) * self.views - start) // size)
+        indices: grain.MapDataset[int] = HostSlice(grain.MapDataset.range(start, start + steps * size), size, shards, 0)
+        loaded = iter(indices[: steps * len(rows)].map(self._load_row).to_iter_dataset(_read_options(self._config)))
         for step in range(steps):
-            tried = {start + step * size + row: next(made) for row in rows}
-            examples = {i: row for i, row in tried.items() if isinstance(row, Example)}
-            arrays = stack([examples.get(i, padding).arrays for i in tried])
-            arrays["example_mask"] = np.array([i in examples for i in tried])
-            yield EvaluationBatch(arrays, examples, {i: row for i, row in tried.items() if isinstance(row, Fault)})
+            batch = {start + step * size + row: next(loaded) for row in rows}
+            examples = {i: row for i, row in batch.items() if isinstance(row, Example)}
+            arrays = collate([examples.get(i, padding).arrays for i in batch])
+            arrays["example_mask"] = np.array([i in examples for i in batch])
+            yield EvaluationBatch(arrays, examples, {i: row for i, row in batch.items() if isinstance(row, BadRecord)})
 
-    def _try(self, row: int) -> Example | Fault | _Padding:
+    def _load_row(self, row: int) -> Example | BadRecord | _Padding:
         index, view = divmod(row, self.views)
         if index >= len(self):
             return _Padding()
         try:
-            return self._builder.make(self._pick(index), view)
-        except _Unusable as unusable:
-            return unusable.fault
+            return self._builder.load(self._ref(index), view)
+        except _BadRecordError as error:
+            return error.bad_record
 
 
 def _read_options(config: DataConfig) -> grain.ReadOptions:
     return grain.ReadOptions(num_threads=config.num_threads, prefetch_buffer_size=config.prefetch)
 
 
-def stack(examples: Sequence[Mapping[str, NDArray[Any]]]) -> HostBatch:
-    """Arrays of examples with a leading axis for them."""
+def collate(examples: Sequence[Mapping[str, NDArray[Any]]]) -> HostBatch:
+    """Stack the arrays of examples along a leading axis."""
     return {key: np.stack([example[key] for example in examples]) for key in examples[0]}

@@ -1,4 +1,4 @@
-"""Encoded pictures and videos: which there are, where their bytes come from, how failures read, how files are written.
+"""Encoded images and videos: supported formats, access to their bytes, errors, and writing files.
 
 ``image.py`` and ``video.py`` decode them; ``visual.py`` turns them into the frames of a batch.
 """
@@ -22,20 +22,20 @@ from PIL import Image
 from data_pipelines.errors import DataError
 
 MAX_PIXELS = 64_000_000
-"""Of one picture or frame: 192 MB as RGB. A file that claims more is taken for a decompression bomb."""
+"""Of one image or frame: 192 MB as RGB. A larger one is treated as a decompression bomb."""
 
 MAX_FETCHED_BYTES = 1 << 30
-"""Of one file behind a URL, which is fetched whole."""
+"""Of one file behind a URL, which is downloaded as a whole."""
 
-IMAGES: Mapping[str, tuple[str, ...]] = {
+IMAGE_FORMATS: Mapping[str, tuple[str, ...]] = {
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"), "PNG": (".png",), "WEBP": (".webp",), "AVIF": (".avif",),
     "HEIF": (".heic", ".heif"), "BMP": (".bmp",), "TIFF": (".tif", ".tiff"), "JPEG2000": (".jp2",),
     "PPM": (".ppm", ".pgm", ".pbm", ".pnm", ".pfm"), "GIF": (),
 }  # fmt: skip
-"""Pillow's formats that are ever opened, each with its files' suffixes; of the others some are obscure, one runs a
-program (EPS). HEIF is a plugin's. A GIF is a clip by its name."""
+"""Pillow's formats that are opened, with their suffixes. Other formats are obscure, or run a program (EPS). HEIF needs a
+plugin. A GIF is a video by its name."""
 
-VIDEOS: Mapping[str, tuple[str, ...]] = {
+VIDEO_FORMATS: Mapping[str, tuple[str, ...]] = {
     "mov": (".mp4", ".m4v", ".mov", ".qt", ".3gp", ".3g2", ".f4v", ".mj2"), "matroska": (".webm", ".mkv"),
     "avi": (".avi", ".divx"), "asf": (".wmv", ".asf"), "flv": (".flv",), "mpeg": (".mpg", ".mpeg", ".mpe", ".vob"),
     "mpegts": (".ts", ".mts", ".m2ts", ".m2t"), "ogg": (".ogv", ".ogm"), "gif": (".gif",),
@@ -43,19 +43,18 @@ VIDEOS: Mapping[str, tuple[str, ...]] = {
     "mxf": (".mxf",), "dv": (".dv",), "ivf": (".ivf",), "h264": (".h264", ".264"),
     "hevc": (".hevc", ".h265", ".265"), "m4v": (), "aiff": (), "mp3": (), "wav": (),
 }  # fmt: skip
-"""Containers that are ever opened, each with its files' suffixes. Playlists are not among them: they would open other
-files and addresses. Those of sound alone are opened to say so. An .ogg is mostly sound, and read where it is named."""
+"""Containers that are opened, with their suffixes. Playlists are excluded: they would open other files and URLs. Audio
+containers are opened only to report them. An .ogg is mostly audio, and read only where it is named."""
 
-IMAGE_SUFFIXES = tuple(suffix for suffixes in IMAGES.values() for suffix in suffixes)
-VIDEO_SUFFIXES = (*(suffix for suffixes in VIDEOS.values() for suffix in suffixes), ".apng")
-"""The most usual first."""
+IMAGE_SUFFIXES = tuple(suffix for suffixes in IMAGE_FORMATS.values() for suffix in suffixes)
+VIDEO_SUFFIXES = (*(suffix for suffixes in VIDEO_FORMATS.values() for suffix in suffixes), ".apng")
+"""The most common first."""
 
+KIND_NOUNS: Mapping[str, str] = {"image": "an image", "video": "a video"}
+"""Kinds of media with their article, for messages."""
 
-NOUNS: Mapping[str, str] = {"image": "an image", "video": "a video"}
-"""Kinds of media in sentences."""
-
-HEAD = 4096
-"""Bytes at the beginning of a file that tell what it is."""
+HEAD_BYTES = 4096
+"""Number of bytes at the beginning of a file that identify its format."""
 
 _BRANDS = frozenset({b"avif", b"avis", b"heic", b"heim", b"heis", b"heix", b"mif1", b"msf1"})
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -63,25 +62,25 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 @dataclasses.dataclass(frozen=True)
 class Media:
-    """An encoded picture or video that nobody has decoded yet."""
+    """An encoded image or video."""
 
     kind: Literal["image", "video"]
     data: bytes | str  # the encoded bytes, or a local path or URL ("gs://...") opened through fsspec
-    name: str  # where it is from, for messages: a path, or "archive.tar:member.jpg"
+    name: str  # for messages: a path, or "archive.tar:member.jpg"
 
 
-def media_of(path: Path) -> Media:
-    """A local file as media; the content or else the suffix tells a picture from a video. An animation is a video.
+def local_media(path: Path) -> Media:
+    """Return a local file as media, an image or a video by its content, else by its suffix. An animation is a video.
 
     Raises:
-        DataError: there is no such file.
+        DataError: no such file.
     """
     media = Media("image", str(path), str(path))
     with contextlib.suppress(OSError, Image.DecompressionBombError):
-        if is_animation(head_of(str(path))):
+        if is_animation(read_head(str(path))):
             return dataclasses.replace(media, kind="video")
         if path.suffix.lower() not in IMAGE_SUFFIXES:
-            Image.open(path, formats=image_formats()).close()
+            Image.open(path, formats=available_image_formats()).close()
         return media
     if path.suffix.lower() in IMAGE_SUFFIXES:
         return media
@@ -90,22 +89,22 @@ def media_of(path: Path) -> Media:
 
 
 @functools.cache
-def image_formats() -> tuple[str, ...]:
-    """Those of ``IMAGES`` that can be decoded here; HEIF only with the plugin."""
+def available_image_formats() -> tuple[str, ...]:
+    """Return the formats of ``IMAGE_FORMATS`` that the installed packages decode; HEIF needs a plugin."""
     with contextlib.suppress(ImportError):
         import pillow_heif
 
         pillow_heif.register_heif_opener()
     Image.init()
-    return tuple(format for format in IMAGES if format in Image.OPEN)
+    return tuple(format for format in IMAGE_FORMATS if format in Image.OPEN)
 
 
-def head_of(data: bytes | str) -> bytes:
-    """The first ``HEAD`` bytes of what is in memory or in a local file."""
+def read_head(data: bytes | str) -> bytes:
+    """Return the first ``HEAD_BYTES`` bytes of data in memory or of a local file."""
     if isinstance(data, bytes):
-        return data[:HEAD]
+        return data[:HEAD_BYTES]
     with open(data, "rb") as file:
-        return file.read(HEAD)
+        return file.read(HEAD_BYTES)
 
 
 def is_animation(head: bytes) -> bool:
@@ -116,22 +115,22 @@ def is_animation(head: bytes) -> bool:
 
 
 def is_image_file(head: bytes) -> bool:
-    """Return whether a file's first bytes are those of a JPEG, PNG, WebP, AVIF or HEIC: Pillow decodes these."""
+    """Return whether a file's first bytes are those of a JPEG, PNG, WebP, AVIF or HEIC, which Pillow decodes."""
     webp = head[:4] == b"RIFF" and head[8:12] == b"WEBP"
     return webp or head.startswith((PNG, b"\xff\xd8\xff")) or (head[4:8] == b"ftyp" and head[8:12] in _BRANDS)
 
 
 def _check_exists(media: Media) -> None:
     if isinstance(media.data, str) and "://" not in media.data and not os.path.isfile(media.data):
-        raise DataError(f"{media.name} does not exist or is no file; expected an image or a video")
+        raise DataError(f"{media.name} does not exist or is not a file; expected an image or a video")
 
 
 @contextmanager
-def reading(media: Media) -> Iterator[bytes | str]:
-    """The media's bytes or local path. Whatever goes wrong with them inside becomes one DataError that names them.
+def open_media(media: Media) -> Iterator[bytes | str]:
+    """Provide the media's bytes or local path. Any exception inside becomes a DataError with the media's name.
 
     Raises:
-        DataError: there is no such file, it is too large to fetch, or what was done with it failed.
+        DataError: no such file, it is too large to download, or an exception inside.
     """
     _check_exists(media)
     try:
@@ -141,25 +140,27 @@ def reading(media: Media) -> Iterator[bytes | str]:
     # Decoders raise nearly anything on damaged bytes: OSError, ValueError, SyntaxError, struct.error, EOFError, ...
     except Exception as error:
         reason = getattr(error, "strerror", None) or str(error).split("\n")[0] or type(error).__name__
-        reason = reason.split(" <_io.")[0]  # an address differs every time, and the same fault would be another
+        reason = reason.split(" <_io.")[0]  # a memory address would make each error unique
         raise DataError(
-            f"{media.name} cannot be read as {NOUNS[media.kind]}: {reason}; replace or remove the file"
+            f"{media.name} cannot be read as {KIND_NOUNS[media.kind]}: {reason}; replace or remove the file"
         ) from error
 
 
 def _fetch(media: Media) -> bytes | str:
-    """What is behind a URL, so that decoders may read it twice; all else as it is."""
+    """Download a URL, so that decoders may read it twice; return anything else as it is."""
     if isinstance(media.data, bytes) or "://" not in media.data:
         return media.data
     with fsspec.open(media.data, "rb") as file:
         data: bytes = file.read(MAX_FETCHED_BYTES + 1)
     if len(data) > MAX_FETCHED_BYTES:
-        raise DataError(f"{media.name} is larger than MAX_FETCHED_BYTES = {MAX_FETCHED_BYTES:,}; cut it into clips")
+        raise DataError(
+            f"{media.name} is larger than MAX_FETCHED_BYTES = {MAX_FETCHED_BYTES:,}; cut it into shorter videos"
+        )
     return data
 
 
 def check_size(media: Media, width: int, height: int) -> None:
-    """Refuses pictures without pixels, and decompression bombs.
+    """Reject empty images and decompression bombs.
 
     Raises:
         DataError: not between 1 and ``MAX_PIXELS`` pixels.
@@ -170,21 +171,21 @@ def check_size(media: Media, width: int, height: int) -> None:
         )
 
 
-def _enlarge(frames: UInt8[np.ndarray, "*t y x 3"], scale: int) -> UInt8[np.ndarray, "*t Y X 3"]:
+def _upscale(frames: UInt8[np.ndarray, "*t y x 3"], scale: int) -> UInt8[np.ndarray, "*t Y X 3"]:
     return frames.repeat(scale, axis=-3).repeat(scale, axis=-2)
 
 
 def write_image(path: Path, frame: UInt8[np.ndarray, "y x 3"], scale: int = 1) -> None:
-    """Writes a picture, its pixels enlarged ``scale`` times; the suffix chooses the format."""
-    Image.fromarray(_enlarge(frame, scale)).save(path)
+    """Write an image, upscaled ``scale`` times; the suffix determines the format."""
+    Image.fromarray(_upscale(frame, scale)).save(path)
 
 
 def write_video(path: Path, frames: UInt8[np.ndarray, "t y x 3"], fps: float = 4.0, scale: int = 1) -> None:
-    """Writes an H.264 mp4 that browsers play, its pixels enlarged ``scale`` times.
+    """Write an H.264 mp4 that browsers play, upscaled ``scale`` times.
 
-    The format needs even sides: an odd one grows by repeating its last row or column.
+    The format needs even sides: an odd one is padded by repeating its last row or column.
     """
-    frames = _enlarge(frames, scale)
+    frames = _upscale(frames, scale)
     frames = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
     with av.open(str(path), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000), options={"crf": "12"})

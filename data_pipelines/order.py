@@ -1,7 +1,7 @@
-"""Which record stands where: an endless order that is a function of (seed, position) alone, by Grain.
+"""The data order: an infinite shuffled mixture of records, a pure function of (seed, position), built on Grain.
 
-Step N's global batch is positions N*B .. (N+1)*B of the order; a host builds the rows of it that its devices hold. So
-any number of hosts sees the same batches, and a run resumes at any step without replay.
+The global batch of step N is positions N*B .. (N+1)*B; each host builds the rows that its devices hold. So any number
+of hosts sees the same batches, and a run resumes at any step without replay.
 """
 
 import dataclasses
@@ -20,52 +20,52 @@ _PURPOSES: Mapping[Purpose, int] = {"text": 0, "visual": 1}
 
 
 @dataclasses.dataclass(frozen=True)
-class Pick:
-    """A record of a stream's sources, and for the how-manieth time it is taken."""
+class RecordRef:
+    """A reference to a record: its source, its index there, and the epoch of that source."""
 
     source: str
     index: int
     epoch: int
 
     def rng(self, seed: int, stream: str, purpose: Purpose) -> np.random.Generator:
-        """The randomness of one purpose: a function of (seed, stream, source, record, epoch, purpose) alone."""
+        """Return the generator for one purpose, a function of (seed, stream, source, record, epoch, purpose) alone."""
         name = zlib.crc32(f"{stream}/{self.source}".encode())
         return np.random.default_rng([seed, name, self.index, self.epoch, _PURPOSES[purpose]])
 
 
 @dataclasses.dataclass(frozen=True)
-class Shard:
-    """Which rows of every global batch a host builds: some of ``count`` equal parts, in the order of the batch.
+class HostShards:
+    """The shards of every global batch that a host builds, out of ``num_shards`` equal ones.
 
-    The parts need not be neighbours, and another host may build them too: the mesh decides.
+    A host's shards need not be adjacent, and several hosts may build the same shard: the mesh decides.
     """
 
-    parts: tuple[int, ...] = (0,)
-    count: int = 1
+    shard_ids: tuple[int, ...] = (0,)
+    num_shards: int = 1
 
     def rows(self, batch_size: int) -> list[int]:
-        """The host's rows, by their numbers in the global batch.
+        """Return the indices of the host's rows in the global batch.
 
         Raises:
-            DataError: a batch that cannot be cut evenly.
+            DataError: ``batch_size`` is not a multiple of ``num_shards``.
         """
-        size, rest = divmod(batch_size, self.count)
-        if rest:
-            raise DataError(f"batch_size={batch_size} is not a multiple of the {self.count} parts that hosts share")
-        return [part * size + row for part in self.parts for row in range(size)]
+        size, remainder = divmod(batch_size, self.num_shards)
+        if remainder:
+            raise DataError(f"batch_size={batch_size} is not a multiple of the {self.num_shards} shards over all hosts")
+        return [shard * size + row for shard in self.shard_ids for row in range(size)]
 
 
-WHOLE = Shard()
+SINGLE_HOST = HostShards()
 """All rows of every batch."""
 
 
-class Rows(grain.MapDataset[Element]):
-    """A host's part of an order that is cut into batches, from a given step on."""
+class HostSlice(grain.MapDataset[Element]):
+    """A host's rows of an order that is cut into global batches, from a given step on."""
 
-    def __init__(self, parent: grain.MapDataset[Element], batch_size: int, shard: Shard, start_step: int) -> None:
+    def __init__(self, parent: grain.MapDataset[Element], batch_size: int, shards: HostShards, start_step: int) -> None:
         super().__init__(parent)
-        self._batch, self._rows = batch_size, shard.rows(batch_size)
-        self._start = start_step
+        self._batch_size, self._rows = batch_size, shards.rows(batch_size)
+        self._start_step = start_step
 
     def __len__(self) -> int:
         return len(self._parent)
@@ -74,37 +74,37 @@ class Rows(grain.MapDataset[Element]):
         if isinstance(index, slice):
             return self.slice(index)
         step, row = divmod(index, len(self._rows))
-        return self._parent[(self._start + step) * self._batch + self._rows[row]]
+        return self._parent[(self._start_step + step) * self._batch_size + self._rows[row]]
 
 
-def endless_order(
-    records: Mapping[str, int], shares: Mapping[str, float], *, stream: str, seed: int, multiple: int = 1
-) -> grain.MapDataset[Pick]:
-    """The endless order of a stream: every source shuffled anew in every epoch of its own, mixed by exact shares.
+def infinite_shuffled_mixture(
+    records: Mapping[str, int], weights: Mapping[str, float], *, stream: str, seed: int, multiple: int = 1
+) -> grain.MapDataset[RecordRef]:
+    """Return the infinite order of a stream: every source reshuffled in each of its epochs, mixed by exact weights.
 
     Args:
         records: number of records of each source.
-        shares: how much of the mixture each source is, in any unit, above 0.
-        stream: its name; streams with other names see other orders.
-        seed: a different order for each.
-        multiple: an epoch is cut to a multiple of it, so that a batch of this size never spans two.
+        weights: weight of each source in the mixture, in any unit, above 0.
+        stream: its name; streams with different names see different orders.
+        seed: of the run.
+        multiple: epochs are truncated to a multiple of it, so that a batch of this size never spans two.
     """
 
-    def of(source: str) -> grain.MapDataset[Pick]:
+    def order_of(source: str) -> grain.MapDataset[RecordRef]:
         length = records[source] // multiple * multiple
         order = grain.MapDataset.range(records[source]).seed(zlib.crc32(f"{seed}/{stream}/{source}".encode()))
-        # The position after repeat() still counts on, so the epoch can be told from it.
-        return order.shuffle()[:length].repeat().map_with_index(_Take(source, length))
+        # After repeat() the index still counts on, so it gives the epoch.
+        return order.shuffle()[:length].repeat().map_with_index(_ToRecordRef(source, length))
 
-    parts = [of(source) for source in records]
-    if len(parts) == 1:
-        return parts[0]
-    return grain.MapDataset.mix(parts, [shares[source] for source in records])
+    orders = [order_of(source) for source in records]
+    if len(orders) == 1:
+        return orders[0]
+    return grain.MapDataset.mix(orders, [weights[source] for source in records])
 
 
-class _Take(grain.transforms.MapWithIndex):
+class _ToRecordRef(grain.transforms.MapWithIndex):
     def __init__(self, source: str, length: int) -> None:
         self._source, self._length = source, length
 
-    def map_with_index(self, index: int, element: int) -> Pick:
-        return Pick(self._source, int(element), index // self._length)
+    def map_with_index(self, index: int, element: int) -> RecordRef:
+        return RecordRef(self._source, int(element), index // self._length)

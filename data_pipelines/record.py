@@ -1,9 +1,9 @@
-"""A record: one image, clip or piece of text with everything that is known of it, before any task has chosen."""
+"""A record: one image, video or text with all its annotations, whatever the task."""
 
 import dataclasses
 import re
 import unicodedata
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import UInt8
@@ -13,56 +13,53 @@ from data_pipelines.media import Media
 
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1 in 0..1 of the frame, x to the right, y down
 
-_HALF = re.compile("[\ud800-\udfff]")
-_CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f]")  # without those that are white space
-_UNSEEN = frozenset({"Cc", "Cf", "Co", "Mc", "Me", "Mn", "Zl", "Zp", "Zs"})  # not Cn: it holds the newest emoji
-_BLANK_SYMBOLS = frozenset("\u115f\u1160\u2800\u3164\uffa0\ufffd")  # letters and symbols of which nothing is seen
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_CONTROL = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f]")  # except white space
+_INVISIBLE = frozenset({"Cc", "Cf", "Co", "Mc", "Me", "Mn", "Zl", "Zp", "Zs"})  # not Cn: it holds the newest emoji
+_BLANK_SYMBOLS = frozenset("\u115f\u1160\u2800\u3164\uffa0\ufffd")  # letters and symbols without a glyph
 
 
 def clean_text(text: str) -> str:
-    """Return a text without control characters and outer white space; empty if nothing of it would be seen.
+    """Return a text without control characters and surrounding white space; empty if none of it is visible.
 
-    White space, zero-width and private characters, and accents without a letter are not seen.
+    Invisible are white space, zero-width and private-use characters, and combining marks without a letter.
 
     Raises:
-        DataError: half of a surrogate pair, which no encoding of Unicode can hold.
+        DataError: an unpaired surrogate, which no Unicode encoding can hold.
     """
     if text.isascii() and text.isprintable():
         return text.strip()
-    if half := _HALF.search(text):
+    if match := _SURROGATE.search(text):
         raise DataError(
-            f"{text[:60]!a} is no Unicode text: half of a surrogate pair at character {half.start() + 1}, of an emoji "
-            "that was cut or a name that is not UTF-8; mend it"
+            f"{text[:60]!a} is not Unicode text: unpaired surrogate at character {match.start() + 1}, from a truncated "
+            "emoji or a name that is not UTF-8; fix it"
         )
     text = _CONTROL.sub("", text).strip()
-    return text if any(unicodedata.category(c) not in _UNSEEN and c not in _BLANK_SYMBOLS for c in text) else ""
+    return text if any(unicodedata.category(c) not in _INVISIBLE and c not in _BLANK_SYMBOLS for c in text) else ""
 
 
 def _clean_texts(texts: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(filter(None, map(clean_text, texts)))
 
 
-@dataclasses.dataclass(frozen=True)
-class Question:
-    """A question and its right answer; ``kind`` groups questions for reports ("colour", "count", ...)."""
+class Question(NamedTuple):
+    """A question and its right answer; ``kind`` groups questions in reports ("colour", "count", ...)."""
 
     question: str
     answer: str
     kind: str = ""
-    others: tuple[str, ...] = ()  # further answers that people gave, the most frequent first, blank ones last
+    alternative_answers: tuple[str, ...] = ()  # of other annotators, the most frequent first, blank ones last
 
 
-@dataclasses.dataclass(frozen=True)
-class Expression:
-    """A phrase that refers to exactly one thing in the picture, and where it is (in the first frame of a clip)."""
+class Expression(NamedTuple):
+    """A phrase that refers to exactly one thing in the image (or first frame of a video), and its box."""
 
     text: str
     box: Box
 
 
-@dataclasses.dataclass(frozen=True)
-class Entailment:
-    """Whether a hypothesis follows from a premise."""
+class Entailment(NamedTuple):
+    """A premise, a hypothesis, and whether it follows."""
 
     premise: str
     hypothesis: str
@@ -71,26 +68,26 @@ class Entailment:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One record of a source. Whatever a source does not know is empty.
+    """One record of a source. Fields that the source does not have are empty.
 
-    Its texts are cleaned when it is made, and those of which nothing would be seen are left out.
+    The constructor cleans all texts, and drops those that are invisible.
 
     Raises:
-        DataError: a key, a name or a text that is no Unicode.
+        DataError: a key, a name or a text that is not Unicode.
     """
 
-    key: str  # stable and unique inside its source
-    picture: str = ""  # what is shown, where several records show the same; empty: the key
-    frames: UInt8[np.ndarray, "t y x 3"] | None = None  # pixels, of sources that draw them; an image is one frame
-    media: Media | None = None  # what other sources bring; decoded once the record was chosen
+    key: str  # stable and unique within its source
+    visual_id: str = ""  # shared by records of the same image or video; empty: the key
+    frames: UInt8[np.ndarray, "t y x 3"] | None = None  # pixels of synthetic sources; an image is one frame
+    media: Media | None = None  # encoded media of other sources; decoded when the record is used
     captions: tuple[str, ...] = ()
     questions: tuple[Question, ...] = ()
     expressions: tuple[Expression, ...] = ()
     label: str | None = None
     texts: tuple[str, ...] = ()
     entailments: tuple[Entailment, ...] = ()
-    tokens: tuple[int, ...] = ()  # a piece of a corpus that was cut beforehand, special tokens included
-    tokenizer: str = ""  # the fingerprint of the tokeniser that cut it
+    tokens: tuple[int, ...] = ()  # a pretokenized chunk of a corpus, special tokens included
+    tokenizer: str = ""  # fingerprint of the tokenizer of ``tokens``
 
     def __post_init__(self) -> None:
         """Clean all texts."""
@@ -100,10 +97,12 @@ class Record:
             raise DataError(f"record {self.key[:60]!a}: {error}") from error
 
     def _clean(self) -> None:
-        for name in (self.key, self.picture, self.media.name if self.media else ""):
+        for name in (self.key, self.visual_id, self.media.name if self.media else ""):
             clean_text(name)
         questions = (
-            Question(clean_text(q.question), clean_text(q.answer), q.kind, tuple(map(clean_text, q.others)))
+            Question(
+                clean_text(q.question), clean_text(q.answer), q.kind, tuple(map(clean_text, q.alternative_answers))
+            )
             for q in self.questions
         )
         expressions = (Expression(clean_text(e.text), e.box) for e in self.expressions)
@@ -124,7 +123,7 @@ class Source(Protocol):
     """Random access to records; the same index always gives the same record."""
 
     def __len__(self) -> int:
-        """Number of records."""
+        """Return the number of records."""
 
     def __getitem__(self, index: int) -> Record:
-        """One record."""
+        """Return one record."""

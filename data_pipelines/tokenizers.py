@@ -58,7 +58,7 @@ class Tokenizer(Protocol):
         """By identity, for what is worked out once for a tokeniser."""
 
 
-def _frame(pieces: list[int], cls_id: int, sep_id: int, max_length: int | None, close: bool) -> list[int]:
+def _add_special_tokens(pieces: list[int], cls_id: int, sep_id: int, max_length: int | None, close: bool) -> list[int]:
     """``[CLS] pieces``, and ``[SEP]`` if ``close``, with the pieces cut to fit."""
     ends = [sep_id] if close else []
     if max_length is None:
@@ -123,7 +123,7 @@ class WordPieceTokenizer:
     def encode(self, text: str, max_length: int | None = None, close: bool = True) -> list[int]:
         """See ``Tokenizer``. Raises DataError when ``max_length`` cannot hold the special tokens."""
         pieces: list[int] = self._library.encode(text, add_special_tokens=False).ids
-        return _frame(pieces, self.cls_id, self.sep_id, max_length, close)
+        return _add_special_tokens(pieces, self.cls_id, self.sep_id, max_length, close)
 
     def decode(self, ids: Sequence[int]) -> str:
         """See ``Tokenizer``; spaces are cleaned up as in ``join_wordpieces``."""
@@ -184,7 +184,7 @@ class SentencePieceTokenizer:
         """See ``Tokenizer``. Raises DataError when ``max_length`` cannot hold the special tokens."""
         unknown = self._processor.unk_id()
         pieces = [self.unk_id if i == unknown else i + self._offset for i in self._processor.encode(text)]
-        return _frame(pieces, self.cls_id, self.sep_id, max_length, close)
+        return _add_special_tokens(pieces, self.cls_id, self.sep_id, max_length, close)
 
     def decode(self, ids: Sequence[int]) -> str:
         """See ``Tokenizer``."""

@@ -27,7 +27,7 @@ def glyph_image(glyph: int) -> Float[np.ndarray, "8 8"]:
 
 
 @functools.cache
-def glyphs_of(digit: int, split: Split) -> Int[np.ndarray, " n"]:
+def glyphs_for(digit: int, split: Split) -> Int[np.ndarray, " n"]:
     """The glyphs of a digit that a split may show.
 
     In the order of the data set, every fifth glyph of each digit is held out, the others are for training.

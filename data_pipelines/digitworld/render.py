@@ -24,7 +24,7 @@ def render(scene: Scene, size: int, num_frames: int) -> UInt8[np.ndarray, "t y x
     return frames
 
 
-def box_of(thing: Thing, size: int) -> Box:
+def bounding_box(thing: Thing, size: int) -> Box:
     """The smallest box around a thing's pixels in the first frame: x0, y0, x1, y1 in 0..1 of the canvas."""
     x, y, side = _square(thing, size, 0.0)
     ink = _stencil(thing.glyph, side) > 0

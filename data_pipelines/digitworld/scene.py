@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from data_pipelines.digitworld.digits import Split, glyphs_of
+from data_pipelines.digitworld.digits import Split, glyphs_for
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 COLOURS = {
@@ -101,7 +101,7 @@ def draw_scene(rng: np.random.Generator, split: Split, *, moving: bool) -> Scene
 
 
 def _draw_thing(rng: np.random.Generator, split: Split, digit: int, colour: str, size: str, place: str) -> Thing:
-    glyphs = glyphs_of(digit, split)
+    glyphs = glyphs_for(digit, split)
     x, y = rng.random(2) * (0.5 - SIZES[size])
     corner = float(x) + 0.5 * place.endswith("right"), float(y) + 0.5 * place.startswith("bottom")
     return Thing(digit, int(glyphs[rng.integers(len(glyphs))]), colour, size, place, corner)

@@ -9,7 +9,7 @@ import numpy as np
 from data_pipelines.config import Kind
 from data_pipelines.digitworld import language
 from data_pipelines.digitworld.digits import Split
-from data_pipelines.digitworld.render import box_of, render
+from data_pipelines.digitworld.render import bounding_box, render
 from data_pipelines.digitworld.scene import DIGITS, DIRECTIONS, Scene, draw_scene
 from data_pipelines.errors import DataError
 from data_pipelines.record import Expression, Record
@@ -110,7 +110,7 @@ class DigitWorld:
     def _expressions(self, scene: Scene, rng: np.random.Generator) -> tuple[Expression, ...]:
         """Phrases for all that is visible in the first frame, in random order."""
         expressions = [
-            Expression(phrase, box_of(thing, self.image_size))
+            Expression(phrase, bounding_box(thing, self.image_size))
             for thing in scene.things
             if thing.visible_at(0.0)
             for phrase in language.referring_expressions(thing, rng)

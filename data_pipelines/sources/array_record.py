@@ -1,16 +1,16 @@
-"""ArrayRecord files of our own records: the native form, sharded, with random access.
+"""ArrayRecord files of this project's records: the native format, sharded, with random access.
 
-A record is a MessagePack map: no code can hide in it, bytes stay bytes (JSON would need base64, a third larger), and a
-field that is empty is not written. ``VERSION`` is in every record.
+A record is a MessagePack map: it cannot hold code, bytes stay bytes (JSON would need base64, a third larger), and empty
+fields are omitted. Every record holds ``VERSION``.
 """
 
 import bisect
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Annotated, Literal, NamedTuple
 
-import msgpack
+import msgspec
 from array_record.python.array_record_module import ArrayRecordReader
 
 from data_pipelines.errors import DataError
@@ -20,113 +20,80 @@ from data_pipelines.sources.files import find_files, is_url
 
 VERSION = 1
 SUFFIX = ".array_record"
-Item = TypeVar("Item")
+
+
+class _StoredMedia(NamedTuple):
+    kind: Literal["image", "video"]
+    data: bytes
+    name: str
+
+
+class _StoredRecord(msgspec.Struct, omit_defaults=True, forbid_unknown_fields=True):
+    """A record as it is written. The names and the order of the fields are the file format."""
+
+    version: int
+    key: str
+    picture: str = ""  # Record.visual_id
+    media: _StoredMedia | None = None
+    captions: tuple[str, ...] = ()
+    questions: tuple[Question, ...] = ()
+    expressions: tuple[Expression, ...] = ()
+    label: str | None = None
+    texts: tuple[str, ...] = ()
+    entailments: tuple[Entailment, ...] = ()
+    tokens: tuple[Annotated[int, msgspec.Meta(ge=0, lt=2**31)], ...] = ()
+    tokenizer: str = ""
+
+
+class _Header(msgspec.Struct):
+    version: int
+
+
+_SHARED = tuple(name for name in _StoredRecord.__struct_fields__ if name not in ("version", "picture", "media"))
 
 
 def encode_record(record: Record) -> bytes:
-    """A record as bytes; its media must be encoded, and lie in memory.
+    """Return a record as bytes; its media must be encoded and in memory.
 
     Raises:
-        DataError: pixels, or media that are elsewhere.
+        DataError: pixels, or media that are not in memory.
     """
-    if record.frames is not None or (record.media is not None and not isinstance(record.media.data, bytes)):
+    media = record.media
+    if record.frames is not None or (media is not None and not isinstance(media.data, bytes)):
         raise DataError(f"record {record.key} has pixels or a path, expected encoded media in memory")
-    fields = {name: value for name, value in dataclasses.asdict(record).items() if value}
-    for name in ("media", "questions", "expressions", "entailments"):
-        if name in fields:
-            value = fields[name]
-            fields[name] = list(value.values()) if name == "media" else [list(each.values()) for each in value]
-    packed: bytes = msgpack.packb({"version": VERSION, **fields})
-    return packed
+    stored = None if media is None else _StoredMedia(*dataclasses.astuple(media))
+    fields = {name: getattr(record, name) for name in _SHARED}
+    return msgspec.msgpack.encode(_StoredRecord(version=VERSION, picture=record.visual_id, media=stored, **fields))
 
 
 def decode_record(data: bytes, where: str) -> Record:
-    """A record from its bytes.
+    """Return the record of bytes that ``encode_record`` wrote.
 
     Raises:
-        DataError: bytes that are no record, or one of a newer version.
+        DataError: other bytes, or a record of a newer version.
     """
     try:
-        fields = msgpack.unpackb(data)
-        version = fields.pop("version")
+        version = msgspec.msgpack.decode(data, type=_Header).version
         if version != VERSION:
-            raise DataError(f"{where} is of version {version!r}, this code reads {VERSION}; use a newer one")
-        return Record(**{name: _READERS[name](value) for name, value in fields.items()})
-    except DataError:
-        raise
-    except Exception as error:  # hostile bytes raise whatever the constructors raise
-        reason = f"{type(error).__name__}: {error}"
-        raise DataError(f"{where} is no record of ours ({reason}); write the file again") from error
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"found {type(value).__name__}, expected text")
-    return value
-
-
-def _token(value: Any) -> int:
-    if not isinstance(value, int) or not 0 <= value < 2**31:
-        raise TypeError(f"found {value!r}, expected a token id")
-    return value
-
-
-def _texts(values: Any) -> tuple[str, ...]:
-    return tuple(map(_text, values))
-
-
-def _each(read: Callable[..., Item]) -> Callable[[Any], tuple[Item, ...]]:
-    return lambda values: tuple(read(*value) for value in values)
-
-
-def _media(value: Any) -> Media:
-    kind, data, name = value
-    if kind not in ("image", "video") or not isinstance(data, bytes):
-        raise TypeError(f"found media of kind {kind!r} in {type(data).__name__}")
-    return Media(kind, data, _text(name))
-
-
-def _question(question: Any, answer: Any, kind: Any, others: Any) -> Question:
-    return Question(_text(question), _text(answer), _text(kind), _texts(others))
-
-
-def _expression(text: Any, box: Any) -> Expression:
-    x0, y0, x1, y1 = map(float, box)
-    return Expression(_text(text), (x0, y0, x1, y1))
-
-
-def _entailment(premise: Any, hypothesis: Any, answer: Any) -> Entailment:
-    if answer not in ("yes", "no", "maybe"):
-        raise ValueError(f"found the answer {answer!r}")
-    return Entailment(_text(premise), _text(hypothesis), answer)
-
-
-_READERS: dict[str, Callable[[Any], Any]] = {
-    "key": _text,
-    "picture": _text,
-    "media": _media,
-    "captions": _texts,
-    "questions": _each(_question),
-    "expressions": _each(_expression),
-    "label": _text,
-    "texts": _texts,
-    "entailments": _each(_entailment),
-    "tokens": lambda values: tuple(map(_token, values)),
-    "tokenizer": _text,
-}
+            raise DataError(f"{where} has version {version}, expected {VERSION}; read it with a newer version")
+        stored = msgspec.msgpack.decode(data, type=_StoredRecord)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise DataError(f"{where} is not a record of this format ({error}); write the file again") from error
+    media = Media(*stored.media) if stored.media else None
+    return Record(visual_id=stored.picture, media=media, **{name: getattr(stored, name) for name in _SHARED})
 
 
 class ArrayRecordSource:
     """The records of sharded files, in the order of their names.
 
     Raises:
-        DataError: no such file, a URL, or a file that is cut off or no ArrayRecord file.
+        DataError: no such file, a URL, or a file that is truncated or not an ArrayRecord file.
     """
 
     def __init__(self, path: str) -> None:
         if is_url(path):
             raise DataError(
-                f"{path}: ArrayRecord files are read from mounted folders only; mount the bucket, or use tars"
+                f"{path} is a URL, but ArrayRecord files are read from mounted folders only; mount the bucket, or use tars"
             )
         self._files = find_files(path, SUFFIX)
         self._readers = [_Reader(file) for file in self._files]
@@ -144,18 +111,18 @@ class ArrayRecordSource:
 
 
 class _Reader:
-    """One file; what the library raises for damaged bytes becomes one sentence."""
+    """One file; errors of the library become a DataError."""
 
     def __init__(self, path: str) -> None:
         self._path = path
         try:
-            # A shuffled order wants no neighbours read ahead, and the loader's threads are parallel enough.
+            # A shuffled order gains nothing from readahead, and the loader's threads are parallel already.
             self._reader = ArrayRecordReader(path, options="readahead_buffer_size:0,max_parallelism:0")
             self._length: int = self._reader.num_records()
-        except Exception as error:  # a RuntimeError of its own for each kind of damage
-            raise DataError(f"{path} is damaged or no ArrayRecord file ({_reason(error)})") from error
-        if not self._length:  # the library says so of files that are cut off, too
-            raise DataError(f"{path} holds no record: it is empty, cut off or no ArrayRecord file; write it again")
+        except Exception as error:  # the library raises various RuntimeErrors
+            raise DataError(f"{path} is damaged or not an ArrayRecord file ({_reason(error)})") from error
+        if not self._length:  # also true of truncated files
+            raise DataError(f"{path} has no records: it is empty, truncated or not an ArrayRecord file; write it again")
 
     def __len__(self) -> int:
         return self._length

@@ -1,4 +1,4 @@
-"""Finding and reading files, local or behind a URL, through fsspec; and names that may not leave their folder."""
+"""Finding and reading files, local or remote, through fsspec; and safe file names."""
 
 import contextlib
 import io
@@ -13,27 +13,27 @@ import fsspec
 
 from data_pipelines.config import Kind
 from data_pipelines.errors import DataError
-from data_pipelines.media import HEAD, IMAGE_SUFFIXES, VIDEO_SUFFIXES, Media, is_animation
+from data_pipelines.media import HEAD_BYTES, IMAGE_SUFFIXES, VIDEO_SUFFIXES, Media, is_animation
 
 MAX_FILES = 1_000_000
 
 ANIMATED_SUFFIXES = frozenset({".apng", ".avif", ".gif", ".png", ".webp"})
-"""Of files that may hold one frame or several."""
+"""Suffixes of files that may hold one frame or several."""
 
-_OF_SYSTEMS = frozenset({"@eaDir", "__MACOSX", "#recycle", "$RECYCLE.BIN", "lost+found"})
+_SYSTEM_NAMES = frozenset({"@eaDir", "__MACOSX", "#recycle", "$RECYCLE.BIN", "lost+found"})
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
 def is_url(path: str) -> bool:
-    """Whether a path names a file system other than this machine's."""
+    """Return whether a path is a URL, on another file system than this machine's."""
     return "://" in path
 
 
 def file_system(path: str) -> tuple[Any, str]:
-    """The fsspec file system of a path, and the path as it names files there.
+    """Return the fsspec file system of a path, and the path on it.
 
     Raises:
-        DataError: a protocol that nothing installed here speaks.
+        DataError: a protocol that no installed package supports.
     """
     try:
         return fsspec.core.url_to_fs(path)
@@ -42,25 +42,25 @@ def file_system(path: str) -> tuple[Any, str]:
 
 
 def find_files(path: str, *suffixes: str) -> list[str]:
-    """All files that a path stands for, in order: one file, a folder, a pattern with ``*``, or ``{000..127}``.
+    """Return all files of a path, sorted: a file, a folder, a pattern with ``*``, or ``{000..127}``.
 
-    Hidden ones in folders are left out.
+    Hidden files in folders are skipped.
 
     Raises:
-        DataError: there is none, or a file that should be there is not.
+        DataError: no file, or one of several numbered files is missing.
     """
     system, plain = file_system(path)
-    names = _expand(plain)
+    names = _expand_braces(plain)
     if len(names) == 1 and "*" not in plain:
         if system.isdir(plain):
             listed = [name for name in system.find(plain, maxdepth=1) if not is_hidden(name.rpartition("/")[2])]
             names = sorted(name for name in listed if name.lower().endswith(suffixes))
             if not names:
                 raise DataError(
-                    f"{path} holds no file that ends in {' or '.join(suffixes)}; found {len(listed)} others"
+                    f"{path} holds no file that ends in {' or '.join(suffixes)}; found {len(listed)} other files"
                 )
     elif "*" in plain:
-        found = {name for each in names for name in system.glob(each) if not is_hidden(name.rpartition("/")[2])}
+        found = {name for pattern in names for name in system.glob(pattern) if not is_hidden(name.rpartition("/")[2])}
         names = sorted(filter(system.isfile, found))
         if not names:
             raise DataError(f"{path} matches no file; check the pattern")
@@ -69,34 +69,34 @@ def find_files(path: str, *suffixes: str) -> list[str]:
     return [system.unstrip_protocol(name) if is_url(path) else name for name in names]
 
 
-def _expand(pattern: str) -> list[str]:
-    """The names that numbers in braces stand for: shard-{000..127}.tar."""
+def _expand_braces(pattern: str) -> list[str]:
+    """Return the names of a pattern with a range in braces: shard-{000..127}.tar."""
     match = _BRACES.search(pattern)
     if not match:
         return [pattern]
     first, last = match.groups()
     if int(last) - int(first) >= MAX_FILES:
-        raise DataError(f"{pattern} stands for more than {MAX_FILES:,} files; split it")
+        raise DataError(f"{pattern} matches more than {MAX_FILES:,} files; split it")
     numbers = [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)]
-    return [name for n in numbers for name in _expand(pattern[: match.start()] + n + pattern[match.end() :])]
+    return [name for n in numbers for name in _expand_braces(pattern[: match.start()] + n + pattern[match.end() :])]
 
 
-def stamp(path: str) -> list[Any]:
-    """What changes when a file changes: its size, and its time or tag."""
+def file_signature(path: str) -> list[Any]:
+    """Return what changes when a file changes: its size, and its modification time or tag."""
     system, plain = file_system(path)
     try:
         info = system.info(plain)
     except FileNotFoundError as error:
         raise DataError(f"{path} does not exist; check the path") from error
-    changed = next((info[key] for key in ("mtime", "ETag", "etag", "updated", "LastModified") if info.get(key)), "")
-    return [int(info["size"]), str(changed)]
+    version = next((info[key] for key in ("mtime", "ETag", "etag", "updated", "LastModified") if info.get(key)), "")
+    return [int(info["size"]), str(version)]
 
 
-def read_bytes(path: str, offset: int = 0, size: int | None = None, *, whole: bool = True) -> bytes:
-    """A file's bytes, or a part of them; unless it must be there as a whole, as much of it as there is.
+def read_bytes(path: str, offset: int = 0, size: int | None = None, *, exact: bool = True) -> bytes:
+    """Return a file's bytes, or ``size`` of them from ``offset`` on; without ``exact``, possibly fewer.
 
     Raises:
-        DataError: the file is missing or unreadable, or ends before the part does.
+        DataError: the file is missing or unreadable, or with ``exact`` ends too early.
     """
     try:
         if is_url(path):
@@ -106,41 +106,41 @@ def read_bytes(path: str, offset: int = 0, size: int | None = None, *, whole: bo
             data = _read_local(path, offset, size)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
-    if whole and size is not None and len(data) != size:
+    if exact and size is not None and len(data) != size:
         raise DataError(
-            f"{path} ends at byte {offset + len(data):,}, expected {offset + size:,}; it was cut or replaced"
+            f"{path} ends at byte {offset + len(data):,}, expected {offset + size:,}; it was truncated or replaced"
         )
     return data
 
 
 def _read_local(path: str, offset: int, size: int | None) -> bytes:
-    """Without fsspec's layers and without a buffer, as this is done several times for every record."""
+    """Read without fsspec's layers and without a buffer: this happens several times for every record."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        left = os.fstat(descriptor).st_size - offset if size is None else size
+        remaining = os.fstat(descriptor).st_size - offset if size is None else size
         parts = []
-        while left > 0 and (part := os.pread(descriptor, left, offset)):
+        while remaining > 0 and (part := os.pread(descriptor, remaining, offset)):
             parts.append(part)
-            offset, left = offset + len(part), left - len(part)
+            offset, remaining = offset + len(part), remaining - len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
     finally:
         os.close(descriptor)
 
 
 def read_text(path: str) -> io.StringIO:
-    """A whole text file, ready to be read line by line.
+    """Return a whole text file as a stream of lines.
 
     Raises:
-        DataError: missing, unreadable, or not UTF-8 (with the line).
+        DataError: the file is missing, unreadable, or not UTF-8 (with the line).
     """
     return io.StringIO(decode_text(read_bytes(path), path), newline="")
 
 
 def decode_text(data: bytes, name: str) -> str:
-    """UTF-8, or UTF-16 where a byte order mark tells it; the mark is dropped.
+    """Decode UTF-8, or UTF-16 with a byte order mark; the mark is removed.
 
     Raises:
-        DataError: it is neither (names the line).
+        DataError: other bytes (with the line).
     """
     encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     try:
@@ -152,7 +152,7 @@ def decode_text(data: bytes, name: str) -> str:
 
 
 def write_atomically(path: str, data: bytes) -> None:
-    """Writes a file so that a reader sees the old one or the new one, and never a part; writers may be several."""
+    """Write a file so that readers see the old or the new one, never a part; several writers may do so."""
     system, plain = file_system(path)
     temporary = f"{plain}.{uuid.uuid4().hex}.tmp"
     try:
@@ -164,13 +164,13 @@ def write_atomically(path: str, data: bytes) -> None:
         raise
 
 
-def inside(folder: str, name: str) -> str:
-    """The path of a file that data name, which may not leave its folder.
+def safe_join(folder: str, name: str) -> str:
+    """Return the path of a file that data name, which may not lead out of its folder.
 
-    Backslashes are those of Windows, and divide folders.
+    Backslashes separate folders, as on Windows.
 
     Raises:
-        DataError: an absolute name, one with ``..``, a URL, or one that no file can have.
+        DataError: an empty or absolute name, one with ``..``, a URL, or an impossible name.
     """
     path = PurePosixPath(name.replace("\\", "/"))
     absolute = path.is_absolute() or PureWindowsPath(name).is_absolute()
@@ -180,39 +180,39 @@ def inside(folder: str, name: str) -> str:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or a folder above it is what systems leave beside what people keep: thumbnails, resource forks."""
+    """Return whether a file, or a folder above it, is hidden or made by the system: thumbnails, resource forks."""
     parts = PurePosixPath(name).parts
-    return any((part.startswith(".") and part != "..") or part in _OF_SYSTEMS for part in parts)
+    return any((part.startswith(".") and part != "..") or part in _SYSTEM_NAMES for part in parts)
 
 
 def media_kind(name: str) -> Literal["image", "video"] | None:
-    """What a file is by its name: "image", "video" or neither (None)."""
+    """Return the kind of a file by its name: "image", "video", or None for other files."""
     suffix = PurePosixPath(name).suffix.lower()
     return "image" if suffix in IMAGE_SUFFIXES else "video" if suffix in VIDEO_SUFFIXES else None
 
 
-def kind_for(name: str, wanted: Kind, head: Callable[[], bytes]) -> Literal["image", "video"] | None:
-    """What a file is where a kind is wanted: an animation is both a clip and, by its first frame, a picture.
+def resolve_kind(name: str, requested: Kind, read_head: Callable[[], bytes]) -> Literal["image", "video"] | None:
+    """Return the kind of a file where a kind is requested: an animation is a video, or its first frame an image.
 
     Args:
         name: of the file.
-        wanted: the kind.
-        head: reads the file's first ``HEAD`` bytes, where the name leaves it open.
+        requested: the kind.
+        read_head: reads the file's first ``HEAD_BYTES`` bytes; called where the name does not decide.
     """
     kind = media_kind(name)
-    if kind == wanted or wanted == "text" or PurePosixPath(name).suffix.lower() not in ANIMATED_SUFFIXES:
+    if kind == requested or requested == "text" or PurePosixPath(name).suffix.lower() not in ANIMATED_SUFFIXES:
         return kind
-    return wanted if wanted == "image" or is_animation(head()) else kind
+    return requested if requested == "image" or is_animation(read_head()) else kind
 
 
-def media_at(path: str, wanted: Kind) -> Media:
-    """A picture or clip by its path; what neither its name nor its content tells is what is wanted."""
+def make_media(path: str, requested: Kind) -> Media:
+    """Return the image or video of a path; if neither name nor content decides, it is of the requested kind."""
 
-    def head() -> bytes:
+    def read_head() -> bytes:
         try:
-            return read_bytes(path, 0, HEAD, whole=False)
-        except DataError:  # whoever decodes it says what is wrong
+            return read_bytes(path, 0, HEAD_BYTES, exact=False)
+        except DataError:  # decoding reports it
             return b""
 
-    kind = kind_for(path, wanted, head) or ("video" if wanted == "video" else "image")
+    kind = resolve_kind(path, requested, read_head) or ("video" if requested == "video" else "image")
     return Media(kind, path, path)

@@ -1,6 +1,6 @@
-"""What tells whether the files of a source are those of before: their names, their sizes, and the beginnings of some.
+"""Fingerprints of a source's files, to detect changes: their names, their sizes, and the first bytes of some.
 
-Times are left out, as a copy has others; so are the pictures and clips that annotation files name, which may be many.
+Modification times are excluded, since copying changes them; so are the media that annotation files name: too many.
 """
 
 import hashlib
@@ -10,23 +10,23 @@ from typing import Any
 
 from data_pipelines.config import SourceConfig
 from data_pipelines.errors import DataError
+from data_pipelines.sources.file_source import kind_from_name
 from data_pipelines.sources.files import file_system, find_files, is_hidden, is_url, read_bytes
-from data_pipelines.sources.loose_files import kind_of
 
 MAX_FILES, MAX_BYTES = 16, 2**20
-"""How many files, evenly spaced, are read, and how many bytes of each."""
+"""Number of files to read, evenly spaced, and bytes of each."""
 _FOLDERS = {"files", "image_folder", "tfds"}
-"""Formats whose records are all files below a folder."""
+"""Formats whose records are all the files below a folder."""
 _SUFFIXES = {"array_record": (".array_record",), "webdataset": (".tar",)}
 _TABLES = (".csv", ".json", ".jsonl", ".tsv", ".txt")
-"""Of annotation files, in a folder that may hold other things."""
+"""Suffixes of annotation files, in a folder that may hold other files."""
 
 
 def fingerprint(config: SourceConfig) -> Mapping[str, Any]:
-    """Return how many files a source has, their bytes, and a digest; nothing of one that draws its records.
+    """Return the number of a source's files, their bytes, and a digest; {} for synthetic sources.
 
     Raises:
-        DataError: files that are gone, or cannot be read.
+        DataError: files that are missing or cannot be read.
     """
     if not config.path:
         return {}
@@ -43,12 +43,12 @@ def fingerprint(config: SourceConfig) -> Mapping[str, Any]:
 
 
 def _sizes(config: SourceConfig) -> dict[str, tuple[str, int]]:
-    """The path and the size of every file, by its name below the source's path, which may lie elsewhere tomorrow."""
+    """Return the path and size of every file, by its name relative to the source's path, which may be moved."""
     system, plain = file_system(config.path)
     try:
         if not system.isdir(plain):
             paths = find_files(config.path, "")
-            # Archives of several folders may share a name; their order tells them apart.
+            # Archives in different folders may share a name; their order distinguishes them.
             return {
                 f"{i:09} {PurePosixPath(path).name}": (path, int(system.info(file_system(path)[1])["size"]))
                 for i, path in enumerate(paths)
@@ -63,13 +63,13 @@ def _sizes(config: SourceConfig) -> dict[str, tuple[str, int]]:
         )
         for name, info in found.items()
     }  # fmt: skip
-    return {name: each for name, each in sizes.items() if _is_read(name, config)} or sizes
+    return {name: size for name, size in sizes.items() if _is_read(name, config)} or sizes
 
 
 def _is_read(name: str, config: SourceConfig) -> bool:
-    """Whether a file of a folder is one that the format takes, by its name."""
+    """Return whether the format reads a file of a folder, by its name."""
     if is_hidden(name):
         return False
     if config.format in _FOLDERS:
-        return config.format == "tfds" or kind_of(name) == config.kind
+        return config.format == "tfds" or kind_from_name(name) == config.kind
     return name.lower().endswith(_SUFFIXES.get(config.format, _TABLES))

@@ -1,4 +1,4 @@
-"""Which records: the table of formats, and what each reads of a source's settings."""
+"""The table of source formats, and the fields of a source's config that each reads."""
 
 import dataclasses
 import difflib
@@ -9,31 +9,31 @@ from data_pipelines.config import Format, SourceConfig, VisualConfig
 from data_pipelines.digitworld.source import DigitWorld
 from data_pipelines.errors import DataError
 from data_pipelines.record import Record, Source
-from data_pipelines.sources.annotations import fields, glue, pictures
+from data_pipelines.sources.annotations import fields, glue, public_formats
 from data_pipelines.sources.annotations.source import AnnotationFormat, AnnotationSource
 from data_pipelines.sources.array_record import ArrayRecordSource
-from data_pipelines.sources.each_text import EachText
-from data_pipelines.sources.loose_files import LooseFiles
+from data_pipelines.sources.expand import OneTextPerRecord
+from data_pipelines.sources.file_source import FileSource
 from data_pipelines.sources.tfds import TfdsSource
 from data_pipelines.sources.webdataset import WebDatasetSource
 
 
 def open_source(config: SourceConfig, visual: VisualConfig) -> Source:
-    """The records that a config is of; DigitWorld draws as ``visual`` asks.
+    """Open the source of a config; DigitWorld renders frames of the size and number in ``visual``.
 
     Raises:
-        DataError: an empty or missing source, or a setting that is out of range or that the format does not read.
+        DataError: an empty or missing source, or a field that is out of range or that the format does not read.
     """
-    opener = FORMATS[config.format]
+    spec = FORMATS[config.format]
     for field in dataclasses.fields(config):
-        if field.name in _OPTIONAL - opener.reads and getattr(config, field.name) != field.default:
+        if field.name in _OPTIONAL - spec.fields and getattr(config, field.name) != field.default:
             raise DataError(
-                f"source.{field.name}={getattr(config, field.name)!r} means nothing to format '{config.format}', which "
-                f"reads {', '.join(sorted(opener.reads))}; leave it out"
+                f"source.{field.name}={getattr(config, field.name)!r} is not read by format '{config.format}', which "
+                f"reads {', '.join(sorted(spec.fields))}; remove it"
             )
-    if "path" in opener.reads and not config.path:
+    if "path" in spec.fields and not config.path:
         raise DataError(f"source.path is empty; format '{config.format}' needs the path of its files")
-    source = opener.open(config, visual) if config.max_records != 0 else ()
+    source = spec.open(config, visual) if config.max_records != 0 else ()
     if not len(source):
         setting = "source.max_records=0" if config.max_records == 0 else f"no record in {config.path}"
         raise DataError(
@@ -41,48 +41,48 @@ def open_source(config: SourceConfig, visual: VisualConfig) -> Source:
             "expected at least 1"
         )
     if config.max_records is not None and config.max_records < len(source):
-        source = _First(source, config.max_records)
-    return EachText(source, config.kind) if config.expand == "text" else source
+        source = _Take(source, config.max_records)
+    return OneTextPerRecord(source, config.kind) if config.expand == "text" else source
 
 
 def parse_spec(spec: str, **settings: Any) -> SourceConfig:
-    """The source that "FORMAT:PATH" stands for, with further settings.
+    """Return the config of "FORMAT:PATH", with further fields.
 
     Raises:
-        DataError: an unknown format, with the nearest name.
+        DataError: an unknown format; suggests the nearest name.
     """
     format, colon, path = spec.partition(":")
     if not colon or format not in FORMATS:
         near = difflib.get_close_matches(format, FORMATS, n=1, cutoff=0.5)
         hint = f"did you mean '{near[0]}'? " if near else ""
-        raise DataError(f"'{spec}' is no FORMAT:PATH with a known format: {hint}(valid: {', '.join(FORMATS)})")
+        raise DataError(f"'{spec}' is not FORMAT:PATH with a known format: {hint}(valid: {', '.join(FORMATS)})")
     return SourceConfig(format=cast(Format, format), path=path, **settings)
 
 
 _OPTIONAL = frozenset({"path", "media", "split", "seed", "label"})
 
 
-class _First:
+class _Take:
     """The first records of a source."""
 
-    def __init__(self, source: Source, size: int) -> None:
-        self._source, self._size = source, size
+    def __init__(self, source: Source, length: int) -> None:
+        self._source, self._length = source, length
 
     def __len__(self) -> int:
-        return self._size
+        return self._length
 
     def __getitem__(self, index: int) -> Record:
-        if not 0 <= index < self._size:
-            raise IndexError(f"record {index} of {self._size}")
+        if not 0 <= index < self._length:
+            raise IndexError(f"record {index} of {self._length}")
         return self._source[index]
 
 
 @dataclasses.dataclass(frozen=True)
-class Opener:
-    """How a format opens, and which of a source's optional settings it reads."""
+class FormatSpec:
+    """How to open a format, and the optional fields of a source's config that it reads."""
 
     open: Callable[[SourceConfig, VisualConfig], Source]
-    reads: frozenset[str]
+    fields: frozenset[str]
 
 
 def _digitworld(config: SourceConfig, visual: VisualConfig) -> Source:
@@ -97,32 +97,34 @@ def _digitworld(config: SourceConfig, visual: VisualConfig) -> Source:
     )
 
 
-def _annotations(form: AnnotationFormat) -> Opener:
-    reads = {"path", "media", "split"} if form.splits else {"path", "media"}
+def _annotations(format: AnnotationFormat) -> FormatSpec:
+    names = {"path", "media", "split"} if format.has_splits else {"path", "media"}
 
     def open(config: SourceConfig, visual: VisualConfig) -> Source:
         del visual
-        return AnnotationSource(form, config.path, config.media, config.split, config.kind)
+        return AnnotationSource(format, config.path, config.media, config.split, config.kind)
 
-    return Opener(open, frozenset(reads))
+    return FormatSpec(open, frozenset(names))
 
 
-FORMATS: Mapping[Format, Opener] = {
-    "annotations": _annotations(fields.FORM),
-    "array_record": Opener(lambda config, visual: ArrayRecordSource(config.path), frozenset({"path"})),
-    "coco_captions": _annotations(pictures.COCO),
-    "digitworld": Opener(_digitworld, frozenset({"split", "seed", "label"})),
-    "files": Opener(lambda config, visual: LooseFiles(config.path, config.kind), frozenset({"path"})),
-    "glue": Opener(_annotations(glue.FORM).open, frozenset({"path"})),
-    "image_folder": Opener(lambda config, visual: pictures.ImageFolder(config.path, config.kind), frozenset({"path"})),
-    "karpathy": _annotations(pictures.KARPATHY),
-    "kinetics": _annotations(pictures.KINETICS),
-    "ssv2": _annotations(pictures.SSV2),
-    "tfds": Opener(
+FORMATS: Mapping[Format, FormatSpec] = {
+    "annotations": _annotations(fields.FORMAT),
+    "array_record": FormatSpec(lambda config, visual: ArrayRecordSource(config.path), frozenset({"path"})),
+    "coco_captions": _annotations(public_formats.COCO),
+    "digitworld": FormatSpec(_digitworld, frozenset({"split", "seed", "label"})),
+    "files": FormatSpec(lambda config, visual: FileSource(config.path, config.kind), frozenset({"path"})),
+    "glue": FormatSpec(_annotations(glue.FORMAT).open, frozenset({"path"})),
+    "image_folder": FormatSpec(
+        lambda config, visual: public_formats.ImageFolder(config.path, config.kind), frozenset({"path"})
+    ),
+    "karpathy": _annotations(public_formats.KARPATHY),
+    "kinetics": _annotations(public_formats.KINETICS),
+    "ssv2": _annotations(public_formats.SSV2),
+    "tfds": FormatSpec(
         lambda config, visual: TfdsSource(config.path, config.split or "train", config.kind),
         frozenset({"path", "split"}),
     ),
-    "vqa_v2": _annotations(pictures.VQA),
-    "webdataset": Opener(lambda config, visual: WebDatasetSource(config.path, config.kind), frozenset({"path"})),
+    "vqa_v2": _annotations(public_formats.VQA),
+    "webdataset": FormatSpec(lambda config, visual: WebDatasetSource(config.path, config.kind), frozenset({"path"})),
 }
 """Every format of :data:`Format`."""

@@ -24,12 +24,12 @@ from jaxtyping import Int, UInt8
 from data_pipelines.errors import DataError
 from data_pipelines.media import IMAGE_SUFFIXES, MAX_FETCHED_BYTES, VIDEO_SUFFIXES
 from data_pipelines.sources.files import (
+    file_signature,
     file_system,
     is_hidden,
     is_url,
     media_kind,
     read_bytes,
-    stamp,
     write_atomically,
 )
 
@@ -47,7 +47,7 @@ _SPARSE = -2  # sizes of sparse members are this minus their size, and what is t
 Sample = tuple[str, dict[str, tuple[int, int]]]  # key; offset and size of each member, by extension
 
 
-def members_of(path: str) -> Iterator[tuple[str, str, int, int]]:
+def scan_tar(path: str) -> Iterator[tuple[str, str, int, int]]:
     """Reads a tar through, or several that are one behind the other: each member's name, extension, offset and size.
 
     Links and devices are passed over: they hold no data, and what they point to may lie anywhere.
@@ -55,7 +55,7 @@ def members_of(path: str) -> Iterator[tuple[str, str, int, int]]:
     Raises:
         DataError: no tar, a compressed one, or one that is cut off.
     """
-    size = stamp(path)[0]
+    size = file_signature(path)[0]
     system, plain = file_system(path)
     end = 0
     try:
@@ -105,14 +105,14 @@ class TarIndex:
     """The samples of a tar; opens what lies beside it, or builds that first.
 
     Raises:
-        DataError: as ``members_of``.
+        DataError: as ``scan_tar``.
     """
 
     def __init__(self, path: str) -> None:
         self._path = path
         self._columns: _Columns | None = None
         beside = f"{path}{SUFFIX}"
-        self._stamp = stamp(path)
+        self._stamp = file_signature(path)
         self._file: str | bytes = beside
         header = _read_header(beside)
         if header is None or header.get("tar") != self._stamp:
@@ -193,7 +193,7 @@ def _build(path: str, tar: list[Any]) -> bytes:
     # Arrays, not lists: a tar may hold millions of samples.
     rows = dict[str, int]()
     found: dict[str, array[int]] = collections.defaultdict(lambda: array("q"))
-    for stem, extension, offset, size in members_of(path):
+    for stem, extension, offset, size in scan_tar(path):
         found[extension].extend((rows.setdefault(stem, len(rows)), offset, size))
     names = list(rows)
     table = {extension: np.array(numbers, np.int64).reshape(-1, 3) for extension, numbers in found.items()}
@@ -289,7 +289,7 @@ def pack_index(
         key_ends: where each ends.
         spans: offset and size of every sample's member of every extension; size -1 where it has none.
         extensions: with their dot.
-        tar: the tar's ``stamp``.
+        tar: the tar's ``file_signature``.
     """
     header = json.dumps(
         {"tar": tar, "samples": len(key_ends), "extensions": extensions, "key_bytes": len(keys)}

@@ -13,7 +13,7 @@ from data_pipelines.media import Media
 from data_pipelines.record import Record
 from data_pipelines.sources.annotations import fields
 from data_pipelines.sources.annotations.rows import Row
-from data_pipelines.sources.annotations.source import Place
+from data_pipelines.sources.annotations.source import MediaContext
 
 
 class TfdsSource:
@@ -59,7 +59,7 @@ class TfdsSource:
             name: feature for name, feature in info.features.items() if isinstance(feature, tfds.features.ClassLabel)
         }
         self._labels: Mapping[str, Sequence[str]] = {name: feature.names for name, feature in labels.items()}
-        self._name, self._place = f"{info.full_name}/{split}", Place(path, kind)
+        self._name, self._place = f"{info.full_name}/{split}", MediaContext(path, kind)
 
     def __len__(self) -> int:
         return len(self._examples)

@@ -9,12 +9,12 @@ from typing import Any
 
 from data_pipelines.config import Kind
 from data_pipelines.errors import DataError
-from data_pipelines.media import HEAD, Media
+from data_pipelines.media import HEAD_BYTES, Media
 from data_pipelines.record import Record
 from data_pipelines.sources.annotations import fields
 from data_pipelines.sources.annotations.rows import Row, normalize_name, parse_json
-from data_pipelines.sources.annotations.source import Place
-from data_pipelines.sources.files import decode_text, find_files, kind_for, media_kind
+from data_pipelines.sources.annotations.source import MediaContext
+from data_pipelines.sources.files import decode_text, find_files, media_kind, resolve_kind
 from data_pipelines.sources.tar_index import DUPLICATED, TarIndex
 
 _OF_FILES = frozenset(normalize_name(name) for name in (*fields.PICTURE, *fields.IDS))
@@ -79,14 +79,14 @@ class WebDatasetSource:
     def _json_record(self, key: str, values: Mapping[str, Any], where: str) -> Record:
         """Return what the fields of a sample's JSON say; those that name its picture or itself are not read."""
         row = Row(where, 1, {name: value for name, value in values.items() if normalize_name(name) not in _OF_FILES})
-        return Record(key) if row.find(_KNOWN) is None else fields.make(row, Place("", self._kind))
+        return Record(key) if row.find(_KNOWN) is None else fields.make(row, MediaContext("", self._kind))
 
     def _media(self, tar: TarIndex, members: Mapping[str, tuple[int, int]], name: str) -> Media | None:
         named = {extension: kind for extension in members if (kind := media_kind(f"x{extension}"))}
         other = None
         for extension in sorted(named, key=lambda extension: named[extension] != self._kind):
             data = tar.read(members, extension)
-            kind = kind_for(f"x{extension}", self._kind, lambda data=data: data[:HEAD]) or named[extension]
+            kind = resolve_kind(f"x{extension}", self._kind, lambda data=data: data[:HEAD_BYTES]) or named[extension]
             media = Media(kind, data, f"{name}{extension}")
             if kind == self._kind:
                 return media

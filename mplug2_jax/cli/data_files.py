@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from data_pipelines.config import DataConfig, SourceConfig
     from data_pipelines.loader import ExampleBuilder
     from data_pipelines.tokenizers import Tokenizer
-    from data_pipelines.validate import Findings
+    from data_pipelines.validate import ValidationReport
     from mplug2_jax.training.config import RunConfig
 
 WORD_EDGES = (0, 1, 5, 10, 15, 20, 30, 50, 100, 500)
@@ -157,7 +157,7 @@ class _Report:
     """What was found in one source."""
 
     name: str
-    found: "Findings"
+    found: "ValidationReport"
     notes: Sequence[str]  # said when it was opened
     changed: Sequence[str]  # files that are not what was written
 
@@ -228,14 +228,14 @@ def _single_source(args: argparse.Namespace) -> Iterator[DataSet]:
 
 
 def _open_builder(
-    data: "DataConfig", tokenizer: "Tokenizer", name: str, seed: int, least_answers: int = 0
+    data: "DataConfig", tokenizer: "Tokenizer", name: str, seed: int, min_answers: int = 0
 ) -> "tuple[ExampleBuilder, list[str]]":
     """What makes the examples, and what was said on opening its sources."""
     from data_pipelines.loader import ExampleBuilder
 
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        builder = ExampleBuilder(data, tokenizer, name, seed, least_answers=least_answers)
+        builder = ExampleBuilder(data, tokenizer, name, seed, min_answers=min_answers)
     return builder, [str(warning.message) for warning in said if warning.category is UserWarning]
 
 
@@ -265,15 +265,15 @@ def _recipe_data(args: argparse.Namespace) -> Iterator[DataSet]:
 
 def run_convert(args: argparse.Namespace) -> int:
     """Writes the shards, a line each; status 1 if records were left out."""
+    from data_pipelines.bad_records import BadRecord
     from data_pipelines.config import VisualConfig
     from data_pipelines.convert import convert
-    from data_pipelines.faults import Fault
     from data_pipelines.sources.formats import open_source
 
     if args.workers < 1:
         raise UserError(f"--workers {args.workers} should be at least 1")
     config = _source(args)
-    records, faults, settings = 0, list[Fault](), dataclasses.asdict(config)
+    records, faults, settings = 0, list[BadRecord](), dataclasses.asdict(config)
     for path, card in convert(
         open_source(config, VisualConfig()), settings, args.out, shards=args.shards, workers=args.workers
     ):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from data_pipelines import augment
-from data_pipelines.augment import OPERATIONS, flip, rand_augment, release_augment_clip, release_augment_image, warp
+from data_pipelines.augment import OPERATIONS, flip, rand_augment, release_augment_image, release_augment_video, warp
 from data_pipelines.config import NUM_OPERATIONS
 
 
@@ -137,7 +137,7 @@ def test_the_release_draws_two_different_operations_for_videos(flips: bool, monk
     drawn, rng, seen = releases(monkeypatch), np.random.default_rng(0), set()
     for _ in range(150):
         drawn.clear()
-        release_augment_clip(smooth(), rng, flips=flips)
+        release_augment_video(smooth(), rng, flips=flips)
         assert len({name for name, _ in drawn}) == 2
         assert {strength for _, strength in drawn} == {0.5}
         seen |= {name for name, _ in drawn}

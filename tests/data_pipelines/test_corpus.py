@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipelines.config import DataConfig, ExampleConfig, SourceConfig
-from data_pipelines.corpus import cut_corpus, write_corpus
+from data_pipelines.corpus import chunk_corpus, write_corpus
 from data_pipelines.digitworld import vocabulary_texts
 from data_pipelines.errors import DataError
 from data_pipelines.examples import make_example
@@ -27,7 +27,7 @@ WORDS = st.lists(
 def test_the_pieces_are_the_text(lines: list[str], length: int, tmp_path_factory) -> None:
     path = tmp_path_factory.mktemp("corpus") / "a.txt"
     path.write_text("\n".join(lines))
-    pieces = [record.tokens for record in cut_corpus([path], TOKENIZER, length)]
+    pieces = [record.tokens for record in chunk_corpus([path], TOKENIZER, length)]
     assert all(len(piece) == length for piece in pieces[:-1])
     assert all((piece[0], piece[-1]) == (TOKENIZER.cls_id, TOKENIZER.sep_id) for piece in pieces)
     whole = [token for line in lines for token in TOKENIZER.encode(line)[1:-1]]

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipelines.digitworld import IMAGE_LABELS, VIDEO_LABELS, DigitWorld, Scene, Thing, vocabulary_texts
-from data_pipelines.digitworld.digits import glyphs_of
-from data_pipelines.digitworld.render import box_of, render
+from data_pipelines.digitworld.digits import glyphs_for
+from data_pipelines.digitworld.render import bounding_box, render
 from data_pipelines.digitworld.scene import COLOURS, DIGITS, PLACES
 from data_pipelines.errors import DataError
 from data_pipelines.record import Record
@@ -103,14 +103,14 @@ def test_arguments_out_of_range(arguments) -> None:
 
 def test_held_out_handwriting_is_disjoint_and_a_fifth() -> None:
     for digit in range(10):
-        train, heldout = set(glyphs_of(digit, "train")), set(glyphs_of(digit, "heldout"))
+        train, heldout = set(glyphs_for(digit, "train")), set(glyphs_for(digit, "heldout"))
         assert not train & heldout
         assert len(heldout) == (len(train) + len(heldout)) // 5
     for split in ("train", "heldout"):
         world = DigitWorld(split=split)
         for index in range(200):
             for thing in world.scene(index).things:
-                assert thing.glyph in glyphs_of(thing.digit, split)
+                assert thing.glyph in glyphs_for(thing.digit, split)
 
 
 # --- pixels
@@ -156,7 +156,7 @@ def test_boxes_hold_the_pixels_tightly(kind, split, index, size) -> None:
     for thing in scene.things:
         if not thing.visible_at(0.0):
             continue
-        x0, y0, x1, y1 = np.rint(np.array(box_of(thing, size)) * size).astype(int)
+        x0, y0, x1, y1 = np.rint(np.array(bounding_box(thing, size)) * size).astype(int)
         mine = changed[y0:y1, x0:x1]
         # The faintest rim of a stroke may be too weak to change a pixel.
         assert mine[:2].any()
@@ -278,7 +278,7 @@ def test_expressions_mean_one_thing_and_where_it_is(kind) -> None:
         assert len(record.expressions) == 3 * len(visible)
         for expression in record.expressions:
             (thing,) = matching(expression.text, scene)
-            assert expression.box == box_of(thing, 32)
+            assert expression.box == bounding_box(thing, 32)
 
 
 def answer(question: str, scene: Scene) -> str:

@@ -39,7 +39,7 @@ def test_pictures_of_two_sources_with_equal_names_have_ids_of_their_own(
 ) -> None:
     stream, evaluation = (kind(config, tokenizer, name="s", seed=0) for kind in (Stream, EvaluationSet))
     found = {
-        (made.pick.source, made.example.key): int(made.example.arrays["example_id"])
+        (made.ref.source, made.example.key): int(made.example.arrays["example_id"])
         for step in range(3)
         for made in stream.batch(step).rows
     }

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from data_pipelines.config import ExampleConfig, InstructionConfig, VisualConfig
 from data_pipelines.digitworld.source import DigitWorld, vocabulary_texts
 from data_pipelines.errors import DataError
-from data_pipelines.examples import box_of_words, box_words, example_id, make_example, reader_of
+from data_pipelines.examples import example_id, make_detokenizer, make_example, parse_box, quantize_box
 from data_pipelines.record import Expression, Question, Record
 from data_pipelines.tokenizers import WordPieceTokenizer, train_sentencepiece, train_wordpiece
 from data_pipelines.visual import load_visual
@@ -81,7 +81,7 @@ def test_every_kind_has_words_and_answers() -> None:
 
 
 def test_boxes_are_words_of_a_grid() -> None:
-    assert box_words((0.0, 0.25, 0.5, 1.0)) == "0 8 16 31"
+    assert quantize_box((0.0, 0.25, 0.5, 1.0)) == "0 8 16 31"
 
 
 def test_ids_are_stable_and_fit_a_signed_integer() -> None:
@@ -139,7 +139,7 @@ def test_released_captions_are_glued_to_the_prompt_whose_first_pieces_are_not_le
     learned = example.arrays["target_weights"]
     assert learned[:3].tolist() == [0, 0, 0]
     assert learned[3] == 1  # the release masks one label too few
-    assert reader_of(config, bert)(example.arrays["target"].tolist()) == "a man"
+    assert make_detokenizer(config, bert)(example.arrays["target"].tolist()) == "a man"
 
 
 def test_what_the_release_leaves_nothing_of_is_not_chosen(bert) -> None:
@@ -233,7 +233,7 @@ def test_examples_of_boxes_alone_bring_the_box_itself():
 @given(st.tuples(*[st.floats(0, 1)] * 4))
 def test_the_box_that_words_stand_for_has_the_corners_in_its_outer_cells(box):
     x0, y0, x1, y1 = box
-    found = box_of_words(box_words((min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1))))
+    found = parse_box(quantize_box((min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1))))
     assert found is not None
     assert found[0] <= min(x0, x1) <= max(x0, x1) <= found[2]
     assert found[1] <= min(y0, y1) <= max(y0, y1) <= found[3]
@@ -241,7 +241,7 @@ def test_the_box_that_words_stand_for_has_the_corners_in_its_outer_cells(box):
 
 @pytest.mark.parametrize("words", ["", "1 2 3", "1 2 3 32", "1 2 3 4 5", "a b c d", "-1 2 3 4"])
 def test_words_that_are_no_box(words):
-    assert box_of_words(words) is None
+    assert parse_box(words) is None
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_pipelines.errors import DataError
-from data_pipelines.frames import fps_indices, middle_indices, random_indices
+from data_pipelines.frames import fps_indices, random_indices, uniform_indices
 
 lengths, counts = st.integers(1, 3000), st.integers(1, 64)
 
@@ -22,7 +22,7 @@ def golden_indices(reference: Path) -> list[dict[str, Any]]:
 
 def test_middle_indices_equal_the_release(golden_indices) -> None:
     for case in golden_indices:
-        assert middle_indices(case["vlen"], case["num_frames"]).tolist() == case["middle"]
+        assert uniform_indices(case["vlen"], case["num_frames"]).tolist() == case["middle"]
 
 
 def test_random_indices_have_the_range_of_the_release(golden_indices) -> None:
@@ -41,7 +41,7 @@ def test_random_indices_have_the_range_of_the_release(golden_indices) -> None:
 
 @given(length=lengths, count=counts)
 def test_middle_frames_ascend_and_pad(length: int, count: int) -> None:
-    check(middle_indices(length, count), length, count)
+    check(uniform_indices(length, count), length, count)
 
 
 @given(length=lengths, count=counts, seed=st.integers(0, 99))
@@ -62,7 +62,7 @@ def check(indices: np.ndarray, length: int, count: int) -> None:
 
 @given(length=lengths, count=counts, clips=st.integers(1, 6))
 def test_clips_share_out_the_frames_of_a_video(length: int, count: int, clips: int) -> None:
-    chosen = [middle_indices(length, count, clip, clips) for clip in range(clips)]
+    chosen = [uniform_indices(length, count, clip, clips) for clip in range(clips)]
     for indices, later in zip(chosen, (*chosen[1:], chosen[-1]), strict=True):
         check(indices, length, count)
         assert (indices <= later).all()
@@ -84,7 +84,7 @@ def test_clips_at_a_rate_are_spread_over_the_video() -> None:
 @pytest.mark.parametrize(("length", "count"), [(0, 4), (4, 0)])
 def test_no_frames(length: int, count: int) -> None:
     with pytest.raises(DataError, match=f"video of {length} frames and num_frames {count}"):
-        middle_indices(length, count)
+        uniform_indices(length, count)
     with pytest.raises(DataError, match="at least 1"):
         random_indices(length, count, np.random.default_rng(0))
 

@@ -9,13 +9,13 @@ from typing import get_args
 import numpy as np
 import pytest
 
+from data_pipelines.bad_records import BadRecord, BadRecordLog, read_bad_records
 from data_pipelines.config import DataConfig, ExampleConfig, Format, InstructionConfig, SourceConfig, VisualConfig
 from data_pipelines.digitworld import vocabulary_texts
 from data_pipelines.errors import DataError
-from data_pipelines.faults import Fault, FaultLog, read_faults
 from data_pipelines.loader import EvaluationSet, Stream
-from data_pipelines.order import WHOLE as WHOLE_SHARD
-from data_pipelines.order import Shard
+from data_pipelines.order import SINGLE_HOST as WHOLE_SHARD
+from data_pipelines.order import HostShards
 from data_pipelines.sources.formats import FORMATS, open_source
 from data_pipelines.tokenizers import train_wordpiece
 
@@ -45,16 +45,16 @@ def tar(tmp_path: Path) -> SourceConfig:
     return SourceConfig(format="webdataset", path=str(write_tar(tmp_path / "a.tar", members)))
 
 
-WHOLE = {"digits": SourceConfig(max_records=30)}
+SINGLE_HOST = {"digits": SourceConfig(max_records=30)}
 
 
 def test_a_batch_is_built_from_its_number_alone_and_by_any_processes() -> None:
-    config = data(WHOLE, 8)
+    config = data(SINGLE_HOST, 8)
     ours = stream(config).batches()
     for step in range(6):
         batch = next(ours)
         again = stream(config).batch(step)
-        shards = [next(stream(config).batches(step, Shard((i,), 4))) for i in range(4)]
+        shards = [next(stream(config).batches(step, HostShards((i,), 4))) for i in range(4)]
         for key, value in batch.arrays.items():
             np.testing.assert_array_equal(value, again.arrays[key])
             np.testing.assert_array_equal(value, np.concatenate([shard.arrays[key] for shard in shards]))
@@ -77,7 +77,7 @@ def test_mixtures_by_weight_and_by_temperature(tmp_path: Path) -> None:
     mixed = stream(data({"tars": tars, "digits": digits}, 8))
     assert mixed.shares() == {"tars": 0.25, "digits": 0.75}
     for step in (0, 5, 10_000):
-        assert sum(row.pick.source == "tars" for row in mixed.batch(step).rows) == 2
+        assert sum(row.ref.source == "tars" for row in mixed.batch(step).rows) == 2
     warm = stream(data({"tars": tars, "digits": dataclasses.replace(digits, weight=1.0)}, mixture_temperature=2.0))
     assert warm.shares()["digits"] == pytest.approx(72**0.5 / (72**0.5 + 8**0.5))
 
@@ -88,7 +88,7 @@ def test_broken_records_are_replaced_by_the_next_good_one(tar: SourceConfig) -> 
     assert sorted(row.example.key for row in epoch) == sorted(
         f"a/{3 if i == 2 else 7 if i == 6 else i:02}" for i in range(12)
     )
-    faults = {row.pick.index: row.faults for row in epoch if row.faults}
+    faults = {row.ref.index: row.bad_records for row in epoch if row.bad_records}
     assert {index: [fault.key for fault in each] for index, each in faults.items()} == {2: ["a/02"], 6: ["record 6"]}
     assert "a.tar:02.png cannot be read as an image" in faults[2][0].reason
     assert ".txt of sample a/06 is not UTF-8 text" in faults[6][0].reason
@@ -97,36 +97,38 @@ def test_broken_records_are_replaced_by_the_next_good_one(tar: SourceConfig) -> 
 
 def test_faults_are_counted_written_once_and_too_many_stop(tar: SourceConfig, tmp_path: Path) -> None:
     path = tmp_path / "data-errors.jsonl"
-    log = FaultLog(path)
+    log = BadRecordLog(path)
     for row in itertools.chain(*(stream(data({"tars": tar}, 12)).batch(step).rows for step in range(3))):
-        log.take(row.pick.source, row.faults, max_share=0.5)
+        log.take(row.ref.source, row.bad_records, max_share=0.5)
     assert log.skipped() == {"tars": 6}
     assert log.skipped() == {}
-    assert sorted(fault.key for fault in read_faults(path)) == ["a/02", "record 6"]
+    assert sorted(fault.key for fault in read_bad_records(path)) == ["a/02", "record 6"]
 
-    again = FaultLog(path)
-    again.take("tars", read_faults(path), max_share=0.7)
-    assert len(read_faults(path)) == 2, "a run that resumes writes nothing twice"
+    again = BadRecordLog(path)
+    again.take("tars", read_bad_records(path), max_share=0.7)
+    assert len(read_bad_records(path)) == 2, "a run that resumes writes nothing twice"
     with pytest.raises(
         DataError, match=r"7 of 9 records of source 'tars' cannot be used, more than max_bad_fraction=0\.7"
     ) as said:
-        again.take("tars", read_faults(path) + [Fault("tars", str(i), "gone") for i in range(3)], max_share=0.7)
+        again.take(
+            "tars", read_bad_records(path) + [BadRecord("tars", str(i), "gone") for i in range(3)], max_share=0.7
+        )
     assert "a/02: a.tar:02.png cannot be read" in str(said.value)
     assert f"all in {path}" in str(said.value)
 
 
 def test_one_fault_early_is_no_share_yet_but_none_is_allowed_at_0(tmp_path: Path) -> None:
-    fault = [Fault("a", "1", "gone")]
-    FaultLog(tmp_path / "x").take("a", fault, max_share=0.01)
+    fault = [BadRecord("a", "1", "gone")]
+    BadRecordLog(tmp_path / "x").take("a", fault, max_share=0.01)
     with pytest.raises(DataError, match="1 of 2 records of source 'a' cannot be used"):
-        FaultLog(tmp_path / "x").take("a", fault, max_share=0.0)
+        BadRecordLog(tmp_path / "x").take("a", fault, max_share=0.0)
 
 
 def test_the_file_of_faults_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data_pipelines.faults.MAX_LINES", 3)
-    log = FaultLog(tmp_path / "x")
-    log.take("a", [Fault("a", str(i), "gone") for i in range(9)], max_share=1.0)
-    assert [fault.key for fault in read_faults(tmp_path / "x")] == ["0", "1", "2"]
+    monkeypatch.setattr("data_pipelines.bad_records.MAX_LINES", 3)
+    log = BadRecordLog(tmp_path / "x")
+    log.take("a", [BadRecord("a", str(i), "gone") for i in range(9)], max_share=1.0)
+    assert [fault.key for fault in read_bad_records(tmp_path / "x")] == ["0", "1", "2"]
     assert log.skipped() == {"a": 9}
 
 
@@ -145,7 +147,7 @@ def test_a_whole_archive_that_is_broken_does_not_stop_what_is_left(tmp_path: Pat
     config = DataConfig(sources={"tars": tars}, visual=VISUAL, examples=ExampleConfig(), batch_size=400)
     rows = stream(config).batch(0).rows
     assert all(row.example.key.startswith("b/") for row in rows)
-    assert sum(bool(row.faults) for row in rows) == 100
+    assert sum(bool(row.bad_records) for row in rows) == 100
 
 
 def test_what_is_no_fault_of_a_record_ends_the_run_with_its_key(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,7 +156,7 @@ def test_what_is_no_fault_of_a_record_ends_the_run_with_its_key(monkeypatch: pyt
 
     monkeypatch.setattr("data_pipelines.loader.load_visual", crash)
     with pytest.raises(ZeroDivisionError) as caught:
-        next(stream(data(WHOLE)).batches())
+        next(stream(data(SINGLE_HOST)).batches())
     assert any("while making an example of digitworld/image/train/0/" in note for note in caught.value.__notes__)
 
 
@@ -169,9 +171,9 @@ def test_evaluations_leave_broken_records_out(tar: SourceConfig) -> None:
     assert keys[:4] == [*(f"digitworld/image/train/0/{i}" for i in range(3)), "a/00"]
     assert len(keys) == 13
     assert [i for batch in batches for i in batch.examples] == np.flatnonzero(masks).tolist()
-    faults = {i: fault.key for batch in batches for i, fault in batch.faults.items()}
+    faults = {i: fault.key for batch in batches for i, fault in batch.bad_records.items()}
     assert faults == {3 + 2: "a/02", 3 + 6: "record 6"}
-    shards = [list(held.batches(Shard((i,), 2))) for i in range(2)]
+    shards = [list(held.batches(HostShards((i,), 2))) for i in range(2)]
     for both, whole in zip(zip(*shards, strict=True), batches, strict=True):
         for key, value in whole.arrays.items():
             np.testing.assert_array_equal(np.concatenate([each.arrays[key] for each in both]), value)
@@ -193,7 +195,7 @@ def test_an_evaluation_sees_every_view_of_an_example_in_rows_that_follow_each_ot
         visual = dataclasses.replace(VISUAL, num_frames=4 // views.get("num_clips", 1), **views)
         return EvaluationSet(dataclasses.replace(config, visual=visual), TOKENIZER, name="e", seed=0)
 
-    def rows(held: EvaluationSet, shard: Shard = WHOLE_SHARD) -> list[np.ndarray]:
+    def rows(held: EvaluationSet, shard: HostShards = WHOLE_SHARD) -> list[np.ndarray]:
         return [frames for batch in held.batches(shard) for frames in batch.arrays["frames"]]
 
     whole, views = held(), held(num_clips=2, num_crops=3)
@@ -203,7 +205,7 @@ def test_an_evaluation_sees_every_view_of_an_example_in_rows_that_follow_each_ot
             np.testing.assert_array_equal(rows(views)[6 * example + view], frames[view // 3 :: 2])
     keys = {row: example.key for batch in views.batches() for row, example in batch.examples.items()}
     assert keys == {row: f"digitworld/video/train/0/{row // 6}" for row in range(18)}
-    halves = [rows(views, Shard((part,), 2)) for part in range(2)]
+    halves = [rows(views, HostShards((part,), 2)) for part in range(2)]
     for row, frames in enumerate(rows(views)):
         np.testing.assert_array_equal(halves[row % 4 // 2][row // 4 * 2 + row % 2], frames)
 
@@ -274,7 +276,7 @@ def test_boxes_are_refused_where_pictures_are_cropped_or_turned() -> None:
         with pytest.raises(DataError, match="boxes are not transformed with crops and flips; use 'resize'"):
             asked(files, transform=transform)
     asked(files, transform="resize")
-    asked(WHOLE)  # DigitWorld draws squares, of which nothing is cropped
+    asked(SINGLE_HOST)  # DigitWorld draws squares, of which nothing is cropped
 
 
 def test_references_are_read_evenly_and_without_pictures(tar: SourceConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from PIL import Image
 from data_pipelines import media as media_module
 from data_pipelines.config import VisualConfig
 from data_pipelines.errors import DataError
-from data_pipelines.media import Media, media_of, reading, write_image, write_video
+from data_pipelines.media import Media, local_media, open_media, write_image, write_video
 from data_pipelines.visual import load_visual
 
 
@@ -42,7 +42,7 @@ def test_the_kind_of_a_file(name: str, kind: str, tmp_path: Path) -> None:
         write_video(path, colour_image()[None])
     else:
         Image.fromarray(colour_image()).save(path, format="GIF" if "gif" in name else "PNG")
-    assert media_of(path) == Media(kind, str(path), str(path))
+    assert local_media(path) == Media(kind, str(path), str(path))
 
 
 def test_bytes_paths_and_addresses_are_alike(tmp_path: Path) -> None:
@@ -68,9 +68,9 @@ def test_missing_files(kind: str, tmp_path: Path) -> None:
         with pytest.raises(DataError, match=f"{address} cannot be read as an? {kind}: "):
             load(Media(kind, address, address))
     with pytest.raises(DataError, match=r"nothing\.png does not exist"):
-        load(media_of(tmp_path / "nothing.png"))
+        load(local_media(tmp_path / "nothing.png"))
     with pytest.raises(DataError, match="nothing does not exist"):
-        media_of(tmp_path / "nothing")
+        local_media(tmp_path / "nothing")
 
 
 def test_what_is_fetched_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,7 +82,7 @@ def test_what_is_fetched_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_error_is_one_sentence() -> None:
-    with pytest.raises(DataError) as caught, reading(Media("image", b"", "a.png")):
+    with pytest.raises(DataError) as caught, open_media(Media("image", b"", "a.png")):
         raise ValueError("first line\nsecond line")
     assert str(caught.value) == "a.png cannot be read as an image: first line; replace or remove the file"
 
@@ -95,10 +95,10 @@ def test_written_pictures_are_enlarged(tmp_path: Path) -> None:
 def test_colours_survive_the_video(tmp_path: Path) -> None:
     frames = np.tile(colour_image()[:, :6], (2, 1, 1, 1))
     write_video(tmp_path / "a.mp4", frames, scale=8)
-    read = load(media_of(tmp_path / "a.mp4"), size=48)[:, 4::8, 4::8]
+    read = load(local_media(tmp_path / "a.mp4"), size=48)[:, 4::8, 4::8]
     assert np.abs(read.astype(int) - frames).max() < 40  # video stores colour at half resolution
 
 
 def test_odd_sides_grow_by_one(tmp_path: Path) -> None:
     write_video(tmp_path / "a.mp4", np.zeros((2, 15, 15, 3), np.uint8))
-    assert load(media_of(tmp_path / "a.mp4"), size=16).shape == (2, 16, 16, 3)
+    assert load(local_media(tmp_path / "a.mp4"), size=16).shape == (2, 16, 16, 3)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipelines.errors import DataError
-from data_pipelines.order import Pick, Rows, Shard, endless_order
+from data_pipelines.order import HostShards, HostSlice, RecordRef, infinite_shuffled_mixture
 
 SIZES = st.dictionaries(st.sampled_from("abc"), st.integers(1, 2000), min_size=1)
 
@@ -16,13 +16,13 @@ def equal(records: dict[str, int]) -> dict[str, float]:
     return dict.fromkeys(records, 1.0)
 
 
-def step_of(order, batch_size: int, hosts: list[tuple[int, ...]], start: int, step: int) -> list[Pick]:
+def step_of(order, batch_size: int, hosts: list[tuple[int, ...]], start: int, step: int) -> list[RecordRef]:
     """The global batch of a step as hosts with these parts build it that were all started at step ``start``."""
     count = len({part for parts in hosts for part in parts})
     picks = {}
     for parts in hosts:
-        shard = Shard(parts, count)
-        rows, numbers = Rows(order, batch_size, shard, start), shard.rows(batch_size)
+        shard = HostShards(parts, count)
+        rows, numbers = HostSlice(order, batch_size, shard, start), shard.rows(batch_size)
         for place, number in enumerate(numbers):
             picks.setdefault(number, []).append(rows[(step - start) * len(numbers) + place])
     assert all(len(set(same)) == 1 for same in picks.values())
@@ -37,17 +37,17 @@ def step_of(order, batch_size: int, hosts: list[tuple[int, ...]], start: int, st
     hosts=st.sampled_from([[(0,), (1,), (2,), (3,)], [(0, 1), (2, 3)], [(0, 3), (1, 2)], [(0, 1), (0, 1), (2,), (3,)]]),
 )  # fmt: skip
 def test_a_step_holds_the_same_for_any_hosts_and_any_restart(records, seed, step, back, multiple, hosts) -> None:
-    order = endless_order(records, equal(records), stream="s", seed=seed)
+    order = infinite_shuffled_mixture(records, equal(records), stream="s", seed=seed)
     batch_size = 8 * multiple
     alone = step_of(order, batch_size, [(0,)], 0, step)
-    again = endless_order(records, equal(records), stream="s", seed=seed)
+    again = infinite_shuffled_mixture(records, equal(records), stream="s", seed=seed)
     assert step_of(again, batch_size, hosts, max(0, step - back), step) == alone
 
 
 @settings(max_examples=30)
 @given(length=st.integers(1, 60), seed=st.integers(0, 2**31), epoch=st.integers(0, 1000))
 def test_every_epoch_shows_every_record_once(length, seed, epoch) -> None:
-    order = endless_order({"a": length}, {"a": 1.0}, stream="s", seed=seed)
+    order = infinite_shuffled_mixture({"a": length}, {"a": 1.0}, stream="s", seed=seed)
     picks = [order[epoch * length + i] for i in range(length)]
     assert sorted(pick.index for pick in picks) == list(range(length))
     assert {pick.epoch for pick in picks} == {epoch}
@@ -55,7 +55,7 @@ def test_every_epoch_shows_every_record_once(length, seed, epoch) -> None:
 
 def test_epochs_streams_and_seeds_have_their_own_orders() -> None:
     def order(stream: str, seed: int, epoch: int) -> tuple[int, ...]:
-        picks = endless_order({"a": 50}, {"a": 1.0}, stream=stream, seed=seed)
+        picks = infinite_shuffled_mixture({"a": 50}, {"a": 1.0}, stream=stream, seed=seed)
         return tuple(picks[50 * epoch + i].index for i in range(50))
 
     orders = [order("s", 0, 0), order("s", 0, 1), order("s", 1, 0), order("t", 0, 0)]
@@ -63,7 +63,7 @@ def test_epochs_streams_and_seeds_have_their_own_orders() -> None:
 
 
 def test_dropping_the_remainder_keeps_batches_inside_an_epoch() -> None:
-    order = endless_order({"a": 23}, {"a": 1.0}, stream="s", seed=0, multiple=5)
+    order = infinite_shuffled_mixture({"a": 23}, {"a": 1.0}, stream="s", seed=0, multiple=5)
     for step in range(40):
         picks = [order[step * 5 + i] for i in range(5)]
         assert {pick.epoch for pick in picks} == {step // 4}
@@ -76,7 +76,7 @@ def test_dropping_the_remainder_keeps_batches_inside_an_epoch() -> None:
 def test_mixtures_are_exact(shares, start) -> None:
     names = "abcd"[: len(shares)]
     weights = dict(zip(names, map(float, shares), strict=True))
-    order = endless_order(dict.fromkeys(names, 5000), weights, stream="s", seed=0)
+    order = infinite_shuffled_mixture(dict.fromkeys(names, 5000), weights, stream="s", seed=0)
     window = 10 * sum(shares)
     seen = Counter(order[start + i].source for i in range(window))
     for name in names:
@@ -85,7 +85,7 @@ def test_mixtures_are_exact(shares, start) -> None:
 
 def test_randomness_depends_on_all_that_it_should_and_nothing_else() -> None:
     def draw(source="a", index=1, epoch=0, seed=0, stream="s", purpose="text") -> float:
-        return Pick(source, index, epoch).rng(seed, stream, purpose).random()
+        return RecordRef(source, index, epoch).rng(seed, stream, purpose).random()
 
     variants = [
         draw(), draw(source="b"), draw(index=2), draw(epoch=1), draw(seed=1), draw(stream="t"), draw(purpose="visual")
@@ -96,4 +96,4 @@ def test_randomness_depends_on_all_that_it_should_and_nothing_else() -> None:
 
 def test_a_batch_that_hosts_cannot_share() -> None:
     with pytest.raises(DataError, match="batch_size=6 is not a multiple of the 4 parts that hosts share"):
-        Shard((0,), 4).rows(6)
+        HostShards((0,), 4).rows(6)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_pipelines.transforms import Window, random_window, resize_bicubic, resize_nearest, square, whole
+from data_pipelines.transforms import CropWindow, random_resized_crop, resize_bicubic, resize_nearest, square, whole
 from tests.close import assert_close
 
 sides, seeds = st.integers(1, 300), st.integers(0, 999)
@@ -32,20 +32,20 @@ def normalised(frames: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("size", [28, 48])
 def test_the_release_when_testing(size: int, golden: dict[str, np.ndarray]) -> None:
     window = whole(*golden["frames_u8"].shape[1:3], size, "nearest")
-    frames = np.stack([window.of_frame(frame) for frame in golden["frames_u8"]])
+    frames = np.stack([window.apply_array(frame) for frame in golden["frames_u8"]])
     np.testing.assert_array_equal(frames, golden[f"test_resized_{size}"])
     assert_close(normalised(frames), golden[f"test_normalised_{size}"])
 
 
 @pytest.mark.parametrize("size", [28, 48])
 def test_the_release_when_training(size: int, golden: dict[str, np.ndarray]) -> None:
-    window = Window(*golden[f"crop_i_j_h_w_{size}"].tolist(), size, "bicubic")
+    window = CropWindow(*golden[f"crop_i_j_h_w_{size}"].tolist(), size, "bicubic")
     part = (slice(window.top, window.top + window.height), slice(window.left, window.left + window.width))
     whole_numbers = np.stack([resize_bicubic(frame[part], size) for frame in golden["frames_u8"]])
     assert (whole_numbers.min(), whole_numbers.max()) > (-100, 255)  # the goldens overshoot
     np.testing.assert_array_equal(whole_numbers, golden[f"crop_bicubic_int_{size}"])
     assert_close(normalised(whole_numbers), golden[f"crop_normalised_norandaug_{size}"])
-    frames = np.stack([window.of_frame(frame) for frame in golden["frames_u8"]])
+    frames = np.stack([window.apply_array(frame) for frame in golden["frames_u8"]])
     np.testing.assert_array_equal(frames, golden[f"crop_bicubic_wrapped_u8_{size}"])
 
 
@@ -88,16 +88,16 @@ def test_nearest_enlarges_by_repeating() -> None:
 
 @given(y=sides, x=sides, seed=seeds, min_area=st.floats(0.05, 1))
 def test_random_windows_are_inside(y: int, x: int, seed: int, min_area: float) -> None:
-    window = random_window(y, x, 8, np.random.default_rng(seed), min_area=min_area)
+    window = random_resized_crop(y, x, 8, np.random.default_rng(seed), min_area=min_area)
     assert 0 <= window.top <= window.top + window.height <= y
     assert 0 <= window.left <= window.left + window.width <= x
     assert min(window.height, window.width) >= 1
-    assert window == random_window(y, x, 8, np.random.default_rng(seed), min_area=min_area)
+    assert window == random_resized_crop(y, x, 8, np.random.default_rng(seed), min_area=min_area)
 
 
 def test_random_windows_have_area_and_aspect() -> None:
     rng = np.random.default_rng(0)
-    windows = [random_window(300, 400, 8, rng, min_area=0.5) for _ in range(1000)]
+    windows = [random_resized_crop(300, 400, 8, rng, min_area=0.5) for _ in range(1000)]
     areas = np.array([w.height * w.width for w in windows]) / (300 * 400)
     aspects = np.array([w.width / w.height for w in windows])
     assert 0.5 - 0.01 <= areas.min() < 0.52
@@ -109,7 +109,7 @@ def test_random_windows_have_area_and_aspect() -> None:
 
 @pytest.mark.parametrize(("height", "width", "expected"), [(10, 100, (0, 43, 10, 13)), (100, 10, (43, 0, 13, 10))])
 def test_narrow_pictures_are_seen_in_the_middle(height: int, width: int, expected: tuple[int, ...]) -> None:
-    window = random_window(height, width, 8, np.random.default_rng(0), min_area=0.9)
+    window = random_resized_crop(height, width, 8, np.random.default_rng(0), min_area=0.9)
     assert (window.top, window.left, window.height, window.width) == expected
 
 
@@ -117,7 +117,7 @@ def test_the_middle_is_what_resize_and_crop_leave() -> None:
     frame = np.asarray(Image.fromarray(noise(8, 10)).resize((200, 160), Image.Resampling.BICUBIC))
     resized = Image.fromarray(frame).resize((100, 80), Image.Resampling.BICUBIC)
     expected = np.asarray(resized.crop((10, 0, 90, 80)))
-    difference = square(160, 200, 80).of_frame(frame).astype(int) - expected
+    difference = square(160, 200, 80).apply_array(frame).astype(int) - expected
     assert np.abs(difference).max() <= 2
 
 
@@ -131,21 +131,21 @@ def test_squares_are_at_both_ends_and_in_the_middle() -> None:
 @given(y=sides, x=sides, seed=seeds, method=st.sampled_from(["antialiased", "cropped", "nearest", "bicubic"]))
 def test_pictures_and_frames_are_alike(y: int, x: int, seed: int, method: str) -> None:
     frame = noise(y, x)
-    window = random_window(y, x, 16, np.random.default_rng(seed), min_area=0.2, method=method)
-    pixels = window.of_frame(frame)
+    window = random_resized_crop(y, x, 16, np.random.default_rng(seed), min_area=0.2, method=method)
+    pixels = window.apply_array(frame)
     assert (pixels.shape, pixels.dtype) == ((16, 16, 3), np.uint8)
-    np.testing.assert_array_equal(pixels, window.of_picture(Image.fromarray(frame)))
+    np.testing.assert_array_equal(pixels, window.apply_pil(Image.fromarray(frame)))
 
 
 def test_antialiasing() -> None:
     checkers = (np.indices((64, 96)).sum(0) % 2 * np.uint8(255))[..., None].repeat(3, -1).astype(np.uint8)
-    assert abs(whole(64, 96, 16).of_frame(checkers).astype(int) - 128).max() < 12
-    assert set(np.unique(whole(64, 96, 16, "nearest").of_frame(checkers))) <= {0, 255}
+    assert abs(whole(64, 96, 16).apply_array(checkers).astype(int) - 128).max() < 12
+    assert set(np.unique(whole(64, 96, 16, "nearest").apply_array(checkers))) <= {0, 255}
 
 
 @given(y=st.integers(8, 300), x=st.integers(8, 300), seed=seeds, size=st.integers(1, 64))
 def test_a_shrunk_picture_suffices(y: int, x: int, seed: int, size: int) -> None:
-    window = random_window(y, x, size, np.random.default_rng(seed), min_area=0.2)
+    window = random_resized_crop(y, x, size, np.random.default_rng(seed), min_area=0.2)
     assert 0 < window.shrink <= 1
     assert window.shrink == 1 or min(window.height, window.width) * window.shrink >= size - 1e-9
     assert whole(y, x, size, "nearest").shrink == 1
@@ -154,4 +154,4 @@ def test_a_shrunk_picture_suffices(y: int, x: int, seed: int, size: int) -> None
 def test_the_right_size_is_left_alone() -> None:
     frame = noise(8, 8)
     for method in ("antialiased", "cropped", "nearest", "bicubic"):
-        assert np.shares_memory(whole(8, 8, 8, method).of_frame(frame), frame)
+        assert np.shares_memory(whole(8, 8, 8, method).apply_array(frame), frame)

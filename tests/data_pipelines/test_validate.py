@@ -16,7 +16,7 @@ from data_pipelines.media import Media
 from data_pipelines.record import Record
 from data_pipelines.sources.array_record import encode_record
 from data_pipelines.tokenizers import train_wordpiece
-from data_pipelines.validate import Findings, histogram, validate
+from data_pipelines.validate import ValidationReport, histogram, validate
 from tests.close import assert_close
 
 from .worlds import SIZE, encoded, records, write_tar
@@ -34,8 +34,8 @@ def data(source: SourceConfig, examples: ExampleConfig = NOTHING) -> DataConfig:
     return DataConfig(sources={"s": source}, visual=VISUAL, examples=examples, batch_size=2, max_bad_fraction=1.0)
 
 
-def found_in(config: DataConfig, least_answers: int = 0) -> Findings:
-    return validate(ExampleBuilder(config, TOKENIZER, "stream", 3, least_answers=least_answers), "s")
+def found_in(config: DataConfig, min_answers: int = 0) -> ValidationReport:
+    return validate(ExampleBuilder(config, TOKENIZER, "stream", 3, min_answers=min_answers), "s")
 
 
 def rows(folder: Path, *rows: Any, kind: Any = "image") -> SourceConfig:
@@ -136,7 +136,7 @@ def test_what_is_lost_is_what_training_and_evaluation_lose_for_the_same_reasons(
     assert found.lost == lost
     expected = {(fault.key, fault.reason) for fault in found.faults}
     held = EvaluationSet(config, TOKENIZER, name="stream", seed=3)
-    assert {(fault.key, fault.reason) for batch in held.batches() for fault in batch.faults.values()} == expected
+    assert {(fault.key, fault.reason) for batch in held.batches() for fault in batch.bad_records.values()} == expected
     stream = Stream(config, TOKENIZER, name="stream", seed=3)
     epoch = [stream.examples[row] for row in range(found.records)]
     assert {(fault.key, fault.reason) for made in epoch for fault in made.faults} == expected
@@ -186,12 +186,12 @@ def test_questions_that_too_few_answered_cannot_be_scored(tmp_path: Path) -> Non
     told = [["yes"] * 10, ["yes"] * 3, ["yes", "", "", ""], ["", "", "", ""]]
     source = rows(tmp_path, *({"question": "is it?", "answers": each} for each in told))
     assert found_in(data(source, QUESTIONS)).lost == {"unreadable records": 1}  # enough to learn from
-    found = found_in(data(source, QUESTIONS), least_answers=4)
+    found = found_in(data(source, QUESTIONS), min_answers=4)
     assert [fault.key for fault in found.faults] == ["rows/2", "record 3"]
     assert "record rows/2 has 3 annotated answers, expected at least 4" in found.faults[0].reason
-    held = EvaluationSet(data(source, QUESTIONS), TOKENIZER, name="stream", seed=3, least_answers=4)
+    held = EvaluationSet(data(source, QUESTIONS), TOKENIZER, name="stream", seed=3, min_answers=4)
     batches = list(held.batches())
-    assert {fault.key for batch in batches for fault in batch.faults.values()} == {"rows/2", "record 3"}
+    assert {fault.key for batch in batches for fault in batch.bad_records.values()} == {"rows/2", "record 3"}
     examples = {example.key: example.answers for batch in batches for example in batch.examples.values()}
     assert examples == {"rows/1": ("yes",) * 10, "rows/3": ("yes", "", "", "")}  # blank ones are of annotators, too
 

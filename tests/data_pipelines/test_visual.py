@@ -12,10 +12,10 @@ from PIL import Image
 
 from data_pipelines.config import Color, Transform, VisualConfig
 from data_pipelines.errors import DataError
-from data_pipelines.frames import middle_indices, random_indices
-from data_pipelines.image import Picture
+from data_pipelines.frames import random_indices, uniform_indices
+from data_pipelines.image import LazyImage
 from data_pipelines.media import Media
-from data_pipelines.transforms import random_window, square
+from data_pipelines.transforms import random_resized_crop, square
 from data_pipelines.visual import Visual, load_visual
 from tests.data_pipelines.clips import moving, moving_clip
 
@@ -69,7 +69,7 @@ def test_frames_and_times_belong_together(sampling: str) -> None:
     indices = np.rint(visual.times * 10).astype(int)
     np.testing.assert_array_equal(visual.frames, frames[indices])
     if sampling == "uniform":
-        assert indices.tolist() == middle_indices(30, 5).tolist()
+        assert indices.tolist() == uniform_indices(30, 5).tolist()
     elif sampling == "random":
         assert indices.tolist() == random_indices(30, 5, np.random.default_rng(0)).tolist()
     else:
@@ -78,7 +78,7 @@ def test_frames_and_times_belong_together(sampling: str) -> None:
 
 def test_pixels_are_chosen_from_and_have_no_clock() -> None:
     pixels = moving(9, 16, 16)
-    for sampling, expected in (("uniform", middle_indices(9, 3)), ("fps", middle_indices(9, 3))):
+    for sampling, expected in (("uniform", uniform_indices(9, 3)), ("fps", uniform_indices(9, 3))):
         visual = load(pixels, image_size=16, num_frames=3, sampling=sampling)
         np.testing.assert_array_equal(visual.frames, pixels[expected])
         assert (visual.times == 0).all()
@@ -95,8 +95,8 @@ def test_views_are_the_squares_of_one_clip_after_the_other() -> None:
     for source in (clip(), frames):
         for view in range(6):
             seen = load_visual(source, config, np.random.default_rng(0), view).frames
-            chosen = frames[middle_indices(30, 5, view // 3, 2)]
-            expected = [square(*frame.shape[:2], size, view % 3).of_frame(frame) for frame in chosen]
+            chosen = frames[uniform_indices(30, 5, view // 3, 2)]
+            expected = [square(*frame.shape[:2], size, view % 3).apply_array(frame) for frame in chosen]
             np.testing.assert_array_equal(seen, np.stack(expected))
     config = VisualConfig(num_crops=3)
     squares = [load_visual(PHOTOGRAPH, config, np.random.default_rng(0), view).frames for view in range(3)]
@@ -142,14 +142,14 @@ def test_training_without_anything_is_resizing() -> None:
 
 def test_jpegs_are_decoded_small(monkeypatch: pytest.MonkeyPatch) -> None:
     scales: list[float] = []
-    decode = Picture.decode
+    decode = LazyImage.decode
 
     def recorded(self, shrink: float, background: Color):
         image, scale = decode(self, shrink, background)
         scales.append(scale)
         return image, scale
 
-    monkeypatch.setattr(Picture, "decode", recorded)
+    monkeypatch.setattr(LazyImage, "decode", recorded)
     small = load(PHOTOGRAPH, image_size=48, transform="resize").frames
     load(PHOTOGRAPH, image_size=48, transform="released_pretrain")  # the release decodes all
     assert scales == [1 / 8, 1.0]
@@ -163,7 +163,7 @@ def test_the_release_pretrains_on_pictures_as_pillow_crops() -> None:
     found = 0
     for seed in range(12):
         frame = load(PHOTOGRAPH, seed, transform="released_pretrain").frames[0]
-        window = random_window(427, 640, 32, np.random.default_rng(seed), min_area=0.2)
+        window = random_resized_crop(427, 640, 32, np.random.default_rng(seed), min_area=0.2)
         box = (window.left, window.top, window.left + window.width, window.top + window.height)
         crop = np.asarray(picture.crop(box).resize((32, 32), Image.Resampling.BICUBIC))
         found += np.array_equal(frame, crop) or np.array_equal(frame, crop[:, ::-1])

@@ -8,15 +8,15 @@ from PIL import Image
 
 from data_pipelines.errors import DataError
 from data_pipelines.record import Box, Entailment, Expression, Question, Record
-from data_pipelines.sources.annotations.media import named_media
+from data_pipelines.sources.annotations.layouts import ENTRY_NAME, read_rows
+from data_pipelines.sources.annotations.media import find_media
 from data_pipelines.sources.annotations.rows import Row, filter_split, normalize_name
-from data_pipelines.sources.annotations.shapes import OWN_NAME, read_rows
-from data_pipelines.sources.annotations.source import AnnotationFormat, Place
+from data_pipelines.sources.annotations.source import AnnotationFormat, MediaContext
 from data_pipelines.sources.files import read_bytes
 
 PICTURE = (
     "video_id", "video", "clip_name", "gif_name", "image", "image_path", "image_name", "file_name", "image_id",
-    OWN_NAME,
+    ENTRY_NAME,
 )  # fmt: skip
 CAPTIONS = (
     "golden_captions", "golden_caption", "captions", "caption", "enCap", "sentence", "desc", "description", "comment",
@@ -27,7 +27,7 @@ PAIRS = (("premise", "hypothesis"), ("sentence1", "sentence2"), ("question1", "q
 LABEL = ("gold_label", "label")
 PHRASE, BOX = ("expression", "phrase", "sents", "refexp", "sentences"), ("bbox", "box")
 TEXTS = ("texts", "text")
-IDS = ("question_id", "ref_id", "id", "key", OWN_NAME)
+IDS = ("question_id", "ref_id", "id", "key", ENTRY_NAME)
 """The names under which a row may keep each thing; the first that is there counts. Case, ``_`` and spaces do not."""
 
 KNOWN = frozenset(
@@ -35,7 +35,7 @@ KNOWN = frozenset(
     for name in (*PICTURE, *CAPTIONS, *ANSWERS, *DOCUMENT, *SUMMARY, *LABEL, *PHRASE, *BOX, *TEXTS, *sum(PAIRS, ()))
 )
 
-VERDICTS: Mapping[str, Literal["yes", "no", "maybe"]] = {
+ENTAILMENT_ANSWERS: Mapping[str, Literal["yes", "no", "maybe"]] = {
     "entailment": "yes", "not_entailment": "no", "contradiction": "no", "neutral": "maybe",
     "equivalent": "yes", "not_equivalent": "no", "duplicate": "yes", "not_duplicate": "no",
 }  # fmt: skip
@@ -47,7 +47,7 @@ def read(files: Sequence[str], split: str) -> Iterator[Row]:
     return filter_split((row for file in files for row in read_rows(file, KNOWN)), split, "split")
 
 
-def make(row: Row, place: Place) -> Record:
+def make(row: Row, place: MediaContext) -> Record:
     """Whatever a row has, as a record.
 
     Raises:
@@ -55,7 +55,7 @@ def make(row: Row, place: Place) -> Record:
     """
     own, of_text = row.find(IDS), place.kind == "text"
     picture = "" if row.find(PICTURE) is None else row.text(*PICTURE)
-    media = named_media(place.folder, place.kind, picture) if picture else None
+    media = find_media(place.folder, place.kind, picture) if picture else None
     record = Record(
         key=row.key if own is None else f"{row.key.rpartition('/')[0]}/{row.text(*IDS)}",
         picture=picture,
@@ -76,8 +76,8 @@ def make(row: Row, place: Place) -> Record:
 def _entailments(row: Row) -> tuple[Entailment, ...]:
     label = row.find(LABEL)
     for premise, hypothesis in PAIRS:
-        if isinstance(label, str) and label in VERDICTS and row.find((premise,)) and row.find((hypothesis,)):
-            return (Entailment(row.text(premise), row.text(hypothesis), VERDICTS[label]),)
+        if isinstance(label, str) and label in ENTAILMENT_ANSWERS and row.find((premise,)) and row.find((hypothesis,)):
+            return (Entailment(row.text(premise), row.text(hypothesis), ENTAILMENT_ANSWERS[label]),)
     return ()
 
 
@@ -86,10 +86,10 @@ def _questions(row: Row) -> tuple[Question, ...]:
         return ()
     if row.find(ANSWERS) is None and row.find(("sentence",)) is not None:  # a question that pairs with a sentence
         return ()
-    return (ranked(row, *ANSWERS),)
+    return (rank_answers(row, *ANSWERS),)
 
 
-def ranked(row: Row, *names: str) -> Question:
+def rank_answers(row: Row, *names: str) -> Question:
     """A row's question, whose answer is the one that most people gave, or that weighs most; ties go to who came first.
 
     Further answers stay there as often as they were given. Blank ones come last: to a score they are answers, too.

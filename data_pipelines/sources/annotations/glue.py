@@ -7,7 +7,7 @@ from typing import Literal, TypeVar
 from data_pipelines.errors import DataError
 from data_pipelines.record import Entailment, Record
 from data_pipelines.sources.annotations.rows import Row
-from data_pipelines.sources.annotations.source import AnnotationFormat, Place
+from data_pipelines.sources.annotations.source import AnnotationFormat, MediaContext
 from data_pipelines.sources.annotations.tables import read_table
 from data_pipelines.sources.files import read_text
 
@@ -67,7 +67,7 @@ def _task_of(columns: Sequence[str], where: str) -> _Task:
     return max(fitting, key=lambda task: len(task.texts))
 
 
-def _make(row: Row, place: Place) -> Record:
+def _make(row: Row, place: MediaContext) -> Record:
     del place
     task = _task_of(list(row.fields()), row.where)
     key = f"{row.key.rpartition('/')[0]}/{row.text('index')}"  # by which the benchmark's server knows the row

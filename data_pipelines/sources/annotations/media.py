@@ -8,12 +8,12 @@ from pathlib import PurePosixPath
 
 from data_pipelines.config import Kind
 from data_pipelines.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Media
-from data_pipelines.sources.files import ANIMATED_SUFFIXES, file_system, inside, is_url, media_at, media_kind
+from data_pipelines.sources.files import ANIMATED_SUFFIXES, file_system, inside, is_url, make_media, media_kind
 
 _SUFFIXES = {"image": IMAGE_SUFFIXES, "video": VIDEO_SUFFIXES}
 
 
-def named_media(folder: str, kind: Kind, *names: str) -> Media | None:
+def find_media(folder: str, kind: Kind, *names: str) -> Media | None:
     """The first file of the given names that exists: as it is named, or with a suffix of the kind behind it.
 
     A clip that is named with a suffix may have another, since sets are encoded anew. Where nothing exists the first
@@ -26,9 +26,9 @@ def named_media(folder: str, kind: Kind, *names: str) -> Media | None:
         return None
     for name in names:
         if path := _find(inside(folder, name), kind):
-            return media_at(path, kind)
+            return make_media(path, kind)
     suffix = "" if media_kind(names[0]) else _SUFFIXES[kind][0]
-    return media_at(inside(folder, f"{names[0]}{suffix}"), kind)
+    return make_media(inside(folder, f"{names[0]}{suffix}"), kind)
 
 
 def _find(path: str, kind: Kind) -> str | None:

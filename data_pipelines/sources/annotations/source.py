@@ -11,7 +11,7 @@ from data_pipelines.sources.files import find_files
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class MediaContext:
     """What a row needs to become a record, besides itself."""
 
     folder: str  # of the media
@@ -28,7 +28,7 @@ class AnnotationFormat:
 
     suffixes: tuple[str, ...]
     read: Callable[[Sequence[str], str], Iterator[Row]]
-    make: Callable[[Row, Place], Record]
+    make: Callable[[Row, MediaContext], Record]
     splits: bool = False
 
 
@@ -56,7 +56,7 @@ class AnnotationSource:
             self._rows = list(form.read(files, split))
         except _MISSHAPEN as error:
             raise DataError(f"{path} is not of this format ({type(error).__name__}: {error})") from error
-        self._place = Place(media.rstrip("/") or files[0].rpartition("/")[0] or ".", kind)
+        self._place = MediaContext(media.rstrip("/") or files[0].rpartition("/")[0] or ".", kind)
         self._make = form.make
 
     def __len__(self) -> int:

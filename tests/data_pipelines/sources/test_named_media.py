@@ -13,7 +13,7 @@ from data_pipelines.config import Format, Kind, SourceConfig, VisualConfig
 from data_pipelines.errors import DataError
 from data_pipelines.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from data_pipelines.record import Source
-from data_pipelines.sources.annotations.media import named_media
+from data_pipelines.sources.annotations.media import find_media
 from data_pipelines.sources.formats import open_source
 
 
@@ -25,7 +25,7 @@ def touch(folder: Path, *names: str) -> str:
 
 
 def found(folder: str, kind: Kind, *names: str) -> str:
-    media = named_media(folder, kind, *names)
+    media = find_media(folder, kind, *names)
     assert media is not None
     assert media.data == media.name
     return f"{media.kind} {media.name.removeprefix(folder).lstrip('/')}"

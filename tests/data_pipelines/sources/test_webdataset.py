@@ -71,7 +71,7 @@ def test_the_index_is_built_once_and_again_when_the_tar_changes(
     img2dataset(path, 2)
     assert len(TarIndex(str(path))) == 2
     with monkeypatch.context() as patched:
-        patched.setattr(tar_index, "members_of", lambda path: pytest.fail("built again"))
+        patched.setattr(tar_index, "scan_tar", lambda path: pytest.fail("built again"))
         assert TarIndex(str(path))[1][0] == "000000001"
     img2dataset(path, 3)
     assert TarIndex(str(path))[2][0] == "000000002"

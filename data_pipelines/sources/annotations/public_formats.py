@@ -9,13 +9,13 @@ from typing import Any
 from data_pipelines.config import Kind
 from data_pipelines.errors import DataError
 from data_pipelines.record import Record
-from data_pipelines.sources.annotations.fields import ranked
-from data_pipelines.sources.annotations.media import named_media
+from data_pipelines.sources.annotations.fields import rank_answers
+from data_pipelines.sources.annotations.layouts import detect_format, group_by_id, normalize_id, read_rows
+from data_pipelines.sources.annotations.media import find_media
 from data_pipelines.sources.annotations.rows import Row, filter_split, read_json
-from data_pipelines.sources.annotations.shapes import format_of, group_by_id, normalize_id, read_rows
-from data_pipelines.sources.annotations.source import AnnotationFormat, Place
+from data_pipelines.sources.annotations.source import AnnotationFormat, MediaContext
 from data_pipelines.sources.annotations.tables import read_table
-from data_pipelines.sources.files import file_system, is_hidden, is_url, media_at, media_kind, read_text
+from data_pipelines.sources.files import file_system, is_hidden, is_url, make_media, media_kind, read_text
 
 
 def _parts(path: str, *names: str) -> Mapping[str, Any]:
@@ -28,7 +28,7 @@ def _parts(path: str, *names: str) -> Mapping[str, Any]:
     for name in names:
         if not isinstance(content, dict) or not isinstance(content.get(name), list):
             found = ", ".join(list(content)[:8]) if isinstance(content, dict) else f"a {type(content).__name__}"
-            form = format_of(content) or ("annotations" if isinstance(content, list) else "")
+            form = detect_format(content) or ("annotations" if isinstance(content, list) else "")
             hint = f"it is of format '{form}'" if form else "is it of another format?"
             raise DataError(f"{path} has no list '{name}'; found {found}; {hint}")
     return content
@@ -53,9 +53,9 @@ def _read_coco(files: Sequence[str], split: str) -> Iterator[Row]:
             yield Row(file, row.number, {**row.fields(), "captions": captions[normalize_id(row.fields().get("id"))]})
 
 
-def _make_coco(row: Row, place: Place) -> Record:
+def _make_coco(row: Row, place: MediaContext) -> Record:
     name = row.text("file_name")
-    media = named_media(place.folder, place.kind, name)
+    media = find_media(place.folder, place.kind, name)
     return Record(_key(row, row.text("id")), name, media=media, captions=row.texts("captions"))
 
 
@@ -64,10 +64,10 @@ def _read_karpathy(files: Sequence[str], split: str) -> Iterator[Row]:
         yield from filter_split(_rows(file, _parts(file, "images")["images"]), split, "split")
 
 
-def _make_karpathy(row: Row, place: Place) -> Record:
+def _make_karpathy(row: Row, place: MediaContext) -> Record:
     name = row.text("filename")
     folder = row.find(("filepath",))
-    media = named_media(place.folder, place.kind, *([f"{folder}/{name}"] if folder else []), name)
+    media = find_media(place.folder, place.kind, *([f"{folder}/{name}"] if folder else []), name)
     return Record(_key(row, row.text("cocoid", "imgid")), name, media=media, captions=row.texts("sentences"))
 
 
@@ -93,11 +93,11 @@ def _read_vqa(files: Sequence[str], split: str) -> Iterator[Row]:
         yield Row(row.file, row.number, {**row.fields(), "subtype": subtype, **told})
 
 
-def _make_vqa(row: Row, place: Place) -> Record:
+def _make_vqa(row: Row, place: MediaContext) -> Record:
     number = row.text("image_id").zfill(12)
     names = (f"COCO_{row.find(('subtype',))}_{number}.jpg", f"{number}.jpg")
-    media = named_media(place.folder, place.kind, *names)
-    return Record(_key(row, row.text("question_id")), number, media=media, questions=(ranked(row, "answers"),))
+    media = find_media(place.folder, place.kind, *names)
+    return Record(_key(row, row.text("question_id")), number, media=media, questions=(rank_answers(row, "answers"),))
 
 
 _CUT = ("label", "youtube_id", "time_start", "time_end", "split", "is_cc")
@@ -143,17 +143,17 @@ def _kinetics_json(file: str) -> Iterator[Row]:
         yield Row(file, number, {**fields, "label": said.get("label")})
 
 
-def _make_kinetics(row: Row, place: Place) -> Record:
+def _make_kinetics(row: Row, place: MediaContext) -> Record:
     """A list's number of a class says less than the folder that the clip is in, where there is one."""
     if path := row.find(("path",)):
         name, folder = PurePosixPath(path), PurePosixPath(path).parent.name
         label = folder.replace("_", " ") or row.text("class")
-        media = named_media(place.folder, place.kind, path)
+        media = find_media(place.folder, place.kind, path)
         return Record(_key(row, str(name.with_suffix(""))), path, media=media, label=label)
     clip, label = row.text("youtube_id"), row.text("label")
     cut = f"{clip}_{int(float(row.need('time_start'))):06}_{int(float(row.need('time_end'))):06}"
     names = (cut, clip, *(f"{folder}/{name}" for folder in (label, label.replace(" ", "_")) for name in (cut, clip)))
-    return Record(_key(row, cut), cut, media=named_media(place.folder, place.kind, *names), label=label)
+    return Record(_key(row, cut), cut, media=find_media(place.folder, place.kind, *names), label=label)
 
 
 def _read_ssv2(files: Sequence[str], split: str) -> Iterator[Row]:
@@ -162,10 +162,10 @@ def _read_ssv2(files: Sequence[str], split: str) -> Iterator[Row]:
         yield from read_rows(file, {"label", "template"})
 
 
-def _make_ssv2(row: Row, place: Place) -> Record:
+def _make_ssv2(row: Row, place: MediaContext) -> Record:
     number = row.text("id")
     label = re.sub(r"[\[\]]", "", row.text("template", "label"))
-    media = named_media(place.folder, place.kind, f"{number}.webm", f"{number}.mp4")
+    media = find_media(place.folder, place.kind, f"{number}.webm", f"{number}.mp4")
     return Record(_key(row, number), number, media=media, captions=row.texts("label"), label=label)
 
 
@@ -215,7 +215,7 @@ class ImageFolder:
         label, slash, _ = name.partition("/")
         if not slash:
             raise DataError(f"{path} is in no class folder; expected {self._folder}/CLASS/{name}")
-        return Record(name, media=media_at(path, self._kind), label=label)
+        return Record(name, media=make_media(path, self._kind), label=label)
 
 
 COCO = AnnotationFormat((".json",), _read_coco, _make_coco, splits=True)

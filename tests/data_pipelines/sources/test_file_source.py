@@ -9,8 +9,8 @@ from PIL import Image
 
 from data_pipelines.config import Kind, SourceConfig, VisualConfig
 from data_pipelines.errors import DataError
+from data_pipelines.sources.file_source import FileSource, list_files
 from data_pipelines.sources.formats import open_source
-from data_pipelines.sources.loose_files import LooseFiles, walk
 
 from ..worlds import encoded, records
 
@@ -32,7 +32,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_a_folder_is_walked_in_order_without_what_is_hidden(folder: Path) -> None:
-    assert walk(str(folder)) == ["a.mp4", "b/a.JPG", "b/a.txt", "b/b.txt", "b/c.txt", "z.png"]
+    assert list_files(str(folder)) == ["a.mp4", "b/a.JPG", "b/a.txt", "b/b.txt", "b/c.txt", "z.png"]
 
 
 @pytest.mark.parametrize(
@@ -84,13 +84,13 @@ def test_animations_are_clips_and_pictures(remote: bool, tmp_path: Path) -> None
         root = f"memory://{tmp_path.name}"
         for path in tmp_path.iterdir():
             fsspec.filesystem("memory").pipe_file(f"/{tmp_path.name}/{path.name}", path.read_bytes())
-    names = {kind: LooseFiles(root, kind) for kind in ("image", "video")}
+    names = {kind: FileSource(root, kind) for kind in ("image", "video")}
     found = {kind: [source[i].key for i in range(len(source))] for kind, source in names.items()}
     assert found["video"] == ["moves.gif", "moves.png", "moves.webp", "still.gif"]
     assert found["image"] == ["moves.gif", "moves.png", "moves.webp", "still.gif", "still.png", "still.webp"]
-    assert LooseFiles(f"{root}/moves.webp", "video")[0].media.kind == "video"
+    assert FileSource(f"{root}/moves.webp", "video")[0].media.kind == "video"
     with pytest.raises(DataError, match=r"still\.webp is no video, nor holds any, .*: 1 of kind 'image'"):
-        LooseFiles(f"{root}/still.webp", "video")
+        FileSource(f"{root}/still.webp", "video")
 
 
 def test_every_text_of_a_record_is_one_of_its_own(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Every text of a source's records as a record of its own, where none may go unread."""
+"""Sources with one record per text, where every text must be read."""
 
 import dataclasses
 
@@ -9,11 +9,11 @@ from data_pipelines.errors import DataError
 from data_pipelines.record import Record, Source
 
 
-class EachText:
-    """A record for every caption of a picture or clip, or for every text (or else caption) of texts.
+class OneTextPerRecord:
+    """One record per caption of an image or video, or per text (without texts: caption) of a text record.
 
-    The texts of a record that has several get the keys KEY#0, KEY#1, ..., and show the same picture. All records are
-    read once when it is opened, to count them.
+    The texts of a record with several get the keys KEY#0, KEY#1, ..., and share its ``visual_id``. All records are
+    read once on opening, to count them.
     """
 
     def __init__(self, source: Source, kind: Kind) -> None:
@@ -21,7 +21,7 @@ class EachText:
         self._stops = np.cumsum([self._count(index) for index in range(len(source))])
 
     def _count(self, index: int) -> int:
-        """Texts of a record; one that cannot be read or has none counts once, so that it is missed where it stands."""
+        """Return the number of texts of a record; 1 if it is unusable or has none, so that its error is reported."""
         try:
             return max(1, len(self._texts(self._source[index])))
         except DataError:
@@ -36,11 +36,11 @@ class EachText:
     def __getitem__(self, index: int) -> Record:
         if not 0 <= index < len(self):
             raise IndexError(f"text {index} of {len(self)}")
-        place = int(np.searchsorted(self._stops, index, side="right"))
-        record = self._source[place]
-        texts, number = self._texts(record), index - int(self._stops[place - 1] if place else 0)
+        row = int(np.searchsorted(self._stops, index, side="right"))
+        record = self._source[row]
+        texts, number = self._texts(record), index - int(self._stops[row - 1] if row else 0)
         key = record.key if len(texts) < 2 else f"{record.key}#{number}"
-        own = texts[number : number + 1]
+        text = texts[number : number + 1]
         if self._kind == "text":
-            return Record(key, texts=own, tokens=record.tokens, tokenizer=record.tokenizer)
-        return dataclasses.replace(record, key=key, picture=record.picture or record.key, captions=own)
+            return Record(key, texts=text, tokens=record.tokens, tokenizer=record.tokenizer)
+        return dataclasses.replace(record, key=key, visual_id=record.visual_id or record.key, captions=text)

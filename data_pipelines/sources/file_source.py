@@ -1,4 +1,4 @@
-"""Loose files as a source: the pictures, clips or texts below a folder, or a single one, each named by its path."""
+"""Individual files as a source: the images, videos or texts below a folder, or a single one."""
 
 import collections
 from collections.abc import Sequence
@@ -6,50 +6,50 @@ from pathlib import PurePosixPath
 
 from data_pipelines.config import Kind
 from data_pipelines.errors import DataError
-from data_pipelines.media import HEAD, Media
+from data_pipelines.media import HEAD_BYTES, Media
 from data_pipelines.record import Record
 from data_pipelines.sources.files import (
     ANIMATED_SUFFIXES,
     file_system,
     is_hidden,
     is_url,
-    kind_for,
     media_kind,
     read_text,
+    resolve_kind,
 )
 
 
-def kind_of(name: str) -> Kind | None:
-    """What a file is taken for by its name: a picture, a clip, a text (.txt), or nothing of these (None)."""
+def kind_from_name(name: str) -> Kind | None:
+    """Return the kind of a file by its name: "image", "video", "text" (.txt), or None for other files."""
     return "text" if PurePosixPath(name).suffix.lower() == ".txt" else media_kind(name)
 
 
-def walk(folder: str) -> list[str]:
-    """The names of all pictures, clips and texts below a folder, by their paths in it and in their order.
+def list_files(folder: str) -> list[str]:
+    """Return the paths of all images, videos and texts below a folder, relative to it and sorted.
 
-    What is hidden is left out.
+    Hidden files are skipped.
 
     Raises:
-        DataError: no such folder, or none of these in it.
+        DataError: no such folder, or no such file in it.
     """
     system, plain = file_system(folder)
     if not system.isdir(plain):
-        raise DataError(f"{folder} does not exist or is no folder; check the path")
+        raise DataError(f"{folder} does not exist or is not a folder; check the path")
     root = plain.rstrip("/")
     names = sorted(name.removeprefix(root).lstrip("/") for name in system.find(root))
-    found = [name for name in names if kind_of(name) and not is_hidden(name)]
+    found = [name for name in names if kind_from_name(name) and not is_hidden(name)]
     if not found:
-        raise DataError(f"{folder} holds no picture, clip or .txt file; found {len(names)} others")
+        raise DataError(f"{folder} holds no image, video or .txt file; found {len(names)} other files")
     return found
 
 
-class LooseFiles:
-    """A record for every file of one kind; its key is the path below the folder, or a single file's path as given.
+class FileSource:
+    """One record per file of one kind; the key is the path relative to the folder, or a single file's path as given.
 
-    An animated GIF, WebP or PNG is a clip, and by its first frame a picture.
+    An animated GIF, WebP or PNG is read as a video, or its first frame as an image.
 
     Raises:
-        DataError: no such file or folder, or nothing of this kind there.
+        DataError: no such file or folder, or no file of this kind.
     """
 
     def __init__(self, path: str, kind: Kind) -> None:
@@ -58,27 +58,27 @@ class LooseFiles:
         if system.isfile(plain):
             names = [path]
         else:
-            names = walk(path)
+            names = list_files(path)
             self._folder = system.unstrip_protocol(plain.rstrip("/")) if is_url(path) else plain.rstrip("/")
         heads = self._heads(names) if kind == "video" else {}
 
-        def fits(name: str) -> bool:
-            return kind in (kind_of(name), kind_for(name, kind, lambda: heads.get(name, b"")))
+        def is_of_kind(name: str) -> bool:
+            return kind in (kind_from_name(name), resolve_kind(name, kind, lambda: heads.get(name, b"")))
 
-        self._names = list(filter(fits, names))
+        self._names = list(filter(is_of_kind, names))
         if not self._names:
-            counts = collections.Counter(kind_of(name) or "other" for name in names)
-            found = ", ".join(f"{count:,} of kind '{other}'" for other, count in counts.items())
-            raise DataError(f"{path} is no {kind}, nor holds any, by its files' names: {found}; set another kind")
+            counts = collections.Counter(kind_from_name(name) or "other" for name in names)
+            found = ", ".join(f"{count:,} of kind '{name}'" for name, count in counts.items())
+            raise DataError(f"{path} is or holds no {kind} by its files' names: {found}; set another kind")
 
     def _heads(self, names: Sequence[str]) -> dict[str, bytes]:
-        """How files begin that may be animations, fetched together."""
+        """Return the first bytes of the files that may be animations, fetched together."""
         names = [name for name in names if PurePosixPath(name).suffix.lower() in ANIMATED_SUFFIXES]
         if not names:
             return {}
         system, _ = file_system(self._path(names[0]))
         paths = [file_system(self._path(name))[1] for name in names]
-        heads = system.cat_ranges(paths, [0] * len(paths), [HEAD] * len(paths), on_error="return")
+        heads = system.cat_ranges(paths, [0] * len(paths), [HEAD_BYTES] * len(paths), on_error="return")
         return {name: head for name, head in zip(names, heads, strict=True) if isinstance(head, bytes)}
 
     def _path(self, name: str) -> str:
@@ -96,5 +96,5 @@ class LooseFiles:
             return Record(name, media=Media(self._kind, path, path))
         record = Record(name, texts=(read_text(path).read(),))
         if not record.texts:
-            raise DataError(f"{path} is empty; expected a text that can be seen")
+            raise DataError(f"{path} has no visible text, expected some; remove the file")
         return record

@@ -10,7 +10,7 @@ from data_pipelines.sources.annotations.rows import Row, as_missing, normalize_n
 from data_pipelines.sources.annotations.tables import read_table
 from data_pipelines.sources.files import media_kind, read_text
 
-OWN_NAME = "name in the file"
+ENTRY_NAME = "name in the file"
 """The field of what an object calls a row of it."""
 
 _OF_FILES = frozenset({"comment", "desc", "description", "text"})  # which may say something of a file, too
@@ -87,7 +87,7 @@ def _objects_in(path: str, content: Fields, known: Set[str]) -> Sequence[Fields]
     """
     if isinstance(content.get("videos"), list) and isinstance(content.get("sentences"), list):
         return _msrvtt(path, content["videos"], content["sentences"])
-    if form := format_of(content):
+    if form := detect_format(content):
         raise DataError(f"{path} is of format '{form}', by its {', '.join(list(content)[:4])}; read it as that")
     ours = [name for name in content if normalize_name(name) in known]
     lists = {name: rows for name, rows in content.items() if name not in ours and _are_objects(rows)}
@@ -120,7 +120,7 @@ def _are_named(rows: Fields, known: Set[str]) -> bool:
 
 def _named(rows: Fields) -> list[Fields]:
     """Rows that an object calls by names, or captions of what it calls so."""
-    return [{OWN_NAME: name, **(row if isinstance(row, dict) else {"captions": row})} for name, row in rows.items()]
+    return [{ENTRY_NAME: name, **(row if isinstance(row, dict) else {"captions": row})} for name, row in rows.items()]
 
 
 def _transposed(content: Fields, ours: Sequence[str]) -> list[Fields]:
@@ -170,7 +170,7 @@ def group_by_id(path: str, items: Iterable[Any], id: str, field: str, listed: It
     return said
 
 
-def format_of(content: Any) -> str:
+def detect_format(content: Any) -> str:
     """The public format that a JSON file is of, by its shape; empty: none of those that are known."""
 
     def has(name: str, *fields: str) -> bool:
