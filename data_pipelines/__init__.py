@@ -1,1 +1,1 @@
-"""From files and generators to batches: sources, decoding, transforms, tokenisers, loaders. Knows no model."""
+"""From files and generators to batches: sources, decoding, transforms, tokenizers, loaders. Independent of models."""

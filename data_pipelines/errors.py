@@ -1,5 +1,5 @@
-"""The exception of the data room: what is wrong with which file or field, and the remedy, in one sentence."""
+"""The exception of this package: the file or field, what was found, what was expected, and the remedy."""
 
 
 class DataError(Exception):
-    """Data or a data setting that the user can mend. The command line prints it and exits with status 2."""
+    """An error in data or their settings that the user can fix. The command line prints it and exits with status 2."""

@@ -257,7 +257,9 @@ def make_detokenizer(config: ExampleConfig, tokenizer: Tokenizer) -> Callable[[S
 def _encode_text(text: str, config: ExampleConfig, tokenizer: Tokenizer) -> list[int]:
     if config.tokenization == "standard":
         return tokenizer.encode(text, max_length=config.text_length)
-    return release_encode(_check_wordpiece(tokenizer), f"{pre_caption(text, _MAX_CAPTION_WORDS)}[SEP]", config.text_length)
+    return release_encode(
+        _check_wordpiece(tokenizer), f"{pre_caption(text, _MAX_CAPTION_WORDS)}[SEP]", config.text_length
+    )
 
 
 def encode_instruction(text: str, config: ExampleConfig, tokenizer: Tokenizer, max_length: int) -> list[int]:

@@ -14,8 +14,8 @@ from data_pipelines.media import (
     MAX_FETCHED_BYTES,
     PNG,
     Media,
-    check_size,
     available_image_formats,
+    check_size,
     is_image_file,
     open_media,
     read_head,
@@ -133,7 +133,8 @@ def _explain_unidentified(head: bytes) -> str:
         return "its header is damaged"
     if head[4:8] == b"ftyp" or head.startswith(b"\x1aE\xdf\xa3") or (head[:4] == b"RIFF" and head[8:11] == b"AVI"):
         return "it is a video; set the source's kind to 'video'"
-    return f"{'it begins with ' + repr(head[:12]) if head else 'it is empty'}, expected {', '.join(available_image_formats())}"
+    found = f"it begins with {head[:12]!r}" if head else "it is empty"
+    return f"{found}, expected {', '.join(available_image_formats())}"
 
 
 def _strip_png(data: bytes | str) -> bytes | None:

@@ -32,8 +32,8 @@ IMAGE_FORMATS: Mapping[str, tuple[str, ...]] = {
     "HEIF": (".heic", ".heif"), "BMP": (".bmp",), "TIFF": (".tif", ".tiff"), "JPEG2000": (".jp2",),
     "PPM": (".ppm", ".pgm", ".pbm", ".pnm", ".pfm"), "GIF": (),
 }  # fmt: skip
-"""Pillow's formats that are opened, with their suffixes. Other formats are obscure, or run a program (EPS). HEIF needs a
-plugin. A GIF is a video by its name."""
+"""Pillow's formats that are opened, with their suffixes. Other formats are obscure, or run a program (EPS). HEIF needs
+a plugin. A GIF is a video by its name."""
 
 VIDEO_FORMATS: Mapping[str, tuple[str, ...]] = {
     "mov": (".mp4", ".m4v", ".mov", ".qt", ".3gp", ".3g2", ".f4v", ".mj2"), "matroska": (".webm", ".mkv"),

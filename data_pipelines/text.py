@@ -1,8 +1,8 @@
-"""The official release's rules for text: cleaning, its form of token ids, and reading what was generated.
+"""The official release's rules for text: cleaning, tokenization, and decoding of generated text.
 
-Runs that start from the release's weights, or are compared with its numbers, need these. Two things differ from the
+Runs that start from the release's weights, or are compared with its metrics, need these. Two things differ from the
 usual ``[CLS] words [SEP]`` of ``Tokenizer.encode``: ``[SEP]`` appears only where the text itself ends in the literal
-"[SEP]", and truncation cuts the end, ``[SEP]`` included.
+"[SEP]", and truncation removes the end, ``[SEP]`` included.
 """
 
 import re
@@ -14,12 +14,12 @@ from jaxtyping import Bool, Int
 from data_pipelines.config import RELEASE_PROMPT
 from data_pipelines.tokenizers import SPECIAL_TOKENS, WordPieceTokenizer, join_wordpieces
 
-_DROPPED = re.compile(r"[,.'!?\"()*#:;~]")
+_PUNCTUATION = re.compile(r"[,.'!?\"()*#:;~]")
 _SPECIAL = re.compile("(" + "|".join(re.escape(token) for token in SPECIAL_TOKENS) + ")")
 
 
 def _clean(text: str) -> str:
-    return _DROPPED.sub("", text.lower()).replace("-", " ").replace("/", " ")
+    return _PUNCTUATION.sub("", text.lower()).replace("-", " ").replace("/", " ")
 
 
 def _first_words(text: str, max_words: int) -> str:
@@ -27,54 +27,54 @@ def _first_words(text: str, max_words: int) -> str:
 
 
 def pre_caption(caption: str, max_words: int) -> str:
-    """Cleans a caption: lower case, no punctuation, single spaces, at most ``max_words`` words."""
+    """Clean a caption: lower case, no punctuation, single spaces, at most ``max_words`` words."""
     caption = re.sub(r"\s{2,}", " ", _clean(caption).replace("<person>", "person"))
     return _first_words(caption.rstrip("\n").strip(" "), max_words)
 
 
 def pre_question(question: str, max_words: int) -> str:
-    """Cleans a question: lower case, no punctuation; runs of spaces stay and count as empty words."""
+    """Clean a question: lower case, no punctuation; repeated spaces stay and count as empty words."""
     return _first_words(_clean(question).rstrip(" "), max_words)
 
 
 def release_encode(tokenizer: WordPieceTokenizer, text: str, max_length: int | None = None) -> list[int]:
-    """Token ids ``[CLS] tokens`` without a closing ``[SEP]``, cut to ``max_length`` ids.
+    """Return token ids ``[CLS] tokens`` without a closing ``[SEP]``, truncated to ``max_length`` ids.
 
-    The literals "[SEP]", "[CLS]", "[PAD]", "[UNK]" and "[MASK]" are special tokens even when glued to a word.
+    The literals "[SEP]", "[CLS]", "[PAD]", "[UNK]" and "[MASK]" are special tokens even without spaces around them.
     """
     ids = [tokenizer.cls_id]
     for part in _SPECIAL.split(text):
         if part in SPECIAL_TOKENS:
             ids.append(tokenizer.token_id(part))
         else:
-            ids += tokenizer.encode(part, None, close=False)[1:]
+            ids += tokenizer.encode(part, None, add_sep=False)[1:]
     return ids[:max_length]
 
 
 def release_caption(
     tokenizer: WordPieceTokenizer, caption: str, max_length: int | None, prompt: str = RELEASE_PROMPT
 ) -> list[int]:
-    """Token ids of a training caption: prompt, caption and "[SEP]" glued together without spaces.
+    """Return token ids of a training caption: prompt, caption and "[SEP]" concatenated without spaces.
 
-    The first word of the caption thus fuses with the last of the prompt ("ofa man"), as the release's weights expect.
+    So the first word of the caption joins the last of the prompt ("ofa man"), as the release's weights expect.
     """
     return release_encode(tokenizer, f"{prompt}{caption}[SEP]", max_length)
 
 
 def release_answer(tokenizer: WordPieceTokenizer, answer: str) -> list[int]:
-    """Token ids of an answer: ``[CLS] tokens [SEP]``, never cut."""
+    """Return token ids of an answer: ``[CLS] tokens [SEP]``, never truncated."""
     return release_encode(tokenizer, f"{answer}[SEP]")
 
 
 def release_prompt_length(tokenizer: WordPieceTokenizer, prompt: str = RELEASE_PROMPT) -> int:
-    """Number of leading label positions the release masks for a prompt: its word pieces, ``[CLS]`` not counted."""
+    """Return the number of leading labels that the release masks for a prompt: its tokens without ``[CLS]``."""
     return len(release_encode(tokenizer, prompt)) - 1
 
 
 def pad_to_longest(
     rows: Sequence[Sequence[int]], pad_id: int = 0
 ) -> tuple[Int[np.ndarray, "b l"], Bool[np.ndarray, "b l"]]:
-    """Token ids int32 padded to the longest row, and True where they are no padding."""
+    """Return token ids, int32, padded to the longest row, and a mask that is False in the padding."""
     lengths = np.array([len(row) for row in rows])
     mask = np.arange(lengths.max(initial=0)) < lengths[:, None]
     ids = np.full(mask.shape, pad_id, np.int32)
@@ -83,18 +83,18 @@ def pad_to_longest(
 
 
 def release_decode(tokenizer: WordPieceTokenizer, ids: Sequence[int]) -> str:
-    """The raw string of generated ids, special tokens spelt out ("[CLS] a man [SEP] [PAD]")."""
+    """Return the raw string of generated ids, with special tokens ("[CLS] a man [SEP] [PAD]")."""
     return join_wordpieces(tokenizer.tokens(ids))
 
 
 def release_read_answer(raw: str) -> str:
-    """The answer in a raw string; an inner ``[SEP]`` leaves a double space, as in the release."""
+    """Return the answer in a raw string; an inner ``[SEP]`` leaves a double space, as in the release."""
     for token in ("[SEP]", "[CLS]", "[PAD]"):
         raw = raw.replace(token, "")
     return raw.strip()
 
 
 def release_read_caption(raw: str, prompt: str = RELEASE_PROMPT) -> str:
-    """The caption in a raw string: what follows the last occurrence of the prompt, if it occurs."""
+    """Return the caption in a raw string: what follows the last occurrence of the prompt, if any."""
     answer = release_read_answer(raw)
     return answer.split(prompt)[-1].strip() if prompt else answer

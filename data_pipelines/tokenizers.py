@@ -1,8 +1,8 @@
-"""Tokenisers: one interface over BERT's word pieces and SentencePiece, trained here or read from files.
+"""Tokenizers: one interface over BERT WordPiece and SentencePiece, trained here or read from files.
 
-Both give ``[CLS] tokens [SEP]`` with padding 0. Text is only ever text: a literal "[SEP]" in a caption is spelt with
-ordinary pieces, so that no data set can end a sequence early (``data_pipelines.text`` holds the release's form, which
-does recognise it).
+Both return ``[CLS] tokens [SEP]`` with padding id 0. Special tokens in a text are not recognized: a literal "[SEP]" in
+a caption becomes ordinary tokens, so that no data set can end a sequence early. (The release's tokenization in
+``data_pipelines.text`` recognizes it.)
 """
 
 import functools
@@ -27,7 +27,7 @@ SENTENCEPIECE_FILE = "sentencepiece.model"
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """Text to token ids and back. Instances are picklable and hold no state that encoding changes."""
+    """Conversion of text to token ids and back. Instances are picklable, and encoding does not change them."""
 
     pad_id: int  # always 0
     cls_id: int
@@ -36,51 +36,53 @@ class Tokenizer(Protocol):
     unk_id: int
     vocab_size: int
 
-    def encode(self, text: str, max_length: int | None = None, close: bool = True) -> list[int]:
-        """Token ids ``[CLS] tokens``, and ``[SEP]`` if ``close``, which truncation to ``max_length`` ids keeps."""
+    def encode(self, text: str, max_length: int | None = None, add_sep: bool = True) -> list[int]:
+        """Return token ids ``[CLS] tokens``, and ``[SEP]`` if ``add_sep``, which truncation to ``max_length`` keeps."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids, without ``[PAD]``, ``[CLS]`` and ``[SEP]``.
+        """Return the text of token ids, without ``[PAD]``, ``[CLS]`` and ``[SEP]``.
 
-        An id beyond the vocabulary reads ``[UNK]``: a model's table may have more rows than there are tokens.
+        An id beyond the vocabulary becomes ``[UNK]``: a model's embedding table may have more rows than tokens.
         """
 
     def tokens(self, ids: Sequence[int]) -> list[str]:
-        """The piece of each id, special tokens spelt out."""
+        """Return the token of each id, including special tokens."""
 
     def word_starts(self, ids: Sequence[int]) -> Bool[np.ndarray, " l"]:
-        """True where a new word begins; every special token is a word of its own."""
+        """Return True where a new word begins; every special token is a word."""
 
     def save(self, directory: Path) -> Path:
-        """Writes the tokeniser into a directory that ``load_tokenizer`` reads; returns the file."""
+        """Write the tokenizer into a directory that ``load_tokenizer`` reads; return the file."""
 
     def __hash__(self) -> int:
-        """By identity, for what is worked out once for a tokeniser."""
+        """Return a hash of the identity, for caches by tokenizer."""
 
 
-def _add_special_tokens(pieces: list[int], cls_id: int, sep_id: int, max_length: int | None, close: bool) -> list[int]:
-    """``[CLS] pieces``, and ``[SEP]`` if ``close``, with the pieces cut to fit."""
-    ends = [sep_id] if close else []
+def _add_special_tokens(
+    pieces: list[int], cls_id: int, sep_id: int, max_length: int | None, add_sep: bool
+) -> list[int]:
+    """Return ``[CLS] pieces``, and ``[SEP]`` if ``add_sep``, with the pieces truncated to fit."""
+    end = [sep_id] if add_sep else []
     if max_length is None:
-        return [cls_id, *pieces, *ends]
-    room = max_length - 1 - len(ends)
-    if room < 0:
-        raise DataError(f"max_length is {max_length}, expected at least {1 + len(ends)} to hold the special tokens")
-    return [cls_id, *pieces[:room], *ends]
+        return [cls_id, *pieces, *end]
+    num_pieces = max_length - 1 - len(end)
+    if num_pieces < 0:
+        raise DataError(f"max_length is {max_length}, expected at least {1 + len(end)} to hold the special tokens")
+    return [cls_id, *pieces[:num_pieces], *end]
 
 
 def round_trip(tokenizer: Tokenizer, text: str) -> str:
-    """Return a text encoded and decoded, which is the closest that a model can generate.
+    """Return a text encoded and decoded, the closest that a model can generate.
 
-    Unknown tokens become U+FFFD, which no model generates: otherwise all unknown words would be equal.
+    Unknown tokens become U+FFFD, which no model generates; otherwise all unknown words would be equal.
     """
     return tokenizer.decode(tokenizer.encode(text)).replace("[UNK]", "\ufffd")
 
 
 def join_wordpieces(tokens: Sequence[str]) -> str:
-    """Word pieces as text, with BERT's usual clean-up of the spaces before punctuation and in contractions.
+    """Join WordPiece tokens to text, with BERT's usual cleanup of spaces before punctuation and in contractions.
 
-    Words with a hyphen come back as "off - road": the pieces do not say whether there were spaces.
+    Hyphenated words become "off - road": the tokens do not tell whether there were spaces.
     """
     text = " ".join(tokens).replace(" ##", "").strip()
     for mark in (".", "?", "!", ","):
@@ -92,14 +94,14 @@ def join_wordpieces(tokens: Sequence[str]) -> str:
 
 
 class WordPieceTokenizer:
-    """BERT's uncased word pieces: lower case, accents stripped, greedy longest match, ``##`` continues a word.
+    """BERT's uncased WordPiece: lower case, accents stripped, greedy longest match, ``##`` continues a word.
 
     Args:
-        vocab: the pieces; a piece's position is its id. ``[PAD]`` comes first, and all of ``SPECIAL_TOKENS`` occur.
-        name: what an error calls the vocabulary, usually its file.
+        vocab: the tokens; a token's position is its id. ``[PAD]`` comes first, and all of ``SPECIAL_TOKENS`` occur.
+        name: of the vocabulary in errors, usually its file.
 
     Raises:
-        DataError: a special token is missing, ``[PAD]`` is not first, or a piece is empty or occurs twice.
+        DataError: a special token is missing, ``[PAD]`` is not first, or a token is empty or duplicate.
     """
 
     def __init__(self, vocab: Sequence[str], name: str = "the vocabulary") -> None:
@@ -108,42 +110,42 @@ class WordPieceTokenizer:
         if missing:
             raise DataError(
                 f"{name} has {len(vocab)} entries and lacks {', '.join(missing)}; expected a BERT vocabulary, "
-                "one piece per line"
+                "one token per line"
             )
         if vocab[0] != "[PAD]":
-            raise DataError(f"{name} begins with {vocab[0]!r}, expected [PAD] first because padding has id 0")
+            raise DataError(f"{name} begins with {vocab[0]!r}, expected [PAD] first because the padding id is 0")
         if len(ids) != len(vocab) or "" in ids:
-            raise DataError(f"{name} has {len(vocab)} entries, some empty or twice; expected each piece once")
+            raise DataError(f"{name} has {len(vocab)} entries, some empty or duplicate; expected each token once")
         self.pad_id, self.unk_id, self.cls_id, self.sep_id, self.mask_id = (ids[token] for token in SPECIAL_TOKENS)
         self.vocab_size = len(vocab)
         self._vocab, self._ids = tuple(vocab), ids
         self._library = _library_tokenizer(ids)
-        self._starts = np.array([not piece.startswith("##") for piece in vocab])
+        self._starts_word = np.array([not piece.startswith("##") for piece in vocab])
 
-    def encode(self, text: str, max_length: int | None = None, close: bool = True) -> list[int]:
+    def encode(self, text: str, max_length: int | None = None, add_sep: bool = True) -> list[int]:
         """See ``Tokenizer``. Raises DataError when ``max_length`` cannot hold the special tokens."""
         pieces: list[int] = self._library.encode(text, add_special_tokens=False).ids
-        return _add_special_tokens(pieces, self.cls_id, self.sep_id, max_length, close)
+        return _add_special_tokens(pieces, self.cls_id, self.sep_id, max_length, add_sep)
 
     def decode(self, ids: Sequence[int]) -> str:
         """See ``Tokenizer``; spaces are cleaned up as in ``join_wordpieces``."""
-        hidden = (self.pad_id, self.cls_id, self.sep_id)
-        return join_wordpieces(self.tokens([i for i in ids if i not in hidden]))
+        skipped = (self.pad_id, self.cls_id, self.sep_id)
+        return join_wordpieces(self.tokens([i for i in ids if i not in skipped]))
 
     def tokens(self, ids: Sequence[int]) -> list[str]:
         """See ``Tokenizer``."""
         return [self._vocab[i] if i < self.vocab_size else "[UNK]" for i in ids]
 
     def token_id(self, token: str) -> int:
-        """The id of one piece, which must exist."""
+        """Return the id of one token, which must exist."""
         return self._ids[token]
 
     def word_starts(self, ids: Sequence[int]) -> Bool[np.ndarray, " l"]:
         """See ``Tokenizer``."""
-        return self._starts[np.asarray(ids, np.int64)]
+        return self._starts_word[np.asarray(ids, np.int64)]
 
     def save(self, directory: Path) -> Path:
-        """See ``Tokenizer``: writes ``vocab.txt``, one piece per line."""
+        """See ``Tokenizer``: writes ``vocab.txt``, one token per line."""
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / WORDPIECE_FILE
         path.write_text("\n".join(self._vocab) + "\n", encoding="utf-8", newline="\n")
@@ -151,14 +153,14 @@ class WordPieceTokenizer:
 
 
 class SentencePieceTokenizer:
-    """A SentencePiece model behind the five special tokens: piece i of the model has id i + 5.
+    """A SentencePiece model after the five special tokens: piece i of the model has id i + 5.
 
-    The model's own control symbols (``<s>``, ``</s>``, ``<pad>``, whichever it has) are never produced; its unknown
-    piece is ``unk_id``. So any model file serves, whatever ids it gave them.
+    The model's control symbols (``<s>``, ``</s>``, ``<pad>``, if any) are never produced; its unknown piece becomes
+    ``unk_id``. So any model file works, whatever ids it gives them.
 
     Args:
         model: the bytes of a ``.model`` file.
-        name: what an error calls the model, usually its file.
+        name: of the model in errors, usually its file.
 
     Raises:
         DataError: the bytes are not a SentencePiece model.
@@ -168,28 +170,28 @@ class SentencePieceTokenizer:
 
     def __init__(self, model: bytes, name: str = "the model") -> None:
         try:
-            # The library takes an empty model and fails at its first use; a zero byte it refuses.
+            # The library accepts an empty model and fails at its first use; it rejects a zero byte.
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model or b"\0")
         except RuntimeError as error:
             raise DataError(
-                f"{name} is damaged: its {len(model)} bytes are not a SentencePiece model; fetch it again"
+                f"{name} is damaged: its {len(model)} bytes are not a SentencePiece model; download it again"
             ) from error
         self._model = model
         self._offset = len(SPECIAL_TOKENS)
         self.vocab_size = self._offset + self._processor.vocab_size()
         self._pieces = (*SPECIAL_TOKENS, *map(self._processor.id_to_piece, range(self._processor.vocab_size())))
-        self._starts = np.array([i < self._offset or p.startswith("\u2581") for i, p in enumerate(self._pieces)])
+        self._starts_word = np.array([i < self._offset or p.startswith("\u2581") for i, p in enumerate(self._pieces)])
 
-    def encode(self, text: str, max_length: int | None = None, close: bool = True) -> list[int]:
+    def encode(self, text: str, max_length: int | None = None, add_sep: bool = True) -> list[int]:
         """See ``Tokenizer``. Raises DataError when ``max_length`` cannot hold the special tokens."""
         unknown = self._processor.unk_id()
         pieces = [self.unk_id if i == unknown else i + self._offset for i in self._processor.encode(text)]
-        return _add_special_tokens(pieces, self.cls_id, self.sep_id, max_length, close)
+        return _add_special_tokens(pieces, self.cls_id, self.sep_id, max_length, add_sep)
 
     def decode(self, ids: Sequence[int]) -> str:
         """See ``Tokenizer``."""
-        hidden = (self.pad_id, self.cls_id, self.sep_id)
-        text: str = self._processor.decode(self.tokens([i for i in ids if i not in hidden]))
+        skipped = (self.pad_id, self.cls_id, self.sep_id)
+        text: str = self._processor.decode(self.tokens([i for i in ids if i not in skipped]))
         return text
 
     def tokens(self, ids: Sequence[int]) -> list[str]:
@@ -198,7 +200,7 @@ class SentencePieceTokenizer:
 
     def word_starts(self, ids: Sequence[int]) -> Bool[np.ndarray, " l"]:
         """See ``Tokenizer``."""
-        return self._starts[np.asarray(ids, np.int64)]
+        return self._starts_word[np.asarray(ids, np.int64)]
 
     def save(self, directory: Path) -> Path:
         """See ``Tokenizer``: writes ``sentencepiece.model``."""
@@ -210,24 +212,24 @@ class SentencePieceTokenizer:
 
 @functools.lru_cache(maxsize=8)
 def fingerprint(tokenizer: Tokenizer) -> str:
-    """A name for a vocabulary: equal for tokenisers whose ids mean the same pieces."""
+    """Return a fingerprint of a vocabulary, equal for tokenizers with the same token for every id."""
     pieces = "\n".join(tokenizer.tokens(range(tokenizer.vocab_size)))
     return hashlib.blake2b(pieces.encode(), digest_size=8).hexdigest()
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """Reads a tokeniser.
+    """Read a tokenizer.
 
     Args:
-        path: a BERT ``vocab.txt``, a SentencePiece ``*.model``, or a directory that holds one of them.
+        path: a BERT ``vocab.txt``, a SentencePiece ``*.model``, or a directory with one of them.
 
     Raises:
-        DataError: there is no such file, or it is damaged.
+        DataError: no such file, or a damaged one.
     """
     if path.is_dir():
         files = [path / WORDPIECE_FILE] if (path / WORDPIECE_FILE).is_file() else sorted(path.glob("*.model"))
         if len(files) != 1:
-            raise DataError(f"{path} holds {len(files)} tokenisers, expected one {WORDPIECE_FILE} or one *.model file")
+            raise DataError(f"{path} holds {len(files)} tokenizers, expected one {WORDPIECE_FILE} or one *.model file")
         path = files[0]
     if not path.is_file():
         raise DataError(f"{path} does not exist; expected a {WORDPIECE_FILE}, a *.model file or a directory with one")
@@ -237,8 +239,8 @@ def load_tokenizer(path: Path) -> Tokenizer:
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is damaged: byte {error.start} is not UTF-8; fetch the vocabulary again") from error
-    # Not splitlines: BERT vocabularies hold characters that Python counts as line ends.
+        raise DataError(f"{path} is damaged: byte {error.start} is not UTF-8; download the vocabulary again") from error
+    # Not splitlines: BERT vocabularies contain characters that Python treats as line ends.
     return WordPieceTokenizer(text.replace("\r\n", "\n").removesuffix("\n").split("\n"), str(path))
 
 
@@ -250,11 +252,11 @@ def _library_tokenizer(vocab: dict[str, int]) -> LibraryTokenizer:
 
 
 def train_wordpiece(texts: Iterable[str], vocab_size: int) -> WordPieceTokenizer:
-    """Trains word pieces; the same texts always give the same vocabulary.
+    """Train a WordPiece tokenizer; the same texts always give the same vocabulary.
 
     Args:
-        texts: what to learn from; held in memory.
-        vocab_size: the largest vocabulary; fewer texts may give a smaller one. The special tokens come first.
+        texts: training texts; held in memory.
+        vocab_size: maximum size; little text may give a smaller vocabulary. The special tokens come first.
 
     Raises:
         DataError: ``vocab_size`` is smaller than what the special tokens and the characters of the texts need.
@@ -262,8 +264,8 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int) -> WordPieceTokenizer
     library = _library_tokenizer({"[UNK]": 0})
     texts = [library.normalizer.normalize_str(text) for text in texts]
     alphabet = sorted({character for text in texts for character in text if not character.isspace()})
-    # The library would number the continuing characters in the random order of a hash table, which decides ties
-    # between merges: given as special tokens they have fixed ids.
+    # The library would number the continuation characters in the random order of a hash table, which decides ties
+    # between merges; as special tokens they have fixed ids.
     fixed = [*SPECIAL_TOKENS, *(f"##{character}" for character in alphabet)]
     needed = len(fixed) + len(alphabet)
     if vocab_size < needed:
@@ -281,14 +283,14 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int) -> WordPieceTokenizer
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> SentencePieceTokenizer:
-    """Trains a unigram SentencePiece model, which keeps case; the same texts always give the same model.
+    """Train a unigram SentencePiece model, which keeps case; the same texts always give the same model.
 
     Args:
-        texts: what to learn from.
-        vocab_size: the largest vocabulary, special tokens included; few texts may give a smaller one.
+        texts: training texts.
+        vocab_size: maximum size, special tokens included; little text may give a smaller vocabulary.
 
     Raises:
-        DataError: there is no text, or ``vocab_size`` is too small for the characters of the texts.
+        DataError: no text, or ``vocab_size`` is too small for the characters of the texts.
     """
     if vocab_size <= len(SPECIAL_TOKENS):
         raise DataError(f"vocab_size is {vocab_size}, expected more than the {len(SPECIAL_TOKENS)} special tokens")

@@ -260,7 +260,7 @@ def _decode_range(
 
 
 def _packets_from(container: Any, stream: Any, packets: _Packets, start: int) -> Iterator[Any]:
-    """Yield the packets from index ``start`` on. Seeking is inexact, and may yield other packets than the first pass."""
+    """Yield the packets from index ``start`` on. Seeking is inexact, and may yield other packets."""
     try:
         container.seek(int(packets.dts[start]), stream=stream)
     except av.FFmpegError as error:

@@ -93,7 +93,7 @@ class ArrayRecordSource:
     def __init__(self, path: str) -> None:
         if is_url(path):
             raise DataError(
-                f"{path} is a URL, but ArrayRecord files are read from mounted folders only; mount the bucket, or use tars"
+                f"{path} is a URL, expected a mounted folder for ArrayRecord files; mount the bucket, or use tars"
             )
         self._files = find_files(path, SUFFIX)
         self._readers = [_Reader(file) for file in self._files]

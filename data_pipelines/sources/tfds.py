@@ -1,6 +1,6 @@
 """Data sets that TFDS has prepared as ArrayRecord files, read without TensorFlow.
 
-Features are taken for what their names say, as in annotation files; class labels become their names.
+Features are recognized by their names, as in annotation files; class labels become their names.
 """
 
 import dataclasses
@@ -20,12 +20,12 @@ class TfdsSource:
     """The examples of one split of a prepared data set.
 
     Args:
-        path: the folder of a version, the one that holds ``dataset_info.json``.
-        split: a split, in TFDS's own words ("train", "test[:10%]").
-        kind: what the records are taken for.
+        path: the folder of a version, with ``dataset_info.json``.
+        split: a split in TFDS's syntax ("train", "test[:10%]").
+        kind: what the records are read as.
 
     Raises:
-        DataError: TFDS is not installed, nothing is prepared there, it is of another file format, or has no such split.
+        DataError: TFDS is not installed, or the folder has no data set of this file format, or no such split.
     """
 
     def __init__(self, path: str, split: str, kind: Kind) -> None:
@@ -37,20 +37,20 @@ class TfdsSource:
             ) from error
         try:
             builder = tfds.builder_from_directory(path)
-        except Exception as error:  # it raises its own, OSError and ValueError for what is missing or damaged
+        except Exception as error:  # OSError, ValueError and others for missing or damaged files
             raise DataError(
-                f"{path} holds no data set of TFDS ({_reason(error)}); expected a folder with dataset_info.json, like "
+                f"{path} is not a TFDS data set ({_reason(error)}); expected a folder with dataset_info.json, like "
                 "DATA_DIR/NAME/1.0.0"
             ) from error
         info = builder.info
         if split.partition("[")[0] not in info.splits:
             raise DataError(f"{path} has no split '{split}'; valid: {', '.join(info.splits)}")
-        # Pictures stay encoded: they are decoded once the record was chosen, at the size that is wanted.
-        self._pictures = [name for name, feature in info.features.items() if isinstance(feature, tfds.features.Image)]
-        skip = {name: tfds.decode.SkipDecoding() for name in self._pictures}
+        # Images stay encoded: they are decoded when the record is used, at the size that is needed.
+        self._images = [name for name, feature in info.features.items() if isinstance(feature, tfds.features.Image)]
+        skip = {name: tfds.decode.SkipDecoding() for name in self._images}
         try:
             self._examples = builder.as_data_source(split, decoders=skip)
-        except Exception as error:  # NotImplementedError for other formats, ValueError for a wrong slice, ...
+        except Exception as error:  # NotImplementedError for other formats, ValueError for an invalid slice, ...
             raise DataError(
                 f"split '{split}' of {path} cannot be read ({_reason(error)}); prepare the data set with "
                 "file_format='array_record'"
@@ -59,7 +59,7 @@ class TfdsSource:
             name: feature for name, feature in info.features.items() if isinstance(feature, tfds.features.ClassLabel)
         }
         self._labels: Mapping[str, Sequence[str]] = {name: feature.names for name, feature in labels.items()}
-        self._name, self._place = f"{info.full_name}/{split}", MediaContext(path, kind)
+        self._name, self._context = f"{info.full_name}/{split}", MediaContext(path, kind)
 
     def __len__(self) -> int:
         return len(self._examples)
@@ -70,31 +70,31 @@ class TfdsSource:
         key = f"{self._name}/{index}"
         try:
             example = dict(self._examples[index])
-        except Exception as error:  # damaged records raise what ArrayRecord and protobuf raise
+        except Exception as error:  # ArrayRecord and protobuf raise various errors
             raise DataError(f"example {key} is damaged ({_reason(error)})") from error
-        if all(value is None for value in example.values()):  # what the library makes of a file that is cut off
+        if all(value is None for value in example.values()):  # the library's result for a truncated file
             raise DataError(f"example {key} is damaged; prepare the data set again")
-        pictures = {name: example.pop(name) for name in self._pictures}
-        values = {name: self._plain(name, value) for name, value in example.items()}
-        record = fields.make(Row(self._name, index + 1, values), self._place)
+        images = {name: example.pop(name) for name in self._images}
+        values = {name: self._to_json(name, value) for name, value in example.items()}
+        record = fields.to_record(Row(self._name, index + 1, values), self._context)
         media = None
-        if pictures and self._place.kind != "text":
-            name = "image" if "image" in pictures else next(iter(pictures))
-            media = Media("image", pictures[name], f"{key}/{name}")
-        return dataclasses.replace(record, key=key, picture="", media=media)
+        if images and self._context.kind != "text":
+            name = "image" if "image" in images else next(iter(images))
+            media = Media("image", images[name], f"{key}/{name}")
+        return dataclasses.replace(record, key=key, visual_id="", media=media)
 
-    def _plain(self, name: str, value: Any) -> Any:
-        """A feature's value as annotation files would write it."""
+    def _to_json(self, name: str, value: Any) -> Any:
+        """Return a feature's value as annotation files have it."""
         if name in self._labels:
             return self._labels[name][int(value)] if int(value) >= 0 else None
         if isinstance(value, bytes):
             return value.decode("utf-8", "replace")
-        if isinstance(value, Mapping):  # a sequence of named things, of which the texts count
-            return self._plain(name, value.get("text", value.get("raw", ())))
+        if isinstance(value, Mapping):  # a sequence of features, read for their texts
+            return self._to_json(name, value.get("text", value.get("raw", ())))
         if hasattr(value, "tolist"):
             value = value.tolist()
         if isinstance(value, list | tuple):
-            return [self._plain("", each) for each in value]
+            return [self._to_json("", item) for item in value]
         return value
 
 

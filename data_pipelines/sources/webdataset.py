@@ -17,22 +17,25 @@ from data_pipelines.sources.annotations.source import MediaContext
 from data_pipelines.sources.files import decode_text, find_files, media_kind, resolve_kind
 from data_pipelines.sources.tar_index import DUPLICATED, TarIndex
 
-_OF_FILES = frozenset(normalize_name(name) for name in (*fields.PICTURE, *fields.IDS))
-_KNOWN = (*fields.CAPTIONS, *fields.TEXTS, "question", *fields.SUMMARY, *fields.BOX, *fields.LABEL)
+_IGNORED = frozenset(normalize_name(name) for name in (*fields.IMAGE_FIELDS, *fields.ID_FIELDS))
+_KNOWN = (
+    *fields.CAPTION_FIELDS, *fields.TEXT_FIELDS, "question", *fields.SUMMARY_FIELDS, *fields.BOX_FIELDS,
+    *fields.LABEL_FIELDS,
+)  # fmt: skip
 
 
 class WebDatasetSource:
-    """The samples of one or many tars: a picture or clip with ``.txt``, ``.json`` or ``.cls`` beside it.
+    """The samples of one or many tars: an image or video with ``.txt``, ``.json`` or ``.cls``.
 
-    A record's key is the tar's name and the sample's; where tars of several folders have one name, with the folders.
-    The JSON's fields are read as those of annotation files, but a ``.txt`` is the caption, and a ``.cls`` the label.
+    A record's key is the tar's name and the sample's, with folders if tars in several share a name. The JSON's fields
+    are read as those of annotation files; a ``.txt`` is the caption, and a ``.cls`` the label.
 
     Args:
         path: a tar, a folder of tars, or a pattern ("shards/{00000..00127}.tar", "gs://bucket/*.tar").
-        kind: what is taken from samples that hold several things; "text" takes no media.
+        kind: what to read from samples with several kinds of members; "text" reads no media.
 
     Raises:
-        DataError: no tar, or one that is cut off, compressed or no tar at all.
+        DataError: no such file, or one that is truncated, compressed or not a tar.
     """
 
     def __init__(self, path: str, kind: Kind) -> None:
@@ -52,17 +55,19 @@ class WebDatasetSource:
         name, members = tar[index - (self._ends[shard - 1] if shard else 0)]
         key = f"{archive.removesuffix('.tar')}/{name}"
         if DUPLICATED in members:
-            raise DataError(f"sample {key} has members twice, and nothing tells which belong together; write it anew")
+            raise DataError(
+                f"sample {key} has duplicate members, and it is ambiguous which belong together; write it again"
+            )
         texts = {
             ext: decode_text(tar.read(members, ext), f"{ext} of sample {key}")
             for ext in (".txt", ".json", ".cls")
             if ext in members
         }
-        values = _json(texts.get(".json"), key)
-        record, changes = self._json_record(key, values, f"{archive}:{name}.json"), dict[str, Any]()
+        values = _parse_json(texts.get(".json"), key)
+        record, changes = self._read_json_fields(key, values, f"{archive}:{name}.json"), dict[str, Any]()
         if ".txt" in texts:
-            of_text = self._kind == "text"
-            changes |= {"texts" if of_text else "captions": (texts[".txt"],), "captions" if of_text else "texts": ()}
+            is_text = self._kind == "text"
+            changes |= {"texts" if is_text else "captions": (texts[".txt"],), "captions" if is_text else "texts": ()}
         elif self._kind != "text":
             changes["captions"] = record.captions or record.texts
         if ".cls" in texts:
@@ -70,40 +75,40 @@ class WebDatasetSource:
         if self._kind != "text":
             changes["media"] = self._media(tar, members, f"{archive}:{name}")
             if changes["media"] is None:
-                why = ": ".join(str(values[name]) for name in ("status", "error_message") if values.get(name))
+                reason = ": ".join(str(values[name]) for name in ("status", "error_message") if values.get(name))
                 raise DataError(
-                    f"sample {key} has no {self._kind}, only {', '.join(members)}{why and f' ({why})'}; leave it out"
+                    f"sample {key} has no {self._kind}, only {', '.join(members)}{reason and f' ({reason})'}; remove it"
                 )
-        return dataclasses.replace(record, key=key, picture="", **changes)
+        return dataclasses.replace(record, key=key, visual_id="", **changes)
 
-    def _json_record(self, key: str, values: Mapping[str, Any], where: str) -> Record:
-        """Return what the fields of a sample's JSON say; those that name its picture or itself are not read."""
-        row = Row(where, 1, {name: value for name, value in values.items() if normalize_name(name) not in _OF_FILES})
-        return Record(key) if row.find(_KNOWN) is None else fields.make(row, MediaContext("", self._kind))
+    def _read_json_fields(self, key: str, values: Mapping[str, Any], where: str) -> Record:
+        """Return a record of a sample's JSON fields; those that name its media or itself are ignored."""
+        row = Row(where, 1, {name: value for name, value in values.items() if normalize_name(name) not in _IGNORED})
+        return Record(key) if row.find(_KNOWN) is None else fields.to_record(row, MediaContext("", self._kind))
 
     def _media(self, tar: TarIndex, members: Mapping[str, tuple[int, int]], name: str) -> Media | None:
-        named = {extension: kind for extension in members if (kind := media_kind(f"x{extension}"))}
-        other = None
-        for extension in sorted(named, key=lambda extension: named[extension] != self._kind):
+        kinds = {extension: kind for extension in members if (kind := media_kind(f"x{extension}"))}
+        fallback = None
+        for extension in sorted(kinds, key=lambda extension: kinds[extension] != self._kind):
             data = tar.read(members, extension)
-            kind = resolve_kind(f"x{extension}", self._kind, lambda data=data: data[:HEAD_BYTES]) or named[extension]
+            kind = resolve_kind(f"x{extension}", self._kind, lambda data=data: data[:HEAD_BYTES]) or kinds[extension]
             media = Media(kind, data, f"{name}{extension}")
             if kind == self._kind:
                 return media
-            other = other or media
-        return other
+            fallback = fallback or media
+        return fallback
 
 
 def _names(files: Sequence[str]) -> list[str]:
-    """The names of files without their folders, as far as those differ."""
+    """Return the names of files, with folders only if names would collide."""
     parts = [PurePosixPath(file).parts for file in files]
     if len({names[-1] for names in parts}) == len(parts):
         return [names[-1] for names in parts]
-    same = next((i for i, names in enumerate(zip(*parts, strict=False)) if len(set(names)) > 1), -1)
-    return ["/".join(names[same:]) for names in parts]
+    num_common = next((i for i, names in enumerate(zip(*parts, strict=False)) if len(set(names)) > 1), -1)
+    return ["/".join(names[num_common:]) for names in parts]
 
 
-def _json(text: str | None, key: str) -> Mapping[str, Any]:
+def _parse_json(text: str | None, key: str) -> Mapping[str, Any]:
     if text is None:
         return {}
     try:

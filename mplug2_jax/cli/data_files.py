@@ -1,97 +1,113 @@
-"""``mplug2 data show | validate | convert | chunk``: what reads and writes data sets."""
+"""``mplug2 data show | validate | convert | chunk``: the commands that read and write data sets."""
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import json
-import warnings
+import logging
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from absl import logging as absl_logging
+
 from mplug2_jax.cli.common import add_command
+from mplug2_jax.console import Progress
 from mplug2_jax.errors import UserError, check_range, did_you_mean
 
 if TYPE_CHECKING:
+    from data_pipelines.bad_records import BadRecord
     from data_pipelines.config import DataConfig, SourceConfig
     from data_pipelines.loader import ExampleBuilder
+    from data_pipelines.record import Record, Source
     from data_pipelines.tokenizers import Tokenizer
     from data_pipelines.validate import ValidationReport
     from mplug2_jax.training.config import RunConfig
 
 WORD_EDGES = (0, 1, 5, 10, 15, 20, 30, 50, 100, 500)
 SECOND_EDGES = (0, 1, 2, 5, 10, 30, 60, 300, 3600)
-NAMED = 20  # faults and duplicates that are printed
+MAX_PRINTED = 20
+"""Bad records and duplicate keys that are printed."""
+FORMAT_VERSION = 2
+"""Of the output of ``validate --json``. Version 1 had no ``format_version``."""
 
 
 def add_parsers(kinds: Any) -> None:
-    """Adds the sub-commands."""
+    """Add the sub-commands."""
     show = add_command(
         kinds, "show", run_show, config=True,
-        summary="Write the batch that a step of a recipe sees as a contact sheet",
-        details="The sheet is a picture and a page.",
+        summary="Write the batch that a step of a recipe trains on as a contact sheet",
+        details="The sheet is an image and a page.",
         example="mplug2 data show demo --stream video_text --step 7 --out runs/sheets",
     )  # fmt: skip
     show.add_argument("recipe", metavar="RECIPE", help="a file, or the name of a shipped recipe")
-    show.add_argument("--stream", help="which stream (default: all)")
-    show.add_argument("--step", type=int, default=1, help="which step; the first is 1 (default: %(default)s)")
-    show.add_argument("--out", type=Path, default=Path(), metavar="DIR", help="folder to write into (default: here)")
+    show.add_argument("--stream", help="name of a stream (default: all)")
+    show.add_argument("--step", type=int, default=1, help="number of the step, from 1 (default: %(default)s)")
+    show.add_argument("--out", type=Path, default=Path(), metavar="DIR", help="output folder (default: here)")
     check = add_command(
         kinds, "validate", run_validate, config=True,
-        summary="Read data as training would, and say what of it would be lost",
-        details="The last line is the verdict. Exit status 1: more would be lost than --allow.",
+        summary="Read data as training does, and report unusable records",
+        details="The last line is the result. Exit status 1: more unusable records than --max-bad-fraction.",
         example="mplug2 data validate webdataset:shards/{00000..00127}.tar --kind image",
     )  # fmt: skip
     check.add_argument("spec", metavar="SPEC", help="FORMAT:PATH, or a recipe: its streams and evaluations")
     _add_source(check)
     check.add_argument(
-        "--allow", type=float, default=0.0, metavar="SHARE",
-        help="share of a source's records that may be lost, 0 to 1 (default: 0)",
+        "--max-bad-fraction", type=float, default=0.0, metavar="FRACTION",
+        help="fraction of a source's records that may be unusable, 0 to 1 (default: 0)",
     )  # fmt: skip
-    check.add_argument("--json", action="store_true", help="print what was found as one JSON object")
+    check.add_argument(
+        "--allow", dest="max_bad_fraction", type=float, default=argparse.SUPPRESS, help=argparse.SUPPRESS
+    )  # its old name
+    check.add_argument("--json", action="store_true", help="print the report as one JSON object")
     convert = add_command(
         kinds, "convert", run_convert,
         summary="Convert any source to ArrayRecord shards",
-        details="Run it again to resume where it was stopped.",
+        details="Run it again to resume an interrupted conversion.",
         example="mplug2 data convert webdataset:shards --kind image --shards 64 --out records",
     )  # fmt: skip
-    convert.add_argument("spec", metavar="FORMAT:PATH", help="what to convert")
+    convert.add_argument("spec", metavar="FORMAT:PATH", help="source to convert")
     _add_source(convert)
-    convert.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the shards")
+    convert.add_argument("--out", type=Path, required=True, metavar="DIR", help="output folder for the shards")
     convert.add_argument("--shards", type=int, default=1, help="number of files (default: %(default)s)")
     convert.add_argument("--workers", type=int, default=2, help="files written at a time (default: %(default)s)")
     chunk = add_command(
         kinds, "chunk", run_chunk,
         summary="Cut text files into records of a fixed number of tokens",
-        details="They are for the stream of text.",
+        details="The records are for a text stream.",
         example="mplug2 data chunk wiki.txt --tokenizer vocab.txt --length 512 --out wiki.array_record",
     )  # fmt: skip
     chunk.add_argument("texts", nargs="+", type=Path, metavar="FILE", help="text files in UTF-8")
     chunk.add_argument(
         "--tokenizer", type=Path, required=True, metavar="PATH", help="vocab.txt or *.model, or its folder"
     )
-    chunk.add_argument("--length", type=int, default=512, help="tokens of a record (default: %(default)s)")
+    chunk.add_argument("--length", type=int, default=512, help="tokens per record (default: %(default)s)")
     chunk.add_argument("--out", type=Path, required=True, metavar="FILE", help="new *.array_record file")
 
 
 def _add_source(parser: argparse.ArgumentParser) -> None:
-    """The settings of a source that FORMAT:PATH leaves open; a recipe brings its own."""
+    """Add the options of a source given as FORMAT:PATH; a recipe sets its own."""
     parser.add_argument("--kind", choices=("image", "video", "text"), default="image", help="(default: %(default)s)")
     parser.add_argument(
-        "--media", default="", metavar="DIR", help="folder of what annotations name (default: beside them)"
+        "--media", default="", metavar="DIR", help="folder of the media of annotations (default: that of the file)"
     )
-    parser.add_argument("--split", default="", help="which part, where the files name parts")
-    parser.add_argument("--size", type=int, help="only the first so many records")
+    parser.add_argument("--split", default="", help="split to read, where the files name splits")
+    parser.add_argument("--max-records", type=int, help="read only the first records")
+    parser.add_argument(
+        "--size", dest="max_records", type=int, default=argparse.SUPPRESS, help=argparse.SUPPRESS
+    )  # its old name
 
 
-def _source(args: argparse.Namespace) -> "SourceConfig":
+def _source_config(args: argparse.Namespace) -> "SourceConfig":
     from data_pipelines.sources.formats import parse_spec
 
-    return parse_spec(args.spec, kind=args.kind, media=args.media, split=args.split, max_records=args.size)
+    return parse_spec(args.spec, kind=args.kind, media=args.media, split=args.split, max_records=args.max_records)
 
 
 def run_show(args: argparse.Namespace) -> int:
-    """Writes STREAM-stepN.html, and .png where there are pictures; never over existing files."""
+    """Write STREAM-stepN.html, and .png if there are images; never over existing files."""
     from mplug2_jax.config import build, load_recipe
     from mplug2_jax.training.config import RunConfig
 
@@ -99,7 +115,7 @@ def run_show(args: argparse.Namespace) -> int:
         raise UserError(f"--step {args.step} should be at least 1, the first step")
     config = build(RunConfig, load_recipe(args.recipe, args.overrides))
     if args.stream and args.stream not in config.streams:
-        raise UserError(f"--stream {args.stream} is none of the recipe's: {did_you_mean(args.stream, config.streams)}")
+        raise UserError(f"--stream {args.stream} is not in the recipe: {did_you_mean(args.stream, config.streams)}")
     for name in [args.stream] if args.stream else config.streams:
         for path in _show(config, name, args.step, args.out):
             print(path)
@@ -108,92 +124,101 @@ def run_show(args: argparse.Namespace) -> int:
 
 def _show(config: "RunConfig", name: str, step: int, folder: Path) -> "list[Path]":
     from data_pipelines.loader import Stream
-    from mplug2_jax.report.contact_sheet import write_contact_sheet
-    from mplug2_jax.training.workdir import load_or_train_tokenizer
+    from mplug2_jax.report.contact_sheet import write_sheet
+    from mplug2_jax.training.workdir import make_tokenizer
 
-    stream = Stream(config.streams[name].data, load_or_train_tokenizer(config.tokenizer), name=name, seed=config.seed)
-    return write_contact_sheet(folder / f"{name}-step{step}", name, step, stream.batch(step - 1))
+    stream = Stream(config.streams[name].data, make_tokenizer(config.tokenizer), name=name, seed=config.seed)
+    return write_sheet(folder / f"{name}-step{step}", name, step, stream.batch(step - 1))
 
 
 def run_validate(args: argparse.Namespace) -> int:
-    """Prints what was found; status 1 if training would lose more of a source than is allowed."""
+    """Print the reports; return 1 if more of a source is unusable than allowed."""
     from data_pipelines.sources.formats import FORMATS
     from data_pipelines.validate import validate
 
-    check_range("--allow", args.allow, 0, 1)
+    check_range("--max-bad-fraction", args.max_bad_fraction, 0, 1)
     recipe = args.spec.partition(":")[0] not in FORMATS
     if args.overrides and not recipe:
-        raise UserError(f"{args.overrides[0]} is for recipes, and {args.spec} is none; use --kind, --media, --split")
-    reports = []
-    for prefix, data, builder, notes in _recipe_data(args) if recipe else _single_source(args):
+        raise UserError(f"{args.overrides[0]} is for recipes, and {args.spec} is not one; use --kind, --media, --split")
+    reports: list[_SourceReport] = []
+    for prefix, data, builder, warnings in _recipe_data(args) if recipe else _single_source(args):
         for name, source in data.sources.items():
-            found = validate(builder, name, views=data.visual.views)
+            with Progress(len(builder.sources[name]), "record", desc=f"{prefix}{name}") as progress:
+                report = validate(builder, name, views=data.visual.views, on_progress=progress.update)
             changed = _changed_shards(source.path) if source.format == "array_record" else []
-            reports.append(_Report(f"{prefix}{name}", found, notes, changed))
-            notes = []  # what was said when the sources were opened is said once
+            reports.append(_SourceReport(f"{prefix}{name}", report, warnings, changed))
+            warnings = []  # those of opening the sources are reported once
             if not args.json:
                 print(reports[-1].text(), flush=True)
-    lost = sum((report.found.lost for report in reports), collections.Counter[str]())
-    records = sum(report.found.records for report in reports)
-    failed = [report.name for report in reports if report.failed(args.allow)]
-    usable = records - lost.total()
+    failed = [report.name for report in reports if report.failed(args.max_bad_fraction)]
     if args.json:
-        verdict = {"records": records, "usable": usable, "lost": lost, "allow": args.allow, "failed": failed}
-        print(json.dumps(verdict | {"sources": [report.content() for report in reports]}, indent=1))
+        errors = sum((source.report.errors for source in reports), collections.Counter[str]())
+        content = {
+            "format_version": FORMAT_VERSION, "records": sum(source.report.records for source in reports),
+            "usable": sum(source.report.usable for source in reports), "errors": errors,
+            "max_bad_fraction": args.max_bad_fraction, "failed": failed,
+            "sources": [source.to_json() for source in reports],
+        }  # fmt: skip
+        print(json.dumps(content, indent=1))
     else:
-        noted = "; notes above" if any(report.notes for report in reports) else ""
-        print(f"{usable:,} of {records:,} records are usable: {_losses(lost)}{noted}")
+        print(_result_line(reports))
     return 1 if failed else 0
 
 
-def _losses(lost: collections.Counter[str]) -> str:
-    if not lost:
-        return "nothing would be lost"
-    return f"{lost.total():,} would be lost ({', '.join(f'{count:,} {what}' for what, count in lost.items())})"
+def _result_line(sources: "Sequence[_SourceReport]") -> str:
+    records = sum(source.report.records for source in sources)
+    errors = sum((source.report.errors for source in sources), collections.Counter[str]())
+    changed = sum(len(source.changed_files) for source in sources)
+    result = f"OK: all {records:,} records are usable"
+    if errors or changed:
+        causes = [f"{count:,} {cause}" for cause, count in errors.items()]
+        causes += [f"{changed:,} changed files"] if changed else []
+        result = f"{errors.total():,} of {records:,} records unusable: {', '.join(causes)}"
+    return f"{result}; warnings above" if any(source.warnings for source in sources) else result
 
 
 @dataclasses.dataclass(frozen=True)
-class _Report:
-    """What was found in one source."""
+class _SourceReport:
+    """The validation of one source."""
 
     name: str
-    found: "ValidationReport"
-    notes: Sequence[str]  # said when it was opened
-    changed: Sequence[str]  # files that are not what was written
+    report: "ValidationReport"
+    warnings: Sequence[str]  # on opening it
+    changed_files: Sequence[str]  # files that do not match their checksums
 
-    def failed(self, allow: float) -> bool:
-        """Whether more is lost than a share of the records, or a file changed."""
-        return bool(self.changed) or self.found.lost.total() > allow * self.found.records
+    def failed(self, max_bad_fraction: float) -> bool:
+        """Return whether more records are unusable than allowed, or a file changed."""
+        return bool(self.changed_files) or self.report.errors.total() > max_bad_fraction * self.report.records
 
-    def content(self) -> dict[str, Any]:
-        """All that was found, for programs."""
-        found = self.found
-        faults = [{"key": fault.key, "reason": fault.reason} for fault in found.faults]
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as JSON values."""
+        report = self.report
+        bad_records = [{"key": record.key, "reason": record.reason} for record in report.bad_records]
         return {
-            "name": self.name, "records": found.records, "usable": found.usable, "pictures": found.pictures,
-            "clips": found.clips, "lost": found.lost, "faults": faults, "duplicates": found.duplicates,
-            "notes": self.notes, "changed": self.changed,
+            "name": self.name, "records": report.records, "usable": report.usable, "images": report.images,
+            "videos": report.videos, "errors": report.errors, "bad_records": bad_records,
+            "duplicate_keys": report.duplicate_keys, "warnings": self.warnings, "changed_files": self.changed_files,
         }  # fmt: skip
 
     def text(self) -> str:
-        """All that was found, for people."""
+        """Return the report as text."""
         from data_pipelines.validate import histogram
 
-        found = self.found
-        lines = [f"{found.records:,} records, {found.pictures:,} encoded pictures, {found.clips:,} encoded clips"]
-        lines += self.notes
-        lines += [f"{count:,} {what}" for what, count in found.lost.items()]
-        lines += [f"  {fault.key}: {fault.reason}" for fault in found.faults[:NAMED]]
-        if len(found.faults) > NAMED:
-            lines.append(f"  and {found.lost.total() - NAMED:,} more")
-        if found.duplicates:
-            keys = ", ".join(found.duplicates[:NAMED])
-            lines.append(f"{len(found.duplicates):,} ids that several records have: {keys}")
-        for file in self.changed:
-            lines.append(f"{file} is not what was written: its sha256 differs from the one beside it; convert it again")
+        report = self.report
+        lines = [f"{report.records:,} records, {report.images:,} encoded images, {report.videos:,} encoded videos"]
+        lines += [f"warning: {warning}" for warning in self.warnings]
+        lines += [f"{count:,} {cause}" for cause, count in report.errors.items()]
+        lines += [f"  {record.key}: {record.reason}" for record in report.bad_records[:MAX_PRINTED]]
+        if report.errors.total() > MAX_PRINTED:
+            lines.append(f"  and {report.errors.total() - MAX_PRINTED:,} more")
+        if report.duplicate_keys:
+            keys = ", ".join(report.duplicate_keys[:MAX_PRINTED])
+            lines.append(f"{len(report.duplicate_keys):,} keys shared by several records: {keys}")
+        for file in self.changed_files:
+            lines.append(f"{file} has changed: its sha256 differs from that in its manifest; convert it again")
         for title, values, edges, unit in (
-            ("length of texts", found.words, WORD_EDGES, "words"),
-            ("length of clips", found.seconds, SECOND_EDGES, "s"),
+            ("text lengths", report.text_lengths, WORD_EDGES, "words"),
+            ("video durations", report.video_seconds, SECOND_EDGES, "s"),
         ):
             if values:
                 lines += [f"{title}:", *(f"  {bar}" for bar in histogram(values, edges, unit).splitlines())]
@@ -201,12 +226,12 @@ class _Report:
 
 
 def _printable(text: str) -> str:
-    """A text without what a terminal obeys or cannot encode."""
+    """Return a text with control characters escaped, and those that a terminal cannot encode."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _changed_shards(path: str) -> list[str]:
-    """Files that are not what was written, by the checksums beside them; those without one cannot be told."""
+    """Return the files that do not match the checksums of their manifests; files without a manifest are skipped."""
     from data_pipelines.convert import check_shard
     from data_pipelines.sources.array_record import SUFFIX
     from data_pipelines.sources.files import find_files
@@ -215,83 +240,125 @@ def _changed_shards(path: str) -> list[str]:
 
 
 DataSet = tuple[str, "DataConfig", "ExampleBuilder", list[str]]
-"""What to put before the sources' names, the sources, what makes examples of them, and what was said on opening."""
+"""A prefix for the sources' names, the sources, the builder of their examples, and the warnings of opening them."""
 
 
 def _single_source(args: argparse.Namespace) -> Iterator[DataSet]:
     from data_pipelines.config import DataConfig, ExampleConfig
     from data_pipelines.tokenizers import SPECIAL_TOKENS, WordPieceTokenizer
 
-    data = DataConfig(sources={args.spec: _source(args)}, examples=ExampleConfig(), batch_size=1)
-    # Without a recipe no text is asked for, so nothing is encoded.
+    data = DataConfig(sources={args.spec: _source_config(args)}, examples=ExampleConfig(), batch_size=1)
+    # The examples have no texts, so the tokenizer is not used.
     yield "", data, *_open_builder(data, WordPieceTokenizer(SPECIAL_TOKENS), args.spec, 0)
 
 
 def _open_builder(
     data: "DataConfig", tokenizer: "Tokenizer", name: str, seed: int, min_answers: int = 0
 ) -> "tuple[ExampleBuilder, list[str]]":
-    """What makes the examples, and what was said on opening its sources."""
+    """Return the builder of the examples, and the warnings of opening its sources."""
     from data_pipelines.loader import ExampleBuilder
 
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
+    with _collected_warnings() as warnings:
         builder = ExampleBuilder(data, tokenizer, name, seed, min_answers=min_answers)
-    return builder, [str(warning.message) for warning in said if warning.category is UserWarning]
+    return builder, warnings
+
+
+@contextlib.contextmanager
+def _collected_warnings() -> Iterator[list[str]]:
+    """Collect warnings instead of logging them."""
+    messages: list[str] = []
+    logger = absl_logging.get_absl_logger()
+
+    def collect(record: logging.LogRecord) -> bool:
+        if record.levelno != logging.WARNING:
+            return True
+        messages.append(record.getMessage())
+        return False
+
+    logger.addFilter(collect)
+    try:
+        yield messages
+    finally:
+        logger.removeFilter(collect)
 
 
 def _recipe_data(args: argparse.Namespace) -> Iterator[DataSet]:
-    """The streams of a recipe and its evaluations, in their order."""
+    """Yield the streams of a recipe and its evaluations, in order."""
     from data_pipelines.sources.formats import parse_spec
     from mplug2_jax.config import build, find_recipe, load_recipe
     from mplug2_jax.tasks.contracts import CONTRACTS
     from mplug2_jax.training.config import RunConfig
-    from mplug2_jax.training.workdir import load_or_train_tokenizer
+    from mplug2_jax.training.workdir import make_tokenizer
 
     try:
         find_recipe(args.spec.partition(":")[0])
     except UserError as error:
         if ":" in args.spec:
-            parse_spec(args.spec)  # says which formats there are
-        raise UserError(f"{error}; data that no recipe names are FORMAT:PATH") from error
+            parse_spec(args.spec)  # raises an error with the valid formats
+        raise UserError(f"{error}; data without a recipe are given as FORMAT:PATH") from error
     config: RunConfig = build(RunConfig, load_recipe(args.spec, args.overrides))
-    tokenizer = load_or_train_tokenizer(config.tokenizer)
-    read = [(f"{name}/", name, stream.data, 0) for name, stream in config.streams.items()] + [
+    tokenizer = make_tokenizer(config.tokenizer)
+    data_sets = [(f"{name}/", name, stream.data, 0) for name, stream in config.streams.items()] + [
         (f"evaluations/{name}/", name, evaluation.data, CONTRACTS[evaluation.task].min_answers)
         for name, evaluation in config.evaluations.items()
     ]
-    for prefix, name, data, least in read:
-        yield prefix, data, *_open_builder(data, tokenizer, name, config.seed, least)
+    for prefix, name, data, min_answers in data_sets:
+        yield prefix, data, *_open_builder(data, tokenizer, name, config.seed, min_answers)
+
+
+class _CountingSource:
+    """A source that shows how many of its records were read."""
+
+    def __init__(self, source: "Source", progress: Progress) -> None:
+        self._source, self._progress, self._lock, self._done = source, progress, threading.Lock(), 0
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> "Record":
+        try:
+            return self._source[index]
+        finally:
+            with self._lock:
+                self._done += 1
+                self._progress.update(self._done)
 
 
 def run_convert(args: argparse.Namespace) -> int:
-    """Writes the shards, a line each; status 1 if records were left out."""
-    from data_pipelines.bad_records import BadRecord
+    """Write the shards, and print a line for each; return 1 if records were skipped."""
     from data_pipelines.config import VisualConfig
     from data_pipelines.convert import convert
     from data_pipelines.sources.formats import open_source
 
     if args.workers < 1:
         raise UserError(f"--workers {args.workers} should be at least 1")
-    config = _source(args)
-    records, faults, settings = 0, list[BadRecord](), dataclasses.asdict(config)
-    for path, card in convert(
-        open_source(config, VisualConfig()), settings, args.out, shards=args.shards, workers=args.workers
-    ):
-        print(f"{path}: {card.records:,} records, {card.bytes:,} bytes, sha256 {card.sha256[:12]}", flush=True)
-        records, faults = records + card.records, [*faults, *card.faults]
-    print(f"{records:,} records in {args.shards:,} shards")
-    for fault in faults[:NAMED]:
-        print(f"left out: {fault.key}: {fault.reason}")
-    if len(faults) > NAMED:
-        print(f"left out: {len(faults) - NAMED:,} more; the .json files beside the shards name them")
-    return 1 if faults else 0
+    config = _source_config(args)
+    source, settings = open_source(config, VisualConfig()), dataclasses.asdict(config)
+    num_records, bad_records = 0, list["BadRecord"]()
+    with Progress(len(source), "record", desc="converting") as progress:
+        for path, manifest in convert(
+            _CountingSource(source, progress), settings, args.out, shards=args.shards, workers=args.workers
+        ):
+            print(
+                f"{path}: {manifest.records:,} records, {manifest.bytes:,} bytes, sha256 {manifest.sha256[:12]}",
+                flush=True,
+            )
+            num_records, bad_records = num_records + manifest.records, [*bad_records, *manifest.bad_records]
+    print(f"{num_records:,} records in {args.shards:,} shards")
+    for record in bad_records[:MAX_PRINTED]:
+        print(f"skipped: {record.key}: {record.reason}")
+    if len(bad_records) > MAX_PRINTED:
+        print(f"skipped: {len(bad_records) - MAX_PRINTED:,} more; the .json files of the shards list them")
+    return 1 if bad_records else 0
 
 
 def run_chunk(args: argparse.Namespace) -> int:
-    """Writes the file and says how many records it holds."""
+    """Write the file, and print its number of records."""
     from data_pipelines.corpus import write_corpus
     from data_pipelines.tokenizers import load_tokenizer
 
-    count = write_corpus(args.texts, load_tokenizer(args.tokenizer), args.length, args.out)
+    tokenizer = load_tokenizer(args.tokenizer)
+    with Progress(sum(path.stat().st_size for path in args.texts), "B", desc="chunking") as progress:
+        count = write_corpus(args.texts, tokenizer, args.length, args.out, progress.update)
     print(f"{args.out}: {count:,} records of {args.length} tokens")
     return 0

@@ -132,8 +132,8 @@ def read_inputs(args: argparse.Namespace) -> "tuple[dict[str, SourceConfig], str
         DataError: a folder without files.
     """
     from data_pipelines.config import Format, Kind, SourceConfig
+    from data_pipelines.sources.file_source import kind_from_name, list_files
     from data_pipelines.sources.formats import FORMATS, parse_spec
-    from data_pipelines.sources.loose_files import kind_of, walk
 
     formats: dict[str, tuple[Format, str]] = {}
     kinds = Counter[Kind]()
@@ -142,9 +142,9 @@ def read_inputs(args: argparse.Namespace) -> "tuple[dict[str, SourceConfig], str
         path = Path(given)
         if given in formats:
             raise UserError(f"{given} is given twice; give each input once")
-        if path.is_dir() or (path.is_file() and kind_of(given)):
-            found = walk(given) if path.is_dir() else [given]
-            kinds.update(filter(None, map(kind_of, found)))
+        if path.is_dir() or (path.is_file() and kind_from_name(given)):
+            found = list_files(given) if path.is_dir() else [given]
+            kinds.update(filter(None, map(kind_from_name, found)))
             names += found
             formats[given] = ("files", given)
         elif path.is_file() and path.suffix in ANNOTATIONS:

@@ -134,10 +134,10 @@ def read_input(path: Path, instruction: str | None) -> "tuple[Kind, str]":
         DataError: a text file that is not UTF-8 or empty.
         UserError: an instruction that leaves a text file out.
     """
-    from data_pipelines.media import media_of
+    from data_pipelines.media import local_media
 
     if path.suffix.lower() != ".txt":
-        kind = media_of(path).kind
+        kind = local_media(path).kind
         return kind, instruction or f"describe the {'clip' if kind == 'video' else 'picture'}"
     try:
         text = path.read_text(encoding="utf-8").strip()
@@ -185,7 +185,7 @@ class Answering:
         import jax
 
         from data_pipelines.config import ExampleConfig
-        from data_pipelines.examples import reader_of
+        from data_pipelines.examples import make_detokenizer
         from mplug2_jax.generation.decode import generate
         from mplug2_jax.objectives.forward import ForwardPass
 
@@ -194,7 +194,7 @@ class Answering:
         told = [evaluation.data.examples for evaluation in spec.config.evaluations.values()]
         told += [stream.data.examples for stream in spec.config.streams.values()]
         self._form = next((examples for examples in told if examples.instructions), ExampleConfig())
-        self._read = reader_of(self._form, tokenizer)
+        self._read = make_detokenizer(self._form, tokenizer)
         self._visual = visual_of(spec.config)
 
         @jax.jit
@@ -234,19 +234,19 @@ class Answering:
         """A picture's frames, and nothing of a text. Raises DataError for a file that cannot be read."""
         import numpy as np
 
-        from data_pipelines.media import media_of
+        from data_pipelines.media import local_media
         from data_pipelines.visual import load_visual
 
         if one.kind == "text":
             return None
-        return load_visual(media_of(one.path), self._visual, np.random.default_rng(0)).frames
+        return load_visual(local_media(one.path), self._visual, np.random.default_rng(0)).frames
 
     def _arrays(self, read: "Sequence[tuple[Asked, NDArray[Any] | None]]", rows: int) -> dict[str, Any]:
         """A batch of so many rows; those beyond the files repeat the first, so that one program serves all batches."""
         import jax.numpy as jnp
         import numpy as np
 
-        from data_pipelines.examples import instruction_ids
+        from data_pipelines.examples import encode_instruction
 
         filled = [*read, *[read[0]] * (rows - len(read))]
         arrays: dict[str, NDArray[Any]] = {"seed": np.asarray([self._seed + one.number for one, _ in filled], np.int32)}
@@ -254,7 +254,7 @@ class Answering:
             arrays["frames"] = np.stack([frames for _, frames in filled if frames is not None])
         if "text" in self._spec.definition.parts:
             longest = self._spec.config.model.max_positions
-            ids = [instruction_ids(one.instruction, self._form, self._tokenizer, longest) for one, _ in filled]
+            ids = [encode_instruction(one.instruction, self._form, self._tokenizer, longest) for one, _ in filled]
             length = min(longest, -(-max(map(len, ids)) // BUCKET) * BUCKET)
             arrays["instruction"] = np.asarray([[*row, *[0] * (length - len(row))] for row in ids], np.int32)
             arrays["instruction_mask"] = np.asarray([np.arange(length) < len(row) for row in ids])

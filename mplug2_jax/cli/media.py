@@ -18,11 +18,11 @@ def files_in(paths: Iterable[Path]) -> Iterator[Path]:
         UserError: nothing there.
         DataError: a folder without any.
     """
-    from data_pipelines.sources.loose_files import walk
+    from data_pipelines.sources.file_source import list_files
 
     for path in paths:
         if path.is_dir():
-            yield from (path / name for name in walk(str(path)))
+            yield from (path / name for name in list_files(str(path)))
         elif path.is_file():
             yield path
         else:

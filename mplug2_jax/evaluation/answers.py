@@ -10,7 +10,7 @@ from jaxtyping import Int
 
 from data_pipelines.config import ExampleConfig
 from data_pipelines.errors import DataError
-from data_pipelines.examples import Example, answer_ids
+from data_pipelines.examples import Example, encode_answer
 from data_pipelines.record import clean_text
 from data_pipelines.tokenizers import Tokenizer
 from mplug2_jax.errors import UserError, check_range
@@ -103,7 +103,7 @@ def read_answers(
         listed = [clean_text(str(answer)) for answer in listed]
     except DataError as error:
         raise UserError(f"{where}={path}: {error}") from error
-    rows = {tuple(answer_ids(answer, examples, tokenizer)[1:]): answer for answer in listed}
+    rows = {tuple(encode_answer(answer, examples, tokenizer)[1:]): answer for answer in listed}
     longest = max(rows, key=len)
     if search is not None and len(longest) > search.max_length:
         raise UserError(

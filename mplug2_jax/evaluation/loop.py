@@ -12,11 +12,11 @@ from jax.sharding import Mesh
 from jaxtyping import Int
 from numpy.typing import NDArray
 
+from data_pipelines.bad_records import BadRecord, check_bad_fraction
 from data_pipelines.errors import DataError
-from data_pipelines.examples import Example, reader_of
-from data_pipelines.faults import Fault, check_share
+from data_pipelines.examples import Example, make_detokenizer
 from data_pipelines.loader import EvaluationSet
-from data_pipelines.order import Shard
+from data_pipelines.order import HostShards
 from data_pipelines.tokenizers import Tokenizer, round_trip
 from mplug2_jax.errors import UserError
 from mplug2_jax.evaluation.answers import add_answers, unreachable_answers_warning
@@ -68,8 +68,8 @@ class Evaluation:
         task, rows = TASKS[config.task], config.per_device_batch_size * num_batch_shards(mesh)
         try:
             data = dataclasses.replace(config.data, batch_size=-(-config.data.batch_size // rows) * rows)
-            self._set = EvaluationSet(data, tokenizer, name=name, seed=seed, least_answers=task.min_answers)
-            first = self._set.first()
+            self._set = EvaluationSet(data, tokenizer, name=name, seed=seed, min_answers=task.min_answers)
+            first = self._set.first_example()
         except DataError as error:
             raise UserError(f"{where}.data: {error}") from error
         check_task(where, config.task, {name: array.shape for name, array in first.arrays.items()}, definition)
@@ -112,7 +112,7 @@ class Evaluation:
         start = time.perf_counter()
         batches: list[Mapping[str, NDArray[Any]]] = []
         local_examples: dict[int, Example] = {}
-        local_faults: dict[int, Fault] = {}
+        local_faults: dict[int, BadRecord] = {}
         views = self._set.views
         shared: Predictions = {}
         if self._precompute is not None:
@@ -121,19 +121,19 @@ class Evaluation:
                 shared = self._precompute(params)
         predict = lambda batch: self._predict(params, batch | shared)  # noqa: E731
         size = self._config.per_device_batch_size
-        for batch in self._set.batches(Shard(local_batch_shards(self._mesh), num_batch_shards(self._mesh))):
+        for batch in self._set.batches(HostShards(local_batch_shards(self._mesh), num_batch_shards(self._mesh))):
             on_batch(f"batch {len(batches) + 1} of evaluation {self.name}")
             with jax.set_mesh(self._mesh):
                 batches.append(predict_in_fixed_batches(predict, batch.arrays, size, self._mesh))
             first_views = {row: example for row, example in batch.examples.items() if row % views == 0}
             local_examples |= {row: _without_frames(example) for row, example in first_views.items()}
-            local_faults |= batch.faults
+            local_faults |= batch.bad_records
         examples, faults = _allgather_examples(local_examples, local_faults, views)
-        check_share(list(faults.values()), len(self._set), self._config.data.max_bad_fraction)
+        check_bad_fraction(list(faults.values()), len(self._set), self._config.data.max_bad_fraction)
         # A row's index over all batches is its example's index in the set; rows without an example are skipped.
         indices = list(examples)
         predictions = _select_rows(batches, np.asarray(indices, np.int64), views)
-        decode = reader_of(self._config.data.examples, self._tokenizer)
+        decode = make_detokenizer(self._config.data.examples, self._tokenizer)
         round_trip = functools.cache(self._round_trip)
         scored = [dataclasses.replace(e, answers=tuple(map(round_trip, e.answers))) for e in examples.values()]
         with jax.set_mesh(self._mesh):
@@ -235,18 +235,18 @@ def _select_rows(
 
 
 def _allgather_examples(
-    examples: Mapping[int, Example], faults: Mapping[int, Fault], views: int
-) -> tuple[dict[int, Example], dict[int, Fault]]:
+    examples: Mapping[int, Example], faults: Mapping[int, BadRecord], views: int
+) -> tuple[dict[int, Example], dict[int, BadRecord]]:
     """Gather the examples and faults of all processes, given by row; return them by index in the set, sorted."""
     local = {
         "examples": [(row, _to_json(example)) for row, example in examples.items()],
         "faults": [(row, dataclasses.asdict(fault)) for row, fault in faults.items()],
     }
     all_examples: dict[int, Example] = {}
-    all_faults: dict[int, Fault] = {}
+    all_faults: dict[int, BadRecord] = {}
     for process in allgather_objects(local):
         all_examples |= {row: _from_json(values) for row, values in process["examples"]}
-        all_faults |= {row: Fault(**values) for row, values in process["faults"]}
+        all_faults |= {row: BadRecord(**values) for row, values in process["faults"]}
     bad = {row // views: fault for row, fault in sorted(all_faults.items())}
     # A view after the first may be the bad one.
     good = {row // views: example for row, example in sorted(all_examples.items()) if row // views not in bad}

@@ -10,8 +10,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from data_pipelines.examples import Example
-from data_pipelines.loader import EvaluationSet, HostBatch, stack
-from data_pipelines.order import Shard
+from data_pipelines.loader import EvaluationSet, HostBatch, collate
+from data_pipelines.order import HostShards
 from mplug2_jax.model.mplug2 import ModelDef, Mplug2, Params
 from mplug2_jax.objectives.forward import DeviceBatch
 from mplug2_jax.parallel.placement import local_batch_shards, num_batch_shards, put_batch, replicated_sharding
@@ -89,7 +89,7 @@ class PairScorer:
         indices, by_position = list(examples), list(examples.values())
         grouped = group_pairs(pairs, MAX_TEXTS)
         steps = -(-len(grouped.visuals) // self._batch_size)
-        local_rows = Shard(local_batch_shards(self._mesh), num_batch_shards(self._mesh)).rows(self._batch_size)
+        local_rows = HostShards(local_batch_shards(self._mesh), num_batch_shards(self._mesh)).rows(self._batch_size)
         # The last row is repeated as padding.
         rows = np.minimum(np.arange(steps)[:, None] * self._batch_size + local_rows, len(grouped.visuals) - 1)
         frames = self._frames([indices[i] for i in grouped.visuals[rows].ravel()])
@@ -105,11 +105,11 @@ class PairScorer:
     def _frames(self, indices: list[int]) -> Iterator[np.ndarray]:
         """Yield the frames of examples by their indices in the set; runs of equal indices are read once."""
         runs = [(index, len(list(run))) for index, run in itertools.groupby(indices)]
-        examples = self._set.each([index for index, _ in runs])
+        examples = self._set.iter_examples([index for index, _ in runs])
         for (_, count), example in zip(runs, examples, strict=True):
             yield from itertools.repeat(example.arrays["frames"], count)
 
 
 def _texts(examples: list[Example], positions: Int[np.ndarray, "b r"]) -> HostBatch:
-    flat = stack([{name: examples[i].arrays[name] for name in ("text", "text_mask")} for i in positions.ravel()])
+    flat = collate([{name: examples[i].arrays[name] for name in ("text", "text_mask")} for i in positions.ravel()])
     return {name: x.reshape(*positions.shape, -1) for name, x in flat.items()}

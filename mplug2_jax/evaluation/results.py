@@ -8,7 +8,7 @@ from typing import Any
 
 from absl import logging
 
-from data_pipelines.faults import Fault
+from data_pipelines.bad_records import BadRecord
 from data_pipelines.sources.files import write_atomically
 from mplug2_jax.evaluation.result_format import FORMAT_VERSION
 from mplug2_jax.evaluation.samples import Sample, save_samples
@@ -27,7 +27,7 @@ class EvaluationResult:
     metrics: Mapping[str, float]
     baselines: Mapping[str, float]
     samples: tuple[Sample, ...]
-    skipped: tuple[Fault, ...] = ()  # records that cannot be used
+    skipped: tuple[BadRecord, ...] = ()  # records that cannot be used
     confidence_intervals: Mapping[str, tuple[float, float]] = dataclasses.field(default_factory=dict)  # 95%
     predictions: tuple[Mapping[str, Any], ...] = ()  # of each example: key, instruction, prediction, reference, score
     confusion: ConfusionSummary | None = None  # of classification

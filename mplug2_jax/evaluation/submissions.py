@@ -19,7 +19,7 @@ from pathlib import Path
 
 from absl import logging
 
-from data_pipelines.faults import Fault
+from data_pipelines.bad_records import BadRecord
 from data_pipelines.sources.files import write_atomically
 
 NumberedPredictions = Sequence[tuple[int, str]]
@@ -68,7 +68,7 @@ WRITERS: Mapping[str, tuple[str, Callable[[NumberedPredictions], str]]] = {
 
 
 def save_submission(
-    name: str, task: str, predictions: Sequence[Mapping[str, str]], folder: Path, skipped: Sequence[Fault] = ()
+    name: str, task: str, predictions: Sequence[Mapping[str, str]], folder: Path, skipped: Sequence[BadRecord] = ()
 ) -> None:
     """Write ``submissions/NAME`` in an evaluation's folder, if the task has a format; warn if it is incomplete.
 

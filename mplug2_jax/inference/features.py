@@ -11,10 +11,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Shaped
 from numpy.typing import NDArray
 
+from data_pipelines.bad_records import BadRecord
 from data_pipelines.config import DataConfig, Kind
-from data_pipelines.faults import Fault
 from data_pipelines.loader import EvaluationSet
-from data_pipelines.order import Shard
+from data_pipelines.order import HostShards
 from data_pipelines.tokenizers import Tokenizer
 from mplug2_jax.errors import UserError, did_you_mean
 from mplug2_jax.model.mplug2 import ModelDef, Mplug2, Params
@@ -71,7 +71,7 @@ class FeatureShard:
     stop: int
     ids: tuple[str, ...]
     arrays: Mapping[str, NDArray[Any]]
-    faults: tuple[Fault, ...]
+    faults: tuple[BadRecord, ...]
 
 
 class FeatureExtractor:
@@ -98,7 +98,7 @@ class FeatureExtractor:
         check_feature_parts(config.name, data.kind, definition)
         self._set = EvaluationSet(data, tokenizer, name="features", seed=seed)
         self._sources, self._mesh = list(data.sources), mesh
-        example = self._set.first().arrays
+        example = self._set.first_example().arrays
         taps = _offered(definition, example)
         if config.name not in ("contrastive", "pooled", *taps):
             raise UserError(
@@ -138,15 +138,15 @@ class FeatureExtractor:
         """
         rows: list[Mapping[str, NDArray[Any]]] = []
         ids: dict[int, str] = {}
-        faults: dict[int, Fault] = {}
+        faults: dict[int, BadRecord] = {}
         first = place = start
-        for batch in self._set.batches(Shard(local_batch_shards(self._mesh), num_batch_shards(self._mesh)), start):
+        for batch in self._set.batches(HostShards(local_batch_shards(self._mesh), num_batch_shards(self._mesh)), start):
             on_batch(place)
             with jax.set_mesh(self._mesh):
                 computed = self._compute(params, put_batch(batch.arrays, self._mesh))
             rows.append({name: np.asarray(value) for name, value in computed.items()})
             ids |= {at: self._id(at, example.key) for at, example in batch.examples.items()}
-            faults |= batch.faults
+            faults |= batch.bad_records
             place += len(rows[-1]["features"])
             while first < len(self) and min(place, len(self)) >= (stop := min(first + self.shard_rows, len(self))):
                 whole = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
@@ -237,7 +237,7 @@ def _shard(
     stop: int,
     rows: Mapping[str, NDArray[Any]],
     ids: dict[int, str],
-    faults: dict[int, Fault],
+    faults: dict[int, BadRecord],
 ) -> FeatureShard:
     """What all processes know of the places of a shard; taken out of ``ids`` and ``faults``."""
     mine = {
@@ -247,10 +247,10 @@ def _shard(
         ],
     }  # fmt: skip
     all_ids: dict[int, str] = {}
-    all_faults: dict[int, Fault] = {}
+    all_faults: dict[int, BadRecord] = {}
     for theirs in allgather_objects(mine):
         all_ids |= dict(theirs["ids"])
-        all_faults |= {place: Fault(**fields) for place, fields in theirs["faults"]}
+        all_faults |= {place: BadRecord(**fields) for place, fields in theirs["faults"]}
     places = sorted(all_ids)
     taken = np.asarray(places, np.int64) - first
     return FeatureShard(

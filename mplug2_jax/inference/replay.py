@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from data_pipelines.loader import Made, Stream
+from data_pipelines.loader import LoadedExample, Stream
 from mplug2_jax.errors import UserError
 from mplug2_jax.objectives.forward import DeviceBatch, Metrics
 from mplug2_jax.parallel.mesh import make_mesh
@@ -34,7 +34,7 @@ class ExampleContribution:
     """What one example brought to a step: its own loss, and its share of all examples' gradient norms."""
 
     stream: str
-    made: Made
+    made: LoadedExample
     loss: float
     gradient_norm: float
     share: float
@@ -138,15 +138,15 @@ def _batches(streams: Mapping[str, Stream], number: int, spec: RunSpec) -> tuple
 
 
 def _rank(
-    spec: RunSpec, state: TrainState, batches: StreamBatches, rows: Mapping[str, Sequence[Made]], num_ranked: int,
-    other: StreamBatches,
+    spec: RunSpec, state: TrainState, batches: StreamBatches, rows: Mapping[str, Sequence[LoadedExample]],
+    num_ranked: int, other: StreamBatches,
 ) -> list[ExampleContribution]:  # fmt: skip
     """Every example's own loss and gradient: those of its stream's batch when it alone counts.
 
     Where that is not finite for one, it would be for all, for nothing times infinity is no number. So then each stands
     among the rows of another batch.
     """
-    found: list[tuple[str, Made, float, float]] = []
+    found: list[tuple[str, LoadedExample, float, float]] = []
     for name, made in rows.items():
         alone = _alone(spec, name)
         for row in range(min(num_ranked, len(made))):

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from data_pipelines.loader import LoadedBatch, Made
+from data_pipelines.loader import LoadedBatch, LoadedExample
 from mplug2_jax.errors import UserError
 from mplug2_jax.report.rendering import render, write_page
 
@@ -22,7 +22,7 @@ MIN_FRAME, WIDTH, GAP = 96, 1600, 4
 class _Cell:
     """One example on the page."""
 
-    row: Made
+    row: LoadedExample
     image: str  # a PNG in base64; empty without frames
     times: str  # of the frames
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from data_pipelines.examples import Example, box_of_words
+from data_pipelines.examples import Example, parse_box
 from mplug2_jax.metrics.grounding import box_accuracy, box_iou, mean_iou
 from mplug2_jax.tasks import answer
 from mplug2_jax.tasks.base import Decode, EvalOutput, HostPredictions
@@ -18,7 +18,7 @@ def score(predictions: HostPredictions, examples: Sequence[Example], decode: Dec
     """Score accuracy at IoU 0.5 and mean IoU; the baseline is always the mean box. The example score is the IoU."""
     texts = [decode(ids.tolist()) for ids in predictions["ids"]]
     boxes = np.stack([example.arrays["box"] for example in examples])
-    iou = box_iou(np.asarray([box_of_words(text) or NO_BOX for text in texts]), boxes)
+    iou = box_iou(np.asarray([parse_box(text) or NO_BOX for text in texts]), boxes)
     constant = box_iou(np.broadcast_to(boxes.mean(0), boxes.shape), boxes)
     metrics = {"accuracy_at_0.5": box_accuracy(iou), "mean_iou": mean_iou(iou)}
     baselines = {"accuracy_at_0.5": box_accuracy(constant).value, "mean_iou": mean_iou(constant).value}

@@ -10,10 +10,10 @@ import jax
 from absl import logging
 from jax.sharding import Mesh
 
+from data_pipelines.bad_records import BadRecordLog
 from data_pipelines.errors import DataError
-from data_pipelines.faults import FaultLog
-from data_pipelines.loader import Made, Stream
-from data_pipelines.order import Shard
+from data_pipelines.loader import LoadedExample, Stream
+from data_pipelines.order import HostShards
 from data_pipelines.tokenizers import Tokenizer, fingerprint
 from mplug2_jax.config import to_dict
 from mplug2_jax.errors import Preempted, UserError
@@ -122,7 +122,7 @@ def _train(config: RunConfig, workdir: WorkDir, notice: PreemptionNotice, lock: 
     # Data: a step's batch is a function of (seed, position), so a resumed run just starts there. While a step runs, the
     # batches of the next one are prepared and put on the devices.
     batches = Prefetcher(device_batches(streams, mesh, position.batch_index(number + 1)))
-    records = FaultLog(workdir.data_errors_path(jax.process_index()))
+    records = BadRecordLog(workdir.data_errors_path(jax.process_index()))
     example_ids = ExampleIdLog(workdir.examples, number, mesh, enabled=config.log_example_ids)
     step = make_step(spec)
     checked_step = SdcCheck(spec, step, config.faults.sdc_check_every)
@@ -163,14 +163,14 @@ def _train(config: RunConfig, workdir: WorkDir, notice: PreemptionNotice, lock: 
             number += 1
             watchdog.enter(f"step {number}")
             for name, row in rows:
-                records.take(row.pick.source, row.faults, config.streams[name].data.max_bad_fraction)
+                records.record(row.ref.source, row.bad_records, config.streams[name].data.max_bad_fraction)
             example_ids.write(number, batch)
             monitor.compile(step, number, state, batch)
             goodput.start_step(number)
             monitor.profiler.before_step(number)
             state, metrics = checked_step(number, state, batch)
             monitor.profiler.after_step(number, metrics)
-            monitor.on_step_dispatched(number, metrics, rows, records.skipped())
+            monitor.on_step_dispatched(number, metrics, rows, records.drain_skipped())
             if number == position.step + 1:  # once all processes have compiled, there is something to save
                 jax.block_until_ready(metrics)
             notice.allow_exit(None)
@@ -265,9 +265,9 @@ def open_streams(config: RunConfig, tokenizer: Tokenizer) -> dict[str, Stream]:
 
 def device_batches(
     streams: Mapping[str, Stream], mesh: Mesh, start: int
-) -> Iterator[tuple[StreamBatches, list[tuple[str, Made]]]]:
+) -> Iterator[tuple[StreamBatches, list[tuple[str, LoadedExample]]]]:
     """Yield the streams' batches on the devices, from index ``start`` on, and this process's rows of them."""
-    shard = Shard(local_batch_shards(mesh), num_batch_shards(mesh))
+    shard = HostShards(local_batch_shards(mesh), num_batch_shards(mesh))
     sources = {name: stream.batches(start, shard) for name, stream in streams.items()}
     while True:
         loaded = {name: next(source) for name, source in sources.items()}

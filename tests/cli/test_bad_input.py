@@ -267,9 +267,7 @@ def test_a_checkpoint_that_lost_its_data_is_neither_read_nor_resumed(
     before = snapshot(workdir / "checkpoints")
     for words in (["eval"], ["train", "--config", trained.recipe]):
         error = error_of(mplug2(*words, "--workdir", workdir))
-        assert re.match(
-            rf"checkpoint {re.escape(str(workdir))}/checkpoints/2 is damaged \(.+\); it is the only", error
-        )
+        assert re.match(rf"checkpoint {re.escape(str(workdir))}/checkpoints/2 is damaged \(.+\); it is the only", error)
         assert "TensorStore details" not in error
     assert snapshot(workdir / "checkpoints") == before
 

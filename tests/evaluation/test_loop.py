@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_pipelines.bad_records import BadRecord
 from data_pipelines.config import DataConfig, ExampleConfig, InstructionConfig, SourceConfig, VisualConfig
 from data_pipelines.digitworld import IMAGE_LABELS, VIDEO_LABELS
 from data_pipelines.examples import Example
-from data_pipelines.faults import Fault
-from data_pipelines.loader import _Unusable
+from data_pipelines.loader import _BadRecordError
 from data_pipelines.tokenizers import SPECIAL_TOKENS, WordPieceTokenizer
 from mplug2_jax.cli.common import results_table
 from mplug2_jax.errors import UserError
@@ -139,20 +139,20 @@ def test_the_probabilities_of_an_example_s_views_are_averaged(monkeypatch):
         assert_same_predictions(other.predictions, whole.predictions)
 
     broken, _ = actions(visual)
-    make = broken._set._builder.make
+    load = broken._set._builder.load
     broken._config = dataclasses.replace(
         broken._config, data=dataclasses.replace(broken._config.data, max_bad_fraction=1.0)
     )
 
-    def fails(pick, view=0):
-        if (pick.index, view) == (4, 1):
-            raise _Unusable(Fault("digits", "4", "cut off"))
-        return make(pick, view)
+    def fails(ref, view=0):
+        if (ref.index, view) == (4, 1):
+            raise _BadRecordError(BadRecord("digits", "4", "cut off"))
+        return load(ref, view)
 
-    monkeypatch.setattr(broken._set._builder, "make", fails)
+    monkeypatch.setattr(broken._set._builder, "load", fails)
     partial = broken.run(params, 0)
     assert partial.num_examples == 6
-    assert partial.skipped == (Fault("digits", "4", "cut off"),)
+    assert partial.skipped == (BadRecord("digits", "4", "cut off"),)
     assert_same_predictions(partial.predictions, whole.predictions[:4] + whole.predictions[5:])
 
 

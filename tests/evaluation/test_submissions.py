@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipelines.faults import Fault
+from data_pipelines.bad_records import BadRecord
 from mplug2_jax.evaluation.submissions import WRITERS, save_submission
 from mplug2_jax.tasks.glue import TASKS as GLUE
 from mplug2_jax.tasks.table import TASKS
@@ -77,7 +77,7 @@ def test_other_tasks_have_no_server(tmp_path: Path) -> None:
 
 
 def test_skipped_records_are_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    skipped = [Fault("set", "val/9", "cut off"), Fault("set", "val/3", "cut off")]
+    skipped = [BadRecord("set", "val/9", "cut off"), BadRecord("set", "val/3", "cut off")]
     save_submission("held", "caption", predictions(("val/1", "a dog")), tmp_path, skipped)
     path = tmp_path / "submissions" / "held.json"
     assert caplog.messages == [f"{path} misses 2 skipped records, first val/9"]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from data_pipelines.faults import Fault
+from data_pipelines.bad_records import BadRecord
 from mplug2_jax.errors import UserError
 from mplug2_jax.inference.feature_files import FORMATS, FeatureWriter
 from mplug2_jax.inference.features import FeatureShard
@@ -19,11 +19,11 @@ REQUEST = {"feature": {"name": "text/out", "pool": "none"}, "step": 3}
 FIRST = FeatureShard(
     0, 3, ("a", "é/b.png"),
     {"features": np.arange(12, dtype=np.float32).reshape(2, 3, 2).transpose(0, 2, 1), "lengths": np.int32([3, 1])},
-    (Fault("pics", "c.png", "is no picture"),),
+    (BadRecord("pics", "c.png", "is no picture"),),
 )  # fmt: skip
 NOTHING = FeatureShard(
     3, 4, (), {"features": np.zeros((0, 2, 3), np.float32), "lengths": np.zeros(0, np.int32)},
-    (Fault("pics", "d.png", "is empty"),),
+    (BadRecord("pics", "d.png", "is empty"),),
 )  # fmt: skip
 Read = Callable[[Path], tuple[list[str], dict[str, np.ndarray]]]
 

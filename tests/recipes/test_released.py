@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from data_pipelines.examples import Example, reader_of
+from data_pipelines.examples import Example, make_detokenizer
 from data_pipelines.loader import EvaluationSet
 from data_pipelines.tokenizers import WordPieceTokenizer
 from mplug2_jax.cli.main import main
@@ -141,7 +141,7 @@ def test_what_is_scored_is_what_the_release_reads(task: str, read: str, data: Pa
     told = [right[0].upper(), *right[1:]]  # one differs by its letters' case
     score = TASKS[evaluation.task].score
     assert score is not None
-    reader = reader_of(evaluation.data.examples, WordPieceTokenizer(words["vocab"]))
+    reader = make_detokenizer(evaluation.data.examples, WordPieceTokenizer(words["vocab"]))
     scored = score({"ids": ids}, [Example({}, str(i), answers=(text,)) for i, text in enumerate(told)], reader)
     assert list(scored.predictions) == right
     if task == "videoqa":
@@ -184,7 +184,7 @@ def test_weights_of_the_release_say_the_same_in_pytorch(
         names = ("instruction", "instruction_mask")
         asked = [torch.from_numpy(np.stack([each[name][:40] for each in arrays])) for name in names]
         found = VideoQA.from_pretrained(hub).generate(frames, *asked)
-    read = reader_of(evaluation.examples, tokenizer)
+    read = make_detokenizer(evaluation.examples, tokenizer)
     rows = zip(found.ids[:, 0].tolist(), found.lengths[:, 0].tolist(), strict=True)
     assert said == [read(ids[:length]) for ids, length in rows]
     assert all(said)

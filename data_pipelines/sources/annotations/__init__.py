@@ -1,1 +1,1 @@
-"""Annotation files with folders of media beside them: a table says what each public format calls things."""
+"""Annotation files with folders of media; tables list the field names of each public format."""

@@ -1,4 +1,4 @@
-"""Rows whose fields say by their names what they are: the release's files, and most of what people write themselves."""
+"""Annotations recognized by the names of their fields: the release's files, and most custom ones."""
 
 import io
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,68 +14,75 @@ from data_pipelines.sources.annotations.rows import Row, filter_split, normalize
 from data_pipelines.sources.annotations.source import AnnotationFormat, MediaContext
 from data_pipelines.sources.files import read_bytes
 
-PICTURE = (
+IMAGE_FIELDS = (
     "video_id", "video", "clip_name", "gif_name", "image", "image_path", "image_name", "file_name", "image_id",
     ENTRY_NAME,
 )  # fmt: skip
-CAPTIONS = (
+CAPTION_FIELDS = (
     "golden_captions", "golden_caption", "captions", "caption", "enCap", "sentence", "desc", "description", "comment",
 )  # fmt: skip
-ANSWERS = ("answers", "answer")
-DOCUMENT, SUMMARY = ("document", "article", "dialogue"), ("summary", "highlights")
-PAIRS = (("premise", "hypothesis"), ("sentence1", "sentence2"), ("question1", "question2"), ("sentence", "question"))
-LABEL = ("gold_label", "label")
-PHRASE, BOX = ("expression", "phrase", "sents", "refexp", "sentences"), ("bbox", "box")
-TEXTS = ("texts", "text")
-IDS = ("question_id", "ref_id", "id", "key", ENTRY_NAME)
-"""The names under which a row may keep each thing; the first that is there counts. Case, ``_`` and spaces do not."""
+ANSWER_FIELDS = ("answers", "answer")
+DOCUMENT_FIELDS, SUMMARY_FIELDS = ("document", "article", "dialogue"), ("summary", "highlights")
+PAIR_FIELDS = (
+    ("premise", "hypothesis"), ("sentence1", "sentence2"), ("question1", "question2"), ("sentence", "question"),
+)  # fmt: skip
+LABEL_FIELDS = ("gold_label", "label")
+EXPRESSION_FIELDS, BOX_FIELDS = ("expression", "phrase", "sents", "refexp", "sentences"), ("bbox", "box")
+TEXT_FIELDS = ("texts", "text")
+ID_FIELDS = ("question_id", "ref_id", "id", "key", ENTRY_NAME)
+"""The names of each kind of field, the first present one is read. Case, ``_`` and spaces are ignored."""
 
-KNOWN = frozenset(
+KNOWN_FIELDS = frozenset(
     normalize_name(name)
-    for name in (*PICTURE, *CAPTIONS, *ANSWERS, *DOCUMENT, *SUMMARY, *LABEL, *PHRASE, *BOX, *TEXTS, *sum(PAIRS, ()))
-)
+    for names in (
+        IMAGE_FIELDS, CAPTION_FIELDS, ANSWER_FIELDS, DOCUMENT_FIELDS, SUMMARY_FIELDS, LABEL_FIELDS, EXPRESSION_FIELDS,
+        BOX_FIELDS, TEXT_FIELDS, *PAIR_FIELDS,
+    )
+    for name in names
+)  # fmt: skip
 
 ENTAILMENT_ANSWERS: Mapping[str, Literal["yes", "no", "maybe"]] = {
     "entailment": "yes", "not_entailment": "no", "contradiction": "no", "neutral": "maybe",
     "equivalent": "yes", "not_equivalent": "no", "duplicate": "yes", "not_duplicate": "no",
 }  # fmt: skip
-"""What labels of pairs mean: "yes" where the second text follows from the first, or means the same."""
+"""The answer for each label of a pair: "yes" if the second text follows from the first, or means the same."""
 
 
 def read(files: Sequence[str], split: str) -> Iterator[Row]:
-    """The rows of all files, one after the other."""
-    return filter_split((row for file in files for row in read_rows(file, KNOWN)), split, "split")
+    """Yield the rows of all files, one file after the other."""
+    return filter_split((row for file in files for row in read_rows(file, KNOWN_FIELDS)), split, "split")
 
 
-def make(row: Row, place: MediaContext) -> Record:
-    """Whatever a row has, as a record.
+def to_record(row: Row, context: MediaContext) -> Record:
+    """Return the record of a row, with all known fields.
 
     Raises:
-        DataError: a row that has none of it, a picture that leads out of its folder, or a box outside its picture.
+        DataError: a row without a known field, media outside its folder, or a box outside its image.
     """
-    own, of_text = row.find(IDS), place.kind == "text"
-    picture = "" if row.find(PICTURE) is None else row.text(*PICTURE)
-    media = find_media(place.folder, place.kind, picture) if picture else None
+    row_id, is_text = row.find(ID_FIELDS), context.kind == "text"
+    visual_id = "" if row.find(IMAGE_FIELDS) is None else row.text(*IMAGE_FIELDS)
+    media = find_media(context.folder, context.kind, visual_id) if visual_id else None
     record = Record(
-        key=row.key if own is None else f"{row.key.rpartition('/')[0]}/{row.text(*IDS)}",
-        picture=picture,
+        key=row.key if row_id is None else f"{row.key.rpartition('/')[0]}/{row.text(*ID_FIELDS)}",
+        visual_id=visual_id,
         media=media,
-        captions=() if of_text else row.texts(*CAPTIONS),
+        captions=() if is_text else row.texts(*CAPTION_FIELDS),
         questions=(*_questions(row), *_summaries(row)),
         expressions=_expressions(row, media.data if media else ""),
-        label=None if row.find(LABEL) is None else row.text(*LABEL),
-        texts=row.texts(*TEXTS, *(CAPTIONS if of_text else ())),
+        label=None if row.find(LABEL_FIELDS) is None else row.text(*LABEL_FIELDS),
+        texts=row.texts(*TEXT_FIELDS, *(CAPTION_FIELDS if is_text else ())),
         entailments=_entailments(row),
     )
-    known = (record.captions, record.questions, record.expressions, record.label, record.texts, record.entailments)
-    if not any(known):
-        row.need(*(PHRASE if row.find(BOX) else ()), *CAPTIONS, "question", *SUMMARY, *BOX, *LABEL, *TEXTS)
+    contents = (record.captions, record.questions, record.expressions, record.label, record.texts, record.entailments)
+    if not any(contents):
+        expected = (*CAPTION_FIELDS, "question", *SUMMARY_FIELDS, *BOX_FIELDS, *LABEL_FIELDS, *TEXT_FIELDS)
+        row.need(*(EXPRESSION_FIELDS if row.find(BOX_FIELDS) else ()), *expected)
     return record
 
 
 def _entailments(row: Row) -> tuple[Entailment, ...]:
-    label = row.find(LABEL)
-    for premise, hypothesis in PAIRS:
+    label = row.find(LABEL_FIELDS)
+    for premise, hypothesis in PAIR_FIELDS:
         if isinstance(label, str) and label in ENTAILMENT_ANSWERS and row.find((premise,)) and row.find((hypothesis,)):
             return (Entailment(row.text(premise), row.text(hypothesis), ENTAILMENT_ANSWERS[label]),)
     return ()
@@ -84,15 +91,15 @@ def _entailments(row: Row) -> tuple[Entailment, ...]:
 def _questions(row: Row) -> tuple[Question, ...]:
     if row.find(("question",)) is None:
         return ()
-    if row.find(ANSWERS) is None and row.find(("sentence",)) is not None:  # a question that pairs with a sentence
+    if row.find(ANSWER_FIELDS) is None and row.find(("sentence",)) is not None:  # a pair of a question and a sentence
         return ()
-    return (rank_answers(row, *ANSWERS),)
+    return (rank_answers(row, *ANSWER_FIELDS),)
 
 
 def rank_answers(row: Row, *names: str) -> Question:
-    """A row's question, whose answer is the one that most people gave, or that weighs most; ties go to who came first.
+    """Return a row's question with its most frequent, or most weighted, answer; ties go to the first.
 
-    Further answers stay there as often as they were given. Blank ones come last: to a score they are answers, too.
+    The alternative answers include repetitions. Blank ones come last: metrics count them.
 
     Raises:
         DataError: no question, or no answer that is not blank.
@@ -106,26 +113,26 @@ def rank_answers(row: Row, *names: str) -> Question:
 
 
 def _summaries(row: Row) -> tuple[Question, ...]:
-    if row.find(SUMMARY) is None:
+    if row.find(SUMMARY_FIELDS) is None:
         return ()
-    return (Question(row.text(*DOCUMENT, *TEXTS), row.text(*SUMMARY), "summary"),)
+    return (Question(row.text(*DOCUMENT_FIELDS, *TEXT_FIELDS), row.text(*SUMMARY_FIELDS), "summary"),)
 
 
 def _expressions(row: Row, path: Any) -> tuple[Expression, ...]:
-    if row.find(BOX) is None:
+    if row.find(BOX_FIELDS) is None:
         return ()
     box = _box(row, path)
-    phrases = row.texts(*PHRASE, *CAPTIONS, *TEXTS)
+    phrases = row.texts(*EXPRESSION_FIELDS, *CAPTION_FIELDS, *TEXT_FIELDS)
     return tuple(Expression(phrase, box) for phrase in phrases)
 
 
 def _box(row: Row, path: str) -> Box:
-    """Pixels x, y, width, height (COCO's and RefCOCO's) as shares of the picture."""
+    """Return a box of pixels x, y, width, height (COCO's and RefCOCO's) as fractions of the image."""
     width, height = row.find(("width",)), row.find(("height",))
     try:
-        x, y, w, h = map(float, row.need(*BOX))
+        x, y, w, h = map(float, row.need(*BOX_FIELDS))
         if width is None or height is None:
-            # Only its first bytes are decoded: the size is in the header.
+            # The size is in the header; no pixels are decoded.
             with Image.open(path if "://" not in path else io.BytesIO(read_bytes(path))) as image:
                 width, height = image.size
         x0, y0, x1, y1 = x / float(width), y / float(height), (x + w) / float(width), (y + h) / float(height)
@@ -135,9 +142,9 @@ def _box(row: Row, path: str) -> Box:
         raise DataError(f"{row.where} has a box of {w:g} x {h:g} pixels, expected more than 0 of each")
     if min(x0, y0) < -0.01 or max(x1, y1) > 1.01:
         raise DataError(
-            f"{row.where} has a box from {x0:.2f}, {y0:.2f} to {x1:.2f}, {y1:.2f} of its picture, outside 0..1"
+            f"{row.where} has a box from {x0:.2f}, {y0:.2f} to {x1:.2f}, {y1:.2f} of its image, expected 0 to 1"
         )
     return (max(0.0, x0), max(0.0, y0), min(1.0, x1), min(1.0, y1))
 
 
-FORM = AnnotationFormat((".json", ".jsonl", ".csv", ".tsv"), read, make, splits=True)
+FORMAT = AnnotationFormat((".json", ".jsonl", ".csv", ".tsv"), read, to_record, has_splits=True)

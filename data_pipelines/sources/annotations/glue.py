@@ -1,4 +1,4 @@
-"""GLUE's tab-separated files: which columns each task has, and what its labels mean."""
+"""GLUE's tab-separated files: the columns and labels of each task."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,22 +11,22 @@ from data_pipelines.sources.annotations.source import AnnotationFormat, MediaCon
 from data_pipelines.sources.annotations.tables import read_table
 from data_pipelines.sources.files import read_text
 
-Verdict = Literal["yes", "no", "maybe"]
+Answer = Literal["yes", "no", "maybe"]
 Meaning = TypeVar("Meaning", bound=str)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Task:
-    """A task: its one or two texts, its label, and what the labels mean: a word, or whether the second text follows."""
+    """A task: the columns of its one or two texts and of its label, and the meaning of labels: a word or an answer."""
 
     texts: tuple[str, ...]
     label: str
-    verdicts: Mapping[str, Verdict] = dataclasses.field(default_factory=dict)
+    answers: Mapping[str, Answer] = dataclasses.field(default_factory=dict)
     words: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-_FOLLOWS: Mapping[str, Verdict] = {"entailment": "yes", "not_entailment": "no"}
-_SAME: Mapping[str, Verdict] = {"1": "yes", "0": "no"}
+_FOLLOWS: Mapping[str, Answer] = {"entailment": "yes", "not_entailment": "no"}
+_SAME: Mapping[str, Answer] = {"1": "yes", "0": "no"}
 _COLA = ("source", "acceptability", "original", "sentence")
 
 TASKS: Mapping[str, _Task] = {
@@ -41,17 +41,17 @@ TASKS: Mapping[str, _Task] = {
     "STS-B": _Task(("sentence1", "sentence2"), "score"),
     "RTE": _Task(("sentence1", "sentence2"), "label", {**_FOLLOWS, **_SAME}),  # and WNLI, whose columns are the same
 }
-"""By their columns; for pairs "yes" means that the second text follows from the first, or means the same."""
+"""Recognized by their columns. For pairs "yes" means that the second text follows from the first, or means the same."""
 
 
 def _read(files: Sequence[str], split: str) -> Iterator[Row]:
     del split
     for file in files:
         header = read_text(file).readline().rstrip("\r\n").split("\t")
-        # CoLA's files alone have no header.
-        headless = len(header) == len(_COLA) and header[1] in ("0", "1")
-        columns = _COLA if headless else ()
-        if not headless:
+        # Only CoLA's files have no header.
+        has_no_header = len(header) == len(_COLA) and header[1] in ("0", "1")
+        columns = _COLA if has_no_header else ()
+        if not has_no_header:
             _task_of(header, file)
         for index, row in enumerate(read_table(file, columns=columns, quotes=False)):
             assert not isinstance(row.values, str)
@@ -59,27 +59,27 @@ def _read(files: Sequence[str], split: str) -> Iterator[Row]:
 
 
 def _task_of(columns: Sequence[str], where: str) -> _Task:
-    fitting = [task for task in TASKS.values() if {*task.texts, task.label} <= set(columns)]
-    if not fitting:
+    matching = [task for task in TASKS.values() if {*task.texts, task.label} <= set(columns)]
+    if not matching:
         raise DataError(
-            f"{where} has the columns {', '.join(columns)[:120]}, which are none of GLUE's ({', '.join(TASKS)})"
+            f"{where} has the columns {', '.join(columns)[:120]}, expected those of one of {', '.join(TASKS)}"
         )
-    return max(fitting, key=lambda task: len(task.texts))
+    return max(matching, key=lambda task: len(task.texts))
 
 
-def _make(row: Row, place: MediaContext) -> Record:
-    del place
+def _to_record(row: Row, context: MediaContext) -> Record:
+    del context
     task = _task_of(list(row.fields()), row.where)
-    key = f"{row.key.rpartition('/')[0]}/{row.text('index')}"  # by which the benchmark's server knows the row
+    key = f"{row.key.rpartition('/')[0]}/{row.text('index')}"  # the row id of the benchmark's server
     texts = tuple(row.text(name) for name in task.texts)
     label = row.text(task.label)
     if task.words:
         return Record(key, texts=texts, label=_meaning(row, task.words, label))
-    if not task.verdicts:
+    if not task.answers:
         return Record(key, texts=texts, label=label)
     premise, hypothesis = texts
-    verdict = _meaning(row, task.verdicts, label)
-    return Record(key, texts=texts, entailments=(Entailment(premise, hypothesis, verdict),))
+    answer = _meaning(row, task.answers, label)
+    return Record(key, texts=texts, entailments=(Entailment(premise, hypothesis, answer),))
 
 
 def _meaning(row: Row, table: Mapping[str, Meaning], label: str) -> Meaning:
@@ -88,4 +88,4 @@ def _meaning(row: Row, table: Mapping[str, Meaning], label: str) -> Meaning:
     return table[label]
 
 
-FORM = AnnotationFormat((".tsv",), _read, _make)
+FORMAT = AnnotationFormat((".tsv",), _read, _to_record)

@@ -1,4 +1,4 @@
-"""From what an annotation calls a picture or clip to its file."""
+"""From the name of an image or video in an annotation to its file."""
 
 import collections
 import functools
@@ -8,16 +8,16 @@ from pathlib import PurePosixPath
 
 from data_pipelines.config import Kind
 from data_pipelines.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Media
-from data_pipelines.sources.files import ANIMATED_SUFFIXES, file_system, inside, is_url, make_media, media_kind
+from data_pipelines.sources.files import ANIMATED_SUFFIXES, file_system, is_url, make_media, media_kind, safe_join
 
 _SUFFIXES = {"image": IMAGE_SUFFIXES, "video": VIDEO_SUFFIXES}
 
 
 def find_media(folder: str, kind: Kind, *names: str) -> Media | None:
-    """The first file of the given names that exists: as it is named, or with a suffix of the kind behind it.
+    """Return the first file of the given names that exists, as named or with a suffix of the kind appended.
 
-    A clip that is named with a suffix may have another, since sets are encoded anew. Where nothing exists the first
-    name is kept, so that whoever reads it says what is missing.
+    A video that is named with a suffix may have another one, since data sets get re-encoded. If no file exists the
+    first name is returned, so that reading it reports what is missing.
 
     Raises:
         DataError: a name that leads out of the folder.
@@ -25,42 +25,45 @@ def find_media(folder: str, kind: Kind, *names: str) -> Media | None:
     if kind == "text":
         return None
     for name in names:
-        if path := _find(inside(folder, name), kind):
+        if path := _find(safe_join(folder, name), kind):
             return make_media(path, kind)
     suffix = "" if media_kind(names[0]) else _SUFFIXES[kind][0]
-    return make_media(inside(folder, f"{names[0]}{suffix}"), kind)
+    return make_media(safe_join(folder, f"{names[0]}{suffix}"), kind)
 
 
 def _find(path: str, kind: Kind) -> str | None:
     if _exists(path):
         return path
     folder, _, base = path.rpartition("/")
-    beside, own = _media_in(folder), media_kind(base)
+    files, kind_of_name = _media_in(folder), media_kind(base)
 
     def rank(name: str) -> tuple[int, str]:
-        """The wanted kind first, then what may be of it."""
-        usual, suffix = _SUFFIXES[kind], PurePosixPath(name).suffix.lower()
-        return (usual.index(suffix) if suffix in usual else len(usual) + (suffix not in ANIMATED_SUFFIXES), name)
+        """Rank suffixes of the requested kind first, then animations."""
+        suffixes, suffix = _SUFFIXES[kind], PurePosixPath(name).suffix.lower()
+        return (
+            suffixes.index(suffix) if suffix in suffixes else len(suffixes) + (suffix not in ANIMATED_SUFFIXES),
+            name,
+        )
 
-    found = sorted(beside.get(base, ()), key=rank)
-    if own:
-        twins = sorted(beside.get(PurePosixPath(base).stem, ()), key=rank)
-        found = [name for name in found if media_kind(name) == own]
-        found += [name for name in twins if name.lower() == base.lower()]
-        found += [name for name in twins if media_kind(name) == own == "video"]
-    return f"{folder}/{found[0]}" if found else None
+    candidates = sorted(files.get(base, ()), key=rank)
+    if kind_of_name:
+        same_stem = sorted(files.get(PurePosixPath(base).stem, ()), key=rank)
+        candidates = [name for name in candidates if media_kind(name) == kind_of_name]
+        candidates += [name for name in same_stem if name.lower() == base.lower()]
+        candidates += [name for name in same_stem if media_kind(name) == kind_of_name == "video"]
+    return f"{folder}/{candidates[0]}" if candidates else None
 
 
 @functools.lru_cache(maxsize=1024)
 def _media_in(folder: str) -> Mapping[str, Sequence[str]]:
-    """The names of a folder's pictures and clips, by what is before their suffixes. A listing is asked for once."""
+    """Return the names of a folder's images and videos by their stems. The folder is listed once."""
     system, plain = file_system(folder)
     try:
-        listed = system.ls(plain, detail=False)
+        paths = system.ls(plain, detail=False)
     except OSError:
         return {}
     names = collections.defaultdict[str, list[str]](list)
-    for path in map(PurePosixPath, filter(media_kind, listed)):
+    for path in map(PurePosixPath, filter(media_kind, paths)):
         names[path.stem].append(path.name)
     return names
 
@@ -74,5 +77,5 @@ def _exists(path: str) -> bool:
 @functools.lru_cache(maxsize=100_000)
 def _exists_remotely(path: str) -> bool:
     system, plain = file_system(path)
-    found: bool = system.isfile(plain)
-    return found
+    exists: bool = system.isfile(plain)
+    return exists

@@ -1,4 +1,4 @@
-"""Rows of annotation files: named fields, each row knowing its file and line."""
+"""Rows of annotation files: named fields, with the file and line of each row."""
 
 import collections
 import dataclasses
@@ -15,59 +15,59 @@ from data_pipelines.errors import DataError
 from data_pipelines.record import clean_text
 from data_pipelines.sources.files import read_text
 
-INNER = ("raw", "sent", "caption", "sentence", "text", "answer")
-"""Under which names objects in a list keep their text."""
+INNER_FIELDS = ("raw", "sent", "caption", "sentence", "text", "answer")
+"""The names of the text in objects of a list."""
 
 
 @functools.lru_cache(maxsize=10_000)
 def normalize_name(name: str) -> str:
-    """Return a field's name without what people write it differently in: case, spaces, ``_`` and ``-``."""
+    """Return a field's name in lower case, without spaces, ``_`` and ``-``, which people write differently."""
     return re.sub(r"[\s_-]", "", name).casefold()
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One row. ``values`` stays text until it is asked for, so that a bad line spoils one record and no more."""
+    """One row. ``values`` stays text until it is used, so that an invalid line fails only one record."""
 
     file: str
     number: int  # of the line or item, from 1
     values: Mapping[str, Any] | str
-    fault: str = ""  # why it has no fields
+    error: str = ""  # why it has no fields
 
     @property
     def where(self) -> str:
-        """For messages."""
+        """Return the file and row, for messages."""
         return f"{self.file} row {self.number}"
 
     @property
     def key(self) -> str:
-        """Stable as long as the file is."""
+        """Return a key, stable as long as the file is."""
         return f"{PurePosixPath(self.file).stem}/{self.number}"
 
     def fields(self) -> Mapping[str, Any]:
-        """Field names and values.
+        """Return field names and values.
 
         Raises:
-            DataError: a line that is no JSON object, or could not be cut into cells.
+            DataError: a line that is not a JSON object, or not a row of the table.
         """
-        if self.fault:
-            raise DataError(f"{self.where} {self.fault}")
+        if self.error:
+            raise DataError(f"{self.where} {self.error}")
         if not isinstance(self.values, str):
             return self.values
         try:
             values = parse_json(self.values)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{self.where} is not valid JSON ({error}); mend or remove the line") from error
+            raise DataError(f"{self.where} is not valid JSON ({error}); fix or remove the line") from error
         if not isinstance(values, dict):
             raise DataError(f"{self.where} holds a {type(values).__name__}, expected named fields")
         return values
 
     def find(self, names: tuple[str, ...]) -> Any:
-        """The value of the first of several names that holds anything, or None."""
+        """Return the value of the first of several fields that is not empty, or None."""
         return self._find(names)[1]
 
     def _find(self, names: tuple[str, ...]) -> tuple[str, Any]:
-        """Return the field's name as the file spells it, and its value; "" and None where no field holds anything."""
+        """Return the field's name as the file spells it, and its value; "" and None if all are empty."""
         fields = self.fields()
         plain = {normalize_name(field): field for field in fields}
         for name in names:
@@ -82,10 +82,10 @@ class Row:
         return "", None
 
     def need(self, *names: str) -> Any:
-        """The value of the first of several names that holds anything.
+        """Return the value of the first of several fields that is not empty.
 
         Raises:
-            DataError: none does; names what there is, and what is nearest to a name that would be read.
+            DataError: all are empty; lists the row's fields, and one with a similar name.
         """
         return self._need(names)[1]
 
@@ -95,41 +95,41 @@ class Row:
             return name, value
         plain = {normalize_name(field): field for field in self.fields()}
         if blank := [plain[normalize_name(name)] for name in names if normalize_name(name) in plain]:
-            raise DataError(f"{self.where} has nothing in its {blank[0]}; fill it in, or remove the row")
+            raise DataError(f"{self.where} has an empty {blank[0]}; fill it in, or remove the row")
         found = ", ".join(list(self.fields())[:12]) or "nothing"
         near = {field: difflib.get_close_matches(field.casefold(), names, n=1, cutoff=0.65) for field in self.fields()}
-        hint = next((f"; call {field} {match[0]}, if it is that" for field, match in near.items() if match), "")
-        wanted = " or ".join([*names[:5], *(["..."] if len(names) > 5 else [])])
-        raise DataError(f"{self.where} has no {wanted}; its fields are {found}{hint}")
+        hint = next((f"; rename {field} to {match[0]} if it is that" for field, match in near.items() if match), "")
+        expected = " or ".join([*names[:5], *(["..."] if len(names) > 5 else [])])
+        raise DataError(f"{self.where} has no {expected}; its fields are {found}{hint}")
 
     def text(self, *names: str) -> str:
-        """The first of several names as text; numbers become their digits. Raises as :meth:`need`."""
+        """Return the first of several fields as text; numbers become digits. Raises as :meth:`need`."""
         name, value = self._need(names)
         if isinstance(value, dict | list | bool):
             raise DataError(f"{self.where}: {name} is a {type(value).__name__}, expected text")
         return _text(value)
 
     def texts(self, *names: str) -> tuple[str, ...]:
-        """One text or several, those left out of which nothing would be seen; empty if there are none."""
+        """Return one text or several without invisible ones; empty if there are none."""
         return tuple(filter(None, self.all_texts(*names)))
 
     def all_texts(self, *names: str) -> tuple[str, ...]:
-        """One text or several, those of which nothing would be seen as empty ones; empty if there are none.
+        """Return one text or several, invisible ones as empty texts; empty if there are none.
 
         Raises:
-            DataError: something else than texts, numbers, or objects that hold one of these under a name of ``INNER``.
+            DataError: values other than texts, numbers, or objects with one of these in a field of ``INNER_FIELDS``.
         """
         name, value = self._find(names)
         values = value if isinstance(value, list) else [] if value is None else [value]
-        return tuple(self._inner(name, each) for each in values)
+        return tuple(self._inner_text(name, each) for each in values)
 
-    def _inner(self, name: str, value: Any) -> str:
+    def _inner_text(self, name: str, value: Any) -> str:
         if isinstance(value, dict):
-            inner = [value[key] for key in INNER if key in value]
+            inner = [value[key] for key in INNER_FIELDS if key in value]
             if not inner:
                 raise DataError(
                     f"{self.where}: {name} holds objects with the fields {', '.join(value)[:80] or 'nothing'}, "
-                    f"expected texts, or one of {', '.join(INNER)}"
+                    f"expected texts, or one of {', '.join(INNER_FIELDS)}"
                 )
             value = inner[0]
         if isinstance(value, dict | list | bool):
@@ -141,20 +141,20 @@ class Row:
 
 
 def _is_present(value: Any) -> bool:
-    """Whether there is anything in a value. Raises DataError for a text that is no Unicode."""
+    """Return whether a value is not empty. Raises DataError for a text that is not Unicode."""
     if isinstance(value, str):
         return bool(clean_text(value))
     if isinstance(value, float):
         return math.isfinite(value)
     if isinstance(value, list):
         return any(map(_is_present, value))
-    if isinstance(value, dict) and (inner := [value[name] for name in INNER if name in value]):
+    if isinstance(value, dict) and (inner := [value[name] for name in INNER_FIELDS if name in value]):
         return _is_present(inner[0])
     return value not in (None, {})
 
 
 def _text(value: Any) -> str:
-    """A text, or a number's digits: what became a float, because others in its column are missing, is whole again."""
+    """Return a text, or a number's digits: 3.0 becomes "3", as missing values turn a column into floats."""
     return str(int(value)) if isinstance(value, float) and value.is_integer() else clean_text(str(value))
 
 
@@ -164,14 +164,14 @@ def as_missing(constant: str) -> None:
 
 
 parse_json = functools.partial(json.loads, parse_constant=as_missing)
-"""``json.loads``, for which NaN and Infinity are missing values."""
+"""``json.loads`` with NaN and Infinity as missing values."""
 
 
 def read_json(path: str) -> Any:
-    """A whole JSON file; a list may have a comma behind its last item.
+    """Return the content of a JSON file; a list may have a trailing comma.
 
     Raises:
-        DataError: missing, not UTF-8, or damaged (with the line).
+        DataError: the file is missing, not UTF-8, or damaged (with the line).
     """
     text = read_text(path).read().strip()
     items = text[:-1].rstrip()
@@ -184,21 +184,21 @@ def read_json(path: str) -> Any:
 
 
 def filter_split(rows: Iterator[Row], split: str, field: str) -> Iterator[Row]:
-    """The rows of the wanted splits, and those that cannot be read.
+    """Yield the rows of the requested splits, and unreadable rows.
 
     Raises:
-        DataError: no row is of any of them; names those there are.
+        DataError: no row is of a requested split; lists the splits of the file.
     """
-    wanted, seen, found = set(filter(None, split.split("+"))), collections.Counter[str](), False
+    requested, seen, found = set(filter(None, split.split("+"))), collections.Counter[str](), False
     for row in rows:
         try:
-            its = str(row.find((field,)) or "") if wanted else ""
+            row_split = str(row.find((field,)) or "") if requested else ""
         except DataError:
             yield row
             continue
-        seen[its] += 1
-        if not wanted or its in wanted:
+        seen[row_split] += 1
+        if not requested or row_split in requested:
             found = True
             yield row
-    if wanted and not found:
-        raise DataError(f"split '{split}' is none of the file's: {', '.join(sorted(seen)[:20]) or 'it has no rows'}")
+    if requested and not found:
+        raise DataError(f"split '{split}' is not in the file; its splits are {', '.join(sorted(seen)[:20]) or 'none'}")

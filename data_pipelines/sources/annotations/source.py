@@ -1,4 +1,4 @@
-"""Annotation files as a source: the rows in memory, each made into a record when it is asked for."""
+"""Annotation files as a source: the rows are in memory, and converted to records on access."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
@@ -12,52 +12,51 @@ from data_pipelines.sources.files import find_files
 
 @dataclasses.dataclass(frozen=True)
 class MediaContext:
-    """What a row needs to become a record, besides itself."""
+    """The folder and the kind of the media that rows refer to."""
 
-    folder: str  # of the media
+    folder: str
     kind: Kind
 
 
 @dataclasses.dataclass(frozen=True)
 class AnnotationFormat:
-    """A public format: which files, how they are cut into rows, and what a row says.
+    """A public format: its suffixes, how files are read as rows, and how a row becomes a record.
 
-    ``read`` takes the files and the split that is wanted ("" for all there is). ``splits`` says whether the files
-    themselves name splits.
+    ``read`` takes the files and a split ("" for all rows). ``has_splits`` tells whether the files name splits.
     """
 
     suffixes: tuple[str, ...]
     read: Callable[[Sequence[str], str], Iterator[Row]]
-    make: Callable[[Row, MediaContext], Record]
-    splits: bool = False
+    to_record: Callable[[Row, MediaContext], Record]
+    has_splits: bool = False
 
 
-_MISSHAPEN = (AttributeError, KeyError, IndexError, TypeError, ValueError, RecursionError)
-"""What comes of JSON whose lists are numbers and whose numbers are lists."""
+_SHAPE_ERRORS = (AttributeError, KeyError, IndexError, TypeError, ValueError, RecursionError)
+"""Raised for JSON of an unexpected structure."""
 
 
 class AnnotationSource:
     """The records of annotation files.
 
     Args:
-        form: the format.
-        path: a file, a folder of them, or a pattern; several are read one after the other.
-        media: the folder of the pictures or clips; empty: beside the first file.
-        split: which part, where the files name parts; several with "+" between them.
-        kind: what is taken.
+        format: the format.
+        path: a file, a folder of them, or a pattern; several files are read one after the other.
+        media: the folder of the images or videos; empty: the folder of the first file.
+        split: the split to read, if the files name splits; several are joined by "+".
+        kind: what the records are read as.
 
     Raises:
-        DataError: no such file, or one that cannot be cut into rows.
+        DataError: no such file, or one that cannot be read as rows.
     """
 
-    def __init__(self, form: AnnotationFormat, path: str, media: str, split: str, kind: Kind) -> None:
-        files = find_files(path, *form.suffixes)
+    def __init__(self, format: AnnotationFormat, path: str, media: str, split: str, kind: Kind) -> None:
+        files = find_files(path, *format.suffixes)
         try:
-            self._rows = list(form.read(files, split))
-        except _MISSHAPEN as error:
+            self._rows = list(format.read(files, split))
+        except _SHAPE_ERRORS as error:
             raise DataError(f"{path} is not of this format ({type(error).__name__}: {error})") from error
-        self._place = MediaContext(media.rstrip("/") or files[0].rpartition("/")[0] or ".", kind)
-        self._make = form.make
+        self._context = MediaContext(media.rstrip("/") or files[0].rpartition("/")[0] or ".", kind)
+        self._to_record = format.to_record
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -66,7 +65,7 @@ class AnnotationSource:
         if not 0 <= index < len(self._rows):
             raise IndexError(f"row {index} of {len(self._rows)}")
         row = self._rows[index]
-        try:  # parsed once, however many fields are asked for
-            return self._make(dataclasses.replace(row, values=row.fields()), self._place)
-        except _MISSHAPEN as error:
+        try:  # parsed once, however many fields are read
+            return self._to_record(dataclasses.replace(row, values=row.fields()), self._context)
+        except _SHAPE_ERRORS as error:
             raise DataError(f"{row.where} is not of this format ({type(error).__name__}: {error})") from error

@@ -9,14 +9,14 @@ import jax
 import numpy as np
 from absl import logging
 
-from data_pipelines.loader import Made
+from data_pipelines.loader import LoadedExample
 from mplug2_jax.errors import UserError
 from mplug2_jax.training.checkpoint.metadata import DataPosition
 from mplug2_jax.training.config import FaultConfig
 from mplug2_jax.training.telemetry.events import EventLog, read_events
 from mplug2_jax.training.telemetry.jsonl import JsonlWriter
 
-LocalRows = Sequence[tuple[str, Made]]
+LocalRows = Sequence[tuple[str, LoadedExample]]
 """The rows of a step's batches that this process loaded, each with its stream."""
 
 
@@ -129,7 +129,7 @@ def describe_rows(rows: LocalRows) -> list[dict[str, Any]]:
     return [
         {
             "stream": name, "example_id": int(made.example.arrays["example_id"]), "key": made.example.key,
-            "source": made.pick.source, "record": made.pick.index, "epoch": made.pick.epoch,
+            "source": made.ref.source, "record": made.ref.index, "epoch": made.ref.epoch,
         }
         for name, made in rows
     ]  # fmt: skip
