@@ -1,1 +1,1 @@
-"""What the model is trained for: pure functions of one batch's forward pass, each returning (loss, metrics)."""
+"""Training objectives: pure functions of one batch's forward pass, each returning a loss and metrics."""

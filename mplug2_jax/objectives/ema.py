@@ -1,4 +1,4 @@
-"""The teacher, or an average for evaluation: an exponential moving average of the student's parameters."""
+"""Exponential moving average of parameters: the momentum teacher, or the average for evaluation."""
 
 from collections.abc import Collection
 
@@ -7,14 +7,14 @@ import jax
 from mplug2_jax.model.mplug2 import Params
 
 
-def ema_update(teacher: Params, student: Params, momentum: float, *, frozen: Collection[str] = ()) -> Params:
-    """Momentum * teacher + (1 - momentum) * student, for every part the teacher holds.
+def ema_update(average: Params, params: Params, momentum: float, *, frozen: Collection[str] = ()) -> Params:
+    """Compute momentum * average + (1 - momentum) * params, for the parts in ``average``.
 
-    ``frozen`` names top-level parts that stay as they are: the release never updates its teacher's fusion.
+    ``frozen`` names top-level parts that are not updated: the release never updates its teacher's fusion.
     """
     return {
-        part: own
+        part: old
         if part in frozen
-        else jax.tree.map(lambda t, s: momentum * t + (1.0 - momentum) * s, own, student[part])
-        for part, own in teacher.items()
+        else jax.tree.map(lambda a, p: momentum * a + (1.0 - momentum) * p, old, params[part])
+        for part, old in average.items()
     }

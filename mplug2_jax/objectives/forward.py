@@ -1,4 +1,4 @@
-"""One batch on its way through one model: what several objectives need is computed once."""
+"""Forward pass of a batch: intermediates that several objectives share are computed once."""
 
 import functools
 import zlib
@@ -19,24 +19,24 @@ Metrics = dict[str, Array]
 
 
 class LossOutput(NamedTuple):
-    """What an objective gives back; ``queue`` is the contrastive queue with this batch in it, where there is one."""
+    """Result of an objective; ``queue`` is the contrastive queue after this batch, if there is one."""
 
     loss: Float[Array, ""]
     metrics: Metrics
     queue: Queue | None = None
 
 
-def named_key(rng: PRNGKeyArray | None, purpose: str) -> PRNGKeyArray | None:
-    """A key of its own for every purpose, so that one more random draw never changes another."""
-    return None if rng is None else jax.random.fold_in(rng, zlib.crc32(purpose.encode()))
+def named_key(rng: PRNGKeyArray | None, name: str) -> PRNGKeyArray | None:
+    """Derive a key by name, so that adding a use of randomness never changes the others."""
+    return None if rng is None else jax.random.fold_in(rng, zlib.crc32(name.encode()))
 
 
 class ForwardPass:
-    """A batch and a model, with the intermediate results that objectives share, computed when first asked for.
+    """A batch and a model, with the intermediates that objectives share, computed on first access.
 
-    ``rng=None`` is evaluation. ``teacher`` is the same batch on its way through the teacher, ``alpha`` how much it
-    counts, ``queue`` the stream's contrastive queue, ``frequencies`` what weighs n-grams of captions; each where the
-    run has one. Use within a single trace.
+    ``rng=None`` means evaluation. If the run has them: ``teacher`` is the teacher's forward pass of the same batch,
+    ``alpha`` its weight, ``queue`` the stream's contrastive queue, ``frequencies`` the document frequencies of CIDEr-D.
+    Use it within a single trace.
     """
 
     def __init__(
@@ -54,48 +54,48 @@ class ForwardPass:
         self.teacher, self.alpha, self.queue = teacher, alpha, queue
         self.frequencies = frequencies
 
-    def key(self, purpose: str) -> PRNGKeyArray | None:
-        """Randomness of one purpose."""
-        return named_key(self.rng, purpose)
+    def key(self, name: str) -> PRNGKeyArray | None:
+        """Return the random key of one use, by its name."""
+        return named_key(self.rng, name)
 
     @functools.cached_property
     def visual(self) -> Float[Array, "b s d"]:
-        """Visual tokens of ``frames``."""
+        """Return the visual tokens of ``frames``."""
         return self.model.encode_visual(self.batch["frames"], rng=self.key("visual"))
 
     @functools.cached_property
     def text(self) -> Float[Array, "b l d"]:
-        """Text tokens of ``text``."""
+        """Return the text tokens of ``text``."""
         return self.model.encode_text(self.batch["text"], self.batch["text_mask"], rng=self.key("text"))
 
     @functools.cached_property
     def features(self) -> tuple[Float[Array, "b e"], Float[Array, "b e"]]:
-        """Unit vectors of pictures and of texts, for contrast."""
+        """Return the (visual, text) features for contrast: unit vectors."""
         head = self.model.contrastive
         return head.visual_features(self.visual), head.text_features(self.text)
 
     @functools.cached_property
     def instruction_memory(self) -> tuple[Float[Array, "b s d"], Bool[Array, "b s"]]:
-        """What the decoder reads to answer ``instruction``: [picture, fused text], or text alone without frames."""
+        """Return the decoder's memory and mask for ``instruction``: [visual, fused text] or, without frames, text."""
         mask = self.batch["instruction_mask"]
         text = self.model.encode_text(self.batch["instruction"], mask, rng=self.key("instruction"))
         if "frames" not in self.batch:
             return text, mask
         visual, fused = self.model.fusion(text, mask, self.visual, rng=self.key("fusion"))
-        seen = jnp.ones(visual.shape[:2], bool)
-        both = constrain(jnp.concatenate([visual, fused], axis=1), "batch", "visual", None)
-        return both, jnp.concatenate([seen, mask], axis=1)
+        visual_mask = jnp.ones(visual.shape[:2], bool)
+        memory = constrain(jnp.concatenate([visual, fused], axis=1), "batch", "visual", None)
+        return memory, jnp.concatenate([visual_mask, mask], axis=1)
 
     @functools.cached_property
     def caption_memory(self) -> tuple[Float[Array, "b s d"], Bool[Array, "b s"]]:
-        """What the decoder reads to caption: as instructed where there is an instruction, else the picture alone."""
+        """Return the decoder's memory and mask for a caption: those of an instruction if any, else visual tokens."""
         if "instruction" in self.batch and "fusion" in self.model.parts:
             return self.instruction_memory
         return self.visual, jnp.ones(self.visual.shape[:2], bool)
 
     @functools.cached_property
     def class_logits(self) -> Float[Array, "b c"]:
-        """Logits of each class: of the picture or clip where there is one, else of the text in ``instruction``."""
+        """Return the class logits of the image or video clip, or without frames of the text in ``instruction``."""
         if "frames" in self.batch:
             return self.model.classifier(self.visual)
         mask = self.batch["instruction_mask"]
@@ -105,10 +105,10 @@ class ForwardPass:
 
     @functools.cached_property
     def example_weights(self) -> Float[Array, " b"]:
-        """1 for examples that count, 0 for padding."""
+        """Return 1 for examples and 0 for padding."""
         mask = self.batch.get("example_mask")
         if mask is None:
-            # Answers may be more rows than there are examples, never fewer.
+            # There may be several answers per example, never fewer than one.
             return jnp.ones(min(value.shape[0] for value in self.batch.values()), jnp.float32)
         return mask.astype(jnp.float32)
 
@@ -116,7 +116,7 @@ class ForwardPass:
 def label_cross_entropy(
     log_probs: Float[Array, "*n v"], labels: Int[Array, "*n"], smoothing: float = 0.0
 ) -> Float[Array, "*n"]:
-    """Of each row: (1 - smoothing) * -log p(label) + smoothing * the mean of -log p over all v.
+    """Compute for each row (1 - smoothing) * -log p(label) + smoothing * the mean of -log p over all v.
 
     That is the cross entropy against (1 - smoothing) * one-hot + smoothing / v, as in torch's CrossEntropyLoss.
     """
@@ -127,6 +127,6 @@ def label_cross_entropy(
 
 
 def weighted_mean(values: Float[Array, "*n"], weights: Float[Array, "*n"]) -> Float[Array, ""]:
-    """sum(values * weights) / sum(weights), and 0 where nothing counts."""
+    """Compute sum(values * weights) / sum(weights); 0 if all weights are 0."""
     total = jnp.sum(weights)
     return jnp.sum(values * weights) / jnp.where(total > 0, total, 1.0)

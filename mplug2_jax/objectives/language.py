@@ -1,7 +1,7 @@
-"""Losses on decoded text: captions, answers and instructed answers, and distillation from a teacher's decoder.
+"""Losses of the decoder: captions, answers, instruction following (ILM), and distillation from a teacher's decoder.
 
-Targets are ``[CLS] words [SEP] pad``; logits at t predict the token at t + 1. ``target_weights`` say which tokens
-count as predictions: 0 for padding and for whatever of a prompt is not to be learned.
+Targets are ``[CLS] words [SEP] pad``; logits at t predict the token at t + 1. ``target_weights`` is 0 for padding and
+for prompt tokens without a loss.
 """
 
 from typing import Literal
@@ -17,14 +17,14 @@ from mplug2_jax.objectives.forward import ForwardPass, LossOutput, Metrics, labe
 def next_token_loss(
     logits: Float[Array, "a m v"], target: Int[Array, "a m"], smoothing: float = 0.0
 ) -> Float[Array, "a m1"]:
-    """Cross entropy of each following token, [a, m - 1]."""
+    """Compute the cross entropy of each next token, [a, m - 1]."""
     return label_cross_entropy(jax.nn.log_softmax(logits[:, :-1], axis=-1), target[:, 1:], smoothing)
 
 
 def summed_answer_loss(
     logits: Float[Array, "a m v"], target: Int[Array, "a m"], weights: Float[Array, "a m"], smoothing: float = 0.0
 ) -> Float[Array, " a"]:
-    """The release's loss of an answer: the sum over its tokens."""
+    """Sum the cross entropy over the tokens of each answer, as the release does."""
     return jnp.sum(next_token_loss(logits, target, smoothing) * weights[:, 1:], axis=-1)
 
 
@@ -35,66 +35,70 @@ def summed_distillation_loss(
     *,
     softmax_axis: Literal["vocabulary", "time"],
 ) -> Float[Array, " a"]:
-    """Cross entropy against a teacher's distribution at each position, summed over an answer's tokens.
+    """Compute the cross entropy against a teacher's distribution, summed over the tokens of each answer.
 
-    The release normalises the student over the wrong axis, ``time`` (padding included); ``vocabulary`` is what was
-    meant.
+    ``softmax_axis`` is the student's: the release normalizes over ``time`` (padding included) instead of
+    ``vocabulary``.
     """
     log_probs = jax.nn.log_softmax(logits[:, :-1], axis=-1 if softmax_axis == "vocabulary" else 1)
     return jnp.sum(-jnp.sum(log_probs * teacher_probabilities, axis=-1) * weights[:, 1:], axis=-1)
 
 
-def _token_mean(logits: Array, target: Array, weights: Array, counts: Array, smoothing: float) -> LossOutput:
-    weights = weights[:, 1:] * counts[:, None]
+def _mean_token_loss(
+    logits: Array, target: Array, weights: Array, example_weights: Array, smoothing: float
+) -> LossOutput:
+    weights = weights[:, 1:] * example_weights[:, None]
     loss = weighted_mean(next_token_loss(logits, target, smoothing), weights)
-    hit = (jnp.argmax(logits[:, :-1], axis=-1) == target[:, 1:]).astype(jnp.float32)
-    return LossOutput(loss, {"loss": loss, "token_accuracy": weighted_mean(hit, weights)})
+    correct = (jnp.argmax(logits[:, :-1], axis=-1) == target[:, 1:]).astype(jnp.float32)
+    return LossOutput(loss, {"loss": loss, "token_accuracy": weighted_mean(correct, weights)})
 
 
 def caption_loss(forward: ForwardPass, smoothing: float = 0.0) -> LossOutput:
-    """Caption, from the picture alone as in the release or as instructed: mean over the batch's counted tokens."""
+    """Compute the caption loss, weighted mean over all tokens; the memory may include an instruction."""
     batch = forward.batch
     mask = batch["target"] != 0
     logits = forward.model.decoder(batch["target"], mask, *forward.caption_memory, rng=forward.key("decoder"))
-    return _token_mean(logits, batch["target"], batch["target_weights"], forward.example_weights, smoothing)
+    return _mean_token_loss(logits, batch["target"], batch["target_weights"], forward.example_weights, smoothing)
 
 
 def ilm_loss(forward: ForwardPass, smoothing: float = 0.0) -> LossOutput:
-    """Instruction-based generation: the answer to ``instruction``, mean over all counted tokens of the batch."""
+    """Compute the loss of the response to ``instruction``, weighted mean over all tokens."""
     batch = forward.batch
     memory, memory_mask = forward.instruction_memory
     mask = batch["target"] != 0
     logits = forward.model.decoder(batch["target"], mask, memory, memory_mask, rng=forward.key("decoder"))
-    return _token_mean(logits, batch["target"], batch["target_weights"], forward.example_weights, smoothing)
+    return _mean_token_loss(logits, batch["target"], batch["target_weights"], forward.example_weights, smoothing)
 
 
 def answer_loss(
     forward: ForwardPass, distillation: DistillationConfig | None = None, smoothing: float = 0.0
 ) -> LossOutput:
-    """The release's question answering: token sums per answer, weighted, over the number of questions.
+    """Compute the release's question answering loss: weighted token sums of the answers / number of questions.
 
-    A question may have several answers: ``target`` is [b*r, m], ``answer_weights`` [b*r] (0 for padding, 1 if absent).
-    With a teacher the loss is (1 - alpha) * cross entropy, smoothed, + alpha * distillation, which is not.
+    A question may have several answers: ``target`` is [b*r, m], ``answer_weights`` is [b*r] (0 for padding; all 1 if
+    absent). With a teacher the loss is (1 - alpha) * smoothed cross entropy + alpha * distillation.
     """
-    batch, counts, teacher, alpha = forward.batch, forward.example_weights, forward.teacher, forward.alpha
+    batch, example_weights, teacher, alpha = forward.batch, forward.example_weights, forward.teacher, forward.alpha
     target, weights = batch["target"], batch["target_weights"]
     memory, memory_mask = forward.instruction_memory
     logits = forward.model.decoder(target, target != 0, memory, memory_mask, rng=forward.key("decoder"))
-    sums = summed_answer_loss(logits, target, weights, smoothing)
-    metrics: Metrics = {"cross_entropy": jnp.mean(sums)}
+    losses = summed_answer_loss(logits, target, weights, smoothing)
+    metrics: Metrics = {"cross_entropy": jnp.mean(losses)}
     if teacher is not None and distillation is not None:
-        soft = teacher_probabilities(teacher)
-        distilled = summed_distillation_loss(logits, soft, weights, softmax_axis=distillation.softmax_axis)
-        sums = (1.0 - alpha) * sums + alpha * distilled
-        metrics |= {"distillation": jnp.mean(distilled)}
-    per_question = jnp.repeat(counts, target.shape[0] // counts.shape[0])
-    answer_weights = batch.get("answer_weights", jnp.ones(target.shape[0])) * per_question
-    loss = jnp.sum(sums * answer_weights) / jnp.maximum(jnp.sum(counts), 1.0)
+        soft_targets = teacher_probabilities(teacher)
+        distillation_losses = summed_distillation_loss(
+            logits, soft_targets, weights, softmax_axis=distillation.softmax_axis
+        )
+        losses = (1.0 - alpha) * losses + alpha * distillation_losses
+        metrics |= {"distillation": jnp.mean(distillation_losses)}
+    question_weights = jnp.repeat(example_weights, target.shape[0] // example_weights.shape[0])
+    answer_weights = batch.get("answer_weights", jnp.ones(target.shape[0])) * question_weights
+    loss = jnp.sum(losses * answer_weights) / jnp.maximum(jnp.sum(example_weights), 1.0)
     return LossOutput(loss, {"loss": loss, **metrics})
 
 
 def teacher_probabilities(teacher: ForwardPass) -> Float[Array, "a m1 v"]:
-    """What the teacher expects at each position, without gradient."""
+    """Return the teacher's distribution over the next token at each position, without gradient."""
     target = teacher.batch["target"]
     memory, memory_mask = teacher.instruction_memory
     logits = teacher.model.decoder(target, target != 0, memory, memory_mask, rng=teacher.key("decoder"))

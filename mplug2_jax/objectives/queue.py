@@ -1,4 +1,4 @@
-"""A queue of past features, which a contrast against a momentum teacher draws its candidates from."""
+"""Queue of earlier features: additional candidates of the contrast against a momentum teacher."""
 
 from typing import NamedTuple
 
@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 
 class Queue(NamedTuple):
-    """The last Q examples' teacher features, and where the next ones go."""
+    """Teacher features of the last Q examples, and the position of the next ones."""
 
     visual: Float[Array, "z e"]
     text: Float[Array, "z e"]
@@ -16,7 +16,7 @@ class Queue(NamedTuple):
     pointer: Int[Array, ""]
 
     def push(self, visual: Float[Array, "b e"], text: Float[Array, "b e"], ids: Int[Array, " b"]) -> "Queue":
-        """Replaces the oldest rows. The batch must divide the queue."""
+        """Replace the oldest rows. The batch size must divide the queue size."""
 
         def write(old: Array, new: Array) -> Array:
             return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), self.pointer, 0)
@@ -26,7 +26,7 @@ class Queue(NamedTuple):
 
 
 def init_queue(rng: PRNGKeyArray, size: int, width: int) -> Queue:
-    """Random unit vectors whose ids (-100) match nothing."""
+    """Make a queue of random unit vectors whose ids (-100) match no example."""
     visual, text = jax.random.normal(rng, (2, size, width))
-    unit = [x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (visual, text)]
-    return Queue(unit[0], unit[1], jnp.full(size, -100, jnp.int32), jnp.zeros((), jnp.int32))
+    features = [x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in (visual, text)]
+    return Queue(features[0], features[1], jnp.full(size, -100, jnp.int32), jnp.zeros((), jnp.int32))

@@ -18,16 +18,16 @@ def contrastive_loss(
     visual: Float[Array, "b e"],
     text: Float[Array, "b e"],
     ids: Int[Array, " b"],
-    counts: Float[Array, " b"],
+    example_weights: Float[Array, " b"],
     temperature: Float[Array, ""],
 ) -> Float[Array, ""]:
-    """Mean of both directions of softmax cross entropy; all pairs with equal ids are positives, equally weighted.
+    """Compute the mean InfoNCE loss of both directions; all pairs with equal ids are positives of equal weight.
 
-    Features are unit vectors; examples with ``counts`` 0 are neither rows nor columns.
+    Features are unit vectors; examples of weight 0 are neither anchors nor candidates.
     """
-    rows = info_nce(visual, text, ids, counts, temperature)
-    columns = info_nce(text, visual, ids, counts, temperature)
-    return (weighted_mean(rows, counts) + weighted_mean(columns, counts)) / 2
+    visual_losses = info_nce(visual, text, ids, example_weights, temperature)
+    text_losses = info_nce(text, visual, ids, example_weights, temperature)
+    return (weighted_mean(visual_losses, example_weights) + weighted_mean(text_losses, example_weights)) / 2
 
 
 def momentum_contrastive_loss(
@@ -38,32 +38,35 @@ def momentum_contrastive_loss(
     temperature: Float[Array, ""],
     alpha: Float[Array, ""] | float,
 ) -> Float[Array, ""]:
-    """Mean of both directions of cross entropy against alpha * teacher + (1 - alpha) * true pairs.
+    """Compute the mean cross entropy of both directions against alpha * teacher + (1 - alpha) * positives.
 
-    Feature pairs are (visual, text). Equal ids, in the batch and in the queue, are all true pairs, equally weighted.
+    Feature pairs are (visual, text). All examples with equal ids, in the batch and in the queue, are positives of equal
+    weight.
     """
     teacher = jax.lax.stop_gradient(teacher)
-    candidates = (jnp.concatenate([teacher[0], queue.visual]), jnp.concatenate([teacher[1], queue.text]))
-    same = (ids[:, None] == jnp.concatenate([ids, queue.ids])).astype(jnp.float32)
-    true = same / same.sum(-1, keepdims=True)
+    visual_candidates = jnp.concatenate([teacher[0], queue.visual])
+    text_candidates = jnp.concatenate([teacher[1], queue.text])
+    positives = (ids[:, None] == jnp.concatenate([ids, queue.ids])).astype(jnp.float32)
+    hard_targets = positives / positives.sum(-1, keepdims=True)
 
-    def direction(own: Array, their: Array, others: Array) -> Array:
-        soft = jax.lax.stop_gradient(jax.nn.softmax(their @ others.T / temperature, axis=-1))
-        target = alpha * soft + (1.0 - alpha) * true
-        return -jnp.mean(jnp.sum(target * jax.nn.log_softmax(own @ others.T / temperature, axis=-1), axis=-1))
+    def one_direction(student: Array, teacher: Array, candidates: Array) -> Array:
+        soft_targets = jax.lax.stop_gradient(jax.nn.softmax(teacher @ candidates.T / temperature, axis=-1))
+        targets = alpha * soft_targets + (1.0 - alpha) * hard_targets
+        log_probs = jax.nn.log_softmax(student @ candidates.T / temperature, axis=-1)
+        return -jnp.mean(jnp.sum(targets * log_probs, axis=-1))
 
-    to_text = direction(student[0], teacher[0], candidates[1])
-    to_visual = direction(student[1], teacher[1], candidates[0])
+    to_text = one_direction(student[0], teacher[0], text_candidates)
+    to_visual = one_direction(student[1], teacher[1], visual_candidates)
     return (to_text + to_visual) / 2
 
 
 def vlc_loss(forward: ForwardPass, config: VlcConfig) -> LossOutput:
-    """Contrast between ``frames`` and ``text``, both directions."""
+    """Contrast ``frames`` and ``text`` in both directions."""
     ids = forward.batch["example_id"]
     temperature = jnp.maximum(forward.model.contrastive.temperature[...], config.min_temperature)
     if forward.queue is None or forward.teacher is None:
         loss = contrastive_loss(*forward.features, ids, forward.example_weights, temperature)
         return LossOutput(loss, {"loss": loss, "temperature": temperature})
-    theirs = jax.lax.stop_gradient(forward.teacher.features)
-    loss = momentum_contrastive_loss(forward.features, theirs, ids, forward.queue, temperature, forward.alpha)
-    return LossOutput(loss, {"loss": loss, "temperature": temperature}, forward.queue.push(*theirs, ids))
+    teacher_features = jax.lax.stop_gradient(forward.teacher.features)
+    loss = momentum_contrastive_loss(forward.features, teacher_features, ids, forward.queue, temperature, forward.alpha)
+    return LossOutput(loss, {"loss": loss, "temperature": temperature}, forward.queue.push(*teacher_features, ids))

@@ -1,4 +1,4 @@
-"""What a stream's batch does not touch gets a gradient of exactly zero, in a model that has every part."""
+"""Parameters that a stream's objectives do not use get a gradient of exactly zero, in a model with every part."""
 
 import dataclasses
 
@@ -32,8 +32,8 @@ OBJECTIVES = {
 }
 
 
-def run_of(streams):
-    """A run with these streams, each with its weighted objectives."""
+def make_config(streams):
+    """Make a run with these streams, each with weighted objectives."""
 
     def data(kind):
         return DataConfig(sources={"digits": SourceConfig(kind=kind)}, examples=ExampleConfig(), batch_size=BATCH)
@@ -45,7 +45,7 @@ def run_of(streams):
     )  # fmt: skip
 
 
-def batch_of(kind):
+def make_batch(kind):
     rng = np.random.default_rng(0)
 
     def tokens():
@@ -64,9 +64,9 @@ def batch_of(kind):
 
 @pytest.fixture(scope="module")
 def spec():
-    """A run whose model has every part; its parameters are all random, so that none hides behind another's zero."""
+    """Return a run whose model has every part, and random parameters, as zeros would block gradients."""
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    spec = make_run_spec(run_of(EVERYTHING), SpecialTokens(begin=1, end=2, mask=3), mesh)
+    spec = make_run_spec(make_config(EVERYTHING), SpecialTokens(begin=1, end=2, mask=3), mesh)
     rng = np.random.default_rng(1)
     params = jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape) * 0.3, jnp.float32), spec.definition.shapes)
     params["contrastive"]["temperature"] = jnp.asarray(0.07)
@@ -75,20 +75,20 @@ def spec():
 
 
 def largest_gradients(spec, params, kind):
-    """The largest gradient of every parameter, from a batch of one stream; and the metrics."""
-    one = dataclasses.replace(spec, config=run_of({kind: OBJECTIVES[kind]}))
+    """Return the largest gradient of every parameter for a batch of one stream, and the metrics."""
+    one_stream = dataclasses.replace(spec, config=make_config({kind: OBJECTIVES[kind]}))
 
     def loss(params, batch):
-        return streams_loss(one, params, None, {}, {kind: batch}, jax.random.key(3), jnp.zeros(()))
+        return streams_loss(one_stream, params, None, {}, {kind: batch}, jax.random.key(3), jnp.zeros(()))
 
-    run = jax.jit(jax.grad(loss, has_aux=True))
-    gradients, (metrics, _) = run(params, batch_of(kind))
-    leaves = jax.tree_util.tree_leaves_with_path(gradients)
+    grad = jax.jit(jax.grad(loss, has_aux=True))
+    grads, (metrics, _) = grad(params, make_batch(kind))
+    leaves = jax.tree_util.tree_leaves_with_path(grads)
     return {"/".join(key.key for key in path): float(np.abs(leaf).max()) for path, leaf in leaves}, metrics
 
 
-def untouched(name, kind):
-    """Whether a parameter has no part in what a stream's objectives compute."""
+def is_unused(name, kind):
+    """Return whether a stream's objectives do not use a parameter."""
     if kind == "text":
         visual = ("vision", "universal/latents", "universal/visual_norm", "universal/layers/cross")
         return name.startswith((*visual, "fusion/", "decoder/", "contrastive/", "matching/"))
@@ -98,12 +98,12 @@ def untouched(name, kind):
 
 
 @pytest.mark.parametrize("kind", ["text", "image", "video"])
-def test_gradients_are_exactly_zero_where_a_stream_does_not_reach_and_only_there(spec, kind):
+def test_gradients_are_exactly_zero_for_unused_parameters_and_only_for_these(spec, kind):
     largest, metrics = largest_gradients(*spec, kind)
     for name, value in largest.items():
-        if untouched(name, kind):
+        if is_unused(name, kind):
             assert value == 0, name
-        elif not name.endswith("key/bias"):  # which no softmax sees: rounding noise, or none
+        elif not name.endswith("key/bias"):  # cancels in the softmax: rounding noise, or zero
             assert value > 0, name
     weighted = sum(weight * metrics[f"{kind}/{objective}/loss"] for objective, weight in OBJECTIVES[kind].items())
     assert_close(metrics["loss"], weighted)

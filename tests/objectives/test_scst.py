@@ -1,4 +1,4 @@
-"""Self-critical training against REINFORCE by hand, in a model that has every layer."""
+"""Self-critical sequence training against a plain REINFORCE, in a model with every layer."""
 
 import itertools
 
@@ -40,8 +40,8 @@ def model():
     return definition, jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape) * 0.3, s.dtype), definition.shapes)
 
 
-def batch_of(ids=range(EXAMPLES)):
-    """Pictures and two references each, of examples by their ids."""
+def make_batch(ids=range(EXAMPLES)):
+    """Make images with two references each, by example id."""
     rngs = [np.random.default_rng(i) for i in ids]
     references = np.stack([rng.integers(4, VOCABULARY, size=(2, LENGTH)) for rng in rngs]).astype(np.int32)
     references[..., 0], references[..., -1] = CONTEXT.tokens.begin, CONTEXT.tokens.end
@@ -49,8 +49,8 @@ def batch_of(ids=range(EXAMPLES)):
     return jax.device_put({"frames": frames, "references": references, "example_id": np.asarray(ids, np.int32)})
 
 
-def drawn(model, batch):
-    """The captions that a step draws."""
+def sample_captions(model, batch):
+    """Sample the captions of a training step."""
     definition, params = model
     bound, search = (
         definition.bind(params),
@@ -60,55 +60,56 @@ def drawn(model, batch):
     return generate(bound.decoder, *memory, search, CONTEXT.tokens, batch["example_id"], key=key)
 
 
-def test_its_gradient_is_reinforce_by_hand(model):
-    """Dropout is on, but neither for what is drawn nor for what is learned."""
+def test_the_gradient_is_that_of_reinforce(model):
+    """Check that neither sampling nor the loss uses dropout, although the model has it."""
     definition, params = model
-    batch = batch_of()
-    found = jax.jit(lambda p: drawn((definition, p), batch))(params)
-    ids, lengths = np.asarray(found.ids), np.asarray(found.lengths)
-    rewards = np.asarray(cider_d(found.ids, batch["references"], uniform_frequencies(), CONTEXT.tokens))
+    batch = make_batch()
+    output = jax.jit(lambda p: sample_captions((definition, p), batch))(params)
+    ids, lengths = np.asarray(output.ids), np.asarray(output.lengths)
+    rewards = np.asarray(cider_d(output.ids, batch["references"], uniform_frequencies(), CONTEXT.tokens))
     assert rewards.std(1).min() > 0
 
-    def by_hand(params):
+    def reinforce(params):
         bound = definition.bind(params)
-        memory, seen = (jnp.repeat(x, SAMPLES, axis=0) for x in ForwardPass(bound, batch).caption_memory)
-        logits = bound.decoder(jnp.asarray(ids.reshape(-1, ids.shape[-1])), None, memory, seen)
-        chances = jax.nn.log_softmax(logits).reshape(*ids.shape, VOCABULARY)
+        memory, memory_mask = (jnp.repeat(x, SAMPLES, axis=0) for x in ForwardPass(bound, batch).caption_memory)
+        logits = bound.decoder(jnp.asarray(ids.reshape(-1, ids.shape[-1])), None, memory, memory_mask)
+        log_probs = jax.nn.log_softmax(logits).reshape(*ids.shape, VOCABULARY)
         total = 0.0
         for b, k in itertools.product(range(EXAMPLES), range(SAMPLES)):
-            said = ids[b, k, 1 : lengths[b, k]]
-            others = (rewards[b].sum() - rewards[b, k]) / (SAMPLES - 1)
-            total -= (rewards[b, k] - others) * chances[b, k, np.arange(len(said)), said].sum()
+            sampled = ids[b, k, 1 : lengths[b, k]]
+            baseline = (rewards[b].sum() - rewards[b, k]) / (SAMPLES - 1)
+            total -= (rewards[b, k] - baseline) * log_probs[b, k, np.arange(len(sampled)), sampled].sum()
         return total / (lengths - 1).sum()
 
-    def ours(params):
-        outcome = TASK.loss(ForwardPass(definition.bind(params), batch, RNG), CONTEXT)
-        return outcome.loss, outcome.metrics
+    def scst(params):
+        result = TASK.loss(ForwardPass(definition.bind(params), batch, RNG), CONTEXT)
+        return result.loss, result.metrics
 
-    (loss, metrics), gradients = jax.jit(jax.value_and_grad(ours, has_aux=True))(params)
-    expected, hand = jax.jit(jax.value_and_grad(by_hand))(params)
+    (loss, metrics), grads = jax.jit(jax.value_and_grad(scst, has_aux=True))(params)
+    expected, expected_grads = jax.jit(jax.value_and_grad(reinforce))(params)
     assert_close(loss, expected, CHAIN)
     assert_close(metrics["reward"], 100 * rewards.mean())
     assert_close(metrics["length"], (lengths - 1).mean())
-    assert max(float(abs(g).max()) for g in jax.tree.leaves(gradients)) > 1e-3
-    assert_close(gradients, hand, CHAIN)
+    assert max(float(abs(g).max()) for g in jax.tree.leaves(grads)) > 1e-3
+    assert_close(grads, expected_grads, CHAIN)
 
 
-def test_an_examples_captions_do_not_depend_on_its_neighbours(model):
-    whole, other = drawn(model, batch_of((0, 1, 2))), drawn(model, batch_of((5, 2)))
-    np.testing.assert_array_equal(whole.ids[2], other.ids[1])
-    assert (np.asarray(whole.ids[0]) != np.asarray(whole.ids[1])).any()
+def test_samples_of_an_example_do_not_depend_on_its_batch(model):
+    three, two = sample_captions(model, make_batch((0, 1, 2))), sample_captions(model, make_batch((5, 2)))
+    np.testing.assert_array_equal(three.ids[2], two.ids[1])
+    assert (np.asarray(three.ids[0]) != np.asarray(three.ids[1])).any()
 
 
-def test_padding_counts_for_nothing(model):
+def test_padding_has_no_effect(model):
     definition, params = model
-    measure = jax.jit(lambda batch: TASK.loss(ForwardPass(definition.bind(params), batch, RNG), CONTEXT).metrics)
-    alone, padded = batch_of((0, 1)), batch_of((0, 1, 2)) | {"example_mask": jnp.asarray([True, True, False])}
-    ours, theirs = measure(alone), measure(padded)
-    assert_close(ours, theirs, CHAIN)
+    compute_metrics = jax.jit(
+        lambda batch: TASK.loss(ForwardPass(definition.bind(params), batch, RNG), CONTEXT).metrics
+    )
+    unpadded, padded = make_batch((0, 1)), make_batch((0, 1, 2)) | {"example_mask": jnp.asarray([True, True, False])}
+    assert_close(compute_metrics(padded), compute_metrics(unpadded), CHAIN)
 
 
-def test_a_caption_is_measured_by_the_mean_of_the_others():
+def test_the_baseline_is_the_mean_of_the_other_samples():
     assert_close(advantages(jnp.asarray([[1.0, 2.0, 6.0], [3.0, 3.0, 3.0]])), [[-3, -1.5, 4.5], [0] * 3])
 
 

@@ -1,4 +1,4 @@
-"""Vision-language matching: which negatives are drawn, and what the loss makes of them."""
+"""Vision-language matching: sampling of hard negatives, and the loss over them."""
 
 import types
 
@@ -33,16 +33,16 @@ def case(seed, num_ids=5, padded=2, batch=BATCH):
     return tuple(jnp.asarray(x) for x in (features[0], features[1], ids, counts))
 
 
-def draw_from_themselves(visual, text, ids, counts, rng=None, temperature=0.07, group=4):
+def sample_negatives(visual, text, ids, counts, rng=None, temperature=0.07, group=4):
     pair = (visual, text)
     return hard_negatives(pair, pair, ids, counts, jnp.asarray(temperature), group, rng)
 
 
-draw = jax.jit(draw_from_themselves, static_argnames="group")
+jitted_sample = jax.jit(sample_negatives, static_argnames="group")
 
 
-def whole(index, group):
-    """Indices inside groups as indices of the batch."""
+def batch_index(index, group):
+    """Convert indices within groups to indices of the batch."""
     index = np.asarray(index)
     return (index + group * np.arange(len(index))[:, None]).reshape(-1)
 
@@ -50,11 +50,11 @@ def whole(index, group):
 @settings(max_examples=40)
 @given(
     seed=st.integers(0, 2**31 - 1), num_ids=st.sampled_from([1, 2, 4, 100]), padded=st.integers(0, 12),
-    group=st.sampled_from([4, 12]), drawn=st.booleans(),
+    group=st.sampled_from([4, 12]), sampled=st.booleans(),
 )  # fmt: skip
-def test_negatives_are_others_of_the_group_with_another_id_that_count(seed, num_ids, padded, group, drawn):
+def test_negatives_are_unpadded_group_members_with_another_id(seed, num_ids, padded, group, sampled):
     visual, text, ids, counts = case(seed, num_ids, padded)
-    found = draw(visual, text, ids, counts, jax.random.key(seed) if drawn else None, group=group)
+    found = jitted_sample(visual, text, ids, counts, jax.random.key(seed) if sampled else None, group=group)
     ids, counts, exists = np.asarray(ids), np.asarray(counts), np.asarray(found[2]).reshape(-1)
     for i in range(BATCH):
         members = range(i // group * group, i // group * group + group)
@@ -62,46 +62,46 @@ def test_negatives_are_others_of_the_group_with_another_id_that_count(seed, num_
         assert exists[i] == bool(possible)
         for index in found[:2]:
             assert 0 <= np.asarray(index).reshape(-1)[i] < group
-            assert not possible or whole(index, group)[i] in possible
+            assert not possible or batch_index(index, group)[i] in possible
 
 
 @settings(max_examples=15)
 @given(seed=st.integers(0, 2**31 - 1))
-def test_the_most_similar_is_drawn_without_a_key_and_at_a_low_temperature(seed):
+def test_the_most_similar_negative_is_taken_without_a_key_and_at_low_temperature(seed):
     visual, text, ids, counts = case(seed, padded=1)
-    exists = np.asarray(draw(visual, text, ids, counts)[2]).reshape(-1)
+    exists = np.asarray(jitted_sample(visual, text, ids, counts)[2]).reshape(-1)
     similarity = np.asarray(text) @ np.asarray(visual).T  # texts are rows
     same_group = np.arange(BATCH)[:, None] // 4 == np.arange(BATCH) // 4
-    wrong = same_group & (np.asarray(ids)[:, None] != np.asarray(ids)) & (np.asarray(counts) > 0)
-    near = 1e-4  # of unit vectors: roundings, and noise at that temperature, may decide between two that are so alike
+    is_negative = same_group & (np.asarray(ids)[:, None] != np.asarray(ids)) & (np.asarray(counts) > 0)
+    near = 1e-4  # rounding, and sampling at low temperature, decide between negatives that are so similar
     for rng, temperature in ((None, 0.07), (jax.random.key(seed), 1e-6)):
-        found = draw(visual, text, ids, counts, rng, temperature)
-        for index, each in zip(found[:2], (similarity, similarity.T), strict=True):
-            possible = np.where(wrong, each, -np.inf)
-            drawn = possible[np.arange(BATCH), whole(index, 4)]
-            assert (drawn[exists] >= possible.max(1)[exists] - near).all()
+        found = jitted_sample(visual, text, ids, counts, rng, temperature)
+        for index, matrix in zip(found[:2], (similarity, similarity.T), strict=True):
+            possible = np.where(is_negative, matrix, -np.inf)
+            chosen = possible[np.arange(BATCH), batch_index(index, 4)]
+            assert (chosen[exists] >= possible.max(1)[exists] - near).all()
 
 
-def test_draws_are_in_proportion_to_the_softmax_of_similarity_over_temperature():
+def test_sampling_is_proportional_to_softmax_of_similarity_over_temperature():
     visual, text, _, counts = case(1, padded=0, batch=4)
-    ids, temperature, draws = jnp.asarray([0, 1, 0, 2]), 0.5, 4000
-    run = jax.jit(jax.vmap(lambda key: draw_from_themselves(visual, text, ids, counts, key, temperature)[:2]))
-    pictures, texts = (np.asarray(x)[:, 0] for x in run(jax.random.split(jax.random.key(0), draws)))
+    ids, temperature, num_samples = jnp.asarray([0, 1, 0, 2]), 0.5, 4000
+    sample = jax.jit(jax.vmap(lambda key: sample_negatives(visual, text, ids, counts, key, temperature)[:2]))
+    images, texts = (np.asarray(x)[:, 0] for x in sample(jax.random.split(jax.random.key(0), num_samples)))
     scores = np.asarray(text) @ np.asarray(visual).T / temperature
-    wrong = np.asarray(ids)[:, None] != np.asarray(ids)
-    for found, score in ((pictures, scores), (texts, scores.T)):
-        expected = np.where(wrong, np.exp(score), 0)
+    is_negative = np.asarray(ids)[:, None] != np.asarray(ids)
+    for found, score in ((images, scores), (texts, scores.T)):
+        expected = np.where(is_negative, np.exp(score), 0)
         expected /= expected.sum(1, keepdims=True)
-        shares = np.stack([np.bincount(found[:, i], minlength=4) / draws for i in range(4)])
-        assert np.abs(shares - expected).max() < 5 * np.sqrt(0.25 / draws)
-    assert (pictures != texts).any()  # the two draws are independent
+        frequencies = np.stack([np.bincount(found[:, i], minlength=4) / num_samples for i in range(4)])
+        assert np.abs(frequencies - expected).max() < 5 * np.sqrt(0.25 / num_samples)
+    assert (images != texts).any()  # sampled independently
 
 
-def test_another_groups_examples_change_no_draw():
+def test_sampling_does_not_depend_on_other_groups():
     visual, text, ids, counts = case(2)
     rng, first = jax.random.key(3), jnp.arange(BATCH) < 4
-    before = draw(visual, text, ids, counts, rng)
-    after = draw(
+    before = jitted_sample(visual, text, ids, counts, rng)
+    after = jitted_sample(
         jnp.where(first[:, None], visual, -visual), jnp.where(first[:, None], text, visual),
         jnp.where(first, ids, ids + 1), jnp.where(first, counts, 1.0), rng,
     )  # fmt: skip
@@ -110,29 +110,29 @@ def test_another_groups_examples_change_no_draw():
     assert any((np.asarray(a) != np.asarray(b)).any() for a, b in zip(before, after, strict=True))
 
 
-def test_candidates_may_be_a_teachers_features():
+def test_negatives_may_be_sampled_by_a_teachers_features():
     visual, text, ids, counts = case(5, num_ids=100, padded=0)
-    own, theirs = (visual, text), (visual[::-1], text[::-1])
-    run = jax.jit(hard_negatives, static_argnums=5)
+    student, teacher = (visual, text), (visual[::-1], text[::-1])
+    negatives = jax.jit(hard_negatives, static_argnums=5)
     temperature = jnp.asarray(0.07)
-    crossed = run(own, theirs, ids, counts, temperature, 4, None)
-    wrong = ~np.eye(4, dtype=bool)
-    for index, rows, columns in ((crossed[0], text, theirs[0]), (crossed[1], visual, theirs[1])):
+    found = negatives(student, teacher, ids, counts, temperature, 4, None)
+    is_negative = ~np.eye(4, dtype=bool)
+    for index, rows, columns in ((found[0], text, teacher[0]), (found[1], visual, teacher[1])):
         scores = np.einsum("gie,gje->gij", rows.reshape(3, 4, -1), columns.reshape(3, 4, -1))
-        np.testing.assert_array_equal(index, np.where(wrong, scores, -np.inf).argmax(-1))
+        np.testing.assert_array_equal(index, np.where(is_negative, scores, -np.inf).argmax(-1))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "bool"])
-def test_rows_are_taken_inside_their_group_exactly(dtype):
+def test_gathering_within_groups_is_exact(dtype):
     x = jax.random.normal(jax.random.key(0), (6, 2, 3))
     x = x > 0 if dtype == "bool" else x.astype(dtype)
-    taken = gather_in_group(x, jnp.asarray([[2, 0, 0], [1, 1, 2]]))
-    assert taken.dtype == x.dtype
-    np.testing.assert_array_equal(taken, x[np.asarray([2, 0, 0, 4, 4, 5])])
+    gathered = gather_in_group(x, jnp.asarray([[2, 0, 0], [1, 1, 2]]))
+    assert gathered.dtype == x.dtype
+    np.testing.assert_array_equal(gathered, x[np.asarray([2, 0, 0, 4, 4, 5])])
 
 
-class Prepared(ForwardPass):
-    """A forward pass whose tokens carry their own number, and whose match of text i with picture j is a table's."""
+class FakeForward(ForwardPass):
+    """Forward pass whose tokens carry example numbers, and whose logits of (text i, image j) are in a table."""
 
     def __init__(self, batch, features, table, rng=None):
         rows = len(batch["example_id"])
@@ -145,18 +145,18 @@ class Prepared(ForwardPass):
         )  # fmt: skip
 
     def fusion(self, text, mask, visual, rng):
-        """[text's number, picture's number]; as in the model, texts that share a picture stand side by side."""
-        pictures = jnp.repeat(visual[:, 0, 0], len(text) // len(visual)).astype(int)
+        """Return [text number, image number]; as in the model, texts that share an image are adjacent."""
+        images = jnp.repeat(visual[:, 0, 0], len(text) // len(visual)).astype(int)
         numbers = text[:, 0, 0].astype(int)
-        own_mask = mask.sum(1) == numbers % 3 + 1
-        return visual, jnp.where(own_mask[:, None], jnp.stack([numbers, pictures], axis=1), -1)
+        mask_matches = mask.sum(1) == numbers % 3 + 1
+        return visual, jnp.where(mask_matches[:, None], jnp.stack([numbers, images], axis=1), -1)
 
 
 def loss_and_negatives(batch, features, table, rng, group):
-    forward = Prepared(batch, features, table, rng)
+    forward = FakeForward(batch, features, table, rng)
     key = forward.key("vlm/negatives")
     counts = batch["example_mask"].astype(jnp.float32)
-    negatives = draw_from_themselves(*features, batch["example_id"], counts, key, group=group or len(table))
+    negatives = sample_negatives(*features, batch["example_id"], counts, key, group=group or len(table))
     return vlm_loss(forward, VlmConfig(group_size=group)), negatives
 
 
@@ -174,38 +174,38 @@ def pairs_to_match(seed, padded=0, num_ids=5, batch=BATCH):
 
 
 @pytest.mark.parametrize("group", [4, 0])
-def test_the_loss_is_over_true_pairs_wrong_pictures_and_wrong_texts(group):
+def test_the_loss_is_over_positives_negative_images_and_negative_texts(group):
     batch, features, table = pairs_to_match(0, padded=3)
-    outcome, (pictures, texts, exists) = loss_of(batch, features, table, jax.random.key(0), group)
-    pictures, texts = (whole(index, group or BATCH) for index in (pictures, texts))
+    result, (images, texts, exists) = loss_of(batch, features, table, jax.random.key(0), group)
+    images, texts = (batch_index(index, group or BATCH) for index in (images, texts))
     losses, hits = [], []
     for i in np.flatnonzero(batch["example_mask"]):
         pairs = [(i, i, 1)]
         if np.asarray(exists).reshape(-1)[i]:
-            pairs += [(texts[i], i, 0), (i, pictures[i], 0)]
-        for text, picture, label in pairs:
-            logits = np.asarray(table[text, picture], np.float64)
+            pairs += [(texts[i], i, 0), (i, images[i], 0)]
+        for text, image, label in pairs:
+            logits = np.asarray(table[text, image], np.float64)
             losses.append(np.log(np.exp(logits).sum()) - logits[label])
             hits.append(logits.argmax() == label)
-    assert_close(outcome.loss, np.mean(losses))
-    assert_close(outcome.metrics["accuracy"], np.mean(hits))
+    assert_close(result.loss, np.mean(losses))
+    assert_close(result.metrics["accuracy"], np.mean(hits))
 
 
-def test_without_a_group_negatives_come_from_the_whole_batch():
+def test_without_groups_negatives_come_from_the_whole_batch():
     batch, features, table = pairs_to_match(0, num_ids=1000)
-    _, (pictures, texts, exists) = loss_of(batch, features, table, jax.random.key(0), 0)
-    assert pictures.shape == texts.shape == exists.shape == (1, BATCH)
-    assert (np.abs(np.asarray(pictures) - np.arange(BATCH)) >= 4).any()
+    _, (images, texts, exists) = loss_of(batch, features, table, jax.random.key(0), 0)
+    assert images.shape == texts.shape == exists.shape == (1, BATCH)
+    assert (np.abs(np.asarray(images) - np.arange(BATCH)) >= 4).any()
 
 
-def test_examples_without_a_possible_negative_count_as_true_pairs_alone():
+def test_examples_without_a_negative_are_positives_only():
     batch, features, table = pairs_to_match(1, num_ids=1)
-    true = np.asarray(table, np.float64)[np.arange(BATCH), np.arange(BATCH)]
-    expected = (np.log(np.exp(true).sum(1)) - true[:, 1]).mean()
+    positive = np.asarray(table, np.float64)[np.arange(BATCH), np.arange(BATCH)]
+    expected = (np.log(np.exp(positive).sum(1)) - positive[:, 1]).mean()
     assert_close(loss_of(batch, features, table, jax.random.key(0), 4)[0].loss, expected)
 
 
-def test_negatives_are_a_choice_through_which_no_gradient_flows():
+def test_no_gradient_flows_through_the_sampling():
     batch, features, table = pairs_to_match(2)
 
     def loss(features, table):
@@ -217,7 +217,7 @@ def test_negatives_are_a_choice_through_which_no_gradient_flows():
 
 
 @pytest.mark.parametrize("stride", [0, 1])
-def test_texts_that_share_a_picture_are_fused_as_if_each_had_its_own(stride):
+def test_texts_that_share_an_image_are_fused_as_with_copies_of_it(stride):
     config = model_config(
         "tiny", dtype="float32", width=16, heads=2, mlp_width=16, fusion_layers=2, fusion_stride=stride
     )  # fmt: skip
@@ -225,22 +225,22 @@ def test_texts_that_share_a_picture_are_fused_as_if_each_had_its_own(stride):
         graphdef, shapes = nnx.split(nnx.eval_shape(lambda: Fusion(config, rngs=nnx.Rngs(0))), nnx.Param)
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape) * 0.3, jnp.float32), shapes)
-    texts, pictures = jnp.asarray(rng.normal(size=(6, 3, 16))), jnp.asarray(rng.normal(size=(3, 5, 16)))
+    texts, images = jnp.asarray(rng.normal(size=(6, 3, 16))), jnp.asarray(rng.normal(size=(3, 5, 16)))
     mask = jnp.arange(3) < jnp.asarray([[3], [1], [2], [3], [3], [2]])
     fuse = jax.jit(lambda *args: nnx.merge(graphdef, params)(*args)[1])
-    own = jnp.repeat(pictures, 2, axis=0)
-    assert_close(fuse(texts, mask, pictures), fuse(texts, mask, own))
-    assert float(jnp.abs(fuse(texts, mask, pictures) - fuse(texts, mask, own[::-1])).max()) > 1e-2
+    copies = jnp.repeat(images, 2, axis=0)
+    assert_close(fuse(texts, mask, images), fuse(texts, mask, copies))
+    assert float(jnp.abs(fuse(texts, mask, images) - fuse(texts, mask, copies[::-1])).max()) > 1e-2
 
 
-def test_the_mesh_changes_neither_draw_nor_loss():
+def test_a_mesh_changes_neither_negatives_nor_loss():
     batch, features, table = pairs_to_match(7, padded=2, num_ids=9, batch=16)
     key = jax.random.key(11)
     expected, negatives = loss_of(batch, features, table, key, 4)
     mesh = make_mesh(MeshConfig(fsdp=8))  # groups of 4 over shards of 2
     placed = jax.device_put((batch, features), batch_sharding(mesh))
     with jax.set_mesh(mesh):
-        outcome, found = loss_of(*placed, table, key, 4)
-    for ours, plain in zip(found, negatives, strict=True):
-        np.testing.assert_array_equal(ours, plain)
-    assert_close(outcome.loss, expected.loss)
+        result, found = loss_of(*placed, table, key, 4)
+    for found_index, expected_index in zip(found, negatives, strict=True):
+        np.testing.assert_array_equal(found_index, expected_index)
+    assert_close(result.loss, expected.loss)
