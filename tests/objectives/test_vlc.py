@@ -102,7 +102,7 @@ def test_padding_has_no_effect_and_no_gradient():
         assert (np.abs(grad[~padding]).max(-1) > 0).all()
     noisy_visual, noisy_text, other_ids = visual.copy(), text.copy(), ids.copy()
     noisy_visual[padding], noisy_text[padding], other_ids[padding] = 100.0, -100.0, ids[~padding][0]
-    loud_value, loud_gradient = value_and_gradient(noisy_visual, noisy_text, other_ids, counts, temperature)
+    noisy_value, noisy_grads = value_and_grad(noisy_visual, noisy_text, other_ids, counts, temperature)
     np.testing.assert_array_equal(noisy_value, value)
     np.testing.assert_array_equal(noisy_grads, grads)
 
