@@ -4,7 +4,7 @@ import dataclasses
 import io
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -79,7 +79,7 @@ def draw_groups(
         visuals: what the examples of evaluations show, "image" or "video"; images by default.
     """
     drawn, room = [], _MAX_PANELS
-    for title, specs in _layout(curves, baselines, visuals or {}):
+    for title, specs in _layout(curves, baselines, visuals or {}).items():
         panels = [_draw(spec, curves) for spec in specs[:room]]
         room -= len(panels)
         if panels:
@@ -89,77 +89,47 @@ def draw_groups(
 
 def _layout(
     names: Mapping[str, Curve], baselines: Mapping[str, Mapping[str, float]], visuals: Mapping[str, str]
-) -> list[tuple[str, list[_PanelSpec]]]:
-    objective = [name for name in names if name.count("/") == 2 and not name.startswith("eval/")]
-    streams = list(dict.fromkeys(name.split("/")[0] for name in objective))
-    accuracies = [name for name in objective if name.endswith("accuracy")]
+) -> Mapping[str, list[_PanelSpec]]:
+    """Return the panels of each group."""
+    groups: dict[str, list[_PanelSpec]] = {}
+
+    def add(
+        group: str, title: str, lines: Sequence[tuple[str, str]], show: Callable[[float], str] = compact,
+        *, from_zero: bool = False, log: bool = False,
+    ) -> None:  # fmt: skip
+        if lines and all(name in names for _, name in lines):
+            groups.setdefault(group, []).append(_PanelSpec(title, lines, show, from_zero, log))
+
+    add("Training", "total loss", [("", "loss")])
     rates = [name for name in names if name.startswith("learning_rate")]
-    groups = [
-        (
-            "Training",
-            [
-                *_single(names, "total loss", "loss", compact),
-                *_lines("learning rate", [(n.partition("/")[2] or "all", n) for n in rates], compact, from_zero=True),
-                *_single(names, "gradient norm", "gradient_norm", compact, log=True),
-                *_single(names, "temperature", "temperature", compact),
-            ],
-        )
-    ]
-    towers = [(title, [n for n in names if n.startswith(f"{kind}/")]) for title, kind in _TOWER_NORMS]
-    specs = [
-        _PanelSpec(title, [(n.partition("/")[2], n) for n in norms], compact, log=True)
-        for title, norms in towers if norms
-    ]  # fmt: skip
-    groups.append(("Towers", specs))
-    for stream in streams:
-        losses = [name for name in objective if name.startswith(f"{stream}/") and name.endswith("/loss")]
-        groups.append(
-            (
-                f"Losses · {display_name(stream)}",
-                [_PanelSpec(display_name(n.split("/")[1]), [("", n)], compact) for n in losses],
-            )
-        )
-    by_stream = [
-        (s, [(display_name(n.split("/")[1]), n) for n in accuracies if n.startswith(f"{s}/")]) for s in streams
-    ]
-    groups.append(
-        (
-            "Training accuracy",
-            [spec for s, lines in by_stream for spec in _lines(display_name(s), lines, percent, from_zero=True)],
-        )
-    )
-    groups.append(
-        (
-            "Throughput",
-            [
-                *_single(names, "examples per second", "examples_per_second", compact, from_zero=True),
-                *_single(names, "tokens/s per device", "tokens_per_second_per_device", compact, from_zero=True),
-                *_single(names, "data wait", "data_wait", percent, from_zero=True),
-                *_single(names, "MFU", "mfu", percent, from_zero=True),
-            ],
-        )
-    )
-    groups.append(("Evaluations", _evaluations(names, baselines, visuals)))
-    shown = {name for _, specs in groups for spec in specs for _, name in spec.lines}
+    add("Training", "learning rate", [(n.partition("/")[2] or "all", n) for n in rates], from_zero=True)
+    add("Training", "gradient norm", [("", "gradient_norm")], log=True)
+    add("Training", "temperature", [("", "temperature")])
+    for title, kind in _TOWER_NORMS:
+        add("Towers", title, [(n.partition("/")[2], n) for n in names if n.startswith(f"{kind}/")], log=True)
+    objective_metrics = [name.split("/") for name in names if name.count("/") == 2 and not name.startswith("eval/")]
+    for stream, objective, metric in objective_metrics:
+        if metric == "loss":
+            line = f"{stream}/{objective}/loss"
+            add(f"Losses · {display_name(stream)}", display_name(objective), [("", line)])
+    for each in dict.fromkeys(stream for stream, _, _ in objective_metrics):
+        lines = [
+            (display_name(objective), f"{stream}/{objective}/{metric}")
+            for stream, objective, metric in objective_metrics if stream == each and metric.endswith("accuracy")
+        ]  # fmt: skip
+        add("Training accuracy", display_name(each), lines, percent, from_zero=True)
+    add("Throughput", "examples per second", [("", "examples_per_second")], from_zero=True)
+    add("Throughput", "tokens/s per device", [("", "tokens_per_second_per_device")], from_zero=True)
+    add("Throughput", "data wait", [("", "data_wait")], percent, from_zero=True)
+    add("Throughput", "MFU", [("", "mfu")], percent, from_zero=True)
+    groups["Evaluations"] = _evaluations(names, baselines, visuals)
+    shown = {name for specs in groups.values() for spec in specs for _, name in spec.lines}
     # These follow from the examples per second.
     shown |= {"seconds_per_step", "flops_per_second", "examples_per_second_per_device"}
-    other = [name for name in names if name not in shown and not name.startswith("eval/")]
-    specs = [_PanelSpec(" · ".join(display_name(part) for part in n.split("/")), [("", n)], compact) for n in other]
-    groups.append(("Other", specs))
+    for name in names:
+        if name not in shown and not name.startswith("eval/"):
+            add("Other", " · ".join(display_name(part) for part in name.split("/")), [("", name)])
     return groups
-
-
-def _single(
-    names: Iterable[str], title: str, name: str, show: Callable[[float], str], *, from_zero: bool = False,
-    log: bool = False,
-) -> list[_PanelSpec]:  # fmt: skip
-    return [_PanelSpec(title, [("", name)], show, from_zero, log)] if name in names else []
-
-
-def _lines(
-    title: str, lines: Sequence[tuple[str, str]], show: Callable[[float], str], *, from_zero: bool
-) -> list[_PanelSpec]:
-    return [_PanelSpec(title, lines, show, from_zero)] if lines else []
 
 
 def _evaluations(
