@@ -86,12 +86,12 @@ def check_same_bits(step: int, first: TrainState, second: TrainState) -> None:
     # The devices of a pair computed the two versions of one shard. A device in all pairs is the faulty one.
     common = set.intersection(*pairs) if pairs else set()
     suspects = sorted(common or set().union(*pairs), key=lambda d: d.id)
-    devices = ", ".join(str(device) for device in suspects) or "none of the devices"
     ambiguous = "" if len(suspects) == 1 else " (one of these; two results cannot tell which)"
+    where = f"device {', '.join(map(str, suspects))}{ambiguous} of process {jax.process_index()}"
     raise CorruptionError(
         f"step {step} was repeated from the same inputs and gave different bits in {names[0]}"
-        f"{f' and {len(names) - 1} more arrays' if len(names) > 1 else ''}; device {devices}{ambiguous} of "
-        f"process {jax.process_index()}: remove the device, and resume from the last checkpoint"
+        f"{f' and {len(names) - 1} more arrays' if len(names) > 1 else ''}; "
+        f"{where if suspects else 'a device of another process'}: remove the device, and resume from the last checkpoint"
     )
 
 
