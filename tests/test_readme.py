@@ -1,5 +1,6 @@
-"""What the README tells people to type works, in its order."""
+"""The commands of the README work, in order, and documentation names files that exist."""
 
+import ast
 import os
 import re
 import shlex
@@ -10,6 +11,13 @@ from pathlib import Path
 import pytest
 
 from mplug2_jax.training.telemetry.metric_log import read_train_metrics
+
+ROOTS = "benchmarks|configs|data_pipelines|docs|launch|mplug2_jax|tests"
+# A path from the root of the repository.
+PATH = re.compile(rf"(?<![\w/.-])(?:{ROOTS})/[\w./-]*\w")
+# The name of a Python file, perhaps with folders, but without a path from the root.
+PYTHON_FILE = re.compile(r"(?<![\w/.*-])[\w/]+\.py\b")
+LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
 
 
 def commands(repository: Path) -> list[str]:
@@ -24,25 +32,47 @@ def test_every_command_of_the_readme_works(repository: Path, reference: Path, tm
     lines = commands(repository)
     assert len(lines) >= 7
     for line in lines:
-        words = shlex.split(line)
-        assert words[0] == "mplug2"
-        # The golden folder stands beside the checkout, and the tests may run anywhere.
-        words = [w.replace("../shared/reference", str(reference)) for w in words[1:]]
-        done = subprocess.run(
-            [sys.executable, "-m", "mplug2_jax.cli.main", *words],
+        program, *args = shlex.split(line)
+        assert program == "mplug2"
+        # The golden folder is next to the checkout, and the tests may run anywhere.
+        args = [arg.replace("../shared/reference", str(reference)) for arg in args]
+        process = subprocess.run(
+            [sys.executable, "-m", "mplug2_jax.cli.main", *args],
             cwd=tmp_path,
             env=environment | {"PYTHONPATH": str(repository)},
             capture_output=True,
             text=True,
         )
-        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+        assert process.returncode == 0, f"{line}\n{process.stdout}\n{process.stderr}"
     losses = [row["loss"] for row in read_train_metrics(tmp_path / "runs" / "short" / "metrics.jsonl")]
     assert losses[-1] < losses[0]
     assert (tmp_path / "runs" / "short" / "report.html").stat().st_size > 10_000
 
 
-def test_files_that_the_readme_names_exist(repository: Path) -> None:
-    text = (repository / "README.md").read_text()
-    named = set(re.findall(r"`((?:configs|mplug2_jax|data_pipelines|docs|benchmarks)/[\w/.]*)`", text))
-    assert len(named) >= 8
-    assert not [name for name in named if not (repository / name).exists()]
+def missing_paths(text: str, repository: Path) -> list[str]:
+    return [path for path in PATH.findall(text) if not (repository / path).exists()]
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs"])
+def test_pages_name_files_and_link_pages_that_exist(name: str, repository: Path) -> None:
+    top = repository / name
+    for page in sorted(top.glob("*.md")) if top.is_dir() else [top]:
+        text = page.read_text()
+        links = [link for link in LINK.findall(text) if not (page.parent / link).exists()]
+        assert missing_paths(text, repository) + links == [], page.name
+
+
+def test_the_reading_order_names_files(repository: Path) -> None:
+    order = (repository / "README.md").read_text().partition("## Read the code")[2].partition("\n## ")[0]
+    assert len(PATH.findall(order)) >= 8
+    assert missing_paths(order, repository) == []
+
+
+@pytest.mark.parametrize("package", ["mplug2_jax", "data_pipelines", "configs", "benchmarks"])
+def test_docstrings_of_modules_and_folders_name_files_that_exist(package: str, repository: Path) -> None:
+    names = {path.name for root in ROOTS.split("|") for path in (repository / root).rglob("*.py")}
+    for module in sorted((repository / package).rglob("*.py")):
+        docstring = ast.get_docstring(ast.parse(module.read_text())) or ""
+        missing = missing_paths(docstring, repository)
+        missing += [file for file in PYTHON_FILE.findall(docstring) if Path(file).name not in names]
+        assert missing == [], module.relative_to(repository)
