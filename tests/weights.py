@@ -1,6 +1,7 @@
 """Random checkpoints in the layouts of other worlds."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,22 @@ from mplug2_jax.conversion.layouts.official import default_fusion_start
 from mplug2_jax.conversion.layouts.official_config import to_config_json
 from mplug2_jax.conversion.layouts.official_state import init_tensor, official_state, tied_to
 from mplug2_jax.model.config import ModelConfig, model_config
+
+
+class MemorySource:
+    """Arrays in memory as a source of tensors."""
+
+    def __init__(self, tensors: Mapping[str, HostArray]) -> None:
+        self.tensors = dict(tensors)
+
+    def names(self) -> list[str]:
+        return list(self.tensors)
+
+    def info(self, name: str) -> TensorInfo:
+        return TensorInfo(self.tensors[name].shape, self.tensors[name].dtype)
+
+    def read(self, name: str) -> HostArray:
+        return self.tensors[name]
 
 
 def official_config(**overrides: Any) -> ModelConfig:

@@ -11,7 +11,7 @@ from data_pipelines.tokenizers import SPECIAL_TOKENS, WordPieceTokenizer
 from mplug2_jax.conversion.export_plan import plan_export
 from mplug2_jax.conversion.export_weights import batch_groups, export, group_arrays
 from mplug2_jax.conversion.files.open import open_source
-from mplug2_jax.conversion.files.sources import DTYPES, MemorySource
+from mplug2_jax.conversion.files.sources import DTYPES
 from mplug2_jax.conversion.import_plan import ImportPlan, plan_import
 from mplug2_jax.conversion.import_weights import run_import
 from mplug2_jax.conversion.layouts.official import TASK_PARTS, default_fusion_start, map_official_names
@@ -24,7 +24,7 @@ from mplug2_jax.training.checkpoint.checkpoints import Checkpoints, open_checkpo
 from mplug2_jax.training.checkpoint.metadata import DataPosition
 from mplug2_jax.training.config import CheckpointConfig
 from tests.close import assert_close
-from tests.weights import assert_same, official_config, official_file, read_tensors
+from tests.weights import MemorySource, assert_same, official_config, official_file, read_tensors
 
 CASES = [("caption", False), ("videoqa", False), ("videoqa", True)]
 

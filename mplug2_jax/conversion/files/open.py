@@ -1,8 +1,9 @@
 """Open weights by what a file holds: safetensors, a PyTorch archive, or a folder of them."""
 
+import json
 from pathlib import Path
 
-from mplug2_jax.conversion.files.sources import FileReader, SafetensorsSource, ShardedSource, TensorSource
+from mplug2_jax.conversion.files.sources import FileReader, SafetensorsSource, TensorSource, TensorView
 from mplug2_jax.conversion.files.torch_files import TorchSource
 from mplug2_jax.errors import UserError
 
@@ -29,7 +30,7 @@ def open_source(path: Path) -> TensorSource:
             raise UserError(f"{path} holds {len(files)} files of weights ({names}); give the path of one of them")
         path = files[0]
     if path.name.endswith(".index.json"):
-        return ShardedSource(path, open_source)
+        return _open_shards(path)
     reader = FileReader(path)
     start = reader.read_bytes(0, min(16, reader.size)).tobytes()
     if start[8:9] == b"{":
@@ -39,3 +40,25 @@ def open_source(path: Path) -> TensorSource:
     raise UserError(
         f"{path} is not a checkpoint: it begins with {start[:8]!r}; expected a safetensors file or a PyTorch archive"
     )
+
+
+def _open_shards(index: Path) -> TensorSource:
+    """Open several files with an index of which tensor is in which, by Hugging Face's convention.
+
+    Raises:
+        UserError: the index is damaged, or names files that are missing, in another folder, or lack a tensor.
+    """
+    try:
+        file_of = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = sorted(set(file_of.values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index} is not an index of weight files ({error!r}); copy it again") from error
+    for file in files:
+        if not isinstance(file, str) or Path(file).name != file:
+            raise UserError(f"{index} names {file!r}; expected files in its own folder")
+    shards = {file: open_source(index.parent / file) for file in files}
+    stored = {(file, name): shard for file, shard in shards.items() for name in shard.names()}
+    for name, file in file_of.items():
+        if (file, name) not in stored:
+            raise UserError(f"{index} says that {name} is in {file}, which lacks it; copy the files again")
+    return TensorView({name: (shard, name) for (file, name), shard in stored.items() if file_of.get(name) == file})

@@ -1,10 +1,10 @@
-"""Sources of named tensors that are read one at a time: in memory, safetensors, and several files with an index."""
+"""Sources of named tensors that are read one at a time: safetensors, and views of other sources."""
 
 import json
 import math
 import os
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -49,25 +49,6 @@ class TensorSource(Protocol):
 
     def read(self, name: str) -> HostArray:
         """Read one tensor as it is stored."""
-
-
-class MemorySource:
-    """Arrays in memory."""
-
-    def __init__(self, tensors: Mapping[str, HostArray]) -> None:
-        self.tensors = dict(tensors)
-
-    def names(self) -> list[str]:
-        """Return all names."""
-        return list(self.tensors)
-
-    def info(self, name: str) -> TensorInfo:
-        """Return shape and dtype."""
-        return TensorInfo(self.tensors[name].shape, self.tensors[name].dtype)
-
-    def read(self, name: str) -> HostArray:
-        """Read one tensor."""
-        return self.tensors[name]
 
 
 class FileReader:
@@ -153,56 +134,27 @@ class SafetensorsSource:
         return self._reader.read_bytes(offset, info.nbytes).view(info.dtype).reshape(info.shape)
 
 
-class ShardedSource:
-    """Several files, and an index of which tensor is in which, by Hugging Face's convention.
+class TensorView:
+    """Tensors of one or several sources by other names, ``tensors[name] = source, stored name``."""
 
-    Raises:
-        UserError: the index is damaged, or names files that are missing, in another folder, or lack a tensor.
-    """
-
-    def __init__(self, index: Path, open_file: Callable[[Path], TensorSource]) -> None:
-        try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            files = sorted(set(weight_map.values()))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{index} is not an index of weight files ({error!r}); copy it again") from error
-        for file in files:
-            if not isinstance(file, str) or Path(file).name != file:
-                raise UserError(f"{index} names {file!r}; expected files in its own folder")
-        self._shards = {file: open_file(index.parent / file) for file in files}
-        self._files: dict[str, str] = weight_map  # by tensor
-        names = {file: set(shard.names()) for file, shard in self._shards.items()}
-        for name, file in weight_map.items():
-            if name not in names[file]:
-                raise UserError(f"{index} says that {name} is in {file}, which lacks it; copy the files again")
+    def __init__(self, tensors: Mapping[str, tuple[TensorSource, str]]) -> None:
+        self._tensors = dict(tensors)
 
     def names(self) -> list[str]:
-        """Return all names, file by file."""
-        return [name for file, shard in self._shards.items() for name in shard.names() if self._files.get(name) == file]
+        """Return all names."""
+        return list(self._tensors)
 
     def info(self, name: str) -> TensorInfo:
         """Return shape and dtype of one tensor, without reading it."""
-        return self._shards[self._files[name]].info(name)
+        source, stored_name = self._tensors[name]
+        return source.info(stored_name)
 
     def read(self, name: str) -> HostArray:
         """Read one tensor."""
-        return self._shards[self._files[name]].read(name)
+        source, stored_name = self._tensors[name]
+        return source.read(stored_name)
 
 
-class RenamedSource:
-    """A source under other names, ``names[new] = old``; tensors that are not listed are hidden."""
-
-    def __init__(self, source: TensorSource, names: Mapping[str, str]) -> None:
-        self._source, self._stored_names = source, dict(names)
-
-    def names(self) -> list[str]:
-        """Return the new names."""
-        return list(self._stored_names)
-
-    def info(self, name: str) -> TensorInfo:
-        """Return shape and dtype of one tensor, without reading it."""
-        return self._source.info(self._stored_names[name])
-
-    def read(self, name: str) -> HostArray:
-        """Read one tensor."""
-        return self._source.read(self._stored_names[name])
+def rename_tensors(source: TensorSource, names: Mapping[str, str]) -> TensorView:
+    """Return a source's tensors by other names, ``names[new] = old``; those that are not listed are hidden."""
+    return TensorView({new: (source, old) for new, old in names.items()})

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from mplug2_jax.conversion.files.open import open_source
-from mplug2_jax.conversion.files.sources import RenamedSource, TensorSource
+from mplug2_jax.conversion.files.sources import TensorSource, rename_tensors
 from mplug2_jax.conversion.layouts import bert, clip, official
 from mplug2_jax.conversion.layouts.name_mapping import first_few
 from mplug2_jax.conversion.layouts.official_config import sizes_from_export, sizes_from_settings, sizes_from_shapes
@@ -114,14 +114,14 @@ def identify(path: Path) -> DetectedCheckpoint:
     names = source.names()
     canonical = official.canonical_names(names)
     if official.is_official(list(canonical)):
-        return DetectedCheckpoint(path, "official", "official mPLUG-2", RenamedSource(source, canonical), "official")
+        return DetectedCheckpoint(path, "official", "official mPLUG-2", rename_tensors(source, canonical), "official")
     openai = clip.openai_names(names)
     if clip.is_openai(list(openai)):
-        return DetectedCheckpoint(path, "clip", "CLIP (OpenAI)", RenamedSource(source, openai), "openai")
+        return DetectedCheckpoint(path, "clip", "CLIP (OpenAI)", rename_tensors(source, openai), "openai")
     hugging_face = clip.canonical_names(names)
     if clip.is_hugging_face(list(hugging_face)):
         return DetectedCheckpoint(
-            path, "clip", "CLIP (Hugging Face)", RenamedSource(source, hugging_face), "hugging_face"
+            path, "clip", "CLIP (Hugging Face)", rename_tensors(source, hugging_face), "hugging_face"
         )
     if variant := bert.find_variant(names):
         raise UserError(
@@ -130,7 +130,7 @@ def identify(path: Path) -> DetectedCheckpoint:
         )
     canonical = bert.canonical_names(names)
     if bert.is_bert(list(canonical)):
-        return DetectedCheckpoint(path, "bert", "BERT", RenamedSource(source, canonical), "bert")
+        return DetectedCheckpoint(path, "bert", "BERT", rename_tensors(source, canonical), "bert")
     raise UserError(
         f"{path} holds {len(names)} tensors ({first_few(names)}) of an unknown model; expected an official "
         "checkpoint, a CLIP or a BERT"

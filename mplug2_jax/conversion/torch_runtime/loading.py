@@ -8,12 +8,13 @@ import json
 import os
 import re
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from mplug2_jax.conversion.torch_runtime.config import Config
@@ -64,24 +65,6 @@ def _layers(tower: str, indices: Iterable[int], part: str = "") -> str:
     return rf"{tower}\.encoder\.layer\.({'|'.join(map(str, indices)) or '(?!)'})\.{part}.*"
 
 
-class SafetensorsFile(Mapping[str, Tensor]):
-    """The tensors of a safetensors file, read on access."""
-
-    def __init__(self, path: Path) -> None:
-        self._file: Any = safe_open(path, framework="pt")
-        self._names = list(self._file.keys())
-
-    def __getitem__(self, name: str) -> Tensor:
-        tensor: Tensor = self._file.get_tensor(name)
-        return tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-
 def read_weights(path: Path) -> Mapping[str, Tensor]:
     """Read all tensors of a file by name: safetensors, or a file of ``torch.save``; runs no code in it.
 
@@ -93,7 +76,7 @@ def read_weights(path: Path) -> Mapping[str, Tensor]:
     if not path.is_file():
         raise UserError(f"weights file {path} does not exist")
     if path.name.endswith(".index.json"):
-        tensors: Mapping[str, Tensor] = ShardedFiles(path)
+        tensors = _read_sharded(path)
     else:
         tensors = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickled(path)
     prefix = os.path.commonprefix(list(tensors)).rpartition(".")[0]  # noqa: RUF071  these are not paths
@@ -103,12 +86,26 @@ def read_weights(path: Path) -> Mapping[str, Tensor]:
 
 
 def _read_safetensors(path: Path) -> Mapping[str, Tensor]:
-    if not path.is_file():
-        raise UserError(f"weights file {path} does not exist")
     try:
-        return SafetensorsFile(path)
+        return load_file(path)  # memory-mapped
+    except FileNotFoundError:
+        raise UserError(f"weights file {path} does not exist") from None
     except SafetensorError as error:
         raise UserError(f"{path} is truncated or not a safetensors file ({error})") from error
+
+
+def _read_sharded(index: Path) -> Mapping[str, Tensor]:
+    try:
+        file_of: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = set(file_of.values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index} is not an index of weight files ({error!r}); copy it again") from error
+    if any(Path(str(name)).name != name for name in names):
+        raise UserError(f"{index} names files of another folder; expected files in its own")
+    shards = {name: _read_safetensors(index.parent / name) for name in names}
+    if missing := [name for name, file in file_of.items() if name not in shards[file]]:
+        raise UserError(f"{index}: {missing[0]} is not in {file_of[missing[0]]}; copy the files again")
+    return {name: shards[file][name] for name, file in file_of.items()}
 
 
 def _read_pickled(path: Path) -> Mapping[str, Tensor]:
@@ -128,33 +125,6 @@ def _read_pickled(path: Path) -> Mapping[str, Tensor]:
             f"{path} holds no state dict: expected named tensors, bare or under {' or '.join(STATE_DICT_KEYS)}"
         )
     return content
-
-
-class ShardedFiles(Mapping[str, Tensor]):
-    """The tensors of several safetensors files with an index, by Hugging Face's convention.
-
-    Raises:
-        UserError: the index or a file is missing or damaged, or the index names files in another folder.
-    """
-
-    def __init__(self, index: Path) -> None:
-        try:
-            self._file_of: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            names = set(self._file_of.values())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{index} is not an index of weight files ({error!r}); copy it again") from error
-        if any(Path(str(name)).name != name for name in names):
-            raise UserError(f"{index} names files of another folder; expected files in its own")
-        self._files = {name: _read_safetensors(index.parent / name) for name in names}
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._files[self._file_of[name]][name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._file_of)
-
-    def __len__(self) -> int:
-        return len(self._file_of)
 
 
 def choose_weights(folder: Path) -> Path:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mplug2_jax.conversion.files.sources import MemorySource, TensorSource
+from mplug2_jax.conversion.files.sources import TensorSource
 from mplug2_jax.conversion.layouts.name_mapping import match_names
 from mplug2_jax.conversion.layouts.official import (
     CAPTION_PARTS,
@@ -25,6 +25,7 @@ from mplug2_jax.conversion.parity.goldens import load_goldens
 from mplug2_jax.errors import UserError
 from mplug2_jax.model.config import model_config
 from mplug2_jax.model.mplug2 import define_model
+from tests.weights import MemorySource
 
 
 def read_all(source: TensorSource) -> MemorySource:

@@ -10,7 +10,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mplug2_jax.conversion.files.sources import MemorySource
 from mplug2_jax.conversion.layouts.official import load_official
 from mplug2_jax.conversion.parity.goldens import QUESTION_PARTS
 from mplug2_jax.conversion.torch_runtime import (
@@ -28,6 +27,7 @@ from mplug2_jax.model.config import ModelConfig
 from mplug2_jax.model.mplug2 import define_model
 from mplug2_jax.model.taps import Taps as JaxTaps
 from tests.close import BFLOAT16, CHAIN, assert_close
+from tests.weights import MemorySource
 
 QUESTION = torch.tensor([[1, 7, 9, 4], [1, 5, 0, 0]])
 TARGET = torch.tensor([[1, 8, 2, 0], [1, 30, 31, 2]])
