@@ -68,7 +68,7 @@ def run(
         else:
             results = folder / name
             if not all((results / f"{each}.json").exists() for each in evaluations):
-                words = ("--task", f"digitworld:{name}", "--checkpoint", str(pretrained), "--out", str(results))
+                words = ("--config", f"digitworld:{name}", "--checkpoint", str(pretrained), "--out", str(results))
                 if status := mplug2(["eval", *words, *limits]):
                     raise SystemExit(status)
         for each in evaluations:

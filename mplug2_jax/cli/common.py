@@ -2,12 +2,9 @@
 
 import argparse
 import math
-import sys
 import textwrap
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from absl import logging
@@ -104,52 +101,6 @@ def open_run(args: argparse.Namespace) -> "tuple[RunSpec, Params, int, Tokenizer
     if averaged:
         logging.info("step %d: using the EMA parameters; --config.ema_decay=0 selects the last ones", step)
     return spec, params, step, tokenizer
-
-
-class RecordProgress:
-    """How far a command is: rewritten in place on a terminal, a line every ten seconds elsewhere.
-
-    Args:
-        start: records that were done before.
-        total: of all records.
-        quiet: nothing is shown: another process does that.
-    """
-
-    def __init__(self, start: int, total: int, *, quiet: bool = False) -> None:
-        self._start, self._total, self._quiet, self._live = start, total, quiet, sys.stderr.isatty()
-        self._began = self._shown = time.perf_counter()
-
-    def __enter__(self) -> "RecordProgress":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._write("\r\x1b[K" if self._live else "")
-
-    def show(self, done: int) -> None:
-        """Records, their rate and the time left."""
-        from mplug2_jax.console import format_duration
-
-        now = time.perf_counter()
-        if done == self._start or now - self._shown < (0.2 if self._live else 10):
-            return
-        self._shown = now
-        rate = (done - self._start) / (now - self._began)
-        left = format_duration((self._total - done) / rate)
-        line = f"{done:,} of {self._total:,} records  {rate:,.1f}/s  left {left}"
-        self._write(f"\r\x1b[K{line}" if self._live else f"{line}\n")
-
-    def say(self, text: str) -> None:
-        """A line of its own, for the record."""
-        self._write("\r\x1b[K" if self._live else "")
-        if not self._quiet:
-            print(text, flush=True)
-
-    def _write(self, text: str) -> None:
-        if not self._quiet:
-            sys.stderr.write(text)
-            sys.stderr.flush()
 
 
 def table(rows: Sequence[Sequence[str]], header: Sequence[str], right: Sequence[int] = ()) -> str:

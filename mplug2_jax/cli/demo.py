@@ -99,10 +99,10 @@ def _last_step(path: Path) -> int:
 
 def _zero_shot(name: str, path: Path, overrides: "Sequence[str]") -> "Mapping[str, EvaluationResult]":
     """Evaluate the pretrained model on a task; return nothing if it lacks a part."""
-    from mplug2_jax.inference.checkpoint_eval import Evaluator, from_recipe
+    from mplug2_jax.inference.checkpoint_eval import CheckpointUnderTest, Evaluator
     from mplug2_jax.tasks.table import TASKS
 
-    checkpoint = from_recipe(f"digitworld:{name}", path, overrides)
+    checkpoint = CheckpointUnderTest.from_recipe(f"digitworld:{name}", path, overrides)
     try:
         evaluations = checkpoint.config.evaluations.values()
         if not all(set(TASKS[evaluation.task].parts) <= set(checkpoint.parts) for evaluation in evaluations):

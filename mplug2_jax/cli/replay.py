@@ -1,4 +1,4 @@
-"""``mplug2 replay``: make a step of a run again."""
+"""``mplug2 replay``: recompute a step of a run."""
 
 import argparse
 from pathlib import Path
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def add_parser(commands: Any) -> None:
-    """Adds the command."""
+    """Add the command."""
     parser = add_command(
         commands, "replay", run,
         summary="Recompute a step of a run, and rank its examples",
@@ -19,7 +19,7 @@ def add_parser(commands: Any) -> None:
         example="mplug2 replay runs/demo --step 120",
     )  # fmt: skip
     parser.add_argument("workdir", type=Path, help="work directory of a training run")
-    parser.add_argument("--step", type=int, required=True, help="step to make again; the first is 1")
+    parser.add_argument("--step", type=int, required=True, help="step to recompute; the first is 1")
     parser.add_argument(
         "--rank", type=int, default=64, help="examples of each stream to rank, a backward pass each (default: 64)"
     )
@@ -27,44 +27,46 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the step; status 1 if it is not what the run recorded."""
+    """Print the step; return 1 if it differs from what the run recorded."""
     from mplug2_jax.inference.replay import replay_step
     from mplug2_jax.training.workdir import WorkDir
 
-    found = replay_step(WorkDir(args.workdir), args.step, num_ranked=args.rank)
-    print(f"step {found.step}: batch {found.batch}, made again from step {found.start}\n")
-    print(table([_compared(found, name) for name in found.metrics], ("metric", "again", "recorded"), right=(1, 2)))
-    print(f"\n{verdict(found)}\n")
-    print(table([_row(part) for part in found.contributions[: args.top]], _HEADER, right=(3, 4, 5)))
-    return 1 if found.wrong else 0
+    replayed = replay_step(WorkDir(args.workdir), args.step, num_ranked=args.rank)
+    print(f"step {replayed.step}: batch {replayed.batch}, replayed from step {replayed.start_step}\n")
+    rows = [_metric_row(replayed, name) for name in replayed.metrics]
+    print(table(rows, ("metric", "replayed", "recorded"), right=(1, 2)))
+    print(f"\n{verdict(replayed)}\n")
+    print(table([_example_row(each) for each in replayed.contributions[: args.top]], _HEADER, right=(3, 4, 5)))
+    return 1 if replayed.mismatched else 0
 
 
-def verdict(found: "ReplayedStep") -> str:
-    """Whether the step is what the run recorded, in a sentence."""
-    if not found.recorded:
+def verdict(replayed: "ReplayedStep") -> str:
+    """Return a sentence on whether the step equals what the run recorded."""
+    if not replayed.recorded:
         return "metrics.jsonl has no line of this step to compare with"
-    compared = sum(name in found.recorded for name in found.metrics)
-    if found.wrong:
-        return f"{len(found.wrong)} of {compared} metrics differ: {', '.join(found.wrong)}"
-    if found.differences:
-        largest = max(found.differences, key=found.differences.__getitem__)
+    compared = sum(name in replayed.recorded for name in replayed.metrics)
+    if replayed.mismatched:
+        return f"{len(replayed.mismatched)} of {compared} metrics differ: {', '.join(replayed.mismatched)}"
+    if differences := replayed.differences:
+        largest = max(differences, key=differences.__getitem__)
         return (
-            f"{compared - len(found.differences)} of {compared} metrics equal the recorded ones bit for bit; others "
-            f"differ by at most {found.differences[largest]:.1e} ({largest}), which is rounding if the run had another "
-            "number of processes or other devices"
+            f"{compared - len(differences)} of {compared} metrics equal the recorded ones bit for bit; the others "
+            f"differ by at most {differences[largest]:.1e} ({largest}): rounding, if the run had another number of "
+            "processes or other devices"
         )
-    return f"all {compared} metrics equal the recorded ones, bit for bit"
+    return f"all {compared} metrics equal the recorded ones bit for bit"
 
 
-def _compared(found: "ReplayedStep", name: str) -> tuple[str, str, str]:
-    recorded = found.recorded.get(name, "-")
-    return name, repr(found.metrics[name]), "not finite" if recorded is None else str(recorded)
+def _metric_row(replayed: "ReplayedStep", name: str) -> tuple[str, str, str]:
+    recorded = replayed.recorded.get(name, "-")
+    return name, repr(replayed.metrics[name]), "not finite" if recorded is None else str(recorded)
 
 
 _HEADER = ("stream", "key", "frame times", "loss", "gradient norm", "share")
 
 
-def _row(part: "ExampleContribution") -> tuple[str, ...]:
-    example = part.made.example
+def _example_row(contribution: "ExampleContribution") -> tuple[str, ...]:
+    example = contribution.loaded.example
     times = " ".join(f"{seconds:.2f}" for seconds in example.times)
-    return part.stream, example.key, times, f"{part.loss:.4f}", f"{part.gradient_norm:.4f}", f"{part.share:.1%}"
+    numbers = f"{contribution.loss:.4f}", f"{contribution.gradient_norm:.4f}", f"{contribution.share:.1%}"
+    return contribution.stream, example.key, times, *numbers

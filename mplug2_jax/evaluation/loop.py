@@ -112,7 +112,7 @@ class Evaluation:
         start = time.perf_counter()
         batches: list[Mapping[str, NDArray[Any]]] = []
         local_examples: dict[int, Example] = {}
-        local_faults: dict[int, BadRecord] = {}
+        local_bad_records: dict[int, BadRecord] = {}
         views = self._set.views
         shared: Predictions = {}
         if self._precompute is not None:
@@ -127,9 +127,9 @@ class Evaluation:
                 batches.append(predict_in_fixed_batches(predict, batch.arrays, size, self._mesh))
             first_views = {row: example for row, example in batch.examples.items() if row % views == 0}
             local_examples |= {row: _without_frames(example) for row, example in first_views.items()}
-            local_faults |= batch.bad_records
-        examples, faults = _allgather_examples(local_examples, local_faults, views)
-        check_bad_fraction(list(faults.values()), len(self._set), self._config.data.max_bad_fraction)
+            local_bad_records |= batch.bad_records
+        examples, bad_records = _allgather_examples(local_examples, local_bad_records, views)
+        check_bad_fraction(list(bad_records.values()), len(self._set), self._config.data.max_bad_fraction)
         # A row's index over all batches is its example's index in the set; rows without an example are skipped.
         indices = list(examples)
         predictions = _select_rows(batches, np.asarray(indices, np.int64), views)
@@ -167,7 +167,7 @@ class Evaluation:
             metrics={name: metric.value for name, metric in output.metrics.items()},
             baselines=output.baselines,
             samples=samples,
-            skipped=tuple(faults.values()),
+            skipped=tuple(bad_records.values()),
             confidence_intervals=bootstrap_ci(output.metrics),
             predictions=rows,
             confusion=output.confusion,
@@ -235,19 +235,19 @@ def _select_rows(
 
 
 def _allgather_examples(
-    examples: Mapping[int, Example], faults: Mapping[int, BadRecord], views: int
+    examples: Mapping[int, Example], bad_records: Mapping[int, BadRecord], views: int
 ) -> tuple[dict[int, Example], dict[int, BadRecord]]:
-    """Gather the examples and faults of all processes, given by row; return them by index in the set, sorted."""
+    """Gather the examples and bad_records of all processes, given by row; return them by index in the set, sorted."""
     local = {
         "examples": [(row, _to_json(example)) for row, example in examples.items()],
-        "faults": [(row, dataclasses.asdict(fault)) for row, fault in faults.items()],
+        "bad_records": [(row, dataclasses.asdict(record)) for row, record in bad_records.items()],
     }
     all_examples: dict[int, Example] = {}
-    all_faults: dict[int, BadRecord] = {}
+    all_bad_records: dict[int, BadRecord] = {}
     for process in allgather_objects(local):
         all_examples |= {row: _from_json(values) for row, values in process["examples"]}
-        all_faults |= {row: BadRecord(**values) for row, values in process["faults"]}
-    bad = {row // views: fault for row, fault in sorted(all_faults.items())}
+        all_bad_records |= {row: BadRecord(**values) for row, values in process["bad_records"]}
+    bad = {row // views: record for row, record in sorted(all_bad_records.items())}
     # A view after the first may be the bad one.
     good = {row // views: example for row, example in sorted(all_examples.items()) if row // views not in bad}
     return good, bad

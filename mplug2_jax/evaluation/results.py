@@ -70,7 +70,7 @@ def save_result(result: EvaluationResult, folder: Path) -> Path:
     content["samples"] = save_samples(result.samples, result.name, folder)
     if result.confusion is not None:
         content["confusion"] = result.confusion.to_dict()
-    content["skipped"] = [dataclasses.asdict(fault) for fault in result.skipped]
+    content["skipped"] = [dataclasses.asdict(record) for record in result.skipped]
     lines = "".join(f"{json.dumps(row)}\n" for row in result.predictions)
     write_atomically(str(folder / f"{result.name}.jsonl"), lines.encode())
     path = folder / f"{result.name}.json"

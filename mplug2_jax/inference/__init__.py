@@ -1,1 +1,1 @@
-"""A checkpoint opened and asked: continuous evaluation, features, replay of a step, generation for people."""
+"""Uses of a checkpoint: evaluation, continuous evaluation, generation, features, replay of a step."""

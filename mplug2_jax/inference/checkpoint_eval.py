@@ -1,8 +1,10 @@
-"""Evaluations outside of the run that a checkpoint is of: by its own config, or by another recipe's."""
+"""Evaluation of a run's checkpoints, by the run's own config or by another recipe."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+
+from absl import logging
 
 from data_pipelines.tokenizers import Tokenizer
 from mplug2_jax.config import as_recipe, build, load_recipe, override, to_dict
@@ -18,77 +20,77 @@ from mplug2_jax.training.config import RunConfig
 from mplug2_jax.training.state import make_run_spec
 from mplug2_jax.training.workdir import WorkDir, special_tokens
 
-AVERAGED = 0.5
-"""The decay that stands for a checkpoint's own, which it does not tell: any but 0 says that there is an average."""
+_ANY_DECAY = 0.5
+"""Replaces the decay of a checkpoint with EMA parameters, which is not stored: any value but 0 enables them."""
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointUnderTest:
-    """A model whose checkpoints are evaluated, and how."""
+    """The checkpoints of a model, and the config of their evaluations."""
 
-    config: RunConfig  # whose evaluations; its model is the checkpoints'
-    workdir: WorkDir  # that the checkpoints are in
+    config: RunConfig  # its model is that of the checkpoints
+    workdir: WorkDir  # that contains the checkpoints
     checkpoints: Checkpoints
-    step: int | None  # which of them; None: the last
-    parts: tuple[str, ...]  # that the model has
+    step: int | None  # of the checkpoint; None: the last
+    parts: tuple[str, ...]  # of the model
     tokenizer: Tokenizer
-    averaged: bool  # whether the average is evaluated
-    own: bool  # whether the config is the run's, which may see pictures of other sizes than it was trained on
+    use_ema: bool  # evaluate the EMA parameters
+    is_own_config: bool  # the config is the run's own, which may evaluate images of another size than the model's
 
+    @classmethod
+    def from_workdir(cls, path: Path, overrides: Sequence[str], step: int | None = None) -> "CheckpointUnderTest":
+        """Open a run by its own config, with overrides.
 
-def from_workdir(path: Path, overrides: Sequence[str], step: int | None = None) -> CheckpointUnderTest:
-    """A run by its own config, with overrides.
+        Raises:
+            UserError: no run, or no checkpoint in it.
+        """
+        workdir = WorkDir(path)
+        recorded = workdir.read_config()
+        config = build(RunConfig, override(as_recipe(recorded), overrides))
+        tokenizer = workdir.load_tokenizer(config)
+        checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint, read_only=True)
+        use_ema = bool(recorded.ema_decay and config.ema_decay)
+        return cls(config, workdir, checkpoints, step, recorded.parts(), tokenizer, use_ema, is_own_config=True)
 
-    Raises:
-        UserError: no run, or no checkpoint in it.
-    """
-    workdir = WorkDir(path)
-    begun = workdir.read_config()
-    config = build(RunConfig, override(as_recipe(begun), overrides))
-    tokenizer = workdir.load_tokenizer(config)
-    checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint, read_only=True)
-    averaged = bool(begun.ema_decay and config.ema_decay)
-    return CheckpointUnderTest(config, workdir, checkpoints, step, begun.parts(), tokenizer, averaged, own=True)
+    @classmethod
+    def from_recipe(cls, recipe: str, path: Path, overrides: Sequence[str]) -> "CheckpointUnderTest":
+        """Open a checkpoint by a recipe, with overrides; the model's sizes and the tokenizer are the checkpoint's.
 
+        Args:
+            recipe: as ``finetune:videoqa,tiny``.
+            path: a work directory, its checkpoints, or one step of them.
+            overrides: as ``--config.mesh.fsdp=1``.
 
-def from_recipe(spec: str, path: Path, overrides: Sequence[str]) -> CheckpointUnderTest:
-    """A checkpoint by a recipe, with overrides: the checkpoint's are the sizes of the model and the tokeniser.
-
-    Args:
-        spec: the recipe, as ``finetune:videoqa,tiny``.
-        path: a work directory, its checkpoints, or one step of them.
-        overrides: words as ``--config.mesh.fsdp=1``.
-
-    Raises:
-        UserError: no such recipe or checkpoint, or no tokeniser.
-    """
-    checkpoints, step = open_checkpoint(path)
-    model = checkpoints.model_metadata(step)
-    averaged = any(place[0] == "ema" for place in checkpoints.array_specs(step))
-    own = {"model": to_dict(model.config), "ema_decay": AVERAGED if averaged else 0.0}
-    config = build(RunConfig, override(as_recipe(load_recipe(spec).to_dict() | own), overrides))
-    workdir = WorkDir(checkpoints.folder.parent)
-    if not workdir.tokenizer_folder.exists() and not config.tokenizer.path:
-        raise UserError(
-            f"{workdir.path} keeps no tokeniser, and words mean what the model learned them by: set "
-            "--config.tokenizer.path to its file"
-        )
-    averaged = averaged and bool(config.ema_decay)
-    tokenizer = workdir.load_tokenizer(config)
-    return CheckpointUnderTest(config, workdir, checkpoints, step, model.parts, tokenizer, averaged, own=False)
+        Raises:
+            UserError: no such recipe or checkpoint, or no tokenizer.
+        """
+        checkpoints, step = open_checkpoint(path)
+        model = checkpoints.model_metadata(step)
+        has_ema = any(leaf[0] == "ema" for leaf in checkpoints.array_specs(step))
+        stored = {"model": to_dict(model.config), "ema_decay": _ANY_DECAY if has_ema else 0.0}
+        config = build(RunConfig, override(as_recipe(load_recipe(recipe).to_dict() | stored), overrides))
+        workdir = WorkDir(checkpoints.folder.parent)
+        if not workdir.tokenizer_folder.exists() and not config.tokenizer.path:
+            raise UserError(
+                f"{workdir.path} has no tokenizer, and the model needs the one that it was trained with: set "
+                "--config.tokenizer.path to its file"
+            )
+        use_ema = has_ema and bool(config.ema_decay)
+        tokenizer = workdir.load_tokenizer(config)
+        return cls(config, workdir, checkpoints, step, model.parts, tokenizer, use_ema, is_own_config=False)
 
 
 class Evaluator:
-    """Evaluations of a subject, set up and compiled once for all of its checkpoints.
+    """The evaluations of a checkpoint, compiled once for all checkpoints of the run.
 
     Only the parts of the model that they need are built and read.
 
     Args:
-        subject: what is evaluated.
+        subject: the checkpoints and their config.
         only: names of evaluations; empty: all.
 
     Raises:
-        UserError: unknown names, or evaluations that the model has not the parts for, or not the size.
+        UserError: unknown names, or evaluations that need other parts or another image size than the model has.
     """
 
     def __init__(self, subject: CheckpointUnderTest, only: Sequence[str] = ()) -> None:
@@ -99,10 +101,12 @@ class Evaluator:
         for name in names:
             if name not in config.evaluations:
                 raise UserError(f"--only {name} is no evaluation of this run: {did_you_mean(name, config.evaluations)}")
-        needed = {part for name in names for part in self._parts(name)}
+        needed = {part for name in names for part in self._required_parts(name)}
         parts = tuple(part for part in subject.parts if part in needed)
         spec = make_run_spec(config, special_tokens(subject.tokenizer), make_mesh(config.mesh), parts)
-        self._like = spec.eval_param_shapes
+        self._param_shapes = spec.eval_param_shapes
+        if subject.use_ema:
+            logging.info("evaluating the EMA parameters; --config.ema_decay=0 selects the last ones")
         self.evaluations = {
             name: Evaluation(
                 name, config.evaluations[name], spec.definition, spec.context, subject.tokenizer, spec.mesh,
@@ -111,37 +115,37 @@ class Evaluator:
             for name in names
         }  # fmt: skip
 
-    def _parts(self, name: str) -> set[str]:
-        """What an evaluation needs of the model, and what it uses besides. Raises UserError where they do not fit."""
-        model, has = self.subject.config.model, self.subject.parts
+    def _required_parts(self, name: str) -> set[str]:
+        """Return the parts that an evaluation needs, or uses if they exist. Raises UserError if some are missing."""
+        model, parts = self.subject.config.model, self.subject.parts
         evaluation = self.subject.config.evaluations[name]
         task, data = TASKS[evaluation.task], evaluation.data
-        clips = data.kind == "video" and (data.visual.num_frames > 1 or model.temporal_downsampling)
-        needed = required_parts([(task, data.kind != "text", clips)])
-        # A run may choose to go without universal layers.
-        missing = [part for part in needed if part not in (*has, "universal")]
+        is_video = data.kind == "video" and (data.visual.num_frames > 1 or model.temporal_downsampling)
+        needed = required_parts([(task, data.kind != "text", is_video)])
+        # A run may disable the universal layers.
+        missing = [part for part in needed if part not in (*parts, "universal")]
         if missing:
             raise UserError(
                 f"config.evaluations.{name}: task '{task.name}' needs the parts {', '.join(missing)}, which the model "
-                f"in {self.subject.workdir.path} lacks (it has {', '.join(has)}); choose others with --only"
+                f"in {self.subject.workdir.path} lacks (it has {', '.join(parts)}); select other evaluations with "
+                "--only"
             )
         field, pixels = f"config.evaluations.{name}.data.visual.image_size", data.visual.image_size
-        if data.kind != "text" and pixels != model.image_size and not self.subject.own:
+        if data.kind != "text" and pixels != model.image_size and not self.subject.is_own_config:
             raise UserError(
-                f"{field}={pixels}, but the model in {self.subject.workdir.path} sees {model.image_size} pixels: set "
-                f"--{field}={model.image_size}"
+                f"{field}={pixels}, but the model in {self.subject.workdir.path} has image_size={model.image_size}: "
+                f"set --{field}={model.image_size}"
             )
-        return {*needed, *(task.optional_parts if set(task.optional_parts) <= set(has) else ())}
+        return {*needed, *(task.optional_parts if set(task.optional_parts) <= set(parts) else ())}
 
     def read(self, step: int | None) -> tuple[Params, int]:
-        """The parameters of a step, and which it is. Raises as :meth:`Checkpoints.restore`."""
-        return self.subject.checkpoints.restore_params(
-            self._like, step, tree="ema" if self.subject.averaged else "params"
-        )
+        """Return the parameters of a step, and that step. Raises as :meth:`Checkpoints.restore`."""
+        tree = "ema" if self.subject.use_ema else "params"
+        return self.subject.checkpoints.restore_params(self._param_shapes, step, tree=tree)
 
     def run(
         self, params: Params, step: int, names: Sequence[str], on_batch: Callable[[str], None]
     ) -> Iterator[EvaluationResult]:
-        """The results of evaluations, one after the other; all processes call it alike."""
+        """Yield the results of evaluations, one after the other; all processes call it alike."""
         for name in names:
             yield self.evaluations[name].run(params, step, on_batch)

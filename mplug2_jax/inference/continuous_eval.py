@@ -1,11 +1,13 @@
-"""Following a run: every checkpoint is evaluated as it appears, by processes that are not the run's.
+"""Continuous evaluation: every checkpoint of a run as it appears, by processes separate from the run's.
 
-The run is only read. What comes of it goes to ``evaluations/STEP/``, where reports find it, and to
-``metrics-eval.jsonl``, which the follower alone writes.
+The run's files are only read. Results go to ``evaluations/STEP/``, where reports find them, and to
+``metrics-eval.jsonl``, which only the continuous evaluator writes.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+
+from absl import logging
 
 from mplug2_jax.errors import UserError
 from mplug2_jax.evaluation.results import EvaluationResult
@@ -17,112 +19,107 @@ from mplug2_jax.training.telemetry.jsonl import JsonlWriter
 from mplug2_jax.training.workdir import WorkDir
 
 
-def wait_for_run(workdir: WorkDir, poll: int, notice: PreemptionNotice, say: Callable[[str], None]) -> None:
-    """Returns once a run has begun to keep checkpoints, as all processes see it."""
-    said = False
-    while not all(
-        allgather_objects(workdir.checkpoints.is_dir())
-    ):  # the last thing that a run makes before its first step
-        if not said:
-            say(f"waiting for a run in {workdir.path}")
-        said = True
-        _rest(poll, notice)
+def wait_for_run(workdir: WorkDir, poll_seconds: int, notice: PreemptionNotice) -> None:
+    """Wait until all processes see the checkpoint folder, the last thing that a run creates before its first step."""
+    logged = False
+    while not all(allgather_objects(workdir.checkpoints.is_dir())):
+        if not logged:
+            logging.info("waiting for a run in %s", workdir.path)
+        logged = True
+        _sleep(poll_seconds, notice)
 
 
 class ContinuousEvaluator:
-    """Evaluates a run's checkpoints in the order of their steps; each once, even if it is stopped and started again.
+    """Evaluates a run's checkpoints in the order of their steps, each once, across restarts of this process too.
 
-    All that are there at the start are evaluated. Later, of several that appear while one is evaluated, only the newest
-    is: a follower that is slower than the run stays near it. What is damaged, or what the run deletes before it is
-    read, is left out. All of it is said.
+    All checkpoints that exist at the start are evaluated. Of several that appear during an evaluation only the newest
+    is, so that a slow evaluator does not fall behind. Checkpoints that are damaged, or deleted by the run before they
+    are read, are skipped. The log has all of this.
 
     Args:
         evaluator: of the run.
-        notice: whether to end.
-        say: takes sentences for people.
-        save: keeps a result.
+        notice: of preemption.
+        save: saves a result.
     """
 
     def __init__(
-        self, evaluator: Evaluator, notice: PreemptionNotice, say: Callable[[str], None],
-        save: Callable[[EvaluationResult], None],
-    ) -> None:  # fmt: skip
-        self._evaluator, self._notice, self._say, self._save = evaluator, notice, say, save
+        self, evaluator: Evaluator, notice: PreemptionNotice, save: Callable[[EvaluationResult], None]
+    ) -> None:
+        self._evaluator, self._notice, self._save = evaluator, notice, save
         self._workdir, self._checkpoints = evaluator.subject.workdir, evaluator.subject.checkpoints
         self._metrics = JsonlWriter(self._workdir.evaluation_metrics)
 
-    def run(self, until: int, poll: int) -> bool:
-        """Goes on until the run is at step ``until``; whether its last checkpoint up to there is evaluated.
+    def run(self, until: int, poll_seconds: int) -> bool:
+        """Evaluate until the run is at step ``until``; return whether its last checkpoint up to there is evaluated.
 
         Raises:
-            Preempted: told to end.
+            Preempted: SIGTERM arrived.
         """
         seen: set[int] = set()
-        waiting: list[int] = []
-        good = False
+        pending: list[int] = []
+        last_evaluated = False
         while True:
             self._notice.check()
-            there = allgather_objects(self._steps())[0]  # the first process looks for all
-            new = [step for step in there if step <= until and step not in seen]
+            saved = allgather_objects(self._saved_steps())[0]  # the primary process decides for all
+            new = [step for step in saved if step <= until and step not in seen]
             if seen and len(new) > 1:
-                self._say(f"step {', '.join(map(str, new[:-1]))}: left out, step {new[-1]} is there already")
+                logging.info("steps %s: skipped, step %d is newer", ", ".join(map(str, new[:-1])), new[-1])
                 del new[:-1]
-            seen.update(there)
-            waiting += new
-            if waiting:
-                good = self._evaluate(waiting.pop(0))
-            elif there and there[-1] >= until:
-                return good
+            seen.update(saved)
+            pending += new
+            if pending:
+                last_evaluated = self._evaluate(pending.pop(0))
+            elif saved and saved[-1] >= until:
+                return last_evaluated
             else:
-                _rest(poll, self._notice)
+                _sleep(poll_seconds, self._notice)
 
     def _evaluate(self, step: int) -> bool:
-        """Whether the step's results are there now."""
+        """Evaluate a step; return whether its results exist now."""
         folder = self._workdir.evaluation_folder(step)
-        names = allgather_objects(
-            [name for name in self._evaluator.evaluations if not (folder / f"{name}.json").exists()]
-        )[0]
+        missing = [name for name in self._evaluator.evaluations if not (folder / f"{name}.json").exists()]
+        names = allgather_objects(missing)[0]
         if not names:
-            self._say(f"step {step}: was evaluated before")
+            logging.info("step %d: already evaluated", step)
             return True
-        reason, params = "", None
-        # All look first: who cannot see it must not let the others wait in the reading.
-        if not all(allgather_objects(step in self._steps())):
-            reason = "the run has deleted it"
+        problem, params = "", None
+        # All processes check first: if one does not see the step, the others must not wait for it in a collective.
+        if not all(allgather_objects(step in self._saved_steps())):
+            problem = "deleted by the run"
         else:
             try:
                 params, _ = self._evaluator.read(step)
             except DamagedCheckpointError as error:
-                # A folder that is not there any more was deleted while it was read.
-                there = (self._checkpoints.folder / str(step)).exists()
-                reason = str(error).partition(";")[0] if there else "the run has deleted it"
-        reasons: Sequence[str] = [reason for reason in allgather_objects(reason) if reason]
-        if reasons or params is None:
-            self._say(f"step {step}: left out, {reasons[0]}")
+                # If the folder is gone, it was deleted during the read.
+                exists = (self._checkpoints.folder / str(step)).exists()
+                problem = str(error).partition(";")[0] if exists else "deleted by the run"
+        problems = [problem for problem in allgather_objects(problem) if problem]
+        if problems or params is None:
+            logging.warning("step %d: skipped, %s", step, problems[0])
             return False
         for result in self._evaluator.run(params, step, names, lambda phase: self._notice.check()):
             if is_primary_process():
-                # The result is kept last: it is what says that this is done.
+                # The result file is written last: its existence marks the evaluation as done.
                 self._metrics.write({"step": step, **result.tagged_metrics()})
                 self._save(result)
-            self._say(result.summary())
+            result.log()
         return True
 
-    def _steps(self) -> list[int]:
-        """The steps that are there now."""
+    def _saved_steps(self) -> list[int]:
+        """Return the steps that are saved now."""
         self._checkpoints.refresh()
         return self._checkpoints.steps()
 
 
 def resolve_until_step(until: int | None, total: int) -> int:
-    """The last step to evaluate. Raises UserError for one that the run never comes to."""
+    """Return the last step to evaluate. Raises UserError for a step outside the run."""
     if until is not None and not 1 <= until <= total:
-        raise UserError(f"--until-step={until}, but the run has steps 1 to {total}")
+        raise UserError(f"--until-step={until} is not a step of this run; expected 1 to {total}")
     return total if until is None else until
 
 
-def _rest(seconds: int, notice: PreemptionNotice) -> None:
-    """Waits, and heeds a notice within a second."""
+def _sleep(seconds: int, notice: PreemptionNotice) -> None:
+    """Sleep, and check the preemption notice every second."""
     for _ in range(seconds):
         time.sleep(1)
         notice.check()

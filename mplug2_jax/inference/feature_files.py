@@ -1,9 +1,9 @@
-"""A folder of features: shards that appear whole, and ``index.json``, which says what they are and how far they go.
+"""A folder of features: shards that are written atomically, and ``index.json``, which describes them.
 
 =============  ==========================================================================================
 safetensors    the arrays by name; ``ids`` in the metadata, as a JSON list
 npz            the arrays by name, and ``ids``, an array of text; nothing is pickled
-parquet        a row for each example: ``id``, the arrays flat (``index.json`` has their shapes)
+parquet        a row per example: ``id``, the arrays flat (``index.json`` has their shapes)
 =============  ==========================================================================================
 """
 
@@ -24,10 +24,11 @@ from mplug2_jax.inference.features import FeatureShard
 from mplug2_jax.renames import with_current_names
 
 INDEX = "index.json"
+FORMAT_VERSION = 2
 
 
 def _safetensors(shard: FeatureShard) -> bytes:
-    # What is not contiguous would be written wrongly.
+    # safetensors writes the buffer, which must be contiguous.
     arrays = {name: np.ascontiguousarray(value) for name, value in shard.arrays.items()}
     return safetensors.numpy.save(arrays, {"ids": json.dumps(shard.ids)})
 
@@ -58,17 +59,17 @@ FORMATS: Mapping[str, Callable[[FeatureShard], bytes]] = {
 
 
 class FeatureWriter:
-    """The folder, and what it holds so far.
+    """Writes shards of features to a folder, and resumes after the last finished one.
 
     Args:
         path: of the folder.
-        request: all that decides what stands in it, as JSON can hold it; a folder holds the answer to one request.
+        request: everything that determines the features, as JSON values; a folder has the features of one request.
         format: of the shards, one of :data:`FORMATS`.
-        records: that the request is about.
+        records: number of records of the request.
 
     Raises:
-        UserError: a format that nothing installed here writes, or a folder that holds something else, or shards that
-            are not what was written.
+        UserError: the format needs a package that is not installed, the folder has other contents, or shards are
+            missing or damaged.
     """
 
     def __init__(self, path: Path, request: Mapping[str, Any], format: str, records: int) -> None:
@@ -80,31 +81,31 @@ class FeatureWriter:
 
     @property
     def done(self) -> int:
-        """How many of the records the shards account for."""
+        """Return the number of records that the shards account for."""
         return self.shards[-1]["stop"] if self.shards else 0
 
     def begin(self) -> None:
-        """Claims the folder, and clears away what a killed process left half written."""
+        """Create the folder and its index, and remove unfinished files of a killed process."""
         self.path.mkdir(parents=True, exist_ok=True)
-        for left in [*self.path.glob("features-*.tmp"), *self.path.glob(f"{INDEX}.*.tmp")]:
-            left.unlink()
+        for unfinished in [*self.path.glob("features-*.tmp"), *self.path.glob(f"{INDEX}.*.tmp")]:
+            unfinished.unlink()
         self._write_index()
 
     def write(self, shard: FeatureShard) -> Path:
-        """Writes the next shard, and then that it is there."""
+        """Write the next shard, then list it in the index; return its path."""
         path = self.path / f"features-{len(self.shards):05}.{self._format}"
         data = FORMATS[self._format](shard)
         write_atomically(str(path), data)
         self.shards.append({
             "file": path.name, "ids": len(shard.ids), "first": shard.first, "stop": shard.stop, "bytes": len(data),
-            "faults": [dataclasses.asdict(fault) for fault in shard.faults],
+            "skipped": [dataclasses.asdict(record) for record in shard.bad_records],
         })  # fmt: skip
         self._write_index()
         return path
 
     def _write_index(self) -> None:
         content = {
-            "request": self._request, "complete": self.done == self._records,
+            "format_version": FORMAT_VERSION, "request": self._request, "complete": self.done == self._records,
             "ids": sum(shard["ids"] for shard in self.shards), "shards": self.shards,
         }  # fmt: skip
         write_atomically(str(self.path / INDEX), json.dumps(content, indent=1).encode())
@@ -113,52 +114,58 @@ class FeatureWriter:
         index = self.path / INDEX
         if not index.exists():
             if self.path.exists() and (not self.path.is_dir() or any(p.suffix != ".tmp" for p in self.path.iterdir())):
-                raise UserError(f"--out {self.path} is not empty and holds no features; choose a new folder")
+                raise UserError(f"--out {self.path} is not empty and has no features; choose a new folder")
             return []
         try:
             content = json.loads(index.read_text(encoding="utf-8"))
-            before, shards = _with_current_names(content["request"]), content["shards"]
-            changed = _differences(before, self._request)
+            shards = [_upgrade_shard(shard) for shard in content["shards"]]
+            changed = _differences(_upgrade_request(content["request"]), self._request)
             sizes = {shard["file"]: shard["bytes"] for shard in shards}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{index} is damaged ({error}); choose a new folder, or remove this one") from error
         if changed:
             more = f", and {len(changed) - 3} more" if len(changed) > 3 else ""
             raise UserError(
-                f"--out {self.path} holds other features: {'; '.join(changed[:3])}{more}. Ask for the same to go on, "
-                "or choose a new folder"
+                f"--out {self.path} has other features: {'; '.join(changed[:3])}{more}. Repeat the same request to "
+                "resume, or choose a new folder"
             )
         for name, size in sizes.items():
             path = self.path / name
             if not path.is_file() or path.stat().st_size != size:
-                raise UserError(f"{path} is missing or not what was written; choose a new folder, or remove this one")
+                raise UserError(f"{path} is missing or damaged; choose a new folder, or remove this one")
         return shards
 
 
-def _with_current_names(request: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what an index of any version was asked for, by the names of today's config fields."""
+def _upgrade_request(request: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a request of any format with the current names of config fields."""
     current = {ExampleConfig.OLD_NAMES.get(name, name): value for name, value in request.items()}
     if "visual" in current:
         current["visual"] = with_current_names(VisualConfig, current["visual"], "visual")
-    inputs = current.get("inputs", {})
-    return current | {"inputs": {name: with_current_names(SourceConfig, inputs[name], name) for name in inputs}}
+    if "inputs" in current:
+        inputs = current["inputs"].items()
+        current["inputs"] = {name: with_current_names(SourceConfig, source, name) for name, source in inputs}
+    return current
+
+
+def _upgrade_shard(shard: Mapping[str, Any]) -> dict[str, Any]:
+    return {"skipped" if name == "faults" else name: value for name, value in shard.items()}
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any], where: str = "") -> list[str]:
-    """What differs between two requests, by its dotted name."""
-    found = []
+    """Return the differences between two requests, by dotted name."""
+    differences = []
     for name in sorted({*before, *now}):
         old, new, path = before.get(name), now.get(name), f"{where}{name}"
         if isinstance(old, dict) and isinstance(new, dict):
-            found += _differences(old, new, f"{path}.")
+            differences += _differences(old, new, f"{path}.")
         elif old != new:
-            found.append(f"{path} was {_short(old)} and is {_short(new)}")
-    return found
+            differences.append(f"{path} was {_shorten(old)} and is {_shorten(new)}")
+    return differences
 
 
-def _short(value: Any) -> str:
-    said = repr(value)
-    return said if len(said) <= 80 else f"{said[:77]}..."
+def _shorten(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _check_parquet() -> None:

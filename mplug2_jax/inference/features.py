@@ -1,4 +1,4 @@
-"""Features of pictures, clips and texts by a model: one array for each example of a set, shard by shard."""
+"""Features of images, videos and texts: one array per example of a set, shard by shard."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
@@ -30,64 +30,60 @@ from mplug2_jax.parallel.placement import (
 from mplug2_jax.parallel.processes import allgather_objects
 
 Pool = Literal["none", "mean", "cls"]
-Named = dict[str, Array]
+NamedArrays = dict[str, Array]
 
 SHARD_BYTES, SHARD_ROWS = 256 << 20, 16_384
-"""A shard holds as many examples as fit into both."""
+"""Limits of a shard; the smaller number of examples applies."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FeatureConfig:
-    """What is kept of each example, in float32.
+    """The feature of each example, in float32.
 
-    ``contrastive``: the unit vector that contrast compares, of visual token 0 or of [CLS].
+    ``contrastive``: the unit vector that the contrastive head compares, from visual token 0 or [CLS].
 
-    ``pooled``: the mean over the last tokens, which are what fusion and decoder read (taps ``visual/out`` and
-    ``text/out``): of pictures and clips the class token and every patch of every frame, of texts [CLS], [SEP] and all
-    between them, and no padding.
+    ``pooled``: the mean of the last tokens, which fusion and decoder read (taps ``visual/out`` and ``text/out``): of
+    images and videos the class token and all patches of all frames, of texts [CLS], [SEP] and all tokens between them,
+    without padding.
 
     The name of a tap: its tokens, all of them (``pool="none"``), their ``mean`` as above, or the first (``cls``). A tap
-    that is stacked over layers, or that has a row for each frame, keeps these dimensions before that of tokens.
+    that is stacked over layers, or has a row per frame, keeps these dimensions before that of the tokens.
     """
 
     name: str = "contrastive"
     pool: Pool = "none"
 
     def __post_init__(self) -> None:
-        """Checks that the pooling has a meaning. Raises UserError."""
+        """Check that the feature can be pooled. Raises UserError."""
         if self.name in ("contrastive", "pooled") and self.pool != "none":
-            raise UserError(f"pool '{self.pool}' is for the tokens of a tap, and feature '{self.name}' is one vector")
+            raise UserError(f"--pool {self.pool} is for the tokens of a tap, but feature '{self.name}' is one vector")
 
 
 @dataclasses.dataclass(frozen=True)
 class FeatureShard:
-    """The features of the examples at the places ``first`` to ``stop`` of a set, those left out that cannot be used.
-
-    ``arrays`` has ``features`` [n, ...] float32, and with all tokens of texts ``lengths`` [n] int32, how many of them
-    are no padding.
-    """
+    """The features of the records with indices ``first`` to ``stop`` of a set, without those that cannot be used."""
 
     first: int
     stop: int
     ids: tuple[str, ...]
-    arrays: Mapping[str, NDArray[Any]]
-    faults: tuple[BadRecord, ...]
+    arrays: Mapping[str, NDArray[Any]]  # features [n, ...] float32; of all tokens of texts also lengths [n] int32
+    bad_records: tuple[BadRecord, ...]
 
 
 class FeatureExtractor:
-    """One kind of feature for all examples of a set, compiled once.
+    """Computes one feature of all records of a set, compiled once.
 
     Args:
-        config: which feature.
-        data: of which records; their ``visual`` or ``examples.text_length`` say how they are read.
-        definition: the model's.
-        tokenizer: the run's.
+        config: of the feature.
+        data: the records, and how they are read: ``visual`` or ``examples.text_length``.
+        definition: of the model.
+        tokenizer: of the run.
         mesh: to compute on.
         seed: of the run.
 
     Raises:
-        UserError: parts that the model lacks, an unknown tap, or a batch that the mesh cannot split.
-        DataError: sources that are missing or hold nothing that can be used.
+        UserError: the model lacks parts, the tap is unknown, or the mesh does not divide the batch size.
+        DataError: a source is missing or has no record that can be used.
     """
 
     def __init__(
@@ -99,161 +95,160 @@ class FeatureExtractor:
         self._set = EvaluationSet(data, tokenizer, name="features", seed=seed)
         self._sources, self._mesh = list(data.sources), mesh
         example = self._set.first_example().arrays
-        taps = _offered(definition, example)
-        if config.name not in ("contrastive", "pooled", *taps):
+        example_axes = _find_example_axes(definition, example)
+        if config.name not in ("contrastive", "pooled", *example_axes):
             raise UserError(
-                f"feature '{config.name}' is none that this model has of a {data.kind}: "
-                f"{did_you_mean(config.name, ('contrastive', 'pooled', *taps))}"
+                f"feature '{config.name}' does not exist for {data.kind}s: "
+                f"{did_you_mean(config.name, ('contrastive', 'pooled', *example_axes))}"
             )
         if config.name == "pooled":
             config = FeatureConfig(name="text/out" if data.kind == "text" else "visual/out", pool="mean")
-        axis = taps.get(config.name, 0)
-        compute: Callable[[Params, DeviceBatch], Named] = lambda params, batch: _features(  # noqa: E731
+        axis = example_axes.get(config.name, 0)
+        compute: Callable[[Params, DeviceBatch], NamedArrays] = lambda params, batch: _compute_features(  # noqa: E731
             definition.bind(params), batch, config, axis
         )
-        made = jax.eval_shape(compute, definition.shapes, _batch_of(example, 1))
-        self.shapes = {name: (tuple(x.shape[1:]), x.dtype.name) for name, x in made.items()}  # of one example
-        # Every process gets all features of a batch, whoever's devices made them; the first will write them.
+        outputs = jax.eval_shape(compute, definition.shapes, _abstract_batch(example, 1))
+        self.shapes = {name: (tuple(x.shape[1:]), x.dtype.name) for name, x in outputs.items()}  # of one example
+        # Replicated, so that the primary process can write all features of a batch.
         self._compute = jax.jit(compute, out_shardings=replicated_sharding(mesh))
 
     def __len__(self) -> int:
-        """Number of records, those that cannot be used among them."""
+        """Return the number of records, including those that cannot be used."""
         return len(self._set)
 
     @property
     def shard_rows(self) -> int:
-        """Examples of a shard: whatever the batch size and the mesh, so that a run may go on with others."""
+        """Return the records per shard: independent of batch size and mesh, so that both may change on resume."""
         shape, dtype = self.shapes["features"]
         return max(1, min(SHARD_ROWS, SHARD_BYTES // max(1, np.dtype(dtype).itemsize * int(np.prod(shape)))))
 
     def shards(
-        self, params: Params, start: int = 0, on_batch: Callable[[int], None] = lambda place: None
+        self, params: Params, start: int = 0, on_batch: Callable[[int], None] = lambda index: None
     ) -> Iterator[FeatureShard]:
-        """All shards from place ``start`` on; all processes call it, and get the same.
+        """Yield all shards from index ``start`` on; all processes call it, and get the same.
 
         Args:
-            params: the model's.
-            start: where a shard begins.
-            on_batch: called with the place that comes next, before every batch.
+            params: of the model.
+            start: index of the first record of a shard.
+            on_batch: called before every batch, with the index of its first record.
         """
-        rows: list[Mapping[str, NDArray[Any]]] = []
+        batches: list[Mapping[str, NDArray[Any]]] = []
         ids: dict[int, str] = {}
-        faults: dict[int, BadRecord] = {}
-        first = place = start
+        bad_records: dict[int, BadRecord] = {}
+        first = index = start
         for batch in self._set.batches(HostShards(local_batch_shards(self._mesh), num_batch_shards(self._mesh)), start):
-            on_batch(place)
+            on_batch(index)
             with jax.set_mesh(self._mesh):
                 computed = self._compute(params, put_batch(batch.arrays, self._mesh))
-            rows.append({name: np.asarray(value) for name, value in computed.items()})
-            ids |= {at: self._id(at, example.key) for at, example in batch.examples.items()}
-            faults |= batch.bad_records
-            place += len(rows[-1]["features"])
-            while first < len(self) and min(place, len(self)) >= (stop := min(first + self.shard_rows, len(self))):
-                whole = {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
-                yield _shard(first, stop, whole, ids, faults)
-                rows, first = [{name: value[stop - first :] for name, value in whole.items()}], stop
+            batches.append({name: np.asarray(value) for name, value in computed.items()})
+            ids |= {i: self._id(i, example.key) for i, example in batch.examples.items()}
+            bad_records |= batch.bad_records
+            index += len(batches[-1]["features"])
+            while first < len(self) and min(index, len(self)) >= (stop := min(first + self.shard_rows, len(self))):
+                rows = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+                yield _make_shard(first, stop, rows, ids, bad_records)
+                batches, first = [{name: value[stop - first :] for name, value in rows.items()}], stop
 
-    def _id(self, place: int, key: str) -> str:
-        """A record's key; where there are several sources, below its source's name."""
-        source = self._set.source_of(place)
+    def _id(self, index: int, key: str) -> str:
+        """Return a record's key, prefixed by its source's name if there are several sources."""
+        source = self._set.source_of(index)
         return key if len(self._sources) == 1 or key == source else f"{source}/{key}"
 
 
 def check_feature_parts(feature: str, kind: Kind, definition: ModelDef) -> None:
-    """Checks that a model has what a feature is made of.
+    """Check that a model has the parts that compute a feature.
 
     Raises:
-        UserError: names the parts that it lacks.
+        UserError: names the missing parts.
     """
     needed = {"text": ("text",), "image": ("vision",), "video": ("vision", "temporal")}[kind]
     needed = (*needed, "contrastive") if feature == "contrastive" else needed
     missing = [part for part in needed if part not in definition.parts]
     if missing:
         raise UserError(
-            f"feature '{feature}' of a {kind} needs the part {' and '.join(missing)}, which this model lacks (it has "
+            f"feature '{feature}' of {kind}s needs the parts {', '.join(missing)}, which this model lacks (it has "
             f"{', '.join(definition.parts)})"
         )
 
 
-def _tokens(model: Mplug2, batch: DeviceBatch, taps: Taps) -> Float[Array, "b s d"]:
-    """The last tokens of a batch's pictures or texts; what is tapped on the way is in ``taps``."""
+def _encode(model: Mplug2, batch: DeviceBatch, taps: Taps) -> Float[Array, "b s d"]:
+    """Return the last tokens of a batch's frames or texts, and record intermediates in ``taps``."""
     if "frames" in batch:
         return model.encode_visual(batch["frames"], taps=taps)
     return model.encode_text(batch["text"], batch["text_mask"], taps=taps)
 
 
-def _offered(definition: ModelDef, example: Mapping[str, NDArray[Any]]) -> dict[str, int]:
-    """The taps that an example passes, each with the dimension that the examples of a batch are in.
+def _find_example_axes(definition: ModelDef, example: Mapping[str, NDArray[Any]]) -> dict[str, int]:
+    """Return the taps that an example passes, each with its dimension of examples: the one that grows with the batch.
 
-    It is the one that grows with the batch; nothing is computed.
+    Nothing is computed.
     """
 
-    def taps_of(examples: int) -> dict[str, Any]:
-        def offer(params: Params, batch: DeviceBatch) -> Named:
+    def tap_shapes(num_examples: int) -> dict[str, Any]:
+        def record(params: Params, batch: DeviceBatch) -> NamedArrays:
             taps = Taps()
-            _tokens(definition.bind(params), batch, taps)
+            _encode(definition.bind(params), batch, taps)
             return dict(taps)
 
-        return jax.eval_shape(offer, definition.shapes, _batch_of(example, examples))
+        return jax.eval_shape(record, definition.shapes, _abstract_batch(example, num_examples))
 
-    two, three = taps_of(2), taps_of(3)
+    two, three = tap_shapes(2), tap_shapes(3)
     return {
         name: next(dim for dim, size in enumerate(two[name].shape) if size != three[name].shape[dim]) for name in two
     }
 
 
-def _batch_of(example: Mapping[str, NDArray[Any]], examples: int) -> dict[str, jax.ShapeDtypeStruct]:
-    return {name: jax.ShapeDtypeStruct((examples, *x.shape), x.dtype) for name, x in example.items()}
+def _abstract_batch(example: Mapping[str, NDArray[Any]], num_examples: int) -> dict[str, jax.ShapeDtypeStruct]:
+    return {name: jax.ShapeDtypeStruct((num_examples, *x.shape), x.dtype) for name, x in example.items()}
 
 
-def _features(model: Mplug2, batch: DeviceBatch, config: FeatureConfig, axis: int) -> Named:
+def _compute_features(model: Mplug2, batch: DeviceBatch, config: FeatureConfig, axis: int) -> NamedArrays:
     taps = Taps([config.name])
-    tokens = _tokens(model, batch, taps)
+    tokens = _encode(model, batch, taps)
     if config.name == "contrastive":
         head = model.contrastive
         return {"features": head.visual_features(tokens) if "frames" in batch else head.text_features(tokens)}
     mask = batch.get("text_mask")
-    examples = len(tokens)
-    tapped = _examples_first(taps[config.name].astype(jnp.float32), axis, examples)
+    num_examples = len(tokens)
+    tapped = _examples_first(taps[config.name].astype(jnp.float32), axis, num_examples)
     if config.pool == "cls":
         return {"features": tapped[..., 0, :]}
     if config.pool == "mean":
-        counts = jnp.ones((examples, tapped.shape[-2])) if mask is None else mask.astype(jnp.float32)
-        counts = counts.reshape(examples, *[1] * (tapped.ndim - 3), -1, 1)
-        return {"features": jnp.sum(tapped * counts, -2) / jnp.sum(counts, -2)}
+        weights = jnp.ones((num_examples, tapped.shape[-2])) if mask is None else mask.astype(jnp.float32)
+        weights = weights.reshape(num_examples, *[1] * (tapped.ndim - 3), -1, 1)
+        return {"features": jnp.sum(tapped * weights, -2) / jnp.sum(weights, -2)}
     lengths = {} if mask is None else {"lengths": jnp.sum(mask, -1, dtype=jnp.int32)}
     return {"features": tapped, **lengths}
 
 
-def _examples_first(x: Shaped[Array, "..."], axis: int, examples: int) -> Shaped[Array, "b ..."]:
-    """The dimension of examples in front; several rows of one example, its frames, become a dimension of their own."""
+def _examples_first(x: Shaped[Array, "..."], axis: int, num_examples: int) -> Shaped[Array, "b ..."]:
+    """Move the dimension of examples to the front; several rows per example, its frames, get a dimension."""
     x = jnp.moveaxis(x, axis, 0)
-    each = x.shape[0] // examples
-    return x if each == 1 else x.reshape(examples, each, *x.shape[1:])
+    rows_per_example = x.shape[0] // num_examples
+    return x if rows_per_example == 1 else x.reshape(num_examples, rows_per_example, *x.shape[1:])
 
 
-def _shard(
+def _make_shard(
     first: int,
     stop: int,
     rows: Mapping[str, NDArray[Any]],
     ids: dict[int, str],
-    faults: dict[int, BadRecord],
+    bad_records: dict[int, BadRecord],
 ) -> FeatureShard:
-    """What all processes know of the places of a shard; taken out of ``ids`` and ``faults``."""
-    mine = {
-        "ids": [(place, ids.pop(place)) for place in range(first, stop) if place in ids],
-        "faults": [
-            (place, dataclasses.asdict(faults.pop(place))) for place in range(first, stop) if place in faults
-        ],
-    }  # fmt: skip
+    """Gather the records of a shard from all processes; remove them from ``ids`` and ``bad_records``."""
+    indices = range(first, stop)
+    local = {
+        "ids": [(i, ids.pop(i)) for i in indices if i in ids],
+        "bad_records": [(i, dataclasses.asdict(bad_records.pop(i))) for i in indices if i in bad_records],
+    }
     all_ids: dict[int, str] = {}
-    all_faults: dict[int, BadRecord] = {}
-    for theirs in allgather_objects(mine):
-        all_ids |= dict(theirs["ids"])
-        all_faults |= {place: BadRecord(**fields) for place, fields in theirs["faults"]}
-    places = sorted(all_ids)
-    taken = np.asarray(places, np.int64) - first
+    all_bad_records: dict[int, BadRecord] = {}
+    for process in allgather_objects(local):
+        all_ids |= dict(process["ids"])
+        all_bad_records |= {i: BadRecord(**values) for i, values in process["bad_records"]}
+    good = sorted(all_ids)
+    selected = np.asarray(good, np.int64) - first
     return FeatureShard(
-        first, stop, tuple(all_ids[place] for place in places), {name: value[taken] for name, value in rows.items()},
-        tuple(all_faults[place] for place in sorted(all_faults)),
+        first, stop, tuple(all_ids[i] for i in good), {name: value[selected] for name, value in rows.items()},
+        tuple(all_bad_records[i] for i in sorted(all_bad_records)),
     )  # fmt: skip

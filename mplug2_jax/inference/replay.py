@@ -1,7 +1,7 @@
-"""A step of a run, made again: its batch, its numbers bit by bit, and which example brought how much of them."""
+"""Replay of a training step: its batch, its metrics bit by bit, and how much each example contributed."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,15 +26,15 @@ from mplug2_jax.training.telemetry.metric_log import read_train_metrics
 from mplug2_jax.training.workdir import WorkDir, special_tokens
 
 ROUNDING_TOLERANCE = 1e-5
-"""Relative difference that sums in another order may make; the processes and devices of the run repeat every bit."""
+"""Relative difference due to another order of sums; the run's own processes and devices reproduce every bit."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ExampleContribution:
-    """What one example brought to a step: its own loss, and its share of all examples' gradient norms."""
+    """An example's own loss in a step, and its share of the sum of all examples' gradient norms."""
 
     stream: str
-    made: LoadedExample
+    loaded: LoadedExample
     loss: float
     gradient_norm: float
     share: float
@@ -42,34 +42,34 @@ class ExampleContribution:
 
 @dataclasses.dataclass(frozen=True)
 class ReplayedStep:
-    """A step that was made again."""
+    """A recomputed step."""
 
     step: int
-    batch: int  # its number in the order of the data
-    start: int  # the step of the checkpoint that it was made from
+    batch: int  # its index in the data order
+    start_step: int  # of the checkpoint that it was recomputed from
     metrics: Mapping[str, float]
-    recorded: Mapping[str, float | None]  # what metrics.jsonl has of the step; empty: it was not logged
-    contributions: Sequence[ExampleContribution]  # greatest loss first, and before all those that are not finite
+    recorded: Mapping[str, float | None]  # the step's metrics in metrics.jsonl; empty: not logged
+    contributions: Sequence[ExampleContribution]  # non-finite losses first, then in descending order
 
     @property
     def differences(self) -> dict[str, float]:
-        """The relative differences of metrics that are not what was recorded to the last bit; infinite without one."""
-        found = {}
+        """Return the relative differences of metrics that are not bit-identical to the recorded ones, or infinity."""
+        differences = {}
         for name, value in self.metrics.items():
             recorded = self.recorded.get(name, value)
             if recorded != (value if np.isfinite(value) else None):
-                known = recorded is not None and np.isfinite(value)
-                found[name] = abs(value - recorded) / abs(recorded) if known and recorded else np.inf
-        return found
+                comparable = recorded is not None and np.isfinite(value)
+                differences[name] = abs(value - recorded) / abs(recorded) if comparable and recorded else np.inf
+        return differences
 
     @property
-    def wrong(self) -> list[str]:
-        """The metrics that differ by more than other processes, or another kind of device, may round."""
+    def mismatched(self) -> list[str]:
+        """Return the metrics that differ by more than other processes or devices explain."""
         return [name for name, difference in self.differences.items() if difference > ROUNDING_TOLERANCE]
 
 
 def replay_step(workdir: WorkDir, step: int, *, num_ranked: int = 64) -> ReplayedStep:
-    """Makes a step again from the nearest checkpoint before it, or from the run's first state.
+    """Recompute a step from the nearest checkpoint before it, or from the run's initial state.
 
     Args:
         workdir: of the run.
@@ -81,30 +81,30 @@ def replay_step(workdir: WorkDir, step: int, *, num_ranked: int = 64) -> Replaye
     """
     config = workdir.read_config()
     if not 1 <= step <= config.steps:
-        raise UserError(f"step {step} is none of this run's steps; choose 1 to {config.steps}")
-    config = dataclasses.replace(config, steps=_steps_then(workdir, step) or config.steps)
+        raise UserError(f"step {step} is not a step of this run; expected 1 to {config.steps}")
+    config = dataclasses.replace(config, steps=_total_steps_at(workdir, step) or config.steps)
     tokenizer = workdir.load_tokenizer(config)
     spec = make_run_spec(config, special_tokens(tokenizer), make_mesh(config.mesh))
     streams = open_streams(config, tokenizer)
     state, position = _state_before(workdir, spec, streams, step)
     run_step = make_step(spec)
     for number in range(position.step + 1, step):
-        state, _ = run_step(state, _batches(streams, position.batch_index(number), spec)[0])
-    batches, rows = _batches(streams, position.batch_index(step), spec)
-    parts = _rank(
-        spec, state, batches, rows, num_ranked, _batches(streams, max(position.batch_index(step) - 1, 0), spec)[0]
-    )
+        state, _ = run_step(state, _load_batches(streams, position.batch_index(number), spec)[0])
+    batch_index = position.batch_index(step)
+    batches, rows = _load_batches(streams, batch_index, spec)
+    other_batches, _ = _load_batches(streams, max(batch_index - 1, 0), spec)
+    contributions = _rank_examples(spec, state, batches, rows, num_ranked, other_batches)
     _, metrics = run_step(state, batches)
     recorded: dict[str, float | None] = {}
     for line in read_train_metrics(workdir.metrics):
         if line.pop("step") == step:
             recorded = line
     values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items() if name != "skipped"}
-    return ReplayedStep(step, position.batch_index(step), position.step, values, recorded, parts)
+    return ReplayedStep(step, batch_index, position.step, values, recorded, contributions)
 
 
-def _steps_then(workdir: WorkDir, step: int) -> int:
-    """How many steps the run was to have when it did this one; 0 where it has not been lengthened since."""
+def _total_steps_at(workdir: WorkDir, step: int) -> int:
+    """Return how many steps the run had in total when it did this step; 0 if that has not changed since."""
     extensions = (line for line in read_events(workdir.events) if line["event"] == "steps_extended")
     return next((int(line["old_steps"]) for line in extensions if step <= line["step"]), 0)
 
@@ -112,7 +112,7 @@ def _steps_then(workdir: WorkDir, step: int) -> int:
 def _state_before(
     workdir: WorkDir, spec: RunSpec, streams: Mapping[str, Stream], step: int
 ) -> tuple[TrainState, DataPosition]:
-    """The state nearest before a step, and a position that knows of all rollbacks of the run."""
+    """Return the nearest state before a step, and its position with all rollbacks of the run."""
     checkpoints = Checkpoints(workdir.checkpoints, spec.config.checkpoint, read_only=True)
     try:
         before = [saved for saved in checkpoints.steps() if saved < step]
@@ -131,65 +131,71 @@ def _state_before(
     return state, dataclasses.replace(position, offsets=tuple(sorted({**dict(position.offsets), **offsets}.items())))
 
 
-def _batches(streams: Mapping[str, Stream], number: int, spec: RunSpec) -> tuple[StreamBatches, dict[str, Any]]:
-    loaded = {name: stream.batch(number) for name, stream in streams.items()}
+def _load_batches(streams: Mapping[str, Stream], index: int, spec: RunSpec) -> tuple[StreamBatches, dict[str, Any]]:
+    loaded = {name: stream.batch(index) for name, stream in streams.items()}
     placed = {name: put_batch(batch.arrays, spec.mesh) for name, batch in loaded.items()}
     return placed, {name: batch.rows for name, batch in loaded.items()}
 
 
-def _rank(
+def _rank_examples(
     spec: RunSpec, state: TrainState, batches: StreamBatches, rows: Mapping[str, Sequence[LoadedExample]],
-    num_ranked: int, other: StreamBatches,
+    num_ranked: int, other_batches: StreamBatches,
 ) -> list[ExampleContribution]:  # fmt: skip
-    """Every example's own loss and gradient: those of its stream's batch when it alone counts.
+    """Return every example's own loss and gradient norm: those of its stream's batch with all other rows masked.
 
-    Where that is not finite for one, it would be for all, for nothing times infinity is no number. So then each stands
-    among the rows of another batch.
+    If one loss is not finite, all are, because infinity times a weight of 0 is NaN. Then each example is measured
+    among the rows of another batch instead.
     """
-    found: list[tuple[str, LoadedExample, float, float]] = []
-    for name, made in rows.items():
-        alone = _alone(spec, name)
-        for row in range(min(num_ranked, len(made))):
-            loss, norm = alone(state, batches[name], jnp.int32(row))
-            found.append((name, made[row], float(loss), float(norm)))
-        if not all(np.isfinite(loss) for stream, _, loss, _ in found if stream == name):
-            found = [part for part in found if part[0] != name]
-            for row in range(min(num_ranked, len(made))):
-                mixed = {key: other[name][key].at[row].set(value[row]) for key, value in batches[name].items()}
-                loss, norm = alone(state, mixed, jnp.int32(row))
-                found.append((name, made[row], float(loss), float(norm)))
-    total = sum(norm for *_, norm in found if np.isfinite(norm)) or 1.0
-    parts = [ExampleContribution(name, made, loss, norm, norm / total) for name, made, loss, norm in found]
-    return sorted(parts, key=lambda part: (np.isfinite(part.loss), -part.loss if np.isfinite(part.loss) else 0.0))
+    measured: list[tuple[str, LoadedExample, float, float]] = []
+    for name, examples in rows.items():
+        single_example_grad, batch, other_batch = _single_example_grad(spec, name), batches[name], other_batches[name]
+        indices = range(min(num_ranked, len(examples)))
+        values = [single_example_grad(state, batch, row) for row in indices]
+        if not all(np.isfinite(loss) for loss, _ in values):
+            mixed = ({key: other_batch[key].at[row].set(x[row]) for key, x in batch.items()} for row in indices)
+            values = [single_example_grad(state, each, row) for row, each in enumerate(mixed)]
+        measured += [(name, examples[row], loss, norm) for row, (loss, norm) in enumerate(values)]
+    total = sum(norm for *_, norm in measured if np.isfinite(norm)) or 1.0
+    ranked = [ExampleContribution(name, example, loss, norm, norm / total) for name, example, loss, norm in measured]
+    return sorted(ranked, key=lambda each: (np.isfinite(each.loss), -each.loss if np.isfinite(each.loss) else 0.0))
 
 
-def _alone(spec: RunSpec, name: str) -> Any:
-    """(state, batch of a stream, row) -> loss and gradient norm of the stream where only that row counts."""
-    one = dataclasses.replace(spec, config=dataclasses.replace(spec.config, streams={name: spec.config.streams[name]}))
+def _single_example_grad(spec: RunSpec, name: str) -> Callable[[TrainState, DeviceBatch, int], tuple[float, float]]:
+    """Return (state, batch of a stream, row) -> loss and gradient norm of that row alone."""
+    config = dataclasses.replace(spec.config, streams={name: spec.config.streams[name]})
+    one_stream = dataclasses.replace(spec, config=config)
 
     def measure(state: TrainState, batch: DeviceBatch, row: jax.Array) -> tuple[jax.Array, jax.Array]:
         inputs = step_inputs(spec, state)
         count, rng = spec.config.grad_accum_steps, inputs.rng
-        if count > 1:  # the micro-batch that holds the row, with its randomness
+        if count > 1:  # select the micro-batch with the row, and its random key
             batch = jax.tree.map(lambda x: x[row % count], split_micro_batches({name: batch}, count))[name]
             row, rng = row // count, jax.random.fold_in(rng, row % count)
         masked = {name: {**batch, "example_mask": jnp.arange(batch["example_id"].shape[0]) == row}}
 
-        trained, frozen = partition(state["params"], spec.config.frozen)
+        trainable, frozen = partition(state["params"], spec.config.frozen)
 
-        def loss(trained: Any) -> tuple[jax.Array, tuple[Metrics, Any]]:
-            params = combine(trained, frozen)
+        def loss(trainable: Any) -> tuple[jax.Array, tuple[Metrics, Any]]:
+            params = combine(trainable, frozen)
             return streams_loss(
-                one, params, inputs.teacher, state.get("queues", {}), masked, rng, inputs.alpha, inputs.frequencies
+                one_stream,
+                params,
+                inputs.teacher,
+                state.get("queues", {}),
+                masked,
+                rng,
+                inputs.alpha,
+                inputs.frequencies,
             )
 
-        (value, _), gradients = jax.value_and_grad(loss, has_aux=True)(trained)
+        (value, _), gradients = jax.value_and_grad(loss, has_aux=True)(trainable)
         return value, optax.tree.norm(gradients)
 
     jitted = jax.jit(measure)
 
-    def call(state: TrainState, batch: DeviceBatch, row: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def call(state: TrainState, batch: DeviceBatch, row: int) -> tuple[float, float]:
         with jax.set_mesh(spec.mesh):
-            return jitted(state, batch, row)
+            value, norm = jitted(state, batch, jnp.int32(row))
+        return float(value), float(norm)  # waits, so that one batch at a time is in memory
 
     return call

@@ -154,7 +154,16 @@ def test_a_run_with_damaged_metrics_goes_on(trained: TrainedRun, workdir: Path, 
 def test_generate_prints_a_line_for_each_file(pictures: Path, media: Path, mplug2: Mplug2) -> None:
     files = [media / name for name in ("a.png", "a.mp4", "a.gif", "a.txt")]
     done = mplug2(
-        "generate", "--workdir", pictures, *files, "--instruction", "is {text} here?", "--beams", 2, "--max-length", 3
+        "generate",
+        "--workdir",
+        pictures,
+        *files,
+        "--instruction",
+        "is {text} here?",
+        "--num-beams",
+        2,
+        "--max-length",
+        3,
     )
     assert (done.status, done.err) == (0, "")
     assert [line.partition(": ")[0] for line in done.out.splitlines()] == [str(file) for file in files]
@@ -162,14 +171,14 @@ def test_generate_prints_a_line_for_each_file(pictures: Path, media: Path, mplug
 
 def test_generate_draws_by_its_seed(pictures: Path, media: Path, mplug2: Mplug2) -> None:
     files = [media / "a.png"] * 3
-    words = ("generate", "--workdir", pictures, *files, "--top-p", 0.99, "--beams", 1, "--max-length", 4)
+    words = ("generate", "--workdir", pictures, *files, "--top-p", 0.99, "--num-beams", 1, "--max-length", 4)
     one, again, other = (mplug2(*words, "--temperature", 5, "--seed", seed).out for seed in (1, 1, 100))
     assert one == again != other
     assert len(set(one.splitlines())) == 3  # every file has a seed of its own
     for option in ("--temperature", "--seed"):
         unread = mplug2("generate", "--workdir", pictures, media / "a.png", option, 2)
         assert unread.status == 2
-        assert "is of what is drawn, and this searches: add --top-p 0.9" in unread.err
+        assert "needs sampling, and this is a search: add --top-p 0.9" in unread.err
 
 
 @pytest.mark.parametrize(("kind", "suffix", "frames"), [("image", "png", 1), ("video", "mp4", 4)])
@@ -236,8 +245,8 @@ def test_report_compares_two_and_overwrites_nothing(
 def test_the_results_table_has_published_results_if_there_are_any() -> None:
     def result(recipe: str, *formats: str) -> EvaluationResult:
         return EvaluationResult(
-            "test", "answer", 1, 8, 1.0, {"accuracy": 0.5}, {"accuracy": 0.25}, (), intervals={"accuracy": (0.4, 0.6)},
-            recipe=recipe, formats=formats,
+            "test", "answer", 1, 8, 1.0, {"accuracy": 0.5}, {"accuracy": 0.25}, (),
+            confidence_intervals={"accuracy": (0.4, 0.6)}, recipe=recipe, formats=formats,
         )  # fmt: skip
 
     header, _, first, second = results_table([result("msrvtt_qa", "annotations"), result("demo")]).splitlines()

@@ -15,7 +15,7 @@ COMPLETIONS = {
     ("completion", ""): {"bash", "zsh", "tcsh"},
     ("train", "--config", "pre"): {"pretrain"},
     ("train", "--config", "min"): {"mine.py"},
-    ("eval", "--task", "msrvtt_q"): {"msrvtt_qa"},
+    ("eval", "--config", "msrvtt_q"): {"msrvtt_qa"},
     ("data", "show", "dem"): {"demo"},
     ("train", "--workdir", "r"): {"runs"},
     ("report", "r"): {"runs"},

@@ -1,4 +1,4 @@
-"""``mplug2 embed``: files in, features out; stopped and started again; what it refuses."""
+"""``mplug2 embed``: features of files, resuming, and errors."""
 
 import json
 from collections.abc import Callable
@@ -21,7 +21,7 @@ Mplug2 = Callable[..., Outcome]
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Five pictures, one of them broken, in a folder with another in it."""
+    """Write five images, one of them broken, to a folder and a folder in it."""
     path = tmp_path / "pictures"
     (path / "more").mkdir(parents=True)
     for i, record in enumerate(records("image", 4)):
@@ -34,7 +34,7 @@ KEYS = ["0.png", "1.png", "more/2.png", "more/3.png"]
 
 
 def read(out: Path) -> tuple[list[str], np.ndarray]:
-    """The ids and features of all shards that the index lists."""
+    """Return the ids and features of all shards of the index."""
     ids, rows = [], []
     for shard in json.loads((out / "index.json").read_text())["shards"]:
         with safe_open(out / shard["file"], "np") as file:
@@ -43,19 +43,18 @@ def read(out: Path) -> tuple[list[str], np.ndarray]:
     return ids, np.concatenate(rows)
 
 
-def test_a_folder_is_embedded_and_what_is_broken_is_named(
+def test_a_folder_is_embedded_and_broken_files_are_skipped(
     contrastive_run: Path, folder: Path, tmp_path: Path, mplug2: Mplug2
 ) -> None:
     out = tmp_path / "features"
     words = ("embed", "--workdir", contrastive_run, folder, "--out", out)
     done = mplug2(*words)
-    assert (done.status, done.err) == (1, "")
-    first, shard, left_out = done.out.splitlines()
+    assert (done.status, done.out) == (1, f"{out / 'index.json'}: 4 ids in 1 shards\n")
+    first, shard = [line for line in done.log.splitlines() if "step 1" in line or "ids" in line]
     assert first == "step 1: contrastive of 5 images, features [16] float32"
     assert shard == f"{out / 'features-00000.safetensors'}: 4 ids"
-    assert left_out.startswith(
-        f"left out: more/broken.jpg: {folder / 'more' / 'broken.jpg'} cannot be read as an image"
-    )
+    path = folder / "more" / "broken.jpg"
+    assert f"] skipped more/broken.jpg: {path} cannot be read as an image" in done.err
     ids, rows = read(out)
     assert ids == KEYS
     assert_close(np.linalg.norm(rows, axis=1), np.ones(4))
@@ -63,12 +62,12 @@ def test_a_folder_is_embedded_and_what_is_broken_is_named(
     assert (request["feature"]["name"], request["step"], request["model"]["run"]) == ("contrastive", 1, "small")
     assert request["arrays"] == {"features": {"shape": [16], "dtype": "float32"}}
     again = mplug2(*words)
-    assert "5 records were done before\n" in again.out
+    assert "resuming after 5 records\n" in again.log
     assert again.status == 1
 
 
 @pytest.mark.slow
-def test_a_command_that_was_killed_between_shards_goes_on(
+def test_a_command_that_was_killed_between_shards_resumes(
     contrastive_run: Path, folder: Path, tmp_path: Path, mplug2: Mplug2, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(features, "SHARD_ROWS", 2)
@@ -87,21 +86,21 @@ def test_a_command_that_was_killed_between_shards_goes_on(
     assert read(tmp_path / "parts")[0] == KEYS[:2]
     before = (tmp_path / "parts" / "features-00000.safetensors").stat().st_mtime_ns
     mesh = ("--config.mesh.fsdp=2", "--config.mesh.data=4", "--batch-size", 8)
-    assert "2 records were done before\n" in mplug2(*words, tmp_path / "parts", *mesh).out
+    assert "resuming after 2 records\n" in mplug2(*words, tmp_path / "parts", *mesh).log
     assert (tmp_path / "parts" / "features-00000.safetensors").stat().st_mtime_ns == before
     (ids, rows), (whole_ids, whole) = read(tmp_path / "parts"), read(tmp_path / "whole")
     assert ids == whole_ids == KEYS
     assert_close(rows, whole, CHAIN)
 
 
-def test_other_features_are_not_mixed_in(contrastive_run: Path, folder: Path, tmp_path: Path, mplug2: Mplug2) -> None:
+def test_a_different_request_is_an_error(contrastive_run: Path, folder: Path, tmp_path: Path, mplug2: Mplug2) -> None:
     out = tmp_path / "features"
     words = ("embed", "--workdir", contrastive_run, folder, "--out", out)
     mplug2(*words)
     before = (out / "index.json").read_bytes()
-    said = error_of(mplug2(*words, "--feature", "visual/out", "--pool", "cls"))
+    message = error_of(mplug2(*words, "--feature", "visual/out", "--pool", "cls"))
     assert (
-        "holds other features: arrays.features.shape was [16] and is [32]; feature.name was 'contrastive' and" in said
+        "has other features: arrays.features.shape was [16] and is [32]; feature.name was 'contrastive' and" in message
     )
     (folder / "0.png").rename(folder / "9.png")
     assert "listing was" in error_of(mplug2(*words))
@@ -138,35 +137,37 @@ def test_the_clips_of_an_annotation_file_are_embedded(
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "expected"),
     [
-        ("{media}", "{media}: 1 images and 1 texts and 2 videos are not embedded together; choose with --kind"),
+        ("{media}", "{media}: found 1 image and 1 text and 2 videos, expected one kind; select it with --kind"),
         ("{media}/a.png {media}/a.png", "{media}/a.png is given twice"),
         ("{media}/missing.png", "{media}/missing.png does not exist; expected .json, .jsonl, .csv, .tsv, .txt, an"),
         ("{media}/a.png --batch-size 9", "--batch-size=9 does not split over the mesh's 8 batch shards"),
         ("{media}/a.png --batch-size 0", "--batch-size=0 must be at least 1"),
         ("{media}/a.txt --text-length 2", "--text-length=2 must be between 3 and 64"),
-        ("{media}/a.png --feature visual/ou", "feature 'visual/ou' is none that this model has of a image: did you"),
-        ("{media}/a.png --pool mean", "pool 'mean' is for the tokens of a tap, and feature 'contrastive' is one"),
+        ("{media}/a.png --feature visual/ou", "feature 'visual/ou' does not exist for images: did you"),
+        ("{media}/a.png --pool mean", "--pool mean is for the tokens of a tap, but feature 'contrastive' is one"),
         ("{media}/a.png --split x", "source.split='x' means nothing to format 'files'"),
         ("{media}/a.mp4 --kind image", "{media}/a.mp4 is no image, nor holds any"),
         ("webdatase:{media}", "webdatase:{media} does not exist; expected"),
     ],
 )
-def test_what_cannot_be_embedded_is_refused(
-    words: str, said: str, contrastive_run: Path, media: Path, tmp_path: Path, mplug2: Mplug2
+def test_invalid_inputs_are_errors(
+    words: str, expected: str, contrastive_run: Path, media: Path, tmp_path: Path, mplug2: Mplug2
 ) -> None:
     out = tmp_path / "features"
     sentence = error_of(mplug2("embed", "--workdir", contrastive_run, *words.format(media=media).split(), "--out", out))
-    assert sentence.startswith(said.format(media=media))
+    assert sentence.startswith(expected.format(media=media))
     assert not out.exists()
 
 
-def test_a_model_without_the_parts_is_refused(trained: TrainedRun, media: Path, tmp_path: Path, mplug2: Mplug2) -> None:
+def test_a_model_without_the_parts_is_an_error(
+    trained: TrainedRun, media: Path, tmp_path: Path, mplug2: Mplug2
+) -> None:
     words = ("embed", "--workdir", trained.workdir, "--out", tmp_path / "f")
     assert error_of(mplug2(*words, media / "a.txt")) == (
-        "feature 'contrastive' of a text needs the part contrastive, which this model lacks (it has text, universal, "
+        "feature 'contrastive' of texts needs the parts contrastive, which this model lacks (it has text, universal, "
         "mlm)"
     )
-    assert "needs the part vision and contrastive" in error_of(mplug2(*words, media / "a.png"))
+    assert "needs the parts vision, contrastive" in error_of(mplug2(*words, media / "a.png"))
     assert mplug2(*words, media / "a.txt", "--feature", "text/out", "--pool", "cls").status == 0

@@ -1,4 +1,4 @@
-"""``mplug2 eval`` of a checkpoint by another recipe, and of a run that goes on."""
+"""``mplug2 eval`` of a checkpoint by another recipe, and of a run in progress."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ Mplug2 = Callable[..., Outcome]
 
 
 def results(folder: Path) -> dict[str, bytes]:
-    """What evaluations came to, without how long they took, nor their page."""
+    """Return the result files, without their duration and their report."""
     found = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".html"}
     return {
         name: json.dumps(json.loads(content) | {"seconds": 0}).encode() if name.endswith(".json") else content
@@ -33,7 +33,8 @@ def results(folder: Path) -> dict[str, bytes]:
 def test_a_checkpoint_by_its_own_recipe_gives_what_training_gave(
     where: str, trained: TrainedRun, tmp_path: Path, mplug2: Mplug2
 ) -> None:
-    done = mplug2("eval", "--task", trained.recipe, "--checkpoint", trained.workdir / where, "--out", tmp_path / "out")
+    words = ("--checkpoint", trained.workdir / where, "--out", tmp_path / "out")
+    done = mplug2("eval", "--task" if where else "--config", trained.recipe, *words)  # --task is the old name
     assert (done.status, done.err) == (0, "")
     assert "masked_words" in done.out
     assert done.out.endswith(f"report: {tmp_path / 'out' / 'report.html'}\n")
@@ -49,7 +50,7 @@ def test_results_go_beside_the_run_and_sizes_are_the_checkpoint_s(
     wrong = (recipes / "text.py").read_text().replace("--config.model.width=32", "--config.model.width=64")
     assert "width=64" in wrong
     (recipes / "wide.py").write_text(wrong)
-    done = mplug2("eval", "--task", recipes / "wide.py", "--checkpoint", workdir, "--only", "masked_words")
+    done = mplug2("eval", "--config", recipes / "wide.py", "--checkpoint", workdir, "--only", "masked_words")
     assert (done.status, done.err) == (0, "")
     assert done.out.endswith(f"report: {workdir / 'report.html'}\n")
     assert (workdir / "report.html").stat().st_size > 10_000  # the run's own
@@ -57,61 +58,62 @@ def test_results_go_beside_the_run_and_sizes_are_the_checkpoint_s(
     assert ours == {name: theirs[name] for name in ("masked_words.json", "masked_words.jsonl")}
 
 
-def test_a_checkpoint_without_a_run_needs_a_folder_and_a_tokeniser(
+def test_a_checkpoint_without_a_run_needs_a_folder_and_a_tokenizer(
     trained: TrainedRun, workdir: Path, mplug2: Mplug2, vocabulary: Path
 ) -> None:
     (workdir / "config.json").unlink()
-    words = ("eval", "--task", trained.recipe, "--checkpoint", workdir)
+    words = ("eval", "--config", trained.recipe, "--checkpoint", workdir)
     assert error_of(mplug2(*words)) == (
-        f"{workdir} is no work directory of a run, to keep results in: give --out FOLDER"
+        f"{workdir} is not the work directory of a run: give --out FOLDER for the results"
     )
     shutil.rmtree(workdir / "tokenizer")
     words = (*words, "--out", workdir / "out")
-    assert f"{workdir} keeps no tokeniser" in error_of(mplug2(*words, "--config.tokenizer.path="))
+    assert f"{workdir} has no tokenizer" in error_of(mplug2(*words, "--config.tokenizer.path="))
     assert mplug2(*words, f"--config.tokenizer.path={vocabulary}").status == 0
     assert results(workdir / "out") == results(trained.workdir / "evaluations" / "2")
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "expected"),
     [
-        (("--task", "finetune:videoqa,tiny"),
+        (("--config", "finetune:videoqa,tiny"),
          "task 'answer' needs the parts vision, temporal, fusion, decoder, which the model in {} lacks (it has text, "
-         "universal, mlm); choose others with --only"),
-        (("--task", "{recipe}", "--only", "maskd_words"),
+         "universal, mlm); select other evaluations with --only"),
+        (("--config", "{recipe}", "--only", "maskd_words"),
          "--only maskd_words is no evaluation of this run: did you mean 'masked_words'?"),
-        (("--task", "{recipe}", "--config.evaluations.more_words.data.sources.digits.max_records=0"),
+        (("--config", "{recipe}", "--config.evaluations.more_words.data.sources.digits.max_records=0"),
          "config.evaluations.more_words.data: the source digitworld (text, heldout) is empty"),
-        (("--task", "{recipe}", "--config.model.width=64"), " is of another size: "),
-        (("--task", "{recipe}", "--config.evaluations.more_words.data.examples.text_length=90"),
+        (("--config", "{recipe}", "--config.model.width=64"), " is of another size: "),
+        (("--config", "{recipe}", "--config.evaluations.more_words.data.examples.text_length=90"),
          "text_length=90 exceeds config.model.max_positions=64"),
-        ((), "--task is missing"),
-        (("--task", "{recipe}", "--follow"), "--follow is for --workdir; leave it out, or give that"),
-        (("--task", "{recipe}", "--step", "2"), "--step is for --workdir; leave it out, or give that"),
-        (("--task", "{recipe}", "--workdir", "runs/x"), "--task RECIPE --checkpoint PATH; give one"),
+        ((), "--config is missing"),
+        (("--config", "{recipe}", "--follow"), "--follow needs --workdir: add that, or remove this option"),
+        (("--config", "{recipe}", "--step", "2"), "--step needs --workdir: add that, or remove this option"),
+        (("--config", "{recipe}", "--workdir", "runs/x"), "--config RECIPE and --checkpoint PATH; give one"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused(
-    words: tuple[str, ...], said: str, trained: TrainedRun, tmp_path: Path, mplug2: Mplug2
+    words: tuple[str, ...], expected: str, trained: TrainedRun, tmp_path: Path, mplug2: Mplug2
 ) -> None:
     words = tuple(word.format(recipe=trained.recipe) for word in words)
     done = mplug2("eval", *words, "--checkpoint", trained.workdir, "--out", tmp_path / "out")
-    assert said.format(trained.workdir) in error_of(done)
+    assert expected.format(trained.workdir) in error_of(done)
     assert not (tmp_path / "out").exists()
 
 
 def test_pictures_of_another_size_are_refused(contrastive_run: Path, tmp_path: Path, mplug2: Mplug2) -> None:
-    done = mplug2("eval", "--task", "finetune:videoqa,tiny", "--checkpoint", contrastive_run, "--out", tmp_path / "out")
+    words = ("--checkpoint", contrastive_run, "--out", tmp_path / "out")
+    done = mplug2("eval", "--config", "finetune:videoqa,tiny", *words)
     assert error_of(done) == (
-        f"config.evaluations.video.data.visual.image_size=32, but the model in {contrastive_run} sees 16 pixels: set "
-        "--config.evaluations.video.data.visual.image_size=16"
+        f"config.evaluations.video.data.visual.image_size=32, but the model in {contrastive_run} has image_size=16: "
+        "set --config.evaluations.video.data.visual.image_size=16"
     )
 
 
 def test_only_the_parts_that_are_needed_are_read(contrastive_run: Path, tmp_path: Path, mplug2: Mplug2) -> None:
-    """Question answering with no weights of contrast, which the checkpoint has."""
+    """Question answering does not read the contrastive head, which the checkpoint has."""
     done = mplug2(
-        "eval", "--task", "finetune:videoqa,tiny", "--checkpoint", contrastive_run, "--out", tmp_path / "out",
+        "eval", "--config", "finetune:videoqa,tiny", "--checkpoint", contrastive_run, "--out", tmp_path / "out",
         "--config.evaluations.video.data.visual.image_size=16",
         "--config.evaluations.video.data.sources.clips.max_records=8",
         "--config.mesh.fsdp=8", "--config.tasks.search.num_beams=1", "--config.tasks.search.max_length=3",
@@ -127,46 +129,47 @@ def test_a_finished_run_is_followed_to_its_end_and_not_twice(
     before = snapshot(workdir)
     done = mplug2("eval", "--workdir", workdir, "--follow", "--only", "masked_words")
     assert (done.status, done.err) == (0, "")
-    assert done.out.startswith("step 2  masked_words (11 examples, ")
+    assert "step 2  masked_words (11 examples, " in done.log
     theirs = results(trained.workdir / "evaluations" / "2")
     assert results(workdir / "evaluations" / "2") == {
         name: theirs[name] for name in ("masked_words.json", "masked_words.jsonl")
     }
     (line,) = (workdir / "metrics-eval.jsonl").read_text().splitlines()
-    figures = json.loads(theirs["masked_words.json"])["metrics"]
-    assert json.loads(line) == {"step": 2, "eval/masked_words/accuracy": figures["accuracy"]}
+    metrics = json.loads(theirs["masked_words.json"])["metrics"]
+    assert json.loads(line) == {"step": 2, "eval/masked_words/accuracy": metrics["accuracy"]}
     changed = {name for name, content in snapshot(workdir).items() if before.get(name) != content}
     assert {name.split("/")[0] for name in changed} == {"evaluations", "metrics-eval.jsonl", "report.html"}
 
     again = mplug2("eval", "--workdir", workdir, "--follow", "--only", "masked_words")
-    assert again == Outcome(0, f"step 2: was evaluated before\nreport: {workdir / 'report.html'}\n", "")
-    more = mplug2("eval", "--workdir", workdir, "--follow")  # what was killed between two evaluations
-    assert [line.split(" (")[0] for line in more.out.splitlines()[:-1]] == ["step 2  more_words"]
+    assert again == Outcome(0, f"report: {workdir / 'report.html'}\n", "")
+    assert "step 2: already evaluated\n" in again.log
+    more = mplug2("eval", "--workdir", workdir, "--follow")  # as after a kill between two evaluations
+    assert [line.split(" (")[0] for line in more.log.splitlines() if "examples" in line] == ["step 2  more_words"]
 
 
-def test_a_damaged_checkpoint_is_left_out(workdir: Path, mplug2: Mplug2) -> None:
+def test_a_damaged_checkpoint_is_skipped(workdir: Path, mplug2: Mplug2) -> None:
     shutil.rmtree(workdir / "evaluations")
     (workdir / "checkpoints" / "2" / "meta" / "metadata").write_text("{")
     done = mplug2("eval", "--workdir", workdir, "--follow")
     assert done.status == 1
-    line, _ = done.out.splitlines()
-    assert line.startswith(f"step 2: left out, checkpoint {workdir / 'checkpoints' / '2'} is incomplete: meta/metadata")
+    path = workdir / "checkpoints" / "2"
+    assert f"] step 2: skipped, checkpoint {path} is incomplete: meta/metadata" in done.err
     assert not (workdir / "evaluations").exists()
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "expected"),
     [
-        (("--follow", "--until-step", "3"), "--until-step=3, but the run has steps 1 to 2"),
+        (("--follow", "--until-step", "3"), "--until-step=3 is not a step of this run; expected 1 to 2"),
         (("--follow", "--poll", "0"), "--poll=0 must be at least 1"),
-        (("--follow", "--out", "x"), "--out is of one checkpoint, and --follow evaluates all: leave it out"),
-        (("--poll", "3"), "--poll is for --follow; leave it out, or give that"),
+        (("--follow", "--out", "x"), "--out is for one checkpoint, but --follow evaluates all: remove it"),
+        (("--poll", "3"), "--poll needs --follow: add that, or remove this option"),
     ],
 )
-def test_options_that_mean_nothing_are_refused(
-    words: tuple[str, ...], said: str, trained: TrainedRun, mplug2: Mplug2
+def test_options_without_meaning_are_errors(
+    words: tuple[str, ...], expected: str, trained: TrainedRun, mplug2: Mplug2
 ) -> None:
-    assert error_of(mplug2("eval", "--workdir", trained.workdir, *words)) == said
+    assert error_of(mplug2("eval", "--workdir", trained.workdir, *words)) == expected
 
 
 # Evaluations on bad files
@@ -179,7 +182,7 @@ LABELS = ExampleConfig(instructions={"label": InstructionConfig(templates=("",))
 
 @dataclasses.dataclass(frozen=True)
 class Bad:
-    """Evaluates a drawn model on a file of annotations about three pictures."""
+    """Evaluates a model on a file of annotations of three images."""
 
     folder: Path
     checkpoint: Path
@@ -194,7 +197,7 @@ class Bad:
         data = DataConfig(sources={"set": source}, visual=SMALL, examples=examples, batch_size=8, max_bad_fraction=0.5)
         run = small_run(evaluations={"held": EvaluationConfig(task=task, data=data)})
         return self.mplug2(
-            "eval", "--task", recipe_file(run, self.folder / "recipe.py"), "--checkpoint", self.checkpoint, "--out",
+            "eval", "--config", recipe_file(run, self.folder / "recipe.py"), "--checkpoint", self.checkpoint, "--out",
             self.folder / "out", "--config.mesh.fsdp=8", *words,
         )  # fmt: skip
 
@@ -204,41 +207,39 @@ def bad(tmp_path: Path, contrastive_run: Path, mplug2: Mplug2) -> Bad:
     return Bad(tmp_path, contrastive_run, mplug2)
 
 
-def asked(*answers: str) -> list[dict[str, str]]:
+def questions(*answers: str) -> list[dict[str, str]]:
     return [{"image": f"{i}.png", "question": "what is it?", "answer": answer} for i, answer in enumerate(answers)]
 
 
-@pytest.mark.parametrize("ranked", [0, 2])
-def test_right_answers_that_are_not_listed_are_warned_of(ranked: int, bad: Bad) -> None:
+@pytest.mark.parametrize("num_ranked", [0, 2])
+def test_references_outside_the_list_of_answers_are_a_warning(num_ranked: int, bad: Bad) -> None:
     (bad.folder / "answers.json").write_text('["red", "two"]')
-    words = f"answers_file={bad.folder / 'answers.json'}", f"num_ranked={ranked}"
-    done = bad(asked("red", "blue", "green"), "answer", QUESTIONS, *words)
-    said = "2 of 3 examples can never be right: no answer of theirs is listed, the first is 'blue' of set/2"
-    assert (done.status, done.err) == (0, f"warning: evaluation held: {said}\n")
-    assert json.loads((bad.folder / "out" / "held.json").read_text())["warnings"] == [said]
+    words = f"answers_file={bad.folder / 'answers.json'}", f"num_ranked={num_ranked}"
+    done = bad(questions("red", "blue", "green"), "answer", QUESTIONS, *words)
+    warning = "2 of 3 examples have no reference in the list of answers, first 'blue' of set/2"
+    assert done.status == 0
+    assert done.err.endswith(f"] evaluation held: {warning}\n")
+    assert json.loads((bad.folder / "out" / "held.json").read_text())["warnings"] == [warning]
     lines = (bad.folder / "out" / "held.jsonl").read_text().splitlines()
     assert {json.loads(line)["prediction"] for line in lines} <= {"red", "two"}
 
 
-def test_a_list_that_has_all_of_them_warns_of_nothing(bad: Bad) -> None:
+def test_a_complete_list_of_answers_is_no_warning(bad: Bad) -> None:
     (bad.folder / "answers.json").write_text('["red", "a blue"]')
     rows = [{"image": "0.png", "question": "what?", "answers": ["Blue", "blue", "blue", "red"]}]
-    done = bad(rows, "vqa", QUESTIONS, f"answers_file={bad.folder / 'answers.json'}")  # which the score takes for alike
+    done = bad(rows, "vqa", QUESTIONS, f"answers_file={bad.folder / 'answers.json'}")  # equal after normalization
     assert (done.status, done.err) == (0, "")
 
 
-def test_pictures_without_captions_are_left_out_and_missed_in_what_is_handed_in(bad: Bad) -> None:
+def test_images_without_captions_are_skipped_and_missed_in_the_submission(bad: Bad) -> None:
     rows = [{"image": "0.png", "captions": ["a digit"]}, {"image": "1.png", "captions": []}]
     done = bad(rows, "caption", CAPTIONS)
     assert done.status == 0
-    missed, left_out = done.err.splitlines()
+    missed, skipped = done.err.splitlines()
     submission = bad.folder / "out" / "submissions" / "held.json"
-    assert missed == f"{submission} has no prediction for 1 record that was left out, the first is record 1"
-    assert left_out == (
-        f"warning: evaluation held: 1 record left out, the first: {bad.folder}/set.json row 2 has nothing in its "
-        "captions; fill it in, or remove the row"
-    )
-    assert json.loads((bad.folder / "out" / "held.json").read_text())["examples"] == 1
+    assert missed.endswith(f"] {submission} misses 1 skipped record, first record 1")
+    assert f"] evaluation held: skipped 1 record, first {bad.folder}/set.json row 2 " in skipped
+    assert json.loads((bad.folder / "out" / "held.json").read_text())["num_examples"] == 1
 
 
 PICTURE = {"filename": "0.png", "split": "test", "imgid": 0, "cocoid": 0, "sentences": [{"raw": "a digit"}]}
@@ -247,26 +248,26 @@ KARPATHY = "data.sources.set.format=karpathy", "data.sources.set.split=tset"
 
 
 @pytest.mark.parametrize(
-    ("rows", "task", "examples", "words", "said"),
+    ("rows", "task", "examples", "words", "expected"),
     [
         ([], "caption", CAPTIONS, (), "set.json, expected at least 1"),
         (["{"], "caption", CAPTIONS, (), "set.json row 1"),
         ({"images": [PICTURE]}, "caption", CAPTIONS, KARPATHY, "split 'tset' is none of the file's: test"),
         ([{"image": "0.png", "captions": []}], "caption", CAPTIONS, (), "row 1 has nothing in its captions"),
         ([{"image": "0.png", "question": "what?"}], "answer", QUESTIONS, (), "row 1 has no answers or answer"),
-        (asked("red"), "caption", CAPTIONS, (), "has none of what is asked for: caption"),
-        (asked("red"), "answer", QUESTIONS, ("data.visual.num_clips=2",),
+        (questions("red"), "caption", CAPTIONS, (), "has none of what is asked for: caption"),
+        (questions("red"), "answer", QUESTIONS, ("data.visual.num_clips=2",),
          "visual.num_clips=2 needs videos, found sources of kind image"),
-        (asked("red"), "answer", QUESTIONS, ("data.visual.num_crops=3",),
+        (questions("red"), "answer", QUESTIONS, ("data.visual.num_crops=3",),
          "num_clips=1 and num_crops=3 are views whose probabilities are averaged"),
         ([{"image": "0.png", "label": "a"}], "classify", LABELS, (),
          "task 'classify' needs the parts classifier, which the model in "),
     ],
 )  # fmt: skip
 def test_files_that_cannot_be_evaluated_are_refused(
-    rows: object, task: str, examples: ExampleConfig, words: tuple[str, ...], said: str, bad: Bad
+    rows: object, task: str, examples: ExampleConfig, words: tuple[str, ...], expected: str, bad: Bad
 ) -> None:
     sentence = error_of(bad(rows, task, examples, *words))
-    assert said in sentence
+    assert expected in sentence
     assert "nor can 0 others" not in sentence
     assert not (bad.folder / "out").exists()

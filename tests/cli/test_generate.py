@@ -1,4 +1,4 @@
-"""``mplug2 generate`` on many files: batches change nothing, broken files stop nothing."""
+"""``mplug2 generate`` on many files: batches change nothing, broken files are skipped."""
 
 import json
 from collections.abc import Callable
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from data_pipelines.media import write_image, write_video
-from mplug2_jax.cli.generate import Answering
+from mplug2_jax.inference.generator import Generator
 
 from .conftest import Outcome
 
@@ -17,7 +17,7 @@ Mplug2 = Callable[..., Outcome]
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pictures, clips and texts of several lengths, in an order that mixes them."""
+    """Write images, videos and texts of several lengths, in mixed order."""
     folder, rng = tmp_path_factory.mktemp("many"), np.random.default_rng(1)
     (folder / "deep").mkdir()
     for i in range(11):
@@ -36,12 +36,12 @@ def lines(done: Outcome) -> list[str]:
     return done.out.splitlines()
 
 
-@pytest.mark.parametrize("how", [("--beams", 2), ("--beams", 1, "--top-p", 0.99, "--temperature", 5)], ids=str)
+@pytest.mark.parametrize("options", [("--num-beams", 2), ("--beams", 1, "--top-p", 0.99, "--temperature", 5)], ids=str)
 @pytest.mark.slow
 def test_answers_in_batches_are_those_of_one_at_a_time(
-    how: tuple[object, ...], contrastive_run: Path, many: Path, mplug2: Mplug2
+    options: tuple[object, ...], contrastive_run: Path, many: Path, mplug2: Mplug2
 ) -> None:
-    words = ("generate", "--workdir", contrastive_run, many, "--max-length", 4, *how)
+    words = ("generate", "--workdir", contrastive_run, many, "--max-length", 4, *options)
     alone = lines(mplug2(*words, "--batch-size", 1))
     names = [*(f"{i:02}.{'png' if i % 3 == 0 else 'txt'}" for i in range(11) if i % 3 != 1),
              *(f"deep/{i:02}.mp4" for i in range(1, 11, 3))]  # fmt: skip
@@ -54,55 +54,56 @@ def test_answers_in_batches_are_those_of_one_at_a_time(
 def test_one_program_serves_all_batches_of_a_kind(
     pictures: Path, many: Path, mplug2: Mplug2, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen, arrays = [], Answering._arrays
+    shapes, make_arrays = [], Generator._arrays
 
-    def watched(self: Answering, read: object, rows: int) -> object:
-        made = arrays(self, read, rows)
-        seen.append(tuple(sorted((name, value.shape) for name, value in made.items())))
-        return made
+    def record(self: Generator, loaded: object, rows: int) -> object:
+        arrays = make_arrays(self, loaded, rows)
+        shapes.append(tuple(sorted((name, value.shape) for name, value in arrays.items())))
+        return arrays
 
-    monkeypatch.setattr(Answering, "_arrays", watched)
+    monkeypatch.setattr(Generator, "_arrays", record)
     files = [*sorted(many.glob("*.png")), many / "deep"]
     lines(mplug2("generate", "--workdir", pictures, *files, "--batch-size", 3, "--max-length", 2))
-    assert len(seen) == 4  # four of each kind, in batches of three
-    assert len(set(seen)) == 2
+    assert len(shapes) == 4  # four of each kind, in batches of three
+    assert len(set(shapes)) == 2
 
 
-def test_what_is_said_is_written_too(pictures: Path, media: Path, tmp_path: Path, mplug2: Mplug2) -> None:
-    out = tmp_path / "said.jsonl"
+def test_predictions_are_written_to_a_file_too(pictures: Path, media: Path, tmp_path: Path, mplug2: Mplug2) -> None:
+    out = tmp_path / "predictions.jsonl"
     words = ("generate", "--workdir", pictures, media / "a.txt", media / "a.png", "--out", out)
     printed = lines(mplug2(*words, "--instruction", "is {text} here?", "--max-length", 3))
     rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [f"{row['file']}: {row['said']}" for row in rows] == printed
+    assert [f"{row['file']}: {row['prediction']}" for row in rows] == printed
     assert [row["instruction"] for row in rows] == ["is a red digit here?", "is {text} here?"]
     before = out.read_bytes()
     refused = mplug2(*words)
     assert (refused.status, out.read_bytes()) == (2, before)
     assert f"--out {out} exists; choose a new file" in refused.err
-    assert [path.name for path in tmp_path.iterdir()] == ["said.jsonl"]
+    assert [path.name for path in tmp_path.iterdir()] == ["predictions.jsonl"]
 
 
-def test_broken_files_among_many_are_named_and_left_out(
+def test_broken_files_among_many_are_skipped_with_a_warning(
     pictures: Path, media: Path, tmp_path: Path, mplug2: Mplug2
 ) -> None:
     (tmp_path / "b.png").write_bytes(b"no picture")
     (tmp_path / "c.mp4").write_bytes(b"no clip")
     (tmp_path / "d.txt").write_bytes(b"caf\xe9")
     files = [tmp_path / "d.txt", media / "a.png", tmp_path / "b.png", tmp_path / "c.mp4", media / "a.txt"]
-    out = tmp_path / "said.jsonl"
-    words = ("generate", "--workdir", pictures, *files, "--top-p", 0.99, "--beams", 1, "--temperature", 5)
+    out = tmp_path / "predictions.jsonl"
+    words = ("generate", "--workdir", pictures, *files, "--top-p", 0.99, "--num-beams", 1, "--temperature", 5)
     done = mplug2(*words, "--max-length", 4, "--out", out)
     assert done.status == 1
     assert [line.partition(": ")[0] for line in done.out.splitlines()] == [str(files[1]), str(files[4])]
     assert len(out.read_text().splitlines()) == 2
     for file, line in zip((files[0], files[2], files[3]), done.err.splitlines(), strict=True):
-        assert line.startswith(f"mplug2: left out: {file} ")
-    whole = [files[1], *[media / "a.png"] * 2, files[4]]  # a file's seed is its place, whatever becomes of the others
-    drawn = lines(mplug2(*words[:3], *whole, *words[8:], "--max-length", 4, "--seed", 1))
-    assert [drawn[0], drawn[3]] == done.out.splitlines()
+        assert line.startswith("W")
+        assert f"] skipped: {file} " in line
+    whole = [files[1], *[media / "a.png"] * 2, files[4]]  # a file's seed is its index, even if others are skipped
+    sampled = lines(mplug2(*words[:3], *whole, *words[8:], "--max-length", 4, "--seed", 1))
+    assert [sampled[0], sampled[3]] == done.out.splitlines()
 
 
-def test_a_folder_without_files_is_refused(pictures: Path, tmp_path: Path, mplug2: Mplug2) -> None:
+def test_a_folder_without_files_is_an_error(pictures: Path, tmp_path: Path, mplug2: Mplug2) -> None:
     done = mplug2("generate", "--workdir", pictures, tmp_path)
     assert (done.status, done.out) == (2, "")
     assert f"{tmp_path} holds no picture, clip or .txt file; found 0 others" in done.err

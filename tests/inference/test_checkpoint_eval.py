@@ -1,4 +1,4 @@
-"""What evaluations outside of a run read of its checkpoints: the parts that they need, averaged where there is one."""
+"""Evaluation of checkpoints: only the needed parts are read, and the EMA parameters if there are any."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,7 @@ import pytest
 
 from data_pipelines.config import DataConfig, ExampleConfig, InstructionConfig, SourceConfig
 from mplug2_jax.evaluation.config import EvaluationConfig
-from mplug2_jax.inference.checkpoint_eval import CheckpointUnderTest, Evaluator, from_recipe, from_workdir
+from mplug2_jax.inference.checkpoint_eval import CheckpointUnderTest, Evaluator
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.training.checkpoint.checkpoints import Checkpoints
@@ -29,13 +29,13 @@ def heldout(task: str, kind: str, examples: ExampleConfig) -> EvaluationConfig:
     )
 
 
-def a_run(**overrides: Any) -> RunConfig:
-    """Everything that there is, with an average, and an evaluation of what the average leaves out."""
-    asked = {"caption": InstructionConfig(templates=("what?",))}
+def run_config(**overrides: Any) -> RunConfig:
+    """Return a run with all parts, and an evaluation of parts that the EMA does not cover."""
+    instructions = {"caption": InstructionConfig(templates=("what?",))}
     evaluations = {
         "words": heldout("mlm", "text", ExampleConfig(text="sentence", text_length=12)),
         "captions": heldout(
-            "caption", "image", ExampleConfig(instructions=asked, instruction_length=6, target_length=6)
+            "caption", "image", ExampleConfig(instructions=instructions, instruction_length=6, target_length=6)
         ),
     }
     return small_run(evaluations=evaluations, mesh=MeshConfig(fsdp=8), **overrides)
@@ -48,8 +48,8 @@ def state() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, state: dict[str, Any]) -> Path:
-    """A run with two checkpoints, whose average is not its parameters; its recipe knows of no average."""
-    path, config = tmp_path_factory.mktemp("runs") / "run", a_run(ema_decay=0.9, freeze=FREEZE)
+    """Save a run with two checkpoints, whose EMA parameters differ from its parameters; its recipe has no EMA."""
+    path, config = tmp_path_factory.mktemp("runs") / "run", run_config(ema_decay=0.9, freeze=FREEZE)
     workdir = WorkDir(path)
     tokenizer = workdir.load_tokenizer(config)
     workdir.initialize(config, tokenizer)
@@ -61,12 +61,15 @@ def run(tmp_path_factory: pytest.TempPathFactory, state: dict[str, Any]) -> Path
     for step in (3, 4):
         checkpoints.save(state, DataPosition(step, {}))
     checkpoints.close()
-    recipe_file(a_run(), path.parent / "recipe.py")
+    recipe_file(run_config(), path.parent / "recipe.py")
     return path
 
 
 def subjects(run: Path, *overrides: str) -> list[CheckpointUnderTest]:
-    return [from_workdir(run, overrides), from_recipe(str(run.parent / "recipe.py"), run, overrides)]
+    return [
+        CheckpointUnderTest.from_workdir(run, overrides),
+        CheckpointUnderTest.from_recipe(str(run.parent / "recipe.py"), run, overrides),
+    ]
 
 
 def assert_equal(one: Any, other: Any) -> None:
@@ -74,14 +77,14 @@ def assert_equal(one: Any, other: Any) -> None:
 
 
 @pytest.mark.slow
-def test_the_average_is_evaluated_and_the_last_parameters_can_be_asked_for(run: Path, state: dict[str, Any]) -> None:
+def test_the_ema_parameters_are_evaluated_unless_disabled(run: Path, state: dict[str, Any]) -> None:
     for subject, last in zip(subjects(run), subjects(run, "--config.ema_decay=0"), strict=True):
-        assert (subject.averaged, last.averaged) == (True, False)
-        averaged, step = Evaluator(subject, ["captions"]).read(None)
+        assert (subject.use_ema, last.use_ema) == (True, False)
+        ema, step = Evaluator(subject, ["captions"]).read(None)
         assert step == 4
-        assert_equal(averaged["vision"]["positions"], state["ema"]["vision"]["positions"])
-        assert_equal(averaged["decoder"], state["ema"]["decoder"])
-        assert_equal(averaged["text"], state["params"]["text"])  # frozen: in no average
+        assert_equal(ema["vision"]["positions"], state["ema"]["vision"]["positions"])
+        assert_equal(ema["decoder"], state["ema"]["decoder"])
+        assert_equal(ema["text"], state["params"]["text"])  # frozen, so not in the EMA
         assert_equal(Evaluator(last, ["captions"]).read(3)[0]["decoder"], state["params"]["decoder"])
 
 
@@ -91,7 +94,7 @@ def test_only_what_evaluations_need_is_read(run: Path) -> None:
         words, _ = Evaluator(subject, ["words"]).read(4)
         assert set(words) == set(FREEZE)
         captions, _ = Evaluator(subject, ["captions"]).read(4)
-        # The model fuses words with pictures, so its captions are asked for in words.
+        # The model has fusion, so captions are requested by an instruction.
         assert set(captions) == {"vision", "text", "universal", "fusion", "decoder"}
         assert not any(name.startswith("temporal") for name in captions["vision"]["blocks"])
         assert {leaf.dtype.name for leaf in jax.tree.leaves(captions)} == {"float32"}
@@ -99,14 +102,14 @@ def test_only_what_evaluations_need_is_read(run: Path) -> None:
 
 @pytest.mark.slow
 def test_a_run_without_universal_layers_is_evaluated(tmp_path: Path) -> None:
-    config, workdir = a_run(use_universal_layers=False), WorkDir(tmp_path)
+    config, workdir = run_config(use_universal_layers=False), WorkDir(tmp_path)
     tokenizer = workdir.load_tokenizer(config)
     workdir.initialize(config, tokenizer)
     spec = make_run_spec(config, special_tokens(tokenizer), make_mesh(config.mesh))
     checkpoints = Checkpoints(workdir.checkpoints, CheckpointConfig())
     checkpoints.save(spec.init(), DataPosition(1, {}))
     checkpoints.close()
-    evaluator = Evaluator(from_workdir(tmp_path, ()), ["words"])
+    evaluator = Evaluator(CheckpointUnderTest.from_workdir(tmp_path, ()), ["words"])
     params, step = evaluator.read(None)
     assert set(params) == {"text", "mlm"}
     (result,) = evaluator.run(params, step, ["words"], lambda phase: None)
@@ -115,7 +118,7 @@ def test_a_run_without_universal_layers_is_evaluated(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_one_program_serves_all_checkpoints(run: Path) -> None:
-    evaluator = Evaluator(from_workdir(run, ()))
+    evaluator = Evaluator(CheckpointUnderTest.from_workdir(run, ()))
     results = []
     for step in (3, 4):
         params, _ = evaluator.read(step)

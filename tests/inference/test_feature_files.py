@@ -1,4 +1,4 @@
-"""Folders of features: read back in every format, taken up where they end, and never mixed up."""
+"""Folders of features: reading in every format, resuming, and errors for other contents."""
 
 import dataclasses
 import json
@@ -50,7 +50,7 @@ def read_parquet(path: Path) -> tuple[list[str], dict[str, np.ndarray]]:
 READERS: dict[str, Read] = {"safetensors": read_safetensors, "npz": read_npz, "parquet": read_parquet}
 
 
-def folder(path: Path, format: str = "safetensors", **changes: object) -> FeatureWriter:
+def open_writer(path: Path, format: str = "safetensors", **changes: object) -> FeatureWriter:
     return FeatureWriter(path, REQUEST | changes, format, 4)
 
 
@@ -59,52 +59,53 @@ def test_every_format_has_a_reader() -> None:
 
 
 @pytest.mark.parametrize("format", READERS)
-def test_what_was_written_is_read(format: str, tmp_path: Path) -> None:
+def test_written_shards_are_read(format: str, tmp_path: Path) -> None:
     if format == "parquet":
         pytest.importorskip("pyarrow", reason="pyarrow is not installed here")
-    into = folder(tmp_path / "new" / "f", format)
-    into.begin()
+    writer = open_writer(tmp_path / "new" / "f", format)
+    writer.begin()
     for shard in (FIRST, NOTHING):
-        ids, arrays = READERS[format](into.write(shard))
+        ids, arrays = READERS[format](writer.write(shard))
         assert ids == list(shard.ids)
         for name, value in shard.arrays.items():
             assert arrays[name].dtype == value.dtype
             np.testing.assert_array_equal(arrays[name], value)
     index = json.loads((tmp_path / "new" / "f" / "index.json").read_text())
+    assert index["format_version"] == 2
     assert index["request"] == {**REQUEST, "format": format, "records": 4}
     assert (index["complete"], index["ids"]) == (True, 2)
     assert [(s["file"], s["ids"], s["first"], s["stop"]) for s in index["shards"]] == [
         (f"features-00000.{format}", 2, 0, 3), (f"features-00001.{format}", 0, 3, 4)
     ]  # fmt: skip
-    assert index["shards"][0]["faults"] == [dataclasses.asdict(FIRST.faults[0])]
-    assert {path.name for path in into.path.iterdir()} == {"index.json", *(s["file"] for s in index["shards"])}
+    assert index["shards"][0]["skipped"] == [dataclasses.asdict(FIRST.bad_records[0])]
+    assert {path.name for path in writer.path.iterdir()} == {"index.json", *(s["file"] for s in index["shards"])}
 
 
-def test_the_same_request_goes_on_behind_the_last_shard_that_is_finished(tmp_path: Path) -> None:
-    first = folder(tmp_path)
+def test_the_same_request_resumes_after_the_last_finished_shard(tmp_path: Path) -> None:
+    first = open_writer(tmp_path)
     assert first.done == 0
     first.begin()
     first.write(FIRST)
-    # Killed while the second shard was being written, or when it stood and the index did not say so yet.
+    # Killed while the second shard was being written, or before the index listed it.
     (tmp_path / "features-00001.safetensors.0.tmp").write_bytes(b"half")
     (tmp_path / "features-00001.safetensors").write_bytes(b"unknown")
-    again = folder(tmp_path)
+    again = open_writer(tmp_path)
     assert again.done == 3
     again.begin()
     again.write(NOTHING)
-    assert folder(tmp_path).done == 4
+    assert open_writer(tmp_path).done == 4
     assert read_safetensors(tmp_path / "features-00001.safetensors")[0] == []
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_a_folder_that_was_claimed_by_half_is_claimed_again(tmp_path: Path) -> None:
+def test_a_folder_with_a_half_written_index_is_restarted(tmp_path: Path) -> None:
     (tmp_path / "index.json.0.tmp").write_text("{")
-    folder(tmp_path).begin()
+    open_writer(tmp_path).begin()
     assert [path.name for path in tmp_path.iterdir()] == ["index.json"]
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "expected"),
     [
         ({"step": 4}, "step was 3 and is 4"),
         ({"feature": {"name": "text/out", "pool": "cls"}}, "feature.pool was 'none' and is 'cls'"),
@@ -112,46 +113,65 @@ def test_a_folder_that_was_claimed_by_half_is_claimed_again(tmp_path: Path) -> N
         ({str(i): i for i in range(5)}, "and 2 more"),
     ],
 )
-def test_other_features_are_never_mixed_in(changes: dict[str, object], said: str, tmp_path: Path) -> None:
-    folder(tmp_path).begin()
-    with pytest.raises(UserError, match="holds other features") as error:
-        folder(tmp_path, **changes)
-    assert said in str(error.value)
+def test_a_different_request_is_an_error(changes: dict[str, object], expected: str, tmp_path: Path) -> None:
+    open_writer(tmp_path).begin()
+    with pytest.raises(UserError, match="has other features") as error:
+        open_writer(tmp_path, **changes)
+    assert expected in str(error.value)
     with pytest.raises(UserError, match="format was 'safetensors' and is 'npz'"):
-        folder(tmp_path, "npz")
+        open_writer(tmp_path, "npz")
     with pytest.raises(UserError, match="records was 4 and is 5"):
         FeatureWriter(tmp_path, REQUEST, "safetensors", 5)
 
 
-def test_a_folder_that_holds_something_else_is_refused(tmp_path: Path) -> None:
+def test_a_folder_with_other_contents_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(UserError, match="is not empty and holds no features; choose a new folder"):
-        folder(tmp_path)
+    with pytest.raises(UserError, match="is not empty and has no features; choose a new folder"):
+        open_writer(tmp_path)
     with pytest.raises(UserError, match=r"thesis\.txt is not empty"):
-        folder(tmp_path / "thesis.txt")
+        open_writer(tmp_path / "thesis.txt")
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"request": 1, "shards": 2}', '{"request": {}, "shards": [3]}'])
-def test_a_damaged_index_is_refused(content: str, tmp_path: Path) -> None:
+def test_a_damaged_index_is_an_error(content: str, tmp_path: Path) -> None:
     (tmp_path / "index.json").write_text(content)
     with pytest.raises(UserError, match=r"index\.json is damaged"):
-        folder(tmp_path)
+        open_writer(tmp_path)
 
 
 @pytest.mark.parametrize("cut", [True, False])
-def test_a_shard_that_is_not_what_was_written_is_refused(cut: bool, tmp_path: Path) -> None:
-    into = folder(tmp_path)
-    into.begin()
-    path = into.write(FIRST)
+def test_a_damaged_shard_is_an_error(cut: bool, tmp_path: Path) -> None:
+    writer = open_writer(tmp_path)
+    writer.begin()
+    path = writer.write(FIRST)
     if cut:
         path.write_bytes(path.read_bytes()[:-1])
     else:
         path.unlink()
-    with pytest.raises(UserError, match=r"features-00000\.safetensors is missing or not what was written"):
-        folder(tmp_path)
+    with pytest.raises(UserError, match=r"features-00000\.safetensors is missing or damaged"):
+        open_writer(tmp_path)
+
+
+def test_an_index_of_format_1_is_resumed(tmp_path: Path) -> None:
+    source = {"path": "pics", "expand": "record", "max_records": None}
+    visual = {"sampling": "uniform", "num_clips": 1, "num_crops": 1, "min_crop_area": 0.5, "background": [0, 0, 0]}
+    changes = {"inputs": {"pics": source}, "visual": visual, "tokenization": "standard"}
+    writer = open_writer(tmp_path, **changes)
+    writer.begin()
+    writer.write(FIRST)
+    index = json.loads((tmp_path / "index.json").read_text())
+    del index["format_version"]
+    request = index["request"]
+    request["inputs"] = {"pics": {"path": "pics", "each": "record", "size": None}}
+    request["visual"] = {"sampling": "middle", "clips": 1, "crops": 1, "min_area": 0.5, "background": [0, 0, 0]}
+    request["form"] = request.pop("tokenization")
+    index["shards"][0]["faults"] = index["shards"][0].pop("skipped")
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    again = open_writer(tmp_path, **changes)
+    assert (again.done, again.shards) == (3, writer.shards)
 
 
 def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(UserError, match="needs pyarrow, which is not installed: pip install pyarrow, or choose"):
-        folder(tmp_path, "parquet")
+        open_writer(tmp_path, "parquet")

@@ -160,7 +160,7 @@ def test_what_cannot_be_read_is_left_out_with_its_key_and_so_is_padding(params, 
     for batch_size in (1, 4):
         shards = list(opened("image", batch_size=batch_size, sources=sources).shards(params))
         assert [shard.ids for shard in shards] == [("0.png", "2.png", "3.png"), ("4.png",)]
-        assert [[fault.key for fault in shard.faults] for shard in shards] == [["1.png"], ["5.png"]]
+        assert [[record.key for record in shard.bad_records] for shard in shards] == [["1.png"], ["5.png"]]
         assert [len(shard.arrays["features"]) for shard in shards] == [3, 1]
 
 

@@ -84,7 +84,7 @@ def evaluated(folder: Path, name: str, batch_size: int, *launched: object) -> di
     """All files of the evaluations, without how long they took, nor their page."""
     out = folder / name
     sizes = [f"--config.evaluations.{evaluation}.data.batch_size={batch_size}" for evaluation in EVALUATIONS]
-    words = ("eval", "--task", folder / "recipe.py", "--checkpoint", folder / "run", "--out", out, *sizes)
+    words = ("eval", "--config", folder / "recipe.py", "--checkpoint", folder / "run", "--out", out, *sizes)
     finished(start(folder, *launched, *words))
     files = {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
     del files["report.html"]  # which bears the folder's name

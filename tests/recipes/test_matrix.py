@@ -103,7 +103,7 @@ def test_classes_by_prompts_of_a_run_that_never_had_any(
     run, out = tmp_path / "run", tmp_path / "out"
     changes = overrides(build(RunConfig, load_recipe("coco_retrieval:tiny")), vocabulary)
     assert main(["train", "--config", "coco_retrieval:tiny", "--workdir", str(run), *changes]) == 0
-    asked = ["--task", "imagenet:tiny,zero_shot", "--checkpoint", str(run), "--out", str(out)]
+    asked = ["--config", "imagenet:tiny,zero_shot", "--checkpoint", str(run), "--out", str(out)]
     assert main(["eval", *asked, "--config.mesh.fsdp=1", "--config.mesh.data=8"]) == 0
     result = json.loads((out / "val.json").read_text())
     assert (result["task"], result["recipe"]) == ("zero_shot", "imagenet")

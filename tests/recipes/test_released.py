@@ -170,7 +170,7 @@ def test_weights_of_the_release_say_the_same_in_pytorch(
     if task == "videoqa":
         fields |= {f"{of}.data.examples.instruction_length": 40 for of in ("streams.video", "evaluations.test")}
     overrides = [f"--config.{field}={value}" for field, value in fields.items()]
-    assert main(["eval", "--task", PAGES[task], "--checkpoint", str(run), "--out", str(out), *overrides]) == 0
+    assert main(["eval", "--config", PAGES[task], "--checkpoint", str(run), "--out", str(out), *overrides]) == 0
     said = [json.loads(line)["prediction"] for line in (out / "test.jsonl").read_text().splitlines()]
     assert main(["convert", "export", str(run), "--to", str(hub)]) == 0
 

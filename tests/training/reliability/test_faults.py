@@ -94,12 +94,12 @@ def test_a_spike_rolls_back_and_skips_its_data_and_replay_knows(
     assert fault["fault"] == "spike"
     assert len(fault["examples"]) == 8
     again = replay_step(WorkDir(tmp_path / "run"), 7, num_ranked=2)
-    assert (again.batch, again.start) == (7, 6)
+    assert (again.batch, again.start_step) == (7, 6)
     assert again.recorded
     assert again.differences == {}
     assert len(again.contributions) == 2
     early = replay_step(WorkDir(tmp_path / "run"), 2, num_ranked=1)
-    assert (early.batch, early.start, early.differences) == (1, 0, {})
+    assert (early.batch, early.start_step, early.differences) == (1, 0, {})
     assert_close(sum(part.share for part in again.contributions), 1.0)
 
 
