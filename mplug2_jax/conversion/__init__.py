@@ -1,1 +1,1 @@
-"""Other worlds' checkpoints and ours: name maps, loaders, and the proof that nothing was lost."""
+"""Convert checkpoints of other projects to ours and back, and verify the result."""

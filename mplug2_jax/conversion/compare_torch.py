@@ -73,16 +73,16 @@ def compare_frameworks(
     tokens = special_tokens(tokenizer) if tokenizer else _bert_tokens(config.vocab_size)
     search = dataclasses.replace(_SEARCH, max_length=min(_SEARCH.max_length, config.max_positions))
     exact = dataclasses.replace(config, dtype="float32", attention="xla")
-    ours, our_text = _run_jax(params, exact, parts, batches, tokens, search)
+    jax_taps, jax_text = _run_jax(params, exact, parts, batches, tokens, search)
     sizes = dataclasses.asdict(config) | {
         "fusion_start": fusion_start, "bos_token_id": tokens.begin, "eos_token_id": tokens.end,
     }  # fmt: skip
-    theirs, their_text = _run_torch(sizes, settings, "text" in parts, tensors, batches, search)
-    assert set(ours) == set(theirs), set(ours) ^ set(theirs)
-    rows = [_compare_texts(our_text, their_text, tokenizer)]
-    for name, value in ours.items():
+    torch_taps, torch_text = _run_torch(sizes, settings, "text" in parts, tensors, batches, search)
+    assert set(jax_taps) == set(torch_taps), set(jax_taps) ^ set(torch_taps)
+    rows = [_compare_texts(jax_text, torch_text, tokenizer)]
+    for name, value in jax_taps.items():
         path, tap = name.split(": ")
-        absolute, relative = max_errors(value, theirs[name])
+        absolute, relative = max_errors(value, torch_taps[name])
         rows.append(Comparison(path, tap, value.shape, absolute, relative, relative <= ACTIVATION_TOLERANCE))
     return rows
 
@@ -92,12 +92,14 @@ def _bert_tokens(vocab_size: int) -> SpecialTokens:
     return SpecialTokens(begin=min(SpecialTokens.begin, vocab_size - 2), end=min(SpecialTokens.end, vocab_size - 1))
 
 
-def _compare_texts(ours: GeneratedText, theirs: GeneratedText, tokenizer: Tokenizer | None) -> Comparison:
+def _compare_texts(jax_text: GeneratedText, torch_text: GeneratedText, tokenizer: Tokenizer | None) -> Comparison:
     """Compare the texts; those of equal score, which rounding chooses between, count as equal."""
-    absolute, relative = (0.0, 0.0) if ours.ids == theirs.ids else max_errors(ours.scores, theirs.scores)
-    first = theirs.ids[0]
+    absolute, relative = (
+        (0.0, 0.0) if jax_text.ids == torch_text.ids else max_errors(jax_text.scores, torch_text.scores)
+    )
+    first = torch_text.ids[0]
     decoded = tokenizer.decode(first) if tokenizer else " ".join(map(str, first))
-    shape = (len(ours.ids), max(map(len, ours.ids)))
+    shape = (len(jax_text.ids), max(map(len, jax_text.ids)))
     return Comparison("video", "generated text", shape, absolute, relative, relative <= ACTIVATION_TOLERANCE, decoded)
 
 

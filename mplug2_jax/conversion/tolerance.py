@@ -15,14 +15,14 @@ On the goldens errors are up to 1.8e-6, with any instruction set from SSE4.2 to 
 """
 
 
-def max_errors(ours: HostArray, theirs: HostArray) -> tuple[float, float]:
-    """Return the largest absolute difference, and the same relative to the largest magnitude of ``theirs``.
+def max_errors(actual: HostArray, expected: HostArray) -> tuple[float, float]:
+    """Return the largest absolute difference, and the same relative to the largest magnitude of ``expected``.
 
-    If all of ``theirs`` is zero, any difference is infinite. With NaN on either side both are NaN, which is within no
+    If all of ``expected`` is zero, any difference is infinite. With NaN on either side both are NaN, which is within no
     tolerance.
     """
-    reference = theirs.astype(np.float64)
-    absolute = float(np.abs(ours.astype(np.float64) - reference).max(initial=0.0))
+    reference = expected.astype(np.float64)
+    absolute = float(np.abs(actual.astype(np.float64) - reference).max(initial=0.0))
     scale = float(np.abs(reference).max(initial=0.0))
     return absolute, relative_error(absolute, scale)
 

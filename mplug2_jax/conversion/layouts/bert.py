@@ -40,8 +40,8 @@ def map_layer(name: str, path: Path, layer: int, *, cross: bool) -> Iterator[Ten
 
 def map_embeddings(name: str, path: Path) -> Iterator[TensorMapping]:
     """Map word, position and type tables and their norm."""
-    for theirs, ours in (("word", "words"), ("position", "positions"), ("token_type", "types")):
-        yield TensorMapping(f"{name}.{theirs}_embeddings.weight", (*path, ours), transform="identity")
+    for table, leaf in (("word", "words"), ("position", "positions"), ("token_type", "types")):
+        yield TensorMapping(f"{name}.{table}_embeddings.weight", (*path, leaf), transform="identity")
     yield from map_norm(f"{name}.LayerNorm", (*path, "norm"))
 
 

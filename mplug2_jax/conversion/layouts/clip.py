@@ -48,8 +48,8 @@ def _map_hugging_face(layers: int) -> Iterator[TensorMapping]:
     yield from map_norm("post_layernorm", ("vision", "norm_post"))
     for i in range(layers):
         block = f"encoder.layers.{i}"
-        for theirs, ours in (("q", "query"), ("k", "key"), ("v", "value"), ("out", "out")):
-            yield from map_linear(f"{block}.self_attn.{theirs}_proj", (*_BLOCKS, "attention", ours), i)
+        for projection, leaf in (("q", "query"), ("k", "key"), ("v", "value"), ("out", "out")):
+            yield from map_linear(f"{block}.self_attn.{projection}_proj", (*_BLOCKS, "attention", leaf), i)
         yield from map_linear(f"{block}.mlp.fc1", (*_BLOCKS, "mlp", "up"), i)
         yield from map_linear(f"{block}.mlp.fc2", (*_BLOCKS, "mlp", "down"), i)
         for n in ("1", "2"):

@@ -58,26 +58,26 @@ class Runner(Protocol):
         """Return the losses before every AdamW step and after the last, and the final parameters, the teacher's too."""
 
 
-def compare(section: str, name: str, ours: HostArray, theirs: HostArray) -> Row:
-    """Compare two arrays: integers exactly, floats by their largest error relative to the largest of ``theirs``.
+def compare(section: str, name: str, actual: HostArray, expected: HostArray) -> Row:
+    """Compare two arrays: integers exactly, floats by their largest error relative to the largest of ``expected``.
 
-    If ``theirs`` is small because large numbers cancel, rounding may exceed the tolerance. No array of the goldens is;
-    gradients of the keys' biases are, and are not compared.
+    If ``expected`` is small because large numbers cancel, rounding may exceed the tolerance. Among the goldens only
+    gradients of the keys' biases are, and they are not compared.
     """
-    if ours.shape != theirs.shape:
-        return Row(section, name, theirs.shape, np.inf, np.inf, False, f"ours has shape {list(ours.shape)}")
-    absolute, relative = max_errors(ours, theirs)
-    exact = np.issubdtype(theirs.dtype, np.integer) or theirs.dtype == bool
-    return Row(section, name, theirs.shape, absolute, relative, relative <= (0 if exact else ACTIVATION_TOLERANCE))
+    if actual.shape != expected.shape:
+        return Row(section, name, expected.shape, np.inf, np.inf, False, f"shape is {list(actual.shape)}")
+    absolute, relative = max_errors(actual, expected)
+    exact = np.issubdtype(expected.dtype, np.integer) or expected.dtype == bool
+    return Row(section, name, expected.shape, absolute, relative, relative <= (0 if exact else ACTIVATION_TOLERANCE))
 
 
-def compare_summary(section: str, name: str, ours: HostArray, theirs: dict[str, Any], tolerance: float) -> Row:
+def compare_summary(section: str, name: str, actual: HostArray, expected: dict[str, Any], tolerance: float) -> Row:
     """Compare a tensor with its recorded norm, sum and first eight values, relative to its norm.
 
     The first eight are relative to the largest of them, or to the tensor's root mean square if that is larger.
     """
-    flat = ours.astype(np.float64).reshape(-1)
-    norm, total, first = float(theirs["l2"]), float(theirs["sum"]), np.asarray(theirs["first8"])
+    flat = actual.astype(np.float64).reshape(-1)
+    norm, total, first = float(expected["l2"]), float(expected["sum"]), np.asarray(expected["first8"])
     head = flat[: len(first)]
     scale = max(norm / np.sqrt(flat.size), float(np.abs(first).max(initial=0.0)))
     errors = (
@@ -86,66 +86,66 @@ def compare_summary(section: str, name: str, ours: HostArray, theirs: dict[str, 
         float(np.abs(head - first).max()),
     )
     relative = max(relative_error(e, s) for e, s in zip(errors, (norm, norm, scale), strict=True))
-    return Row(section, name, ours.shape, errors[2], relative, relative <= tolerance)
+    return Row(section, name, actual.shape, errors[2], relative, relative <= tolerance)
 
 
-def weights_row(golden: Golden, load_summary: str, note: str = "") -> Row:
+def make_weights_row(golden: Golden, load_summary: str, note: str = "") -> Row:
     """Return the first row of a model, which says how many of its weights were loaded."""
     return Row(golden.model, f"weights: {load_summary}", (), 0.0, 0.0, True, note)
 
 
 def compare_all(golden: Golden, runner: Runner) -> Iterator[Row]:
     """Compare every number of a caption or question-answering golden; yields rows as they are computed."""
-    yield weights_row(golden, runner.load_summary())
+    yield make_weights_row(golden, runner.load_summary())
     yield from compare_outputs(golden, runner.arrays())
     stats, computed = golden.stats, {"grads", "train"}
-    yield from gradient_rows(golden, "grads", runner.gradients())
+    yield from compare_gradients(golden, "grads", runner.gradients())
     if golden.teacher is not None:
         alpha = golden.settings["alpha"]
         distilled, updated = f"grads_distill_alpha{alpha}", "teacher_after_1_update"
         computed |= {distilled, updated}
-        yield from gradient_rows(golden, distilled, runner.gradients(alpha))
-        for name, ours in runner.updated_teacher().items():
+        yield from compare_gradients(golden, distilled, runner.gradients(alpha))
+        for name, actual in runner.updated_teacher().items():
             section = f"{golden.model}.{updated}"
-            yield compare_summary(section, name, ours, stats[updated][name], GRADIENT_TOLERANCE)
-    yield from _training_rows(golden, *runner.train())
+            yield compare_summary(section, name, actual, stats[updated][name], GRADIENT_TOLERANCE)
+    yield from _compare_training(golden, *runner.train())
     for kind in sorted(set(stats) - computed):
         yield Row(golden.model, kind, (), np.inf, np.inf, False, "not computed")
 
 
 def compare_outputs(golden: Golden, computed: NamedArrays, inputs: tuple[str, ...] = ()) -> Iterator[Row]:
     """Compare every array of the outputs but those that are ``inputs``."""
-    ours = dict(computed)
-    for name, theirs in golden.outputs.items():
-        if name in ours:
-            yield compare(golden.model, name, np.asarray(ours[name]), theirs)
+    actual = dict(computed)
+    for name, expected in golden.outputs.items():
+        if name in actual:
+            yield compare(golden.model, name, np.asarray(actual[name]), expected)
         elif name not in inputs:
-            yield Row(golden.model, name, theirs.shape, np.inf, np.inf, False, "not computed")
+            yield Row(golden.model, name, expected.shape, np.inf, np.inf, False, "not computed")
 
 
-def gradient_rows(golden: Golden, kind: str, ours: Mapping[str, HostArray]) -> Iterator[Row]:
+def compare_gradients(golden: Golden, kind: str, actual: Mapping[str, HostArray]) -> Iterator[Row]:
     """Compare which parameters get a gradient, and each gradient."""
     recorded, section = golden.stats[kind], f"{golden.model}.{kind}"
     with_gradient = {name for name, value in recorded.items() if value is not None}
-    differing = sorted(with_gradient ^ set(ours))
+    differing = sorted(with_gradient ^ set(actual))
     yield Row(
         section, "which parameters get a gradient", (len(with_gradient),), float(len(differing)), 0.0, not differing,
         f"differ: {', '.join(differing[:4])}" if differing else "",
     )  # fmt: skip
-    for name in sorted(with_gradient & set(ours)):
+    for name in sorted(with_gradient & set(actual)):
         if not name.endswith(".key.bias"):  # zero in exact arithmetic
-            yield compare_summary(section, name, ours[name], recorded[name], GRADIENT_TOLERANCE)
+            yield compare_summary(section, name, actual[name], recorded[name], GRADIENT_TOLERANCE)
 
 
-def _training_rows(golden: Golden, losses: list[float], params: Mapping[str, HostArray]) -> Iterator[Row]:
+def _compare_training(golden: Golden, losses: list[float], params: Mapping[str, HostArray]) -> Iterator[Row]:
     recorded, section = golden.stats["train"], f"{golden.model}.train"
     yield compare(section, "losses", np.asarray(losses), np.asarray(recorded["losses"]))
-    for name, theirs in recorded["params_after"].items():
+    for name, expected in recorded["params_after"].items():
         if name in params and not name.endswith((".key.bias", ".in_proj_bias")):
-            yield compare_summary(section, name, params[name], theirs, TRAINED_TOLERANCE)
+            yield compare_summary(section, name, params[name], expected, TRAINED_TOLERANCE)
         elif name not in params and name == student_name(name):
             # Ignored weights must not have changed: after training they are those of the file.
-            yield compare_summary(section, name, golden.source.read(name), theirs, 1e-6)
+            yield compare_summary(section, name, golden.source.read(name), expected, 1e-6)
 
 
 def with_teacher_names(tensors: Mapping[str, HostArray]) -> dict[str, HostArray]:
@@ -156,7 +156,7 @@ def with_teacher_names(tensors: Mapping[str, HostArray]) -> dict[str, HostArray]
 # --- inputs -----------------------------------------------------------------------------------------------------------
 
 
-def caption_weights(golden: Golden, *, masked_prompt: bool = True) -> HostArray:
+def make_caption_weights(golden: Golden, *, masked_prompt: bool = True) -> HostArray:
     """Return the weights of the captions' tokens: 0 for padding, and for the prompt if it is masked."""
     mask = golden.inputs["caption_mask"].astype(bool)
     prompt = golden.settings["prompt_mask_length"] if masked_prompt else 0
@@ -171,7 +171,7 @@ def find_numbers(golden: Golden, pattern: str) -> list[int]:
 # --- our intermediates under the goldens' names -----------------------------------------------------------------------
 
 
-def visual_arrays(taps: Intermediates, golden: Golden) -> NamedArrays:
+def name_visual_arrays(taps: Intermediates, golden: Golden) -> NamedArrays:
     """Yield the intermediates of the visual tokens."""
     yield "vision_ln_pre", np.asarray(taps["vision/norm_pre"])
     for i, block in enumerate(taps["vision/block"]):
@@ -185,7 +185,7 @@ def visual_arrays(taps: Intermediates, golden: Golden) -> NamedArrays:
     yield "visn_embeds_post", np.asarray(taps["visual/out"])
 
 
-def text_arrays(taps: Intermediates) -> NamedArrays:
+def name_text_arrays(taps: Intermediates) -> NamedArrays:
     """Yield the intermediates of the text encoder."""
     yield "text_embed", np.asarray(taps["text/embed"])
     for i, layer in enumerate([*taps.get("text/layer", ()), *taps["universal/text"]]):
@@ -193,7 +193,7 @@ def text_arrays(taps: Intermediates) -> NamedArrays:
     yield "text_out", np.asarray(taps["text/out"])
 
 
-def fusion_arrays(taps: Intermediates, golden: Golden, image: ArrayLike, text: ArrayLike) -> NamedArrays:
+def name_fusion_arrays(taps: Intermediates, golden: Golden, image: ArrayLike, text: ArrayLike) -> NamedArrays:
     """Yield the outputs of the fusion layers in use, and the two results."""
     stacked: list[Any] = []
     for j in range(golden.definition.config.fusion_layers):
@@ -207,7 +207,7 @@ def fusion_arrays(taps: Intermediates, golden: Golden, image: ArrayLike, text: A
     yield "fusion_text", np.asarray(text)
 
 
-def decoder_arrays(taps: Intermediates, logits: ArrayLike, rows: HostArray | slice = slice(None)) -> NamedArrays:
+def name_decoder_arrays(taps: Intermediates, logits: ArrayLike, rows: HostArray | slice = slice(None)) -> NamedArrays:
     """Yield the decoder's intermediates on captions or answers; ``rows`` are those that are not padding."""
     yield "dec_embed", np.asarray(taps["decoder/embed"])[rows]
     for i, layer in enumerate(taps["decoder/layer"]):
@@ -215,7 +215,7 @@ def decoder_arrays(taps: Intermediates, logits: ArrayLike, rows: HostArray | sli
     yield "dec_logits", np.asarray(logits)[rows]
 
 
-def beam_arrays(golden: Golden, width: int, ids: HostArray, lengths: HostArray, scores: HostArray) -> NamedArrays:
+def name_beam_arrays(golden: Golden, width: int, ids: HostArray, lengths: HostArray, scores: HostArray) -> NamedArrays:
     """Yield one beam search's results, ids [b, r, m] filled with -1 after their ``lengths`` [b, r]."""
     max_length = golden.outputs[f"beam{width}_ids"].shape[-1]
     ended = np.arange(ids.shape[-1]) >= lengths[..., None]

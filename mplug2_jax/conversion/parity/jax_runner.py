@@ -18,17 +18,17 @@ from mplug2_jax.conversion.parity.comparison import (
     NamedArrays,
     Row,
     Runner,
-    beam_arrays,
-    caption_weights,
     compare_all,
+    compare_gradients,
     compare_outputs,
-    decoder_arrays,
     find_numbers,
-    fusion_arrays,
-    gradient_rows,
-    text_arrays,
-    visual_arrays,
-    weights_row,
+    make_caption_weights,
+    make_weights_row,
+    name_beam_arrays,
+    name_decoder_arrays,
+    name_fusion_arrays,
+    name_text_arrays,
+    name_visual_arrays,
     with_teacher_names,
 )  # fmt: skip
 from mplug2_jax.conversion.parity.goldens import Golden, load_goldens
@@ -67,7 +67,7 @@ def run_parity(folder: Path, framework: Framework = "jax") -> Iterator[Row]:
     make_runner = JaxRunner if framework == "jax" else _import_torch_runner()
     for golden in load_goldens(folder):
         if golden.model == "retrieval":
-            yield from _retrieval_rows(golden, "" if framework == "jax" else RETRIEVAL_NOTE)
+            yield from _compare_retrieval(golden, "" if framework == "jax" else RETRIEVAL_NOTE)
         else:
             yield from compare_all(golden, make_runner(golden))
 
@@ -82,11 +82,11 @@ def _import_torch_runner() -> Callable[[Golden], Runner]:
     return TorchRunner
 
 
-def _retrieval_rows(golden: Golden, note: str) -> Iterator[Row]:
-    yield weights_row(golden, golden.load_summary, note)
+def _compare_retrieval(golden: Golden, note: str) -> Iterator[Row]:
+    yield make_weights_row(golden, golden.load_summary, note)
     arrays, gradients = compute_retrieval(golden)
     yield from compare_outputs(golden, iter(arrays.items()), RETRIEVAL_INPUTS)
-    yield from gradient_rows(golden, "grads", _to_to_official(golden, gradients))
+    yield from compare_gradients(golden, "grads", _to_to_official(golden, gradients))
 
 
 def _to_official(golden: Golden, tree: Params) -> dict[str, HostArray]:
@@ -101,19 +101,19 @@ def _frames(golden: Golden) -> jax.Array:
 
 
 def _caption_batch(golden: Golden, *, masked_prompt: bool = True) -> DeviceBatch:
-    weights = caption_weights(golden, masked_prompt=masked_prompt)
+    weights = make_caption_weights(golden, masked_prompt=masked_prompt)
     ids = jnp.asarray(golden.inputs["caption_ids"], jnp.int32)
     return {"frames": _frames(golden), "target": ids, "target_weights": jnp.asarray(weights)}
 
 
-def _answer_rows(golden: Golden) -> HostArray:
+def _find_answer_rows(golden: Golden) -> HostArray:
     """Return the row of each answer when every question is padded to the same number r of answers."""
     counts = golden.inputs["answer_k"]
     return np.concatenate([i * counts.max() + np.arange(k) for i, k in enumerate(counts)])
 
 
 def _question_batch(golden: Golden) -> DeviceBatch:
-    x, rows = golden.inputs, _answer_rows(golden)
+    x, rows = golden.inputs, _find_answer_rows(golden)
     total = len(x["answer_k"]) * int(x["answer_k"].max())
 
     def pad_answers(values: HostArray, fill: HostArray) -> jax.Array:
@@ -135,7 +135,7 @@ def _question_batch(golden: Golden) -> DeviceBatch:
 # --- arrays -----------------------------------------------------------------------------------------------------------
 
 
-def _searches(golden: Golden, memory: jax.Array, mask: jax.Array) -> NamedArrays:
+def _run_searches(golden: Golden, memory: jax.Array, mask: jax.Array) -> NamedArrays:
     """Run beam searches with every width in the outputs."""
     settings = golden.settings
     limits = settings[f"{golden.model}_generation"]
@@ -148,10 +148,10 @@ def _searches(golden: Golden, memory: jax.Array, mask: jax.Array) -> NamedArrays
             return generate(golden.definition.bind(params).decoder, memory, mask, config, tokens)
 
         output = jax.tree.map(np.asarray, search(golden.params, memory, mask))
-        yield from beam_arrays(golden, width, output.ids, output.lengths, output.scores)
+        yield from name_beam_arrays(golden, width, output.ids, output.lengths, output.scores)
 
 
-def caption_arrays(golden: Golden) -> NamedArrays:
+def compute_caption(golden: Golden) -> NamedArrays:
     """Compute every array in the caption model's outputs."""
     batch, unmasked = _caption_batch(golden), _caption_batch(golden, masked_prompt=False)
 
@@ -169,16 +169,16 @@ def caption_arrays(golden: Golden) -> NamedArrays:
         )
 
     taps, visual, logits, loss, loss_unmasked = run(golden.params)
-    yield from visual_arrays(taps, golden)
-    yield from decoder_arrays(taps, logits)
+    yield from name_visual_arrays(taps, golden)
+    yield from name_decoder_arrays(taps, logits)
     yield "caption_loss", np.asarray(loss)
     yield "caption_loss_no_prompt_mask", np.asarray(loss_unmasked)
-    yield from _searches(golden, visual, jnp.ones(visual.shape[:2], bool))
+    yield from _run_searches(golden, visual, jnp.ones(visual.shape[:2], bool))
 
 
-def videoqa_arrays(golden: Golden) -> NamedArrays:
+def compute_videoqa(golden: Golden) -> NamedArrays:
     """Compute every array in the question-answering model's outputs."""
-    batch, rows = _question_batch(golden), _answer_rows(golden)
+    batch, rows = _question_batch(golden), _find_answer_rows(golden)
     ids, mask = batch["instruction"], batch["instruction_mask"]
 
     @jax.jit
@@ -194,9 +194,9 @@ def videoqa_arrays(golden: Golden) -> NamedArrays:
         return dict(taps), text, visual, image, fused, memory, memory_mask, logits, sums, loss
 
     taps, text, visual, image, fused, memory, memory_mask, logits, sums, loss = run(golden.params)
-    yield from visual_arrays(taps, golden)
-    yield from text_arrays(taps)
-    yield from fusion_arrays(taps, golden, image, fused)
+    yield from name_visual_arrays(taps, golden)
+    yield from name_text_arrays(taps)
+    yield from name_fusion_arrays(taps, golden, image, fused)
     for stride in find_numbers(golden, r"fusion_stride(\d+)_text"):
         definition, params = golden.fusion_with_stride(stride)
         mixed = jax.jit(lambda p, *x, d=definition: d.bind(p).fusion(*x))(params, text, mask, visual)
@@ -204,12 +204,12 @@ def videoqa_arrays(golden: Golden) -> NamedArrays:
         yield f"fusion_stride{stride}_text", np.asarray(mixed[1])
     yield "dec_memory", np.asarray(memory)
     yield "dec_memory_mask", np.asarray(memory_mask).astype(golden.outputs["dec_memory_mask"].dtype)
-    yield from decoder_arrays(taps, logits, rows)
+    yield from name_decoder_arrays(taps, logits, rows)
     yield "vqa_loss", np.asarray(loss)
     yield "vqa_loss_per_answer", np.asarray(sums)[rows]
     if golden.teacher is not None:
-        yield from _distillation_arrays(golden, batch, rows)
-    yield from _searches(golden, memory, memory_mask)
+        yield from _compute_distillation(golden, batch, rows)
+    yield from _run_searches(golden, memory, memory_mask)
 
     candidates, candidates_mask = golden.inputs["cand_ids"], golden.inputs["cand_mask"].astype(bool)
     ranked = jax.jit(
@@ -240,7 +240,7 @@ def _distilled_loss(golden: Golden, batch: DeviceBatch, alpha: float) -> Callabl
     return loss
 
 
-def _distillation_arrays(golden: Golden, batch: DeviceBatch, rows: HostArray) -> NamedArrays:
+def _compute_distillation(golden: Golden, batch: DeviceBatch, rows: HostArray) -> NamedArrays:
     alpha = golden.settings["alpha"]
     config, teacher = released_distillation(golden, alpha=alpha), _updated_teacher(golden)
     # The release has an alpha but drops it on the way to the decoder: its distillation has alpha = 0.
@@ -290,7 +290,7 @@ class JaxRunner:
 
     def arrays(self) -> NamedArrays:
         """Compute every array in the golden's outputs."""
-        return caption_arrays(self.golden) if self.golden.model == "caption" else videoqa_arrays(self.golden)
+        return compute_caption(self.golden) if self.golden.model == "caption" else compute_videoqa(self.golden)
 
     def gradients(self, alpha: float | None = None) -> Mapping[str, HostArray]:
         """Compute gradients of the loss; with ``alpha``, of the distillation loss, after one update of the teacher."""

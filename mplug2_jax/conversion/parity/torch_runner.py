@@ -11,13 +11,13 @@ from torch import Tensor
 from mplug2_jax.conversion.files.sources import HostArray
 from mplug2_jax.conversion.parity.comparison import (
     NamedArrays,
-    beam_arrays,
-    caption_weights,
-    decoder_arrays,
     find_numbers,
-    fusion_arrays,
-    text_arrays,
-    visual_arrays,
+    make_caption_weights,
+    name_beam_arrays,
+    name_decoder_arrays,
+    name_fusion_arrays,
+    name_text_arrays,
+    name_visual_arrays,
     with_teacher_names,
 )  # fmt: skip
 from mplug2_jax.conversion.parity.goldens import Golden
@@ -50,7 +50,7 @@ class TorchRunner:
 
     def arrays(self) -> NamedArrays:
         """Compute every array in the golden's outputs."""
-        compute = caption_arrays if self._model_class is Caption else videoqa_arrays
+        compute = compute_caption if self._model_class is Caption else compute_videoqa
         with torch.no_grad():  # a generator would leave it before it ends
             return iter(list(compute(self.golden)))
 
@@ -117,7 +117,7 @@ def _question_batch(golden: Golden) -> dict[str, Tensor]:
 def _loss(golden: Golden, model: Caption | VideoQA, **distillation: Any) -> Tensor:
     if isinstance(model, Caption):
         frames, target = _inputs(golden, "image", "caption_ids")
-        loss: Tensor = model(frames, target, torch.from_numpy(caption_weights(golden)))
+        loss: Tensor = model(frames, target, torch.from_numpy(make_caption_weights(golden)))
     else:
         mask, weights = _inputs(golden, "answer_mask", "answer_weights")
         loss = model(**_question_batch(golden), target_weights=mask.float(), answer_weights=weights, **distillation)
@@ -147,47 +147,47 @@ def _values(model: Caption | VideoQA) -> dict[str, HostArray]:
 # --- arrays -----------------------------------------------------------------------------------------------------------
 
 
-def caption_arrays(golden: Golden) -> NamedArrays:
+def compute_caption(golden: Golden) -> NamedArrays:
     """Compute every array in the caption model's outputs."""
     model, taps = load(golden, Caption), Taps()
     frames, target = _inputs(golden, "image", "caption_ids")
     yield "caption_loss", _loss(golden, model).numpy()
-    unmasked = torch.from_numpy(caption_weights(golden, masked_prompt=False))
+    unmasked = torch.from_numpy(make_caption_weights(golden, masked_prompt=False))
     yield "caption_loss_no_prompt_mask", model(frames, target, unmasked).numpy()
     visual = model.encode_visual(frames, taps)
     logits = model.text_decoder(target, target != 0, visual, taps=taps)
-    yield from visual_arrays(taps, golden)
-    yield from decoder_arrays(taps, logits)
-    yield from _searches(golden, model, visual, torch.ones(visual.shape[:2], dtype=torch.bool))
+    yield from name_visual_arrays(taps, golden)
+    yield from name_decoder_arrays(taps, logits)
+    yield from _run_searches(golden, model, visual, torch.ones(visual.shape[:2], dtype=torch.bool))
 
 
-def videoqa_arrays(golden: Golden) -> NamedArrays:
+def compute_videoqa(golden: Golden) -> NamedArrays:
     """Compute every array in the question-answering model's outputs."""
     model, taps, batch = load(golden, VideoQA), Taps(), _question_batch(golden)
     question = batch["frames"], batch["question"], batch["question_mask"]
     logits = model.answer_logits(**batch, taps=taps)
     memory, mask = model.instruction_memory(*question)
     num_visual = taps["visual/out"].shape[1]
-    yield from visual_arrays(taps, golden)
-    yield from text_arrays(taps)
-    yield from fusion_arrays(taps, golden, memory[:, :num_visual], memory[:, num_visual:])
-    yield from _fusion_with_strides(golden, taps, batch["question_mask"])
+    yield from name_visual_arrays(taps, golden)
+    yield from name_text_arrays(taps)
+    yield from name_fusion_arrays(taps, golden, memory[:, :num_visual], memory[:, num_visual:])
+    yield from _compute_fusion_with_strides(golden, taps, batch["question_mask"])
     yield "dec_memory", memory.numpy()
     yield "dec_memory_mask", mask.numpy().astype(golden.outputs["dec_memory_mask"].dtype)
-    yield from decoder_arrays(taps, logits)
+    yield from name_decoder_arrays(taps, logits)
     yield "vqa_loss", _loss(golden, model).numpy()
     (weights,) = _inputs(golden, "answer_mask")
     yield "vqa_loss_per_answer", summed_answer_loss(logits, batch["target"], weights).numpy()
     if golden.teacher is not None:
-        yield from _distillation_arrays(golden, model, logits, batch)
-    yield from _searches(golden, model, memory, mask)
+        yield from _compute_distillation(golden, model, logits, batch)
+    yield from _run_searches(golden, model, memory, mask)
     (candidates,) = _inputs(golden, "cand_ids")
     ids, probabilities = model.rank_answers(*question, candidates, num_candidates=golden.settings["rank_k"])
     yield "rank_ids", ids.numpy()
     yield "rank_probs", probabilities.numpy()
 
 
-def _fusion_with_strides(golden: Golden, taps: Taps, mask: Tensor) -> NamedArrays:
+def _compute_fusion_with_strides(golden: Golden, taps: Taps, mask: Tensor) -> NamedArrays:
     """Compute fusion with other strides from the same weights."""
     for stride in find_numbers(golden, r"fusion_stride(\d+)_text"):
         fusion = load(golden, VideoQA, fusion_stride=stride).fusion_encoder
@@ -196,7 +196,7 @@ def _fusion_with_strides(golden: Golden, taps: Taps, mask: Tensor) -> NamedArray
         yield f"fusion_stride{stride}_text", text.numpy()
 
 
-def _distillation_arrays(golden: Golden, model: VideoQA, logits: Tensor, batch: Mapping[str, Tensor]) -> NamedArrays:
+def _compute_distillation(golden: Golden, model: VideoQA, logits: Tensor, batch: Mapping[str, Tensor]) -> NamedArrays:
     alpha, teacher = golden.settings["alpha"], _updated_teacher(golden)
     # The release has an alpha but drops it on the way to the decoder: its distillation has alpha = 0.
     yield "vqa_loss_release_distill", _distilled_loss(golden, model, teacher, 0.0).numpy()
@@ -211,7 +211,7 @@ def _distillation_arrays(golden: Golden, model: VideoQA, logits: Tensor, batch: 
     yield "teacher_probs", soft.numpy()
 
 
-def _searches(golden: Golden, model: Caption | VideoQA, memory: Tensor, mask: Tensor) -> NamedArrays:
+def _run_searches(golden: Golden, model: Caption | VideoQA, memory: Tensor, mask: Tensor) -> NamedArrays:
     """Run beam searches with every width in the outputs."""
     settings = golden.settings
     for width in find_numbers(golden, r"beam(\d+)_ids"):
@@ -219,4 +219,4 @@ def _searches(golden: Golden, model: Caption | VideoQA, memory: Tensor, mask: Te
             num_beams=width, begin=settings["bos"], end=settings["eos"], **settings[f"{golden.model}_generation"]
         )
         ids, scores, lengths = (np.asarray(x) for x in generate(model.text_decoder, memory, mask, config))
-        yield from beam_arrays(golden, width, ids, lengths, scores)
+        yield from name_beam_arrays(golden, width, ids, lengths, scores)

@@ -182,8 +182,8 @@ def select_state(
         if x.shape != expected[name].shape or not x.is_floating_point()
     ]
     problems = {"missing": missing, "unexpected": unexpected, "of another shape or dtype": wrong}
-    if found := [f"{len(names)} {problem} ({_first_few(names)})" for problem, names in problems.items() if names]:
-        raise UserError(f"{where} does not match the model: {', '.join(found)}; nothing was loaded. Check the sizes")
+    if listed := [f"{len(names)} {problem} ({_first_few(names)})" for problem, names in problems.items() if names]:
+        raise UserError(f"{where} does not match the model: {', '.join(listed)}; nothing was loaded. Check the sizes")
     return state, dropped
 
 
