@@ -1,42 +1,42 @@
-# Two commands: `make demo` and `make test`. Both set up everything from a bare Python.
+# Two commands: `make demo` and `make test`. Both need only Python and install everything else.
 #
-#   make test PYTHON=python3.13    the same on another interpreter, with the newest jax and flax
+#   make test PYTHON=python3.13    with another interpreter, and the newest jax and flax
 
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
 
-# The first interpreter that runs and is 3.11 or newer; 3.11 first, because constraints.txt pins exactly that.
+# The first working interpreter of version 3.11 or newer; 3.11 first, because constraints.txt pins versions for it.
 PYTHON ?= $(shell ./.ci/find_python.sh 3.11)
 ifneq (,$(filter python3.%,$(PYTHON)))
-# A name like python3.13 may be no command here, though the interpreter is: look where it could be, too.
+# A name such as python3.13 may not be on PATH although the interpreter is installed: search its other locations.
 series := $(PYTHON:python%=%)
 override PYTHON := $(or $(shell ./.ci/find_python.sh $(series) $(series)),$(PYTHON))
 endif
 SERIES := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 VENV ?= .venv$(if $(filter 3.11,$(SERIES)),,-$(SERIES))
 BIN := $(VENV)/bin
-# Exact versions on the floor; the newest that fit pyproject.toml elsewhere.
+# Exact versions on the oldest Python; the newest that pyproject.toml allows on others.
 PINS := $(if $(filter 3.11,$(SERIES)),-c constraints.txt)
-# What is never imported need not be byte-compiled: that would be two fifths of an installation's time.
+# Do not byte-compile on installation: it takes two fifths of the time, and most modules are never imported.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 
-# Fewer page faults: XLA's scratch memory in huge pages where the C library can (ignored elsewhere).
+# Fewer page faults: XLA's scratch memory in huge pages, if the C library supports it.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
-# The tests simulate devices on the CPU, and the demo is made for one; JAX_PLATFORMS=cuda make demo uses a GPU.
+# Tests simulate devices on the CPU, and the demo is sized for one; JAX_PLATFORMS=cuda make demo uses a GPU.
 export JAX_PLATFORMS ?= cpu
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
 DEMO ?= runs/demo
 TESTS ?= tests
-# What runs on a second interpreter too: the rooms that lean most on jax and flax.
+# Tests for a second interpreter: of the packages that depend most on jax and flax.
 FAST := tests/model tests/objectives tests/generation tests/data_pipelines
 
 .PHONY: demo test drills test-newest fast check lint types contract format constraints clean help
 
 help:
-	@echo "make demo   pretrain a tiny mPLUG-2 on pictures, clips and text, and look at its predictions (3 to 6 minutes)"
+	@echo "make demo   pretrain a tiny mPLUG-2 on images, video and text, and show its predictions (3 to 6 minutes)"
 	@echo "make test   lint, types, import contract and tests (8 to 12 minutes)"
-	@echo "make drills the long tests: whole runs, several processes, commands of every page (25 to 40 minutes)"
+	@echo "make drills long tests: whole runs, several processes, commands of the docs (25 to 40 minutes)"
 
 demo: $(VENV)/.installed
 	$(BIN)/mplug2 train --config configs/demo.py --workdir $(DEMO)
@@ -44,15 +44,15 @@ demo: $(VENV)/.installed
 test: check
 	$(BIN)/pytest $(TESTS) -m "not slow" -n 2 --dist loadfile
 
-# Whole runs, killed and resumed ones, the commands of every page, programs for TPUs that are not here. Three at a time,
-# because many wait for processes.
+# Whole runs, killed and resumed runs, the commands of the docs, programs for TPUs. Three workers, because many tests
+# wait for processes.
 drills: $(VENV)/.installed-dev
 	$(BIN)/pytest $(TESTS) -m slow -n 3 --maxschedchunk 1 -rs
 
-# A fast subset with the newest jax and flax, on an interpreter >= 3.12 if there is one, rounded as x86 processors
-# without AVX and FMA round: no test may depend on the processor.
+# A fast subset with the newest jax and flax, on an interpreter >= 3.12 if one is installed, with the rounding of x86
+# processors without AVX and FMA: no test may depend on the processor.
 test-newest:
-	@newest="$$(./.ci/find_python.sh 3.13 3.12 3.14)"; if [ -z "$$newest" ]; then echo "no Python >= 3.12 here: skipped"; \
+	@newest="$$(./.ci/find_python.sh 3.13 3.12 3.14)"; if [ -z "$$newest" ]; then echo "no Python >= 3.12 found: skipped"; \
 	else XLA_FLAGS="$$XLA_FLAGS --xla_cpu_max_isa=SSE4_2" $(MAKE) --no-print-directory fast PYTHON="$$newest"; fi
 
 fast: $(VENV)/.installed-dev
@@ -74,7 +74,7 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Renews the exact versions, from a fresh environment of the floor's interpreter.
+# Update the exact versions, from a fresh environment of the oldest Python.
 constraints:
 	rm -rf .venv-constraints && $(PYTHON) -m venv .venv-constraints
 	.venv-constraints/bin/python -m pip install --quiet -e '.[dev,tpu,torch]'
@@ -82,7 +82,7 @@ constraints:
 	mv .constraints.new constraints.txt && rm -rf .venv-constraints
 
 $(BIN)/python:
-	@if [ -z "$(SERIES)" ]; then echo "no Python 3.11 or newer found: install one, or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python" >&2; exit 2; fi
+	@if [ -z "$(SERIES)" ]; then echo "no Python 3.11 or newer found: install it, or set its path: make $(MAKECMDGOALS) PYTHON=/path/to/python" >&2; exit 2; fi
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Prints the first interpreter that runs, of the series given (default: 3.11 and newer), then any python3 that is new
-# enough. Looks on PATH and where pyenv keeps its versions.
+# Print the first working interpreter of the given versions (default: 3.11 and newer), or else a python3 that is new
+# enough. Searches PATH and pyenv's versions.
 set -u
 series=("${@:-3.11}")
 [ "$#" -le 1 ] && series=("${1:-3.11}" 3.12 3.13 3.14)
