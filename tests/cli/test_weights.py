@@ -102,6 +102,37 @@ def test_an_export_to_a_folder_follows_hugging_face(
     assert "Recipe `released_videoqa`, step 0 of 40000, from imported weights" in card
 
 
+def test_the_model_card_lists_results_of_new_and_old_runs(imported: Path, tmp_path: Path, mplug2: Mplug2) -> None:
+    run = shutil.copytree(imported, tmp_path / "run")
+    results = {
+        "new.json": {"name": "new", "metrics": {"accuracy": 0.5}, "baselines": {"accuracy": 0.1}, "num_examples": 8},
+        "old.json": {"name": "old", "figures": {"cider": 1.25}, "baselines": {}, "examples": 4},
+    }
+    (run / "evaluations" / "0").mkdir(parents=True)
+    for name, result in results.items():
+        (run / "evaluations" / "0" / name).write_text(json.dumps(result))
+    assert mplug2("convert", "export", run, "--to", tmp_path / "hub").status == 0
+    card = (tmp_path / "hub" / "README.md").read_text()
+    assert "| new | accuracy | 0.5000 | 0.1000 | 8 |\n| old | cider | 1.2500 | nan | 4 |" in card
+
+
+def test_reports_and_options_of_older_versions_are_still_read(imported: Path, tmp_path: Path, mplug2: Mplug2) -> None:
+    run = shutil.copytree(imported, tmp_path / "run")
+    content = json.loads((run / "conversion-report.json").read_text())
+    content["format"] = content.pop("format_version") - 1
+    fates = {"converted": "used", "preserved": "kept"}
+    for row in content["rows"]:
+        row["fate"] = fates.get(row["disposition"], row["disposition"])
+        del row["disposition"]
+        row["places"], row["why"] = row.pop("params"), row.pop("reason")
+    (run / "conversion-report.json").write_text(json.dumps(content))
+    assert mplug2("convert", "verify", run).status == 0
+    leftover = shutil.move(run / "official-rest.safetensors", tmp_path / "kept.safetensors")
+    file = tmp_path / "x.safetensors"
+    assert mplug2("convert", "export", run, "--to", file, "--rest", leftover).status == 0
+    assert "preserved" in (tmp_path / "conversion-report.json").read_text()
+
+
 def test_verify_passes_and_names_the_first_tensor_that_changed(imported: Path, tmp_path: Path, mplug2: Mplug2) -> None:
     assert mplug2("convert", "verify", imported / "conversion-report.json").status == 0
     assert mplug2("convert", "export", imported, "--to", tmp_path / "x.safetensors").status == 0
