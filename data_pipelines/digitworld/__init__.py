@@ -1,7 +1,7 @@
-"""DigitWorld: a small world of handwritten digits with pictures, clips, and everything that can be said of them.
+"""DigitWorld: a synthetic data set of handwritten digits in images and videos, with annotations of every kind.
 
-It needs no download and no disk, and every record is a function of (seed, split, kind, index): the data of the demo,
-of tests, and of anyone who wants to see the whole stack work in minutes.
+It needs no download and no disk, and every record is a function of (seed, split, kind, index). The demo and the tests
+use it, and it exercises the whole stack in minutes.
 """
 
 from data_pipelines.digitworld.scene import Motion, Scene, Thing

@@ -1,4 +1,4 @@
-"""The handwritten digits of scikit-learn, and which of them only held-out scenes show."""
+"""The handwritten digits of scikit-learn, and their split into training and held-out glyphs."""
 
 import functools
 from typing import Literal
@@ -21,18 +21,18 @@ def _load() -> tuple[Float[np.ndarray, "glyph 8 8"], Int[np.ndarray, " glyph"]]:
 
 
 def glyph_image(glyph: int) -> Float[np.ndarray, "8 8"]:
-    """One of the 1797 digits: ink 0..1 in 16 steps."""
+    """Return one of the 1797 digits, as ink 0..1 in 16 steps."""
     image: Float[np.ndarray, "8 8"] = _load()[0][glyph]
     return image
 
 
 @functools.cache
 def glyphs_for(digit: int, split: Split) -> Int[np.ndarray, " n"]:
-    """The glyphs of a digit that a split may show.
+    """Return the glyphs of a digit in a split.
 
-    In the order of the data set, every fifth glyph of each digit is held out, the others are for training.
+    In the order of the data set, every fifth glyph of each digit is held out; the others are for training.
     """
     glyphs = np.flatnonzero(_load()[1] == digit)
     held_out = np.arange(len(glyphs)) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
-    chosen: Int[np.ndarray, " n"] = glyphs[held_out if split == "heldout" else ~held_out]
-    return chosen
+    selected: Int[np.ndarray, " n"] = glyphs[held_out if split == "heldout" else ~held_out]
+    return selected

@@ -1,8 +1,8 @@
-"""What a scene is, and how one is drawn at random.
+"""Scenes, and drawing them at random.
 
-A scene is one digit, or two that differ in digit, colour, size and place, so that "the red one", "the seven" and "the
-large digit" each mean exactly one thing. Lengths are fractions of the canvas, times are 0 at the first frame of a clip
-and 1 at its last: a scene knows no pixels and no frame count.
+A scene is one digit, or two that differ in digit, color, size and place, so that "the red one", "the seven" and "the
+large digit" each refer to exactly one thing. Lengths are fractions of the canvas; time is 0 at the first frame of a
+video and 1 at its last. A scene is independent of pixels and of the number of frames.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ Point = tuple[float, float]
 
 @dataclasses.dataclass(frozen=True)
 class Motion:
-    """What a thing does in a clip. ``direction`` and ``speed`` belong to "moves" and are empty otherwise."""
+    """The motion of a thing in a video. ``direction`` and ``speed`` are for "moves" and empty otherwise."""
 
     kind: Literal["still", "moves", "appears"] = "still"
     direction: str = ""
@@ -44,25 +44,25 @@ class Thing:
     """One digit of a scene."""
 
     digit: int
-    glyph: int  # which handwritten sample, see ``digits.glyph_image``
+    glyph: int  # index of the handwritten sample, see ``digits.glyph_image``
     colour: str
     size: str
-    place: str  # the quarter of the canvas that wholly holds it, at first if it moves
-    corner: Point  # upper left corner of its square, at first if it moves
+    place: str  # the quarter of the canvas that contains it, at time 0
+    corner: Point  # upper left corner of its square, at time 0
     motion: Motion = Motion()
 
     @property
     def name(self) -> str:
-        """The digit as a word."""
+        """Return the digit as a word."""
         return DIGITS[self.digit]
 
     @property
     def side(self) -> float:
-        """Side of its square."""
+        """Return the side of its square."""
         return SIZES[self.size]
 
     def corner_at(self, time: float) -> Point:
-        """Upper left corner of its square."""
+        """Return the upper left corner of its square."""
         if self.motion.kind != "moves":
             return self.corner
         distance = SPEEDS[self.motion.speed] * time
@@ -70,7 +70,7 @@ class Thing:
         return self.corner[0] + dx * distance, self.corner[1] + dy * distance
 
     def visible_at(self, time: float) -> bool:
-        """Things that appear do so in the second half of a clip."""
+        """Return whether it is visible; things that appear do so in the second half of a video."""
         return self.motion.kind != "appears" or time > 0.5
 
 
@@ -84,9 +84,9 @@ class Scene:
 
 
 def draw_scene(rng: np.random.Generator, split: Split, *, moving: bool) -> Scene:
-    """Draws a scene; with ``moving``, each of its things stays still, moves or appears.
+    """Draw a scene; with ``moving``, each of its things stays still, moves or appears.
 
-    Things never overlap in a picture, nor in the first and last frames of a clip; between them they may cross.
+    Things never overlap in an image, nor in the first and last frames of a video; between them they may cross.
     """
     count = 2 if rng.random() < 0.6 else 1
     sizes = ("large", "small") if count == 2 else (("large", "small")[rng.integers(2)],)
@@ -110,13 +110,13 @@ def _draw_thing(rng: np.random.Generator, split: Split, digit: int, colour: str,
 def _set_in_motion(rng: np.random.Generator, things: tuple[Thing, ...]) -> tuple[Thing, ...]:
     while True:
         moving = tuple(dataclasses.replace(thing, motion=_draw_motion(rng, thing.place)) for thing in things)
-        # Something is to be seen in every frame of a clip of two, and nothing ends up hidden behind another.
-        if len(moving) == 1 or (_apart(*moving) and sum(thing.motion.kind == "appears" for thing in moving) < 2):
+        # In a scene of two, something is visible in every frame, and no thing ends up behind another.
+        if len(moving) == 1 or (_are_disjoint(*moving) and sum(thing.motion.kind == "appears" for thing in moving) < 2):
             return moving
 
 
 def _draw_motion(rng: np.random.Generator, place: str) -> Motion:
-    """Stillness, appearance, or a move towards another quarter, so that it stays on the canvas."""
+    """Draw a motion: still, appearing, or moving towards another quarter, so that it stays on the canvas."""
     choice = rng.random()
     if choice < 0.15:
         return Motion("still")
@@ -128,7 +128,7 @@ def _draw_motion(rng: np.random.Generator, place: str) -> Motion:
     return Motion("moves", upright if vertical else sideways, "quickly" if fast else "slowly")
 
 
-def _apart(a: Thing, b: Thing) -> bool:
-    """Whether the two do not overlap in the last frame."""
+def _are_disjoint(a: Thing, b: Thing) -> bool:
+    """Return whether the two do not overlap in the last frame."""
     (ax, ay), (bx, by) = a.corner_at(1.0), b.corner_at(1.0)
     return ax + a.side <= bx or bx + b.side <= ax or ay + a.side <= by or by + b.side <= ay

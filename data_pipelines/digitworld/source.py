@@ -27,23 +27,23 @@ MIN_IMAGE_SIZE = 16  # a small digit is then five pixels high
 
 
 class DigitWorld:
-    """Pictures, clips or pieces of text about one or two handwritten digits on a dark canvas.
+    """Images, videos or texts about one or two handwritten digits on a dark canvas.
 
     A record is a function of (seed, split, kind, index) alone; its scene does not depend on ``image_size`` and
-    ``num_frames``. Held-out records show handwriting that no training record shows.
+    ``num_frames``. Held-out records use handwriting that no training record uses.
 
-    The label of a picture is its largest digit (``IMAGE_LABELS``), that of a clip what its largest digit does
-    (``VIDEO_LABELS``); of both, where it is asked for, the colour or the place of it. Text records have sentences,
-    entailments, and as a question a report to be summed up; no frames.
+    The label of an image is its largest digit (``IMAGE_LABELS``), that of a video the motion of its largest digit
+    (``VIDEO_LABELS``); or, with ``label``, the color or place of it. Text records have sentences, entailments, and a
+    report to summarize as a question; no frames.
 
     Args:
-        kind: what the records are: "image", "video" or "text".
+        kind: of the records: "image", "video" or "text".
         split: "train", or "heldout" for other scenes in other handwriting.
-        seed: a different world for each.
+        seed: random seed of the scenes.
         size: number of records.
         image_size: side of the frames in pixels.
-        num_frames: frames of a clip; the motion spreads over them however many they are.
-        label: "colour" or "place" for these in place of the digit or what it does.
+        num_frames: frames of a video; the motion takes all of them.
+        label: "colour" or "place", to label these instead of the digit or its motion.
 
     Raises:
         DataError: an argument is out of range.
@@ -60,9 +60,9 @@ class DigitWorld:
         num_frames: int = 4,
         label: str = "",
     ) -> None:
-        self.kind = _one_of("kind", kind, KINDS)
-        self.label = _one_of("label", label, LABELS)
-        self.split = _one_of("split", split, SPLITS)
+        self.kind = _check_choice("kind", kind, KINDS)
+        self.label = _check_choice("label", label, LABELS)
+        self.split = _check_choice("split", split, SPLITS)
         at_least = {"seed": 0, "size": 1, "image_size": MIN_IMAGE_SIZE, "num_frames": 2 if kind == "video" else 1}
         for field, value in (("seed", seed), ("size", size), ("image_size", image_size), ("num_frames", num_frames)):
             if value < at_least[field]:
@@ -71,11 +71,11 @@ class DigitWorld:
         self.num_frames = num_frames if kind == "video" else 1
 
     def __len__(self) -> int:
-        """Number of records."""
+        """Return the number of records."""
         return self.size
 
     def _draw(self, index: int) -> tuple[Scene, bool, np.random.Generator]:
-        """A scene, whether its things may move, and the generator for what is said of it."""
+        """Return a scene, whether its things may move, and the generator for its annotations."""
         if not 0 <= index < self.size:
             raise IndexError(f"record {index} of a DigitWorld of {self.size}")
         rng = np.random.default_rng([self.seed, SPLITS.index(self.split), KINDS.index(self.kind), index])
@@ -83,11 +83,11 @@ class DigitWorld:
         return draw_scene(rng, self.split, moving=moving), moving, rng
 
     def scene(self, index: SupportsIndex) -> Scene:
-        """What a record shows or speaks of. Raises IndexError outside 0..size-1."""
+        """Return the scene of a record. Raises IndexError outside 0..size-1."""
         return self._draw(operator.index(index))[0]
 
     def __getitem__(self, index: SupportsIndex) -> Record:
-        """One record. Raises IndexError outside 0..size-1."""
+        """Return one record. Raises IndexError outside 0..size-1."""
         index = operator.index(index)
         scene, moving, rng = self._draw(index)
         key = f"digitworld/{self.kind}/{self.split}/{self.seed}/{index}"
@@ -108,7 +108,7 @@ class DigitWorld:
         )
 
     def _expressions(self, scene: Scene, rng: np.random.Generator) -> tuple[Expression, ...]:
-        """Phrases for all that is visible in the first frame, in random order."""
+        """Return referring expressions of all things visible in the first frame, in random order."""
         expressions = [
             Expression(phrase, bounding_box(thing, self.image_size))
             for thing in scene.things
@@ -118,17 +118,17 @@ class DigitWorld:
         return tuple(expressions[i] for i in rng.permutation(len(expressions)))
 
 
-def _one_of(field: str, value: str, choices: tuple[Choice, ...]) -> Choice:
+def _check_choice(field: str, value: str, choices: tuple[Choice, ...]) -> Choice:
     for choice in choices:
         if choice == value:
             return choice
     raise DataError(f"DigitWorld's {field} is {value!r}, expected one of {', '.join(choices)}")
 
 
-def _label(scene: Scene, moving: bool, what: str) -> str:
+def _label(scene: Scene, moving: bool, attribute: str) -> str:
     largest = scene.things[0]
-    if what:
-        return str(getattr(largest, what))
+    if attribute:
+        return str(getattr(largest, attribute))
     if not moving:
         return largest.name
     motion = largest.motion
@@ -136,12 +136,12 @@ def _label(scene: Scene, moving: bool, what: str) -> str:
 
 
 def vocabulary_texts(count: int = 300, seed: int = 0) -> Iterator[str]:
-    """All that is said, asked and answered in ``count`` training scenes of each kind: what to train a tokeniser on."""
+    """Yield all texts of ``count`` training scenes of each kind, to train a tokenizer on."""
     for kind in KINDS:
         world = DigitWorld(kind, seed=seed, size=count)
         for record in map(world.__getitem__, range(count)):
             yield from (*record.captions, *record.texts)
-            for question in record.questions if kind != "text" else ():  # reports are made of other texts' words
+            for question in record.questions if kind != "text" else ():  # reports repeat the words of other texts
                 yield from (question.question, question.answer)
             yield from (expression.text for expression in record.expressions)
             for entailment in record.entailments:

@@ -1,4 +1,4 @@
-"""``mplug2 data``: tokenisers and samples; ``data_files`` adds what reads and writes data sets."""
+"""``mplug2 data``: tokenizers and samples; ``data_files`` adds the commands on data sets."""
 
 import argparse
 from collections.abc import Iterator
@@ -11,37 +11,39 @@ from mplug2_jax.errors import UserError
 
 
 def add_parser(commands: Any) -> None:
-    """Adds the command with its sub-commands."""
+    """Add the command with its sub-commands."""
     kinds = add_group(
         commands, "data",
-        summary="Inspect, check and convert data; train tokenisers",
+        summary="Inspect, validate and convert data; train tokenizers",
         example="mplug2 data show demo --stream video_text --step 7",
     )  # fmt: skip
     data_files.add_parsers(kinds)
     tokenizer = add_command(
         kinds, "tokenizer", run_tokenizer,
-        summary="Train a WordPiece or SentencePiece tokeniser",
-        details="Learns from lines of text, or from DigitWorld's texts.",
+        summary="Train a WordPiece or SentencePiece tokenizer",
+        details="Trains on lines of text, or on DigitWorld's texts.",
         example="mplug2 data tokenizer --kind sentencepiece --vocab-size 120 --out runs/pieces",
     )  # fmt: skip
     tokenizer.add_argument(
-        "texts", nargs="*", type=Path, metavar="FILE", help="text files, a line each (default: DigitWorld)"
+        "texts", nargs="*", type=Path, metavar="FILE", help="text files (default: DigitWorld's texts)"
     )
     tokenizer.add_argument("--kind", choices=("wordpiece", "sentencepiece"), default="wordpiece")
-    tokenizer.add_argument("--vocab-size", type=int, default=512, help="at most so many tokens (default: %(default)s)")
-    tokenizer.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder for the tokeniser")
+    tokenizer.add_argument(
+        "--vocab-size", type=int, default=512, help="maximum number of tokens (default: %(default)s)"
+    )
+    tokenizer.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder for the tokenizer")
     sample = add_command(
         kinds, "sample", run_sample,
-        summary="Write held-out DigitWorld pictures or clips as files, with what is true of them",
+        summary="Write held-out DigitWorld images or videos as files, and print their annotations",
         example="mplug2 data sample --kind video --count 2 --out runs/samples",
     )  # fmt: skip
     sample.add_argument("--kind", choices=("image", "video"), default="image")
-    sample.add_argument("--count", type=int, default=3, help="how many (default: %(default)s)")
-    sample.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write into")
+    sample.add_argument("--count", type=int, default=3, help="number of files (default: %(default)s)")
+    sample.add_argument("--out", type=Path, required=True, metavar="DIR", help="output folder")
 
 
 def run_tokenizer(args: argparse.Namespace) -> int:
-    """Trains and saves; never over an existing folder."""
+    """Train a tokenizer and save it; never over an existing folder."""
     from data_pipelines.tokenizers import train_sentencepiece, train_wordpiece
     from mplug2_jax.training.workdir import tokenizer_training_texts
 
@@ -49,7 +51,7 @@ def run_tokenizer(args: argparse.Namespace) -> int:
         raise UserError(f"--out {args.out} exists; choose a new folder")
     texts = list(_lines(args.texts) if args.texts else tokenizer_training_texts())
     if not texts:
-        raise UserError(f"{', '.join(map(str, args.texts))}: no text to train on; expected lines of words")
+        raise UserError(f"{', '.join(map(str, args.texts))}: found no text, expected lines of words")
     train = train_wordpiece if args.kind == "wordpiece" else train_sentencepiece
     tokenizer = train(texts, args.vocab_size)
     print(f"{tokenizer.save(args.out)}: {tokenizer.vocab_size} tokens")
@@ -69,7 +71,7 @@ def _lines(paths: list[Path]) -> Iterator[str]:
 
 
 def run_sample(args: argparse.Namespace) -> int:
-    """Writes the files and prints what they show."""
+    """Write the files, and print a caption and a question for each."""
     from data_pipelines.digitworld.source import DigitWorld
     from data_pipelines.media import write_image, write_video
 
@@ -77,8 +79,8 @@ def run_sample(args: argparse.Namespace) -> int:
         raise UserError(f"--count {args.count} should be at least 1")
     suffix = "png" if args.kind == "image" else "mp4"
     paths = [args.out / f"{args.kind}-{i}.{suffix}" for i in range(args.count)]
-    if taken := [path for path in paths if path.exists()]:
-        raise UserError(f"{taken[0]} exists; choose another --out")
+    if existing := [path for path in paths if path.exists()]:
+        raise UserError(f"{existing[0]} exists; choose another --out")
     world = DigitWorld(args.kind, split="heldout", size=args.count)
     args.out.mkdir(parents=True, exist_ok=True)
     for i, path in enumerate(paths):

@@ -78,7 +78,7 @@ CONFIGS = {
     "streams.text.data.examples.text_length=1": "config.streams.text.data: max_length is 1, expected at least 2",
     "streams.text.data.examples.text_length=0": "config.streams.text: task 'mlm' reads text, text_mask, but its ",
     "streams.text.data.examples.instructions.entailment.templates=('{x}',)": "instruction template '{x}' of kind "
-    "'entailment' fails ('x'); valid braces: {premise}, {hypothesis}",
+    "'entailment' fails ('x'); valid placeholders: {premise}, {hypothesis}",
     "streams.text.data.examples.instructions.entailment.templates=()": "instructions.entailment has 0 templates",
     "streams.text.data.examples.instructions.entailment.weight=0": "entailment all have weight 0; expected one above 0",
     "evaluations.masked_words.data.batch_size=12": "config.evaluations.masked_words.data.batch_size=12 does not split",
@@ -378,7 +378,7 @@ def test_a_search_of_nothing_is_refused(option: str, refused: Refused, pictures:
         ("{missing} --out {new}", "{missing}: No such file or directory"),
         ("{texts} {taken} --out {new}", "{taken}: Is a directory"),
         ("{latin} --out {new}", "text file {latin} is not UTF-8: unexpected end of data in line 2"),
-        ("{empty} --out {new}", "{empty}: no text to train on; expected lines of words"),
+        ("{empty} --out {new}", "{empty}: found no text, expected lines of words"),
         ("{texts} --out {new} --vocab-size 9", "vocab_size"),
         ("{texts} --out {new} --vocab-size -9", "vocab_size is -9, expected "),
         ("{texts} --out {texts}/new --vocab-size 99", "{texts}/new: Not a directory"),

@@ -1,4 +1,4 @@
-"""``mplug2 data show, validate, convert, chunk``: what they print, write and refuse."""
+"""``mplug2 data show, validate, convert, chunk``: output, files and errors."""
 
 import html
 import json
@@ -24,7 +24,7 @@ def tars(tmp_path: Path) -> Path:
 
 
 def recipe(tmp_path: Path, recipes: Path, tar: Path) -> Path:
-    """The text recipe of the package with pictures from a tar as its stream; with imports of older recipes."""
+    """Write the recipe with images from a tar as its stream, with imports as in older recipes."""
     path = tmp_path / "recipe.py"
     path.write_text(
         f"""
@@ -50,12 +50,12 @@ def get_config():
     return path
 
 
-def test_show_writes_what_a_step_sees_and_escapes_it(mplug2: Mplug2, tmp_path: Path, recipes: Path) -> None:
+def test_show_writes_the_batch_of_a_step_and_escapes_texts(mplug2: Mplug2, tmp_path: Path, recipes: Path) -> None:
     hostile = "<script>alert(1)</script>"
-    pictures = [encoded(record) for record in records("image", 4)]
+    images = [encoded(record) for record in records("image", 4)]
     members: dict[str, bytes | str] = {}
-    for i, picture in enumerate(pictures):
-        members |= {f"{i}.png": b"broken" if i == 3 else picture, f"{i}.txt": f"{hostile} {i}"}
+    for i, image in enumerate(images):
+        members |= {f"{i}.png": b"broken" if i == 3 else image, f"{i}.txt": f"{hostile} {i}"}
     tar = write_tar(tmp_path / "a.tar", members)
     shown = ("data", "show", recipe(tmp_path, recipes, tar), "--step", 3, "--out", tmp_path / "sheets")
     done = mplug2(*shown)
@@ -71,46 +71,50 @@ def test_show_writes_what_a_step_sees_and_escapes_it(mplug2: Mplug2, tmp_path: P
     assert "in place of a/3: a.tar:3.png cannot be read as an image" in text
     assert text.count("data:image/png;base64,") == 4
     assert "http" not in text.replace("http-equiv", "")
-    with Image.open(sheet) as picture:
-        assert picture.size == (4 * 100, 100)
+    with Image.open(sheet) as image:
+        assert image.size == (4 * 100, 100)
     again = mplug2(*shown)
     assert (again.status, again.err) == (2, f"mplug2: error: {page} exists; choose another --out\n")
 
 
-def test_validate_reports_and_its_status_tells(mplug2: Mplug2, tmp_path: Path, recipes: Path, tars: Path) -> None:
+def test_validate_reports_errors_in_its_output_and_status(
+    mplug2: Mplug2, tmp_path: Path, recipes: Path, tars: Path
+) -> None:
     good = mplug2("data", "validate", f"webdataset:{tars}")
     assert (good.status, good.err) == (0, "")
-    assert "  5 records, 5 encoded pictures, 0 encoded clips\n" in good.out
-    assert good.out.splitlines()[-1] == "5 of 5 records are usable: nothing would be lost"
+    assert "  5 records, 5 encoded images, 0 encoded videos\n" in good.out
+    assert good.out.splitlines()[-1] == "OK: all 5 records are usable"
+    assert re.search(r"webdataset:\S+  record 5/5  [\d.,]+ records/s  eta 0:00\n", good.log)
     assert re.search(r"10-15  words +\d+ #+\n", good.out)
     bad = write_tar(tmp_path / "bad.tar", {"1.png": b"x", "1.txt": "a", "2.txt": "b"})
     done = mplug2("data", "validate", recipe(tmp_path, recipes, bad))
     assert done.status == 1
-    assert "video_text/web\n  2 records, 1 encoded pictures" in done.out
+    assert "video_text/web\n  2 records, 1 encoded images" in done.out
     assert (
         "  1 unreadable media\n  1 unreadable records\n    bad/1: bad.tar:1.png cannot be read as an image" in done.out
     )
-    assert done.out.splitlines()[-1] == (
-        "0 of 2 records are usable: 2 would be lost (1 unreadable media, 1 unreadable records)"
-    )
+    assert done.out.splitlines()[-1] == "2 of 2 records unusable: 1 unreadable media, 1 unreadable records"
 
 
-def test_validate_allows_a_share_of_each_source_and_says_all_as_json(mplug2: Mplug2, tmp_path: Path) -> None:
+def test_validate_allows_a_bad_fraction_and_reports_as_json(mplug2: Mplug2, tmp_path: Path) -> None:
     rows = [{"image": "a.png", "caption": "x"}] * 3 + [{"image": "a.png", "caption": "\x1b[31m \ud83d"}]
     (tmp_path / "a.png").write_bytes(encoded(records("image", 1)[0]))
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     checked = ("data", "validate", f"annotations:{tmp_path}/rows.json")
-    assert [mplug2(*checked, "--allow", share).status for share in (0, 0.2, 0.25, 1)] == [1, 1, 0, 0]
+    fractions = (0, 0.2, 0.25, 1)
+    assert [mplug2(*checked, "--max-bad-fraction", fraction).status for fraction in fractions] == [1, 1, 0, 0]
+    assert mplug2(*checked, "--allow", 0.25, "--size", 4).status == 0  # the old names of the options
     done = mplug2(*checked)
-    assert done.out.splitlines()[-1] == "3 of 4 records are usable: 1 would be lost (1 unreadable records)"
+    assert done.out.splitlines()[-1] == "1 of 4 records unusable: 1 unreadable records"
     assert done.out.replace("\n", "").isprintable()
-    said = json.loads(mplug2(*checked, "--json").out)
-    assert (said["records"], said["usable"], said["lost"]) == (4, 3, {"unreadable records": 1})
-    assert said["failed"] == [source["name"] for source in said["sources"]]
-    assert [fault["key"] for fault in said["sources"][0]["faults"]] == ["record 3"]
-    other = mplug2(*checked, "--kind", "video")
-    assert "3 media of another kind" in other.out
-    assert "a.png is taken for an image, expected a video; set the source's kind" in other.out
+    report = json.loads(mplug2(*checked, "--json").out)
+    assert (report["format_version"], report["records"], report["usable"]) == (2, 4, 3)
+    assert report["errors"] == {"unreadable records": 1}
+    assert report["failed"] == [source["name"] for source in report["sources"]]
+    assert [record["key"] for record in report["sources"][0]["bad_records"]] == ["record 3"]
+    wrong = mplug2(*checked, "--kind", "video")
+    assert "3 media of another kind" in wrong.out
+    assert "a.png is an image, expected a video; set the source's kind" in wrong.out
     subset = {
         "images": [{"id": 1, "file_name": "a.png"}],
         "annotations": [{"image_id": i, "caption": "x"} for i in (1, 2)],
@@ -118,15 +122,16 @@ def test_validate_allows_a_share_of_each_source_and_says_all_as_json(mplug2: Mpl
     (tmp_path / "subset.json").write_text(json.dumps(subset))
     done = mplug2("data", "validate", f"coco_captions:{tmp_path}/subset.json")
     assert (done.status, done.err) == (0, "")
-    assert "1 of its caption entries are left out" in done.out
-    assert done.out.splitlines()[-1].endswith("nothing would be lost; notes above")
+    assert "warning: " in done.out
+    assert "subset.json: skipped 1 caption entries whose image_id is not listed; the first is '2'" in done.out
+    assert done.out.splitlines()[-1] == "OK: all 1 records are usable; warnings above"
 
 
 def test_validate_reads_a_recipe_with_its_evaluations(mplug2: Mplug2, tmp_path: Path, recipes: Path) -> None:
-    """What no score can judge is lost to an evaluation, and good enough to learn from."""
+    """A record with too few answers to be scored is unusable in an evaluation, and fine for training."""
     (tmp_path / "a.png").write_bytes(encoded(records("image", 1)[0]))
-    told = [["yes"] * 10, ["yes", "", "", ""], ["no"] * 3]
-    rows = [{"image": "a.png", "question": "is it?", "answers": answers} for answers in told]
+    annotated = [["yes"] * 10, ["yes", "", "", ""], ["no"] * 3]
+    rows = [{"image": "a.png", "question": "is it?", "answers": answers} for answers in annotated]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     (tmp_path / "recipe.py").write_text(f"""
 from data_pipelines.config import DataConfig, ExampleConfig, InstructionConfig, SourceConfig, VisualConfig
@@ -151,13 +156,14 @@ def get_config():
     assert (done.status, done.err) == (1, "")
     assert "video_text/own\n  3 records" in done.out
     assert (
-        "evaluations/held/own\n  3 records, 3 encoded pictures, 0 encoded clips\n  1 records that lack what" in done.out
+        "evaluations/held/own\n  3 records, 3 encoded images, 0 encoded videos\n  1 records without required"
+        in done.out
     )
     assert "record rows/3 has 3 annotated answers, expected at least 4" in done.out
-    assert done.out.splitlines()[-1].startswith("5 of 6 records are usable: 1 would be lost (1 records that lack what")
+    assert done.out.splitlines()[-1] == "1 of 6 records unusable: 1 records without required fields"
 
 
-def test_convert_chunk_and_validate_what_was_written(
+def test_convert_and_chunk_write_files_that_validate(
     mplug2: Mplug2, tmp_path: Path, tars: Path, vocabulary: Path
 ) -> None:
     out = tmp_path / "records"
@@ -173,7 +179,8 @@ def test_convert_chunk_and_validate_what_was_written(
     shard.write_bytes(bytes(data))
     changed = mplug2("data", "validate", f"array_record:{out}")
     assert changed.status == 1
-    assert f"{shard} is not what was written: its sha256 differs" in changed.out
+    assert f"{shard} has changed: its sha256 differs" in changed.out
+    assert changed.out.splitlines()[-1].endswith("1 changed files")
 
     (tmp_path / "a.txt").write_text("a red four moves left\n" * 20)
     corpus = tmp_path / "c.array_record"
@@ -183,24 +190,25 @@ def test_convert_chunk_and_validate_what_was_written(
 
 
 REFUSED = {
-    "format": (["validate", "webdatset:x"], "'webdatset:x' is no FORMAT:PATH with a known format: did you mean 'we"),
+    "format": (["validate", "webdatset:x"], "'webdatset:x' is not FORMAT:PATH with a known format: did you mean 'we"),
     "recipe": (["validate", "demmo"], "recipe 'demmo' is neither a file nor a shipped recipe: did you mean 'demo'?"),
     "missing": (["validate", "webdataset:{tmp}/x.tar"], "{tmp}/x.tar does not exist; check the path"),
-    "empty": (["validate", "array_record:{tmp}"], "{tmp} holds no file that ends in .array_record; found 0 others"),
-    "tfds": (["validate", "tfds:{tmp}"], "{tmp} holds no data set of TFDS (Could not"),
-    "unread": (["validate", "webdataset:x", "--split", "val"], "source.split='val' means nothing to format 'webd"),
+    "empty": (["validate", "array_record:{tmp}"], "{tmp} holds no file that ends in .array_record; found 0 other"),
+    "tfds": (["validate", "tfds:{tmp}"], "{tmp} is not a TFDS data set (Could not"),
+    "unread": (["validate", "webdataset:x", "--split", "val"], "source.split='val' is not read by format 'webd"),
     "override": (["validate", "webdataset:x", "--config.steps=3"], "--config.steps=3 is for recipes, and "),
-    "stream": (["show", "demo", "--stream", "txt"], "--stream txt is none of the recipe's: did you mean 'text'?"),
+    "stream": (["show", "demo", "--stream", "txt"], "--stream txt is not in the recipe: did you mean 'text'?"),
     "step": (["show", "demo", "--step", "0"], "--step 0 should be at least 1, the first step"),
-    "allow": (["validate", "webdataset:x", "--allow", "2"], "--allow=2.0 must be between 0 and 1"),
+    "fraction": (["validate", "webdataset:x", "--max-bad-fraction", "2"], "--max-bad-fraction=2.0 must be between 0"),
     "workers": (["convert", "digitworld:", "--out", "{tmp}", "--workers", "0"], "--workers 0 should be at least 1"),
-    "shards": (["convert", "digitworld:", "--out", "{tmp}", "--size", "2", "--shards", "3"], "3 shards of 2 records"),
+    "shards": (["convert", "digitworld:", "--out", "{tmp}", "--max-records", "2", "--shards", "3"],
+               "cannot write 3 shards of 2 records"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("words", "said"), REFUSED.values(), ids=REFUSED)
-def test_what_is_refused_is_one_sentence(words: list[str], said: str, mplug2: Mplug2, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("words", "message"), REFUSED.values(), ids=REFUSED)
+def test_errors_are_one_sentence(words: list[str], message: str, mplug2: Mplug2, tmp_path: Path) -> None:
     done = mplug2("data", *(word.format(tmp=tmp_path) for word in words))
     assert done.status == 2
-    assert done.err.startswith(f"mplug2: error: {said.format(tmp=tmp_path)}")
+    assert done.err.startswith(f"mplug2: error: {message.format(tmp=tmp_path)}")
     assert list(tmp_path.iterdir()) == []

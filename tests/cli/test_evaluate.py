@@ -238,7 +238,7 @@ def test_images_without_captions_are_skipped_and_missed_in_the_submission(bad: B
     missed, skipped = done.err.splitlines()
     submission = bad.folder / "out" / "submissions" / "held.json"
     assert missed.endswith(f"] {submission} misses 1 skipped record, first record 1")
-    assert f"] evaluation held: skipped 1 record, first {bad.folder}/set.json row 2 " in skipped
+    assert f"] evaluation held: skipped 1 record, first {bad.folder}/set.json row 2: " in skipped
     assert json.loads((bad.folder / "out" / "held.json").read_text())["num_examples"] == 1
 
 
@@ -252,10 +252,10 @@ KARPATHY = "data.sources.set.format=karpathy", "data.sources.set.split=tset"
     [
         ([], "caption", CAPTIONS, (), "set.json, expected at least 1"),
         (["{"], "caption", CAPTIONS, (), "set.json row 1"),
-        ({"images": [PICTURE]}, "caption", CAPTIONS, KARPATHY, "split 'tset' is none of the file's: test"),
-        ([{"image": "0.png", "captions": []}], "caption", CAPTIONS, (), "row 1 has nothing in its captions"),
+        ({"images": [PICTURE]}, "caption", CAPTIONS, KARPATHY, "split 'tset' is not in the file; its splits are test"),
+        ([{"image": "0.png", "captions": []}], "caption", CAPTIONS, (), "row 1: captions is empty"),
         ([{"image": "0.png", "question": "what?"}], "answer", QUESTIONS, (), "row 1 has no answers or answer"),
-        (questions("red"), "caption", CAPTIONS, (), "has none of what is asked for: caption"),
+        (questions("red"), "caption", CAPTIONS, (), "has nothing for the instructions caption"),
         (questions("red"), "answer", QUESTIONS, ("data.visual.num_clips=2",),
          "visual.num_clips=2 needs videos, found sources of kind image"),
         (questions("red"), "answer", QUESTIONS, ("data.visual.num_crops=3",),
@@ -269,5 +269,5 @@ def test_files_that_cannot_be_evaluated_are_refused(
 ) -> None:
     sentence = error_of(bad(rows, task, examples, *words))
     assert expected in sentence
-    assert "nor can 0 others" not in sentence
+    assert "0 replacements" not in sentence
     assert not (bad.folder / "out").exists()

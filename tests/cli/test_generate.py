@@ -106,5 +106,5 @@ def test_broken_files_among_many_are_skipped_with_a_warning(
 def test_a_folder_without_files_is_an_error(pictures: Path, tmp_path: Path, mplug2: Mplug2) -> None:
     done = mplug2("generate", "--workdir", pictures, tmp_path)
     assert (done.status, done.out) == (2, "")
-    assert f"{tmp_path} holds no picture, clip or .txt file; found 0 others" in done.err
+    assert f"{tmp_path} holds no image, video or .txt file; found 0 other files" in done.err
     assert mplug2("generate", "--workdir", pictures, tmp_path, "--batch-size", 0).status == 2

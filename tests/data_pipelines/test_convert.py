@@ -77,7 +77,7 @@ def test_finished_shards_stay_and_damaged_ones_are_written_again(tmp_path: Path)
 def test_records_that_cannot_be_read_are_left_out_and_named(tmp_path: Path) -> None:
     cards = [card for _, card in convert(Holey(1, 5), SETTINGS, tmp_path, shards=3, workers=1)]
     assert [card.records for card in cards] == [2, 2, 4]
-    assert [fault.reason for card in cards for fault in card.faults] == ["record 1 is gone", "record 5 is gone"]
+    assert [fault.reason for card in cards for fault in card.bad_records] == ["record 1 is gone", "record 5 is gone"]
     assert len(ArrayRecordSource(str(tmp_path))) == 8
 
 

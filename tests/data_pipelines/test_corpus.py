@@ -51,11 +51,11 @@ def test_a_corpus_is_a_source_of_text(tmp_path: Path) -> None:
     record, rng = ArrayRecordSource(str(out))[0], np.random.default_rng(0)
     short, fits = (ExampleConfig(text="sentence", text_length=length) for length in (8, 16))
     with pytest.raises(
-        DataError, match=rf"0 has 16 tokens of tokeniser {fingerprint(TOKENIZER)}, expected at most text_l"
+        DataError, match=rf"0 has 16 tokens of tokenizer {fingerprint(TOKENIZER)}, expected at most text_l"
     ):
         make_example(record, short, TOKENIZER, rng)
     other = train_wordpiece(vocabulary_texts(60), 120)
-    with pytest.raises(DataError, match=rf"text_length=16 of {fingerprint(other)}; cut the corpus again"):
+    with pytest.raises(DataError, match=rf"text_length=16 of {fingerprint(other)}; chunk the corpus again"):
         make_example(record, fits, other, rng)
 
 
@@ -64,8 +64,8 @@ def test_what_cannot_be_cut(tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_text("\n \n")
     out = tmp_path / "c.array_record"
     for files, length, said in (
-        (["a.txt"], 8, r"text file .*a\.txt is not UTF-8: .* in line 2"), (["b.txt"], 8, r"no text in .*b\.txt"),
-        (["b.txt"], 2, "pieces of 2 tokens have no room"),
+        (["a.txt"], 8, r"text file .*a\.txt is not UTF-8: .* in line 2"), (["b.txt"], 8, r"b\.txt: found no text"),
+        (["b.txt"], 2, "the chunk length is 2, expected at least 3"),
     ):  # fmt: skip
         with pytest.raises(DataError, match=said):
             write_corpus([tmp_path / name for name in files], TOKENIZER, length, out)

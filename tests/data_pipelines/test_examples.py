@@ -92,7 +92,7 @@ def test_ids_are_stable_and_fit_a_signed_integer() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"instructions": CAPTION}, "needs target_length"),
+        ({"instructions": CAPTION}, "instructions need target_length"),
         ({"prompt": "a video of"}, "prompt='a video of' needs tokenization='released'"),
     ],
 )
@@ -104,13 +104,13 @@ def test_configs_without_a_meaning_are_refused(config: dict[str, Any], message: 
 def test_records_without_what_is_asked_for_are_refused() -> None:
     with pytest.raises(DataError, match="record r has no caption"):
         make_example(Record(key="r"), ExampleConfig(text_length=8), TOKENIZER, rng())
-    with pytest.raises(DataError, match="record r has none of what is asked for: caption"):
+    with pytest.raises(DataError, match="record r has nothing for the instructions caption"):
         make_example(Record(key="r"), ExampleConfig(instructions=CAPTION, target_length=8), TOKENIZER, rng())
 
 
 def test_a_template_with_unknown_braces_names_the_valid_ones() -> None:
     config = ExampleConfig(instructions={"question": InstructionConfig(templates=("{what}",))}, target_length=8)
-    with pytest.raises(DataError, match=r"valid braces: \{question\}"):
+    with pytest.raises(DataError, match=r"valid placeholders: \{question\}"):
         make_example(DigitWorld("image")[0], config, TOKENIZER, rng())
 
 
@@ -148,7 +148,7 @@ def test_what_the_release_leaves_nothing_of_is_not_chosen(bert) -> None:
         drawn = np.random.default_rng(seed)
         example = make_example(Record("r", captions=("...", "a man", "?!")), both, bert, drawn)
         assert (example.text, example.answers) == ("a man", ("a man",))
-    with pytest.raises(DataError, match="record r has no caption with words behind its punctuation"):
+    with pytest.raises(DataError, match="record r has no caption with words besides punctuation"):
         make_example(Record("r", captions=("...",)), both, bert, rng())
     asked = ExampleConfig(
         tokenization="released",
@@ -156,7 +156,7 @@ def test_what_the_release_leaves_nothing_of_is_not_chosen(bert) -> None:
         target_length=8,
     )
     with pytest.raises(
-        DataError, match="has none of what is asked for, or none with words behind its punctuation: que"
+        DataError, match="has nothing for the instructions question, or nothing with words besides punctuation"
     ):
         make_example(Record("r", questions=(Question("?", "yes"),)), asked, bert, rng())
     pair = ExampleConfig(
@@ -208,7 +208,9 @@ def test_a_class_is_the_place_of_its_name():
     assert example.arrays["label"] == 1
     assert example.arrays["label"].dtype == np.int32
     assert set(example.arrays) == set(config.shapes()) == {"example_id", "label"}
-    with pytest.raises(DataError, match="record a/1 is of 'dig', which is none of the 2 classes; did you mean 'dog'"):
+    with pytest.raises(
+        DataError, match="record a/1 has the class 'dig', expected one of the 2 classes; did you mean 'dog'"
+    ):
         make_example(labelled("dig"), config, TOKENIZER, rng())
 
 

@@ -83,7 +83,7 @@ def test_clips_at_a_rate_are_spread_over_the_video() -> None:
 
 @pytest.mark.parametrize(("length", "count"), [(0, 4), (4, 0)])
 def test_no_frames(length: int, count: int) -> None:
-    with pytest.raises(DataError, match=f"video of {length} frames and num_frames {count}"):
+    with pytest.raises(DataError, match=f"found {length} frames in the video and num_frames={count}"):
         uniform_indices(length, count)
     with pytest.raises(DataError, match="at least 1"):
         random_indices(length, count, np.random.default_rng(0))
@@ -125,7 +125,7 @@ def test_frames_at_a_rate_are_in_the_middle(length: int, count: int, fps: float,
 
 def test_frames_at_no_rate() -> None:
     for fps in (0.0, -1.0, float("nan"), float("inf")):
-        with pytest.raises(DataError, match=f"fps is {fps}, expected frames per second above 0"):
+        with pytest.raises(DataError, match=f"fps is {fps}, expected a rate above 0"):
             fps_indices(np.zeros(3), 2, fps)
-    with pytest.raises(DataError, match="video of 0 frames"):
+    with pytest.raises(DataError, match="found 0 frames"):
         fps_indices(np.zeros(0), 2, 1.0)

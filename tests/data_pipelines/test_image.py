@@ -20,7 +20,7 @@ from data_pipelines import media as media_module
 from data_pipelines.config import Color
 from data_pipelines.errors import DataError
 from data_pipelines.image import open_image
-from data_pipelines.media import Media, image_formats
+from data_pipelines.media import Media, available_image_formats
 from tests.data_pipelines.clips import failure
 
 FORMATS: dict[str, Mapping[str, Any]] = {
@@ -100,7 +100,7 @@ HALVES = np.repeat([0, 1], 4)[None].repeat(8, 0)
 def test_wide_integers_and_floats_are_scaled_or_refused(white: float, scale: float | None) -> None:
     values = (HALVES * white).astype(np.float32 if isinstance(white, float) else np.int32)
     if scale is None:
-        with pytest.raises(DataError, match=r"its values are .*, which tells no scale .*; save it in 8 bits"):
+        with pytest.raises(DataError, match=r"its values are .*, which fits no known scale .*; save it in 8 bits"):
             decode(saved(Image.fromarray(values), "TIFF"))
     else:
         pixels = decode(saved(Image.fromarray(values), "TIFF"))
@@ -190,7 +190,7 @@ def test_large_texts_and_profiles_do_not_matter(name: str, tmp_path: Path) -> No
 def test_what_is_no_picture_is_named() -> None:
     heic = b"\0\0\0\x18ftypheic" + bytes(200)
     for data, said in (
-        (b"\0\0\0\x18ftypisom" + bytes(200), "it is a clip, for sources of kind 'video'"),
+        (b"\0\0\0\x18ftypisom" + bytes(200), "it is a video; set the source's kind to 'video'"),
         (png(8, 0, HALVES).replace(b"IHDR", b"IHDX"), "its header is damaged"),
         (b"", "it is empty, expected JPEG, PNG, "),
         (b"<html>gone</html>", "it begins with b'<html>gone</', expected JPEG, "),
@@ -203,7 +203,7 @@ def test_what_is_no_picture_is_named() -> None:
 def test_pictures_of_phones() -> None:
     """With the plugin, which is an extra."""
     pytest.importorskip("pillow_heif")
-    image_formats()
+    available_image_formats()
     assert np.abs(decode(saved(Image.new("RGB", (64, 64), RED), "HEIF", quality=95)).astype(int) - RED).max() <= 4
 
 

@@ -14,8 +14,7 @@ from data_pipelines.config import DataConfig, ExampleConfig, Format, Instruction
 from data_pipelines.digitworld import vocabulary_texts
 from data_pipelines.errors import DataError
 from data_pipelines.loader import EvaluationSet, Stream
-from data_pipelines.order import SINGLE_HOST as WHOLE_SHARD
-from data_pipelines.order import HostShards
+from data_pipelines.order import SINGLE_HOST, HostShards
 from data_pipelines.sources.formats import FORMATS, open_source
 from data_pipelines.tokenizers import train_wordpiece
 
@@ -75,11 +74,11 @@ def test_mixtures_by_weight_and_by_temperature(tmp_path: Path) -> None:
     tars = SourceConfig(format="webdataset", path=str(tmp_path / "a.tar"))
     digits = SourceConfig(max_records=72, weight=3.0)
     mixed = stream(data({"tars": tars, "digits": digits}, 8))
-    assert mixed.shares() == {"tars": 0.25, "digits": 0.75}
+    assert mixed.mixture_weights() == {"tars": 0.25, "digits": 0.75}
     for step in (0, 5, 10_000):
         assert sum(row.ref.source == "tars" for row in mixed.batch(step).rows) == 2
     warm = stream(data({"tars": tars, "digits": dataclasses.replace(digits, weight=1.0)}, mixture_temperature=2.0))
-    assert warm.shares()["digits"] == pytest.approx(72**0.5 / (72**0.5 + 8**0.5))
+    assert warm.mixture_weights()["digits"] == pytest.approx(72**0.5 / (72**0.5 + 8**0.5))
 
 
 def test_broken_records_are_replaced_by_the_next_good_one(tar: SourceConfig) -> None:
@@ -99,19 +98,19 @@ def test_faults_are_counted_written_once_and_too_many_stop(tar: SourceConfig, tm
     path = tmp_path / "data-errors.jsonl"
     log = BadRecordLog(path)
     for row in itertools.chain(*(stream(data({"tars": tar}, 12)).batch(step).rows for step in range(3))):
-        log.take(row.ref.source, row.bad_records, max_share=0.5)
-    assert log.skipped() == {"tars": 6}
-    assert log.skipped() == {}
+        log.record(row.ref.source, row.bad_records, max_fraction=0.5)
+    assert log.drain_skipped() == {"tars": 6}
+    assert log.drain_skipped() == {}
     assert sorted(fault.key for fault in read_bad_records(path)) == ["a/02", "record 6"]
 
     again = BadRecordLog(path)
-    again.take("tars", read_bad_records(path), max_share=0.7)
+    again.record("tars", read_bad_records(path), max_fraction=0.7)
     assert len(read_bad_records(path)) == 2, "a run that resumes writes nothing twice"
     with pytest.raises(
         DataError, match=r"7 of 9 records of source 'tars' cannot be used, more than max_bad_fraction=0\.7"
     ) as said:
-        again.take(
-            "tars", read_bad_records(path) + [BadRecord("tars", str(i), "gone") for i in range(3)], max_share=0.7
+        again.record(
+            "tars", read_bad_records(path) + [BadRecord("tars", str(i), "gone") for i in range(3)], max_fraction=0.7
         )
     assert "a/02: a.tar:02.png cannot be read" in str(said.value)
     assert f"all in {path}" in str(said.value)
@@ -119,23 +118,23 @@ def test_faults_are_counted_written_once_and_too_many_stop(tar: SourceConfig, tm
 
 def test_one_fault_early_is_no_share_yet_but_none_is_allowed_at_0(tmp_path: Path) -> None:
     fault = [BadRecord("a", "1", "gone")]
-    BadRecordLog(tmp_path / "x").take("a", fault, max_share=0.01)
+    BadRecordLog(tmp_path / "x").record("a", fault, max_fraction=0.01)
     with pytest.raises(DataError, match="1 of 2 records of source 'a' cannot be used"):
-        BadRecordLog(tmp_path / "x").take("a", fault, max_share=0.0)
+        BadRecordLog(tmp_path / "x").record("a", fault, max_fraction=0.0)
 
 
 def test_the_file_of_faults_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("data_pipelines.bad_records.MAX_LINES", 3)
     log = BadRecordLog(tmp_path / "x")
-    log.take("a", [BadRecord("a", str(i), "gone") for i in range(9)], max_share=1.0)
+    log.record("a", [BadRecord("a", str(i), "gone") for i in range(9)], max_fraction=1.0)
     assert [fault.key for fault in read_bad_records(tmp_path / "x")] == ["0", "1", "2"]
-    assert log.skipped() == {"a": 9}
+    assert log.drain_skipped() == {"a": 9}
 
 
 def test_a_source_without_one_good_record(tmp_path: Path) -> None:
     path = str(write_tar(tmp_path / "a.tar", {f"{i}.png": b"no picture" for i in range(50)}))
     broken = stream(data({"tars": SourceConfig(format="webdataset", path=path)}))
-    with pytest.raises(DataError, match=r"cannot be read as an image.*\(nor can 31 others be used"):
+    with pytest.raises(DataError, match=r"cannot be read as an image.*\\(31 replacements failed too"):
         next(broken.batches())
 
 
@@ -157,7 +156,7 @@ def test_what_is_no_fault_of_a_record_ends_the_run_with_its_key(monkeypatch: pyt
     monkeypatch.setattr("data_pipelines.loader.load_visual", crash)
     with pytest.raises(ZeroDivisionError) as caught:
         next(stream(data(SINGLE_HOST)).batches())
-    assert any("while making an example of digitworld/image/train/0/" in note for note in caught.value.__notes__)
+    assert any("while building the example of digitworld/image/train/0/" in note for note in caught.value.__notes__)
 
 
 def test_evaluations_leave_broken_records_out(tar: SourceConfig) -> None:
@@ -195,7 +194,7 @@ def test_an_evaluation_sees_every_view_of_an_example_in_rows_that_follow_each_ot
         visual = dataclasses.replace(VISUAL, num_frames=4 // views.get("num_clips", 1), **views)
         return EvaluationSet(dataclasses.replace(config, visual=visual), TOKENIZER, name="e", seed=0)
 
-    def rows(held: EvaluationSet, shard: HostShards = WHOLE_SHARD) -> list[np.ndarray]:
+    def rows(held: EvaluationSet, shard: HostShards = SINGLE_HOST) -> list[np.ndarray]:
         return [frames for batch in held.batches(shard) for frames in batch.arrays["frames"]]
 
     whole, views = held(), held(num_clips=2, num_crops=3)
@@ -219,7 +218,7 @@ def test_views_are_of_videos_in_evaluations() -> None:
         dataclasses.replace(data({"a": SourceConfig(kind="text")}), visual=dataclasses.replace(VISUAL, num_crops=3))
     clips = dataclasses.replace(data({"a": SourceConfig(kind="video")}), visual=visual)
     with pytest.raises(
-        DataError, match=r"visual\.num_clips=2 is for evaluations: training sees one view of an example"
+        DataError, match=r"visual\.num_clips=2 is for evaluations: training sees one view of each example"
     ):
         stream(clips)
 
@@ -227,7 +226,7 @@ def test_views_are_of_videos_in_evaluations() -> None:
 def test_a_kind_that_records_are_not(tmp_path: Path) -> None:
     path = str(write_tar(tmp_path / "a.tar", {"1.png": encoded(records("image", 1)[0])}))
     clips = stream(data({"a": SourceConfig(format="webdataset", path=path, kind="video")}))
-    with pytest.raises(DataError, match=r"a\.tar:1\.png is taken for an image, expected a video"):
+    with pytest.raises(DataError, match=r"a\.tar:1\.png is an image, expected a video"):
         clips.batch(0)
 
 
@@ -249,7 +248,7 @@ def test_streams_that_are_none(sources: dict[str, SourceConfig], fields: dict[st
 
 
 def test_a_batch_larger_than_an_epoch_without_remainder() -> None:
-    with pytest.raises(DataError, match=r"sources\.a has 3 records, too few for a batch of 4 with drop_remainder"):
+    with pytest.raises(DataError, match=r"sources\.a has 3 records, fewer than batch_size=4, with drop_remainder"):
         stream(data({"a": SourceConfig(max_records=3)}, 4, drop_remainder=True))
 
 

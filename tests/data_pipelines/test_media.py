@@ -77,7 +77,7 @@ def test_what_is_fetched_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     with fsspec.open("memory://large.png", "wb") as file:
         file.write(bytes(101))
     monkeypatch.setattr(media_module, "MAX_FETCHED_BYTES", 100)
-    with pytest.raises(DataError, match=r"large is larger than MAX_FETCHED_BYTES = 100; cut it into clips"):
+    with pytest.raises(DataError, match=r"large is larger than MAX_FETCHED_BYTES = 100; cut it into shorter videos"):
         load(Media("video", "memory://large.png", "large"))
 
 

@@ -95,5 +95,5 @@ def test_randomness_depends_on_all_that_it_should_and_nothing_else() -> None:
 
 
 def test_a_batch_that_hosts_cannot_share() -> None:
-    with pytest.raises(DataError, match="batch_size=6 is not a multiple of the 4 parts that hosts share"):
+    with pytest.raises(DataError, match="batch_size=6 is not a multiple of the 4 shards over all hosts"):
         HostShards((0,), 4).rows(6)

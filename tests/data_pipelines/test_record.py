@@ -15,14 +15,14 @@ BLANK = ("", " \n", "\u00a0\u3000", "\u200b\ufeff", "\u2060\u00ad", "\0\x07", "\
          "\ue000", "\ufffd", "\U000e0041")  # fmt: skip
 MADE = {
     "key": lambda text: Record(text),
-    "picture": lambda text: Record("k", picture=text),
+    "visual_id": lambda text: Record("k", visual_id=text),
     "media": lambda text: Record("k", media=Media("image", b"", text)),
     "captions": lambda text: Record("k", captions=("a", text)),
     "texts": lambda text: Record("k", texts=(text,)),
     "label": lambda text: Record("k", label=text),
     "question": lambda text: Record("k", questions=(Question(text, "a"),)),
     "answer": lambda text: Record("k", questions=(Question("q", text),)),
-    "others": lambda text: Record("k", questions=(Question("q", "a", "", (text,)),)),
+    "alternative_answers": lambda text: Record("k", questions=(Question("q", "a", "", (text,)),)),
     "expression": lambda text: Record("k", expressions=(Expression(text, (0.0, 0.0, 1.0, 1.0)),)),
     "premise": lambda text: Record("k", entailments=(Entailment(text, "h", "yes"),)),
 }
@@ -31,7 +31,7 @@ MADE = {
 @pytest.mark.parametrize("text", HALVES, ids=ascii)
 @pytest.mark.parametrize("field", MADE)
 def test_half_a_surrogate_pair_is_refused_wherever_it_stands(field: str, text: str) -> None:
-    with pytest.raises(DataError, match="is no Unicode text: half of a surrogate pair at character") as refused:
+    with pytest.raises(DataError, match="is not Unicode text: unpaired surrogate at character") as refused:
         MADE[field](text)
     assert str(refused.value).isascii()
 
@@ -40,7 +40,9 @@ def test_half_a_surrogate_pair_is_refused_wherever_it_stands(field: str, text: s
 def test_what_is_not_seen_is_no_text(text: str) -> None:
     assert clean_text(text) == ""
     assert MADE["captions"](text).captions == ("a",)
-    assert MADE["others"](text).questions == (Question("q", "a", "", ("",)),)  # an annotator who wrote nothing
+    assert MADE["alternative_answers"](text).questions == (
+        Question("q", "a", "", ("",)),
+    )  # an annotator who wrote nothing
     for field in ("texts", "label", "question", "answer", "expression", "premise"):
         assert MADE[field](text) == Record("k")
 

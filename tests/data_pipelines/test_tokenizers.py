@@ -41,13 +41,13 @@ def test_text_survives_the_round_trip(tokenizer: Tokenizer, text: str, question:
 
 
 @both
-@given(text=sentences, max_length=st.integers(2, 30), close=st.booleans())
-def test_truncation_keeps_the_form(tokenizer: Tokenizer, text: str, max_length: int, close: bool) -> None:
-    whole, cut = tokenizer.encode(text, close=False), tokenizer.encode(text, max_length, close)
+@given(text=sentences, max_length=st.integers(2, 30), add_sep=st.booleans())
+def test_truncation_keeps_the_form(tokenizer: Tokenizer, text: str, max_length: int, add_sep: bool) -> None:
+    whole, cut = tokenizer.encode(text, add_sep=False), tokenizer.encode(text, max_length, add_sep)
     assert cut[0] == tokenizer.cls_id
-    assert len(cut) == min(max_length, len(whole) + close)
-    assert (cut[-1] == tokenizer.sep_id) == close
-    assert cut[: len(cut) - close] == whole[: len(cut) - close]
+    assert len(cut) == min(max_length, len(whole) + add_sep)
+    assert (cut[-1] == tokenizer.sep_id) == add_sep
+    assert cut[: len(cut) - add_sep] == whole[: len(cut) - add_sep]
 
 
 @both
@@ -70,7 +70,7 @@ def test_word_starts_count_the_words(tokenizer: Tokenizer, text: str) -> None:
 
 @both
 def test_words_in_several_pieces_start_once(tokenizer: Tokenizer) -> None:
-    ids = tokenizer.encode("redred blue", close=False)
+    ids = tokenizer.encode("redred blue", add_sep=False)
     assert len(ids) > 3
     assert tokenizer.word_starts(ids).sum() == 3
 
@@ -111,11 +111,11 @@ def test_saved_and_pickled_are_the_same(tokenizer: Tokenizer, tmp_path: Path) ->
 
 
 @both
-@pytest.mark.parametrize(("max_length", "close"), [(1, True), (0, False)])
-def test_no_room_for_special_tokens(tokenizer: Tokenizer, max_length: int, close: bool) -> None:
-    assert tokenizer.encode("red", 1, close=False) == [tokenizer.cls_id]
+@pytest.mark.parametrize(("max_length", "add_sep"), [(1, True), (0, False)])
+def test_no_room_for_special_tokens(tokenizer: Tokenizer, max_length: int, add_sep: bool) -> None:
+    assert tokenizer.encode("red", 1, add_sep=False) == [tokenizer.cls_id]
     with pytest.raises(DataError, match=f"max_length is {max_length}, expected at least"):
-        tokenizer.encode("red", max_length, close)
+        tokenizer.encode("red", max_length, add_sep)
 
 
 @pytest.mark.parametrize("train", [train_wordpiece, train_sentencepiece])
@@ -175,8 +175,8 @@ def write(path: Path, data: bytes) -> Path:
         ("vocab.txt", b"red\nblue\n", r"vocab.txt has 2 entries and lacks \[PAD\], .*\[MASK\]"),
         ("vocab.txt", b"", "lacks"),
         ("vocab.txt", "\n".join((*SPECIAL_TOKENS[::-1], "a")).encode(), r"begins with '\[MASK\]'"),
-        ("vocab.txt", "\n".join((*SPECIAL_TOKENS, "a", "a")).encode(), "some empty or twice"),
-        ("vocab.txt", "\n".join((*SPECIAL_TOKENS, "", "a")).encode(), "some empty or twice"),
+        ("vocab.txt", "\n".join((*SPECIAL_TOKENS, "a", "a")).encode(), "some empty or duplicate"),
+        ("vocab.txt", "\n".join((*SPECIAL_TOKENS, "", "a")).encode(), "some empty or duplicate"),
         ("vocab.txt", b"[PAD]\n\xff\xfe", "byte 6 is not UTF-8"),
         ("some.model", b"", "damaged: its 0 bytes"),
         ("some.model", b"not a model at all", "damaged"),

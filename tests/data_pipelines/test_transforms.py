@@ -8,7 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from data_pipelines.transforms import CropWindow, random_resized_crop, resize_bicubic, resize_nearest, square, whole
+from data_pipelines.transforms import (
+    CropWindow,
+    full_frame,
+    random_resized_crop,
+    resize_bicubic,
+    resize_nearest,
+    square_crop,
+)
 from tests.close import assert_close
 
 sides, seeds = st.integers(1, 300), st.integers(0, 999)
@@ -31,7 +38,7 @@ def normalised(frames: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("size", [28, 48])
 def test_the_release_when_testing(size: int, golden: dict[str, np.ndarray]) -> None:
-    window = whole(*golden["frames_u8"].shape[1:3], size, "nearest")
+    window = full_frame(*golden["frames_u8"].shape[1:3], size, "nearest")
     frames = np.stack([window.apply_array(frame) for frame in golden["frames_u8"]])
     np.testing.assert_array_equal(frames, golden[f"test_resized_{size}"])
     assert_close(normalised(frames), golden[f"test_normalised_{size}"])
@@ -117,14 +124,14 @@ def test_the_middle_is_what_resize_and_crop_leave() -> None:
     frame = np.asarray(Image.fromarray(noise(8, 10)).resize((200, 160), Image.Resampling.BICUBIC))
     resized = Image.fromarray(frame).resize((100, 80), Image.Resampling.BICUBIC)
     expected = np.asarray(resized.crop((10, 0, 90, 80)))
-    difference = square(160, 200, 80).apply_array(frame).astype(int) - expected
+    difference = square_crop(160, 200, 80).apply_array(frame).astype(int) - expected
     assert np.abs(difference).max() <= 2
 
 
 def test_squares_are_at_both_ends_and_in_the_middle() -> None:
-    wide = [square(10, 31, 8, place) for place in range(3)]
+    wide = [square_crop(10, 31, 8, place) for place in range(3)]
     assert [(w.top, w.left, w.height, w.width) for w in wide] == [(0, left, 10, 10) for left in (0, 10, 21)]
-    high = [square(31, 10, 8, place) for place in range(3)]
+    high = [square_crop(31, 10, 8, place) for place in range(3)]
     assert [(w.top, w.left, w.height, w.width) for w in high] == [(top, 0, 10, 10) for top in (0, 10, 21)]
 
 
@@ -139,19 +146,19 @@ def test_pictures_and_frames_are_alike(y: int, x: int, seed: int, method: str) -
 
 def test_antialiasing() -> None:
     checkers = (np.indices((64, 96)).sum(0) % 2 * np.uint8(255))[..., None].repeat(3, -1).astype(np.uint8)
-    assert abs(whole(64, 96, 16).apply_array(checkers).astype(int) - 128).max() < 12
-    assert set(np.unique(whole(64, 96, 16, "nearest").apply_array(checkers))) <= {0, 255}
+    assert abs(full_frame(64, 96, 16).apply_array(checkers).astype(int) - 128).max() < 12
+    assert set(np.unique(full_frame(64, 96, 16, "nearest").apply_array(checkers))) <= {0, 255}
 
 
 @given(y=st.integers(8, 300), x=st.integers(8, 300), seed=seeds, size=st.integers(1, 64))
 def test_a_shrunk_picture_suffices(y: int, x: int, seed: int, size: int) -> None:
     window = random_resized_crop(y, x, size, np.random.default_rng(seed), min_area=0.2)
-    assert 0 < window.shrink <= 1
-    assert window.shrink == 1 or min(window.height, window.width) * window.shrink >= size - 1e-9
-    assert whole(y, x, size, "nearest").shrink == 1
+    assert 0 < window.min_decode_scale <= 1
+    assert window.min_decode_scale == 1 or min(window.height, window.width) * window.min_decode_scale >= size - 1e-9
+    assert full_frame(y, x, size, "nearest").min_decode_scale == 1
 
 
 def test_the_right_size_is_left_alone() -> None:
     frame = noise(8, 8)
     for method in ("antialiased", "cropped", "nearest", "bicubic"):
-        assert np.shares_memory(whole(8, 8, 8, method).apply_array(frame), frame)
+        assert np.shares_memory(full_frame(8, 8, 8, method).apply_array(frame), frame)

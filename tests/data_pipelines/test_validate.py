@@ -62,18 +62,18 @@ def clips(folder: Path) -> SourceConfig:
 
 def test_everything_that_is_wrong_is_found(tmp_path: Path) -> None:
     found = found_in(data(clips(tmp_path), CAPTIONS))
-    assert (found.records, found.pictures, found.clips, found.usable) == (7, 0, 6, 3)
-    assert found.lost == {
-        "missing media": 1, "unreadable media": 1, "unreadable records": 1, "records that lack what is asked for": 1
+    assert (found.records, found.images, found.videos, found.usable) == (7, 0, 6, 3)
+    assert found.errors == {
+        "missing media": 1, "unreadable media": 1, "unreadable records": 1, "records without required fields": 1
     }  # fmt: skip
-    said = {fault.key: fault.reason for fault in found.faults}
+    said = {fault.key: fault.reason for fault in found.bad_records}
     assert set(said) == {"rows/3", "rows/4", "rows/5", "record 6"}
     assert "rows.jsonl row 7 is not valid JSON" in said["record 6"]
     assert "d.mp4 does not exist" in said["rows/4"]
     assert "c.mp4 " in said["rows/3"]
-    assert found.duplicates == ("rows/1",)
-    assert sorted(found.words) == [1, 1, 1, 2, 3]
-    assert len(found.seconds) == 3
+    assert found.duplicate_keys == ("rows/1",)
+    assert sorted(found.text_lengths) == [1, 1, 1, 2, 3]
+    assert len(found.video_seconds) == 3
 
 
 def odd_clips(folder: Path) -> SourceConfig:
@@ -100,10 +100,10 @@ def tar(folder: Path) -> SourceConfig:
 
 CASES: dict[str, tuple[Callable[[Path], SourceConfig], ExampleConfig, dict[str, int]]] = {
     "clips": (clips, CAPTIONS, {"missing media": 1, "unreadable media": 1, "unreadable records": 1,
-                                "records that lack what is asked for": 1}),
+                                "records without required fields": 1}),
     "odd clips": (odd_clips, NOTHING, {"unreadable media": 1}),
     "tar": (tar, CAPTIONS, {"unreadable media": 1, "unreadable records": 3,
-                            "records that lack what is asked for": 1}),
+                            "records without required fields": 1}),
     "strings": (
         lambda folder: rows(folder, {"caption": "good"}, {"caption": "half \ud83d"}, {"caption": "x", "id": "k\ud83d"},
                             {"image": "\udce9.png", "caption": "x"}, {"caption": "a\0b"}, {"caption": "\u200b\ufeff"}),
@@ -111,7 +111,7 @@ CASES: dict[str, tuple[Callable[[Path], SourceConfig], ExampleConfig, dict[str, 
     ),
     "released": (
         lambda folder: rows(folder, {"caption": "good!"}, {"caption": "..."}, {"caption": ["?", "one", "!"]}),
-        WORDS, {"records that lack what is asked for": 1},
+        WORDS, {"records without required fields": 1},
     ),
     "kind": (
         lambda folder: rows(folder, {"video": "b", "caption": "no"}, {"caption": "no"}, {"image": None, "text": "no"},
@@ -133,13 +133,13 @@ def test_what_is_lost_is_what_training_and_evaluation_lose_for_the_same_reasons(
     if name == "odd clips":
         (tmp_path / "a.mp4").unlink()
     found = found_in(config)
-    assert found.lost == lost
-    expected = {(fault.key, fault.reason) for fault in found.faults}
+    assert found.errors == lost
+    expected = {(fault.key, fault.reason) for fault in found.bad_records}
     held = EvaluationSet(config, TOKENIZER, name="stream", seed=3)
     assert {(fault.key, fault.reason) for batch in held.batches() for fault in batch.bad_records.values()} == expected
     stream = Stream(config, TOKENIZER, name="stream", seed=3)
     epoch = [stream.examples[row] for row in range(found.records)]
-    assert {(fault.key, fault.reason) for made in epoch for fault in made.faults} == expected
+    assert {(fault.key, fault.reason) for made in epoch for fault in made.bad_records} == expected
     assert {made.example.key for made in epoch}.isdisjoint(key for key, _ in expected)
 
 
@@ -176,19 +176,19 @@ def in_format(format: str, folder: Path) -> Path:
 )
 def test_a_kind_that_the_records_are_not_is_found_in_every_format(format: Any, tmp_path: Path) -> None:
     source = SourceConfig(format=format, path=str(in_format(format, tmp_path)), media="", kind="image")
-    assert found_in(data(source)).lost == {}
+    assert found_in(data(source)).errors == {}
     found = found_in(data(dataclasses.replace(source, kind="video")))
-    assert found.lost == {"media of another kind": found.records}
-    assert "is taken for an image, expected a video; set the source's kind" in found.faults[0].reason
+    assert found.errors == {"media of another kind": found.records}
+    assert "is an image, expected a video; set the source's kind" in found.bad_records[0].reason
 
 
 def test_questions_that_too_few_answered_cannot_be_scored(tmp_path: Path) -> None:
     told = [["yes"] * 10, ["yes"] * 3, ["yes", "", "", ""], ["", "", "", ""]]
     source = rows(tmp_path, *({"question": "is it?", "answers": each} for each in told))
-    assert found_in(data(source, QUESTIONS)).lost == {"unreadable records": 1}  # enough to learn from
+    assert found_in(data(source, QUESTIONS)).errors == {"unreadable records": 1}  # enough to learn from
     found = found_in(data(source, QUESTIONS), min_answers=4)
-    assert [fault.key for fault in found.faults] == ["rows/2", "record 3"]
-    assert "record rows/2 has 3 annotated answers, expected at least 4" in found.faults[0].reason
+    assert [fault.key for fault in found.bad_records] == ["rows/2", "record 3"]
+    assert "record rows/2 has 3 annotated answers, expected at least 4" in found.bad_records[0].reason
     held = EvaluationSet(data(source, QUESTIONS), TOKENIZER, name="stream", seed=3, min_answers=4)
     batches = list(held.batches())
     assert {fault.key for batch in batches for fault in batch.bad_records.values()} == {"rows/2", "record 3"}
@@ -198,7 +198,7 @@ def test_questions_that_too_few_answered_cannot_be_scored(tmp_path: Path) -> Non
 
 def test_lengths_of_clips_are_those_of_the_container(tmp_path: Path) -> None:
     found = found_in(data(odd_clips(tmp_path)))
-    assert_close(found.seconds, [1.0] * 4)
+    assert_close(found.video_seconds, [1.0] * 4)
 
 
 def test_histogram() -> None:

@@ -20,7 +20,15 @@ from data_pipelines import media as media_module
 from data_pipelines import video
 from data_pipelines.errors import DataError
 from data_pipelines.frames import uniform_indices
-from data_pipelines.media import IMAGES, VIDEOS, Media, image_formats, local_media, write_image, write_video
+from data_pipelines.media import (
+    IMAGE_FORMATS,
+    VIDEO_FORMATS,
+    Media,
+    available_image_formats,
+    local_media,
+    write_image,
+    write_video,
+)
 from data_pipelines.sources.files import media_kind
 from data_pipelines.video import read_video
 from tests.close import assert_close
@@ -53,14 +61,14 @@ def read_middle(path: Path, num_frames: int) -> np.ndarray:
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows by a 1 for every frame that a decoder gives."""
     counts: list[int] = []
-    bounded = video._bounded
+    bounded = video._check_limits
 
     def counted(media, frames) -> Iterator:
         for frame in bounded(media, frames):
             counts.append(1)
             yield frame
 
-    monkeypatch.setattr(video, "_bounded", counted)
+    monkeypatch.setattr(video, "_check_limits", counted)
     return counts
 
 
@@ -221,7 +229,7 @@ def test_turned_and_mirrored_videos_are_upright(matrix: Sequence[float], tmp_pat
 
 @pytest.mark.parametrize("matrix", [(0.7, 0.7, -0.7, 0.7), (1, 0.5, 0, 1), (0, 1, 0, 0)], ids=str)
 def test_what_is_shown_aslant_is_refused(matrix: Sequence[float], tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"shown by the matrix .*, which is no quarter turn; encode it anew"):
+    with pytest.raises(DataError, match=r"its display matrix .* is not a multiple of 90 degrees; re-encode it"):
         shown_by(matrix, tmp_path)
 
 
@@ -275,9 +283,9 @@ def test_still_pictures_are_no_clips(format: str) -> None:
 
 
 def test_what_is_opened_is_what_the_decoders_have() -> None:
-    for name in VIDEOS:
+    for name in VIDEO_FORMATS:
         assert av.format.ContainerFormat(name, "r").name.split(",")[0] == name
-    assert set(IMAGES) - {"HEIF"} <= set(image_formats())
+    assert set(IMAGE_FORMATS) - {"HEIF"} <= set(available_image_formats())
 
 
 @pytest.mark.parametrize("suffix", sorted({".3gp", ".wmv", ".flv", ".m2ts", ".vob", ".qt", ".divx", ".mxf", ".dv"}))
@@ -350,7 +358,7 @@ def test_names_are_no_addresses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("limit", "value", "message"),
     [
-        ("MAX_FRAMES", 29, "has more than MAX_FRAMES = 29 frames; cut it into clips"),
+        ("MAX_FRAMES", 29, "has more than MAX_FRAMES = 29 frames; cut it into shorter videos"),
         ("MAX_DECODED_PIXELS", 64 * 64 * 10, "needs more decoding than .* MAX_DECODED_PIXELS = 40,960 allow"),
     ],
 )

@@ -95,7 +95,7 @@ class Row:
             return name, value
         plain = {normalize_name(field): field for field in self.fields()}
         if blank := [plain[normalize_name(name)] for name in names if normalize_name(name) in plain]:
-            raise DataError(f"{self.where} has an empty {blank[0]}; fill it in, or remove the row")
+            raise DataError(f"{self.where}: {blank[0]} is empty; fill it in, or remove the row")
         found = ", ".join(list(self.fields())[:12]) or "nothing"
         near = {field: difflib.get_close_matches(field.casefold(), names, n=1, cutoff=0.65) for field in self.fields()}
         hint = next((f"; rename {field} to {match[0]} if it is that" for field, match in near.items() if match), "")

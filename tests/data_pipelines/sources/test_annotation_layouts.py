@@ -38,7 +38,7 @@ def every(source: Source) -> list[Record | str]:
 
 
 def said(source: Source) -> list[Any]:
-    return [(each.picture, each.captions) if isinstance(each, Record) else each for each in every(source)]
+    return [(each.visual_id, each.captions) if isinstance(each, Record) else each for each in every(source)]
 
 
 SHAPES: dict[str, str | bytes] = {
@@ -142,14 +142,14 @@ def test_files_of_another_kind_are_named(name: str, tmp_path: Path) -> None:
 
 FAULTS: dict[str, tuple[str, str]] = {
     '{"image": "a.jpg", "captoin": "x"}': ("captoin", "; call captoin caption, if it is that"),
-    '{"image": "a.jpg", "caption": NaN}': ("caption", "has nothing in its caption"),
+    '{"image": "a.jpg", "caption": NaN}': ("caption", ": caption is empty"),
     '{"image": "a.jpg", "desc": {"a": 1}}': ("desc", "desc holds objects with the fields a, expected texts"),
     '{"image": "a.jpg", "answer": "x", "question": [1]}': ("question", "question is a list, expected text"),
     '{"image": ["a.jpg"], "caption": "x"}': ("image", "image is a list, expected text"),
     '{"image": "a.jpg", "caption": "x \\ud83d"}': ("caption", r"caption 'x \ud83d' is no Unicode text: half"),
     '{"image": "a\\udc00.jpg", "caption": "x"}': ("image", r"image 'a\udc00.jpg' is no Unicode text: half"),
     '{"image": "a.jpg", "caption": "x", "id": "\\ud83d"}': ("id", r"id '\ud83d' is no Unicode text: half"),
-    '{"image": "a.jpg", "caption": "\\u200b\\ufeff\\u00a0"}': ("caption", "has nothing in its caption"),
+    '{"image": "a.jpg", "caption": "\\u200b\\ufeff\\u00a0"}': ("caption", ": caption is empty"),
     '{"image": "a.jpg", "phrase": "x", "bbox": [1, 1, 0, 5], "width": 9, "height": 9}': ("box", "of 0 x 5 pixels"),
 }  # fmt: skip
 
@@ -166,7 +166,7 @@ def test_one_bad_row_is_one_fault_that_names_its_field(row: str, tmp_path: Path)
 
 def test_a_row_of_a_table_that_is_too_long_is_one_fault(tmp_path: Path) -> None:
     fault, good, short = said(opened(tmp_path / "a.csv", "image,caption\np0.jpg,a dog, running\np1.jpg,two\np2.jpg\n"))
-    assert "a.csv row 2 has 3 cells, expected the header's 2; put those with delimiters in quotes" in fault
+    assert "a.csv row 2 has 3 cells, expected 2 as in the header; quote cells with delimiters" in fault
     assert good == READ[1]
     assert "row 4 has no " in short
 
@@ -186,7 +186,7 @@ def test_what_is_said_of_pictures_that_are_not_listed_is_counted(tmp_path: Path)
 def asked(content: Any, path: Path) -> tuple[str, ...]:
     record = every(opened(path, json.dumps([content])))[0]
     assert isinstance(record, Record), record
-    return (record.questions[0].answer, *record.questions[0].others)
+    return (record.questions[0].answer, *record.questions[0].alternative_answers)
 
 
 def test_answers_in_all_their_forms(tmp_path: Path) -> None:
@@ -210,9 +210,11 @@ def test_every_annotator_of_vqa_counts_and_a_question_without_answers_is_one_fau
     first, blank, third, without = every(source)
     assert isinstance(first, Record)
     assert isinstance(third, Record)
-    assert (first.questions[0].answer, *first.questions[0].others) == ("no",) * 5 + ("yes",) * 2 + ("",) * 3
-    assert (third.questions[0].answer, *third.questions[0].others) == ("yes",) * 4 + ("",) * 6
-    assert "row 2 has nothing in its answers" in str(blank)
+    assert (first.questions[0].answer, *first.questions[0].alternative_answers) == ("no",) * 5 + ("yes",) * 2 + (
+        "",
+    ) * 3
+    assert (third.questions[0].answer, *third.questions[0].alternative_answers) == ("yes",) * 4 + ("",) * 6
+    assert "row 2: answers is empty" in str(blank)
     assert "row 4 has no answers" in str(without)
 
 

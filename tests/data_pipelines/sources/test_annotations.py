@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from data_pipelines.config import Format, SourceConfig, VisualConfig
 from data_pipelines.errors import DataError
 from data_pipelines.record import Entailment, Expression, Question, Record, Source
-from data_pipelines.sources.annotations import fields, glue, pictures
+from data_pipelines.sources.annotations import fields, glue, public_formats
 from data_pipelines.sources.annotations.source import AnnotationSource
 from data_pipelines.sources.formats import FORMATS, open_source
 from data_pipelines.visual import load_visual
@@ -69,7 +69,7 @@ def test_release_questions_about_clips(tmp_path: Path) -> None:
         "video7.mp4", "video8.avi", "tumblr_x1.gif"
     ]  # fmt: skip
     assert [source[i].key for i in range(3)] == ["qa/1", "qa/2", "qa/3"]
-    assert source[0].picture == "video7"
+    assert source[0].visual_id == "video7"
     shows(source[0], clip)
 
 
@@ -163,7 +163,7 @@ def test_vqa_v2_ranks_the_ten_answers(tmp_path: Path) -> None:
     shows(source[0], picture)
     with pytest.raises(DataError, match=r"questions\.json row 2 has no answers"):
         source[1]
-    with pytest.raises(DataError, match="holds answers and no questions; give a pattern that matches both files"):
+    with pytest.raises(DataError, match="has answers and no questions; use a pattern that matches both files"):
         opened("vqa_v2", tmp_path / "*annotations.json")
 
 
@@ -226,7 +226,7 @@ def test_image_folders(tmp_path: Path) -> None:
     source = opened("image_folder", tmp_path / "train")
     assert [(source[i].key, source[i].label) for i in range(2)] == [("n01/a.JPEG", "n01"), ("n02/b.png", "n02")]
     shows(source[0], picture)
-    with pytest.raises(DataError, match=r"has no class folders with pictures in them; expected .*/CLASS/NAME\.jpg"):
+    with pytest.raises(DataError, match=r"has no class folders with images; expected .*/CLASS/NAME\.jpg"):
         opened("image_folder", tmp_path / "train" / "n02")
 
 
@@ -327,7 +327,7 @@ def test_files_that_are_not_what_they_should_be(tmp_path: Path) -> None:
         ),
         ("annotations", "e.jsonl", r"the source annotations \(image\) is empty: no record in .*e\.jsonl"),
         ("annotations", "f.jsonl", r"f\.jsonl does not exist; check the path"),
-        ("image_folder", "g", r"g does not exist or is no folder"),
+        ("image_folder", "g", r"g does not exist or is not a folder"),
     ):
         with pytest.raises(DataError, match=said):
             opened(format, tmp_path / name)
@@ -341,7 +341,15 @@ JSON = st.recursive(
     ), inner, max_size=5),
     max_leaves=14,
 )  # fmt: skip
-FORMS = (fields.FORM, pictures.COCO, pictures.KARPATHY, pictures.VQA, pictures.KINETICS, pictures.SSV2, glue.FORM)
+FORMS = (
+    fields.FORMAT,
+    public_formats.COCO,
+    public_formats.KARPATHY,
+    public_formats.VQA,
+    public_formats.KINETICS,
+    public_formats.SSV2,
+    glue.FORMAT,
+)
 
 
 @settings(max_examples=150)
@@ -360,7 +368,7 @@ def test_any_json_gives_records_or_a_data_error(content: Any, form: Any, as_line
 
 def test_every_format_that_reads_files_has_a_test() -> None:
     own: Mapping[str, str] = {
-        "array_record": "test_array_record", "files": "test_loose_files", "webdataset": "test_webdataset",
+        "array_record": "test_array_record", "files": "test_file_source", "webdataset": "test_webdataset",
         "tfds": "test_tfds",
     }  # fmt: skip
     here = Path(__file__).read_text()

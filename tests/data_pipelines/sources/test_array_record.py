@@ -6,7 +6,7 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import msgpack
+import msgspec
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 from hypothesis import given, settings
@@ -22,7 +22,7 @@ TEXTS = st.lists(TEXT, max_size=3).map(tuple)
 RECORDS = st.builds(
     Record,
     key=st.text(min_size=1, max_size=12),
-    picture=TEXT,
+    visual_id=TEXT,
     media=st.none() | st.builds(Media, st.sampled_from(["image", "video"]), st.binary(max_size=40), TEXT),
     captions=TEXTS,
     questions=st.lists(st.builds(Question, TEXT, TEXT, TEXT, TEXTS), max_size=2).map(tuple),
@@ -52,7 +52,7 @@ def test_a_record_survives(record: Record) -> None:
 
 
 @settings(max_examples=150)
-@given(st.binary(max_size=60) | st.builds(msgpack.packb, st.recursive(
+@given(st.binary(max_size=60) | st.builds(msgspec.msgpack.encode, st.recursive(
     st.none() | st.integers(-5, 5) | TEXT, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
         st.sampled_from(["version", "key", "media", "questions", "expressions", "x"]), inner, max_size=4), max_leaves=8,
 )))  # fmt: skip
@@ -62,8 +62,8 @@ def test_hostile_bytes_are_a_record_or_a_data_error(data: bytes) -> None:
 
 
 def test_a_newer_version_is_refused() -> None:
-    with pytest.raises(DataError, match="is of version 2, this code reads 1; use a newer one"):
-        decode_record(msgpack.packb({"version": 2, "key": "a", "smell": "lavender"}), "here")
+    with pytest.raises(DataError, match="here has version 2, expected 1; read it with a newer version"):
+        decode_record(msgspec.msgpack.encode({"version": 2, "key": "a", "smell": "lavender"}), "here")
 
 
 def test_pixels_and_paths_are_not_written() -> None:
@@ -106,19 +106,19 @@ def test_a_flipped_byte_spoils_one_record(tmp_path: Path) -> None:
 def test_files_that_are_none(tmp_path: Path, data: bytes | None) -> None:
     path = write(tmp_path / "a.array_record", *(encode_record(Record(str(i), label="x" * 70_000)) for i in range(9)))
     path.write_bytes(path.read_bytes()[:300_000] if data is None else data)
-    with pytest.raises(DataError, match=r"a\.array_record (holds no record: it is empty, cut off|is damaged)"):
+    with pytest.raises(DataError, match=r"a\.array_record (has no records: it is empty, truncated|is damaged)"):
         ArrayRecordSource(str(path))
 
 
 def test_missing_files(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("hello")
     for path, said in (
-        (tmp_path, r"holds no file that ends in \.array_record; found 1 others"),
+        (tmp_path, r"holds no file that ends in \.array_record; found 1 other files"),
         (tmp_path / "x*", "matches no file; check the pattern"),
         (tmp_path / "x.array_record", "x.array_record does not exist; check the path"),
         (tmp_path / "x-{00..02}.array_record", "x-00.array_record does not exist; check the path"),
     ):
         with pytest.raises(DataError, match=said):
             ArrayRecordSource(str(path))
-    with pytest.raises(DataError, match="mounted folders only; mount the bucket"):
+    with pytest.raises(DataError, match="is a URL, expected a mounted folder for ArrayRecord files; mount the bucket"):
         ArrayRecordSource("gs://bucket/a.array_record")

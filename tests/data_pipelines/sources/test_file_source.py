@@ -66,8 +66,8 @@ def test_a_single_file_is_named_as_it_is_given(folder: Path, monkeypatch: pytest
 def test_where_there_are_no_such_files(folder: Path) -> None:
     (folder / "empty").mkdir()
     for path, said in (
-        (folder / "missing", "does not exist or is no folder"), (folder / "empty", "holds no picture, clip or .txt"),
-        (folder / "a.mp4", "is no image, nor holds any, by its files' names: 1 of kind 'video'; set another kind"),
+        (folder / "missing", "does not exist or is not a folder"), (folder / "empty", "holds no image, video or .txt"),
+        (folder / "a.mp4", "is or holds no image by its files' names: 1 of kind 'video'; set another kind"),
     ):  # fmt: skip
         with pytest.raises(DataError, match=said):
             open_source(SourceConfig(format="files", path=str(path)), VISUAL)

@@ -47,7 +47,7 @@ NAMES: dict[str, tuple[Kind, tuple[str, ...], str, str]] = {
     "itself first": ("video", ("x", "x.mp4"), "x", "video x"),
     "of no known suffix": ("video", ("x.mod", "x.mod.mp4"), "x.mod", "video x.mod"),
     "a suffix behind a suffix": ("video", ("x.avi.mp4", "x.avi.txt"), "x.avi", "video x.avi.mp4"),
-    "encoded anew": ("video", ("x.jpg", "x.webm", "x.mp4"), "x.avi", "video x.mp4"),
+    "re-encoded": ("video", ("x.jpg", "x.webm", "x.mp4"), "x.avi", "video x.mp4"),
     "the usual of several": ("video", ("x.flv", "x.mp4", "x.webm", "x.jpg", "x.json"), "x", "video x.mp4"),
     "of the kind that is wanted": ("image", ("x.mp4", "x.webp"), "x", "image x.webp"),
     "of another kind": ("image", ("x.mp4",), "x", "video x.mp4"),
@@ -147,12 +147,12 @@ NO_CLASSES = (
 
 @pytest.mark.parametrize("names", NO_CLASSES)
 def test_folders_that_are_no_classes_are_refused(names: tuple[str, ...], tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"has the folders .*, which are no classes by their names; give the"):
+    with pytest.raises(DataError, match=r"has the folders .*, which are not classes by their names; use the"):
         labels(tmp_path, *names)
 
 
 def test_pictures_in_no_class_folder(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="has no class folders with pictures in them"):
+    with pytest.raises(DataError, match="has no class folders with images"):
         labels(tmp_path / "flat", "a.png")
     with pytest.raises(DataError, match=r"b\.png is in no class folder; expected .*/CLASS/b\.png"):
         labels(tmp_path / "some", "n01/a.png", "b.png")

@@ -54,7 +54,7 @@ def test_captions_pairs_sentences_and_summaries(prepared: Path) -> None:
 
 
 def test_what_is_not_there(prepared: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"holds no data set of TFDS \(Could not .*; expected a folder with dataset_i"):
+    with pytest.raises(DataError, match=r"is not a TFDS data set \(Could not .*; expected a folder with dataset_i"):
         opened(tmp_path)
     with pytest.raises(DataError, match="has no split 'val'; valid: train"):
         opened(prepared / "digits", split="val")

@@ -71,7 +71,7 @@ def test_the_index_is_built_once_and_again_when_the_tar_changes(
     img2dataset(path, 2)
     assert len(TarIndex(str(path))) == 2
     with monkeypatch.context() as patched:
-        patched.setattr(tar_index, "scan_tar", lambda path: pytest.fail("built again"))
+        patched.setattr(tar_index, "scan_tar", lambda path: pytest.fail("rebuilt"))
         assert TarIndex(str(path))[1][0] == "000000001"
     img2dataset(path, 3)
     assert TarIndex(str(path))[2][0] == "000000002"
@@ -80,7 +80,7 @@ def test_the_index_is_built_once_and_again_when_the_tar_changes(
         beside.write_bytes(damaged)
         assert TarIndex(str(path))[0][0] == "000000000"
     beside.write_bytes(beside.read_bytes()[:-1])
-    with pytest.raises(DataError, match=r"a\.tar\.index is damaged .*; remove it, and it is built again"):
+    with pytest.raises(DataError, match=r"a\.tar\.index is damaged .*; remove it to rebuild it"):
         TarIndex(str(path))[0]
     assert sorted(each.name for each in tmp_path.iterdir()) == ["a.tar", "a.tar.index"]
 
@@ -113,7 +113,7 @@ def test_a_tar_that_is_cut_off(length: int, tmp_path: Path) -> None:
     path = tmp_path / "a.tar"
     write_tar(path, {f"{i}.txt": "x" * 2000 for i in range(20)})
     path.write_bytes(path.read_bytes()[:length])
-    with pytest.raises(DataError, match=r"a\.tar cannot be read as a tar: .*; it is cut off, compressed"):
+    with pytest.raises(DataError, match=r"a\.tar cannot be read as a tar: .*; it is truncated, compressed"):
         WebDatasetSource(str(path), "text")
     assert not (tmp_path / "a.tar.index").exists()
 
@@ -121,7 +121,7 @@ def test_a_tar_that_is_cut_off(length: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("data", [b"junk" * 300, gzip.compress(b"x" * 1000)], ids=["junk", "compressed"])
 def test_what_is_no_tar(data: bytes, tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(data)
-    with pytest.raises(DataError, match=r"a\.tar cannot be read as a tar: .*; it is cut off, compressed"):
+    with pytest.raises(DataError, match=r"a\.tar cannot be read as a tar: .*; it is truncated, compressed"):
         WebDatasetSource(str(tmp_path / "a.tar"), "text")
 
 
@@ -248,15 +248,15 @@ def test_tars_as_people_have_them(name: str, tmp_path: Path) -> None:
 BROKEN = {
     "a failed download": (
         (*RED, ("1.txt", "lost"), ("1.json", '{"status": "failed_to_download", "error_message": "HTTP 404"}')),
-        r"sample a/1 has no image, only \.json, \.txt \(failed_to_download: HTTP 404\); leave it out",
+        r"sample a/1 has no image, only \.json, \.txt \(failed_to_download: HTTP 404\); remove it",
     ),
     "maps alone": ((*RED, ("0.mask.png", colour("gray")), ("1.mask.png", colour("gray")), ("1.txt", "lost")),
                    r"sample a/1 has no image, only \.txt; leave it out"),
     "two pictures under words": ((*RED, ("1.a.png", colour("lime")), ("1.b.png", colour("blue")), ("1.txt", "lime")),
                                  r"sample a/1 has no image, only \.txt; leave it out"),
     "twice, in pairs that are not known": ((*RED, ("1.png", b"x"), ("1.png", b"y"), ("1.txt", "x"), ("1.txt", "y")),
-                                           "sample a/1 has members twice, and nothing tells which belong together"),
-    "twice in part": ((*RED, ("1.png", b"x"), ("1.png", b"y"), ("1.txt", "y")), "sample a/1 has members twice"),
+                                           "sample a/1 has duplicate members in an ambiguous order; write each sample once"),
+    "twice in part": ((*RED, ("1.png", b"x"), ("1.png", b"y"), ("1.txt", "y")), "sample a/1 has duplicate members"),
     "unknown to Pillow": ((*RED, ("1.heic", b"\0\0\0\x18ftyphexx" + bytes(99)), ("1.txt", "x")),
                           r"a\.tar:1\.heic cannot be read as an image"),
 }  # fmt: skip
@@ -310,7 +310,7 @@ def test_a_hole_that_would_fill_the_memory_is_not_read(tmp_path: Path, monkeypat
     data = holes("old", colour("red") + bytes(100_000))
     monkeypatch.setattr(tar_index, "MAX_FETCHED_BYTES", 99_999)
     (said,) = seen(tmp_path / "a.tar", data + tar_of())
-    assert re.search(r"a\.tar has a sparse member of 100,\d+ bytes, the most is 99,999", str(said))
+    assert re.search(r"a\.tar has a sparse member of 100,\d+ bytes, expected at most 99,999", str(said))
 
 
 def test_fields_of_json_are_those_of_annotation_files(tmp_path: Path) -> None:
@@ -322,7 +322,7 @@ def test_fields_of_json_are_those_of_annotation_files(tmp_path: Path) -> None:
     for kind in ("image", "text"):
         record = WebDatasetSource(str(tmp_path / "a.tar"), kind)[0]
         assert record.questions == (Question("what?", "two", "", ("two", "one")), Question("long", "short", "summary"))
-        assert (record.key, record.label, record.picture) == ("a/0", "cat", "")
+        assert (record.key, record.label, record.visual_id) == ("a/0", "cat", "")
         assert (record.texts if kind == "text" else record.captions) == ("a caption",)
 
 
