@@ -44,11 +44,11 @@ def tar(tmp_path: Path) -> SourceConfig:
     return SourceConfig(format="webdataset", path=str(write_tar(tmp_path / "a.tar", members)))
 
 
-SINGLE_HOST = {"digits": SourceConfig(max_records=30)}
+DIGITS = {"digits": SourceConfig(max_records=30)}
 
 
 def test_a_batch_is_built_from_its_number_alone_and_by_any_processes() -> None:
-    config = data(SINGLE_HOST, 8)
+    config = data(DIGITS, 8)
     ours = stream(config).batches()
     for step in range(6):
         batch = next(ours)
@@ -155,7 +155,7 @@ def test_what_is_no_fault_of_a_record_ends_the_run_with_its_key(monkeypatch: pyt
 
     monkeypatch.setattr("data_pipelines.loader.load_visual", crash)
     with pytest.raises(ZeroDivisionError) as caught:
-        next(stream(data(SINGLE_HOST)).batches())
+        next(stream(data(DIGITS)).batches())
     assert any("while building the example of digitworld/image/train/0/" in note for note in caught.value.__notes__)
 
 
@@ -275,7 +275,7 @@ def test_boxes_are_refused_where_pictures_are_cropped_or_turned() -> None:
         with pytest.raises(DataError, match="boxes are not transformed with crops and flips; use 'resize'"):
             asked(files, transform=transform)
     asked(files, transform="resize")
-    asked(SINGLE_HOST)  # DigitWorld draws squares, of which nothing is cropped
+    asked(DIGITS)  # DigitWorld draws squares, of which nothing is cropped
 
 
 def test_references_are_read_evenly_and_without_pictures(tar: SourceConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,7 +93,7 @@ def test_a_single_row_is_a_row_whatever_it_holds(suffix: str, tmp_path: Path) ->
 def test_splits_are_chosen_by_the_names_that_the_file_has(tmp_path: Path) -> None:
     path, content = tmp_path / "a.json", json.dumps({"train": ROWS[:1], "val": ROWS[1:]})
     assert said(opened(path, content, split="val")) == READ[1:]
-    with pytest.raises(DataError, match="split 'test' is none of the file's: train, val"):
+    with pytest.raises(DataError, match="split 'test' is not in the file; its splits are train, val"):
         opened(path, content, split="test")
     good, cut = said(opened(tmp_path / "b.jsonl", f'{json.dumps({**ROWS[0], "split": "val"})}\n{{"cut', split="val"))
     assert good == READ[0]

@@ -143,7 +143,7 @@ def test_karpathy_splits(tmp_path: Path) -> None:
     assert (train[0].key, train[0].captions) == ("dataset_coco/391895", ("B", "C"))  # as COCO's server knows it
     with pytest.raises(DataError, match=r"dataset_coco\.json row 3: sentences holds objects with the fields tokens"):
         train[1]
-    with pytest.raises(DataError, match="split 'val' is none of the file's: restval, test, train"):
+    with pytest.raises(DataError, match="split 'val' is not in the file; its splits are restval, test, train"):
         opened("karpathy", path, media=media, split="val")
 
 
