@@ -1,8 +1,7 @@
-"""Whether floats agree: one measure that depends neither on the size of the numbers nor on the processor.
+"""Comparison of floats with one tolerance that depends neither on their scale nor on the processor.
 
-Processors, instruction sets and versions of the compiler round otherwise and add up in another order. What that changes
-is a share of the largest numbers of an array, so an element near zero may be off by many times itself, and arrays of
-large numbers by more than those of small ones.
+Processors, instruction sets and compiler versions round differently and sum in a different order. The resulting errors
+are proportional to the largest elements of an array: an element near zero may have a large relative error.
 """
 
 import numbers
@@ -12,44 +11,43 @@ import jax
 import numpy as np
 
 FLOAT64 = 1e-9
-"""Tolerance for what the host computes in float64."""
+"""Tolerance for float64 on the host."""
 CHAIN = 1e-4
-"""Tolerance for float32 after a long chain of operations: whole towers, gradients, several steps of training."""
+"""Tolerance for float32 after a long chain of operations: whole towers, gradients, several training steps."""
 BFLOAT16 = 0.03
-"""Tolerance for what is computed in bfloat16."""
+"""Tolerance for bfloat16."""
 
 
 def assert_close(found: Any, expected: Any, tolerance: float = 1e-5, *, scale: float = 0.0) -> None:
-    """Raises AssertionError unless every leaf of ``found`` is within ``tolerance * scale`` of that of ``expected``.
+    """Assert that every leaf of ``found`` is within ``tolerance * scale`` of ``expected``.
 
-    Leaves are arrays of JAX, numpy or PyTorch, and numbers; nested lists of numbers are one array. Both trees must have
-    the same leaves and shapes, infinities and NaN in the same places, and the same integers.
+    Leaves are JAX, numpy or PyTorch arrays, or numbers; nested lists of numbers are one array. Both trees must have the
+    same leaves and shapes, infinities and NaN at the same indices, and equal integers.
 
     Args:
-        found: what was computed.
-        expected: what it should be.
-        tolerance: the largest error, as a share of ``scale``.
-        scale: the size of what was subtracted, for numbers that are small because large ones cancel (a gradient that
-            vanishes). Otherwise, and for leaves whose largest expected magnitude is larger, it is that magnitude, so
-            that zeros must be met exactly. The bias of attention's keys, which no softmax sees, has a gradient that is
-            rounding noise: it is measured by the kernel beside it.
+        found: computed values.
+        expected: reference values.
+        tolerance: largest error, relative to ``scale``.
+        scale: magnitude of the terms, for values that are small because large terms cancel (a vanishing gradient). At
+            least each leaf's largest expected magnitude; if that is the scale, zeros must be exact. The bias of
+            attention's keys cancels in the softmax, so its gradient is rounding noise: its scale is that of its kernel.
     """
-    ours, theirs = _leaves(found), _leaves(expected)
-    assert ours.keys() == theirs.keys(), (
-        f"other leaves than expected: lacking {sorted(theirs.keys() - ours.keys())}, "
-        f"besides {sorted(ours.keys() - theirs.keys())}"
+    found_leaves, expected_leaves = _leaves(found), _leaves(expected)
+    assert found_leaves.keys() == expected_leaves.keys(), (
+        f"different leaves: missing {sorted(expected_leaves.keys() - found_leaves.keys())}, "
+        f"unexpected {sorted(found_leaves.keys() - expected_leaves.keys())}"
     )
-    assert ours, "neither tree has a leaf; expected something to compare"
-    complaints = {}
-    for name, leaf in theirs.items():
-        size = max(scale, _scale(leaf), _scale(theirs.get(name.replace("key/bias", "key/kernel"), leaf)))
-        complaints[name] = _complaint(ours[name], leaf, tolerance, size)
-    wrong = [f"{name or 'the value'}: {said}" for name, said in complaints.items() if said]
-    assert not wrong, "\n".join(wrong[:8] + [f"and {len(wrong) - 8} more"] * (len(wrong) > 8))
+    assert found_leaves, "both trees are empty: nothing to compare"
+    errors = {}
+    for name, leaf in expected_leaves.items():
+        kernel = expected_leaves.get(name.replace("key/bias", "key/kernel"), leaf)
+        errors[name] = _describe_error(found_leaves[name], leaf, tolerance, max(scale, _scale(leaf), _scale(kernel)))
+    messages = [f"{name or 'the value'}: {error}" for name, error in errors.items() if error]
+    assert not messages, "\n".join(messages[:8] + [f"and {len(messages) - 8} more"] * (len(messages) > 8))
 
 
 def max_magnitude(tree: Any) -> float:
-    """The largest magnitude in a tree: the ``scale`` of what is left when such numbers are subtracted."""
+    """Return the largest finite magnitude in a tree: the ``scale`` of differences of such numbers."""
     return max(_scale(leaf) for leaf in _leaves(tree).values())
 
 
@@ -63,7 +61,7 @@ def _is_array(x: Any) -> bool:
 
 
 def _array(leaf: Any) -> np.ndarray:
-    if hasattr(leaf, "detach"):  # PyTorch's
+    if hasattr(leaf, "detach"):  # PyTorch
         leaf = leaf.detach().cpu()
         leaf = leaf.float() if leaf.is_floating_point() and leaf.itemsize < 4 else leaf
     array = np.asarray(leaf)
@@ -74,23 +72,23 @@ def _scale(array: np.ndarray) -> float:
     return float(np.abs(array.astype(np.float64)).max(initial=0.0, where=np.isfinite(array)))
 
 
-def _complaint(found: np.ndarray, expected: np.ndarray, tolerance: float, size: float) -> str:
-    """What is wrong with a leaf of that size; nothing if it is close."""
+def _describe_error(found: np.ndarray, expected: np.ndarray, tolerance: float, scale: float) -> str:
+    """Describe the largest error of a leaf; an empty string if it is close."""
     if found.shape != expected.shape:
         return f"shape {list(found.shape)}, expected {list(expected.shape)}"
-    exact = found.dtype.kind != "f" and expected.dtype.kind != "f"
-    ours, theirs = found.astype(np.float64), expected.astype(np.float64)
+    is_exact = found.dtype.kind != "f" and expected.dtype.kind != "f"
+    found, expected = found.astype(np.float64), expected.astype(np.float64)
     for kind, test in (("NaN", np.isnan), ("+inf", np.isposinf), ("-inf", np.isneginf)):
-        elsewhere = test(ours) != test(theirs)
-        if elsewhere.any():
-            where = tuple(map(int, np.argwhere(elsewhere)[0]))
-            return f"{kind} in other places: at {list(where)} found {ours[where]}, expected {theirs[where]}"
-    finite = np.isfinite(theirs)
-    error = np.abs(np.where(finite, ours, 0) - np.where(finite, theirs, 0))
-    if float(error.max(initial=0.0)) <= (0.0 if exact else tolerance * size):
+        differs = test(found) != test(expected)
+        if differs.any():
+            index = tuple(map(int, np.argwhere(differs)[0]))
+            return f"{kind} at different indices: at {list(index)} found {found[index]}, expected {expected[index]}"
+    finite = np.isfinite(expected)
+    error = np.abs(np.where(finite, found, 0) - np.where(finite, expected, 0))
+    if float(error.max(initial=0.0)) <= (0.0 if is_exact else tolerance * scale):
         return ""
-    where = tuple(map(int, np.unravel_index(error.argmax(), error.shape)))
-    bound = "exactly" if exact else f"within {tolerance:.1e} of the scale {size:.3g}"
-    share = f" ({error[where] / size:.1e} of it)" if size else ""
-    said = f"at {list(where)} found {ours[where]:.9g}, expected {theirs[where]:.9g} {bound}"
-    return f"{said}: off by {error[where]:.2e}{share}"
+    index = tuple(map(int, np.unravel_index(error.argmax(), error.shape)))
+    bound = "exactly" if is_exact else f"within {tolerance:.1e} of the scale {scale:.3g}"
+    relative = f" ({error[index] / scale:.1e} of it)" if scale else ""
+    values = f"at {list(index)} found {found[index]:.9g}, expected {expected[index]:.9g} {bound}"
+    return f"{values}: off by {error[index]:.2e}{relative}"

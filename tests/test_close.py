@@ -11,12 +11,12 @@ from tests.close import assert_close, max_magnitude
 LINE = np.linspace(-1, 1, 5).astype(np.float32)
 
 
-@pytest.mark.parametrize("size", [1e-6, 1.0, 31.0, 1e9])
-def test_errors_are_relative_to_the_largest_expected_value(size: float) -> None:
-    expected = size * LINE
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 31.0, 1e9])
+def test_errors_are_relative_to_the_largest_expected_value(scale: float) -> None:
+    expected = scale * LINE
     close, off = expected.copy(), expected.copy()
-    close[2] += 0.9e-5 * size  # the value itself is zero
-    off[2] += 1.1e-5 * size
+    close[2] += 0.9e-5 * scale  # the value itself is zero
+    off[2] += 1.1e-5 * scale
     assert_close(close, expected)
     with pytest.raises(AssertionError, match=r"^the value: at \[2\] found .*, expected 0 within 1.0e-05 of the scale"):
         assert_close(off, expected)
@@ -64,14 +64,14 @@ def test_zeros_must_be_exact() -> None:
     [
         (LINE[:4], LINE, r"shape \[4\], expected \[5\]"),
         (LINE[:1], 1.0, r"shape \[1\], expected \[\]"),
-        ({"a": LINE}, {"a": LINE, "b": LINE}, r"lacking \['b'\], besides \[\]"),
-        ({"a": LINE, "b": LINE}, {"a": LINE}, r"lacking \[\], besides \['b'\]"),
-        ({"a": LINE}, {"a": [LINE]}, r"lacking \['a/0'\], besides \['a'\]"),
-        ({}, {}, "neither tree has a leaf"),
-        ([1.0, np.nan], [1.0, 2.0], r"NaN in other places: at \[1\] found nan, expected 2"),
-        ([1.0, 2.0], [1.0, np.nan], r"NaN in other places: at \[1\] found 2.0, expected nan"),
-        ([np.inf, 1.0], [-np.inf, 1.0], r"\+inf in other places: at \[0\]"),
-        ([1.0, -np.inf], [1.0, -1e30], r"-inf in other places: at \[1\]"),
+        ({"a": LINE}, {"a": LINE, "b": LINE}, r"missing \['b'\], unexpected \[\]"),
+        ({"a": LINE, "b": LINE}, {"a": LINE}, r"missing \[\], unexpected \['b'\]"),
+        ({"a": LINE}, {"a": [LINE]}, r"missing \['a/0'\], unexpected \['a'\]"),
+        ({}, {}, "both trees are empty"),
+        ([1.0, np.nan], [1.0, 2.0], r"NaN at different indices: at \[1\] found nan, expected 2"),
+        ([1.0, 2.0], [1.0, np.nan], r"NaN at different indices: at \[1\] found 2.0, expected nan"),
+        ([np.inf, 1.0], [-np.inf, 1.0], r"\+inf at different indices: at \[0\]"),
+        ([1.0, -np.inf], [1.0, -1e30], r"-inf at different indices: at \[1\]"),
         (np.asarray([100_000, 7]), np.asarray([100_001, 7]), "expected 100001 exactly"),
         (np.asarray([True]), np.asarray([False]), "exactly"),
     ],
@@ -89,12 +89,12 @@ def test_equal_infinities_and_nans_pass_and_do_not_set_the_scale() -> None:
 
 def test_arrays_of_any_framework_and_dtype_are_compared_by_value() -> None:
     torch = pytest.importorskip("torch")
-    for other in (jnp.asarray(LINE), torch.tensor(LINE, requires_grad=True), LINE.tolist(), tuple(LINE.tolist())):
-        assert_close(other, LINE)
-        assert_close(LINE, other)
+    for line in (jnp.asarray(LINE), torch.tensor(LINE, requires_grad=True), LINE.tolist(), tuple(LINE.tolist())):
+        assert_close(line, LINE)
+        assert_close(LINE, line)
         with pytest.raises(AssertionError):
-            assert_close(other, 2 * LINE)
+            assert_close(line, 2 * LINE)
     for half in (jnp.asarray(LINE, jnp.bfloat16), torch.tensor(LINE).bfloat16()):
-        assert_close(half, LINE)  # halves are exact
+        assert_close(half, LINE)  # exact in 16 bits
         with pytest.raises(AssertionError):
             assert_close(half, 1.01 * LINE)

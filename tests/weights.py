@@ -1,4 +1,4 @@
-"""Random checkpoints in the layouts of other worlds."""
+"""Random checkpoints in the formats of other projects."""
 
 import json
 from collections.abc import Mapping
@@ -34,7 +34,7 @@ class MemorySource:
 
 
 def official_config(**overrides: Any) -> ModelConfig:
-    """One or two layers of each kind, 64 wide, and a fusion layer below those in use."""
+    """Return a small config: width 64, one to three layers of each kind, one unused fusion layer."""
     sizes = {
         "vision_width": 64, "vision_layers": 2, "vision_heads": 1, "image_size": 16, "width": 64, "heads": 1,
         "mlp_width": 96, "text_layers": 2, "universal_layers": 2, "fusion_layers": 2, "decoder_layers": 3,
@@ -46,7 +46,7 @@ def official_config(**overrides: Any) -> ModelConfig:
 def official_file(
     path: Path, config: ModelConfig, *, task: str = "videoqa", teacher: bool = False, settings: bool = True
 ) -> Path:
-    """A whole official checkpoint of random weights; the suffix chooses the format. ``settings``: config.json too."""
+    """Write an official checkpoint of random weights in the suffix's format; with ``settings`` also config.json."""
     start = default_fusion_start(config)
     state = official_state(config, start, teacher=teacher)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -69,14 +69,14 @@ def official_file(
 
 
 def read_tensors(path: Path) -> dict[str, HostArray]:
-    """Everything in a checkpoint, in its order."""
+    """Read all tensors of a checkpoint, in order."""
     source = open_source(path)
     return {name: source.read(name) for name in source.names()}
 
 
-def assert_same(one: Path, other: Path) -> None:
-    """Checks that two checkpoints hold the same tensors, to the byte."""
-    a, b = open_source(one), open_source(other)
+def assert_same(first: Path, second: Path) -> None:
+    """Assert that two checkpoints have the same tensors, byte for byte."""
+    a, b = open_source(first), open_source(second)
     assert set(a.names()) == set(b.names())
     for name in a.names():
         assert a.info(name) == b.info(name), name
@@ -84,7 +84,7 @@ def assert_same(one: Path, other: Path) -> None:
 
 
 def bert_tensors(width: int = 128, layers: int = 2, *, words: int = 60, types: int = 2) -> dict[str, HostArray]:
-    """A BERT without prefix and heads, in Hugging Face's names; random."""
+    """Make random tensors of a BERT in Hugging Face's names, without prefix and heads."""
     shapes = {"embeddings.LayerNorm": (width,), "pooler.dense": (width, width)}
     tables = {"word": words, "position": 16, "token_type": types}
     for i in range(layers):
@@ -95,12 +95,12 @@ def bert_tensors(width: int = 128, layers: int = 2, *, words: int = 60, types: i
             f"{layer}.intermediate.dense": (2 * width, width), f"{layer}.output.dense": (width, 2 * width),
             f"{layer}.output.LayerNorm": (width,),
         }  # fmt: skip
-    whole = {f"embeddings.{name}_embeddings.weight": (rows, width) for name, rows in tables.items()}
-    return _drawn(whole | _with_biases(shapes))
+    tensors = {f"embeddings.{name}_embeddings.weight": (rows, width) for name, rows in tables.items()}
+    return _random_tensors(tensors | _with_biases(shapes))
 
 
 def hugging_face_clip(width: int = 128, layers: int = 2) -> dict[str, HostArray]:
-    """A whole CLIP of patches of 8 of 16 pixels, in Hugging Face's names; of its text tower a tensor."""
+    """Make random tensors of a CLIP in Hugging Face's names: 16-pixel images, 8-pixel patches, one text tensor."""
     shapes = {"pre_layrnorm": (width,), "post_layernorm": (width,)}
     for i in range(layers):
         layer = f"encoder.layers.{i}"
@@ -113,25 +113,25 @@ def hugging_face_clip(width: int = 128, layers: int = 2) -> dict[str, HostArray]
         "embeddings.class_embedding": (width,), "embeddings.patch_embedding.weight": (width, 3, 8, 8),
         "embeddings.position_embedding.weight": (5, width),
     }  # fmt: skip
-    tower = {f"vision_model.{name}": shape for name, shape in (embeddings | _with_biases(shapes)).items()}
-    return _drawn(tower | {"text_model.embeddings.token_embedding.weight": (9, 8), "logit_scale": ()})
+    vision = {f"vision_model.{name}": shape for name, shape in (embeddings | _with_biases(shapes)).items()}
+    return _random_tensors(vision | {"text_model.embeddings.token_embedding.weight": (9, 8), "logit_scale": ()})
 
 
 def openai_clip(width: int = 128, layers: int = 2) -> dict[str, HostArray]:
-    """The same in the names of OpenAI and open_clip."""
-    whole = {
+    """Make random tensors of the same CLIP in the names of OpenAI and open_clip."""
+    tensors = {
         "visual.class_embedding": (width,), "visual.conv1.weight": (width, 3, 8, 8), "visual.proj": (width, 8),
         "visual.positional_embedding": (5, width), "token_embedding.weight": (9, 8), "logit_scale": (),
     }  # fmt: skip
     shapes = {"visual.ln_pre": (width,), "visual.ln_post": (width,)}
     for i in range(layers):
         block = f"visual.transformer.resblocks.{i}"
-        whole |= {f"{block}.attn.in_proj_weight": (3 * width, width), f"{block}.attn.in_proj_bias": (3 * width,)}
+        tensors |= {f"{block}.attn.in_proj_weight": (3 * width, width), f"{block}.attn.in_proj_bias": (3 * width,)}
         shapes |= {
             f"{block}.ln_1": (width,), f"{block}.ln_2": (width,), f"{block}.attn.out_proj": (width, width),
             f"{block}.mlp.c_fc": (4 * width, width), f"{block}.mlp.c_proj": (width, 4 * width),
         }  # fmt: skip
-    return _drawn(whole | _with_biases(shapes))
+    return _random_tensors(tensors | _with_biases(shapes))
 
 
 def _with_biases(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
@@ -139,7 +139,7 @@ def _with_biases(shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...
     return weights | {f"{name}.bias": shape[:1] for name, shape in shapes.items()}
 
 
-def _drawn(shapes: dict[str, tuple[int, ...]]) -> dict[str, HostArray]:
+def _random_tensors(shapes: dict[str, tuple[int, ...]]) -> dict[str, HostArray]:
     rng = np.random.default_rng(0)
     return {name: np.asarray(rng.standard_normal(shape, np.float32)) for name, shape in shapes.items()}
 
@@ -147,7 +147,7 @@ def _drawn(shapes: dict[str, tuple[int, ...]]) -> dict[str, HostArray]:
 def write_checkpoint(
     path: Path, tensors: dict[str, HostArray], settings: dict[str, dict[str, Any]] | None = None
 ) -> Path:
-    """Tensors in a file, with JSON files of these names beside it; the suffix chooses the format."""
+    """Write tensors to a file in the suffix's format, and JSON files into its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     infos = {name: TensorInfo(value.shape, value.dtype) for name, value in tensors.items()}
     writer = SafetensorsWriter(path, infos) if path.suffix == ".safetensors" else TorchWriter(path, infos)

@@ -1,1 +1,1 @@
-"""Search over the decoder's outputs: beams and answer ranking, under jit, with a key-value cache."""
+"""Decoding: beam search, sampling, constrained answers and answer ranking, under jit, with a key-value cache."""

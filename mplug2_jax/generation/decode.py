@@ -1,4 +1,4 @@
-"""A decoder's text for a memory, searched or drawn as a config says."""
+"""Text generation from a memory, by beam search, constrained search or sampling."""
 
 import jax
 import jax.numpy as jnp
@@ -26,12 +26,20 @@ def generate(
     answers: Int[np.ndarray, "a m"] | None = None,
     key: PRNGKeyArray | None = None,
 ) -> DecodeOutput:
-    """The best sequences, with a cache: the memory is projected once for each clip and shared by its beams.
+    """Generate the best sequences with a cache; the memory is projected once per example and shared by its beams.
 
-    ``seeds``, one for each clip, are read where sequences are drawn; without any, a clip's place is its seed. What is
-    drawn depends on a clip's seed and on ``key`` alone. With ``answers``, as
-    :func:`~mplug2_jax.generation.constrained.constrained` takes them, nothing else is said. The decoder's parameters
-    are gathered once, not for every token.
+    The decoder's parameters are all-gathered once, not for every token.
+
+    Args:
+        decoder: the decoder.
+        memory: what it attends to.
+        memory_mask: True for valid memory.
+        config: settings of the search or sampling.
+        tokens: special tokens.
+        seeds: of sampling, one per example; by default its index. Samples depend on its seed and ``key`` only.
+        answers: the only sequences that may be generated, as in
+            :func:`~mplug2_jax.generation.constrained.constrain_step`.
+        key: of sampling.
     """
     decoder = all_gather_module(decoder, decoder.config.dtype)
     with assume_params_gathered():

@@ -1,4 +1,4 @@
-"""Answer ranking: which of a fixed list of answers does the decoder find most likely?"""
+"""Answer ranking: the most likely answers of a fixed list under the decoder."""
 
 import jax
 import jax.numpy as jnp
@@ -20,23 +20,18 @@ def best_answer(
     num_candidates: int,
     double_count_first_token: bool = False,
 ) -> Int[Array, "b n"]:
-    """The best of a list's answers for each example, its ids from the begin token on; padded to the longest.
+    """Return the ids of the best answer of each example, from the begin token on, padded to the longest answer.
 
-    Answers are as :func:`~mplug2_jax.generation.constrained.constrained` takes them. ``keep`` and ``first_twice`` are
-    :func:`rank_answers`'; of a list that is shorter than ``keep`` all are ranked.
+    Answers are those of :func:`~mplug2_jax.generation.constrained.constrain_step`, ``num_candidates`` (at most all) and
+    ``double_count_first_token`` those of :func:`rank_answers`.
     """
     ids = np.pad(answers, ((0, 0), (1, 0)), constant_values=tokens.begin)
     mask = ids != ANSWER_PAD
     table = jnp.asarray(np.where(mask, ids, tokens.pad))
     best, _ = rank_answers(
-        decoder,
-        memory,
-        memory_mask,
-        table,
-        jnp.asarray(mask),
-        num_candidates=min(num_candidates, len(ids)),
+        decoder, memory, memory_mask, table, jnp.asarray(mask), num_candidates=min(num_candidates, len(ids)),
         double_count_first_token=double_count_first_token,
-    )
+    )  # fmt: skip
     return table[best[:, 0]]
 
 
@@ -50,23 +45,24 @@ def rank_answers(
     num_candidates: int,
     double_count_first_token: bool = False,
 ) -> tuple[Int[Array, "b r"], Float[Array, "b r"]]:
-    """The ``keep`` best answers of each example, best first, and their share of probability among themselves.
+    """Rank answers by likelihood: return the indices of ``num_candidates`` answers per example, best first, and scores.
 
-    The answers are first narrowed by the probability of their first token, then scored by their log-likelihood; with
-    ``first_twice`` the first token counts a second time, as in the release. Answers are ``[CLS] words [SEP] pad``.
+    The candidates are the answers whose first token is most likely; they are ranked by log-likelihood. As in the
+    release, ``double_count_first_token`` adds the first token's a second time. Scores are probabilities among the
+    candidates. Answers are ``[CLS] words [SEP] pad``.
     """
     b = memory.shape[0]
     begin = jnp.broadcast_to(answers[0, :1], (b, 1))
     first = jax.nn.softmax(decoder(begin, None, memory, memory_mask)[:, 0], axis=-1)
-    probabilities, chosen = jax.lax.top_k(first[:, answers[:, 1]], num_candidates)
+    first_probs, candidates = jax.lax.top_k(first[:, answers[:, 1]], num_candidates)
 
-    ids = answers[chosen].reshape(b * num_candidates, -1)
-    mask = answers_mask[chosen].reshape(b * num_candidates, -1)
+    ids = answers[candidates].reshape(b * num_candidates, -1)
+    mask = answers_mask[candidates].reshape(b * num_candidates, -1)
     logits = decoder(ids, mask, memory, memory_mask)
-    log_likelihood = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), ids[:, 1:, None], axis=-1)[..., 0]
-    total = jnp.sum(log_likelihood * mask[:, 1:], axis=-1).reshape(b, num_candidates)
+    token_log_probs = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), ids[:, 1:, None], axis=-1)[..., 0]
+    total = jnp.sum(token_log_probs * mask[:, 1:], axis=-1).reshape(b, num_candidates)
 
     if double_count_first_token:
-        total += jnp.log(probabilities)
-    share, order = jax.lax.top_k(jax.nn.softmax(total, axis=-1), num_candidates)
-    return jnp.take_along_axis(chosen, order, axis=1), share
+        total += jnp.log(first_probs)
+    scores, order = jax.lax.top_k(jax.nn.softmax(total, axis=-1), num_candidates)
+    return jnp.take_along_axis(candidates, order, axis=1), scores

@@ -1,4 +1,4 @@
-"""Beam search against a plain restatement of the release's, with and without a cache."""
+"""Beam search against a plain reimplementation of the release's, with and without a cache."""
 
 import dataclasses
 import functools
@@ -30,13 +30,13 @@ FLOAT = np.float32
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class History:
-    """What the toy decoder remembers of each sequence: a number that depends on all of its tokens, in their order."""
+    """State of the toy decoder: per sequence a number that depends on all tokens and their order."""
 
     value: Int[Array, " br"]
     table: Float[Array, "n v"]
 
-    def reorder(self, kept):
-        return History(gather_beams(self.value, kept), self.table)
+    def reorder(self, parents):
+        return History(gather_beams(self.value, parents), self.table)
 
 
 def toy_step(tokens, position, state):
@@ -45,7 +45,7 @@ def toy_step(tokens, position, state):
 
 
 def toy_logits(start, prefix, table):
-    """The same, for one sequence from its beginning."""
+    """Compute the same logits for one sequence from its start."""
     value = start
     for position, token in enumerate(prefix):
         value = (value * 31 + token * 7 + position) % STATES
@@ -53,10 +53,9 @@ def toy_logits(start, prefix, table):
 
 
 def search_one(logits_of, config, vocabulary):
-    """One clip, with lists: all results, best first, as (score, ids). Follows the facts of the release.
+    """Search one example with Python lists, as the release does: return (score, ids), best first, and a margin.
 
-    Returned beside them is the smallest difference of two scores by which one came first: where that is a rounding's
-    size, either may.
+    The margin is the smallest difference of two scores that stable their order: rounding may change smaller ones.
     """
     beams = [(FLOAT(0.0), [TOKENS.begin])] + [(FLOAT(-np.inf), [TOKENS.begin])] * (config.num_beams - 1)
     pool, margin = [], np.inf
@@ -71,14 +70,14 @@ def search_one(logits_of, config, vocabulary):
             if step < config.min_length:
                 log_probs[TOKENS.end] = FLOAT(-1e20)
             candidates += [((total + log_probs[token]) / penalty, parent, token) for token in range(vocabulary)]
-        candidates.sort(key=lambda c: -c[0])  # stable: equal scores keep the order of the flattened beams
+        candidates.sort(key=lambda c: -c[0])  # stable: ties keep the order of the flattened beams
         margin = min(margin, smallest_gap([c[0] for c in candidates[: config.num_beams + 1]]))
         best = [(score, [*beams[parent][1], token]) for score, parent, token in candidates[: config.num_beams]]
         last = step == config.max_length - 1
         ended = [last or ids[-1] == TOKENS.end for _, ids in best]
         if ended[0] and config.extend_finished:
             ended = [True] * config.num_beams
-        pool += [found for found, end in zip(best, ended, strict=True) if end]
+        pool += [result for result, end in zip(best, ended, strict=True) if end]
         if ended[0]:
             break
         beams = [
@@ -90,25 +89,25 @@ def search_one(logits_of, config, vocabulary):
 
 
 def smallest_gap(scores):
-    """The smallest difference of neighbours, best first, that are not the same."""
+    """Return the smallest nonzero difference of adjacent sorted scores."""
     return min((float(a - b) for a, b in itertools.pairwise(scores) if a != b), default=np.inf)
 
 
 def assert_same(found, expected, config, scale):
-    """Compares the results for every clip; what there are too few results for is empty. ``scale`` is the logits'."""
-    for clip, results in enumerate(expected):
+    """Compare results of every example; missing results are empty. ``scale`` is that of the logits."""
+    for example, results in enumerate(expected):
         for rank in range(config.num_beams):
             score, ids = results[rank] if rank < len(results) else (-np.inf, [])
-            assert int(found.lengths[clip, rank]) == len(ids)
+            assert int(found.lengths[example, rank]) == len(ids)
             padded = [*ids, *[0] * (config.max_length + 1 - len(ids))]
-            np.testing.assert_array_equal(found.ids[clip, rank], padded)
-            assert_close(found.scores[clip, rank], score, scale=scale)
+            np.testing.assert_array_equal(found.ids[example, rank], padded)
+            assert_close(found.scores[example, rank], score, scale=scale)
 
 
 def search_each(starts, table, config):
-    """The results of every clip of the toy decoder, and their margins."""
-    found = [search_one(lambda prefix, s=int(s): toy_logits(s, prefix, table), config, VOCABULARY) for s in starts]
-    return tuple(zip(*found, strict=True))
+    """Return the results of every example of the toy decoder, and their margins."""
+    results = [search_one(lambda prefix, s=int(s): toy_logits(s, prefix, table), config, VOCABULARY) for s in starts]
+    return tuple(zip(*results, strict=True))
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -117,7 +116,7 @@ def toy_search(starts, table, config):
     return beam_search(toy_step, state, starts.shape[0], config, TOKENS)
 
 
-def tables(seed, sharpness, end_bias):
+def make_table(seed, sharpness, end_bias):
     table = np.random.default_rng(seed).normal(size=(STATES, VOCABULARY)) * sharpness
     table[:, TOKENS.end] += end_bias
     return table.astype(FLOAT)
@@ -141,11 +140,11 @@ def tables(seed, sharpness, end_bias):
     sharpness=st.sampled_from([0.3, 1.0, 4.0]),
     end_bias=st.sampled_from([-4.0, 0.0, 1.0, 4.0]),
 )
-def test_search_finds_what_a_plain_restatement_finds(
+def test_search_matches_a_plain_reimplementation(
     batch, beams, min_length, max_length, extend, seed, sharpness, end_bias
 ):
     config = SearchConfig(num_beams=beams, min_length=min_length, max_length=max_length, extend_finished=extend)
-    table = tables(seed, sharpness, end_bias)
+    table = make_table(seed, sharpness, end_bias)
     starts = np.arange(batch) * 13 + seed % 100
     expected, margins = search_each(starts, table, config)
     assume(min(margins) > 1e-5 * max_magnitude(table))
@@ -154,16 +153,16 @@ def test_search_finds_what_a_plain_restatement_finds(
 
 
 def chain(*rows):
-    """A table for sequences whose next logits depend on the position alone: probabilities of each token."""
+    """Make logits that depend on the position alone, from the probability of each token."""
     return jnp.log(jnp.asarray(rows) + 1e-9)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Stateless:
-    """A state that remembers nothing."""
+    """Empty state."""
 
-    def reorder(self, kept):
+    def reorder(self, parents):
         return self
 
 
@@ -176,17 +175,17 @@ def run_chain(table, config):
 
 
 def test_a_hand_computed_search():
-    """At each position: probability of (pad, begin, end, a, b)."""
+    """Search with the probabilities of (pad, begin, end, a, b) at each position."""
     table = chain((0, 0, 0.3, 0.5, 0.2), (0, 0, 0.8, 0.12, 0.08))
     found = run_chain(table, SearchConfig(num_beams=2, min_length=0, max_length=2, extend_finished=True))
     second = (7 / 6) ** 0.6  # the penalty at step 1; at step 0 it is 1
-    # Step 0: a (0.5), then end (0.3), which is stored and lives on. Step 1: a end (0.4), end end (0.24): done.
+    # Step 0: a (0.5); end (0.3), which is finished and continues. Step 1: a end (0.4), end end (0.24): done.
     np.testing.assert_array_equal(found.ids[0], [[1, 3, 2], [1, 2, 0]])
     np.testing.assert_array_equal(found.lengths[0], [3, 2])
     assert_close(found.scores[0], [np.log(0.4) / second, np.log(0.3)])
 
 
-def test_released_search_goes_on_beyond_an_end_and_the_standard_one_does_not():
+def test_only_the_releases_search_continues_beyond_the_end_token():
     table = chain((0, 0, 0.4, 0.6, 0), (0, 0, 0.03, 0.95, 0.02), (0, 0, 0.98, 0.01, 0.01))
     released, standard = (
         run_chain(table, SearchConfig(num_beams=2, min_length=0, max_length=3, extend_finished=extend))
@@ -197,13 +196,13 @@ def test_released_search_goes_on_beyond_an_end_and_the_standard_one_does_not():
 
 
 @pytest.mark.parametrize("min_length", [0, 3])
-def test_the_end_comes_no_earlier_than_the_minimal_length(min_length):
+def test_sequences_have_at_least_the_minimum_length(min_length):
     table = chain(*[(0, 0, 0.98, 0.01, 0.01)] * 6)
     found = run_chain(table, SearchConfig(num_beams=1, min_length=min_length, max_length=6))
     assert found.ids[0, 0].tolist().index(TOKENS.end) == min_length + 1
 
 
-def test_a_search_ends_as_soon_as_every_clip_is_done():
+def test_the_loop_ends_once_every_example_is_done():
     positions = []
 
     def step(tokens, position, state):
@@ -223,7 +222,7 @@ CONFIG = model_config(
 
 @pytest.fixture(scope="module")
 def decoder():
-    """A decoder whose predictions are far from uniform, and four memories of which parts are masked."""
+    """Return a decoder with predictions far from uniform, and four partly masked memories."""
     rng = np.random.default_rng(0)
     with nnx.use_eager_sharding(False):
         graphdef, shapes = nnx.split(nnx.eval_shape(lambda: Decoder(CONFIG, rngs=nnx.Rngs(0))), nnx.Param)
@@ -243,76 +242,76 @@ def forward(graphdef, params, ids, memory, mask):
 
 
 @pytest.mark.parametrize(("beams", "extend"), [(1, False), (4, False), (4, True)])
-def test_a_cache_changes_nothing(decoder, beams, extend):
+def test_the_cache_has_no_effect(decoder, beams, extend):
     graphdef, params, memory, mask = decoder
     config = SearchConfig(num_beams=beams, min_length=1, max_length=7, extend_finished=extend)
 
     scale = 0.0
 
-    def logits_of(clip, prefix):  # the whole prefix at once; what follows it changes nothing under a causal mask
+    def logits_of(example, prefix):  # computes the whole prefix; later tokens have no effect under a causal mask
         nonlocal scale
         ids = np.zeros((4, config.max_length), np.int32)
         ids[:, : len(prefix)] = prefix
-        logits = forward(graphdef, params, ids, memory, mask)[clip, len(prefix) - 1]
+        logits = forward(graphdef, params, ids, memory, mask)[example, len(prefix) - 1]
         scale = max(scale, max_magnitude(logits))
         return logits
 
     found = cached(graphdef, params, memory, mask, config)
-    one_by_one = (search_one(functools.partial(logits_of, clip), config, VOCABULARY) for clip in range(4))
-    expected, margins = zip(*one_by_one, strict=True)
-    decided = np.asarray(margins) > 1e-5 * scale  # where less separates two sequences, roundings may swap them
-    assert decided.sum() >= 3
-    assert_same(jax.tree.map(lambda x: x[decided], found), itertools.compress(expected, decided), config, scale)
-    assert len({tuple(results[0][1]) for results in expected}) > 1  # the memories do matter
+    results = (search_one(functools.partial(logits_of, example), config, VOCABULARY) for example in range(4))
+    expected, margins = zip(*results, strict=True)
+    stable = np.asarray(margins) > 1e-5 * scale  # rounding may swap sequences with a smaller difference
+    assert stable.sum() >= 3
+    assert_same(jax.tree.map(lambda x: x[stable], found), itertools.compress(expected, stable), config, scale)
+    assert len({tuple(results[0][1]) for results in expected}) > 1  # memories matter
 
 
 class Prefixes(NamedTuple):
-    """What a search without a cache remembers: all that every sequence said."""
+    """State of a search without a cache: all tokens of every sequence."""
 
     ids: Int[Array, "br m"]
 
-    def reorder(self, kept):
-        return Prefixes(gather_beams(self.ids, kept))
+    def reorder(self, parents):
+        return Prefixes(gather_beams(self.ids, parents))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
 def uncached(graphdef, params, memory, mask, config, noise):
-    """``noise`` [positions, sequences, tokens] is added to the logits."""
+    """Search without a cache; ``noise`` [positions, sequences, tokens] is added to the logits."""
     decoder, b = nnx.merge(graphdef, params), len(memory)
 
     def step(tokens, position, state):
         ids = jax.lax.dynamic_update_index_in_dim(state.ids, tokens, position, axis=1)
         return decoder(ids, None, memory, mask)[:, position] + noise[position], Prefixes(ids)
 
-    start = Prefixes(jnp.zeros((b * config.num_beams, config.max_length), jnp.int32))
-    return beam_search(step, start, b, config, TOKENS)
+    state = Prefixes(jnp.zeros((b * config.num_beams, config.max_length), jnp.int32))
+    return beam_search(step, state, b, config, TOKENS)
 
 
 @pytest.mark.parametrize(
     ("beams", "extend"),
     [(1, False), pytest.param(4, False, marks=pytest.mark.slow), pytest.param(4, True, marks=pytest.mark.slow)],
 )
-def test_a_thousand_clips_are_told_the_same_without_a_cache(decoder, beams, extend):
+def test_the_cache_has_no_effect_on_a_thousand_examples(decoder, beams, extend):
     graphdef, params, _, _ = decoder
-    clips = 1100
+    num_examples = 1100
     rng = np.random.default_rng(beams)
-    memory = jnp.asarray(rng.normal(size=(clips, 6, 32)), jnp.float32)
-    mask = jnp.arange(6) < jnp.asarray(rng.integers(1, 7, (clips, 1)))
+    memory = jnp.asarray(rng.normal(size=(num_examples, 6, 32)), jnp.float32)
+    mask = jnp.arange(6) < jnp.asarray(rng.integers(1, 7, (num_examples, 1)))
     config = SearchConfig(num_beams=beams, min_length=1, max_length=7, extend_finished=extend)
     found = cached(graphdef, params, memory, mask, config)
     search = functools.partial(uncached, graphdef, params, memory, mask, config)
-    shape = (config.max_length, clips * beams, VOCABULARY)
+    shape = (config.max_length, num_examples * beams, VOCABULARY)
     expected = search(np.zeros(shape, FLOAT))
-    # Where a few roundings of a logit decide, two sequences are equally good, and either may come first. Noise and its
-    # opposite move what separates them to opposite sides, so that one of the two is seen to swap them.
-    decided = np.ones(clips, bool)
+    # Sequences whose scores differ by rounding only may come in any order. Noise of either sign changes such a
+    # difference in both directions, and so detects these examples.
+    stable = np.ones(num_examples, bool)
     for _ in range(4):
         noise = 3e-6 * rng.normal(size=shape).astype(FLOAT)
-        for near in (noise, -noise):
-            decided &= np.all(expected.ids == search(near).ids, axis=(1, 2))
-    assert decided.sum() > 1000
-    for ours, theirs in zip(found, expected, strict=True):
-        assert_close(ours[decided], theirs[decided], CHAIN)
+        for offset in (noise, -noise):
+            stable &= np.all(expected.ids == search(offset).ids, axis=(1, 2))
+    assert stable.sum() > 1000
+    for found_array, expected_array in zip(found, expected, strict=True):
+        assert_close(found_array[stable], expected_array[stable], CHAIN)
     assert len({tuple(ids) for ids in np.asarray(found.ids[:, 0]).tolist()}) > 10  # memories matter
 
 
@@ -321,16 +320,16 @@ def test_a_search_beyond_the_position_table_is_refused(decoder):
         cached(*decoder, SearchConfig(num_beams=1, max_length=13))
 
 
-def test_clips_of_a_batch_do_not_influence_each_other_and_masked_memory_is_not_seen(decoder):
+def test_examples_of_a_batch_are_independent_and_masked_memory_has_no_effect(decoder):
     graphdef, params, memory, mask = decoder
     config = SearchConfig(num_beams=3, min_length=1, max_length=7)
-    together = cached(graphdef, params, memory, mask, config)
-    # Every clip but one is replaced, and what is masked is filled with noise.
-    for kept in range(4):
-        others = jnp.where((jnp.arange(4) == kept)[:, None, None], memory, memory[::-1] + 1)
-        noisy = jnp.where(mask[..., None], others, 50.0)
-        found = cached(graphdef, params, noisy, mask, config)
-        np.testing.assert_array_equal(found.ids[kept], together.ids[kept])
-        assert_close(found.scores[kept], together.scores[kept])
+    expected = cached(graphdef, params, memory, mask, config)
+    # Every example but one is replaced, and masked memory is filled with a large constant.
+    for example in range(4):
+        replaced = jnp.where((jnp.arange(4) == example)[:, None, None], memory, memory[::-1] + 1)
+        filled = jnp.where(mask[..., None], replaced, 50.0)
+        found = cached(graphdef, params, filled, mask, config)
+        np.testing.assert_array_equal(found.ids[example], expected.ids[example])
+        assert_close(found.scores[example], expected.scores[example])
     unmasked = cached(graphdef, params, memory, jnp.ones_like(mask), config)
-    assert float(jnp.abs(unmasked.scores[1:] - together.scores[1:]).max()) > 1e-3
+    assert float(jnp.abs(unmasked.scores[1:] - expected.scores[1:]).max()) > 1e-3

@@ -1,4 +1,4 @@
-"""Search held to a list of answers, against a plain restatement, and on a real decoder."""
+"""Search constrained to a list of answers, against a plain reimplementation and on a real decoder."""
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +19,13 @@ from tests.generation.test_beam import STATES, TOKENS, VOCABULARY, History, smal
 LENGTH = 6
 
 
-def lists(rng, count):
-    """Answers of 1 to 5 tokens, many with a common beginning, each with its end."""
+def make_answers(rng, count):
+    """Make answers of 1 to 5 tokens and an end token, many with a common prefix."""
     rows = {(*rng.integers(3, 6, size=rng.integers(1, LENGTH)).tolist(), TOKENS.end) for _ in range(count)}
     return sorted(rows)
 
 
-def table_of(answers):
+def to_table(answers):
     table = np.full((len(answers), LENGTH), ANSWER_PAD, np.int32)
     for line, ids in zip(table, answers, strict=True):
         line[: len(ids)] = ids
@@ -33,19 +33,19 @@ def table_of(answers):
 
 
 def search_one(start, table, answers, beams):
-    """One clip, with lists: sequences that are the beginning of an answer, by the scores of beam search.
+    """Search one example with Python lists over prefixes of answers.
 
-    Returned are the best, its score, and the smallest difference of two scores by which one came first.
+    Returns the best answer, its score, and the smallest difference of two scores that decided their order.
     """
-    alive, pool, margin = [(np.float32(0), ())], [], np.inf
+    unfinished, pool, margin = [(np.float32(0), ())], [], np.inf
     for step in range(LENGTH):
         penalty = np.float32(((5 + step + 1) / 6) ** 0.6)
         candidates = []
-        for total, said in alive:
-            logits = toy_logits(start, [TOKENS.begin, *said], table).astype(np.float64)
+        for total, prefix in unfinished:
+            logits = toy_logits(start, [TOKENS.begin, *prefix], table).astype(np.float64)
             log_probs = logits - logits.max() - np.log(np.exp(logits - logits.max()).sum())
-            following = {a[step] for a in answers if a[:step] == said and len(a) > step}
-            candidates += [((total + log_probs[token]) / penalty, (*said, token)) for token in following]
+            next_tokens = {a[step] for a in answers if a[:step] == prefix and len(a) > step}
+            candidates += [((total + log_probs[token]) / penalty, (*prefix, token)) for token in next_tokens]
         candidates = sorted(candidates, reverse=True)
         margin = min(margin, smallest_gap([score for score, _ in candidates[: beams + 1]]))
         candidates = candidates[:beams]
@@ -54,41 +54,41 @@ def search_one(start, table, answers, beams):
         pool += [c for c in candidates if c[1][-1] == TOKENS.end]
         if candidates[0][1][-1] == TOKENS.end:
             break
-        alive = [(score * penalty, said) for score, said in candidates if said[-1] != TOKENS.end]
+        unfinished = [(score * penalty, prefix) for score, prefix in candidates if prefix[-1] != TOKENS.end]
     pool = sorted(pool, reverse=True)
     return pool[0][1], pool[0][0], min(margin, smallest_gap([score for score, _ in pool[:2]]))
 
 
 @settings(max_examples=60)
 @given(seed=st.integers(0, 2**32 - 1), count=st.integers(1, 30), beams=st.sampled_from([1, 2, 5]))
-def test_the_search_is_a_plain_one_over_beginnings_of_answers(seed, count, beams):
+def test_search_matches_a_plain_one_over_prefixes_of_answers(seed, count, beams):
     rng = np.random.default_rng(seed)
-    table, answers = rng.normal(size=(STATES, VOCABULARY)).astype(np.float32) * 2, lists(rng, count)
+    table, answers = rng.normal(size=(STATES, VOCABULARY)).astype(np.float32) * 2, make_answers(rng, count)
     config = SearchConfig(num_beams=beams, min_length=0, max_length=LENGTH)
     starts = np.arange(4)
     expected = [search_one(int(start), table, answers, beams) for start in starts]
     assume(min(margin for _, _, margin in expected) > 1e-5 * max_magnitude(table))
     history = History(jnp.repeat(jnp.asarray(starts), beams), jnp.asarray(table))
-    state = init_constraint(history, table_of(answers), 4 * beams)
-    found = beam_search(constrain_step(toy_step, table_of(answers)), state, 4, config, TOKENS, given=True)
-    for clip, (best, score, _) in enumerate(expected):
-        said = tuple(np.asarray(found.ids[clip, 0, 1 : found.lengths[clip, 0]]).tolist())
-        assert said in answers
-        assert said == best
-        assert_close(found.scores[clip, 0], score, scale=max_magnitude(table))
+    state = init_constraint(history, to_table(answers), 4 * beams)
+    found = beam_search(constrain_step(toy_step, to_table(answers)), state, 4, config, TOKENS, given=True)
+    for example, (best, score, _) in enumerate(expected):
+        answer = tuple(np.asarray(found.ids[example, 0, 1 : found.lengths[example, 0]]).tolist())
+        assert answer in answers
+        assert answer == best
+        assert_close(found.scores[example, 0], score, scale=max_magnitude(table))
 
 
-def test_with_room_for_all_the_best_answer_is_the_likeliest_of_one_length():
+def test_with_a_beam_per_answer_equal_lengths_are_ranked_by_likelihood():
     rng = np.random.default_rng(3)
     table = rng.normal(size=(STATES, VOCABULARY)).astype(np.float32) * 2
     answers = sorted({(*rng.integers(3, 9, size=3).tolist(), TOKENS.end) for _ in range(20)})
     config = SearchConfig(num_beams=len(answers), min_length=0, max_length=LENGTH)
     state = init_constraint(
-        History(jnp.zeros(len(answers), jnp.int32) + 17, jnp.asarray(table)), table_of(answers), len(answers)
+        History(jnp.zeros(len(answers), jnp.int32) + 17, jnp.asarray(table)), to_table(answers), len(answers)
     )
-    found = beam_search(constrain_step(toy_step, table_of(answers)), state, 1, config, TOKENS, given=True)
+    found = beam_search(constrain_step(toy_step, to_table(answers)), state, 1, config, TOKENS, given=True)
 
-    def likelihood(answer):
+    def log_likelihood(answer):
         total, prefix = 0.0, [TOKENS.begin]
         for token in answer:
             logits = toy_logits(17, prefix, table).astype(np.float64)
@@ -96,15 +96,15 @@ def test_with_room_for_all_the_best_answer_is_the_likeliest_of_one_length():
             prefix.append(token)
         return total
 
-    ranked = sorted(answers, key=likelihood, reverse=True)
-    said = [tuple(row[1:5].tolist()) for row in np.asarray(found.ids[0])]
-    assert said == ranked
-    scores = np.asarray([likelihood(a) for a in ranked]) / ((5 + 4) / 6) ** 0.6
-    assert smallest_gap(scores) > CHAIN * max_magnitude(scores)  # no rounding decides
+    ranked = sorted(answers, key=log_likelihood, reverse=True)
+    answers_found = [tuple(row[1:5].tolist()) for row in np.asarray(found.ids[0])]
+    assert answers_found == ranked
+    scores = np.asarray([log_likelihood(a) for a in ranked]) / ((5 + 4) / 6) ** 0.6
+    assert smallest_gap(scores) > CHAIN * max_magnitude(scores)  # rounding decides nothing
     assert_close(found.scores[0], scores)
 
 
-def test_a_decoder_says_what_is_listed_under_jit():
+def test_a_decoder_generates_only_listed_answers_under_jit():
     config = model_config("tiny", dtype="float32", width=16, heads=2, decoder_layers=1, vocab_size=12, max_positions=8)
     with nnx.use_eager_sharding(False):
         decoder = Decoder(config, rngs=nnx.Rngs(0))
@@ -114,6 +114,8 @@ def test_a_decoder_says_what_is_listed_under_jit():
     search = SearchConfig(num_beams=3, max_length=4)
     found = jax.jit(lambda p: generate(nnx.merge(graph, p), memory, mask, search, TOKENS, answers=answers))(params)
     for row in range(5):
-        said = {tuple(ids[1:length].tolist()) for ids, length in zip(found.ids[row], found.lengths[row], strict=True)}
-        assert said - {()} <= {(5, 6, 2), (5, 2), (7, 7, 7, 2)}
+        generated = {
+            tuple(ids[1:length].tolist()) for ids, length in zip(found.ids[row], found.lengths[row], strict=True)
+        }
+        assert generated - {()} <= {(5, 6, 2), (5, 2), (7, 7, 7, 2)}
         assert (found.ids[row, 0, 1] > 0).all()

@@ -1,4 +1,4 @@
-"""Generation on a mesh: what one device says, with the decoder gathered once."""
+"""Generation on a mesh matches one device, and gathers the decoder once."""
 
 import dataclasses
 
@@ -22,33 +22,33 @@ from tests.runs import small_model
 DEFINITION = define_model(dataclasses.replace(small_model(), decoder_layers=2), ("text", "decoder"))
 SEARCH = SearchConfig(num_beams=2, max_length=6)
 TOKENS = SpecialTokens(begin=1, end=2, mask=3)
-CLIPS, LENGTH = 8, 5
+BATCH, LENGTH = 8, 5
 
 
-def say(params: Params, memory: jax.Array) -> DecodeOutput:
-    seen = jnp.ones(memory.shape[:2], bool)
-    return generate(DEFINITION.bind(params).decoder, memory, seen, SEARCH, TOKENS)
+def decode(params: Params, memory: jax.Array) -> DecodeOutput:
+    mask = jnp.ones(memory.shape[:2], bool)
+    return generate(DEFINITION.bind(params).decoder, memory, mask, SEARCH, TOKENS)
 
 
-def memory() -> jax.Array:
-    return jax.random.normal(jax.random.key(1), (CLIPS, LENGTH, DEFINITION.config.width))
+def make_memory() -> jax.Array:
+    return jax.random.normal(jax.random.key(1), (BATCH, LENGTH, DEFINITION.config.width))
 
 
 @pytest.mark.parametrize("config", [MeshConfig(), MeshConfig(fsdp=4, tensor=2)], ids=["fsdp", "fsdp and tensor"])
-def test_a_mesh_says_what_one_device_says_and_gathers_the_decoder_once(config: MeshConfig) -> None:
+def test_a_mesh_matches_one_device_and_gathers_the_decoder_once(config: MeshConfig) -> None:
     params = jax.jit(DEFINITION.init)(jax.random.key(0))
-    expected = jax.jit(say)(params, memory())
+    expected = jax.jit(decode)(params, make_memory())
     mesh = make_mesh(config)
-    placed = jax.device_put(params, make_param_shardings(DEFINITION.shapes, DEFINITION.axes, mesh).shardings)
+    sharded = jax.device_put(params, make_param_shardings(DEFINITION.shapes, DEFINITION.axes, mesh).shardings)
     with jax.set_mesh(mesh):
-        given = (placed, jax.device_put(memory(), batch_sharding(mesh)))
-        compiled = jax.jit(say, out_shardings=replicated_sharding(mesh)).lower(*given).compile()
-        ours = compiled(*given)
-    np.testing.assert_array_equal(ours.ids, expected.ids)
-    assert_close(ours.scores, expected.scores)
-    found = parse_collectives(compiled.as_text(), mesh)
-    # Within the loop over tokens, whose turns nobody knows, travel all scores once, on CPUs, and no parameters.
-    scores = 4 * CLIPS * SEARCH.num_beams * DEFINITION.config.vocab_size
-    each_token = [c for c in found if not c.has_known_count and "fsdp" in c.axes]
-    assert any(c.kind == "all-gather" for c in found if c not in each_token)
-    assert sum(c.bytes_sent for c in each_token) <= scores
+        arguments = (sharded, jax.device_put(make_memory(), batch_sharding(mesh)))
+        compiled = jax.jit(decode, out_shardings=replicated_sharding(mesh)).lower(*arguments).compile()
+        found = compiled(*arguments)
+    np.testing.assert_array_equal(found.ids, expected.ids)
+    assert_close(found.scores, expected.scores)
+    sent = parse_collectives(compiled.as_text(), mesh)
+    # The loop over tokens, of unknown trip count, communicates all scores once (on CPUs), and no parameters.
+    scores = 4 * BATCH * SEARCH.num_beams * DEFINITION.config.vocab_size
+    per_token = [c for c in sent if not c.has_known_count and "fsdp" in c.axes]
+    assert any(c.kind == "all-gather" for c in sent if c not in per_token)
+    assert sum(c.bytes_sent for c in per_token) <= scores

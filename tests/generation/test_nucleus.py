@@ -1,4 +1,4 @@
-"""Nucleus sampling: what may be drawn, how often it is, and that a clip's draw is its own."""
+"""Nucleus sampling: the nucleus, sample frequencies, and independence of the batch."""
 
 import dataclasses
 
@@ -17,80 +17,80 @@ from tests.close import assert_close
 from tests.generation.test_beam import STATES, TOKENS, VOCABULARY, History, toy_step
 
 
-def keys(count, first=0):
+def make_keys(count, first=0):
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), first + jnp.arange(count))
 
 
-def toy(config, seed, clips, starts=None):
+def toy_state(config, seed, batch, starts=None):
     table = jnp.asarray(np.random.default_rng(seed).normal(size=(STATES, VOCABULARY)).astype(np.float32) * 3)
-    starts = jnp.arange(clips) if starts is None else jnp.asarray(starts)
+    starts = jnp.arange(batch) if starts is None else jnp.asarray(starts)
     return History(jnp.repeat(starts, config.num_beams), table)
 
 
 @settings(max_examples=60)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 40), st.floats(0.01, 1.0))
-def test_the_nucleus_is_the_fewest_likeliest_tokens_with_that_much_probability(seed, size, top_p):
+def test_the_nucleus_is_the_smallest_set_with_that_much_probability(seed, size, top_p):
     logits = np.random.default_rng(seed).normal(size=size).astype(np.float32) * 2
-    kept = np.isfinite(np.asarray(top_p_filter(jnp.asarray(logits), top_p)))
-    chances = np.exp(logits.astype(np.float64)) / np.exp(logits.astype(np.float64)).sum()
+    inside = np.isfinite(np.asarray(top_p_filter(jnp.asarray(logits), top_p)))
+    probs = np.exp(logits.astype(np.float64)) / np.exp(logits.astype(np.float64)).sum()
     order = np.argsort(-logits)
-    held = np.cumsum(chances[order])
-    if np.abs(held - top_p).min() < 1e-5:
-        return  # float32 may decide either way
-    fewest = min(int((held < top_p).sum()) + 1, size)
-    assert set(np.flatnonzero(kept)) == set(order[:fewest].tolist())
+    cumulative = np.cumsum(probs[order])
+    if np.abs(cumulative - top_p).min() < 1e-5:
+        return  # rounding decides
+    size_of_nucleus = min(int((cumulative < top_p).sum()) + 1, size)
+    assert set(np.flatnonzero(inside)) == set(order[:size_of_nucleus].tolist())
 
 
-def test_equally_likely_tokens_are_in_or_out_together():
+def test_equally_likely_tokens_are_in_the_nucleus_together():
     assert np.isfinite(top_p_filter(jnp.zeros(6), 0.5)).all()
     assert np.isfinite(top_p_filter(jnp.asarray([3.0, 0.0, 0.0]), 0.5)).tolist() == [True, False, False]
 
 
-def test_all_of_the_probability_is_all_tokens():
-    """A sum of many rounded ones may reach 1 too early."""
+def test_top_p_of_1_includes_all_tokens():
+    """Check many tokens: a sum of rounded probabilities may reach 1 too early."""
     logits = jnp.asarray(np.random.default_rng(0).normal(size=30_000).astype(np.float32) * 8)
     assert np.isfinite(top_p_filter(logits, 1.0)).all()
 
 
-def test_tokens_are_drawn_as_often_as_their_share_of_the_nucleus():
-    chances = np.asarray([0.0, 0.0, 1e-9, 0.05, 0.5, 0.25, 0.2, 1e-9, 1e-9]) + 1e-12
+def test_tokens_are_sampled_in_proportion_to_their_probability():
+    probs = np.asarray([0.0, 0.0, 1e-9, 0.05, 0.5, 0.25, 0.2, 1e-9, 1e-9]) + 1e-12
     config = SearchConfig(num_beams=1, min_length=0, max_length=1, top_p=0.9)
-    step = lambda tokens, position, state: (jnp.broadcast_to(jnp.log(chances), (4000, 9)), state)  # noqa: E731
-    found = jax.jit(lambda k: sample(step, toy(config, 0, 4000), k, config, TOKENS))(keys(4000))
-    drawn = np.bincount(np.asarray(found.ids)[:, 0, 1], minlength=9) / 4000
-    assert drawn[[3, 2, 7, 8]].sum() == 0  # 0.5 + 0.25 + 0.2 are enough
-    assert np.abs(drawn[[4, 5, 6]] - np.asarray([0.5, 0.25, 0.2]) / 0.95).max() < 0.03
+    step = lambda tokens, position, state: (jnp.broadcast_to(jnp.log(probs), (4000, 9)), state)  # noqa: E731
+    found = jax.jit(lambda k: sample(step, toy_state(config, 0, 4000), k, config, TOKENS))(make_keys(4000))
+    frequencies = np.bincount(np.asarray(found.ids)[:, 0, 1], minlength=9) / 4000
+    assert frequencies[[3, 2, 7, 8]].sum() == 0  # 0.5 + 0.25 + 0.2 reach top_p
+    assert np.abs(frequencies[[4, 5, 6]] - np.asarray([0.5, 0.25, 0.2]) / 0.95).max() < 0.03
     cold = dataclasses.replace(config, temperature=0.5, top_p=1.0)
-    found = jax.jit(lambda k: sample(step, toy(cold, 0, 4000), k, cold, TOKENS))(keys(4000))
-    drawn = np.bincount(np.asarray(found.ids)[:, 0, 1], minlength=9) / 4000
-    assert np.abs(drawn - chances**2 / (chances**2).sum()).max() < 0.03
-    assert_close(found.scores[:, 0], np.log(chances / chances.sum())[found.ids[:, 0, 1]])
+    found = jax.jit(lambda k: sample(step, toy_state(cold, 0, 4000), k, cold, TOKENS))(make_keys(4000))
+    frequencies = np.bincount(np.asarray(found.ids)[:, 0, 1], minlength=9) / 4000
+    assert np.abs(frequencies - probs**2 / (probs**2).sum()).max() < 0.03
+    assert_close(found.scores[:, 0], np.log(probs / probs.sum())[found.ids[:, 0, 1]])
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_the_smallest_nucleus_is_greedy_search(seed):
     config = SearchConfig(num_beams=1, min_length=2, max_length=7, top_p=1e-6)
-    drawn = jax.jit(lambda k: sample(toy_step, toy(config, seed, 16), k, config, TOKENS))(keys(16))
-    searched = beam_search(toy_step, toy(config, seed, 16), 16, dataclasses.replace(config, top_p=0.0), TOKENS)
-    np.testing.assert_array_equal(drawn.lengths, searched.lengths)
-    np.testing.assert_array_equal(drawn.ids, searched.ids)
-    assert_close(drawn.scores, searched.scores)
+    sampled = jax.jit(lambda k: sample(toy_step, toy_state(config, seed, 16), k, config, TOKENS))(make_keys(16))
+    searched = beam_search(toy_step, toy_state(config, seed, 16), 16, dataclasses.replace(config, top_p=0.0), TOKENS)
+    np.testing.assert_array_equal(sampled.lengths, searched.lengths)
+    np.testing.assert_array_equal(sampled.ids, searched.ids)
+    assert_close(sampled.scores, searched.scores)
 
 
-def test_a_clips_draw_depends_on_its_key_and_not_on_the_batch():
+def test_samples_depend_on_the_key_and_not_on_the_batch():
     config = SearchConfig(num_beams=3, min_length=1, max_length=8, top_p=0.95)
-    together = sample(toy_step, toy(config, 1, 12), keys(12), config, TOKENS)
-    for clip in (0, 5, 11):
-        alone = sample(toy_step, toy(config, 1, 1, [clip]), keys(1, clip), config, TOKENS)
-        np.testing.assert_array_equal(alone.ids[0], together.ids[clip])
-        assert_close(alone.scores[0], together.scores[clip])
-    other = sample(toy_step, toy(config, 1, 12), keys(12, 100), config, TOKENS)
-    assert not np.array_equal(other.ids, together.ids)
+    batched = sample(toy_step, toy_state(config, 1, 12), make_keys(12), config, TOKENS)
+    for example in (0, 5, 11):
+        single = sample(toy_step, toy_state(config, 1, 1, [example]), make_keys(1, example), config, TOKENS)
+        np.testing.assert_array_equal(single.ids[0], batched.ids[example])
+        assert_close(single.scores[0], batched.scores[example])
+    other = sample(toy_step, toy_state(config, 1, 12), make_keys(12, 100), config, TOKENS)
+    assert not np.array_equal(other.ids, batched.ids)
 
 
-def test_drawn_sequences_end_once_are_padded_and_come_best_first():
+def test_samples_end_once_are_padded_and_sorted_by_score():
     config = SearchConfig(num_beams=4, min_length=2, max_length=9, top_p=1.0)
-    found = jax.tree.map(np.asarray, sample(toy_step, toy(config, 2, 64), keys(64), config, TOKENS))
+    found = jax.tree.map(np.asarray, sample(toy_step, toy_state(config, 2, 64), make_keys(64), config, TOKENS))
     assert (found.ids[..., 0] == TOKENS.begin).all()
     assert (np.diff(found.scores, axis=1) <= 0).all()
     lengths = set()
@@ -104,6 +104,6 @@ def test_drawn_sequences_end_once_are_padded_and_come_best_first():
 
 
 @pytest.mark.parametrize(("field", "value"), [("top_p", 1.5), ("top_p", -0.1), ("temperature", 0.0)])
-def test_what_cannot_be_drawn_from_is_refused(field, value):
+def test_settings_out_of_range_are_refused(field, value):
     with pytest.raises(UserError, match=rf"config\.tasks\.search\.{field}={value} must be between"):
         SearchConfig(**{field: value})

@@ -1,4 +1,4 @@
-"""Answer ranking against a plain restatement of the release's."""
+"""Answer ranking against a plain reimplementation of the release's."""
 
 import functools
 
@@ -17,7 +17,7 @@ CONFIG = model_config(
     "tiny", dtype="float32", width=32, heads=4, mlp_width=64, vocab_size=12, max_positions=8, decoder_layers=1
 )
 BEGIN, END = 1, 2
-# Two begin with the same word, one is empty, one is longer than the others.
+# Two share their first word, one is empty, one is longer than all others.
 ANSWERS = ([3], [4, 5], [4, 6], [7, 8, 9, 10], [], [11, 3], [5])
 LENGTH = 7
 
@@ -55,47 +55,47 @@ def log_softmax(x):
     return x - x.max() - np.log(np.exp(x - x.max()).sum())
 
 
-def reference(log_probs, keep, double_count_first_token):
-    """One question: ``log_probs[a, t]`` is what the decoder expects after t tokens of answer a."""
+def reference(log_probs, num_candidates, double_count_first_token):
+    """Rank for one question; ``log_probs[a, t]`` is the decoder's prediction after t tokens of answer a."""
     first = [log_probs[a, 0][[*words, END][0]] for a, words in enumerate(ANSWERS)]
-    chosen = sorted(range(len(ANSWERS)), key=lambda a: -first[a])[:keep]
+    candidates = sorted(range(len(ANSWERS)), key=lambda a: -first[a])[:num_candidates]
     scores = []
-    for a in chosen:
+    for a in candidates:
         total = first[a] if double_count_first_token else 0.0
         for t, token in enumerate([*ANSWERS[a], END]):
             total += log_probs[a, t][token]
         scores.append(total)
-    shares = np.exp(scores - np.max(scores))
-    shares /= shares.sum()
-    order = np.argsort(-shares, kind="stable")
-    return [chosen[i] for i in order], shares[order]
+    probs = np.exp(scores - np.max(scores))
+    probs /= probs.sum()
+    order = np.argsort(-probs, kind="stable")
+    return [candidates[i] for i in order], probs[order]
 
 
 @pytest.fixture(scope="module")
 def log_probs(inputs):
-    """For each question and answer, what the decoder expects after each token."""
+    """Return the decoder's predictions after each token of each answer to each question."""
     graphdef, params, memory, mask, answers = inputs
-    forward = jax.jit(lambda ids, m, seen: nnx.merge(graphdef, params)(ids, None, m, seen))
+    forward = jax.jit(lambda ids, m, valid: nnx.merge(graphdef, params)(ids, None, m, valid))
     ids = jnp.tile(answers, (3, 1))
     logits = forward(ids, *(jnp.repeat(x, len(ANSWERS), 0) for x in (memory, mask)))
     return np.apply_along_axis(log_softmax, -1, logits).reshape(3, len(ANSWERS), LENGTH, -1)
 
 
-@pytest.mark.parametrize(("keep", "double_count_first_token"), [(3, True), (3, False), (7, True)])
-def test_ranking_equals_a_plain_restatement(inputs, log_probs, keep, double_count_first_token):
-    found, shares = rank(*inputs, num_candidates=keep, double_count_first_token=double_count_first_token)
-    assert found.shape == shares.shape == (3, keep)
+@pytest.mark.parametrize(("num_candidates", "double_count_first_token"), [(3, True), (3, False), (7, True)])
+def test_ranking_matches_a_plain_reimplementation(inputs, log_probs, num_candidates, double_count_first_token):
+    found, probs = rank(*inputs, num_candidates=num_candidates, double_count_first_token=double_count_first_token)
+    assert found.shape == probs.shape == (3, num_candidates)
     for question in range(3):
-        expected, expected_shares = reference(log_probs[question], keep, double_count_first_token)
+        expected, expected_probs = reference(log_probs[question], num_candidates, double_count_first_token)
         np.testing.assert_array_equal(found[question], expected)
-        assert_close(shares[question], expected_shares, CHAIN)
+        assert_close(probs[question], expected_probs, CHAIN)
 
 
-def test_questions_narrowing_and_the_first_token_matter_in_these_cases(log_probs):
-    (everything, shares), (narrowed, _), (_, twice) = (
-        reference(log_probs[0], keep, double_count_first_token)
-        for keep, double_count_first_token in ((7, False), (3, False), (7, True))
+def test_these_cases_depend_on_questions_candidates_and_the_first_token(log_probs):
+    (everything, probs), (narrowed, _), (_, twice) = (
+        reference(log_probs[0], num_candidates, double_count_first_token)
+        for num_candidates, double_count_first_token in ((7, False), (3, False), (7, True))
     )
     assert everything != reference(log_probs[1], 7, False)[0]
     assert everything[:3] != narrowed
-    assert np.abs(shares - twice).max() > 1e-3
+    assert np.abs(probs - twice).max() > 1e-3

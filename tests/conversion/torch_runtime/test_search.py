@@ -13,7 +13,7 @@ from mplug2_jax.conversion.torch_runtime.decoder import TextDecoder
 from mplug2_jax.conversion.torch_runtime.search import beam_search, generate, rank_answers
 from mplug2_jax.errors import UserError
 from tests.close import assert_close, max_magnitude
-from tests.generation.test_beam import STATES, TOKENS, VOCABULARY, assert_same, search_each, tables
+from tests.generation.test_beam import STATES, TOKENS, VOCABULARY, assert_same, make_table, search_each
 
 
 class ToyDecoder:
@@ -68,7 +68,7 @@ searches = st.builds(
     end_bias=st.sampled_from([-4.0, 0.0, 1.0, 4.0]),
 )
 def test_search_equals_a_plain_implementation(config, batch, seed, sharpness, end_bias):
-    table = tables(seed, sharpness, end_bias)
+    table = make_table(seed, sharpness, end_bias)
     starts = np.arange(batch) * 13 + seed % 100
     expected, margins = search_each(starts, table, config)
     assume(min(margins) > 1e-5 * max_magnitude(table))
