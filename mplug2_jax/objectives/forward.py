@@ -45,7 +45,7 @@ class ForwardPass:
         batch: DeviceBatch,
         rng: PRNGKeyArray | None = None,
         *,
-        teacher: Optional["Forward"] = None,
+        teacher: Optional["ForwardPass"] = None,
         alpha: Float[Array, ""] | float = 0.0,
         queue: Queue | None = None,
         frequencies: DocumentFrequencies | None = None,

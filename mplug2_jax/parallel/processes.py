@@ -125,7 +125,7 @@ def _check_slices(environment: Mapping[str, str]) -> None:
     slices = Cluster("TPU slices", num_processes=_read_int(environment, "MEGASCALE_NUM_SLICES"), process_id=0)
     if slices.num_processes != 1:
         _read_text(environment, "MEGASCALE_COORDINATOR_ADDRESS")
-        _check_process_id(dataclasses.replace(slices, index=_read_int(environment, "MEGASCALE_SLICE_ID")))
+        _check_process_id(dataclasses.replace(slices, process_id=_read_int(environment, "MEGASCALE_SLICE_ID")))
 
 
 def _read_text(environment: Mapping[str, str], name: str) -> str:

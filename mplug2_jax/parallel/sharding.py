@@ -120,7 +120,7 @@ def assume_params_gathered() -> Iterator[None]:
 
 
 def params_are_gathered() -> bool:
-    """Return whether the code being traced runs under :func:`gathered_before`."""
+    """Return whether the code being traced runs under :func:`assume_params_gathered`."""
     return _PARAMS_GATHERED.get()
 
 

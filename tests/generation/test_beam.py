@@ -55,7 +55,7 @@ def toy_logits(start, prefix, table):
 def search_one(logits_of, config, vocabulary):
     """Search one example with Python lists, as the release does: return (score, ids), best first, and a margin.
 
-    The margin is the smallest difference of two scores that stable their order: rounding may change smaller ones.
+    The margin is the smallest difference of two scores that decided their order: rounding may change smaller ones.
     """
     beams = [(FLOAT(0.0), [TOKENS.begin])] + [(FLOAT(-np.inf), [TOKENS.begin])] * (config.num_beams - 1)
     pool, margin = [], np.inf

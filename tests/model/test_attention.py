@@ -52,12 +52,12 @@ def test_16_bit_inputs_are_computed_in_float32():
 
 def test_dropout_keeps_the_expectation_and_is_off_without_a_key():
     query, key, value, _ = inputs()
-    plain = attention(query, key, value, kernel="xla")
-    np.testing.assert_array_equal(attention(query, key, value, dropout=0.5, kernel="xla"), plain)
+    expected = attention(query, key, value, kernel="xla")
+    np.testing.assert_array_equal(attention(query, key, value, dropout=0.5, kernel="xla"), expected)
     dropped = jax.vmap(lambda r: attention(query, key, value, dropout=0.5, rng=r, kernel="xla"))
     samples = dropped(jax.random.split(jax.random.key(0), 4000))
-    assert float(jnp.abs(samples[0] - plain).max()) > 0.1
-    assert float(jnp.abs(samples.mean(0) - plain).max()) < 0.1
+    assert float(jnp.abs(samples[0] - expected).max()) > 0.1
+    assert float(jnp.abs(samples.mean(0) - expected).max()) < 0.1
 
 
 @pytest.mark.parametrize(("l", "s"), [(257, 257), (50, 257), (128, 130)])

@@ -27,13 +27,13 @@ def test_matmul_has_the_values_and_gradients_of_a_product(tied):
     weight = jax.random.normal(jax.random.key(1), (5, 4) if tied else (4, 5))
     out = jax.random.normal(jax.random.key(2), (2, 3, 5))
 
-    def ours(x, w):
+    def custom(x, w):
         return jnp.sum(matmul(x, w, tied=tied) * out)
 
     def reference(x, w):
         return jnp.sum((x @ (w.T if tied else w)) * out)
 
-    assert_close(jax.value_and_grad(ours, (0, 1))(x, weight), jax.value_and_grad(reference, (0, 1))(x, weight))
+    assert_close(jax.value_and_grad(custom, (0, 1))(x, weight), jax.value_and_grad(reference, (0, 1))(x, weight))
 
 
 def test_matmul_gives_float32_gradients_to_float32_weights_of_16_bit_compute():

@@ -92,8 +92,8 @@ def test_narrow_integers_are_uniform_too(dtype: jnp.dtype) -> None:
 
 def test_keys_pass_through_transformations() -> None:
     def total(key: jax.Array) -> jax.Array:
-        def add(carry: jax.Array, each: jax.Array) -> tuple[jax.Array, None]:
-            return carry + jax.random.normal(each, (3,)), None
+        def add(carry: jax.Array, key: jax.Array) -> tuple[jax.Array, None]:
+            return carry + jax.random.normal(key, (3,)), None
 
         return jax.lax.scan(add, jnp.zeros(3), jax.random.split(key, 4))[0]
 

@@ -50,8 +50,8 @@ def test_position_tables_are_resized_as_in_the_release(reference):
     for name in golden:
         if name.startswith("posemb_out_"):
             grid = int(name.removeprefix("posemb_out_").split("x")[0])
-            ours = resize_positions(jnp.asarray(golden["posemb_in"]), grid)
-            assert_close(ours, golden[name].reshape(ours.shape))
+            resized = resize_positions(jnp.asarray(golden["posemb_in"]), grid)
+            assert_close(resized, golden[name].reshape(resized.shape))
 
 
 def test_pixels_are_normalized_as_in_clip():

@@ -154,13 +154,13 @@ def test_distillation_mixes_in_the_teachers_probabilities_by_alpha():
     config = DistillationConfig(softmax_axis="time")
     soft = np.exp(log_softmax(np.asarray(teacher_logits)[:, :-1]))
     assert_close(teacher_probabilities(FakeForward(batch, teacher_logits)), soft)
-    plain = answer_loss(FakeForward(batch, logits)).loss
+    without_teacher = answer_loss(FakeForward(batch, logits)).loss
     distilled = summed_distillation_loss(logits, jnp.asarray(soft, jnp.float32), weights, softmax_axis="time").mean()
     for alpha in (0.0, 0.4, 1.0):
         outcome = answer_loss(FakeForward(batch, logits, FakeForward(batch, teacher_logits), alpha), config)
-        assert_close(outcome.loss, (1 - alpha) * plain + alpha * distilled)
+        assert_close(outcome.loss, (1 - alpha) * without_teacher + alpha * distilled)
     # Without distillation a teacher (used for the contrast) has no effect.
-    assert answer_loss(FakeForward(batch, logits, FakeForward(batch, teacher_logits), 0.4), None).loss == plain
+    assert answer_loss(FakeForward(batch, logits, FakeForward(batch, teacher_logits), 0.4), None).loss == without_teacher
 
 
 def test_only_the_student_gets_a_gradient():

@@ -30,10 +30,10 @@ def pairs(batch, seed, num_ids, padded=0):
     rng = np.random.default_rng(seed)
     features = rng.normal(size=(2, batch, WIDTH))
     features /= np.linalg.norm(features, axis=-1, keepdims=True)
-    counts = np.ones(batch, np.float32)
-    counts[rng.permutation(batch)[:padded]] = 0
+    weights = np.ones(batch, np.float32)
+    weights[rng.permutation(batch)[:padded]] = 0
     ids = rng.integers(num_ids, size=batch)
-    return features[0].astype(np.float32), features[1].astype(np.float32), ids, counts, np.float32(0.07)
+    return features[0].astype(np.float32), features[1].astype(np.float32), ids, weights, np.float32(0.07)
 
 
 def log_softmax(x):
@@ -41,9 +41,9 @@ def log_softmax(x):
     return x - np.log(np.exp(x).sum(-1, keepdims=True))
 
 
-def reference(visual, text, ids, counts, temperature):
+def reference(visual, text, ids, weights, temperature):
     """Compute in float64, without padding, the mean cross entropy of each row over the columns with its id."""
-    valid = counts > 0
+    valid = weights > 0
     visual, text, ids = np.asarray(visual, np.float64)[valid], np.asarray(text, np.float64)[valid], ids[valid]
     target = (ids[:, None] == ids[None]).astype(np.float64)
     target /= target.sum(1, keepdims=True)
@@ -67,15 +67,15 @@ def test_the_loss_matches_a_plain_formula(seed, num_ids, padded):
     assert_close(loss_of(*case), reference(*case), scale=1 / case[-1])  # of the scores
 
 
-def dense_loss(visual, text, ids, counts, temperature):
+def dense_loss(visual, text, ids, weights, temperature):
     """Compute the loss from one dense matrix in JAX, as a reference for gradients."""
     scores = visual @ text.T / temperature
-    target = (ids[:, None] == ids) * counts
+    target = (ids[:, None] == ids) * weights
 
     def direction(scores):
-        total = jax.nn.logsumexp(jnp.where(counts > 0, scores, -1e30), axis=1)
+        total = jax.nn.logsumexp(jnp.where(weights > 0, scores, -1e30), axis=1)
         losses = total - (target * scores).sum(1) / jnp.maximum(target.sum(1), 1)
-        return (losses * counts).sum() / counts.sum()
+        return (losses * weights).sum() / weights.sum()
 
     return (direction(scores) + direction(scores.T)) / 2
 
@@ -84,39 +84,39 @@ dense_value_and_grad = jax.jit(jax.value_and_grad(dense_loss, argnums=(0, 1, 4))
 
 
 def test_equal_ids_are_positives_of_equal_weight():
-    visual, text, _, counts, temperature = pairs(6, 0, 1)
+    visual, text, _, weights, temperature = pairs(6, 0, 1)
     ids = np.asarray([0, 1, 0, 2, 3, 4])
     swapped = text[[2, 1, 0, 3, 4, 5]]  # texts with the same id are interchangeable
-    assert_close(loss_of(visual, swapped, ids, counts, temperature), loss_of(visual, text, ids, counts, temperature))
-    distinct = loss_of(visual, text, np.arange(6), counts, temperature)
-    assert abs(distinct - loss_of(visual, text, ids, counts, temperature)) > 1e-3
+    assert_close(loss_of(visual, swapped, ids, weights, temperature), loss_of(visual, text, ids, weights, temperature))
+    distinct = loss_of(visual, text, np.arange(6), weights, temperature)
+    assert abs(distinct - loss_of(visual, text, ids, weights, temperature)) > 1e-3
 
 
 def test_padding_has_no_effect_and_no_gradient():
-    visual, text, ids, counts, temperature = pairs(12, 1, 4, padded=5)
-    padding = counts == 0
+    visual, text, ids, weights, temperature = pairs(12, 1, 4, padded=5)
+    padding = weights == 0
     value_and_grad = jax.jit(jax.value_and_grad(contrastive_loss, argnums=(0, 1)))
-    value, grads = value_and_grad(visual, text, ids, counts, temperature)
+    value, grads = value_and_grad(visual, text, ids, weights, temperature)
     for grad in grads:
         np.testing.assert_array_equal(grad[padding], 0)
         assert (np.abs(grad[~padding]).max(-1) > 0).all()
     noisy_visual, noisy_text, other_ids = visual.copy(), text.copy(), ids.copy()
     noisy_visual[padding], noisy_text[padding], other_ids[padding] = 100.0, -100.0, ids[~padding][0]
-    noisy_value, noisy_grads = value_and_grad(noisy_visual, noisy_text, other_ids, counts, temperature)
+    noisy_value, noisy_grads = value_and_grad(noisy_visual, noisy_text, other_ids, weights, temperature)
     np.testing.assert_array_equal(noisy_value, value)
     np.testing.assert_array_equal(noisy_grads, grads)
 
 
 def test_the_loss_of_a_batch_of_padding_is_0():
-    visual, text, ids, counts, temperature = pairs(4, 0, 4)
-    loss, grad = jax.jit(jax.value_and_grad(contrastive_loss))(visual, text, ids, 0 * counts, temperature)
+    visual, text, ids, weights, temperature = pairs(4, 0, 4)
+    loss, grad = jax.jit(jax.value_and_grad(contrastive_loss))(visual, text, ids, 0 * weights, temperature)
     assert float(loss) == 0
     np.testing.assert_array_equal(grad, 0)
 
 
 def test_the_loss_is_symmetric_in_images_and_texts():
-    visual, text, ids, counts, temperature = pairs(12, 2, 8, padded=2)
-    assert_close(loss_of(text, visual, ids, counts, temperature), loss_of(visual, text, ids, counts, temperature))
+    visual, text, ids, weights, temperature = pairs(12, 2, 8, padded=2)
+    assert_close(loss_of(text, visual, ids, weights, temperature), loss_of(visual, text, ids, weights, temperature))
 
 
 @pytest.mark.parametrize(
@@ -171,12 +171,12 @@ class FakeForward(ForwardPass):
 
 
 def test_the_objective_uses_features_ids_and_padding_and_clips_the_temperature():
-    visual, text, ids, counts, _ = pairs(6, 6, 4, padded=2)
-    batch = {"example_id": jnp.asarray(ids), "example_mask": jnp.asarray(counts > 0)}
+    visual, text, ids, weights, _ = pairs(6, 6, 4, padded=2)
+    batch = {"example_id": jnp.asarray(ids), "example_mask": jnp.asarray(weights > 0)}
     forward = FakeForward(batch, (jnp.asarray(visual), jnp.asarray(text)))
     for min_temperature, temperature in ((0.01, 0.07), (0.5, 0.5)):
         outcome = vlc_loss(forward, VlcConfig(min_temperature=min_temperature))
-        assert_close(outcome.loss, reference(visual, text, ids, counts, temperature))
+        assert_close(outcome.loss, reference(visual, text, ids, weights, temperature))
         assert_close(outcome.metrics["temperature"], temperature)
         assert outcome.queue is None
 
@@ -259,11 +259,11 @@ def test_the_momentum_loss_has_no_gradient_for_the_teacher():
 
 
 def test_with_alpha_0_and_an_empty_queue_the_momentum_loss_is_the_contrastive_loss():
-    visual, text, ids, counts, temperature = (jnp.asarray(x) for x in pairs(6, 5, 3))
+    visual, text, ids, weights, temperature = (jnp.asarray(x) for x in pairs(6, 5, 3))
     empty = jnp.zeros((0, WIDTH))
     queue = Queue(empty, empty, jnp.zeros(0, jnp.int32), jnp.int32(0))
     momentum = momentum_contrastive_loss((visual, text), (visual, text), ids, queue, temperature, 0.0)
-    assert_close(momentum, loss_of(visual, text, ids, counts, temperature))
+    assert_close(momentum, loss_of(visual, text, ids, weights, temperature))
 
 
 def test_a_queue_replaces_its_oldest_rows_and_wraps_around():

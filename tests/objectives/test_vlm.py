@@ -27,15 +27,15 @@ def case(seed, num_ids=5, padded=2, batch=BATCH):
     rng = np.random.default_rng(seed)
     features = rng.normal(size=(2, batch, WIDTH))
     features = (features / np.linalg.norm(features, axis=-1, keepdims=True)).astype(np.float32)
-    counts = np.ones(batch, np.float32)
-    counts[rng.permutation(batch)[:padded]] = 0
+    weights = np.ones(batch, np.float32)
+    weights[rng.permutation(batch)[:padded]] = 0
     ids = rng.integers(num_ids, size=batch).astype(np.int32)
-    return tuple(jnp.asarray(x) for x in (features[0], features[1], ids, counts))
+    return tuple(jnp.asarray(x) for x in (features[0], features[1], ids, weights))
 
 
-def sample_negatives(visual, text, ids, counts, rng=None, temperature=0.07, group=4):
+def sample_negatives(visual, text, ids, weights, rng=None, temperature=0.07, group=4):
     pair = (visual, text)
-    return hard_negatives(pair, pair, ids, counts, jnp.asarray(temperature), group, rng)
+    return hard_negatives(pair, pair, ids, weights, jnp.asarray(temperature), group, rng)
 
 
 jitted_sample = jax.jit(sample_negatives, static_argnames="group")
@@ -53,12 +53,12 @@ def batch_index(index, group):
     group=st.sampled_from([4, 12]), sampled=st.booleans(),
 )  # fmt: skip
 def test_negatives_are_unpadded_group_members_with_another_id(seed, num_ids, padded, group, sampled):
-    visual, text, ids, counts = case(seed, num_ids, padded)
-    found = jitted_sample(visual, text, ids, counts, jax.random.key(seed) if sampled else None, group=group)
-    ids, counts, exists = np.asarray(ids), np.asarray(counts), np.asarray(found[2]).reshape(-1)
+    visual, text, ids, weights = case(seed, num_ids, padded)
+    found = jitted_sample(visual, text, ids, weights, jax.random.key(seed) if sampled else None, group=group)
+    ids, weights, exists = np.asarray(ids), np.asarray(weights), np.asarray(found[2]).reshape(-1)
     for i in range(BATCH):
         members = range(i // group * group, i // group * group + group)
-        possible = {j for j in members if ids[j] != ids[i] and counts[i] and counts[j]}
+        possible = {j for j in members if ids[j] != ids[i] and weights[i] and weights[j]}
         assert exists[i] == bool(possible)
         for index in found[:2]:
             assert 0 <= np.asarray(index).reshape(-1)[i] < group
@@ -68,14 +68,14 @@ def test_negatives_are_unpadded_group_members_with_another_id(seed, num_ids, pad
 @settings(max_examples=15)
 @given(seed=st.integers(0, 2**31 - 1))
 def test_the_most_similar_negative_is_taken_without_a_key_and_at_low_temperature(seed):
-    visual, text, ids, counts = case(seed, padded=1)
-    exists = np.asarray(jitted_sample(visual, text, ids, counts)[2]).reshape(-1)
+    visual, text, ids, weights = case(seed, padded=1)
+    exists = np.asarray(jitted_sample(visual, text, ids, weights)[2]).reshape(-1)
     similarity = np.asarray(text) @ np.asarray(visual).T  # texts are rows
     same_group = np.arange(BATCH)[:, None] // 4 == np.arange(BATCH) // 4
-    is_negative = same_group & (np.asarray(ids)[:, None] != np.asarray(ids)) & (np.asarray(counts) > 0)
+    is_negative = same_group & (np.asarray(ids)[:, None] != np.asarray(ids)) & (np.asarray(weights) > 0)
     near = 1e-4  # rounding, and sampling at low temperature, decide between negatives that are so similar
     for rng, temperature in ((None, 0.07), (jax.random.key(seed), 1e-6)):
-        found = jitted_sample(visual, text, ids, counts, rng, temperature)
+        found = jitted_sample(visual, text, ids, weights, rng, temperature)
         for index, matrix in zip(found[:2], (similarity, similarity.T), strict=True):
             possible = np.where(is_negative, matrix, -np.inf)
             chosen = possible[np.arange(BATCH), batch_index(index, 4)]
@@ -83,9 +83,9 @@ def test_the_most_similar_negative_is_taken_without_a_key_and_at_low_temperature
 
 
 def test_sampling_is_proportional_to_softmax_of_similarity_over_temperature():
-    visual, text, _, counts = case(1, padded=0, batch=4)
+    visual, text, _, weights = case(1, padded=0, batch=4)
     ids, temperature, num_samples = jnp.asarray([0, 1, 0, 2]), 0.5, 4000
-    sample = jax.jit(jax.vmap(lambda key: sample_negatives(visual, text, ids, counts, key, temperature)[:2]))
+    sample = jax.jit(jax.vmap(lambda key: sample_negatives(visual, text, ids, weights, key, temperature)[:2]))
     images, texts = (np.asarray(x)[:, 0] for x in sample(jax.random.split(jax.random.key(0), num_samples)))
     scores = np.asarray(text) @ np.asarray(visual).T / temperature
     is_negative = np.asarray(ids)[:, None] != np.asarray(ids)
@@ -98,12 +98,12 @@ def test_sampling_is_proportional_to_softmax_of_similarity_over_temperature():
 
 
 def test_sampling_does_not_depend_on_other_groups():
-    visual, text, ids, counts = case(2)
+    visual, text, ids, weights = case(2)
     rng, first = jax.random.key(3), jnp.arange(BATCH) < 4
-    before = jitted_sample(visual, text, ids, counts, rng)
+    before = jitted_sample(visual, text, ids, weights, rng)
     after = jitted_sample(
         jnp.where(first[:, None], visual, -visual), jnp.where(first[:, None], text, visual),
-        jnp.where(first, ids, ids + 1), jnp.where(first, counts, 1.0), rng,
+        jnp.where(first, ids, ids + 1), jnp.where(first, weights, 1.0), rng,
     )  # fmt: skip
     for a, b in zip(before, after, strict=True):
         np.testing.assert_array_equal(a[0], b[0])
@@ -111,11 +111,11 @@ def test_sampling_does_not_depend_on_other_groups():
 
 
 def test_negatives_may_be_sampled_by_a_teachers_features():
-    visual, text, ids, counts = case(5, num_ids=100, padded=0)
+    visual, text, ids, weights = case(5, num_ids=100, padded=0)
     student, teacher = (visual, text), (visual[::-1], text[::-1])
     negatives = jax.jit(hard_negatives, static_argnums=5)
     temperature = jnp.asarray(0.07)
-    found = negatives(student, teacher, ids, counts, temperature, 4, None)
+    found = negatives(student, teacher, ids, weights, temperature, 4, None)
     is_negative = ~np.eye(4, dtype=bool)
     for index, rows, columns in ((found[0], text, teacher[0]), (found[1], visual, teacher[1])):
         scores = np.einsum("gie,gje->gij", rows.reshape(3, 4, -1), columns.reshape(3, 4, -1))
@@ -155,8 +155,8 @@ class FakeForward(ForwardPass):
 def loss_and_negatives(batch, features, table, rng, group):
     forward = FakeForward(batch, features, table, rng)
     key = forward.key("vlm/negatives")
-    counts = batch["example_mask"].astype(jnp.float32)
-    negatives = sample_negatives(*features, batch["example_id"], counts, key, group=group or len(table))
+    weights = batch["example_mask"].astype(jnp.float32)
+    negatives = sample_negatives(*features, batch["example_id"], weights, key, group=group or len(table))
     return vlm_loss(forward, VlmConfig(group_size=group)), negatives
 
 
@@ -164,11 +164,11 @@ loss_of = jax.jit(loss_and_negatives, static_argnames="group")
 
 
 def pairs_to_match(seed, padded=0, num_ids=5, batch=BATCH):
-    visual, text, ids, counts = case(seed, num_ids, padded, batch)
+    visual, text, ids, weights = case(seed, num_ids, padded, batch)
     arrays = {
         "text_mask": jnp.arange(3) < (jnp.arange(batch) % 3 + 1)[:, None],
         "example_id": ids,
-        "example_mask": counts > 0,
+        "example_mask": weights > 0,
     }
     return arrays, (visual, text), jax.random.normal(jax.random.key(seed), (batch, batch, 2))
 
