@@ -160,7 +160,9 @@ def test_distillation_mixes_in_the_teachers_probabilities_by_alpha():
         outcome = answer_loss(FakeForward(batch, logits, FakeForward(batch, teacher_logits), alpha), config)
         assert_close(outcome.loss, (1 - alpha) * without_teacher + alpha * distilled)
     # Without distillation a teacher (used for the contrast) has no effect.
-    assert answer_loss(FakeForward(batch, logits, FakeForward(batch, teacher_logits), 0.4), None).loss == without_teacher
+    assert (
+        answer_loss(FakeForward(batch, logits, FakeForward(batch, teacher_logits), 0.4), None).loss == without_teacher
+    )
 
 
 def test_only_the_student_gets_a_gradient():
