@@ -1,4 +1,4 @@
-"""Caption scores equal the COCO toolkit's own, and its Java scores are there or absent."""
+"""Caption metrics equal the COCO toolkit's, and its Java metrics are present or absent."""
 
 import json
 import shutil
@@ -27,48 +27,53 @@ Texts = dict[int, list[str]]
 
 
 def examples() -> tuple[Texts, Texts]:
-    """References and captions by picture, as the toolkit takes them."""
-    truth: Texts = {}
+    """Return references and captions by image, as the toolkit takes them."""
+    references: Texts = {}
     for row in json.loads((EXAMPLES / "references.json").read_text(encoding="utf-8"))["annotations"]:
-        truth.setdefault(row["image_id"], []).append(row["caption"])
+        references.setdefault(row["image_id"], []).append(row["caption"])
     results = json.loads((EXAMPLES / "results.json").read_text(encoding="utf-8"))
-    return truth, {row["image_id"]: [row["caption"]] for row in results}
+    return references, {row["image_id"]: [row["caption"]] for row in results}
 
 
 def toolkit_tokens(texts: Texts) -> Texts:
     return PTBTokenizer().tokenize({i: [{"caption": text} for text in each] for i, each in texts.items()})
 
 
-def toolkit_scores(truth: Texts, said: Texts) -> dict[str, float]:
-    bleu = Bleu(4).compute_score(truth, said, verbose=0)[0]
+def toolkit_scores(references: Texts, captions: Texts) -> dict[str, float]:
+    bleu = Bleu(4).compute_score(references, captions, verbose=0)[0]
     scores = {f"bleu_{order}": 100 * bleu[order - 1] for order in range(1, 5)}
-    cider, rouge = Cider().compute_score(truth, said)[0] * 100, Rouge().compute_score(truth, said)[0] * 100
+    cider, rouge = (
+        Cider().compute_score(references, captions)[0] * 100,
+        Rouge().compute_score(references, captions)[0] * 100,
+    )
     return {"cider": cider, **scores, "rouge_l": rouge}
 
 
-@pytest.mark.parametrize("by", ["us", pytest.param("java", marks=needs_java)])
-def test_every_score_of_the_examples_is_the_toolkits(by: str) -> None:
-    truth, said = examples()
+@pytest.mark.parametrize("tokenizer", ["ours", pytest.param("java", marks=needs_java)])
+def test_every_metric_equals_the_toolkit(tokenizer: str) -> None:
+    references, captions = examples()
     split = (
-        toolkit_tokens if by == "java" else (lambda texts: {i: tokenize_captions(each) for i, each in texts.items()})
+        toolkit_tokens
+        if tokenizer == "java"
+        else (lambda texts: {i: tokenize_captions(each) for i, each in texts.items()})
     )
-    expected = toolkit_scores(split(truth), split(said))
-    found = caption_scores([text for (text,) in said.values()], [truth[i] for i in said])
-    assert_close({name: figure.value for name, figure in found.items()}, expected, FLOAT64, scale=100)
+    expected = toolkit_scores(split(references), split(captions))
+    result = caption_scores([text for (text,) in captions.values()], [references[i] for i in captions])
+    assert_close({name: metric.value for name, metric in result.items()}, expected, FLOAT64, scale=100)
 
 
 @needs_java
 @pytest.mark.slow
-def test_meteor_is_the_toolkits_for_all_captions_and_for_each() -> None:
-    truth, said = ({i: tokenize_captions(each) for i, each in texts.items()} for texts in examples())
-    said[3] = [truth[3][0]]  # all of a reference in one piece, whose score is 1
+def test_meteor_equals_the_toolkit_for_all_captions_and_for_each() -> None:
+    references, captions = ({i: tokenize_captions(each) for i, each in texts.items()} for texts in examples())
+    captions[3] = [references[3][0]]  # equal to a reference, so its score is 1
     scorer = Meteor()
-    whole, each = scorer.compute_score(truth, said)
-    found = meteor([text for (text,) in said.values()], list(truth.values()))
-    assert found is not None
-    assert_close(found.value, 100 * whole, FLOAT64)
-    assert_close([found.weighted(one) / 100 for one in np.eye(len(found))], each, FLOAT64)
-    low, high = bootstrap_ci({"meteor": found})["meteor"]
+    whole, each = scorer.compute_score(references, captions)
+    result = meteor([text for (text,) in captions.values()], list(references.values()))
+    assert result is not None
+    assert_close(result.value, 100 * whole, FLOAT64)
+    assert_close([result.weighted(one) / 100 for one in np.eye(len(result))], each, FLOAT64)
+    low, high = bootstrap_ci({"meteor": result})["meteor"]
     assert low < 100 * whole < high
 
 
@@ -78,39 +83,37 @@ def program(folder: Path, text: str) -> None:
     path.chmod(path.stat().st_mode | stat.S_IEXEC)
 
 
-def test_a_java_that_fails_is_slow_or_is_not_there_leaves_the_figure_absent(
+def test_a_metric_is_absent_if_java_fails_is_slow_or_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    said, references = ["a dog"], [["a dog", "the dog"]]
+    captions, references = ["a dog"], [["a dog", "the dog"]]
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     for text in ("exit 1", "echo no counts", "cat > /dev/null"):
         program(tmp_path, text)
-        assert meteor(said, references) is None
+        assert meteor(captions, references) is None
     program(tmp_path, f"echo $$ > {tmp_path}/pid; exec sleep 60")
     start = time.monotonic()
-    assert meteor(said, references, timeout=0.5) is None
+    assert meteor(captions, references, timeout=0.5) is None
     assert time.monotonic() - start < 30
     done = subprocess.run(["ps", "-p", (tmp_path / "pid").read_text().strip()], capture_output=True)
-    assert done.returncode != 0  # it is gone
+    assert done.returncode != 0  # the process is gone
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
-    assert meteor(said, references) is None
+    assert meteor(captions, references) is None
 
 
-def test_spice_is_absent_without_its_models_and_else_what_its_program_writes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    said, references = ["a dog", "a cat"], [["a dog"], ["a bird"]]
+def test_spice_is_absent_without_its_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    captions, references = ["a dog", "a cat"], [["a dog"], ["a bird"]]
     lib = tmp_path / "spice" / "lib"
     lib.mkdir(parents=True)
     monkeypatch.setattr(java_metrics, "_TOOLKIT", tmp_path)
-    assert spice(said, references) is None
+    assert spice(captions, references) is None
     (lib / "stanford-corenlp-3.6.0-models.jar").touch()
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     scores = [{"image_id": i, "scores": {"All": {"f": f}}} for i, f in ((1, 0.0), (0, 1.0))]
-    # java -Xmx8G -jar spice-1.0.jar ASKED -out FOUND
+    # java -Xmx8G -jar spice-1.0.jar REQUESTS -out SCORES
     program(tmp_path, f"grep -q '\"test\": \"a cat\"' $4 || exit 1\ncat > $6 <<'END'\n{json.dumps(scores)}\nEND")
-    found = spice(said, references)
-    assert found is not None
-    assert found.values.tolist() == [100.0, 0.0]
+    result = spice(captions, references)
+    assert result is not None
+    assert result.values.tolist() == [100.0, 0.0]
     program(tmp_path, "exit 1")
-    assert spice(said, references) is None
+    assert spice(captions, references) is None

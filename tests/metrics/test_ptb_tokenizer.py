@@ -1,4 +1,4 @@
-"""Our tokeniser against the Java one: a table that always runs, and Java itself where there is Java."""
+"""The tokenizer against the Java one: a table that always runs, and Java itself where it is installed."""
 
 import json
 import random
@@ -63,17 +63,17 @@ PAIRS = list(zip(*[iter(SAID.strip("\n").split("\n"))] * 2, strict=True))
 
 
 @pytest.mark.parametrize(("text", "tokens"), PAIRS)
-def test_a_caption_has_the_tokens_that_java_gives_it(text: str, tokens: str) -> None:
+def test_a_caption_has_the_tokens_of_java(text: str, tokens: str) -> None:
     assert tokenize(text) == tokens
 
 
-def test_nothing_and_punctuation_alone_are_no_tokens_and_line_breaks_are_spaces() -> None:
+def test_punctuation_has_no_tokens_and_line_breaks_are_spaces() -> None:
     assert tokenize("") == tokenize(" \n") == tokenize('... "." -- ;') == ""
     assert tokenize("a\nb\r\nc") == "a b c"
 
 
 @given(st.text())
-def test_any_text_has_tokens_without_spaces_or_what_the_toolkit_drops(text: str) -> None:
+def test_tokens_have_no_spaces_and_no_dropped_marks(text: str) -> None:
     tokens = tokenize(text)
     assert not set(tokens.split(" ")) & set(PUNCTUATIONS)
     assert "  " not in tokens
@@ -81,7 +81,7 @@ def test_any_text_has_tokens_without_spaces_or_what_the_toolkit_drops(text: str)
 
 
 def java_tokens(texts: list[str]) -> list[str]:
-    """Java's tokens; a line between texts keeps each from being read as the next one's beginning."""
+    """Return Java's tokens; a line between texts keeps them separate."""
     folder = Path(pycocoevalcap.__path__[0], "tokenizer")
     if not shutil.which("java"):
         pytest.skip("needs java on the path")
@@ -112,7 +112,7 @@ ALPHABET = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 
 
 def fuzzed(rng: random.Random, words: list[str]) -> str:
-    """Half captions with marks on their words, half pieces and characters in any order."""
+    """Return half captions with marks on their words, half pieces and characters in random order."""
     pieces = PIECES.split()
     if rng.random() < 0.5:
         kinds = [
@@ -125,7 +125,7 @@ def fuzzed(rng: random.Random, words: list[str]) -> str:
     return "".join(rng.choice(rng.choice(sources)) for _ in range(rng.randint(1, 12)))
 
 
-def test_java_gives_the_examples_and_fuzzed_lines_the_same_tokens() -> None:
+def test_examples_and_fuzzed_lines_have_the_tokens_of_java() -> None:
     rng, examples = random.Random(0), captions()
     words = sorted({word for text in examples for word in text.split()})
     texts = [*examples, *(text for text, _ in PAIRS), *(fuzzed(rng, words) for _ in range(2000))]

@@ -1,4 +1,4 @@
-"""What is refused before anything is scored."""
+"""Checks before anything is scored."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from mplug2_jax.errors import UserError
 from mplug2_jax.metrics.validation import check_same_length
 
 
-def test_as_many_of_each_are_wanted_and_some():
+def test_lengths_must_be_equal_and_not_0():
     check_same_length("ROUGE", summaries=2, references=2)
     with pytest.raises(
         UserError, match="ROUGE: found 1,000 summaries and 2 references; expected one of each for every"

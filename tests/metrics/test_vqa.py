@@ -1,4 +1,4 @@
-"""VQA's answers as the dataset's authors compare them, and how much each counts."""
+"""VQA's answer normalization and soft accuracy."""
 
 import itertools
 
@@ -21,65 +21,65 @@ from mplug2_jax.metrics.vqa import CONTRACTIONS, normalize_answer, soft_accuracy
         ("A", ""),
         ("an  apple\nand a  pear", "apple and pear"),
         ("red-and-white", "red and white"),
-        ("red -and-white", "red andwhite"),  # beside a space once, removed everywhere
+        ("red -and-white", "red andwhite"),  # next to a space once, removed everywhere
         ("black/white, red", "black white red"),
         ("1,000", "1000"),
-        ("1,000-ton truck", "1000ton truck"),  # a comma between digits takes every mark's space
+        ("1,000-ton truck", "1000ton truck"),  # with a comma between digits no mark becomes a space
         ("1,b", "1 b"),
         ("2.5", "2.5"),
         ("u.s.", "us"),
         ("5.", "5"),
         ("v.2", "v.2"),
         ("." * 34, ".."),
-        ("4:30 p.m.", "4:30 pm"),  # colons and apostrophes are no marks
+        ("4:30 p.m.", "4:30 pm"),  # colons and apostrophes are not marks
         ("dont know", "don't know"),
         ("Im", "im"),
         ("somebody'd", "somebodyd"),
         ("couldnt've", "couldn't've"),
-        ("couldntve", "couldntve"),  # one apostrophe is given back, not two
+        ("couldntve", "couldntve"),  # one apostrophe is restored, not two
         ("she'll shed", "she'll shed"),
     ],
 )
-def test_normal_answers(answer, normal):
+def test_normalized_answers(answer, normal):
     assert normalize_answer(answer) == normal
 
 
 def test_contractions_are_the_originals():
-    assert len(CONTRACTIONS) == 114  # 120 there, less 4 in capitals, which never match, and 2 that change nothing
+    assert len(CONTRACTIONS) == 114  # the original has 120: 4 in capitals never match, and 2 change nothing
     assert {"ow's'at", "'ows'at", "'ow'sat"} == {wrong for wrong, right in CONTRACTIONS.items() if right == "'ow's'at"}
     assert not {"shed", "were", "well", "its", "hell"} & set(CONTRACTIONS)
 
 
 @pytest.mark.parametrize(("agree", "expected"), [(0, 0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1), (10, 1)])
-def test_an_answer_counts_by_how_many_gave_it_each_annotator_left_out_once(agree, expected):
-    """Of 3 who agree, those 3 are left with 2, the other 7 with 3: (3 * 2/3 + 7 * 1) / 10."""
+def test_an_answer_scores_by_how_many_others_gave_it(agree, expected):
+    """If 3 agree, each of the 3 has 2 others, and the other 7 have 3: (3 * 2/3 + 7 * 1) / 10."""
     answers = ["red"] * agree + [f"blue {i}" for i in range(10 - agree)]
     assert soft_accuracy("red", answers) == pytest.approx(expected)
 
 
-def test_nothing_is_normalised_where_all_annotators_wrote_the_same():
+def test_nothing_is_normalized_if_all_annotators_wrote_the_same():
     assert soft_accuracy("The End.", ["The End."] * 10) == 1
     assert soft_accuracy("end", ["The End."] * 10) == 0
     assert soft_accuracy("yes.", ["yes"] * 10) == 0
-    assert soft_accuracy(" yes\n", ["yes", "yes "] * 5) == 1  # spaces around are no difference
+    assert soft_accuracy(" yes\n", ["yes", "yes "] * 5) == 1  # outer spaces are ignored
     assert soft_accuracy("end", ["The End."] * 9 + ["the end"]) == 1
 
 
 @given(st.lists(st.sampled_from(["yes", "no", "Yes.", "the no", ""]), min_size=4, max_size=10), st.sampled_from("yn"))
 def test_the_order_of_annotators_does_not_matter_and_the_score_is_the_mean_over_all_nine(answers, first):
-    said = {"y": "yes", "n": "no"}[first]
-    score = soft_accuracy(said, answers)
-    assert score == pytest.approx(soft_accuracy(said, answers[::-1]))
+    prediction = {"y": "yes", "n": "no"}[first]
+    score = soft_accuracy(prediction, answers)
+    assert score == pytest.approx(soft_accuracy(prediction, answers[::-1]))
     if len(set(answers)) > 1:
-        agree = [normalize_answer(answer) == said for answer in answers]
+        agree = [normalize_answer(answer) == prediction for answer in answers]
         others = itertools.combinations(agree, len(agree) - 1)
         assert score == pytest.approx(np.mean([min(1, sum(of) / 3) for of in others]))
 
 
 def test_vqa_accuracy_is_the_mean_over_questions_and_can_be_weighted():
-    figure = vqa_accuracy(["red", "two"], [["red"] + ["blue"] * 9, ["2"] * 4 + ["3"] * 6])
-    assert figure.value == pytest.approx((0.3 + 1) / 2)
-    assert figure.weighted(np.asarray([3.0, 1.0])) == pytest.approx((3 * 0.3 + 1) / 4)
+    metric = vqa_accuracy(["red", "two"], [["red"] + ["blue"] * 9, ["2"] * 4 + ["3"] * 6])
+    assert metric.value == pytest.approx((0.3 + 1) / 2)
+    assert metric.weighted(np.asarray([3.0, 1.0])) == pytest.approx((3 * 0.3 + 1) / 4)
 
 
 @pytest.mark.parametrize(
@@ -92,16 +92,16 @@ def test_vqa_accuracy_is_the_mean_over_questions_and_can_be_weighted():
         ([""] * 10, 0.0),
     ],
 )
-def test_annotators_who_wrote_nothing_count(given, expected):
+def test_blank_answers_count(given, expected):
     assert vqa_accuracy(["yes"], [given]).value == pytest.approx(expected)
 
 
-def test_questions_with_too_few_annotators_weigh_nothing():
+def test_questions_with_too_few_annotators_have_weight_0():
     given = [["red"] * 10, [], ["red"] * 3, ["red"] * 2 + ["blue"] * 2]
     assert vqa_accuracy(["red"] * 4, given).value == pytest.approx((1 + (2 * 1 / 3 + 2 * 2 / 3) / 4) / 2)
     assert vqa_accuracy(["red"], [["red"] * 3]).value == 0
 
 
-def test_answers_and_questions_must_be_as_many():
+def test_different_lengths_are_an_error():
     with pytest.raises(UserError, match="found 1 answers and 2 questions"):
         vqa_accuracy(["red"], [["red"] * 10] * 2)

@@ -1,4 +1,4 @@
-"""Every task: what it needs, what it refuses, what it predicts and how that is scored."""
+"""Every task: required parts and keys, losses, predictions and scores."""
 
 import dataclasses
 
@@ -35,7 +35,7 @@ SETTINGS = TaskSettings(
     vlm=VlmConfig(group_size=BATCH),
     search=SearchConfig(num_beams=2, min_length=1, max_length=4),
 )
-PROMPTS = Prompts(np.arange(4, 12, dtype=np.int32).reshape(2, 2, 2), classes=2, templates=2)
+PROMPTS = Prompts(np.arange(4, 12, dtype=np.int32).reshape(2, 2, 2), num_classes=2, num_templates=2)
 CONTEXT = TaskContext(settings=SETTINGS, tokens=SpecialTokens(begin=1, end=2, mask=3), prompts=PROMPTS)
 CLASSES = {"classify": 6, "mnli": 3, "stsb": len(SIMILARITY_LEVELS)}  # of other tasks: 2
 HEADS = [name for name, task in TASKS.items() if "classifier" in task.parts]
@@ -46,8 +46,8 @@ def decode(ids):
     return " ".join(WORDS[i] for i in ids if WORDS[i])
 
 
-def batch_of(frames=1):
-    """A batch with every key that tasks read."""
+def make_batch(frames=1):
+    """Return a batch with every key that tasks read."""
     rng = np.random.default_rng(0)
     ids = lambda: rng.integers(4, VOCABULARY, size=(BATCH, LENGTH)).astype(np.int32)  # noqa: E731
     mask = np.arange(LENGTH) < np.asarray([[5], [4], [5], [3]])
@@ -64,24 +64,24 @@ def batch_of(frames=1):
 
 
 def config_of(name):
-    """The model's sizes for a task."""
+    """Return the model config of a task."""
     return dataclasses.replace(CONFIG, num_classes=CLASSES.get(name, 2) if name in HEADS else 0)
 
 
-def predicted_by(task, model, batch):
-    """A batch's predictions, and what all batches share made before."""
-    shared = task.prepare(model, CONTEXT) if task.prepare else {}
+def predict(task, model, batch):
+    """Return the predictions of a batch, after the arrays that all batches share."""
+    shared = task.precompute(model, CONTEXT) if task.precompute else {}
     return task.predict(model, batch | shared, CONTEXT)
 
 
-def parts_of(name, frames=1):
-    """The parts for a task, and whether its batches bring frames."""
-    pictures = "frames" in TASKS[name].keys or bool(frames and TASKS[name].vision_parts and name not in GLUE)
-    return required_parts([(TASKS[name], pictures, frames > 1)]), pictures
+def required_parts_of(name, frames=1):
+    """Return the parts that a task requires, and whether its batches have frames."""
+    has_frames = "frames" in TASKS[name].keys or bool(frames and TASKS[name].vision_parts and name not in GLUE)
+    return required_parts([(TASKS[name], has_frames, frames > 1)]), has_frames
 
 
 def examples_of(batch, name=""):
-    """The examples that a batch was made of."""
+    """Return the examples of a batch."""
     if name == "stsb":
         rows = [{"label": np.asarray(value)} for value in batch["label"]]
         return [Example(row, f"key{i}", "", "a b", (f"{i}.3",)) for i, row in enumerate(rows)]
@@ -107,7 +107,7 @@ def test_a_task_is_listed_under_its_name_with_parts_that_exist(name):
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_batches_that_lack_a_key_are_refused_with_what_is_missing_and_what_there_is(name):
+def test_batches_without_a_key_are_an_error_that_names_missing_and_available_keys(name):
     task = TASKS[name]
     task.check({*task.keys, "word_starts"}, "config.streams.x")
     for key in task.keys:
@@ -129,15 +129,15 @@ USES = [*[(name, 1) for name in TASKS], ("ilm", 0), ("caption", 3), ("summarize"
 @pytest.mark.parametrize(("name", "frames"), USES)
 def test_parts_for_a_task_are_those_that_its_loss_reads_and_its_prediction_needs_no_others(name, frames):
     task = TASKS[name]
-    parts, pictures = parts_of(name, frames)
-    read = {*task.keys, *(["frames"] if pictures else [])}
-    batch = {key: value for key, value in batch_of(frames).items() if key in read}
+    parts, has_frames = required_parts_of(name, frames)
+    read = {*task.keys, *(["frames"] if has_frames else [])}
+    batch = {key: value for key, value in make_batch(frames).items() if key in read}
     definition = define_model(config_of(name), parts)
 
     def used(params, batch):
         model = definition.bind(params)
         if task.loss is None:
-            return predicted_by(task, model, batch)
+            return predict(task, model, batch)
         return task.loss(ForwardPass(model, batch, jax.random.key(0)), CONTEXT).loss
 
     traced = jax.make_jaxpr(used)(definition.shapes, batch).jaxpr
@@ -147,8 +147,8 @@ def test_parts_for_a_task_are_those_that_its_loss_reads_and_its_prediction_needs
     assert reached == set(definition.shapes)
     assert ("temporal" in parts) == (frames > 1)
     if task.predict:
-        predict = lambda params, batch: predicted_by(task, definition.bind(params), batch)  # noqa: E731
-        predicted = jax.eval_shape(predict, definition.shapes, batch)
+        predict_batch = lambda params, batch: predict(task, definition.bind(params), batch)  # noqa: E731
+        predicted = jax.eval_shape(predict_batch, definition.shapes, batch)
         assert all(value.shape[0] == BATCH for value in predicted.values())
 
 
@@ -164,10 +164,10 @@ def test_parts_for_several_uses_are_their_union_in_the_order_of_the_table():
 
 @pytest.fixture(scope="module")
 def predictions():
-    """What a model that has every part, and is as good as untrained, predicts in every task; and each loss."""
+    """Compute the predictions and losses of all tasks with an untrained model that has every part."""
     parts = tuple(part for part in PARTS if part not in ("classifier", "temporal"))
     definition = define_model(CONFIG, parts)
-    params = untrained(definition)
+    params = random_params(definition)
     params["contrastive"]["temperature"] = jnp.asarray(0.07)
     generating = {name: task for name, task in TASKS.items() if name not in HEADS}
 
@@ -176,55 +176,55 @@ def predictions():
         forward = ForwardPass(model, batch)
         predicted = {
             # The instruction-based task predicts as question answering does.
-            name: predicted_by(task, model, batch)
+            name: predict(task, model, batch)
             for name, task in generating.items()
             if task.predict and (name == "answer" or task.predict is not answer.predict)
         }
         return predicted, {name: task.loss(forward, CONTEXT) for name, task in generating.items() if task.loss}
 
-    predicted, losses = jax.device_get(jax.jit(run)(params, batch_of()))
+    predicted, losses = jax.device_get(jax.jit(run)(params, make_batch()))
     for name, task in generating.items():
         if task.predict is answer.predict:
             predicted[name] = predicted["answer"]
     for name in HEADS:
-        task, (parts, pictures) = TASKS[name], parts_of(name)
+        task, (parts, has_frames) = TASKS[name], required_parts_of(name)
         definition = define_model(config_of(name), parts)
-        bound, batch = definition.bind(untrained(definition)), jax.device_put(batch_of(int(pictures)))
+        bound, batch = definition.bind(random_params(definition)), jax.device_put(make_batch(int(has_frames)))
         predicted[name] = jax.device_get(task.predict(bound, batch, CONTEXT))
         losses[name] = jax.device_get(task.loss(ForwardPass(bound, batch), CONTEXT))
     return predicted, losses
 
 
-def untrained(definition):
+def random_params(definition):
     rng = np.random.default_rng(1)
     return jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape) * 0.3, jnp.float32), definition.shapes)
 
 
 @pytest.mark.parametrize("name", [name for name in TASKS if TASKS[name].loss])
 def test_losses_are_finite_and_name_themselves_in_their_metrics(predictions, name):
-    outcome = predictions[1][name]
-    assert np.isfinite(outcome.loss)
-    assert outcome.loss > 0 or name == "scst"  # whose captions may be likelier the better they are
-    assert outcome.metrics["loss"] == outcome.loss
-    assert all(np.isfinite(value) for value in outcome.metrics.values())
+    output = predictions[1][name]
+    assert np.isfinite(output.loss)
+    assert output.loss > 0 or name == "scst"  # its loss may be negative
+    assert output.metrics["loss"] == output.loss
+    assert all(np.isfinite(value) for value in output.metrics.values())
 
 
 @pytest.mark.parametrize("name", [name for name, task in TASKS.items() if task.predict])
-def test_predictions_are_scored_in_finite_figures_each_beside_its_baseline(predictions, name):
-    examples = examples_of(batch_of(), name)
+def test_predictions_are_scored_by_finite_metrics_with_baselines(predictions, name):
+    examples = examples_of(make_batch(), name)
     predicted = predictions[0][name]
     if TASKS[name].rerank:
         predicted = TASKS[name].rerank(predicted, examples, CONTEXT, lambda pairs: np.float32(pairs[:, 0]))
     scored = TASKS[name].score(predicted, examples, decode)
     assert scored.metrics
     assert scored.metrics.keys() == scored.baselines.keys()
-    assert all(len(figure) == BATCH for figure in scored.metrics.values())
-    for figure, value in (*values_of(scored).items(), *scored.baselines.items()):
+    assert all(len(metric) == BATCH for metric in scored.metrics.values())
+    for metric, value in (*values_of(scored).items(), *scored.baselines.items()):
         assert np.isfinite(value)
-        lowest = -1 if figure in ("matthews", "pearson", "spearman") else 0
-        assert lowest <= value <= (1 if is_fraction(figure) else 1000)
+        lowest = -1 if metric in ("matthews", "pearson", "spearman") else 0
+        assert lowest <= value <= (1 if is_fraction(metric) else 1000)
     assert len(scored.predictions) == BATCH
-    assert all(isinstance(sentence, str) for sentence in scored.predictions)
+    assert all(isinstance(text, str) for text in scored.predictions)
     assert scored.example_scores.shape == (BATCH,)
     assert np.isfinite(scored.example_scores).all()
     assert (scored.confusion is not None) == ((name in HEADS and name != "stsb") or name == "zero_shot")
@@ -242,43 +242,43 @@ def test_generated_ids_begin_with_the_begin_token_and_end_in_padding(predictions
 
 
 def values_of(scored):
-    return {name: figure.value for name, figure in scored.metrics.items()}
+    return {name: metric.value for name, metric in scored.metrics.items()}
 
 
 def sample(**fields):
     return Example(**{"arrays": {}, "key": "", **fields})
 
 
-def test_an_answer_is_right_if_it_equals_any_of_the_right_ones():
+def test_an_answer_is_correct_if_it_equals_any_reference():
     examples = [sample(answers=("a", "b")), sample(answers=("a",)), sample(answers=("c",)), sample(answers=("a b",))]
     ids = np.asarray([[1, 5, 2, 0], [1, 4, 4, 2], [1, 6, 2, 0], [1, 5, 4, 2]])  # b, a a, c, b a
     scored = answer.score({"ids": ids}, examples, decode)
     assert scored.predictions == ["b", "a a", "c", "b a"]
     assert values_of(scored) == {"accuracy": 0.5}
-    assert scored.baselines == {"accuracy": 0.5}  # always to say "a"
+    assert scored.baselines == {"accuracy": 0.5}  # of always "a"
     assert scored.example_scores.tolist() == [1, 0, 1, 0]
 
 
 def test_masked_words_are_scored_where_they_were_masked():
     examples = [sample(arrays={"text": np.asarray(row)}) for row in ([1, 5, 5, 6, 2], [1, 5, 7, 2, 0])]
     ids = np.asarray([[9, 5, 9, 6, 2], [1, 5, 8, 9, 9]])
-    chosen = np.asarray([[0, 1, 1, 0, 0], [0, 1, 1, 0, 0]], bool)
-    scored = mlm.score({"ids": ids, "masked": chosen}, examples, decode)
+    masked = np.asarray([[0, 1, 1, 0, 0], [0, 1, 1, 0, 0]], bool)
+    scored = mlm.score({"ids": ids, "masked": masked}, examples, decode)
     assert values_of(scored) == {"accuracy": 0.5}
-    assert scored.baselines == {"accuracy": 0.75}  # always to guess 5
+    assert scored.baselines == {"accuracy": 0.75}  # of always 5
     assert scored.example_scores.tolist() == [0.5, 0.5]
-    part = mlm.score({"ids": ids, "masked": chosen & [[True], [False]]}, examples, decode)
-    assert part.example_scores.tolist() == [0.5, 0.5]  # nothing of the second was masked: as good as all
-    nothing = mlm.score({"ids": ids, "masked": chosen & False}, examples, decode)
+    part = mlm.score({"ids": ids, "masked": masked & [[True], [False]]}, examples, decode)
+    assert part.example_scores.tolist() == [0.5, 0.5]  # the second has no masked token, so it gets the overall fraction
+    nothing = mlm.score({"ids": ids, "masked": masked & False}, examples, decode)
     assert values_of(nothing) == nothing.baselines == {"accuracy": 0.0}
 
 
-def test_retrieval_is_scored_in_both_directions_and_says_the_nearest_text():
+def test_retrieval_is_scored_in_both_directions_and_predicts_the_nearest_text():
     examples = [
         sample(text=text, arrays={"example_id": np.asarray(i)}) for i, text in enumerate(("one", "two", "three"))
     ]
     visual = np.eye(3)
-    text = np.asarray([[0.9, 0.1, 0], [0.8, 0.5, 0], [0, 0, 1.0]])  # the second text is nearer to the first picture
+    text = np.asarray([[0.9, 0.1, 0], [0.8, 0.5, 0], [0, 0, 1.0]])  # the second text is nearer to the first visual
     scored = vlc.score({"visual": visual, "text": text}, examples, decode)
     assert scored.metrics["text_to_visual_r1"].value == pytest.approx(2 / 3)
     assert scored.metrics["visual_to_text_r1"].value == 1
@@ -292,29 +292,29 @@ def test_retrieval_is_scored_in_both_directions_and_says_the_nearest_text():
     assert scored.nearest.visual_of.tolist() == [0, 1, 2]
 
 
-def test_the_texts_of_one_picture_are_all_right():
+def test_all_texts_of_one_visual_are_correct():
     ids, texts = (7, 7, 3), ("one", "uno", "three")
     examples = [sample(text=t, arrays={"example_id": np.asarray(i)}) for i, t in zip(ids, texts, strict=True)]
-    visual = np.asarray([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])  # the first two are the same picture
-    text = np.asarray([[0.1, 0.2], [0.9, 0.0], [0.3, 0.8]])  # "one" is nearer to the other picture
+    visual = np.asarray([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])  # the first two are the same visual
+    text = np.asarray([[0.1, 0.2], [0.9, 0.0], [0.3, 0.8]])  # "one" is nearer to the other visual
     scored = vlc.score({"visual": visual, "text": text}, examples, decode)
-    assert scored.metrics["visual_to_text_r1"].value == 1  # of two pictures
+    assert scored.metrics["visual_to_text_r1"].value == 1  # of two visuals
     assert scored.metrics["text_to_visual_r1"].value == pytest.approx(2 / 3)  # of three texts, and no copy competes
     assert scored.baselines["text_to_visual_r1"] == 1 / 2
     assert scored.baselines["visual_to_text_r1"] == pytest.approx((2 / 3 + 1 / 3) / 2)
     assert scored.predictions == ["uno", "uno", "three"]
-    assert scored.nearest.visuals.tolist() == [[2, 0], [0, 2], [2, 0]]  # a picture is its first example
+    assert scored.nearest.visuals.tolist() == [[2, 0], [0, 2], [2, 0]]  # a visual has the index of its first example
     assert scored.nearest.visual_of.tolist() == [0, 0, 2]
 
 
-def test_a_picture_s_nearest_texts_are_worse_the_further_behind_the_right_one_is():
+def test_a_prediction_scores_the_negated_rank_of_the_correct_text():
     examples = [sample(text=text, arrays={"example_id": np.asarray(i)}) for i, text in enumerate("abc")]
     text = np.asarray([[0.1, 0.9, 0], [0.9, 0.1, 0], [0.5, 0.2, 0.3]])
     scored = vlc.score({"visual": np.eye(3), "text": text}, examples, decode)
     assert scored.example_scores.tolist() == [-3, -3, -1]
 
 
-def test_classes_are_as_good_as_the_right_one_is_likely_and_taken_for_each_other():
+def test_classes_score_the_probability_of_the_label_and_have_a_confusion_matrix():
     examples = [sample(answers=(name,), arrays={"label": np.asarray(i)}) for i, name in ((0, "cat"), (1, "dog"))]
     scored = classify.score({"probabilities": np.asarray([[0.2, 0.7, 0.1], [0.1, np.nan, 0]])}, examples, decode)
     assert scored.example_scores.tolist() == [0.2, 0]
@@ -323,7 +323,7 @@ def test_classes_are_as_good_as_the_right_one_is_likely_and_taken_for_each_other
     }  # fmt: skip
 
 
-def test_a_number_is_worse_the_further_it_is_off():
+def test_a_number_scores_its_negated_error():
     examples = [sample(answers=(answer,)) for answer in ("1.0", "5.0", "3.0")]
     probabilities = np.zeros((3, len(SIMILARITY_LEVELS)))
     probabilities[[0, 1], [5, 0]] = 1
@@ -332,32 +332,32 @@ def test_a_number_is_worse_the_further_it_is_off():
     assert scored.example_scores.tolist() == [0, -5, -5]
 
 
-def test_java_s_figures_of_captions_are_there_or_absent(monkeypatch):
-    """Every program is started once, for the captions and for those of the baseline."""
+def test_java_metrics_of_captions_are_present_or_absent(monkeypatch):
+    """Every program starts once, for predictions and baselines together."""
     examples = [sample(answers=("a b", "a c")), sample(answers=("d e",))]
-    scored = EvalOutput({}, {}, ["a b", "f"], np.zeros(2))
-    asked = []
+    output = EvalOutput({}, {}, ["a b", "f"], np.zeros(2))
+    calls = []
 
-    def spice(said, references, seconds):
-        asked.append((said, references))
+    def spice(captions, references, timeout):
+        calls.append((captions, references))
         return MeanMetric(np.asarray([100.0, 0.0, 10.0, 30.0]))
 
     monkeypatch.setattr(caption, "spice", spice)
-    monkeypatch.setattr(caption, "meteor", lambda said, references, seconds: None)
-    found = caption.external_metrics(scored, examples)
-    assert asked == [(["a b", "f", "d e", "a b"], 2 * [["a b", "a c"], ["d e"]])]
-    assert (found.metrics["spice"].value, found.baselines) == (50.0, {"spice": 20.0})
-    assert (found.metrics.keys(), found.absent, found.predictions) == ({"spice"}, ("meteor",), scored.predictions)
+    monkeypatch.setattr(caption, "meteor", lambda captions, references, timeout: None)
+    result = caption.external_metrics(output, examples)
+    assert calls == [(["a b", "f", "d e", "a b"], 2 * [["a b", "a c"], ["d e"]])]
+    assert (result.metrics["spice"].value, result.baselines) == (50.0, {"spice": 20.0})
+    assert (result.metrics.keys(), result.absent, result.predictions) == ({"spice"}, ("meteor",), output.predictions)
 
     counts = np.arange(4 * 23, dtype=np.float64).reshape(4, 23)
-    monkeypatch.setattr(caption, "meteor", lambda said, references, seconds: Meteor(counts))
-    monkeypatch.setattr(caption, "spice", lambda said, references, seconds: None)
-    found = caption.external_metrics(scored, examples)
-    assert (found.metrics["meteor"].value, found.absent) == (Meteor(counts[:2]).value, ("spice",))
-    assert found.baselines == {"meteor": Meteor(counts[2:]).value}
+    monkeypatch.setattr(caption, "meteor", lambda captions, references, timeout: Meteor(counts))
+    monkeypatch.setattr(caption, "spice", lambda captions, references, timeout: None)
+    result = caption.external_metrics(output, examples)
+    assert (result.metrics["meteor"].value, result.absent) == (Meteor(counts[:2]).value, ("spice",))
+    assert result.baselines == {"meteor": Meteor(counts[2:]).value}
 
 
-def test_captions_are_compared_with_all_of_their_own_and_the_baseline_with_anothers():
+def test_captions_are_compared_with_all_references_and_the_baseline_is_another_caption():
     texts = [("a b c d e", "a b c e d"), ("f g h i j",), ("k l a c e",)]
     ids = np.asarray([[1, *(WORDS.index(w) for w in t[0].split()), 2] for t in texts])
     scored = caption.score({"ids": ids}, [sample(answers=t) for t in texts], decode)
