@@ -91,7 +91,8 @@ def check_same_bits(step: int, first: TrainState, second: TrainState) -> None:
     raise CorruptionError(
         f"step {step} was repeated from the same inputs and gave different bits in {names[0]}"
         f"{f' and {len(names) - 1} more arrays' if len(names) > 1 else ''}; "
-        f"{where if suspects else 'a device of another process'}: remove the device, and resume from the last checkpoint"
+        f"{where if suspects else 'a device of another process'}: remove the device, and resume from the last "
+        "checkpoint"
     )
 
 
