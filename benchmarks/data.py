@@ -1,11 +1,11 @@
-"""The data room's speed, as ratios measured in one run: whatever the machine does today, it does to both sides.
+"""Throughput of the data pipeline, as ratios measured in one run, so that the machine's load affects both sides.
 
     python benchmarks/data.py
-    python benchmarks/data.py --pictures 64 --clips 4 --index 100000      # quick
+    python benchmarks/data.py --images 64 --videos 4 --index 100000      # quick
 
-Columns: our pipeline as a share of a bare loop of the same decoder and resize calls on one core; two threads against
-one; the share of a training run's time that waits for data; start-up over a large index, and at a far step; and the
-same work by a PyTorch DataLoader and by webdataset, where they are installed.
+Rows: the pipeline relative to a minimal loop of the same decode and resize calls on one core; two threads relative to
+one; the fraction of a training run that waits for data; startup with a large index, and at a late step; and the same
+work by a PyTorch DataLoader and by webdataset, if they are installed.
 """
 
 import argparse
@@ -42,31 +42,31 @@ TOKENIZER = WordPieceTokenizer([*SPECIAL_TOKENS, "a", "picture"])
 ROWS: list[tuple[str, str]] = []
 
 
-def row(what: str, figure: str) -> None:
-    """Prints a line of the table as soon as it is known."""
-    ROWS.append((what, figure))
-    print(f"{what:<66} {figure}", flush=True)
+def add_row(name: str, value: str) -> None:
+    """Print a line of the table as soon as it is measured."""
+    ROWS.append((name, value))
+    print(f"{name:<66} {value}", flush=True)
 
 
 def smooth_noise(rng: np.random.Generator, count: int, height: int, width: int) -> np.ndarray:
-    """Frames with structure at all scales, which code about as large as photographs do."""
+    """Return frames with structure at all scales, which compress to about the size of photographs."""
     coarse = [Image.fromarray(rng.integers(0, 256, (h, h * 4 // 3, 3), np.uint8)) for h in (6, 48)]
     layers = [np.asarray(image.resize((width, height), Image.Resampling.BICUBIC), np.float32) for image in coarse]
     grain = rng.normal(0, 8, (height, width, 3))
-    still = 0.6 * layers[0] + 0.3 * layers[1] + grain
-    return np.stack([np.roll(still, 2 * t, axis=1) for t in range(count)]).clip(0, 255).astype(np.uint8)
+    image = 0.6 * layers[0] + 0.3 * layers[1] + grain
+    return np.stack([np.roll(image, 2 * t, axis=1) for t in range(count)]).clip(0, 255).astype(np.uint8)
 
 
-def write_pictures(folder: Path, count: int) -> Path:
-    """A tar of JPEGs of 640 x 480 (COCO's size), each eight times, and the same JPEGs as files."""
+def write_images(folder: Path, count: int) -> Path:
+    """Write a tar of JPEGs of 640 x 480 (COCO's size), each eight times, and the same JPEGs as files."""
     rng = np.random.default_rng(0)
-    (folder / "pictures").mkdir()
-    path = folder / "pictures.tar"
+    (folder / "images").mkdir()
+    path = folder / "images.tar"
     with tarfile.open(path, "w") as tar:
         for i in range(count):
-            file = folder / "pictures" / f"{i:05}.jpg"
+            file = folder / "images" / f"{i:05}.jpg"
             Image.fromarray(smooth_noise(rng, 1, 480, 640)[0]).save(file, quality=90)
-            for copy in range(8):  # an order of few records is slow to work out, and no data set is that small
+            for copy in range(8):  # shuffling few records is slow per record, and no data set is that small
                 tar.add(file, f"{i:05}-{copy}.jpg")
                 info = tarfile.TarInfo(f"{i:05}-{copy}.txt")
                 info.size = 9
@@ -74,33 +74,33 @@ def write_pictures(folder: Path, count: int) -> Path:
     return path
 
 
-def write_clips(folder: Path, count: int) -> Path:
-    """A tar of H.264 clips of 300 frames of 320 x 240, and the same clips as files."""
+def write_videos(folder: Path, count: int) -> Path:
+    """Write a tar of H.264 videos of 300 frames of 320 x 240, and the same videos as files."""
     rng = np.random.default_rng(1)
-    (folder / "clips").mkdir()
-    path = folder / "clips.tar"
+    (folder / "videos").mkdir()
+    path = folder / "videos.tar"
     with tarfile.open(path, "w") as tar:
         for i in range(count):
-            file = folder / "clips" / f"{i:05}.mp4"
+            file = folder / "videos" / f"{i:05}.mp4"
             write_video(file, smooth_noise(rng, 300, 240, 320), fps=30)
             for copy in range(8):
                 tar.add(file, f"{i:05}-{copy}.mp4")
     return path
 
 
-def stream(path: Path, kind: str, threads: int, batch: int, **visual: Any) -> Stream:
-    """Decode, random resized crop, batch."""
+def open_stream(path: Path, kind: str, num_threads: int, batch: int, **visual: Any) -> Stream:
+    """Open a stream that decodes, applies a random resized crop, and batches."""
     source = SourceConfig(format="webdataset", path=str(path), kind=kind)
     config = DataConfig(
         sources={"tar": source},
         visual=VisualConfig(image_size=SIZE, transform="train", flip=False, num_ops=0, **visual),
-        examples=ExampleConfig(), batch_size=batch, num_threads=threads, prefetch=2 * batch * threads,
+        examples=ExampleConfig(), batch_size=batch, num_threads=num_threads, prefetch=2 * batch * num_threads,
     )  # fmt: skip
     return Stream(config, TOKENIZER, name="benchmark", seed=0)
 
 
-def rate(batches: Iterator[Any], count: int, batch: int) -> float:
-    """Examples per second over ``count`` examples, the start left out."""
+def measure_rate(batches: Iterator[Any], count: int, batch: int) -> float:
+    """Return examples per second over ``count`` examples, without the startup."""
     next(batches)
     start = time.perf_counter()
     for _ in range(max(1, count // batch)):
@@ -109,27 +109,27 @@ def rate(batches: Iterator[Any], count: int, batch: int) -> float:
 
 
 def read_jpeg(file: Path) -> list[Image.Image]:
-    """A picture by Pillow."""
+    """Decode an image with Pillow."""
     with Image.open(io.BytesIO(file.read_bytes())) as image:
         image.load()
         return [image]
 
 
 def read_16_frames(file: Path) -> list[Image.Image]:
-    """The frames that the pipeline takes, by PyAV: all are decoded, and those taken become RGB."""
+    """Decode the frames that the pipeline selects, with PyAV: all are decoded, the selected ones converted to RGB."""
     with av.open(str(file)) as container:
-        wanted = set(uniform_indices(300, 16).tolist())
-        frames = (frame for i, frame in enumerate(container.decode(video=0)) if i in wanted)
+        selected = set(uniform_indices(300, 16).tolist())
+        frames = (frame for i, frame in enumerate(container.decode(video=0)) if i in selected)
         return [Image.fromarray(frame.to_ndarray(format="rgb24")) for frame in frames]
 
 
-def bare(files: Iterable[Path], read: Callable[[Path], list[Image.Image]]) -> float:
-    """Examples per second of the decoder and of one resize per frame, and nothing else."""
+def measure_minimal_loop(files: Iterable[Path], read: Callable[[Path], list[Image.Image]]) -> float:
+    """Return examples per second of the decoder and one resize per frame, and nothing else."""
     rng, count, start = np.random.default_rng(0), 0, time.perf_counter()
     for file in files:
         frames = read(file)
         width, height = frames[0].size
-        window = random_resized_crop(height, width, SIZE, rng, min_area=0.5)  # as large as the pipeline's
+        window = random_resized_crop(height, width, SIZE, rng, min_area=0.5)  # of the pipeline's size
         box = (window.left, window.top, window.left + window.width, window.top + window.height)
         for frame in frames:
             np.asarray(frame.resize((SIZE, SIZE), Image.Resampling.BICUBIC, box))
@@ -137,7 +137,7 @@ def bare(files: Iterable[Path], read: Callable[[Path], list[Image.Image]]) -> fl
     return count / (time.perf_counter() - start)
 
 
-def pipeline(
+def measure_pipeline(
     name: str,
     tar: Path,
     files: list[Path],
@@ -146,31 +146,33 @@ def pipeline(
     batch: int,
     repeats: int,
 ) -> None:
-    """Share of the bare loop, and scaling; medians of turns, so that both sides see the same machine."""
+    """Measure the throughput relative to the minimal loop, and the scaling; medians of interleaved measurements."""
     visual: dict[str, Any] = {"num_frames": 16} if kind == "video" else {}
-    alone = stream(tar, kind, 0, batch, **visual).batches()  # no thread but this one
-    next(alone)
-    shares, scales, machine = [], [], []
+    single = open_stream(tar, kind, 0, batch, **visual).batches()  # on this thread only
+    next(single)
+    ratios, thread_scaling, process_scaling = [], [], []
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as processes:
-        list(processes.map(bare, [files[:1]] * 2, [read] * 2))  # started and imported
+        list(processes.map(measure_minimal_loop, [files[:1]] * 2, [read] * 2))  # start them, and import
         for _ in range(repeats):
-            for part in range(0, len(files), batch):  # short turns, so that both see the same machine
-                loop = bare(files[part : part + batch], read)
+            for part in range(0, len(files), batch):  # interleaved, so that the load affects both
+                minimal = measure_minimal_loop(files[part : part + batch], read)
                 start = time.perf_counter()
-                next(alone)
-                shares.append(batch / (time.perf_counter() - start) / loop)
+                next(single)
+                ratios.append(batch / (time.perf_counter() - start) / minimal)
             one, two = (
-                rate(stream(tar, kind, threads, batch, **visual).batches(), 2 * len(files), batch) for threads in (1, 2)
+                measure_rate(open_stream(tar, kind, threads, batch, **visual).batches(), 2 * len(files), batch)
+                for threads in (1, 2)
             )
-            scales.append(two / one)
-            machine.append(sum(processes.map(bare, [files] * 2, [read] * 2)) / bare(files, read))
-    row(f"{name}: share of the bare loop on one core", f"{np.median(shares):.0%} ({loop:.1f} examples/s bare)")
-    row(f"{name}: two threads against one", f"{np.median(scales):.2f}x")
-    row("    two processes with the bare loop against one, at the same time", f"{np.median(machine):.2f}x")
+            thread_scaling.append(two / one)
+            both = sum(processes.map(measure_minimal_loop, [files] * 2, [read] * 2))
+            process_scaling.append(both / measure_minimal_loop(files, read))
+    add_row(f"{name}: relative to a minimal loop on one core", f"{np.median(ratios):.0%} (of {minimal:.1f} examples/s)")
+    add_row(f"{name}: two threads / one", f"{np.median(thread_scaling):.2f}x")
+    add_row("    two processes of the minimal loop / one, at the same time", f"{np.median(process_scaling):.2f}x")
 
 
-def waiting(folder: Path, tar: Path, steps: int) -> None:
-    """The share of a real run's time that is spent waiting for data."""
+def measure_data_wait(folder: Path, tar: Path, steps: int) -> None:
+    """Measure the fraction of a training run's time that is spent waiting for data."""
     from mplug2_jax.config import as_recipe, build, load_recipe
     from mplug2_jax.training.config import RunConfig
     from mplug2_jax.training.loop import train
@@ -188,24 +190,25 @@ def waiting(folder: Path, tar: Path, steps: int) -> None:
     recipe.streams.image_text.objectives = {"vlc": 1.0, "vlm": 1.0}
     recipe.evaluations = {}
     config = build(RunConfig, recipe)
-    made = stream_seconds(config.streams["image_text"].data, BATCH)
+    batch_seconds = measure_batch_seconds(config.streams["image_text"].data, BATCH)
     train(config, folder / "run")
     lines = [line for line in read_train_metrics(folder / "run" / "metrics.jsonl") if line["step"] > 5]
     step, wait = (float(np.median([line[key] for line in lines])) for key in ("seconds_per_step", "data_wait"))
-    row(f"training, {step:.2f} s a step, {made:.2f} s to make a batch: waiting for data", f"{wait:.2%}")
+    name = f"training, {step:.2f} s per step, {batch_seconds:.2f} s to build a batch: waiting for data"
+    add_row(name, f"{wait:.2%}")
 
 
-def stream_seconds(data: DataConfig, batch: int) -> float:
-    """Seconds to make a batch."""
+def measure_batch_seconds(data: DataConfig, batch: int) -> float:
+    """Return the seconds to build a batch."""
     from mplug2_jax.training.config import TokenizerConfig
     from mplug2_jax.training.workdir import load_or_train_tokenizer
 
     batches = Stream(data, load_or_train_tokenizer(TokenizerConfig()), name="image_text", seed=0).batches()
-    return batch / rate(batches, 8 * batch, batch)
+    return batch / measure_rate(batches, 8 * batch, batch)
 
 
 def write_index(folder: Path, samples: int, per_tar: int = 10_000) -> Path:
-    """Tars that are holes but for one text, with an index that says it is in every sample: nothing else is on disk."""
+    """Write sparse tars of one text, with indexes in which every sample has this text: nothing else is on disk."""
     (folder / "index").mkdir()
     text = b"a picture"
     for shard in range(-(-samples // per_tar)):
@@ -216,9 +219,9 @@ def write_index(folder: Path, samples: int, per_tar: int = 10_000) -> Path:
             file.truncate(per_tar * 20_000)
         count = min(per_tar, samples - shard * per_tar)
         keys = "".join(f"{i:09}" for i in range(shard * per_tar, shard * per_tar + count)).encode()
-        spans = np.broadcast_to(np.array([[[512, len(text)]]], np.int64), (count, 1, 2))
+        extents = np.broadcast_to(np.array([[[512, len(text)]]], np.int64), (count, 1, 2))
         packed = tar_index.pack_index(
-            np.frombuffer(keys, np.uint8), np.arange(1, count + 1, dtype=np.int64) * 9, spans, [".txt"],
+            np.frombuffer(keys, np.uint8), np.arange(1, count + 1, dtype=np.int64) * 9, extents, [".txt"],
             tar_index.file_signature(str(tar)),
         )  # fmt: skip
         Path(f"{tar}{tar_index.SUFFIX}").write_bytes(packed)
@@ -226,51 +229,53 @@ def write_index(folder: Path, samples: int, per_tar: int = 10_000) -> Path:
 
 
 def open_index(folder: Path) -> None:
-    """Opens a large index in a process of its own, and reads a batch at the beginning and one far away."""
-    before = memory("VmRSS")
+    """Open a large index in a separate process, and read the first batch and one of a late step."""
+    before = read_memory("VmRSS")
     start = time.perf_counter()
     source = SourceConfig(format="webdataset", path=str(folder), kind="text")
     config = DataConfig(sources={"tar": source}, examples=ExampleConfig(text="sentence", text_length=8), batch_size=256)
-    opened = Stream(config, TOKENIZER, name="benchmark", seed=0)
+    stream = Stream(config, TOKENIZER, name="benchmark", seed=0)
     seconds = {"open": time.perf_counter() - start}
-    for name, step in (("first", 0), ("far", 1_000_000)):
+    for name, step in (("first", 0), ("late", 1_000_000)):
         start = time.perf_counter()
-        next(opened.batches(step))
+        next(stream.batches(step))
         seconds[name] = time.perf_counter() - start
-    records, peak = sum(opened.records.values()), memory("VmHWM")
-    print(json.dumps({**seconds, "records": records, "peak": peak, "grown": peak - before}))
+    records, peak = sum(stream.records.values()), read_memory("VmHWM")
+    print(json.dumps({**seconds, "records": records, "peak": peak, "growth": peak - before}))
 
 
-def memory(field: str) -> float:
-    """This process's memory in GiB, as Linux counts it."""
+def read_memory(field: str) -> float:
+    """Return a memory counter of this process in GiB, from Linux."""
     (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field)]
     return int(line.split()[1]) / 2**20
 
 
-def index(folder: Path, samples: int) -> None:
-    """Start-up over many samples, and at a far step."""
+def measure_index(folder: Path, samples: int) -> None:
+    """Measure the startup with many samples, and at a late step."""
     path = write_index(folder, samples)
     words = [sys.executable, __file__, "--open-index", str(path)]
-    done = subprocess.run(
+    process = subprocess.run(
         words, capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     )
-    found = json.loads(done.stdout.splitlines()[-1])
-    row(f"index of {found['records']:,} records: opened in", f"{found['open']:.2f} s")
-    row("    memory: peak of the process, and grown by", f"{found['peak']:.2f} GiB, {found['grown']:.2f} GiB")
-    row("    first batch of 256 at step 0, and at step 1,000,000", f"{found['first']:.2f} s, {found['far']:.2f} s")
+    result = json.loads(process.stdout.splitlines()[-1])
+    add_row(f"index of {result['records']:,} records: opened in", f"{result['open']:.2f} s")
+    add_row("    memory: peak of the process, and growth", f"{result['peak']:.2f} GiB, {result['growth']:.2f} GiB")
+    add_row(
+        "    first batch of 256 at step 0, and at step 1,000,000", f"{result['first']:.2f} s, {result['late']:.2f} s"
+    )
 
 
 def decode(data: bytes, rng: np.random.Generator) -> np.ndarray:
-    """The same work, as a user of the other two would write it."""
+    """Decode and crop an image, as users of the other libraries would write it."""
     with Image.open(io.BytesIO(data)) as image:
         window = random_resized_crop(image.height, image.width, SIZE, rng, min_area=0.5)
         box = (window.left, window.top, window.left + window.width, window.top + window.height)
-        picture = image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BICUBIC, box)
-    return np.array(picture)
+        resized = image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BICUBIC, box)
+    return np.array(resized)
 
 
 class Files:
-    """A map-style data set of PyTorch."""
+    """A map-style dataset for PyTorch."""
 
     def __init__(self, files: list[Path], repeats: int) -> None:
         self._files, self._repeats = files, repeats
@@ -283,39 +288,40 @@ class Files:
 
 
 def decode_sample(sample: dict[str, Any]) -> np.ndarray:
-    """A sample of webdataset as pixels."""
+    """Return a sample of webdataset as pixels."""
     return decode(sample["jpg"], np.random.default_rng(0))
 
 
-def others(tar: Path, files: list[Path]) -> None:
-    """JPEGs by three loaders with two workers each."""
-    ours = rate(stream(tar, "image", 2, BATCH).batches(), 2 * len(files), BATCH)
+def compare_loaders(tar: Path, files: list[Path]) -> None:
+    """Compare three loaders with two workers each, on JPEGs."""
+    pipeline = measure_rate(open_stream(tar, "image", 2, BATCH).batches(), 2 * len(files), BATCH)
     try:
         import torch.utils.data
     except ImportError:
-        row("PyTorch DataLoader, two workers", "torch is not installed")
+        add_row("PyTorch DataLoader, two workers", "torch is not installed")
         return
     loader = torch.utils.data.DataLoader(Files(files, 4), BATCH, num_workers=2, drop_last=True)
-    theirs = rate(iter(loader), 2 * len(files), BATCH)
-    row("JPEGs, two workers: ours against a PyTorch DataLoader", f"{ours / theirs:.2f}x ({ours:.0f}, {theirs:.0f}/s)")
+    pytorch = measure_rate(iter(loader), 2 * len(files), BATCH)
+    ratio = f"{pipeline / pytorch:.2f}x ({pipeline:.0f}, {pytorch:.0f}/s)"
+    add_row("JPEGs, two workers: this pipeline / PyTorch DataLoader", ratio)
     try:
         import webdataset
     except ImportError:
-        row("webdataset, two workers", "webdataset is not installed")
+        add_row("webdataset, two workers", "webdataset is not installed")
         return
     samples = webdataset.WebDataset([str(tar)] * 8, shardshuffle=False).map(decode_sample)
-    theirs = rate(iter(torch.utils.data.DataLoader(samples, BATCH, num_workers=2)), 2 * len(files), BATCH)
-    row("JPEGs, two workers: ours against webdataset", f"{ours / theirs:.2f}x ({ours:.0f}, {theirs:.0f}/s)")
+    tars = measure_rate(iter(torch.utils.data.DataLoader(samples, BATCH, num_workers=2)), 2 * len(files), BATCH)
+    add_row("JPEGs, two workers: this pipeline / webdataset", f"{pipeline / tars:.2f}x ({pipeline:.0f}, {tars:.0f}/s)")
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Run all measurements, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=int, default=384, help="JPEGs (default: %(default)s)")
-    parser.add_argument("--clips", type=int, default=12, help="videos (default: %(default)s)")
+    parser.add_argument("--images", type=int, default=384, help="JPEGs (default: %(default)s)")
+    parser.add_argument("--videos", type=int, default=12, help="videos (default: %(default)s)")
     parser.add_argument("--index", type=int, default=10_000_000, help="records of the index (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=30, help="of the training run (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=3, help="turns of each measurement (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=30, help="steps of the training run (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="repetitions of each measurement (default: %(default)s)")
     parser.add_argument("--open-index", type=Path, help=argparse.SUPPRESS)  # the process that opens the large index
     args = parser.parse_args()
     if args.open_index:
@@ -323,14 +329,14 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        pictures, clips = write_pictures(folder, args.pictures), write_clips(folder, args.clips)
-        files = [sorted((folder / each).iterdir()) for each in ("pictures", "clips")]
-        pipeline("JPEG of 640 x 480, crop, 224", pictures, files[0], read_jpeg, "image", BATCH, args.repeats)
-        pipeline("video, 16 of 300 frames, 224", clips, files[1], read_16_frames, "video", 2, args.repeats)
-        others(pictures, files[0])
-        index(folder, args.index)
-        waiting(folder, pictures, args.steps)
-    print("\n" + "\n".join(f"{what:<66} {figure}" for what, figure in ROWS))
+        images, videos = write_images(folder, args.images), write_videos(folder, args.videos)
+        image_files, video_files = (sorted((folder / name).iterdir()) for name in ("images", "videos"))
+        measure_pipeline("JPEG of 640 x 480, crop, 224", images, image_files, read_jpeg, "image", BATCH, args.repeats)
+        measure_pipeline("video, 16 of 300 frames, 224", videos, video_files, read_16_frames, "video", 2, args.repeats)
+        compare_loaders(images, image_files)
+        measure_index(folder, args.index)
+        measure_data_wait(folder, images, args.steps)
+    print("\n" + "\n".join(f"{name:<66} {value}" for name, value in ROWS))
 
 
 if __name__ == "__main__":

@@ -61,10 +61,10 @@ def test_meshes_agree_with_one_device(repository: Path) -> None:
 
 @pytest.mark.slow
 def test_data(repository: Path) -> None:
-    small = ("--pictures", "16", "--clips", "2", "--index", "30000", "--steps", "6", "--repeats", "1")
+    small = ("--images", "16", "--videos", "2", "--index", "30000", "--steps", "6", "--repeats", "1")
     out = run_benchmark(repository, "data.py", *small)
     for figure in (
-        r"JPEG .*, crop, 224: share of the bare loop on one core +\d+%", r"video, .*: two threads against one +[\d.]+x",
+        r"JPEG .*, crop, 224: relative to a minimal loop on one core +\d+%", r"video, .*: two threads / one +[\d.]+x",
         r"index of 30,000 records: opened in +[\d.]+ s", r"at step 0, and at step 1,000,000 +[\d.]+ s, [\d.]+ s",
         r"waiting for data +[\d.]+%",
     ):  # fmt: skip

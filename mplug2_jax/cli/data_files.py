@@ -125,9 +125,9 @@ def run_show(args: argparse.Namespace) -> int:
 def _show(config: "RunConfig", name: str, step: int, folder: Path) -> "list[Path]":
     from data_pipelines.loader import Stream
     from mplug2_jax.report.contact_sheet import write_sheet
-    from mplug2_jax.training.workdir import make_tokenizer
+    from mplug2_jax.training.workdir import load_or_train_tokenizer
 
-    stream = Stream(config.streams[name].data, make_tokenizer(config.tokenizer), name=name, seed=config.seed)
+    stream = Stream(config.streams[name].data, load_or_train_tokenizer(config.tokenizer), name=name, seed=config.seed)
     return write_sheet(folder / f"{name}-step{step}", name, step, stream.batch(step - 1))
 
 
@@ -288,7 +288,7 @@ def _recipe_data(args: argparse.Namespace) -> Iterator[DataSet]:
     from mplug2_jax.config import build, find_recipe, load_recipe
     from mplug2_jax.tasks.contracts import CONTRACTS
     from mplug2_jax.training.config import RunConfig
-    from mplug2_jax.training.workdir import make_tokenizer
+    from mplug2_jax.training.workdir import load_or_train_tokenizer
 
     try:
         find_recipe(args.spec.partition(":")[0])
@@ -297,7 +297,7 @@ def _recipe_data(args: argparse.Namespace) -> Iterator[DataSet]:
             parse_spec(args.spec)  # raises an error with the valid formats
         raise UserError(f"{error}; data without a recipe are given as FORMAT:PATH") from error
     config: RunConfig = build(RunConfig, load_recipe(args.spec, args.overrides))
-    tokenizer = make_tokenizer(config.tokenizer)
+    tokenizer = load_or_train_tokenizer(config.tokenizer)
     data_sets = [(f"{name}/", name, stream.data, 0) for name, stream in config.streams.items()] + [
         (f"evaluations/{name}/", name, evaluation.data, CONTRACTS[evaluation.task].min_answers)
         for name, evaluation in config.evaluations.items()
