@@ -1,4 +1,4 @@
-"""Features: those of a direct forward pass, whatever the batch size, the mesh and where a run was stopped."""
+"""Features equal those of a direct forward pass, for any batch size and mesh, and after a resume."""
 
 from pathlib import Path
 
@@ -34,7 +34,7 @@ SIZE, LENGTH = 11, 40
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
-    """Of four examples."""
+    """Limit shards to four examples."""
     monkeypatch.setattr(features_module, "SHARD_ROWS", 4)
 
 
@@ -53,7 +53,7 @@ def data(kind, batch_size=3, sources=None):
     )
 
 
-def opened(kind, name="contrastive", pool="none", *, batch_size=3, mesh=None, sources=None, parts=PARTS):
+def make_extractor(kind, name="contrastive", pool="none", *, batch_size=3, mesh=None, sources=None, parts=PARTS):
     mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:1])
     config = FeatureConfig(name=name, pool=pool)
     return FeatureExtractor(
@@ -61,23 +61,23 @@ def opened(kind, name="contrastive", pool="none", *, batch_size=3, mesh=None, so
     )
 
 
-def written(features, params, start=0):
-    """All ids and arrays."""
+def extract(features, params, start=0):
+    """Return all ids and arrays."""
     shards = list(features.shards(params, start))
     ids = [key for shard in shards for key in shard.ids]
     return ids, {name: np.concatenate([shard.arrays[name] for shard in shards]) for name in features.shapes}
 
 
-def direct(kind, params):
-    """The model, and all examples as one batch."""
-    held = EvaluationSet(data(kind), TOKENIZER, name="features", seed=0)
-    examples = [held[i] for i in range(SIZE)]
+def load_all(kind, params):
+    """Return the model, all examples as one batch, and their keys."""
+    dataset = EvaluationSet(data(kind), TOKENIZER, name="features", seed=0)
+    examples = [dataset[i] for i in range(SIZE)]
     batch = {name: jnp.stack([e.arrays[name] for e in examples]) for name in examples[0].arrays if name != "example_id"}
     return define_model(MODEL, PARTS).bind(params), batch, [example.key for example in examples]
 
 
-def tapped(kind, params, name):
-    model, batch, _ = direct(kind, params)
+def run_tap(kind, params, name):
+    model, batch, _ = load_all(kind, params)
     taps = Taps([name])
     if kind == "text":
         model.encode_text(batch["text"], batch["text_mask"], taps=taps)
@@ -88,83 +88,83 @@ def tapped(kind, params, name):
 
 @pytest.mark.parametrize("kind", ["image", "video", "text"])
 def test_contrastive_features_are_those_of_a_direct_pass_in_any_batches_on_any_mesh(kind, params):
-    model, batch, keys = direct(kind, params)
+    model, batch, keys = load_all(kind, params)
     if kind == "text":
         expected = model.contrastive.text_features(model.encode_text(batch["text"], batch["text_mask"]))
     else:
         expected = model.contrastive.visual_features(model.encode_visual(batch["frames"]))
     assert_close(np.linalg.norm(expected, axis=1), np.ones(SIZE))
-    assert np.ptp(np.asarray(expected), axis=0).max() > 1e-3  # they do tell the examples apart
+    assert np.ptp(np.asarray(expected), axis=0).max() > 1e-3  # examples have different features
     eight = make_mesh(MeshConfig(data=2, fsdp=4))
     for batch_size, mesh in ((1, None), (3, None), (8, None), (8, eight)):
-        ids, arrays = written(opened(kind, batch_size=batch_size, mesh=mesh), params)
+        ids, arrays = extract(make_extractor(kind, batch_size=batch_size, mesh=mesh), params)
         assert ids == keys
         assert_close(arrays["features"], expected, CHAIN)
 
 
-def test_shards_do_not_depend_on_batches_and_go_on_where_one_began(params):
-    whole = [(s.first, s.stop, len(s.ids)) for s in opened("image", batch_size=3).shards(params)]
+def test_shards_do_not_depend_on_batches_and_start_anywhere(params):
+    whole = [(s.first, s.stop, len(s.ids)) for s in make_extractor("image", batch_size=3).shards(params)]
     assert whole == [(0, 4, 4), (4, 8, 4), (8, 11, 3)]
-    assert whole == [(s.first, s.stop, len(s.ids)) for s in opened("image", batch_size=8).shards(params)]
-    ids, arrays = written(opened("image", batch_size=3), params)
-    later, rest = written(opened("image", batch_size=8), params, start=4)
-    assert later == ids[4:]
-    assert_close(rest["features"], arrays["features"][4:], CHAIN)
-    assert list(opened("image").shards(params, start=SIZE)) == []
+    assert whole == [(s.first, s.stop, len(s.ids)) for s in make_extractor("image", batch_size=8).shards(params)]
+    ids, arrays = extract(make_extractor("image", batch_size=3), params)
+    later_ids, later = extract(make_extractor("image", batch_size=8), params, start=4)
+    assert later_ids == ids[4:]
+    assert_close(later["features"], arrays["features"][4:], CHAIN)
+    assert list(make_extractor("image").shards(params, start=SIZE)) == []
 
 
 def test_pooled_is_the_mean_over_the_last_tokens_without_padding(params):
-    text, batch = tapped("text", params, "text/out")
+    text, batch = run_tap("text", params, "text/out")
     lengths = np.asarray(batch["text_mask"]).sum(1)
     assert lengths.min() < LENGTH
     expected = np.stack([row[:length].mean(0) for row, length in zip(text, lengths, strict=True)])
-    assert_close(written(opened("text", "pooled"), params)[1]["features"], expected, CHAIN)
-    clips, _ = tapped("video", params, "visual/out")
-    assert_close(written(opened("video", "pooled"), params)[1]["features"], clips.mean(1), CHAIN)
+    assert_close(extract(make_extractor("text", "pooled"), params)[1]["features"], expected, CHAIN)
+    clips, _ = run_tap("video", params, "visual/out")
+    assert_close(extract(make_extractor("video", "pooled"), params)[1]["features"], clips.mean(1), CHAIN)
 
 
-def test_a_tap_keeps_all_tokens_and_those_of_texts_say_how_many_are_padding(params):
-    layers, batch = tapped("text", params, "text/layer")
-    arrays = written(opened("text", "text/layer"), params)[1]
+def test_a_tap_keeps_all_tokens_and_texts_have_lengths(params):
+    layers, batch = run_tap("text", params, "text/layer")
+    arrays = extract(make_extractor("text", "text/layer"), params)[1]
     assert_close(arrays["features"], layers.swapaxes(0, 1), CHAIN)
     np.testing.assert_array_equal(arrays["lengths"], np.asarray(batch["text_mask"]).sum(1))
 
 
-def test_a_tap_with_a_row_for_each_frame_keeps_frames_of_a_clip_together(params):
-    blocks, _ = tapped("video", params, "vision/block")  # layers, clips and frames, tokens, width
+def test_a_tap_with_a_row_per_frame_keeps_the_frames_of_a_video_together(params):
+    blocks, _ = run_tap("video", params, "vision/block")  # layers, clips and frames, tokens, width
     expected = blocks.reshape(2, SIZE, 2, *blocks.shape[2:]).transpose(1, 2, 0, 3, 4)
-    features = opened("video", "vision/block")
+    features = make_extractor("video", "vision/block")
     assert features.shapes == {"features": (expected.shape[1:], "float32")}
-    assert_close(written(features, params)[1]["features"], expected, CHAIN)
-    first = written(opened("video", "vision/block", "cls"), params)[1]["features"]
+    assert_close(extract(features, params)[1]["features"], expected, CHAIN)
+    first = extract(make_extractor("video", "vision/block", "cls"), params)[1]["features"]
     assert_close(first, expected[..., 0, :], CHAIN)
-    mean = written(opened("video", "vision/block", "mean"), params)[1]["features"]
+    mean = extract(make_extractor("video", "vision/block", "mean"), params)[1]["features"]
     assert_close(mean, expected.mean(-2), CHAIN)
 
 
 @pytest.mark.slow
-def test_every_tap_that_is_named_can_be_had(params):
+def test_every_listed_tap_works(params):
     with pytest.raises(UserError) as error:
-        opened("image", "vision/blocks")
+        make_extractor("image", "vision/blocks")
     assert "did you mean 'vision/block'?" in str(error.value)
     valid = str(error.value).partition("(valid: ")[2].rstrip(")").split(", ")
     assert {"contrastive", "pooled", "visual/out", "universal/visual0"} <= set(valid)
     for name in valid:
-        assert len(written(opened("image", name, batch_size=8), params)[0]) == SIZE
+        assert len(extract(make_extractor("image", name, batch_size=8), params)[0]) == SIZE
 
 
-def test_what_cannot_be_read_is_left_out_with_its_key_and_so_is_padding(params, tmp_path: Path):
+def test_bad_records_and_padding_are_skipped(params, tmp_path: Path):
     for i, record in enumerate(records("image", 6)):
         (tmp_path / f"{i}.png").write_bytes(b"no picture" if i in (1, 5) else encoded(record))
     sources = {"folder": SourceConfig(format="files", path=str(tmp_path))}
     for batch_size in (1, 4):
-        shards = list(opened("image", batch_size=batch_size, sources=sources).shards(params))
+        shards = list(make_extractor("image", batch_size=batch_size, sources=sources).shards(params))
         assert [shard.ids for shard in shards] == [("0.png", "2.png", "3.png"), ("4.png",)]
         assert [[record.key for record in shard.bad_records] for shard in shards] == [["1.png"], ["5.png"]]
         assert [len(shard.arrays["features"]) for shard in shards] == [3, 1]
 
 
-def test_ids_of_several_sources_stand_below_their_names(params, tmp_path: Path):
+def test_ids_of_several_sources_are_prefixed_by_their_names(params, tmp_path: Path):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "x.png").write_bytes(encoded(records("image", 1)[0]))
@@ -172,28 +172,32 @@ def test_ids_of_several_sources_stand_below_their_names(params, tmp_path: Path):
         name: SourceConfig(format="files", path=str(tmp_path / path))
         for name, path in (("a", "a"), ("b", "b"), (str(tmp_path / "a/x.png"), "a/x.png"))
     }
-    assert written(opened("image", sources=sources), params)[0] == ["a/x.png", "b/x.png", str(tmp_path / "a/x.png")]
+    assert extract(make_extractor("image", sources=sources), params)[0] == [
+        "a/x.png",
+        "b/x.png",
+        str(tmp_path / "a/x.png"),
+    ]
 
 
 @pytest.mark.parametrize(
-    ("kind", "name", "parts", "said"),
+    ("kind", "name", "parts", "expected"),
     [
         (
             "image",
             "contrastive",
             ("text", "universal"),
-            "needs the part vision and contrastive, which this model lacks",
+            "needs the parts vision, contrastive, which this model lacks",
         ),
-        ("text", "contrastive", ("text", "mlm"), r"needs the part contrastive, which this model lacks \(it has text"),
-        ("text", "pooled", ("vision",), "feature 'pooled' of a text needs the part text"),
-        ("video", "visual/out", ("vision",), "needs the part temporal"),
+        ("text", "contrastive", ("text", "mlm"), r"needs the parts contrastive, which this model lacks \(it has text"),
+        ("text", "pooled", ("vision",), "feature 'pooled' of texts needs the parts text"),
+        ("video", "visual/out", ("vision",), "needs the parts temporal"),
     ],
 )
-def test_a_model_without_the_parts_is_refused(kind, name, parts, said):
-    with pytest.raises(UserError, match=said):
-        opened(kind, name, parts=parts)
+def test_a_model_without_the_parts_is_an_error(kind, name, parts, expected):
+    with pytest.raises(UserError, match=expected):
+        make_extractor(kind, name, parts=parts)
 
 
 def test_vectors_are_not_pooled():
-    with pytest.raises(UserError, match="pool 'mean' is for the tokens of a tap, and feature 'pooled' is one vector"):
+    with pytest.raises(UserError, match="--pool mean is for the tokens of a tap, but feature 'pooled' is one vector"):
         FeatureConfig(name="pooled", pool="mean")

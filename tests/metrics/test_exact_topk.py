@@ -76,7 +76,7 @@ def test_similarities_are_as_exact_as_sums_of_float32():
     tolerance = 3e-6  # sums of integers are the same on every processor
     assert np.diff(ordered).max() < tolerance  # swapped neighbors differ by less
     best = similarity[np.arange(64), query_ids][:, None]
-    ahead = [(similarity >= best + error).sum(1) for error in (near, -near)]
+    ahead = [(similarity >= best + error).sum(1) for error in (tolerance, -tolerance)]
     assert (result.ranks >= ahead[0]).all()
     assert (result.ranks <= ahead[1] - 1).all()  # except itself
 
