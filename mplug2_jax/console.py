@@ -48,7 +48,7 @@ class _Handler(logging.StreamHandler[Any]):
         self._verbosity = verbosity
 
     @property
-    def stream(self) -> Any:  # type: ignore[override]
+    def stream(self) -> Any:
         return sys.stderr
 
     def filter(self, record: logging.LogRecord) -> bool:
