@@ -52,14 +52,14 @@ def attention(
     Raises:
         ValueError: a kernel chosen by name that does not support the call.
     """
-    dropout_mask = None
+    keep_mask = None
     if rng is not None and dropout > 0:  # sampled for the global shape, so that it does not depend on the mesh
-        dropout_mask = jax.random.bernoulli(
+        keep_mask = jax.random.bernoulli(
             rng, 1.0 - dropout, (query.shape[0], query.shape[2], query.shape[1], key.shape[1])
         )
     if kernel == "auto":
-        kernel = _choose_kernel(query, key, causal=causal, has_dropout=dropout_mask is not None)
-    if kernel in ("splash", "cudnn") and dropout_mask is not None:
+        kernel = _choose_kernel(query, key, causal=causal, has_dropout=keep_mask is not None)
+    if kernel in ("splash", "cudnn") and keep_mask is not None:
         raise ValueError(
             f"attention kernel '{kernel}' does not support dropout: set config.model.attention_dropout=0 or "
             "config.model.attention='xla'"
@@ -70,10 +70,10 @@ def attention(
         if causal:
             raise ValueError("causal attention over a sharded sequence is not supported")
         return sequence_attention(
-            query, key, value, key_mask, dropout_mask, dropout=dropout, kernel=kernel, sharding=sharding
+            query, key, value, key_mask, keep_mask, dropout=dropout, kernel=kernel, sharding=sharding
         )
     if kernel == "xla":
-        return kernels.xla(query, key, value, key_mask, causal=causal, dropout=dropout, dropout_mask=dropout_mask)
+        return kernels.xla(query, key, value, key_mask, causal=causal, dropout=dropout, keep_mask=keep_mask)
     if kernel == "cudnn":
         return kernels.cudnn(query, key, value, key_mask, causal=causal)
     return _splash(query, key, value, key_mask, sharding)

@@ -79,12 +79,7 @@ class Decoder(nnx.Module):
 
     @jax.named_scope("decoder")
     def init_cache(
-        self,
-        memory: Float[Array, "b s d"],
-        memory_mask: Bool[Array, "b s"],
-        *,
-        num_sequences: int,
-        length: int,
+        self, memory: Float[Array, "b s d"], memory_mask: Bool[Array, "b s"], *, num_sequences: int, length: int
     ) -> DecoderCache:
         """Project the memory and make an empty cache for ``num_sequences`` per memory of up to ``length`` tokens.
 

@@ -43,17 +43,17 @@ def partial_softmax(
     *,
     causal: bool = False,
     dropout: float = 0.0,
-    dropout_mask: Bool[Array, "b h l s"] | None = None,
+    keep_mask: Bool[Array, "b h l s"] | None = None,
 ) -> PartialSoftmax:
-    """Attend scaled queries to these keys; ``dropout_mask`` is True for weights that a dropout of that rate keeps."""
+    """Attend scaled queries to these keys; ``keep_mask`` is True for weights that a dropout of that rate keeps."""
     logits = attention_scores(query, key, key_mask)
     if causal:
         logits = jnp.where(jnp.tri(logits.shape[-2], logits.shape[-1], dtype=bool), logits, _MASK_VALUE)
     row_max = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
     weights = jnp.exp(logits - row_max)
     denominator = weights.sum(axis=-1, keepdims=True)
-    if dropout_mask is not None:
-        weights = jnp.where(dropout_mask, weights / (1.0 - dropout), 0.0)
+    if keep_mask is not None:
+        weights = jnp.where(keep_mask, weights / (1.0 - dropout), 0.0)
     out = jnp.einsum("bhls,bhsk->bhlk", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
     return PartialSoftmax(out, denominator, row_max)
 
@@ -66,11 +66,11 @@ def xla(
     *,
     causal: bool = False,
     dropout: float = 0.0,
-    dropout_mask: Bool[Array, "b h l s"] | None = None,
+    keep_mask: Bool[Array, "b h l s"] | None = None,
 ) -> Float[Array, "b l h k"]:
     """Attend with plain matmuls around a softmax; all scores are in memory at once."""
     query, key, value = transpose_heads(query * query.shape[-1] ** -0.5, key, value)
-    result = partial_softmax(query, key, value, key_mask, causal=causal, dropout=dropout, dropout_mask=dropout_mask)
+    result = partial_softmax(query, key, value, key_mask, causal=causal, dropout=dropout, keep_mask=keep_mask)
     # Dividing after the product with the values saves one pass over the largest array in both directions.
     return (result.out / result.denominator).astype(value.dtype).swapaxes(1, 2)
 

@@ -50,7 +50,7 @@ def sequence_attention(
     key: Float[Array, "b s h k"],
     value: Float[Array, "b s h k"],
     key_mask: Bool[Array, "b s"] | None,
-    dropout_mask: Bool[Array, "b h l s"] | None,
+    keep_mask: Bool[Array, "b h l s"] | None,
     *,
     dropout: float,
     kernel: AttentionKernel,
@@ -66,13 +66,13 @@ def sequence_attention(
         (sharding.batch, sharding.queries, "heads", None), *[(sharding.batch, sharding.keys, "heads", None)] * 2,
         (sharding.batch, sharding.keys),
     ]  # fmt: skip
-    if dropout_mask is not None:
-        arrays.append(jnp.pad(dropout_mask, ((0, 0), (0, 0), (0, pad_queries), (0, pad_keys))))
+    if keep_mask is not None:
+        arrays.append(jnp.pad(keep_mask, ((0, 0), (0, 0), (0, pad_queries), (0, pad_keys))))
         names.append((sharding.batch, "heads", sharding.queries, None if sharding.queries else sharding.keys))
 
     mesh = jax.sharding.get_abstract_mesh()
     specs = [activation_spec(n, dict(mesh.shape), x.shape) for n, x in zip(names, arrays, strict=True)]
-    algorithm = _choose_algorithm(arrays[1], specs[1], dict(mesh.shape), sharding, has_dropout=dropout_mask is not None)
+    algorithm = _choose_algorithm(arrays[1], specs[1], dict(mesh.shape), sharding, has_dropout=keep_mask is not None)
     is_fused = kernel in ("splash", "cudnn") and algorithm in (_local, _all_gather_kv)
     sharded_attention = jax.shard_map(
         functools.partial(algorithm, dropout=dropout, kernel=kernel),
@@ -103,49 +103,28 @@ def _choose_algorithm(
 
 
 def _local(
-    query: Array,
-    key: Array,
-    value: Array,
-    mask: Array,
-    dropout_mask: Array | None = None,
-    *,
-    dropout: float,
-    kernel: str,
+    query: Array, key: Array, value: Array, mask: Array, keep_mask: Array | None = None, *, dropout: float, kernel: str
 ) -> Array:
     if kernel == "splash":
         return kernels.splash(query, key, value, mask)
     if kernel == "cudnn":
         return kernels.cudnn(query, key, value, mask)
-    return kernels.xla(query, key, value, mask, dropout=dropout, dropout_mask=dropout_mask)
+    return kernels.xla(query, key, value, mask, dropout=dropout, keep_mask=keep_mask)
 
 
 def _all_gather_kv(
-    query: Array,
-    key: Array,
-    value: Array,
-    mask: Array,
-    dropout_mask: Array | None = None,
-    *,
-    dropout: float,
-    kernel: str,
+    query: Array, key: Array, value: Array, mask: Array, keep_mask: Array | None = None, *, dropout: float, kernel: str
 ) -> Array:
     key, value, mask = (jax.lax.all_gather(x, SEQUENCE, axis=1, tiled=True) for x in (key, value, mask))
-    return _local(query, key, value, mask, dropout_mask, dropout=dropout, kernel=kernel)
+    return _local(query, key, value, mask, keep_mask, dropout=dropout, kernel=kernel)
 
 
 def _partial_softmax(
-    query: Array,
-    key: Array,
-    value: Array,
-    mask: Array,
-    dropout_mask: Array | None = None,
-    *,
-    dropout: float,
-    kernel: str,
+    query: Array, key: Array, value: Array, mask: Array, keep_mask: Array | None = None, *, dropout: float, kernel: str
 ) -> Array:
     del kernel  # few queries: no fused kernel is faster than XLA
     query, key, value = kernels.transpose_heads(query * query.shape[-1] ** -0.5, key, value)
-    local = kernels.partial_softmax(query, key, value, mask, dropout=dropout, dropout_mask=dropout_mask)
+    local = kernels.partial_softmax(query, key, value, mask, dropout=dropout, keep_mask=keep_mask)
     scale = jnp.exp(local.row_max - jax.lax.pmax(local.row_max, SEQUENCE))
     out, denominator = jax.lax.psum((local.out * scale, local.denominator * scale), SEQUENCE)
     return (out / denominator).astype(value.dtype).swapaxes(1, 2)

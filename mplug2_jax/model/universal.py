@@ -60,11 +60,7 @@ class UniversalLayers(nnx.Module):
 
     @jax.named_scope("universal")
     def visual(
-        self,
-        v: Float[Array, "b s d"],
-        *,
-        rng: PRNGKeyArray | None = None,
-        taps: Taps | None = None,
+        self, v: Float[Array, "b s d"], *, rng: PRNGKeyArray | None = None, taps: Taps | None = None
     ) -> Float[Array, "b s d"]:
         """Apply the layers to visual tokens: latents attend to ``v``; in the last layer ``v`` attends to the latents.
 

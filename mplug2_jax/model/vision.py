@@ -174,11 +174,7 @@ class VisionTower(nnx.Module):
 
     @jax.named_scope("vision")
     def __call__(
-        self,
-        frames: Float[Array, "b t y x 3"],
-        *,
-        rng: PRNGKeyArray | None = None,
-        taps: Taps | None = None,
+        self, frames: Float[Array, "b t y x 3"], *, rng: PRNGKeyArray | None = None, taps: Taps | None = None
     ) -> Float[Array, "b s w"]:
         """Encode normalized frames: any number of them, of any square size.
 

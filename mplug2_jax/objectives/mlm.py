@@ -11,11 +11,7 @@ from mplug2_jax.objectives.forward import DeviceBatch, ForwardPass, LossOutput, 
 
 
 def mask_tokens(
-    keys: Key[Array, " b"],
-    batch: DeviceBatch,
-    vocab_size: int,
-    tokens: SpecialTokens,
-    config: MlmConfig,
+    keys: Key[Array, " b"], batch: DeviceBatch, vocab_size: int, tokens: SpecialTokens, config: MlmConfig
 ) -> tuple[Int[Array, "b l"], Bool[Array, "b l"]]:
     """Select tokens by one key per example; return corrupted ids and the selection, never special tokens."""
 

@@ -25,11 +25,7 @@ MODEL = model_config(
     num_latents=2, vocab_size=VOCABULARY, max_positions=8, contrastive_width=8,
 )  # fmt: skip
 EVERYTHING = {"image": {"vlm": 1.0}, "video": {"caption": 1.0}, "text": {"mlm": 1.0}}
-OBJECTIVES = {
-    "image": {"ilm": 2.0},
-    "video": {"vlc": 1.0},
-    "text": {"mlm": 0.5},
-}
+OBJECTIVES = {"image": {"ilm": 2.0}, "video": {"vlc": 1.0}, "text": {"mlm": 0.5}}
 
 
 def make_config(streams):

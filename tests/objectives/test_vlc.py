@@ -211,10 +211,7 @@ def momentum_reference(student, teacher, ids, queue, temperature, alpha):
     hard = (ids[:, None] == np.concatenate([ids, np.asarray(queue.ids)])).astype(np.float64)
     hard /= hard.sum(1, keepdims=True)
     losses = []
-    for anchors, soft, candidates in (
-        (student_visual, teacher_visual, texts),
-        (student_text, teacher_text, visuals),
-    ):
+    for anchors, soft, candidates in ((student_visual, teacher_visual, texts), (student_text, teacher_text, visuals)):
         target = alpha * np.exp(log_softmax(soft @ candidates.T / temperature)) + (1 - alpha) * hard
         losses.append(-(target * log_softmax(anchors @ candidates.T / temperature)).sum(1).mean())
     return sum(losses) / 2

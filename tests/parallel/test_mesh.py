@@ -14,8 +14,7 @@ from tests.tpu import topology_mesh
 
 
 @given(
-    fixed=st.fixed_dictionaries({axis: st.integers(1, 6) for axis in MESH_AXES}),
-    inferred=st.sampled_from(MESH_AXES),
+    fixed=st.fixed_dictionaries({axis: st.integers(1, 6) for axis in MESH_AXES}), inferred=st.sampled_from(MESH_AXES)
 )
 def test_an_axis_of_minus_1_takes_the_remaining_devices(fixed: dict[str, int], inferred: str) -> None:
     assert MeshConfig(**(fixed | {inferred: -1})).axis_sizes(math.prod(fixed.values())) == fixed
