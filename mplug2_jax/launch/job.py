@@ -83,9 +83,9 @@ def resolve_plan(
         return PlanFile(
             config=config, overrides=tuple(overrides), topology=topology, slices=1 if slices is None else slices
         )
-    for option, value in (("--config", config), ("--topology", topology), ("--slices", slices)):
-        if value is not None:
-            raise UserError(f"{option} {value} with --plan {plan}: the plan already sets it; give one or the other")
+    for option, setting in (("--config", config), ("--topology", topology), ("--slices", slices)):
+        if setting is not None:
+            raise UserError(f"{option} {setting} with --plan {plan}: the plan already sets it; give one or the other")
     plan_file = read_plan(plan)
     return dataclasses.replace(plan_file, overrides=(*plan_file.overrides, *overrides))
 
