@@ -1,4 +1,4 @@
-"""Evaluations by processes, in bfloat16: the same to the byte however many they are, and beside a run that trains."""
+"""Evaluations in bfloat16: equal to the byte for any number of processes, and continuous during training."""
 
 import dataclasses
 import json
@@ -57,18 +57,19 @@ def start(folder: Path, *words: object, devices: int = 1) -> "subprocess.Popen[s
     )  # fmt: skip
 
 
-def finished(process: "subprocess.Popen[str]", status: int = 0) -> str:
+def wait_for(process: "subprocess.Popen[str]", status: int = 0) -> str:
+    """Wait until a process exits with a status; return its output."""
     out, err = process.communicate(timeout=600)
     assert process.returncode == status, f"{out}\n{err}"
-    return out
+    return f"{out}\n{err}"
 
 
-# Any number of processes, any batch
+# Any number of processes and any batch size
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that was drawn, in ``run``, and in ``recipe.py`` what it is evaluated on: eleven records of each kind."""
+    """Write a random model to ``run``, and its evaluations to ``recipe.py``: eleven records of each kind."""
     folder = tmp_path_factory.mktemp("evaluations")
     streams = small_run().streams | {"actions": stream("video", 8, EVALUATIONS["actions"][2], classify=1.0)}
     run = small_run(
@@ -80,14 +81,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def evaluated(folder: Path, name: str, batch_size: int, *launched: object) -> dict[str, bytes]:
-    """All files of the evaluations, without how long they took, nor their page."""
+def evaluate(folder: Path, name: str, batch_size: int, *launched: object) -> dict[str, bytes]:
+    """Run all evaluations; return their files, without durations and report."""
     out = folder / name
     sizes = [f"--config.evaluations.{evaluation}.data.batch_size={batch_size}" for evaluation in EVALUATIONS]
     words = ("eval", "--config", folder / "recipe.py", "--checkpoint", folder / "run", "--out", out, *sizes)
-    finished(start(folder, *launched, *words))
+    wait_for(start(folder, *launched, *words))
     files = {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    del files["report.html"]  # which bears the folder's name
+    del files["report.html"]  # contains the folder's name
     for evaluation in EVALUATIONS:
         content = json.loads(files[f"{evaluation}.json"])
         assert content.pop("seconds") > 0
@@ -97,36 +98,36 @@ def evaluated(folder: Path, name: str, batch_size: int, *launched: object) -> di
 
 
 @pytest.fixture(scope="module")
-def alone(folder: Path) -> dict[str, bytes]:
-    """By one process with one device, all in two batches."""
-    return evaluated(folder, "alone", 8)
+def single(folder: Path) -> dict[str, bytes]:
+    """Evaluate in one process with one device, in two batches."""
+    return evaluate(folder, "single", 8)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
-def test_the_batch_size_changes_nothing(folder: Path, alone: dict[str, bytes], batch_size: int) -> None:
-    assert evaluated(folder, f"batches-of-{batch_size}", batch_size) == alone
+def test_the_batch_size_changes_nothing(folder: Path, single: dict[str, bytes], batch_size: int) -> None:
+    assert evaluate(folder, f"batches-of-{batch_size}", batch_size) == single
 
 
 @pytest.mark.parametrize("processes", [4])
-def test_the_number_of_processes_changes_nothing(folder: Path, alone: dict[str, bytes], processes: int) -> None:
+def test_the_number_of_processes_changes_nothing(folder: Path, single: dict[str, bytes], processes: int) -> None:
     launched = ("launch", "local", "--processes", processes, "--")
-    assert evaluated(folder, f"by-{processes}", 8, *launched) == alone
+    assert evaluate(folder, f"by-{processes}", 8, *launched) == single
 
 
-def test_different_things_are_said_once_to_each(alone: dict[str, bytes]) -> None:
-    """Else the others would show nothing."""
+def test_predictions_differ_between_records(single: dict[str, bytes]) -> None:
+    """Check the premise of the tests above."""
     for name in EVALUATIONS:
-        said = [json.loads(line) for line in alone[f"{name}.jsonl"].splitlines()]
-        assert len({row["key"] for row in said}) == 11
-        if name == "pairs":  # a drawn model may find the same text nearest to all, but does not rank all alike
-            assert 0 < json.loads(alone[f"{name}.json"])["metrics"]["text_to_visual_r5"] < 1
-        elif name == "actions":  # it takes all for one class, which some are
-            assert 0 < json.loads(alone[f"{name}.json"])["metrics"]["top_1"] < 1
+        rows = [json.loads(line) for line in single[f"{name}.jsonl"].splitlines()]
+        assert len({row["key"] for row in rows}) == 11
+        if name == "pairs":  # a random model may retrieve one text for all, but ranks differ
+            assert 0 < json.loads(single[f"{name}.json"])["metrics"]["text_to_visual_r5"] < 1
+        elif name == "actions":  # it predicts one class for all, which is correct for some
+            assert 0 < json.loads(single[f"{name}.json"])["metrics"]["top_1"] < 1
         else:
-            assert len({row["prediction"] for row in said}) > 1, name
+            assert len({row["prediction"] for row in rows}) > 1, name
 
 
-# Beside a run
+# During training
 
 
 STEPS, EVERY = 300, 30
@@ -134,7 +135,7 @@ STEPS, EVERY = 300, 30
 
 @pytest.fixture(scope="module")
 def recipe(folder: Path) -> Path:
-    """Masked words for some seconds; the run keeps its last two checkpoints, and evaluates after the last step."""
+    """Write a recipe that trains for some seconds, keeps two checkpoints, and evaluates after the last step."""
     run = small_run(
         streams={"text": dataclasses.replace(small_run().streams["text"], objectives={"mlm": 1.0})}, steps=STEPS,
         evaluations={"words": heldout(*EVALUATIONS["words"])}, log_every=100,
@@ -151,51 +152,51 @@ def wait_until(ready: Callable[[], bool], process: "subprocess.Popen[str]") -> N
         time.sleep(0.05)
 
 
-def test_a_run_is_followed_while_it_trains(
+def test_continuous_evaluation_during_training(
     folder: Path, recipe: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    """The follower is there first; it is told to end, killed, and started again.
+    """Start the evaluator before the run; preempt it, kill it, and restart it.
 
-    The run is held at a checkpoint meanwhile: else it may be over before a follower on a busy machine has begun, and
-    the follower with it.
+    The run is paused at a checkpoint meanwhile; otherwise it may finish before an evaluator on a busy machine starts.
     """
     run, lines = tmp_path / "run", tmp_path / "run" / "metrics-eval.jsonl"
     follow = ("eval", "--workdir", run, "--follow", "--poll", 1)
 
     def newest() -> int:
-        """The run's last checkpoint; none is 0."""
+        """Return the step of the last checkpoint, or 0."""
         return max((int(path.name) for path in (run / "checkpoints").glob("*") if path.name.isdigit()), default=0)
 
-    follower = start(folder, *follow)
+    evaluator = start(folder, *follow)
     training = start(folder, "train", "--config", recipe, "--workdir", run)
-    request.addfinalizer(training.kill)  # held, it would outlive a test that fails
+    request.addfinalizer(training.kill)  # if paused, it would outlive a failed test
     wait_until(lambda: newest() > 0, training)
     training.send_signal(signal.SIGSTOP)
-    wait_until(lambda: lines.exists() and bool(read_step_lines(lines)), follower)
-    follower.send_signal(signal.SIGTERM)
-    assert f"waiting for a run in {run}\n" in finished(follower, status=75)
+    wait_until(lambda: lines.exists() and bool(read_step_lines(lines)), evaluator)
+    evaluator.send_signal(signal.SIGTERM)
+    assert f"waiting for a run in {run}\n" in wait_for(evaluator, status=75)
 
     before = read_step_lines(lines)
     training.send_signal(signal.SIGCONT)
     wait_until(lambda: newest() > before[-1]["step"], training)
     training.send_signal(signal.SIGSTOP)
-    follower = start(folder, *follow)
-    kept = run / "evaluations"
-    wait_until(lambda: any(int(file.parent.name) > before[-1]["step"] for file in kept.glob("*/words.json")), follower)
-    follower.kill()  # after the result, which is written behind the metrics: else the step would be evaluated again
-    follower.communicate()
+    evaluator = start(folder, *follow)
+    results = run / "evaluations"
+    steps_with_results = lambda: (int(file.parent.name) for file in results.glob("*/words.json"))  # noqa: E731
+    wait_until(lambda: max(steps_with_results(), default=0) > before[-1]["step"], evaluator)
+    evaluator.kill()  # after the result, which is written last: otherwise the step is evaluated again
+    evaluator.communicate()
     training.send_signal(signal.SIGCONT)
-    said = finished(start(folder, *follow))
-    finished(training)
+    output = wait_for(start(folder, *follow))
+    wait_for(training)
 
     written = read_step_lines(lines)
     steps = [line["step"] for line in written]
     assert steps == sorted(set(steps))
     assert all(step % EVERY == 0 for step in steps)
     assert len(steps) >= 2
-    assert f"step {STEPS}" in said
+    assert f"step {STEPS}" in output
     for line in written:
-        (file,) = (kept / str(line["step"])).glob("words.json")
+        (file,) = (results / str(line["step"])).glob("words.json")
         assert json.loads(file.read_text())["metrics"] == {"accuracy": line["eval/words/accuracy"]}
-    finished(start(folder, "report", run))
-    assert "metrics-eval" not in (run / "report.html").read_text()  # no notes of anything damaged
+    wait_for(start(folder, "report", run))
+    assert "metrics-eval" not in (run / "report.html").read_text()  # no notes about damaged files

@@ -1,4 +1,4 @@
-"""Runs of several real processes give what a run of one gives, and say in a sentence what sets them apart."""
+"""Runs of several real processes equal a run of one process, and report differences between processes."""
 
 import dataclasses
 import json
@@ -26,7 +26,7 @@ MESH = ("--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A recipe of masked words, whose held-out texts fill no whole batch and hold two that are no text."""
+    """Write a recipe of masked language modeling, with a partial last batch and two undecodable held-out texts."""
     folder = tmp_path_factory.mktemp("runs")
     sentences = {f"{i:02}.txt": b"\xff" if i in (2, 7) else f"a red {i} moves left" for i in range(10)}
     sources = {
@@ -34,10 +34,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "tars": SourceConfig(format="webdataset", path=str(write_tar(folder / "a.tar", sentences)), kind="text"),
     }
     examples = ExampleConfig(text="sentence", text_length=12)
-    held = DataConfig(sources=sources, examples=examples, batch_size=8, max_bad_fraction=0.5)
+    heldout = DataConfig(sources=sources, examples=examples, batch_size=8, max_bad_fraction=0.5)
     run = small_run(
         streams={"text": dataclasses.replace(small_run().streams["text"], objectives={"mlm": 1.0})},
-        evaluations={"words": EvaluationConfig(task="mlm", data=held, num_samples=12)},
+        evaluations={"words": EvaluationConfig(task="mlm", data=heldout, num_samples=12)},
         log_example_ids=True,
     )
     recipe_file(run, folder / "recipe.py")
@@ -71,36 +71,36 @@ def evaluation(workdir: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def alone(folder: Path) -> Path:
-    """The work directory of one process with eight devices."""
-    return train(folder, "alone")
+def single(folder: Path) -> Path:
+    """Train in one process with eight devices; return the work directory."""
+    return train(folder, "single")
 
 
 @pytest.mark.parametrize("processes", [4])
-def test_several_processes_train_and_evaluate_like_one(folder: Path, alone: Path, processes: int) -> None:
+def test_several_processes_train_and_evaluate_like_one(folder: Path, single: Path, processes: int) -> None:
     launched = ("launch", "local", "--processes", str(processes), "--devices-per-process", str(8 // processes), "--")
     workdir = train(folder, f"by-{processes}", *launched)
-    assert (workdir / "examples.jsonl").read_bytes() == (alone / "examples.jsonl").read_bytes()
-    ours, one = (read_train_metrics(folder / "metrics.jsonl") for folder in (workdir, alone))
-    assert [line["step"] for line in ours] == [line["step"] for line in one] == [1, 2, 3, 4]
-    assert_close([line["loss"] for line in ours], [line["loss"] for line in one])
-    assert evaluation(workdir) == evaluation(alone)
+    assert (workdir / "examples.jsonl").read_bytes() == (single / "examples.jsonl").read_bytes()
+    metrics, expected = (read_train_metrics(folder / "metrics.jsonl") for folder in (workdir, single))
+    assert [line["step"] for line in metrics] == [line["step"] for line in expected] == [1, 2, 3, 4]
+    assert_close([line["loss"] for line in metrics], [line["loss"] for line in expected])
+    assert evaluation(workdir) == evaluation(single)
     assert evaluation(workdir)["num_examples"] == 11 + 10 - 2
     assert len(evaluation(workdir)["skipped"]) == 2
-    assert {path.name for path in workdir.iterdir()} == {path.name for path in alone.iterdir()}
+    assert {path.name for path in workdir.iterdir()} == {path.name for path in single.iterdir()}
 
     (path,) = workdir.glob("evaluations/*/words.json")
     path.unlink()
-    again = mplug2(folder, *launched, "eval", "--workdir", str(workdir), *MESH)
-    assert again.returncode == 0, again.stderr
-    assert evaluation(workdir) == evaluation(alone)
-    assert again.stdout.count("examples in") == 1  # of several, one talks
+    repeated = mplug2(folder, *launched, "eval", "--workdir", str(workdir), *MESH)
+    assert repeated.returncode == 0, repeated.stderr
+    assert evaluation(workdir) == evaluation(single)
+    assert repeated.stderr.count(" examples, ") == 1  # only process 0 logs
 
 
-def test_processes_that_were_started_differently_say_how(folder: Path) -> None:
+def test_different_commands_are_reported(folder: Path) -> None:
     address = f"127.0.0.1:{find_free_port()}"
     recipe = str(folder / "recipe.py")
-    started = [
+    running = [
         subprocess.Popen(
             [sys.executable, "-m", "mplug2_jax.cli.main", "train", "--config", recipe, "--workdir", str(folder / "two"),
              f"--config.seed={index}"],
@@ -108,20 +108,20 @@ def test_processes_that_were_started_differently_say_how(folder: Path) -> None:
         )
         for index in range(2)
     ]  # fmt: skip
-    said = [process.communicate(timeout=300)[1] for process in started]
-    assert 2 in [process.returncode for process in started]
-    sentence = "mplug2: error: process 1 has config.seed=1, process 0 has 0; start all processes with the same command"
-    assert any(sentence in text for text in said)
+    errors = [process.communicate(timeout=300)[1] for process in running]
+    assert 2 in [process.returncode for process in running]
+    message = "mplug2: error: process 1 has config.seed=1, process 0 has 0; start all processes with the same command"
+    assert any(message in text for text in errors)
     assert not (folder / "two").exists()
 
 
-def test_a_stalled_run_is_ended_with_its_stacks(folder: Path, tmp_path: Path) -> None:
-    """Its data never come."""
+def test_a_stalled_run_exits_with_its_stacks(folder: Path, tmp_path: Path) -> None:
+    """Stall the data of step 2."""
     code = (
         "import sys, time\nimport mplug2_jax.training.loop as loop\nfrom mplug2_jax.cli.main import main\n"
-        "made = loop.device_batches\n"
+        "original = loop.device_batches\n"
         "def device_batches(*args):\n"
-        "    yield next(made(*args))\n"
+        "    yield next(original(*args))\n"
         "    time.sleep(600)\n"
         "loop.device_batches = device_batches\nsys.exit(main(sys.argv[1:]))\n"
     )
