@@ -14,6 +14,7 @@ from absl import logging
 from mplug2_jax.errors import UserError
 from mplug2_jax.fields import config_groups
 
+_silent = False
 _NEW_NAMES: dict[str, set[str]] = collections.defaultdict(set)  # by old name, of all configs
 
 

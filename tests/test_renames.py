@@ -37,10 +37,10 @@ EXPECTED = Whole(steps=3, group=Group(mode="soft"), groups={"a": Group(mode="sof
 @pytest.fixture
 def warnings(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     lines: list[str] = []
-    renames._warn.cache_clear()
+    renames._warn_once.cache_clear()
     monkeypatch.setattr(logging, "warning", lambda text, *args: lines.append(text % args))
     yield lines
-    renames._warn.cache_clear()
+    renames._warn_once.cache_clear()
 
 
 def test_a_config_file_is_read_by_old_names_and_values(warnings: list[str]) -> None:
@@ -53,6 +53,14 @@ def test_a_config_file_is_read_by_old_names_and_values(warnings: list[str]) -> N
         "config.group.mode=weak is called config.group.mode=soft now; the old name is still read",
         "config.groups.a.gentle is called config.groups.a.mode now; the old name is still read",
     ]
+
+
+def test_a_file_of_an_older_version_is_read_silently(warnings: list[str]) -> None:
+    with renames.without_warnings():
+        assert build(Whole, {"turns": 3}) == Whole(steps=3)
+    assert warnings == []
+    build(Whole, {"turns": 3})
+    assert len(warnings) == 1
 
 
 def test_recipes_and_overrides_may_use_old_names(warnings: list[str]) -> None:

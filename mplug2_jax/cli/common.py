@@ -1,4 +1,4 @@
-"""What several commands share: their parsers' form, opening a run, tables."""
+"""Helpers that several commands share: parsers, opening a run, tables."""
 
 import argparse
 import math
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def add_group(commands: Any, name: str, *, summary: str, details: str = "", example: str) -> Any:
-    """A command that only has sub-commands; they are added to what is returned."""
+    """Add a command that only has sub-commands, and return the object that takes those."""
     return _add_parser(commands, name, summary, details, example).add_subparsers(
         dest="subcommand", required=True, metavar="COMMAND"
     )
@@ -35,27 +35,27 @@ def add_command(
     example: str,
     config: bool = False,
 ) -> argparse.ArgumentParser:
-    """A sub-parser for a command.
+    """Add a command, and return its parser.
 
     Args:
-        commands: what it is added to.
+        commands: the sub-parsers to add it to.
         name: of the command.
-        run: does it, and returns the exit status.
-        summary: what it does in a few words, for lists of commands and as the first line of its own help.
-        details: all else that its own help says.
-        example: one that works.
-        config: lets ``--config.field=value`` through.
+        run: runs the command and returns its exit status.
+        summary: a few words for lists of commands and the first line of its help.
+        details: the other lines of its help.
+        example: a command line that works.
+        config: accept ``--config.field=value``.
     """
-    added = _add_parser(commands, name, summary, details, example)
-    added.set_defaults(run=run)
+    parser = _add_parser(commands, name, summary, details, example)
+    parser.set_defaults(run=run)
     if config:
-        added.set_defaults(overrides=[])
-    return added
+        parser.set_defaults(overrides=[])
+    return parser
 
 
 def _add_parser(commands: Any, name: str, summary: str, details: str, example: str) -> argparse.ArgumentParser:
     paragraphs = (textwrap.fill(line, 100) for line in details.splitlines())
-    added: argparse.ArgumentParser = commands.add_parser(
+    parser: argparse.ArgumentParser = commands.add_parser(
         name,
         help=summary,
         description="\n".join([f"{summary}.", *([""] if details else []), *paragraphs]),
@@ -63,99 +63,91 @@ def _add_parser(commands: Any, name: str, summary: str, details: str, example: s
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    add_verbosity(added)
-    return added
+    add_verbosity(parser)
+    return parser
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:
-    """The options that choose a run and a step of it."""
+    """Add the options that choose a run and a step of it."""
     parser.add_argument("--workdir", type=Path, required=True, help="work directory of a training run")
     parser.add_argument("--step", type=int, help="checkpoint to use (default: the last)")
 
 
 def open_run(args: argparse.Namespace) -> "tuple[RunSpec, Params, int, Tokenizer]":
-    """The run of a work directory, with overrides: its plan, the parameters of a step, that step, its tokeniser.
+    """Open the run of a work directory, with overrides, and return its spec, parameters, step and tokenizer.
 
-    The parameters are the averaged ones where the run keeps an average, which is then said.
+    The parameters are the EMA where the run keeps one, which is logged.
     """
-    from mplug2_jax.config import as_recipe, build, override
+    from mplug2_jax.inference.checkpoint_eval import from_workdir
     from mplug2_jax.parallel.mesh import make_mesh
-    from mplug2_jax.training.checkpoint.checkpoints import Checkpoints
-    from mplug2_jax.training.config import RunConfig
     from mplug2_jax.training.state import make_run_spec
-    from mplug2_jax.training.workdir import WorkDir, special_tokens
+    from mplug2_jax.training.workdir import special_tokens
 
-    workdir = WorkDir(args.workdir)
-    begun = workdir.read_config()
-    config = build(RunConfig, override(as_recipe(begun), args.overrides))
-    tokenizer = workdir.load_tokenizer(config)
-    spec = make_run_spec(config, special_tokens(tokenizer), make_mesh(config.mesh))
-    checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint, read_only=True)
+    run = from_workdir(args.workdir, args.overrides)
+    spec = make_run_spec(run.config, special_tokens(run.tokenizer), make_mesh(run.config.mesh))
+    tree = "ema" if run.averaged else "params"
     try:
-        averaged = bool(begun.ema_decay and config.ema_decay)
-        params, step = checkpoints.restore_params(
-            spec.eval_param_shapes, args.step, tree="ema" if averaged else "params"
-        )
+        params, step = run.checkpoints.restore_params(spec.eval_param_shapes, args.step, tree=tree)
     finally:
-        checkpoints.close()
-    if averaged:
+        run.checkpoints.close()
+    if run.averaged:
         logging.info("step %d: using the EMA parameters; --config.ema_decay=0 selects the last ones", step)
-    return spec, params, step, tokenizer
+    return spec, params, step, run.tokenizer
 
 
 def table(rows: Sequence[Sequence[str]], header: Sequence[str], right: Sequence[int] = ()) -> str:
-    """Aligned columns; those in ``right`` are aligned to the right."""
+    """Return rows as a table with aligned columns; those in ``right`` are aligned to the right."""
     lines = [list(header), *map(list, rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
 
-    def show(line: Sequence[str]) -> str:
+    def align(line: Sequence[str]) -> str:
         cells = (c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
         return "  ".join(cells).rstrip()
 
-    return "\n".join([show(lines[0]), "  ".join("-" * w for w in widths), *map(show, lines[1:])])
+    return "\n".join([align(lines[0]), "  ".join("-" * w for w in widths), *map(align, lines[1:])])
 
 
 def results_table(results: "Sequence[EvaluationResult]") -> str:
-    """Every figure, those that are absent too, beside its baseline and what is published, where anything is."""
+    """Return every metric, absent ones too, next to its baseline and published values, in a table."""
     from mplug2_jax.metrics.units import format_metric, ratio_to_baseline
     from mplug2_jax.report.published import published_results
 
     rows = []
     for result in results:
-        others = published_results(result.recipe, result.formats)
-        for what, value in result.metrics.items():
-            base = result.baselines[what]
-            ratio = ratio_to_baseline(what, value, base)
+        references = published_results(result.recipe, result.formats)
+        for name, value in result.metrics.items():
+            base = result.baselines[name]
+            ratio = ratio_to_baseline(name, value, base)
             times = "-" if math.isnan(ratio) else f"{ratio:.1f}x"
-            low, high = (format_metric(what, end) for end in result.confidence_intervals[what])
+            low, high = (format_metric(name, end) for end in result.confidence_intervals[name])
             rows.append(
-                (result.name, what, format_metric(what, value), f"{low} to {high}", format_metric(what, base), times,
-                 str(result.num_examples), format_metric(what, others[what].value) if what in others else "")
+                (result.name, name, format_metric(name, value), f"{low} to {high}", format_metric(name, base), times,
+                 str(result.num_examples), format_metric(name, references[name].value) if name in references else "")
             )  # fmt: skip
-        rows += [(result.name, what, "absent", "", "", "", str(result.num_examples), "") for what in result.absent]
-    header = ("evaluation", "figure", "model", "95 % interval", "baseline", "ratio", "examples", "published")
+        rows += [(result.name, name, "absent", "", "", "", str(result.num_examples), "") for name in result.absent]
+    header = ("evaluation", "metric", "model", "95% CI", "baseline", "ratio", "examples", "published")
     width = len(header) if any(row[-1] for row in rows) else len(header) - 1
     return table([row[:width] for row in rows], header[:width], right=range(2, width))
 
 
-_ASKED = {"vlc": "which text belongs to this {}?", "mlm": "which words are masked?"}
-_ASKED["rerank"] = _ASKED["vlc"]
+_DEFAULT_PROMPTS = {"vlc": "which text belongs to this {}?", "mlm": "which words are masked?"}
+_DEFAULT_PROMPTS["rerank"] = _DEFAULT_PROMPTS["vlc"]
 
 
 def sample_lines(results: "Sequence[EvaluationResult]", folder: Path, most: int = 4) -> str:
-    """Return the first held-out example of up to ``most`` evaluations: its picture, prediction and reference.
+    """Return the first held-out example of up to ``most`` evaluations: its image, prediction and reference.
 
-    Evaluations with pictures come first; examples are not chosen by how well the model does. ``folder`` is where the
-    results are kept.
+    Evaluations with images come first; examples are not chosen by how well the model does. ``folder`` holds the saved
+    results.
     """
     firsts = [(result, result.samples[0]) for result in results if result.samples]
     lines = []
     for result, sample in sorted(firsts, key=lambda pair: "frames" not in pair[1].example.arrays)[:most]:
         frames = sample.example.arrays.get("frames", ())
-        shown = "clip" if len(frames) > 1 else "picture"
-        asked = sample.example.instruction or _ASKED.get(result.task, result.task).format(shown)
-        lines.append(f"{result.name}: {asked}")
+        medium = "video" if len(frames) > 1 else "image"
+        prompt = sample.example.instruction or _DEFAULT_PROMPTS.get(result.task, result.task).format(medium)
+        lines.append(f"{result.name}: {prompt}")
         if len(frames):
-            lines.append(f"    {shown + ':':<11} {folder / f'{result.name}-0.png'}")
+            lines.append(f"    {medium + ':':<11} {folder / f'{result.name}-0.png'}")
         lines += [f"    prediction: {sample.prediction}", f"    reference:  {sample.references[0]}"]
     return "\n".join(lines)

@@ -130,7 +130,7 @@ def run_local(args: argparse.Namespace, parsers: Mapping[str, argparse.ArgumentP
         args: of ``launch local``.
         parsers: the parsers of all commands, to check the launched command once, before any process starts.
     """
-    from mplug2_jax.cli.train import chosen
+    from mplug2_jax.cli.train import resolve_recipe
     from mplug2_jax.launch.local import LocalProcesses
 
     for option, least in (("processes", 1), ("devices_per_process", 1), ("max_restarts", 0)):
@@ -142,7 +142,7 @@ def run_local(args: argparse.Namespace, parsers: Mapping[str, argparse.ArgumentP
         )
     launched = parse_words(parsers[command], options)
     if command == "train":
-        chosen(launched.config, launched.plan, launched.overrides)
+        resolve_recipe(launched.config, launched.plan, launched.overrides)
     verbosity = {-1: ["--quiet"], 1: ["--verbose"]}.get(args.verbosity, [])
     words = [sys.executable, "-m", "mplug2_jax.cli.main", *verbosity, *args.launched]
     return LocalProcesses(words, args.processes, args.devices_per_process).run(args.max_restarts)

@@ -1,4 +1,4 @@
-"""``mplug2 train``: run a recipe."""
+"""``mplug2 train``: train a recipe."""
 
 import argparse
 import contextlib
@@ -18,23 +18,23 @@ if TYPE_CHECKING:
 
 
 def add_parser(commands: Any) -> None:
-    """Adds the command."""
+    """Add the command."""
     parser = add_command(
         commands, "train", run, config=True,
-        summary="Train a recipe, or resume it where its work directory ends",
+        summary="Train a recipe, or resume it from its work directory",
         details="Every field of the recipe can be overridden: --config.model.width=192. Exit status 75: preempted "
         "(SIGTERM or Ctrl-C), with everything saved; 79: the run stalled. Run the same command again after either.",
         example="mplug2 train --config configs/demo.py --config.steps=50 --workdir runs/short",
     )  # fmt: skip
     parser.add_argument("--config", help="recipe: a file, or the name of a shipped one; FILE:ARG passes ARG")
-    parser.add_argument("--plan", type=Path, help="what mplug2 plan --search wrote: its recipe, laid out for a machine")
+    parser.add_argument("--plan", type=Path, help="plan.json of mplug2 plan --search: its recipe and layout")
     parser.add_argument(
-        "--workdir", type=Path, required=True, help="where the run keeps everything; resumes if it exists"
+        "--workdir", type=Path, required=True, help="folder for everything the run writes; an existing run is resumed"
     )
 
 
-def chosen(recipe: str | None, plan: Path | None, overrides: Sequence[str]) -> tuple[str, list[str]]:
-    """The recipe and the overrides of a command that takes --config or --plan.
+def resolve_recipe(recipe: str | None, plan: Path | None, overrides: Sequence[str]) -> tuple[str, list[str]]:
+    """Return the recipe and the overrides of a command that takes --config or --plan.
 
     Raises:
         UserError: neither, or both.
@@ -46,20 +46,20 @@ def chosen(recipe: str | None, plan: Path | None, overrides: Sequence[str]) -> t
             raise UserError("--config is missing: name a recipe, or a --plan that has one")
         return recipe, list(overrides)
     if recipe is not None:
-        raise UserError(f"--config {recipe} with --plan {plan}: the plan says it already; give one or the other")
+        raise UserError(f"--config {recipe} with --plan {plan}: the plan names a recipe already; give one or the other")
     from mplug2_jax.planning.plan_file import read_plan
 
-    planned = read_plan(plan)
-    return planned.config, [*planned.overrides, *overrides]
+    content = read_plan(plan)
+    return content.config, [*content.overrides, *overrides]
 
 
 def run(args: argparse.Namespace) -> int:
-    """Trains, prints the evaluations and writes the report."""
+    """Train, print the evaluations and write the report."""
     from mplug2_jax.config import build, load_recipe
     from mplug2_jax.training.config import RunConfig
 
-    recipe, overrides = chosen(args.config, args.plan, args.overrides)
-    # What is wrong with a config is said before JAX is imported and other processes are waited for.
+    recipe, overrides = resolve_recipe(args.config, args.plan, args.overrides)
+    # Errors in the config are reported before JAX is imported and other processes are waited for.
     return _train(build(RunConfig, load_recipe(recipe, overrides)), args.workdir, overrides)
 
 
@@ -71,10 +71,8 @@ def _train(config: "RunConfig", workdir: Path, overrides: Sequence[str]) -> int:
         from mplug2_jax.training.workdir import WorkDir
 
     initialize_distributed()
-    begun = WorkDir(workdir).read_config() if WorkDir(workdir).exists() else None
-    config, said = with_checkpoint_sizes(config, overrides, begun)
-    if said:
-        logging.info("%s", said)
+    previous = WorkDir(workdir).read_config() if WorkDir(workdir).exists() else None
+    config = with_checkpoint_sizes(config, overrides, previous)
     results = train(config, workdir)
     if not is_primary_process():
         return 0
@@ -90,24 +88,27 @@ def _train(config: "RunConfig", workdir: Path, overrides: Sequence[str]) -> int:
 
 @contextlib.contextmanager
 def _exit_on_sigterm() -> Iterator[None]:
-    """A context in which SIGTERM ends the process with the status that asks for another start: nothing is lost yet."""
+    """Return a context in which SIGTERM exits at once with status 75, because there is nothing to save yet."""
 
-    def leave(number: int, frame: object) -> None:
+    def exit_now(number: int, frame: object) -> None:
         logging.warning("SIGTERM: exiting before step 1; run the same command again to start over")
         os._exit(PREEMPTED)
 
-    before = signal.signal(signal.SIGTERM, leave)
+    previous = signal.signal(signal.SIGTERM, exit_now)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, previous)
 
 
 def next_steps(config: "RunConfig", workdir: Path) -> list[tuple[str, str]]:
-    """Return commands that make use of a trained run, and what each is for."""
-    commands = [("curves, and every sample with its picture", f"open {workdir / 'report.html'} in a browser")]
+    """Return what to do with a trained run, and the commands that do it."""
+    commands = [("see curves and samples", f"open {workdir / 'report.html'} in a browser")]
     if "decoder" in config.parts():
         ask = f'mplug2 generate --workdir {workdir} FILE --instruction "what do we see?"'
-        commands += [("ask about a picture or clip of your own", ask)]
+        commands += [("ask about your own image or video", ask)]
     commands += [("evaluate it again", f"mplug2 eval --workdir {workdir}")]
-    return [*commands, ("take the weights to PyTorch", f"mplug2 convert export {workdir} --to exports/{workdir.name}")]
+    return [
+        *commands,
+        ("export the weights to PyTorch", f"mplug2 convert export {workdir} --to exports/{workdir.name}"),
+    ]

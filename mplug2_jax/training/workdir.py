@@ -6,12 +6,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from absl import logging
+
 from data_pipelines.digitworld.source import vocabulary_texts
 from data_pipelines.sources.files import write_atomically
 from data_pipelines.tokenizers import Tokenizer, load_tokenizer, train_sentencepiece, train_wordpiece
 from mplug2_jax.config import build, to_dict
 from mplug2_jax.errors import UserError
 from mplug2_jax.model.config import ModelConfig, SpecialTokens
+from mplug2_jax.renames import without_warnings
 from mplug2_jax.training.config import RunConfig, TokenizerConfig
 
 CONFIG_FORMAT = 2
@@ -83,7 +86,11 @@ class WorkDir:
                 "mplug2_jax"
             )
         try:
-            return build(RunConfig, values)
+            if version == CONFIG_FORMAT:
+                return build(RunConfig, values)
+            logging.info("%s is of an older version: renamed fields are read by their old names", self._config)
+            with without_warnings():
+                return build(RunConfig, values)
         except UserError as error:
             raise UserError(f"{self._config} is damaged or of another version: {error}") from error
 

@@ -56,12 +56,12 @@ def test_samples_of_pictures_come_first_and_name_their_files(tmp_path: Path) -> 
     frames = np.zeros((1, 4, 4, 3), np.uint8)
     lines = sample_lines([result("words"), *(result(f"p{i}", frames=frames) for i in range(4))], tmp_path).splitlines()
     assert lines[:4] == [
-        "p0: which words are masked?", f"    picture:    {tmp_path / 'p0-0.png'}", "    prediction: blue",
+        "p0: which words are masked?", f"    image:      {tmp_path / 'p0-0.png'}", "    prediction: blue",
         "    reference:  red",
     ]  # fmt: skip
     assert [line[:2] for line in lines[::4]] == ["p0", "p1", "p2", "p3"]
     clip = sample_lines([result("c", frames=np.zeros((2, 4, 4, 3), np.uint8))], tmp_path).splitlines()
-    assert clip[1] == f"    clip:       {tmp_path / 'c-0.png'}"
+    assert clip[1] == f"    video:      {tmp_path / 'c-0.png'}"
 
 
 def test_training_leaves_everything_in_the_work_directory(trained: TrainedRun) -> None:

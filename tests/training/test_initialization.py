@@ -1,6 +1,7 @@
 """Runs that start from other checkpoints: whole parts, or a sentence that says what is missing."""
 
 import dataclasses
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,11 @@ def saved(folder: Path, spec: RunSpec, state: dict[str, Any]) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def _logged(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="absl")
+
+
 TAUGHT = TaskSettings(distillation=DistillationConfig())
 
 
@@ -62,33 +68,40 @@ def assert_equal(one: Any, other: Any) -> None:
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
-def test_a_run_starts_from_all_of_a_checkpoint_its_teacher_too(whole: tuple[Path, dict[str, Any]]) -> None:
+def test_a_run_starts_from_all_of_a_checkpoint_its_teacher_too(
+    whole: tuple[Path, dict[str, Any]], caplog: pytest.LogCaptureFixture
+) -> None:
     folder, theirs = whole
     spec = make_spec(init_from=str(folder), tasks=TAUGHT)
-    state, said = init_or_load_state(spec)
+    state = init_or_load_state(spec)
     assert_equal(state["params"], theirs["params"])
     assert_equal(state["teacher"], theirs["teacher"])
     assert int(state["step"]) == 0
-    assert said == [f"starting from {folder} (step 3): mlm, text, universal"]
+    assert caplog.messages[-1] == f"initializing from {folder} (step 3): mlm, text, universal"
     assert jax.tree.all(jax.tree.map(lambda x, s: x.sharding == s.sharding, state["params"], spec.shapes["params"]))
 
 
-def test_a_run_has_the_sizes_of_what_it_starts_from(whole: tuple[Path, dict[str, Any]]) -> None:
+def test_a_run_has_the_sizes_of_what_it_starts_from(
+    whole: tuple[Path, dict[str, Any]], caplog: pytest.LogCaptureFixture
+) -> None:
     folder, _ = whole
     theirs = make_spec().config
     wide = small_model(width=64, heads=4, vocab_size=999, decoder_layers=3, vision_width=64, contrastive_width=8)
     own = dataclasses.replace(theirs, model=wide, init_from=str(folder))
-    sized, said = with_checkpoint_sizes(own, (), None)
+    sized = with_checkpoint_sizes(own, (), None)
     # What it takes is sized; other parts, and what is set by hand, stay as the recipe has them.
     assert sized.model == dataclasses.replace(wide, width=32, heads=2, vocab_size=256)
-    assert said.endswith(f"{folder}: heads 2 (not 4), vocab_size 256 (not 999), width 32 (not 64)")
-    by_hand, _ = with_checkpoint_sizes(own, ("--config.model.vocab_size=999",), None)
+    assert caplog.messages[-1].endswith(f"{folder}: heads 2 (not 4), vocab_size 256 (not 999), width 32 (not 64)")
+    by_hand = with_checkpoint_sizes(own, ("--config.model.vocab_size=999",), None)
     assert by_hand.model == dataclasses.replace(wide, width=32, heads=2)
-    assert with_checkpoint_sizes(sized, (), None) == (sized, "")
-    assert with_checkpoint_sizes(dataclasses.replace(own, init_from=""), (), None)[0].model == wide
+    caplog.clear()
+    assert with_checkpoint_sizes(sized, (), None) == sized
+    assert caplog.messages == []
+    assert with_checkpoint_sizes(dataclasses.replace(own, init_from=""), (), None).model == wide
     # A run that goes on asks its own config: what it started from may be gone.
     gone = dataclasses.replace(own, init_from=str(folder / "gone"))
-    assert with_checkpoint_sizes(gone, (), dataclasses.replace(sized, init_from=gone.init_from))[0].model == sized.model
+    previous = dataclasses.replace(sized, init_from=gone.init_from)
+    assert with_checkpoint_sizes(gone, (), previous).model == sized.model
     with pytest.raises(UserError, match="gone holds no checkpoint"):
         with_checkpoint_sizes(gone, (), None)
 
@@ -96,21 +109,25 @@ def test_a_run_has_the_sizes_of_what_it_starts_from(whole: tuple[Path, dict[str,
 def test_a_step_can_be_named_and_a_teacher_starts_as_a_copy(whole: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     _, theirs = whole
     folder = saved(tmp_path, make_spec(), {"params": theirs["params"]})
-    state, _ = init_or_load_state(make_spec(init_from=str(folder / "checkpoints" / "3"), tasks=TAUGHT))
+    state = init_or_load_state(make_spec(init_from=str(folder / "checkpoints" / "3"), tasks=TAUGHT))
     assert_equal(state["teacher"], theirs["params"])
 
 
-def test_parts_can_be_chosen_and_the_rest_is_fresh(whole: tuple[Path, dict[str, Any]]) -> None:
+def test_parts_can_be_chosen_and_the_rest_is_fresh(
+    whole: tuple[Path, dict[str, Any]], caplog: pytest.LogCaptureFixture
+) -> None:
     folder, theirs = whole
     spec = make_spec(init_from=str(folder), init_parts=("text",))
-    state, said = init_or_load_state(spec)
+    state = init_or_load_state(spec)
     assert_equal(state["params"]["text"], theirs["params"]["text"])
     assert_equal(state["params"]["mlm"], spec.init()["params"]["mlm"])
-    assert said[1] == "  fresh: mlm, universal"
+    assert caplog.messages[-1].endswith(": text; fresh: mlm, universal")
 
 
 @pytest.mark.slow
-def test_clips_start_from_what_saw_pictures_alone_with_fresh_temporal_units(tmp_path: Path) -> None:
+def test_clips_start_from_what_saw_pictures_alone_with_fresh_temporal_units(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     streams = small_run().streams
     pictures = {"image_text": dataclasses.replace(streams["image_text"], objectives={"vlc": 1.0})}
     still = make_run_spec(
@@ -119,12 +136,12 @@ def test_clips_start_from_what_saw_pictures_alone_with_fresh_temporal_units(tmp_
     theirs = still.init()
     folder = saved(tmp_path, still, theirs)
     spec = make_spec(clips=True, init_from=str(folder), init_parts=("vision", "temporal"))
-    state, said = init_or_load_state(spec)
+    state = init_or_load_state(spec)
     units, others = partition(state["params"], set(spec.definition.parts) - {"temporal"})
     assert_equal(others["vision"], theirs["params"]["vision"] | {"blocks": others["vision"]["blocks"]})
     assert_equal(others["vision"]["blocks"], theirs["params"]["vision"]["blocks"])
     assert_equal(units["vision"], partition(spec.init()["params"], {"vision"})[0]["vision"])
-    assert said[1] == "  fresh: contrastive, text, universal, temporal"
+    assert caplog.messages[-1].endswith(": vision; fresh: contrastive, text, universal, temporal")
 
 
 def test_parts_that_are_missing_are_named_with_the_remedy(whole: tuple[Path, dict[str, Any]]) -> None:
@@ -149,14 +166,14 @@ def test_nothing_there_is_a_sentence(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_another_image_size_resizes_the_position_table_alone(tmp_path: Path) -> None:
+def test_another_image_size_resizes_the_position_table_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     before = make_spec(clips=True, seed=7)
     theirs = before.init()["params"]
     folder = saved(tmp_path, before, {"params": theirs})
-    state, said = init_or_load_state(make_spec(clips=True, init_from=str(folder), model=small_model(image_size=32)))
+    state = init_or_load_state(make_spec(clips=True, init_from=str(folder), model=small_model(image_size=32)))
     table = theirs["vision"].pop("positions")
     assert_close(state["params"]["vision"].pop("positions"), resize_positions(table, 4))
-    assert said[-1] == "  the position table of 5 rows is resized to 17"
+    assert caplog.messages[-1] == "resized the position table from 5 to 17 rows"
     assert_equal(state["params"], theirs)
 
 

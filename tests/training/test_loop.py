@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,26 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     with WorkDirLock(WorkDir(tmp_path / "run").lock), pytest.raises(UserError, match="is in use by process"):
         train(small_run(), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_of_an_older_version_resumes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """With the ``config.json`` of :func:`small_run` as the version before ``format_version`` wrote it."""
+    workdir = WorkDir(tmp_path)
+    shutil.copyfile(Path(__file__).with_name("config_format_1.json"), tmp_path / "config.json")
+    assert workdir.read_config() == small_run()
+    assert workdir.check_config(small_run(steps=9))
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+    with pytest.raises(UserError, match="grad_accum_steps was 1 and is 2"):
+        workdir.check_config(small_run(grad_accum_steps=2))
+    workdir.initialize(small_run(), None)
+    values = json.loads((tmp_path / "config.json").read_text())
+    assert values["format_version"] == 2
+    assert "grad_accum_steps" in values
+    assert "accumulate" not in values
+    assert workdir.read_config() == small_run()
+    (tmp_path / "config.json").write_text(json.dumps(values | {"format_version": 3}))
+    with pytest.raises(UserError, match="has format_version 3, but this version reads up to 2; update mplug2_jax"):
+        workdir.read_config()
 
 
 def test_a_run_may_be_lengthened_and_not_shortened(tmp_path: Path) -> None:

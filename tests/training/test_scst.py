@@ -59,7 +59,7 @@ def tokenizer() -> Tokenizer:
 def curve(config: RunConfig, tokenizer: Tokenizer, devices: int) -> list[dict[str, float]]:
     mesh = make_mesh(config.mesh if devices > 1 else MeshConfig(data=1), jax.devices()[:devices])
     spec, streams = make_run_spec(config, special_tokens(tokenizer), mesh), open_streams(config, tokenizer)
-    (state, _), step = init_or_load_state(spec, streams), make_step(spec)
+    state, step = init_or_load_state(spec, streams), make_step(spec)
     batches, history = device_batches(streams, mesh, 0), []
     for _ in range(2):
         state, metrics = step(state, next(batches)[0])
@@ -112,7 +112,7 @@ def test_a_run_counts_the_captions_of_its_records_before_it_begins(tokenizer: To
     config = rewarded()
     spec = make_run_spec(config, special_tokens(tokenizer), make_mesh(MeshConfig(fsdp=2), jax.devices()[:2]))
     streams = open_streams(config, tokenizer)
-    found = init_or_load_state(spec, streams)[0]["frequencies"]
+    found = init_or_load_state(spec, streams)["frequencies"]
     counted = list(streams["pictures"].references(100))
     assert len(counted) == 100
     assert_close(np.exp(found.log_documents), 100.0)
