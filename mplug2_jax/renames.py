@@ -5,8 +5,9 @@ renamed values, ``OLD_VALUES = {"decay_mask": {"matrices": "kernels"}}``.
 """
 
 import collections
+import contextlib
 import functools
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from absl import logging
@@ -70,8 +71,24 @@ def current_name(old: str, fields: Collection[str], where: str) -> str:
     return new
 
 
-@functools.cache  # one warning, however often a config is built
+@contextlib.contextmanager
+def without_warnings() -> Iterator[None]:
+    """Return a context in which old names are read silently, for files that an older version wrote."""
+    global _silent
+    previous, _silent = _silent, True
+    try:
+        yield
+    finally:
+        _silent = previous
+
+
 def _warn(old: str, new: str) -> None:
+    if not _silent:
+        _warn_once(old, new)
+
+
+@functools.cache  # one warning, however often a config is built
+def _warn_once(old: str, new: str) -> None:
     logging.warning("%s is called %s now; the old name is still read", old, new)
 
 
