@@ -1,4 +1,4 @@
-"""Programs that are kept: where they are asked to be, whatever was compiled before, and manifests that are broken."""
+"""The compilation cache: its folder, whatever was compiled before; manifests of executables, damaged ones too."""
 
 from pathlib import Path
 
@@ -22,28 +22,26 @@ def lowered(times: int):
     return jax.jit(lambda x: x * times + 1).lower(np.ones(5, np.float32))
 
 
-def test_all_that_is_compiled_is_kept_there_and_nothing_after(tmp_path: Path) -> None:
-    """Although JAX, asked to compile before, has opened another cache."""
+def test_everything_compiled_in_the_context_is_cached_and_nothing_after(tmp_path: Path) -> None:
+    """JAX has opened another cache for an earlier compilation."""
     before = jax.config.values["jax_compilation_cache_dir"]
     lowered(3).compile()
     with cache_everything(tmp_path):
         lowered(5).compile()
-    kept = sorted(path.name for path in tmp_path.glob("*-cache"))
-    assert len(kept) == 1
+    cached = sorted(path.name for path in tmp_path.glob("*-cache"))
+    assert len(cached) == 1
     assert jax.config.values["jax_compilation_cache_dir"] == before
     lowered(7).compile()
-    assert sorted(path.name for path in tmp_path.glob("*-cache")) == kept
+    assert sorted(path.name for path in tmp_path.glob("*-cache")) == cached
 
 
-def test_programs_are_kept_unless_asked_not_to_apart_for_each_processor(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_cache_folder_is_the_config_s_or_one_per_processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = jax.config.values["jax_compilation_cache_dir"]
     monkeypatch.setenv("HOME", str(tmp_path))
     try:
         assert enable_compilation_cache("off") is None
-        jax.config.update("jax_compilation_cache_dir", str(tmp_path / "asked"))
-        assert enable_compilation_cache("auto") == tmp_path / "asked"
+        jax.config.update("jax_compilation_cache_dir", str(tmp_path / "environment"))
+        assert enable_compilation_cache("auto") == tmp_path / "environment"
         assert enable_compilation_cache(str(tmp_path / "own")) == tmp_path / "own"
         jax.config.update("jax_compilation_cache_dir", None)
         assert (
@@ -60,12 +58,12 @@ def test_programs_are_kept_unless_asked_not_to_apart_for_each_processor(
         compilation_cache.reset_cache()
 
 
-def test_a_manifest_says_whether_a_program_is_the_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    described = program_fingerprint(lowered(3), jax.devices())
-    assert described["devices"] == "8 x cpu"
+def test_the_manifest_says_whether_the_executable_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fingerprint = program_fingerprint(lowered(3), jax.devices())
+    assert fingerprint["devices"] == "8 x cpu"
     with cache_everything(tmp_path):
-        assert aot_cache_miss_reason(lowered(3), jax.devices()) is None  # there is none
-        write_manifest(tmp_path, described)
+        assert aot_cache_miss_reason(lowered(3), jax.devices()) is None  # no executable
+        write_manifest(tmp_path, fingerprint)
         assert aot_cache_miss_reason(lowered(3), jax.devices()) == ""
         sentence = aot_cache_miss_reason(lowered(5), jax.devices()[:4])
         assert sentence is not None

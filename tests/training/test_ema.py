@@ -1,4 +1,4 @@
-"""The average of parameters: its recursion, who uses it, and that it is of what is trained alone."""
+"""The EMA of parameters: its recursion, who reads it, and that it covers only what is trained."""
 
 import argparse
 import dataclasses
@@ -28,8 +28,8 @@ from tests.close import assert_close
 from tests.runs import small_run
 
 
-def words(**overrides: Any) -> RunConfig:
-    """Masked words: text, universal layers and a head."""
+def mlm_run(**overrides: Any) -> RunConfig:
+    """Return a run of masked words: text, universal layers and a head."""
     text = dataclasses.replace(small_run().streams["text"], objectives={"mlm": 1.0})
     optimizer = AdamWConfig(learning_rate=1e-2)
     return small_run(streams={"text": text}, evaluations={}, optimizer=optimizer, **overrides)
@@ -39,25 +39,25 @@ def make_spec(config: RunConfig) -> RunSpec:
     return make_run_spec(config, SpecialTokens(), make_mesh(MeshConfig(fsdp=2), jax.devices()[:2]))
 
 
-def saved(folder: Path, spec: RunSpec, state: Any) -> None:
+def save_checkpoint(folder: Path, spec: RunSpec, state: Any) -> None:
     identity = ModelMetadata(spec.config.model, spec.definition.parts)
     checkpoints = Checkpoints(folder / "checkpoints", CheckpointConfig(), model=identity)
     checkpoints.save(state, DataPosition(3, {}))
     checkpoints.close()
 
 
-def shifted(tree: Any) -> Any:
+def shift(tree: Any) -> Any:
     return jax.tree.map(lambda x: x + 1, tree)
 
 
-def assert_equal(one: Any, other: Any) -> None:
-    jax.tree.map(np.testing.assert_array_equal, one, other)
+def assert_equal(actual: Any, expected: Any) -> None:
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
 @pytest.mark.parametrize("overrides", [{}, {"freeze": ("text",), "param_dtype": "bfloat16"}], ids=["all", "part"])
 @pytest.mark.slow
-def test_it_follows_every_update_of_what_is_trained(overrides: dict[str, Any]) -> None:
-    config = words(ema_decay=0.75, **overrides)
+def test_the_ema_follows_every_update_of_trained_parameters(overrides: dict[str, Any]) -> None:
+    config = mlm_run(ema_decay=0.75, **overrides)
     spec = make_spec(config)
     state, step = spec.init(), make_step(spec)
     expected = {part: jax.tree.map(lambda x: np.asarray(x, np.float32), state["params"][part]) for part in state["ema"]}
@@ -72,8 +72,8 @@ def test_it_follows_every_update_of_what_is_trained(overrides: dict[str, Any]) -
     assert state["ema"].keys() == {"text", "universal", "mlm"} - set(config.freeze)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(state["ema"])} == {"float32"}
     assert_close(state["ema"], expected)
-    apart = jax.tree.map(lambda a, p: float(jnp.abs(a - p).max()), state["ema"]["mlm"], state["params"]["mlm"])
-    assert max(jax.tree.leaves(apart)) > 1e-4
+    distance = jax.tree.map(lambda a, p: float(jnp.abs(a - p).max()), state["ema"]["mlm"], state["params"]["mlm"])
+    assert max(jax.tree.leaves(distance)) > 1e-4
     sharding = state["ema"]["mlm"]["dense"]["kernel"].sharding
     assert sharding == state["params"]["mlm"]["dense"]["kernel"].sharding
     assert not sharding.is_fully_replicated
@@ -81,44 +81,44 @@ def test_it_follows_every_update_of_what_is_trained(overrides: dict[str, Any]) -
 
 
 @pytest.mark.slow
-def test_a_run_s_average_is_what_commands_open_and_the_last_parameters_can_be_asked_for(
+def test_commands_read_the_ema_or_on_request_the_last_parameters(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = words(ema_decay=0.9, freeze=("text",))
+    config = mlm_run(ema_decay=0.9, freeze=("text",))
     workdir = WorkDir(tmp_path)
     tokenizer = workdir.load_tokenizer(config)
     workdir.initialize(config, tokenizer)
     spec = make_spec(config)
     state = spec.init()
-    state["ema"] = shifted(state["ema"])
-    saved(tmp_path, spec, state)
+    state["ema"] = shift(state["ema"])
+    save_checkpoint(tmp_path, spec, state)
 
-    def opened(*overrides: str) -> Any:
+    def open_params(*overrides: str) -> Any:
         args = argparse.Namespace(workdir=tmp_path, step=None, overrides=list(overrides))
         return open_run(args)[1]
 
     caplog.set_level(logging.INFO, logger="absl")
     message = "step 3: using the EMA parameters; --config.ema_decay=0 selects the last ones"
-    assert_equal(opened(), {**state["params"], **state["ema"]})
+    assert_equal(open_params(), {**state["params"], **state["ema"]})
     assert caplog.messages.count(message) == 1
-    assert_equal(opened("--config.ema_decay=0"), state["params"])
+    assert_equal(open_params("--config.ema_decay=0"), state["params"])
     assert caplog.messages.count(message) == 1
 
 
-def test_a_run_starts_from_another_s_average_and_its_own_begins_there(
+def test_a_run_is_initialized_from_the_ema_of_another_and_its_own_starts_there(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, logger="absl")
-    theirs = make_spec(words(ema_decay=0.9, freeze=("text",), seed=7))
-    state = theirs.init()
-    state["ema"] = shifted(state["ema"])
-    saved(tmp_path, theirs, state)
-    ours = init_or_load_state(make_spec(words(ema_decay=0.5, init_from=str(tmp_path))))
+    source = make_spec(mlm_run(ema_decay=0.9, freeze=("text",), seed=7))
+    state = source.init()
+    state["ema"] = shift(state["ema"])
+    save_checkpoint(tmp_path, source, state)
+    loaded = init_or_load_state(make_spec(mlm_run(ema_decay=0.5, init_from=str(tmp_path))))
     assert f"initializing from {tmp_path} (step 3, EMA weights): mlm, text, universal" in caplog.messages
-    assert_equal(ours["params"], {**state["params"], **state["ema"]})
-    assert_equal(ours["ema"], ours["params"])
-    buffers = [{leaf.unsafe_buffer_pointer() for leaf in _shards(ours[tree])} for tree in ("params", "ema")]
-    assert not buffers[0] & buffers[1]  # a step that is given both away needs both
+    assert_equal(loaded["params"], {**state["params"], **state["ema"]})
+    assert_equal(loaded["ema"], loaded["params"])
+    buffers = [{leaf.unsafe_buffer_pointer() for leaf in _shards(loaded[tree])} for tree in ("params", "ema")]
+    assert not buffers[0] & buffers[1]  # a step donates both, so they must not share memory
 
 
 def _shards(tree: Any) -> list[Any]:
@@ -126,6 +126,6 @@ def _shards(tree: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0])
-def test_a_decay_that_is_none_is_refused(decay: float) -> None:
+def test_an_invalid_decay_is_refused(decay: float) -> None:
     with pytest.raises(UserError, match=rf"config\.ema_decay={decay} must be between 0 and 1"):
-        words(ema_decay=decay)
+        mlm_run(ema_decay=decay)

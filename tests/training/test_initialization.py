@@ -1,4 +1,4 @@
-"""Runs that start from other checkpoints: whole parts, or a sentence that says what is missing."""
+"""Runs that load parts of other checkpoints, or an error that names what is missing."""
 
 import dataclasses
 import logging
@@ -28,17 +28,17 @@ from tests.runs import small_model, small_run
 
 
 def make_spec(**overrides: Any) -> RunSpec:
-    """A model of text alone; ``clips=True``: of clips with their captions."""
+    """Return the spec of a text model; with ``clips=True`` of a model of video clips and captions."""
     streams = small_run().streams
-    chosen = {"video_text": dataclasses.replace(streams["video_text"], objectives={"vlc": 1.0})}
+    selected = {"video_text": dataclasses.replace(streams["video_text"], objectives={"vlc": 1.0})}
     if not overrides.pop("clips", False):
-        chosen = {"text": dataclasses.replace(streams["text"], objectives={"mlm": 1.0})}
+        selected = {"text": dataclasses.replace(streams["text"], objectives={"mlm": 1.0})}
     return make_run_spec(
-        small_run(evaluations={}, streams=chosen, **overrides), SpecialTokens(), make_mesh(MeshConfig())
+        small_run(evaluations={}, streams=selected, **overrides), SpecialTokens(), make_mesh(MeshConfig())
     )
 
 
-def saved(folder: Path, spec: RunSpec, state: dict[str, Any]) -> Path:
+def save_checkpoint(folder: Path, spec: RunSpec, state: dict[str, Any]) -> Path:
     identity = ModelMetadata(spec.config.model, spec.definition.parts)
     checkpoints = Checkpoints(folder / "checkpoints", CheckpointConfig(), model=identity)
     checkpoints.save(state, DataPosition(3, {}))
@@ -56,96 +56,96 @@ TAUGHT = TaskSettings(distillation=DistillationConfig())
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """A checkpoint with a teacher of its own, and its state."""
+def source(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """Return a checkpoint with a teacher that differs from the parameters, and its state."""
     spec = make_spec(seed=7, tasks=TAUGHT)
     state = spec.init()
     state["teacher"] = jax.tree.map(lambda x: x + 1, state["teacher"])
-    return saved(tmp_path_factory.mktemp("start"), spec, state), state
+    return save_checkpoint(tmp_path_factory.mktemp("start"), spec, state), state
 
 
-def assert_equal(one: Any, other: Any) -> None:
-    jax.tree.map(np.testing.assert_array_equal, one, other)
+def assert_equal(actual: Any, reference: Any) -> None:
+    jax.tree.map(np.testing.assert_array_equal, actual, reference)
 
 
-def test_a_run_starts_from_all_of_a_checkpoint_its_teacher_too(
-    whole: tuple[Path, dict[str, Any]], caplog: pytest.LogCaptureFixture
+def test_all_parts_of_a_checkpoint_are_loaded_with_its_teacher(
+    source: tuple[Path, dict[str, Any]], caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder, theirs = whole
+    folder, expected = source
     spec = make_spec(init_from=str(folder), tasks=TAUGHT)
     state = init_or_load_state(spec)
-    assert_equal(state["params"], theirs["params"])
-    assert_equal(state["teacher"], theirs["teacher"])
+    assert_equal(state["params"], expected["params"])
+    assert_equal(state["teacher"], expected["teacher"])
     assert int(state["step"]) == 0
     assert caplog.messages[-1] == f"initializing from {folder} (step 3): mlm, text, universal"
     assert jax.tree.all(jax.tree.map(lambda x, s: x.sharding == s.sharding, state["params"], spec.shapes["params"]))
 
 
-def test_a_run_has_the_sizes_of_what_it_starts_from(
-    whole: tuple[Path, dict[str, Any]], caplog: pytest.LogCaptureFixture
+def test_a_run_takes_the_sizes_of_the_checkpoint(
+    source: tuple[Path, dict[str, Any]], caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder, _ = whole
-    theirs = make_spec().config
+    folder, _ = source
+    source_config = make_spec().config
     wide = small_model(width=64, heads=4, vocab_size=999, decoder_layers=3, vision_width=64, contrastive_width=8)
-    own = dataclasses.replace(theirs, model=wide, init_from=str(folder))
-    sized = with_checkpoint_sizes(own, (), None)
-    # What it takes is sized; other parts, and what is set by hand, stay as the recipe has them.
+    config = dataclasses.replace(source_config, model=wide, init_from=str(folder))
+    sized = with_checkpoint_sizes(config, (), None)
+    # Loaded parts are resized; other parts and overridden fields stay as in the recipe.
     assert sized.model == dataclasses.replace(wide, width=32, heads=2, vocab_size=256)
     assert caplog.messages[-1].endswith(f"{folder}: heads 2 (not 4), vocab_size 256 (not 999), width 32 (not 64)")
-    by_hand = with_checkpoint_sizes(own, ("--config.model.vocab_size=999",), None)
-    assert by_hand.model == dataclasses.replace(wide, width=32, heads=2)
+    overridden = with_checkpoint_sizes(config, ("--config.model.vocab_size=999",), None)
+    assert overridden.model == dataclasses.replace(wide, width=32, heads=2)
     caplog.clear()
     assert with_checkpoint_sizes(sized, (), None) == sized
     assert caplog.messages == []
-    assert with_checkpoint_sizes(dataclasses.replace(own, init_from=""), (), None).model == wide
-    # A run that goes on asks its own config: what it started from may be gone.
-    gone = dataclasses.replace(own, init_from=str(folder / "gone"))
+    assert with_checkpoint_sizes(dataclasses.replace(config, init_from=""), (), None).model == wide
+    # A resumed run has the sizes in its own config: the source checkpoint may be gone.
+    gone = dataclasses.replace(config, init_from=str(folder / "gone"))
     previous = dataclasses.replace(sized, init_from=gone.init_from)
     assert with_checkpoint_sizes(gone, (), previous).model == sized.model
     with pytest.raises(UserError, match="gone holds no checkpoint"):
         with_checkpoint_sizes(gone, (), None)
 
 
-def test_a_step_can_be_named_and_a_teacher_starts_as_a_copy(whole: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
-    _, theirs = whole
-    folder = saved(tmp_path, make_spec(), {"params": theirs["params"]})
+def test_a_step_can_be_named_and_a_new_teacher_is_a_copy(source: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    _, expected = source
+    folder = save_checkpoint(tmp_path, make_spec(), {"params": expected["params"]})
     state = init_or_load_state(make_spec(init_from=str(folder / "checkpoints" / "3"), tasks=TAUGHT))
-    assert_equal(state["teacher"], theirs["params"])
+    assert_equal(state["teacher"], expected["params"])
 
 
-def test_parts_can_be_chosen_and_the_rest_is_fresh(
-    whole: tuple[Path, dict[str, Any]], caplog: pytest.LogCaptureFixture
+def test_parts_can_be_selected_and_others_are_fresh(
+    source: tuple[Path, dict[str, Any]], caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder, theirs = whole
+    folder, expected = source
     spec = make_spec(init_from=str(folder), init_parts=("text",))
     state = init_or_load_state(spec)
-    assert_equal(state["params"]["text"], theirs["params"]["text"])
+    assert_equal(state["params"]["text"], expected["params"]["text"])
     assert_equal(state["params"]["mlm"], spec.init()["params"]["mlm"])
     assert caplog.messages[-1].endswith(": text; fresh: mlm, universal")
 
 
 @pytest.mark.slow
-def test_clips_start_from_what_saw_pictures_alone_with_fresh_temporal_units(
+def test_a_checkpoint_of_an_image_model_gets_fresh_temporal_units(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     streams = small_run().streams
-    pictures = {"image_text": dataclasses.replace(streams["image_text"], objectives={"vlc": 1.0})}
-    still = make_run_spec(
-        small_run(evaluations={}, streams=pictures, seed=7), SpecialTokens(), make_mesh(MeshConfig())
+    images = {"image_text": dataclasses.replace(streams["image_text"], objectives={"vlc": 1.0})}
+    image_spec = make_run_spec(
+        small_run(evaluations={}, streams=images, seed=7), SpecialTokens(), make_mesh(MeshConfig())
     )  # fmt: skip
-    theirs = still.init()
-    folder = saved(tmp_path, still, theirs)
+    expected = image_spec.init()
+    folder = save_checkpoint(tmp_path, image_spec, expected)
     spec = make_spec(clips=True, init_from=str(folder), init_parts=("vision", "temporal"))
     state = init_or_load_state(spec)
-    units, others = partition(state["params"], set(spec.definition.parts) - {"temporal"})
-    assert_equal(others["vision"], theirs["params"]["vision"] | {"blocks": others["vision"]["blocks"]})
-    assert_equal(others["vision"]["blocks"], theirs["params"]["vision"]["blocks"])
-    assert_equal(units["vision"], partition(spec.init()["params"], {"vision"})[0]["vision"])
+    temporal, others = partition(state["params"], set(spec.definition.parts) - {"temporal"})
+    assert_equal(others["vision"], expected["params"]["vision"] | {"blocks": others["vision"]["blocks"]})
+    assert_equal(others["vision"]["blocks"], expected["params"]["vision"]["blocks"])
+    assert_equal(temporal["vision"], partition(spec.init()["params"], {"vision"})[0]["vision"])
     assert caplog.messages[-1].endswith(": vision; fresh: contrastive, text, universal, temporal")
 
 
-def test_parts_that_are_missing_are_named_with_the_remedy(whole: tuple[Path, dict[str, Any]]) -> None:
-    folder, _ = whole
+def test_missing_parts_are_named_with_the_remedy(source: tuple[Path, dict[str, Any]]) -> None:
+    folder, _ = source
     with pytest.raises(UserError) as error:
         init_or_load_state(make_spec(clips=True, init_from=str(folder)))
     assert f"config.init_from={folder} lacks contrastive, vision (it has mlm, text, universal)" in str(error.value)
@@ -154,13 +154,13 @@ def test_parts_that_are_missing_are_named_with_the_remedy(whole: tuple[Path, dic
         init_or_load_state(make_spec(init_from=str(folder), init_parts=("txt",)))
 
 
-def test_parts_of_another_size_are_named(whole: tuple[Path, dict[str, Any]]) -> None:
-    folder, _ = whole
+def test_parts_of_another_size_are_named(source: tuple[Path, dict[str, Any]]) -> None:
+    folder, _ = source
     with pytest.raises(UserError, match="is of another size: params/"):
         init_or_load_state(make_spec(init_from=str(folder), model=small_model(mlp_width=96)))
 
 
-def test_nothing_there_is_a_sentence(tmp_path: Path) -> None:
+def test_a_missing_checkpoint_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no checkpoint; expected a work directory"):
         init_or_load_state(make_spec(init_from=str(tmp_path)))
 
@@ -168,27 +168,27 @@ def test_nothing_there_is_a_sentence(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_another_image_size_resizes_the_position_table_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     before = make_spec(clips=True, seed=7)
-    theirs = before.init()["params"]
-    folder = saved(tmp_path, before, {"params": theirs})
+    expected = before.init()["params"]
+    folder = save_checkpoint(tmp_path, before, {"params": expected})
     state = init_or_load_state(make_spec(clips=True, init_from=str(folder), model=small_model(image_size=32)))
-    table = theirs["vision"].pop("positions")
+    table = expected["vision"].pop("positions")
     assert_close(state["params"]["vision"].pop("positions"), resize_positions(table, 4))
     assert caplog.messages[-1] == "resized the position table from 5 to 17 rows"
-    assert_equal(state["params"], theirs)
+    assert_equal(state["params"], expected)
 
 
-def test_words_bring_their_tokeniser(tmp_path: Path) -> None:
+def test_word_tables_are_loaded_with_their_tokenizer(tmp_path: Path) -> None:
     first = small_run(tokenizer=TokenizerConfig(vocab_size=90))
-    theirs = WorkDir(tmp_path / "first")
-    theirs.initialize(first, theirs.load_tokenizer(first))
-    own = WorkDir(tmp_path / "second")
+    old = WorkDir(tmp_path / "first")
+    old.initialize(first, old.load_tokenizer(first))
+    new = WorkDir(tmp_path / "second")
     for start, parts, size in (
-        (theirs.path, (), 90), (theirs.checkpoints, ("text",), 90),
-        (theirs.checkpoints / "3", ("decoder", "vision"), 90),
-        (theirs.path, ("vision",), 120), (tmp_path / "elsewhere", (), 120), ("", (), 120),
+        (old.path, (), 90), (old.checkpoints, ("text",), 90),
+        (old.checkpoints / "3", ("decoder", "vision"), 90),
+        (old.path, ("vision",), 120), (tmp_path / "elsewhere", (), 120), ("", (), 120),
     ):  # fmt: skip
         config = small_run(init_from=str(start), init_parts=parts, tokenizer=TokenizerConfig(vocab_size=120))
-        assert own.load_tokenizer(config).vocab_size == size
-    path = str(own.load_tokenizer(small_run(tokenizer=TokenizerConfig(vocab_size=100))).save(tmp_path / "third"))
-    named = small_run(init_from=str(theirs.path), tokenizer=TokenizerConfig(path=path))
-    assert own.load_tokenizer(named).vocab_size == 100
+        assert new.load_tokenizer(config).vocab_size == size
+    path = str(new.load_tokenizer(small_run(tokenizer=TokenizerConfig(vocab_size=100))).save(tmp_path / "third"))
+    named = small_run(init_from=str(old.path), tokenizer=TokenizerConfig(path=path))
+    assert new.load_tokenizer(named).vocab_size == 100

@@ -1,4 +1,4 @@
-"""How state is kept: 16-bit parameters and moments, moments on the host. Less memory, and the curve stays."""
+"""Precision of the state: 16-bit parameters and moments, moments on the host. Less memory, almost equal losses."""
 
 import dataclasses
 from typing import Any
@@ -48,7 +48,9 @@ def run(config: RunConfig, tokenizer: Tokenizer) -> tuple[Any, list[float]]:
     for _ in range(STEPS):
         state, metrics = step(state, next(batches)[0])
         losses.append(float(metrics["loss"]))
-    jax.tree.map(lambda leaf, asked: None if leaf.sharding == asked else pytest.fail(str(asked)), state, spec.shardings)
+    jax.tree.map(
+        lambda leaf, expected: None if leaf.sharding == expected else pytest.fail(str(expected)), state, spec.shardings
+    )
     return state, losses
 
 
@@ -57,16 +59,16 @@ def plain(tokenizer: Tokenizer) -> tuple[Any, list[float]]:
     return run(masked_words(), tokenizer)
 
 
-def held(tree: Any) -> int:
+def num_bytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 @pytest.mark.slow
-def test_16_bits_halve_what_is_kept_and_stay_near_the_curve(plain, tokenizer: Tokenizer) -> None:
+def test_16_bits_halve_the_memory_and_stay_near_the_losses(plain, tokenizer: Tokenizer) -> None:
     half = {"mu_dtype": "bfloat16", "nu_dtype": "bfloat16"}
     state, losses = run(masked_words(param_dtype="bfloat16", **half), tokenizer)
-    assert held(state["params"]) == held(plain[0]["params"]) // 2
-    assert held(state["opt"]) < 0.51 * held(plain[0]["opt"])
+    assert num_bytes(state["params"]) == num_bytes(plain[0]["params"]) // 2
+    assert num_bytes(state["opt"]) < 0.51 * num_bytes(plain[0]["opt"])
     assert losses != plain[1]
     assert_close(losses, plain[1], 2**-7)
     assert losses[-1] < losses[0]
@@ -82,7 +84,7 @@ def test_moments_on_the_host_change_nothing(plain, tokenizer: Tokenizer, tmp_pat
     assert set(kinds) == {"pinned_host"}
     assert all(leaf.sharding.memory_kind == "device" for leaf in jax.tree.leaves(state["params"]))
 
-    # And a checkpoint of it comes back to where it was.
+    # A checkpoint restores the moments to the host.
     checkpoints = Checkpoints(tmp_path, config.checkpoint)
     checkpoints.save(state, data_position(STEPS, open_streams(config, tokenizer)))
     checkpoints.close()
@@ -91,14 +93,14 @@ def test_moments_on_the_host_change_nothing(plain, tokenizer: Tokenizer, tmp_pat
     assert [leaf.sharding.memory_kind for leaf in jax.tree.leaves(restored["opt"]) if leaf.ndim] == kinds
 
 
-def test_a_teacher_of_16_bit_parameters_keeps_32(tokenizer: Tokenizer) -> None:
+def test_the_teacher_of_16_bit_parameters_has_32_bits(tokenizer: Tokenizer) -> None:
     settings = TaskSettings(distillation=DistillationConfig())
     spec = make_spec(dataclasses.replace(masked_words("bfloat16"), tasks=settings), tokenizer)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(spec.shapes["params"])} == {"bfloat16"}
     assert {leaf.dtype.name for leaf in jax.tree.leaves(spec.shapes["teacher"])} == {"float32"}
 
 
-def test_16_bits_cannot_follow_a_slow_second_moment() -> None:
+def test_16_bits_are_refused_for_a_slow_second_moment() -> None:
     with pytest.raises(UserError, match=r"nu_dtype=bfloat16 is too coarse for b2=0.999: .*set b2 to 0.99 or less"):
         AdamWConfig(nu_dtype="bfloat16")
     assert AdamWConfig(mu_dtype="bfloat16").b2 == 0.999

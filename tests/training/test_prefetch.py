@@ -1,4 +1,4 @@
-"""One item ahead: the order stays, work overlaps, and errors come where the item would have been."""
+"""Prefetching: the order is kept, work overlaps, and errors are raised in place of their items."""
 
 import itertools
 import threading
@@ -9,23 +9,23 @@ import pytest
 from mplug2_jax.training.prefetch import Prefetcher
 
 
-def test_the_next_item_is_made_while_the_present_one_is_in_use() -> None:
-    begun = [threading.Event() for _ in range(4)]
+def test_the_next_item_is_prepared_while_the_current_one_is_in_use() -> None:
+    started = [threading.Event() for _ in range(4)]
 
     def items() -> Iterator[int]:
         for i in range(4):
-            begun[i].set()
+            started[i].set()
             yield i
 
     prefetcher = Prefetcher(items())
     assert next(prefetcher) == 0
-    assert begun[1].wait(10)
-    assert not begun[2].is_set()
+    assert started[1].wait(10)
+    assert not started[2].is_set()
     assert list(prefetcher) == [1, 2, 3]
     prefetcher.close()
 
 
-def test_errors_come_where_the_item_would_have_been() -> None:
+def test_errors_are_raised_in_place_of_the_item() -> None:
     def items() -> Iterator[int]:
         yield 1
         raise ZeroDivisionError
@@ -37,7 +37,7 @@ def test_errors_come_where_the_item_would_have_been() -> None:
     prefetcher.close()
 
 
-def test_it_ends_with_items_left() -> None:
+def test_close_stops_the_thread_with_items_left() -> None:
     prefetcher = Prefetcher(itertools.count())
     assert next(prefetcher) == 0
     prefetcher.close()

@@ -1,4 +1,4 @@
-"""A run that is killed and goes on gives the losses, bit for bit, of one that was never killed. Real processes."""
+"""A run that is killed and resumed has the losses, bit for bit, of an uninterrupted one. With real processes."""
 
 import dataclasses
 import os
@@ -13,7 +13,7 @@ import pytest
 from mplug2_jax.training.telemetry.metric_log import read_train_metrics
 from tests.runs import recipe_file, small_model, small_run
 
-STEPS = 60  # so many that the kill after the fifth does not come after the last, however busy the machine is
+STEPS = 60  # enough that the kill after the fifth comes before the last, however busy the machine is
 
 
 def recipe(tmp_path: Path) -> Path:
@@ -41,20 +41,20 @@ def losses(workdir: Path) -> list[dict[str, float]]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_killed_and_resumed_equals_never_killed(tmp_path: Path, repository: Path) -> None:
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, repository: Path) -> None:
     path = recipe(tmp_path)
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    through = tmp_path / "through"
-    subprocess.run(command(path, through), check=True, cwd=repository, env=environment, capture_output=True)
-    assert [line["step"] for line in losses(through)] == list(range(1, STEPS + 1))
+    uninterrupted = tmp_path / "through"
+    subprocess.run(command(path, uninterrupted), check=True, cwd=repository, env=environment, capture_output=True)
+    assert [line["step"] for line in losses(uninterrupted)] == list(range(1, STEPS + 1))
 
     killed = tmp_path / "killed"
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(command(path, killed), cwd=repository, env=environment, stdout=log, stderr=log)
         deadline = time.monotonic() + 300
         while time.monotonic() < deadline and process.poll() is None:
-            written = killed / "metrics.jsonl"
-            if written.exists() and len(losses(killed)) >= 5:
+            metrics = killed / "metrics.jsonl"
+            if metrics.exists() and len(losses(killed)) >= 5:
                 break
             time.sleep(0.02)
         process.send_signal(signal.SIGKILL)
@@ -65,4 +65,4 @@ def test_killed_and_resumed_equals_never_killed(tmp_path: Path, repository: Path
     resumed = subprocess.run(command(path, killed), cwd=repository, env=environment, capture_output=True, text=True)
     assert resumed.returncode == 0, resumed.stderr
     assert "resuming from step" in resumed.stderr
-    assert losses(killed) == losses(through)
+    assert losses(killed) == losses(uninterrupted)

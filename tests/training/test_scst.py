@@ -1,4 +1,4 @@
-"""Self-critical training in runs: on any mesh, interrupted, and counted."""
+"""Self-critical training in runs: on any mesh, resumed, and with its FLOPs."""
 
 import dataclasses
 import shutil
@@ -40,8 +40,8 @@ DESCRIBE = ExampleConfig(
 )
 
 
-def rewarded(**overrides: Any) -> RunConfig:
-    """Pictures of DigitWorld. With a large eps a gradient that is rounding noise stays a step that is."""
+def scst_run(**overrides: Any) -> RunConfig:
+    """Return a run on DigitWorld's images. A large eps keeps updates by rounding noise in gradients negligible."""
     fields = {
         "streams": {"pictures": stream("image", 8, DESCRIBE, scst=1.0)},
         "tasks": TaskSettings(scst=ScstConfig(num_samples=2, num_documents=100)),
@@ -56,7 +56,7 @@ def tokenizer() -> Tokenizer:
     return train_wordpiece(vocabulary_texts(100), 200)
 
 
-def curve(config: RunConfig, tokenizer: Tokenizer, devices: int) -> list[dict[str, float]]:
+def train_history(config: RunConfig, tokenizer: Tokenizer, devices: int) -> list[dict[str, float]]:
     mesh = make_mesh(config.mesh if devices > 1 else MeshConfig(data=1), jax.devices()[:devices])
     spec, streams = make_run_spec(config, special_tokens(tokenizer), mesh), open_streams(config, tokenizer)
     state, step = init_or_load_state(spec, streams), make_step(spec)
@@ -67,64 +67,64 @@ def curve(config: RunConfig, tokenizer: Tokenizer, devices: int) -> list[dict[st
     return history
 
 
-def losses_apart(line: dict[str, float]) -> tuple[dict[str, float], dict[str, float]]:
+def split_losses(line: dict[str, float]) -> tuple[dict[str, float], dict[str, float]]:
     losses = {name: value for name, value in line.items() if name.endswith("loss")}
     return losses, {name: value for name, value in line.items() if name not in losses}
 
 
 @pytest.mark.slow
-def test_eight_devices_give_the_curve_of_one(tokenizer: Tokenizer) -> None:
-    """Dropout is on elsewhere, micro-batches draw captions of their own, parameters are gathered once or always."""
-    config = rewarded(grad_accum_steps=2, mesh=MeshConfig(data=2, fsdp=2, tensor=2))
-    alone = curve(config, tokenizer, 1)
-    assert all(line["pictures/scst/reward"] > 0 for line in alone)
-    assert all(1 < line["pictures/scst/length"] < LENGTH for line in alone)
-    assert alone[0]["gradient_norm"] > 0
+def test_eight_devices_give_the_losses_of_one(tokenizer: Tokenizer) -> None:
+    """With micro-batches that sample their own captions, and parameters gathered per step or per layer."""
+    config = scst_run(grad_accum_steps=2, mesh=MeshConfig(data=2, fsdp=2, tensor=2))
+    single = train_history(config, tokenizer, 1)
+    assert all(line["pictures/scst/reward"] > 0 for line in single)
+    assert all(1 < line["pictures/scst/length"] < LENGTH for line in single)
+    assert single[0]["gradient_norm"] > 0
     for gather in ("layer", "step"):
-        for ours, theirs in zip(
-            curve(dataclasses.replace(config, fsdp_gather=gather), tokenizer, 8), alone, strict=True
+        for actual, expected in zip(
+            train_history(dataclasses.replace(config, fsdp_gather=gather), tokenizer, 8), single, strict=True
         ):
-            (losses, rest), (their_losses, their_rest) = losses_apart(ours), losses_apart(theirs)
-            assert_close(losses, their_losses, scale=0.01)  # advantages add up to zero, and nearly cancel
-            assert_close(rest, their_rest, CHAIN)
+            (losses, metrics), (expected_losses, expected_metrics) = split_losses(actual), split_losses(expected)
+            assert_close(losses, expected_losses, scale=0.01)  # advantages add up to zero and nearly cancel
+            assert_close(metrics, expected_metrics, CHAIN)
 
 
 @pytest.mark.slow
-def test_a_run_that_goes_on_is_as_if_never_interrupted(tmp_path: Path) -> None:
-    """What weighs n-grams is in its checkpoints, and is not counted again."""
-    config = rewarded()
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
+    """The n-gram frequencies are in the checkpoints, and are not counted again."""
+    config = scst_run()
     train(config, tmp_path / "through")
     shutil.copytree(tmp_path / "through", tmp_path / "interrupted")
     shutil.rmtree(tmp_path / "interrupted" / "checkpoints" / "4")
     train(config, tmp_path / "interrupted")
-    through, interrupted = (
+    uninterrupted, interrupted = (
         read_train_metrics(tmp_path / name / "metrics.jsonl") for name in ("through", "interrupted")
     )
-    again = interrupted[-2:]
-    assert [line["step"] for line in again] == [3, 4]
-    kept = [name for name in through[0] if name.startswith(("loss", "pictures/", "gradient", "parameter"))]
-    assert "pictures/scst/reward" in kept
-    for ours, theirs in zip(again, through[-2:], strict=True):
-        assert {name: ours[name] for name in kept} == {name: theirs[name] for name in kept}
+    repeated = interrupted[-2:]
+    assert [line["step"] for line in repeated] == [3, 4]
+    names = [name for name in uninterrupted[0] if name.startswith(("loss", "pictures/", "gradient", "parameter"))]
+    assert "pictures/scst/reward" in names
+    for actual, expected in zip(repeated, uninterrupted[-2:], strict=True):
+        assert {name: actual[name] for name in names} == {name: expected[name] for name in names}
 
 
-def test_a_run_counts_the_captions_of_its_records_before_it_begins(tokenizer: Tokenizer) -> None:
-    config = rewarded()
+def test_captions_of_the_records_are_counted_before_step_1(tokenizer: Tokenizer) -> None:
+    config = scst_run()
     spec = make_run_spec(config, special_tokens(tokenizer), make_mesh(MeshConfig(fsdp=2), jax.devices()[:2]))
     streams = open_streams(config, tokenizer)
-    found = init_or_load_state(spec, streams)["frequencies"]
-    counted = list(streams["pictures"].references(100))
-    assert len(counted) == 100
-    assert_close(np.exp(found.log_documents), 100.0)
-    jax.tree.map(np.testing.assert_array_equal, found, count_document_frequencies(counted, special_tokens(tokenizer)))
-    for made, make_spec in zip(jax.tree.leaves(found), jax.tree.leaves(spec.shapes["frequencies"]), strict=True):
-        assert (made.shape, made.dtype, made.sharding) == (make_spec.shape, make_spec.dtype, make_spec.sharding)
-        assert made.sharding.is_fully_replicated
+    frequencies = init_or_load_state(spec, streams)["frequencies"]
+    captions = list(streams["pictures"].references(100))
+    assert len(captions) == 100
+    assert_close(np.exp(frequencies.log_documents), 100.0)
+    expected = count_document_frequencies(captions, special_tokens(tokenizer))
+    jax.tree.map(np.testing.assert_array_equal, frequencies, expected)
+    for array, shape in zip(jax.tree.leaves(frequencies), jax.tree.leaves(spec.shapes["frequencies"]), strict=True):
+        assert (array.shape, array.dtype, array.sharding) == (shape.shape, shape.dtype, shape.sharding)
+        assert array.sharding.is_fully_replicated
 
 
-def test_drawing_captions_counts_as_so_many_turns_as_they_may_be_long() -> None:
-    """And drawing is computed once, without a gradient."""
-    config = rewarded(model=small_model(attention="xla"))
+def test_flops_count_sampling_once_and_for_the_longest_caption() -> None:
+    config = scst_run(model=small_model(attention="xla"))
     spec = make_run_spec(config, SpecialTokens(), make_mesh(MeshConfig(), jax.devices()[:1]))
     batch = {
         key: jax.ShapeDtypeStruct(shape, np.int32 if dtype == np.int64 else dtype)
@@ -132,18 +132,18 @@ def test_drawing_captions_counts_as_so_many_turns_as_they_may_be_long() -> None:
     }
     search = SearchConfig(num_beams=2, min_length=0, max_length=LENGTH - 1, top_p=1.0)
 
-    def drawn(params: Any, memory: Any, seen: Any, ids: Any) -> Any:
+    def sample(params: Any, memory: Any, mask: Any, ids: Any) -> Any:
         decoder = spec.definition.bind(params).decoder
-        return generate(decoder, memory, seen, search, SpecialTokens(), ids)
+        return generate(decoder, memory, mask, search, SpecialTokens(), ids)
 
-    def learned(params: Any, batch: Any, said: Any, lengths: Any) -> Any:
-        return scst_loss(ForwardPass(spec.definition.bind(params), batch), said, lengths, SpecialTokens()).loss
+    def loss(params: Any, batch: Any, ids: Any, lengths: Any) -> Any:
+        return scst_loss(ForwardPass(spec.definition.bind(params), batch), ids, lengths, SpecialTokens()).loss
 
     shapes = spec.definition.shapes
     memory = jax.eval_shape(lambda p, b: ForwardPass(spec.definition.bind(p), b).caption_memory, shapes, batch)
-    found = jax.eval_shape(drawn, shapes, *memory, batch["example_id"])
-    drawing = count_flops(drawn, shapes, *memory, batch["example_id"], turns=LENGTH - 1)
-    learning = count_flops(jax.value_and_grad(learned), shapes, batch, found.ids, found.lengths)
-    counted = count_gradient_flops(spec, config.streams, {"pictures": batch}, remat=False)
-    assert counted.total() == drawing.total() + learning.total()
-    assert drawing.total() > (LENGTH - 1) * 2 * 16 * config.model.width * config.model.vocab_size
+    sampled = jax.eval_shape(sample, shapes, *memory, batch["example_id"])
+    sampling_flops = count_flops(sample, shapes, *memory, batch["example_id"], turns=LENGTH - 1)
+    loss_flops = count_flops(jax.value_and_grad(loss), shapes, batch, sampled.ids, sampled.lengths)
+    step_flops = count_gradient_flops(spec, config.streams, {"pictures": batch}, remat=False)
+    assert step_flops.total() == sampling_flops.total() + loss_flops.total()
+    assert sampling_flops.total() > (LENGTH - 1) * 2 * 16 * config.model.width * config.model.vocab_size

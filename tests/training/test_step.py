@@ -1,4 +1,4 @@
-"""The step: the same curve on any mesh, micro-batches that add up, one compilation, donated state, its randomness."""
+"""The step: equal losses on any mesh, gradient accumulation, one compilation, a donated state, its randomness."""
 
 import dataclasses
 from typing import Any
@@ -47,8 +47,8 @@ def run(config: RunConfig, tokenizer: Tokenizer, mesh: MeshConfig, steps: int) -
     return state, history
 
 
-def whole_run() -> RunConfig:
-    """All streams and objectives. With a large eps a gradient that is rounding noise stays a step that is."""
+def all_streams_run() -> RunConfig:
+    """Return a run with all objectives. A large eps keeps updates by gradients that are rounding noise negligible."""
     streams = {
         name: dataclasses.replace(small_run().streams[name], objectives=objectives)
         for name, objectives in (
@@ -61,16 +61,16 @@ def whole_run() -> RunConfig:
 
 @pytest.fixture(scope="module")
 def one_device(tokenizer: Tokenizer):
-    return run(whole_run(), tokenizer, ONE, 3)
+    return run(all_streams_run(), tokenizer, ONE, 3)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("gather", ["layer", "step"])
-def test_eight_devices_give_the_curve_of_one(one_device, tokenizer: Tokenizer, gather: Any) -> None:
-    """Dropout, masking and negatives are on: randomness does not depend on the mesh."""
-    state, history = run(dataclasses.replace(whole_run(), fsdp_gather=gather), tokenizer, EIGHT, 3)
-    for ours, theirs in zip(history, one_device[1], strict=True):
-        assert_close(ours, theirs, CHAIN)
+def test_eight_devices_give_the_losses_of_one(one_device, tokenizer: Tokenizer, gather: Any) -> None:
+    """Dropout, masking and hard negatives are on: randomness does not depend on the mesh."""
+    state, history = run(dataclasses.replace(all_streams_run(), fsdp_gather=gather), tokenizer, EIGHT, 3)
+    for actual, expected in zip(history, one_device[1], strict=True):
+        assert_close(actual, expected, CHAIN)
     assert_close(state["params"], one_device[0]["params"], CHAIN)
 
 
@@ -79,14 +79,14 @@ def test_every_objective_of_every_stream_is_reported_and_weighted(one_device) ->
     first = one_device[1][0]
     total = sum(
         weight * first[f"{name}/{objective}/loss"]
-        for name, chosen in whole_run().streams.items()
-        for objective, weight in chosen.objectives.items()
+        for name, stream_config in all_streams_run().streams.items()
+        for objective, weight in stream_config.objectives.items()
     )
     assert_close(first["loss"], total)
 
 
-def answering(**overrides: Any) -> RunConfig:
-    """The release's question answering, whose loss is a plain mean over questions."""
+def answer_run(**overrides: Any) -> RunConfig:
+    """Return a run of the release's question answering, whose loss is a plain mean over questions."""
     examples = ExampleConfig(instructions=QUESTION, instruction_length=12, target_length=6)
     return small_run(
         model=small_model(dropout=0.0), streams={"q": stream("video", 8, examples, answer=1.0)},
@@ -96,44 +96,44 @@ def answering(**overrides: Any) -> RunConfig:
 
 @pytest.mark.slow
 def test_micro_batches_add_up_to_the_batch(tokenizer: Tokenizer) -> None:
-    whole, whole_history = run(answering(), tokenizer, ONE, 1)
-    cut, cut_history = run(answering(grad_accum_steps=2), tokenizer, ONE, 1)
-    assert_close(cut_history[0]["loss"], whole_history[0]["loss"])
-    assert_close(cut_history[0]["gradient_norm"], whole_history[0]["gradient_norm"], CHAIN)
-    assert_close(cut["opt"], whole["opt"], CHAIN)
+    full, full_history = run(answer_run(), tokenizer, ONE, 1)
+    micro, micro_history = run(answer_run(grad_accum_steps=2), tokenizer, ONE, 1)
+    assert_close(micro_history[0]["loss"], full_history[0]["loss"])
+    assert_close(micro_history[0]["gradient_norm"], full_history[0]["gradient_norm"], CHAIN)
+    assert_close(micro["opt"], full["opt"], CHAIN)
 
 
 @pytest.mark.parametrize("times", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_parameters_gathered_once_give_what_those_gathered_at_each_use_give(tokenizer: Tokenizer, times: int) -> None:
+def test_gathering_per_step_equals_gathering_per_layer(tokenizer: Tokenizer, times: int) -> None:
     text = dataclasses.replace(small_run().streams["text"], objectives={"mlm": 1.0})
     config = small_run(
         streams={"text": text}, evaluations={}, grad_accum_steps=times,
         optimizer=AdamWConfig(learning_rate=1e-2, eps=1e-2),
     )  # fmt: skip
-    ways = [run(dataclasses.replace(config, fsdp_gather=gather), tokenizer, EIGHT, 2) for gather in ("layer", "step")]
-    (layer, layer_history), (once, once_history) = ways
-    for ours, theirs in zip(once_history, layer_history, strict=True):
-        assert_close(ours, theirs)
-    assert_close(once["params"], layer["params"])
-    moved = [float(abs(p).max()) for p in jax.tree.leaves(once["opt"]) if p.ndim]
-    assert max(moved) > 0
+    per_layer, per_layer_history = run(dataclasses.replace(config, fsdp_gather="layer"), tokenizer, EIGHT, 2)
+    per_step, per_step_history = run(dataclasses.replace(config, fsdp_gather="step"), tokenizer, EIGHT, 2)
+    for actual, expected in zip(per_step_history, per_layer_history, strict=True):
+        assert_close(actual, expected)
+    assert_close(per_step["params"], per_layer["params"])
+    moves = [float(abs(p).max()) for p in jax.tree.leaves(per_step["opt"]) if p.ndim]
+    assert max(moves) > 0
 
 
-def test_shards_are_made_where_they_live(tokenizer: Tokenizer) -> None:
-    spec = make_spec(answering(), tokenizer, EIGHT)
+def test_shards_are_initialized_on_their_devices(tokenizer: Tokenizer) -> None:
+    spec = make_spec(answer_run(), tokenizer, EIGHT)
     state = spec.init()
-    for made, asked in zip(jax.tree.leaves(state), jax.tree.leaves(spec.shardings), strict=True):
-        assert made.sharding.is_equivalent_to(asked, made.ndim)
+    for array, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(spec.shardings), strict=True):
+        assert array.sharding.is_equivalent_to(sharding, array.ndim)
     kernel = state["params"]["decoder"]["layers"]["mlp"]["up"]["kernel"]
     assert kernel.addressable_shards[0].data.size == kernel.size // 4  # over fsdp and tensor
     moment = jax.tree.leaves(state["opt"], is_leaf=lambda x: isinstance(x, dict))[1]
     assert moment["decoder"]["layers"]["mlp"]["up"]["kernel"].sharding == kernel.sharding
-    single = make_spec(answering(), tokenizer, ONE).init()
+    single = make_spec(answer_run(), tokenizer, ONE).init()
     assert_close(state["params"], single["params"])
 
 
-def test_the_step_compiles_once_and_takes_the_state_with_it(tokenizer: Tokenizer) -> None:
-    config = answering()
+def test_the_step_compiles_once_and_donates_the_state(tokenizer: Tokenizer) -> None:
+    config = answer_run()
     spec = make_spec(config, tokenizer, ONE)
     state, step = spec.init(), make_step(spec)
     batches = device_batches(open_streams(config, tokenizer), spec.mesh, 0)
@@ -142,10 +142,10 @@ def test_the_step_compiles_once_and_takes_the_state_with_it(tokenizer: Tokenizer
         lambda event, _seconds, **_: compiled.append(event) if "backend_compile" in event else None
     )
     try:
-        before = state
+        old_state = state
         state, _ = step(state, next(batches)[0])
         assert len(compiled) >= 1
-        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before["params"]))
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old_state["params"]))
         compiled.clear()
         for _ in range(2):
             state, metrics = step(state, next(batches)[0])
@@ -156,10 +156,10 @@ def test_the_step_compiles_once_and_takes_the_state_with_it(tokenizer: Tokenizer
 
 
 @pytest.mark.slow
-def test_a_teacher_follows_and_its_queue_fills(tokenizer: Tokenizer) -> None:
-    pictures = small_run().streams["image_text"]
+def test_the_teacher_follows_and_its_queue_fills(tokenizer: Tokenizer) -> None:
+    images = small_run().streams["image_text"]
     config = small_run(
-        streams={"image_text": dataclasses.replace(pictures, objectives={"vlc": 1.0, "answer": 1.0})},
+        streams={"image_text": dataclasses.replace(images, objectives={"vlc": 1.0, "answer": 1.0})},
         evaluations={},
         tasks=TaskSettings(
             vlc=VlcConfig(queue_size=16),
@@ -174,13 +174,13 @@ def test_a_teacher_follows_and_its_queue_fills(tokenizer: Tokenizer) -> None:
     assert int(queue.pointer) == 8  # 3 x 8 examples: once around and a half
     assert (np.asarray(queue.ids) >= 0).all()
     teacher = state["teacher"]
-    # The rate of the first step is 0, so the third update is the first to see other parameters.
-    for part, moved in (("vision", True), ("fusion", False)):
+    # The first step's learning rate is 0, so the third EMA update is the first with changed parameters.
+    for part, moves in (("vision", True), ("fusion", False)):
         same = [
             np.array_equal(a, b)
             for a, b in zip(jax.tree.leaves(teacher[part]), jax.tree.leaves(start[part]), strict=True)
         ]
-        assert all(same) != moved
+        assert all(same) != moves
 
 
 def test_a_queue_needs_a_teacher() -> None:
@@ -190,8 +190,8 @@ def test_a_queue_needs_a_teacher() -> None:
         small_run(tasks=TaskSettings(vlc=VlcConfig(queue_size=16)))
 
 
-def test_another_seed_is_another_start_and_another_order(tokenizer: Tokenizer) -> None:
-    a, b = answering(), answering(seed=1)
+def test_the_seed_changes_initialization_and_data_order(tokenizer: Tokenizer) -> None:
+    a, b = answer_run(), answer_run(seed=1)
     first, second = (make_spec(config, tokenizer, ONE).init()["params"] for config in (a, b))
     assert not np.array_equal(first["decoder"]["embeddings"]["words"], second["decoder"]["embeddings"]["words"])
     ids = [open_streams(config, tokenizer)["q"].batch(0).arrays["example_id"].tolist() for config in (a, b)]
