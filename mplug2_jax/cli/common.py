@@ -78,19 +78,19 @@ def open_run(args: argparse.Namespace) -> "tuple[RunSpec, Params, int, Tokenizer
 
     The parameters are the EMA where the run keeps one, which is logged.
     """
-    from mplug2_jax.inference.checkpoint_eval import from_workdir
+    from mplug2_jax.inference.checkpoint_eval import CheckpointUnderTest
     from mplug2_jax.parallel.mesh import make_mesh
     from mplug2_jax.training.state import make_run_spec
     from mplug2_jax.training.workdir import special_tokens
 
-    run = from_workdir(args.workdir, args.overrides)
+    run = CheckpointUnderTest.from_workdir(args.workdir, args.overrides)
     spec = make_run_spec(run.config, special_tokens(run.tokenizer), make_mesh(run.config.mesh))
-    tree = "ema" if run.averaged else "params"
+    tree = "ema" if run.use_ema else "params"
     try:
         params, step = run.checkpoints.restore_params(spec.eval_param_shapes, args.step, tree=tree)
     finally:
         run.checkpoints.close()
-    if run.averaged:
+    if run.use_ema:
         logging.info("step %d: using the EMA parameters; --config.ema_decay=0 selects the last ones", step)
     return spec, params, step, run.tokenizer
 

@@ -60,9 +60,7 @@ class ModelConfig:
     vision_width: int  # of the vision tower; a multiple of vision_heads
     vision_layers: int  # of the vision tower
     vision_heads: int  # of the vision tower
-    vision_activation: Literal["quick_gelu", "gelu"] = (
-        "quick_gelu"  # of its MLPs: quick_gelu is the release's, gelu LAION's
-    )
+    vision_activation: Literal["quick_gelu", "gelu"] = "quick_gelu"  # of its MLPs: the release's, or LAION's
     patch_size: int  # pixels per patch side; divides image_size
     image_size: int  # pixels; the grid of the position table, which is resized for other image sizes
     width: int  # of everything except the vision tower
@@ -76,18 +74,14 @@ class ModelConfig:
     decoder_layers: int  # of the shared decoder
     vocab_size: int = 30522  # rows of the word embeddings, at least the tokenizer's vocabulary
     max_positions: int = 512  # largest text length
-    positions_init: Literal["normal", "zeros"] = (
-        "normal"  # of the vision tower; the release drops CLIP's table: "zeros"
-    )
+    positions_init: Literal["normal", "zeros"] = "normal"  # of the vision tower; the release drops CLIP's: zeros
     temporal_downsampling: bool = False  # tubelets of 3 frames, stride 2; off in every released model
     contrastive_width: int = 256  # of the features that VLC compares
     num_classes: int = 0  # of the part "classifier"
     init_std: float = 0.02  # of kernels outside the vision tower; BERT's, narrow models need more
     dropout: float = 0.1  # of hidden states outside the vision tower
     attention_dropout: float = 0.1  # of attention probabilities there; flash kernels need 0
-    dtype: Literal["float32", "bfloat16"] = (
-        "bfloat16"  # of compute; parameters, softmax, LayerNorm and losses are float32
-    )
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of compute; parameters, softmax, norms, losses: float32
     attention: AttentionKernel = "auto"  # kernel; auto: the fastest for the device and the shapes
     remat: RematConfig = RematConfig()
     scan_unroll: int = 1  # layers per scan iteration; >= the depth removes the loop (exact cost counts, faster on CPUs)

@@ -131,9 +131,7 @@ class CheckpointConfig:
     every_minutes: float = 0.0  # also save when this time has passed since the last save; 0 = by steps alone
     keep_last: int = 3  # how many of the newest to keep, at least 1
     keep_best: int = 0  # how many of the best by `best_metric` to keep as well
-    best_metric: str = (
-        "loss"  # a name in metrics.jsonl, as eval/image_question/accuracy; steps without it are not ranked
-    )
+    best_metric: str = "loss"  # a name in metrics.jsonl, as eval/words/accuracy; steps without it are not ranked
     best_mode: Literal["min", "max"] = "min"  # whether a lower or a higher `best_metric` is better
     keep_every_minutes: float = 0.0  # also keep one checkpoint per this time; 0 = none
     keep_every_steps: int = 0  # also keep, forever, steps that are multiples of this; 0 = none
