@@ -144,7 +144,10 @@ def _read_all(top: Path, folders: Sequence[Path], order: Sequence[str], notes: l
 def _read(path: Path, name: str, notes: list[str]) -> Evaluation:
     if path.stat().st_size > _MAX_FILE:
         raise ValueError(f"it is larger than {_MAX_FILE >> 20} MiB")
-    content = upgrade_result(json.loads(path.read_bytes()))
+    content = json.loads(path.read_bytes())
+    if not isinstance(content, dict):
+        raise ValueError(f"it holds a {type(content).__name__} and not a result")
+    content = upgrade_result(content)
     task, metrics, baselines = str(content["task"]), _to_floats(content["metrics"]), _to_floats(content["baselines"])
     bounds = content.get("confidence_intervals", {})
     intervals = {name: (float(low), float(high)) for name, (low, high) in bounds.items()}

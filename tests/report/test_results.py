@@ -63,8 +63,8 @@ def test_the_bar_of_a_rank_is_longer_for_the_better(run: Run) -> None:
     run.evaluation("a", metrics=metrics, baselines=dict.fromkeys(metrics, 20.0), samples=[sample(frames="a-0.png")])
     good, bad = read(run)[0]["a"].metric_rows
     assert (good.name, bad.name) == ("text → image median rank", "image → text median rank")
-    assert (good.bar, good.mark, good.below_baseline) == (50.0, 5.0, False)
-    assert (bad.bar, bad.mark, bad.below_baseline) == (2.5, 5.0, True)
+    assert (good.bar, good.baseline_mark, good.below_baseline) == (50.0, 5.0, False)
+    assert (bad.bar, bad.baseline_mark, bad.below_baseline) == (2.5, 5.0, True)
 
 
 def test_a_video_is_called_a_video(run: Run) -> None:
@@ -77,7 +77,7 @@ def test_absent_metrics_are_shown_as_absent(run: Run) -> None:
     run.evaluation("a", metrics={"cider": 61.23}, absent=["meteor", "<b>"])
     shown = {row.name: row for row in read(run)[0]["a"].metric_rows}
     assert [shown[name].value for name in ("CIDEr", "METEOR", "<b>")] == ["61.2", "absent", "absent"]
-    assert (shown["METEOR"].bar, shown["METEOR"].mark, shown["METEOR"].below_baseline) == (0.0, None, False)
+    assert (shown["METEOR"].bar, shown["METEOR"].baseline_mark, shown["METEOR"].below_baseline) == (0.0, None, False)
 
 
 @pytest.mark.parametrize(
