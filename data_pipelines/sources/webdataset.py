@@ -55,9 +55,7 @@ class WebDatasetSource:
         name, members = tar[index - (self._ends[shard - 1] if shard else 0)]
         key = f"{archive.removesuffix('.tar')}/{name}"
         if DUPLICATED in members:
-            raise DataError(
-                f"sample {key} has duplicate members, and it is ambiguous which belong together; write it again"
-            )
+            raise DataError(f"sample {key} has duplicate members in an ambiguous order; write each sample once")
         texts = {
             ext: decode_text(tar.read(members, ext), f"{ext} of sample {key}")
             for ext in (".txt", ".json", ".cls")

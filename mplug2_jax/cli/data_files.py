@@ -124,11 +124,11 @@ def run_show(args: argparse.Namespace) -> int:
 
 def _show(config: "RunConfig", name: str, step: int, folder: Path) -> "list[Path]":
     from data_pipelines.loader import Stream
-    from mplug2_jax.report.contact_sheet import write_sheet
+    from mplug2_jax.report.contact_sheet import write_contact_sheet
     from mplug2_jax.training.workdir import load_or_train_tokenizer
 
     stream = Stream(config.streams[name].data, load_or_train_tokenizer(config.tokenizer), name=name, seed=config.seed)
-    return write_sheet(folder / f"{name}-step{step}", name, step, stream.batch(step - 1))
+    return write_contact_sheet(folder / f"{name}-step{step}", name, step, stream.batch(step - 1))
 
 
 def run_validate(args: argparse.Namespace) -> int:

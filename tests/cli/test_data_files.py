@@ -68,7 +68,7 @@ def test_show_writes_the_batch_of_a_step_and_escapes_texts(mplug2: Mplug2, tmp_p
         f"{html.escape(hostile)} {i}" for i in (0, 0, 1, 2)
     )
     assert "epoch 3" in text
-    assert "in place of a/3: a.tar:3.png cannot be read as an image" in text
+    assert "replaces a/3: a.tar:3.png cannot be read as an image" in text
     assert text.count("data:image/png;base64,") == 4
     assert "http" not in text.replace("http-equiv", "")
     with Image.open(sheet) as image:

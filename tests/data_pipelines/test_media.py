@@ -60,7 +60,7 @@ def test_bytes_paths_and_addresses_are_alike(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["image", "video"])
 def test_missing_files(kind: str, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"member\.png does not exist or is no file"):
+    with pytest.raises(DataError, match=r"member\.png does not exist or is not a file"):
         load(Media(kind, str(tmp_path / "nothing.png"), "archive.tar:member.png"))
     with pytest.raises(DataError, match="is no file"):
         load(Media(kind, str(tmp_path), str(tmp_path)))

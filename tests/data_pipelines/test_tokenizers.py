@@ -197,7 +197,7 @@ def test_truncated_model(tmp_path: Path) -> None:
 def test_missing_files_and_empty_directories(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="nothing does not exist"):
         load_tokenizer(tmp_path / "nothing")
-    with pytest.raises(DataError, match="holds 0 tokenisers"):
+    with pytest.raises(DataError, match="holds 0 tokenizers"):
         load_tokenizer(tmp_path)
 
 

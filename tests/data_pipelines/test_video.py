@@ -154,7 +154,7 @@ def test_words_in_no_encoding_do_not_matter() -> None:
 
 def test_unknown_codecs() -> None:
     data = encode(moving(3), "mpeg4 avi").replace(b"FMP4", b"ZZZZ")
-    with pytest.raises(DataError, match=r"clip is of an unknown video codec; encode it anew, for example as H\.264"):
+    with pytest.raises(DataError, match=r"clip has an unknown video codec; re-encode it, for example as H\.264"):
         read(data, 0)
 
 
@@ -278,7 +278,7 @@ def test_alpha_of_clips_is_laid_over_a_background() -> None:
 def test_still_pictures_are_no_clips(format: str) -> None:
     file = io.BytesIO()
     Image.new("RGB", (16, 16)).save(file, format)
-    with pytest.raises(DataError, match="clip is a still picture, expected a clip; read it with kind 'image'"):
+    with pytest.raises(DataError, match="clip is a still image, expected a video; set the source's kind to 'image'"):
         read(file.getvalue(), 0)
 
 
@@ -409,5 +409,5 @@ def test_a_container_without_frames(tmp_path: Path) -> None:
     with av.open(str(path), "w") as container:
         container.add_stream("mpeg4", rate=8, width=32, height=32, pix_fmt="yuv420p")
         container.start_encoding()
-    with pytest.raises(DataError, match=r"a\.avi holds no video frame, expected at least 1"):
+    with pytest.raises(DataError, match=r"a\.avi has no video frame, expected at least 1"):
         read_middle(path, 4)

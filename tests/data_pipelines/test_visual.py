@@ -15,7 +15,7 @@ from data_pipelines.errors import DataError
 from data_pipelines.frames import random_indices, uniform_indices
 from data_pipelines.image import LazyImage
 from data_pipelines.media import Media
-from data_pipelines.transforms import random_resized_crop, square
+from data_pipelines.transforms import random_resized_crop, square_crop
 from data_pipelines.visual import Visual, load_visual
 from tests.data_pipelines.clips import moving, moving_clip
 
@@ -96,7 +96,7 @@ def test_views_are_the_squares_of_one_clip_after_the_other() -> None:
         for view in range(6):
             seen = load_visual(source, config, np.random.default_rng(0), view).frames
             chosen = frames[uniform_indices(30, 5, view // 3, 2)]
-            expected = [square(*frame.shape[:2], size, view % 3).apply_array(frame) for frame in chosen]
+            expected = [square_crop(*frame.shape[:2], size, view % 3).apply_array(frame) for frame in chosen]
             np.testing.assert_array_equal(seen, np.stack(expected))
     config = VisualConfig(num_crops=3)
     squares = [load_visual(PHOTOGRAPH, config, np.random.default_rng(0), view).frames for view in range(3)]

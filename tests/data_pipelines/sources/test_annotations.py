@@ -265,7 +265,7 @@ def test_glue(task: str, tmp_path: Path) -> None:
 
 def test_glue_files_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "a.tsv").write_text("one\ttwo\n1\t2\n")
-    with pytest.raises(DataError, match=r"a\.tsv has the columns one, two, which are none of GLUE's"):
+    with pytest.raises(DataError, match=r"a\.tsv has the columns one, two, expected those of one of CoLA"):
         opened("glue", tmp_path / "a.tsv", kind="text")
     (tmp_path / "b.tsv").write_text("sentence\tlabel\nfine\t7\n")
     with pytest.raises(DataError, match=r"b\.tsv row 2 has the label '7', expected one of 0, 1"):
@@ -323,7 +323,7 @@ def test_files_that_are_not_what_they_should_be(tmp_path: Path) -> None:
         (
             "annotations",
             "d.csv",
-            r"d\.csv begins with the line 'a,b', expected a header that names what is in the columns",
+            r"d\.csv begins with the line 'a,b', expected a header with the names of the columns",
         ),
         ("annotations", "e.jsonl", r"the source annotations \(image\) is empty: no record in .*e\.jsonl"),
         ("annotations", "f.jsonl", r"f\.jsonl does not exist; check the path"),

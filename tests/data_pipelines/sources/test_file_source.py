@@ -51,7 +51,7 @@ def test_the_files_of_a_kind_are_records_by_their_paths(kind: Kind, keys: list[s
 
 def test_what_is_no_text_is_named(folder: Path) -> None:
     source = open_source(SourceConfig(format="files", path=str(folder), kind="text"), VISUAL)
-    with pytest.raises(DataError, match=r"b\.txt is empty; expected a text"):
+    with pytest.raises(DataError, match=r"b\.txt has no visible text, expected some"):
         source[1]
     with pytest.raises(DataError, match=r"c\.txt is not UTF-8 text"):
         source[2]
@@ -89,7 +89,7 @@ def test_animations_are_clips_and_pictures(remote: bool, tmp_path: Path) -> None
     assert found["video"] == ["moves.gif", "moves.png", "moves.webp", "still.gif"]
     assert found["image"] == ["moves.gif", "moves.png", "moves.webp", "still.gif", "still.png", "still.webp"]
     assert FileSource(f"{root}/moves.webp", "video")[0].media.kind == "video"
-    with pytest.raises(DataError, match=r"still\.webp is no video, nor holds any, .*: 1 of kind 'image'"):
+    with pytest.raises(DataError, match=r"still\.webp is or holds no video by .*: 1 of kind 'image'"):
         FileSource(f"{root}/still.webp", "video")
 
 

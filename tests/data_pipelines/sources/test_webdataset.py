@@ -86,11 +86,11 @@ def test_the_index_is_built_once_and_again_when_the_tar_changes(
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
-def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     img2dataset(tmp_path / "a.tar", 2)
     tmp_path.chmod(0o500)
-    with pytest.warns(UserWarning, match="cannot be written"):
-        assert len(TarIndex(str(tmp_path / "a.tar"))) == 2
+    assert len(TarIndex(str(tmp_path / "a.tar"))) == 2
+    assert "cannot be written" in caplog.text
     tmp_path.chmod(0o700)
 
 
