@@ -209,8 +209,10 @@ def read_predictions(path: Path, notes: list[str]) -> Mapping[tuple[str, int], P
             damaged += 1
             continue
         if math.isfinite(score):
-            texts = (str(row.get(name) or "")[:_MAX_TEXT] for name in ("instruction", "prediction", "reference"))
-            predictions[key, repetitions[key]] = PredictionRow(*texts, score)
+            instruction, prediction, reference = (
+                str(row.get(name) or "")[:_MAX_TEXT] for name in ("instruction", "prediction", "reference")
+            )
+            predictions[key, repetitions[key]] = PredictionRow(instruction, prediction, reference, score)
         repetitions[key] += 1
     if path.is_file() and path.stat().st_size > _MAX_FILE:
         notes.append(f"{path}: only the first {_MAX_FILE >> 20:,} MiB were read")

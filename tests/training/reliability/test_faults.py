@@ -221,7 +221,7 @@ def test_a_bit_that_differs_names_its_device() -> None:
         return {"w": jax.make_array_from_single_device_arrays(rows.shape, sharding, parts)}
 
     check_same_bits(3, on(mesh, None), on(rotated, None))
-    with pytest.raises(CorruptionError, match=r"step 3, .* different bits in w; device \S*5 of process 0"):
+    with pytest.raises(CorruptionError, match=r"step 3 was repeated .* different bits in w; device \S*5 of process 0"):
         check_same_bits(3, on(mesh, 5), on(rotated, 5))
     with pytest.raises(CorruptionError, match="one of these"):
         check_same_bits(3, on(mesh, 5), on(rotated, None))

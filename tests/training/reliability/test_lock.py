@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from mplug2_jax.errors import UserError
-from mplug2_jax.training.reliability.lock import Holder, WorkDirLock
+from mplug2_jax.training.reliability.lock import Holder, WorkDirLock, lock_workdir
 
 QUICK = {"renew_seconds": 0.05, "stale_seconds": 0.4}
 
