@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +48,11 @@ def save_checkpoint(folder: Path, spec: RunSpec, state: dict[str, Any]) -> Path:
     return folder
 
 
-@pytest.fixture(autouse=True)
-def _logged(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.fixture
+def log(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+    """Return a function that returns what initialization has logged."""
     caplog.set_level(logging.INFO, logger="absl")
+    return lambda: [record.getMessage() for record in caplog.records if record.filename == "initialization.py"]
 
 
 TAUGHT = TaskSettings(distillation=DistillationConfig())
@@ -69,7 +72,7 @@ def assert_equal(actual: Any, reference: Any) -> None:
 
 
 def test_all_parts_of_a_checkpoint_are_loaded_with_its_teacher(
-    source: tuple[Path, dict[str, Any]], caplog: pytest.LogCaptureFixture
+    source: tuple[Path, dict[str, Any]], log: Callable[[], list[str]]
 ) -> None:
     folder, expected = source
     spec = make_spec(init_from=str(folder), tasks=TAUGHT)
@@ -77,12 +80,12 @@ def test_all_parts_of_a_checkpoint_are_loaded_with_its_teacher(
     assert_equal(state["params"], expected["params"])
     assert_equal(state["teacher"], expected["teacher"])
     assert int(state["step"]) == 0
-    assert caplog.messages[-1] == f"initializing from {folder} (step 3): mlm, text, universal"
+    assert log()[-1] == f"initializing from {folder} (step 3): mlm, text, universal"
     assert jax.tree.all(jax.tree.map(lambda x, s: x.sharding == s.sharding, state["params"], spec.shapes["params"]))
 
 
 def test_a_run_takes_the_sizes_of_the_checkpoint(
-    source: tuple[Path, dict[str, Any]], caplog: pytest.LogCaptureFixture
+    source: tuple[Path, dict[str, Any]], log: Callable[[], list[str]]
 ) -> None:
     folder, _ = source
     source_config = make_spec().config
@@ -91,12 +94,12 @@ def test_a_run_takes_the_sizes_of_the_checkpoint(
     sized = with_checkpoint_sizes(config, (), None)
     # Loaded parts are resized; other parts and overridden fields stay as in the recipe.
     assert sized.model == dataclasses.replace(wide, width=32, heads=2, vocab_size=256)
-    assert caplog.messages[-1].endswith(f"{folder}: heads 2 (not 4), vocab_size 256 (not 999), width 32 (not 64)")
+    assert log()[-1].endswith(f"{folder}: heads 2 (not 4), vocab_size 256 (not 999), width 32 (not 64)")
     overridden = with_checkpoint_sizes(config, ("--config.model.vocab_size=999",), None)
     assert overridden.model == dataclasses.replace(wide, width=32, heads=2)
-    caplog.clear()
+    before = log()
     assert with_checkpoint_sizes(sized, (), None) == sized
-    assert caplog.messages == []
+    assert log() == before
     assert with_checkpoint_sizes(dataclasses.replace(config, init_from=""), (), None).model == wide
     # A resumed run has the sizes in its own config: the source checkpoint may be gone.
     gone = dataclasses.replace(config, init_from=str(folder / "gone"))
@@ -114,20 +117,18 @@ def test_a_step_can_be_named_and_a_new_teacher_is_a_copy(source: tuple[Path, dic
 
 
 def test_parts_can_be_selected_and_others_are_fresh(
-    source: tuple[Path, dict[str, Any]], caplog: pytest.LogCaptureFixture
+    source: tuple[Path, dict[str, Any]], log: Callable[[], list[str]]
 ) -> None:
     folder, expected = source
     spec = make_spec(init_from=str(folder), init_parts=("text",))
     state = init_or_load_state(spec)
     assert_equal(state["params"]["text"], expected["params"]["text"])
     assert_equal(state["params"]["mlm"], spec.init()["params"]["mlm"])
-    assert caplog.messages[-1].endswith(": text; fresh: mlm, universal")
+    assert log()[-1].endswith(": text; fresh: mlm, universal")
 
 
 @pytest.mark.slow
-def test_a_checkpoint_of_an_image_model_gets_fresh_temporal_units(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_checkpoint_of_an_image_model_gets_fresh_temporal_units(tmp_path: Path, log: Callable[[], list[str]]) -> None:
     streams = small_run().streams
     images = {"image_text": dataclasses.replace(streams["image_text"], objectives={"vlc": 1.0})}
     image_spec = make_run_spec(
@@ -141,7 +142,7 @@ def test_a_checkpoint_of_an_image_model_gets_fresh_temporal_units(
     assert_equal(others["vision"], expected["params"]["vision"] | {"blocks": others["vision"]["blocks"]})
     assert_equal(others["vision"]["blocks"], expected["params"]["vision"]["blocks"])
     assert_equal(temporal["vision"], partition(spec.init()["params"], {"vision"})[0]["vision"])
-    assert caplog.messages[-1].endswith(": vision; fresh: contrastive, text, universal, temporal")
+    assert log()[-1].endswith(": vision; fresh: contrastive, text, universal, temporal")
 
 
 def test_missing_parts_are_named_with_the_remedy(source: tuple[Path, dict[str, Any]]) -> None:
@@ -166,14 +167,14 @@ def test_a_missing_checkpoint_is_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_another_image_size_resizes_the_position_table_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_another_image_size_resizes_the_position_table_alone(tmp_path: Path, log: Callable[[], list[str]]) -> None:
     before = make_spec(clips=True, seed=7)
     expected = before.init()["params"]
     folder = save_checkpoint(tmp_path, before, {"params": expected})
     state = init_or_load_state(make_spec(clips=True, init_from=str(folder), model=small_model(image_size=32)))
     table = expected["vision"].pop("positions")
     assert_close(state["params"]["vision"].pop("positions"), resize_positions(table, 4))
-    assert caplog.messages[-1] == "resized the position table from 5 to 17 rows"
+    assert log()[-1] == "resized the position table from 5 to 17 rows"
     assert_equal(state["params"], expected)
 
 

@@ -73,8 +73,8 @@ def test_a_run_of_an_older_version_resumes(tmp_path: Path, caplog: pytest.LogCap
     assert workdir.read_config() == small_run()
     assert workdir.check_config(small_run(steps=9))
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
-    with pytest.raises(UserError, match="grad_accum_steps was 1 and is 2"):
-        workdir.check_config(small_run(grad_accum_steps=2))
+    with pytest.raises(UserError, match="seed was 0 and is 1"):
+        workdir.check_config(small_run(seed=1))
     workdir.initialize(small_run(), None)
     values = json.loads((tmp_path / "config.json").read_text())
     assert values["format_version"] == 2

@@ -342,14 +342,14 @@ class Checkpoints:
     def _read_position(self, step: int) -> DataPosition:
         try:
             return build(DataPosition, self._read_meta(step)["position"], "position")
-        except (UserError, TypeError, ValueError) as error:
+        except UserError as error:
             raise self._damaged(step, f"incomplete: meta/metadata is damaged ({error})") from error
 
     def _read_meta(self, step: int) -> dict[str, Any]:
         path = self.folder / str(step) / "meta" / "metadata"
         try:
             meta = json.loads(path.read_text())
-            newer, _ = meta["format"] > FORMAT, meta["position"]
+            newer, _ = meta["format"] > FORMAT, meta["position"]["step"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise self._damaged(step, "incomplete: meta/metadata is missing or damaged") from error
         if newer:
