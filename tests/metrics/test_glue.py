@@ -74,8 +74,8 @@ def test_a_constant_prediction_scores_0_except_in_accuracy():
         ("cola", [0, 2], [0, 1], r"GLUE cola: predictions\[1\] is 2, expected a class from 0 to 1"),
         ("qnli", [0, 1], [-1, -1], r"labels\[0\] is -1, .* score the validation set"),
         ("sst2", [0.5], [0], r"predictions\[0\] is 0.5"),
-        ("stsb", [1.5, 2.0], [-1.0, -1.0], "labels are from -1 to -1, expected 0 to 5"),
-        ("stsb", [1.5, 2.0], [1.0, np.nan], "labels are from nan to nan"),
+        ("stsb", [1.5, 2.0], [-1.0, -1.0], "labels range from -1 to -1, expected 0 to 5"),
+        ("stsb", [1.5, 2.0], [1.0, np.nan], "labels range from nan to nan"),
     ],
 )
 def test_invalid_inputs_are_errors(task, predictions, labels, message):
