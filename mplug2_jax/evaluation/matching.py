@@ -46,7 +46,7 @@ def group_pairs(pairs: Int[np.ndarray, "p 2"], max_texts: int) -> GroupedPairs:
 
 
 class PairScorer:
-    """Scores pairs by a task's ``score_pairs``, compiled once.
+    """A scorer of pairs by a task's ``score_pairs``, compiled once.
 
     Frames are encoded once for every ``MAX_TEXTS`` of their texts, a text once for every pair: only scores are kept of
     a batch, because the tokens of all examples would fill the memory. Retrieval with k candidates both ways has k to

@@ -14,11 +14,11 @@ _NEIGHBOR = {"right": "correct"}
 _TASKS = {"summarise": "summarize"}
 
 
-def upgrade_result(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a ``NAME.json`` of any format holds by today's keys.
+def upgrade_result(content: Any) -> dict[str, Any]:
+    """Return the content of a ``NAME.json`` of any format by the current keys.
 
     Raises:
-        AttributeError, TypeError: the content has another structure.
+        AttributeError, TypeError: the content is not of a result.
     """
     current = _rename(content, _RESULT)
     if "task" in current:
@@ -28,12 +28,12 @@ def upgrade_result(content: Mapping[str, Any]) -> dict[str, Any]:
     return current
 
 
-def upgrade_prediction(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a line of a ``NAME.jsonl`` of any format by today's keys. Raises AttributeError for another structure."""
+def upgrade_prediction(row: Any) -> dict[str, Any]:
+    """Return a line of a ``NAME.jsonl`` of any format by the current keys. Raises AttributeError for other values."""
     return _rename(row, _PREDICTION)
 
 
-def _upgrade_sample(sample: Mapping[str, Any]) -> dict[str, Any]:
+def _upgrade_sample(sample: Any) -> dict[str, Any]:
     current = _rename(sample, _SAMPLE)
     if current.get("nearest_texts"):
         current["nearest_texts"] = [_rename(neighbor, _NEIGHBOR) for neighbor in current["nearest_texts"]]
@@ -42,5 +42,5 @@ def _upgrade_sample(sample: Mapping[str, Any]) -> dict[str, Any]:
     return current
 
 
-def _rename(values: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+def _rename(values: Any, names: Mapping[str, str]) -> dict[str, Any]:
     return {names.get(key, key): value for key, value in values.items()}

@@ -30,7 +30,7 @@ def wait_for_run(workdir: WorkDir, poll_seconds: int, notice: PreemptionNotice) 
 
 
 class ContinuousEvaluator:
-    """Evaluates a run's checkpoints in the order of their steps, each once, across restarts of this process too.
+    """An evaluator of a run's checkpoints in the order of their steps, each once, even if this process is restarted.
 
     All checkpoints that exist at the start are evaluated. Of several that appear during an evaluation only the newest
     is, so that a slow evaluator does not fall behind. Checkpoints that are damaged, or deleted by the run before they

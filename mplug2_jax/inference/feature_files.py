@@ -59,7 +59,7 @@ FORMATS: Mapping[str, Callable[[FeatureShard], bytes]] = {
 
 
 class FeatureWriter:
-    """Writes shards of features to a folder, and resumes after the last finished one.
+    """A writer of shards of features to a folder, which resumes after the last finished one.
 
     Args:
         path: of the folder.

@@ -71,7 +71,7 @@ class FeatureShard:
 
 
 class FeatureExtractor:
-    """Computes one feature of all records of a set, compiled once.
+    """An extractor of one feature of all records of a set, compiled once.
 
     Args:
         config: of the feature.

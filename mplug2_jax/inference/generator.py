@@ -93,7 +93,7 @@ def check_parts(requests: Iterable[GenerateRequest], spec: RunSpec, workdir: Pat
 
 
 class Generator:
-    """Generates predictions for requests in batches.
+    """A generator of predictions for requests, in batches.
 
     Args:
         spec: of the run.

@@ -68,7 +68,7 @@ def confusion_matrix(
 
 @dataclasses.dataclass(frozen=True)
 class ConfusionSummary:
-    """Which classes were confused: a matrix of few classes, only the most frequent mistakes of many."""
+    """The confused classes: a matrix of few classes, only the most frequent mistakes of many."""
 
     classes: Sequence[str] = ()
     counts: Int[np.ndarray, "c c"] | None = None  # true classes in rows, predicted classes in columns

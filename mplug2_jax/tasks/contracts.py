@@ -14,7 +14,7 @@ SIMILARITY_LEVELS = tuple(f"{i / 5:.1f}" for i in range(26))
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Contract:
-    """What a task needs, and whether it can be trained and evaluated by itself."""
+    """The requirements of a task, and whether it can be trained and evaluated by itself."""
 
     name: str
     parts: tuple[str, ...]

@@ -182,7 +182,7 @@ LABELS = ExampleConfig(instructions={"label": InstructionConfig(templates=("",))
 
 @dataclasses.dataclass(frozen=True)
 class Bad:
-    """Evaluates a model on a file of annotations of three images."""
+    """A callable that evaluates a model on annotations of three images."""
 
     folder: Path
     checkpoint: Path

@@ -189,5 +189,5 @@ def test_it_waits_for_a_run_to_begin(
 def test_the_last_step_is_one_of_the_run() -> None:
     assert (resolve_until_step(None, 7), resolve_until_step(3, 7), resolve_until_step(7, 7)) == (7, 3, 7)
     for wrong in (0, 8):
-        with pytest.raises(UserError, match=rf"--until-step={wrong}, is not a step of this run; expected 1 to 7"):
+        with pytest.raises(UserError, match=rf"--until-step={wrong} is not a step of this run; expected 1 to 7"):
             resolve_until_step(wrong, 7)
