@@ -43,7 +43,8 @@ def test_a_prediction_of_format_1_has_the_current_keys() -> None:
 @pytest.mark.parametrize(
     ("word", "field", "value"),
     [
-        ("ranked=2", "num_ranked", 2), ("answers=a.json", "answers_file", "a.json"), ("java=true", "java_metrics", True),
+        ("ranked=2", "num_ranked", 2), ("answers=a.json", "answers_file", "a.json"),
+        ("java=true", "java_metrics", True),
         ("device_rows=4", "per_device_batch_size", 4), ("samples=1", "num_samples", 1),
         ("task=summarise", "task", "summarize"),
     ],
