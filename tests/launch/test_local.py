@@ -14,7 +14,7 @@ pytestmark = pytest.mark.timeout(60)
 PRELUDE = "import os, signal, sys, time\nindex = int(os.environ['JAX_PROCESS_ID'])\n"
 
 
-def start_start_launcher(script: str, processes: int = 3, restarts: int = 0) -> "subprocess.Popen[str]":
+def start_launcher(script: str, processes: int = 3, restarts: int = 0) -> "subprocess.Popen[str]":
     """Start a launcher process that runs Python code as several processes."""
     start = (
         "import sys\nfrom mplug2_jax.console import configure_logging\n"

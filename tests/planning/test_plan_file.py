@@ -71,7 +71,7 @@ def test_files_of_version_1_are_read(tmp_path: Path) -> None:
         ),
         (json.dumps(GOOD | {"format": "new"}), "has format version 'new'"),
         (json.dumps(GOOD | {"topology": "v5x:8"}), "chip 'v5x' is unknown"),
-        (json.dumps(GOOD | {"topology": "v5p:3x3x3"}), "cubes of 4x4x4: v5p:2x2x1"),
+        (json.dumps(GOOD | {"topology": "v5p:3x3x3"}), "multiples of 4 in every dimension: v5p:2x2x1"),
         (json.dumps(GOOD | {"topology": 8}), ".topology=8 is int, expected str"),
         (json.dumps(GOOD | {"slices": 2}), "--slices 2: expected at least 1, and more than 1 for TPUs only"),
         (json.dumps(GOOD | {"slices": "2"}), ".slices='2' is str, expected int"),
