@@ -17,7 +17,7 @@ from mplug2_jax.parallel.processes import is_first
 INTERRUPTED = 130
 _NOTICE_KEY = "RECEIVED_PREEMPTION_NOTICE"
 """Where JAX's processes leave a notice for the others."""
-_POLL_MILLISECONDS = 2000
+_POLL_SECONDS = 2.0
 
 
 class PreemptionNotice:
@@ -40,6 +40,8 @@ class PreemptionNotice:
         self._alone = self._first = True
         self._before: dict[int, Any] = {}
         self._wakeup = (-1, -1, -1)  # who is told of signals: the one before, and both ends of our pipe
+        self._ended = threading.Event()
+        self._asking: threading.Thread | None = None  # the other processes, while there is nothing to save
         self._said: str | None = None  # as a process that has nothing to save leaves; None: there is something
         self.release: Callable[[], None] = lambda: None  # called before a process leaves at once
 
@@ -59,6 +61,9 @@ class PreemptionNotice:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._said = None
+        self._ended.set()
+        if self._asking:
+            self._asking.join(_POLL_SECONDS)  # a thread inside JAX's client when Python ends aborts the process
         for number, handler in self._before.items():
             signal.signal(number, handler)
         if self._before:
@@ -100,22 +105,24 @@ class PreemptionNotice:
         self._said = said
         if told and self._noticed:
             raise Preempted(said)
-        if told and not self._alone:
-            threading.Thread(target=self._ask_others, name="notices", daemon=True).start()
+        if told and not self._alone and not (self._asking and self._asking.is_alive()):
+            self._asking = threading.Thread(target=self._ask_others, name="notices", daemon=True)
+            self._asking.start()
 
     def _ask_others(self) -> None:
         """Waits for a notice to any of the processes, for as long as there is nothing to save."""
         client = getattr(getattr(multihost_utils, "distributed", None), "global_state", None)
-        ask = getattr(getattr(client, "client", None), "blocking_key_value_get", None)
+        ask = getattr(getattr(client, "client", None), "key_value_try_get", None)
         while ask is not None and self._said is not None:
             try:
-                ask(_NOTICE_KEY, _POLL_MILLISECONDS)
+                ask(_NOTICE_KEY)
             except Exception as error:
-                if "DEADLINE_EXCEEDED" not in str(error):
+                if "NOT_FOUND" not in str(error):
                     return  # the processes part
             else:
                 self._leave_if_free()
                 return
+            self._ended.wait(_POLL_SECONDS)
 
     def _leave_if_free(self) -> None:
         if self._said is not None:

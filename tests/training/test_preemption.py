@@ -77,6 +77,25 @@ def test_a_process_that_compiles_ends_at_once(
     assert (tmp_path / "released").exists()
 
 
+def test_no_thread_waits_for_the_other_processes_when_a_run_has_ended() -> None:
+    """One that was inside JAX's client when Python ended aborted the process: status 134 after a good run."""
+    script = (
+        "import threading, jax\nfrom mplug2_jax.launch.local import free_port\n"
+        "from mplug2_jax.training.preemption import PreemptionNotice\n"
+        "jax.distributed.initialize(f'127.0.0.1:{free_port()}', 1, 0)\n"
+        "with PreemptionNotice(interrupts=True) as notice:\n"
+        "    for said in ('nothing is lost', None, 'nothing is lost'):\n        notice.may_leave(said)\n"
+        "    print(*(thread.name for thread in threading.enumerate()))\n"
+        "print(*(thread.name for thread in threading.enumerate()))\n"
+    )
+    cpu = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100, env=cpu)
+    assert done.returncode == 0, done.stderr
+    during, after = done.stdout.splitlines()
+    assert "notices" in during
+    assert "notices" not in after
+
+
 @pytest.mark.slow
 def test_a_run_that_is_told_to_end_saves_its_step_and_goes_on_from_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
