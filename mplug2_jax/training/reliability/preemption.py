@@ -18,7 +18,7 @@ from mplug2_jax.parallel.processes import is_primary_process
 INTERRUPTED = 130
 _NOTICE_KEY = "RECEIVED_PREEMPTION_NOTICE"
 """The key under which a JAX process tells the others that it was preempted."""
-_POLL_MILLISECONDS = 2000
+_POLL_SECONDS = 2.0
 
 
 class PreemptionNotice:
@@ -42,6 +42,8 @@ class PreemptionNotice:
         self._single_process = self._primary = True
         self._handlers: dict[int, Any] = {}  # those before
         self._wakeup = (-1, -1, -1)  # the wakeup descriptor before, and both ends of our pipe
+        self._ended = threading.Event()
+        self._poller: threading.Thread | None = None  # of the other processes, while there is nothing to save
         self._exit_message: str | None = None  # of an exit at once; None: there is something to save
         self.on_exit: Callable[[], None] = lambda: None  # called before an exit at once
 
@@ -61,6 +63,9 @@ class PreemptionNotice:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._exit_message = None
+        self._ended.set()
+        if self._poller:
+            self._poller.join(_POLL_SECONDS)  # Python aborts at its end if a thread is inside JAX's client then
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         if self._handlers:
@@ -109,22 +114,24 @@ class PreemptionNotice:
         self._exit_message = message
         if newly_allowed and self._noticed:
             raise Preempted(f"{self.signal_name}: {message}")
-        if newly_allowed and not self._single_process:
-            threading.Thread(target=self._poll_other_processes, name="notices", daemon=True).start()
+        if newly_allowed and not self._single_process and not (self._poller and self._poller.is_alive()):
+            self._poller = threading.Thread(target=self._poll_other_processes, name="notices", daemon=True)
+            self._poller.start()
 
     def _poll_other_processes(self) -> None:
         """Wait for a notice to any of the processes as long as there is nothing to save."""
         client = getattr(getattr(multihost_utils, "distributed", None), "global_state", None)
-        get_value = getattr(getattr(client, "client", None), "blocking_key_value_get", None)
+        get_value = getattr(getattr(client, "client", None), "key_value_try_get", None)
         while get_value is not None and self._exit_message is not None:
             try:
-                get_value(_NOTICE_KEY, _POLL_MILLISECONDS)
+                get_value(_NOTICE_KEY)
             except Exception as error:
-                if "DEADLINE_EXCEEDED" not in str(error):
+                if "NOT_FOUND" not in str(error):
                     return  # the processes are shutting down
             else:
                 self._exit_if_allowed()
                 return
+            self._ended.wait(_POLL_SECONDS)
 
     def _exit_if_allowed(self) -> None:
         if self._exit_message is not None:

@@ -79,6 +79,25 @@ def test_a_process_that_compiles_exits_at_once(
     assert (tmp_path / "exited").exists()
 
 
+def test_no_thread_polls_the_other_processes_after_a_run() -> None:
+    """A thread inside JAX's client when Python ended aborted the process: status 134 after a good run."""
+    script = (
+        "import threading, jax\nfrom mplug2_jax.launch.local import find_free_port\n"
+        "from mplug2_jax.training.reliability.preemption import PreemptionNotice\n"
+        "jax.distributed.initialize(f'127.0.0.1:{find_free_port()}', 1, 0)\n"
+        "with PreemptionNotice(interrupts=True) as notice:\n"
+        "    for message in ('exiting', None, 'exiting'):\n        notice.allow_exit(message)\n"
+        "    print(*(thread.name for thread in threading.enumerate()))\n"
+        "print(*(thread.name for thread in threading.enumerate()))\n"
+    )
+    cpu = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100, env=cpu)
+    assert done.returncode == 0, done.stderr
+    during, after = done.stdout.splitlines()
+    assert "notices" in during
+    assert "notices" not in after
+
+
 @pytest.mark.slow
 def test_a_preempted_run_saves_its_step_and_resumes_from_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
