@@ -40,9 +40,9 @@ def test_a_prefix_of_all_names_is_removed(tmp_path: Path, layout: str, prefix: s
     plain = identify(write_checkpoint(tmp_path / "plain.pth", tensors))
     detected = identify(write_checkpoint(tmp_path / "prefixed.pth", add_prefix(tensors, prefix)))
     assert (detected.kind, detected.layout) == (plain.kind, plain.layout)
-    assert detected.tensors.names() == plain.source.names()
+    assert detected.tensors.names() == plain.tensors.names()
     name = detected.tensors.names()[-1]
-    np.testing.assert_array_equal(detected.tensors.read(name), plain.source.read(name))
+    np.testing.assert_array_equal(detected.tensors.read(name), plain.tensors.read(name))
 
 
 @pytest.mark.parametrize("prefix", ["", "visual.", "model.visual."])
