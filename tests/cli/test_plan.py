@@ -130,7 +130,7 @@ def test_output_paths_are_checked_before_compiling(mplug2: Mplug2, tmp_path: Pat
         refused = mplug2("plan", "--config", "demo", "--topology", "cpu:8", option, tmp_path / "lost" / "plan")
         assert refused.status == 2
         assert f"{option} {tmp_path / 'lost' / 'plan'}: folder {tmp_path / 'lost'} does not exist" in refused.err
-        assert "compiling" not in refused.err
+        assert "compiling" not in refused.log
 
 
 def test_the_old_name_of_cost_goldens_is_accepted(mplug2: Mplug2, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,7 +147,7 @@ def test_a_whole_plan_as_text_json_and_html(mplug2: Mplug2, small: Path, tmp_pat
     shown = mplug2("plan", "--config", small, "--topology", "cpu:8", "--effort", "0", "--json", data, "--html", page,
                    "--config.mesh.tensor=2")  # fmt: skip
     assert shown.status == 0, shown.err
-    assert "compiling for cpu:8" in shown.err
+    assert "compiling for cpu:8" in shown.log
     assert re.search(
         r"^small, train: [\d,]+ parameters on cpu:8 \(8 chips\), mesh fsdp=4, tensor=2$", shown.out, re.MULTILINE
     )
@@ -178,7 +178,7 @@ def test_a_search_writes_a_plan_for_training(
     words = ("--config", small, "--topology", "cpu:8", "--effort", "0", "--config.log_every=2")
     shown = mplug2("plan", *words, "--search", "--minutes", "0.2", "--out", out)
     assert shown.status == 0, shown.err
-    assert "candidates; compiling the most promising" in shown.err
+    assert "candidates; compiling the most promising" in shown.log
     assert "layout (* the recipe's own)" in shown.out
     plan = read_plan(out)
     assert (plan.config, plan.topology) == (str(small), "cpu:8")
@@ -200,12 +200,12 @@ def test_training_follows_a_plan(mplug2: Mplug2, recipes: Path, tmp_path: Path) 
     refused = mplug2("train", *words, "--config", "demo")
     assert refused.status == 2
     assert "--config demo with --plan" in refused.err
-    assert "the plan says it already; give one or the other" in refused.err
+    assert "the plan names a recipe already; give one or the other" in refused.err
     assert not (tmp_path / "run").exists()
 
     trained = mplug2("train", *words)
     assert trained.status == 0, trained.err
-    assert "mesh data=8 on cpu" in trained.out
+    assert "mesh data=8 on cpu" in trained.log
     kept = json.loads((tmp_path / "run/config.json").read_text())
     assert (kept["mesh"]["data"], kept["mesh"]["fsdp"], kept["steps"]) == (8, 1, 1)  # overrides apply after the plan
 
