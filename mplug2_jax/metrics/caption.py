@@ -18,7 +18,7 @@ _SMALL, _TINY = 1e-9, 1e-15  # the toolkit's constants against division by zero
 
 
 @dataclasses.dataclass(frozen=True)
-class Bleu:
+class Bleu(Metric):
     """BLEU of n-grams up to an order: precision and brevity over all captions together, not a mean over captions.
 
     The counts of a caption: its length, the length of the closest reference, its n-grams for n = 1 to 4, and how many
@@ -29,13 +29,7 @@ class Bleu:
     order: int
 
     def __len__(self) -> int:
-        """Return the number of captions."""
         return len(self.counts)
-
-    @property
-    def value(self) -> float:
-        """Return the score, times 100."""
-        return self.weighted(np.ones(len(self)))
 
     def weighted(self, counts: Float[np.ndarray, " n"]) -> float:
         """Return the score of a resample in which each caption occurs ``counts`` times."""

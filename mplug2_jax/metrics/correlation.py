@@ -5,11 +5,12 @@ import dataclasses
 import numpy as np
 from jaxtyping import Float, Real
 
+from mplug2_jax.metrics.metric import Metric
 from mplug2_jax.metrics.validation import check_same_length
 
 
 @dataclasses.dataclass(frozen=True)
-class Correlation:
+class Correlation(Metric):
     """Pearson's coefficient, or Spearman's: Pearson's of the ranks, where ties share their mean rank.
 
     Pearson's coefficient of zeros and ones is Matthews'. The coefficient is 0 if either input is constant or not
@@ -22,11 +23,6 @@ class Correlation:
 
     def __post_init__(self) -> None:
         check_same_length("correlation", predictions=len(self.predictions), labels=len(self.labels))
-
-    @property
-    def value(self) -> float:
-        """Return the metric."""
-        return self.weighted(np.ones(len(self)))
 
     def weighted(self, counts: Float[np.ndarray, " n"]) -> float:
         """Return the metric of a resample in which each example occurs ``counts`` times."""

@@ -15,7 +15,7 @@ import numpy as np
 import pycocoevalcap
 from jaxtyping import Float
 
-from mplug2_jax.metrics.metric import MeanMetric
+from mplug2_jax.metrics.metric import MeanMetric, Metric
 
 _TOOLKIT = Path(pycocoevalcap.__path__[0])
 # English, as METEOR 1.5 was tuned on rankings (Denkowski and Lavie 2014, table 3): alpha, beta, gamma, delta, and the
@@ -25,7 +25,7 @@ _WEIGHTS = np.asarray([1.0, 0.6, 0.8, 0.6])
 
 
 @dataclasses.dataclass(frozen=True)
-class Meteor:
+class Meteor(Metric):
     """METEOR of all captions together: the counts of their matches are summed, not their scores.
 
     The counts of a caption, in the program's order: lengths of caption and reference; function words of each; for each
@@ -35,13 +35,7 @@ class Meteor:
     counts: Float[np.ndarray, "n 23"]
 
     def __len__(self) -> int:
-        """Return the number of captions."""
         return len(self.counts)
-
-    @property
-    def value(self) -> float:
-        """Return the score, times 100."""
-        return self.weighted(np.ones(len(self)))
 
     def weighted(self, counts: Float[np.ndarray, " n"]) -> float:
         """Return the score of a resample in which each caption occurs ``counts`` times."""

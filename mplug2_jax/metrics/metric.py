@@ -1,8 +1,8 @@
 """Metrics over examples, and their bootstrap confidence intervals."""
 
+import abc
 import dataclasses
 from collections.abc import Mapping
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
@@ -11,31 +11,29 @@ NUM_RESAMPLES = 1000
 CONFIDENCE_LEVEL = 0.95
 
 
-@runtime_checkable
-class Metric(Protocol):
+class Metric(abc.ABC):
     """A number computed from ``len(metric)`` examples, which can be recomputed for a resample of them."""
 
     @property
     def value(self) -> float:
-        """Return the metric."""
+        """Return the metric; scores are times 100."""
+        return self.weighted(np.ones(len(self)))
 
+    @abc.abstractmethod
     def weighted(self, counts: Float[np.ndarray, " n"]) -> float:
         """Return the metric of a resample in which each example occurs ``counts`` times."""
 
-    def __len__(self) -> int: ...
+    @abc.abstractmethod
+    def __len__(self) -> int:
+        """Return the number of examples."""
 
 
 @dataclasses.dataclass(frozen=True)
-class MeanMetric:
+class MeanMetric(Metric):
     """sum(values) / sum(weights) over examples; 0 if all weights are 0. Without weights, the mean."""
 
     values: Float[np.ndarray, " n"]
     weights: Float[np.ndarray, " n"] | None = None
-
-    @property
-    def value(self) -> float:
-        """Return the metric."""
-        return self.weighted(np.ones(len(self)))
 
     def weighted(self, counts: Float[np.ndarray, " n"]) -> float:
         """Return the metric of a resample in which each example occurs ``counts`` times."""

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import numpy as np
 from jaxtyping import Float, Int, Real
 
-from mplug2_jax.metrics.metric import MeanMetric
+from mplug2_jax.metrics.metric import MeanMetric, Metric
 
 
 def compute_ranks(
@@ -27,15 +27,10 @@ def compute_ranks(
 
 
 @dataclasses.dataclass(frozen=True)
-class MedianMetric:
+class MedianMetric(Metric):
     """The median of the values; 0 without values."""
 
     values: Real[np.ndarray, " n"]
-
-    @property
-    def value(self) -> float:
-        """Return the metric."""
-        return self.weighted(np.ones(len(self.values)))
 
     def weighted(self, counts: Float[np.ndarray, " n"]) -> float:
         """Return the metric of a resample in which each example occurs ``counts`` times."""
