@@ -128,8 +128,8 @@ def describe_rows(rows: LocalRows) -> list[dict[str, Any]]:
     """Return rows as they are written to files: the id of each example, and the record that it was made from."""
     return [
         {
-            "stream": name, "example_id": int(made.example.arrays["example_id"]), "key": made.example.key,
-            "source": made.ref.source, "record": made.ref.index, "epoch": made.ref.epoch,
+            "stream": name, "example_id": int(row.example.arrays["example_id"]), "key": row.example.key,
+            "source": row.ref.source, "record": row.ref.index, "epoch": row.ref.epoch,
         }
-        for name, made in rows
+        for name, row in rows
     ]  # fmt: skip

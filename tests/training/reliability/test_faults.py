@@ -41,7 +41,7 @@ def words(**overrides: Any) -> RunConfig:
 
 @pytest.fixture(scope="module")
 def compiled() -> Iterator[Any]:
-    """The step of :func:`words`, compiled once for all runs of this module."""
+    """Return the step of :func:`words`, compiled once for all runs of this module."""
     steps: dict[Any, Any] = {}
 
     def once(spec: Any) -> Any:

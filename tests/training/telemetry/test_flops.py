@@ -18,7 +18,7 @@ PRODUCT = 2 * 5 * 7 * 7
 
 
 def xla_flops(fn, *args):
-    """What XLA counts in the compiled program; loops once, element-wise work too."""
+    """Return what XLA counts in the compiled program; it counts loops once, and element-wise work too."""
     return jax.jit(fn).lower(*args).compile().cost_analysis()["flops"]
 
 
@@ -99,7 +99,7 @@ MODEL = model_config(
 
 
 def caption_program(unroll):
-    """A caption loss without dropout, with its abstract arguments."""
+    """Return a caption loss without dropout, and its abstract arguments."""
     definition = define_model(dataclasses.replace(MODEL, scan_unroll=unroll), ("vision", "universal", "decoder"))
     batch = {
         "frames": jax.ShapeDtypeStruct((2, 1, 32, 32, 3), "uint8"),
