@@ -86,7 +86,7 @@ def _compare_retrieval(golden: Golden, note: str) -> Iterator[Row]:
     yield make_weights_row(golden, golden.load_summary, note)
     arrays, gradients = compute_retrieval(golden)
     yield from compare_outputs(golden, iter(arrays.items()), RETRIEVAL_INPUTS)
-    yield from compare_gradients(golden, "grads", _to_to_official(golden, gradients))
+    yield from compare_gradients(golden, "grads", _to_official(golden, gradients))
 
 
 def _to_official(golden: Golden, tree: Params) -> dict[str, HostArray]:
@@ -302,7 +302,7 @@ class JaxRunner:
 
     def updated_teacher(self) -> Mapping[str, HostArray]:
         """Return the teacher after one update, under the teacher's names."""
-        return teachers(_official(self.golden, _updated_teacher(self.golden)))
+        return with_teacher_names(_to_official(self.golden, _updated_teacher(self.golden)))
 
     def train(self) -> tuple[list[float], Mapping[str, HostArray]]:
         """Return the losses before every AdamW step and after the last, and the final parameters, the teacher's too.
