@@ -114,7 +114,7 @@ def test_block_sizes_divide_padded_lengths():
     ],
 )
 def test_auto_chooses_by_platform_and_length(monkeypatch, platform, l, dtype, has_dropout, causal, expected):
-    monkeypatch.setattr(module, "platform", lambda: platform)
+    monkeypatch.setattr(module, "target_platform", lambda: platform)
     chosen = []
     x = jax.ShapeDtypeStruct((1, l, 16, 64), dtype)
     jax.eval_shape(lambda x: chosen.append(module._choose_kernel(x, x, causal=causal, has_dropout=has_dropout)), x)

@@ -61,7 +61,8 @@ def test_keys_that_do_not_fit_use_the_ring(monkeypatch, length: int, shards: int
     monkeypatch.setattr(sequence, "_MAX_GATHER_BYTES", 0)
     monkeypatch.setattr(ring, "_QUERY_BLOCK", query_block)
     ring_calls = []
-    monkeypatch.setattr(sequence, "ring", lambda *args: ring_calls.append(args[0].shape) or ring.ring_attention(*args))
+    record = lambda *args: ring_calls.append(args[0].shape) or ring.ring_attention(*args)  # noqa: E731
+    monkeypatch.setattr(sequence, "ring_attention", record)
     assert_matches_one_device(length, length, CLIP, MeshConfig(sequence=shards, tensor=2 if shards < 8 else 1))
     assert ring_calls
 
@@ -100,7 +101,7 @@ def test_causal_attention_over_a_sharded_sequence_is_refused() -> None:
 @pytest.mark.slow
 def test_a_model_matches_one_device_with_sharded_frames_and_tokens(monkeypatch) -> None:
     """Compare tower, universal layers and decoder, with dropout, and matmuls as on a TPU, which are not flattened."""
-    monkeypatch.setattr(layers, "platform", lambda: "tpu")
+    monkeypatch.setattr(layers, "target_platform", lambda: "tpu")
     definition = define_model(small_model(universal_layers=2), ("vision", "temporal", "text", "universal", "decoder"))
     params = definition.init(jax.random.key(0))
     up = params["vision"]["blocks"]["temporal_1"]["up"]  # initialized to zero, which would hide the frames around
