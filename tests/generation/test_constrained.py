@@ -70,7 +70,9 @@ def test_search_matches_a_plain_one_over_prefixes_of_answers(seed, count, beams)
     assume(min(margin for _, _, margin in expected) > 1e-5 * max_magnitude(table))
     history = History(jnp.repeat(jnp.asarray(starts), beams), jnp.asarray(table))
     state = init_constraint(history, to_table(answers), 4 * beams)
-    found = beam_search(constrain_step(toy_step, to_table(answers)), state, 4, config, TOKENS, step_gives_log_probs=True)
+    found = beam_search(
+        constrain_step(toy_step, to_table(answers)), state, 4, config, TOKENS, step_gives_log_probs=True
+    )
     for example, (best, score, _) in enumerate(expected):
         answer = tuple(np.asarray(found.ids[example, 0, 1 : found.lengths[example, 0]]).tolist())
         assert answer in answers
@@ -86,7 +88,9 @@ def test_with_a_beam_per_answer_equal_lengths_are_ranked_by_likelihood():
     state = init_constraint(
         History(jnp.zeros(len(answers), jnp.int32) + 17, jnp.asarray(table)), to_table(answers), len(answers)
     )
-    found = beam_search(constrain_step(toy_step, to_table(answers)), state, 1, config, TOKENS, step_gives_log_probs=True)
+    found = beam_search(
+        constrain_step(toy_step, to_table(answers)), state, 1, config, TOKENS, step_gives_log_probs=True
+    )
 
     def log_likelihood(answer):
         total, prefix = 0.0, [TOKENS.begin]

@@ -107,7 +107,5 @@ def test_metadata_of_older_versions_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("position", ["[]", '{"step": "4", "streams": {}}', '{"step": 40}', '{"stp": 1}'])
 def test_damaged_metadata_are_named(position: str, tmp_path: Path) -> None:
     reader = reader_of(tmp_path, f'{{"format": 3, "position": {position}}}')
-    with pytest.raises(
-        DamagedCheckpointError, match=r"40 is incomplete: meta/metadata is (missing or )?damaged"
-    ):
+    with pytest.raises(DamagedCheckpointError, match=r"40 is incomplete: meta/metadata is (missing or )?damaged"):
         reader._read_position(40)
