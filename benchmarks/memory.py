@@ -46,7 +46,7 @@ def largest_gather(found: list[Collective], known: set[int]) -> str:
     """The largest array that an all-gather makes, parameters and layers of them left out."""
     gathers = (c for c in found if c.kind == "all-gather" and c.group_size > 1)
     sizes = [(c.bytes_sent * c.group_size / (c.group_size - 1), c.shape) for c in gathers]
-    size, shape = max(((s, name) for s, name in sizes if not _made(name, s) & known), default=(0.0, "none"))
+    size, shape = max(((s, name) for s, name in sizes if not _num_elements(name, s) & known), default=(0.0, "none"))
     return f"{size / 2**20:.1f} MiB of {shape}"
 
 
