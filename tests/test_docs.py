@@ -26,7 +26,7 @@ from mplug2_jax.model.config import model_config
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.training.config import RunConfig
 from tests.cli.conftest import command
-from tests.data_pipelines.worlds import encoded, img2dataset, records
+from tests.data_pipelines.worlds import encode_media, img2dataset, records
 from tests.runs import recipe_file, small_run
 from tests.weights import official_file
 
@@ -67,7 +67,7 @@ def write_file(name: str, content: Any) -> None:
 @pytest.fixture
 def world(here: Path) -> Path:
     """Write the public data sets that docs/data.md names, with a record or two each."""
-    image, video = encoded(records("image", 1)[0]), encoded(records("video", 1)[0])
+    image, video = encode_media(records("image", 1)[0]), encode_media(records("video", 1)[0])
     for name in ("coco/val2014/a.jpg", "imagenet/val/n01/a.JPEG"):
         write_file(name, image)
     for name in ("msrvtt/videos/video1.mp4", "k400/val/abc_000003_000013.mp4", "ssv2/videos/78.webm"):
@@ -171,10 +171,10 @@ def ours(here: Path) -> Path:
     rows = [f'{i}.png,"{record.captions[0]}"' for i, record in enumerate(images)]
     write_file("ours/captions.csv", "\n".join(["image,caption", *rows]))
     for i, record in enumerate(images):
-        write_file(f"ours/pictures/{i}.png", encoded(record))
+        write_file(f"ours/pictures/{i}.png", encode_media(record))
     rows = []
     for name, record in zip("abcdefghijkl", videos, strict=True):
-        write_file(f"ours/clips/{name}.mp4", encoded(record))
+        write_file(f"ours/clips/{name}.mp4", encode_media(record))
         question = record.questions[0]
         rows.append({
             "video": f"{name}.mp4", "caption": record.captions[0], "question": question.question,
@@ -288,7 +288,7 @@ def test_programs_for_pytorch(repository: Path, captions: Path, server: str) -> 
     exec(wrap, {"torch": torch})
     assert set(torch.load("for_the_release.pth", weights_only=True)) == {"model"}
     exec(read, {})
-    clip = encoded(records("video", 1)[0])
+    clip = encode_media(records("video", 1)[0])
     assert len(post(server, clip).split()) >= 1
     assert post(server, clip) == post(server, clip)
     assert post(server, b"no clip").startswith("400 the request cannot be read as a video")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.data_pipelines.worlds import encoded, img2dataset, records, write_tar
+from tests.data_pipelines.worlds import encode_media, img2dataset, records, write_tar
 
 from .conftest import Outcome
 
@@ -52,13 +52,13 @@ def get_config():
 
 def test_show_writes_the_batch_of_a_step_and_escapes_texts(mplug2: Mplug2, tmp_path: Path, recipes: Path) -> None:
     hostile = "<script>alert(1)</script>"
-    images = [encoded(record) for record in records("image", 4)]
+    images = [encode_media(record) for record in records("image", 4)]
     members: dict[str, bytes | str] = {}
     for i, image in enumerate(images):
         members |= {f"{i}.png": b"broken" if i == 3 else image, f"{i}.txt": f"{hostile} {i}"}
     tar = write_tar(tmp_path / "a.tar", members)
-    shown = ("data", "show", recipe(tmp_path, recipes, tar), "--step", 3, "--out", tmp_path / "sheets")
-    done = mplug2(*shown)
+    words = ("data", "show", recipe(tmp_path, recipes, tar), "--step", 3, "--out", tmp_path / "sheets")
+    done = mplug2(*words)
     assert (done.status, done.err) == (0, "")
     page, sheet = (tmp_path / "sheets" / f"video_text-step3.{suffix}" for suffix in ("html", "png"))
     assert done.out == f"{page}\n{sheet}\n"
@@ -73,7 +73,7 @@ def test_show_writes_the_batch_of_a_step_and_escapes_texts(mplug2: Mplug2, tmp_p
     assert "http" not in text.replace("http-equiv", "")
     with Image.open(sheet) as image:
         assert image.size == (4 * 100, 100)
-    again = mplug2(*shown)
+    again = mplug2(*words)
     assert (again.status, again.err) == (2, f"mplug2: error: {page} exists; choose another --out\n")
 
 
@@ -98,7 +98,7 @@ def test_validate_reports_errors_in_its_output_and_status(
 
 def test_validate_allows_a_bad_fraction_and_reports_as_json(mplug2: Mplug2, tmp_path: Path) -> None:
     rows = [{"image": "a.png", "caption": "x"}] * 3 + [{"image": "a.png", "caption": "\x1b[31m \ud83d"}]
-    (tmp_path / "a.png").write_bytes(encoded(records("image", 1)[0]))
+    (tmp_path / "a.png").write_bytes(encode_media(records("image", 1)[0]))
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     checked = ("data", "validate", f"annotations:{tmp_path}/rows.json")
     fractions = (0, 0.2, 0.25, 1)
@@ -129,7 +129,7 @@ def test_validate_allows_a_bad_fraction_and_reports_as_json(mplug2: Mplug2, tmp_
 
 def test_validate_reads_a_recipe_with_its_evaluations(mplug2: Mplug2, tmp_path: Path, recipes: Path) -> None:
     """A record with too few answers to be scored is unusable in an evaluation, and fine for training."""
-    (tmp_path / "a.png").write_bytes(encoded(records("image", 1)[0]))
+    (tmp_path / "a.png").write_bytes(encode_media(records("image", 1)[0]))
     annotated = [["yes"] * 10, ["yes", "", "", ""], ["no"] * 3]
     rows = [{"image": "a.png", "question": "is it?", "answers": answers} for answers in annotated]
     (tmp_path / "rows.json").write_text(json.dumps(rows))

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from mplug2_jax.inference import features
 from mplug2_jax.inference.feature_files import FeatureWriter
 from tests.close import CHAIN, assert_close
-from tests.data_pipelines.worlds import encoded, records
+from tests.data_pipelines.worlds import encode_media, records
 
 from .conftest import Outcome, TrainedRun
 from .test_bad_input import error_of
@@ -25,7 +25,7 @@ def folder(tmp_path: Path) -> Path:
     path = tmp_path / "pictures"
     (path / "more").mkdir(parents=True)
     for i, record in enumerate(records("image", 4)):
-        (path / ("more" if i > 1 else ".") / f"{i}.png").write_bytes(encoded(record))
+        (path / ("more" if i > 1 else ".") / f"{i}.png").write_bytes(encode_media(record))
     (path / "more" / "broken.jpg").write_bytes(b"no picture")
     return path
 

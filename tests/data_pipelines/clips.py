@@ -1,4 +1,4 @@
-"""Videos for tests: encoded in every way that matters, and decoded frame by frame as the yardstick."""
+"""Videos for tests: in all relevant encodings, and decoded frame by frame for reference."""
 
 import functools
 import io
@@ -32,11 +32,11 @@ ENCODINGS: dict[str, tuple[str, str, Mapping[str, str]]] = {
 """Codec, container and options by name."""
 
 SPARSE = ("h264", "h264 open", "h264 mkv", "h264 ts", "mpeg4 avi", "mpeg4", "av1", "vp9")
-"""Those that tell enough for random access."""
+"""Encodings with random access."""
 
 
 def moving(count: int, height: int = 64, width: int = 64) -> np.ndarray:
-    """Frames that differ everywhere: a window that moves over a textured plane."""
+    """Return frames that differ everywhere: a window that moves over a textured plane."""
     rng = np.random.default_rng(0)
     plane = rng.integers(0, 256, (height + count, width + count, 3), np.uint8)
     plane = (plane // 4 + np.linspace(0, 190, plane.shape[1])[:, None]).astype(np.uint8)
@@ -51,7 +51,7 @@ def encode(
     options: Mapping[str, str] = {},
     metadata: Mapping[str, str] = {},
 ) -> bytes:
-    """A file with the frames, shown at ``times`` (in tenths of a second)."""
+    """Encode frames, shown at ``times`` (in tenths of a second)."""
     codec, container_format, encoder_options = ENCODINGS[encoding]
     with tempfile.NamedTemporaryFile() as file:  # some options of containers need a name
         with av.open(file.name, "w", format=container_format, options=dict(options)) as container:
@@ -72,13 +72,13 @@ def encode(
 
 @functools.cache
 def moving_clip(encoding: str, gop: int, count: int = 30) -> tuple[bytes, np.ndarray]:
-    """A file, and all of its frames, decoded one after the other."""
+    """Return a file, and all of its frames, decoded in sequence."""
     data = encode(moving(count), encoding, gop)
     return data, decode_all(data)
 
 
 def cut(data: bytes, start: int) -> bytes:
-    """An mp4 without its first ``start`` frames, made as cutting tools do.
+    """Cut the first ``start`` frames off an mp4, as cutting tools do.
 
     Packets are copied, from the key frame on that is needed; those that are only needed are marked as not shown.
     """
@@ -104,8 +104,8 @@ def decode_all(data: bytes) -> np.ndarray:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
-def failure(load: Callable[[], object]) -> str | None:
-    """What the DataError says that ``load`` raises, if it raises one. A mistake of ours behind it comes out."""
+def error_message(load: Callable[[], object]) -> str | None:
+    """Return the message of the DataError that ``load`` raises, if any. Re-raise a bug that caused it."""
     try:
         load()
     except DataError as error:

@@ -1,4 +1,4 @@
-"""Operations do what they say, to all frames alike."""
+"""Augmentation operations, the same for all frames."""
 
 import math
 
@@ -14,31 +14,31 @@ from data_pipelines.config import NUM_OPERATIONS
 
 
 def smooth(t: int = 2, side: int = 40) -> np.ndarray:
-    """Frames without hard edges, each one brighter than the one before, in no colour that fills gaps."""
+    """Return frames without hard edges, each brighter than the last, and none of the fill color."""
     small = np.random.default_rng(0).integers(140, 240, (5, 5, 3), np.uint8)
     frame = np.asarray(Image.fromarray(small).resize((side, side), Image.Resampling.BICUBIC))
     return np.stack([np.clip(frame.astype(int) + 10 * i, 0, 250).astype(np.uint8) for i in range(t)])
 
 
-def test_configs_know_how_many_operations_there_are() -> None:
+def test_the_config_has_the_number_of_operations() -> None:
     assert len(OPERATIONS) == NUM_OPERATIONS
 
 
-def grey(clip: np.ndarray) -> np.ndarray:
+def to_gray(clip: np.ndarray) -> np.ndarray:
     return (clip == 128).all(-1)
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-@pytest.mark.parametrize("strength", [-1.0, -0.5, 0.5, 1.0])
-def test_operations_keep_the_shape_and_change_something(name: str, strength: float) -> None:
+@pytest.mark.parametrize("level", [-1.0, -0.5, 0.5, 1.0])
+def test_operations_keep_the_shape_and_change_something(name: str, level: float) -> None:
     clip = smooth()
-    changed = OPERATIONS[name](clip, strength)
+    changed = OPERATIONS[name](clip, level)
     assert (changed.shape, changed.dtype) == (clip.shape, np.uint8)
     assert (name == "identity") == np.array_equal(changed, clip)
 
 
 @pytest.mark.parametrize("name", sorted(set(OPERATIONS) - {"auto_contrast", "equalize"}))
-def test_no_strength_changes_nothing(name: str) -> None:
+def test_level_zero_changes_nothing(name: str) -> None:
     np.testing.assert_array_equal(OPERATIONS[name](smooth(), 0.0), smooth())
 
 
@@ -49,7 +49,7 @@ def test_equal_frames_stay_equal(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["auto_contrast", "equalize", "contrast"])
-def test_colours_are_balanced_over_the_clip(name: str) -> None:
+def test_colors_are_balanced_over_the_video(name: str) -> None:
     clip = smooth(3)
     changed = OPERATIONS[name](clip, 0.6).astype(int)
     assert (np.diff(changed.mean((1, 2, 3))) > 0).all()
@@ -62,8 +62,8 @@ def test_directions() -> None:
     clip = smooth(1)
     for name, edge in (("translate_x", np.s_[:, :, :8]), ("translate_y", np.s_[:, :8])):
         there, back = OPERATIONS[name](clip, 0.5), OPERATIONS[name](clip, -0.5)
-        assert grey(there[edge]).all()
-        assert not grey(back[edge]).any()
+        assert to_gray(there[edge]).all()
+        assert not to_gray(back[edge]).any()
     turned = OPERATIONS["rotate"](clip, 1.0)[0]
     expected = np.asarray(Image.fromarray(clip[0]).rotate(30, Image.Resampling.BILINEAR, fillcolor=(128,) * 3))
     assert np.abs(turned.astype(int) - expected).max() <= 2
@@ -80,15 +80,15 @@ def test_rand_augment_is_a_function_of_the_generator(seed: int, num_ops: int, ma
 
 
 def test_rand_augment_draws_different_operations(monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn: list[str] = []
+    draws: list[str] = []
     for name in OPERATIONS:
-        monkeypatch.setitem(augment.OPERATIONS, name, lambda clip, s, name=name: drawn.append((name, s)) or clip)
+        monkeypatch.setitem(augment.OPERATIONS, name, lambda clip, s, name=name: draws.append((name, s)) or clip)
     rng = np.random.default_rng(0)
     for _ in range(200):
-        drawn.clear()
+        draws.clear()
         rand_augment(smooth(), rng, num_ops=3, magnitude=4.0)
-        assert len({name for name, _ in drawn}) == 3
-        assert {abs(strength) for _, strength in drawn} == {0.4}
+        assert len({name for name, _ in draws}) == 3
+        assert {abs(level) for _, level in draws} == {0.4}
 
 
 def test_flip() -> None:
@@ -96,12 +96,12 @@ def test_flip() -> None:
     np.testing.assert_array_equal(flip(flip(smooth())), smooth())
 
 
-def test_warping_by_whole_pixels_moves_them() -> None:
+def test_warping_by_whole_pixels_shifts() -> None:
     clip = smooth()
     moved = warp(clip, np.array([[1.0, 0, -5], [0, 1, 3]]))
     np.testing.assert_array_equal(moved[:, 3:, :-5], clip[:, :-3, 5:])
-    assert grey(moved[:, :3]).all()
-    assert grey(moved[:, :, -5:]).all()
+    assert to_gray(moved[:, :3]).all()
+    assert to_gray(moved[:, :, -5:]).all()
 
 
 def test_warping_interpolates_between_four() -> None:
@@ -120,55 +120,55 @@ def test_warping_interpolates_between_four() -> None:
     assert np.abs(warp(clip, affine) - expected).max() <= 0.5 + 1e-3
 
 
-def releases(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float]]:
-    drawn: list[tuple[str, float]] = []
+def drawn_operations(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float]]:
+    draws: list[tuple[str, float]] = []
     for name, operation in augment._RELEASED.items():
 
-        def recorded(clip, s, name=name, operation=operation):
-            drawn.append((name, s))
+        def record_level(clip, s, name=name, operation=operation):
+            draws.append((name, s))
             return operation(clip, s)
 
-        monkeypatch.setitem(augment._RELEASED, name, recorded)
-    return drawn
+        monkeypatch.setitem(augment._RELEASED, name, record_level)
+    return draws
 
 
 @pytest.mark.parametrize("flips", [False, True])
 def test_the_release_draws_two_different_operations_for_videos(flips: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn, rng, seen = releases(monkeypatch), np.random.default_rng(0), set()
+    draws, rng, pairs = drawn_operations(monkeypatch), np.random.default_rng(0), set()
     for _ in range(150):
-        drawn.clear()
+        draws.clear()
         release_augment_video(smooth(), rng, flips=flips)
-        assert len({name for name, _ in drawn}) == 2
-        assert {strength for _, strength in drawn} == {0.5}
-        seen |= {name for name, _ in drawn}
+        assert len({name for name, _ in draws}) == 2
+        assert {level for _, level in draws} == {0.5}
+        pairs |= {name for name, _ in draws}
     photometric = {"identity", "contrast", "brightness", "sharpness"}
-    assert seen == photometric | {"shear_x", "shear_y", "translate_x", "translate_y", "rotate"} | (
+    assert pairs == photometric | {"shear_x", "shear_y", "translate_x", "translate_y", "rotate"} | (
         {"flip"} if flips else set()
     )
 
 
-def test_the_release_draws_none_to_two_operations_for_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn, rng, counts, seen = releases(monkeypatch), np.random.default_rng(0), [], set()
+def test_the_release_draws_up_to_two_operations_for_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    draws, rng, counts, pairs = drawn_operations(monkeypatch), np.random.default_rng(0), [], set()
     for _ in range(300):
-        drawn.clear()
+        draws.clear()
         release_augment_image(smooth(1), rng)
-        counts.append(len(drawn))
-        seen |= set(drawn)
+        counts.append(len(draws))
+        pairs |= set(draws)
     shares = np.bincount(counts) / 300
     assert np.abs(shares - (0.25, 0.5, 0.25)).max() < 0.1
-    assert len({name for name, _ in seen}) == 10
-    assert {strength for _, strength in seen} == {-0.7, 0.7}
+    assert len({name for name, _ in pairs}) == 10
+    assert {level for _, level in pairs} == {-0.7, 0.7}
 
 
-def test_the_release_moves_as_it_does() -> None:
-    """Magnitude 5: shears 0.15, 5 pixels to the left or up, 15 degrees counter-clockwise; colours as they are."""
+def test_the_release_geometric_operations() -> None:
+    """Check magnitude 5: shears of 0.15, 5 pixels to the left or up, 15 degrees counter-clockwise; colors unchanged."""
     clip = smooth(2, 60)
     apply = {name: lambda name=name: augment._RELEASED[name](clip, 0.5) for name in augment._RELEASED}
     for name in ("identity", "contrast", "brightness", "sharpness"):
         np.testing.assert_array_equal(apply[name](), clip)
     np.testing.assert_array_equal(apply["translate_x"]()[:, :, :-5], clip[:, :, 5:])
     np.testing.assert_array_equal(apply["translate_y"]()[:, :-5], clip[:, 5:])
-    assert grey(apply["translate_x"]()[:, :, -5:]).all()
+    assert to_gray(apply["translate_x"]()[:, :, -5:]).all()
     np.testing.assert_array_equal(apply["shear_x"]()[:, 40, 6:], clip[:, 40, :-6])  # 0.15 x 40 rows is 6 pixels
     np.testing.assert_array_equal(apply["shear_y"]()[:, 6:, 40], clip[:, :-6, 40])
     turned = apply["rotate"]()[0]
@@ -176,10 +176,10 @@ def test_the_release_moves_as_it_does() -> None:
     assert np.abs(turned[15:-15, 15:-15].astype(int) - expected[15:-15, 15:-15]).max() <= 8  # half a pixel apart
 
 
-def test_the_release_brightens_pictures() -> None:
+def test_the_release_brightness_of_images() -> None:
     clip = smooth(1)
     np.testing.assert_array_equal(
         augment._RELEASED["brightness"](clip, -0.7), np.minimum(clip * 1.36, 255).astype(np.uint8)
     )
-    equalised = np.asarray(ImageOps.equalize(Image.fromarray(clip[0])))
-    np.testing.assert_array_equal(augment._RELEASED["equalize"](clip, 0.7)[0], equalised)
+    equalized = np.asarray(ImageOps.equalize(Image.fromarray(clip[0])))
+    np.testing.assert_array_equal(augment._RELEASED["equalize"](clip, 0.7)[0], equalized)

@@ -1,4 +1,4 @@
-"""A corpus cut into pieces: nothing is lost or doubled, and only the tokeniser that cut it may read it."""
+"""A corpus cut into chunks: no token is lost or repeated, and only the same tokenizer may read it."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ WORDS = st.lists(
 
 @settings(max_examples=40)
 @given(lines=WORDS, length=st.integers(3, 12))
-def test_the_pieces_are_the_text(lines: list[str], length: int, tmp_path_factory) -> None:
+def test_the_chunks_contain_the_text(lines: list[str], length: int, tmp_path_factory) -> None:
     path = tmp_path_factory.mktemp("corpus") / "a.txt"
     path.write_text("\n".join(lines))
     pieces = [record.tokens for record in chunk_corpus([path], TOKENIZER, length)]
@@ -34,7 +34,7 @@ def test_the_pieces_are_the_text(lines: list[str], length: int, tmp_path_factory
     assert [token for piece in pieces for token in piece[1:-1]] == whole
 
 
-def test_a_corpus_is_a_source_of_text(tmp_path: Path) -> None:
+def test_a_corpus_is_a_text_source(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a red four moves left\n" * 40)
     out = tmp_path / "c.array_record"
     count = write_corpus([tmp_path / "a.txt"], TOKENIZER, 16, out)
@@ -59,15 +59,15 @@ def test_a_corpus_is_a_source_of_text(tmp_path: Path) -> None:
         make_example(record, fits, other, rng)
 
 
-def test_what_cannot_be_cut(tmp_path: Path) -> None:
+def test_invalid_corpora_are_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"fine\n\xff\n")
     (tmp_path / "b.txt").write_text("\n \n")
     out = tmp_path / "c.array_record"
-    for files, length, said in (
+    for files, length, message in (
         (["a.txt"], 8, r"text file .*a\.txt is not UTF-8: .* in line 2"), (["b.txt"], 8, r"b\.txt: found no text"),
         (["b.txt"], 2, "the chunk length is 2, expected at least 3"),
     ):  # fmt: skip
-        with pytest.raises(DataError, match=said):
+        with pytest.raises(DataError, match=message):
             write_corpus([tmp_path / name for name in files], TOKENIZER, length, out)
         assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "b.txt"]
     out.write_text("mine")

@@ -1,4 +1,4 @@
-"""DigitWorld says only what its pixels show, and says it the same way every time."""
+"""DigitWorld: annotations match the pixels, and are deterministic."""
 
 import collections
 import dataclasses
@@ -32,7 +32,7 @@ def equal(a: Record, b: Record) -> bool:
 
 
 def ink(scene: Scene, thing: Thing, size: int, num_frames: int) -> np.ndarray:
-    """Where a thing alone changes the background, bool [t, y, x]."""
+    """Return where only this thing changes the background, bool [t, y, x]."""
     alone, empty = dataclasses.replace(scene, things=(thing,)), dataclasses.replace(scene, things=())
     return (render(alone, size, num_frames) != render(empty, size, num_frames)).any(-1)
 
@@ -71,7 +71,7 @@ def test_different_records_differ(kind, index, other, seed) -> None:
 
 @few
 @given(kind=kinds, index=indices)
-def test_scenes_and_words_do_not_depend_on_the_resolution(kind, index) -> None:
+def test_scenes_and_texts_do_not_depend_on_the_resolution(kind, index) -> None:
     small, large = DigitWorld(kind), DigitWorld(kind, image_size=64, num_frames=8)
     assert small.scene(index) == large.scene(index)
     a, b = small[index], large[index]
@@ -79,7 +79,7 @@ def test_scenes_and_words_do_not_depend_on_the_resolution(kind, index) -> None:
     assert [e.text for e in a.expressions] == [e.text for e in b.expressions]
 
 
-def test_the_ends() -> None:
+def test_the_first_and_last_index() -> None:
     world = DigitWorld(size=3)
     assert len(world) == 3
     assert world[2].key.endswith("/2")
@@ -118,26 +118,26 @@ def test_held_out_handwriting_is_disjoint_and_a_fifth() -> None:
 
 @few
 @given(kind=st.sampled_from(["image", "video"]), index=indices, size=st.integers(16, 100), t=st.integers(2, 9))
-def test_things_are_distinct_and_apart(kind, index, size, t) -> None:
+def test_things_are_distinct_and_disjoint(kind, index, size, t) -> None:
     scene = DigitWorld(kind).scene(index)
     if len(scene.things) == 1:
         return
     a, b = scene.things
     assert all(getattr(a, name) != getattr(b, name) for name in ("digit", "colour", "size", "place"))
     assert a.size == "large"
-    pictures = t if kind == "video" else 1
-    both = ink(scene, a, size, pictures) & ink(scene, b, size, pictures)
+    images = t if kind == "video" else 1
+    both = ink(scene, a, size, images) & ink(scene, b, size, images)
     assert not both[[0, -1]].any()
 
 
-def test_clips_of_two_are_never_empty() -> None:
+def test_videos_of_two_things_are_never_empty() -> None:
     scenes = [DigitWorld("video").scene(index) for index in range(1000)]
     assert all(any(thing.visible_at(0.0) for thing in scene.things) for scene in scenes if len(scene.things) == 2)
 
 
 @few
 @given(index=indices, t=st.integers(3, 9))
-def test_the_smaller_passes_in_front(index, t) -> None:
+def test_the_smaller_thing_is_in_front(index, t) -> None:
     scene = DigitWorld("video").scene(index)
     smaller, colour = scene.things[-1], COLOURS[scene.things[-1].colour]
     alone = render(dataclasses.replace(scene, things=(smaller,)), 32, t)
@@ -178,14 +178,14 @@ def test_boxes_hold_the_pixels_tightly(kind, split, index, size) -> None:
 def test_motion_is_visible_and_stays_on_the_canvas(index, size, t) -> None:
     scene = DigitWorld("video").scene(index)
     for thing in scene.things:
-        seen = ink(scene, thing, size, t)
-        pixels = seen.sum((1, 2))
+        frames_seen = ink(scene, thing, size, t)
+        pixels = frames_seen.sum((1, 2))
         if thing.motion.kind == "appears":
             assert not pixels[: t // 2].any()
             assert pixels[(t + 1) // 2 :].all()
             continue
         assert pixels.min() > 0.9 * pixels.max()
-        centres = np.array([np.argwhere(frame).mean(0)[::-1] for frame in seen]) / size
+        centres = np.array([np.argwhere(frame).mean(0)[::-1] for frame in frames_seen]) / size
         dx, dy = centres[-1] - centres[0]
         steps = np.abs(np.diff(centres, axis=0)).max(-1)
         if thing.motion.kind == "still":
@@ -221,18 +221,18 @@ def test_the_vocabulary_is_small_and_closed() -> None:
 
 
 def facts_in(clause: str) -> dict[str, str]:
-    """What a clause says, read word by word, with no help from the code that wrote it."""
+    """Parse the facts of a clause, independently of the code that wrote it."""
     moves = ("left", "right", "up", "down") if "moves" in clause else ()
     possible = {
         "digit": DIGITS, "colour": COLOURS, "size": ("large", "small"), "place": PLACES,
         "motion": moves, "speed": ("slowly", "quickly"),
     }  # fmt: skip
-    found = {name: value for name, values in possible.items() for value in values if re.search(rf"\b{value}\b", clause)}
+    facts = {name: value for name, values in possible.items() for value in values if re.search(rf"\b{value}\b", clause)}
     if re.search("stays still|does not move", clause):
-        found["motion"] = "still"
+        facts["motion"] = "still"
     if re.search("appears|shows up", clause):
-        found["motion"] = "appears"
-    return found
+        facts["motion"] = "appears"
+    return facts
 
 
 def facts_of(thing: Thing) -> dict[str, str]:
@@ -247,7 +247,7 @@ def clauses(text: str) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", ["image", "video"])
-def test_captions_tell_everything_and_nothing_else(kind) -> None:
+def test_captions_describe_everything_and_nothing_else(kind) -> None:
     world = DigitWorld(kind)
     for index in range(300):
         scene, captions = world.scene(index), world[index].captions
@@ -255,13 +255,13 @@ def test_captions_tell_everything_and_nothing_else(kind) -> None:
         drop = {"motion"} if kind == "image" else {"place"}
         want = [{k: v for k, v in facts_of(thing).items() if k not in drop} for thing in scene.things]
         for caption in captions:
-            told = [facts_in(clause) for clause in clauses(caption)]
-            assert len(told) == len(want)
-            assert all(facts in want for facts in told)
+            details = [facts_in(clause) for clause in clauses(caption)]
+            assert len(details) == len(want)
+            assert all(facts in want for facts in details)
 
 
 def matching(phrase: str, scene: Scene) -> list[Thing]:
-    """The things that have all the properties a phrase names; whole words only."""
+    """Return the things with all properties in a phrase; whole words only."""
     words = set(phrase.removesuffix("?").split())
     chosen = list(scene.things)
     for name, values in (("name", DIGITS), ("colour", COLOURS), ("size", ("large", "small"))):
@@ -270,7 +270,7 @@ def matching(phrase: str, scene: Scene) -> list[Thing]:
 
 
 @pytest.mark.parametrize("kind", ["image", "video"])
-def test_expressions_mean_one_thing_and_where_it_is(kind) -> None:
+def test_expressions_refer_to_one_thing_with_its_box(kind) -> None:
     world = DigitWorld(kind)
     for index in range(300):
         scene, record = world.scene(index), world[index]
@@ -282,7 +282,7 @@ def test_expressions_mean_one_thing_and_where_it_is(kind) -> None:
 
 
 def answer(question: str, scene: Scene) -> str:
-    """The answer as a reader of the question would find it in the scene."""
+    """Answer a question from the scene."""
     subject = matching(question, scene)
     if question.startswith("is there a"):
         return "yes" if subject else "no"
@@ -296,11 +296,11 @@ def answer(question: str, scene: Scene) -> str:
         assert thing.motion.kind == "moves"
     if question.endswith("appear?"):
         assert thing.motion.kind == "appears"
-    asked = {
+    attribute = {
         "which digit": "digit", "what color is": "colour", "what is the color of": "colour", "where": "place",
         "how big is": "size", "which way does": "motion", "how fast does": "speed",
     }  # fmt: skip
-    (name,) = (name for start, name in asked.items() if question.startswith(start))
+    (name,) = (name for start, name in attribute.items() if question.startswith(start))
     return "nowhere" if facts[name] == "still" else facts[name]
 
 
@@ -330,7 +330,7 @@ def test_no_answer_is_right_for_many_scenes(kind) -> None:
 
 
 @pytest.mark.parametrize(("kind", "labels"), [("image", IMAGE_LABELS), ("video", VIDEO_LABELS)])
-def test_labels_are_the_largest_digit_and_what_it_does(kind, labels) -> None:
+def test_labels_are_the_largest_digit_and_its_motion(kind, labels) -> None:
     world = DigitWorld(kind)
     counts = collections.Counter()
     for index in range(500):
@@ -355,11 +355,11 @@ def test_sentences_are_true() -> None:
                 assert {"left of": ax < bx, "right of": ax > bx, "above": ay < by, "below": ay > by}[relation[2]]
                 continue
             for clause in clauses(text):
-                told = facts_in(clause)
-                assert told.items() <= facts_of(by_name[told["digit"]]).items()
+                details = facts_in(clause)
+                assert details.items() <= facts_of(by_name[details["digit"]]).items()
 
 
-def test_entailments_follow_from_the_premise_alone() -> None:
+def test_entailments_follow_from_the_premise_only() -> None:
     world = DigitWorld("text")
     first = collections.Counter()
     for index in range(600):
@@ -370,26 +370,26 @@ def test_entailments_follow_from_the_premise_alone() -> None:
             premise = [facts_in(clause) for clause in clauses(entailment.premise)]
             claim = facts_in(entailment.hypothesis)
             ((name, value),) = ((k, v) for k, v in claim.items() if k != "digit")
-            (told,) = (facts for facts in premise if facts["digit"] == claim["digit"])
-            if name in told:
-                assert entailment.answer == ("yes" if told[name] == value else "no")
+            (details,) = (facts for facts in premise if facts["digit"] == claim["digit"])
+            if name in details:
+                assert entailment.answer == ("yes" if details[name] == value else "no")
             else:
                 assert entailment.answer == "maybe"
                 assert not any(name in facts for facts in premise)
     assert min(first.values()) > 150
 
 
-def test_a_report_tells_every_fact_once_and_its_summary_all_of_them() -> None:
+def test_a_report_has_every_fact_once_and_its_summary_all_facts() -> None:
     world = DigitWorld("text")
     for index in range(200):
         (question,) = world[index].questions
-        told = re.findall(
+        details = re.findall(
             r"the (\w+) (.+?)(?= the (?:zero|one|two|three|four|five|six|seven|eight|nine) |$)", question.question
         )
         things = world.scene(index).things
-        assert len(told) == 3 * len(things) == len(set(told))
+        assert len(details) == 3 * len(things) == len(set(details))
         summary = {facts["digit"]: facts for facts in map(facts_in, clauses(question.answer))}
-        assert set(summary) == {thing.name for thing in things} == {name for name, _ in told}
+        assert set(summary) == {thing.name for thing in things} == {name for name, _ in details}
         for thing in things:
             assert summary[thing.name].items() <= facts_of(thing).items()
             assert {"colour", "size"} < set(summary[thing.name])

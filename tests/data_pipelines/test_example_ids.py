@@ -1,4 +1,4 @@
-"""Which examples are the same picture: those of one source that show the same, and no others."""
+"""Example ids: equal for the same image of one source, different otherwise."""
 
 import dataclasses
 from pathlib import Path
@@ -19,7 +19,7 @@ def tokenizer() -> WordPieceTokenizer:
 
 @pytest.fixture
 def config(tmp_path: Path) -> DataConfig:
-    """Two sets, whose tars and samples have equal names, as img2dataset gives them."""
+    """Write two data sets whose tars and samples have equal names, as from img2dataset."""
     sources = {}
     for place, name in enumerate(("cc3m", "laion")):
         (tmp_path / name).mkdir()
@@ -34,26 +34,26 @@ def config(tmp_path: Path) -> DataConfig:
     )
 
 
-def test_pictures_of_two_sources_with_equal_names_have_ids_of_their_own(
+def test_images_of_two_sources_with_equal_names_have_different_ids(
     config: DataConfig, tokenizer: WordPieceTokenizer
 ) -> None:
     stream, evaluation = (kind(config, tokenizer, name="s", seed=0) for kind in (Stream, EvaluationSet))
-    found = {
-        (made.ref.source, made.example.key): int(made.example.arrays["example_id"])
+    ids = {
+        (examples.ref.source, examples.example.key): int(examples.example.arrays["example_id"])
         for step in range(3)
-        for made in stream.batch(step).rows
+        for examples in stream.batch(step).rows
     }
-    assert len({key for _, key in found}) < len(found) == 12
-    assert len(set(found.values())) == 12
+    assert len({key for _, key in ids}) < len(ids) == 12
+    assert len(set(ids.values())) == 12
     again = {
         (evaluation.source_of(index), evaluation[index].key): int(evaluation[index].arrays["example_id"])
         for index in range(len(evaluation))
     }
-    assert again == found
+    assert again == ids
 
 
-def test_a_source_alone_has_the_ids_that_it_always_had(config: DataConfig, tokenizer: WordPieceTokenizer) -> None:
-    """Runs that go on draw what is masked from them."""
+def test_the_ids_of_a_single_source_are_stable(config: DataConfig, tokenizer: WordPieceTokenizer) -> None:
+    """Resumed runs draw masked words by them."""
     alone = dataclasses.replace(config, sources={"cc3m": config.sources["cc3m"]})
     example = EvaluationSet(alone, tokenizer, name="s", seed=0)[0]
     assert example.key == "00000/000000000"

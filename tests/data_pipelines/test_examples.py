@@ -1,4 +1,4 @@
-"""Examples: fields, lengths and both forms of text; the released one against the golden tokeniser."""
+"""Examples: fields, lengths and both tokenizations; the released one against golden values."""
 
 import json
 from pathlib import Path
@@ -26,19 +26,19 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(0)
 
 
-def test_lengths_decide_which_fields_there_are() -> None:
+def test_lengths_determine_the_fields() -> None:
     record = DigitWorld("image")[0]
     bare = make_example(record, ExampleConfig(), TOKENIZER, rng())
     assert set(bare.arrays) == {"example_id"}
-    seen = load_visual(record.frames, VisualConfig(num_frames=1), rng())
-    assert set(make_example(record, ExampleConfig(), TOKENIZER, rng(), seen).arrays) == {"example_id", "frames"}
+    visual = load_visual(record.frames, VisualConfig(num_frames=1), rng())
+    assert set(make_example(record, ExampleConfig(), TOKENIZER, rng(), visual).arrays) == {"example_id", "frames"}
     texts = make_example(record, ExampleConfig(text_length=16, word_starts=True), TOKENIZER, rng())
     assert {"text", "text_mask", "word_starts"} <= set(texts.arrays)
     unasked = make_example(record, ExampleConfig(instructions=CAPTION, target_length=16), TOKENIZER, rng())
     assert {"target", "target_weights"} <= set(unasked.arrays)
     assert "instruction" not in unasked.arrays
-    asked = ExampleConfig(instructions=CAPTION, target_length=16, instruction_length=8)
-    assert {"instruction", "instruction_mask", "target"} <= set(make_example(record, asked, TOKENIZER, rng()).arrays)
+    question = ExampleConfig(instructions=CAPTION, target_length=16, instruction_length=8)
+    assert {"instruction", "instruction_mask", "target"} <= set(make_example(record, question, TOKENIZER, rng()).arrays)
 
 
 def test_masks_and_weights_cover_exactly_the_tokens() -> None:
@@ -50,7 +50,7 @@ def test_masks_and_weights_cover_exactly_the_tokens() -> None:
     assert example.answers[0].startswith(words)
 
 
-def test_kinds_are_drawn_by_weight_among_those_the_record_has() -> None:
+def test_instructions_are_drawn_by_weight_among_those_of_the_record() -> None:
     config = ExampleConfig(
         instructions={
             "caption": InstructionConfig(templates=("describe",), weight=1.0),
@@ -61,15 +61,15 @@ def test_kinds_are_drawn_by_weight_among_those_the_record_has() -> None:
         target_length=24,
     )
     record, generator = DigitWorld("image")[0], rng()
-    asked = [make_example(record, config, TOKENIZER, generator).instruction == "describe" for _ in range(400)]
-    assert 0.18 < np.mean(asked) < 0.32
+    question = [make_example(record, config, TOKENIZER, generator).instruction == "describe" for _ in range(400)]
+    assert 0.18 < np.mean(question) < 0.32
 
 
-def test_every_kind_has_words_and_answers() -> None:
-    picture, text = DigitWorld("image")[0], DigitWorld("text")[0]
+def test_every_kind_of_instruction_has_values_and_answers() -> None:
+    image, text = DigitWorld("image")[0], DigitWorld("text")[0]
     for kind, record, template in (
-        ("caption", picture, "describe"), ("question", picture, "{question}"), ("label", picture, "which digit?"),
-        ("box", picture, "where is {expression}?"), ("entailment", text, "{premise} so {hypothesis}?"),
+        ("caption", image, "describe"), ("question", image, "{question}"), ("label", image, "which digit?"),
+        ("box", image, "where is {expression}?"), ("entailment", text, "{premise} so {hypothesis}?"),
     ):  # fmt: skip
         config = ExampleConfig(
             instructions={kind: InstructionConfig(templates=(template,))}, instruction_length=32, target_length=24
@@ -80,7 +80,7 @@ def test_every_kind_has_words_and_answers() -> None:
         assert all(example.answers)
 
 
-def test_boxes_are_words_of_a_grid() -> None:
+def test_boxes_are_quantized_to_a_grid() -> None:
     assert quantize_box((0.0, 0.25, 0.5, 1.0)) == "0 8 16 31"
 
 
@@ -96,19 +96,19 @@ def test_ids_are_stable_and_fit_a_signed_integer() -> None:
         ({"prompt": "a video of"}, "prompt='a video of' needs tokenization='released'"),
     ],
 )
-def test_configs_without_a_meaning_are_refused(config: dict[str, Any], message: str) -> None:
+def test_inconsistent_configs_are_an_error(config: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         ExampleConfig(**config)
 
 
-def test_records_without_what_is_asked_for_are_refused() -> None:
+def test_records_without_required_fields_are_an_error() -> None:
     with pytest.raises(DataError, match="record r has no caption"):
         make_example(Record(key="r"), ExampleConfig(text_length=8), TOKENIZER, rng())
     with pytest.raises(DataError, match="record r has nothing for the instructions caption"):
         make_example(Record(key="r"), ExampleConfig(instructions=CAPTION, target_length=8), TOKENIZER, rng())
 
 
-def test_a_template_with_unknown_braces_names_the_valid_ones() -> None:
+def test_a_template_with_unknown_placeholders_lists_the_valid_ones() -> None:
     config = ExampleConfig(instructions={"question": InstructionConfig(templates=("{what}",))}, target_length=8)
     with pytest.raises(DataError, match=r"valid placeholders: \{question\}"):
         make_example(DigitWorld("image")[0], config, TOKENIZER, rng())
@@ -127,7 +127,7 @@ def golden(reference: Path) -> dict[str, Any]:
     return json.loads((reference / "goldens" / "tokenizer.json").read_text())
 
 
-def test_released_captions_are_glued_to_the_prompt_whose_first_pieces_are_not_learned(bert) -> None:
+def test_released_captions_are_appended_to_the_prompt_which_is_masked(bert) -> None:
     config = ExampleConfig(tokenization="released", prompt="a video of", instructions=CAPTION, target_length=20)
     record = Record(key="r", captions=("A man!",))
     example = make_example(record, config, bert, rng())
@@ -142,15 +142,15 @@ def test_released_captions_are_glued_to_the_prompt_whose_first_pieces_are_not_le
     assert make_detokenizer(config, bert)(example.arrays["target"].tolist()) == "a man"
 
 
-def test_what_the_release_leaves_nothing_of_is_not_chosen(bert) -> None:
+def test_texts_that_the_release_cleans_to_nothing_are_not_sampled(bert) -> None:
     both = ExampleConfig(tokenization="released", instructions=CAPTION, text_length=8, target_length=8)
     for seed in range(4):
-        drawn = np.random.default_rng(seed)
-        example = make_example(Record("r", captions=("...", "a man", "?!")), both, bert, drawn)
+        sampled = np.random.default_rng(seed)
+        example = make_example(Record("r", captions=("...", "a man", "?!")), both, bert, sampled)
         assert (example.text, example.answers) == ("a man", ("a man",))
     with pytest.raises(DataError, match="record r has no caption with words besides punctuation"):
         make_example(Record("r", captions=("...",)), both, bert, rng())
-    asked = ExampleConfig(
+    question = ExampleConfig(
         tokenization="released",
         instructions={"question": InstructionConfig(templates=("{question}",))},
         target_length=8,
@@ -158,7 +158,7 @@ def test_what_the_release_leaves_nothing_of_is_not_chosen(bert) -> None:
     with pytest.raises(
         DataError, match="has nothing for the instructions question, or nothing with words besides punctuation"
     ):
-        make_example(Record("r", questions=(Question("?", "yes"),)), asked, bert, rng())
+        make_example(Record("r", questions=(Question("?", "yes"),)), question, bert, rng())
     pair = ExampleConfig(
         tokenization="released",
         instructions={"label": InstructionConfig(templates=("{text}|{other}",))},
@@ -180,7 +180,7 @@ def test_released_questions_end_without_sep_and_answers_with_one(bert) -> None:
     assert arrays["target_weights"].tolist() == (arrays["target"] != 0).astype(float).tolist()
 
 
-def test_a_long_released_caption_loses_its_sep(bert) -> None:
+def test_a_truncated_released_caption_loses_its_sep(bert) -> None:
     config = ExampleConfig(tokenization="released", prompt="a video of", instructions=CAPTION, target_length=6)
     record = Record(key="r", captions=("a man is riding a man is riding",))
     target = make_example(record, config, bert, rng()).arrays["target"]
@@ -188,40 +188,40 @@ def test_a_long_released_caption_loses_its_sep(bert) -> None:
     assert bert.sep_id not in target
 
 
-def test_the_released_form_needs_word_pieces() -> None:
+def test_released_tokenization_needs_wordpiece() -> None:
     pieces = train_sentencepiece(vocabulary_texts(100), 160)
     config = ExampleConfig(tokenization="released", text_length=8)
     with pytest.raises(DataError, match="found a SentencePieceTokenizer"):
         make_example(DigitWorld("image")[0], config, pieces, rng())
 
 
-def labelled(label, texts=()):
+def labeled_record(label, texts=()):
     return Record("a/1", label=label, texts=texts)
 
 
 LABEL = {"label": InstructionConfig(templates=("{text} | {other}",))}
 
 
-def test_a_class_is_the_place_of_its_name():
+def test_a_label_is_the_index_of_its_class():
     config = ExampleConfig(instructions={"label": InstructionConfig(templates=("",))}, classes=("cat", "dog"))
-    example = make_example(labelled("dog"), config, TOKENIZER, rng())
+    example = make_example(labeled_record("dog"), config, TOKENIZER, rng())
     assert example.arrays["label"] == 1
     assert example.arrays["label"].dtype == np.int32
     assert set(example.arrays) == set(config.shapes()) == {"example_id", "label"}
     with pytest.raises(
         DataError, match="record a/1 has the class 'dig', expected one of the 2 classes; did you mean 'dog'"
     ):
-        make_example(labelled("dig"), config, TOKENIZER, rng())
+        make_example(labeled_record("dig"), config, TOKENIZER, rng())
 
 
-def test_a_number_is_of_the_nearest_class_and_two_texts_are_told_apart():
+def test_a_number_gets_the_nearest_class_and_two_texts_are_distinct_fields():
     config = ExampleConfig(instructions=LABEL, instruction_length=12, classes=("0.0", "2.5", "5.0"))
-    example = make_example(labelled("3.2", ("one", "two")), config, TOKENIZER, rng())
+    example = make_example(labeled_record("3.2", ("one", "two")), config, TOKENIZER, rng())
     assert example.arrays["label"] == 1
     assert example.instruction == "one | two"
 
 
-def test_examples_of_boxes_alone_bring_the_box_itself():
+def test_examples_of_boxes_include_the_box():
     record = Record("a/1", expressions=(Expression("it", (0.0, 0.26, 0.5, 1.0)),))
     box = {"box": InstructionConfig(templates=("where is {expression}?",))}
     config = ExampleConfig(instructions=box, instruction_length=12, target_length=8)
@@ -233,21 +233,21 @@ def test_examples_of_boxes_alone_bring_the_box_itself():
 
 
 @given(st.tuples(*[st.floats(0, 1)] * 4))
-def test_the_box_that_words_stand_for_has_the_corners_in_its_outer_cells(box):
+def test_a_parsed_box_contains_the_cells_of_its_corners(box):
     x0, y0, x1, y1 = box
-    found = parse_box(quantize_box((min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1))))
-    assert found is not None
-    assert found[0] <= min(x0, x1) <= max(x0, x1) <= found[2]
-    assert found[1] <= min(y0, y1) <= max(y0, y1) <= found[3]
+    parsed = parse_box(quantize_box((min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1))))
+    assert parsed is not None
+    assert parsed[0] <= min(x0, x1) <= max(x0, x1) <= parsed[2]
+    assert parsed[1] <= min(y0, y1) <= max(y0, y1) <= parsed[3]
 
 
 @pytest.mark.parametrize("words", ["", "1 2 3", "1 2 3 32", "1 2 3 4 5", "a b c d", "-1 2 3 4"])
-def test_words_that_are_no_box(words):
+def test_invalid_boxes_are_none(words):
     assert parse_box(words) is None
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "message"),
     [
         ({"classes": ("a", "a"), "instructions": LABEL}, "2 names, only 1 of them distinct"),
         ({"classes": ("a", "b"), "instructions": {}}, "classes need instructions"),
@@ -257,21 +257,21 @@ def test_words_that_are_no_box(words):
         ),
     ],
 )
-def test_classes_that_mean_nothing_are_refused(fields, said):
-    with pytest.raises(DataError, match=said):
+def test_invalid_classes_are_an_error(fields, message):
+    with pytest.raises(DataError, match=message):
         ExampleConfig(**fields)
 
 
-def test_references_are_the_captions_as_targets_have_them() -> None:
+def test_references_are_captions_encoded_as_targets() -> None:
     config = ExampleConfig(instructions=CAPTION, target_length=8, max_references=3)
     record = Record(key="r", captions=("a red four", "a green two moves left and right and up and down"))
-    found = make_example(record, config, TOKENIZER, rng()).arrays
-    assert found["references"].shape == config.shapes()["references"][0] == (3, 8)
-    assert {tuple(row) for row in found["references"][:2].tolist()} == {
+    parsed = make_example(record, config, TOKENIZER, rng()).arrays
+    assert parsed["references"].shape == config.shapes()["references"][0] == (3, 8)
+    assert {tuple(row) for row in parsed["references"][:2].tolist()} == {
         tuple((TOKENIZER.encode(caption, max_length=8) + 8 * [0])[:8]) for caption in record.captions
     }
-    assert not found["references"][2].any()
-    np.testing.assert_array_equal(found["references"][0], found["target"])
+    assert not parsed["references"][2].any()
+    np.testing.assert_array_equal(parsed["references"][0], parsed["target"])
 
 
 @pytest.mark.parametrize(
@@ -281,6 +281,6 @@ def test_references_are_the_captions_as_targets_have_them() -> None:
         {"max_references": 2, "target_length": 8, "instructions": CAPTION | LABEL},
     ],
 )  # fmt: skip
-def test_references_of_what_has_no_captions_are_refused(fields):
+def test_references_without_captions_are_an_error(fields):
     with pytest.raises(DataError, match=f"max_references={fields['max_references']} counts captions"):
         ExampleConfig(**({"instructions": CAPTION, "target_length": 8} | {"instructions": {}} | fields))

@@ -1,4 +1,4 @@
-"""Frame choice equals the release's golden numbers and keeps its properties."""
+"""Frame sampling equals the release's golden values and has its properties."""
 
 import json
 from pathlib import Path
@@ -20,13 +20,13 @@ def golden_indices(reference: Path) -> list[dict[str, Any]]:
     return json.loads((reference / "goldens" / "recipe.json").read_text())["frame_indices"]
 
 
-def test_middle_indices_equal_the_release(golden_indices) -> None:
+def test_uniform_indices_equal_the_release(golden_indices) -> None:
     for case in golden_indices:
         assert uniform_indices(case["vlen"], case["num_frames"]).tolist() == case["middle"]
 
 
 def test_random_indices_have_the_range_of_the_release(golden_indices) -> None:
-    """Its extremes are those of 300 draws: exact where an interval has few frames, close elsewhere."""
+    """Compare the extremes of 300 draws: exact if an interval has few frames, close otherwise."""
     rng = np.random.default_rng(0)
     for case in golden_indices:
         length, count = case["vlen"], case["num_frames"]
@@ -40,7 +40,7 @@ def test_random_indices_have_the_range_of_the_release(golden_indices) -> None:
 
 
 @given(length=lengths, count=counts)
-def test_middle_frames_ascend_and_pad(length: int, count: int) -> None:
+def test_uniform_frames_ascend_and_pad(length: int, count: int) -> None:
     check(uniform_indices(length, count), length, count)
 
 
@@ -61,7 +61,7 @@ def check(indices: np.ndarray, length: int, count: int) -> None:
 
 
 @given(length=lengths, count=counts, clips=st.integers(1, 6))
-def test_clips_share_out_the_frames_of_a_video(length: int, count: int, clips: int) -> None:
+def test_clips_divide_the_frames_of_a_video(length: int, count: int, clips: int) -> None:
     chosen = [uniform_indices(length, count, clip, clips) for clip in range(clips)]
     for indices, later in zip(chosen, (*chosen[1:], chosen[-1]), strict=True):
         check(indices, length, count)
@@ -72,7 +72,7 @@ def test_clips_share_out_the_frames_of_a_video(length: int, count: int, clips: i
         np.testing.assert_array_equal(np.stack(chosen, 1).ravel(), np.arange(length))
 
 
-def test_clips_at_a_rate_are_spread_over_the_video() -> None:
+def test_clips_at_a_frame_rate_are_spread_over_the_video() -> None:
     times = np.arange(100) / 10
     starts = [fps_indices(times, 4, 2.0, clip, 4)[0] for clip in range(4)]
     # Two seconds long, they can begin in the first eight; the first frame is seen a quarter of a second later.
@@ -94,18 +94,18 @@ def test_no_frames(length: int, count: int) -> None:
     count=st.integers(1, 20),
     fps=st.floats(0.1, 60),
 )
-def test_frames_at_a_rate_are_those_seen_then(gaps: list[float], count: int, fps: float) -> None:
+def test_frames_at_a_frame_rate_are_those_shown_at_that_time(gaps: list[float], count: int, fps: float) -> None:
     times = np.cumsum(gaps) - gaps[0]
     indices = fps_indices(times, count, fps)
     assert indices.shape == (count,)
     assert (np.diff(indices) >= 0).all()
     assert indices[0] >= 0
     assert indices[-1] < len(times)
-    seen = times[indices]  # a frame is seen until the next one: moments are evenly apart, up to where frames begin
-    moments = seen[0] + np.arange(count) / fps
+    shown_at = times[indices]  # a frame is seen until the next one: moments are evenly apart, up to where frames begin
+    moments = shown_at[0] + np.arange(count) / fps
     if moments[-1] + 1 / fps < times[-1]:
         longest = np.append(np.diff(times), 0)[indices].max() + max(gaps)
-        assert (abs(seen - moments) <= longest).all()
+        assert (abs(shown_at - moments) <= longest).all()
 
 
 @pytest.mark.parametrize(
@@ -119,11 +119,11 @@ def test_frames_at_a_rate_are_those_seen_then(gaps: list[float], count: int, fps
         (1, 3, 2.0, [0, 0, 0]),
     ],
 )
-def test_frames_at_a_rate_are_in_the_middle(length: int, count: int, fps: float, expected: list[int]) -> None:
+def test_frames_at_a_frame_rate_are_centered(length: int, count: int, fps: float, expected: list[int]) -> None:
     assert fps_indices(np.arange(length) / 10 + 7, count, fps).tolist() == expected
 
 
-def test_frames_at_no_rate() -> None:
+def test_frames_at_an_invalid_rate() -> None:
     for fps in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(DataError, match=f"fps is {fps}, expected a rate above 0"):
             fps_indices(np.zeros(3), 2, fps)

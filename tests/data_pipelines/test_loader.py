@@ -1,4 +1,4 @@
-"""Streams and evaluations on real files: batches from their number alone, mixtures, and records that are broken."""
+"""Streams and evaluations on files: batches by number, mixtures, and bad records."""
 
 import dataclasses
 import itertools
@@ -18,7 +18,7 @@ from data_pipelines.order import SINGLE_HOST, HostShards
 from data_pipelines.sources.formats import FORMATS, open_source
 from data_pipelines.tokenizers import train_wordpiece
 
-from .worlds import SIZE, encoded, img2dataset, records, write_tar
+from .worlds import SIZE, encode_media, img2dataset, records, write_tar
 
 TOKENIZER = train_wordpiece(vocabulary_texts(60), 160)
 VISUAL = VisualConfig(image_size=SIZE, num_frames=4)
@@ -35,11 +35,11 @@ def stream(config: DataConfig, seed: int = 0) -> Stream:
 
 @pytest.fixture
 def tar(tmp_path: Path) -> SourceConfig:
-    """Twelve samples; the third's picture is cut off, the seventh's text is no UTF-8."""
+    """Write twelve samples; the third's image is truncated, the seventh's text is not UTF-8."""
     members: dict[str, bytes | str] = {}
     for i, record in enumerate(records("image", 12)):
-        picture = encoded(record)
-        members[f"{i:02}.png"] = picture[: len(picture) // 2] if i == 2 else picture
+        image = encode_media(record)
+        members[f"{i:02}.png"] = image[: len(image) // 2] if i == 2 else image
         members[f"{i:02}.txt"] = b"\xff" if i == 6 else record.captions[0]
     return SourceConfig(format="webdataset", path=str(write_tar(tmp_path / "a.tar", members)))
 
@@ -47,11 +47,11 @@ def tar(tmp_path: Path) -> SourceConfig:
 DIGITS = {"digits": SourceConfig(max_records=30)}
 
 
-def test_a_batch_is_built_from_its_number_alone_and_by_any_processes() -> None:
+def test_a_batch_depends_on_its_number_only_for_any_number_of_processes() -> None:
     config = data(DIGITS, 8)
-    ours = stream(config).batches()
+    host_rows = stream(config).batches()
     for step in range(6):
-        batch = next(ours)
+        batch = next(host_rows)
         again = stream(config).batch(step)
         shards = [next(stream(config).batches(step, HostShards((i,), 4))) for i in range(4)]
         for key, value in batch.arrays.items():
@@ -60,13 +60,13 @@ def test_a_batch_is_built_from_its_number_alone_and_by_any_processes() -> None:
     assert not np.array_equal(stream(config, seed=1).batch(0).arrays["text"], stream(config).batch(0).arrays["text"])
 
 
-def test_an_epoch_draws_other_captions(tmp_path: Path) -> None:
-    members = {"1.png": encoded(records("image", 1)[0]), "1.json": json.dumps({"captions": list("abcdefgh")})}
+def test_captions_are_redrawn_in_every_epoch(tmp_path: Path) -> None:
+    members = {"1.png": encode_media(records("image", 1)[0]), "1.json": json.dumps({"captions": list("abcdefgh")})}
     path = str(write_tar(tmp_path / "a.tar", members))
     one = stream(data({"a": SourceConfig(format="webdataset", path=path)}, 1))
-    said = [one.batch(step).rows[0].example.text for step in range(12)]
-    assert len(set(said)) > 3
-    assert said == [one.batch(step).rows[0].example.text for step in range(12)]
+    message = [one.batch(step).rows[0].example.text for step in range(12)]
+    assert len(set(message)) > 3
+    assert message == [one.batch(step).rows[0].example.text for step in range(12)]
 
 
 def test_mixtures_by_weight_and_by_temperature(tmp_path: Path) -> None:
@@ -81,67 +81,70 @@ def test_mixtures_by_weight_and_by_temperature(tmp_path: Path) -> None:
     assert warm.mixture_weights()["digits"] == pytest.approx(72**0.5 / (72**0.5 + 8**0.5))
 
 
-def test_broken_records_are_replaced_by_the_next_good_one(tar: SourceConfig) -> None:
+def test_bad_records_are_replaced_by_the_next_good_one(tar: SourceConfig) -> None:
     config = data({"tars": tar}, 12, max_bad_fraction=0.5)
     epoch = stream(config).batch(0).rows
     assert sorted(row.example.key for row in epoch) == sorted(
         f"a/{3 if i == 2 else 7 if i == 6 else i:02}" for i in range(12)
     )
-    faults = {row.ref.index: row.bad_records for row in epoch if row.bad_records}
-    assert {index: [fault.key for fault in each] for index, each in faults.items()} == {2: ["a/02"], 6: ["record 6"]}
-    assert "a.tar:02.png cannot be read as an image" in faults[2][0].reason
-    assert ".txt of sample a/06 is not UTF-8 text" in faults[6][0].reason
+    bad_records = {row.ref.index: row.bad_records for row in epoch if row.bad_records}
+    assert {index: [record.key for record in each] for index, each in bad_records.items()} == {
+        2: ["a/02"],
+        6: ["record 6"],
+    }
+    assert "a.tar:02.png cannot be read as an image" in bad_records[2][0].reason
+    assert ".txt of sample a/06 is not UTF-8 text" in bad_records[6][0].reason
     assert [row.example.key for row in next(stream(config).batches()).rows] == [row.example.key for row in epoch]
 
 
-def test_faults_are_counted_written_once_and_too_many_stop(tar: SourceConfig, tmp_path: Path) -> None:
+def test_bad_records_are_counted_logged_once_and_too_many_are_an_error(tar: SourceConfig, tmp_path: Path) -> None:
     path = tmp_path / "data-errors.jsonl"
     log = BadRecordLog(path)
     for row in itertools.chain(*(stream(data({"tars": tar}, 12)).batch(step).rows for step in range(3))):
         log.record(row.ref.source, row.bad_records, max_fraction=0.5)
     assert log.drain_skipped() == {"tars": 6}
     assert log.drain_skipped() == {}
-    assert sorted(fault.key for fault in read_bad_records(path)) == ["a/02", "record 6"]
+    assert sorted(record.key for record in read_bad_records(path)) == ["a/02", "record 6"]
 
     again = BadRecordLog(path)
     again.record("tars", read_bad_records(path), max_fraction=0.7)
     assert len(read_bad_records(path)) == 2, "a run that resumes writes nothing twice"
     with pytest.raises(
         DataError, match=r"7 of 9 records of source 'tars' cannot be used, more than max_bad_fraction=0\.7"
-    ) as said:
+    ) as message:
         again.record(
             "tars", read_bad_records(path) + [BadRecord("tars", str(i), "gone") for i in range(3)], max_fraction=0.7
         )
-    assert "a/02: a.tar:02.png cannot be read" in str(said.value)
-    assert f"all in {path}" in str(said.value)
+    assert "a/02: a.tar:02.png cannot be read" in str(message.value)
+    assert f"all in {path}" in str(message.value)
 
 
-def test_one_fault_early_is_no_share_yet_but_none_is_allowed_at_0(tmp_path: Path) -> None:
-    fault = [BadRecord("a", "1", "gone")]
-    BadRecordLog(tmp_path / "x").record("a", fault, max_fraction=0.01)
+def test_an_early_bad_record_is_tolerated_unless_the_fraction_is_0(tmp_path: Path) -> None:
+    record = [BadRecord("a", "1", "gone")]
+    BadRecordLog(tmp_path / "x").record("a", record, max_fraction=0.01)
     with pytest.raises(DataError, match="1 of 2 records of source 'a' cannot be used"):
-        BadRecordLog(tmp_path / "x").record("a", fault, max_fraction=0.0)
+        BadRecordLog(tmp_path / "x").record("a", record, max_fraction=0.0)
 
 
-def test_the_file_of_faults_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_log_of_bad_records_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("data_pipelines.bad_records.MAX_LINES", 3)
     log = BadRecordLog(tmp_path / "x")
     log.record("a", [BadRecord("a", str(i), "gone") for i in range(9)], max_fraction=1.0)
-    assert [fault.key for fault in read_bad_records(tmp_path / "x")] == ["0", "1", "2"]
+    assert [record.key for record in read_bad_records(tmp_path / "x")] == ["0", "1", "2"]
     assert log.drain_skipped() == {"a": 9}
 
 
-def test_a_source_without_one_good_record(tmp_path: Path) -> None:
+def test_a_source_without_good_records_is_an_error(tmp_path: Path) -> None:
     path = str(write_tar(tmp_path / "a.tar", {f"{i}.png": b"no picture" for i in range(50)}))
     broken = stream(data({"tars": SourceConfig(format="webdataset", path=path)}))
     with pytest.raises(DataError, match=r"cannot be read as an image.*\(31 replacements failed too"):
         next(broken.batches())
 
 
-def test_a_whole_archive_that_is_broken_does_not_stop_what_is_left(tmp_path: Path) -> None:
-    picture = encoded(records("image", 1)[0])
+def test_records_of_a_broken_archive_are_replaced_by_those_of_others(tmp_path: Path) -> None:
+    image = encode_media(records("image", 1)[0])
     write_tar(tmp_path / "a.tar", {f"{i:03}.png": b"no picture" for i in range(100)})
-    write_tar(tmp_path / "b.tar", {f"{i:03}.png": picture for i in range(300)})
+    write_tar(tmp_path / "b.tar", {f"{i:03}.png": image for i in range(300)})
     tars = SourceConfig(format="webdataset", path=str(tmp_path))
     config = DataConfig(sources={"tars": tars}, visual=VISUAL, examples=ExampleConfig(), batch_size=400)
     rows = stream(config).batch(0).rows
@@ -149,7 +152,7 @@ def test_a_whole_archive_that_is_broken_does_not_stop_what_is_left(tmp_path: Pat
     assert sum(bool(row.bad_records) for row in rows) == 100
 
 
-def test_what_is_no_fault_of_a_record_ends_the_run_with_its_key(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_exceptions_get_a_note_with_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
     def crash(*args: object) -> None:
         raise ZeroDivisionError
 
@@ -159,10 +162,12 @@ def test_what_is_no_fault_of_a_record_ends_the_run_with_its_key(monkeypatch: pyt
     assert any("while building the example of digitworld/image/train/0/" in note for note in caught.value.__notes__)
 
 
-def test_evaluations_leave_broken_records_out(tar: SourceConfig) -> None:
-    held = EvaluationSet(data({"digits": SourceConfig(max_records=3), "tars": tar}, 4), TOKENIZER, name="e", seed=0)
-    assert len(held) == 15
-    batches = list(held.batches())
+def test_evaluations_skip_bad_records(tar: SourceConfig) -> None:
+    evaluation = EvaluationSet(
+        data({"digits": SourceConfig(max_records=3), "tars": tar}, 4), TOKENIZER, name="e", seed=0
+    )
+    assert len(evaluation) == 15
+    batches = list(evaluation.batches())
     assert [batch.arrays["frames"].shape for batch in batches] == [(4, 1, SIZE, SIZE, 3)] * 4
     masks = np.concatenate([batch.arrays["example_mask"] for batch in batches])
     assert np.flatnonzero(~masks).tolist() == [3 + 2, 3 + 6, 15]
@@ -170,34 +175,34 @@ def test_evaluations_leave_broken_records_out(tar: SourceConfig) -> None:
     assert keys[:4] == [*(f"digitworld/image/train/0/{i}" for i in range(3)), "a/00"]
     assert len(keys) == 13
     assert [i for batch in batches for i in batch.examples] == np.flatnonzero(masks).tolist()
-    faults = {i: fault.key for batch in batches for i, fault in batch.bad_records.items()}
-    assert faults == {3 + 2: "a/02", 3 + 6: "record 6"}
-    shards = [list(held.batches(HostShards((i,), 2))) for i in range(2)]
+    bad_records = {i: record.key for batch in batches for i, record in batch.bad_records.items()}
+    assert bad_records == {3 + 2: "a/02", 3 + 6: "record 6"}
+    shards = [list(evaluation.batches(HostShards((i,), 2))) for i in range(2)]
     for both, whole in zip(zip(*shards, strict=True), batches, strict=True):
         for key, value in whole.arrays.items():
             np.testing.assert_array_equal(np.concatenate([each.arrays[key] for each in both]), value)
 
 
-def test_an_evaluation_begins_anywhere() -> None:
-    held = EvaluationSet(data({"digits": SourceConfig(max_records=7)}, 2), TOKENIZER, name="e", seed=0)
-    whole = [example.key for batch in held.batches() for example in batch.examples.values()]
+def test_an_evaluation_starts_at_any_row() -> None:
+    evaluation = EvaluationSet(data({"digits": SourceConfig(max_records=7)}, 2), TOKENIZER, name="e", seed=0)
+    whole = [example.key for batch in evaluation.batches() for example in batch.examples.values()]
     for start in range(8):
-        batches = list(held.batches(start=start))
+        batches = list(evaluation.batches(start=start))
         assert [key.key for batch in batches for key in batch.examples.values()] == whole[start:]
         assert [place for batch in batches for place in batch.examples] == list(range(start, 7))
         assert len(batches) == -(-(7 - start) // 2)
 
 
-def test_an_evaluation_sees_every_view_of_an_example_in_rows_that_follow_each_other() -> None:
-    def held(**views: int) -> EvaluationSet:
+def test_an_evaluation_has_all_views_of_an_example_in_adjacent_rows() -> None:
+    def evaluation(**views: int) -> EvaluationSet:
         config = data({"digits": SourceConfig(kind="video", max_records=3)}, 4)
         visual = dataclasses.replace(VISUAL, num_frames=4 // views.get("num_clips", 1), **views)
         return EvaluationSet(dataclasses.replace(config, visual=visual), TOKENIZER, name="e", seed=0)
 
-    def rows(held: EvaluationSet, shard: HostShards = SINGLE_HOST) -> list[np.ndarray]:
-        return [frames for batch in held.batches(shard) for frames in batch.arrays["frames"]]
+    def rows(evaluation: EvaluationSet, shard: HostShards = SINGLE_HOST) -> list[np.ndarray]:
+        return [frames for batch in evaluation.batches(shard) for frames in batch.arrays["frames"]]
 
-    whole, views = held(), held(num_clips=2, num_crops=3)
+    whole, views = evaluation(), evaluation(num_clips=2, num_crops=3)
     assert (len(views), views.views, len(list(views.batches()))) == (3, 6, 5)
     for example, frames in enumerate(rows(whole)[:3]):
         for view in range(6):  # all squares of a square are alike
@@ -209,7 +214,7 @@ def test_an_evaluation_sees_every_view_of_an_example_in_rows_that_follow_each_ot
         np.testing.assert_array_equal(halves[row % 4 // 2][row // 4 * 2 + row % 2], frames)
 
 
-def test_views_are_of_videos_in_evaluations() -> None:
+def test_views_need_videos_and_evaluations() -> None:
     visual = dataclasses.replace(VISUAL, num_clips=2)
     for kind in ("image", "text"):
         with pytest.raises(DataError, match=f"visual.num_clips=2 needs videos, found sources of kind {kind}"):
@@ -223,8 +228,8 @@ def test_views_are_of_videos_in_evaluations() -> None:
         stream(clips)
 
 
-def test_a_kind_that_records_are_not(tmp_path: Path) -> None:
-    path = str(write_tar(tmp_path / "a.tar", {"1.png": encoded(records("image", 1)[0])}))
+def test_media_of_another_kind_are_an_error(tmp_path: Path) -> None:
+    path = str(write_tar(tmp_path / "a.tar", {"1.png": encode_media(records("image", 1)[0])}))
     clips = stream(data({"a": SourceConfig(format="webdataset", path=path, kind="video")}))
     with pytest.raises(DataError, match=r"a\.tar:1\.png is an image, expected a video"):
         clips.batch(0)
@@ -241,9 +246,11 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize(("sources", "fields", "said"), REFUSED.values(), ids=REFUSED)
-def test_streams_that_are_none(sources: dict[str, SourceConfig], fields: dict[str, object], said: str) -> None:
-    with pytest.raises(DataError, match=said):
+@pytest.mark.parametrize(("sources", "fields", "message"), REFUSED.values(), ids=REFUSED)
+def test_invalid_streams_are_an_error(
+    sources: dict[str, SourceConfig], fields: dict[str, object], message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
         data(sources, **fields)
 
 
@@ -252,7 +259,7 @@ def test_a_batch_larger_than_an_epoch_without_remainder() -> None:
         stream(data({"a": SourceConfig(max_records=3)}, 4, drop_remainder=True))
 
 
-def test_settings_that_a_format_does_not_read() -> None:
+def test_fields_that_a_format_does_not_read_are_an_error() -> None:
     with pytest.raises(
         DataError, match=r"source\.path='x' is not read by format 'digitworld', which reads label, seed, split"
     ):
@@ -262,30 +269,30 @@ def test_settings_that_a_format_does_not_read() -> None:
     assert set(FORMATS) == set(get_args(Format))
 
 
-def test_boxes_are_refused_where_pictures_are_cropped_or_turned() -> None:
+def test_boxes_with_crops_or_flips_are_an_error() -> None:
     boxes = ExampleConfig(
         instructions={"box": InstructionConfig(templates=("where is {expression}?",))}, target_length=8
     )
     files = {"a": SourceConfig(format="annotations", path="refs.json")}
 
-    def asked(sources: dict[str, SourceConfig], **visual: object) -> DataConfig:
+    def box_stream(sources: dict[str, SourceConfig], **visual: object) -> DataConfig:
         return DataConfig(sources=sources, visual=VisualConfig(**visual), examples=boxes, batch_size=2)
 
     for transform in ("test", "train", "released_train"):
         with pytest.raises(DataError, match="boxes are not transformed with crops and flips; use 'resize'"):
-            asked(files, transform=transform)
-    asked(files, transform="resize")
-    asked(DIGITS)  # DigitWorld draws squares, of which nothing is cropped
+            box_stream(files, transform=transform)
+    box_stream(files, transform="resize")
+    box_stream(DIGITS)  # DigitWorld draws squares, of which nothing is cropped
 
 
-def test_references_are_read_evenly_and_without_pictures(tar: SourceConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_references_are_read_evenly_and_without_decoding(tar: SourceConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     examples = ExampleConfig(
         instructions={"caption": InstructionConfig(templates=("",))}, target_length=12, max_references=1
     )
-    made = stream(dataclasses.replace(data({"tars": tar, "digits": SourceConfig(max_records=24)}), examples=examples))
+    loaded = stream(dataclasses.replace(data({"tars": tar, "digits": SourceConfig(max_records=24)}), examples=examples))
     monkeypatch.setattr("data_pipelines.loader.load_visual", lambda *_: pytest.fail("a picture was decoded"))
-    every = list(made.references(1000))
+    every = list(loaded.references(1000))
     assert len(every) == 12 + 24 - 1  # one caption is no UTF-8
     assert {ids.shape for ids in every} == {(1, 12)}
-    assert len(list(made.references(12))) == 4 + 8 - 1  # every third, the seventh among them
-    np.testing.assert_array_equal(list(made.references(12)), list(made.references(12)))
+    assert len(list(loaded.references(12))) == 4 + 8 - 1  # every third, the seventh among them
+    np.testing.assert_array_equal(list(loaded.references(12)), list(loaded.references(12)))

@@ -1,4 +1,4 @@
-"""Where media comes from, and files that are written."""
+"""Access to media, and written files."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from data_pipelines.media import Media, local_media, open_media, write_image, wr
 from data_pipelines.visual import load_visual
 
 
-def colour_image() -> np.ndarray:
+def color_image() -> np.ndarray:
     image = np.zeros((6, 9, 3), np.uint8)
     image[:3, :4], image[3:, 4:] = (255, 0, 0), (0, 128, 255)
     return image
@@ -39,15 +39,15 @@ def load(media: Media, size: int = 6, num_frames: int = 2) -> np.ndarray:
 def test_the_kind_of_a_file(name: str, kind: str, tmp_path: Path) -> None:
     path = tmp_path / name
     if name.endswith("mp4"):
-        write_video(path, colour_image()[None])
+        write_video(path, color_image()[None])
     else:
-        Image.fromarray(colour_image()).save(path, format="GIF" if "gif" in name else "PNG")
+        Image.fromarray(color_image()).save(path, format="GIF" if "gif" in name else "PNG")
     assert local_media(path) == Media(kind, str(path), str(path))
 
 
-def test_bytes_paths_and_addresses_are_alike(tmp_path: Path) -> None:
-    write_image(tmp_path / "a.png", colour_image())
-    write_video(tmp_path / "a.mp4", np.tile(colour_image(), (3, 1, 1, 1)), scale=4)
+def test_bytes_paths_and_urls_are_equivalent(tmp_path: Path) -> None:
+    write_image(tmp_path / "a.png", color_image())
+    write_video(tmp_path / "a.mp4", np.tile(color_image(), (3, 1, 1, 1)), scale=4)
     for name, kind in (("a.png", "image"), ("a.mp4", "video")):
         data = (tmp_path / name).read_bytes()
         with fsspec.open(f"memory://folder/{name}", "wb") as file:
@@ -73,7 +73,7 @@ def test_missing_files(kind: str, tmp_path: Path) -> None:
         local_media(tmp_path / "nothing")
 
 
-def test_what_is_fetched_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_downloads_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     with fsspec.open("memory://large.png", "wb") as file:
         file.write(bytes(101))
     monkeypatch.setattr(media_module, "MAX_FETCHED_BYTES", 100)
@@ -87,18 +87,18 @@ def test_an_error_is_one_sentence() -> None:
     assert str(caught.value) == "a.png cannot be read as an image: first line; replace or remove the file"
 
 
-def test_written_pictures_are_enlarged(tmp_path: Path) -> None:
-    write_image(tmp_path / "a.png", colour_image(), scale=3)
-    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "a.png")), colour_image().repeat(3, 0).repeat(3, 1))
+def test_written_images_are_upscaled(tmp_path: Path) -> None:
+    write_image(tmp_path / "a.png", color_image(), scale=3)
+    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "a.png")), color_image().repeat(3, 0).repeat(3, 1))
 
 
-def test_colours_survive_the_video(tmp_path: Path) -> None:
-    frames = np.tile(colour_image()[:, :6], (2, 1, 1, 1))
+def test_colors_survive_video_encoding(tmp_path: Path) -> None:
+    frames = np.tile(color_image()[:, :6], (2, 1, 1, 1))
     write_video(tmp_path / "a.mp4", frames, scale=8)
     read = load(local_media(tmp_path / "a.mp4"), size=48)[:, 4::8, 4::8]
     assert np.abs(read.astype(int) - frames).max() < 40  # video stores colour at half resolution
 
 
-def test_odd_sides_grow_by_one(tmp_path: Path) -> None:
+def test_odd_sides_are_padded_by_one(tmp_path: Path) -> None:
     write_video(tmp_path / "a.mp4", np.zeros((2, 15, 15, 3), np.uint8))
     assert load(local_media(tmp_path / "a.mp4"), size=16).shape == (2, 16, 16, 3)

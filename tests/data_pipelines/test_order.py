@@ -1,4 +1,4 @@
-"""The order: the same for any number of processes and after any restart, every record once an epoch, exact mixtures."""
+"""The data order: the same for any number of processes and after any restart, every record once per epoch."""
 
 from collections import Counter
 
@@ -17,7 +17,7 @@ def equal(records: dict[str, int]) -> dict[str, float]:
 
 
 def step_of(order, batch_size: int, hosts: list[tuple[int, ...]], start: int, step: int) -> list[RecordRef]:
-    """The global batch of a step as hosts with these parts build it that were all started at step ``start``."""
+    """Return the global batch of a step as built by hosts with these shards that started at step ``start``."""
     count = len({part for parts in hosts for part in parts})
     picks = {}
     for parts in hosts:
@@ -36,7 +36,7 @@ def step_of(order, batch_size: int, hosts: list[tuple[int, ...]], start: int, st
     # Neighbouring parts, parts that lie apart, and parts that two hosts hold.
     hosts=st.sampled_from([[(0,), (1,), (2,), (3,)], [(0, 1), (2, 3)], [(0, 3), (1, 2)], [(0, 1), (0, 1), (2,), (3,)]]),
 )  # fmt: skip
-def test_a_step_holds_the_same_for_any_hosts_and_any_restart(records, seed, step, back, multiple, hosts) -> None:
+def test_a_step_is_the_same_for_any_hosts_and_any_restart(records, seed, step, back, multiple, hosts) -> None:
     order = infinite_shuffled_mixture(records, equal(records), stream="s", seed=seed)
     batch_size = 8 * multiple
     alone = step_of(order, batch_size, [(0,)], 0, step)
@@ -46,14 +46,14 @@ def test_a_step_holds_the_same_for_any_hosts_and_any_restart(records, seed, step
 
 @settings(max_examples=30)
 @given(length=st.integers(1, 60), seed=st.integers(0, 2**31), epoch=st.integers(0, 1000))
-def test_every_epoch_shows_every_record_once(length, seed, epoch) -> None:
+def test_every_epoch_has_every_record_once(length, seed, epoch) -> None:
     order = infinite_shuffled_mixture({"a": length}, {"a": 1.0}, stream="s", seed=seed)
     picks = [order[epoch * length + i] for i in range(length)]
     assert sorted(pick.index for pick in picks) == list(range(length))
     assert {pick.epoch for pick in picks} == {epoch}
 
 
-def test_epochs_streams_and_seeds_have_their_own_orders() -> None:
+def test_epochs_streams_and_seeds_have_different_orders() -> None:
     def order(stream: str, seed: int, epoch: int) -> tuple[int, ...]:
         picks = infinite_shuffled_mixture({"a": 50}, {"a": 1.0}, stream=stream, seed=seed)
         return tuple(picks[50 * epoch + i].index for i in range(50))
@@ -78,12 +78,12 @@ def test_mixtures_are_exact(shares, start) -> None:
     weights = dict(zip(names, map(float, shares), strict=True))
     order = infinite_shuffled_mixture(dict.fromkeys(names, 5000), weights, stream="s", seed=0)
     window = 10 * sum(shares)
-    seen = Counter(order[start + i].source for i in range(window))
+    counts = Counter(order[start + i].source for i in range(window))
     for name in names:
-        assert abs(seen[name] - 10 * weights[name]) <= 0.02 * window + 1
+        assert abs(counts[name] - 10 * weights[name]) <= 0.02 * window + 1
 
 
-def test_randomness_depends_on_all_that_it_should_and_nothing_else() -> None:
+def test_the_generator_depends_on_all_its_inputs() -> None:
     def draw(source="a", index=1, epoch=0, seed=0, stream="s", purpose="text") -> float:
         return RecordRef(source, index, epoch).rng(seed, stream, purpose).random()
 
@@ -94,6 +94,6 @@ def test_randomness_depends_on_all_that_it_should_and_nothing_else() -> None:
     assert draw() == variants[0]
 
 
-def test_a_batch_that_hosts_cannot_share() -> None:
+def test_a_batch_size_that_is_no_multiple_of_the_shards() -> None:
     with pytest.raises(DataError, match="batch_size=6 is not a multiple of the 4 shards over all hosts"):
         HostShards((0,), 4).rows(6)

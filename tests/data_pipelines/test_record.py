@@ -1,4 +1,4 @@
-"""Records: their texts are Unicode, and something of them is seen."""
+"""Records: their texts are valid Unicode and visible."""
 
 import dataclasses
 
@@ -10,10 +10,10 @@ from data_pipelines.errors import DataError
 from data_pipelines.media import Media
 from data_pipelines.record import Entailment, Expression, Question, Record, clean_text
 
-HALVES = ("so happy \ud83d", "\ude00", "caf\udce9.jpg")
-BLANK = ("", " \n", "\u00a0\u3000", "\u200b\ufeff", "\u2060\u00ad", "\0\x07", "\u0301", "\ufe0f", "\u3164\u2800",
+SURROGATES = ("so happy \ud83d", "\ude00", "caf\udce9.jpg")
+INVISIBLE = ("", " \n", "\u00a0\u3000", "\u200b\ufeff", "\u2060\u00ad", "\0\x07", "\u0301", "\ufe0f", "\u3164\u2800",
          "\ue000", "\ufffd", "\U000e0041")  # fmt: skip
-MADE = {
+RECORDS = {
     "key": lambda text: Record(text),
     "visual_id": lambda text: Record("k", visual_id=text),
     "media": lambda text: Record("k", media=Media("image", b"", text)),
@@ -28,23 +28,23 @@ MADE = {
 }
 
 
-@pytest.mark.parametrize("text", HALVES, ids=ascii)
-@pytest.mark.parametrize("field", MADE)
-def test_half_a_surrogate_pair_is_refused_wherever_it_stands(field: str, text: str) -> None:
-    with pytest.raises(DataError, match="is not Unicode text: unpaired surrogate at character") as refused:
-        MADE[field](text)
-    assert str(refused.value).isascii()
+@pytest.mark.parametrize("text", SURROGATES, ids=ascii)
+@pytest.mark.parametrize("field", RECORDS)
+def test_an_unpaired_surrogate_is_an_error_in_any_field(field: str, text: str) -> None:
+    with pytest.raises(DataError, match="is not Unicode text: unpaired surrogate at character") as error:
+        RECORDS[field](text)
+    assert str(error.value).isascii()
 
 
-@pytest.mark.parametrize("text", BLANK, ids=ascii)
-def test_what_is_not_seen_is_no_text(text: str) -> None:
+@pytest.mark.parametrize("text", INVISIBLE, ids=ascii)
+def test_invisible_texts_are_dropped(text: str) -> None:
     assert clean_text(text) == ""
-    assert MADE["captions"](text).captions == ("a",)
-    assert MADE["alternative_answers"](text).questions == (
+    assert RECORDS["captions"](text).captions == ("a",)
+    assert RECORDS["alternative_answers"](text).questions == (
         Question("q", "a", "", ("",)),
     )  # an annotator who wrote nothing
     for field in ("texts", "label", "question", "answer", "expression", "premise"):
-        assert MADE[field](text) == Record("k")
+        assert RECORDS[field](text) == Record("k")
 
 
 @pytest.mark.parametrize(
@@ -54,12 +54,12 @@ def test_what_is_not_seen_is_no_text(text: str) -> None:
         ("\U0001f468\u200d\U0001f469", None), ("\U0001faea", None), ("\u0915\u094d\u200d", None),
     ],
 )  # fmt: skip
-def test_control_characters_are_left_out_and_the_rest_stays(text: str, clean: str | None) -> None:
+def test_control_characters_are_removed(text: str, clean: str | None) -> None:
     assert clean_text(text) == (text if clean is None else clean)
 
 
 @given(st.text())
-def test_cleaning_again_changes_nothing(text: str) -> None:
+def test_cleaning_is_idempotent(text: str) -> None:
     assert clean_text(clean_text(text)) == clean_text(text)
     record = Record("k", captions=(text,))
     assert dataclasses.replace(record) == record

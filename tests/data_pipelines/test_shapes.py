@@ -1,4 +1,4 @@
-"""What a config says of its batches before there are any is what the batches are."""
+"""Batches have the shapes and dtypes that their config declares."""
 
 import dataclasses
 
@@ -18,29 +18,29 @@ SPECS = (
 )  # fmt: skip
 
 
-def of(arrays) -> dict[str, tuple[tuple[int, ...], str]]:
+def shapes_of(arrays) -> dict[str, tuple[tuple[int, ...], str]]:
     return {key: (value.shape, value.dtype.name) for key, value in arrays.items()}
 
 
-def said(data: DataConfig) -> dict[str, tuple[tuple[int, ...], str]]:
+def declared_shapes(data: DataConfig) -> dict[str, tuple[tuple[int, ...], str]]:
     return {key: (shape, dtype.__name__.rstrip("_")) for key, (shape, dtype) in data.shapes().items()}
 
 
 @pytest.mark.parametrize("spec", SPECS)
-def test_batches_of_shipped_recipes_are_as_said(spec: str) -> None:
+def test_batches_of_shipped_recipes_have_the_declared_shapes(spec: str) -> None:
     config = build(RunConfig, load_recipe(spec))
     for stream in config.streams.values():
         data = dataclasses.replace(stream.data, batch_size=3)
-        assert of(Stream(data, TOKENIZER, name="s", seed=0).batch(0).arrays) == said(data)
+        assert shapes_of(Stream(data, TOKENIZER, name="s", seed=0).batch(0).arrays) == declared_shapes(data)
     for evaluation in config.evaluations.values():
         data = dataclasses.replace(evaluation.data, batch_size=3)
         arrays = dict(next(iter(EvaluationSet(data, TOKENIZER, name="s", seed=0).batches())).arrays)
         assert arrays.pop("example_mask").shape == (3,)
-        assert of(arrays) == said(data)
+        assert shapes_of(arrays) == declared_shapes(data)
 
 
-def test_what_is_left_out_is_not_said() -> None:
-    """Lengths of 0, instructions without words of their own, marks of words: each is its own field or none."""
+def test_omitted_fields_have_no_shape() -> None:
+    """Check lengths of 0, instructions without texts, and word starts: each is a separate field or none."""
     data = build(RunConfig, load_recipe("demo")).streams["text"].data
     bare = dataclasses.replace(data, examples=ExampleConfig(text="sentence", text_length=9), batch_size=2)
     marked = dataclasses.replace(bare, examples=dataclasses.replace(bare.examples, word_starts=True))
@@ -49,4 +49,4 @@ def test_what_is_left_out_is_not_said() -> None:
     assert set(marked.shapes()) == {"example_id", "text", "text_mask", "word_starts"}
     assert set(silent.shapes()) == {"example_id", "target", "target_weights"}
     for each in (bare, marked, dataclasses.replace(silent, batch_size=2)):
-        assert of(Stream(each, TOKENIZER, name="s", seed=0).batch(0).arrays) == said(each)
+        assert shapes_of(Stream(each, TOKENIZER, name="s", seed=0).batch(0).arrays) == declared_shapes(each)

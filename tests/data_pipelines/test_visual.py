@@ -1,4 +1,4 @@
-"""From media to the frames of a batch: every transform, of pictures, videos and pixels."""
+"""From media to the frames of a batch: every transform of images, videos and pixels."""
 
 import io
 from typing import get_args
@@ -50,20 +50,20 @@ def test_every_transform_of_everything(transform: Transform, size: int, seed: in
 
 
 @pytest.mark.parametrize("transform", [t for t in TRANSFORMS if t.endswith("train")])
-def test_training_forms_vary(transform: Transform) -> None:
+def test_training_transforms_are_random(transform: Transform) -> None:
     for source in (PHOTOGRAPH, clip(), moving(4)):
         distinct = {load(source, seed, transform=transform).frames.tobytes() for seed in range(5)}
         assert len(distinct) == 5
 
 
 @pytest.mark.parametrize("transform", ["test", "resize", "released_test"])
-def test_testing_forms_do_not(transform: Transform) -> None:
+def test_evaluation_transforms_are_deterministic(transform: Transform) -> None:
     for source in (PHOTOGRAPH, clip(), moving(4)):
         assert len({load(source, seed, transform=transform).frames.tobytes() for seed in range(3)}) == 1
 
 
 @pytest.mark.parametrize("sampling", ["uniform", "random", "fps"])
-def test_frames_and_times_belong_together(sampling: str) -> None:
+def test_frames_match_their_times(sampling: str) -> None:
     _, frames = moving_clip("h264", 12)
     visual = load(clip(), image_size=64, num_frames=5, sampling=sampling, fps=4.0, transform="released_test")
     indices = np.rint(visual.times * 10).astype(int)
@@ -76,7 +76,7 @@ def test_frames_and_times_belong_together(sampling: str) -> None:
         assert indices.tolist() == [10, 12, 15, 17, 20]
 
 
-def test_pixels_are_chosen_from_and_have_no_clock() -> None:
+def test_pixels_are_sampled_and_have_no_times() -> None:
     pixels = moving(9, 16, 16)
     for sampling, expected in (("uniform", uniform_indices(9, 3)), ("fps", uniform_indices(9, 3))):
         visual = load(pixels, image_size=16, num_frames=3, sampling=sampling)
@@ -87,24 +87,24 @@ def test_pixels_are_chosen_from_and_have_no_clock() -> None:
         np.testing.assert_array_equal(load(pixels[:1], image_size=16, sampling=sampling).frames, pixels[:1])
 
 
-def test_views_are_the_squares_of_one_clip_after_the_other() -> None:
+def test_views_are_the_crops_of_each_clip() -> None:
     _, frames = moving_clip("h264", 12)
     size = min(frames.shape[1:3])
     config = VisualConfig(image_size=size, num_frames=5, num_clips=2, num_crops=3)
     assert config.views == 6
     for source in (clip(), frames):
         for view in range(6):
-            seen = load_visual(source, config, np.random.default_rng(0), view).frames
+            rows = load_visual(source, config, np.random.default_rng(0), view).frames
             chosen = frames[uniform_indices(30, 5, view // 3, 2)]
             expected = [square_crop(*frame.shape[:2], size, view % 3).apply_array(frame) for frame in chosen]
-            np.testing.assert_array_equal(seen, np.stack(expected))
+            np.testing.assert_array_equal(rows, np.stack(expected))
     config = VisualConfig(num_crops=3)
     squares = [load_visual(PHOTOGRAPH, config, np.random.default_rng(0), view).frames for view in range(3)]
     assert len({view.tobytes() for view in squares}) == 3
     np.testing.assert_array_equal(squares[1], load(PHOTOGRAPH).frames)
 
 
-def test_views_of_what_is_drawn_or_seen_whole_are_refused() -> None:
+def test_views_of_random_frames_or_full_frames_are_an_error() -> None:
     with pytest.raises(
         DataError, match=r"visual\.num_clips=2 needs deterministic frames: set visual\.sampling to 'uniform'"
     ):
@@ -113,8 +113,8 @@ def test_views_of_what_is_drawn_or_seen_whole_are_refused() -> None:
         VisualConfig(num_crops=3, transform="resize")
 
 
-def test_the_whole_clip_is_treated_alike() -> None:
-    """A clip of one frame again and again stays one, whatever is done to it."""
+def test_all_frames_of_a_video_are_augmented_alike() -> None:
+    """Check that the frames of a still video stay equal under every transform."""
     pixels = moving(1, 40, 60).repeat(4, 0)
     for transform in TRANSFORMS:
         for seed in range(8):
@@ -122,34 +122,34 @@ def test_the_whole_clip_is_treated_alike() -> None:
             np.testing.assert_array_equal(frames, frames[:1].repeat(4, 0))
 
 
-def test_without_a_flip_left_stays_left() -> None:
+def test_without_flips_left_stays_left() -> None:
     pixels = np.zeros((1, 40, 40, 3), np.uint8)
     pixels[:, :, 20:] = 255
 
-    def turned(**fields) -> set[bool]:
+    def flips(**fields) -> set[bool]:
         loaded = (load(pixels, seed, transform="train", num_ops=0, **fields).frames for seed in range(20))
         return {bool(frames[0, :, :4].mean() > frames[0, :, -4:].mean()) for frames in loaded}
 
-    assert turned() == {False, True}
-    assert turned(flip=False) == {False}
+    assert flips() == {False, True}
+    assert flips(flip=False) == {False}
 
 
-def test_training_without_anything_is_resizing() -> None:
+def test_training_without_augmentation_is_resizing() -> None:
     fields = {"min_crop_area": 1.0, "num_ops": 0, "flip": False, "transform": "train"}
     pixels = moving(1, 40, 40)
     np.testing.assert_array_equal(load(pixels, **fields).frames, load(pixels, transform="resize").frames)
 
 
-def test_jpegs_are_decoded_small(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_jpegs_are_decoded_at_a_reduced_scale(monkeypatch: pytest.MonkeyPatch) -> None:
     scales: list[float] = []
     decode = LazyImage.decode
 
-    def recorded(self, shrink: float, background: Color):
-        image, scale = decode(self, shrink, background)
+    def record_decode(self, min_scale: float, background: Color):
+        image, scale = decode(self, min_scale, background)
         scales.append(scale)
         return image, scale
 
-    monkeypatch.setattr(LazyImage, "decode", recorded)
+    monkeypatch.setattr(LazyImage, "decode", record_decode)
     small = load(PHOTOGRAPH, image_size=48, transform="resize").frames
     load(PHOTOGRAPH, image_size=48, transform="released_pretrain")  # the release decodes all
     assert scales == [1 / 8, 1.0]
@@ -157,17 +157,17 @@ def test_jpegs_are_decoded_small(monkeypatch: pytest.MonkeyPatch) -> None:
     assert np.abs(small.astype(int) - load(pixels, image_size=48, transform="resize").frames).mean() < 4
 
 
-def test_the_release_pretrains_on_pictures_as_pillow_crops() -> None:
-    """Where no operation is drawn the pixels are those of a crop, resized."""
-    picture = Image.open(io.BytesIO(PHOTOGRAPH.data))
-    found = 0
+def test_the_release_pretraining_crop_of_images_equals_pillow() -> None:
+    """Without a drawn operation the pixels are those of a resized crop."""
+    image = Image.open(io.BytesIO(PHOTOGRAPH.data))
+    pixels = 0
     for seed in range(12):
         frame = load(PHOTOGRAPH, seed, transform="released_pretrain").frames[0]
         window = random_resized_crop(427, 640, 32, np.random.default_rng(seed), min_area=0.2)
         box = (window.left, window.top, window.left + window.width, window.top + window.height)
-        crop = np.asarray(picture.crop(box).resize((32, 32), Image.Resampling.BICUBIC))
-        found += np.array_equal(frame, crop) or np.array_equal(frame, crop[:, ::-1])
-    assert found >= 1
+        crop = np.asarray(image.crop(box).resize((32, 32), Image.Resampling.BICUBIC))
+        pixels += np.array_equal(frame, crop) or np.array_equal(frame, crop[:, ::-1])
+    assert pixels >= 1
 
 
 @pytest.mark.parametrize(

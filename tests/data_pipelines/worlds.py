@@ -1,4 +1,4 @@
-"""DigitWorld as the world's data come: encoded pictures and clips, tars."""
+"""DigitWorld records in public formats: encoded images and videos, tars."""
 
 import io
 import json
@@ -18,8 +18,8 @@ def records(kind: str, count: int) -> list[Record]:
     return [world[i] for i in range(count)]
 
 
-def encoded(record: Record) -> bytes:
-    """A picture as PNG, a clip as mp4."""
+def encode_media(record: Record) -> bytes:
+    """Encode the frames of a record: an image as PNG, a video as mp4."""
     assert record.frames is not None
     data = encode_frames(record.frames, record.key).data
     assert isinstance(data, bytes)
@@ -37,10 +37,10 @@ def write_tar(path: Path, members: Mapping[str, bytes | str]) -> Path:
 
 
 def img2dataset(path: Path, count: int = 6, start: int = 0) -> list[Record]:
-    """A tar with the members that img2dataset writes: 000000000.png, .txt and .json of each sample."""
-    made = records("image", start + count)[start:]
+    """Write a tar as img2dataset does, with 000000000.png, .txt and .json of each sample; return the records."""
+    written = records("image", start + count)[start:]
     members: dict[str, bytes | str] = {}
-    for i, record in enumerate(made, start):
+    for i, record in enumerate(written, start):
         fields = {
             "caption": record.captions[0],
             "url": "https://example.org/x.png",
@@ -48,7 +48,7 @@ def img2dataset(path: Path, count: int = 6, start: int = 0) -> list[Record]:
             "status": "success",
         }
         members |= {
-            f"{i:09}.png": encoded(record), f"{i:09}.txt": record.captions[0], f"{i:09}.json": json.dumps(fields)
+            f"{i:09}.png": encode_media(record), f"{i:09}.txt": record.captions[0], f"{i:09}.json": json.dumps(fields)
         }  # fmt: skip
     write_tar(path, members)
-    return made
+    return written

@@ -19,7 +19,7 @@ from mplug2_jax.model.taps import Taps
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
 from tests.close import CHAIN, assert_close
-from tests.data_pipelines.worlds import encoded, records
+from tests.data_pipelines.worlds import encode_media, records
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 TOKENIZER = WordPieceTokenizer([*SPECIAL_TOKENS, "?", *LETTERS, *(f"##{letter}" for letter in LETTERS)])
@@ -155,7 +155,7 @@ def test_every_listed_tap_works(params):
 
 def test_bad_records_and_padding_are_skipped(params, tmp_path: Path):
     for i, record in enumerate(records("image", 6)):
-        (tmp_path / f"{i}.png").write_bytes(b"no picture" if i in (1, 5) else encoded(record))
+        (tmp_path / f"{i}.png").write_bytes(b"no picture" if i in (1, 5) else encode_media(record))
     sources = {"folder": SourceConfig(format="files", path=str(tmp_path))}
     for batch_size in (1, 4):
         shards = list(make_extractor("image", batch_size=batch_size, sources=sources).shards(params))
@@ -167,7 +167,7 @@ def test_bad_records_and_padding_are_skipped(params, tmp_path: Path):
 def test_ids_of_several_sources_are_prefixed_by_their_names(params, tmp_path: Path):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
-        (tmp_path / folder / "x.png").write_bytes(encoded(records("image", 1)[0]))
+        (tmp_path / folder / "x.png").write_bytes(encode_media(records("image", 1)[0]))
     sources = {
         name: SourceConfig(format="files", path=str(tmp_path / path))
         for name, path in (("a", "a"), ("b", "b"), (str(tmp_path / "a/x.png"), "a/x.png"))

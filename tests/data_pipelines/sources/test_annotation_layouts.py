@@ -1,4 +1,4 @@
-"""Annotation files in the shapes that people have them in: read where the meaning is clear, else one sentence."""
+"""Annotation files in custom layouts: read if the meaning is clear, otherwise one error."""
 
 import json
 from pathlib import Path
@@ -20,24 +20,24 @@ VIDEOS = {
 }
 
 
-def opened(path: Path, content: str | bytes, format: Format = "annotations", **settings: Any) -> Source:
+def open_file(path: Path, content: str | bytes, format: Format = "annotations", **settings: Any) -> Source:
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return open_source(SourceConfig(format=format, path=str(path), **settings), VisualConfig())
 
 
-def every(source: Source) -> list[Record | str]:
-    """The records, or why they are none."""
-    made: list[Record | str] = []
+def read_all(source: Source) -> list[Record | str]:
+    """Return the records, or their errors."""
+    results: list[Record | str] = []
     for index in range(len(source)):
         try:
-            made.append(source[index])
+            results.append(source[index])
         except DataError as error:
-            made.append(str(error))
-    return made
+            results.append(str(error))
+    return results
 
 
-def said(source: Source) -> list[Any]:
-    return [(each.visual_id, each.captions) if isinstance(each, Record) else each for each in every(source)]
+def ids_and_captions(source: Source) -> list[Any]:
+    return [(each.visual_id, each.captions) if isinstance(each, Record) else each for each in read_all(source)]
 
 
 SHAPES: dict[str, str | bytes] = {
@@ -79,22 +79,24 @@ SHAPES: dict[str, str | bytes] = {
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_rows_are_found_in_whatever_wraps_them(name: str, tmp_path: Path) -> None:
-    assert said(opened(tmp_path / name, SHAPES[name])) == READ
+def test_rows_are_found_in_wrapping_objects(name: str, tmp_path: Path) -> None:
+    assert ids_and_captions(open_file(tmp_path / name, SHAPES[name])) == READ
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl"])
-def test_a_single_row_is_a_row_whatever_it_holds(suffix: str, tmp_path: Path) -> None:
+def test_a_single_object_is_one_row(suffix: str, tmp_path: Path) -> None:
     row = {**ROWS[0], "regions": [{"bbox": [1, 2, 3, 4]}], "meta": {"a": {"b": 1}}}
-    assert said(opened(tmp_path / f"a{suffix}", json.dumps(row))) == READ[:1]
+    assert ids_and_captions(open_file(tmp_path / f"a{suffix}", json.dumps(row))) == READ[:1]
 
 
-def test_splits_are_chosen_by_the_names_that_the_file_has(tmp_path: Path) -> None:
+def test_splits_are_selected_by_the_names_in_the_file(tmp_path: Path) -> None:
     path, content = tmp_path / "a.json", json.dumps({"train": ROWS[:1], "val": ROWS[1:]})
-    assert said(opened(path, content, split="val")) == READ[1:]
+    assert ids_and_captions(open_file(path, content, split="val")) == READ[1:]
     with pytest.raises(DataError, match="split 'test' is not in the file; its splits are train, val"):
-        opened(path, content, split="test")
-    good, cut = said(opened(tmp_path / "b.jsonl", f'{json.dumps({**ROWS[0], "split": "val"})}\n{{"cut', split="val"))
+        open_file(path, content, split="test")
+    good, cut = ids_and_captions(
+        open_file(tmp_path / "b.jsonl", f'{json.dumps({**ROWS[0], "split": "val"})}\n{{"cut', split="val")
+    )
     assert good == READ[0]
     assert "b.jsonl row 2 is not valid JSON" in cut
 
@@ -112,9 +114,9 @@ TABLES = {
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_quotes_are_read_as_they_are_meant(name: str, tmp_path: Path) -> None:
+def test_quotes_in_tables(name: str, tmp_path: Path) -> None:
     content, expected = TABLES[name]
-    captions = [captions for _, captions in said(opened(tmp_path / name, content))]
+    captions = [captions for _, captions in ids_and_captions(open_file(tmp_path / name, content))]
     expected = expected or [("one", "its"), ("two",)]
     assert captions == [each if isinstance(each, tuple) else (each,) for each in expected]
 
@@ -132,10 +134,10 @@ REFUSED: dict[str, tuple[Format, str, str, str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_files_of_another_kind_are_named(name: str, tmp_path: Path) -> None:
+def test_files_of_another_format_are_named(name: str, tmp_path: Path) -> None:
     format, file, content, expected = REFUSED[name]
     with pytest.raises(DataError) as refused:
-        opened(tmp_path / file, content, format)
+        open_file(tmp_path / file, content, format)
     assert expected in str(refused.value)
 
 
@@ -154,18 +156,20 @@ FAULTS: dict[str, tuple[str, str]] = {
 
 
 @pytest.mark.parametrize("row", FAULTS)
-def test_one_bad_row_is_one_fault_that_names_its_field(row: str, tmp_path: Path) -> None:
+def test_a_bad_row_is_one_error_with_its_field(row: str, tmp_path: Path) -> None:
     field, expected = FAULTS[row]
-    first, fault, last = said(opened(tmp_path / "a.jsonl", f"{LINES[0]}\n{row}\n{LINES[1]}\n"))
+    first, message, last = ids_and_captions(open_file(tmp_path / "a.jsonl", f"{LINES[0]}\n{row}\n{LINES[1]}\n"))
     assert [first, last] == READ
-    assert fault.startswith(f"{tmp_path}/a.jsonl row 2")
-    assert field in fault
-    assert expected in fault
+    assert message.startswith(f"{tmp_path}/a.jsonl row 2")
+    assert field in message
+    assert expected in message
 
 
-def test_a_row_of_a_table_that_is_too_long_is_one_fault(tmp_path: Path) -> None:
-    fault, good, short = said(opened(tmp_path / "a.csv", "image,caption\np0.jpg,a dog, running\np1.jpg,two\np2.jpg\n"))
-    assert "a.csv row 2 has 3 cells, expected 2 as in the header; quote cells with delimiters" in fault
+def test_a_table_row_with_too_many_cells_is_one_error(tmp_path: Path) -> None:
+    message, good, short = ids_and_captions(
+        open_file(tmp_path / "a.csv", "image,caption\np0.jpg,a dog, running\np1.jpg,two\np2.jpg\n")
+    )
+    assert "a.csv row 2 has 3 cells, expected 2 as in the header; quote cells with delimiters" in message
     assert good == READ[1]
     assert "row 4 has no " in short
 
@@ -180,13 +184,13 @@ def test_captions_of_images_that_are_not_listed_are_skipped_with_a_warning(
             {"image_id": 2.0, "caption": None}, {"image_id": 2, "caption": "two"}, 7,
         ],
     }  # fmt: skip
-    assert said(opened(tmp_path / "a.json", json.dumps(content), "coco_captions")) == READ
+    assert ids_and_captions(open_file(tmp_path / "a.json", json.dumps(content), "coco_captions")) == READ
     (message,) = caplog.messages
     assert message.endswith("a.json: skipped 3 caption entries whose image_id is not listed; the first is '3'")
 
 
-def asked(content: Any, path: Path) -> tuple[str, ...]:
-    record = every(opened(path, json.dumps([content])))[0]
+def read_answers(content: Any, path: Path) -> tuple[str, ...]:
+    record = read_all(open_file(path, json.dumps([content])))[0]
     assert isinstance(record, Record), record
     return (record.questions[0].answer, *record.questions[0].alternative_answers)
 
@@ -194,11 +198,11 @@ def asked(content: Any, path: Path) -> tuple[str, ...]:
 def test_answers_in_all_their_forms(tmp_path: Path) -> None:
     row, path = {"image": "p0.jpg", "question": "what?"}, tmp_path / "a.json"
     many = [{"answer": answer, "answer_id": i} for i, answer in enumerate(["", "no", "yes", "", "yes", ""])]
-    assert asked({**row, "answers": many}, path) == ("yes", "yes", "no", "", "", "")
-    assert asked({**row, "answer": ["red", "dark red"], "weight": [0.3, 0.9]}, path) == ("dark red", "red")
-    assert asked({**row, "answer": True}, path) == ("yes",)
-    assert asked({**row, "answer": 2.0}, path) == ("2",)
-    assert asked({**row, "answers": ["a", None, "b", "b"]}, path) == ("b", "b", "a", "")
+    assert read_answers({**row, "answers": many}, path) == ("yes", "yes", "no", "", "", "")
+    assert read_answers({**row, "answer": ["red", "dark red"], "weight": [0.3, 0.9]}, path) == ("dark red", "red")
+    assert read_answers({**row, "answer": True}, path) == ("yes",)
+    assert read_answers({**row, "answer": 2.0}, path) == ("2",)
+    assert read_answers({**row, "answers": ["a", None, "b", "b"]}, path) == ("b", "b", "a", "")
 
 
 def test_vqa_answers_of_all_annotators_are_read_and_a_question_without_answers_is_one_error(
@@ -212,7 +216,7 @@ def test_vqa_answers_of_all_annotators_are_read_and_a_question_without_answers_i
     source = open_source(SourceConfig(format="vqa_v2", path=str(tmp_path / "vqa_*.json")), VisualConfig())
     (message,) = caplog.messages
     assert "skipped 1 answers entries whose question_id is not listed" in message
-    first, blank, third, without = every(source)
+    first, blank, third, without = read_all(source)
     assert isinstance(first, Record)
     assert isinstance(third, Record)
     given = [(record.questions[0].answer, *record.questions[0].alternative_answers) for record in (first, third)]
@@ -221,16 +225,16 @@ def test_vqa_answers_of_all_annotators_are_read_and_a_question_without_answers_i
     assert "row 4 has no answers" in str(without)
 
 
-def test_phrases_of_referred_things(tmp_path: Path) -> None:
+def test_referring_expressions_in_nested_sentences(tmp_path: Path) -> None:
     row = {
         "image": "p0.jpg", "bbox": [1, 2, 3, 4], "width": 10, "height": 10,
         "sentences": [{"sent": "left", "raw": "Left"}],
     }  # fmt: skip
-    record = every(opened(tmp_path / "a.json", json.dumps([row])))[0]
+    record = read_all(open_file(tmp_path / "a.json", json.dumps([row])))[0]
     assert isinstance(record, Record)
     assert [each.text for each in record.expressions] == ["Left"]
 
 
 def test_valid_files_give_no_warnings(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert said(opened(tmp_path / "a.json", json.dumps(VIDEOS))) == READ
+    assert ids_and_captions(open_file(tmp_path / "a.json", json.dumps(VIDEOS))) == READ
     assert caplog.messages == []

@@ -1,4 +1,4 @@
-"""Our own records in ArrayRecord files: everything survives, damage is named, threads do not mix records up."""
+"""Records in ArrayRecord files: round trips, damage, the bytes of the format, access from many threads."""
 
 import contextlib
 import dataclasses
@@ -47,8 +47,24 @@ def write(path: Path, *records: bytes) -> Path:
 
 @settings(max_examples=60)
 @given(RECORDS)
-def test_a_record_survives(record: Record) -> None:
+def test_a_record_survives_a_round_trip(record: Record) -> None:
     assert decode_record(encode_record(record), "here") == record
+
+
+def test_the_bytes_of_the_format_are_stable() -> None:
+    """Compare with a MessagePack map of the fields by their names in the format, as all versions write and read it."""
+    record = Record(
+        "k", visual_id="v", media=Media("image", b"\x00\xff", "n"), captions=("é",),
+        questions=(Question("q", "a", "count", ("b", "")),), expressions=(Expression("p", (0.0, 0.5, 1.0, 1.0)),),
+        label="l", texts=("t",), entailments=(Entailment("p", "h", "yes"),), tokens=(1, 70000), tokenizer="f",
+    )  # fmt: skip
+    fields = {
+        "version": 1, "key": "k", "picture": "v", "media": ["image", b"\x00\xff", "n"], "captions": ["é"],
+        "questions": [["q", "a", "count", ["b", ""]]], "expressions": [["p", [0.0, 0.5, 1.0, 1.0]]], "label": "l",
+        "texts": ["t"], "entailments": [["p", "h", "yes"]], "tokens": [1, 70000], "tokenizer": "f",
+    }  # fmt: skip
+    assert encode_record(record) == msgspec.msgpack.encode(fields)
+    assert encode_record(Record("k")) == b"\x82\xa7version\x01\xa3key\xa1k"
 
 
 @settings(max_examples=150)
@@ -61,7 +77,7 @@ def test_hostile_bytes_are_a_record_or_a_data_error(data: bytes) -> None:
         assert isinstance(decode_record(data, "record 3 of a.array_record"), Record)
 
 
-def test_a_newer_version_is_refused() -> None:
+def test_a_newer_version_is_an_error() -> None:
     with pytest.raises(DataError, match="here has version 2, expected 1; read it with a newer version"):
         decode_record(msgspec.msgpack.encode({"version": 2, "key": "a", "smell": "lavender"}), "here")
 
@@ -71,7 +87,7 @@ def test_pixels_and_paths_are_not_written() -> None:
         encode_record(Record("a", media=Media("image", "a.png", "a.png")))
 
 
-def test_shards_are_read_in_the_order_of_their_names_by_many_threads(tmp_path: Path) -> None:
+def test_shards_are_read_in_name_order_by_many_threads(tmp_path: Path) -> None:
     media = Media("image", bytes(3000), "x")
     records = [Record(str(i), media=dataclasses.replace(media, data=bytes([i]) * 3000)) for i in range(60)]
     write(tmp_path / "b.array_record", *map(encode_record, records[25:]))
@@ -85,25 +101,25 @@ def test_shards_are_read_in_the_order_of_their_names_by_many_threads(tmp_path: P
         source[60]
 
 
-def test_a_flipped_byte_spoils_one_record(tmp_path: Path) -> None:
+def test_a_flipped_byte_fails_one_record(tmp_path: Path) -> None:
     path = write(
         tmp_path / "a.array_record", *(encode_record(Record(str(i), captions=("c" * 70_000,))) for i in range(9))
     )
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 0xFF
     path.write_bytes(bytes(data))
-    source, said = ArrayRecordSource(str(path)), []
+    source, message = ArrayRecordSource(str(path)), []
     for i in range(9):
         try:
             assert source[i].key == str(i)
         except DataError as error:
-            said.append(str(error))
-    (sentence,) = said
+            message.append(str(error))
+    (sentence,) = message
     assert re.match(r"record \d of .*a\.array_record is damaged \(", sentence)
 
 
 @pytest.mark.parametrize("data", [b"", b"junk" * 100, None], ids=["empty", "junk", "cut off"])
-def test_files_that_are_none(tmp_path: Path, data: bytes | None) -> None:
+def test_files_of_other_formats(tmp_path: Path, data: bytes | None) -> None:
     path = write(tmp_path / "a.array_record", *(encode_record(Record(str(i), label="x" * 70_000)) for i in range(9)))
     path.write_bytes(path.read_bytes()[:300_000] if data is None else data)
     with pytest.raises(DataError, match=r"a\.array_record (has no records: it is empty, truncated|is damaged)"):
@@ -112,13 +128,13 @@ def test_files_that_are_none(tmp_path: Path, data: bytes | None) -> None:
 
 def test_missing_files(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("hello")
-    for path, said in (
+    for path, message in (
         (tmp_path, r"holds no file that ends in \.array_record; found 1 other files"),
         (tmp_path / "x*", "matches no file; check the pattern"),
         (tmp_path / "x.array_record", "x.array_record does not exist; check the path"),
         (tmp_path / "x-{00..02}.array_record", "x-00.array_record does not exist; check the path"),
     ):
-        with pytest.raises(DataError, match=said):
+        with pytest.raises(DataError, match=message):
             ArrayRecordSource(str(path))
     with pytest.raises(DataError, match="is a URL, expected a mounted folder for ArrayRecord files; mount the bucket"):
         ArrayRecordSource("gs://bucket/a.array_record")

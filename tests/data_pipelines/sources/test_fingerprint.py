@@ -1,4 +1,4 @@
-"""A source's fingerprint: every change of its files that a run could read, and nothing else."""
+"""A source's fingerprint changes with the files that a run reads, and only with those."""
 
 import os
 import shutil
@@ -50,14 +50,14 @@ CASES: dict[str, tuple[str, str, Callable[[Path], Path], str]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_what_is_read_is_known_and_nothing_else(case: str, tmp_path: Path) -> None:
+def test_the_fingerprint_covers_the_files_that_are_read_only(case: str, tmp_path: Path) -> None:
     format, kind, make, changed = CASES[case]
     path = make(tmp_path / "data")
 
-    def taken(at: Path = path) -> Any:
+    def current(at: Path = path) -> Any:
         return fingerprint(SourceConfig(format=format, kind=kind, path=str(at)))
 
-    before = taken()
+    before = current()
     assert before["files"] == {"a file": 1, "annotation files": 2, "tars": 2, "classes": 3, "loose files": 3}[case]
     # Another place and other times are the same data; so are what readers and systems leave beside it.
     moved = shutil.copytree(tmp_path / "data", tmp_path / "moved" / "data")
@@ -65,22 +65,22 @@ def test_what_is_read_is_known_and_nothing_else(case: str, tmp_path: Path) -> No
         os.utime(file, (1, 1))
     for name in (".DS_Store", "1.tar.index", ".cache.jpg"):
         (moved / name).write_bytes(b"x")
-    assert taken(moved / path.relative_to(tmp_path / "data")) == before
+    assert current(moved / path.relative_to(tmp_path / "data")) == before
     file = tmp_path / "data" / changed
     data = file.read_bytes()
     file.write_bytes(data[::-1])  # the same size
-    assert taken()["digest"] != before["digest"]
-    assert taken()["bytes"] == before["bytes"]
+    assert current()["digest"] != before["digest"]
+    assert current()["bytes"] == before["bytes"]
     file.write_bytes(data + b"\n")
-    assert taken()["bytes"] == before["bytes"] + 1
+    assert current()["bytes"] == before["bytes"] + 1
     file.write_bytes(data)
-    assert taken() == before
+    assert current() == before
     if path.is_dir():
         file.rename(file.with_stem("z"))
-        assert taken()["digest"] != before["digest"]
+        assert current()["digest"] != before["digest"]
 
 
-def test_of_many_files_some_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sample_of_many_files_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for i in range(100):
         (tmp_path / f"{i}.jpg").write_bytes(b"x" * 10)
     read: list[int] = []
@@ -91,5 +91,5 @@ def test_of_many_files_some_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert set(read) == {4}
 
 
-def test_what_is_drawn_has_no_files() -> None:
+def test_synthetic_sources_have_no_fingerprint() -> None:
     assert fingerprint(SourceConfig(max_records=3)) == {}

@@ -1,4 +1,4 @@
-"""From names to files: clips in any container, lists of clips, folders of classes."""
+"""From names to files: videos in any container, lists of videos, folders of classes."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ def touch(folder: Path, *names: str) -> str:
     return str(folder)
 
 
-def found(folder: str, kind: Kind, *names: str) -> str:
+def find(folder: str, kind: Kind, *names: str) -> str:
     media = find_media(folder, kind, *names)
     assert media is not None
     assert media.data == media.name
@@ -32,15 +32,17 @@ def found(folder: str, kind: Kind, *names: str) -> str:
 
 
 @pytest.mark.parametrize(("kind", "suffixes"), [("image", IMAGE_SUFFIXES), ("video", VIDEO_SUFFIXES)])
-def test_every_suffix_is_found_named_or_not(kind: Kind, suffixes: tuple[str, ...], tmp_path: Path) -> None:
+def test_media_of_every_suffix_are_found_with_and_without_it(
+    kind: Kind, suffixes: tuple[str, ...], tmp_path: Path
+) -> None:
     for number, suffix in enumerate(suffixes):
         for name in (f"{number}{suffix}", f"v1.{number}{suffix.upper()}"):
             folder = touch(tmp_path, name)
     for number, suffix in enumerate(suffixes):
-        assert found(folder, kind, f"{number}{suffix}") == f"{kind} {number}{suffix}"
-        assert found(folder, kind, str(number)) == f"{kind} {number}{suffix}"
-        assert found(folder, kind, f"v1.{number}") == f"{kind} v1.{number}{suffix.upper()}"
-        assert found(folder, kind, f"v1.{number}{suffix}") == f"{kind} v1.{number}{suffix.upper()}"
+        assert find(folder, kind, f"{number}{suffix}") == f"{kind} {number}{suffix}"
+        assert find(folder, kind, str(number)) == f"{kind} {number}{suffix}"
+        assert find(folder, kind, f"v1.{number}") == f"{kind} v1.{number}{suffix.upper()}"
+        assert find(folder, kind, f"v1.{number}{suffix}") == f"{kind} v1.{number}{suffix.upper()}"
 
 
 NAMES: dict[str, tuple[Kind, tuple[str, ...], str, str]] = {
@@ -61,19 +63,19 @@ NAMES: dict[str, tuple[Kind, tuple[str, ...], str, str]] = {
 
 @pytest.mark.parametrize("case", NAMES)
 @pytest.mark.parametrize("remote", [False, True], ids=["local", "remote"])
-def test_which_file_a_name_stands_for(case: str, remote: bool, tmp_path: Path) -> None:
+def test_the_file_of_a_name(case: str, remote: bool, tmp_path: Path) -> None:
     kind, names, name, expected = NAMES[case]
     folder = touch(tmp_path, *names)
     if remote:
         folder = f"memory://{tmp_path.name}"
         for each in names:
             fsspec.filesystem("memory").pipe_file(f"/{tmp_path.name}/{each}", b"")
-    assert found(folder, kind, name) == expected
+    assert find(folder, kind, name) == expected
 
 
 def animate(path: Path) -> None:
-    first, *others = (Image.new("RGB", (8, 8), (grey, 0, 0)) for grey in (0, 100, 200))
-    first.save(path, path.suffix[1:], save_all=True, append_images=others)
+    first, *frames = (Image.new("RGB", (8, 8), (grey, 0, 0)) for grey in (0, 100, 200))
+    first.save(path, path.suffix[1:], save_all=True, append_images=frames)
 
 
 @pytest.mark.parametrize("suffix", ["webp", "png", "gif"])
@@ -82,10 +84,10 @@ def test_animations_that_annotations_name(suffix: str, tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / f"b.{suffix}")
     still = "video" if suffix == "gif" else "image"
     for kind, kinds in (("video", ("video", still)), ("image", ("image", "image"))):
-        assert tuple(found(str(tmp_path), kind, f"{name}.{suffix}").split()[0] for name in "ab") == kinds
+        assert tuple(find(str(tmp_path), kind, f"{name}.{suffix}").split()[0] for name in "ab") == kinds
 
 
-def opened(format: Format, path: Path, **settings: Any) -> Source:
+def open_annotations(format: Format, path: Path, **settings: Any) -> Source:
     return open_source(SourceConfig(format=format, path=str(path), **settings), VisualConfig())
 
 
@@ -99,18 +101,18 @@ LISTS = {
 
 
 @pytest.mark.parametrize("name", LISTS)
-def test_lists_of_kinetics(name: str, tmp_path: Path) -> None:
+def test_kinetics_lists(name: str, tmp_path: Path) -> None:
     touch(tmp_path / "clips", "playing_guitar/abc_000001_000011.mp4", "waving/-d_000003_000013.mkv")
     (tmp_path / "val.csv").write_text(LISTS[name])
-    source = opened("kinetics", tmp_path / "val.csv", media=str(tmp_path / "clips"), kind="video")
+    source = open_annotations("kinetics", tmp_path / "val.csv", media=str(tmp_path / "clips"), kind="video")
     assert [source[i].label for i in range(len(source))] == ["playing guitar", "waving"]
     assert all(Path(source[i].media.data).is_file() for i in range(2))
     assert source[0].key.endswith("abc_000001_000011")
 
 
-def test_lines_of_kinetics_that_say_nothing(tmp_path: Path) -> None:
+def test_invalid_kinetics_lines(tmp_path: Path) -> None:
     (tmp_path / "val.txt").write_text("playing guitar/x y.mp4 17\nx.mp4 17\nnothing\n")
-    source = opened("kinetics", tmp_path / "val.txt", kind="video")
+    source = open_annotations("kinetics", tmp_path / "val.txt", kind="video")
     assert [source[i].label for i in range(2)] == ["playing guitar", "17"]
     assert source[0].key == "val/playing guitar/x y"
     with pytest.raises(DataError, match=r"val\.txt row 3 has no youtube_id"):
@@ -121,20 +123,20 @@ def labels(folder: Path, *names: str) -> list[tuple[str, str]]:
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(folder / name, "PNG")
-    source = opened("image_folder", folder)
+    source = open_annotations("image_folder", folder)
     return [(source[i].key, source[i].label) for i in range(len(source))]
 
 
-def test_classes_are_the_first_folders(tmp_path: Path) -> None:
-    """However deep their pictures lie, and without what systems and tools leave there."""
-    kept = ("n01/a.JPEG", "n01/images/b.jpe", "n02/images/c.png", "n03/1/2/d.webp")
+def test_classes_are_the_top_level_folders(tmp_path: Path) -> None:
+    """Find nested images, and ignore files of systems and tools."""
+    expected = ("n01/a.JPEG", "n01/images/b.jpe", "n02/images/c.png", "n03/1/2/d.webp")
     hidden = (
         ".thumbnails/a.png", "@eaDir/a.png", ".ipynb_checkpoints/a-checkpoint.png", "n01/._a.png", "__MACOSX/n01/a.png",
         "n01/@eaDir/a.png", "n01/.cache/a.png",
     )  # fmt: skip
-    assert labels(tmp_path / "train", *kept, *hidden) == [(name, name.partition("/")[0]) for name in kept]
+    assert labels(tmp_path / "train", *expected, *hidden) == [(name, name.partition("/")[0]) for name in expected]
     (tmp_path / "train" / "n04").mkdir()
-    assert len(opened("image_folder", tmp_path / "train")) == 4
+    assert len(open_annotations("image_folder", tmp_path / "train")) == 4
 
 
 NO_CLASSES = (
@@ -146,23 +148,23 @@ NO_CLASSES = (
 
 
 @pytest.mark.parametrize("names", NO_CLASSES)
-def test_folders_that_are_no_classes_are_refused(names: tuple[str, ...], tmp_path: Path) -> None:
+def test_folders_that_are_not_classes_are_an_error(names: tuple[str, ...], tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"has the folders .*, which are not classes by their names; use the"):
         labels(tmp_path, *names)
 
 
-def test_pictures_in_no_class_folder(tmp_path: Path) -> None:
+def test_images_outside_class_folders(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="has no class folders with images"):
         labels(tmp_path / "flat", "a.png")
     with pytest.raises(DataError, match=r"b\.png is in no class folder; expected .*/CLASS/b\.png"):
         labels(tmp_path / "some", "n01/a.png", "b.png")
 
 
-def test_clips_in_a_folder_for_pictures_are_named_so(tmp_path: Path) -> None:
+def test_videos_in_an_image_folder_are_an_error(tmp_path: Path) -> None:
     touch(tmp_path, "n01/a.mp4", "n01/b.png")
-    source = opened("image_folder", tmp_path)
+    source = open_annotations("image_folder", tmp_path)
     assert [source[i].media.kind for i in range(2)] == ["video", "image"]
     lines = "".join(json.dumps({"image": name, "caption": "x"}) + "\n" for name in ("n01/a.mp4", "n01/b.png"))
     (tmp_path / "a.jsonl").write_text(lines)
-    source = opened("annotations", tmp_path / "a.jsonl")
+    source = open_annotations("annotations", tmp_path / "a.jsonl")
     assert [source[i].media.kind for i in range(2)] == ["video", "image"]

@@ -26,12 +26,12 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def opened(folder: Path, kind: str = "image", split: str = "train"):
+def open_tfds(folder: Path, kind: str = "image", split: str = "train"):
     return open_source(SourceConfig(format="tfds", path=str(folder / "1.0.0"), split=split, kind=kind), VISUAL)
 
 
-def test_pictures_with_classes(prepared: Path) -> None:
-    source = opened(prepared / "digits")
+def test_images_with_classes(prepared: Path) -> None:
+    source = open_tfds(prepared / "digits")
     assert len(source) == 12
     for i in range(12):
         record = source[i]
@@ -39,25 +39,25 @@ def test_pictures_with_classes(prepared: Path) -> None:
         assert record.media is not None
         level = load_visual(record.media, VISUAL, np.random.default_rng(0)).frames[0, 0, 0, 0]
         assert record.label == ("dark" if level < 120 else "light")
-    assert len(opened(prepared / "digits", split="train[:4]")) == 4
+    assert len(open_tfds(prepared / "digits", split="train[:4]")) == 4
     assert "tensorflow" not in sys.modules
 
 
 def test_captions_pairs_sentences_and_summaries(prepared: Path) -> None:
-    assert opened(prepared / "coco_captions")[0].captions == ("one", "two")
-    pair: Record = opened(prepared / "mnli", "text")[0]
+    assert open_tfds(prepared / "coco_captions")[0].captions == ("one", "two")
+    pair: Record = open_tfds(prepared / "mnli", "text")[0]
     assert pair.entailments == (Entailment("é a", "b", "maybe"),)
-    sentence = opened(prepared / "sst2", "text")[0]
+    sentence = open_tfds(prepared / "sst2", "text")[0]
     assert (sentence.texts, sentence.label) == (("fine",), "positive")
-    summary = opened(prepared / "xsum", "text")[0]
+    summary = open_tfds(prepared / "xsum", "text")[0]
     assert summary.questions == (Question("a long story", "story", "summary"),)
 
 
-def test_what_is_not_there(prepared: Path, tmp_path: Path) -> None:
+def test_missing_data_sets_and_splits(prepared: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"is not a TFDS data set \(Could not .*; expected a folder with dataset_i"):
-        opened(tmp_path)
+        open_tfds(tmp_path)
     with pytest.raises(DataError, match="has no split 'val'; valid: train"):
-        opened(prepared / "digits", split="val")
+        open_tfds(prepared / "digits", split="val")
 
 
 def test_a_damaged_example(prepared: Path, tmp_path: Path) -> None:
@@ -65,10 +65,10 @@ def test_a_damaged_example(prepared: Path, tmp_path: Path) -> None:
     (file,) = (folder / "1.0.0").glob("*.array_record*")
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with pytest.raises(DataError, match=r"example digits/1\.0\.0/train/0 is damaged"):
-        opened(folder)[0]
+        open_tfds(folder)[0]
 
 
 def test_without_tfds(monkeypatch: pytest.MonkeyPatch, prepared: Path) -> None:
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
     with pytest.raises(DataError, match=r"needs tensorflow-datasets \(.*\): pip install tensorflow-datasets"):
-        opened(prepared / "digits")
+        open_tfds(prepared / "digits")

@@ -1,4 +1,4 @@
-"""Tars read in place: the index is built once and again when the tar changes; nothing in a tar leaves it."""
+"""Tars read in place: the index is rebuilt when the tar changes; names in a tar do not lead out of it."""
 
 import gzip
 import io
@@ -25,31 +25,31 @@ from data_pipelines.sources.tar_index import TarIndex
 from data_pipelines.sources.webdataset import WebDatasetSource
 from data_pipelines.visual import load_visual
 
-from ..worlds import SIZE, encoded, img2dataset, records, write_tar
+from ..worlds import SIZE, encode_media, img2dataset, records, write_tar
 
 
-def test_pictures_with_texts(tmp_path: Path) -> None:
-    made = img2dataset(tmp_path / "00000.tar", 6) + img2dataset(tmp_path / "00001.tar", 3, start=6)
+def test_images_with_texts(tmp_path: Path) -> None:
+    written = img2dataset(tmp_path / "00000.tar", 6) + img2dataset(tmp_path / "00001.tar", 3, start=6)
     source = WebDatasetSource(str(tmp_path), "image")
     assert len(source) == 9
     for i in (8, 0, 5, 6):
         record = source[i]
         assert record.key == f"0000{i // 6}/{i:09}"
-        assert record.captions == made[i].captions[:1]
+        assert record.captions == written[i].captions[:1]
         assert record.media is not None
         assert record.media.name == f"0000{i // 6}.tar:{i:09}.png"
         visual = load_visual(record.media, VisualConfig(image_size=SIZE, num_frames=1), np.random.default_rng(0))
-        np.testing.assert_array_equal(visual.frames, made[i].frames)
+        np.testing.assert_array_equal(visual.frames, written[i].frames)
     with pytest.raises(IndexError):
         source[9]
     assert len(WebDatasetSource(str(tmp_path / "{00000..00001}.tar"), "image")) == 9
 
 
 def test_clips_labels_and_several_captions(tmp_path: Path) -> None:
-    clip, picture = encoded(records("video", 1)[0]), encoded(records("image", 1)[0])
+    clip, image = encode_media(records("video", 1)[0]), encode_media(records("image", 1)[0])
     members = {
-        "a/1.MP4": clip, "a/1.json": json.dumps({"captions": [" one ", "", "two"], "label": 3}), "a/1.jpg": picture,
-        "a/2.frames.png": picture, "a/2.cls": "7\n", "a/2.txt": "",
+        "a/1.MP4": clip, "a/1.json": json.dumps({"captions": [" one ", "", "two"], "label": 3}), "a/1.jpg": image,
+        "a/2.frames.png": image, "a/2.cls": "7\n", "a/2.txt": "",
     }  # fmt: skip
     path = str(write_tar(tmp_path / "x.tar", members))
     first, second = (WebDatasetSource(path, "video")[i] for i in range(2))
@@ -64,9 +64,7 @@ def test_clips_labels_and_several_captions(tmp_path: Path) -> None:
     assert (text.media, text.texts) == (None, ("one", "two"))
 
 
-def test_the_index_is_built_once_and_again_when_the_tar_changes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_index_is_rebuilt_when_the_tar_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.tar"
     img2dataset(path, 2)
     assert len(TarIndex(str(path))) == 2
@@ -75,11 +73,11 @@ def test_the_index_is_built_once_and_again_when_the_tar_changes(
         assert TarIndex(str(path))[1][0] == "000000001"
     img2dataset(path, 3)
     assert TarIndex(str(path))[2][0] == "000000002"
-    beside = tmp_path / "a.tar.index"
-    for damaged in (b"", b"junk", beside.read_bytes()[:40]):
-        beside.write_bytes(damaged)
+    index_path = tmp_path / "a.tar.index"
+    for damaged in (b"", b"junk", index_path.read_bytes()[:40]):
+        index_path.write_bytes(damaged)
         assert TarIndex(str(path))[0][0] == "000000000"
-    beside.write_bytes(beside.read_bytes()[:-1])
+    index_path.write_bytes(index_path.read_bytes()[:-1])
     with pytest.raises(DataError, match=r"a\.tar\.index is damaged .*; remove it to rebuild it"):
         TarIndex(str(path))[0]
     assert sorted(each.name for each in tmp_path.iterdir()) == ["a.tar", "a.tar.index"]
@@ -108,8 +106,8 @@ def test_tars_behind_urls() -> None:
 
 
 @pytest.mark.parametrize("length", [2560 * 5, 2560 * 5 + 100, 2560 * 5 + 1000, 2560 * 20])
-def test_a_tar_that_is_cut_off(length: int, tmp_path: Path) -> None:
-    """Between two members, in a header, in a member, before the end mark."""
+def test_a_truncated_tar(length: int, tmp_path: Path) -> None:
+    """Cut between two members, in a header, in a member, before the end mark."""
     path = tmp_path / "a.tar"
     write_tar(path, {f"{i}.txt": "x" * 2000 for i in range(20)})
     path.write_bytes(path.read_bytes()[:length])
@@ -119,13 +117,13 @@ def test_a_tar_that_is_cut_off(length: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("data", [b"junk" * 300, gzip.compress(b"x" * 1000)], ids=["junk", "compressed"])
-def test_what_is_no_tar(data: bytes, tmp_path: Path) -> None:
+def test_files_that_are_not_tars(data: bytes, tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(data)
     with pytest.raises(DataError, match=r"a\.tar cannot be read as a tar: .*; it is truncated, compressed"):
         WebDatasetSource(str(tmp_path / "a.tar"), "text")
 
 
-def test_a_damaged_header_is_not_the_end(tmp_path: Path) -> None:
+def test_a_damaged_header_is_an_error(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "a.tar", {f"{i}.txt": "x" * 2000 for i in range(20)})
     data = bytearray(path.read_bytes())
     data[2560 * 5 + 50] ^= 1
@@ -134,7 +132,7 @@ def test_a_damaged_header_is_not_the_end(tmp_path: Path) -> None:
         WebDatasetSource(str(path), "text")
 
 
-def test_names_and_links_do_not_lead_out(tmp_path: Path) -> None:
+def test_names_and_links_do_not_leave_the_tar(tmp_path: Path) -> None:
     (tmp_path / "secret.txt").write_text("secret")
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for name, kind in (("1.txt", tarfile.SYMTYPE), ("2.txt", tarfile.LNKTYPE), ("3.txt", tarfile.CHRTYPE)):
@@ -157,21 +155,21 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize(("members", "said"), BAD.values(), ids=BAD)
-def test_texts_that_cannot_be_read(members: dict[str, bytes | str], said: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("members", "message"), BAD.values(), ids=BAD)
+def test_unreadable_texts(members: dict[str, bytes | str], message: str, tmp_path: Path) -> None:
     source = WebDatasetSource(str(write_tar(tmp_path / "a.tar", members)), "text")
-    with pytest.raises(DataError, match=said):
+    with pytest.raises(DataError, match=message):
         source[0]
 
 
-def colour(name: str) -> bytes:
+def png(name: str) -> bytes:
     file = io.BytesIO()
     Image.new("RGB", (8, 8), name).save(file, "PNG")
     return file.getvalue()
 
 
 def tar_of(*members: tuple[str, bytes | str], format: int = tarfile.GNU_FORMAT) -> bytes:
-    """A tar, in which members may come twice."""
+    """Return a tar, possibly with duplicate members."""
     with tarfile.open(fileobj=(packed := io.BytesIO()), mode="w", format=format) as tar:
         for name, content in members:
             data = content.encode() if isinstance(content, str) else content
@@ -181,25 +179,25 @@ def tar_of(*members: tuple[str, bytes | str], format: int = tarfile.GNU_FORMAT) 
     return packed.getvalue()
 
 
-def sample(name: str, shown: str) -> tuple[tuple[str, bytes | str], ...]:
-    return (f"{name}.png", colour(shown)), (f"{name}.txt", shown)
+def sample(name: str, color: str) -> tuple[tuple[str, bytes | str], ...]:
+    return (f"{name}.png", png(color)), (f"{name}.txt", color)
 
 
-def seen(path: Path, data: bytes, kind: Kind = "image") -> list[tuple[str, str, str] | str]:
-    """Key, colour and caption of every record, or what is wrong with it."""
+def read_all(path: Path, data: bytes, kind: Kind = "image") -> list[tuple[str, str, str] | str]:
+    """Return key, color and caption of every record, or its error."""
     path.write_bytes(data)
-    source, found = WebDatasetSource(str(path), kind), list[tuple[str, str, str] | str]()
+    source, results = WebDatasetSource(str(path), kind), list[tuple[str, str, str] | str]()
     for index in range(len(source)):
         try:
             record = source[index]
-            with open_image(record.media) as picture:
-                pixel = np.asarray(picture.decode()[0])[4, 4].tolist()
+            with open_image(record.media) as image:
+                pixel = np.asarray(image.decode()[0])[4, 4].tolist()
         except DataError as error:
-            found.append(str(error))
+            results.append(str(error))
             continue
         names = {tuple(ImageColor.getrgb(name)): name for name in ("red", "lime", "blue", "gray")}
-        found.append((record.key.removeprefix("a/"), names[tuple(pixel)], *record.captions))
-    return found
+        results.append((record.key.removeprefix("a/"), names[tuple(pixel)], *record.captions))
+    return results
 
 
 RED, LIME, BLUE, GRAY = (sample(f"{number}", name) for number, name in enumerate(("red", "lime", "blue", "gray")))
@@ -218,31 +216,31 @@ TARS: dict[str, tuple[bytes, list[tuple[str, ...]]]] = {
              [("a_1.0", "red", "red"), ("a_1.5", "lime", "lime"), ("v1.2.final", "blue", "blue")]),
     "numbers behind a sample": (tar_of(*sample("a", "red"), *sample("a.1", "lime")),
                                 [("a", "red", "red"), ("a.1", "lime", "lime")]),
-    "a whole sample beside": (tar_of(*sample("a", "red"), *sample("a.edited", "lime")),
+    "a complete sample with an infix": (tar_of(*sample("a", "red"), *sample("a.edited", "lime")),
                               [("a", "red", "red"), ("a.edited", "lime", "lime")]),
-    "a map before": (tar_of(("0.depth.png", colour("gray")), *RED, ("1.depth.png", colour("gray")), *LIME), GOOD[:2]),
+    "a map before": (tar_of(("0.depth.png", png("gray")), *RED, ("1.depth.png", png("gray")), *LIME), GOOD[:2]),
     "words before": (tar_of(("0.alt.txt", "no"), ("0.exif.json", '{"caption": "no"}'),
-                            ("0.mask.v2.png", colour("gray")), *RED), GOOD[:1]),
-    "one picture under a word": (tar_of(("0.input.png", colour("red")), ("0.txt", "red")), GOOD[:1]),
+                            ("0.mask.v2.png", png("gray")), *RED), GOOD[:1]),
+    "one picture under a word": (tar_of(("0.input.png", png("red")), ("0.txt", "red")), GOOD[:1]),
     "twice": (tar_of(*RED, *LIME, *sample("0", "blue")), [*GOOD[:2], ("0@2", "blue", "blue")]),
     "three times": (tar_of(*RED, *RED, *RED), [GOOD[0], ("0@2", *GOOD[0][1:]), ("0@3", *GOOD[0][1:])]),
-    "other names": (tar_of(("0.PNG", colour("red")), ("0.TXT", "red"), ("1.jfif", colour("lime")), ("1.txt", "lime"),
-                           ("2.jpe", colour("blue")), ("2.txt", "blue"), ("3.avif", colour("gray")), ("3.txt", "gray")),
+    "other names": (tar_of(("0.PNG", png("red")), ("0.TXT", "red"), ("1.jfif", png("lime")), ("1.txt", "lime"),
+                           ("2.jpe", png("blue")), ("2.txt", "blue"), ("3.avif", png("gray")), ("3.txt", "gray")),
                     GOOD),
-    "marks": (tar_of(("0.png", colour("red")), ("0.txt", b"\xef\xbb\xbfred\r\n"), ("1.png", colour("lime")),
-                     ("1.json", b'\xef\xbb\xbf{"caption": "lime"}'), ("2.png", colour("blue")),
+    "marks": (tar_of(("0.png", png("red")), ("0.txt", b"\xef\xbb\xbfred\r\n"), ("1.png", png("lime")),
+                     ("1.json", b'\xef\xbb\xbf{"caption": "lime"}'), ("2.png", png("blue")),
                      ("2.txt", "blue".encode("utf-16"))), GOOD[:3]),
     "long names": (tar_of(*sample(f"{LONG}/ü{LONG}", "red"), format=tarfile.PAX_FORMAT),
                    [(f"{LONG}/ü{LONG}", "red", "red")]),
-    "missing in JSON": (tar_of(("0.png", colour("red")), ("0.json", '{"caption": NaN, "similarity": Infinity}'), *LIME),
+    "missing in JSON": (tar_of(("0.png", png("red")), ("0.json", '{"caption": NaN, "similarity": Infinity}'), *LIME),
                         [("0", "red"), GOOD[1]]),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", TARS)
-def test_tars_as_people_have_them(name: str, tmp_path: Path) -> None:
+def test_custom_tars(name: str, tmp_path: Path) -> None:
     data, expected = TARS[name]
-    assert seen(tmp_path / "a.tar", data) == expected
+    assert read_all(tmp_path / "a.tar", data) == expected
 
 
 BROKEN = {
@@ -250,9 +248,9 @@ BROKEN = {
         (*RED, ("1.txt", "lost"), ("1.json", '{"status": "failed_to_download", "error_message": "HTTP 404"}')),
         r"sample a/1 has no image, only \.json, \.txt \(failed_to_download: HTTP 404\); remove it",
     ),
-    "maps alone": ((*RED, ("0.mask.png", colour("gray")), ("1.mask.png", colour("gray")), ("1.txt", "lost")),
+    "maps alone": ((*RED, ("0.mask.png", png("gray")), ("1.mask.png", png("gray")), ("1.txt", "lost")),
                    r"sample a/1 has no image, only \.txt; remove it"),
-    "two pictures under words": ((*RED, ("1.a.png", colour("lime")), ("1.b.png", colour("blue")), ("1.txt", "lime")),
+    "two pictures under words": ((*RED, ("1.a.png", png("lime")), ("1.b.png", png("blue")), ("1.txt", "lime")),
                                  r"sample a/1 has no image, only \.txt; remove it"),
     "twice, in pairs that are not known": ((*RED, ("1.png", b"x"), ("1.png", b"y"), ("1.txt", "x"), ("1.txt", "y")),
                                            "sample a/1 has duplicate members in an ambiguous order; write each"),
@@ -263,22 +261,22 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_half_a_sample_is_one_fault(name: str, tmp_path: Path) -> None:
-    members, said = BROKEN[name]
-    first, second = seen(tmp_path / "a.tar", tar_of(*members))
+def test_an_incomplete_sample_is_one_error(name: str, tmp_path: Path) -> None:
+    members, message = BROKEN[name]
+    first, second = read_all(tmp_path / "a.tar", tar_of(*members))
     assert first == GOOD[0]
     assert isinstance(second, str)
-    assert re.match(said, second)
+    assert re.match(message, second)
 
 
-def test_what_comes_behind_the_end_is_a_tar_or_a_fault(tmp_path: Path) -> None:
+def test_data_after_the_end_is_a_tar_or_an_error(tmp_path: Path) -> None:
     for data in (tar_of(*RED) + b"signature", tar_of(*RED) + b"x" * 512, tar_of(*RED) + tar_of(*LIME)[:700]):
         with pytest.raises(DataError, match=r"a\.tar cannot be read as a tar: "):
-            seen(tmp_path / "a.tar", data)
+            read_all(tmp_path / "a.tar", data)
 
 
-def holes(version: str, content: bytes) -> bytes:
-    """The member 0.png as tar -S writes it: its first block, and behind it zeros that are not stored."""
+def sparse_member(version: str, content: bytes) -> bytes:
+    """Return the member 0.png as tar -S writes it: its first block, followed by zeros that are not stored."""
     header = tarfile.TarInfo("0.png")
     if version == "old":
         header.type, header.size = tarfile.GNUTYPE_SPARSE, 512
@@ -299,26 +297,26 @@ def holes(version: str, content: bytes) -> bytes:
 
 @pytest.mark.parametrize("version", ["old", "1.0"])
 def test_members_with_holes(version: str, tmp_path: Path) -> None:
-    content = colour("red") + bytes(100_000)  # what is behind the end of a PNG does not matter
-    assert seen(tmp_path / "a.tar", holes(version, content) + tar_of(("0.txt", "red"), *LIME)) == GOOD[:2]
+    content = png("red") + bytes(100_000)  # what is behind the end of a PNG does not matter
+    assert read_all(tmp_path / "a.tar", sparse_member(version, content) + tar_of(("0.txt", "red"), *LIME)) == GOOD[:2]
     media = WebDatasetSource(str(tmp_path / "a.tar"), "image")[0].media
     assert media is not None
     assert media.data == content
 
 
-def test_a_hole_that_would_fill_the_memory_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = holes("old", colour("red") + bytes(100_000))
+def test_a_sparse_member_larger_than_the_limit_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = sparse_member("old", png("red") + bytes(100_000))
     monkeypatch.setattr(tar_index, "MAX_FETCHED_BYTES", 99_999)
-    (said,) = seen(tmp_path / "a.tar", data + tar_of())
-    assert re.search(r"a\.tar has a sparse member of 100,\d+ bytes, expected at most 99,999", str(said))
+    (message,) = read_all(tmp_path / "a.tar", data + tar_of())
+    assert re.search(r"a\.tar has a sparse member of 100,\d+ bytes, expected at most 99,999", str(message))
 
 
 def test_fields_of_json_are_those_of_annotation_files(tmp_path: Path) -> None:
-    said = {
+    message = {
         "question": "what?", "answers": ["one", "two", "two"], "label": "cat", "image": "../../secret.png", "id": [1],
         "document": "long", "summary": "short",
     }  # fmt: skip
-    write_tar(tmp_path / "a.tar", {"0.png": colour("red"), "0.json": json.dumps(said), "0.txt": "a caption"})
+    write_tar(tmp_path / "a.tar", {"0.png": png("red"), "0.json": json.dumps(message), "0.txt": "a caption"})
     for kind in ("image", "text"):
         record = WebDatasetSource(str(tmp_path / "a.tar"), kind)[0]
         assert record.questions == (Question("what?", "two", "", ("two", "one")), Question("long", "short", "summary"))
@@ -327,19 +325,19 @@ def test_fields_of_json_are_those_of_annotation_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["webp", "png", "gif", "apng", "jpg"])
-def test_animations_are_clips_for_a_source_of_clips(suffix: str, tmp_path: Path) -> None:
-    """And pictures, by their first frame, for one of pictures. A still picture is never a clip."""
+def test_animations_are_videos_for_a_video_source(suffix: str, tmp_path: Path) -> None:
+    """Read them as images, by their first frame, for an image source. A still image is never a video."""
     frames, file = [Image.new("RGB", (8, 8), name) for name in ("red", "blue")], io.BytesIO()
     format = {"jpg": "JPEG", "apng": "PNG"}.get(suffix, suffix)
     frames[0].save(file, format, **({"save_all": True, "append_images": frames[1:]} if suffix != "jpg" else {}))
     for animated in (True, False):
-        data = file.getvalue() if animated else colour("red")
+        data = file.getvalue() if animated else png("red")
         path = write_tar(tmp_path / f"{animated}.tar", {f"0.{suffix}": data})
         kinds = [WebDatasetSource(str(path), kind)[0].media.kind for kind in ("image", "video")]
         assert kinds == ["image", "video" if suffix in ("gif", "apng") or (animated and suffix != "jpg") else "image"]
 
 
-def test_tars_of_one_name_have_keys_of_their_own(tmp_path: Path) -> None:
+def test_tars_with_equal_names_have_different_keys(tmp_path: Path) -> None:
     for folder in ("cc3m", "laion"):
         (tmp_path / folder).mkdir()
         img2dataset(tmp_path / folder / "00000.tar", 1)

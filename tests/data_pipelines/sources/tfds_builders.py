@@ -1,4 +1,4 @@
-"""Small TFDS data sets with the features of the public ones. TFDS wants builders in a module of their own."""
+"""Small TFDS data sets with the features of the public ones. TFDS needs builders in a separate module."""
 
 import io
 from typing import ClassVar
@@ -33,7 +33,7 @@ class _Builder(tfds.core.GeneratorBasedBuilder):
 
 
 class Digits(_Builder):
-    """Like mnist and imagenet2012: a picture and its class."""
+    """Like mnist and imagenet2012: an image and its class."""
 
     FEATURES: ClassVar = {
         "image": tfds.features.Image(shape=(None, None, 3)), "label": tfds.features.ClassLabel(names=["dark", "light"])
