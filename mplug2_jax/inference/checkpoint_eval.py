@@ -100,7 +100,9 @@ class Evaluator:
             raise UserError(f"{config.name} has no evaluations in its config")
         for name in names:
             if name not in config.evaluations:
-                raise UserError(f"--only {name} is no evaluation of this run: {did_you_mean(name, config.evaluations)}")
+                raise UserError(
+                    f"--only {name} is not an evaluation of this run: {did_you_mean(name, config.evaluations)}"
+                )
         needed = {part for name in names for part in self._required_parts(name)}
         parts = tuple(part for part in subject.parts if part in needed)
         spec = make_run_spec(config, special_tokens(subject.tokenizer), make_mesh(config.mesh), parts)

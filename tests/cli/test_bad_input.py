@@ -307,7 +307,7 @@ def test_an_override_that_does_not_fit_a_run_is_refused(
 
 def test_an_unknown_evaluation_is_refused_with_the_nearest(refused: Refused, trained: TrainedRun) -> None:
     assert refused("eval", "--workdir", trained.workdir, "--only", "mor_words") == (
-        "--only mor_words is no evaluation of this run: did you mean 'more_words'? (valid: masked_words, more_words)"
+        "--only mor_words is not an evaluation of this run: did you mean 'more_words'? (valid: masked_words, more_words)"
     )
 
 
@@ -325,7 +325,7 @@ def test_a_refusal_is_one_line_of_the_whole_process_too(workdir: Path, repositor
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("missing.png", None, "does not exist or is no file; expected an image, a video or a .txt file"),
+        ("missing.png", None, "does not exist or is not a file; expected an image, a video or a .txt file"),
         ("empty.png", b"", "cannot be read as an image: "),
         ("empty.mp4", b"", "cannot be read as a video: "),
         ("empty.gif", b"", "cannot be read as a video: "),
@@ -337,7 +337,7 @@ def test_a_refusal_is_one_line_of_the_whole_process_too(workdir: Path, repositor
         (
             "empty.txt",
             b" \n",
-            "is empty; a text file holds the instruction, or what {text} in --instruction",
+            "is empty; expected an instruction, or the text for {text} in --instruction",
         ),
         ("latin.txt", b"caf\xe9", "is not UTF-8 text (unexpected end of data at byte 3)"),
     ],
@@ -362,7 +362,7 @@ def test_a_model_that_cannot_answer_is_refused(refused: Refused, trained: Traine
     assert error == f"the model in {trained.workdir} has no decoder (its parts: text, universal, mlm)"
 
 
-@pytest.mark.parametrize("option", ["--beams", "--max-length"])
+@pytest.mark.parametrize("option", ["--num-beams", "--max-length"])
 def test_a_search_of_nothing_is_refused(option: str, refused: Refused, pictures: Path, media: Path) -> None:
     assert "must be at least 1" in refused("generate", "--workdir", pictures, media / "a.png", option, 0)
 

@@ -80,7 +80,7 @@ def test_a_checkpoint_without_a_run_needs_a_folder_and_a_tokenizer(
          "task 'answer' needs the parts vision, temporal, fusion, decoder, which the model in {} lacks (it has text, "
          "universal, mlm); select other evaluations with --only"),
         (("--config", "{recipe}", "--only", "maskd_words"),
-         "--only maskd_words is no evaluation of this run: did you mean 'masked_words'?"),
+         "--only maskd_words is not an evaluation of this run: did you mean 'masked_words'?"),
         (("--config", "{recipe}", "--config.evaluations.more_words.data.sources.digits.max_records=0"),
          "config.evaluations.more_words.data: the source digitworld (text, heldout) is empty"),
         (("--config", "{recipe}", "--config.model.width=64"), " is of another size: "),
