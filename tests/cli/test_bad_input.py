@@ -307,7 +307,8 @@ def test_an_override_that_does_not_fit_a_run_is_refused(
 
 def test_an_unknown_evaluation_is_refused_with_the_nearest(refused: Refused, trained: TrainedRun) -> None:
     assert refused("eval", "--workdir", trained.workdir, "--only", "mor_words") == (
-        "--only mor_words is not an evaluation of this run: did you mean 'more_words'? (valid: masked_words, more_words)"
+        "--only mor_words is not an evaluation of this run: did you mean 'more_words'? "
+        "(valid: masked_words, more_words)"
     )
 
 

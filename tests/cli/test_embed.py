@@ -148,7 +148,7 @@ def test_the_clips_of_an_annotation_file_are_embedded(
         ("{media}/a.png --feature visual/ou", "feature 'visual/ou' does not exist for images: did you"),
         ("{media}/a.png --pool mean", "--pool mean is for the tokens of a tap, but feature 'contrastive' is one"),
         ("{media}/a.png --split x", "source.split='x' is not read by format 'files'"),
-        ("{media}/a.mp4 --kind image", "{media}/a.mp4 is no image, nor holds any"),
+        ("{media}/a.mp4 --kind image", "{media}/a.mp4 is or holds no image by its"),
         ("webdatase:{media}", "webdatase:{media} does not exist; expected"),
     ],
 )
