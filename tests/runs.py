@@ -1,4 +1,4 @@
-"""The smallest run that has everything: three streams, all objectives, every part of the model."""
+"""The smallest run with three streams, all objectives and every part of the model."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ ENTAILMENT = {"entailment": InstructionConfig(templates=("{premise} means {hypot
 
 
 def small_model(**overrides: Any) -> ModelConfig:
-    """One layer of each kind, 32 wide; without dropout of attention, whose drawing is a sixth of a step's compiling."""
+    """Return one layer of each kind, 32 wide; without attention dropout, a sixth of a step's compile time."""
     sizes = {
         "vision_width": 32, "vision_layers": 1, "vision_heads": 2, "image_size": 16, "width": 32, "heads": 2,
         "mlp_width": 64, "fusion_layers": 1, "decoder_layers": 1, "num_latents": 4, "vocab_size": 256,
@@ -37,14 +37,14 @@ def small_model(**overrides: Any) -> ModelConfig:
 
 
 def stream(kind: str, batch_size: int, examples: ExampleConfig, **objectives: float) -> StreamConfig:
-    """A stream of DigitWorld at 16 pixels and 2 frames."""
+    """Return a stream of DigitWorld at 16 pixels and 2 frames."""
     sources = {"digits": SourceConfig(kind=kind, max_records=1000)}
     data = DataConfig(sources=sources, visual=SMALL, examples=examples, batch_size=batch_size)
     return StreamConfig(data=data, objectives=objectives)
 
 
 def small_run(**overrides: Any) -> RunConfig:
-    """Pictures and clips with contrast, matching and instructions; text with masked words and instructions."""
+    """Return a run on images and video clips with VLC, VLM and ILM, and on text with MLM and ILM."""
     pairs = ExampleConfig(text_length=12, instructions=QUESTION, instruction_length=12, target_length=6)
     sentences = ExampleConfig(
         text="sentence", text_length=12, instructions=ENTAILMENT, instruction_length=16, target_length=4
@@ -77,10 +77,10 @@ def small_run(**overrides: Any) -> RunConfig:
 
 
 def recipe_file(run: RunConfig, path: Path) -> Path:
-    """The run as a recipe for commands, with a tokeniser beside it: else every process would train the same one."""
+    """Write the run as a recipe for commands, and its tokenizer, or every process would train the same one."""
     if not run.tokenizer.path:
-        kept = load_or_train_tokenizer(run.tokenizer).save(path.with_suffix(".tokenizer"))
-        run = dataclasses.replace(run, tokenizer=dataclasses.replace(run.tokenizer, path=str(kept)))
+        tokenizer_path = load_or_train_tokenizer(run.tokenizer).save(path.with_suffix(".tokenizer"))
+        run = dataclasses.replace(run, tokenizer=dataclasses.replace(run.tokenizer, path=str(tokenizer_path)))
     values = json.dumps(to_dict(run))
     path.write_text(
         "import json\nfrom ml_collections import ConfigDict\n\n\n"

@@ -1,4 +1,4 @@
-"""Arrays made while they are written: a checkpoint like any other, and never whole in memory."""
+"""Arrays computed while they are written: stored like any others, and never all in memory."""
 
 from pathlib import Path
 from typing import Any
@@ -13,25 +13,25 @@ from mplug2_jax.training.checkpoint.metadata import DataPosition
 from mplug2_jax.training.config import CheckpointConfig
 
 
-def lazily(values: dict[str, np.ndarray], alive: list[int]) -> dict[str, Any]:
-    """Each array as something to be made; ``alive`` counts those that were made, as the writer asks for them."""
+def lazy_arrays(values: dict[str, np.ndarray], computed: list[int]) -> dict[str, Any]:
+    """Return lazy arrays; ``computed`` receives the size of each when the writer computes it."""
 
-    def made(value: np.ndarray) -> np.ndarray:
-        alive.append(value.nbytes)
+    def compute(value: np.ndarray) -> np.ndarray:
+        computed.append(value.nbytes)
         return value
 
     return {
-        name: LazyArray(value.shape, value.dtype, lambda value=value: made(value)) for name, value in values.items()
+        name: LazyArray(value.shape, value.dtype, lambda value=value: compute(value)) for name, value in values.items()
     }
 
 
 def test_a_lazy_state_is_stored_like_any_other(tmp_path: Path) -> None:
     values = {f"x{i}": np.random.default_rng(i).standard_normal((3, i + 1)).astype(np.float32) for i in range(5)}
-    made: list[int] = []
+    computed: list[int] = []
     checkpoints = Checkpoints(tmp_path / "checkpoints", CheckpointConfig(), lazy=True)
-    checkpoints.save({"params": lazily(values, made)}, DataPosition(0, {}))
+    checkpoints.save({"params": lazy_arrays(values, computed)}, DataPosition(0, {}))
     checkpoints.close()
-    assert len(made) == 5
+    assert len(computed) == 5
     reader = Checkpoints(tmp_path / "checkpoints", CheckpointConfig(), read_only=True)
     assert reader.array_specs() == {("params", name): (value.shape, value.dtype) for name, value in values.items()}
     for (_, name), value in reader.read_arrays(list(reader.array_specs())).items():

@@ -1,4 +1,4 @@
-"""LoRA: what moves and what stays, what the optimiser holds, and that everybody else sees ordinary kernels."""
+"""LoRA: what is trained and what stays, what the optimizer holds, and that all other code sees merged kernels."""
 
 import argparse
 import dataclasses
@@ -39,20 +39,20 @@ from mplug2_jax.training.workdir import WorkDir, special_tokens
 from tests.close import BFLOAT16, CHAIN, assert_close
 from tests.runs import small_run
 
-TAUGHT = TaskSettings(distillation=DistillationConfig(momentum=0.5))
+DISTILLED = TaskSettings(distillation=DistillationConfig(momentum=0.5))
 LORA = LoraConfig(parts=("vision", "decoder"), rank=2, alpha=3.0)
 TEXT = LoraConfig(parts=("text",), rank=3)
 
 
-def answers(**overrides: Any) -> RunConfig:
-    """Questions about clips: every part between pixels and words, the temporal units too."""
+def answer_run(**overrides: Any) -> RunConfig:
+    """Return a run of questions about video clips: every part between pixels and words, temporal units included."""
     clips = dataclasses.replace(small_run().streams["video_text"], objectives={"answer": 1.0})
     optimizer = AdamWConfig(learning_rate=1e-2, weight_decay=0.5)
     return small_run(**({"streams": {"clips": clips}, "evaluations": {}, "optimizer": optimizer} | overrides))
 
 
-def words(**overrides: Any) -> RunConfig:
-    """Masked words: text, universal layers and a head."""
+def mlm_run(**overrides: Any) -> RunConfig:
+    """Return a run of masked words: text, universal layers and a head."""
     text = dataclasses.replace(small_run().streams["text"], objectives={"mlm": 1.0})
     optimizer = AdamWConfig(learning_rate=1e-2, weight_decay=0.5, clip_norm=0.0)
     return small_run(**({"streams": {"text": text}, "evaluations": {}, "optimizer": optimizer} | overrides))
@@ -64,8 +64,8 @@ def make_spec(config: RunConfig, mesh: MeshConfig | None = None) -> RunSpec:
     return make_run_spec(config, tokens, make_mesh(mesh, jax.devices()[: mesh.fsdp * mesh.tensor]))
 
 
-def trained(config: RunConfig, steps: int, mesh: MeshConfig | None = None) -> tuple[Any, Any, dict[str, float]]:
-    """The first parameters, the last state and the last metrics."""
+def train_steps(config: RunConfig, steps: int, mesh: MeshConfig | None = None) -> tuple[Any, Any, dict[str, float]]:
+    """Return the first parameters, the last state and the last metrics."""
     spec = make_spec(config, mesh)
     state, step = spec.init(), make_step(spec)
     start = jax.tree.map(np.asarray, state["params"])
@@ -80,21 +80,21 @@ def leaves(tree: Any) -> dict[str, Any]:
     return {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def assert_equal(one: Any, other: Any) -> None:
-    jax.tree.map(np.testing.assert_array_equal, one, other)
+def assert_equal(actual: Any, expected: Any) -> None:
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
-def by_hand(base: Any, pairs: Any, scale: float) -> dict[str, Any]:
-    """Every parameter by name: the kernel of ``base``, and the product of what stands beside it in ``pairs``."""
-    own, merged = leaves(pairs), {}
+def merge_by_hand(base: Any, adapters: Any, scale: float) -> dict[str, Any]:
+    """Return every parameter by name: the kernel in ``base`` plus the product of its adapter in ``adapters``."""
+    adapter_leaves, merged = leaves(adapters), {}
     for name, leaf in leaves(remove_adapters(base)).items():
-        a, b = (own.get(name.removesuffix("kernel") + f"lora/{factor}") for factor in "ab")
-        value = np.asarray(leaf if a is not None or name not in own else own[name])
+        a, b = (adapter_leaves.get(name.removesuffix("kernel") + f"lora/{factor}") for factor in "ab")
+        value = np.asarray(leaf if a is not None or name not in adapter_leaves else adapter_leaves[name])
         merged[name] = value if a is None else value + scale * np.einsum("...ir,...ro->...io", a, b)
     return merged
 
 
-def test_every_linear_kernel_of_a_part_has_a_pair_and_nothing_else_has() -> None:
+def test_the_linear_kernels_of_a_part_alone_have_adapters() -> None:
     definition = define_model(model_config("tiny", num_classes=2, vision_width=64), tuple(PARTS))
     kernels = {
         name: leaf
@@ -106,11 +106,11 @@ def test_every_linear_kernel_of_a_part_has_a_pair_and_nothing_else_has() -> None
         shapes = add_adapters(definition.shapes, config.parts, adapter_shapes(config))
         assert remove_adapters(shapes) == definition.shapes
         added = leaves(shapes).keys() - leaves(definition.shapes).keys()
-        own = {name: leaf for name, leaf in kernels.items() if part_name(tuple(name.split("/"))) == part}
-        assert own
-        assert len(added) == 2 * len(own)
-        assert added == {name.replace("kernel", f"lora/{factor}") for name in own for factor in "ab"}
-        for name, kernel in own.items():
+        adapter_leaves = {name: leaf for name, leaf in kernels.items() if part_name(tuple(name.split("/"))) == part}
+        assert adapter_leaves
+        assert len(added) == 2 * len(adapter_leaves)
+        assert added == {name.replace("kernel", f"lora/{factor}") for name in adapter_leaves for factor in "ab"}
+        for name, kernel in adapter_leaves.items():
             a, b = (leaves(shapes)[name.replace("kernel", f"lora/{factor}")] for factor in "ab")
             assert a.shape == (*kernel.shape[:-1], 3)
             assert b.shape == (*kernel.shape[:-2], 3, kernel.shape[-1])
@@ -118,18 +118,18 @@ def test_every_linear_kernel_of_a_part_has_a_pair_and_nothing_else_has() -> None
 
 @pytest.mark.parametrize(
     "config",
-    [answers(lora=LORA, ema_decay=0.5), words(lora=TEXT, param_dtype="bfloat16")],
+    [answer_run(lora=LORA, ema_decay=0.5), mlm_run(lora=TEXT, param_dtype="bfloat16")],
     ids=["averaged", "short"],
 )
 @pytest.mark.slow
-def test_a_run_begins_with_the_model_that_it_would_have_begun_with(config: RunConfig) -> None:
-    spec, without = make_spec(config), make_spec(dataclasses.replace(config, lora=LoraConfig()))
+def test_a_run_begins_with_the_model_without_lora(config: RunConfig) -> None:
+    spec, without_lora = make_spec(config), make_spec(dataclasses.replace(config, lora=LoraConfig()))
     state = spec.init()
     params = eval_params(spec, state)
-    rounded = config.param_dtype == "bfloat16"
-    assert_close(params, without.init()["params"], BFLOAT16 if rounded else 1e-5)
-    described = jax.tree.map(lambda x: (x.shape, x.sharding), params)
-    assert described == jax.tree.map(lambda x: (x.shape, x.sharding), spec.eval_param_shapes)
+    is_bfloat16 = config.param_dtype == "bfloat16"
+    assert_close(params, without_lora.init()["params"], BFLOAT16 if is_bfloat16 else 1e-5)
+    shapes = jax.tree.map(lambda x: (x.shape, x.sharding), params)
+    assert shapes == jax.tree.map(lambda x: (x.shape, x.sharding), spec.eval_param_shapes)
     for name, leaf in leaves(state["params"]).items():
         if "/lora/" in name:
             assert leaf.dtype.name == "float32"
@@ -140,69 +140,71 @@ def test_a_run_begins_with_the_model_that_it_would_have_begun_with(config: RunCo
 @pytest.mark.parametrize(
     ("config", "mesh"),
     [
-        (answers(lora=LORA, freeze=("fusion",)), MeshConfig(fsdp=1)),
-        (words(lora=TEXT, grad_accum_steps=2, fsdp_gather="step", ema_decay=0.5), MeshConfig(fsdp=2)),
-        (words(lora=TEXT, param_dtype="bfloat16", tasks=TAUGHT), MeshConfig(fsdp=1)),
+        (answer_run(lora=LORA, freeze=("fusion",)), MeshConfig(fsdp=1)),
+        (mlm_run(lora=TEXT, grad_accum_steps=2, fsdp_gather="step", ema_decay=0.5), MeshConfig(fsdp=2)),
+        (mlm_run(lora=TEXT, param_dtype="bfloat16", tasks=DISTILLED), MeshConfig(fsdp=1)),
     ],
-    ids=["clips", "gathered once", "taught"],
+    ids=["clips", "gathered once", "distilled"],
 )
 @pytest.mark.slow
-def test_pairs_and_what_is_not_named_move_and_the_rest_stays_to_the_bit(config: RunConfig, mesh: MeshConfig) -> None:
-    start, state, metrics = trained(config, 3, mesh)
-    learning = set()
+def test_adapters_and_other_parts_are_trained_and_frozen_parameters_stay_to_the_bit(
+    config: RunConfig, mesh: MeshConfig
+) -> None:
+    start, state, metrics = train_steps(config, 3, mesh)
+    trainable = set()
     for name, leaf in leaves(state["params"]).items():
         same = np.array_equal(leaf, leaves(start)[name])
         if "/lora/" in name or part_name(tuple(name.split("/"))) not in config.frozen:
-            learning.add(name)
+            trainable.add(name)
             if name.endswith(("kernel", "/a", "/b")):
                 assert not same, name
         else:
             assert same, name
-    assert {name for name in learning if "/lora/" in name}
+    assert {name for name in trainable if "/lora/" in name}
     assert metrics["skipped"] == 0
-    # The optimiser has nothing else, nor has the average.
+    # The optimizer and the EMA hold nothing else.
     moments = state["opt"][0 if config.optimizer.clip_norm == 0 else 1]
     for tree in (moments.mu, moments.nu, *([state["ema"]] if "ema" in state else [])):
-        assert leaves(tree).keys() == learning
+        assert leaves(tree).keys() == trainable
     if "teacher" in state:
         assert leaves(state["teacher"]).keys() == leaves(remove_adapters(state["params"])).keys()
 
 
 @pytest.mark.slow
 def test_a_teacher_follows_the_merged_kernels() -> None:
-    start, state, _ = trained(words(lora=TEXT, tasks=TAUGHT), 2)
-    # Moved before each step: after the first it is as it was, before the second halfway to what the first gave.
-    _, once, _ = trained(words(lora=TEXT, tasks=TAUGHT), 1)
-    base, student = (by_hand(tree, tree, TEXT.scale) for tree in (start, once["params"]))
+    start, state, _ = train_steps(mlm_run(lora=TEXT, tasks=DISTILLED), 2)
+    # It is updated before each step: unchanged by the first, and by the second halfway to the first step's result.
+    _, one_step, _ = train_steps(mlm_run(lora=TEXT, tasks=DISTILLED), 1)
+    base, student = (merge_by_hand(tree, tree, TEXT.scale) for tree in (start, one_step["params"]))
     assert_close(leaves(state["teacher"]), {name: 0.5 * base[name] + 0.5 * student[name] for name in base})
 
 
 @pytest.mark.slow
-def test_a_pair_s_gradient_is_its_kernel_s_carried_through_the_product() -> None:
-    """Of b, that is; a has none while b is zero."""
-    start, with_lora, _ = trained(words(lora=TEXT), 1)
-    _, whole, _ = trained(words(), 1)
-    pairs, kernels = leaves(with_lora["opt"][0].mu), leaves(whole["opt"][0].mu)
-    found = {name for name in pairs if name.endswith("/lora/b")}
-    assert len(found) == 6
-    for name in found:
+def test_an_adapter_s_gradient_is_its_kernel_s_by_the_chain_rule() -> None:
+    """That of b; a has none while b is zero."""
+    start, with_lora, _ = train_steps(mlm_run(lora=TEXT), 1)
+    _, full, _ = train_steps(mlm_run(), 1)
+    adapters, kernels = leaves(with_lora["opt"][0].mu), leaves(full["opt"][0].mu)
+    names = {name for name in adapters if name.endswith("/lora/b")}
+    assert len(names) == 6
+    for name in names:
         kernel = np.asarray(kernels[name.replace("lora/b", "kernel")])
         a = leaves(start)[name.replace("lora/b", "lora/a")]
         expected = TEXT.scale * np.einsum("...ir,...io->...ro", a, kernel)
-        assert_close(pairs[name], expected, CHAIN)
-        assert not np.any(pairs[name.replace("lora/b", "lora/a")])
+        assert_close(adapters[name], expected, CHAIN)
+        assert not np.any(adapters[name.replace("lora/b", "lora/a")])
 
 
 @pytest.mark.slow
-def test_a_mesh_changes_nothing_and_the_rank_stays_whole() -> None:
-    # With a large eps a gradient that is rounding noise stays a step that is.
+def test_the_mesh_changes_nothing_and_the_rank_is_not_sharded() -> None:
+    # A large eps keeps updates by gradients that are rounding noise negligible.
     optimizer = AdamWConfig(learning_rate=1e-2, weight_decay=0.5, clip_norm=0.0, eps=1e-2)
-    config = words(lora=LoraConfig(parts=("text", "universal"), rank=4), optimizer=optimizer)
+    config = mlm_run(lora=LoraConfig(parts=("text", "universal"), rank=4), optimizer=optimizer)
     mesh = MeshConfig(fsdp=2, tensor=2)
-    _, one, _ = trained(config, 3)
+    _, single, _ = train_steps(config, 3)
     for gather in ("layer", "step"):
-        _, state, _ = trained(dataclasses.replace(config, fsdp_gather=gather), 3, mesh)
-        assert_close(state["params"], one["params"], CHAIN)
+        _, state, _ = train_steps(dataclasses.replace(config, fsdp_gather=gather), 3, mesh)
+        assert_close(state["params"], single["params"], CHAIN)
     up = state["params"]["text"]["layers"]["mlp"]["up"]
     assert tuple(up["kernel"].sharding.spec) == (None, "fsdp", "tensor")
     assert tuple(up["lora"]["a"].sharding.spec) == (None, "fsdp", None)
@@ -211,72 +213,72 @@ def test_a_mesh_changes_nothing_and_the_rank_stays_whole() -> None:
     assert params["text"]["layers"]["mlp"]["up"]["kernel"].sharding == up["kernel"].sharding
 
 
-def test_groups_go_by_the_pair_s_path() -> None:
-    spec = make_spec(answers(lora=LORA))
+def test_parameter_groups_go_by_the_adapter_s_path() -> None:
+    spec = make_spec(answer_run(lora=LORA))
     paths = [tuple(name.split("/")) for name in leaves(spec.shapes["params"]) if "/lora/" in name]
     assert {path[0] for path in paths if is_vision(path)} == {"vision"}
     assert all(is_decayed(path, "kernels") and is_decayed(path, "released") for path in paths)
-    factors = leaves(lr_scales(spec.shapes["params"], spec.config.model, 0.5))
+    scales = leaves(lr_scales(spec.shapes["params"], spec.config.model, 0.5))
     for path in paths:
-        np.testing.assert_array_equal(factors["/".join(path)], factors["/".join((*path[:-2], "kernel"))])
-    spec = make_spec(answers(lora=LORA, optimizer=AdamWConfig(layer_decay=0.5)))
-    moving, _ = partition(spec.shapes["params"], spec.config.frozen)
-    jax.eval_shape(spec.optimizer.update, moving, spec.shapes["opt"], moving)  # a factor for each, and none besides
+        np.testing.assert_array_equal(scales["/".join(path)], scales["/".join((*path[:-2], "kernel"))])
+    spec = make_spec(answer_run(lora=LORA, optimizer=AdamWConfig(layer_decay=0.5)))
+    trainable, _ = partition(spec.shapes["params"], spec.config.frozen)
+    # There is a scale for each, and no other.
+    jax.eval_shape(spec.optimizer.update, trainable, spec.shapes["opt"], trainable)
 
 
-def test_what_is_saved_is_not_operations() -> None:
-    specs = [make_spec(words(lora=lora)) for lora in (LoraConfig(), TEXT)]
+def test_lora_saves_no_flops() -> None:
+    specs = [make_spec(mlm_run(lora=lora)) for lora in (LoraConfig(), TEXT)]
     batches = {"text": abstract_batch(specs[0].config.streams["text"].data, specs[0])}
-    whole, thin = (count_gradient_flops(spec, spec.config.streams, batches, remat=False) for spec in specs)
-    assert thin["lora"] > 0
-    assert [thin[part] for part in ("text", "universal")] == [whole[part] for part in ("text", "universal")]
+    full, with_lora = (count_gradient_flops(spec, spec.config.streams, batches, remat=False) for spec in specs)
+    assert with_lora["lora"] > 0
+    assert [with_lora[part] for part in ("text", "universal")] == [full[part] for part in ("text", "universal")]
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RunConfig]:
-    """A work directory of four steps with checkpoints of the second and the last, an average, and an evaluation."""
+    """Return a run of four steps with checkpoints of the second and the last, an EMA and an evaluation."""
     evaluations = small_run().evaluations
-    config = answers(lora=LORA, ema_decay=0.5, evaluations=evaluations, checkpoint=CheckpointConfig(every_steps=2))
+    config = answer_run(lora=LORA, ema_decay=0.5, evaluations=evaluations, checkpoint=CheckpointConfig(every_steps=2))
     path = tmp_path_factory.mktemp("lora") / "run"
     train(config, path)
     return path, config
 
 
-def stored(path: Path) -> dict[str, Any]:
-    """All arrays of a work directory's last checkpoint, by tree."""
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Return all arrays of a work directory's last checkpoint, by tree."""
     checkpoints, step = open_checkpoint(path)
-    found: dict[str, Any] = {}
-    for place, value in checkpoints.read_arrays(
-        [p for p in checkpoints.array_specs(step) if p[0] in ("params", "ema")]
-    ).items():
-        tree = found
+    trees: dict[str, Any] = {}
+    paths = [path for path in checkpoints.array_specs(step) if path[0] in ("params", "ema")]
+    for place, value in checkpoints.read_arrays(paths).items():
+        tree = trees
         for key in place[:-1]:
             tree = tree.setdefault(key, {})
         tree[place[-1]] = value
     checkpoints.close()
-    return found
+    return trees
 
 
 @pytest.mark.slow
 def test_a_resumed_run_ends_with_the_same_bits(run: tuple[Path, RunConfig], tmp_path: Path) -> None:
     path, config = run
-    again = tmp_path / "again"
-    shutil.copytree(path, again)
-    shutil.rmtree(again / "checkpoints" / "4")
-    results = train(config, again)
-    assert_equal(stored(again), stored(path))
+    copy = tmp_path / "again"
+    shutil.copytree(path, copy)
+    shutil.rmtree(copy / "checkpoints" / "4")
+    results = train(config, copy)
+    assert_equal(read_checkpoint(copy), read_checkpoint(path))
     assert {result.step for result in results} == {4}
     with pytest.raises(UserError, match=r"lora\.rank was 2 and is 4\. Use the same config to resume it"):
-        train(dataclasses.replace(config, lora=dataclasses.replace(LORA, rank=4)), again)
+        train(dataclasses.replace(config, lora=dataclasses.replace(LORA, rank=4)), copy)
 
 
 @pytest.mark.slow
-def test_commands_open_ordinary_kernels(run: tuple[Path, RunConfig]) -> None:
+def test_commands_open_merged_kernels(run: tuple[Path, RunConfig]) -> None:
     path, _ = run
-    trees = stored(path)
+    trees = read_checkpoint(path)
     for overrides, tree in (((), "ema"), (("--config.ema_decay=0",), "params")):
         spec, params, _, _ = open_run(argparse.Namespace(workdir=path, step=None, overrides=list(overrides)))
-        assert_close(leaves(params), by_hand(trees["params"], trees[tree], 1.5))
+        assert_close(leaves(params), merge_by_hand(trees["params"], trees[tree], 1.5))
         assert params["decoder"]["head"]["dense"]["kernel"].sharding == (
             spec.shapes["params"]["decoder"]["head"]["dense"]["kernel"].sharding
         )
@@ -292,27 +294,27 @@ def test_an_export_has_the_merged_kernels(
     definition = make_spec(config).definition
     source = open_source(tmp_path / "x.safetensors")
     params, _ = load_official(source, definition, default_fusion_start(config.model))
-    trees = stored(path)
-    expected = by_hand(trees["params"], trees[tree], 1.5)
+    trees = read_checkpoint(path)
+    expected = merge_by_hand(trees["params"], trees[tree], 1.5)
     assert_close(leaves(params), expected)
     name = "decoder/layers/mlp/up/kernel"
     assert np.abs(expected[name] - leaves(trees["params"])[name]).max() > 1e-3
 
 
 @pytest.mark.slow
-def test_a_run_starts_from_the_merged_kernels_with_or_without_adapters_of_its_own(
+def test_a_run_is_initialized_from_merged_kernels_with_or_without_its_own_adapters(
     run: tuple[Path, RunConfig], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, logger="absl")
     path, _ = run
-    trees = stored(path)
-    expected = by_hand(trees["params"], trees["ema"], 1.5)
-    plain = answers(init_from=str(path), tasks=TAUGHT)
+    trees = read_checkpoint(path)
+    expected = merge_by_hand(trees["params"], trees["ema"], 1.5)
+    plain = answer_run(init_from=str(path), tasks=DISTILLED)
     state = init_or_load_state(make_spec(plain))
     assert f"initializing from {path} (step 4, EMA weights, LoRA merged): decoder, fusion, " in caplog.text
     for tree in ("params", "teacher"):
         assert_close(leaves(state[tree]), expected)
-    spec = make_spec(answers(init_from=str(path), lora=LoraConfig(parts=("decoder",), rank=5)))
+    spec = make_spec(answer_run(init_from=str(path), lora=LoraConfig(parts=("decoder",), rank=5)))
     state = init_or_load_state(spec)
     assert_close(leaves(remove_adapters(state["params"])), expected)
     assert_close(leaves(eval_params(spec, state)), expected)
@@ -329,15 +331,15 @@ def test_a_run_starts_from_the_merged_kernels_with_or_without_adapters_of_its_ow
         ({"alpha": 0.0}, (), r"config\.lora\.alpha=0\.0 must be at least 0\.001"),
     ],
 )
-def test_what_cannot_be_is_refused(lora: dict[str, Any], freeze: tuple[str, ...], said: str) -> None:
-    with pytest.raises(UserError, match=said):
-        answers(lora=LoraConfig(**lora), freeze=freeze)
+def test_invalid_lora_configs_are_refused(lora: dict[str, Any], freeze: tuple[str, ...], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        answer_run(lora=LoraConfig(**lora), freeze=freeze)
 
 
-def test_what_learns_by_pairs_is_said() -> None:
-    spec = make_spec(words(lora=TEXT))
-    frozen, pairs = (
+def test_the_summary_names_adapters() -> None:
+    spec = make_spec(mlm_run(lora=TEXT))
+    frozen, adapters = (
         sum(leaf.size for leaf in jax.tree.leaves(tree))
         for tree in (spec.definition.shapes["text"], partition(spec.shapes["params"]["text"], ("text",), ("text",))[0])
     )
-    assert describe(spec)[0].endswith(f"; {frozen:,} frozen (text); LoRA adds {pairs:,} (text)")
+    assert describe(spec)[0].endswith(f"; {frozen:,} frozen (text); LoRA adds {adapters:,} (text)")

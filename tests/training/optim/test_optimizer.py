@@ -1,4 +1,4 @@
-"""AdamW: groups as in the release, steps as in optax, clipping, and who is decayed."""
+"""AdamW: the release's parameter groups, optax's steps, clipping, and what is decayed."""
 
 import json
 from pathlib import Path
@@ -22,15 +22,15 @@ def test_groups_equal_the_release(reference: Path, task: str) -> None:
     recipe = json.loads((reference / "goldens" / "recipe.json").read_text())["param_groups"]
     golden = next(g for g in load_goldens(reference / "goldens" / recipe["config"]) if g.model == task)
     assert golden.definition.parts == (CAPTION_PARTS if task == "caption" else QUESTION_PARTS)
-    theirs = {name: (group["lr"], group["weight_decay"]) for group in recipe[task] for name in group["params"]}
-    rates = sorted({lr for lr, _ in theirs.values()})
-    assert len(rates) == 2
+    expected = {name: (group["lr"], group["weight_decay"]) for group in recipe[task] for name in group["params"]}
+    learning_rates = sorted({lr for lr, _ in expected.values()})
+    assert len(learning_rates) == 2
     for mapping in golden.mappings:
-        ours = (
-            rates[0] if is_vision(mapping.path) else rates[1],
+        actual = (
+            learning_rates[0] if is_vision(mapping.path) else learning_rates[1],
             0.02 if is_decayed(mapping.path, "released") else 0.0,
         )
-        assert ours == theirs[mapping.name], mapping.name
+        assert actual == expected[mapping.name], mapping.name
 
 
 def params() -> dict[str, Any]:
@@ -45,32 +45,32 @@ def params() -> dict[str, Any]:
 def run(optimizer: optax.GradientTransformation, steps: int) -> Any:
     tree, state = params(), optimizer.init(params())
     for i in range(steps):
-        gradients = jax.tree.map(lambda x, i=i: jnp.sin(x + i), tree)
-        updates, state = optimizer.update(gradients, state, tree)
+        grads = jax.tree.map(lambda x, i=i: jnp.sin(x + i), tree)
+        updates, state = optimizer.update(grads, state, tree)
         tree = optax.apply_updates(tree, updates)
     return tree
 
 
 def test_steps_equal_optax_adamw_without_groups() -> None:
     config = AdamWConfig(weight_decay=0.0, clip_norm=0.0)
-    ours, theirs = run(adamw(config, 1e-2, 1e-2), 5), run(optax.adamw(1e-2, weight_decay=0.0), 5)
-    assert_close(ours, theirs)
+    actual, expected = run(adamw(config, 1e-2, 1e-2), 5), run(optax.adamw(1e-2, weight_decay=0.0), 5)
+    assert_close(actual, expected)
 
 
-def test_vision_has_its_own_rate_and_only_matrices_are_decayed() -> None:
-    before = params()
-    zero = jax.tree.map(jnp.zeros_like, before)
+def test_vision_has_its_own_learning_rate_and_only_kernels_are_decayed() -> None:
+    initial = params()
+    zero = jax.tree.map(jnp.zeros_like, initial)
     optimizer = adamw(AdamWConfig(weight_decay=0.5, clip_norm=0.0), 1e-1, 1e-2)
-    updates, _ = optimizer.update(zero, optimizer.init(before), before)
-    assert_close(updates["vision"]["dense"]["kernel"], -5e-3 * before["vision"]["dense"]["kernel"])
-    assert_close(updates["decoder"]["dense"]["kernel"], -5e-2 * before["decoder"]["dense"]["kernel"])
+    updates, _ = optimizer.update(zero, optimizer.init(initial), initial)
+    assert_close(updates["vision"]["dense"]["kernel"], -5e-3 * initial["vision"]["dense"]["kernel"])
+    assert_close(updates["decoder"]["dense"]["kernel"], -5e-2 * initial["decoder"]["dense"]["kernel"])
     for untouched in (
         updates["vision"]["dense"]["bias"], updates["vision"]["norm"]["scale"], updates["decoder"]["words"],
     ):  # fmt: skip
         assert not np.any(untouched)
 
 
-def test_temporal_kernels_of_three_numbers_per_channel_are_no_matrices() -> None:
+def test_depthwise_temporal_kernels_are_not_decayed() -> None:
     assert is_decayed(("vision", "blocks", "temporal_1", "down", "kernel"), "kernels")
     assert not is_decayed(("vision", "blocks", "temporal_1", "kernel"), "kernels")
 
@@ -80,8 +80,8 @@ def test_clipping_bounds_the_norm_and_leaves_small_gradients_alone() -> None:
     large = {"a": jnp.full(4, 3.0), "b": jnp.full(5, -2.0)}
     clipped, _ = clip.update(large, clip.init(large))
     assert_close(optax.tree.norm(clipped), 1.0)
-    theirs = optax.clip_by_global_norm(1.0)
-    expected, _ = theirs.update(large, theirs.init(large))
+    reference = optax.clip_by_global_norm(1.0)
+    expected, _ = reference.update(large, reference.init(large))
     assert_close(clipped, expected)
     small = {"a": jnp.full(4, 1e-3)}
     np.testing.assert_array_equal(clip.update(small, clip.init(small))[0]["a"], small["a"])

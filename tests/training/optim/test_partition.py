@@ -1,4 +1,4 @@
-"""Freezing: what is frozen stays to the bit, costs no moments and no gradient; the rest learns as it would."""
+"""Freezing: frozen parameters stay to the bit and cost no moments and no gradients; others train as before."""
 
 import dataclasses
 from pathlib import Path
@@ -29,11 +29,11 @@ from mplug2_jax.training.workdir import WorkDir, special_tokens
 from tests.close import CHAIN, assert_close
 from tests.runs import small_run
 
-TAUGHT = TaskSettings(distillation=DistillationConfig(momentum=0.5))
+DISTILLED = TaskSettings(distillation=DistillationConfig(momentum=0.5))
 
 
-def answers(**overrides: Any) -> RunConfig:
-    """Questions about clips: every part between pixels and words, the temporal units too."""
+def answer_run(**overrides: Any) -> RunConfig:
+    """Return a run of questions about video clips: every part between pixels and words, temporal units included."""
     clips = dataclasses.replace(small_run().streams["video_text"], objectives={"answer": 1.0})
     return small_run(
         streams={"clips": clips}, evaluations={}, optimizer=AdamWConfig(learning_rate=1e-2, weight_decay=0.5),
@@ -41,8 +41,8 @@ def answers(**overrides: Any) -> RunConfig:
     )  # fmt: skip
 
 
-def words(**overrides: Any) -> RunConfig:
-    """Masked words: text, universal layers and a head."""
+def mlm_run(**overrides: Any) -> RunConfig:
+    """Return a run of masked words: text, universal layers and a head."""
     text = dataclasses.replace(small_run().streams["text"], objectives={"mlm": 1.0})
     optimizer = AdamWConfig(learning_rate=1e-2, weight_decay=0.5, clip_norm=0.0)
     return small_run(streams={"text": text}, evaluations={}, optimizer=optimizer, **overrides)
@@ -54,8 +54,8 @@ def make_spec(config: RunConfig, devices: int = 1) -> RunSpec:
     return make_run_spec(config, tokens, make_mesh(mesh, jax.devices()[:devices]))
 
 
-def trained(config: RunConfig, steps: int, devices: int = 1) -> tuple[Any, Any, dict[str, float]]:
-    """The first parameters, the last state and the last metrics."""
+def train_steps(config: RunConfig, steps: int, devices: int = 1) -> tuple[Any, Any, dict[str, float]]:
+    """Return the first parameters, the last state and the last metrics."""
     spec = make_spec(config, devices)
     state, step = spec.init(), make_step(spec)
     start = jax.tree.map(np.asarray, state["params"])
@@ -70,18 +70,18 @@ def leaves(tree: Any) -> dict[str, Any]:
     return {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def test_splitting_goes_by_part_and_joining_undoes_it() -> None:
+def test_partition_splits_by_part_and_combine_undoes_it() -> None:
     shapes = define_model(model_config("tiny", num_classes=2, vision_width=64), tuple(PARTS)).shapes
-    found = {part_name(tuple(name.split("/"))) for name in leaves(shapes)}
-    assert found == {*PARTS, "vision_projection"}
+    names = {part_name(tuple(name.split("/"))) for name in leaves(shapes)}
+    assert names == {*PARTS, "vision_projection"}
     for frozen in ((), ("vision",), ("temporal",), ("vision", "temporal", "mlm"), tuple(PARTS)):
-        ours, theirs = partition(shapes, frozen)
-        assert {part_name(tuple(name.split("/"))) for name in leaves(theirs)} == set(frozen)
-        assert leaves(ours).keys() | leaves(theirs).keys() == leaves(shapes).keys()
-        assert not leaves(ours).keys() & leaves(theirs).keys()
-        assert combine(ours, theirs) == combine(theirs, ours) == shapes
-    ours, theirs = partition(shapes, ("vision",))
-    assert set(ours["vision"]["blocks"]) == {"temporal_1", "temporal_2"}
+        trained, frozen_params = partition(shapes, frozen)
+        assert {part_name(tuple(name.split("/"))) for name in leaves(frozen_params)} == set(frozen)
+        assert leaves(trained).keys() | leaves(frozen_params).keys() == leaves(shapes).keys()
+        assert not leaves(trained).keys() & leaves(frozen_params).keys()
+        assert combine(trained, frozen_params) == combine(frozen_params, trained) == shapes
+    trained, frozen_params = partition(shapes, ("vision",))
+    assert set(trained["vision"]["blocks"]) == {"temporal_1", "temporal_2"}
     assert partition(shapes, ("vision", "temporal"))[0].keys() == shapes.keys() - {"vision"}
 
 
@@ -93,23 +93,23 @@ def test_splitting_goes_by_part_and_joining_undoes_it() -> None:
         (("vision", "temporal", "text", "universal", "fusion", "decoder"), "leaves nothing to train"),
     ],
 )
-def test_parts_that_cannot_be_frozen_are_refused(frozen: tuple[str, ...], said: str) -> None:
-    with pytest.raises(UserError, match=said):
-        answers(freeze=frozen)
+def test_parts_that_cannot_be_frozen_are_refused(frozen: tuple[str, ...], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        answer_run(freeze=frozen)
 
 
 @pytest.mark.parametrize(
     ("config", "devices"),
     [
-        (answers(freeze=("vision", "text")), 1),
-        (words(freeze=("text",), grad_accum_steps=2, fsdp_gather="step"), 2),
-        (words(freeze=("mlm",), param_dtype="bfloat16", tasks=TAUGHT), 1),
+        (answer_run(freeze=("vision", "text")), 1),
+        (mlm_run(freeze=("text",), grad_accum_steps=2, fsdp_gather="step"), 2),
+        (mlm_run(freeze=("mlm",), param_dtype="bfloat16", tasks=DISTILLED), 1),
     ],
-    ids=["clips", "gathered once", "taught"],
+    ids=["clips", "gathered once", "distilled"],
 )
 @pytest.mark.slow
-def test_the_frozen_stay_to_the_bit_and_the_rest_moves(config: RunConfig, devices: int) -> None:
-    start, state, metrics = trained(config, 3, devices)
+def test_frozen_parameters_stay_to_the_bit_and_others_change(config: RunConfig, devices: int) -> None:
+    start, state, metrics = train_steps(config, 3, devices)
     frozen = set(config.freeze)
     for name, leaf in leaves(state["params"]).items():
         same = np.array_equal(leaf, leaves(start)[name])
@@ -128,17 +128,16 @@ def test_the_frozen_stay_to_the_bit_and_the_rest_moves(config: RunConfig, device
 
 
 @pytest.mark.slow
-def test_what_is_not_frozen_gets_the_gradient_that_it_would() -> None:
-    """Above and below what is frozen."""
-    whole, less = (trained(words(freeze=parts), 1)[1]["opt"][0].mu for parts in ((), ("universal",)))
-    assert less.keys() == {"text", "mlm"}
-    for part in less:
-        assert_close(less[part], whole[part], CHAIN)
-        assert max(float(abs(leaf).max()) for leaf in jax.tree.leaves(less[part])) > 1e-4
+def test_gradients_above_and_below_a_frozen_part_are_unchanged() -> None:
+    full, with_frozen = (train_steps(mlm_run(freeze=parts), 1)[1]["opt"][0].mu for parts in ((), ("universal",)))
+    assert with_frozen.keys() == {"text", "mlm"}
+    for part in with_frozen:
+        assert_close(with_frozen[part], full[part], CHAIN)
+        assert max(float(abs(leaf).max()) for leaf in jax.tree.leaves(with_frozen[part])) > 1e-4
 
 
 def flops(*frozen: str) -> float:
-    spec = make_spec(words(freeze=frozen))
+    spec = make_spec(mlm_run(freeze=frozen))
     batches = {name: abstract_batch(stream.data, spec) for name, stream in spec.config.streams.items()}
     with jax.set_mesh(spec.mesh):
         analysis = jit_train_step(spec).lower(spec.shapes, batches).compile().cost_analysis()
@@ -147,32 +146,32 @@ def flops(*frozen: str) -> float:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("optimized")
-def test_the_backward_pass_is_smaller() -> None:
-    """What lies below the lowest trained layer has none; what a gradient must pass has none of its weights."""
-    whole, middle, bottom = flops(), flops("universal"), flops("text", "universal")
+def test_the_backward_pass_costs_less() -> None:
+    """Layers below the lowest trained one have none; frozen layers above it have none for their weights."""
+    full, middle, bottom = flops(), flops("universal"), flops("text", "universal")
     assert bottom < 0.9 * middle
-    assert middle < 0.9 * whole
+    assert middle < 0.9 * full
 
 
 @pytest.mark.slow
-def test_costs_are_counted_without_what_is_frozen() -> None:
-    specs = [make_spec(answers(freeze=frozen)) for frozen in ((), ("vision", "temporal"))]
+def test_flops_are_counted_without_frozen_gradients() -> None:
+    specs = [make_spec(answer_run(freeze=frozen)) for frozen in ((), ("vision", "temporal"))]
     batches = {"clips": abstract_batch(specs[0].config.streams["clips"].data, specs[0])}
-    whole, less = (count_gradient_flops(spec, spec.config.streams, batches, remat=False) for spec in specs)
-    assert less["vision"] < 0.4 * whole["vision"]  # forward alone
-    assert less["decoder"] == whole["decoder"]
+    full, with_frozen = (count_gradient_flops(spec, spec.config.streams, batches, remat=False) for spec in specs)
+    assert with_frozen["vision"] < 0.4 * full["vision"]  # forward alone
+    assert with_frozen["decoder"] == full["decoder"]
 
 
-def test_a_frozen_layer_that_a_gradient_passes_counts_twice_and_not_three_times() -> None:
-    specs = [make_spec(words(freeze=frozen)) for frozen in ((), ("universal",))]
+def test_a_frozen_layer_below_a_trained_head_counts_twice_and_not_three_times() -> None:
+    specs = [make_spec(mlm_run(freeze=frozen)) for frozen in ((), ("universal",))]
     batches = {"text": abstract_batch(specs[0].config.streams["text"].data, specs[0])}
-    whole, less = (count_gradient_flops(spec, spec.config.streams, batches, remat=False) for spec in specs)
-    assert {part for part in whole if whole[part] != less[part]} == {"universal"}
-    assert less["universal"] < 0.75 * whole["universal"]
+    full, with_frozen = (count_gradient_flops(spec, spec.config.streams, batches, remat=False) for spec in specs)
+    assert {part for part in full if full[part] != with_frozen[part]} == {"universal"}
+    assert with_frozen["universal"] < 0.75 * full["universal"]
 
 
-def test_a_run_goes_on_from_its_checkpoint_and_with_another_list_does_not(tmp_path: Path) -> None:
-    config = words(freeze=("text",))
+def test_a_run_resumes_and_not_with_another_frozen_part(tmp_path: Path) -> None:
+    config = mlm_run(freeze=("text",))
     state = make_spec(config).init()
     checkpoints = Checkpoints(tmp_path / "checkpoints", CheckpointConfig())
     checkpoints.save(state, DataPosition(2, {}))
@@ -183,11 +182,11 @@ def test_a_run_goes_on_from_its_checkpoint_and_with_another_list_does_not(tmp_pa
     workdir = WorkDir(tmp_path / "run")
     workdir.initialize(config, None)
     with pytest.raises(UserError, match=r"freeze was \['text'\] and is \[\]. Use the same config to resume it"):
-        workdir.check_config(words())
+        workdir.check_config(mlm_run())
 
 
-def test_what_is_frozen_is_said() -> None:
-    config = words(freeze=("text",))
+def test_the_summary_names_frozen_parts() -> None:
+    config = mlm_run(freeze=("text",))
     spec = make_run_spec(config, SpecialTokens(), make_mesh(MeshConfig(), jax.devices()[:1]))
     count = sum(leaf.size for leaf in jax.tree.leaves(spec.definition.shapes["text"]))
     assert describe(spec)[0].endswith(f"parameters in {', '.join(spec.definition.parts)}; {count:,} frozen (text)")

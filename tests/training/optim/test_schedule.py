@@ -1,4 +1,4 @@
-"""Learning rates: ours end where they should, the release's equal its traces step by step."""
+"""Learning rates: the cosine's endpoints, and the release's schedules against its traces, step by step."""
 
 import json
 from pathlib import Path
@@ -13,24 +13,24 @@ from mplug2_jax.training.optim.schedule import make_schedule
 from tests.close import assert_close
 
 
-def rates(config: ScheduleConfig, peak: float, steps: int, accumulate: int = 1) -> np.ndarray:
-    schedule = make_schedule(config, peak, steps, accumulate)
+def learning_rates(config: ScheduleConfig, peak: float, steps: int, grad_accum_steps: int = 1) -> np.ndarray:
+    schedule = make_schedule(config, peak, steps, grad_accum_steps)
     return np.asarray(jax.jit(jax.vmap(schedule))(jnp.arange(steps)))
 
 
 def test_warm_up_then_cosine() -> None:
-    found = rates(ScheduleConfig(warmup_steps=10, init_lr=1e-6, end_lr=1e-5), 1e-3, 100)
-    assert_close(found[0], 1e-6, 1e-6, scale=1e-3)  # which it goes up to
-    assert found.argmax() == 10
-    assert_close(found[10], 1e-3)
-    assert (np.diff(found[:11]) > 0).all()
-    assert (np.diff(found[10:]) < 0).all()
-    assert_close(found[-1], 1e-5, 0.1)
+    rates = learning_rates(ScheduleConfig(warmup_steps=10, init_lr=1e-6, end_lr=1e-5), 1e-3, 100)
+    assert_close(rates[0], 1e-6, 1e-6, scale=1e-3)  # which it warms up to
+    assert rates.argmax() == 10
+    assert_close(rates[10], 1e-3)
+    assert (np.diff(rates[:11]) > 0).all()
+    assert (np.diff(rates[10:]) < 0).all()
+    assert_close(rates[-1], 1e-5, 0.1)
 
 
 def test_a_run_shorter_than_its_warm_up_still_has_a_schedule() -> None:
-    assert np.isfinite(rates(ScheduleConfig(warmup_steps=100), 1e-3, 5)).all()
-    assert np.isfinite(rates(ScheduleConfig(warmup_steps=100), 1e-3, 1)).all()
+    assert np.isfinite(learning_rates(ScheduleConfig(warmup_steps=100), 1e-3, 5)).all()
+    assert np.isfinite(learning_rates(ScheduleConfig(warmup_steps=100), 1e-3, 1)).all()
 
 
 @pytest.mark.parametrize("trace", range(4))
@@ -43,12 +43,12 @@ def test_the_released_schedules_equal_the_release(reference: Path, trace: int) -
         end_lr=golden["min_lr"],
         steps_per_epoch=golden["steps_per_epoch"],
     )
-    theirs = np.array(golden["lr_at_step"])
+    expected = np.array(golden["lr_at_step"])
     for group, peak in enumerate(golden["base_lr"]):
-        assert_close(rates(config, peak, len(theirs)), theirs[:, group])
+        assert_close(learning_rates(config, peak, len(expected)), expected[:, group])
 
 
-def test_with_micro_batches_the_optimiser_sees_every_second_rate_of_the_release(reference: Path) -> None:
+def test_with_two_micro_batches_a_step_has_every_second_rate_of_the_release(reference: Path) -> None:
     golden = json.loads((reference / "goldens" / "recipe.json").read_text())["lr"][2]
     config = ScheduleConfig(
         kind="released_caption",
@@ -57,5 +57,5 @@ def test_with_micro_batches_the_optimiser_sees_every_second_rate_of_the_release(
         end_lr=1e-6,
         steps_per_epoch=golden["steps_per_epoch"] // 2,
     )
-    theirs = np.array(golden["lr_at_step"])[1::2, 0]
-    assert_close(rates(config, golden["base_lr"][0], len(theirs), 2), theirs)
+    expected = np.array(golden["lr_at_step"])[1::2, 0]
+    assert_close(learning_rates(config, golden["base_lr"][0], len(expected), 2), expected)
