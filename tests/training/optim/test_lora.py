@@ -322,7 +322,7 @@ def test_a_run_is_initialized_from_merged_kernels_with_or_without_its_own_adapte
 
 
 @pytest.mark.parametrize(
-    ("lora", "freeze", "said"),
+    ("lora", "freeze", "message"),
     [
         ({"parts": ("viscon",)}, (), r"config\.lora\.parts names 'viscon': did you mean 'vision'\?"),
         ({"parts": ("mlm",)}, (), r"config\.lora\.parts names 'mlm': valid: decoder, fusion, temporal, text, "),

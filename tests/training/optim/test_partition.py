@@ -86,7 +86,7 @@ def test_partition_splits_by_part_and_combine_undoes_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("frozen", "said"),
+    ("frozen", "message"),
     [
         (("viscon",), r"config\.freeze names 'viscon': did you mean 'vision'\?"),
         (("mlm",), r"config\.freeze names 'mlm': valid: decoder, fusion, temporal, text, universal, vision"),
