@@ -200,9 +200,9 @@ def rouge_by_hand(name: str, prediction: str, reference: str) -> float:
 
 
 def retrieval(rng: np.random.Generator, examples: int) -> Iterator[Case]:
-    texts, pictures = np.arange(examples) // 5, np.arange((examples + 4) // 5)
-    similarity = rng.normal(size=(examples, len(pictures))) + 2 * (texts[:, None] == pictures)
-    ranks = compute_ranks(similarity, texts, pictures)
+    texts, images = np.arange(examples) // 5, np.arange((examples + 4) // 5)
+    similarity = rng.normal(size=(examples, len(images))) + 2 * (texts[:, None] == images)
+    ranks = compute_ranks(similarity, texts, images)
     places = np.asarray(
         [sorted(row, reverse=True).index(row[text]) for row, text in zip(similarity, texts, strict=True)]
     )
