@@ -42,11 +42,13 @@ def caption_run(args: argparse.Namespace, batch: int) -> RunConfig:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vision_layers=layers))
 
 
-def largest_gather(found: list[Collective], known: set[int]) -> str:
-    """The largest array that an all-gather makes, parameters and layers of them left out."""
-    gathers = (c for c in found if c.kind == "all-gather" and c.group_size > 1)
+def largest_gather(collectives: list[Collective], parameter_sizes: set[int]) -> str:
+    """Return the largest output of an all-gather, other than parameters and single layers of them."""
+    gathers = (c for c in collectives if c.kind == "all-gather" and c.group_size > 1)
     sizes = [(c.bytes_sent * c.group_size / (c.group_size - 1), c.shape) for c in gathers]
-    size, shape = max(((s, name) for s, name in sizes if not _num_elements(name, s) & known), default=(0.0, "none"))
+    size, shape = max(
+        ((s, name) for s, name in sizes if not _num_elements(name, s) & parameter_sizes), default=(0.0, "none")
+    )
     return f"{size / 2**20:.1f} MiB of {shape}"
 
 
