@@ -11,11 +11,12 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from functools import cached_property
+from typing import NamedTuple
 
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .*)?\{$")
 _LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
 _OPCODE = re.compile(r"\s*([a-z][\w\-]*)\(")
-_ARRAY = re.compile(r"([a-z][a-z0-9]*)\[([\d,<= ]*)\]")
+_ARRAY = re.compile(r"([a-z][a-z0-9]*)\[([\d,<= ]*)\](\{[^}]*\})?")  # and its layout
 _BITS = re.compile(r"(?:bf|[fsuc])(\d+)")
 _NAME = re.compile(r"%?([A-Za-z_][\w.\-]*)$")
 _COMMENT = re.compile(r"/\*.*?\*/")
@@ -178,9 +179,18 @@ def _split_top_level(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def parse_arrays(shape: str) -> list[tuple[str, float]]:
-    """Return the arrays of a shape, tuples flattened: each without its layout, and its bytes."""
-    return [(f"{t}[{dims}]", _array_bytes(t, dims)) for t, dims in _ARRAY.findall(shape)]
+class Array(NamedTuple):
+    """An array of a shape."""
+
+    text: str  # without layout
+    bytes: float  # without layout padding
+    in_hbm: bool  # not in on-chip memory, as ``S(1)``
+
+
+def parse_arrays(shape: str) -> list[Array]:
+    """Return the arrays of a shape, tuples flattened."""
+    arrays = _ARRAY.findall(shape)
+    return [Array(f"{t}[{dims}]", _array_bytes(t, dims), "S(" not in layout) for t, dims, layout in arrays]
 
 
 def shape_bytes(shape: str) -> float:
@@ -190,16 +200,12 @@ def shape_bytes(shape: str) -> float:
         >>> shape_bytes("(bf16[8,128]{1,0:T(8,128)(2,1)}, s4[3]{0}, token[])")
         2049.5
     """
-    return sum((size for _, size in parse_arrays(shape)), 0.0)
-
-
-_ARRAY_LAYOUT = re.compile(r"([a-z][a-z0-9]*)\[([\d,<= ]*)\](\{[^}]*\})?")
+    return sum((array.bytes for array in parse_arrays(shape)), 0.0)
 
 
 def hbm_bytes(shape: str) -> float:
-    """Return the bytes of those arrays of a shape that are in HBM and not in on-chip memory (``S(1)``)."""
-    matches = _ARRAY_LAYOUT.findall(shape)
-    return sum((_array_bytes(t, dims) for t, dims, layout in matches if "S(" not in layout), 0.0)
+    """Return the bytes of those arrays of a shape that are in HBM."""
+    return sum((array.bytes for array in parse_arrays(shape) if array.in_hbm), 0.0)
 
 
 def _array_bytes(dtype: str, dims: str) -> float:

@@ -11,7 +11,7 @@ import dataclasses
 import re
 from collections.abc import Iterable
 
-from mplug2_jax.planning.hlo import Computation, HloModule, Instruction, parse_arrays, parse_hlo
+from mplug2_jax.planning.hlo import Array, Computation, HloModule, Instruction, parse_arrays, parse_hlo
 from mplug2_jax.planning.scopes import pretty_scope, source_scope
 
 _UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -24,7 +24,6 @@ _ALIASING_OPS = frozenset({
     "optimization-barrier", "constant", "partition-id", "replica-id",
 })  # fmt: skip
 _ALLOCATE_BUFFER = 'custom_call_target="AllocateBuffer"'
-_ARRAY_LAYOUT = re.compile(r"([a-z][a-z0-9]*\[[\d,]*\])(\{[^{}]*\})?")  # an array, and its layout and memory space
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,11 +90,11 @@ def largest_buffers(program: str, count: int = 20) -> list[Buffer]:
     """
     module = parse_hlo(program)
     written = [
-        (size, shape, instruction, computation)
+        (array.bytes, array.text, instruction, computation)
         for computation in _unfused_computations(module, module.computations[module.entry], {})
         for instruction in computation.order
         if instruction.opcode not in _ALIASING_OPS and not instruction.opcode.endswith(("-done", "-update"))
-        for shape, size in _hbm_results(instruction)
+        for array in _hbm_results(instruction)
     ]
     written.sort(key=lambda row: row[0], reverse=True)
     groups: collections.Counter[tuple[float, str, str]] = collections.Counter()
@@ -107,14 +106,14 @@ def largest_buffers(program: str, count: int = 20) -> list[Buffer]:
     return [Buffer(size, shape, scope, number) for (size, shape, scope), number in groups.items()]
 
 
-def _hbm_results(instruction: Instruction) -> list[tuple[str, float]]:
-    """Return the arrays that an instruction writes to HBM, and their bytes."""
+def _hbm_results(instruction: Instruction) -> list[Array]:
+    """Return the arrays that an instruction writes to HBM."""
     if _ALLOCATE_BUFFER in instruction.attributes:
         return []  # counted in the loop that fills it
-    arrays = list(_ARRAY_LAYOUT.finditer(instruction.shape))
+    arrays = parse_arrays(instruction.shape)
     # The shape of an async copy is (destination, source, flags); the source exists already.
     written = arrays[:1] if instruction.opcode.endswith("-start") else arrays
-    return [array for match in written if "S(" not in (match.group(2) or "") for array in parse_arrays(match.group(1))]
+    return [array for array in written if array.in_hbm]
 
 
 def _unfused_computations(

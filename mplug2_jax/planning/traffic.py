@@ -297,8 +297,11 @@ def _collective_kind(instruction: Instruction) -> CollectiveKind | None:
 
 def _describe_operands(shapes: Iterable[str]) -> str:
     """Return the largest array, and the number of further ones."""
-    arrays = sorted((a for shape in shapes for a in parse_arrays(shape)), key=lambda array: array[1], reverse=True)
-    return (arrays[0][0] + (f" and {len(arrays) - 1} more" if len(arrays) > 1 else "")) if arrays else ""
+    arrays = [array for shape in shapes for array in parse_arrays(shape)]
+    if not arrays:
+        return ""
+    largest = max(arrays, key=lambda array: array.bytes)
+    return largest.text + (f" and {len(arrays) - 1} more" if len(arrays) > 1 else "")
 
 
 def _has_target(computation: Computation, target: str) -> bool:

@@ -234,7 +234,7 @@ def test_training_uses_a_saved_executable_on_matching_machines_only(small: Path,
             "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
             "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "other"), "JAX_DEBUG_LOG_MODULES": "jax._src.compiler",
         } | ({"JAX_NUM_CPU_DEVICES": str(devices)} if devices else {})  # fmt: skip
-        line = [sys.executable, "-m", "mplug2_jax.cli.main", *map(str, words), "--config.eval_every=100"]
+        line = [sys.executable, "-m", "mplug2_jax.cli.main", "-v", *map(str, words), "--config.eval_every=100"]
         done = subprocess.run(line, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return done.stdout + done.stderr
