@@ -1,1 +1,1 @@
-"""A run: its config, state, optimiser, step, checkpoints, telemetry, and the loop that tells the story."""
+"""A training run: config, state, step, initialization, compilation, work directory; start at loop.py."""

@@ -55,7 +55,7 @@ def train(config: RunConfig, path: Path) -> list[EvaluationResult]:
         UserError, DataError: before step 1, an invalid config, data set, mesh or directory, or another run that uses
             it; later, losses that are not finite many times in a row, a device that computes wrong results, a last
             state that cannot be saved.
-        Preempted: the run was told to stop; its state is saved.
+        Preempted: by SIGTERM or SIGINT; the state is saved.
     """
     workdir = WorkDir(path)
     with PreemptionNotice(interrupts=True) as notice:

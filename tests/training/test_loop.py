@@ -1,4 +1,4 @@
-"""The loop in one process: what a run leaves behind, and a loss that is not a number."""
+"""The loop in one process: what a run logs and writes, old runs, and runs that are refused."""
 
 import dataclasses
 import json
@@ -25,7 +25,7 @@ TEXT = {"text": small_run().streams["text"]}  # the cheapest to compile
 
 
 def with_a_broken_record(folder: Path, max_bad_fraction: float = 0.5) -> StreamConfig:
-    """DigitWorld's sentences and as many of a tar that holds eight, one of which is no text."""
+    """Return a stream of DigitWorld's sentences and as many of a tar with eight records, one of which is no text."""
     sentences = {f"{i:02}.txt": b"\xff" if i == 3 else f"a red {i} moves left" for i in range(8)}
     tar = SourceConfig(format="webdataset", path=str(write_tar(folder / "a.tar", sentences)), kind="text")
     sources = {"digits": SourceConfig(kind="text"), "tars": tar}
@@ -34,7 +34,7 @@ def with_a_broken_record(folder: Path, max_bad_fraction: float = 0.5) -> StreamC
     return StreamConfig(data=data, objectives={"mlm": 1.0})
 
 
-def test_a_run_explains_itself(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_run_logs_and_writes_what_happens(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, logger="absl")
     config = small_run(streams={"text": with_a_broken_record(tmp_path)}, evaluations={}, mesh=MeshConfig(fsdp=8))
     assert train(config, tmp_path / "run") == []
@@ -48,15 +48,14 @@ def test_a_run_explains_itself(tmp_path: Path, caplog: pytest.LogCaptureFixture)
     assert {"loss", "text/mlm/accuracy", "gradient_norm", "learning_rate/rest", "examples_per_second", "data_wait",
             "flops_per_second"} <= set(lines[0])  # fmt: skip
     assert lines[0]["flops_per_second"] > 0
-    kept = sorted(int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.isdecimal())
-    assert kept == [2, 4]
+    saved_steps = sorted(int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.isdecimal())
+    assert saved_steps == [2, 4]
     assert json.loads((tmp_path / "run" / "config.json").read_text())["name"] == "small"
     # Of every batch half comes from the tar, whose epoch is two batches.
     assert sum(line.get("data/skipped/tars", 0) for line in lines) == 2
-    (listed,) = (tmp_path / "run" / "data-errors.jsonl").read_text().splitlines()
+    (line,) = (tmp_path / "run" / "data-errors.jsonl").read_text().splitlines()
     assert (
-        json.loads(listed)["reason"]
-        == ".txt of sample a/03 is not UTF-8 text: invalid start byte in line 1; convert it"
+        json.loads(line)["reason"] == ".txt of sample a/03 is not UTF-8 text: invalid start byte in line 1; convert it"
     )
 
 
@@ -86,7 +85,7 @@ def test_a_run_of_an_older_version_resumes(tmp_path: Path, caplog: pytest.LogCap
         workdir.read_config()
 
 
-def test_a_run_may_be_lengthened_and_not_shortened(tmp_path: Path) -> None:
+def test_steps_may_grow_and_not_shrink(tmp_path: Path) -> None:
     workdir = WorkDir(tmp_path)
     workdir.initialize(small_run(steps=4), None)
     assert workdir.check_config(small_run(steps=9))
@@ -102,7 +101,7 @@ def test_a_run_may_be_lengthened_and_not_shortened(tmp_path: Path) -> None:
         ("gs://bucket/run", "a run writes to a folder; mount the bucket"),
     ],
 )
-def test_a_folder_that_cannot_hold_a_run_is_left_as_it_is(
+def test_a_folder_that_cannot_hold_a_run_is_untouched(
     name: str, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -115,7 +114,7 @@ def test_a_folder_that_cannot_hold_a_run_is_left_as_it_is(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_model_that_is_refused_leaves_no_trace(tmp_path: Path) -> None:
+def test_a_refused_config_leaves_no_trace(tmp_path: Path) -> None:
     config = dataclasses.replace(small_run(), mesh=MeshConfig(data=3))
     with pytest.raises(UserError, match="does not divide the 8 devices"):
         train(config, tmp_path / "run")
