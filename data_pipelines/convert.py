@@ -153,6 +153,6 @@ def encode_frames(frames: UInt8[np.ndarray, "t y x 3"], name: str) -> Media:
         file = io.BytesIO()
         Image.fromarray(frames[0]).save(file, "PNG")
         return Media("image", file.getvalue(), name)
-    with tempfile.NamedTemporaryFile(suffix=".mp4") as file:
-        write_video(Path(file.name), frames)
-        return Media("video", file.read(), name)
+    with tempfile.NamedTemporaryFile(suffix=".mp4") as video:
+        write_video(Path(video.name), frames)
+        return Media("video", video.read(), name)

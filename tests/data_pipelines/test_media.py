@@ -62,11 +62,11 @@ def test_bytes_paths_and_urls_are_equivalent(tmp_path: Path) -> None:
 def test_missing_files(kind: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"member\.png does not exist or is not a file"):
         load(Media(kind, str(tmp_path / "nothing.png"), "archive.tar:member.png"))
-    with pytest.raises(DataError, match="is no file"):
+    with pytest.raises(DataError, match="is not a file"):
         load(Media(kind, str(tmp_path), str(tmp_path)))
-    for address in ("memory://nothing.png", "nonsense://bucket/a.png"):
-        with pytest.raises(DataError, match=f"{address} cannot be read as an? {kind}: "):
-            load(Media(kind, address, address))
+    for url in ("memory://nothing.png", "nonsense://bucket/a.png"):
+        with pytest.raises(DataError, match=f"{url} cannot be read as an? {kind}: "):
+            load(Media(kind, url, url))
     with pytest.raises(DataError, match=r"nothing\.png does not exist"):
         load(local_media(tmp_path / "nothing.png"))
     with pytest.raises(DataError, match="nothing does not exist"):
