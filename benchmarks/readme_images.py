@@ -1,7 +1,7 @@
 """Draw the images of the README from a run of the demo and a plan, into docs/images/.
 
     make demo
-    mplug2 plan --config pretrain:large --topology v5p:8x8x8 --json runs/plan.json
+    mplug2 plan --config pretrain:base --topology v5e:16x16 --effort -1 --json runs/plan.json
     python benchmarks/readme_images.py --demo runs/demo --plan runs/plan.json
 
 Either option alone draws one image.
