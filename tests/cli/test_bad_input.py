@@ -66,7 +66,7 @@ CONFIGS = {
     "least 160",
     "model.max_positions=20": "config.streams.text.data.examples.text_length=24 exceeds config.model.max_positions=20",
     "mesh.fsdp=3": "config.mesh.fsdp=3 needs 3 devices, but there are 8; set one axis to -1",
-    "mesh.tensor=3": "config.mesh.tensor=3: 3 does not divide the 8 devices that there are",
+    "mesh.tensor=3": "config.mesh.tensor=3: 3 does not divide the 8 devices; choose sizes",
     "streams.text.data.batch_size=12": "config.streams.text.data.batch_size=12 does not split over the mesh's 8 batch "
     "shards (fsdp=8); use 8 or 16",
     "streams.text.data.batch_size=0": "config.streams.text.data.batch_size=0 must be at least 1",

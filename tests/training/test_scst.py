@@ -142,7 +142,7 @@ def test_flops_count_sampling_once_and_for_the_longest_caption() -> None:
     shapes = spec.definition.shapes
     memory = jax.eval_shape(lambda p, b: ForwardPass(spec.definition.bind(p), b).caption_memory, shapes, batch)
     sampled = jax.eval_shape(sample, shapes, *memory, batch["example_id"])
-    sampling_flops = count_flops(sample, shapes, *memory, batch["example_id"], turns=LENGTH - 1)
+    sampling_flops = count_flops(sample, shapes, *memory, batch["example_id"], trip_count=LENGTH - 1)
     loss_flops = count_flops(jax.value_and_grad(loss), shapes, batch, sampled.ids, sampled.lengths)
     step_flops = count_gradient_flops(spec, config.streams, {"pictures": batch}, remat=False)
     assert step_flops.total() == sampling_flops.total() + loss_flops.total()
