@@ -103,7 +103,7 @@ def test_an_export_to_a_folder_follows_hugging_face(
 
 
 def test_the_model_card_lists_results_of_new_and_old_runs(imported: Path, tmp_path: Path, mplug2: Mplug2) -> None:
-    run = shutil.copytree(imported, tmp_path / "run")
+    run = shutil.copytree(imported, tmp_path / "run", ignore=shutil.ignore_patterns("evaluations"))
     results = {
         "new.json": {"name": "new", "metrics": {"accuracy": 0.5}, "baselines": {"accuracy": 0.1}, "num_examples": 8},
         "old.json": {"name": "old", "figures": {"cider": 1.25}, "baselines": {}, "examples": 4},
