@@ -10,19 +10,16 @@ from data_pipelines.record import Record
 from data_pipelines.sources.array_record import SUFFIX, encode_record
 from data_pipelines.tokenizers import Tokenizer, fingerprint
 
+Progress = Callable[[int], None]
+
 
 def chunk_corpus(
-    files: Iterable[Path], tokenizer: Tokenizer, length: int, on_progress: Callable[[int], None] = lambda done: None
+    files: Iterable[Path], tokenizer: Tokenizer, length: int, on_progress: Progress = lambda num_bytes: None
 ) -> Iterator[Record]:
     """Yield chunks ``[CLS] tokens [SEP]`` of ``length`` ids, contiguous; only the last may be shorter.
 
     Each line is tokenized as a whole, and lines are concatenated: a chunk may begin inside a line, and span files.
-
-    Args:
-        files: text files in UTF-8.
-        tokenizer: for their lines.
-        length: tokens of a chunk, special tokens included.
-        on_progress: called with the number of bytes read so far.
+    ``on_progress`` is called with the number of bytes read so far.
 
     Raises:
         DataError: ``length`` is below 3, or a text is not UTF-8 (with its line).
@@ -41,11 +38,7 @@ def chunk_corpus(
 
 
 def write_corpus(
-    files: Iterable[Path],
-    tokenizer: Tokenizer,
-    length: int,
-    out: Path,
-    on_progress: Callable[[int], None] = lambda done: None,
+    files: Iterable[Path], tokenizer: Tokenizer, length: int, out: Path, on_progress: Progress = lambda num_bytes: None
 ) -> int:
     """Write the chunks of files as a new ArrayRecord file; return the number of records. See ``chunk_corpus``.
 
@@ -73,7 +66,7 @@ def _chunk(number: int, tokens: list[int], tokenizer: Tokenizer, name: str) -> R
     return Record(str(number), tokens=(tokenizer.cls_id, *tokens, tokenizer.sep_id), tokenizer=name)
 
 
-def _lines(files: Iterable[Path], on_progress: Callable[[int], None]) -> Iterator[str]:
+def _lines(files: Iterable[Path], on_progress: Progress) -> Iterator[str]:
     done = 0
     for path in files:
         with path.open("rb") as file:
@@ -81,9 +74,7 @@ def _lines(files: Iterable[Path], on_progress: Callable[[int], None]) -> Iterato
                 try:
                     text = line.decode("utf-8").strip()
                 except UnicodeDecodeError as error:
-                    raise DataError(
-                        f"text file {path} is not UTF-8: {error.reason} in line {number}; convert it"
-                    ) from error
+                    raise DataError(f"text file {path} is not UTF-8: {error.reason} in line {number}") from error
                 if text:
                     yield text
                 done += len(line)

@@ -8,9 +8,6 @@ usual ``[CLS] words [SEP]`` of ``Tokenizer.encode``: ``[SEP]`` appears only wher
 import re
 from collections.abc import Sequence
 
-import numpy as np
-from jaxtyping import Bool, Int
-
 from data_pipelines.config import RELEASE_PROMPT
 from data_pipelines.tokenizers import SPECIAL_TOKENS, WordPieceTokenizer, join_wordpieces
 
@@ -69,17 +66,6 @@ def release_answer(tokenizer: WordPieceTokenizer, answer: str) -> list[int]:
 def release_prompt_length(tokenizer: WordPieceTokenizer, prompt: str = RELEASE_PROMPT) -> int:
     """Return the number of leading labels that the release masks for a prompt: its tokens without ``[CLS]``."""
     return len(release_encode(tokenizer, prompt)) - 1
-
-
-def pad_to_longest(
-    rows: Sequence[Sequence[int]], pad_id: int = 0
-) -> tuple[Int[np.ndarray, "b l"], Bool[np.ndarray, "b l"]]:
-    """Return token ids, int32, padded to the longest row, and a mask that is False in the padding."""
-    lengths = np.array([len(row) for row in rows])
-    mask = np.arange(lengths.max(initial=0)) < lengths[:, None]
-    ids = np.full(mask.shape, pad_id, np.int32)
-    ids[mask] = np.concatenate([np.asarray(row, np.int32) for row in rows]) if rows else []
-    return ids, mask
 
 
 def release_decode(tokenizer: WordPieceTokenizer, ids: Sequence[int]) -> str:

@@ -7,12 +7,4 @@ use it, and it exercises the whole stack in minutes.
 from data_pipelines.digitworld.scene import Motion, Scene, Thing
 from data_pipelines.digitworld.source import IMAGE_LABELS, VIDEO_LABELS, DigitWorld, vocabulary_texts
 
-__all__ = [
-    "IMAGE_LABELS",
-    "VIDEO_LABELS",
-    "DigitWorld",
-    "Motion",
-    "Scene",
-    "Thing",
-    "vocabulary_texts",
-]
+__all__ = ["IMAGE_LABELS", "VIDEO_LABELS", "DigitWorld", "Motion", "Scene", "Thing", "vocabulary_texts"]

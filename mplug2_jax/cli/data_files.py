@@ -2,7 +2,6 @@
 
 import argparse
 import collections
-import contextlib
 import dataclasses
 import json
 import logging
@@ -150,31 +149,24 @@ def run_validate(args: argparse.Namespace) -> int:
             warnings = []  # those of opening the sources are reported once
             if not args.json:
                 print(reports[-1].text(), flush=True)
-    failed = [report.name for report in reports if report.failed(args.max_bad_fraction)]
+    records = sum(source.report.records for source in reports)
+    errors = sum((source.report.errors for source in reports), collections.Counter[str]())
+    failed = [source.name for source in reports if source.failed(args.max_bad_fraction)]
     if args.json:
-        errors = sum((source.report.errors for source in reports), collections.Counter[str]())
         content = {
-            "format_version": FORMAT_VERSION, "records": sum(source.report.records for source in reports),
-            "usable": sum(source.report.usable for source in reports), "errors": errors,
+            "format_version": FORMAT_VERSION, "records": records, "usable": records - errors.total(), "errors": errors,
             "max_bad_fraction": args.max_bad_fraction, "failed": failed,
             "sources": [source.to_json() for source in reports],
         }  # fmt: skip
         print(json.dumps(content, indent=1))
     else:
-        print(_result_line(reports))
+        errors["changed files"] = sum(len(source.changed_files) for source in reports)
+        causes = ", ".join(f"{count:,} {cause}" for cause, count in errors.items() if count)
+        unusable = sum(source.report.errors.total() for source in reports)
+        result = f"{unusable:,} of {records:,} records unusable: {causes}"
+        noted = "; warnings above" if any(source.warnings for source in reports) else ""
+        print(f"{result if causes else f'OK: all {records:,} records are usable'}{noted}")
     return 1 if failed else 0
-
-
-def _result_line(sources: "Sequence[_SourceReport]") -> str:
-    records = sum(source.report.records for source in sources)
-    errors = sum((source.report.errors for source in sources), collections.Counter[str]())
-    changed = sum(len(source.changed_files) for source in sources)
-    result = f"OK: all {records:,} records are usable"
-    if errors or changed:
-        causes = [f"{count:,} {cause}" for cause, count in errors.items()]
-        causes += [f"{changed:,} changed files"] if changed else []
-        result = f"{errors.total():,} of {records:,} records unusable: {', '.join(causes)}"
-    return f"{result}; warnings above" if any(source.warnings for source in sources) else result
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,26 +250,17 @@ def _open_builder(
     """Return the builder of the examples, and the warnings of opening its sources."""
     from data_pipelines.loader import ExampleBuilder
 
-    with _collected_warnings() as warnings:
-        builder = ExampleBuilder(data, tokenizer, name, seed, min_answers=min_answers)
-    return builder, warnings
-
-
-@contextlib.contextmanager
-def _collected_warnings() -> Iterator[list[str]]:
-    """Collect warnings instead of logging them."""
-    messages: list[str] = []
-    logger = absl_logging.get_absl_logger()
+    warnings, logger = list[str](), absl_logging.get_absl_logger()
 
     def collect(record: logging.LogRecord) -> bool:
-        if record.levelno != logging.WARNING:
-            return True
-        messages.append(record.getMessage())
-        return False
+        """Collect a warning instead of logging it."""
+        if record.levelno == logging.WARNING:
+            warnings.append(record.getMessage())
+        return record.levelno != logging.WARNING
 
     logger.addFilter(collect)
     try:
-        yield messages
+        return ExampleBuilder(data, tokenizer, name, seed, min_answers=min_answers), warnings
     finally:
         logger.removeFilter(collect)
 
@@ -339,10 +322,8 @@ def run_convert(args: argparse.Namespace) -> int:
         for path, manifest in convert(
             _CountingSource(source, progress), settings, args.out, shards=args.shards, workers=args.workers
         ):
-            print(
-                f"{path}: {manifest.records:,} records, {manifest.bytes:,} bytes, sha256 {manifest.sha256[:12]}",
-                flush=True,
-            )
+            summary = f"{manifest.records:,} records, {manifest.bytes:,} bytes, sha256 {manifest.sha256[:12]}"
+            print(f"{path}: {summary}", flush=True)
             num_records, bad_records = num_records + manifest.records, [*bad_records, *manifest.bad_records]
     print(f"{num_records:,} records in {args.shards:,} shards")
     for record in bad_records[:MAX_PRINTED]:

@@ -89,11 +89,7 @@ def test_no_frames(length: int, count: int) -> None:
         random_indices(length, count, np.random.default_rng(0))
 
 
-@given(
-    gaps=st.lists(st.floats(0.01, 2), min_size=1, max_size=50),
-    count=st.integers(1, 20),
-    fps=st.floats(0.1, 60),
-)
+@given(gaps=st.lists(st.floats(0.01, 2), min_size=1, max_size=50), count=st.integers(1, 20), fps=st.floats(0.1, 60))
 def test_frames_at_a_frame_rate_are_those_shown_at_that_time(gaps: list[float], count: int, fps: float) -> None:
     times = np.cumsum(gaps) - gaps[0]
     indices = fps_indices(times, count, fps)

@@ -322,11 +322,7 @@ def test_invalid_files_are_an_error(tmp_path: Path) -> None:
         ("coco_captions", "b.json", r"b\.json has no list 'images'; found pictures; is it of another format\?"),
         ("kinetics", "a.json", r"a\.json is not valid JSON"),
         ("kinetics", "c.csv", r"c\.csv is not UTF-8 text: .* in line 3; convert it"),
-        (
-            "annotations",
-            "d.csv",
-            r"d\.csv begins with the line 'a,b', expected a header with the names of the columns",
-        ),
+        ("annotations", "d.csv", r"d\.csv begins with the line 'a,b', expected a header with the names of the columns"),
         ("annotations", "e.jsonl", r"the source annotations \(image\) is empty: no record in .*e\.jsonl"),
         ("annotations", "f.jsonl", r"f\.jsonl does not exist; check the path"),
         ("image_folder", "g", r"g does not exist or is not a folder"),
