@@ -3,7 +3,8 @@
 ``mplug2 demo tasks`` runs all of them.
 """
 
-from mplug2_jax.recipes.api import RunConfig, digitworld_recipe
+from mplug2_jax.recipes.api import RunConfig
+from mplug2_jax.recipes.digitworld import digitworld_recipe
 
 
 def get_config(task: str = "image_question") -> RunConfig:

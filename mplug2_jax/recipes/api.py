@@ -11,7 +11,6 @@ from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.recipes.base import ClassNames, TaskData, check_size, file_source, read_class_names
 from mplug2_jax.recipes.captioning import caption_recipe
 from mplug2_jax.recipes.classification import classification_recipe
-from mplug2_jax.recipes.digitworld import digitworld_recipe
 from mplug2_jax.recipes.glue import glue_recipe
 from mplug2_jax.recipes.grounding import grounding_recipe
 from mplug2_jax.recipes.question_answering import vqa_recipe
@@ -68,7 +67,6 @@ __all__ = [
     "check_size",
     "classification_recipe",
     "did_you_mean",
-    "digitworld_recipe",
     "file_source",
     "glue_recipe",
     "grounding_recipe",

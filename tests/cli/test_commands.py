@@ -25,7 +25,7 @@ Mplug2 = Callable[..., Outcome]
 
 def table_rows(out: str) -> list[list[str]]:
     """Return the rows of the results table, without its header."""
-    (table,) = [block for block in out.split("\n\n") if block.startswith("evaluation ")]
+    (table,) = [block for block in out.strip().split("\n\n") if block.startswith("evaluation ")]
     return [line.split() for line in table.splitlines()[2:]]
 
 
@@ -113,7 +113,7 @@ def test_eval_only_evaluates_what_is_named_and_leaves_the_checkpoints_alone(
     )
     assert done.status == 0
     assert [row[0] for row in table_rows(done.out)] == ["more_words"]
-    assert re.search(r"^step 2  more_words: 11 examples in ", done.out, re.MULTILINE)
+    assert re.search(r"^step 2  more_words \(11 examples, ", done.log, re.MULTILINE)
     after = snapshot(workdir)
     assert {name for name in after if before.get(name) != after[name]} <= {"evaluations/2/more_words.json"}
     assert before.keys() == after.keys()

@@ -340,8 +340,9 @@ class Checkpoints:
         return steps[-1] if step is None else step
 
     def _read_position(self, step: int) -> DataPosition:
+        position = self._read_meta(step)["position"]
         try:
-            return build(DataPosition, self._read_meta(step)["position"], "position")
+            return build(DataPosition, position, "position")
         except UserError as error:
             raise self._damaged(step, f"incomplete: meta/metadata is damaged ({error})") from error
 
