@@ -45,7 +45,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--format", choices=("safetensors", "npz", "parquet"), default="safetensors", help="(default: %(default)s)"
     )
-    parser.add_argument("--batch-size", type=int, help="over all devices (default: 32, or a multiple of the devices)")
+    parser.add_argument("--batch-size", type=int, help="over all devices (default: 32, rounded up to split over them)")
     parser.add_argument(
         "--kind", choices=("image", "video", "text"), help="kind of the inputs (default: that of the files, or image)"
     )
