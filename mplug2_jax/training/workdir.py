@@ -88,7 +88,9 @@ class WorkDir:
         try:
             if version == CONFIG_FORMAT:
                 return build(RunConfig, values)
-            logging.info("%s is of an older version: renamed fields are read by their old names", self._config)
+            logging.log_first_n(
+                logging.INFO, "%s is of an older version: renamed fields are read by their old names", 1, self._config
+            )
             with without_warnings():
                 return build(RunConfig, values)
         except UserError as error:
