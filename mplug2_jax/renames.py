@@ -1,7 +1,7 @@
 """Read renamed config fields by their old names, and log a warning with the new name.
 
 A dataclass declares its renames in two class variables: ``OLD_NAMES = {"accumulate": "grad_accum_steps"}`` and, for
-renamed values, ``OLD_VALUES = {"decay_mask": {"matrices": "kernels"}}``.
+renamed values, or keys of a mapping, ``OLD_VALUES = {"decay_mask": {"matrices": "kernels"}}``.
 """
 
 import collections
@@ -16,6 +16,7 @@ from mplug2_jax.errors import UserError
 from mplug2_jax.fields import config_groups
 
 _silent = False
+_ACCEPTED = set[type]()
 _NEW_NAMES: dict[str, set[str]] = collections.defaultdict(set)  # by old name, of all configs
 
 
@@ -29,8 +30,9 @@ def accept_old_names(cls: type) -> None:
 
 
 def _accept(cls: Any) -> None:
-    if hasattr(cls.__init__, "__wrapped__"):  # accepted already
+    if cls in _ACCEPTED:
         return
+    _ACCEPTED.add(cls)
 
     @functools.wraps(cls.__init__)
     def init(self: Any, *args: Any, __init: Any = cls.__init__, **fields: Any) -> None:
@@ -58,6 +60,10 @@ def with_current_names(cls: type, values: Mapping[str, Any], where: str) -> dict
         if isinstance(value, str) and value in old_values:
             _warn(f"{where}.{new}={value}", f"{where}.{new}={old_values[value]}")
             value = old_values[value]
+        if old_values and hasattr(value, "keys"):  # the keys of a mapping
+            for key in old_values.keys() & value.keys():
+                _warn(f"{where}.{new}.{key}", f"{where}.{new}.{old_values[key]}")
+            value = {old_values.get(key, key): value[key] for key in value}
         current[new] = value
     return current
 

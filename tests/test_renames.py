@@ -8,10 +8,10 @@ import pytest
 from absl import logging
 
 from mplug2_jax import renames
-from mplug2_jax.config import as_recipe, build, override
+from mplug2_jax.config import as_recipe, build, load_recipe, override, to_dict
 from mplug2_jax.errors import UserError
 from mplug2_jax.fields import config_groups
-from mplug2_jax.training.config import RunConfig
+from mplug2_jax.training.config import RunConfig, StreamConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,6 +41,17 @@ def warnings(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     monkeypatch.setattr(logging, "warning", lambda text, *args: lines.append(text % args))
     yield lines
     renames._warn_once.cache_clear()
+
+
+def test_keys_of_a_mapping_are_renamed_too(warnings: list[str]) -> None:
+    stream = build(RunConfig, load_recipe("demo")).streams["text"]
+    values = to_dict(stream) | {"objectives": {"summarise": 1.0, "mlm": 0.5}}
+    assert build(StreamConfig, values).objectives == {"summarize": 1.0, "mlm": 0.5}
+    assert dataclasses.replace(stream, objectives={"summarise": 2.0}).objectives == {"summarize": 2.0}
+    assert warnings == [
+        "config.objectives.summarise is called config.objectives.summarize now; the old name is still read",
+        "StreamConfig.objectives.summarise is called StreamConfig.objectives.summarize now; the old name is still read",
+    ]
 
 
 def test_a_config_file_is_read_by_old_names_and_values(warnings: list[str]) -> None:

@@ -31,6 +31,7 @@ class TokenizerConfig:
 class StreamConfig:
     """A stream of batches, of which a step reads one, and the objectives that it trains."""
 
+    OLD_VALUES: ClassVar[Mapping[str, Mapping[str, str]]] = {"objectives": {"summarise": "summarize"}}
     data: DataConfig
     objectives: Mapping[str, float]  # weights of the losses, by task name (mplug2 tasks lists them)
 
