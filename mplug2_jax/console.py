@@ -8,9 +8,8 @@ import contextlib
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from absl import logging as absl_logging
@@ -61,19 +60,20 @@ class _Handler(logging.StreamHandler[Any]):
         return f"{record.levelname[0]}{when} p{_process_index}] {super().format(record)}"
 
     def emit(self, record: logging.LogRecord) -> None:
-        with _bar_cleared():
+        with contextlib.ExitStack() as stack:
+            if "tqdm" in sys.modules:
+                from tqdm import tqdm
+
+                stack.enter_context(tqdm.external_write_mode(file=sys.stderr))
             super().emit(record)
 
 
-@contextlib.contextmanager
-def _bar_cleared() -> Iterator[None]:
-    if "tqdm" not in sys.modules:
-        yield
-        return
-    from tqdm import tqdm
-
-    with tqdm.external_write_mode(file=sys.stderr):
-        yield
+def align_columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> Iterator[str]:
+    """Yield rows as lines with aligned columns; those in ``right`` are aligned to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = (c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        yield "  ".join(cells).rstrip()
 
 
 def format_duration(seconds: float | int) -> str:
@@ -115,9 +115,7 @@ class Progress:
     def __enter__(self) -> "Progress":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def update(self, done: int, stats: str = "", *, seconds_per_unit: float | None = None) -> None:

@@ -14,7 +14,6 @@ from mplug2_jax.model.config import PARTS
 from mplug2_jax.model.mplug2 import define_model
 from mplug2_jax.planning.programs import TracedProgram
 from mplug2_jax.tasks.table import TASKS
-from mplug2_jax.training.config import StreamConfig
 from mplug2_jax.training.state import RunSpec
 from mplug2_jax.training.telemetry.flops import count_flops
 from mplug2_jax.training.telemetry.step_flops import count_gradient_flops
@@ -54,9 +53,9 @@ def training_costs(spec: RunSpec, batches: Mapping[str, Any]) -> Costs:
         recomputed += count_gradient_flops(spec, {name: stream}, batches, remat=True).total() - flops.total()
         objectives[name] = {
             objective: count_gradient_flops(
-                spec, {name: _with_objective(stream, objective)}, batches, remat=False
+                spec, {name: dataclasses.replace(stream, objectives={objective: weight})}, batches, remat=False
             ).total()
-            for objective in stream.objectives
+            for objective, weight in stream.objectives.items()
         }
     return Costs(towers=towers, objectives=objectives, recomputed_flops=recomputed)
 
@@ -70,10 +69,6 @@ def _sum_by_tower(counts: collections.Counter[str]) -> dict[str, int]:
     for scope, count in sorted(counts.items()):
         towers[scope if scope in _TOWERS else "objectives"] += count
     return {tower: count for tower, count in towers.items() if count}
-
-
-def _with_objective(stream: StreamConfig, objective: str) -> StreamConfig:
-    return dataclasses.replace(stream, objectives={objective: stream.objectives[objective]})
 
 
 def prediction_costs(program: TracedProgram) -> Costs:

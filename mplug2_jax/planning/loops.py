@@ -17,23 +17,12 @@ _IDENTITY_OPS = frozenset({
     "copy", "convert", "bitcast", "reshape", "copy-start", "copy-done", "optimization-barrier", "bitcast-convert",
 })  # fmt: skip
 _BINARY_OPS: Mapping[str, Callable[[int, int], int]] = {
-    "add": operator.add,
-    "subtract": operator.sub,
-    "multiply": operator.mul,
-    "minimum": min,
-    "maximum": max,
-    "and": operator.and_,
-    "or": operator.or_,
-    "xor": operator.xor,
-}
+    "add": operator.add, "subtract": operator.sub, "multiply": operator.mul, "minimum": min, "maximum": max,
+    "and": operator.and_, "or": operator.or_, "xor": operator.xor,
+}  # fmt: skip
 _COMPARISONS: Mapping[str, Callable[[int, int], bool]] = {
-    "LT": operator.lt,
-    "LE": operator.le,
-    "GT": operator.gt,
-    "GE": operator.ge,
-    "EQ": operator.eq,
-    "NE": operator.ne,
-}
+    "LT": operator.lt, "LE": operator.le, "GT": operator.gt, "GE": operator.ge, "EQ": operator.eq, "NE": operator.ne,
+}  # fmt: skip
 
 
 class UnknownValueError(Exception):

@@ -36,22 +36,10 @@ class Memory:
         return self.peak / self.capacity
 
 
-def per_device_bytes(tree: Any) -> float:
-    """Return the HBM bytes of one device's shards of a tree of jax.ShapeDtypeStruct."""
-    return float(sum(_shard_bytes(leaf) for leaf in jax.tree.leaves(tree) if not _is_on_host(leaf)))
-
-
-def per_device_host_bytes(tree: Any) -> float:
-    """Return the bytes of one device's shards that are in host memory."""
-    return float(sum(_shard_bytes(leaf) for leaf in jax.tree.leaves(tree) if _is_on_host(leaf)))
-
-
-def _shard_bytes(leaf: Any) -> float:
-    return float(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize)
-
-
-def _is_on_host(leaf: Any) -> bool:
-    return leaf.sharding.memory_kind not in (None, "device")
+def per_device_bytes(tree: Any, *, on_host: bool = False) -> float:
+    """Return the bytes of one device's shards of a tree of jax.ShapeDtypeStruct: in HBM, or in host memory."""
+    leaves = (leaf for leaf in jax.tree.leaves(tree) if (leaf.sharding.memory_kind not in (None, "device")) == on_host)
+    return float(sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves))
 
 
 def state_memory(state: Any, batches: Any) -> dict[str, float]:
@@ -75,5 +63,5 @@ def program_memory(compiled: CompiledProgram, topology: Topology) -> Memory:
         breakdown=breakdown,
         peak=sum(breakdown.values()),
         capacity=topology.chip.memory_bytes,
-        host=per_device_host_bytes(compiled.program.state),
+        host=per_device_bytes(compiled.program.state, on_host=True),
     )

@@ -35,11 +35,7 @@ from mplug2_jax.training.step import jit_train_step
 from mplug2_jax.training.workdir import load_or_train_tokenizer, special_tokens
 
 # Without a TPU on this machine: libtpu must not search for one, nor warn that it finds none.
-_NO_TPU_ENV = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-16",
-}
+_NO_TPU_ENV = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-16"}
 
 
 def get_topology_devices(topology: Topology) -> list[Any]:

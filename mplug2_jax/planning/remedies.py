@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -101,18 +102,9 @@ def memory_saving_changes(config: RunConfig) -> Iterator[ConfigChange]:
 
 def diff_overrides(before: RunConfig, after: RunConfig) -> tuple[str, ...]:
     """Return the overrides that turn one config into another, of the fields that plans change."""
-    overrides = [
-        f"--config.model.remat.{tower}={getattr(after.model.remat, tower)}"
-        for tower in _TOWERS
-        if getattr(after.model.remat, tower) != getattr(before.model.remat, tower)
-    ]
-    overrides += [
-        f"--config.{field}={getattr(after, field)}"
-        for field in ("grad_accum_steps", "fsdp_gather")
-        if getattr(after, field) != getattr(before, field)
-    ]
-    if after.model.attention != before.model.attention:
-        overrides.append(f"--config.model.attention={after.model.attention}")
+    fields = [*(f"model.remat.{tower}" for tower in _TOWERS), "grad_accum_steps", "fsdp_gather", "model.attention"]
+    values = [(field, attrgetter(field)(before), attrgetter(field)(after)) for field in fields]
+    overrides = [f"--config.{field}={new}" for field, old, new in values if new != old]
     if after.mesh != before.mesh:
         overrides += [f"--config.mesh.{f.name}={getattr(after.mesh, f.name)}" for f in dataclasses.fields(after.mesh)]
     return tuple(overrides)

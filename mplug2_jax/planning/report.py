@@ -139,17 +139,11 @@ def _group_by_axes(collectives: Sequence[Collective], mesh: jax.sharding.Mesh, t
     rows = []
     for (kind, axes, network), members in groups.items():
         seconds = [c.total_bytes / bandwidth(c, mesh, topology) for c in members]
-        rows.append(
-            AxisTraffic(
-                kind=kind,
-                axes=axes,
-                network=network,
-                bytes=sum(c.total_bytes for c in members),
-                count=sum(c.count for c in members),
-                seconds=sum(seconds),
-                exposed_seconds=sum(s for s, c in zip(seconds, members, strict=True) if not c.overlapped),
-            )
-        )
+        rows.append(AxisTraffic(
+            kind=kind, axes=axes, network=network, bytes=sum(c.total_bytes for c in members),
+            count=sum(c.count for c in members), seconds=sum(seconds),
+            exposed_seconds=sum(s for s, c in zip(seconds, members, strict=True) if not c.overlapped),
+        ))  # fmt: skip
     return sorted(rows, key=lambda row: row.bytes, reverse=True)
 
 

@@ -211,15 +211,11 @@ def search(
         trial = _try(candidate, topology, effort, cache_dir)
         trials.append(trial)
         logging.info(
-            "%3d  %s: %s, %.1f GiB (%s); best %.0f ms; %s left",
-            number,
-            candidate,
-            trial.time,
-            trial.memory_bytes / 2**30,
-            "cached" if trial.cached else f"compiled in {trial.compile_seconds:.0f} s",
+            "%3d  %s: %s, %.1f GiB (%s); best %.0f ms; %s left", number, candidate, trial.time,
+            trial.memory_bytes / 2**30, "cached" if trial.cached else f"compiled in {trial.compile_seconds:.0f} s",
             min(t.mean_seconds for t in trials) * 1e3,
             format_duration(max(0.0, seconds - (time.monotonic() - start))),
-        )
+        )  # fmt: skip
     return sorted(trials, key=lambda t: (t.mean_seconds, t.memory_bytes))
 
 
@@ -249,19 +245,16 @@ def _try(candidate: Candidate, topology: Topology, effort: float, cache_dir: Pat
     if isinstance(compiled, CompiledProgram):
         report = make_report(compiled, candidate.config)
         trial = Trial(
-            candidate,
-            memory_bytes=report.memory.peak,
-            step_seconds=report.step_seconds,
-            recompute_overhead=report.costs.recompute_overhead,
-            exposed_fraction=report.timing.exposed_fraction,
+            candidate, memory_bytes=report.memory.peak, step_seconds=report.step_seconds,
+            recompute_overhead=report.costs.recompute_overhead, exposed_fraction=report.timing.exposed_fraction,
             compile_seconds=compiled.compile_seconds,
-        )
+        )  # fmt: skip
     else:
         trial = Trial(candidate, "does not fit", compiled.required)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        values = {f.name: getattr(trial, f.name) for f in dataclasses.fields(trial)}
-        results = {name: value for name, value in values.items() if name not in ("candidate", "cached")}
+        names = [f.name for f in dataclasses.fields(trial) if f.name not in ("candidate", "cached")]
+        results = {name: getattr(trial, name) for name in names}
         write_atomically(str(path), json.dumps(results).encode())
     return trial
 

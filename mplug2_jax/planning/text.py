@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
+from mplug2_jax.console import align_columns
 from mplug2_jax.planning.report import PlanReport
 
 _SI_PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
@@ -34,11 +35,8 @@ def format_report(report: PlanReport) -> str:
 
 
 def _align(rows: Sequence[Sequence[str]], right: Sequence[int]) -> Iterator[str]:
-    """Yield rows in aligned columns, those in ``right`` aligned to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = (c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-        yield ("  " + "  ".join(cells)).rstrip()
+    """Return rows as indented lines with aligned columns."""
+    return (f"  {line}" for line in align_columns(rows, right))
 
 
 def _lines(r: PlanReport) -> Iterator[str]:

@@ -12,12 +12,11 @@ the model are needed. Properties of these texts:
   transfer library (``_xla_megascale_transfer_type``).
 """
 
-import collections
 import dataclasses
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 
@@ -30,22 +29,13 @@ CollectiveKind = Literal[
     "all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute", "collective-broadcast"
 ]
 
-_KINDS: Mapping[str, CollectiveKind] = {
-    "all-gather": "all-gather",
-    "reduce-scatter": "reduce-scatter",
-    "all-reduce": "all-reduce",
-    "all-to-all": "all-to-all",
-    "ragged-all-to-all": "all-to-all",
-    "collective-permute": "collective-permute",
-    "collective-broadcast": "collective-broadcast",
+_KINDS: Mapping[str, CollectiveKind] = {kind: kind for kind in get_args(CollectiveKind)} | {
+    "ragged-all-to-all": "all-to-all"
 }
 _TRANSFER_KINDS: Mapping[str, CollectiveKind] = {
-    "ALL_GATHER": "all-gather",
-    "REDUCE_SCATTER": "reduce-scatter",
-    "ALL_REDUCE": "all-reduce",
-    "ALL_TO_ALL": "all-to-all",
-    "ONE_TO_ONE": "collective-permute",
-}
+    "ALL_GATHER": "all-gather", "REDUCE_SCATTER": "reduce-scatter", "ALL_REDUCE": "all-reduce",
+    "ALL_TO_ALL": "all-to-all", "ONE_TO_ONE": "collective-permute",
+}  # fmt: skip
 _TRANSFER = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 _COMPUTE_OPS = frozenset({
     "fusion", "convolution", "dot", "while", "call", "reduce", "sort", "conditional", "scatter", "gather",
@@ -114,16 +104,6 @@ def find_unknown_loops(program: str, mesh: jax.sharding.Mesh) -> list[UnknownLoo
     return list(walker.unknown_loops.values())
 
 
-def sum_bytes(
-    traffic: Iterable[Collective],
-) -> collections.Counter[tuple[CollectiveKind, tuple[str, ...], Network]]:
-    """Return the bytes that one device sends in one run of the program, by kind, mesh axes and network."""
-    totals: dict[tuple[CollectiveKind, tuple[str, ...], Network], float] = collections.defaultdict(float)
-    for each in traffic:
-        totals[each.kind, each.axes, each.network] += each.total_bytes
-    return collections.Counter({key: round(total) for key, total in totals.items()})
-
-
 def largest_collectives(traffic: Iterable[Collective], count: int = 10) -> list[Collective]:
     """Return the collectives that send most bytes in total, largest first."""
     return sorted(traffic, key=lambda each: each.total_bytes, reverse=True)[:count]
@@ -154,7 +134,7 @@ class _ModuleWalker:
         for position, instruction in enumerate(frame.computation.order):
             kind = _collective_kind(instruction)
             if kind:
-                yield self._make_collective(kind, instruction, frame.computation, position, count, known)
+                yield self._make_collective(kind, frame.computation, position, count, known)
             elif instruction.opcode == "while":
                 yield from self._walk_loop(frame, instruction, count, known)
             elif instruction.opcode == "conditional":
@@ -202,7 +182,7 @@ class _ModuleWalker:
             channel = instruction.attribute("channel_id")
             if not is_start and channel in self._async_channels and "chain_id" in instruction.attributes:
                 continue  # counted where it starts
-            collective = self._make_collective(kind, instruction, fusion, inner_position, count, known)
+            collective = self._make_collective(kind, fusion, inner_position, count, known)
             if not instruction.op_name:
                 scope = pretty_scope(source_scope(caller.order[position], caller, self.module) or collective.scope)
                 collective = dataclasses.replace(collective, scope=scope)
@@ -224,14 +204,9 @@ class _ModuleWalker:
         return False
 
     def _make_collective(
-        self,
-        kind: CollectiveKind,
-        instruction: Instruction,
-        computation: Computation,
-        position: int,
-        count: int,
-        known: bool,
+        self, kind: CollectiveKind, computation: Computation, position: int, count: int, known: bool
     ) -> Collective:
+        instruction = computation.order[position]
         operands = (computation.instructions.get(name) for name in instruction.operands)
         shapes = [operand.shape for operand in operands if operand]
         if _TRANSFER.search(instruction.attributes):
@@ -251,17 +226,11 @@ class _ModuleWalker:
         }[kind]
         is_async = instruction.opcode.endswith(("-start", "send"))
         return Collective(
-            kind=kind,
-            axes=span.axes,
-            network=span.network,
-            group_size=size,
-            bytes_sent=bytes_sent,
-            count=count,
+            kind=kind, axes=span.axes, network=span.network, group_size=size, bytes_sent=bytes_sent, count=count,
             scope=pretty_scope(source_scope(instruction, computation, self.module) or instruction.name),
-            shape=_describe_operands(shapes),
+            shape=_describe_operands(shapes), has_known_count=known,
             overlapped=is_async and _computes_before_done(computation, position),
-            has_known_count=known,
-        )
+        )  # fmt: skip
 
     def _span(self, kind: CollectiveKind, instruction: Instruction) -> GroupSpan:
         is_permute = kind == "collective-permute"

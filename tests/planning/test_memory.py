@@ -10,7 +10,7 @@ from mplug2_jax.objectives.config import DistillationConfig, VlcConfig
 from mplug2_jax.parallel.accelerators import parse_topology
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
-from mplug2_jax.planning.memory import Memory, per_device_bytes, per_device_host_bytes, program_memory, state_memory
+from mplug2_jax.planning.memory import Memory, per_device_bytes, program_memory, state_memory
 from mplug2_jax.planning.programs import CompiledProgram, abstract_batch, make_run_spec_for_topology, trace_training
 from mplug2_jax.tasks.config import TaskSettings
 from mplug2_jax.training.config import AdamWConfig, RunConfig
@@ -24,11 +24,8 @@ def memory_of(config: RunConfig) -> tuple[dict[str, float], float, float]:
     """Return bytes by use, bytes in host memory, and the number of parameters per device."""
     spec = make_run_spec_for_topology(config, TOPOLOGY)
     batches = {name: abstract_batch(s.data, spec) for name, s in config.streams.items()}
-    return (
-        state_memory(spec.shapes, batches),
-        per_device_host_bytes(spec.shapes),
-        per_device_bytes(spec.shapes["params"]) / 4,
-    )
+    host, num_params = per_device_bytes(spec.shapes, on_host=True), per_device_bytes(spec.shapes["params"]) / 4
+    return state_memory(spec.shapes, batches), host, num_params
 
 
 def test_parameters_are_four_bytes_and_adam_twice_that() -> None:

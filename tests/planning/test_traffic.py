@@ -1,7 +1,9 @@
 """Collectives of programs: stored texts, one for each syntax, and programs compiled for CPUs and TPUs."""
 
+import collections
 import dataclasses
 import functools
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +21,6 @@ from mplug2_jax.planning.traffic import (
     find_unknown_loops,
     largest_collectives,
     parse_collectives,
-    sum_bytes,
 )
 from mplug2_jax.training.state import make_run_spec
 from mplug2_jax.training.step import jit_train_step
@@ -39,6 +40,14 @@ def fsdp() -> Mesh:
 def parse_one(text: str, mesh: Mesh | None = None) -> Collective:
     (collective,) = parse_collectives(text, mesh or fsdp())
     return collective
+
+
+def sum_bytes(traffic: Iterable[Collective]) -> collections.Counter[tuple[str, tuple[str, ...], str]]:
+    """Return the bytes that one device sends in one run of the program, by kind, mesh axes and network."""
+    totals: dict[tuple[str, tuple[str, ...], str], float] = collections.defaultdict(float)
+    for each in traffic:
+        totals[each.kind, each.axes, each.network] += each.total_bytes
+    return collections.Counter({key: round(total) for key, total in totals.items()})
 
 
 def one_line(shape: str, call: str, attributes: str, operand: str = "bf16[8,128]{1,0:T(8,128)(2,1)}") -> str:
