@@ -8,6 +8,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from data_pipelines.errors import DataError
 from data_pipelines.record import Record
 from data_pipelines.sources.array_record import SUFFIX, encode_record
+from data_pipelines.sources.files import read_lines
 from data_pipelines.tokenizers import Tokenizer, fingerprint
 
 Progress = Callable[[int], None]
@@ -28,7 +29,7 @@ def chunk_corpus(
     if capacity < 1:
         raise DataError(f"the chunk length is {length}, expected at least 3 to hold [CLS], a token and [SEP]")
     name, number, pending = fingerprint(tokenizer), 0, list[int]()
-    for line in _lines(files, on_progress):
+    for line in read_lines(files, on_progress):
         pending += tokenizer.encode(line, None, add_sep=False)[1:]
         while len(pending) >= capacity:
             yield _chunk(number, pending[:capacity], tokenizer, name)
@@ -64,18 +65,3 @@ def write_corpus(
 
 def _chunk(number: int, tokens: list[int], tokenizer: Tokenizer, name: str) -> Record:
     return Record(str(number), tokens=(tokenizer.cls_id, *tokens, tokenizer.sep_id), tokenizer=name)
-
-
-def _lines(files: Iterable[Path], on_progress: Progress) -> Iterator[str]:
-    done = 0
-    for path in files:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    text = line.decode("utf-8").strip()
-                except UnicodeDecodeError as error:
-                    raise DataError(f"text file {path} is not UTF-8: {error.reason} in line {number}") from error
-                if text:
-                    yield text
-                done += len(line)
-                on_progress(done)

@@ -5,8 +5,8 @@ import io
 import os
 import re
 import uuid
-from collections.abc import Callable
-from pathlib import PurePosixPath, PureWindowsPath
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Literal
 
 import fsspec
@@ -149,6 +149,28 @@ def decode_text(data: bytes, name: str) -> str:
         line = data.count(b"\n", 0, error.start) + 1
         expected = encoding.removesuffix("-sig").upper()
         raise DataError(f"{name} is not {expected} text: {error.reason} in line {line}; convert it") from error
+
+
+def read_lines(files: Iterable[Path], on_progress: Callable[[int], None] = lambda num_bytes: None) -> Iterator[str]:
+    """Yield the lines of local text files without surrounding whitespace, and without empty ones.
+
+    ``on_progress`` is called with the number of bytes read so far.
+
+    Raises:
+        DataError: a file is not UTF-8; the message names its line.
+    """
+    done = 0
+    for path in files:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    text = line.decode("utf-8").strip()
+                except UnicodeDecodeError as error:
+                    raise DataError(f"text file {path} is not UTF-8: {error.reason} in line {number}") from error
+                if text:
+                    yield text
+                done += len(line)
+                on_progress(done)
 
 
 def write_atomically(path: str, data: bytes) -> None:

@@ -1,7 +1,6 @@
 """``mplug2 data``: tokenizers and samples; ``data_files`` adds the commands on data sets."""
 
 import argparse
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,30 +43,19 @@ def add_parser(commands: Any) -> None:
 
 def run_tokenizer(args: argparse.Namespace) -> int:
     """Train a tokenizer and save it; never over an existing folder."""
+    from data_pipelines.sources.files import read_lines
     from data_pipelines.tokenizers import train_sentencepiece, train_wordpiece
     from mplug2_jax.training.workdir import tokenizer_training_texts
 
     if args.out.exists():
         raise UserError(f"--out {args.out} exists; choose a new folder")
-    texts = list(_lines(args.texts) if args.texts else tokenizer_training_texts())
+    texts = list(read_lines(args.texts) if args.texts else tokenizer_training_texts())
     if not texts:
         raise UserError(f"{', '.join(map(str, args.texts))}: found no text, expected lines of words")
     train = train_wordpiece if args.kind == "wordpiece" else train_sentencepiece
     tokenizer = train(texts, args.vocab_size)
     print(f"{tokenizer.save(args.out)}: {tokenizer.vocab_size} tokens")
     return 0
-
-
-def _lines(paths: list[Path]) -> Iterator[str]:
-    for path in paths:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                try:
-                    text = line.decode("utf-8").strip()
-                except UnicodeDecodeError as error:
-                    raise UserError(f"text file {path} is not UTF-8: {error.reason} in line {number}") from error
-                if text:
-                    yield text
 
 
 def run_sample(args: argparse.Namespace) -> int:

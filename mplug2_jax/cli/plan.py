@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from absl import logging
 
 from mplug2_jax.cli.common import add_command, table
+from mplug2_jax.errors import UserError, check_range
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -68,7 +69,6 @@ def run(args: argparse.Namespace) -> int:
     if args.cost_goldens or args.topology is not None:  # the accelerators of this machine are not needed
         os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before JAX is imported, which reads it then
     from mplug2_jax.config import build, load_recipe
-    from mplug2_jax.errors import UserError, check_range
     from mplug2_jax.parallel.accelerators import parse_topology
     from mplug2_jax.training.config import RunConfig
 
@@ -96,7 +96,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _run_plan(args: argparse.Namespace, config: "RunConfig", topology: "Topology") -> int:
     from data_pipelines.sources.files import write_atomically
-    from mplug2_jax.errors import UserError
     from mplug2_jax.planning import remedies
     from mplug2_jax.planning.html import write_html
     from mplug2_jax.planning.programs import CompiledProgram, trace_evaluation, trace_training
@@ -137,7 +136,6 @@ def _run_plan(args: argparse.Namespace, config: "RunConfig", topology: "Topology
 
 
 def _run_search(args: argparse.Namespace, config: "RunConfig", topology: "Topology") -> int:
-    from mplug2_jax.errors import UserError
     from mplug2_jax.planning.plan_file import PlanFile
     from mplug2_jax.planning.search import search
 
@@ -200,15 +198,12 @@ def _run_cost_goldens(action: str) -> int:
 
 
 def _make_mesh(args: argparse.Namespace, config: "RunConfig", topology: "Topology | None") -> "Mesh | AbstractMesh":
-    from mplug2_jax.errors import check_range
     from mplug2_jax.parallel.mesh import abstract_mesh, make_mesh
 
-    if topology is not None:
-        return abstract_mesh(config.mesh, topology.devices)
-    if args.devices is not None:
+    if topology is None:
         check_range("--devices", args.devices, 1)
-        return abstract_mesh(config.mesh, args.devices)
-    return make_mesh(config.mesh)
+    devices = args.devices if topology is None else topology.devices
+    return make_mesh(config.mesh) if devices is None else abstract_mesh(config.mesh, devices)
 
 
 def format_shardings(config: "RunConfig", mesh: "Mesh | AbstractMesh") -> "Iterator[str]":

@@ -22,11 +22,9 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--against", type=Path, metavar="FOLDER", help="another one, to compare with")
     parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="FILE",
+        "--out", type=Path, metavar="FILE",
         help="with --against: the new page (default: against-OTHER.html in the first folder)",
-    )
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:

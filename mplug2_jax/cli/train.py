@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from absl import logging
 
 from mplug2_jax.cli.common import add_command, results_table, sample_lines, table
-from mplug2_jax.errors import PREEMPTED
+from mplug2_jax.errors import PREEMPTED, UserError
 
 if TYPE_CHECKING:
     from mplug2_jax.training.config import RunConfig
@@ -39,8 +39,6 @@ def resolve_recipe(recipe: str | None, plan: Path | None, overrides: Sequence[st
     Raises:
         UserError: neither, or both.
     """
-    from mplug2_jax.errors import UserError
-
     if plan is None:
         if recipe is None:
             raise UserError("--config is missing: name a recipe, or a --plan that has one")
@@ -103,12 +101,10 @@ def _exit_on_sigterm() -> Iterator[None]:
 
 def next_steps(config: "RunConfig", workdir: Path) -> list[tuple[str, str]]:
     """Return what to do with a trained run, and the commands that do it."""
-    commands = [("see curves and samples", f"open {workdir / 'report.html'} in a browser")]
-    if "decoder" in config.parts():
-        ask = f'mplug2 generate --workdir {workdir} FILE --instruction "what do we see?"'
-        commands += [("ask about your own image or video", ask)]
-    commands += [("evaluate it again", f"mplug2 eval --workdir {workdir}")]
+    ask = f'mplug2 generate --workdir {workdir} FILE --instruction "what do we see?"'
     return [
-        *commands,
+        ("see curves and samples", f"open {workdir / 'report.html'} in a browser"),
+        *([("ask about your own image or video", ask)] if "decoder" in config.parts() else []),
+        ("evaluate it again", f"mplug2 eval --workdir {workdir}"),
         ("export the weights to PyTorch", f"mplug2 convert export {workdir} --to exports/{workdir.name}"),
     ]

@@ -54,28 +54,17 @@ def render_gke(job: Job, options: GkeOptions) -> Submission:
     recipe_path = f"{RECIPES}/{job.recipe.name}" if job.recipe else ""
     text = render(
         "jobset.yaml.j2",
-        name=job.name,
-        namespace=options.namespace,
-        queue=options.queue,
-        service_account=options.service_account,
-        spot=options.spot,
-        slices=job.topology.slices,
-        hosts=job.topology.hosts_per_slice,
-        chips=min(job.topology.chips_per_slice, chip.chips_per_host),
-        accelerator=chip.gke_accelerator,
+        name=job.name, namespace=options.namespace, queue=options.queue, service_account=options.service_account,
+        spot=options.spot, image=options.image,
+        slices=job.topology.slices, hosts=job.topology.hosts_per_slice,
+        chips=min(job.topology.chips_per_slice, chip.chips_per_host), accelerator=chip.gke_accelerator,
         shape=job.topology.name.partition(":")[2],
-        image=options.image,
         # Kubernetes expands $(NAME) in a command; $$ is a literal dollar.
         command=[word.replace("$", "$$") for word in job.command(bucket.workdir, recipe_path)],
-        recipe=job.recipe,
-        recipe_mount=RECIPES,
-        grace_period=job.grace_period,
-        max_restarts=job.max_restarts,
-        user_error=USER_ERROR,
-        bucket=bucket.name,
-        mount=MOUNT,
-        mount_options=MOUNT_OPTIONS,
-    )
+        recipe=job.recipe, recipe_mount=RECIPES,
+        grace_period=job.grace_period, max_restarts=job.max_restarts, user_error=USER_ERROR,
+        bucket=bucket.name, mount=MOUNT, mount_options=MOUNT_OPTIONS,
+    )  # fmt: skip
     xpk = ("or with xpk, which has its own queues", make_xpk_commands(job, options, bucket))
     return Submission(
         filename=f"{job.name}.yaml",

@@ -111,16 +111,10 @@ def make_job(plan: PlanFile, *, workdir: str, name: str | None, grace_period: in
             f"--config.mesh.replica={topology.slices}"
         )
     return Job(
-        config=config,
-        recipe=recipe,
-        input_paths=find_input_paths(run_config),
-        overrides=tuple(plan.overrides),
-        topology=topology,
-        workdir=workdir,
-        name=_job_name(name, workdir),
-        grace_period=grace_period,
+        config=config, recipe=recipe, input_paths=find_input_paths(run_config), overrides=tuple(plan.overrides),
+        topology=topology, workdir=workdir, name=_job_name(name, workdir), grace_period=grace_period,
         max_restarts=max_restarts,
-    )
+    )  # fmt: skip
 
 
 def _job_name(name: str | None, workdir: str) -> str:

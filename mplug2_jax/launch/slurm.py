@@ -54,21 +54,13 @@ def render_slurm(job: Job, options: SlurmOptions) -> Submission:
     gpu = chip.platform == "gpu"
     text = render(
         "slurm.sbatch.j2",
-        name=job.name,
-        nodes=job.topology.hosts_per_slice,
-        gpus=chips_per_node if gpu else 0,
-        cpus=0 if gpu else chips_per_node,
+        name=job.name, nodes=job.topology.hosts_per_slice,
+        gpus=chips_per_node if gpu else 0, cpus=0 if gpu else chips_per_node,
         options={option: value for option, value in cluster_options.items() if value is not None},
-        grace_period=job.grace_period,
-        max_restarts=job.max_restarts,
-        container=_container_options(options.image, workdir),
-        command=job.command(recipe_path=recipe_path),
-        recipe=job.recipe.text if job.recipe else "",
-        recipe_folder=parent,
-        recipe_file=recipe_path,
-        user_error=USER_ERROR,
-        preempted=PREEMPTED,
-    )
+        container=_container_options(options.image, workdir), command=job.command(recipe_path=recipe_path),
+        recipe=job.recipe.text if job.recipe else "", recipe_folder=parent, recipe_file=recipe_path,
+        grace_period=job.grace_period, max_restarts=job.max_restarts, user_error=USER_ERROR, preempted=PREEMPTED,
+    )  # fmt: skip
     return Submission(
         filename=f"{job.name}.sbatch",
         text=text,

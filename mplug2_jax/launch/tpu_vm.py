@@ -17,11 +17,8 @@ from mplug2_jax.launch.job import (
 from mplug2_jax.launch.templates import render
 
 RUNTIMES = {
-    "v4": "tpu-ubuntu2204-base",
-    "v5e": "v2-alpha-tpuv5-lite",
-    "v5p": "v2-alpha-tpuv5",
-    "v6e": "v2-alpha-tpuv6e",
-}
+    "v4": "tpu-ubuntu2204-base", "v5e": "v2-alpha-tpuv5-lite", "v5p": "v2-alpha-tpuv5", "v6e": "v2-alpha-tpuv6e",
+}  # fmt: skip
 """The runtime version of Google's machine images for JAX, by chip."""
 _RECIPE_FILE = "/tmp/mplug2-recipe.py"  # on the hosts
 _NAME = r"[a-z0-9]([-a-z0-9.:]{0,61}[a-z0-9])?"
@@ -71,18 +68,10 @@ def render_tpu_vm(job: Job, options: TpuVmOptions) -> Submission:
             *(["--spot"] if options.spot else []),
             *(["--reserved"] if options.reserved else []),
         ],
-        image=options.image,
-        registry=registry if registry.endswith((".pkg.dev", "gcr.io")) else "",
-        bucket=bucket.name,
-        mount=MOUNT,
-        volume=f"{MOUNT}:{MOUNT}",
-        command=job.command(bucket.workdir, recipe_path),
-        recipe=job.recipe.text if job.recipe else "",
-        recipe_file=_RECIPE_FILE,
-        recipe_volume=f"{_RECIPE_FILE}:{recipe_path}:ro",
-        grace_period=job.grace_period,
-        max_restarts=job.max_restarts,
-        user_error=USER_ERROR,
-        preempted=PREEMPTED,
-    )
+        image=options.image, registry=registry if registry.endswith((".pkg.dev", "gcr.io")) else "",
+        bucket=bucket.name, mount=MOUNT, volume=f"{MOUNT}:{MOUNT}",
+        command=job.command(bucket.workdir, recipe_path), recipe=job.recipe.text if job.recipe else "",
+        recipe_file=_RECIPE_FILE, recipe_volume=f"{_RECIPE_FILE}:{recipe_path}:ro",
+        grace_period=job.grace_period, max_restarts=job.max_restarts, user_error=USER_ERROR, preempted=PREEMPTED,
+    )  # fmt: skip
     return Submission(filename=f"{job.name}.sh", text=text, command=("bash",), notes=describe_input_paths(job, MOUNT))

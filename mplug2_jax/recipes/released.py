@@ -119,9 +119,7 @@ def released_run(model: ModelConfig, task: str, name: str, data: TaskData = PLAC
         grad_accum_steps=2 if caption else 1,
         evaluations={
             key: EvaluationConfig(
-                task=objective,
-                data=data_config(source, eval_visual, eval_examples),
-                java_metrics=caption and not small,
+                task=objective, data=data_config(source, eval_visual, eval_examples), java_metrics=caption and not small
             )
             for key, source in data.eval.items()
         },

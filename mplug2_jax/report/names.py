@@ -6,36 +6,15 @@ import re
 _DIRECTIONS = {"text_to_visual": "text → {}", "visual_to_text": "{} → text"}
 _RETRIEVAL = re.compile(r"(reranked_)?(text_to_visual|visual_to_text)_(?:r(\d+)|median_rank)")
 _NAMES = {
-    "accuracy_at_0.5": "accuracy at IoU 0.5",
-    "bleu_1": "BLEU-1",
-    "bleu_2": "BLEU-2",
-    "bleu_3": "BLEU-3",
-    "bleu_4": "BLEU-4",
-    "cider": "CIDEr",
-    "f1": "F1",
-    "masked_share": "masked words correct",
-    "matthews": "Matthews correlation",
-    "mean_iou": "mean IoU",
-    "meteor": "METEOR",
-    "minus_error": "negated error",
-    "minus_rank": "negated rank of the correct text",
-    "pearson": "Pearson",
-    "probability": "probability of the correct class",
-    "rouge_1": "ROUGE-1",
-    "rouge_2": "ROUGE-2",
-    "rouge_l": "ROUGE-L",
-    "spearman": "Spearman",
-    "spice": "SPICE",
-    "top_1": "top-1 accuracy",
-    "top_5": "top-5 accuracy",
-    "vqa_accuracy": "VQA accuracy",
-    "mfu": "MFU",
-    "ilm": "instruction LM",
-    "mlm": "masked LM",
-    "scst": "SCST",
-    "vlc": "contrastive",
-    "vlm": "matching",
-}
+    "accuracy_at_0.5": "accuracy at IoU 0.5", "bleu_1": "BLEU-1", "bleu_2": "BLEU-2", "bleu_3": "BLEU-3",
+    "bleu_4": "BLEU-4", "cider": "CIDEr", "f1": "F1", "masked_share": "masked words correct",
+    "matthews": "Matthews correlation", "mean_iou": "mean IoU", "meteor": "METEOR", "minus_error": "negated error",
+    "minus_rank": "negated rank of the correct text", "pearson": "Pearson",
+    "probability": "probability of the correct class", "rouge_1": "ROUGE-1", "rouge_2": "ROUGE-2",
+    "rouge_l": "ROUGE-L", "spearman": "Spearman", "spice": "SPICE", "top_1": "top-1 accuracy",
+    "top_5": "top-5 accuracy", "vqa_accuracy": "VQA accuracy", "mfu": "MFU",
+    "ilm": "instruction LM", "mlm": "masked LM", "scst": "SCST", "vlc": "contrastive", "vlm": "matching",
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

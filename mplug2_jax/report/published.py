@@ -9,14 +9,9 @@ from importlib.resources import files
 from mplug2_jax.metrics.units import is_fraction
 
 _METRICS = {
-    "accuracy": "accuracy",
-    "CIDEr": "cider",
-    "top1": "top_1",
-    "top5": "top_5",
-    "text_to_video_R@1": "text_to_visual_r1",
-    "text_to_video_R@5": "text_to_visual_r5",
-    "text_to_video_R@10": "text_to_visual_r10",
-}
+    "accuracy": "accuracy", "CIDEr": "cider", "top1": "top_1", "top5": "top_5",
+    **{f"text_to_video_R@{k}": f"text_to_visual_r{k}" for k in (1, 5, 10)},
+}  # fmt: skip
 PLACEHOLDER_FORMAT = "digitworld"  # the format of data that only takes the place of a data set
 
 

@@ -159,7 +159,8 @@ def _read(path: Path, name: str, notes: list[str]) -> Evaluation:
         path, path.stem, task, task_labels(task), int(content["step"]), int(content["num_examples"]),
         [*(_metric_row(name, value, baselines.get(name, math.nan), intervals.get(name), published.get(name), visual)
            for name, value in metrics.items()),
-         *(_absent_row(str(name)) for name in content.get("absent", ()))],
+         *(MetricRow(display_name(str(name)), "absent", "", "–", "–", False, 0.0, None, "", "")
+           for name in content.get("absent", ()))],
         samples, baselines, metrics, intervals, read_confusion(content.get("confusion")), visual,
     )  # fmt: skip
     notes.extend(f"{name}: an image was skipped: {reason}" for reason in image_errors)
@@ -190,10 +191,6 @@ def _metric_row(
         bar_percent(baseline) if math.isfinite(baseline) else None,
         format_metric(name, published.value) if published else "", published.note if published else "",
     )  # fmt: skip
-
-
-def _absent_row(name: str) -> MetricRow:
-    return MetricRow(display_name(name), "absent", "", "–", "–", False, 0.0, None, "", "")
 
 
 def _format_ratio(ratio: float) -> str:
