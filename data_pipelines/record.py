@@ -1,8 +1,10 @@
 """A record: one image, video or text with all its annotations, whatever the task."""
 
+import bisect
 import dataclasses
 import re
 import unicodedata
+from collections.abc import Sequence
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -116,6 +118,25 @@ class Record:
             ("entailments", tuple(e for e in entailments if e.premise and e.hypothesis)),
         ):
             object.__setattr__(self, field, value)
+
+
+def check_index(index: int, length: int, noun: str = "record") -> None:
+    """Raise IndexError for an index outside 0..length-1: negative ones do not count from the end."""
+    if not 0 <= index < length:
+        raise IndexError(f"{noun} {index} of {length}")
+
+
+def locate(index: int, ends: Sequence[int], noun: str = "record") -> tuple[int, int]:
+    """Return which of several concatenated parts has an index, and the index in it. Raises IndexError.
+
+    Args:
+        index: of all parts.
+        ends: the index after the last one of each part.
+        noun: what is counted, for the error.
+    """
+    check_index(index, ends[-1], noun)
+    part = bisect.bisect_right(ends, index)
+    return part, index - (ends[part - 1] if part else 0)
 
 
 @runtime_checkable

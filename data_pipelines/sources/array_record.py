@@ -4,7 +4,6 @@ A record is a MessagePack map: it cannot hold code, bytes stay bytes (JSON would
 fields are omitted. Every record holds ``VERSION``.
 """
 
-import bisect
 import dataclasses
 import itertools
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 
 from data_pipelines.errors import DataError
 from data_pipelines.media import Media
-from data_pipelines.record import Entailment, Expression, Question, Record
+from data_pipelines.record import Entailment, Expression, Question, Record, locate
 from data_pipelines.sources.files import find_files, is_url
 
 VERSION = 1
@@ -103,10 +102,7 @@ class ArrayRecordSource:
         return self._ends[-1]
 
     def __getitem__(self, index: int) -> Record:
-        if not 0 <= index < len(self):
-            raise IndexError(f"record {index} of {len(self)}")
-        shard = bisect.bisect_right(self._ends, index)
-        row = index - (self._ends[shard - 1] if shard else 0)
+        shard, row = locate(index, self._ends)
         return decode_record(self._readers[shard][row], f"record {row} of {self._files[shard]}")
 
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from data_pipelines.config import Kind
 from data_pipelines.errors import DataError
-from data_pipelines.record import Record, Source
+from data_pipelines.record import Record, Source, check_index
 
 
 class OneTextPerRecord:
@@ -34,8 +34,7 @@ class OneTextPerRecord:
         return int(self._stops[-1])
 
     def __getitem__(self, index: int) -> Record:
-        if not 0 <= index < len(self):
-            raise IndexError(f"text {index} of {len(self)}")
+        check_index(index, len(self), "text")
         row = int(np.searchsorted(self._stops, index, side="right"))
         record = self._source[row]
         texts, number = self._texts(record), index - int(self._stops[row - 1] if row else 0)

@@ -7,7 +7,7 @@ from pathlib import PurePosixPath
 from data_pipelines.config import Kind
 from data_pipelines.errors import DataError
 from data_pipelines.media import HEAD_BYTES, Media
-from data_pipelines.record import Record
+from data_pipelines.record import Record, check_index
 from data_pipelines.sources.files import (
     ANIMATED_SUFFIXES,
     file_system,
@@ -88,8 +88,7 @@ class FileSource:
         return len(self._names)
 
     def __getitem__(self, index: int) -> Record:
-        if not 0 <= index < len(self._names):
-            raise IndexError(f"file {index} of {len(self._names)}")
+        check_index(index, len(self), "file")
         name = self._names[index]
         path = self._path(name)
         if self._kind != "text":

@@ -10,7 +10,7 @@ from typing import Any
 from data_pipelines.config import Kind
 from data_pipelines.errors import DataError
 from data_pipelines.media import Media
-from data_pipelines.record import Record
+from data_pipelines.record import Record, check_index
 from data_pipelines.sources.annotations import fields
 from data_pipelines.sources.annotations.rows import Row
 from data_pipelines.sources.annotations.source import MediaContext
@@ -65,8 +65,7 @@ class TfdsSource:
         return len(self._examples)
 
     def __getitem__(self, index: int) -> Record:
-        if not 0 <= index < len(self):
-            raise IndexError(f"example {index} of {len(self)}")
+        check_index(index, len(self), "example")
         key = f"{self._name}/{index}"
         try:
             example = dict(self._examples[index])

@@ -1,6 +1,5 @@
 """WebDataset tars, as img2dataset and video2dataset write them, read in place."""
 
-import bisect
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
@@ -10,7 +9,7 @@ from typing import Any
 from data_pipelines.config import Kind
 from data_pipelines.errors import DataError
 from data_pipelines.media import HEAD_BYTES, Media
-from data_pipelines.record import Record
+from data_pipelines.record import Record, locate
 from data_pipelines.sources.annotations import fields
 from data_pipelines.sources.annotations.rows import Row, normalize_name, parse_json
 from data_pipelines.sources.annotations.source import MediaContext
@@ -48,11 +47,9 @@ class WebDatasetSource:
         return self._ends[-1]
 
     def __getitem__(self, index: int) -> Record:
-        if not 0 <= index < len(self):
-            raise IndexError(f"sample {index} of {len(self)}")
-        shard = bisect.bisect_right(self._ends, index)
+        shard, row = locate(index, self._ends, "sample")
         tar, archive = self._tars[shard], self._names[shard]
-        name, members = tar[index - (self._ends[shard - 1] if shard else 0)]
+        name, members = tar[row]
         key = f"{archive.removesuffix('.tar')}/{name}"
         if DUPLICATED in members:
             raise DataError(f"sample {key} has duplicate members in an ambiguous order; write each sample once")

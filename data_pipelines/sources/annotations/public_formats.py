@@ -8,7 +8,7 @@ from typing import Any
 
 from data_pipelines.config import Kind
 from data_pipelines.errors import DataError
-from data_pipelines.record import Record
+from data_pipelines.record import Record, check_index
 from data_pipelines.sources.annotations.fields import rank_answers
 from data_pipelines.sources.annotations.layouts import detect_format, group_by_id, normalize_id, read_rows
 from data_pipelines.sources.annotations.media import find_media
@@ -210,8 +210,7 @@ class ImageFolder:
         return len(self._names)
 
     def __getitem__(self, index: int) -> Record:
-        if not 0 <= index < len(self._names):
-            raise IndexError(f"image {index} of {len(self._names)}")
+        check_index(index, len(self), "image")
         name, path = self._names[index], f"{self._folder}/{self._names[index]}"
         label, slash, _ = name.partition("/")
         if not slash:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from data_pipelines.config import Kind
 from data_pipelines.errors import DataError
-from data_pipelines.record import Record
+from data_pipelines.record import Record, check_index
 from data_pipelines.sources.annotations.rows import Row
 from data_pipelines.sources.files import find_files
 
@@ -62,8 +62,7 @@ class AnnotationSource:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> Record:
-        if not 0 <= index < len(self._rows):
-            raise IndexError(f"row {index} of {len(self._rows)}")
+        check_index(index, len(self), "row")
         row = self._rows[index]
         try:  # parsed once, however many fields are read
             return self._to_record(dataclasses.replace(row, values=row.fields()), self._context)
