@@ -94,17 +94,13 @@ def infinite_shuffled_mixture(
         length = records[source] // multiple * multiple
         order = grain.MapDataset.range(records[source]).seed(zlib.crc32(f"{seed}/{stream}/{source}".encode()))
         # After repeat() the index still counts on, so it gives the epoch.
-        return order.shuffle()[:length].repeat().map_with_index(_ToRecordRef(source, length))
+        return (
+            order.shuffle()[:length]
+            .repeat()
+            .map_with_index(lambda index, element: RecordRef(source, int(element), index // length))
+        )
 
     orders = [order_of(source) for source in records]
     if len(orders) == 1:
         return orders[0]
     return grain.MapDataset.mix(orders, [weights[source] for source in records])
-
-
-class _ToRecordRef(grain.transforms.MapWithIndex):
-    def __init__(self, source: str, length: int) -> None:
-        self._source, self._length = source, length
-
-    def map_with_index(self, index: int, element: int) -> RecordRef:
-        return RecordRef(self._source, int(element), index // self._length)

@@ -8,7 +8,7 @@ from typing import Any, cast
 from data_pipelines.config import Format, SourceConfig, VisualConfig
 from data_pipelines.digitworld.source import DigitWorld
 from data_pipelines.errors import DataError
-from data_pipelines.record import Record, Source
+from data_pipelines.record import Record, Source, check_index
 from data_pipelines.sources.annotations import fields, glue, public_formats
 from data_pipelines.sources.annotations.source import AnnotationFormat, AnnotationSource
 from data_pipelines.sources.array_record import ArrayRecordSource
@@ -72,8 +72,7 @@ class _Take:
         return self._length
 
     def __getitem__(self, index: int) -> Record:
-        if not 0 <= index < self._length:
-            raise IndexError(f"record {index} of {self._length}")
+        check_index(index, self._length)
         return self._source[index]
 
 
@@ -86,45 +85,37 @@ class FormatSpec:
 
 
 def _digitworld(config: SourceConfig, visual: VisualConfig) -> Source:
+    size = 100_000 if config.max_records is None else config.max_records
     return DigitWorld(
-        config.kind,
-        split=config.split or "train",
-        seed=config.seed,
-        size=100_000 if config.max_records is None else config.max_records,
-        image_size=visual.image_size,
-        num_frames=visual.num_frames,
-        label=config.label,
-    )
+        config.kind, split=config.split or "train", seed=config.seed, size=size, image_size=visual.image_size,
+        num_frames=visual.num_frames, label=config.label,
+    )  # fmt: skip
 
 
 def _annotations(format: AnnotationFormat) -> FormatSpec:
-    names = {"path", "media", "split"} if format.has_splits else {"path", "media"}
+    return FormatSpec(
+        lambda config, visual: AnnotationSource(format, config.path, config.media, config.split, config.kind),
+        frozenset({"path", "media", "split"} if format.has_splits else {"path", "media"}),
+    )
 
-    def open(config: SourceConfig, visual: VisualConfig) -> Source:
-        del visual
-        return AnnotationSource(format, config.path, config.media, config.split, config.kind)
 
-    return FormatSpec(open, frozenset(names))
-
+_PATH = frozenset({"path"})
 
 FORMATS: Mapping[Format, FormatSpec] = {
     "annotations": _annotations(fields.FORMAT),
-    "array_record": FormatSpec(lambda config, visual: ArrayRecordSource(config.path), frozenset({"path"})),
+    "array_record": FormatSpec(lambda config, visual: ArrayRecordSource(config.path), _PATH),
     "coco_captions": _annotations(public_formats.COCO),
     "digitworld": FormatSpec(_digitworld, frozenset({"split", "seed", "label"})),
-    "files": FormatSpec(lambda config, visual: FileSource(config.path, config.kind), frozenset({"path"})),
-    "glue": FormatSpec(_annotations(glue.FORMAT).open, frozenset({"path"})),
-    "image_folder": FormatSpec(
-        lambda config, visual: public_formats.ImageFolder(config.path, config.kind), frozenset({"path"})
-    ),
+    "files": FormatSpec(lambda config, visual: FileSource(config.path, config.kind), _PATH),
+    "glue": FormatSpec(_annotations(glue.FORMAT).open, _PATH),
+    "image_folder": FormatSpec(lambda config, visual: public_formats.ImageFolder(config.path, config.kind), _PATH),
     "karpathy": _annotations(public_formats.KARPATHY),
     "kinetics": _annotations(public_formats.KINETICS),
     "ssv2": _annotations(public_formats.SSV2),
     "tfds": FormatSpec(
-        lambda config, visual: TfdsSource(config.path, config.split or "train", config.kind),
-        frozenset({"path", "split"}),
+        lambda config, visual: TfdsSource(config.path, config.split or "train", config.kind), _PATH | {"split"}
     ),
     "vqa_v2": _annotations(public_formats.VQA),
-    "webdataset": FormatSpec(lambda config, visual: WebDatasetSource(config.path, config.kind), frozenset({"path"})),
+    "webdataset": FormatSpec(lambda config, visual: WebDatasetSource(config.path, config.kind), _PATH),
 }
 """Every format of :data:`Format`."""
