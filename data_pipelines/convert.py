@@ -64,7 +64,7 @@ def convert(
         raise DataError(f"cannot write {shards} shards of {len(source)} records; expected 1 to {len(source)} shards")
     out.mkdir(parents=True, exist_ok=True)
     paths = [out / f"data-{i:05}-of-{shards:05}{SUFFIX}" for i in range(shards)]
-    expected = {path.name for path in paths} | {_manifest_path(path).name for path in paths}
+    expected = {path.name for path in paths} | {path.with_suffix(".json").name for path in paths}
     unexpected = sorted(path.name for path in out.iterdir() if path.name not in expected and path.suffix != ".tmp")
     if unexpected:
         raise DataError(
@@ -82,8 +82,9 @@ def convert(
 
 def read_manifest(path: Path) -> ShardManifest | None:
     """Return the manifest of a shard, of any version; None if the shard was not finished."""
+    manifest_path = path.with_suffix(".json")
     try:
-        fields = msgspec.json.decode(_manifest_path(path).read_bytes(), type=dict[str, Any])
+        fields = msgspec.json.decode(manifest_path.read_bytes(), type=dict[str, Any])
         fields["source"] = {SourceConfig.OLD_NAMES.get(name, name): fields["source"][name] for name in fields["source"]}
         if "faults" in fields:
             fields["bad_records"] = fields.pop("faults")
@@ -91,17 +92,13 @@ def read_manifest(path: Path) -> ShardManifest | None:
     except FileNotFoundError:
         return None
     except (msgspec.MsgspecError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DataError(f"{_manifest_path(path)} is damaged ({error}); remove it to write the shard again") from error
+        raise DataError(f"{manifest_path} is damaged ({error}); remove it to write the shard again") from error
 
 
 def check_shard(path: Path) -> bool | None:
     """Return whether a shard's bytes match the checksum of its manifest; None if it has no manifest."""
     manifest = read_manifest(path)
     return None if manifest is None else (path.is_file() and _sha256(path) == manifest.sha256)
-
-
-def _manifest_path(path: Path) -> Path:
-    return path.with_suffix(".json")
 
 
 def _sha256(path: Path) -> str:
@@ -133,7 +130,7 @@ def _write(source: Source, settings: Mapping[str, Any], path: Path, first: int, 
         dict(settings), first, stop, num_written, temporary.stat().st_size, _sha256(temporary), tuple(bad_records)
     )
     temporary.replace(path)
-    write_atomically(str(_manifest_path(path)), json.dumps(dataclasses.asdict(manifest), indent=1).encode())
+    write_atomically(str(path.with_suffix(".json")), json.dumps(dataclasses.asdict(manifest), indent=1).encode())
     return manifest
 
 

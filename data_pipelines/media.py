@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import Literal
@@ -120,12 +119,17 @@ def is_image_file(head: bytes) -> bool:
     return webp or head.startswith((PNG, b"\xff\xd8\xff")) or (head[4:8] == b"ftyp" and head[8:12] in _BRANDS)
 
 
+def is_missing(media: Media) -> bool:
+    """Return whether media are a local path without a file."""
+    return isinstance(media.data, str) and "://" not in media.data and not os.path.isfile(media.data)
+
+
 def _check_exists(media: Media) -> None:
-    if isinstance(media.data, str) and "://" not in media.data and not os.path.isfile(media.data):
+    if is_missing(media):
         raise DataError(f"{media.name} does not exist or is not a file; expected an image or a video")
 
 
-@contextmanager
+@contextlib.contextmanager
 def open_media(media: Media) -> Iterator[bytes | str]:
     """Provide the media's bytes or local path. Any exception inside becomes a DataError with the media's name.
 

@@ -5,7 +5,6 @@ import contextlib
 import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import grain
 import numpy as np
@@ -14,10 +13,9 @@ from data_pipelines.bad_records import BadRecord
 from data_pipelines.errors import DataError
 from data_pipelines.examples import example_id
 from data_pipelines.loader import ExampleBuilder
-from data_pipelines.media import Media
+from data_pipelines.media import Media, is_missing
 from data_pipelines.order import RecordRef
 from data_pipelines.record import Source
-from data_pipelines.sources.files import is_url
 from data_pipelines.video import read_seconds
 
 MAX_LISTED = 1000
@@ -105,7 +103,7 @@ def _check(builder: ExampleBuilder, ref: RecordRef, views: int) -> _CheckedRecor
     elif media and media.kind != builder.kind:
         kind_of_error = "media of another kind"
     else:
-        kind_of_error = "missing media" if media and _is_missing(media) else "unreadable media"
+        kind_of_error = "missing media" if media and is_missing(media) else "unreadable media"
     try:
         for view in range(views):
             visual = builder.decode(record, ref, view)
@@ -120,10 +118,6 @@ def _seconds(media: Media) -> float | None:
     with contextlib.suppress(DataError):  # animations have no container with a duration
         return read_seconds(media)
     return None
-
-
-def _is_missing(media: Media) -> bool:
-    return isinstance(media.data, str) and not is_url(media.data) and not Path(media.data).is_file()
 
 
 def _duplicate_keys(source: Source, hashes: "np.ndarray[tuple[int], np.dtype[np.int64]]") -> tuple[str, ...]:

@@ -129,11 +129,6 @@ class TarIndex:
     def __len__(self) -> int:
         return int(self._header["samples"])
 
-    @property
-    def path(self) -> str:
-        """Return the path of the tar."""
-        return self._path
-
     def __getitem__(self, row: int) -> Sample:
         """Return the key and the members of one sample."""
         columns = self._columns or self._load()
