@@ -103,9 +103,7 @@ def _affine(frames: Frames, affine: Affine) -> Frames:
     _, height, width, _ = frames.shape
     inverse, fill = _inverse(_about_center(affine, height, width)).ravel().tolist(), (_GRAY,) * 3
     method, bilinear = Image.Transform.AFFINE, Image.Resampling.BILINEAR
-    transform = _per_frame(
-        lambda image, level: image.transform((width, height), method, inverse, bilinear, fillcolor=fill)
-    )
+    transform = _per_frame(lambda image, s: image.transform((width, height), method, inverse, bilinear, fillcolor=fill))
     return transform(frames, 0.0)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from numpy.typing import NDArray
 
 from data_pipelines.config import (
@@ -310,9 +310,7 @@ def _class_index(answer: str, classes: Sequence[str], key: str) -> int:
     raise DataError(f"record {key} has the class '{answer}', expected one of the {len(classes)} classes{hint}")
 
 
-def _pad(
-    ids: Sequence[int], length: int
-) -> tuple[np.ndarray[Any, np.dtype[np.int32]], np.ndarray[Any, np.dtype[np.bool_]]]:
+def _pad(ids: Sequence[int], length: int) -> tuple[Int[np.ndarray, " l"], Bool[np.ndarray, " l"]]:
     padded = np.zeros(length, np.int32)  # the padding id of every tokenizer is 0
     padded[: len(ids)] = ids
     return padded, np.arange(length) < len(ids)

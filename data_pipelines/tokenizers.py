@@ -58,17 +58,15 @@ class Tokenizer(Protocol):
         """Return a hash of the identity, for caches by tokenizer."""
 
 
-def _add_special_tokens(
-    pieces: list[int], cls_id: int, sep_id: int, max_length: int | None, add_sep: bool
-) -> list[int]:
+def _add_special_tokens(tokenizer: Tokenizer, pieces: list[int], max_length: int | None, add_sep: bool) -> list[int]:
     """Return ``[CLS] pieces``, and ``[SEP]`` if ``add_sep``, with the pieces truncated to fit."""
-    end = [sep_id] if add_sep else []
+    end = [tokenizer.sep_id] if add_sep else []
     if max_length is None:
-        return [cls_id, *pieces, *end]
+        return [tokenizer.cls_id, *pieces, *end]
     num_pieces = max_length - 1 - len(end)
     if num_pieces < 0:
         raise DataError(f"max_length is {max_length}, expected at least {1 + len(end)} to hold the special tokens")
-    return [cls_id, *pieces[:num_pieces], *end]
+    return [tokenizer.cls_id, *pieces[:num_pieces], *end]
 
 
 def round_trip(tokenizer: Tokenizer, text: str) -> str:
@@ -125,7 +123,7 @@ class WordPieceTokenizer:
     def encode(self, text: str, max_length: int | None = None, add_sep: bool = True) -> list[int]:
         """See ``Tokenizer``. Raises DataError when ``max_length`` cannot hold the special tokens."""
         pieces: list[int] = self._library.encode(text, add_special_tokens=False).ids
-        return _add_special_tokens(pieces, self.cls_id, self.sep_id, max_length, add_sep)
+        return _add_special_tokens(self, pieces, max_length, add_sep)
 
     def decode(self, ids: Sequence[int]) -> str:
         """See ``Tokenizer``; spaces are cleaned up as in ``join_wordpieces``."""
@@ -186,7 +184,7 @@ class SentencePieceTokenizer:
         """See ``Tokenizer``. Raises DataError when ``max_length`` cannot hold the special tokens."""
         unknown = self._processor.unk_id()
         pieces = [self.unk_id if i == unknown else i + self._offset for i in self._processor.encode(text)]
-        return _add_special_tokens(pieces, self.cls_id, self.sep_id, max_length, add_sep)
+        return _add_special_tokens(self, pieces, max_length, add_sep)
 
     def decode(self, ids: Sequence[int]) -> str:
         """See ``Tokenizer``."""

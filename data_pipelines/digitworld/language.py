@@ -133,13 +133,9 @@ def _existence_questions(scene: Scene, rng: np.random.Generator) -> list[Questio
 def referring_expressions(thing: Thing, rng: np.random.Generator) -> tuple[str, ...]:
     """Return phrases that refer to this thing and no other of its scene, at the start of a video."""
     phrases = (
-        f"the {thing.colour} {thing.name}",
-        f"the {thing.size} {thing.colour} {thing.name}",
-        f"the {thing.colour} digit",
-        f"the {thing.name}",
-        f"the {thing.size} digit",
-        f"the digit at the {thing.place}",
-    )
+        f"the {thing.colour} {thing.name}", f"the {thing.size} {thing.colour} {thing.name}",
+        f"the {thing.colour} digit", f"the {thing.name}", f"the {thing.size} digit", f"the digit at the {thing.place}",
+    )  # fmt: skip
     return _choose_many(rng, phrases, EXPRESSIONS_PER_THING)
 
 

@@ -30,11 +30,9 @@ def bounding_box(thing: Thing, size: int) -> Box:
     ink = _stencil(thing.glyph, side) > 0
     columns, rows = np.flatnonzero(ink.any(0)), np.flatnonzero(ink.any(1))
     return (
-        float(x + columns[0]) / size,
-        float(y + rows[0]) / size,
-        float(x + columns[-1] + 1) / size,
-        float(y + rows[-1] + 1) / size,
-    )
+        float(x + columns[0]) / size, float(y + rows[0]) / size,
+        float(x + columns[-1] + 1) / size, float(y + rows[-1] + 1) / size,
+    )  # fmt: skip
 
 
 def _square(thing: Thing, size: int, time: float) -> tuple[int, int, int]:

@@ -14,13 +14,9 @@ from data_pipelines.digitworld.digits import Split, glyphs_for
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 COLOURS = {
-    "red": (240, 45, 40),
-    "green": (40, 205, 70),
-    "blue": (55, 115, 255),
-    "yellow": (250, 220, 40),
-    "purple": (205, 70, 235),
-    "white": (245, 245, 245),
-}
+    "red": (240, 45, 40), "green": (40, 205, 70), "blue": (55, 115, 255),
+    "yellow": (250, 220, 40), "purple": (205, 70, 235), "white": (245, 245, 245),
+}  # fmt: skip
 SIZES = {"large": 15 / 32, "small": 10 / 32}  # side of the square that holds the digit
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # y points down
