@@ -93,12 +93,9 @@ def infinite_shuffled_mixture(
     def order_of(source: str) -> grain.MapDataset[RecordRef]:
         length = records[source] // multiple * multiple
         order = grain.MapDataset.range(records[source]).seed(zlib.crc32(f"{seed}/{stream}/{source}".encode()))
+        order = order.shuffle()[:length].repeat()
         # After repeat() the index still counts on, so it gives the epoch.
-        return (
-            order.shuffle()[:length]
-            .repeat()
-            .map_with_index(lambda index, element: RecordRef(source, int(element), index // length))
-        )
+        return order.map_with_index(lambda index, element: RecordRef(source, int(element), index // length))
 
     orders = [order_of(source) for source in records]
     if len(orders) == 1:

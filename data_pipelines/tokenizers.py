@@ -122,8 +122,7 @@ class WordPieceTokenizer:
 
     def encode(self, text: str, max_length: int | None = None, add_sep: bool = True) -> list[int]:
         """See ``Tokenizer``. Raises DataError when ``max_length`` cannot hold the special tokens."""
-        pieces: list[int] = self._library.encode(text, add_special_tokens=False).ids
-        return _add_special_tokens(self, pieces, max_length, add_sep)
+        return _add_special_tokens(self, self._library.encode(text, add_special_tokens=False).ids, max_length, add_sep)
 
     def decode(self, ids: Sequence[int]) -> str:
         """See ``Tokenizer``; spaces are cleaned up as in ``join_wordpieces``."""
@@ -189,8 +188,7 @@ class SentencePieceTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """See ``Tokenizer``."""
         skipped = (self.pad_id, self.cls_id, self.sep_id)
-        text: str = self._processor.decode(self.tokens([i for i in ids if i not in skipped]))
-        return text
+        return self._processor.decode(self.tokens([i for i in ids if i not in skipped]))
 
     def tokens(self, ids: Sequence[int]) -> list[str]:
         """See ``Tokenizer``."""

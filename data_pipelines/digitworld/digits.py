@@ -22,8 +22,7 @@ def _load() -> tuple[Float[np.ndarray, "glyph 8 8"], Int[np.ndarray, " glyph"]]:
 
 def glyph_image(glyph: int) -> Float[np.ndarray, "8 8"]:
     """Return one of the 1797 digits, as ink 0..1 in 16 steps."""
-    image: Float[np.ndarray, "8 8"] = _load()[0][glyph]
-    return image
+    return _load()[0][glyph]
 
 
 @functools.cache
@@ -34,5 +33,4 @@ def glyphs_for(digit: int, split: Split) -> Int[np.ndarray, " n"]:
     """
     glyphs = np.flatnonzero(_load()[1] == digit)
     held_out = np.arange(len(glyphs)) % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
-    selected: Int[np.ndarray, " n"] = glyphs[held_out if split == "heldout" else ~held_out]
-    return selected
+    return glyphs[held_out if split == "heldout" else ~held_out]

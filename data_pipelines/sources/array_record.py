@@ -125,10 +125,9 @@ class _Reader:
 
     def __getitem__(self, row: int) -> bytes:
         try:
-            data: bytes = self._reader.read([row])[0]
+            return self._reader.read([row])[0]
         except Exception as error:  # as above
             raise DataError(f"record {row} of {self._path} is damaged ({_reason(error)})") from error
-        return data
 
 
 def _reason(error: Exception) -> str:

@@ -32,7 +32,7 @@ def find_media(folder: str, kind: Kind, *names: str) -> Media | None:
 
 
 def _find(path: str, kind: Kind) -> str | None:
-    if _exists(path):
+    if _exists_remotely(path) if is_url(path) else os.path.isfile(path):
         return path
     folder, _, base = path.rpartition("/")
     files, kind_of_name = _media_in(folder), media_kind(base)
@@ -68,14 +68,7 @@ def _media_in(folder: str) -> Mapping[str, Sequence[str]]:
     return names
 
 
-def _exists(path: str) -> bool:
-    if not is_url(path):
-        return os.path.isfile(path)
-    return _exists_remotely(path)
-
-
 @functools.lru_cache(maxsize=100_000)
 def _exists_remotely(path: str) -> bool:
     system, plain = file_system(path)
-    exists: bool = system.isfile(plain)
-    return exists
+    return system.isfile(plain)
