@@ -89,18 +89,6 @@ def test_ids_are_stable_and_fit_a_signed_integer() -> None:
     assert all(0 <= example_id(str(i)) < 2**63 for i in range(100))
 
 
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        ({"instructions": CAPTION}, "instructions need target_length"),
-        ({"prompt": "a video of"}, "prompt='a video of' needs tokenization='released'"),
-    ],
-)
-def test_inconsistent_configs_are_an_error(config: dict[str, Any], message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        ExampleConfig(**config)
-
-
 def test_records_without_required_fields_are_an_error() -> None:
     with pytest.raises(DataError, match="record r has no caption"):
         make_example(Record(key="r"), ExampleConfig(text_length=8), TOKENIZER, rng())
@@ -120,11 +108,6 @@ def test_a_template_with_unknown_placeholders_lists_the_valid_ones() -> None:
 @pytest.fixture(scope="module")
 def bert(reference: Path) -> WordPieceTokenizer:
     return WordPieceTokenizer(json.loads((reference / "goldens" / "tokenizer.json").read_text())["vocab"])
-
-
-@pytest.fixture(scope="module")
-def golden(reference: Path) -> dict[str, Any]:
-    return json.loads((reference / "goldens" / "tokenizer.json").read_text())
 
 
 def test_released_captions_are_appended_to_the_prompt_which_is_masked(bert) -> None:
@@ -249,15 +232,23 @@ def test_invalid_boxes_are_none(words):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"instructions": CAPTION}, "instructions need target_length"),
+        ({"prompt": "a video of"}, "prompt='a video of' needs tokenization='released'"),
         ({"classes": ("a", "a"), "instructions": LABEL}, "2 names, only 1 of them distinct"),
         ({"classes": ("a", "b"), "instructions": {}}, "classes need instructions"),
         (
             {"classes": ("a", "b"), "instructions": {"caption": InstructionConfig(templates=("",))}},
             "classes need instructions of kind 'label' or 'entailment', found caption",
         ),
+        ({"target_length": 8, "max_references": -1}, "max_references=-1 counts captions"),
+        ({"target_length": 8, "max_references": 2}, "max_references=2 counts captions"),
+        (
+            {"target_length": 8, "max_references": 2, "instructions": CAPTION | LABEL},
+            "max_references=2 counts captions",
+        ),
     ],
 )
-def test_invalid_classes_are_an_error(fields, message):
+def test_inconsistent_configs_are_an_error(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         ExampleConfig(**fields)
 
@@ -272,15 +263,3 @@ def test_references_are_captions_encoded_as_targets() -> None:
     }
     assert not parsed["references"][2].any()
     np.testing.assert_array_equal(parsed["references"][0], parsed["target"])
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"max_references": -1}, {"max_references": 2, "target_length": 8},
-        {"max_references": 2, "target_length": 8, "instructions": CAPTION | LABEL},
-    ],
-)  # fmt: skip
-def test_references_without_captions_are_an_error(fields):
-    with pytest.raises(DataError, match=f"max_references={fields['max_references']} counts captions"):
-        ExampleConfig(**({"instructions": CAPTION, "target_length": 8} | {"instructions": {}} | fields))

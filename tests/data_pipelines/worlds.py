@@ -5,10 +5,13 @@ import json
 import tarfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+from data_pipelines.config import Format, SourceConfig, VisualConfig
 from data_pipelines.convert import encode_frames
 from data_pipelines.digitworld.source import DigitWorld
-from data_pipelines.record import Record
+from data_pipelines.record import Record, Source
+from data_pipelines.sources.formats import open_source
 
 SIZE = 16
 
@@ -26,14 +29,24 @@ def encode_media(record: Record) -> bytes:
     return data
 
 
-def write_tar(path: Path, members: Mapping[str, bytes | str]) -> Path:
-    with tarfile.open(path, "w") as tar:
-        for name, content in members.items():
+def tar_of(*members: tuple[str, bytes | str], format: int = tarfile.GNU_FORMAT) -> bytes:
+    """Return a tar, possibly with duplicate members."""
+    with tarfile.open(fileobj=(packed := io.BytesIO()), mode="w", format=format) as tar:
+        for name, content in members:
             data = content.encode() if isinstance(content, str) else content
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
+    return packed.getvalue()
+
+
+def write_tar(path: Path, members: Mapping[str, bytes | str]) -> Path:
+    path.write_bytes(tar_of(*members.items(), format=tarfile.DEFAULT_FORMAT))
     return path
+
+
+def open_annotations(format: Format, path: Path, **settings: Any) -> Source:
+    return open_source(SourceConfig(format=format, path=str(path), **settings), VisualConfig())
 
 
 def img2dataset(path: Path, count: int = 6, start: int = 0) -> list[Record]:
@@ -42,11 +55,8 @@ def img2dataset(path: Path, count: int = 6, start: int = 0) -> list[Record]:
     members: dict[str, bytes | str] = {}
     for i, record in enumerate(written, start):
         fields = {
-            "caption": record.captions[0],
-            "url": "https://example.org/x.png",
-            "key": f"{i:09}",
-            "status": "success",
-        }
+            "caption": record.captions[0], "url": "https://example.org/x.png", "key": f"{i:09}", "status": "success"
+        }  # fmt: skip
         members |= {
             f"{i:09}.png": encode_media(record), f"{i:09}.txt": record.captions[0], f"{i:09}.json": json.dumps(fields)
         }  # fmt: skip

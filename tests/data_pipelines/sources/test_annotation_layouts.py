@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
-from data_pipelines.config import Format, SourceConfig, VisualConfig
+from data_pipelines.config import Format
 from data_pipelines.errors import DataError
 from data_pipelines.record import Record, Source
-from data_pipelines.sources.formats import open_source
+
+from ..worlds import open_annotations
 
 ROWS = [{"image": "p0.jpg", "caption": "one"}, {"image": "p1.jpg", "caption": "two"}]
 READ = [("p0.jpg", ("one",)), ("p1.jpg", ("two",))]
@@ -22,7 +23,7 @@ VIDEOS = {
 
 def open_file(path: Path, content: str | bytes, format: Format = "annotations", **settings: Any) -> Source:
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return open_source(SourceConfig(format=format, path=str(path), **settings), VisualConfig())
+    return open_annotations(format, path, **settings)
 
 
 def read_all(source: Source) -> list[Record | str]:
@@ -213,7 +214,7 @@ def test_vqa_answers_of_all_annotators_are_read_and_a_question_without_answers_i
     answers = [{"question_id": id, "answers": [{"answer": a} for a in each]} for id, each in given.items()]
     (tmp_path / "vqa_a.json").write_text(json.dumps({"annotations": [*answers, {"question_id": 9, "answers": []}]}))
     (tmp_path / "vqa_q.json").write_text(json.dumps({"questions": questions}))
-    source = open_source(SourceConfig(format="vqa_v2", path=str(tmp_path / "vqa_*.json")), VisualConfig())
+    source = open_annotations("vqa_v2", tmp_path / "vqa_*.json")
     (message,) = caplog.messages
     assert "skipped 1 answers entries whose question_id is not listed" in message
     first, blank, third, without = read_all(source)

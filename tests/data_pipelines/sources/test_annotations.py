@@ -11,15 +11,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipelines.config import Format, SourceConfig, VisualConfig
+from data_pipelines.config import VisualConfig
 from data_pipelines.errors import DataError
-from data_pipelines.record import Entailment, Expression, Question, Record, Source
+from data_pipelines.record import Entailment, Expression, Question, Record
 from data_pipelines.sources.annotations import fields, glue, public_formats
 from data_pipelines.sources.annotations.source import AnnotationSource
-from data_pipelines.sources.formats import FORMATS, open_source
+from data_pipelines.sources.formats import FORMATS
 from data_pipelines.visual import load_visual
 
-from ..worlds import SIZE, encode_media, records
+from ..worlds import SIZE, encode_media, open_annotations, records
 
 VISUAL = VisualConfig(image_size=SIZE, num_frames=4)
 
@@ -37,10 +37,6 @@ def write_media(path: Path, kind: str, index: int = 0) -> Record:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(encode_media(record))
     return record
-
-
-def open_annotations(format: Format, path: Path, **settings: Any) -> Source:
-    return open_source(SourceConfig(format=format, path=str(path), **settings), VISUAL)
 
 
 def check_media(record: Record, original: Record) -> None:
@@ -125,15 +121,10 @@ def test_karpathy_splits(tmp_path: Path) -> None:
     write_media(tmp_path / "coco" / "b.jpg", "image")
     images = [
         {"filepath": "val2014", "filename": "a.jpg", "imgid": 0, "split": "test", "sentences": [{"raw": "A cat. "}]},
-        {
-            "filename": "b.jpg",
-            "imgid": 1,
-            "cocoid": 391895,
-            "split": "restval",
-            "sentences": [{"raw": "B"}, {"raw": "C"}],
-        },
+        {"filename": "b.jpg", "imgid": 1, "cocoid": 391895, "split": "restval",
+         "sentences": [{"raw": "B"}, {"raw": "C"}]},
         {"filename": "c.jpg", "imgid": 2, "split": "train", "sentences": [{"tokens": ["d"]}]},
-    ]
+    ]  # fmt: skip
     path = lines(tmp_path / "dataset_coco.json", {"images": images, "dataset": "coco"})
     media = str(tmp_path / "coco")
     test = open_annotations("karpathy", path, media=media, split="test")
@@ -340,14 +331,9 @@ JSON = st.recursive(
     max_leaves=14,
 )  # fmt: skip
 FORMS = (
-    fields.FORMAT,
-    public_formats.COCO,
-    public_formats.KARPATHY,
-    public_formats.VQA,
-    public_formats.KINETICS,
-    public_formats.SSV2,
-    glue.FORMAT,
-)
+    fields.FORMAT, public_formats.COCO, public_formats.KARPATHY, public_formats.VQA, public_formats.KINETICS,
+    public_formats.SSV2, glue.FORMAT,
+)  # fmt: skip
 
 
 @settings(max_examples=150)

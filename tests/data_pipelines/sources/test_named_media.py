@@ -2,19 +2,18 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import fsspec
 import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines.config import Format, Kind, SourceConfig, VisualConfig
+from data_pipelines.config import Kind
 from data_pipelines.errors import DataError
 from data_pipelines.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES
-from data_pipelines.record import Source
 from data_pipelines.sources.annotations.media import find_media
-from data_pipelines.sources.formats import open_source
+
+from ..worlds import open_annotations
 
 
 def touch(folder: Path, *names: str) -> str:
@@ -85,10 +84,6 @@ def test_animations_that_annotations_name(suffix: str, tmp_path: Path) -> None:
     still = "video" if suffix == "gif" else "image"
     for kind, kinds in (("video", ("video", still)), ("image", ("image", "image"))):
         assert tuple(find(str(tmp_path), kind, f"{name}.{suffix}").split()[0] for name in "ab") == kinds
-
-
-def open_annotations(format: Format, path: Path, **settings: Any) -> Source:
-    return open_source(SourceConfig(format=format, path=str(path), **settings), VisualConfig())
 
 
 LISTS = {

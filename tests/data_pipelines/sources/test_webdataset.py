@@ -25,7 +25,7 @@ from data_pipelines.sources.tar_index import TarIndex
 from data_pipelines.sources.webdataset import WebDatasetSource
 from data_pipelines.visual import load_visual
 
-from ..worlds import SIZE, encode_media, img2dataset, records, write_tar
+from ..worlds import SIZE, encode_media, img2dataset, records, tar_of, write_tar
 
 
 def test_images_with_texts(tmp_path: Path) -> None:
@@ -94,11 +94,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, caplog: pytest.LogCaptu
 
 def test_tars_behind_urls() -> None:
     memory = fsspec.filesystem("memory")
-    with tarfile.open(fileobj=(packed := io.BytesIO()), mode="w") as tar:
-        info = tarfile.TarInfo("1.txt")
-        info.size = 5
-        tar.addfile(info, io.BytesIO(b"hello"))
-    memory.pipe_file("/bucket/a.tar", packed.getvalue())
+    memory.pipe_file("/bucket/a.tar", tar_of(("1.txt", "hello")))
     source = WebDatasetSource("memory://bucket/*.tar", "text")
     assert source[0].texts == ("hello",)
     assert memory.exists("/bucket/a.tar.index")
@@ -166,17 +162,6 @@ def png(name: str) -> bytes:
     file = io.BytesIO()
     Image.new("RGB", (8, 8), name).save(file, "PNG")
     return file.getvalue()
-
-
-def tar_of(*members: tuple[str, bytes | str], format: int = tarfile.GNU_FORMAT) -> bytes:
-    """Return a tar, possibly with duplicate members."""
-    with tarfile.open(fileobj=(packed := io.BytesIO()), mode="w", format=format) as tar:
-        for name, content in members:
-            data = content.encode() if isinstance(content, str) else content
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return packed.getvalue()
 
 
 def sample(name: str, color: str) -> tuple[tuple[str, bytes | str], ...]:
