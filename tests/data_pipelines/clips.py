@@ -15,20 +15,14 @@ from data_pipelines.errors import DataError
 os.environ.setdefault("SVT_LOG", "0")  # the AV1 encoder talks much
 
 ENCODINGS: dict[str, tuple[str, str, Mapping[str, str]]] = {
-    "h264": ("libx264", "mp4", {}),
+    "h264": ("libx264", "mp4", {}), "h264 mkv": ("libx264", "matroska", {}), "h264 ts": ("libx264", "mpegts", {}),
+    "h264 avi": ("libx264", "avi", {}), "h264 raw": ("libx264", "h264", {}),
     "h264 open": ("libx264", "mp4", {"x264-params": "open-gop=1:bframes=3:scenecut=0"}),
     "h264 refresh": ("libx264", "mp4", {"x264-params": "intra-refresh=1:bframes=0"}),
-    "h264 mkv": ("libx264", "matroska", {}),
-    "h264 ts": ("libx264", "mpegts", {}),
-    "h264 avi": ("libx264", "avi", {}),
-    "h264 raw": ("libx264", "h264", {}),
-    "mpeg4 avi": ("mpeg4", "avi", {}),
-    "mpeg4 b": ("mpeg4", "avi", {"bf": "2"}),
-    "mpeg4": ("mpeg4", "mp4", {"bf": "2"}),
-    "av1": ("libsvtav1", "mp4", {"preset": "12"}),
+    "mpeg4 avi": ("mpeg4", "avi", {}), "mpeg4 b": ("mpeg4", "avi", {"bf": "2"}), "mpeg4": ("mpeg4", "mp4", {"bf": "2"}),
+    "av1": ("libsvtav1", "mp4", {"preset": "12"}), "gif": ("gif", "gif", {}),
     "vp9": ("libvpx-vp9", "webm", {"cpu-used": "8", "deadline": "realtime"}),
-    "gif": ("gif", "gif", {}),
-}
+}  # fmt: skip
 """Codec, container and options by name."""
 
 SPARSE = ("h264", "h264 open", "h264 mkv", "h264 ts", "mpeg4 avi", "mpeg4", "av1", "vp9")

@@ -26,12 +26,9 @@ def config(tmp_path: Path) -> DataConfig:
         img2dataset(tmp_path / name / "00000.tar", 4 + 4 * place)
         sources[name] = SourceConfig(format="webdataset", path=str(tmp_path / name))
     return DataConfig(
-        sources=sources,
-        visual=VisualConfig(image_size=8),
-        examples=ExampleConfig(text_length=8),
-        batch_size=16,
+        sources=sources, visual=VisualConfig(image_size=8), examples=ExampleConfig(text_length=8), batch_size=16,
         num_threads=0,
-    )
+    )  # fmt: skip
 
 
 def test_images_of_two_sources_with_equal_names_have_different_ids(

@@ -24,17 +24,10 @@ from data_pipelines.media import Media, available_image_formats
 from tests.data_pipelines.clips import error_message
 
 FORMATS: dict[str, Mapping[str, Any]] = {
-    "JPEG": {"quality": 90},
-    "JPEG progressive": {"quality": 90, "progressive": True},
-    "PNG": {},
-    "WEBP": {"lossless": True},
-    "TIFF": {"compression": "tiff_lzw"},
-    "BMP": {},
-    "GIF": {},
-    "PPM": {},
-    "AVIF": {"quality": 95},
-    "JPEG2000": {},
-}
+    "JPEG": {"quality": 90}, "JPEG progressive": {"quality": 90, "progressive": True}, "PNG": {},
+    "WEBP": {"lossless": True}, "TIFF": {"compression": "tiff_lzw"}, "BMP": {}, "GIF": {}, "PPM": {},
+    "AVIF": {"quality": 95}, "JPEG2000": {},
+}  # fmt: skip
 
 
 def photograph() -> np.ndarray:

@@ -28,14 +28,10 @@ def load(media: Media, size: int = 6, num_frames: int = 2) -> np.ndarray:
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        ("a.png", "image"),
-        ("a.JPG", "image"),
-        ("picture", "image"),
-        ("a.gif", "video"),
-        ("gif", "video"),
-        ("a.mp4", "video"),
+        ("a.png", "image"), ("a.JPG", "image"), ("picture", "image"),
+        ("a.gif", "video"), ("gif", "video"), ("a.mp4", "video"),
     ],
-)
+)  # fmt: skip
 def test_the_kind_of_a_file(name: str, kind: str, tmp_path: Path) -> None:
     path = tmp_path / name
     if name.endswith("mp4"):

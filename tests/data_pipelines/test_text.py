@@ -50,14 +50,10 @@ def test_captions_equal_the_release(name: str, prompted: bool, golden, tokenizer
     assert_batch([release_caption(tokenizer, t, want["max_length"], prompt) for t in want["texts"]], want)
 
 
-def test_full_texts_equal_the_release(golden, tokenizer) -> None:
-    want = golden["caption_train"]
-    assert_batch([release_encode(tokenizer, t, want["max_length"]) for t in want["full_texts"]], want)
-
-
-def test_questions_equal_the_release(golden, tokenizer) -> None:
-    want = golden["question_train"]
-    assert_batch([release_encode(tokenizer, t, want["max_length"]) for t in want["texts"]], want)
+@pytest.mark.parametrize(("name", "texts"), [("caption_train", "full_texts"), ("question_train", "texts")])
+def test_full_texts_and_questions_equal_the_release(name: str, texts: str, golden, tokenizer) -> None:
+    want = golden[name]
+    assert_batch([release_encode(tokenizer, t, want["max_length"]) for t in want[texts]], want)
 
 
 def test_answers_equal_the_release(golden, tokenizer) -> None:

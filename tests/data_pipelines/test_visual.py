@@ -173,16 +173,11 @@ def test_the_release_pretraining_crop_of_images_equals_pillow() -> None:
 @pytest.mark.parametrize(
     ("field", "value", "expected"),
     [
-        ("image_size", 0, "at least 1"),
-        ("num_frames", 0, "at least 1"),
-        ("fps", 0.0, "above 0"),
-        ("num_clips", 0, "at least 1"),
-        ("num_crops", 2, "1 or 3"),
-        ("min_crop_area", 1.5, "above 0 and at most 1"),
-        ("num_ops", 99, "0 to 14"),
-        ("magnitude", 11.0, "0 to 10"),
+        ("image_size", 0, "at least 1"), ("num_frames", 0, "at least 1"), ("fps", 0.0, "above 0"),
+        ("num_clips", 0, "at least 1"), ("num_crops", 2, "1 or 3"), ("min_crop_area", 1.5, "above 0 and at most 1"),
+        ("num_ops", 99, "0 to 14"), ("magnitude", 11.0, "0 to 10"),
     ],
-)
+)  # fmt: skip
 def test_fields_out_of_range(field: str, value: float, expected: str) -> None:
     with pytest.raises(DataError, match=rf"visual\.{field} is {value}, expected {expected}"):
         VisualConfig(**{field: value})
