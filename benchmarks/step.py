@@ -62,10 +62,7 @@ def count_flops(spec: RunSpec, batches: StreamBatches) -> int:
     """Return the FLOPs of one step by this project's count."""
     key = jax.eval_shape(lambda: jax.random.key(0))
     return training_flops(
-        lambda p, b, k: streams_loss(spec, p, None, {}, b, k, jnp.zeros(())),
-        spec.shapes["params"],
-        batches,
-        key,
+        lambda p, b, k: streams_loss(spec, p, None, {}, b, k, jnp.zeros(())), spec.shapes["params"], batches, key
     )
 
 

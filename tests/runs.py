@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,14 @@ def small_run(**overrides: Any) -> RunConfig:
         "watchdog_timeout": 0,
     }
     return RunConfig(**(fields | overrides))
+
+
+def text_run(objectives: Mapping[str, float] | None = None, batch_size: int = 8, **overrides: Any) -> RunConfig:
+    """Return a run on text alone, with MLM unless other objectives are given, and without evaluations."""
+    text = small_run().streams["text"]
+    data = dataclasses.replace(text.data, batch_size=batch_size)
+    text = dataclasses.replace(text, data=data, objectives=objectives or {"mlm": 1.0})
+    return small_run(**({"streams": {"text": text}, "evaluations": {}} | overrides))
 
 
 def recipe_file(run: RunConfig, path: Path) -> Path:

@@ -20,11 +20,31 @@ def run_benchmark(repository: Path, script: str, *args: str) -> str:
     return done.stdout
 
 
+SPEEDS = r" +[\d.]+ s +[\d.]+ s +[\d.]+ +[\d.]+ +[\d.]+$"
+
+
 @pytest.mark.slow
-def test_step(repository: Path) -> None:
-    out = run_benchmark(repository, "step.py", "--size", "tiny", "--steps", "2", "--matmul", "256")
-    for figure in (r"step \(median of +2\) +[\d.]+ s", r"process +[\d.]+ GiB", r"matmul rate +[\d.]+%"):
-        assert re.search(figure, out), out
+@pytest.mark.parametrize(
+    ("command", "figures"),
+    [
+        ("step.py --size tiny --steps 2 --matmul 256",
+         (r"step \(median of +2\) +[\d.]+ s", r"process +[\d.]+ GiB", r"matmul rate +[\d.]+%")),
+        ("torch_runtime.py --size tiny --rounds 1", (f"^forward{SPEEDS}", f"^training step{SPEEDS}")),
+        ("data.py --images 16 --videos 2 --index 30000 --steps 6 --repeats 1",
+         (r"JPEG .*, crop, 224: relative to a minimal loop on one core +\d+%", r"video, .*: two threads / one +[\d.]+x",
+          r"index of 30,000 records: opened in +[\d.]+ s", r"at step 0, and at step 1,000,000 +[\d.]+ s, [\d.]+ s",
+          r"waiting for data +[\d.]+%")),
+        ("overhead.py --steps 2 --batch 2",
+         (r"bare step \(median of 2\) +[\d.]+ ms", r"overhead +-?[\d.]+%", r"MiB of state +[\d.]+ ms")),
+    ],
+    ids=["step", "torch_runtime", "data", "overhead"],
+)  # fmt: skip
+def test_figures_are_printed(command: str, figures: tuple[str, ...], repository: Path) -> None:
+    if command.startswith("torch"):
+        pytest.importorskip("torch")
+    out = run_benchmark(repository, *command.split())
+    for figure in figures:
+        assert re.search(figure, out, re.MULTILINE), out
 
 
 def test_generation_takes_at_most_a_fiftieth_of_the_release_s_flops(repository: Path) -> None:
@@ -43,14 +63,6 @@ def test_scores_equal_those_of_reference_implementations(repository: Path) -> No
 
 
 @pytest.mark.slow
-def test_torch_runtime(repository: Path) -> None:
-    pytest.importorskip("torch")
-    out = run_benchmark(repository, "torch_runtime.py", "--size", "tiny", "--rounds", "1")
-    for call in ("forward", "training step"):
-        assert re.search(rf"^{call} +[\d.]+ s +[\d.]+ s +[\d.]+ +[\d.]+ +[\d.]+$", out, re.MULTILINE), out
-
-
-@pytest.mark.slow
 def test_meshes_agree_with_one_device(repository: Path) -> None:
     out = run_benchmark(repository, "meshes.py", "--only", "2x1x1x2x2", "--steps", "5")
     *sizes, loss, parameters, _ = out.splitlines()[-1].split()
@@ -60,31 +72,12 @@ def test_meshes_agree_with_one_device(repository: Path) -> None:
 
 
 @pytest.mark.slow
-def test_data(repository: Path) -> None:
-    small = ("--images", "16", "--videos", "2", "--index", "30000", "--steps", "6", "--repeats", "1")
-    out = run_benchmark(repository, "data.py", *small)
-    for figure in (
-        r"JPEG .*, crop, 224: relative to a minimal loop on one core +\d+%", r"video, .*: two threads / one +[\d.]+x",
-        r"index of 30,000 records: opened in +[\d.]+ s", r"at step 0, and at step 1,000,000 +[\d.]+ s, [\d.]+ s",
-        r"waiting for data +[\d.]+%",
-    ):  # fmt: skip
-        assert re.search(figure, out), out
-
-
-@pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_drills(repository: Path, tmp_path: Path) -> None:
     """All drills run in one process because they share the undisturbed runs."""
     out = run_benchmark(repository, "drills.py", "all", "--times", "3", "--bound", "90", "--work", str(tmp_path))
     passed = re.findall(r"^(elastic|preempt|kill) .*  ok  ", out.rpartition("details")[2], re.MULTILINE)
     assert collections.Counter(passed) == {"elastic": 3, "preempt": 2, "kill": 4}
-
-
-@pytest.mark.slow
-def test_overhead(repository: Path) -> None:
-    out = run_benchmark(repository, "overhead.py", "--steps", "2", "--batch", "2")
-    for figure in (r"bare step \(median of 2\) +[\d.]+ ms", r"overhead +-?[\d.]+%", r"MiB of state +[\d.]+ ms"):
-        assert re.search(figure, out), out
 
 
 @pytest.mark.slow

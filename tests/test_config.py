@@ -238,8 +238,3 @@ def test_recipes_are_found_by_file_and_by_name(tmp_path: Path, monkeypatch: pyte
     assert find_recipe("demo.py") == Path("demo.py")
     assert load_recipe("demo.py").arg == ""
     assert load_recipe("demo.py:large", ["--config.arg=small"]).arg == "small"
-
-
-def test_an_unknown_recipe_is_refused_with_the_closest_name() -> None:
-    with pytest.raises(UserError, match=r"recipe 'demmo' is neither a file nor a shipped recipe: did you mean 'demo'"):
-        find_recipe("demmo")

@@ -25,9 +25,9 @@ from mplug2_jax.evaluation.config import EvaluationConfig
 from mplug2_jax.model.config import model_config
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.training.config import RunConfig
-from tests.cli.conftest import command
+from tests.cli.conftest import mplug2
 from tests.data_pipelines.worlds import encode_media, img2dataset, records
-from tests.runs import recipe_file, small_run
+from tests.runs import recipe_file, text_run
 from tests.weights import official_file
 
 
@@ -41,7 +41,7 @@ def commands(page: str) -> list[list[str]]:
 
 
 def run(args: Sequence[str], status: int = 0) -> str:
-    outcome = command(*args)
+    outcome = mplug2(*args)
     assert outcome.status == status, f"mplug2 {shlex.join(args)}\n{outcome.out}\n{outcome.err}"
     return outcome.out
 
@@ -101,14 +101,10 @@ def world(here: Path) -> Path:
 @pytest.mark.timeout(600)
 def test_runs(repository: Path, here: Path) -> None:
     """Use a smaller recipe than the page's."""
-    text = dataclasses.replace(small_run().streams["text"], objectives={"mlm": 1.0})
-    heldout = dataclasses.replace(
-        text.data, sources={"digits": SourceConfig(kind="text", split="heldout", max_records=8)}
-    )
-    run = small_run(
-        streams={"text": text}, evaluations={"words": EvaluationConfig(task="mlm", data=heldout, num_samples=2)},
-        mesh=MeshConfig(fsdp=-1),
-    )  # fmt: skip
+    heldout = {"digits": SourceConfig(kind="text", split="heldout", max_records=8)}
+    data = dataclasses.replace(text_run().streams["text"].data, sources=heldout)
+    evaluations = {"words": EvaluationConfig(task="mlm", data=data, num_samples=2)}
+    run = text_run(evaluations=evaluations, mesh=MeshConfig(fsdp=-1))
     recipe = str(recipe_file(run, here / "recipe.py"))
     for args in commands((repository / "docs" / "runs.md").read_text()):
         args = [{"demo": recipe, "120": "3"}.get(arg, arg) for arg in args]

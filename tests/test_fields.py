@@ -9,7 +9,7 @@ import pytest
 from mplug2_jax.config import build, load_recipe, override
 from mplug2_jax.fields import config_groups, describe_type, field_descriptions, iter_fields, render_markdown
 from mplug2_jax.training.config import AdamWConfig, RunConfig
-from tests.cli.conftest import command
+from tests.cli.conftest import mplug2
 
 HEAD = """# Every field of a run
 
@@ -57,9 +57,9 @@ def test_the_page_matches_the_dataclasses(repository: Path) -> None:
 
 
 def test_the_command_prints_overrides_with_their_descriptions() -> None:
-    shown = command("config", "demo", "--only", "clip_norm", "--config.optimizer.clip_norm=2.5")
+    shown = mplug2("config", "demo", "--only", "clip_norm", "--config.optimizer.clip_norm=2.5")
     (line,) = shown.out.splitlines()
     assert line.startswith("--config.optimizer.clip_norm=2.5  # global norm of the gradient")
-    wrong = command("config", "demo", "--only", "learnign_rate")
+    wrong = mplug2("config", "demo", "--only", "learnign_rate")
     assert wrong.status == 2
     assert "did you mean 'learning_rate'?" in wrong.err

@@ -5,7 +5,6 @@ import dataclasses
 import io
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -69,7 +68,7 @@ class Outcome:
         return cls(status, out, LOG_LINE.sub("", err), "".join(LOG_LINE.findall(err)))
 
 
-def command(*words: object) -> Outcome:
+def mplug2(*words: object) -> Outcome:
     """Run ``mplug2 WORDS``."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -78,11 +77,6 @@ def command(*words: object) -> Outcome:
         except SystemExit as stop:
             status = int(stop.code or 0)
     return Outcome.split(status, out.getvalue(), err.getvalue())
-
-
-@pytest.fixture(scope="package")
-def mplug2() -> Callable[..., Outcome]:
-    return command
 
 
 @pytest.fixture(scope="package")
@@ -128,7 +122,7 @@ class TrainedRun:
 def trained(tmp_path_factory: pytest.TempPathFactory, recipes: Path) -> TrainedRun:
     """Return a text model that was trained for two steps. Tests that change the folder copy it."""
     workdir, recipe = tmp_path_factory.mktemp("runs") / "text", recipes / "text.py"
-    return TrainedRun(workdir, recipe, command("train", "--config", recipe, "--workdir", workdir))
+    return TrainedRun(workdir, recipe, mplug2("train", "--config", recipe, "--workdir", workdir))
 
 
 @pytest.fixture
@@ -189,14 +183,7 @@ def media(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="package")
-def snapshot() -> Callable[[Path], dict[str, bytes]]:
-    """Return a function that maps every path below a folder to the bytes of the file, empty for a folder."""
-
-    def take(folder: Path) -> dict[str, bytes]:
-        return {
-            str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b""
-            for path in sorted(folder.rglob("*"))
-        }
-
-    return take
+def snapshot(folder: Path) -> dict[str, bytes]:
+    """Return the bytes of every file below a folder by its path, empty for a folder."""
+    paths = sorted(folder.rglob("*"))
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b"" for path in paths}

@@ -11,10 +11,9 @@ from typing import Any
 
 import pytest
 
-from .conftest import Outcome, TrainedRun
+from .conftest import Outcome, TrainedRun, mplug2, snapshot
 
 Refused = Callable[..., str]
-Snapshot = Callable[[Path], dict[str, bytes]]
 
 
 def error_of(outcome: Outcome) -> str:
@@ -28,7 +27,7 @@ def error_of(outcome: Outcome) -> str:
 
 
 @pytest.fixture
-def refused(mplug2: Callable[..., Outcome], snapshot: Snapshot, trained: TrainedRun, tmp_path: Path) -> Refused:
+def refused(trained: TrainedRun, tmp_path: Path) -> Refused:
     """Return a function that runs a command, which must fail and change no file, and returns its error message."""
 
     def run(*words: object) -> str:
@@ -205,9 +204,7 @@ def test_a_config_that_was_changed_does_not_fit_its_checkpoint(
     assert message in refused("eval", "--workdir", workdir)
 
 
-def test_a_part_that_only_the_config_has_is_missed_where_it_is_read(
-    refused: Refused, workdir: Path, mplug2: Callable[..., Outcome]
-) -> None:
+def test_a_part_that_only_the_config_has_is_missed_where_it_is_read(refused: Refused, workdir: Path) -> None:
     edit(workdir, lambda values: values["streams"]["text"]["objectives"].update(ilm=1.0))
     (workdir / "a.txt").write_text("a red digit")
     assert "lacks params/decoder/" in refused("generate", "--workdir", workdir, workdir / "a.txt")
@@ -260,9 +257,7 @@ def test_a_broken_checkpoint_is_refused(
     assert "object has no attribute" not in error
 
 
-def test_a_checkpoint_that_lost_its_data_is_neither_read_nor_resumed(
-    mplug2: Callable[..., Outcome], snapshot: Snapshot, trained: TrainedRun, workdir: Path
-) -> None:
+def test_a_checkpoint_that_lost_its_data_is_neither_read_nor_resumed(trained: TrainedRun, workdir: Path) -> None:
     for path in (workdir / "checkpoints" / "2" / "state" / "ocdbt.process_0" / "d").iterdir():
         path.write_bytes(b"")
     before = snapshot(workdir / "checkpoints")
@@ -336,11 +331,7 @@ def test_a_refusal_is_one_line_of_the_whole_process_too(workdir: Path, repositor
         ("noise", b"no picture at all", "cannot be read as a video: "),
         ("cut.png", "a.png", "cannot be read as an image: image file is truncated"),
         ("cut.mp4", "a.mp4", "cannot be read as a video: "),
-        (
-            "empty.txt",
-            b" \n",
-            "is empty; expected an instruction, or the text for {text} in --instruction",
-        ),
+        ("empty.txt", b" \n", "is empty; expected an instruction, or the text for {text} in --instruction"),
         ("latin.txt", b"caf\xe9", "is not UTF-8 text (unexpected end of data at byte 3)"),
     ],
 )

@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +17,7 @@ from mplug2_jax.evaluation.results import EvaluationResult
 from mplug2_jax.evaluation.samples import Sample
 from mplug2_jax.training import workdir as workdir_module
 
-from .conftest import Outcome, TrainedRun
-
-Mplug2 = Callable[..., Outcome]
+from .conftest import Outcome, TrainedRun, mplug2, snapshot
 
 
 def table_rows(out: str) -> list[list[str]]:
@@ -81,7 +78,7 @@ def test_training_leaves_everything_in_the_work_directory(trained: TrainedRun) -
     assert "<svg" in page
 
 
-def test_eval_finds_what_training_found(trained: TrainedRun, workdir: Path, mplug2: Mplug2) -> None:
+def test_eval_finds_what_training_found(trained: TrainedRun, workdir: Path) -> None:
     results = workdir / "evaluations/2/masked_words.json"
     before = json.loads(results.read_text())
     results.unlink()
@@ -92,9 +89,7 @@ def test_eval_finds_what_training_found(trained: TrainedRun, workdir: Path, mplu
     assert after | {"seconds": 0} == before | {"seconds": 0}
 
 
-def test_eval_only_evaluates_what_is_named_and_leaves_the_checkpoints_alone(
-    snapshot: Callable[[Path], dict[str, bytes]], workdir: Path, mplug2: Mplug2
-) -> None:
+def test_eval_only_evaluates_what_is_named_and_leaves_the_checkpoints_alone(workdir: Path) -> None:
     # What a run that goes on would be saving just now.
     unfinished = workdir / "checkpoints" / "3.orbax-checkpoint-tmp-1"
     unfinished.mkdir()
@@ -119,9 +114,7 @@ def test_eval_only_evaluates_what_is_named_and_leaves_the_checkpoints_alone(
     assert before.keys() == after.keys()
 
 
-def test_a_finished_run_is_evaluated_again_and_loses_nothing(
-    snapshot: Callable[[Path], dict[str, bytes]], trained: TrainedRun, workdir: Path, mplug2: Mplug2
-) -> None:
+def test_a_finished_run_is_evaluated_again_and_loses_nothing(trained: TrainedRun, workdir: Path) -> None:
     before = snapshot(workdir)
     mesh = ("--config.mesh.data=2", "--config.mesh.fsdp=4")
     done = mplug2("train", "--config", trained.recipe, "--workdir", workdir, "--config.log_every=7", *mesh)
@@ -141,7 +134,7 @@ def test_a_finished_run_is_evaluated_again_and_loses_nothing(
     assert json.loads(after["config.json"])["log_every"] == 7
 
 
-def test_a_run_with_damaged_metrics_goes_on(trained: TrainedRun, workdir: Path, mplug2: Mplug2) -> None:
+def test_a_run_with_damaged_metrics_goes_on(trained: TrainedRun, workdir: Path) -> None:
     with (workdir / "metrics.jsonl").open("ab") as file:
         file.write(b'5\n{"no": "step"}\n\xff\xfe\n{"step": 2, "lo')
     fewer = "--config.evaluations.more_words.num_samples=0"
@@ -151,7 +144,7 @@ def test_a_run_with_damaged_metrics_goes_on(trained: TrainedRun, workdir: Path, 
     assert steps == [1, 2, 2, 2, 2, 2, 2]
 
 
-def test_generate_prints_a_line_for_each_file(pictures: Path, media: Path, mplug2: Mplug2) -> None:
+def test_generate_prints_a_line_for_each_file(pictures: Path, media: Path) -> None:
     files = [media / name for name in ("a.png", "a.mp4", "a.gif", "a.txt")]
     done = mplug2(
         "generate",
@@ -169,7 +162,7 @@ def test_generate_prints_a_line_for_each_file(pictures: Path, media: Path, mplug
     assert [line.partition(": ")[0] for line in done.out.splitlines()] == [str(file) for file in files]
 
 
-def test_generate_draws_by_its_seed(pictures: Path, media: Path, mplug2: Mplug2) -> None:
+def test_generate_draws_by_its_seed(pictures: Path, media: Path) -> None:
     files = [media / "a.png"] * 3
     words = ("generate", "--workdir", pictures, *files, "--top-p", 0.99, "--num-beams", 1, "--max-length", 4)
     one, again, other = (mplug2(*words, "--temperature", 5, "--seed", seed).out for seed in (1, 1, 100))
@@ -182,9 +175,7 @@ def test_generate_draws_by_its_seed(pictures: Path, media: Path, mplug2: Mplug2)
 
 
 @pytest.mark.parametrize(("kind", "suffix", "frames"), [("image", "png", 1), ("video", "mp4", 4)])
-def test_data_sample_writes_files_and_says_what_they_show(
-    kind: str, suffix: str, frames: int, tmp_path: Path, mplug2: Mplug2
-) -> None:
+def test_data_sample_writes_files_and_says_what_they_show(kind: str, suffix: str, frames: int, tmp_path: Path) -> None:
     done = mplug2("data", "sample", "--kind", kind, "--count", 2, "--out", tmp_path / "new" / "folder")
     assert (done.status, done.err) == (0, "")
     files = [tmp_path / "new" / "folder" / f"{kind}-{i}.{suffix}" for i in range(2)]
@@ -196,7 +187,7 @@ def test_data_sample_writes_files_and_says_what_they_show(
 
 
 @pytest.mark.parametrize("kind", ["wordpiece", "sentencepiece"])
-def test_data_tokenizer_learns_from_files(kind: str, tmp_path: Path, mplug2: Mplug2) -> None:
+def test_data_tokenizer_learns_from_files(kind: str, tmp_path: Path) -> None:
     texts = [tmp_path / "a.txt", tmp_path / "b.txt"]
     texts[0].write_text("a small red digit moves\n\nthe blue one stays\n" * 20)
     texts[1].write_text("what happens here\n" * 20)
@@ -210,9 +201,7 @@ def test_data_tokenizer_learns_from_files(kind: str, tmp_path: Path, mplug2: Mpl
     assert tokenizer.decode(tokenizer.encode("what small red digit stays")) == "what small red digit stays"
 
 
-def test_data_tokenizer_learns_from_digitworld_without_files(
-    tmp_path: Path, mplug2: Mplug2, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_data_tokenizer_learns_from_digitworld_without_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workdir_module, "vocabulary_texts", lambda: iter(["a yellow seven"] * 9))
     done = mplug2("data", "tokenizer", "--vocab-size", 90, "--out", tmp_path / "pieces")
     assert done.status == 0
@@ -221,7 +210,7 @@ def test_data_tokenizer_learns_from_digitworld_without_files(
     assert tokenizer.unk_id not in tokenizer.encode("0 1 2 3 4 5 6 7 8 9")
 
 
-def test_report_prints_where_the_page_is(workdir: Path, mplug2: Mplug2) -> None:
+def test_report_prints_where_the_page_is(workdir: Path) -> None:
     (workdir / "report.html").unlink()
     assert mplug2("report", workdir) == Outcome(0, f"{workdir / 'report.html'}\n", "")
     assert (workdir / "report.html").stat().st_size > 10_000
@@ -229,9 +218,7 @@ def test_report_prints_where_the_page_is(workdir: Path, mplug2: Mplug2) -> None:
     assert mplug2("report", folder) == Outcome(0, f"{folder / 'report.html'}\n", "")
 
 
-def test_report_compares_two_and_overwrites_nothing(
-    trained: TrainedRun, workdir: Path, tmp_path: Path, mplug2: Mplug2
-) -> None:
+def test_report_compares_two_and_overwrites_nothing(trained: TrainedRun, workdir: Path, tmp_path: Path) -> None:
     words = ("report", trained.workdir, "--against", workdir, "--out", tmp_path / "page.html")
     assert mplug2(*words) == Outcome(0, f"{tmp_path / 'page.html'}\n", "")
     assert "the same score on every example" in (tmp_path / "page.html").read_text(encoding="utf-8")

@@ -1,12 +1,11 @@
 """The script of ``mplug2 completion`` completes command lines in a real shell."""
 
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from .conftest import Outcome
+from .conftest import mplug2
 
 COMPLETIONS = {
     ("tr",): {"train"},
@@ -34,7 +33,7 @@ done
 """
 
 
-def test_bash_completes_commands_options_recipes_and_paths(mplug2: Callable[..., Outcome], tmp_path: Path) -> None:
+def test_bash_completes_commands_options_recipes_and_paths(tmp_path: Path) -> None:
     script = tmp_path / "script"
     script.write_text(mplug2("completion", "bash").out)
     subprocess.run(["bash", "-n", script], check=True)
@@ -51,7 +50,7 @@ def test_bash_completes_commands_options_recipes_and_paths(mplug2: Callable[...,
 
 
 @pytest.mark.parametrize("shell", ["zsh", "tcsh"])
-def test_scripts_for_other_shells_have_every_command(shell: str, mplug2: Callable[..., Outcome]) -> None:
+def test_scripts_for_other_shells_have_every_command(shell: str) -> None:
     outcome = mplug2("completion", shell)
     assert (outcome.status, outcome.err) == (0, "")
     assert all(word in outcome.out for word in ("train", "workdir", "tokenizer"))

@@ -3,7 +3,6 @@
 import html
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,9 +10,7 @@ from PIL import Image
 
 from tests.data_pipelines.worlds import encode_media, img2dataset, records, write_tar
 
-from .conftest import Outcome
-
-Mplug2 = Callable[..., Outcome]
+from .conftest import mplug2
 
 
 @pytest.fixture
@@ -50,7 +47,7 @@ def get_config():
     return path
 
 
-def test_show_writes_the_batch_of_a_step_and_escapes_texts(mplug2: Mplug2, tmp_path: Path, recipes: Path) -> None:
+def test_show_writes_the_batch_of_a_step_and_escapes_texts(tmp_path: Path, recipes: Path) -> None:
     hostile = "<script>alert(1)</script>"
     images = [encode_media(record) for record in records("image", 4)]
     members: dict[str, bytes | str] = {}
@@ -77,9 +74,7 @@ def test_show_writes_the_batch_of_a_step_and_escapes_texts(mplug2: Mplug2, tmp_p
     assert (again.status, again.err) == (2, f"mplug2: error: {page} exists; choose another --out\n")
 
 
-def test_validate_reports_errors_in_its_output_and_status(
-    mplug2: Mplug2, tmp_path: Path, recipes: Path, tars: Path
-) -> None:
+def test_validate_reports_errors_in_its_output_and_status(tmp_path: Path, recipes: Path, tars: Path) -> None:
     good = mplug2("data", "validate", f"webdataset:{tars}")
     assert (good.status, good.err) == (0, "")
     assert "  5 records, 5 encoded images, 0 encoded videos\n" in good.out
@@ -96,7 +91,7 @@ def test_validate_reports_errors_in_its_output_and_status(
     assert done.out.splitlines()[-1] == "2 of 2 records unusable: 1 unreadable media, 1 unreadable records"
 
 
-def test_validate_allows_a_bad_fraction_and_reports_as_json(mplug2: Mplug2, tmp_path: Path) -> None:
+def test_validate_allows_a_bad_fraction_and_reports_as_json(tmp_path: Path) -> None:
     rows = [{"image": "a.png", "caption": "x"}] * 3 + [{"image": "a.png", "caption": "\x1b[31m \ud83d"}]
     (tmp_path / "a.png").write_bytes(encode_media(records("image", 1)[0]))
     (tmp_path / "rows.json").write_text(json.dumps(rows))
@@ -127,7 +122,7 @@ def test_validate_allows_a_bad_fraction_and_reports_as_json(mplug2: Mplug2, tmp_
     assert done.out.splitlines()[-1] == "OK: all 1 records are usable; warnings above"
 
 
-def test_validate_reads_a_recipe_with_its_evaluations(mplug2: Mplug2, tmp_path: Path, recipes: Path) -> None:
+def test_validate_reads_a_recipe_with_its_evaluations(tmp_path: Path, recipes: Path) -> None:
     """A record with too few answers to be scored is unusable in an evaluation, and fine for training."""
     (tmp_path / "a.png").write_bytes(encode_media(records("image", 1)[0]))
     annotated = [["yes"] * 10, ["yes", "", "", ""], ["no"] * 3]
@@ -163,9 +158,7 @@ def get_config():
     assert done.out.splitlines()[-1] == "1 of 6 records unusable: 1 records without required fields"
 
 
-def test_convert_and_chunk_write_files_that_validate(
-    mplug2: Mplug2, tmp_path: Path, tars: Path, vocabulary: Path
-) -> None:
+def test_convert_and_chunk_write_files_that_validate(tmp_path: Path, tars: Path, vocabulary: Path) -> None:
     out = tmp_path / "records"
     words = ("data", "convert", f"webdataset:{tars}", "--out", out, "--shards", 2)
     done = mplug2(*words)
@@ -207,7 +200,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("words", "message"), REFUSED.values(), ids=REFUSED)
-def test_errors_are_one_sentence(words: list[str], message: str, mplug2: Mplug2, tmp_path: Path) -> None:
+def test_errors_are_one_sentence(words: list[str], message: str, tmp_path: Path) -> None:
     done = mplug2("data", *(word.format(tmp=tmp_path) for word in words))
     assert done.status == 2
     assert done.err.startswith(f"mplug2: error: {message.format(tmp=tmp_path)}")

@@ -1,7 +1,6 @@
 """``mplug2 embed``: features of files, resuming, and errors."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +12,8 @@ from mplug2_jax.inference.feature_files import FeatureWriter
 from tests.close import CHAIN, assert_close
 from tests.data_pipelines.worlds import encode_media, records
 
-from .conftest import Outcome, TrainedRun
+from .conftest import TrainedRun, mplug2
 from .test_bad_input import error_of
-
-Mplug2 = Callable[..., Outcome]
 
 
 @pytest.fixture
@@ -43,9 +40,7 @@ def read(out: Path) -> tuple[list[str], np.ndarray]:
     return ids, np.concatenate(rows)
 
 
-def test_a_folder_is_embedded_and_broken_files_are_skipped(
-    contrastive_run: Path, folder: Path, tmp_path: Path, mplug2: Mplug2
-) -> None:
+def test_a_folder_is_embedded_and_broken_files_are_skipped(contrastive_run: Path, folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "features"
     words = ("embed", "--workdir", contrastive_run, folder, "--out", out)
     done = mplug2(*words)
@@ -68,7 +63,7 @@ def test_a_folder_is_embedded_and_broken_files_are_skipped(
 
 @pytest.mark.slow
 def test_a_command_that_was_killed_between_shards_resumes(
-    contrastive_run: Path, folder: Path, tmp_path: Path, mplug2: Mplug2, monkeypatch: pytest.MonkeyPatch
+    contrastive_run: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(features, "SHARD_ROWS", 2)
     words = ("embed", "--workdir", contrastive_run, folder, "--feature", "pooled", "--out")
@@ -93,7 +88,7 @@ def test_a_command_that_was_killed_between_shards_resumes(
     assert_close(rows, whole, CHAIN)
 
 
-def test_a_different_request_is_an_error(contrastive_run: Path, folder: Path, tmp_path: Path, mplug2: Mplug2) -> None:
+def test_a_different_request_is_an_error(contrastive_run: Path, folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "features"
     words = ("embed", "--workdir", contrastive_run, folder, "--out", out)
     mplug2(*words)
@@ -107,9 +102,7 @@ def test_a_different_request_is_an_error(contrastive_run: Path, folder: Path, tm
     assert (out / "index.json").read_bytes() == before
 
 
-def test_the_texts_of_an_annotation_file_are_embedded_each(
-    contrastive_run: Path, media: Path, tmp_path: Path, mplug2: Mplug2
-) -> None:
+def test_the_texts_of_an_annotation_file_are_embedded_each(contrastive_run: Path, media: Path, tmp_path: Path) -> None:
     rows = [{"id": "x", "image": "a.png", "caption": ["a red digit", "a digit"]}, {"image": "b.png", "caption": "blue"}]
     file = tmp_path / "captions.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -123,9 +116,7 @@ def test_the_texts_of_an_annotation_file_are_embedded_each(
     assert np.abs(rows[0] - rows[1]).max() > 1e-3
 
 
-def test_the_clips_of_an_annotation_file_are_embedded(
-    contrastive_run: Path, media: Path, tmp_path: Path, mplug2: Mplug2
-) -> None:
+def test_the_clips_of_an_annotation_file_are_embedded(contrastive_run: Path, media: Path, tmp_path: Path) -> None:
     file = tmp_path / "clips.json"
     file.write_text(json.dumps([{"video": "a.mp4", "caption": "x"}, {"video": "a.gif", "caption": "y"}]))
     words = ("--feature", "vision/norm_pre", "--format", "npz", "--kind", "video", "--media", media)
@@ -153,7 +144,7 @@ def test_the_clips_of_an_annotation_file_are_embedded(
     ],
 )
 def test_invalid_inputs_are_errors(
-    words: str, expected: str, contrastive_run: Path, media: Path, tmp_path: Path, mplug2: Mplug2
+    words: str, expected: str, contrastive_run: Path, media: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "features"
     sentence = error_of(mplug2("embed", "--workdir", contrastive_run, *words.format(media=media).split(), "--out", out))
@@ -161,9 +152,7 @@ def test_invalid_inputs_are_errors(
     assert not out.exists()
 
 
-def test_a_model_without_the_parts_is_an_error(
-    trained: TrainedRun, media: Path, tmp_path: Path, mplug2: Mplug2
-) -> None:
+def test_a_model_without_the_parts_is_an_error(trained: TrainedRun, media: Path, tmp_path: Path) -> None:
     words = ("embed", "--workdir", trained.workdir, "--out", tmp_path / "f")
     assert error_of(mplug2(*words, media / "a.txt")) == (
         "feature 'contrastive' of texts needs the parts contrastive, which this model lacks (it has text, universal, "

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +13,8 @@ from data_pipelines.media import write_image
 from mplug2_jax.evaluation.config import EvaluationConfig
 from tests.runs import QUESTION, SMALL, recipe_file, small_run
 
-from .conftest import Outcome, TrainedRun
+from .conftest import Outcome, TrainedRun, mplug2, snapshot
 from .test_bad_input import error_of
-
-Mplug2 = Callable[..., Outcome]
 
 
 def results(folder: Path) -> dict[str, bytes]:
@@ -31,7 +28,7 @@ def results(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("where", ["", "checkpoints", "checkpoints/2"])
 def test_a_checkpoint_by_its_own_recipe_gives_what_training_gave(
-    where: str, trained: TrainedRun, tmp_path: Path, mplug2: Mplug2
+    where: str, trained: TrainedRun, tmp_path: Path
 ) -> None:
     words = ("--checkpoint", trained.workdir / where, "--out", tmp_path / "out")
     done = mplug2("eval", "--task" if where else "--config", trained.recipe, *words)  # --task is the old name
@@ -43,7 +40,7 @@ def test_a_checkpoint_by_its_own_recipe_gives_what_training_gave(
 
 
 def test_results_go_beside_the_run_and_sizes_are_the_checkpoint_s(
-    trained: TrainedRun, workdir: Path, recipes: Path, mplug2: Mplug2
+    trained: TrainedRun, workdir: Path, recipes: Path
 ) -> None:
     shutil.rmtree(workdir / "evaluations")
     (workdir / "report.html").unlink()
@@ -59,7 +56,7 @@ def test_results_go_beside_the_run_and_sizes_are_the_checkpoint_s(
 
 
 def test_a_checkpoint_without_a_run_needs_a_folder_and_a_tokenizer(
-    trained: TrainedRun, workdir: Path, mplug2: Mplug2, vocabulary: Path
+    trained: TrainedRun, workdir: Path, vocabulary: Path
 ) -> None:
     (workdir / "config.json").unlink()
     words = ("eval", "--config", trained.recipe, "--checkpoint", workdir)
@@ -93,7 +90,7 @@ def test_a_checkpoint_without_a_run_needs_a_folder_and_a_tokenizer(
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused(
-    words: tuple[str, ...], expected: str, trained: TrainedRun, tmp_path: Path, mplug2: Mplug2
+    words: tuple[str, ...], expected: str, trained: TrainedRun, tmp_path: Path
 ) -> None:
     words = tuple(word.format(recipe=trained.recipe) for word in words)
     done = mplug2("eval", *words, "--checkpoint", trained.workdir, "--out", tmp_path / "out")
@@ -101,7 +98,7 @@ def test_what_does_not_fit_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_pictures_of_another_size_are_refused(contrastive_run: Path, tmp_path: Path, mplug2: Mplug2) -> None:
+def test_pictures_of_another_size_are_refused(contrastive_run: Path, tmp_path: Path) -> None:
     words = ("--checkpoint", contrastive_run, "--out", tmp_path / "out")
     done = mplug2("eval", "--config", "finetune:videoqa,tiny", *words)
     assert error_of(done) == (
@@ -110,7 +107,7 @@ def test_pictures_of_another_size_are_refused(contrastive_run: Path, tmp_path: P
     )
 
 
-def test_only_the_parts_that_are_needed_are_read(contrastive_run: Path, tmp_path: Path, mplug2: Mplug2) -> None:
+def test_only_the_parts_that_are_needed_are_read(contrastive_run: Path, tmp_path: Path) -> None:
     """Question answering does not read the contrastive head, which the checkpoint has."""
     done = mplug2(
         "eval", "--config", "finetune:videoqa,tiny", "--checkpoint", contrastive_run, "--out", tmp_path / "out",
@@ -122,9 +119,7 @@ def test_only_the_parts_that_are_needed_are_read(contrastive_run: Path, tmp_path
     assert len((tmp_path / "out" / "video.jsonl").read_text().splitlines()) == 8
 
 
-def test_a_finished_run_is_followed_to_its_end_and_not_twice(
-    trained: TrainedRun, workdir: Path, mplug2: Mplug2, snapshot: Callable[[Path], dict[str, bytes]]
-) -> None:
+def test_a_finished_run_is_followed_to_its_end_and_not_twice(trained: TrainedRun, workdir: Path) -> None:
     shutil.rmtree(workdir / "evaluations")
     before = snapshot(workdir)
     done = mplug2("eval", "--workdir", workdir, "--follow", "--only", "masked_words")
@@ -147,7 +142,7 @@ def test_a_finished_run_is_followed_to_its_end_and_not_twice(
     assert [line.split(" (")[0] for line in more.log.splitlines() if "examples" in line] == ["step 2  more_words"]
 
 
-def test_a_damaged_checkpoint_is_skipped(workdir: Path, mplug2: Mplug2) -> None:
+def test_a_damaged_checkpoint_is_skipped(workdir: Path) -> None:
     shutil.rmtree(workdir / "evaluations")
     (workdir / "checkpoints" / "2" / "meta" / "metadata").write_text("{")
     done = mplug2("eval", "--workdir", workdir, "--follow")
@@ -166,9 +161,7 @@ def test_a_damaged_checkpoint_is_skipped(workdir: Path, mplug2: Mplug2) -> None:
         (("--poll", "3"), "--poll needs --follow: add that, or remove this option"),
     ],
 )
-def test_options_without_meaning_are_errors(
-    words: tuple[str, ...], expected: str, trained: TrainedRun, mplug2: Mplug2
-) -> None:
+def test_options_without_meaning_are_errors(words: tuple[str, ...], expected: str, trained: TrainedRun) -> None:
     assert error_of(mplug2("eval", "--workdir", trained.workdir, *words)) == expected
 
 
@@ -186,7 +179,6 @@ class Bad:
 
     folder: Path
     checkpoint: Path
-    mplug2: Mplug2
 
     def __call__(self, rows: object, task: str, examples: ExampleConfig, *overrides: str) -> Outcome:
         for i in range(3):
@@ -196,15 +188,15 @@ class Bad:
         source = SourceConfig(format="annotations", path=path, media=str(self.folder))
         data = DataConfig(sources={"set": source}, visual=SMALL, examples=examples, batch_size=8, max_bad_fraction=0.5)
         run = small_run(evaluations={"held": EvaluationConfig(task=task, data=data)})
-        return self.mplug2(
+        return mplug2(
             "eval", "--config", recipe_file(run, self.folder / "recipe.py"), "--checkpoint", self.checkpoint, "--out",
             self.folder / "out", "--config.mesh.fsdp=8", *words,
         )  # fmt: skip
 
 
 @pytest.fixture
-def bad(tmp_path: Path, contrastive_run: Path, mplug2: Mplug2) -> Bad:
-    return Bad(tmp_path, contrastive_run, mplug2)
+def bad(tmp_path: Path, contrastive_run: Path) -> Bad:
+    return Bad(tmp_path, contrastive_run)
 
 
 def questions(*answers: str) -> list[dict[str, str]]:

@@ -1,7 +1,6 @@
 """``mplug2 generate`` on many files: batches change nothing, broken files are skipped."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +9,7 @@ import pytest
 from data_pipelines.media import write_image, write_video
 from mplug2_jax.inference.generator import Generator
 
-from .conftest import Outcome
-
-Mplug2 = Callable[..., Outcome]
+from .conftest import Outcome, mplug2
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +36,7 @@ def lines(done: Outcome) -> list[str]:
 @pytest.mark.parametrize("options", [("--num-beams", 2), ("--beams", 1, "--top-p", 0.99, "--temperature", 5)], ids=str)
 @pytest.mark.slow
 def test_answers_in_batches_are_those_of_one_at_a_time(
-    options: tuple[object, ...], contrastive_run: Path, many: Path, mplug2: Mplug2
+    options: tuple[object, ...], contrastive_run: Path, many: Path
 ) -> None:
     words = ("generate", "--workdir", contrastive_run, many, "--max-length", 4, *options)
     alone = lines(mplug2(*words, "--batch-size", 1))
@@ -51,9 +48,7 @@ def test_answers_in_batches_are_those_of_one_at_a_time(
     assert lines(mplug2(*words)) == alone
 
 
-def test_one_program_serves_all_batches_of_a_kind(
-    pictures: Path, many: Path, mplug2: Mplug2, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_program_serves_all_batches_of_a_kind(pictures: Path, many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shapes, make_arrays = [], Generator._arrays
 
     def record(self: Generator, loaded: object, rows: int) -> object:
@@ -68,7 +63,7 @@ def test_one_program_serves_all_batches_of_a_kind(
     assert len(set(shapes)) == 2
 
 
-def test_predictions_are_written_to_a_file_too(pictures: Path, media: Path, tmp_path: Path, mplug2: Mplug2) -> None:
+def test_predictions_are_written_to_a_file_too(pictures: Path, media: Path, tmp_path: Path) -> None:
     out = tmp_path / "predictions.jsonl"
     words = ("generate", "--workdir", pictures, media / "a.txt", media / "a.png", "--out", out)
     printed = lines(mplug2(*words, "--instruction", "is {text} here?", "--max-length", 3))
@@ -82,9 +77,7 @@ def test_predictions_are_written_to_a_file_too(pictures: Path, media: Path, tmp_
     assert [path.name for path in tmp_path.iterdir()] == ["predictions.jsonl"]
 
 
-def test_broken_files_among_many_are_skipped_with_a_warning(
-    pictures: Path, media: Path, tmp_path: Path, mplug2: Mplug2
-) -> None:
+def test_broken_files_among_many_are_skipped_with_a_warning(pictures: Path, media: Path, tmp_path: Path) -> None:
     (tmp_path / "b.png").write_bytes(b"no picture")
     (tmp_path / "c.mp4").write_bytes(b"no clip")
     (tmp_path / "d.txt").write_bytes(b"caf\xe9")
@@ -103,7 +96,7 @@ def test_broken_files_among_many_are_skipped_with_a_warning(
     assert [sampled[0], sampled[3]] == done.out.splitlines()
 
 
-def test_a_folder_without_files_is_an_error(pictures: Path, tmp_path: Path, mplug2: Mplug2) -> None:
+def test_a_folder_without_files_is_an_error(pictures: Path, tmp_path: Path) -> None:
     done = mplug2("generate", "--workdir", pictures, tmp_path)
     assert (done.status, done.out) == (2, "")
     assert f"{tmp_path} holds no image, video or .txt file; found 0 other files" in done.err

@@ -5,7 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 from absl import logging
@@ -16,7 +16,7 @@ from mplug2_jax.cli import data_files, report
 from mplug2_jax.cli.main import main, make_parser
 from mplug2_jax.errors import Preempted, UserError
 
-from .conftest import Outcome
+from .conftest import Outcome, mplug2
 
 
 def walk(parser: argparse.ArgumentParser, *names: str) -> Iterator[tuple[str, ...]]:
@@ -43,7 +43,7 @@ def test_the_commands_are_found() -> None:
 
 
 @every_command
-def test_help_shows_an_example_that_parses(names: tuple[str, ...], mplug2: Callable[..., Outcome]) -> None:
+def test_help_shows_an_example_that_parses(names: tuple[str, ...]) -> None:
     help = mplug2(*names, "--help")
     assert (help.status, help.err) == (0, "")
     words = find_example(help)
@@ -55,13 +55,13 @@ def test_help_shows_an_example_that_parses(names: tuple[str, ...], mplug2: Calla
 
 
 @every_command
-def test_help_says_what_each_command_is_for(names: tuple[str, ...], mplug2: Callable[..., Outcome]) -> None:
+def test_help_says_what_each_command_is_for(names: tuple[str, ...]) -> None:
     text = mplug2(*names, "--help").out.partition("\n\n")[2]
     assert re.match(r"\w.*\.\n", text)
 
 
 @every_command
-def test_unknown_arguments_are_refused(names: tuple[str, ...], mplug2: Callable[..., Outcome]) -> None:
+def test_unknown_arguments_are_refused(names: tuple[str, ...]) -> None:
     refused = mplug2(*find_example(mplug2(*names, "--help")), "--no-such-option")
     assert (refused.status, refused.out) == (2, "")
     assert refused.err.endswith("error: unrecognized arguments: --no-such-option\n")
@@ -88,13 +88,13 @@ def test_unknown_arguments_are_refused(names: tuple[str, ...], mplug2: Callable[
         ("eval --workdir w --step two", "invalid int value: 'two'"),
     ],
 )
-def test_a_wrong_argument_is_named(words: str, message: str, mplug2: Callable[..., Outcome]) -> None:
+def test_a_wrong_argument_is_named(words: str, message: str) -> None:
     refused = mplug2(*words.split())
     assert refused.status == 2
     assert message in refused.err.splitlines()[-1]
 
 
-def test_commands_are_listed_by_purpose_with_a_line_each(mplug2: Callable[..., Outcome]) -> None:
+def test_commands_are_listed_by_purpose_with_a_line_each() -> None:
     listed = mplug2()
     assert listed == mplug2("--help")
     assert (listed.status, listed.err) == (0, "")
@@ -108,44 +108,36 @@ def test_commands_are_listed_by_purpose_with_a_line_each(mplug2: Callable[..., O
     assert all(len(summary) < 80 and summary[0].isupper() and summary[-1] != "." for summary in rows.values())
 
 
-def test_the_version_is_printed(mplug2: Callable[..., Outcome]) -> None:
+def test_the_version_is_printed() -> None:
     assert mplug2("--version") == Outcome(0, f"mplug2 {__version__}\n", "")
 
 
-@pytest.mark.parametrize("kind", [UserError, DataError])
-def test_an_error_is_one_line_whatever_a_library_put_into_it(
-    kind: type[Exception], monkeypatch: pytest.MonkeyPatch, mplug2: Callable[..., Outcome]
-) -> None:
+WRONG = "config.steps is wrong:\n  because  of\n\nthis"  # whatever a library put into it
+
+
+def make_report_fail(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(args: argparse.Namespace) -> int:
-        raise kind("config.steps is wrong:\n  because  of\n\nthis")
+        raise error
 
     monkeypatch.setattr(report, "run", run)
-    assert mplug2("report", "w") == Outcome(2, "", "mplug2: error: config.steps is wrong: because of this\n")
 
 
-def test_a_file_that_the_system_refuses_is_named(
-    monkeypatch: pytest.MonkeyPatch, mplug2: Callable[..., Outcome]
-) -> None:
-    def run(args: argparse.Namespace) -> int:
-        raise PermissionError(13, "Permission denied", "runs/x/config.json")
-
-    monkeypatch.setattr(report, "run", run)
-    assert mplug2("report", "w") == Outcome(2, "", "mplug2: error: runs/x/config.json: Permission denied\n")
-
-
-def test_ctrl_c_exits_with_130(monkeypatch: pytest.MonkeyPatch, mplug2: Callable[..., Outcome]) -> None:
-    def run(args: argparse.Namespace) -> int:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(report, "run", run)
-    assert mplug2("report", "w") == Outcome(130, "", "mplug2: interrupted\n")
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (UserError(WRONG), 2, "error: config.steps is wrong: because of this"),
+        (DataError(WRONG), 2, "error: config.steps is wrong: because of this"),
+        (PermissionError(13, "Permission denied", "runs/config.json"), 2, "error: runs/config.json: Permission denied"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_errors_are_one_line(error: BaseException, status: int, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_report_fail(error, monkeypatch)
+    assert mplug2("report", "w") == Outcome(status, "", f"mplug2: {line}\n")
 
 
 def test_a_bug_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(args: argparse.Namespace) -> int:
-        raise ZeroDivisionError
-
-    monkeypatch.setattr(report, "run", run)
+    make_report_fail(ZeroDivisionError(), monkeypatch)
     with pytest.raises(ZeroDivisionError):
         main(["report", "w"])
 
@@ -175,7 +167,7 @@ def test_verbosity_is_chosen_before_and_after_the_command(
     assert all(line.endswith(" p0] from here") for line in lines)
 
 
-def test_verbose_and_quiet_exclude_each_other(mplug2: Callable[..., Outcome]) -> None:
+def test_verbose_and_quiet_exclude_each_other() -> None:
     refused = mplug2("report", "w", "-v", "--quiet")
     assert refused.status == 2
     assert "not allowed with argument" in refused.err
@@ -184,10 +176,7 @@ def test_verbose_and_quiet_exclude_each_other(mplug2: Callable[..., Outcome]) ->
 def test_preemption_is_a_warning_and_exits_with_75(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def run(args: argparse.Namespace) -> int:
-        raise Preempted("SIGTERM: saved step 40 of 100, exiting")
-
-    monkeypatch.setattr(report, "run", run)
+    make_report_fail(Preempted("SIGTERM: saved step 40 of 100, exiting"), monkeypatch)
     assert main(["--quiet", "report", "w"]) == 75
     assert re.fullmatch(r"W\d{4} [\d:]+ p0\] SIGTERM: saved step 40 of 100, exiting\n", capsys.readouterr().err)
 

@@ -20,9 +20,8 @@ from mplug2_jax.conversion.files.open import open_source
 from mplug2_jax.conversion.files.torch_files import TorchWriter
 from tests.weights import assert_same, official_config, official_file
 
-from .conftest import Outcome
-
-Mplug2 = Callable[..., Outcome]
+from .conftest import mplug2
+from .test_bad_input import error_of
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +32,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def imported(source: Path, tmp_path_factory: pytest.TempPathFactory, mplug2: Mplug2, vocabulary: Path) -> Path:
+def imported(source: Path, tmp_path_factory: pytest.TempPathFactory, vocabulary: Path) -> Path:
     """Import it with a tokenizer."""
     folder = tmp_path_factory.mktemp("imported") / "ours"
     outcome = mplug2("convert", "import", source, "--to", folder, "--tokenizer", vocabulary)
@@ -41,22 +40,15 @@ def imported(source: Path, tmp_path_factory: pytest.TempPathFactory, mplug2: Mpl
     return folder
 
 
-@pytest.fixture
-def fail(mplug2: Mplug2) -> Callable[..., str]:
-    """Return a function that runs a command that must fail with one line, and returns that line."""
-
-    def run(*words: object) -> str:
-        outcome = mplug2("convert", *words)
-        assert outcome.status == 2, outcome.out
-        assert outcome.err.count("\n") == 1
-        assert outcome.err.startswith("mplug2: error: ")
-        return outcome.err.removeprefix("mplug2: error: ").rstrip()
-
-    return run
+def fail(*words: object) -> str:
+    """Run a command that must fail with one line, and return that line."""
+    outcome = mplug2("convert", *words)
+    assert outcome.err.count("\n") == 1
+    return error_of(outcome)
 
 
 def test_an_import_reports_every_tensor_and_writes_a_work_directory(
-    source: Path, tmp_path: Path, mplug2: Mplug2, vocabulary: Path
+    source: Path, tmp_path: Path, vocabulary: Path
 ) -> None:
     outcome = mplug2("convert", "import", source, "--to", tmp_path / "ours", "--tokenizer", vocabulary)
     assert outcome.status == 0
@@ -77,7 +69,7 @@ def test_an_import_reports_every_tensor_and_writes_a_work_directory(
     assert "http" not in page.replace("http-equiv", "")  # no external resources
 
 
-def test_an_import_can_be_evaluated(imported: Path, mplug2: Mplug2) -> None:
+def test_an_import_can_be_evaluated(imported: Path) -> None:
     outcome = mplug2(
         "eval", "--workdir", imported, "--config.evaluations.video.data.sources.clips.max_records=8",
         "--config.tasks.search.num_beams=1", "--config.tasks.search.max_length=3",
@@ -86,9 +78,7 @@ def test_an_import_can_be_evaluated(imported: Path, mplug2: Mplug2) -> None:
     assert re.search(r"^video +accuracy ", outcome.out, re.MULTILINE)
 
 
-def test_an_export_to_a_folder_follows_hugging_face(
-    imported: Path, source: Path, tmp_path: Path, mplug2: Mplug2
-) -> None:
+def test_an_export_to_a_folder_follows_hugging_face(imported: Path, source: Path, tmp_path: Path) -> None:
     outcome = mplug2("convert", "export", imported, "--to", tmp_path / "hub")
     assert outcome.status == 0, outcome.err
     assert {path.name for path in (tmp_path / "hub").iterdir()} == {
@@ -102,7 +92,7 @@ def test_an_export_to_a_folder_follows_hugging_face(
     assert "Recipe `released_videoqa`, step 0 of 40000, from imported weights" in card
 
 
-def test_the_model_card_lists_results_of_new_and_old_runs(imported: Path, tmp_path: Path, mplug2: Mplug2) -> None:
+def test_the_model_card_lists_results_of_new_and_old_runs(imported: Path, tmp_path: Path) -> None:
     run = shutil.copytree(imported, tmp_path / "run", ignore=shutil.ignore_patterns("evaluations"))
     results = {
         "new.json": {"name": "new", "metrics": {"accuracy": 0.5}, "baselines": {"accuracy": 0.1}, "num_examples": 8},
@@ -116,7 +106,7 @@ def test_the_model_card_lists_results_of_new_and_old_runs(imported: Path, tmp_pa
     assert "| new | accuracy | 0.5000 | 0.1000 | 8 |\n| old | cider | 1.2500 | nan | 4 |" in card
 
 
-def test_reports_and_options_of_older_versions_are_still_read(imported: Path, tmp_path: Path, mplug2: Mplug2) -> None:
+def test_reports_and_options_of_older_versions_are_still_read(imported: Path, tmp_path: Path) -> None:
     run = shutil.copytree(imported, tmp_path / "run")
     content = json.loads((run / "conversion-report.json").read_text())
     content["format"] = content.pop("format_version") - 1
@@ -133,7 +123,7 @@ def test_reports_and_options_of_older_versions_are_still_read(imported: Path, tm
     assert "preserved" in (tmp_path / "conversion-report.json").read_text()
 
 
-def test_verify_passes_and_names_the_first_tensor_that_changed(imported: Path, tmp_path: Path, mplug2: Mplug2) -> None:
+def test_verify_passes_and_names_the_first_tensor_that_changed(imported: Path, tmp_path: Path) -> None:
     assert mplug2("convert", "verify", imported / "conversion-report.json").status == 0
     assert mplug2("convert", "export", imported, "--to", tmp_path / "x.safetensors").status == 0
     report = tmp_path / "conversion-report.json"
@@ -149,7 +139,7 @@ def test_verify_passes_and_names_the_first_tensor_that_changed(imported: Path, t
     assert f"{names[-1]} has changed; the {len(names) - 1} tensors before it are unchanged" in bad.out
 
 
-def test_verify_detects_a_changed_checkpoint(imported: Path, tmp_path: Path, mplug2: Mplug2) -> None:
+def test_verify_detects_a_changed_checkpoint(imported: Path, tmp_path: Path) -> None:
     """Arrays are stored uncompressed: a flipped bit is restored silently, and only the report detects it."""
     copy = shutil.copytree(imported, tmp_path / "copy")
     largest = max((copy / "checkpoints" / "0" / "state").rglob("*"), key=lambda path: path.stat().st_size)
@@ -160,7 +150,7 @@ def test_verify_detects_a_changed_checkpoint(imported: Path, tmp_path: Path, mpl
     assert (outcome.status == 1 and "has changed" in outcome.out) or (outcome.status == 2 and "damaged" in outcome.err)
 
 
-def test_inspect_shows_parts_and_shapes_of_every_layout(imported: Path, source: Path, mplug2: Mplug2) -> None:
+def test_inspect_shows_parts_and_shapes_of_every_layout(imported: Path, source: Path) -> None:
     ours, theirs = mplug2("convert", "inspect", imported, "--depth", 2), mplug2("convert", "inspect", source)
     assert ours.status == theirs.status == 0
     for out, title in (
@@ -175,9 +165,7 @@ def test_inspect_shows_parts_and_shapes_of_every_layout(imported: Path, source: 
 # Errors
 
 
-def test_existing_files_are_replaced_only_with_overwrite(
-    source: Path, imported: Path, tmp_path: Path, fail: Callable[..., str], mplug2: Mplug2
-) -> None:
+def test_existing_files_are_replaced_only_with_overwrite(source: Path, imported: Path, tmp_path: Path) -> None:
     existing = tmp_path / "existing"
     existing.mkdir()
     (existing / "thesis.txt").write_text("years of work")
@@ -237,20 +225,17 @@ def untie(tensors: dict[str, Any]) -> None:
         (insert_nan, "fusion_encoder.encoder.layer.3.output.dense.weight: 2 of 6,144 values are NaN or infinite"),
         (shrink, "weights of another size: visn_emb_norm.weight [5] does not fit universal/visual_norm/scale [64]"),
         (rename, "1 missing (visn_emb_norm.bias) and 1 unexpected (text_encoder.encoder.layer.9.attention.self.query"),
-        (
-            untie,
-            "text_decoder.cls.predictions.decoder.weight is tied to text_decoder.bert.embeddings.word_embeddings",
-        ),
+        (untie, "text_decoder.cls.predictions.decoder.weight is tied to text_decoder.bert.embeddings.word_embeddings"),
     ],
 )
 def test_invalid_weights_are_named_and_nothing_is_written(
-    source: Path, tmp_path: Path, fail: Callable[..., str], change: Callable[..., None], message: str
+    source: Path, tmp_path: Path, change: Callable[..., None], message: str
 ) -> None:
     assert message in fail("import", write_changed(source, tmp_path / "source", change), "--to", tmp_path / "ours")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-def test_an_ambiguous_checkpoint_needs_the_task(source: Path, tmp_path: Path, fail: Callable[..., str]) -> None:
+def test_an_ambiguous_checkpoint_needs_the_task(source: Path, tmp_path: Path) -> None:
     path = official_file(tmp_path / "x.pth", official_config(), settings=False)
     message = fail("import", path, "--to", tmp_path / "ours")
     assert "choose with --task caption or --task videoqa" in message
@@ -258,15 +243,13 @@ def test_an_ambiguous_checkpoint_needs_the_task(source: Path, tmp_path: Path, fa
     assert "these weights have width=64, expected one of the release's (768, 1024); put the config.json" in message
 
 
-def test_a_tokenizer_larger_than_the_vocabulary_is_an_error(
-    tmp_path: Path, fail: Callable[..., str], vocabulary: Path
-) -> None:
+def test_a_tokenizer_larger_than_the_vocabulary_is_an_error(tmp_path: Path, vocabulary: Path) -> None:
     path = official_file(tmp_path / "s" / "x.safetensors", official_config(vocab_size=120))
     message = fail("import", path, "--to", tmp_path / "ours", "--tokenizer", vocabulary)
     assert message.startswith("config.model.vocab_size=120 is too small for the tokenizer's 160 tokens")
 
 
-def test_unknown_parts_and_invalid_sizes_are_errors(source: Path, tmp_path: Path, fail: Callable[..., str]) -> None:
+def test_unknown_parts_and_invalid_sizes_are_errors(source: Path, tmp_path: Path) -> None:
     to = ("--to", tmp_path / "ours")
     assert fail("import", source, *to, "--parts", "vision,texts").startswith("part 'texts' is unknown: did you mean")
     assert "config.model.image_size=20 is not a multiple of" in fail("import", source, *to, "--image-size", 20)
@@ -274,9 +257,7 @@ def test_unknown_parts_and_invalid_sizes_are_errors(source: Path, tmp_path: Path
     assert "--shard-size=0.0 must be at least" in fail("export", source, "--to", tmp_path / "x.pth", "--shard-size", 0)
 
 
-def test_exporting_an_average_needs_one_in_the_checkpoint(
-    tmp_path: Path, fail: Callable[..., str], mplug2: Mplug2
-) -> None:
+def test_exporting_an_average_needs_one_in_the_checkpoint(tmp_path: Path) -> None:
     path = official_file(tmp_path / "s" / "x.safetensors", official_config(), task="caption")
     assert mplug2("convert", "import", path, "--to", tmp_path / "ours").status == 0
     assert fail("export", tmp_path / "ours", "--to", tmp_path / "x.pth", "--ema").endswith("export without --ema")
@@ -284,7 +265,7 @@ def test_exporting_an_average_needs_one_in_the_checkpoint(
 
 
 def test_too_little_disk_space_is_an_error_before_anything_is_written(
-    source: Path, imported: Path, tmp_path: Path, fail: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+    source: Path, imported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
     assert re.fullmatch(r"the disk of .* has 0\.0 GB free, but 0\.0 GB are needed; free some space", fail(
@@ -294,9 +275,7 @@ def test_too_little_disk_space_is_an_error_before_anything_is_written(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_full_disk_leaves_no_partial_files(
-    imported: Path, tmp_path: Path, fail: Callable[..., str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_leaves_no_partial_files(imported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     writes = []
 
     def full(*args: Any) -> int:

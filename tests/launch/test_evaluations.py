@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -18,7 +17,8 @@ from mplug2_jax.evaluation.config import EvaluationConfig
 from mplug2_jax.training.config import CheckpointConfig
 from mplug2_jax.training.telemetry.metric_log import read_step_lines
 from tests.cli.conftest import save_random_run
-from tests.runs import QUESTION, SMALL, recipe_file, small_model, small_run, stream
+from tests.launch.processes import environment
+from tests.runs import QUESTION, SMALL, recipe_file, small_model, small_run, stream, text_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -40,14 +40,6 @@ def heldout(task: str, kind: str, examples: ExampleConfig, size: int = 11) -> Ev
     visual = dataclasses.replace(SMALL, num_clips=2, num_crops=3) if task == "classify" else SMALL
     data = DataConfig(sources=sources, visual=visual, examples=examples, batch_size=8)
     return EvaluationConfig(task=task, data=data, num_samples=2)
-
-
-def environment(folder: Path, devices: int) -> dict[str, str]:
-    return os.environ | {
-        "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "XLA_FLAGS": "", "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }  # fmt: skip
 
 
 def start(folder: Path, *words: object, devices: int = 1) -> "subprocess.Popen[str]":
@@ -136,9 +128,8 @@ STEPS, EVERY = 300, 30
 @pytest.fixture(scope="module")
 def recipe(folder: Path) -> Path:
     """Write a recipe that trains for some seconds, keeps two checkpoints, and evaluates after the last step."""
-    run = small_run(
-        streams={"text": dataclasses.replace(small_run().streams["text"], objectives={"mlm": 1.0})}, steps=STEPS,
-        evaluations={"words": heldout(*EVALUATIONS["words"])}, log_every=100,
+    run = text_run(
+        steps=STEPS, evaluations={"words": heldout(*EVALUATIONS["words"])}, log_every=100,
         checkpoint=CheckpointConfig(every_steps=EVERY, keep_last=2),
     )  # fmt: skip
     return recipe_file(run, folder / "words.py")

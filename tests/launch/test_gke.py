@@ -212,11 +212,7 @@ def test_xpk_accepts_its_commands(tmp_path: Path, topology: str) -> None:
             {},
             "--topology h100:8: gke starts runs on TPUs only, .*; for h100 use mplug2 launch sl",
         ),
-        (
-            {"workdir": "/data/demo"},
-            {},
-            "--workdir /data/demo: expected gs://BUCKET/FOLDER, because the machines",
-        ),
+        ({"workdir": "/data/demo"}, {}, "--workdir /data/demo: expected gs://BUCKET/FOLDER, because the machines"),
         ({}, {"image": "a b"}, "--image 'a b': expected something like --image europe-docker"),
         ({}, {"queue": "A"}, "--queue 'A': expected something like --queue training"),
         ({}, {"namespace": "a_b"}, "--namespace 'a_b': expected"),

@@ -10,14 +10,7 @@ import yaml
 from mplug2_jax.errors import UserError
 from mplug2_jax.launch import job as job_module
 from mplug2_jax.launch.gke import GkeOptions, render_gke
-from mplug2_jax.launch.job import (
-    Bucket,
-    BundledRecipe,
-    bundle_recipe,
-    describe_input_paths,
-    parse_bucket,
-    resolve_plan,
-)
+from mplug2_jax.launch.job import Bucket, BundledRecipe, bundle_recipe, describe_input_paths, parse_bucket, resolve_plan
 from mplug2_jax.launch.slurm import SlurmOptions, render_slurm
 from mplug2_jax.launch.templates import quote_word
 from mplug2_jax.launch.tpu_vm import TpuVmOptions, render_tpu_vm
@@ -63,11 +56,7 @@ def test_a_job_trains_by_the_plan() -> None:
     [
         ({"overrides": ("--config.sed=3",)}, {}, "config.sed is not a field: did you mean 'seed'"),
         ({"overrides": ("--config.mesh.tensor=3",)}, {}, "3 does not divide the 32 devices"),
-        (
-            {},
-            {},
-            "config.mesh.replica=1 on v5p:2x2x4 x 2 slices: only the replica axis may cross slices; add --config",
-        ),
+        ({}, {}, "config.mesh.replica=1 on v5p:2x2x4 x 2 slices: only the replica axis may cross slices; add --config"),
         ({"slices": 0}, {}, "--slices 0: expected at least 1"),
         ({"topology": "v9:2"}, {}, "--topology v9:2: chip 'v9' is unknown"),
         ({"config": "dmo"}, {}, "recipe 'dmo' is neither a file nor a shipped recipe: did you mean 'demo'"),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import command
+from tests.cli.conftest import mplug2
 
 _COMMAND = re.compile(r"^(```bash\nmplug2 (launch .*)\n```\n\n<details>.*\n\n```\w+\n)(?:.*\n)*?```$", re.MULTILINE)
 
@@ -18,7 +18,7 @@ def test_files_are_the_output_of_the_commands(repository: Path) -> None:
     page = path.read_text(encoding="utf-8")
 
     def with_output(match: re.Match[str]) -> str:
-        done = command(*shlex.split(match[2]))
+        done = mplug2(*shlex.split(match[2]))
         assert done.status == 0, done.err
         return f"{match[1]}{done.out}```"
 

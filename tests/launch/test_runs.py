@@ -1,8 +1,6 @@
 """Runs of several real processes equal a run of one process, and report differences between processes."""
 
-import dataclasses
 import json
-import os
 import re
 import subprocess
 import sys
@@ -17,7 +15,8 @@ from mplug2_jax.launch.local import find_free_port, process_environment
 from mplug2_jax.training.telemetry.metric_log import read_train_metrics
 from tests.close import assert_close
 from tests.data_pipelines.worlds import write_tar
-from tests.runs import recipe_file, small_run
+from tests.launch.processes import environment
+from tests.runs import recipe_file, text_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -35,26 +34,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     examples = ExampleConfig(text="sentence", text_length=12)
     heldout = DataConfig(sources=sources, examples=examples, batch_size=8, max_bad_fraction=0.5)
-    run = small_run(
-        streams={"text": dataclasses.replace(small_run().streams["text"], objectives={"mlm": 1.0})},
-        evaluations={"words": EvaluationConfig(task="mlm", data=heldout, num_samples=12)},
-        log_example_ids=True,
-    )
-    recipe_file(run, folder / "recipe.py")
+    evaluations = {"words": EvaluationConfig(task="mlm", data=heldout, num_samples=12)}
+    recipe_file(text_run(evaluations=evaluations, log_example_ids=True), folder / "recipe.py")
     return folder
-
-
-def environment(folder: Path) -> dict[str, str]:
-    return os.environ | {
-        "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": "",
-        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }  # fmt: skip
 
 
 def mplug2(folder: Path, *words: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
         [sys.executable, "-m", "mplug2_jax.cli.main", *words],
-        env=environment(folder), capture_output=True, text=True, timeout=600,
+        env=environment(folder, 8), capture_output=True, text=True, timeout=600,
     )  # fmt: skip
 
 
@@ -104,7 +92,7 @@ def test_different_commands_are_reported(folder: Path) -> None:
         subprocess.Popen(
             [sys.executable, "-m", "mplug2_jax.cli.main", "train", "--config", recipe, "--workdir", str(folder / "two"),
              f"--config.seed={index}"],
-            env=environment(folder) | process_environment(index, 2, 1, address), stderr=subprocess.PIPE, text=True,
+            env=environment(folder, 8) | process_environment(index, 2, 1, address), stderr=subprocess.PIPE, text=True,
         )
         for index in range(2)
     ]  # fmt: skip
@@ -128,7 +116,7 @@ def test_a_stalled_run_exits_with_its_stacks(folder: Path, tmp_path: Path) -> No
     done = subprocess.run(
         [sys.executable, "-c", code, "train", "--config", str(folder / "recipe.py"), "--workdir", str(tmp_path / "run"),
          *MESH, "--config.watchdog_timeout=60"],
-        env=environment(folder), capture_output=True, text=True, timeout=500,
+        env=environment(folder, 8), capture_output=True, text=True, timeout=500,
     )  # fmt: skip
     assert done.returncode == 79, done.stderr
     assert re.search(r"process 0 stalled: '.* step 2' took longer than config.watchdog_timeout=60", done.stderr)

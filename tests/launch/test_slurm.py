@@ -59,11 +59,7 @@ def test_containers_mount_the_work_directory() -> None:
     [
         ({"topology": "v5p:2x2x4"}, {}, "--topology v5p:2x2x4: SLURM has no TPUs; use mplug2 launch gke or tpu-vm"),
         ({"topology": "h100:12"}, {}, "--topology h100:12: expected a multiple of 8, .*, as in h100:16"),
-        (
-            {"workdir": "gs://bucket/demo"},
-            {},
-            "--workdir gs://bucket/demo: expected a folder on a shared file system",
-        ),
+        ({"workdir": "gs://bucket/demo"}, {}, "--workdir gs://bucket/demo: expected a folder on a shared file system"),
         ({}, {"partition": "gpu\n#SBATCH --uid=0"}, "--partition 'gpu.*': expected something like --partition gpu"),
         ({}, {"account": "a b"}, "--account 'a b': expected"),
         ({}, {"time": "tomorrow"}, "--time 'tomorrow': expected something like --time 12:00:00"),

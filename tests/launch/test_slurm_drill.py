@@ -1,6 +1,5 @@
 """The sbatch file on a real SLURM: two hosts train, are preempted, and the job resumes."""
 
-import dataclasses
 import json
 import sys
 import time
@@ -11,9 +10,9 @@ import pytest
 
 from mplug2_jax.planning.plan_file import PlanFile
 from mplug2_jax.training.config import CheckpointConfig
-from tests.cli.conftest import command
+from tests.cli.conftest import mplug2
 from tests.launch.slurm_cluster import SlurmCluster, missing_programs, slurm_cluster
-from tests.runs import recipe_file, small_run
+from tests.runs import recipe_file, text_run
 
 pytestmark = [
     pytest.mark.slow,
@@ -34,17 +33,15 @@ def submit(cluster: SlurmCluster, folder: Path, program: str, *words: str) -> st
     (folder / "bin" / "mplug2").write_text(f"#!/bin/bash\n{program}\n")
     (folder / "bin" / "mplug2").chmod(0o755)
     file = folder / "run.sbatch"
-    done = command("launch", "slurm", *words, "--name", "drill", "--out", file)
+    done = mplug2("launch", "slurm", *words, "--name", "drill", "--out", file)
     assert done.status == 0, done.err
     path = f"{folder / 'bin'}:{cluster.environment['PATH']}"
     return cluster.run("sbatch", "--parsable", file, cwd=folder, env={"PATH": path}).strip()
 
 
 def test_two_hosts_resume_after_preemption(cluster: SlurmCluster, tmp_path: Path) -> None:
-    text = small_run().streams["text"]
-    text = dataclasses.replace(text, objectives={"mlm": 1.0}, data=dataclasses.replace(text.data, batch_size=16))
     # The only checkpoint is the one saved on SIGTERM.
-    run = small_run(steps=12, streams={"text": text}, evaluations={}, checkpoint=CheckpointConfig(every_steps=1000))
+    run = text_run(batch_size=16, steps=12, checkpoint=CheckpointConfig(every_steps=1000))
     plan = PlanFile(
         config=str(recipe_file(run, tmp_path / "recipe.py")), overrides=("--config.seed=3",), topology="cpu:16"
     )

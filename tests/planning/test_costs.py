@@ -16,14 +16,9 @@ from mplug2_jax.training.config import RunConfig
 from mplug2_jax.training.step import streams_loss
 from mplug2_jax.training.telemetry.flops import count_flops
 from mplug2_jax.training.telemetry.step_flops import count_gradient_flops
-from tests.runs import small_model, small_run
+from tests.runs import small_model, small_run, text_run
 
 TOPOLOGY = parse_topology("cpu:8")
-
-
-def text_run(objectives: dict[str, float] | None = None, **fields) -> RunConfig:
-    stream = dataclasses.replace(small_run().streams["text"], objectives=objectives or {"mlm": 1.0})
-    return small_run(**({"streams": {"text": stream}, "evaluations": {}} | fields))
 
 
 def make_spec(config: RunConfig):

@@ -1,7 +1,6 @@
 """The HTML page: self-contained, safe for any name, with bars within their tracks."""
 
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -10,37 +9,14 @@ from mplug2_jax.planning.html import write_html
 from mplug2_jax.planning.memory import Memory
 from mplug2_jax.planning.report import PlanReport
 from mplug2_jax.planning.timing import Timing
+from tests.pages import Elements
 from tests.planning.reports import GIB, make_hostile_report, make_report
 
-VOID = {"meta", "br", "img", "link", "input", "hr"}
 
-
-class Page(HTMLParser):
-    """A parsed page: elements with their attributes, open tags, and the text."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.open: list[str] = []
-        self.text = ""
-        self.feed(path.read_text(encoding="utf-8"))
-
-    def handle_starttag(self, tag, attrs) -> None:
-        self.elements.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data) -> None:
-        self.text += data
-
-
-def render(report: PlanReport, folder: Path) -> Page:
+def render(report: PlanReport, folder: Path) -> Elements:
     path = write_html(report, folder / "plan.html")
     assert [each.name for each in folder.iterdir()] == ["plan.html"]
-    return Page(path)
+    return Elements(path.read_text(encoding="utf-8"))
 
 
 def test_the_page_is_self_contained(tmp_path: Path) -> None:
@@ -71,7 +47,7 @@ def test_names_are_escaped(tmp_path: Path, name: str) -> None:
     assert f"{name} on {name}" in page.text
 
 
-def bar_widths(page: Page) -> list[float]:
+def bar_widths(page: Elements) -> list[float]:
     styles = [attributes.get("style") or "" for tag, attributes in page.elements if tag == "i"]
     return [float(match.group(1)) for style in styles if (match := re.search(r"width: ([\d.]+)%", style))]
 

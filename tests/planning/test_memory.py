@@ -14,7 +14,7 @@ from mplug2_jax.planning.memory import Memory, per_device_bytes, program_memory,
 from mplug2_jax.planning.programs import CompiledProgram, abstract_batch, make_run_spec_for_topology, trace_training
 from mplug2_jax.tasks.config import TaskSettings
 from mplug2_jax.training.config import AdamWConfig, RunConfig
-from tests.runs import small_run
+from tests.runs import small_run, text_run
 
 TOPOLOGY = parse_topology("cpu:8")
 MESH = MeshConfig(data=2, fsdp=2, tensor=2)
@@ -74,9 +74,7 @@ def test_teachers_and_queues_are_separate_uses() -> None:
 
 @functools.cache
 def compiled() -> CompiledProgram:
-    text = small_run().streams["text"]
-    config = small_run(mesh=MESH, streams={"text": dataclasses.replace(text, objectives={"mlm": 1.0})}, evaluations={})
-    return trace_training(config, TOPOLOGY).compile()
+    return trace_training(text_run(mesh=MESH), TOPOLOGY).compile()
 
 
 def test_the_breakdown_adds_up_to_the_peak() -> None:

@@ -24,15 +24,10 @@ from mplug2_jax.planning.programs import (
 from mplug2_jax.training.compilation import disable_cache
 from mplug2_jax.training.config import RunConfig, TokenizerConfig
 from mplug2_jax.training.state import make_run_spec
-from tests.runs import small_run
+from tests.runs import small_run, text_run
 
 TOPOLOGY = parse_topology("cpu:8")
 MESH = MeshConfig(data=2, fsdp=2, sequence=1, tensor=2)
-
-
-def text_run(**fields) -> RunConfig:
-    stream = dataclasses.replace(small_run().streams["text"], objectives={"mlm": 1.0})
-    return small_run(**({"streams": {"text": stream}, "evaluations": {}} | fields))
 
 
 @pytest.mark.parametrize("mesh", [MeshConfig(), MESH, MeshConfig(fsdp=1, sequence=2, tensor=4)])

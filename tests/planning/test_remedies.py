@@ -24,17 +24,10 @@ from mplug2_jax.planning.remedies import (
     try_compile,
 )
 from mplug2_jax.training.config import RunConfig
-from tests.runs import small_model, small_run
+from tests.runs import small_model, text_run
 
 GIB = 2.0**30
 TOWERS = ("vision", "text", "fusion", "decoder")
-
-
-def text_run(batch_size: int = 8, **fields) -> RunConfig:
-    stream = small_run().streams["text"]
-    data = dataclasses.replace(stream.data, batch_size=batch_size)
-    stream = dataclasses.replace(stream, data=data, objectives={"mlm": 1.0})
-    return small_run(**({"streams": {"text": stream}, "evaluations": {}} | fields))
 
 
 def apply(config: RunConfig, overrides: tuple[str, ...]) -> RunConfig:
@@ -60,7 +53,7 @@ remats = st.builds(dict, **dict.fromkeys(TOWERS, st.sampled_from(["none", "dots"
 def test_changes_only_save_memory(remat: dict[str, str], steps: int, batch_size: int) -> None:
     if batch_size % steps:
         steps = 1
-    config = text_run(batch_size, model=small_model(remat=RematConfig(**remat)), grad_accum_steps=steps)
+    config = text_run(batch_size=batch_size, model=small_model(remat=RematConfig(**remat)), grad_accum_steps=steps)
     rank = ("none", "dots", "full").index
     before = config
     for change in memory_saving_changes(config):
@@ -167,18 +160,18 @@ def test_the_nearest_fit_is_the_first_change_that_fits(caplog: pytest.LogCapture
         traced.append(config)
         return trace_training(config, topology)
 
-    nearest = find_nearest_fit(text_run(64), cpu, trace, 0.0)
+    nearest = find_nearest_fit(text_run(batch_size=64), cpu, trace, 0.0)
     assert nearest is not None
     change, _ = nearest
     assert change.overrides == tuple(f"--config.model.remat.{tower}=dots" for tower in TOWERS)
     assert [r.getMessage() for r in caplog.records if r.name == "absl"] == [f"trying {' '.join(change.overrides)}"]
     assert traced == [change.config]
     # If nothing fits, it stops after max_attempts, or at microbatches that do not divide.
-    assert find_nearest_fit(text_run(8), limit_memory(cpu, 1e3), trace, 0.0, max_attempts=2) is None
+    assert find_nearest_fit(text_run(batch_size=8), limit_memory(cpu, 1e3), trace, 0.0, max_attempts=2) is None
     assert len(traced) == 3
-    assert find_nearest_fit(text_run(8), limit_memory(cpu, 1e3), trace_training, 0.0) is None
+    assert find_nearest_fit(text_run(batch_size=8), limit_memory(cpu, 1e3), trace_training, 0.0) is None
     with pytest.raises(UserError):
-        trace_training(text_run(8, grad_accum_steps=2), cpu)
+        trace_training(text_run(batch_size=8, grad_accum_steps=2), cpu)
 
 
 @pytest.mark.slow
@@ -186,7 +179,7 @@ def test_libtpu_s_error_is_parsed() -> None:
     """Compile a batch that fits no v5e."""
     pytest.importorskip("libtpu", reason="libtpu, the compiler for TPU topologies, is not installed here")
     topology = parse_topology("v5e:2x2")
-    oom = try_compile(trace_training(text_run(2**26, mesh=MeshConfig(fsdp=4)), topology), -1.0)
+    oom = try_compile(trace_training(text_run(batch_size=2**26, mesh=MeshConfig(fsdp=4)), topology), -1.0)
     assert isinstance(oom, OutOfMemory)
     assert oom.exceeded_by > 0
     assert oom.required == pytest.approx(oom.capacity + oom.exceeded_by)

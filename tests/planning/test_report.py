@@ -11,7 +11,7 @@ from mplug2_jax.planning.programs import CompiledProgram, trace_training
 from mplug2_jax.planning.report import fingerprint, make_report
 from tests.planning import reports
 from tests.planning.reports import GIB
-from tests.runs import small_run
+from tests.runs import text_run
 
 TOPOLOGY = parse_topology("cpu:8")
 
@@ -41,10 +41,7 @@ def test_plain_data_survives_json() -> None:
 
 @pytest.fixture(scope="module")
 def compiled() -> CompiledProgram:
-    text = small_run().streams["text"]
-    streams = {"text": dataclasses.replace(text, objectives={"mlm": 1.0})}
-    config = small_run(mesh=MeshConfig(data=2, fsdp=2, tensor=2), streams=streams, evaluations={})
-    return trace_training(config, TOPOLOGY).compile()
+    return trace_training(text_run(mesh=MeshConfig(data=2, fsdp=2, tensor=2)), TOPOLOGY).compile()
 
 
 def test_a_report_of_a_compiled_program_is_complete(compiled: CompiledProgram) -> None:

@@ -14,14 +14,9 @@ from mplug2_jax.planning import search as module
 from mplug2_jax.planning.programs import CompiledProgram, TracedProgram
 from mplug2_jax.planning.search import Candidate, Trial, rank_candidates, search
 from mplug2_jax.training.config import RunConfig
-from tests.runs import small_run
+from tests.runs import text_run
 
 TOPOLOGY = parse_topology("cpu:8")
-
-
-def text_run(**fields) -> RunConfig:
-    stream = dataclasses.replace(small_run().streams["text"], objectives={"mlm": 1.0})
-    return small_run(**({"streams": {"text": stream}, "evaluations": {}} | fields))
 
 
 @pytest.fixture(scope="module")

@@ -16,12 +16,7 @@ from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.parallel.placement import batch_sharding
 from mplug2_jax.planning.hlo import parse_hlo, shape_bytes
-from mplug2_jax.planning.traffic import (
-    Collective,
-    find_unknown_loops,
-    largest_collectives,
-    parse_collectives,
-)
+from mplug2_jax.planning.traffic import Collective, find_unknown_loops, largest_collectives, parse_collectives
 from mplug2_jax.training.state import make_run_spec
 from mplug2_jax.training.step import jit_train_step
 from tests.planning import programs

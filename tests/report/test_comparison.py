@@ -52,9 +52,7 @@ def test_the_difference_of_a_metric_that_is_the_mean_of_the_same_examples_has_an
     assert [(e.key, e.first_score, e.second_score) for e in only.second_better] == [("k6", "0.0%", "100.0%")]
 
 
-def test_the_mean_over_shared_examples_has_its_own_row_if_it_is_not_a_metric(
-    both: tuple[Path, Path],
-) -> None:
+def test_the_mean_over_shared_examples_has_its_own_row_if_it_is_not_a_metric(both: tuple[Path, Path]) -> None:
     first, second = both
     write_results(second, "test", predictions=predictions(0, 0.5, None), metrics={"accuracy": 0.375, "other": 1.0})
     page = compare(first, second)
