@@ -229,11 +229,7 @@ def _examples_first(x: Shaped[Array, "..."], axis: int, num_examples: int) -> Sh
 
 
 def _make_shard(
-    first: int,
-    stop: int,
-    rows: Mapping[str, NDArray[Any]],
-    ids: dict[int, str],
-    bad_records: dict[int, BadRecord],
+    first: int, stop: int, rows: Mapping[str, NDArray[Any]], ids: dict[int, str], bad_records: dict[int, BadRecord]
 ) -> FeatureShard:
     """Gather the records of a shard from all processes; remove them from ``ids`` and ``bad_records``."""
     indices = range(first, stop)

@@ -40,9 +40,5 @@ def predict(model: Mplug2, batch: DeviceBatch, context: TaskContext) -> Predicti
 
 
 TASK = Task(
-    **vars(CONTRACTS["zero_shot"]),
-    averages_views=True,
-    precompute=precompute,
-    predict=predict,
-    score=classify.score,
+    **vars(CONTRACTS["zero_shot"]), averages_views=True, precompute=precompute, predict=predict, score=classify.score
 )

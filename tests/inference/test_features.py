@@ -182,12 +182,7 @@ def test_ids_of_several_sources_are_prefixed_by_their_names(params, tmp_path: Pa
 @pytest.mark.parametrize(
     ("kind", "name", "parts", "expected"),
     [
-        (
-            "image",
-            "contrastive",
-            ("text", "universal"),
-            "needs the parts vision, contrastive, which this model lacks",
-        ),
+        ("image", "contrastive", ("text", "universal"), "needs the parts vision, contrastive, which this model lacks"),
         ("text", "contrastive", ("text", "mlm"), r"needs the parts contrastive, which this model lacks \(it has text"),
         ("text", "pooled", ("vision",), "feature 'pooled' of texts needs the parts text"),
         ("video", "visual/out", ("vision",), "needs the parts temporal"),
