@@ -29,12 +29,9 @@ class EvaluationConfig:
     """
 
     OLD_NAMES: ClassVar[Mapping[str, str]] = {
-        "answers": "answers_file",
-        "ranked": "num_ranked",
-        "java": "java_metrics",
-        "device_rows": "per_device_batch_size",
-        "samples": "num_samples",
-    }
+        "answers": "answers_file", "ranked": "num_ranked", "java": "java_metrics",
+        "device_rows": "per_device_batch_size", "samples": "num_samples",
+    }  # fmt: skip
     OLD_VALUES: ClassVar[Mapping[str, Mapping[str, str]]] = {"task": {"summarise": "summarize"}}
 
     task: str  # name of a task: mplug2 tasks

@@ -36,7 +36,7 @@ from mplug2_jax.parallel.placement import (
     num_batch_shards,
     replicated_sharding,
 )
-from mplug2_jax.parallel.processes import allgather_objects, is_primary_process
+from mplug2_jax.parallel.processes import allgather_dict, is_primary_process
 from mplug2_jax.tasks.base import HostPredictions, Predictions, TaskContext
 from mplug2_jax.tasks.contracts import required_parts
 from mplug2_jax.tasks.table import TASKS
@@ -238,18 +238,11 @@ def _allgather_examples(
     examples: Mapping[int, Example], bad_records: Mapping[int, BadRecord], views: int
 ) -> tuple[dict[int, Example], dict[int, BadRecord]]:
     """Gather the examples and bad_records of all processes, given by row; return them by index in the set, sorted."""
-    local = {
-        "examples": [(row, _to_json(example)) for row, example in examples.items()],
-        "bad_records": [(row, dataclasses.asdict(record)) for row, record in bad_records.items()],
-    }
-    all_examples: dict[int, Example] = {}
-    all_bad_records: dict[int, BadRecord] = {}
-    for process in allgather_objects(local):
-        all_examples |= {row: _from_json(values) for row, values in process["examples"]}
-        all_bad_records |= {row: BadRecord(**values) for row, values in process["bad_records"]}
-    bad = {row // views: record for row, record in sorted(all_bad_records.items())}
+    all_examples = allgather_dict({row: _to_json(example) for row, example in examples.items()})
+    all_bad_records = allgather_dict({row: dataclasses.asdict(record) for row, record in bad_records.items()})
+    bad = {row // views: BadRecord(**values) for row, values in all_bad_records.items()}
     # A view after the first may be the bad one.
-    good = {row // views: example for row, example in sorted(all_examples.items()) if row // views not in bad}
+    good = {row // views: _from_json(values) for row, values in all_examples.items() if row // views not in bad}
     return good, bad
 
 

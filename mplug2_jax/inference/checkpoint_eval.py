@@ -9,7 +9,6 @@ from absl import logging
 from data_pipelines.tokenizers import Tokenizer
 from mplug2_jax.config import as_recipe, build, load_recipe, override, to_dict
 from mplug2_jax.errors import UserError, did_you_mean
-from mplug2_jax.evaluation.loop import Evaluation
 from mplug2_jax.evaluation.results import EvaluationResult
 from mplug2_jax.model.mplug2 import Params
 from mplug2_jax.parallel.mesh import make_mesh
@@ -17,6 +16,7 @@ from mplug2_jax.tasks.contracts import required_parts
 from mplug2_jax.tasks.table import TASKS
 from mplug2_jax.training.checkpoint.checkpoints import Checkpoints, open_checkpoint
 from mplug2_jax.training.config import RunConfig
+from mplug2_jax.training.loop import open_evaluations
 from mplug2_jax.training.state import make_run_spec
 from mplug2_jax.training.workdir import WorkDir, special_tokens
 
@@ -109,13 +109,7 @@ class Evaluator:
         self._param_shapes = spec.eval_param_shapes
         if subject.use_ema:
             logging.info("evaluating the EMA parameters; --config.ema_decay=0 selects the last ones")
-        self.evaluations = {
-            name: Evaluation(
-                name, config.evaluations[name], spec.definition, spec.context, subject.tokenizer, spec.mesh,
-                seed=config.seed, recipe=config.name,
-            )
-            for name in names
-        }  # fmt: skip
+        self.evaluations = open_evaluations(spec, subject.tokenizer, names)
 
     def _required_parts(self, name: str) -> set[str]:
         """Return the parts that an evaluation needs, or uses if they exist. Raises UserError if some are missing."""

@@ -27,7 +27,7 @@ from mplug2_jax.parallel.placement import (
     put_batch,
     replicated_sharding,
 )
-from mplug2_jax.parallel.processes import allgather_objects
+from mplug2_jax.parallel.processes import allgather_dict
 
 Pool = Literal["none", "mean", "cls"]
 NamedArrays = dict[str, Array]
@@ -233,18 +233,8 @@ def _make_shard(
 ) -> FeatureShard:
     """Gather the records of a shard from all processes; remove them from ``ids`` and ``bad_records``."""
     indices = range(first, stop)
-    local = {
-        "ids": [(i, ids.pop(i)) for i in indices if i in ids],
-        "bad_records": [(i, dataclasses.asdict(bad_records.pop(i))) for i in indices if i in bad_records],
-    }
-    all_ids: dict[int, str] = {}
-    all_bad_records: dict[int, BadRecord] = {}
-    for process in allgather_objects(local):
-        all_ids |= dict(process["ids"])
-        all_bad_records |= {i: BadRecord(**values) for i, values in process["bad_records"]}
-    good = sorted(all_ids)
-    selected = np.asarray(good, np.int64) - first
-    return FeatureShard(
-        first, stop, tuple(all_ids[i] for i in good), {name: value[selected] for name, value in rows.items()},
-        tuple(all_bad_records[i] for i in sorted(all_bad_records)),
-    )  # fmt: skip
+    all_ids = allgather_dict({i: ids.pop(i) for i in indices if i in ids})
+    bad = allgather_dict({i: dataclasses.asdict(bad_records.pop(i)) for i in indices if i in bad_records})
+    selected = np.asarray(list(all_ids), np.int64) - first
+    arrays = {name: value[selected] for name, value in rows.items()}
+    return FeatureShard(first, stop, tuple(all_ids.values()), arrays, tuple(BadRecord(**each) for each in bad.values()))

@@ -176,16 +176,9 @@ def _single_example_grad(spec: RunSpec, name: str) -> Callable[[TrainState, Devi
         trainable, frozen = partition(state["params"], spec.config.frozen)
 
         def loss(trainable: Any) -> tuple[jax.Array, tuple[Metrics, Any]]:
-            params = combine(trainable, frozen)
+            params, queues = combine(trainable, frozen), state.get("queues", {})
             return streams_loss(
-                one_stream,
-                params,
-                inputs.teacher,
-                state.get("queues", {}),
-                masked,
-                rng,
-                inputs.alpha,
-                inputs.frequencies,
+                one_stream, params, inputs.teacher, queues, masked, rng, inputs.alpha, inputs.frequencies
             )
 
         (value, _), gradients = jax.value_and_grad(loss, has_aux=True)(trainable)

@@ -39,7 +39,8 @@ def _forward(query: Array, key: Array, value: Array, key_mask: Array, axis: str)
     scaled, keys, values = transpose_heads(query * query.shape[-1] ** -0.5, key, value)
 
     def attend(kv_block: Arrays) -> PartialSoftmax:
-        return PartialSoftmax(*_map_query_blocks(lambda queries: partial_softmax(queries[0], *kv_block), (scaled,)))
+        attend_block = lambda carry, queries: (carry, partial_softmax(queries[0], *kv_block))  # noqa: E731
+        return PartialSoftmax(*_scan_query_blocks(attend_block, None, (scaled,))[1])
 
     def ring_step(carry: tuple[Arrays, PartialSoftmax], _: None) -> tuple[tuple[Arrays, PartialSoftmax], None]:
         kv_block, total = carry
@@ -124,8 +125,3 @@ def _scan_query_blocks(body: Callable[[Any, Arrays], tuple[Any, Any]], carry: An
 
     carry, outputs = jax.lax.scan(body, carry, tuple(split(x) for x in arrays))
     return carry, jax.tree.map(join, outputs)
-
-
-def _map_query_blocks(function: Callable[[Arrays], PartialSoftmax], arrays: Arrays) -> PartialSoftmax:
-    result: PartialSoftmax = _scan_query_blocks(lambda carry, q_block: (carry, function(q_block)), None, arrays)[1]
-    return result

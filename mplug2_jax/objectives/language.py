@@ -44,10 +44,10 @@ def summed_distillation_loss(
     return jnp.sum(-jnp.sum(log_probs * teacher_probabilities, axis=-1) * weights[:, 1:], axis=-1)
 
 
-def _mean_token_loss(
-    logits: Array, target: Array, weights: Array, example_weights: Array, smoothing: float
-) -> LossOutput:
-    weights = weights[:, 1:] * example_weights[:, None]
+def _mean_token_loss(forward: ForwardPass, memory: tuple[Array, Array], smoothing: float) -> LossOutput:
+    target = forward.batch["target"]
+    logits = forward.model.decoder(target, target != 0, *memory, rng=forward.key("decoder"))
+    weights = forward.batch["target_weights"][:, 1:] * forward.example_weights[:, None]
     loss = weighted_mean(next_token_loss(logits, target, smoothing), weights)
     correct = (jnp.argmax(logits[:, :-1], axis=-1) == target[:, 1:]).astype(jnp.float32)
     return LossOutput(loss, {"loss": loss, "token_accuracy": weighted_mean(correct, weights)})
@@ -55,19 +55,12 @@ def _mean_token_loss(
 
 def caption_loss(forward: ForwardPass, smoothing: float = 0.0) -> LossOutput:
     """Compute the caption loss, weighted mean over all tokens; the memory may include an instruction."""
-    batch = forward.batch
-    mask = batch["target"] != 0
-    logits = forward.model.decoder(batch["target"], mask, *forward.caption_memory, rng=forward.key("decoder"))
-    return _mean_token_loss(logits, batch["target"], batch["target_weights"], forward.example_weights, smoothing)
+    return _mean_token_loss(forward, forward.caption_memory, smoothing)
 
 
 def ilm_loss(forward: ForwardPass, smoothing: float = 0.0) -> LossOutput:
     """Compute the loss of the response to ``instruction``, weighted mean over all tokens."""
-    batch = forward.batch
-    memory, memory_mask = forward.instruction_memory
-    mask = batch["target"] != 0
-    logits = forward.model.decoder(batch["target"], mask, memory, memory_mask, rng=forward.key("decoder"))
-    return _mean_token_loss(logits, batch["target"], batch["target_weights"], forward.example_weights, smoothing)
+    return _mean_token_loss(forward, forward.instruction_memory, smoothing)
 
 
 def answer_loss(

@@ -12,7 +12,9 @@ several TPU slices          also ``MEGASCALE_NUM_SLICES``, ``_SLICE_ID``, ``_COO
 """
 
 import dataclasses
+import itertools
 import json
+import operator
 import os
 import re
 import sys
@@ -76,14 +78,8 @@ def _from_jax_variables(environment: Mapping[str, str]) -> Cluster:
     address = environment["JAX_COORDINATOR_ADDRESS"]
     if not re.fullmatch(r"\S+:\d{1,5}", address):
         raise UserError(f"JAX_COORDINATOR_ADDRESS={address} is invalid; expected HOST:PORT")
-    return _check_process_id(
-        Cluster(
-            "environment",
-            address,
-            _read_int(environment, "JAX_NUM_PROCESSES"),
-            _read_int(environment, "JAX_PROCESS_ID"),
-        )
-    )
+    count, index = (_read_int(environment, key) for key in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
+    return _check_process_id(Cluster("environment", address, count, index))
 
 
 def _from_jobset(environment: Mapping[str, str]) -> Cluster:
@@ -211,6 +207,12 @@ def allgather_objects(value: Any) -> list[Any]:
     padded[: len(data)] = data
     rows = multihost_utils.process_allgather(padded)
     return [json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes, strict=True)]
+
+
+def allgather_dict(values: Mapping[int, Any]) -> dict[int, Any]:
+    """Merge dicts of JSON-serializable values from all processes, sorted by key. A collective."""
+    items = itertools.chain.from_iterable(allgather_objects(list(values.items())))
+    return dict(sorted(items, key=operator.itemgetter(0)))
 
 
 def check_same_across_processes(values: Mapping[str, Any]) -> None:

@@ -48,11 +48,8 @@ def local_device_ids(environment: Mapping[str, str]) -> tuple[int, ...] | None:
     num_tasks = _tasks_on_node(environment)
     if num_tasks == 1 or environment.get("JAX_PLATFORMS") == "cpu":
         return None
-    local_id, per_task, on_node = (
-        int(environment["SLURM_LOCALID"]),
-        _gpus_per_task(environment),
-        _gpus_on_node(environment),
-    )
+    local_id = int(environment["SLURM_LOCALID"])
+    per_task, on_node = _gpus_per_task(environment), _gpus_on_node(environment)
     visible_lists = [environment[name].split(",") for name in _VISIBLE if environment.get(name)]
     if not visible_lists:  # all accelerators of the node are visible
         per_task = per_task or max(1, (on_node or 0) // num_tasks)

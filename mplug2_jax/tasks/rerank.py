@@ -14,13 +14,6 @@ from mplug2_jax.objectives.forward import DeviceBatch
 from mplug2_jax.tasks import vlc, vlm
 from mplug2_jax.tasks.base import Decode, EvalOutput, HostPredictions, ScorePairs, TaskContext
 from mplug2_jax.tasks.contracts import CONTRACTS
-from mplug2_jax.tasks.vlc import (
-    NUM_NEIGHBORS,
-    build_index,
-    collect_neighbors,
-    retrieval_metrics,
-    search_both_directions,
-)
 
 
 def score_pairs(model: Mplug2, batch: DeviceBatch, context: TaskContext) -> Float[Array, "b r"]:
@@ -45,8 +38,8 @@ def rerank(
     The ``config.tasks.rerank_k`` nearest candidates of every query, both ways, are matched, each pair once: at most
     2 k pairs per example. A query without a correct candidate among them keeps its rank.
     """
-    index = build_index(examples)
-    results = search_both_directions(predictions, index, context.settings.rerank_k)
+    index = vlc.build_index(examples)
+    results = vlc.search_both_directions(predictions, index, context.settings.rerank_k)
     num_visuals = len(index.visual_ids)
     pair_ids = {name: _pair_ids(name, result.nearest, num_visuals) for name, result in results.items()}
     unique_ids = np.unique(np.concatenate([ids.ravel() for ids in pair_ids.values()]))
@@ -61,7 +54,7 @@ def rerank(
         reranked[direction] = ranks
         reranked[f"reranked_{direction}"] = np.where(has_correct, new_ranks, ranks)
         order = np.argsort(np.where(np.isnan(rerank_scores), np.inf, -rerank_scores), axis=1, kind="stable")
-        reranked[f"nearest_{direction}"] = np.take_along_axis(nearest, order[:, :NUM_NEIGHBORS], axis=1)
+        reranked[f"nearest_{direction}"] = np.take_along_axis(nearest, order[:, : vlc.NUM_NEIGHBORS], axis=1)
     return reranked
 
 
@@ -77,11 +70,11 @@ def score(predictions: HostPredictions, examples: Sequence[Example], decode: Dec
     The prediction is the text that matches best, its score the negated rank of the best correct text after matching.
     """
     del decode
-    index = build_index(examples)
-    metrics, baselines = retrieval_metrics(predictions, index)
+    index = vlc.build_index(examples)
+    metrics, baselines = vlc.retrieval_metrics(predictions, index)
     reranked = {direction: predictions[f"reranked_{direction}"] for direction, *_ in index.directions()}
-    reranked_metrics, reranked_baselines = retrieval_metrics(reranked, index, "reranked_")
-    nearest = collect_neighbors(predictions["nearest_text_to_visual"], predictions["nearest_visual_to_text"], index)
+    reranked_metrics, reranked_baselines = vlc.retrieval_metrics(reranked, index, "reranked_")
+    nearest = vlc.collect_neighbors(predictions["nearest_text_to_visual"], predictions["nearest_visual_to_text"], index)
     return EvalOutput(
         metrics={**metrics, **reranked_metrics},
         baselines={**baselines, **reranked_baselines},

@@ -5,7 +5,6 @@ import hashlib
 import json
 import platform
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -120,7 +119,7 @@ def aot_cache_miss_reason(lowered: Any, devices: Sequence[Any]) -> str | None:
     return f"{path} was compiled for {'; '.join(changes)}" if changes else ""
 
 
-def cache_everything(folder: Path) -> AbstractContextManager[None]:
+def cache_everything(folder: Path) -> contextlib.AbstractContextManager[None]:
     """Return a context that caches all compiled programs in a folder, however small and fast to compile."""
     return _cache_settings(
         jax_compilation_cache_dir=str(folder),
@@ -130,12 +129,12 @@ def cache_everything(folder: Path) -> AbstractContextManager[None]:
     )
 
 
-def disable_cache() -> AbstractContextManager[None]:
+def disable_cache() -> contextlib.AbstractContextManager[None]:
     """Return a context that compiles without the cache."""
     return _cache_settings(jax_enable_compilation_cache=False)
 
 
-@contextmanager
+@contextlib.contextmanager
 def _cache_settings(**settings: Any) -> Iterator[None]:
     previous = {name: jax.config.values[name] for name in settings}
 

@@ -233,12 +233,10 @@ class RunConfig:
         Raises:
             UserError: names the field, what was found and what is valid.
         """
-        for field, value, least in (
-            ("steps", self.steps, 1), ("grad_accum_steps", self.grad_accum_steps, 1), ("log_every", self.log_every, 1),
-            ("eval_every", self.eval_every, 0), ("seed", self.seed, 0),
-            ("watchdog_timeout", self.watchdog_timeout, 0),
-        ):  # fmt: skip
-            check_range(f"config.{field}", value, least)
+        for name in ("steps", "grad_accum_steps", "log_every"):
+            check_range(f"config.{name}", getattr(self, name), 1)
+        for name in ("eval_every", "seed", "watchdog_timeout"):
+            check_range(f"config.{name}", getattr(self, name), 0)
         check_range("config.ema_decay", self.ema_decay, 0, 1 - 1e-9)
         if not self.streams:
             raise UserError("config.streams is empty: a run needs at least one stream of batches")
@@ -308,10 +306,9 @@ class RunConfig:
                 )
 
     def _check_data(self, where: str, data: DataConfig) -> None:
-        for field, value, least in (
-            ("batch_size", data.batch_size, 1), ("num_threads", data.num_threads, 0), ("prefetch", data.prefetch, 0),
-        ):  # fmt: skip
-            check_range(f"{where}.{field}", value, least)
+        check_range(f"{where}.batch_size", data.batch_size, 1)
+        check_range(f"{where}.num_threads", data.num_threads, 0)
+        check_range(f"{where}.prefetch", data.prefetch, 0)
         for field in ("text_length", "instruction_length", "target_length"):
             length = getattr(data.examples, field)
             if length > self.model.max_positions:

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,8 @@ def init_or_load_state(spec: RunSpec, streams: Mapping[str, Stream] | None = Non
         UserError: no such checkpoint, or one that lacks a part, or has it in another size.
     """
     if spec.config.init_from:
-        with _opened(spec.config.init_from) as (checkpoints, step):
+        checkpoints, step = open_checkpoint(Path(spec.config.init_from))
+        with contextlib.closing(checkpoints):
             state = _load_parts(spec, checkpoints, step)
     else:
         state = spec.init()
@@ -45,18 +46,10 @@ def init_or_load_state(spec: RunSpec, streams: Mapping[str, Stream] | None = Non
     return state
 
 
-@contextlib.contextmanager
-def _opened(path: str | Path) -> Iterator[tuple[Checkpoints, int]]:
-    checkpoints, step = open_checkpoint(Path(path))
-    try:
-        yield checkpoints, step
-    finally:
-        checkpoints.close()
-
-
 def with_init_from(path: Path, config: RunConfig) -> RunConfig:
     """Return the run with the parts of a checkpoint that both have. Raises UserError if there is no checkpoint."""
-    with _opened(path) as (checkpoints, step):
+    checkpoints, step = open_checkpoint(path)
+    with contextlib.closing(checkpoints):
         available = checkpoints.model_metadata(step).parts
     parts = tuple(part for part in config.parts() if part in available)
     return dataclasses.replace(config, init_from=str(path), init_parts=parts)
@@ -89,7 +82,8 @@ def with_checkpoint_sizes(config: RunConfig, overrides: Sequence[str], previous:
     if previous is not None:
         available, model = previous.parts(), previous.model
     else:
-        with _opened(config.init_from) as (checkpoints, step):
+        checkpoints, step = open_checkpoint(Path(config.init_from))
+        with contextlib.closing(checkpoints):
             try:
                 metadata = checkpoints.model_metadata(step)
             except UserError:  # of an older version, or damaged: reading the arrays names the problem

@@ -1,8 +1,7 @@
 """The training run, from a config to a trained model in a work directory, in the order of events."""
 
 import dataclasses
-import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from data_pipelines.errors import DataError
 from data_pipelines.loader import LoadedExample, Stream
 from data_pipelines.order import HostShards
 from data_pipelines.tokenizers import Tokenizer, fingerprint
-from mplug2_jax.config import to_dict
 from mplug2_jax.errors import Preempted, UserError
 from mplug2_jax.evaluation.loop import Evaluation
 from mplug2_jax.evaluation.results import EvaluationResult, save_result
@@ -41,9 +39,8 @@ from mplug2_jax.training.step import StreamBatches, make_step
 from mplug2_jax.training.telemetry.events import EventLog
 from mplug2_jax.training.telemetry.example_log import ExampleIdLog
 from mplug2_jax.training.telemetry.goodput import GoodputTracker
-from mplug2_jax.training.telemetry.metric_log import MetricLog
 from mplug2_jax.training.telemetry.monitor import TrainMonitor
-from mplug2_jax.training.workdir import WorkDir, flatten_dict, special_tokens
+from mplug2_jax.training.workdir import WorkDir, flatten_config, special_tokens
 
 
 def train(config: RunConfig, path: Path) -> list[EvaluationResult]:
@@ -85,12 +82,7 @@ def _train(config: RunConfig, workdir: WorkDir, notice: PreemptionNotice, lock: 
         logging.info("%s", line)
 
     # Evaluations are set up first, so that a mistake in one is found now and not after the last step.
-    evaluations = [
-        Evaluation(
-            name, evaluation, spec.definition, spec.context, tokenizer, mesh, seed=config.seed, recipe=config.name
-        )
-        for name, evaluation in config.evaluations.items()
-    ]
+    evaluations = open_evaluations(spec, tokenizer, config.evaluations)
     streams = open_streams(config, tokenizer)
     initial_state = None if resumes else init_or_load_state(spec, streams)
 
@@ -137,14 +129,22 @@ def _train(config: RunConfig, workdir: WorkDir, notice: PreemptionNotice, lock: 
     def evaluate() -> list[EvaluationResult]:
         notice.allow_exit(preemption_message(number, config) if checkpoints.is_saved(number) else None)
         with goodput.track("evaluation"):
-            params, folder = eval_params(spec, state), workdir.evaluation_folder(number)
-            return run_evaluations(evaluations, params, number, folder, monitor.metrics, enter_phase)
+            params = eval_params(spec, state)
+            finished: list[EvaluationResult] = []
+            for evaluation in evaluations.values():
+                finished.append(result := evaluation.run(params, number, enter_phase))
+                if is_primary_process():
+                    save_result(result, workdir.evaluation_folder(number))
+                monitor.metrics.write(number, result.tagged_metrics())
+                result.log()
+            return finished
 
     def save() -> None:
         watchdog.enter(f"saving step {number}")
         saved = dataclasses.replace(position, step=number, recent=monitor.faults.recent)
         with goodput.track("checkpoint"):
-            monitor.on_save(number, checkpoints.save(state, saved, monitor.metrics.scores))
+            seconds = checkpoints.save(state, saved, monitor.metrics.scores)
+            monitor.metrics.write(number, {"checkpoint/blocking_seconds": seconds})
             if number == config.steps:
                 checkpoints.save_last(state, saved, monitor.metrics.scores)
 
@@ -222,7 +222,7 @@ def check_processes_agree(config: RunConfig, tokenizer: Tokenizer, *, resumes: b
     Raises:
         UserError: names what differs, and in which process.
     """
-    fields = {f"config.{name}": value for name, value in flatten_dict(json.loads(json.dumps(to_dict(config)))).items()}
+    fields = {f"config.{name}": value for name, value in flatten_config(config).items()}
     check_same_across_processes({**fields, "the tokenizer": fingerprint(tokenizer), "a run in --workdir": resumes})
 
 
@@ -261,6 +261,18 @@ def open_streams(config: RunConfig, tokenizer: Tokenizer) -> dict[str, Stream]:
         for objective in stream.objectives:
             TASKS[objective].check(set(first.arrays), where)
     return streams
+
+
+def open_evaluations(spec: RunSpec, tokenizer: Tokenizer, names: Iterable[str]) -> dict[str, Evaluation]:
+    """Set up some evaluations of the run's config, by name. Raises UserError for one that cannot be run."""
+    config = spec.config
+    return {
+        name: Evaluation(
+            name, config.evaluations[name], spec.definition, spec.context, tokenizer, spec.mesh, seed=config.seed,
+            recipe=config.name,
+        )
+        for name in names
+    }  # fmt: skip
 
 
 def device_batches(
@@ -314,23 +326,3 @@ def _changes(stream: str, saved: Mapping[str, Any], current: Mapping[str, Any]) 
 def _describe_files(fingerprint: Mapping[str, Any]) -> str:
     count = fingerprint.get("files", 0)
     return f"{count:,} file{'s' * (count != 1)} with {fingerprint.get('bytes', 0):,} bytes"
-
-
-def run_evaluations(
-    evaluations: list[Evaluation],
-    params: Params,
-    step: int,
-    folder: Path,
-    metric_log: MetricLog,
-    on_batch: Callable[[str], None],
-) -> list[EvaluationResult]:
-    """Run every evaluation of the run; process 0 saves the results."""
-    results = []
-    for evaluation in evaluations:
-        result = evaluation.run(params, step, on_batch)
-        if is_primary_process():
-            save_result(result, folder)
-        metric_log.write(step, result.tagged_metrics())
-        result.log()
-        results.append(result)
-    return results

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from mplug2_jax.model.mplug2 import Params
 from mplug2_jax.model.prng import random_key
@@ -159,7 +159,8 @@ def train_step(spec: RunSpec, state: TrainState, batches: StreamBatches) -> tupl
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
     # A step that is not finite changes only the step count. Loss and norm are equal on all devices, so all skip it.
     old_state = {**state, "opt": moments}
-    new_state = {name: _select(finite, new, old_state[name]) for name, new in new_state.items()}
+    for name, new in new_state.items():
+        new_state[name] = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old_state[name])
     new_state["step"] = state["step"] + 1
     metrics |= {"gradient_norm": norm, "skipped": 1 - finite.astype(jnp.int32)}
     metrics |= {f"gradient_norm/{part}": optax.tree.norm(tree) for part, tree in grads.items()}
@@ -171,18 +172,9 @@ def train_step(spec: RunSpec, state: TrainState, batches: StreamBatches) -> tupl
     return new_state, metrics
 
 
-def _select(finite: Bool[Array, ""], new: Any, old: Any) -> Any:
-    return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
-
-
 def _num_updates(opt: optax.OptState) -> Int[Array, ""]:
     """Return the number of updates, which schedules count: fewer than steps where some were skipped."""
-    adam = [s for s in jax.tree.leaves(opt, is_leaf=_is_adam) if _is_adam(s)]
-    return adam[0].count
-
-
-def _is_adam(node: Any) -> bool:
-    return isinstance(node, optax.ScaleByAdamState)
+    return optax.tree.get(opt, "ScaleByAdamState").count
 
 
 class Step:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from absl import logging
+from flax.traverse_util import flatten_dict
 
 from data_pipelines.digitworld.source import vocabulary_texts
 from data_pipelines.sources.files import write_atomically
@@ -113,7 +114,7 @@ class WorkDir:
             if self.path.exists() and not all(child.name.startswith(self.lock.name) for child in self.path.iterdir()):
                 raise UserError(f"--workdir {self.path} is not empty and holds no run; choose a new folder")
             return False
-        old, new = (flatten_dict(json.loads(json.dumps(to_dict(value)))) for value in (self.read_config(), config))
+        old, new = flatten_config(self.read_config()), flatten_config(config)
         changed = [
             f"{name} was {old.get(name)!r} and is {new.get(name)!r}"
             for name in sorted({*old, *new})
@@ -198,9 +199,7 @@ def special_tokens(tokenizer: Tokenizer) -> SpecialTokens:
     return SpecialTokens(pad=tokenizer.pad_id, begin=tokenizer.cls_id, end=tokenizer.sep_id, mask=tokenizer.mask_id)
 
 
-def flatten_dict(value: Any, path: str = "") -> dict[str, Any]:
-    """Return nested dicts as one, with dotted keys."""
-    if not isinstance(value, dict):
-        return {path: value}
-    inner = (flatten_dict(item, f"{path}.{key}".lstrip(".")) for key, item in value.items())
-    return {name: leaf for leaves in inner for name, leaf in leaves.items()}
+def flatten_config(config: RunConfig) -> dict[str, Any]:
+    """Return all fields of a config by their dotted names, as JSON values."""
+    fields: dict[str, Any] = flatten_dict(json.loads(json.dumps(to_dict(config))), sep=".")
+    return fields

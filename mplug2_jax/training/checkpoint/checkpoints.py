@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from numpy.typing import NDArray
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from mplug2_jax.config import build, to_dict
 from mplug2_jax.errors import UserError
 from mplug2_jax.parallel.processes import is_primary_process
-from mplug2_jax.training.checkpoint.checksums import checksums, leaf_name, mismatched
+from mplug2_jax.training.checkpoint.checksums import checksums, leaf_name, leaves_by_name, mismatched
 from mplug2_jax.training.checkpoint.lazy_arrays import lazy_array_handler
 from mplug2_jax.training.checkpoint.metadata import FORMAT, DataPosition, ModelMetadata
 from mplug2_jax.training.checkpoint.retention import BestByScore, preservation_policy
@@ -94,7 +95,7 @@ class Checkpoints:
     def should_save(self, step: int) -> bool:
         """Return whether to save after a step: by its number, by the time since the last save, or to retry that."""
         if self._pending_step is not None and not self._manager.is_saving_in_progress():
-            self._finish_pending_save()
+            self.wait_until_finished()
         elapsed = time.monotonic() - self._last_save
         minutes = self._config.every_minutes
         timed = (self.save_failed and elapsed >= RETRY_SECONDS) or (minutes > 0 and elapsed >= 60 * minutes)
@@ -117,7 +118,7 @@ class Checkpoints:
             The seconds that the call blocked.
         """
         start = time.perf_counter()
-        self._finish_pending_save()
+        self.wait_until_finished()
         if position.step not in self.steps():
             meta: dict[str, Any] = {"format": FORMAT, "position": to_dict(position)}
             if self._model:
@@ -142,26 +143,23 @@ class Checkpoints:
         Raises:
             UserError: it cannot be saved.
         """
-        self._finish_pending_save()
+        self.wait_until_finished()
         if not _all_processes(not self.save_failed):
             self.save(state, position, scores)
-            self._finish_pending_save()
+            self.wait_until_finished()
         if not _all_processes(not self.save_failed):
             raise UserError(
                 f"the state after step {position.step} could not be saved; free space on the disk of {self.folder} and "
                 f"start the run again: it resumes from step {max(self.steps(), default=0)}"
             )
 
-    def wait_until_finished(self) -> None:
-        """Block until background saves are on disk or have failed."""
-        self._finish_pending_save()
-
     def close(self) -> None:
         """Finish background saves and release the folder."""
-        self._finish_pending_save()
+        self.wait_until_finished()
         self._manager.close()
 
-    def _finish_pending_save(self) -> None:
+    def wait_until_finished(self) -> None:
+        """Block until background saves are on disk or have failed."""
         if self._pending_step is None:
             return
         try:
@@ -205,7 +203,7 @@ class Checkpoints:
             UserError: as :meth:`restore`.
         """
         damaged: dict[int, DamagedCheckpointError] = {}
-        self._finish_pending_save()
+        self.wait_until_finished()
         self.refresh()
         self.resolve_step(None)
         for step in reversed(self.steps()):
@@ -248,24 +246,19 @@ class Checkpoints:
             DamagedCheckpointError, UserError: as :meth:`restore`.
         """
         step = self.resolve_step(step)
-        stored, target, has_adapters = self.array_specs(step), dict[str, Any](), False
-        for path, leaf in jax.tree_util.tree_leaves_with_path(like):
-            place = tuple(leaf_name(path).split("/"))
-            _set_path(target, (tree if (tree, *place) in stored else "params", *place), leaf)
+        stored, target, has_adapters = self.array_specs(step), dict[tuple[str, ...], Any](), False
+        for place, leaf in flatten_dict(like).items():
+            target[tree if (tree, *place) in stored else "params", *place] = leaf
             for factor in stored_adapter((tree, *place), stored).values():
                 shape, dtype = stored[factor]
-                _set_path(target, factor, jax.ShapeDtypeStruct(shape, dtype, sharding=_replicated_like(leaf)))
+                target[factor] = jax.ShapeDtypeStruct(shape, dtype, sharding=_replicated_like(leaf))
                 has_adapters = True
-        restored = self.restore_tree(target, step)
+        self._read_position(step)
+        restored = self._restore_checked(step, unflatten_dict(target))
         params = combine(restored.get(tree, {}), restored.get("params", {}))
         if has_adapters:
             params = merge_adapters(params, self.model_metadata(step).lora_scale, merge_adapter_on_devices)
         return params, step
-
-    def restore_tree(self, like: Any, step: int) -> Any:
-        """Restore a part of the state, laid out like ``like``. Raises as :meth:`restore`."""
-        self._read_position(step)
-        return self._restore_checked(step, like)
 
     def _restore_checked(self, step: int, like: Any) -> Any:
         """Restore arrays in their stored dtype, in which they are checked, and cast them."""
@@ -320,15 +313,12 @@ class Checkpoints:
             UserError: no such checkpoint.
         """
         step = self.resolve_step(step)
-        item: dict[str, Any] = {}
-        restore_args: dict[str, Any] = {}
-        for path in paths:
-            _set_path(item, path, 0)
-            _set_path(restore_args, path, ocp.RestoreArgs(restore_type=np.ndarray))
+        item = unflatten_dict(dict.fromkeys(paths, 0))
+        restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
         restored = self._read(step, ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True))
         self._check_checksums(step, restored)
-        leaves = {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(restored)}
-        return {path: np.asarray(leaves["/".join(path)]) for path in paths}
+        leaves = flatten_dict(restored)
+        return {path: np.asarray(leaves[path]) for path in paths}
 
     def resolve_step(self, step: int | None) -> int:
         """Return a saved step: the last one for None. Raises UserError if it is not saved."""
@@ -370,9 +360,8 @@ class Checkpoints:
             raise self._damaged(step, f"damaged ({_first_line(error)})") from error
         if stored is None:
             raise self._damaged(step, "incomplete: state/_METADATA is missing")
-        leaves = {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(stored.tree)}
-        self._leaves[step] = leaves
-        return leaves
+        self._leaves[step] = leaves_by_name(stored.tree)
+        return self._leaves[step]
 
     def _check_checksums(self, step: int, restored: Any) -> None:
         """Compare every array with its checksum at the save; checkpoints of older versions have none."""
@@ -385,8 +374,7 @@ class Checkpoints:
     def _check_shapes(self, step: int, like: Any) -> dict[str, Any]:
         """Compare names and shapes with what is stored, so that the error can name the first difference."""
         stored = self._stored_leaves(step)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(like):
-            name = leaf_name(path)
+        for name, leaf in leaves_by_name(like).items():
             if name not in stored and name.startswith("opt/"):
                 raise UserError(
                     f"checkpoint {self.folder / str(step)} holds weights without an optimizer state, so no run can "
@@ -435,12 +423,6 @@ def _all_processes(condition: bool) -> bool:
     if jax.process_count() == 1:
         return condition
     return bool(multihost_utils.process_allgather(np.asarray(condition)).all())
-
-
-def _set_path(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
-    for key in path[:-1]:
-        tree = tree.setdefault(key, {})
-    tree[path[-1]] = value
 
 
 def _replicated_like(leaf: Any) -> Any:

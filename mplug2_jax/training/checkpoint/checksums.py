@@ -37,8 +37,7 @@ _checksum = jax.jit(checksum)  # compiled once per shape; a state has far fewer 
 def checksums(tree: Any) -> dict[str, int]:
     """Return the checksum of every array of a tree by its name. They are computed where the arrays are."""
     # One after the other: many collectives in flight at once starve each other on simulated devices.
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {leaf_name(path): int(_checksum(_on_device(leaf))) for path, leaf in leaves}
+    return {name: int(_checksum(_on_device(leaf))) for name, leaf in leaves_by_name(tree).items()}
 
 
 def _on_device(x: Any) -> Any:
@@ -51,6 +50,11 @@ def _on_device(x: Any) -> Any:
 def mismatched(actual: Mapping[str, int], expected: Mapping[str, int]) -> list[str]:
     """Return the names that both have, with different checksums."""
     return [name for name, value in actual.items() if name in expected and expected[name] != value]
+
+
+def leaves_by_name(tree: Any) -> dict[str, Any]:
+    """Return the leaves of a tree by their names."""
+    return {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def leaf_name(path: Any) -> str:

@@ -22,6 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from mplug2_jax.model.mplug2 import Params
@@ -48,11 +49,7 @@ def add_adapters(tree: Params, parts: Collection[str], make: Callable[[Path, Any
 
 def remove_adapters(tree: Params) -> Params:
     """Return such a tree without its adapters."""
-    return {
-        name: remove_adapters(item) if isinstance(item, dict) else item
-        for name, item in tree.items()
-        if name != LORA_KEY
-    }
+    return unflatten_dict({path: leaf for path, leaf in flatten_dict(tree).items() if LORA_KEY not in path})
 
 
 def adapter_shapes(config: LoraConfig) -> Callable[[Path, Any], Adapter]:

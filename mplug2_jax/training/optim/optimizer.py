@@ -44,9 +44,7 @@ def scale_by_adam(
     optax forms ``1 - b2**t`` in float32, which is off by 5e-5 in the first step (0.999 has no exact neighbour there);
     ``-expm1(t log b2)`` is not, and the release's losses after a step are met to 2e-6 instead of 4e-5.
     """
-
-    def cast(tree: Any, dtype: Dtype) -> Any:
-        return jax.tree.map(lambda x: x.astype(dtype), tree)
+    cast = optax.tree.cast
 
     def init(params: optax.Params) -> optax.OptState:
         zeros = jax.tree.map(jnp.zeros_like, params)
@@ -71,26 +69,16 @@ def scale_by_adam(
 def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
     """Return a transformation that scales gradients down to a global norm, by one factor that fuses into the update."""
 
-    def update(
-        gradients: optax.Updates, state: optax.OptState, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, optax.OptState]:
-        del params
+    def clip(gradients: optax.Updates, _: optax.Params | None) -> optax.Updates:
         factor = jnp.minimum(1.0, limit / jnp.maximum(optax.tree.norm(gradients), 1e-12))
-        return jax.tree.map(lambda g: g * factor, gradients), state
+        return jax.tree.map(lambda g: g * factor, gradients)
 
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+    return optax.stateless(clip)
 
 
 def scale_by_tree(scales: optax.Params) -> optax.GradientTransformation:
     """Return a transformation that scales each parameter's update by its own factors, which broadcast over it."""
-
-    def update(
-        updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
-    ) -> tuple[optax.Updates, optax.OptState]:
-        del params
-        return jax.tree.map(lambda u, s: u * s, updates, scales), state
-
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+    return optax.stateless(lambda updates, _: jax.tree.map(lambda u, s: u * s, updates, scales))
 
 
 def adamw(

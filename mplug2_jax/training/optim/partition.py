@@ -1,7 +1,8 @@
 """Freezing by part: a frozen parameter gets no gradient, no moments and no weight decay, and never changes."""
 
 from collections.abc import Collection
-from typing import Any
+
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mplug2_jax.model.mplug2 import Params
 
@@ -23,23 +24,13 @@ def partition(tree: Params, frozen: Collection[str], path: tuple[str, ...] = ())
 
     LoRA's adapters in a frozen part are trained.
     """
-    trained_params: Params = {}
-    frozen_params: Params = {}
-    for name, item in tree.items():
-        place = (*path, name)
-        if isinstance(item, dict):
-            halves: tuple[Any, Any] = partition(item, frozen, place)
-        else:
-            halves = ({}, item) if part_name(place) in frozen and LORA_KEY not in place else (item, {})
-        for half, content in zip((trained_params, frozen_params), halves, strict=True):
-            if not isinstance(content, dict) or content:
-                half[name] = content
-    return trained_params, frozen_params
+    leaves = flatten_dict(tree)
+    is_frozen = {place: part_name((*path, *place)) in frozen and LORA_KEY not in place for place in leaves}
+    trained = unflatten_dict({place: leaf for place, leaf in leaves.items() if not is_frozen[place]})
+    return trained, unflatten_dict({place: leaf for place, leaf in leaves.items() if is_frozen[place]})
 
 
 def combine(first: Params, second: Params) -> Params:
     """Merge two trees of parameters; a parameter that both have is taken from ``first``."""
-    return second | {
-        name: combine(item, second[name]) if isinstance(item, dict) and name in second else item
-        for name, item in first.items()
-    }
+    combined: Params = unflatten_dict(flatten_dict(second) | flatten_dict(first))
+    return combined

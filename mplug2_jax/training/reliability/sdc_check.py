@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from mplug2_jax.errors import UserError
 from mplug2_jax.objectives.forward import Metrics
-from mplug2_jax.training.checkpoint.checksums import checksums, leaf_name, mismatched
+from mplug2_jax.training.checkpoint.checksums import checksums, leaves_by_name, mismatched
 from mplug2_jax.training.state import RunSpec, TrainState, make_run_spec
 from mplug2_jax.training.step import Step, StreamBatches, make_step
 
@@ -43,7 +43,7 @@ class SdcCheck:
             return self._run_step(state, batches)
         spec, run_rotated = self._rotated_run()
         copy = jax.tree.map(lambda x, s: jax.device_put(jnp.copy(x), s), state, spec.shardings)
-        moved = jax.tree.map(lambda x: jax.device_put(x, _with_mesh(x.sharding, spec.mesh)), batches)
+        moved = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(spec.mesh, x.sharding.spec)), batches)
         second, _ = run_rotated(copy, moved)
         jax.block_until_ready(second)  # two programs with collectives must not run at once on the same devices
         first, metrics = self._run_step(state, batches)
@@ -98,7 +98,7 @@ def check_same_bits(step: int, first: TrainState, second: TrainState) -> None:
 
 def _mismatched_devices(first: TrainState, second: TrainState, names: Sequence[str]) -> list[set[jax.Device]]:
     """Return the two devices of each shard whose versions differ."""
-    first_leaves, second_leaves = _leaves_by_name(first), _leaves_by_name(second)
+    first_leaves, second_leaves = leaves_by_name(first), leaves_by_name(second)
     pairs = []
     for name in names:
         mesh_index = {device: i for i, device in enumerate(first_leaves[name].sharding.mesh.devices.flat)}
@@ -111,11 +111,3 @@ def _mismatched_devices(first: TrainState, second: TrainState, names: Sequence[s
                 if pair not in pairs:
                     pairs.append(pair)
     return pairs
-
-
-def _leaves_by_name(tree: Any) -> dict[str, Any]:
-    return {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def _with_mesh(sharding: NamedSharding, mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, sharding.spec)

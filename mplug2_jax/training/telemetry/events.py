@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mplug2_jax.training.telemetry.jsonl import JsonlWriter, iterate_jsonl
+from mplug2_jax.training.telemetry.jsonl import JsonlWriter, read_jsonl
 
 _OLD_EVENTS: Mapping[str, str] = {
     "rolled back": "rolled_back", "not saved": "save_failed", "skipped": "update_skipped",
@@ -34,12 +34,7 @@ class EventLog:
 def read_events(path: Path) -> list[dict[str, Any]]:
     """Return all undamaged events; those of older versions get the names and keys of this one."""
     return [
-        {_OLD_KEYS.get(key, key): value for key, value in line.items()} | {"event": _event_name(line)}
-        for line in iterate_jsonl(path)
-        if line is not None
+        {_OLD_KEYS.get(key, key): value for key, value in line.items()} | {"event": _OLD_EVENTS.get(event, event)}
+        for line in read_jsonl(path)
+        for event in [str(line.get("event"))]
     ]
-
-
-def _event_name(line: Mapping[str, Any]) -> str:
-    event = str(line.get("event"))
-    return _OLD_EVENTS.get(event, event)

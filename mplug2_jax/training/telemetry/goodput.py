@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from mplug2_jax.training.telemetry.jsonl import JsonlWriter, iterate_jsonl
+from mplug2_jax.training.telemetry.jsonl import JsonlWriter, read_jsonl
 
 Phase = Literal["init", "compile", "step", "data_wait", "checkpoint", "evaluation", "restart", "idle"]
 """``restart``: everything that a run repeats, from restoring its checkpoint to the steps that it had done before.
@@ -111,9 +111,8 @@ def read_goodput(path: Path) -> Sequence[Mapping[str, Any]]:
     Args:
         path: ``goodput.jsonl``; ``ledger.jsonl``, as older versions called it, is read beside it.
     """
-    lines = [line for file in (path.with_name(_OLD_FILE), path) for line in iterate_jsonl(file) if line is not None]
     spans = []
-    for line in lines:
+    for line in [*read_jsonl(path.with_name(_OLD_FILE)), *read_jsonl(path)]:
         line = {_OLD_KEYS.get(key, key): value for key, value in line.items()}
         try:
             seconds = {_OLD_PHASES.get(phase, str(phase)): float(value) for phase, value in line["seconds"].items()}

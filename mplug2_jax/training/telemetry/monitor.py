@@ -42,11 +42,9 @@ class TrainMonitor:
     ) -> None:
         config, primary = spec.config, is_primary_process()
         self._events, self.goodput = events, goodput
-        writers = (
-            [WandbWriter(workdir.path, config.wandb_project, to_dict(config))]
-            if config.wandb_project and primary
-            else []
-        )
+        writers = []
+        if config.wandb_project and primary:
+            writers.append(WandbWriter(workdir.path, config.wandb_project, to_dict(config)))
         self.metrics = MetricLog(
             workdir.path, position.step, best_metric=config.checkpoint.best_metric, writers=writers, is_writer=primary
         )
@@ -104,10 +102,6 @@ class TrainMonitor:
             if self.faults.observe(step, metrics, rows):
                 return step
         return None
-
-    def on_save(self, step: int, seconds: float) -> None:
-        """Write how long a save blocked the run."""
-        self.metrics.write(step, {"checkpoint/blocking_seconds": seconds})
 
     def rewind(self, step: int) -> None:
         """Forget everything after a step, to which the run rolls back."""

@@ -99,10 +99,7 @@ class ThroughputMeter:
 
 def count_tokens(batch: Mapping[str, Any], patch_size: int) -> int:
     """Return the number of patches and text tokens of a batch, padding included: what the towers compute on."""
-    total = 0
-    for name in ("text", "instruction", "target"):
-        if name in batch:
-            total += math.prod(batch[name].shape)
+    total = sum(math.prod(batch[name].shape) for name in ("text", "instruction", "target") if name in batch)
     if "frames" in batch:
         examples, frames, height, width, _ = batch["frames"].shape
         total += examples * frames * (height // patch_size) * (width // patch_size)

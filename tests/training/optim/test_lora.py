@@ -24,7 +24,7 @@ from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.planning.programs import abstract_batch
 from mplug2_jax.tasks.config import TaskSettings
 from mplug2_jax.training.checkpoint.checkpoints import open_checkpoint
-from mplug2_jax.training.checkpoint.checksums import leaf_name
+from mplug2_jax.training.checkpoint.checksums import leaves_by_name
 from mplug2_jax.training.config import AdamWConfig, CheckpointConfig, LoraConfig, RunConfig
 from mplug2_jax.training.initialization import init_or_load_state
 from mplug2_jax.training.loop import describe, device_batches, open_streams, train
