@@ -24,7 +24,7 @@ from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.planning.programs import abstract_batch
 from mplug2_jax.tasks.config import TaskSettings
 from mplug2_jax.training.checkpoint.checkpoints import open_checkpoint
-from mplug2_jax.training.checkpoint.checksums import leaves_by_name
+from mplug2_jax.training.checkpoint.checksums import leaves_by_name as leaves
 from mplug2_jax.training.config import AdamWConfig, CheckpointConfig, LoraConfig, RunConfig
 from mplug2_jax.training.initialization import init_or_load_state
 from mplug2_jax.training.loop import describe, device_batches, open_streams, train
@@ -74,10 +74,6 @@ def train_steps(config: RunConfig, steps: int, mesh: MeshConfig | None = None) -
     for _ in range(steps):
         state, metrics = step(state, next(batches)[0])
     return start, state, {name: float(value) for name, value in metrics.items()}
-
-
-def leaves(tree: Any) -> dict[str, Any]:
-    return {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def assert_equal(actual: Any, expected: Any) -> None:

@@ -17,7 +17,7 @@ from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.planning.programs import abstract_batch
 from mplug2_jax.tasks.config import TaskSettings
 from mplug2_jax.training.checkpoint.checkpoints import Checkpoints
-from mplug2_jax.training.checkpoint.checksums import leaves_by_name
+from mplug2_jax.training.checkpoint.checksums import leaves_by_name as leaves
 from mplug2_jax.training.checkpoint.metadata import DataPosition
 from mplug2_jax.training.config import AdamWConfig, CheckpointConfig, RunConfig
 from mplug2_jax.training.loop import describe, device_batches, open_streams
@@ -64,10 +64,6 @@ def train_steps(config: RunConfig, steps: int, devices: int = 1) -> tuple[Any, A
     for _ in range(steps):
         state, metrics = step(state, next(batches)[0])
     return start, state, {name: float(value) for name, value in metrics.items()}
-
-
-def leaves(tree: Any) -> dict[str, Any]:
-    return {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def test_partition_splits_by_part_and_combine_undoes_it() -> None:
