@@ -46,6 +46,11 @@ def assert_close(found: Any, expected: Any, tolerance: float = 1e-5, *, scale: f
     assert not messages, "\n".join(messages[:8] + [f"and {len(messages) - 8} more"] * (len(messages) > 8))
 
 
+def assert_equal(found: Any, expected: Any) -> None:
+    """Assert that every leaf of ``found`` equals that of ``expected`` exactly."""
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
 def max_magnitude(tree: Any) -> float:
     """Return the largest finite magnitude in a tree: the ``scale`` of differences of such numbers."""
     return max(_scale(leaf) for leaf in _leaves(tree).values())

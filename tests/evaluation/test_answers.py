@@ -23,7 +23,7 @@ from mplug2_jax.objectives.forward import DeviceBatch, ForwardPass
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.tasks.base import TaskContext
-from tests.evaluation.test_loop import CONTEXT, MODEL, QUESTIONS, TOKENIZER
+from tests.evaluation.test_loop import CONTEXT, MODEL, QUESTIONS, TOKENIZER, random_params
 
 SEARCH = SearchConfig(max_length=5)
 ASK = ExampleConfig(
@@ -120,8 +120,7 @@ def make_evaluation(
 
 @pytest.fixture(scope="module")
 def params() -> Params:
-    rng = np.random.default_rng(0)
-    return jax.tree.map(lambda s: (rng.normal(size=s.shape) * 0.3).astype(np.float32), DEFINITION.shapes)
+    return random_params(DEFINITION)
 
 
 def test_an_evaluation_predicts_only_answers_of_the_list(tmp_path: Path, params: Params) -> None:

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from data_pipelines.config import DataConfig, ExampleConfig, SourceConfig, VisualConfig
 from data_pipelines.loader import EvaluationSet
-from data_pipelines.tokenizers import SPECIAL_TOKENS, WordPieceTokenizer
 from mplug2_jax.errors import UserError
 from mplug2_jax.evaluation import matching
 from mplug2_jax.evaluation.config import EvaluationConfig
@@ -25,9 +24,8 @@ from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.tasks.base import TaskContext
 from mplug2_jax.tasks.config import TaskSettings
 from mplug2_jax.tasks.table import TASKS
+from tests.evaluation.test_loop import TOKENIZER, random_params
 
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
-TOKENIZER = WordPieceTokenizer([*SPECIAL_TOKENS, "?", *LETTERS, *(f"##{letter}" for letter in LETTERS)])
 K, SIZE = 3, 12
 CONTEXT = TaskContext(
     settings=TaskSettings(rerank_k=K),
@@ -68,8 +66,7 @@ def test_every_pair_has_an_index_and_no_visual_has_more_rows_than_it_needs(pairs
 
 @pytest.fixture(scope="module")
 def params():
-    rng = np.random.default_rng(0)
-    return jax.tree.map(lambda s: (rng.normal(size=s.shape) * 0.3).astype(np.float32), DEFINITION.shapes)
+    return random_params(DEFINITION)
 
 
 @pytest.fixture(scope="module")

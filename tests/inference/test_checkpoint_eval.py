@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import pytest
 
 from data_pipelines.config import DataConfig, ExampleConfig, InstructionConfig, SourceConfig
@@ -17,6 +16,7 @@ from mplug2_jax.training.checkpoint.metadata import DataPosition, ModelMetadata
 from mplug2_jax.training.config import CheckpointConfig, RunConfig
 from mplug2_jax.training.state import make_run_spec
 from mplug2_jax.training.workdir import WorkDir, special_tokens
+from tests.close import assert_equal
 from tests.runs import SMALL, recipe_file, small_run
 
 FREEZE = ("text", "universal", "mlm")
@@ -70,10 +70,6 @@ def subjects(run: Path, *overrides: str) -> list[CheckpointUnderTest]:
         CheckpointUnderTest.from_workdir(run, overrides),
         CheckpointUnderTest.from_recipe(str(run.parent / "recipe.py"), run, overrides),
     ]
-
-
-def assert_equal(one: Any, other: Any) -> None:
-    jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
 @pytest.mark.slow

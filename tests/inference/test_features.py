@@ -9,7 +9,6 @@ import pytest
 
 from data_pipelines.config import DataConfig, ExampleConfig, SourceConfig, VisualConfig
 from data_pipelines.loader import EvaluationSet
-from data_pipelines.tokenizers import SPECIAL_TOKENS, WordPieceTokenizer
 from mplug2_jax.errors import UserError
 from mplug2_jax.inference import features as features_module
 from mplug2_jax.inference.features import FeatureConfig, FeatureExtractor
@@ -20,9 +19,8 @@ from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
 from tests.close import CHAIN, assert_close
 from tests.data_pipelines.worlds import encode_media, records
+from tests.evaluation.test_loop import TOKENIZER
 
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
-TOKENIZER = WordPieceTokenizer([*SPECIAL_TOKENS, "?", *LETTERS, *(f"##{letter}" for letter in LETTERS)])
 MODEL = model_config(
     "tiny", dtype="float32", width=16, heads=2, mlp_width=16, vision_width=16, vision_layers=2, vision_heads=2,
     image_size=16, text_layers=1, universal_layers=2, fusion_layers=1, decoder_layers=1, num_latents=2,

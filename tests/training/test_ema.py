@@ -1,7 +1,7 @@
 """The EMA of parameters: its recursion, who reads it, and that it covers only what is trained."""
 
 import argparse
-import dataclasses
+import functools
 import logging
 from pathlib import Path
 from typing import Any
@@ -16,42 +16,25 @@ from mplug2_jax.errors import UserError
 from mplug2_jax.model.config import SpecialTokens
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
-from mplug2_jax.training.checkpoint.checkpoints import Checkpoints
-from mplug2_jax.training.checkpoint.metadata import DataPosition, ModelMetadata
-from mplug2_jax.training.config import AdamWConfig, CheckpointConfig, RunConfig
+from mplug2_jax.training.config import AdamWConfig, RunConfig
 from mplug2_jax.training.initialization import init_or_load_state
 from mplug2_jax.training.loop import device_batches, open_streams
 from mplug2_jax.training.state import RunSpec, eval_params, make_run_spec
 from mplug2_jax.training.step import make_step
 from mplug2_jax.training.workdir import WorkDir
-from tests.close import assert_close
-from tests.runs import small_run
+from tests.close import assert_close, assert_equal
+from tests.runs import text_run
+from tests.training.test_initialization import save_checkpoint
 
-
-def mlm_run(**overrides: Any) -> RunConfig:
-    """Return a run of masked words: text, universal layers and a head."""
-    text = dataclasses.replace(small_run().streams["text"], objectives={"mlm": 1.0})
-    optimizer = AdamWConfig(learning_rate=1e-2)
-    return small_run(streams={"text": text}, evaluations={}, optimizer=optimizer, **overrides)
+mlm_run = functools.partial(text_run, optimizer=AdamWConfig(learning_rate=1e-2))
 
 
 def make_spec(config: RunConfig) -> RunSpec:
     return make_run_spec(config, SpecialTokens(), make_mesh(MeshConfig(fsdp=2), jax.devices()[:2]))
 
 
-def save_checkpoint(folder: Path, spec: RunSpec, state: Any) -> None:
-    identity = ModelMetadata(spec.config.model, spec.definition.parts)
-    checkpoints = Checkpoints(folder / "checkpoints", CheckpointConfig(), model=identity)
-    checkpoints.save(state, DataPosition(3, {}))
-    checkpoints.close()
-
-
 def shift(tree: Any) -> Any:
     return jax.tree.map(lambda x: x + 1, tree)
-
-
-def assert_equal(actual: Any, expected: Any) -> None:
-    jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
 @pytest.mark.parametrize("overrides", [{}, {"freeze": ("text",), "param_dtype": "bfloat16"}], ids=["all", "part"])

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import pytest
 
 from mplug2_jax.errors import UserError
@@ -24,7 +23,7 @@ from mplug2_jax.training.initialization import init_or_load_state, with_checkpoi
 from mplug2_jax.training.optim.partition import partition
 from mplug2_jax.training.state import RunSpec, make_run_spec
 from mplug2_jax.training.workdir import WorkDir
-from tests.close import assert_close
+from tests.close import assert_close, assert_equal
 from tests.runs import small_model, small_run
 
 
@@ -43,7 +42,6 @@ def save_checkpoint(folder: Path, spec: RunSpec, state: dict[str, Any]) -> Path:
     identity = ModelMetadata(spec.config.model, spec.definition.parts)
     checkpoints = Checkpoints(folder / "checkpoints", CheckpointConfig(), model=identity)
     checkpoints.save(state, DataPosition(3, {}))
-    checkpoints.wait_until_finished()
     checkpoints.close()
     return folder
 
@@ -65,10 +63,6 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, An
     state = spec.init()
     state["teacher"] = jax.tree.map(lambda x: x + 1, state["teacher"])
     return save_checkpoint(tmp_path_factory.mktemp("start"), spec, state), state
-
-
-def assert_equal(actual: Any, reference: Any) -> None:
-    jax.tree.map(np.testing.assert_array_equal, actual, reference)
 
 
 def test_all_parts_of_a_checkpoint_are_loaded_with_its_teacher(

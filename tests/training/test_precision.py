@@ -7,8 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from data_pipelines.digitworld import vocabulary_texts
-from data_pipelines.tokenizers import Tokenizer, train_wordpiece
+from data_pipelines.tokenizers import Tokenizer
 from mplug2_jax.errors import UserError
 from mplug2_jax.objectives.config import DistillationConfig
 from mplug2_jax.parallel.config import MeshConfig
@@ -21,20 +20,14 @@ from mplug2_jax.training.state import RunSpec, make_run_spec
 from mplug2_jax.training.step import make_step
 from mplug2_jax.training.workdir import special_tokens
 from tests.close import assert_close
-from tests.runs import small_run
+from tests.runs import text_run
 
 STEPS = 4
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return train_wordpiece(vocabulary_texts(100), 200)
-
-
 def masked_words(param_dtype: str = "float32", **optimizer: Any) -> RunConfig:
-    text = dataclasses.replace(small_run().streams["text"], objectives={"mlm": 1.0})
     adam = AdamWConfig(learning_rate=1e-2, b2=0.95, eps=1e-2, **optimizer)
-    return small_run(streams={"text": text}, evaluations={}, optimizer=adam, param_dtype=param_dtype)
+    return text_run(optimizer=adam, param_dtype=param_dtype)
 
 
 def make_spec(config: RunConfig, tokenizer: Tokenizer) -> RunSpec:

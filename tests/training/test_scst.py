@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from data_pipelines.config import ExampleConfig, InstructionConfig
-from data_pipelines.digitworld import vocabulary_texts
-from data_pipelines.tokenizers import Tokenizer, train_wordpiece
+from data_pipelines.tokenizers import Tokenizer
 from mplug2_jax.generation.config import SearchConfig
 from mplug2_jax.generation.decode import generate
 from mplug2_jax.model.config import SpecialTokens
@@ -49,11 +48,6 @@ def scst_run(**overrides: Any) -> RunConfig:
         "evaluations": {},
     }
     return small_run(**(fields | overrides))
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return train_wordpiece(vocabulary_texts(100), 200)
 
 
 def train_history(config: RunConfig, tokenizer: Tokenizer, devices: int) -> list[dict[str, float]]:

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from data_pipelines.config import ExampleConfig
-from data_pipelines.digitworld import vocabulary_texts
-from data_pipelines.tokenizers import Tokenizer, train_wordpiece
+from data_pipelines.tokenizers import Tokenizer
 from mplug2_jax.objectives.config import DistillationConfig, VlcConfig
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
@@ -21,15 +20,10 @@ from mplug2_jax.training.state import RunSpec, make_run_spec
 from mplug2_jax.training.step import make_step
 from mplug2_jax.training.workdir import special_tokens
 from tests.close import CHAIN, assert_close
-from tests.runs import QUESTION, small_model, small_run, stream
+from tests.runs import QUESTION, small_model, small_run, stream, text_run
 
 ONE = MeshConfig(data=1, fsdp=1, tensor=1)
 EIGHT = MeshConfig(fsdp=2, sequence=2, tensor=2)
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return train_wordpiece(vocabulary_texts(100), 200)
 
 
 def make_spec(config: RunConfig, tokenizer: Tokenizer, mesh: MeshConfig) -> RunSpec:
@@ -105,11 +99,7 @@ def test_micro_batches_add_up_to_the_batch(tokenizer: Tokenizer) -> None:
 
 @pytest.mark.parametrize("times", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_gathering_per_step_equals_gathering_per_layer(tokenizer: Tokenizer, times: int) -> None:
-    text = dataclasses.replace(small_run().streams["text"], objectives={"mlm": 1.0})
-    config = small_run(
-        streams={"text": text}, evaluations={}, grad_accum_steps=times,
-        optimizer=AdamWConfig(learning_rate=1e-2, eps=1e-2),
-    )  # fmt: skip
+    config = text_run(grad_accum_steps=times, optimizer=AdamWConfig(learning_rate=1e-2, eps=1e-2))
     per_layer, per_layer_history = run(dataclasses.replace(config, fsdp_gather="layer"), tokenizer, EIGHT, 2)
     per_step, per_step_history = run(dataclasses.replace(config, fsdp_gather="step"), tokenizer, EIGHT, 2)
     for actual, expected in zip(per_step_history, per_layer_history, strict=True):

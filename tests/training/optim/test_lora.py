@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from flax.traverse_util import unflatten_dict
 
 from mplug2_jax.cli.common import open_run
 from mplug2_jax.conversion.export_weights import export
@@ -18,66 +19,25 @@ from mplug2_jax.conversion.layouts.official import default_fusion_start, load_of
 from mplug2_jax.errors import UserError
 from mplug2_jax.model.config import PARTS, model_config
 from mplug2_jax.model.mplug2 import define_model
-from mplug2_jax.objectives.config import DistillationConfig
 from mplug2_jax.parallel.config import MeshConfig
-from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.planning.programs import abstract_batch
-from mplug2_jax.tasks.config import TaskSettings
 from mplug2_jax.training.checkpoint.checkpoints import open_checkpoint
 from mplug2_jax.training.checkpoint.checksums import leaves_by_name as leaves
 from mplug2_jax.training.config import AdamWConfig, CheckpointConfig, LoraConfig, RunConfig
 from mplug2_jax.training.initialization import init_or_load_state
-from mplug2_jax.training.loop import describe, device_batches, open_streams, train
+from mplug2_jax.training.loop import describe, train
 from mplug2_jax.training.optim.layer_decay import lr_scales
 from mplug2_jax.training.optim.lora import adapter_shapes, add_adapters, remove_adapters
 from mplug2_jax.training.optim.optimizer import is_decayed, is_vision
 from mplug2_jax.training.optim.partition import part_name, partition
-from mplug2_jax.training.state import RunSpec, eval_params, make_run_spec
-from mplug2_jax.training.step import make_step
+from mplug2_jax.training.state import eval_params
 from mplug2_jax.training.telemetry.step_flops import count_gradient_flops
-from mplug2_jax.training.workdir import WorkDir, special_tokens
-from tests.close import BFLOAT16, CHAIN, assert_close
+from tests.close import BFLOAT16, CHAIN, assert_close, assert_equal
 from tests.runs import small_run
+from tests.training.optim.partial_runs import DISTILLED, answer_run, make_spec, mlm_run, train_steps
 
-DISTILLED = TaskSettings(distillation=DistillationConfig(momentum=0.5))
 LORA = LoraConfig(parts=("vision", "decoder"), rank=2, alpha=3.0)
 TEXT = LoraConfig(parts=("text",), rank=3)
-
-
-def answer_run(**overrides: Any) -> RunConfig:
-    """Return a run of questions about video clips: every part between pixels and words, temporal units included."""
-    clips = dataclasses.replace(small_run().streams["video_text"], objectives={"answer": 1.0})
-    optimizer = AdamWConfig(learning_rate=1e-2, weight_decay=0.5)
-    return small_run(**({"streams": {"clips": clips}, "evaluations": {}, "optimizer": optimizer} | overrides))
-
-
-def mlm_run(**overrides: Any) -> RunConfig:
-    """Return a run of masked words: text, universal layers and a head."""
-    text = dataclasses.replace(small_run().streams["text"], objectives={"mlm": 1.0})
-    optimizer = AdamWConfig(learning_rate=1e-2, weight_decay=0.5, clip_norm=0.0)
-    return small_run(**({"streams": {"text": text}, "evaluations": {}, "optimizer": optimizer} | overrides))
-
-
-def make_spec(config: RunConfig, mesh: MeshConfig | None = None) -> RunSpec:
-    mesh = mesh or MeshConfig(fsdp=1)
-    tokens = special_tokens(WorkDir(Path("nowhere")).load_tokenizer(config))
-    return make_run_spec(config, tokens, make_mesh(mesh, jax.devices()[: mesh.fsdp * mesh.tensor]))
-
-
-def train_steps(config: RunConfig, steps: int, mesh: MeshConfig | None = None) -> tuple[Any, Any, dict[str, float]]:
-    """Return the first parameters, the last state and the last metrics."""
-    spec = make_spec(config, mesh)
-    state, step = spec.init(), make_step(spec)
-    start = jax.tree.map(np.asarray, state["params"])
-    batches = device_batches(open_streams(config, WorkDir(Path("nowhere")).load_tokenizer(config)), spec.mesh, 0)
-    metrics: Any = {}
-    for _ in range(steps):
-        state, metrics = step(state, next(batches)[0])
-    return start, state, {name: float(value) for name, value in metrics.items()}
-
-
-def assert_equal(actual: Any, expected: Any) -> None:
-    jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
 def merge_by_hand(base: Any, adapters: Any, scale: float) -> dict[str, Any]:
@@ -244,13 +204,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RunConfig]:
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """Return all arrays of a work directory's last checkpoint, by tree."""
     checkpoints, step = open_checkpoint(path)
-    trees: dict[str, Any] = {}
     paths = [path for path in checkpoints.array_specs(step) if path[0] in ("params", "ema")]
-    for place, value in checkpoints.read_arrays(paths).items():
-        tree = trees
-        for key in place[:-1]:
-            tree = tree.setdefault(key, {})
-        tree[place[-1]] = value
+    trees: dict[str, Any] = unflatten_dict(checkpoints.read_arrays(paths))
     checkpoints.close()
     return trees
 

@@ -1,8 +1,6 @@
 """Freezing: frozen parameters stay to the bit and cost no moments and no gradients; others train as before."""
 
-import dataclasses
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -11,59 +9,21 @@ import pytest
 from mplug2_jax.errors import UserError
 from mplug2_jax.model.config import PARTS, SpecialTokens, model_config
 from mplug2_jax.model.mplug2 import define_model
-from mplug2_jax.objectives.config import DistillationConfig
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.planning.programs import abstract_batch
-from mplug2_jax.tasks.config import TaskSettings
 from mplug2_jax.training.checkpoint.checkpoints import Checkpoints
 from mplug2_jax.training.checkpoint.checksums import leaves_by_name as leaves
 from mplug2_jax.training.checkpoint.metadata import DataPosition
-from mplug2_jax.training.config import AdamWConfig, CheckpointConfig, RunConfig
-from mplug2_jax.training.loop import describe, device_batches, open_streams
+from mplug2_jax.training.config import CheckpointConfig, RunConfig
+from mplug2_jax.training.loop import describe
 from mplug2_jax.training.optim.partition import combine, part_name, partition
-from mplug2_jax.training.state import RunSpec, make_run_spec
-from mplug2_jax.training.step import jit_train_step, make_step
+from mplug2_jax.training.state import make_run_spec
+from mplug2_jax.training.step import jit_train_step
 from mplug2_jax.training.telemetry.step_flops import count_gradient_flops
-from mplug2_jax.training.workdir import WorkDir, special_tokens
+from mplug2_jax.training.workdir import WorkDir
 from tests.close import CHAIN, assert_close
-from tests.runs import small_run
-
-DISTILLED = TaskSettings(distillation=DistillationConfig(momentum=0.5))
-
-
-def answer_run(**overrides: Any) -> RunConfig:
-    """Return a run of questions about video clips: every part between pixels and words, temporal units included."""
-    clips = dataclasses.replace(small_run().streams["video_text"], objectives={"answer": 1.0})
-    return small_run(
-        streams={"clips": clips}, evaluations={}, optimizer=AdamWConfig(learning_rate=1e-2, weight_decay=0.5),
-        **overrides,
-    )  # fmt: skip
-
-
-def mlm_run(**overrides: Any) -> RunConfig:
-    """Return a run of masked words: text, universal layers and a head."""
-    text = dataclasses.replace(small_run().streams["text"], objectives={"mlm": 1.0})
-    optimizer = AdamWConfig(learning_rate=1e-2, weight_decay=0.5, clip_norm=0.0)
-    return small_run(streams={"text": text}, evaluations={}, optimizer=optimizer, **overrides)
-
-
-def make_spec(config: RunConfig, devices: int = 1) -> RunSpec:
-    mesh = MeshConfig(fsdp=devices)
-    tokens = special_tokens(WorkDir(Path("nowhere")).load_tokenizer(config))
-    return make_run_spec(config, tokens, make_mesh(mesh, jax.devices()[:devices]))
-
-
-def train_steps(config: RunConfig, steps: int, devices: int = 1) -> tuple[Any, Any, dict[str, float]]:
-    """Return the first parameters, the last state and the last metrics."""
-    spec = make_spec(config, devices)
-    state, step = spec.init(), make_step(spec)
-    start = jax.tree.map(np.asarray, state["params"])
-    streams = open_streams(config, WorkDir(Path("nowhere")).load_tokenizer(config))
-    batches, metrics = device_batches(streams, spec.mesh, 0), {}
-    for _ in range(steps):
-        state, metrics = step(state, next(batches)[0])
-    return start, state, {name: float(value) for name, value in metrics.items()}
+from tests.training.optim.partial_runs import DISTILLED, answer_run, make_spec, mlm_run, train_steps
 
 
 def test_partition_splits_by_part_and_combine_undoes_it() -> None:
@@ -105,7 +65,7 @@ def test_parts_that_cannot_be_frozen_are_refused(frozen: tuple[str, ...], messag
 )
 @pytest.mark.slow
 def test_frozen_parameters_stay_to_the_bit_and_others_change(config: RunConfig, devices: int) -> None:
-    start, state, metrics = train_steps(config, 3, devices)
+    start, state, metrics = train_steps(config, 3, MeshConfig(fsdp=devices))
     frozen = set(config.freeze)
     for name, leaf in leaves(state["params"]).items():
         same = np.array_equal(leaf, leaves(start)[name])

@@ -30,18 +30,12 @@ from mplug2_jax.training.telemetry.jsonl import read_jsonl
 from mplug2_jax.training.telemetry.metric_log import read_train_metrics
 from mplug2_jax.training.workdir import WorkDir
 from tests.close import assert_close
-from tests.runs import small_run
-
-
-def words(**overrides: Any) -> RunConfig:
-    """Masked words alone: the cheapest to compile."""
-    text = dataclasses.replace(small_run().streams["text"], objectives={"mlm": 1.0})
-    return small_run(streams={"text": text}, evaluations={}, **overrides)
+from tests.runs import text_run
 
 
 @pytest.fixture(scope="module")
 def compiled() -> Iterator[Any]:
-    """Return the step of :func:`words`, compiled once for all runs of this module."""
+    """Return the step of :func:`text_run`, compiled once for all runs of this module."""
     steps: dict[Any, Any] = {}
 
     def once(spec: Any) -> Any:
@@ -81,7 +75,7 @@ def test_a_spike_rolls_back_and_skips_its_data_and_replay_knows(
 ) -> None:
     """Batch 4, which step 5 sees, spikes after a checkpoint of step 4: batch 4 is skipped, batch 5 is next."""
     seen: list[int] = []
-    config = words(steps=7, faults=FaultConfig(spike_zscore=6.0, spike_window=3))
+    config = text_run(steps=7, faults=FaultConfig(spike_zscore=6.0, spike_window=3))
     with pytest.MonkeyPatch.context() as patch:
         inject_faults(patch, seen, {4: 100.0})
         train(config, tmp_path / "run")
@@ -121,7 +115,7 @@ def batch() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def stepped() -> tuple[Any, Any]:
-    spec = spec_of(words())
+    spec = spec_of(text_run())
     return spec, make_step(spec)
 
 
@@ -194,7 +188,7 @@ def test_a_full_disk_stops_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(checkpoints.ocp.CheckpointManager, "save", full)
     monkeypatch.setattr(checkpoints, "RETRY_SECONDS", 0.0)
-    train(words(steps=5, checkpoint=CheckpointConfig(every_steps=2)), tmp_path / "run")
+    train(text_run(steps=5, checkpoint=CheckpointConfig(every_steps=2)), tmp_path / "run")
     assert "saving the checkpoint of step 4 failed" in caplog.text
     kept = sorted(int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.isdecimal())
     assert kept == [2, 5]
@@ -229,5 +223,5 @@ def test_a_bit_that_differs_names_its_device() -> None:
 
 @pytest.mark.slow
 def test_a_run_that_is_checked_for_sdc_on_rotated_devices_gives_the_same_bits(tmp_path: Path) -> None:
-    train(words(steps=3, faults=FaultConfig(sdc_check_every=2), mesh=MeshConfig(fsdp=2, data=4)), tmp_path / "run")
+    train(text_run(steps=3, faults=FaultConfig(sdc_check_every=2), mesh=MeshConfig(fsdp=2, data=4)), tmp_path / "run")
     assert len(read_train_metrics(tmp_path / "run" / "metrics.jsonl")) == 3
