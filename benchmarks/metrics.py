@@ -45,8 +45,8 @@ def main() -> None:
     java = shutil.which("java") is not None
     tokenizers = {"ours": tokenize_here, **({"Java": tokenize_by_java} if java else {})}
     tokenized = {
-        name: measure_time(functools.partial(tokenize_both, work, predictions, truths))
-        for name, work in tokenizers.items()
+        name: measure_time(lambda tokenize=tokenize: (tokenize(predictions), tokenize(truths)))
+        for name, tokenize in tokenizers.items()
     }
     print(f"{len(texts):,} captions, {sum(map(len, references)):,} references")
     for name, (_, seconds) in tokenized.items():
@@ -88,11 +88,6 @@ def measure_time(work: Callable[[], Any]) -> tuple[Any, float]:
     start = time.perf_counter()
     result = work()
     return result, time.perf_counter() - start
-
-
-def tokenize_both(tokenize: Callable[[Texts], Texts], predictions: Texts, truths: Texts) -> tuple[Texts, Texts]:
-    """Tokenize predictions and references."""
-    return tokenize(predictions), tokenize(truths)
 
 
 def tokenize_here(texts: Texts) -> Texts:

@@ -1,6 +1,7 @@
 """``mplug2 convert``: import and export weights, and compare with the release's golden numbers."""
 
 import argparse
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -78,8 +79,6 @@ def _line(row: Any) -> str:
 
 def _merge_groups(rows: list[Any]) -> list[Any]:
     """Merge the rows of each group of parameters into its worst one; keep rows of single arrays and failures."""
-    import dataclasses
-
     groups: dict[str, list[Any]] = {}
     out: list[Any] = []
     for row in rows:

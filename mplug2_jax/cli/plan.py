@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
     from mplug2_jax.parallel.accelerators import Topology
     from mplug2_jax.parallel.sharding import MeshAxes
-    from mplug2_jax.planning.programs import TracedProgram
     from mplug2_jax.training.config import RunConfig
 
 
@@ -98,15 +98,11 @@ def _run_plan(args: argparse.Namespace, config: "RunConfig", topology: "Topology
     from data_pipelines.sources.files import write_atomically
     from mplug2_jax.planning import remedies
     from mplug2_jax.planning.html import write_html
-    from mplug2_jax.planning.programs import CompiledProgram, trace_evaluation, trace_training
+    from mplug2_jax.planning.programs import CompiledProgram, trace_program
     from mplug2_jax.planning.report import make_report
     from mplug2_jax.planning.text import format_report
 
-    def trace(config: "RunConfig", topology: "Topology") -> "TracedProgram":
-        if args.evaluation:
-            return trace_evaluation(config, topology, args.evaluation)
-        return trace_training(config, topology)
-
+    trace = functools.partial(trace_program, evaluation=args.evaluation)
     executable_dir = args.save_executable
     if executable_dir and args.evaluation:
         raise UserError("--save-executable saves the program that train runs: remove --evaluation")

@@ -75,11 +75,9 @@ def resolve_plan(
         UserError: neither the plan nor the options are given, or both.
     """
     if plan is None:
-        for option, value in (("--config", config), ("--topology", topology)):
-            if value is None:
-                raise UserError(f"{option} is missing; give --config and --topology, or --plan plan.json for both")
-        assert config is not None
-        assert topology is not None
+        if config is None or topology is None:
+            option = "--config" if config is None else "--topology"
+            raise UserError(f"{option} is missing; give --config and --topology, or --plan plan.json for both")
         return PlanFile(
             config=config, overrides=tuple(overrides), topology=topology, slices=1 if slices is None else slices
         )

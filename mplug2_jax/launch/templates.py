@@ -1,7 +1,6 @@
 """Render the templates of ``launch/``; all values are quoted for the language of the file."""
 
 import shlex
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +22,12 @@ def render(template: str, **values: Any) -> str:
 
     In shell, a sequence is rendered as the words of a command.
     """
-    quote = quote_yaml if ".yaml" in template else _quote_shell
-    return _environment(quote).get_template(template).render(**values)
-
-
-def _environment(quote: Callable[[Any], str]) -> jinja2.Environment:
-    return jinja2.Environment(
-        loader=jinja2.FileSystemLoader(launch_folder()),
-        undefined=jinja2.StrictUndefined,
-        finalize=quote,
-        autoescape=False,
-        trim_blocks=True,
-        lstrip_blocks=True,
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(launch_folder()), undefined=jinja2.StrictUndefined, autoescape=False,
+        finalize=quote_yaml if ".yaml" in template else _quote_shell, trim_blocks=True, lstrip_blocks=True,
         keep_trailing_newline=True,
-    )
+    )  # fmt: skip
+    return environment.get_template(template).render(**values)
 
 
 def quote_word(word: str) -> str:

@@ -15,7 +15,7 @@ from data_pipelines.sources.files import write_atomically
 from mplug2_jax.config import build, load_recipe, recipe_folder, to_dict
 from mplug2_jax.errors import UserError
 from mplug2_jax.parallel.accelerators import parse_topology
-from mplug2_jax.planning.programs import CompiledProgram, trace_evaluation, trace_training
+from mplug2_jax.planning.programs import CompiledProgram, trace_program
 from mplug2_jax.planning.remedies import format_oom, try_compile
 from mplug2_jax.planning.report import PlanReport, make_report
 from mplug2_jax.training.config import RunConfig
@@ -81,11 +81,7 @@ def measure_costs(golden: CostGolden) -> MeasuredCosts:
     """
     config = build(RunConfig, load_recipe(golden.recipe, golden.overrides))
     topology = parse_topology(golden.topology, golden.slices)
-    if golden.evaluation:
-        program = trace_evaluation(config, topology, golden.evaluation)
-    else:
-        program = trace_training(config, topology)
-    compiled = try_compile(program, _COMPILE_EFFORT)
+    compiled = try_compile(trace_program(config, topology, golden.evaluation), _COMPILE_EFFORT)
     if not isinstance(compiled, CompiledProgram):
         raise UserError(f"{golden}: {'; '.join(format_oom(compiled, topology, compiled.largest))}")
     return _extract_costs(make_report(compiled, config))

@@ -18,19 +18,14 @@ def write_html(report: PlanReport, path: Path) -> Path:
     style = (files("mplug2_jax.report") / "style.css").read_text(encoding="utf-8")
     t = report.timing
     page = environment.from_string(template).render(
-        r=report,
-        style=Markup(style),
-        memory_scale=max(report.memory.capacity, report.memory.peak),
+        r=report, style=Markup(style), memory_scale=max(report.memory.capacity, report.memory.peak),
         resources=(
-            ("compute", t.compute_seconds, ""),
-            ("HBM", t.hbm_seconds, ""),
+            ("compute", t.compute_seconds, ""), ("HBM", t.hbm_seconds, ""),
             ("communication", t.communication_seconds, ""),
             ("exposed", t.exposed_seconds, f"({t.exposed_fraction:.1%} of compute)"),
         ),
-        format_seconds=text.format_seconds,
-        format_bytes=text.format_bytes,
-        format_quantity=text.format_quantity,
+        format_seconds=text.format_seconds, format_bytes=text.format_bytes, format_quantity=text.format_quantity,
         format_range=text.format_range,
-    )
+    )  # fmt: skip
     write_atomically(str(path), page.encode())
     return path

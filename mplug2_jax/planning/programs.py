@@ -182,6 +182,11 @@ def trace_evaluation(config: RunConfig, topology: Topology, name: str) -> Traced
     return TracedProgram(name, spec, topology, lowered, params, batch, time.perf_counter() - start)
 
 
+def trace_program(config: RunConfig, topology: Topology, evaluation: str | None = None) -> TracedProgram:
+    """Trace one of a run's evaluations, or without a name its train step; the errors are those of the two."""
+    return trace_evaluation(config, topology, evaluation) if evaluation else trace_training(config, topology)
+
+
 def _precomputed(spec: RunSpec, evaluation: EvaluationConfig) -> Mapping[str, jax.ShapeDtypeStruct]:
     """Return what an evaluation computes once, before its batches; with one prompt per class."""
     precompute, classes = TASKS[evaluation.task].precompute, len(evaluation.data.examples.classes)

@@ -109,26 +109,18 @@ def make_report(compiled: CompiledProgram, config: RunConfig) -> PlanReport:
     data = {name: stream.data for name, stream in config.streams.items()}
     data = data if training else {program.name: config.evaluations[program.name].data}
     return PlanReport(
-        name=config.name,
-        program=program.name,
-        topology=str(topology),
-        chips=topology.chips,
-        mesh=describe_mesh(spec.mesh),
-        examples={name: d.batch_size for name, d in data.items()},
-        parameters=spec.definition.num_params(),
-        memory=program_memory(compiled, topology),
-        costs=costs,
+        name=config.name, program=program.name, topology=str(topology), chips=topology.chips,
+        mesh=describe_mesh(spec.mesh), examples={name: d.batch_size for name, d in data.items()},
+        parameters=spec.definition.num_params(), memory=program_memory(compiled, topology), costs=costs,
         traffic=tuple(_group_by_axes(collectives, spec.mesh, topology)),
         largest_collectives=tuple(largest_collectives(collectives, 8)),
         largest_buffers=tuple(largest_buffers(text, 8)),
         unknown_loops=tuple(loop.scope or loop.name for loop in find_unknown_loops(text, spec.mesh)),
         timing=timing,
         mfu=(costs.model_flops / peak_flops / timing.pessimistic, costs.model_flops / peak_flops / timing.optimistic),
-        steps=config.steps if training else 1,
-        trace_seconds=program.trace_seconds,
-        compile_seconds=compiled.compile_seconds,
-        simulated=topology.chip.platform != "tpu",
-    )
+        steps=config.steps if training else 1, trace_seconds=program.trace_seconds,
+        compile_seconds=compiled.compile_seconds, simulated=topology.chip.platform != "tpu",
+    )  # fmt: skip
 
 
 def _group_by_axes(collectives: Sequence[Collective], mesh: jax.sharding.Mesh, topology: Topology) -> list[AxisTraffic]:

@@ -61,12 +61,9 @@ def _lines(r: PlanReport) -> Iterator[str]:
         f"recomputed: {costs.recompute_overhead:.1%}"
     )
     flops = [
-        (f"{stream} / {tower}", count, r.examples[stream])
-        for stream, towers in costs.towers.items() for tower, count in towers.items()
-    ]  # fmt: skip
-    flops += [
-        (f"{stream} / {objective} alone", count, r.examples[stream])
-        for stream, objectives in costs.objectives.items() for objective, count in objectives.items()
+        (f"{stream} / {name}{suffix}", count, r.examples[stream])
+        for streams, suffix in ((costs.towers, ""), (costs.objectives, " alone"))
+        for stream, counts in streams.items() for name, count in counts.items()
     ]  # fmt: skip
     yield from _align([
         (label, format_quantity(count, "FLOP"), f"{count / costs.model_flops:.1%}",

@@ -173,27 +173,18 @@ def finetune_recipe(name: str, size: str, data: TaskData, family: TaskFamily) ->
         data.train, family.train_examples, {"sampling": "random", **family.train_visual}, batch_size
     )
     eval_examples = family.train_examples if family.eval_examples is None else family.eval_examples
+    search = dataclasses.replace(family.search, max_length=min(family.search.max_length, model.max_positions - 1))
     return RunConfig(
-        name=name,
-        steps=steps,
-        model=model,
-        tokenizer=TokenizerConfig(vocab_size=min(model.vocab_size, 512)),
+        name=name, steps=steps, model=model, tokenizer=TokenizerConfig(vocab_size=min(model.vocab_size, 512)),
         streams={"set": StreamConfig(data=train_data, objectives=family.objectives)},
-        tasks=TaskSettings(
-            search=dataclasses.replace(
-                family.search, max_length=min(family.search.max_length, model.max_positions - 1)
-            ),
-            label_smoothing=family.label_smoothing,
-        ),
-        optimizer=family.optimizer,
-        schedule=ScheduleConfig(warmup_steps=max(1, steps // 20)),
+        tasks=TaskSettings(search=search, label_smoothing=family.label_smoothing),
+        optimizer=family.optimizer, schedule=ScheduleConfig(warmup_steps=max(1, steps // 20)),
         evaluations={
             key: EvaluationConfig(
-                task=family.task,
-                data=data_config(source, eval_examples, family.eval_visual, eval_batch_size),
+                task=family.task, data=data_config(source, eval_examples, family.eval_visual, eval_batch_size),
                 **family.eval_overrides,
             )
             for key, source in data.eval.items()
         },
         eval_every=0 if tiny else max(1, steps // family.epochs),
-    )
+    )  # fmt: skip

@@ -210,19 +210,14 @@ def _sample(task: str, row: Mapping[str, Any], folder: Path, errors: list[str]) 
         prediction_words, reference_words = [Word(prediction)], [Word(reference)]
     category, score, images = row.get("category"), row.get("score"), row.get("nearest_images") or {}
     return Sample(
-        str(row.get("key") or ""),
-        str(row.get("instruction") or ""),
-        prediction_words,
-        reference_words,
-        [each for each in dict.fromkeys(references) if each != reference],
-        prediction in references,
-        _strip(folder, row.get("frames"), errors),
-        category if category in HEADINGS else "first",
+        str(row.get("key") or ""), str(row.get("instruction") or ""), prediction_words, reference_words,
+        [each for each in dict.fromkeys(references) if each != reference], prediction in references,
+        _strip(folder, row.get("frames"), errors), category if category in HEADINGS else "first",
         "" if score is None else format_metric(task_labels(task).score, float(score)),
         [(str(each["text"]), bool(each["correct"])) for each in row.get("nearest_texts", ())[:_MAX_NEIGHBORS]],
         _strip(folder, images.get("frames"), errors),
         [bool(correct) for correct in images.get("correct", ())[:_MAX_NEIGHBORS]],
-    )
+    )  # fmt: skip
 
 
 def _strip(folder: Path, name: object, errors: list[str]) -> FrameStrip | None:

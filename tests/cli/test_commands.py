@@ -95,17 +95,8 @@ def test_eval_only_evaluates_what_is_named_and_leaves_the_checkpoints_alone(work
     unfinished.mkdir()
     (unfinished / "part").write_text("half")
     before = snapshot(workdir)
-    done = mplug2(
-        "eval",
-        "--workdir",
-        workdir,
-        "--only",
-        "more_words",
-        "--step",
-        2,
-        "--config.mesh.data=-1",
-        "--config.mesh.fsdp=1",
-    )
+    mesh = ("--config.mesh.data=-1", "--config.mesh.fsdp=1")
+    done = mplug2("eval", "--workdir", workdir, "--only", "more_words", "--step", 2, *mesh)
     assert done.status == 0
     assert [row[0] for row in table_rows(done.out)] == ["more_words"]
     assert re.search(r"^step 2  more_words \(11 examples, ", done.log, re.MULTILINE)
@@ -146,18 +137,8 @@ def test_a_run_with_damaged_metrics_goes_on(trained: TrainedRun, workdir: Path) 
 
 def test_generate_prints_a_line_for_each_file(pictures: Path, media: Path) -> None:
     files = [media / name for name in ("a.png", "a.mp4", "a.gif", "a.txt")]
-    done = mplug2(
-        "generate",
-        "--workdir",
-        pictures,
-        *files,
-        "--instruction",
-        "is {text} here?",
-        "--num-beams",
-        2,
-        "--max-length",
-        3,
-    )
+    options = ("--instruction", "is {text} here?", "--num-beams", 2, "--max-length", 3)
+    done = mplug2("generate", "--workdir", pictures, *files, *options)
     assert (done.status, done.err) == (0, "")
     assert [line.partition(": ")[0] for line in done.out.splitlines()] == [str(file) for file in files]
 

@@ -8,19 +8,12 @@ import pytest
 from .conftest import mplug2
 
 COMPLETIONS = {
-    ("tr",): {"train"},
-    ("convert", "i"): {"import", "inspect"},
-    ("train", "--wo"): {"--workdir"},
-    ("completion", ""): {"bash", "zsh", "tcsh"},
-    ("train", "--config", "pre"): {"pretrain"},
-    ("train", "--config", "min"): {"mine.py"},
-    ("eval", "--config", "msrvtt_q"): {"msrvtt_qa"},
-    ("data", "show", "dem"): {"demo"},
-    ("train", "--workdir", "r"): {"runs"},
-    ("report", "r"): {"runs"},
-    ("convert", "verify", "m"): {"mine.py"},
-    ("data", "sample", "--out", ""): {"runs"},
-}
+    ("tr",): {"train"}, ("convert", "i"): {"import", "inspect"}, ("train", "--wo"): {"--workdir"},
+    ("completion", ""): {"bash", "zsh", "tcsh"}, ("train", "--config", "pre"): {"pretrain"},
+    ("train", "--config", "min"): {"mine.py"}, ("eval", "--config", "msrvtt_q"): {"msrvtt_qa"},
+    ("data", "show", "dem"): {"demo"}, ("train", "--workdir", "r"): {"runs"}, ("report", "r"): {"runs"},
+    ("convert", "verify", "m"): {"mine.py"}, ("data", "sample", "--out", ""): {"runs"},
+}  # fmt: skip
 COMPLETE = """
 source "$1"
 complete -p mplug2 >/dev/null || exit 1

@@ -68,6 +68,9 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return recipe_file(run, tmp_path_factory.mktemp("recipes") / "small.py")
 
 
+CPU_PLAN = ("--config", "demo", "--topology", "cpu:8")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -76,26 +79,17 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (("--config", "dmo", "--topology", "cpu:8"), "recipe 'dmo' is neither a file nor a shipped recipe"),
         (("--config", "demo", "--topology", "v5x:4x4"), "did you mean 'v5p'? (valid: a100, cpu, h100, h200, tpu7x, v4"),
         (("--config", "demo", "--topology", "v5e:3x3"), "v5e does not come in this shape: v5e:1x1, v5e:2x2, v5e:2x4"),
+        ((*CPU_PLAN, "--slices", "2"), "--slices 2: expected at least 1, and more than"),
+        ((*CPU_PLAN, "--effort", "2"), "--effort=2.0 must be between -1 and 1"),
+        ((*CPU_PLAN, "--effort", "nan"), "--effort=nan must be between -1 and 1"),
+        ((*CPU_PLAN, "--minutes", "-1"), "--minutes=-1.0 must be at least 0"),
         (
-            ("--config", "demo", "--topology", "cpu:8", "--slices", "2"),
-            "--slices 2: expected at least 1, and more than",
-        ),
-        (("--config", "demo", "--topology", "cpu:8", "--effort", "2"), "--effort=2.0 must be between -1 and 1"),
-        (("--config", "demo", "--topology", "cpu:8", "--effort", "nan"), "--effort=nan must be between -1 and 1"),
-        (("--config", "demo", "--topology", "cpu:8", "--minutes", "-1"), "--minutes=-1.0 must be at least 0"),
-        (
-            ("--config", "demo", "--topology", "cpu:8", "--config.streams.text.data.batch_size=12"),
+            (*CPU_PLAN, "--config.streams.text.data.batch_size=12"),
             "config.streams.text.data.batch_size / config.grad_accum_steps=12 does not split over the mesh's 8 batch "
             "shards",
         ),
-        (
-            ("--config", "demo", "--topology", "cpu:8", "--evaluation", "masked_word"),
-            "--evaluation masked_word: did you mean 'masked_words'?",
-        ),
-        (
-            ("--config", "demo", "--topology", "cpu:8", "--search", "--evaluation", "masked_words"),
-            "--search is for training: remove --evaluation",
-        ),
+        ((*CPU_PLAN, "--evaluation", "masked_word"), "--evaluation masked_word: did you mean 'masked_words'?"),
+        ((*CPU_PLAN, "--search", "--evaluation", "masked_words"), "--search is for training: remove --evaluation"),
         (("--config", "demo", "--topology", "h100:64"), "is planned on 64 simulated CPU devices, but JAX was started"),
     ],
 )
@@ -108,12 +102,12 @@ def test_errors_are_one_line(words: tuple[str, ...], message: str) -> None:
 
 def test_output_paths_are_checked_before_compiling(tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text("mine")
-    refused = mplug2("plan", "--config", "demo", "--topology", "cpu:8", "--search", "--out", tmp_path / "plan.json")
+    refused = mplug2("plan", *CPU_PLAN, "--search", "--out", tmp_path / "plan.json")
     assert refused.status == 2
     assert f"--out {tmp_path / 'plan.json'} exists: remove it, or choose another name" in refused.err
     assert (tmp_path / "plan.json").read_text() == "mine"
     for option in ("--json", "--html"):
-        refused = mplug2("plan", "--config", "demo", "--topology", "cpu:8", option, tmp_path / "lost" / "plan")
+        refused = mplug2("plan", *CPU_PLAN, option, tmp_path / "lost" / "plan")
         assert refused.status == 2
         assert f"{option} {tmp_path / 'lost' / 'plan'}: folder {tmp_path / 'lost'} does not exist" in refused.err
         assert "compiling" not in refused.log

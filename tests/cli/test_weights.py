@@ -293,16 +293,7 @@ def test_a_full_disk_leaves_no_partial_files(imported: Path, tmp_path: Path, mon
 
 def test_a_killed_process_leaves_nothing_under_the_final_name(tmp_path: Path) -> None:
     source = official_file(tmp_path / "s" / "x.safetensors", official_config(vision_layers=24), teacher=True)
-    words = [
-        sys.executable,
-        "-m",
-        "mplug2_jax.cli.main",
-        "convert",
-        "import",
-        str(source),
-        "--to",
-        str(tmp_path / "ours"),
-    ]
+    words = [sys.executable, "-m", "mplug2_jax.cli.main", "convert", "import", source, "--to", tmp_path / "ours"]
     process = subprocess.Popen(words, env=os.environ | {"JAX_PLATFORMS": "cpu"}, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob(".ours.*.partial/checkpoints/*")) and time.monotonic() < deadline:

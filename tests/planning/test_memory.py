@@ -80,14 +80,8 @@ def compiled() -> CompiledProgram:
 def test_the_breakdown_adds_up_to_the_peak() -> None:
     memory = program_memory(compiled(), TOPOLOGY)
     assert sum(memory.breakdown.values()) == pytest.approx(memory.peak)
-    assert set(memory.breakdown) == {
-        "parameters",
-        "optimizer",
-        "batch",
-        "layout padding",
-        "temporaries",
-        "generated code",
-    }
+    uses = {"parameters", "optimizer", "batch", "layout padding", "temporaries", "generated code"}
+    assert set(memory.breakdown) == uses
     assert memory.breakdown["temporaries"] > 0
     assert all(size >= 0 for size in memory.breakdown.values())
     analysis = compiled().executable.memory_analysis()
