@@ -122,13 +122,9 @@ _SAMPLERS: Mapping[InstructionKind, tuple[str, Callable[[Record, np.random.Gener
 
 
 def make_example(
-    record: Record,
-    config: ExampleConfig,
-    tokenizer: Tokenizer,
-    rng: np.random.Generator,
-    visual: Visual | None = None,
-    source: str = "",
-) -> Example:
+    record: Record, config: ExampleConfig, tokenizer: Tokenizer, rng: np.random.Generator,
+    visual: Visual | None = None, source: str = "",
+) -> Example:  # fmt: skip
     """Return one training or evaluation example of a record; ``visual`` holds its frames.
 
     Media of different sources are different, whatever their names: ``source`` is part of the ``example_id``.

@@ -50,16 +50,9 @@ class DigitWorld:
     """
 
     def __init__(
-        self,
-        kind: str = "image",
-        *,
-        split: str = "train",
-        seed: int = 0,
-        size: int = 100_000,
-        image_size: int = 32,
-        num_frames: int = 4,
-        label: str = "",
-    ) -> None:
+        self, kind: str = "image", *, split: str = "train", seed: int = 0, size: int = 100_000, image_size: int = 32,
+        num_frames: int = 4, label: str = "",
+    ) -> None:  # fmt: skip
         self.kind = _check_choice("kind", kind, KINDS)
         self.label = _check_choice("label", label, LABELS)
         self.split = _check_choice("split", split, SPLITS)

@@ -38,13 +38,9 @@ def moving(count: int, height: int = 64, width: int = 64) -> np.ndarray:
 
 
 def encode(
-    frames: np.ndarray,
-    encoding: str = "h264",
-    gop: int = 12,
-    times: Sequence[int] | None = None,
-    options: Mapping[str, str] = {},
-    metadata: Mapping[str, str] = {},
-) -> bytes:
+    frames: np.ndarray, encoding: str = "h264", gop: int = 12, times: Sequence[int] | None = None,
+    options: Mapping[str, str] = {}, metadata: Mapping[str, str] = {},
+) -> bytes:  # fmt: skip
     """Encode frames, shown at ``times`` (in tenths of a second)."""
     codec, container_format, encoder_options = ENCODINGS[encoding]
     with tempfile.NamedTemporaryFile() as file:  # some options of containers need a name

@@ -228,13 +228,6 @@ def test_views_need_videos_and_evaluations() -> None:
         stream(clips)
 
 
-def test_media_of_another_kind_are_an_error(tmp_path: Path) -> None:
-    path = str(write_tar(tmp_path / "a.tar", {"1.png": encode_media(records("image", 1)[0])}))
-    clips = stream(data({"a": SourceConfig(format="webdataset", path=path, kind="video")}))
-    with pytest.raises(DataError, match=r"a\.tar:1\.png is an image, expected a video"):
-        clips.batch(0)
-
-
 IMAGE, TEXT = SourceConfig(), SourceConfig(kind="text")
 REFUSED = {
     "no source": ({}, {}, "needs sources of one kind, found none"),
