@@ -12,7 +12,7 @@ from data_pipelines.sources.files import (
     ANIMATED_SUFFIXES,
     file_system,
     is_hidden,
-    is_url,
+    list_folder,
     media_kind,
     read_text,
     resolve_kind,
@@ -32,15 +32,16 @@ def list_files(folder: str) -> list[str]:
     Raises:
         DataError: no such folder, or no such file in it.
     """
-    system, plain = file_system(folder)
-    if not system.isdir(plain):
-        raise DataError(f"{folder} does not exist or is not a folder; check the path")
-    root = plain.rstrip("/")
-    names = sorted(name.removeprefix(root).lstrip("/") for name in system.find(root))
+    return _list_files(folder)[1]
+
+
+def _list_files(folder: str) -> tuple[str, list[str]]:
+    """Return the folder in full, and the files."""
+    root, names = list_folder(folder)
     found = [name for name in names if kind_from_name(name) and not is_hidden(name)]
     if not found:
         raise DataError(f"{folder} holds no image, video or .txt file; found {len(names)} other files")
-    return found
+    return root, found
 
 
 class FileSource:
@@ -54,12 +55,8 @@ class FileSource:
 
     def __init__(self, path: str, kind: Kind) -> None:
         system, plain = file_system(path)
-        self._folder, self._kind = "", kind
-        if system.isfile(plain):
-            names = [path]
-        else:
-            names = list_files(path)
-            self._folder = system.unstrip_protocol(plain.rstrip("/")) if is_url(path) else plain.rstrip("/")
+        self._kind = kind
+        self._folder, names = ("", [path]) if system.isfile(plain) else _list_files(path)
         heads = self._heads(names) if kind == "video" else {}
 
         def is_of_kind(name: str) -> bool:

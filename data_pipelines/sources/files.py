@@ -69,6 +69,20 @@ def find_files(path: str, *suffixes: str) -> list[str]:
     return [system.unstrip_protocol(name) if is_url(path) else name for name in names]
 
 
+def list_folder(folder: str, hint: str = "check the path") -> tuple[str, list[str]]:
+    """Return a folder in full, and the sorted paths, relative to it, of all files below it.
+
+    Raises:
+        DataError: no such folder, with a hint.
+    """
+    system, plain = file_system(folder)
+    if not system.isdir(plain):
+        raise DataError(f"{folder} does not exist or is not a folder; {hint}")
+    root = plain.rstrip("/")
+    names = sorted(name.removeprefix(root).lstrip("/") for name in system.find(root))
+    return system.unstrip_protocol(root) if is_url(folder) else root, names
+
+
 def _expand_braces(pattern: str) -> list[str]:
     """Return the names of a pattern with a range in braces: shard-{000..127}.tar."""
     match = _BRACES.search(pattern)

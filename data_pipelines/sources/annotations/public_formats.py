@@ -15,7 +15,7 @@ from data_pipelines.sources.annotations.media import find_media
 from data_pipelines.sources.annotations.rows import Row, filter_split, read_json
 from data_pipelines.sources.annotations.source import AnnotationFormat, MediaContext
 from data_pipelines.sources.annotations.tables import read_table
-from data_pipelines.sources.files import file_system, is_hidden, is_url, make_media, media_kind, read_text
+from data_pipelines.sources.files import is_hidden, list_folder, make_media, media_kind, read_text
 
 
 def _read_lists(path: str, *names: str) -> Mapping[str, Any]:
@@ -189,12 +189,8 @@ class ImageFolder:
     """
 
     def __init__(self, path: str, kind: Kind) -> None:
-        system, plain = file_system(path)
-        if not system.isdir(plain):
-            raise DataError(f"{path} does not exist or is not a folder; expected one with a folder for each class")
-        root = plain.rstrip("/")
-        names = [name.removeprefix(root).lstrip("/") for name in system.find(root)]
-        media = sorted(name for name in names if media_kind(name) and not is_hidden(name))
+        self._folder, names = list_folder(path, "expected one with a folder for each class")
+        media = [name for name in names if media_kind(name) and not is_hidden(name)]
         classes = sorted({name.partition("/")[0] for name in media if "/" in name})
         if not classes:
             raise DataError(f"{path} has no class folders with images; expected {path}/CLASS/NAME.jpg")
@@ -204,7 +200,6 @@ class ImageFolder:
                 "of a folder with a folder for each class, or sort the images into such folders"
             )
         self._names, self._kind = media, kind
-        self._folder = system.unstrip_protocol(root) if is_url(path) else root
 
     def __len__(self) -> int:
         return len(self._names)
