@@ -1,6 +1,7 @@
 """Every recipe of a task, from data in its public format to a report: trained, saved, evaluated, reported."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -31,11 +32,14 @@ def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train_wordpiece(vocabulary_texts(200), 512).save(tmp_path_factory.mktemp("tokenizer"))
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", autouse=True)
+def _data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Write all data sets where the recipes look for them."""
     folder = tmp_path_factory.mktemp("data")
     public_data.make(folder)
-    return folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MPLUG2_DATA", str(folder))
+        yield
 
 
 def overrides(config: RunConfig, vocabulary: Path) -> list[str]:
@@ -48,10 +52,9 @@ def overrides(config: RunConfig, vocabulary: Path) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_task_from_its_public_files_to_a_report(
-    recipe: str, data: Path, vocabulary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    recipe: str, vocabulary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    monkeypatch.setenv("MPLUG2_DATA", str(data))
     if recipe not in FIRST.values():
         single = jax.devices()[:1]
         monkeypatch.setattr(jax, "devices", lambda: single)
@@ -79,10 +82,7 @@ def test_a_task_from_its_public_files_to_a_report(
 
 
 @pytest.mark.slow
-def test_captioning_by_reward_from_public_files(
-    data: Path, vocabulary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MPLUG2_DATA", str(data))
+def test_captioning_by_reward_from_public_files(vocabulary: Path, tmp_path: Path) -> None:
     changes = overrides(build(RunConfig, load_recipe("msvd_caption:tiny")), vocabulary)
     supervised, rewarded = tmp_path / "supervised", tmp_path / "rewarded"
     assert main(["train", "--config", "msvd_caption:tiny", "--workdir", str(supervised), *changes]) == 0
@@ -96,10 +96,7 @@ def test_captioning_by_reward_from_public_files(
 
 
 @pytest.mark.slow
-def test_zero_shot_classification_by_a_retrieval_run(
-    data: Path, vocabulary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MPLUG2_DATA", str(data))
+def test_zero_shot_classification_by_a_retrieval_run(vocabulary: Path, tmp_path: Path) -> None:
     run, out = tmp_path / "run", tmp_path / "out"
     changes = overrides(build(RunConfig, load_recipe("coco_retrieval:tiny")), vocabulary)
     assert main(["train", "--config", "coco_retrieval:tiny", "--workdir", str(run), *changes]) == 0
@@ -114,9 +111,8 @@ def test_zero_shot_classification_by_a_retrieval_run(
 @pytest.mark.slow
 @pytest.mark.parametrize(("recipe", "batch_size"), [("tgif_frameqa", 8), ("msvd_caption", 16)])
 def test_released_variants_train_on_public_files(
-    recipe: str, batch_size: int, data: Path, vocabulary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: str, batch_size: int, vocabulary: Path, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("MPLUG2_DATA", str(data))
     spec = f"{recipe}:tiny,released"
     changes = overrides(build(RunConfig, load_recipe(spec)), vocabulary)
     changes = [each.replace("streams.set", "streams.video") for each in changes]
