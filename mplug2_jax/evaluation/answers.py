@@ -58,13 +58,9 @@ def unreachable_answers_warning(
 
 
 def read_answers(
-    path: Path,
-    where: str,
-    examples: ExampleConfig,
-    tokenizer: Tokenizer,
-    search: SearchConfig | None,
+    path: Path, where: str, examples: ExampleConfig, tokenizer: Tokenizer, search: SearchConfig | None,
     max_positions: int,
-) -> Int[np.ndarray, "a m"]:
+) -> Int[np.ndarray, "a m"]:  # fmt: skip
     """Read answers from a JSON list, or an object of answers and their numbers; return the ids after the begin token.
 
     A blank text is an answer too: some annotators gave none.

@@ -50,17 +50,9 @@ class Evaluation:
     """
 
     def __init__(
-        self,
-        name: str,
-        config: EvaluationConfig,
-        definition: ModelDef,
-        context: TaskContext,
-        tokenizer: Tokenizer,
-        mesh: Mesh,
-        *,
-        seed: int,
-        recipe: str = "",
-    ) -> None:
+        self, name: str, config: EvaluationConfig, definition: ModelDef, context: TaskContext, tokenizer: Tokenizer,
+        mesh: Mesh, *, seed: int, recipe: str = "",
+    ) -> None:  # fmt: skip
         self.name, self._config, self._mesh, self._tokenizer = name, config, mesh, tokenizer
         self._recipe, self._formats = recipe, tuple(sorted({source.format for source in config.data.sources.values()}))
         where = f"config.evaluations.{name}"
@@ -159,23 +151,13 @@ class Evaluation:
             for example, prediction, score in zip(examples.values(), output.predictions, scores, strict=True)
         )  # fmt: skip
         return EvaluationResult(
-            name=self.name,
-            task=self._config.task,
-            step=step,
-            num_examples=len(examples),
+            name=self.name, task=self._config.task, step=step, num_examples=len(examples),
             seconds=time.perf_counter() - start,
-            metrics={name: metric.value for name, metric in output.metrics.items()},
-            baselines=output.baselines,
-            samples=samples,
-            skipped=tuple(bad_records.values()),
-            confidence_intervals=bootstrap_ci(output.metrics),
-            predictions=rows,
-            confusion=output.confusion,
-            recipe=self._recipe,
-            formats=self._formats,
-            absent=output.absent,
-            warnings=warnings,
-        )
+            metrics={name: metric.value for name, metric in output.metrics.items()}, baselines=output.baselines,
+            samples=samples, skipped=tuple(bad_records.values()), confidence_intervals=bootstrap_ci(output.metrics),
+            predictions=rows, confusion=output.confusion, recipe=self._recipe, formats=self._formats,
+            absent=output.absent, warnings=warnings,
+        )  # fmt: skip
 
 
 def check_task(where: str, name: str, example: Mapping[str, tuple[int, ...]], definition: ModelDef) -> None:

@@ -54,14 +54,9 @@ class PairScorer:
     """
 
     def __init__(
-        self,
-        score_pairs: Callable[[Mplug2, DeviceBatch, TaskContext], Float[Array, "b r"]],
-        examples: EvaluationSet,
-        rows: int,
-        definition: ModelDef,
-        context: TaskContext,
-        mesh: Mesh,
-    ) -> None:
+        self, score_pairs: Callable[[Mplug2, DeviceBatch, TaskContext], Float[Array, "b r"]], examples: EvaluationSet,
+        rows: int, definition: ModelDef, context: TaskContext, mesh: Mesh,
+    ) -> None:  # fmt: skip
         self._set, self._batch_size, self._mesh = examples, rows, mesh
         # Replicated, so that every process has all scores of a batch.
         self._score_pairs = jax.jit(
@@ -70,13 +65,9 @@ class PairScorer:
         )
 
     def run(
-        self,
-        params: Params,
-        examples: Mapping[int, Example],
-        on_batch: Callable[[str], None],
-        name: str,
+        self, params: Params, examples: Mapping[int, Example], on_batch: Callable[[str], None], name: str,
         pairs: Int[np.ndarray, "p 2"],
-    ) -> Float[np.ndarray, " p"]:
+    ) -> Float[np.ndarray, " p"]:  # fmt: skip
         """Return one score per pair; all processes call it with the same arguments, and get the same scores.
 
         Args:

@@ -56,14 +56,9 @@ def length_penalty(length: int) -> Float[Array, " m"]:
 
 
 def beam_search(
-    step: Step[State],
-    state: State,
-    batch: int,
-    config: SearchConfig,
-    tokens: SpecialTokens,
-    *,
+    step: Step[State], state: State, batch: int, config: SearchConfig, tokens: SpecialTokens, *,
     step_gives_log_probs: bool = False,
-) -> DecodeOutput:
+) -> DecodeOutput:  # fmt: skip
     """Search with ``config.num_beams`` beams per example, up to ``config.max_length`` tokens.
 
     Args:

@@ -22,12 +22,9 @@ PARTS: Mapping[str, str] = {
     "classifier": "class logits from the visual [CLS], or from the text's without vision",
 }
 _PREREQUISITES = {
-    "temporal": ("vision",),
-    "fusion": ("text", "vision"),
-    "mlm": ("text",),
-    "contrastive": ("text", "vision"),
+    "temporal": ("vision",), "fusion": ("text", "vision"), "mlm": ("text",), "contrastive": ("text", "vision"),
     "matching": ("fusion",),
-}
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

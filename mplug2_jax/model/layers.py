@@ -72,12 +72,9 @@ def uniform_fan_in(fan_in: int) -> Initializer:
 
 
 def matmul(
-    x: Float[Array, "*batch i"],
-    weight: Float[Array, "a b"],
-    names: tuple[str | None, str | None] | None = None,
-    *,
+    x: Float[Array, "*batch i"], weight: Float[Array, "a b"], names: tuple[str | None, str | None] | None = None, *,
     tied: bool = False,
-) -> Float[Array, "*batch o"]:
+) -> Float[Array, "*batch o"]:  # fmt: skip
     """Compute ``x @ weight`` ([i, o]), or ``x @ weight.T`` of a tied table ([o, i]), in the dtype of ``x``.
 
     With the logical ``names`` of a parameter, its shards are gathered for this use, after the cast to the dtype of
@@ -132,17 +129,9 @@ class Linear(nnx.Module):
     """Linear map whose kernel [in, out] and bias [out] carry logical axis names; computes in ``dtype``."""
 
     def __init__(
-        self,
-        in_dim: int,
-        out_dim: int,
-        axes: tuple[str | None, str | None],
-        *,
-        dtype: str,
-        rngs: nnx.Rngs,
-        kernel_init: Initializer,
-        bias_init: Initializer = nnx.initializers.zeros,
-        bias: bool = True,
-    ) -> None:
+        self, in_dim: int, out_dim: int, axes: tuple[str | None, str | None], *, dtype: str, rngs: nnx.Rngs,
+        kernel_init: Initializer, bias_init: Initializer = nnx.initializers.zeros, bias: bool = True,
+    ) -> None:  # fmt: skip
         self.kernel = make_param(rngs, kernel_init, (in_dim, out_dim), axes)
         if bias:
             self.bias = make_param(rngs, bias_init, (out_dim,), ("norm" if axes[1] == "embed" else axes[1],))
@@ -174,16 +163,9 @@ class Attention(nnx.Module):
     """Multi-head self attention, or cross attention to a memory."""
 
     def __init__(
-        self,
-        width: int,
-        heads: int,
-        *,
-        dtype: str,
-        kernel: AttentionKernel,
-        dropout: float = 0.0,
-        init: Initializer,
+        self, width: int, heads: int, *, dtype: str, kernel: AttentionKernel, dropout: float = 0.0, init: Initializer,
         rngs: nnx.Rngs,
-    ) -> None:
+    ) -> None:  # fmt: skip
         def make_projection() -> Linear:
             return Linear(width, width, ("embed", "heads"), dtype=dtype, kernel_init=init, rngs=rngs)
 
@@ -244,15 +226,9 @@ class MLP(nnx.Module):
     """Two linear maps with an activation between them."""
 
     def __init__(
-        self,
-        width: int,
-        hidden: int,
-        activation: Callable[[Array], Array],
-        *,
-        dtype: str,
-        init: Initializer,
+        self, width: int, hidden: int, activation: Callable[[Array], Array], *, dtype: str, init: Initializer,
         rngs: nnx.Rngs,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.up = Linear(width, hidden, ("embed", "mlp"), dtype=dtype, kernel_init=init, rngs=rngs)
         self.down = Linear(hidden, width, ("mlp", "embed"), dtype=dtype, kernel_init=init, rngs=rngs)
         self.activation = activation
@@ -361,17 +337,10 @@ _REMAT_POLICIES = {
 
 
 def scan_layers(
-    layers: Layer,
-    x: Array,
-    body: Callable[[Layer, Array, PRNGKeyArray | None, Any], tuple[Array, Any]],
-    *,
-    rng: PRNGKeyArray | None = None,
-    per_layer: Any = None,
-    remat: Remat = "none",
-    unroll: int = 1,
-    taps: Taps | None = None,
-    name: str = "",
-) -> tuple[Array, Any]:
+    layers: Layer, x: Array, body: Callable[[Layer, Array, PRNGKeyArray | None, Any], tuple[Array, Any]], *,
+    rng: PRNGKeyArray | None = None, per_layer: Any = None, remat: Remat = "none", unroll: int = 1,
+    taps: Taps | None = None, name: str = "",
+) -> tuple[Array, Any]:  # fmt: skip
     """Scan ``body(layer, x, rng, extra) -> (x, out)`` over a stack of layers; compiled once for any depth.
 
     ``per_layer`` is a tree with a leading layer axis, whose slices are passed to the body as ``extra``. Returns the

@@ -94,13 +94,9 @@ class Mplug2(nnx.Module):
         return v
 
     def encode_text(
-        self,
-        ids: Int[Array, "b l"],
-        mask: Bool[Array, "b l"],
-        *,
-        rng: PRNGKeyArray | None = None,
+        self, ids: Int[Array, "b l"], mask: Bool[Array, "b l"], *, rng: PRNGKeyArray | None = None,
         taps: Taps | None = None,
-    ) -> Float[Array, "b l d"]:
+    ) -> Float[Array, "b l d"]:  # fmt: skip
         """Encode token ids to text tokens, including any universal layers."""
         rng_text, rng_universal = split_rng(rng, 2)
         x = self.text(ids, mask, rng=rng_text, taps=taps)

@@ -88,11 +88,6 @@ def _random_bits(key: UInt32[Array, " 2"], bit_width: int, shape: tuple[int, ...
 
 
 HASH = define_prng_impl(
-    key_shape=(_KEY_WORDS,),
-    seed=_seed,
-    split=_split,
-    random_bits=_random_bits,
-    fold_in=_fold_in,
-    name="hash",
+    key_shape=(_KEY_WORDS,), seed=_seed, split=_split, random_bits=_random_bits, fold_in=_fold_in, name="hash",
     tag="hash",
-)
+)  # fmt: skip

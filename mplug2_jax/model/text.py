@@ -73,13 +73,9 @@ class TextEncoder(nnx.Module):
 
     @jax.named_scope("text")
     def __call__(
-        self,
-        ids: Int[Array, "b l"],
-        mask: Bool[Array, "b l"],
-        *,
-        rng: PRNGKeyArray | None = None,
+        self, ids: Int[Array, "b l"], mask: Bool[Array, "b l"], *, rng: PRNGKeyArray | None = None,
         taps: Taps | None = None,
-    ) -> Float[Array, "b l d"]:
+    ) -> Float[Array, "b l d"]:  # fmt: skip
         """Encode token ids, up to the universal layers."""
         rng_embed, rng_layers = split_rng(rng, 2)
         x = constrain(self.embeddings(ids, rng=rng_embed), "batch", None, None)

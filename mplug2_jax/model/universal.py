@@ -41,13 +41,9 @@ class UniversalLayers(nnx.Module):
 
     @jax.named_scope("universal")
     def text(
-        self,
-        x: Float[Array, "b l d"],
-        mask: Bool[Array, "b l"],
-        *,
-        rng: PRNGKeyArray | None = None,
+        self, x: Float[Array, "b l d"], mask: Bool[Array, "b l"], *, rng: PRNGKeyArray | None = None,
         taps: Taps | None = None,
-    ) -> Float[Array, "b l d"]:
+    ) -> Float[Array, "b l d"]:  # fmt: skip
         """Apply the layers to text: self attention and MLP only."""
 
         def body(layer: BertLayer, x: Array, key: PRNGKeyArray | None, _extra: None) -> tuple[Array, None]:

@@ -95,11 +95,9 @@ def _mix(x: Any) -> Any:
 
 
 def cider_d(
-    candidates: Int[Array, "b k m"],
-    references: Int[Array, "b r n"],
-    frequencies: DocumentFrequencies,
+    candidates: Int[Array, "b k m"], references: Int[Array, "b r n"], frequencies: DocumentFrequencies,
     tokens: SpecialTokens,
-) -> Float[Array, "b k"]:
+) -> Float[Array, "b k"]:  # fmt: skip
     """Score each candidate against all references of its example, on the toolkit's scale: the maximum is 10.
 
     References of padding only do not exist; a reference without words does.

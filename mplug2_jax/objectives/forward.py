@@ -40,16 +40,10 @@ class ForwardPass:
     """
 
     def __init__(
-        self,
-        model: Mplug2,
-        batch: DeviceBatch,
-        rng: PRNGKeyArray | None = None,
-        *,
-        teacher: Optional["ForwardPass"] = None,
-        alpha: Float[Array, ""] | float = 0.0,
-        queue: Queue | None = None,
+        self, model: Mplug2, batch: DeviceBatch, rng: PRNGKeyArray | None = None, *,
+        teacher: Optional["ForwardPass"] = None, alpha: Float[Array, ""] | float = 0.0, queue: Queue | None = None,
         frequencies: DocumentFrequencies | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.model, self.batch, self.rng = model, batch, rng
         self.teacher, self.alpha, self.queue = teacher, alpha, queue
         self.frequencies = frequencies

@@ -48,11 +48,9 @@ _PADDED_AXES = frozenset({"visual"})
 
 
 def activation_spec(
-    names: tuple[str | None, ...],
-    axis_sizes: Mapping[str, int],
-    shape: tuple[int, ...],
+    names: tuple[str | None, ...], axis_sizes: Mapping[str, int], shape: tuple[int, ...],
     rules: Mapping[str, MeshAxes] = ACTIVATION_RULES,
-) -> PartitionSpec:
+) -> PartitionSpec:  # fmt: skip
     """Partition an activation: shard each dimension over the longest prefix of its mesh axes that divides it."""
     return PartitionSpec(
         *(_partition(n, rules[n] if n else None, s, axis_sizes) for n, s in zip(names, shape, strict=True))

@@ -145,12 +145,9 @@ def eval_params(spec: RunSpec, state: TrainState) -> Params:
 
 
 def _state_shardings(
-    config: RunConfig,
-    shapes: TrainState,
-    placement: ParamShardings,
-    optimizer: optax.GradientTransformation,
+    config: RunConfig, shapes: TrainState, placement: ParamShardings, optimizer: optax.GradientTransformation,
     mesh: Mesh,
-) -> TrainState:
+) -> TrainState:  # fmt: skip
     replicated = replicated_sharding(mesh)
     trained, _ = partition(placement.shardings, config.frozen)
     memory_kind = HOST_MEMORY if config.optimizer.offload_moments else None
@@ -158,12 +155,9 @@ def _state_shardings(
     shardings["params"] = placement.shardings
     # Moments are sharded like their parameters; by default they would all be put on one device.
     shardings["opt"] = optax.tree_utils.tree_map_params(
-        optimizer,
-        lambda _, s: s.with_memory_kind(memory_kind),
-        shapes["opt"],
-        trained,
+        optimizer, lambda _, s: s.with_memory_kind(memory_kind), shapes["opt"], trained,
         transform_non_params=lambda _: replicated,
-    )
+    )  # fmt: skip
     if "ema" in shapes:
         shardings["ema"] = trained
     if "teacher" in shapes:

@@ -30,15 +30,9 @@ Queues = dict[str, Queue]
 
 
 def streams_loss(
-    spec: RunSpec,
-    params: Params,
-    teacher: Params | None,
-    queues: Queues,
-    batches: StreamBatches,
-    rng: PRNGKeyArray,
-    alpha: Float[Array, ""],
-    frequencies: DocumentFrequencies | None = None,
-) -> tuple[Float[Array, ""], tuple[Metrics, Queues]]:
+    spec: RunSpec, params: Params, teacher: Params | None, queues: Queues, batches: StreamBatches, rng: PRNGKeyArray,
+    alpha: Float[Array, ""], frequencies: DocumentFrequencies | None = None,
+) -> tuple[Float[Array, ""], tuple[Metrics, Queues]]:  # fmt: skip
     """Return the weighted sum of all streams' objectives, their metrics, and the queues with these batches added."""
     config = spec.config
     model = spec.definition.bind(merge_adapters(params, config.lora.scale))

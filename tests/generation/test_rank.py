@@ -40,14 +40,9 @@ def inputs():
 def rank(graphdef, params, memory, mask, answers, *, num_candidates, double_count_first_token):
     decoder = nnx.merge(graphdef, params)
     return rank_answers(
-        decoder,
-        memory,
-        mask,
-        answers,
-        answers != 0,
-        num_candidates=num_candidates,
+        decoder, memory, mask, answers, answers != 0, num_candidates=num_candidates,
         double_count_first_token=double_count_first_token,
-    )
+    )  # fmt: skip
 
 
 def log_softmax(x):

@@ -82,11 +82,9 @@ def scale_by_tree(scales: optax.Params) -> optax.GradientTransformation:
 
 
 def adamw(
-    config: AdamWConfig,
-    learning_rate: optax.ScalarOrSchedule,
-    vision_learning_rate: optax.ScalarOrSchedule,
+    config: AdamWConfig, learning_rate: optax.ScalarOrSchedule, vision_learning_rate: optax.ScalarOrSchedule,
     scales: optax.Params | None = None,
-) -> Any:
+) -> Any:  # fmt: skip
     """Return the optimizer: clipping, Adam, decoupled weight decay, and separate learning rates for the vision tower.
 
     ``scales`` are each parameter's factors of its learning rate, for Adam's step and the weight decay alike.

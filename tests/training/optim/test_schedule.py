@@ -37,12 +37,9 @@ def test_a_run_shorter_than_its_warm_up_still_has_a_schedule() -> None:
 def test_the_released_schedules_equal_the_release(reference: Path, trace: int) -> None:
     golden = json.loads((reference / "goldens" / "recipe.json").read_text())["lr"][trace]
     config = ScheduleConfig(
-        kind="released" if golden["task"] == "videoqa" else "released_caption",
-        warmup_steps=golden["warmup"],
-        init_lr=golden["warmup_lr"],
-        end_lr=golden["min_lr"],
-        steps_per_epoch=golden["steps_per_epoch"],
-    )
+        kind="released" if golden["task"] == "videoqa" else "released_caption", warmup_steps=golden["warmup"],
+        init_lr=golden["warmup_lr"], end_lr=golden["min_lr"], steps_per_epoch=golden["steps_per_epoch"],
+    )  # fmt: skip
     expected = np.array(golden["lr_at_step"])
     for group, peak in enumerate(golden["base_lr"]):
         assert_close(learning_rates(config, peak, len(expected)), expected[:, group])
@@ -51,11 +48,8 @@ def test_the_released_schedules_equal_the_release(reference: Path, trace: int) -
 def test_with_two_micro_batches_a_step_has_every_second_rate_of_the_release(reference: Path) -> None:
     golden = json.loads((reference / "goldens" / "recipe.json").read_text())["lr"][2]
     config = ScheduleConfig(
-        kind="released_caption",
-        warmup_steps=200,
-        init_lr=1e-6,
-        end_lr=1e-6,
+        kind="released_caption", warmup_steps=200, init_lr=1e-6, end_lr=1e-6,
         steps_per_epoch=golden["steps_per_epoch"] // 2,
-    )
+    )  # fmt: skip
     expected = np.array(golden["lr_at_step"])[1::2, 0]
     assert_close(learning_rates(config, golden["base_lr"][0], len(expected), 2), expected)
