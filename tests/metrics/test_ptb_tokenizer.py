@@ -1,6 +1,5 @@
 """The tokenizer against the Java one: a table that always runs, and Java itself where it is installed."""
 
-import json
 import random
 import shutil
 import subprocess
@@ -13,8 +12,7 @@ from hypothesis import strategies as st
 from pycocoevalcap.tokenizer.ptbtokenizer import PUNCTUATIONS
 
 from mplug2_jax.metrics.ptb_tokenizer import tokenize
-
-EXAMPLES = Path(__file__).parent / "captions"
+from tests.metrics.test_java_metrics import examples
 
 # A text, and below it what Java said, its punctuation dropped.
 SAID = """
@@ -95,13 +93,6 @@ def java_tokens(texts: list[str]) -> list[str]:
     return [" ".join(token for token in row.rstrip(" ").split(" ") if token not in PUNCTUATIONS) for row in rows]
 
 
-def captions() -> list[str]:
-    annotations = json.loads((EXAMPLES / "references.json").read_text(encoding="utf-8"))["annotations"]
-    return [
-        row["caption"] for row in (*annotations, *json.loads((EXAMPLES / "results.json").read_text(encoding="utf-8")))
-    ]
-
-
 PIECES = (
     "n't 's 're 'll 've 'd 'm gonna gotta lemme gimme wanna cannot 'tis 'twas 'em 'n' o'clock y'all Mr. Dr. U.S. e.g. "
     "a.m. St. Corp. etc. No. vs. Ph.D. http:// www. .com .org .jpg ... -- 1/2 10:30 1,000 $5 5% '80s 1980s :-) ;) </ "
@@ -126,8 +117,8 @@ def fuzzed(rng: random.Random, words: list[str]) -> str:
 
 
 def test_examples_and_fuzzed_lines_have_the_tokens_of_java() -> None:
-    rng, examples = random.Random(0), captions()
-    words = sorted({word for text in examples for word in text.split()})
-    texts = [*examples, *(text for text, _ in PAIRS), *(fuzzed(rng, words) for _ in range(2000))]
+    rng, captions = random.Random(0), [text for half in examples() for each in half.values() for text in each]
+    words = sorted({word for text in captions for word in text.split()})
+    texts = [*captions, *(text for text, _ in PAIRS), *(fuzzed(rng, words) for _ in range(2000))]
     wrong = [(t, java, tokenize(t)) for t, java in zip(texts, java_tokens(texts), strict=True) if tokenize(t) != java]
     assert not wrong

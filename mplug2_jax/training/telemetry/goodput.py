@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from mplug2_jax.training.telemetry.jsonl import JsonlWriter, read_jsonl
 
@@ -14,7 +14,6 @@ Phase = Literal["init", "compile", "step", "data_wait", "checkpoint", "evaluatio
 """``restart``: everything that a run repeats, from restoring its checkpoint to the steps that it had done before.
 ``idle``: no process ran, or it was killed before it could write where its time went."""
 
-PHASES: tuple[Phase, ...] = get_args(Phase)
 FLUSH_SECONDS = 30.0
 _OLD_FILE = "ledger.jsonl"
 _OLD_KEYS: Mapping[str, str] = {"from": "start_time", "to": "end_time"}

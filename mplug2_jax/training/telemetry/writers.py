@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from mplug2_jax.errors import UserError
 
@@ -28,17 +28,6 @@ with _import_blocked("torch"):  # tensorboardX imports it if it can: two seconds
     from tensorboardX.event_file_writer import EventsWriter
     from tensorboardX.proto.event_pb2 import Event, SessionLog
     from tensorboardX.proto.summary_pb2 import Summary
-
-
-@runtime_checkable
-class MetricWriter(Protocol):
-    """Receives the metrics of steps."""
-
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write the metrics of one step."""
-
-    def close(self) -> None:
-        """Finish writing."""
 
 
 class TensorBoardWriter:
@@ -98,3 +87,6 @@ class WandbWriter:
     def close(self) -> None:
         """Finish the run."""
         self._run.finish()
+
+
+MetricWriter = TensorBoardWriter | WandbWriter
