@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
 from data_pipelines.tokenizers import Tokenizer, load_tokenizer
 from mplug2_jax.conversion.compare_torch import check_torch, compare_frameworks
@@ -126,14 +127,11 @@ class _Importer:
 
     def lazy_state(self) -> dict[str, Any]:
         """Return the whole state, as arrays that are built when they are written."""
-        tree: dict[str, Any] = {}
-        for path, leaf in self._plan.state.items():
-            node = tree
-            for key in path[:-1]:
-                node = node.setdefault(key, {})
-            build_array = functools.partial(self._build, path, tuple(leaf.shape))
-            node[path[-1]] = LazyArray(tuple(leaf.shape), np.dtype(np.float32), build_array)
-        return tree
+        arrays = {
+            path: LazyArray(tuple(leaf.shape), np.dtype(np.float32), functools.partial(self._build, path, leaf.shape))
+            for path, leaf in self._plan.state.items()
+        }
+        return unflatten_dict(arrays)
 
     def _build(self, path: StatePath, shape: tuple[int, ...]) -> HostArray:
         if path not in self._plan.pieces:

@@ -1,10 +1,14 @@
 """Show what a checkpoint holds without reading an array: a tree of names with shapes, dtypes and counts."""
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import jax
+from flax.traverse_util import unflatten_dict
 
 from mplug2_jax.conversion.files.sources import TensorInfo
 from mplug2_jax.conversion.layouts import official
@@ -48,30 +52,21 @@ def _has_steps(path: Path) -> bool:
 
 def _read_own_checkpoint(path: Path) -> CheckpointContents:
     checkpoints, step = open_checkpoint(path)
-    try:
+    parts: Sequence[str] = ()
+    with contextlib.closing(checkpoints):
         tensors = {leaf: TensorInfo(*spec) for leaf, spec in checkpoints.array_specs(step).items()}
-        try:
-            parts: Sequence[str] = checkpoints.model_metadata(step).parts
-        except UserError:
-            parts = ()
-    finally:
-        checkpoints.close()
+        with contextlib.suppress(UserError):
+            parts = checkpoints.model_metadata(step).parts
     return CheckpointContents(f"checkpoint of step {step}", parts, tensors)
 
 
 def tree_lines(contents: CheckpointContents, depth: int) -> Iterator[str]:
     """Yield the lines of the tree, down to ``depth`` levels; equal layers are shown once."""
-    root: dict[str, Any] = {}
-    for path, info in contents.tensors.items():
-        node = root
-        for key in path[:-1]:
-            node = node.setdefault(key, {})
-        node[path[-1]] = info
     infos = list(contents.tensors.values())
     yield f"{contents.title}: {_summarize(infos)}"
     if contents.parts:
         yield f"parts: {', '.join(contents.parts)}"
-    yield from _branch_lines(root, "", depth)
+    yield from _branch_lines(unflatten_dict(contents.tensors), "", depth)
 
 
 def _branch_lines(node: Mapping[str, Any], indent: str, depth: int) -> Iterator[str]:
@@ -82,7 +77,7 @@ def _branch_lines(node: Mapping[str, Any], indent: str, depth: int) -> Iterator[
         if isinstance(child, TensorInfo):
             yield f"{line}  {'x'.join(map(str, child.shape)) or 'scalar'} {child.dtype.name}"
             continue
-        yield f"{line}  {_summarize(list(_leaves(child)))}"
+        yield f"{line}  {_summarize(jax.tree.leaves(child, is_leaf=lambda node: isinstance(node, TensorInfo)))}"
         if depth > 1:
             yield from _branch_lines(child, indent + ("   " if is_last else "│  "), depth - 1)
 
@@ -101,14 +96,6 @@ def _merge_equal(node: Mapping[str, Any]) -> list[tuple[str, Any]]:
         else:
             merged.append((name, child))
     return merged
-
-
-def _leaves(node: Any) -> Iterator[TensorInfo]:
-    if isinstance(node, TensorInfo):
-        yield node
-    else:
-        for child in node.values():
-            yield from _leaves(child)
 
 
 def _summarize(infos: Sequence[TensorInfo]) -> str:

@@ -19,9 +19,7 @@ class SafetensorsWriter:
     The library's writer needs all tensors in memory at once.
     """
 
-    def __init__(
-        self, path: Path, tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str] | None = None
-    ) -> None:
+    def __init__(self, path: Path, tensors: Mapping[str, TensorInfo]) -> None:
         self._offsets: dict[str, int] = {}
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         position = 0

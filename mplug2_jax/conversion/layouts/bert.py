@@ -1,7 +1,7 @@
 """BERT's names in Hugging Face's library and in the official release, and which of our modules BERT initializes."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from mplug2_jax.conversion.files.sources import TensorSource
 from mplug2_jax.conversion.layouts.name_mapping import NameMapping, compile_patterns, strip_wrappers
@@ -36,6 +36,12 @@ def map_layer(name: str, path: Path, layer: int, *, cross: bool) -> Iterator[Ten
     yield from map_linear(f"{name}.intermediate.dense", (*path, "mlp", "up"), layer)
     yield from map_linear(f"{name}.output.dense", (*path, "mlp", "down"), layer)
     yield from map_norm(f"{name}.output.LayerNorm", (*path, "mlp_norm"), layer)
+
+
+def map_layers(name: str, indices: Iterable[int], path: Path, *, cross: bool) -> Iterator[TensorMapping]:
+    """Map layers ``name.i`` with these indices to a stack, in order; ``cross`` as in :func:`map_layer`."""
+    for layer, i in enumerate(indices):
+        yield from map_layer(f"{name}.{i}", path, layer, cross=cross)
 
 
 def map_embeddings(name: str, path: Path) -> Iterator[TensorMapping]:
@@ -108,26 +114,20 @@ def map_bert_names(config: ModelConfig, parts: Sequence[str], *, head: bool) -> 
     mappings: list[TensorMapping] = []
     if "text" in parts:
         mappings += map_embeddings("embeddings", ("text", "embeddings"))
-        for i in range(config.text_layers):
-            mappings += map_layer(f"encoder.layer.{i}", ("text", "layers"), i, cross=False)
+        mappings += map_layers("encoder.layer", range(config.text_layers), ("text", "layers"), cross=False)
+    depth = config.text_layers + config.universal_layers
     if "universal" in parts:
-        for i in range(config.universal_layers):
-            mappings += map_layer(f"encoder.layer.{config.text_layers + i}", ("universal", "layers"), i, cross=False)
+        mappings += map_layers("encoder.layer", range(config.text_layers, depth), ("universal", "layers"), cross=False)
     if "fusion" in parts:
-        first = config.text_layers + config.universal_layers - config.fusion_layers
-        for j in range(config.fusion_layers):
-            mappings += map_layer(f"encoder.layer.{first + j}", ("fusion", "layers"), j, cross=False)
+        last = range(depth - config.fusion_layers, depth)
+        mappings += map_layers("encoder.layer", last, ("fusion", "layers"), cross=False)
     if "decoder" in parts:
         mappings += map_embeddings("embeddings", ("decoder", "embeddings"))
-        for i in range(config.decoder_layers):
-            mappings += map_layer(f"encoder.layer.{i}", ("decoder", "layers"), i, cross=False)
+        mappings += map_layers("encoder.layer", range(config.decoder_layers), ("decoder", "layers"), cross=False)
         mappings += map_head(HEAD, ("decoder", "head")) if head else ()
     if "mlm" in parts and head:
         mappings += map_head(HEAD, ("mlm",))
-    tied = {
-        f"{HEAD}.decoder.weight": "embeddings.word_embeddings.weight",
-        f"{HEAD}.decoder.bias": f"{HEAD}.bias",
-    }
+    tied = {f"{HEAD}.decoder.weight": "embeddings.word_embeddings.weight", f"{HEAD}.decoder.bias": f"{HEAD}.bias"}
     ignored = compile_patterns(
         (r"embeddings\.position_ids", "buffer: the positions 0, 1, 2, ..."),
         (r"pooler\..*", "BERT's pooler, which mPLUG-2 does not have"),

@@ -9,9 +9,10 @@ import re
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
 from mplug2_jax.conversion.files.sources import HostArray, TensorSource
-from mplug2_jax.conversion.layouts.bert import HEAD, map_embeddings, map_head, map_layer
+from mplug2_jax.conversion.layouts.bert import HEAD, map_embeddings, map_head, map_layer, map_layers
 from mplug2_jax.conversion.layouts.clip import map_vision
 from mplug2_jax.conversion.layouts.name_mapping import (
     LoadReport,
@@ -23,7 +24,9 @@ from mplug2_jax.conversion.layouts.name_mapping import (
     strip_wrappers,
 )
 from mplug2_jax.conversion.layouts.tensor_mapping import (
+    Path,
     TensorMapping,
+    get_leaf,
     get_param,
     group_by_name,
     map_linear,
@@ -59,6 +62,7 @@ def default_fusion_start(config: ModelConfig) -> int:
 def map_tensors(config: ModelConfig, parts: Sequence[str], fusion_start: int) -> list[TensorMapping]:
     """Map every official tensor that a model of these parts uses. ``fusion_start``: the first fusion layer in use."""
     mappings: list[TensorMapping] = []
+    text = "text_encoder.encoder.layer"
     if "vision" in parts:
         mappings += map_vision("visual_encoder.visual", config.vision_layers, temporal="temporal" in parts)
         if config.vision_width != config.width:
@@ -66,23 +70,21 @@ def map_tensors(config: ModelConfig, parts: Sequence[str], fusion_start: int) ->
             mappings += map_norm("visn_layer_norm", ("vision_projection", "norm"))
     if "text" in parts:
         mappings += map_embeddings("text_encoder.embeddings", ("text", "embeddings"))
-        for i in range(config.text_layers):
-            mappings += map_layer(f"text_encoder.encoder.layer.{i}", ("text", "layers"), i, cross=False)
+        mappings += map_layers(text, range(config.text_layers), ("text", "layers"), cross=False)
     if "universal" in parts:
         cross = "vision" in parts
-        for i in range(config.universal_layers):
-            name = f"text_encoder.encoder.layer.{config.text_layers + i}"
-            mappings += map_layer(name, ("universal", "layers"), i, cross=cross)
+        universal = range(config.text_layers, config.text_layers + config.universal_layers)
+        mappings += map_layers(text, universal, ("universal", "layers"), cross=cross)
         if cross:
-            name = f"text_encoder.encoder.layer.{config.text_layers}.latents"
+            name = f"{text}.{config.text_layers}.latents"
             mappings.append(TensorMapping(name, ("universal", "latents"), transform="identity"))
             mappings += map_norm("visn_emb_norm", ("universal", "visual_norm"))
     if "fusion" in parts:
         mappings += _fusion(config, fusion_start)
     if "decoder" in parts:
         mappings += map_embeddings("text_decoder.bert.embeddings", ("decoder", "embeddings"))
-        for i in range(config.decoder_layers):
-            mappings += map_layer(f"text_decoder.bert.encoder.layer.{i}", ("decoder", "layers"), i, cross=True)
+        layers = range(config.decoder_layers)
+        mappings += map_layers("text_decoder.bert.encoder.layer", layers, ("decoder", "layers"), cross=True)
         mappings += map_head(f"text_decoder.{HEAD}", ("decoder", "head"))
     if "contrastive" in parts:
         mappings += map_linear("vision_proj", ("contrastive", "visual"))
@@ -208,12 +210,16 @@ def load_official(
     by_name, report = match_names(source.names(), names)
     shapes = {tree: definition.shapes}
     check_shapes(source, names.mappings, shapes)
-    loaded: Params = {}
+    loaded: dict[Path, HostArray] = {}
     for name, mappings in by_name.items():
         tensor = source.read(name)
         for mapping in mappings:
-            _store(loaded, mapping, shapes, mapping.to_param(tensor))
-    return loaded[tree], report
+            param, path = mapping.to_param(tensor), mapping.path
+            if mapping.layer is None:
+                loaded[path] = np.array(param, np.float32, order="C")
+            else:
+                loaded.setdefault(path, np.empty(get_leaf(shapes, path).shape, np.float32))[mapping.layer] = param
+    return unflatten_dict(loaded)[tree], report
 
 
 def check_shapes(source: TensorSource, mappings: Sequence[TensorMapping], shapes: Params) -> None:
@@ -235,17 +241,6 @@ def check_shapes(source: TensorSource, mappings: Sequence[TensorMapping], shapes
             wrong.append(f"{mapping.name} {list(stored)} does not fit {'/'.join(mapping.path[1:])} {list(expected)}")
     if wrong:
         raise UserError(f"weights of another size: {first_few(wrong)}; check the model's sizes against the checkpoint")
-
-
-def _store(tree: Params, mapping: TensorMapping, shapes: Params, value: HostArray) -> None:
-    node, shape_node = tree, shapes
-    for key in mapping.path[:-1]:
-        node, shape_node = node.setdefault(key, {}), shape_node[key]
-    leaf = mapping.path[-1]
-    if mapping.layer is None:
-        node[leaf] = np.array(value, np.float32, order="C")
-    else:
-        node.setdefault(leaf, np.empty(shape_node[leaf].shape, np.float32))[mapping.layer] = value
 
 
 def to_official(

@@ -50,20 +50,16 @@ def _student(config: ModelConfig, fusion_start: int) -> NamedShapes:
 
 
 def _projections(config: ModelConfig) -> NamedShapes:
-    yield from _norm("visn_emb_norm", config.width)
+    yield from _affine("visn_emb_norm", config.width)
     if config.vision_width != config.width:
-        yield from _linear("visn_fc", config.vision_width, config.width)
-        yield from _norm("visn_layer_norm", config.width)
+        yield from _affine("visn_fc", config.width, config.vision_width)
+        yield from _affine("visn_layer_norm", config.width)
 
 
-def _linear(name: str, in_dim: int, out_dim: int) -> NamedShapes:
-    yield f"{name}.weight", (out_dim, in_dim)
-    yield f"{name}.bias", (out_dim,)
-
-
-def _norm(name: str, dim: int) -> NamedShapes:
-    yield f"{name}.weight", (dim,)
-    yield f"{name}.bias", (dim,)
+def _affine(name: str, *shape: int) -> NamedShapes:
+    """Yield the weight of a norm (dim), a linear map (out, in) or a convolution (out, in, ...), and its bias."""
+    yield f"{name}.weight", shape
+    yield f"{name}.bias", shape[:1]
 
 
 def _clip(config: ModelConfig) -> NamedShapes:
@@ -77,33 +73,30 @@ def _clip(config: ModelConfig) -> NamedShapes:
     yield f"{top}.visual.positional_embedding", (config.num_patches + 1, vision)
     yield f"{top}.visual.proj", (vision, width)
     yield f"{top}.visual.conv1.weight", (vision, 3, 3 if config.temporal_downsampling else 1, patch, patch)
-    yield from _norm(f"{top}.visual.ln_pre", vision)
+    yield from _affine(f"{top}.visual.ln_pre", vision)
     for i in range(config.vision_layers):
         yield from _clip_block(f"{top}.visual.transformer.resblocks.{i}", vision, temporal=True)
-    yield from _norm(f"{top}.visual.ln_post", vision)
+    yield from _affine(f"{top}.visual.ln_post", vision)
     for i in range(layers):
         yield from _clip_block(f"{top}.transformer.resblocks.{i}", width, temporal=False)
     yield f"{top}.token_embedding.weight", (words, width)
-    yield from _norm(f"{top}.ln_final", width)
+    yield from _affine(f"{top}.ln_final", width)
 
 
 def _clip_block(name: str, width: int, *, temporal: bool) -> NamedShapes:
     if temporal:
         for unit in (f"{name}.lmhra1", f"{name}.lmhra2"):
-            yield from _norm(f"{unit}.ln", width)
-            yield f"{unit}.down_proj.weight", (width // 2, width, 1, 1, 1)
-            yield f"{unit}.down_proj.bias", (width // 2,)
-            yield f"{unit}.conv.weight", (width // 2, 1, 3, 1, 1)
-            yield f"{unit}.conv.bias", (width // 2,)
-            yield f"{unit}.up_proj.weight", (width, width // 2, 1, 1, 1)
-            yield f"{unit}.up_proj.bias", (width,)
+            yield from _affine(f"{unit}.ln", width)
+            yield from _affine(f"{unit}.down_proj", width // 2, width, 1, 1, 1)
+            yield from _affine(f"{unit}.conv", width // 2, 1, 3, 1, 1)
+            yield from _affine(f"{unit}.up_proj", width, width // 2, 1, 1, 1)
     yield f"{name}.attn.in_proj_weight", (3 * width, width)
     yield f"{name}.attn.in_proj_bias", (3 * width,)
-    yield from _linear(f"{name}.attn.out_proj", width, width)
-    yield from _norm(f"{name}.ln_1", width)
-    yield from _linear(f"{name}.mlp.c_fc", width, 4 * width)
-    yield from _linear(f"{name}.mlp.c_proj", 4 * width, width)
-    yield from _norm(f"{name}.ln_2", width)
+    yield from _affine(f"{name}.attn.out_proj", width, width)
+    yield from _affine(f"{name}.ln_1", width)
+    yield from _affine(f"{name}.mlp.c_fc", 4 * width, width)
+    yield from _affine(f"{name}.mlp.c_proj", width, 4 * width)
+    yield from _affine(f"{name}.ln_2", width)
 
 
 def _embeddings(name: str, config: ModelConfig) -> NamedShapes:
@@ -111,7 +104,7 @@ def _embeddings(name: str, config: ModelConfig) -> NamedShapes:
     yield f"{name}.word_embeddings.weight", (config.vocab_size, config.width)
     yield f"{name}.position_embeddings.weight", (config.max_positions, config.width)
     yield f"{name}.token_type_embeddings.weight", (2, config.width)
-    yield from _norm(f"{name}.LayerNorm", config.width)
+    yield from _affine(f"{name}.LayerNorm", config.width)
 
 
 def _bert_layer(
@@ -123,13 +116,13 @@ def _bert_layer(
         yield f"{name}.latents", (config.num_latents, width)
     for attention in ("attention", "crossattention") if cross else ("attention",):
         for which in ("query", "key", "value"):
-            yield from _linear(f"{name}.{attention}.self.{which}", width, width)
-        yield from _linear(f"{name}.{attention}.output.dense", width, width)
-        yield from _norm(f"{name}.{attention}.output.LayerNorm", width)
+            yield from _affine(f"{name}.{attention}.self.{which}", width, width)
+        yield from _affine(f"{name}.{attention}.output.dense", width, width)
+        yield from _affine(f"{name}.{attention}.output.LayerNorm", width)
     for suffix in ("", "_vision") if separate_vision_mlp else ("",):
-        yield from _linear(f"{name}.intermediate{suffix}.dense", width, hidden)
-        yield from _linear(f"{name}.output{suffix}.dense", hidden, width)
-        yield from _norm(f"{name}.output{suffix}.LayerNorm", width)
+        yield from _affine(f"{name}.intermediate{suffix}.dense", hidden, width)
+        yield from _affine(f"{name}.output{suffix}.dense", width, hidden)
+        yield from _affine(f"{name}.output{suffix}.LayerNorm", width)
 
 
 def _text_encoder(config: ModelConfig) -> NamedShapes:
@@ -158,10 +151,9 @@ def _text_decoder(config: ModelConfig) -> NamedShapes:
         )
     head, width = "text_decoder.cls.predictions", config.width
     yield f"{head}.bias", (config.vocab_size,)
-    yield from _linear(f"{head}.transform.dense", width, width)
-    yield from _norm(f"{head}.transform.LayerNorm", width)
-    yield f"{head}.decoder.weight", (config.vocab_size, width)
-    yield f"{head}.decoder.bias", (config.vocab_size,)
+    yield from _affine(f"{head}.transform.dense", width, width)
+    yield from _affine(f"{head}.transform.LayerNorm", width)
+    yield from _affine(f"{head}.decoder", config.vocab_size, width)
 
 
 def tied_to(name: str) -> str | None:
