@@ -88,13 +88,6 @@ class _ShardedWriter:
             self._path.with_name(f"{self._path.name}.index.json").write_text(json.dumps(index, indent=1))
 
 
-def open_writer(path: Path, state: StateInfo, shard_bytes: int) -> Writer:
-    """Open the writer for a file name: PyTorch's for ``.pth``, ``.pt`` and ``.bin``, else safetensors."""
-    if path.suffix in TORCH_SUFFIXES:
-        return TorchWriter(path, state)
-    return _ShardedWriter(path, state, shard_bytes)
-
-
 def export(
     checkpoint: Path,
     to: Path,
@@ -162,7 +155,8 @@ def write_state(plan: ExportPlan, file: Path, shard_bytes: int) -> Report:
     """Write the tensors, and return the report."""
     arrays = plan.checkpoints.array_specs(plan.step)
     total = sum(4 * math.prod(arrays[path][0]) for path in {mapping.path for mapping in plan.mappings})
-    writer = open_writer(file, plan.state, shard_bytes)
+    is_torch = file.suffix in TORCH_SUFFIXES
+    writer: Writer = TorchWriter(file, plan.state) if is_torch else _ShardedWriter(file, plan.state, shard_bytes)
     progress = ByteProgress(f"exporting {plan.title}", total)
     exporter = _Exporter(plan, writer, progress)
     with contextlib.closing(writer), contextlib.closing(progress):

@@ -77,17 +77,7 @@ def plan_import(
     Raises:
         UserError: the sources are not checkpoints or do not go together, or tensors are unexpected or missing.
     """
-    return plan_detected([identify(path) for path in paths], parts=parts, task=task, image_size=image_size)
-
-
-def plan_detected(
-    checkpoints: Sequence[DetectedCheckpoint],
-    *,
-    parts: Sequence[str] | None = None,
-    task: OfficialTask | None = None,
-    image_size: int | None = None,
-) -> ImportPlan:
-    """Plan an import as :func:`plan_import` does, from sources that are open already."""
+    checkpoints = [identify(path) for path in paths]
     kinds = [checkpoint.kind for checkpoint in checkpoints]
     if len(set(kinds)) != len(kinds) or (len(checkpoints) > 1 and "official" in kinds):
         raise UserError(

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 
 from data_pipelines.tokenizers import SPECIAL_TOKENS, WordPieceTokenizer
+from mplug2_jax.conversion import import_plan
 from mplug2_jax.conversion.export_plan import plan_export
 from mplug2_jax.conversion.export_weights import batch_groups, export, group_arrays
 from mplug2_jax.conversion.files.open import open_source
 from mplug2_jax.conversion.files.sources import DTYPES
-from mplug2_jax.conversion.import_plan import ImportPlan, plan_import
+from mplug2_jax.conversion.import_plan import plan_import
 from mplug2_jax.conversion.import_weights import run_import
+from mplug2_jax.conversion.layouts.identify import DetectedCheckpoint
 from mplug2_jax.conversion.layouts.official import TASK_PARTS, default_fusion_start, map_official_names
 from mplug2_jax.conversion.layouts.official_state import LEFTOVER_FILE, official_state
 from mplug2_jax.conversion.report import read_report
@@ -211,27 +213,20 @@ def test_arrays_that_share_tensors_are_grouped_and_small_groups_are_batched() ->
 
 
 @pytest.mark.parametrize(("task", "teacher"), [("caption", False), ("videoqa", True)])
-def test_every_tensor_of_the_large_models_is_mapped(task: str, teacher: bool) -> None:
+def test_every_tensor_of_the_large_models_is_mapped(task: str, teacher: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Uses shapes only, without allocating the large model."""
     config = model_config("large")
     state = official_state(config, default_fusion_start(config), teacher=teacher)
     shapes_only = MemorySource(
         {name: np.broadcast_to(np.zeros((), info.dtype), info.shape) for name, info in state.items()}
     )
-    plan = make_plan(shapes_only, task)
+    large = DetectedCheckpoint(Path("large.pth"), "official", "official mPLUG-2", shapes_only, "official")
+    monkeypatch.setattr(import_plan, "identify", lambda path: large)
+    plan = plan_import([large.path], task=task)
     assert plan.definition.config.fusion_layers == 6
     assert not plan.initialized
     assert sum(leaf.size for leaf in jax.tree.leaves(plan.definition.shapes)) == (
         621_853_498 if task == "caption" else 1_031_533_370
-    )
-
-
-def make_plan(source: MemorySource, task: str) -> ImportPlan:
-    from mplug2_jax.conversion.import_plan import plan_detected
-    from mplug2_jax.conversion.layouts.identify import DetectedCheckpoint
-
-    return plan_detected(
-        [DetectedCheckpoint(Path("large.pth"), "official", "official mPLUG-2", source, "official")], task=task
     )
 
 

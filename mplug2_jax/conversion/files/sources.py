@@ -91,7 +91,6 @@ class SafetensorsSource:
 
     def __init__(self, path: Path) -> None:
         self._reader = FileReader(path)
-        self.metadata: dict[str, str] = {}
         self._tensors: dict[str, tuple[TensorInfo, int]] = {}  # with the offset in the file
         self.path = path
         try:
@@ -107,7 +106,7 @@ class SafetensorsSource:
         if length > min(_MAX_HEADER, size - 8):
             raise ValueError(f"its header claims {length:,} bytes, the file has {size:,}")
         header = json.loads(self._reader.read_bytes(8, length).tobytes())
-        self.metadata = dict(header.pop("__metadata__", {}))
+        self.metadata: dict[str, str] = dict(header.pop("__metadata__", {}))
         for name, entry in header.items():
             if entry["dtype"] not in DTYPES:
                 raise ValueError(f"{name} has dtype {entry['dtype']}, expected one of {', '.join(DTYPES)}")

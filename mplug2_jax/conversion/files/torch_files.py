@@ -115,10 +115,7 @@ _ALLOWED: Mapping[tuple[str, str], Any] = {
     **{("builtins", name): _Discarded for name in ("bytearray", "complex", "set")},
     ("argparse", "Namespace"): _Discarded,
     **{("torch", name): name for name in _DTYPES},
-    ("torch.jit._pickle", "build_intlist"): _first_argument,
-    ("torch.jit._pickle", "build_doublelist"): _first_argument,
-    ("torch.jit._pickle", "build_boollist"): _first_argument,
-    ("torch.jit._pickle", "build_tensorlist"): _first_argument,
+    **{("torch.jit._pickle", f"build_{kind}list"): _first_argument for kind in ("int", "double", "bool", "tensor")},
     ("torch.jit._pickle", "restore_type_tag"): _first_argument,
 }
 

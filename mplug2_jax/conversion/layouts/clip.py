@@ -21,12 +21,9 @@ def map_vision(prefix: str, layers: int, *, temporal: bool) -> Iterator[TensorMa
     for i in range(layers):
         block = f"{prefix}.transformer.resblocks.{i}"
         for qkv_index, which in enumerate(("query", "key", "value")):
-            yield TensorMapping(
-                f"{block}.attn.in_proj_weight", (*_BLOCKS, "attention", which, "kernel"), i, "linear", qkv_index
-            )
-            yield TensorMapping(
-                f"{block}.attn.in_proj_bias", (*_BLOCKS, "attention", which, "bias"), i, "identity", qkv_index
-            )
+            projection = (*_BLOCKS, "attention", which)
+            yield TensorMapping(f"{block}.attn.in_proj_weight", (*projection, "kernel"), i, "linear", qkv_index)
+            yield TensorMapping(f"{block}.attn.in_proj_bias", (*projection, "bias"), i, "identity", qkv_index)
         yield from map_linear(f"{block}.attn.out_proj", (*_BLOCKS, "attention", "out"), i)
         yield from map_linear(f"{block}.mlp.c_fc", (*_BLOCKS, "mlp", "up"), i)
         yield from map_linear(f"{block}.mlp.c_proj", (*_BLOCKS, "mlp", "down"), i)

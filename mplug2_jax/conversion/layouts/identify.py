@@ -17,6 +17,7 @@ from mplug2_jax.conversion.layouts.settings import (
     bert_architecture,
     clip_architecture,
     read_settings,
+    settings_folder,
 )
 from mplug2_jax.errors import UserError
 from mplug2_jax.model.config import ModelConfig
@@ -55,7 +56,7 @@ class DetectedCheckpoint:
     @functools.cached_property
     def settings(self) -> Mapping[str, Any] | None:
         """Return the ``config.json`` next to an official checkpoint, if it is the release's or an export's."""
-        settings = read_settings((self.path if self.path.is_dir() else self.path.parent) / HUGGING_FACE) or {}
+        settings = read_settings(settings_folder(self.path) / HUGGING_FACE)
         return settings if {"vision", "bert"} <= set(settings) or "vision_width" in settings else None
 
     @functools.cached_property

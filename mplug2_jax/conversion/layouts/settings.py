@@ -37,8 +37,8 @@ class Architecture(NamedTuple):
     assumptions: tuple[str, ...] = ()
 
 
-def read_settings(path: Path) -> Mapping[str, Any] | None:
-    """Return the object in a JSON file; None if there is no file, or it holds no object.
+def read_settings(path: Path) -> Mapping[str, Any]:
+    """Return the object in a JSON file; an empty one if there is no file, or it holds no object.
 
     Raises:
         UserError: the file is damaged.
@@ -46,10 +46,10 @@ def read_settings(path: Path) -> Mapping[str, Any] | None:
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return None
+        return {}
     except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON ({error}); fix or remove it") from error
-    return settings if isinstance(settings, dict) else None
+    return settings if isinstance(settings, dict) else {}
 
 
 def clip_architecture(weights: Path, sizes: Mapping[str, Any], *, openai: bool) -> Architecture:
@@ -67,13 +67,13 @@ def clip_architecture(weights: Path, sizes: Mapping[str, Any], *, openai: bool) 
         "hidden_size": sizes["vision_width"], "num_hidden_layers": sizes["vision_layers"],
         "patch_size": sizes["patch_size"],
     }  # fmt: skip
-    _check(_folder(weights) / PREPROCESSOR, read_settings(_folder(weights) / PREPROCESSOR) or {}, _PIXELS_SUPPORTED)
+    folder = settings_folder(weights)
+    _check(folder / PREPROCESSOR, read_settings(folder / PREPROCESSOR), _PIXELS_SUPPORTED)
     parsers = {HUGGING_FACE: _parse_hugging_face_clip, OPEN_CLIP: _parse_open_clip}
     for name in sorted(parsers, reverse=openai):
-        if (settings := parsers[name](read_settings(_folder(weights) / name))) is not None:
-            return _architecture(
-                _folder(weights) / name, settings, expected, _CLIP_DEFAULTS, {**_CLIP_SUPPORTED, **_PIXELS_SUPPORTED}
-            )
+        if (settings := parsers[name](read_settings(folder / name))) is not None:
+            supported = {**_CLIP_SUPPORTED, **_PIXELS_SUPPORTED}
+            return _architecture(folder / name, settings, expected, _CLIP_DEFAULTS, supported)
     return _assume(weights, sizes["vision_width"], "quick_gelu", "QuickGELU", (HUGGING_FACE, OPEN_CLIP))
 
 
@@ -87,26 +87,27 @@ def bert_architecture(weights: Path, sizes: Mapping[str, Any]) -> Architecture:
         "hidden_size": sizes["width"], "num_hidden_layers": sizes["text_layers"] + sizes["universal_layers"],
         "intermediate_size": sizes["mlp_width"], "max_position_embeddings": sizes["max_positions"],
     }  # fmt: skip
+    folder = settings_folder(weights)
     for name in (HUGGING_FACE, GOOGLE):
-        settings = read_settings(_folder(weights) / name) or {}
+        settings = read_settings(folder / name)
         if settings.keys().isdisjoint(_TOWER_KEYS) and not settings.keys().isdisjoint(_BERT_KEYS):
-            architecture = _architecture(_folder(weights) / name, settings, expected, _BERT_DEFAULTS, _BERT_SUPPORTED)
+            architecture = _architecture(folder / name, settings, expected, _BERT_DEFAULTS, _BERT_SUPPORTED)
             break
     else:
         architecture = _assume(weights, sizes["width"], "gelu", "exact GELU, absolute positions", (HUGGING_FACE,))
-    if (read_settings(_folder(weights) / TOKENIZER) or {}).get("do_lower_case") is False:
+    if read_settings(folder / TOKENIZER).get("do_lower_case") is False:
         cased = f"{TOKENIZER} has do_lower_case=false, but our word pieces are lower case: words in capitals differ"
         architecture = architecture._replace(assumptions=(*architecture.assumptions, cased))
     return architecture
 
 
-def _folder(weights: Path) -> Path:
+def settings_folder(weights: Path) -> Path:
+    """Return the folder that holds the settings of weights: theirs, or the one that they are."""
     return weights if weights.is_dir() else weights.parent
 
 
-def _parse_hugging_face_clip(settings: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+def _parse_hugging_face_clip(settings: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """Return a tower's settings, or those in a whole CLIP's; of two sections in older files, the second overrides."""
-    settings = settings or {}
     sections = [
         settings[name] for name in ("vision_config", "vision_config_dict") if isinstance(settings.get(name), dict)
     ]
@@ -115,14 +116,14 @@ def _parse_hugging_face_clip(settings: Mapping[str, Any] | None) -> Mapping[str,
     return settings if "patch_size" in settings else None
 
 
-def _parse_open_clip(settings: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+def _parse_open_clip(settings: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """Return open_clip's settings under Hugging Face's names; its defaults are exact GELU and a head width of 64."""
-    model = (settings or {}).get("model_cfg", settings)
+    model = settings.get("model_cfg", settings)
     vision = model.get("vision_cfg") if isinstance(model, dict) else None
     if not isinstance(model, dict) or not isinstance(vision, dict):
         return None
     width, head_width, norm = vision.get("width", 768), vision.get("head_width", _HEAD_WIDTH), vision.get("norm_kwargs")
-    preprocessing = (settings or {}).get("preprocess_cfg")
+    preprocessing = settings.get("preprocess_cfg")
     valid = type(width) is int and type(head_width) is int and head_width > 0
     return {
         "hidden_act": "quick_gelu" if model.get("quick_gelu") else "gelu",

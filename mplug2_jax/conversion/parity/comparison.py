@@ -171,8 +171,22 @@ def find_numbers(golden: Golden, pattern: str) -> list[int]:
 # --- our intermediates under the goldens' names -----------------------------------------------------------------------
 
 
-def name_visual_arrays(taps: Intermediates, golden: Golden) -> NamedArrays:
-    """Yield the intermediates of the visual tokens."""
+def name_intermediates(
+    taps: Intermediates,
+    golden: Golden,
+    logits: ArrayLike,
+    rows: HostArray | slice = slice(None),
+    fused: tuple[Any, Any] | None = None,
+) -> NamedArrays:
+    """Yield all intermediates.
+
+    Args:
+        taps: those of the layers.
+        golden: the model's golden.
+        logits: the decoder's output.
+        rows: the captions or answers that are not padding.
+        fused: the two results of fusion, of a model that encodes text.
+    """
     yield "vision_ln_pre", np.asarray(taps["vision/norm_pre"])
     for i, block in enumerate(taps["vision/block"]):
         yield f"vision_block{i}", np.asarray(block).transpose(1, 0, 2)
@@ -183,32 +197,21 @@ def name_visual_arrays(taps: Intermediates, golden: Golden) -> NamedArrays:
         yield f"uni_layer{i}", np.asarray(taps[f"universal/visual{i}"])
     yield "uni_out", np.asarray(taps[f"universal/visual{depth - 1}"])
     yield "visn_embeds_post", np.asarray(taps["visual/out"])
-
-
-def name_text_arrays(taps: Intermediates) -> NamedArrays:
-    """Yield the intermediates of the text encoder."""
-    yield "text_embed", np.asarray(taps["text/embed"])
-    for i, layer in enumerate([*taps.get("text/layer", ()), *taps["universal/text"]]):
-        yield f"text_layer{i}", np.asarray(layer)
-    yield "text_out", np.asarray(taps["text/out"])
-
-
-def name_fusion_arrays(taps: Intermediates, golden: Golden, image: ArrayLike, text: ArrayLike) -> NamedArrays:
-    """Yield the outputs of the fusion layers in use, and the two results."""
-    stacked: list[Any] = []
-    for j in range(golden.definition.config.fusion_layers):
-        if f"fusion/layer{j}" in taps:
-            stacked.append(taps[f"fusion/layer{j}"])
-        elif f"fusion/layers_from{j}" in taps:
-            stacked.extend(taps[f"fusion/layers_from{j}"])
-    for j, layer in enumerate(stacked):
-        yield f"fusion_layer{golden.fusion_start + j}", np.asarray(layer)
-    yield "fusion_image", np.asarray(image)
-    yield "fusion_text", np.asarray(text)
-
-
-def name_decoder_arrays(taps: Intermediates, logits: ArrayLike, rows: HostArray | slice = slice(None)) -> NamedArrays:
-    """Yield the decoder's intermediates on captions or answers; ``rows`` are those that are not padding."""
+    if fused is not None:
+        yield "text_embed", np.asarray(taps["text/embed"])
+        for i, layer in enumerate([*taps.get("text/layer", ()), *taps["universal/text"]]):
+            yield f"text_layer{i}", np.asarray(layer)
+        yield "text_out", np.asarray(taps["text/out"])
+        stacked: list[Any] = []
+        for j in range(golden.definition.config.fusion_layers):
+            if f"fusion/layer{j}" in taps:
+                stacked.append(taps[f"fusion/layer{j}"])
+            elif f"fusion/layers_from{j}" in taps:
+                stacked.extend(taps[f"fusion/layers_from{j}"])
+        for j, layer in enumerate(stacked):
+            yield f"fusion_layer{golden.fusion_start + j}", np.asarray(layer)
+        yield "fusion_image", np.asarray(fused[0])
+        yield "fusion_text", np.asarray(fused[1])
     yield "dec_embed", np.asarray(taps["decoder/embed"])[rows]
     for i, layer in enumerate(taps["decoder/layer"]):
         yield f"dec_layer{i}", np.asarray(layer)[rows]

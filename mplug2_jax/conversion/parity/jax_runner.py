@@ -25,10 +25,7 @@ from mplug2_jax.conversion.parity.comparison import (
     make_caption_weights,
     make_weights_row,
     name_beam_arrays,
-    name_decoder_arrays,
-    name_fusion_arrays,
-    name_text_arrays,
-    name_visual_arrays,
+    name_intermediates,
     with_teacher_names,
 )  # fmt: skip
 from mplug2_jax.conversion.parity.goldens import Golden, load_goldens
@@ -160,17 +157,11 @@ def compute_caption(golden: Golden) -> NamedArrays:
         model, taps = golden.definition.bind(params), Taps()
         visual = model.encode_visual(batch["frames"], taps=taps)
         logits = model.decoder(batch["target"], batch["target"] != 0, visual, taps=taps)
-        return (
-            dict(taps),
-            visual,
-            logits,
-            caption_loss(ForwardPass(model, batch)).loss,
-            caption_loss(ForwardPass(model, unmasked)).loss,
-        )
+        losses = [caption_loss(ForwardPass(model, x)).loss for x in (batch, unmasked)]
+        return dict(taps), visual, logits, losses
 
-    taps, visual, logits, loss, loss_unmasked = run(golden.params)
-    yield from name_visual_arrays(taps, golden)
-    yield from name_decoder_arrays(taps, logits)
+    taps, visual, logits, (loss, loss_unmasked) = run(golden.params)
+    yield from name_intermediates(taps, golden, logits)
     yield "caption_loss", np.asarray(loss)
     yield "caption_loss_no_prompt_mask", np.asarray(loss_unmasked)
     yield from _run_searches(golden, visual, jnp.ones(visual.shape[:2], bool))
@@ -194,9 +185,7 @@ def compute_videoqa(golden: Golden) -> NamedArrays:
         return dict(taps), text, visual, image, fused, memory, memory_mask, logits, sums, loss
 
     taps, text, visual, image, fused, memory, memory_mask, logits, sums, loss = run(golden.params)
-    yield from name_visual_arrays(taps, golden)
-    yield from name_text_arrays(taps)
-    yield from name_fusion_arrays(taps, golden, image, fused)
+    yield from name_intermediates(taps, golden, logits, rows, (image, fused))
     for stride in find_numbers(golden, r"fusion_stride(\d+)_text"):
         definition, params = golden.fusion_with_stride(stride)
         mixed = jax.jit(lambda p, *x, d=definition: d.bind(p).fusion(*x))(params, text, mask, visual)
@@ -204,7 +193,6 @@ def compute_videoqa(golden: Golden) -> NamedArrays:
         yield f"fusion_stride{stride}_text", np.asarray(mixed[1])
     yield "dec_memory", np.asarray(memory)
     yield "dec_memory_mask", np.asarray(memory_mask).astype(golden.outputs["dec_memory_mask"].dtype)
-    yield from name_decoder_arrays(taps, logits, rows)
     yield "vqa_loss", np.asarray(loss)
     yield "vqa_loss_per_answer", np.asarray(sums)[rows]
     if golden.teacher is not None:
@@ -244,11 +232,8 @@ def _compute_distillation(golden: Golden, batch: DeviceBatch, rows: HostArray) -
     alpha = golden.settings["alpha"]
     config, teacher = released_distillation(golden, alpha=alpha), _updated_teacher(golden)
     # The release has an alpha but drops it on the way to the decoder: its distillation has alpha = 0.
-    yield "vqa_loss_release_distill", np.asarray(jax.jit(_distilled_loss(golden, batch, 0.0))(golden.params, teacher))
-    yield (
-        f"vqa_loss_distill_alpha{alpha}",
-        np.asarray(jax.jit(_distilled_loss(golden, batch, alpha))(golden.params, teacher)),
-    )
+    for name, weight in (("vqa_loss_release_distill", 0.0), (f"vqa_loss_distill_alpha{alpha}", alpha)):
+        yield name, np.asarray(jax.jit(_distilled_loss(golden, batch, weight))(golden.params, teacher))
 
     @jax.jit
     def run(params: Params, teacher: Params) -> Any:

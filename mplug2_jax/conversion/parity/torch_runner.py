@@ -14,10 +14,7 @@ from mplug2_jax.conversion.parity.comparison import (
     find_numbers,
     make_caption_weights,
     name_beam_arrays,
-    name_decoder_arrays,
-    name_fusion_arrays,
-    name_text_arrays,
-    name_visual_arrays,
+    name_intermediates,
     with_teacher_names,
 )  # fmt: skip
 from mplug2_jax.conversion.parity.goldens import Golden
@@ -156,8 +153,7 @@ def compute_caption(golden: Golden) -> NamedArrays:
     yield "caption_loss_no_prompt_mask", model(frames, target, unmasked).numpy()
     visual = model.encode_visual(frames, taps)
     logits = model.text_decoder(target, target != 0, visual, taps=taps)
-    yield from name_visual_arrays(taps, golden)
-    yield from name_decoder_arrays(taps, logits)
+    yield from name_intermediates(taps, golden, logits)
     yield from _run_searches(golden, model, visual, torch.ones(visual.shape[:2], dtype=torch.bool))
 
 
@@ -168,13 +164,11 @@ def compute_videoqa(golden: Golden) -> NamedArrays:
     logits = model.answer_logits(**batch, taps=taps)
     memory, mask = model.instruction_memory(*question)
     num_visual = taps["visual/out"].shape[1]
-    yield from name_visual_arrays(taps, golden)
-    yield from name_text_arrays(taps)
-    yield from name_fusion_arrays(taps, golden, memory[:, :num_visual], memory[:, num_visual:])
+    fused = memory[:, :num_visual], memory[:, num_visual:]
+    yield from name_intermediates(taps, golden, logits, fused=fused)
     yield from _compute_fusion_with_strides(golden, taps, batch["question_mask"])
     yield "dec_memory", memory.numpy()
     yield "dec_memory_mask", mask.numpy().astype(golden.outputs["dec_memory_mask"].dtype)
-    yield from name_decoder_arrays(taps, logits)
     yield "vqa_loss", _loss(golden, model).numpy()
     (weights,) = _inputs(golden, "answer_mask")
     yield "vqa_loss_per_answer", summed_answer_loss(logits, batch["target"], weights).numpy()
