@@ -45,15 +45,9 @@ def _best_sequences(ids: Any, scores: Any, lengths: Any) -> GeneratedText:
 
 
 def compare_frameworks(
-    params: Params,
-    config: ModelConfig,
-    parts: tuple[str, ...],
-    fusion_start: int,
-    tensors: TensorSource,
-    *,
-    tokenizer: Tokenizer | None = None,
-    settings: Path | None = None,
-) -> list[Comparison]:
+    params: Params, config: ModelConfig, parts: tuple[str, ...], fusion_start: int, tensors: TensorSource, *,
+    tokenizer: Tokenizer | None = None, settings: Path | None = None,
+) -> list[Comparison]:  # fmt: skip
     """Run a random image, video clip and text through both, and compare every tap, the logits and a generated text.
 
     Args:
@@ -125,13 +119,9 @@ def _random_batches(config: ModelConfig) -> Iterator[tuple[str, Batch]]:
 
 
 def _run_jax(
-    params: Params,
-    config: ModelConfig,
-    parts: tuple[str, ...],
-    batches: Mapping[str, Batch],
-    tokens: SpecialTokens,
+    params: Params, config: ModelConfig, parts: tuple[str, ...], batches: Mapping[str, Batch], tokens: SpecialTokens,
     search: SearchConfig,
-) -> tuple[Activations, GeneratedText]:
+) -> tuple[Activations, GeneratedText]:  # fmt: skip
     definition = define_model(config, parts)
 
     @jax.jit
@@ -161,13 +151,9 @@ def _run_jax(
 
 
 def _run_torch(
-    sizes: dict[str, Any],
-    settings: Path | None,
-    answers_questions: bool,
-    tensors: TensorSource,
-    batches: Mapping[str, Batch],
-    search: SearchConfig,
-) -> tuple[Activations, GeneratedText]:
+    sizes: dict[str, Any], settings: Path | None, answers_questions: bool, tensors: TensorSource,
+    batches: Mapping[str, Batch], search: SearchConfig,
+) -> tuple[Activations, GeneratedText]:  # fmt: skip
     import torch
 
     from mplug2_jax.conversion import torch_runtime as runtime

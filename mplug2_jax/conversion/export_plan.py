@@ -71,13 +71,9 @@ class ExportPlan:
 
 
 def plan_export(
-    path: Path,
-    *,
-    dtype: str = "float32",
-    ema: bool | None = None,
-    teacher: bool | None = None,
+    path: Path, *, dtype: str = "float32", ema: bool | None = None, teacher: bool | None = None,
     leftover: Path | None = None,
-) -> ExportPlan:
+) -> ExportPlan:  # fmt: skip
     """Find the checkpoint, and a tensor for each of its arrays.
 
     Args:

@@ -89,17 +89,9 @@ class _ShardedWriter:
 
 
 def export(
-    checkpoint: Path,
-    to: Path,
-    *,
-    dtype: str = "float32",
-    ema: bool | None = None,
-    teacher: bool | None = None,
-    leftover: Path | None = None,
-    shard_bytes: int = 5_000_000_000,
-    overwrite: bool = False,
-    verify: bool = False,
-) -> Report:
+    checkpoint: Path, to: Path, *, dtype: str = "float32", ema: bool | None = None, teacher: bool | None = None,
+    leftover: Path | None = None, shard_bytes: int = 5_000_000_000, overwrite: bool = False, verify: bool = False,
+) -> Report:  # fmt: skip
     """Write a checkpoint as an official state dict, and its report: a file, or a folder by Hugging Face's conventions.
 
     Args:

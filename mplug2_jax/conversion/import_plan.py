@@ -60,12 +60,9 @@ def activation_notes(config: ModelConfig, parts: Sequence[str]) -> list[str]:
 
 
 def plan_import(
-    paths: Sequence[Path],
-    *,
-    parts: Sequence[str] | None = None,
-    task: OfficialTask | None = None,
+    paths: Sequence[Path], *, parts: Sequence[str] | None = None, task: OfficialTask | None = None,
     image_size: int | None = None,
-) -> ImportPlan:
+) -> ImportPlan:  # fmt: skip
     """Read names and shapes of all sources, and map every tensor.
 
     Args:
@@ -146,13 +143,9 @@ def _plan_clip_and_bert(
 
 
 def _plan(
-    definition: ModelDef,
-    title: str,
-    name_mappings: Sequence[tuple[DetectedCheckpoint, NameMapping]],
-    origin: Mapping[str, Any],
-    *,
-    teacher: bool,
-) -> ImportPlan:
+    definition: ModelDef, title: str, name_mappings: Sequence[tuple[DetectedCheckpoint, NameMapping]],
+    origin: Mapping[str, Any], *, teacher: bool,
+) -> ImportPlan:  # fmt: skip
     trees = {"params": definition.shapes} | ({"teacher": definition.shapes} if teacher else {})
     state = {tuple(key.key for key in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(trees)}
     sources: list[SourceMapping] = []

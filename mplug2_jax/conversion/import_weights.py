@@ -41,15 +41,9 @@ MakeRecipe = Callable[[ModelConfig, str], RunConfig]  # of a model's sizes and i
 
 
 def run_import(
-    plan: ImportPlan,
-    to: Path,
-    *,
-    make_recipe: MakeRecipe | None = None,
-    tokenizer: Path | None = None,
-    seed: int = 0,
-    overwrite: bool = False,
-    verify: bool = False,
-) -> Report:
+    plan: ImportPlan, to: Path, *, make_recipe: MakeRecipe | None = None, tokenizer: Path | None = None, seed: int = 0,
+    overwrite: bool = False, verify: bool = False,
+) -> Report:  # fmt: skip
     """Write the checkpoint, the tensors that the model ignores, a recipe and the report into a new folder.
 
     Args:

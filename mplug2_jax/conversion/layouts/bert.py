@@ -95,15 +95,11 @@ def sizes(source: TensorSource) -> dict[str, int]:
     names = set(source.names())
     depth = next(i for i in range(len(names)) if f"encoder.layer.{i}.attention.self.query.weight" not in names)
     return {
-        "width": width,
-        "mlp_width": source.info("encoder.layer.0.intermediate.dense.weight").shape[0],
-        "text_layers": max(depth - 2, 0),
-        "universal_layers": min(2, depth),
-        "fusion_layers": max(1, depth // 4),
-        "decoder_layers": min(12, depth),
-        "vocab_size": words,
+        "width": width, "mlp_width": source.info("encoder.layer.0.intermediate.dense.weight").shape[0],
+        "text_layers": max(depth - 2, 0), "universal_layers": min(2, depth), "fusion_layers": max(1, depth // 4),
+        "decoder_layers": min(12, depth), "vocab_size": words,
         "max_positions": source.info("embeddings.position_embeddings.weight").shape[0],
-    }
+    }  # fmt: skip
 
 
 def map_bert_names(config: ModelConfig, parts: Sequence[str], *, head: bool) -> NameMapping:

@@ -172,12 +172,9 @@ def find_numbers(golden: Golden, pattern: str) -> list[int]:
 
 
 def name_intermediates(
-    taps: Intermediates,
-    golden: Golden,
-    logits: ArrayLike,
-    rows: HostArray | slice = slice(None),
+    taps: Intermediates, golden: Golden, logits: ArrayLike, rows: HostArray | slice = slice(None),
     fused: tuple[Any, Any] | None = None,
-) -> NamedArrays:
+) -> NamedArrays:  # fmt: skip
     """Yield all intermediates.
 
     Args:

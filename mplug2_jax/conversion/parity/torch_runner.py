@@ -70,11 +70,9 @@ class TorchRunner:
         model, losses = load(golden, self._model_class), []
         teacher = load(golden, self._model_class, teacher=True) if golden.teacher is not None else None
         groups = parameter_groups(
-            model,
-            learning_rate=settings["lr_other"],
-            vision_learning_rate=settings["lr_visual"],
+            model, learning_rate=settings["lr_other"], vision_learning_rate=settings["lr_visual"],
             weight_decay=settings["weight_decay"],
-        )
+        )  # fmt: skip
         optimizer = torch.optim.AdamW(groups, betas=tuple(settings["betas"]), eps=settings["eps"])
         for i in range(settings["steps"] + 1):
             if teacher is not None:

@@ -16,15 +16,6 @@ from mplug2_jax.conversion.torch_runtime.search import DecodeOutput, SearchConfi
 from mplug2_jax.conversion.torch_runtime.vision import normalize_pixels
 
 __all__ = [
-    "SIZES",
-    "Caption",
-    "Config",
-    "DecodeOutput",
-    "SearchConfig",
-    "Taps",
-    "VideoQA",
-    "normalize_pixels",
-    "parameter_groups",
-    "read_config",
-    "update_teacher",
-]
+    "SIZES", "Caption", "Config", "DecodeOutput", "SearchConfig", "Taps", "VideoQA", "normalize_pixels",
+    "parameter_groups", "read_config", "update_teacher",
+]  # fmt: skip

@@ -77,13 +77,9 @@ class TextDecoder(nn.Module):
         self.cls = Cls(self.bert.embeddings.word_embeddings.weight)
 
     def forward(
-        self,
-        ids: Tensor,
-        mask: Tensor | None,
-        memory: Tensor,
-        memory_mask: Tensor | None = None,
+        self, ids: Tensor, mask: Tensor | None, memory: Tensor, memory_mask: Tensor | None = None,
         taps: Taps | None = None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """Return logits [b*r, m, v] with teacher forcing: at every position of ids [b*r, m], for the token after it."""
         x = self.bert.embeddings(ids)
         tap(taps, "decoder/embed", x)

@@ -145,13 +145,9 @@ def choose_weights(folder: Path) -> Path:
 
 
 def select_state(
-    tensors: Mapping[str, Tensor],
-    expected: Mapping[str, Tensor],
-    ignored: NamePatterns,
-    *,
-    teacher: bool,
+    tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], ignored: NamePatterns, *, teacher: bool,
     where: Path | str,
-) -> tuple[dict[str, Tensor], dict[str, str]]:
+) -> tuple[dict[str, Tensor], dict[str, str]]:  # fmt: skip
     """Return the tensors of a checkpoint for a model with the ``expected`` state, and why others are dropped, by name.
 
     With ``teacher``, selects the teacher's copy of every tensor.

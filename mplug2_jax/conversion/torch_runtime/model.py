@@ -238,14 +238,9 @@ class VideoQA(Mplug2):
         memory, mask = self.instruction_memory(frames, question, question_mask)
         num_candidates = min(num_candidates, answers.shape[0])
         return rank_answers(
-            self.text_decoder,
-            memory,
-            mask,
-            answers,
-            answers != 0,
-            num_candidates=num_candidates,
+            self.text_decoder, memory, mask, answers, answers != 0, num_candidates=num_candidates,
             double_count_first_token=double_count_first_token,
-        )
+        )  # fmt: skip
 
 
 def next_token_loss(logits: Tensor, target: Tensor) -> Tensor:

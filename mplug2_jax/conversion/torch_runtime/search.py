@@ -128,15 +128,9 @@ def generate(decoder: TextDecoder, memory: Tensor, memory_mask: Tensor, config: 
 
 @torch.no_grad()
 def rank_answers(
-    decoder: TextDecoder,
-    memory: Tensor,
-    memory_mask: Tensor,
-    answers: Tensor,
-    answers_mask: Tensor,
-    *,
-    num_candidates: int,
-    double_count_first_token: bool = True,
-) -> tuple[Tensor, Tensor]:
+    decoder: TextDecoder, memory: Tensor, memory_mask: Tensor, answers: Tensor, answers_mask: Tensor, *,
+    num_candidates: int, double_count_first_token: bool = True,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Return the best answers of [a, m] to each example [b, num_candidates], and their probabilities among those.
 
     The answers are first narrowed by the probability of their first token, then scored by their log-likelihood; with

@@ -133,13 +133,9 @@ class VisionTower(nn.Module):
         width, patch, grid = config.vision_width, config.patch_size, config.image_size // config.patch_size
         tubelet_size, stride = (3, 2) if config.temporal_downsampling else (1, 1)
         self.conv1 = nn.Conv3d(
-            3,
-            width,
-            (tubelet_size, patch, patch),
-            (stride, patch, patch),
-            padding=(tubelet_size // 2, 0, 0),
+            3, width, (tubelet_size, patch, patch), (stride, patch, patch), padding=(tubelet_size // 2, 0, 0),
             bias=False,
-        )
+        )  # fmt: skip
         self.class_embedding = nn.Parameter(0.02 * torch.randn(width))
         self.positional_embedding = nn.Parameter(0.02 * torch.randn(1 + grid**2, width))
         self.ln_pre, self.ln_post = nn.LayerNorm(width, CLIP_EPS), nn.LayerNorm(width, CLIP_EPS)

@@ -51,22 +51,16 @@ def search_config(**fields):
 
 
 searches = st.builds(
-    search_config,
-    num_beams=st.integers(1, 5),
-    min_length=st.integers(0, 5),
-    max_length=st.integers(1, 8),
+    search_config, num_beams=st.integers(1, 5), min_length=st.integers(0, 5), max_length=st.integers(1, 8),
     extend_finished=st.booleans(),
-)
+)  # fmt: skip
 
 
 @settings(max_examples=60)
 @given(
-    config=searches,
-    batch=st.integers(1, 3),
-    seed=st.integers(0, 2**32 - 1),
-    sharpness=st.sampled_from([0.3, 1.0, 4.0]),
-    end_bias=st.sampled_from([-4.0, 0.0, 1.0, 4.0]),
-)
+    config=searches, batch=st.integers(1, 3), seed=st.integers(0, 2**32 - 1),
+    sharpness=st.sampled_from([0.3, 1.0, 4.0]), end_bias=st.sampled_from([-4.0, 0.0, 1.0, 4.0]),
+)  # fmt: skip
 def test_search_equals_a_plain_implementation(config, batch, seed, sharpness, end_bias):
     table = make_table(seed, sharpness, end_bias)
     starts = np.arange(batch) * 13 + seed % 100
@@ -142,14 +136,9 @@ def test_ranking_equals_decoding_every_answer_alone(decoder, num_candidates, dou
     rows = [[TOKENS.begin, *words, TOKENS.end] for words in ANSWERS]
     answers = torch.tensor([row + [TOKENS.pad] * (6 - len(row)) for row in rows])
     ids_ranked, probabilities = rank_answers(
-        model,
-        memory,
-        mask,
-        answers,
-        answers != 0,
-        num_candidates=num_candidates,
+        model, memory, mask, answers, answers != 0, num_candidates=num_candidates,
         double_count_first_token=double_count_first_token,
-    )
+    )  # fmt: skip
 
     @functools.cache
     @torch.no_grad()
