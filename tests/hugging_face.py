@@ -1,6 +1,5 @@
 """Small random models of the transformers library."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -35,15 +34,3 @@ def randomize_weights(model: Any) -> Any:
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
     return model.eval()
-
-
-def clip_folder(folder: Path) -> Path:
-    """Save a CLIP."""
-    clip_model().save_pretrained(folder)
-    return folder
-
-
-def bert_folder(folder: Path, *, head: bool = True, layers: int = 4) -> Path:
-    """Save a BERT."""
-    bert_model(head=head, layers=layers).save_pretrained(folder)
-    return folder

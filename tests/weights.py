@@ -1,6 +1,7 @@
 """Random checkpoints in the formats of other projects."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,16 @@ from mplug2_jax.conversion.layouts.official import default_fusion_start
 from mplug2_jax.conversion.layouts.official_config import to_config_json
 from mplug2_jax.conversion.layouts.official_state import init_tensor, official_state, tied_to
 from mplug2_jax.model.config import ModelConfig, model_config
+
+
+class Harmful:
+    """Content of a pickle that makes its reader run code: it makes a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.mkdir, (str(self.path),)
 
 
 class MemorySource:
@@ -57,10 +68,9 @@ def official_file(
     rng = np.random.default_rng(0)
     ties = {tied_to(name): name for name in state}
     for name, info in state.items():
-        if name.endswith(".position_ids"):
-            writer.write(name, init_tensor(name, info))
-        elif tied_to(name) is None:
-            value = np.asarray(0.2 * rng.standard_normal(info.shape, np.float32))
+        if tied_to(name) is None:
+            buffer = name.endswith(".position_ids")
+            value = np.asarray(init_tensor(name, info) if buffer else 0.2 * rng.standard_normal(info.shape, np.float32))
             writer.write(name, value)
             if name in ties:
                 writer.write(ties[name], value)

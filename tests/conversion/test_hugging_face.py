@@ -1,5 +1,6 @@
 """CLIP and BERT from the transformers library: our hidden states equal the library's at every layer."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,6 @@ pytest.importorskip("transformers", reason="transformers is not installed here")
 
 def load_model(workdir: Path, **overrides: Any) -> tuple[Mplug2, Any]:
     """Return the model of a checkpoint and its parameters, in float32."""
-    import dataclasses
-
     checkpoints, step = open_checkpoint(workdir)
     identity = checkpoints.model_metadata(step)
     definition = define_model(dataclasses.replace(identity.config, dtype="float32", **overrides), identity.parts)
@@ -82,10 +81,8 @@ def test_clip_equals_the_library_at_every_layer(
     tmp_path: Path, layout: str, size: int, settings: dict[str, Any]
 ) -> None:
     model = clip_model(**settings)
-    run_import(
-        plan_import([save(model, layout, tmp_path / "clip")], image_size=None if size == 32 else size),
-        tmp_path / "ours",
-    )
+    plan = plan_import([save(model, layout, tmp_path / "clip")], image_size=None if size == 32 else size)
+    run_import(plan, tmp_path / "ours")
     if size != 32:  # the library's, resized by torch
         table = model.embeddings.position_embedding.weight.detach()
         grid = table[1:].reshape(1, 4, 4, -1).permute(0, 3, 1, 2)

@@ -17,7 +17,7 @@ from mplug2_jax.conversion.import_plan import plan_import
 from mplug2_jax.conversion.import_weights import run_import
 from mplug2_jax.conversion.layouts.identify import DetectedCheckpoint
 from mplug2_jax.conversion.layouts.official import TASK_PARTS, default_fusion_start, map_official_names
-from mplug2_jax.conversion.layouts.official_state import LEFTOVER_FILE, official_state
+from mplug2_jax.conversion.layouts.official_state import LEFTOVER_FILE, StateInfo, official_state
 from mplug2_jax.conversion.report import read_report
 from mplug2_jax.errors import UserError
 from mplug2_jax.model.config import model_config
@@ -26,9 +26,14 @@ from mplug2_jax.training.checkpoint.checkpoints import Checkpoints, open_checkpo
 from mplug2_jax.training.checkpoint.metadata import DataPosition
 from mplug2_jax.training.config import CheckpointConfig
 from tests.close import assert_close
+from tests.hugging_face import clip_model
 from tests.weights import MemorySource, assert_same, official_config, official_file, read_tensors
 
 CASES = [("caption", False), ("videoqa", False), ("videoqa", True)]
+
+
+def small_state(*, teacher: bool) -> StateInfo:
+    return official_state(official_config(), default_fusion_start(official_config()), teacher=teacher)
 
 
 def read_arrays(workdir: Path) -> dict[tuple[str, ...], np.ndarray]:
@@ -55,9 +60,7 @@ def test_import_and_export_restore_the_file_to_the_byte(tmp_path: Path, task: st
     file = tmp_path / "back" / f"y{suffix}"
     exported = export(tmp_path / "ours", file)
     assert_same(source, file)
-    assert open_source(file).names() == list(
-        official_state(official_config(), default_fusion_start(official_config()), teacher=teacher)
-    )
+    assert open_source(file).names() == list(small_state(teacher=teacher))
     # Both reports have the same digests.
     hashes = {row.name: row.sha256 for row in report.rows}
     assert hashes == {row.name: row.sha256 for row in exported.rows}
@@ -94,10 +97,8 @@ def test_without_leftover_tensors_the_export_initializes_them_and_reports_it(imp
     finally:
         (tmp_path / "elsewhere").rename(imported / "ours" / LEFTOVER_FILE)
     assert {row.disposition for row in report.rows} == {"converted", "tied", "filled"}
-    config = official_config()
-    state = official_state(config, default_fusion_start(config), teacher=True)
     source = open_source(tmp_path / "filled.safetensors")
-    assert {name: source.info(name) for name in source.names()} == state
+    assert {name: source.info(name) for name in source.names()} == small_state(teacher=True)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -139,15 +140,11 @@ def test_a_run_s_average_is_exported_by_default_with_frozen_parameters_as_they_a
     (tmp_path / "last").mkdir()
     report = export(tmp_path / "ours", tmp_path / "averaged.safetensors")
     assert report.kind.endswith("averaged weights")
-    assert not export(tmp_path / "ours", tmp_path / "last" / "x.safetensors", ema=False).kind.endswith(
-        "averaged weights"
-    )
+    report = export(tmp_path / "ours", tmp_path / "last" / "x.safetensors", ema=False)
+    assert not report.kind.endswith("averaged weights")
     averaged, last = (read_tensors(tmp_path / file) for file in ("averaged.safetensors", "last/x.safetensors"))
     original = read_tensors(source)
-    moved, frozen = (
-        "text_encoder.encoder.layer.1.output.dense.bias",
-        "text_decoder.bert.encoder.layer.1.output.dense.bias",
-    )
+    moved, frozen = (f"{tower}.encoder.layer.1.output.dense.bias" for tower in ("text_encoder", "text_decoder.bert"))
     np.testing.assert_array_equal(averaged[moved], original[moved] + 1)
     np.testing.assert_array_equal(averaged[frozen], original[frozen])
     np.testing.assert_array_equal(last[moved], original[moved])
@@ -158,13 +155,9 @@ def test_an_export_without_a_teacher_can_repeat_the_student_for_the_release_s_tr
     run_import(plan_import([source]), tmp_path / "ours")
     export(tmp_path / "ours", tmp_path / "x.safetensors", teacher=True)
     stored = read_tensors(tmp_path / "x.safetensors")
-    config = official_config()
-    assert list(stored) == list(official_state(config, default_fusion_start(config), teacher=True))
-    for name in (
-        "visual_encoder.visual.proj",
-        "text_encoder.encoder.layer.1.output.dense.bias",
-        "visn_emb_norm.weight",
-    ):
+    assert list(stored) == list(small_state(teacher=True))
+    ignored, used = "visual_encoder.visual.proj", "text_encoder.encoder.layer.1.output.dense.bias"
+    for name in (ignored, used, "visn_emb_norm.weight"):
         module, _, suffix = name.partition(".")
         assert stored[f"{module}_m.{suffix}"].tobytes() == stored[name].tobytes()
 
@@ -201,14 +194,11 @@ def test_arrays_that_share_tensors_are_grouped_and_small_groups_are_batched() ->
     groups = group_arrays(name_mapping.mappings)
     paths = [path for group, _ in groups for path in group]
     assert len(paths) == len(set(paths)) == len({mapping.path for mapping in name_mapping.mappings})
-    assert sorted(name for _, names in groups for name in names) == sorted(
-        {mapping.name for mapping in name_mapping.mappings}
-    )
+    names = {mapping.name for mapping in name_mapping.mappings}
+    assert sorted(name for _, group in groups for name in group) == sorted(names)
     assert max(len(group) for group, _ in groups) == 3  # query, key, value
-    assert (
-        len(batch_groups(name_mapping.mappings, dict.fromkeys(paths, 2**20))) == -(-len(paths) // 128)
-        or len(paths) < 384
-    )
+    batches = batch_groups(name_mapping.mappings, dict.fromkeys(paths, 2**20))
+    assert len(batches) == -(-len(paths) // 128) or len(paths) < 384
     assert len(batch_groups(name_mapping.mappings, dict.fromkeys(paths, 2**28))) == len(groups)
 
 
@@ -217,23 +207,18 @@ def test_every_tensor_of_the_large_models_is_mapped(task: str, teacher: bool, mo
     """Uses shapes only, without allocating the large model."""
     config = model_config("large")
     state = official_state(config, default_fusion_start(config), teacher=teacher)
-    shapes_only = MemorySource(
-        {name: np.broadcast_to(np.zeros((), info.dtype), info.shape) for name, info in state.items()}
-    )
-    large = DetectedCheckpoint(Path("large.pth"), "official", "official mPLUG-2", shapes_only, "official")
+    shapes_only = {name: np.broadcast_to(np.zeros((), info.dtype), info.shape) for name, info in state.items()}
+    large = DetectedCheckpoint(Path("large.pth"), "official", "official mPLUG-2", MemorySource(shapes_only), "official")
     monkeypatch.setattr(import_plan, "identify", lambda path: large)
     plan = plan_import([large.path], task=task)
     assert plan.definition.config.fusion_layers == 6
     assert not plan.initialized
-    assert sum(leaf.size for leaf in jax.tree.leaves(plan.definition.shapes)) == (
-        621_853_498 if task == "caption" else 1_031_533_370
-    )
+    assert plan.definition.num_params() == (621_853_498 if task == "caption" else 1_031_533_370)
 
 
 def test_exporting_a_model_without_the_release_s_parts_names_the_missing_ones(tmp_path: Path) -> None:
-    from tests.hugging_face import clip_folder
-
-    run_import(plan_import([clip_folder(tmp_path / "clip")]), tmp_path / "ours")
+    clip_model().save_pretrained(tmp_path / "clip")
+    run_import(plan_import([tmp_path / "clip"]), tmp_path / "ours")
     with pytest.raises(UserError, match="has the parts vision; the release's caption model also needs temporal"):
         plan_export(tmp_path / "ours")
 
@@ -310,9 +295,8 @@ def test_a_wrong_conversion_is_detected_by_the_taps(tmp_path: Path, monkeypatch:
     correct = TensorMapping.to_param
 
     def wrong(self: TensorMapping, tensor: np.ndarray) -> np.ndarray:
-        return (
-            -correct(self, tensor) if self.path[-2:] == ("up", "kernel") and self.layer == 1 else correct(self, tensor)
-        )
+        param = correct(self, tensor)
+        return -param if self.path[-2:] == ("up", "kernel") and self.layer == 1 else param
 
     monkeypatch.setattr(TensorMapping, "to_param", wrong)
     report = run_import(plan_import([source]), tmp_path / "ours", verify=True)

@@ -164,7 +164,11 @@ def compute_videoqa(golden: Golden) -> NamedArrays:
     num_visual = taps["visual/out"].shape[1]
     fused = memory[:, :num_visual], memory[:, num_visual:]
     yield from name_intermediates(taps, golden, logits, fused=fused)
-    yield from _compute_fusion_with_strides(golden, taps, batch["question_mask"])
+    for stride in find_numbers(golden, r"fusion_stride(\d+)_text"):
+        fusion = load(golden, VideoQA, fusion_stride=stride).fusion_encoder
+        image, text = fusion(taps["text/out"], batch["question_mask"], taps["visual/out"])
+        yield f"fusion_stride{stride}_image", image.numpy()
+        yield f"fusion_stride{stride}_text", text.numpy()
     yield "dec_memory", memory.numpy()
     yield "dec_memory_mask", mask.numpy().astype(golden.outputs["dec_memory_mask"].dtype)
     yield "vqa_loss", _loss(golden, model).numpy()
@@ -177,15 +181,6 @@ def compute_videoqa(golden: Golden) -> NamedArrays:
     ids, probabilities = model.rank_answers(*question, candidates, num_candidates=golden.settings["rank_k"])
     yield "rank_ids", ids.numpy()
     yield "rank_probs", probabilities.numpy()
-
-
-def _compute_fusion_with_strides(golden: Golden, taps: Taps, mask: Tensor) -> NamedArrays:
-    """Compute fusion with other strides from the same weights."""
-    for stride in find_numbers(golden, r"fusion_stride(\d+)_text"):
-        fusion = load(golden, VideoQA, fusion_stride=stride).fusion_encoder
-        image, text = fusion(taps["text/out"], mask, taps["visual/out"])
-        yield f"fusion_stride{stride}_image", image.numpy()
-        yield f"fusion_stride{stride}_text", text.numpy()
 
 
 def _compute_distillation(golden: Golden, model: VideoQA, logits: Tensor, batch: Mapping[str, Tensor]) -> NamedArrays:

@@ -36,6 +36,7 @@ def ignored_patterns(config: Config, *, text: bool) -> NamePatterns:
 
     ``text``: whether the model encodes text, and so has fusion and a text encoder below the universal layers.
     """
+    joint = (config.fusion_start + j for j in config.joint_attention_layers)
     patterns = [
         (r".*\.position_ids", "buffer: the positions 0, 1, 2, ..."),
         (r"visual_encoder\.visual\.proj", "CLIP's projection, never called"),
@@ -45,9 +46,7 @@ def ignored_patterns(config: Config, *, text: bool) -> NamePatterns:
         (r"fusion_encoder\.embeddings\..*", "fusion starts from encoded text, never from ids"),
         (_layers("fusion_encoder", range(config.fusion_start)), "fusion layer below the first in use"),
         (
-            _layers(
-                "fusion_encoder", (config.fusion_start + j for j in config.joint_attention_layers), r"crossattention\."
-            ),
+            _layers("fusion_encoder", joint, r"crossattention\."),
             "cross attention of a fusion layer that mixes instead",
         ),
     ]

@@ -20,9 +20,7 @@ LIBRARY_DTYPES = [name for name in DTYPES if name != "BF16"]
 
 
 def random_array(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-    return rng.integers(0, 2, shape).astype(DTYPES[dtype]) if dtype == "BOOL" else (
-        rng.integers(0, 100, shape).astype(DTYPES[dtype])
-    )  # fmt: skip
+    return rng.integers(0, 2 if dtype == "BOOL" else 100, shape).astype(DTYPES[dtype])
 
 
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -112,9 +110,8 @@ def write_shards(folder: Path, weight_map: dict[str, str]) -> Path:
 
 
 def test_several_files_are_one_source(tmp_path: Path) -> None:
-    source = open_source(
-        write_shards(tmp_path, {"a": "one.safetensors", "b": "two.safetensors", "c": "one.safetensors"})
-    )
+    weight_map = {"a": "one.safetensors", "b": "two.safetensors", "c": "one.safetensors"}
+    source = open_source(write_shards(tmp_path, weight_map))
     assert sorted(source.names()) == ["a", "b", "c"]
     assert source.info("b") == TensorInfo((3,), np.dtype(np.float32))
     assert source.read("c").tolist() == [1, 1, 1]

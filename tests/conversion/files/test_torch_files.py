@@ -2,7 +2,6 @@
 
 import argparse
 import collections
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from mplug2_jax.conversion.files.open import open_source
 from mplug2_jax.conversion.files.sources import DTYPES, TensorInfo
 from mplug2_jax.conversion.files.torch_files import _ALLOWED, TorchSource, TorchWriter
 from mplug2_jax.errors import UserError
+from tests.weights import Harmful
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed here")
 
@@ -130,21 +130,11 @@ def test_several_unnamed_state_dicts_are_an_error(tmp_path: Path) -> None:
         TorchSource(save(tmp_path / "y.pt", content))
 
 
-class Evil:
-    """A pickle that makes the reader run a command."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __reduce__(self) -> Any:
-        return os.system, (f"touch {self._path}",)
-
-
 @pytest.mark.parametrize("legacy", [False, True])
 def test_a_file_with_code_is_rejected_and_the_code_is_not_run(tmp_path: Path, legacy: bool) -> None:
     trace = tmp_path / "it ran"
-    path = save(tmp_path / "evil.pth", {"model": {"x": torch.ones(1)}, "extra": Evil(trace)}, legacy=legacy)
-    with pytest.raises(UserError, match=r"is rejected: its pickle contains \w+\.system, which is not a plain tensor"):
+    path = save(tmp_path / "evil.pth", {"model": {"x": torch.ones(1)}, "extra": Harmful(trace)}, legacy=legacy)
+    with pytest.raises(UserError, match=r"is rejected: its pickle contains \w+\.mkdir, which is not a plain tensor"):
         TorchSource(path)
     assert not trace.exists()
 

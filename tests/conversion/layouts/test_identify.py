@@ -59,10 +59,8 @@ def test_heads_of_a_fine_tuned_bert_are_ignored_and_listed(tmp_path: Path) -> No
     dispositions = plan.sources[0].dispositions
     assert {dispositions[name][0] for name in heads} == {"ignored"}
     assert dispositions["qa_outputs.bias"][1] == "head of a fine-tuned BERT, which mPLUG-2 does not have"
-    for unexpected in (
-        "encoder.layer.0.attention.self.distance_embedding.weight",
-        "embeddings.x_position_embeddings.weight",
-    ):
+    attention = "encoder.layer.0.attention.self.distance_embedding.weight"
+    for unexpected in (attention, "embeddings.x_position_embeddings.weight"):
         changed = SMALL["bert"] | {unexpected: np.zeros((3, 64), np.float32)}
         with pytest.raises(UserError, match=rf"1 unexpected \({unexpected}\)"):
             plan_import([write_checkpoint(tmp_path / "y.safetensors", changed)])
@@ -70,9 +68,8 @@ def test_heads_of_a_fine_tuned_bert_are_ignored_and_listed(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("family", ["roberta", "model.xlm_roberta", "camembert", "electra", "distilbert", "esm"])
 def test_variants_of_bert_are_errors_by_name(tmp_path: Path, family: str) -> None:
-    path = write_checkpoint(
-        tmp_path / "x.safetensors", add_prefix(SMALL["bert"], f"{family}.") | {"cls.x": np.zeros(2)}
-    )
+    tensors = add_prefix(SMALL["bert"], f"{family}.") | {"cls.x": np.zeros(2)}
+    path = write_checkpoint(tmp_path / "x.safetensors", tensors)
     with pytest.raises(UserError, match=rf"x\.safetensors holds weights of {family.rpartition('.')[2]} \("):
         plan_import([path])
     alone = write_checkpoint(tmp_path / "y.safetensors", bert_tensors(64, 1, types=1))
@@ -98,9 +95,8 @@ def test_open_clip_s_file_names_are_recognized_in_a_folder(tmp_path: Path, name:
 def test_a_folder_with_several_files_needs_a_known_name(tmp_path: Path) -> None:
     for name in ("epoch_1.pt", "epoch_2.pt"):
         write_checkpoint(tmp_path / name, {name: np.ones(2, np.float32)})
-    with pytest.raises(
-        UserError, match=r"holds 2 files of weights \(epoch_1\.pt, epoch_2\.pt\); give the path of one of them"
-    ):
+    message = r"holds 2 files of weights \(epoch_1\.pt, epoch_2\.pt\); give the path of one of them"
+    with pytest.raises(UserError, match=message):
         open_source(tmp_path)
     write_checkpoint(tmp_path / "open_clip_pytorch_model.bin", {"x": np.ones(2, np.float32)})
     write_checkpoint(tmp_path / "model.safetensors", {"y": np.ones(2, np.float32)})

@@ -15,10 +15,8 @@ def test_the_size_table_is_that_of_our_model(size):
     ours = dataclasses.asdict(model_config(size))
     runtime_sizes = dataclasses.asdict(SIZES[size])
     assert runtime_sizes.pop("fusion_start") == ours["text_layers"] + ours["universal_layers"] - ours["fusion_layers"]
-    assert (runtime_sizes.pop("bos_token_id"), runtime_sizes.pop("eos_token_id")) == (
-        SpecialTokens.begin,
-        SpecialTokens.end,
-    )
+    tokens = runtime_sizes.pop("bos_token_id"), runtime_sizes.pop("eos_token_id")
+    assert tokens == (SpecialTokens.begin, SpecialTokens.end)
     assert runtime_sizes == {name: ours[name] for name in runtime_sizes}
 
 

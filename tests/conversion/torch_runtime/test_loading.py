@@ -4,8 +4,6 @@ import argparse
 import dataclasses
 import json
 import math
-import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +12,7 @@ from safetensors.torch import save_file
 from mplug2_jax.conversion.torch_runtime import SIZES, Caption, VideoQA
 from mplug2_jax.conversion.torch_runtime.loading import TIED, read_weights
 from mplug2_jax.errors import UserError
+from tests.weights import Harmful
 
 WORDS, HEAD = "text_decoder.bert.embeddings.word_embeddings.weight", "text_decoder.cls.predictions.decoder.weight"
 
@@ -60,9 +59,7 @@ def load_error(model: VideoQA, state: dict[str, torch.Tensor], **options: bool) 
         (VideoQA, "videoqa", "large", 1_031_533_370),
     ],
 )
-def test_every_name_and_shape_of_the_release_is_loaded_or_dropped(
-    reference: Path, kind, task, size, parameters
-) -> None:
+def test_every_name_and_shape_of_the_release_is_loaded_or_dropped(reference, kind, task, size, parameters) -> None:
     listed = json.loads((reference / f"state_dict_{task}_{size}.json").read_text())
     zero = {"float32": torch.zeros(()), "int64": torch.zeros((), dtype=torch.long)}
     tensors = {row["name"]: zero[row["dtype"]].expand(row["shape"]) for row in listed}
@@ -106,10 +103,8 @@ def test_tied_tensors_are_one_parameter_under_either_name(small, state) -> None:
     for absent in ((), TIED.keys(), TIED.values()):
         model = VideoQA(small())
         model.load_official({name: value for name, value in state.items() if name not in absent})
-        assert (
-            model.text_decoder.cls.predictions.decoder.weight
-            is model.text_decoder.bert.embeddings.word_embeddings.weight
-        )
+        decoder = model.text_decoder
+        assert decoder.cls.predictions.decoder.weight is decoder.bert.embeddings.word_embeddings.weight
         assert torch.equal(model.state_dict()[HEAD], state[WORDS])
         assert HEAD not in dict(model.named_parameters())
 
@@ -165,16 +160,6 @@ def test_a_folder_holds_sizes_and_one_file_of_weights(tmp_path, small, state) ->
     (tmp_path / "other.pth").write_bytes(b"")
     with pytest.raises(UserError, match=r"holds 2 weights files \(model\.safetensors, other\.pth\)"):
         VideoQA.from_pretrained(tmp_path)
-
-
-class Harmful:
-    """Content of a malicious checkpoint."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return os.mkdir, (str(self.path),)
 
 
 def test_code_in_a_checkpoint_is_never_run(tmp_path) -> None:

@@ -105,9 +105,8 @@ def test_any_number_of_frames_and_any_square_size(small, frames, side) -> None:
 @pytest.mark.parametrize("shape", [(16, 24), (20, 20), (4, 4)])
 def test_frames_of_another_shape_are_an_error(small, shape) -> None:
     frames = torch.zeros(1, 3, 1, *shape)
-    with pytest.raises(
-        UserError, match=rf"frames are {shape[0]}x{shape[1]} pixels, expected squares .* a multiple of patch_size=8"
-    ):
+    message = rf"frames are {shape[0]}x{shape[1]} pixels, expected squares .* a multiple of patch_size=8"
+    with pytest.raises(UserError, match=message):
         Caption(small()).encode_visual(frames)
 
 
@@ -209,9 +208,8 @@ def test_the_padding_row_gets_gradients_only_from_the_head(small, lively) -> Non
     model = lively(VideoQA(small()))
     question = torch.zeros_like(QUESTION)
     question[:, 0] = 1
-    model(
-        random_frames(), question, torch.ones_like(question, dtype=torch.bool), TARGET, torch.ones(TARGET.shape)
-    ).backward()
+    mask = torch.ones_like(question, dtype=torch.bool)
+    model(random_frames(), question, mask, TARGET, torch.ones(TARGET.shape)).backward()
     assert not model.text_encoder.embeddings.word_embeddings.weight.grad[0].any()
     assert model.text_decoder.bert.embeddings.word_embeddings.weight.grad[0].any()
 

@@ -47,10 +47,7 @@ def test_models_that_the_runtime_lacks_are_computed_by_jax_and_the_output_says_s
 
 def test_without_torch_the_extra_is_named(reference: Path, monkeypatch, capsys) -> None:
     for name in [*sys.modules]:
-        if (
-            name.startswith("mplug2_jax.conversion.torch_runtime")
-            or name == "mplug2_jax.conversion.parity.torch_runner"
-        ):
+        if name.startswith(("mplug2_jax.conversion.torch_runtime", "mplug2_jax.conversion.parity.torch_runner")):
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "torch", None)
     assert main(["convert", "parity", str(reference / "goldens" / "c1_eq"), "--framework", "torch"]) == 2
