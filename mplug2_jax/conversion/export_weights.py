@@ -9,7 +9,6 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -44,17 +43,6 @@ TORCH_SUFFIXES = (".pth", ".pt", ".bin")
 _BATCH_BYTES = 2**27
 
 
-@runtime_checkable
-class Writer(Protocol):
-    """A file of tensors that is written a tensor at a time."""
-
-    def write(self, name: str, value: HostArray) -> None:
-        """Write one tensor."""
-
-    def close(self) -> None:
-        """Finish the file."""
-
-
 class _ShardedWriter:
     """Several safetensors files and an index, by Hugging Face's convention; a single file needs no index."""
 
@@ -86,6 +74,9 @@ class _ShardedWriter:
         if len(set(self._index.values())) > 1:
             index = {"metadata": {"total_size": self._total}, "weight_map": self._index}
             self._path.with_name(f"{self._path.name}.index.json").write_text(json.dumps(index, indent=1))
+
+
+Writer = TorchWriter | _ShardedWriter
 
 
 def export(

@@ -26,15 +26,13 @@ def write_companions(plan: ExportPlan, folder: Path) -> None:
     if tokenizer:
         for file in sorted(plan.workdir.tokenizer_folder.iterdir()):
             shutil.copyfile(file, folder / file.name)
-    (folder / "README.md").write_text(model_card(plan, plan.workdir.path), encoding="utf-8")
-
-
-def model_card(plan: ExportPlan, workdir: Path) -> str:
-    """Return the model card: recipe, data mixture, steps, and evaluation results if the work directory has them."""
-    return _CARD.render(
+    # The model card: recipe, data mixture, steps, and evaluation results if the work directory has them.
+    workdir = plan.workdir.path
+    card = _CARD.render(
         plan=plan, name=workdir.name, recipe=_read_json(workdir / "config.json"), results=_results(workdir, plan.step),
         config=plan.model.config,
     )  # fmt: skip
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def _results(workdir: Path, step: int) -> list[tuple[str, str, float, float, int]]:

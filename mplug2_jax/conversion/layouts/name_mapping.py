@@ -78,7 +78,6 @@ def match_names(names: Sequence[str], name_mapping: NameMapping) -> tuple[Mappin
         UserError: tensors are unexpected or missing.
     """
     mappings = group_by_name(name_mapping.mappings)
-    present = set(names)
     rows: dict[str, tuple[Disposition, str]] = {}
     unexpected = []
     for name in names:
@@ -95,12 +94,7 @@ def match_names(names: Sequence[str], name_mapping: NameMapping) -> tuple[Mappin
                 unexpected.append(name)
             else:
                 rows[name] = "ignored", reason
-    raise_mismatch(unexpected, missing=[name for name in mappings if name not in present])
-    return mappings, LoadReport(rows)
-
-
-def raise_mismatch(unexpected: Sequence[str], missing: Sequence[str]) -> None:
-    """Raise UserError with counts and examples if any name is unexpected or missing."""
+    missing = [name for name in mappings if name not in rows]
     if unexpected or missing:
         problems = [f"{len(missing)} missing ({first_few(missing)})"] if missing else []
         problems += [f"{len(unexpected)} unexpected ({first_few(unexpected)})"] if unexpected else []
@@ -108,6 +102,7 @@ def raise_mismatch(unexpected: Sequence[str], missing: Sequence[str]) -> None:
             f"the checkpoint does not match the model: {' and '.join(problems)}; nothing was loaded. "
             "Check the model's sizes and parts, or the file"
         )
+    return mappings, LoadReport(rows)
 
 
 def first_few(names: Collection[str], limit: int = 4) -> str:

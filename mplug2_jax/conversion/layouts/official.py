@@ -248,11 +248,8 @@ def to_official(
 ) -> Iterator[tuple[str, HostArray]]:
     """Yield official tensors from a tree shaped like the parameters, with the shapes that ``source`` has."""
     for name, group in group_by_name(mappings).items():
-        yield name, merge_qkv(tree, group, source.info(name).shape)
-
-
-def merge_qkv(tree: Params, mappings: Sequence[TensorMapping], shape: tuple[int, ...]) -> HostArray:
-    """Return one official tensor of a shape from the parameters that fill it: one, or query, key and value."""
-    tensor_shape = shape if mappings[0].qkv_index is None else (shape[0] // 3, *shape[1:])
-    params = [mapping.to_tensor(get_param(tree, mapping), tensor_shape) for mapping in mappings]
-    return params[0] if len(params) == 1 else np.concatenate(params)
+        shape = source.info(name).shape
+        if group[0].qkv_index is not None:  # query, key and value fill a third each
+            shape = (shape[0] // 3, *shape[1:])
+        tensors = [mapping.to_tensor(get_param(tree, mapping), shape) for mapping in group]
+        yield name, tensors[0] if len(tensors) == 1 else np.concatenate(tensors)

@@ -29,7 +29,10 @@ _NO_CLIP_TEXT = (64, 1, 32, 8)
 
 def official_state(config: ModelConfig, fusion_start: int, *, teacher: bool) -> StateInfo:
     """Return every tensor in the release's order; with ``teacher``, the averaged copies after the student's."""
-    names = [*_student(config, fusion_start)]
+    names = [
+        *_projections(config), *_clip(config), *_text_encoder(config), *_fusion_encoder(config, fusion_start),
+        *_text_decoder(config),
+    ]  # fmt: skip
     if teacher:
         # The release builds its copies in this order.
         for module in ("visual_encoder", "text_encoder", "fusion_encoder", "text_decoder"):
@@ -39,14 +42,6 @@ def official_state(config: ModelConfig, fusion_start: int, *, teacher: bool) -> 
         name: TensorInfo(shape, np.dtype(np.int64 if name.endswith(".position_ids") else np.float32))
         for name, shape in names
     }
-
-
-def _student(config: ModelConfig, fusion_start: int) -> NamedShapes:
-    yield from _projections(config)
-    yield from _clip(config)
-    yield from _text_encoder(config)
-    yield from _fusion_encoder(config, fusion_start)
-    yield from _text_decoder(config)
 
 
 def _projections(config: ModelConfig) -> NamedShapes:
