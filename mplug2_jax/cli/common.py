@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from absl import logging
 
 from mplug2_jax.cli.parsing import add_verbosity
+from mplug2_jax.console import align_columns
 
 if TYPE_CHECKING:
     from data_pipelines.tokenizers import Tokenizer
@@ -96,15 +97,9 @@ def open_run(args: argparse.Namespace) -> "tuple[RunSpec, Params, int, Tokenizer
 
 
 def table(rows: Sequence[Sequence[str]], header: Sequence[str], right: Sequence[int] = ()) -> str:
-    """Return rows as a table with aligned columns; those in ``right`` are aligned to the right."""
-    lines = [list(header), *map(list, rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-
-    def align(line: Sequence[str]) -> str:
-        cells = (c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
-        return "  ".join(cells).rstrip()
-
-    return "\n".join([align(lines[0]), "  ".join("-" * w for w in widths), *map(align, lines[1:])])
+    """Return a table with aligned columns, those in ``right`` aligned to the right."""
+    dashes = ["-" * max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    return "\n".join(align_columns([header, dashes, *rows], right))
 
 
 def results_table(results: "Sequence[EvaluationResult]") -> str:

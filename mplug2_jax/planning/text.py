@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
+from mplug2_jax.console import align_columns
 from mplug2_jax.planning.report import PlanReport
 
 _SI_PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
@@ -33,12 +34,8 @@ def format_report(report: PlanReport) -> str:
     return "\n".join(_lines(report))
 
 
-def _align(rows: Sequence[Sequence[str]], right: Sequence[int]) -> Iterator[str]:
-    """Yield rows in aligned columns, those in ``right`` aligned to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = (c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-        yield ("  " + "  ".join(cells)).rstrip()
+def _indent(rows: Sequence[Sequence[str]], right: Sequence[int]) -> Iterator[str]:
+    return (f"  {line}" for line in align_columns(rows, right))
 
 
 def _lines(r: PlanReport) -> Iterator[str]:
@@ -50,7 +47,7 @@ def _lines(r: PlanReport) -> Iterator[str]:
 
     memory = r.memory
     yield f"\nHBM per device: {format_bytes(memory.peak)} of {format_bytes(memory.capacity)} ({memory.utilization:.0%})"
-    yield from _align(
+    yield from _indent(
         [(use, format_bytes(size), f"{size / memory.peak:.0%}") for use, size in memory.breakdown.items()], right=(1, 2)
     )
     if memory.host:
@@ -70,7 +67,7 @@ def _lines(r: PlanReport) -> Iterator[str]:
         (f"{stream} / {objective} alone", count, r.examples[stream])
         for stream, objectives in costs.objectives.items() for objective, count in objectives.items()
     ]  # fmt: skip
-    yield from _align([
+    yield from _indent([
         (label, format_quantity(count, "FLOP"), f"{count / costs.model_flops:.1%}",
          f"{format_quantity(count / batch_size, 'FLOP')} per example")
         for label, count, batch_size in flops
@@ -78,13 +75,13 @@ def _lines(r: PlanReport) -> Iterator[str]:
 
     yield f"\ncommunication per device: {format_quantity(sum(t.bytes for t in r.traffic), 'B')} per step"
     if r.traffic:
-        yield from _align([
+        yield from _indent([
             ("collective", "mesh axes", "network", "bytes", "count", "time", "exposed"),
             *((t.kind, t.axes, t.network, format_quantity(t.bytes, "B"), f"{t.count:,}", format_seconds(t.seconds),
                format_seconds(t.exposed_seconds)) for t in r.traffic),
         ], right=(3, 4, 5, 6))  # fmt: skip
         yield "  largest:"
-        yield from _align(
+        yield from _indent(
             [(c.kind, c.shape, f"x {c.count:,}", format_quantity(c.total_bytes, "B"), c.scope)
              for c in r.largest_collectives],
             right=(2, 3),
@@ -94,7 +91,7 @@ def _lines(r: PlanReport) -> Iterator[str]:
 
     t = r.timing
     yield "\nstep time"
-    yield from _align([
+    yield from _indent([
         ("compute", format_seconds(t.compute_seconds), "at peak FLOP/s"),
         ("HBM", format_seconds(t.hbm_seconds), "at peak bandwidth"),
         ("communication", format_seconds(t.communication_seconds),
@@ -107,7 +104,7 @@ def _lines(r: PlanReport) -> Iterator[str]:
         yield f"  {r.steps:,} steps: {format_range(r.days)} days, {format_range(r.chip_hours)} chip-hours"
 
     yield "\nlargest buffers per device"
-    yield from _align(
+    yield from _indent(
         [(format_bytes(b.bytes), f"{b.count} x {b.shape}", b.scope) for b in r.largest_buffers], right=(0,)
     )
     yield f"\ntraced in {r.trace_seconds:.1f} s, compiled in {r.compile_seconds:.1f} s"
