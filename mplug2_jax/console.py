@@ -52,6 +52,8 @@ class _Handler(logging.StreamHandler[Any]):
         return sys.stderr
 
     def filter(self, record: logging.LogRecord) -> bool:
+        if record.name == "asyncio" and self._verbosity <= 0:
+            return False  # tracebacks of reads that Orbax abandons; the error that ends the command says what is wrong
         if record.levelno >= logging.WARNING:
             return True
         return _process_index == 0 and (self._verbosity > 0 or record.pathname.startswith(_OURS))
