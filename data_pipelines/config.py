@@ -46,7 +46,7 @@ class SourceConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VisualConfig:
-    """How frames are sampled from a video and transformed into squares of ``image_size`` pixels.
+    """Sampling of frames from a video, and their transformation into squares of ``image_size`` pixels.
 
     This project's transforms, antialiased:
 

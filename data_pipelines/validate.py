@@ -24,7 +24,7 @@ MAX_LISTED = 1000
 
 @dataclasses.dataclass
 class ValidationReport:
-    """What the validation of a source found."""
+    """The result of validating a source."""
 
     records: int = 0
     images: int = 0  # encoded

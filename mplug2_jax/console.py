@@ -51,6 +51,8 @@ class _Handler(logging.StreamHandler[Any]):
         return sys.stderr
 
     def filter(self, record: logging.LogRecord) -> bool:
+        if record.name == "asyncio" and self._verbosity <= 0:
+            return False  # tracebacks of reads that Orbax abandons; the error that ends the command says what is wrong
         if record.levelno >= logging.WARNING:
             return True
         return _process_index == 0 and (self._verbosity > 0 or record.pathname.startswith(_OURS))
@@ -68,14 +70,6 @@ class _Handler(logging.StreamHandler[Any]):
             super().emit(record)
 
 
-def align_columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> Iterator[str]:
-    """Yield rows as lines with aligned columns; those in ``right`` are aligned to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = (c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-        yield "  ".join(cells).rstrip()
-
-
 def format_duration(seconds: float | int) -> str:
     """Return a duration as ``minutes:seconds`` or ``hours:minutes:seconds``.
 
@@ -86,6 +80,19 @@ def format_duration(seconds: float | int) -> str:
     minutes, secs = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{secs:02}" if hours else f"{minutes}:{secs:02}"
+
+
+def align_columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> Iterator[str]:
+    """Yield rows as lines with aligned columns, those in ``right`` aligned to the right.
+
+    Example:
+        >>> list(align_columns([("a", "1"), ("bcd", "234")], right=[1]))
+        ['a      1', 'bcd  234']
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = (c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        yield "  ".join(cells).rstrip()
 
 
 class Progress:

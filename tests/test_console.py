@@ -10,7 +10,7 @@ import pytest
 from absl import logging as absl_logging
 
 from mplug2_jax import console
-from mplug2_jax.console import Progress, configure_logging, format_duration, set_process_index
+from mplug2_jax.console import Progress, align_columns, configure_logging, format_duration, set_process_index
 
 LINE = re.compile(r"(?P<severity>[DIWE])\d{4} \d\d:\d\d:\d\d p(?P<process>\d+)\] (?P<message>.*)")
 
@@ -112,3 +112,9 @@ def test_progress_on_a_terminal_is_a_bar_below_log_lines(monkeypatch: pytest.Mon
 )
 def test_durations(seconds: float, text: str) -> None:
     assert format_duration(seconds) == text
+
+
+def test_columns_are_as_wide_as_their_widest_cell() -> None:
+    assert list(align_columns([("a", "1"), ("bcd", "234")], right=[1])) == ["a      1", "bcd  234"]
+    assert list(align_columns([("a", ""), ("bcd", "x")])) == ["a", "bcd  x"]
+    assert list(align_columns([])) == []

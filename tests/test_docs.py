@@ -195,8 +195,8 @@ def test_own_data(repository: Path, ours: Path) -> None:
     outputs = {}
     for args in commands(page):
         outputs[" ".join(args[:2])] = run([*args, *one_layer] if args[0] == "train" else args)
-    assert "44 of 44 records are usable" in outputs["data validate"]
-    assert json.loads(Path("runs/ours/evaluations/2/captions.json").read_text())["examples"] == 4
+    assert "OK: all 44 records are usable" in outputs["data validate"]
+    assert json.loads(Path("runs/ours/evaluations/2/captions.json").read_text())["num_examples"] == 4
     assert re.search(r"PyTorch: 0 of \d+ taps differ", outputs["convert export"])
     assert Path("exports/ours/model.safetensors").is_file()
 

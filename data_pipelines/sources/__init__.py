@@ -1,1 +1,1 @@
-"""Where records come from: one file per format, all with random access by index and stable keys."""
+"""Sources of records: one file per format, all with random access by index and stable keys."""

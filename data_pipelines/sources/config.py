@@ -1,4 +1,4 @@
-"""Where recipes written before :mod:`data_pipelines.config` import sources' config from."""
+"""The old import path of sources' config, for recipes older than :mod:`data_pipelines.config`."""
 
 from data_pipelines.config import SourceConfig
 

@@ -78,7 +78,7 @@ class _Take:
 
 @dataclasses.dataclass(frozen=True)
 class FormatSpec:
-    """How to open a format, and the optional fields of a source's config that it reads."""
+    """The opener of a format, and the optional fields of a source's config that it reads."""
 
     open: Callable[[SourceConfig, VisualConfig], Source]
     fields: frozenset[str]

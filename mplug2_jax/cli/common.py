@@ -97,7 +97,7 @@ def open_run(args: argparse.Namespace) -> "tuple[RunSpec, Params, int, Tokenizer
 
 
 def table(rows: Sequence[Sequence[str]], header: Sequence[str], right: Sequence[int] = ()) -> str:
-    """Return rows as a table with aligned columns; those in ``right`` are aligned to the right."""
+    """Return a table with aligned columns, those in ``right`` aligned to the right."""
     dashes = ["-" * max(map(len, column)) for column in zip(header, *rows, strict=True)]
     return "\n".join(align_columns([header, dashes, *rows], right))
 

@@ -1,4 +1,4 @@
-"""What the environment of a SLURM step says: the host of its first task, and the accelerators of a task."""
+"""Parsing of the environment of a SLURM step: the host of its first task, and the accelerators of a task."""
 
 import re
 from collections.abc import Mapping

@@ -34,8 +34,7 @@ def format_report(report: PlanReport) -> str:
     return "\n".join(_lines(report))
 
 
-def _align(rows: Sequence[Sequence[str]], right: Sequence[int]) -> Iterator[str]:
-    """Return rows as indented lines with aligned columns."""
+def _indent(rows: Sequence[Sequence[str]], right: Sequence[int]) -> Iterator[str]:
     return (f"  {line}" for line in align_columns(rows, right))
 
 
@@ -48,7 +47,7 @@ def _lines(r: PlanReport) -> Iterator[str]:
 
     memory = r.memory
     yield f"\nHBM per device: {format_bytes(memory.peak)} of {format_bytes(memory.capacity)} ({memory.utilization:.0%})"
-    yield from _align(
+    yield from _indent(
         [(use, format_bytes(size), f"{size / memory.peak:.0%}") for use, size in memory.breakdown.items()], right=(1, 2)
     )
     if memory.host:
@@ -65,7 +64,7 @@ def _lines(r: PlanReport) -> Iterator[str]:
         for streams, suffix in ((costs.towers, ""), (costs.objectives, " alone"))
         for stream, counts in streams.items() for name, count in counts.items()
     ]  # fmt: skip
-    yield from _align([
+    yield from _indent([
         (label, format_quantity(count, "FLOP"), f"{count / costs.model_flops:.1%}",
          f"{format_quantity(count / batch_size, 'FLOP')} per example")
         for label, count, batch_size in flops
@@ -73,13 +72,13 @@ def _lines(r: PlanReport) -> Iterator[str]:
 
     yield f"\ncommunication per device: {format_quantity(sum(t.bytes for t in r.traffic), 'B')} per step"
     if r.traffic:
-        yield from _align([
+        yield from _indent([
             ("collective", "mesh axes", "network", "bytes", "count", "time", "exposed"),
             *((t.kind, t.axes, t.network, format_quantity(t.bytes, "B"), f"{t.count:,}", format_seconds(t.seconds),
                format_seconds(t.exposed_seconds)) for t in r.traffic),
         ], right=(3, 4, 5, 6))  # fmt: skip
         yield "  largest:"
-        yield from _align(
+        yield from _indent(
             [(c.kind, c.shape, f"x {c.count:,}", format_quantity(c.total_bytes, "B"), c.scope)
              for c in r.largest_collectives],
             right=(2, 3),
@@ -89,7 +88,7 @@ def _lines(r: PlanReport) -> Iterator[str]:
 
     t = r.timing
     yield "\nstep time"
-    yield from _align([
+    yield from _indent([
         ("compute", format_seconds(t.compute_seconds), "at peak FLOP/s"),
         ("HBM", format_seconds(t.hbm_seconds), "at peak bandwidth"),
         ("communication", format_seconds(t.communication_seconds),
@@ -102,7 +101,7 @@ def _lines(r: PlanReport) -> Iterator[str]:
         yield f"  {r.steps:,} steps: {format_range(r.days)} days, {format_range(r.chip_hours)} chip-hours"
 
     yield "\nlargest buffers per device"
-    yield from _align(
+    yield from _indent(
         [(format_bytes(b.bytes), f"{b.count} x {b.shape}", b.scope) for b in r.largest_buffers], right=(0,)
     )
     yield f"\ntraced in {r.trace_seconds:.1f} s, compiled in {r.compile_seconds:.1f} s"

@@ -1,4 +1,4 @@
-"""What the recipes of all families share: data files, class names, and the run of a task family on a data set."""
+"""Shared parts of all recipe families: data files, class names, and the run of a task family on a data set."""
 
 import dataclasses
 import json

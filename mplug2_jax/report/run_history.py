@@ -1,4 +1,4 @@
-"""Where the time of a run went and what happened to it, from ``goodput.jsonl`` and ``events.jsonl``."""
+"""The history of a run: time by phase and events, from ``goodput.jsonl`` and ``events.jsonl``."""
 
 import collections
 import dataclasses

@@ -102,7 +102,7 @@ class ScheduleConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """Which parts of the model LoRA trains, and the rank and scale of its adapters."""
+    """The parts of the model that LoRA trains, and the rank and scale of its adapters."""
 
     parts: tuple[str, ...] = ()  # empty: none
     rank: int = 8  # of an adapter's matrices, at least 1
@@ -151,7 +151,7 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FaultConfig:
-    """How a run handles faulty steps. An update that is not finite is always skipped."""
+    """Handling of faulty steps. An update that is not finite is always skipped."""
 
     OLD_NAMES: ClassVar[Mapping[str, str]] = {
         "max_skipped": "max_consecutive_skips", "spike": "spike_zscore", "recheck_every": "sdc_check_every"
@@ -177,7 +177,7 @@ class FaultConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProfileConfig:
-    """Which steps are traced for TensorBoard's profiler; a file ``profile`` in the work directory requests more."""
+    """The steps that are traced for TensorBoard's profiler; a file ``profile`` in the work directory requests more."""
 
     OLD_NAMES: ClassVar[Mapping[str, str]] = {"at": "start_steps", "steps": "num_steps"}
     start_steps: tuple[int, ...] = ()  # the first step of each trace

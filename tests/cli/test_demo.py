@@ -50,6 +50,7 @@ def test_scores_before_and_after_fine_tuning_are_printed(tmp_path: Path, capsys:
         scores = [cell.strip() for cell in line.split("  ")][-6:]
         assert "vision" in line
         assert ("-" in scores) == (name in ("digit", "action")), "heads are fresh, contrast is not"
+    assert "initializing from" in err
     assert "fresh: classifier" in err
     assert "fresh: classifier, temporal" in err
     for name in ("image_retrieval", "digit", "action"):

@@ -27,9 +27,12 @@ def test_every_task_with_a_server_is_a_task() -> None:
 @pytest.mark.parametrize(
     ("task", "number", "words"), [("vqa", "question_id", "answer"), ("caption", "image_id", "caption")]
 )
-def test_questions_and_captions(task: str, number: str, words: str, tmp_path: Path) -> None:
+def test_questions_and_captions(
+    task: str, number: str, words: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     rows = predictions(("coco_val2014/262148000", "a cat"), ("coco_val2014/000000000042", "café"))
     save_submission("held", task, rows, tmp_path / "7")
+    assert caplog.messages == []
     (name, text), *others = read_files(tmp_path / "7").items()
     assert (name, others) == ("held.json", [])
     assert json.loads(text) == [{number: 262148000, words: "a cat"}, {number: 42, words: "café"}]
@@ -47,9 +50,12 @@ def test_questions_and_captions(task: str, number: str, words: str, tmp_path: Pa
         ("stsb", ("3.4", "0.0", "5.0"), ("3.4", "0.0", "5.0")),
     ],
 )
-def test_glue(task: str, words: tuple[str, ...], lines: tuple[str, ...], tmp_path: Path) -> None:
+def test_glue(
+    task: str, words: tuple[str, ...], lines: tuple[str, ...], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     rows = predictions(*((f"dev/{i}", word) for i, word in enumerate(words)))
     save_submission("held", task, rows, tmp_path)
+    assert caplog.messages == []
     expected = "".join(["index\tprediction\n", *(f"{i}\t{line}\n" for i, line in enumerate(lines))])
     assert read_files(tmp_path) == {"held.tsv": expected}
 
@@ -71,8 +77,9 @@ def test_an_invalid_submission_is_not_written(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_other_tasks_have_no_server(tmp_path: Path) -> None:
+def test_other_tasks_have_no_server(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     save_submission("held", "answer", predictions(("msrvtt/video7", "a")), tmp_path)
+    assert caplog.messages == []
     assert list(tmp_path.iterdir()) == []
 
 

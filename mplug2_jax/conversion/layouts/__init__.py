@@ -1,1 +1,1 @@
-"""How other projects name their tensors, and which of our parameters each one fills."""
+"""Tensor names of other projects, and the parameters of ours that they fill."""

@@ -1,4 +1,4 @@
-"""How another project names its tensors, and the report of what happened to each of them."""
+"""Mappings from tensor names of another project to ours, and the report of what happened to each tensor."""
 
 import dataclasses
 import itertools

@@ -30,7 +30,7 @@ _BERT_SUPPORTED: Mapping[str, tuple[Any, ...]] = {
 
 
 class Architecture(NamedTuple):
-    """What is known about a model besides its shapes; ``assumptions`` are sentences about what no file says."""
+    """Settings of a model that its shapes do not tell; ``assumptions`` are sentences about those that no file has."""
 
     heads: int
     activation: str

@@ -354,12 +354,12 @@ class Checkpoints:
         """Return the metadata of a step's arrays by name; they are read once."""
         if step in self._leaves:
             return self._leaves[step]
+        if not (self.folder / str(step) / "state" / "_METADATA").exists():
+            raise self._damaged(step, "incomplete: state/_METADATA is missing")
         try:
             stored = self._manager.item_metadata(step).state
         except Exception as error:
             raise self._damaged(step, f"damaged ({_first_line(error)})") from error
-        if stored is None:
-            raise self._damaged(step, "incomplete: state/_METADATA is missing")
         self._leaves[step] = leaves_by_name(stored.tree)
         return self._leaves[step]
 

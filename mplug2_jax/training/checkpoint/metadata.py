@@ -1,4 +1,4 @@
-"""What a checkpoint says about itself: how far the run and its data were, and which model it holds."""
+"""Metadata of a checkpoint: the progress of the run and its data, and the model that it holds."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ FORMAT = 3
 
 @dataclasses.dataclass(frozen=True)
 class DataPosition:
-    """How far the run is, and what decides which examples a step holds.
+    """The progress of a run, and the state that determines the examples of a step.
 
     ``offsets`` are pairs (step, batches): after a rollback, steps later than that one read the data that many batches
     further on. ``recent`` are the losses of the last steps, against which a spike is judged.

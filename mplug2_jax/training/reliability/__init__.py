@@ -1,1 +1,1 @@
-"""How a run survives failures: faulty steps, preemption, hung processes, silent data corruption, two runs at once."""
+"""Handling of failures: faulty steps, preemption, hung processes, silent data corruption, two runs at once."""

@@ -44,8 +44,10 @@ class SdcCheck:
         spec, run_rotated = self._rotated_run()
         copy = jax.tree.map(lambda x, s: jax.device_put(jnp.copy(x), s), state, spec.shardings)
         moved = jax.tree.map(lambda x: jax.device_put(x, NamedSharding(spec.mesh, x.sharding.spec)), batches)
+        # Two programs with collectives must not run at once on the same devices, be it the previous step or this one.
+        jax.block_until_ready((copy, moved))
         second, _ = run_rotated(copy, moved)
-        jax.block_until_ready(second)  # two programs with collectives must not run at once on the same devices
+        jax.block_until_ready(second)
         first, metrics = self._run_step(state, batches)
         check_same_bits(step, first, second)
         return first, metrics

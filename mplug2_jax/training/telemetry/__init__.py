@@ -1,1 +1,1 @@
-"""What a run writes about itself: metrics, events, goodput, throughput, profiles."""
+"""Telemetry of a run: metrics, events, goodput, throughput, profiles."""

@@ -1,4 +1,4 @@
-"""Where the wall-clock time of a run goes: every second belongs to one phase, across restarts too."""
+"""Goodput accounting: every second of wall-clock time belongs to one phase, across restarts too."""
 
 import collections
 import contextlib

@@ -1,4 +1,4 @@
-"""Where metrics are sent during a run: TensorBoard always, Weights & Biases if the config says so."""
+"""Metric writers: TensorBoard always, Weights & Biases if the config enables it."""
 
 import contextlib
 import importlib
