@@ -22,7 +22,8 @@ from data_pipelines.errors import DataError
 from data_pipelines.media import Media, write_video
 from data_pipelines.record import Record, Source
 from data_pipelines.sources.array_record import SUFFIX, encode_record
-from data_pipelines.sources.files import read_bytes, write_atomically
+from data_pipelines.sources.files import read_bytes
+from data_pipelines.storage.file_system import write_atomically
 
 FORMAT_VERSION = 2
 """Of manifests. Version 1 had no ``format_version``, and called ``bad_records`` "faults"."""

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Literal
 
 import av
-import fsspec
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from data_pipelines.errors import DataError
+from data_pipelines.errors import DataError, StorageUnavailableError
+from data_pipelines.storage.file_system import file_system
 
 MAX_PIXELS = 64_000_000
 """Of one image or frame: 192 MB as RGB. A larger one is treated as a decompression bomb."""
@@ -139,7 +139,7 @@ def open_media(media: Media) -> Iterator[bytes | str]:
     _check_exists(media)
     try:
         yield _fetch(media)
-    except DataError:
+    except (DataError, StorageUnavailableError):
         raise
     # Decoders raise nearly anything on damaged bytes: OSError, ValueError, SyntaxError, struct.error, EOFError, ...
     except Exception as error:
@@ -154,8 +154,8 @@ def _fetch(media: Media) -> bytes | str:
     """Download a URL, so that decoders may read it twice; return anything else as it is."""
     if isinstance(media.data, bytes) or "://" not in media.data:
         return media.data
-    with fsspec.open(media.data, "rb") as file:
-        data: bytes = file.read(MAX_FETCHED_BYTES + 1)
+    system, plain = file_system(media.data)
+    data = system.cat_file(plain, 0, MAX_FETCHED_BYTES + 1)
     if len(data) > MAX_FETCHED_BYTES:
         raise DataError(
             f"{media.name} is larger than MAX_FETCHED_BYTES = {MAX_FETCHED_BYTES:,}; cut it into shorter videos"

@@ -8,6 +8,8 @@ USER_ERROR = 2
 """Exit status: an error that the user has to fix; restarting does not help."""
 PREEMPTED = 75
 """Exit status (EX_TEMPFAIL): preempted, with the state saved; restart to continue."""
+UNAVAILABLE = 69
+"""Exit status (EX_UNAVAILABLE): storage did not answer for too long; restart to continue."""
 STALLED = 79
 """Exit status: the watchdog ended a stalled run; restart to continue."""
 

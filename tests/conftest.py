@@ -3,6 +3,7 @@
 import collections
 import functools
 import gc
+import itertools
 import os
 import shutil
 import signal
@@ -15,6 +16,8 @@ import hypothesis
 import jax
 import pytest
 from jaxtyping import install_import_hook
+
+from tests import emulator
 
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # several test processes compile for TPUs at the same time
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -112,6 +115,23 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     for reason, counts in files.items():
         tests = ", ".join(f"{file} ({count})" for file, count in sorted(counts.items()))
         terminalreporter.write_line(f"{counts.total()} tests skipped: {reason}: {tests}")
+
+
+@pytest.fixture(scope="session")
+def object_store() -> Iterator[str]:
+    """Run an object store, which this process and those that it starts use for gs://, and return its address."""
+    with emulator.serve() as url:
+        emulator.use(url)  # for good: the libraries read these variables once
+        yield url
+
+
+@pytest.fixture
+def bucket(object_store: str) -> str:
+    """Return the URL of a new bucket."""
+    return emulator.make_bucket(object_store, f"bucket-{next(_BUCKETS)}")
+
+
+_BUCKETS = itertools.count()
 
 
 @pytest.fixture

@@ -15,7 +15,8 @@ from array_record.python.array_record_module import ArrayRecordReader
 from data_pipelines.errors import DataError
 from data_pipelines.media import Media
 from data_pipelines.record import Entailment, Expression, Question, Record, locate
-from data_pipelines.sources.files import find_files, is_url
+from data_pipelines.sources.files import find_files
+from data_pipelines.storage.retry import is_url
 
 VERSION = 1
 SUFFIX = ".array_record"

@@ -8,15 +8,8 @@ from data_pipelines.config import Kind
 from data_pipelines.errors import DataError
 from data_pipelines.media import HEAD_BYTES, Media
 from data_pipelines.record import Record, check_index
-from data_pipelines.sources.files import (
-    ANIMATED_SUFFIXES,
-    file_system,
-    is_hidden,
-    list_folder,
-    media_kind,
-    read_text,
-    resolve_kind,
-)
+from data_pipelines.sources.files import ANIMATED_SUFFIXES, is_hidden, list_folder, media_kind, read_text, resolve_kind
+from data_pipelines.storage.file_system import file_system
 
 
 def kind_from_name(name: str) -> Kind | None:
@@ -75,7 +68,7 @@ class FileSource:
             return {}
         system, _ = file_system(self._path(names[0]))
         paths = [file_system(self._path(name))[1] for name in names]
-        heads = system.cat_ranges(paths, [0] * len(paths), [HEAD_BYTES] * len(paths), on_error="return")
+        heads = system.cat_ranges(paths, [0] * len(paths), [HEAD_BYTES] * len(paths))
         return {name: head for name, head in zip(names, heads, strict=True) if isinstance(head, bytes)}
 
     def _path(self, name: str) -> str:

@@ -1,19 +1,17 @@
 """Finding and reading files, local or remote, through fsspec; and safe file names."""
 
-import contextlib
 import io
 import os
 import re
-import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Literal
 
-import fsspec
-
 from data_pipelines.config import Kind
 from data_pipelines.errors import DataError
 from data_pipelines.media import HEAD_BYTES, IMAGE_SUFFIXES, VIDEO_SUFFIXES, Media, is_animation
+from data_pipelines.storage.file_system import file_system
+from data_pipelines.storage.retry import is_url, retry
 
 MAX_FILES = 1_000_000
 
@@ -22,23 +20,6 @@ ANIMATED_SUFFIXES = frozenset({".apng", ".avif", ".gif", ".png", ".webp"})
 
 _SYSTEM_NAMES = frozenset({"@eaDir", "__MACOSX", "#recycle", "$RECYCLE.BIN", "lost+found"})
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
-
-
-def is_url(path: str) -> bool:
-    """Return whether a path is a URL, on another file system than this machine's."""
-    return "://" in path
-
-
-def file_system(path: str) -> tuple[Any, str]:
-    """Return the fsspec file system of a path, and the path on it.
-
-    Raises:
-        DataError: a protocol that no installed package supports.
-    """
-    try:
-        return fsspec.core.url_to_fs(path)
-    except (ImportError, ValueError) as error:
-        raise DataError(f"{path} cannot be opened: {error}") from error
 
 
 def find_files(path: str, *suffixes: str) -> list[str]:
@@ -66,7 +47,7 @@ def find_files(path: str, *suffixes: str) -> list[str]:
             raise DataError(f"{path} matches no file; check the pattern")
     if missing := next((name for name in names if not system.exists(name)), None):
         raise DataError(f"{missing} does not exist; check the path")
-    return [system.unstrip_protocol(name) if is_url(path) else name for name in names]
+    return [system.url(name) for name in names]
 
 
 def list_folder(folder: str, hint: str = "check the path") -> tuple[str, list[str]]:
@@ -80,7 +61,7 @@ def list_folder(folder: str, hint: str = "check the path") -> tuple[str, list[st
         raise DataError(f"{folder} does not exist or is not a folder; {hint}")
     root = plain.rstrip("/")
     names = sorted(name.removeprefix(root).lstrip("/") for name in system.find(root))
-    return system.unstrip_protocol(root) if is_url(folder) else root, names
+    return system.url(root), names
 
 
 def _expand_braces(pattern: str) -> list[str]:
@@ -115,9 +96,9 @@ def read_bytes(path: str, offset: int = 0, size: int | None = None, *, exact: bo
     try:
         if is_url(path):
             system, plain = file_system(path)
-            data: bytes = system.cat_file(plain, offset or None, None if size is None else offset + size)
+            data = system.cat_file(plain, offset or None, None if size is None else offset + size)
         else:
-            data = _read_local(path, offset, size)
+            data = retry(lambda: _read_local(path, offset, size), path)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
     if exact and size is not None and len(data) != size:
@@ -185,19 +166,6 @@ def read_lines(files: Iterable[Path], on_progress: Callable[[int], None] = lambd
                     yield text
                 done += len(line)
                 on_progress(done)
-
-
-def write_atomically(path: str, data: bytes) -> None:
-    """Write a file so that readers see the old or the new one, never a part; several writers may do so."""
-    system, plain = file_system(path)
-    temporary = f"{plain}.{uuid.uuid4().hex}.tmp"
-    try:
-        system.pipe_file(temporary, data)
-        system.mv(temporary, plain)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            system.rm_file(temporary)
-        raise
 
 
 def safe_join(folder: str, name: str) -> str:

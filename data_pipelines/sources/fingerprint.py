@@ -11,7 +11,8 @@ from typing import Any
 from data_pipelines.config import SourceConfig
 from data_pipelines.errors import DataError
 from data_pipelines.sources.file_source import kind_from_name
-from data_pipelines.sources.files import file_system, find_files, is_hidden, is_url, read_bytes
+from data_pipelines.sources.files import find_files, is_hidden, read_bytes
+from data_pipelines.storage.file_system import file_system
 
 MAX_FILES, MAX_BYTES = 16, 2**20
 """Number of files to read, evenly spaced, and bytes of each."""
@@ -59,7 +60,7 @@ def _sizes(config: SourceConfig) -> dict[str, tuple[str, int]]:
         raise DataError(f"{config.path} cannot be read: {error.strerror or error}") from error
     sizes = {
         name.removeprefix(root).lstrip("/"): (
-            system.unstrip_protocol(name) if is_url(config.path) else name, int(info["size"])
+            system.url(name), int(info["size"])
         )
         for name, info in found.items()
     }  # fmt: skip

@@ -23,15 +23,9 @@ from jaxtyping import Int, UInt8
 
 from data_pipelines.errors import DataError
 from data_pipelines.media import IMAGE_SUFFIXES, MAX_FETCHED_BYTES, VIDEO_SUFFIXES
-from data_pipelines.sources.files import (
-    file_signature,
-    file_system,
-    is_hidden,
-    is_url,
-    media_kind,
-    read_bytes,
-    write_atomically,
-)
+from data_pipelines.sources.files import file_signature, is_hidden, media_kind, read_bytes
+from data_pipelines.storage.file_system import file_system, write_atomically
+from data_pipelines.storage.retry import is_url
 
 SUFFIX = ".index"
 MEMBERS = frozenset({*IMAGE_SUFFIXES, *VIDEO_SUFFIXES, ".cls", ".json", ".txt"})
@@ -59,7 +53,7 @@ def scan_tar(path: str) -> Iterator[tuple[str, str, int, int]]:
     system, plain = file_system(path)
     end = 0
     try:
-        with system.open(plain, "rb") as file:
+        with system.open(plain) as file:
             while not end or end < size:
                 file.seek(end)
                 with tarfile.open(fileobj=file, mode="r:") as tar:
@@ -160,7 +154,7 @@ class TarIndex:
             )
         system, plain = file_system(self._path)
         try:
-            with system.open(plain, "rb") as file:
+            with system.open(plain) as file:
                 file.seek(offset)
                 with tarfile.open(fileobj=file, mode="r:") as tar:
                     member = tar.next()

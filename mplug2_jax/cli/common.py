@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import logging
 
+from data_pipelines.storage.paths import to_path
 from mplug2_jax.cli.parsing import add_verbosity
 from mplug2_jax.console import align_columns
 
@@ -70,7 +71,7 @@ def _add_parser(commands: Any, name: str, summary: str, details: str, example: s
 
 def add_run(parser: argparse.ArgumentParser) -> None:
     """Add the options that choose a run and a step of it."""
-    parser.add_argument("--workdir", type=Path, required=True, help="work directory of a training run")
+    parser.add_argument("--workdir", type=to_path, required=True, help="work directory of a training run")
     parser.add_argument("--step", type=int, help="checkpoint to use (default: the last)")
 
 

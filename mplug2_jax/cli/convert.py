@@ -4,9 +4,9 @@ import argparse
 import dataclasses
 import json
 import time
-from pathlib import Path
 from typing import Any
 
+from data_pipelines.storage.paths import to_path
 from mplug2_jax.cli import weights
 from mplug2_jax.cli.common import add_command, add_group, table
 from mplug2_jax.errors import UserError
@@ -26,13 +26,15 @@ def add_parser(commands: Any) -> None:
         details="Computes every number in the golden folder from the release's weights.",
         example="mplug2 convert parity ../shared/reference/goldens/c1_fc --summary",
     )  # fmt: skip
-    parity.add_argument("folder", type=Path, metavar="DIR", help="golden folder: config.json, weights, inputs, outputs")
+    parity.add_argument(
+        "folder", type=to_path, metavar="DIR", help="golden folder: config.json, weights, inputs, outputs"
+    )
     parity.add_argument("--summary", action="store_true", help="one row per group of parameters, and every failure")
     parity.add_argument(
         "--framework", choices=("jax", "torch"), default="jax",
         help="compute with our model or with the PyTorch runtime (default: %(default)s)",
     )  # fmt: skip
-    parity.add_argument("--json", type=Path, metavar="FILE", help="also write all rows to a JSON file")
+    parity.add_argument("--json", type=to_path, metavar="FILE", help="also write all rows to a JSON file")
 
 
 def run_parity(args: argparse.Namespace) -> int:

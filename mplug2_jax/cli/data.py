@@ -1,9 +1,9 @@
 """``mplug2 data``: tokenizers and samples; ``data_files`` adds the commands on data sets."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
+from data_pipelines.storage.paths import to_path
 from mplug2_jax.cli import data_files
 from mplug2_jax.cli.common import add_command, add_group
 from mplug2_jax.errors import UserError
@@ -24,13 +24,13 @@ def add_parser(commands: Any) -> None:
         example="mplug2 data tokenizer --kind sentencepiece --vocab-size 120 --out runs/pieces",
     )  # fmt: skip
     tokenizer.add_argument(
-        "texts", nargs="*", type=Path, metavar="FILE", help="text files (default: DigitWorld's texts)"
+        "texts", nargs="*", type=to_path, metavar="FILE", help="text files (default: DigitWorld's texts)"
     )
     tokenizer.add_argument("--kind", choices=("wordpiece", "sentencepiece"), default="wordpiece")
     tokenizer.add_argument(
         "--vocab-size", type=int, default=512, help="maximum number of tokens (default: %(default)s)"
     )
-    tokenizer.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder for the tokenizer")
+    tokenizer.add_argument("--out", type=to_path, required=True, metavar="DIR", help="new folder for the tokenizer")
     sample = add_command(
         kinds, "sample", run_sample,
         summary="Write held-out DigitWorld images or videos as files, and print their annotations",
@@ -38,7 +38,7 @@ def add_parser(commands: Any) -> None:
     )  # fmt: skip
     sample.add_argument("--kind", choices=("image", "video"), default="image")
     sample.add_argument("--count", type=int, default=3, help="number of files (default: %(default)s)")
-    sample.add_argument("--out", type=Path, required=True, metavar="DIR", help="output folder")
+    sample.add_argument("--out", type=to_path, required=True, metavar="DIR", help="output folder")
 
 
 def run_tokenizer(args: argparse.Namespace) -> int:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import logging as absl_logging
 
+from data_pipelines.storage.paths import to_path
 from mplug2_jax.cli.common import add_command
 from mplug2_jax.console import Progress
 from mplug2_jax.errors import UserError, check_range, did_you_mean
@@ -44,7 +45,7 @@ def add_parsers(kinds: Any) -> None:
     show.add_argument("recipe", metavar="RECIPE", help="a file, or the name of a shipped recipe")
     show.add_argument("--stream", help="name of a stream (default: all)")
     show.add_argument("--step", type=int, default=1, help="number of the step, from 1 (default: %(default)s)")
-    show.add_argument("--out", type=Path, default=Path(), metavar="DIR", help="output folder (default: here)")
+    show.add_argument("--out", type=to_path, default=Path(), metavar="DIR", help="output folder (default: here)")
     check = add_command(
         kinds, "validate", run_validate, config=True,
         summary="Read data as training does, and report unusable records",
@@ -69,7 +70,7 @@ def add_parsers(kinds: Any) -> None:
     )  # fmt: skip
     convert.add_argument("spec", metavar="FORMAT:PATH", help="source to convert")
     _add_source(convert)
-    convert.add_argument("--out", type=Path, required=True, metavar="DIR", help="output folder for the shards")
+    convert.add_argument("--out", type=to_path, required=True, metavar="DIR", help="output folder for the shards")
     convert.add_argument("--shards", type=int, default=1, help="number of files (default: %(default)s)")
     convert.add_argument("--workers", type=int, default=2, help="files written at a time (default: %(default)s)")
     chunk = add_command(
@@ -78,12 +79,12 @@ def add_parsers(kinds: Any) -> None:
         details="The records are for a text stream.",
         example="mplug2 data chunk wiki.txt --tokenizer vocab.txt --length 512 --out wiki.array_record",
     )  # fmt: skip
-    chunk.add_argument("texts", nargs="+", type=Path, metavar="FILE", help="text files in UTF-8")
+    chunk.add_argument("texts", nargs="+", type=to_path, metavar="FILE", help="text files in UTF-8")
     chunk.add_argument(
-        "--tokenizer", type=Path, required=True, metavar="PATH", help="vocab.txt or *.model, or its folder"
+        "--tokenizer", type=to_path, required=True, metavar="PATH", help="vocab.txt or *.model, or its folder"
     )
     chunk.add_argument("--length", type=int, default=512, help="tokens per record (default: %(default)s)")
-    chunk.add_argument("--out", type=Path, required=True, metavar="FILE", help="new *.array_record file")
+    chunk.add_argument("--out", type=to_path, required=True, metavar="FILE", help="new *.array_record file")
 
 
 def _add_source(parser: argparse.ArgumentParser) -> None:

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data_pipelines.storage.paths import to_path
 from mplug2_jax.cli.common import add_command, results_table, sample_lines
 from mplug2_jax.errors import UserError, check_range
 
@@ -25,7 +26,7 @@ def add_parser(commands: Any) -> None:
         "  mplug2 eval --workdir runs/demo --follow\n"
         "  mplug2 eval --config finetune:videoqa --checkpoint runs/official --out results",
     )  # fmt: skip
-    parser.add_argument("--workdir", type=Path, help="work directory of a training run")
+    parser.add_argument("--workdir", type=to_path, help="work directory of a training run")
     parser.add_argument("--step", type=int, help="with --workdir: checkpoint to use (default: the last)")
     parser.add_argument("--follow", action="store_true", help="with --workdir: evaluate every checkpoint as it appears")
     parser.add_argument(
@@ -37,10 +38,13 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--config", metavar="RECIPE", help="recipe of the evaluations, as for mplug2 train")
     parser.add_argument("--task", dest="config", metavar="RECIPE", help=argparse.SUPPRESS)  # its old name
     parser.add_argument(
-        "--checkpoint", type=Path, metavar="PATH", help="with --config: a work directory, its checkpoints, or a step"
+        "--checkpoint", type=to_path, metavar="PATH", help="with --config: a work directory, its checkpoints, or a step"
     )
     parser.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="for the results (default: evaluations/STEP of the work directory)"
+        "--out",
+        type=to_path,
+        metavar="FOLDER",
+        help="for the results (default: evaluations/STEP of the work directory)",
     )
     parser.add_argument("--only", action="append", metavar="NAME", help="evaluate only this one; may be repeated")
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from absl import logging
 
 from data_pipelines.errors import DataError
+from data_pipelines.storage.paths import to_path
 from mplug2_jax.cli.common import add_command, add_run, open_run
 from mplug2_jax.errors import UserError, check_range
 
@@ -29,10 +30,10 @@ def add_parser(commands: Any) -> None:
     )  # fmt: skip
     add_run(parser)
     parser.add_argument(
-        "files", nargs="+", type=Path, metavar="FILE", help="image, video, GIF or .txt, or a folder of them"
+        "files", nargs="+", type=to_path, metavar="FILE", help="image, video, GIF or .txt, or a folder of them"
     )
     parser.add_argument("--instruction", help="what to do or answer; {text} is replaced by a text file's content")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="new .jsonl file for the predictions, one per line")
+    parser.add_argument("--out", type=to_path, metavar="FILE", help="new .jsonl file for the predictions, one per line")
     parser.add_argument("--batch-size", type=int, default=8, help="files per batch (default: %(default)s)")
     parser.add_argument("--num-beams", type=int, help="beams of the search; 1 is greedy (default: the run's)")
     parser.add_argument("--beams", dest="num_beams", type=int, help=argparse.SUPPRESS)  # its old name

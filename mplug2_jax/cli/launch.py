@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data_pipelines.storage.paths import to_path
 from mplug2_jax.cli.common import add_command, add_group
 from mplug2_jax.cli.parsing import parse_words
 from mplug2_jax.errors import UserError, check_range, did_you_mean
@@ -106,7 +107,7 @@ def _add_tpu_vm(group: Any) -> None:
 
 def _add_job_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of all schedulers."""
-    parser.add_argument("--plan", type=Path, help="plan.json of mplug2 plan: recipe, overrides and topology")
+    parser.add_argument("--plan", type=to_path, help="plan.json of mplug2 plan: recipe, overrides and topology")
     parser.add_argument("--config", help="without --plan: recipe, as for mplug2 train")
     parser.add_argument("--topology", help="without --plan: topology, as v5p:8x8x8 or h100:64")
     parser.add_argument("--slices", type=int, help="without --plan: number of slices (default: 1)")
@@ -117,7 +118,7 @@ def _add_job_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--grace", dest="grace_period", type=int, help=argparse.SUPPRESS, default=argparse.SUPPRESS)
     parser.add_argument("--max-restarts", type=int, default=100, help="restarts after failures (default: 100)")
-    parser.add_argument("--out", type=Path, help="write the file instead of printing it")
+    parser.add_argument("--out", type=to_path, help="write the file instead of printing it")
     parser.add_argument(
         "--submit", action="store_true", help="write the file (default: NAME and its extension) and submit it"
     )

@@ -7,7 +7,8 @@ from typing import Any
 
 from absl import logging
 
-from data_pipelines.errors import DataError
+from data_pipelines.errors import DataError, StorageUnavailableError
+from data_pipelines.storage.retry import is_transient
 from mplug2_jax import __version__
 from mplug2_jax.cli import (
     completion,
@@ -27,7 +28,7 @@ from mplug2_jax.cli import (
 )
 from mplug2_jax.cli.parsing import SuggestingParser, add_verbosity, parse_words
 from mplug2_jax.console import configure_logging
-from mplug2_jax.errors import PREEMPTED, USER_ERROR, Preempted, UserError
+from mplug2_jax.errors import PREEMPTED, UNAVAILABLE, USER_ERROR, Preempted, UserError
 
 # Each module adds one parser and sets its ``run``; a command imports heavy packages when it runs, to keep --help fast.
 COMMANDS = {
@@ -99,8 +100,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        The exit status: 0 success, 1 a check failed, 2 an error that the user can fix, 75 preempted (run the same
-        command again), 130 interrupted.
+        The exit status: 0 success, 1 a check failed, 2 an error that the user can fix, 69 storage did not answer, 75
+        preempted (after both, run the same command again), 130 interrupted.
     """
     args = parse(argv)
     configure_logging(args.verbosity)
@@ -109,7 +110,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run(args)
     except (UserError, DataError) as error:
         return _exit_with(USER_ERROR, f"error: {' '.join(str(error).split())}")
+    except StorageUnavailableError as error:
+        return _exit_with(UNAVAILABLE, f"error: {error}")
     except OSError as error:
+        if is_transient(error):
+            return _exit_with(UNAVAILABLE, f"error: {error}; start again later")
         if error.filename is None:
             raise
         return _exit_with(USER_ERROR, f"error: {error.filename}: {error.strerror}")

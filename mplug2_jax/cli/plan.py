@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import logging
 
+from data_pipelines.storage.paths import to_path
 from mplug2_jax.cli.common import add_command, table
 from mplug2_jax.errors import UserError, check_range
 
@@ -41,10 +42,10 @@ def add_parser(commands: Any) -> None:
         "--effort", type=float, help="of the compiler: -1 compiles fast, 0 (default) is what train uses, 1 optimizes "
         "most; a search uses -1",
     )  # fmt: skip
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the plan as JSON")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write the plan as an HTML page")
+    parser.add_argument("--json", type=to_path, metavar="FILE", help="write the plan as JSON")
+    parser.add_argument("--html", type=to_path, metavar="FILE", help="write the plan as an HTML page")
     parser.add_argument(
-        "--save-executable", type=Path, metavar="FOLDER", help="save the compiled program, for train with "
+        "--save-executable", type=to_path, metavar="FOLDER", help="save the compiled program, for train with "
         "--config.compilation_cache=FOLDER on such machines; compiles with training's effort",
     )  # fmt: skip
     parser.add_argument(
@@ -52,7 +53,11 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--minutes", type=float, default=30.0, help="time limit of the search (default: 30)")
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", default=Path("plan.json"), help="output of the search (default: plan.json)"
+        "--out",
+        type=to_path,
+        metavar="FILE",
+        default=Path("plan.json"),
+        help="output of the search (default: plan.json)",
     )
     parser.add_argument(
         "--cost-goldens", choices=("check", "quick", "update"),
@@ -95,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run_plan(args: argparse.Namespace, config: "RunConfig", topology: "Topology") -> int:
-    from data_pipelines.sources.files import write_atomically
+    from data_pipelines.storage.file_system import write_atomically
     from mplug2_jax.planning import remedies
     from mplug2_jax.planning.html import write_html
     from mplug2_jax.planning.programs import CompiledProgram, trace_program

@@ -1,9 +1,9 @@
 """``mplug2 replay``: recompute a step of a run."""
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data_pipelines.storage.paths import to_path
 from mplug2_jax.cli.common import add_command, table
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ def add_parser(commands: Any) -> None:
         details="Prints the step's examples, its loss and norms, and how much each example contributed.",
         example="mplug2 replay runs/demo --step 120",
     )  # fmt: skip
-    parser.add_argument("workdir", type=Path, help="work directory of a training run")
+    parser.add_argument("workdir", type=to_path, help="work directory of a training run")
     parser.add_argument("--step", type=int, required=True, help="step to recompute; the first is 1")
     parser.add_argument(
         "--rank", type=int, default=64, help="examples of each stream to rank, a backward pass each (default: 64)"

@@ -1,9 +1,9 @@
 """``mplug2 report``: draw a run or its evaluations, or compare two of them."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
+from data_pipelines.storage.paths import to_path
 from mplug2_jax.cli.common import add_command
 from mplug2_jax.errors import UserError
 
@@ -18,11 +18,11 @@ def add_parser(commands: Any) -> None:
         example="mplug2 report runs/demo\n  mplug2 report runs/demo --against runs/other",
     )  # fmt: skip
     parser.add_argument(
-        "folder", type=Path, help="work directory of a training run, active or finished, or the --out of mplug2 eval"
+        "folder", type=to_path, help="work directory of a training run, active or finished, or the --out of mplug2 eval"
     )
-    parser.add_argument("--against", type=Path, metavar="FOLDER", help="another one, to compare with")
+    parser.add_argument("--against", type=to_path, metavar="FOLDER", help="another one, to compare with")
     parser.add_argument(
-        "--out", type=Path, metavar="FILE",
+        "--out", type=to_path, metavar="FILE",
         help="with --against: the new page (default: against-OTHER.html in the first folder)",
     )  # fmt: skip
 

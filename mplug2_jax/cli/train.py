@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import logging
 
+from data_pipelines.storage.paths import to_path
 from mplug2_jax.cli.common import add_command, results_table, sample_lines, table
 from mplug2_jax.errors import PREEMPTED, UserError
 
@@ -27,9 +28,12 @@ def add_parser(commands: Any) -> None:
         example="mplug2 train --config configs/demo.py --config.steps=50 --workdir runs/short",
     )  # fmt: skip
     parser.add_argument("--config", help="recipe: a file, or the name of a shipped one; FILE:ARG passes ARG")
-    parser.add_argument("--plan", type=Path, help="plan.json of mplug2 plan --search: its recipe and layout")
+    parser.add_argument("--plan", type=to_path, help="plan.json of mplug2 plan --search: its recipe and layout")
     parser.add_argument(
-        "--workdir", type=Path, required=True, help="folder for everything the run writes; an existing run is resumed"
+        "--workdir",
+        type=to_path,
+        required=True,
+        help="folder for everything the run writes; an existing run is resumed",
     )
 
 

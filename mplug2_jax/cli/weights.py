@@ -2,9 +2,9 @@
 
 import argparse
 import os
-from pathlib import Path
 from typing import Any
 
+from data_pipelines.storage.paths import to_path
 from mplug2_jax.cli.common import add_command
 from mplug2_jax.errors import UserError, check_range
 
@@ -19,16 +19,16 @@ def add_parsers(subcommands: Any) -> None:
         "  mplug2 convert import ViT-L-14.pt bert-large-uncased/ --to runs/start",
     )  # fmt: skip
     importer.add_argument(
-        "sources", nargs="+", type=Path, metavar="SRC",
+        "sources", nargs="+", type=to_path, metavar="SRC",
         help="an official checkpoint; or a CLIP, a BERT, or both: files or folders, safetensors or PyTorch",
     )  # fmt: skip
-    importer.add_argument("--to", type=Path, required=True, metavar="DIR", help="new folder for the checkpoint")
+    importer.add_argument("--to", type=to_path, required=True, metavar="DIR", help="new folder for the checkpoint")
     importer.add_argument(
         "--task", choices=("caption", "videoqa"), help="which official model it is, if its files do not tell"
     )
     importer.add_argument("--parts", metavar="A,B,...", help="parts of the model (default: all that the sources have)")
     importer.add_argument("--image-size", type=int, metavar="PX", help="resize the position table to this image size")
-    importer.add_argument("--tokenizer", type=Path, metavar="FILE", help="vocab.txt or SentencePiece model to copy")
+    importer.add_argument("--tokenizer", type=to_path, metavar="FILE", help="vocab.txt or SentencePiece model to copy")
     importer.add_argument("--seed", type=int, default=0, help="for arrays that no source fills (default: %(default)s)")
     _add_common(importer)
 
@@ -39,9 +39,9 @@ def add_parsers(subcommands: Any) -> None:
         example="mplug2 convert export runs/official --to exports/msrvtt_qa\n"
         "  mplug2 convert export runs/official/checkpoints/2000 --to qa.pth --dtype float16",
     )  # fmt: skip
-    exporter.add_argument("checkpoint", type=Path, metavar="CKPT", help="work directory, its checkpoints, or a step")
+    exporter.add_argument("checkpoint", type=to_path, metavar="CKPT", help="work directory, its checkpoints, or a step")
     exporter.add_argument(
-        "--to", type=Path, required=True, metavar="FILE",
+        "--to", type=to_path, required=True, metavar="FILE",
         help="a .safetensors or .pth file, or a new folder: weights, config.json, tokenizer and a model card",
     )  # fmt: skip
     exporter.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
@@ -54,10 +54,10 @@ def add_parsers(subcommands: Any) -> None:
         help="also write the averaged copy, which the release's training needs (default: if there is one)",
     )  # fmt: skip
     exporter.add_argument(
-        "--leftover", type=Path, metavar="FILE",
+        "--leftover", type=to_path, metavar="FILE",
         help="the tensors that the model ignores (default: official-rest.safetensors of the import)",
     )  # fmt: skip
-    exporter.add_argument("--rest", dest="leftover", type=Path, help=argparse.SUPPRESS)  # its old name
+    exporter.add_argument("--rest", dest="leftover", type=to_path, help=argparse.SUPPRESS)  # its old name
     exporter.add_argument(
         "--shard-size", type=float, default=5.0, metavar="GB", help="split above this size (default: %(default)g)"
     )
@@ -69,7 +69,7 @@ def add_parsers(subcommands: Any) -> None:
         details="Names the first tensor that changed.",
         example="mplug2 convert verify runs/official/conversion-report.json",
     )  # fmt: skip
-    verifier.add_argument("report", type=Path, metavar="REPORT", help="conversion-report.json, or its folder")
+    verifier.add_argument("report", type=to_path, metavar="REPORT", help="conversion-report.json, or its folder")
 
     inspector = add_command(
         subcommands, "inspect", run_inspect,
@@ -77,7 +77,9 @@ def add_parsers(subcommands: Any) -> None:
         details="Reads no arrays.",
         example="mplug2 convert inspect runs/demo --depth 3",
     )  # fmt: skip
-    inspector.add_argument("path", type=Path, metavar="FILE|DIR", help="official, CLIP, BERT or mplug2_jax checkpoint")
+    inspector.add_argument(
+        "path", type=to_path, metavar="FILE|DIR", help="official, CLIP, BERT or mplug2_jax checkpoint"
+    )
     inspector.add_argument("--depth", type=int, default=3, help="levels of the tree (default: %(default)s)")
 
 

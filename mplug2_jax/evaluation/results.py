@@ -9,7 +9,7 @@ from typing import Any
 from absl import logging
 
 from data_pipelines.bad_records import BadRecord
-from data_pipelines.sources.files import write_atomically
+from data_pipelines.storage.file_system import write_atomically
 from mplug2_jax.evaluation.result_format import FORMAT_VERSION
 from mplug2_jax.evaluation.samples import Sample, save_samples
 from mplug2_jax.metrics.classification import ConfusionSummary

@@ -20,7 +20,7 @@ from pathlib import Path
 from absl import logging
 
 from data_pipelines.bad_records import BadRecord
-from data_pipelines.sources.files import write_atomically
+from data_pipelines.storage.file_system import write_atomically
 
 NumberedPredictions = Sequence[tuple[int, str]]
 

@@ -9,13 +9,13 @@ from collections.abc import Callable
 
 from absl import logging
 
+from data_pipelines.storage.jsonl import JsonlWriter
 from mplug2_jax.errors import UserError
 from mplug2_jax.evaluation.results import EvaluationResult
 from mplug2_jax.inference.checkpoint_eval import Evaluator
 from mplug2_jax.parallel.processes import allgather_objects, is_primary_process
 from mplug2_jax.training.checkpoint.checkpoints import DamagedCheckpointError
 from mplug2_jax.training.reliability.preemption import PreemptionNotice
-from mplug2_jax.training.telemetry.jsonl import JsonlWriter
 from mplug2_jax.training.workdir import WorkDir
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import safetensors.numpy
 
 from data_pipelines.config import ExampleConfig, SourceConfig, VisualConfig
-from data_pipelines.sources.files import write_atomically
+from data_pipelines.storage.file_system import write_atomically
 from mplug2_jax.errors import UserError
 from mplug2_jax.inference.features import FeatureShard
 from mplug2_jax.renames import with_current_names

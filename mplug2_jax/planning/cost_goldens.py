@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from data_pipelines.sources.files import write_atomically
+from data_pipelines.storage.file_system import write_atomically
 from mplug2_jax.config import build, load_recipe, recipe_folder, to_dict
 from mplug2_jax.errors import UserError
 from mplug2_jax.parallel.accelerators import parse_topology

@@ -6,7 +6,7 @@ from pathlib import Path
 import jinja2
 from markupsafe import Markup
 
-from data_pipelines.sources.files import write_atomically
+from data_pipelines.storage.file_system import write_atomically
 from mplug2_jax.planning import text
 from mplug2_jax.planning.report import PlanReport
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from data_pipelines.sources.files import write_atomically
+from data_pipelines.storage.file_system import write_atomically
 from mplug2_jax.config import build, to_dict
 from mplug2_jax.errors import UserError
 from mplug2_jax.parallel.accelerators import Topology, parse_topology

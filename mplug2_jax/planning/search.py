@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from absl import logging
 
-from data_pipelines.sources.files import write_atomically
+from data_pipelines.storage.file_system import write_atomically
 from mplug2_jax.console import format_duration
 from mplug2_jax.errors import UserError
 from mplug2_jax.model.config import AttentionKernel, RematConfig

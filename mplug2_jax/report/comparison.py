@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_pipelines.storage.jsonl import iterate_jsonl
 from mplug2_jax.errors import UserError
 from mplug2_jax.evaluation.result_format import upgrade_prediction
 from mplug2_jax.metrics.metric import MeanMetric, bootstrap_ci
@@ -16,7 +17,6 @@ from mplug2_jax.report.names import TaskLabels, display_name
 from mplug2_jax.report.page import read_run_or_results, truncate_notes
 from mplug2_jax.report.rendering import render, write_page
 from mplug2_jax.report.results import Evaluation, FrameStrip
-from mplug2_jax.training.telemetry.jsonl import iterate_jsonl
 
 _MAX_EXAMPLES = 8  # shown for each side
 _MAX_LINE, _MAX_FILE, _MAX_TEXT = 1 << 16, 1 << 28, 2000  # of a NAME.jsonl: bytes, bytes, characters of a text

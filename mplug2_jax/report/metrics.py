@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from mplug2_jax.training.telemetry.jsonl import iterate_jsonl
+from data_pipelines.storage.jsonl import iterate_jsonl
 
 MAX_POINTS = 400  # a curve is drawn some 300 pixels wide
 _CHUNK = 10_000  # lines in memory at a time

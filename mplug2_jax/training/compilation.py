@@ -12,7 +12,8 @@ from typing import Any
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
-from data_pipelines.sources.files import write_atomically
+from data_pipelines.storage.file_system import write_atomically
+from data_pipelines.storage.paths import to_path
 
 DEFAULT_CACHE_DIR = Path("~/.cache/mplug2_jax/xla")
 
@@ -51,9 +52,9 @@ def enable_compilation_cache(where: str) -> Path | None:
         return None
     configured = jax.config.values["jax_compilation_cache_dir"]  # by the environment
     if where == "auto" and configured:
-        return Path(configured)
+        return to_path(configured)
     default = DEFAULT_CACHE_DIR / f"cpu-{cpu_fingerprint()}" if jax.default_backend() == "cpu" else DEFAULT_CACHE_DIR
-    folder = (default if where == "auto" else Path(where)).expanduser()
+    folder = (default if where == "auto" else to_path(where)).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
@@ -107,7 +108,7 @@ def aot_cache_miss_reason(lowered: Any, devices: Sequence[Any]) -> str | None:
     Empty if it can be used, None if there is none; only if there is one is the program hashed.
     """
     folder = jax.config.values["jax_compilation_cache_dir"]
-    path = Path(folder) / MANIFEST if folder else None
+    path = to_path(folder) / MANIFEST if folder else None
     if path is None or not path.is_file():
         return None
     try:

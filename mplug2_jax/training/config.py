@@ -136,6 +136,7 @@ class CheckpointConfig:
     best_mode: Literal["min", "max"] = "min"  # whether a lower or a higher `best_metric` is better
     keep_every_minutes: float = 0.0  # also keep one checkpoint per this time; 0 = none
     keep_every_steps: int = 0  # also keep, forever, steps that are multiples of this; 0 = none
+    max_failed_saves: int = 10  # in a row, after which the run exits with status 69, to be started again
 
     def __post_init__(self) -> None:
         """Check the ranges.
@@ -143,7 +144,7 @@ class CheckpointConfig:
         Raises:
             UserError: names the field.
         """
-        for name, least in (("every_steps", 1), ("keep_last", 1)):
+        for name, least in (("every_steps", 1), ("keep_last", 1), ("max_failed_saves", 1)):
             check_range(f"config.checkpoint.{name}", getattr(self, name), least)
         for name in ("every_minutes", "keep_best", "keep_every_minutes", "keep_every_steps"):
             check_range(f"config.checkpoint.{name}", getattr(self, name), 0)
@@ -222,6 +223,7 @@ class RunConfig:
     faults: FaultConfig = FaultConfig()
     log_every: int = 10  # steps between lines of metrics
     log_example_ids: bool = False  # write every step's example ids to examples.jsonl, to compare runs
+    storage_timeout: float = 600.0  # seconds for which requests are repeated before the run exits with status 69
     watchdog_timeout: int = 1800  # seconds after which a stalled step, wait for data or save ends the run; 0 = none
     profile: ProfileConfig = ProfileConfig()
     wandb_project: str = ""  # Weights & Biases project that receives the metrics; empty: none
@@ -235,7 +237,7 @@ class RunConfig:
         """
         for name in ("steps", "grad_accum_steps", "log_every"):
             check_range(f"config.{name}", getattr(self, name), 1)
-        for name in ("eval_every", "seed", "watchdog_timeout"):
+        for name in ("eval_every", "seed", "storage_timeout", "watchdog_timeout"):
             check_range(f"config.{name}", getattr(self, name), 0)
         check_range("config.ema_decay", self.ema_decay, 0, 1 - 1e-9)
         if not self.streams:

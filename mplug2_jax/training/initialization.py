@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from absl import logging
 
 from data_pipelines.loader import Stream
+from data_pipelines.storage.paths import to_path
 from mplug2_jax.errors import UserError, did_you_mean
 from mplug2_jax.model.vision import resize_positions
 from mplug2_jax.objectives.cider import DocumentFrequencies, count_document_frequencies
@@ -36,7 +37,7 @@ def init_or_load_state(spec: RunSpec, streams: Mapping[str, Stream] | None = Non
         UserError: no such checkpoint, or one that lacks a part, or has it in another size.
     """
     if spec.config.init_from:
-        checkpoints, step = open_checkpoint(Path(spec.config.init_from))
+        checkpoints, step = open_checkpoint(to_path(spec.config.init_from))
         with contextlib.closing(checkpoints):
             state = _load_parts(spec, checkpoints, step)
     else:
@@ -82,7 +83,7 @@ def with_checkpoint_sizes(config: RunConfig, overrides: Sequence[str], previous:
     if previous is not None:
         available, model = previous.parts(), previous.model
     else:
-        checkpoints, step = open_checkpoint(Path(config.init_from))
+        checkpoints, step = open_checkpoint(to_path(config.init_from))
         with contextlib.closing(checkpoints):
             try:
                 metadata = checkpoints.model_metadata(step)

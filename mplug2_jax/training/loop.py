@@ -13,6 +13,8 @@ from data_pipelines.bad_records import BadRecordLog
 from data_pipelines.errors import DataError
 from data_pipelines.loader import LoadedExample, Stream
 from data_pipelines.order import HostShards
+from data_pipelines.storage.object_log import check_logs
+from data_pipelines.storage.retry import set_retry_limit
 from data_pipelines.tokenizers import Tokenizer, fingerprint
 from mplug2_jax.errors import Preempted, UserError
 from mplug2_jax.evaluation.loop import Evaluation
@@ -20,7 +22,7 @@ from mplug2_jax.evaluation.results import EvaluationResult, save_result
 from mplug2_jax.model.mplug2 import Params
 from mplug2_jax.parallel.mesh import describe_mesh, make_mesh
 from mplug2_jax.parallel.placement import check_batch_divisible, local_batch_shards, num_batch_shards, put_batch
-from mplug2_jax.parallel.processes import check_same_across_processes, is_primary_process
+from mplug2_jax.parallel.processes import allgather_objects, check_same_across_processes, is_primary_process
 from mplug2_jax.tasks.table import TASKS
 from mplug2_jax.training.checkpoint.checkpoints import Checkpoints
 from mplug2_jax.training.checkpoint.metadata import DataPosition, ModelMetadata
@@ -42,6 +44,9 @@ from mplug2_jax.training.telemetry.goodput import GoodputTracker
 from mplug2_jax.training.telemetry.monitor import TrainMonitor
 from mplug2_jax.training.workdir import WorkDir, flatten_config, special_tokens
 
+BAD_RECORD_SYNC_INTERVAL = 50
+"""Steps between the collectives in which several processes add up their unusable records."""
+
 
 def train(config: RunConfig, path: Path) -> list[EvaluationResult]:
     """Train, or resume from the work directory's last good checkpoint; return the last evaluations.
@@ -55,6 +60,7 @@ def train(config: RunConfig, path: Path) -> list[EvaluationResult]:
         Preempted: by SIGTERM or SIGINT; the state is saved.
     """
     workdir = WorkDir(path)
+    set_retry_limit(config.storage_timeout)
     with PreemptionNotice(interrupts=True) as notice:
         notice.allow_exit(preemption_message(0, config))
         workdir.check_config(config)
@@ -94,6 +100,7 @@ def _train(config: RunConfig, workdir: WorkDir, notice: PreemptionNotice, lock: 
     events = EventLog(workdir.events if is_primary_process() else None)
     model = ModelMetadata(config.model, spec.definition.parts, lora_scale=config.lora.scale)
     checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint, model=model, events=events)
+    checkpoints.probe()
     if resumes and checkpoints.steps():
         state, position = checkpoints.restore_last_good(spec.shapes)
         check_data_unchanged(position, streams)
@@ -124,6 +131,7 @@ def _train(config: RunConfig, workdir: WorkDir, notice: PreemptionNotice, lock: 
     def enter_phase(phase: str) -> None:
         watchdog.enter(phase)
         lock.check()
+        check_logs()
         notice.check()
 
     def evaluate() -> list[EvaluationResult]:
@@ -164,6 +172,8 @@ def _train(config: RunConfig, workdir: WorkDir, notice: PreemptionNotice, lock: 
             watchdog.enter(f"step {number}")
             for name, row in rows:
                 records.record(row.ref.source, row.bad_records, config.streams[name].data.max_bad_fraction)
+            if jax.process_count() == 1 or number % BAD_RECORD_SYNC_INTERVAL == 0:
+                records.check(allgather_objects(records.counts()))
             example_ids.write(number, batch)
             monitor.compile(step, number, state, batch)
             goodput.start_step(number)
@@ -203,6 +213,7 @@ def _train(config: RunConfig, workdir: WorkDir, notice: PreemptionNotice, lock: 
         batches.close()
         with goodput.track("checkpoint"):
             checkpoints.close()
+        records.close()
         example_ids.close()
         monitor.close()
         watchdog.close()

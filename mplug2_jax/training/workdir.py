@@ -1,7 +1,6 @@
 """A run's work directory: its config, tokenizer, checkpoints, metrics and evaluations."""
 
 import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,8 @@ from absl import logging
 from flax.traverse_util import flatten_dict
 
 from data_pipelines.digitworld.source import vocabulary_texts
-from data_pipelines.sources.files import write_atomically
+from data_pipelines.storage.file_system import write_atomically
+from data_pipelines.storage.paths import to_path
 from data_pipelines.tokenizers import Tokenizer, load_tokenizer, train_sentencepiece, train_wordpiece
 from mplug2_jax.config import build, to_dict
 from mplug2_jax.errors import UserError
@@ -23,8 +23,8 @@ CONFIG_FORMAT = 2
 
 # Fields that may change when a run resumes, because they do not change what a step computes. ``steps`` may also grow.
 MUTABLE_ON_RESUME = (
-    "mesh", "checkpoint", "faults", "log_every", "log_example_ids", "watchdog_timeout", "profile", "wandb_project",
-    "compilation_cache", "eval_every", "evaluations",
+    "mesh", "checkpoint", "faults", "log_every", "log_example_ids", "storage_timeout", "watchdog_timeout", "profile",
+    "wandb_project", "compilation_cache", "eval_every", "evaluations",
 )  # fmt: skip
 
 
@@ -104,11 +104,6 @@ class WorkDir:
             UserError: the folder holds something else, or a run whose config differs in a field that must not change.
         """
         if not self.exists():
-            if re.match(r"[a-z][a-z0-9+.-]+:/", str(self.path)):
-                raise UserError(
-                    f"--workdir {self.path} is a URL, and a run writes to a folder; mount the bucket, as mplug2 launch "
-                    "gke and tpu-vm do"
-                )
             if self.path.exists() and not self.path.is_dir():
                 raise UserError(f"--workdir {self.path} is a file; choose a new folder")
             if self.path.exists() and not all(child.name.startswith(self.lock.name) for child in self.path.iterdir()):
@@ -162,7 +157,7 @@ def _inherited_tokenizer(config: RunConfig) -> Path | None:
     """Return the tokenizer folder of the run that ``config.init_from`` names, if its word tables are loaded."""
     if not config.init_from or (config.init_parts and not {"text", "decoder"} & set(config.init_parts)):
         return None
-    path = Path(config.init_from)
+    path = to_path(config.init_from)
     candidates = (WorkDir(folder).tokenizer_folder for folder in (path, path.parent, path.parent.parent))
     return next((folder for folder in candidates if folder.is_dir()), None)
 
@@ -170,7 +165,7 @@ def _inherited_tokenizer(config: RunConfig) -> Path | None:
 def load_or_train_tokenizer(config: TokenizerConfig) -> Tokenizer:
     """Load or train the tokenizer that a config names. Raises DataError for a missing or damaged file."""
     if config.path:
-        return load_tokenizer(Path(config.path))
+        return load_tokenizer(to_path(config.path))
     train = train_wordpiece if config.kind == "wordpiece" else train_sentencepiece
     return train(tokenizer_training_texts(), config.vocab_size)
 

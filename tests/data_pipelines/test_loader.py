@@ -109,21 +109,52 @@ def test_bad_records_are_counted_logged_once_and_too_many_are_an_error(tar: Sour
     again = BadRecordLog(path)
     again.record("tars", read_bad_records(path), max_fraction=0.7)
     assert len(read_bad_records(path)) == 2, "a run that resumes writes nothing twice"
+    again.check([again.counts()])
+    again.record(
+        "tars", read_bad_records(path) + [BadRecord("tars", f"z{i}", "gone") for i in range(90)], max_fraction=0.7
+    )
     with pytest.raises(
-        DataError, match=r"7 of 9 records of source 'tars' cannot be used, more than max_bad_fraction=0\.7"
+        DataError, match=r"94 of 96 records of source 'tars' cannot be used, more than max_bad_fraction=0\.7"
     ) as message:
-        again.record(
-            "tars", read_bad_records(path) + [BadRecord("tars", str(i), "gone") for i in range(3)], max_fraction=0.7
-        )
+        again.check([again.counts()])
     assert "a/02: a.tar:02.png cannot be read" in str(message.value)
     assert f"all in {path}" in str(message.value)
 
 
 def test_an_early_bad_record_is_tolerated_unless_the_fraction_is_0(tmp_path: Path) -> None:
     record = [BadRecord("a", "1", "gone")]
-    BadRecordLog(tmp_path / "x").record("a", record, max_fraction=0.01)
-    with pytest.raises(DataError, match="1 of 2 records of source 'a' cannot be used"):
-        BadRecordLog(tmp_path / "x").record("a", record, max_fraction=0.0)
+    log = BadRecordLog(tmp_path / "x")
+    log.record("a", record, max_fraction=0.01)
+    log.check([log.counts()])
+    log.record("a", [], max_fraction=0.0)
+    with pytest.raises(DataError, match="1 of 3 records of source 'a' cannot be used"):
+        log.check([log.counts()])
+
+
+@pytest.mark.parametrize(("fraction", "stops"), [(0.005, False), (0.01, False), (0.015, True), (1.0, True)])
+def test_a_limit_judges_the_data_and_not_the_luck_of_a_host(fraction: float, stops: bool, tmp_path: Path) -> None:
+    """64 hosts, each of which alone would stop at its first two bad records of a hundred."""
+    rng, logs = np.random.default_rng(0), [BadRecordLog(tmp_path / str(host)) for host in range(64)]
+    stopped = False
+    for _ in range(50):
+        for log in logs:
+            for bad in rng.random(32) < fraction:
+                log.record("a", [BadRecord("a", "x", "gone")] * bool(bad), max_fraction=0.01)
+        try:
+            logs[0].check([log.counts() for log in logs])
+        except DataError:
+            stopped = True
+            break
+    assert stopped == stops
+
+
+def test_a_host_that_read_none_of_the_bad_records_stops_like_the_others(tmp_path: Path) -> None:
+    logs = [BadRecordLog(tmp_path / name) for name in "ab"]
+    logs[0].record("a", [BadRecord("a", str(i), "gone") for i in range(9)], max_fraction=0.01)
+    logs[1].record("b", [], max_fraction=0.01)
+    for log in logs:
+        with pytest.raises(DataError, match="9 of 10 records of source 'a' cannot be used"):
+            log.check([log.counts() for log in logs])
 
 
 def test_the_log_of_bad_records_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

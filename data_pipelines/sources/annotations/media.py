@@ -8,7 +8,9 @@ from pathlib import PurePosixPath
 
 from data_pipelines.config import Kind
 from data_pipelines.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Media
-from data_pipelines.sources.files import ANIMATED_SUFFIXES, file_system, is_url, make_media, media_kind, safe_join
+from data_pipelines.sources.files import ANIMATED_SUFFIXES, make_media, media_kind, safe_join
+from data_pipelines.storage.file_system import file_system
+from data_pipelines.storage.retry import is_url
 
 _SUFFIXES = {"image": IMAGE_SUFFIXES, "video": VIDEO_SUFFIXES}
 
@@ -59,7 +61,7 @@ def _media_in(folder: str) -> Mapping[str, Sequence[str]]:
     """Return the names of a folder's images and videos by their stems. The folder is listed once."""
     system, plain = file_system(folder)
     try:
-        paths = system.ls(plain, detail=False)
+        paths = system.ls(plain)
     except OSError:
         return {}
     names = collections.defaultdict[str, list[str]](list)

@@ -10,12 +10,17 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore
 from absl import logging
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from numpy.typing import NDArray
 
+from data_pipelines.errors import StorageUnavailableError
+from data_pipelines.storage.object_log import flush_logs
+from data_pipelines.storage.paths import RemotePath
+from data_pipelines.storage.retry import is_access_error, is_transient
 from mplug2_jax.config import build, to_dict
 from mplug2_jax.errors import UserError
 from mplug2_jax.parallel.processes import is_primary_process
@@ -60,10 +65,12 @@ class Checkpoints:
         """With ``lazy`` the leaves of saved trees are ``LazyArray``, which have no checksums."""
         self.folder, self._config, self._model = folder, config, model
         self._lazy, self._events = lazy, events or EventLog()
+        self._is_remote = isinstance(folder, RemotePath)
         self._best = BestByScore(config)
         self._pending_step: int | None = None  # whose arrays are being written
         self._last_save = time.monotonic()  # when it began
         self.save_failed = False  # whether it failed
+        self._failed_saves = 0  # in a row
         self._leaves: dict[int, dict[str, Any]] = {}  # array metadata of steps that were looked at
         self._manager = _Manager(
             folder.absolute(),
@@ -79,6 +86,31 @@ class Checkpoints:
             ),
         )
 
+    def probe(self) -> None:
+        """Write a few bytes where checkpoints go, by the library that writes them, read them, and delete them.
+
+        Raises:
+            StorageUnavailableError: storage does not answer.
+            UserError: it refuses.
+        """
+        name, data = f"probe-{jax.process_index()}", b"mplug2"
+        where = str(self.folder) if self._is_remote else f"file://{self.folder.absolute()}"
+        try:
+            store = tensorstore.KvStore.open(f"{where}/").result()
+            store.write(name, data).result()
+            found = store.read(name).result().value
+            store.delete_range(tensorstore.KvStore.KeyRange(name, f"{name}0")).result()
+        except Exception as error:
+            if is_transient(error):
+                raise StorageUnavailableError(
+                    f"{self.folder} cannot be written now ({_first_line(error)}); start again later"
+                ) from error
+            raise UserError(
+                f"{self.folder} cannot be written ({_first_line(error)}); choose another --workdir"
+            ) from error
+        if found != data:
+            raise UserError(f"{self.folder} returned other bytes than were written; choose another --workdir")
+
     def steps(self) -> list[int]:
         """Return all saved steps, oldest first."""
         return sorted(int(step) for step in self._manager.all_steps())
@@ -93,9 +125,18 @@ class Checkpoints:
         self._manager.reload()
 
     def should_save(self, step: int) -> bool:
-        """Return whether to save after a step: by its number, by the time since the last save, or to retry that."""
+        """Return whether to save after a step: by its number, by the time since the last save, or to retry that.
+
+        Raises:
+            StorageUnavailableError: too many saves in a row failed.
+        """
         if self._pending_step is not None and not self._manager.is_saving_in_progress():
             self.wait_until_finished()
+        if self._failed_saves >= self._config.max_failed_saves:
+            raise StorageUnavailableError(
+                f"{self._failed_saves} saves in a row to {self.folder} failed, as many as "
+                "config.checkpoint.max_failed_saves allows; the log has the reasons; start again later"
+            )
         elapsed = time.monotonic() - self._last_save
         minutes = self._config.every_minutes
         timed = (self.save_failed and elapsed >= RETRY_SECONDS) or (minutes > 0 and elapsed >= 60 * minutes)
@@ -119,6 +160,7 @@ class Checkpoints:
         """
         start = time.perf_counter()
         self.wait_until_finished()
+        flush_logs()  # a run that resumes from this checkpoint does not write these lines again
         if position.step not in self.steps():
             meta: dict[str, Any] = {"format": FORMAT, "position": to_dict(position)}
             if self._model:
@@ -148,9 +190,10 @@ class Checkpoints:
             self.save(state, position, scores)
             self.wait_until_finished()
         if not _all_processes(not self.save_failed):
-            raise UserError(
-                f"the state after step {position.step} could not be saved; free space on the disk of {self.folder} and "
-                f"start the run again: it resumes from step {max(self.steps(), default=0)}"
+            remedy = "" if self._is_remote else f"free space on the disk of {self.folder} and "
+            raise (StorageUnavailableError if self._is_remote else UserError)(
+                f"the state after step {position.step} could not be saved to {self.folder}; {remedy}start the run "
+                f"again: it resumes from step {max(self.steps(), default=0)}"
             )
 
     def close(self) -> None:
@@ -168,20 +211,22 @@ class Checkpoints:
             self._handle_failed_save(error)
             return
         self._events.log_event("saved", self._pending_step, seconds=time.monotonic() - self._last_save)
-        self._pending_step = None
+        self._pending_step, self._failed_saves = None, 0
 
     def _handle_failed_save(self, error: Exception) -> None:
         step, self._pending_step, self.save_failed = self._pending_step, None, True
+        self._failed_saves += 1
         assert step is not None
         if self._lazy:  # nobody retries an import
             raise error
         logging.warning(
             "saving the checkpoint of step %d failed (%s); earlier checkpoints are intact, and the save will be "
-            "retried: free disk space", step, _first_line(error),
+            "retried%s", step, _first_line(error), "" if self._is_remote else ": free disk space",
         )  # fmt: skip
         self._events.log_event("save_failed", step, reason=_first_line(error))
-        unfinished = self.folder.glob(f"{step}.orbax-checkpoint-tmp*") if is_primary_process() else ()
-        for folder in unfinished:  # it takes the space that is lacking
+        if not is_primary_process():
+            return
+        for folder in self.folder.glob(f"{step}.orbax-checkpoint-tmp*"):  # it takes the space that is lacking
             shutil.rmtree(folder, ignore_errors=True)
 
     def restore(self, like: TrainState, step: int | None = None) -> tuple[TrainState, DataPosition]:
@@ -278,7 +323,7 @@ class Checkpoints:
         try:
             return self._manager.restore(step, args=ocp.args.Composite(state=target)).state
         except Exception as error:  # tensorstore, zarr and orbax each raise their own for a damaged file
-            raise self._damaged(step, f"damaged ({_first_line(error)})") from error
+            raise self._read_error(step, error) from error
 
     def model_metadata(self, step: int | None = None) -> ModelMetadata:
         """Return which model a step's checkpoint holds.
@@ -341,6 +386,8 @@ class Checkpoints:
         try:
             meta = json.loads(path.read_text())
             newer, _ = meta["format"] > FORMAT, meta["position"]["step"]
+        except PermissionError as error:
+            raise self._read_error(step, error) from error
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise self._damaged(step, "incomplete: meta/metadata is missing or damaged") from error
         if newer:
@@ -359,9 +406,21 @@ class Checkpoints:
         try:
             stored = self._manager.item_metadata(step).state
         except Exception as error:
-            raise self._damaged(step, f"damaged ({_first_line(error)})") from error
+            raise self._read_error(step, error) from error
         self._leaves[step] = leaves_by_name(stored.tree)
         return self._leaves[step]
+
+    def _read_error(self, step: int, error: Exception) -> Exception:
+        """Return what a failed read means: storage that does not answer or refuses, or else a damaged checkpoint."""
+        if is_transient(error):
+            return StorageUnavailableError(
+                f"checkpoint {self.folder / str(step)} cannot be read now ({_first_line(error)}); start again later"
+            )
+        if is_access_error(error):
+            return UserError(
+                f"checkpoint {self.folder / str(step)} cannot be read ({_first_line(error)}); grant this account access"
+            )
+        return self._damaged(step, f"damaged ({_first_line(error)})")
 
     def _check_checksums(self, step: int, restored: Any) -> None:
         """Compare every array with its checksum at the save; checkpoints of older versions have none."""

@@ -10,11 +10,11 @@ import numpy as np
 from absl import logging
 
 from data_pipelines.loader import LoadedExample
+from data_pipelines.storage.jsonl import JsonlWriter
 from mplug2_jax.errors import UserError
 from mplug2_jax.training.checkpoint.metadata import DataPosition
 from mplug2_jax.training.config import FaultConfig
 from mplug2_jax.training.telemetry.events import EventLog, read_events
-from mplug2_jax.training.telemetry.jsonl import JsonlWriter
 
 LocalRows = Sequence[tuple[str, LoadedExample]]
 """The rows of a step's batches that this process loaded, each with its stream."""

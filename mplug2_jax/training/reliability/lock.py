@@ -1,8 +1,8 @@
 """One run at a time per work directory: a lock file that its holder renews.
 
-It only needs a file system that can create a new file exclusively, replace a file and read it, so a shared file system
-works; clocks are not compared. A dead holder is recognized by its process, if that is visible from here, or by a lock
-that is not renewed.
+It only needs storage that can create a new file exclusively, replace a file and read it, so a shared file system and an
+object store work; clocks are not compared. A dead holder is recognized by its process, if that is visible from here, or
+by a lock that is not renewed.
 """
 
 import contextlib
@@ -19,7 +19,9 @@ from pathlib import Path
 
 from absl import logging
 
-from data_pipelines.sources.files import write_atomically
+from data_pipelines.errors import StorageUnavailableError
+from data_pipelines.storage.file_system import file_system, write_atomically
+from data_pipelines.storage.paths import RemotePath
 from mplug2_jax.config import build
 from mplug2_jax.errors import UserError
 from mplug2_jax.parallel.processes import allgather_objects, is_primary_process
@@ -76,7 +78,8 @@ def lock_workdir(path: Path) -> Iterator["WorkDirLock"]:
         except UserError as error:
             problem = str(error)
         except OSError as error:
-            problem = f"--workdir {path.parent} cannot be used: {error.filename}: {error.strerror}; choose another"
+            where = "" if isinstance(path, RemotePath) else f"{error.filename}: "
+            problem = f"--workdir {path.parent} cannot be used: {where}{error.strerror}; choose another"
     if problem := allgather_objects(problem)[0]:
         raise UserError(problem)
     try:
@@ -100,7 +103,8 @@ class WorkDirLock:
     ) -> None:
         self._path, self._renew_seconds, self._stale_seconds = path, renew_seconds, stale_seconds
         self._holder = Holder.current()
-        self._new_folders = [path for path in self._path.parents if not path.exists()]
+        # An object store has no folders.
+        self._new_folders = [p for p in self._path.parents if not isinstance(p, RemotePath) and not p.exists()]
         self._released, self._writing = threading.Event(), threading.Lock()
         self._new_holder: Holder | None = None  # the process that has taken over this lock
 
@@ -134,7 +138,7 @@ class WorkDirLock:
 
     def release(self) -> None:
         """Release the lock, and remove the folders that were created for it if they are still empty."""
-        with self._writing, contextlib.suppress(OSError):
+        with self._writing, contextlib.suppress(OSError, StorageUnavailableError):
             self._released.set()
             _, holder = _read(self._path)
             if holder is not None and holder.id == self._holder.id:
@@ -142,12 +146,8 @@ class WorkDirLock:
         self._remove_new_folders()
 
     def _create(self) -> bool:
-        try:
-            with self._path.open("xb") as file:
-                file.write(self._to_bytes())
-        except FileExistsError:
-            return False
-        return True
+        system, plain = file_system(str(self._path))
+        return system.create(plain, self._to_bytes())
 
     def _take_over(self) -> None:
         """Wait until the holder proves to be alive, which is an error, or dead."""
@@ -185,7 +185,8 @@ class WorkDirLock:
 
     def _renew(self) -> None:
         while not self._released.wait(self._renew_seconds):
-            with self._writing, contextlib.suppress(OSError):  # a full disk; the next renewal may succeed
+            # A full disk or an outage; the next renewal may succeed.
+            with self._writing, contextlib.suppress(OSError, StorageUnavailableError):
                 _, holder = _read(self._path)
                 if holder is not None and holder.id != self._holder.id:
                     self._new_holder = holder
@@ -206,8 +207,7 @@ class WorkDirLock:
 def _read(path: Path) -> tuple[bytes, Holder | None]:
     """Return the contents of a lock file (empty if there is none) and its holder (None while it is being written)."""
     try:
-        with path.open("rb") as file:
-            data = file.read(2**16)
+        data = path.read_bytes()[: 2**16]
         return data, build(Holder, json.loads(data))
     except FileNotFoundError:
         return b"", None

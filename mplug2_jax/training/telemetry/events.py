@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mplug2_jax.training.telemetry.jsonl import JsonlWriter, read_jsonl
+from data_pipelines.storage.jsonl import JsonlWriter, read_jsonl
 
 _OLD_EVENTS: Mapping[str, str] = {
     "rolled back": "rolled_back", "not saved": "save_failed", "skipped": "update_skipped",

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from mplug2_jax.training.telemetry.jsonl import JsonlWriter, read_jsonl
+from data_pipelines.storage.jsonl import JsonlWriter, read_jsonl
 
 Phase = Literal["init", "compile", "step", "data_wait", "checkpoint", "evaluation", "restart", "idle"]
 """``restart``: everything that a run repeats, from restoring its checkpoint to the steps that it had done before.

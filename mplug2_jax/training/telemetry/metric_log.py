@@ -1,12 +1,11 @@
 """``metrics.jsonl`` and the files that resume like it, with TensorBoard beside it."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mplug2_jax.training.telemetry.jsonl import JsonlWriter, read_jsonl
+from data_pipelines.storage.jsonl import JsonlWriter, read_jsonl, rewrite_jsonl
 from mplug2_jax.training.telemetry.writers import MetricWriter, TensorBoardWriter
 
 
@@ -33,10 +32,7 @@ class StepJsonl:
         """Drop the lines of later steps, which will be repeated; return all lines that were there."""
         self._writer.close()
         lines = read_step_lines(self._path)
-        if self._path.exists():
-            temporary = self._path.with_suffix(".tmp")
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in lines if line["step"] <= step))
-            temporary.replace(self._path)
+        rewrite_jsonl(self._path, lambda line: isinstance(line.get("step"), int) and line["step"] <= step)
         self._writer = JsonlWriter(self._path)
         return lines
 

@@ -1,10 +1,13 @@
 """Profiler traces for TensorBoard, of the steps that the config names or of the next steps on request."""
 
+import shutil
+import tempfile
 from pathlib import Path
 
 import jax
 from absl import logging
 
+from data_pipelines.storage.paths import RemotePath, upload_folder
 from mplug2_jax.parallel.processes import is_primary_process
 from mplug2_jax.training.config import ProfileConfig
 from mplug2_jax.training.telemetry.events import EventLog
@@ -20,6 +23,8 @@ class Profiler:
         self._folder, self._request = workdir / "profiles", workdir / "profile"
         self._config, self._events = config, events
         self._last_step: int | None = None  # of the trace that is being recorded
+        self._target: Path | None = None
+        self._local: str | None = None  # where it is recorded, if not there
 
     def before_step(self, step: int) -> None:
         """Start a trace if one is due; call it before the step is dispatched."""
@@ -29,7 +34,10 @@ class Profiler:
             and (step in self._config.start_steps or self._request.exists())
         ):
             self._request.unlink(missing_ok=True)
-            jax.profiler.start_trace(str(self._folder / f"step-{step}"))
+            self._target = self._folder / f"step-{step}"
+            # The profiler writes to local disks only.
+            self._local = tempfile.mkdtemp(prefix="trace-") if isinstance(self._target, RemotePath) else None
+            jax.profiler.start_trace(self._local or str(self._target))
             self._last_step = step + self._config.num_steps - 1
 
     def after_step(self, step: int, result: object) -> None:
@@ -45,3 +53,6 @@ class Profiler:
         if self._last_step is not None:
             jax.profiler.stop_trace()
             self._last_step = None
+            if self._local and self._target:
+                upload_folder(self._local, self._target)
+                shutil.rmtree(self._local)

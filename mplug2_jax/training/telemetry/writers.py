@@ -2,12 +2,16 @@
 
 import contextlib
 import importlib
+import struct
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from data_pipelines.storage.object_log import ObjectLog
+from data_pipelines.storage.paths import RemotePath
 from mplug2_jax.errors import UserError
 
 
@@ -28,6 +32,7 @@ with _import_blocked("torch"):  # tensorboardX imports it if it can: two seconds
     from tensorboardX.event_file_writer import EventsWriter
     from tensorboardX.proto.event_pb2 import Event, SessionLog
     from tensorboardX.proto.summary_pb2 import Summary
+    from tensorboardX.record_writer import masked_crc32c
 
 
 class TensorBoardWriter:
@@ -39,8 +44,15 @@ class TensorBoardWriter:
     """
 
     def __init__(self, folder: Path, start_step: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._writer = EventsWriter(str(folder / "events"))
+        self._objects: ObjectLog | None = None
+        self._writer: Any = None
+        if isinstance(folder, RemotePath):
+            prefix = f"events.out.tfevents.{int(time.time()):010}."
+            header = _encode_record(Event(wall_time=time.time(), file_version="brain.Event:2"))
+            self._objects = ObjectLog(folder, prefix=prefix, header=header)
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._writer = EventsWriter(str(folder / "events"))
         self._add(Event(step=start_step + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -50,14 +62,27 @@ class TensorBoardWriter:
 
     def _add(self, event: Any) -> None:
         event.wall_time = time.time()
+        if self._objects is not None:
+            self._objects.append(_encode_record(event))
+            return
         with contextlib.suppress(OSError):  # metrics.jsonl has the same values, and its writer logs the failure
             self._writer.write_event(event)
             self._writer.flush()
 
     def close(self) -> None:
         """Close the file."""
+        if self._objects is not None:
+            self._objects.close()
+            return
         with contextlib.suppress(OSError):
             self._writer.close()
+
+
+def _encode_record(event: Any) -> bytes:
+    """Return an event as a record of an event file (TensorFlow's TFRecord)."""
+    data = event.SerializeToString()
+    length = struct.pack("<Q", len(data))
+    return b"".join([length, struct.pack("<I", masked_crc32c(length)), data, struct.pack("<I", masked_crc32c(data))])
 
 
 class WandbWriter:
@@ -77,7 +102,12 @@ class WandbWriter:
             ) from error
         name = workdir.resolve().name
         self._run = wandb.init(
-            project=project, name=name, id=name, resume="allow", dir=str(workdir), config=dict(config)
+            project=project,
+            name=name,
+            id=name,
+            resume="allow",
+            config=dict(config),
+            dir=tempfile.mkdtemp(prefix="wandb-") if isinstance(workdir, RemotePath) else str(workdir),
         )
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from data_pipelines.storage.jsonl import read_jsonl
 from mplug2_jax.config import build, to_dict
 from mplug2_jax.errors import UserError
 from mplug2_jax.inference.replay import replay_step
@@ -26,7 +27,6 @@ from mplug2_jax.training.reliability.sdc_check import CorruptionError, check_sam
 from mplug2_jax.training.state import make_run_spec
 from mplug2_jax.training.step import make_step
 from mplug2_jax.training.telemetry.events import EventLog, read_events
-from mplug2_jax.training.telemetry.jsonl import read_jsonl
 from mplug2_jax.training.telemetry.metric_log import read_train_metrics
 from mplug2_jax.training.workdir import WorkDir
 from tests.close import assert_close

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from mplug2_jax.training.telemetry import jsonl
+from data_pipelines.storage import jsonl
+from data_pipelines.storage.jsonl import JsonlWriter, iterate_jsonl, read_jsonl
 from mplug2_jax.training.telemetry.events import EventLog, read_events
-from mplug2_jax.training.telemetry.jsonl import JsonlWriter, iterate_jsonl, read_jsonl
 
 
 def test_a_cut_line_is_left_behind(tmp_path: Path) -> None:

@@ -1,12 +1,20 @@
-"""JSON-lines files: a reader that skips damaged lines, and a writer that survives a full disk."""
+"""JSON-lines files: a reader that skips damaged lines, and a writer that survives a full disk.
+
+In an object store ``NAME.jsonl`` is a folder of objects, see :mod:`data_pipelines.storage.object_log`;
+and in a copy of it on a disk.
+"""
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from absl import logging
+
+from data_pipelines.storage.file_system import write_atomically
+from data_pipelines.storage.object_log import ObjectLog
+from data_pipelines.storage.paths import RemotePath
 
 _MAX_PENDING = 2**20
 
@@ -22,25 +30,39 @@ def iterate_jsonl(path: Path, *, max_line: int = -1, max_bytes: int | None = Non
         max_line: bytes after which a line is cut; -1 for no limit.
         max_bytes: stop after the first line that ends behind this many bytes; None for no limit.
     """
-    if not path.is_file():
-        return
-    with path.open("rb") as file:
-        while text := file.readline(max_line):
-            if max_bytes is not None and file.tell() > max_bytes:
-                return
-            try:
-                line = json.loads(text)
-            except (ValueError, RecursionError):
-                line = None
-            if isinstance(line, dict):
-                yield line
-            elif text.endswith(b"\n") and text.strip():
-                yield None
+    for name in log_files(path):
+        with name.open("rb") as file:
+            while text := file.readline(max_line):
+                if max_bytes is not None and file.tell() > max_bytes:
+                    return
+                try:
+                    line = json.loads(text)
+                except (ValueError, RecursionError):
+                    line = None
+                if isinstance(line, dict):
+                    yield line
+                elif text.endswith(b"\n") and text.strip():
+                    yield None
+
+
+def log_files(path: Path) -> list[Path]:
+    """Return the files that a log consists of, in order: itself, or those of its folder."""
+    files = [path] if path.is_file() else []
+    return files + sorted(path.glob(f"*{path.suffix}")) if isinstance(path, RemotePath) or path.is_dir() else files
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Return the objects of all undamaged lines."""
     return [line for line in iterate_jsonl(path) if line is not None]
+
+
+def rewrite_jsonl(path: Path, keep: Callable[[Mapping[str, Any]], bool]) -> None:
+    """Drop damaged lines and those that are not to be kept, file by file, so that no line is ever there twice."""
+    for file in log_files(path):
+        before = file.read_bytes()
+        after = b"".join(json.dumps(line).encode() + b"\n" for line in read_jsonl(file) if keep(line))
+        if after != before:
+            write_atomically(str(file), after)
 
 
 class JsonlWriter:
@@ -51,13 +73,19 @@ class JsonlWriter:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        is_folder = isinstance(path, RemotePath) or path.is_dir()
+        self._objects = ObjectLog(path, path.suffix) if is_folder else None
         self._failing = False
         self._pending = b""
         self._file: int | None = None
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Write one line; a failure is logged as a warning, once until a write succeeds again."""
-        self._pending += json.dumps(line).encode() + b"\n"
+        data = json.dumps(line).encode() + b"\n"
+        if self._objects is not None:
+            self._objects.append(data)
+            return
+        self._pending += data
         try:
             if self._file is None:
                 self._file = self._open()
@@ -80,6 +108,8 @@ class JsonlWriter:
         return file
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file. Raises StorageUnavailableError or OSError if an object store does not take the last lines."""
+        if self._objects is not None:
+            self._objects.close()
         if self._file is not None:
             os.close(self._file)

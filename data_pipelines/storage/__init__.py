@@ -1,0 +1,1 @@
+"""Paths and their files, local or in an object store: one layer, with retries and two kinds of errors."""

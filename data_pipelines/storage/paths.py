@@ -1,0 +1,249 @@
+"""Paths: local ones are :class:`pathlib.Path`; a URL (``gs://``, ``s3://``) is a :class:`RemotePath` with its methods.
+
+An object store has no folders, no append and no rename: a file is complete when it is there.
+"""
+
+import datetime
+import errno
+import io
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path, PosixPath
+from typing import Any
+
+from etils import epath
+from etils.epath import backend, stat_utils
+from etils.epath.gpath import PosixGPath
+
+from data_pipelines.errors import DataError
+from data_pipelines.storage.file_system import BLOCK, SCHEMES, FileSystem, check_installed, file_system
+
+_URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):/+(?P<rest>.*)", re.DOTALL)
+
+
+def to_path(text: str | os.PathLike[str]) -> Path:
+    """Return the path of a file or folder that a user named, local or a URL; both have the methods of ``Path``.
+
+    Raises:
+        DataError: a URL of a scheme that cannot be written, without a bucket, or whose package is not installed.
+    """
+    name = os.fspath(text)
+    match = _URL.match(name)
+    if not match:
+        return Path(name)
+    scheme, rest = match["scheme"].lower(), match["rest"]
+    if scheme == "file":
+        return Path(f"/{rest}")
+    if scheme not in SCHEMES:
+        raise DataError(
+            f"{name}: expected a path on this machine, {' or '.join(f'{s}://BUCKET/PATH' for s in SCHEMES)}"
+        )
+    if not rest.startswith(rest.lstrip("/")) or not rest.strip("/") or f"{scheme}://{rest}" != name:
+        raise DataError(f"{name}: expected {scheme}://BUCKET/PATH")
+    if ".." in rest.split("/"):
+        raise DataError(f"{name}: an object store has no '..'; write the whole path")
+    check_installed(name, scheme)
+    return epath.Path(name)
+
+
+class _Upload(io.FileIO):
+    """A file that is written on this machine, and uploaded when it is closed, unless an exception ended its context."""
+
+    def __init__(self, system: FileSystem, path: str, *, new: bool) -> None:
+        descriptor, self._local = tempfile.mkstemp(prefix="mplug2-upload-")
+        super().__init__(descriptor, "wb")
+        self._system, self._path, self._new, self._pending = system, path, new, True
+
+    def abort(self) -> None:
+        """Close without uploading."""
+        self._pending = False
+
+    def close(self) -> None:
+        """Upload the file. Raises FileExistsError if it had to be new and is not."""
+        if self.closed:
+            return
+        super().close()
+        try:
+            if self._pending:
+                self._system.upload(self._local, self._path, new=self._new)
+        finally:
+            self._pending = False
+            os.unlink(self._local)
+
+    def __exit__(self, kind: Any, *error: object) -> None:
+        if kind:
+            self.abort()
+        self.close()
+
+    def __del__(self) -> None:  # what was not closed is not complete
+        self.abort()
+        self.close()
+
+
+class _TextUpload(io.TextIOWrapper):
+    """An upload of text."""
+
+    def __exit__(self, kind: Any, *error: object) -> None:
+        if kind:
+            self.buffer.abort()  # type: ignore[attr-defined]
+        self.close()
+
+
+class RemoteStat(stat_utils.StatResult):
+    """What is known of a remote file, also by the names of :class:`os.stat_result`."""
+
+    @property
+    def st_size(self) -> int:
+        """Return the size in bytes."""
+        return self.length
+
+    @property
+    def st_mtime(self) -> float:
+        """Return when the file was written, in Unix seconds."""
+        return self.mtime
+
+
+class _Backend(backend.Backend):
+    """The operations of :class:`RemotePath`. Folders need not be created: they exist while files are in them."""
+
+    def open(self, path: Any, mode: str) -> Any:
+        system, plain = file_system(os.fspath(path))
+        binary, kind = "b" in mode, mode.replace("b", "").replace("t", "")
+        if kind == "r":
+            file = system.open(plain)
+            return file if binary else io.TextIOWrapper(file, encoding="utf-8")
+        upload = _Upload(system, plain, new=kind == "x")
+        return upload if binary else _TextUpload(upload, encoding="utf-8")
+
+    def exists(self, path: Any) -> bool:
+        system, plain = file_system(os.fspath(path))
+        return system.exists(plain)
+
+    def isdir(self, path: Any) -> bool:
+        system, plain = file_system(os.fspath(path))
+        return system.isdir(plain)
+
+    def listdir(self, path: Any) -> list[str]:
+        system, plain = file_system(os.fspath(path))
+        return [name.rpartition("/")[2] for name in system.ls(plain)]
+
+    def glob(self, path: Any) -> list[str]:
+        system, plain = file_system(os.fspath(path))
+        return [system.url(name) for name in system.glob(plain)]
+
+    def walk(self, path: Any, *, top_down: bool = True, on_error: Any = None) -> Iterator[Any]:
+        raise NotImplementedError
+
+    def makedirs(self, path: Any, *, exist_ok: bool = False, mode: int | None = None) -> None:
+        self.mkdir(path, exist_ok=exist_ok)
+
+    def mkdir(self, path: Any, *, exist_ok: bool = False, mode: int | None = None) -> None:
+        if not exist_ok and self.exists(path):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), os.fspath(path))
+
+    def rmtree(self, path: Any) -> None:
+        system, plain = file_system(os.fspath(path))
+        system.rm_tree(plain)
+
+    def remove(self, path: Any) -> None:
+        system, plain = file_system(os.fspath(path))
+        system.rm_file(plain)
+
+    def rename(self, path: Any, dst: Any) -> None:
+        """Copy all files, then delete the originals: if this ends halfway, nothing is lost."""
+        system, source = file_system(os.fspath(path))
+        _, target = file_system(os.fspath(dst))
+        if system.exists(target):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), os.fspath(dst))
+        files = [source] if system.isfile(source) else system.find(source)
+        for name in files:
+            system.copy(name, target + name.removeprefix(source))
+        for name in files:
+            system.rm_file(name)
+
+    def replace(self, path: Any, dst: Any) -> None:
+        system, source = file_system(os.fspath(path))
+        system.copy(source, file_system(os.fspath(dst))[1])
+        system.rm_file(source)
+
+    def copy(self, path: Any, dst: Any, overwrite: bool) -> None:
+        with self.open(path, "rb") as source, epath.Path(dst).open("wb") as target:
+            shutil.copyfileobj(source, target, BLOCK)
+
+    def stat(self, path: Any) -> RemoteStat:
+        system, plain = file_system(os.fspath(path))
+        info = system.info(plain)
+        modified = info.get("mtime") or info.get("LastModified") or 0.0
+        seconds = modified.timestamp() if isinstance(modified, datetime.datetime) else float(modified)
+        return RemoteStat(is_directory=info["type"] == "directory", length=int(info.get("size") or 0), mtime=seconds)
+
+
+_BACKEND = _Backend()
+
+
+@epath.register_path_cls([f"{scheme}://" for scheme in SCHEMES])
+class RemotePath(PosixGPath, PosixPath):
+    """A path in an object store, with the methods of :class:`pathlib.Path`. Libraries that use epath get it, too."""
+
+    @property
+    def _backend(self) -> backend.Backend:
+        return _BACKEND
+
+    def open(self, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        """Open a file. It is written when it is closed; appending is impossible."""
+        if mode.strip("bt") not in ("r", "w", "x"):
+            raise io.UnsupportedOperation(f"mode {mode!r} of {self}: an object store cannot append to a file")
+        return _BACKEND.open(self, mode)
+
+    def read_text(self, encoding: str | None = None, errors: str | None = None) -> str:
+        """Return the text of a file in UTF-8."""
+        return self.read_bytes().decode("utf-8", errors or "strict")
+
+    def read_bytes(self) -> bytes:
+        """Return the bytes of a file, by one request."""
+        system, plain = file_system(str(self))
+        return system.cat_file(plain)
+
+    def write_text(
+        self, data: str, encoding: str | None = None, errors: str | None = None, newline: str | None = None
+    ) -> int:
+        """Write a text in UTF-8, with the line ends that it has."""
+        self.write_bytes(data.encode("utf-8", errors or "strict"))
+        return len(data)
+
+    def write_bytes(self, data: Any) -> int:
+        """Write a file, by one request."""
+        system, plain = file_system(str(self))
+        system.write(plain, bytes(data))
+        return len(data)
+
+    def is_file(self) -> bool:
+        """Return whether there is a file."""
+        system, plain = file_system(str(self))
+        return system.isfile(plain)
+
+    def is_symlink(self) -> bool:
+        """Return False: an object store has no links."""
+        return False
+
+    def resolve(self, strict: bool = False) -> "RemotePath":
+        """Return the path itself, which is absolute."""
+        return self
+
+    absolute = expanduser = resolve
+
+    def rmdir(self) -> None:
+        """Do nothing for an empty folder, which does not exist. Raises OSError if it has files."""
+        if self.exists():
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(self))
+
+
+def upload_folder(local: str, target: Path) -> None:
+    """Copy all files below a local folder to a path."""
+    system, plain = file_system(str(target))
+    for file in sorted(Path(local).rglob("*")):
+        if file.is_file():
+            system.upload(str(file), f"{plain}/{file.relative_to(local).as_posix()}")

@@ -1,0 +1,198 @@
+"""Requests to storage, repeated while their errors are transient; and which errors are.
+
+Transient are faults of a network or a server: 503, a timeout, a reset connection, a stale handle, an expired token. A
+request that fails for longer than :func:`retry_limit` raises :class:`StorageUnavailableError`, which no handler of
+damaged data catches; everything else is an ``OSError`` with a file name.
+"""
+
+import contextlib
+import errno
+import functools
+import os
+import random
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from absl import logging
+
+from data_pipelines.errors import DataError, StorageUnavailableError
+
+T = TypeVar("T")
+
+DEFAULT_RETRY_SECONDS = 600.0
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 20.0
+_WARN_SECONDS = 10.0
+"""A request that has failed for this long is logged."""
+_TRANSIENT_ERRNOS = frozenset(
+    getattr(errno, name)
+    for name in (
+        "EAGAIN", "ECONNABORTED", "ECONNREFUSED", "ECONNRESET", "EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN",
+        "ENETRESET", "ENETUNREACH", "ENOTCONN", "EPIPE", "EREMOTEIO", "ESTALE", "ETIMEDOUT",
+    )
+    if hasattr(errno, name)
+)  # fmt: skip
+_TRANSIENT_TYPES = (
+    ("aiohttp.", "ClientError"), ("requests.", "ConnectionError"), ("requests.", "Timeout"),
+    ("requests.", "ChunkedEncodingError"), ("urllib3.", "HTTPError"), ("google.auth.", "TransportError"),
+    ("google.auth.", "RefreshError"), ("botocore.", "HTTPClientError"), ("gcsfs.", "ChecksumError"),
+    ("fsspec.", "FSTimeoutError"),
+)  # fmt: skip
+"""Modules and classes of errors of a network, compared by name: importing them all would take a second."""
+_TRANSIENT_STATUS = frozenset({408, 429, *range(500, 505)})
+_TRANSIENT_TEXT = re.compile(
+    r"\b(UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|ABORTED)\b|CURL error|[rR]ateLimitExceeded"
+)
+"""In errors of tensorstore, which have no type of their own."""
+_PERMANENT_TEXT = re.compile(r"invalid_grant|invalid_client|Reauthentication is needed", re.IGNORECASE)
+_DENIED_TEXT = re.compile(r"\b(PERMISSION_DENIED|UNAUTHENTICATED)\b|Forbidden|Anonymous caller|Invalid Credentials")
+
+_retry_seconds = DEFAULT_RETRY_SECONDS
+
+
+def set_retry_limit(seconds: float) -> None:
+    """Set how long a request is repeated in this process while its errors are transient."""
+    global _retry_seconds
+    _retry_seconds = seconds
+
+
+def retry_limit() -> float:
+    """Return how long a request is repeated, in seconds."""
+    return _retry_seconds
+
+
+def is_url(path: str | os.PathLike[str]) -> bool:
+    """Return whether a path is a URL, on another file system than this machine's."""
+    return "://" in os.fspath(path)
+
+
+def is_transient(error: BaseException) -> bool:
+    """Return whether an error, or one that caused it, is a fault of a network or a server that may pass by itself."""
+    if isinstance(error, FileNotFoundError | FileExistsError | PermissionError | DataError):
+        return False
+    seen: list[BaseException] = []
+    pending: list[BaseException | None] = [error]
+    while pending:
+        current = pending.pop()
+        if current is None or current in seen:
+            continue
+        seen.append(current)
+        if isinstance(current, StorageUnavailableError) or _is_transient(current):
+            return True
+        pending += [current.__cause__, current.__context__]
+        if isinstance(current, BaseExceptionGroup):
+            pending += current.exceptions
+    return False
+
+
+def _is_transient(error: BaseException) -> bool:
+    if isinstance(error, ConnectionError | TimeoutError):
+        return True
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in _TRANSIENT_ERRNOS
+    text = str(error)
+    if _PERMANENT_TEXT.search(text):
+        return False
+    code = getattr(error, "code", None) or getattr(error, "status", None)
+    if code == 401 and "Invalid Credentials" in text:  # an expired token; gcsfs fetches a new one
+        return True
+    if isinstance(code, int | str) and str(code).isdigit():
+        return int(code) in _TRANSIENT_STATUS
+    if any(
+        base.__module__.startswith(module) and base.__name__ == name
+        for base in type(error).__mro__
+        for module, name in _TRANSIENT_TYPES
+    ):
+        return True
+    return bool(_TRANSIENT_TEXT.search(text))
+
+
+def _is_network_mount_error(error: Exception, path: str) -> bool:
+    """Return whether an error is that of a mount whose server failed; on a local disk it is damage."""
+    return (
+        isinstance(error, OSError) and error.errno == errno.EIO and not is_url(path)
+        and _is_on_network(os.path.dirname(path))
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_on_network(folder: str) -> bool:
+    """Return whether a local folder is a mount of a network or of a program, as gcsfuse (Linux)."""
+    kinds = {"/": ""}
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/mounts").read_text(errors="replace").splitlines():
+            _, mount, kind, *_ = line.split(" ")
+            kinds[mount] = kind
+    path = Path(os.path.realpath(folder))
+    kind = next((kinds[str(parent)] for parent in (path, *path.parents) if str(parent) in kinds), "")
+    return kind.startswith(("fuse", "nfs", "cifs", "smb", "9p", "lustre", "beegfs", "ceph", "glusterfs", "gpfs"))
+
+
+def is_access_error(error: BaseException) -> bool:
+    """Return whether an error says that a file may not be read or written, and so nothing about its contents."""
+    return isinstance(error, PermissionError) or bool(_DENIED_TEXT.search(str(error)))
+
+
+def retry(operation: Callable[[], T], path: str) -> T:
+    """Return the result of an operation, repeated while it fails with transient errors.
+
+    Args:
+        operation: without effect if it fails, or one that may be repeated.
+        path: that it reads or writes, for messages.
+
+    Raises:
+        StorageUnavailableError: it failed for longer than the limit.
+        OSError: any other failure, with the path and the reason.
+    """
+    start, pause, warned = time.monotonic(), _FIRST_PAUSE, False
+    while True:
+        try:
+            return operation()
+        except StorageUnavailableError:
+            raise
+        except Exception as error:
+            if not (is_transient(error) or _is_network_mount_error(error, path)):
+                problem = _os_error(error, path)
+                if problem is error:
+                    raise
+                raise problem from error
+            elapsed, limit = time.monotonic() - start, _retry_seconds
+            if elapsed + pause > limit:
+                raise StorageUnavailableError(
+                    f"{path} has been unavailable for {elapsed:.0f} s ({_reason(error)}); start again later"
+                ) from error
+            if elapsed >= _WARN_SECONDS and not warned:
+                logging.warning("%s is unavailable (%s); retrying for up to %g s", path, _reason(error), limit)
+                warned = True
+        time.sleep(pause * random.uniform(0.5, 1))
+        pause = min(2 * pause, _LONGEST_PAUSE)
+
+
+def _os_error(error: Exception, path: str) -> Exception:
+    """Return an error as an OSError with a file name; what is no fault of storage stays as it is."""
+    is_storage_error = isinstance(error, OSError | ValueError | RuntimeError | ImportError)
+    if isinstance(error, DataError) or (type(error).__module__ == "builtins" and not is_storage_error):
+        return error
+    if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
+        return error
+    if isinstance(error, ImportError):
+        return DataError(f"{path} cannot be opened: {error}")
+    if isinstance(error, FileNotFoundError | FileExistsError | IsADirectoryError | NotADirectoryError):
+        number = {FileNotFoundError: errno.ENOENT, FileExistsError: errno.EEXIST}.get(type(error), error.errno)
+        return type(error)(number, os.strerror(number) if number else str(error), path)
+    if is_access_error(error):
+        no_login = "Anonymous caller" in str(error) or "Invalid Credentials" in str(error)
+        hint = "no valid credentials; log in, as with gcloud auth application-default login" if no_login else (
+            "permission denied; grant this account access"
+        )  # fmt: skip
+        return PermissionError(errno.EACCES, hint, path)
+    number = error.errno if isinstance(error, OSError) and error.errno else errno.EIO
+    return OSError(number, _reason(error), path)
+
+
+def _reason(error: BaseException) -> str:
+    code = getattr(error, "code", None)
+    text = " ".join((getattr(error, "strerror", None) or str(error)).split())[:200] or type(error).__name__
+    return text if not code or str(code) in text else f"{code} {text}"
