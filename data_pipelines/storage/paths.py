@@ -24,8 +24,12 @@ from data_pipelines.storage.file_system import BLOCK, SCHEMES, FileSystem, check
 _URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):/+(?P<rest>.*)", re.DOTALL)
 
 
-def to_path(text: str | os.PathLike[str]) -> Path:
+def to_path(text: str | os.PathLike[str], *, installed: bool = True) -> Path:
     """Return the path of a file or folder that a user named, local or a URL; both have the methods of ``Path``.
+
+    Args:
+        text: the path or URL.
+        installed: whether the package that serves a URL must be installed; not if only its text is used.
 
     Raises:
         DataError: a URL of a scheme that cannot be written, without a bucket, or whose package is not installed.
@@ -45,7 +49,8 @@ def to_path(text: str | os.PathLike[str]) -> Path:
         raise DataError(f"{name}: expected {scheme}://BUCKET/PATH")
     if ".." in rest.split("/"):
         raise DataError(f"{name}: an object store has no '..'; write the whole path")
-    check_installed(name, scheme)
+    if installed:
+        check_installed(name, scheme)
     return epath.Path(name)
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from mplug2_jax.launch.job import Job, Submission
 
 MULTIPROCESS_COMMANDS = ("train", "eval", "embed")
+_MOUNT_HELP = "gs://BUCKET or gs://BUCKET/FOLDER to mount read-only at /gcs (default: none; gs:// paths need no mount)"
 
 
 def add_parser(commands: Any) -> None:
@@ -83,6 +84,7 @@ def _add_gke(group: Any) -> None:
         "(default: the namespace's)",
     )  # fmt: skip
     gke.add_argument("--spot", action="store_true", help="use spot (preemptible) machines")
+    gke.add_argument("--mount", help=_MOUNT_HELP)
     gke.add_argument("--cluster", default="CLUSTER", help="name of the cluster, for xpk")
 
 
@@ -100,6 +102,7 @@ def _add_tpu_vm(group: Any) -> None:
     tpu_vm.add_argument("--zone", required=True, help="Google Cloud zone")
     tpu_vm.add_argument("--project", help="Google Cloud project (default: gcloud's)")
     tpu_vm.add_argument("--runtime-version", help="TPU runtime version (default: by chip)")
+    tpu_vm.add_argument("--mount", help=_MOUNT_HELP)
     provisioning = tpu_vm.add_mutually_exclusive_group()
     provisioning.add_argument("--spot", action="store_true", help="use spot (preemptible) machines")
     provisioning.add_argument("--reserved", action="store_true", help="use a reservation")
@@ -111,10 +114,10 @@ def _add_job_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", help="without --plan: recipe, as for mplug2 train")
     parser.add_argument("--topology", help="without --plan: topology, as v5p:8x8x8 or h100:64")
     parser.add_argument("--slices", type=int, help="without --plan: number of slices (default: 1)")
-    parser.add_argument("--workdir", required=True, help="folder of the run; resumes if it exists")
+    parser.add_argument("--workdir", required=True, help="folder of the run, also gs://; resumes if it exists")
     parser.add_argument("--name", help="name of the job (default: the last part of --workdir)")
     parser.add_argument(
-        "--grace-period", type=int, default=120, help="seconds from SIGTERM to SIGKILL, to save (default: 120)"
+        "--grace-period", type=int, help="seconds from SIGTERM to SIGKILL, to save (default: 120; for spot pods: 15)"
     )
     parser.add_argument("--grace", dest="grace_period", type=int, help=argparse.SUPPRESS, default=argparse.SUPPRESS)
     parser.add_argument("--max-restarts", type=int, default=100, help="restarts after failures (default: 100)")
@@ -159,13 +162,14 @@ def run_slurm(args: argparse.Namespace) -> int:
 
 def run_gke(args: argparse.Namespace) -> int:
     """Print or apply the JobSet."""
-    from mplug2_jax.launch.gke import GkeOptions, render_gke
+    from mplug2_jax.launch.gke import SPOT_GRACE_PERIOD, GkeOptions, render_gke
 
     options = GkeOptions(
         image=args.image, queue=args.queue, namespace=args.namespace, service_account=args.service_account,
-        spot=args.spot, cluster=args.cluster,
+        spot=args.spot, mount=args.mount, cluster=args.cluster,
     )  # fmt: skip
-    return _print_or_submit(render_gke(_make_job(args), options), args)
+    job = _make_job(args, SPOT_GRACE_PERIOD if args.spot else None)
+    return _print_or_submit(render_gke(job, options), args)
 
 
 def run_tpu_vm(args: argparse.Namespace) -> int:
@@ -174,19 +178,20 @@ def run_tpu_vm(args: argparse.Namespace) -> int:
 
     options = TpuVmOptions(
         image=args.image, zone=args.zone, project=args.project, runtime=args.runtime_version, spot=args.spot,
-        reserved=args.reserved,
+        reserved=args.reserved, mount=args.mount,
     )  # fmt: skip
     return _print_or_submit(render_tpu_vm(_make_job(args), options), args)
 
 
-def _make_job(args: argparse.Namespace) -> "Job":
+def _make_job(args: argparse.Namespace, default_grace_period: int | None = None) -> "Job":
     from mplug2_jax.launch.job import make_job, resolve_plan
 
     plan = resolve_plan(
         plan=args.plan, config=args.config, overrides=args.overrides, topology=args.topology, slices=args.slices
     )
+    grace_period = default_grace_period if args.grace_period is None else args.grace_period
     return make_job(
-        plan, workdir=args.workdir, name=args.name, grace_period=args.grace_period, max_restarts=args.max_restarts
+        plan, workdir=args.workdir, name=args.name, grace_period=grace_period, max_restarts=args.max_restarts
     )
 
 

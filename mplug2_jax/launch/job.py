@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import dataclasses
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,20 +11,21 @@ from typing import NamedTuple
 
 from data_pipelines.errors import DataError
 from data_pipelines.sources.files import find_files
+from data_pipelines.storage.paths import RemotePath, to_path
 from mplug2_jax.config import build, find_recipe, load_recipe, shipped_recipes
 from mplug2_jax.errors import UserError, check_range
 from mplug2_jax.parallel.accelerators import Topology, parse_topology
 from mplug2_jax.planning.plan_file import PlanFile, read_plan
 from mplug2_jax.training.config import RunConfig
 
+GRACE_PERIOD = 120
+"""Seconds from SIGTERM to SIGKILL, by default."""
 MOUNT = "/gcs"
-"""Mount point of the bucket, in containers."""
+"""Mount point of a bucket, in containers."""
 RECIPES = "/recipes"
 """Mount point of a bundled recipe, in containers."""
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")
-_BUCKET = re.compile(r"gs://(?P<bucket>[a-z0-9][-._a-z0-9]{1,220}[a-z0-9])/(?P<path>[^/].*)", re.DOTALL)
-
-
+_BUCKET = re.compile(r"[a-z0-9]([-_.a-z0-9]*[a-z0-9])?")
 _MAX_RECIPE_BYTES = 2**16
 
 
@@ -44,15 +46,16 @@ class Job:
     topology: Topology
     workdir: str
     name: str
-    grace_period: int = 120  # seconds from SIGTERM to SIGKILL, to save and exit
+    grace_period: int = GRACE_PERIOD  # seconds from SIGTERM to SIGKILL, to save and exit
     max_restarts: int = 100
     recipe: BundledRecipe | None = None  # None: a shipped one
     input_paths: Mapping[str, str] = dataclasses.field(default_factory=dict)  # the config field by path
+    data_folder: str = ""  # $MPLUG2_DATA, if inputs are in it
 
-    def command(self, workdir: str = "", recipe_path: str = "") -> list[str]:
-        """Return the training command, with the paths of the work directory and a bundled recipe on the machines."""
+    def command(self, recipe_path: str = "") -> list[str]:
+        """Return the training command, with the path of a bundled recipe on the machines."""
         config = f"{recipe_path}{self.recipe.arg}" if self.recipe else self.config
-        return ["mplug2", "train", "--config", config, "--workdir", workdir or self.workdir, *self.overrides]
+        return ["mplug2", "train", "--config", config, "--workdir", self.workdir, *self.overrides]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,8 +91,8 @@ def resolve_plan(
     return dataclasses.replace(plan_file, overrides=(*plan_file.overrides, *overrides))
 
 
-def make_job(plan: PlanFile, *, workdir: str, name: str | None, grace_period: int, max_restarts: int) -> Job:
-    """Validate a config, its mesh and the name of its job.
+def make_job(plan: PlanFile, *, workdir: str, name: str | None, grace_period: int | None, max_restarts: int) -> Job:
+    """Validate a config, its mesh and the name of its job. ``grace_period`` None is the default.
 
     Raises:
         UserError: the config is invalid, the mesh does not fit the topology, or schedulers do not accept the name.
@@ -98,6 +101,7 @@ def make_job(plan: PlanFile, *, workdir: str, name: str | None, grace_period: in
     from mplug2_jax.parallel.mesh import abstract_mesh
 
     topology = parse_topology(plan.topology, plan.slices)
+    grace_period = GRACE_PERIOD if grace_period is None else grace_period
     check_range("--grace-period", grace_period, 1, 3600)
     check_range("--max-restarts", max_restarts, 0)
     run_config = build(RunConfig, load_recipe(plan.config, plan.overrides))
@@ -108,10 +112,11 @@ def make_job(plan: PlanFile, *, workdir: str, name: str | None, grace_period: in
             f"config.mesh.replica={replicas} on {topology}: only the replica axis may cross slices; add "
             f"--config.mesh.replica={topology.slices}"
         )
+    input_paths, data_folder = find_input_paths(run_config), os.environ.get("MPLUG2_DATA", "")
     return Job(
-        config=config, recipe=recipe, input_paths=find_input_paths(run_config), overrides=tuple(plan.overrides),
-        topology=topology, workdir=workdir, name=_job_name(name, workdir), grace_period=grace_period,
-        max_restarts=max_restarts,
+        config=config, recipe=recipe, input_paths=input_paths, overrides=tuple(plan.overrides), topology=topology,
+        workdir=workdir, name=_job_name(name, workdir), grace_period=grace_period, max_restarts=max_restarts,
+        data_folder=data_folder if any(path.startswith(data_folder) for path in input_paths) else "",
     )  # fmt: skip
 
 
@@ -195,19 +200,20 @@ def find_input_paths(config: RunConfig) -> dict[str, str]:
     return fields
 
 
-def describe_input_paths(job: Job, mounted: str | None) -> tuple[str, ...]:
+def describe_input_paths(job: Job, mounted: Sequence[str] | None) -> tuple[str, ...]:
     """Return a note about each path that the job reads and that may be missing on its machines.
 
     Args:
         job: the job.
-        mounted: the folder that is mounted in the containers; None: the job runs with the paths of this machine.
+        mounted: the folders that are mounted in the containers; None: the job runs with the paths of this machine.
     """
     notes = []
     for path, field in job.input_paths.items():
-        if "://" in path or (mounted and Path(path).is_relative_to(mounted)):
-            note = "not checked: it is not visible from this machine"
-        elif mounted:
-            note = f"not in the containers, which have only {mounted} and the image; move it there, or use a URL"
+        if "://" in path or any(Path(path).is_relative_to(folder) for folder in mounted or ()):
+            note = "not checked here; the machines must be able to read it"
+        elif mounted is not None:
+            only = " and ".join([*mounted, "the image"])
+            note = f"not in the containers, which have only {only}; move it to a bucket, and give its gs:// path"
         elif not _exists(path):
             note = "missing on this machine; the nodes must have it"
         else:
@@ -223,24 +229,69 @@ def _exists(path: str) -> bool:
     return False
 
 
-@dataclasses.dataclass(frozen=True)
-class Bucket:
-    """A work directory in a bucket."""
+class Bucket(NamedTuple):
+    """A bucket, and a folder in it; empty: all of it."""
 
     name: str
-    path: str
-
-    @property
-    def workdir(self) -> str:
-        """Return its path in containers."""
-        return f"{MOUNT}/{self.path}"
+    folder: str
 
 
-def parse_bucket(job: Job) -> Bucket:
-    """Return the bucket of a job's work directory. Raises UserError if it is not in one."""
-    match = _BUCKET.fullmatch(job.workdir)
-    if not match or ".." in match["path"].split("/"):
+def parse_bucket(option: str, value: str) -> Bucket | None:
+    """Return the bucket of a URL; None for a path on a disk.
+
+    The package of the scheme need not be installed, because this machine only passes the URL on.
+
+    Raises:
+        UserError: a scheme that runs cannot write, or a name that no bucket can have.
+    """
+    try:
+        path = to_path(value, installed=False)
+    except DataError as error:
+        raise UserError(f"{option} {error}") from error
+    if not isinstance(path, RemotePath):
+        return None
+    name, _, folder = value.partition("://")[2].partition("/")
+    longest = 222 if "." in name else 63  # dots separate parts, as in the name of a host
+    if not 3 <= len(name) <= longest:
+        raise UserError(f"{option} {value}: names of buckets have 3 to {longest} characters, {name!r} has {len(name)}")
+    if not _BUCKET.fullmatch(name):
         raise UserError(
-            f"--workdir {job.workdir}: expected gs://BUCKET/FOLDER, because the machines' disks are deleted with them"
+            f"{option} {value}: names of buckets consist of a-z, 0-9, '-', '_' and '.', and begin and end with a "
+            f"letter or digit, unlike {name!r}"
         )
-    return Bucket(match["bucket"], match["path"].rstrip("/"))
+    return Bucket(name, folder.strip("/"))
+
+
+def check_workdir(workdir: str) -> Bucket | None:
+    """Check a work directory; return its bucket, or None for a folder on a disk. Raises UserError."""
+    bucket = parse_bucket("--workdir", workdir)
+    if bucket and not bucket.folder:
+        raise UserError(f"--workdir {workdir}: expected a folder in the bucket, as in {workdir.rstrip('/')}/runs/one")
+    return bucket
+
+
+def check_google_workdir(workdir: str) -> None:
+    """Check that a work directory is in a bucket of Google Cloud. Raises UserError."""
+    if check_workdir(workdir) is None or not workdir.startswith("gs://"):
+        raise UserError(
+            f"--workdir {workdir}: expected gs://BUCKET/FOLDER, which outlives the machines and which their service "
+            "account can write"
+        )
+
+
+def parse_mount(value: str | None) -> Bucket | None:
+    """Return the bucket to mount at :data:`MOUNT`, if any. Raises UserError."""
+    if value is None:
+        return None
+    bucket = parse_bucket("--mount", value)
+    if bucket is None or not value.startswith("gs://") or "," in value:  # commas separate mount options
+        raise UserError(f"--mount {value}: expected gs://BUCKET or gs://BUCKET/FOLDER, without commas")
+    return bucket
+
+
+def describe_mount(bucket: Bucket | None) -> tuple[str, ...]:
+    """Return a note that says where the files of a mounted bucket are, if any is."""
+    if bucket is None:
+        return ()
+    url = f"gs://{'/'.join(filter(None, bucket))}"
+    return (f"{url}/FILE is {MOUNT}/FILE on the machines, read-only; changes during the run are not seen",)

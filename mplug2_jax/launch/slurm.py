@@ -1,9 +1,12 @@
 """SLURM: an sbatch file with one task per host, which requeues itself."""
 
 import dataclasses
+from pathlib import Path
 
+from data_pipelines.storage.file_system import SCHEMES
+from data_pipelines.storage.paths import to_path
 from mplug2_jax.errors import PREEMPTED, USER_ERROR, UserError
-from mplug2_jax.launch.job import Job, Submission, check_option, describe_input_paths
+from mplug2_jax.launch.job import RECIPES, Job, Submission, check_option, check_workdir, describe_input_paths
 from mplug2_jax.launch.templates import render
 
 _WORD = r"[\w.,:@+-]+"
@@ -31,10 +34,6 @@ def render_slurm(job: Job, options: SlurmOptions) -> Submission:
             f"--topology {job.topology.name}: SLURM has no TPUs; use mplug2 launch gke or tpu-vm, or a number of "
             "GPUs, as in h100:64"
         )
-    if "://" in workdir:
-        raise UserError(
-            f"--workdir {workdir}: expected a folder on a shared file system, as in /shared/runs/{job.name}"
-        )
     chips_per_node = min(job.topology.chips_per_slice, chip.chips_per_host)
     if job.topology.chips_per_slice % chips_per_node:
         raise UserError(
@@ -46,10 +45,12 @@ def render_slurm(job: Job, options: SlurmOptions) -> Submission:
     check_option("--time", options.time, r"(\d+-)?\d+(:\d+){0,2}", "12:00:00")
     _check_time(options.time, job.grace_period)
     check_option("--image", options.image, r"[\w.,:@+/#-]+", "registry.example.com#team/mplug2:1")
-    parent = workdir.rstrip("/").rpartition("/")[0] or "."
-    recipe_path = f"{parent}/{job.name}.recipe.py" if job.recipe else ""
-    if ":" in recipe_path:
+    # The folder of the work directory, if it is not in a bucket: all nodes have it.
+    shared = None if check_workdir(workdir) else to_path(workdir).parent
+    recipe_file = str((shared or Path()) / f"{job.name}.recipe.py") if job.recipe else ""
+    if ":" in recipe_file:
         raise UserError(f"--workdir {workdir}: expected a path without colons, because the recipe is saved next to it")
+    recipe_mount = f"{RECIPES}/{job.name}.py" if job.recipe and options.image and not shared else ""
     cluster_options = {"partition": options.partition, "account": options.account, "time": options.time}
     gpu = chip.platform == "gpu"
     text = render(
@@ -57,15 +58,27 @@ def render_slurm(job: Job, options: SlurmOptions) -> Submission:
         name=job.name, nodes=job.topology.hosts_per_slice,
         gpus=chips_per_node if gpu else 0, cpus=0 if gpu else chips_per_node,
         options={option: value for option, value in cluster_options.items() if value is not None},
-        container=_container_options(options.image, workdir), command=job.command(recipe_path=recipe_path),
-        recipe=job.recipe.text if job.recipe else "", recipe_folder=parent, recipe_file=recipe_path,
+        container=_container_options(options.image, workdir, shared), recipe_mount=recipe_mount,
+        command=job.command(recipe_mount or recipe_file), data_folder=job.data_folder,
+        recipe=job.recipe.text if job.recipe else "", recipe_folder=shared or "", recipe_file=recipe_file,
         grace_period=job.grace_period, max_restarts=job.max_restarts, user_error=USER_ERROR, preempted=PREEMPTED,
     )  # fmt: skip
     return Submission(
         filename=f"{job.name}.sbatch",
         text=text,
         command=("sbatch",),
-        notes=describe_input_paths(job, parent if options.image else None),
+        notes=(
+            *describe_input_paths(job, None if not options.image else [str(shared)] if shared else []),
+            *([] if shared else [_describe_bucket(workdir)]),
+        ),
+    )
+
+
+def _describe_bucket(workdir: str) -> str:
+    package, remedy = SCHEMES[workdir.partition("://")[0]]
+    return (
+        f"--workdir {workdir}: the nodes need a connection to it, credentials that can write it, and {package} "
+        f"({remedy})"
     )
 
 
@@ -87,14 +100,17 @@ def _check_time(time: str | None, grace_period: int) -> None:
         )
 
 
-def _container_options(image: str | None, workdir: str) -> list[str]:
-    """Return the options of srun that run the tasks in a container with the work directory's parent mounted."""
+def _container_options(image: str | None, workdir: str, shared: Path | None) -> list[str]:
+    """Return the options of srun that run the tasks in a container, with the shared folder mounted, if any."""
     if image is None:
         return []
-    parent = workdir.rstrip("/").rpartition("/")[0]
-    if not parent.startswith("/") or "," in parent or ":" in parent:
+    options = [f"--container-image={image}"]
+    if shared is None:
+        return options
+    folder = str(shared)
+    if not folder.startswith("/") or folder == "/" or "," in folder or ":" in folder:
         raise UserError(
             f"--workdir {workdir} with --image: expected an absolute path without commas or colons, as in "
-            "/shared/runs/one"
+            "/shared/runs/one, or gs://BUCKET/FOLDER"
         )
-    return [f"--container-image={image}", f"--container-mounts={parent}:{parent}"]
+    return [*options, f"--container-mounts={folder}:{folder}"]

@@ -7,12 +7,15 @@ from mplug2_jax.launch.gke import IMAGE
 from mplug2_jax.launch.job import (
     MOUNT,
     RECIPES,
+    Bucket,
     Job,
     Submission,
+    check_google_workdir,
     check_option,
     check_tpu,
     describe_input_paths,
-    parse_bucket,
+    describe_mount,
+    parse_mount,
 )
 from mplug2_jax.launch.templates import render
 
@@ -34,6 +37,7 @@ class TpuVmOptions:
     runtime: str | None = None  # None: the chip's in RUNTIMES
     spot: bool = False
     reserved: bool = False
+    mount: str | None = None  # gs:// URL of a bucket or a folder in it
 
 
 def render_tpu_vm(job: Job, options: TpuVmOptions) -> Submission:
@@ -53,7 +57,8 @@ def render_tpu_vm(job: Job, options: TpuVmOptions) -> Submission:
     check_option("--zone", options.zone, _NAME, "us-east5-a")
     check_option("--project", options.project, _NAME, "my-project")
     check_option("--runtime-version", options.runtime, _NAME, "v2-alpha-tpuv5")
-    bucket, slices = parse_bucket(job), job.topology.slices
+    check_google_workdir(job.workdir)
+    bucket, slices = parse_mount(options.mount), job.topology.slices
     recipe_path = f"{RECIPES}/{job.recipe.name}" if job.recipe else ""
     registry = options.image.partition("/")[0]
     text = render(
@@ -69,9 +74,22 @@ def render_tpu_vm(job: Job, options: TpuVmOptions) -> Submission:
             *(["--reserved"] if options.reserved else []),
         ],
         image=options.image, registry=registry if registry.endswith((".pkg.dev", "gcr.io")) else "",
-        bucket=bucket.name, mount=MOUNT, volume=f"{MOUNT}:{MOUNT}",
-        command=job.command(bucket.workdir, recipe_path), recipe=job.recipe.text if job.recipe else "",
-        recipe_file=_RECIPE_FILE, recipe_volume=f"{_RECIPE_FILE}:{recipe_path}:ro",
+        mount=MOUNT, gcsfuse=_gcsfuse(bucket) if bucket else [],
+        docker=[
+            *(["--volume", f"{MOUNT}:{MOUNT}:ro"] if bucket else []),
+            *(["--volume", f"{_RECIPE_FILE}:{recipe_path}:ro"] if job.recipe else []),
+            *(["--env", f"MPLUG2_DATA={job.data_folder}"] if job.data_folder else []),
+            options.image,
+        ],
+        command=job.command(recipe_path), recipe=job.recipe.text if job.recipe else "", recipe_file=_RECIPE_FILE,
         grace_period=job.grace_period, max_restarts=job.max_restarts, user_error=USER_ERROR, preempted=PREEMPTED,
     )  # fmt: skip
-    return Submission(filename=f"{job.name}.sh", text=text, command=("bash",), notes=describe_input_paths(job, MOUNT))
+    notes = (*describe_input_paths(job, (MOUNT,) if bucket else ()), *describe_mount(bucket))
+    return Submission(filename=f"{job.name}.sh", text=text, command=("bash",), notes=notes)
+
+
+def _gcsfuse(bucket: Bucket) -> list[str]:
+    """Return the command of a read-only mount, whose metadata never expires."""
+    only = [f"--only-dir={bucket.folder}"] if bucket.folder else []
+    cached = ["--metadata-cache-ttl-secs=-1", "--kernel-list-cache-ttl-secs=-1"]
+    return ["gcsfuse", "-o", "ro,allow_other", "--implicit-dirs", *cached, *only, bucket.name, MOUNT]

@@ -106,6 +106,8 @@ def test_a_plan_is_launched_with_its_overrides(here: Path) -> None:
         (SLURM[:4], "the following arguments are required: --workdir"),
         (("launch", "slurm", "--workdir", "x"), "--config is missing; give --config and --topology, or --plan"),
         ((*TPU_VM, "--spot", "--reserved"), "--reserved: not allowed with argument --spot"),
+        ((*SLURM, "--workdir", "gs://b/runs/x"), "--workdir gs://b/runs/x: names of buckets have 3 to 63 characters"),
+        ((*TPU_VM, "--mount", "data"), "--mount data: expected gs://BUCKET or gs://BUCKET/FOLDER"),
     ],
 )
 def test_errors_are_one_line(here: Path, words: tuple[str, ...], message: str) -> None:
@@ -127,3 +129,10 @@ def test_the_old_name_of_the_grace_period_is_accepted(here: Path) -> None:
     assert "--grace " not in mplug2("launch", "slurm", "--help").out
     assert mplug2(*SLURM, "--grace", "50").out == mplug2(*SLURM, "--grace-period", "50").out
     assert "--signal=TERM@50" in mplug2(*SLURM, "--grace", "50").out
+
+
+def test_spot_pods_have_less_time_to_save(here: Path) -> None:
+    for words, seconds in ((GKE, 120), ((*GKE, "--spot"), 15), ((*GKE, "--spot", "--grace-period", "60"), 60)):
+        printed = mplug2(*words)
+        assert f"terminationGracePeriodSeconds: {seconds}\n" in printed.out
+        assert ("\n# --grace-period 60: GKE gives spot pods 15 seconds, unless " in printed.out) == (seconds == 60)

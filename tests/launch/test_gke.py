@@ -13,8 +13,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mplug2_jax.errors import PREEMPTED, STALLED, USER_ERROR, UserError
-from mplug2_jax.launch.gke import GkeOptions, render_gke
+from mplug2_jax.errors import PREEMPTED, STALLED, UNAVAILABLE, USER_ERROR, UserError
+from mplug2_jax.launch.gke import SPOT_GRACE_PERIOD, GkeOptions, render_gke
 from mplug2_jax.launch.job import Job
 from mplug2_jax.parallel.accelerators import CHIPS, topology_names
 from tests.launch.jobs import HOSTILE, make_job
@@ -22,7 +22,8 @@ from tests.launch.jobs import HOSTILE, make_job
 IMAGE = "europe-docker.pkg.dev/project/runs/mplug2:1"
 OPTIONS = GkeOptions(image=IMAGE)
 ALL = GkeOptions(
-    image=IMAGE, queue="training", namespace="team", service_account="trainer", spot=True, cluster="pods"
+    image=IMAGE, queue="training", namespace="team", service_account="trainer", spot=True, mount="gs://data/ours",
+    cluster="pods",
 )  # fmt: skip
 TPUS = [name for name in topology_names() if CHIPS[name.partition(":")[0]].platform == "tpu"]
 
@@ -47,7 +48,7 @@ def test_manifests_are_valid(schemas: Path, topology: str, options: GkeOptions) 
     jsonschema = pytest.importorskip("jsonschema", reason="jsonschema is not installed here: make test does it")
     schema = forbid_unknown_fields(json.loads((schemas / "jobset.v1alpha2.schema.json").read_text()))
     validator = jsonschema.Draft202012Validator(schema)
-    jobset = render(make_job(topology, 2), options)
+    jobset = render(make_job(topology, 2, grace_period=SPOT_GRACE_PERIOD), options)
     validator.validate(jobset)
     for broken in ("replicaz", "failurePolicy"):  # otherwise the schema accepts everything
         wrong = jobset | {"spec": jobset["spec"] | {broken: 3}}
@@ -81,7 +82,7 @@ def test_the_pods_of_a_slice_have_its_chips(topology: str) -> None:
 
 
 def test_options_of_the_cluster() -> None:
-    jobset = render(make_job(), ALL)
+    jobset = render(make_job(grace_period=SPOT_GRACE_PERIOD), ALL)
     assert jobset["metadata"]["labels"] == {"kueue.x-k8s.io/queue-name": "training"}
     assert (jobset["metadata"]["namespace"], pod(jobset)["serviceAccountName"]) == ("team", "trainer")
     assert pod(jobset)["nodeSelector"]["cloud.google.com/gke-spot"] == "true"
@@ -110,22 +111,41 @@ def action_after(jobset: dict[str, Any], status: int) -> str:
 def test_all_slices_restart_except_after_a_user_error() -> None:
     jobset = render(make_job(grace_period=77, max_restarts=5))
     assert action_after(jobset, USER_ERROR) == "FailJobSet"
-    for status in (PREEMPTED, STALLED, 1, 134, 137):
+    for status in (UNAVAILABLE, PREEMPTED, STALLED, 1, 134, 137):
         assert action_after(jobset, status) == "RestartJobSet"
     assert jobset["spec"]["failurePolicy"]["maxRestarts"] == 5
     assert pod(jobset)["terminationGracePeriodSeconds"] == 77
 
 
-def test_the_run_is_in_the_bucket() -> None:
-    jobset = render(make_job())
-    (container,) = pod(jobset)["containers"]
-    assert container["command"][-2:] == ["--workdir", "/gcs/runs/demo"]
-    mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
-    volumes = {volume["name"]: volume for volume in pod(jobset)["volumes"]}
-    assert mounts["bucket"] == "/gcs"
-    assert volumes["bucket"]["csi"]["volumeAttributes"]["bucketName"] == "bucket"
+def test_the_work_directory_is_passed_on_and_nothing_is_mounted() -> None:
+    text = render_gke(make_job(workdir="gs://bucket/runs/ä b"), OPTIONS).text
+    (container,) = pod(yaml.safe_load(text))["containers"]
+    assert container["command"][-2:] == ["--workdir", "gs://bucket/runs/ä b"]
+    assert "fuse" not in text
+
+
+def test_a_mount_is_read_only_and_caches_metadata() -> None:
+    submission = render_gke(make_job(), GkeOptions(image=IMAGE, mount="gs://data/a b"))
+    jobset = yaml.safe_load(submission.text)
     annotations = replicated_job(jobset)["template"]["spec"]["template"]["metadata"]["annotations"]
     assert annotations == {"gke-gcsfuse/volumes": "true"}
+    (container,) = pod(jobset)["containers"]
+    assert {"name": "data", "mountPath": "/gcs", "readOnly": True} in container["volumeMounts"]
+    csi = {volume["name"]: volume for volume in pod(jobset)["volumes"]}["data"]["csi"]
+    assert (csi["readOnly"], csi["volumeAttributes"]["bucketName"]) == (True, "data")
+    options = csi["volumeAttributes"]["mountOptions"].split(",")
+    assert {"implicit-dirs", "metadata-cache:ttl-secs:-1", "only-dir=a b"} <= set(options)
+    assert submission.notes[0].startswith("gs://data/a b/FILE is /gcs/FILE on the machines, read-only")
+
+
+def test_spot_pods_have_the_grace_period_of_gke() -> None:
+    spot = GkeOptions(image=IMAGE, spot=True)
+    assert render_gke(make_job(grace_period=15), spot).notes == ()
+    (note,) = render_gke(make_job(grace_period=16), spot).notes
+    assert note.startswith("--grace-period 16: GKE gives spot pods 15 seconds, unless the kubeletConfig of their node")
+    assert pod(render(make_job(grace_period=16), spot))["terminationGracePeriodSeconds"] == 16
+    with pytest.raises(UserError, match="--grace-period 120 with --spot: GKE gives spot pods at most 105 seconds"):
+        render_gke(make_job(grace_period=120), spot)
 
 
 def expand(word: str) -> str:
@@ -139,7 +159,7 @@ def test_values_are_quoted(overrides: list[str]) -> None:
     job = make_job(overrides=tuple(overrides))
     jobset = render(job)
     (container,) = pod(jobset)["containers"]
-    assert [expand(word) for word in container["command"]] == job.command("/gcs/runs/demo")
+    assert [expand(word) for word in container["command"]] == job.command()
     container["command"] = pod(plain := render(make_job()))["containers"][0]["command"]
     assert jobset == plain
 
@@ -148,7 +168,7 @@ def test_values_are_quoted(overrides: list[str]) -> None:
 def test_xpk_gets_the_same_job(overrides: list[str]) -> None:
     job = make_job(slices=2, overrides=tuple(overrides), grace_period=9, max_restarts=4)
     ((_, (attach, create)),) = render_gke(job, ALL).alternatives
-    assert {"--cluster=pods", "--bucket=bucket", "--mount-point=/gcs"} <= set(attach)
+    assert {"--cluster=pods", "--bucket=data", "--mount-point=/gcs", "--readonly=true"} <= set(attach)
     options = dict(word[2:].split("=", 1) for word in create if word.startswith("--"))
     assert options.pop("command").startswith("exec mplug2 train ")
     command = create[-1].removeprefix("--command=exec ")
@@ -156,12 +176,14 @@ def test_xpk_gets_the_same_job(overrides: list[str]) -> None:
     done = subprocess.run(
         ["bash", "-c", os.fsencode(f"printf '%s\\0' {command}")], capture_output=True, timeout=20, check=True
     )
-    assert done.stdout.split(b"\0")[:-1] == [os.fsencode(word) for word in job.command("/gcs/runs/demo")]
+    assert done.stdout.split(b"\0")[:-1] == [os.fsencode(word) for word in job.command()]
     assert options == {
         "cluster": "pods", "workload": "demo", "tpu-type": "v5p-2x2x4", "num-slices": "2", "docker-image": IMAGE,
-        "storage": "demo-bucket", "max-restarts": "4", "restart-on-exit-codes": "1,75,79",
+        "storage": "demo-bucket", "max-restarts": "4", "restart-on-exit-codes": "1,69,75,79",
         "termination-grace-period-seconds": "9",
     }  # fmt: skip
+    ((_, (create,)),) = render_gke(job, OPTIONS).alternatives
+    assert not any("storage" in word for word in create)
 
 
 @pytest.mark.slow
@@ -171,7 +193,7 @@ def test_xpk_accepts_its_commands(tmp_path: Path, topology: str) -> None:
     xpk = os.environ.get("MPLUG2_XPK") or shutil.which("xpk")
     if not xpk:
         pytest.skip("xpk is not installed: pip install xpk, in a separate environment")
-    job = make_job(topology, 2, overrides=("--config.name=it's $(here)",))
+    job = make_job(topology, 2, overrides=("--config.name=it's $(here)",), grace_period=SPOT_GRACE_PERIOD)
     ((_, (attach, create)),) = render_gke(job, ALL).alternatives
 
     def dry_run(words: tuple[str, ...], *options: str) -> "subprocess.CompletedProcess[str]":
@@ -190,7 +212,7 @@ def test_xpk_accepts_its_commands(tmp_path: Path, topology: str) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert "Exiting XPK cleanly" in done.stdout
     xpk_jobset, jobset = yaml.safe_load((tmp_path / "xpk.yaml").read_text()), render(job, ALL)
-    for status in (134, 137, PREEMPTED, STALLED, USER_ERROR, 1):
+    for status in (134, 137, UNAVAILABLE, PREEMPTED, STALLED, USER_ERROR, 1):
         assert action_after(xpk_jobset, status) == action_after(jobset, status)
     for key in ("parallelism", "completions", "backoffLimit"):
         assert replicated_job(xpk_jobset)["template"]["spec"][key] == replicated_job(jobset)["template"]["spec"][key]
@@ -201,7 +223,7 @@ def test_xpk_accepts_its_commands(tmp_path: Path, topology: str) -> None:
     assert pod(xpk_jobset)["terminationGracePeriodSeconds"] == pod(jobset)["terminationGracePeriodSeconds"]
     (command,) = (line for line in pod(xpk_jobset)["containers"][0]["command"][2].splitlines() if "mplug2" in line)
     words = shlex.split(command.strip().removeprefix("(exec ").rpartition(")")[0])
-    assert words == job.command("/gcs/runs/demo")
+    assert words == job.command()
 
 
 @pytest.mark.parametrize(
@@ -212,7 +234,10 @@ def test_xpk_accepts_its_commands(tmp_path: Path, topology: str) -> None:
             {},
             "--topology h100:8: gke starts runs on TPUs only, .*; for h100 use mplug2 launch sl",
         ),
-        ({"workdir": "/data/demo"}, {}, "--workdir /data/demo: expected gs://BUCKET/FOLDER, because the machines"),
+        ({"workdir": "/data/demo"}, {}, "--workdir /data/demo: expected gs://BUCKET/FOLDER, which outlives the mach"),
+        ({"workdir": "s3://data/demo"}, {}, "--workdir s3://data/demo: expected gs://BUCKET/FOLDER, which outlives"),
+        ({}, {"mount": "/data"}, "--mount /data: expected gs://BUCKET or gs://BUCKET/FOLDER"),
+        ({}, {"mount": "gs://data/a,b"}, "--mount gs://data/a,b: .* without commas"),
         ({}, {"image": "a b"}, "--image 'a b': expected something like --image europe-docker"),
         ({}, {"queue": "A"}, "--queue 'A': expected something like --queue training"),
         ({}, {"namespace": "a_b"}, "--namespace 'a_b': expected"),

@@ -1,5 +1,6 @@
 """Jobs are validated before a file is rendered."""
 
+import dataclasses
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,12 @@ import yaml
 from mplug2_jax.errors import UserError
 from mplug2_jax.launch import job as job_module
 from mplug2_jax.launch.gke import GkeOptions, render_gke
-from mplug2_jax.launch.job import Bucket, BundledRecipe, bundle_recipe, describe_input_paths, parse_bucket, resolve_plan
+from mplug2_jax.launch.job import BundledRecipe, bundle_recipe, check_workdir, describe_input_paths, resolve_plan
 from mplug2_jax.launch.slurm import SlurmOptions, render_slurm
 from mplug2_jax.launch.templates import quote_word
 from mplug2_jax.launch.tpu_vm import TpuVmOptions, render_tpu_vm
+from mplug2_jax.parallel.accelerators import parse_topology
 from mplug2_jax.planning.plan_file import PlanFile
-from tests.launch.jobs import make_job
 
 DEMO = PlanFile(config="demo", overrides=("--config.seed=3",), topology="v5p:2x2x4", slices=2)
 
@@ -45,8 +46,8 @@ def test_a_plan_file_is_equivalent_to_the_options(tmp_path: Path) -> None:
 
 def test_a_job_trains_by_the_plan() -> None:
     job = job_of(PlanFile(config="demo", overrides=("--config.mesh.replica=2",), topology="v5p:2x2x4", slices=2))
-    assert job.command("/gcs/x") == [
-        "mplug2", "train", "--config", "demo", "--workdir", "/gcs/x", "--config.mesh.replica=2"
+    assert job.command() == [
+        "mplug2", "train", "--config", "demo", "--workdir", "gs://b-1/Run_7", "--config.mesh.replica=2"
     ]  # fmt: skip
     assert (job.name, job.topology.chips, job.grace_period) == ("run-7", 32, 9)
 
@@ -74,21 +75,35 @@ def test_errors(plan: dict[str, Any], options: dict[str, Any], message: str) -> 
         job_of(PlanFile(**fields), **options)
 
 
-def test_a_bucket_is_mounted_in_the_container() -> None:
-    assert parse_bucket(make_job()) == Bucket("bucket", "runs/demo")
-    assert parse_bucket(make_job(workdir="gs://my.bucket-1/a b/")).workdir == "/gcs/a b"
+@pytest.mark.parametrize(
+    ("workdir", "bucket"),
+    [
+        ("runs/demo", None), ("/data/x", None), ("gs://my.bucket_1/a b/", ("my.bucket_1", "a b")),
+        ("s3://abc/ü/#x?", ("abc", "ü/#x?")), (f"gs://{'a' * 63}.{'b' * 63}/x", (f"{'a' * 63}.{'b' * 63}", "x")),
+    ],
+)  # fmt: skip
+def test_work_directories(workdir: str, bucket: tuple[str, str] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check them on a machine without the packages of object stores."""
+    monkeypatch.setattr("data_pipelines.storage.file_system._is_installed", lambda _: False)
+    assert check_workdir(workdir) == bucket
 
 
 @pytest.mark.parametrize(
-    "workdir",
+    ("workdir", "message"),
     [
-        "/data/run", "runs/demo", "gs://bucket", "gs://bucket/", "gs:///x", "gs://b/x", "gs://bucket/../x",
-        "gs://bucket/a/..", "s3://bucket/x", "gs://Bucket/x",
+        ("gs://b/runs/x", "names of buckets have 3 to 63 characters, 'b' has 1"),
+        (f"gs://{'a' * 64}/x", "names of buckets have 3 to 63 characters, 'a+' has 64"),
+        ("gs://Bucket/x", "names of buckets consist of a-z, 0-9, .*, unlike 'Bucket'"),
+        ("gs://bucket-/x", "names of buckets .* end with a letter or digit, unlike 'bucket-'"),
+        ("gs://bucket/", "expected a folder in the bucket, as in gs://bucket/runs/one"),
+        ("gs:///x", "expected gs://BUCKET/PATH"),
+        ("gs://bucket/../x", "an object store has no '..'; write the whole path"),
+        ("az://bucket/x", "expected a path on this machine, gs://BUCKET/PATH or s3://BUCKET/PATH"),
     ],
-)  # fmt: skip
-def test_the_error_of_a_work_directory_outside_buckets(workdir: str) -> None:
-    with pytest.raises(UserError, match=f"--workdir {workdir}: expected gs://BUCKET/FOLDER"):
-        parse_bucket(make_job(workdir=workdir))
+)
+def test_the_error_of_a_work_directory_names_the_rule(workdir: str, message: str) -> None:
+    with pytest.raises(UserError, match=f"^--workdir {workdir}: {message}"):
+        check_workdir(workdir)
 
 
 def test_shipped_recipes_are_named_and_others_are_bundled(tmp_path: Path, repository: Path) -> None:
@@ -159,10 +174,26 @@ def test_notes_about_inputs(custom_plan: PlanFile, tmp_path: Path) -> None:
     job = job_of(PlanFile(config=custom_plan.config, overrides=overrides, topology="v6e:4x4", slices=1))
     local, remote, missing = describe_input_paths(job, None)
     assert local.endswith("mine.py: found on this machine; the nodes must have it, too")
-    assert remote == "config.init_from=gs://bucket/old: not checked: it is not visible from this machine"
+    assert remote == "config.init_from=gs://bucket/old: not checked here; the machines must be able to read it"
     assert missing.endswith("/data: missing on this machine; the nodes must have it")
-    notes = describe_input_paths(job, "/gcs")
-    assert all("not in the containers, which have only /gcs and the image" in note for note in notes[::2])
-    assert (
-        describe_input_paths(job_of(PlanFile(config="demo", overrides=(), topology="v6e:4x4", slices=1)), "/gcs") == ()
-    )
+    for mounted, only in (((), "the image"), (("/gcs",), "/gcs and the image")):
+        notes = describe_input_paths(job, mounted)
+        assert all(f"not in the containers, which have only {only}; move it to a bucket" in note for note in notes[::2])
+    assert "not checked here" in describe_input_paths(job, (str(tmp_path),))[0]
+    assert describe_input_paths(job_of(PlanFile(config="demo", overrides=(), topology="v6e:4x4", slices=1)), ()) == ()
+
+
+def test_machines_have_the_data_folder_that_was_checked(
+    custom_plan: PlanFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MPLUG2_DATA", "gs://nothing/of/the/run")
+    assert job_of(custom_plan).data_folder == ""
+    monkeypatch.setenv("MPLUG2_DATA", f"{tmp_path}/data")
+    job = job_of(custom_plan)
+    tpu_vm = render_tpu_vm(job, TpuVmOptions(image="x/y:1", zone="us-east5-a")).text
+    assert f"--env MPLUG2_DATA={tmp_path}/data" in tpu_vm
+    gke = render_gke(dataclasses.replace(job, recipe=None, data_folder="/$(a) b"), GkeOptions(image="x/y:1"))
+    assert '- name: MPLUG2_DATA\n                      value: "/$$(a) b"\n' in gke.text
+    assert gke.alternatives[0][1][0][-1].startswith("--command=exec env 'MPLUG2_DATA=/$(a) b' mplug2 train ")
+    slurm = dataclasses.replace(job, topology=parse_topology("h100:8", 1), workdir="/shared/x")
+    assert f"export MPLUG2_DATA={tmp_path}/data\n" in render_slurm(slurm, SlurmOptions()).text

@@ -70,10 +70,10 @@ def test_a_success_does_not_stop_the_others() -> None:
 
 
 def test_all_processes_are_restarted_max_restarts_times(tmp_path: Path) -> None:
-    script = f"open({str(tmp_path)!r} + f'/{{index}}-{{os.getpid()}}', 'w').close()\nsys.exit(9 if index == 1 else 0)"
+    script = f"open({str(tmp_path)!r} + f'/{{index}}-{{os.getpid()}}', 'w').close()\nsys.exit(69 if index == 1 else 0)"
     status, _, err = run_launcher(script, restarts=2)
-    assert status == 9
-    assert [line.partition("] ")[2] for line in err] == [f"exit status 9: restarting ({i} of 2)" for i in (1, 2)]
+    assert status == 69
+    assert [line.partition("] ")[2] for line in err] == [f"exit status 69: restarting ({i} of 2)" for i in (1, 2)]
     assert sorted(path.name[0] for path in tmp_path.iterdir()) == sorted("012" * 3)
 
 

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mplug2_jax.errors import UserError
+from mplug2_jax.launch.job import BundledRecipe
 from mplug2_jax.launch.slurm import SlurmOptions, render_slurm
 from tests.launch.jobs import HOSTILE, make_job
 
@@ -54,12 +55,27 @@ def test_containers_mount_the_work_directory() -> None:
             render(workdir=workdir, options=SlurmOptions(image="a"))
 
 
+def test_a_work_directory_in_a_bucket() -> None:
+    """Pass it on; this machine has no package for the scheme s3, and the recipe is next to the sbatch file."""
+    job = make_job("h100:8", workdir="s3://bucket/a b", recipe=BundledRecipe("r.py", "recipe", ":7"))
+    submission = render_slurm(job, OPTIONS)
+    assert "printf %s recipe > demo.recipe.py\n" in submission.text
+    assert "mplug2 train --config demo.recipe.py:7 --workdir 's3://bucket/a b'" in submission.text
+    assert submission.notes == (
+        "--workdir s3://bucket/a b: the nodes need a connection to it, credentials that can write it, and s3fs (pip "
+        "install s3fs)",
+    )  # fmt: skip
+    text = render_slurm(job, SlurmOptions(image="a")).text
+    assert ' --container-image=a --container-mounts="$PWD"/demo.recipe.py:/recipes/demo.py bash ' in text
+    assert "--config /recipes/demo.py:7" in text
+
+
 @pytest.mark.parametrize(
     ("values", "options", "message"),
     [
         ({"topology": "v5p:2x2x4"}, {}, "--topology v5p:2x2x4: SLURM has no TPUs; use mplug2 launch gke or tpu-vm"),
         ({"topology": "h100:12"}, {}, "--topology h100:12: expected a multiple of 8, .*, as in h100:16"),
-        ({"workdir": "gs://bucket/demo"}, {}, "--workdir gs://bucket/demo: expected a folder on a shared file system"),
+        ({"workdir": "ftp://a/b"}, {}, "--workdir ftp://a/b: expected a path on this machine, gs://BUCKET/PATH or s3"),
         ({}, {"partition": "gpu\n#SBATCH --uid=0"}, "--partition 'gpu.*': expected something like --partition gpu"),
         ({}, {"account": "a b"}, "--account 'a b': expected"),
         ({}, {"time": "tomorrow"}, "--time 'tomorrow': expected something like --time 12:00:00"),
@@ -90,7 +106,7 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@given(workdir=HOSTILE.filter(lambda text: "://" not in text), overrides=st.lists(HOSTILE, max_size=3))
+@given(workdir=HOSTILE.filter(lambda text: ":/" not in text), overrides=st.lists(HOSTILE, max_size=3))
 def test_values_are_quoted(programs: Path, workdir: str, overrides: list[str]) -> None:
     job = make_job("cpu:16", workdir=workdir, overrides=tuple(overrides))
     text = render_slurm(job, OPTIONS).text
@@ -102,3 +118,19 @@ def test_values_are_quoted(programs: Path, workdir: str, overrides: list[str]) -
     words = done.stdout.split(b"\0")[:-1]
     assert words[words.index(b"mplug2") :] == [os.fsencode(word) for word in job.command()]
     assert directives(text) == directives(render("cpu:16"))
+
+
+@pytest.mark.parametrize(
+    ("status", "restarts", "requeued"),
+    [(0, 0, False), (2, 0, False), (69, 0, True), (69, 3, False), (75, 3, True), (79, 2, True)],
+)
+def test_failures_are_requeued(tmp_path: Path, status: int, restarts: int, requeued: bool) -> None:
+    for name, code in (("srun", f"exit {status}"), ("squeue", "echo RUNNING"), ("scontrol", "echo $* > called")):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{code}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "1", "SLURM_RESTART_COUNT": str(restarts),
+    }  # fmt: skip
+    text = render("cpu:16", max_restarts=3)
+    done = subprocess.run(["/bin/bash", "-c", text], timeout=20, cwd=tmp_path, env=environment)
+    assert (done.returncode, (tmp_path / "called").exists()) == (status, requeued)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from mplug2_jax.errors import UserError
 from mplug2_jax.launch.gke import GkeOptions, render_gke
-from mplug2_jax.launch.job import Job
+from mplug2_jax.launch.job import BundledRecipe, Job
 from mplug2_jax.launch.slurm import SlurmOptions, render_slurm
 from mplug2_jax.launch.tpu_vm import RUNTIMES, TpuVmOptions, render_tpu_vm
 from mplug2_jax.parallel.accelerators import CHIPS
@@ -21,7 +21,9 @@ from tests.launch.jobs import HOSTILE, make_job
 
 IMAGE = "europe-docker.pkg.dev/project/runs/mplug2:1"
 OPTIONS = TpuVmOptions(image=IMAGE, zone="us-east5-a")
-ALL = TpuVmOptions(image=IMAGE, zone="us-east5-a", project="project", runtime="tpu-ubuntu2204-base", spot=True)
+ALL = TpuVmOptions(
+    image=IMAGE, zone="us-east5-a", project="project", runtime="tpu-ubuntu2204-base", spot=True, mount="gs://data"
+)  # fmt: skip
 
 # States and exit statuses are read from files, line by line; calls are recorded.
 GCLOUD = """#!/bin/bash
@@ -109,7 +111,7 @@ def test_a_user_error_is_not_retried_and_the_machines_stay(cloud: Path) -> None:
 
 
 def test_failures_are_counted(cloud: Path) -> None:
-    status, calls, err = run_script(cloud, ["ACTIVE"] * 9, [79, 1, 137, 0], make_job(max_restarts=2))
+    status, calls, err = run_script(cloud, ["ACTIVE"] * 9, [79, 69, 137, 0], make_job(max_restarts=2))
     assert (status, actions(calls).count("docker run")) == (137, 3)
     assert "demo: exit status 137 after 2 restarts: giving up" in err
 
@@ -180,8 +182,25 @@ def test_values_are_quoted(cloud: Path, overrides: list[str], folder: str) -> No
     status, calls, err = run_script(cloud, ["ACTIVE"], [0], job)
     assert status == 0, err
     (train_call,) = (call for call in calls if call[:2] == ["docker", "run"])
-    assert train_call[train_call.index(IMAGE) + 1 :] == job.command(f"/gcs/{folder}")
+    assert train_call[train_call.index(IMAGE) + 1 :] == job.command()
     assert not (cloud / "broken").exists()
+
+
+def test_a_bucket_is_mounted_only_if_asked_for(cloud: Path) -> None:
+    """Check the options of the container and of gcsfuse, which records its call."""
+    (cloud / "bin" / "gcsfuse").write_text('#!/bin/bash\nprintf "%s\\n" "$@" > fuse\n')
+    (cloud / "bin" / "mountpoint").write_text("#!/bin/bash\nexit 1\n")
+    (cloud / "bin" / "mkdir").write_text(QUIET)
+    (cloud / "bin" / "mkdir").chmod(0o755)
+    mounted = TpuVmOptions(image=IMAGE, zone="us-east5-a", mount="gs://data/a 'b'")
+    for options in (OPTIONS, mounted):
+        status, calls, err = run_script(cloud, ["ACTIVE"], [0], options=options)
+        assert status == 0, err
+        (train_call,) = (call for call in calls if call[:2] == ["docker", "run"])
+        assert ("/gcs:/gcs:ro" in train_call) == (cloud / "fuse").exists() == (options is mounted)
+    words = (cloud / "fuse").read_text().splitlines()
+    assert {"ro,allow_other", "--implicit-dirs", "--metadata-cache-ttl-secs=-1", "--only-dir=a 'b'"} <= set(words)
+    assert words[-2:] == ["data", "/gcs"]
 
 
 @pytest.mark.parametrize(
@@ -205,16 +224,22 @@ def test_errors(values: dict[str, Any], options: dict[str, Any], message: str) -
         render_tpu_vm(make_job(**values), TpuVmOptions(**({"image": IMAGE, "zone": "a"} | options)))
 
 
-@pytest.mark.parametrize("which", ["tpu-vm", "tpu-vm of slices", "slurm", "slurm in a container", "slurm on CPUs"])
+@pytest.mark.parametrize(
+    "which", ["tpu-vm", "tpu-vm of slices", "slurm", "slurm in a container", "slurm with a bucket", "slurm on CPUs"]
+)
 def test_shellcheck_finds_nothing(which: str, tmp_path: Path) -> None:
     program = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     if not program:
         pytest.skip("shellcheck is not installed; make test installs it")
-    shared = {"workdir": "/shared/a 'b'", "overrides": ("--config.name=it's $HOME `x` \n",)}
+    shared = {
+        "workdir": "/shared/a 'b'", "overrides": ("--config.name=it's $HOME `x` \n",), "data_folder": "/a 'b'",
+        "recipe": BundledRecipe("r.py", "it's $HOME\n", ""),
+    }  # fmt: skip
     bucket = shared | {"workdir": "gs://bucket/a 'b'"}
     text = {
         "tpu-vm": lambda: render_tpu_vm(make_job(**bucket), OPTIONS),
         "tpu-vm of slices": lambda: render_tpu_vm(make_job("v6e:16x16", 2, **bucket), ALL),
+        "slurm with a bucket": lambda: render_slurm(make_job("h100:64", **bucket), SlurmOptions(image="a#b/c:1")),
         "slurm": lambda: render_slurm(make_job("h100:64", **shared), SlurmOptions(time="12:00:00")),
         "slurm in a container": lambda: render_slurm(make_job("h100:64", **shared), SlurmOptions(image="a#b/c:1")),
         "slurm on CPUs": lambda: render_slurm(make_job("cpu:16", **shared), SlurmOptions()),
