@@ -2,9 +2,9 @@
 
 import argparse
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
+from data_pipelines.storage.paths import to_path
 from mplug2_jax.cli.common import add_command
 
 RECIPES = {"config", "recipe", "spec", "task"}
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
             action.complete = recipes  # type: ignore[attr-defined]
         elif action.metavar == "DIR":
             action.complete = shtab.DIRECTORY  # type: ignore[attr-defined]
-        elif action.type is Path or action.dest in PATHS:
+        elif action.type is to_path or action.dest in PATHS:
             action.complete = shtab.FILE  # type: ignore[attr-defined]
     print(shtab.complete(top, args.shell))
     return 0
