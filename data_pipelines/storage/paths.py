@@ -246,6 +246,14 @@ class RemotePath(PosixGPath, PosixPath):
             raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(self))
 
 
+def remove_tree(folder: Path) -> None:
+    """Delete a folder and all files in it, as far as that is possible; no error if there is none."""
+    if isinstance(folder, RemotePath):
+        folder.rmtree(missing_ok=True)
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def upload_folder(local: str, target: Path) -> None:
     """Copy all files below a local folder to a path."""
     system, plain = file_system(str(target))

@@ -26,6 +26,7 @@ from mplug2_jax.parallel.processes import allgather_objects, check_same_across_p
 from mplug2_jax.tasks.table import TASKS
 from mplug2_jax.training.checkpoint.checkpoints import Checkpoints
 from mplug2_jax.training.checkpoint.metadata import DataPosition, ModelMetadata
+from mplug2_jax.training.checkpoint.probe import probe_storage
 from mplug2_jax.training.compilation import enable_compilation_cache
 from mplug2_jax.training.config import RunConfig
 from mplug2_jax.training.initialization import init_or_load_state
@@ -80,6 +81,7 @@ def _train(config: RunConfig, workdir: WorkDir, notice: PreemptionNotice, lock: 
             f"config.streams.{name}.data.batch_size", stream.data.batch_size // config.grad_accum_steps, mesh
         )
     resumes = workdir.check_config(config)
+    probe_storage(workdir.path, f"{workdir.lock.name}.probe-{jax.process_index()}")
     previous = workdir.read_config() if resumes else config
     tokenizer = workdir.load_tokenizer(config)
     check_processes_agree(config, tokenizer, resumes=resumes)
@@ -100,7 +102,6 @@ def _train(config: RunConfig, workdir: WorkDir, notice: PreemptionNotice, lock: 
     events = EventLog(workdir.events if is_primary_process() else None)
     model = ModelMetadata(config.model, spec.definition.parts, lora_scale=config.lora.scale)
     checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint, model=model, events=events)
-    checkpoints.probe()
     if resumes and checkpoints.steps():
         state, position = checkpoints.restore_last_good(spec.shapes)
         check_data_unchanged(position, streams)

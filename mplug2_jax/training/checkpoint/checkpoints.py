@@ -1,7 +1,6 @@
 """Checkpoints by Orbax: parameters, optimizer, averages, queues, step and data position, saved and checked as one."""
 
 import json
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-import tensorstore
 from absl import logging
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
@@ -19,7 +17,7 @@ from numpy.typing import NDArray
 
 from data_pipelines.errors import StorageUnavailableError
 from data_pipelines.storage.object_log import flush_logs
-from data_pipelines.storage.paths import RemotePath
+from data_pipelines.storage.paths import RemotePath, remove_tree
 from data_pipelines.storage.retry import is_access_error, is_transient
 from mplug2_jax.config import build, to_dict
 from mplug2_jax.errors import UserError
@@ -71,6 +69,7 @@ class Checkpoints:
         self._last_save = time.monotonic()  # when it began
         self.save_failed = False  # whether it failed
         self._failed_saves = 0  # in a row
+        self._unfinished: set[int] = set()  # steps of failed saves, in an object store
         self._leaves: dict[int, dict[str, Any]] = {}  # array metadata of steps that were looked at
         self._manager = _Manager(
             folder.absolute(),
@@ -85,31 +84,6 @@ class Checkpoints:
                 cleanup_tmp_directories=not read_only,
             ),
         )
-
-    def probe(self) -> None:
-        """Write a few bytes where checkpoints go, by the library that writes them, read them, and delete them.
-
-        Raises:
-            StorageUnavailableError: storage does not answer.
-            UserError: it refuses.
-        """
-        name, data = f"probe-{jax.process_index()}", b"mplug2"
-        where = str(self.folder) if self._is_remote else f"file://{self.folder.absolute()}"
-        try:
-            store = tensorstore.KvStore.open(f"{where}/").result()
-            store.write(name, data).result()
-            found = store.read(name).result().value
-            store.delete_range(tensorstore.KvStore.KeyRange(name, f"{name}0")).result()
-        except Exception as error:
-            if is_transient(error):
-                raise StorageUnavailableError(
-                    f"{self.folder} cannot be written now ({_first_line(error)}); start again later"
-                ) from error
-            raise UserError(
-                f"{self.folder} cannot be written ({_first_line(error)}); choose another --workdir"
-            ) from error
-        if found != data:
-            raise UserError(f"{self.folder} returned other bytes than were written; choose another --workdir")
 
     def steps(self) -> list[int]:
         """Return all saved steps, oldest first."""
@@ -212,6 +186,7 @@ class Checkpoints:
             return
         self._events.log_event("saved", self._pending_step, seconds=time.monotonic() - self._last_save)
         self._pending_step, self._failed_saves = None, 0
+        self._remove_unfinished()
 
     def _handle_failed_save(self, error: Exception) -> None:
         step, self._pending_step, self.save_failed = self._pending_step, None, True
@@ -224,10 +199,19 @@ class Checkpoints:
             "retried%s", step, _first_line(error), "" if self._is_remote else ": free disk space",
         )  # fmt: skip
         self._events.log_event("save_failed", step, reason=_first_line(error))
-        if not is_primary_process():
+        if self._is_remote:  # which may not answer now
+            self._unfinished.add(step)
             return
-        for folder in self.folder.glob(f"{step}.orbax-checkpoint-tmp*"):  # it takes the space that is lacking
-            shutil.rmtree(folder, ignore_errors=True)
+        unfinished = self.folder.glob(f"{step}.orbax-checkpoint-tmp*") if is_primary_process() else ()
+        for folder in unfinished:  # it takes the space that is lacking
+            remove_tree(folder)
+
+    def _remove_unfinished(self) -> None:
+        """Delete what saves that failed left in an object store."""
+        saved = set(self.steps()) if self._unfinished else set()
+        for step in self._unfinished - saved if is_primary_process() else ():
+            remove_tree(self.folder / str(step))
+        self._unfinished.clear()
 
     def restore(self, like: TrainState, step: int | None = None) -> tuple[TrainState, DataPosition]:
         """Restore the state of a step (the last by default), laid out like ``like``, which describes every array.
