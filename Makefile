@@ -47,7 +47,7 @@ test: check
 # Whole runs, killed and resumed runs, the commands of the docs, programs for TPUs. Three workers, because many tests
 # wait for processes.
 drills: $(VENV)/.installed-dev
-	$(BIN)/pytest $(TESTS) -m slow -n 3 --maxschedchunk 1 -rs
+	$(BIN)/pytest $(TESTS) -m slow -n 3 --dist loadgroup --no-loadscope-reorder -rs
 
 # A fast subset with the newest jax and flax, on an interpreter >= 3.12 if one is installed, with the rounding of x86
 # processors without AVX and FMA: no test may depend on the processor.

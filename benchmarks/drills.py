@@ -265,9 +265,9 @@ def await_gone(pids: Sequence[int]) -> None:
         time.sleep(0.05)
 
 
-def preempt(drills: Drills, grace: float) -> Iterator[tuple[str, Any]]:
+def preempt(drills: Drills, grace: float, layouts: Sequence[Layout] = LAYOUTS[:2]) -> Iterator[tuple[str, Any]]:
     """Yield drills that send SIGTERM to one process of several, and to a single process."""
-    for layout in (LAYOUTS[0], LAYOUTS[1]):
+    for layout in layouts:
 
         def drill(layout: Layout = layout) -> str:
             undisturbed, workdir = drills.reference_run(layout), drills.folder / f"preempt-{layout.processes}"
@@ -287,7 +287,7 @@ def preempt(drills: Drills, grace: float) -> Iterator[tuple[str, Any]]:
         yield f"preempt {layout}", drill
 
 
-def kill_one(drills: Drills, bound: float) -> Iterator[tuple[str, Any]]:
+def kill_one(drills: Drills, bound: float, restarted_victims: Sequence[int] = (0, -1)) -> Iterator[tuple[str, Any]]:
     """Yield drills that kill the first or the last process: the others exit, and a launcher restarts all."""
     layout = LAYOUTS[0]
     for victim in (0, -1):
@@ -312,7 +312,8 @@ def kill_one(drills: Drills, bound: float) -> Iterator[tuple[str, Any]]:
 
         which = "the first" if victim == 0 else "the last"
         yield f"kill {which} of {layout}", alone
-        yield f"kill {which} of {layout}, launcher", restarted
+        if victim in restarted_victims:
+            yield f"kill {which} of {layout}, launcher", restarted
 
 
 def main() -> int:
@@ -320,6 +321,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=("elastic", "preempt", "kill-one", "all"))
     parser.add_argument("--times", type=int, default=4, help="number of elastic drills (default: 4)")
+    parser.add_argument(
+        "--quick", action="store_true", help="a drill of each kind: two elastic ones, no single process, one restart"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of the elastic drills' kill points (default: 0)")
     parser.add_argument(
         "--bound",
@@ -331,9 +335,9 @@ def main() -> int:
     args = parser.parse_args()
     drills = Drills(args.work or Path(tempfile.mkdtemp(prefix="drills-")))
     kinds = {
-        "elastic": elastic(drills, args.times, args.seed),
-        "preempt": preempt(drills, args.bound),
-        "kill-one": kill_one(drills, args.bound),
+        "elastic": elastic(drills, 2 if args.quick else args.times, args.seed),
+        "preempt": preempt(drills, args.bound, LAYOUTS[: 1 if args.quick else 2]),
+        "kill-one": kill_one(drills, args.bound, (0,) if args.quick else (0, -1)),
     }
     rows = []
     for name, drill in itertools.chain(*kinds.values()) if args.kind == "all" else kinds[args.kind]:

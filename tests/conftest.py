@@ -53,8 +53,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the long tests at the root of tests/ first: at the end they would run alone."""
+    """Run the long tests at the root of tests/ first: at the end they would run alone.
+
+    Tests that share a fixture of their module get a group, which one worker runs: each worker would make the fixture.
+    """
     items.sort(key=lambda item: item.path.parent != REPOSITORY / "tests")
+    for item in items:
+        fixtures = item._fixtureinfo.name2fixturedefs.values() if hasattr(item, "_fixtureinfo") else ()
+        if any(definition.scope == "module" for definitions in fixtures for definition in definitions):
+            item.add_marker(pytest.mark.xdist_group(str(item.path)))
 
 
 def pytest_collection_finish() -> None:

@@ -24,6 +24,8 @@ from mplug2_jax.training.workdir import load_or_train_tokenizer
 
 QUESTION = {"question": InstructionConfig(templates=("{question}",))}
 SMALL = VisualConfig(image_size=16, num_frames=2)
+ONE_LAYER = ["--config.model.vision_layers=1", "--config.model.decoder_layers=1", "--config.model.scan_unroll=1"]
+"""Overrides of the tiny size, for tests whose subject is a command and not the model: a third of the compile time."""
 ENTAILMENT = {"entailment": InstructionConfig(templates=("{premise} means {hypothesis}?",))}
 
 

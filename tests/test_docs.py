@@ -27,7 +27,7 @@ from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.training.config import RunConfig
 from tests.cli.conftest import mplug2
 from tests.data_pipelines.worlds import encode_media, img2dataset, records
-from tests.runs import recipe_file, text_run
+from tests.runs import ONE_LAYER, recipe_file, text_run
 from tests.weights import official_file
 
 
@@ -132,10 +132,11 @@ def test_tasks(repository: Path, here: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_plans(repository: Path, here: Path) -> None:
-    """Search for 0 minutes, in which only the recipe's own layout is tried."""
+    """Search for 0 minutes, in which only the recipe's own layout is tried. Use one layer per module."""
     for args in commands((repository / "docs" / "plans.md").read_text()):
         if "--minutes" in args:
             args[args.index("--minutes") + 1] = "0"
+        args += ONE_LAYER if args[0] == "plan" else []
         process = subprocess.run(
             [sys.executable, "-m", "mplug2_jax.cli.main", *args], capture_output=True, text=True, timeout=600,
             env={name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {"HOME": str(here)},
@@ -191,10 +192,9 @@ def test_own_data(repository: Path, ours: Path) -> None:
     recipe = re.search(r"```python\n(.*?)```", page, flags=re.DOTALL)
     assert recipe
     write_file("ours.py", recipe[1])
-    one_layer = [f"--config.model.{part}_layers=1" for part in ("vision", "text", "universal", "fusion", "decoder")]
     outputs = {}
     for args in commands(page):
-        outputs[" ".join(args[:2])] = run([*args, *one_layer] if args[0] == "train" else args)
+        outputs[" ".join(args[:2])] = run([*args, *ONE_LAYER] if args[0] == "train" else args)
     assert "OK: all 44 records are usable" in outputs["data validate"]
     assert json.loads(Path("runs/ours/evaluations/2/captions.json").read_text())["num_examples"] == 4
     assert re.search(r"PyTorch: 0 of \d+ taps differ", outputs["convert export"])

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.runs import ONE_LAYER
+
 
 def run(*command: str | Path, **options: object) -> subprocess.CompletedProcess[str]:
     process = subprocess.run([str(word) for word in command], capture_output=True, text=True, **options)
@@ -34,8 +36,7 @@ def test_the_demo_recipe_runs_from_a_wheel(repository: Path, tmp_path: Path) -> 
 
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
     small = [
-        "--config.steps=2", "--config.model.scan_unroll=1", "--config.model.vision_layers=1",
-        "--config.model.decoder_layers=1", "--config.model.fusion_layers=1", "--config.log_every=1",
+        "--config.steps=2", *ONE_LAYER, "--config.log_every=1",
     ]  # fmt: skip
     names = (
         "image_caption", "video_caption", "image_question", "video_question", "image_retrieval", "video_retrieval",
