@@ -77,7 +77,7 @@ class BadRecordLog:
             for source, max_fraction in self._max_fractions.items()
         }
 
-    def check(self, counts: Sequence[Mapping[str, Counts]]) -> None:
+    def check(self, counts: Sequence[Mapping[str, Sequence[float]]]) -> None:
         """Check the counts of all processes: is a source worse than allowed, by more than chance explains?
 
         Args:
@@ -87,7 +87,7 @@ class BadRecordLog:
             DataError: too many bad records; lists the first few.
         """
         for source in sorted({source for each in counts for source in each}):
-            found = [each[source] for each in counts if source in each]
+            found = [Counts(*each[source]) for each in counts if source in each]  # lists, where they came as JSON
             requested, bad = sum(each.requested for each in found), sum(each.bad for each in found)
             if exceeds_fraction(bad, requested, max_fraction := found[0].max_fraction):
                 known = [bad_record for bad_record in self._logged if bad_record.source == source]

@@ -36,8 +36,10 @@ SPEEDS = r" +[\d.]+ s +[\d.]+ s +[\d.]+ +[\d.]+ +[\d.]+$"
           r"waiting for data +[\d.]+%")),
         ("overhead.py --steps 2 --batch 2",
          (r"bare step \(median of 2\) +[\d.]+ ms", r"overhead +-?[\d.]+%", r"MiB of state +[\d.]+ ms")),
+        ("checkpoints.py --mib 16 --repeats 1",
+         (r"^bucket +\d+ ms +\d+ MiB/s +\d+ MiB/s$", r"^bucket / local disk +[\d.]+x")),
     ],
-    ids=["step", "torch_runtime", "data", "overhead"],
+    ids=["step", "torch_runtime", "data", "overhead", "checkpoints"],
 )  # fmt: skip
 def test_figures_are_printed(command: str, figures: tuple[str, ...], repository: Path) -> None:
     if command.startswith("torch"):
@@ -78,6 +80,14 @@ def test_drills(repository: Path, tmp_path: Path) -> None:
     out = run_benchmark(repository, "drills.py", "all", "--quick", "--bound", "90", "--work", str(tmp_path))
     passed = re.findall(r"^(elastic|preempt|kill) .*  ok  ", out.rpartition("details")[2], re.MULTILINE)
     assert collections.Counter(passed) == {"elastic": 2, "preempt": 1, "kill": 3}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_runs_in_a_bucket_survive_its_faults(repository: Path, tmp_path: Path) -> None:
+    out = run_benchmark(repository, "drills.py", "storage", "--quick", "--work", str(tmp_path))
+    passed = re.findall(r"^(faults|kill|upload) .*  ok  ", out.rpartition("details")[2], re.MULTILINE)
+    assert passed == ["faults", "kill", "upload"], out
 
 
 @pytest.mark.slow
