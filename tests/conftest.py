@@ -17,7 +17,7 @@ import jax
 import pytest
 from jaxtyping import install_import_hook
 
-from tests import emulator
+from tests import emulator, fault_proxy
 
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # several test processes compile for TPUs at the same time
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -139,6 +139,18 @@ def bucket(object_store: str) -> str:
 
 
 _BUCKETS = itertools.count()
+
+
+@pytest.fixture
+def proxy(object_store: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[fault_proxy.FaultProxy]:
+    """Return a proxy that makes faults, through which this process uses gs:// (but for tensorstore), with short pauses.
+
+    Processes that a test starts need ``emulator.environment(proxy.url)``.
+    """
+    monkeypatch.setattr("data_pipelines.storage.retry._FIRST_PAUSE", 0.01)
+    with fault_proxy.serve(object_store) as proxy:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", proxy.url)
+        yield proxy
 
 
 @pytest.fixture

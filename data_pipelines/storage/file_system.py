@@ -1,14 +1,18 @@
 """File systems of fsspec, with requests that are repeated, and without caches of what other processes change."""
 
+import concurrent.futures
 import contextlib
 import errno
+import fnmatch
 import functools
+import glob
 import importlib.util
 import io
-import logging as python_logging
 import os
+import re
 import uuid
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -20,10 +24,10 @@ from data_pipelines.storage.retry import is_transient, is_url, retry
 SCHEMES = {"gs": ("gcsfs", "pip install 'mplug2-jax[gcs]'"), "s3": ("s3fs", "pip install s3fs")}
 """The schemes of paths that can be written, with the package that serves each, and how to install it."""
 
-_CONNECT_SECONDS, _READ_SECONDS = 20.0, 60.0
-"""Limits of one attempt: to connect, and without receiving a byte."""
 BLOCK = 4 * 2**20
 """Bytes of a large file that are read at once."""
+_DELETIONS = 16
+"""Files that are deleted at the same time."""
 
 
 def check_installed(path: str, scheme: str) -> None:
@@ -41,7 +45,8 @@ def _is_installed(package: str) -> bool:
 class FileSystem:
     """A file system of fsspec whose requests are repeated, and which sees at once what other processes wrote.
 
-    Paths are those without the scheme. Methods raise ``OSError`` and ``StorageUnavailableError``, as :func:`retry`.
+    Paths are those without the scheme, taken literally. Objects whose names end in ``/``, which stand for empty folders
+    in an object store, are not seen. Methods raise ``OSError`` and ``StorageUnavailableError``, as :func:`retry`.
     """
 
     def __init__(self, system: Any) -> None:
@@ -59,41 +64,92 @@ class FileSystem:
         """Return what is known of a file or folder, as ``size`` and ``type``. Raises FileNotFoundError."""
         return dict(self._call("info", path))
 
-    # fsspec's own exists, isfile and isdir of remote files take every error for "no".
+    # fsspec's own exists, isfile and isdir of remote files take every error for "no", as those of os.path do.
     def _type(self, path: str) -> str | None:
         try:
             return str(self.info(path)["type"])
         except (FileNotFoundError, NotADirectoryError):
             return None
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.ENAMETOOLONG):
+                return None
+            raise
 
     def exists(self, path: str) -> bool:
         """Return whether there is a file or a folder."""
-        return os.path.exists(path) if self.is_local else self._type(path) is not None
+        return self._type(path) is not None
 
     def isfile(self, path: str) -> bool:
         """Return whether there is a file."""
-        return os.path.isfile(path) if self.is_local else self._type(path) == "file"
+        return self._type(path) == "file"
 
     def isdir(self, path: str) -> bool:
-        """Return whether there is a folder."""
-        return os.path.isdir(path) if self.is_local else self._type(path) == "directory"
+        """Return whether there is a folder, and no file of the same name."""
+        return self._type(path) == "directory"
 
     def ls(self, path: str) -> list[str]:
-        """Return the paths of what a folder holds, sorted. Raises FileNotFoundError."""
-        listed = self._call("ls", path, detail=False)
-        return sorted({name.rstrip("/") for name in listed} - {path.rstrip("/")})
+        """Return the paths of what a folder holds, sorted. Raises FileNotFoundError, NotADirectoryError."""
+        if self.is_local:
+            return sorted(os.path.join(path, name) for name in retry(lambda: os.listdir(path), path))
+        found = self._list(path)
+        if not found and self.info(path)["type"] != "directory":
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), self.url(path))
+        return sorted({str(info["name"]) for info in found})
+
+    def _list(self, path: str) -> list[dict[str, Any]]:
+        """Return the infos of what a remote folder holds; of a file, or if there is none, nothing."""
+        try:
+            infos = [dict(info, name=info["name"].rstrip("/")) for info in self._call("ls", path, detail=True)]
+        except FileNotFoundError:
+            return []
+        return [info for info in infos if info["name"] != path.rstrip("/")]
 
     def find(self, path: str, maxdepth: int | None = None, *, detail: bool = False) -> Any:
-        """Return the paths of all files below a folder; with ``detail``, their infos by path."""
-        return self._call("find", path, maxdepth=maxdepth, detail=detail)
+        """Return the paths of all files below a folder, sorted; with ``detail``, their infos by path."""
+        if maxdepth == 1 and not self.is_local:  # gcsfs would list all files at any depth
+            found = {info["name"]: info for info in self._list(path) if info["type"] == "file"}
+        else:
+            # Without the slash, gcsfs lists everything that begins with the name.
+            infos = self._call("find", f"{path.rstrip('/')}/", maxdepth=maxdepth, detail=True)
+            found = {name: info for name, info in infos.items() if not name.endswith("/")}
+        return found if detail else sorted(found)
 
-    def glob(self, pattern: str) -> list[str]:
-        """Return the paths that match a pattern, sorted."""
-        return list(self._call("glob", pattern))
+    def glob(self, pattern: str, folder: str = "") -> list[str]:
+        """Return the paths that match a pattern, sorted; those below a folder, whose name is taken literally."""
+        if self.is_local:
+            return list(self._call("glob", os.path.join(glob.escape(folder), pattern)))
+        parts = pattern.split("/")
+        literal = next((i for i, part in enumerate(parts) if re.search(r"[*?[]", part)), len(parts))
+        root, parts = "/".join([*([folder] if folder else []), *parts[:literal]]), parts[literal:]
+        if not parts:
+            return [root] if self.exists(root) else []
+        if "**" in parts:
+            matches = re.compile(fsspec.utils.glob_translate("/".join(parts))).match
+            return [name for name in self.find(root) if matches(name.removeprefix(root).lstrip("/"))]
+        paths = {root}
+        for depth, part in enumerate(parts, 1):  # fsspec's own glob would list all files at any depth
+            paths = {
+                info["name"] for path in paths for info in self._list(path)
+                if fnmatch.fnmatchcase(info["name"].rpartition("/")[2], part)
+                and (depth == len(parts) or info["type"] == "directory")
+            }  # fmt: skip
+        return sorted(paths)
 
     def cat_file(self, path: str, start: int | None = None, end: int | None = None) -> bytes:
         """Return the bytes of a file, or those of a range, which may be fewer at its end."""
-        return bytes(self._call("cat_file", path, start, end))
+
+        def read() -> bytes:
+            try:
+                return bytes(self._system.cat_file(path, start, end))
+            except Exception as error:
+                if getattr(error, "code", None) == 416:  # the file ends before the range
+                    return b""
+                raise
+
+        data = retry(read, self.url(path))
+        if end is not None and len(data) > end - (start or 0):
+            raise OSError(errno.ENOTSUP, "the server sends the whole file instead of a range", self.url(path))
+        return data
 
     def cat_ranges(self, paths: list[str], starts: list[int], ends: list[int]) -> list[bytes | Exception]:
         """Return a range of each of several files, or the error of those that cannot be read."""
@@ -108,7 +164,9 @@ class FileSystem:
 
     def open(self, path: str) -> io.BufferedReader:
         """Open a file for reading, with random access."""
-        return open(path, "rb") if self.is_local else io.BufferedReader(_RangeReader(self, path), BLOCK)
+        if self.is_local:
+            return retry(lambda: open(path, "rb"), path)
+        return io.BufferedReader(_RangeReader(self, path), BLOCK)
 
     def write(self, path: str, data: bytes) -> None:
         """Write a file so that readers see the old or the new one, never a part; several writers may do so."""
@@ -118,7 +176,7 @@ class FileSystem:
         temporary = f"{path}.{uuid.uuid4().hex}.tmp"
         try:
             self._call("pipe_file", temporary, data)
-            self._call("mv", temporary, path)
+            retry(lambda: os.replace(temporary, path), path)
         except BaseException:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
@@ -127,7 +185,11 @@ class FileSystem:
     def upload(self, local: str, path: str, *, new: bool = False) -> None:
         """Copy a local file here; readers see all of it or nothing. Raises FileExistsError if it must be ``new``."""
         mode = "create" if new else "overwrite"
-        self._write_remote(lambda: self._system.put_file(local, path, mode=mode), path)
+        try:
+            self._write_remote(lambda: self._system.put_file(local, path, mode=mode), path)
+        except FileExistsError:  # the reply to an attempt that succeeded may have been lost
+            if self.info(path)["size"] != os.path.getsize(local) or self.cat_file(path) != Path(local).read_bytes():
+                raise
 
     def _write_remote(self, operation: Callable[[], None], path: str) -> None:
         try:
@@ -136,7 +198,7 @@ class FileSystem:
             raise FileNotFoundError(error.errno, "the bucket does not exist", self.url(path)) from error
 
     def create(self, path: str, data: bytes) -> bool:
-        """Write a file if there is none, and return whether it was written."""
+        """Write a file if there is none, and return whether it was written; only this writer may have such data."""
         try:
             if self.is_local:
                 with open(path, "xb") as file:
@@ -144,17 +206,31 @@ class FileSystem:
             else:
                 self._write_remote(lambda: self._system.pipe_file(path, data, mode="create"), path)
         except FileExistsError:
-            return self.cat_file(path) == data  # the reply to an attempt that succeeded may have been lost
+            with contextlib.suppress(FileNotFoundError):  # deleted since
+                return self.cat_file(path) == data  # the reply to an attempt that succeeded may have been lost
+            return False
         return True
 
     def rm_file(self, path: str) -> None:
-        """Delete a file. Raises FileNotFoundError."""
-        self._call("rm_file", path)
+        """Delete a file. Raises FileNotFoundError, IsADirectoryError."""
+        if self.info(path)["type"] == "directory":
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), self.url(path))
+        self._delete(path)
+
+    def _delete(self, path: str) -> None:
+        with contextlib.suppress(FileNotFoundError):  # by an attempt whose reply was lost, or by another process
+            self._call("rm_file", path)
 
     def rm_tree(self, path: str) -> None:
-        """Delete a folder and all files in it; no error if there is none."""
-        with contextlib.suppress(FileNotFoundError):
-            self._call("rm", path, recursive=True)
+        """Delete a file, or a folder and all files in it; no error if there is none."""
+        if self.is_local:
+            with contextlib.suppress(FileNotFoundError):
+                self._call("rm", path, recursive=True)
+            return
+        # fsspec's rm takes a name with brackets for a pattern, and deletes what it matches.
+        names = [*self._call("find", f"{path.rstrip('/')}/"), *([path] if self.isfile(path) else [])]
+        with concurrent.futures.ThreadPoolExecutor(_DELETIONS) as pool:
+            list(pool.map(self._delete, names))
 
     def copy(self, source: str, target: str) -> None:
         """Copy a file within this file system."""
@@ -167,32 +243,28 @@ def file_system(path: str) -> tuple[FileSystem, str]:
     Raises:
         DataError: a scheme that no installed package serves.
     """
-    scheme = path.partition("://")[0].lower() if is_url(path) else ""
+    scheme = path.partition("://")[0].lower() if is_url(path) else "file"
     check_installed(path, scheme)
     try:
-        system, plain = fsspec.core.url_to_fs(path, **_options(scheme))
+        # By fsspec's url_to_fs, "::" in a name would be a chain of file systems, and "#1" a version.
+        if scheme == "file":
+            return _file_system(scheme, os.getpid()), LocalFileSystem._strip_protocol(path)
+        if scheme in SCHEMES:
+            return _file_system(scheme, os.getpid()), path.partition("://")[2]
+        system, plain = fsspec.core.url_to_fs(path)
     except (ImportError, ValueError) as error:
         raise DataError(f"{path} cannot be opened: {error}") from error
     return FileSystem(system), plain
 
 
-def _options(scheme: str) -> dict[str, Any]:
-    if scheme not in SCHEMES:
-        return {}
-    options: dict[str, Any] = {"use_listings_cache": False}  # other processes write, too
-    if scheme == "gs":
-        options["requests_timeout"] = _timeouts()
-    return options
-
-
 @functools.cache
-def _timeouts() -> Any:
-    import aiohttp
+def _file_system(scheme: str, process: int) -> FileSystem:
+    """Return the file system of a scheme in a process: none survives a fork."""
+    if scheme == "gs":
+        from data_pipelines.storage.gcs import GoogleStorage
 
-    # Failed attempts are reported by retry(), and not with a traceback each.
-    python_logging.getLogger("gcsfs").setLevel(python_logging.CRITICAL + 1)
-    python_logging.getLogger("google.auth").setLevel(python_logging.ERROR)
-    return aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS, sock_read=_READ_SECONDS)
+        return FileSystem(GoogleStorage())
+    return FileSystem(fsspec.filesystem(scheme, **({} if scheme == "file" else {"use_listings_cache": False})))
 
 
 def write_atomically(path: str, data: bytes) -> None:
@@ -208,6 +280,8 @@ class _RangeReader(io.RawIOBase):
         info = system.info(path)
         if info["type"] != "file":
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), system.url(path))
+        if info["size"] is None:
+            raise OSError(errno.ENOTSUP, "the server does not tell the file's size", system.url(path))
         self._system, self._path, self._size, self._position = system, path, int(info["size"]), 0
 
     def readable(self) -> bool:
@@ -220,19 +294,20 @@ class _RangeReader(io.RawIOBase):
         return self._position
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
-        return self._position
+        position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
+        if position < 0:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), self._system.url(self._path))
+        self._position = position
+        return position
 
     def readinto(self, buffer: Any) -> int:
         end = min(self._position + len(buffer), self._size)
-        if end <= self._position:
-            return 0
-        data = self._system.cat_file(self._path, self._position, end)
+        data = self._system.cat_file(self._path, self._position, end) if self._position < end else b""
         buffer[: len(data)] = data
         self._position += len(data)
         return len(data)
 
     def readall(self) -> bytes:
-        data = self._system.cat_file(self._path, self._position, None)
+        data = self._system.cat_file(self._path, self._position, self._size) if self._position < self._size else b""
         self._position += len(data)
         return data

@@ -4,6 +4,7 @@ In an object store ``NAME.jsonl`` is a folder of objects, see :mod:`data_pipelin
 and in a copy of it on a disk.
 """
 
+import io
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -30,19 +31,25 @@ def iterate_jsonl(path: Path, *, max_line: int = -1, max_bytes: int | None = Non
         max_line: bytes after which a line is cut; -1 for no limit.
         max_bytes: stop after the first line that ends behind this many bytes; None for no limit.
     """
-    for name in log_files(path):
-        with name.open("rb") as file:
-            while text := file.readline(max_line):
-                if max_bytes is not None and file.tell() > max_bytes:
+    done = 0
+    for file in log_files(path):
+        with file.open("rb") if file == path else io.BytesIO(file.read_bytes()) as lines:  # parts are small
+            while text := lines.readline(max_line):
+                done += len(text)
+                if max_bytes is not None and done > max_bytes:
                     return
-                try:
-                    line = json.loads(text)
-                except (ValueError, RecursionError):
-                    line = None
-                if isinstance(line, dict):
+                line = _parse(text)
+                if line is not None or (text.endswith(b"\n") and text.strip()):
                     yield line
-                elif text.endswith(b"\n") and text.strip():
-                    yield None
+
+
+def _parse(text: bytes) -> dict[str, Any] | None:
+    """Return the object of a line, or None if it is damaged."""
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return line if isinstance(line, dict) else None
 
 
 def log_files(path: Path) -> list[Path]:
@@ -60,7 +67,8 @@ def rewrite_jsonl(path: Path, keep: Callable[[Mapping[str, Any]], bool]) -> None
     """Drop damaged lines and those that are not to be kept, file by file, so that no line is ever there twice."""
     for file in log_files(path):
         before = file.read_bytes()
-        after = b"".join(json.dumps(line).encode() + b"\n" for line in read_jsonl(file) if keep(line))
+        lines = map(_parse, before.splitlines())
+        after = b"".join(json.dumps(line).encode() + b"\n" for line in lines if line is not None and keep(line))
         if after != before:
             write_atomically(str(file), after)
 

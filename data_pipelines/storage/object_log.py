@@ -5,20 +5,24 @@
 the last ``FLUSH_SECONDS``, and readers see complete objects only.
 """
 
+import contextlib
 import dataclasses
-import itertools
+import os
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from absl import logging
 
 from data_pipelines.errors import StorageUnavailableError
 from data_pipelines.storage.file_system import write_atomically
-from data_pipelines.storage.retry import retry_limit
+from data_pipelines.storage.retry import retry_limit, shorter_retries
 
 FLUSH_SECONDS = 20.0
 PART_BYTES = 2**20
+_LAST_SECONDS = 10.0
+"""How long the last lines of each log that nobody closed are tried."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -66,13 +70,14 @@ class ObjectLog:
         """
         with self._uploading:
             with self._lock:
-                start, parts = time.monotonic(), [(part, bytes(part.data)) for part in self._parts]
+                start, parts = time.monotonic(), list(self._parts)
+                age = start - (self._unsaved_since or start)
             try:
-                for part, data in parts:
-                    if len(data) > part.uploaded:
-                        part.name = part.name or self._next_name()
-                        write_atomically(str(self._folder / part.name), data)
-                        part.uploaded = len(data)
+                # What could not be written for as long as requests are repeated is tried once, so that nothing that
+                # waits for it, as the end of a run, takes twice as long.
+                with shorter_retries(max(0.0, retry_limit() - age)):
+                    for part in parts:
+                        self._upload(part)
             except Exception as error:
                 self._error = error
                 raise
@@ -83,6 +88,14 @@ class ObjectLog:
                 is_saved = all(part.uploaded == len(part.data) for part in self._parts)
                 self._unsaved_since = None if is_saved else start
 
+    def _upload(self, part: _Part) -> None:
+        with self._lock:
+            data = bytes(part.data) if len(part.data) > part.uploaded else b""
+        if data:
+            part.name = part.name or self._next_name()
+            write_atomically(str(self._folder / part.name), data)
+            part.uploaded = len(data)
+
     def _next_name(self) -> str:
         if self._last_number is None:
             names = [path.name for path in self._folder.glob(f"{self._prefix}*{self._suffix}")]
@@ -92,11 +105,11 @@ class ObjectLog:
         return f"{self._prefix}{self._last_number:06}{self._suffix}"
 
     def check(self) -> None:
-        """Raise StorageUnavailableError if nothing could be written for longer than requests are repeated."""
-        since = self._unsaved_since
-        if since is not None and (age := time.monotonic() - since) > retry_limit() + FLUSH_SECONDS:
+        """Raise StorageUnavailableError if writing failed for longer than requests are repeated."""
+        since, error = self._unsaved_since, self._error
+        if since and error and (age := time.monotonic() - since) > retry_limit():
             raise StorageUnavailableError(
-                f"{self._folder} could not be written for {age:.0f} s ({self._error or 'no answer'}); start again later"
+                f"{self._folder} could not be written for {age:.0f} s ({error}); start again later"
             )
 
     def close(self) -> None:
@@ -129,7 +142,7 @@ class _Uploader:
             return list(self._logs)
 
     def _run(self) -> None:
-        for _ in itertools.count():
+        while True:
             time.sleep(FLUSH_SECONDS)
             for log in self.logs():
                 try:
@@ -139,6 +152,15 @@ class _Uploader:
 
 
 _UPLOADER = _Uploader()
+
+
+def _forget_logs() -> None:
+    """Leave the logs of the parent process to it, and start a thread when this one has logs."""
+    global _UPLOADER
+    _UPLOADER = _Uploader()
+
+
+os.register_at_fork(after_in_child=_forget_logs)
 
 
 def check_logs() -> None:
@@ -151,3 +173,17 @@ def flush_logs() -> None:
     """Write all open logs of this process now. Raises as :meth:`ObjectLog.flush`."""
     for log in _UPLOADER.logs():
         log.flush()
+
+
+@contextlib.contextmanager
+def closing_logs() -> Iterator[None]:
+    """Write what is left of the logs that nobody closed in this context, or warn of them."""
+    try:
+        yield
+    finally:
+        for log in _UPLOADER.logs():
+            try:
+                with shorter_retries(_LAST_SECONDS):
+                    log.close()
+            except Exception as error:
+                logging.warning("the last lines of a log cannot be written: %s", error)

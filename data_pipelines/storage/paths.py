@@ -3,6 +3,7 @@
 An object store has no folders, no append and no rename: a file is complete when it is there.
 """
 
+import dataclasses
 import datetime
 import errno
 import io
@@ -10,7 +11,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path, PosixPath
 from typing import Any
 
@@ -54,13 +55,12 @@ def to_path(text: str | os.PathLike[str], *, installed: bool = True) -> Path:
     return epath.Path(name)
 
 
-class _Upload(io.FileIO):
+class _Upload(io.BufferedWriter):
     """A file that is written on this machine, and uploaded when it is closed, unless an exception ended its context."""
 
-    def __init__(self, system: FileSystem, path: str, *, new: bool) -> None:
-        descriptor, self._local = tempfile.mkstemp(prefix="mplug2-upload-")
-        super().__init__(descriptor, "wb")
-        self._system, self._path, self._new, self._pending = system, path, new, True
+    def __init__(self, system: FileSystem, path: str, *, new: bool, local: str) -> None:
+        super().__init__(io.FileIO(local, "wb"))
+        self._system, self._path, self._new, self._local, self._pending = system, path, new, local, True
 
     def abort(self) -> None:
         """Close without uploading."""
@@ -70,8 +70,8 @@ class _Upload(io.FileIO):
         """Upload the file. Raises FileExistsError if it had to be new and is not."""
         if self.closed:
             return
-        super().close()
         try:
+            super().close()  # which may fail, as the disk may be full
             if self._pending:
                 self._system.upload(self._local, self._path, new=self._new)
         finally:
@@ -96,9 +96,16 @@ class _TextUpload(io.TextIOWrapper):
             self.buffer.abort()  # type: ignore[attr-defined]
         self.close()
 
+    def __del__(self) -> None:
+        if not self.closed:
+            self.buffer.abort()  # type: ignore[attr-defined]
 
+
+@dataclasses.dataclass
 class RemoteStat(stat_utils.StatResult):
     """What is known of a remote file, also by the names of :class:`os.stat_result`."""
+
+    mtime: float
 
     @property
     def st_size(self) -> int:
@@ -120,7 +127,9 @@ class _Backend(backend.Backend):
         if kind == "r":
             file = system.open(plain)
             return file if binary else io.TextIOWrapper(file, encoding="utf-8")
-        upload = _Upload(system, plain, new=kind == "x")
+        descriptor, local = tempfile.mkstemp(prefix="mplug2-upload-")
+        os.close(descriptor)
+        upload = _Upload(system, plain, new=kind == "x", local=local)
         return upload if binary else _TextUpload(upload, encoding="utf-8")
 
     def exists(self, path: Any) -> bool:
@@ -136,8 +145,7 @@ class _Backend(backend.Backend):
         return [name.rpartition("/")[2] for name in system.ls(plain)]
 
     def glob(self, path: Any) -> list[str]:
-        system, plain = file_system(os.fspath(path))
-        return [system.url(name) for name in system.glob(plain)]
+        raise NotImplementedError  # RemotePath has its own
 
     def walk(self, path: Any, *, top_down: bool = True, on_error: Any = None) -> Iterator[Any]:
         raise NotImplementedError
@@ -159,23 +167,27 @@ class _Backend(backend.Backend):
 
     def rename(self, path: Any, dst: Any) -> None:
         """Copy all files, then delete the originals: if this ends halfway, nothing is lost."""
-        system, source = file_system(os.fspath(path))
-        _, target = file_system(os.fspath(dst))
+        system, source, target = _within_one(path, dst)
         if system.exists(target):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), os.fspath(dst))
         files = [source] if system.isfile(source) else system.find(source)
+        if not files:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), os.fspath(path))
         for name in files:
             system.copy(name, target + name.removeprefix(source))
         for name in files:
             system.rm_file(name)
 
     def replace(self, path: Any, dst: Any) -> None:
-        system, source = file_system(os.fspath(path))
-        system.copy(source, file_system(os.fspath(dst))[1])
+        system, source, target = _within_one(path, dst)
+        system.copy(source, target)
         system.rm_file(source)
 
     def copy(self, path: Any, dst: Any, overwrite: bool) -> None:
-        with self.open(path, "rb") as source, epath.Path(dst).open("wb") as target:
+        target_path = epath.Path(dst)
+        if not overwrite and target_path.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), os.fspath(dst))
+        with self.open(path, "rb") as source, target_path.open("wb") as target:
             shutil.copyfileobj(source, target, BLOCK)
 
     def stat(self, path: Any) -> RemoteStat:
@@ -184,6 +196,14 @@ class _Backend(backend.Backend):
         modified = info.get("mtime") or info.get("LastModified") or 0.0
         seconds = modified.timestamp() if isinstance(modified, datetime.datetime) else float(modified)
         return RemoteStat(is_directory=info["type"] == "directory", length=int(info.get("size") or 0), mtime=seconds)
+
+
+def _within_one(source: Any, target: Any) -> tuple[FileSystem, str, str]:
+    """Return the file system of two paths, and the paths on it. Raises OSError if there are two."""
+    (system, source_path), (other, target_path) = file_system(os.fspath(source)), file_system(os.fspath(target))
+    if system is not other:
+        raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), os.fspath(target))
+    return system, source_path, target_path
 
 
 _BACKEND = _Backend()
@@ -204,8 +224,8 @@ class RemotePath(PosixGPath, PosixPath):
         return _BACKEND.open(self, mode)
 
     def read_text(self, encoding: str | None = None, errors: str | None = None) -> str:
-        """Return the text of a file in UTF-8."""
-        return self.read_bytes().decode("utf-8", errors or "strict")
+        """Return the text of a file in UTF-8, with line feeds as line ends."""
+        return io.TextIOWrapper(io.BytesIO(self.read_bytes()), "utf-8", errors).read()
 
     def read_bytes(self) -> bytes:
         """Return the bytes of a file, by one request."""
@@ -224,6 +244,15 @@ class RemotePath(PosixGPath, PosixPath):
         system, plain = file_system(str(self))
         system.write(plain, bytes(data))
         return len(data)
+
+    def glob(self, pattern: str) -> Generator["RemotePath", None, None]:
+        """Yield the paths below this one that match a pattern, sorted; ``**`` is any number of folders above files."""
+        system, plain = file_system(str(self))
+        yield from (RemotePath(system.url(name)) for name in system.glob(pattern, plain))
+
+    def rglob(self, pattern: str) -> Generator["RemotePath", None, None]:
+        """Yield all files below this path whose last parts match a pattern, sorted."""
+        return self.glob(f"**/{pattern}")
 
     def is_file(self) -> bool:
         """Return whether there is a file."""

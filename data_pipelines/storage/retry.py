@@ -6,13 +6,15 @@ damaged data catches; everything else is an ``OSError`` with a file name.
 """
 
 import contextlib
+import contextvars
 import errno
 import functools
 import os
 import random
 import re
+import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -29,7 +31,7 @@ _WARN_SECONDS = 10.0
 _TRANSIENT_ERRNOS = frozenset(
     getattr(errno, name)
     for name in (
-        "EAGAIN", "ECONNABORTED", "ECONNREFUSED", "ECONNRESET", "EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN",
+        "EAGAIN", "EBUSY", "ECONNABORTED", "ECONNREFUSED", "ECONNRESET", "EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN",
         "ENETRESET", "ENETUNREACH", "ENOTCONN", "EPIPE", "EREMOTEIO", "ESTALE", "ETIMEDOUT",
     )
     if hasattr(errno, name)
@@ -46,10 +48,16 @@ _TRANSIENT_TEXT = re.compile(
     r"\b(UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED|ABORTED)\b|CURL error|[rR]ateLimitExceeded"
 )
 """In errors of tensorstore, which have no type of their own."""
-_PERMANENT_TEXT = re.compile(r"invalid_grant|invalid_client|Reauthentication is needed", re.IGNORECASE)
+_PERMANENT_TEXT = re.compile(
+    r"invalid_grant|invalid_client|Reauthentication is needed|CERTIFICATE_VERIFY_FAILED|out of memory", re.IGNORECASE
+)
+"""In errors that look like the above and are not: of a login, of a machine between here and the server, of a device."""
+_MOUNTS = Path("/proc/self/mounts")
+_NETWORK_KIND = re.compile("fuse(?!blk)|nfs|cifs|smb|9p|lustre|beegfs|ceph|glusterfs|gpfs")
 _DENIED_TEXT = re.compile(r"\b(PERMISSION_DENIED|UNAUTHENTICATED)\b|Forbidden|Anonymous caller|Invalid Credentials")
 
 _retry_seconds = DEFAULT_RETRY_SECONDS
+_retry_seconds_here: contextvars.ContextVar[float] = contextvars.ContextVar("retry_seconds", default=float("inf"))
 
 
 def set_retry_limit(seconds: float) -> None:
@@ -60,7 +68,34 @@ def set_retry_limit(seconds: float) -> None:
 
 def retry_limit() -> float:
     """Return how long a request is repeated, in seconds."""
-    return _retry_seconds
+    return min(_retry_seconds, _retry_seconds_here.get())
+
+
+@contextlib.contextmanager
+def shorter_retries(seconds: float) -> Iterator[None]:
+    """Repeat the requests of this context for at most so long; 0 for one attempt."""
+    token = _retry_seconds_here.set(seconds)
+    try:
+        yield
+    finally:
+        _retry_seconds_here.reset(token)
+
+
+class Backoff:
+    """The pauses between the attempts at something: twice as long each time, and none after a limit in seconds."""
+
+    def __init__(self, limit: float) -> None:
+        self._limit, self._start, self._pause = limit, time.monotonic(), _FIRST_PAUSE
+
+    @property
+    def elapsed(self) -> float:
+        """Return the seconds since the first attempt began."""
+        return time.monotonic() - self._start
+
+    def next_pause(self) -> float | None:
+        """Return how many seconds to wait before the next attempt; None if that would be after the limit."""
+        pause, self._pause = self._pause, min(2 * self._pause, _LONGEST_PAUSE)
+        return pause * random.uniform(0.5, 1) if self.elapsed + pause <= self._limit else None
 
 
 def is_url(path: str | os.PathLike[str]) -> bool:
@@ -70,33 +105,40 @@ def is_url(path: str | os.PathLike[str]) -> bool:
 
 def is_transient(error: BaseException) -> bool:
     """Return whether an error, or one that caused it, is a fault of a network or a server that may pass by itself."""
-    if isinstance(error, FileNotFoundError | FileExistsError | PermissionError | DataError):
+    if isinstance(error, FileNotFoundError | FileExistsError | PermissionError | DataError) or _is_bug(error):
         return False
-    seen: list[BaseException] = []
+    chain = list(_with_causes(error))
+    return any(map(_is_transient, chain)) and not any(_PERMANENT_TEXT.search(str(cause)) for cause in chain)
+
+
+def _is_bug(error: BaseException) -> bool:
+    """Return whether an error is none that storage causes, as a TypeError."""
+    if isinstance(error, NotImplementedError | RecursionError):
+        return True
+    of_storage = OSError | ValueError | RuntimeError | ImportError | BaseExceptionGroup
+    return type(error).__module__ == "builtins" and type(error) is not Exception and not isinstance(error, of_storage)
+
+
+def _with_causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error and all that caused it."""
+    seen: set[int] = set()
     pending: list[BaseException | None] = [error]
     while pending:
         current = pending.pop()
-        if current is None or current in seen:
+        if current is None or id(current) in seen:
             continue
-        seen.append(current)
-        if isinstance(current, StorageUnavailableError) or _is_transient(current):
-            return True
-        pending += [current.__cause__, current.__context__]
+        seen.add(id(current))
+        yield current
+        pending += [current.__cause__, None if current.__suppress_context__ else current.__context__]
         if isinstance(current, BaseExceptionGroup):
             pending += current.exceptions
-    return False
 
 
 def _is_transient(error: BaseException) -> bool:
-    if isinstance(error, ConnectionError | TimeoutError):
+    if isinstance(error, StorageUnavailableError | ConnectionError | TimeoutError | socket.gaierror):
         return True
-    if isinstance(error, OSError) and error.errno is not None:
-        return error.errno in _TRANSIENT_ERRNOS
-    text = str(error)
-    if _PERMANENT_TEXT.search(text):
-        return False
-    code = getattr(error, "code", None) or getattr(error, "status", None)
-    if code == 401 and "Invalid Credentials" in text:  # an expired token; gcsfs fetches a new one
+    code = getattr(error, "status", None) or getattr(error, "code", None)
+    if code == 401 and "Invalid Credentials" in str(error):  # an expired token; gcsfs fetches a new one
         return True
     if isinstance(code, int | str) and str(code).isdigit():
         return int(code) in _TRANSIENT_STATUS
@@ -106,7 +148,9 @@ def _is_transient(error: BaseException) -> bool:
         for module, name in _TRANSIENT_TYPES
     ):
         return True
-    return bool(_TRANSIENT_TEXT.search(text))
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in _TRANSIENT_ERRNOS
+    return bool(_TRANSIENT_TEXT.search(str(error)))
 
 
 def _is_network_mount_error(error: Exception, path: str) -> bool:
@@ -122,17 +166,17 @@ def _is_on_network(folder: str) -> bool:
     """Return whether a local folder is a mount of a network or of a program, as gcsfuse (Linux)."""
     kinds = {"/": ""}
     with contextlib.suppress(OSError):
-        for line in Path("/proc/self/mounts").read_text(errors="replace").splitlines():
+        for line in _MOUNTS.read_text(errors="replace").splitlines():
             _, mount, kind, *_ = line.split(" ")
-            kinds[mount] = kind
+            kinds[re.sub(r"\\(\d{3})", lambda octal: chr(int(octal[1], 8)), mount)] = kind
     path = Path(os.path.realpath(folder))
     kind = next((kinds[str(parent)] for parent in (path, *path.parents) if str(parent) in kinds), "")
-    return kind.startswith(("fuse", "nfs", "cifs", "smb", "9p", "lustre", "beegfs", "ceph", "glusterfs", "gpfs"))
+    return bool(_NETWORK_KIND.match(kind))
 
 
 def is_access_error(error: BaseException) -> bool:
     """Return whether an error says that a file may not be read or written, and so nothing about its contents."""
-    return isinstance(error, PermissionError) or bool(_DENIED_TEXT.search(str(error)))
+    return any(isinstance(e, PermissionError) or _DENIED_TEXT.search(str(e)) for e in _with_causes(error))
 
 
 def retry(operation: Callable[[], T], path: str) -> T:
@@ -146,7 +190,8 @@ def retry(operation: Callable[[], T], path: str) -> T:
         StorageUnavailableError: it failed for longer than the limit.
         OSError: any other failure, with the path and the reason.
     """
-    start, pause, warned = time.monotonic(), _FIRST_PAUSE, False
+    limit = retry_limit()
+    backoff, warned = Backoff(limit), False
     while True:
         try:
             return operation()
@@ -158,22 +203,20 @@ def retry(operation: Callable[[], T], path: str) -> T:
                 if problem is error:
                     raise
                 raise problem from error
-            elapsed, limit = time.monotonic() - start, _retry_seconds
-            if elapsed + pause > limit:
+            pause, elapsed = backoff.next_pause(), backoff.elapsed
+            if pause is None:
                 raise StorageUnavailableError(
                     f"{path} has been unavailable for {elapsed:.0f} s ({_reason(error)}); start again later"
                 ) from error
             if elapsed >= _WARN_SECONDS and not warned:
                 logging.warning("%s is unavailable (%s); retrying for up to %g s", path, _reason(error), limit)
                 warned = True
-        time.sleep(pause * random.uniform(0.5, 1))
-        pause = min(2 * pause, _LONGEST_PAUSE)
+        time.sleep(pause)
 
 
 def _os_error(error: Exception, path: str) -> Exception:
     """Return an error as an OSError with a file name; what is no fault of storage stays as it is."""
-    is_storage_error = isinstance(error, OSError | ValueError | RuntimeError | ImportError)
-    if isinstance(error, DataError) or (type(error).__module__ == "builtins" and not is_storage_error):
+    if isinstance(error, DataError | ExceptionGroup) or _is_bug(error):
         return error
     if isinstance(error, OSError) and error.errno is not None and error.filename is not None:
         return error
@@ -193,6 +236,8 @@ def _os_error(error: Exception, path: str) -> Exception:
 
 
 def _reason(error: BaseException) -> str:
+    if isinstance(error, TimeoutError) and not str(error):
+        return "no answer"
     code = getattr(error, "code", None)
     text = " ".join((getattr(error, "strerror", None) or str(error)).split())[:200] or type(error).__name__
     return text if not code or str(code) in text else f"{code} {text}"

@@ -8,6 +8,7 @@ from typing import Any
 from absl import logging
 
 from data_pipelines.errors import DataError, StorageUnavailableError
+from data_pipelines.storage.object_log import closing_logs
 from data_pipelines.storage.retry import is_transient
 from mplug2_jax import __version__
 from mplug2_jax.cli import (
@@ -107,13 +108,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     configure_logging(args.verbosity)
     run: Callable[[argparse.Namespace], int] = args.run
     try:
-        return run(args)
+        with closing_logs():
+            return run(args)
     except (UserError, DataError) as error:
         return _exit_with(USER_ERROR, f"error: {' '.join(str(error).split())}")
     except StorageUnavailableError as error:
         return _exit_with(UNAVAILABLE, f"error: {error}")
     except OSError as error:
-        if is_transient(error):
+        if is_transient(error) and not isinstance(error, BrokenPipeError):  # that is a reader of the output
             return _exit_with(UNAVAILABLE, f"error: {error}; start again later")
         if error.filename is None:
             raise
