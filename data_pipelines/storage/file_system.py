@@ -15,9 +15,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import fsspec
-from fsspec.implementations.local import LocalFileSystem
-
 from data_pipelines.errors import DataError
 from data_pipelines.storage.retry import is_transient, is_url, retry
 
@@ -49,9 +46,12 @@ class FileSystem:
     in an object store, are not seen. Methods raise ``OSError`` and ``StorageUnavailableError``, as :func:`retry`.
     """
 
-    def __init__(self, system: Any) -> None:
-        self._system = system
-        self.is_local = isinstance(system, LocalFileSystem)
+    def __init__(self, system: Any, *, is_local: bool = False) -> None:
+        self._system, self.is_local = system, is_local
+
+    def strip(self, url: str) -> str:
+        """Return the path of a URL of this file system; a local one in full."""
+        return str(self._system._strip_protocol(url)) if self.is_local else url.partition("://")[2]
 
     def url(self, path: str) -> str:
         """Return a path with its scheme; a local path as it is."""
@@ -124,7 +124,9 @@ class FileSystem:
         if not parts:
             return [root] if self.exists(root) else []
         if "**" in parts:
-            matches = re.compile(fsspec.utils.glob_translate("/".join(parts))).match
+            from fsspec.utils import glob_translate
+
+            matches = re.compile(glob_translate("/".join(parts))).match
             return [name for name in self.find(root) if matches(name.removeprefix(root).lstrip("/"))]
         paths = {root}
         for depth, part in enumerate(parts, 1):  # fsspec's own glob would list all files at any depth
@@ -247,14 +249,15 @@ def file_system(path: str) -> tuple[FileSystem, str]:
     check_installed(path, scheme)
     try:
         # By fsspec's url_to_fs, "::" in a name would be a chain of file systems, and "#1" a version.
-        if scheme == "file":
-            return _file_system(scheme, os.getpid()), LocalFileSystem._strip_protocol(path)
-        if scheme in SCHEMES:
-            return _file_system(scheme, os.getpid()), path.partition("://")[2]
-        system, plain = fsspec.core.url_to_fs(path)
+        if scheme in ("file", *SCHEMES):
+            system = _file_system(scheme, os.getpid())
+            return system, system.strip(path)
+        from fsspec.core import url_to_fs  # fsspec is imported when it is needed: commands that fail should do so soon
+
+        remote, plain = url_to_fs(path)
     except (ImportError, ValueError) as error:
         raise DataError(f"{path} cannot be opened: {error}") from error
-    return FileSystem(system), plain
+    return FileSystem(remote), plain
 
 
 @functools.cache
@@ -264,7 +267,11 @@ def _file_system(scheme: str, process: int) -> FileSystem:
         from data_pipelines.storage.gcs import GoogleStorage
 
         return FileSystem(GoogleStorage())
-    return FileSystem(fsspec.filesystem(scheme, **({} if scheme == "file" else {"use_listings_cache": False})))
+    import fsspec
+
+    if scheme == "file":
+        return FileSystem(fsspec.filesystem(scheme), is_local=True)
+    return FileSystem(fsspec.filesystem(scheme, use_listings_cache=False))
 
 
 def write_atomically(path: str, data: bytes) -> None:
