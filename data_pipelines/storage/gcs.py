@@ -17,8 +17,7 @@ _LISTED = "kind,nextPageToken,prefixes,items(name,bucket,size,updated,etag)"
 """What is listed of each object; all is a kilobyte each."""
 
 # Without gcsfs's own repetitions: they log tracebacks, take half a minute at least, and know no limit.
-_request_once = core.GCSFileSystem._request.__wrapped__
-
+_request_once = getattr(core.GCSFileSystem._request, "__wrapped__", core.GCSFileSystem._request)
 
 logging.getLogger("google.auth").setLevel(logging.ERROR)  # it warns of each place that has no credentials
 
