@@ -1,5 +1,6 @@
 """The training run, from a config to a trained model in a work directory, in the order of events."""
 
+import contextlib
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -10,10 +11,11 @@ from absl import logging
 from jax.sharding import Mesh
 
 from data_pipelines.bad_records import BadRecordLog
-from data_pipelines.errors import DataError
+from data_pipelines.errors import DataError, StorageUnavailableError
 from data_pipelines.loader import LoadedExample, Stream
 from data_pipelines.order import HostShards
 from data_pipelines.storage.object_log import check_logs
+from data_pipelines.storage.paths import RemotePath
 from data_pipelines.storage.retry import set_retry_limit
 from data_pipelines.tokenizers import Tokenizer, fingerprint
 from mplug2_jax.errors import Preempted, UserError
@@ -68,6 +70,23 @@ def train(config: RunConfig, path: Path) -> list[EvaluationResult]:
         with lock_workdir(workdir.lock) as lock:
             notice.on_exit = lock.release
             return _train(config, workdir, notice, lock)
+
+
+@contextlib.contextmanager
+def _restart_after_storage_errors(path: Path) -> Iterator[None]:
+    """Turn errors of a bucket into one that launchers restart after: it was in order when the run began.
+
+    Raises:
+        StorageUnavailableError: in place of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        if not isinstance(path, RemotePath):
+            raise
+        raise StorageUnavailableError(
+            f"{error.filename or path}: {error.strerror or error}; the run ends, to be started again"
+        ) from error
 
 
 def _train(config: RunConfig, workdir: WorkDir, notice: PreemptionNotice, lock: WorkDirLock) -> list[EvaluationResult]:
@@ -160,64 +179,65 @@ def _train(config: RunConfig, workdir: WorkDir, notice: PreemptionNotice, lock: 
     # The loop. A step's metrics are read while the next one runs; before a save or an evaluation they are read at once,
     # so that neither uses the state of a faulty step.
     results: list[EvaluationResult] = []
-    try:
-        watchdog.start()
-        if number >= config.steps:
-            logging.info("all %d steps are already done", config.steps)
-            results = evaluate()
-        while number < config.steps:
-            enter_phase(f"waiting for the batches of step {number + 1}")
-            with goodput.track("data_wait"):
-                batch, rows = next(batches)
-            number += 1
-            watchdog.enter(f"step {number}")
-            for name, row in rows:
-                records.record(row.ref.source, row.bad_records, config.streams[name].data.max_bad_fraction)
-            if jax.process_count() == 1 or number % BAD_RECORD_SYNC_INTERVAL == 0:
-                records.check(allgather_objects(records.counts()))
-            example_ids.write(number, batch)
-            monitor.compile(step, number, state, batch)
-            goodput.start_step(number)
-            monitor.profiler.before_step(number)
-            state, metrics = checked_step(number, state, batch)
-            monitor.profiler.after_step(number, metrics)
-            monitor.on_step_dispatched(number, metrics, rows, records.drain_skipped())
-            if number == position.step + 1:  # once all processes have compiled, there is something to save
-                jax.block_until_ready(metrics)
-            notice.allow_exit(None)
-
-            last = number == config.steps
-            save_due = last or checkpoints.should_save(number)
-            eval_due = evaluations and (last or (config.eval_every and number % config.eval_every == 0))
-            spike = monitor.drain(max_pending=0 if save_due or eval_due else 1)
-            if spike is not None and checkpoints.steps():
-                with goodput.track("restart"):
-                    state, restored = checkpoints.restore_last_good(spec.shapes)
-                    position = monitor.faults.roll_back(spike, restored, position)
-                    number = position.step
-                    monitor.rewind(number)
-                    example_ids.rewind(number)
-                    batches.close()
-                    batches = Prefetcher(device_batches(streams, mesh, position.batch_index(number + 1)))
-                continue
-            if save_due:
-                save()
-            if eval_due:
+    with _restart_after_storage_errors(workdir.path):
+        try:
+            watchdog.start()
+            if number >= config.steps:
+                logging.info("all %d steps are already done", config.steps)
                 results = evaluate()
-    except Preempted as preempted:
-        if number > position.step and monitor.drain(max_pending=0) is None:
-            save()
-        last_saved = max(checkpoints.steps(), default=0)
-        raise Preempted(f"{notice.signal_name}: {preemption_message(last_saved, config)}") from preempted
-    finally:
-        watchdog.enter("ending the run")
-        batches.close()
-        with goodput.track("checkpoint"):
-            checkpoints.close()
-        records.close()
-        example_ids.close()
-        monitor.close()
-        watchdog.close()
+            while number < config.steps:
+                enter_phase(f"waiting for the batches of step {number + 1}")
+                with goodput.track("data_wait"):
+                    batch, rows = next(batches)
+                number += 1
+                watchdog.enter(f"step {number}")
+                for name, row in rows:
+                    records.record(row.ref.source, row.bad_records, config.streams[name].data.max_bad_fraction)
+                if jax.process_count() == 1 or number % BAD_RECORD_SYNC_INTERVAL == 0:
+                    records.check(allgather_objects(records.counts()))
+                example_ids.write(number, batch)
+                monitor.compile(step, number, state, batch)
+                goodput.start_step(number)
+                monitor.profiler.before_step(number)
+                state, metrics = checked_step(number, state, batch)
+                monitor.profiler.after_step(number, metrics)
+                monitor.on_step_dispatched(number, metrics, rows, records.drain_skipped())
+                if number == position.step + 1:  # once all processes have compiled, there is something to save
+                    jax.block_until_ready(metrics)
+                notice.allow_exit(None)
+
+                last = number == config.steps
+                save_due = last or checkpoints.should_save(number)
+                eval_due = evaluations and (last or (config.eval_every and number % config.eval_every == 0))
+                spike = monitor.drain(max_pending=0 if save_due or eval_due else 1)
+                if spike is not None and checkpoints.steps():
+                    with goodput.track("restart"):
+                        state, restored = checkpoints.restore_last_good(spec.shapes)
+                        position = monitor.faults.roll_back(spike, restored, position)
+                        number = position.step
+                        monitor.rewind(number)
+                        example_ids.rewind(number)
+                        batches.close()
+                        batches = Prefetcher(device_batches(streams, mesh, position.batch_index(number + 1)))
+                    continue
+                if save_due:
+                    save()
+                if eval_due:
+                    results = evaluate()
+        except Preempted as preempted:
+            if number > position.step and monitor.drain(max_pending=0) is None:
+                save()
+            last_saved = max(checkpoints.steps(), default=0)
+            raise Preempted(f"{notice.signal_name}: {preemption_message(last_saved, config)}") from preempted
+        finally:
+            watchdog.enter("ending the run")
+            batches.close()
+            with goodput.track("checkpoint"):
+                checkpoints.close()
+            records.close()
+            example_ids.close()
+            monitor.close()
+            watchdog.close()
     return results
 
 
