@@ -10,6 +10,7 @@ import importlib.util
 import io
 import os
 import re
+import stat
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -67,6 +68,9 @@ class FileSystem:
     # fsspec's own exists, isfile and isdir of remote files take every error for "no", as those of os.path do.
     def _type(self, path: str) -> str | None:
         try:
+            if self.is_local:
+                mode = retry(lambda: os.stat(path), path).st_mode
+                return "directory" if stat.S_ISDIR(mode) else "file" if stat.S_ISREG(mode) else "other"
             return str(self.info(path)["type"])
         except (FileNotFoundError, NotADirectoryError):
             return None

@@ -192,6 +192,11 @@ def test_local_names_are_literal_and_errors_are_not_no(tmp_path: Path, monkeypat
         assert system.cat_file(plain) == b"data"
         assert file_system(f"file://{plain}") == (system, plain)
     assert not system.exists(f"{plain}/below a file")
+    for target, found in (("100%", "folder"), ("100%/100%", "file"), ("none", "")):
+        link = tmp_path / f"link to {target.count('/')} {found}"
+        link.symlink_to(tmp_path / target)
+        kinds = (system.exists(str(link)), system.isfile(str(link)), system.isdir(str(link)))
+        assert kinds == (bool(found), found == "file", found == "folder")
     assert not system.exists(f"/{'x' * 1000}")
 
     def stat(*args: object, **kwargs: object) -> None:
