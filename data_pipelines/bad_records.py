@@ -87,7 +87,8 @@ class BadRecordLog:
             DataError: too many bad records; lists the first few.
         """
         for source in sorted({source for each in counts for source in each}):
-            found = [Counts(*each[source]) for each in counts if source in each]  # lists, where they came as JSON
+            # They may come as JSON, which has no tuples.
+            found = [Counts._make(each[source]) for each in counts if source in each]
             requested, bad = sum(each.requested for each in found), sum(each.bad for each in found)
             if exceeds_fraction(bad, requested, max_fraction := found[0].max_fraction):
                 known = [bad_record for bad_record in self._logged if bad_record.source == source]

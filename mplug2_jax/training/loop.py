@@ -231,13 +231,12 @@ def _train(config: RunConfig, workdir: WorkDir, notice: PreemptionNotice, lock: 
             raise Preempted(f"{notice.signal_name}: {preemption_message(last_saved, config)}") from preempted
         finally:
             watchdog.enter("ending the run")
-            batches.close()
-            with goodput.track("checkpoint"):
-                checkpoints.close()
-            records.close()
-            example_ids.close()
-            monitor.close()
-            watchdog.close()
+            with contextlib.ExitStack() as stack:  # all are closed, from the last line up, whatever one of them raises
+                for each in (watchdog, monitor, example_ids, records):
+                    stack.callback(each.close)
+                stack.enter_context(goodput.track("checkpoint"))
+                stack.callback(checkpoints.close)
+                stack.callback(batches.close)
     return results
 
 
