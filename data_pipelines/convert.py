@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import io
 import json
-import tempfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,11 +18,13 @@ from PIL import Image
 from data_pipelines.bad_records import BadRecord
 from data_pipelines.config import SourceConfig
 from data_pipelines.errors import DataError
-from data_pipelines.media import Media, write_video
+from data_pipelines.media import Media, encode_video
 from data_pipelines.record import Record, Source
 from data_pipelines.sources.array_record import SUFFIX, encode_record
 from data_pipelines.sources.files import read_bytes
 from data_pipelines.storage.file_system import write_atomically
+from data_pipelines.storage.local_files import write_locally
+from data_pipelines.storage.paths import check_can_write
 
 FORMAT_VERSION = 2
 """Of manifests. Version 1 had no ``format_version``, and called ``bad_records`` "faults"."""
@@ -63,10 +64,12 @@ def convert(
     """
     if not 1 <= shards <= len(source):
         raise DataError(f"cannot write {shards} shards of {len(source)} records; expected 1 to {len(source)} shards")
+    check_can_write(out)
     out.mkdir(parents=True, exist_ok=True)
     paths = [out / f"data-{i:05}-of-{shards:05}{SUFFIX}" for i in range(shards)]
     expected = {path.name for path in paths} | {path.with_suffix(".json").name for path in paths}
-    unexpected = sorted(path.name for path in out.iterdir() if path.name not in expected and path.suffix != ".tmp")
+    found = out.iterdir() if out.exists() else ()  # in an object store an empty folder does not
+    unexpected = sorted(path.name for path in found if path.name not in expected and path.suffix != ".tmp")
     if unexpected:
         raise DataError(
             f"{out} holds {unexpected[0]}, which is none of the {shards} files to write; choose another folder"
@@ -111,26 +114,26 @@ def _write(source: Source, settings: Mapping[str, Any], path: Path, first: int, 
     manifest = read_manifest(path)
     if manifest is not None and check_shard(path):
         return manifest
-    temporary = path.with_suffix(".tmp")
     bad_records, num_written = [], 0
     compression = "zstd" if settings["kind"] == "text" else "uncompressed"  # media are compressed already
-    writer = ArrayRecordWriter(str(temporary), f"group_size:1,{compression}")
-    for index in range(first, stop):
-        key = f"record {index}"
-        try:
-            record = source[index]
-            key = record.key
-            writer.write(encode_record(_with_media_in_memory(record)))
-            num_written += 1
-        except DataError as error:
-            bad_records.append(BadRecord(str(settings["format"]), key, str(error)))
-    writer.close()
-    if not num_written:
-        raise DataError(f"none of the records {first} to {stop - 1} can be used: {bad_records[0].reason}")
-    manifest = ShardManifest(
-        dict(settings), first, stop, num_written, temporary.stat().st_size, _sha256(temporary), tuple(bad_records)
-    )
-    temporary.replace(path)
+    with write_locally(str(path)) as temporary:
+        writer = ArrayRecordWriter(temporary, f"group_size:1,{compression}")
+        for index in range(first, stop):
+            key = f"record {index}"
+            try:
+                record = source[index]
+                key = record.key
+                writer.write(encode_record(_with_media_in_memory(record)))
+                num_written += 1
+            except DataError as error:
+                bad_records.append(BadRecord(str(settings["format"]), key, str(error)))
+        writer.close()
+        if not num_written:
+            raise DataError(f"none of the records {first} to {stop - 1} can be used: {bad_records[0].reason}")
+        file = Path(temporary)
+        manifest = ShardManifest(
+            dict(settings), first, stop, num_written, file.stat().st_size, _sha256(file), tuple(bad_records)
+        )
     write_atomically(str(path.with_suffix(".json")), json.dumps(dataclasses.asdict(manifest), indent=1).encode())
     return manifest
 
@@ -151,6 +154,4 @@ def encode_frames(frames: UInt8[np.ndarray, "t y x 3"], name: str) -> Media:
         file = io.BytesIO()
         Image.fromarray(frames[0]).save(file, "PNG")
         return Media("image", file.getvalue(), name)
-    with tempfile.NamedTemporaryFile(suffix=".mp4") as video:
-        write_video(Path(video.name), frames)
-        return Media("video", video.read(), name)
+    return Media("video", encode_video(frames), name)

@@ -9,6 +9,8 @@ from data_pipelines.errors import DataError
 from data_pipelines.record import Record
 from data_pipelines.sources.array_record import SUFFIX, encode_record
 from data_pipelines.sources.files import read_lines
+from data_pipelines.storage.local_files import write_locally
+from data_pipelines.storage.paths import check_can_write
 from data_pipelines.tokenizers import Tokenizer, fingerprint
 
 Progress = Callable[[int], None]
@@ -48,18 +50,16 @@ def write_corpus(
     """
     if out.suffix != SUFFIX or out.exists():
         raise DataError(f"{out} exists or does not end in {SUFFIX}; choose another name")
-    temporary, count = out.with_suffix(".tmp"), 0
-    writer = ArrayRecordWriter(str(temporary), "group_size:1,zstd")
-    try:
+    check_can_write(out)
+    count = 0
+    with write_locally(str(out)) as temporary:
+        writer = ArrayRecordWriter(temporary, "group_size:1,zstd")
         for record in chunk_corpus(files, tokenizer, length, on_progress):
             writer.write(encode_record(record))
             count += 1
         writer.close()
         if not count:
             raise DataError(f"{', '.join(map(str, files))}: found no text, expected lines of words")
-        temporary.replace(out)
-    finally:
-        temporary.unlink(missing_ok=True)
     return count
 
 

@@ -6,6 +6,7 @@
 import contextlib
 import dataclasses
 import functools
+import io
 import os
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
@@ -19,6 +20,7 @@ from PIL import Image
 
 from data_pipelines.errors import DataError, StorageUnavailableError
 from data_pipelines.storage.file_system import file_system
+from data_pipelines.storage.retry import is_url
 
 MAX_PIXELS = 64_000_000
 """Of one image or frame: 192 MB as RGB. A larger one is treated as a decompression bomb."""
@@ -68,22 +70,24 @@ class Media:
     name: str  # for messages: a path, or "archive.tar:member.jpg"
 
 
-def local_media(path: Path) -> Media:
-    """Return a local file as media, an image or a video by its content, else by its suffix. An animation is a video.
+def file_media(path: Path) -> Media:
+    """Return a file as media, an image or a video by its content, else by its suffix. An animation is a video.
 
     Raises:
         DataError: no such file.
     """
     media = Media("image", str(path), str(path))
     with contextlib.suppress(OSError, Image.DecompressionBombError):
-        if is_animation(read_head(str(path))):
+        if is_animation(read_head(media.data)):
             return dataclasses.replace(media, kind="video")
         if path.suffix.lower() not in IMAGE_SUFFIXES:
-            Image.open(path, formats=available_image_formats()).close()
+            with path.open("rb") as file:
+                Image.open(file, formats=available_image_formats()).close()
         return media
     if path.suffix.lower() in IMAGE_SUFFIXES:
         return media
-    _check_exists(media)
+    if not path.is_file():
+        raise DataError(f"{path} does not exist or is not a file; expected an image or a video")
     return dataclasses.replace(media, kind="video")
 
 
@@ -99,9 +103,12 @@ def available_image_formats() -> tuple[str, ...]:
 
 
 def read_head(data: bytes | str) -> bytes:
-    """Return the first ``HEAD_BYTES`` bytes of data in memory or of a local file."""
+    """Return the first ``HEAD_BYTES`` bytes of data in memory or of a file."""
     if isinstance(data, bytes):
         return data[:HEAD_BYTES]
+    if is_url(data):
+        system, plain = file_system(data)
+        return system.cat_file(plain, 0, HEAD_BYTES)
     with open(data, "rb") as file:
         return file.read(HEAD_BYTES)
 
@@ -181,19 +188,27 @@ def _upscale(frames: UInt8[np.ndarray, "*t y x 3"], scale: int) -> UInt8[np.ndar
 
 def write_image(path: Path, frame: UInt8[np.ndarray, "y x 3"], scale: int = 1) -> None:
     """Write an image, upscaled ``scale`` times; the suffix determines the format."""
-    Image.fromarray(_upscale(frame, scale)).save(path)
+    with path.open("wb") as file:
+        Image.fromarray(_upscale(frame, scale)).save(file, Image.registered_extensions()[path.suffix.lower()])
 
 
 def write_video(path: Path, frames: UInt8[np.ndarray, "t y x 3"], fps: float = 4.0, scale: int = 1) -> None:
-    """Write an H.264 mp4 that browsers play, upscaled ``scale`` times.
+    """Write an H.264 mp4, see :func:`encode_video`."""
+    path.write_bytes(encode_video(frames, fps, scale))
+
+
+def encode_video(frames: UInt8[np.ndarray, "t y x 3"], fps: float = 4.0, scale: int = 1) -> bytes:
+    """Return an H.264 mp4 that browsers play, upscaled ``scale`` times.
 
     The format needs even sides: an odd one is padded by repeating its last row or column.
     """
+    file = io.BytesIO()
     frames = _upscale(frames, scale)
     frames = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
-    with av.open(str(path), "w", format="mp4") as container:
+    with av.open(file, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000), options={"crf": "12"})
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
+    return file.getvalue()

@@ -3,15 +3,18 @@
 An object store has no folders, no append and no rename: a file is complete when it is there.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import errno
+import fnmatch
 import io
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Generator, Iterator
+import uuid
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path, PosixPath
 from typing import Any
 
@@ -21,6 +24,7 @@ from etils.epath.gpath import PosixGPath
 
 from data_pipelines.errors import DataError
 from data_pipelines.storage.file_system import BLOCK, SCHEMES, FileSystem, check_installed, file_system
+from data_pipelines.storage.retry import is_url
 
 _URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):/+(?P<rest>.*)", re.DOTALL)
 
@@ -38,10 +42,15 @@ def to_path(text: str | os.PathLike[str], *, installed: bool = True) -> Path:
     name = os.fspath(text)
     match = _URL.match(name)
     if not match:
+        scheme = name.partition(":")[0].lower()
+        if ":" in name and scheme in SCHEMES:
+            raise DataError(f"{name}: expected {scheme}://BUCKET/PATH")
         return Path(name)
     scheme, rest = match["scheme"].lower(), match["rest"]
     if scheme == "file":
         return Path(f"/{rest}")
+    if scheme not in SCHEMES and not is_url(name):
+        return Path(name)
     if scheme not in SCHEMES:
         raise DataError(
             f"{name}: expected a path on this machine, {' or '.join(f'{s}://BUCKET/PATH' for s in SCHEMES)}"
@@ -217,6 +226,17 @@ class RemotePath(PosixGPath, PosixPath):
     def _backend(self) -> backend.Backend:
         return _BACKEND
 
+    @property
+    def parent(self) -> "RemotePath":
+        """Return the folder of a path; a bucket is its own, as the root of a disk is."""
+        return self if self.is_bucket else super().parent
+
+    @property
+    def is_bucket(self) -> bool:
+        """Return whether this is a whole bucket."""
+        _, _, place = str(self).partition("://")
+        return bool(place) and "/" not in place.strip("/")
+
     def open(self, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
         """Open a file. It is written when it is closed; appending is impossible."""
         if mode.strip("bt") not in ("r", "w", "x"):
@@ -283,9 +303,39 @@ def remove_tree(folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def upload_folder(local: str, target: Path) -> None:
-    """Copy all files below a local folder to a path."""
+def upload_folder(local: str, target: Path, last: Sequence[str] = ()) -> None:
+    """Copy all files below a local folder to a path.
+
+    Args:
+        local: the folder.
+        target: the path.
+        last: patterns of the names of files that say that others are complete: these are copied after all others, in
+            the order of the patterns, and of those in several folders the outermost at the end.
+    """
     system, plain = file_system(str(target))
-    for file in sorted(Path(local).rglob("*")):
-        if file.is_file():
-            system.upload(str(file), f"{plain}/{file.relative_to(local).as_posix()}")
+
+    def rank(file: Path) -> tuple[int, int, Path]:
+        ranks = [i + 1 for i, pattern in enumerate(last) if fnmatch.fnmatchcase(file.name, pattern)]
+        return max(ranks, default=0), -len(file.parts) if ranks else 0, file
+
+    for file in sorted(filter(Path.is_file, Path(local).rglob("*")), key=rank):
+        system.upload(str(file), f"{plain}/{file.relative_to(local).as_posix()}")
+
+
+def check_can_write(path: Path) -> None:
+    """Check that an object store lets us write at a path, by an empty file next to it, before any long work.
+
+    Raises:
+        StorageUnavailableError: it does not answer.
+        DataError: it refuses, or has no such bucket.
+    """
+    if not isinstance(path, RemotePath):
+        return
+    name = f"{path.name}.probe-{uuid.uuid4().hex}"
+    probe = path / name if path.is_bucket else path.with_name(name)
+    try:
+        probe.write_bytes(b"")
+    except OSError as error:
+        raise DataError(f"{path} cannot be written: {error.strerror}") from error
+    with contextlib.suppress(OSError):  # an account may be allowed to create files, and not to delete them
+        probe.unlink()

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from data_pipelines.config import ExampleConfig, Kind
 from data_pipelines.errors import DataError
 from data_pipelines.examples import encode_instruction, make_detokenizer
-from data_pipelines.media import local_media
+from data_pipelines.media import file_media
 from data_pipelines.tokenizers import Tokenizer
 from data_pipelines.visual import load_visual
 from mplug2_jax.errors import UserError
@@ -63,7 +63,7 @@ def read_request(path: Path, instruction: str | None) -> tuple[Kind, str]:
         UserError: the instruction has no place for the text.
     """
     if path.suffix.lower() != ".txt":
-        kind = local_media(path).kind
+        kind = file_media(path).kind
         return kind, instruction or f"describe the {'clip' if kind == 'video' else 'picture'}"
     try:
         text = path.read_text(encoding="utf-8").strip()
@@ -146,7 +146,7 @@ class Generator:
         """Return the frames of an image or a video, None of a text. Raises DataError if the file cannot be read."""
         if request.kind == "text":
             return None
-        return load_visual(local_media(request.path), self._visual, np.random.default_rng(0)).frames
+        return load_visual(file_media(request.path), self._visual, np.random.default_rng(0)).frames
 
     def _arrays(self, loaded: Sequence[tuple[GenerateRequest, NDArray[Any] | None]], rows: int) -> dict[str, Any]:
         """Return a batch of ``rows``, padded with the first request, so that one program serves all batches."""

@@ -9,7 +9,7 @@ import pytest
 
 from data_pipelines.config import VisualConfig
 from data_pipelines.examples import Example
-from data_pipelines.media import local_media
+from data_pipelines.media import file_media
 from data_pipelines.tokenizers import load_tokenizer
 from data_pipelines.visual import load_visual
 from mplug2_jax.cli.common import results_table, sample_lines
@@ -164,7 +164,7 @@ def test_data_sample_writes_files_and_says_what_they_show(kind: str, suffix: str
     for file, line in zip(files, done.out.splitlines(), strict=True):
         assert re.fullmatch(rf"{re.escape(str(file))}: .+; .+\? .+", line)
         config = VisualConfig(image_size=256, num_frames=frames)
-        assert load_visual(local_media(file), config, np.random.default_rng(0)).frames.shape == (frames, 256, 256, 3)
+        assert load_visual(file_media(file), config, np.random.default_rng(0)).frames.shape == (frames, 256, 256, 3)
 
 
 @pytest.mark.parametrize("kind", ["wordpiece", "sentencepiece"])

@@ -10,7 +10,7 @@ from PIL import Image
 from data_pipelines import media as media_module
 from data_pipelines.config import VisualConfig
 from data_pipelines.errors import DataError
-from data_pipelines.media import Media, local_media, open_media, write_image, write_video
+from data_pipelines.media import Media, file_media, open_media, write_image, write_video
 from data_pipelines.visual import load_visual
 
 
@@ -38,7 +38,7 @@ def test_the_kind_of_a_file(name: str, kind: str, tmp_path: Path) -> None:
         write_video(path, color_image()[None])
     else:
         Image.fromarray(color_image()).save(path, format="GIF" if "gif" in name else "PNG")
-    assert local_media(path) == Media(kind, str(path), str(path))
+    assert file_media(path) == Media(kind, str(path), str(path))
 
 
 def test_bytes_paths_and_urls_are_equivalent(tmp_path: Path) -> None:
@@ -64,9 +64,9 @@ def test_missing_files(kind: str, tmp_path: Path) -> None:
         with pytest.raises(DataError, match=f"{url} cannot be (read as an? {kind}|opened): "):
             load(Media(kind, url, url))
     with pytest.raises(DataError, match=r"nothing\.png does not exist"):
-        load(local_media(tmp_path / "nothing.png"))
+        load(file_media(tmp_path / "nothing.png"))
     with pytest.raises(DataError, match="nothing does not exist"):
-        local_media(tmp_path / "nothing")
+        file_media(tmp_path / "nothing")
 
 
 def test_downloads_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,10 +91,10 @@ def test_written_images_are_upscaled(tmp_path: Path) -> None:
 def test_colors_survive_video_encoding(tmp_path: Path) -> None:
     frames = np.tile(color_image()[:, :6], (2, 1, 1, 1))
     write_video(tmp_path / "a.mp4", frames, scale=8)
-    read = load(local_media(tmp_path / "a.mp4"), size=48)[:, 4::8, 4::8]
+    read = load(file_media(tmp_path / "a.mp4"), size=48)[:, 4::8, 4::8]
     assert np.abs(read.astype(int) - frames).max() < 40  # video stores colour at half resolution
 
 
 def test_odd_sides_are_padded_by_one(tmp_path: Path) -> None:
     write_video(tmp_path / "a.mp4", np.zeros((2, 15, 15, 3), np.uint8))
-    assert load(local_media(tmp_path / "a.mp4"), size=16).shape == (2, 16, 16, 3)
+    assert load(file_media(tmp_path / "a.mp4"), size=16).shape == (2, 16, 16, 3)

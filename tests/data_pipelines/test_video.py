@@ -25,7 +25,7 @@ from data_pipelines.media import (
     VIDEO_FORMATS,
     Media,
     available_image_formats,
-    local_media,
+    file_media,
     write_image,
     write_video,
 )
@@ -48,7 +48,7 @@ def indices_of(frames: np.ndarray) -> list[int]:
 
 def read(source: bytes | Path, *indices: int) -> tuple[np.ndarray, np.ndarray]:
     """Read frames at given indices."""
-    media = Media("video", source, "clip") if isinstance(source, bytes) else local_media(source)
+    media = Media("video", source, "clip") if isinstance(source, bytes) else file_media(source)
     return read_video(media, lambda times: np.array(indices), lambda frame: frame)
 
 
@@ -160,7 +160,7 @@ def test_unknown_codecs() -> None:
 
 def test_only_transformed_frames_are_held(tmp_path: Path) -> None:
     write_video(tmp_path / "a.mp4", brightening(200, side=128))
-    media = local_media(tmp_path / "a.mp4")
+    media = file_media(tmp_path / "a.mp4")
     tracemalloc.start()
     frames, _ = read_video(media, lambda times: np.arange(0, 200, 2), lambda frame: frame[::8, ::8].copy())
     peak = tracemalloc.get_traced_memory()[1]
@@ -252,7 +252,7 @@ def animation(format: str, count: int = 4) -> bytes:
 def test_animations_are_videos_composited_over_a_background(format: str, tmp_path: Path) -> None:
     path = tmp_path / f"a.{format.lower()}"
     path.write_bytes(animation(format))
-    assert local_media(path).kind == "video"
+    assert file_media(path).kind == "video"
     for media in (Media("video", str(path), "clip"), Media("video", path.read_bytes(), "clip")):
         frames, times = read_video(media, lambda times: np.array([0, 1, 3, 3]), lambda frame: frame, (0, 40, 80))
         assert_close(times, np.array([0, 0.1, 0.6, 0.6]), 0.002, scale=1)

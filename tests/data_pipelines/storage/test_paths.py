@@ -24,6 +24,7 @@ from tests import fault_proxy
         ("file:///a/b", Path("/a/b")),
         ("C:/a", Path("C:/a")),
         ("a:b", Path("a:b")),
+        ("glue:/a", Path("glue:/a")),
         ("gs://bucket", "gs://bucket"),
         ("gs://bucket/a b/ü#1?x%20[y]*", "gs://bucket/a b/ü#1?x%20[y]*"),
         ("gs://bucket/run/", "gs://bucket/run"),
@@ -40,6 +41,7 @@ def test_paths_of_users(text: str, expected: Path | str) -> None:
     ("text", "message"),
     [
         ("gs:/bucket/run", "gs:/bucket/run: expected gs://BUCKET/PATH"),
+        ("gs:bucket/run", "gs:bucket/run: expected gs://BUCKET/PATH"),
         ("gs:///run", "gs:///run: expected gs://BUCKET/PATH"),
         ("GS://bucket/run", "GS://bucket/run: expected gs://BUCKET/PATH"),
         ("gs://", "gs://: expected gs://BUCKET/PATH"),
