@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_pipelines.storage.paths import to_path
 from data_pipelines.tokenizers import Tokenizer, load_tokenizer
 from mplug2_jax.conversion.files.sources import DTYPES, SafetensorsSource, TensorInfo, TensorSource
 from mplug2_jax.conversion.import_plan import StatePath
@@ -160,5 +161,5 @@ def find_leftover(checkpoints: Checkpoints) -> Path | None:
     """Return the leftover file of an import: in the work directory, or in the one that the run started from."""
     workdir = checkpoints.folder.parent
     init_from = WorkDir(workdir).read_config().init_from if WorkDir(workdir).exists() else ""
-    candidates = [workdir / LEFTOVER_FILE, *([Path(init_from) / LEFTOVER_FILE] if init_from else [])]
+    candidates = [workdir / LEFTOVER_FILE, *([to_path(init_from) / LEFTOVER_FILE] if init_from else [])]
     return next((path for path in candidates if path.is_file()), None)

@@ -1,7 +1,6 @@
 """Write a folder by Hugging Face's conventions: weights, config, tokenizer, and a model card from the run's files."""
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ def write_companions(plan: ExportPlan, folder: Path) -> None:
     (folder / SETTINGS).write_text(json.dumps(settings, indent=1), encoding="utf-8")
     if tokenizer:
         for file in sorted(plan.workdir.tokenizer_folder.iterdir()):
-            shutil.copyfile(file, folder / file.name)
+            (folder / file.name).write_bytes(file.read_bytes())
     # The model card: recipe, data mixture, steps, and evaluation results if the work directory has them.
     workdir = plan.workdir.path
     card = _CARD.render(

@@ -18,7 +18,7 @@ from flax.traverse_util import unflatten_dict
 
 from data_pipelines.tokenizers import Tokenizer, load_tokenizer
 from mplug2_jax.conversion.compare_torch import check_torch, compare_frameworks
-from mplug2_jax.conversion.files.atomic import atomic_folder, check_disk_space
+from mplug2_jax.conversion.files.atomic import atomic_folder, check_room
 from mplug2_jax.conversion.files.safetensors_writer import SafetensorsWriter
 from mplug2_jax.conversion.files.sources import HostArray, TensorInfo
 from mplug2_jax.conversion.import_plan import POSITIONS, ImportPlan, SourceMapping, StatePath
@@ -57,8 +57,13 @@ def run_import(
         verify: compare both frameworks on the same inputs; official checkpoints only.
 
     Raises:
-        UserError: a tensor is not finite, tied tensors differ, the folder exists, or the disk is full.
+        UserError: a tensor is not finite, tied tensors differ, the folder exists, or the disk is full; or the tokenizer
+            has more tokens than the model.
+        DataError: there is no tokenizer, or an object store refuses.
     """
+    loaded = load_tokenizer(tokenizer) if tokenizer else None
+    if loaded:
+        check_vocabulary(loaded, plan.definition.config)
     if verify:
         check_torch()
         if plan.origin["layout"] != "official":
@@ -69,7 +74,7 @@ def run_import(
         for name in source.dispositions
     }
     state_bytes = sum(4 * leaf.size for leaf in plan.state.values())
-    check_disk_space(to.parent, state_bytes + sum(sizes.values()) // 2)
+    check_room(to, state_bytes + sum(sizes.values()) // 2)
     progress = ByteProgress(f"importing {plan.title}", sum(sizes.values()))
     with atomic_folder(to, overwrite=overwrite) as folder:
         importer = _Importer(plan, progress, seed)
@@ -78,10 +83,10 @@ def run_import(
         with contextlib.closing(progress), contextlib.closing(checkpoints):
             checkpoints.save(importer.lazy_state(), DataPosition(0, {}))
         importer.read_leftover(folder / LEFTOVER_FILE)
-        write_recipe(plan, folder, make_recipe, tokenizer)
+        write_recipe(plan, folder, make_recipe, loaded)
         comparisons = None
         if verify:
-            comparisons = _compare(plan, folder, load_tokenizer(tokenizer) if tokenizer else None)
+            comparisons = _compare(plan, folder, loaded)
         report = Report(
             "import", plan.title, [_describe(source) for source in plan.sources], "checkpoints/0", importer.rows(),
             progress.seconds, progress.bytes_read, progress.bytes_written, comparisons, plan.notes,
@@ -249,22 +254,19 @@ def check_finite(name: str, value: HostArray) -> None:
             )
 
 
-def write_recipe(plan: ImportPlan, folder: Path, make_recipe: MakeRecipe | None, tokenizer: Path | None) -> None:
+def write_recipe(plan: ImportPlan, folder: Path, make_recipe: MakeRecipe | None, tokenizer: Tokenizer | None) -> None:
     """Write a recipe at the model's sizes and a tokenizer, so that the folder is a work directory to evaluate.
 
     Without a tokenizer the recipe names BERT's ``vocab.txt`` at a path that does not exist, so that no other is used by
     mistake. A model that is not one of the release's has no recipe.
     """
     workdir = WorkDir(folder)
-    loaded = load_tokenizer(tokenizer) if tokenizer else None
-    if loaded:
-        check_vocabulary(loaded, plan.definition.config)
     parts = set(plan.definition.parts)
     task = next((task for task, task_parts in TASK_PARTS.items() if set(task_parts) <= parts), None)
     if task is None or make_recipe is None:
-        if loaded:
-            loaded.save(workdir.tokenizer_folder)
+        if tokenizer:
+            tokenizer.save(workdir.tokenizer_folder)
         return
     config = make_recipe(plan.definition.config, task)
     tokenizer_config = dataclasses.replace(config.tokenizer, path="vocab.txt")
-    workdir.initialize(dataclasses.replace(config, tokenizer=tokenizer_config), loaded)
+    workdir.initialize(dataclasses.replace(config, tokenizer=tokenizer_config), tokenizer)

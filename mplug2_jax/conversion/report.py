@@ -114,14 +114,14 @@ class Report:
         return totals
 
     def write(self, folder: Path) -> None:
-        """Write the JSON file and the HTML page."""
+        """Write the HTML page, then the JSON file."""
         content = dataclasses.asdict(self) | {
             "format_version": FORMAT_VERSION, "tools": tool_versions(), "totals": self.totals(),
             "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }  # fmt: skip
-        (folder / REPORT).write_text(json.dumps(content, indent=1), encoding="utf-8")
         page = _PAGE.render(report=self, content=content, dispositions=DISPOSITIONS)
         (folder / PAGE).write_text(page, encoding="utf-8")
+        (folder / REPORT).write_text(json.dumps(content, indent=1), encoding="utf-8")
 
     def summary(self) -> str:
         """Return the totals in a few lines."""

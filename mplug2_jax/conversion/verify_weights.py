@@ -1,7 +1,8 @@
 """Verify an output against its report: has any tensor changed since?"""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from mplug2_jax.conversion.files.open import open_source
@@ -10,6 +11,8 @@ from mplug2_jax.conversion.layouts.official_state import LEFTOVER_FILE
 from mplug2_jax.conversion.report import REPORT, ParamDigest, Report, Row, digest, read_report
 from mplug2_jax.errors import UserError
 from mplug2_jax.training.checkpoint.checkpoints import open_checkpoint
+
+_BATCH_BYTES = 2**27
 
 
 def verify_output(path: Path) -> Iterator[tuple[str, bool]]:
@@ -33,16 +36,34 @@ def _verify_import(report: Report, folder: Path) -> Iterator[tuple[str, bool]]:
         for param in row.params:
             by_path.setdefault(param.path, []).append(param)
     with contextlib.closing(checkpoints):
-        stored = {"/".join(path): path for path in checkpoints.array_specs(step)}
-        for path, params in by_path.items():
-            if path not in stored:
-                yield path, False
-                continue
-            array = checkpoints.read_arrays([stored[path]], step)[stored[path]]
-            for param in params:
-                yield str(param), digest(array if param.layer is None else array[param.layer]) == param.sha256
+        specs = checkpoints.array_specs(step)
+        stored = {"/".join(path): path for path in specs}
+        sizes = {"/".join(path): math.prod(shape) * dtype.itemsize for path, (shape, dtype) in specs.items()}
+        for paths in _batches(list(by_path), sizes):
+            arrays = checkpoints.read_arrays([stored[path] for path in paths if path in stored], step)
+            for path in paths:
+                if path not in stored:
+                    yield path, False
+                    continue
+                array = arrays[stored[path]]
+                for param in by_path[path]:
+                    yield str(param), digest(array if param.layer is None else array[param.layer]) == param.sha256
     if preserved := [row for row in report.rows if row.disposition == "preserved"]:
         yield from _verify_tensors(open_source(folder / LEFTOVER_FILE), preserved)
+
+
+def _batches(paths: Sequence[str], sizes: Mapping[str, int]) -> Iterator[list[str]]:
+    """Yield arrays that are read together, because every read of a checkpoint has an overhead."""
+    batch: list[str] = []
+    room = _BATCH_BYTES
+    for path in paths:
+        room -= sizes.get(path, 0)
+        if batch and room < 0:
+            yield batch
+            batch, room = [], _BATCH_BYTES - sizes.get(path, 0)
+        batch.append(path)
+    if batch:
+        yield batch
 
 
 def _verify_export(report: Report, folder: Path) -> Iterator[tuple[str, bool]]:

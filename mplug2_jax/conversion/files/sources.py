@@ -4,18 +4,20 @@ import json
 import math
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import ml_dtypes
 import numpy as np
 
+from data_pipelines.storage.file_system import file_system
 from mplug2_jax.errors import UserError
 
 HostArray = np.ndarray[Any, np.dtype[Any]]
 
 _MAX_HEADER = 100_000_000  # bytes, the format's own limit
+_MAX_REQUEST = 2**24  # bytes of a remote file that are in memory twice
 
 DTYPES: Mapping[str, np.dtype[Any]] = {
     "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
@@ -52,7 +54,7 @@ class TensorSource(Protocol):
 
 
 class FileReader:
-    """Reads parts of a file into new arrays.
+    """Reads parts of a file into new arrays; in an object store by requests for ranges.
 
     Does not map the file: its pages would count as the process's memory, which must stay bounded and measurable.
     """
@@ -60,9 +62,9 @@ class FileReader:
     def __init__(self, path: Path) -> None:
         if not path.is_file():
             raise UserError(f"weights file {path} does not exist")
-        self.path = path
-        self._file = path.open("rb", buffering=0)
-        self.size = os.fstat(self._file.fileno()).st_size
+        self.path, self.size = path, path.stat().st_size
+        self._system, self._name = file_system(str(path))
+        self._file = path.open("rb", buffering=0) if self._system.is_local else None
 
     def read_bytes(self, offset: int, count: int) -> HostArray:
         """Return ``count`` bytes from ``offset`` on, as uint8. Thread-safe.
@@ -73,11 +75,31 @@ class FileReader:
         out = np.empty(count, np.uint8)
         view, done = out.data, 0
         while done < count:
-            count_read = os.preadv(self._file.fileno(), [view[done:]], offset + done)
+            count_read = self._read_into(view[done:], offset + done)
             if not count_read:
                 raise UserError(f"{self.path} is truncated: it ends at byte {offset + done:,}; copy it again")
             done += count_read
         return out
+
+    def _read_into(self, view: memoryview, offset: int) -> int:
+        """Fill the beginning of a buffer, and return how much of it."""
+        if self._file is not None:
+            return os.preadv(self._file.fileno(), [view], offset)
+        end = min(offset + min(len(view), _MAX_REQUEST), self.size)
+        data = self._system.cat_file(self._name, offset, end) if offset < end else b""
+        view[: len(data)] = data
+        return len(data)
+
+    def read_many(self, offsets: Sequence[int], count: int) -> list[bytes]:
+        """Return ``count`` bytes from each offset on, of a remote file by requests at the same time."""
+        if self._file is not None:
+            return [self.read_bytes(offset, count).tobytes() for offset in offsets]
+        ends = [offset + count for offset in offsets]
+        found = self._system.cat_ranges([self._name] * len(offsets), list(offsets), ends)
+        for data in found:
+            if isinstance(data, Exception):
+                raise data
+        return [data for data in found if isinstance(data, bytes)]
 
 
 class SafetensorsSource:

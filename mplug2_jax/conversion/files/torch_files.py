@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from data_pipelines.errors import StorageUnavailableError
 from mplug2_jax.conversion.files.sources import FileReader, HostArray, TensorInfo
 from mplug2_jax.errors import UserError
 
@@ -168,7 +169,7 @@ class TorchSource:
                 f"{path} is rejected: its pickle contains {error}, which is not a plain tensor and could run code; "
                 "save the state dict alone in PyTorch"
             ) from error
-        except UserError:
+        except (UserError, StorageUnavailableError, PermissionError):
             raise
         except Exception as error:  # a damaged pickle can raise nearly anything
             raise UserError(f"{path} is truncated or not a PyTorch file ({_first_line(error)})") from error
@@ -201,7 +202,7 @@ class TorchSource:
         return np.ascontiguousarray(view).reshape(shape)
 
     def _open_archive(self) -> Any:
-        with zipfile.ZipFile(self._path) as archive:
+        with self._path.open("rb") as opened, zipfile.ZipFile(opened) as archive:
             entries = {entry.filename: entry for entry in archive.infolist()}
             (pickled,) = [name for name in entries if name.endswith("/data.pkl") and name.count("/") == 1]
             root = pickled.removesuffix("data.pkl")
@@ -210,18 +211,22 @@ class TorchSource:
             order = archive.read(f"{root}byteorder") if f"{root}byteorder" in entries else b"little"
             if order != b"little":
                 raise ValueError(f"its byte order is {order!r}, expected little")
-            for name, entry in entries.items():
-                if name.startswith(f"{root}data/"):
-                    self._offsets[name.removeprefix(f"{root}data/")] = self._locate(entry)
+            self._locate({
+                name.removeprefix(f"{root}data/"): entry
+                for name, entry in entries.items()
+                if name.startswith(f"{root}data/")
+            })  # fmt: skip
             return _Unpickler(io.BytesIO(archive.read(pickled))).load()
 
-    def _locate(self, entry: zipfile.ZipInfo) -> tuple[int, int]:
-        """Return offset and size of an entry's bytes: they follow a local header of variable length."""
-        if entry.compress_type != zipfile.ZIP_STORED:
-            raise ValueError(f"{entry.filename} is compressed, which PyTorch never does")
-        header = self._reader.read_bytes(entry.header_offset, 30).tobytes()
-        name, extra = (int.from_bytes(header[i : i + 2], "little") for i in (26, 28))
-        return entry.header_offset + 30 + name + extra, entry.file_size
+    def _locate(self, storages: Mapping[str, zipfile.ZipInfo]) -> None:
+        """Find the bytes of storages: they follow a local header of variable length."""
+        for entry in storages.values():
+            if entry.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"{entry.filename} is compressed, which PyTorch never does")
+        headers = self._reader.read_many([entry.header_offset for entry in storages.values()], 30)
+        for (key, entry), header in zip(storages.items(), headers, strict=True):
+            name, extra = (int.from_bytes(header[i : i + 2], "little") for i in (26, 28))
+            self._offsets[key] = (entry.header_offset + 30 + name + extra, entry.file_size)
 
     def _open_legacy(self) -> Any:
         """Read a file of before PyTorch 1.6: a sequence of pickles, then every storage after its length."""

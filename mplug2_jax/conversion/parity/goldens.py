@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from data_pipelines.errors import StorageUnavailableError
 from mplug2_jax.conversion.files.sources import HostArray, SafetensorsSource
 from mplug2_jax.conversion.layouts.official import CAPTION_PARTS, QUESTION_PARTS, load_official, map_tensors
 from mplug2_jax.conversion.layouts.official_config import sizes_from_settings
@@ -72,10 +73,12 @@ def read_npz(path: Path) -> Arrays:
         UserError: the file is missing, truncated, or holds pickles.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
+    except (StorageUnavailableError, PermissionError):
+        raise
     except Exception as error:  # zipfile, zlib and numpy each raise their own for a damaged file
         raise UserError(f"{path} is damaged or holds more than plain arrays: {error}") from error
 

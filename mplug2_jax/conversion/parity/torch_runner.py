@@ -90,10 +90,13 @@ class TorchRunner:
 
 
 def load(golden: Golden, model_class: type[Model], *, teacher: bool = False, **overrides: Any) -> Model:
-    """Load a golden's model from its file; ``overrides`` are sizes that change no tensor in use."""
+    """Load a golden's model; ``overrides`` are sizes that change no tensor in use."""
     sizes = dataclasses.asdict(golden.definition.config) | {"fusion_start": golden.fusion_start} | overrides
     config = Config(**{field.name: sizes[field.name] for field in dataclasses.fields(Config) if field.name in sizes})
-    return model_class.from_pretrained(golden.source.path, config, teacher=teacher)
+    model = model_class(config)
+    tensors = {name: torch.from_numpy(golden.source.read(name)) for name in golden.source.names()}
+    model.load_official(tensors, teacher=teacher, where=golden.source.path)
+    return model.eval()
 
 
 def _inputs(golden: Golden, *names: str) -> list[Tensor]:

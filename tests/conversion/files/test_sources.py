@@ -10,10 +10,14 @@ import safetensors.numpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from data_pipelines.storage.file_system import FileSystem
+from data_pipelines.storage.paths import to_path
+from mplug2_jax.conversion.files import sources
 from mplug2_jax.conversion.files.open import open_source
 from mplug2_jax.conversion.files.safetensors_writer import SafetensorsWriter
 from mplug2_jax.conversion.files.sources import DTYPES, SafetensorsSource, TensorInfo
 from mplug2_jax.errors import UserError
+from tests.weights import assert_same, bert_tensors, write_checkpoint
 
 # Every dtype that the library reads to numpy; it does not read bfloat16.
 LIBRARY_DTYPES = [name for name in DTYPES if name != "BF16"]
@@ -139,3 +143,29 @@ def test_a_folder_without_weights_and_a_file_of_another_format_are_errors(tmp_pa
         open_source(tmp_path / "notes.txt")
     with pytest.raises(UserError, match="does not exist"):
         open_source(tmp_path / "nowhere.pth")
+
+
+@pytest.mark.parametrize("name", ["x.safetensors", "x.pth"])
+def test_weights_in_a_bucket_are_read_in_small_ranges(
+    name: str, tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local, remote = write_checkpoint(tmp_path / name, bert_tensors()), to_path(f"{bucket}/{name}")
+    data = local.read_bytes()
+    remote.write_bytes(data)
+    requested, cat_file = [], FileSystem.cat_file
+
+    def record(self: FileSystem, path: str, start: int | None = None, end: int | None = None) -> bytes:
+        requested.append((end or len(data)) - (start or 0))
+        return cat_file(self, path, start, end)
+
+    monkeypatch.setattr(FileSystem, "cat_file", record)
+    monkeypatch.setattr(sources, "_MAX_REQUEST", 40_000)
+    opened = open_source(remote)
+    requested.clear()  # the directory of an archive is read by blocks
+    for tensor in opened.names():
+        opened.read(tensor)
+    assert max(requested) <= 40_000
+    assert_same(local, remote)
+    remote.write_bytes(data[:-1000])
+    with pytest.raises(UserError, match=f"{remote} is truncated"):
+        open_source(remote)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from data_pipelines.storage.paths import to_path, upload_folder
 from mplug2_jax.cli.main import main
 from mplug2_jax.conversion.parity.comparison import compare
 
@@ -30,9 +31,10 @@ def copy(reference: Path, tmp_path: Path) -> Path:
         pytest.param("c1_eq", 2067, marks=pytest.mark.slow),
     ],
 )
-def test_a_whole_folder_passes(reference: Path, tmp_path: Path, folder: str, least: int, capsys) -> None:
-    report = tmp_path / "rows.json"
-    status = main(["convert", "parity", str(reference / "goldens" / folder), "--summary", "--json", str(report)])
+def test_a_whole_folder_in_a_bucket_passes(reference: Path, bucket: str, folder: str, least: int, capsys) -> None:
+    goldens, report = to_path(f"{bucket}/goldens"), to_path(f"{bucket}/rows.json")
+    upload_folder(str(reference / "goldens" / folder), goldens)
+    status = main(["convert", "parity", str(goldens), "--summary", "--json", str(report)])
     printed = capsys.readouterr().out
     assert status == 0, printed
     assert "FAIL" not in printed
@@ -86,5 +88,5 @@ def test_a_json_file_is_never_overwritten(copy: Path, tmp_path: Path, capsys) ->
     existing = tmp_path / "existing.json"
     existing.write_text("precious")
     assert main(["convert", "parity", str(copy), "--json", str(existing)]) == 2
-    assert "choose a new file" in capsys.readouterr().err
+    assert "choose another name" in capsys.readouterr().err
     assert existing.read_text() == "precious"
