@@ -17,6 +17,8 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from ml_collections import ConfigDict
 
+from data_pipelines.errors import DataError, StorageUnavailableError
+from data_pipelines.storage.retry import is_url
 from mplug2_jax.errors import UserError, did_you_mean
 from mplug2_jax.renames import current_name, with_current_names
 
@@ -106,6 +108,8 @@ def load_recipe(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     Raises:
         UserError: no such recipe, an error inside it, or an override that does not fit.
     """
+    if is_url(spec):
+        raise UserError(f"recipe {spec} is a URL, and recipes are programs, which are read from this machine: copy it")
     name, _, arg = spec.partition(":")
     path = find_recipe(name)
     try:
@@ -113,7 +117,7 @@ def load_recipe(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
         if get_config is None:
             raise UserError(f"recipe {path} lacks a function get_config() that returns the config")
         recipe = get_config(arg) if arg else get_config()
-    except UserError:
+    except (UserError, DataError, StorageUnavailableError):
         raise
     except Exception as error:
         raise UserError(f"recipe {path} fails with {type(error).__name__}: {error}") from error

@@ -6,6 +6,7 @@ from typing import Any
 
 from data_pipelines.storage.paths import to_path
 from mplug2_jax.cli.common import add_command
+from mplug2_jax.cli.parsing import output_path
 
 RECIPES = {"config", "recipe", "spec", "task"}
 """Arguments that take a recipe."""
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
             action.complete = recipes  # type: ignore[attr-defined]
         elif action.metavar == "DIR":
             action.complete = shtab.DIRECTORY  # type: ignore[attr-defined]
-        elif action.type is to_path or action.dest in PATHS:
+        elif action.type in (to_path, output_path) or action.dest in PATHS:
             action.complete = shtab.FILE  # type: ignore[attr-defined]
     print(shtab.complete(top, args.shell))
     return 0

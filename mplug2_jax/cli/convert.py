@@ -6,10 +6,11 @@ import json
 import time
 from typing import Any
 
+from data_pipelines.storage.file_system import write_atomically
 from data_pipelines.storage.paths import to_path
 from mplug2_jax.cli import weights
 from mplug2_jax.cli.common import add_command, add_group, table
-from mplug2_jax.errors import UserError
+from mplug2_jax.cli.parsing import check_output, output_path
 
 
 def add_parser(commands: Any) -> None:
@@ -34,7 +35,7 @@ def add_parser(commands: Any) -> None:
         "--framework", choices=("jax", "torch"), default="jax",
         help="compute with our model or with the PyTorch runtime (default: %(default)s)",
     )  # fmt: skip
-    parity.add_argument("--json", type=to_path, metavar="FILE", help="also write all rows to a JSON file")
+    parity.add_argument("--json", type=output_path, metavar="FILE", help="also write all rows to a JSON file")
 
 
 def run_parity(args: argparse.Namespace) -> int:
@@ -42,8 +43,7 @@ def run_parity(args: argparse.Namespace) -> int:
     from mplug2_jax.conversion.parity.comparison import Row
     from mplug2_jax.conversion.parity.jax_runner import run_parity
 
-    if args.json and args.json.exists():
-        raise UserError(f"--json {args.json} exists; choose a new file")
+    check_output("--json", args.json)
     start = time.perf_counter()
     rows: list[Row] = []
     for row in run_parity(args.folder, args.framework):
@@ -54,7 +54,7 @@ def run_parity(args: argparse.Namespace) -> int:
         print(table([_cells(row) for row in _merge_groups(rows)], HEADER, right=(3, 4)))
     failed = [row for row in rows if not row.passed]
     if args.json:
-        args.json.write_text(json.dumps([vars(row) for row in rows], indent=1), encoding="utf-8")
+        write_atomically(str(args.json), json.dumps([vars(row) for row in rows], indent=1).encode())
     seconds = time.perf_counter() - start
     print(f"\n{args.folder}: {len(rows) - len(failed)} of {len(rows)} rows pass, {len(failed)} fail ({seconds:.0f} s)")
     for row in rows:

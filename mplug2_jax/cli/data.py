@@ -6,6 +6,7 @@ from typing import Any
 from data_pipelines.storage.paths import to_path
 from mplug2_jax.cli import data_files
 from mplug2_jax.cli.common import add_command, add_group
+from mplug2_jax.cli.parsing import check_output, output_path
 from mplug2_jax.errors import UserError
 
 
@@ -30,7 +31,7 @@ def add_parser(commands: Any) -> None:
     tokenizer.add_argument(
         "--vocab-size", type=int, default=512, help="maximum number of tokens (default: %(default)s)"
     )
-    tokenizer.add_argument("--out", type=to_path, required=True, metavar="DIR", help="new folder for the tokenizer")
+    tokenizer.add_argument("--out", type=output_path, required=True, metavar="DIR", help="new folder for the tokenizer")
     sample = add_command(
         kinds, "sample", run_sample,
         summary="Write held-out DigitWorld images or videos as files, and print their annotations",
@@ -38,7 +39,7 @@ def add_parser(commands: Any) -> None:
     )  # fmt: skip
     sample.add_argument("--kind", choices=("image", "video"), default="image")
     sample.add_argument("--count", type=int, default=3, help="number of files (default: %(default)s)")
-    sample.add_argument("--out", type=to_path, required=True, metavar="DIR", help="output folder")
+    sample.add_argument("--out", type=output_path, required=True, metavar="DIR", help="output folder")
 
 
 def run_tokenizer(args: argparse.Namespace) -> int:
@@ -47,8 +48,7 @@ def run_tokenizer(args: argparse.Namespace) -> int:
     from data_pipelines.tokenizers import train_sentencepiece, train_wordpiece
     from mplug2_jax.training.workdir import tokenizer_training_texts
 
-    if args.out.exists():
-        raise UserError(f"--out {args.out} exists; choose a new folder")
+    check_output("--out", args.out)
     texts = list(read_lines(args.texts) if args.texts else tokenizer_training_texts())
     if not texts:
         raise UserError(f"{', '.join(map(str, args.texts))}: found no text, expected lines of words")

@@ -14,6 +14,7 @@ from absl import logging as absl_logging
 
 from data_pipelines.storage.paths import to_path
 from mplug2_jax.cli.common import add_command
+from mplug2_jax.cli.parsing import output_path
 from mplug2_jax.console import Progress
 from mplug2_jax.errors import UserError, check_range, did_you_mean
 
@@ -45,7 +46,7 @@ def add_parsers(kinds: Any) -> None:
     show.add_argument("recipe", metavar="RECIPE", help="a file, or the name of a shipped recipe")
     show.add_argument("--stream", help="name of a stream (default: all)")
     show.add_argument("--step", type=int, default=1, help="number of the step, from 1 (default: %(default)s)")
-    show.add_argument("--out", type=to_path, default=Path(), metavar="DIR", help="output folder (default: here)")
+    show.add_argument("--out", type=output_path, default=Path(), metavar="DIR", help="output folder (default: here)")
     check = add_command(
         kinds, "validate", run_validate, config=True,
         summary="Read data as training does, and report unusable records",
@@ -70,7 +71,7 @@ def add_parsers(kinds: Any) -> None:
     )  # fmt: skip
     convert.add_argument("spec", metavar="FORMAT:PATH", help="source to convert")
     _add_source(convert)
-    convert.add_argument("--out", type=to_path, required=True, metavar="DIR", help="output folder for the shards")
+    convert.add_argument("--out", type=output_path, required=True, metavar="DIR", help="output folder for the shards")
     convert.add_argument("--shards", type=int, default=1, help="number of files (default: %(default)s)")
     convert.add_argument("--workers", type=int, default=2, help="files written at a time (default: %(default)s)")
     chunk = add_command(
@@ -84,7 +85,7 @@ def add_parsers(kinds: Any) -> None:
         "--tokenizer", type=to_path, required=True, metavar="PATH", help="vocab.txt or *.model, or its folder"
     )
     chunk.add_argument("--length", type=int, default=512, help="tokens per record (default: %(default)s)")
-    chunk.add_argument("--out", type=to_path, required=True, metavar="FILE", help="new *.array_record file")
+    chunk.add_argument("--out", type=output_path, required=True, metavar="FILE", help="new *.array_record file")
 
 
 def _add_source(parser: argparse.ArgumentParser) -> None:
@@ -229,7 +230,7 @@ def _changed_shards(path: str) -> list[str]:
     from data_pipelines.sources.array_record import SUFFIX
     from data_pipelines.sources.files import find_files
 
-    return [file for file in find_files(path, SUFFIX) if check_shard(Path(file)) is False]
+    return [file for file in find_files(path, SUFFIX) if check_shard(to_path(file)) is False]
 
 
 DataSet = tuple[str, "DataConfig", "ExampleBuilder", list[str]]

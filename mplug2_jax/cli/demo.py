@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from absl import logging
 
-from data_pipelines.storage.paths import to_path
 from mplug2_jax.cli.common import add_command, table
+from mplug2_jax.cli.parsing import output_path
 from mplug2_jax.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -29,10 +29,10 @@ def add_parser(commands: Any) -> None:
     )  # fmt: skip
     parser.add_argument("what", choices=("tasks",), help="what to run")
     parser.add_argument(
-        "--pretrained", type=to_path, default=Path("runs/demo"), help="run of the demo (default: %(default)s)"
+        "--pretrained", type=output_path, default=Path("runs/demo"), help="run of the demo (default: %(default)s)"
     )
     parser.add_argument(
-        "--workdir", type=to_path, default=Path("runs/tasks"), help="folder of the runs (default: %(default)s)"
+        "--workdir", type=output_path, default=Path("runs/tasks"), help="folder of the runs (default: %(default)s)"
     )
     parser.add_argument("--only", action="append", metavar="TASK", help="only this task; may be repeated")
 

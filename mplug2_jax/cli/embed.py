@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 from absl import logging
 
-from data_pipelines.storage.paths import to_path
 from mplug2_jax.cli.common import add_command, add_run, open_run
+from mplug2_jax.cli.parsing import output_path
 from mplug2_jax.console import Progress
 from mplug2_jax.errors import check_range
 
@@ -32,7 +32,7 @@ def add_parser(commands: Any) -> None:
         help="image, video, GIF or .txt, a folder of them, an annotation file (.json, .jsonl, .csv, .tsv), or any "
         "FORMAT:PATH of mplug2 data",
     )  # fmt: skip
-    parser.add_argument("--out", type=to_path, required=True, metavar="DIR", help="folder for the features")
+    parser.add_argument("--out", type=output_path, required=True, metavar="DIR", help="folder for the features")
     parser.add_argument(
         "--feature", default="contrastive", metavar="NAME",
         help="contrastive: unit vectors; pooled: the mean of all last tokens without padding; or the name of a tap, as "

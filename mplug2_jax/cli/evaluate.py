@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from data_pipelines.storage.paths import to_path
 from mplug2_jax.cli.common import add_command, results_table, sample_lines
+from mplug2_jax.cli.parsing import check_output, output_path
 from mplug2_jax.errors import UserError, check_range
 
 if TYPE_CHECKING:
@@ -41,11 +42,9 @@ def add_parser(commands: Any) -> None:
         "--checkpoint", type=to_path, metavar="PATH", help="with --config: a work directory, its checkpoints, or a step"
     )
     parser.add_argument(
-        "--out",
-        type=to_path,
-        metavar="FOLDER",
+        "--out", type=output_path, metavar="FOLDER",
         help="for the results (default: evaluations/STEP of the work directory)",
-    )
+    )  # fmt: skip
     parser.add_argument("--only", action="append", metavar="NAME", help="evaluate only this one; may be repeated")
 
 
@@ -94,6 +93,7 @@ def _evaluate(args: argparse.Namespace, notice: "PreemptionNotice") -> int:
         subject = CheckpointUnderTest.from_workdir(args.workdir, args.overrides, args.step)
     if not args.out and not subject.workdir.exists():
         raise UserError(f"{subject.workdir.path} is not the work directory of a run: give --out FOLDER for the results")
+    check_output("--out", args.out or subject.workdir.path, new=False)
     evaluator = Evaluator(subject, args.only or ())
     params, step = evaluator.read(subject.step)
     folder = args.out or subject.workdir.evaluation_folder(step)
@@ -121,6 +121,7 @@ def _follow(args: argparse.Namespace, notice: "PreemptionNotice") -> int:
     wait_for_run(WorkDir(args.workdir), poll_seconds, notice)
     subject = CheckpointUnderTest.from_workdir(args.workdir, args.overrides)
     until = resolve_until_step(args.until_step, subject.config.steps)
+    check_output("--workdir", args.workdir, new=False)
     evaluator = ContinuousEvaluator(
         Evaluator(subject, args.only or ()), notice,
         lambda result: _save(result, subject.workdir.evaluation_folder(result.step)),

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 from absl import logging
 
 from data_pipelines.errors import DataError
+from data_pipelines.storage.local_files import write_locally
 from data_pipelines.storage.paths import to_path
 from mplug2_jax.cli.common import add_command, add_run, open_run
+from mplug2_jax.cli.parsing import check_output, output_path
 from mplug2_jax.errors import UserError, check_range
 
 if TYPE_CHECKING:
@@ -33,7 +35,9 @@ def add_parser(commands: Any) -> None:
         "files", nargs="+", type=to_path, metavar="FILE", help="image, video, GIF or .txt, or a folder of them"
     )
     parser.add_argument("--instruction", help="what to do or answer; {text} is replaced by a text file's content")
-    parser.add_argument("--out", type=to_path, metavar="FILE", help="new .jsonl file for the predictions, one per line")
+    parser.add_argument(
+        "--out", type=output_path, metavar="FILE", help="new .jsonl file for the predictions, one per line"
+    )
     parser.add_argument("--batch-size", type=int, default=8, help="files per batch (default: %(default)s)")
     parser.add_argument("--num-beams", type=int, help="beams of the search; 1 is greedy (default: the run's)")
     parser.add_argument("--beams", dest="num_beams", type=int, help=argparse.SUPPRESS)  # its old name
@@ -54,8 +58,7 @@ def run(args: argparse.Namespace) -> int:
 
     for option in ("num_beams", "max_length", "batch_size"):
         check_range(f"--{option.replace('_', '-')}", getattr(args, option), 1)
-    if args.out and args.out.exists():
-        raise UserError(f"--out {args.out} exists; choose a new file")
+    check_output("--out", args.out)
     paths = list(find_media(args.files))
     requests, errors = read_requests(paths, args.instruction)
     if errors and len(paths) == 1:
@@ -100,10 +103,5 @@ def _open_jsonl(path: Path | None) -> Iterator[Callable[[Mapping[str, str]], Non
     if path is None:
         yield lambda row: None
         return
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            yield lambda row: print(json.dumps(row), file=file)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with write_locally(str(path)) as name, open(name, "w", encoding="utf-8") as file:
+        yield lambda row: print(json.dumps(row), file=file)

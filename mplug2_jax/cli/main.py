@@ -104,10 +104,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0 success, 1 a check failed, 2 an error that the user can fix, 69 storage did not answer, 75
         preempted (after both, run the same command again), 130 interrupted.
     """
-    args = parse(argv)
-    configure_logging(args.verbosity)
-    run: Callable[[argparse.Namespace], int] = args.run
     try:
+        args = parse(argv)
+        configure_logging(args.verbosity)
+        run: Callable[[argparse.Namespace], int] = args.run
         with closing_logs():
             return run(args)
     except (UserError, DataError) as error:

@@ -7,7 +7,12 @@ import itertools
 import re
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
+
+from data_pipelines.errors import DataError
+from data_pipelines.storage.paths import RemotePath, check_can_write, to_path
+from mplug2_jax.errors import UserError
 
 
 class SuggestingParser(argparse.ArgumentParser):
@@ -19,6 +24,41 @@ class SuggestingParser(argparse.ArgumentParser):
             near = difflib.get_close_matches(wrong[1], re.findall(r"[\w.-]+", wrong[2]), n=1, cutoff=0.5)
             message += f": did you mean '{near[0]}'?" if near else ""
         super().error(message)
+
+
+def output_path(text: str) -> Path:
+    """Return the path of an option that names a file or folder to write.
+
+    Raises:
+        DataError: as :func:`to_path`; or a whole bucket, which may hold anything.
+    """
+    path = to_path(text)
+    if isinstance(path, RemotePath) and path.is_bucket:
+        raise DataError(f"{text}: expected a file or folder in the bucket, as in {path / 'runs' / 'one'}")
+    return path
+
+
+def check_output(option: str, path: Path | None, *, new: bool = True, parent: bool = False) -> None:
+    """Check, before any long work, that an output can be written.
+
+    Args:
+        option: that names it, for messages.
+        path: of the output; None: not requested.
+        new: whether it must not exist.
+        parent: whether its folder must, where folders exist at all.
+
+    Raises:
+        UserError: it exists, or its folder does not.
+        DataError: an object store refuses.
+    """
+    if path is None:
+        return
+    if new and path.exists():
+        raise UserError(f"{option} {path} exists; remove it, or choose another name")
+    folder = path.absolute().parent
+    if parent and not isinstance(path, RemotePath) and not folder.is_dir():
+        raise UserError(f"{option} {path}: folder {folder} does not exist; create it first")
+    check_can_write(path)
 
 
 def add_verbosity(parser: argparse.ArgumentParser) -> None:

@@ -6,13 +6,14 @@ import functools
 import json
 import math
 import os
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from absl import logging
 
-from data_pipelines.storage.paths import to_path
 from mplug2_jax.cli.common import add_command, table
+from mplug2_jax.cli.parsing import check_output, output_path
 from mplug2_jax.errors import UserError, check_range
 
 if TYPE_CHECKING:
@@ -42,10 +43,10 @@ def add_parser(commands: Any) -> None:
         "--effort", type=float, help="of the compiler: -1 compiles fast, 0 (default) is what train uses, 1 optimizes "
         "most; a search uses -1",
     )  # fmt: skip
-    parser.add_argument("--json", type=to_path, metavar="FILE", help="write the plan as JSON")
-    parser.add_argument("--html", type=to_path, metavar="FILE", help="write the plan as an HTML page")
+    parser.add_argument("--json", type=output_path, metavar="FILE", help="write the plan as JSON")
+    parser.add_argument("--html", type=output_path, metavar="FILE", help="write the plan as an HTML page")
     parser.add_argument(
-        "--save-executable", type=to_path, metavar="FOLDER", help="save the compiled program, for train with "
+        "--save-executable", type=output_path, metavar="FOLDER", help="save the compiled program, for train with "
         "--config.compilation_cache=FOLDER on such machines; compiles with training's effort",
     )  # fmt: skip
     parser.add_argument(
@@ -53,12 +54,9 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--minutes", type=float, default=30.0, help="time limit of the search (default: 30)")
     parser.add_argument(
-        "--out",
-        type=to_path,
-        metavar="FILE",
-        default=Path("plan.json"),
+        "--out", type=output_path, metavar="FILE", default=Path("plan.json"),
         help="output of the search (default: plan.json)",
-    )
+    )  # fmt: skip
     parser.add_argument(
         "--cost-goldens", choices=("check", "quick", "update"),
         help="compile all shipped recipes for their target machines (quick: a few) and compare with "
@@ -89,9 +87,11 @@ def run(args: argparse.Namespace) -> int:
     if args.topology is None and not args.shardings:
         raise UserError("plan needs --topology, as v5p:8x8x8, or --shardings")
     topology = parse_topology(args.topology, args.slices) if args.topology else None
-    for option, path in (("--json", args.json), ("--html", args.html), ("--out", args.out if args.search else None)):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise UserError(f"{option} {path}: folder {path.absolute().parent} does not exist; create it first")
+    for option, path in (("--json", args.json), ("--html", args.html)):
+        check_output(option, path, new=False, parent=True)
+    check_output("--save-executable", args.save_executable, new=False)
+    if args.search:
+        check_output("--out", args.out, parent=True)
     if args.shardings:
         print("\n".join(format_shardings(config, _make_mesh(args, config, topology))))
     if topology is None:
@@ -130,7 +130,8 @@ def _run_plan(args: argparse.Namespace, config: "RunConfig", topology: "Topology
     if args.json:
         write_atomically(str(args.json), f"{json.dumps(report.to_json(), indent=2)}\n".encode())
     if executable_dir and fits:
-        print(f"executable: {executable_dir}; mplug2 train ... --config.compilation_cache={executable_dir}")
+        word = shlex.quote(f"--config.compilation_cache={executable_dir}")
+        print(f"executable: {executable_dir}; mplug2 train ... {word}")
     if args.html:
         print(f"page: {write_html(report, args.html)}")
     return 0 if fits else 1
@@ -142,8 +143,6 @@ def _run_search(args: argparse.Namespace, config: "RunConfig", topology: "Topolo
 
     if args.evaluation:
         raise UserError("--search is for training: remove --evaluation")
-    if args.out.exists():
-        raise UserError(f"--out {args.out} exists: remove it, or choose another name")
     cache_dir = Path("~/.cache/mplug2_jax/plans").expanduser()
     trials = search(config, topology, seconds=60 * args.minutes, effort=args.effort, cache_dir=cache_dir)
     rows = [

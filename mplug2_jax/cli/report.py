@@ -5,6 +5,7 @@ from typing import Any
 
 from data_pipelines.storage.paths import to_path
 from mplug2_jax.cli.common import add_command
+from mplug2_jax.cli.parsing import output_path
 from mplug2_jax.errors import UserError
 
 
@@ -22,7 +23,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--against", type=to_path, metavar="FOLDER", help="another one, to compare with")
     parser.add_argument(
-        "--out", type=to_path, metavar="FILE",
+        "--out", type=output_path, metavar="FILE",
         help="with --against: the new page (default: against-OTHER.html in the first folder)",
     )  # fmt: skip
 

@@ -5,6 +5,7 @@ import ast
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data_pipelines.storage.file_system import file_system
 from mplug2_jax.cli.common import add_command, table
 
 if TYPE_CHECKING:
@@ -83,8 +84,8 @@ def _path_existence(config: "RunConfig") -> dict[str, bool]:
 
 
 def _exists(path: str) -> bool:
-    place = Path(path)
-    return next(place.parent.glob(place.name), None) is not None
+    system, plain = file_system(path)
+    return bool(system.glob(plain))
 
 
 def _docstring(path: Path) -> str:

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import os
+import shlex
 import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from absl import logging
 
-from data_pipelines.storage.paths import to_path
+from data_pipelines.storage.paths import RemotePath, to_path
 from mplug2_jax.cli.common import add_command, results_table, sample_lines, table
+from mplug2_jax.cli.parsing import output_path
 from mplug2_jax.errors import PREEMPTED, UserError
 
 if TYPE_CHECKING:
@@ -30,11 +32,9 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--config", help="recipe: a file, or the name of a shipped one; FILE:ARG passes ARG")
     parser.add_argument("--plan", type=to_path, help="plan.json of mplug2 plan --search: its recipe and layout")
     parser.add_argument(
-        "--workdir",
-        type=to_path,
-        required=True,
-        help="folder for everything the run writes; an existing run is resumed",
-    )
+        "--workdir", type=output_path, required=True,
+        help="folder or gs:// URL for everything the run writes; an existing run is resumed",
+    )  # fmt: skip
 
 
 def resolve_recipe(recipe: str | None, plan: Path | None, overrides: Sequence[str]) -> tuple[str, list[str]]:
@@ -105,10 +105,12 @@ def _exit_on_sigterm() -> Iterator[None]:
 
 def next_steps(config: "RunConfig", workdir: Path) -> list[tuple[str, str]]:
     """Return what to do with a trained run, and the commands that do it."""
-    ask = f'mplug2 generate --workdir {workdir} FILE --instruction "what do we see?"'
+    look = "copy {} and open it in a browser" if isinstance(workdir, RemotePath) else "open {} in a browser"
+    run, export = shlex.quote(str(workdir)), shlex.quote(f"exports/{workdir.resolve().name}")
+    ask = f'mplug2 generate --workdir {run} FILE --instruction "what do we see?"'
     return [
-        ("see curves and samples", f"open {workdir / 'report.html'} in a browser"),
+        ("see curves and samples", look.format(workdir / "report.html")),
         *([("ask about your own image or video", ask)] if "decoder" in config.parts() else []),
-        ("evaluate it again", f"mplug2 eval --workdir {workdir}"),
-        ("export the weights to PyTorch", f"mplug2 convert export {workdir} --to exports/{workdir.name}"),
+        ("evaluate it again", f"mplug2 eval --workdir {run}"),
+        ("export the weights to PyTorch", f"mplug2 convert export {run} --to {export}"),
     ]

@@ -6,6 +6,7 @@ from typing import Any
 
 from data_pipelines.storage.paths import to_path
 from mplug2_jax.cli.common import add_command
+from mplug2_jax.cli.parsing import output_path
 from mplug2_jax.errors import UserError, check_range
 
 
@@ -22,7 +23,7 @@ def add_parsers(subcommands: Any) -> None:
         "sources", nargs="+", type=to_path, metavar="SRC",
         help="an official checkpoint; or a CLIP, a BERT, or both: files or folders, safetensors or PyTorch",
     )  # fmt: skip
-    importer.add_argument("--to", type=to_path, required=True, metavar="DIR", help="new folder for the checkpoint")
+    importer.add_argument("--to", type=output_path, required=True, metavar="DIR", help="new folder for the checkpoint")
     importer.add_argument(
         "--task", choices=("caption", "videoqa"), help="which official model it is, if its files do not tell"
     )
@@ -41,7 +42,7 @@ def add_parsers(subcommands: Any) -> None:
     )  # fmt: skip
     exporter.add_argument("checkpoint", type=to_path, metavar="CKPT", help="work directory, its checkpoints, or a step")
     exporter.add_argument(
-        "--to", type=to_path, required=True, metavar="FILE",
+        "--to", type=output_path, required=True, metavar="FILE",
         help="a .safetensors or .pth file, or a new folder: weights, config.json, tokenizer and a model card",
     )  # fmt: skip
     exporter.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")

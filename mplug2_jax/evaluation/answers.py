@@ -12,6 +12,7 @@ from data_pipelines.config import ExampleConfig
 from data_pipelines.errors import DataError
 from data_pipelines.examples import Example, encode_answer
 from data_pipelines.record import clean_text
+from data_pipelines.storage.paths import to_path
 from data_pipelines.tokenizers import Tokenizer
 from mplug2_jax.errors import UserError, check_range
 from mplug2_jax.evaluation.config import EvaluationConfig
@@ -34,7 +35,8 @@ def add_answers(
         raise UserError(f"{where}.answers_file is for the tasks 'answer' and 'vqa', not for '{config.task}': remove it")
     data, max_positions = config.data.examples, definition.config.max_positions
     search = None if config.num_ranked else context.settings.search
-    answers = read_answers(Path(config.answers_file), f"{where}.answers_file", data, tokenizer, search, max_positions)
+    path = to_path(config.answers_file)
+    answers = read_answers(path, f"{where}.answers_file", data, tokenizer, search, max_positions)
     return dataclasses.replace(
         context, answers=answers, num_ranked=config.num_ranked,
         double_count_first_token=data.tokenization == "released",

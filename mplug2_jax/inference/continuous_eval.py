@@ -10,6 +10,7 @@ from collections.abc import Callable
 from absl import logging
 
 from data_pipelines.storage.jsonl import JsonlWriter
+from data_pipelines.storage.object_log import flush_logs
 from mplug2_jax.errors import UserError
 from mplug2_jax.evaluation.results import EvaluationResult
 from mplug2_jax.inference.checkpoint_eval import Evaluator
@@ -101,6 +102,7 @@ class ContinuousEvaluator:
             if is_primary_process():
                 # The result file is written last: its existence marks the evaluation as done.
                 self._metrics.write({"step": step, **result.tagged_metrics()})
+                flush_logs()
                 self._save(result)
             result.log()
         return True

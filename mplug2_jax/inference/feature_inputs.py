@@ -5,12 +5,12 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 from data_pipelines.config import DataConfig, ExampleConfig, Format, Kind, SourceConfig
 from data_pipelines.sources.file_source import kind_from_name, list_files
 from data_pipelines.sources.formats import FORMATS, parse_spec
+from data_pipelines.storage.paths import to_path
 from mplug2_jax.config import to_dict
 from mplug2_jax.errors import UserError, check_range
 from mplug2_jax.inference.features import FeatureConfig, FeatureExtractor
@@ -38,15 +38,19 @@ def find_sources(
 
     Raises:
         UserError: an input is of no known format or repeated, or files are of several kinds.
-        DataError: a folder has no files.
+        DataError: a folder has no files, or a URL cannot be opened.
     """
     formats: dict[str, tuple[Format, str]] = {}
     counts = Counter[Kind]()
     names: list[str] = []
     for name in inputs:
-        path = Path(name)
         if name in formats:
             raise UserError(f"{name} is given twice; give each input once")
+        if name.partition(":")[0] in FORMATS:
+            spec = parse_spec(name)
+            formats[name] = (spec.format, spec.path)
+            continue
+        path = to_path(name)
         if path.is_dir() or (path.is_file() and kind_from_name(name)):
             files = list_files(name) if path.is_dir() else [name]
             counts.update(filter(None, map(kind_from_name, files)))
@@ -54,9 +58,6 @@ def find_sources(
             formats[name] = ("files", name)
         elif path.is_file() and path.suffix in ANNOTATIONS:
             formats[name] = ("annotations", name)
-        elif name.partition(":")[0] in FORMATS:
-            spec = parse_spec(name)
-            formats[name] = (spec.format, spec.path)
         else:
             problem = "is not an image, video, text or annotation file" if path.is_file() else "does not exist"
             raise UserError(

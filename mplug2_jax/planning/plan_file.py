@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,8 @@ def read_plan(path: Path) -> PlanFile:
     try:
         values = json.loads(path.read_text())
     except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist; create it with mplug2 plan --search --out {path}") from error
+        command = f"mplug2 plan --search --out {shlex.quote(str(path))}"
+        raise UserError(f"{path} does not exist; create it with {command}") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not a plan: {error}") from error
     if not isinstance(values, dict) or "topology" not in values:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from data_pipelines.config import DataConfig
+from data_pipelines.storage.paths import to_path
 from mplug2_jax.errors import UserError, did_you_mean
 from mplug2_jax.evaluation.config import EvaluationConfig
 from mplug2_jax.evaluation.loop import check_task, jit_predict
@@ -133,7 +134,7 @@ def make_run_spec_for_topology(config: RunConfig, topology: Topology) -> RunSpec
 
 def load_special_tokens(config: RunConfig) -> SpecialTokens:
     """Return the special token ids of the run's tokenizer; BERT's if its file is not on this machine."""
-    if config.tokenizer.path and not Path(config.tokenizer.path).is_file():
+    if config.tokenizer.path and not to_path(config.tokenizer.path).is_file():
         return SpecialTokens()
     return special_tokens(load_or_train_tokenizer(config.tokenizer))
 

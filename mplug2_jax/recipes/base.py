@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from data_pipelines.config import DataConfig, ExampleConfig, Format, Kind, SourceConfig, VisualConfig
+from data_pipelines.storage.paths import to_path
 from mplug2_jax.errors import UserError, did_you_mean
 from mplug2_jax.evaluation.config import EvaluationConfig
 from mplug2_jax.generation.config import SearchConfig
@@ -21,8 +22,8 @@ TINY_STEPS = 20  # of the size "tiny", which only tries a recipe out
 
 
 def data_folder() -> Path:
-    """Return the folder of all data sets, one subfolder each: $MPLUG2_DATA, or ``data`` in the current directory."""
-    return Path(os.environ.get("MPLUG2_DATA", "data"))
+    """Return the folder of all data sets, one subfolder each: $MPLUG2_DATA (or a URL), or ``data`` in this folder."""
+    return to_path(os.environ.get("MPLUG2_DATA", "data"))
 
 
 def file_source(

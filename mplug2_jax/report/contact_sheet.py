@@ -11,6 +11,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from data_pipelines.loader import LoadedBatch, LoadedExample
+from data_pipelines.media import write_image
 from mplug2_jax.errors import UserError
 from mplug2_jax.report.rendering import render, write_page
 
@@ -45,7 +46,7 @@ def write_contact_sheet(stem: Path, stream: str, step: int, batch: LoadedBatch) 
     stem.parent.mkdir(parents=True, exist_ok=True)
     write_page(paths[0], render("contact_sheet.html", stream=stream, step=step, cells=cells))
     if images:
-        Image.fromarray(_arrange(images)).save(paths[1])
+        write_image(paths[1], _arrange(images))
     return paths
 
 

@@ -366,7 +366,7 @@ def test_a_search_of_nothing_is_refused(option: str, refused: Refused, pictures:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("{texts} --out {taken}", "--out {taken} exists; choose a new folder"),
+        ("{texts} --out {taken}", "--out {taken} exists; remove it, or choose another name"),
         ("{missing} --out {new}", "{missing}: No such file or directory"),
         ("{texts} {taken} --out {new}", "{taken}: Is a directory"),
         ("{latin} --out {new}", "text file {latin} is not UTF-8: unexpected end of data in line 2"),
@@ -429,4 +429,4 @@ def test_parity_of_nothing_and_over_a_file_is_refused(refused: Refused, tmp_path
     rows = tmp_path / "rows.json"
     rows.write_text("[]")
     message = refused("convert", "parity", tmp_path, "--json", rows)
-    assert message == f"--json {rows} exists; choose a new file"
+    assert message == f"--json {rows} exists; remove it, or choose another name"

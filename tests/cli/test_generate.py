@@ -73,7 +73,7 @@ def test_predictions_are_written_to_a_file_too(pictures: Path, media: Path, tmp_
     before = out.read_bytes()
     refused = mplug2(*words)
     assert (refused.status, out.read_bytes()) == (2, before)
-    assert f"--out {out} exists; choose a new file" in refused.err
+    assert f"--out {out} exists; remove it, or choose another name" in refused.err
     assert [path.name for path in tmp_path.iterdir()] == ["predictions.jsonl"]
 
 

@@ -104,7 +104,7 @@ def test_output_paths_are_checked_before_compiling(tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text("mine")
     refused = mplug2("plan", *CPU_PLAN, "--search", "--out", tmp_path / "plan.json")
     assert refused.status == 2
-    assert f"--out {tmp_path / 'plan.json'} exists: remove it, or choose another name" in refused.err
+    assert f"--out {tmp_path / 'plan.json'} exists; remove it, or choose another name" in refused.err
     assert (tmp_path / "plan.json").read_text() == "mine"
     for option in ("--json", "--html"):
         refused = mplug2("plan", *CPU_PLAN, option, tmp_path / "lost" / "plan")
