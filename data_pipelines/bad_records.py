@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from data_pipelines.errors import DataError
 from data_pipelines.storage.jsonl import JsonlWriter, read_jsonl
@@ -77,7 +77,7 @@ class BadRecordLog:
             for source, max_fraction in self._max_fractions.items()
         }
 
-    def check(self, counts: Sequence[Mapping[str, Sequence[Any]]]) -> None:
+    def check(self, counts: Sequence[Mapping[str, Sequence[float | int]]]) -> None:
         """Check the counts of all processes: is a source worse than allowed, by more than chance explains?
 
         Args:

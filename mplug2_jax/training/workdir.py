@@ -1,6 +1,7 @@
 """A run's work directory: its config, tokenizer, checkpoints, metrics and evaluations."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from flax.traverse_util import flatten_dict
 
 from data_pipelines.digitworld.source import vocabulary_texts
 from data_pipelines.storage.file_system import write_atomically
-from data_pipelines.storage.paths import to_path
+from data_pipelines.storage.paths import RemotePath, to_path
 from data_pipelines.tokenizers import Tokenizer, load_tokenizer, train_sentencepiece, train_wordpiece
 from mplug2_jax.config import build, to_dict
 from mplug2_jax.errors import UserError
@@ -104,6 +105,8 @@ class WorkDir:
             UserError: the folder holds something else, or a run whose config differs in a field that must not change.
         """
         if not self.exists():
+            if not isinstance(self.path, RemotePath) and re.match(r"[a-z][a-z0-9+.-]+:/", str(self.path)):
+                raise UserError(f"--workdir {self.path} is a URL that was taken for a local path; use to_path")
             if self.path.exists() and not self.path.is_dir():
                 raise UserError(f"--workdir {self.path} is a file; choose a new folder")
             if self.path.exists() and not all(child.name.startswith(self.lock.name) for child in self.path.iterdir()):

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fsspec.implementations.local import LocalFileSystem
 
 from mplug2_jax.errors import UserError
 from mplug2_jax.report import curves, write_report
@@ -229,11 +228,11 @@ def test_the_page_is_replaced_atomically(full: Run, monkeypatch: pytest.MonkeyPa
     before = report(full)
     full.config(CONFIG | {"name": "another"})
 
-    def fail(self: LocalFileSystem, *paths: str) -> None:
+    def fail(*paths: str) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(LocalFileSystem, "mv", fail)
+        patch.setattr("data_pipelines.storage.file_system.os.replace", fail)
         with pytest.raises(UserError, match=r"report\.html \(No space left on device\)"):
             write_report(full.path)
     assert (full.path / "report.html").read_text() == before

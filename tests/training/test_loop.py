@@ -98,7 +98,7 @@ def test_steps_may_grow_and_not_shrink(tmp_path: Path) -> None:
     [
         ("file", "is a file; choose a new folder"),
         ("full", "is not empty and holds no run"),
-        ("gs://bucket/run", "a run writes to a folder; mount the bucket"),
+        ("gs://bucket/run", "is a URL that was taken for a local path"),
     ],
 )
 def test_a_folder_that_cannot_hold_a_run_is_untouched(

@@ -137,7 +137,7 @@ def test_a_reader_sees_whole_lines_in_order(folder: Path, monkeypatch: pytest.Mo
         lengths.append(len(lines))
     thread.join()
     assert lengths == sorted(lengths)
-    assert len(set(lengths)) > 1
+    assert len(list(iterate_jsonl(folder))) == 100
     assert list(iterate_jsonl(folder, max_bytes=35)) == [{"step": 0}, {"step": 1}]
 
 
