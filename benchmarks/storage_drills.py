@@ -1,4 +1,4 @@
-"""The bad days of an object store, drilled on an emulator behind a proxy that makes faults; part of drills.py."""
+"""Drills of faults of an object store: an emulator behind a proxy that injects faults; part of drills.py."""
 
 import contextlib
 import dataclasses
@@ -37,7 +37,7 @@ MAX_AGE = 60.0
 
 @dataclasses.dataclass
 class Bucket:
-    """A run in a bucket that has bad days."""
+    """A run in a bucket behind the proxy."""
 
     drills: Drills
     proxy: fault_proxy.FaultProxy

@@ -1,4 +1,4 @@
-"""An HTTP proxy before the object store of :mod:`tests.emulator`, which makes its bad days.
+"""An HTTP proxy before the object store of :mod:`tests.emulator`, which injects faults.
 
     with emulator.serve() as store, fault_proxy.serve(store) as proxy:
         emulator.use(proxy.url)
@@ -70,7 +70,7 @@ class Fault:
 
 @dataclasses.dataclass
 class Request:
-    """What a client asked for.
+    """A request of a client.
 
     ``kind`` is ``read``, ``stat``, ``list``, ``write``, ``start`` (of an upload in several requests), ``cancel``,
     ``delete``, ``copy``, ``update`` or ``bucket``; ``name`` is that of an object, or the prefix of a list.

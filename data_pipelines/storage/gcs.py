@@ -14,7 +14,7 @@ _TIMEOUT = aiohttp.ClientTimeout(total=600.0, sock_connect=20.0, sock_read=60.0)
 _REQUEST_SECONDS = 30.0
 """A request is repeated for this long before the whole operation is, of which it may be the last of hundreds."""
 _LISTED = "kind,nextPageToken,prefixes,items(name,bucket,size,updated,etag)"
-"""What is listed of each object; all is a kilobyte each."""
+"""Fields of each object that a listing requests; all fields would be about 1 kB per object."""
 
 # Without gcsfs's own repetitions: they log tracebacks, take half a minute at least, and know no limit.
 _request_once = getattr(core.GCSFileSystem._request, "__wrapped__", core.GCSFileSystem._request)

@@ -33,7 +33,7 @@ def iterate_jsonl(path: Path, *, max_line: int = -1, max_bytes: int | None = Non
     """
     done = 0
     for file in log_files(path):
-        with file.open("rb") if file == path else io.BytesIO(file.read_bytes()) as lines:  # parts are small
+        with io.BytesIO(file.read_bytes()) if isinstance(file, RemotePath) else file.open("rb") as lines:
             while text := lines.readline(max_line):
                 done += len(text)
                 if max_bytes is not None and done > max_bytes:

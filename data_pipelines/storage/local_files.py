@@ -1,4 +1,4 @@
-"""Files that must be on this machine: to be written by a library."""
+"""Local files for libraries that cannot write elsewhere, copied to their place when they are complete."""
 
 import contextlib
 import os

@@ -22,7 +22,7 @@ from data_pipelines.storage.retry import retry_limit, shorter_retries
 FLUSH_SECONDS = 20.0
 PART_BYTES = 2**20
 _LAST_SECONDS = 10.0
-"""How long the last lines of each log that nobody closed are tried."""
+"""Seconds for which ``closing_logs`` retries the last upload of each open log."""
 
 
 @dataclasses.dataclass(eq=False)

@@ -112,7 +112,7 @@ class _TextUpload(io.TextIOWrapper):
 
 @dataclasses.dataclass
 class RemoteStat(stat_utils.StatResult):
-    """What is known of a remote file, also by the names of :class:`os.stat_result`."""
+    """Metadata of a remote file, with the field names of :class:`os.stat_result` too."""
 
     mtime: float
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from mplug2_jax.conversion.compare_torch import check_torch, compare_frameworks
 from mplug2_jax.conversion.export_plan import ExportPlan, original_name, plan_export
-from mplug2_jax.conversion.files.atomic import atomic_files, atomic_folder, check_not_existing, check_room
+from mplug2_jax.conversion.files.atomic import atomic_files, atomic_folder, check_free_space, check_not_existing
 from mplug2_jax.conversion.files.open import open_source
 from mplug2_jax.conversion.files.safetensors_writer import SafetensorsWriter
 from mplug2_jax.conversion.files.sources import HostArray
@@ -107,7 +107,7 @@ def export(
     if verify:
         check_torch()
     plan = plan_export(checkpoint, dtype=dtype, ema=ema, teacher=teacher, leftover=leftover)
-    check_room(to, plan.nbytes)
+    check_free_space(to, plan.nbytes)
     output = atomic_files(to.parent, overwrite=overwrite) if is_file else atomic_folder(to, overwrite=overwrite)
     with output as folder:
         file = folder / (to.name if is_file else WEIGHTS)

@@ -18,7 +18,7 @@ from flax.traverse_util import unflatten_dict
 
 from data_pipelines.tokenizers import Tokenizer, load_tokenizer
 from mplug2_jax.conversion.compare_torch import check_torch, compare_frameworks
-from mplug2_jax.conversion.files.atomic import atomic_folder, check_room
+from mplug2_jax.conversion.files.atomic import atomic_folder, check_free_space
 from mplug2_jax.conversion.files.safetensors_writer import SafetensorsWriter
 from mplug2_jax.conversion.files.sources import HostArray, TensorInfo
 from mplug2_jax.conversion.import_plan import POSITIONS, ImportPlan, SourceMapping, StatePath
@@ -74,7 +74,7 @@ def run_import(
         for name in source.dispositions
     }
     state_bytes = sum(4 * leaf.size for leaf in plan.state.values())
-    check_room(to, state_bytes + sum(sizes.values()) // 2)
+    check_free_space(to, state_bytes + sum(sizes.values()) // 2)
     progress = ByteProgress(f"importing {plan.title}", sum(sizes.values()))
     with atomic_folder(to, overwrite=overwrite) as folder:
         importer = _Importer(plan, progress, seed)

@@ -78,7 +78,7 @@ def test_training_leaves_everything_in_the_work_directory(trained: TrainedRun) -
     assert "<svg" in page
 
 
-def test_eval_finds_what_training_found(trained: TrainedRun, workdir: Path) -> None:
+def test_eval_gives_the_metrics_of_training(trained: TrainedRun, workdir: Path) -> None:
     results = workdir / "evaluations/2/masked_words.json"
     before = json.loads(results.read_text())
     results.unlink()

@@ -148,7 +148,7 @@ def test_a_limit_judges_the_data_and_not_the_luck_of_a_host(fraction: float, sto
     assert stopped == stops
 
 
-def test_a_host_that_read_none_of_the_bad_records_stops_like_the_others(tmp_path: Path) -> None:
+def test_hosts_without_bad_records_stop_too(tmp_path: Path) -> None:
     logs = [BadRecordLog(tmp_path / name) for name in "ab"]
     logs[0].record("a", [BadRecord("a", str(i), "gone") for i in range(9)], max_fraction=0.01)
     logs[1].record("b", [], max_fraction=0.01)

@@ -24,7 +24,7 @@ def check_not_existing(path: Path, *, overwrite: bool) -> None:
         raise UserError(f"{path} exists; choose another path, or replace it with --overwrite")
 
 
-def check_room(path: Path, needed: int) -> None:
+def check_free_space(path: Path, needed: int) -> None:
     """Check that an output of some bytes can be written.
 
     Raises:

@@ -96,9 +96,11 @@ class FileReader:
             return [self.read_bytes(offset, count).tobytes() for offset in offsets]
         ends = [offset + count for offset in offsets]
         found = self._system.cat_ranges([self._name] * len(offsets), list(offsets), ends)
-        for data in found:
+        for offset, data in zip(offsets, found, strict=True):
             if isinstance(data, Exception):
                 raise data
+            if len(data) != count:
+                raise UserError(f"{self.path} is truncated: it ends at byte {offset + len(data):,}; copy it again")
         return [data for data in found if isinstance(data, bytes)]
 
 

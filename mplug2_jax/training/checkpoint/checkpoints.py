@@ -370,9 +370,9 @@ class Checkpoints:
         try:
             meta = json.loads(path.read_text())
             newer, _ = meta["format"] > FORMAT, meta["position"]["step"]
-        except PermissionError as error:
-            raise self._read_error(step, error) from error
         except (OSError, ValueError, KeyError, TypeError) as error:
+            if isinstance(error, OSError) and (is_transient(error) or is_access_error(error)):
+                raise self._read_error(step, error) from error
             raise self._damaged(step, "incomplete: meta/metadata is missing or damaged") from error
         if newer:
             raise UserError(

@@ -22,6 +22,7 @@ from absl import logging
 from data_pipelines.errors import StorageUnavailableError
 from data_pipelines.storage.file_system import file_system, write_atomically
 from data_pipelines.storage.paths import RemotePath
+from data_pipelines.storage.retry import shorter_retries
 from mplug2_jax.config import build
 from mplug2_jax.errors import UserError
 from mplug2_jax.parallel.processes import allgather_objects, is_primary_process
@@ -29,6 +30,8 @@ from mplug2_jax.parallel.processes import allgather_objects, is_primary_process
 RENEW_SECONDS = 10.0
 STALE_SECONDS = 45.0
 """A lock that was not renewed for this long belongs to a dead holder."""
+RELEASE_SECONDS = 5.0
+"""How long a run that ends tries to delete its lock; if storage does not answer, the next run takes the lock over."""
 SETTLE_SECONDS = 0.5
 """If two processes take over a stale lock at once, the later one's file is visible after this time, and counts."""
 
@@ -138,8 +141,8 @@ class WorkDirLock:
 
     def release(self) -> None:
         """Release the lock, and remove the folders that were created for it if they are still empty."""
-        with self._writing, contextlib.suppress(OSError, StorageUnavailableError):
-            self._released.set()
+        self._released.set()
+        with self._writing, contextlib.suppress(OSError, StorageUnavailableError), shorter_retries(RELEASE_SECONDS):
             _, holder = _read(self._path)
             if holder is not None and holder.id == self._holder.id:
                 self._path.unlink()
@@ -186,7 +189,11 @@ class WorkDirLock:
     def _renew(self) -> None:
         while not self._released.wait(self._renew_seconds):
             # A full disk or an outage; the next renewal may succeed.
-            with self._writing, contextlib.suppress(OSError, StorageUnavailableError):
+            with (
+                self._writing,
+                contextlib.suppress(OSError, StorageUnavailableError),
+                shorter_retries(self._renew_seconds),  # or the end of the run would wait for this attempt
+            ):
                 _, holder = _read(self._path)
                 if holder is not None and holder.id != self._holder.id:
                     self._new_holder = holder
@@ -207,7 +214,8 @@ class WorkDirLock:
 def _read(path: Path) -> tuple[bytes, Holder | None]:
     """Return the contents of a lock file (empty if there is none) and its holder (None while it is being written)."""
     try:
-        data = path.read_bytes()[: 2**16]
+        system, plain = file_system(str(path))
+        data = system.cat_file(plain, 0, 2**16)
         return data, build(Holder, json.loads(data))
     except FileNotFoundError:
         return b"", None

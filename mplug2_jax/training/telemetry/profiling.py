@@ -1,16 +1,22 @@
 """Profiler traces for TensorBoard, of the steps that the config names or of the next steps on request."""
 
+import contextlib
 import shutil
 import tempfile
+import time
 from pathlib import Path
 
 import jax
 from absl import logging
 
+from data_pipelines.errors import StorageUnavailableError
 from data_pipelines.storage.paths import RemotePath, upload_folder
+from data_pipelines.storage.retry import shorter_retries
 from mplug2_jax.parallel.processes import is_primary_process
 from mplug2_jax.training.config import ProfileConfig
 from mplug2_jax.training.telemetry.events import EventLog
+
+_POLL_SECONDS = 30.0
 
 
 class Profiler:
@@ -23,6 +29,7 @@ class Profiler:
         self._folder, self._request = workdir / "profiles", workdir / "profile"
         self._config, self._events = config, events
         self._last_step: int | None = None  # of the trace that is being recorded
+        self._next_poll = 0.0  # when a bucket is asked for a request, on the monotonic clock
         self._target: Path | None = None
         self._local: str | None = None  # where it is recorded, if not there
 
@@ -31,14 +38,28 @@ class Profiler:
         if (
             self._last_step is None
             and is_primary_process()
-            and (step in self._config.start_steps or self._request.exists())
+            and (step in self._config.start_steps or self._is_requested())
         ):
-            self._request.unlink(missing_ok=True)
             self._target = self._folder / f"step-{step}"
             # The profiler writes to local disks only.
             self._local = tempfile.mkdtemp(prefix="trace-") if isinstance(self._target, RemotePath) else None
             jax.profiler.start_trace(self._local or str(self._target))
             self._last_step = step + self._config.num_steps - 1
+
+    def _is_requested(self) -> bool:
+        """Return whether there is a request, and remove it. A bucket is asked seldom and once: steps must not wait."""
+        if not isinstance(self._request, RemotePath):
+            is_requested = self._request.exists()
+            self._request.unlink(missing_ok=True)
+            return is_requested
+        now = time.monotonic()
+        if now < self._next_poll:
+            return False
+        self._next_poll = now + _POLL_SECONDS
+        with contextlib.suppress(OSError, StorageUnavailableError), shorter_retries(0):
+            self._request.unlink()
+            return True
+        return False
 
     def after_step(self, step: int, result: object) -> None:
         """End the trace if this is its last step; ``result``, the step's output, is waited for first."""
