@@ -56,7 +56,7 @@ class Profiler:
         if now < self._next_poll:
             return False
         self._next_poll = now + _POLL_SECONDS
-        with contextlib.suppress(OSError, StorageUnavailableError), shorter_retries(0):
+        with contextlib.suppress(OSError, StorageUnavailableError), shorter_retries(0.0):
             self._request.unlink()
             return True
         return False
