@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from mplug2_jax.training.telemetry.metric_log import read_train_metrics
-from tests.runs import ONE_LAYER
 
 ROOTS = "benchmarks|configs|data_pipelines|docs|launch|mplug2_jax|tests"
 # A path from the root of the repository.
@@ -29,7 +28,6 @@ def commands(repository: Path) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_every_command_of_the_readme_works(repository: Path, reference: Path, tmp_path: Path) -> None:
-    """Use one layer per module."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     lines = commands(repository)
     assert len(lines) >= 7
@@ -38,7 +36,6 @@ def test_every_command_of_the_readme_works(repository: Path, reference: Path, tm
         assert program == "mplug2"
         # The golden folder is next to the checkout, and the tests may run anywhere.
         args = [arg.replace("../shared/reference", str(reference)) for arg in args]
-        args += ONE_LAYER if args[0] in ("train", "plan") else []
         process = subprocess.run(
             [sys.executable, "-m", "mplug2_jax.cli.main", *args],
             cwd=tmp_path,

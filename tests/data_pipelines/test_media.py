@@ -60,9 +60,10 @@ def test_missing_files(kind: str, tmp_path: Path) -> None:
         load(Media(kind, str(tmp_path / "nothing.png"), "archive.tar:member.png"))
     with pytest.raises(DataError, match="is not a file"):
         load(Media(kind, str(tmp_path), str(tmp_path)))
-    for url in ("memory://nothing.png", "nonsense://bucket/a.png"):
-        with pytest.raises(DataError, match=f"{url} cannot be (read as an? {kind}|opened): "):
-            load(Media(kind, url, url))
+    with pytest.raises(DataError, match=f"^memory://nothing.png cannot be read as an? {kind}: "):
+        load(Media(kind, "memory://nothing.png", "memory://nothing.png"))
+    with pytest.raises(DataError, match=r"^nonsense://bucket/a\.png cannot be opened: Protocol not known: nonsense$"):
+        load(Media(kind, "nonsense://bucket/a.png", "nonsense://bucket/a.png"))
     with pytest.raises(DataError, match=r"nothing\.png does not exist"):
         load(file_media(tmp_path / "nothing.png"))
     with pytest.raises(DataError, match="nothing does not exist"):
