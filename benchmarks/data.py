@@ -1,20 +1,17 @@
 """Throughput of the data pipeline, as ratios measured in one run, so that the machine's load affects both sides.
 
     python benchmarks/data.py
-    python benchmarks/data.py --images 64 --videos 4 --index 100000      # quick
+    python benchmarks/data.py --images 64 --videos 4      # quick
 
 Rows: the pipeline relative to a minimal loop of the same decode and resize calls on one core; two threads relative to
-one; the fraction of a training run that waits for data; startup with a large index, and at a late step; and the same
-work by a PyTorch DataLoader and by webdataset, if they are installed.
+one; the fraction of a training run that waits for data; and the same work by a PyTorch DataLoader and by webdataset, if
+they are installed. ``index.py`` measures startup with many records.
 """
 
 import argparse
 import io
-import json
 import multiprocessing
 import os
-import subprocess
-import sys
 import tarfile
 import tempfile
 import time
@@ -33,7 +30,6 @@ from data_pipelines.config import DataConfig, ExampleConfig, SourceConfig, Visua
 from data_pipelines.frames import uniform_indices
 from data_pipelines.loader import Stream
 from data_pipelines.media import write_video
-from data_pipelines.sources import tar_index
 from data_pipelines.tokenizers import SPECIAL_TOKENS, WordPieceTokenizer
 from data_pipelines.transforms import random_resized_crop
 
@@ -207,64 +203,6 @@ def measure_batch_seconds(data: DataConfig, batch: int) -> float:
     return batch / measure_rate(batches, 8 * batch, batch)
 
 
-def write_index(folder: Path, samples: int, per_tar: int = 10_000) -> Path:
-    """Write sparse tars of one text, with indexes in which every sample has this text: nothing else is on disk."""
-    (folder / "index").mkdir()
-    text = b"a picture"
-    for shard in range(-(-samples // per_tar)):
-        tar = folder / "index" / f"{shard:05}.tar"
-        with tar.open("wb") as file:
-            file.seek(512)
-            file.write(text)
-            file.truncate(per_tar * 20_000)
-        count = min(per_tar, samples - shard * per_tar)
-        keys = "".join(f"{i:09}" for i in range(shard * per_tar, shard * per_tar + count)).encode()
-        extents = np.broadcast_to(np.array([[[512, len(text)]]], np.int64), (count, 1, 2))
-        packed = tar_index.pack_index(
-            np.frombuffer(keys, np.uint8), np.arange(1, count + 1, dtype=np.int64) * 9, extents, [".txt"],
-            tar_index.file_signature(str(tar)),
-        )  # fmt: skip
-        Path(f"{tar}{tar_index.SUFFIX}").write_bytes(packed)
-    return folder / "index"
-
-
-def open_index(folder: Path) -> None:
-    """Open a large index in a separate process, and read the first batch and one of a late step."""
-    before = read_memory("VmRSS")
-    start = time.perf_counter()
-    source = SourceConfig(format="webdataset", path=str(folder), kind="text")
-    config = DataConfig(sources={"tar": source}, examples=ExampleConfig(text="sentence", text_length=8), batch_size=256)
-    stream = Stream(config, TOKENIZER, name="benchmark", seed=0)
-    seconds = {"open": time.perf_counter() - start}
-    for name, step in (("first", 0), ("late", 1_000_000)):
-        start = time.perf_counter()
-        next(stream.batches(step))
-        seconds[name] = time.perf_counter() - start
-    records, peak = sum(stream.records.values()), read_memory("VmHWM")
-    print(json.dumps({**seconds, "records": records, "peak": peak, "growth": peak - before}))
-
-
-def read_memory(field: str) -> float:
-    """Return a memory counter of this process in GiB, from Linux."""
-    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field)]
-    return int(line.split()[1]) / 2**20
-
-
-def measure_index(folder: Path, samples: int) -> None:
-    """Measure the startup with many samples, and at a late step."""
-    path = write_index(folder, samples)
-    words = [sys.executable, __file__, "--open-index", str(path)]
-    process = subprocess.run(
-        words, capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    )
-    result = json.loads(process.stdout.splitlines()[-1])
-    add_row(f"index of {result['records']:,} records: opened in", f"{result['open']:.2f} s")
-    add_row("    memory: peak of the process, and growth", f"{result['peak']:.2f} GiB, {result['growth']:.2f} GiB")
-    add_row(
-        "    first batch of 256 at step 0, and at step 1,000,000", f"{result['first']:.2f} s, {result['late']:.2f} s"
-    )
-
-
 def decode(data: bytes, rng: np.random.Generator) -> np.ndarray:
     """Decode and crop an image, as users of the other libraries would write it."""
     with Image.open(io.BytesIO(data)) as image:
@@ -319,14 +257,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=384, help="JPEGs (default: %(default)s)")
     parser.add_argument("--videos", type=int, default=12, help="videos (default: %(default)s)")
-    parser.add_argument("--index", type=int, default=10_000_000, help="records of the index (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=30, help="steps of the training run (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="repetitions of each measurement (default: %(default)s)")
-    parser.add_argument("--open-index", type=Path, help=argparse.SUPPRESS)  # the process that opens the large index
     args = parser.parse_args()
-    if args.open_index:
-        open_index(args.open_index)
-        return
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         images, videos = write_images(folder, args.images), write_videos(folder, args.videos)
@@ -334,7 +267,6 @@ def main() -> None:
         measure_pipeline("JPEG of 640 x 480, crop, 224", images, image_files, read_jpeg, "image", BATCH, args.repeats)
         measure_pipeline("video, 16 of 300 frames, 224", videos, video_files, read_16_frames, "video", 2, args.repeats)
         compare_loaders(images, image_files)
-        measure_index(folder, args.index)
         measure_data_wait(folder, images, args.steps)
     print("\n" + "\n".join(f"{name:<66} {value}" for name, value in ROWS))
 

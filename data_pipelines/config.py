@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -36,12 +36,17 @@ class SourceConfig:
     kind: Kind = "image"  # what the records are read as; the same for all sources of a stream
     path: str = ""  # file, folder or pattern, local or a URL ("gs://bucket/shards/*.tar")
     media: str = ""  # folder of the images or videos that annotation files name; empty: the folder of the file
+    index: str = ""  # webdataset: folder of the tars' indexes, where theirs cannot be written; empty: next to them
     split: str = ""  # DigitWorld: "train" (default) or "heldout"; files: the name that they use
     seed: int = 0  # DigitWorld: its random seed
     label: str = ""  # DigitWorld: the attribute to label; empty: the digit in an image, the motion in a video
     max_records: int | None = None  # read only the first max_records; None: all (DigitWorld: 100,000)
     expand: Literal["record", "text"] = "record"  # "text": one record per caption or text; reads all records on opening
     weight: float = 1.0  # weight in the mixture of sources
+
+    def identity(self) -> dict[str, Any]:
+        """Return what determines the records: all fields but where the index is."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "index"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

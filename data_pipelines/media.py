@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import functools
 import io
-import os
 from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
@@ -19,8 +18,8 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from data_pipelines.errors import DataError, StorageUnavailableError
-from data_pipelines.storage.file_system import file_system
-from data_pipelines.storage.retry import is_url
+from data_pipelines.storage.file_system import file_system, is_local_file
+from data_pipelines.storage.retry import is_remote, is_url
 
 MAX_PIXELS = 64_000_000
 """Of one image or frame: 192 MB as RGB. A larger one is treated as a decompression bomb."""
@@ -127,8 +126,8 @@ def is_image_file(head: bytes) -> bool:
 
 
 def is_missing(media: Media) -> bool:
-    """Return whether media are a local path without a file."""
-    return isinstance(media.data, str) and "://" not in media.data and not os.path.isfile(media.data)
+    """Return whether media are a local path without a file. Raises StorageUnavailableError."""
+    return isinstance(media.data, str) and not is_url(media.data) and not is_local_file(media.data)
 
 
 def _check_exists(media: Media) -> None:
@@ -158,10 +157,12 @@ def open_media(media: Media) -> Iterator[bytes | str]:
 
 
 def _fetch(media: Media) -> bytes | str:
-    """Download a URL, so that decoders may read it twice; return anything else as it is."""
-    if isinstance(media.data, bytes) or "://" not in media.data:
+    """Read a remote file, since decoders take a failed read for damage; return anything else as it is."""
+    if isinstance(media.data, bytes) or not is_remote(media.data):
         return media.data
     system, plain = file_system(media.data)
+    if system.is_local and int(system.info(plain)["size"]) > MAX_FETCHED_BYTES:
+        return media.data
     data = system.cat_file(plain, 0, MAX_FETCHED_BYTES + 1)
     if len(data) > MAX_FETCHED_BYTES:
         raise DataError(

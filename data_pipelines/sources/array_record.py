@@ -10,13 +10,12 @@ from collections.abc import Sequence
 from typing import Annotated, Literal, NamedTuple
 
 import msgspec
-from array_record.python.array_record_module import ArrayRecordReader
 
 from data_pipelines.errors import DataError
 from data_pipelines.media import Media
 from data_pipelines.record import Entailment, Expression, Question, Record, locate
+from data_pipelines.sources.array_record_files import open_files
 from data_pipelines.sources.files import find_files
-from data_pipelines.storage.retry import is_url
 
 VERSION = 1
 SUFFIX = ".array_record"
@@ -84,52 +83,20 @@ def decode_record(data: bytes, where: str) -> Record:
 
 
 class ArrayRecordSource:
-    """The records of sharded files, in the order of their names.
+    """The records of sharded files, local or behind URLs, in the order of their names.
 
     Raises:
-        DataError: no such file, a URL, or a file that is truncated or not an ArrayRecord file.
+        DataError: no such file, or one that is truncated or not an ArrayRecord file.
     """
 
     def __init__(self, path: str) -> None:
-        if is_url(path):
-            raise DataError(
-                f"{path} is a URL, expected a mounted folder for ArrayRecord files; mount the bucket, or use tars"
-            )
-        self._files = find_files(path, SUFFIX)
-        self._readers = [_Reader(file) for file in self._files]
-        self._ends: Sequence[int] = list(itertools.accumulate(map(len, self._readers)))
+        found = find_files(path, SUFFIX)
+        self._files, self._paths = open_files(found), [file.path for file in found]
+        self._ends: Sequence[int] = list(itertools.accumulate(map(len, self._files)))
 
     def __len__(self) -> int:
         return self._ends[-1]
 
     def __getitem__(self, index: int) -> Record:
         shard, row = locate(index, self._ends)
-        return decode_record(self._readers[shard][row], f"record {row} of {self._files[shard]}")
-
-
-class _Reader:
-    """One file; errors of the library become a DataError."""
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-        try:
-            # A shuffled order gains nothing from readahead, and the loader's threads are parallel already.
-            self._reader = ArrayRecordReader(path, options="readahead_buffer_size:0,max_parallelism:0")
-            self._length: int = self._reader.num_records()
-        except Exception as error:  # the library raises various RuntimeErrors
-            raise DataError(f"{path} is damaged or not an ArrayRecord file ({_reason(error)})") from error
-        if not self._length:  # also true of truncated files
-            raise DataError(f"{path} has no records: it is empty, truncated or not an ArrayRecord file; write it again")
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __getitem__(self, row: int) -> bytes:
-        try:
-            return self._reader.read([row])[0]
-        except Exception as error:  # as above
-            raise DataError(f"record {row} of {self._path} is damaged ({_reason(error)})") from error
-
-
-def _reason(error: Exception) -> str:
-    return str(error).split(";")[0].split("\n")[0] or type(error).__name__
+        return decode_record(self._files[shard][row], f"record {row} of {self._paths[shard]}")

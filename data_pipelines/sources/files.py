@@ -1,16 +1,17 @@
 """Finding and reading files, local or remote, through fsspec; and safe file names."""
 
+import contextlib
 import io
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from data_pipelines.config import Kind
 from data_pipelines.errors import DataError
 from data_pipelines.media import HEAD_BYTES, IMAGE_SUFFIXES, VIDEO_SUFFIXES, Media, is_animation
-from data_pipelines.storage.file_system import file_system
+from data_pipelines.storage.file_system import FileSystem, file_system, version_of
 from data_pipelines.storage.retry import is_url, retry
 
 MAX_FILES = 1_000_000
@@ -22,8 +23,25 @@ _SYSTEM_NAMES = frozenset({"@eaDir", "__MACOSX", "#recycle", "$RECYCLE.BIN", "lo
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
-def find_files(path: str, *suffixes: str) -> list[str]:
-    """Return all files of a path, sorted: a file, a folder, a pattern with ``*``, or ``{000..127}``.
+_MAX_REQUESTS = 16
+"""Numbered files behind a URL that are asked for one by one; for more, their folder is listed."""
+
+
+class FoundFile(NamedTuple):
+    """A file of a listing."""
+
+    path: str  # with its scheme
+    size: int
+    version: str  # changes when the file is written again
+
+    @property
+    def signature(self) -> list[Any]:
+        """Return what changes when the file changes."""
+        return [self.size, self.version]
+
+
+def find_files(path: str, *suffixes: str) -> list[FoundFile]:
+    """Return all files of a path, sorted: a file, a folder, a pattern with ``*``, or ``{000..127}``; by few requests.
 
     Hidden files in folders are skipped.
 
@@ -31,23 +49,74 @@ def find_files(path: str, *suffixes: str) -> list[str]:
         DataError: no file, or one of several numbered files is missing.
     """
     system, plain = file_system(path)
-    names = _expand_braces(plain)
-    if len(names) == 1 and "*" not in plain:
-        if system.isdir(plain):
-            listed = [name for name in system.find(plain, maxdepth=1) if not is_hidden(name.rpartition("/")[2])]
-            names = sorted(name for name in listed if name.lower().endswith(suffixes))
-            if not names:
+    if "*" in plain:
+        infos = {name: info for name, info in _match(system, plain).items() if not is_hidden(PurePosixPath(name).name)}
+        if not infos:
+            raise DataError(f"{path} matches no file; check the pattern")
+    else:
+        infos = _infos_of(system, _expand_braces(plain))
+        if infos.get(plain, {}).get("type") == "directory":
+            found = _only_files(system, system.find(plain, maxdepth=1, detail=True))
+            listed = {name: info for name, info in found.items() if not is_hidden(PurePosixPath(name).name)}
+            infos = {name: info for name, info in listed.items() if name.lower().endswith(suffixes)}
+            if not infos:
                 raise DataError(
                     f"{path} holds no file that ends in {' or '.join(suffixes)}; found {len(listed)} other files"
                 )
-    elif "*" in plain:
-        found = {name for pattern in names for name in system.glob(pattern) if not is_hidden(name.rpartition("/")[2])}
-        names = sorted(filter(system.isfile, found))
-        if not names:
-            raise DataError(f"{path} matches no file; check the pattern")
-    if missing := next((name for name in names if not system.exists(name)), None):
-        raise DataError(f"{missing} does not exist; check the path")
-    return [system.url(name) for name in names]
+    return [FoundFile(system.url(name), int(info["size"] or 0), version_of(info)) for name, info in infos.items()]
+
+
+def _infos_of(system: FileSystem, names: list[str]) -> dict[str, dict[str, Any]]:
+    """Return the infos of files in the order of their names. Raises DataError if one is missing."""
+    if system.is_local or len(names) <= _MAX_REQUESTS:
+        infos = {}
+        for name in names:
+            try:
+                infos[name] = system.info(name)
+            except (FileNotFoundError, NotADirectoryError) as error:
+                raise DataError(f"{system.url(name)} does not exist; check the path") from error
+        return infos
+    folder = os.path.commonpath([name.rpartition("/")[0] for name in names])
+    depth = names[0].removeprefix(folder).lstrip("/").count("/") + 1
+    listed = system.find(folder, maxdepth=depth, detail=True)
+    if missing := next((name for name in names if name not in listed), None):
+        raise DataError(f"{system.url(missing)} does not exist; check the path")
+    return {name: listed[name] for name in names}
+
+
+def _match(system: FileSystem, pattern: str) -> dict[str, dict[str, Any]]:
+    """Return the infos of the files that match a pattern, sorted."""
+    ranges = [match.groups() for match in _BRACES.finditer(pattern)]
+    marked = _BRACES.sub("\0", pattern)
+    from fsspec.utils import glob_translate  # fsspec is imported when a file is read
+
+    try:
+        regex = re.compile(glob_translate(marked).replace("\0", r"(\d+)"))
+    except ValueError as error:
+        raise DataError(f"{system.url(pattern)} cannot be matched: {error}") from error
+
+    def matches(name: str) -> bool:
+        match = regex.match(name)
+        return match is not None and all(
+            int(first) <= int(number) <= int(last) and number == str(int(number)).zfill(len(first))
+            for number, (first, last) in zip(match.groups(), ranges, strict=True)
+        )
+
+    listed = _only_files(system, system.glob_infos(re.sub(r"[*\0]*\0[*\0]*", "*", marked)))
+    return {name: info for name, info in listed.items() if not ranges or matches(name)}
+
+
+def _only_files(system: FileSystem, infos: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return the infos of files, sorted; links become what they lead to."""
+    files = {}
+    for name in sorted(infos):
+        info = infos[name]
+        if info.get("islink"):
+            with contextlib.suppress(FileNotFoundError):
+                info = system.info(name)
+        if info["type"] == "file":
+            files[name] = info
+    return files
 
 
 def list_folder(folder: str, hint: str = "check the path") -> tuple[str, list[str]]:
@@ -76,17 +145,6 @@ def _expand_braces(pattern: str) -> list[str]:
     return [name for n in numbers for name in _expand_braces(pattern[: match.start()] + n + pattern[match.end() :])]
 
 
-def file_signature(path: str) -> list[Any]:
-    """Return what changes when a file changes: its size, and its modification time or tag."""
-    system, plain = file_system(path)
-    try:
-        info = system.info(plain)
-    except FileNotFoundError as error:
-        raise DataError(f"{path} does not exist; check the path") from error
-    version = next((info[key] for key in ("mtime", "ETag", "etag", "updated", "LastModified") if info.get(key)), "")
-    return [int(info["size"]), str(version)]
-
-
 def read_bytes(path: str, offset: int = 0, size: int | None = None, *, exact: bool = True) -> bytes:
     """Return a file's bytes, or ``size`` of them from ``offset`` on; without ``exact``, possibly fewer.
 
@@ -96,16 +154,43 @@ def read_bytes(path: str, offset: int = 0, size: int | None = None, *, exact: bo
     try:
         if is_url(path):
             system, plain = file_system(path)
-            data = system.cat_file(plain, offset or None, None if size is None else offset + size)
+            data = system.cat_file(plain, offset or None, None if size is None else offset + size, exact=exact)
         else:
             data = retry(lambda: _read_local(path, offset, size), path)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
-    if exact and size is not None and len(data) != size:
+    if exact and size is not None:
+        _check_length(path, data, offset, size)
+    return data
+
+
+def read_ranges(ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
+    """Return bytes of several files of one place, which are requested at the same time.
+
+    Args:
+        ranges: path, offset and size of each.
+
+    Raises:
+        DataError: as :func:`read_bytes`.
+    """
+    system, _ = file_system(ranges[0][0])
+    paths = [file_system(path)[1] for path, _, _ in ranges]
+    starts, ends = [offset for _, offset, _ in ranges], [offset + size for _, offset, size in ranges]
+    results = system.cat_ranges(paths, starts, ends, exact=True)
+    for (path, offset, size), result in zip(ranges, results, strict=True):
+        if isinstance(result, OSError):
+            raise DataError(f"{path} cannot be read: {result.strerror or result}") from result
+        if isinstance(result, Exception):
+            raise result
+        _check_length(path, result, offset, size)
+    return [result for result in results if isinstance(result, bytes)]
+
+
+def _check_length(path: str, data: bytes, offset: int, size: int) -> None:
+    if len(data) != size:
         raise DataError(
             f"{path} ends at byte {offset + len(data):,}, expected {offset + size:,}; it was truncated or replaced"
         )
-    return data
 
 
 def _read_local(path: str, offset: int, size: int | None) -> bytes:

@@ -48,13 +48,13 @@ def _sizes(config: SourceConfig) -> dict[str, tuple[str, int]]:
     system, plain = file_system(config.path)
     try:
         if not system.isdir(plain):
-            paths = find_files(config.path, "")
             # Archives in different folders may share a name; their order distinguishes them.
             return {
-                f"{i:09} {PurePosixPath(path).name}": (path, int(system.info(file_system(path)[1])["size"]))
-                for i, path in enumerate(paths)
+                f"{i:09} {PurePosixPath(file.path).name}": (file.path, file.size)
+                for i, file in enumerate(find_files(config.path, ""))
             }
-        root, depth = plain.rstrip("/"), None if config.format in _FOLDERS else 1
+        root = plain.rstrip("/")
+        depth = None if config.format in _FOLDERS else 1
         found = system.find(root, maxdepth=depth, detail=True) or system.find(root, detail=True)
     except OSError as error:
         raise DataError(f"{config.path} cannot be read: {error.strerror or error}") from error

@@ -59,7 +59,7 @@ def parse_spec(spec: str, **settings: Any) -> SourceConfig:
     return SourceConfig(format=cast(Format, format), path=path, **settings)
 
 
-_OPTIONAL = frozenset({"path", "media", "split", "seed", "label"})
+_OPTIONAL = frozenset({"path", "media", "index", "split", "seed", "label"})
 
 
 class _Take:
@@ -116,6 +116,8 @@ FORMATS: Mapping[Format, FormatSpec] = {
         lambda config, visual: TfdsSource(config.path, config.split or "train", config.kind), _PATH | {"split"}
     ),
     "vqa_v2": _annotations(public_formats.VQA),
-    "webdataset": FormatSpec(lambda config, visual: WebDatasetSource(config.path, config.kind), _PATH),
+    "webdataset": FormatSpec(
+        lambda config, visual: WebDatasetSource(config.path, config.kind, config.index), _PATH | {"index"}
+    ),
 }
 """Every format of :data:`Format`."""

@@ -4,16 +4,21 @@ Features are recognized by their names, as in annotation files; class labels bec
 """
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
+from pathlib import PurePosixPath
 from typing import Any
 
 from data_pipelines.config import Kind
-from data_pipelines.errors import DataError
+from data_pipelines.errors import DataError, StorageUnavailableError
 from data_pipelines.media import Media
-from data_pipelines.record import Record, check_index
+from data_pipelines.record import Record, check_index, locate
 from data_pipelines.sources.annotations import fields
 from data_pipelines.sources.annotations.rows import Row
 from data_pipelines.sources.annotations.source import MediaContext
+from data_pipelines.sources.array_record_files import open_files
+from data_pipelines.sources.files import find_files
+from data_pipelines.storage.retry import is_transient
 
 
 class TfdsSource:
@@ -38,6 +43,7 @@ class TfdsSource:
         try:
             builder = tfds.builder_from_directory(path)
         except Exception as error:  # OSError, ValueError and others for missing or damaged files
+            _check_storage(error, path)
             raise DataError(
                 f"{path} is not a TFDS data set ({_reason(error)}); expected a folder with dataset_info.json, like "
                 "DATA_DIR/NAME/1.0.0"
@@ -50,11 +56,14 @@ class TfdsSource:
         skip = {name: tfds.decode.SkipDecoding() for name in self._images}
         try:
             self._examples = builder.as_data_source(split, decoders=skip)
+            parts = tfds.core.data_sources.base.file_instructions(info, split)
         except Exception as error:  # NotImplementedError for other formats, ValueError for an invalid slice, ...
+            _check_storage(error, path)
             raise DataError(
                 f"split '{split}' of {path} cannot be read ({_reason(error)}); prepare the data set with "
                 "file_format='array_record'"
             ) from error
+        self._examples.data_source = _Examples(path, parts)  # the library's does not repeat failed reads
         labels = {
             name: feature for name, feature in info.features.items() if isinstance(feature, tfds.features.ClassLabel)
         }
@@ -69,10 +78,10 @@ class TfdsSource:
         key = f"{self._name}/{index}"
         try:
             example = dict(self._examples[index])
-        except Exception as error:  # ArrayRecord and protobuf raise various errors
+        except StorageUnavailableError:
+            raise
+        except Exception as error:  # protobuf raises various errors
             raise DataError(f"example {key} is damaged ({_reason(error)})") from error
-        if all(value is None for value in example.values()):  # the library's result for a truncated file
-            raise DataError(f"example {key} is damaged; prepare the data set again")
         images = {name: example.pop(name) for name in self._images}
         values = {name: self._to_json(name, value) for name, value in example.items()}
         record = fields.to_record(Row(self._name, index + 1, values), self._context)
@@ -95,6 +104,29 @@ class TfdsSource:
         if isinstance(value, list | tuple):
             return [self._to_json("", item) for item in value]
         return value
+
+
+class _Examples:
+    """The serialized examples of a split, which consists of parts of files."""
+
+    def __init__(self, folder: str, parts: Sequence[Any]) -> None:
+        found = {PurePosixPath(file.path).name: file for file in find_files(folder, "")}
+        self._parts = parts
+        self._files = open_files([found[PurePosixPath(part.filename).name] for part in parts])
+        self._ends = list(itertools.accumulate(part.take for part in parts))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> bytes:
+        part, row = locate(index, self._ends, "example")
+        return self._files[part][self._parts[part].skip + row]
+
+
+def _check_storage(error: Exception, path: str) -> None:
+    """Raise StorageUnavailableError for an error that the library made of one."""
+    if is_transient(error):
+        raise StorageUnavailableError(f"{path} cannot be read ({_reason(error)}); start again later") from error
 
 
 def _reason(error: Exception) -> str:

@@ -2,9 +2,11 @@
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
+
+from absl import logging
 
 from data_pipelines.config import Kind
 from data_pipelines.errors import DataError
@@ -14,13 +16,16 @@ from data_pipelines.sources.annotations import fields
 from data_pipelines.sources.annotations.rows import Row, normalize_name, parse_json
 from data_pipelines.sources.annotations.source import MediaContext
 from data_pipelines.sources.files import decode_text, find_files, media_kind, resolve_kind
-from data_pipelines.sources.tar_index import DUPLICATED, TarIndex
+from data_pipelines.sources.indexed_tars import TarSet
+from data_pipelines.sources.tar_index import Members
+from data_pipelines.sources.tar_scan import DUPLICATED
 
 _IGNORED = frozenset(normalize_name(name) for name in (*fields.IMAGE_FIELDS, *fields.ID_FIELDS))
 _KNOWN = (
     *fields.CAPTION_FIELDS, *fields.TEXT_FIELDS, "question", *fields.SUMMARY_FIELDS, *fields.BOX_FIELDS,
     *fields.LABEL_FIELDS,
 )  # fmt: skip
+_TEXTS = (".txt", ".json", ".cls")
 
 
 class WebDatasetSource:
@@ -32,15 +37,23 @@ class WebDatasetSource:
     Args:
         path: a tar, a folder of tars, or a pattern ("shards/{00000..00127}.tar", "gs://bucket/*.tar").
         kind: what to read from samples with several kinds of members; "text" reads no media.
+        index: folder of the tars' indexes; empty: next to the tars.
 
     Raises:
         DataError: no such file, or one that is truncated, compressed or not a tar.
     """
 
-    def __init__(self, path: str, kind: Kind) -> None:
+    def __init__(self, path: str, kind: Kind, index: str = "") -> None:
         self._kind = kind
         files = find_files(path, ".tar")
-        self._tars, self._names = [TarIndex(file) for file in files], _names(files)
+        tars = TarSet(files, index)
+        if tars.missing:
+            logging.info(
+                "scanning %d of %d tars of %s, which have no index; once for all hosts: mplug2 data index %s%s",
+                len(tars.missing), len(files), path, path, index and f" --index {index}",
+            )  # fmt: skip
+            tars.build()
+        self._tars, self._names = tars.tars, _names([file.path for file in files])
         self._ends = list(itertools.accumulate(map(len, self._tars)))
 
     def __len__(self) -> int:
@@ -53,11 +66,9 @@ class WebDatasetSource:
         key = f"{archive.removesuffix('.tar')}/{name}"
         if DUPLICATED in members:
             raise DataError(f"sample {key} has duplicate members in an ambiguous order; write each sample once")
-        texts = {
-            ext: decode_text(tar.read(members, ext), f"{ext} of sample {key}")
-            for ext in (".txt", ".json", ".cls")
-            if ext in members
-        }
+        media = self._media_of(members)
+        data = tar.read(members, [ext for ext in (*_TEXTS, *media[:1]) if ext in members])
+        texts = {ext: decode_text(data[ext], f"{ext} of sample {key}") for ext in _TEXTS if ext in members}
         values = _parse_json(texts.get(".json"), key)
         record, changes = self._read_json_fields(key, values, f"{archive}:{name}.json"), dict[str, Any]()
         if ".txt" in texts:
@@ -68,7 +79,8 @@ class WebDatasetSource:
         if ".cls" in texts:
             changes["label"] = texts[".cls"]
         if self._kind != "text":
-            changes["media"] = self._media(tar, members, f"{archive}:{name}")
+            read = ((ext, data[ext] if ext in data else tar.read(members, [ext])[ext]) for ext in media)
+            changes["media"] = self._choose(read, f"{archive}:{name}")
             if changes["media"] is None:
                 reason = ": ".join(str(values[name]) for name in ("status", "error_message") if values.get(name))
                 raise DataError(
@@ -81,12 +93,20 @@ class WebDatasetSource:
         row = Row(where, 1, {name: value for name, value in values.items() if normalize_name(name) not in _IGNORED})
         return Record(key) if row.find(_KNOWN) is None else fields.to_record(row, MediaContext("", self._kind))
 
-    def _media(self, tar: TarIndex, members: Mapping[str, tuple[int, int]], name: str) -> Media | None:
+    def _media_of(self, members: Members) -> list[str]:
+        """Return the extensions of a sample's media, those of the source's kind first."""
+        if self._kind == "text":
+            return []
         kinds = {extension: kind for extension in members if (kind := media_kind(f"x{extension}"))}
+        return sorted(kinds, key=lambda extension: kinds[extension] != self._kind)
+
+    def _choose(self, members: Iterator[tuple[str, bytes]], name: str) -> Media | None:
+        """Return the first media of the source's kind, by their content where their name does not decide."""
         fallback = None
-        for extension in sorted(kinds, key=lambda extension: kinds[extension] != self._kind):
-            data = tar.read(members, extension)
-            kind = resolve_kind(f"x{extension}", self._kind, lambda data=data: data[:HEAD_BYTES]) or kinds[extension]
+        for extension, data in members:
+            file = f"x{extension}"
+            kind = resolve_kind(file, self._kind, lambda data=data: data[:HEAD_BYTES]) or media_kind(file)
+            assert kind is not None
             media = Media(kind, data, f"{name}{extension}")
             if kind == self._kind:
                 return media

@@ -12,12 +12,12 @@ import os
 import re
 import stat
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from data_pipelines.errors import DataError
-from data_pipelines.storage.retry import is_transient, is_url, retry
+from data_pipelines.storage.retry import as_os_error, is_remote, is_transient_at, is_url, retry
 
 SCHEMES = {"gs": ("gcsfs", "pip install 'mplug2-jax[gcs]'"), "s3": ("s3fs", "pip install s3fs")}
 """The schemes of paths that can be written, with the package that serves each, and how to install it."""
@@ -120,59 +120,96 @@ class FileSystem:
 
     def glob(self, pattern: str, folder: str = "") -> list[str]:
         """Return the paths that match a pattern, sorted; those below a folder, whose name is taken literally."""
+        return sorted(self.glob_infos(pattern, folder))
+
+    def glob_infos(self, pattern: str, folder: str = "") -> dict[str, dict[str, Any]]:
+        """Return the infos of what matches a pattern by path, as :meth:`glob`."""
         if self.is_local:
-            return list(self._call("glob", os.path.join(glob.escape(folder), pattern)))
+            return dict(self._call("glob", os.path.join(glob.escape(folder), pattern), detail=True))
         parts = pattern.split("/")
         literal = next((i for i, part in enumerate(parts) if re.search(r"[*?[]", part)), len(parts))
         root, parts = "/".join([*([folder] if folder else []), *parts[:literal]]), parts[literal:]
         if not parts:
-            return [root] if self.exists(root) else []
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                return {root: self.info(root)}
+            return {}
         if "**" in parts:
             from fsspec.utils import glob_translate
 
             matches = re.compile(glob_translate("/".join(parts))).match
-            return [name for name in self.find(root) if matches(name.removeprefix(root).lstrip("/"))]
-        paths = {root}
+            found = self.find(root, detail=True)
+            return {name: info for name, info in found.items() if matches(name.removeprefix(root).lstrip("/"))}
+        paths: dict[str, dict[str, Any]] = {root: {}}
         for depth, part in enumerate(parts, 1):  # fsspec's own glob would list all files at any depth
             paths = {
-                info["name"] for path in paths for info in self._list(path)
+                info["name"]: info for path in paths for info in self._list(path)
                 if fnmatch.fnmatchcase(info["name"].rpartition("/")[2], part)
                 and (depth == len(parts) or info["type"] == "directory")
             }  # fmt: skip
-        return sorted(paths)
+        return paths
 
-    def cat_file(self, path: str, start: int | None = None, end: int | None = None) -> bytes:
-        """Return the bytes of a file, or those of a range, which may be fewer at its end."""
+    def cat_file(
+        self, path: str, start: int | None = None, end: int | None = None, *, exact: bool = False
+    ) -> bytes:  # fmt: skip
+        """Return the bytes of a file, or those of a range, which may be fewer at its end.
+
+        With ``exact`` fewer are checked against the file's size, since a reply may have been cut off.
+        """
 
         def read() -> bytes:
             try:
-                return bytes(self._system.cat_file(path, start, end))
+                data = bytes(self._system.cat_file(path, start, end))
             except Exception as error:
-                if getattr(error, "code", None) == 416:  # the file ends before the range
-                    return b""
-                raise
+                if getattr(error, "code", None) != 416:  # the file ends before the range
+                    raise
+                data = b""
+            if exact:
+                self._check_complete(path, data, start, end)
+            return data
 
         data = retry(read, self.url(path))
         if end is not None and len(data) > end - (start or 0):
             raise OSError(errno.ENOTSUP, "the server sends the whole file instead of a range", self.url(path))
         return data
 
-    def cat_ranges(self, paths: list[str], starts: list[int], ends: list[int]) -> list[bytes | Exception]:
-        """Return a range of each of several files, or the error of those that cannot be read."""
+    def _check_complete(self, path: str, data: bytes, start: int | None, end: int | None) -> None:
+        """Raise ConnectionResetError for fewer bytes of a range than the file has."""
+        if end is not None and len(data) < end - (start or 0) and int(self._system.info(path)["size"]) >= end:
+            raise ConnectionResetError(errno.ECONNRESET, "the reply was cut off", self.url(path))
 
-        def read() -> list[bytes | Exception]:
-            results = list(self._system.cat_ranges(paths, starts, ends, on_error="return"))
-            if error := next((r for r in results if isinstance(r, Exception) and is_transient(r)), None):
-                raise error
-            return results
+    def cat_ranges(
+        self, paths: list[str], starts: list[int], ends: list[int], *, exact: bool = False
+    ) -> list[bytes | Exception]:  # fmt: skip
+        """Return a range of each of several files, or the error of those that cannot be read; as :meth:`cat_file`."""
+        results: dict[int, bytes | Exception] = {}
 
-        return retry(read, self.url(paths[0])) if paths else []
+        def read() -> None:
+            missing, errors = [i for i in range(len(paths)) if i not in results], []
+            arguments = [[values[i] for i in missing] for values in (paths, starts, ends)]
+            for i, result in zip(missing, self._system.cat_ranges(*arguments, on_error="return"), strict=True):
+                try:
+                    if isinstance(result, Exception):
+                        raise result
+                    if exact:
+                        self._check_complete(paths[i], result, starts[i], ends[i])
+                except Exception as error:
+                    if is_transient_at(error, self.url(paths[i])):
+                        errors.append(error)
+                        continue
+                    result = as_os_error(error, self.url(paths[i]))
+                results[i] = result
+            if errors:
+                raise errors[0]
 
-    def open(self, path: str) -> io.BufferedReader:
-        """Open a file for reading, with random access."""
-        if self.is_local:
+        if paths:
+            retry(read, self.url(paths[0]))
+        return [results[i] for i in range(len(paths))]
+
+    def open(self, path: str, block: int = BLOCK) -> io.BufferedReader:
+        """Open a file for reading, with random access; a remote one is read in blocks."""
+        if self.is_local and not is_remote(path):
             return retry(lambda: open(path, "rb"), path)
-        return io.BufferedReader(_RangeReader(self, path), BLOCK)
+        return io.BufferedReader(_RangeReader(self, path), block)
 
     def write(self, path: str, data: bytes) -> None:
         """Write a file so that readers see the old or the new one, never a part; several writers may do so."""
@@ -241,6 +278,20 @@ class FileSystem:
     def copy(self, source: str, target: str) -> None:
         """Copy a file within this file system."""
         retry(lambda: self._system.cp_file(source, target), self.url(source))
+
+
+def is_local_file(path: str) -> bool:
+    """Return whether a path on this machine is a file that can be read. Raises StorageUnavailableError."""
+    try:
+        return stat.S_ISREG(retry(lambda: os.stat(path), path).st_mode)
+    except (OSError, ValueError):  # missing, not accessible, or an impossible name
+        return False
+
+
+def version_of(info: Mapping[str, Any]) -> str:
+    """Return what of a file's info changes when it is written again: a number, a time or a tag; empty if unknown."""
+    keys = ("generation", "mtime", "ETag", "etag", "updated", "LastModified")
+    return str(next((info[key] for key in keys if info.get(key)), ""))
 
 
 def file_system(path: str) -> tuple[FileSystem, str]:

@@ -13,7 +13,7 @@ _TIMEOUT = aiohttp.ClientTimeout(total=600.0, sock_connect=20.0, sock_read=60.0)
 """Limits of one request in seconds: in all, to connect, and between the request and its reply or two parts of it."""
 _REQUEST_SECONDS = 30.0
 """A request is repeated for this long before the whole operation is, of which it may be the last of hundreds."""
-_LISTED = "kind,nextPageToken,prefixes,items(name,bucket,size,updated,etag)"
+_LISTED = "kind,nextPageToken,prefixes,items(name,bucket,size,updated,generation)"
 """Fields of each object that a listing requests; all fields would be about 1 kB per object."""
 
 # Without gcsfs's own repetitions: they log tracebacks, take half a minute at least, and know no limit.

@@ -153,12 +153,18 @@ def _is_transient(error: BaseException) -> bool:
     return bool(_TRANSIENT_TEXT.search(str(error)))
 
 
-def _is_network_mount_error(error: Exception, path: str) -> bool:
-    """Return whether an error is that of a mount whose server failed; on a local disk it is damage."""
-    return (
-        isinstance(error, OSError) and error.errno == errno.EIO and not is_url(path)
-        and _is_on_network(os.path.dirname(path))
-    )  # fmt: skip
+def is_remote(path: str) -> bool:
+    """Return whether a path is a URL, or on a mount of a network.
+
+    Libraries that open such a file themselves take a failed read for damage: they are given its bytes.
+    """
+    return is_url(path) or _is_on_network(os.path.dirname(path))
+
+
+def is_transient_at(error: Exception, path: str) -> bool:
+    """Return whether an error is transient at a path: an I/O error also is on a network's mount, and not on a disk."""
+    is_mount_error = isinstance(error, OSError) and error.errno == errno.EIO and not is_url(path) and is_remote(path)
+    return is_mount_error or is_transient(error)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -198,8 +204,8 @@ def retry(operation: Callable[[], T], path: str) -> T:
         except StorageUnavailableError:
             raise
         except Exception as error:
-            if not (is_transient(error) or _is_network_mount_error(error, path)):
-                problem = _os_error(error, path)
+            if not is_transient_at(error, path):
+                problem = as_os_error(error, path)
                 if problem is error:
                     raise
                 raise problem from error
@@ -214,8 +220,8 @@ def retry(operation: Callable[[], T], path: str) -> T:
         time.sleep(pause)
 
 
-def _os_error(error: Exception, path: str) -> Exception:
-    """Return an error as an OSError with a file name; what is no fault of storage stays as it is."""
+def as_os_error(error: Exception, path: str) -> Exception:
+    """Return an error of storage as an OSError with a file name; what is no fault of storage stays as it is."""
     if isinstance(error, DataError | ExceptionGroup) or _is_bug(error):
         return error
     if isinstance(error, OSError) and error.errno is not None and error.filename is not None:

@@ -1,4 +1,4 @@
-"""``mplug2 data show | validate | convert | chunk``: the commands that read and write data sets."""
+"""``mplug2 data show | validate | index | convert | chunk``: the commands that read and write data sets."""
 
 import argparse
 import collections
@@ -63,6 +63,19 @@ def add_parsers(kinds: Any) -> None:
         "--allow", dest="max_bad_fraction", type=float, default=argparse.SUPPRESS, help=argparse.SUPPRESS
     )  # its old name
     check.add_argument("--json", action="store_true", help="print the report as one JSON object")
+    index = add_command(
+        kinds, "index", run_index,
+        summary="Index WebDataset tars once, for all hosts and runs",
+        details="Scans tars that are new or changed, and merges all indexes into one file that opens in seconds. Run "
+        "it again to resume, or after changes.",
+        example="mplug2 data index gs://my-bucket/laion/{00000..00127}.tar --index gs://my-bucket/indexes",
+    )  # fmt: skip
+    index.add_argument("path", metavar="PATH", help="a tar, a folder of tars, or a pattern, as in a source's path")
+    index.add_argument(
+        "--index", default="", metavar="DIR",
+        help="folder for the indexes, which sources name in their field 'index' (default: next to the tars)",
+    )  # fmt: skip
+    index.add_argument("--workers", type=int, default=8, help="tars scanned at a time (default: %(default)s)")
     convert = add_command(
         kinds, "convert", run_convert,
         summary="Convert any source to ArrayRecord shards",
@@ -230,7 +243,7 @@ def _changed_shards(path: str) -> list[str]:
     from data_pipelines.sources.array_record import SUFFIX
     from data_pipelines.sources.files import find_files
 
-    return [file for file in find_files(path, SUFFIX) if check_shard(to_path(file)) is False]
+    return [file.path for file in find_files(path, SUFFIX) if check_shard(to_path(file.path)) is False]
 
 
 DataSet = tuple[str, "DataConfig", "ExampleBuilder", list[str]]
@@ -291,6 +304,28 @@ def _recipe_data(args: argparse.Namespace) -> Iterator[DataSet]:
         yield prefix, data, *_open_builder(data, tokenizer, name, config.seed, min_answers)
 
 
+def run_index(args: argparse.Namespace) -> int:
+    """Write the indexes, and print how many samples they have."""
+    from data_pipelines.sources.files import find_files
+    from data_pipelines.sources.indexed_tars import TarSet
+
+    if args.workers < 1:
+        raise UserError(f"--workers {args.workers} should be at least 1")
+    if args.index:
+        to_path(args.index)  # raises an error for an impossible one
+    files = find_files(args.path.removeprefix("webdataset:"), ".tar")
+    tars = TarSet(files, args.index)
+    scanned = tars.missing
+    with Progress(sum(file.size for file in scanned), "B", desc="scanning") as progress:
+        tars.build(workers=args.workers, must_write=True, on_progress=progress.update)
+    if len(files) > 1 and not tars.is_merged:
+        tars.merge()
+    samples = sum(map(len, tars.tars))
+    print(f"{tars.merged_path if tars.is_merged else tars.index_path(files[0])}: {samples:,} samples in {len(files):,} "
+          f"tars; {len(scanned):,} scanned, {len(files) - len(scanned):,} up to date")  # fmt: skip
+    return 0
+
+
 class _CountingSource:
     """A source that shows how many of its records were read."""
 
@@ -318,7 +353,7 @@ def run_convert(args: argparse.Namespace) -> int:
     if args.workers < 1:
         raise UserError(f"--workers {args.workers} should be at least 1")
     config = _source_config(args)
-    source, settings = open_source(config, VisualConfig()), dataclasses.asdict(config)
+    source, settings = open_source(config, VisualConfig()), config.identity()
     num_records, bad_records = 0, list["BadRecord"]()
     with Progress(len(source), "record", desc="converting") as progress:
         for path, manifest in convert(

@@ -126,7 +126,7 @@ def make_request(
     }  # fmt: skip
     return {
         "feature": dataclasses.asdict(feature), "kind": data.kind, "step": step, "listing": listing,
-        "inputs": {name: dataclasses.asdict(source) for name, source in data.sources.items()},
+        "inputs": {name: source.identity() for name, source in data.sources.items()},
         "arrays": {name: {"shape": shape, "dtype": dtype} for name, (shape, dtype) in extractor.shapes.items()},
         "model": model, **reading,
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""``mplug2 data show, validate, convert, chunk``: output, files and errors."""
+"""``mplug2 data show, validate, index, convert, chunk``: output, files and errors."""
 
 import html
 import json
@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from data_pipelines.storage.paths import to_path, upload_folder
 from tests.data_pipelines.worlds import encode_media, img2dataset, records, write_tar
 
 from .conftest import mplug2
@@ -182,6 +183,55 @@ def test_convert_and_chunk_write_files_that_validate(tmp_path: Path, tars: Path,
     assert re.fullmatch(rf"{re.escape(str(corpus))}: \d+ records of 12 tokens\n", done.out)
 
 
+def test_index_resumes_and_renews(tmp_path: Path, tars: Path) -> None:
+    img2dataset(tars / "1.tar", 3, start=5)
+    done = mplug2("data", "index", tars)
+    merged = tars / "merged.index"
+    assert (done.status, done.out) == (0, f"{merged}: 8 samples in 2 tars; 2 scanned, 0 up to date\n")
+    assert re.search(r"scanning  0/0 MB  .* eta 0:00", done.log)
+    before = merged.stat().st_mtime_ns
+    assert mplug2("data", "index", f"webdataset:{tars}").out.endswith("; 0 scanned, 2 up to date\n")
+    assert merged.stat().st_mtime_ns == before
+    img2dataset(tars / "1.tar", 1)
+    merged.write_bytes(b"damaged")
+    done = mplug2("data", "index", tars)
+    assert done.out.endswith("6 samples in 2 tars; 1 scanned, 1 up to date\n")
+    elsewhere = tmp_path / "indexes"
+    done = mplug2("data", "index", tars / "0.tar", "--index", elsewhere)
+    assert done.out == f"{elsewhere}{tars}/0.tar.index: 5 samples in 1 tars; 1 scanned, 0 up to date\n"
+    (tars / "2.tar").write_bytes(b"no tar")
+    done = mplug2("data", "index", tars)
+    assert (done.status, done.out) == (2, "")
+    assert f"{tars}/2.tar cannot be read as a tar" in done.err
+
+
+def test_data_in_buckets(bucket: str, tmp_path: Path, tars: Path, vocabulary: Path) -> None:
+    upload_folder(str(tars), to_path(f"{bucket}/tars"))
+    assert mplug2("data", "index", f"{bucket}/tars", "--index", f"{bucket}/indexes").status == 0
+    words = ("data", "convert", f"webdataset:{bucket}/tars", "--out", f"{bucket}/records", "--shards", 2)
+    done = mplug2(*words)
+    assert done.status == 0
+    assert done.out.endswith("5 records in 2 shards\n")
+    assert mplug2(*words).out == done.out
+    validated = mplug2("data", "validate", f"array_record:{bucket}/records")
+    assert validated.out.endswith("OK: all 5 records are usable\n")
+    (to_path(bucket) / "a.txt").write_text("a red four moves left\n" * 20)
+    options = ("--tokenizer", vocabulary, "--length", 12, "--out", f"{bucket}/c.array_record")
+    assert mplug2("data", "chunk", f"{bucket}/a.txt", *options).status == 0
+    assert mplug2("data", "validate", f"array_record:{bucket}/c.array_record", "--kind", "text").status == 0
+    assert mplug2("data", "sample", "--count", 1, "--out", f"{bucket}/samples").status == 0
+    assert mplug2("data", "sample", "--count", 1, "--kind", "video", "--out", f"{bucket}/samples").status == 0
+    for kind, count in (("image", 1), ("video", 1)):
+        done = mplug2("data", "validate", f"files:{bucket}/samples", "--kind", kind)
+        assert done.out.endswith(f"OK: all {count} records are usable\n")
+    done = mplug2("data", "tokenizer", f"{bucket}/a.txt", "--vocab-size", 60, "--out", f"{bucket}/tok")
+    assert (done.status, done.out.startswith(f"{bucket}/tok/vocab.txt: ")) == (0, True)
+    done = mplug2("data", "show", "demo", "--stream", "video_text", "--out", f"{bucket}/sheets")
+    assert done.status == 0
+    assert to_path(f"{bucket}/sheets/video_text-step1.png").is_file()
+    assert not Path("gs:").exists()
+
+
 REFUSED = {
     "format": (["validate", "webdatset:x"], "'webdatset:x' is not FORMAT:PATH with a known format: did you mean 'we"),
     "recipe": (["validate", "demmo"], "recipe 'demmo' is neither a file nor a shipped recipe: did you mean 'demo'?"),
@@ -193,6 +243,9 @@ REFUSED = {
     "stream": (["show", "demo", "--stream", "txt"], "--stream txt is not in the recipe: did you mean 'text'?"),
     "step": (["show", "demo", "--step", "0"], "--step 0 should be at least 1, the first step"),
     "fraction": (["validate", "webdataset:x", "--max-bad-fraction", "2"], "--max-bad-fraction=2.0 must be between 0"),
+    "index": (["index", "{tmp}/x.tar"], "{tmp}/x.tar does not exist; check the path"),
+    "scheme": (["index", "{tmp}", "--index", "ftp://x/y"], "ftp://x/y: expected a path on this machine, gs://BUCKET"),
+    "threads": (["index", "{tmp}", "--workers", "0"], "--workers 0 should be at least 1"),
     "workers": (["convert", "digitworld:", "--out", "{tmp}", "--workers", "0"], "--workers 0 should be at least 1"),
     "shards": (["convert", "digitworld:", "--out", "{tmp}", "--max-records", "2", "--shards", "3"],
                "cannot write 3 shards of 2 records"),

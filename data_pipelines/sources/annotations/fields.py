@@ -13,6 +13,7 @@ from data_pipelines.sources.annotations.media import find_media
 from data_pipelines.sources.annotations.rows import Row, filter_split, normalize_name
 from data_pipelines.sources.annotations.source import AnnotationFormat, MediaContext
 from data_pipelines.sources.files import read_bytes
+from data_pipelines.storage.retry import is_remote
 
 IMAGE_FIELDS = (
     "video_id", "video", "clip_name", "gif_name", "image", "image_path", "image_name", "file_name", "image_id",
@@ -133,7 +134,7 @@ def _box(row: Row, path: str) -> Box:
         x, y, w, h = map(float, row.need(*BOX_FIELDS))
         if width is None or height is None:
             # The size is in the header; no pixels are decoded.
-            with Image.open(path if "://" not in path else io.BytesIO(read_bytes(path))) as image:
+            with Image.open(io.BytesIO(read_bytes(path)) if is_remote(path) else path) as image:
                 width, height = image.size
         x0, y0, x1, y1 = x / float(width), y / float(height), (x + w) / float(width), (y + h) / float(height)
     except (TypeError, ValueError, ZeroDivisionError, OSError) as error:

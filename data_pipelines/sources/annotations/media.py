@@ -2,14 +2,13 @@
 
 import collections
 import functools
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 
 from data_pipelines.config import Kind
 from data_pipelines.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Media
 from data_pipelines.sources.files import ANIMATED_SUFFIXES, make_media, media_kind, safe_join
-from data_pipelines.storage.file_system import file_system
+from data_pipelines.storage.file_system import file_system, is_local_file
 from data_pipelines.storage.retry import is_url
 
 _SUFFIXES = {"image": IMAGE_SUFFIXES, "video": VIDEO_SUFFIXES}
@@ -34,7 +33,7 @@ def find_media(folder: str, kind: Kind, *names: str) -> Media | None:
 
 
 def _find(path: str, kind: Kind) -> str | None:
-    if _exists_remotely(path) if is_url(path) else os.path.isfile(path):
+    if _exists_remotely(path) if is_url(path) else is_local_file(path):
         return path
     folder, _, base = path.rpartition("/")
     files, kind_of_name = _media_in(folder), media_kind(base)

@@ -50,7 +50,7 @@ class AnnotationSource:
     """
 
     def __init__(self, format: AnnotationFormat, path: str, media: str, split: str, kind: Kind) -> None:
-        files = find_files(path, *format.suffixes)
+        files = [file.path for file in find_files(path, *format.suffixes)]
         try:
             self._rows = list(format.read(files, split))
         except _SHAPE_ERRORS as error:

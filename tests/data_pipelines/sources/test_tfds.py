@@ -64,8 +64,8 @@ def test_a_damaged_example(prepared: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(prepared / "digits", tmp_path / "digits")
     (file,) = (folder / "1.0.0").glob("*.array_record*")
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    with pytest.raises(DataError, match=r"example digits/1\.0\.0/train/0 is damaged"):
-        open_tfds(folder)[0]
+    with pytest.raises(DataError, match=r"digits-train\.array_record\S+ has no records: it is empty, truncated"):
+        open_tfds(folder)
 
 
 def test_without_tfds(monkeypatch: pytest.MonkeyPatch, prepared: Path) -> None:
