@@ -21,6 +21,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the emulator belongs to the tests
+
 import numpy as np
 
 from data_pipelines.config import DataConfig, ExampleConfig, SourceConfig

@@ -30,16 +30,18 @@ SPEEDS = r" +[\d.]+ s +[\d.]+ s +[\d.]+ +[\d.]+ +[\d.]+$"
         ("step.py --size tiny --steps 2 --matmul 256",
          (r"step \(median of +2\) +[\d.]+ s", r"process +[\d.]+ GiB", r"matmul rate +[\d.]+%")),
         ("torch_runtime.py --size tiny --rounds 1", (f"^forward{SPEEDS}", f"^training step{SPEEDS}")),
-        ("data.py --images 16 --videos 2 --index 30000 --steps 6 --repeats 1",
+        ("data.py --images 16 --videos 2 --steps 6 --repeats 1",
          (r"JPEG .*, crop, 224: relative to a minimal loop on one core +\d+%", r"video, .*: two threads / one +[\d.]+x",
-          r"index of 30,000 records: opened in +[\d.]+ s", r"at step 0, and at step 1,000,000 +[\d.]+ s, [\d.]+ s",
           r"waiting for data +[\d.]+%")),
         ("overhead.py --steps 2 --batch 2",
          (r"bare step \(median of 2\) +[\d.]+ ms", r"overhead +-?[\d.]+%", r"MiB of state +[\d.]+ ms")),
+        ("index.py --samples 1000000 --tars 5",
+         (r"^1,000,000 samples: opened in +[\d.]+ s", r"batch of 256 of step 1,000,000 +[\d.]+ s",
+          r"^their indexes: merged in +[\d.]+ s, [\d,]+ requests")),
         ("checkpoints.py --mib 16 --repeats 1",
          (r"^bucket +\d+ ms +\d+ MiB/s +\d+ MiB/s$", r"^bucket / local disk +[\d.]+x")),
     ],
-    ids=["step", "torch_runtime", "data", "overhead", "checkpoints"],
+    ids=["step", "torch_runtime", "data", "overhead", "index", "checkpoints"],
 )  # fmt: skip
 def test_figures_are_printed(command: str, figures: tuple[str, ...], repository: Path) -> None:
     if command.startswith("torch"):

@@ -321,8 +321,9 @@ def run_index(args: argparse.Namespace) -> int:
     if len(files) > 1 and not tars.is_merged:
         tars.merge()
     samples = sum(map(len, tars.tars))
-    print(f"{tars.merged_path if tars.is_merged else tars.index_path(files[0])}: {samples:,} samples in {len(files):,} "
-          f"tars; {len(scanned):,} scanned, {len(files) - len(scanned):,} up to date")  # fmt: skip
+    path = tars.merged_path if tars.is_merged else tars.index_path(files[0])
+    print(f"{path}: {samples:,} samples in {len(files):,} tar{'s' * (len(files) != 1)}; {len(scanned):,} scanned, "
+          f"{len(files) - len(scanned):,} up to date")  # fmt: skip
     return 0
 
 

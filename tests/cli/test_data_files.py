@@ -198,7 +198,7 @@ def test_index_resumes_and_renews(tmp_path: Path, tars: Path) -> None:
     assert done.out.endswith("6 samples in 2 tars; 1 scanned, 1 up to date\n")
     elsewhere = tmp_path / "indexes"
     done = mplug2("data", "index", tars / "0.tar", "--index", elsewhere)
-    assert done.out == f"{elsewhere}{tars}/0.tar.index: 5 samples in 1 tars; 1 scanned, 0 up to date\n"
+    assert done.out == f"{elsewhere}{tars}/0.tar.index: 5 samples in 1 tar; 1 scanned, 0 up to date\n"
     (tars / "2.tar").write_bytes(b"no tar")
     done = mplug2("data", "index", tars)
     assert (done.status, done.out) == (2, "")
