@@ -187,11 +187,14 @@ class TarSet:
                 except OSError as error:
                     if must_write:
                         raise _not_writable(path, error) from error
-                    failed.set()
-                    logging.warning(
-                        "%s cannot be written (%s): tars are scanned at every start; set the source's index to a "
-                        "folder for indexes", path, error.strerror or error,
-                    )  # fmt: skip
+                    with lock:
+                        is_first = not failed.is_set()
+                        failed.set()
+                    if is_first:
+                        logging.warning(
+                            "%s cannot be written (%s): tars are scanned at every start; set the source's index to a "
+                            "folder for indexes", path, error.strerror or error,
+                        )  # fmt: skip
             index = TarIndex(path if written else data)
             return Tar(file, index, 0, index.tars[0].samples)
 

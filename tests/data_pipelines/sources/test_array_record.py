@@ -136,5 +136,3 @@ def test_missing_files(tmp_path: Path) -> None:
     ):
         with pytest.raises(DataError, match=message):
             ArrayRecordSource(str(path))
-    with pytest.raises(DataError, match="is a URL, expected a mounted folder for ArrayRecord files; mount the bucket"):
-        ArrayRecordSource("gs://bucket/a.array_record")
