@@ -143,8 +143,7 @@ def read_memory(field: str) -> float:
 
 def open_in_fresh_process(path: str) -> None:
     """Open a stream in a fresh process, which prints."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run([sys.executable, __file__, "--open", path], check=True, env=environment)
+    subprocess.run([sys.executable, __file__, "--open", path], check=True)
 
 
 def main() -> None:

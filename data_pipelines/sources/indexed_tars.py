@@ -6,6 +6,7 @@ scanned again.
 """
 
 import dataclasses
+import errno
 import itertools
 import os
 import tarfile
@@ -204,6 +205,7 @@ class TarSet:
                     self._tars[tar.file.path] = tar
             except BaseException:
                 stop.set()
+                pool.shutdown(cancel_futures=True)
                 raise
 
     def merge(self) -> None:
@@ -227,12 +229,16 @@ class TarSet:
 
     def _open_merged(self) -> TarIndex | None:
         try:
-            return TarIndex(local_copy(self.merged_path))
+            index = TarIndex(local_copy(self.merged_path))
+            _ = index.columns  # mapped now: the file may be replaced
+            return index
         except FileNotFoundError:
             return None
-        except (OSError, DataError, ValueError) as error:
-            logging.warning("%s cannot be used (%s); run mplug2 data index again", self.merged_path, error)
-            return None
+        except (OSError, DataError) as error:
+            logging.warning("%s", error)
+        except ValueError as error:
+            logging.warning("%s is damaged (%s); run mplug2 data index again", self.merged_path, error)
+        return None
 
     def _rows_of_merged(self) -> dict[str, tuple[IndexedTar, int]]:
         """Return the tars of the index of many, with the rows of their first samples, by name."""
@@ -271,4 +277,6 @@ def _write(path: str, data: bytes) -> None:
 
 
 def _not_writable(path: str, error: OSError) -> DataError:
-    return DataError(f"{path} cannot be written ({error.strerror or error}); choose a folder for indexes with --index")
+    is_full = error.errno == errno.ENOSPC
+    remedy = "free disk space there, or in TMPDIR" if is_full else "choose a folder for indexes with --index"
+    return DataError(f"{path} cannot be written ({error.strerror or error}); {remedy}")

@@ -66,11 +66,13 @@ class TarIndex:
             self.tars = [IndexedTar(*fields) for fields in header["tars"]]
             self.extensions: list[str] = header["extensions"]
             self.layout = Layout(header["samples"], len(self.extensions), header["key_bytes"])
+            if sum(tar.samples for tar in self.tars) != self.layout.samples:
+                raise ValueError("its header has another number of samples than its tars")
+            if not self._is_remote:
+                self._check_size(len(file) if isinstance(file, bytes) else os.path.getsize(file))
         except (KeyError, TypeError) as error:
             raise ValueError(f"its header is damaged: {error}") from error
         self._columns: Samples | None = None
-        if not self._is_remote:
-            self._check_size(len(file) if isinstance(file, bytes) else os.path.getsize(file))
 
     @property
     def _is_remote(self) -> bool:

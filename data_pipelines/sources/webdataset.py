@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
@@ -50,7 +51,7 @@ class WebDatasetSource:
         if tars.missing:
             logging.info(
                 "scanning %d of %d tars of %s, which have no index; once for all hosts: mplug2 data index %s%s",
-                len(tars.missing), len(files), path, path, index and f" --index {index}",
+                len(tars.missing), len(files), path, shlex.quote(path), index and f" --index {shlex.quote(index)}",
             )  # fmt: skip
             tars.build()
         self._tars, self._names = tars.tars, _names([file.path for file in files])

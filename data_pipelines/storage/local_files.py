@@ -7,9 +7,10 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from absl import logging
 
@@ -42,7 +43,7 @@ def local_copy(path: str) -> str:
     with (folder / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the other processes of this machine wait for one copy
         if not copy.exists():
-            _copy(system, plain, int(info["size"]), copy)
+            _copy(system, plain, info, copy)
             for other in folder.glob(f"{name}-*"):
                 if other != copy:
                     other.unlink(missing_ok=True)
@@ -61,7 +62,8 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]
 
 
-def _copy(system: FileSystem, path: str, size: int, target: Path) -> None:
+def _copy(system: FileSystem, path: str, info: Mapping[str, Any], target: Path) -> None:
+    size = int(info["size"])
     free = shutil.disk_usage(target.parent).free
     if size > free:
         raise DataError(
@@ -81,8 +83,8 @@ def _copy(system: FileSystem, path: str, size: int, target: Path) -> None:
             os.truncate(file.fileno(), size)
             with ThreadPoolExecutor(_THREADS) as pool:
                 list(pool.map(copy_block, range(0, size, _BLOCK)))
-            if file.seek(0, os.SEEK_END) != size or temporary.stat().st_size != size:
-                raise OSError(None, "it was replaced while it was copied", system.url(path))
+            if version_of(system.info(path)) != version_of(info):
+                raise DataError(f"{system.url(path)} was replaced while it was copied; start again")
             temporary.replace(target)
         finally:
             temporary.unlink(missing_ok=True)

@@ -51,7 +51,7 @@ def add_parsers(kinds: Any) -> None:
         kinds, "validate", run_validate, config=True,
         summary="Read data as training does, and report unusable records",
         details="The last line is the result. Exit status 1: more unusable records than --max-bad-fraction.",
-        example="mplug2 data validate webdataset:shards/{00000..00127}.tar --kind image",
+        example="mplug2 data validate 'webdataset:shards/{00000..00127}.tar' --kind image",
     )  # fmt: skip
     check.add_argument("spec", metavar="SPEC", help="FORMAT:PATH, or a recipe: its streams and evaluations")
     _add_source(check)
@@ -68,7 +68,7 @@ def add_parsers(kinds: Any) -> None:
         summary="Index WebDataset tars once, for all hosts and runs",
         details="Scans tars that are new or changed, and merges all indexes into one file that opens in seconds. Run "
         "it again to resume, or after changes.",
-        example="mplug2 data index gs://my-bucket/laion/{00000..00127}.tar --index gs://my-bucket/indexes",
+        example="mplug2 data index 'gs://my-bucket/laion/{00000..00127}.tar' --index gs://my-bucket/indexes",
     )  # fmt: skip
     index.add_argument("path", metavar="PATH", help="a tar, a folder of tars, or a pattern, as in a source's path")
     index.add_argument(
