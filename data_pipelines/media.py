@@ -19,7 +19,7 @@ from PIL import Image
 
 from data_pipelines.errors import DataError, StorageUnavailableError
 from data_pipelines.storage.file_system import file_system, is_local_file
-from data_pipelines.storage.retry import is_remote, is_url
+from data_pipelines.storage.retry import is_refused, is_remote, is_url
 
 MAX_PIXELS = 64_000_000
 """Of one image or frame: 192 MB as RGB. A larger one is treated as a decompression bomb."""
@@ -141,6 +141,8 @@ def open_media(media: Media) -> Iterator[bytes | str]:
 
     Raises:
         DataError: no such file, it is too large to download, or an exception inside.
+        StorageUnavailableError: storage does not answer.
+        PermissionError: a URL that this account may not read, which says nothing about the media.
     """
     _check_exists(media)
     try:
@@ -149,6 +151,8 @@ def open_media(media: Media) -> Iterator[bytes | str]:
         raise
     # Decoders raise nearly anything on damaged bytes: OSError, ValueError, SyntaxError, struct.error, EOFError, ...
     except Exception as error:
+        if isinstance(media.data, str) and is_refused(media.data, error):
+            raise
         reason = getattr(error, "strerror", None) or str(error).split("\n")[0] or type(error).__name__
         reason = reason.split(" <_io.")[0]  # a memory address would make each error unique
         raise DataError(

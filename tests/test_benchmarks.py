@@ -34,7 +34,7 @@ SPEEDS = r" +[\d.]+ s +[\d.]+ s +[\d.]+ +[\d.]+ +[\d.]+$"
          (r"JPEG .*, crop, 224: relative to a minimal loop on one core +\d+%", r"video, .*: two threads / one +[\d.]+x",
           r"waiting for data +[\d.]+%")),
         ("index.py --samples 200000 --tars 8",
-         (r"^200,000 samples: opened in +[\d.]+ s$", r"^800 samples: opened in +[\d.]+ s, \d requests$",
+         (r"^200,000 samples: opened in +[\d.]+ s$", r"^800 samples: opened in +[\d.]+ s, \d+ requests$",
           r"batch of 256 of step 1,000,000 +[\d.]+ s, 256 requests", r"within 60 s and 4 GiB +yes")),
         ("overhead.py --steps 2 --batch 2",
          (r"bare step \(median of 2\) +[\d.]+ ms", r"overhead +-?[\d.]+%", r"MiB of state +[\d.]+ ms")),

@@ -12,7 +12,7 @@ from data_pipelines.config import Kind
 from data_pipelines.errors import DataError
 from data_pipelines.media import HEAD_BYTES, IMAGE_SUFFIXES, VIDEO_SUFFIXES, Media, is_animation
 from data_pipelines.storage.file_system import FileSystem, file_system, version_of
-from data_pipelines.storage.retry import is_url, retry
+from data_pipelines.storage.retry import is_refused, is_url, retry
 
 MAX_FILES = 1_000_000
 
@@ -150,6 +150,8 @@ def read_bytes(path: str, offset: int = 0, size: int | None = None, *, exact: bo
 
     Raises:
         DataError: the file is missing or unreadable, or with ``exact`` ends too early.
+        StorageUnavailableError: storage does not answer.
+        PermissionError: a URL that this account may not read, which says nothing about the file.
     """
     try:
         if is_url(path):
@@ -158,7 +160,9 @@ def read_bytes(path: str, offset: int = 0, size: int | None = None, *, exact: bo
         else:
             data = retry(lambda: _read_local(path, offset, size), path)
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+        if is_refused(path, error):
+            raise
+        raise _unreadable(path, error) from error
     if exact and size is not None:
         _check_length(path, data, offset, size)
     return data
@@ -178,12 +182,16 @@ def read_ranges(ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
     starts, ends = [offset for _, offset, _ in ranges], [offset + size for _, offset, size in ranges]
     results = system.cat_ranges(paths, starts, ends, exact=True)
     for (path, offset, size), result in zip(ranges, results, strict=True):
-        if isinstance(result, OSError):
-            raise DataError(f"{path} cannot be read: {result.strerror or result}") from result
+        if isinstance(result, OSError) and not is_refused(path, result):
+            raise _unreadable(path, result) from result
         if isinstance(result, Exception):
             raise result
         _check_length(path, result, offset, size)
     return [result for result in results if isinstance(result, bytes)]
+
+
+def _unreadable(path: str, error: OSError) -> DataError:
+    return DataError(f"{path} cannot be read: {error.strerror or error}")
 
 
 def _check_length(path: str, data: bytes, offset: int, size: int) -> None:

@@ -185,6 +185,11 @@ def is_access_error(error: BaseException) -> bool:
     return any(isinstance(e, PermissionError) or _DENIED_TEXT.search(str(e)) for e in _with_causes(error))
 
 
+def is_refused(path: str, error: BaseException) -> bool:
+    """Return whether a server refuses to let this account read a URL."""
+    return is_url(path) and is_access_error(error)
+
+
 def retry(operation: Callable[[], T], path: str) -> T:
     """Return the result of an operation, repeated while it fails with transient errors.
 

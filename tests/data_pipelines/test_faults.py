@@ -41,7 +41,8 @@ class Faults:
     """Reads that fail: one after another in a different way, or all of them."""
 
     def __init__(self) -> None:
-        self.every, self.outage = 0, False
+        self.every: int = 0
+        self.outage: BaseException | None = None
         self.count, self.raised = 0, collections.Counter[str]()
         self._lock = threading.Lock()
 
@@ -53,7 +54,7 @@ class Faults:
             with self._lock:
                 self.count += 1
                 fails = self.every and self.count % self.every == 0
-                error = kinds[0] if self.outage else next(kind) if fails else None
+                error = self.outage or (next(kind) if fails else None)
             if error is not None:
                 self.raised[type(error).__name__] += 1
                 raise error
@@ -153,6 +154,15 @@ def test_transient_errors_do_not_change_the_batches(kind: str, place: str, fault
 
 
 @pytest.mark.parametrize("kind", ["image", "video"])
+@pytest.mark.parametrize("place", ["url"], indirect=True)
+def test_a_refusal_is_no_bad_record(kind: str, place: str, faults: Faults) -> None:
+    stream = Stream(config(place, kind), TOKENIZER, name="s", seed=0)
+    faults.outage = HttpError({"code": 403, "message": "Forbidden"})
+    with pytest.raises(PermissionError, match="permission denied; grant this account access"):
+        stream.batch(0)
+
+
+@pytest.mark.parametrize("kind", ["image", "video"])
 def test_an_outage_is_no_bad_record(
     kind: str, place: str, faults: Faults, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
@@ -161,7 +171,7 @@ def test_an_outage_is_no_bad_record(
     batches = stream.batches()
     next(batches)
     monkeypatch.setattr(retry, "_retry_seconds", 0.01)
-    faults.outage = True
+    faults.outage = OSError(errno.ESTALE, "stale handle")
     for read_on in (lambda: [next(batches) for _ in range(30)], lambda: stream.batch(9), lambda: evaluation[0]):
         with pytest.raises(StorageUnavailableError, match=r"has been unavailable for .* start again later"):
             read_on()
