@@ -186,8 +186,8 @@ def is_access_error(error: BaseException) -> bool:
 
 
 def is_refused(path: str, error: BaseException) -> bool:
-    """Return whether a server refuses to let this account read a URL."""
-    return is_url(path) and is_access_error(error)
+    """Return whether an object store refuses to let this account read a URL. A web server refuses single files."""
+    return path.startswith(("gs://", "s3://")) and is_access_error(error)
 
 
 def retry(operation: Callable[[], T], path: str) -> T:
