@@ -58,7 +58,7 @@ class RemoteFile:
             raise _empty(file.path)
         try:
             self._positions, self._length, self._group_size = _read_footer(file, tail)
-        except (DataError, StorageUnavailableError):
+        except (DataError, StorageUnavailableError, PermissionError):
             raise
         except Exception as error:  # the library's, and those of parsing
             raise _not_readable(file.path, error) from error

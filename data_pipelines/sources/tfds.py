@@ -78,7 +78,7 @@ class TfdsSource:
         key = f"{self._name}/{index}"
         try:
             example = dict(self._examples[index])
-        except StorageUnavailableError:
+        except (StorageUnavailableError, PermissionError):
             raise
         except Exception as error:  # protobuf raises various errors
             raise DataError(f"example {key} is damaged ({_reason(error)})") from error

@@ -160,7 +160,7 @@ class FileSystem:
             try:
                 data = bytes(self._system.cat_file(path, start, end))
             except Exception as error:
-                if getattr(error, "code", None) != 416:  # the file ends before the range
+                if http_status(error) != 416:  # the file ends before the range
                     raise
                 data = b""
             if exact:

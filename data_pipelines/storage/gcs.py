@@ -7,7 +7,7 @@ from typing import Any
 import aiohttp
 from gcsfs import core
 
-from data_pipelines.storage.retry import Backoff, is_transient, retry_limit
+from data_pipelines.storage.retry import Backoff, http_status, is_transient, retry_limit
 
 _TIMEOUT = aiohttp.ClientTimeout(total=600.0, sock_connect=20.0, sock_read=60.0)
 """Limits of one request in seconds: in all, to connect, and between the request and its reply or two parts of it."""
@@ -39,7 +39,7 @@ class GoogleStorage(core.GCSFileSystem):
             try:
                 return await _request_once(self, method, path, *args, **kwargs)
             except Exception as error:
-                if is_upload and (isinstance(error, FileNotFoundError) or getattr(error, "code", None) == 410):
+                if is_upload and (isinstance(error, FileNotFoundError) or http_status(error) == 410):
                     if method == "DELETE":
                         return 204, {}, None, b""
                     # It was completed by a request whose reply was lost, or it was forgotten.

@@ -16,7 +16,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from absl import logging
 
@@ -134,10 +134,15 @@ def _with_causes(error: BaseException) -> Iterator[BaseException]:
             pending += current.exceptions
 
 
+def http_status(error: BaseException) -> Any:
+    """Return the HTTP status of an error, as aiohttp and gcsfs call it; None if it has none."""
+    return getattr(error, "status", None) or getattr(error, "code", None)
+
+
 def _is_transient(error: BaseException) -> bool:
     if isinstance(error, StorageUnavailableError | ConnectionError | TimeoutError | socket.gaierror):
         return True
-    code = getattr(error, "status", None) or getattr(error, "code", None)
+    code = http_status(error)
     if code == 401 and "Invalid Credentials" in str(error):  # an expired token; gcsfs fetches a new one
         return True
     if isinstance(code, int | str) and str(code).isdigit():
@@ -186,8 +191,8 @@ def is_access_error(error: BaseException) -> bool:
 
 
 def is_refused(path: str, error: BaseException) -> bool:
-    """Return whether an object store refuses to let this account read a URL. A web server refuses single files."""
-    return path.startswith(("gs://", "s3://")) and is_access_error(error)
+    """Return whether storage refuses to let this account read a URL. A web server refuses single files to everybody."""
+    return is_url(path) and not path.startswith(("http://", "https://")) and is_access_error(error)
 
 
 def retry(operation: Callable[[], T], path: str) -> T:
@@ -249,6 +254,6 @@ def as_os_error(error: Exception, path: str) -> Exception:
 def _reason(error: BaseException) -> str:
     if isinstance(error, TimeoutError) and not str(error):
         return "no answer"
-    code = getattr(error, "code", None)
+    code = http_status(error)
     text = " ".join((getattr(error, "strerror", None) or str(error)).split())[:200] or type(error).__name__
     return text if not code or str(code) in text else f"{code} {text}"

@@ -2,6 +2,7 @@
 
 import collections
 import errno
+import http.server
 import itertools
 import json
 import threading
@@ -20,14 +21,16 @@ from gcsfs.retry import HttpError
 
 from data_pipelines.config import DataConfig, ExampleConfig, SourceConfig, VisualConfig
 from data_pipelines.digitworld import vocabulary_texts
-from data_pipelines.errors import StorageUnavailableError
+from data_pipelines.errors import DataError, StorageUnavailableError
 from data_pipelines.loader import EvaluationSet, Stream
 from data_pipelines.media import Media
 from data_pipelines.record import Record
 from data_pipelines.sources import files
+from data_pipelines.sources.annotations.media import find_media
 from data_pipelines.sources.array_record import encode_record
 from data_pipelines.storage import retry
 from data_pipelines.tokenizers import train_wordpiece
+from data_pipelines.visual import load_visual
 
 from .worlds import SIZE, encode_media, records, write_tar
 
@@ -160,6 +163,26 @@ def test_a_refusal_is_no_bad_record(kind: str, place: str, faults: Faults) -> No
     faults.outage = HttpError({"code": 403, "message": "Forbidden"})
     with pytest.raises(PermissionError, match="permission denied; grant this account access"):
         stream.batch(0)
+
+
+@pytest.mark.parametrize("status", [403, 404, 410])
+def test_a_file_that_a_web_server_refuses_is_a_bad_record(status: int) -> None:
+    class Refusing(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(status)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *args: object) -> None:
+            """Say nothing."""
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        media = find_media(f"http://127.0.0.1:{server.server_port}", "image", "a.png")
+        assert media is not None
+        with pytest.raises(DataError, match=r"/a\.png cannot be read as an image: "):
+            load_visual(media, VisualConfig(image_size=SIZE), np.random.default_rng(0))
+        server.shutdown()
 
 
 @pytest.mark.parametrize("kind", ["image", "video"])

@@ -9,7 +9,7 @@ from data_pipelines.config import Kind
 from data_pipelines.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Media
 from data_pipelines.sources.files import ANIMATED_SUFFIXES, make_media, media_kind, safe_join
 from data_pipelines.storage.file_system import file_system, is_local_file
-from data_pipelines.storage.retry import is_url
+from data_pipelines.storage.retry import is_refused, is_url
 
 _SUFFIXES = {"image": IMAGE_SUFFIXES, "video": VIDEO_SUFFIXES}
 
@@ -72,4 +72,9 @@ def _media_in(folder: str) -> Mapping[str, Sequence[str]]:
 @functools.lru_cache(maxsize=100_000)
 def _exists_remotely(path: str) -> bool:
     system, plain = file_system(path)
-    return system.isfile(plain)
+    try:
+        return system.isfile(plain)
+    except OSError as error:
+        if is_refused(path, error):
+            raise
+        return False  # reading it reports why
