@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines.errors import DataError
-from data_pipelines.storage.retry import as_os_error, is_remote, is_transient_at, is_url, retry
+from data_pipelines.storage.retry import as_os_error, http_status, is_remote, is_transient_at, is_url, retry
 
 SCHEMES = {"gs": ("gcsfs", "pip install 'mplug2-jax[gcs]'"), "s3": ("s3fs", "pip install s3fs")}
 """The schemes of paths that can be written, with the package that serves each, and how to install it."""
