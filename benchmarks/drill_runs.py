@@ -54,7 +54,7 @@ class Layout:
         return [f"--config.mesh.{axis}={getattr(self, axis)}" for axis in ("data", "fsdp", "tensor")]
 
 
-LAYOUTS = (Layout(2, 4, 2, 4, 1), Layout(1, 8, 2, 2, 2), Layout(4, 2, 2, 2, 2), Layout(2, 2, 1, 2, 2))
+LAYOUTS = (Layout(2, 2, 2, 2, 1), Layout(1, 4, 1, 2, 2), Layout(4, 1, 2, 1, 2), Layout(2, 1, 1, 1, 2))
 
 
 @dataclasses.dataclass

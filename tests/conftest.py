@@ -23,8 +23,10 @@ os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # several test process
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 # Programs of tests run once or twice, so optimizing them would take most of the time.
 jax.config.update("jax_disable_most_optimizations", True)
+# A cached program with these fusions takes twice as long to load: each searches the whole program for its operation.
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_experimental_ynn_fusion_type="
 if jax.__version_info__ < (0, 11):  # newer XLA exits at this flag, which it does not know
-    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
+    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 

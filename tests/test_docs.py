@@ -139,7 +139,7 @@ def test_plans(repository: Path, here: Path) -> None:
         args += ONE_LAYER if args[0] == "plan" else []
         process = subprocess.run(
             [sys.executable, "-m", "mplug2_jax.cli.main", *args], capture_output=True, text=True, timeout=600,
-            env={name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {"HOME": str(here)},
+            env=os.environ | {"HOME": str(here), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
         )  # fmt: skip
         assert process.returncode == 0, f"mplug2 {shlex.join(args)}\n{process.stdout}\n{process.stderr}"
     assert (here / "plan.html").exists()

@@ -149,15 +149,16 @@ def train_step(spec: RunSpec, state: TrainState, batches: StreamBatches) -> tupl
         new_state["queues"] = queues
     if frequencies is not None:
         new_state["frequencies"] = frequencies
-    norm = optax.tree.norm(grads)
+    squared_norms = {part: optax.tree.norm(tree, squared=True) for part, tree in grads.items()}
+    norm = jnp.sqrt(jnp.stack([*squared_norms.values()]).sum())
     finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
     # A step that is not finite changes only the step count. Loss and norm are equal on all devices, so all skip it.
     old_state = {**state, "opt": moments}
     for name, new in new_state.items():
-        new_state[name] = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old_state[name])
+        new_state[name] = jax.tree.map(lambda n, o: jax.lax.select(finite, n, o), new, old_state[name])
     new_state["step"] = state["step"] + 1
     metrics |= {"gradient_norm": norm, "skipped": 1 - finite.astype(jnp.int32)}
-    metrics |= {f"gradient_norm/{part}": optax.tree.norm(tree) for part, tree in grads.items()}
+    metrics |= {f"gradient_norm/{part}": jnp.sqrt(squared) for part, squared in squared_norms.items()}
     # Of the new parameters: reading the old ones would keep both alive.
     metrics |= {f"parameter_norm/{part}": optax.tree.norm(tree) for part, tree in new_state["params"].items()}
     if "contrastive" in state["params"]:

@@ -14,6 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from numpy.typing import NDArray
+from orbax.checkpoint import type_handlers
 
 from data_pipelines.errors import StorageUnavailableError
 from data_pipelines.storage.object_log import flush_logs
@@ -23,7 +24,7 @@ from mplug2_jax.config import build, to_dict
 from mplug2_jax.errors import UserError
 from mplug2_jax.parallel.processes import is_primary_process
 from mplug2_jax.training.checkpoint.checksums import checksums, leaf_name, leaves_by_name, mismatched
-from mplug2_jax.training.checkpoint.lazy_arrays import lazy_array_handler
+from mplug2_jax.training.checkpoint.lazy_arrays import LazyArray, LazyArrayHandler
 from mplug2_jax.training.checkpoint.metadata import FORMAT, DataPosition, ModelMetadata
 from mplug2_jax.training.checkpoint.retention import BestByScore, preservation_policy
 from mplug2_jax.training.config import CheckpointConfig
@@ -37,6 +38,10 @@ RETRY_SECONDS = 60.0
 
 SAVE_SYNC_INTERVAL = 10
 """Steps between the collectives in which several processes agree whether it is time to save."""
+
+
+MIN_SLICE_BYTES = 2**20
+"""Replicas share the writing of an array if their slices have this size: slicing small arrays takes longer."""
 
 
 class DamagedCheckpointError(UserError):
@@ -75,7 +80,7 @@ class Checkpoints:
             folder.absolute(),
             # Named here, so that a process that has saved nothing can read the arrays' shapes.
             item_handlers={
-                "state": lazy_array_handler() if lazy else ocp.PyTreeCheckpointHandler(),
+                "state": _state_handler(lazy),
                 "meta": ocp.JsonCheckpointHandler(),
             },
             options=ocp.CheckpointManagerOptions(
@@ -459,6 +464,16 @@ def open_checkpoint(path: Path) -> tuple[Checkpoints, int]:
         )
     checkpoints = Checkpoints(folder, CheckpointConfig(), read_only=True)
     return checkpoints, checkpoints.resolve_step(step)
+
+
+def _state_handler(lazy: bool) -> Any:
+    """Return Orbax's handler of states; lazy arrays are not compressed, because weights hardly compress."""
+    registry = type_handlers.create_type_handler_registry(
+        (jax.Array, type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=MIN_SLICE_BYTES)),
+        (np.ndarray, type_handlers.NumpyHandler()),
+        (LazyArray, LazyArrayHandler()),
+    )
+    return ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=not lazy)
 
 
 def _all_processes(condition: bool) -> bool:

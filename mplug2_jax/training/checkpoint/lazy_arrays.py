@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from numpy.typing import NDArray
@@ -26,10 +25,11 @@ class LazyArray:
     make: Callable[[], NDArray[Any]]
 
 
-class _Handler(type_handlers.NumpyHandler):
+class LazyArrayHandler(type_handlers.NumpyHandler):
     """Writes lazy arrays as numpy arrays; the next ones are computed while the current ones are written."""
 
     async def serialize(self, values: Sequence[LazyArray], infos: Any, args: Any = None) -> list[Any]:
+        """Write arrays, and return when they are written."""
         args = args or [ocp.SaveArgs()] * len(values)
         writer = type_handlers.NumpyHandler(deepcopy_host_arrays=False)
         batches = _write_batches(values)
@@ -59,11 +59,3 @@ def _write_batches(values: Sequence[LazyArray]) -> list[slice]:
 
 def _compute(values: Sequence[LazyArray]) -> list[NDArray[Any]]:
     return [value.make() for value in values]
-
-
-def lazy_array_handler() -> Any:
-    """Return Orbax's handler for trees of lazy arrays, without compression: weights hardly compress."""
-    registry = type_handlers.create_type_handler_registry(
-        (LazyArray, _Handler()), (jax.Array, type_handlers.ArrayHandler())
-    )
-    return ocp.PyTreeCheckpointHandler(type_handler_registry=registry, use_compression=False)

@@ -16,19 +16,19 @@ from mplug2_jax.errors import UserError
 
 
 @contextlib.contextmanager
-def _import_blocked(module: str) -> Iterator[None]:
-    """Make the import of a module fail inside this context, unless it is imported already."""
-    if module in sys.modules:
-        yield
-        return
-    sys.modules[module] = None  # type: ignore[assignment]
+def _import_blocked(*names: str) -> Iterator[None]:
+    """Make imports of modules fail inside this context, unless they are imported already."""
+    blocked = [name for name in names if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(blocked))  # type: ignore[arg-type]
     try:
         yield
     finally:
-        del sys.modules[module]
+        for name in blocked:
+            del sys.modules[name]
 
 
-with _import_blocked("torch"):  # tensorboardX imports it if it can: two seconds of every run, and nothing here needs it
+# tensorboardX imports both if it can: more than two seconds of every run, and nothing here needs them.
+with _import_blocked("torch", "google.cloud.storage"):
     from tensorboardX.event_file_writer import EventsWriter
     from tensorboardX.proto.event_pb2 import Event, SessionLog
     from tensorboardX.proto.summary_pb2 import Summary
