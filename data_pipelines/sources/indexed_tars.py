@@ -9,6 +9,7 @@ import dataclasses
 import errno
 import itertools
 import os
+import random
 import tarfile
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -127,11 +128,7 @@ class TarSet:
         self.is_merged = len(self._tars) == len(files)
         others = [file for file in files if file.path not in self._tars]
         with ThreadPoolExecutor(WORKERS) as pool:
-            for file, index in zip(
-                others, pool.map(lambda file: read_index(self.index_path(file)), others), strict=True
-            ):
-                if index and index.tars[0].signature == file.signature:
-                    self._tars[file.path] = Tar(file, index, 0, index.tars[0].samples)
+            self._tars |= {tar.file.path: tar for tar in pool.map(self._open_index, others) if tar}
 
     @property
     def tars(self) -> list[Tar]:
@@ -157,6 +154,9 @@ class TarSet:
     ) -> None:
         """Scan the tars without an index, and write their indexes.
 
+        Hosts that do so at the same time share the work: each takes the tars in an order of its own, and none that
+        another has scanned in the meantime.
+
         Args:
             workers: tars scanned at the same time.
             must_write: raise an error if an index cannot be written; otherwise it is kept in memory, with a warning.
@@ -178,6 +178,9 @@ class TarSet:
                     scanned, position = scanned + to - position, to
                     on_progress(scanned)
 
+            if tar := self._open_index(file):
+                advance(file.size)
+                return tar
             data = pack_index(file, *read_samples(file, advance))
             advance(file.size)
             path, written = self.index_path(file), False
@@ -201,7 +204,7 @@ class TarSet:
 
         with ThreadPoolExecutor(workers) as pool:
             try:
-                for tar in pool.map(scan, self.missing):
+                for tar in pool.map(scan, random.sample(self.missing, len(self.missing))):
                     self._tars[tar.file.path] = tar
             except BaseException:
                 stop.set()
@@ -226,6 +229,13 @@ class TarSet:
         except OSError as error:
             raise _not_writable(self.merged_path, error) from error
         self.is_merged = True
+
+    def _open_index(self, file: FoundFile) -> Tar | None:
+        """Return a tar with the index of its own; None if there is none that is up to date."""
+        index = read_index(self.index_path(file))
+        return (
+            Tar(file, index, 0, index.tars[0].samples) if index and index.tars[0].signature == file.signature else None
+        )
 
     def _open_merged(self) -> TarIndex | None:
         try:

@@ -7,6 +7,7 @@ import os
 import re
 import tarfile
 import tempfile
+import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -106,6 +107,27 @@ def test_the_index_is_rebuilt_when_the_tar_changes_or_the_index_is_damaged(
         assert index.read_bytes() == whole
     assert scanned == ["a.tar"] * 8
     assert sorted(each.name for each in tmp_path.iterdir()) == ["a.tar", "a.tar.index"]
+
+
+def test_hosts_that_start_at_the_same_time_share_the_scanning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    for i in range(16):
+        img2dataset(tmp_path / f"{i:02}.tar", 1)
+    scanned: list[str] = []
+
+    def scan(file: FoundFile, *args: Any) -> Any:
+        scanned.append(file.path)
+        time.sleep(0.02)
+        return read_samples(file, *args)
+
+    monkeypatch.setattr(indexed_tars, "read_samples", scan)
+    hosts = [TarSet(find_files(str(tmp_path), ".tar"), "") for _ in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda host: host.build(workers=1), hosts))
+    assert set(scanned) == {file.path for file in hosts[0].files}
+    assert len(scanned) < 2 * 16  # not 4 x 16
+    assert all([len(tar) for tar in host.tars] == [1] * 16 for host in hosts)
 
 
 def test_a_place_that_cannot_be_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
