@@ -1,19 +1,25 @@
-"""Throughput of the data pipeline, as ratios measured in one run, so that the machine's load affects both sides.
+"""What it takes to feed a host: costs of an example, needs of the shipped recipes, and throughput.
 
-    python benchmarks/data.py
-    python benchmarks/data.py --images 64 --videos 4      # quick
+    python benchmarks/feed.py
+    python benchmarks/feed.py --images 64 --videos 4      # quick
 
-Rows: the pipeline relative to a minimal loop of the same decode and resize calls on one core; two threads relative to
-one; the fraction of a training run that waits for data; and the same work by a PyTorch DataLoader and by webdataset, if
-they are installed. ``index.py`` measures startup with many records.
+Clips are H.264 of 640 x 360 pixels, 16 of 300 frames; pictures are JPEGs of 512 x 384; the transform is "train" at 224
+pixels. Printed are: CPU time of an example, and how much of it holds the interpreter's lock; cores that a host of each
+accelerator needs for the pretraining recipes; the pipeline relative to a minimal loop of the same decoder and resizes;
+two workers relative to one, where two processes of the minimal loop show what the machine gives; other loaders, if they
+are installed; and the fraction of a training run that waits for data. Ratios are measured in one run, interleaved.
 """
 
 import argparse
+import dataclasses
 import io
+import json
 import multiprocessing
 import os
+import sys
 import tarfile
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -28,10 +34,14 @@ from PIL import Image
 
 from data_pipelines.config import DataConfig, ExampleConfig, SourceConfig, VisualConfig
 from data_pipelines.frames import uniform_indices
-from data_pipelines.loader import Stream
+from data_pipelines.loader import ExampleBuilder, Stream
 from data_pipelines.media import write_video
+from data_pipelines.order import RecordRef
 from data_pipelines.tokenizers import SPECIAL_TOKENS, WordPieceTokenizer
 from data_pipelines.transforms import random_resized_crop
+from mplug2_jax.cli.common import table
+from mplug2_jax.parallel.accelerators import CHIPS
+from mplug2_jax.planning.cost_goldens import goldens_path
 
 SIZE, BATCH = 224, 16
 TOKENIZER = WordPieceTokenizer([*SPECIAL_TOKENS, "a", "picture"])
@@ -54,14 +64,14 @@ def smooth_noise(rng: np.random.Generator, count: int, height: int, width: int) 
 
 
 def write_images(folder: Path, count: int) -> Path:
-    """Write a tar of JPEGs of 640 x 480 (COCO's size), each eight times, and the same JPEGs as files."""
+    """Write a tar of JPEGs of 512 x 384, each eight times, and the same JPEGs as files."""
     rng = np.random.default_rng(0)
     (folder / "images").mkdir()
     path = folder / "images.tar"
     with tarfile.open(path, "w") as tar:
         for i in range(count):
             file = folder / "images" / f"{i:05}.jpg"
-            Image.fromarray(smooth_noise(rng, 1, 480, 640)[0]).save(file, quality=90)
+            Image.fromarray(smooth_noise(rng, 1, 384, 512)[0]).save(file, quality=90)
             for copy in range(8):  # shuffling few records is slow per record, and no data set is that small
                 tar.add(file, f"{i:05}-{copy}.jpg")
                 info = tarfile.TarInfo(f"{i:05}-{copy}.txt")
@@ -71,37 +81,139 @@ def write_images(folder: Path, count: int) -> Path:
 
 
 def write_videos(folder: Path, count: int) -> Path:
-    """Write a tar of H.264 videos of 300 frames of 320 x 240, and the same videos as files."""
+    """Write a tar of H.264 videos of 300 frames of 640 x 360, and the same videos as files."""
     rng = np.random.default_rng(1)
     (folder / "videos").mkdir()
     path = folder / "videos.tar"
     with tarfile.open(path, "w") as tar:
         for i in range(count):
             file = folder / "videos" / f"{i:05}.mp4"
-            write_video(file, smooth_noise(rng, 300, 240, 320), fps=30)
+            write_video(file, smooth_noise(rng, 300, 360, 640), fps=30)
             for copy in range(8):
                 tar.add(file, f"{i:05}-{copy}.mp4")
     return path
 
 
-def open_stream(path: Path, kind: str, num_threads: int, batch: int, **visual: Any) -> Stream:
-    """Open a stream that decodes, applies a random resized crop, and batches."""
+def stream_config(path: Path, kind: str, batch: int, *, augment: bool = True, **fields: Any) -> DataConfig:
+    """Return a stream that decodes, crops, augments and batches."""
     source = SourceConfig(format="webdataset", path=str(path), kind=kind)
-    config = DataConfig(
-        sources={"tar": source},
-        visual=VisualConfig(image_size=SIZE, transform="train", flip=False, num_ops=0, **visual),
-        examples=ExampleConfig(), batch_size=batch, num_threads=num_threads, prefetch=2 * batch * num_threads,
-    )  # fmt: skip
+    visual = VisualConfig(image_size=SIZE, num_frames=16, sampling="random", transform="train", min_crop_area=0.2)
+    if not augment:
+        visual = dataclasses.replace(visual, sampling="uniform", flip=False, num_ops=0, min_crop_area=0.5)
+    return DataConfig(sources={"tar": source}, visual=visual, examples=ExampleConfig(), batch_size=batch, **fields)
+
+
+def open_stream(path: Path, kind: str, batch: int, **fields: Any) -> Stream:
+    """Open a stream without augmentation, like the minimal loop."""
+    config = stream_config(path, kind, batch, augment=False, **fields)
     return Stream(config, TOKENIZER, name="benchmark", seed=0)
 
 
-def measure_rate(batches: Iterator[Any], count: int, batch: int) -> float:
-    """Return examples per second over ``count`` examples, without the startup."""
-    next(batches)
-    start = time.perf_counter()
-    for _ in range(max(1, count // batch)):
+class LockProbe:
+    """A thread that wakes up every millisecond, and notes whether the interpreter's lock was held then.
+
+    It was if waking up takes longer than it nearly ever does while the program sleeps.
+    """
+
+    def __init__(self) -> None:
+        self._stop, self._delays = threading.Event(), list[float]()
+        self._delays_asleep = self._sample(lambda: time.sleep(1.0))
+
+    def _sample(self, work: Callable[[], object]) -> list[float]:
+        self._stop.clear()
+        self._delays = []
+        thread = threading.Thread(target=self._run)
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(10.0)  # the lock is given up by those who hold it, never taken from them
+        thread.start()
+        try:
+            work()
+        finally:
+            self._stop.set()
+            sys.setswitchinterval(interval)
+            thread.join()
+        return self._delays
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            start = time.perf_counter()
+            time.sleep(1e-3)
+            self._delays.append(time.perf_counter() - start)
+
+    def fraction_held(self, work: Callable[[], object]) -> float:
+        """Return the fraction of time that the lock is held while this thread works."""
+        limit = float(np.quantile(self._delays_asleep, 0.98))
+        return float(np.mean(np.asarray(self._sample(work)) > limit))
+
+
+def measure_costs(tars: dict[str, Path], counts: dict[str, int]) -> dict[str, float]:
+    """Print the CPU time and lock-held time of an example of each kind; return the CPU time in seconds."""
+    probe, seconds = LockProbe(), dict[str, float]()
+    for kind, tar in tars.items():
+        builder = ExampleBuilder(stream_config(tar, kind, 1), TOKENIZER, "benchmark", seed=0)
+        builder.load_or_replace(RecordRef("tar", 0, 0))
+
+        def build(builder: ExampleBuilder = builder, count: int = counts[kind]) -> None:
+            for index in range(count):
+                builder.load_or_replace(RecordRef("tar", 8 * index, 0))
+
+        wall, cpu = time.perf_counter(), time.thread_time()
+        held = probe.fraction_held(build)
+        cpu, wall = (
+            (now - then) / counts[kind] for now, then in ((time.thread_time(), cpu), (time.perf_counter(), wall))
+        )
+        seconds[kind] = cpu
+        add_row(
+            f"{kind}: CPU time of an example; with the interpreter's lock",
+            f"{1e3 * cpu:.1f} ms; {1e3 * held * wall:.1f} ms",
+        )
+    return seconds
+
+
+def print_needs(seconds: dict[str, float], mfu: float) -> None:
+    """Print what a host of each accelerator needs for the pretraining recipes at a model FLOP/s utilization."""
+    rows = []
+    for program in json.loads(goldens_path().read_text())["programs"]:
+        recipe = program["recipe"].partition(":")[0]
+        chip, _, topology = program["topology"].partition(":")
+        if recipe != "pretrain" or program["slices"] > 1:
+            continue
+        spec, chips = CHIPS[chip], int(np.prod([int(side) for side in topology.split("x")]))
+        step = program["costs"]["flops"] / (chips * spec.peak_flops * mfu)
+        batch = load_batch_sizes(program["recipe"])
+        rates = {kind: count / chips * spec.chips_per_host / step for kind, count in batch.items()}
+        cores = sum(rate * seconds[kind] for kind, rate in rates.items())
+        rows.append((
+            f"{program['recipe']} on {program['topology']}", f"{step:.2f} s", f"{rates['video']:.0f}",
+            f"{rates['image']:.0f}", f"{cores:.0f}",
+        ))  # fmt: skip
+    print()
+    print(table(rows, (f"a host at MFU {mfu:.0%}", "step", "clips/s", "pictures/s", "cores"), right=(1, 2, 3, 4)))
+    print()
+
+
+def load_batch_sizes(recipe: str) -> dict[str, int]:
+    """Return the examples per step of each kind of media of a recipe."""
+    from mplug2_jax.config import build, load_recipe
+    from mplug2_jax.training.config import RunConfig
+
+    streams = build(RunConfig, load_recipe(recipe)).streams.values()
+    return {stream.data.kind: stream.data.batch_size for stream in streams if stream.data.kind != "text"}
+
+
+def measure_rate(source: Stream | Iterable[Any], count: int, batch: int) -> float:
+    """Return examples per second over ``count`` examples, without the startup and what was ready after it."""
+    batches: Iterator[Any] = source.batches() if isinstance(source, Stream) else iter(source)
+    number = max(1, count // batch)
+    for _ in range(1 + number // 2):
         next(batches)
-    return max(1, count // batch) * batch / (time.perf_counter() - start)
+    start = time.perf_counter()
+    for _ in range(number):
+        next(batches)
+    rate = number * batch / (time.perf_counter() - start)
+    if isinstance(source, Stream):
+        batches.close()
+    return rate
 
 
 def read_jpeg(file: Path) -> list[Image.Image]:
@@ -134,19 +246,12 @@ def measure_minimal_loop(files: Iterable[Path], read: Callable[[Path], list[Imag
 
 
 def measure_pipeline(
-    name: str,
-    tar: Path,
-    files: list[Path],
-    read: Callable[[Path], list[Image.Image]],
-    kind: str,
-    batch: int,
-    repeats: int,
+    kind: str, tar: Path, files: list[Path], read: Callable[[Path], list[Image.Image]], batch: int, repeats: int
 ) -> None:
     """Measure the throughput relative to the minimal loop, and the scaling; medians of interleaved measurements."""
-    visual: dict[str, Any] = {"num_frames": 16} if kind == "video" else {}
-    single = open_stream(tar, kind, 0, batch, **visual).batches()  # on this thread only
+    single = open_stream(tar, kind, batch, num_threads=0).batches()  # on this thread only
     next(single)
-    ratios, thread_scaling, process_scaling = [], [], []
+    ratios, worker_scaling, process_scaling, per_core = [], [], [], []
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as processes:
         list(processes.map(measure_minimal_loop, [files[:1]] * 2, [read] * 2))  # start them, and import
         for _ in range(repeats):
@@ -156,15 +261,17 @@ def measure_pipeline(
                 next(single)
                 ratios.append(batch / (time.perf_counter() - start) / minimal)
             one, two = (
-                measure_rate(open_stream(tar, kind, threads, batch, **visual).batches(), 2 * len(files), batch)
-                for threads in (1, 2)
+                measure_rate(open_stream(tar, kind, batch, num_workers=workers, num_threads=0), 2 * len(files), batch)
+                for workers in (1, 2)
             )
-            thread_scaling.append(two / one)
             both = sum(processes.map(measure_minimal_loop, [files] * 2, [read] * 2))
+            worker_scaling.append(two / one)
             process_scaling.append(both / measure_minimal_loop(files, read))
-    add_row(f"{name}: relative to a minimal loop on one core", f"{np.median(ratios):.0%} (of {minimal:.1f} examples/s)")
-    add_row(f"{name}: two threads / one", f"{np.median(thread_scaling):.2f}x")
+            per_core.append(two / both)
+    add_row(f"{kind}: relative to a minimal loop on one core", f"{np.median(ratios):.0%} (of {minimal:.1f} examples/s)")
+    add_row(f"{kind}: two workers / one", f"{np.median(worker_scaling):.2f}x")
     add_row("    two processes of the minimal loop / one, at the same time", f"{np.median(process_scaling):.2f}x")
+    add_row("    two workers / two processes of the minimal loop", f"{np.median(per_core):.0%}")
 
 
 def measure_data_wait(folder: Path, tar: Path, steps: int) -> None:
@@ -199,57 +306,82 @@ def measure_batch_seconds(data: DataConfig, batch: int) -> float:
     from mplug2_jax.training.config import TokenizerConfig
     from mplug2_jax.training.workdir import load_or_train_tokenizer
 
-    batches = Stream(data, load_or_train_tokenizer(TokenizerConfig()), name="image_text", seed=0).batches()
-    return batch / measure_rate(batches, 8 * batch, batch)
+    stream = Stream(data, load_or_train_tokenizer(TokenizerConfig()), name="image_text", seed=0)
+    return batch / measure_rate(stream, 8 * batch, batch)
 
 
-def decode(data: bytes, rng: np.random.Generator) -> np.ndarray:
-    """Decode and crop an image, as users of the other libraries would write it."""
-    with Image.open(io.BytesIO(data)) as image:
-        window = random_resized_crop(image.height, image.width, SIZE, rng, min_area=0.5)
-        box = (window.left, window.top, window.left + window.width, window.top + window.height)
-        resized = image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BICUBIC, box)
-    return np.array(resized)
+def crop(frames: list[Image.Image], rng: np.random.Generator) -> np.ndarray:
+    """Crop and resize frames, as users of other libraries would write it."""
+    width, height = frames[0].size
+    window = random_resized_crop(height, width, SIZE, rng, min_area=0.5)
+    box = (window.left, window.top, window.left + window.width, window.top + window.height)
+    return np.stack([np.asarray(frame.resize((SIZE, SIZE), Image.Resampling.BICUBIC, box)) for frame in frames])
 
 
 class Files:
     """A map-style dataset for PyTorch."""
 
-    def __init__(self, files: list[Path], repeats: int) -> None:
-        self._files, self._repeats = files, repeats
+    def __init__(self, files: list[Path], repeats: int, read: Callable[[Path], list[Image.Image]]) -> None:
+        self._files, self._repeats, self._read = files, repeats, read
 
     def __len__(self) -> int:
         return len(self._files) * self._repeats
 
     def __getitem__(self, index: int) -> np.ndarray:
-        return decode(self._files[index % len(self._files)].read_bytes(), np.random.default_rng(index))
+        return crop(self._read(self._files[index % len(self._files)]), np.random.default_rng(index))
+
+
+def read_with_torchcodec(file: Path) -> list[Image.Image]:
+    """Decode the frames that the pipeline selects with torchcodec."""
+    from torchcodec.decoders import VideoDecoder
+
+    decoder = VideoDecoder(str(file), dimension_order="NHWC", num_ffmpeg_threads=1)
+    return [Image.fromarray(frame.numpy()) for frame in decoder.get_frames_at(uniform_indices(300, 16).tolist()).data]
 
 
 def decode_sample(sample: dict[str, Any]) -> np.ndarray:
     """Return a sample of webdataset as pixels."""
-    return decode(sample["jpg"], np.random.default_rng(0))
+    with Image.open(io.BytesIO(sample["jpg"])) as image:
+        return crop([image.convert("RGB")], np.random.default_rng(0))
 
 
-def compare_loaders(tar: Path, files: list[Path]) -> None:
-    """Compare three loaders with two workers each, on JPEGs."""
-    pipeline = measure_rate(open_stream(tar, "image", 2, BATCH).batches(), 2 * len(files), BATCH)
-    try:
+def compare_loaders(
+    kind: str, tar: Path, files: list[Path], read: Callable[[Path], list[Image.Image]], batch: int
+) -> None:
+    """Compare other loaders with this pipeline, each with two worker processes, one after the other."""
+    count = 2 * len(files)
+    pipeline = measure_rate(open_stream(tar, kind, batch, num_workers=2, num_threads=0), count, batch)
+
+    def add(name: str, make: Callable[[], Iterable[Any]]) -> None:
+        try:
+            rate = measure_rate(make(), count, batch)
+        except ImportError as error:
+            add_row(f"{kind}, two workers: this pipeline / {name}", f"not installed ({error.name})")
+            return
+        add_row(
+            f"{kind}, two workers: this pipeline / {name}", f"{pipeline / rate:.2f}x ({pipeline:.1f}, {rate:.1f}/s)"
+        )
+
+    def torch_loader(dataset: Any) -> Iterable[Any]:
         import torch.utils.data
-    except ImportError:
-        add_row("PyTorch DataLoader, two workers", "torch is not installed")
-        return
-    loader = torch.utils.data.DataLoader(Files(files, 4), BATCH, num_workers=2, drop_last=True)
-    pytorch = measure_rate(iter(loader), 2 * len(files), BATCH)
-    ratio = f"{pipeline / pytorch:.2f}x ({pipeline:.0f}, {pytorch:.0f}/s)"
-    add_row("JPEGs, two workers: this pipeline / PyTorch DataLoader", ratio)
-    try:
+
+        return torch.utils.data.DataLoader(dataset, batch, num_workers=2)
+
+    def webdataset_loader() -> Iterable[Any]:
         import webdataset
-    except ImportError:
-        add_row("webdataset, two workers", "webdataset is not installed")
-        return
-    samples = webdataset.WebDataset([str(tar)] * 8, shardshuffle=False).map(decode_sample)
-    tars = measure_rate(iter(torch.utils.data.DataLoader(samples, BATCH, num_workers=2)), 2 * len(files), BATCH)
-    add_row("JPEGs, two workers: this pipeline / webdataset", f"{pipeline / tars:.2f}x ({pipeline:.0f}, {tars:.0f}/s)")
+
+        return torch_loader(webdataset.WebDataset([str(tar)] * 8, shardshuffle=False).map(decode_sample))
+
+    def torchcodec_loader() -> Iterable[Any]:
+        import torchcodec  # noqa: F401
+
+        return torch_loader(Files(files, 4, read_with_torchcodec))
+
+    add("PyTorch DataLoader", lambda: torch_loader(Files(files, 4, read)))
+    if kind == "image":
+        add("webdataset", webdataset_loader)
+    else:
+        add("PyTorch DataLoader, torchcodec", torchcodec_loader)
 
 
 def main() -> None:
@@ -259,14 +391,20 @@ def main() -> None:
     parser.add_argument("--videos", type=int, default=12, help="videos (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=30, help="steps of the training run (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="repetitions of each measurement (default: %(default)s)")
+    parser.add_argument(
+        "--mfu", type=float, default=0.45, help="model FLOP/s utilization of the accelerators (default: %(default)s)"
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         images, videos = write_images(folder, args.images), write_videos(folder, args.videos)
         image_files, video_files = (sorted((folder / name).iterdir()) for name in ("images", "videos"))
-        measure_pipeline("JPEG of 640 x 480, crop, 224", images, image_files, read_jpeg, "image", BATCH, args.repeats)
-        measure_pipeline("video, 16 of 300 frames, 224", videos, video_files, read_16_frames, "video", 2, args.repeats)
-        compare_loaders(images, image_files)
+        seconds = measure_costs({"image": images, "video": videos}, {"image": args.images, "video": args.videos})
+        print_needs(seconds, args.mfu)
+        measure_pipeline("image", images, image_files, read_jpeg, BATCH, args.repeats)
+        measure_pipeline("video", videos, video_files, read_16_frames, 2, args.repeats)
+        compare_loaders("image", images, image_files, read_jpeg, BATCH)
+        compare_loaders("video", videos, video_files, read_16_frames, 2)
         measure_data_wait(folder, images, args.steps)
     print("\n" + "\n".join(f"{name:<66} {value}" for name, value in ROWS))
 

@@ -246,7 +246,8 @@ class DataConfig:
     batch_size: int  # examples per step, over all hosts
     drop_remainder: bool = False  # drop an epoch's last partial batch; otherwise a batch may span two epochs
     max_bad_fraction: float = 0.01  # stop the run above this fraction of unusable records in a source
-    num_threads: int = 2  # threads per host that build examples; 0: only the reader's own
+    num_workers: int = 0  # processes per host that build examples; 0: threads of the training process
+    num_threads: int = 2  # threads that build examples, of each process; 0: only the reader's own
     prefetch: int = 64  # examples that a host keeps ready
 
     def __post_init__(self) -> None:

@@ -11,3 +11,7 @@ class StorageUnavailableError(Exception):
     Neither an ``OSError`` nor a ``DataError``, so that nothing mistakes it for a missing or damaged file. The command
     line prints it and exits with status 69 (EX_UNAVAILABLE), after which launchers start the run again.
     """
+
+
+class DataWorkerError(Exception):
+    """A process that builds examples was killed or crashed; starting again may help, as after a lost machine."""

@@ -7,7 +7,7 @@ An unusable record is replaced by the next good one of its source, so that the b
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import grain
@@ -26,6 +26,7 @@ from data_pipelines.sources.fingerprint import fingerprint
 from data_pipelines.sources.formats import open_source
 from data_pipelines.tokenizers import Tokenizer
 from data_pipelines.visual import Visual, load_visual
+from data_pipelines.workers import prefetched
 
 HostBatch = dict[str, NDArray[Any]]
 
@@ -229,16 +230,23 @@ class Stream:
         size = self._config.batch_size
         return _collate_batch([self.examples[step * size + row] for row in range(size)])
 
-    def batches(self, start_step: int = 0, shards: HostShards = SINGLE_HOST) -> Iterator[LoadedBatch]:
+    def batches(self, start_step: int = 0, shards: HostShards = SINGLE_HOST) -> Generator[LoadedBatch, None, None]:
         """Yield this host's rows of the batches of step ``start_step``, ``start_step + 1``, ... without end."""
         rows: grain.MapDataset[LoadedExample] = HostSlice(self.examples, self._config.batch_size, shards, start_step)
-        examples = iter(rows.to_iter_dataset(_read_options(self._config)))
-        while True:
-            yield _collate_batch([next(examples) for _ in shards.rows(self._config.batch_size)])
+        examples: Generator[LoadedExample, None, None] = prefetched(rows, self._config)
+        with contextlib.closing(examples):
+            while True:
+                yield _collate_batch([next(examples) for _ in shards.rows(self._config.batch_size)])
 
 
 def _collate_batch(rows: Sequence[LoadedExample]) -> LoadedBatch:
-    return LoadedBatch(collate([row.example.arrays for row in rows]), rows)
+    arrays = collate([row.example.arrays for row in rows])
+    return LoadedBatch(arrays, [row._replace(example=_row_of(arrays, i, row.example)) for i, row in enumerate(rows)])
+
+
+def _row_of(arrays: HostBatch, index: int, example: Example) -> Example:
+    """Return an example with its row of a batch as arrays, so that its own, which may be shared memory, are freed."""
+    return dataclasses.replace(example, arrays={name: array[index, ...] for name, array in arrays.items()})
 
 
 class EvaluationBatch(NamedTuple):
@@ -286,8 +294,7 @@ class EvaluationSet:
 
     def iter_examples(self, indices: Sequence[int]) -> Iterator[Example]:
         """Yield examples in any order, prefetched. Raises DataError if a record cannot be used."""
-        examples = grain.MapDataset.source(indices).map(self.__getitem__)
-        return iter(examples.to_iter_dataset(_read_options(self._config)))
+        return prefetched(grain.MapDataset.source(indices).map(self.__getitem__), self._config)
 
     def first_example(self) -> Example:
         """Return the first usable example. Raises DataError if none of those that were tried is."""
@@ -298,13 +305,16 @@ class EvaluationSet:
         size, padding = self._config.batch_size, self.first_example()
         rows, steps = shards.rows(size), -(-(len(self) * self.views - start) // size)
         indices: grain.MapDataset[int] = HostSlice(grain.MapDataset.range(start, start + steps * size), size, shards, 0)
-        loaded = iter(indices[: steps * len(rows)].map(self._load_row).to_iter_dataset(_read_options(self._config)))
-        for step in range(steps):
-            batch = {start + step * size + row: next(loaded) for row in rows}
-            examples = {i: row for i, row in batch.items() if isinstance(row, Example)}
-            arrays = collate([examples.get(i, padding).arrays for i in batch])
-            arrays["example_mask"] = np.array([i in examples for i in batch])
-            yield EvaluationBatch(arrays, examples, {i: row for i, row in batch.items() if isinstance(row, BadRecord)})
+        rows_of_host = indices[: steps * len(rows)].map(self._load_row)
+        loaded: Generator[Example | BadRecord | _Padding, None, None] = prefetched(rows_of_host, self._config)
+        with contextlib.closing(loaded):
+            for step in range(steps):
+                batch = {start + step * size + row: next(loaded) for row in rows}
+                examples = {i: row for i, row in batch.items() if isinstance(row, Example)}
+                arrays = collate([examples.get(i, padding).arrays for i in batch])
+                arrays["example_mask"] = np.array([i in examples for i in batch])
+                bad_records = {i: row for i, row in batch.items() if isinstance(row, BadRecord)}
+                yield EvaluationBatch(arrays, examples, bad_records)
 
     def _load_row(self, row: int) -> Example | BadRecord | _Padding:
         index, view = divmod(row, self.views)
@@ -316,10 +326,6 @@ class EvaluationSet:
             return error.bad_record
 
 
-def _read_options(config: DataConfig) -> grain.ReadOptions:
-    return grain.ReadOptions(num_threads=config.num_threads, prefetch_buffer_size=config.prefetch)
-
-
 def collate(examples: Sequence[Mapping[str, NDArray[Any]]]) -> HostBatch:
     """Stack the arrays of examples along a leading axis."""
-    return {key: np.stack([example[key] for example in examples]) for key in examples[0]}
+    return {key: np.stack([np.asarray(example[key]) for example in examples]) for key in examples[0]}

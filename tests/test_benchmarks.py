@@ -30,9 +30,11 @@ SPEEDS = r" +[\d.]+ s +[\d.]+ s +[\d.]+ +[\d.]+ +[\d.]+$"
         ("step.py --size tiny --steps 2 --matmul 256",
          (r"step \(median of +2\) +[\d.]+ s", r"process +[\d.]+ GiB", r"matmul rate +[\d.]+%")),
         ("torch_runtime.py --size tiny --rounds 1", (f"^forward{SPEEDS}", f"^training step{SPEEDS}")),
-        ("data.py --images 16 --videos 2 --steps 6 --repeats 1",
-         (r"JPEG .*, crop, 224: relative to a minimal loop on one core +\d+%", r"video, .*: two threads / one +[\d.]+x",
-          r"waiting for data +[\d.]+%")),
+        ("feed.py --images 16 --videos 2 --steps 6 --repeats 1",
+         (r"^video: CPU time of an example; with the interpreter's lock +[\d.]+ ms; [\d.]+ ms$",
+          r"^pretrain:large on v5p:8x8x8 +[\d.]+ s +\d+ +\d+ +\d+$",
+          r"^image: relative to a minimal loop on one core +\d+%", r"^video: two workers / one +[\d.]+x",
+          r"^image, two workers: this pipeline / PyTorch DataLoader +", r"waiting for data +[\d.]+%")),
         ("index.py --samples 200000 --tars 8",
          (r"^200,000 samples: opened in +[\d.]+ s$", r"^800 samples: opened in +[\d.]+ s, \d+ requests$",
           r"batch of 256 of step 1,000,000 +[\d.]+ s, 256 requests", r"within 60 s and 4 GiB +yes")),
@@ -41,7 +43,7 @@ SPEEDS = r" +[\d.]+ s +[\d.]+ s +[\d.]+ +[\d.]+ +[\d.]+$"
         ("checkpoints.py --mib 16 --repeats 1",
          (r"^bucket +\d+ ms +\d+ MiB/s +\d+ MiB/s$", r"^bucket / local disk +[\d.]+x")),
     ],
-    ids=["step", "torch_runtime", "data", "index", "overhead", "checkpoints"],
+    ids=["step", "torch_runtime", "feed", "index", "overhead", "checkpoints"],
 )  # fmt: skip
 def test_figures_are_printed(command: str, figures: tuple[str, ...], repository: Path) -> None:
     if command.startswith("torch"):

@@ -39,6 +39,10 @@ class LocalFile:
         if not self._length:  # also true of truncated files
             raise _empty(path)
 
+    def __reduce__(self) -> tuple[type["LocalFile"], tuple[str]]:
+        """Open the file again in another process."""
+        return LocalFile, (self._path,)
+
     def __len__(self) -> int:
         return self._length
 

@@ -74,6 +74,10 @@ class TarIndex:
             raise ValueError(f"its header is damaged: {error}") from error
         self._columns: Samples | None = None
 
+    def __reduce__(self) -> tuple[type["TarIndex"], tuple[str | bytes]]:
+        """Map the file again in another process."""
+        return TarIndex, (self._file,)
+
     @property
     def _is_remote(self) -> bool:
         return isinstance(self._file, str) and is_remote(self._file)

@@ -8,7 +8,7 @@ from typing import Any
 
 from absl import logging
 
-from data_pipelines.errors import DataError, StorageUnavailableError
+from data_pipelines.errors import DataError, DataWorkerError, StorageUnavailableError
 from data_pipelines.storage.object_log import closing_logs
 from data_pipelines.storage.retry import is_transient
 from mplug2_jax import __version__
@@ -102,8 +102,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        The exit status: 0 success, 1 a check failed, 2 an error that the user can fix, 69 storage did not answer, 75
-        preempted (after both, run the same command again), 130 interrupted.
+        The exit status: 0 success, 1 a check failed, 2 an error that the user can fix, 69 storage did not answer or a
+        data worker was killed, 75 preempted (after both, run the same command again), 130 interrupted.
     """
     try:
         args = parse(argv)
@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return run(args)
     except (UserError, DataError) as error:
         return _exit_with(USER_ERROR, f"error: {' '.join(str(error).split())}")
-    except StorageUnavailableError as error:
+    except (StorageUnavailableError, DataWorkerError) as error:
         return _exit_with(UNAVAILABLE, f"error: {error}")
     except OSError as error:
         if is_transient(error) and not isinstance(error, BrokenPipeError):  # that is a reader of the output

@@ -223,6 +223,7 @@ class RunConfig:
     faults: FaultConfig = FaultConfig()
     log_every: int = 10  # steps between lines of metrics
     log_example_ids: bool = False  # write every step's example ids to examples.jsonl, to compare runs
+    prefetch_memory: float = 8.0  # GiB of examples that a host keeps ready, for all streams; limits their prefetch
     storage_timeout: float = 600.0  # seconds for which requests are repeated before the run exits with status 69
     watchdog_timeout: int = 1800  # seconds after which a stalled step, wait for data or save ends the run; 0 = none
     profile: ProfileConfig = ProfileConfig()
@@ -237,7 +238,7 @@ class RunConfig:
         """
         for name in ("steps", "grad_accum_steps", "log_every"):
             check_range(f"config.{name}", getattr(self, name), 1)
-        for name in ("eval_every", "seed", "storage_timeout", "watchdog_timeout"):
+        for name in ("eval_every", "seed", "prefetch_memory", "storage_timeout", "watchdog_timeout"):
             check_range(f"config.{name}", getattr(self, name), 0)
         check_range("config.ema_decay", self.ema_decay, 0, 1 - 1e-9)
         if not self.streams:
@@ -309,8 +310,8 @@ class RunConfig:
 
     def _check_data(self, where: str, data: DataConfig) -> None:
         check_range(f"{where}.batch_size", data.batch_size, 1)
-        check_range(f"{where}.num_threads", data.num_threads, 0)
-        check_range(f"{where}.prefetch", data.prefetch, 0)
+        for field in ("num_workers", "num_threads", "prefetch"):
+            check_range(f"{where}.{field}", getattr(data, field), 0)
         for field in ("text_length", "instruction_length", "target_length"):
             length = getattr(data.examples, field)
             if length > self.model.max_positions:

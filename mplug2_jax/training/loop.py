@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from data_pipelines.storage.object_log import check_logs
 from data_pipelines.storage.paths import RemotePath
 from data_pipelines.storage.retry import set_retry_limit
 from data_pipelines.tokenizers import Tokenizer, fingerprint
+from data_pipelines.workers import check_workers, fit_prefetch
 from mplug2_jax.errors import Preempted, UserError
 from mplug2_jax.evaluation.loop import Evaluation
 from mplug2_jax.evaluation.results import EvaluationResult, save_result
@@ -280,12 +281,17 @@ def open_streams(config: RunConfig, tokenizer: Tokenizer) -> dict[str, Stream]:
 
     Raises:
         UserError: a stream has no example, or its batches lack arrays that an objective reads.
+        DataError: this machine cannot run the workers.
     """
     streams = {}
+    data = {f"config.streams.{name}.data": stream.data for name, stream in config.streams.items()}
+    data = fit_prefetch(data, int(config.prefetch_memory * 2**30))
+    for warning in check_workers(data):
+        logging.warning(warning)
     for name, stream in config.streams.items():
         where = f"config.streams.{name}"
         try:
-            streams[name] = Stream(stream.data, tokenizer, name=name, seed=config.seed)
+            streams[name] = Stream(data[f"{where}.data"], tokenizer, name=name, seed=config.seed)
             first = streams[name].examples[0].example
         except DataError as error:
             raise UserError(f"{where}.data: {error}") from error
@@ -308,14 +314,18 @@ def open_evaluations(spec: RunSpec, tokenizer: Tokenizer, names: Iterable[str]) 
 
 def device_batches(
     streams: Mapping[str, Stream], mesh: Mesh, start: int
-) -> Iterator[tuple[StreamBatches, list[tuple[str, LoadedExample]]]]:
+) -> Generator[tuple[StreamBatches, list[tuple[str, LoadedExample]]], None, None]:
     """Yield the streams' batches on the devices, from index ``start`` on, and this process's rows of them."""
     shard = HostShards(local_batch_shards(mesh), num_batch_shards(mesh))
-    sources = {name: stream.batches(start, shard) for name, stream in streams.items()}
-    while True:
-        loaded = {name: next(source) for name, source in sources.items()}
-        rows = [(name, row) for name, batch in loaded.items() for row in batch.rows]
-        yield {name: put_batch(batch.arrays, mesh) for name, batch in loaded.items()}, rows
+    with contextlib.ExitStack() as stack:
+        sources = {
+            name: stack.enter_context(contextlib.closing(stream.batches(start, shard)))
+            for name, stream in streams.items()
+        }
+        while True:
+            loaded = {name: next(source) for name, source in sources.items()}
+            rows = [(name, row) for name, batch in loaded.items() for row in batch.rows]
+            yield {name: put_batch(batch.arrays, mesh) for name, batch in loaded.items()}, rows
 
 
 def data_position(step: int, streams: Mapping[str, Stream]) -> DataPosition:

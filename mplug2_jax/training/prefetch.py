@@ -1,6 +1,6 @@
 """Prefetch: prepare the next item while the current one is in use."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, TypeVar
 
@@ -25,5 +25,7 @@ class Prefetcher(Iterator[T], Generic[T]):
         return item
 
     def close(self) -> None:
-        """Stop the thread."""
+        """Stop the thread, and close the items."""
         self._executor.shutdown(cancel_futures=True)
+        if isinstance(self._items, Generator):
+            self._items.close()

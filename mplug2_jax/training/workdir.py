@@ -24,9 +24,10 @@ CONFIG_FORMAT = 2
 
 # Fields that may change when a run resumes, because they do not change what a step computes. ``steps`` may also grow.
 MUTABLE_ON_RESUME = (
-    "mesh", "checkpoint", "faults", "log_every", "log_example_ids", "storage_timeout", "watchdog_timeout", "profile",
-    "wandb_project", "compilation_cache", "eval_every", "evaluations",
+    "mesh", "checkpoint", "faults", "log_every", "log_example_ids", "prefetch_memory", "storage_timeout",
+    "watchdog_timeout", "profile", "wandb_project", "compilation_cache", "eval_every", "evaluations",
 )  # fmt: skip
+MUTABLE_DATA_FIELDS = ("num_workers", "num_threads", "prefetch")  # of a stream
 
 
 class WorkDir:
@@ -118,6 +119,7 @@ class WorkDir:
             for name in sorted({*old, *new})
             if old.get(name) != new.get(name)
             and name.split(".")[0] not in MUTABLE_ON_RESUME
+            and not re.fullmatch(rf"streams\..*\.data\.({'|'.join(MUTABLE_DATA_FIELDS)})", name)
             and not (name == "steps" and old[name] < new[name])
         ]
         if changed:

@@ -70,6 +70,7 @@ CONFIGS = {
     "shards (fsdp=8); use 8 or 16",
     "streams.text.data.batch_size=0": "config.streams.text.data.batch_size=0 must be at least 1",
     "streams.text.data.num_threads=-1": "config.streams.text.data.num_threads=-1 must be at least 0",
+    "streams.text.data.num_workers=-2": "config.streams.text.data.num_workers=-2 must be at least 0",
     "streams.text.data.sources.digits.max_records=0": "config.streams.text.data: the source digitworld (text) is "
     "empty: source.max_records=0, expected at least 1",
     "streams.text.data.sources.digits.kind=sound": "data.sources.digits.kind='sound': valid: image, text, video",

@@ -3,23 +3,27 @@
 import dataclasses
 import json
 import logging
+import multiprocessing
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from data_pipelines.config import DataConfig, ExampleConfig, SourceConfig
 from data_pipelines.errors import DataError
+from mplug2_jax.cli.main import main
 from mplug2_jax.errors import UserError
 from mplug2_jax.parallel.config import MeshConfig
-from mplug2_jax.training.config import StreamConfig
+from mplug2_jax.training.config import RunConfig, StreamConfig
 from mplug2_jax.training.loop import train
 from mplug2_jax.training.reliability.lock import WorkDirLock
 from mplug2_jax.training.telemetry.metric_log import read_train_metrics
+from mplug2_jax.training.telemetry.monitor import TrainMonitor
 from mplug2_jax.training.workdir import WorkDir
 from tests.data_pipelines.worlds import write_tar
-from tests.runs import small_run
+from tests.runs import recipe_file, small_run
 
 TEXT = {"text": small_run().streams["text"]}  # the cheapest to compile
 
@@ -127,3 +131,51 @@ def test_too_many_broken_records_stop_the_run(tmp_path: Path) -> None:
         DataError, match=r"source 'tars' cannot be used, more than max_bad_fraction=0 allows \(record 3: "
     ):
         train(config, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_worker_processes_change_nothing_of_a_run_and_may_change_when_it_resumes(tmp_path: Path) -> None:
+    stream = with_a_broken_record(tmp_path)
+
+    def run(steps: int, workers: int) -> RunConfig:
+        data = dataclasses.replace(stream.data, num_workers=workers, prefetch=16 + workers)
+        streams = {"text": dataclasses.replace(stream, data=data)}
+        return small_run(streams=streams, evaluations={}, steps=steps, log_example_ids=True)
+
+    train(run(4, 0), tmp_path / "threads")
+    train(run(2, 1), tmp_path / "workers")
+    train(run(4, 2), tmp_path / "workers")
+    threads, workers = (WorkDir(tmp_path / name) for name in ("threads", "workers"))
+    assert workers.examples.read_bytes() == threads.examples.read_bytes()
+    assert workers.data_errors_path(0).read_bytes() == threads.data_errors_path(0).read_bytes()
+    losses, expected = ([line["loss"] for line in read_train_metrics(each.metrics)] for each in (workers, threads))
+    assert losses == expected
+
+
+@pytest.mark.slow
+def test_a_killed_data_worker_ends_a_run_that_launchers_start_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = TEXT["text"]
+    config = small_run(
+        streams={"text": dataclasses.replace(text, data=dataclasses.replace(text.data, num_workers=1, prefetch=1))},
+        evaluations={}, steps=1000,
+    )  # fmt: skip
+    original = TrainMonitor.on_step_dispatched
+
+    def kill_worker(self: TrainMonitor, number: int, *args: Any) -> None:
+        if number == 3:
+            for process in multiprocessing.active_children():
+                process.kill()
+        original(self, number, *args)
+
+    monkeypatch.setattr(TrainMonitor, "on_step_dispatched", kill_worker)
+    assert (
+        main(["train", "--config", str(recipe_file(config, tmp_path / "r.py")), "--workdir", str(tmp_path / "run")])
+        == 69
+    )
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith(
+        "mplug2: error: a data worker was killed by SIGKILL, as the kernel does when memory runs out"
+    )
+    assert (tmp_path / "run" / "checkpoints" / "2").is_dir()

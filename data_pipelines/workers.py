@@ -1,0 +1,238 @@
+"""Examples built ahead of their use: by threads of this process, or of worker processes.
+
+The items and their order do not depend on the number of processes and threads. A worker process sends the arrays of an
+example through shared memory, imports no JAX, and ends with the process that started it.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import multiprocessing
+import multiprocessing.connection
+import os
+import pickle
+import shutil
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Generator, Iterator, Mapping
+from multiprocessing.shared_memory import SharedMemory
+from pathlib import Path
+from typing import Any, TypeVar
+
+from absl import flags, logging
+
+if __name__ == "__mp_main__":  # in a worker, before anything else: Grain would import JAX, and warns that it cannot
+    sys.modules["jax"] = None  # type: ignore[assignment]
+    logging.set_verbosity(logging.ERROR)
+
+import grain
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipelines.config import DataConfig
+from data_pipelines.errors import DataError, DataWorkerError
+from data_pipelines.examples import Example
+from data_pipelines.storage.retry import retry_limit, set_retry_limit
+
+Item = TypeVar("Item")
+Arrays = Mapping[str, NDArray[Any]]
+
+MIN_SHARED_BYTES = 2**16
+"""Size from which an array goes through shared memory; copying smaller ones is cheaper than a block of their own."""
+SHARED_MEMORY = Path("/dev/shm")
+"""Where Linux has blocks of shared memory."""
+_START_SECONDS = 60.0
+_WORKER = "grain-process-prefetch"  # the beginning of the names of Grain's processes
+_FAILED = "terminated unexpectedly with exit code "  # in the error that Grain raises then
+
+
+def prefetched(items: grain.MapDataset[Item], config: DataConfig) -> Generator[Item, None, None]:
+    """Yield the items of a data set in order, built ahead by ``config.num_workers`` processes of ``num_threads`` each.
+
+    Items are examples, or named tuples with a field ``example``; others are sent as they are. Closing the iterator ends
+    the workers.
+
+    Raises:
+        DataWorkerError: a worker was killed or crashed. What an item raises is raised here, with its traceback.
+    """
+    threads = grain.ReadOptions(num_threads=config.num_threads, prefetch_buffer_size=config.prefetch)
+    if not config.num_workers:
+        yield from items.to_iter_dataset(threads)
+        return
+    if not flags.FLAGS.is_parsed():  # Grain reads a flag of its own; this program does not use such flags
+        flags.FLAGS.mark_as_parsed()
+    threads = dataclasses.replace(threads, prefetch_buffer_size=max(1, config.num_threads))
+    sent = grain.experimental.WithOptionsIterDataset(
+        _Sent(items).to_iter_dataset(threads), grain.experimental.DatasetOptions(min_shm_size=MIN_SHARED_BYTES)
+    )
+    processes = grain.MultiprocessingOptions(
+        num_workers=config.num_workers, per_worker_buffer_size=max(1, config.prefetch // config.num_workers)
+    )
+    iterator = iter(sent.mp_prefetch(processes, functools.partial(_initialize_worker, retry_limit())))
+    try:
+        with _as_main(__name__):
+            before = _count_workers()
+            received = _receive(iterator)
+            deadline = time.monotonic() + _START_SECONDS
+            while _count_workers() < before + config.num_workers and time.monotonic() < deadline:
+                time.sleep(0.01)
+        while received is not None:
+            yield _attach(*received)
+            received = _receive(iterator)
+    finally:
+        iterator.close()
+
+
+def check_workers(configs: Mapping[str, DataConfig]) -> list[str]:
+    """Check that this machine can run the workers of all streams; return warnings.
+
+    Args:
+        configs: of the streams, by field.
+
+    Raises:
+        DataError: there is no shared memory, or less than the examples that workers keep ready need.
+    """
+    num_workers = sum(config.num_workers for config in configs.values())
+    if not num_workers:
+        return []
+    fields = ", ".join(f"{field}.num_workers={config.num_workers}" for field, config in configs.items())
+    try:
+        block = SharedMemory(create=True, size=1)
+        block.close()
+        block.unlink()
+    except OSError as error:
+        raise DataError(
+            f"{fields} need shared memory, which this machine does not give ({error.strerror or error}); mount "
+            f"{SHARED_MEMORY}, or set num_workers to 0"
+        ) from error
+    needed = sum((config.prefetch + config.num_workers) * example_bytes(config) for config in configs.values())
+    if SHARED_MEMORY.is_dir() and needed > (free := shutil.disk_usage(SHARED_MEMORY).free):
+        raise DataError(
+            f"{SHARED_MEMORY} has {free / 2**20:,.0f} MiB free, and examples that workers keep ready need "
+            f"{needed / 2**20:,.0f} MiB; enlarge it (docker run --shm-size), reduce prefetch or set num_workers to 0"
+        )
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return [f"{fields}: {num_workers} workers on {cores} cores; more than cores only cost memory"] * (
+        num_workers > cores
+    )
+
+
+def fit_prefetch(configs: Mapping[str, DataConfig], num_bytes: int) -> dict[str, DataConfig]:
+    """Return the streams of a host with a ``prefetch`` that is reduced, in proportion, to what this memory holds."""
+    needed = sum(config.prefetch * example_bytes(config) for config in configs.values())
+    return {
+        name: dataclasses.replace(config, prefetch=max(1, min(config.prefetch, config.prefetch * num_bytes // needed)))
+        for name, config in configs.items()
+    }
+
+
+def example_bytes(config: DataConfig) -> int:
+    """Return the size of the arrays of one example."""
+    return sum(
+        int(np.prod(shape)) * np.dtype(dtype).itemsize // config.batch_size for shape, dtype in config.shapes().values()
+    )
+
+
+class _Sent(grain.MapDataset[Any]):
+    """Items as workers send them: arrays apart, for Grain to put into shared memory, and errors that can be pickled."""
+
+    def __len__(self) -> int:
+        return len(self._parent)
+
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return self.slice(index)
+        try:
+            return _detach(self._parent[index])
+        except Exception as error:
+            raise _sendable(error) from error
+
+
+def _detach(item: Any) -> tuple[Arrays, Any]:
+    """Return the arrays of an item's example, and the item without them."""
+    example = getattr(item, "example", item)
+    if not isinstance(example, Example):
+        return {}, item
+    bare = dataclasses.replace(example, arrays={})
+    return dict(example.arrays), bare if example is item else item._replace(example=bare)
+
+
+def _attach(arrays: Arrays, item: Any) -> Any:
+    """Return the item that ``_detach`` was given."""
+    example = getattr(item, "example", item)
+    if not isinstance(example, Example):
+        return item
+    whole = dataclasses.replace(example, arrays=arrays)
+    return whole if example is item else item._replace(example=whole)
+
+
+def _sendable(error: Exception) -> Exception:
+    """Return an error that can be pickled: Grain would wait forever for one that cannot."""
+    try:
+        pickle.loads(pickle.dumps(error))  # noqa: S301  its own bytes
+        return error
+    except Exception:
+        sendable = RuntimeError(f"{type(error).__name__}: {error}")
+        for note in getattr(error, "__notes__", ()):
+            sendable.add_note(note)
+        sendable.add_note("".join(traceback.format_exception(error)))
+        return sendable
+
+
+def _receive(iterator: Iterator[Any]) -> tuple[Arrays, Any] | None:
+    """Return the next item as it was sent; None after the last."""
+    try:
+        return next(iterator, None)
+    except RuntimeError as error:
+        _, failed, status = str(error).partition(_FAILED)
+        if not failed:
+            raise
+        raise DataWorkerError(_reason(int(status.partition(".")[0]))) from None
+
+
+def _reason(status: int) -> str:
+    """Return why a worker with this exit status ended, and what helps."""
+    if status >= 0:
+        return f"a data worker ended with status {status}; the log has its reason above"
+    name = signal.Signals(-status).name if -status in set(signal.Signals) else f"signal {-status}"
+    hint = {
+        "SIGKILL": ", as the kernel does when memory runs out: reduce num_workers or prefetch of the streams",
+        "SIGBUS": f": {SHARED_MEMORY} is full; enlarge it (docker run --shm-size), or reduce prefetch of the streams",
+    }.get(name, "")
+    return f"a data worker was killed by {name}{hint}"
+
+
+def _initialize_worker(retry_seconds: float, index: int, count: int) -> None:
+    """Prepare a worker process: Grain calls this in it."""
+    del index, count
+    logging.set_verbosity(logging.WARNING)
+    set_retry_limit(retry_seconds)
+    for number in (signal.SIGINT, signal.SIGTERM):  # of a whole process group; the training process decides
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that started it has ended, even by SIGKILL."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)
+
+
+@contextlib.contextmanager
+def _as_main(module: str) -> Iterator[None]:
+    """Let processes that are started here import a module first, in place of the program, which may import JAX."""
+    program = sys.modules["__main__"]
+    sys.modules["__main__"] = sys.modules[module]
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = program
+
+
+def _count_workers() -> int:
+    return sum(process.name.startswith(_WORKER) for process in multiprocessing.active_children())

@@ -1,0 +1,288 @@
+"""Worker processes: the items of threads in their order, errors, killed workers, shared memory."""
+
+import dataclasses
+import itertools
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import grain
+import hypothesis
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from data_pipelines.config import DataConfig, ExampleConfig, SourceConfig, VisualConfig
+from data_pipelines.digitworld import vocabulary_texts
+from data_pipelines.errors import DataError, DataWorkerError
+from data_pipelines.loader import EvaluationSet, LoadedBatch, Stream
+from data_pipelines.order import HostShards, HostSlice
+from data_pipelines.tokenizers import train_wordpiece
+from data_pipelines.workers import check_workers, example_bytes, fit_prefetch, prefetched
+
+from .worlds import encode_media, records, write_tar
+
+TOKENIZER = train_wordpiece(vocabulary_texts(60), 160)
+SHARDS = HostShards((1,), 2)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> DataConfig:
+    """Return a mixture of DigitWorld and a tar with two damaged samples; frames are large enough to be shared."""
+    members: dict[str, bytes | str] = {}
+    for i, record in enumerate(records("video", 6)):
+        clip = encode_media(record)
+        members[f"{i}.mp4"] = clip[: len(clip) // 2] if i in (1, 4) else clip
+        members[f"{i}.txt"] = record.captions[0]
+    path = str(write_tar(tmp_path / "a.tar", members))
+    sources = {
+        "digits": SourceConfig(kind="video", max_records=9),
+        "tar": SourceConfig(format="webdataset", path=path, kind="video"),
+    }
+    visual = VisualConfig(image_size=96, num_frames=4, transform="train")
+    examples = ExampleConfig(text_length=12)
+    return DataConfig(sources=sources, visual=visual, examples=examples, batch_size=4, prefetch=8)
+
+
+def with_workers(config: DataConfig, count: int, **fields: Any) -> DataConfig:
+    return dataclasses.replace(config, num_workers=count, **fields)
+
+
+def read_batches(config: DataConfig, count: int = 5, start: int = 3) -> list[LoadedBatch]:
+    batches = Stream(config, TOKENIZER, name="s", seed=0).batches(start, SHARDS)
+    read = list(itertools.islice(batches, count))
+    batches.close()
+    return read
+
+
+def assert_equal(actual: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(actual[name], value)
+        assert actual[name].dtype == value.dtype
+
+
+@pytest.mark.parametrize(
+    ("workers", "threads"),
+    [(2, 0), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, 2), (8, 1), (32, 2)))],
+)
+def test_batches_are_those_of_threads_to_the_bit(config: DataConfig, workers: int, threads: int) -> None:
+    expected = read_batches(config)
+    assert any(row.bad_records for batch in expected for row in batch.rows)
+    actual = read_batches(with_workers(config, workers, num_threads=threads))
+    for batch, other in zip(actual, expected, strict=True):
+        assert_equal(batch.arrays, other.arrays)
+        for row, other_row in zip(batch.rows, other.rows, strict=True):
+            assert (row.ref, row.bad_records) == (other_row.ref, other_row.bad_records)
+            assert_equal(row.example.arrays, other_row.example.arrays)
+            bare, other_bare = (dataclasses.replace(each.example, arrays={}) for each in (row, other_row))
+            assert bare == other_bare
+    assert not has_workers()
+
+
+@hypothesis.settings(max_examples=15)
+@hypothesis.given(
+    workers=st.integers(1, 64), shards=st.integers(1, 4), per_shard=st.integers(1, 5), start=st.integers(0, 9)
+)
+def test_slices_of_any_number_of_workers_interleave_to_the_order(
+    workers: int, shards: int, per_shard: int, start: int
+) -> None:
+    order = grain.MapDataset.range(17).seed(1).shuffle().repeat()
+    rows: Any = HostSlice(order, shards * per_shard, HostShards((shards - 1,), shards), start)
+    slices = [rows[worker::workers] for worker in range(workers)]
+    assert [slices[i % workers][i // workers] for i in range(40)] == [rows[i] for i in range(40)]
+
+
+def test_evaluations_are_those_of_threads_to_the_bit(config: DataConfig) -> None:
+    sets = [
+        EvaluationSet(with_workers(config, count, visual=VisualConfig(image_size=160)), TOKENIZER, name="e", seed=0)
+        for count in (0, 1)
+    ]
+    expected, actual = (list(each.batches()) for each in sets)
+    assert len(actual) == len(expected) == 4
+    for batch, other in zip(actual, expected, strict=True):
+        assert_equal(batch.arrays, other.arrays)
+        assert batch.bad_records == other.bad_records
+        assert batch.examples.keys() == other.examples.keys()
+    assert sum(len(batch.bad_records) for batch in actual) == 2
+    read = list(sets[1].iter_examples([9, 0, 3]))
+    assert [example.key for example in read] == ["a/0", "digitworld/video/train/0/0", "digitworld/video/train/0/3"]
+
+
+# What a worker is
+
+
+def has_workers() -> bool:
+    return any(process.name.startswith("grain") for process in multiprocessing.active_children())
+
+
+def is_running(pid: int) -> bool:
+    """Return whether a process runs (Linux); one that ended may wait for its parent."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def inspect(_: object) -> dict[str, Any]:
+    """Return what is known in a worker."""
+    from data_pipelines.storage.retry import retry_limit
+
+    return {
+        "jax": sys.modules.get("jax"), "modules": [name for name in sys.modules if name.startswith("mplug2_jax")],
+        "retry_limit": retry_limit(), "signals": [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)],
+        "main": sys.modules["__main__"].__spec__.name, "pid": os.getpid(),
+    }  # fmt: skip
+
+
+def test_a_worker_imports_no_jax_ignores_signals_of_its_group_and_retries_like_its_parent(config: DataConfig) -> None:
+    items = prefetched(grain.MapDataset.range(3).map(inspect), with_workers(config, 1))
+    first = next(items)
+    assert first.pop("pid") != os.getpid()
+    assert first == {
+        "jax": None, "modules": [], "retry_limit": 600.0, "signals": [signal.SIG_IGN, signal.SIG_IGN],
+        "main": "data_pipelines.workers",
+    }  # fmt: skip
+    assert sys.modules["__main__"].__name__ == "__main__"
+    items.close()
+    assert not has_workers()
+
+
+def test_arrays_are_freed_with_their_batch(config: DataConfig) -> None:
+    blocks = Path("/dev/shm")
+    if not blocks.is_dir():
+        pytest.skip("this system does not list blocks of shared memory")
+    before = set(blocks.iterdir())
+    stream = Stream(with_workers(config, 1, prefetch=2), TOKENIZER, name="s", seed=0)
+    batches = stream.batches()
+    kept = list(itertools.islice(batches, 6))
+    assert len(set(blocks.glob("psm_*")) - before) <= 2 + 4  # kept ready, in progress and being freed
+    assert all(type(row.example.arrays["frames"]) is np.ndarray for batch in kept for row in batch.rows)
+    batches.close()
+    for _ in range(100):
+        if not set(blocks.glob("psm_*")) - before:
+            break
+        time.sleep(0.05)
+    assert not set(blocks.glob("psm_*")) - before
+
+
+def test_workers_end_with_their_parent(tmp_path: Path, repository: Path) -> None:
+    program = (
+        "import grain, os, signal, time\n"
+        "from data_pipelines.config import DataConfig, ExampleConfig, SourceConfig\n"
+        "from data_pipelines.workers import prefetched\n"
+        "config = DataConfig(sources={'d': SourceConfig()}, examples=ExampleConfig(), batch_size=1, num_workers=2)\n"
+        "items = prefetched(grain.MapDataset.range(10**9).map(lambda i: os.getpid()), config)\n"
+        "print(next(items), next(items), flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )  # without a guard of __main__: a worker does not import it
+    path = tmp_path / "program.py"
+    path.write_text(program)
+    environment = os.environ | {"PYTHONPATH": str(repository)}
+    done = subprocess.run([sys.executable, str(path)], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    pids = [int(pid) for pid in done.stdout.split()]
+    assert len(set(pids)) == 2
+    deadline = time.monotonic() + 30
+    while any(map(is_running, pids)):
+        assert time.monotonic() < deadline, "workers outlive their parent"
+        time.sleep(0.05)
+
+
+# Errors
+
+
+class UnpicklableError(Exception):
+    """An error with a lock."""
+
+    def __init__(self, lock: Any, text: str) -> None:
+        super().__init__(text)
+        self.lock = lock
+
+
+def fail(kind: str) -> int:
+    """Raise an error of some kind."""
+    if kind == "unpicklable":
+        raise UnpicklableError(threading.Lock(), "of record 7")
+    error = ZeroDivisionError("of record 7")
+    error.add_note("while building the example of record 7")
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "message"),
+    [("plain", ZeroDivisionError, "of record 7"), ("unpicklable", RuntimeError, "UnpicklableError: of record 7")],
+)
+def test_what_an_item_raises_is_raised_here_with_its_traceback(
+    kind: str, error: type[Exception], message: str, config: DataConfig
+) -> None:
+    items = prefetched(grain.MapDataset.source([kind]).map(fail), with_workers(config, 1))
+    with pytest.raises(error, match=message) as caught:
+        next(items)
+    notes = "".join(caught.value.__notes__)
+    assert "while building the example of record 7" in notes or "in fail" in notes
+    assert not has_workers()
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        (
+            signal.SIGKILL,
+            "a data worker was killed by SIGKILL, as the kernel does when memory runs out: reduce num_",
+        ),
+        (signal.SIGBUS, "a data worker was killed by SIGBUS: /dev/shm is full; enlarge it"),
+    ],
+)
+def test_a_killed_worker_is_an_error(number: int, message: str, config: DataConfig) -> None:
+    items = prefetched(grain.MapDataset.range(10**6).map(lambda i: os.getpid()), with_workers(config, 2))
+    os.kill(next(items), number)
+    with pytest.raises(DataWorkerError, match=re.escape(message)):
+        list(items)  # what is ready is still delivered
+    assert not has_workers()
+
+
+# Resources
+
+
+def test_examples_that_are_kept_ready_share_the_memory_of_a_host(config: DataConfig) -> None:
+    assert example_bytes(config) == 4 * 96 * 96 * 3 + 12 * 4 + 12 + 8
+    text = DataConfig(
+        sources={"t": SourceConfig(kind="text")}, examples=ExampleConfig(text_length=12), batch_size=4, prefetch=100
+    )
+    configs = {"video": config, "text": text}
+    assert fit_prefetch(configs, 2**30) == configs
+    needed = 8 * example_bytes(config) + 100 * example_bytes(text)
+    half = fit_prefetch(configs, needed // 2)
+    assert {name: each.prefetch for name, each in half.items()} == {"video": 4, "text": 50}
+    assert fit_prefetch(configs, 0)["video"].prefetch == 1
+
+
+def test_workers_are_checked_against_the_machine(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
+    assert check_workers({"config.streams.a.data": config}) == []
+    assert check_workers({"a": with_workers(config, 2)}) == []
+    (warning,) = check_workers({"a": with_workers(config, 2), "b": with_workers(config, 1)})
+    assert warning == "a.num_workers=2, b.num_workers=1: 3 workers on 2 cores; more than cores only cost memory"
+
+    usage = type(shutil.disk_usage("/"))(2**30, 2**30, 2**20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(Path, "is_dir", lambda path: True)
+    with pytest.raises(DataError, match=r"/dev/shm has 1 MiB free, and examples .* need 11 MiB; enlarge it"):
+        check_workers({"a": with_workers(config, 2, prefetch=98)})
+
+    def refuse(**options: Any) -> None:
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setattr("data_pipelines.workers.SharedMemory", refuse)
+    with pytest.raises(DataError, match=r"a\.num_workers=2 need shared memory, which this machine does not give"):
+        check_workers({"a": with_workers(config, 2)})
