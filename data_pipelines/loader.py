@@ -7,6 +7,7 @@ An unusable record is replaced by the next good one of its source, so that the b
 import contextlib
 import dataclasses
 import functools
+import itertools
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -233,10 +234,11 @@ class Stream:
     def batches(self, start_step: int = 0, shards: HostShards = SINGLE_HOST) -> Generator[LoadedBatch, None, None]:
         """Yield this host's rows of the batches of step ``start_step``, ``start_step + 1``, ... without end."""
         rows: grain.MapDataset[LoadedExample] = HostSlice(self.examples, self._config.batch_size, shards, start_step)
-        examples: Generator[LoadedExample, None, None] = prefetched(rows, self._config)
+        size = len(shards.rows(self._config.batch_size))
+        examples: Generator[LoadedExample, None, None] = prefetched(rows, self._config, size)
         with contextlib.closing(examples):
             while True:
-                yield _collate_batch([next(examples) for _ in shards.rows(self._config.batch_size)])
+                yield _collate_batch(list(itertools.islice(examples, size)))
 
 
 def _collate_batch(rows: Sequence[LoadedExample]) -> LoadedBatch:
@@ -306,7 +308,9 @@ class EvaluationSet:
         rows, steps = shards.rows(size), -(-(len(self) * self.views - start) // size)
         indices: grain.MapDataset[int] = HostSlice(grain.MapDataset.range(start, start + steps * size), size, shards, 0)
         rows_of_host = indices[: steps * len(rows)].map(self._load_row)
-        loaded: Generator[Example | BadRecord | _Padding, None, None] = prefetched(rows_of_host, self._config)
+        loaded: Generator[Example | BadRecord | _Padding, None, None] = prefetched(
+            rows_of_host, self._config, len(rows)
+        )
         with contextlib.closing(loaded):
             for step in range(steps):
                 batch = {start + step * size + row: next(loaded) for row in rows}

@@ -178,4 +178,4 @@ def test_a_killed_data_worker_ends_a_run_that_launchers_start_again(
     assert error.startswith(
         "mplug2: error: a data worker was killed by SIGKILL, as the kernel does when memory runs out"
     )
-    assert (tmp_path / "run" / "checkpoints" / "2").is_dir()
+    assert any(path.name.isdecimal() for path in (tmp_path / "run" / "checkpoints").iterdir())
