@@ -29,6 +29,8 @@ from mplug2_jax.recipes.api import (
 
 # Images, videos and texts per step.
 BATCH_SIZES = {"tiny": (16, 8, 16), "base": (8192, 2048, 4096), "large": (16384, 4096, 8192)}
+# Processes per host that decode, with two threads each: as many cores as benchmarks/feed.py says, and some to spare.
+WORKERS: dict[Kind, int] = {"image": 4, "video": 16, "text": 1}
 # Parameters are sharded over this many chips and replicated beyond, so that shards stay large enough to send fast.
 MESHES = {"tiny": MeshConfig(), "base": MeshConfig(data=-1, fsdp=16), "large": MeshConfig(data=-1, fsdp=64)}
 LEARNING_RATES = {"tiny": 1e-3, "base": 1e-4, "large": 5e-5}  # of mPLUG v1; the vision tower takes a tenth
@@ -64,8 +66,8 @@ def get_config(size: str = "large") -> RunConfig:
     def data(kind: Kind, examples: ExampleConfig, batch_size: int) -> DataConfig:
         source = SourceConfig(kind=kind, max_records=None if size == "tiny" else 1_000_000)
         return DataConfig(
-            sources={"corpus": source}, visual=visual, examples=examples, batch_size=batch_size, num_threads=16,
-            prefetch=512,
+            sources={"corpus": source}, visual=visual, examples=examples, batch_size=batch_size,
+            num_workers=0 if size == "tiny" else WORKERS[kind], prefetch=512,
         )  # fmt: skip
 
     # Objectives

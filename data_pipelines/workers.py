@@ -89,10 +89,9 @@ def prefetched(items: grain.MapDataset[Item], config: DataConfig, multiple: int 
                 time.sleep(0.01)
         while received is not None:
             arrays, group = received
-            count = itertools.count()
+            row = itertools.count()
             for has_arrays, item in group:
-                row = next(count) if has_arrays else 0
-                yield _attach({name: array[row, ...] for name, array in arrays.items()}, item) if has_arrays else item
+                yield _attach(_row_of(arrays, next(row)), item) if has_arrays else item
             received = _receive(iterator)
     finally:
         iterator.close()
@@ -134,9 +133,9 @@ def check_workers(configs: Mapping[str, DataConfig]) -> list[str]:
 
 def fit_prefetch(configs: Mapping[str, DataConfig], num_bytes: int) -> dict[str, DataConfig]:
     """Return the streams of a host with a ``prefetch`` that is reduced, in proportion, to what this memory holds."""
-    needed = sum(config.prefetch * example_bytes(config) for config in configs.values())
+    needed = max(1, sum(config.prefetch * example_bytes(config) for config in configs.values()))
     return {
-        name: dataclasses.replace(config, prefetch=max(1, min(config.prefetch, config.prefetch * num_bytes // needed)))
+        name: dataclasses.replace(config, prefetch=min(config.prefetch, max(1, config.prefetch * num_bytes // needed)))
         for name, config in configs.items()
     }
 
@@ -184,6 +183,12 @@ def _detach(item: Any) -> tuple[Arrays, Any]:
         return {}, item
     bare = dataclasses.replace(example, arrays={})
     return example.arrays, bare if example is item else item._replace(example=bare)
+
+
+def _row_of(arrays: Arrays, row: int) -> Arrays:
+    """Return the arrays of one item; small ones are copied, so that who keeps them does not keep those of others."""
+    rows = {name: array[row, ...] for name, array in arrays.items()}
+    return {name: array if array.nbytes >= MIN_SHARED_BYTES else array.copy() for name, array in rows.items()}
 
 
 def _attach(arrays: Arrays, item: Any) -> Any:

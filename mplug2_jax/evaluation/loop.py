@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from jax.sharding import Mesh
 from jaxtyping import Int
 from numpy.typing import NDArray
@@ -18,6 +19,7 @@ from data_pipelines.examples import Example, make_detokenizer
 from data_pipelines.loader import EvaluationSet
 from data_pipelines.order import HostShards
 from data_pipelines.tokenizers import Tokenizer, round_trip
+from data_pipelines.workers import check_workers
 from mplug2_jax.errors import UserError
 from mplug2_jax.evaluation.answers import add_answers, unreachable_answers_warning
 from mplug2_jax.evaluation.config import EvaluationConfig
@@ -47,6 +49,7 @@ class Evaluation:
 
     Raises:
         UserError: the mesh does not divide the batch size, or batches lack keys that the task reads.
+        DataError: this machine cannot run the workers.
     """
 
     def __init__(
@@ -57,6 +60,8 @@ class Evaluation:
         self._recipe, self._formats = recipe, tuple(sorted({source.format for source in config.data.sources.values()}))
         where = f"config.evaluations.{name}"
         check_batch_divisible(f"{where}.data.batch_size", config.data.batch_size, mesh)
+        for warning in check_workers({f"{where}.data": config.data}):
+            logging.warning(warning)
         task, rows = TASKS[config.task], config.per_device_batch_size * num_batch_shards(mesh)
         try:
             data = dataclasses.replace(config.data, batch_size=-(-config.data.batch_size // rows) * rows)
