@@ -6,6 +6,10 @@ rematerialization and accumulation for another machine, which do not change the 
 
 DigitWorld replaces the corpora, so that the recipe runs anywhere. With files, override ``sources.corpus`` of each
 stream: its ``format`` (webdataset, array_record, ...), ``path``, and ``max_records=none``; and ``tokenizer.path``.
+
+``pretrain:large,paper`` and ``base,paper`` read the paper's corpora (``mplug2 corpora``) with BERT's vocabulary, and
+start from CLIP and BERT as the paper does. They need, in the data folder: the corpora, ``bert-SIZE-uncased/vocab.txt``,
+and ``clip-bert-SIZE``, which ``mplug2 convert import`` makes of the two.
 """
 
 from mplug2_jax.recipes.api import (
@@ -23,8 +27,10 @@ from mplug2_jax.recipes.api import (
     StreamConfig,
     TokenizerConfig,
     VisualConfig,
-    check_size,
+    corpus_sources,
+    data_folder,
     model_config,
+    parse_variant,
 )
 
 # Images, videos and texts per step.
@@ -33,19 +39,22 @@ BATCH_SIZES = {"tiny": (16, 8, 16), "base": (8192, 2048, 4096), "large": (16384,
 WORKERS: dict[Kind, int] = {"image": 4, "video": 16, "text": 1}
 # Parameters are sharded over this many chips and replicated beyond, so that shards stay large enough to send fast.
 MESHES = {"tiny": MeshConfig(), "base": MeshConfig(data=-1, fsdp=16), "large": MeshConfig(data=-1, fsdp=64)}
+BERT_VOCAB_SIZE = 30_522
 LEARNING_RATES = {"tiny": 1e-3, "base": 1e-4, "large": 5e-5}  # of mPLUG v1; the vision tower takes a tenth
 
 
-def get_config(size: str = "large") -> RunConfig:
-    """Return the run at a model size."""
-    check_size(size, f"pretrain:{size}")
+def get_config(variant: str = "large") -> RunConfig:
+    """Return the run at a model size, or a variant: ``SIZE,paper``."""
+    size, corpora = parse_variant("pretrain", variant, "paper")
 
     # Model. No dropout: a corpus of this size is hardly seen twice, and masks of long visual sequences are expensive.
     # Matmul outputs of the vision tower are saved; what is cheap or small next to the videos is recomputed.
     model = model_config(
         size, dropout=0.0, attention_dropout=0.0,
         remat=RematConfig(vision="dots", text="dots", fusion="dots", decoder="dots"),
+        **({"vocab_size": BERT_VOCAB_SIZE} if corpora else {}),
     )  # fmt: skip
+    bert = f"bert-{'base' if size == 'tiny' else size}-uncased"
 
     # Data
     visual = VisualConfig(
@@ -58,16 +67,16 @@ def get_config(size: str = "large") -> RunConfig:
         target_length=32,
         instructions={
             "caption": InstructionConfig(templates=("describe it", "what do we see?", "what happens?")),
-            "question": InstructionConfig(templates=("{question}",)),
+            **({} if corpora else {"question": InstructionConfig(templates=("{question}",))}),
         },
     )
     sentences = ExampleConfig(text="sentence", text_length=min(128, model.max_positions), word_starts=True)
 
     def data(kind: Kind, examples: ExampleConfig, batch_size: int) -> DataConfig:
-        source = SourceConfig(kind=kind, max_records=None if size == "tiny" else 1_000_000)
+        digitworld = {"corpus": SourceConfig(kind=kind, max_records=None if size == "tiny" else 1_000_000)}
         return DataConfig(
-            sources={"corpus": source}, visual=visual, examples=examples, batch_size=batch_size,
-            num_workers=0 if size == "tiny" else WORKERS[kind], prefetch=512,
+            sources=corpus_sources(kind) if corpora else digitworld, visual=visual, examples=examples,
+            batch_size=batch_size, num_workers=0 if size == "tiny" else WORKERS[kind], prefetch=512,
         )  # fmt: skip
 
     # Objectives
@@ -85,10 +94,11 @@ def get_config(size: str = "large") -> RunConfig:
     )
 
     return RunConfig(
-        name=f"pretrain_{size}",
+        name=f"pretrain_{size}{corpora and f'_{corpora}'}",
         steps=30_000,
         model=model,
-        tokenizer=TokenizerConfig(vocab_size=512),
+        tokenizer=TokenizerConfig(path=str(data_folder() / bert / "vocab.txt") if corpora else "", vocab_size=512),
+        init_from=str(data_folder() / f"clip-bert-{size}") if corpora and size != "tiny" else "",
         streams=streams,
         mesh=MESHES[size],
         optimizer=optimizer,

@@ -46,5 +46,5 @@ def did_you_mean(name: str, choices: Iterable[str]) -> str:
     """
     valid = sorted(choices)
     near = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
-    listing = f"valid: {', '.join(valid)}" if len(valid) <= 30 else f"{len(valid)} valid names"
+    listing = f"valid: {', '.join(valid)}" if len(valid) <= 35 else f"{len(valid)} valid names"
     return f"did you mean '{near[0]}'? ({listing})" if near else listing

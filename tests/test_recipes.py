@@ -66,7 +66,7 @@ def test_only_the_released_recipes_have_quirks() -> None:
         ("released:captions", "recipe released:captions: did you mean 'caption'? (valid: caption, videoqa)"),
         ("released:caption,huge", "recipe released:caption,huge: valid: base, large, tiny"),
         ("pretrain:lage", "recipe pretrain:lage: did you mean 'large'? (valid: base, large, tiny)"),
-        ("pretrain:base,8", "recipe pretrain:base,8: did you mean 'base'? (valid: base, large, tiny)"),
+        ("pretrain:base,8", "recipe pretrain:base,8: valid: paper"),
         ("imagenet:large,zeroshot", "recipe imagenet:large,zeroshot: did you mean 'zero_shot'? (valid: zero_shot)"),
         ("digitworld:digits", "recipe digitworld:digits: did you mean 'digit'?"),
         ("vatex_caption:large,scts", "recipe vatex_caption:large,scts: did you mean 'scst'? (valid: scst, zero_shot)"),

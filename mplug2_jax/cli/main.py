@@ -16,6 +16,7 @@ from mplug2_jax.cli import (
     completion,
     config,
     convert,
+    corpora,
     data,
     demo,
     embed,
@@ -36,7 +37,7 @@ from mplug2_jax.errors import PREEMPTED, UNAVAILABLE, USER_ERROR, Preempted, Use
 COMMANDS = {
     "Train": (train, demo, tasks, config),
     "Evaluate and use": (evaluate, generate, embed, report, replay),
-    "Data": (data,),
+    "Data": (data, corpora),
     "Plan and launch": (plan, launch),
     "Weights": (convert,),
     "Shell": (completion,),

@@ -5,7 +5,7 @@ import ast
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_pipelines.storage.file_system import file_system
+from data_pipelines.storage.file_system import path_exists
 from mplug2_jax.cli.common import add_command, table
 
 if TYPE_CHECKING:
@@ -77,15 +77,10 @@ def _read(name: str, size: str) -> "tuple[RunConfig, int]":
 
 
 def _path_existence(config: "RunConfig") -> dict[str, bool]:
-    """Return whether the paths of a run exist; a pattern does if it matches a file."""
+    """Return whether the paths of a run exist."""
     data = [stream.data for stream in config.streams.values()] + [each.data for each in config.evaluations.values()]
     sources = [source for each in data for source in each.sources.values()]
-    return {path: _exists(path) for source in sources for path in (source.path, source.media) if path}
-
-
-def _exists(path: str) -> bool:
-    system, plain = file_system(path)
-    return bool(system.glob(plain))
+    return {path: path_exists(path) for source in sources for path in (source.path, source.media) if path}
 
 
 def _docstring(path: Path) -> str:

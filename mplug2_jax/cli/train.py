@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from absl import logging
 
+from data_pipelines.errors import DataError
+from data_pipelines.storage.file_system import path_exists
 from data_pipelines.storage.paths import RemotePath, to_path
 from mplug2_jax.cli.common import add_command, results_table, sample_lines, table
 from mplug2_jax.cli.parsing import output_path
@@ -18,6 +20,7 @@ from mplug2_jax.errors import PREEMPTED, UserError
 
 if TYPE_CHECKING:
     from mplug2_jax.training.config import RunConfig
+    from mplug2_jax.training.workdir import WorkDir
 
 
 def add_parser(commands: Any) -> None:
@@ -74,8 +77,9 @@ def _train(config: "RunConfig", workdir: Path, overrides: Sequence[str]) -> int:
 
     initialize_distributed()
     previous = WorkDir(workdir).read_config() if WorkDir(workdir).exists() else None
-    config = with_checkpoint_sizes(config, overrides, previous)
-    results = train(config, workdir)
+    with _name_missing_files(config, WorkDir(workdir)):
+        config = with_checkpoint_sizes(config, overrides, previous)
+        results = train(config, workdir)
     if not is_primary_process():
         return 0
     from mplug2_jax.report import write_report
@@ -86,6 +90,25 @@ def _train(config: "RunConfig", workdir: Path, overrides: Sequence[str]) -> int:
     print(f"report: {write_report(workdir)}")
     print(f"\n{table(next_steps(config, workdir), ('next', 'command'))}")
     return 0
+
+
+@contextlib.contextmanager
+def _name_missing_files(config: "RunConfig", workdir: "WorkDir") -> Iterator[None]:
+    """Replace an error of a run that has not begun by one that names all files it lacks, if these are several."""
+    try:
+        yield
+    except (UserError, DataError) as error:
+        data = [stream.data for stream in config.streams.values()] + [each.data for each in config.evaluations.values()]
+        sources = [source for each in data for source in each.sources.values()]
+        paths = [path for source in sources for path in (source.path, source.media)]
+        read = dict.fromkeys([*paths, config.tokenizer.path, config.init_from])
+        missing = [] if workdir.exists() else [path for path in read if path and not path_exists(path)]
+        if len(missing) < 2:
+            raise
+        raise UserError(
+            f"{len(missing)} of the files and folders that this run reads do not exist: {', '.join(missing)}; put them "
+            "there, or change their paths (mplug2 corpora and mplug2 tasks print where to get them)"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -8,9 +8,18 @@ from mplug2_jax.generation.config import SearchConfig
 from mplug2_jax.model.config import SIZES, ModelConfig, RematConfig, model_config
 from mplug2_jax.objectives.config import DistillationConfig, MlmConfig, ScstConfig, VlcConfig, VlmConfig
 from mplug2_jax.parallel.config import MeshConfig
-from mplug2_jax.recipes.base import ClassNames, TaskData, check_size, file_source, read_class_names
+from mplug2_jax.recipes.base import (
+    ClassNames,
+    TaskData,
+    check_size,
+    data_folder,
+    file_source,
+    parse_variant,
+    read_class_names,
+)
 from mplug2_jax.recipes.captioning import caption_recipe
 from mplug2_jax.recipes.classification import classification_recipe
+from mplug2_jax.recipes.corpora import corpus_sources
 from mplug2_jax.recipes.glue import glue_recipe
 from mplug2_jax.recipes.grounding import grounding_recipe
 from mplug2_jax.recipes.question_answering import vqa_recipe
@@ -34,8 +43,9 @@ __all__ = [
     "SIZES", "AdamWConfig", "CheckpointConfig", "ClassNames", "DataConfig", "DistillationConfig", "EvaluationConfig",
     "ExampleConfig", "FaultConfig", "InstructionConfig", "Kind", "LoraConfig", "MeshConfig", "MlmConfig", "ModelConfig",
     "ProfileConfig", "RematConfig", "RunConfig", "ScheduleConfig", "ScstConfig", "SearchConfig", "SourceConfig",
-    "StreamConfig", "TaskData", "TaskSettings", "TokenizerConfig", "UserError", "VisualConfig", "VlcConfig",
-    "VlmConfig", "as_recipe", "build", "caption_recipe", "check_size", "classification_recipe", "did_you_mean",
-    "file_source", "glue_recipe", "grounding_recipe", "load_recipe", "model_config", "read_class_names",
-    "released_recipe", "retrieval_recipe", "summarization_recipe", "vqa_recipe",
+    "StreamConfig", "TaskData", "TaskSettings", "TokenizerConfig", "UserError", "VisualConfig",
+    "VlcConfig", "VlmConfig", "as_recipe", "build", "caption_recipe", "check_size", "classification_recipe",
+    "corpus_sources", "data_folder", "did_you_mean", "file_source", "glue_recipe", "grounding_recipe", "load_recipe",
+    "model_config", "parse_variant", "read_class_names", "released_recipe", "retrieval_recipe", "summarization_recipe",
+    "vqa_recipe",
 ]  # fmt: skip
