@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import logging
 
-from data_pipelines.errors import DataError
+from data_pipelines.errors import DataError, StorageUnavailableError
 from data_pipelines.storage.file_system import path_exists
 from data_pipelines.storage.paths import RemotePath, to_path
 from mplug2_jax.cli.common import add_command, results_table, sample_lines, table
@@ -102,13 +102,21 @@ def _name_missing_files(config: "RunConfig", workdir: "WorkDir") -> Iterator[Non
         sources = [source for each in data for source in each.sources.values()]
         paths = [path for source in sources for path in (source.path, source.media)]
         read = dict.fromkeys([*paths, config.tokenizer.path, config.init_from])
-        missing = [] if workdir.exists() else [path for path in read if path and not path_exists(path)]
+        missing = [] if workdir.exists() else [path for path in read if path and _is_missing(path)]
         if len(missing) < 2:
             raise
         raise UserError(
             f"{len(missing)} of the files and folders that this run reads do not exist: {', '.join(missing)}; put them "
             "there, or change their paths (mplug2 corpora and mplug2 tasks print where to get them)"
         ) from error
+
+
+def _is_missing(path: str) -> bool:
+    """Return whether a path does not exist; one that is invalid or cannot be looked up has an error of its own."""
+    try:
+        return not path_exists(path)
+    except (DataError, OSError, StorageUnavailableError, ValueError):
+        return False
 
 
 @contextlib.contextmanager

@@ -125,6 +125,7 @@ convert verify ROOT/out/half
 """
 
 
+@pytest.mark.slow
 def test_commands_do_in_a_bucket_what_they_do_on_a_disk(places: Places, recipes: Path) -> None:
     for root in places:
         (root / "text" / "evaluations" / "2" / "more_words.json").unlink()  # for eval --follow
@@ -153,6 +154,7 @@ def test_commands_do_in_a_bucket_what_they_do_on_a_disk(places: Places, recipes:
     assert [name for name in local if remote[name] != local[name]] == []
 
 
+@pytest.mark.slow
 def test_a_run_with_all_paths_in_a_bucket_loads_the_program_compiled_there(places: Places, trained: TrainedRun) -> None:
     values = {"ROOT": places.remote, "RECIPE": trained.recipe}
     planned = run(
