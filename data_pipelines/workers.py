@@ -171,9 +171,10 @@ class _Groups(grain.MapDataset[Any]):
 
 
 def _group_size(config: DataConfig, multiple: int) -> int:
-    """Return how many items a worker sends at a time: a divisor of ``multiple`` whose arrays have a moderate size."""
-    limit = max(1, MAX_GROUP_BYTES // max(1, example_bytes(config)))
-    return max(size for size in range(1, min(multiple, limit, MAX_GROUP) + 1) if multiple % size == 0)
+    """Return how many items a worker sends at a time: a divisor of ``multiple`` that fits what is kept ready."""
+    fitting = MAX_GROUP_BYTES // max(1, example_bytes(config))
+    limit = min(multiple, MAX_GROUP, fitting, config.prefetch // config.num_workers)
+    return max(size for size in range(1, max(1, limit) + 1) if multiple % size == 0)
 
 
 def _detach(item: Any) -> tuple[Arrays, Any]:

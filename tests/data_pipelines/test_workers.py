@@ -27,7 +27,7 @@ from data_pipelines.errors import DataError, DataWorkerError
 from data_pipelines.loader import EvaluationSet, LoadedBatch, Stream
 from data_pipelines.order import HostShards, HostSlice
 from data_pipelines.tokenizers import train_wordpiece
-from data_pipelines.workers import check_workers, example_bytes, fit_prefetch, prefetched
+from data_pipelines.workers import _group_size, check_workers, example_bytes, fit_prefetch, prefetched
 
 from .worlds import encode_media, records, write_tar
 
@@ -265,6 +265,18 @@ def test_examples_that_are_kept_ready_share_the_memory_of_a_host(config: DataCon
     half = fit_prefetch(configs, needed // 2)
     assert {name: each.prefetch for name, each in half.items()} == {"video": 4, "text": 50}
     assert fit_prefetch(configs, 0)["video"].prefetch == 1
+
+
+@pytest.mark.parametrize(
+    ("multiple", "prefetch", "side", "size"),
+    [(12, 64, 96, 12), (64, 64, 96, 32), (64, 8, 96, 4), (12, 1, 96, 1), (12, 64, 512, 1), (7, 10, 96, 1)],
+    ids=["a batch", "half of what is kept ready", "little is kept ready", "nothing to spare", "large frames", "prime"],
+)
+def test_groups_divide_a_batch_and_fit_what_is_kept_ready(
+    multiple: int, prefetch: int, side: int, size: int, config: DataConfig
+) -> None:
+    visual = VisualConfig(image_size=side, num_frames=4)
+    assert _group_size(with_workers(config, 2, prefetch=prefetch, visual=visual), multiple) == size
 
 
 def test_workers_are_checked_against_the_machine(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
