@@ -1,13 +1,13 @@
-"""What it takes to feed a host: costs of an example, needs of the shipped recipes, and throughput.
+"""Benchmark the input pipeline: CPU and GIL time of an example, cores per host for pretraining, and throughput.
 
     python benchmarks/feed.py
     python benchmarks/feed.py --images 64 --videos 4      # quick
 
 Clips are H.264 of 640 x 360 pixels, 16 of 300 frames; pictures are JPEGs of 512 x 384; the transform is "train" at 224
-pixels. Printed are: CPU time of an example, and how much of it holds the interpreter's lock; cores that a host of each
-accelerator needs for the pretraining recipes; the pipeline relative to a minimal loop of the same decoder and resizes;
-two workers relative to one, where two processes of the minimal loop show what the machine gives; other loaders, if they
-are installed; and the fraction of a training run that waits for data. Ratios are measured in one run, interleaved.
+pixels. Printed are: CPU time of an example, and how much of it holds the GIL; cores that a host of each accelerator
+needs for the pretraining recipes; the pipeline relative to a minimal loop of the same decoder and resizes; two workers
+relative to one, where two processes of the minimal loop show what the machine gives; other loaders, if they are
+installed; and the fraction of a training run that waits for data. Ratios are measured in one run, interleaved.
 """
 
 import argparse
@@ -109,10 +109,10 @@ def open_stream(path: Path, kind: str, batch: int, **fields: Any) -> Stream:
     return Stream(config, TOKENIZER, name="benchmark", seed=0)
 
 
-class LockProbe:
-    """A thread that wakes up every millisecond, and notes whether the interpreter's lock was held then.
+class GilSampler:
+    """A thread that wakes up every millisecond, and counts how often another thread holds the GIL then.
 
-    It was if waking up takes longer than it nearly ever does while the program sleeps.
+    It does if waking up takes longer than it nearly ever does while the program sleeps.
     """
 
     def __init__(self) -> None:
@@ -124,7 +124,7 @@ class LockProbe:
         self._delays = []
         thread = threading.Thread(target=self._run)
         interval = sys.getswitchinterval()
-        sys.setswitchinterval(10.0)  # the lock is given up by those who hold it, never taken from them
+        sys.setswitchinterval(10.0)  # threads release the GIL themselves; it is never requested from them
         thread.start()
         try:
             work()
@@ -140,15 +140,15 @@ class LockProbe:
             time.sleep(1e-3)
             self._delays.append(time.perf_counter() - start)
 
-    def fraction_held(self, work: Callable[[], object]) -> float:
-        """Return the fraction of time that the lock is held while this thread works."""
+    def gil_fraction(self, work: Callable[[], object]) -> float:
+        """Return the fraction of time that this thread holds the GIL while it works."""
         limit = float(np.quantile(self._delays_asleep, 0.98))
         return float(np.mean(np.asarray(self._sample(work)) > limit))
 
 
 def measure_costs(tars: dict[str, Path], counts: dict[str, int]) -> dict[str, float]:
-    """Print the CPU time and lock-held time of an example of each kind; return the CPU time in seconds."""
-    probe, seconds = LockProbe(), dict[str, float]()
+    """Print the CPU time and GIL time of an example of each kind; return the CPU time in seconds."""
+    sampler, seconds = GilSampler(), dict[str, float]()
     for kind, tar in tars.items():
         builder = ExampleBuilder(stream_config(tar, kind, 1), TOKENIZER, "benchmark", seed=0)
         builder.load_or_replace(RecordRef("tar", 0, 0))
@@ -158,19 +158,19 @@ def measure_costs(tars: dict[str, Path], counts: dict[str, int]) -> dict[str, fl
                 builder.load_or_replace(RecordRef("tar", 8 * index, 0))
 
         wall, cpu = time.perf_counter(), time.thread_time()
-        held = probe.fraction_held(build)
+        fraction = sampler.gil_fraction(build)
         cpu, wall = (
             (now - then) / counts[kind] for now, then in ((time.thread_time(), cpu), (time.perf_counter(), wall))
         )
         seconds[kind] = cpu
         add_row(
-            f"{kind}: CPU time of an example; with the interpreter's lock",
-            f"{1e3 * cpu:.1f} ms; {1e3 * held * wall:.1f} ms",
+            f"{kind}: CPU time of an example; with the GIL",
+            f"{1e3 * cpu:.1f} ms; {1e3 * fraction * wall:.1f} ms",
         )
     return seconds
 
 
-def print_needs(seconds: dict[str, float], mfu: float) -> None:
+def print_cores_per_host(seconds: dict[str, float], mfu: float) -> None:
     """Print what a host of each accelerator needs for the pretraining recipes at a model FLOP/s utilization."""
     rows = []
     for program in json.loads(goldens_path().read_text())["programs"]:
@@ -231,16 +231,19 @@ def read_16_frames(file: Path) -> list[Image.Image]:
         return [Image.fromarray(frame.to_ndarray(format="rgb24")) for frame in frames]
 
 
+def crop(frames: list[Image.Image], rng: np.random.Generator) -> list[np.ndarray]:
+    """Crop and resize frames, as users of other libraries would write it."""
+    width, height = frames[0].size
+    window = random_resized_crop(height, width, SIZE, rng, min_area=0.5)  # of the pipeline's size
+    box = (window.left, window.top, window.left + window.width, window.top + window.height)
+    return [np.asarray(frame.resize((SIZE, SIZE), Image.Resampling.BICUBIC, box)) for frame in frames]
+
+
 def measure_minimal_loop(files: Iterable[Path], read: Callable[[Path], list[Image.Image]]) -> float:
     """Return examples per second of the decoder and one resize per frame, and nothing else."""
     rng, count, start = np.random.default_rng(0), 0, time.perf_counter()
     for file in files:
-        frames = read(file)
-        width, height = frames[0].size
-        window = random_resized_crop(height, width, SIZE, rng, min_area=0.5)  # of the pipeline's size
-        box = (window.left, window.top, window.left + window.width, window.top + window.height)
-        for frame in frames:
-            np.asarray(frame.resize((SIZE, SIZE), Image.Resampling.BICUBIC, box))
+        crop(read(file), rng)
         count += 1
     return count / (time.perf_counter() - start)
 
@@ -310,14 +313,6 @@ def measure_batch_seconds(data: DataConfig, batch: int) -> float:
     return batch / measure_rate(stream, 8 * batch, batch)
 
 
-def crop(frames: list[Image.Image], rng: np.random.Generator) -> np.ndarray:
-    """Crop and resize frames, as users of other libraries would write it."""
-    width, height = frames[0].size
-    window = random_resized_crop(height, width, SIZE, rng, min_area=0.5)
-    box = (window.left, window.top, window.left + window.width, window.top + window.height)
-    return np.stack([np.asarray(frame.resize((SIZE, SIZE), Image.Resampling.BICUBIC, box)) for frame in frames])
-
-
 class Files:
     """A map-style dataset for PyTorch."""
 
@@ -328,7 +323,7 @@ class Files:
         return len(self._files) * self._repeats
 
     def __getitem__(self, index: int) -> np.ndarray:
-        return crop(self._read(self._files[index % len(self._files)]), np.random.default_rng(index))
+        return np.stack(crop(self._read(self._files[index % len(self._files)]), np.random.default_rng(index)))
 
 
 def read_with_torchcodec(file: Path) -> list[Image.Image]:
@@ -342,7 +337,7 @@ def read_with_torchcodec(file: Path) -> list[Image.Image]:
 def decode_sample(sample: dict[str, Any]) -> np.ndarray:
     """Return a sample of webdataset as pixels."""
     with Image.open(io.BytesIO(sample["jpg"])) as image:
-        return crop([image.convert("RGB")], np.random.default_rng(0))
+        return np.stack(crop([image.convert("RGB")], np.random.default_rng(0)))
 
 
 def compare_loaders(
@@ -400,7 +395,7 @@ def main() -> None:
         images, videos = write_images(folder, args.images), write_videos(folder, args.videos)
         image_files, video_files = (sorted((folder / name).iterdir()) for name in ("images", "videos"))
         seconds = measure_costs({"image": images, "video": videos}, {"image": args.images, "video": args.videos})
-        print_needs(seconds, args.mfu)
+        print_cores_per_host(seconds, args.mfu)
         measure_pipeline("image", images, image_files, read_jpeg, BATCH, args.repeats)
         measure_pipeline("video", videos, video_files, read_16_frames, 2, args.repeats)
         compare_loaders("image", images, image_files, read_jpeg, BATCH)

@@ -20,6 +20,7 @@ from mplug2_jax.recipes.api import (
     InstructionConfig,
     Kind,
     MeshConfig,
+    ModelConfig,
     RematConfig,
     RunConfig,
     ScheduleConfig,
@@ -39,7 +40,6 @@ BATCH_SIZES = {"tiny": (16, 8, 16), "base": (8192, 2048, 4096), "large": (16384,
 WORKERS: dict[Kind, int] = {"image": 4, "video": 16, "text": 1}
 # Parameters are sharded over this many chips and replicated beyond, so that shards stay large enough to send fast.
 MESHES = {"tiny": MeshConfig(), "base": MeshConfig(data=-1, fsdp=16), "large": MeshConfig(data=-1, fsdp=64)}
-BERT_VOCAB_SIZE = 30_522
 LEARNING_RATES = {"tiny": 1e-3, "base": 1e-4, "large": 5e-5}  # of mPLUG v1; the vision tower takes a tenth
 
 
@@ -52,11 +52,11 @@ def get_config(variant: str = "large") -> RunConfig:
     model = model_config(
         size, dropout=0.0, attention_dropout=0.0,
         remat=RematConfig(vision="dots", text="dots", fusion="dots", decoder="dots"),
-        **({"vocab_size": BERT_VOCAB_SIZE} if corpora else {}),
+        **({"vocab_size": ModelConfig.vocab_size} if corpora else {}),  # BERT's
     )  # fmt: skip
-    bert = f"bert-{'base' if size == 'tiny' else size}-uncased"
 
     # Data
+    vocabulary = data_folder() / f"bert-{'base' if size == 'tiny' else size}-uncased" / "vocab.txt"
     visual = VisualConfig(
         image_size=model.image_size, num_frames=4 if size == "tiny" else 16, sampling="random", transform="train",
         min_crop_area=0.2,
@@ -97,7 +97,7 @@ def get_config(variant: str = "large") -> RunConfig:
         name=f"pretrain_{size}{corpora and f'_{corpora}'}",
         steps=30_000,
         model=model,
-        tokenizer=TokenizerConfig(path=str(data_folder() / bert / "vocab.txt") if corpora else "", vocab_size=512),
+        tokenizer=TokenizerConfig(path=str(vocabulary) if corpora else "", vocab_size=512),
         init_from=str(data_folder() / f"clip-bert-{size}") if corpora and size != "tiny" else "",
         streams=streams,
         mesh=MESHES[size],

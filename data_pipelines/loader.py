@@ -27,7 +27,7 @@ from data_pipelines.sources.fingerprint import fingerprint
 from data_pipelines.sources.formats import open_source
 from data_pipelines.tokenizers import Tokenizer
 from data_pipelines.visual import Visual, load_visual
-from data_pipelines.workers import prefetched
+from data_pipelines.workers import prefetch
 
 HostBatch = dict[str, NDArray[Any]]
 
@@ -235,7 +235,7 @@ class Stream:
         """Yield this host's rows of the batches of step ``start_step``, ``start_step + 1``, ... without end."""
         rows: grain.MapDataset[LoadedExample] = HostSlice(self.examples, self._config.batch_size, shards, start_step)
         size = len(shards.rows(self._config.batch_size))
-        examples: Generator[LoadedExample, None, None] = prefetched(rows, self._config, size)
+        examples: Generator[LoadedExample, None, None] = prefetch(rows, self._config, size)
         with contextlib.closing(examples):
             while True:
                 yield _collate_batch(list(itertools.islice(examples, size)))
@@ -296,7 +296,7 @@ class EvaluationSet:
 
     def iter_examples(self, indices: Sequence[int]) -> Iterator[Example]:
         """Yield examples in any order, prefetched. Raises DataError if a record cannot be used."""
-        return prefetched(grain.MapDataset.source(indices).map(self.__getitem__), self._config)
+        return prefetch(grain.MapDataset.source(indices).map(self.__getitem__), self._config)
 
     def first_example(self) -> Example:
         """Return the first usable example. Raises DataError if none of those that were tried is."""
@@ -308,9 +308,7 @@ class EvaluationSet:
         rows, steps = shards.rows(size), -(-(len(self) * self.views - start) // size)
         indices: grain.MapDataset[int] = HostSlice(grain.MapDataset.range(start, start + steps * size), size, shards, 0)
         rows_of_host = indices[: steps * len(rows)].map(self._load_row)
-        loaded: Generator[Example | BadRecord | _Padding, None, None] = prefetched(
-            rows_of_host, self._config, len(rows)
-        )
+        loaded: Generator[Example | BadRecord | _Padding, None, None] = prefetch(rows_of_host, self._config, len(rows))
         with contextlib.closing(loaded):
             for step in range(steps):
                 batch = {start + step * size + row: next(loaded) for row in rows}

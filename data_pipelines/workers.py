@@ -41,7 +41,7 @@ from data_pipelines.storage.retry import retry_limit, set_retry_limit
 Item = TypeVar("Item")
 Arrays = Mapping[str, NDArray[Any]]
 
-MAX_GROUP, MAX_GROUP_BYTES = 64, 2**22
+MAX_GROUP_SIZE, MAX_GROUP_BYTES = 64, 2**22
 """Limits of what a worker sends at a time. Sending costs half a millisecond: much for an image, little for a clip."""
 MIN_SHARED_BYTES = 2**16
 """Size from which an array goes through shared memory; copying smaller ones is cheaper than a block of their own."""
@@ -52,7 +52,7 @@ _WORKER = "grain-process-prefetch"  # the beginning of the names of Grain's proc
 _FAILED = "terminated unexpectedly with exit code "  # in the error that Grain raises then
 
 
-def prefetched(items: grain.MapDataset[Item], config: DataConfig, multiple: int = 1) -> Generator[Item, None, None]:
+def prefetch(items: grain.MapDataset[Item], config: DataConfig, multiple: int = 1) -> Generator[Item, None, None]:
     """Yield the items of a data set in order, built ahead by ``config.num_workers`` processes of ``num_threads`` each.
 
     Closing the iterator ends the workers.
@@ -73,15 +73,15 @@ def prefetched(items: grain.MapDataset[Item], config: DataConfig, multiple: int 
         flags.FLAGS.mark_as_parsed()
     threads = dataclasses.replace(threads, prefetch_buffer_size=max(1, config.num_threads))
     size = _group_size(config, multiple)
-    sent = grain.experimental.WithOptionsIterDataset(
+    groups = grain.experimental.WithOptionsIterDataset(
         _Groups(items, size).to_iter_dataset(threads), grain.experimental.DatasetOptions(min_shm_size=MIN_SHARED_BYTES)
     )
     processes = grain.MultiprocessingOptions(
         num_workers=config.num_workers, per_worker_buffer_size=max(1, config.prefetch // (config.num_workers * size))
     )
-    iterator = iter(sent.mp_prefetch(processes, functools.partial(_initialize_worker, retry_limit())))
+    iterator = iter(groups.mp_prefetch(processes, functools.partial(_initialize_worker, retry_limit())))
     try:
-        with _as_main(__name__):
+        with _replace_main(__name__):
             before = _count_workers()
             received = _receive(iterator)
             deadline = time.monotonic() + _START_SECONDS
@@ -91,14 +91,14 @@ def prefetched(items: grain.MapDataset[Item], config: DataConfig, multiple: int 
             arrays, group = received
             row = itertools.count()
             for has_arrays, item in group:
-                yield _attach(_row_of(arrays, next(row)), item) if has_arrays else item
+                yield _attach(_arrays_of_row(arrays, next(row)), item) if has_arrays else item
             received = _receive(iterator)
     finally:
         iterator.close()
 
 
-def check_workers(configs: Mapping[str, DataConfig]) -> list[str]:
-    """Check that this machine can run the workers of all streams; return warnings.
+def check_workers(configs: Mapping[str, DataConfig]) -> None:
+    """Check that this machine can run the workers of all streams; log a warning if they are more than its cores.
 
     Args:
         configs: of the streams, by field.
@@ -108,7 +108,7 @@ def check_workers(configs: Mapping[str, DataConfig]) -> list[str]:
     """
     num_workers = sum(config.num_workers for config in configs.values())
     if not num_workers:
-        return []
+        return
     fields = ", ".join(f"{field}.num_workers={config.num_workers}" for field, config in configs.items())
     try:
         block = SharedMemory(create=True, size=1)
@@ -126,9 +126,8 @@ def check_workers(configs: Mapping[str, DataConfig]) -> list[str]:
             f"{needed / 2**20:,.0f} MiB; enlarge it (docker run --shm-size), reduce prefetch or set num_workers to 0"
         )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return [f"{fields}: {num_workers} workers on {cores} cores; more than cores only cost memory"] * (
-        num_workers > cores
-    )
+    if num_workers > cores:
+        logging.warning("%s: %d workers on %d cores; more than cores only cost memory", fields, num_workers, cores)
 
 
 def fit_prefetch(configs: Mapping[str, DataConfig], num_bytes: int) -> dict[str, DataConfig]:
@@ -164,7 +163,7 @@ class _Groups(grain.MapDataset[Any]):
         try:
             rows = [_detach(self._parent[i]) for i in range(start, min(start + self._size, len(self._parent)))]
         except Exception as error:
-            raise _sendable(error) from error
+            raise _make_picklable(error) from error
         arrays = [row for row, _ in rows if row]
         stacked = {name: np.stack([row[name] for row in arrays]) for name in arrays[0]} if arrays else {}
         return stacked, [(bool(row), item) for row, item in rows]
@@ -173,7 +172,7 @@ class _Groups(grain.MapDataset[Any]):
 def _group_size(config: DataConfig, multiple: int) -> int:
     """Return how many items a worker sends at a time: a divisor of ``multiple`` that fits what is kept ready."""
     fitting = MAX_GROUP_BYTES // max(1, example_bytes(config))
-    limit = min(multiple, MAX_GROUP, fitting, config.prefetch // config.num_workers)
+    limit = min(multiple, MAX_GROUP_SIZE, fitting, config.prefetch // config.num_workers)
     return max(size for size in range(1, max(1, limit) + 1) if multiple % size == 0)
 
 
@@ -186,7 +185,7 @@ def _detach(item: Any) -> tuple[Arrays, Any]:
     return example.arrays, bare if example is item else item._replace(example=bare)
 
 
-def _row_of(arrays: Arrays, row: int) -> Arrays:
+def _arrays_of_row(arrays: Arrays, row: int) -> Arrays:
     """Return the arrays of one item; small ones are copied, so that who keeps them does not keep those of others."""
     rows = {name: array[row, ...] for name, array in arrays.items()}
     return {name: array if array.nbytes >= MIN_SHARED_BYTES else array.copy() for name, array in rows.items()}
@@ -201,17 +200,17 @@ def _attach(arrays: Arrays, item: Any) -> Any:
     return whole if example is item else item._replace(example=whole)
 
 
-def _sendable(error: Exception) -> Exception:
+def _make_picklable(error: Exception) -> Exception:
     """Return an error that can be pickled: Grain would wait forever for one that cannot."""
     try:
         pickle.loads(pickle.dumps(error))  # noqa: S301  its own bytes
         return error
     except Exception:
-        sendable = RuntimeError(f"{type(error).__name__}: {error}")
+        replacement = RuntimeError(f"{type(error).__name__}: {error}")
         for note in getattr(error, "__notes__", ()):
-            sendable.add_note(note)
-        sendable.add_note("".join(traceback.format_exception(error)))
-        return sendable
+            replacement.add_note(note)
+        replacement.add_note("".join(traceback.format_exception(error)))
+        return replacement
 
 
 def _receive(iterator: Iterator[Any]) -> tuple[Arrays, list[Any]] | None:
@@ -256,7 +255,7 @@ def _end_with_parent() -> None:
 
 
 @contextlib.contextmanager
-def _as_main(module: str) -> Iterator[None]:
+def _replace_main(module: str) -> Iterator[None]:
     """Let processes that are started here import a module first, in place of the program, which may import JAX."""
     program = sys.modules["__main__"]
     sys.modules["__main__"] = sys.modules[module]

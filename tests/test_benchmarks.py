@@ -31,7 +31,7 @@ SPEEDS = r" +[\d.]+ s +[\d.]+ s +[\d.]+ +[\d.]+ +[\d.]+$"
          (r"step \(median of +2\) +[\d.]+ s", r"process +[\d.]+ GiB", r"matmul rate +[\d.]+%")),
         ("torch_runtime.py --size tiny --rounds 1", (f"^forward{SPEEDS}", f"^training step{SPEEDS}")),
         ("feed.py --images 16 --videos 2 --steps 6 --repeats 1",
-         (r"^video: CPU time of an example; with the interpreter's lock +[\d.]+ ms; [\d.]+ ms$",
+         (r"^video: CPU time of an example; with the GIL +[\d.]+ ms; [\d.]+ ms$",
           r"^pretrain:large on v5p:8x8x8 +[\d.]+ s +\d+ +\d+ +\d+$",
           r"^image: relative to a minimal loop on one core +\d+%", r"^video: two workers / one +[\d.]+x",
           r"^image, two workers: this pipeline / PyTorch DataLoader +", r"waiting for data +[\d.]+%")),

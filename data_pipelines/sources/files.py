@@ -66,6 +66,22 @@ def find_files(path: str, *suffixes: str) -> list[FoundFile]:
     return [FoundFile(system.url(name), int(info["size"] or 0), version_of(info)) for name, info in infos.items()]
 
 
+def path_exists(path: str) -> bool:
+    """Return whether a path of a source leads to something: a file, a folder, or all files of a pattern.
+
+    Raises:
+        DataError: a scheme that no installed package serves.
+        StorageUnavailableError: storage does not answer.
+    """
+    system, plain = file_system(path)
+    if "*" not in plain and not _BRACES.search(plain):
+        return system.exists(plain)
+    try:
+        return bool(find_files(path, ""))
+    except DataError:
+        return False
+
+
 def _infos_of(system: FileSystem, names: list[str]) -> dict[str, dict[str, Any]]:
     """Return the infos of files in the order of their names. Raises DataError if one is missing."""
     if system.is_local or len(names) <= _MAX_REQUESTS:

@@ -288,12 +288,6 @@ def is_local_file(path: str) -> bool:
         return False
 
 
-def path_exists(path: str) -> bool:
-    """Return whether a path or URL exists, or a pattern matches a file. Raises StorageUnavailableError."""
-    system, plain = file_system(path)
-    return bool(system.glob(plain))
-
-
 def version_of(info: Mapping[str, Any]) -> str:
     """Return what of a file's info changes when it is written again: a number, a time or a tag; empty if unknown."""
     keys = ("generation", "mtime", "ETag", "etag", "updated", "LastModified")

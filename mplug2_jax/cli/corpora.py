@@ -3,7 +3,6 @@
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from data_pipelines.storage.file_system import path_exists
 from mplug2_jax.cli.common import add_command, table
 
 if TYPE_CHECKING:
@@ -56,5 +55,7 @@ def _details(corpus: "Corpus") -> "Iterator[str]":
 
 def _paths(corpus: "Corpus") -> dict[str, bool]:
     """Return whether the paths of a corpus exist."""
+    from data_pipelines.sources.files import path_exists
+
     source = corpus.source()
     return {path: path_exists(path) for path in (source.path, source.media) if path}

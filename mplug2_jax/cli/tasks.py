@@ -5,7 +5,6 @@ import ast
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_pipelines.storage.file_system import path_exists
 from mplug2_jax.cli.common import add_command, table
 
 if TYPE_CHECKING:
@@ -78,9 +77,9 @@ def _read(name: str, size: str) -> "tuple[RunConfig, int]":
 
 def _path_existence(config: "RunConfig") -> dict[str, bool]:
     """Return whether the paths of a run exist."""
-    data = [stream.data for stream in config.streams.values()] + [each.data for each in config.evaluations.values()]
-    sources = [source for each in data for source in each.sources.values()]
-    return {path: path_exists(path) for source in sources for path in (source.path, source.media) if path}
+    from data_pipelines.sources.files import path_exists
+
+    return {path: path_exists(path) for path in config.data_paths()}
 
 
 def _docstring(path: Path) -> str:

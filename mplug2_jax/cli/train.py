@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from absl import logging
 
 from data_pipelines.errors import DataError, StorageUnavailableError
-from data_pipelines.storage.file_system import path_exists
 from data_pipelines.storage.paths import RemotePath, to_path
 from mplug2_jax.cli.common import add_command, results_table, sample_lines, table
 from mplug2_jax.cli.parsing import output_path
@@ -98,11 +97,8 @@ def _name_missing_files(config: "RunConfig", workdir: "WorkDir") -> Iterator[Non
     try:
         yield
     except (UserError, DataError) as error:
-        data = [stream.data for stream in config.streams.values()] + [each.data for each in config.evaluations.values()]
-        sources = [source for each in data for source in each.sources.values()]
-        paths = [path for source in sources for path in (source.path, source.media)]
-        read = dict.fromkeys([*paths, config.tokenizer.path, config.init_from])
-        missing = [] if workdir.exists() else [path for path in read if path and _is_missing(path)]
+        paths = [*config.data_paths(), config.tokenizer.path, config.init_from]
+        missing = [] if workdir.exists() else [path for path in paths if path and _is_missing(path)]
         if len(missing) < 2:
             raise
         raise UserError(
@@ -113,6 +109,8 @@ def _name_missing_files(config: "RunConfig", workdir: "WorkDir") -> Iterator[Non
 
 def _is_missing(path: str) -> bool:
     """Return whether a path does not exist; one that is invalid or cannot be looked up has an error of its own."""
+    from data_pipelines.sources.files import path_exists
+
     try:
         return not path_exists(path)
     except (DataError, OSError, StorageUnavailableError, ValueError):

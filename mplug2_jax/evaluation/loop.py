@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
 from jax.sharding import Mesh
 from jaxtyping import Int
 from numpy.typing import NDArray
@@ -60,8 +59,7 @@ class Evaluation:
         self._recipe, self._formats = recipe, tuple(sorted({source.format for source in config.data.sources.values()}))
         where = f"config.evaluations.{name}"
         check_batch_divisible(f"{where}.data.batch_size", config.data.batch_size, mesh)
-        for warning in check_workers({f"{where}.data": config.data}):
-            logging.warning(warning)
+        check_workers({f"{where}.data": config.data})
         task, rows = TASKS[config.task], config.per_device_batch_size * num_batch_shards(mesh)
         try:
             data = dataclasses.replace(config.data, batch_size=-(-config.data.batch_size // rows) * rows)

@@ -308,6 +308,12 @@ class RunConfig:
                     f"config.evaluations.{name}.task={evaluation.task!r}: {did_you_mean(evaluation.task, evaluable)}"
                 )
 
+    def data_paths(self) -> list[str]:
+        """Return the files and folders that streams and evaluations read."""
+        data = [*(stream.data for stream in self.streams.values()), *(each.data for each in self.evaluations.values())]
+        sources = [source for each in data for source in each.sources.values()]
+        return [path for path in dict.fromkeys(p for source in sources for p in (source.path, source.media)) if path]
+
     def _check_data(self, where: str, data: DataConfig) -> None:
         check_range(f"{where}.batch_size", data.batch_size, 1)
         for field in ("num_workers", "num_threads", "prefetch"):

@@ -286,8 +286,7 @@ def open_streams(config: RunConfig, tokenizer: Tokenizer) -> dict[str, Stream]:
     streams = {}
     data = {f"config.streams.{name}.data": stream.data for name, stream in config.streams.items()}
     data = fit_prefetch(data, int(config.prefetch_memory * 2**30))
-    for warning in check_workers(data):
-        logging.warning(warning)
+    check_workers(data)
     for name, stream in config.streams.items():
         where = f"config.streams.{name}"
         try:

@@ -7,11 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from data_pipelines.config import Format, SourceConfig, VisualConfig
+from PIL import Image
+
+from data_pipelines.config import Format, Kind, SourceConfig, VisualConfig
 from data_pipelines.convert import encode_frames
 from data_pipelines.digitworld.source import DigitWorld
 from data_pipelines.record import Record, Source
 from data_pipelines.sources.formats import open_source
+from data_pipelines.sources.webdataset import WebDatasetSource
 
 SIZE = 16
 
@@ -62,3 +65,15 @@ def img2dataset(path: Path, count: int = 6, start: int = 0) -> list[Record]:
         }  # fmt: skip
     write_tar(path, members)
     return written
+
+
+def keys_of(path: Path | str, index: Path | str = "", kind: Kind = "image") -> list[str]:
+    """Return the keys of all samples of tars."""
+    source = WebDatasetSource(str(path), kind, str(index))
+    return [source[i].key for i in range(len(source))]
+
+
+def png(name: str) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), name).save(file, "PNG")
+    return file.getvalue()

@@ -31,7 +31,7 @@ RENEW_SECONDS = 10.0
 STALE_SECONDS = 45.0
 """A lock that was not renewed for this long belongs to a dead holder."""
 RELEASE_SECONDS = 5.0
-"""How long a run that ends tries to delete its lock; if storage does not answer, the next run takes the lock over."""
+"""Retry limit of the lock's deletion at the end of a run; a lock that remains expires after ``STALE_SECONDS``."""
 SETTLE_SECONDS = 0.5
 """If two processes take over a stale lock at once, the later one's file is visible after this time, and counts."""
 

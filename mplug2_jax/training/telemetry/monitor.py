@@ -65,7 +65,7 @@ class TrainMonitor:
             logging.info("compiling the train step")
             start = time.perf_counter()
             traced = run_step.trace(state, batches)
-            with ThreadPoolExecutor(1) as executor:  # XLA compiles without holding the interpreter's lock
+            with ThreadPoolExecutor(1) as executor:  # XLA compiles without the GIL
                 counting = executor.submit(self._meter.count_step, traced.jaxpr, batches)
                 memory = run_step.compile(traced)
                 counting.result()

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from data_pipelines.errors import DataError
-from data_pipelines.sources.files import find_files
+from data_pipelines.sources.files import find_files, path_exists
 from data_pipelines.storage.file_system import file_system
 from tests import fault_proxy
 
@@ -64,3 +64,17 @@ def test_files_of_a_pattern(pattern: str, root: str, proxy: fault_proxy.FaultPro
 def test_missing_files(pattern: str, message: str, root: str) -> None:
     with pytest.raises(DataError, match=message):
         find_files(f"{root}{pattern}", ".tar")
+
+
+@pytest.mark.parametrize(
+    ("path", "exists"),
+    [
+        ("a.txt", True), ("run[1]", True), ("", True), ("{0..2}.tar", True), ("{0..3}.tar", False), ("*.tar", True),
+        ("*.zip", False), ("b.txt", False), ("run1", False), ("x/y", False),
+    ],
+)  # fmt: skip
+def test_whether_a_path_exists_by_the_rules_of_sources(path: str, exists: bool, tmp_path: Path) -> None:
+    for name in ("a.txt", "0.tar", "1.tar", "2.tar"):
+        (tmp_path / name).touch()
+    (tmp_path / "run[1]").mkdir()
+    assert path_exists(f"{tmp_path}/{path}") == exists
