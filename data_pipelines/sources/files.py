@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Literal, NamedTuple
@@ -255,26 +256,58 @@ def decode_text(data: bytes, name: str) -> str:
         raise DataError(f"{name} is not {expected} text: {error.reason} in line {line}; convert it") from error
 
 
-def read_lines(files: Iterable[Path], on_progress: Callable[[int], None] = lambda num_bytes: None) -> Iterator[str]:
-    """Yield the lines of local text files without surrounding whitespace, and without empty ones.
+def read_lines(
+    files: Iterable[Path],
+    on_progress: Callable[[int], None] = lambda num_bytes: None,
+    *,
+    start: int = 0,
+    stop: int | None = None,
+) -> Iterator[str]:
+    """Yield the lines of text files without surrounding whitespace, and without empty ones.
 
-    ``on_progress`` is called with the number of bytes read so far.
+    Args:
+        files: read one after the other.
+        on_progress: called with the number of bytes read so far.
+        start: lines that begin before this byte, counted over all files, are skipped.
+        stop: lines that begin at or after this byte are skipped; None: none are.
 
     Raises:
         DataError: a file is not UTF-8; the message names its line.
     """
-    done = 0
+    file_start, done, end = 0, 0, sys.maxsize if stop is None else stop
     for path in files:
+        if start:  # sizes are requests if files are remote
+            size = path.stat().st_size
+            if file_start + size <= start:
+                file_start += size
+                continue
+        if file_start >= end:
+            return
         with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
+            if start > file_start:  # the line to which the byte before belongs began earlier
+                file.seek(start - file_start - 1)
+                file.readline()
+            position = file_start + file.tell()
+            while position < end and (line := file.readline()):
                 try:
                     text = line.decode("utf-8").strip()
                 except UnicodeDecodeError as error:
+                    number = 1 + _count_lines(path, position - file_start)
                     raise DataError(f"text file {path} is not UTF-8: {error.reason} in line {number}") from error
                 if text:
                     yield text
-                done += len(line)
+                position, done = position + len(line), done + len(line)
                 on_progress(done)
+            file_start = position
+
+
+def _count_lines(path: Path, num_bytes: int) -> int:
+    """Return how many lines end within the first bytes of a file."""
+    with path.open("rb") as file:
+        count = 0
+        while num_bytes > 0 and (block := file.read(min(num_bytes, 2**20))):
+            count, num_bytes = count + block.count(b"\n"), num_bytes - len(block)
+    return count
 
 
 def safe_join(folder: str, name: str) -> str:

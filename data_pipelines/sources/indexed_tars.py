@@ -41,7 +41,7 @@ MERGED = f"merged{SUFFIX}"
 MAX_GAP = 2**18
 """Bytes between two members of a sample up to which they are read by one request."""
 
-WORKERS = 8
+NUM_THREADS = 8
 """Tars that are scanned at the same time."""
 
 
@@ -127,7 +127,7 @@ class TarSet:
                 self._tars[file.path] = Tar(file, self._merged, row[1], row[0].samples)
         self.is_merged = len(self._tars) == len(files)
         others = [file for file in files if file.path not in self._tars]
-        with ThreadPoolExecutor(WORKERS) as pool:
+        with ThreadPoolExecutor(NUM_THREADS) as pool:
             self._tars |= {tar.file.path: tar for tar in pool.map(self._open_index, others) if tar}
 
     @property
@@ -147,8 +147,9 @@ class TarSet:
 
     def build(
         self,
+        files: Sequence[FoundFile] | None = None,
         *,
-        workers: int = WORKERS,
+        num_threads: int = NUM_THREADS,
         must_write: bool = False,
         on_progress: Callable[[int], None] = lambda done: None,
     ) -> None:
@@ -158,7 +159,8 @@ class TarSet:
         another has scanned in the meantime.
 
         Args:
-            workers: tars scanned at the same time.
+            files: those of the tars to scan; None: all that have no index.
+            num_threads: tars scanned at the same time.
             must_write: raise an error if an index cannot be written; otherwise it is kept in memory, with a warning.
             on_progress: called with the number of bytes scanned so far.
 
@@ -202,9 +204,10 @@ class TarSet:
             index = TarIndex(path if written else data)
             return Tar(file, index, 0, index.tars[0].samples)
 
-        with ThreadPoolExecutor(workers) as pool:
+        with ThreadPoolExecutor(num_threads) as pool:
             try:
-                for tar in pool.map(scan, random.sample(self.missing, len(self.missing))):
+                missing = self.missing if files is None else files
+                for tar in pool.map(scan, random.sample(missing, len(missing))):
                     self._tars[tar.file.path] = tar
             except BaseException:
                 stop.set()

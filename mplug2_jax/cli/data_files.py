@@ -1,4 +1,4 @@
-"""``mplug2 data show | validate | index | convert | chunk``: the commands that read and write data sets."""
+"""``mplug2 data show | validate | index | convert | chunk | summary``: the commands that read and write data sets."""
 
 import argparse
 import collections
@@ -6,7 +6,7 @@ import dataclasses
 import json
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +22,11 @@ if TYPE_CHECKING:
     from data_pipelines.bad_records import BadRecord
     from data_pipelines.config import DataConfig, SourceConfig
     from data_pipelines.loader import ExampleBuilder
+    from data_pipelines.preparation.jobs import Worker
+    from data_pipelines.preparation.shards import ShardManifest
+    from data_pipelines.preparation.validate import SourceChecks, ValidationReport
     from data_pipelines.record import Record, Source
     from data_pipelines.tokenizers import Tokenizer
-    from data_pipelines.validate import ValidationReport
     from mplug2_jax.training.config import RunConfig
 
 WORD_EDGES = (0, 1, 5, 10, 15, 20, 30, 50, 100, 500)
@@ -55,14 +57,13 @@ def add_parsers(kinds: Any) -> None:
     )  # fmt: skip
     check.add_argument("spec", metavar="SPEC", help="FORMAT:PATH, or a recipe: its streams and evaluations")
     _add_source(check)
-    check.add_argument(
-        "--max-bad-fraction", type=float, default=0.0, metavar="FRACTION",
-        help="fraction of a source's records that may be unusable, 0 to 1 (default: 0)",
-    )  # fmt: skip
+    _add_max_bad_fraction(check)
     check.add_argument(
         "--allow", dest="max_bad_fraction", type=float, default=argparse.SUPPRESS, help=argparse.SUPPRESS
     )  # its old name
     check.add_argument("--json", action="store_true", help="print the report as one JSON object")
+    check.add_argument("--out", type=output_path, metavar="DIR", help="with --worker: folder for what workers find")
+    _add_worker(check)
     index = add_command(
         kinds, "index", run_index,
         summary="Index WebDataset tars once, for all hosts and runs",
@@ -75,7 +76,8 @@ def add_parsers(kinds: Any) -> None:
         "--index", default="", metavar="DIR",
         help="folder for the indexes, which sources name in their field 'index' (default: next to the tars)",
     )  # fmt: skip
-    index.add_argument("--workers", type=int, default=8, help="tars scanned at a time (default: %(default)s)")
+    _add_threads(index, 8, "tars scanned at a time")
+    _add_worker(index)
     convert = add_command(
         kinds, "convert", run_convert,
         summary="Convert any source to ArrayRecord shards",
@@ -86,7 +88,8 @@ def add_parsers(kinds: Any) -> None:
     _add_source(convert)
     convert.add_argument("--out", type=output_path, required=True, metavar="DIR", help="output folder for the shards")
     convert.add_argument("--shards", type=int, default=1, help="number of files (default: %(default)s)")
-    convert.add_argument("--workers", type=int, default=2, help="files written at a time (default: %(default)s)")
+    _add_threads(convert, 2, "files written at a time")
+    _add_worker(convert)
     chunk = add_command(
         kinds, "chunk", run_chunk,
         summary="Cut text files into records of a fixed number of tokens",
@@ -98,7 +101,42 @@ def add_parsers(kinds: Any) -> None:
         "--tokenizer", type=to_path, required=True, metavar="PATH", help="vocab.txt or *.model, or its folder"
     )
     chunk.add_argument("--length", type=int, default=512, help="tokens per record (default: %(default)s)")
-    chunk.add_argument("--out", type=output_path, required=True, metavar="FILE", help="new *.array_record file")
+    chunk.add_argument(
+        "--out", type=output_path, required=True, metavar="PATH", help="new *.array_record file, or folder for shards"
+    )
+    chunk.add_argument("--shards", type=int, default=1, help="number of files in a folder (default: %(default)s)")
+    _add_worker(chunk)
+    summary = add_command(
+        kinds, "summary", run_summary,
+        summary="Join what the workers of data convert, chunk or validate wrote into a folder",
+        details="The last line is the result. Exit status 1: a file is missing, records were skipped, or more of a "
+        "validated source is unusable than --max-bad-fraction.",
+        example="mplug2 data summary gs://my-bucket/records",
+    )  # fmt: skip
+    summary.add_argument("folder", type=to_path, metavar="DIR", help="output folder of the workers")
+    _add_max_bad_fraction(summary)
+    summary.add_argument("--json", action="store_true", help="print the report as one JSON object")
+
+
+def _add_worker(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--worker", metavar="INDEX/COUNT", help="do one of COUNT shares of the work, as 0/64; mplug2 launch sets it "
+        "(default: all of it)",
+    )  # fmt: skip
+
+
+def _add_threads(parser: argparse.ArgumentParser, default: int, what: str) -> None:
+    parser.add_argument("--num-threads", type=int, default=default, help=f"{what} (default: %(default)s)")
+    parser.add_argument(
+        "--workers", dest="num_threads", type=int, default=argparse.SUPPRESS, help=argparse.SUPPRESS
+    )  # its old name
+
+
+def _add_max_bad_fraction(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--max-bad-fraction", type=float, default=0.0, metavar="FRACTION",
+        help="fraction of a source's records that may be unusable, 0 to 1 (default: 0)",
+    )  # fmt: skip
 
 
 def _add_source(parser: argparse.ArgumentParser) -> None:
@@ -145,25 +183,54 @@ def _show(config: "RunConfig", name: str, step: int, folder: Path) -> "list[Path
     return write_contact_sheet(folder / f"{name}-step{step}", name, step, stream.batch(step - 1))
 
 
+def _worker(args: argparse.Namespace) -> "Worker":
+    from data_pipelines.preparation.jobs import Worker, parse_worker
+
+    return parse_worker(args.worker) if args.worker else Worker()
+
+
 def run_validate(args: argparse.Namespace) -> int:
     """Print the reports; return 1 if more of a source is unusable than allowed."""
+    from data_pipelines.preparation.validate import SourceChecks, validate
     from data_pipelines.sources.formats import FORMATS
-    from data_pipelines.validate import validate
 
     check_range("--max-bad-fraction", args.max_bad_fraction, 0, 1)
+    if bool(args.worker) != bool(args.out):
+        raise UserError("--worker and --out need each other: workers write into a folder, which data summary reads")
     recipe = args.spec.partition(":")[0] not in FORMATS
     if args.overrides and not recipe:
         raise UserError(f"{args.overrides[0]} is for recipes, and {args.spec} is not one; use --kind, --media, --split")
+    sources = (
+        SourceChecks(builder, name, source, f"{prefix}{name}", data.visual.views, warnings if name == first else ())
+        for prefix, data, builder, warnings in (_recipe_data(args) if recipe else _single_source(args))
+        for first in [next(iter(data.sources))]  # the warnings of opening the sources are reported once
+        for name, source in data.sources.items()
+    )
+    if args.worker:
+        return _validate_share(list(sources), args)
     reports: list[_SourceReport] = []
-    for prefix, data, builder, warnings in _recipe_data(args) if recipe else _single_source(args):
-        for name, source in data.sources.items():
-            with Progress(len(builder.sources[name]), "record", desc=f"{prefix}{name}") as progress:
-                report = validate(builder, name, views=data.visual.views, on_progress=progress.update)
-            changed = _changed_shards(source.path) if source.format == "array_record" else []
-            reports.append(_SourceReport(f"{prefix}{name}", report, warnings, changed))
-            warnings = []  # those of opening the sources are reported once
-            if not args.json:
-                print(reports[-1].text(), flush=True)
+    for checks in sources:
+        with Progress(len(checks.source), "record", desc=checks.title) as progress:
+            reports.append(_SourceReport(checks.title, validate(checks, progress.update)))
+        if not args.json:
+            print(reports[-1].text(), flush=True)
+    return _print_result(reports, args)
+
+
+def _validate_share(sources: "list[SourceChecks]", args: argparse.Namespace) -> int:
+    from data_pipelines.preparation.validate import count_share, validate_share
+
+    worker = _worker(args)
+    names = ("spec", "kind", "media", "split", "max_records", "overrides")
+    records = count_share(sources, worker)
+    with Progress(records, "record", desc="validating") as progress:
+        validate_share(sources, {name: getattr(args, name) for name in names}, args.out, worker, progress.update)
+    print(f"{args.out}: worker {args.worker} checked {records:,} records")
+    return 0
+
+
+def _print_result(reports: "list[_SourceReport]", args: argparse.Namespace) -> int:
+    """Print the reports as JSON, or the line about all of them; return 1 if more is unusable than allowed."""
     records = sum(source.report.records for source in reports)
     errors = sum((source.report.errors for source in reports), collections.Counter[str]())
     failed = [source.name for source in reports if source.failed(args.max_bad_fraction)]
@@ -175,11 +242,11 @@ def run_validate(args: argparse.Namespace) -> int:
         }  # fmt: skip
         print(json.dumps(content, indent=1))
     else:
-        errors["changed files"] = sum(len(source.changed_files) for source in reports)
+        errors["changed files"] = sum(len(source.report.changed_files) for source in reports)
         causes = ", ".join(f"{count:,} {cause}" for cause, count in errors.items() if count)
         unusable = sum(source.report.errors.total() for source in reports)
         result = f"{unusable:,} of {records:,} records unusable: {causes}"
-        noted = "; warnings above" if any(source.warnings for source in reports) else ""
+        noted = "; warnings above" if any(source.report.warnings for source in reports) else ""
         print(f"{result if causes else f'OK: all {records:,} records are usable'}{noted}")
     return 1 if failed else 0
 
@@ -190,12 +257,11 @@ class _SourceReport:
 
     name: str
     report: "ValidationReport"
-    warnings: Sequence[str]  # on opening it
-    changed_files: Sequence[str]  # files that do not match their checksums
 
     def failed(self, max_bad_fraction: float) -> bool:
         """Return whether more records are unusable than allowed, or a file changed."""
-        return bool(self.changed_files) or self.report.errors.total() > max_bad_fraction * self.report.records
+        report = self.report
+        return bool(report.changed_files) or report.errors.total() > max_bad_fraction * report.records
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as JSON values."""
@@ -204,16 +270,16 @@ class _SourceReport:
         return {
             "name": self.name, "records": report.records, "usable": report.usable, "images": report.images,
             "videos": report.videos, "errors": report.errors, "bad_records": bad_records,
-            "duplicate_keys": report.duplicate_keys, "warnings": self.warnings, "changed_files": self.changed_files,
+            "duplicate_keys": report.duplicate_keys, "warnings": report.warnings, "changed_files": report.changed_files,
         }  # fmt: skip
 
     def text(self) -> str:
         """Return the report as text."""
-        from data_pipelines.validate import histogram
+        from data_pipelines.preparation.validate import histogram
 
         report = self.report
         lines = [f"{report.records:,} records, {report.images:,} encoded images, {report.videos:,} encoded videos"]
-        lines += [f"warning: {warning}" for warning in self.warnings]
+        lines += [f"warning: {warning}" for warning in report.warnings]
         lines += [f"{count:,} {cause}" for cause, count in report.errors.items()]
         lines += [f"  {record.key}: {record.reason}" for record in report.bad_records[:MAX_PRINTED]]
         if report.errors.total() > MAX_PRINTED:
@@ -221,7 +287,7 @@ class _SourceReport:
         if report.duplicate_keys:
             keys = ", ".join(report.duplicate_keys[:MAX_PRINTED])
             lines.append(f"{len(report.duplicate_keys):,} keys shared by several records: {keys}")
-        for file in self.changed_files:
+        for file in report.changed_files:
             lines.append(f"{file} has changed: its sha256 differs from that in its manifest; convert it again")
         for title, values, edges, unit in (
             ("text lengths", report.text_lengths, WORD_EDGES, "words"),
@@ -235,15 +301,6 @@ class _SourceReport:
 def _printable(text: str) -> str:
     """Return a text with control characters escaped, and those that a terminal cannot encode."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-
-
-def _changed_shards(path: str) -> list[str]:
-    """Return the files that do not match the checksums of their manifests; files without a manifest are skipped."""
-    from data_pipelines.convert import check_shard
-    from data_pipelines.sources.array_record import SUFFIX
-    from data_pipelines.sources.files import find_files
-
-    return [file.path for file in find_files(path, SUFFIX) if check_shard(to_path(file.path)) is False]
 
 
 DataSet = tuple[str, "DataConfig", "ExampleBuilder", list[str]]
@@ -309,22 +366,30 @@ def run_index(args: argparse.Namespace) -> int:
     from data_pipelines.sources.files import find_files
     from data_pipelines.sources.indexed_tars import TarSet
 
-    if args.workers < 1:
-        raise UserError(f"--workers {args.workers} should be at least 1")
+    _check_threads(args)
     if args.index:
         to_path(args.index)  # raises an error for an impossible one
     files = find_files(args.path.removeprefix("webdataset:"), ".tar")
-    tars = TarSet(files, args.index)
-    scanned = tars.missing
+    tars, worker = TarSet(files, args.index), _worker(args)
+    share = worker.share(files)
+    scanned = [file for file in share if file in tars.missing]
     with Progress(sum(file.size for file in scanned), "B", desc="scanning") as progress:
-        tars.build(workers=args.workers, must_write=True, on_progress=progress.update)
+        tars.build(scanned, num_threads=args.num_threads, must_write=True, on_progress=progress.update)
+    done = f"{len(scanned):,} scanned, {len(share) - len(scanned):,} up to date"
+    if args.worker:
+        print(f"worker {args.worker}: {len(share):,} of {len(files):,} tars; {done}")
+        return 0
     if len(files) > 1 and not tars.is_merged:
         tars.merge()
     samples = sum(map(len, tars.tars))
     path = tars.merged_path if tars.is_merged else tars.index_path(files[0])
-    print(f"{path}: {samples:,} samples in {len(files):,} tar{'s' * (len(files) != 1)}; {len(scanned):,} scanned, "
-          f"{len(files) - len(scanned):,} up to date")  # fmt: skip
+    print(f"{path}: {samples:,} samples in {len(files):,} tar{'s' * (len(files) != 1)}; {done}")
     return 0
+
+
+def _check_threads(args: argparse.Namespace) -> None:
+    if args.num_threads < 1:
+        raise UserError(f"--num-threads {args.num_threads} should be at least 1")
 
 
 class _CountingSource:
@@ -348,36 +413,100 @@ class _CountingSource:
 def run_convert(args: argparse.Namespace) -> int:
     """Write the shards, and print a line for each; return 1 if records were skipped."""
     from data_pipelines.config import VisualConfig
-    from data_pipelines.convert import convert
+    from data_pipelines.preparation.convert import convert
     from data_pipelines.sources.formats import open_source
 
-    if args.workers < 1:
-        raise UserError(f"--workers {args.workers} should be at least 1")
-    config = _source_config(args)
+    _check_threads(args)
+    config, worker = _source_config(args), _worker(args)
     source, settings = open_source(config, VisualConfig()), config.identity()
+    with Progress(-(-len(source) // worker.count), "record", desc="converting") as progress:
+        shards = convert(
+            _CountingSource(source, progress), settings, args.out, shards=args.shards, num_threads=args.num_threads,
+            worker=worker,
+        )  # fmt: skip
+        bad_records = _print_shards(shards, args)
+    return 1 if bad_records and not args.worker else 0
+
+
+def _print_shards(shards: "Iterator[tuple[Path, ShardManifest]]", args: argparse.Namespace) -> int:
+    """Print a line for each shard, the number of records, and the records that were skipped; return their number."""
     num_records, bad_records = 0, list["BadRecord"]()
-    with Progress(len(source), "record", desc="converting") as progress:
-        for path, manifest in convert(
-            _CountingSource(source, progress), settings, args.out, shards=args.shards, workers=args.workers
-        ):
-            summary = f"{manifest.records:,} records, {manifest.bytes:,} bytes, sha256 {manifest.sha256[:12]}"
-            print(f"{path}: {summary}", flush=True)
-            num_records, bad_records = num_records + manifest.records, [*bad_records, *manifest.bad_records]
-    print(f"{num_records:,} records in {args.shards:,} shards")
+    for path, manifest in shards:
+        summary = f"{manifest.records:,} records, {manifest.bytes:,} bytes, sha256 {manifest.sha256[:12]}"
+        print(f"{path}: {summary}", flush=True)
+        num_records, bad_records = num_records + manifest.records, [*bad_records, *manifest.bad_records]
+    print(f"{num_records:,} records in {args.shards:,} shards" if not args.worker else
+          f"worker {args.worker}: {num_records:,} records")  # fmt: skip
+    _print_skipped(bad_records)
+    return len(bad_records)
+
+
+def _print_skipped(bad_records: "list[BadRecord]") -> None:
     for record in bad_records[:MAX_PRINTED]:
         print(f"skipped: {record.key}: {record.reason}")
     if len(bad_records) > MAX_PRINTED:
         print(f"skipped: {len(bad_records) - MAX_PRINTED:,} more; the .json files of the shards list them")
-    return 1 if bad_records else 0
 
 
 def run_chunk(args: argparse.Namespace) -> int:
-    """Write the file, and print its number of records."""
-    from data_pipelines.corpus import write_corpus
+    """Write the file or the shards, and print the number of records."""
+    from data_pipelines.preparation.corpus import write_corpus, write_corpus_shards
+    from data_pipelines.sources.array_record import SUFFIX
     from data_pipelines.tokenizers import load_tokenizer
 
-    tokenizer = load_tokenizer(args.tokenizer)
-    with Progress(sum(path.stat().st_size for path in args.texts), "B", desc="chunking") as progress:
-        count = write_corpus(args.texts, tokenizer, args.length, args.out, progress.update)
-    print(f"{args.out}: {count:,} records of {args.length} tokens")
+    tokenizer, worker = load_tokenizer(args.tokenizer), _worker(args)
+    is_file = args.out.suffix == SUFFIX
+    if is_file and (args.worker or args.shards != 1):
+        option = f"--worker {args.worker}" if args.worker else f"--shards {args.shards}"
+        raise UserError(f"{option} with --out {args.out}: shards are written into a folder; give its name")
+    size = sum(path.stat().st_size for path in args.texts)
+    with Progress(-(-size // worker.count), "B", desc="chunking") as progress:
+        if is_file:
+            count = write_corpus(args.texts, tokenizer, args.length, args.out, progress.update)
+        else:
+            shards = write_corpus_shards(
+                args.texts, tokenizer, args.length, args.out, shards=args.shards, worker=worker,
+                on_progress=progress.update,
+            )  # fmt: skip
+            _print_shards(shards, args)
+    if is_file:
+        print(f"{args.out}: {count:,} records of {args.length} tokens")
     return 0
+
+
+def run_summary(args: argparse.Namespace) -> int:
+    """Print what all workers of a folder did; return 1 if something is missing or unusable."""
+    from data_pipelines.preparation.jobs import read_job
+    from data_pipelines.preparation.shards import summarize_shards
+    from data_pipelines.preparation.validate import read_reports
+
+    check_range("--max-bad-fraction", args.max_bad_fraction, 0, 1)
+    try:
+        job = read_job(args.folder)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(
+            f"{args.folder} has no job.json: expected the --out folder of data convert, chunk or validate with --worker"
+        ) from error
+    if job.command == "validate":
+        reports = [_SourceReport(name, report) for name, report in read_reports(args.folder).items()]
+        if not args.json:
+            print("\n".join(report.text() for report in reports))
+        return _print_result(reports, args)
+    summary = summarize_shards(args.folder)
+    shards = job.files - len(summary.missing)
+    if args.json:
+        content = {
+            "format_version": FORMAT_VERSION, "command": job.command, "records": summary.records,
+            "bytes": summary.bytes, "shards": shards, "missing": summary.missing,
+            "bad_records": [dataclasses.asdict(record) for record in summary.bad_records],
+        }  # fmt: skip
+        print(json.dumps(content, indent=1))
+    else:
+        for name in summary.missing[:MAX_PRINTED]:
+            print(f"missing: {name}")
+        if len(summary.missing) > MAX_PRINTED:
+            print(f"missing: {len(summary.missing) - MAX_PRINTED:,} more")
+        _print_skipped(summary.bad_records)
+        print(f"{summary.records:,} records, {summary.bytes:,} bytes in {shards:,} of {job.files:,} shards")
+    total = summary.records + len(summary.bad_records)
+    return 1 if summary.missing or len(summary.bad_records) > args.max_bad_fraction * total else 0

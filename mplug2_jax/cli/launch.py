@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -14,9 +15,10 @@ from mplug2_jax.cli.parsing import parse_words
 from mplug2_jax.errors import UserError, check_range, did_you_mean
 
 if TYPE_CHECKING:
+    from mplug2_jax.launch.data_job import DataJob
     from mplug2_jax.launch.job import Job, Submission
 
-MULTIPROCESS_COMMANDS = ("train", "eval", "embed")
+MULTIPROCESS_COMMANDS = ("train", "eval", "embed", "data")
 _MOUNT_HELP = "gs://BUCKET or gs://BUCKET/FOLDER to mount read-only at /gcs (default: none; gs:// paths need no mount)"
 
 
@@ -29,8 +31,8 @@ def add_parser(commands: Any) -> None:
         example="mplug2 launch local --processes 2 -- train --config demo --workdir runs/two",
     )  # fmt: skip
     _add_local(group, commands.choices)
-    _add_slurm(group)
-    _add_gke(group)
+    _add_slurm(group, commands.choices)
+    _add_gke(group, commands.choices)
     _add_tpu_vm(group)
 
 
@@ -38,7 +40,8 @@ def _add_local(group: Any, parsers: Mapping[str, argparse.ArgumentParser]) -> No
     local = add_command(
         group, "local", functools.partial(run_local, parsers=parsers),
         summary="Start a run as several processes on this machine",
-        details="Each process simulates CPU devices. When one exits, all of them are stopped.",
+        details="Each process simulates CPU devices. When one exits, all of them are stopped. A data command (convert, "
+        "validate, index, chunk) is divided among independent workers instead, and their work is joined at the end.",
         example="mplug2 launch local --processes 4 --devices-per-process 2 -- train --config demo --workdir runs/four",
     )  # fmt: skip
     local.add_argument("--processes", type=int, required=True, help="number of processes")
@@ -49,15 +52,17 @@ def _add_local(group: Any, parsers: Mapping[str, argparse.ArgumentParser]) -> No
         "--max-restarts", type=int, default=0, help="restarts of all processes after a failure (default: 0)"
     )
     local.add_argument(
-        "launched", nargs="+", metavar="COMMAND", help="after --: the train, eval or embed command to run"
+        "launched", nargs="+", metavar="COMMAND", help="after --: the train, eval, embed or data command to run"
     )
 
 
-def _add_slurm(group: Any) -> None:
+def _add_slurm(group: Any, parsers: Mapping[str, argparse.ArgumentParser]) -> None:
     slurm = add_command(
-        group, "slurm", run_slurm, config=True,
-        summary="Print the sbatch file of a training run on SLURM",
-        details="It has one task per host, and requeues itself after preemption.",
+        group, "slurm", functools.partial(run_slurm, parsers=parsers), config=True,
+        summary="Print the sbatch file of a training run on SLURM, or of data workers",
+        details="A run has one task per host, and requeues itself after preemption.\n"
+        "With --workers, the data command after -- becomes an array of independent workers: mplug2 launch slurm "
+        "--workers 64 -- data convert webdataset:shards --shards 256 --out records",
         example="mplug2 launch slurm --config demo --topology h100:64 --workdir /shared/runs/demo --time 12:00:00",
     )  # fmt: skip
     _add_job_options(slurm)
@@ -65,13 +70,16 @@ def _add_slurm(group: Any) -> None:
     slurm.add_argument("--account", help="account to charge (default: the cluster's)")
     slurm.add_argument("--time", help="time limit, as 12:00:00 (default: the partition's)")
     slurm.add_argument("--image", help="container image, for Pyxis (default: none, the environment of sbatch)")
+    _add_workers(slurm)
 
 
-def _add_gke(group: Any) -> None:
+def _add_gke(group: Any, parsers: Mapping[str, argparse.ArgumentParser]) -> None:
     gke = add_command(
-        group, "gke", run_gke, config=True,
-        summary="Print the JobSet of a training run on TPU slices on GKE",
-        details="Also prints the equivalent commands of xpk.",
+        group, "gke", functools.partial(run_gke, parsers=parsers), config=True,
+        summary="Print the JobSet of a training run on TPU slices on GKE, or the Job of data workers",
+        details="Also prints the equivalent commands of xpk.\n"
+        "With --workers, the data command after -- becomes an Indexed Job of independent workers: mplug2 launch gke "
+        "--workers 64 --image REGISTRY/mplug2:1 -- data index gs://bucket/shards",
         example="mplug2 launch gke --config demo --topology v5p:4x4x4 --workdir gs://bucket/demo "
         "--image REGISTRY/mplug2:1",
     )  # fmt: skip
@@ -86,6 +94,7 @@ def _add_gke(group: Any) -> None:
     gke.add_argument("--spot", action="store_true", help="use spot (preemptible) machines")
     gke.add_argument("--mount", help=_MOUNT_HELP)
     gke.add_argument("--cluster", default="CLUSTER", help="name of the cluster, for xpk")
+    _add_workers(gke)
 
 
 def _add_tpu_vm(group: Any) -> None:
@@ -114,7 +123,7 @@ def _add_job_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", help="without --plan: recipe, as for mplug2 train")
     parser.add_argument("--topology", help="without --plan: topology, as v5p:8x8x8 or h100:64")
     parser.add_argument("--slices", type=int, help="without --plan: number of slices (default: 1)")
-    parser.add_argument("--workdir", required=True, help="folder of the run, also gs://; resumes if it exists")
+    parser.add_argument("--workdir", help="folder of the run, also gs://; resumes if it exists")
     parser.add_argument("--name", help="name of the job (default: the last part of --workdir)")
     parser.add_argument(
         "--grace-period", type=int, help="seconds from SIGTERM to SIGKILL, to save (default: 120; for spot pods: 15)"
@@ -127,6 +136,12 @@ def _add_job_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_workers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--workers", type=int, help="number of data workers, in place of a training run")
+    parser.add_argument("--cpus", type=int, help="with --workers: CPUs of each worker (default: 4)")
+    parser.add_argument("launched", nargs="*", metavar="COMMAND", help="with --workers, after --: the data command")
+
+
 def run_local(args: argparse.Namespace, parsers: Mapping[str, argparse.ArgumentParser]) -> int:
     """Run the command as several processes and return its exit status.
 
@@ -135,6 +150,7 @@ def run_local(args: argparse.Namespace, parsers: Mapping[str, argparse.ArgumentP
         parsers: the parsers of all commands, to check the launched command once, before any process starts.
     """
     from mplug2_jax.cli.train import resolve_recipe
+    from mplug2_jax.launch.data_job import make_data_job
     from mplug2_jax.launch.local import LocalProcesses
 
     for option, least in (("processes", 1), ("devices_per_process", 1), ("max_restarts", 0)):
@@ -145,29 +161,39 @@ def run_local(args: argparse.Namespace, parsers: Mapping[str, argparse.ArgumentP
             f"{command!r} does not run on several processes: {did_you_mean(command, MULTIPROCESS_COMMANDS)}"
         )
     launched = parse_words(parsers[command], options)
-    if command == "train":
-        resolve_recipe(launched.config, launched.plan, launched.overrides)
     verbosity = {-1: ["--quiet"], 1: ["--verbose"]}.get(args.verbosity, [])
     words = [sys.executable, "-m", "mplug2_jax.cli.main", *verbosity, *args.launched]
+    if command == "data":
+        job = make_data_job(args.launched, launched, workers=args.processes)
+        if status := LocalProcesses(words, args.processes, independent=True).run(args.max_restarts):
+            return status
+        joined = parse_words(parsers["data"], job.join_command[2:])
+        return int(joined.run(joined))
+    if command == "train":
+        resolve_recipe(launched.config, launched.plan, launched.overrides)
     return LocalProcesses(words, args.processes, args.devices_per_process).run(args.max_restarts)
 
 
-def run_slurm(args: argparse.Namespace) -> int:
+def run_slurm(args: argparse.Namespace, parsers: Mapping[str, argparse.ArgumentParser]) -> int:
     """Print or submit the sbatch file."""
-    from mplug2_jax.launch.slurm import SlurmOptions, render_slurm
+    from mplug2_jax.launch.slurm import SlurmOptions, render_slurm, render_slurm_array
 
     options = SlurmOptions(partition=args.partition, account=args.account, time=args.time, image=args.image)
+    if job := _make_data_job(args, parsers):
+        return _print_or_submit(render_slurm_array(job, options), args)
     return _print_or_submit(render_slurm(_make_job(args), options), args)
 
 
-def run_gke(args: argparse.Namespace) -> int:
-    """Print or apply the JobSet."""
-    from mplug2_jax.launch.gke import SPOT_GRACE_PERIOD, GkeOptions, render_gke
+def run_gke(args: argparse.Namespace, parsers: Mapping[str, argparse.ArgumentParser]) -> int:
+    """Print or apply the JobSet, or the Job of data workers."""
+    from mplug2_jax.launch.gke import SPOT_GRACE_PERIOD, GkeOptions, render_gke, render_indexed_job
 
     options = GkeOptions(
         image=args.image, queue=args.queue, namespace=args.namespace, service_account=args.service_account,
         spot=args.spot, mount=args.mount, cluster=args.cluster,
     )  # fmt: skip
+    if data_job := _make_data_job(args, parsers):
+        return _print_or_submit(render_indexed_job(data_job, options), args)
     job = _make_job(args, SPOT_GRACE_PERIOD if args.spot else None)
     return _print_or_submit(render_gke(job, options), args)
 
@@ -181,6 +207,33 @@ def run_tpu_vm(args: argparse.Namespace) -> int:
         reserved=args.reserved, mount=args.mount,
     )  # fmt: skip
     return _print_or_submit(render_tpu_vm(_make_job(args), options), args)
+
+
+_RUN_OPTIONS = ("plan", "config", "topology", "slices", "workdir", "grace_period")
+
+
+def _make_data_job(args: argparse.Namespace, parsers: Mapping[str, argparse.ArgumentParser]) -> "DataJob | None":
+    """Return the job of the data command after ``--``; None for a training run. Raises UserError."""
+    from mplug2_jax.launch.data_job import make_data_job
+
+    if args.workers is None and not args.launched:
+        if args.cpus is not None:
+            raise UserError(f"--cpus {args.cpus} is for data workers; set --workers too, or remove it")
+        if args.workdir is None:
+            raise UserError("--workdir is missing; give the folder of the run")
+        return None
+    if args.workers is None or args.launched[:1] != ["data"]:
+        command = f"the command {' '.join(args.launched)!r}" if args.launched else "no command"
+        workers = "no --workers" if args.workers is None else f"--workers {args.workers}"
+        raise UserError(f"{workers} with {command}: expected both, as in --workers 64 -- data index gs://bucket/shards")
+    given = [f"--{name.replace('_', '-')}" for name in _RUN_OPTIONS if getattr(args, name) is not None] + args.overrides
+    if given:
+        raise UserError(f"{given[0]} is for training runs, and --workers starts data workers; remove one of them")
+    data_args = parse_words(parsers["data"], args.launched[1:])
+    return make_data_job(
+        args.launched, data_args, workers=args.workers, cpus=4 if args.cpus is None else args.cpus, name=args.name,
+        max_restarts=args.max_restarts, data_folder=os.environ.get("MPLUG2_DATA", ""),
+    )  # fmt: skip
 
 
 def _make_job(args: argparse.Namespace, default_grace_period: int | None = None) -> "Job":

@@ -1,4 +1,4 @@
-"""GKE: a JobSet for TPU slices, with the work directory in a bucket; and the equivalent commands of xpk.
+"""GKE: a JobSet for TPU slices, with the work directory in a bucket, and the equivalent commands of xpk; data workers.
 
 GKE sets the environment of the pods (``TPU_WORKER_ID``, ``TPU_WORKER_HOSTNAMES``, and for several slices
 ``MEGASCALE_*``), and JAX reads it; the JobSet sets none of it.
@@ -7,6 +7,7 @@ GKE sets the environment of the pods (``TPU_WORKER_ID``, ``TPU_WORKER_HOSTNAMES`
 import dataclasses
 
 from mplug2_jax.errors import PREEMPTED, STALLED, UNAVAILABLE, USER_ERROR, UserError
+from mplug2_jax.launch.data_job import DataJob
 from mplug2_jax.launch.job import (
     MOUNT,
     RECIPES,
@@ -45,6 +46,33 @@ class GkeOptions:
     cluster: str = "CLUSTER"  # for xpk
 
 
+def render_indexed_job(job: DataJob, options: GkeOptions) -> Submission:
+    """Render the Indexed Job of data workers.
+
+    Raises:
+        UserError: the output is not in a bucket, or Kubernetes rejects a name.
+    """
+    _check_cluster_options(options)
+    if not job.out.startswith("gs://"):
+        raise UserError(f"{job.out}: expected an output in gs://BUCKET/FOLDER, which outlives the pods")
+    bucket = parse_mount(options.mount)
+    text = render(
+        "data_job.yaml.j2",
+        name=job.name, namespace=options.namespace, queue=options.queue, service_account=options.service_account,
+        spot=options.spot, image=options.image, workers=job.workers, cpus=job.cpus, max_restarts=job.max_restarts,
+        command=[word.replace("$", "$$") for word in job.command], data_folder=job.data_folder.replace("$", "$$"),
+        user_error=USER_ERROR, bucket=bucket.name if bucket else "", mount=MOUNT,
+        mount_options=_mount_options(bucket) if bucket else "",
+    )  # fmt: skip
+    return Submission(
+        filename=f"{job.name}.yaml",
+        text=text,
+        command=("kubectl", "apply", "-f"),
+        notes=(*describe_input_paths(job.input_paths, (MOUNT,) if bucket else ()), *describe_mount(bucket)),
+        alternatives=(("when all workers have ended, join what they did", (tuple(job.join_command),)),),
+    )
+
+
 def render_gke(job: Job, options: GkeOptions) -> Submission:
     """Render the JobSet, and the commands of xpk.
 
@@ -53,11 +81,7 @@ def render_gke(job: Job, options: GkeOptions) -> Submission:
             period, or Kubernetes rejects a name.
     """
     check_tpu(job, "gke")
-    check_option("--image", options.image, IMAGE, "europe-docker.pkg.dev/project/runs/mplug2:1")
-    check_option("--queue", options.queue, _LABEL, "training")
-    check_option("--namespace", options.namespace, _LABEL, "team")
-    check_option("--service-account", options.service_account, _LABEL, "trainer")
-    check_option("--cluster", options.cluster, r"[\w-]+", "pods")
+    _check_cluster_options(options)
     check_google_workdir(job.workdir)
     spot_notes = _check_spot(job.grace_period) if options.spot else ()
     bucket, chip = parse_mount(options.mount), job.topology.chip
@@ -81,8 +105,21 @@ def render_gke(job: Job, options: GkeOptions) -> Submission:
         text=text,
         command=("kubectl", "apply", "-f"),
         alternatives=() if job.recipe else (xpk,),  # xpk cannot bundle files
-        notes=(*describe_input_paths(job, (MOUNT,) if bucket else ()), *describe_mount(bucket), *spot_notes),
+        notes=(
+            *describe_input_paths(job.input_paths, (MOUNT,) if bucket else ()),
+            *describe_mount(bucket),
+            *spot_notes,
+        ),
     )
+
+
+def _check_cluster_options(options: GkeOptions) -> None:
+    """Check the options of a cluster. Raises UserError."""
+    check_option("--image", options.image, IMAGE, "europe-docker.pkg.dev/project/runs/mplug2:1")
+    check_option("--queue", options.queue, _LABEL, "training")
+    check_option("--namespace", options.namespace, _LABEL, "team")
+    check_option("--service-account", options.service_account, _LABEL, "trainer")
+    check_option("--cluster", options.cluster, r"[\w-]+", "pods")
 
 
 def _check_spot(grace_period: int) -> tuple[str, ...]:

@@ -115,14 +115,14 @@ def make_job(plan: PlanFile, *, workdir: str, name: str | None, grace_period: in
     input_paths, data_folder = find_input_paths(run_config), os.environ.get("MPLUG2_DATA", "")
     return Job(
         config=config, recipe=recipe, input_paths=input_paths, overrides=tuple(plan.overrides), topology=topology,
-        workdir=workdir, name=_job_name(name, workdir), grace_period=grace_period, max_restarts=max_restarts,
+        workdir=workdir, name=make_job_name(name, workdir), grace_period=grace_period, max_restarts=max_restarts,
         data_folder=data_folder if any(path.startswith(data_folder) for path in input_paths) else "",
     )  # fmt: skip
 
 
-def _job_name(name: str | None, workdir: str) -> str:
-    """Return the given name, or one derived from the last part of the work directory."""
-    derived = re.sub(r"[^a-z0-9]+", "-", workdir.rstrip("/").rpartition("/")[2].lower()).strip("-")[:40].strip("-")
+def make_job_name(name: str | None, folder: str) -> str:
+    """Return the given name, or one derived from the last part of a folder. Raises UserError for an invalid one."""
+    derived = re.sub(r"[^a-z0-9]+", "-", folder.rstrip("/").rpartition("/")[2].lower()).strip("-")[:40].strip("-")
     job_name = derived if name is None else name
     if not _NAME.fullmatch(job_name):
         raise UserError(
@@ -200,15 +200,15 @@ def find_input_paths(config: RunConfig) -> dict[str, str]:
     return fields
 
 
-def describe_input_paths(job: Job, mounted: Sequence[str] | None) -> tuple[str, ...]:
-    """Return a note about each path that the job reads and that may be missing on its machines.
+def describe_input_paths(input_paths: Mapping[str, str], mounted: Sequence[str] | None) -> tuple[str, ...]:
+    """Return a note about each path that a job reads and that may be missing on its machines.
 
     Args:
-        job: the job.
+        input_paths: what names each path.
         mounted: the folders that are mounted in the containers; None: the job runs with the paths of this machine.
     """
     notes = []
-    for path, field in job.input_paths.items():
+    for path, field in input_paths.items():
         if "://" in path or any(Path(path).is_relative_to(folder) for folder in mounted or ()):
             note = "not checked here; the machines must be able to read it"
         elif mounted is not None:

@@ -1,4 +1,4 @@
-"""Run a command as several processes on this machine, with merged output and a common end."""
+"""Run a command as several processes on this machine, with merged output."""
 
 import ctypes
 import os
@@ -31,10 +31,15 @@ class LocalProcesses:
         command: the words of the command.
         num_processes: of the cluster.
         devices_per_process: simulated CPU devices of each process.
+        independent: the processes are workers of a data command instead: each gets the option ``--worker``, and no
+            other is stopped when one exits.
     """
 
-    def __init__(self, command: Sequence[str], num_processes: int, devices_per_process: int) -> None:
+    def __init__(
+        self, command: Sequence[str], num_processes: int, devices_per_process: int = 1, *, independent: bool = False
+    ) -> None:
         self._command, self._num_processes, self._devices = command, num_processes, devices_per_process
+        self._independent = independent
         self._running: list[subprocess.Popen[bytes]] = []
         self._signals: list[int] = []
 
@@ -77,8 +82,9 @@ class LocalProcesses:
         return status
 
     def _start(self, index: int, address: str) -> "subprocess.Popen[bytes]":
+        worker = ("--worker", f"{index}/{self._num_processes}") if self._independent else ()
         return subprocess.Popen(
-            self._command,
+            [*self._command, *worker],
             env=os.environ | process_environment(index, self._num_processes, self._devices, address),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -93,7 +99,7 @@ class LocalProcesses:
         while (alive := [p for p in self._running if p.poll() is None]) and time.monotonic() < deadline:
             exited = [_exit_status(p) for p in self._running if p.returncode is not None]
             failure = failure or next((status for status in exited if status), 0)
-            if exited:
+            if exited and not self._independent:
                 timeout = SHUTDOWN_TIMEOUT if failure in (0, PREEMPTED) else CRASH_TIMEOUT
                 deadline = min(deadline, time.monotonic() + timeout)
             time.sleep(0.05)

@@ -1,4 +1,4 @@
-"""SLURM: an sbatch file with one task per host, which requeues itself."""
+"""SLURM: an sbatch file with one task per host, which requeues itself; or one with an array of data workers."""
 
 import dataclasses
 from pathlib import Path
@@ -6,8 +6,9 @@ from pathlib import Path
 from data_pipelines.storage.file_system import SCHEMES
 from data_pipelines.storage.paths import to_path
 from mplug2_jax.errors import PREEMPTED, USER_ERROR, UserError
+from mplug2_jax.launch.data_job import DataJob
 from mplug2_jax.launch.job import RECIPES, Job, Submission, check_option, check_workdir, describe_input_paths
-from mplug2_jax.launch.templates import render
+from mplug2_jax.launch.templates import quote_command, render
 
 _WORD = r"[\w.,:@+-]+"
 
@@ -40,9 +41,7 @@ def render_slurm(job: Job, options: SlurmOptions) -> Submission:
             f"--topology {job.topology.name}: expected a multiple of {chips_per_node}, because all nodes are equal, "
             f"as in {chip.name}:{chips_per_node * job.topology.hosts_per_slice}"
         )
-    check_option("--partition", options.partition, _WORD, "gpu")
-    check_option("--account", options.account, _WORD, "my-project")
-    check_option("--time", options.time, r"(\d+-)?\d+(:\d+){0,2}", "12:00:00")
+    cluster_options = _check_cluster_options(options)
     _check_time(options.time, job.grace_period)
     check_option("--image", options.image, r"[\w.,:@+/#-]+", "registry.example.com#team/mplug2:1")
     # The folder of the work directory, if it is not in a bucket: all nodes have it.
@@ -51,13 +50,12 @@ def render_slurm(job: Job, options: SlurmOptions) -> Submission:
     if ":" in recipe_file:
         raise UserError(f"--workdir {workdir}: expected a path without colons, because the recipe is saved next to it")
     recipe_mount = f"{RECIPES}/{job.name}.py" if job.recipe and options.image and not shared else ""
-    cluster_options = {"partition": options.partition, "account": options.account, "time": options.time}
     gpu = chip.platform == "gpu"
     text = render(
         "slurm.sbatch.j2",
         name=job.name, nodes=job.topology.hosts_per_slice,
         gpus=chips_per_node if gpu else 0, cpus=0 if gpu else chips_per_node,
-        options={option: value for option, value in cluster_options.items() if value is not None},
+        options=cluster_options,
         container=_container_options(options.image, workdir, shared), recipe_mount=recipe_mount,
         command=job.command(recipe_mount or recipe_file), data_folder=job.data_folder,
         recipe=job.recipe.text if job.recipe else "", recipe_folder=shared or "", recipe_file=recipe_file,
@@ -68,10 +66,43 @@ def render_slurm(job: Job, options: SlurmOptions) -> Submission:
         text=text,
         command=("sbatch",),
         notes=(
-            *describe_input_paths(job, None if not options.image else [str(shared)] if shared else []),
+            *describe_input_paths(job.input_paths, None if not options.image else [str(shared)] if shared else []),
             *([] if shared else [_describe_bucket(workdir)]),
         ),
     )
+
+
+def render_slurm_array(job: DataJob, options: SlurmOptions) -> Submission:
+    """Render the sbatch file of an array of data workers.
+
+    Raises:
+        UserError: an option is invalid, or not for data workers.
+    """
+    cluster_options = _check_cluster_options(options)
+    if options.image is not None:
+        raise UserError(f"--image {options.image}: data workers run in the environment of sbatch; remove it")
+    text = render(
+        "data.sbatch.j2", name=job.name, workers=job.workers, cpus=job.cpus, options=cluster_options,
+        command=job.command, data_folder=job.data_folder, max_restarts=job.max_restarts, user_error=USER_ERROR,
+    )  # fmt: skip
+    join = quote_command(job.join_command)
+    return Submission(
+        filename=f"{job.name}.sbatch",
+        text=text,
+        command=("sbatch",),
+        notes=(*describe_input_paths(job.input_paths, None), f"{job.out}: the nodes must share it"),
+        alternatives=(("when all workers have ended, join what they did", (tuple(job.join_command),)),
+                      ("or let SLURM do it", (("sbatch", "--dependency=afterany:JOB", "--wrap", join),))),
+    )  # fmt: skip
+
+
+def _check_cluster_options(options: SlurmOptions) -> dict[str, str]:
+    """Return the options of a cluster that are set. Raises UserError."""
+    check_option("--partition", options.partition, _WORD, "gpu")
+    check_option("--account", options.account, _WORD, "my-project")
+    check_option("--time", options.time, r"(\d+-)?\d+(:\d+){0,2}", "12:00:00")
+    values = {"partition": options.partition, "account": options.account, "time": options.time}
+    return {option: value for option, value in values.items() if value is not None}
 
 
 def _describe_bucket(workdir: str) -> str:

@@ -84,7 +84,7 @@ def render_tpu_vm(job: Job, options: TpuVmOptions) -> Submission:
         command=job.command(recipe_path), recipe=job.recipe.text if job.recipe else "", recipe_file=_RECIPE_FILE,
         grace_period=job.grace_period, max_restarts=job.max_restarts, user_error=USER_ERROR, preempted=PREEMPTED,
     )  # fmt: skip
-    notes = (*describe_input_paths(job, (MOUNT,) if bucket else ()), *describe_mount(bucket))
+    notes = (*describe_input_paths(job.input_paths, (MOUNT,) if bucket else ()), *describe_mount(bucket))
     return Submission(filename=f"{job.name}.sh", text=text, command=("bash",), notes=notes)
 
 

@@ -11,7 +11,10 @@ FETCH_IMAGES = (
     "--output_format webdataset --output_folder $MPLUG2_DATA/{folder} --processes_count 16 --thread_count 64 "
     "--image_size 256"
 )
-CHUNK = "mplug2 data chunk {files} --tokenizer $MPLUG2_DATA/bert-large-uncased/vocab.txt --length 128 --out {out}"
+CHUNK = (
+    "mplug2 data chunk {files} --tokenizer $MPLUG2_DATA/bert-large-uncased/vocab.txt --length 128 --shards {shards} "
+    "--out $MPLUG2_DATA/{folder} (on many workers: mplug2 launch slurm --workers {shards} -- data chunk ...)"
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,7 +120,7 @@ CORPORA: Mapping[str, Corpus] = {
         fetch=(
             "wget https://dumps.wikimedia.org/enwiki/latest/enwiki-latest-pages-articles.xml.bz2",
             "python -m wikiextractor.WikiExtractor enwiki-latest-pages-articles.xml.bz2 -o text --no-templates",
-            CHUNK.format(files="text/*/wiki_*", out="$MPLUG2_DATA/wikipedia/0.array_record"),
+            CHUNK.format(files="text/*/wiki_*", shards=16, folder="wikipedia"),
         ),
     ),
     "web": Corpus(
@@ -126,7 +129,7 @@ CORPORA: Mapping[str, Corpus] = {
         homepage="https://huggingface.co/datasets/allenai/c4", licence="ODC-BY; Common Crawl's terms of use",
         fetch=(
             "c4/en/c4-train.*.json.gz: from the homepage; then, for each: zcat FILE | jq -r .text > FILE.txt",
-            CHUNK.format(files="c4/en/*.txt", out="$MPLUG2_DATA/web/0.array_record"),
+            CHUNK.format(files="c4/en/*.txt", shards=256, folder="web"),
         ),
     ),
 }  # fmt: skip

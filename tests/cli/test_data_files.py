@@ -245,8 +245,8 @@ REFUSED = {
     "fraction": (["validate", "webdataset:x", "--max-bad-fraction", "2"], "--max-bad-fraction=2.0 must be between 0"),
     "index": (["index", "{tmp}/x.tar"], "{tmp}/x.tar does not exist; check the path"),
     "scheme": (["index", "{tmp}", "--index", "ftp://x/y"], "ftp://x/y: expected a path on this machine, gs://BUCKET"),
-    "threads": (["index", "{tmp}", "--workers", "0"], "--workers 0 should be at least 1"),
-    "workers": (["convert", "digitworld:", "--out", "{tmp}", "--workers", "0"], "--workers 0 should be at least 1"),
+    "threads": (["index", "{tmp}", "--workers", "0"], "--num-threads 0 should be at least 1"),
+    "workers": (["convert", "digitworld:", "--out", "{tmp}", "--workers", "0"], "--num-threads 0 should be at least 1"),
     "shards": (["convert", "digitworld:", "--out", "{tmp}", "--max-records", "2", "--shards", "3"],
                "cannot write 3 shards of 2 records"),
 }  # fmt: skip

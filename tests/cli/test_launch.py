@@ -103,7 +103,7 @@ def test_a_plan_is_launched_with_its_overrides(here: Path) -> None:
             (*SLURM, "--config.mesh.tensor=5"),
             "config.mesh.fsdp=-1, config.mesh.tensor=5: 5 does not divide the 16 devices",
         ),
-        (SLURM[:4], "the following arguments are required: --workdir"),
+        (SLURM[:4], "--workdir is missing; give the folder of the run"),
         (("launch", "slurm", "--workdir", "x"), "--config is missing; give --config and --topology, or --plan"),
         ((*TPU_VM, "--spot", "--reserved"), "--reserved: not allowed with argument --spot"),
         ((*SLURM, "--workdir", "gs://b/runs/x"), "--workdir gs://b/runs/x: names of buckets have 3 to 63 characters"),

@@ -441,7 +441,7 @@ def test_every_option_that_takes_a_path_takes_a_url() -> None:
 
 
 LOCAL = {
-    "data_pipelines/convert.py": "a temporary file",
+    "data_pipelines/preparation/shards.py": "a temporary file",
     "data_pipelines/storage/": "makes the paths",
     "mplug2_jax/cli/launch.py": "writes where it was started",
     "mplug2_jax/config.py": "recipes are programs of this machine",

@@ -10,8 +10,8 @@ from typing import Any
 from PIL import Image
 
 from data_pipelines.config import Format, Kind, SourceConfig, VisualConfig
-from data_pipelines.convert import encode_frames
 from data_pipelines.digitworld.source import DigitWorld
+from data_pipelines.preparation.convert import encode_frames
 from data_pipelines.record import Record, Source
 from data_pipelines.sources.formats import open_source
 from data_pipelines.sources.webdataset import WebDatasetSource

@@ -172,15 +172,20 @@ def test_scripts_write_the_recipe_to_the_path_of_their_command(custom_plan: Plan
 def test_notes_about_inputs(custom_plan: PlanFile, tmp_path: Path) -> None:
     overrides = (*custom_plan.overrides, "--config.init_from=gs://bucket/old")
     job = job_of(PlanFile(config=custom_plan.config, overrides=overrides, topology="v6e:4x4", slices=1))
-    local, remote, missing = describe_input_paths(job, None)
+    local, remote, missing = describe_input_paths(job.input_paths, None)
     assert local.endswith("mine.py: found on this machine; the nodes must have it, too")
     assert remote == "config.init_from=gs://bucket/old: not checked here; the machines must be able to read it"
     assert missing.endswith("/data: missing on this machine; the nodes must have it")
     for mounted, only in (((), "the image"), (("/gcs",), "/gcs and the image")):
-        notes = describe_input_paths(job, mounted)
+        notes = describe_input_paths(job.input_paths, mounted)
         assert all(f"not in the containers, which have only {only}; move it to a bucket" in note for note in notes[::2])
-    assert "not checked here" in describe_input_paths(job, (str(tmp_path),))[0]
-    assert describe_input_paths(job_of(PlanFile(config="demo", overrides=(), topology="v6e:4x4", slices=1)), ()) == ()
+    assert "not checked here" in describe_input_paths(job.input_paths, (str(tmp_path),))[0]
+    assert (
+        describe_input_paths(
+            job_of(PlanFile(config="demo", overrides=(), topology="v6e:4x4", slices=1)).input_paths, ()
+        )
+        == ()
+    )
 
 
 def test_machines_have_the_data_folder_that_was_checked(

@@ -129,7 +129,7 @@ def test_errors_before_any_process_starts(repository: Path) -> None:
     train = ("train", "--config", "demo", "--workdir", "w")
     assert run("--processes", "0", "--", *train) == (2, "mplug2: error: --processes=0 must be at least 1")
     assert run("--processes", "2", "--", "generate") == (
-        2, "mplug2: error: 'generate' does not run on several processes: valid: embed, eval, train",
+        2, "mplug2: error: 'generate' does not run on several processes: valid: data, embed, eval, train",
     )  # fmt: skip
     assert run("--processes", "2", "--", "train", "--workdir", "w") == (
         2, "mplug2: error: --config is missing: name a recipe, or a --plan that has one",

@@ -1,6 +1,7 @@
 """The sbatch file on a real SLURM: two hosts train, are preempted, and the job resumes."""
 
 import json
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -33,7 +34,7 @@ def submit(cluster: SlurmCluster, folder: Path, program: str, *words: str) -> st
     (folder / "bin" / "mplug2").write_text(f"#!/bin/bash\n{program}\n")
     (folder / "bin" / "mplug2").chmod(0o755)
     file = folder / "run.sbatch"
-    done = mplug2("launch", "slurm", *words, "--name", "drill", "--out", file)
+    done = mplug2("launch", "slurm", "--name", "drill", "--out", file, *words)
     assert done.status == 0, done.err
     path = f"{folder / 'bin'}:{cluster.environment['PATH']}"
     return cluster.run("sbatch", "--parsable", file, cwd=folder, env={"PATH": path}).strip()
@@ -134,3 +135,28 @@ def test_sigterm_comes_before_the_time_limit(cluster: SlurmCluster, tmp_path: Pa
     assert (job["Restarts"], count_starts(tmp_path)) == ("1", 2)
     output = (tmp_path / f"drill-{number}.log").read_text()
     assert "exit status 75 after 0 restarts: requeued" in output
+
+
+def test_an_array_of_data_workers(cluster: SlurmCluster, tmp_path: Path) -> None:
+    """Convert with six workers on two nodes, one of which is killed at its first start, and join their work."""
+    program = (
+        f"export PYTHONPATH={':'.join(sys.path)}\n"
+        'case $* in *--worker*2/6) if [ -z "$SLURM_RESTART_COUNT" ]; then kill -KILL $$; fi ;; esac\n'
+        f'exec {sys.executable} -m mplug2_jax.cli.main "$@"'
+    )
+    out = tmp_path / "records"
+    command = ("--", "data", "convert", "digitworld:", "--max-records", "60", "--shards", "12", "--out", str(out))
+    number = submit(cluster, tmp_path, program, "--workers", "6", "--cpus", "1", *command)
+    deadline = time.monotonic() + 120
+    while (left := cluster.run("squeue", "--noheader", "--array", "--jobs", number)).strip():
+        assert time.monotonic() < deadline, left
+        time.sleep(0.5)
+    logs = {path.name: path.read_text() for path in sorted(tmp_path.glob("drill-*.log"))}
+    print(logs)
+    assert len(logs) == 6
+    assert "exit status 137 after 0 restarts: requeued" in logs[f"drill-{number}-2.log"]
+    assert all("worker " in log and "/6: 10 records" in log for log in logs.values())
+    join = mplug2("data", "summary", out)
+    print(join.out)
+    assert join.status == 0
+    assert re.fullmatch(r"60 records, [\d,]+ bytes in 12 of 12 shards\n", join.out)

@@ -54,18 +54,9 @@ def write_corpora(folder: Path) -> None:
     write_tar(folder / "webvid2m" / "00000.tar", members)
     (folder / "text.txt").write_text("a red four moves left quickly\n" * 400)
     vocabulary = str(folder / "bert-base-uncased" / "vocab.txt")
-    for name in ("wikipedia", "web"):
-        (folder / name).mkdir()
-        words = (
-            "data",
-            "chunk",
-            str(folder / "text.txt"),
-            "--tokenizer",
-            vocabulary,
-            "--length",
-            "64",
-        )  # the tiny model has 64 positions
-        assert main([*words, "--out", str(folder / name / "0.array_record")]) == 0
+    words = ["data", "chunk", str(folder / "text.txt"), "--tokenizer", vocabulary, "--shards", "2"]
+    for name in ("wikipedia", "web"):  # the tiny model has 64 positions
+        assert main([*words, "--length", "64", "--out", str(folder / name)]) == 0
 
 
 @pytest.mark.slow

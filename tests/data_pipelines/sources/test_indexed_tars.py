@@ -69,7 +69,7 @@ def test_hosts_that_start_at_the_same_time_share_the_scanning(
     monkeypatch.setattr(indexed_tars, "read_samples", scan)
     hosts = [TarSet(find_files(str(tmp_path), ".tar"), "") for _ in range(4)]
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda host: host.build(workers=1), hosts))
+        list(pool.map(lambda host: host.build(num_threads=1), hosts))
     assert set(scanned) == {file.path for file in hosts[0].files}
     assert len(scanned) < 2 * 16  # not 4 x 16
     assert all([len(tar) for tar in host.tars] == [1] * 16 for host in hosts)

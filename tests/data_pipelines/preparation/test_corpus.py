@@ -8,12 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipelines.config import DataConfig, ExampleConfig, SourceConfig
-from data_pipelines.corpus import chunk_corpus, write_corpus
 from data_pipelines.digitworld import vocabulary_texts
 from data_pipelines.errors import DataError
 from data_pipelines.examples import make_example
 from data_pipelines.loader import Stream
+from data_pipelines.preparation.corpus import chunk_corpus, write_corpus
 from data_pipelines.sources.array_record import ArrayRecordSource
+from data_pipelines.sources.files import read_lines
 from data_pipelines.tokenizers import fingerprint, train_wordpiece
 
 TOKENIZER = train_wordpiece(vocabulary_texts(60), 160)
@@ -27,7 +28,7 @@ WORDS = st.lists(
 def test_the_chunks_contain_the_text(lines: list[str], length: int, tmp_path_factory) -> None:
     path = tmp_path_factory.mktemp("corpus") / "a.txt"
     path.write_text("\n".join(lines))
-    pieces = [record.tokens for record in chunk_corpus([path], TOKENIZER, length)]
+    pieces = [record.tokens for record in chunk_corpus(read_lines([path]), TOKENIZER, length)]
     assert all(len(piece) == length for piece in pieces[:-1])
     assert all((piece[0], piece[-1]) == (TOKENIZER.cls_id, TOKENIZER.sep_id) for piece in pieces)
     whole = [token for line in lines for token in TOKENIZER.encode(line)[1:-1]]

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from data_pipelines.config import SourceConfig, VisualConfig
-from data_pipelines.convert import check_shard, convert, encode_frames
 from data_pipelines.digitworld.source import DigitWorld
 from data_pipelines.errors import DataError
+from data_pipelines.preparation.convert import convert, encode_frames
+from data_pipelines.preparation.shards import check_shard
 from data_pipelines.record import Record
 from data_pipelines.sources.array_record import ArrayRecordSource
 from data_pipelines.visual import load_visual
@@ -34,7 +35,7 @@ class FaultySource:
 
 
 def run(source: object, out: Path, shards: int = 3) -> list[Path]:
-    return [path for path, _ in convert(source, SETTINGS, out, shards=shards, workers=2)]
+    return [path for path, _ in convert(source, SETTINGS, out, shards=shards, num_threads=2)]
 
 
 @pytest.mark.parametrize("kind", ["image", "video", "text"])
@@ -86,6 +87,7 @@ def test_shards_of_an_older_version_are_kept(tmp_path: Path) -> None:
         old_names = {new: old for old, new in SourceConfig.OLD_NAMES.items()}
         manifest["source"] = {old_names.get(name, name): value for name, value in manifest["source"].items()}
         path.with_suffix(".json").write_text(json.dumps(manifest))
+    (tmp_path / "job.json").unlink()
     written = [path.stat().st_mtime_ns for path in paths]
     assert run(FaultySource(1), tmp_path) == paths
     assert [path.stat().st_mtime_ns for path in paths] == written
@@ -93,7 +95,7 @@ def test_shards_of_an_older_version_are_kept(tmp_path: Path) -> None:
 
 
 def test_unreadable_records_are_skipped_and_listed(tmp_path: Path) -> None:
-    manifests = [manifest for _, manifest in convert(FaultySource(1, 5), SETTINGS, tmp_path, shards=3, workers=1)]
+    manifests = [manifest for _, manifest in convert(FaultySource(1, 5), SETTINGS, tmp_path, shards=3, num_threads=1)]
     assert [manifest.records for manifest in manifests] == [2, 2, 4]
     reasons = [record.reason for manifest in manifests for record in manifest.bad_records]
     assert reasons == ["record 1 is gone", "record 5 is gone"]
@@ -102,8 +104,10 @@ def test_unreadable_records_are_skipped_and_listed(tmp_path: Path) -> None:
 
 def test_conversion_does_not_overwrite_other_files(tmp_path: Path) -> None:
     run(FaultySource(), tmp_path / "a")
-    with pytest.raises(DataError, match="made from another source or part of it; choose another folder"):
-        list(convert(FaultySource(), SETTINGS | {"path": "b"}, tmp_path / "a", shards=3, workers=1))
+    with pytest.raises(
+        DataError, match="the output of data convert with path='', and this one has 'b'; choose another"
+    ):
+        list(convert(FaultySource(), SETTINGS | {"path": "b"}, tmp_path / "a", shards=3, num_threads=1))
     with pytest.raises(DataError, match=r"holds data-00000-of-00003\.array_record, which is none of the 4 files"):
         run(FaultySource(), tmp_path / "a", shards=4)
     with pytest.raises(DataError, match="11 shards of 10 records; expected 1 to 10 shards"):

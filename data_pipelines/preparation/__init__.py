@@ -1,0 +1,1 @@
+"""Preparation of data sets ahead of training: conversion, chunking and validation, by one worker or by many."""
