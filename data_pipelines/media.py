@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Literal
@@ -216,4 +216,34 @@ def encode_video(frames: UInt8[np.ndarray, "t y x 3"], fps: float = 4.0, scale: 
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
+    return file.getvalue()
+
+
+def join_frames(frames: Sequence[bytes], name: str, fps: int = 25) -> bytes:
+    """Return a QuickTime video of encoded frames, PNG or JPEG, which are copied as they are.
+
+    Args:
+        frames: at least one; their sizes are checked when they are decoded.
+        name: for messages.
+        fps: frames per second.
+
+    Raises:
+        DataError: there are no frames, or the first is neither PNG nor JPEG.
+    """
+    file = io.BytesIO()
+    codec = "png" if frames and frames[0].startswith(PNG) else "mjpeg"
+    try:
+        with Image.open(io.BytesIO(frames[0]), formats=("PNG", "JPEG")) as image:
+            width, height = image.size
+    except (IndexError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{name} has no frame in PNG or JPEG ({error}); replace or remove it") from error
+    with av.open(file, "w", format="mov") as container:
+        stream = container.add_stream(codec, rate=fps)
+        stream.width, stream.height, stream.pix_fmt = width, height, "rgb24" if codec == "png" else "yuvj420p"
+        for index, frame in enumerate(frames):
+            packet = av.Packet(frame)
+            packet.stream, packet.time_base, packet.is_keyframe = stream, Fraction(1, fps), True
+            packet.pts = packet.dts = index
+            packet.duration = 1
+            container.mux_one(packet)
     return file.getvalue()

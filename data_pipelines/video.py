@@ -44,7 +44,7 @@ _LENIENT: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.
 # Containers with presentation times. In others they are known only if frames are stored in presentation order.
 _TIMED_FORMATS = frozenset({"flv", "matroska", "mov", "mpegts"})
 # Codecs with one frame per packet, and whose key frames need nothing before them.
-_KEYED_CODECS = frozenset({"av1", "h264", "hevc", "mjpeg", "mpeg4", "vp9"})
+_KEYED_CODECS = frozenset({"av1", "h264", "hevc", "mjpeg", "mpeg4", "png", "vp9"})
 # Codecs whose decoders can skip, packet by packet, frames that no other frame needs.
 _SKIPPING_CODECS = frozenset({"h264", "hevc", "mpeg4"})
 

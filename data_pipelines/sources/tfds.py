@@ -1,17 +1,22 @@
 """Data sets that TFDS has prepared as ArrayRecord files, read without TensorFlow.
 
-Features are recognized by their names, as in annotation files; class labels become their names.
+Features are recognized by their names, as in annotation files; class labels become their names. A video is a sequence
+of encoded frames without times: 25 are a second, and only those that are selected are decoded.
 """
 
+import contextlib
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Literal
+
+import numpy as np
 
 from data_pipelines.config import Kind
 from data_pipelines.errors import DataError, StorageUnavailableError
-from data_pipelines.media import Media
+from data_pipelines.media import Media, join_frames
 from data_pipelines.record import Record, check_index, locate
 from data_pipelines.sources.annotations import fields
 from data_pipelines.sources.annotations.rows import Row
@@ -19,6 +24,9 @@ from data_pipelines.sources.annotations.source import MediaContext
 from data_pipelines.sources.array_record_files import open_files
 from data_pipelines.sources.files import find_files
 from data_pipelines.storage.retry import is_transient
+
+_MEDIA_NAMES = ("image", "video")
+"""Features that hold the media of an example if it has several of a kind."""
 
 
 class TfdsSource:
@@ -41,7 +49,8 @@ class TfdsSource:
                 f"format 'tfds' needs tensorflow-datasets ({error}): pip install tensorflow-datasets"
             ) from error
         try:
-            builder = tfds.builder_from_directory(path)
+            with _videos_without_tensorflow():
+                builder = tfds.builder_from_directory(path)
         except Exception as error:  # OSError, ValueError and others for missing or damaged files
             _check_storage(error, path)
             raise DataError(
@@ -51,9 +60,20 @@ class TfdsSource:
         info = builder.info
         if split.partition("[")[0] not in info.splits:
             raise DataError(f"{path} has no split '{split}'; valid: {', '.join(info.splits)}")
+
+        class KeepFrames(tfds.decode.SkipDecoding):
+            """Return the encoded frames of a video."""
+
+            def decode_batch_example_np(self, frames: Any) -> Any:
+                return frames
+
         # Images stay encoded: they are decoded when the record is used, at the size that is needed.
-        self._images = [name for name, feature in info.features.items() if isinstance(feature, tfds.features.Image)]
-        skip = {name: tfds.decode.SkipDecoding() for name in self._images}
+        kinds = {"image": (tfds.features.Image, tfds.decode.SkipDecoding), "video": (tfds.features.Video, KeepFrames)}
+        self._media: dict[str, Literal["image", "video"]] = {
+            name: kind for name, feature in info.features.items() for kind, (type_, _) in kinds.items()
+            if isinstance(feature, type_)
+        }  # fmt: skip
+        skip = {name: kinds[kind][1]() for name, kind in self._media.items()}
         try:
             self._examples = builder.as_data_source(split, decoders=skip)
             parts = tfds.core.data_sources.base.file_instructions(info, split)
@@ -82,14 +102,19 @@ class TfdsSource:
             raise
         except Exception as error:  # protobuf raises various errors
             raise DataError(f"example {key} is damaged ({_reason(error)})") from error
-        images = {name: example.pop(name) for name in self._images}
+        media = {name: example.pop(name) for name in self._media}
         values = {name: self._to_json(name, value) for name, value in example.items()}
         record = fields.to_record(Row(self._name, index + 1, values), self._context)
-        media = None
-        if images and self._context.kind != "text":
-            name = "image" if "image" in images else next(iter(images))
-            media = Media("image", images[name], f"{key}/{name}")
-        return dataclasses.replace(record, key=key, visual_id="", media=media)
+        return dataclasses.replace(record, key=key, visual_id="", media=self._select_media(media, key))
+
+    def _select_media(self, encoded: Mapping[str, Any], key: str) -> Media | None:
+        """Return the feature of the requested kind, or else the first, which a check of the kind reports."""
+        if not encoded or self._context.kind == "text":
+            return None
+        names = sorted(encoded, key=lambda name: (self._media[name] != self._context.kind, name not in _MEDIA_NAMES))
+        kind, data = self._media[names[0]], encoded[names[0]]
+        where = f"{key}/{names[0]}"
+        return Media(kind, data if kind == "image" else join_frames(list(data), where), where)
 
     def _to_json(self, name: str, value: Any) -> Any:
         """Return a feature's value as annotation files have it."""
@@ -121,6 +146,19 @@ class _Examples:
     def __getitem__(self, index: int) -> bytes:
         part, row = locate(index, self._ends, "example")
         return self._files[part][self._parts[part].skip + row]
+
+
+@contextlib.contextmanager
+def _videos_without_tensorflow() -> Iterator[None]:
+    """Let TFDS describe videos without TensorFlow, of which it needs only the name of a dtype."""
+    from tensorflow_datasets.core.features import video_feature
+
+    tensorflow = video_feature.tf
+    video_feature.tf = SimpleNamespace(dtypes=SimpleNamespace(as_dtype=np.dtype))
+    try:
+        yield
+    finally:
+        video_feature.tf = tensorflow
 
 
 def _check_storage(error: Exception, path: str) -> None:

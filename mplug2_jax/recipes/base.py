@@ -51,11 +51,12 @@ class ClassNames(NamedTuple):
 
 
 def read_class_names(path: str, count: int) -> ClassNames:
-    """Read the classes of a data set from a JSON file below the data folder.
+    """Read the classes of a data set from a file below the data folder.
 
-    The file holds a list of labels, an object of labels and numbers as SSv2 has it, or an object of labels and names as
-    ImageNet needs it, ``{"n01440764": "tench", ...}``. Without the file, returns placeholders that match no record, so
-    that a recipe can be inspected without its data.
+    A JSON file holds a list of labels, an object of labels and numbers as SSv2 has it, or an object of labels and names
+    as ImageNet needs it, ``{"n01440764": "tench", ...}``; a ``.txt`` file, as TFDS writes, a label per line, whose name
+    has spaces for underscores. Without the file, returns placeholders that match no record, so that a recipe can be
+    inspected without its data.
 
     Raises:
         UserError: the file has other content, or another number of classes.
@@ -64,9 +65,10 @@ def read_class_names(path: str, count: int) -> ClassNames:
     if not file.is_file():
         return ClassNames(*[tuple(f"class {i} of {path}" for i in range(count))] * 2)
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        text, is_list = file.read_text(encoding="utf-8"), path.endswith(".txt")
+        content = {line: _split_words(line) for line in text.splitlines()} if is_list else json.loads(text)
         has_values = isinstance(content, dict)
-        has_names = has_values and any(not str(value).isdecimal() for value in content.values())
+        has_names = is_list or (has_values and any(not str(value).isdecimal() for value in content.values()))
         has_numbers = has_values and not has_names
         labels = sorted(content, key=lambda label: int(content[label])) if has_numbers else list(content)
         classes = ClassNames(
@@ -74,10 +76,16 @@ def read_class_names(path: str, count: int) -> ClassNames:
             tuple(_strip_brackets(content[label] if has_names else label) for label in labels),
         )
     except (ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{file}: expected a JSON list of {count} class names ({error})") from error
+        raise UserError(f"{file}: expected a list of {count} class names ({error})") from error
     if len(classes.labels) != count:
         raise UserError(f"{file} has {len(classes.labels)} classes, expected {count}")
     return classes
+
+
+def _split_words(label: str) -> str:
+    """Return a label of TFDS, as "apple_pie" or "ApplyEyeMakeup", in words."""
+    words = label.replace("_", " ")
+    return words if words != label or not label[1:2].islower() else re.sub(r"(?<=[a-z])(?=[A-Z])", " ", label).lower()
 
 
 def _strip_brackets(text: str) -> str:

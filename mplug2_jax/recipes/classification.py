@@ -1,7 +1,17 @@
 """Classification of images and videos, by a head (parts: vision, universal, classifier) or by prompts (contrast)."""
 
+from typing import Any, Literal
+
 from data_pipelines.config import InstructionConfig
-from mplug2_jax.recipes.base import ClassNames, TaskData, TaskFamily, finetune_recipe, parse_variant
+from mplug2_jax.recipes.base import (
+    ClassNames,
+    TaskData,
+    TaskFamily,
+    file_source,
+    finetune_recipe,
+    parse_variant,
+    read_class_names,
+)
 from mplug2_jax.training.config import AdamWConfig, RunConfig
 
 
@@ -40,3 +50,28 @@ def classification_recipe(
         eval_overrides={"prompts": prompts, "class_names": classes.names} if variant else {},
     )  # fmt: skip
     return finetune_recipe(name, size, data, family)
+
+
+def tfds_classification_recipe(
+    name: str, arg: str, folder: str, prompts: tuple[str, ...], *, kind: Literal["image", "video"] = "image",
+    num_classes: int, num_train: int, eval_split: str = "test", **options: Any,
+) -> RunConfig:  # fmt: skip
+    """Return a classification run on a data set that TFDS prepared with ``file_format="array_record"``.
+
+    Args:
+        name: of the recipe.
+        arg: as for :func:`classification_recipe`.
+        folder: of the data set's version, below the data folder.
+        prompts: templates with ``{label}``.
+        kind: of its media.
+        num_classes: of the data set.
+        num_train: examples of its split "train".
+        eval_split: that is evaluated.
+        options: of :func:`classification_recipe`.
+    """
+    data = TaskData(
+        train=file_source(kind, folder, format="tfds", split="train"), num_train=num_train,
+        eval={eval_split: file_source(kind, folder, format="tfds", split=eval_split)},
+    )  # fmt: skip
+    classes = read_class_names(f"{folder}/label.labels.txt", num_classes)
+    return classification_recipe(name, arg, data, classes, prompts, **options)

@@ -16,7 +16,7 @@ def test_the_list_shows_what_each_task_needs_and_whether_it_is_present(
     (tmp_path / "msrvtt_qa" / "train.json").touch()
     assert main(["tasks", "--size", "tiny"]) == 0
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line}
-    assert len(lines) == 31 + 3
+    assert len(lines) == 37 + 3
     assert "vision, temporal, text, universal, fusion, decoder" in lines["msrvtt_qa"]
     assert lines["msrvtt_qa"].endswith("2 of 3")
     assert lines["imagenet"].endswith("no")

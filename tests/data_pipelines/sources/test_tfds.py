@@ -3,12 +3,15 @@
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from data_pipelines import video
 from data_pipelines.config import SourceConfig, VisualConfig
 from data_pipelines.errors import DataError
+from data_pipelines.media import join_frames
 from data_pipelines.record import Entailment, Question, Record
 from data_pipelines.sources.formats import open_source
 from data_pipelines.visual import load_visual
@@ -21,8 +24,16 @@ VISUAL = VisualConfig(image_size=8, num_frames=1)
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tfds")
-    for builder in (builders.Digits, builders.CocoCaptions, builders.Mnli, builders.Sst2, builders.Xsum):
+    for builder in (
+        builders.Digits,
+        builders.CocoCaptions,
+        builders.Mnli,
+        builders.Sst2,
+        builders.Ucf101,
+        builders.Xsum,
+    ):
         builder(data_dir=folder, file_format="array_record").download_and_prepare()
+    builders.name_as_video(folder / "ucf101" / "1.0.0")
     return folder
 
 
@@ -41,6 +52,38 @@ def test_images_with_classes(prepared: Path) -> None:
         assert record.label == ("dark" if level < 120 else "light")
     assert len(open_tfds(prepared / "digits", split="train[:4]")) == 4
     assert "tensorflow" not in sys.modules
+
+
+def test_videos_by_random_access(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = open_tfds(prepared / "ucf101", "video")
+    assert len(source) == 4
+    decoded: list[Any] = []
+    to_rgb = video._to_rgb
+
+    def count(frame: Any, *args: Any) -> Any:
+        decoded.append(frame)
+        return to_rgb(frame, *args)
+
+    monkeypatch.setattr(video, "_to_rgb", count)
+    for i in range(4):
+        record = source[i]
+        assert record.media is not None
+        assert record.label in ("darker", "lighter")
+        visual = load_visual(record.media, VisualConfig(image_size=8, num_frames=3), np.random.default_rng(0))
+        levels = visual.frames[:, 0, 0, 0].tolist()  # PNG loses nothing
+        assert levels == ([20, 80, 140] if record.label == "lighter" else [160, 100, 40])
+        assert visual.times.tolist() == [1 / 25, 4 / 25, 7 / 25]
+    assert len(decoded) == 4 * 3
+    image = open_tfds(prepared / "ucf101", "image")[0]
+    assert image.media is not None
+    assert image.media.kind == "video"
+    assert "tensorflow" not in sys.modules
+
+
+@pytest.mark.parametrize("frames", [[], [b"GIF89a"], [b""]])
+def test_videos_without_readable_frames(frames: list[bytes]) -> None:
+    with pytest.raises(DataError, match=r"x has no frame in PNG or JPEG \(.*\); replace or remove it"):
+        join_frames(frames, "x")
 
 
 def test_captions_pairs_sentences_and_summaries(prepared: Path) -> None:

@@ -1,6 +1,8 @@
 """Small TFDS data sets with the features of the public ones. TFDS needs builders in a separate module."""
 
 import io
+import json
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -10,9 +12,9 @@ from PIL import Image
 VERSION = tfds.core.Version("1.0.0")
 
 
-def png(level: int) -> io.BytesIO:
+def png(level: int, side: int = 8) -> io.BytesIO:
     file = io.BytesIO()
-    Image.fromarray(np.full((8, 8, 3), level, np.uint8)).save(file, "PNG")
+    Image.fromarray(np.full((side, side, 3), level, np.uint8)).save(file, "PNG")
     file.seek(0)
     return file
 
@@ -80,3 +82,33 @@ class Xsum(_Builder):
 
     FEATURES: ClassVar = {"document": tfds.features.Text(), "summary": tfds.features.Text()}
     EXAMPLES: ClassVar = [{"document": "a long story", "summary": "story"}]
+
+
+class Ucf101(_Builder):
+    """Like ucf101: a video, kept as its encoded frames, and its class.
+
+    TFDS needs TensorFlow to prepare its feature Video, which stores what a sequence of images does; so this prepares
+    the latter, and ``name_as_video`` changes its name.
+    """
+
+    FEATURES: ClassVar = {
+        "video": tfds.features.Sequence(tfds.features.Image(shape=(16, 16, 3), encoding_format="png")),
+        "label": tfds.features.ClassLabel(names=["darker", "lighter"]),
+    }
+
+    def _generate_examples(self):
+        for i in range(4):
+            yield i, {"video": [png(20 * level, 16) for level in range(10)][:: -1 if i % 2 else 1], "label": 1 - i % 2}
+
+
+def name_as_video(folder: Path) -> None:
+    """Change the features of a prepared data set from a sequence of images to a Video."""
+    path = folder / "features.json"
+    content = json.loads(path.read_text())
+    content["featuresDict"]["features"]["video"] = {
+        "pythonClassName": "tensorflow_datasets.core.features.video_feature.Video",
+        "video": {
+            "shape": {"dimensions": ["-1", "16", "16", "3"]}, "dtype": "uint8", "encodingFormat": "png",
+        },
+    }  # fmt: skip
+    path.write_text(json.dumps(content))
