@@ -4,10 +4,11 @@
     python benchmarks/feed.py --images 64 --videos 4      # quick
 
 Clips are H.264 of 640 x 360 pixels, 16 of 300 frames; pictures are JPEGs of 512 x 384; the transform is "train" at 224
-pixels. Printed are: CPU time of an example, and how much of it holds the GIL; cores that a host of each accelerator
-needs for the pretraining recipes; the pipeline relative to a minimal loop of the same decoder and resizes; two workers
-relative to one, where two processes of the minimal loop show what the machine gives; other loaders, if they are
-installed; and the fraction of a training run that waits for data. Ratios are measured in one run, interleaved.
+pixels, and frames are resized by libswscale, as pretraining does. Printed are: CPU time of an example, and how much of
+it holds the GIL, also with other settings; cores that a host of each accelerator needs for the pretraining recipes; the
+pipeline relative to a minimal loop of the same decoder and resizes; two workers relative to one, where two processes of
+the minimal loop show what the machine gives; other loaders, if they are installed; and the fraction of a training run
+that waits for data. Ratios are measured in one run, interleaved.
 """
 
 import argparse
@@ -21,7 +22,7 @@ import tarfile
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -94,10 +95,13 @@ def write_videos(folder: Path, count: int) -> Path:
     return path
 
 
-def stream_config(path: Path, kind: str, batch: int, *, augment: bool = True, **fields: Any) -> DataConfig:
+def stream_config(
+    path: Path, kind: str, batch: int, *, augment: bool = True, visual: Mapping[str, Any] = {}, **fields: Any
+) -> DataConfig:
     """Return a stream that decodes, crops, augments and batches."""
     source = SourceConfig(format="webdataset", path=str(path), kind=kind)
-    visual = VisualConfig(image_size=SIZE, num_frames=16, sampling="random", transform="train", min_crop_area=0.2)
+    settings: dict[str, Any] = {"sampling": "random", "transform": "train", "min_crop_area": 0.2}
+    visual = VisualConfig(image_size=SIZE, num_frames=16, **(settings | {"video_scaler": "swscale"} | dict(visual)))
     if not augment:
         visual = dataclasses.replace(visual, sampling="uniform", flip=False, num_ops=0, min_crop_area=0.5)
     return DataConfig(sources={"tar": source}, visual=visual, examples=ExampleConfig(), batch_size=batch, **fields)
@@ -146,28 +150,51 @@ class GilSampler:
         return float(np.mean(np.asarray(self._sample(work)) > limit))
 
 
+SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "image": ("image", {}),
+    "video": ("video", {}),
+    "video resized by Pillow": ("video", {"video_scaler": "pillow"}),
+    "video, colors on the device": ("video", {"color_on_device": True}),
+    "video without RandAugment": ("video", {"num_ops": 0}),
+}
+
+
 def measure_costs(tars: dict[str, Path], counts: dict[str, int]) -> dict[str, float]:
     """Print the CPU time and GIL time of an example of each kind; return the CPU time in seconds."""
     sampler, seconds = GilSampler(), dict[str, float]()
-    for kind, tar in tars.items():
-        builder = ExampleBuilder(stream_config(tar, kind, 1), TOKENIZER, "benchmark", seed=0)
+    for name, (kind, visual) in SETTINGS.items():
+        builder = ExampleBuilder(stream_config(tars[kind], kind, 1, visual=visual), TOKENIZER, "benchmark", seed=0)
         builder.load_or_replace(RecordRef("tar", 0, 0))
 
-        def build(builder: ExampleBuilder = builder, count: int = counts[kind]) -> None:
-            for index in range(count):
-                builder.load_or_replace(RecordRef("tar", 8 * index, 0))
+        def build(builder: ExampleBuilder = builder, kind: str = kind) -> None:
+            for index in range(2 * counts[kind]):  # each file with two draws
+                builder.load_or_replace(RecordRef("tar", 4 * index, 0))
 
         wall, cpu = time.perf_counter(), time.thread_time()
         fraction = sampler.gil_fraction(build)
         cpu, wall = (
-            (now - then) / counts[kind] for now, then in ((time.thread_time(), cpu), (time.perf_counter(), wall))
-        )
-        seconds[kind] = cpu
-        add_row(
-            f"{kind}: CPU time of an example; with the GIL",
-            f"{1e3 * cpu:.1f} ms; {1e3 * fraction * wall:.1f} ms",
-        )
+            (now - then) / (2 * counts[kind])
+            for now, then in ((time.thread_time(), cpu), (time.perf_counter(), wall))
+        )  # fmt: skip
+        seconds[name] = cpu
+        add_row(f"{name}: CPU time of an example; with the GIL", f"{1e3 * cpu:.1f} ms; {1e3 * fraction * wall:.1f} ms")
+    add_row("colors of a clip on the device, here this CPU", f"{1e3 * measure_device_colors():.1f} ms")
     return seconds
+
+
+def measure_device_colors() -> float:
+    """Return the seconds that the compiled operations on colors take for a clip."""
+    import jax
+
+    from mplug2_jax.training.color_augment import apply_color_operations
+
+    frames = jax.numpy.zeros((4, 16, SIZE, SIZE, 3), "uint8")
+    operations = jax.numpy.tile(jax.numpy.array([[[0, 0.5], [5, 0.5]]]), (4, 1, 1))
+    apply = jax.jit(apply_color_operations)
+    apply(frames, operations).block_until_ready()
+    start = time.process_time()
+    apply(frames, operations).block_until_ready()
+    return (time.process_time() - start) / 4
 
 
 def print_cores_per_host(seconds: dict[str, float], mfu: float) -> None:

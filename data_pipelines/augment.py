@@ -4,14 +4,15 @@ import math
 from collections.abc import Callable, Mapping
 
 import numpy as np
-from jaxtyping import Float, UInt8
-from PIL import Image, ImageEnhance, ImageOps
+from jaxtyping import Float, Float32, UInt8
+from PIL import Image, ImageEnhance, ImageOps, ImageStat
 
 from data_pipelines.config import MAX_MAGNITUDE
 
 Frames = UInt8[np.ndarray, "t y x 3"]
 PilTransform = Callable[[Image.Image, float], Image.Image]
 Operation = Callable[[Frames, float], Frames]  # at a level from -1 to 1, whose sign is a direction for some
+ColorOperations = Float32[np.ndarray, "o 2"]  # number in DEVICE_OPERATIONS, and level
 Affine = Float[np.ndarray, "2 3"]  # from a pixel's position (x, y, 1) to its new one
 
 _GRAY = 128  # fill value
@@ -19,7 +20,8 @@ _GRAY = 128  # fill value
 
 def flip(frames: Frames) -> Frames:
     """Flip horizontally."""
-    return frames[:, :, ::-1]
+    pixels = np.ascontiguousarray(frames).view("V3")  # whole pixels are copied twice as fast as their bytes
+    return np.ascontiguousarray(pixels[:, :, ::-1]).view(np.uint8)
 
 
 def random_flip(frames: Frames, rng: np.random.Generator) -> Frames:
@@ -36,9 +38,41 @@ def rand_augment(frames: Frames, rng: np.random.Generator, *, num_ops: int, magn
         num_ops: number of operations.
         magnitude: their level, 0 to ``MAX_MAGNITUDE``.
     """
-    for name in rng.permutation(list(OPERATIONS))[:num_ops] if num_ops else ():
-        frames = OPERATIONS[name](frames, magnitude / MAX_MAGNITUDE * rng.choice((-1, 1)))
+    for name, level in _draw(rng, num_ops, magnitude):
+        frames = OPERATIONS[name](frames, level)
     return frames
+
+
+def rand_augment_for_device(
+    frames: Frames, rng: np.random.Generator, *, num_ops: int, magnitude: float
+) -> tuple[Frames, ColorOperations]:
+    """Apply the operations that :func:`rand_augment` draws, but those of ``DEVICE_OPERATIONS``; return these.
+
+    A row is the number of an operation and its level; -1 and 0 after the last.
+    """
+    operations = np.tile(np.array([[-1, 0]], np.float32), (num_ops, 1))
+    count = 0
+    for name, level in _draw(rng, num_ops, magnitude):
+        if name in DEVICE_OPERATIONS:
+            operations[count] = DEVICE_OPERATIONS.index(name), level
+            count += 1
+        else:
+            frames = OPERATIONS[name](frames, level)
+    return frames, operations
+
+
+def apply_color_operations(frames: Frames, operations: ColorOperations) -> Frames:
+    """Apply operations that :func:`rand_augment_for_device` returned."""
+    for number, level in operations.tolist():
+        if number >= 0:
+            frames = OPERATIONS[DEVICE_OPERATIONS[int(number)]](frames, level)
+    return frames
+
+
+def _draw(rng: np.random.Generator, num_ops: int, magnitude: float) -> list[tuple[str, float]]:
+    """Draw names and levels of different operations."""
+    names = rng.permutation(list(OPERATIONS))[:num_ops].tolist() if num_ops else []
+    return [(name, float(magnitude / MAX_MAGNITUDE * rng.choice((-1, 1)))) for name in names]
 
 
 def release_augment_video(frames: Frames, rng: np.random.Generator, *, flips: bool) -> Frames:
@@ -93,6 +127,31 @@ def _stacked(transform: PilTransform) -> Operation:
     return apply
 
 
+def _by_value(transform: PilTransform) -> Operation:
+    """Return an operation that changes each value alone, so that a table of 256 values has all of it."""
+
+    def apply(frames: Frames, level: float) -> Frames:
+        return _look_up(frames, lambda image: transform(image, level))
+
+    return apply
+
+
+def _look_up(frames: Frames, transform: Callable[[Image.Image], Image.Image]) -> Frames:
+    ramp = Image.fromarray(np.arange(256, dtype=np.uint8).repeat(3).reshape(1, 256, 3))
+    table = np.asarray(transform(ramp))[0, :, 0].tobytes()
+    return np.frombuffer(frames.tobytes().translate(table), np.uint8).reshape(frames.shape)
+
+
+def _contrast(frames: Frames, level: float) -> Frames:
+    """Blend with the mean gray of all frames, as Pillow does."""
+    t, y, x, _ = frames.shape
+    gray = Image.fromarray(np.ascontiguousarray(frames).reshape(t * y, x, 3)).convert("L")
+    mean = int(ImageStat.Stat(gray).mean[0] + 0.5)
+    return _look_up(
+        frames, lambda image: Image.blend(Image.new("RGB", image.size, (mean,) * 3), image, 1 + 0.9 * level)
+    )
+
+
 def _per_frame(transform: PilTransform) -> Operation:
     """Return an operation on each frame."""
     return lambda frames, level: np.stack([np.asarray(transform(Image.fromarray(frame), level)) for frame in frames])
@@ -135,10 +194,10 @@ OPERATIONS: Mapping[str, Operation] = {
     "identity": lambda frames, s: frames,
     "auto_contrast": _stacked(lambda image, s: ImageOps.autocontrast(image)),
     "equalize": _stacked(lambda image, s: ImageOps.equalize(image)),
-    "posterize": _stacked(lambda image, s: ImageOps.posterize(image, 8 - round(4 * abs(s)))),
-    "solarize": _stacked(lambda image, s: ImageOps.solarize(image, 256 - round(128 * abs(s)))),
-    "brightness": _stacked(lambda image, s: ImageEnhance.Brightness(image).enhance(1 + 0.9 * s)),
-    "contrast": _stacked(lambda image, s: ImageEnhance.Contrast(image).enhance(1 + 0.9 * s)),
+    "posterize": _by_value(lambda image, s: ImageOps.posterize(image, 8 - round(4 * abs(s)))),
+    "solarize": _by_value(lambda image, s: ImageOps.solarize(image, 256 - round(128 * abs(s)))),
+    "brightness": _by_value(lambda image, s: ImageEnhance.Brightness(image).enhance(1 + 0.9 * s)),
+    "contrast": _contrast,
     "color": _stacked(lambda image, s: ImageEnhance.Color(image).enhance(1 + 0.9 * s)),
     "sharpness": _per_frame(lambda image, s: ImageEnhance.Sharpness(image).enhance(1 + 0.9 * s)),
     "shear_x": lambda frames, s: _affine(frames, _linear(1.0, 0.3 * s, 0.0, 1.0)),
@@ -148,6 +207,9 @@ OPERATIONS: Mapping[str, Operation] = {
     "rotate": lambda frames, s: _affine(frames, _rotation(30 * s)),
 }
 """Operations of ``rand_augment``. None is a flip: left and right may matter."""
+
+DEVICE_OPERATIONS = ("auto_contrast", "posterize", "solarize", "brightness", "contrast", "color")
+"""Those that depend on a pixel's color, and on the mean or range of all colors: the device may apply them."""
 
 _RELEASED: Mapping[str, Operation] = {
     "identity": lambda frames, s: frames,

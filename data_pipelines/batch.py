@@ -17,6 +17,8 @@ class Batch(TypedDict, total=False):
 
     frames: UInt8[NpArray, "b t y x 3"]
     """Square frames; an image has t = 1."""
+    color_operations: Float[NpArray, "b o 2"]
+    """Operations to apply to ``frames`` on the device: number in ``augment.DEVICE_OPERATIONS`` (-1: none), level."""
     text: Int[NpArray, "b l"]
     """Token ids of a caption or sentence, ``[CLS] words [SEP]`` and padding 0."""
     text_mask: Bool[NpArray, "b l"]

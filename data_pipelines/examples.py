@@ -138,6 +138,8 @@ def make_example(
     answers: tuple[str, ...] = ()
     if visual is not None:
         arrays["frames"] = visual.frames
+        if visual.color_operations is not None:
+            arrays["color_operations"] = visual.color_operations
     if config.tokenization == "released":
         record = _drop_empty_texts(record, config)
     _check_record(record, config)

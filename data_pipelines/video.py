@@ -6,16 +6,20 @@ container or codec lacks the information for this, or decoding yields other fram
 is decoded from the start. Both ways give the same frames, in presentation order.
 """
 
+import contextlib
 import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager
+from fractions import Fraction
 from io import BytesIO
 from typing import Any
 
 import av
 import numpy as np
+from av.filter import Graph
+from av.video.reformatter import VideoReformatter
 from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image
 
@@ -32,6 +36,7 @@ from data_pipelines.media import (
     open_media,
     read_head,
 )
+from data_pipelines.transforms import CropWindow
 
 MAX_FRAMES = 500_000
 """Of one video: four and a half hours at 30 frames per second."""
@@ -47,15 +52,26 @@ _TIMED_FORMATS = frozenset({"flv", "matroska", "mov", "mpegts"})
 _KEYED_CODECS = frozenset({"av1", "h264", "hevc", "mjpeg", "mpeg4", "png", "vp9"})
 # Codecs whose decoders can skip, packet by packet, frames that no other frame needs.
 _SKIPPING_CODECS = frozenset({"h264", "hevc", "mpeg4"})
+# Formats of frames that libswscale crops at any position. Of others its crop is wrong where a position is odd.
+_SCALED_FORMATS = frozenset({"yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv444p", "yuvj444p"})
+# Equal results on all processors, and chroma that is interpolated.
+_SCALE_FLAGS = "bicubic+accurate_rnd+full_chroma_int+bitexact"
+# Opening a container decodes its first frames, to know what random access does not need; this skips them.
+_UNPROBED = [{"skip_frame": "all"}] * 64
 
 Frame = UInt8[np.ndarray, "y x 3"]
 TransformedFrame = UInt8[np.ndarray, "Y X 3"]
 FrameSelector = Callable[[Float[np.ndarray, " n"]], Int[np.ndarray, " t"]]
 FrameTransform = Callable[[Frame], TransformedFrame]
+WindowOfSize = Callable[[int, int], CropWindow]
 
 
 def read_video(
-    media: Media, select: FrameSelector, transform: FrameTransform, background: Color = WHITE
+    media: Media,
+    select: FrameSelector,
+    transform: FrameTransform,
+    background: Color = WHITE,
+    window: WindowOfSize | None = None,
 ) -> tuple[UInt8[np.ndarray, "t Y X 3"], Float[np.ndarray, " t"]]:
     """Read selected frames of a video, GIF, or animated WebP or PNG as upright RGB.
 
@@ -66,6 +82,9 @@ def read_video(
         select: from the times of all frames, in seconds since the first, to the ascending indices of those to read.
         transform: applied to each selected frame; its results must have one size.
         background: shown through transparent pixels.
+        window: from the height and width of a frame to its crop, which libswscale resizes while it converts the frame
+            to RGB, in place of ``transform``. Frames in rare formats, and upright ones of rotated videos, are
+            transformed.
 
     Returns:
         The transformed frames, [t, Y, X, 3], and their times.
@@ -79,9 +98,7 @@ def read_video(
     def transform_checked(frame: Frame) -> TransformedFrame:
         nonlocal shape
         shape = shape or frame.shape
-        if frame.shape != shape:
-            sizes = " to ".join(f"{width} x {height}" for height, width, _ in (shape, frame.shape))
-            raise DataError(f"{media.name} changes from {sizes} pixels, expected frames of one size; re-encode it")
+        _check_one_size(media, shape, frame.shape)
         return transform(frame)
 
     with open_media(media) as data:
@@ -90,10 +107,17 @@ def read_video(
                 raise DataError(f"{media.name} is a still image, expected a video; set the source's kind to 'image'")
             with open_pillow(media, data) as image:
                 return _read_animation(media, image, select, transform_checked, background)
+        convert = _FrameConverter(media, transform_checked, background, window)
         try:
-            return _read_selected(media, data, select, transform_checked, background)
+            return _read_selected(media, data, select, convert)
         except _RandomAccessUnavailableError:
-            return _read_all(media, data, select, transform_checked, background)
+            return _read_all(media, data, select, convert)
+
+
+def _check_one_size(media: Media, shape: tuple[int, ...], other: tuple[int, ...]) -> None:
+    if other != shape:
+        sizes = " to ".join(f"{each[1]} x {each[0]}" for each in (shape, other))
+        raise DataError(f"{media.name} changes from {sizes} pixels, expected frames of one size; re-encode it")
 
 
 def read_seconds(media: Media) -> float | None:
@@ -141,10 +165,10 @@ class _Packets:
 
 
 def _read_selected(
-    media: Media, data: bytes | str, select: FrameSelector, transform: FrameTransform, background: Color
+    media: Media, data: bytes | str, select: FrameSelector, convert: "_FrameConverter"
 ) -> tuple[UInt8[np.ndarray, "t Y X 3"], Float[np.ndarray, " t"]]:
     """Decode only what the selected frames need."""
-    with _open(media, data) as (container, stream):
+    with _open_unprobed(media, data) as (container, stream):
         packets = _read_packets(media, container, stream)
         shown = np.flatnonzero(~packets.discard)
         shown = shown[np.argsort(packets.pts[shown])]
@@ -154,14 +178,14 @@ def _read_selected(
         ranges = packets.decode_ranges(shown[np.unique(indices)])
         decoded = (frame for bounds in ranges for frame in _decode_range(container, stream, packets, selected, *bounds))
         frames = (frame for frame in _check_limits(media, decoded) if frame.pts in selected)
-        transformed = {frame.pts: transform(_to_rgb(frame, background)) for frame in frames}
+        transformed = {frame.pts: convert(frame) for frame in frames}
     if len(transformed) < len(selected):
         raise _RandomAccessUnavailableError
     return np.stack([transformed[pts] for pts in packets.pts[shown[indices]].tolist()]), times[indices]
 
 
 def _read_all(
-    media: Media, data: bytes | str, select: FrameSelector, transform: FrameTransform, background: Color
+    media: Media, data: bytes | str, select: FrameSelector, convert: "_FrameConverter"
 ) -> tuple[UInt8[np.ndarray, "t Y X 3"], Float[np.ndarray, " t"]]:
     """Decode everything twice: for the times of the frames, then for the selected frames."""
     with _open(media, data) as (container, stream):
@@ -173,7 +197,7 @@ def _read_all(
     with _open(media, data) as (container, stream):
         for index, frame in enumerate(_check_limits(media, container.decode(stream))):
             if index in indices:
-                transformed[index] = transform(_to_rgb(frame, background))
+                transformed[index] = convert(frame)
             if index == indices[-1]:
                 break
     return np.stack([transformed[index] for index in indices.tolist()]), times[indices]
@@ -189,11 +213,25 @@ def _seconds(times: Sequence[float | None], stream: Any) -> Float[np.ndarray, " 
 
 
 @contextmanager
-def _open(media: Media, data: bytes | str) -> Iterator[tuple[Any, Any]]:
+def _open_unprobed(media: Media, data: bytes | str) -> Iterator[tuple[Any, Any]]:
+    """Open a container without decoding its first frames, if its header has what is needed."""
+    with contextlib.ExitStack() as stack:
+        try:
+            opened = stack.enter_context(_open(media, data, _UNPROBED))
+        except (DataError, ValueError, av.FFmpegError):  # MPEG streams, for example, are found by decoding
+            opened = stack.enter_context(_open(media, data))
+        yield opened
+
+
+@contextmanager
+def _open(
+    media: Media, data: bytes | str, stream_options: list[dict[str, str]] | None = None
+) -> Iterator[tuple[Any, Any]]:
     """Open the container and its first video stream, except cover art."""
     # The "file:" prefix keeps a name that looks like a URL from being opened as one.
     file = BytesIO(data) if isinstance(data, bytes) else f"file:{data}"
-    with av.open(file, options={"format_whitelist": ",".join(VIDEO_FORMATS)}, **_LENIENT) as container:
+    options = {"format_whitelist": ",".join(VIDEO_FORMATS)}
+    with av.open(file, options=options, stream_options=stream_options or [], **_LENIENT) as container:
         cover = av.stream.Disposition.attached_pic
         streams = [stream for stream in container.streams.video if not stream.disposition & cover]
         if not streams:
@@ -293,29 +331,68 @@ def _check_work(media: Media, frames: int, pixels: int) -> None:
         )
 
 
-def _to_rgb(frame: Any, background: Color) -> Frame:
-    """Convert a decoded frame to RGB as it is displayed: composited over the background, rotated and mirrored.
+class _FrameConverter:
+    """Transform the frames of one video; see :func:`read_video`."""
 
-    Raises:
-        ValueError: a display matrix that is not a multiple of 90 degrees.
-    """
-    if frame.format.has_palette or any(component.is_alpha for component in frame.format.components):
-        pixels = np.asarray(flatten(Image.fromarray(frame.to_ndarray(format="rgba")), background))
-    else:
-        pixels = frame.to_ndarray(format="rgb24")
-    matrix = frame.side_data.get("DISPLAYMATRIX")
-    if matrix is None:
-        return pixels
-    # A point is displayed at x' = a x + c y, y' = b x + d y.
-    a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].tolist()
-    straight, crossed = min(abs(a), abs(d)), min(abs(b), abs(c))
-    if max(abs(a), abs(d)) < crossed / 50:
-        pixels, across, down = pixels.swapaxes(0, 1), c, b
-    elif max(abs(b), abs(c)) <= straight / 50:  # an all-zero matrix has no effect
-        across, down = a, d
-    else:
-        raise ValueError(f"its display matrix {a}, {b}, {c}, {d} is not a multiple of 90 degrees; re-encode it")
-    return pixels[:: -1 if down < 0 else 1, :: -1 if across < 0 else 1]
+    def __init__(self, media: Media, transform: FrameTransform, background: Color, window: WindowOfSize | None) -> None:
+        self._media, self._transform, self._background, self._window = media, transform, background, window
+        self._reformatter = VideoReformatter()  # one for all frames: it keeps its tables
+        self._scaler: _Scaler | None = None
+
+    def __call__(self, frame: Any) -> TransformedFrame:
+        if self._window is None or frame.format.name not in _SCALED_FORMATS or "DISPLAYMATRIX" in frame.side_data:
+            return self._transform(self._to_rgb(frame))
+        if self._scaler is None:
+            self._scaler = _Scaler(self._window(frame.height, frame.width), frame)
+        _check_one_size(self._media, self._scaler.shape, (frame.height, frame.width))
+        return self._scaler.scale(frame)
+
+    def _to_rgb(self, frame: Any) -> Frame:
+        """Convert a decoded frame to RGB as it is displayed: composited over the background, rotated and mirrored.
+
+        Raises:
+            ValueError: a display matrix that is not a multiple of 90 degrees.
+        """
+        if frame.format.has_palette or any(component.is_alpha for component in frame.format.components):
+            pixels = np.asarray(flatten(Image.fromarray(frame.to_ndarray(format="rgba")), self._background))
+        else:
+            pixels = self._reformatter.reformat(frame, format="rgb24").to_ndarray()
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+        if matrix is None:
+            return pixels
+        # A point is displayed at x' = a x + c y, y' = b x + d y.
+        a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].tolist()
+        straight, crossed = min(abs(a), abs(d)), min(abs(b), abs(c))
+        if max(abs(a), abs(d)) < crossed / 50:
+            pixels, across, down = pixels.swapaxes(0, 1), c, b
+        elif max(abs(b), abs(c)) <= straight / 50:  # an all-zero matrix has no effect
+            across, down = a, d
+        else:
+            raise ValueError(f"its display matrix {a}, {b}, {c}, {d} is not a multiple of 90 degrees; re-encode it")
+        return pixels[:: -1 if down < 0 else 1, :: -1 if across < 0 else 1]
+
+
+class _Scaler:
+    """Crop, resize and convert frames of one size and format to RGB, in one pass of libswscale."""
+
+    def __init__(self, window: CropWindow, frame: Any) -> None:
+        self.shape = (frame.height, frame.width)
+        self._graph = Graph()
+        source = self._graph.add_buffer(
+            width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base or Fraction(1, 25)
+        )
+        filters = [source, *(self._graph.add(name, options) for name, options in (
+            ("crop", f"{window.width}:{window.height}:{window.left}:{window.top}:exact=1"),
+            ("scale", f"{window.size}:{window.size}:flags={_SCALE_FLAGS}"), ("format", "rgb24"), ("buffersink", None),
+        ))]  # fmt: skip
+        for first, second in itertools.pairwise(filters):
+            first.link_to(second)
+        self._graph.configure()
+
+    def scale(self, frame: Any) -> UInt8[np.ndarray, "Y X 3"]:
+        """Return the window of a frame."""
+        self._graph.push(frame)
+        return self._graph.pull().to_ndarray()
 
 
 def _read_animation(

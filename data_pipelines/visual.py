@@ -20,6 +20,7 @@ class Visual:
 
     frames: UInt8[np.ndarray, "t size size 3"]
     times: Float[np.ndarray, " t"]  # seconds from the start of the video; zeros for images and rendered frames
+    color_operations: augment.ColorOperations | None = None  # that the device has to apply to the frames
 
 
 def load_visual(
@@ -46,18 +47,20 @@ def load_visual(
         with open_image(media) as image:
             window = _crop_window(config, image.height, image.width, rng, view, is_video=False)
             frames = window.apply_pil(*image.decode(window.min_decode_scale, config.background))[None]
-        return Visual(_augment(frames, config, rng, is_video=False), np.zeros(1))
+        return _augment(frames, np.zeros(1), config, rng, is_video=False)
     windows: list[CropWindow] = []  # one, drawn when the first frame gives the size
 
-    def transform(frame: UInt8[np.ndarray, "y x 3"]) -> UInt8[np.ndarray, "size size 3"]:
+    def window_of_size(height: int, width: int) -> CropWindow:
         if not windows:
-            windows.append(_crop_window(config, frame.shape[0], frame.shape[1], rng, view, is_video=True))
-        return windows[0].apply_array(frame)
+            windows.append(_crop_window(config, height, width, rng, view, is_video=True))
+        return windows[0]
 
     frames, times = read_video(
-        media, lambda times: _frame_indices(config, times, rng, view), transform, config.background
-    )
-    return Visual(_augment(frames, config, rng, is_video=True), times)
+        media, lambda times: _frame_indices(config, times, rng, view),
+        lambda frame: window_of_size(*frame.shape[:2]).apply_array(frame), config.background,
+        window_of_size if config.video_scaler == "swscale" else None,
+    )  # fmt: skip
+    return _augment(frames, times, config, rng, is_video=True)
 
 
 def _load_pixels(
@@ -69,7 +72,7 @@ def _load_pixels(
         pixels = pixels[_frame_indices(without_times, np.zeros(len(pixels)), rng, view)]
     window = _crop_window(config, pixels.shape[1], pixels.shape[2], rng, view, is_video=is_video)
     frames = np.stack([window.apply_array(frame) for frame in pixels])
-    return Visual(_augment(frames, config, rng, is_video=is_video), np.zeros(len(frames)))
+    return _augment(frames, np.zeros(len(frames)), config, rng, is_video=is_video)
 
 
 def _frame_indices(
@@ -106,20 +109,28 @@ def _crop_window(
 
 
 def _augment(
-    frames: UInt8[np.ndarray, "t y x 3"], config: VisualConfig, rng: np.random.Generator, *, is_video: bool
-) -> UInt8[np.ndarray, "t size size 3"]:
+    frames: UInt8[np.ndarray, "t y x 3"],
+    times: Float[np.ndarray, " t"],
+    config: VisualConfig,
+    rng: np.random.Generator,
+    *,
+    is_video: bool,
+) -> Visual:
     """Apply the second half of a transform, to resized frames."""
     match config.transform:
         case "train":
             flipped = augment.random_flip(frames, rng) if config.flip else frames
-            return augment.rand_augment(flipped, rng, num_ops=config.num_ops, magnitude=config.magnitude)
+            num_ops, magnitude = config.num_ops, config.magnitude
+            if config.color_on_device:
+                frames, operations = augment.rand_augment_for_device(flipped, rng, num_ops=num_ops, magnitude=magnitude)
+                return Visual(frames, times, operations)
+            frames = augment.rand_augment(flipped, rng, num_ops=num_ops, magnitude=magnitude)
         case "released_train":
-            return augment.release_augment_video(augment.random_flip(frames, rng), rng, flips=False)
+            frames = augment.release_augment_video(augment.random_flip(frames, rng), rng, flips=False)
         case "released_pretrain" if is_video:
             augmented = augment.release_augment_video(frames, rng, flips=True)
             top, left = rng.integers(augmented.shape[1] - config.image_size, endpoint=True, size=2)
-            return augmented[:, top : top + config.image_size, left : left + config.image_size]
+            frames = augmented[:, top : top + config.image_size, left : left + config.image_size]
         case "released_pretrain":
-            return augment.release_augment_image(augment.random_flip(frames, rng), rng)
-        case _:
-            return frames
+            frames = augment.release_augment_image(augment.random_flip(frames, rng), rng)
+    return Visual(frames, times)

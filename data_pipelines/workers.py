@@ -10,15 +10,18 @@ import functools
 import itertools
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.util
 import os
 import pickle
+import queue
 import shutil
 import signal
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from multiprocessing.process import BaseProcess
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,6 +34,7 @@ if __name__ == "__mp_main__":  # in a worker, before anything else: Grain would 
 
 import grain
 import numpy as np
+from grain._src.python.dataset.transformations import process_prefetch
 from numpy.typing import NDArray
 
 from data_pipelines.config import DataConfig
@@ -47,7 +51,7 @@ MIN_SHARED_BYTES = 2**16
 """Size from which an array goes through shared memory; copying smaller ones is cheaper than a block of their own."""
 SHARED_MEMORY = Path("/dev/shm")
 """Where Linux has blocks of shared memory."""
-_START_SECONDS = 60.0
+_START_SECONDS, _GRACE_SECONDS = 60.0, 2.0
 _WORKER = "grain-process-prefetch"  # the beginning of the names of Grain's processes
 _FAILED = "terminated unexpectedly with exit code "  # in the error that Grain raises then
 
@@ -80,21 +84,10 @@ def prefetch(items: grain.MapDataset[Item], config: DataConfig, multiple: int = 
         num_workers=config.num_workers, per_worker_buffer_size=max(1, config.prefetch // (config.num_workers * size))
     )
     iterator = iter(groups.mp_prefetch(processes, functools.partial(_initialize_worker, retry_limit())))
-    try:
-        with _replace_main(__name__):
-            before = _count_workers()
-            received = _receive(iterator)
-            deadline = time.monotonic() + _START_SECONDS
-            while _count_workers() < before + config.num_workers and time.monotonic() < deadline:
-                time.sleep(0.01)
-        while received is not None:
-            arrays, group = received
-            row = itertools.count()
-            for has_arrays, item in group:
-                yield _attach(_arrays_of_row(arrays, next(row)), item) if has_arrays else item
-            received = _receive(iterator)
-    finally:
-        iterator.close()
+    for arrays, group in _receive_all(iterator, config.num_workers):
+        row = itertools.count()
+        for has_arrays, item in group:
+            yield _attach(_arrays_of_row(arrays, next(row)), item) if has_arrays else item
 
 
 def check_workers(configs: Mapping[str, DataConfig]) -> None:
@@ -213,15 +206,82 @@ def _make_picklable(error: Exception) -> Exception:
         return replacement
 
 
-def _receive(iterator: Iterator[Any]) -> tuple[Arrays, list[Any]] | None:
-    """Return the next items as they were sent; None after the last."""
+def _receive_all(iterator: Any, num_workers: int) -> Generator[tuple[Arrays, list[Any]], None, None]:
+    """Yield what workers send; a thread waits for it, since Grain would wait forever for some that were killed.
+
+    A worker may have held a lock that Grain takes to end it.
+
+    Raises:
+        DataWorkerError: a worker was killed or crashed. What an item raises is raised here.
+    """
+    received, stop = queue.Queue[Any](1), threading.Event()
+
+    def receive() -> None:
+        try:
+            while not stop.is_set() and (sent := next(iterator, None)) is not None:
+                received.put(sent)
+            received.put(None)
+        except BaseException as error:
+            received.put(error)
+        finally:
+            iterator.close()
+
+    thread = threading.Thread(target=receive, daemon=True)
+    workers: list[BaseProcess] = []
     try:
-        return next(iterator, None)
-    except RuntimeError as error:
-        _, failed, status = str(error).partition(_FAILED)
-        if not failed:
-            raise
-        raise DataWorkerError(_reason(int(status.partition(".")[0]))) from None
+        with _replace_main(__name__):
+            before = set(_find_workers())
+            thread.start()
+            deadline = time.monotonic() + _START_SECONDS
+            while len(workers) < num_workers and thread.is_alive() and time.monotonic() < deadline:
+                time.sleep(0.01)
+                workers = [worker for worker in _find_workers() if worker not in before]
+        while (sent := _wait_for(received, workers)) is not None:
+            if isinstance(sent, BaseException):
+                raise _translate(sent)
+            yield sent
+    finally:
+        stop.set()
+        while thread.is_alive() and not any(worker.exitcode for worker in workers):
+            with contextlib.suppress(queue.Empty):
+                received.get(timeout=0.05)  # let the thread end
+        thread.join(_GRACE_SECONDS)
+        if thread.is_alive():
+            _abandon(workers)
+
+
+def _wait_for(received: "queue.Queue[Any]", workers: "Sequence[BaseProcess]") -> Any:
+    """Return what is received next. Raises DataWorkerError if nothing comes and a worker was killed."""
+    deadline = float("inf")
+    while True:
+        try:
+            return received.get(timeout=_GRACE_SECONDS / 4)
+        except queue.Empty:
+            killed = next((worker for worker in workers if worker.exitcode), None)
+            if killed is not None:
+                deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)
+            if killed is not None and time.monotonic() >= deadline:
+                raise DataWorkerError(_reason(int(killed.exitcode or 0))) from None
+
+
+def _abandon(workers: "Sequence[BaseProcess]") -> None:
+    """Kill workers, and let the end of the program not wait for the locks that they held."""
+    for worker in workers:
+        worker.kill()
+    for finalizer in list(multiprocessing.util._finalizer_registry.values()):  # type: ignore[attr-defined]
+        iterator = finalizer._args[0]() if finalizer._callback is process_prefetch._close_if_alive else None
+        if iterator is not None and iterator._prefetch_process in workers:
+            finalizer.cancel()
+
+
+def _translate(error: BaseException) -> BaseException:
+    """Return an error of Grain, or one that says how a worker ended."""
+    _, failed, status = str(error).partition(_FAILED)
+    if not (isinstance(error, RuntimeError) and failed):
+        return error
+    translated = DataWorkerError(_reason(int(status.partition(".")[0])))
+    translated.__suppress_context__ = True
+    return translated
 
 
 def _reason(status: int) -> str:
@@ -243,6 +303,8 @@ def _initialize_worker(retry_seconds: float, index: int, count: int) -> None:
     set_retry_limit(retry_seconds)
     for number in (signal.SIGINT, signal.SIGTERM):  # of a whole process group; the training process decides
         signal.signal(number, signal.SIG_IGN)
+    with contextlib.suppress(OSError):  # of Linux: where memory runs out, end a worker before the training process
+        Path("/proc/self/oom_score_adj").write_text("500")
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -265,5 +327,5 @@ def _replace_main(module: str) -> Iterator[None]:
         sys.modules["__main__"] = program
 
 
-def _count_workers() -> int:
-    return sum(process.name.startswith(_WORKER) for process in multiprocessing.active_children())
+def _find_workers() -> "list[BaseProcess]":
+    return [process for process in multiprocessing.active_children() if process.name.startswith(_WORKER)]

@@ -66,17 +66,17 @@ def join_job(folder: Path, job: Job) -> None:
     """
     data = msgspec.json.format(msgspec.json.encode(job, order="sorted"), indent=1)
     system, path = file_system(str(folder / JOB_FILE))
-    with contextlib.suppress(FileNotFoundError):
-        _check_same(folder, job, read_job(folder))
-        return
-    if system.create(path, data):
-        return
-    for wait in (0.1, 0.5, 2.0):  # another worker is writing it
+    if system.exists(path) or not system.create(path, data):
+        _check_same(folder, job, _read_other(folder))
+
+
+def _read_other(folder: Path) -> Job:
+    """Return the description that another worker wrote, or is writing just now."""
+    for wait in (0.1, 0.5, 2.0):
         with contextlib.suppress(DataError):
-            read_job(folder)
-            break
+            return read_job(folder)
         time.sleep(wait)
-    _check_same(folder, job, read_job(folder))
+    return read_job(folder)
 
 
 def read_job(folder: Path) -> Job:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from data_pipelines.config import DataConfig
+from mplug2_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,3 +44,12 @@ class EvaluationConfig:
     class_names: tuple[str, ...] = ()  # names of the classes in the prompts; empty: the classes themselves
     java_metrics: bool = False  # also compute METEOR and SPICE
     per_device_batch_size: int = 8  # examples predicted at a time on each device
+
+    def __post_init__(self) -> None:
+        """Check that the data needs no training step.
+
+        Raises:
+            UserError: it does.
+        """
+        if self.data.visual.color_on_device:
+            raise UserError("evaluations apply no operations: set data.visual.color_on_device to False")

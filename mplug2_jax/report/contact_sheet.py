@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from data_pipelines.augment import apply_color_operations
 from data_pipelines.loader import LoadedBatch, LoadedExample
 from data_pipelines.media import write_image
 from mplug2_jax.errors import UserError
@@ -55,6 +56,8 @@ def _strip(arrays: Any) -> UInt8[np.ndarray, "y x 3"] | None:
     frames = arrays.get("frames")
     if frames is None:
         return None
+    if "color_operations" in arrays:  # the device applies them
+        frames = apply_color_operations(frames, arrays["color_operations"])
     scale = max(1, MIN_FRAME // frames.shape[1])
     strip: UInt8[np.ndarray, "y x 3"] = np.concatenate(list(frames), axis=1).repeat(scale, 0).repeat(scale, 1)
     return strip

@@ -19,6 +19,7 @@ from mplug2_jax.objectives.queue import Queue
 from mplug2_jax.parallel.placement import replicated_sharding
 from mplug2_jax.parallel.sharding import all_gather_param, assume_params_gathered, reduce_scatter_grad
 from mplug2_jax.tasks.table import TASKS
+from mplug2_jax.training.color_augment import augment_colors
 from mplug2_jax.training.compilation import aot_cache_miss_reason, compiler_options
 from mplug2_jax.training.config import RunConfig
 from mplug2_jax.training.optim.lora import merge_adapters
@@ -40,12 +41,12 @@ def streams_loss(
     total, queues = jnp.zeros(()), dict(queues)
     metrics: Metrics = {}
     for name, stream in config.streams.items():
-        key = named_key(rng, name)
+        key, batch = named_key(rng, name), augment_colors(batches[name])
         teacher_pass = None
         if teacher_model is not None:
-            teacher_pass = ForwardPass(teacher_model, batches[name], named_key(key, "teacher"))
+            teacher_pass = ForwardPass(teacher_model, batch, named_key(key, "teacher"))
         forward = ForwardPass(
-            model, batches[name], key, teacher=teacher_pass, alpha=alpha, queue=queues.get(name),
+            model, batch, key, teacher=teacher_pass, alpha=alpha, queue=queues.get(name),
             frequencies=frequencies,
         )  # fmt: skip
         for objective, weight in stream.objectives.items():

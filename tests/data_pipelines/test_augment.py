@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageOps
+from PIL import Image, ImageEnhance, ImageOps
 
 from data_pipelines import augment
 from data_pipelines.augment import OPERATIONS, flip, rand_augment, release_augment_image, release_augment_video, warp
@@ -183,3 +183,26 @@ def test_the_release_brightness_of_images() -> None:
     )
     equalized = np.asarray(ImageOps.equalize(Image.fromarray(clip[0])))
     np.testing.assert_array_equal(augment._RELEASED["equalize"](clip, 0.7)[0], equalized)
+
+
+@pytest.mark.parametrize("name", ["posterize", "solarize", "brightness", "contrast"])
+@given(seed=st.integers(0, 2**32 - 1), level=st.floats(-1, 1))
+def test_operations_on_single_values_are_pillow_s(name: str, seed: int, level: float) -> None:
+    rng = np.random.default_rng(seed)
+    low, high = np.sort(rng.integers(0, 256, 2))
+    frames = rng.integers(low, high + 1, (3, 5, 7, 3), np.uint8)[:, :, :: rng.choice((-1, 1))]
+    image = Image.fromarray(np.ascontiguousarray(frames).reshape(15, 7, 3))
+    expected = {
+        "posterize": lambda: ImageOps.posterize(image, 8 - round(4 * abs(level))),
+        "solarize": lambda: ImageOps.solarize(image, 256 - round(128 * abs(level))),
+        "brightness": lambda: ImageEnhance.Brightness(image).enhance(1 + 0.9 * level),
+        "contrast": lambda: ImageEnhance.Contrast(image).enhance(1 + 0.9 * level),
+    }[name]()
+    result = augment.OPERATIONS[name](frames, level)
+    np.testing.assert_array_equal(result, np.asarray(expected).reshape(frames.shape))
+
+
+def test_a_flip_reverses_columns() -> None:
+    frames = np.random.default_rng(0).integers(0, 256, (2, 3, 5, 3), np.uint8)
+    np.testing.assert_array_equal(augment.flip(frames), frames[:, :, ::-1])
+    np.testing.assert_array_equal(augment.flip(frames[:, :, ::-1]), frames)

@@ -45,12 +45,14 @@ class Faults:
 
     def __init__(self) -> None:
         self.every: int = 0
+        self.cut = False  # the next reply with a known size
         self.outage: BaseException | None = None
         self.count, self.raised = 0, collections.Counter[str]()
         self._lock = threading.Lock()
 
     def wrap(self, read: Read, kinds: list[BaseException | None]) -> Read:
-        """Return a read of which every n-th fails; None stands for a reply that is cut off."""
+        """Return a read of which every n-th fails; None stands for a reply that is cut off: the next
+        one whose size is known."""
         kind = itertools.cycle(kinds)
 
         def failing(*args: Any, **kwargs: Any) -> Any:
@@ -58,12 +60,14 @@ class Faults:
                 self.count += 1
                 fails = self.every and self.count % self.every == 0
                 error = self.outage or (next(kind) if fails else None)
+                self.cut = self.cut or (bool(fails) and error is None)
             if error is not None:
                 self.raised[type(error).__name__] += 1
                 raise error
             data = read(*args, **kwargs)
             is_exact = isinstance(data, bytes) and len(args) > 3 and args[3] and len(data) == args[3] - (args[2] or 0)
-            if fails and is_exact:
+            if self.cut and is_exact:
+                self.cut = False
                 self.raised["cut off"] += 1
                 return data[: len(data) // 2]
             return data

@@ -17,7 +17,7 @@ from data_pipelines.image import LazyImage
 from data_pipelines.media import Media
 from data_pipelines.transforms import random_resized_crop, square_crop
 from data_pipelines.visual import Visual, load_visual
-from tests.data_pipelines.clips import moving, moving_clip
+from tests.data_pipelines.clips import encode, moving, moving_clip
 
 TRANSFORMS = get_args(Transform)
 
@@ -181,3 +181,33 @@ def test_the_release_pretraining_crop_of_images_equals_pillow() -> None:
 def test_fields_out_of_range(field: str, value: float, expected: str) -> None:
     with pytest.raises(DataError, match=rf"visual\.{field} is {value}, expected {expected}"):
         VisualConfig(**{field: value})
+
+
+@pytest.mark.parametrize("encoding", ["h264", "mpeg4 b", "av1", "gif"])
+@pytest.mark.parametrize("size", [24, 100])
+def test_libswscale_shows_what_pillow_does(encoding: str, size: int) -> None:
+    """Compare smooth frames: the two filter chroma in different places. A GIF, which has a palette, is Pillow's."""
+    smooth = np.stack([
+        np.asarray(Image.fromarray(frame[::16, ::16]).resize((96, 60), Image.Resampling.BICUBIC))
+        for frame in moving(12)
+    ])  # fmt: skip
+    media = Media("video", encode(smooth, encoding), "clip")
+    for seed in range(4):
+        results = [
+            load_visual(media, VisualConfig(
+                image_size=size, num_frames=3, sampling="random", transform="train", min_crop_area=0.3,
+                video_scaler=scaler,
+            ), np.random.default_rng(seed))
+            for scaler in ("pillow", "swscale")
+        ]  # fmt: skip
+        expected, actual = (each.frames.astype(int) for each in results)
+        assert results[0].times.tolist() == results[1].times.tolist()
+        assert actual.shape == expected.shape
+        difference = np.abs(actual - expected)
+        assert difference.mean() < (1e-9 if encoding == "gif" else 4.0)
+        assert (encoding == "gif") == (difference.max() == 0)
+
+
+def test_libswscale_is_refused_for_the_release_s_transforms() -> None:
+    with pytest.raises(DataError, match="the release's transforms are bit for bit; set video_scaler to 'pillow'"):
+        VisualConfig(video_scaler="swscale", transform="released_train")

@@ -1,6 +1,8 @@
 """Worker processes: the items of threads in their order, errors, killed workers, shared memory."""
 
+import contextlib
 import dataclasses
+import functools
 import itertools
 import multiprocessing
 import os
@@ -11,7 +13,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+import uuid
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +144,7 @@ def inspect(_: object) -> dict[str, Any]:
         "jax": sys.modules.get("jax"), "modules": [name for name in sys.modules if name.startswith("mplug2_jax")],
         "retry_limit": retry_limit(), "signals": [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)],
         "main": sys.modules["__main__"].__spec__.name, "pid": os.getpid(),
+        "oom_score": Path("/proc/self/oom_score_adj").read_text().strip(),
     }  # fmt: skip
 
 
@@ -150,7 +154,7 @@ def test_a_worker_imports_no_jax_ignores_signals_of_its_group_and_retries_like_i
     assert first.pop("pid") != os.getpid()
     assert first == {
         "jax": None, "modules": [], "retry_limit": 600.0, "signals": [signal.SIG_IGN, signal.SIG_IGN],
-        "main": "data_pipelines.workers",
+        "main": "data_pipelines.workers", "oom_score": "500",
     }  # fmt: skip
     assert sys.modules["__main__"].__name__ == "__main__"
     items.close()
@@ -246,6 +250,74 @@ def test_a_killed_worker_is_an_error(number: int, message: str, config: DataConf
     os.kill(next(items), number)
     with pytest.raises(DataWorkerError, match=re.escape(message)):
         list(items)  # what is ready is still delivered
+    assert not has_workers()
+
+
+LOCKED = """
+import gc, grain, multiprocessing.synchronize, os, signal, sys
+from data_pipelines.config import DataConfig, ExampleConfig, SourceConfig
+from data_pipelines.errors import DataWorkerError
+from data_pipelines.workers import prefetch
+
+def die(index):
+    if index == 40:  # as a worker that is killed while it looks whether it should stop
+        for event in [each for each in gc.get_objects() if isinstance(each, multiprocessing.synchronize.Event)]:
+            event._cond.acquire()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return index
+
+config = DataConfig(sources={"d": SourceConfig()}, examples=ExampleConfig(), batch_size=1, num_workers=2)
+items = []
+try:
+    for item in prefetch(grain.MapDataset.range(10**6).map(die), config):
+        items.append(item)
+except DataWorkerError as error:
+    print(len(items), error)
+"""
+
+
+def test_a_worker_that_is_killed_with_a_lock_is_an_error_and_the_program_ends(repository: Path, tmp_path: Path) -> None:
+    path = tmp_path / "program.py"
+    path.write_text(LOCKED)
+    environment = os.environ | {"PYTHONPATH": str(repository)}
+    done = subprocess.run([sys.executable, str(path)], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    count, _, message = done.stdout.partition(" ")
+    assert int(count) >= 1
+    assert message.startswith("a data worker was killed by SIGKILL")
+
+
+@pytest.fixture
+def memory_group() -> Iterator[Path]:
+    """Create a control group of Linux whose processes have 256 MiB."""
+    root = next((path for path in map(Path, ("/sys/fs/cgroup/memory", "/sys/fs/cgroup")) if path.is_dir()), Path())
+    group = root / f"mplug2-{uuid.uuid4().hex}"
+    limit = group / ("memory.limit_in_bytes" if root.name == "memory" else "memory.max")
+    try:
+        group.mkdir()
+        limit.write_text(str(2**28))
+    except OSError as error:
+        pytest.skip(f"no control group for memory: {error}")
+    yield group
+    with contextlib.suppress(OSError):
+        group.rmdir()
+
+
+def allocate(folder: Path, index: int) -> int:
+    """Return this process; from the second item on, wait for a file, and take a gibibyte."""
+    if index:
+        while not (folder / "go").exists():
+            time.sleep(0.01)
+        np.ones(2**27)
+    return os.getpid()
+
+
+def test_a_worker_that_the_kernel_kills_for_memory(memory_group: Path, config: DataConfig, tmp_path: Path) -> None:
+    items = prefetch(grain.MapDataset.range(9).map(functools.partial(allocate, tmp_path)), with_workers(config, 1))
+    (memory_group / "cgroup.procs").write_text(str(next(items)))
+    (tmp_path / "go").touch()
+    with pytest.raises(DataWorkerError, match="killed by SIGKILL, as the kernel does when memory runs out: reduce num"):
+        list(items)
     assert not has_workers()
 
 

@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,13 +59,14 @@ def test_videos_by_random_access(prepared: Path, monkeypatch: pytest.MonkeyPatch
     source = open_tfds(prepared / "ucf101", "video")
     assert len(source) == 4
     decoded: list[Any] = []
-    to_rgb = video._to_rgb
+    check_limits = video._check_limits
 
-    def count(frame: Any, *args: Any) -> Any:
-        decoded.append(frame)
-        return to_rgb(frame, *args)
+    def count(media: Any, frames: Any) -> Iterator[Any]:
+        for frame in check_limits(media, frames):
+            decoded.append(frame)
+            yield frame
 
-    monkeypatch.setattr(video, "_to_rgb", count)
+    monkeypatch.setattr(video, "_check_limits", count)
     for i in range(4):
         record = source[i]
         assert record.media is not None
@@ -73,7 +75,7 @@ def test_videos_by_random_access(prepared: Path, monkeypatch: pytest.MonkeyPatch
         levels = visual.frames[:, 0, 0, 0].tolist()  # PNG loses nothing
         assert levels == ([20, 80, 140] if record.label == "lighter" else [160, 100, 40])
         assert visual.times.tolist() == [1 / 25, 4 / 25, 7 / 25]
-    assert len(decoded) == 4 * 3
+    assert len(decoded) == 4 * 3  # of 4 * 10
     image = open_tfds(prepared / "ucf101", "image")[0]
     assert image.media is not None
     assert image.media.kind == "video"
