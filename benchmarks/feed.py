@@ -4,7 +4,7 @@
     python benchmarks/feed.py --images 64 --videos 4      # quick
 
 Clips are H.264 of 640 x 360 pixels, 16 of 300 frames; pictures are JPEGs of 512 x 384; the transform is "train" at 224
-pixels, and frames are resized by libswscale, as pretraining does. Printed are: CPU time of an example, and how much of
+pixels, and libswscale resizes, as in pretraining. Printed are: CPU time of an example, and how much of
 it holds the GIL, also with other settings; cores that a host of each accelerator needs for the pretraining recipes; the
 pipeline relative to a minimal loop of the same decoder and resizes; two workers relative to one, where two processes of
 the minimal loop show what the machine gives; other loaders, if they are installed; and the fraction of a training run
@@ -52,7 +52,7 @@ ROWS: list[tuple[str, str]] = []
 def add_row(name: str, value: str) -> None:
     """Print a line of the table as soon as it is measured."""
     ROWS.append((name, value))
-    print(f"{name:<66} {value}", flush=True)
+    print(f"{name:<72} {value}", flush=True)
 
 
 def smooth_noise(rng: np.random.Generator, count: int, height: int, width: int) -> np.ndarray:
@@ -101,7 +101,7 @@ def stream_config(
     """Return a stream that decodes, crops, augments and batches."""
     source = SourceConfig(format="webdataset", path=str(path), kind=kind)
     settings: dict[str, Any] = {"sampling": "random", "transform": "train", "min_crop_area": 0.2}
-    visual = VisualConfig(image_size=SIZE, num_frames=16, **(settings | {"video_scaler": "swscale"} | dict(visual)))
+    visual = VisualConfig(image_size=SIZE, num_frames=16, **(settings | {"scaler": "swscale"} | dict(visual)))
     if not augment:
         visual = dataclasses.replace(visual, sampling="uniform", flip=False, num_ops=0, min_crop_area=0.5)
     return DataConfig(sources={"tar": source}, visual=visual, examples=ExampleConfig(), batch_size=batch, **fields)
@@ -152,8 +152,9 @@ class GilSampler:
 
 SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "image": ("image", {}),
+    "image resized by Pillow": ("image", {"scaler": "pillow"}),
     "video": ("video", {}),
-    "video resized by Pillow": ("video", {"video_scaler": "pillow"}),
+    "video resized by Pillow": ("video", {"scaler": "pillow"}),
     "video, colors on the device": ("video", {"color_on_device": True}),
     "video without RandAugment": ("video", {"num_ops": 0}),
 }
@@ -367,6 +368,23 @@ def decode_sample(sample: dict[str, Any]) -> np.ndarray:
         return np.stack(crop([image.convert("RGB")], np.random.default_rng(0)))
 
 
+def read_with_dali(files: list[Path], batch: int) -> Iterator[np.ndarray]:
+    """Return the batches of DALI's CPU decoder, with two threads."""
+    from nvidia.dali import fn, pipeline_def, types
+
+    @pipeline_def(batch_size=batch, num_threads=2, device_id=None)
+    def define() -> Any:
+        data, _ = fn.readers.file(files=[str(file) for file in files])
+        images = fn.decoders.image(data, device="cpu", output_type=types.RGB)
+        return fn.random_resized_crop(
+            images, size=[SIZE, SIZE], random_area=[0.5, 1.0], interp_type=types.INTERP_CUBIC, antialias=True
+        )
+
+    pipeline = define()
+    pipeline.build()
+    return (pipeline.run()[0].as_array() for _ in iter(int, 1))
+
+
 def compare_loaders(
     kind: str, tar: Path, files: list[Path], read: Callable[[Path], list[Image.Image]], batch: int
 ) -> None:
@@ -378,11 +396,9 @@ def compare_loaders(
         try:
             rate = measure_rate(make(), count, batch)
         except ImportError as error:
-            add_row(f"{kind}, two workers: this pipeline / {name}", f"not installed ({error.name})")
+            add_row(f"{kind}, two workers: this / {name}", f"not installed ({error.name})")
             return
-        add_row(
-            f"{kind}, two workers: this pipeline / {name}", f"{pipeline / rate:.2f}x ({pipeline:.1f}, {rate:.1f}/s)"
-        )
+        add_row(f"{kind}, two workers: this / {name}", f"{pipeline / rate:.2f}x ({pipeline:.1f}, {rate:.1f}/s)")
 
     def torch_loader(dataset: Any) -> Iterable[Any]:
         import torch.utils.data
@@ -402,6 +418,7 @@ def compare_loaders(
     add("PyTorch DataLoader", lambda: torch_loader(Files(files, 4, read)))
     if kind == "image":
         add("webdataset", webdataset_loader)
+        add("NVIDIA DALI, which decodes no H.264 on CPUs", lambda: read_with_dali(files, batch))
     else:
         add("PyTorch DataLoader, torchcodec", torchcodec_loader)
 
@@ -428,7 +445,7 @@ def main() -> None:
         compare_loaders("image", images, image_files, read_jpeg, BATCH)
         compare_loaders("video", videos, video_files, read_16_frames, 2)
         measure_data_wait(folder, images, args.steps)
-    print("\n" + "\n".join(f"{name:<66} {value}" for name, value in ROWS))
+    print("\n" + "\n".join(f"{name:<72} {value}" for name, value in ROWS))
 
 
 if __name__ == "__main__":

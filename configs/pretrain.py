@@ -59,7 +59,7 @@ def get_config(variant: str = "large") -> RunConfig:
     vocabulary = data_folder() / f"bert-{'base' if size == 'tiny' else size}-uncased" / "vocab.txt"
     visual = VisualConfig(
         image_size=model.image_size, num_frames=4 if size == "tiny" else 16, sampling="random", transform="train",
-        min_crop_area=0.2, video_scaler="swscale",
+        min_crop_area=0.2, scaler="swscale",
     )  # fmt: skip
     pairs = ExampleConfig(
         text_length=32,

@@ -5,6 +5,8 @@ import math
 from typing import Literal
 
 import numpy as np
+from av import VideoFrame
+from av.video.reformatter import Interpolation, VideoReformatter
 from jaxtyping import Float, Int, Int16, UInt8
 from PIL import Image
 
@@ -46,6 +48,18 @@ class CropWindow:
             left, top, right, bottom = (scale * side for side in box)
             resized = image.resize((self.size, self.size), Image.Resampling.BICUBIC, (left, top, right, bottom))
         return np.asarray(resized)
+
+    def apply_swscale(self, image: Image.Image, scale: float = 1.0) -> UInt8[np.ndarray, "size size 3"]:
+        """Do as ``apply_pil`` by libswscale, which reads no pixels outside the window, and rounds its corners."""
+        left, top, right, bottom = (
+            round(scale * side) for side in (self.left, self.top, self.left + self.width, self.top + self.height)
+        )
+        box = (left, top, max(right, left + 1), max(bottom, top + 1))
+        frame = VideoFrame.from_ndarray(np.asarray(image.crop(box)), format="rgb24")
+        scaled = VideoReformatter().reformat(
+            frame, self.size, self.size, "rgb24", interpolation=Interpolation.BICUBIC, threads=1
+        )
+        return scaled.to_ndarray()
 
     def apply_array(self, frame: UInt8[np.ndarray, "y x 3"]) -> UInt8[np.ndarray, "size size 3"]:
         """Crop and resize a frame. Bicubic values below 0 or above 255 wrap around, as in the release."""

@@ -356,7 +356,7 @@ class _FrameConverter:
         if frame.format.has_palette or any(component.is_alpha for component in frame.format.components):
             pixels = np.asarray(flatten(Image.fromarray(frame.to_ndarray(format="rgba")), self._background))
         else:
-            pixels = self._reformatter.reformat(frame, format="rgb24").to_ndarray()
+            pixels = self._reformatter.reformat(frame, format="rgb24", threads=1).to_ndarray()
         matrix = frame.side_data.get("DISPLAYMATRIX")
         if matrix is None:
             return pixels
@@ -378,6 +378,7 @@ class _Scaler:
     def __init__(self, window: CropWindow, frame: Any) -> None:
         self.shape = (frame.height, frame.width)
         self._graph = Graph()
+        self._graph.threads = 1
         source = self._graph.add_buffer(
             width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base or Fraction(1, 25)
         )

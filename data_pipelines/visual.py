@@ -46,7 +46,8 @@ def load_visual(
     if media.kind == "image":
         with open_image(media) as image:
             window = _crop_window(config, image.height, image.width, rng, view, is_video=False)
-            frames = window.apply_pil(*image.decode(window.min_decode_scale, config.background))[None]
+            apply = window.apply_swscale if config.scaler == "swscale" else window.apply_pil
+            frames = apply(*image.decode(window.min_decode_scale, config.background))[None]
         return _augment(frames, np.zeros(1), config, rng, is_video=False)
     windows: list[CropWindow] = []  # one, drawn when the first frame gives the size
 
@@ -58,7 +59,7 @@ def load_visual(
     frames, times = read_video(
         media, lambda times: _frame_indices(config, times, rng, view),
         lambda frame: window_of_size(*frame.shape[:2]).apply_array(frame), config.background,
-        window_of_size if config.video_scaler == "swscale" else None,
+        window_of_size if config.scaler == "swscale" else None,
     )  # fmt: skip
     return _augment(frames, times, config, rng, is_video=True)
 

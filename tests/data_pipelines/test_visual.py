@@ -196,7 +196,7 @@ def test_libswscale_shows_what_pillow_does(encoding: str, size: int) -> None:
         results = [
             load_visual(media, VisualConfig(
                 image_size=size, num_frames=3, sampling="random", transform="train", min_crop_area=0.3,
-                video_scaler=scaler,
+                scaler=scaler,
             ), np.random.default_rng(seed))
             for scaler in ("pillow", "swscale")
         ]  # fmt: skip
@@ -208,6 +208,19 @@ def test_libswscale_shows_what_pillow_does(encoding: str, size: int) -> None:
         assert (encoding == "gif") == (difference.max() == 0)
 
 
+@pytest.mark.parametrize("size", [24, 64, 300])
+@pytest.mark.parametrize("transform", ["test", "train", "resize"])
+def test_libswscale_shows_what_pillow_does_of_images(transform: str, size: int) -> None:
+    for seed in range(3):
+        expected, actual = (
+            load(PHOTOGRAPH, seed, image_size=size, transform=transform, num_ops=0, scaler=scaler).frames.astype(int)
+            for scaler in ("pillow", "swscale")
+        )
+        assert actual.shape == expected.shape == (1, size, size, 3)
+        # Decoded at a reduced scale, corners are rounded to its pixels.
+        assert np.abs(actual - expected).mean() < (1.0 if size == 300 else 8.0)
+
+
 def test_libswscale_is_refused_for_the_release_s_transforms() -> None:
-    with pytest.raises(DataError, match="the release's transforms are bit for bit; set video_scaler to 'pillow'"):
-        VisualConfig(video_scaler="swscale", transform="released_train")
+    with pytest.raises(DataError, match="the release's transforms are bit for bit; set scaler to 'pillow'"):
+        VisualConfig(scaler="swscale", transform="released_train")
