@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -149,8 +150,9 @@ def test_reports_do_not_depend_on_the_number_of_workers(
     assert read_reports(tmp_path / "out") == alone
 
 
-def test_a_folder_belongs_to_one_job(tmp_path: Path) -> None:
+def test_a_folder_belongs_to_one_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Start ten jobs at once: one has the folder, and the others name what they would do otherwise."""
+    monkeypatch.setattr(time, "sleep", lambda seconds: None if seconds > 0.1 else threading.Event().wait(seconds))
     jobs = [Job("convert", {"path": f"path {i}"}, 4) for i in range(10)]
 
     def join(job: Job) -> str:
