@@ -1,9 +1,10 @@
 """InfoNCE over the global batch, with memory per chip that does not grow with the number of chips.
 
-For 131,072 pairs (4,096 chips x 32) the gathered features alone would take 134 MB. Instead each chip keeps its rows,
-and the candidates' features rotate around the ring of chips in blocks, as keys do in ring attention (Liu et al.,
-arXiv 2310.01889). The backward pass recomputes each block's scores while the blocks rotate once more, together with
-their gradients. On one device the same code is one matrix.
+Up to ``_MAX_GATHERED_BYTES`` of features, as of 16,384 pairs, are gathered once: rotating them would take a thousand
+messages, each with the network's latency. For 131,072 pairs (4,096 chips x 32) they would take 134 MB, and the scores
+of a chip's rows 17 MB. Then each chip keeps its rows, and the candidates' features rotate around the ring of chips in
+blocks, as keys do in ring attention (Liu et al., arXiv 2310.01889). The backward pass recomputes each block's scores
+while the blocks rotate once more, together with their gradients. On one device the same code is one matrix.
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from mplug2_jax.parallel.sharding import activation_spec
 
+_MAX_GATHERED_BYTES = 2**25  # float32 features of all pairs
 _MAX_BLOCK_CHIPS = 4  # chips whose features rotate together: every step has the network's latency, however small
 _MAX_BLOCK_ROWS = 4096  # bounds the memory of a block's scores
 _SLICE_AXIS = "replica"  # crosses the network between slices, which has the highest latency
@@ -41,7 +43,7 @@ def info_nce(
     axes = (spec[0],) if isinstance(spec[0], str) else spec[0] or ()
 
     def per_chip(features: Array, candidates: Array, ids: Array, example_weights: Array, temperature: Array) -> Array:
-        ring = _make_ring(axes, len(features))
+        ring = _make_ring(axes, *features.shape)
         block = jax.tree.map(ring.gather_block, (candidates, ids, example_weights))
         return _info_nce(features, *block, ids, temperature, ring)
 
@@ -60,6 +62,7 @@ class _Ring:
     num_chips: int
     doublings: int  # a block has the rows of 2**doublings chips ...
     across_slices: bool  # ... and of the corresponding chips of all slices
+    is_gathered: bool = False  # the first block has the rows of all chips
 
     def receive_from(self, x: Shaped[Array, "..."], distance: int) -> Shaped[Array, "..."]:
         """Receive ``x`` of the chip ``distance`` positions behind."""
@@ -70,27 +73,31 @@ class _Ring:
         """Gather a chip's first block: its rows and those of the chips behind it."""
         if self.across_slices:
             rows = jax.lax.all_gather(rows, _SLICE_AXIS, tiled=True)
+        if self.is_gathered:
+            return jax.lax.all_gather(rows, self.axes, tiled=True)
         for i in range(self.doublings):
             rows = jnp.concatenate([rows, self.receive_from(rows, 2**i)])
         return rows
 
     def rotate(self, block: Any) -> Any:
         """Receive the next block."""
-        if self.num_chips == 1:
+        if self.num_steps == 1:
             return block
         return jax.tree.map(lambda x: self.receive_from(x, 2**self.doublings), block)
 
     @property
     def num_steps(self) -> int:
         """Return the number of rotations after which every chip has had every block and has its first one again."""
-        return self.num_chips >> self.doublings
+        return 1 if self.is_gathered else self.num_chips >> self.doublings
 
 
-def _make_ring(axes: tuple[str, ...], rows: int) -> _Ring:
+def _make_ring(axes: tuple[str, ...], rows: int, width: int) -> _Ring:
     across_slices = _SLICE_AXIS in axes
     ring_axes = tuple(axis for axis in axes if axis != _SLICE_AXIS)
     num_chips = jax.lax.axis_size(ring_axes) if ring_axes else 1
     rows *= jax.lax.axis_size(_SLICE_AXIS) if across_slices else 1
+    if ring_axes and rows * num_chips * width * 4 <= _MAX_GATHERED_BYTES:
+        return _Ring(ring_axes, num_chips, 0, across_slices, is_gathered=True)
     doublings = 0
     while (
         2**doublings < _MAX_BLOCK_CHIPS

@@ -29,6 +29,7 @@ class ChipSpec:
     links: int  # to torus neighbors; 1 to a switch that reaches every chip
     link_bandwidth: float  # bytes/s per link, one way
     network_bandwidth: float  # bytes/s between slices, one way
+    permute_seconds: float = 5e-6  # latency of a permute to a neighbor: start, one hop and end; assumed, no data sheet
     devices_per_chip: int = 1  # JAX devices
     chips_per_host: int = 4  # in slices of more than one host
     torus_dims: int = 0  # 0: a switch

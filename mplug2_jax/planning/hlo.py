@@ -17,6 +17,7 @@ _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .*)?\{$")
 _LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
 _OPCODE = re.compile(r"\s*([a-z][\w\-]*)\(")
 _ARRAY = re.compile(r"([a-z][a-z0-9]*)\[([\d,<= ]*)\](\{[^}]*\})?")  # and its layout
+_TILES = re.compile(r"\{([\d,]*):[^}]*?T((?:\([^)]*\))+)")  # of a layout: the order of dimensions, and the tiles
 _BITS = re.compile(r"(?:bf|[fsuc])(\d+)")
 _NAME = re.compile(r"%?([A-Za-z_][\w.\-]*)$")
 _COMMENT = re.compile(r"/\*.*?\*/")
@@ -185,12 +186,16 @@ class Array(NamedTuple):
     text: str  # without layout
     bytes: float  # without layout padding
     in_hbm: bool  # not in on-chip memory, as ``S(1)``
+    padded_bytes: float  # with it
 
 
 def parse_arrays(shape: str) -> list[Array]:
     """Return the arrays of a shape, tuples flattened."""
-    arrays = _ARRAY.findall(shape)
-    return [Array(f"{t}[{dims}]", _array_bytes(t, dims), "S(" not in layout) for t, dims, layout in arrays]
+    return [
+        Array(f"{dtype}[{dims}]", _array_bytes(dtype, _parse_dims(dims)), "S(" not in layout,
+              _array_bytes(dtype, _pad(_parse_dims(dims), layout)))
+        for dtype, dims, layout in _ARRAY.findall(shape)
+    ]  # fmt: skip
 
 
 def shape_bytes(shape: str) -> float:
@@ -203,14 +208,51 @@ def shape_bytes(shape: str) -> float:
     return sum((array.bytes for array in parse_arrays(shape)), 0.0)
 
 
+@functools.lru_cache(maxsize=2**16)
 def hbm_bytes(shape: str) -> float:
-    """Return the bytes of those arrays of a shape that are in HBM."""
-    return sum((array.bytes for array in parse_arrays(shape) if array.in_hbm), 0.0)
+    """Return the bytes of those arrays of a shape that are in HBM, with layout padding.
+
+    Example:
+        >>> hbm_bytes("(f32[2,257,257]{2,1,0:T(8,128)}, f32[8,128]{1,0:T(8,128)S(1)})") == 2 * 264 * 384 * 4
+        True
+    """
+    return sum((array.padded_bytes for array in parse_arrays(shape) if array.in_hbm), 0.0)
 
 
-def _array_bytes(dtype: str, dims: str) -> float:
+def _parse_dims(dims: str) -> list[int]:
+    return [int(dim.strip(" <=")) for dim in dims.split(",") if dim.strip(" <=")]
+
+
+def _pad(dims: list[int], layout: str) -> list[int]:
+    """Return dimensions, major to minor, padded to the tiles of a layout ``{1,0:T(8,128)(2,1)}``.
+
+    A further tile divides the first: (2,1) packs pairs of 16-bit rows, and pads only a tile with an odd number of rows.
+    """
+    match = _TILES.search(layout)
+    if match is None or not dims:
+        return dims
+    order = [int(dim) for dim in match[1].split(",")] if match[1] else []
+    if sorted(order) != list(range(len(dims))):
+        return dims
+    physical = [dims[dim] for dim in reversed(order)]
+    tiles = [[int(side) for side in tile.split(",")] for tile in re.findall(r"\(([\d,]+)\)", match[2])]
+    if not tiles:  # tiles that combine dimensions
+        return dims
+    for index, tile in enumerate(tiles):
+        if index == 0:
+            physical = [1] * (len(tile) - len(physical)) + physical
+            sides = tile
+        else:  # applies to the sides of the first tile
+            sides = [-(-side // inner) * inner for side, inner in zip(tiles[0], tile, strict=False)]
+    for position in range(len(tiles[0])):
+        count = -(-physical[position - len(tiles[0])] // tiles[0][position])
+        physical[position - len(tiles[0])] = count * sides[position]
+    return physical
+
+
+def _array_bytes(dtype: str, dims: list[int]) -> float:
     if dtype == "token":
         return 0.0
     width = _BITS.match(dtype)
     bits = 8 if dtype == "pred" or width is None else int(width.group(1))
-    return math.prod(int(dim.strip(" <=")) for dim in dims.split(",") if dim) * bits / 8
+    return math.prod(dims) * bits / 8

@@ -8,6 +8,7 @@ from markupsafe import Markup
 
 from data_pipelines.storage.file_system import write_atomically
 from mplug2_jax.planning import text
+from mplug2_jax.planning.hbm_traffic import traffic_by_tower
 from mplug2_jax.planning.report import PlanReport
 
 
@@ -25,7 +26,8 @@ def write_html(report: PlanReport, path: Path) -> Path:
             ("exposed", t.exposed_seconds, f"({t.exposed_fraction:.1%} of compute)"),
         ),
         format_seconds=text.format_seconds, format_bytes=text.format_bytes, format_quantity=text.format_quantity,
-        format_range=text.format_range,
+        format_range=text.format_range, towers=traffic_by_tower(report.hbm_traffic),
+        largest_scopes=report.hbm_traffic[: text.LARGEST_SCOPES], format_operations=text.format_operations,
     )  # fmt: skip
     write_atomically(str(path), page.encode())
     return path

@@ -12,11 +12,11 @@ from mplug2_jax.config import to_dict
 from mplug2_jax.parallel.accelerators import Topology
 from mplug2_jax.parallel.mesh import describe_mesh
 from mplug2_jax.planning.costs import Costs, prediction_costs, training_costs
-from mplug2_jax.planning.hbm_traffic import count_hbm_bytes
+from mplug2_jax.planning.hbm_traffic import ScopeTraffic, hbm_traffic
 from mplug2_jax.planning.memory import Memory, program_memory
 from mplug2_jax.planning.oom import Buffer, largest_buffers
 from mplug2_jax.planning.programs import CompiledProgram, TracedProgram
-from mplug2_jax.planning.timing import Timing, bandwidth, estimate_timing
+from mplug2_jax.planning.timing import Timing, collective_seconds, estimate_timing
 from mplug2_jax.planning.traffic import Collective, find_unknown_loops, largest_collectives, parse_collectives
 from mplug2_jax.training.compilation import compiler_options
 from mplug2_jax.training.config import RunConfig
@@ -48,6 +48,7 @@ class PlanReport:
     parameters: int
     memory: Memory
     costs: Costs
+    hbm_traffic: Sequence[ScopeTraffic]
     traffic: Sequence[AxisTraffic]
     largest_collectives: Sequence[Collective]
     largest_buffers: Sequence[Buffer]
@@ -58,6 +59,11 @@ class PlanReport:
     trace_seconds: float
     compile_seconds: float
     simulated: bool  # compiled for simulated CPU devices
+
+    @property
+    def hbm_bytes(self) -> tuple[float, float]:
+        """Return the HBM bytes that a device moves, and the sum of all scopes' minima."""
+        return sum(t.bytes for t in self.hbm_traffic), sum(t.minimum_bytes for t in self.hbm_traffic)
 
     @property
     def step_seconds(self) -> tuple[float, float]:
@@ -82,7 +88,7 @@ class PlanReport:
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as plain data; sizes in bytes, times in seconds."""
-        derived = ("step_seconds", "days", "chip_hours", "examples_per_second")
+        derived = ("hbm_bytes", "step_seconds", "days", "chip_hours", "examples_per_second")
         return to_dict(self) | {name: list(getattr(self, name)) for name in derived} | {
             "format_version": 2,
             "fits": self.memory.fits,
@@ -103,7 +109,8 @@ def make_report(compiled: CompiledProgram, config: RunConfig) -> PlanReport:
     search_steps = 1 if training else config.tasks.search.max_length  # at most: a search may end earlier
     collectives = parse_collectives(text, spec.mesh, trip_counts=search_steps)
     costs = training_costs(spec, program.batches) if training else prediction_costs(program)
-    hbm_bytes = count_hbm_bytes(text, default_trips=search_steps)
+    scopes = hbm_traffic(text, default_trips=search_steps)
+    hbm_bytes = sum((each.bytes for each in scopes), 0.0)
     timing = estimate_timing(float(costs.hardware_flops), hbm_bytes, collectives, spec.mesh, topology)
     peak_flops = topology.chip.peak_flops * topology.chips
     data = {name: stream.data for name, stream in config.streams.items()}
@@ -112,7 +119,7 @@ def make_report(compiled: CompiledProgram, config: RunConfig) -> PlanReport:
         name=config.name, program=program.name, topology=str(topology), chips=topology.chips,
         mesh=describe_mesh(spec.mesh), examples={name: d.batch_size for name, d in data.items()},
         parameters=spec.definition.num_params(), memory=program_memory(compiled, topology), costs=costs,
-        traffic=tuple(_group_by_axes(collectives, spec.mesh, topology)),
+        hbm_traffic=tuple(scopes), traffic=tuple(_group_by_axes(collectives, spec.mesh, topology)),
         largest_collectives=tuple(largest_collectives(collectives, 8)),
         largest_buffers=tuple(largest_buffers(text, 8)),
         unknown_loops=tuple(loop.scope or loop.name for loop in find_unknown_loops(text, spec.mesh)),
@@ -130,7 +137,7 @@ def _group_by_axes(collectives: Sequence[Collective], mesh: jax.sharding.Mesh, t
             groups.setdefault((each.kind, each.axes_label, each.network), []).append(each)
     rows = []
     for (kind, axes, network), members in groups.items():
-        seconds = [c.total_bytes / bandwidth(c, mesh, topology) for c in members]
+        seconds = [collective_seconds(c, mesh, topology) for c in members]
         rows.append(AxisTraffic(
             kind=kind, axes=axes, network=network, bytes=sum(c.total_bytes for c in members),
             count=sum(c.count for c in members), seconds=sum(seconds),

@@ -3,8 +3,11 @@
 from collections.abc import Iterator, Sequence
 
 from mplug2_jax.console import align_columns
+from mplug2_jax.planning.hbm_traffic import ScopeTraffic, traffic_by_tower
 from mplug2_jax.planning.report import PlanReport
 
+LARGEST_SCOPES = 10
+"""Scopes of HBM traffic that are printed."""
 _SI_PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
@@ -27,6 +30,12 @@ def format_seconds(seconds: float) -> str:
 def format_range(ends: Sequence[float]) -> str:
     """Format two numbers as ``3.1 to 4.2``."""
     return " to ".join(f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in ends)
+
+
+def format_operations(traffic: ScopeTraffic, most: int = 4) -> str:
+    """Format the largest operations of a scope, with their shares of its bytes."""
+    shares = [(name, size / traffic.bytes) for name, size in list(traffic.operations.items())[:most]]
+    return ", ".join(f"{name} {share:.0%}" for name, share in shares if share >= 0.01)
 
 
 def format_report(report: PlanReport) -> str:
@@ -69,6 +78,21 @@ def _lines(r: PlanReport) -> Iterator[str]:
          f"{format_quantity(count / batch_size, 'FLOP')} per example")
         for label, count, batch_size in flops
     ], right=(1, 2, 3))  # fmt: skip
+
+    moved, minimum = r.hbm_bytes
+    yield (
+        f"\nHBM traffic per device: {format_quantity(moved, 'B')} per step; "
+        f"{format_quantity(minimum, 'B')} if every scope read its inputs and wrote its outputs once"
+    )
+    yield from _indent([
+        ("scope", "bytes", "inputs and outputs", "share", "operations"),
+        *((t.scope, format_quantity(t.bytes, "B"), format_quantity(t.minimum_bytes, "B"), f"{t.bytes / moved:.1%}",
+           format_operations(t)) for t in r.hbm_traffic[:LARGEST_SCOPES]),
+    ], right=(1, 2, 3))  # fmt: skip
+    yield "  by tower: " + ", ".join(
+        f"{tower} {format_quantity(size, 'B')}" for tower, (size, _) in traffic_by_tower(r.hbm_traffic).items()
+        if size >= moved / 100
+    )  # fmt: skip
 
     yield f"\ncommunication per device: {format_quantity(sum(t.bytes for t in r.traffic), 'B')} per step"
     if r.traffic:

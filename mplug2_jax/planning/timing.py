@@ -58,13 +58,23 @@ def estimate_timing(
         topology: that it is compiled for.
     """
     chip = topology.chip
-    seconds = [(each, each.total_bytes / bandwidth(each, mesh, topology)) for each in traffic if each.total_bytes]
+    seconds = [(each, collective_seconds(each, mesh, topology)) for each in traffic if each.total_bytes]
     return Timing(
         compute_seconds=hardware_flops / topology.chips / chip.peak_flops,
         hbm_seconds=hbm_bytes / (chip.memory_bandwidth / chip.devices_per_chip),
         communication_seconds=sum((time for _, time in seconds), 0.0),
         exposed_seconds=sum((time for each, time in seconds if not each.overlapped), 0.0),
     )
+
+
+def collective_seconds(collective: Collective, mesh: jax.sharding.Mesh, topology: Topology) -> float:
+    """Return the time of all executions of a collective: of its bytes, and of the latency of a permute.
+
+    Permutes come in loops, one after the other, with few bytes each; the latency of other collectives is small beside
+    their bytes.
+    """
+    latency = topology.chip.permute_seconds if collective.kind == "collective-permute" else 0.0
+    return collective.total_bytes / bandwidth(collective, mesh, topology) + collective.count * latency
 
 
 def bandwidth(collective: Collective, mesh: jax.sharding.Mesh, topology: Topology) -> float:

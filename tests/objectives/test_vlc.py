@@ -131,9 +131,11 @@ def test_the_loss_is_symmetric_in_images_and_texts():
     ],
     ids=str,
 )
-@pytest.mark.parametrize("block_chips", [1, 2, 8])
+@pytest.mark.parametrize("block_chips", [0, 1, 2, 8])
 def test_meshes_and_block_sizes_do_not_change_value_and_gradient(mesh, block_chips, monkeypatch):
-    monkeypatch.setattr(contrast, "_MAX_BLOCK_CHIPS", block_chips)
+    if block_chips:  # 0: all are gathered
+        monkeypatch.setattr(contrast, "_MAX_GATHERED_BYTES", 0)
+        monkeypatch.setattr(contrast, "_MAX_BLOCK_CHIPS", block_chips)
     case = pairs(64, 3, 40, padded=5)
     expected = dense_value_and_grad(*case)
     device_mesh = make_mesh(mesh)
@@ -148,17 +150,23 @@ def test_meshes_and_block_sizes_do_not_change_value_and_gradient(mesh, block_chi
     ("devices", "rows", "num_steps"),
     [(4, 32, 1), (8, 32, 2), (6, 32, 3), (7, 32, 7), (8, 2048, 4), (8, 8192, 8)],  # at most 4 chips and 4,096 rows
 )
-def test_block_sizes_are_bounded(devices, rows, num_steps):
+def test_block_sizes_are_bounded(devices, rows, num_steps, monkeypatch):
+    assert num_steps_of(devices, rows) == 1  # 1 MiB of features at most
+    monkeypatch.setattr(contrast, "_MAX_GATHERED_BYTES", 4 * WIDTH * devices * rows - 1)
+    assert num_steps_of(devices, rows) == num_steps
+
+
+def num_steps_of(devices, rows):
     mesh = abstract_mesh(MeshConfig(fsdp=devices), devices)
     found = []
 
     def record(x):
-        found.append(contrast._make_ring(("fsdp",), len(x)).num_steps)
+        found.append(contrast._make_ring(("fsdp",), *x.shape).num_steps)
         return x
 
     record = jax.shard_map(record, mesh=mesh, in_specs=PartitionSpec("fsdp"), out_specs=PartitionSpec("fsdp"))
-    jax.eval_shape(record, jax.ShapeDtypeStruct((devices * rows,), "float32"))
-    assert found == [num_steps]
+    jax.eval_shape(record, jax.ShapeDtypeStruct((devices * rows, WIDTH), "float32"))
+    return found[0]
 
 
 class FakeForward(ForwardPass):
@@ -282,7 +290,9 @@ def test_a_queue_replaces_its_oldest_rows_and_wraps_around():
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("optimized")
-def test_memory_per_chip_does_not_grow_with_the_number_of_chips():
+def test_memory_per_chip_does_not_grow_with_the_number_of_chips(monkeypatch):
+    """Check the ring; features of up to 16,384 pairs are gathered, which takes as many bytes as they have."""
+    monkeypatch.setattr(contrast, "_MAX_GATHERED_BYTES", 0)
     memory = []
     for topology in ("v5p:2x2x2", "v5p:4x4x4", "v5p:16x16x16"):
         mesh = topology_mesh(topology, MeshConfig())

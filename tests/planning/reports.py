@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from mplug2_jax.planning.costs import Costs
+from mplug2_jax.planning.hbm_traffic import ScopeTraffic
 from mplug2_jax.planning.memory import Memory
 from mplug2_jax.planning.oom import Buffer
 from mplug2_jax.planning.report import AxisTraffic, PlanReport
@@ -33,6 +34,13 @@ def make_report(**fields: Any) -> PlanReport:
             towers={"clips": {"vision": 3 * 10**15, "text": 10**15}, "text": {"text": 10**15}},
             objectives={"clips": {"vlc": 4 * 10**15}, "text": {"mlm": 10**15}}, recomputed_flops=10**15,
         ),
+        "hbm_traffic": (
+            ScopeTraffic(
+                scope="vision/attention (backward)", bytes=3e9, minimum_bytes=1e9,
+                operations={"dot_general": 2e9, "copy": 1e9},
+            ),
+            ScopeTraffic(scope="text/mlp", bytes=1e9, minimum_bytes=1e9, operations={"dot_general": 1e9}),
+        ),
         "traffic": (
             AxisTraffic(
                 kind="all-gather", axes="fsdp", network="ici", bytes=24e9, count=24, seconds=0.06, exposed_seconds=0.0
@@ -56,6 +64,7 @@ def make_hostile_report(text: str) -> PlanReport:
     """Return a report in which every name is ``text``."""
     return make_report(
         name=text, program=text, topology=text, mesh=text, examples={text: 48}, unknown_loops=(text,),
+        hbm_traffic=(ScopeTraffic(scope=text, bytes=2.0, minimum_bytes=1.0, operations={text: 2.0}),),
         costs=Costs(towers={text: {text: 10**15}}, objectives={text: {text: 10**15}}, recomputed_flops=0),
         traffic=(
             AxisTraffic(kind=text, axes=text, network=text, bytes=1.0, count=1, seconds=1.0, exposed_seconds=1.0),

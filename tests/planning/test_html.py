@@ -33,6 +33,7 @@ def test_the_values_are_there(tmp_path: Path) -> None:
         "mine on v5p:2x2x2", "fits", "train, 123,456 parameters, mesh data=2, fsdp=4", "clips 48, text 16",
         "1.18 s to 2.02 s per step, MFU 41% to 72%; 86,400 steps in 1.18 to 2.02 days, 226 to 388 chip-hours",
         "10.00 GiB of 40.00 GiB", "optimizer 4.00 GiB", "20 ms (2.0% of compute)",
+        "4 GB per device and step; dark: 2 GB if every scope", "dot_general 67%, copy 33%",
         "5 PFLOP per step, 20.0% recomputed", "24 GB", "3 x bf16[8,1024]", "Compiled ahead of time in 61 s.",
     ):  # fmt: skip
         assert value in text, value
@@ -57,7 +58,7 @@ def test_bars_are_within_their_tracks(tmp_path: Path) -> None:
     slow_network = Timing(compute_seconds=1.0, hbm_seconds=0.5, communication_seconds=10.0, exposed_seconds=0.5)
     for report, uses in ((make_report(), 6), (make_report(memory=full), 3), (make_report(timing=slow_network), 6)):
         widths = bar_widths(render(report, tmp_path))
-        assert len(widths) == uses + 4
+        assert len(widths) == uses + 4 + 2 * 2  # two towers
         assert sum(widths[:uses]) <= 100.01
         assert all(0 <= width <= 100.01 for width in widths[uses:])
     assert sum(bar_widths(render(make_report(), tmp_path))[:6]) == pytest.approx(25)  # of the capacity

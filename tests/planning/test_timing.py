@@ -10,7 +10,15 @@ from mplug2_jax.parallel.accelerators import parse_topology
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.planning.programs import get_topology_devices
-from mplug2_jax.planning.timing import MFU_CEILING, MFU_TYPICAL, Timing, bandwidth, estimate_timing, torus_extents
+from mplug2_jax.planning.timing import (
+    MFU_CEILING,
+    MFU_TYPICAL,
+    Timing,
+    bandwidth,
+    collective_seconds,
+    estimate_timing,
+    torus_extents,
+)
 from mplug2_jax.planning.traffic import Collective
 from tests.close import FLOAT64, assert_close
 from tests.tpu import topology_mesh
@@ -36,6 +44,16 @@ def test_v5p_uses_both_directions_of_every_dimension_that_wraps() -> None:
     for axes, links in ((("data",), 2), (("fsdp",), 4), (("data", "fsdp"), 6)):
         assert bandwidth(collective(*axes), mesh, topology) == 100e9 * links
     assert bandwidth(collective("fsdp", kind="collective-permute"), mesh, topology) == 100e9
+
+
+def test_permutes_have_a_latency() -> None:
+    topology, mesh = torus("v5p:4x4x4", data=4, fsdp=16)
+    permute = collective("fsdp", kind="collective-permute", bytes_sent=1e3, count=1000)
+    assert_close(collective_seconds(permute, mesh, topology), 1e6 / 100e9 + 1000 * 5e-6, FLOAT64)
+    gather = collective("fsdp", bytes_sent=1e3, count=1000)
+    assert_close(collective_seconds(gather, mesh, topology), 1e6 / 400e9, FLOAT64)
+    timing = estimate_timing(1e15, 1e9, [permute, gather], mesh, topology)
+    assert_close(timing.exposed_seconds, 1e6 / 100e9 + 5e-3 + 1e6 / 400e9, FLOAT64)
 
 
 def test_half_a_dimension_does_not_wrap() -> None:
