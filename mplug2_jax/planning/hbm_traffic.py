@@ -28,8 +28,8 @@ _NO_TRAFFIC_CALLS = frozenset({
 })  # fmt: skip
 _BYTES_ACCESSED = re.compile(r'"cost_estimate":\s*(\{[^{}]*\})')
 
-ADDED = "added by the compiler"
-"""The scope of instructions that come from no traced operation."""
+ADDED, OUTSIDE = "added by the compiler", "outside the model"
+"""The scopes of instructions that come from no traced operation, and of operations in no module."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class ScopeTraffic:
     @property
     def tower(self) -> str:
         """Return the part of the model, the first of the scope's names."""
-        return self.scope if self.scope == ADDED else re.split(r"[/ ]", self.scope, maxsplit=1)[0]
+        return self.scope if self.scope in (ADDED, OUTSIDE) else re.split(r"[/ ]", self.scope, maxsplit=1)[0]
 
 
 def hbm_traffic(program: str, *, default_trips: int = 1) -> list[ScopeTraffic]:
@@ -131,7 +131,7 @@ def _count_computation(module: HloModule, computation: Computation) -> dict[str,
         if not (written or any(reads.values())):
             continue
         name = source_scope(instruction, computation, module)
-        scopes[instruction.name] = pretty_scope(name) if "/" in name else ADDED
+        scopes[instruction.name] = _scope(name)
         moved.append((instruction, reads, written))
         row = rows[scopes[instruction.name]]
         row.operations[_operation(instruction, name)] += sum(reads.values()) + written
@@ -147,6 +147,14 @@ def _count_computation(module: HloModule, computation: Computation) -> dict[str,
     for (scope, _), size in external.items():
         rows[scope].minimum += size
     return rows
+
+
+def _scope(op_name: str) -> str:
+    """Return the scope of an operation."""
+    if "/" not in op_name:
+        return ADDED
+    scope, operation = pretty_scope(op_name), op_name.rpartition("/")[2]
+    return OUTSIDE if scope.partition(" (")[0] == operation else scope
 
 
 def _operation(instruction: Instruction, op_name: str) -> str:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mplug2_jax.planning.hbm_traffic import count_hbm_bytes, hbm_traffic, traffic_by_tower
+from mplug2_jax.planning.hbm_traffic import ADDED, OUTSIDE, count_hbm_bytes, hbm_traffic, traffic_by_tower
 from mplug2_jax.planning.hlo import hbm_bytes
 from tests.planning.programs import loop, program
 
@@ -210,6 +210,9 @@ def test_traffic_by_scope_and_what_a_scope_cannot_avoid() -> None:
     assert vision.minimum_bytes == 3 * BLOCK  # %p, %q and %b
     assert vision.operations == {"add": 3 * BLOCK, "mul": 3 * BLOCK}
     assert (other.scope, other.bytes, other.minimum_bytes) == ("text", 2 * BLOCK, 2 * BLOCK)
+    outside = program(ARGUMENTS + '\nROOT %c = f32[8,128]{1,0} negate(%p), metadata={op_name="jit(f)/neg"}')
+    added = program(ARGUMENTS + "\nROOT %c = f32[8,128]{1,0} copy(%p)")
+    assert [hbm_traffic(each)[0].tower for each in (outside, added)] == [OUTSIDE, ADDED]
     assert traffic_by_tower([vision, other]) == {"vision": (6 * BLOCK, 3 * BLOCK), "text": (2 * BLOCK, 2 * BLOCK)}
 
 
