@@ -242,10 +242,10 @@ def _receive_all(iterator: Any, num_workers: int) -> Generator[tuple[Arrays, lis
             yield sent
     finally:
         stop.set()
-        while thread.is_alive() and not any(worker.exitcode for worker in workers):
+        deadline = time.monotonic() + _GRACE_SECONDS  # a worker may wait for storage much longer
+        while thread.is_alive() and time.monotonic() < deadline:
             with contextlib.suppress(queue.Empty):
                 received.get(timeout=0.05)  # let the thread end
-        thread.join(_GRACE_SECONDS)
         if thread.is_alive():
             _abandon(workers)
 

@@ -197,6 +197,10 @@ def run_validate(args: argparse.Namespace) -> int:
     check_range("--max-bad-fraction", args.max_bad_fraction, 0, 1)
     if bool(args.worker) != bool(args.out):
         raise UserError("--worker and --out need each other: workers write into a folder, which data summary reads")
+    if args.worker and (args.json or args.max_bad_fraction):
+        option = "--json" if args.json else f"--max-bad-fraction {args.max_bad_fraction}"
+        raise UserError(f"{option} with --worker {args.worker}: give it to data summary, which joins what workers find")
+    worker = _worker(args)
     recipe = args.spec.partition(":")[0] not in FORMATS
     if args.overrides and not recipe:
         raise UserError(f"{args.overrides[0]} is for recipes, and {args.spec} is not one; use --kind, --media, --split")
@@ -207,7 +211,7 @@ def run_validate(args: argparse.Namespace) -> int:
         for name, source in data.sources.items()
     )
     if args.worker:
-        return _validate_share(list(sources), args)
+        return _validate_share(list(sources), worker, args)
     reports: list[_SourceReport] = []
     for checks in sources:
         with Progress(len(checks.source), "record", desc=checks.title) as progress:
@@ -217,10 +221,9 @@ def run_validate(args: argparse.Namespace) -> int:
     return _print_result(reports, args)
 
 
-def _validate_share(sources: "list[SourceChecks]", args: argparse.Namespace) -> int:
+def _validate_share(sources: "list[SourceChecks]", worker: "Worker", args: argparse.Namespace) -> int:
     from data_pipelines.preparation.validate import count_share, validate_share
 
-    worker = _worker(args)
     names = ("spec", "kind", "media", "split", "max_records", "overrides")
     records = count_share(sources, worker)
     with Progress(records, "record", desc="validating") as progress:
@@ -372,7 +375,8 @@ def run_index(args: argparse.Namespace) -> int:
     files = find_files(args.path.removeprefix("webdataset:"), ".tar")
     tars, worker = TarSet(files, args.index), _worker(args)
     share = worker.share(files)
-    scanned = [file for file in share if file in tars.missing]
+    missing = {file.path for file in tars.missing}
+    scanned = [file for file in share if file.path in missing]
     with Progress(sum(file.size for file in scanned), "B", desc="scanning") as progress:
         tars.build(scanned, num_threads=args.num_threads, must_write=True, on_progress=progress.update)
     done = f"{len(scanned):,} scanned, {len(share) - len(scanned):,} up to date"

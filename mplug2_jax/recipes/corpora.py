@@ -13,8 +13,9 @@ FETCH_IMAGES = (
 )
 CHUNK = (
     "mplug2 data chunk {files} --tokenizer $MPLUG2_DATA/bert-large-uncased/vocab.txt --length 128 --shards {shards} "
-    "--out $MPLUG2_DATA/{folder} (on many workers: mplug2 launch slurm --workers {shards} -- data chunk ...)"
+    "--out $MPLUG2_DATA/{folder}"
 )
+MANY_WORKERS = "or the same by many workers: mplug2 launch slurm --workers {shards} -- data chunk ..."
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,7 +121,7 @@ CORPORA: Mapping[str, Corpus] = {
         fetch=(
             "wget https://dumps.wikimedia.org/enwiki/latest/enwiki-latest-pages-articles.xml.bz2",
             "python -m wikiextractor.WikiExtractor enwiki-latest-pages-articles.xml.bz2 -o text --no-templates",
-            CHUNK.format(files="text/*/wiki_*", shards=16, folder="wikipedia"),
+            CHUNK.format(files="text/*/wiki_*", shards=16, folder="wikipedia"), MANY_WORKERS.format(shards=16),
         ),
     ),
     "web": Corpus(
@@ -129,7 +130,7 @@ CORPORA: Mapping[str, Corpus] = {
         homepage="https://huggingface.co/datasets/allenai/c4", licence="ODC-BY; Common Crawl's terms of use",
         fetch=(
             "c4/en/c4-train.*.json.gz: from the homepage; then, for each: zcat FILE | jq -r .text > FILE.txt",
-            CHUNK.format(files="c4/en/*.txt", shards=256, folder="web"),
+            CHUNK.format(files="c4/en/*.txt", shards=256, folder="web"), MANY_WORKERS.format(shards=256),
         ),
     ),
 }  # fmt: skip

@@ -239,6 +239,13 @@ REFUSED = {
     "empty": (["validate", "array_record:{tmp}"], "{tmp} holds no file that ends in .array_record; found 0 other"),
     "tfds": (["validate", "tfds:{tmp}"], "{tmp} is not a TFDS data set (Could not"),
     "unread": (["validate", "webdataset:x", "--split", "val"], "source.split='val' is not read by format 'webd"),
+    "out": (["validate", "digitworld:", "--out", "{tmp}/out"], "--worker and --out need each other: workers write"),
+    "worker": (["validate", "digitworld:", "--worker", "1/1", "--out", "{tmp}/out"], "--worker 1/1: expected INDEX/CO"),
+    "json": (["validate", "digitworld:", "--worker", "0/1", "--out", "{tmp}/out", "--json"],
+             "--json with --worker 0/1: give it to data summary"),
+    "summary": (["summary", "{tmp}"], "{tmp} has no job.json: expected the --out folder of data convert, chunk or va"),
+    "one file": (["chunk", "a.txt", "--tokenizer", "{vocabulary}", "--out", "{tmp}/a.array_record", "--shards", "2"],
+                 "--shards 2 with --out {tmp}/a.array_record: shards are written into a folder; give its name"),
     "override": (["validate", "webdataset:x", "--config.steps=3"], "--config.steps=3 is for recipes, and "),
     "stream": (["show", "demo", "--stream", "txt"], "--stream txt is not in the recipe: did you mean 'text'?"),
     "step": (["show", "demo", "--step", "0"], "--step 0 should be at least 1, the first step"),
@@ -253,8 +260,8 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("words", "message"), REFUSED.values(), ids=REFUSED)
-def test_errors_are_one_sentence(words: list[str], message: str, tmp_path: Path) -> None:
-    done = mplug2("data", *(word.format(tmp=tmp_path) for word in words))
+def test_errors_are_one_sentence(words: list[str], message: str, tmp_path: Path, vocabulary: Path) -> None:
+    done = mplug2("data", *(word.format(tmp=tmp_path, vocabulary=vocabulary) for word in words))
     assert done.status == 2
     assert done.err.startswith(f"mplug2: error: {message.format(tmp=tmp_path)}")
     assert list(tmp_path.iterdir()) == []

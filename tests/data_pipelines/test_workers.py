@@ -253,6 +253,23 @@ def test_a_killed_worker_is_an_error(number: int, message: str, config: DataConf
     assert not has_workers()
 
 
+def sleep(index: int) -> int:
+    time.sleep(60 if index else 0)
+    return index
+
+
+def test_closing_does_not_wait_for_an_item_that_takes_long(config: DataConfig) -> None:
+    items = prefetch(grain.MapDataset.range(9).map(sleep), with_workers(config, 1, prefetch=1))
+    assert next(items) == 0
+    start = time.monotonic()
+    items.close()
+    assert time.monotonic() - start < 30
+    deadline = time.monotonic() + 30
+    while has_workers():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 LOCKED = """
 import gc, grain, multiprocessing.synchronize, os, signal, sys
 from data_pipelines.config import DataConfig, ExampleConfig, SourceConfig
