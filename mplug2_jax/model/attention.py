@@ -3,6 +3,7 @@
 =========  ==========================================================================================
 kernel     chosen by ``auto`` for
 =========  ==========================================================================================
+fused      TPU, no dropout, 64 to 512 queries and keys (a frame, long text)
 splash     TPU, no dropout, not causal, at least 2**20 query-key pairs (the long visual sequence)
 cudnn      GPU, no dropout, 16-bit, at least 2**16 query-key pairs
 xla        everything else: short text, cross attention from few queries, attention dropout, CPU
@@ -11,15 +12,23 @@ xla        everything else: short text, cross attention from few queries, attent
 A mesh with a ``sequence`` axis shards the long visual sequence: see :mod:`mplug2_jax.model.sequence`.
 """
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from mplug2_jax.model import kernels
 from mplug2_jax.model.config import AttentionKernel
+from mplug2_jax.model.fused_attention import MAX_HEAD_WIDTH, MAX_LENGTH, fused_attention
 from mplug2_jax.model.sequence import REPLICATED, AttentionSharding, sequence_attention
 from mplug2_jax.parallel.sharding import activation_spec, num_shards, target_platform
 
+DOT = "dot"  # checkpoint name of the outputs of linear maps and of "fused", which the remat policy "dots" saves
+
+_FUSED_MIN_LENGTH = 64
 _SPLASH_MIN_PAIRS = 2**20
 _CUDNN_MIN_PAIRS = 2**16
 
@@ -59,11 +68,13 @@ def attention(
         )
     if kernel == "auto":
         kernel = _choose_kernel(query, key, causal=causal, has_dropout=keep_mask is not None)
-    if kernel in ("splash", "cudnn") and keep_mask is not None:
+    if kernel in ("fused", "splash", "cudnn") and keep_mask is not None:
         raise ValueError(
             f"attention kernel '{kernel}' does not support dropout: set config.model.attention_dropout=0 or "
             "config.model.attention='xla'"
         )
+    if kernel == "fused" and (longest := max(query.shape[1], key.shape[1])) > MAX_LENGTH:
+        raise ValueError(f"attention kernel 'fused' takes at most {MAX_LENGTH} tokens, found {longest}: use 'auto'")
     if kernel == "splash" and causal:
         raise ValueError("attention kernel 'splash' does not support causal attention: use 'auto' or 'xla'")
     if sharding.is_sharded and num_shards("visual") > 1:
@@ -76,7 +87,11 @@ def attention(
         return kernels.xla(query, key, value, key_mask, causal=causal, dropout=dropout, keep_mask=keep_mask)
     if kernel == "cudnn":
         return kernels.cudnn(query, key, value, key_mask, causal=causal)
-    return _splash(query, key, value, key_mask, sharding)
+    if kernel == "fused":
+        fused = functools.partial(fused_attention, causal=causal)
+        # Saved by the remat policy "dots": another forward pass would read as much as saving writes.
+        return checkpoint_name(_on_each_device(fused, query, key, value, key_mask, sharding), DOT)
+    return _on_each_device(kernels.splash, query, key, value, key_mask, sharding)
 
 
 def _choose_kernel(
@@ -86,6 +101,9 @@ def _choose_kernel(
     platform = target_platform()
     if has_dropout:
         return "xla"
+    is_short = all(_FUSED_MIN_LENGTH <= x.shape[1] <= MAX_LENGTH for x in (query, key))
+    if platform == "tpu" and is_short and query.shape[-1] <= MAX_HEAD_WIDTH:
+        return "fused"
     if platform == "tpu" and num_pairs >= _SPLASH_MIN_PAIRS and not causal:
         return "splash"
     if (
@@ -98,22 +116,24 @@ def _choose_kernel(
     return "xla"
 
 
-def _splash(
+def _on_each_device(
+    kernel: Callable[..., Array],
     query: Float[Array, "b l h k"],
     key: Float[Array, "b s h k"],
     value: Float[Array, "b s h k"],
     key_mask: Bool[Array, "b s"] | None,
     sharding: AttentionSharding,
 ) -> Float[Array, "b l h k"]:
+    """Run a kernel on the examples and heads of each device."""
     mask = jnp.ones(key.shape[:2], bool) if key_mask is None else key_mask
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return kernels.splash(query, key, value, mask)
+        return kernel(query, key, value, mask)
     # The partitioner cannot partition Mosaic kernels: give each device its examples and heads.
     sizes = dict(mesh.shape)
     qkv_spec = activation_spec((sharding.batch, None, "heads", None), sizes, query.shape)
     mask_spec = activation_spec((sharding.batch, None), sizes, mask.shape)
-    sharded_splash = jax.shard_map(
-        kernels.splash, mesh=mesh, in_specs=(*[qkv_spec] * 3, mask_spec), out_specs=qkv_spec, check_vma=False
+    sharded_kernel = jax.shard_map(
+        kernel, mesh=mesh, in_specs=(*[qkv_spec] * 3, mask_spec), out_specs=qkv_spec, check_vma=False
     )
-    return sharded_splash(query, key, value, mask)
+    return sharded_kernel(query, key, value, mask)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from mplug2_jax.errors import UserError, check_range, did_you_mean
 
 Remat = Literal["none", "dots", "full"]
-AttentionKernel = Literal["auto", "xla", "splash", "cudnn"]
+AttentionKernel = Literal["auto", "xla", "fused", "splash", "cudnn"]
 
 PARTS: Mapping[str, str] = {
     "vision": "dual-vision encoder: one CLIP ViT for images and videos",

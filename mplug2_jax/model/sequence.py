@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float
 
 from mplug2_jax.model import kernels
 from mplug2_jax.model.config import AttentionKernel
+from mplug2_jax.model.fused_attention import fused_attention
 from mplug2_jax.model.ring import ring_attention
 from mplug2_jax.parallel.config import SEQUENCE
 from mplug2_jax.parallel.sharding import activation_spec, num_shards
@@ -73,7 +74,7 @@ def sequence_attention(
     mesh = jax.sharding.get_abstract_mesh()
     specs = [activation_spec(n, dict(mesh.shape), x.shape) for n, x in zip(names, arrays, strict=True)]
     algorithm = _choose_algorithm(arrays[1], specs[1], dict(mesh.shape), sharding, has_dropout=keep_mask is not None)
-    is_fused = kernel in ("splash", "cudnn") and algorithm in (_local, _all_gather_kv)
+    is_fused = kernel in ("fused", "splash", "cudnn") and algorithm in (_local, _all_gather_kv)
     sharded_attention = jax.shard_map(
         functools.partial(algorithm, dropout=dropout, kernel=kernel),
         mesh=mesh,
@@ -105,6 +106,8 @@ def _choose_algorithm(
 def _local(
     query: Array, key: Array, value: Array, mask: Array, keep_mask: Array | None = None, *, dropout: float, kernel: str
 ) -> Array:
+    if kernel == "fused":
+        return fused_attention(query, key, value, mask)
     if kernel == "splash":
         return kernels.splash(query, key, value, mask)
     if kernel == "cudnn":

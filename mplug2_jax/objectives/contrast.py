@@ -23,6 +23,9 @@ _MAX_BLOCK_ROWS = 4096  # bounds the memory of a block's scores
 _SLICE_AXIS = "replica"  # crosses the network between slices, which has the highest latency
 _NEG_INF = -1e30  # score of masked candidates; finite, so that no NaN arises
 
+# A TPU or GPU would round features to 16 bits or fewer, and logits, divided by a small temperature, by several percent.
+matmul_float32 = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+
 Block = tuple[Array, Array, Array]  # features, ids, weights
 
 
@@ -154,8 +157,8 @@ def _backward(ring: _Ring, residuals: tuple[Any, ...], dout: Array) -> tuple[Arr
         scores, is_positive = _block_scores(rows, ids, temperature, block)
         dscores = jnp.exp(scores - logsumexp[:, None]) - is_positive / num_positives[:, None]
         dscores *= (dout / temperature)[:, None]
-        dcandidates += dscores.T @ rows
-        drows += dscores @ block[0]
+        dcandidates += matmul_float32(dscores.T, rows)
+        drows += matmul_float32(dscores, block[0])
         dtemperature -= (dscores * scores).sum(1)
         return (*ring.rotate((block, dcandidates)), drows, dtemperature), None
 
@@ -172,6 +175,7 @@ def _block_scores(
 ) -> tuple[Float[Array, "r c"], Float[Array, "r c"]]:
     """Compute the scores of a chip's rows and a block of candidates, and 1 for positive pairs."""
     candidates, candidate_ids, weights = block
-    scores = jnp.where(weights > 0, rows @ candidates.T / temperature[:, None], _NEG_INF)
+    scores = matmul_float32(rows, candidates.T) / temperature[:, None]
+    scores = jnp.where(weights > 0, scores, _NEG_INF)
     is_positive = (ids[:, None] == candidate_ids) & (weights > 0)
     return scores, is_positive.astype(jnp.float32)

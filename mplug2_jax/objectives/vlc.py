@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mplug2_jax.objectives.config import VlcConfig
-from mplug2_jax.objectives.contrast import info_nce
+from mplug2_jax.objectives.contrast import info_nce, matmul_float32
 from mplug2_jax.objectives.forward import ForwardPass, LossOutput, weighted_mean
 from mplug2_jax.objectives.queue import Queue
 
@@ -50,9 +50,11 @@ def momentum_contrastive_loss(
     hard_targets = positives / positives.sum(-1, keepdims=True)
 
     def one_direction(student: Array, teacher: Array, candidates: Array) -> Array:
-        soft_targets = jax.lax.stop_gradient(jax.nn.softmax(teacher @ candidates.T / temperature, axis=-1))
+        soft_targets = jax.lax.stop_gradient(
+            jax.nn.softmax(matmul_float32(teacher, candidates.T) / temperature, axis=-1)
+        )
         targets = alpha * soft_targets + (1.0 - alpha) * hard_targets
-        log_probs = jax.nn.log_softmax(student @ candidates.T / temperature, axis=-1)
+        log_probs = jax.nn.log_softmax(matmul_float32(student, candidates.T) / temperature, axis=-1)
         return -jnp.mean(jnp.sum(targets * log_probs, axis=-1))
 
     to_text = one_direction(student[0], teacher[0], text_candidates)

@@ -37,7 +37,8 @@ def hard_negatives(
 
     def sample(anchors: Array, candidates: Array, key: PRNGKeyArray | None) -> Int[Array, "g n"]:
         anchors, candidates = (x.reshape(-1, group_size, x.shape[-1]) for x in (anchors, candidates))
-        scores = jnp.where(is_negative, jnp.einsum("gie,gje->gij", anchors, candidates) / temperature, -jnp.inf)
+        scores = jnp.einsum("gie,gje->gij", anchors, candidates, precision=jax.lax.Precision.HIGHEST)
+        scores = jnp.where(is_negative, scores / temperature, -jnp.inf)
         return jnp.argmax(scores, -1) if key is None else jax.random.categorical(key, scores)
 
     keys = (None, None) if rng is None else tuple(jax.random.split(rng))

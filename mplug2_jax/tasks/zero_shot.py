@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from mplug2_jax.model.heads import l2_normalize
 from mplug2_jax.model.mplug2 import Mplug2
+from mplug2_jax.objectives.contrast import matmul_float32
 from mplug2_jax.objectives.forward import DeviceBatch, ForwardPass
 from mplug2_jax.parallel.sharding import constrain
 from mplug2_jax.tasks import classify
@@ -35,7 +36,7 @@ def predict(model: Mplug2, batch: DeviceBatch, context: TaskContext) -> Predicti
     """Return the probability of each class."""
     del context
     visual = model.contrastive.visual_features(ForwardPass(model, batch).visual)
-    logits = visual @ batch["class_features"].T / model.contrastive.temperature
+    logits = matmul_float32(visual, batch["class_features"].T) / model.contrastive.temperature
     return {"probabilities": jax.nn.softmax(logits, axis=-1)}
 
 

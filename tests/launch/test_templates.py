@@ -58,5 +58,6 @@ def test_undefined_variables_raise() -> None:
 def test_the_templates_are_found(repository: Path) -> None:
     assert launch_folder() == repository / "launch"
     assert {path.name for path in launch_folder().iterdir()} == {
-        "Dockerfile.gpu", "Dockerfile.tpu", "jobset.yaml.j2", "slurm.sbatch.j2", "tpu_vm.sh.j2",
+        "Dockerfile.gpu", "Dockerfile.tpu", "data.sbatch.j2", "data_job.yaml.j2", "jobset.yaml.j2", "slurm.sbatch.j2",
+        "tpu_vm.sh.j2",
     }  # fmt: skip

@@ -105,7 +105,11 @@ def test_block_sizes_divide_padded_lengths():
     ("platform", "l", "dtype", "has_dropout", "causal", "expected"),
     [
         ("tpu", 4097, "bfloat16", False, False, "splash"),
-        ("tpu", 257, "bfloat16", False, False, "xla"),
+        ("tpu", 257, "bfloat16", False, False, "fused"),
+        ("tpu", 257, "bfloat16", True, False, "xla"),
+        ("tpu", 128, "bfloat16", False, True, "fused"),
+        ("tpu", 32, "bfloat16", False, False, "xla"),
+        ("tpu", 513, "bfloat16", False, False, "xla"),
         ("tpu", 4097, "bfloat16", True, False, "xla"),
         ("tpu", 4097, "bfloat16", False, True, "xla"),
         ("gpu", 4097, "bfloat16", False, False, "cudnn"),
@@ -127,3 +131,7 @@ def test_kernels_refuse_unsupported_calls():
         attention(query, key, value, dropout=0.1, rng=jax.random.key(0), kernel="splash")
     with pytest.raises(ValueError, match="causal"):
         attention(query, key, value, causal=True, kernel="splash")
+    with pytest.raises(ValueError, match="does not support dropout"):
+        attention(query, key, value, dropout=0.1, rng=jax.random.key(0), kernel="fused")
+    with pytest.raises(ValueError, match="'fused' takes at most 512 tokens, found 513: use 'auto'"):
+        attention(*inputs(l=513)[:3], kernel="fused")

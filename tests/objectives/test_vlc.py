@@ -16,9 +16,11 @@ from mplug2_jax.objectives.config import VlcConfig
 from mplug2_jax.objectives.forward import ForwardPass
 from mplug2_jax.objectives.queue import Queue, init_queue
 from mplug2_jax.objectives.vlc import contrastive_loss, momentum_contrastive_loss, vlc_loss
+from mplug2_jax.objectives.vlm import hard_negatives
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import abstract_mesh, make_mesh
 from mplug2_jax.parallel.placement import batch_sharding
+from mplug2_jax.training.telemetry.flops import _inner_jaxprs
 from tests.close import assert_close
 from tests.tpu import topology_mesh
 
@@ -167,6 +169,36 @@ def num_steps_of(devices, rows):
     record = jax.shard_map(record, mesh=mesh, in_specs=PartitionSpec("fsdp"), out_specs=PartitionSpec("fsdp"))
     jax.eval_shape(record, jax.ShapeDtypeStruct((devices * rows, WIDTH), "float32"))
     return found[0]
+
+
+def dot_precisions(jaxpr):
+    """Return the precisions of all matmuls of a traced program."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            yield eqn.params["precision"]
+        for inner in _inner_jaxprs(eqn):
+            yield from dot_precisions(inner)
+
+
+@pytest.mark.parametrize("loss", ["contrastive", "momentum", "negatives"])
+def test_scores_are_float32_on_every_device(loss):
+    visual, text, ids, weights, temperature = map(jnp.asarray, pairs(8, 0, 5))
+    queue = init_queue(jax.random.key(0), 8, WIDTH)
+
+    def run(visual, text):
+        if loss == "contrastive":
+            return contrastive_loss(visual, text, ids, weights, temperature)
+        if loss == "momentum":
+            return momentum_contrastive_loss((visual, text), (visual, text), ids, queue, temperature, 0.5)
+        features = (visual, text)
+        hard_negatives(features, features, ids, weights, temperature, 4, jax.random.key(0))
+        return jnp.sum(visual @ text.T, where=False)  # has a gradient
+
+    found = list(dot_precisions(jax.make_jaxpr(jax.grad(run, argnums=(0, 1)))(visual, text).jaxpr))
+    own = [None, None, None] if loss == "negatives" else []
+    highest = (jax.lax.Precision.HIGHEST,) * 2
+    assert len(found) > 2
+    assert [each for each in found if each != highest] == own
 
 
 class FakeForward(ForwardPass):
