@@ -57,7 +57,7 @@ _SCALED_FORMATS = frozenset({"yuv420p", "yuvj420p", "yuv422p", "yuvj422p", "yuv4
 # Equal results on all processors, and chroma that is interpolated.
 _SCALE_FLAGS = "bicubic+accurate_rnd+full_chroma_int+bitexact"
 # Opening a container decodes its first frames, to know what random access does not need; this skips them.
-_UNPROBED = [{"skip_frame": "all"}] * 64
+_UNPROBED = {"skip_frame": "all"}
 
 Frame = UInt8[np.ndarray, "y x 3"]
 TransformedFrame = UInt8[np.ndarray, "Y X 3"]
@@ -217,21 +217,19 @@ def _open_unprobed(media: Media, data: bytes | str) -> Iterator[tuple[Any, Any]]
     """Open a container without decoding its first frames, if its header has what is needed."""
     with contextlib.ExitStack() as stack:
         try:
-            opened = stack.enter_context(_open(media, data, _UNPROBED))
-        except (DataError, ValueError, av.FFmpegError):  # MPEG streams, for example, are found by decoding
+            opened = stack.enter_context(_open(media, data, is_probed=False))
+        except (DataError, av.FFmpegError):
             opened = stack.enter_context(_open(media, data))
         yield opened
 
 
 @contextmanager
-def _open(
-    media: Media, data: bytes | str, stream_options: list[dict[str, str]] | None = None
-) -> Iterator[tuple[Any, Any]]:
+def _open(media: Media, data: bytes | str, *, is_probed: bool = True) -> Iterator[tuple[Any, Any]]:
     """Open the container and its first video stream, except cover art."""
     # The "file:" prefix keeps a name that looks like a URL from being opened as one.
     file = BytesIO(data) if isinstance(data, bytes) else f"file:{data}"
-    options = {"format_whitelist": ",".join(VIDEO_FORMATS)}
-    with av.open(file, options=options, stream_options=stream_options or [], **_LENIENT) as container:
+    options = {"format_whitelist": ",".join(VIDEO_FORMATS)} | ({} if is_probed else _UNPROBED)
+    with av.open(file, options=options, **_LENIENT) as container:
         cover = av.stream.Disposition.attached_pic
         streams = [stream for stream in container.streams.video if not stream.disposition & cover]
         if not streams:
