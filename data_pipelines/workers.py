@@ -268,6 +268,8 @@ def _abandon(workers: "Sequence[BaseProcess]") -> None:
     """Kill workers, and let the end of the program not wait for the locks that they held."""
     for worker in workers:
         worker.kill()
+    for worker in workers:
+        worker.join(_GRACE_SECONDS)
     for finalizer in list(multiprocessing.util._finalizer_registry.values()):  # type: ignore[attr-defined]
         iterator = finalizer._args[0]() if finalizer._callback is process_prefetch._close_if_alive else None
         if iterator is not None and iterator._prefetch_process in workers:

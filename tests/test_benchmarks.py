@@ -34,7 +34,7 @@ SPEEDS = r" +[\d.]+ s +[\d.]+ s +[\d.]+ +[\d.]+ +[\d.]+$"
          (r"^video: CPU time of an example; with the GIL +[\d.]+ ms; [\d.]+ ms$",
           r"^pretrain:large on v5p:8x8x8 +[\d.]+ s +\d+ +\d+ +\d+$",
           r"^image: relative to a minimal loop on one core +\d+%", r"^video: two workers / one +[\d.]+x",
-          r"^image, two workers: this pipeline / PyTorch DataLoader +", r"waiting for data +[\d.]+%")),
+          r"^image, two workers: this / PyTorch DataLoader +", r"waiting for data +[\d.]+%")),
         ("index.py --samples 200000 --tars 8",
          (r"^200,000 samples: opened in +[\d.]+ s$", r"^800 samples: opened in +[\d.]+ s, \d+ requests$",
           r"batch of 256 of step 1,000,000 +[\d.]+ s, 256 requests", r"within 60 s and 4 GiB +yes")),
