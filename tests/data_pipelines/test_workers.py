@@ -331,7 +331,11 @@ def allocate(folder: Path, index: int) -> int:
 
 def test_a_worker_that_the_kernel_kills_for_memory(memory_group: Path, config: DataConfig, tmp_path: Path) -> None:
     items = prefetch(grain.MapDataset.range(9).map(functools.partial(allocate, tmp_path)), with_workers(config, 1))
-    (memory_group / "cgroup.procs").write_text(str(next(items)))
+    try:
+        (memory_group / "cgroup.procs").write_text(str(next(items)))
+    except OSError as error:
+        items.close()
+        pytest.skip(f"no process can join a control group: {error}")
     (tmp_path / "go").touch()
     with pytest.raises(DataWorkerError, match="killed by SIGKILL, as the kernel does when memory runs out: reduce num"):
         list(items)
