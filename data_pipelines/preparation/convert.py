@@ -14,7 +14,7 @@ from PIL import Image
 from data_pipelines.bad_records import BadRecord
 from data_pipelines.errors import DataError
 from data_pipelines.media import Media, encode_video
-from data_pipelines.preparation.jobs import Job, Worker
+from data_pipelines.preparation.jobs import SINGLE_WORKER, Job, Worker
 from data_pipelines.preparation.shards import (
     ShardManifest,
     check_manifest,
@@ -26,8 +26,6 @@ from data_pipelines.record import Record, Source
 from data_pipelines.sources.array_record import encode_record
 from data_pipelines.sources.files import read_bytes
 
-ALONE = Worker()
-
 
 def convert(
     source: Source,
@@ -36,7 +34,7 @@ def convert(
     *,
     shards: int,
     num_threads: int = 2,
-    worker: Worker = ALONE,
+    worker: Worker = SINGLE_WORKER,
 ) -> Iterator[tuple[Path, ShardManifest]]:
     """Write a source as ``shards`` files into a folder; shards that are complete and undamaged are kept.
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from data_pipelines.errors import DataError
-from data_pipelines.preparation.jobs import Job, Worker
+from data_pipelines.preparation.jobs import SINGLE_WORKER, Job, Worker
 from data_pipelines.preparation.shards import ShardManifest, open_folder, write_shard
 from data_pipelines.record import Record
 from data_pipelines.sources.array_record import SUFFIX, encode_record
@@ -16,7 +16,6 @@ from data_pipelines.storage.paths import check_can_write
 from data_pipelines.tokenizers import Tokenizer, fingerprint
 
 Progress = Callable[[int], None]
-ALONE = Worker()
 
 
 def chunk_corpus(lines: Iterable[str], tokenizer: Tokenizer, length: int, key_prefix: str = "") -> Iterator[Record]:
@@ -76,7 +75,7 @@ def write_corpus_shards(
     out: Path,
     *,
     shards: int,
-    worker: Worker = ALONE,
+    worker: Worker = SINGLE_WORKER,
     on_progress: Progress = lambda num_bytes: None,
 ) -> Iterator[tuple[Path, ShardManifest]]:
     """Write the chunks of files as ``shards`` ArrayRecord files into a folder; complete ones are kept.

@@ -37,6 +37,9 @@ class Worker:
         return items[self.index :: self.count]
 
 
+SINGLE_WORKER = Worker()
+
+
 def parse_worker(text: str) -> Worker:
     """Return the worker of "INDEX/COUNT", as "0/64" to "63/64".
 
@@ -50,7 +53,7 @@ def parse_worker(text: str) -> Worker:
 
 
 class Job(msgspec.Struct, frozen=True):
-    """What the files of a folder are made of; equal for all workers."""
+    """The command and settings that a folder is written with; the same for all workers."""
 
     command: str  # "convert", "chunk" or "validate"
     settings: dict[str, Any]

@@ -227,22 +227,22 @@ def read_reports(folder: Path) -> dict[str, ValidationReport]:
             "workers again"
         )
 
-    def parts_of(source: str) -> Iterator[Part]:
+    def read_parts() -> Iterator[Part]:
         for path in paths:
             part = _read_part(path)
             if part is None:
                 raise DataError(f"{path} is damaged; remove it, and start the workers again")
-            if part.source == source:
-                yield part
+            yield part
 
     def find_keys(source: str, indices: Sequence[int]) -> Iterator[str]:
-        for part in parts_of(source) if indices else ():
-            yield from (part.keys[i - part.first] for i in indices if part.first <= i < part.first + part.records)
+        for part in read_parts() if indices else ():
+            if part.source == source:
+                yield from (part.keys[i - part.first] for i in indices if part.first <= i < part.first + part.records)
 
-    return {
-        source: _join_parts(parts_of(source), functools.partial(find_keys, source))
-        for source in job.settings["sources"]
-    }
+    reports = {source: ValidationReport() for source in job.settings["sources"]}
+    for source, parts in itertools.groupby(read_parts(), lambda part: part.source):  # a source's parts are contiguous
+        reports[source] = _join_parts(parts, functools.partial(find_keys, source))
+    return reports
 
 
 def _part_paths(folder: Path, count: int) -> list[Path]:
