@@ -1,10 +1,10 @@
-"""``mplug2 data``: tokenizers and samples; ``data_files`` adds the commands on data sets."""
+"""``mplug2 data``: tokenizers and samples; ``data_files`` adds what reads data, ``data_preparation`` what writes it."""
 
 import argparse
 from typing import Any
 
 from data_pipelines.storage.paths import to_path
-from mplug2_jax.cli import data_files
+from mplug2_jax.cli import data_files, data_preparation
 from mplug2_jax.cli.common import add_command, add_group
 from mplug2_jax.cli.parsing import check_output, output_path
 from mplug2_jax.errors import UserError
@@ -18,6 +18,7 @@ def add_parser(commands: Any) -> None:
         example="mplug2 data show demo --stream video_text --step 7",
     )  # fmt: skip
     data_files.add_parsers(kinds)
+    data_preparation.add_parsers(kinds)
     tokenizer = add_command(
         kinds, "tokenizer", run_tokenizer,
         summary="Train a WordPiece or SentencePiece tokenizer",

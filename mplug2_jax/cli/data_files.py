@@ -1,11 +1,10 @@
-"""``mplug2 data show | validate | index | convert | chunk | summary``: the commands that read and write data sets."""
+"""``mplug2 data show | validate | summary``: the commands that read data sets, and what workers wrote."""
 
 import argparse
 import collections
 import dataclasses
 import json
 import logging
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,9 +22,7 @@ if TYPE_CHECKING:
     from data_pipelines.config import DataConfig, SourceConfig
     from data_pipelines.loader import ExampleBuilder
     from data_pipelines.preparation.jobs import Worker
-    from data_pipelines.preparation.shards import ShardManifest
     from data_pipelines.preparation.validate import SourceChecks, ValidationReport
-    from data_pipelines.record import Record, Source
     from data_pipelines.tokenizers import Tokenizer
     from mplug2_jax.training.config import RunConfig
 
@@ -56,56 +53,14 @@ def add_parsers(kinds: Any) -> None:
         example="mplug2 data validate 'webdataset:shards/{00000..00127}.tar' --kind image",
     )  # fmt: skip
     check.add_argument("spec", metavar="SPEC", help="FORMAT:PATH, or a recipe: its streams and evaluations")
-    _add_source(check)
+    add_source(check)
     _add_max_bad_fraction(check)
     check.add_argument(
         "--allow", dest="max_bad_fraction", type=float, default=argparse.SUPPRESS, help=argparse.SUPPRESS
     )  # its old name
     check.add_argument("--json", action="store_true", help="print the report as one JSON object")
     check.add_argument("--out", type=output_path, metavar="DIR", help="with --worker: folder for what workers find")
-    _add_worker(check)
-    index = add_command(
-        kinds, "index", run_index,
-        summary="Index WebDataset tars once, for all hosts and runs",
-        details="Scans tars that are new or changed, and merges all indexes into one file that opens in seconds. Run "
-        "it again to resume, or after changes.",
-        example="mplug2 data index 'gs://my-bucket/laion/{00000..00127}.tar' --index gs://my-bucket/indexes",
-    )  # fmt: skip
-    index.add_argument("path", metavar="PATH", help="a tar, a folder of tars, or a pattern, as in a source's path")
-    index.add_argument(
-        "--index", default="", metavar="DIR",
-        help="folder for the indexes, which sources name in their field 'index' (default: next to the tars)",
-    )  # fmt: skip
-    _add_threads(index, 8, "tars scanned at a time")
-    _add_worker(index)
-    convert = add_command(
-        kinds, "convert", run_convert,
-        summary="Convert any source to ArrayRecord shards",
-        details="Run it again to resume an interrupted conversion.",
-        example="mplug2 data convert webdataset:shards --kind image --shards 64 --out records",
-    )  # fmt: skip
-    convert.add_argument("spec", metavar="FORMAT:PATH", help="source to convert")
-    _add_source(convert)
-    convert.add_argument("--out", type=output_path, required=True, metavar="DIR", help="output folder for the shards")
-    convert.add_argument("--shards", type=int, default=1, help="number of files (default: %(default)s)")
-    _add_threads(convert, 2, "files written at a time")
-    _add_worker(convert)
-    chunk = add_command(
-        kinds, "chunk", run_chunk,
-        summary="Cut text files into records of a fixed number of tokens",
-        details="The records are for a text stream.",
-        example="mplug2 data chunk wiki.txt --tokenizer vocab.txt --length 512 --out wiki.array_record",
-    )  # fmt: skip
-    chunk.add_argument("texts", nargs="+", type=to_path, metavar="FILE", help="text files in UTF-8")
-    chunk.add_argument(
-        "--tokenizer", type=to_path, required=True, metavar="PATH", help="vocab.txt or *.model, or its folder"
-    )
-    chunk.add_argument("--length", type=int, default=512, help="tokens per record (default: %(default)s)")
-    chunk.add_argument(
-        "--out", type=output_path, required=True, metavar="PATH", help="new *.array_record file, or folder for shards"
-    )
-    chunk.add_argument("--shards", type=int, default=1, help="number of files in a folder (default: %(default)s)")
-    _add_worker(chunk)
+    add_worker(check)
     summary = add_command(
         kinds, "summary", run_summary,
         summary="Join what the workers of data convert, chunk or validate wrote into a folder",
@@ -118,18 +73,12 @@ def add_parsers(kinds: Any) -> None:
     summary.add_argument("--json", action="store_true", help="print the report as one JSON object")
 
 
-def _add_worker(parser: argparse.ArgumentParser) -> None:
+def add_worker(parser: argparse.ArgumentParser) -> None:
+    """Add the option ``--worker``."""
     parser.add_argument(
         "--worker", metavar="INDEX/COUNT", help="do one of COUNT shares of the work, as 0/64; mplug2 launch sets it "
         "(default: all of it)",
     )  # fmt: skip
-
-
-def _add_threads(parser: argparse.ArgumentParser, default: int, what: str) -> None:
-    parser.add_argument("--num-threads", type=int, default=default, help=f"{what} (default: %(default)s)")
-    parser.add_argument(
-        "--workers", dest="num_threads", type=int, default=argparse.SUPPRESS, help=argparse.SUPPRESS
-    )  # its old name
 
 
 def _add_max_bad_fraction(parser: argparse.ArgumentParser) -> None:
@@ -139,7 +88,7 @@ def _add_max_bad_fraction(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def _add_source(parser: argparse.ArgumentParser) -> None:
+def add_source(parser: argparse.ArgumentParser) -> None:
     """Add the options of a source given as FORMAT:PATH; a recipe sets its own."""
     parser.add_argument("--kind", choices=("image", "video", "text"), default="image", help="(default: %(default)s)")
     parser.add_argument(
@@ -152,7 +101,8 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
     )  # its old name
 
 
-def _source_config(args: argparse.Namespace) -> "SourceConfig":
+def source_config(args: argparse.Namespace) -> "SourceConfig":
+    """Return the source that FORMAT:PATH and the options of ``add_source`` describe."""
     from data_pipelines.sources.formats import parse_spec
 
     return parse_spec(args.spec, kind=args.kind, media=args.media, split=args.split, max_records=args.max_records)
@@ -183,10 +133,11 @@ def _show(config: "RunConfig", name: str, step: int, folder: Path) -> "list[Path
     return write_contact_sheet(folder / f"{name}-step{step}", name, step, stream.batch(step - 1))
 
 
-def _worker(args: argparse.Namespace) -> "Worker":
-    from data_pipelines.preparation.jobs import Worker, parse_worker
+def parse_worker_option(args: argparse.Namespace) -> "Worker":
+    """Return the worker that ``--worker`` names; without it, the only one."""
+    from data_pipelines.preparation.jobs import SINGLE_WORKER, parse_worker
 
-    return parse_worker(args.worker) if args.worker else Worker()
+    return parse_worker(args.worker) if args.worker else SINGLE_WORKER
 
 
 def run_validate(args: argparse.Namespace) -> int:
@@ -200,7 +151,7 @@ def run_validate(args: argparse.Namespace) -> int:
     if args.worker and (args.json or args.max_bad_fraction):
         option = "--json" if args.json else f"--max-bad-fraction {args.max_bad_fraction}"
         raise UserError(f"{option} with --worker {args.worker}: give it to data summary, which joins what workers find")
-    worker = _worker(args)
+    worker = parse_worker_option(args)
     recipe = args.spec.partition(":")[0] not in FORMATS
     if args.overrides and not recipe:
         raise UserError(f"{args.overrides[0]} is for recipes, and {args.spec} is not one; use --kind, --media, --split")
@@ -314,7 +265,7 @@ def _single_source(args: argparse.Namespace) -> Iterator[DataSet]:
     from data_pipelines.config import DataConfig, ExampleConfig
     from data_pipelines.tokenizers import SPECIAL_TOKENS, WordPieceTokenizer
 
-    data = DataConfig(sources={args.spec: _source_config(args)}, examples=ExampleConfig(), batch_size=1)
+    data = DataConfig(sources={args.spec: source_config(args)}, examples=ExampleConfig(), batch_size=1)
     # The examples have no texts, so the tokenizer is not used.
     yield "", data, *_open_builder(data, WordPieceTokenizer(SPECIAL_TOKENS), args.spec, 0)
 
@@ -364,118 +315,12 @@ def _recipe_data(args: argparse.Namespace) -> Iterator[DataSet]:
         yield prefix, data, *_open_builder(data, tokenizer, name, config.seed, min_answers)
 
 
-def run_index(args: argparse.Namespace) -> int:
-    """Write the indexes, and print how many samples they have."""
-    from data_pipelines.sources.files import find_files
-    from data_pipelines.sources.indexed_tars import TarSet
-
-    _check_threads(args)
-    if args.index:
-        to_path(args.index)  # raises an error for an impossible one
-    files = find_files(args.path.removeprefix("webdataset:"), ".tar")
-    tars, worker = TarSet(files, args.index), _worker(args)
-    share = worker.share(files)
-    missing = {file.path for file in tars.missing}
-    scanned = [file for file in share if file.path in missing]
-    with Progress(sum(file.size for file in scanned), "B", desc="scanning") as progress:
-        tars.build(scanned, num_threads=args.num_threads, must_write=True, on_progress=progress.update)
-    done = f"{len(scanned):,} scanned, {len(share) - len(scanned):,} up to date"
-    if args.worker:
-        print(f"worker {args.worker}: {len(share):,} of {len(files):,} tars; {done}")
-        return 0
-    if len(files) > 1 and not tars.is_merged:
-        tars.merge()
-    samples = sum(map(len, tars.tars))
-    path = tars.merged_path if tars.is_merged else tars.index_path(files[0])
-    print(f"{path}: {samples:,} samples in {len(files):,} tar{'s' * (len(files) != 1)}; {done}")
-    return 0
-
-
-def _check_threads(args: argparse.Namespace) -> None:
-    if args.num_threads < 1:
-        raise UserError(f"--num-threads {args.num_threads} should be at least 1")
-
-
-class _CountingSource:
-    """A source that shows how many of its records were read."""
-
-    def __init__(self, source: "Source", progress: Progress) -> None:
-        self._source, self._progress, self._lock, self._done = source, progress, threading.Lock(), 0
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def __getitem__(self, index: int) -> "Record":
-        try:
-            return self._source[index]
-        finally:
-            with self._lock:
-                self._done += 1
-                self._progress.update(self._done)
-
-
-def run_convert(args: argparse.Namespace) -> int:
-    """Write the shards, and print a line for each; return 1 if records were skipped."""
-    from data_pipelines.config import VisualConfig
-    from data_pipelines.preparation.convert import convert
-    from data_pipelines.sources.formats import open_source
-
-    _check_threads(args)
-    config, worker = _source_config(args), _worker(args)
-    source, settings = open_source(config, VisualConfig()), config.identity()
-    with Progress(-(-len(source) // worker.count), "record", desc="converting") as progress:
-        shards = convert(
-            _CountingSource(source, progress), settings, args.out, shards=args.shards, num_threads=args.num_threads,
-            worker=worker,
-        )  # fmt: skip
-        bad_records = _print_shards(shards, args)
-    return 1 if bad_records and not args.worker else 0
-
-
-def _print_shards(shards: "Iterator[tuple[Path, ShardManifest]]", args: argparse.Namespace) -> int:
-    """Print a line for each shard, the number of records, and the records that were skipped; return their number."""
-    num_records, bad_records = 0, list["BadRecord"]()
-    for path, manifest in shards:
-        summary = f"{manifest.records:,} records, {manifest.bytes:,} bytes, sha256 {manifest.sha256[:12]}"
-        print(f"{path}: {summary}", flush=True)
-        num_records, bad_records = num_records + manifest.records, [*bad_records, *manifest.bad_records]
-    print(f"{num_records:,} records in {args.shards:,} shards" if not args.worker else
-          f"worker {args.worker}: {num_records:,} records")  # fmt: skip
-    _print_skipped(bad_records)
-    return len(bad_records)
-
-
-def _print_skipped(bad_records: "list[BadRecord]") -> None:
+def print_skipped(bad_records: "list[BadRecord]") -> None:
+    """Print the first records that were skipped, and why."""
     for record in bad_records[:MAX_PRINTED]:
         print(f"skipped: {record.key}: {record.reason}")
     if len(bad_records) > MAX_PRINTED:
         print(f"skipped: {len(bad_records) - MAX_PRINTED:,} more; the .json files of the shards list them")
-
-
-def run_chunk(args: argparse.Namespace) -> int:
-    """Write the file or the shards, and print the number of records."""
-    from data_pipelines.preparation.corpus import write_corpus, write_corpus_shards
-    from data_pipelines.sources.array_record import SUFFIX
-    from data_pipelines.tokenizers import load_tokenizer
-
-    tokenizer, worker = load_tokenizer(args.tokenizer), _worker(args)
-    is_file = args.out.suffix == SUFFIX
-    if is_file and (args.worker or args.shards != 1):
-        option = f"--worker {args.worker}" if args.worker else f"--shards {args.shards}"
-        raise UserError(f"{option} with --out {args.out}: shards are written into a folder; give its name")
-    size = sum(path.stat().st_size for path in args.texts)
-    with Progress(-(-size // worker.count), "B", desc="chunking") as progress:
-        if is_file:
-            count = write_corpus(args.texts, tokenizer, args.length, args.out, progress.update)
-        else:
-            shards = write_corpus_shards(
-                args.texts, tokenizer, args.length, args.out, shards=args.shards, worker=worker,
-                on_progress=progress.update,
-            )  # fmt: skip
-            _print_shards(shards, args)
-    if is_file:
-        print(f"{args.out}: {count:,} records of {args.length} tokens")
-    return 0
 
 
 def run_summary(args: argparse.Namespace) -> int:
@@ -510,7 +355,7 @@ def run_summary(args: argparse.Namespace) -> int:
             print(f"missing: {name}")
         if len(summary.missing) > MAX_PRINTED:
             print(f"missing: {len(summary.missing) - MAX_PRINTED:,} more")
-        _print_skipped(summary.bad_records)
+        print_skipped(summary.bad_records)
         print(f"{summary.records:,} records, {summary.bytes:,} bytes in {shards:,} of {job.files:,} shards")
     total = summary.records + len(summary.bad_records)
     return 1 if summary.missing or len(summary.bad_records) > args.max_bad_fraction * total else 0
