@@ -30,6 +30,7 @@ from jax.experimental import multihost_utils
 
 from mplug2_jax import console
 from mplug2_jax.errors import UserError
+from mplug2_jax.parallel.cpu_cluster import share_cached_programs
 from mplug2_jax.parallel.slurm import first_host, local_device_ids
 
 HEARTBEAT_TIMEOUT_SECONDS = 30
@@ -177,6 +178,8 @@ def initialize_distributed() -> None:
             f"{cluster.source}: cannot connect to the coordinator at {cluster.coordinator_address} ({reason}); check "
             "the address, and that all processes were started"
         ) from error
+    if jax.default_backend() == "cpu":
+        share_cached_programs()
     console.set_process_index(jax.process_index())
     sys.excepthook = _exit_on_exception
     logging.info(

@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import json
-import platform
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,6 +13,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from data_pipelines.storage.file_system import write_atomically
 from data_pipelines.storage.paths import to_path
+from mplug2_jax.parallel.cpu_cluster import cpu_fingerprint
 
 DEFAULT_CACHE_DIR = Path("~/.cache/mplug2_jax/xla")
 
@@ -64,15 +64,6 @@ def enable_compilation_cache(where: str) -> Path | None:
     jax.config.update("jax_compilation_cache_dir", str(folder))
     compilation_cache.reset_cache()  # JAX reads the setting only once
     return folder
-
-
-def cpu_fingerprint() -> str:
-    """Return a hash of this machine's kind of processor: its architecture and instruction sets."""
-    facts = [platform.machine(), platform.processor()]
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-        facts += sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))})
-    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:12]
 
 
 MANIFEST = "executable.json"

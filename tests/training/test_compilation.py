@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+from mplug2_jax.parallel.cpu_cluster import cpu_fingerprint
 from mplug2_jax.training.compilation import (
     MANIFEST,
     aot_cache_miss_reason,
     cache_everything,
-    cpu_fingerprint,
     enable_compilation_cache,
     program_fingerprint,
     write_manifest,
