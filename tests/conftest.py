@@ -25,6 +25,8 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 jax.config.update("jax_disable_most_optimizations", True)
 # A cached program with these fusions takes twice as long to load: each searches the whole program for its operation.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_experimental_ynn_fusion_type="
+# Test workers share the cores, so splitting a program into parts to compile them in parallel only costs time.
+os.environ["XLA_FLAGS"] += " --xla_cpu_parallel_codegen_split_count=1"
 if jax.__version_info__ < (0, 11):  # newer XLA exits at this flag, which it does not know
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 jax.config.update("jax_platforms", "cpu")
