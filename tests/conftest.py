@@ -25,7 +25,7 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 jax.config.update("jax_disable_most_optimizations", True)
 # A cached program with these fusions takes twice as long to load: each searches the whole program for its operation.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_experimental_ynn_fusion_type="
-# Compiling a program in one part instead of 32 would save 7 %, but devices then wait for each other forever, now and then.
+# One part per program instead of 32 would save 7 %, but then devices sometimes wait for each other forever.
 if jax.__version_info__ < (0, 11):  # newer XLA exits at this flag, which it does not know
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 jax.config.update("jax_platforms", "cpu")
