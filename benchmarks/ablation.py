@@ -1,7 +1,7 @@
 """Ablate the paper's claims at the demo's scale: universal layers and local temporal units, on video tasks.
 
     python benchmarks/ablation.py --workers 2            # 3 models x 3 seeds: two hours on two CPU cores
-    python benchmarks/ablation.py --seeds 2 --steps 2    # a quick check
+    python benchmarks/ablation.py --seeds 2 --steps 2 --tasks action    # a quick check
     python benchmarks/ablation.py --config.model.decoder_layers=1    # the same ablation of another model
 
 Each model is pretrained like the demo but for three times as many steps, with its own seed and data order. It is
@@ -49,16 +49,17 @@ Scores = dict[str, list[float]]
 
 
 def run(
-    model: str, seed: int, steps: int | None, examples: int, model_overrides: Sequence[str], folder: Path
-) -> dict[str, float]:
-    """Pretrain a model and return its metrics on the video tasks."""
+    model: str, seed: int, tasks: Sequence[str], steps: int | None, examples: int, model_overrides: Sequence[str],
+    folder: Path,
+) -> dict[str, float]:  # fmt: skip
+    """Pretrain a model and return its metrics on some of the tasks."""
     changes: dict[str, Any] = {"seed": seed, **MODELS[model]}
     pretraining, pretrained = build(RunConfig, load_recipe("demo", model_overrides)), folder / "pretrained"
     train_to_end(
         dataclasses.replace(pretraining, evaluations={}, steps=steps or PRETRAINING_STEPS, **changes), pretrained
     )
     metrics: dict[str, float] = {}
-    for name in TASKS:
+    for name in tasks:
         evaluations = FINETUNES[name].evaluations
         limits = [f"--config.evaluations.{each}.data.sources.digits.max_records={examples}" for each in evaluations]
         if name == FINETUNED:
@@ -102,6 +103,7 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("runs/ablation"), help="folder of the runs (default: %(default)s)"
     )
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS, help="default: all")
     parser.add_argument("--examples", type=int, default=512, help="held-out examples per task (default: %(default)s)")
     args, model_overrides = parser.parse_known_args()
     if unknown := [word for word in model_overrides if not word.startswith("--config.model.")]:
@@ -109,7 +111,8 @@ def main() -> None:
     runs = [(model, seed) for seed in range(args.seeds) for model in MODELS]
     folders = [args.out / f"{model.replace(' ', '_')}-{seed}-{args.examples}-examples" for model, seed in runs]
     jobs = [
-        (*each, args.steps, args.examples, model_overrides, folder) for each, folder in zip(runs, folders, strict=True)
+        (*each, args.tasks, args.steps, args.examples, model_overrides, folder)
+        for each, folder in zip(runs, folders, strict=True)
     ]
     scores: dict[str, Scores] = {}
     # One process per run, so that compiled programs and memory of a run do not slow the next.

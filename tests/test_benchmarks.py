@@ -115,7 +115,21 @@ def test_throughput_with_and_without_a_cache_and_on_a_mesh(repository: Path) -> 
 @pytest.mark.timeout(1500)
 def test_ablation(repository: Path, tmp_path: Path) -> None:
     """All models are evaluated on the same tasks, and a second call reads finished runs."""
-    args = ["--seeds", "1", "--steps", "1", "--examples", "8", "--workers", "2", "--out", str(tmp_path)]
+    args = [
+        "--tasks",
+        "video_retrieval",
+        "action",
+        "--seeds",
+        "1",
+        "--steps",
+        "1",
+        "--examples",
+        "8",
+        "--workers",
+        "2",
+        "--out",
+        str(tmp_path),
+    ]
     args += [f"--config.model.{field}=1" for field in ("vision_layers", "fusion_layers", "decoder_layers")]
     args.append("--config.model.scan_unroll=1")
     out = run_benchmark(repository, "ablation.py", *args)

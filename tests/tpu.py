@@ -7,6 +7,9 @@ from jax.sharding import Mesh
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
 
+LOW_EFFORT = {"exec_time_optimization_effort": -1.0}
+"""Options of ``compile`` that halve its time."""
+
 
 def topology_mesh(name: str, config: MeshConfig, slices: int = 1) -> Mesh:
     """Make a config's mesh over a named topology; skip the test where libtpu is not installed."""

@@ -13,11 +13,12 @@ A mesh with a ``sequence`` axis shards the long visual sequence: see :mod:`mplug
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from mplug2_jax.model import kernels
@@ -89,8 +90,10 @@ def attention(
         return kernels.cudnn(query, key, value, key_mask, causal=causal)
     if kernel == "fused":
         fused = functools.partial(fused_attention, causal=causal)
-        # Saved by the remat policy "dots": another forward pass would read as much as saving writes.
-        return checkpoint_name(_on_each_device(fused, query, key, value, key_mask, sharding), DOT)
+        out = _on_each_device(fused, query, key, value, key_mask, sharding)
+        # Saved by the remat policy "dots", in the kernel's layout: another forward pass would read as much as saving
+        # writes.
+        return checkpoint_name(out.reshape(*out.shape[:2], -1), DOT).reshape(out.shape)
     return _on_each_device(kernels.splash, query, key, value, key_mask, sharding)
 
 
@@ -131,9 +134,22 @@ def _on_each_device(
         return kernel(query, key, value, mask)
     # The partitioner cannot partition Mosaic kernels: give each device its examples and heads.
     sizes = dict(mesh.shape)
-    qkv_spec = activation_spec((sharding.batch, None, "heads", None), sizes, query.shape)
-    mask_spec = activation_spec((sharding.batch, None), sizes, mask.shape)
+    qkv_spec, mask_spec = (
+        _name_trivial_axes(activation_spec(names, sizes, shape), sizes)
+        for names, shape in (((sharding.batch, None, "heads", None), query.shape), ((sharding.batch, None), mask.shape))
+    )
     sharded_kernel = jax.shard_map(
         kernel, mesh=mesh, in_specs=(*[qkv_spec] * 3, mask_spec), out_specs=qkv_spec, check_vma=False
     )
     return sharded_kernel(query, key, value, mask)
+
+
+def _name_trivial_axes(spec: PartitionSpec, axis_sizes: Mapping[str, int]) -> PartitionSpec:
+    """Add the mesh axes of size 1 to the first dimension, which changes no shard.
+
+    Gradients are summed over axes that a spec does not name, also over a single device: XLA keeps such an all-reduce,
+    with copies to and from its layout.
+    """
+    first, *rest = spec
+    batch = () if first is None else (first,) if isinstance(first, str) else first
+    return PartitionSpec((*batch, *(axis for axis, size in axis_sizes.items() if size == 1)), *rest)

@@ -138,8 +138,9 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch i"]) -> Float[Array, "*batch o"]:
         """Apply the map to the last axis."""
-        y = checkpoint_name(matmul(x.astype(self.dtype), self.kernel[...], self.axes), DOT)
-        return y + self.bias[...].astype(y.dtype) if self.has_bias else y
+        y = matmul(x.astype(self.dtype), self.kernel[...], self.axes)
+        # Named with its bias: without it, a pass would write both sums, and the backward pass would add it again.
+        return checkpoint_name(y + self.bias[...].astype(y.dtype) if self.has_bias else y, DOT)
 
 
 class LayerNorm(nnx.Module):

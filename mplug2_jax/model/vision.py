@@ -4,6 +4,7 @@ Images and videos share all weights except the temporal units, which an image ba
 into the batch, so attention never crosses frames; only the temporal units and the mean class token do.
 """
 
+import functools
 import math
 
 import jax
@@ -69,19 +70,16 @@ def shift_frames(x: Float[Array, "b t n w"]) -> tuple[Float[Array, "b t n w"], F
 
     Where clips are sharded, each chip exchanges its first and last frame with its neighbors.
     """
-
-    def shift(x: Array, first: Array, last: Array) -> tuple[Array, Array]:
-        return jnp.concatenate([first, x[:, :-1]], axis=1), jnp.concatenate([x[:, 1:], last], axis=1)
-
     _, clip_shards = frame_sharding(*x.shape[:2])
     if clip_shards == 1:
-        zeros = jnp.zeros_like(x[:, :1])
-        return shift(x, zeros, zeros)
+        # Pads of negative widths, because XLA fuses them with what reads them, and no concatenations.
+        pad, same = functools.partial(jax.lax.pad, x, jnp.zeros((), x.dtype)), (0, 0, 0)
+        return pad([same, (1, -1, 0), same, same]), pad([same, (-1, 1, 0), same, same])
 
     def exchange_halo(x: Array) -> tuple[Array, Array]:  # chips without a sender receive zeros
         first = jax.lax.ppermute(x[:, -1:], SEQUENCE, [(i, i + 1) for i in range(clip_shards - 1)])
         last = jax.lax.ppermute(x[:, :1], SEQUENCE, [(i + 1, i) for i in range(clip_shards - 1)])
-        return shift(x, first, last)
+        return jnp.concatenate([first, x[:, :-1]], axis=1), jnp.concatenate([x[:, 1:], last], axis=1)
 
     mesh = jax.sharding.get_abstract_mesh()
     spec = activation_spec(("batch", "frames", None, "mlp"), dict(mesh.shape), x.shape)
@@ -108,13 +106,15 @@ class LocalTemporal(nnx.Module):
         self.up = Linear(hidden, width, ("mlp", "embed"), dtype=config.dtype, kernel_init=zeros, rngs=rngs)
 
     @jax.named_scope("temporal")
-    def __call__(self, x: Float[Array, "b t n w"]) -> Float[Array, "b t n w"]:
-        """Compute the update of every token from its frame and the two adjacent ones."""
+    def __call__(self, x: Float[Array, "bt n w"], frames: int) -> Float[Array, "bt n w"]:
+        """Compute the update of every token from its frame and the two adjacent ones of ``frames`` per clip."""
         y = self.down(self.norm(x))
+        folded = y.shape
+        y = y.reshape(-1, frames, *folded[1:])  # not earlier: the norm and the matmuls would be in another layout
         kernel, bias = self.kernel[...].astype(y.dtype), self.bias[...].astype(y.dtype)
         previous, following = shift_frames(y)
         y = previous * kernel[0] + y * kernel[1] + following * kernel[2] + bias
-        return self.up(quick_gelu(y))
+        return self.up(quick_gelu(y).reshape(folded))
 
 
 class VisionBlock(nnx.Module):
@@ -149,7 +149,7 @@ class VisionBlock(nnx.Module):
     @staticmethod
     def _temporal_update(unit: LocalTemporal, x: Float[Array, "bt n w"], frames: int) -> Float[Array, "bt n w"]:
         # The class token's update is computed and zeroed: cheaper than splitting 257 tokens into 1 + 256.
-        update = unit(x.reshape(-1, frames, *x.shape[1:])).reshape(x.shape)
+        update = unit(x, frames)
         return jnp.where((jnp.arange(x.shape[1]) > 0)[:, None], update, jnp.zeros((), update.dtype))
 
 

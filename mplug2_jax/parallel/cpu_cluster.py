@@ -7,7 +7,6 @@ import platform
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from jax._src import cache_key
 
 
@@ -32,7 +31,7 @@ def share_cached_programs() -> None:
     cache_key._hash_accelerator_config = _hash_cpu_cluster
 
 
-def _hash_cpu_cluster(hash_obj: Any, accelerators: "np.ndarray[Any, Any]") -> None:
+def _hash_cpu_cluster(hash_obj: Any, accelerators: Any) -> None:
     hash_obj.update(cpu_fingerprint().encode())
     for device in accelerators.flat:
         hash_obj.update(device.device_kind.encode())

@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 from mplug2_jax.model.attention import attention
 from mplug2_jax.model.fused_attention import fused_attention
 from mplug2_jax.parallel.config import MeshConfig
+from mplug2_jax.parallel.mesh import make_mesh
 from tests.close import assert_close
 from tests.tpu import topology_mesh
 
@@ -104,3 +105,11 @@ def test_the_kernel_compiles_for_every_tpu(topology):
                 text = grad.lower(query, key, key).compile().as_text()
             assert text.count("tpu_custom_call") >= 2
             assert "f32[4,16,257,257]" not in text
+
+
+def test_gradients_are_not_summed_over_mesh_axes_of_size_1():
+    """In a loop XLA keeps such an all-reduce, with copies to and from its layout."""
+    x = jax.ShapeDtypeStruct((4, 257, 4, 64), "bfloat16")
+    with jax.set_mesh(make_mesh(MeshConfig(data=4, fsdp=1, tensor=2))):
+        gradient = jax.make_jaxpr(jax.grad(lambda *qkv: attention(*qkv, kernel="fused").sum().astype("float32")))
+        assert "psum" not in str(gradient(x, x, x))

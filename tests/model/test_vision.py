@@ -71,7 +71,8 @@ def test_the_temporal_unit_is_a_depthwise_convolution_over_time():
         dimension_numbers=("NWC", "WIO", "NWC"), feature_group_count=16,
     )  # fmt: skip
     convolved = convolved.reshape(2, 4, 5, 16).transpose(0, 2, 1, 3) + unit.bias[...]
-    assert_close(unit(x), unit.up(convolved * jax.nn.sigmoid(1.702 * convolved)))
+    expected = unit.up(convolved * jax.nn.sigmoid(1.702 * convolved))
+    assert_close(unit(x.reshape(10, 4, 32), frames=5), expected.reshape(10, 4, 32))
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from mplug2_jax.training.step import jit_train_step
 from tests.planning import programs
 from tests.planning.programs import REDUCE, loop, program
 from tests.runs import small_run, stream
-from tests.tpu import topology_mesh
+from tests.tpu import LOW_EFFORT, topology_mesh
 
 ROWS = ("replica", "data", "fsdp", "sequence")
 NO_WINDOWED_EINSUM = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
@@ -462,7 +462,7 @@ def test_a_train_step_gathers_each_rematerialized_layer_twice():
             text = (
                 jit_train_step(spec)
                 .lower(spec.shapes, {"clips": batch})
-                .compile(compiler_options=NO_WINDOWED_EINSUM)
+                .compile(NO_WINDOWED_EINSUM | LOW_EFFORT)
                 .as_text()
             )
         collectives = parse_collectives(text, mesh)
