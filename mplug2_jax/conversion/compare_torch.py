@@ -66,7 +66,7 @@ def compare_frameworks(
     batches = dict(_random_batches(config))
     tokens = special_tokens(tokenizer) if tokenizer else _bert_tokens(config.vocab_size)
     search = dataclasses.replace(_SEARCH, max_length=min(_SEARCH.max_length, config.max_positions))
-    exact = dataclasses.replace(config, dtype="float32", attention="xla")
+    exact = dataclasses.replace(config, dtype="float32", attention="xla", matmul_precision="highest")
     jax_taps, jax_text = _run_jax(params, exact, parts, batches, tokens, search)
     sizes = dataclasses.asdict(config) | {
         "fusion_start": fusion_start, "bos_token_id": tokens.begin, "eos_token_id": tokens.end,
@@ -125,6 +125,7 @@ def _run_jax(
     definition = define_model(config, parts)
 
     @jax.jit
+    @definition.with_precision
     def run(params: Params, batch: Any) -> Any:
         taps = Taps()
         model: Mplug2 = definition.bind(params)
@@ -138,6 +139,7 @@ def _run_jax(
         return {**taps, "logits": logits}, memory, mask
 
     @jax.jit
+    @definition.with_precision
     def decode(params: Params, memory: Any, mask: Any) -> Any:
         return generate(definition.bind(params).decoder, memory, mask, search, tokens)
 

@@ -191,7 +191,8 @@ def jit_predict(task: str, definition: ModelDef, context: TaskContext, mesh: Mes
     assert predict is not None
     # Replicated, so that every process has all predictions of a batch.
     return jax.jit(
-        lambda params, batch: predict(definition.bind(params), batch, context), out_shardings=replicated_sharding(mesh)
+        definition.with_precision(lambda params, batch: predict(definition.bind(params), batch, context)),
+        out_shardings=replicated_sharding(mesh),
     )
 
 
@@ -199,7 +200,10 @@ def jit_precompute(task: str, definition: ModelDef, context: TaskContext, mesh: 
     """Return the jitted parameters -> arrays that all batches of a task share, replicated on every device."""
     precompute = TASKS[task].precompute
     assert precompute is not None
-    return jax.jit(lambda params: precompute(definition.bind(params), context), out_shardings=replicated_sharding(mesh))
+    return jax.jit(
+        definition.with_precision(lambda params: precompute(definition.bind(params), context)),
+        out_shardings=replicated_sharding(mesh),
+    )
 
 
 def _without_frames(example: Example) -> Example:

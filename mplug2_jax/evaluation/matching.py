@@ -60,7 +60,7 @@ class PairScorer:
         self._set, self._batch_size, self._mesh = examples, rows, mesh
         # Replicated, so that every process has all scores of a batch.
         self._score_pairs = jax.jit(
-            lambda params, batch: score_pairs(definition.bind(params), batch, context),
+            definition.with_precision(lambda params, batch: score_pairs(definition.bind(params), batch, context)),
             out_shardings=replicated_sharding(mesh),
         )
 

@@ -110,7 +110,7 @@ class FeatureExtractor:
         outputs = jax.eval_shape(compute, definition.shapes, _abstract_batch(example, 1))
         self.shapes = {name: (tuple(x.shape[1:]), x.dtype.name) for name, x in outputs.items()}  # of one example
         # Replicated, so that the primary process can write all features of a batch.
-        self._compute = jax.jit(compute, out_shardings=replicated_sharding(mesh))
+        self._compute = jax.jit(definition.with_precision(compute), out_shardings=replicated_sharding(mesh))
 
     def __len__(self) -> int:
         """Return the number of records, including those that cannot be used."""

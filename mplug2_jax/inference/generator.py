@@ -113,6 +113,7 @@ class Generator:
         self._visual = visual_config(spec.config)
 
         @jax.jit
+        @spec.definition.with_precision
         def generate_batch(params: Params, batch: DeviceBatch) -> tuple[jax.Array, jax.Array]:
             model = spec.definition.bind(params)
             forward = ForwardPass(model, batch)

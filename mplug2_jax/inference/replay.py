@@ -184,7 +184,7 @@ def _single_example_grad(spec: RunSpec, name: str) -> Callable[[TrainState, Devi
         (value, _), gradients = jax.value_and_grad(loss, has_aux=True)(trainable)
         return value, optax.tree.norm(gradients)
 
-    jitted = jax.jit(measure)
+    jitted = jax.jit(spec.definition.with_precision(measure))
 
     def call(state: TrainState, batch: DeviceBatch, row: int) -> tuple[float, float]:
         with jax.set_mesh(spec.mesh):

@@ -8,6 +8,7 @@ from mplug2_jax.errors import UserError, check_range, did_you_mean
 
 Remat = Literal["none", "dots", "full"]
 AttentionKernel = Literal["auto", "xla", "fused", "splash", "cudnn"]
+MatmulPrecision = Literal["default", "high", "highest"]
 
 PARTS: Mapping[str, str] = {
     "vision": "dual-vision encoder: one CLIP ViT for images and videos",
@@ -79,6 +80,7 @@ class ModelConfig:
     dropout: float = 0.1  # of hidden states outside the vision tower
     attention_dropout: float = 0.1  # of attention probabilities there; flash kernels need 0
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of compute; parameters, softmax, norms, losses: float32
+    matmul_precision: MatmulPrecision = "default"  # of float32 matmuls on TPUs and GPUs; exact only with "highest"
     attention: AttentionKernel = "auto"  # kernel; auto: the fastest for the device and the shapes
     remat: RematConfig = RematConfig()
     scan_unroll: int = 1  # layers per scan iteration; >= the depth removes the loop (exact cost counts, faster on CPUs)

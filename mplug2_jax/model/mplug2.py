@@ -130,6 +130,16 @@ class ModelDef:
         model: Mplug2 = nnx.merge(self.graphdef, params)
         return model
 
+    def with_precision(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a function that computes its matmuls, and those of its gradient, in the config's precision.
+
+        TPUs round operands of float32 matmuls to bfloat16 by default, GPUs to TF32. Use it around what is compiled.
+        """
+        precision = self.config.matmul_precision
+        if precision == "default":
+            return fn  # the environment may set another: JAX_DEFAULT_MATMUL_PRECISION
+        return jax.default_matmul_precision(precision)(fn)
+
     def num_params(self) -> int:
         """Return the number of parameters."""
         return sum(s.size for s in jax.tree.leaves(self.shapes))

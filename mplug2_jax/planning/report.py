@@ -16,7 +16,7 @@ from mplug2_jax.planning.hbm_traffic import ScopeTraffic, hbm_traffic
 from mplug2_jax.planning.memory import Memory, program_memory
 from mplug2_jax.planning.oom import Buffer, largest_buffers
 from mplug2_jax.planning.programs import CompiledProgram, TracedProgram
-from mplug2_jax.planning.timing import Timing, collective_seconds, estimate_timing
+from mplug2_jax.planning.timing import Timing, collective_seconds, estimate_timing, matmul_passes
 from mplug2_jax.planning.traffic import Collective, find_unknown_loops, largest_collectives, parse_collectives
 from mplug2_jax.training.compilation import compiler_options
 from mplug2_jax.training.config import RunConfig
@@ -111,7 +111,8 @@ def make_report(compiled: CompiledProgram, config: RunConfig) -> PlanReport:
     costs = training_costs(spec, program.batches) if training else prediction_costs(program)
     scopes = hbm_traffic(text, default_trips=search_steps)
     hbm_bytes = sum((each.bytes for each in scopes), 0.0)
-    timing = estimate_timing(float(costs.hardware_flops), hbm_bytes, collectives, spec.mesh, topology)
+    passes = matmul_passes(config.model, topology.chip.platform)
+    timing = estimate_timing(float(costs.hardware_flops), hbm_bytes, collectives, spec.mesh, topology, passes)
     peak_flops = topology.chip.peak_flops * topology.chips
     data = {name: stream.data for name, stream in config.streams.items()}
     data = data if training else {program.name: config.evaluations[program.name].data}

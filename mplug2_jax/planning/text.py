@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from mplug2_jax.console import align_columns
 from mplug2_jax.planning.hbm_traffic import ScopeTraffic, traffic_by_tower
 from mplug2_jax.planning.report import PlanReport
+from mplug2_jax.planning.timing import Timing
 
 LARGEST_SCOPES = 10
 """Scopes of HBM traffic that are printed."""
@@ -36,6 +37,11 @@ def format_operations(traffic: ScopeTraffic, most: int = 4) -> str:
     """Format the largest operations of a scope, with their shares of its bytes."""
     shares = [(name, size / traffic.bytes) for name, size in list(traffic.operations.items())[:most]]
     return ", ".join(f"{name} {share:.0%}" for name, share in shares if share >= 0.01)
+
+
+def format_passes(timing: Timing) -> str:
+    """Return how much longer float32 matmuls take than in bfloat16; empty if they do not."""
+    return f"; float32 matmuls take {timing.matmul_passes} times as long" if timing.matmul_passes > 1 else ""
 
 
 def format_report(report: PlanReport) -> str:
@@ -113,7 +119,7 @@ def _lines(r: PlanReport) -> Iterator[str]:
     t = r.timing
     yield "\nstep time"
     yield from _indent([
-        ("compute", format_seconds(t.compute_seconds), "at peak FLOP/s"),
+        ("compute", format_seconds(t.compute_seconds), f"at peak FLOP/s{format_passes(t)}"),
         ("HBM", format_seconds(t.hbm_seconds), "at peak bandwidth"),
         ("communication", format_seconds(t.communication_seconds),
          f"{format_seconds(t.exposed_seconds)} exposed: {t.exposed_fraction:.1%} of compute"),

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 import jax
 import numpy as np
 
+from mplug2_jax.model.config import ModelConfig
 from mplug2_jax.parallel.accelerators import Topology
 from mplug2_jax.planning.traffic import Collective
 
@@ -27,6 +28,7 @@ class Timing:
     hbm_seconds: float  # all HBM traffic at the memory's peak
     communication_seconds: float  # all collectives, one after the other
     exposed_seconds: float  # the collectives that are not overlapped with compute
+    matmul_passes: int = 1  # of each float32 matmul, counted in compute_seconds
 
     @property
     def optimistic(self) -> float:
@@ -46,8 +48,9 @@ class Timing:
 
 
 def estimate_timing(
-    hardware_flops: float, hbm_bytes: float, traffic: Iterable[Collective], mesh: jax.sharding.Mesh, topology: Topology
-) -> Timing:
+    hardware_flops: float, hbm_bytes: float, traffic: Iterable[Collective], mesh: jax.sharding.Mesh,
+    topology: Topology, passes: int = 1,
+) -> Timing:  # fmt: skip
     """Estimate the times of a program.
 
     Args:
@@ -56,15 +59,29 @@ def estimate_timing(
         traffic: the collectives of one device.
         mesh: of the program.
         topology: that it is compiled for.
+        passes: of :func:`matmul_passes`.
     """
     chip = topology.chip
     seconds = [(each, collective_seconds(each, mesh, topology)) for each in traffic if each.total_bytes]
     return Timing(
-        compute_seconds=hardware_flops / topology.chips / chip.peak_flops,
+        compute_seconds=passes * hardware_flops / topology.chips / chip.peak_flops,
         hbm_seconds=hbm_bytes / (chip.memory_bandwidth / chip.devices_per_chip),
         communication_seconds=sum((time for _, time in seconds), 0.0),
         exposed_seconds=sum((time for each, time in seconds if not each.overlapped), 0.0),
+        matmul_passes=passes,
     )
+
+
+_PASSES = {"tpu": {"default": 1, "high": 3, "highest": 6}, "gpu": {"default": 2, "high": 2, "highest": 16}, "cpu": {}}
+
+
+def matmul_passes(model: ModelConfig, platform: str) -> int:
+    """Return by how much matmuls take longer than in bfloat16.
+
+    A TPU multiplies float32 operands as sums of bfloat16, in 1, 3 or 6 passes. A GPU rounds them to TF32 at half the
+    rate, or computes in float32 without tensor cores at a 16th (A100 and H100, rounded up).
+    """
+    return _PASSES[platform].get(model.matmul_precision, 1) if model.dtype == "float32" else 1
 
 
 def collective_seconds(collective: Collective, mesh: jax.sharding.Mesh, topology: Topology) -> float:

@@ -207,7 +207,7 @@ class Step:
 def jit_train_step(spec: RunSpec) -> Any:
     """Return the step under ``jax.jit``, to be called or lowered with the mesh in context; the state is donated."""
     return jax.jit(
-        lambda state, batches: train_step(spec, state, batches),
+        spec.definition.with_precision(lambda state, batches: train_step(spec, state, batches)),
         donate_argnums=0,
         out_shardings=(spec.shardings, replicated_sharding(spec.mesh)),
     )

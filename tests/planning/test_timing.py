@@ -1,11 +1,13 @@
 """Step times: bandwidths of real topologies, and optimistic bounds below pessimistic ones."""
 
 import math
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mplug2_jax.model.config import model_config
 from mplug2_jax.parallel.accelerators import parse_topology
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
@@ -17,6 +19,7 @@ from mplug2_jax.planning.timing import (
     bandwidth,
     collective_seconds,
     estimate_timing,
+    matmul_passes,
     torus_extents,
 )
 from mplug2_jax.planning.traffic import Collective
@@ -54,6 +57,22 @@ def test_permutes_have_a_latency() -> None:
     assert_close(collective_seconds(gather, mesh, topology), 1e6 / 400e9, FLOAT64)
     timing = estimate_timing(1e15, 1e9, [permute, gather], mesh, topology)
     assert_close(timing.exposed_seconds, 1e6 / 100e9 + 5e-3 + 1e6 / 400e9, FLOAT64)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision", "platform", "passes"),
+    [
+        ("float32", "highest", "tpu", 6), ("float32", "high", "tpu", 3), ("float32", "default", "tpu", 1),
+        ("bfloat16", "highest", "tpu", 1), ("float32", "highest", "gpu", 16), ("float32", "default", "gpu", 2),
+        ("float32", "highest", "cpu", 1),
+    ],
+)  # fmt: skip
+def test_float32_matmuls_take_several_passes(dtype: Any, precision: Any, platform: str, passes: int) -> None:
+    model = model_config("tiny", dtype=dtype, matmul_precision=precision)
+    assert matmul_passes(model, platform) == passes
+    topology, mesh = torus("v5p:4x4x4", data=4, fsdp=16)
+    one, several = (estimate_timing(1e18, 1e9, [], mesh, topology, count) for count in (1, passes))
+    assert several.compute_seconds == passes * one.compute_seconds
 
 
 def test_half_a_dimension_does_not_wrap() -> None:

@@ -9,15 +9,17 @@ import pytest
 
 from data_pipelines.tokenizers import Tokenizer
 from mplug2_jax.errors import UserError
+from mplug2_jax.evaluation.loop import jit_predict
 from mplug2_jax.objectives.config import DistillationConfig
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
+from mplug2_jax.planning.programs import abstract_batch
 from mplug2_jax.tasks.config import TaskSettings
 from mplug2_jax.training.checkpoint.checkpoints import Checkpoints
 from mplug2_jax.training.config import AdamWConfig, RunConfig
 from mplug2_jax.training.loop import data_position, device_batches, open_streams
 from mplug2_jax.training.state import RunSpec, make_run_spec
-from mplug2_jax.training.step import make_step
+from mplug2_jax.training.step import jit_train_step, make_step
 from mplug2_jax.training.workdir import special_tokens
 from tests.close import assert_close
 from tests.runs import text_run
@@ -54,6 +56,25 @@ def plain(tokenizer: Tokenizer) -> tuple[Any, list[float]]:
 
 def num_bytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize("precision", ["default", "highest"])
+def test_every_matmul_of_a_step_and_of_its_evaluation_has_the_config_s_precision(
+    precision: Any, tokenizer: Tokenizer
+) -> None:
+    config = masked_words()
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, matmul_precision=precision))
+    spec = make_spec(config, tokenizer)
+    batch = abstract_batch(config.streams["text"].data, spec)
+    with jax.set_mesh(spec.mesh):
+        step = jit_train_step(spec).lower(spec.shapes, {"text": batch})
+        predict = jit_predict("mlm", spec.definition, spec.context, spec.mesh)
+        masked = abstract_batch(config.streams["text"].data, spec, mask=True)
+        predictions = predict.lower(spec.eval_param_shapes, masked)
+    for program in (step, predictions):
+        matmuls = [line for line in program.as_text().splitlines() if "stablehlo.dot_general" in line]
+        assert len(matmuls) >= 8
+        assert all(("precision = [HIGHEST, HIGHEST]" in line) == (precision == "highest") for line in matmuls)
 
 
 @pytest.mark.slow

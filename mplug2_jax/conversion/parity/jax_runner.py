@@ -62,11 +62,12 @@ def run_parity(folder: Path, framework: Framework = "jax") -> Iterator[Row]:
             not installed.
     """
     make_runner = JaxRunner if framework == "jax" else _import_torch_runner()
-    for golden in load_goldens(folder):
-        if golden.model == "retrieval":
-            yield from _compare_retrieval(golden, "" if framework == "jax" else RETRIEVAL_NOTE)
-        else:
-            yield from compare_all(golden, make_runner(golden))
+    with jax.default_matmul_precision("highest"):  # or TPUs and GPUs would round float32 operands
+        for golden in load_goldens(folder):
+            if golden.model == "retrieval":
+                yield from _compare_retrieval(golden, "" if framework == "jax" else RETRIEVAL_NOTE)
+            else:
+                yield from compare_all(golden, make_runner(golden))
 
 
 def _import_torch_runner() -> Callable[[Golden], Runner]:
