@@ -26,6 +26,9 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 export JAX_PLATFORMS ?= cpu
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
+# Processes of the tests would compile all that they import, every time.
+unexport PYTHONDONTWRITEBYTECODE
+
 DEMO ?= runs/demo
 TESTS ?= tests
 # Tests for a second interpreter: of the packages that depend most on jax and flax.

@@ -1,7 +1,5 @@
 """Self-critical sequence training against a plain REINFORCE, in a model with every layer."""
 
-import itertools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -74,12 +72,10 @@ def test_the_gradient_is_that_of_reinforce(model):
         memory, memory_mask = (jnp.repeat(x, SAMPLES, axis=0) for x in ForwardPass(bound, batch).caption_memory)
         logits = bound.decoder(jnp.asarray(ids.reshape(-1, ids.shape[-1])), None, memory, memory_mask)
         log_probs = jax.nn.log_softmax(logits).reshape(*ids.shape, VOCABULARY)
-        total = 0.0
-        for b, k in itertools.product(range(EXAMPLES), range(SAMPLES)):
-            sampled = ids[b, k, 1 : lengths[b, k]]
-            baseline = (rewards[b].sum() - rewards[b, k]) / (SAMPLES - 1)
-            total -= (rewards[b, k] - baseline) * log_probs[b, k, np.arange(len(sampled)), sampled].sum()
-        return total / (lengths - 1).sum()
+        sampled = jnp.take_along_axis(log_probs[:, :, :-1], ids[:, :, 1:, None], axis=-1)[..., 0]
+        sampled = jnp.where(np.arange(1, ids.shape[-1]) < lengths[..., None], sampled, 0.0).sum(-1)
+        baselines = (rewards.sum(1, keepdims=True) - rewards) / (SAMPLES - 1)
+        return -((rewards - baselines) * sampled).sum() / (lengths - 1).sum()
 
     def scst(params):
         result = TASK.loss(ForwardPass(definition.bind(params), batch, RNG), CONTEXT)
