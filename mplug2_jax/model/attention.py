@@ -17,7 +17,6 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
@@ -26,8 +25,6 @@ from mplug2_jax.model.config import AttentionKernel
 from mplug2_jax.model.fused_attention import MAX_HEAD_WIDTH, MAX_LENGTH, fused_attention
 from mplug2_jax.model.sequence import REPLICATED, AttentionSharding, sequence_attention
 from mplug2_jax.parallel.sharding import activation_spec, num_shards, target_platform
-
-DOT = "dot"  # checkpoint name of the outputs of linear maps and of "fused", which the remat policy "dots" saves
 
 _FUSED_MIN_LENGTH = 64
 _SPLASH_MIN_PAIRS = 2**20
@@ -90,10 +87,8 @@ def attention(
         return kernels.cudnn(query, key, value, key_mask, causal=causal)
     if kernel == "fused":
         fused = functools.partial(fused_attention, causal=causal)
-        out = _on_each_device(fused, query, key, value, key_mask, sharding)
-        # Saved by the remat policy "dots", in the kernel's layout: another forward pass would read as much as saving
-        # writes.
-        return checkpoint_name(out.reshape(*out.shape[:2], -1), DOT).reshape(out.shape)
+        # Not saved by the remat policy "dots": saving and reading moves as much as the kernel does.
+        return _on_each_device(fused, query, key, value, key_mask, sharding)
     return _on_each_device(kernels.splash, query, key, value, key_mask, sharding)
 
 

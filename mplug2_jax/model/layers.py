@@ -15,13 +15,14 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import CustomVJPPrimal
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from mplug2_jax.model.attention import DOT, attention
+from mplug2_jax.model.attention import attention
 from mplug2_jax.model.config import AttentionKernel, ModelConfig, Remat
 from mplug2_jax.model.sequence import REPLICATED, AttentionSharding
 from mplug2_jax.model.taps import Taps, tap
 from mplug2_jax.parallel.sharding import all_gather_param, params_are_gathered, reduce_scatter_grad, target_platform
 
 Initializer = Callable[..., Array]
+DOT = "dot"  # checkpoint name of the outputs of linear maps, which the remat policy "dots" saves
 EMBEDDING_INIT: Initializer = nnx.initializers.normal(0.02)  # BERT's
 BERT_EPS = 1e-12
 CLIP_EPS = 1e-5
