@@ -21,7 +21,7 @@ def write_html(report: PlanReport, path: Path) -> Path:
     page = environment.from_string(template).render(
         r=report, style=Markup(style), memory_scale=max(report.memory.capacity, report.memory.peak),
         resources=(
-            ("compute", t.compute_seconds, text.format_passes(t).lstrip("; ")), ("HBM", t.hbm_seconds, ""),
+            ("compute", t.compute_seconds, text.format_passes(t)), ("HBM", t.hbm_seconds, ""),
             ("communication", t.communication_seconds, ""),
             ("exposed", t.exposed_seconds, f"({t.exposed_fraction:.1%} of compute)"),
         ),

@@ -41,7 +41,7 @@ def format_operations(traffic: ScopeTraffic, most: int = 4) -> str:
 
 def format_passes(timing: Timing) -> str:
     """Return how much longer float32 matmuls take than in bfloat16; empty if they do not."""
-    return f"; float32 matmuls take {timing.matmul_passes} times as long" if timing.matmul_passes > 1 else ""
+    return f"float32 matmuls take {timing.matmul_passes} times as long" if timing.matmul_passes > 1 else ""
 
 
 def format_report(report: PlanReport) -> str:
@@ -119,7 +119,7 @@ def _lines(r: PlanReport) -> Iterator[str]:
     t = r.timing
     yield "\nstep time"
     yield from _indent([
-        ("compute", format_seconds(t.compute_seconds), f"at peak FLOP/s{format_passes(t)}"),
+        ("compute", format_seconds(t.compute_seconds), "; ".join(filter(None, ("at peak FLOP/s", format_passes(t))))),
         ("HBM", format_seconds(t.hbm_seconds), "at peak bandwidth"),
         ("communication", format_seconds(t.communication_seconds),
          f"{format_seconds(t.exposed_seconds)} exposed: {t.exposed_fraction:.1%} of compute"),

@@ -64,6 +64,13 @@ def test_exceptions_are_reported() -> None:
     assert "chip-hours" not in text
 
 
+def test_float32_matmuls_in_several_passes_are_reported() -> None:
+    report = make_report()
+    exact = dataclasses.replace(report, timing=dataclasses.replace(report.timing, matmul_passes=6))
+    assert "at peak FLOP/s; float32 matmuls take 6 times as long" in format_report(exact)
+    assert "float32 matmuls" not in format_report(report)
+
+
 def test_one_device_has_no_communication() -> None:
     single = dataclasses.replace(make_report(), traffic=(), largest_collectives=(), largest_buffers=())
     assert "communication per device: 0 B per step" in format_report(single)
