@@ -1,8 +1,8 @@
 """``configs/cost_goldens.json``: what the shipped recipes cost on their target machines.
 
-A golden names a program (recipe, overrides, topology, evaluation) and its costs: HBM per device, bytes sent along each
-mesh axis, FLOPs, compile time. Only memory and traffic are checked: they do not depend on the machine that compiles,
-for one version of the compiler, which the golden names.
+A golden names a program (recipe, overrides, topology, evaluation) and its costs: HBM per device, bytes moved in it and
+sent along each mesh axis, FLOPs, compile time. Only memory and traffic are checked: they do not depend on the machine
+that compiles, for one version of the compiler, which the golden names.
 """
 
 import dataclasses
@@ -30,6 +30,7 @@ class MeasuredCosts:
     """The costs of a program; memory and traffic are of one device."""
 
     memory_bytes: float
+    hbm_bytes: float  # read and written
     traffic_bytes: Mapping[str, float]  # by network and mesh axes, as "ici data x fsdp"
     flops: float  # executed by all devices
     compile_seconds: float
@@ -69,7 +70,7 @@ def read_goldens(path: Path) -> list[CostGolden]:
 
 def write_goldens(goldens: Sequence[CostGolden], path: Path) -> None:
     """Write all goldens, atomically."""
-    content = {"format_version": 2, "programs": [to_dict(golden) for golden in goldens]}
+    content = {"format_version": 3, "programs": [to_dict(golden) for golden in goldens]}
     write_atomically(str(path), f"{json.dumps(content, indent=1)}\n".encode())
 
 
@@ -94,6 +95,7 @@ def _extract_costs(report: PlanReport) -> MeasuredCosts:
         traffic[name] = traffic.get(name, 0.0) + row.bytes
     return MeasuredCosts(
         memory_bytes=report.memory.peak,
+        hbm_bytes=report.hbm_bytes[0],
         traffic_bytes={name: round(size) for name, size in sorted(traffic.items())},
         flops=float(report.costs.hardware_flops),
         compile_seconds=round(report.compile_seconds, 1),
@@ -103,7 +105,10 @@ def _extract_costs(report: PlanReport) -> MeasuredCosts:
 
 def find_regressions(before: MeasuredCosts, after: MeasuredCosts) -> list[str]:
     """Return a line for memory and each kind of traffic that increased by more than :data:`TOLERANCE`."""
-    rows: list[tuple[str, float, float]] = [("memory", before.memory_bytes, after.memory_bytes)]
+    rows: list[tuple[str, float, float]] = [
+        ("memory", before.memory_bytes, after.memory_bytes),
+        ("HBM traffic", before.hbm_bytes, after.hbm_bytes),
+    ]
     rows += [
         (f"traffic on {name}", before.traffic_bytes.get(name, 0.0), after.traffic_bytes.get(name, 0.0))
         for name in sorted({*before.traffic_bytes, *after.traffic_bytes})
@@ -117,9 +122,9 @@ def find_regressions(before: MeasuredCosts, after: MeasuredCosts) -> list[str]:
 
 
 def format_row(golden: CostGolden, costs: MeasuredCosts) -> tuple[str, ...]:
-    """Return a row of the table: program, GiB per device, GB sent, PFLOP, seconds of compilation."""
+    """Return a row of the table: program, GiB per device, GB moved in HBM, GB sent, PFLOP, seconds of compilation."""
     sent = sum(costs.traffic_bytes.values())
     return (
-        str(golden), f"{costs.memory_bytes / 2**30:.2f}", f"{sent / 1e9:.2f}", f"{costs.flops / 1e15:.2f}",
-        f"{costs.compile_seconds:.0f}",
+        str(golden), f"{costs.memory_bytes / 2**30:.2f}", f"{costs.hbm_bytes / 1e9:.2f}", f"{sent / 1e9:.2f}",
+        f"{costs.flops / 1e15:.2f}", f"{costs.compile_seconds:.0f}",
     )  # fmt: skip

@@ -29,9 +29,9 @@ MIB = 2.0**20
 AXES = ("ici fsdp", "ici data x fsdp", "dcn replica")
 
 
-def costs(memory: float = 0.0, **traffic: float) -> MeasuredCosts:
+def costs(memory: float = 0.0, hbm: float = 0.0, **traffic: float) -> MeasuredCosts:
     return MeasuredCosts(
-        memory_bytes=memory, traffic_bytes=traffic, flops=1e15, compile_seconds=1.0, libtpu="0.0.40"
+        memory_bytes=memory, hbm_bytes=hbm, traffic_bytes=traffic, flops=1e15, compile_seconds=1.0, libtpu="0.0.40"
     )  # fmt: skip
 
 
@@ -57,12 +57,12 @@ def test_less_passes(memory: float, traffic: dict[str, float], limits: dict[str,
     assert find_regressions(costs(memory, **traffic), after) == []
 
 
-@given(sizes, st.sampled_from(["memory", *AXES]), st.floats(0.0101, 10))
+@given(sizes, st.sampled_from(["memory", "HBM traffic", *AXES]), st.floats(0.0101, 10))
 def test_1_percent_and_1_mebibyte_more_is_a_regression(before: float, name: str, share: float) -> None:
     after = before * (1 + share) + MIB + 1
-    old, new = (costs(x) if name == "memory" else costs(0.0, **{name: x}) for x in (before, after))
-    (line,) = find_regressions(old, new)
-    assert line.startswith(f"{name if name == 'memory' else f'traffic on {name}'}: ")
+    argument = {"memory": "memory", "HBM traffic": "hbm"}.get(name, name)
+    (line,) = find_regressions(*(costs(**{argument: size}) for size in (before, after)))
+    assert line.startswith(f"{f'traffic on {name}' if name in AXES else name}: ")
     assert f"{after:,.0f}" in line
 
 
@@ -80,8 +80,8 @@ entries = st.fixed_dictionaries({
     "recipe": st.text(), "topology": st.text(), "slices": st.integers(1, 4), "quick": st.booleans(),
     "evaluation": st.text(), "overrides": st.lists(st.text(), max_size=3),
     "costs": st.none() | st.fixed_dictionaries({
-        "memory_bytes": sizes, "traffic_bytes": traffics, "flops": sizes, "compile_seconds": sizes,
-        "libtpu": st.text(),
+        "memory_bytes": sizes, "hbm_bytes": sizes, "traffic_bytes": traffics, "flops": sizes,
+        "compile_seconds": sizes, "libtpu": st.text(),
     }),
 })  # fmt: skip
 
@@ -115,8 +115,8 @@ def test_errors_name_the_file(tmp_path: Path, text: str) -> None:
 def test_the_row_of_a_golden() -> None:
     golden = CostGolden(recipe="pretrain:large", topology="v5p:8x8x8", slices=2, evaluation="video")
     assert str(golden) == "pretrain:large video evaluation on v5p:8x8x8 x 2 slices"
-    measured = costs(3 * 2.0**30, **{"ici fsdp": 1.5e9, "dcn replica": 1e9})
-    assert format_row(golden, measured) == (str(golden), "3.00", "2.50", "1.00", "1")
+    measured = costs(3 * 2.0**30, 7e9, **{"ici fsdp": 1.5e9, "dcn replica": 1e9})
+    assert format_row(golden, measured) == (str(golden), "3.00", "7.00", "2.50", "1.00", "1")
 
 
 def test_recipes_and_topologies_of_shipped_goldens_exist() -> None:
