@@ -37,7 +37,9 @@ def _auto_contrast(pixels: Pixels, level: Level) -> Pixels:
         reduce(pixels, axis=(1, 2, 3), keepdims=True) for reduce in (jnp.min, jnp.max)
     )  # fmt: skip
     span = high - low
-    return jnp.where(span > 0, jnp.floor((pixels - low) * 255 / jnp.maximum(span, 1)), pixels)
+    # In integers: many results are whole numbers, which a product with a rounded reciprocal would miss.
+    stretched = (pixels - low).astype(jnp.int32) * 255 // jnp.maximum(span, 1).astype(jnp.int32)
+    return jnp.where(span > 0, stretched.astype(jnp.float32), pixels)
 
 
 def _posterize(pixels: Pixels, level: Level) -> Pixels:

@@ -59,7 +59,7 @@ def search_one(start, table, answers, beams):
     return pool[0][1], pool[0][0], min(margin, smallest_gap([score for score, _ in pool[:2]]))
 
 
-@settings(max_examples=30)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 2**32 - 1), count=st.integers(1, 30), beams=st.sampled_from([1, 2, 5]))
 def test_search_matches_a_plain_one_over_prefixes_of_answers(seed, count, beams):
     rng = np.random.default_rng(seed)

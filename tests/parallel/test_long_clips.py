@@ -15,7 +15,7 @@ from mplug2_jax.parallel.placement import batch_sharding
 from mplug2_jax.training.state import make_run_spec
 from mplug2_jax.training.step import jit_train_step
 from tests.runs import small_run, stream
-from tests.tpu import LOW_EFFORT, topology_mesh
+from tests.tpu import topology_mesh
 
 FRAMES = 256  # 4,097 tokens: activations outweigh gradients, as in a large model
 MODEL = model_config("tiny", vision_layers=2, decoder_layers=1, dropout=0.0, attention_dropout=0.0)
@@ -35,7 +35,7 @@ def compile_step(mesh: MeshConfig, clips: int) -> jax.stages.Compiled:
         "target_weights": array((clips, 16), jnp.float32),
     }
     with jax.set_mesh(spec.mesh):
-        return jit_train_step(spec).lower(spec.shapes, {"clips": batch}).compile(LOW_EFFORT)
+        return jit_train_step(spec).lower(spec.shapes, {"clips": batch}).compile()
 
 
 @pytest.mark.slow
@@ -43,7 +43,7 @@ def compile_step(mesh: MeshConfig, clips: int) -> jax.stages.Compiled:
 def test_a_sharded_clip_is_never_gathered_in_the_vision_tower() -> None:
     replicated, sharded = compile_step(MeshConfig(data=4, fsdp=1), 4), compile_step(MeshConfig(fsdp=1, sequence=4), 1)
     temporary = [program.memory_analysis().temp_size_in_bytes for program in (replicated, sharded)]
-    assert temporary[1] < 0.4 * temporary[0]
+    assert temporary[1] < 0.3 * temporary[0]
     gathered = re.findall(r"\w+\[([\d,]+)\]\S* all-gather(?:-start)?\(", sharded.as_text())
     assert gathered  # at least the keys of the universal layers
     assert (

@@ -66,7 +66,20 @@ def test_few_colors_differ() -> None:
         numbers, levels = rng.integers(-1, len(DEVICE_OPERATIONS), 4), rng.integers(-20, 21, 4) / 20
         rows = np.stack([np.stack([numbers, levels], -1), np.full((4, 2), -1.0)], 1).astype(np.float32)
         shares.append((differences(clips(seed), rows) > 0).mean())
-    assert np.mean(shares) < 0.02
+    assert np.mean(shares) < 0.005
+
+
+def test_the_contrast_of_every_color_is_exact() -> None:
+    """Compare with whole numbers, for ranges of which Pillow rounds many results down, and for random ones."""
+    rng = np.random.default_rng(0)
+    low = np.concatenate([[70, 35, 74, 97, 0], rng.integers(0, 100, 27)])
+    high = np.concatenate([[79, 44, 149, 122, 255], low[5:] + rng.integers(1, 156, 27)])
+    colors = np.clip(np.arange(256), low[:, None], high[:, None])
+    expected = (colors - low[:, None]) * 255 // (high - low)[:, None]
+    frames, rows = (np.repeat(x[:, None, None, :, None], 3, -1).astype(np.uint8) for x in (colors, expected))
+    operation = np.array([[DEVICE_OPERATIONS.index("auto_contrast"), 0.5], [-1, 0]], np.float32)
+    actual = on_device(jnp.asarray(frames), jnp.asarray(np.tile(operation, (len(low), 1, 1))))
+    np.testing.assert_array_equal(np.asarray(actual), rows)
 
 
 def config(kind: str = "video", **visual: object) -> DataConfig:

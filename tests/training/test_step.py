@@ -42,17 +42,15 @@ def run(config: RunConfig, tokenizer: Tokenizer, mesh: MeshConfig, steps: int) -
 
 
 def all_streams_run() -> RunConfig:
-    """Return a run with all objectives. A large eps keeps updates by gradients that are rounding noise negligible.
-
-    Attention dropout, which compiles for six times as long, is on in the comparison of benchmarks/meshes.py.
-    """
+    """Return a run with all objectives. A large eps keeps updates by gradients that are rounding noise negligible."""
     streams = {
         name: dataclasses.replace(small_run().streams[name], objectives=objectives)
         for name, objectives in (
             ("image_text", {"vlc": 1.0, "vlm": 1.0}), ("video_text", {"vlc": 1.0, "ilm": 1.0}), ("text", {"mlm": 0.5})
         )
     }  # fmt: skip
-    return small_run(streams=streams, optimizer=AdamWConfig(learning_rate=1e-2, eps=1e-2))
+    model = small_model(attention_dropout=0.1)
+    return small_run(streams=streams, model=model, optimizer=AdamWConfig(learning_rate=1e-2, eps=1e-2))
 
 
 @pytest.fixture(scope="module")
