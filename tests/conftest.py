@@ -15,9 +15,8 @@ from typing import Any
 import hypothesis
 import jax
 import pytest
-from jaxtyping import install_import_hook
 
-from tests import emulator, fault_proxy
+from tests import emulator, fault_proxy, type_checks
 
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # several test processes compile for TPUs at the same time
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -36,7 +35,7 @@ hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
 
 if os.environ.get("CHECK_TYPES") != "0":
-    install_import_hook(["mplug2_jax", "data_pipelines"], "beartype.beartype")
+    type_checks.install()
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -54,6 +53,12 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
         jax.config.update("jax_compilation_cache_dir", folder)
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Do not import files without a long test where only those are wanted: each worker spends 10 s on them."""
+    long_only = config.option.markexpr == "slow" and collection_path.name.startswith("test_")
+    return True if long_only and "mark.slow" not in collection_path.read_text(encoding="utf-8") else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
