@@ -4,9 +4,9 @@ import math
 from collections.abc import Callable, Mapping
 
 import numpy as np
-from jaxtyping import Float, Float32, UInt8
 from PIL import Image, ImageEnhance, ImageOps, ImageStat
 
+from data_pipelines.arrays import Float, Float32, UInt8
 from data_pipelines.config import MAX_MAGNITUDE
 
 Frames = UInt8[np.ndarray, "t y x 3"]

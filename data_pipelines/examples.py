@@ -8,12 +8,12 @@ import difflib
 import hashlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int
 from numpy.typing import NDArray
 
+from data_pipelines.arrays import Bool, Int
 from data_pipelines.config import (
     ExampleConfig,
     InstructionConfig,  # noqa: F401  recipes written before data_pipelines.config import it from here
@@ -265,6 +265,11 @@ def encode_instruction(text: str, config: ExampleConfig, tokenizer: Tokenizer, m
     if config.tokenization == "standard":
         return tokenizer.encode(text, max_length=max_length)
     return release_encode(_check_wordpiece(tokenizer), pre_question(text, config.max_question_words), max_length)
+
+
+def default_instruction(kind: Literal["image", "video"]) -> str:
+    """Return the instruction for a file that comes without one."""
+    return f"describe the {'clip' if kind == 'video' else 'picture'}"
 
 
 def _encode_target(

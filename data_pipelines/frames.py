@@ -1,8 +1,8 @@
 """Sampling of frame indices from a video."""
 
 import numpy as np
-from jaxtyping import Float, Int
 
+from data_pipelines.arrays import Float, Int
 from data_pipelines.errors import DataError
 
 

@@ -14,9 +14,9 @@ from typing import Literal
 
 import av
 import numpy as np
-from jaxtyping import UInt8
 from PIL import Image
 
+from data_pipelines.arrays import UInt8
 from data_pipelines.errors import DataError, StorageUnavailableError
 from data_pipelines.storage.file_system import file_system, is_local_file
 from data_pipelines.storage.retry import is_refused, is_remote, is_url

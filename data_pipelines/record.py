@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import UInt8
 
+from data_pipelines.arrays import UInt8
 from data_pipelines.errors import DataError
 from data_pipelines.media import Media
 

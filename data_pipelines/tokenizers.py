@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-import sentencepiece
-from jaxtyping import Bool
 from tokenizers import Tokenizer as LibraryTokenizer
 from tokenizers import models, normalizers, pre_tokenizers, trainers
 
+from data_pipelines.arrays import Bool
 from data_pipelines.errors import DataError
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -160,12 +159,16 @@ class SentencePieceTokenizer:
         name: of the model in errors, usually its file.
 
     Raises:
-        DataError: the bytes are not a SentencePiece model.
+        DataError: the bytes are not a SentencePiece model, or the library is not installed.
     """
 
     pad_id, unk_id, cls_id, sep_id, mask_id = range(len(SPECIAL_TOKENS))
 
     def __init__(self, model: bytes, name: str = "the model") -> None:
+        try:
+            import sentencepiece  # here, because most exported folders do without it
+        except ModuleNotFoundError as error:
+            raise DataError(f"{name} needs the package sentencepiece: pip install sentencepiece") from error
         try:
             # The library accepts an empty model and fails at its first use; it rejects a zero byte.
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model or b"\0")
@@ -290,6 +293,8 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int) -> SentencePieceT
     """
     if vocab_size <= len(SPECIAL_TOKENS):
         raise DataError(f"vocab_size is {vocab_size}, expected more than the {len(SPECIAL_TOKENS)} special tokens")
+    import sentencepiece
+
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(

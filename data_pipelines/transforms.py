@@ -7,8 +7,9 @@ from typing import Literal
 import numpy as np
 from av import VideoFrame
 from av.video.reformatter import Interpolation, VideoReformatter
-from jaxtyping import Float, Int, Int16, UInt8
 from PIL import Image
+
+from data_pipelines.arrays import Float, Int, Int16, UInt8
 
 Method = Literal["antialiased", "cropped", "nearest", "bicubic"]
 

@@ -20,9 +20,9 @@ import av
 import numpy as np
 from av.filter import Graph
 from av.video.reformatter import VideoReformatter
-from jaxtyping import Bool, Float, Int, UInt8
 from PIL import Image
 
+from data_pipelines.arrays import Bool, Float, Int, UInt8
 from data_pipelines.config import WHITE, Color
 from data_pipelines.errors import DataError
 from data_pipelines.image import flatten, open_pillow, to_rgb

@@ -3,9 +3,9 @@
 import dataclasses
 
 import numpy as np
-from jaxtyping import Float, Int, UInt8
 
 from data_pipelines import augment, transforms
+from data_pipelines.arrays import Float, Int, UInt8
 from data_pipelines.config import VisualConfig
 from data_pipelines.frames import fps_indices, random_indices, uniform_indices
 from data_pipelines.image import open_image

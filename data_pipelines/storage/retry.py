@@ -18,8 +18,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from absl import logging
-
 from data_pipelines.errors import DataError, StorageUnavailableError
 
 T = TypeVar("T")
@@ -225,6 +223,8 @@ def retry(operation: Callable[[], T], path: str) -> T:
                     f"{path} has been unavailable for {elapsed:.0f} s ({_reason(error)}); start again later"
                 ) from error
             if elapsed >= _WARN_SECONDS and not warned:
+                from absl import logging  # here, because exported folders have this file and do without the package
+
                 logging.warning("%s is unavailable (%s); retrying for up to %g s", path, _reason(error), limit)
                 warned = True
         time.sleep(pause)

@@ -11,16 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipelines.config import ExampleConfig, Kind
+from data_pipelines.config import Kind
 from data_pipelines.errors import DataError
-from data_pipelines.examples import encode_instruction, make_detokenizer
+from data_pipelines.examples import default_instruction, encode_instruction, make_detokenizer
 from data_pipelines.media import file_media
 from data_pipelines.tokenizers import Tokenizer
 from data_pipelines.visual import load_visual
 from mplug2_jax.errors import UserError
 from mplug2_jax.generation.config import SearchConfig
 from mplug2_jax.generation.decode import generate
-from mplug2_jax.inference.media import visual_config
+from mplug2_jax.inference.media import instruction_config, visual_config
 from mplug2_jax.model.mplug2 import Params
 from mplug2_jax.objectives.forward import DeviceBatch, ForwardPass
 from mplug2_jax.training.state import RunSpec
@@ -64,7 +64,7 @@ def read_request(path: Path, instruction: str | None) -> tuple[Kind, str]:
     """
     if path.suffix.lower() != ".txt":
         kind = file_media(path).kind
-        return kind, instruction or f"describe the {'clip' if kind == 'video' else 'picture'}"
+        return kind, instruction or default_instruction(kind)
     try:
         text = path.read_text(encoding="utf-8").strip()
     except UnicodeDecodeError as error:
@@ -105,10 +105,7 @@ class Generator:
 
     def __init__(self, spec: RunSpec, params: Params, tokenizer: Tokenizer, search: SearchConfig, *, seed: int) -> None:
         self._spec, self._params, self._tokenizer, self._seed = spec, params, tokenizer, seed
-        # Instructions as in evaluations, if there are any: the release truncates questions more in training.
-        configs = [evaluation.data.examples for evaluation in spec.config.evaluations.values()]
-        configs += [stream.data.examples for stream in spec.config.streams.values()]
-        self._examples = next((examples for examples in configs if examples.instructions), ExampleConfig())
+        self._examples = instruction_config(spec.config)
         self._decode = make_detokenizer(self._examples, tokenizer)
         self._visual = visual_config(spec.config)
 

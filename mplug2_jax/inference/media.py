@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from data_pipelines.config import WHITE, VisualConfig
+from data_pipelines.config import WHITE, ExampleConfig, VisualConfig
 from data_pipelines.sources.file_source import list_files
 from mplug2_jax.errors import UserError
 from mplug2_jax.training.config import RunConfig
@@ -38,3 +38,13 @@ def visual_config(config: RunConfig) -> VisualConfig:
         background=next((each.visual.background for each in data), WHITE),
         transform="released_test" if released else "resize",
     )
+
+
+def instruction_config(config: RunConfig) -> ExampleConfig:
+    """Return how a run's model reads instructions: as in its evaluations, if any, else as in training.
+
+    The release truncates questions more in training.
+    """
+    configs = [evaluation.data.examples for evaluation in config.evaluations.values()]
+    configs += [stream.data.examples for stream in config.streams.values()]
+    return next((examples for examples in configs if examples.instructions), ExampleConfig())
