@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mplug2_jax.errors import UserError, did_you_mean
+from ...errors import UserError, did_you_mean
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

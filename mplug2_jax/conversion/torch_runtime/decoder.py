@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mplug2_jax.conversion.torch_runtime.config import Config
-from mplug2_jax.conversion.torch_runtime.layers import (
+from .config import Config
+from .layers import (
     BERT_EPS,
     BertLayer,
     Embeddings,

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mplug2_jax.conversion.torch_runtime.config import Config
-from mplug2_jax.errors import UserError
+from ...errors import UserError
+from .config import Config
 
 BERT_EPS = 1e-12
 KeysValues = tuple[Tensor, Tensor]  # [b, h, s, k] each

@@ -17,8 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mplug2_jax.conversion.torch_runtime.config import Config
-from mplug2_jax.errors import UserError
+from ...errors import UserError
+from .config import Config
 
 # One parameter each under two names: the copy, and the original.
 TIED: Mapping[str, str] = {

@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mplug2_jax.conversion.torch_runtime.config import Config, read_config
-from mplug2_jax.conversion.torch_runtime.decoder import TextDecoder
-from mplug2_jax.conversion.torch_runtime.layers import BERT_EPS, Taps, tap
-from mplug2_jax.conversion.torch_runtime.loading import choose_weights, ignored_patterns, read_weights, select_state
-from mplug2_jax.conversion.torch_runtime.search import DecodeOutput, SearchConfig, generate, rank_answers
-from mplug2_jax.conversion.torch_runtime.text import FusionEncoder, TextEncoder
-from mplug2_jax.conversion.torch_runtime.vision import VisionTower
-from mplug2_jax.errors import UserError
+from ...errors import UserError
+from .config import Config, read_config
+from .decoder import TextDecoder
+from .layers import BERT_EPS, Taps, tap
+from .loading import choose_weights, ignored_patterns, read_weights, select_state
+from .search import DecodeOutput, SearchConfig, generate, rank_answers
+from .text import FusionEncoder, TextEncoder
+from .vision import VisionTower
 
 Model = TypeVar("Model", bound="Mplug2")  # not typing.Self, which the tests' run-time type checks do not support
 

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mplug2_jax.conversion.torch_runtime.decoder import DecoderCache, TextDecoder
-from mplug2_jax.errors import UserError
+from ...errors import UserError
+from .decoder import DecoderCache, TextDecoder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

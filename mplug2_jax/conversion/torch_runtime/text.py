@@ -7,8 +7,8 @@ self attention and MLP, with latents and cross attention that text does not use.
 import torch
 from torch import Tensor, nn
 
-from mplug2_jax.conversion.torch_runtime.config import Config
-from mplug2_jax.conversion.torch_runtime.layers import BertLayer, Embeddings, Encoder, Taps, broadcast_mask, tap
+from .config import Config
+from .layers import BertLayer, Embeddings, Encoder, Taps, broadcast_mask, tap
 
 
 class TextEncoder(nn.Module):

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mplug2_jax.conversion.torch_runtime.config import Config
-from mplug2_jax.conversion.torch_runtime.layers import Taps, tap
-from mplug2_jax.errors import UserError
+from ...errors import UserError
+from .config import Config
+from .layers import Taps, tap
 
 CLIP_EPS = 1e-5
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
