@@ -43,7 +43,7 @@ def add_parsers(subcommands: Any) -> None:
     exporter.add_argument("checkpoint", type=to_path, metavar="CKPT", help="work directory, its checkpoints, or a step")
     exporter.add_argument(
         "--to", type=output_path, required=True, metavar="FILE",
-        help="a .safetensors or .pth file, or a new folder: weights, config.json, tokenizer and a model card",
+        help="a .safetensors or .pth file, or a new folder: weights, tokenizer, model card, a program for PyTorch",
     )  # fmt: skip
     exporter.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
     exporter.add_argument(

@@ -14,12 +14,13 @@ import numpy as np
 
 from mplug2_jax.conversion.compare_torch import check_torch, compare_frameworks
 from mplug2_jax.conversion.export_plan import ExportPlan, original_name, plan_export
+from mplug2_jax.conversion.exported import SETTINGS
 from mplug2_jax.conversion.files.atomic import atomic_files, atomic_folder, check_free_space, check_not_existing
 from mplug2_jax.conversion.files.open import open_source
 from mplug2_jax.conversion.files.safetensors_writer import SafetensorsWriter
 from mplug2_jax.conversion.files.sources import HostArray
 from mplug2_jax.conversion.files.torch_files import TorchWriter
-from mplug2_jax.conversion.hub import SETTINGS, WEIGHTS, write_companions
+from mplug2_jax.conversion.hub import WEIGHTS, write_companions
 from mplug2_jax.conversion.import_plan import StatePath, activation_notes
 from mplug2_jax.conversion.import_weights import check_finite
 from mplug2_jax.conversion.layouts import official

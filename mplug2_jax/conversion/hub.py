@@ -7,15 +7,18 @@ from typing import Any
 
 import jinja2
 
+import mplug2_jax
 from mplug2_jax.conversion.export_plan import ExportPlan
+from mplug2_jax.conversion.exported import SETTINGS
 from mplug2_jax.conversion.layouts.official_config import to_config_json
+from mplug2_jax.conversion.runtime_files import write_inference, write_runtime
 from mplug2_jax.training.workdir import special_tokens
 
-WEIGHTS, SETTINGS = "model.safetensors", "config.json"
+WEIGHTS = "model.safetensors"
 
 
 def write_companions(plan: ExportPlan, folder: Path) -> None:
-    """Write ``config.json``, the tokenizer's files and ``README.md`` next to the weights."""
+    """Write ``config.json``, the tokenizer's files, the program and ``README.md`` next to the weights."""
     tokenizer = plan.tokenizer
     settings = to_config_json(
         plan.model.config, plan.fusion_start, task=plan.task, teacher=plan.teacher,
@@ -25,11 +28,15 @@ def write_companions(plan: ExportPlan, folder: Path) -> None:
     if tokenizer:
         for file in sorted(plan.workdir.tokenizer_folder.iterdir()):
             (folder / file.name).write_bytes(file.read_bytes())
+    config = plan.workdir.read_config() if tokenizer and plan.workdir.exists() else None
+    if config:
+        write_inference(config, folder)
     # The model card: recipe, data mixture, steps, and evaluation results if the work directory has them.
     workdir = plan.workdir.path
     card = _CARD.render(
         plan=plan, name=workdir.name, recipe=_read_json(workdir / "config.json"), results=_results(workdir, plan.step),
-        config=plan.model.config,
+        config=plan.model.config, code=write_runtime(folder) if config else (), version=mplug2_jax.__version__,
+        is_sampled=bool(config and config.tasks.search.top_p),
     )  # fmt: skip
     (folder / "README.md").write_text(card, encoding="utf-8")
 

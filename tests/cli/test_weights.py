@@ -83,7 +83,7 @@ def test_an_export_to_a_folder_follows_hugging_face(imported: Path, source: Path
     assert outcome.status == 0, outcome.err
     assert {path.name for path in (tmp_path / "hub").iterdir()} == {
         "model.safetensors", "config.json", "vocab.txt", "README.md", "conversion-report.json",
-        "conversion-report.html",
+        "conversion-report.html", "inference.json", "run.py", "requirements.txt", "mplug2_torch", "data_pipelines",
     }  # fmt: skip
     assert_same(tmp_path / "hub", source)
     settings, theirs = (json.loads((p / "config.json").read_text()) for p in (tmp_path / "hub", source.parent))
@@ -177,7 +177,8 @@ def test_existing_files_are_replaced_only_with_overwrite(source: Path, imported:
     assert (existing / "thesis.txt").read_text() == "years of work"
     assert (tmp_path / "x.pth").read_text() == "precious"
     assert mplug2("convert", "export", imported, "--to", existing, "--overwrite").status == 0
-    assert {path.suffix for path in existing.iterdir()} == {".safetensors", ".json", ".txt", ".md", ".html"}
+    files = filter(Path.is_file, existing.iterdir())
+    assert {path.suffix for path in files} == {".safetensors", ".json", ".txt", ".md", ".html", ".py"}
     assert not (existing / "thesis.txt").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["existing", "x.pth"]
 
