@@ -6,32 +6,30 @@ import json
 from pathlib import Path
 from typing import Any
 
-import data_pipelines
-import mplug2_jax
 from mplug2_jax.conversion.exported import INFERENCE
 from mplug2_jax.inference.media import instruction_config, visual_config
 from mplug2_jax.training.config import RunConfig
 
 # Patterns of the files to copy. With its own name, the first folder would hide an installed mplug2_jax.
 _PACKAGES = (
-    (mplug2_jax, "mplug2_torch", (
+    ("mplug2_jax", "mplug2_torch", (
         "__init__.py", "errors.py", "conversion/__init__.py", "conversion/torch_runtime/*.py",
         "conversion/exported/__init__.py", "conversion/exported/command.py", "conversion/exported/model.py",
     )),
-    (data_pipelines, "data_pipelines", (
+    ("data_pipelines", "data_pipelines", (
         "__init__.py", "arrays.py", "augment.py", "config.py", "errors.py", "examples.py", "frames.py", "image.py",
         "media.py", "record.py", "text.py", "tokenizers.py", "transforms.py", "video.py", "visual.py",
         "storage/__init__.py", "storage/file_system.py", "storage/retry.py",
     )),
 )  # fmt: skip
-_PROGRAM = Path(__file__).parent / "exported"
+_PROGRAM, _PROJECT = Path(__file__).parent / "exported", Path(__file__).parents[2]
 
 
 def write_runtime(folder: Path) -> list[tuple[str, str]]:
     """Copy the program into a folder; return the path of each of its files, from there, and its SHA-256."""
     sources = {name: _PROGRAM / name for name in ("run.py", "requirements.txt")}
     for package, name, patterns in _PACKAGES:
-        root = Path(str(package.__file__)).parent
+        root = _PROJECT / package
         files = (file for pattern in patterns for file in sorted(root.glob(pattern)))
         sources |= {f"{name}/{file.relative_to(root).as_posix()}": file for file in files}
     rows = []
