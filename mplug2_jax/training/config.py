@@ -15,6 +15,7 @@ from mplug2_jax.tasks.contracts import CONTRACTS, required_parts
 
 FsdpGather = Literal["layer", "step"]
 DecayMask = Literal["kernels", "released"]
+ScheduleKind = Literal["cosine", "linear", "constant", "rsqrt", "wsd", "released", "released_caption"]
 Dtype = Literal["float32", "bfloat16"]
 
 
@@ -76,7 +77,13 @@ class AdamWConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
-    """Warm-up from ``init_lr`` to the group's learning rate, then a cosine down to ``end_lr``.
+    """Warm-up from ``init_lr`` to the group's learning rate, then what ``kind`` says.
+
+    - ``cosine``, ``linear``: down to ``end_lr`` in the run's last step.
+    - ``constant``: no change.
+    - ``rsqrt``: down with the inverse square root of the step.
+    - ``wsd``: no change, and in the last ``decay_steps`` linearly down to ``end_lr``. Without any the run stays at its
+      learning rate; a resume from any checkpoint may set them, with ``steps`` where the decay is to end.
 
     ``kind="released"`` follows the release's loop: a step uses the rate of the step before it; the cosine lasts 200
     steps less than the run, counted from the end of the warm-up; ``released_caption`` also falls back to an early
@@ -84,10 +91,11 @@ class ScheduleConfig:
     """
 
     OLD_NAMES: ClassVar[Mapping[str, str]] = {"start": "init_lr", "floor": "end_lr"}
-    kind: Literal["cosine", "released", "released_caption"] = "cosine"  # see above
+    kind: ScheduleKind = "cosine"  # see above
     warmup_steps: int = 100  # from init_lr to the learning rate
     init_lr: float = 0.0  # the rate of the first step, for every group
-    end_lr: float = 0.0  # the rate of the last step, for every group
+    end_lr: float = 0.0  # the rate of the last step, for every group; 0 for constant and rsqrt, which have none
+    decay_steps: int = 0  # for wsd; 0: no decay
     steps_per_epoch: int = 0  # for released_caption
 
     def __post_init__(self) -> None:
@@ -96,8 +104,14 @@ class ScheduleConfig:
         Raises:
             UserError: names the field.
         """
-        for name in ("warmup_steps", "init_lr", "end_lr", "steps_per_epoch"):
+        for name in ("warmup_steps", "init_lr", "end_lr", "decay_steps", "steps_per_epoch"):
             check_range(f"config.schedule.{name}", getattr(self, name), 0)
+        unread = {"end_lr": self.kind in ("constant", "rsqrt"), "decay_steps": self.kind != "wsd"}
+        for name in (name for name in unread if unread[name] and getattr(self, name)):
+            raise UserError(
+                f"config.schedule.{name}={getattr(self, name)} is not read by kind='{self.kind}': set it to 0, or kind "
+                "to 'wsd'"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -56,6 +56,7 @@ CONFIGS = {
     "model.dropout=2.0": "config.model.dropout=2.0 must be between 0 and 0.99",
     "optimizer.learning_rate=-1": "config.optimizer.learning_rate=-1.0 must be at least 0",
     "optimizer.b2=1.5": "config.optimizer.b2=1.5 must be between 0 and 1",
+    "schedule.decay_steps=5": "config.schedule.decay_steps=5 is not read by kind='cosine': set it to 0, or kind to",
     "schedule.warmup_steps=-1": "config.schedule.warmup_steps=-1 must be at least 0",
     "tasks.search.num_beams=0": "config.tasks.search.num_beams=0 must be at least 1",
     "tasks.mlm.mask_rate=15": "config.tasks.mlm.mask_rate=15.0 must be between 0 and 1",

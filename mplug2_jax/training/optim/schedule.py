@@ -1,4 +1,4 @@
-"""Learning-rate schedules: optax's warm-up and cosine, and the release's with its quirks."""
+"""Learning-rate schedules: warm-up and a decay by optax, and the release's with its quirks."""
 
 import jax.numpy as jnp
 import optax
@@ -9,9 +9,10 @@ from mplug2_jax.training.config import ScheduleConfig
 
 def make_schedule(config: ScheduleConfig, peak: float, steps: int, grad_accum_steps: int = 1) -> optax.Schedule:
     """Return a group's learning rate at the optimizer's step 0, 1, ..., each of ``grad_accum_steps`` micro-batches."""
-    if config.kind == "cosine":
+    if not config.kind.startswith("released"):
         warmup = min(config.warmup_steps, max(steps - 1, 0))
-        return optax.warmup_cosine_decay_schedule(config.init_lr, peak, warmup, max(steps, warmup + 1), config.end_lr)
+        rise, fall = optax.linear_schedule(config.init_lr, peak, warmup), _after_warmup(config, peak, warmup, steps)
+        return optax.join_schedules([rise, fall], [warmup])
     warmup, init, end = config.warmup_steps, config.init_lr, config.end_lr
     length = steps * grad_accum_steps - 200  # the release subtracts 200 whatever its warm-up
 
@@ -30,3 +31,20 @@ def make_schedule(config: ScheduleConfig, peak: float, steps: int, grad_accum_st
         return jnp.where(micro == 0, init, rate_at(previous))
 
     return released
+
+
+def _after_warmup(config: ScheduleConfig, peak: float, warmup: int, steps: int) -> optax.Schedule:
+    """Return the rate of the steps after the warm-up, counted from its end."""
+    remaining = max(steps - warmup, 1)
+    match config.kind:
+        case "cosine":
+            return optax.cosine_decay_schedule(peak, remaining, config.end_lr / peak if peak else 0.0)
+        case "linear":
+            return optax.linear_schedule(peak, config.end_lr, remaining)
+        case "rsqrt":
+            return lambda step: peak * (1.0 + step / max(warmup, 1)) ** -0.5
+        case "wsd" if config.decay_steps:
+            start = max(remaining - config.decay_steps, 0)
+            return optax.linear_schedule(peak, config.end_lr, remaining - start, start)
+        case _:
+            return optax.constant_schedule(peak)

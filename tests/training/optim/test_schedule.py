@@ -1,5 +1,6 @@
 """Learning rates: the cosine's endpoints, and the release's schedules against its traces, step by step."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -26,6 +27,29 @@ def test_warm_up_then_cosine() -> None:
     assert (np.diff(rates[:11]) > 0).all()
     assert (np.diff(rates[10:]) < 0).all()
     assert_close(rates[-1], 1e-5, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),  # at steps 5, 10, 40, 90, 95
+    [
+        (ScheduleConfig(kind="constant"), (0.5, 1, 1, 1, 1)),
+        (ScheduleConfig(kind="linear", end_lr=0.1), (0.5, 1, 0.7, 0.2, 0.15)),
+        (ScheduleConfig(kind="rsqrt"), (0.5, 1, 0.5, 1 / 3, (10 / 95) ** 0.5)),
+        (ScheduleConfig(kind="wsd"), (0.5, 1, 1, 1, 1)),
+        (ScheduleConfig(kind="wsd", decay_steps=20, end_lr=0.2), (0.5, 1, 1, 0.6, 0.4)),
+    ],
+    ids=lambda value: value.kind if isinstance(value, ScheduleConfig) else "",
+)
+def test_what_follows_the_warm_up(config: ScheduleConfig, expected: tuple[float, ...]) -> None:
+    rates = learning_rates(dataclasses.replace(config, warmup_steps=10), 1.0, 100)
+    assert_close(rates[[5, 10, 40, 90, 95]], np.array(expected))
+
+
+def test_a_decay_that_begins_at_a_resume_leaves_the_steps_before_it() -> None:
+    stable = ScheduleConfig(kind="wsd", warmup_steps=10)
+    decaying = learning_rates(dataclasses.replace(stable, decay_steps=20), 1.0, 60)
+    assert_close(decaying[:41], learning_rates(stable, 1.0, 100)[:41])
+    assert_close(decaying[-1], 1 / 20)
 
 
 def test_a_run_shorter_than_its_warm_up_still_has_a_schedule() -> None:
