@@ -2,11 +2,14 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 
 from data_pipelines.errors import DataError
+
+T = TypeVar("T")
+Free = Annotated[T, "free"]  # of fields that may change whenever a run resumes: they do not decide what it reads
 
 Kind = Literal["image", "video", "text"]
 Format = Literal[
@@ -34,9 +37,9 @@ class SourceConfig:
 
     format: Format = "digitworld"  # file format; digitworld generates its records
     kind: Kind = "image"  # what the records are read as; the same for all sources of a stream
-    path: str = ""  # file, folder or pattern, local or a URL ("gs://bucket/shards/*.tar")
-    media: str = ""  # folder of the images or videos that annotation files name; empty: the folder of the file
-    index: str = ""  # webdataset: folder of the tars' indexes, where theirs cannot be written; empty: next to them
+    path: Free[str] = ""  # file, folder or pattern, local or a URL ("gs://bucket/shards/*.tar")
+    media: Free[str] = ""  # folder of the images or videos that annotation files name; empty: the folder of the file
+    index: Free[str] = ""  # webdataset: folder of the tars' indexes, if theirs cannot be written; empty: next to them
     split: str = ""  # DigitWorld: "train" (default) or "heldout"; files: the name that they use
     seed: int = 0  # DigitWorld: its random seed
     label: str = ""  # DigitWorld: the attribute to label; empty: the digit in an image, the motion in a video
@@ -257,10 +260,10 @@ class DataConfig:
     examples: ExampleConfig
     batch_size: int  # examples per step, over all hosts
     drop_remainder: bool = False  # drop an epoch's last partial batch; otherwise a batch may span two epochs
-    max_bad_fraction: float = 0.01  # stop the run above this fraction of unusable records in a source
-    num_workers: int = 0  # processes per host that build examples; 0: threads of the training process
-    num_threads: int = 2  # threads that build examples, of each process; 0: only the reader's own
-    prefetch: int = 64  # examples that a host keeps ready
+    max_bad_fraction: Free[float] = 0.01  # stop the run above this fraction of unusable records in a source
+    num_workers: Free[int] = 0  # processes per host that build examples; 0: threads of the training process
+    num_threads: Free[int] = 2  # threads that build examples, of each process; 0: only the reader's own
+    prefetch: Free[int] = 64  # examples that a host keeps ready
 
     def __post_init__(self) -> None:
         """Check that the sources make one stream.

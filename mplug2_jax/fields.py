@@ -1,4 +1,9 @@
-"""Describe the fields of configs: types, valid values, and the comments that follow them."""
+"""Describe the fields of configs: types, valid values, the comments that follow them, and what a resume may change.
+
+A run that resumes may change its config. ``Free[int]`` and ``Neutral[int]`` mark fields, or whole groups of them, that
+may always change: the former do not touch what a step computes, the latter only its rounding. All others decide what is
+computed, and change only on request.
+"""
 
 import dataclasses
 import functools
@@ -7,7 +12,13 @@ import re
 import types
 import typing
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
+
+Kind = Literal["free", "neutral", "deciding"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+T = TypeVar("T")
+Free = Annotated[T, "free"]
+Neutral = Annotated[T, "neutral"]
 
 _FIELD = re.compile(r"    (?P<name>\w+): [^#]*?(?:  # (?P<comment>.*))?")
 
@@ -19,27 +30,34 @@ class Field(NamedTuple):
     value: Any
     type: str  # its type, or its valid values
     description: str
+    kind: Kind
 
 
-def iter_fields(value: Any, path: str = "") -> Iterator[Field]:
+def iter_fields(value: Any, path: str = "", kind: Kind = "deciding") -> Iterator[Field]:
     """Yield every leaf field of a config; nested configs and named values are descended into."""
     cls: Any = type(value)
-    hints, descriptions = get_type_hints(cls), field_descriptions(cls)
+    hints, descriptions, kinds = get_type_hints(cls), field_descriptions(cls), field_kinds(cls, kind)
     for field in dataclasses.fields(cls):
-        yield from _iter_value(
-            getattr(value, field.name), hints[field.name], f"{path}{field.name}", descriptions[field.name]
-        )
+        name = field.name
+        yield from _iter_value(getattr(value, name), hints[name], f"{path}{name}", descriptions[name], kinds[name])
 
 
-def _iter_value(value: Any, hint: Any, path: str, description: str) -> Iterator[Field]:
+def _iter_value(value: Any, hint: Any, path: str, description: str, kind: Kind) -> Iterator[Field]:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        yield from iter_fields(value, f"{path}.")
+        yield from iter_fields(value, f"{path}.", kind)
     elif isinstance(value, Mapping) and value:
         inner = get_args(hint)[1] if get_args(hint) else Any
         for key, item in value.items():
-            yield from _iter_value(item, inner, f"{path}.{key}", description)
+            yield from _iter_value(item, inner, f"{path}.{key}", description, kind)
     else:
-        yield Field(path, value, describe_type(hint), description)
+        yield Field(path, value, describe_type(hint), description, kind)
+
+
+def field_kinds(cls: type, default: Kind = "deciding") -> dict[str, Kind]:
+    """Return the kind of each field of a dataclass; ``default`` is that of the group which the dataclass is."""
+    hints = get_type_hints(cls, include_extras=True).items()
+    marks = {name: getattr(hint, "__metadata__", ()) for name, hint in hints}
+    return {name: next((kind for kind in KINDS if kind in mark), default) for name, mark in marks.items()}
 
 
 @functools.cache
@@ -95,18 +113,27 @@ def config_groups(cls: type) -> dict[type, str]:
 
 def render_markdown(cls: type) -> str:
     """Return Markdown tables of a config's class and of the configs nested in it, for the docs."""
-    return "\n\n".join(_table(group, path) for group, path in config_groups(cls).items()) + "\n"
+    default: dict[type, Kind] = {}
+    tables = []
+    for group, path in config_groups(cls).items():
+        kinds = field_kinds(group, default.get(group, "deciding"))
+        tables.append(_table(group, path, kinds))
+        for name, hint in get_type_hints(group).items():
+            for inner in _configs_in(hint):
+                default.setdefault(inner, kinds[name])
+    return "\n\n".join(tables) + "\n"
 
 
-def _table(cls: type, path: str) -> str:
+def _table(cls: type, path: str, kinds: Mapping[str, Kind]) -> str:
     hints, descriptions = get_type_hints(cls), field_descriptions(cls)
-    rows = ["| field | type | default | meaning |", "|---|---|---|---|"]
+    rows = ["| field | type | default | kind | meaning |", "|---|---|---|---|---|"]
     for field in dataclasses.fields(cls):
         group = bool(_configs_in(hints[field.name]))
         default = "" if group or field.default is dataclasses.MISSING else f"`{field.default!r}`"
-        kind = "" if group else describe_type(hints[field.name])
+        type_name = "" if group else describe_type(hints[field.name])
+        kind = "" if group and kinds[field.name] == "deciding" else kinds[field.name]
         description = descriptions[field.name] or "see below"
-        cells = (f"`{field.name}`", kind, default, description)
+        cells = (f"`{field.name}`", type_name, default, kind, description)
         rows.append("| " + " | ".join(text.replace("|", "\\|") for text in cells) + " |")
     return "\n".join([f"## `{path}`", "", inspect.cleandoc(cls.__doc__ or ""), "", *rows])
 

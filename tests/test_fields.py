@@ -17,6 +17,9 @@ A recipe sets these fields and `--config.FIELD=VALUE` overrides them. `mplug2 co
 of a recipe, and `--only WORD` selects fields by name or meaning. This page is generated from the dataclasses in each
 package's `config.py`: `RENEW=1 pytest tests/test_fields.py` regenerates it.
 
+The kind of a field says whether a run may [resume with another value](runs.md#resuming-with-other-settings): always
+(free, neutral), or with `--force-change` (deciding). All fields below `config.evaluations` are free.
+
 """
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 
 from mplug2_jax.errors import check_range
+from mplug2_jax.fields import Free
 from mplug2_jax.generation.config import SearchConfig
 from mplug2_jax.objectives.config import DistillationConfig, MlmConfig, ScstConfig, VlcConfig, VlmConfig
 
@@ -17,8 +18,8 @@ class TaskSettings:
     scst: ScstConfig = ScstConfig()
     distillation: DistillationConfig | None = None  # None: no teacher
     label_smoothing: float = 0.0  # of all cross entropies over tokens and classes: all losses but vlc and scst
-    search: SearchConfig = SearchConfig()
-    rerank_k: int = 16  # nearest candidates by contrast that the matching head reranks
+    search: Free[SearchConfig] = SearchConfig()
+    rerank_k: Free[int] = 16  # nearest candidates by contrast that the matching head reranks
 
     def __post_init__(self) -> None:
         """Check the ranges. Raises UserError."""

@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 from data_pipelines.config import DataConfig
 from mplug2_jax.errors import UserError, check_range, did_you_mean
 from mplug2_jax.evaluation.config import EvaluationConfig
+from mplug2_jax.fields import Free, Neutral
 from mplug2_jax.model.config import PARTS, ModelConfig
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.renames import accept_old_names
@@ -23,7 +24,7 @@ Dtype = Literal["float32", "bfloat16"]
 class TokenizerConfig:
     """A tokenizer file, or a tokenizer that the run trains on DigitWorld's texts and stores in its work directory."""
 
-    path: str = ""  # a vocab.txt or a SentencePiece model; empty: train one
+    path: Free[str] = ""  # a vocab.txt or a SentencePiece model; empty: train one
     kind: Literal["wordpiece", "sentencepiece"] = "wordpiece"  # of a trained tokenizer
     vocab_size: int = 512  # at most, of a trained tokenizer
 
@@ -55,7 +56,7 @@ class AdamWConfig:
     clip_norm: float = 1.0  # global norm of the gradient above which it is scaled down; 0 = no clipping
     mu_dtype: Dtype = "float32"  # of the first moment as stored
     nu_dtype: Dtype = "float32"  # of the second moment as stored
-    offload_moments: bool = False  # keep the moments in host memory between updates
+    offload_moments: Neutral[bool] = False  # keep the moments in host memory between updates
 
     def __post_init__(self) -> None:
         """Check the ranges.
@@ -213,7 +214,7 @@ class RunConfig:
         "wandb": "wandb_project", "log_examples": "log_example_ids",
     }  # fmt: skip
     name: str  # of the recipe, for logs and reports
-    steps: int  # of the whole run, at least 1; may be raised when it resumes
+    steps: int  # of the whole run, at least 1; may be raised at any resume
     seed: int = 0  # of parameters, dropout, masking and data order
     model: ModelConfig
     init_from: str = ""  # checkpoint to initialize from: path of a work directory, its checkpoints, or one step
@@ -224,25 +225,25 @@ class RunConfig:
     tokenizer: TokenizerConfig = TokenizerConfig()
     streams: Mapping[str, StreamConfig]
     tasks: TaskSettings = TaskSettings()
-    mesh: MeshConfig = MeshConfig()
+    mesh: Neutral[MeshConfig] = MeshConfig()
     param_dtype: Dtype = "float32"  # of stored parameters and their gradients; a teacher stays float32
     optimizer: AdamWConfig = AdamWConfig()
     schedule: ScheduleConfig = ScheduleConfig()
-    fsdp_gather: FsdpGather = "layer"  # all-gather fsdp's shards in each layer, or once per step
+    fsdp_gather: Neutral[FsdpGather] = "layer"  # all-gather fsdp's shards in each layer, or once per step
     ema_decay: float = 0.0  # of the EMA of parameters, which is evaluated and exported in their place; 0 = none
-    grad_accum_steps: int = 1  # micro-batches per step, into which each stream's batch is split
-    evaluations: Mapping[str, EvaluationConfig] = dataclasses.field(default_factory=dict)  # by name
-    eval_every: int = 0  # steps between evaluations; 0 = only after the last step
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    faults: FaultConfig = FaultConfig()
-    log_every: int = 10  # steps between lines of metrics
-    log_example_ids: bool = False  # write every step's example ids to examples.jsonl, to compare runs
-    prefetch_memory: float = 8.0  # GiB of examples that a host keeps ready, for all streams; limits their prefetch
-    storage_timeout: float = 600.0  # seconds for which requests are repeated before the run exits with status 69
-    watchdog_timeout: int = 1800  # seconds after which a stalled step, wait for data or save ends the run; 0 = none
-    profile: ProfileConfig = ProfileConfig()
-    wandb_project: str = ""  # Weights & Biases project that receives the metrics; empty: none
-    compilation_cache: str = "auto"  # a folder, "off", or "auto": ~/.cache/mplug2_jax
+    grad_accum_steps: Neutral[int] = 1  # micro-batches per step, into which each stream's batch is split
+    evaluations: Free[Mapping[str, EvaluationConfig]] = dataclasses.field(default_factory=dict)  # by name
+    eval_every: Free[int] = 0  # steps between evaluations; 0 = only after the last step
+    checkpoint: Free[CheckpointConfig] = CheckpointConfig()
+    faults: Free[FaultConfig] = FaultConfig()
+    log_every: Free[int] = 10  # steps between lines of metrics
+    log_example_ids: Free[bool] = False  # write every step's example ids to examples.jsonl, to compare runs
+    prefetch_memory: Free[float] = 8.0  # GiB of examples a host keeps ready, for all streams; limits their prefetch
+    storage_timeout: Free[float] = 600.0  # seconds for which requests are repeated; then the run exits with status 69
+    watchdog_timeout: Free[int] = 1800  # seconds after which a stalled step, data wait or save ends the run; 0 = none
+    profile: Free[ProfileConfig] = ProfileConfig()
+    wandb_project: Free[str] = ""  # Weights & Biases project that receives the metrics; empty: none
+    compilation_cache: Free[str] = "auto"  # a folder, "off", or "auto": ~/.cache/mplug2_jax
 
     def __post_init__(self) -> None:
         """Check what spans several groups of fields.
