@@ -1,6 +1,7 @@
 """``mplug2 replay``: recompute a step of a run."""
 
 import argparse
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from data_pipelines.storage.paths import to_path
@@ -8,6 +9,7 @@ from mplug2_jax.cli.common import add_command, table
 
 if TYPE_CHECKING:
     from mplug2_jax.inference.replay import ExampleContribution, ReplayedStep
+    from mplug2_jax.training.config_changes import ConfigChange
 
 
 def add_parser(commands: Any) -> None:
@@ -33,11 +35,22 @@ def run(args: argparse.Namespace) -> int:
 
     replayed = replay_step(WorkDir(args.workdir), args.step, num_ranked=args.rank)
     print(f"step {replayed.step}: batch {replayed.batch}, replayed from step {replayed.start_step}\n")
+    if replayed.changes:
+        print(f"{describe_changes(replayed.changes)}\n")
     rows = [_metric_row(replayed, name) for name in replayed.metrics]
     print(table(rows, ("metric", "replayed", "recorded"), right=(1, 2)))
     print(f"\n{verdict(replayed)}\n")
     print(table([_example_row(each) for each in replayed.contributions[: args.top]], _HEADER, right=(3, 4, 5)))
     return 1 if replayed.mismatched else 0
+
+
+def describe_changes(changes: "Sequence[ConfigChange]") -> str:
+    """Return a sentence on the config of the step where it is not the run's present one."""
+    listed = "; ".join(f"config.{change}" for change in changes)
+    return (
+        "replayed with the config of that step, except for the mesh and fields of kind free, which are the run's "
+        f"present ones: {listed} now"
+    )
 
 
 def verdict(replayed: "ReplayedStep") -> str:

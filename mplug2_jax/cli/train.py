@@ -37,6 +37,10 @@ def add_parser(commands: Any) -> None:
         "--workdir", type=output_path, required=True,
         help="folder or gs:// URL for everything the run writes; an existing run is resumed",
     )  # fmt: skip
+    parser.add_argument(
+        "--force-change", action="append", default=[], metavar="config.FIELD",
+        help="resume although this field, or group of fields, decides what is computed and differs; may be repeated",
+    )  # fmt: skip
 
 
 def resolve_recipe(recipe: str | None, plan: Path | None, overrides: Sequence[str]) -> tuple[str, list[str]]:
@@ -64,10 +68,10 @@ def run(args: argparse.Namespace) -> int:
 
     recipe, overrides = resolve_recipe(args.config, args.plan, args.overrides)
     # Errors in the config are reported before JAX is imported and other processes are waited for.
-    return _train(build(RunConfig, load_recipe(recipe, overrides)), args.workdir, overrides)
+    return _train(build(RunConfig, load_recipe(recipe, overrides)), args.workdir, overrides, args.force_change)
 
 
-def _train(config: "RunConfig", workdir: Path, overrides: Sequence[str]) -> int:
+def _train(config: "RunConfig", workdir: Path, overrides: Sequence[str], force: Sequence[str]) -> int:
     with _exit_on_sigterm():
         from mplug2_jax.parallel.processes import initialize_distributed, is_primary_process
         from mplug2_jax.training.initialization import with_checkpoint_sizes
@@ -78,7 +82,7 @@ def _train(config: "RunConfig", workdir: Path, overrides: Sequence[str]) -> int:
     previous = WorkDir(workdir).read_config() if WorkDir(workdir).exists() else None
     with _name_missing_files(config, WorkDir(workdir)):
         config = with_checkpoint_sizes(config, overrides, previous)
-        results = train(config, workdir)
+        results = train(config, workdir, force)
     if not is_primary_process():
         return 0
     from mplug2_jax.report import write_report

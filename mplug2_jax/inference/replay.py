@@ -1,5 +1,6 @@
 """Replay of a training step: its batch, its metrics bit by bit, and how much each example contributed."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,7 +16,9 @@ from mplug2_jax.objectives.forward import DeviceBatch, Metrics
 from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.parallel.placement import put_batch
 from mplug2_jax.training.checkpoint.checkpoints import Checkpoints
+from mplug2_jax.training.checkpoint.checksums import leaf_name, leaves_by_name
 from mplug2_jax.training.checkpoint.metadata import DataPosition
+from mplug2_jax.training.config_changes import ConfigChange, changed_since, configs_between, find_changes
 from mplug2_jax.training.initialization import init_or_load_state
 from mplug2_jax.training.loop import check_data_unchanged, data_position, open_streams
 from mplug2_jax.training.optim.partition import combine, partition
@@ -50,6 +53,7 @@ class ReplayedStep:
     metrics: Mapping[str, float]
     recorded: Mapping[str, float | None]  # the step's metrics in metrics.jsonl; empty: not logged
     contributions: Sequence[ExampleContribution]  # non-finite losses first, then in descending order
+    changes: Sequence[ConfigChange] = ()  # of the config since then
 
     @property
     def differences(self) -> dict[str, float]:
@@ -71,6 +75,8 @@ class ReplayedStep:
 def replay_step(workdir: WorkDir, step: int, *, num_ranked: int = 64) -> ReplayedStep:
     """Recompute a step from the nearest checkpoint before it, or from the run's initial state.
 
+    Every step on the way has the config of its time, by :func:`config_at`.
+
     Args:
         workdir: of the run.
         step: the first is 1.
@@ -82,14 +88,22 @@ def replay_step(workdir: WorkDir, step: int, *, num_ranked: int = 64) -> Replaye
     config = workdir.read_config()
     if not 1 <= step <= config.steps:
         raise UserError(f"step {step} is not a step of this run; expected 1 to {config.steps}")
-    config = dataclasses.replace(config, steps=_total_steps_at(workdir, step) or config.steps)
     tokenizer = workdir.load_tokenizer(config)
-    spec = make_run_spec(config, special_tokens(tokenizer), make_mesh(config.mesh))
-    streams = open_streams(config, tokenizer)
-    state, position = _state_before(workdir, spec, streams, step)
-    run_step = make_step(spec)
-    for number in range(position.step + 1, step):
-        state, _ = run_step(state, _load_batches(streams, position.batch_index(number), spec)[0])
+    checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint, read_only=True)
+    start = max((saved for saved in checkpoints.steps() if saved < step), default=0)
+    state: TrainState = {}
+    with contextlib.closing(checkpoints):
+        for numbers, past in configs_between(start + 1, step, config, read_events(workdir.events)):
+            spec = make_run_spec(past, special_tokens(tokenizer), make_mesh(past.mesh))
+            streams = open_streams(past, tokenizer)
+            if state:
+                state = _convert_state(state, spec)
+            else:
+                state, position = _state_after(start, workdir, checkpoints, spec, streams)
+            run_step = make_step(spec)
+            for number in numbers:
+                if number < step:
+                    state, _ = run_step(state, _load_batches(streams, position.batch_index(number), spec)[0])
     batch_index = position.batch_index(step)
     batches, rows = _load_batches(streams, batch_index, spec)
     other_batches, _ = _load_batches(streams, max(batch_index - 1, 0), spec)
@@ -100,31 +114,32 @@ def replay_step(workdir: WorkDir, step: int, *, num_ranked: int = 64) -> Replaye
         if line.pop("step") == step:
             recorded = line
     values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items() if name != "skipped"}
-    return ReplayedStep(step, batch_index, position.step, values, recorded, contributions)
+    return ReplayedStep(step, batch_index, position.step, values, recorded, contributions, find_changes(past, config))
 
 
-def _total_steps_at(workdir: WorkDir, step: int) -> int:
-    """Return how many steps the run had in total when it did this step; 0 if that has not changed since."""
-    extensions = (line for line in read_events(workdir.events) if line["event"] == "steps_extended")
-    return next((int(line["old_steps"]) for line in extensions if step <= line["step"]), 0)
+def _convert_state(state: TrainState, spec: RunSpec) -> TrainState:
+    """Return a state with the arrays, dtypes and shardings that a run with another config restores."""
+    leaves = leaves_by_name(state)
+
+    def convert(path: Any, like: jax.ShapeDtypeStruct) -> jax.Array:
+        return jax.device_put(leaves[leaf_name(path)].astype(like.dtype), like.sharding)
+
+    converted: TrainState = jax.tree_util.tree_map_with_path(convert, spec.shapes)
+    return converted
 
 
-def _state_before(
-    workdir: WorkDir, spec: RunSpec, streams: Mapping[str, Stream], step: int
+def _state_after(
+    step: int, workdir: WorkDir, checkpoints: Checkpoints, spec: RunSpec, streams: Mapping[str, Stream]
 ) -> tuple[TrainState, DataPosition]:
-    """Return the nearest state before a step, and its position with all rollbacks of the run."""
-    checkpoints = Checkpoints(workdir.checkpoints, spec.config.checkpoint, read_only=True)
-    try:
-        before = [saved for saved in checkpoints.steps() if saved < step]
-        if before:
-            state, position = checkpoints.restore(spec.shapes, before[-1])
-            check_data_unchanged(position, streams)
-        else:
-            state, position = init_or_load_state(spec, streams), data_position(0, streams)
-    finally:
-        checkpoints.close()
+    """Return the saved state of a step, or the initial one (0), and its position with all rollbacks of the run."""
+    events = read_events(workdir.events)
+    if step:
+        state, position = checkpoints.restore(spec.shapes, step)
+        check_data_unchanged(position, streams, changed_since(events, step))
+    else:
+        state, position = init_or_load_state(spec, streams), data_position(0, streams)
     offsets: dict[int, int] = {}
-    for line in read_events(workdir.events):
+    for line in events:
         if line["event"] == "rolled_back":  # everything after the step that it went to was undone
             to_step, offset = line["to_step"], line["data_offset"]
             offsets = {to: by for to, by in offsets.items() if to < to_step} | {to_step: offset}

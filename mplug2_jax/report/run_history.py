@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import datetime
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from mplug2_jax.training.telemetry.goodput import read_goodput
 
 MAX_EVENTS = 200
 _ORDER = ("step", "data_wait", "compile", "checkpoint", "evaluation", "init", "restart", "idle")
-_COUNTED_ONLY = ("saved", "compiled")  # too frequent for the table of events
+_COUNTED_ONLY = ("saved", "compiled", "config_changed")  # too frequent for the table of events, or in one of their own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +41,17 @@ class Event:
 
 
 @dataclasses.dataclass(frozen=True)
+class Change:
+    """A field of the config that changed when the run resumed after a step."""
+
+    step: int
+    field: str
+    old: str
+    new: str
+    kind: str
+
+
+@dataclasses.dataclass(frozen=True)
 class RunHistory:
     """Time and events of a run; empty if it wrote none.
 
@@ -50,6 +62,7 @@ class RunHistory:
     wall: float = 0.0
     events: Sequence[Event] = ()
     counts: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    changes: Sequence[Change] = ()
 
     @property
     def goodput(self) -> float:
@@ -76,12 +89,19 @@ def read_run_history(workdir: Path) -> RunHistory:
     times = [PhaseTime(name, seconds[name], round(100 * seconds[name] / wall, 2) if wall else 0.0) for name in phases]
     counts: collections.Counter[str] = collections.Counter()
     events: collections.deque[Event] = collections.deque(maxlen=MAX_EVENTS)
+    changes: list[Change] = []
     for line in read_events(workdir / "events.jsonl"):
         name = line["event"]
         counts[name] += 1
+        if name == "config_changed":
+            old, new = (
+                json.dumps(line[key], ensure_ascii=False) if key in line else "absent" for key in ("old", "new")
+            )
+            kind = f"{line.get('kind')}{', forced' if line.get('forced') else ''}"
+            changes.append(Change(_as_int(line.get("step")), str(line.get("field")), old, new, kind))
         if name not in _COUNTED_ONLY:
             events.append(Event(_format_time(line.get("time")), _as_int(line.get("step")), _describe_event(name, line)))
-    return RunHistory(times, wall, list(events), dict(counts))
+    return RunHistory(times, wall, list(events), dict(counts), changes)
 
 
 def _describe_event(name: str, line: Mapping[str, Any]) -> str:

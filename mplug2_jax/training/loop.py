@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from absl import logging
 from jax.sharding import Mesh
 
 from data_pipelines.bad_records import BadRecordLog
+from data_pipelines.config import SourceConfig
 from data_pipelines.errors import DataError, StorageUnavailableError
 from data_pipelines.loader import LoadedExample, Stream
 from data_pipelines.order import HostShards
@@ -22,6 +23,7 @@ from data_pipelines.workers import check_workers, fit_prefetch
 from mplug2_jax.errors import Preempted, UserError
 from mplug2_jax.evaluation.loop import Evaluation
 from mplug2_jax.evaluation.results import EvaluationResult, save_result
+from mplug2_jax.fields import field_kinds
 from mplug2_jax.model.mplug2 import Params
 from mplug2_jax.parallel.mesh import describe_mesh, make_mesh
 from mplug2_jax.parallel.placement import check_batch_divisible, local_batch_shards, num_batch_shards, put_batch
@@ -32,6 +34,7 @@ from mplug2_jax.training.checkpoint.metadata import DataPosition, ModelMetadata
 from mplug2_jax.training.checkpoint.probe import probe_storage
 from mplug2_jax.training.compilation import enable_compilation_cache
 from mplug2_jax.training.config import RunConfig
+from mplug2_jax.training.config_changes import changed_since, find_changes, flatten_config
 from mplug2_jax.training.initialization import init_or_load_state
 from mplug2_jax.training.optim.partition import partition
 from mplug2_jax.training.prefetch import Prefetcher
@@ -42,20 +45,29 @@ from mplug2_jax.training.reliability.sdc_check import SdcCheck
 from mplug2_jax.training.reliability.watchdog import Watchdog
 from mplug2_jax.training.state import RunSpec, eval_params, make_run_spec
 from mplug2_jax.training.step import StreamBatches, make_step
-from mplug2_jax.training.telemetry.events import EventLog
+from mplug2_jax.training.telemetry.events import EventLog, read_events
 from mplug2_jax.training.telemetry.example_log import ExampleIdLog
 from mplug2_jax.training.telemetry.goodput import GoodputTracker
 from mplug2_jax.training.telemetry.monitor import TrainMonitor
-from mplug2_jax.training.workdir import WorkDir, flatten_config, special_tokens
+from mplug2_jax.training.workdir import WorkDir, check_tokenizer_unchanged, special_tokens
+
+_SELECTING = tuple(name for name, kind in field_kinds(SourceConfig).items() if kind == "deciding" and name != "weight")
+"""Fields of a source that decide which records it has."""
 
 BAD_RECORD_SYNC_INTERVAL = 50
 """Steps between the collectives in which several processes add up their unusable records."""
 
 
-def train(config: RunConfig, path: Path) -> list[EvaluationResult]:
+def train(config: RunConfig, path: Path, force: Sequence[str] = ()) -> list[EvaluationResult]:
     """Train, or resume from the work directory's last good checkpoint; return the last evaluations.
 
     All processes of a run call this together; process 0 writes the files, and each raises the errors that it finds.
+
+    Args:
+        config: of the run.
+        path: of the work directory.
+        force: fields and groups, as ``config.optimizer``, that may differ from the config of the run that is resumed,
+            although they decide what is computed.
 
     Raises:
         UserError, DataError: before step 1, an invalid config, data set, mesh or directory, or another run that uses
@@ -67,10 +79,10 @@ def train(config: RunConfig, path: Path) -> list[EvaluationResult]:
     set_retry_limit(config.storage_timeout)
     with PreemptionNotice(interrupts=True) as notice:
         notice.allow_exit(preemption_message(0, config))
-        workdir.check_config(config)
+        workdir.check_config(config, force)
         with lock_workdir(workdir.lock) as lock:
             notice.on_exit = lock.release
-            return _train(config, workdir, notice, lock)
+            return _train(config, workdir, force, notice, lock)
 
 
 @contextlib.contextmanager
@@ -90,7 +102,9 @@ def _restart_after_storage_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _train(config: RunConfig, workdir: WorkDir, notice: PreemptionNotice, lock: WorkDirLock) -> list[EvaluationResult]:
+def _train(
+    config: RunConfig, workdir: WorkDir, force: Sequence[str], notice: PreemptionNotice, lock: WorkDirLock
+) -> list[EvaluationResult]:
     goodput = GoodputTracker()
     enable_compilation_cache(config.compilation_cache)
 
@@ -100,11 +114,12 @@ def _train(config: RunConfig, workdir: WorkDir, notice: PreemptionNotice, lock: 
         check_batch_divisible(
             f"config.streams.{name}.data.batch_size", stream.data.batch_size // config.grad_accum_steps, mesh
         )
-    resumes = workdir.check_config(config)
+    resumes = workdir.check_config(config, force)
     probe_storage(workdir.path, f"{workdir.lock.name}.probe-{jax.process_index()}")
-    previous = workdir.read_config() if resumes else config
+    changes = find_changes(workdir.read_config(), config, force) if resumes else []
     tokenizer = workdir.load_tokenizer(config)
-    check_processes_agree(config, tokenizer, resumes=resumes)
+    check_tokenizer_unchanged(config, tokenizer, changes)
+    check_processes_agree(config, tokenizer, force, resumes=resumes)
     spec = make_run_spec(config, special_tokens(tokenizer), mesh)
     for line in describe(spec):
         logging.info("%s", line)
@@ -115,7 +130,7 @@ def _train(config: RunConfig, workdir: WorkDir, notice: PreemptionNotice, lock: 
     initial_state = None if resumes else init_or_load_state(spec, streams)
 
     # Nothing was written until here, so that a run with an error leaves no trace and can be started again.
-    if is_primary_process():
+    if is_primary_process() and not resumes:
         workdir.initialize(config, tokenizer)
 
     # State: initial, or the last good checkpoint's.
@@ -124,19 +139,21 @@ def _train(config: RunConfig, workdir: WorkDir, notice: PreemptionNotice, lock: 
     checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint, model=model, events=events)
     if resumes and checkpoints.steps():
         state, position = checkpoints.restore_last_good(spec.shapes)
-        check_data_unchanged(position, streams)
+        changed = changed_since(read_events(workdir.events), position.step) | {change.field for change in changes}
+        check_data_unchanged(position, streams, changed)
         position = apply_later_rollbacks(position, workdir.events)
+        if config.steps < position.step:
+            raise UserError(f"config.steps={config.steps} is less than the {position.step} steps that are done already")
         logging.info("resuming from step %d", position.step)
-        events.log_event("resumed", position.step)
     else:
         state, position = initial_state or init_or_load_state(spec, streams), data_position(0, streams)
     number = position.step
-    if previous.steps < config.steps:
-        logging.info(
-            "config.steps was %d and is %d: the learning rate follows the longer schedule from step %d on",
-            previous.steps, config.steps, number + 1,
-        )  # fmt: skip
-        events.log_event("steps_extended", number, old_steps=previous.steps)
+    if resumes:  # now that everything fits the checkpoint
+        for change in changes:
+            logging.info("from step %d on: config.%s (%s)", number + 1, change, change.kind)
+        if is_primary_process():
+            workdir.change_config(config, tokenizer, changes, number, events)
+        events.log_event("resumed", number)
     notice.allow_exit(preemption_message(number, config))
 
     # Data: a step's batch is a function of (seed, position), so a resumed run just starts there. While a step runs, the
@@ -248,14 +265,15 @@ def preemption_message(saved: int, config: RunConfig) -> str:
     return f"saved step {saved} of {config.steps}, exiting; run the same command again to resume"
 
 
-def check_processes_agree(config: RunConfig, tokenizer: Tokenizer, *, resumes: bool) -> None:
+def check_processes_agree(config: RunConfig, tokenizer: Tokenizer, force: Sequence[str], *, resumes: bool) -> None:
     """Check that all processes were given the same run and see the same work directory.
 
     Raises:
         UserError: names what differs, and in which process.
     """
     fields = {f"config.{name}": value for name, value in flatten_config(config).items()}
-    check_same_across_processes({**fields, "the tokenizer": fingerprint(tokenizer), "a run in --workdir": resumes})
+    run = {"--force-change": list(force), "the tokenizer": fingerprint(tokenizer), "a run in --workdir": resumes}
+    check_same_across_processes({**fields, **run})
 
 
 def describe(spec: RunSpec) -> list[str]:
@@ -332,14 +350,21 @@ def data_position(step: int, streams: Mapping[str, Stream]) -> DataPosition:
     return DataPosition(step, {name: stream.position() for name, stream in streams.items()})
 
 
-def check_data_unchanged(position: DataPosition, streams: Mapping[str, Stream]) -> None:
+def check_data_unchanged(position: DataPosition, streams: Mapping[str, Stream], changed: Collection[str] = ()) -> None:
     """Check that a saved position selects the same examples as when it was saved.
+
+    Args:
+        position: of a checkpoint.
+        streams: of the run that resumes from it.
+        changed: fields of the config that were changed on purpose since then; what follows from them is no error.
 
     Raises:
         UserError: the data changed; names the stream, what was and what is there.
     """
     current = data_position(position.step, streams).streams
-    changes = [change for name in current for change in _changes(name, position.streams.get(name, {}), current[name])]
+    changes = [
+        change for name in current for change in _changes(name, position.streams.get(name, {}), current[name], changed)
+    ]
     if changes:
         raise UserError(
             f"the data changed since step {position.step} was saved: {'; '.join(changes)}. The resumed run would read "
@@ -347,15 +372,22 @@ def check_data_unchanged(position: DataPosition, streams: Mapping[str, Stream]) 
         )
 
 
-def _changes(stream: str, saved: Mapping[str, Any], current: Mapping[str, Any]) -> Iterator[str]:
+def _changes(
+    stream: str, saved: Mapping[str, Any], current: Mapping[str, Any], changed: Collection[str]
+) -> Iterator[str]:
     """Yield how a stream's position changed since it was saved; old versions saved no fingerprints."""
-    for field in ("batch_size", "seed"):
-        if saved.get(field) != current[field]:
+    data = f"streams.{stream}.data"
+    if not saved and f"{data}.batch_size" in changed:  # the stream is new
+        return
+    for field, name in (("batch_size", f"{data}.batch_size"), ("seed", "seed")):
+        if saved.get(field) != current[field] and name not in changed:
             yield f"stream '{stream}' had {field} {saved.get(field)}, now {current[field]}"
     records, fingerprints = saved.get("records", {}), saved.get("sources", {})
     for source, count in current["records"].items():
         where = f"stream '{stream}'" if len(current["records"]) == 1 else f"source '{source}' of stream '{stream}'"
         before, after = fingerprints.get(source), current["sources"][source]
+        if any(f"{data}.sources.{source}.{field}" in changed for field in _SELECTING):
+            continue
         if records.get(source) != count:
             yield f"{where} had {records.get(source, 0):,} records, now {count:,}"
         elif before is not None and before != after:

@@ -2,32 +2,26 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from absl import logging
-from flax.traverse_util import flatten_dict
 
 from data_pipelines.digitworld.source import vocabulary_texts
 from data_pipelines.storage.file_system import write_atomically
+from data_pipelines.storage.object_log import flush_logs
 from data_pipelines.storage.paths import RemotePath, to_path
-from data_pipelines.tokenizers import Tokenizer, load_tokenizer, train_sentencepiece, train_wordpiece
+from data_pipelines.tokenizers import Tokenizer, fingerprint, load_tokenizer, train_sentencepiece, train_wordpiece
 from mplug2_jax.config import build, to_dict
 from mplug2_jax.errors import UserError
 from mplug2_jax.model.config import ModelConfig, SpecialTokens
 from mplug2_jax.renames import without_warnings
 from mplug2_jax.training.config import RunConfig, TokenizerConfig
+from mplug2_jax.training.config_changes import ConfigChange, check_changes
+from mplug2_jax.training.telemetry.events import EventLog, read_events
 
 CONFIG_FORMAT = 2
 """Of ``config.json``. 1, without a number: config fields have names that ``OLD_NAMES`` of the configs translate."""
-
-# Fields that may change when a run resumes, because they do not change what a step computes. ``steps`` may also grow.
-MUTABLE_ON_RESUME = (
-    "mesh", "checkpoint", "faults", "log_every", "log_example_ids", "prefetch_memory", "storage_timeout",
-    "watchdog_timeout", "profile", "wandb_project", "compilation_cache", "eval_every", "evaluations",
-)  # fmt: skip
-MUTABLE_DATA_FIELDS = ("num_workers", "num_threads", "prefetch")  # of a stream
 
 
 class WorkDir:
@@ -99,13 +93,16 @@ class WorkDir:
         except UserError as error:
             raise UserError(f"{self._config} is damaged or of another version: {error}") from error
 
-    def check_config(self, config: RunConfig) -> bool:
+    def check_config(self, config: RunConfig, force: Sequence[str] = ()) -> bool:
         """Return whether this run can resume here (True) or start here (False). Write nothing.
 
         Raises:
-            UserError: the folder holds something else, or a run whose config differs in a field that must not change.
+            UserError: the folder holds something else, or a run whose config differs in a field that must not change;
+                or ``force``, the fields that may, does not fit.
         """
         if not self.exists():
+            if force:
+                raise UserError(f"--force-change {force[0]}: {self.path} holds no run to resume; remove the option")
             if not isinstance(self.path, RemotePath) and re.match(r"[a-z][a-z0-9+.-]+:/", str(self.path)):
                 raise UserError(f"--workdir {self.path} is a URL that was taken for a local path; use to_path")
             if self.path.exists() and not self.path.is_dir():
@@ -113,21 +110,8 @@ class WorkDir:
             if self.path.exists() and not all(child.name.startswith(self.lock.name) for child in self.path.iterdir()):
                 raise UserError(f"--workdir {self.path} is not empty and holds no run; choose a new folder")
             return False
-        old, new = flatten_config(self.read_config()), flatten_config(config)
-        changed = [
-            f"{name} was {old.get(name)!r} and is {new.get(name)!r}"
-            for name in sorted({*old, *new})
-            if old.get(name) != new.get(name)
-            and name.split(".")[0] not in MUTABLE_ON_RESUME
-            and not re.fullmatch(rf"streams\..*\.data\.({'|'.join(MUTABLE_DATA_FIELDS)})", name)
-            and not (name == "steps" and old[name] < new[name])
-        ]
-        if changed:
-            more = f", and {len(changed) - 3} more" if len(changed) > 3 else ""
-            raise UserError(
-                f"--workdir {self.path} holds a run with another config: {'; '.join(changed[:3])}{more}. Use the same "
-                "config to resume it, or a new --workdir"
-            )
+        old = self.read_config()
+        check_changes(self.path, old, config, force, read_events(self.events))
         return True
 
     def initialize(self, config: RunConfig, tokenizer: Tokenizer | None) -> None:
@@ -137,6 +121,17 @@ class WorkDir:
         write_atomically(str(self._config), json.dumps(values, indent=1).encode())
         if tokenizer and not self.tokenizer_folder.exists():
             tokenizer.save(self.tokenizer_folder)
+
+    def change_config(
+        self, config: RunConfig, tokenizer: Tokenizer | None, changes: Sequence[ConfigChange], step: int,
+        events: EventLog,
+    ) -> None:  # fmt: skip
+        """Replace the config of a run that resumes after ``step``, once the events tell what it was."""
+        for change in changes:
+            details = {"field": change.field, "kind": change.kind, "forced": change.forced, **change.values}
+            events.log_event("config_changed", step, **details)
+        flush_logs()
+        self.initialize(config, tokenizer)
 
     def load_tokenizer(self, config: RunConfig) -> Tokenizer:
         """Return the run's tokenizer: the one stored here or, for a new run, the one that the config asks for.
@@ -156,6 +151,21 @@ class WorkDir:
             tokenizer = load_or_train_tokenizer(config.tokenizer)
         check_vocabulary(tokenizer, config.model)
         return tokenizer
+
+
+def check_tokenizer_unchanged(config: RunConfig, tokenizer: Tokenizer, changes: Sequence[ConfigChange]) -> None:
+    """Check that a config whose tokenizer changed still names the run's own.
+
+    Raises:
+        UserError: it names another one, to which the model's tables do not belong.
+        DataError: as :func:`load_or_train_tokenizer`.
+    """
+    changed = next((change for change in changes if change.field.startswith("tokenizer.")), None)
+    if changed and fingerprint(load_or_train_tokenizer(config.tokenizer)) != fingerprint(tokenizer):
+        raise UserError(
+            f"config.{changed} names another tokenizer than the one that the run's word tables belong to: set it back, "
+            "or start a new --workdir"
+        )
 
 
 def _inherited_tokenizer(config: RunConfig) -> Path | None:
@@ -197,9 +207,3 @@ def check_vocabulary(tokenizer: Tokenizer, model: ModelConfig) -> None:
 def special_tokens(tokenizer: Tokenizer) -> SpecialTokens:
     """Return the token ids that objectives and search need."""
     return SpecialTokens(pad=tokenizer.pad_id, begin=tokenizer.cls_id, end=tokenizer.sep_id, mask=tokenizer.mask_id)
-
-
-def flatten_config(config: RunConfig) -> dict[str, Any]:
-    """Return all fields of a config by their dotted names, as JSON values."""
-    fields: dict[str, Any] = flatten_dict(json.loads(json.dumps(to_dict(config))), sep=".")
-    return fields

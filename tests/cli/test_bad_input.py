@@ -136,13 +136,17 @@ def test_a_folder_that_holds_something_else_is_not_trained_in(
         (["model.width=64"], "another config: model.width was 32 and is 64. Use"),
         ([f"model.{n}=64" for n in ("width", "vision_width", "num_latents", "contrastive_width")], ", and 1 more. Use"),
         (["mesh.fsdp=3"], "config.mesh.fsdp=3 needs 3 devices"),
+        (["model.width=64", "--force-change config.model"], " is of another size: "),
+        (["freeze=()", "model.num_classes=3", "--force-change config.freeze"], "config.freeze changes nothing: set it"),
+        (["optimizer.clip_norm=0", "--force-change config.optimizer"], "nor turn clipping on or off (an optimizer"),
+        (["steps=1", "--force-change config.steps"], "config.steps=1 is less than the 2 steps that are done already"),
         (["log_every=5", "evaluations.more_words.data.batch_size=12"], "batch_size=12 does not split"),
     ],
 )
 def test_a_run_is_not_resumed_with_what_does_not_fit_it(
     overrides: list[str], message: str, refused: Refused, trained: TrainedRun
 ) -> None:
-    words = [f"--config.{override}" for override in overrides]
+    words = [word for each in overrides for word in (each.split() if each[0] == "-" else [f"--config.{each}"])]
     assert message in refused("train", "--config", trained.recipe, "--workdir", trained.workdir, *words)
 
 

@@ -4,8 +4,9 @@ import math
 
 import pytest
 
-from mplug2_jax.cli.replay import verdict
+from mplug2_jax.cli.replay import describe_changes, verdict
 from mplug2_jax.inference.replay import ReplayedStep
+from mplug2_jax.training.config_changes import ConfigChange
 
 
 @pytest.mark.parametrize(
@@ -26,3 +27,8 @@ def test_rounding_is_distinguished_from_mismatches(
     replayed = ReplayedStep(3, 2, 2, metrics, recorded, [])
     assert verdict(replayed).startswith(expected)
     assert replayed.mismatched == mismatched
+
+
+def test_the_config_of_an_earlier_step_is_told() -> None:
+    change = ConfigChange("optimizer.learning_rate", "deciding", True, {"old": 0.1, "new": 0.2})
+    assert describe_changes([change]).endswith("config.optimizer.learning_rate was 0.1 and is 0.2 now")

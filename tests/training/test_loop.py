@@ -15,15 +15,18 @@ from data_pipelines.config import DataConfig, ExampleConfig, SourceConfig
 from data_pipelines.errors import DataError
 from mplug2_jax.cli.main import main
 from mplug2_jax.errors import UserError
+from mplug2_jax.inference.replay import replay_step
+from mplug2_jax.model.config import RematConfig
 from mplug2_jax.parallel.config import MeshConfig
-from mplug2_jax.training.config import RunConfig, StreamConfig
+from mplug2_jax.training.config import AdamWConfig, RunConfig, ScheduleConfig, StreamConfig
 from mplug2_jax.training.loop import train
 from mplug2_jax.training.reliability.lock import WorkDirLock
 from mplug2_jax.training.telemetry.metric_log import read_train_metrics
 from mplug2_jax.training.telemetry.monitor import TrainMonitor
 from mplug2_jax.training.workdir import WorkDir
+from tests.close import assert_close
 from tests.data_pipelines.worlds import write_tar
-from tests.runs import recipe_file, small_run
+from tests.runs import QUESTION, recipe_file, small_model, small_run, stream
 
 TEXT = {"text": small_run().streams["text"]}  # the cheapest to compile
 
@@ -150,6 +153,36 @@ def test_worker_processes_change_nothing_of_a_run_and_may_change_when_it_resumes
     assert workers.data_errors_path(0).read_bytes() == threads.data_errors_path(0).read_bytes()
     losses, expected = ([line["loss"] for line in read_train_metrics(each.metrics)] for each in (workers, threads))
     assert losses == expected
+
+
+@pytest.mark.slow
+def test_a_run_resumes_with_other_settings_and_replay_knows_them(tmp_path: Path) -> None:
+    examples = ExampleConfig(instructions=QUESTION, instruction_length=12, target_length=6)
+    answers = {"q": stream("image", 16, examples, answer=1.0)}  # its loss is a plain mean over questions
+    config = small_run(
+        model=small_model(dropout=0.0), streams=answers, evaluations={}, log_example_ids=True,
+        schedule=ScheduleConfig(kind="constant", warmup_steps=1),
+    )  # fmt: skip
+    through, changed = (WorkDir(tmp_path / name) for name in ("through", "changed"))
+    train(config, through.path)
+    train(dataclasses.replace(config, steps=2), changed.path)
+    remat = dataclasses.replace(config.model, remat=RematConfig(decoder="full"))
+    micro = dataclasses.replace(config, grad_accum_steps=2, model=remat)
+    train(micro, changed.path)
+    assert changed.examples.read_bytes() == through.examples.read_bytes()
+    losses, expected = ([line["loss"] for line in read_train_metrics(each.metrics)] for each in (changed, through))
+    assert_close(losses, expected, 1e-5)
+    wider = dataclasses.replace(micro, model=small_model(width=64))
+    before = changed.path.joinpath("config.json").read_bytes()
+    with pytest.raises(UserError, match="is of another size"):
+        train(wider, changed.path, ["config.model"])
+    assert changed.path.joinpath("config.json").read_bytes() == before
+    slower = dataclasses.replace(micro, steps=6, optimizer=AdamWConfig(learning_rate=1e-4))
+    train(slower, changed.path, ["config.optimizer.learning_rate"])
+    for saved in (2, 4):  # so that the replay begins with step 1 and passes both changes
+        shutil.rmtree(changed.checkpoints / str(saved), ignore_errors=True)
+    replayed = replay_step(changed, 5, num_ranked=1)
+    assert (replayed.start_step, replayed.differences, replayed.changes) == (0, {}, [])
 
 
 @pytest.mark.slow

@@ -57,6 +57,22 @@ def test_a_change_is_one_sentence(texts: list[str], sentence: str, tmp_path: Pat
         check_data_unchanged(position, stream(tmp_path / "a.jsonl"))
 
 
+def test_a_moved_source_and_what_was_changed_on_purpose_are_accepted(tmp_path: Path) -> None:
+    position = saved(stream(table(tmp_path / "a.jsonl", "one", "two")))
+    (tmp_path / "moved").mkdir()
+    moved = table(tmp_path / "moved" / "a.jsonl", "one", "two")
+    check_data_unchanged(position, stream(moved), {"streams.words.data.sources.a.path"})
+    larger = stream(moved, table(tmp_path / "b.jsonl", "three"), batch_size=4)
+    changed = {"streams.words.data.batch_size", "streams.words.data.sources.b.format"}
+    check_data_unchanged(position, larger, changed)
+    for field, sentence in zip(sorted(changed), ("had 0 records, now 1", "had batch_size 2, now 4"), strict=True):
+        with pytest.raises(UserError, match=sentence):
+            check_data_unchanged(position, larger, {field})
+    table(moved, "one", "six")
+    with pytest.raises(UserError, match="had other contents"):
+        check_data_unchanged(position, stream(moved), {"streams.words.data.sources.a.path"})
+
+
 def test_of_several_sources_the_one_that_changed_is_named(tmp_path: Path) -> None:
     files = (table(tmp_path / "a.jsonl", "one", "two"), table(tmp_path / "b.jsonl", "three"))
     position = saved(stream(*files))
