@@ -39,6 +39,11 @@ def set_process_index(index: int) -> None:
     _process_index = index
 
 
+def process_index() -> int:
+    """Return this process's index, without asking JAX, which may not answer; 0 until it is known."""
+    return _process_index
+
+
 class _Handler(logging.StreamHandler[Any]):
     """A handler that writes to the current ``sys.stderr`` and clears a progress bar first."""
 

@@ -18,7 +18,9 @@ from mplug2_jax.cli.parsing import output_path
 from mplug2_jax.errors import PREEMPTED, UserError
 
 if TYPE_CHECKING:
+    from mplug2_jax.evaluation.results import EvaluationResult
     from mplug2_jax.training.config import RunConfig
+    from mplug2_jax.training.reliability.watchdog import Watchdog
     from mplug2_jax.training.workdir import WorkDir
 
 
@@ -72,20 +74,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _train(config: "RunConfig", workdir: Path, overrides: Sequence[str], force: Sequence[str]) -> int:
-    with _exit_on_sigterm():
-        from mplug2_jax.parallel.processes import initialize_distributed, is_primary_process
-        from mplug2_jax.training.initialization import with_checkpoint_sizes
-        from mplug2_jax.training.loop import train
-        from mplug2_jax.training.workdir import WorkDir
+    from mplug2_jax.training.reliability.watchdog import Watchdog
 
-    initialize_distributed()
-    previous = WorkDir(workdir).read_config() if WorkDir(workdir).exists() else None
-    with _name_missing_files(config, WorkDir(workdir)):
-        config = with_checkpoint_sizes(config, overrides, previous)
-        results = train(config, workdir, force)
+    with Watchdog(config.watchdog_timeout, config.watchdog_step_medians) as watchdog:
+        results = _join_and_train(config, workdir, overrides, force, watchdog)
+    from mplug2_jax.parallel.processes import is_primary_process
+
     if not is_primary_process():
         return 0
     from mplug2_jax.report import write_report
+    from mplug2_jax.training.workdir import WorkDir
 
     if results:
         folder = WorkDir(workdir).evaluation_folder(config.steps)
@@ -93,6 +91,24 @@ def _train(config: "RunConfig", workdir: Path, overrides: Sequence[str], force: 
     print(f"report: {write_report(workdir)}")
     print(f"\n{table(next_steps(config, workdir), ('next', 'command'))}")
     return 0
+
+
+def _join_and_train(
+    config: "RunConfig", workdir: Path, overrides: Sequence[str], force: Sequence[str], watchdog: "Watchdog"
+) -> "list[EvaluationResult]":
+    with _exit_on_sigterm():
+        from mplug2_jax.parallel.processes import initialize_distributed
+        from mplug2_jax.training.initialization import with_checkpoint_sizes
+        from mplug2_jax.training.loop import train
+        from mplug2_jax.training.workdir import WorkDir
+
+    watchdog.enter("joining the other processes", "join")
+    initialize_distributed()
+    watchdog.enter("reading the config of the work directory")
+    previous = WorkDir(workdir).read_config() if WorkDir(workdir).exists() else None
+    with _name_missing_files(config, WorkDir(workdir)):
+        config = with_checkpoint_sizes(config, overrides, previous)
+        return train(config, workdir, force, watchdog)
 
 
 @contextlib.contextmanager

@@ -163,6 +163,8 @@ def initialize_distributed() -> None:
     cluster = detect_cluster(os.environ, tpu=_has_tpus())
     if cluster is None:
         return
+    if cluster.process_id is not None:
+        console.set_process_index(cluster.process_id)
     try:
         jax.distributed.initialize(
             cluster.coordinator_address,
@@ -198,6 +200,15 @@ def _has_tpus() -> bool:
 def is_primary_process() -> bool:
     """Return whether this is process 0, which writes the files and the log of a run."""
     return jax.process_index() == 0
+
+
+def key_value_client() -> Any:
+    """Return JAX's client of the key-value store of a run's processes; None if there is only one.
+
+    Unlike a collective it needs no device and waits for no other process.
+    """
+    state = getattr(getattr(multihost_utils, "distributed", None), "global_state", None)
+    return getattr(state, "client", None)
 
 
 def allgather_objects(value: Any) -> list[Any]:

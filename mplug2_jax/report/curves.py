@@ -20,6 +20,7 @@ from mplug2_jax.report.names import display_name
 
 LINE_STYLES = ("solid", (0, (5, 2)), (0, (1, 1.5)), (0, (7, 2, 1, 2)))  # lines differ in more than color
 _TOWER_NORMS = (("gradient norms", "gradient_norm"), ("parameter norms", "parameter_norm"))
+_HOST_TITLES = {"data": "waiting for data", "step": "working on the host", "memory": "memory in use"}
 _NUM_COLORS = 6  # --c0 to --c5 of style.css
 _MAX_PANELS = 90
 # matplotlib needs colors; these stand for the page's CSS variables and are replaced in its output.
@@ -122,8 +123,12 @@ def _layout(
     add("Throughput", "tokens/s per device", [("", "tokens_per_second_per_device")], from_zero=True)
     add("Throughput", "data wait", [("", "data_wait")], percent, from_zero=True)
     add("Throughput", "MFU", [("", "mfu")], percent, from_zero=True)
+    for cause, title in _HOST_TITLES.items():
+        lines = [(kind, f"hosts/{cause}_{kind}") for kind in ("max", "median", "min")]
+        add("Hosts", title, lines, percent, from_zero=True)
     groups["Evaluations"] = _evaluations(names, baselines, visuals)
     shown = {name for specs in groups.values() for spec in specs for _, name in spec.lines}
+    shown.add("hosts/slowest")  # the number of a process
     # These follow from the examples per second.
     shown |= {"seconds_per_step", "flops_per_second", "examples_per_second_per_device"}
     for name in names:

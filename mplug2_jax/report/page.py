@@ -8,6 +8,7 @@ from typing import Any
 
 from mplug2_jax.errors import UserError
 from mplug2_jax.report.curves import Group, draw_groups
+from mplug2_jax.report.hosts import Hosts, read_hosts
 from mplug2_jax.report.metrics import read_metrics
 from mplug2_jax.report.names import display_name
 from mplug2_jax.report.rendering import render, write_page
@@ -39,6 +40,7 @@ class Page:
     evaluations: Sequence[Evaluation]
     groups: Sequence[Group]
     history: RunHistory
+    hosts: Hosts
     config: str
     notes: Sequence[str]
     is_run: bool  # else a folder of evaluations, which has nothing else
@@ -130,6 +132,7 @@ def load_page(folder: Path) -> Page:
             metrics.curves, {e.name: e.baselines for e in evaluations}, {e.name: e.visual for e in evaluations}
         ),
         history=read_run_history(folder),
+        hosts=read_hosts(folder),
         config="\n".join(_config_lines(config)),
         notes=truncate_notes(notes),
         is_run=run_config is not None,

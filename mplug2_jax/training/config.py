@@ -240,7 +240,8 @@ class RunConfig:
     log_example_ids: Free[bool] = False  # write every step's example ids to examples.jsonl, to compare runs
     prefetch_memory: Free[float] = 8.0  # GiB of examples a host keeps ready, for all streams; limits their prefetch
     storage_timeout: Free[float] = 600.0  # seconds for which requests are repeated; then the run exits with status 69
-    watchdog_timeout: Free[int] = 1800  # seconds after which a stalled step, data wait or save ends the run; 0 = none
+    watchdog_timeout: Free[int] = 1800  # seconds after which a stalled phase (a save, ...) ends the run; 0 = never
+    watchdog_step_medians: Free[float] = 20.0  # a step of so many medians and 60 s ends the run; 0 = watchdog_timeout
     profile: Free[ProfileConfig] = ProfileConfig()
     wandb_project: Free[str] = ""  # Weights & Biases project that receives the metrics; empty: none
     compilation_cache: Free[str] = "auto"  # a folder, "off", or "auto": ~/.cache/mplug2_jax
@@ -253,7 +254,9 @@ class RunConfig:
         """
         for name in ("steps", "grad_accum_steps", "log_every"):
             check_range(f"config.{name}", getattr(self, name), 1)
-        for name in ("eval_every", "seed", "prefetch_memory", "storage_timeout", "watchdog_timeout"):
+        for name in (
+            "eval_every", "seed", "prefetch_memory", "storage_timeout", "watchdog_timeout", "watchdog_step_medians",
+        ):  # fmt: skip
             check_range(f"config.{name}", getattr(self, name), 0)
         check_range("config.ema_decay", self.ema_decay, 0, 1 - 1e-9)
         if not self.streams:

@@ -58,7 +58,9 @@ BAD_RECORD_SYNC_INTERVAL = 50
 """Steps between the collectives in which several processes add up their unusable records."""
 
 
-def train(config: RunConfig, path: Path, force: Sequence[str] = ()) -> list[EvaluationResult]:
+def train(
+    config: RunConfig, path: Path, force: Sequence[str] = (), watchdog: Watchdog | None = None
+) -> list[EvaluationResult]:
     """Train, or resume from the work directory's last good checkpoint; return the last evaluations.
 
     All processes of a run call this together; process 0 writes the files, and each raises the errors that it finds.
@@ -68,6 +70,7 @@ def train(config: RunConfig, path: Path, force: Sequence[str] = ()) -> list[Eval
         path: of the work directory.
         force: fields and groups, as ``config.optimizer``, that may differ from the config of the run that is resumed,
             although they decide what is computed.
+        watchdog: of a process that joined others; it is closed. None: one is started here.
 
     Raises:
         UserError, DataError: before step 1, an invalid config, data set, mesh or directory, or another run that uses
@@ -77,12 +80,16 @@ def train(config: RunConfig, path: Path, force: Sequence[str] = ()) -> list[Eval
     """
     workdir = WorkDir(path)
     set_retry_limit(config.storage_timeout)
-    with PreemptionNotice(interrupts=True) as notice:
+    with (
+        watchdog or Watchdog(config.watchdog_timeout, config.watchdog_step_medians) as watchdog,
+        PreemptionNotice(interrupts=True) as notice,
+    ):
         notice.allow_exit(preemption_message(0, config))
         workdir.check_config(config, force)
+        watchdog.enter("taking the lock of the work directory")
         with lock_workdir(workdir.lock) as lock:
             notice.on_exit = lock.release
-            return _train(config, workdir, force, notice, lock)
+            return _train(config, workdir, force, notice, lock, watchdog)
 
 
 @contextlib.contextmanager
@@ -103,9 +110,15 @@ def _restart_after_storage_errors(path: Path) -> Iterator[None]:
 
 
 def _train(
-    config: RunConfig, workdir: WorkDir, force: Sequence[str], notice: PreemptionNotice, lock: WorkDirLock
+    config: RunConfig,
+    workdir: WorkDir,
+    force: Sequence[str],
+    notice: PreemptionNotice,
+    lock: WorkDirLock,
+    watchdog: Watchdog,
 ) -> list[EvaluationResult]:
     goodput = GoodputTracker()
+    watchdog.enter("setting up the run")
     enable_compilation_cache(config.compilation_cache)
 
     # Mesh and model, described before any array is allocated.
@@ -127,6 +140,7 @@ def _train(
     # Evaluations are set up first, so that a mistake in one is found now and not after the last step.
     evaluations = open_evaluations(spec, tokenizer, config.evaluations)
     streams = open_streams(config, tokenizer)
+    watchdog.enter("initializing or restoring the state")
     initial_state = None if resumes else init_or_load_state(spec, streams)
 
     # Nothing was written until here, so that a run with an error leaves no trace and can be started again.
@@ -164,7 +178,6 @@ def _train(
     step = make_step(spec)
     checked_step = SdcCheck(spec, step, config.faults.sdc_check_every)
     monitor = TrainMonitor(spec, workdir, position, events, goodput)
-    watchdog = Watchdog(config.watchdog_timeout)
 
     def enter_phase(phase: str) -> None:
         watchdog.enter(phase)
@@ -199,7 +212,6 @@ def _train(
     results: list[EvaluationResult] = []
     with _restart_after_storage_errors(workdir.path):
         try:
-            watchdog.start()
             if number >= config.steps:
                 logging.info("all %d steps are already done", config.steps)
                 results = evaluate()
@@ -208,27 +220,37 @@ def _train(
                 with goodput.track("data_wait"):
                     batch, rows = next(batches)
                 number += 1
-                watchdog.enter(f"step {number}")
+                if not monitor.is_compiled:  # with the wait for other processes, which may compile for longer
+                    watchdog.enter(f"compiling, and step {number}", "compile")
+                elif checked_step.is_due(number) or monitor.profiler.is_due(number):  # these take longer
+                    watchdog.enter(f"step {number}, checked or profiled")
+                else:
+                    watchdog.enter(f"step {number}", "step")
                 for name, row in rows:
                     records.record(row.ref.source, row.bad_records, config.streams[name].data.max_bad_fraction)
-                if jax.process_count() == 1 or number % BAD_RECORD_SYNC_INTERVAL == 0:
-                    records.check(allgather_objects(records.counts()))
-                example_ids.write(number, batch)
+                with monitor.hosts.waiting():  # these are collectives
+                    if jax.process_count() == 1 or number % BAD_RECORD_SYNC_INTERVAL == 0:
+                        records.check(allgather_objects(records.counts()))
+                    example_ids.write(number, batch)
                 monitor.compile(step, number, state, batch)
                 goodput.start_step(number)
                 monitor.profiler.before_step(number)
-                state, metrics = checked_step(number, state, batch)
+                with monitor.hosts.dispatching():
+                    state, metrics = checked_step(number, state, batch)
                 monitor.profiler.after_step(number, metrics)
                 monitor.on_step_dispatched(number, metrics, rows, records.drain_skipped())
                 if number == position.step + 1:  # once all processes have compiled, there is something to save
-                    jax.block_until_ready(metrics)
+                    with monitor.hosts.waiting():
+                        jax.block_until_ready(metrics)
                 notice.allow_exit(None)
 
                 last = number == config.steps
-                save_due = last or checkpoints.should_save(number)
+                with monitor.hosts.waiting():  # the processes agree on it
+                    save_due = last or checkpoints.should_save(number)
                 eval_due = evaluations and (last or (config.eval_every and number % config.eval_every == 0))
                 spike = monitor.drain(max_pending=0 if save_due or eval_due else 1)
                 if spike is not None and checkpoints.steps():
+                    watchdog.enter("rolling back to the last good checkpoint")
                     with goodput.track("restart"):
                         state, restored = checkpoints.restore_last_good(spec.shapes)
                         position = monitor.faults.roll_back(spike, restored, position)
@@ -250,7 +272,7 @@ def _train(
         finally:
             watchdog.enter("ending the run")
             with contextlib.ExitStack() as stack:  # all are closed, from the last line up, whatever one of them raises
-                for each in (watchdog, monitor, example_ids, records):
+                for each in (monitor, example_ids, records):
                     stack.callback(each.close)
                 stack.enter_context(goodput.track("checkpoint"))
                 stack.callback(checkpoints.close)

@@ -34,6 +34,7 @@ class WorkDir:
         self.evaluation_metrics = path / "metrics-eval.jsonl"  # of continuous evaluation: each file has one writer
         self.examples = path / "examples.jsonl"
         self.events = path / "events.jsonl"
+        self.hosts = path / "hosts.jsonl"  # how busy each process was
         self.goodput = path / "goodput.jsonl"
         self.lock = path / "lock.json"  # of the process that trains here now
         self._config = path / "config.json"

@@ -64,8 +64,8 @@ def test_samples_of_pictures_come_first_and_name_their_files(tmp_path: Path) -> 
 def test_training_leaves_everything_in_the_work_directory(trained: TrainedRun) -> None:
     path = trained.workdir
     assert {entry.name for entry in path.iterdir()} == {
-        "checkpoints", "config.json", "evaluations", "events.jsonl", "goodput.jsonl", "metrics.jsonl", "report.html",
-        "tensorboard", "tokenizer",
+        "checkpoints", "config.json", "evaluations", "events.jsonl", "goodput.jsonl", "hosts.jsonl", "metrics.jsonl",
+        "report.html", "tensorboard", "tokenizer",
     }  # fmt: skip
     assert [entry.name for entry in (path / "checkpoints").iterdir()] == ["2"]
     lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]

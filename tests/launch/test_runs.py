@@ -12,6 +12,7 @@ import pytest
 from data_pipelines.config import DataConfig, ExampleConfig, SourceConfig
 from mplug2_jax.evaluation.config import EvaluationConfig
 from mplug2_jax.launch.local import find_free_port, process_environment
+from mplug2_jax.training.config import CheckpointConfig
 from mplug2_jax.training.telemetry.metric_log import read_train_metrics
 from tests.close import assert_close
 from tests.data_pipelines.worlds import write_tar
@@ -103,21 +104,105 @@ def test_different_commands_are_reported(folder: Path) -> None:
     assert not (folder / "two").exists()
 
 
-def test_a_stalled_run_exits_with_its_stacks(folder: Path, tmp_path: Path) -> None:
-    """Stall the data of step 2."""
+SLOW = """
+import os, sys, time
+import mplug2_jax.training.loop as loop
+from mplug2_jax.cli.main import main
+from mplug2_jax.training.telemetry.profiling import Profiler
+
+process, batches, before_step = int(os.environ["JAX_PROCESS_ID"]), loop.device_batches, Profiler.before_step
+
+def slow_batches(*args):
+    for number, batch in enumerate(batches(*args)):
+        time.sleep(1.5 * (process == 1 and 1 <= number < 8))
+        yield batch
+
+def slow_step(self, step):
+    time.sleep(1.5 * (process == 2 and step >= 11))
+    before_step(self, step)
+
+loop.device_batches, Profiler.before_step = slow_batches, slow_step
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_slow_loader_and_a_slow_step_are_named_with_their_process(tmp_path: Path) -> None:
+    run = text_run(steps=16, log_every=2, checkpoint=CheckpointConfig(every_steps=100))
+    recipe, address = recipe_file(run, tmp_path / "recipe.py"), f"127.0.0.1:{find_free_port()}"
+    words = ["train", "--config", str(recipe), "--workdir", str(tmp_path / "run")]
+    words += ["--config.mesh.fsdp=1", "--config.mesh.data=4"]
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", SLOW, *words], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+            env=environment(tmp_path, 1) | process_environment(index, 4, 1, address),
+        )
+        for index in range(4)
+    ]  # fmt: skip
+    logs = [process.communicate(timeout=300)[1] for process in running]
+    assert [process.returncode for process in running] == [0] * 4, logs
+    named = re.findall(r"slowest: process (\d) \(\S+\) (waits for data|works on the host) for", logs[0])
+    assert set(named) == {("1", "waits for data"), ("2", "works on the host")}, logs[0]
+    lines = [line for line in read_train_metrics(tmp_path / "run" / "metrics.jsonl") if "hosts/slowest" in line]
+    assert {1, 2} <= {line["hosts/slowest"] for line in lines}
+    assert "4 processes" in (tmp_path / "run" / "report.html").read_text()
+
+
+STALLED_DATA = """
+original = loop.device_batches
+def device_batches(*args):
+    yield next(original(*args))
+    time.sleep(600)
+loop.device_batches = device_batches
+"""
+STALLED_STEP = """
+watchdog.MIN_STEP_SECONDS = 3.0
+original = Profiler.before_step
+def before_step(self, step):
+    original(self, step)
+    time.sleep(600 * (step == 9))
+Profiler.before_step = before_step
+"""
+
+
+@pytest.mark.parametrize(
+    ("fault", "timeout", "message", "function", "field"),
+    [
+        (STALLED_DATA, 60, "'.* step 2' took longer than config.watchdog_timeout=60", "device_batches", "timeout"),
+        (
+            STALLED_STEP, 400, "'step 9' took longer than .* s, by config.watchdog_step_medians=20 of .* s",
+            "before_step", "step_medians",
+        ),
+    ],
+    ids=["data", "step"],
+)  # fmt: skip
+def test_a_stalled_run_exits_with_its_stacks(
+    folder: Path, tmp_path: Path, fault: str, timeout: int, message: str, function: str, field: str
+) -> None:
     code = (
         "import sys, time\nimport mplug2_jax.training.loop as loop\nfrom mplug2_jax.cli.main import main\n"
-        "original = loop.device_batches\n"
-        "def device_batches(*args):\n"
-        "    yield next(original(*args))\n"
-        "    time.sleep(600)\n"
-        "loop.device_batches = device_batches\nsys.exit(main(sys.argv[1:]))\n"
+        "from mplug2_jax.training.reliability import watchdog\n"
+        "from mplug2_jax.training.telemetry.profiling import Profiler\n"
+        f"{fault}\nsys.exit(main(sys.argv[1:]))\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, "train", "--config", str(folder / "recipe.py"), "--workdir", str(tmp_path / "run"),
-         *MESH, "--config.watchdog_timeout=60"],
+         *MESH, f"--config.watchdog_timeout={timeout}", "--config.steps=12"],
         env=environment(folder, 8), capture_output=True, text=True, timeout=500,
     )  # fmt: skip
     assert done.returncode == 79, done.stderr
-    assert re.search(r"process 0 stalled: '.* step 2' took longer than config.watchdog_timeout=60", done.stderr)
-    assert "in device_batches" in done.stderr
+    assert re.search(f"process 0 stalled: {message}", done.stderr), done.stderr
+    assert f"in {function}" in done.stderr
+    assert f"raise config.watchdog_{field} (0: no limit)" in done.stderr
+
+
+def test_a_process_whose_others_never_come_exits_before_it_has_joined(folder: Path, tmp_path: Path) -> None:
+    words = ["train", "--config", str(folder / "recipe.py"), "--workdir", str(tmp_path / "run")]
+    done = subprocess.run(
+        [sys.executable, "-m", "mplug2_jax.cli.main", *words, "--config.watchdog_timeout=45"],
+        env=environment(folder, 8) | process_environment(1, 2, 4, f"127.0.0.1:{find_free_port()}"),
+        capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 79, done.stderr
+    assert "process 1 stalled: 'joining the other processes' took longer than 15 s, 0.33 times config." in done.stderr
+    assert "in initialize_distributed" in done.stderr
+    assert not (tmp_path / "run").exists()

@@ -21,7 +21,8 @@ from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.training.config import AdamWConfig, RunConfig, ScheduleConfig, StreamConfig
 from mplug2_jax.training.loop import train
 from mplug2_jax.training.reliability.lock import WorkDirLock
-from mplug2_jax.training.telemetry.metric_log import read_train_metrics
+from mplug2_jax.training.reliability.watchdog import PhaseKind, Watchdog
+from mplug2_jax.training.telemetry.metric_log import read_step_lines, read_train_metrics
 from mplug2_jax.training.telemetry.monitor import TrainMonitor
 from mplug2_jax.training.workdir import WorkDir
 from tests.close import assert_close
@@ -41,8 +42,12 @@ def with_a_broken_record(folder: Path, max_bad_fraction: float = 0.5) -> StreamC
     return StreamConfig(data=data, objectives={"mlm": 1.0})
 
 
-def test_a_run_logs_and_writes_what_happens(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_run_logs_and_writes_what_happens(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     caplog.set_level(logging.INFO, logger="absl")
+    phases: list[tuple[str, PhaseKind]] = []
+    monkeypatch.setattr(Watchdog, "enter", lambda self, phase, kind="other": phases.append((phase, kind)))
     config = small_run(streams={"text": with_a_broken_record(tmp_path)}, evaluations={}, mesh=MeshConfig(fsdp=8))
     assert train(config, tmp_path / "run") == []
     assert "parameters in text, universal, mlm" in caplog.text
@@ -58,6 +63,19 @@ def test_a_run_logs_and_writes_what_happens(tmp_path: Path, caplog: pytest.LogCa
     saved_steps = sorted(int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.isdecimal())
     assert saved_steps == [2, 4]
     assert json.loads((tmp_path / "run" / "config.json").read_text())["name"] == "small"
+    assert [phase for phase, _ in phases[:3]] == [
+        "taking the lock of the work directory", "setting up the run", "initializing or restoring the state"
+    ]  # fmt: skip
+    assert phases[3:] == [
+        ("waiting for the batches of step 1", "other"), ("compiling, and step 1", "compile"),
+        ("waiting for the batches of step 2", "other"), ("step 2", "step"), ("saving step 2", "other"),
+        ("waiting for the batches of step 3", "other"), ("step 3", "step"),
+        ("waiting for the batches of step 4", "other"), ("step 4", "step"), ("saving step 4", "other"),
+        ("ending the run", "other"),
+    ]  # fmt: skip
+    hosts = read_step_lines(tmp_path / "run" / "hosts.jsonl")
+    assert [line["step"] for line in hosts] == [1, 2, 3, 4]
+    assert all(0 <= line["shares"][cause][0] <= 1 for line in hosts for cause in ("data", "step", "memory"))
     # Of every batch half comes from the tar, whose epoch is two batches.
     assert sum(line.get("data/skipped/tars", 0) for line in lines) == 2
     (line,) = (tmp_path / "run" / "data-errors.jsonl").read_text().splitlines()

@@ -13,7 +13,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 from mplug2_jax.errors import PREEMPTED, Preempted
-from mplug2_jax.parallel.processes import is_primary_process
+from mplug2_jax.parallel.processes import is_primary_process, key_value_client
 
 INTERRUPTED = 130
 _NOTICE_KEY = "RECEIVED_PREEMPTION_NOTICE"
@@ -118,8 +118,7 @@ class PreemptionNotice:
 
     def _poll_other_processes(self) -> None:
         """Wait for a notice to any of the processes as long as there is nothing to save."""
-        client = getattr(getattr(multihost_utils, "distributed", None), "global_state", None)
-        get_value = getattr(getattr(client, "client", None), "key_value_try_get", None)
+        get_value = getattr(key_value_client(), "key_value_try_get", None)
         while get_value is not None and self._exit_message is not None:
             try:
                 get_value(_NOTICE_KEY)

@@ -33,13 +33,17 @@ class SdcCheck:
         self._spec, self._run_step, self._every = spec, run_step, every
         self._rotated: tuple[RunSpec, Step] | None = None
 
+    def is_due(self, step: int) -> bool:
+        """Return whether a step is checked."""
+        return bool(self._every) and step % self._every == 0
+
     def __call__(self, step: int, state: TrainState, batches: StreamBatches) -> tuple[TrainState, Metrics]:
         """Run a step, and check it if it is due.
 
         Raises:
             CorruptionError: names the devices whose results differ.
         """
-        if not self._every or step % self._every:
+        if not self.is_due(step):
             return self._run_step(state, batches)
         spec, run_rotated = self._rotated_run()
         copy = jax.tree.map(lambda x, s: jax.device_put(jnp.copy(x), s), state, spec.shardings)

@@ -17,6 +17,7 @@ from mplug2_jax.training.state import RunSpec, TrainState
 from mplug2_jax.training.step import Step, StreamBatches
 from mplug2_jax.training.telemetry.events import EventLog
 from mplug2_jax.training.telemetry.goodput import GoodputTracker
+from mplug2_jax.training.telemetry.host_monitor import HostMonitor
 from mplug2_jax.training.telemetry.metric_log import MetricLog
 from mplug2_jax.training.telemetry.profiling import Profiler
 from mplug2_jax.training.telemetry.throughput import ThroughputMeter
@@ -50,17 +51,18 @@ class TrainMonitor:
         )
         if primary:
             goodput.open(workdir.goodput, self.metrics.last_step)
-        self._meter = ThroughputMeter(spec, position.step, self.metrics, goodput)
+        self.hosts = HostMonitor(workdir.hosts, position.step, events)
+        self._meter = ThroughputMeter(spec, position.step, self.metrics, goodput, self.hosts)
         self.faults = FaultDetector(config.faults, workdir.faults_path(jax.process_index()), events, position.recent)
         self.profiler = Profiler(workdir.path, config.profile, events)
         self._pending: collections.deque[tuple[int, Metrics, LocalRows, Mapping[str, int]]] = collections.deque()
-        self._compiled = False
+        self.is_compiled = False
 
     def compile(self, run_step: Step, step: int, state: TrainState, batches: StreamBatches) -> None:
         """Compile the step function before its first call; log the time and the memory that it needs."""
-        if self._compiled:
+        if self.is_compiled:
             return
-        self._compiled = True
+        self.is_compiled = True
         with self.goodput.track("compile"):
             logging.info("compiling the train step")
             start = time.perf_counter()
@@ -107,6 +109,7 @@ class TrainMonitor:
         """Forget everything after a step, to which the run rolls back."""
         self._pending.clear()
         self.metrics.rewind(step)
+        self.hosts.rewind(step)
         self.goodput.roll_back()
 
     def close(self) -> None:
@@ -115,5 +118,6 @@ class TrainMonitor:
         self._meter.close()
         self.faults.close()
         self.metrics.close()
+        self.hosts.close()
         self._events.close()
         self.goodput.close()

@@ -33,6 +33,10 @@ class Profiler:
         self._target: Path | None = None
         self._local: str | None = None  # where it is recorded, if not there
 
+    def is_due(self, step: int) -> bool:
+        """Return whether a step is traced, unless the trace is requested just now."""
+        return self._last_step is not None or step in self._config.start_steps
+
     def before_step(self, step: int) -> None:
         """Start a trace if one is due; call it before the step is dispatched."""
         if (

@@ -13,6 +13,7 @@ from mplug2_jax.parallel.accelerators import peak_flops
 from mplug2_jax.training.state import RunSpec
 from mplug2_jax.training.step import StreamBatches
 from mplug2_jax.training.telemetry.goodput import GoodputTracker
+from mplug2_jax.training.telemetry.host_monitor import HostMonitor
 from mplug2_jax.training.telemetry.metric_log import MetricLog
 from mplug2_jax.training.telemetry.step_flops import count_gradient_flops, count_traced_step_flops
 
@@ -27,10 +28,13 @@ class ThroughputMeter:
         start_step: the step that the run resumes from.
         metric_log: receives the metrics.
         goodput: the tracker of the run.
+        hosts: compares this process with the others.
     """
 
-    def __init__(self, spec: RunSpec, start_step: int, metric_log: MetricLog, goodput: GoodputTracker) -> None:
-        self._spec, self._metric_log, self._goodput = spec, metric_log, goodput
+    def __init__(
+        self, spec: RunSpec, start_step: int, metric_log: MetricLog, goodput: GoodputTracker, hosts: HostMonitor
+    ) -> None:
+        self._spec, self._metric_log, self._goodput, self._hosts = spec, metric_log, goodput, hosts
         self._progress = Progress(spec.config.steps, "step", initial=start_step, log_every=0)
         self._flops = self._tokens = self._steps = 0
         self._counts: collections.Counter[str] = collections.Counter()
@@ -56,14 +60,15 @@ class ThroughputMeter:
             metrics: of the step.
             num_skipped_records: records that could not be used, by source.
         """
-        loss = float(np.asarray(metrics["loss"]))
+        with self._hosts.waiting():
+            loss = float(np.asarray(metrics["loss"]))
         self._steps += 1
         self._counts.update({f"data/skipped/{source}": count for source, count in num_skipped_records.items()})
         self._counts.update({"skipped_updates": int(np.asarray(metrics["skipped"]))})
         config = self._spec.config
         if step % config.log_every and step != config.steps:
             return
-        rates = self._measure_rates()
+        rates = self._measure_rates(step)
         counts = {name: float(count) for name, count in self._counts.items() if count}
         self._counts.clear()
         values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items() if name != "skipped"}
@@ -72,14 +77,16 @@ class ThroughputMeter:
         stats += f"  {rates['flops_per_second'] / 1e9:,.1f} GFLOP/s"
         if "mfu" in rates:
             stats += f"  MFU {rates['mfu']:.1%}"
+        if self._hosts.slow_host:
+            stats += f"  slowest: {self._hosts.slow_host}"
         self._progress.update(step, stats, seconds_per_unit=rates["seconds_per_step"])
 
     def close(self) -> None:
         """Remove the progress bar."""
         self._progress.close()
 
-    def _measure_rates(self) -> dict[str, float]:
-        """Return the rates over the steps since the last measurement."""
+    def _measure_rates(self, step: int) -> dict[str, float]:
+        """Return the rates over the steps since the last measurement, and what the hosts measured."""
         seconds, before, steps = self._goodput.read(), self._seconds, self._steps
         self._seconds, self._steps = seconds, 0
         spent = {phase: seconds.get(phase, 0.0) - before.get(phase, 0.0) for phase in ("step", "restart", "data_wait")}
@@ -94,7 +101,8 @@ class ThroughputMeter:
             "seconds_per_step": seconds_per_step,
             "flops_per_second": self._flops / seconds_per_step,
         }
-        return rates | ({"mfu": rates["flops_per_second"] / self._peak} if self._peak else {})
+        rates |= {"mfu": rates["flops_per_second"] / self._peak} if self._peak else {}
+        return rates | self._hosts.record(step, spent["data_wait"], spent["step"] + spent["restart"])
 
 
 def count_tokens(batch: Mapping[str, Any], patch_size: int) -> int:
