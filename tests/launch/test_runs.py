@@ -141,7 +141,8 @@ def test_a_slow_loader_and_a_slow_step_are_named_with_their_process(tmp_path: Pa
     logs = [process.communicate(timeout=300)[1] for process in running]
     assert [process.returncode for process in running] == [0] * 4, logs
     named = re.findall(r"slowest: process (\d) \(\S+\) (waits for data|works on the host) for", logs[0])
-    assert set(named) == {("1", "waits for data"), ("2", "works on the host")}, logs[0]
+    # On a busy machine others may be named as well, in steps of milliseconds.
+    assert set(named) >= {("1", "waits for data"), ("2", "works on the host")}, logs[0]
     lines = [line for line in read_train_metrics(tmp_path / "run" / "metrics.jsonl") if "hosts/slowest" in line]
     assert {1, 2} <= {line["hosts/slowest"] for line in lines}
     assert "4 processes" in (tmp_path / "run" / "report.html").read_text()
