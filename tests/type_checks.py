@@ -1,7 +1,7 @@
 """Type checks of every call into our packages: jaxtyping's where arrays occur, beartype's alone elsewhere.
 
 jaxtyping binds the arguments of each call and checks them twice, to compare axes. For a function without an array that
-finds nothing more than beartype does, and takes ten times as long.
+finds nothing more than beartype does, and takes ten times as long. Both raise jaxtyping's TypeCheckError, a TypeError.
 """
 
 import dataclasses
@@ -14,11 +14,14 @@ import jaxtyping
 from jaxtyping import AbstractArray
 
 _check_shapes = jaxtyping.jaxtyped
+_check_types = beartype.beartype(conf=beartype.BeartypeConf(violation_type=jaxtyping.TypeCheckError))
 
 
 def _has_arrays(hint: Any) -> bool:
-    """Return whether a type hint names an array's shape, or is a string that may name one."""
-    if isinstance(hint, str) or (isinstance(hint, type) and issubclass(hint, AbstractArray | jaxtyping.PyTree)):
+    """Return whether a type hint names an array's shape, or is the name of another hint, which may."""
+    if isinstance(hint, str | typing.ForwardRef):
+        return True
+    if isinstance(hint, type) and issubclass(hint, AbstractArray | jaxtyping.PyTree):
         return True
     if isinstance(hint, list | tuple):  # of arguments, in a Callable
         return any(map(_has_arrays, hint))
@@ -32,7 +35,7 @@ def _check(function: Any, typechecker: Any) -> Any:
         return function
     if not inspect.isfunction(function) or any(map(_has_arrays, function.__annotations__.values())):
         return _check_shapes(function, typechecker=typechecker)
-    return beartype.beartype(function)
+    return _check_types(function)
 
 
 def install() -> None:

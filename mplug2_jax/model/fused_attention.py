@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 from jaxtyping import Array, Bool, Float
 
 MAX_LENGTH, MAX_HEAD_WIDTH = 512, 128
@@ -99,11 +98,13 @@ def _call(
     num_heads: int, scale: float, causal: bool, interpret: bool,
 ) -> Any:  # fmt: skip
     """Run a kernel for every example and every 128 lanes; results have the shapes of ``results``."""
+    from jax.experimental import pallas as pl  # here, because it takes long to import, and only TPUs need it
+
     b, l, width = qkv[0].shape
     s = qkv[1].shape[1]
     lanes = _LANES if width % _LANES == 0 else width
 
-    def block(x: Array) -> pl.BlockSpec:
+    def block(x: Array) -> Any:
         return pl.BlockSpec((1, _round_up(x.shape[1], _ROWS), lanes), lambda i, group: (i, 0, group))
 
     matmuls = 2 if kernel is _forward_kernel else 5

@@ -4,8 +4,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash_kernel
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 from jaxtyping import Array, Bool, Float
 
 _SPLASH_BLOCK_Q = 512  # larger blocks overflow the scoped VMEM of v5p in the backward pass
@@ -129,6 +127,10 @@ def splash(
     Padding and masked keys get a different segment id than the queries. The backward pass is unfused because the fused
     one keeps a partial dq for every block of keys.
     """
+    # Here, because importing Pallas takes 6 % of a process's start, and only TPUs need it.
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash_kernel
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
+
     b, l, h, k = query.shape
     s = key.shape[1]
     padded_l, padded_s = -(-l // 128) * 128, -(-s // 128) * 128

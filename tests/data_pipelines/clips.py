@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 
 import av
 import numpy as np
-from beartype.roar import BeartypeCallHintViolation
 from jaxtyping import TypeCheckError
 
 from data_pipelines.errors import DataError
@@ -100,7 +99,7 @@ def error_message(load: Callable[[], object]) -> str | None:
     try:
         load()
     except DataError as error:
-        if isinstance(error.__cause__, BeartypeCallHintViolation | TypeCheckError | NameError):
+        if isinstance(error.__cause__, TypeCheckError | NameError):
             raise error.__cause__ from None
         return str(error)
     return None
