@@ -1,6 +1,7 @@
 """The commands of docs/ work, in order, on files in the formats that they name."""
 
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -25,6 +26,7 @@ from mplug2_jax.evaluation.config import EvaluationConfig
 from mplug2_jax.model.config import model_config
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.training.config import RunConfig
+from mplug2_jax.training.telemetry.events import read_events
 from tests.cli.conftest import mplug2
 from tests.data_pipelines.worlds import encode_media, img2dataset, records
 from tests.runs import ONE_LAYER, recipe_file, text_run
@@ -106,15 +108,19 @@ def test_runs(repository: Path, here: Path) -> None:
     evaluations = {"words": EvaluationConfig(task="mlm", data=data, num_samples=2)}
     run = text_run(evaluations=evaluations, mesh=MeshConfig(fsdp=-1))
     recipe = str(recipe_file(run, here / "recipe.py"))
-    for args in commands((repository / "docs" / "runs.md").read_text()):
+    pages = [(repository / "docs" / name).read_text() for name in ("runs.md", "operations.md")]
+    for args in itertools.chain.from_iterable(map(commands, pages)):
         args = [{"demo": recipe, "120": "3"}.get(arg, arg) for arg in args]
         process = subprocess.run(
             [sys.executable, "-m", "mplug2_jax.cli.main", *args], capture_output=True, text=True, timeout=300,
             env=os.environ | {"JAX_NUM_CPU_DEVICES": "4", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
         )  # fmt: skip
         assert process.returncode == 0, f"mplug2 {shlex.join(args)}\n{process.stdout}\n{process.stderr}"
-    assert "bit for bit" in process.stdout
-    assert (here / "runs" / "two" / "report.html").exists()
+        assert args[0] != "replay" or "bit for bit" in process.stdout
+    events = read_events(here / "runs" / "two" / "events.jsonl")
+    fields = [line["field"] for line in events if line["event"] == "config_changed"]
+    assert fields == ["optimizer.learning_rate", "streams.text.data.num_threads"]
+    assert "optimizer.learning_rate" in (here / "runs" / "two" / "report.html").read_text()
 
 
 @pytest.mark.timeout(300)

@@ -39,6 +39,7 @@ from mplug2_jax.training.initialization import init_or_load_state
 from mplug2_jax.training.optim.partition import partition
 from mplug2_jax.training.prefetch import Prefetcher
 from mplug2_jax.training.reliability.faults import apply_later_rollbacks
+from mplug2_jax.training.reliability.health_check import check_devices
 from mplug2_jax.training.reliability.lock import WorkDirLock, lock_workdir
 from mplug2_jax.training.reliability.preemption import PreemptionNotice
 from mplug2_jax.training.reliability.sdc_check import SdcCheck
@@ -133,6 +134,10 @@ def _train(
     tokenizer = workdir.load_tokenizer(config)
     check_tokenizer_unchanged(config, tokenizer, changes)
     check_processes_agree(config, tokenizer, force, resumes=resumes)
+    if mesh.devices.flat[0].platform != "cpu":  # simulated devices are one processor
+        watchdog.enter("checking the devices", "compile")
+        check_devices(mesh)
+        watchdog.enter("setting up the run")
     spec = make_run_spec(config, special_tokens(tokenizer), mesh)
     for line in describe(spec):
         logging.info("%s", line)

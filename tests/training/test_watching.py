@@ -1,6 +1,7 @@
 """Metric writers, profiles and token counts."""
 
 import sys
+import threading
 import types
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 
 from mplug2_jax.errors import UserError
 from mplug2_jax.training.config import ProfileConfig
+from mplug2_jax.training.telemetry import writers
 from mplug2_jax.training.telemetry.events import EventLog, read_events
 from mplug2_jax.training.telemetry.metric_log import MetricLog, read_step_lines
 from mplug2_jax.training.telemetry.profiling import Profiler
@@ -24,34 +26,68 @@ def test_a_missing_wandb_package_is_an_error_message(tmp_path: Path, monkeypatch
         WandbWriter(tmp_path, "mine", {})
 
 
-def test_wandb_gets_the_metrics_and_a_resumed_run_continues(tmp_path: Path, monkeypatch) -> None:
-    init_calls: list[dict[str, Any]] = []
-    logged: list[tuple[int, dict[str, float]]] = []
-    finished: list[bool] = []
+class FakeWandb(types.ModuleType):
+    """The service: it records what it gets, and fails in the call of a given name."""
 
-    class FakeRun:
-        def log(self, metrics: dict[str, float], step: int) -> None:
-            logged.append((step, metrics))
+    def __init__(self, failing: str = "") -> None:
+        super().__init__("wandb")
+        self.failing, self.runs, self.lines = failing, list[dict[str, Any]](), list[tuple[int, dict[str, float]]]()
+        self.is_open = False
 
-        def finish(self) -> None:
-            finished.append(True)
+    def _call(self, name: str) -> None:
+        if name == self.failing:
+            raise ConnectionError(f"no network in {name}")
 
-    def init(**kwargs: Any) -> FakeRun:
-        init_calls.append(kwargs)
-        return FakeRun()
+    def init(self, **arguments: Any) -> "FakeWandb":
+        self._call("init")
+        self.runs.append(arguments)
+        self.is_open = True
+        return self
 
-    fake = types.ModuleType("wandb")
-    fake.init = init  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    file = MetricLog(tmp_path, 0, writers=[WandbWriter(tmp_path, "mine", {"seed": 1})])
-    file.write(1, {"loss": 2.0})
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        self._call("log")
+        self.lines.append((step, metrics))
+
+    def finish(self) -> None:
+        self._call("finish")
+        self.is_open = False
+
+
+def write_line(workdir: Path, wandb: FakeWandb, monkeypatch: pytest.MonkeyPatch, step: int = 1) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    workdir.mkdir(parents=True, exist_ok=True)
+    file = MetricLog(workdir, step - 1, writers=[WandbWriter(workdir, "mine", {"seed": 1})])
+    file.write(step, {"loss": 2.0})
     file.close()
-    assert (init_calls[0]["project"], init_calls[0]["resume"], init_calls[0]["config"]) == (
-        "mine",
-        "allow",
-        {"seed": 1},
-    )
-    assert (logged, finished) == ([(1, {"loss": 2.0})], [True])
+
+
+def test_wandb_gets_the_metrics_and_each_work_directory_has_one_run(tmp_path: Path, monkeypatch) -> None:
+    wandb = FakeWandb()
+    write_line(tmp_path / "a" / "run", wandb, monkeypatch)
+    write_line(tmp_path / "a" / "run", wandb, monkeypatch, step=2)
+    write_line(tmp_path / "b" / "run", wandb, monkeypatch)
+    first, resumed, other = wandb.runs
+    assert (first["project"], first["name"], first["resume"], first["config"]) == ("mine", "run", "allow", {"seed": 1})
+    assert first == resumed
+    assert first["id"] != other["id"]
+    assert wandb.lines == [(1, {"loss": 2.0}), (2, {"loss": 2.0}), (1, {"loss": 2.0})]
+    assert not wandb.is_open
+
+
+@pytest.mark.parametrize("failing", ["init", "log", "finish"])
+def test_an_error_of_wandb_ends_no_run(failing: str, tmp_path: Path, monkeypatch, caplog) -> None:
+    write_line(tmp_path, FakeWandb(failing), monkeypatch)
+    assert f"gets no metrics from here on (no network in {failing}); metrics.jsonl has them" in caplog.text
+    assert [line["loss"] for line in read_step_lines(tmp_path / "metrics.jsonl")] == [2.0]
+
+
+def test_a_service_that_does_not_answer_delays_only_the_end(tmp_path: Path, monkeypatch, caplog) -> None:
+    wandb, answer = FakeWandb(), threading.Event()
+    monkeypatch.setattr(wandb, "log", lambda metrics, step: answer.wait(60))
+    monkeypatch.setattr(writers, "_CLOSE_SECONDS", 0.1)
+    write_line(tmp_path, wandb, monkeypatch)
+    answer.set()
+    assert "Weights & Biases did not answer for 0.1 s" in caplog.text
 
 
 def test_a_file_named_profile_requests_a_trace_and_so_does_the_config(tmp_path: Path) -> None:

@@ -2,14 +2,20 @@
 
 import contextlib
 import importlib
+import queue
+import secrets
 import struct
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from absl import logging
+
+from data_pipelines.storage.file_system import write_atomically
 from data_pipelines.storage.object_log import ObjectLog
 from data_pipelines.storage.paths import RemotePath
 from mplug2_jax.errors import UserError
@@ -33,6 +39,10 @@ with _import_blocked("torch", "google.cloud.storage"):
     from tensorboardX.proto.event_pb2 import Event, SessionLog
     from tensorboardX.proto.summary_pb2 import Summary
     from tensorboardX.record_writer import masked_crc32c
+
+
+_MAX_WAITING_LINES = 10_000
+_CLOSE_SECONDS = 60.0
 
 
 class TensorBoardWriter:
@@ -88,6 +98,13 @@ def _encode_record(event: Any) -> bytes:
 class WandbWriter:
     """A run of Weights & Biases, which continues the previous one of the same work directory.
 
+    A thread of its own speaks to the service, so that no error or delay of the network reaches the training run.
+
+    Args:
+        workdir: of the run; ``wandb-id.txt`` there holds the id, so that no two work directories share one.
+        project: that receives the metrics.
+        config: to show there.
+
     Raises:
         UserError: the package is not installed.
     """
@@ -100,23 +117,38 @@ class WandbWriter:
                 f"config.wandb_project={project!r} needs the package wandb, which is not installed: pip install wandb, "
                 "or leave the field empty"
             ) from error
-        name = workdir.resolve().name
-        self._run = wandb.init(
-            project=project,
-            name=name,
-            id=name,
-            resume="allow",
-            config=dict(config),
-            dir=tempfile.mkdtemp(prefix="wandb-") if isinstance(workdir, RemotePath) else str(workdir),
-        )
+        id_file = workdir / "wandb-id.txt"
+        if not id_file.exists():
+            write_atomically(str(id_file), secrets.token_hex(8).encode())
+        folder = tempfile.mkdtemp(prefix="wandb-") if isinstance(workdir, RemotePath) else str(workdir)
+        run = {"id": id_file.read_text(encoding="utf-8"), "name": workdir.resolve().name, "resume": "allow"}
+        self._lines: queue.Queue[tuple[int, dict[str, float]] | None] = queue.Queue(_MAX_WAITING_LINES)
+        arguments = {"project": project, "config": dict(config), "dir": folder, **run}
+        self._thread = threading.Thread(target=self._serve, args=(wandb, arguments), name="wandb", daemon=True)
+        self._thread.start()
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write the metrics of one step."""
-        self._run.log(dict(metrics), step=step)
+        """Hand over the metrics of one step; they are dropped if the service is too slow for too long."""
+        with contextlib.suppress(queue.Full):
+            self._lines.put_nowait((step, dict(metrics)))
 
     def close(self) -> None:
-        """Finish the run."""
-        self._run.finish()
+        """Finish the run; wait at most a minute for the service."""
+        with contextlib.suppress(queue.Full):
+            self._lines.put(None, timeout=_CLOSE_SECONDS)
+        self._thread.join(_CLOSE_SECONDS)
+        if self._thread.is_alive():
+            logging.warning("Weights & Biases did not answer for %g s: it may lack the last metrics", _CLOSE_SECONDS)
+
+    def _serve(self, wandb: Any, arguments: Mapping[str, Any]) -> None:
+        try:
+            run = wandb.init(**arguments)
+            while (line := self._lines.get()) is not None:
+                step, metrics = line
+                run.log(metrics, step=step)
+            run.finish()
+        except Exception as error:  # the package raises errors of its own, of requests, and of its service process
+            logging.warning("Weights & Biases gets no metrics from here on (%s); metrics.jsonl has them", error)
 
 
 MetricWriter = TensorBoardWriter | WandbWriter
