@@ -147,6 +147,7 @@ def run_config(tokenizer: Path, steps: int = STEPS, saved_every: int = SAVED_EVE
         log_every=1,
         log_example_ids=True,
         watchdog_timeout=300,
+        heartbeat_timeout=30,
     )
 
 

@@ -103,7 +103,7 @@ def _join_and_train(
         from mplug2_jax.training.workdir import WorkDir
 
     watchdog.enter("joining the other processes", "join")
-    initialize_distributed()
+    initialize_distributed(config.heartbeat_timeout)
     watchdog.enter("reading the config of the work directory")
     previous = WorkDir(workdir).read_config() if WorkDir(workdir).exists() else None
     with _name_missing_files(config, WorkDir(workdir)):

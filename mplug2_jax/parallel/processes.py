@@ -33,8 +33,6 @@ from mplug2_jax.errors import UserError
 from mplug2_jax.parallel.cpu_cluster import share_cached_programs
 from mplug2_jax.parallel.slurm import first_host, local_device_ids
 
-HEARTBEAT_TIMEOUT_SECONDS = 30
-"""JAX takes a process that is silent for this long for dead, and ends the others."""
 DEFAULT_PORT = 8476
 """Port of the coordinator, unless the environment names one."""
 
@@ -152,10 +150,13 @@ def _check_process_id(cluster: Cluster) -> Cluster:
     return cluster
 
 
-def initialize_distributed() -> None:
+def initialize_distributed(heartbeat_timeout: int = 100) -> None:
     """Initialize JAX's distributed runtime if the environment describes other processes.
 
     Call it before anything asks JAX for devices.
+
+    Args:
+        heartbeat_timeout: seconds after which JAX takes a silent process for dead, and ends the others; JAX's default.
 
     Raises:
         UserError: an invalid environment, or a coordinator that cannot be reached.
@@ -172,7 +173,7 @@ def initialize_distributed() -> None:
             cluster.process_id,
             local_device_ids=cluster.local_device_ids,
             cluster_detection_method="deactivate" if cluster.coordinator_address else None,
-            heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_SECONDS,
+            heartbeat_timeout_seconds=heartbeat_timeout,
         )
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]

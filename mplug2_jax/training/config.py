@@ -242,6 +242,7 @@ class RunConfig:
     storage_timeout: Free[float] = 600.0  # seconds for which requests are repeated; then the run exits with status 69
     watchdog_timeout: Free[int] = 1800  # seconds after which a stalled phase (a save, ...) ends the run; 0 = never
     watchdog_step_medians: Free[float] = 20.0  # a step of so many medians and 60 s ends the run; 0 = watchdog_timeout
+    heartbeat_timeout: Free[int] = 100  # seconds after which a silent process is taken for dead, and the others end
     profile: Free[ProfileConfig] = ProfileConfig()
     wandb_project: Free[str] = ""  # Weights & Biases project that receives the metrics; empty: none
     compilation_cache: Free[str] = "auto"  # a folder, "off", or "auto": ~/.cache/mplug2_jax
@@ -252,7 +253,7 @@ class RunConfig:
         Raises:
             UserError: names the field, what was found and what is valid.
         """
-        for name in ("steps", "grad_accum_steps", "log_every"):
+        for name in ("steps", "grad_accum_steps", "log_every", "heartbeat_timeout"):
             check_range(f"config.{name}", getattr(self, name), 1)
         for name in (
             "eval_every", "seed", "prefetch_memory", "storage_timeout", "watchdog_timeout", "watchdog_step_medians",
