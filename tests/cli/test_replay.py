@@ -29,6 +29,6 @@ def test_rounding_is_distinguished_from_mismatches(
     assert replayed.mismatched == mismatched
 
 
-def test_the_config_of_an_earlier_step_is_told() -> None:
+def test_changes_of_the_config_since_the_step_are_printed() -> None:
     change = ConfigChange("optimizer.learning_rate", "deciding", True, {"old": 0.1, "new": 0.2})
     assert describe_changes([change]).endswith("config.optimizer.learning_rate was 0.1 and is 0.2 now")

@@ -38,7 +38,7 @@ def test_of_many_hosts_the_busiest_are_listed(run: Run) -> None:
     run.metrics({"step": 1, "hosts/slowest": 127, **{f"hosts/data_{kind}": 0.1 for kind in ("min", "median", "max")}})
     assert [row.process for row in read_hosts(run.path).rows] == list(range(127, 111, -1))
     html = write_report(run.path).read_text()
-    for words in ("128 processes", "No host holds up the others.", "The busiest 16 are listed.", "waiting for data"):
+    for words in ("128 processes", "No host slows the others down.", "The busiest 16 are listed.", "waiting for data"):
         assert words in html
     assert "<b>-" not in html
     assert "hosts · slowest" not in html

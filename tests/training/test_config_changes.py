@@ -1,4 +1,4 @@
-"""Which fields may change when a run resumes, what is said of those that may not, and the config of earlier steps."""
+"""Which fields may change when a run resumes, the errors for those that may not, and the config of earlier steps."""
 
 import dataclasses
 from pathlib import Path

@@ -1,9 +1,8 @@
 """An exported folder, opened: predictions, ranks and features of images and clips, as the project computes them."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,9 +16,11 @@ from data_pipelines.visual import load_visual
 
 from ...errors import UserError, check_range
 from ..torch_runtime import Caption, SearchConfig, VideoQA, normalize_pixels
+from ..torch_runtime.config import read_json
 from ..torch_runtime.search import generate, rank_answers
 from . import INFERENCE, SETTINGS
 
+_REMEDY = "copy the whole folder of the export"
 KINDS: dict[str, type[Caption] | type[VideoQA]] = {"caption": Caption, "videoqa": VideoQA}
 
 
@@ -44,7 +45,7 @@ class ExportedModel:
     """
 
     def __init__(self, folder: Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
-        task = _read_json(folder / SETTINGS).get("task")
+        task = read_json(folder / SETTINGS, _REMEDY).get("task")
         if task not in KINDS:
             raise UserError(f"{folder / SETTINGS}: task is {task!r}, expected {' or '.join(KINDS)}; export again")
         self._visual, self._examples, search = _read_inference(folder / INFERENCE)
@@ -122,20 +123,8 @@ class ExportedModel:
         return visual, torch.ones(visual.shape[:2], dtype=torch.bool, device=self._device)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content: Any = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; copy the whole folder of the export") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON ({error}); copy it again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}, expected an object; copy it again")
-    return content
-
-
 def _read_inference(path: Path) -> tuple[VisualConfig, ExampleConfig, SearchConfig]:
-    content = _read_json(path)
+    content = read_json(path, _REMEDY)
     try:
         visual, search = content["visual"], content["search"]
         for name, minimum in (("num_beams", 1), ("min_length", 0), ("max_length", 1)):

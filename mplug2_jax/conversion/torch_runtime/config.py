@@ -90,20 +90,26 @@ SIZES: Mapping[str, Config] = {
 }  # fmt: skip
 
 
+def read_json(path: Path, remedy: str) -> dict[str, Any]:
+    """Read the object in a JSON file. Raises UserError, with the remedy, if it is missing or is not an object."""
+    try:
+        content: Any = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; {remedy}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}; {remedy}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, expected an object; {remedy}")
+    return content
+
+
 def read_config(path: Path) -> Config:
     """Read the sizes in a JSON file: an object with the fields of :class:`Config`; those with a default may be absent.
 
     Raises:
         UserError: the file is missing or invalid, a field is unknown or missing, or sizes do not fit.
     """
-    try:
-        sizes: Any = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; write one, or pass a config, such as SIZES['large']") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(sizes, dict):
-        raise UserError(f"{path} holds a {type(sizes).__name__}, expected an object with the sizes of the model")
+    sizes = read_json(path, "write one, or pass a config, such as SIZES['large']")
     sizes = {name: value for name, value in sizes.items() if name not in _OTHER_FIELDS}
     fields = {field.name: field for field in dataclasses.fields(Config)}
     for name in sizes:

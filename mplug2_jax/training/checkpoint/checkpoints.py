@@ -421,27 +421,25 @@ class Checkpoints:
 
     def _check_shapes(self, step: int, like: Any) -> dict[str, Any]:
         """Compare names and shapes with what is stored, so that the error can name the first difference."""
-        stored = self._stored_leaves(step)
+        where, stored = f"checkpoint {self.folder / str(step)}", self._stored_leaves(step)
+        has_optimizer = any(name.startswith("opt/") for name in stored)
         for name, leaf in leaves_by_name(like).items():
-            if name.startswith("opt/") and not any(each.startswith("opt/") for each in stored):
+            if name.startswith("opt/") and not has_optimizer:
                 raise UserError(
-                    f"checkpoint {self.folder / str(step)} holds weights without an optimizer state, so no run can "
+                    f"{where} holds weights without an optimizer state, so no run can "
                     f"resume from it: start one in a new --workdir with --config.init_from={self.folder.parent}"
                 )
             if name not in stored and name.startswith("opt/"):
                 raise UserError(
-                    f"checkpoint {self.folder / str(step)} lacks {name}, which the optimizer needs: a resumed run can "
+                    f"{where} lacks {name}, which the optimizer needs: a resumed run can "
                     "neither train more parts nor turn clipping on or off (an optimizer.clip_norm of 1e9 never clips); "
                     "set config.freeze, config.lora and config.optimizer.clip_norm as they were"
                 )
             if name not in stored:
-                raise UserError(
-                    f"checkpoint {self.folder / str(step)} lacks {name}, which this config needs; check its model and "
-                    "its parts"
-                )
+                raise UserError(f"{where} lacks {name}, which this config needs; check its model and its parts")
             if tuple(stored[name].shape) != tuple(leaf.shape):
                 raise UserError(
-                    f"checkpoint {self.folder / str(step)} is of another size: {name} is "
+                    f"{where} is of another size: {name} is "
                     f"{list(stored[name].shape)} there, {list(leaf.shape)} in this model; match config.model"
                 )
         return stored

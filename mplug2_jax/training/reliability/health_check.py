@@ -21,7 +21,7 @@ _AXIS = "devices"
 
 
 class DeviceResult(NamedTuple):
-    """What one device found, as 32-bit words."""
+    """The checksums of one device, as 32-bit words."""
 
     product: int  # the checksum of a matrix product
     received: int  # that of the device before it, which sent it

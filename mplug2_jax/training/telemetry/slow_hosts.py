@@ -1,4 +1,4 @@
-"""Which host holds up the others, and why; decided from a table of measurements, without JAX.
+"""Find the straggler: the host that slows a step down, and the cause; from a table of measurements, without JAX.
 
 In synchronous training all processes finish a step together, so the time of a step is the same on all. The slow process
 is the one that does not wait for the others: its own time fills the step, be it waiting for its data or working on the
@@ -70,20 +70,20 @@ def find_slow_host(table: HostTable) -> SlowHost | None:
 
 
 class SlowHostRule:
-    """Tells once when a host has been at twice the median of the others for five minutes."""
+    """Reports once that a host has been at twice the median of the others for five minutes."""
 
     def __init__(self) -> None:
         self._process: int | None = None
         self._since = 0.0
-        self._told = False
+        self._reported = False
 
     def observe(self, found: SlowHost | None, now: float) -> bool:
         """Return whether the slowest host of a new table is an event; ``now`` in seconds."""
         process = found.process if found and found.share >= EVENT_FACTOR * found.others else None
         if process != self._process:
-            self._process, self._since, self._told = process, now, False
-        is_event = process is not None and not self._told and now - self._since >= EVENT_SECONDS
-        self._told = self._told or is_event
+            self._process, self._since, self._reported = process, now, False
+        is_event = process is not None and not self._reported and now - self._since >= EVENT_SECONDS
+        self._reported = self._reported or is_event
         return is_event
 
 

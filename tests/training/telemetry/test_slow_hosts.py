@@ -56,11 +56,11 @@ def test_of_two_slow_hosts_the_slower_is_named() -> None:
         np.full((4, 3), 0.9), np.zeros((4, 3)),
     ],
 )  # fmt: skip
-def test_hosts_that_do_not_hold_up_the_others_are_not_named(values: HostTable) -> None:
+def test_hosts_that_do_not_slow_the_others_down_are_not_named(values: HostTable) -> None:
     assert find_slow_host(values) is None
 
 
-def test_the_description_has_the_share_and_the_others() -> None:
+def test_the_message_has_the_share_of_the_host_and_the_median_of_the_others() -> None:
     assert str(SlowHost(1, "data", 0.912, 0.03)) == "waits for data for 91% of a step, the others 3%"
     assert str(SlowHost(1, "step", 0.7, 0.1)) == "works on the host for 70% of a step, the others 10%"
     assert str(SlowHost(1, "memory", 0.95, 0.3)) == "uses 95% of its memory, the others 30%"
