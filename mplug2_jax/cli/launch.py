@@ -1,6 +1,7 @@
 """``mplug2 launch``: start a run as several processes on this machine, or submit it to a scheduler."""
 
 import argparse
+import dataclasses
 import functools
 import os
 import subprocess
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from mplug2_jax.launch.job import Job, Submission
 
 MULTIPROCESS_COMMANDS = ("train", "eval", "embed", "data")
+_SLICE_TIMEOUT = 600  # seconds
 _MOUNT_HELP = "gs://BUCKET or gs://BUCKET/FOLDER to mount read-only at /gcs (default: none; gs:// paths need no mount)"
 
 
@@ -51,6 +53,8 @@ def _add_local(group: Any, parsers: Mapping[str, argparse.ArgumentParser]) -> No
     local.add_argument(
         "--max-restarts", type=int, default=0, help="restarts of all processes after a failure (default: 0)"
     )
+    local.add_argument("--slices", type=int, default=1, help="simulated slices of the processes (default: 1)")
+    _add_min_slices(local)
     local.add_argument(
         "launched", nargs="+", metavar="COMMAND", help="after --: the train, eval, embed or data command to run"
     )
@@ -93,6 +97,7 @@ def _add_gke(group: Any, parsers: Mapping[str, argparse.ArgumentParser]) -> None
     )  # fmt: skip
     gke.add_argument("--spot", action="store_true", help="use spot (preemptible) machines")
     gke.add_argument("--mount", help=_MOUNT_HELP)
+    _add_min_slices(gke)
     gke.add_argument("--cluster", default="CLUSTER", help="name of the cluster, for xpk")
     _add_workers(gke)
 
@@ -136,6 +141,28 @@ def _add_job_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_min_slices(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--min-slices", type=int, metavar="N",
+        help="go on with N or more slices after a failure, in more micro-batches (default: wait for all of them)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--slice-timeout", type=int, metavar="SECONDS",
+        help=f"with --min-slices: how long a start waits for all slices (default: {_SLICE_TIMEOUT})",
+    )  # fmt: skip
+
+
+def _parse_min_slices(args: argparse.Namespace, slices: int) -> tuple[int, int]:
+    """Return how many of the slices suffice, and how long to wait for all of them. Raises UserError."""
+    if args.min_slices is None:
+        if args.slice_timeout is not None:
+            raise UserError(f"--slice-timeout {args.slice_timeout} is not used without --min-slices: add it")
+        return slices, _SLICE_TIMEOUT
+    check_range("--min-slices", args.min_slices, 1, slices)
+    check_range("--slice-timeout", args.slice_timeout, 1)
+    return args.min_slices, args.slice_timeout or _SLICE_TIMEOUT
+
+
 def _add_workers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, help="number of data workers, in place of a training run")
     parser.add_argument("--cpus", type=int, help="with --workers: CPUs of each worker (default: 4)")
@@ -151,10 +178,13 @@ def run_local(args: argparse.Namespace, parsers: Mapping[str, argparse.ArgumentP
     """
     from mplug2_jax.cli.train import resolve_recipe
     from mplug2_jax.launch.data_job import make_data_job
-    from mplug2_jax.launch.local import LocalProcesses
+    from mplug2_jax.launch.local import LocalProcesses, SimulatedSlices
 
-    for option, least in (("processes", 1), ("devices_per_process", 1), ("max_restarts", 0)):
+    for option, least in (("processes", 1), ("devices_per_process", 1), ("max_restarts", 0), ("slices", 1)):
         check_range(f"--{option.replace('_', '-')}", getattr(args, option), least)
+    minimum, timeout = _parse_min_slices(args, args.slices)
+    if args.processes % args.slices:
+        raise UserError(f"--slices {args.slices} with --processes {args.processes}: expected a multiple of the slices")
     command, *options = args.launched
     if command not in MULTIPROCESS_COMMANDS:
         raise UserError(
@@ -163,6 +193,8 @@ def run_local(args: argparse.Namespace, parsers: Mapping[str, argparse.ArgumentP
     launched = parse_words(parsers[command], options)
     verbosity = {-1: ["--quiet"], 1: ["--verbose"]}.get(args.verbosity, [])
     words = [sys.executable, "-m", "mplug2_jax.cli.main", *verbosity, *args.launched]
+    if args.slices > 1 and command != "train":
+        raise UserError(f"--slices {args.slices} with {command}: only train has slices; remove the option")
     if command == "data":
         job = make_data_job(args.launched, launched, workers=args.processes)
         if status := LocalProcesses(words, args.processes, independent=True).run(args.max_restarts):
@@ -171,7 +203,8 @@ def run_local(args: argparse.Namespace, parsers: Mapping[str, argparse.ArgumentP
         return int(joined.run(joined))
     if command == "train":
         resolve_recipe(launched.config, launched.plan, launched.overrides)
-    return LocalProcesses(words, args.processes, args.devices_per_process).run(args.max_restarts)
+    slices = SimulatedSlices(args.slices, minimum, timeout) if args.slices > 1 else None
+    return LocalProcesses(words, args.processes, args.devices_per_process, slices=slices).run(args.max_restarts)
 
 
 def run_slurm(args: argparse.Namespace, parsers: Mapping[str, argparse.ArgumentParser]) -> int:
@@ -195,6 +228,9 @@ def run_gke(args: argparse.Namespace, parsers: Mapping[str, argparse.ArgumentPar
     if data_job := _make_data_job(args, parsers):
         return _print_or_submit(render_indexed_job(data_job, options), args)
     job = _make_job(args, SPOT_GRACE_PERIOD if args.spot else None)
+    minimum, timeout = _parse_min_slices(args, job.topology.slices)
+    if minimum < job.topology.slices:
+        options = dataclasses.replace(options, min_slices=minimum, slice_timeout=timeout)
     return _print_or_submit(render_gke(job, options), args)
 
 
@@ -209,7 +245,7 @@ def run_tpu_vm(args: argparse.Namespace) -> int:
     return _print_or_submit(render_tpu_vm(_make_job(args), options), args)
 
 
-_RUN_OPTIONS = ("plan", "config", "topology", "slices", "workdir", "grace_period")
+_RUN_OPTIONS = ("plan", "config", "topology", "slices", "workdir", "grace_period", "min_slices")
 
 
 def _make_data_job(args: argparse.Namespace, parsers: Mapping[str, argparse.ArgumentParser]) -> "DataJob | None":
@@ -226,7 +262,8 @@ def _make_data_job(args: argparse.Namespace, parsers: Mapping[str, argparse.Argu
         command = f"the command {' '.join(args.launched)!r}" if args.launched else "no command"
         workers = "no --workers" if args.workers is None else f"--workers {args.workers}"
         raise UserError(f"{workers} with {command}: expected both, as in --workers 64 -- data index gs://bucket/shards")
-    given = [f"--{name.replace('_', '-')}" for name in _RUN_OPTIONS if getattr(args, name) is not None] + args.overrides
+    given = [f"--{name.replace('_', '-')}" for name in _RUN_OPTIONS if getattr(args, name, None) is not None]
+    given += args.overrides
     if given:
         raise UserError(f"{given[0]} is for training runs, and --workers starts data workers; remove one of them")
     data_args = parse_words(parsers["data"], args.launched[1:])

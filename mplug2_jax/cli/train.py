@@ -80,7 +80,7 @@ def _train(config: "RunConfig", workdir: Path, overrides: Sequence[str], force: 
         results = _join_and_train(config, workdir, overrides, force, watchdog)
     from mplug2_jax.parallel.processes import is_primary_process
 
-    if not is_primary_process():
+    if results is None or not is_primary_process():
         return 0
     from mplug2_jax.report import write_report
     from mplug2_jax.training.workdir import WorkDir
@@ -95,20 +95,38 @@ def _train(config: "RunConfig", workdir: Path, overrides: Sequence[str], force: 
 
 def _join_and_train(
     config: "RunConfig", workdir: Path, overrides: Sequence[str], force: Sequence[str], watchdog: "Watchdog"
-) -> "list[EvaluationResult]":
+) -> "list[EvaluationResult] | None":
+    """Return the last evaluations; None if this process belongs to a slice that the run does not use."""
     with _exit_on_sigterm():
-        from mplug2_jax.parallel.processes import initialize_distributed
+        from mplug2_jax.parallel.processes import initialize_distributed, is_primary_process
         from mplug2_jax.training.initialization import with_checkpoint_sizes
         from mplug2_jax.training.loop import train
+        from mplug2_jax.training.reliability.slices import Slices
         from mplug2_jax.training.workdir import WorkDir
 
+        slices = Slices.detect(os.environ, WorkDir(workdir).slices)
+        if slices:
+            watchdog.enter("waiting for the other slices")
+            slices.join(os.environ, config.watchdog_timeout)
+            if not slices.is_member:
+                watchdog.close()
+                slices.wait_until_finished()
+                return None
+            config = slices.scale(config)
     watchdog.enter("joining the other processes", "join")
     initialize_distributed(config.heartbeat_timeout)
     watchdog.enter("reading the config of the work directory")
     previous = WorkDir(workdir).read_config() if WorkDir(workdir).exists() else None
+    if slices and is_primary_process():
+        slices.remove_earlier()
+    if slices and previous and previous.grad_accum_steps != config.grad_accum_steps:
+        force = [*force, "config.grad_accum_steps"]  # which --min-slices asks for
     with _name_missing_files(config, WorkDir(workdir)):
         config = with_checkpoint_sizes(config, overrides, previous)
-        return train(config, workdir, force, watchdog)
+        results = train(config, workdir, force, watchdog)
+    if slices and is_primary_process():
+        slices.finish()
+    return results
 
 
 @contextlib.contextmanager

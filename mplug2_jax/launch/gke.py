@@ -44,6 +44,8 @@ class GkeOptions:
     spot: bool = False
     mount: str | None = None  # gs:// URL of a bucket or a folder in it
     cluster: str = "CLUSTER"  # for xpk
+    min_slices: int | None = None  # that the run can go on with; None: all of them
+    slice_timeout: int = 600  # seconds to wait for the others
 
 
 def render_indexed_job(job: DataJob, options: GkeOptions) -> Submission:
@@ -98,13 +100,15 @@ def render_gke(job: Job, options: GkeOptions) -> Submission:
         data_folder=job.data_folder.replace("$", "$$"), recipe=job.recipe, recipe_mount=RECIPES,
         grace_period=job.grace_period, max_restarts=job.max_restarts, user_error=USER_ERROR,
         bucket=bucket.name if bucket else "", mount=MOUNT, mount_options=_mount_options(bucket) if bucket else "",
+        min_slices=options.min_slices, slice_timeout=options.slice_timeout,
     )  # fmt: skip
     xpk = ("or with xpk, which has its own queues", make_xpk_commands(job, options, bucket))
     return Submission(
         filename=f"{job.name}.yaml",
         text=text,
         command=("kubectl", "apply", "-f"),
-        alternatives=() if job.recipe else (xpk,),  # xpk cannot bundle files
+        # xpk cannot bundle files, nor pass on the number of a restart.
+        alternatives=() if job.recipe or options.min_slices else (xpk,),
         notes=(
             *describe_input_paths(job.input_paths, (MOUNT,) if bucket else ()),
             *describe_mount(bucket),

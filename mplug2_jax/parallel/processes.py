@@ -7,7 +7,8 @@ set by ``launch local``      ``JAX_COORDINATOR_ADDRESS``, ``JAX_NUM_PROCESSES``,
 GKE JobSet                  ``JOBSET_NAME``, ``REPLICATED_JOB_NAME``, ``JOB_COMPLETION_INDEX``, ``JAX_NUM_PROCESSES``
 SLURM                       a step of several tasks: ``SLURM_STEP_NUM_TASKS`` and related variables
 TPU pod                     ``TPU_WORKER_HOSTNAMES`` and ``TPU_WORKER_ID``, or the metadata server of a TPU machine
-several TPU slices          also ``MEGASCALE_NUM_SLICES``, ``_SLICE_ID``, ``_COORDINATOR_ADDRESS``, which JAX reads
+several TPU slices          also ``MEGASCALE_NUM_SLICES``, ``_SLICE_ID``, ``_COORDINATOR_ADDRESS``, which JAX reads;
+                            for elastic ones see :mod:`mplug2_jax.training.reliability.slices`
 ==========================  ================================================================================
 """
 
@@ -66,7 +67,7 @@ def detect_cluster(environment: Mapping[str, str], *, tpu: bool = False) -> Clus
         if name in environment:
             raise UserError(f"{name}={environment[name]} is set, but JAX_COORDINATOR_ADDRESS is not; set all or none")
     # SLURM_JOB_ID is also set in batch scripts and interactive shells; only a step (srun) has tasks.
-    if _read_int(environment, "SLURM_STEP_NUM_TASKS", default=1) > 1:
+    if read_int(environment, "SLURM_STEP_NUM_TASKS", default=1) > 1:
         return _from_slurm(environment)
     if tpu:
         return _from_tpu_pod(environment)
@@ -77,22 +78,22 @@ def _from_jax_variables(environment: Mapping[str, str]) -> Cluster:
     address = environment["JAX_COORDINATOR_ADDRESS"]
     if not re.fullmatch(r"\S+:\d{1,5}", address):
         raise UserError(f"JAX_COORDINATOR_ADDRESS={address} is invalid; expected HOST:PORT")
-    count, index = (_read_int(environment, key) for key in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
+    count, index = (read_int(environment, key) for key in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
     return _check_process_id(Cluster("environment", address, count, index))
 
 
 def _from_jobset(environment: Mapping[str, str]) -> Cluster:
-    name, job = (_read_text(environment, key) for key in ("JOBSET_NAME", "REPLICATED_JOB_NAME"))
-    count, index = (_read_int(environment, key) for key in ("JAX_NUM_PROCESSES", "JOB_COMPLETION_INDEX"))
+    name, job = (read_text(environment, key) for key in ("JOBSET_NAME", "REPLICATED_JOB_NAME"))
+    count, index = (read_int(environment, key) for key in ("JAX_NUM_PROCESSES", "JOB_COMPLETION_INDEX"))
     return _check_process_id(Cluster(f"JobSet {name}", f"{name}-{job}-0-0.{name}:{DEFAULT_PORT}", count, index))
 
 
 def _from_slurm(environment: Mapping[str, str]) -> Cluster:
-    count, index = (_read_int(environment, key) for key in ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"))
-    job, nodes = _read_int(environment, "SLURM_JOB_ID"), _read_text(environment, "SLURM_STEP_NODELIST")
-    if not _read_int(environment, "SLURM_STEP_NUM_NODES"):
+    count, index = (read_int(environment, key) for key in ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"))
+    job, nodes = read_int(environment, "SLURM_JOB_ID"), read_text(environment, "SLURM_STEP_NODELIST")
+    if not read_int(environment, "SLURM_STEP_NUM_NODES"):
         raise UserError("SLURM_STEP_NUM_NODES=0 must be at least 1")
-    _read_int(environment, "SLURM_LOCALID")
+    read_int(environment, "SLURM_LOCALID")
     # Jobs that share a node need different ports.
     address = f"{first_host(nodes)}:{DEFAULT_PORT + job % 4096}"
     return _check_process_id(Cluster(f"SLURM job {job}", address, count, index, local_device_ids(environment)))
@@ -108,7 +109,7 @@ def _from_tpu_pod(environment: Mapping[str, str]) -> Cluster:
                 "none"
             )
         return Cluster("TPU metadata")
-    pod = Cluster("TPU pod", num_processes=len(hosts.split(",")), process_id=_read_int(environment, "TPU_WORKER_ID"))
+    pod = Cluster("TPU pod", num_processes=len(hosts.split(",")), process_id=read_int(environment, "TPU_WORKER_ID"))
     _check_slices(environment)
     return Cluster(_check_process_id(pod).source)  # JAX counts the processes of all slices
 
@@ -117,23 +118,25 @@ def _check_slices(environment: Mapping[str, str]) -> None:
     """Check variables without which JAX would take this slice for the first one and wait forever for the others."""
     if "MEGASCALE_NUM_SLICES" not in environment:
         return
-    slices = Cluster("TPU slices", num_processes=_read_int(environment, "MEGASCALE_NUM_SLICES"), process_id=0)
+    slices = Cluster("TPU slices", num_processes=read_int(environment, "MEGASCALE_NUM_SLICES"), process_id=0)
     if slices.num_processes != 1:
-        _read_text(environment, "MEGASCALE_COORDINATOR_ADDRESS")
-        _check_process_id(dataclasses.replace(slices, process_id=_read_int(environment, "MEGASCALE_SLICE_ID")))
+        read_text(environment, "MEGASCALE_COORDINATOR_ADDRESS")
+        _check_process_id(dataclasses.replace(slices, process_id=read_int(environment, "MEGASCALE_SLICE_ID")))
 
 
-def _read_text(environment: Mapping[str, str], name: str) -> str:
+def read_text(environment: Mapping[str, str], name: str) -> str:
+    """Return a variable that must be set. Raises UserError."""
     value = environment.get(name)
     if not value:
         raise UserError(f"{name} is not set, but related variables are; set all that {__name__} lists, or none")
     return value
 
 
-def _read_int(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
+def read_int(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
+    """Return a variable that is a whole number; it must be set unless there is a default. Raises UserError."""
     if default is not None and name not in environment:
         return default
-    value = _read_text(environment, name)
+    value = read_text(environment, name)
     if not value.isdecimal():
         raise UserError(f"{name}={value} is not a whole number")
     return int(value)

@@ -41,7 +41,7 @@ def find_changes(old: RunConfig, new: RunConfig, force: Sequence[str] = ()) -> l
     """Return the fields in which two configs differ; ``force`` are fields or groups, as ``config.optimizer``."""
     before, after = flatten_config(old), flatten_config(new)
     kinds = {field.path: field.kind for config in (old, new) for field in iter_fields(config)}
-    if any(map(_depends_on_micro_batches, (old, new))):
+    if any(map(depends_on_micro_batches, (old, new))):
         kinds["grad_accum_steps"] = "deciding"
     changes = []
     for name in sorted({*before, *after}):
@@ -53,7 +53,7 @@ def find_changes(old: RunConfig, new: RunConfig, force: Sequence[str] = ()) -> l
     return changes
 
 
-def _depends_on_micro_batches(config: RunConfig) -> bool:
+def depends_on_micro_batches(config: RunConfig) -> bool:
     """Return whether a loss compares the examples of a whole micro-batch, or the schedule counts micro-batches."""
     objectives = {objective for stream in config.streams.values() for objective in stream.objectives}
     whole_batch = "vlc" in objectives or ("vlm" in objectives and not config.tasks.vlm.group_size)

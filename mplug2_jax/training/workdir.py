@@ -37,6 +37,7 @@ class WorkDir:
         self.hosts = path / "hosts.jsonl"  # how busy each process was
         self.goodput = path / "goodput.jsonl"
         self.lock = path / "lock.json"  # of the process that trains here now
+        self.slices = path / "slices"  # files by which elastic slices find each other
         self._config = path / "config.json"
         self.tokenizer_folder = path / "tokenizer"
 
@@ -108,12 +109,16 @@ class WorkDir:
                 raise UserError(f"--workdir {self.path} is a URL that was taken for a local path; use to_path")
             if self.path.exists() and not self.path.is_dir():
                 raise UserError(f"--workdir {self.path} is a file; choose a new folder")
-            if self.path.exists() and not all(child.name.startswith(self.lock.name) for child in self.path.iterdir()):
+            if self.path.exists() and not all(map(self._is_coordination, self.path.iterdir())):
                 raise UserError(f"--workdir {self.path} is not empty and holds no run; choose a new folder")
             return False
         old = self.read_config()
         check_changes(self.path, old, config, force, read_events(self.events))
         return True
+
+    def _is_coordination(self, path: Path) -> bool:
+        """Return whether a file or folder may be there before the run has begun."""
+        return path.name.startswith(self.lock.name) or path == self.slices
 
     def initialize(self, config: RunConfig, tokenizer: Tokenizer | None) -> None:
         """Write the config and tokenizer of a run that passed all checks, so that an invalid one leaves no trace."""

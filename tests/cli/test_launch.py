@@ -14,6 +14,7 @@ GKE = (
     "launch", "gke", "--config", "demo", "--topology", "v5p:2x2x4", "--workdir", "gs://bucket/demo",
     "--image", "r/i:1",
 )  # fmt: skip
+LOCAL = ("launch", "local", "--processes", "4")
 TPU_VM = (
     "launch", "tpu-vm", "--config", "demo", "--topology", "v6e:4x4", "--workdir", "gs://bucket/demo",
     "--image", "r/i:1", "--zone", "us-east5-a",
@@ -108,6 +109,10 @@ def test_a_plan_is_launched_with_its_overrides(here: Path) -> None:
         ((*TPU_VM, "--spot", "--reserved"), "--reserved: not allowed with argument --spot"),
         ((*SLURM, "--workdir", "gs://b/runs/x"), "--workdir gs://b/runs/x: names of buckets have 3 to 63 characters"),
         ((*TPU_VM, "--mount", "data"), "--mount data: expected gs://BUCKET or gs://BUCKET/FOLDER"),
+        ((*GKE, "--min-slices", "2"), "--min-slices=2 must be between 1 and 1"),
+        ((*GKE, "--slice-timeout", "60"), "--slice-timeout 60 is not used without --min-slices"),
+        ((*LOCAL, "--slices", "3", "--", "train"), "--slices 3 with --processes 4: expected a multiple of the slices"),
+        ((*LOCAL, "--slices", "2", "--", "eval", "--workdir", "x"), "--slices 2 with eval: only train has slices"),
     ],
 )
 def test_errors_are_one_line(here: Path, words: tuple[str, ...], message: str) -> None:
@@ -115,6 +120,14 @@ def test_errors_are_one_line(here: Path, words: tuple[str, ...], message: str) -
     assert refused.status == 2
     assert message in refused.err.splitlines()[-1]
     assert refused.out == ""
+
+
+def test_a_run_may_go_on_with_fewer_slices(here: Path) -> None:
+    slices = (*GKE, "--slices", "2", "--config.mesh.replica=-1", "--config.mesh.fsdp=2", "--config.mesh.data=8")
+    assert "MPLUG2_MIN_SLICES" not in mplug2(*slices).out
+    elastic = mplug2(*slices, "--min-slices", "1").out
+    assert 'MPLUG2_MIN_SLICES\n                      value: "1"\n' in elastic
+    assert 'MPLUG2_SLICE_TIMEOUT\n                      value: "600"\n' in elastic
 
 
 @pytest.mark.parametrize("target", ["slurm", "gke", "tpu-vm"])

@@ -1,5 +1,6 @@
 """The JobSet: valid by JobSet's schema, with correct restarts; and the commands of xpk."""
 
+import dataclasses
 import json
 import os
 import shlex
@@ -65,6 +66,26 @@ def forbid_unknown_fields(schema: Any) -> Any:
     if schema.get("type") == "object" and isinstance(schema.get("properties"), dict):
         strict.setdefault("additionalProperties", False)
     return strict
+
+
+def test_elastic_slices_know_the_start_that_they_belong_to(schemas: Path) -> None:
+    jsonschema = pytest.importorskip("jsonschema", reason="jsonschema is not installed here: make test does it")
+    schema = forbid_unknown_fields(json.loads((schemas / "jobset.v1alpha2.schema.json").read_text()))
+    elastic = dataclasses.replace(OPTIONS, min_slices=1, slice_timeout=300)
+    submission = render_gke(make_job(slices=2), elastic)
+    jobset = yaml.safe_load(submission.text)
+    jsonschema.Draft202012Validator(schema).validate(jobset)
+    (container,) = pod(jobset)["containers"]
+    variables = {each.pop("name"): each for each in container["env"]}
+    assert variables["MPLUG2_MIN_SLICES"] == {"value": "1"}
+    assert variables["MPLUG2_SLICE_TIMEOUT"] == {"value": "300"}
+    assert variables["MPLUG2_ATTEMPT"] == {"value": "$(JOBSET_UID)-$(JOBSET_RESTART_ATTEMPT)"}
+    assert list(variables).index("MPLUG2_ATTEMPT") > list(variables).index("JOBSET_RESTART_ATTEMPT")
+    for name, label in (("JOBSET_UID", "jobset-uid"), ("JOBSET_RESTART_ATTEMPT", "restart-attempt")):
+        path = f"metadata.labels['jobset.sigs.k8s.io/{label}']"
+        assert variables[name] == {"valueFrom": {"fieldRef": {"fieldPath": path}}}
+    assert not submission.alternatives
+    assert "MPLUG2_ATTEMPT" not in render_gke(make_job(slices=2), OPTIONS).text
 
 
 @pytest.mark.parametrize("topology", TPUS)

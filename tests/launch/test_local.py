@@ -9,26 +9,32 @@ from pathlib import Path
 
 import pytest
 
+from mplug2_jax.launch.local import SimulatedSlices
+
 pytestmark = pytest.mark.timeout(60)
 
 PRELUDE = "import os, signal, sys, time\nindex = int(os.environ['JAX_PROCESS_ID'])\n"
 
 
-def start_launcher(script: str, processes: int = 3, restarts: int = 0) -> "subprocess.Popen[str]":
+def start_launcher(
+    script: str, processes: int = 3, restarts: int = 0, slices: SimulatedSlices | None = None
+) -> "subprocess.Popen[str]":
     """Start a launcher process that runs Python code as several processes."""
     start = (
         "import sys\nfrom mplug2_jax.console import configure_logging\n"
-        "from mplug2_jax.launch.local import LocalProcesses\nconfigure_logging()\n"
+        "from mplug2_jax.launch.local import LocalProcesses, SimulatedSlices\nconfigure_logging()\n"
         "command = [sys.executable, '-c', sys.argv[1]]\n"
-        f"sys.exit(LocalProcesses(command, {processes}, 2).run({restarts}))"
+        f"sys.exit(LocalProcesses(command, {processes}, 2, slices={slices}).run({restarts}))"
     )
     return subprocess.Popen(
         [sys.executable, "-c", start, PRELUDE + script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 
-def run_launcher(script: str, processes: int = 3, restarts: int = 0) -> tuple[int, list[str], list[str]]:
-    process = start_launcher(script, processes, restarts)
+def run_launcher(
+    script: str, processes: int = 3, restarts: int = 0, slices: SimulatedSlices | None = None
+) -> tuple[int, list[str], list[str]]:
+    process = start_launcher(script, processes, restarts, slices)
     out, err = process.communicate(timeout=50)
     return process.returncode, sorted(out.splitlines()), sorted(err.splitlines())
 
@@ -137,3 +143,25 @@ def test_errors_before_any_process_starts(repository: Path) -> None:
     assert run("--processes", "2", "--", "train", "--config", "demo") == (
         2, "mplug2 train: error: the following arguments are required: --workdir",
     )  # fmt: skip
+
+
+KILLED = "os.kill(os.getpid(), signal.SIGKILL)"
+
+
+@pytest.mark.parametrize(
+    ("end", "minimum", "expected"),
+    [
+        (KILLED, 1, ["0", "1"]),  # slice 1 is lost
+        (KILLED, 2, ["0", "1", "2", "3"]),  # all are needed
+        ("sys.exit(1)", 1, ["0", "1", "2", "3"]),  # a program that fails loses nothing
+    ],
+)
+def test_a_slice_of_which_a_process_was_killed_is_not_restarted(end: str, minimum: int, expected: list[str]) -> None:
+    script = (
+        "attempt = os.environ['MPLUG2_ATTEMPT'].partition('-')[2]\n"
+        f"if attempt == '0':\n  time.sleep(0.1)\n  if index == 2: {end}\n  time.sleep(600)\n"
+        "print(index, os.environ['MEGASCALE_SLICE_ID'], os.environ['MEGASCALE_NUM_SLICES'])"
+    )
+    status, out, _ = run_launcher(script, 4, 1, SimulatedSlices(2, minimum, 5))
+    assert status == 0
+    assert out == [f"[{i}] {i} {int(i) // 2} 2" for i in expected]

@@ -12,12 +12,14 @@ import pytest
 from data_pipelines.config import DataConfig, ExampleConfig, SourceConfig
 from mplug2_jax.evaluation.config import EvaluationConfig
 from mplug2_jax.launch.local import find_free_port, process_environment
+from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.training.config import CheckpointConfig
+from mplug2_jax.training.telemetry.events import read_events
 from mplug2_jax.training.telemetry.metric_log import read_train_metrics
 from tests.close import assert_close
 from tests.data_pipelines.worlds import write_tar
 from tests.launch.processes import environment
-from tests.runs import recipe_file, text_run
+from tests.runs import ENTAILMENT, recipe_file, small_model, small_run, stream, text_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -40,10 +42,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def mplug2(folder: Path, *words: str) -> "subprocess.CompletedProcess[str]":
+def mplug2(folder: Path, *words: str, devices: int = 8) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
         [sys.executable, "-m", "mplug2_jax.cli.main", *words],
-        env=environment(folder, 8), capture_output=True, text=True, timeout=600,
+        env=environment(folder, devices), capture_output=True, text=True, timeout=600,
     )  # fmt: skip
 
 
@@ -146,6 +148,59 @@ def test_a_slow_loader_and_a_slow_step_are_named_with_their_process(tmp_path: Pa
     lines = [line for line in read_train_metrics(tmp_path / "run" / "metrics.jsonl") if "hosts/slowest" in line]
     assert {1, 2} <= {line["hosts/slowest"] for line in lines}
     assert "4 processes" in (tmp_path / "run" / "report.html").read_text()
+
+
+LOSES_A_SLICE = """
+import os, signal, sys
+from mplug2_jax.cli.main import main
+from mplug2_jax.training.telemetry.profiling import Profiler
+
+before_step = Profiler.before_step
+
+def killed(self, step):
+    before_step(self, step)
+    if step == 6 and os.environ["JAX_PROCESS_ID"] == "3":  # which no process of one slice has
+        os.kill(os.getpid(), signal.SIGKILL)
+
+Profiler.before_step = killed
+sys.exit(main(sys.argv[1:]))
+"""
+LAUNCHER = """
+import sys
+from mplug2_jax.console import configure_logging
+from mplug2_jax.launch.local import LocalProcesses, SimulatedSlices
+
+configure_logging()
+command = [sys.executable, "-c", sys.argv[1], *sys.argv[2:]]
+sys.exit(LocalProcesses(command, 4, 1, slices=SimulatedSlices(2, 1, 4)).run(1))
+"""
+
+
+def test_a_run_that_loses_a_slice_goes_on_with_the_other(tmp_path: Path) -> None:
+    """The loss is a plain mean over examples, and there is no dropout: the curves are equal to rounding."""
+    examples = ExampleConfig(instructions=ENTAILMENT, instruction_length=16, classes=("yes", "no", "maybe"))
+    run = small_run(
+        streams={"text": stream("text", 8, examples, classify=1.0)}, evaluations={}, steps=10, log_example_ids=True,
+        model=small_model(dropout=0.0, num_classes=3), checkpoint=CheckpointConfig(every_steps=2),
+        mesh=MeshConfig(replica=-1, fsdp=2),
+    )  # fmt: skip
+    words = ["train", "--config", str(recipe_file(run, tmp_path / "recipe.py")), "--workdir"]
+    elastic = subprocess.run(
+        [sys.executable, "-c", LAUNCHER, LOSES_A_SLICE, *words, str(tmp_path / "elastic")],
+        env=environment(tmp_path, 1), capture_output=True, text=True, timeout=500,
+    )  # fmt: skip
+    assert elastic.returncode == 0, elastic.stderr
+    assert "1 of 2 slices: 2 micro-batches a step" in elastic.stderr
+    whole = mplug2(tmp_path, *words, str(tmp_path / "whole"), "--config.mesh.fsdp=1", devices=1)
+    assert whole.returncode == 0, whole.stderr
+
+    assert (tmp_path / "elastic/examples.jsonl").read_bytes() == (tmp_path / "whole/examples.jsonl").read_bytes()
+    metrics, expected = (read_train_metrics(tmp_path / name / "metrics.jsonl") for name in ("elastic", "whole"))
+    assert [line["step"] for line in metrics] == [line["step"] for line in expected] == list(range(1, 11))
+    assert_close([line["loss"] for line in metrics], [line["loss"] for line in expected])
+    events = read_events(tmp_path / "elastic" / "events.jsonl")
+    changed = [line for line in events if line["event"] == "config_changed"]
+    assert [(line["field"], line["old"], line["new"]) for line in changed] == [("grad_accum_steps", 1, 2)]
 
 
 STALLED_DATA = """
