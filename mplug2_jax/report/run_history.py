@@ -14,7 +14,9 @@ from mplug2_jax.training.telemetry.goodput import read_goodput
 
 MAX_EVENTS = 200
 _ORDER = ("step", "data_wait", "compile", "checkpoint", "evaluation", "init", "restart", "idle")
-_COUNTED_ONLY = ("saved", "compiled", "config_changed")  # too frequent for the table of events, or in one of their own
+MAX_STARTS = 10
+MIN_START_SECONDS = 0.05  # of a phase that is listed
+_COUNTED_ONLY = ("saved", "compiled", "config_changed", "started")  # too frequent, or in a table of their own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +54,16 @@ class Change:
 
 
 @dataclasses.dataclass(frozen=True)
+class Start:
+    """A start of the run, until its first step was done."""
+
+    time: str
+    step: int
+    seconds: float
+    phases: str  # the seconds of each
+
+
+@dataclasses.dataclass(frozen=True)
 class RunHistory:
     """Time and events of a run; empty if it wrote none.
 
@@ -63,6 +75,7 @@ class RunHistory:
     events: Sequence[Event] = ()
     counts: Mapping[str, int] = dataclasses.field(default_factory=dict)
     changes: Sequence[Change] = ()
+    starts: Sequence[Start] = ()
 
     @property
     def goodput(self) -> float:
@@ -90,6 +103,7 @@ def read_run_history(workdir: Path) -> RunHistory:
     counts: collections.Counter[str] = collections.Counter()
     events: collections.deque[Event] = collections.deque(maxlen=MAX_EVENTS)
     changes: list[Change] = []
+    starts: collections.deque[Start] = collections.deque(maxlen=MAX_STARTS)
     for line in read_events(workdir / "events.jsonl"):
         name = line["event"]
         counts[name] += 1
@@ -99,9 +113,21 @@ def read_run_history(workdir: Path) -> RunHistory:
             )
             kind = f"{line.get('kind')}{', forced' if line.get('forced') else ''}"
             changes.append(Change(_as_int(line.get("step")), str(line.get("field")), old, new, kind))
+        if name == "started" and (start := _read_start(line)):
+            starts.append(start)
         if name not in _COUNTED_ONLY:
             events.append(Event(_format_time(line.get("time")), _as_int(line.get("step")), _describe_event(name, line)))
-    return RunHistory(times, wall, list(events), dict(counts), changes)
+    return RunHistory(times, wall, list(events), dict(counts), changes, list(starts))
+
+
+def _read_start(line: Mapping[str, Any]) -> Start | None:
+    """Return the start that an event describes; None if the event is damaged."""
+    try:
+        seconds = {str(phase): float(value) for phase, value in line["seconds"].items()}
+        phases = ", ".join(f"{phase} {value:.1f}" for phase, value in seconds.items() if value >= MIN_START_SECONDS)
+        return Start(_format_time(line.get("time")), _as_int(line.get("step")), sum(seconds.values()), phases)
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return None
 
 
 def _describe_event(name: str, line: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -12,9 +13,11 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 from data_pipelines.storage.file_system import write_atomically
-from data_pipelines.storage.paths import to_path
+from data_pipelines.storage.paths import RemotePath, to_path
 from mplug2_jax.parallel.cpu_cluster import cpu_fingerprint
+from mplug2_jax.training.workdir import WorkDir
 
+_MIN_SECONDS = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
 DEFAULT_CACHE_DIR = Path("~/.cache/mplug2_jax/xla")
 
 # Overlap collectives with matmuls: all-gathers run piecewise during them, and reductions on the sparse cores, where a
@@ -35,12 +38,16 @@ def compiler_options(platform: str) -> dict[str, bool | float] | None:
     return dict(_TPU) if platform == "tpu" else None
 
 
-def enable_compilation_cache(where: str) -> Path | None:
+def enable_compilation_cache(where: str, workdir: WorkDir) -> Path | None:
     """Cache compiled programs in a folder, so that a restart does not compile them again.
 
+    Small programs are cached too: a restart has some dozens, as the checksums of the restored arrays.
+
     Args:
-        where: ``config.compilation_cache``: a folder, "off", or "auto". On CPUs "auto" uses one folder per kind of
-            processor: in a shared home directory one machine would load machine code for another.
+        where: ``config.compilation_cache``: a folder, "off", or "auto". With a work directory in a bucket "auto" is
+            there, because the disks of its machines come and go. On CPUs it is one folder per kind of processor: in a
+            shared home directory one machine would load machine code for another.
+        workdir: of the run.
 
     Returns:
         The folder; None without a cache.
@@ -50,10 +57,14 @@ def enable_compilation_cache(where: str) -> Path | None:
     """
     if where == "off":
         return None
+    if _MIN_SECONDS not in os.environ:
+        jax.config.update(_MIN_SECONDS.lower(), 0)
     configured = jax.config.values["jax_compilation_cache_dir"]  # by the environment
     if where == "auto" and configured:
         return to_path(configured)
-    default = DEFAULT_CACHE_DIR / f"cpu-{cpu_fingerprint()}" if jax.default_backend() == "cpu" else DEFAULT_CACHE_DIR
+    default = workdir.compilation_cache if isinstance(workdir.path, RemotePath) else DEFAULT_CACHE_DIR
+    if jax.default_backend() == "cpu":
+        default /= f"cpu-{cpu_fingerprint()}"
     folder = (default if where == "auto" else to_path(where)).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -245,7 +245,7 @@ class RunConfig:
     heartbeat_timeout: Free[int] = 100  # seconds after which a silent process is taken for dead, and the others end
     profile: Free[ProfileConfig] = ProfileConfig()
     wandb_project: Free[str] = ""  # Weights & Biases project that receives the metrics; empty: none
-    compilation_cache: Free[str] = "auto"  # a folder, "off", or "auto": ~/.cache/mplug2_jax
+    compilation_cache: Free[str] = "auto"  # a folder, "off", or "auto": ~/.cache/mplug2_jax, or the bucket of the run
 
     def __post_init__(self) -> None:
         """Check what spans several groups of fields.

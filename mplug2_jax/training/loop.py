@@ -120,7 +120,7 @@ def _train(
 ) -> list[EvaluationResult]:
     goodput = GoodputTracker()
     watchdog.enter("setting up the run")
-    enable_compilation_cache(config.compilation_cache)
+    enable_compilation_cache(config.compilation_cache, workdir)
 
     # Mesh and model, described before any array is allocated.
     mesh = make_mesh(config.mesh)
@@ -237,7 +237,8 @@ def _train(
                     if jax.process_count() == 1 or number % BAD_RECORD_SYNC_INTERVAL == 0:
                         records.check(allgather_objects(records.counts()))
                     example_ids.write(number, batch)
-                monitor.compile(step, number, state, batch)
+                if monitor.compile(step, number, state, batch):
+                    watchdog.enter("the first step", "compile")  # other processes may still compile
                 goodput.start_step(number)
                 monitor.profiler.before_step(number)
                 with monitor.hosts.dispatching():
@@ -247,6 +248,7 @@ def _train(
                 if number == position.step + 1:  # once all processes have compiled, there is something to save
                     with monitor.hosts.waiting():
                         jax.block_until_ready(metrics)
+                    monitor.log_startup(number, watchdog.end_startup())
                 notice.allow_exit(None)
 
                 last = number == config.steps

@@ -37,6 +37,7 @@ class WorkDir:
         self.hosts = path / "hosts.jsonl"  # how busy each process was
         self.goodput = path / "goodput.jsonl"
         self.lock = path / "lock.json"  # of the process that trains here now
+        self.compilation_cache = path / "compilation-cache"  # where the work directory is in a bucket
         self.slices = path / "slices"  # files by which elastic slices find each other
         self._config = path / "config.json"
         self.tokenizer_folder = path / "tokenizer"

@@ -52,6 +52,18 @@ def test_changes_of_the_config_are_listed_with_it(run: Run) -> None:
     assert "optimizer.learning_rate</td>" in write_report(run.path).read_text()
 
 
+def test_starts_are_listed_by_phase(run: Run) -> None:
+    start = {"time": 1.0, "event": "started", "step": 41}
+    seconds = {"importing": 2.25, "restoring": 4.0, "<b>": 1.5, "nothing": 0.001}
+    write(run.path / "events.jsonl", start | {"seconds": seconds}, start, start | {"seconds": {"importing": "soon"}})
+    (found,) = read_run_history(run.path).starts
+    assert (found.step, found.phases) == (41, "importing 2.2, restoring 4.0, <b> 1.5")
+    assert found.seconds == pytest.approx(7.751)
+    html = write_report(run.path).read_text()
+    assert "importing 2.2, restoring 4.0, &lt;b&gt; 1.5" in html
+    assert '<td class="n">7.8 s</td>' in html
+
+
 OLD_LEDGER = """\
 {"from": 100.0, "to": 160.0, "step": 3, "seconds": {"start": 10.0, "data wait": 5.0, "step": 45.0}}
 """

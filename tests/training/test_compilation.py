@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+from data_pipelines.storage.paths import to_path
 from mplug2_jax.parallel.cpu_cluster import cpu_fingerprint
 from mplug2_jax.training.compilation import (
     MANIFEST,
@@ -16,6 +17,7 @@ from mplug2_jax.training.compilation import (
     program_fingerprint,
     write_manifest,
 )
+from mplug2_jax.training.workdir import WorkDir
 
 
 def lowered(times: int):
@@ -35,24 +37,29 @@ def test_everything_compiled_in_the_context_is_cached_and_nothing_after(tmp_path
     assert sorted(path.name for path in tmp_path.glob("*-cache")) == cached
 
 
-def test_the_cache_folder_is_the_config_s_or_one_per_processor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_folder_is_the_config_s_or_one_per_processor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bucket: str
+) -> None:
     before = jax.config.values["jax_compilation_cache_dir"]
     monkeypatch.setenv("HOME", str(tmp_path))
+    workdir = WorkDir(tmp_path / "run")
     try:
-        assert enable_compilation_cache("off") is None
+        assert enable_compilation_cache("off", workdir) is None
         jax.config.update("jax_compilation_cache_dir", str(tmp_path / "environment"))
-        assert enable_compilation_cache("auto") == tmp_path / "environment"
-        assert enable_compilation_cache(str(tmp_path / "own")) == tmp_path / "own"
+        assert enable_compilation_cache("auto", workdir) == tmp_path / "environment"
+        assert enable_compilation_cache(str(tmp_path / "own"), workdir) == tmp_path / "own"
         jax.config.update("jax_compilation_cache_dir", None)
-        assert (
-            enable_compilation_cache("auto") == tmp_path / ".cache" / "mplug2_jax" / "xla" / f"cpu-{cpu_fingerprint()}"
-        )
+        processor = f"cpu-{cpu_fingerprint()}"
+        assert enable_compilation_cache("auto", workdir) == tmp_path / ".cache" / "mplug2_jax" / "xla" / processor
+        jax.config.update("jax_compilation_cache_dir", None)
+        remote = WorkDir(to_path(f"{bucket}/run"))
+        assert enable_compilation_cache("auto", remote) == to_path(f"{bucket}/run/compilation-cache/{processor}")
         (tmp_path / "file").touch()
         monkeypatch.setenv("HOME", str(tmp_path / "file"))
         jax.config.update("jax_compilation_cache_dir", None)
-        assert enable_compilation_cache("auto") is None
+        assert enable_compilation_cache("auto", workdir) is None
         with pytest.raises(NotADirectoryError):
-            enable_compilation_cache(str(tmp_path / "file" / "kept"))
+            enable_compilation_cache(str(tmp_path / "file" / "kept"), workdir)
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
         compilation_cache.reset_cache()

@@ -68,6 +68,7 @@ def test_a_run_logs_and_writes_what_happens(
     ]  # fmt: skip
     assert phases[3:] == [
         ("waiting for the batches of step 1", "other"), ("compiling, and step 1", "compile"),
+        ("the first step", "compile"),
         ("waiting for the batches of step 2", "other"), ("step 2", "step"), ("saving step 2", "other"),
         ("waiting for the batches of step 3", "other"), ("step 3", "step"),
         ("waiting for the batches of step 4", "other"), ("step 4", "step"), ("saving step 4", "other"),

@@ -4,12 +4,15 @@ It imports no JAX, so that it watches from the start of the process on.
 """
 
 import collections
+import contextlib
 import faulthandler
 import os
+import re
 import statistics
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any, Literal
 
 from absl import logging
@@ -25,6 +28,18 @@ MIN_STEP_SECONDS = 60.0
 _MIN_STEPS = 5
 _SHARED_AFTER = 10.0
 _PHASES_KEY = "mplug2/phases"
+_STEP_NUMBER = re.compile(r"(?:, and| of)? step \d+")
+
+
+def _process_age() -> float:
+    """Return the seconds since this process was started; 0 where the system does not say (Linux does)."""
+    with contextlib.suppress(OSError, IndexError, ValueError):
+        ticks = int(Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19])
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    return 0.0
+
+
+_AGE_AT_IMPORT = _process_age()
 
 
 class Watchdog:
@@ -50,7 +65,8 @@ class Watchdog:
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
         self._shared = ""  # the phase that other processes see; empty: a step, or a short one
-        self._phase: tuple[str, PhaseKind, float] = ("starting", "other", time.monotonic())
+        self._phase: tuple[str, PhaseKind, float] = ("importing", "other", time.monotonic())
+        self._startup: dict[str, float] | None = {"importing": _AGE_AT_IMPORT}
 
     def __enter__(self) -> "Watchdog":
         self.start()
@@ -67,10 +83,23 @@ class Watchdog:
 
     def enter(self, phase: str, kind: PhaseKind = "other") -> None:
         """End the current phase and start the next; ``phase`` is its name in the log."""
-        now, (_, before, since) = time.monotonic(), self._phase
-        if before == "step":
+        now, (before, kind_before, since) = time.monotonic(), self._phase
+        if kind_before == "step":
             self._step_seconds.append(now - since)
+        self._count_startup(before, now - since)
         self._phase = (phase, kind, now)
+
+    def _count_startup(self, phase: str, seconds: float) -> None:
+        if self._startup is not None:
+            name = _STEP_NUMBER.sub("", phase)
+            self._startup[name] = self._startup.get(name, 0.0) + seconds
+
+    def end_startup(self) -> dict[str, float]:
+        """Return the seconds of each phase since the process was started, and stop counting."""
+        phase, _, since = self._phase
+        self._count_startup(phase, time.monotonic() - since)
+        seconds, self._startup = self._startup or {}, None
+        return seconds
 
     def close(self) -> None:
         """Stop watching."""

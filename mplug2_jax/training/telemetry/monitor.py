@@ -24,6 +24,8 @@ from mplug2_jax.training.telemetry.throughput import ThroughputMeter
 from mplug2_jax.training.telemetry.writers import WandbWriter
 from mplug2_jax.training.workdir import WorkDir
 
+_MIN_LOGGED_SECONDS = 0.1
+
 
 class TrainMonitor:
     """Metrics, goodput, profiler and fault detector. Steps are handed in when dispatched, and read once finished.
@@ -58,10 +60,10 @@ class TrainMonitor:
         self._pending: collections.deque[tuple[int, Metrics, LocalRows, Mapping[str, int]]] = collections.deque()
         self.is_compiled = False
 
-    def compile(self, run_step: Step, step: int, state: TrainState, batches: StreamBatches) -> None:
-        """Compile the step function before its first call; log the time and the memory that it needs."""
+    def compile(self, run_step: Step, step: int, state: TrainState, batches: StreamBatches) -> bool:
+        """Compile the step function before its first call, and return whether this is it; log time and memory."""
         if self.is_compiled:
-            return
+            return False
         self.is_compiled = True
         with self.goodput.track("compile"):
             logging.info("compiling the train step")
@@ -82,6 +84,14 @@ class TrainMonitor:
             message += f"; {total / 2**20:,.0f} MiB per device, {temp / 2**20:,.0f} MiB of them temporary"
         logging.info("%s", message)
         self._events.log_event("compiled", step, seconds=seconds, bytes=memory)
+        return True
+
+    def log_startup(self, step: int, seconds: Mapping[str, float]) -> None:
+        """Log what the time from the start of the process to the end of its first step went into."""
+        parts = ", ".join(f"{phase} {value:.1f}" for phase, value in seconds.items() if value >= _MIN_LOGGED_SECONDS)
+        logging.info("step %d done %.1f s after the start of the process: %s", step, sum(seconds.values()), parts)
+        rounded = {phase: round(value, 3) for phase, value in seconds.items()}
+        self._events.log_event("started", step, seconds=rounded)
 
     def on_step_dispatched(
         self, step: int, metrics: Metrics, rows: LocalRows, num_skipped_records: Mapping[str, int]

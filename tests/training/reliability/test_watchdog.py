@@ -108,7 +108,7 @@ def test_every_phase_has_its_limit(clock: Clock) -> None:
 def test_a_process_is_watched_before_its_first_phase(clock: Clock) -> None:
     watch = Watchdog(1800)
     clock.now = 1801
-    assert "'starting' took longer than config.watchdog_timeout=1800" in str(watch.stall())
+    assert "'importing' took longer than config.watchdog_timeout=1800" in str(watch.stall())
 
 
 @pytest.mark.parametrize(
@@ -174,3 +174,23 @@ def test_an_unreachable_store_changes_nothing(clock: Clock, monkeypatch: pytest.
     clock.now = 100
     watch._share_phase()
     stall_after(watch, clock, "saving", "other", 1800)
+
+
+def test_the_phases_of_a_start_are_timed_from_the_start_of_the_process(clock: Clock) -> None:
+    watch = Watchdog(0)
+    for phase in ("joining the other processes", "waiting for the batches of step 7", "compiling, and step 7"):
+        clock.now += 1.5
+        watch.enter(phase)
+    clock.now += 2.0
+    watch.enter("the first step", "compile")
+    clock.now += 0.5
+    seconds = watch.end_startup()
+    assert seconds.pop("importing") == pytest.approx(watchdog._AGE_AT_IMPORT + 1.5)
+    phases = {"joining the other processes": 1.5, "waiting for the batches": 1.5, "compiling": 2.0}
+    assert seconds == phases | {"the first step": 0.5}
+    watch.enter("step 8", "step")
+    assert watch.end_startup() == {}
+
+
+def test_the_age_of_the_process_is_known() -> None:
+    assert 0 < watchdog._AGE_AT_IMPORT <= watchdog._process_age()
