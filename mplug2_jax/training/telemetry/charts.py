@@ -25,7 +25,7 @@ def make_charts(tags: Iterable[str]) -> Charts:
     tags, charts = list(tags), Charts()
     for category, pattern in _PATTERNS:
         for tag in tags:
-            if match := re.fullmatch(pattern, tag):
+            if match := re.fullmatch(pattern, tag, re.DOTALL):
                 kind_and_tags = charts.setdefault(category, {}).setdefault(match["title"], ("Multiline", []))
                 kind_and_tags[1].append(f"{re.escape(tag)}$")  # TensorBoard matches the beginning of tags
     for cause in CAUSES:

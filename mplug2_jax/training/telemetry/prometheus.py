@@ -121,7 +121,7 @@ def to_series(logged: str) -> tuple[str, dict[str, str]]:
         ('mplug2_memory_peak_bytes', {})
     """
     for pattern, template in _LABELED:
-        if match := re.fullmatch(pattern, logged):
+        if match := re.fullmatch(pattern, logged, re.DOTALL):
             labels = {name: _valid(value) for name, value in match.groupdict().items()}
             name = template.format(match[0], match[1], metric=labels.pop("metric", ""))
             break
