@@ -99,6 +99,15 @@ def test_names_that_prometheus_does_not_allow(tmp_path: Path) -> None:
     assert values["mplug2_____1__",] == 9
 
 
+def test_events_are_counted_over_restarts(tmp_path: Path) -> None:
+    for _ in range(2):
+        sources = make_sources(tmp_path)
+        sources.events.log_event("resumed", 3)
+        sources.events.close()
+    (events,) = [metric for metric in sources.collect() if metric.name == "mplug2_events"]
+    assert {sample.labels["event"]: sample.value for sample in events.samples}["resumed"] == 2
+
+
 def test_nothing_else_is_served(port: int) -> None:
     for path in ("", "/metrics/", "/../etc/passwd"):
         with pytest.raises(urllib.error.HTTPError, match="404"):
