@@ -94,8 +94,9 @@ def test_a_run_logs_and_writes_what_happens(
         lines[-1]["loss"], lines[-1]["text/mlm/loss"]
     )  # fmt: skip
     assert (values["mplug2_checkpoint_step",], values["mplug2_events_total", "saved"]) == (4, 2)
-    (span,) = read_goodput(tmp_path / "run" / "goodput.jsonl")
-    assert values["mplug2_phase_seconds_total", "compile"] == pytest.approx(span["seconds"]["compile"], abs=1e-5)
+    spans = read_goodput(tmp_path / "run" / "goodput.jsonl")
+    compiling = sum(span["seconds"].get("compile", 0.0) for span in spans)
+    assert values["mplug2_phase_seconds_total", "compile"] == pytest.approx(compiling, abs=1e-4)
     assert 0 < values["mplug2_goodput_ratio",] < 1
     assert sum(value for name, value in lines[-1].items() if name.startswith("goodput/")) == pytest.approx(1)
     (line,) = (tmp_path / "run" / "data-errors.jsonl").read_text().splitlines()
