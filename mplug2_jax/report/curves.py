@@ -132,7 +132,7 @@ def _layout(
     # These follow from the examples per second.
     shown |= {"seconds_per_step", "flops_per_second", "examples_per_second_per_device"}
     for name in names:
-        if name not in shown and not name.startswith("eval/"):
+        if name not in shown and not name.startswith(("eval/", "goodput/")):  # the page has a table of the latter
             add("Other", " · ".join(display_name(part) for part in name.split("/")), [("", name)])
     return groups
 

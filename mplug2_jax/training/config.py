@@ -1,6 +1,7 @@
 """The config of a run as frozen dataclasses. A recipe fills it in; ``config.json`` records what was used."""
 
 import dataclasses
+import ipaddress
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
@@ -244,6 +245,8 @@ class RunConfig:
     watchdog_step_medians: Free[float] = 20.0  # a step of so many medians and 60 s ends the run; 0 = watchdog_timeout
     heartbeat_timeout: Free[int] = 100  # seconds after which a silent process is taken for dead, and the others end
     profile: Free[ProfileConfig] = ProfileConfig()
+    metrics_port: Free[int] = 0  # on which process 0 serves GET /metrics to Prometheus; 0 = none
+    metrics_address: Free[str] = "127.0.0.1"  # the IP address to serve it on; "0.0.0.0" admits other machines
     wandb_project: Free[str] = ""  # Weights & Biases project that receives the metrics; empty: none
     compilation_cache: Free[str] = "auto"  # a folder, "off", or "auto": ~/.cache/mplug2_jax, or the bucket of the run
 
@@ -259,6 +262,14 @@ class RunConfig:
             "eval_every", "seed", "prefetch_memory", "storage_timeout", "watchdog_timeout", "watchdog_step_medians",
         ):  # fmt: skip
             check_range(f"config.{name}", getattr(self, name), 0)
+        check_range("config.metrics_port", self.metrics_port, 0, 65535)
+        try:
+            ipaddress.ip_address(self.metrics_address)
+        except ValueError:
+            raise UserError(
+                f"config.metrics_address={self.metrics_address!r} is no IP address: 127.0.0.1 serves this machine, "
+                "0.0.0.0 others too"
+            ) from None
         check_range("config.ema_decay", self.ema_decay, 0, 1 - 1e-9)
         if not self.streams:
             raise UserError("config.streams is empty: a run needs at least one stream of batches")

@@ -16,18 +16,21 @@ from data_pipelines.errors import DataError
 from mplug2_jax.cli.main import main
 from mplug2_jax.errors import UserError
 from mplug2_jax.inference.replay import replay_step
+from mplug2_jax.launch.local import find_free_port
 from mplug2_jax.model.config import RematConfig
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.training.config import AdamWConfig, RunConfig, ScheduleConfig, StreamConfig
 from mplug2_jax.training.loop import train
 from mplug2_jax.training.reliability.lock import WorkDirLock
 from mplug2_jax.training.reliability.watchdog import PhaseKind, Watchdog
+from mplug2_jax.training.telemetry.goodput import read_goodput
 from mplug2_jax.training.telemetry.metric_log import read_step_lines, read_train_metrics
 from mplug2_jax.training.telemetry.monitor import TrainMonitor
 from mplug2_jax.training.workdir import WorkDir
 from tests.close import assert_close
 from tests.data_pipelines.worlds import write_tar
 from tests.runs import QUESTION, recipe_file, small_model, small_run, stream
+from tests.scrape import scrape
 
 TEXT = {"text": small_run().streams["text"]}  # the cheapest to compile
 
@@ -48,7 +51,13 @@ def test_a_run_logs_and_writes_what_happens(
     caplog.set_level(logging.INFO, logger="absl")
     phases: list[tuple[str, PhaseKind]] = []
     monkeypatch.setattr(Watchdog, "enter", lambda self, phase, kind="other": phases.append((phase, kind)))
-    config = small_run(streams={"text": with_a_broken_record(tmp_path)}, evaluations={}, mesh=MeshConfig(fsdp=8))
+    served: list[dict[tuple[str, ...], float]] = []
+    close = TrainMonitor.close
+    monkeypatch.setattr(TrainMonitor, "close", lambda self: (served.append(scrape(port)[1]), close(self))[1])
+    port = find_free_port()
+    config = small_run(
+        streams={"text": with_a_broken_record(tmp_path)}, evaluations={}, mesh=MeshConfig(fsdp=8), metrics_port=port
+    )  # fmt: skip
     assert train(config, tmp_path / "run") == []
     assert "parameters in text, universal, mlm" in caplog.text
     assert "mesh fsdp=8 on cpu" in caplog.text
@@ -79,6 +88,18 @@ def test_a_run_logs_and_writes_what_happens(
     assert all(0 <= line["shares"][cause][0] <= 1 for line in hosts for cause in ("data", "step", "memory"))
     # Of every batch half comes from the tar, whose epoch is two batches.
     assert sum(line.get("data/skipped/tars", 0) for line in lines) == 2
+    (values,) = served
+    assert (values["mplug2_step",], values["mplug2_examples_total",]) == (4, 32)
+    assert values["mplug2_skipped_records_total", "tars"] == 2
+    assert (values["mplug2_loss",], values["mplug2_objective_loss", "mlm", "text"]) == (
+        lines[-1]["loss"], lines[-1]["text/mlm/loss"]
+    )  # fmt: skip
+    assert (values["mplug2_checkpoint_step",], values["mplug2_events_total", "saved"]) == (4, 2)
+    spans = read_goodput(tmp_path / "run" / "goodput.jsonl")
+    compiling = sum(span["seconds"].get("compile", 0.0) for span in spans)
+    assert values["mplug2_phase_seconds_total", "compile"] == pytest.approx(compiling, abs=1e-4)
+    assert 0 < values["mplug2_goodput_ratio",] < 1
+    assert sum(value for name, value in lines[-1].items() if name.startswith("goodput/")) == pytest.approx(1)
     (line,) = (tmp_path / "run" / "data-errors.jsonl").read_text().splitlines()
     assert (
         json.loads(line)["reason"] == ".txt of sample a/03 is not UTF-8 text: invalid start byte in line 1; convert it"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -32,9 +33,9 @@ def command(recipe: Path, workdir: Path) -> list[str]:
 
 
 def losses(workdir: Path) -> list[dict[str, float]]:
-    timings = {"data_wait", "seconds_per_step", "flops_per_second", "mfu"}
+    timings = re.compile(r"data_wait|seconds_per_step|.*per_second.*|mfu|goodput/.*")
     return [
-        {name: value for name, value in line.items() if name not in timings and "per_second" not in name}
+        {name: value for name, value in line.items() if not timings.fullmatch(name)}
         for line in read_train_metrics(workdir / "metrics.jsonl")
     ]
 

@@ -1,7 +1,9 @@
 """Metric writers, profiles and token counts."""
 
+import os
 import sys
 import threading
+import time
 import types
 from pathlib import Path
 from typing import Any
@@ -39,9 +41,10 @@ class FakeWandb(types.ModuleType):
             raise ConnectionError(f"no network in {name}")
 
     def init(self, **arguments: Any) -> "FakeWandb":
+        assert not self.is_open, "the id is in use"
+        self.is_open = True
         self._call("init")
         self.runs.append(arguments)
-        self.is_open = True
         return self
 
     def log(self, metrics: dict[str, float], step: int) -> None:
@@ -50,6 +53,9 @@ class FakeWandb(types.ModuleType):
 
     def finish(self) -> None:
         self._call("finish")
+        self.is_open = False
+
+    def teardown(self) -> None:
         self.is_open = False
 
 
@@ -77,8 +83,62 @@ def test_wandb_gets_the_metrics_and_each_work_directory_has_one_run(tmp_path: Pa
 @pytest.mark.parametrize("failing", ["init", "log", "finish"])
 def test_an_error_of_wandb_ends_no_run(failing: str, tmp_path: Path, monkeypatch, caplog) -> None:
     write_line(tmp_path, FakeWandb(failing), monkeypatch)
-    assert f"gets no metrics from here on (no network in {failing}); metrics.jsonl has them" in caplog.text
+    assert f"gets no metrics now (no network in {failing}); metrics.jsonl has them" in caplog.text
     assert [line["loss"] for line in read_step_lines(tmp_path / "metrics.jsonl")] == [2.0]
+
+
+def test_wandb_gets_all_lines_once_the_network_is_back(tmp_path: Path, monkeypatch, caplog) -> None:
+    wandb = FakeWandb("init")
+    teardowns: list[str] = []
+
+    def teardown() -> None:
+        wandb.is_open = False
+        teardowns.append(wandb.failing)
+        wandb.failing = "" if len(teardowns) == 3 else "init"
+
+    monkeypatch.setattr(wandb, "teardown", teardown)
+    monkeypatch.setattr(writers, "_RETRY_SECONDS", 0.0)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    writer = WandbWriter(tmp_path, "mine", {})
+    writer.write(1, {"loss": 2.0})
+    while len(teardowns) < 3:
+        time.sleep(0.01)
+    writer.write(2, {"loss": 1.0})
+    writer.close()
+    assert wandb.lines == [(1, {"loss": 2.0}), (2, {"loss": 1.0})]
+    assert not wandb.is_open
+    assert len([message for message in caplog.messages if "no network" in message]) == 1
+
+
+def test_a_full_queue_delays_nothing_and_loses_a_line_for_the_end(tmp_path: Path, monkeypatch) -> None:
+    wandb, begun, answer = FakeWandb(), threading.Event(), threading.Event()
+
+    def log(metrics: dict[str, float], step: int) -> None:
+        begun.set()
+        answer.wait(60)
+        wandb.lines.append((step, metrics))
+
+    monkeypatch.setattr(wandb, "log", log)
+    monkeypatch.setattr(writers, "_MAX_WAITING_LINES", 2)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    writer = WandbWriter(tmp_path, "mine", {})
+    writer.write(1, {})
+    begun.wait(60)
+    for step in (2, 3, 4):
+        writer.write(step, {})
+    threading.Timer(0.1, answer.set).start()
+    writer.close()
+    assert [step for step, _ in wandb.lines] == [1, 3]
+    assert not wandb.is_open
+
+
+def test_wandb_is_told_not_to_wait_at_the_end_unless_the_user_says_so(tmp_path: Path, monkeypatch) -> None:
+    for name in ("WANDB_FINISH_TIMEOUT", "WANDB_CONSOLE", "WANDB_LOGIN_TIMEOUT"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("WANDB_CONSOLE", "wrap")
+    write_line(tmp_path, FakeWandb(), monkeypatch)
+    assert (os.environ["WANDB_FINISH_TIMEOUT"], os.environ["WANDB_CONSOLE"]) == ("60", "wrap")
 
 
 def test_a_service_that_does_not_answer_delays_only_the_end(tmp_path: Path, monkeypatch, caplog) -> None:

@@ -1,5 +1,6 @@
 """``events.jsonl``: what happened to a run besides its steps."""
 
+import collections
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,15 +16,28 @@ _OLD_KEYS: Mapping[str, str] = {"to": "to_step", "offset": "data_offset", "befor
 
 
 class EventLog:
-    """Appends events to a file; without a path it discards them."""
+    """Appends events to a file; without a path it discards them.
+
+    ``counts`` has the number of events of each name in the file, ``latest`` the last of each name.
+    """
 
     def __init__(self, path: Path | None = None) -> None:
         self._writer = JsonlWriter(path) if path else None
+        self.counts: collections.Counter[str] = collections.Counter()
+        self.latest: dict[str, Mapping[str, Any]] = {}
+        for line in read_events(path) if path else ():
+            self._count(line)
 
     def log_event(self, event: str, step: int, **details: Any) -> None:
         """Write an event with its time, the step that the run is at, and its details."""
         if self._writer:
-            self._writer.write({"time": round(time.time(), 3), "event": event, "step": step, **details})
+            line = {"time": round(time.time(), 3), "event": event, "step": step, **details}
+            self._writer.write(line)
+            self._count(line)
+
+    def _count(self, line: Mapping[str, Any]) -> None:
+        self.counts[line["event"]] += 1
+        self.latest[line["event"]] = line
 
     def close(self) -> None:
         """Close the file."""

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from data_pipelines.storage.jsonl import JsonlWriter, read_jsonl
 
@@ -20,6 +20,14 @@ _OLD_KEYS: Mapping[str, str] = {"from": "start_time", "to": "end_time"}
 _OLD_PHASES: Mapping[str, str] = {"start": "init", "data wait": "data_wait"}
 
 
+class _Running(NamedTuple):
+    """The phase that runs, and the seconds of all phases before; replaced as a whole, for readers in other threads."""
+
+    phase: Phase
+    since: float
+    seconds: Mapping[str, float]
+
+
 class GoodputTracker:
     """A stopwatch that always runs for one phase, so that the phases add up to the wall clock.
 
@@ -29,10 +37,10 @@ class GoodputTracker:
 
     def __init__(self) -> None:
         self._epoch = time.time() - time.monotonic()  # an adjustment of the wall clock must not move the spans
-        self._since = self._span_start = self._now()
-        self._phase: Phase = "init"
+        self._span_start = self._now()
+        self._running = _Running("init", self._span_start, {})
+        self._earlier_seconds: collections.Counter[str] = collections.Counter()  # of processes before this one
         self._span_seconds: dict[str, float] = collections.defaultdict(float)
-        self._total_seconds: dict[str, float] = collections.defaultdict(float)
         self._writer: JsonlWriter | None = None
         self._step = self._last_step = 0
 
@@ -49,9 +57,13 @@ class GoodputTracker:
             end_time = max(line["end_time"] for line in previous)
             self._last_step = max(last_step, *(line["step"] for line in previous))
             self._span_seconds = collections.defaultdict(float, {"restart": self._span_seconds.pop("init", 0.0)})
-            self._phase = "restart"
             self._span_seconds["idle"] += self._span_start - end_time
             self._span_start = end_time
+            _, since, seconds = self._running
+            idle = max(self._span_seconds["idle"], 0.0)  # the clocks of two machines may differ
+            self._running = _Running("restart", since, {"restart": seconds.get("init", 0.0), "idle": idle})
+            for line in previous:
+                self._earlier_seconds.update(line["seconds"])
 
     @contextlib.contextmanager
     def track(self, phase: Phase) -> Iterator[None]:
@@ -72,13 +84,19 @@ class GoodputTracker:
         self._last_step = max(self._last_step, self._step)
 
     def read(self) -> Mapping[str, float]:
-        """Return the seconds of each phase since this tracker was created."""
-        self._switch(self._phase)
-        return dict(self._total_seconds)
+        """Return the seconds of each phase of this process, and the idle time before it. Any thread may call this."""
+        phase, since, seconds = self._running
+        return {**seconds, phase: seconds.get(phase, 0.0) + self._now() - since}
+
+    def goodput(self) -> float:
+        """Return the share of the run's wall-clock time in steps that were not repeated. Any thread may call this."""
+        seconds = self.read()
+        total = sum(seconds.values()) + self._earlier_seconds.total()
+        return (seconds.get("step", 0.0) + self._earlier_seconds["step"]) / max(total, 1e-9)
 
     def close(self) -> None:
         """Write the last span and close the file."""
-        self._switch(self._phase)
+        self._switch(self._running.phase)
         if self._writer:
             self._write()
             self._writer.close()
@@ -87,10 +105,9 @@ class GoodputTracker:
         return self._epoch + time.monotonic()
 
     def _switch(self, phase: Phase) -> Phase:
-        now, before = self._now(), self._phase
-        self._span_seconds[before] += now - self._since
-        self._total_seconds[before] += now - self._since
-        self._since, self._phase = now, phase
+        now, (before, since, seconds) = self._now(), self._running
+        self._span_seconds[before] += now - since
+        self._running = _Running(phase, now, {**seconds, before: seconds.get(before, 0.0) + now - since})
         if self._writer and now - self._span_start >= FLUSH_SECONDS:
             self._write()
         return before
@@ -98,10 +115,10 @@ class GoodputTracker:
     def _write(self) -> None:
         assert self._writer
         seconds = {phase: round(value, 6) for phase, value in self._span_seconds.items() if value}
-        span = {"start_time": round(self._span_start, 6), "end_time": round(self._since, 6), "step": self._step}
+        span = {"start_time": round(self._span_start, 6), "end_time": round(self._running.since, 6), "step": self._step}
         self._writer.write({**span, "seconds": seconds})
         self._span_seconds.clear()
-        self._span_start = self._since
+        self._span_start = self._running.since
 
 
 def read_goodput(path: Path) -> Sequence[Mapping[str, Any]]:

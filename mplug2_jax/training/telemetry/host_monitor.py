@@ -38,6 +38,7 @@ class HostMonitor:
         self._lines = StepJsonl(path, start_step) if is_primary_process() else None
         self._unread: collections.deque[int] = collections.deque()
         self._waited = 0.0
+        self.shares: tuple[list[str], dict[str, list[float]]] = ([], {})  # names of the last line, columns by cause
         self.slow_host = ""  # the slowest host of the last table, for the log; empty if none matters
 
     @contextlib.contextmanager
@@ -100,8 +101,9 @@ class HostMonitor:
 
     def _observe(self, step: int, rows: list[str]) -> dict[str, float]:
         names, *columns = (list(column) for column in zip(*map(json.loads, rows), strict=True))
+        self.shares = (names, dict(zip(CAUSES, columns, strict=True)))
         if self._lines is not None:
-            self._lines.write(step, {"names": names, "shares": dict(zip(CAUSES, columns, strict=True))})
+            self._lines.write(step, {"names": names, "shares": self.shares[1]})
         if len(rows) == 1:
             return {}
         table = np.array(columns, np.float64).T

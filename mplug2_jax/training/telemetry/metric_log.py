@@ -44,10 +44,12 @@ class StepJsonl:
 class MetricLog:
     """``metrics.jsonl`` and the metric writers of a work directory, appended to when a run resumes.
 
+    ``latest`` has the last value of each metric, ``scores`` those of the best metric by step.
+
     Args:
         workdir: of the run.
         start_step: the step that the run resumes from.
-        best_metric: the metric whose values ``scores`` holds, by step.
+        best_metric: the metric by which the best checkpoints are kept.
         writers: that get the metrics besides TensorBoard.
         is_writer: if False, another process writes, and this one only collects the scores.
     """
@@ -58,21 +60,26 @@ class MetricLog:
     ) -> None:  # fmt: skip
         self._workdir, self._best_metric, self._writers = workdir, best_metric, writers
         self.scores: dict[int, float] = {}
+        self.latest: dict[str, float] = {}
         path = workdir / "metrics.jsonl"
         self._lines = StepJsonl(path, start_step) if is_writer else None
         previous = self._lines.previous_lines if self._lines else read_step_lines(path)
         self.last_step = max((line["step"] for line in previous), default=0)  # the furthest that the file ever had
         for line in previous:
             self._add_score(line["step"], line)
+            if line["step"] <= start_step:
+                self.latest |= {name: value for name, value in line.items() if isinstance(value, float)}
         self._start(start_step)
 
     def _start(self, step: int) -> None:
         self.scores = {scored: value for scored, value in self.scores.items() if scored <= step}
-        self._tensorboard = TensorBoardWriter(self._workdir / "tensorboard", step) if self._lines else None
+        folder = self._workdir / "tensorboard"
+        self._tensorboard = TensorBoardWriter(folder, step, self.latest) if self._lines else None
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write the metrics of a step; values that are not finite become null, as JSON has no name for them."""
         self._add_score(step, metrics)
+        self.latest = {**self.latest, **metrics}  # another thread may read the old one
         self.last_step = max(self.last_step, step)
         if not self._lines:
             return

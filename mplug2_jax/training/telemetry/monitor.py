@@ -4,6 +4,7 @@ import collections
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 import jax
 from absl import logging
@@ -12,6 +13,7 @@ from mplug2_jax.config import to_dict
 from mplug2_jax.objectives.forward import Metrics
 from mplug2_jax.parallel.processes import is_primary_process
 from mplug2_jax.training.checkpoint.metadata import DataPosition
+from mplug2_jax.training.config import RunConfig
 from mplug2_jax.training.reliability.faults import FaultDetector, LocalRows
 from mplug2_jax.training.state import RunSpec, TrainState
 from mplug2_jax.training.step import Step, StreamBatches
@@ -23,6 +25,9 @@ from mplug2_jax.training.telemetry.profiling import Profiler
 from mplug2_jax.training.telemetry.throughput import ThroughputMeter
 from mplug2_jax.training.telemetry.writers import WandbWriter
 from mplug2_jax.training.workdir import WorkDir
+
+if TYPE_CHECKING:
+    from mplug2_jax.training.telemetry.prometheus import MetricsServer
 
 _MIN_LOGGED_SECONDS = 0.1
 
@@ -59,6 +64,13 @@ class TrainMonitor:
         self.profiler = Profiler(workdir.path, config.profile, events)
         self._pending: collections.deque[tuple[int, Metrics, LocalRows, Mapping[str, int]]] = collections.deque()
         self.is_compiled = False
+        self._server = self._serve_metrics(config) if config.metrics_port and primary else None
+
+    def _serve_metrics(self, config: RunConfig) -> "MetricsServer":
+        from mplug2_jax.training.telemetry.prometheus import MetricsServer, RunSources
+
+        sources = RunSources(config.name, self._meter, self.goodput, self._events, self.hosts, self.metrics)
+        return MetricsServer(sources, config.metrics_address, config.metrics_port)
 
     def compile(self, run_step: Step, step: int, state: TrainState, batches: StreamBatches) -> bool:
         """Compile the step function before its first call, and return whether this is it; log time and memory."""
@@ -124,6 +136,8 @@ class TrainMonitor:
 
     def close(self) -> None:
         """Write what is pending, and close all files."""
+        if self._server:
+            self._server.close()
         self.profiler.close()
         self._meter.close()
         self.faults.close()

@@ -2,8 +2,9 @@
 
 import collections
 import math
+import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import numpy as np
@@ -12,7 +13,7 @@ from mplug2_jax.console import Progress
 from mplug2_jax.parallel.accelerators import peak_flops
 from mplug2_jax.training.state import RunSpec
 from mplug2_jax.training.step import StreamBatches
-from mplug2_jax.training.telemetry.goodput import GoodputTracker
+from mplug2_jax.training.telemetry.goodput import GoodputTracker, Phase
 from mplug2_jax.training.telemetry.host_monitor import HostMonitor
 from mplug2_jax.training.telemetry.metric_log import MetricLog
 from mplug2_jax.training.telemetry.step_flops import count_gradient_flops, count_traced_step_flops
@@ -21,7 +22,9 @@ from mplug2_jax.training.telemetry.step_flops import count_gradient_flops, count
 class ThroughputMeter:
     """Writes the metrics of finished steps and shows progress.
 
-    Times are the goodput tracker's, so saving and evaluating do not count.
+    Times are the goodput tracker's, so saving and evaluating do not count. ``step`` is the last finished step,
+    ``step_time`` when it finished in Unix seconds (0 before the first), ``num_examples`` the examples of all steps
+    that this process finished, and ``num_skipped_records`` what it could not use, by source.
 
     Args:
         spec: the run.
@@ -38,6 +41,8 @@ class ThroughputMeter:
         self._progress = Progress(spec.config.steps, "step", initial=start_step, log_every=0)
         self._flops = self._tokens = self._steps = 0
         self._counts: collections.Counter[str] = collections.Counter()
+        self.step, self.step_time, self.num_examples = start_step, 0.0, 0
+        self.num_skipped_records: collections.Counter[str] = collections.Counter()
         device_peak = peak_flops(spec.mesh.devices.flat[0].device_kind)
         self._peak = None if device_peak is None else device_peak * spec.mesh.size
         self._examples = sum(stream.data.batch_size for stream in spec.config.streams.values())
@@ -63,6 +68,9 @@ class ThroughputMeter:
         with self._hosts.waiting():
             loss = float(np.asarray(metrics["loss"]))
         self._steps += 1
+        self.step, self.step_time = step, time.time()
+        self.num_examples += self._examples
+        self.num_skipped_records.update(num_skipped_records)
         self._counts.update({f"data/skipped/{source}": count for source, count in num_skipped_records.items()})
         self._counts.update({"skipped_updates": int(np.asarray(metrics["skipped"]))})
         config = self._spec.config
@@ -89,8 +97,9 @@ class ThroughputMeter:
         """Return the rates over the steps since the last measurement, and what the hosts measured."""
         seconds, before, steps = self._goodput.read(), self._seconds, self._steps
         self._seconds, self._steps = seconds, 0
-        spent = {phase: seconds.get(phase, 0.0) - before.get(phase, 0.0) for phase in ("step", "restart", "data_wait")}
-        total = max(sum(spent.values()), 1e-9)
+        spent = {phase: seconds.get(phase, 0.0) - before.get(phase, 0.0) for phase in get_args(Phase)}
+        total = max(spent["step"] + spent["restart"] + spent["data_wait"], 1e-9)
+        wall = max(sum(spent.values()), 1e-9)
         seconds_per_step = total / max(steps, 1)
         devices = self._spec.mesh.size
         rates = {
@@ -101,6 +110,7 @@ class ThroughputMeter:
             "seconds_per_step": seconds_per_step,
             "flops_per_second": self._flops / seconds_per_step,
         }
+        rates |= {f"goodput/{phase}": value / wall for phase, value in spent.items() if phase != "idle"}
         rates |= {"mfu": rates["flops_per_second"] / self._peak} if self._peak else {}
         return rates | self._hosts.record(step, spent["data_wait"], spent["step"] + spent["restart"])
 

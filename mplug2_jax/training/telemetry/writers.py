@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import os
 import queue
 import secrets
 import struct
@@ -9,7 +10,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from data_pipelines.storage.file_system import write_atomically
 from data_pipelines.storage.object_log import ObjectLog
 from data_pipelines.storage.paths import RemotePath
 from mplug2_jax.errors import UserError
+from mplug2_jax.training.telemetry.charts import Charts, make_charts
 
 
 @contextlib.contextmanager
@@ -39,10 +41,18 @@ with _import_blocked("torch", "google.cloud.storage"):
     from tensorboardX.proto.event_pb2 import Event, SessionLog
     from tensorboardX.proto.summary_pb2 import Summary
     from tensorboardX.record_writer import masked_crc32c
+    from tensorboardX.summary import custom_scalars
 
 
 _MAX_WAITING_LINES = 10_000
 _CLOSE_SECONDS = 60.0
+_RETRY_SECONDS = 600.0
+_WANDB_ENVIRONMENT = {
+    "WANDB_CONSOLE": "off",  # otherwise every line that is printed goes through its service
+    "WANDB_FINISH_TIMEOUT": f"{_CLOSE_SECONDS:g}",  # otherwise Python's exit waits until everything is uploaded
+    "WANDB_LOGIN_TIMEOUT": f"{_CLOSE_SECONDS:g}",  # of the question for a key, on a terminal
+}
+"""Settings for those that the user does not make."""
 
 
 class TensorBoardWriter:
@@ -51,9 +61,12 @@ class TensorBoardWriter:
     Args:
         folder: of the files.
         start_step: the step that the run resumes from; TensorBoard hides later steps of earlier files.
+        tags: of the metrics that earlier files have.
     """
 
-    def __init__(self, folder: Path, start_step: int) -> None:
+    def __init__(self, folder: Path, start_step: int, tags: Iterable[str] = ()) -> None:
+        self._tags = dict.fromkeys(tags)
+        self._charts: Charts = {}
         self._objects: ObjectLog | None = None
         self._writer: Any = None
         if isinstance(folder, RemotePath):
@@ -67,8 +80,18 @@ class TensorBoardWriter:
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write one event; a full disk loses it."""
+        if not metrics.keys() <= self._tags.keys() or not self._charts:
+            self._write_charts(step, metrics)
         values = [Summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
         self._add(Event(step=step, summary=Summary(value=values)))
+
+    def _write_charts(self, step: int, tags: Iterable[str]) -> None:
+        """Write which metrics belong together, again if new ones do; TensorBoard uses the last charts of a run."""
+        self._tags |= dict.fromkeys(tags)
+        charts = make_charts(self._tags)
+        if charts != self._charts:
+            self._charts = charts
+            self._add(Event(step=step, summary=custom_scalars(charts)))
 
     def _add(self, event: Any) -> None:
         event.wall_time = time.time()
@@ -98,7 +121,8 @@ def _encode_record(event: Any) -> bytes:
 class WandbWriter:
     """A run of Weights & Biases, which continues the previous one of the same work directory.
 
-    A thread of its own speaks to the service, so that no error or delay of the network reaches the training run.
+    A thread of its own speaks to the service, so that no error or delay of the network reaches the training run. After
+    an error it tries again every ten minutes; up to 10,000 lines wait.
 
     Args:
         workdir: of the run; ``wandb-id.txt`` there holds the id, so that no two work directories share one.
@@ -110,6 +134,8 @@ class WandbWriter:
     """
 
     def __init__(self, workdir: Path, project: str, config: Mapping[str, Any]) -> None:
+        for name, value in _WANDB_ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
         try:
             wandb: Any = importlib.import_module("wandb")
         except ImportError as error:
@@ -122,6 +148,7 @@ class WandbWriter:
             write_atomically(str(id_file), secrets.token_hex(8).encode())
         folder = tempfile.mkdtemp(prefix="wandb-") if isinstance(workdir, RemotePath) else str(workdir)
         run = {"id": id_file.read_text(encoding="utf-8"), "name": workdir.resolve().name, "resume": "allow"}
+        self._closed = threading.Event()
         self._lines: queue.Queue[tuple[int, dict[str, float]] | None] = queue.Queue(_MAX_WAITING_LINES)
         arguments = {"project": project, "config": dict(config), "dir": folder, **run}
         self._thread = threading.Thread(target=self._serve, args=(wandb, arguments), name="wandb", daemon=True)
@@ -134,21 +161,32 @@ class WandbWriter:
 
     def close(self) -> None:
         """Finish the run; wait at most a minute for the service."""
-        with contextlib.suppress(queue.Full):
-            self._lines.put(None, timeout=_CLOSE_SECONDS)
+        self._closed.set()
+        if self._lines.full():
+            with contextlib.suppress(queue.Empty):
+                self._lines.get_nowait()
+        self._lines.put_nowait(None)
         self._thread.join(_CLOSE_SECONDS)
         if self._thread.is_alive():
             logging.warning("Weights & Biases did not answer for %g s: it may lack the last metrics", _CLOSE_SECONDS)
 
     def _serve(self, wandb: Any, arguments: Mapping[str, Any]) -> None:
-        try:
-            run = wandb.init(**arguments)
-            while (line := self._lines.get()) is not None:
-                step, metrics = line
-                run.log(metrics, step=step)
-            run.finish()
-        except Exception as error:  # the package raises errors of its own, of requests, and of its service process
-            logging.warning("Weights & Biases gets no metrics from here on (%s); metrics.jsonl has them", error)
+        reason = ""
+        while True:
+            try:
+                run = wandb.init(**arguments)
+                while (line := self._lines.get()) is not None:
+                    step, metrics = line
+                    run.log(metrics, step=step)
+                run.finish()
+                return
+            except Exception as error:  # the package raises errors of its own, of requests, and of its service process
+                if reason != (reason := str(error)):
+                    logging.warning("Weights & Biases gets no metrics now (%s); metrics.jsonl has them", reason)
+            with contextlib.suppress(Exception):
+                wandb.teardown()  # its service process holds the id of the run that failed
+            if self._closed.wait(_RETRY_SECONDS):
+                return
 
 
 MetricWriter = TensorBoardWriter | WandbWriter

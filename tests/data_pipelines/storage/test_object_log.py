@@ -2,17 +2,13 @@
 
 import json
 import os
-import struct
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tensorboardX.proto.event_pb2 import Event
-from tensorboardX.record_writer import masked_crc32c
 
 from data_pipelines.errors import StorageUnavailableError
 from data_pipelines.storage import object_log, retry
@@ -21,6 +17,7 @@ from data_pipelines.storage.object_log import ObjectLog, check_logs, closing_log
 from data_pipelines.storage.paths import to_path
 from mplug2_jax.training.telemetry.writers import TensorBoardWriter
 from tests import fault_proxy
+from tests.event_files import read_event_file
 
 
 @pytest.fixture(autouse=True)
@@ -176,28 +173,17 @@ def test_a_copy_on_a_disk_is_continued(folder: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in copy.iterdir()) == ["000001.jsonl", "000002.jsonl"]
 
 
-def records(data: bytes) -> Iterator[bytes]:
-    """Yield the records of an event file, after a check of their checksums."""
-    while data:
-        (length,) = struct.unpack("<Q", data[:8])
-        assert struct.unpack("<I", data[8:12]) == (masked_crc32c(data[:8]),)
-        record, data = data[12 : 12 + length], data[12 + length :]
-        assert struct.unpack("<I", data[:4]) == (masked_crc32c(record),)
-        yield record
-        data = data[4:]
-
-
 def test_tensorboard_reads_every_part(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(object_log, "PART_BYTES", 200)
     writer = TensorBoardWriter(folder.parent, start_step=0)
     for step in range(1, 11):
-        writer.write(step, {"loss": step / 2})
+        writer.write(step, {"gradient_norm": step / 2})
     flush_logs()
     writer.close()
     written = []
     for path in sorted(folder.parent.iterdir()):
         assert path.name.startswith("events.out.tfevents.")
-        header, *events = (Event.FromString(record) for record in records(path.read_bytes()))
+        header, *events = read_event_file(path.read_bytes())
         assert header.file_version == "brain.Event:2"
         written += [(event.step, event.summary.value[0].simple_value) for event in events if event.summary.value]
     assert written == [(step, step / 2) for step in range(1, 11)]

@@ -15,6 +15,7 @@ from data_pipelines.storage.jsonl import read_jsonl
 from mplug2_jax.config import build, to_dict
 from mplug2_jax.errors import UserError
 from mplug2_jax.inference.replay import replay_step
+from mplug2_jax.launch.local import find_free_port
 from mplug2_jax.model.config import SpecialTokens
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
@@ -28,9 +29,11 @@ from mplug2_jax.training.state import make_run_spec
 from mplug2_jax.training.step import make_step
 from mplug2_jax.training.telemetry.events import EventLog, read_events
 from mplug2_jax.training.telemetry.metric_log import read_train_metrics
+from mplug2_jax.training.telemetry.monitor import TrainMonitor
 from mplug2_jax.training.workdir import WorkDir
 from tests.close import assert_close
 from tests.runs import text_run
+from tests.scrape import scrape
 
 
 @pytest.fixture(scope="module")
@@ -75,10 +78,15 @@ def test_a_spike_rolls_back_and_skips_its_data_and_replay_knows(
 ) -> None:
     """Batch 4, which step 5 sees, spikes after a checkpoint of step 4: batch 4 is skipped, batch 5 is next."""
     seen: list[int] = []
-    config = text_run(steps=7, faults=FaultConfig(spike_zscore=6.0, spike_window=3))
+    served: list[dict[tuple[str, ...], float]] = []
+    port, close = find_free_port(), TrainMonitor.close
+    config = text_run(steps=7, faults=FaultConfig(spike_zscore=6.0, spike_window=3), metrics_port=port)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainMonitor, "close", lambda self: (served.append(scrape(port)[1]), close(self))[1])
         inject_faults(patch, seen, {4: 100.0})
         train(config, tmp_path / "run")
+    (values,) = served
+    assert (values["mplug2_step",], values["mplug2_events_total", "rolled_back"]) == (7, 1)
     assert seen == [0, 1, 2, 3, 4, 5, 5, 6, 7]  # a step was in flight when the spike was seen
     lines = read_train_metrics(tmp_path / "run" / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(1, 8))

@@ -27,6 +27,7 @@ def sleep(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 def test_phases_add_up_to_the_wall_clock_over_restarts(tmp_path: Path, sleep: Callable[[float], None]) -> None:
     path = tmp_path / "goodput.jsonl"
     for run in range(2):
+        sleep(5 * run)
         goodput = GoodputTracker()
         sleep(0.5)
         goodput.open(path)
@@ -38,7 +39,8 @@ def test_phases_add_up_to_the_wall_clock_over_restarts(tmp_path: Path, sleep: Ca
                 sleep(1)
             sleep(0.25)
         goodput.close()
-        sleep(5)
+    assert goodput.read() == pytest.approx({"idle": 5, "restart": 0.75, "compile": 2, "data_wait": 2, "step": 0.25})
+    assert goodput.goodput() == pytest.approx(1 / 16.25)
     first, second = (json.loads(line) for line in path.read_text().splitlines())
     assert first["seconds"] == pytest.approx({"init": 0.5, "compile": 2, "data_wait": 3, "step": 0.75})
     # Step 3 had been done before: it counts for the restart.
