@@ -15,6 +15,7 @@ from mplug2_jax.tasks.config import TaskSettings
 from mplug2_jax.tasks.contracts import CONTRACTS, required_parts
 
 FsdpGather = Literal["layer", "step"]
+OptimizerKind = Literal["adamw", "muon"]
 DecayMask = Literal["kernels", "released"]
 ScheduleKind = Literal["cosine", "linear", "constant", "rsqrt", "wsd", "released", "released_caption"]
 Dtype = Literal["float32", "bfloat16"]
@@ -40,11 +41,18 @@ class StreamConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdamWConfig:
-    """AdamW with separate learning rates for the vision tower and for everything else."""
+    """AdamW or Muon, with separate learning rates for the vision tower and for everything else.
+
+    ``kind="muon"`` orthogonalizes the update of each layer's kernels, one matrix at a time, and scales it to the RMS of
+    AdamW's (0.2), so that learning rates and ``weight_decay`` serve both. It keeps one moment, of ``muon_momentum`` and
+    ``mu_dtype``. Everything else takes AdamW's step with ``b1`` and ``b2``: embeddings, positions, latents, norms,
+    biases, heads, the patch embedding, projections between widths, temporal convolutions, LoRA's adapters.
+    """
 
     OLD_NAMES: ClassVar[Mapping[str, str]] = {"decay": "decay_mask", "offload": "offload_moments"}
     OLD_VALUES: ClassVar[Mapping[str, Mapping[str, str]]] = {"decay_mask": {"matrices": "kernels"}}
 
+    kind: OptimizerKind = "adamw"  # see above
     learning_rate: float = 1e-4  # at the schedule's peak
     vision_learning_rate: float | None = None  # None: the same as learning_rate
     layer_decay: float = 1.0  # factor of the learning rate per layer below the heads (layer_decay.py); 1 = none
@@ -52,7 +60,8 @@ class AdamWConfig:
     decay_mask: DecayMask = "kernels"  # what is decayed: kernels alone, or what the release decays
     b1: float = 0.9  # decay rate of the first moment, below 1
     b2: float = 0.999  # decay rate of the second moment, below 1
-    eps: float = 1e-8  # added to the square root of the second moment
+    eps: float = 1e-8  # added to the square root of the second moment, and to the norm that muon divides by
+    muon_momentum: float = 0.95  # decay rate of muon's moment, below 1
     clip_norm: float = 1.0  # global norm of the gradient above which it is scaled down; 0 = no clipping
     mu_dtype: Dtype = "float32"  # of the first moment as stored
     nu_dtype: Dtype = "float32"  # of the second moment as stored
@@ -67,8 +76,13 @@ class AdamWConfig:
         for name in ("learning_rate", "vision_learning_rate", "weight_decay", "eps", "clip_norm"):
             check_range(f"config.optimizer.{name}", getattr(self, name), 0)
         check_range("config.optimizer.layer_decay", self.layer_decay, 1e-3, 1)
-        for name in ("b1", "b2"):
+        for name in ("b1", "b2", "muon_momentum"):
             check_range(f"config.optimizer.{name}", getattr(self, name), 0, 1 - 1e-9)
+        if self.kind != "muon" and self.muon_momentum != AdamWConfig.muon_momentum:
+            raise UserError(
+                f"config.optimizer.muon_momentum={self.muon_momentum} is not read by kind='{self.kind}': remove it, or "
+                "set kind to 'muon'"
+            )
         if self.nu_dtype == "bfloat16" and self.b2 > 0.99:
             raise UserError(
                 f"config.optimizer.nu_dtype=bfloat16 is too coarse for b2={self.b2}: an update is smaller than its "

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import types
 
+import jax
 import pytest
 
 from mplug2_jax.objectives.config import DistillationConfig, VlcConfig
@@ -14,6 +15,7 @@ from mplug2_jax.planning.memory import Memory, per_device_bytes, program_memory,
 from mplug2_jax.planning.programs import CompiledProgram, abstract_batch, make_run_spec_for_topology, trace_training
 from mplug2_jax.tasks.config import TaskSettings
 from mplug2_jax.training.config import AdamWConfig, RunConfig
+from mplug2_jax.training.optim.optimizer import is_orthogonalized
 from tests.runs import small_run, text_run
 
 TOPOLOGY = parse_topology("cpu:8")
@@ -36,6 +38,15 @@ def test_parameters_are_four_bytes_and_adam_twice_that() -> None:
     assert uses["optimizer"] == pytest.approx(8 * num_local, abs=64)  # and its counters
     assert set(uses) == {"parameters", "optimizer", "batch"}
     assert host == 0
+
+
+def test_muon_has_one_moment_of_each_kernel_of_a_layer() -> None:
+    adamw, muon = (memory_of(small_run(mesh=MESH, optimizer=AdamWConfig(kind=kind))) for kind in ("adamw", "muon"))
+    shapes = make_run_spec_for_topology(small_run(mesh=MESH), TOPOLOGY).shapes["params"]
+    leaves = jax.tree_util.tree_flatten_with_path(shapes)[0]
+    saved = per_device_bytes([leaf for path, leaf in leaves if is_orthogonalized(tuple(key.key for key in path))])
+    assert saved > 0.3 * adamw[0]["parameters"]
+    assert muon[0]["optimizer"] == pytest.approx(adamw[0]["optimizer"] - saved, abs=64)
 
 
 def test_a_batch_is_sharded_over_the_batch_axes() -> None:

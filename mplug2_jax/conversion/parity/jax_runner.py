@@ -48,7 +48,7 @@ from mplug2_jax.objectives.language import (
     teacher_probabilities,
 )
 from mplug2_jax.training.config import AdamWConfig
-from mplug2_jax.training.optim.optimizer import adamw
+from mplug2_jax.training.optim.optimizer import make_optimizer
 
 Framework = Literal["jax", "torch"]
 RETRIEVAL_NOTE = "the PyTorch runtime has no retrieval model, so these rows are jax's"
@@ -300,7 +300,7 @@ class JaxRunner:
             weight_decay=train["weight_decay"], b1=train["betas"][0], b2=train["betas"][1], eps=train["eps"],
             decay_mask="released", clip_norm=0.0,
         )  # fmt: skip
-        optimizer = adamw(config, train["lr_other"], train["lr_visual"])
+        optimizer = make_optimizer(config, train["lr_other"], train["lr_visual"])
         frozen = released_distillation(golden, alpha=0.0).frozen
 
         @jax.jit
