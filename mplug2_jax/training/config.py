@@ -40,7 +40,7 @@ class StreamConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AdamWConfig:
+class OptimizerConfig:
     """AdamW or Muon, with separate learning rates for the vision tower and for everything else.
 
     ``kind="muon"`` orthogonalizes the update of each layer's kernels, one matrix at a time, and scales it to the RMS of
@@ -78,7 +78,7 @@ class AdamWConfig:
         check_range("config.optimizer.layer_decay", self.layer_decay, 1e-3, 1)
         for name in ("b1", "b2", "muon_momentum"):
             check_range(f"config.optimizer.{name}", getattr(self, name), 0, 1 - 1e-9)
-        if self.kind != "muon" and self.muon_momentum != AdamWConfig.muon_momentum:
+        if self.kind != "muon" and self.muon_momentum != OptimizerConfig.muon_momentum:
             raise UserError(
                 f"config.optimizer.muon_momentum={self.muon_momentum} is not read by kind='{self.kind}': remove it, or "
                 "set kind to 'muon'"
@@ -88,6 +88,10 @@ class AdamWConfig:
                 f"config.optimizer.nu_dtype=bfloat16 is too coarse for b2={self.b2}: an update is smaller than its "
                 "8 bits resolve; set b2 to 0.99 or less, or nu_dtype to float32"
             )
+
+
+AdamWConfig = OptimizerConfig
+"""The name of older versions, for their recipes."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -241,7 +245,7 @@ class RunConfig:
     tasks: TaskSettings = TaskSettings()
     mesh: Neutral[MeshConfig] = MeshConfig()
     param_dtype: Dtype = "float32"  # of stored parameters and their gradients; a teacher stays float32
-    optimizer: AdamWConfig = AdamWConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     fsdp_gather: Neutral[FsdpGather] = "layer"  # all-gather fsdp's shards in each layer, or once per step
     ema_decay: float = 0.0  # of the EMA of parameters, which is evaluated and exported in their place; 0 = none

@@ -16,7 +16,7 @@ from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.planning.programs import abstract_batch
 from mplug2_jax.tasks.config import TaskSettings
 from mplug2_jax.training.checkpoint.checkpoints import Checkpoints
-from mplug2_jax.training.config import AdamWConfig, RunConfig
+from mplug2_jax.training.config import OptimizerConfig, RunConfig
 from mplug2_jax.training.loop import data_position, device_batches, open_streams
 from mplug2_jax.training.state import RunSpec, make_run_spec
 from mplug2_jax.training.step import jit_train_step, make_step
@@ -28,7 +28,7 @@ STEPS = 4
 
 
 def masked_words(param_dtype: str = "float32", **optimizer: Any) -> RunConfig:
-    adam = AdamWConfig(learning_rate=1e-2, b2=0.95, eps=1e-2, **optimizer)
+    adam = OptimizerConfig(learning_rate=1e-2, b2=0.95, eps=1e-2, **optimizer)
     return text_run(optimizer=adam, param_dtype=param_dtype)
 
 
@@ -118,5 +118,5 @@ def test_the_teacher_of_16_bit_parameters_has_32_bits(tokenizer: Tokenizer) -> N
 
 def test_16_bits_are_refused_for_a_slow_second_moment() -> None:
     with pytest.raises(UserError, match=r"nu_dtype=bfloat16 is too coarse for b2=0.999: .*set b2 to 0.99 or less"):
-        AdamWConfig(nu_dtype="bfloat16")
-    assert AdamWConfig(mu_dtype="bfloat16").b2 == 0.999
+        OptimizerConfig(nu_dtype="bfloat16")
+    assert OptimizerConfig(mu_dtype="bfloat16").b2 == 0.999

@@ -16,7 +16,7 @@ from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.tasks.config import TaskSettings
 from mplug2_jax.training.checkpoint.checkpoints import Checkpoints
-from mplug2_jax.training.config import AdamWConfig, RunConfig
+from mplug2_jax.training.config import OptimizerConfig, RunConfig
 from mplug2_jax.training.loop import data_position, device_batches, open_streams
 from mplug2_jax.training.state import RunSpec, make_run_spec
 from mplug2_jax.training.step import make_step
@@ -52,7 +52,7 @@ def all_streams_run() -> RunConfig:
         )
     }  # fmt: skip
     model = small_model(attention_dropout=0.1)
-    return small_run(streams=streams, model=model, optimizer=AdamWConfig(learning_rate=1e-2, eps=1e-2))
+    return small_run(streams=streams, model=model, optimizer=OptimizerConfig(learning_rate=1e-2, eps=1e-2))
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def test_micro_batches_add_up_to_the_batch(tokenizer: Tokenizer) -> None:
 
 @pytest.mark.parametrize("times", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_gathering_per_step_equals_gathering_per_layer(tokenizer: Tokenizer, times: int) -> None:
-    config = text_run(grad_accum_steps=times, optimizer=AdamWConfig(learning_rate=1e-2, eps=1e-2))
+    config = text_run(grad_accum_steps=times, optimizer=OptimizerConfig(learning_rate=1e-2, eps=1e-2))
     per_layer, per_layer_history = run(dataclasses.replace(config, fsdp_gather="layer"), tokenizer, EIGHT, 2)
     per_step, per_step_history = run(dataclasses.replace(config, fsdp_gather="step"), tokenizer, EIGHT, 2)
     for actual, expected in zip(per_step_history, per_layer_history, strict=True):
@@ -114,7 +114,7 @@ def test_gathering_per_step_equals_gathering_per_layer(tokenizer: Tokenizer, tim
 def test_muon_gives_the_losses_of_one_device_on_eight_and_continues_from_a_checkpoint(
     tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    config = text_run(optimizer=AdamWConfig(kind="muon", learning_rate=1e-2, eps=1e-2))
+    config = text_run(optimizer=OptimizerConfig(kind="muon", learning_rate=1e-2, eps=1e-2))
     one, expected = run(config, tokenizer, ONE, 3)
     eight, history = run(config, tokenizer, EIGHT, 3)
     for actual, other in zip(history, expected, strict=True):

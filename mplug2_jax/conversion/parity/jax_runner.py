@@ -47,7 +47,7 @@ from mplug2_jax.objectives.language import (
     summed_distillation_loss,
     teacher_probabilities,
 )
-from mplug2_jax.training.config import AdamWConfig
+from mplug2_jax.training.config import OptimizerConfig
 from mplug2_jax.training.optim.optimizer import make_optimizer
 
 Framework = Literal["jax", "torch"]
@@ -296,7 +296,7 @@ class JaxRunner:
         The optimizer has the release's parameter groups; the teacher, if there is one, is updated before every loss.
         """
         golden, train = self.golden, self.golden.settings["train"]
-        config = AdamWConfig(
+        config = OptimizerConfig(
             weight_decay=train["weight_decay"], b1=train["betas"][0], b2=train["betas"][1], eps=train["eps"],
             decay_mask="released", clip_norm=0.0,
         )  # fmt: skip

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mplug2_jax.training.config import AdamWConfig, DecayMask, Dtype
+from mplug2_jax.training.config import DecayMask, Dtype, OptimizerConfig
 from mplug2_jax.training.optim.layer_decay import LAYERS
 from mplug2_jax.training.optim.partition import LORA_KEY
 
@@ -75,7 +75,7 @@ def scale_by_adam(
     return optax.GradientTransformation(init, update)
 
 
-def scale_by_muon(config: AdamWConfig) -> optax.GradientTransformation:
+def scale_by_muon(config: OptimizerConfig) -> optax.GradientTransformation:
     """Return Muon's transformation of kernels [*layers, i, o], each matrix on its own.
 
     The moment is orthogonalized by five Newton-Schulz iterations, which bring its singular values near 1 (0.7 to 1.2),
@@ -113,7 +113,7 @@ def scale_by_tree(scales: optax.Params) -> optax.GradientTransformation:
 
 
 def make_optimizer(
-    config: AdamWConfig, learning_rate: optax.ScalarOrSchedule, vision_learning_rate: optax.ScalarOrSchedule,
+    config: OptimizerConfig, learning_rate: optax.ScalarOrSchedule, vision_learning_rate: optax.ScalarOrSchedule,
     scales: optax.Params | None = None,
 ) -> Any:  # fmt: skip
     """Return the optimizer: clipping, Adam or Muon, decoupled weight decay, and a learning rate for the vision tower.

@@ -14,7 +14,7 @@ from mplug2_jax.conversion.layouts.official import CAPTION_PARTS, QUESTION_PARTS
 from mplug2_jax.conversion.parity.goldens import load_goldens
 from mplug2_jax.errors import UserError
 from mplug2_jax.model.mplug2 import define_model
-from mplug2_jax.training.config import AdamWConfig
+from mplug2_jax.training.config import OptimizerConfig
 from mplug2_jax.training.optim.lora import adapter_shapes, add_adapters
 from mplug2_jax.training.optim.optimizer import (
     MUON_RMS,
@@ -63,7 +63,7 @@ def run(optimizer: optax.GradientTransformation, steps: int) -> Any:
 
 
 def test_steps_equal_optax_adamw_without_groups() -> None:
-    config = AdamWConfig(weight_decay=0.0, clip_norm=0.0)
+    config = OptimizerConfig(weight_decay=0.0, clip_norm=0.0)
     actual, expected = run(make_optimizer(config, 1e-2, 1e-2), 5), run(optax.adamw(1e-2, weight_decay=0.0), 5)
     assert_close(actual, expected)
 
@@ -72,7 +72,7 @@ def test_steps_equal_optax_adamw_without_groups() -> None:
 def test_vision_has_its_own_learning_rate_and_only_kernels_are_decayed(kind: Any) -> None:
     initial = params()
     zero = jax.tree.map(jnp.zeros_like, initial)
-    optimizer = make_optimizer(AdamWConfig(kind=kind, weight_decay=0.5, clip_norm=0.0), 1e-1, 1e-2)
+    optimizer = make_optimizer(OptimizerConfig(kind=kind, weight_decay=0.5, clip_norm=0.0), 1e-1, 1e-2)
     updates, _ = optimizer.update(zero, optimizer.init(initial), initial)
     blocks, layers = updates["vision"]["blocks"]["dense"], updates["decoder"]["layers"]["dense"]
     assert_close(blocks["kernel"], -5e-3 * initial["vision"]["blocks"]["dense"]["kernel"])
@@ -102,7 +102,7 @@ def test_clipping_bounds_the_norm_and_leaves_small_gradients_alone() -> None:
 
 def update(kind: Any, tree: Any, scales: Any = None) -> Any:
     """Return the second step of an optimizer whose gradients are sines."""
-    optimizer = make_optimizer(AdamWConfig(kind=kind, weight_decay=0.0, clip_norm=0.0), 1.0, 1.0, scales)
+    optimizer = make_optimizer(OptimizerConfig(kind=kind, weight_decay=0.0, clip_norm=0.0), 1.0, 1.0, scales)
     state = optimizer.init(tree)
     for i in range(2):
         updates, state = optimizer.update(jax.tree.map(lambda x, i=i: jnp.sin(9 * x + i), tree), state, tree)
@@ -162,4 +162,4 @@ def test_muon_takes_the_kernels_of_layers_alone() -> None:
 
 def test_a_momentum_that_is_not_read_is_refused() -> None:
     with pytest.raises(UserError, match=r"config.optimizer.muon_momentum=0.9 is not read by kind='adamw'"):
-        AdamWConfig(muon_momentum=0.9)
+        OptimizerConfig(muon_momentum=0.9)
