@@ -78,8 +78,8 @@ def scale_by_adam(
 def scale_by_muon(config: OptimizerConfig) -> optax.GradientTransformation:
     """Return Muon's transformation of kernels [*layers, i, o], each matrix on its own.
 
-    The moment is orthogonalized by five Newton-Schulz iterations, which bring its singular values near 1 (0.7 to 1.2),
-    and scaled to AdamW's RMS: an orthogonal [i, o] has 1 / sqrt(max(i, o)).
+    The moment is orthogonalized by five Newton-Schulz iterations, which bring most of its singular values to 0.7 to
+    1.2, and scaled to AdamW's RMS: an orthogonal [i, o] has 1 / sqrt(max(i, o)).
 
     Moments and iterates are float32 between products, as the small singular values grow 480-fold; the products
     themselves have ``config.model.matmul_precision``, which on TPUs is bfloat16 by default, as Muon was published.
