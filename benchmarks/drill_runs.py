@@ -16,8 +16,8 @@ from mplug2_jax.config import to_dict
 from mplug2_jax.launch.local import find_free_port, process_environment
 from mplug2_jax.model.config import model_config
 from mplug2_jax.training.config import (
-    AdamWConfig,
     CheckpointConfig,
+    OptimizerConfig,
     RunConfig,
     ScheduleConfig,
     StreamConfig,
@@ -141,7 +141,7 @@ def run_config(tokenizer: Path, steps: int = STEPS, saved_every: int = SAVED_EVE
         tokenizer=TokenizerConfig(path=str(tokenizer)),
         streams={"text": StreamConfig(data=data, objectives={"mlm": 1.0})},
         # With a small eps Adam turns rounding noise into full steps, and no two meshes would agree.
-        optimizer=AdamWConfig(learning_rate=1e-3, eps=1e-2),
+        optimizer=OptimizerConfig(learning_rate=1e-3, eps=1e-2),
         schedule=ScheduleConfig(warmup_steps=1),
         checkpoint=CheckpointConfig(every_steps=saved_every, keep_last=2),
         log_every=1,

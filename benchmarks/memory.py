@@ -26,7 +26,7 @@ from mplug2_jax.parallel.accelerators import parse_topology
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.planning.programs import trace_training
 from mplug2_jax.planning.traffic import Collective, parse_collectives
-from mplug2_jax.training.config import AdamWConfig, RunConfig
+from mplug2_jax.training.config import OptimizerConfig, RunConfig
 
 GIB = 2**30
 _TOPOLOGIES = {8: "v5p:2x2x2", 16: "v5p:2x2x4", 32: "v5p:2x4x4", 64: "v5p:4x4x4"}  # by number of chips
@@ -110,9 +110,9 @@ def main() -> None:
             "grad_accum_steps=2, twice the batch": replace(caption_run(args, 2 * args.videos), grad_accum_steps=2),
             "bfloat16 parameters": replace(config, param_dtype="bfloat16"),
             "bfloat16 moments": replace(
-                config, optimizer=AdamWConfig(b2=0.98, mu_dtype="bfloat16", nu_dtype="bfloat16")
+                config, optimizer=OptimizerConfig(b2=0.98, mu_dtype="bfloat16", nu_dtype="bfloat16")
             ),
-            "moments on the host": replace(config, optimizer=AdamWConfig(offload_moments=True)),
+            "moments on the host": replace(config, optimizer=OptimizerConfig(offload_moments=True)),
         }.items():
             print_row(name, variant, mesh)
 

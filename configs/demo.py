@@ -5,13 +5,13 @@ Three streams, as in the paper: images with text, videos with text, and text alo
 """
 
 from mplug2_jax.recipes.api import (
-    AdamWConfig,
     CheckpointConfig,
     DataConfig,
     EvaluationConfig,
     ExampleConfig,
     InstructionConfig,
     Kind,
+    OptimizerConfig,
     RunConfig,
     ScheduleConfig,
     SearchConfig,
@@ -53,7 +53,7 @@ STREAMS = {
 }
 
 # Optimizer
-OPTIMIZER = AdamWConfig(learning_rate=2e-3, vision_learning_rate=1e-3, b2=0.95, weight_decay=0.05)
+OPTIMIZER = OptimizerConfig(learning_rate=2e-3, vision_learning_rate=1e-3, b2=0.95, weight_decay=0.05)
 SCHEDULE = ScheduleConfig(warmup_steps=25)
 
 # Evaluation

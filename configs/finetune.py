@@ -7,12 +7,12 @@ DigitWorld replaces the data. With files, override ``streams.video.data.sources.
 """
 
 from mplug2_jax.recipes.api import (
-    AdamWConfig,
     DataConfig,
     EvaluationConfig,
     ExampleConfig,
     InstructionConfig,
     MeshConfig,
+    OptimizerConfig,
     RematConfig,
     RunConfig,
     ScheduleConfig,
@@ -87,7 +87,7 @@ def video_run(task: str, size: str, num_frames: int) -> RunConfig:
         streams={"video": StreamConfig(data=train_data, objectives={OBJECTIVES[task]: 1.0})},
         tasks=TaskSettings(search=SearchConfig(num_beams=5, max_length=min(32, model.max_positions) - 1)),
         mesh=MeshConfig(sequence=2 if num_frames > LONG_VIDEO else 1),
-        optimizer=AdamWConfig(learning_rate=2e-5, vision_learning_rate=2e-6, weight_decay=0.02),
+        optimizer=OptimizerConfig(learning_rate=2e-5, vision_learning_rate=2e-6, weight_decay=0.02),
         schedule=ScheduleConfig(warmup_steps=500),
         evaluations={"video": EvaluationConfig(task=OBJECTIVES[task], data=eval_data)},
         eval_every=2000,

@@ -13,7 +13,6 @@ and ``clip-bert-SIZE``, which ``mplug2 convert import`` makes of the two.
 """
 
 from mplug2_jax.recipes.api import (
-    AdamWConfig,
     CheckpointConfig,
     DataConfig,
     ExampleConfig,
@@ -21,6 +20,7 @@ from mplug2_jax.recipes.api import (
     Kind,
     MeshConfig,
     ModelConfig,
+    OptimizerConfig,
     RematConfig,
     RunConfig,
     ScheduleConfig,
@@ -89,7 +89,7 @@ def get_config(variant: str = "large") -> RunConfig:
 
     # Optimizer
     learning_rate = LEARNING_RATES[size]
-    optimizer = AdamWConfig(
+    optimizer = OptimizerConfig(
         learning_rate=learning_rate, vision_learning_rate=learning_rate / 10, b2=0.98, weight_decay=0.02
     )
 

@@ -11,18 +11,21 @@ import re
 import runpy
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from ml_collections import ConfigDict
 
 from data_pipelines.errors import DataError, StorageUnavailableError
 from data_pipelines.storage.retry import is_url
 from mplug2_jax.errors import UserError, did_you_mean
+from mplug2_jax.fields import STEPS
 from mplug2_jax.renames import current_name, with_current_names
 
 T = TypeVar("T")
+ToSteps = Callable[[str, str], int]
+"""Converts the text of a duration, and the name of its field, to steps."""
 
 
 def to_dict(value: Any) -> Any:
@@ -41,13 +44,21 @@ def as_recipe(value: Any) -> ConfigDict:
     return ConfigDict(to_dict(value), type_safe=False)
 
 
-def build(cls: type[T], values: Mapping[str, Any] | ConfigDict, where: str = "config") -> T:
+def build(
+    cls: type[T], values: Mapping[str, Any] | ConfigDict, where: str = "config", to_steps: ToSteps | None = None
+) -> T:
     """Build a frozen dataclass from a mapping, nested dataclasses, mappings and tuples included.
+
+    Args:
+        cls: the dataclass.
+        values: of its fields.
+        where: the path of the config, for messages.
+        to_steps: converts texts in fields of ``Steps``; None: they are refused.
 
     Raises:
         UserError: unknown or missing fields and wrong types, named by their path from ``where``.
     """
-    hints = get_type_hints(cls)
+    hints = get_type_hints(cls, include_extras=True)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     values = with_current_names(cls, dict(values), where)
     for name in values:
@@ -60,10 +71,14 @@ def build(cls: type[T], values: Mapping[str, Any] | ConfigDict, where: str = "co
     ]
     if required:
         raise UserError(f"{where} lacks {', '.join(required)}")
-    return cls(**{name: _convert(hints[name], value, f"{where}.{name}") for name, value in values.items()})
+    return cls(**{name: _convert(hints[name], value, f"{where}.{name}", to_steps) for name, value in values.items()})
 
 
-def _convert(hint: Any, value: Any, where: str) -> Any:
+def _convert(hint: Any, value: Any, where: str, to_steps: ToSteps | None) -> Any:
+    if get_origin(hint) is Annotated:
+        if STEPS in hint.__metadata__ and isinstance(value, str) and to_steps:
+            return to_steps(value, where)
+        hint = hint.__origin__
     origin, args = get_origin(hint), get_args(hint)
     if isinstance(value, ConfigDict):
         value = value.to_dict()
@@ -73,7 +88,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         if value is None and type(None) in args:
             return None
         (hint,) = (a for a in args if a is not type(None))
-        return _convert(hint, value, where)
+        return _convert(hint, value, where, to_steps)
     if origin is Literal:
         if value not in args:
             raise UserError(f"{where}={value!r}: {did_you_mean(str(value), map(str, args))}")
@@ -83,18 +98,18 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             return value
         if not isinstance(value, Mapping):
             raise UserError(f"{where}={value!r} should be a group of fields ({hint.__name__})")  # type: ignore[union-attr]
-        return build(hint, value, where)  # type: ignore[arg-type]
+        return build(hint, value, where, to_steps)  # type: ignore[arg-type]
     if isinstance(origin, type) and issubclass(origin, Mapping):
         if not isinstance(value, Mapping):
             raise UserError(f"{where}={value!r} should be a group of named values")
         for key in value:
             if get_origin(args[0]) is Literal and key not in get_args(args[0]):
                 raise UserError(f"{where}.{key} is not a field: {did_you_mean(str(key), get_args(args[0]))}")
-        return {key: _convert(args[1], item, f"{where}.{key}") for key, item in value.items()}
+        return {key: _convert(args[1], item, f"{where}.{key}", to_steps) for key, item in value.items()}
     if origin is tuple:
         if isinstance(value, str) or not isinstance(value, Sequence):
             raise UserError(f"{where}={value!r} should be a tuple")
-        return tuple(_convert(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+        return tuple(_convert(args[0], item, f"{where}[{i}]", to_steps) for i, item in enumerate(value))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
@@ -197,6 +212,9 @@ def _override(recipe: ConfigDict, text: str) -> None:
     parent[leaf] = _parse(match["value"], node, where)
 
 
+_DURATION_STARTS = frozenset("0123456789.+-")
+
+
 def _parse(text: str, like: Any, where: str) -> Any:
     """Parse an override's text as a value of the type that it replaces."""
     if isinstance(like, str):
@@ -207,6 +225,8 @@ def _parse(text: str, like: Any, where: str) -> Any:
         value = text
     if like is None or value is None:
         return value
+    if type(like) is int and isinstance(value, str) and value[:1] in _DURATION_STARTS:
+        return value  # as "5%" or "3 epochs"; build refuses it where no steps are counted
     if isinstance(like, tuple) and isinstance(value, list):
         value = tuple(value)
     if isinstance(like, float) and isinstance(value, int) and not isinstance(value, bool):

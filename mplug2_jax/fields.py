@@ -3,6 +3,8 @@
 A run that resumes may change its config. ``Free[int]`` and ``Neutral[int]`` mark fields, or whole groups of them, that
 may always change: the former do not touch what a step computes, the latter only its rounding. All others decide what is
 computed, and change only on request.
+
+``Steps`` marks a number of steps, which may be given as a duration: "5%", "3 epochs" (training/durations.py).
 """
 
 import dataclasses
@@ -19,6 +21,8 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 T = TypeVar("T")
 Free = Annotated[T, "free"]
 Neutral = Annotated[T, "neutral"]
+STEPS = "steps"
+Steps = Annotated[int, STEPS]
 
 _FIELD = re.compile(r"    (?P<name>\w+): [^#]*?(?:  # (?P<comment>.*))?")
 
@@ -36,13 +40,15 @@ class Field(NamedTuple):
 def iter_fields(value: Any, path: str = "", kind: Kind = "deciding") -> Iterator[Field]:
     """Yield every leaf field of a config; nested configs and named values are descended into."""
     cls: Any = type(value)
-    hints, descriptions, kinds = get_type_hints(cls), field_descriptions(cls), field_kinds(cls, kind)
+    hints, descriptions = get_type_hints(cls, include_extras=True), field_descriptions(cls)
+    kinds = field_kinds(cls, kind)
     for field in dataclasses.fields(cls):
         name = field.name
         yield from _iter_value(getattr(value, name), hints[name], f"{path}{name}", descriptions[name], kinds[name])
 
 
 def _iter_value(value: Any, hint: Any, path: str, description: str, kind: Kind) -> Iterator[Field]:
+    hint = without_marks(hint, keep=STEPS)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         yield from iter_fields(value, f"{path}.", kind)
     elif isinstance(value, Mapping) and value:
@@ -68,13 +74,21 @@ def field_descriptions(cls: type) -> dict[str, str]:
     return {field.name: comments.get(field.name, "") for field in dataclasses.fields(cls)}
 
 
+def without_marks(hint: Any, keep: str = "") -> Any:
+    """Return a field's type without its marks, unless ``keep`` is among them."""
+    marked = get_origin(hint) is Annotated and keep not in hint.__metadata__
+    return hint.__origin__ if marked else hint
+
+
 def describe_type(hint: Any) -> str:
     """Return a type as a reader of the docs sees it.
 
     Example:
-        >>> describe_type(float | None), describe_type(Literal["a", "b"]), describe_type(tuple[str, ...])
-        ('float or none', 'a | b', '(str, ...)')
+        >>> describe_type(float | None), describe_type(Literal["a", "b"]), describe_type(tuple[Steps, ...])
+        ('float or none', 'a | b', '(steps, ...)')
     """
+    if get_origin(hint) is Annotated:
+        return STEPS if STEPS in hint.__metadata__ else describe_type(hint.__origin__)
     origin, args = get_origin(hint), get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return " or ".join("none" if arg is type(None) else describe_type(arg) for arg in args)
@@ -125,7 +139,7 @@ def render_markdown(cls: type) -> str:
 
 
 def _table(cls: type, path: str, kinds: Mapping[str, Kind]) -> str:
-    hints, descriptions = get_type_hints(cls), field_descriptions(cls)
+    hints, descriptions = get_type_hints(cls, include_extras=True), field_descriptions(cls)
     rows = ["| field | type | default | kind | meaning |", "|---|---|---|---|---|"]
     for field in dataclasses.fields(cls):
         group = bool(_configs_in(hints[field.name]))

@@ -13,8 +13,8 @@ from mplug2_jax.generation.config import SearchConfig
 from mplug2_jax.model.config import ModelConfig, model_config
 from mplug2_jax.tasks.config import TaskSettings
 from mplug2_jax.training.config import (
-    AdamWConfig,
     CheckpointConfig,
+    OptimizerConfig,
     RunConfig,
     ScheduleConfig,
     StreamConfig,
@@ -69,7 +69,7 @@ def small_run(**overrides: Any) -> RunConfig:
             "text": stream("text", 8, sentences, mlm=1.0, ilm=0.5),
         },
         "tasks": TaskSettings(search=SearchConfig(num_beams=1, max_length=5)),
-        "optimizer": AdamWConfig(learning_rate=1e-3),
+        "optimizer": OptimizerConfig(learning_rate=1e-3),
         "schedule": ScheduleConfig(warmup_steps=1),
         "evaluations": {"questions": EvaluationConfig(task="answer", data=heldout, num_samples=2)},
         "checkpoint": CheckpointConfig(every_steps=2, keep_last=2),

@@ -8,7 +8,7 @@ import pytest
 
 from mplug2_jax.config import build, load_recipe, override
 from mplug2_jax.fields import config_groups, describe_type, field_descriptions, iter_fields, render_markdown
-from mplug2_jax.training.config import AdamWConfig, RunConfig
+from mplug2_jax.training.config import OptimizerConfig, RunConfig
 from tests.cli.conftest import mplug2
 
 HEAD = """# Every field of a run
@@ -37,7 +37,7 @@ def test_every_field_can_be_overridden() -> None:
 
 
 def test_types_are_described_in_words() -> None:
-    hints = {field.name: field.type for field in dataclasses.fields(AdamWConfig)}
+    hints = {field.name: field.type for field in dataclasses.fields(OptimizerConfig)}
     assert describe_type(hints["vision_learning_rate"]) == "float or none"
     assert describe_type(hints["decay_mask"]) == "kernels | released"
     assert describe_type(tuple[int, ...]) == "(int, ...)"
@@ -45,10 +45,10 @@ def test_types_are_described_in_words() -> None:
 
 def test_the_comment_after_a_field_is_its_description() -> None:
     assert (
-        field_descriptions(AdamWConfig)["clip_norm"]
+        field_descriptions(OptimizerConfig)["clip_norm"]
         == "global norm of the gradient above which it is scaled down; 0 = no clipping"
     )
-    assert config_groups(RunConfig)[AdamWConfig] == "config.optimizer"
+    assert config_groups(RunConfig)[OptimizerConfig] == "config.optimizer"
 
 
 def test_the_page_matches_the_dataclasses(repository: Path) -> None:

@@ -12,7 +12,7 @@ def add_parser(commands: Any) -> None:
         commands, "config", run, config=True,
         summary="Print every field of a recipe, its meaning and type",
         details="Overrides are applied and checked as in mplug2 train. --only selects the fields whose name or meaning "
-        "contains a word.",
+        "contains a word. Fields of steps take durations: 5%, \"1.5M examples\", \"3 epochs of text\".",
         example="mplug2 config demo --only learning_rate --config.optimizer.learning_rate=1e-4",
     )  # fmt: skip
     parser.add_argument("recipe", help="a file or the name of a shipped recipe; FILE:ARG passes ARG to it")
@@ -21,12 +21,11 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print one line per field, in the form of an override."""
-    from mplug2_jax.config import build, load_recipe
     from mplug2_jax.errors import UserError, did_you_mean
     from mplug2_jax.fields import iter_fields
-    from mplug2_jax.training.config import RunConfig
+    from mplug2_jax.training.durations import load_run
 
-    fields = list(iter_fields(build(RunConfig, load_recipe(args.recipe, args.overrides))))
+    fields = list(iter_fields(load_run(args.recipe, args.overrides)))
     word = (args.only or "").lower()
     shown = [field for field in fields if word in field.path.lower() or word in field.description.lower()]
     if not shown:

@@ -110,12 +110,11 @@ def source_config(args: argparse.Namespace) -> "SourceConfig":
 
 def run_show(args: argparse.Namespace) -> int:
     """Write STREAM-stepN.html, and .png if there are images; never over existing files."""
-    from mplug2_jax.config import build, load_recipe
-    from mplug2_jax.training.config import RunConfig
+    from mplug2_jax.training.durations import load_run
 
     if args.step < 1:
         raise UserError(f"--step {args.step} should be at least 1, the first step")
-    config = build(RunConfig, load_recipe(args.recipe, args.overrides))
+    config = load_run(args.recipe, args.overrides)
     if args.stream and args.stream not in config.streams:
         raise UserError(f"--stream {args.stream} is not in the recipe: {did_you_mean(args.stream, config.streams)}")
     for name in [args.stream] if args.stream else config.streams:
@@ -294,9 +293,9 @@ def _open_builder(
 def _recipe_data(args: argparse.Namespace) -> Iterator[DataSet]:
     """Yield the streams of a recipe and its evaluations, in order."""
     from data_pipelines.sources.formats import parse_spec
-    from mplug2_jax.config import build, find_recipe, load_recipe
+    from mplug2_jax.config import find_recipe
     from mplug2_jax.tasks.contracts import CONTRACTS
-    from mplug2_jax.training.config import RunConfig
+    from mplug2_jax.training.durations import load_run
     from mplug2_jax.training.workdir import load_or_train_tokenizer
 
     try:
@@ -305,7 +304,7 @@ def _recipe_data(args: argparse.Namespace) -> Iterator[DataSet]:
         if ":" in args.spec:
             parse_spec(args.spec)  # raises an error with the valid formats
         raise UserError(f"{error}; data without a recipe are given as FORMAT:PATH") from error
-    config: RunConfig = build(RunConfig, load_recipe(args.spec, args.overrides))
+    config = load_run(args.spec, args.overrides)
     tokenizer = load_or_train_tokenizer(config.tokenizer)
     data_sets = [(f"{name}/", name, stream.data, 0) for name, stream in config.streams.items()] + [
         (f"evaluations/{name}/", name, evaluation.data, CONTRACTS[evaluation.task].min_answers)

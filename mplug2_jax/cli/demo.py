@@ -39,10 +39,9 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the tasks one after the other and print a table of their scores."""
-    from mplug2_jax.config import build, load_recipe
     from mplug2_jax.recipes.digitworld import FINETUNES
     from mplug2_jax.report import write_report
-    from mplug2_jax.training.config import RunConfig
+    from mplug2_jax.training.durations import load_run
     from mplug2_jax.training.initialization import with_init_from
     from mplug2_jax.training.loop import train
 
@@ -50,9 +49,7 @@ def run(args: argparse.Namespace) -> int:
         if name not in FINETUNES:
             raise UserError(f"--only {name} is not a task of the demo: {did_you_mean(name, FINETUNES)}")
     # Check all recipes before spending minutes on the first.
-    configs = {
-        name: build(RunConfig, load_recipe(f"digitworld:{name}", args.overrides)) for name in args.only or FINETUNES
-    }
+    configs = {name: load_run(f"digitworld:{name}", args.overrides) for name in args.only or FINETUNES}
     _pretrain(args.pretrained)
     rows: list[Sequence[str]] = []
     for i, (name, config) in enumerate(configs.items()):
@@ -70,12 +67,11 @@ def run(args: argparse.Namespace) -> int:
 
 def _pretrain(path: Path) -> None:
     """Pretrain as ``make demo`` does, or resume, unless the run is finished or is another model's."""
-    from mplug2_jax.config import build, load_recipe
-    from mplug2_jax.training.config import RunConfig
+    from mplug2_jax.training.durations import load_run
     from mplug2_jax.training.loop import train
     from mplug2_jax.training.workdir import WorkDir
 
-    config, workdir = build(RunConfig, load_recipe("demo")), WorkDir(path)
+    config, workdir = load_run("demo"), WorkDir(path)
     if path.exists():
         # A folder of checkpoints may lack a config, or have one of another run.
         existing = workdir.read_config() if workdir.exists() else None

@@ -71,15 +71,14 @@ def run(args: argparse.Namespace) -> int:
     """Print the plan, the result of the search, the comparison with the cost goldens, or the shardings."""
     if args.cost_goldens or args.topology is not None:  # the accelerators of this machine are not needed
         os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before JAX is imported, which reads it then
-    from mplug2_jax.config import build, load_recipe
     from mplug2_jax.parallel.accelerators import parse_topology
-    from mplug2_jax.training.config import RunConfig
+    from mplug2_jax.training.durations import load_run
 
     if args.cost_goldens:
         return _run_cost_goldens(args.cost_goldens)
     if args.config is None:
         raise UserError("--config is missing: name the recipe to plan, as pretrain:large")
-    config = build(RunConfig, load_recipe(args.config, args.overrides))
+    config = load_run(args.config, args.overrides)
     if args.effort is None:
         args.effort = -1.0 if args.search else 0.0
     check_range("--effort", args.effort, -1, 1)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 from mplug2_jax.errors import check_range
+from mplug2_jax.fields import Steps
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,7 +76,7 @@ class DistillationConfig:
     OLD_NAMES: ClassVar[Mapping[str, str]] = {"over": "softmax_axis", "fusion": "average_fusion"}
     alpha: float = 0.4  # weight of the teacher, 0 to 1
     momentum: float = 0.995  # of the moving average, 0 to 1
-    ramp_steps: int = 0  # steps over which alpha grows linearly from 0
+    ramp_steps: Steps = 0  # steps over which alpha grows linearly from 0
     softmax_axis: Literal["vocabulary", "time"] = "vocabulary"  # axis of the student's softmax; time: the release
     average_fusion: bool = True  # update the teacher's fusion module; False: the release
 

@@ -12,13 +12,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 from data_pipelines.storage.file_system import write_atomically
-from mplug2_jax.config import build, load_recipe, recipe_folder, to_dict
+from mplug2_jax.config import build, recipe_folder, to_dict
 from mplug2_jax.errors import UserError
 from mplug2_jax.parallel.accelerators import parse_topology
 from mplug2_jax.planning.programs import CompiledProgram, trace_program
 from mplug2_jax.planning.remedies import format_oom, try_compile
 from mplug2_jax.planning.report import PlanReport, make_report
-from mplug2_jax.training.config import RunConfig
+from mplug2_jax.training.durations import load_run
 
 TOLERANCE = 0.01
 """Relative increase of memory or traffic that passes."""
@@ -80,7 +80,7 @@ def measure_costs(golden: CostGolden) -> MeasuredCosts:
     Raises:
         UserError: the program does not fit, or its recipe or topology does not exist.
     """
-    config = build(RunConfig, load_recipe(golden.recipe, golden.overrides))
+    config = load_run(golden.recipe, golden.overrides)
     topology = parse_topology(golden.topology, golden.slices)
     compiled = try_compile(trace_program(config, topology, golden.evaluation), _COMPILE_EFFORT)
     if not isinstance(compiled, CompiledProgram):

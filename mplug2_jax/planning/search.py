@@ -23,7 +23,6 @@ from mplug2_jax.planning.remedies import diff_overrides, try_compile
 from mplug2_jax.planning.report import fingerprint, make_report
 from mplug2_jax.planning.timing import MFU_CEILING
 from mplug2_jax.training.config import FsdpGather, RunConfig
-from mplug2_jax.training.optim.partition import partition
 from mplug2_jax.training.state import RunSpec
 from mplug2_jax.training.telemetry.step_flops import count_gradient_flops
 
@@ -132,13 +131,9 @@ class _CostModel:
         self._batches = {name: abstract_batch(stream.data, spec) for name, stream in config.streams.items()}
         self._flops: dict[RematConfig, float] = {}
         self._weights = spec.definition.num_params() * 4.0
-        moments = {"float32": 4, "bfloat16": 2}
-        optimizer = config.optimizer
-        moment_bytes = 0 if optimizer.offload_moments else moments[optimizer.mu_dtype] + moments[optimizer.nu_dtype]
-        trained, _ = partition(spec.shapes["params"], config.frozen)
-        self._state = spec.definition.num_params() * (moments[config.param_dtype] + 4.0 * config.has_teacher)
-        num_trained = sum(shape.size for shape in jax.tree.leaves(trained))
-        self._state += (moment_bytes + 4.0 * bool(config.ema_decay)) * num_trained
+        on_host = {"opt"} if config.optimizer.offload_moments else set()
+        on_devices = [tree for name, tree in spec.shapes.items() if name not in on_host]
+        self._state = sum(shape.size * shape.dtype.itemsize for shape in jax.tree.leaves(on_devices))
         self._tokens = sum(_tokens(config, name) for name in config.streams)
 
     def estimate(self, config: RunConfig) -> Candidate:

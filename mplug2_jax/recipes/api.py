@@ -32,20 +32,22 @@ from mplug2_jax.training.config import (
     CheckpointConfig,
     FaultConfig,
     LoraConfig,
+    OptimizerConfig,
     ProfileConfig,
     RunConfig,
     ScheduleConfig,
     StreamConfig,
     TokenizerConfig,
 )
+from mplug2_jax.training.durations import Durations
 
 __all__ = [
-    "SIZES", "AdamWConfig", "CheckpointConfig", "ClassNames", "DataConfig", "DistillationConfig", "EvaluationConfig",
-    "ExampleConfig", "FaultConfig", "InstructionConfig", "Kind", "LoraConfig", "MeshConfig", "MlmConfig", "ModelConfig",
-    "ProfileConfig", "RematConfig", "RunConfig", "ScheduleConfig", "ScstConfig", "SearchConfig", "SourceConfig",
-    "StreamConfig", "TaskData", "TaskSettings", "TokenizerConfig", "UserError", "VisualConfig",
-    "VlcConfig", "VlmConfig", "as_recipe", "build", "caption_recipe", "check_size", "classification_recipe",
-    "corpus_sources", "data_folder", "did_you_mean", "file_source", "glue_recipe", "grounding_recipe", "load_recipe",
-    "model_config", "parse_variant", "read_class_names", "released_recipe", "retrieval_recipe", "summarization_recipe",
-    "tfds_classification_recipe", "vqa_recipe",
+    "SIZES", "AdamWConfig", "CheckpointConfig", "ClassNames", "DataConfig", "DistillationConfig", "Durations",
+    "EvaluationConfig", "ExampleConfig", "FaultConfig", "InstructionConfig", "Kind", "LoraConfig", "MeshConfig",
+    "MlmConfig", "ModelConfig", "OptimizerConfig", "ProfileConfig", "RematConfig", "RunConfig", "ScheduleConfig",
+    "ScstConfig", "SearchConfig", "SourceConfig", "StreamConfig", "TaskData", "TaskSettings", "TokenizerConfig",
+    "UserError", "VisualConfig", "VlcConfig", "VlmConfig", "as_recipe", "build", "caption_recipe", "check_size",
+    "classification_recipe", "corpus_sources", "data_folder", "did_you_mean", "file_source", "glue_recipe",
+    "grounding_recipe", "load_recipe", "model_config", "parse_variant", "read_class_names", "released_recipe",
+    "retrieval_recipe", "summarization_recipe", "tfds_classification_recipe", "vqa_recipe",
 ]  # fmt: skip

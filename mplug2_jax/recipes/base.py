@@ -15,7 +15,7 @@ from mplug2_jax.evaluation.config import EvaluationConfig
 from mplug2_jax.generation.config import SearchConfig
 from mplug2_jax.model.config import SIZES, RematConfig, model_config
 from mplug2_jax.tasks.config import TaskSettings
-from mplug2_jax.training.config import AdamWConfig, RunConfig, ScheduleConfig, StreamConfig, TokenizerConfig
+from mplug2_jax.training.config import OptimizerConfig, RunConfig, ScheduleConfig, StreamConfig, TokenizerConfig
 
 NUM_FRAMES = 16  # per video
 TINY_STEPS = 20  # of the size "tiny", which only tries a recipe out
@@ -140,7 +140,7 @@ class TaskFamily:
     search: SearchConfig = SearchConfig(num_beams=5, max_length=31)
     epochs: int = 10
     batch_size: int = 64
-    optimizer: AdamWConfig = AdamWConfig(learning_rate=2e-5, vision_learning_rate=2e-6, weight_decay=0.02)
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=2e-5, vision_learning_rate=2e-6, weight_decay=0.02)
     label_smoothing: float = 0.0
     num_classes: int = 0
 

@@ -6,7 +6,7 @@ from data_pipelines.config import InstructionConfig
 from mplug2_jax.generation.config import SearchConfig
 from mplug2_jax.recipes.base import TaskData, TaskFamily, finetune_recipe, parse_variant
 from mplug2_jax.recipes.released import released_recipe
-from mplug2_jax.training.config import AdamWConfig, RunConfig
+from mplug2_jax.training.config import OptimizerConfig, RunConfig
 
 
 def caption_recipe(name: str, arg: str, data: TaskData, *, epochs: int = 10, num_captions: int = 0) -> RunConfig:
@@ -45,6 +45,6 @@ def caption_recipe(name: str, arg: str, data: TaskData, *, epochs: int = 10, num
         family = dataclasses.replace(
             family, objectives={"scst": 1.0}, train_examples={**examples, "max_references": 20},
             eval_examples=examples, epochs=max(1, epochs // 4),
-            optimizer=AdamWConfig(learning_rate=2e-6, vision_learning_rate=2e-7, weight_decay=0.02),
+            optimizer=OptimizerConfig(learning_rate=2e-6, vision_learning_rate=2e-7, weight_decay=0.02),
         )  # fmt: skip
     return finetune_recipe(name, size, data, family)

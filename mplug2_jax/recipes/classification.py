@@ -12,7 +12,7 @@ from mplug2_jax.recipes.base import (
     parse_variant,
     read_class_names,
 )
-from mplug2_jax.training.config import AdamWConfig, RunConfig
+from mplug2_jax.training.config import OptimizerConfig, RunConfig
 
 
 def classification_recipe(
@@ -45,7 +45,7 @@ def classification_recipe(
         },
         epochs=epochs, train_visual={"transform": "train", "min_crop_area": 0.2, "flip": flip},
         eval_visual={"transform": "test", "num_clips": num_clips, "num_crops": num_crops},
-        batch_size=256, optimizer=AdamWConfig(learning_rate=1e-4, layer_decay=0.8, weight_decay=0.05),
+        batch_size=256, optimizer=OptimizerConfig(learning_rate=1e-4, layer_decay=0.8, weight_decay=0.05),
         label_smoothing=0.1, num_classes=len(classes.labels),
         eval_overrides={"prompts": prompts, "class_names": classes.names} if variant else {},
     )  # fmt: skip

@@ -3,7 +3,7 @@
 from data_pipelines.config import InstructionConfig
 from mplug2_jax.recipes.base import TaskData, TaskFamily, file_source, finetune_recipe
 from mplug2_jax.tasks.contracts import SIMILARITY_LEVELS
-from mplug2_jax.training.config import AdamWConfig, RunConfig
+from mplug2_jax.training.config import OptimizerConfig, RunConfig
 
 SINGLE = {"label": InstructionConfig(templates=("{text}",))}
 SIMILARITY = {"label": InstructionConfig(templates=("{text} | {other}",))}
@@ -34,6 +34,6 @@ def glue_recipe(task: str, size: str) -> RunConfig:
         objectives={"classify": 1.0}, task=task,
         train_examples={"instructions": instructions, "instruction_length": 128, "classes": classes},
         epochs=3 if num_train > 50_000 else 10, batch_size=32,
-        optimizer=AdamWConfig(learning_rate=2e-5, weight_decay=0.01), num_classes=len(classes),
+        optimizer=OptimizerConfig(learning_rate=2e-5, weight_decay=0.01), num_classes=len(classes),
     )  # fmt: skip
     return finetune_recipe(task, size, data, family)

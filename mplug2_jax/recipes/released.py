@@ -23,7 +23,7 @@ from mplug2_jax.model.config import SIZES, ModelConfig, model_config
 from mplug2_jax.objectives.config import DistillationConfig
 from mplug2_jax.recipes.base import NUM_FRAMES, TaskData
 from mplug2_jax.tasks.config import TaskSettings
-from mplug2_jax.training.config import AdamWConfig, RunConfig, ScheduleConfig, StreamConfig, TokenizerConfig
+from mplug2_jax.training.config import OptimizerConfig, RunConfig, ScheduleConfig, StreamConfig, TokenizerConfig
 
 EPOCHS = 10
 PLACEHOLDER_DATA = TaskData(
@@ -101,7 +101,7 @@ def released_run(model: ModelConfig, task: str, name: str, data: TaskData = PLAC
             ),
             search=search,
         ),
-        optimizer=AdamWConfig(
+        optimizer=OptimizerConfig(
             learning_rate=2e-5,
             vision_learning_rate=2e-6,
             weight_decay=0.02,

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from data_pipelines.config import DataConfig
 from mplug2_jax.errors import UserError, check_range, did_you_mean
 from mplug2_jax.evaluation.config import EvaluationConfig
-from mplug2_jax.fields import Free, Neutral
+from mplug2_jax.fields import Free, Neutral, Steps
 from mplug2_jax.model.config import PARTS, ModelConfig
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.renames import accept_old_names
@@ -16,6 +16,7 @@ from mplug2_jax.tasks.config import TaskSettings
 from mplug2_jax.tasks.contracts import CONTRACTS, required_parts
 
 FsdpGather = Literal["layer", "step"]
+OptimizerKind = Literal["adamw", "muon"]
 DecayMask = Literal["kernels", "released"]
 ScheduleKind = Literal["cosine", "linear", "constant", "rsqrt", "wsd", "released", "released_caption"]
 Dtype = Literal["float32", "bfloat16"]
@@ -40,12 +41,19 @@ class StreamConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AdamWConfig:
-    """AdamW with separate learning rates for the vision tower and for everything else."""
+class OptimizerConfig:
+    """AdamW or Muon, with separate learning rates for the vision tower and for everything else.
+
+    ``kind="muon"`` orthogonalizes the update of each layer's kernels, one matrix at a time, and scales it to the RMS of
+    AdamW's (0.2), so that learning rates and ``weight_decay`` serve both. It keeps one moment, of ``muon_momentum`` and
+    ``mu_dtype``. Everything else takes AdamW's step with ``b1`` and ``b2``: embeddings, positions, latents, norms,
+    biases, heads, the patch embedding, projections between widths, temporal convolutions, LoRA's adapters.
+    """
 
     OLD_NAMES: ClassVar[Mapping[str, str]] = {"decay": "decay_mask", "offload": "offload_moments"}
     OLD_VALUES: ClassVar[Mapping[str, Mapping[str, str]]] = {"decay_mask": {"matrices": "kernels"}}
 
+    kind: OptimizerKind = "adamw"  # see above
     learning_rate: float = 1e-4  # at the schedule's peak
     vision_learning_rate: float | None = None  # None: the same as learning_rate
     layer_decay: float = 1.0  # factor of the learning rate per layer below the heads (layer_decay.py); 1 = none
@@ -53,7 +61,8 @@ class AdamWConfig:
     decay_mask: DecayMask = "kernels"  # what is decayed: kernels alone, or what the release decays
     b1: float = 0.9  # decay rate of the first moment, below 1
     b2: float = 0.999  # decay rate of the second moment, below 1
-    eps: float = 1e-8  # added to the square root of the second moment
+    eps: float = 1e-8  # added to the square root of the second moment, and to the norm that muon divides by
+    muon_momentum: float = 0.95  # decay rate of muon's moment, below 1
     clip_norm: float = 1.0  # global norm of the gradient above which it is scaled down; 0 = no clipping
     mu_dtype: Dtype = "float32"  # of the first moment as stored
     nu_dtype: Dtype = "float32"  # of the second moment as stored
@@ -68,13 +77,22 @@ class AdamWConfig:
         for name in ("learning_rate", "vision_learning_rate", "weight_decay", "eps", "clip_norm"):
             check_range(f"config.optimizer.{name}", getattr(self, name), 0)
         check_range("config.optimizer.layer_decay", self.layer_decay, 1e-3, 1)
-        for name in ("b1", "b2"):
+        for name in ("b1", "b2", "muon_momentum"):
             check_range(f"config.optimizer.{name}", getattr(self, name), 0, 1 - 1e-9)
+        if self.kind != "muon" and self.muon_momentum != OptimizerConfig.muon_momentum:
+            raise UserError(
+                f"config.optimizer.muon_momentum={self.muon_momentum} is not read by kind='{self.kind}': remove it, or "
+                "set kind to 'muon'"
+            )
         if self.nu_dtype == "bfloat16" and self.b2 > 0.99:
             raise UserError(
                 f"config.optimizer.nu_dtype=bfloat16 is too coarse for b2={self.b2}: an update is smaller than its "
                 "8 bits resolve; set b2 to 0.99 or less, or nu_dtype to float32"
             )
+
+
+AdamWConfig = OptimizerConfig
+"""The name of older versions, for their recipes."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,11 +112,11 @@ class ScheduleConfig:
 
     OLD_NAMES: ClassVar[Mapping[str, str]] = {"start": "init_lr", "floor": "end_lr"}
     kind: ScheduleKind = "cosine"  # see above
-    warmup_steps: int = 100  # from init_lr to the learning rate
+    warmup_steps: Steps = 100  # from init_lr to the learning rate
     init_lr: float = 0.0  # the rate of the first step, for every group
     end_lr: float = 0.0  # the rate of the last step, for every group; 0 for constant and rsqrt, which have none
-    decay_steps: int = 0  # for wsd; 0: no decay
-    steps_per_epoch: int = 0  # for released_caption
+    decay_steps: Steps = 0  # for wsd; 0: no decay
+    steps_per_epoch: Steps = 0  # for released_caption
 
     def __post_init__(self) -> None:
         """Check the ranges.
@@ -144,14 +162,14 @@ class CheckpointConfig:
         "keep_steps": "keep_every_steps",
     }  # fmt: skip
     OLD_VALUES: ClassVar[Mapping[str, Mapping[str, str]]] = {"best_mode": {"lowest": "min", "highest": "max"}}
-    every_steps: int = 1000  # steps between saves, at least 1
+    every_steps: Steps = 1000  # steps between saves, at least 1
     every_minutes: float = 0.0  # also save when this time has passed since the last save; 0 = by steps alone
     keep_last: int = 3  # how many of the newest to keep, at least 1
     keep_best: int = 0  # how many of the best by `best_metric` to keep as well
     best_metric: str = "loss"  # a name in metrics.jsonl, as eval/words/accuracy; steps without it are not ranked
     best_mode: Literal["min", "max"] = "min"  # whether a lower or a higher `best_metric` is better
     keep_every_minutes: float = 0.0  # also keep one checkpoint per this time; 0 = none
-    keep_every_steps: int = 0  # also keep, forever, steps that are multiples of this; 0 = none
+    keep_every_steps: Steps = 0  # also keep, forever, steps that are multiples of this; 0 = none
     max_failed_saves: int = 10  # in a row, after which the run exits with status 69, to be started again
 
     def __post_init__(self) -> None:
@@ -177,7 +195,7 @@ class FaultConfig:
     spike_zscore: float = 0.0  # standard deviations above the mean of recent losses that trigger a rollback; 0 = never
     spike_window: int = 100  # number of recent losses
     max_rollbacks: int = 3  # to the same checkpoint before the run stops
-    sdc_check_every: int = 0  # steps between steps that are recomputed and compared bit by bit; 0 = never
+    sdc_check_every: Steps = 0  # steps between steps that are recomputed and compared bit by bit; 0 = never
 
     def __post_init__(self) -> None:
         """Check the ranges.
@@ -197,8 +215,8 @@ class ProfileConfig:
     """The steps that are traced for TensorBoard's profiler; a file ``profile`` in the work directory requests more."""
 
     OLD_NAMES: ClassVar[Mapping[str, str]] = {"at": "start_steps", "steps": "num_steps"}
-    start_steps: tuple[int, ...] = ()  # the first step of each trace
-    num_steps: int = 3  # steps per trace
+    start_steps: tuple[Steps, ...] = ()  # the first step of each trace
+    num_steps: Steps = 3  # steps per trace
 
     def __post_init__(self) -> None:
         """Check the range. Raises UserError."""
@@ -215,7 +233,7 @@ class RunConfig:
         "wandb": "wandb_project", "log_examples": "log_example_ids",
     }  # fmt: skip
     name: str  # of the recipe, for logs and reports
-    steps: int  # of the whole run, at least 1; may be raised at any resume
+    steps: Steps  # of the whole run, at least 1; may be raised at any resume
     seed: int = 0  # of parameters, dropout, masking and data order
     model: ModelConfig
     init_from: str = ""  # checkpoint to initialize from: path of a work directory, its checkpoints, or one step
@@ -228,16 +246,16 @@ class RunConfig:
     tasks: TaskSettings = TaskSettings()
     mesh: Neutral[MeshConfig] = MeshConfig()
     param_dtype: Dtype = "float32"  # of stored parameters and their gradients; a teacher stays float32
-    optimizer: AdamWConfig = AdamWConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     fsdp_gather: Neutral[FsdpGather] = "layer"  # all-gather fsdp's shards in each layer, or once per step
     ema_decay: float = 0.0  # of the EMA of parameters, which is evaluated and exported in their place; 0 = none
     grad_accum_steps: Neutral[int] = 1  # micro-batches per step, into which each stream's batch is split
     evaluations: Free[Mapping[str, EvaluationConfig]] = dataclasses.field(default_factory=dict)  # by name
-    eval_every: Free[int] = 0  # steps between evaluations; 0 = only after the last step
+    eval_every: Free[Steps] = 0  # steps between evaluations; 0 = only after the last step
     checkpoint: Free[CheckpointConfig] = CheckpointConfig()
     faults: Free[FaultConfig] = FaultConfig()
-    log_every: Free[int] = 10  # steps between lines of metrics
+    log_every: Free[Steps] = 10  # steps between lines of metrics
     log_example_ids: Free[bool] = False  # write every step's example ids to examples.jsonl, to compare runs
     prefetch_memory: Free[float] = 8.0  # GiB of examples a host keeps ready, for all streams; limits their prefetch
     storage_timeout: Free[float] = 600.0  # seconds for which requests are repeated; then the run exits with status 69

@@ -27,7 +27,7 @@ from mplug2_jax.training.optim.lora import (
     merge_adapters,
     remove_adapters,
 )
-from mplug2_jax.training.optim.optimizer import adamw
+from mplug2_jax.training.optim.optimizer import make_optimizer
 from mplug2_jax.training.optim.partition import combine, partition
 from mplug2_jax.training.optim.schedule import make_schedule
 
@@ -100,7 +100,7 @@ def make_run_spec(
     axes = add_adapters(definition.axes, config.lora.parts, adapter_axes)
     decay = config.optimizer.layer_decay
     scales = None if decay == 1 else partition(lr_scales(params, config.model, decay), config.frozen)[0]
-    optimizer = adamw(config.optimizer, schedules["rest"], schedules["vision"], scales)
+    optimizer = make_optimizer(config.optimizer, schedules["rest"], schedules["vision"], scales)
     placement = make_param_shardings(params, axes, mesh)
     shapes = jax.eval_shape(lambda params: _init_state(params, config, optimizer), definition.shapes)
     shardings = _state_shardings(config, shapes, placement, optimizer, mesh)
@@ -151,12 +151,16 @@ def _state_shardings(
     replicated = replicated_sharding(mesh)
     trained, _ = partition(placement.shardings, config.frozen)
     memory_kind = HOST_MEMORY if config.optimizer.offload_moments else None
+
+    def shard_moment(moment: Any, sharding: Any) -> Any:
+        return moment if isinstance(moment, optax.MaskedNode) else sharding.with_memory_kind(memory_kind)
+
     shardings: TrainState = jax.tree.map(lambda _: replicated, shapes)
     shardings["params"] = placement.shardings
     # Moments are sharded like their parameters; by default they would all be put on one device.
     shardings["opt"] = optax.tree_utils.tree_map_params(
-        optimizer, lambda _, s: s.with_memory_kind(memory_kind), shapes["opt"], trained,
-        transform_non_params=lambda _: replicated,
+        optimizer, shard_moment, shapes["opt"], trained, transform_non_params=lambda _: replicated,
+        is_leaf=lambda x: isinstance(x, optax.MaskedNode),  # in place of a moment that a parameter does not have
     )  # fmt: skip
     if "ema" in shapes:
         shardings["ema"] = trained

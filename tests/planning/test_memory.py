@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import types
 
+import jax
 import pytest
 
 from mplug2_jax.objectives.config import DistillationConfig, VlcConfig
@@ -13,7 +14,8 @@ from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.planning.memory import Memory, per_device_bytes, program_memory, state_memory
 from mplug2_jax.planning.programs import CompiledProgram, abstract_batch, make_run_spec_for_topology, trace_training
 from mplug2_jax.tasks.config import TaskSettings
-from mplug2_jax.training.config import AdamWConfig, RunConfig
+from mplug2_jax.training.config import OptimizerConfig, RunConfig
+from mplug2_jax.training.optim.optimizer import is_orthogonalized
 from tests.runs import small_run, text_run
 
 TOPOLOGY = parse_topology("cpu:8")
@@ -38,6 +40,15 @@ def test_parameters_are_four_bytes_and_adam_twice_that() -> None:
     assert host == 0
 
 
+def test_muon_has_one_moment_of_each_kernel_of_a_layer() -> None:
+    adamw, muon = (memory_of(small_run(mesh=MESH, optimizer=OptimizerConfig(kind=kind))) for kind in ("adamw", "muon"))
+    shapes = make_run_spec_for_topology(small_run(mesh=MESH), TOPOLOGY).shapes["params"]
+    leaves = jax.tree_util.tree_flatten_with_path(shapes)[0]
+    saved = per_device_bytes([leaf for path, leaf in leaves if is_orthogonalized(tuple(key.key for key in path))])
+    assert saved > 0.3 * adamw[0]["parameters"]
+    assert muon[0]["optimizer"] == pytest.approx(adamw[0]["optimizer"] - saved, abs=64)
+
+
 def test_a_batch_is_sharded_over_the_batch_axes() -> None:
     pairs, frame = 12 + 12 + 6, 16 * 16 * 3  # tokens of text, instruction and target
     masks = 12 + 12 + 4 * 6  # of text and instruction, and weights
@@ -52,11 +63,11 @@ def test_a_batch_is_sharded_over_the_batch_axes() -> None:
 
 
 def test_offloaded_moments_are_in_host_memory() -> None:
-    uses, host, num_local = memory_of(small_run(mesh=MESH, optimizer=AdamWConfig(offload_moments=True)))
+    uses, host, num_local = memory_of(small_run(mesh=MESH, optimizer=OptimizerConfig(offload_moments=True)))
     assert host == 8 * num_local
     assert uses.get("optimizer", 0.0) < 64
     narrow, _, _ = memory_of(
-        small_run(mesh=MESH, optimizer=AdamWConfig(b2=0.98, mu_dtype="bfloat16", nu_dtype="bfloat16"))
+        small_run(mesh=MESH, optimizer=OptimizerConfig(b2=0.98, mu_dtype="bfloat16", nu_dtype="bfloat16"))
     )  # fmt: skip
     assert narrow["optimizer"] == pytest.approx(4 * num_local, abs=64)
 

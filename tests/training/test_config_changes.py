@@ -10,14 +10,14 @@ from data_pipelines.tokenizers import train_wordpiece
 from mplug2_jax.errors import UserError
 from mplug2_jax.fields import iter_fields
 from mplug2_jax.parallel.config import MeshConfig
-from mplug2_jax.training.config import AdamWConfig, RunConfig, ScheduleConfig, TokenizerConfig
+from mplug2_jax.training.config import OptimizerConfig, RunConfig, ScheduleConfig, TokenizerConfig
 from mplug2_jax.training.config_changes import changed_since, config_at, configs_between, find_changes
 from mplug2_jax.training.telemetry.events import EventLog, read_events
 from mplug2_jax.training.workdir import WorkDir, check_tokenizer_unchanged
 from tests.runs import small_run, text_run
 
-BASE = text_run(steps=9, optimizer=AdamWConfig(learning_rate=1e-3))
-OTHER_RATE = AdamWConfig(learning_rate=1e-4)
+BASE = text_run(steps=9, optimizer=OptimizerConfig(learning_rate=1e-3))
+OTHER_RATE = OptimizerConfig(learning_rate=1e-4)
 
 
 def with_source(**fields: Any) -> RunConfig:

@@ -16,7 +16,7 @@ from mplug2_jax.errors import UserError
 from mplug2_jax.model.config import SpecialTokens
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
-from mplug2_jax.training.config import AdamWConfig, RunConfig
+from mplug2_jax.training.config import OptimizerConfig, RunConfig
 from mplug2_jax.training.initialization import init_or_load_state
 from mplug2_jax.training.loop import device_batches, open_streams
 from mplug2_jax.training.state import RunSpec, eval_params, make_run_spec
@@ -26,7 +26,7 @@ from tests.close import assert_close, assert_equal
 from tests.runs import text_run
 from tests.training.test_initialization import save_checkpoint
 
-mlm_run = functools.partial(text_run, optimizer=AdamWConfig(learning_rate=1e-2))
+mlm_run = functools.partial(text_run, optimizer=OptimizerConfig(learning_rate=1e-2))
 
 
 def make_spec(config: RunConfig) -> RunSpec:

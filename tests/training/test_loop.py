@@ -19,7 +19,7 @@ from mplug2_jax.inference.replay import replay_step
 from mplug2_jax.launch.local import find_free_port
 from mplug2_jax.model.config import RematConfig
 from mplug2_jax.parallel.config import MeshConfig
-from mplug2_jax.training.config import AdamWConfig, RunConfig, ScheduleConfig, StreamConfig
+from mplug2_jax.training.config import OptimizerConfig, RunConfig, ScheduleConfig, StreamConfig
 from mplug2_jax.training.loop import train
 from mplug2_jax.training.reliability.lock import WorkDirLock
 from mplug2_jax.training.reliability.watchdog import PhaseKind, Watchdog
@@ -217,7 +217,7 @@ def test_a_run_resumes_with_other_settings_and_replay_knows_them(tmp_path: Path)
     with pytest.raises(UserError, match="is of another size"):
         train(wider, changed.path, ["config.model"])
     assert changed.path.joinpath("config.json").read_bytes() == before
-    slower = dataclasses.replace(micro, steps=6, optimizer=AdamWConfig(learning_rate=1e-4))
+    slower = dataclasses.replace(micro, steps=6, optimizer=OptimizerConfig(learning_rate=1e-4))
     train(slower, changed.path, ["config.optimizer.learning_rate"])
     for saved in (2, 4):  # so that the replay begins with step 1 and passes both changes
         shutil.rmtree(changed.checkpoints / str(saved), ignore_errors=True)

@@ -21,7 +21,7 @@ from mplug2_jax.objectives.scst import scst_loss
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.tasks.config import TaskSettings
-from mplug2_jax.training.config import AdamWConfig, RunConfig
+from mplug2_jax.training.config import OptimizerConfig, RunConfig
 from mplug2_jax.training.initialization import init_or_load_state
 from mplug2_jax.training.loop import device_batches, open_streams, train
 from mplug2_jax.training.state import make_run_spec
@@ -44,7 +44,7 @@ def scst_run(**overrides: Any) -> RunConfig:
     fields = {
         "streams": {"pictures": stream("image", 8, DESCRIBE, scst=1.0)},
         "tasks": TaskSettings(scst=ScstConfig(num_samples=2, num_documents=100)),
-        "optimizer": AdamWConfig(learning_rate=1e-2, eps=1e-2),
+        "optimizer": OptimizerConfig(learning_rate=1e-2, eps=1e-2),
         "evaluations": {},
     }
     return small_run(**(fields | overrides))

@@ -1,6 +1,7 @@
 """The step: equal losses on any mesh, gradient accumulation, one compilation, a donated state, its randomness."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,12 +15,13 @@ from mplug2_jax.objectives.config import DistillationConfig, VlcConfig
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.tasks.config import TaskSettings
-from mplug2_jax.training.config import AdamWConfig, RunConfig
-from mplug2_jax.training.loop import device_batches, open_streams
+from mplug2_jax.training.checkpoint.checkpoints import Checkpoints
+from mplug2_jax.training.config import OptimizerConfig, RunConfig
+from mplug2_jax.training.loop import data_position, device_batches, open_streams
 from mplug2_jax.training.state import RunSpec, make_run_spec
 from mplug2_jax.training.step import make_step
 from mplug2_jax.training.workdir import special_tokens
-from tests.close import CHAIN, assert_close
+from tests.close import CHAIN, assert_close, assert_equal
 from tests.runs import QUESTION, small_model, small_run, stream, text_run
 
 ONE = MeshConfig(data=1, fsdp=1, tensor=1)
@@ -50,7 +52,7 @@ def all_streams_run() -> RunConfig:
         )
     }  # fmt: skip
     model = small_model(attention_dropout=0.1)
-    return small_run(streams=streams, model=model, optimizer=AdamWConfig(learning_rate=1e-2, eps=1e-2))
+    return small_run(streams=streams, model=model, optimizer=OptimizerConfig(learning_rate=1e-2, eps=1e-2))
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +101,7 @@ def test_micro_batches_add_up_to_the_batch(tokenizer: Tokenizer) -> None:
 
 @pytest.mark.parametrize("times", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_gathering_per_step_equals_gathering_per_layer(tokenizer: Tokenizer, times: int) -> None:
-    config = text_run(grad_accum_steps=times, optimizer=AdamWConfig(learning_rate=1e-2, eps=1e-2))
+    config = text_run(grad_accum_steps=times, optimizer=OptimizerConfig(learning_rate=1e-2, eps=1e-2))
     per_layer, per_layer_history = run(dataclasses.replace(config, fsdp_gather="layer"), tokenizer, EIGHT, 2)
     per_step, per_step_history = run(dataclasses.replace(config, fsdp_gather="step"), tokenizer, EIGHT, 2)
     for actual, expected in zip(per_step_history, per_layer_history, strict=True):
@@ -107,6 +109,34 @@ def test_gathering_per_step_equals_gathering_per_layer(tokenizer: Tokenizer, tim
     assert_close(per_step["params"], per_layer["params"])
     moves = [float(abs(p).max()) for p in jax.tree.leaves(per_step["opt"]) if p.ndim]
     assert max(moves) > 0
+
+
+def test_muon_gives_the_losses_of_one_device_on_eight_and_continues_from_a_checkpoint(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    config = text_run(optimizer=OptimizerConfig(kind="muon", learning_rate=1e-2, eps=1e-2))
+    one, expected = run(config, tokenizer, ONE, 3)
+    eight, history = run(config, tokenizer, EIGHT, 3)
+    for actual, other in zip(history, expected, strict=True):
+        assert_close(actual, other, CHAIN)
+    assert_close(eight["params"], one["params"], CHAIN)
+
+    spec = make_spec(config, tokenizer, EIGHT)
+    moment = eight["opt"][1].inner_states["muon"].inner_state[0].mu["text"]["layers"]["mlp"]["up"]["kernel"]
+    kernel = eight["params"]["text"]["layers"]["mlp"]["up"]["kernel"]
+    assert moment.sharding == kernel.sharding
+    assert kernel.addressable_shards[0].data.size == kernel.size // 4
+
+    streams, step = open_streams(config, tokenizer), make_step(spec)
+    batches, state = device_batches(streams, spec.mesh, 0), spec.init()
+    for _ in range(2):
+        state, _ = step(state, next(batches)[0])
+    checkpoints = Checkpoints(tmp_path, config.checkpoint)
+    checkpoints.save(state, data_position(2, streams))
+    checkpoints.close()
+    restored, _ = Checkpoints(tmp_path, config.checkpoint, read_only=True).restore(spec.shapes)
+    state, _ = step(restored, next(batches)[0])
+    assert_equal(state, eight)
 
 
 def test_shards_are_initialized_on_their_devices(tokenizer: Tokenizer) -> None:

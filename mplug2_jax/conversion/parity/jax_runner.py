@@ -47,8 +47,8 @@ from mplug2_jax.objectives.language import (
     summed_distillation_loss,
     teacher_probabilities,
 )
-from mplug2_jax.training.config import AdamWConfig
-from mplug2_jax.training.optim.optimizer import adamw
+from mplug2_jax.training.config import OptimizerConfig
+from mplug2_jax.training.optim.optimizer import make_optimizer
 
 Framework = Literal["jax", "torch"]
 RETRIEVAL_NOTE = "the PyTorch runtime has no retrieval model, so these rows are jax's"
@@ -296,11 +296,11 @@ class JaxRunner:
         The optimizer has the release's parameter groups; the teacher, if there is one, is updated before every loss.
         """
         golden, train = self.golden, self.golden.settings["train"]
-        config = AdamWConfig(
+        config = OptimizerConfig(
             weight_decay=train["weight_decay"], b1=train["betas"][0], b2=train["betas"][1], eps=train["eps"],
             decay_mask="released", clip_norm=0.0,
         )  # fmt: skip
-        optimizer = adamw(config, train["lr_other"], train["lr_visual"])
+        optimizer = make_optimizer(config, train["lr_other"], train["lr_visual"])
         frozen = released_distillation(golden, alpha=0.0).frozen
 
         @jax.jit

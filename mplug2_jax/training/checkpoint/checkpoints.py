@@ -432,8 +432,9 @@ class Checkpoints:
             if name not in stored and name.startswith("opt/"):
                 raise UserError(
                     f"{where} lacks {name}, which the optimizer needs: a resumed run can "
-                    "neither train more parts nor turn clipping on or off (an optimizer.clip_norm of 1e9 never clips); "
-                    "set config.freeze, config.lora and config.optimizer.clip_norm as they were"
+                    "neither train more parts, nor change the kind of optimizer, nor turn clipping on or off (an "
+                    "optimizer.clip_norm of 1e9 never clips); set config.freeze, config.lora, config.optimizer.kind "
+                    "and config.optimizer.clip_norm as they were"
                 )
             if name not in stored:
                 raise UserError(f"{where} lacks {name}, which this config needs; check its model and its parts")

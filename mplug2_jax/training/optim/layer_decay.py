@@ -17,7 +17,7 @@ from mplug2_jax.model.mplug2 import Params
 _JOINT = ("universal", "fusion", "decoder")  # stacks that read another one, from the bottom up
 _HEADS = frozenset({"mlm", "contrastive", "matching", "classifier"})
 _INPUTS = frozenset({"patch", "class_token", "positions", "norm_pre", "embeddings", "latents"})
-_LAYERS = frozenset({"blocks", "layers", "mixing"})
+LAYERS = frozenset({"blocks", "layers", "mixing"})
 
 
 def depth_from_head(path: tuple[str, ...], config: ModelConfig, parts: frozenset[str]) -> NDArray[np.int64]:
@@ -35,7 +35,7 @@ def depth_from_head(path: tuple[str, ...], config: ModelConfig, parts: frozenset
     top = 1 + sum(getattr(config, f"{other}_layers") for other in after if other in parts)
     if path[1] in _INPUTS:
         return np.asarray(top + num_layers)
-    if path[1] not in _LAYERS:
+    if path[1] not in LAYERS:
         return np.asarray(top)
     index = np.arange(num_layers)
     if stack == "fusion":

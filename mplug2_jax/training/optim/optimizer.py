@@ -1,4 +1,4 @@
-"""AdamW with the release's parameter groups: {vision, others} x {decayed, not decayed}."""
+"""AdamW and Muon with the release's parameter groups: {vision, others} x {decayed, not decayed}."""
 
 import math
 from typing import Any
@@ -7,8 +7,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from mplug2_jax.training.config import AdamWConfig, DecayMask, Dtype
+from mplug2_jax.training.config import DecayMask, Dtype, OptimizerConfig
+from mplug2_jax.training.optim.layer_decay import LAYERS
 from mplug2_jax.training.optim.partition import LORA_KEY
+
+MUON_RMS = 0.2
+"""Root mean square of Muon's updates before the learning rate: what AdamW's have in practice (arXiv 2502.16982)."""
 
 
 def is_vision(path: tuple[str, ...]) -> bool:
@@ -32,6 +36,11 @@ def is_decayed(path: tuple[str, ...], mask: DecayMask) -> bool:
         return is_linear(path) or LORA_KEY in path
     visual_norms = path[0] in ("vision", "vision_projection") or path[:2] == ("universal", "visual_norm")
     return path[-1] != "bias" and (path[-1] != "scale" or visual_norms)
+
+
+def is_orthogonalized(path: tuple[str, ...]) -> bool:
+    """Return whether Muon orthogonalizes a parameter's update: a kernel of a layer, [layers, i, o]."""
+    return is_linear(path) and path[1] in LAYERS
 
 
 def scale_by_adam(
@@ -66,6 +75,28 @@ def scale_by_adam(
     return optax.GradientTransformation(init, update)
 
 
+def scale_by_muon(config: OptimizerConfig) -> optax.GradientTransformation:
+    """Return Muon's transformation of kernels [*layers, i, o], each matrix on its own.
+
+    The moment is orthogonalized by five Newton-Schulz iterations, which bring most of its singular values to 0.7 to
+    1.2, and scaled to AdamW's RMS: an orthogonal [i, o] has 1 / sqrt(max(i, o)).
+
+    Moments and iterates are float32 between products, as the small singular values grow 480-fold; the products
+    themselves have ``config.model.matmul_precision``, which on TPUs is bfloat16 by default, as Muon was published.
+    """
+
+    def scale(updates: optax.Updates, _: optax.Params | None) -> optax.Updates:
+        return jax.tree.map(lambda u: u * (MUON_RMS * math.sqrt(max(u.shape[-2:]))), updates)
+
+    def dimensions(params: optax.Params) -> Any:
+        return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(-2, -1), params)
+
+    muon = optax.contrib.scale_by_muon(
+        beta=config.muon_momentum, eps=config.eps, mu_dtype=config.mu_dtype, weight_dimension_numbers=dimensions
+    )
+    return optax.chain(muon, optax.stateless(scale))
+
+
 def clip_by_global_norm(limit: float) -> optax.GradientTransformation:
     """Return a transformation that scales gradients down to a global norm, by one factor that fuses into the update."""
 
@@ -81,20 +112,26 @@ def scale_by_tree(scales: optax.Params) -> optax.GradientTransformation:
     return optax.stateless(lambda updates, _: jax.tree.map(lambda u, s: u * s, updates, scales))
 
 
-def adamw(
-    config: AdamWConfig, learning_rate: optax.ScalarOrSchedule, vision_learning_rate: optax.ScalarOrSchedule,
+def make_optimizer(
+    config: OptimizerConfig, learning_rate: optax.ScalarOrSchedule, vision_learning_rate: optax.ScalarOrSchedule,
     scales: optax.Params | None = None,
 ) -> Any:  # fmt: skip
-    """Return the optimizer: clipping, Adam, decoupled weight decay, and separate learning rates for the vision tower.
+    """Return the optimizer: clipping, Adam or Muon, decoupled weight decay, and a learning rate for the vision tower.
 
-    ``scales`` are each parameter's factors of its learning rate, for Adam's step and the weight decay alike.
+    ``scales`` are each parameter's factors of its learning rate, for the step and the weight decay alike.
     """
 
     def map_paths(tree: Any, fn: Any) -> Any:  # of parameters, or of optax's placeholder for them
         return jax.tree_util.tree_map_with_path(lambda p, _: fn(tuple(key.key for key in p)), tree)
 
+    step = scale_by_adam(config.b1, config.b2, config.eps, config.mu_dtype, config.nu_dtype)
+    if config.kind == "muon":
+        step = optax.partition(  # these names are keys of the saved state
+            {"muon": scale_by_muon(config), "adam": step},
+            lambda p: map_paths(p, lambda path: "muon" if is_orthogonalized(path) else "adam"),
+        )
     transforms = [
-        scale_by_adam(config.b1, config.b2, config.eps, config.mu_dtype, config.nu_dtype),
+        step,
         optax.add_decayed_weights(
             config.weight_decay, lambda p: map_paths(p, lambda q: is_decayed(q, config.decay_mask))
         ),

@@ -61,7 +61,9 @@ def count_traced_step_flops(spec: RunSpec, jaxpr: Any) -> collections.Counter[st
     uses_xla = model.attention == "xla" or (model.attention == "auto" and spec.mesh.devices.flat[0].platform == "cpu")
     if not uses_xla or model.remat != RematConfig() or sizes["sequence"] > 1:
         return None
-    return count_jaxpr_flops(jaxpr, trip_count=_max_sampling_steps(spec.config.streams))
+    flops = count_jaxpr_flops(jaxpr, trip_count=_max_sampling_steps(spec.config.streams))
+    del flops["optimizer"]  # Muon's products are no part of the gradient
+    return flops
 
 
 def _max_sampling_steps(streams: Mapping[str, StreamConfig]) -> int:

@@ -11,7 +11,7 @@ from mplug2_jax.objectives.config import DistillationConfig
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.tasks.config import TaskSettings
-from mplug2_jax.training.config import AdamWConfig, RunConfig
+from mplug2_jax.training.config import OptimizerConfig, RunConfig
 from mplug2_jax.training.loop import device_batches, open_streams
 from mplug2_jax.training.state import RunSpec, make_run_spec
 from mplug2_jax.training.step import make_step
@@ -24,13 +24,13 @@ DISTILLED = TaskSettings(distillation=DistillationConfig(momentum=0.5))
 def answer_run(**overrides: Any) -> RunConfig:
     """Return a run of questions about video clips: every part between pixels and words, temporal units included."""
     clips = dataclasses.replace(small_run().streams["video_text"], objectives={"answer": 1.0})
-    optimizer = AdamWConfig(learning_rate=1e-2, weight_decay=0.5)
+    optimizer = OptimizerConfig(learning_rate=1e-2, weight_decay=0.5)
     return small_run(**({"streams": {"clips": clips}, "evaluations": {}, "optimizer": optimizer} | overrides))
 
 
 def mlm_run(**overrides: Any) -> RunConfig:
     """Return a run of masked words: text, universal layers and a head."""
-    optimizer = AdamWConfig(learning_rate=1e-2, weight_decay=0.5, clip_norm=0.0)
+    optimizer = OptimizerConfig(learning_rate=1e-2, weight_decay=0.5, clip_norm=0.0)
     return text_run(**({"optimizer": optimizer} | overrides))
 
 

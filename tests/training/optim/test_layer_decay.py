@@ -11,7 +11,7 @@ from mplug2_jax.model.config import PARTS, SpecialTokens, model_config
 from mplug2_jax.model.mplug2 import define_model
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
-from mplug2_jax.training.config import AdamWConfig
+from mplug2_jax.training.config import OptimizerConfig
 from mplug2_jax.training.optim.layer_decay import depth_from_head, lr_scales
 from mplug2_jax.training.state import make_run_spec
 from tests.close import assert_close
@@ -89,7 +89,7 @@ def test_the_scale_multiplies_adam_s_step_and_the_weight_decay() -> None:
     """The updates with decay are those without, layer by layer times the scale."""
 
     def updates(decay: float) -> dict:
-        optimizer = AdamWConfig(learning_rate=1.0, vision_learning_rate=0.5, weight_decay=0.1, layer_decay=decay)
+        optimizer = OptimizerConfig(learning_rate=1.0, vision_learning_rate=0.5, weight_decay=0.1, layer_decay=decay)
         config = small_run(model=small_model(vision_layers=3), optimizer=optimizer)
         spec = make_run_spec(config, SpecialTokens(), make_mesh(MeshConfig(), jax.devices()[:1]))
         params = spec.init()["params"]
@@ -109,4 +109,4 @@ def test_the_scale_multiplies_adam_s_step_and_the_weight_decay() -> None:
 @pytest.mark.parametrize("decay", [0.0, 1.1, -0.5])
 def test_an_invalid_decay_is_refused(decay: float) -> None:
     with pytest.raises(UserError, match=rf"config\.optimizer\.layer_decay={decay} must be between 0.001 and 1"):
-        AdamWConfig(layer_decay=decay)
+        OptimizerConfig(layer_decay=decay)

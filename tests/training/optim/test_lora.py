@@ -23,7 +23,7 @@ from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.planning.programs import abstract_batch
 from mplug2_jax.training.checkpoint.checkpoints import open_checkpoint
 from mplug2_jax.training.checkpoint.checksums import leaves_by_name as leaves
-from mplug2_jax.training.config import AdamWConfig, CheckpointConfig, LoraConfig, RunConfig
+from mplug2_jax.training.config import CheckpointConfig, LoraConfig, OptimizerConfig, RunConfig
 from mplug2_jax.training.initialization import init_or_load_state
 from mplug2_jax.training.loop import describe, train
 from mplug2_jax.training.optim.layer_decay import lr_scales
@@ -154,7 +154,7 @@ def test_an_adapter_s_gradient_is_its_kernel_s_by_the_chain_rule() -> None:
 @pytest.mark.slow
 def test_the_mesh_changes_nothing_and_the_rank_is_not_sharded() -> None:
     # A large eps keeps updates by gradients that are rounding noise negligible.
-    optimizer = AdamWConfig(learning_rate=1e-2, weight_decay=0.5, clip_norm=0.0, eps=1e-2)
+    optimizer = OptimizerConfig(learning_rate=1e-2, weight_decay=0.5, clip_norm=0.0, eps=1e-2)
     config = mlm_run(lora=LoraConfig(parts=("text", "universal"), rank=4), optimizer=optimizer)
     mesh = MeshConfig(fsdp=2, tensor=2)
     _, single, _ = train_steps(config, 3)
@@ -177,7 +177,7 @@ def test_parameter_groups_go_by_the_adapter_s_path() -> None:
     scales = leaves(lr_scales(spec.shapes["params"], spec.config.model, 0.5))
     for path in paths:
         np.testing.assert_array_equal(scales["/".join(path)], scales["/".join((*path[:-2], "kernel"))])
-    spec = make_spec(answer_run(lora=LORA, optimizer=AdamWConfig(layer_decay=0.5)))
+    spec = make_spec(answer_run(lora=LORA, optimizer=OptimizerConfig(layer_decay=0.5)))
     trainable, _ = partition(spec.shapes["params"], spec.config.frozen)
     # There is a scale for each, and no other.
     jax.eval_shape(spec.optimizer.update, trainable, spec.shapes["opt"], trainable)
