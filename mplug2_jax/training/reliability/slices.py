@@ -157,20 +157,35 @@ class Slices:
                     environment[name] = value
 
     def scale(self, config: RunConfig) -> RunConfig:
-        """Return the config of a run on all slices for the members: the same batch, in more micro-batches."""
+        """Return the config of a run on all slices for the members: the same batch, in more micro-batches.
+
+        Raises:
+            UserError: the config is not one of several slices, or not valid for a number of them that may remain.
+        """
         total, members, replica = self._host.num_slices, len(self.members), config.mesh.replica
         if replica > 0 and replica % total:
             raise UserError(
                 f"config.mesh.replica={replica} on {total} slices: only replicas may cross slices; set it to -1, or to "
                 f"a multiple of {total}"
             )
+        for count in range(self._minimum, total):  # found now, and not when a slice is lost
+            if not total % count:
+                self._scale_to(count, config)
         if members == total:
             return config
-        mesh = dataclasses.replace(config.mesh, replica=replica if replica < 0 else replica * members // total)
-        count = config.grad_accum_steps * total // members
+        scaled = self._scale_to(members, config)
         fewer = ", in which contrast and hard negatives compare fewer examples" * depends_on_micro_batches(config)
-        logging.warning("%d of %d slices: %d micro-batches a step%s", members, total, count, fewer)
-        return dataclasses.replace(config, mesh=mesh, grad_accum_steps=count)
+        logging.warning("%d of %d slices: %d micro-batches a step%s", members, total, scaled.grad_accum_steps, fewer)
+        return scaled
+
+    def _scale_to(self, count: int, config: RunConfig) -> RunConfig:
+        total, replica = self._host.num_slices, config.mesh.replica
+        mesh = dataclasses.replace(config.mesh, replica=replica if replica < 0 else replica * count // total)
+        micro_batches = config.grad_accum_steps * total // count
+        try:
+            return dataclasses.replace(config, mesh=mesh, grad_accum_steps=micro_batches)
+        except UserError as error:
+            raise UserError(f"--min-slices {self._minimum}: with {count} of {total} slices {error}") from error
 
     def remove_earlier(self) -> None:
         """Delete the files of earlier starts, after all members of this one have joined."""

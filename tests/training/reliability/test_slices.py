@@ -176,3 +176,16 @@ def test_fewer_examples_to_compare_are_a_warning(tmp_path: Path, caplog: pytest.
     mixed, text = (record.getMessage() for record in caplog.records)
     assert mixed == "1 of 2 slices: 2 micro-batches a step, in which contrast and hard negatives compare fewer examples"
     assert text == "1 of 2 slices: 2 micro-batches a step"
+
+
+def test_a_config_that_would_not_fit_fewer_slices_is_refused_while_all_are_there(tmp_path: Path) -> None:
+    config = text_run(batch_size=4, grad_accum_steps=2, mesh=MeshConfig(replica=-1, fsdp=1))
+    for minimum in (1, 2):
+        slices = Slices(tmp_path, Host.detect(local(0, slices=4, hosts=1)), "a", minimum, 1)
+        slices.members = (0, 1, 2, 3)
+        if minimum == 2:
+            assert slices.scale(config) == config
+            continue
+        message = r"--min-slices 1: with 1 of 4 slices config.streams.text.data.batch_size=4 is not a multiple of "
+        with pytest.raises(UserError, match=message):
+            slices.scale(config)
