@@ -181,8 +181,11 @@ class Stream:
                     f"sources.{key} has {len(source)} records, fewer than batch_size={multiple}, with drop_remainder; "
                     "reduce batch_size or turn drop_remainder off"
                 )
-        weights = self.mixture_weights()
-        self._order = infinite_shuffled_mixture(self.records, weights, stream=name, seed=seed, multiple=multiple)
+        starts = [stage.start_step for stage in config.mixture_stages]
+        self._order = infinite_shuffled_mixture(
+            self.records, self.mixture_weights(), stream=name, seed=seed, multiple=multiple,
+            changes={(step - 1) * config.batch_size: self.mixture_weights(step) for step in starts},
+        )  # fmt: skip
         self.examples: grain.MapDataset[LoadedExample] = self._order.map(self._builder.load_or_replace)
 
     @property
@@ -190,12 +193,12 @@ class Stream:
         """Return the number of records of each source."""
         return {name: len(source) for name, source in self._builder.sources.items()}
 
-    def mixture_weights(self) -> Mapping[str, float]:
-        """Return the weight of each source in the mixture; they add up to 1."""
+    def mixture_weights(self, step: int = 1) -> Mapping[str, float]:
+        """Return the weight of each source in the mixture of a step, counted from 1; they add up to 1."""
         temperature, records = self._config.mixture_temperature, self.records
         raw = {
-            name: source.weight * (records[name] ** (1 / temperature) if temperature is not None else 1.0)
-            for name, source in self._config.sources.items()
+            name: weight * (records[name] ** (1 / temperature) if temperature is not None else 1.0)
+            for name, weight in self._config.source_weights(step).items()
         }
         return {name: weight / sum(raw.values()) for name, weight in raw.items()}
 
@@ -271,6 +274,8 @@ class EvaluationSet:
     """
 
     def __init__(self, config: DataConfig, tokenizer: Tokenizer, *, name: str, seed: int, min_answers: int = 0) -> None:
+        if config.mixture_stages:
+            raise DataError("mixture_stages is for training: an evaluation reads every record once; set it to ()")
         self._config = config
         self._builder = ExampleBuilder(config, tokenizer, name, seed, min_answers=min_answers)
         self._lengths = {name: len(source) for name, source in self._builder.sources.items()}

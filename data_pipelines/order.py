@@ -4,9 +4,12 @@ The global batch of step N is positions N*B .. (N+1)*B; each host builds the row
 of hosts sees the same batches, and a run resumes at any step without replay.
 """
 
+import bisect
 import dataclasses
+import sys
+import types
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 import grain
@@ -77,9 +80,54 @@ class HostSlice(grain.MapDataset[Element]):
         return self._parent[(self._start_step + step) * self._batch_size + self._rows[row]]
 
 
+class _Mixture(grain.transforms.DatasetSelectionMap):
+    """The source of every position, and the element there: in a stage as in ``grain.MapDataset.mix``.
+
+    Every source continues where it was left when the weights change.
+
+    Args:
+        stages: the first position of each, rising from 0, and its weight of each source.
+    """
+
+    def __init__(self, stages: Sequence[tuple[int, Sequence[float]]]) -> None:
+        self._starts = [start for start, _ in stages]
+        self._proportions = [_proportions(weights) for _, weights in stages]
+        self._drawn = [[0] * len(self._proportions[0])]  # of each source, before the stage
+        for i, length in enumerate(np.diff(self._starts).tolist()):
+            counts = _counts(length, self._proportions[i])
+            self._drawn.append([a + b for a, b in zip(self._drawn[i], counts, strict=True)])
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        stage = bisect.bisect_right(self._starts, index) - 1
+        offset, proportions = index - self._starts[stage], self._proportions[stage]
+        before, after = _counts(offset, proportions), _counts(offset + 1, proportions)
+        source = next(i for i, count in enumerate(after) if count > before[i])
+        return source, self._drawn[stage][source] + before[source]
+
+
+def _proportions(weights: Sequence[float]) -> list[int]:
+    """Return weights as integers, the smallest above 0 as 100."""
+    scale = 100 / min(weight for weight in weights if weight)
+    return [int(weight * scale) for weight in weights]
+
+
+def _counts(length: int, proportions: Sequence[int]) -> list[int]:
+    """Return how many of the first ``length`` positions of a stage each source has."""
+    remaining, counts = sum(proportions), []
+    for proportion in proportions:
+        others = length * (remaining - proportion) // max(remaining, 1)
+        counts.append(length - others)
+        length, remaining = others, remaining - proportion
+    return counts
+
+
 def infinite_shuffled_mixture(
-    records: Mapping[str, int], weights: Mapping[str, float], *, stream: str, seed: int, multiple: int = 1
-) -> grain.MapDataset[RecordRef]:
+    records: Mapping[str, int], weights: Mapping[str, float], *, stream: str, seed: int, multiple: int = 1,
+    changes: Mapping[int, Mapping[str, float]] = types.MappingProxyType({}),
+) -> grain.MapDataset[RecordRef]:  # fmt: skip
     """Return the infinite order of a stream: every source reshuffled in each of its epochs, mixed by exact weights.
 
     Args:
@@ -88,6 +136,7 @@ def infinite_shuffled_mixture(
         stream: its name; streams with different names see different orders.
         seed: of the run.
         multiple: epochs are truncated to a multiple of it, so that a batch of this size never spans two.
+        changes: other weights from some positions on, by position; they may be 0.
     """
 
     def order_of(source: str) -> grain.MapDataset[RecordRef]:
@@ -100,4 +149,6 @@ def infinite_shuffled_mixture(
     orders = [order_of(source) for source in records]
     if len(orders) == 1:
         return orders[0]
-    return grain.MapDataset.mix(orders, [weights[source] for source in records])
+    stages = sorted(({0: weights} | dict(changes)).items())
+    mixture = _Mixture([(start, [stage[source] for source in records]) for start, stage in stages])
+    return grain.MapDataset.select_from_datasets(orders, mixture)
