@@ -1,11 +1,12 @@
 """The data order: an infinite shuffled mixture of records, a pure function of (seed, position), built on Grain.
 
-The global batch of step N is positions N*B .. (N+1)*B; each host builds the rows that its devices hold. So any number
-of hosts sees the same batches, and a run resumes at any step without replay.
+The global batches are consecutive slices of it; each host builds the rows that its devices hold. So any number of hosts
+sees the same batches, and a run resumes at any step without replay.
 """
 
 import bisect
 import dataclasses
+import itertools
 import sys
 import types
 import zlib
@@ -62,13 +63,49 @@ SINGLE_HOST = HostShards()
 """All rows of every batch."""
 
 
+class BatchSchedule:
+    """The cut of an order into consecutive batches, whose size may change in stages.
+
+    Args:
+        sizes: of the batches of each stage.
+        ends: number of batches up to the end of each stage but the last, which has none.
+    """
+
+    def __init__(self, sizes: Sequence[int], ends: Sequence[int] = ()) -> None:
+        self.sizes, self.ends = tuple(sizes), tuple(ends)
+        self._first_batches = [0, *self.ends]  # of each stage
+        lengths = [count * size for count, size in zip(np.diff(self._first_batches).tolist(), sizes, strict=False)]
+        self._first_positions = [0, *itertools.accumulate(lengths)]
+
+    def _stage(self, batch: int) -> int:
+        return bisect.bisect_right(self._first_batches, batch) - 1
+
+    def size(self, batch: int) -> int:
+        """Return the size of a batch, given its index from 0."""
+        return self.sizes[self._stage(batch)]
+
+    def start(self, batch: int) -> int:
+        """Return the position of a batch's first example: the sum of the sizes of all batches before it."""
+        stage = self._stage(batch)
+        return self._first_positions[stage] + (batch - self._first_batches[stage]) * self.sizes[stage]
+
+    def locate(self, position: int) -> tuple[int, int]:
+        """Return the batch that has a position of the order, and its row there."""
+        stage = bisect.bisect_right(self._first_positions, position) - 1
+        batch, row = divmod(position - self._first_positions[stage], self.sizes[stage])
+        return self._first_batches[stage] + batch, row
+
+
 class HostSlice(grain.MapDataset[Element]):
     """A host's rows of an order that is cut into global batches, from a given step on."""
 
-    def __init__(self, parent: grain.MapDataset[Element], batch_size: int, shards: HostShards, start_step: int) -> None:
+    def __init__(
+        self, parent: grain.MapDataset[Element], batches: BatchSchedule, shards: HostShards, start_step: int
+    ) -> None:
         super().__init__(parent)
-        self._batch_size, self._rows = batch_size, shards.rows(batch_size)
-        self._start_step = start_step
+        self._batches, self._rows = batches, {size: shards.rows(size) for size in batches.sizes}
+        self._own = BatchSchedule([len(self._rows[size]) for size in batches.sizes], batches.ends)
+        self._start = self._own.start(start_step)
 
     def __len__(self) -> int:
         return len(self._parent)
@@ -76,8 +113,8 @@ class HostSlice(grain.MapDataset[Element]):
     def __getitem__(self, index: int | slice) -> Any:
         if isinstance(index, slice):
             return self.slice(index)
-        step, row = divmod(index, len(self._rows))
-        return self._parent[(self._start_step + step) * self._batch_size + self._rows[row]]
+        batch, row = self._own.locate(self._start + index)
+        return self._parent[self._batches.start(batch) + self._rows[self._batches.size(batch)][row]]
 
 
 class _Mixture(grain.transforms.DatasetSelectionMap):

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipelines.errors import DataError
-from data_pipelines.order import HostShards, HostSlice, RecordRef, infinite_shuffled_mixture
+from data_pipelines.order import BatchSchedule, HostShards, HostSlice, RecordRef, infinite_shuffled_mixture
 
 SIZES = st.dictionaries(st.sampled_from("abc"), st.integers(1, 2000), min_size=1)
 
@@ -24,7 +24,7 @@ def step_of(order, batch_size: int, hosts: list[tuple[int, ...]], start: int, st
     picks = {}
     for parts in hosts:
         shard = HostShards(parts, count)
-        rows, numbers = HostSlice(order, batch_size, shard, start), shard.rows(batch_size)
+        rows, numbers = HostSlice(order, BatchSchedule([batch_size]), shard, start), shard.rows(batch_size)
         for place, number in enumerate(numbers):
             picks.setdefault(number, []).append(rows[(step - start) * len(numbers) + place])
     assert all(len(set(same)) == 1 for same in picks.values())
@@ -44,6 +44,27 @@ def test_a_step_is_the_same_for_any_hosts_and_any_restart(records, seed, step, b
     alone = step_of(order, batch_size, [(0,)], 0, step)
     again = infinite_shuffled_mixture(records, equal(records), stream="s", seed=seed)
     assert step_of(again, batch_size, hosts, max(0, step - back), step) == alone
+
+
+RAMPS = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 4)), max_size=4)
+
+
+@settings(max_examples=60)
+@given(ramp=RAMPS, final=st.integers(1, 4), start=st.integers(0, 200), host=st.sampled_from([(0,), (1, 3), (3, 0)]))
+def test_batches_of_several_sizes_are_consecutive_slices(ramp, final, start, host) -> None:
+    sizes = [4 * size for _, size in ramp] + [4 * final]
+    schedule = BatchSchedule(sizes, list(itertools.accumulate(count for count, _ in ramp)))
+    expected = [size for (count, _), size in zip(ramp, sizes, strict=False) for _ in range(count)]
+    expected += [sizes[-1]] * (260 - len(expected))
+    assert [schedule.size(batch) for batch in range(260)] == expected
+    firsts = list(itertools.accumulate(expected, initial=0))
+    assert [schedule.start(batch) for batch in range(260)] == firsts[:-1]
+    found = [schedule.locate(position) for position in range(firsts[-1])]
+    assert found == [(batch, row) for batch, size in enumerate(expected) for row in range(size)]
+    shards = HostShards(host, 4)
+    rows = HostSlice(grain.MapDataset.range(firsts[-1]), schedule, shards, start)
+    own = [firsts[batch] + row for batch in range(start, start + 20) for row in shards.rows(expected[batch])]
+    assert [rows[i] for i in range(len(own))] == own
 
 
 @settings(max_examples=30)

@@ -14,7 +14,7 @@ from mplug2_jax.parallel.processes import is_primary_process
 from mplug2_jax.training.checkpoint.metadata import DataPosition
 from mplug2_jax.training.reliability.faults import FaultDetector, LocalRows
 from mplug2_jax.training.state import RunSpec, TrainState
-from mplug2_jax.training.step import Step, StreamBatches
+from mplug2_jax.training.step import BatchSizes, Step, StreamBatches, batch_sizes
 from mplug2_jax.training.telemetry.events import EventLog
 from mplug2_jax.training.telemetry.goodput import GoodputTracker
 from mplug2_jax.training.telemetry.host_monitor import HostMonitor
@@ -55,21 +55,22 @@ class TrainMonitor:
         self._meter = ThroughputMeter(spec, position.step, self.metrics, goodput, self.hosts)
         self.faults = FaultDetector(config.faults, workdir.faults_path(jax.process_index()), events, position.recent)
         self.profiler = Profiler(workdir.path, config.profile, events)
-        self._pending: collections.deque[tuple[int, Metrics, LocalRows, Mapping[str, int]]] = collections.deque()
-        self.is_compiled = False
+        self._pending: collections.deque[tuple[int, Metrics, BatchSizes, LocalRows, Mapping[str, int]]]
+        self._pending = collections.deque()
 
     def compile(self, run_step: Step, step: int, state: TrainState, batches: StreamBatches) -> None:
-        """Compile the step function before its first call; log the time and the memory that it needs."""
-        if self.is_compiled:
+        """Compile the step function before its first call with batches of a size; log the time and memory it needs."""
+        if run_step.is_compiled(batches):
             return
-        self.is_compiled = True
+        sizes = dict(batch_sizes(batches))
         with self.goodput.track("compile"):
-            logging.info("compiling the train step")
+            examples = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
+            logging.info("step %d: compiling the train step for batches of %s examples", step, examples)
             start = time.perf_counter()
             traced = run_step.trace(state, batches)
             with ThreadPoolExecutor(1) as executor:  # XLA compiles without the GIL
                 counting = executor.submit(self._meter.count_step, traced.jaxpr, batches)
-                memory = run_step.compile(traced)
+                memory = run_step.compile(traced, batches)
                 counting.result()
             seconds = time.perf_counter() - start
         message = f"compiled in {seconds:.1f} s"
@@ -81,13 +82,18 @@ class TrainMonitor:
             total = memory["argument"] + temp + memory["output"] - memory["alias"] + memory["generated_code"]
             message += f"; {total / 2**20:,.0f} MiB per device, {temp / 2**20:,.0f} MiB of them temporary"
         logging.info("%s", message)
-        self._events.log_event("compiled", step, seconds=seconds, bytes=memory)
+        self._events.log_event("compiled", step, seconds=seconds, bytes=memory, batch_sizes=sizes)
 
     def on_step_dispatched(
-        self, step: int, metrics: Metrics, rows: LocalRows, num_skipped_records: Mapping[str, int]
+        self,
+        step: int,
+        metrics: Metrics,
+        sizes: BatchSizes,
+        rows: LocalRows,
+        num_skipped_records: Mapping[str, int],
     ) -> None:
-        """Take a step that was dispatched: its future metrics, its rows, and the unusable records of each source."""
-        self._pending.append((step, metrics, rows, num_skipped_records))
+        """Take a dispatched step: future metrics, batch sizes, rows, and the number of unusable records by source."""
+        self._pending.append((step, metrics, sizes, rows, num_skipped_records))
 
     def drain(self, *, max_pending: int) -> int | None:
         """Read the metrics of dispatched steps until at most ``max_pending`` are left.
@@ -99,8 +105,8 @@ class TrainMonitor:
             UserError: too many updates in a row were skipped.
         """
         while len(self._pending) > max_pending:
-            step, metrics, rows, num_skipped_records = self._pending.popleft()
-            self._meter.record_step(step, metrics, num_skipped_records)
+            step, metrics, sizes, rows, num_skipped_records = self._pending.popleft()
+            self._meter.record_step(step, metrics, sizes, num_skipped_records)
             if self.faults.observe(step, metrics, rows):
                 return step
         return None
