@@ -1,6 +1,7 @@
 """Faults inside a run: skipped updates, rollbacks, a full disk, corrupt devices; and replay after them."""
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -103,8 +104,9 @@ def test_a_spike_rolls_back_and_skips_its_data_and_replay_knows(
     (fault,) = read_jsonl(tmp_path / "run" / "faults.jsonl")
     assert fault["fault"] == "spike"
     assert len(fault["examples"]) == 8
-    steady = open_streams(text_run(batch_size=8), WorkDir(tmp_path / "run").load_tokenizer(config))["text"]
-    ids = [steady.batch(i).arrays["example_id"].tolist() for i in range(11)]
+    steady = open_streams(text_run(batch_size=8), WorkDir(tmp_path / "run").load_tokenizer(config))
+    batches = itertools.islice(loop.device_batches(steady, make_mesh(MeshConfig()), 0), 11)
+    ids = [batch["text"]["example_id"].tolist() for batch, _ in batches]
     found = [line["text"] for line in read_step_lines(tmp_path / "run" / "examples.jsonl")]
     assert found == [*ids[:4], *(ids[i] + ids[i + 1] for i in (5, 7, 9))]
     again = replay_step(WorkDir(tmp_path / "run"), 7, num_ranked=2)
