@@ -18,7 +18,9 @@ from mplug2_jax.cli.main import main
 from mplug2_jax.errors import UserError
 from mplug2_jax.inference.replay import replay_step
 from mplug2_jax.model.config import RematConfig
+from mplug2_jax.objectives.config import VlmConfig
 from mplug2_jax.parallel.config import MeshConfig
+from mplug2_jax.tasks.config import TaskSettings
 from mplug2_jax.training import loop
 from mplug2_jax.training.config import AdamWConfig, RunConfig, ScheduleConfig, StreamConfig
 from mplug2_jax.training.loop import train
@@ -119,6 +121,20 @@ def test_a_ramp_of_the_batch_size_compiles_each_stage_and_resumes_inside_it(
     assert resumed.examples.read_bytes() == through.examples.read_bytes()
     losses, expected = ([line["loss"] for line in read_train_metrics(each.metrics)] for each in (resumed, through))
     assert losses == expected
+
+
+def test_every_size_of_a_ramp_must_divide() -> None:
+    ramp = (BatchStage(last_step=3, batch_size=6),)
+    with pytest.raises(
+        UserError, match=r"data\.batch_ramp\[0\]\.batch_size=6 is not a multiple of config\.grad_accum_s"
+    ):
+        text_run(batch_size=16, batch_ramp=ramp, grad_accum_steps=4)
+    images = small_run().streams["image_text"]
+    streams = {"image_text": dataclasses.replace(images, data=dataclasses.replace(images.data, batch_ramp=ramp))}
+    with pytest.raises(
+        UserError, match=r"image_text: 6 examples per micro-batch are not a multiple of config\.tasks\.vlm"
+    ):
+        small_run(streams=streams, tasks=TaskSettings(vlm=VlmConfig(group_size=4)))
 
 
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path: Path) -> None:
