@@ -29,7 +29,7 @@ from mplug2_jax.training.checkpoint.checksums import checksums
 from mplug2_jax.training.checkpoint.metadata import DataPosition
 from mplug2_jax.training.config import FaultConfig, RunConfig, StreamConfig
 from mplug2_jax.training.state import RunSpec, TrainState, make_run_spec
-from mplug2_jax.training.step import StreamBatches, make_step, train_step
+from mplug2_jax.training.step import StreamBatches, batch_sizes, make_step, train_step
 from mplug2_jax.training.telemetry.events import EventLog
 from mplug2_jax.training.telemetry.goodput import GoodputTracker
 from mplug2_jax.training.telemetry.monitor import TrainMonitor
@@ -94,7 +94,7 @@ def main() -> None:
                 monitor.profiler.before_step(number)
                 state, metrics = step(state, batches)
                 monitor.profiler.after_step(number, metrics)
-                monitor.on_step_dispatched(number, metrics, (), {})
+                monitor.on_step_dispatched(number, metrics, batch_sizes(batches), (), {})
                 monitor.drain(max_pending=1)
             jax.block_until_ready((state, metrics))
             if number > 3:

@@ -45,7 +45,7 @@ class SourceConfig:
     label: str = ""  # DigitWorld: the attribute to label; empty: the digit in an image, the motion in a video
     max_records: int | None = None  # read only the first max_records; None: all (DigitWorld: 100,000)
     expand: Literal["record", "text"] = "record"  # "text": one record per caption or text; reads all records on opening
-    weight: float = 1.0  # weight in the mixture of sources
+    weight: float = 1.0  # weight in the mixture of sources; mixture_stages may change it
 
     def identity(self) -> dict[str, Any]:
         """Return what determines the records: all fields but where the index is."""
@@ -247,6 +247,22 @@ class ExampleConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class MixtureStage:
+    """The weights of a stream's sources from a step on, up to the next stage."""
+
+    start_step: int  # the first step of the stage; a batch that a rollback skips counts as a step
+    weights: Mapping[str, float]  # by source, at least 0; sources that are not named have their own weight
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BatchStage:
+    """The batch size of a stream up to a step."""
+
+    last_step: int  # the last step of the stage; a batch that a rollback skips counts as a step
+    batch_size: int  # examples per step, over all hosts
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """A stream of batches: its sources, their examples, and the global batch size."""
 
@@ -256,9 +272,11 @@ class DataConfig:
 
     sources: Mapping[str, SourceConfig]
     mixture_temperature: float | None = None  # mix by weight * num_records ** (1 / temperature); None: weights alone
+    mixture_stages: tuple[MixtureStage, ...] = ()  # later weights of the sources; every source continues its epoch
     visual: VisualConfig = VisualConfig()
     examples: ExampleConfig
     batch_size: int  # examples per step, over all hosts
+    batch_ramp: tuple[BatchStage, ...] = ()  # other batch sizes at first; batch_size holds after the last stage
     drop_remainder: bool = False  # drop an epoch's last partial batch; otherwise a batch may span two epochs
     max_bad_fraction: Free[float] = 0.01  # stop the run above this fraction of unusable records in a source
     num_workers: Free[int] = 0  # processes per host that build examples; 0: threads of the training process
@@ -282,6 +300,16 @@ class DataConfig:
                 )
         if self.mixture_temperature is not None and not self.mixture_temperature > 0:
             raise DataError(f"mixture_temperature={self.mixture_temperature} must be above 0, or none for the weights")
+        self._check_mixture_stages()
+        previous = 0
+        for i, stage in enumerate(self.batch_ramp):
+            if stage.last_step <= previous:
+                raise DataError(
+                    f"batch_ramp[{i}].last_step={stage.last_step} must be above {previous}, and rise by stage"
+                )
+            previous = stage.last_step
+        if self.batch_ramp and self.drop_remainder:
+            raise DataError("drop_remainder with batch_ramp: an epoch is no multiple of several sizes; remove one")
         if not 0 <= self.max_bad_fraction <= 1:
             raise DataError(f"max_bad_fraction={self.max_bad_fraction} is a fraction, expected 0 to 1")
         synthetic = all(source.format == "digitworld" for source in self.sources.values())
@@ -302,6 +330,32 @@ class DataConfig:
             raise DataError(
                 "drop_remainder needs a single source: the sources of a mixture end epochs at different times"
             )
+
+    def _check_mixture_stages(self) -> None:
+        previous = 0
+        for i, stage in enumerate(self.mixture_stages):
+            where = f"mixture_stages[{i}]"
+            if stage.start_step <= previous:
+                raise DataError(f"{where}.start_step={stage.start_step} must be above {previous}, and rise by stage")
+            previous = stage.start_step
+            for name, weight in stage.weights.items():
+                if name not in self.sources:
+                    raise DataError(f"{where}.weights.{name} is not a source: expected {', '.join(self.sources)}")
+                if not 0 <= weight < float("inf"):
+                    raise DataError(f"{where}.weights.{name}={weight} must be at least 0, and finite")
+            if not any(self.source_weights(stage.start_step).values()):
+                raise DataError(f"{where}.weights are 0 for all sources, expected one above 0")
+
+    @property
+    def batch_sizes(self) -> dict[str, int]:
+        """Return the size of a batch in each stage of the ramp, and after the last, by field."""
+        ramp = {f"batch_ramp[{i}].batch_size": stage.batch_size for i, stage in enumerate(self.batch_ramp)}
+        return {**ramp, "batch_size": self.batch_size}
+
+    def source_weights(self, step: int) -> dict[str, float]:
+        """Return the weight of each source in a step, counted from 1, before ``mixture_temperature``."""
+        stages = (stage.weights for stage in reversed(self.mixture_stages) if stage.start_step <= step)
+        return {name: source.weight for name, source in self.sources.items()} | dict(next(stages, {}))
 
     @property
     def kind(self) -> Kind:

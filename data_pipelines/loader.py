@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from data_pipelines.config import DataConfig, Kind
 from data_pipelines.errors import DataError
 from data_pipelines.examples import Example, encode_references, make_example
 from data_pipelines.media import KIND_NOUNS
-from data_pipelines.order import SINGLE_HOST, HostShards, HostSlice, RecordRef, infinite_shuffled_mixture
+from data_pipelines.order import SINGLE_HOST, BatchSchedule, HostShards, HostSlice, RecordRef, infinite_shuffled_mixture
 from data_pipelines.record import Record, Source
 from data_pipelines.sources.fingerprint import fingerprint
 from data_pipelines.sources.formats import open_source
@@ -174,6 +175,7 @@ class Stream:
                 raise DataError(f"visual.{field}={count} is for evaluations: training sees one view of each example")
         self._config, self._tokenizer, self._seed = config, tokenizer, seed
         self._builder = ExampleBuilder(config, tokenizer, name, seed)
+        self._batches = BatchSchedule.of(config)
         multiple = config.batch_size if config.drop_remainder else 1
         for key, source in self._builder.sources.items():
             if len(source) < multiple:
@@ -181,8 +183,11 @@ class Stream:
                     f"sources.{key} has {len(source)} records, fewer than batch_size={multiple}, with drop_remainder; "
                     "reduce batch_size or turn drop_remainder off"
                 )
-        weights = self.mixture_weights()
-        self._order = infinite_shuffled_mixture(self.records, weights, stream=name, seed=seed, multiple=multiple)
+        starts = [stage.start_step for stage in config.mixture_stages]
+        self._order = infinite_shuffled_mixture(
+            self.records, self.mixture_weights(), stream=name, seed=seed, multiple=multiple,
+            changes={self._batches.start(step - 1): self.mixture_weights(step) for step in starts},
+        )  # fmt: skip
         self.examples: grain.MapDataset[LoadedExample] = self._order.map(self._builder.load_or_replace)
 
     @property
@@ -190,12 +195,12 @@ class Stream:
         """Return the number of records of each source."""
         return {name: len(source) for name, source in self._builder.sources.items()}
 
-    def mixture_weights(self) -> Mapping[str, float]:
-        """Return the weight of each source in the mixture; they add up to 1."""
+    def mixture_weights(self, step: int = 1) -> Mapping[str, float]:
+        """Return the weight of each source in the mixture of a step, counted from 1; they add up to 1."""
         temperature, records = self._config.mixture_temperature, self.records
         raw = {
-            name: source.weight * (records[name] ** (1 / temperature) if temperature is not None else 1.0)
-            for name, source in self._config.sources.items()
+            name: weight * (records[name] ** (1 / temperature) if temperature is not None else 1.0)
+            for name, weight in self._config.source_weights(step).items()
         }
         return {name: weight / sum(raw.values()) for name, weight in raw.items()}
 
@@ -226,19 +231,23 @@ class Stream:
                     if captions := source[index].captions:
                         yield encode_references(captions, self._config.examples, self._tokenizer)
 
+    def batch_size(self, step: int) -> int:
+        """Return the size of the batch of step ``step`` (the first is 0)."""
+        return self._batches.size(step)
+
     def batch(self, step: int) -> LoadedBatch:
         """Return the whole batch of step ``step`` (the first is 0), built from its number alone."""
-        size = self._config.batch_size
-        return _collate_batch([self.examples[step * size + row] for row in range(size)])
+        start = self._batches.start(step)
+        return _collate_batch([self.examples[start + row] for row in range(self.batch_size(step))])
 
     def batches(self, start_step: int = 0, shards: HostShards = SINGLE_HOST) -> Generator[LoadedBatch, None, None]:
         """Yield this host's rows of the batches of step ``start_step``, ``start_step + 1``, ... without end."""
-        rows: grain.MapDataset[LoadedExample] = HostSlice(self.examples, self._config.batch_size, shards, start_step)
-        size = len(shards.rows(self._config.batch_size))
-        examples: Generator[LoadedExample, None, None] = prefetch(rows, self._config, size)
+        rows: grain.MapDataset[LoadedExample] = HostSlice(self.examples, self._batches, shards, start_step)
+        sizes = {size: len(shards.rows(size)) for size in self._batches.sizes}
+        examples: Generator[LoadedExample, None, None] = prefetch(rows, self._config, math.gcd(*sizes.values()))
         with contextlib.closing(examples):
-            while True:
-                yield _collate_batch(list(itertools.islice(examples, size)))
+            for step in itertools.count(start_step):
+                yield _collate_batch(list(itertools.islice(examples, sizes[self.batch_size(step)])))
 
 
 def _collate_batch(rows: Sequence[LoadedExample]) -> LoadedBatch:
@@ -271,6 +280,9 @@ class EvaluationSet:
     """
 
     def __init__(self, config: DataConfig, tokenizer: Tokenizer, *, name: str, seed: int, min_answers: int = 0) -> None:
+        for field in ("mixture_stages", "batch_ramp"):
+            if getattr(config, field):
+                raise DataError(f"{field} is for training: an evaluation reads every record once; set it to ()")
         self._config = config
         self._builder = ExampleBuilder(config, tokenizer, name, seed, min_answers=min_answers)
         self._lengths = {name: len(source) for name, source in self._builder.sources.items()}
@@ -306,7 +318,9 @@ class EvaluationSet:
         """Yield this host's rows of every batch from row ``start`` on; the last batch is padded."""
         size, padding = self._config.batch_size, self.first_example()
         rows, steps = shards.rows(size), -(-(len(self) * self.views - start) // size)
-        indices: grain.MapDataset[int] = HostSlice(grain.MapDataset.range(start, start + steps * size), size, shards, 0)
+        indices: grain.MapDataset[int] = HostSlice(
+            grain.MapDataset.range(start, start + steps * size), BatchSchedule([size]), shards, 0
+        )
         rows_of_host = indices[: steps * len(rows)].map(self._load_row)
         loaded: Generator[Example | BadRecord | _Padding, None, None] = prefetch(rows_of_host, self._config, len(rows))
         with contextlib.closing(loaded):

@@ -1,17 +1,22 @@
 """The data order: an infinite shuffled mixture of records, a pure function of (seed, position), built on Grain.
 
-The global batch of step N is positions N*B .. (N+1)*B; each host builds the rows that its devices hold. So any number
-of hosts sees the same batches, and a run resumes at any step without replay.
+The global batches are consecutive slices of it; each host builds the rows that its devices hold. So any number of hosts
+sees the same batches, and a run resumes at any step without replay.
 """
 
+import bisect
 import dataclasses
+import itertools
+import sys
+import types
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 import grain
 import numpy as np
 
+from data_pipelines.config import DataConfig
 from data_pipelines.errors import DataError
 
 Element = TypeVar("Element")
@@ -59,13 +64,54 @@ SINGLE_HOST = HostShards()
 """All rows of every batch."""
 
 
+class BatchSchedule:
+    """The cut of an order into consecutive batches, whose size may change in stages.
+
+    Args:
+        sizes: of the batches of each stage.
+        ends: number of batches up to the end of each stage but the last, which has none.
+    """
+
+    def __init__(self, sizes: Sequence[int], ends: Sequence[int] = ()) -> None:
+        self.sizes, self.ends = tuple(sizes), tuple(ends)
+        self._first_batches = [0, *self.ends]  # of each stage
+        lengths = [count * size for count, size in zip(np.diff(self._first_batches).tolist(), sizes, strict=False)]
+        self._first_positions = [0, *itertools.accumulate(lengths)]
+
+    @classmethod
+    def of(cls, config: DataConfig) -> "BatchSchedule":
+        """Return the schedule of a stream."""
+        return cls(list(config.batch_sizes.values()), [stage.last_step for stage in config.batch_ramp])
+
+    def _stage(self, batch: int) -> int:
+        return bisect.bisect_right(self._first_batches, batch) - 1
+
+    def size(self, batch: int) -> int:
+        """Return the size of a batch, given its index from 0."""
+        return self.sizes[self._stage(batch)]
+
+    def start(self, batch: int) -> int:
+        """Return the position of a batch's first example: the sum of the sizes of all batches before it."""
+        stage = self._stage(batch)
+        return self._first_positions[stage] + (batch - self._first_batches[stage]) * self.sizes[stage]
+
+    def locate(self, position: int) -> tuple[int, int]:
+        """Return the batch that has a position of the order, and its row there."""
+        stage = bisect.bisect_right(self._first_positions, position) - 1
+        batch, row = divmod(position - self._first_positions[stage], self.sizes[stage])
+        return self._first_batches[stage] + batch, row
+
+
 class HostSlice(grain.MapDataset[Element]):
     """A host's rows of an order that is cut into global batches, from a given step on."""
 
-    def __init__(self, parent: grain.MapDataset[Element], batch_size: int, shards: HostShards, start_step: int) -> None:
+    def __init__(
+        self, parent: grain.MapDataset[Element], batches: BatchSchedule, shards: HostShards, start_step: int
+    ) -> None:
         super().__init__(parent)
-        self._batch_size, self._rows = batch_size, shards.rows(batch_size)
-        self._start_step = start_step
+        self._batches, self._rows = batches, {size: shards.rows(size) for size in batches.sizes}
+        self._own = BatchSchedule([len(self._rows[size]) for size in batches.sizes], batches.ends)
+        self._start = self._own.start(start_step)
 
     def __len__(self) -> int:
         return len(self._parent)
@@ -73,13 +119,58 @@ class HostSlice(grain.MapDataset[Element]):
     def __getitem__(self, index: int | slice) -> Any:
         if isinstance(index, slice):
             return self.slice(index)
-        step, row = divmod(index, len(self._rows))
-        return self._parent[(self._start_step + step) * self._batch_size + self._rows[row]]
+        batch, row = self._own.locate(self._start + index)
+        return self._parent[self._batches.start(batch) + self._rows[self._batches.size(batch)][row]]
+
+
+class _Mixture(grain.transforms.DatasetSelectionMap):
+    """The source of every position, and the element there: in a stage as in ``grain.MapDataset.mix``.
+
+    Every source continues where it was left when the weights change.
+
+    Args:
+        stages: the first position of each, rising from 0, and its weight of each source.
+    """
+
+    def __init__(self, stages: Sequence[tuple[int, Sequence[float]]]) -> None:
+        self._starts = [start for start, _ in stages]
+        self._proportions = [_proportions(weights) for _, weights in stages]
+        self._drawn = [[0] * len(self._proportions[0])]  # of each source, before the stage
+        for i, length in enumerate(np.diff(self._starts).tolist()):
+            counts = _counts(length, self._proportions[i])
+            self._drawn.append([a + b for a, b in zip(self._drawn[i], counts, strict=True)])
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        stage = bisect.bisect_right(self._starts, index) - 1
+        offset, proportions = index - self._starts[stage], self._proportions[stage]
+        before, after = _counts(offset, proportions), _counts(offset + 1, proportions)
+        source = next(i for i, count in enumerate(after) if count > before[i])
+        return source, self._drawn[stage][source] + before[source]
+
+
+def _proportions(weights: Sequence[float]) -> list[int]:
+    """Return weights as integers, the smallest above 0 as 100."""
+    scale = 100 / min(weight for weight in weights if weight)
+    return [int(weight * scale) for weight in weights]
+
+
+def _counts(length: int, proportions: Sequence[int]) -> list[int]:
+    """Return how many of the first ``length`` positions of a stage each source has."""
+    remaining, counts = sum(proportions), []
+    for proportion in proportions:
+        others = length * (remaining - proportion) // max(remaining, 1)
+        counts.append(length - others)
+        length, remaining = others, remaining - proportion
+    return counts
 
 
 def infinite_shuffled_mixture(
-    records: Mapping[str, int], weights: Mapping[str, float], *, stream: str, seed: int, multiple: int = 1
-) -> grain.MapDataset[RecordRef]:
+    records: Mapping[str, int], weights: Mapping[str, float], *, stream: str, seed: int, multiple: int = 1,
+    changes: Mapping[int, Mapping[str, float]] = types.MappingProxyType({}),
+) -> grain.MapDataset[RecordRef]:  # fmt: skip
     """Return the infinite order of a stream: every source reshuffled in each of its epochs, mixed by exact weights.
 
     Args:
@@ -88,6 +179,7 @@ def infinite_shuffled_mixture(
         stream: its name; streams with different names see different orders.
         seed: of the run.
         multiple: epochs are truncated to a multiple of it, so that a batch of this size never spans two.
+        changes: other weights from some positions on, by position; they may be 0.
     """
 
     def order_of(source: str) -> grain.MapDataset[RecordRef]:
@@ -100,4 +192,6 @@ def infinite_shuffled_mixture(
     orders = [order_of(source) for source in records]
     if len(orders) == 1:
         return orders[0]
-    return grain.MapDataset.mix(orders, [weights[source] for source in records])
+    stages = sorted(({0: weights} | dict(changes)).items())
+    mixture = _Mixture([(start, [stage[source] for source in records]) for start, stage in stages])
+    return grain.MapDataset.select_from_datasets(orders, mixture)

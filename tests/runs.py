@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from data_pipelines.config import DataConfig, ExampleConfig, InstructionConfig, SourceConfig, VisualConfig
+from data_pipelines.config import BatchStage, DataConfig, ExampleConfig, InstructionConfig, SourceConfig, VisualConfig
 from mplug2_jax.config import to_dict
 from mplug2_jax.evaluation.config import EvaluationConfig
 from mplug2_jax.generation.config import SearchConfig
@@ -79,10 +79,13 @@ def small_run(**overrides: Any) -> RunConfig:
     return RunConfig(**(fields | overrides))
 
 
-def text_run(objectives: Mapping[str, float] | None = None, batch_size: int = 8, **overrides: Any) -> RunConfig:
+def text_run(
+    objectives: Mapping[str, float] | None = None, batch_size: int = 8, batch_ramp: tuple[BatchStage, ...] = (),
+    **overrides: Any,
+) -> RunConfig:  # fmt: skip
     """Return a run on text alone, with MLM unless other objectives are given, and without evaluations."""
     text = small_run().streams["text"]
-    data = dataclasses.replace(text.data, batch_size=batch_size)
+    data = dataclasses.replace(text.data, batch_size=batch_size, batch_ramp=batch_ramp)
     text = dataclasses.replace(text, data=data, objectives=objectives or {"mlm": 1.0})
     return small_run(**({"streams": {"text": text}, "evaluations": {}} | overrides))
 

@@ -106,7 +106,7 @@ def replay_step(workdir: WorkDir, step: int, *, num_ranked: int = 64) -> Replaye
                     state, _ = run_step(state, _load_batches(streams, position.batch_index(number), spec)[0])
     batch_index = position.batch_index(step)
     batches, rows = _load_batches(streams, batch_index, spec)
-    other_batches, _ = _load_batches(streams, max(batch_index - 1, 0), spec)
+    other_batches, _ = _load_batches(streams, _other_batch(streams, batch_index), spec)
     contributions = _rank_examples(spec, state, batches, rows, num_ranked, other_batches)
     _, metrics = run_step(state, batches)
     recorded: dict[str, float | None] = {}
@@ -150,6 +150,16 @@ def _load_batches(streams: Mapping[str, Stream], index: int, spec: RunSpec) -> t
     loaded = {name: stream.batch(index) for name, stream in streams.items()}
     placed = {name: put_batch(batch.arrays, spec.mesh) for name, batch in loaded.items()}
     return placed, {name: batch.rows for name, batch in loaded.items()}
+
+
+def _other_batch(streams: Mapping[str, Stream], index: int) -> int:
+    """Return the index of a neighboring batch of the same size, if there is one."""
+
+    def sizes(index: int) -> list[int]:
+        return [stream.batch_size(index) for stream in streams.values()]
+
+    neighbors = (other for other in (index - 1, index + 1) if other >= 0 and sizes(other) == sizes(index))
+    return next(neighbors, index)
 
 
 def _rank_examples(

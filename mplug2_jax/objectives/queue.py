@@ -16,12 +16,14 @@ class Queue(NamedTuple):
     pointer: Int[Array, ""]
 
     def push(self, visual: Float[Array, "b e"], text: Float[Array, "b e"], ids: Int[Array, " b"]) -> "Queue":
-        """Replace the oldest rows. The batch size must divide the queue size."""
+        """Replace the oldest rows, from the pointer on and around the end."""
+        size = self.ids.shape[0]
+        rows = (self.pointer + jnp.arange(ids.shape[0])) % size
 
         def write(old: Array, new: Array) -> Array:
-            return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), self.pointer, 0)
+            return old.at[rows].set(new.astype(old.dtype), unique_indices=True)
 
-        pointer = (self.pointer + ids.shape[0]) % self.ids.shape[0]
+        pointer = (self.pointer + ids.shape[0]) % size
         return Queue(write(self.visual, visual), write(self.text, text), write(self.ids, ids), pointer)
 
 

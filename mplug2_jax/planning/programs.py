@@ -127,8 +127,9 @@ def make_run_spec_for_topology(config: RunConfig, topology: Topology) -> RunSpec
     """Return the spec of a run on a topology. Raises UserError if its mesh or batches do not fit."""
     mesh = make_mesh(config.mesh, get_topology_devices(topology))
     for name, stream in config.streams.items():
-        microbatch = stream.data.batch_size // config.grad_accum_steps
-        check_batch_divisible(f"config.streams.{name}.data.batch_size / config.grad_accum_steps", microbatch, mesh)
+        for field, size in stream.data.batch_sizes.items():
+            microbatch = size // config.grad_accum_steps
+            check_batch_divisible(f"config.streams.{name}.data.{field} / config.grad_accum_steps", microbatch, mesh)
     return make_run_spec(config, load_special_tokens(config), mesh)  # last: loading a tokenizer may take a while
 
 

@@ -112,7 +112,8 @@ def _enumerate_layouts(config: RunConfig, topology: Topology) -> Iterator[RunCon
         for remat, gather, grad_accum_steps, kernel in itertools.product(REMAT_PRESETS, gathers, (1, 2, 4, 8), kernels):
             if fsdp == 1 and gather == "step":
                 continue  # nothing to gather
-            if any(s.data.batch_size % (grad_accum_steps * replicas * data * fsdp) for s in config.streams.values()):
+            sizes = [size for stream in config.streams.values() for size in stream.data.batch_sizes.values()]
+            if any(size % (grad_accum_steps * replicas * data * fsdp) for size in sizes):
                 continue
             model = dataclasses.replace(config.model, remat=remat, attention=kernel)
             try:

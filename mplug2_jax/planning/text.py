@@ -57,6 +57,8 @@ def _lines(r: PlanReport) -> Iterator[str]:
     batch = ", ".join(f"{name} {size:,}" for name, size in r.examples.items())
     yield f"{r.name}, {r.program}: {r.parameters:,} parameters on {r.topology} ({r.chips:,} chips), mesh {r.mesh}"
     yield f"global batch: {batch}"
+    if r.ramped:
+        yield f"for all steps, although the batch_ramp of {', '.join(r.ramped)} sets other sizes at first"
     if r.simulated:
         yield "compiled for simulated CPU devices: memory and collectives are those of XLA's CPU compiler"
 

@@ -161,13 +161,14 @@ def _as_dict(value: Any) -> Mapping[str, Any]:
 
 def _stream(name: str, stream: Mapping[str, Any]) -> Stream:
     data = _as_dict(stream.get("data"))
-    weights = _as_dict(stream.get("objectives"))
+    weights, ramp = _as_dict(stream.get("objectives")), data.get("batch_ramp")
+    stages = [*map(_as_dict, ramp if isinstance(ramp, list) else ()), data]
     return Stream(
         name=display_name(name),
         source=", ".join(
             " ".join(str(source[key]) for key in ("format", "kind") if source.get(key)) for source in _sources(stream)
         ),
-        batch_size=str(data.get("batch_size", "?")),
+        batch_size=", then ".join(str(stage.get("batch_size", "?")) for stage in stages),
         objectives=", ".join(display_name(o) + (f" × {w}" if w != 1 else "") for o, w in weights.items()),
     )
 

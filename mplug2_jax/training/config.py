@@ -305,28 +305,8 @@ class RunConfig:
                     f"config.tasks.mlm.whole_word needs {where}.data.examples.word_starts, which marks where words "
                     "begin: set it to True"
                 )
-            micro, remainder = divmod(stream.data.batch_size, self.grad_accum_steps)
-            if remainder:
-                raise UserError(
-                    f"{where}.data.batch_size={stream.data.batch_size} is not a multiple of "
-                    f"config.grad_accum_steps={self.grad_accum_steps}"
-                )
-            group = self.tasks.vlm.group_size
-            if "vlm" in stream.objectives and group and micro % group:
-                raise UserError(
-                    f"{where}: {micro} examples per micro-batch are not a multiple of "
-                    f"config.tasks.vlm.group_size={group}"
-                )
-            queue = self.tasks.vlc.queue_size
-            if "vlc" in stream.objectives and queue and self.tasks.distillation is None:
-                raise UserError(
-                    f"config.tasks.vlc.queue_size={queue} is filled by a teacher: set config.tasks.distillation too"
-                )
-            if "vlc" in stream.objectives and queue and queue % micro:
-                raise UserError(
-                    f"config.tasks.vlc.queue_size={queue} is not a multiple of {where}'s {micro} examples per "
-                    "micro-batch"
-                )
+            for field, size in stream.data.batch_sizes.items():
+                self._check_micro_batch(where, stream, f"{where}.data.{field}", size)
         parts = self.parts()
         for part in self.freeze:
             if part not in parts:
@@ -356,6 +336,27 @@ class RunConfig:
                     f"config.evaluations.{name}.task={evaluation.task!r}: {did_you_mean(evaluation.task, evaluable)}"
                 )
 
+    def _check_micro_batch(self, where: str, stream: StreamConfig, field: str, batch_size: int) -> None:
+        micro, remainder = divmod(batch_size, self.grad_accum_steps)
+        if remainder:
+            raise UserError(
+                f"{field}={batch_size} is not a multiple of config.grad_accum_steps={self.grad_accum_steps}"
+            )
+        group = self.tasks.vlm.group_size
+        if "vlm" in stream.objectives and group and micro % group:
+            raise UserError(
+                f"{where}: {micro} examples per micro-batch are not a multiple of config.tasks.vlm.group_size={group}"
+            )
+        queue = self.tasks.vlc.queue_size
+        if "vlc" in stream.objectives and queue and self.tasks.distillation is None:
+            raise UserError(
+                f"config.tasks.vlc.queue_size={queue} is filled by a teacher: set config.tasks.distillation too"
+            )
+        if "vlc" in stream.objectives and queue and queue % micro:
+            raise UserError(
+                f"config.tasks.vlc.queue_size={queue} is not a multiple of {where}'s {micro} examples per micro-batch"
+            )
+
     def data_paths(self) -> list[str]:
         """Return the files and folders that streams and evaluations read."""
         data = [*(stream.data for stream in self.streams.values()), *(each.data for each in self.evaluations.values())]
@@ -363,7 +364,8 @@ class RunConfig:
         return [path for path in dict.fromkeys(p for source in sources for p in (source.path, source.media)) if path]
 
     def _check_data(self, where: str, data: DataConfig) -> None:
-        check_range(f"{where}.batch_size", data.batch_size, 1)
+        for field, size in data.batch_sizes.items():
+            check_range(f"{where}.{field}", size, 1)
         for field in ("num_workers", "num_threads", "prefetch"):
             check_range(f"{where}.{field}", getattr(data, field), 0)
         for field in ("text_length", "instruction_length", "target_length"):

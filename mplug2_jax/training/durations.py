@@ -12,11 +12,12 @@ Every field of type ``Steps`` takes a text in place of a number: ``"500 steps"``
 What is no whole number of steps is rounded up.
 """
 
+import bisect
 import dataclasses
 import functools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 
 from absl import logging
@@ -29,6 +30,7 @@ from mplug2_jax.errors import UserError, did_you_mean
 from mplug2_jax.fields import Steps
 from mplug2_jax.training.config import RunConfig, StreamConfig
 
+_ALL_STEPS = range(2**62)
 _SCALES = {"": 1, "k": 10**3, "M": 10**6, "B": 10**9}
 _DURATION = re.compile(
     r"(?P<number>[0-9]{1,18}(\.[0-9]{1,18})?) ?(?P<scale>[kMB]?)"
@@ -69,13 +71,21 @@ class Durations:
         if match["percent"]:
             return math.ceil(amount / 100 * self._total_steps(amount, field))
         if match["unit"] == "example":
-            stream = match["stream"] and self._check_stream(match["stream"], field)
-            sizes = {name: data.batch_size for name, data in self._data.items()}
-            return math.ceil(amount / (sizes[stream] if stream else sum(sizes.values())))
+            return self._steps_of(
+                amount, [self._check_stream(match["stream"], field)] if match["stream"] else self._data
+            )
         if match["unit"] == "epoch":
             stream = self._check_stream(match["stream"] or "", field)
-            return math.ceil(amount * self._epoch_length(stream, field) / self._data[stream].batch_size)
+            return self._steps_of(amount * self._epoch_length(stream, field), [stream])
         return math.ceil(amount)
+
+    def _steps_of(self, examples: Fraction, streams: Iterable[str]) -> int:
+        """Return the number of steps whose batches of these streams have so many examples, or more."""
+        from data_pipelines.order import BatchSchedule  # imports grain
+
+        schedules = [BatchSchedule.of(self._data[name]) for name in streams]
+        needed = math.ceil(examples)
+        return bisect.bisect_left(_ALL_STEPS, needed, key=lambda step: sum(each.start(step) for each in schedules))
 
     def _total_steps(self, percent: Fraction, field: str) -> int:
         """Return the steps of the run. Raises UserError if they are not known, or fewer than the percentage takes."""

@@ -45,7 +45,7 @@ from mplug2_jax.training.reliability.preemption import PreemptionNotice
 from mplug2_jax.training.reliability.sdc_check import SdcCheck
 from mplug2_jax.training.reliability.watchdog import Watchdog
 from mplug2_jax.training.state import RunSpec, eval_params, make_run_spec
-from mplug2_jax.training.step import StreamBatches, make_step
+from mplug2_jax.training.step import StreamBatches, batch_sizes, make_step
 from mplug2_jax.training.telemetry.events import EventLog, read_events
 from mplug2_jax.training.telemetry.example_log import ExampleIdLog
 from mplug2_jax.training.telemetry.goodput import GoodputTracker
@@ -125,9 +125,8 @@ def _train(
     # Mesh and model, described before any array is allocated.
     mesh = make_mesh(config.mesh)
     for name, stream in config.streams.items():
-        check_batch_divisible(
-            f"config.streams.{name}.data.batch_size", stream.data.batch_size // config.grad_accum_steps, mesh
-        )
+        for field, size in stream.data.batch_sizes.items():
+            check_batch_divisible(f"config.streams.{name}.data.{field}", size // config.grad_accum_steps, mesh)
     resumes = workdir.check_config(config, force)
     probe_storage(workdir.path, f"{workdir.lock.name}.probe-{jax.process_index()}")
     changes = find_changes(workdir.read_config(), config, force) if resumes else []
@@ -225,7 +224,8 @@ def _train(
                 with goodput.track("data_wait"):
                     batch, rows = next(batches)
                 number += 1
-                if not monitor.is_compiled:  # with the wait for other processes, which may compile for longer
+                compiles = not step.is_compiled(batch)  # the first step, and that of a new batch size
+                if compiles:  # with the wait for other processes, which may compile for longer
                     watchdog.enter(f"compiling, and step {number}", "compile")
                 elif checked_step.is_due(number) or monitor.profiler.is_due(number):  # these take longer
                     watchdog.enter(f"step {number}, checked or profiled")
@@ -237,18 +237,20 @@ def _train(
                     if jax.process_count() == 1 or number % BAD_RECORD_SYNC_INTERVAL == 0:
                         records.check(allgather_objects(records.counts()))
                     example_ids.write(number, batch)
-                if monitor.compile(step, number, state, batch):
-                    watchdog.enter("the first step", "compile")  # other processes may still compile
+                if compiles:
+                    monitor.compile(step, number, state, batch)
+                    watchdog.enter("the first step", "compile")  # of this program: other processes may still compile
                 goodput.start_step(number)
                 monitor.profiler.before_step(number)
                 with monitor.hosts.dispatching():
                     state, metrics = checked_step(number, state, batch)
                 monitor.profiler.after_step(number, metrics)
-                monitor.on_step_dispatched(number, metrics, rows, records.drain_skipped())
-                if number == position.step + 1:  # once all processes have compiled, there is something to save
+                monitor.on_step_dispatched(number, metrics, batch_sizes(batch), rows, records.drain_skipped())
+                if compiles:  # wait for other processes; after the first step there is something to save
                     with monitor.hosts.waiting():
                         jax.block_until_ready(metrics)
-                    monitor.log_startup(number, watchdog.end_startup())
+                    if startup := watchdog.end_startup():
+                        monitor.log_startup(number, startup)
                 notice.allow_exit(None)
 
                 last = number == config.steps

@@ -27,7 +27,13 @@ from mplug2_jax.training.optim.partition import combine, partition
 from mplug2_jax.training.state import RunSpec, TrainState
 
 StreamBatches = Mapping[str, DeviceBatch]
+BatchSizes = tuple[tuple[str, int], ...]
 Queues = dict[str, Queue]
+
+
+def batch_sizes(batches: StreamBatches) -> BatchSizes:
+    """Return the number of examples of each stream: a step has a program for each combination of them."""
+    return tuple((name, len(next(iter(batches[name].values())))) for name in sorted(batches))
 
 
 def streams_loss(
@@ -174,26 +180,37 @@ def _num_updates(opt: optax.OptState) -> Int[Array, ""]:
 
 
 class Step:
-    """The jitted step (state, batches) -> (state, metrics): the state is donated and keeps its shardings."""
+    """The jitted step (state, batches) -> (state, metrics): the state is donated and keeps its shardings.
+
+    It has a program for each combination of batch sizes, compiled by :meth:`compile` or by the first call.
+    """
 
     def __init__(self, jitted: Any, mesh: Mesh) -> None:
         self._jitted, self._mesh = jitted, mesh
         self.cache_miss_reason: str | None = None  # of the executable compiled ahead; empty: a hit; None: there is none
-        self._call: Callable[[TrainState, StreamBatches], tuple[TrainState, Metrics]] = jitted
+        self._programs: dict[BatchSizes, Callable[[TrainState, StreamBatches], tuple[TrainState, Metrics]]] = {}
+
+    def is_compiled(self, batches: StreamBatches) -> bool:
+        """Return whether batches of these sizes have a program."""
+        return batch_sizes(batches) in self._programs
 
     def trace(self, state: TrainState, batches: StreamBatches) -> Any:
         """Trace the step, for :meth:`compile` and for its ``jaxpr``."""
         with jax.set_mesh(self._mesh):
             return self._jitted.trace(state, batches)
 
-    def compile(self, traced: Any) -> dict[str, int]:
-        """Compile before the first call, and return the bytes of memory that each device needs, by use."""
+    def compile(self, traced: Any, batches: StreamBatches) -> dict[str, int]:
+        """Compile before the first call with batches of these sizes.
+
+        Returns:
+            The bytes of memory that each device needs, by use.
+        """
         devices = self._mesh.devices.ravel().tolist()
         with jax.set_mesh(self._mesh):
             lowered = traced.lower()
             self.cache_miss_reason = aot_cache_miss_reason(lowered, devices)
             compiled = lowered.compile(compiler_options(devices[0].platform))
-        self._call = compiled
+        self._programs[batch_sizes(batches)] = compiled
         analysis = compiled.memory_analysis()
         uses = ("argument", "output", "alias", "temp", "generated_code")
         return {use: int(getattr(analysis, f"{use}_size_in_bytes")) for use in uses} if analysis else {}
@@ -201,7 +218,7 @@ class Step:
     def __call__(self, state: TrainState, batches: StreamBatches) -> tuple[TrainState, Metrics]:
         """Run a step; the old state is deleted."""
         with jax.set_mesh(self._mesh):
-            return self._call(state, batches)
+            return self._programs.get(batch_sizes(batches), self._jitted)(state, batches)
 
 
 def jit_train_step(spec: RunSpec) -> Any:
@@ -214,5 +231,5 @@ def jit_train_step(spec: RunSpec) -> Any:
 
 
 def make_step(spec: RunSpec) -> Step:
-    """Return the step of a run; it is compiled by its first call or by :meth:`Step.compile`."""
+    """Return the step of a run; see :class:`Step`."""
     return Step(jit_train_step(spec), spec.mesh)

@@ -70,6 +70,12 @@ CONFIGS = {
     "streams.text.data.batch_size=12": "config.streams.text.data.batch_size=12 does not split over the mesh's 8 batch "
     "shards (fsdp=8); use 8 or 16",
     "streams.text.data.batch_size=0": "config.streams.text.data.batch_size=0 must be at least 1",
+    "streams.text.data.mixture_stages=[{'start':1}]": "config.streams.text.data.mixture_stages[0].start is not a field"
+    ": did you mean 'start_step'?",
+    "streams.text.data.batch_ramp=[{'last_step':2,'batch_size':12}]": "config.streams.text.data.batch_ramp[0]."
+    "batch_size=12 does not split over the mesh's 8 batch shards (fsdp=8); use 8 or 16",
+    "streams.text.data.batch_ramp=[{'last_step':2,'batch_size':0}]": "data.batch_ramp[0].batch_size=0 must be at "
+    "least 1",
     "streams.text.data.num_threads=-1": "config.streams.text.data.num_threads=-1 must be at least 0",
     "streams.text.data.num_workers=-2": "config.streams.text.data.num_workers=-2 must be at least 0",
     "streams.text.data.sources.digits.max_records=0": "config.streams.text.data: the source digitworld (text) is "

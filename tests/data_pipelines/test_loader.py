@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 
 from data_pipelines.bad_records import BadRecord, BadRecordLog, read_bad_records
-from data_pipelines.config import DataConfig, ExampleConfig, Format, InstructionConfig, SourceConfig, VisualConfig
+from data_pipelines.config import (
+    BatchStage,
+    DataConfig,
+    ExampleConfig,
+    Format,
+    InstructionConfig,
+    MixtureStage,
+    SourceConfig,
+    VisualConfig,
+)
 from data_pipelines.digitworld import vocabulary_texts
 from data_pipelines.errors import DataError
 from data_pipelines.loader import EvaluationSet, Stream
@@ -79,6 +88,45 @@ def test_mixtures_by_weight_and_by_temperature(tmp_path: Path) -> None:
         assert sum(row.ref.source == "tars" for row in mixed.batch(step).rows) == 2
     warm = stream(data({"tars": tars, "digits": dataclasses.replace(digits, weight=1.0)}, mixture_temperature=2.0))
     assert warm.mixture_weights()["digits"] == pytest.approx(72**0.5 / (72**0.5 + 8**0.5))
+
+
+def test_the_weights_of_a_mixture_change_at_a_step(tmp_path: Path) -> None:
+    img2dataset(tmp_path / "a.tar", 8)
+    sources = {
+        "tars": SourceConfig(format="webdataset", path=str(tmp_path / "a.tar"), weight=3.0),
+        "digits": SourceConfig(max_records=72),
+    }
+    stages = (
+        MixtureStage(start_step=1, weights={"digits": 0.0}), MixtureStage(start_step=3, weights={"tars": 7.0}),
+        MixtureStage(start_step=5, weights={}),
+    )  # fmt: skip
+    staged = stream(data(sources, 8, mixture_stages=stages))
+    rows = [staged.batch(step).rows for step in range(6)]
+    assert [sum(row.ref.source == "tars" for row in each) for each in rows] == [8, 8, 7, 7, 6, 6]
+    digits = [row.ref for each in rows for row in each if row.ref.source == "digits"]
+    alone = stream(data({"digits": sources["digits"]}, len(digits)))
+    assert digits == [row.ref for row in alone.batch(0).rows]
+    assert [row.ref for row in next(staged.batches(4, HostShards((1,), 2))).rows] == [row.ref for row in rows[4][4:]]
+    warm = stream(data(sources, 8, mixture_stages=stages, mixture_temperature=1.0))
+    assert warm.mixture_weights(3)["tars"] == pytest.approx(7 * 8 / (7 * 8 + 72))
+    with pytest.raises(DataError, match="mixture_stages is for training: an evaluation reads every record once"):
+        EvaluationSet(data(sources, 8, mixture_stages=stages), TOKENIZER, name="s", seed=0)
+
+
+def test_batches_of_a_ramp_are_consecutive_and_its_steps_change_the_mixture() -> None:
+    sources = {"a": SourceConfig(max_records=30), "b": SourceConfig(max_records=30, seed=1)}
+    ramp = (BatchStage(last_step=2, batch_size=2), BatchStage(last_step=3, batch_size=4))
+    ramped = stream(data(sources, 8, batch_ramp=ramp))
+    steady = stream(data(sources, 2))
+    rows = [[row.ref for row in ramped.batch(step).rows] for step in range(5)]
+    assert [len(each) for each in rows] == [2, 2, 4, 8, 8]
+    assert list(itertools.chain(*rows)) == [row.ref for step in range(12) for row in steady.batch(step).rows]
+    halves = [itertools.islice(ramped.batches(1, HostShards((i,), 2)), 4) for i in range(2)]
+    for step, (first, second) in enumerate(zip(*halves, strict=True), 1):
+        assert [row.ref for row in (*first.rows, *second.rows)] == rows[step]
+    mixed = stream(data(sources, 8, batch_ramp=ramp, mixture_stages=(MixtureStage(start_step=4, weights={"a": 0.0}),)))
+    assert [row.ref for row in mixed.batch(2).rows] == rows[2]
+    assert {row.ref.source for row in mixed.batch(3).rows} == {"b"}
 
 
 def test_bad_records_are_replaced_by_the_next_good_one(tar: SourceConfig) -> None:
@@ -260,12 +308,30 @@ def test_views_need_videos_and_evaluations() -> None:
 
 
 IMAGE, TEXT = SourceConfig(), SourceConfig(kind="text")
+
+
+def stages(*steps: int, **weights: float) -> dict[str, object]:
+    return {"mixture_stages": tuple(MixtureStage(start_step=step, weights=weights) for step in steps)}
+
+
+def ramp(*steps: int) -> dict[str, object]:
+    return {"batch_ramp": tuple(BatchStage(last_step=step, batch_size=2) for step in steps)}
+
+
 REFUSED = {
     "no source": ({}, {}, "needs sources of one kind, found none"),
     "kinds": ({"a": IMAGE, "b": TEXT}, {}, r"found a \(image\), b \(text\); give each kind a stream of its own"),
     "weight": ({"a": SourceConfig(weight=0.0)}, {}, r"sources\.a\.weight=0\.0 must be above 0"),
     "temperature": ({"a": IMAGE}, {"mixture_temperature": 0.0}, r"mixture_temperature=0\.0 must be above 0"),
     "share": ({"a": IMAGE}, {"max_bad_fraction": 2.0}, r"max_bad_fraction=2\.0 is a fraction, expected 0 to 1"),
+    "first step": ({"a": IMAGE}, stages(0), r"mixture_stages\[0\]\.start_step=0 must be above 0"),
+    "same step": ({"a": IMAGE}, stages(7, 7), r"mixture_stages\[1\]\.start_step=7 must be above 7"),
+    "no source of a stage": ({"a": IMAGE}, stages(1, b=1.0), r"mixture_stages\[0\]\.weights\.b is not a source: exp"),
+    "weight of a stage": ({"a": IMAGE}, stages(1, a=-1.0), r"mixture_stages\[0\]\.weights\.a=-1\.0 must be at least 0"),
+    "no weight": ({"a": IMAGE}, stages(2, a=0.0), r"mixture_stages\[0\]\.weights are 0 for all sources"),
+    "ramp": ({"a": IMAGE}, ramp(0), r"batch_ramp\[0\]\.last_step=0 must be above 0"),
+    "end of a ramp": ({"a": IMAGE}, ramp(5, 4), r"batch_ramp\[1\]\.last_step=4 must be above 5"),
+    "remainder of a ramp": ({"a": IMAGE}, {**ramp(5), "drop_remainder": True}, "drop_remainder with batch_ramp"),
     "remainder": ({"a": IMAGE, "b": IMAGE}, {"drop_remainder": True}, "drop_remainder needs a single source"),
 }
 

@@ -1,13 +1,15 @@
 """The data order: the same for any number of processes and after any restart, every record once per epoch."""
 
+import itertools
 from collections import Counter
 
+import grain
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipelines.errors import DataError
-from data_pipelines.order import HostShards, HostSlice, RecordRef, infinite_shuffled_mixture
+from data_pipelines.order import BatchSchedule, HostShards, HostSlice, RecordRef, infinite_shuffled_mixture
 
 SIZES = st.dictionaries(st.sampled_from("abc"), st.integers(1, 2000), min_size=1)
 
@@ -22,7 +24,7 @@ def step_of(order, batch_size: int, hosts: list[tuple[int, ...]], start: int, st
     picks = {}
     for parts in hosts:
         shard = HostShards(parts, count)
-        rows, numbers = HostSlice(order, batch_size, shard, start), shard.rows(batch_size)
+        rows, numbers = HostSlice(order, BatchSchedule([batch_size]), shard, start), shard.rows(batch_size)
         for place, number in enumerate(numbers):
             picks.setdefault(number, []).append(rows[(step - start) * len(numbers) + place])
     assert all(len(set(same)) == 1 for same in picks.values())
@@ -42,6 +44,27 @@ def test_a_step_is_the_same_for_any_hosts_and_any_restart(records, seed, step, b
     alone = step_of(order, batch_size, [(0,)], 0, step)
     again = infinite_shuffled_mixture(records, equal(records), stream="s", seed=seed)
     assert step_of(again, batch_size, hosts, max(0, step - back), step) == alone
+
+
+RAMPS = st.lists(st.tuples(st.integers(1, 40), st.integers(1, 4)), max_size=4)
+
+
+@settings(max_examples=60)
+@given(ramp=RAMPS, final=st.integers(1, 4), start=st.integers(0, 200), host=st.sampled_from([(0,), (1, 3), (3, 0)]))
+def test_batches_of_several_sizes_are_consecutive_slices(ramp, final, start, host) -> None:
+    sizes = [4 * size for _, size in ramp] + [4 * final]
+    schedule = BatchSchedule(sizes, list(itertools.accumulate(count for count, _ in ramp)))
+    expected = [size for (count, _), size in zip(ramp, sizes, strict=False) for _ in range(count)]
+    expected += [sizes[-1]] * (260 - len(expected))
+    assert [schedule.size(batch) for batch in range(260)] == expected
+    firsts = list(itertools.accumulate(expected, initial=0))
+    assert [schedule.start(batch) for batch in range(260)] == firsts[:-1]
+    found = [schedule.locate(position) for position in range(firsts[-1])]
+    assert found == [(batch, row) for batch, size in enumerate(expected) for row in range(size)]
+    shards = HostShards(host, 4)
+    rows = HostSlice(grain.MapDataset.range(firsts[-1]), schedule, shards, start)
+    own = [firsts[batch] + row for batch in range(start, start + 20) for row in shards.rows(expected[batch])]
+    assert [rows[i] for i in range(len(own))] == own
 
 
 @settings(max_examples=30)
@@ -81,6 +104,45 @@ def test_mixtures_are_exact(shares, start) -> None:
     counts = Counter(order[start + i].source for i in range(window))
     for name in names:
         assert abs(counts[name] - 10 * weights[name]) <= 0.02 * window + 1
+
+
+@settings(max_examples=30)
+@given(
+    weights=st.lists(st.floats(0.01, 9.0), min_size=2, max_size=4), start=st.integers(0, 10**12),
+    records=st.integers(1, 50),
+)  # fmt: skip
+def test_a_mixture_without_stages_is_grains(weights, start, records) -> None:
+    names = "abcd"[: len(weights)]
+    sizes = dict.fromkeys(names, records)
+    order = infinite_shuffled_mixture(sizes, dict(zip(names, weights, strict=True)), stream="s", seed=0)
+    alone = [infinite_shuffled_mixture({name: records}, {}, stream="s", seed=0) for name in names]
+    mixed = grain.MapDataset.mix(alone, weights)
+    assert [order[start + i] for i in range(50)] == [mixed[start + i] for i in range(50)]
+
+
+STAGES = st.lists(
+    st.tuples(st.integers(0, 200), st.lists(st.integers(0, 9), min_size=3, max_size=3).filter(any)),
+    min_size=1, max_size=5,
+)  # fmt: skip
+
+
+@settings(max_examples=60)
+@given(records=st.lists(st.integers(1, 70), min_size=3, max_size=3), stages=STAGES)
+def test_every_source_continues_its_order_when_the_weights_change(records, stages) -> None:
+    sizes = dict(zip("abc", records, strict=True))
+    starts = list(itertools.accumulate((length for length, _ in stages), initial=0))
+    changes = {start: dict(zip("abc", map(float, shares), strict=True))
+               for start, (_, shares) in zip(starts, stages, strict=False)}  # fmt: skip
+    order = infinite_shuffled_mixture(sizes, equal(sizes), stream="s", seed=1, changes=changes)
+    picks = [order[i] for i in range(starts[-1])]
+    for name in sizes:
+        drawn = [pick for pick in picks if pick.source == name]
+        alone = infinite_shuffled_mixture({name: sizes[name]}, {}, stream="s", seed=1)
+        assert drawn == [alone[i] for i in range(len(drawn))]
+    for start, (length, shares) in zip(starts, stages, strict=False):
+        counts = Counter(pick.source for pick in picks[start : start + length])
+        for name, share in zip("abc", shares, strict=True):
+            assert abs(counts[name] - length * share / sum(shares)) <= (0.01 * length + 2 if share else 0)
 
 
 def test_the_generator_depends_on_all_its_inputs() -> None:

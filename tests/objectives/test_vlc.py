@@ -318,6 +318,9 @@ def test_a_queue_replaces_its_oldest_rows_and_wraps_around():
     np.testing.assert_array_equal(queue.ids, [6, 7, 2, 3, 4, 5])
     np.testing.assert_array_equal(queue.visual[:, 0], [3, 3, 1, 1, 2, 2])
     np.testing.assert_array_equal(queue.text[:, 0], [-3, -3, -1, -1, -2, -2])
+    larger = queue._replace(pointer=jnp.int32(4)).push(queue.visual[:3], queue.text[:3], jnp.asarray([8, 9, 10]))
+    np.testing.assert_array_equal(larger.ids, [10, 7, 2, 3, 8, 9])
+    assert int(larger.pointer) == 1
 
 
 @pytest.mark.slow

@@ -26,10 +26,11 @@ def test_values_have_units(text: str, expected: str) -> None:
 
 
 def test_every_value_is_there() -> None:
-    text = format_report(make_report())
+    text = format_report(make_report(ramped=("clips",)))
     for line in (
         r"mine, train: 123,456 parameters on v5p:2x2x2 \(8 chips\), mesh data=2, fsdp=4",
         "global batch: clips 48, text 16",
+        "for all steps, although the batch_ramp of clips sets other sizes at first",
         r"HBM per device: 10\.00 GiB of 40\.00 GiB \(25%\)",
         r"  optimizer +4\.00 GiB +40%",
         r"  generated code +0\.50 GiB +5%",

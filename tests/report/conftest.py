@@ -14,12 +14,15 @@ CONFIG: dict[str, Any] = {
     "model": {"vision_layers": 4, "vision_width": 128, "image_size": 32, "patch_size": 8, "text_layers": 1, "width": 9},
     "streams": {
         "image_text": {
-            "data": {"sources": {"digits": {"format": "digitworld", "kind": "image"}}, "batch_size": 64},
+            "data": {
+                "sources": {"digits": {"format": "digitworld", "kind": "image"}}, "batch_size": 64,
+                "batch_ramp": [{"last_step": 9, "batch_size": 32}],
+            },
             "objectives": {"vlc": 1.0, "ilm": 0.5},
         }
     },
     "evaluations": {"image_question": {}, "image_caption": {}},
-}
+}  # fmt: skip
 
 
 class Run:

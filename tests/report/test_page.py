@@ -72,6 +72,7 @@ def test_a_page_needs_no_other_file_and_no_network(full: Run) -> None:
     for title in ("Losses · image text", "Training accuracy", "Throughput", "Evaluations", "Other", "synthetic"):
         assert title in elements.text
     assert re.search(r"40\s+of 100 steps", elements.text)
+    assert "32, then 64 examples per step of digitworld image" in elements.text
 
 
 def test_scores_have_a_panel_of_their_own_beside_the_shares_of_the_same_evaluation(run: Run) -> None:

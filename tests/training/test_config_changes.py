@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from data_pipelines.tokenizers import train_wordpiece
+from mplug2_jax.config import as_recipe, build, override
 from mplug2_jax.errors import UserError
 from mplug2_jax.fields import iter_fields
 from mplug2_jax.parallel.config import MeshConfig
@@ -25,6 +26,13 @@ def with_source(**fields: Any) -> RunConfig:
     sources = {name: dataclasses.replace(source, **fields) for name, source in stream.data.sources.items()}
     data = dataclasses.replace(stream.data, sources=sources)
     return dataclasses.replace(BASE, streams={"text": dataclasses.replace(stream, data=data)})
+
+
+def with_stage(**weights: float) -> RunConfig:
+    """Return the run with other weights from step 4 on, set as on the command line."""
+    stages = [{"start_step": 4, "weights": weights}]
+    recipe = override(as_recipe(BASE), [f"--config.streams.text.data.mixture_stages={stages}"])
+    return build(RunConfig, recipe)
 
 
 def resume(workdir: WorkDir, config: RunConfig, step: int, *force: str) -> RunConfig:
@@ -97,6 +105,8 @@ def test_a_new_run_has_nothing_to_force(tmp_path: Path) -> None:
         (dataclasses.replace(BASE, steps=10, log_every=3, grad_accum_steps=2, mesh=MeshConfig(data=2)), []),
         (with_source(path="/moved"), []),
         (dataclasses.replace(BASE, steps=8, optimizer=OTHER_RATE), ["config.steps", "config.optimizer"]),
+        (with_source(weight=2.0), ["config.streams.text.data.sources.digits.weight"]),
+        (with_stage(digits=2), ["config.streams.text.data.mixture_stages"]),
     ],
 )
 def test_what_may_change_is_written_to_the_config_and_the_events(
@@ -108,6 +118,8 @@ def test_what_may_change_is_written_to_the_config_and_the_events(
         (3, change.field, change.values["new"]) for change in find_changes(BASE, config)
     ]
     assert {line["forced"] for line in lines} == {bool(force)}
+    if force:  # earlier steps keep what decides
+        assert config_at(3, config, read_events(workdir.events)) == BASE
     assert workdir.check_config(config, force)  # the same command again, after a preemption
 
 

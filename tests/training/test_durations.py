@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
-from data_pipelines.config import SourceConfig
+from data_pipelines.config import BatchStage, SourceConfig
 from mplug2_jax.config import as_recipe, override, to_dict
 from mplug2_jax.errors import UserError
 from mplug2_jax.fields import STEPS, iter_fields
@@ -63,6 +63,19 @@ def test_a_duration_is_a_number_of_steps_rounded_up(text: str, steps: int) -> No
 def test_a_single_stream_need_not_be_named_and_drops_its_remainder() -> None:
     assert Durations({"one": stream(24, 100)}).to_steps("3 epochs") == 13
     assert Durations({"one": stream(24, 100, drop_remainder=True)}).to_steps("3 epochs") == 12
+
+
+def test_a_ramp_of_the_batch_size_counts() -> None:
+    ramp = (BatchStage(last_step=10, batch_size=4), BatchStage(last_step=20, batch_size=8))
+    one = {"one": stream(24, 100, batch_ramp=ramp)}  # 40 examples in 10 steps, 120 in 20
+    for text, steps in (("40 examples", 10), ("41 examples", 11), ("120 examples", 20), ("1 epoch", 18)):
+        assert Durations(one).to_steps(text) == steps
+    both = Durations(one | {"two": stream(6, 100)})
+    assert (both.to_steps("100 examples"), both.to_steps("101 examples"), both.to_steps("1 epoch of one")) == (
+        10,
+        11,
+        18,
+    )
 
 
 @pytest.mark.parametrize(

@@ -9,27 +9,33 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from data_pipelines.config import DataConfig, ExampleConfig, SourceConfig
+from data_pipelines.config import BatchStage, DataConfig, ExampleConfig, SourceConfig
 from data_pipelines.errors import DataError
 from mplug2_jax.cli.main import main
 from mplug2_jax.errors import UserError
 from mplug2_jax.inference.replay import replay_step
 from mplug2_jax.launch.local import find_free_port
 from mplug2_jax.model.config import RematConfig
+from mplug2_jax.objectives.config import VlmConfig
 from mplug2_jax.parallel.config import MeshConfig
+from mplug2_jax.tasks.config import TaskSettings
+from mplug2_jax.training import loop
 from mplug2_jax.training.config import OptimizerConfig, RunConfig, ScheduleConfig, StreamConfig
 from mplug2_jax.training.loop import train
 from mplug2_jax.training.reliability.lock import WorkDirLock
 from mplug2_jax.training.reliability.watchdog import PhaseKind, Watchdog
+from mplug2_jax.training.step import Step, make_step
+from mplug2_jax.training.telemetry.events import read_events
 from mplug2_jax.training.telemetry.goodput import read_goodput
 from mplug2_jax.training.telemetry.metric_log import read_step_lines, read_train_metrics
 from mplug2_jax.training.telemetry.monitor import TrainMonitor
 from mplug2_jax.training.workdir import WorkDir
 from tests.close import assert_close
 from tests.data_pipelines.worlds import write_tar
-from tests.runs import QUESTION, recipe_file, small_model, small_run, stream
+from tests.runs import QUESTION, recipe_file, small_model, small_run, stream, text_run
 from tests.scrape import scrape
 
 TEXT = {"text": small_run().streams["text"]}  # the cheapest to compile
@@ -104,6 +110,53 @@ def test_a_run_logs_and_writes_what_happens(
     assert (
         json.loads(line)["reason"] == ".txt of sample a/03 is not UTF-8 text: invalid start byte in line 1; convert it"
     )
+
+
+def test_a_ramp_of_the_batch_size_compiles_each_stage_and_resumes_inside_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level(logging.INFO, logger="absl")
+    phases: list[tuple[str, PhaseKind]] = []
+    monkeypatch.setattr(Watchdog, "enter", lambda self, phase, kind="other": phases.append((phase, kind)))
+    config = text_run(
+        batch_size=16, batch_ramp=(BatchStage(last_step=3, batch_size=8),), steps=5, log_example_ids=True,
+        schedule=ScheduleConfig(kind="constant", warmup_steps=1),
+    )  # fmt: skip
+    shared: dict[str, Step] = {}  # so that the programs are compiled once for all runs
+    monkeypatch.setattr(loop, "make_step", lambda spec: shared.setdefault("step", make_step(spec)))
+    through, resumed = (WorkDir(tmp_path / name) for name in ("through", "resumed"))
+    train(config, through.path)
+    compiled = [line for line in read_events(through.events) if line["event"] == "compiled"]
+    assert [(line["step"], line["batch_sizes"]) for line in compiled] == [(1, {"text": 8}), (4, {"text": 16})]
+    assert "step 4: compiling the train step for batches of text 16 examples" in caplog.text
+    assert [phase for phase, kind in phases if kind == "compile"] == ["compiling, and step 1", "compiling, and step 4"]
+    lines = read_train_metrics(through.metrics)
+    rates = ("examples_per_second", "tokens_per_second_per_device", "flops_per_second")
+    examples, tokens, flops = (np.array([line[name] * line["seconds_per_step"] for line in lines]) for name in rates)
+    sizes = np.array([8, 8, 8, 16, 16])
+    assert_close(examples, sizes, 1e-6)
+    assert_close(tokens, sizes * tokens[0] / 8, 1e-6)
+    assert_close(flops, sizes * flops[0] / 8, 0.1)
+
+    train(dataclasses.replace(config, steps=2), resumed.path)
+    train(config, resumed.path)
+    assert resumed.examples.read_bytes() == through.examples.read_bytes()
+    losses, expected = ([line["loss"] for line in read_train_metrics(each.metrics)] for each in (resumed, through))
+    assert losses == expected
+
+
+def test_every_size_of_a_ramp_must_divide() -> None:
+    ramp = (BatchStage(last_step=3, batch_size=6),)
+    with pytest.raises(
+        UserError, match=r"data\.batch_ramp\[0\]\.batch_size=6 is not a multiple of config\.grad_accum_s"
+    ):
+        text_run(batch_size=16, batch_ramp=ramp, grad_accum_steps=4)
+    images = small_run().streams["image_text"]
+    streams = {"image_text": dataclasses.replace(images, data=dataclasses.replace(images.data, batch_ramp=ramp))}
+    with pytest.raises(
+        UserError, match=r"image_text: 6 examples per micro-batch are not a multiple of config\.tasks\.vlm"
+    ):
+        small_run(streams=streams, tasks=TaskSettings(vlm=VlmConfig(group_size=4)))
 
 
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path: Path) -> None:

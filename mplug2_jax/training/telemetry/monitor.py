@@ -16,7 +16,7 @@ from mplug2_jax.training.checkpoint.metadata import DataPosition
 from mplug2_jax.training.config import RunConfig
 from mplug2_jax.training.reliability.faults import FaultDetector, LocalRows
 from mplug2_jax.training.state import RunSpec, TrainState
-from mplug2_jax.training.step import Step, StreamBatches
+from mplug2_jax.training.step import BatchSizes, Step, StreamBatches, batch_sizes
 from mplug2_jax.training.telemetry.events import EventLog
 from mplug2_jax.training.telemetry.goodput import GoodputTracker
 from mplug2_jax.training.telemetry.host_monitor import HostMonitor
@@ -62,8 +62,8 @@ class TrainMonitor:
         self._meter = ThroughputMeter(spec, position.step, self.metrics, goodput, self.hosts)
         self.faults = FaultDetector(config.faults, workdir.faults_path(jax.process_index()), events, position.recent)
         self.profiler = Profiler(workdir.path, config.profile, events)
-        self._pending: collections.deque[tuple[int, Metrics, LocalRows, Mapping[str, int]]] = collections.deque()
-        self.is_compiled = False
+        self._pending: collections.deque[tuple[int, Metrics, BatchSizes, LocalRows, Mapping[str, int]]]
+        self._pending = collections.deque()
         self._server = self._serve_metrics(config) if config.metrics_port and primary else None
 
     def _serve_metrics(self, config: RunConfig) -> "MetricsServer":
@@ -72,18 +72,17 @@ class TrainMonitor:
         sources = RunSources(config.name, self._meter, self.goodput, self._events, self.hosts, self.metrics)
         return MetricsServer(sources, config.metrics_address, config.metrics_port)
 
-    def compile(self, run_step: Step, step: int, state: TrainState, batches: StreamBatches) -> bool:
-        """Compile the step function before its first call, and return whether this is it; log time and memory."""
-        if self.is_compiled:
-            return False
-        self.is_compiled = True
+    def compile(self, run_step: Step, step: int, state: TrainState, batches: StreamBatches) -> None:
+        """Compile the step function before its first call with batches of a size; log the time and memory it needs."""
+        sizes = dict(batch_sizes(batches))
         with self.goodput.track("compile"):
-            logging.info("compiling the train step")
+            examples = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
+            logging.info("step %d: compiling the train step for batches of %s examples", step, examples)
             start = time.perf_counter()
             traced = run_step.trace(state, batches)
             with ThreadPoolExecutor(1) as executor:  # XLA compiles without the GIL
                 counting = executor.submit(self._meter.count_step, traced.jaxpr, batches)
-                memory = run_step.compile(traced)
+                memory = run_step.compile(traced, batches)
                 counting.result()
             seconds = time.perf_counter() - start
         message = f"compiled in {seconds:.1f} s"
@@ -95,8 +94,7 @@ class TrainMonitor:
             total = memory["argument"] + temp + memory["output"] - memory["alias"] + memory["generated_code"]
             message += f"; {total / 2**20:,.0f} MiB per device, {temp / 2**20:,.0f} MiB of them temporary"
         logging.info("%s", message)
-        self._events.log_event("compiled", step, seconds=seconds, bytes=memory)
-        return True
+        self._events.log_event("compiled", step, seconds=seconds, bytes=memory, batch_sizes=sizes)
 
     def log_startup(self, step: int, seconds: Mapping[str, float]) -> None:
         """Log what the time from the start of the process to the end of its first step went into."""
@@ -106,10 +104,15 @@ class TrainMonitor:
         self._events.log_event("started", step, seconds=rounded)
 
     def on_step_dispatched(
-        self, step: int, metrics: Metrics, rows: LocalRows, num_skipped_records: Mapping[str, int]
+        self,
+        step: int,
+        metrics: Metrics,
+        sizes: BatchSizes,
+        rows: LocalRows,
+        num_skipped_records: Mapping[str, int],
     ) -> None:
-        """Take a step that was dispatched: its future metrics, its rows, and the unusable records of each source."""
-        self._pending.append((step, metrics, rows, num_skipped_records))
+        """Take a dispatched step: future metrics, batch sizes, rows, and the number of unusable records by source."""
+        self._pending.append((step, metrics, sizes, rows, num_skipped_records))
 
     def drain(self, *, max_pending: int) -> int | None:
         """Read the metrics of dispatched steps until at most ``max_pending`` are left.
@@ -121,8 +124,8 @@ class TrainMonitor:
             UserError: too many updates in a row were skipped.
         """
         while len(self._pending) > max_pending:
-            step, metrics, rows, num_skipped_records = self._pending.popleft()
-            self._meter.record_step(step, metrics, num_skipped_records)
+            step, metrics, sizes, rows, num_skipped_records = self._pending.popleft()
+            self._meter.record_step(step, metrics, sizes, num_skipped_records)
             if self.faults.observe(step, metrics, rows):
                 return step
         return None

@@ -4,7 +4,7 @@ import collections
 import math
 import time
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import jax
 import numpy as np
@@ -12,11 +12,19 @@ import numpy as np
 from mplug2_jax.console import Progress
 from mplug2_jax.parallel.accelerators import peak_flops
 from mplug2_jax.training.state import RunSpec
-from mplug2_jax.training.step import StreamBatches
+from mplug2_jax.training.step import BatchSizes, StreamBatches, batch_sizes
 from mplug2_jax.training.telemetry.goodput import GoodputTracker, Phase
 from mplug2_jax.training.telemetry.host_monitor import HostMonitor
 from mplug2_jax.training.telemetry.metric_log import MetricLog
 from mplug2_jax.training.telemetry.step_flops import count_gradient_flops, count_traced_step_flops
+
+
+class StepWork(NamedTuple):
+    """What a step computes on, and how much."""
+
+    examples: int = 0
+    tokens: int = 0
+    flops: int = 0
 
 
 class ThroughputMeter:
@@ -39,13 +47,13 @@ class ThroughputMeter:
     ) -> None:
         self._spec, self._metric_log, self._goodput, self._hosts = spec, metric_log, goodput, hosts
         self._progress = Progress(spec.config.steps, "step", initial=start_step, log_every=0)
-        self._flops = self._tokens = self._steps = 0
+        self._work: dict[BatchSizes, StepWork] = {}
+        self._done: list[StepWork] = []  # since the last measurement
         self._counts: collections.Counter[str] = collections.Counter()
         self.step, self.step_time, self.num_examples = start_step, 0.0, 0
         self.num_skipped_records: collections.Counter[str] = collections.Counter()
         device_peak = peak_flops(spec.mesh.devices.flat[0].device_kind)
         self._peak = None if device_peak is None else device_peak * spec.mesh.size
-        self._examples = sum(stream.data.batch_size for stream in spec.config.streams.values())
         self._seconds = goodput.read()
 
     def count_step(self, jaxpr: Any, batches: StreamBatches) -> None:
@@ -54,22 +62,27 @@ class ThroughputMeter:
         flops = count_traced_step_flops(spec, jaxpr)
         if flops is None:
             flops = count_gradient_flops(spec, spec.config.streams, batches, remat=False)
-        self._flops = flops.total()
-        self._tokens = sum(count_tokens(batch, spec.config.model.patch_size) for batch in batches.values())
+        tokens = sum(count_tokens(batch, spec.config.model.patch_size) for batch in batches.values())
+        sizes = batch_sizes(batches)
+        self._work[sizes] = StepWork(sum(size for _, size in sizes), tokens, flops.total())
 
-    def record_step(self, step: int, metrics: Mapping[str, jax.Array], num_skipped_records: Mapping[str, int]) -> None:
+    def record_step(
+        self, step: int, metrics: Mapping[str, jax.Array], sizes: BatchSizes, num_skipped_records: Mapping[str, int]
+    ) -> None:
         """Record the metrics of a step; blocks until the step has finished.
 
         Args:
             step: its number.
             metrics: of the step.
+            sizes: of its batches, for which :meth:`count_step` was called.
             num_skipped_records: records that could not be used, by source.
         """
         with self._hosts.waiting():
             loss = float(np.asarray(metrics["loss"]))
-        self._steps += 1
+        work = self._work.get(sizes, StepWork())
+        self._done.append(work)
         self.step, self.step_time = step, time.time()
-        self.num_examples += self._examples
+        self.num_examples += work.examples
         self.num_skipped_records.update(num_skipped_records)
         self._counts.update({f"data/skipped/{source}": count for source, count in num_skipped_records.items()})
         self._counts.update({"skipped_updates": int(np.asarray(metrics["skipped"]))})
@@ -95,20 +108,20 @@ class ThroughputMeter:
 
     def _measure_rates(self, step: int) -> dict[str, float]:
         """Return the rates over the steps since the last measurement, and what the hosts measured."""
-        seconds, before, steps = self._goodput.read(), self._seconds, self._steps
-        self._seconds, self._steps = seconds, 0
+        seconds, before, done = self._goodput.read(), self._seconds, self._done
+        self._seconds, self._done = seconds, []
+        examples, tokens, flops = (sum(amounts) for amounts in zip(*done, strict=True))
         spent = {phase: seconds.get(phase, 0.0) - before.get(phase, 0.0) for phase in get_args(Phase)}
         total = max(spent["step"] + spent["restart"] + spent["data_wait"], 1e-9)
         wall = max(sum(spent.values()), 1e-9)
-        seconds_per_step = total / max(steps, 1)
         devices = self._spec.mesh.size
         rates = {
-            "examples_per_second": self._examples / seconds_per_step,
-            "examples_per_second_per_device": self._examples / seconds_per_step / devices,
-            "tokens_per_second_per_device": self._tokens / seconds_per_step / devices,
+            "examples_per_second": examples / total,
+            "examples_per_second_per_device": examples / total / devices,
+            "tokens_per_second_per_device": tokens / total / devices,
             "data_wait": spent["data_wait"] / total,
-            "seconds_per_step": seconds_per_step,
-            "flops_per_second": self._flops / seconds_per_step,
+            "seconds_per_step": total / len(done),
+            "flops_per_second": flops / total,
         }
         rates |= {f"goodput/{phase}": value / wall for phase, value in spent.items() if phase != "idle"}
         rates |= {"mfu": rates["flops_per_second"] / self._peak} if self._peak else {}

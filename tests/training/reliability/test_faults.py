@@ -1,6 +1,7 @@
 """Faults inside a run: skipped updates, rollbacks, a full disk, corrupt devices; and replay after them."""
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from data_pipelines.config import BatchStage
 from data_pipelines.storage.jsonl import read_jsonl
 from mplug2_jax.config import build, to_dict
 from mplug2_jax.errors import UserError
@@ -22,13 +24,13 @@ from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.training import loop
 from mplug2_jax.training.checkpoint.metadata import DataPosition
 from mplug2_jax.training.config import CheckpointConfig, FaultConfig, RunConfig
-from mplug2_jax.training.loop import train
+from mplug2_jax.training.loop import open_streams, train
 from mplug2_jax.training.reliability.faults import FaultDetector, apply_later_rollbacks
 from mplug2_jax.training.reliability.sdc_check import CorruptionError, check_same_bits, rotate_devices
 from mplug2_jax.training.state import make_run_spec
 from mplug2_jax.training.step import make_step
 from mplug2_jax.training.telemetry.events import EventLog, read_events
-from mplug2_jax.training.telemetry.metric_log import read_train_metrics
+from mplug2_jax.training.telemetry.metric_log import read_step_lines, read_train_metrics
 from mplug2_jax.training.telemetry.monitor import TrainMonitor
 from mplug2_jax.training.workdir import WorkDir
 from tests.close import assert_close
@@ -51,19 +53,27 @@ def compiled() -> Iterator[Any]:
         yield once
 
 
+class _NumberedBatches(dict[str, Any]):
+    """Batches that know their number in the order of the data."""
+
+    number: int
+
+
 def inject_faults(monkeypatch: pytest.MonkeyPatch, seen: list[int], scales: dict[int, float]) -> None:
     """Scale the losses of some batches, by their number in the order of the data."""
     load_batches = loop.device_batches
 
     def numbered(streams: Any, mesh: Any, start: int) -> Any:
         for i, item in enumerate(load_batches(streams, mesh, start)):
-            yield {**item[0], "number": start + i}, item[1]
+            batches = _NumberedBatches(item[0])
+            batches.number = start + i
+            yield batches, item[1]
 
     def with_faults(spec: Any, run_step: Any, every: int) -> Any:
         def call(step: int, state: Any, batch: Any) -> Any:
-            index = batch.pop("number")
+            index = batch.number
             seen.append(index)
-            state, metrics = run_step(state, batch)
+            state, metrics = run_step(state, dict(batch))
             return state, metrics | {"loss": metrics["loss"] * scales.get(index, 1.0)}
 
         return call
@@ -76,11 +86,18 @@ def inject_faults(monkeypatch: pytest.MonkeyPatch, seen: list[int], scales: dict
 def test_a_spike_rolls_back_and_skips_its_data_and_replay_knows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiled: Any
 ) -> None:
-    """Batch 4, which step 5 sees, spikes after a checkpoint of step 4: batch 4 is skipped, batch 5 is next."""
+    """Batch 4, which step 5 sees, spikes after a checkpoint of step 4: batch 4 is skipped, batch 5 is next.
+
+    It is the last one of a ramp of the batch size.
+    """
     seen: list[int] = []
     served: list[dict[tuple[str, ...], float]] = []
     port, close = find_free_port(), TrainMonitor.close
-    config = text_run(steps=7, faults=FaultConfig(spike_zscore=6.0, spike_window=3), metrics_port=port)
+    ramp = (BatchStage(last_step=5, batch_size=8),)
+    config = text_run(
+        batch_size=16, batch_ramp=ramp, steps=7, log_example_ids=True, metrics_port=port,
+        faults=FaultConfig(spike_zscore=6.0, spike_window=3),
+    )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TrainMonitor, "close", lambda self: (served.append(scrape(port)[1]), close(self))[1])
         inject_faults(patch, seen, {4: 100.0})
@@ -95,6 +112,11 @@ def test_a_spike_rolls_back_and_skips_its_data_and_replay_knows(
     (fault,) = read_jsonl(tmp_path / "run" / "faults.jsonl")
     assert fault["fault"] == "spike"
     assert len(fault["examples"]) == 8
+    steady = open_streams(text_run(batch_size=8), WorkDir(tmp_path / "run").load_tokenizer(config))
+    batches = itertools.islice(loop.device_batches(steady, make_mesh(MeshConfig()), 0), 11)
+    ids = [batch["text"]["example_id"].tolist() for batch, _ in batches]
+    found = [line["text"] for line in read_step_lines(tmp_path / "run" / "examples.jsonl")]
+    assert found == [*ids[:4], *(ids[i] + ids[i + 1] for i in (5, 7, 9))]
     again = replay_step(WorkDir(tmp_path / "run"), 7, num_ranked=2)
     assert (again.batch, again.start_step) == (7, 6)
     assert again.recorded
