@@ -28,7 +28,7 @@ from data_pipelines.config import DataConfig, ExampleConfig, SourceConfig, Visua
 from data_pipelines.digitworld import vocabulary_texts
 from data_pipelines.errors import DataError, DataWorkerError
 from data_pipelines.loader import EvaluationSet, LoadedBatch, Stream
-from data_pipelines.order import HostShards, HostSlice
+from data_pipelines.order import BatchSchedule, HostShards, HostSlice
 from data_pipelines.tokenizers import train_wordpiece
 from data_pipelines.workers import _group_size, check_workers, example_bytes, fit_prefetch, prefetch
 
@@ -100,7 +100,7 @@ def test_slices_of_any_number_of_workers_interleave_to_the_order(
     workers: int, shards: int, per_shard: int, start: int
 ) -> None:
     order = grain.MapDataset.range(17).seed(1).shuffle().repeat()
-    rows: Any = HostSlice(order, shards * per_shard, HostShards((shards - 1,), shards), start)
+    rows: Any = HostSlice(order, BatchSchedule([shards * per_shard]), HostShards((shards - 1,), shards), start)
     slices = [rows[worker::workers] for worker in range(workers)]
     assert [slices[i % workers][i // workers] for i in range(40)] == [rows[i] for i in range(40)]
 
