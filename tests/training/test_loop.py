@@ -129,7 +129,8 @@ def test_a_ramp_of_the_batch_size_compiles_each_stage_and_resumes_inside_it(
     compiled = [line for line in read_events(through.events) if line["event"] == "compiled"]
     assert [(line["step"], line["batch_sizes"]) for line in compiled] == [(1, {"text": 8}), (4, {"text": 16})]
     assert "step 4: compiling the train step for batches of text 16 examples" in caplog.text
-    assert [phase for phase, kind in phases if kind == "compile"] == ["compiling, and step 1", "compiling, and step 4"]
+    compiling = [phase for phase, kind in phases if kind == "compile" and phase != "the first step"]
+    assert compiling == ["compiling, and step 1", "compiling, and step 4"]
     lines = read_train_metrics(through.metrics)
     rates = ("examples_per_second", "tokens_per_second_per_device", "flops_per_second")
     examples, tokens, flops = (np.array([line[name] * line["seconds_per_step"] for line in lines]) for name in rates)
