@@ -286,7 +286,7 @@ class RunConfig:
             if "vlm" in stream.objectives and group and micro % group:
                 raise UserError(
                     f"{where}: {micro} examples per micro-batch are not a multiple of "
-                    f"config.tasks.vlm.group_size={group}"
+                    f"config.tasks.vlm.group_size={group}; use a divisor, or 0 for all of them"
                 )
             queue = self.tasks.vlc.queue_size
             if "vlc" in stream.objectives and queue and self.tasks.distillation is None:
