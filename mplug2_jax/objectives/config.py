@@ -40,10 +40,14 @@ class VlcConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VlmConfig:
-    """Vision-language matching (VLM): hard negatives come from groups of the global batch."""
+    """Vision-language matching (VLM): hard negatives come from groups of the global batch.
+
+    The larger a group, the harder its negatives. The visual and text tokens of a group that spans chips are exchanged
+    among them: traffic grows with the group, memory does not.
+    """
 
     OLD_NAMES: ClassVar[Mapping[str, str]] = {"group": "group_size"}
-    group_size: int = 8  # adjacent examples in the batch that are each other's negatives; 0: the whole batch
+    group_size: int = 8  # adjacent examples that are each other's negatives; 0: the whole (micro-)batch
 
     def __post_init__(self) -> None:
         """Check the range; raise UserError."""

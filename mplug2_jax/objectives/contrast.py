@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
-from mplug2_jax.parallel.sharding import activation_spec
+from mplug2_jax.parallel.sharding import activation_spec, sharded_axes
 
 _MAX_GATHERED_BYTES = 2**25  # float32 features of all pairs
 _MAX_BLOCK_CHIPS = 4  # chips whose features rotate together: every step has the network's latency, however small
@@ -42,8 +42,7 @@ def info_nce(
     """
     mesh = jax.sharding.get_abstract_mesh()
     spec = activation_spec(("batch", None), dict(mesh.shape), features.shape)
-    # PartitionSpec replaces a tuple of one by its element.
-    axes = (spec[0],) if isinstance(spec[0], str) else spec[0] or ()
+    axes = sharded_axes(spec, 0)
 
     def per_chip(features: Array, candidates: Array, ids: Array, example_weights: Array, temperature: Array) -> Array:
         ring = _make_ring(axes, *features.shape)

@@ -1,7 +1,7 @@
 """Vision-language matching (VLM): binary classification of (visual, text) pairs, with hard negatives.
 
-Negatives are sampled within fixed groups of the global batch by contrastive similarity, so that token sequences of
-other chips are not needed, and the samples are the same on every mesh.
+Negatives are sampled within fixed groups of the global batch by contrastive similarity, and are the same on every mesh.
+Larger groups have harder negatives. Token sequences cross the network only where a group spans chips.
 """
 
 import jax
@@ -10,6 +10,8 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from mplug2_jax.objectives.config import VlmConfig
 from mplug2_jax.objectives.forward import ForwardPass, LossOutput, label_cross_entropy, weighted_mean
+from mplug2_jax.objectives.group_gather import gather_in_group
+from mplug2_jax.parallel.sharding import constrain
 
 Features = tuple[Float[Array, "b e"], Float[Array, "b e"]]  # (visual, text), unit vectors
 
@@ -38,21 +40,14 @@ def hard_negatives(
     def sample(anchors: Array, candidates: Array, key: PRNGKeyArray | None) -> Int[Array, "g n"]:
         anchors, candidates = (x.reshape(-1, group_size, x.shape[-1]) for x in (anchors, candidates))
         scores = jnp.einsum("gie,gje->gij", anchors, candidates, precision=jax.lax.Precision.HIGHEST)
-        scores = jnp.where(is_negative, scores / temperature, -jnp.inf)
-        return jnp.argmax(scores, -1) if key is None else jax.random.categorical(key, scores)
+        scores = jnp.where(is_negative, scores / temperature, -jnp.inf).reshape(-1, group_size)
+        scores = constrain(scores, "batch", None)  # each chip has the scores, and draws the noise, of its rows
+        index = jnp.argmax(scores, -1) if key is None else jax.random.categorical(key, scores)
+        return index.reshape(-1, group_size)
 
     keys = (None, None) if rng is None else tuple(jax.random.split(rng))
     negative_images = sample(features[1], candidates[0], keys[0])
     return negative_images, sample(features[0], candidates[1], keys[1]), is_negative.any(-1)
-
-
-def gather_in_group(x: Array, index: Int[Array, "g n"]) -> Array:
-    """Gather rows of ``x`` [g*n, ...] within each group by a one-hot product: exact, and local to the group."""
-    num_groups, size = index.shape
-    one_hot = jax.nn.one_hot(index, size, dtype=jnp.float32 if x.dtype == jnp.bool_ else x.dtype)
-    grouped = x.reshape(num_groups, size, *x.shape[1:]).astype(one_hot.dtype)
-    rows = jnp.einsum("gij,gj...->gi...", one_hot, grouped, precision=jax.lax.Precision.HIGHEST)
-    return rows.reshape(x.shape).astype(x.dtype)
 
 
 def vlm_loss(forward: ForwardPass, config: VlmConfig, smoothing: float = 0.0) -> LossOutput:
@@ -72,7 +67,9 @@ def vlm_loss(forward: ForwardPass, config: VlmConfig, smoothing: float = 0.0) ->
     masks = jnp.stack([mask, gather_in_group(mask, negative_texts)], axis=1).reshape(-1, mask.shape[1])
     _, fused = model.fusion(texts, masks, visual, rng=forward.key("vlm/texts"))
     text_logits = model.matching(fused).reshape(-1, 2, 2)
-    _, fused = model.fusion(text, mask, gather_in_group(visual, negative_images), rng=forward.key("vlm/picture"))
+    _, fused = model.fusion(
+        text, mask, gather_in_group(visual, negative_images, "visual"), rng=forward.key("vlm/picture")
+    )
     logits = jnp.concatenate([text_logits, model.matching(fused)[:, None]], axis=1)  # [b, (positive, text, image), 2]
 
     labels = jnp.asarray([1, 0, 0])

@@ -70,6 +70,12 @@ def _partition(name: str | None, axes: MeshAxes, size: int, axis_sizes: Mapping[
     return tuple(used) or None
 
 
+def sharded_axes(spec: PartitionSpec, dim: int) -> tuple[str, ...]:
+    """Return the mesh axes over which a dimension is sharded."""
+    axes = spec[dim]
+    return (axes,) if isinstance(axes, str) else axes or ()  # PartitionSpec replaces a tuple of one by its element
+
+
 def num_shards(name: str) -> int:
     """Return how many shards a logical axis of activations has on the mesh in context; 1 without a mesh."""
     mesh, axes = jax.sharding.get_abstract_mesh(), ACTIVATION_RULES[name]

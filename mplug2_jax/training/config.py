@@ -345,7 +345,8 @@ class RunConfig:
         group = self.tasks.vlm.group_size
         if "vlm" in stream.objectives and group and micro % group:
             raise UserError(
-                f"{where}: {micro} examples per micro-batch are not a multiple of config.tasks.vlm.group_size={group}"
+                f"{where}: {micro} examples per micro-batch are not a multiple of "
+                f"config.tasks.vlm.group_size={group}; use a divisor, or 0 for all of them"
             )
         queue = self.tasks.vlc.queue_size
         if "vlc" in stream.objectives and queue and self.tasks.distillation is None:

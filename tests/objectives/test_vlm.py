@@ -1,5 +1,8 @@
 """Vision-language matching: sampling of hard negatives, and the loss over them."""
 
+import functools
+import math
+import re
 import types
 
 import jax
@@ -12,13 +15,15 @@ from hypothesis import strategies as st
 
 from mplug2_jax.model.config import model_config
 from mplug2_jax.model.fusion import Fusion
+from mplug2_jax.model.prng import random_key
+from mplug2_jax.objectives import group_gather
 from mplug2_jax.objectives.config import VlmConfig
 from mplug2_jax.objectives.forward import ForwardPass
-from mplug2_jax.objectives.vlm import gather_in_group, hard_negatives, vlm_loss
+from mplug2_jax.objectives.vlm import hard_negatives, vlm_loss
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.parallel.placement import batch_sharding
-from tests.close import assert_close
+from tests.close import assert_close, assert_equal
 
 BATCH, WIDTH = 12, 6
 
@@ -120,15 +125,6 @@ def test_negatives_may_be_sampled_by_a_teachers_features():
     for index, rows, columns in ((found[0], text, teacher[0]), (found[1], visual, teacher[1])):
         scores = np.einsum("gie,gje->gij", rows.reshape(3, 4, -1), columns.reshape(3, 4, -1))
         np.testing.assert_array_equal(index, np.where(is_negative, scores, -np.inf).argmax(-1))
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "bool"])
-def test_gathering_within_groups_is_exact(dtype):
-    x = jax.random.normal(jax.random.key(0), (6, 2, 3))
-    x = x > 0 if dtype == "bool" else x.astype(dtype)
-    gathered = gather_in_group(x, jnp.asarray([[2, 0, 0], [1, 1, 2]]))
-    assert gathered.dtype == x.dtype
-    np.testing.assert_array_equal(gathered, x[np.asarray([2, 0, 0, 4, 4, 5])])
 
 
 class FakeForward(ForwardPass):
@@ -233,14 +229,66 @@ def test_texts_that_share_an_image_are_fused_as_with_copies_of_it(stride):
     assert float(jnp.abs(fuse(texts, mask, images) - fuse(texts, mask, copies[::-1])).max()) > 1e-2
 
 
-def test_a_mesh_changes_neither_negatives_nor_loss():
-    batch, features, table = pairs_to_match(7, padded=2, num_ids=9, batch=16)
-    key = jax.random.key(11)
-    expected, negatives = loss_of(batch, features, table, key, 4)
-    mesh = make_mesh(MeshConfig(fsdp=8))  # groups of 4 over shards of 2
-    placed = jax.device_put((batch, features), batch_sharding(mesh))
+class TokenForward(ForwardPass):
+    """Forward pass of given tokens, whose fusion depends on all of them."""
+
+    def __init__(self, batch, features, text, visual, rng):
+        self.batch, self.features, self.rng, self.teacher = batch, features, rng, None
+        self.text, self.visual = text, visual
+        self.model = types.SimpleNamespace(
+            fusion=self.fusion, matching=lambda fused: fused[:, :2],
+            contrastive=types.SimpleNamespace(temperature=jnp.asarray(0.07)),
+        )  # fmt: skip
+
+    @staticmethod
+    def fusion(text, mask, visual, rng):
+        images = jnp.repeat(visual, len(text) // len(visual), axis=0)
+        return visual, jnp.sin((text * mask[:, :, None]).sum(1)) * jnp.cos(images).sum(1)
+
+
+BIG, TEXT, VISUAL = 64, (3, 8), (5, 8)  # pairs, and lengths and widths of their tokens
+
+
+@functools.partial(jax.jit, static_argnames="group")
+@functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
+def token_loss(text, visual, batch, features, group):
+    forward = TokenForward(batch, features, text, visual, random_key(11))
+    key, weights = forward.key("vlm/negatives"), forward.example_weights
+    negatives = sample_negatives(*features, batch["example_id"], weights, key, group=group or len(weights))
+    return vlm_loss(forward, VlmConfig(group_size=group)).loss, negatives
+
+
+@functools.cache
+def tokens_to_match(group):
+    """Return the arguments of ``token_loss``, and its result on one device."""
+    batch, features, _ = pairs_to_match(7, padded=5, num_ids=20, batch=BIG)
+    text, visual = (jax.random.normal(jax.random.key(i), (BIG, *shape)) for i, shape in enumerate((TEXT, VISUAL)))
+    arguments = (text, visual, batch, features)
+    return arguments, token_loss(*arguments, group)
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        MeshConfig(data=8, fsdp=1),
+        MeshConfig(data=2, fsdp=4),
+        MeshConfig(data=4, fsdp=1, sequence=2),
+        MeshConfig(replica=2, fsdp=2, tensor=2),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("group", [4, 32, 0])  # of one chip, of several, of all
+def test_a_mesh_changes_neither_negatives_nor_loss_nor_gradient(mesh, group, monkeypatch):
+    monkeypatch.setattr(group_gather, "_MAX_GATHERED_BYTES", 4 * BIG * VISUAL[1])  # one of five slices
+    arguments, ((expected, negatives), expected_grads) = tokens_to_match(group)
+    mesh = make_mesh(mesh)
     with jax.set_mesh(mesh):
-        result, found = loss_of(*placed, table, key, 4)
-    for found_index, expected_index in zip(found, negatives, strict=True):
-        np.testing.assert_array_equal(found_index, expected_index)
-    assert_close(result.loss, expected.loss)
+        program = token_loss.lower(*jax.device_put(arguments, batch_sharding(mesh)), group).compile()
+        (loss, found), grads = program(*jax.device_put(arguments, batch_sharding(mesh)))
+    assert_equal(found, negatives)
+    assert_close(loss, expected)
+    assert_close(grads, expected_grads)
+    # No chip has the scores of all pairs, nor the tokens of all images or texts.
+    shapes = re.findall(r"\b[a-z]+[0-9]*\[([0-9,]+)\]", program.as_text())
+    largest = max(math.prod(map(int, shape.split(","))) for shape in shapes)
+    assert largest < min(BIG * BIG, BIG * math.prod(TEXT))

@@ -11,7 +11,7 @@ import pytest
 
 from data_pipelines.config import ExampleConfig
 from data_pipelines.tokenizers import Tokenizer
-from mplug2_jax.objectives.config import DistillationConfig, VlcConfig
+from mplug2_jax.objectives.config import DistillationConfig, VlcConfig, VlmConfig
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.tasks.config import TaskSettings
@@ -208,6 +208,15 @@ def test_a_queue_needs_a_teacher() -> None:
 
     with pytest.raises(UserError, match=r"queue_size=16 is filled by a teacher: set config.tasks.distillation"):
         small_run(tasks=TaskSettings(vlc=VlcConfig(queue_size=16)))
+
+
+@pytest.mark.parametrize("group", [3, 16])
+def test_groups_of_negatives_divide_a_micro_batch(group: int) -> None:
+    from mplug2_jax.errors import UserError
+
+    message = f"image_text: 8 examples per micro-batch are not a multiple of config.tasks.vlm.group_size={group}; use"
+    with pytest.raises(UserError, match=message):
+        small_run(tasks=TaskSettings(vlm=VlmConfig(group_size=group)))
 
 
 def test_the_seed_changes_initialization_and_data_order(tokenizer: Tokenizer) -> None:
