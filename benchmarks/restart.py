@@ -55,7 +55,7 @@ def start(checkout: Path, folder: Path, processes: int) -> Restart:
     begin = time.monotonic()
     with (folder / "log").open("w") as log:
         run = subprocess.Popen(command, cwd=checkout, env=os.environ | paths, stdout=log, stderr=log)
-        while count_lines(workdir / "metrics.jsonl") == lines:
+        while count_lines(workdir / "metrics.jsonl") <= lines:
             if run.poll() is not None:
                 sys.exit(f"the run ended with status {run.returncode}:\n{(folder / 'log').read_text()[-2000:]}")
             time.sleep(0.05)
