@@ -106,9 +106,9 @@ class TracedProgram:
         """
         start = time.perf_counter()
         with disable_cache() if executable_dir is None else cache_everything(executable_dir):
-            options = compiler_options(self.topology.chip.platform) or {}
+            options = compiler_options(self.topology.chip.platform)
             options |= {"exec_time_optimization_effort": effort} if effort else {}
-            compiled = self.lowered.compile(options or None)
+            compiled = self.lowered.compile(options)
         if executable_dir is not None:
             write_manifest(executable_dir, program_fingerprint(self.lowered, self.spec.mesh.devices.ravel().tolist()))
         return CompiledProgram(self, compiled, time.perf_counter() - start)

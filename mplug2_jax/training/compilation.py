@@ -32,10 +32,15 @@ _TPU = {
     "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": True,
 }
 
+# Without fusions of the library YNN: for each of them loading a cached program searches the whole program, which takes
+# longer than everything else that a restart does.
+_CPU = {"xla_cpu_experimental_ynn_fusion_type": ""}
+_OPTIONS: Mapping[str, Mapping[str, bool | float | str]] = {"tpu": _TPU, "cpu": _CPU}
 
-def compiler_options(platform: str) -> dict[str, bool | float] | None:
+
+def compiler_options(platform: str) -> dict[str, bool | float | str]:
     """Return XLA's options for a step on a kind of device: "tpu", "gpu" or "cpu"."""
-    return dict(_TPU) if platform == "tpu" else None
+    return dict(_OPTIONS.get(platform, {}))
 
 
 def enable_compilation_cache(where: str, workdir: WorkDir) -> Path | None:
