@@ -11,6 +11,7 @@ import pytest
 
 from data_pipelines.config import ExampleConfig
 from data_pipelines.tokenizers import Tokenizer
+from mplug2_jax.errors import UserError
 from mplug2_jax.objectives.config import DistillationConfig, VlcConfig, VlmConfig
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
@@ -212,8 +213,6 @@ def test_a_queue_needs_a_teacher() -> None:
 
 @pytest.mark.parametrize("group", [3, 16])
 def test_groups_of_negatives_divide_a_micro_batch(group: int) -> None:
-    from mplug2_jax.errors import UserError
-
     message = f"image_text: 8 examples per micro-batch are not a multiple of config.tasks.vlm.group_size={group}; use"
     with pytest.raises(UserError, match=message):
         small_run(tasks=TaskSettings(vlm=VlmConfig(group_size=group)))
