@@ -14,6 +14,8 @@ from jaxtyping import Array, Int, Shaped
 
 from mplug2_jax.parallel.sharding import activation_spec, num_shards, sharded_axes
 
+GATHER_SCOPE = "gather_in_group"
+"""Scope of the products by which rows are gathered on a chip: their operations are none of the model's."""
 _MAX_GATHERED_BYTES = 2**28  # of a slice of all rows of a group; far below, the network's latency would dominate
 
 
@@ -57,7 +59,8 @@ def gather_in_group(x: Shaped[Array, "b ..."], index: Int[Array, "g n"], *names:
 def _gather_locally(x: Shaped[Array, "b ..."], index: Int[Array, "g n"]) -> Shaped[Array, "b ..."]:
     """Gather by a one-hot product, which the partitioner keeps local to the group."""
     num_groups, size = index.shape
-    one_hot = jax.nn.one_hot(index, size, dtype=jnp.float32 if x.dtype == jnp.bool_ else x.dtype)
-    grouped = x.reshape(num_groups, size, *x.shape[1:]).astype(one_hot.dtype)
-    rows = jnp.einsum("gij,gj...->gi...", one_hot, grouped, precision=jax.lax.Precision.HIGHEST)
-    return rows.reshape(x.shape).astype(x.dtype)
+    with jax.named_scope(GATHER_SCOPE):
+        one_hot = jax.nn.one_hot(index, size, dtype=jnp.float32 if x.dtype == jnp.bool_ else x.dtype)
+        grouped = x.reshape(num_groups, size, *x.shape[1:]).astype(one_hot.dtype)
+        rows = jnp.einsum("gij,gj...->gi...", one_hot, grouped, precision=jax.lax.Precision.HIGHEST)
+        return rows.reshape(x.shape).astype(x.dtype)

@@ -162,19 +162,22 @@ def test_a_worker_imports_no_jax_ignores_signals_of_its_group_and_retries_like_i
 
 
 def test_arrays_are_freed_with_their_batch(config: DataConfig) -> None:
-    blocks = Path("/dev/shm")
-    before = set(blocks.iterdir())
+    before = set(Path("/dev/shm").iterdir())
     stream = Stream(with_workers(config, 1, prefetch=2), TOKENIZER, name="s", seed=0)
-    batches = stream.batches()
-    kept = list(itertools.islice(batches, 6))
-    assert len(set(blocks.glob("psm_*")) - before) <= 2 + 4  # kept ready, in progress and being freed
-    assert all(type(row.example.arrays["frames"]) is np.ndarray for batch in kept for row in batch.rows)
-    batches.close()
-    for _ in range(100):
-        if not set(blocks.glob("psm_*")) - before:
-            break
+    with contextlib.closing(stream.batches()) as batches:
+        kept = list(itertools.islice(batches, 6))
+        wait_for_blocks(before, 2 + 4)  # kept ready, in progress and being freed
+        assert all(type(row.example.arrays["frames"]) is np.ndarray for batch in kept for row in batch.rows)
+    wait_for_blocks(before, 0)
+
+
+def wait_for_blocks(before: set[Path], most: int) -> None:
+    """Wait until at most so many new blocks of shared memory are left: on a busy machine they are freed late."""
+    for _ in range(200):
+        if len(set(Path("/dev/shm").glob("psm_*")) - before) <= most:
+            return
         time.sleep(0.05)
-    assert not set(blocks.glob("psm_*")) - before
+    assert len(set(Path("/dev/shm").glob("psm_*")) - before) <= most
 
 
 def test_workers_end_with_their_parent(tmp_path: Path, repository: Path) -> None:

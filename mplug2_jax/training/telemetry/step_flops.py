@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from mplug2_jax.model.config import RematConfig
 from mplug2_jax.model.mplug2 import define_model
 from mplug2_jax.model.prng import random_key
+from mplug2_jax.objectives.group_gather import GATHER_SCOPE
 from mplug2_jax.training.config import RunConfig, StreamConfig
 from mplug2_jax.training.optim.partition import combine, partition
 from mplug2_jax.training.state import RunSpec
@@ -44,10 +45,12 @@ def count_gradient_flops(
     trained, frozen = partition(state["params"], config.frozen)
     state = {name: state[name] for name in ("teacher", "queues", "frequencies") if name in state}
     alpha = jax.ShapeDtypeStruct((), jnp.float32)
-    return count_flops(
+    flops = count_flops(
         jax.value_and_grad(loss, has_aux=True), trained, frozen, state, batches, alpha,
         trip_count=_max_sampling_steps(streams),
     )  # fmt: skip
+    del flops[GATHER_SCOPE]
+    return flops
 
 
 def count_traced_step_flops(spec: RunSpec, jaxpr: Any) -> collections.Counter[str] | None:
@@ -62,7 +65,7 @@ def count_traced_step_flops(spec: RunSpec, jaxpr: Any) -> collections.Counter[st
     if not uses_xla or model.remat != RematConfig() or sizes["sequence"] > 1:
         return None
     flops = count_jaxpr_flops(jaxpr, trip_count=_max_sampling_steps(spec.config.streams))
-    del flops["optimizer"]  # Muon's products are no part of the gradient
+    del flops["optimizer"], flops[GATHER_SCOPE]  # Muon's products are no part of the gradient
     return flops
 
 
