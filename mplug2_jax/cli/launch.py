@@ -158,8 +158,16 @@ def _parse_min_slices(args: argparse.Namespace, slices: int) -> tuple[int, int]:
         if args.slice_timeout is not None:
             raise UserError(f"--slice-timeout {args.slice_timeout} is not used without --min-slices: add it")
         return slices, _SLICE_TIMEOUT
+    from mplug2_jax.parallel.config import elastic_slice_counts
+
     check_range("--min-slices", args.min_slices, 1, slices)
     check_range("--slice-timeout", args.slice_timeout, 1)
+    if args.min_slices < slices and len(elastic_slice_counts(slices, args.min_slices)) == 1:
+        *_, less, _ = elastic_slice_counts(slices, 1)
+        raise UserError(
+            f"--min-slices {args.min_slices} of {slices} slices: a run goes on with a number of slices that divides "
+            f"{slices}; use at most {less}"
+        )
     return args.min_slices, args.slice_timeout or _SLICE_TIMEOUT
 
 

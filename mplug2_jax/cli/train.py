@@ -111,7 +111,7 @@ def _join_and_train(
                 watchdog.close()
                 slices.wait_until_finished()
                 return None
-            config = slices.scale(config)
+            whole, config = config, slices.scale(config)
     watchdog.enter("joining the other processes", "join")
     initialize_distributed(config.heartbeat_timeout)
     watchdog.enter("reading the config of the work directory")
@@ -119,7 +119,8 @@ def _join_and_train(
     if slices and is_primary_process():
         slices.remove_earlier()
     if slices and previous and previous.grad_accum_steps != config.grad_accum_steps:
-        force = [*force, "config.grad_accum_steps"]  # which --min-slices asks for
+        # --min-slices asks for this change, and for no other.
+        force = [*force, *(["config.grad_accum_steps"] if slices.scales_to(whole, previous) else [])]
     with _name_missing_files(config, WorkDir(workdir)):
         config = with_checkpoint_sizes(config, overrides, previous)
         results = train(config, workdir, force, watchdog)

@@ -44,7 +44,7 @@ class LocalProcesses:
     ) -> None:  # fmt: skip
         self._command, self._num_processes, self._devices = command, num_processes, devices_per_process
         self._independent, self._slices = independent, slices
-        self._run_id, self._attempt = uuid.uuid4().hex[:8], 0
+        self._run_id = uuid.uuid4().hex[:8]
         self._lost: set[int] = set()  # slices
         self._running: dict[int, subprocess.Popen[bytes]] = {}  # by process index
         self._signals: list[int] = []
@@ -58,20 +58,20 @@ class LocalProcesses:
         """
         previous = {number: signal.signal(number, self._forward_signal) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
-            for self._attempt in range(max_restarts + 1):
-                status = self._run_once()
-                if status in (0, USER_ERROR) or self._signals or self._attempt == max_restarts:
+            for attempt in range(max_restarts + 1):
+                status = self._run_once(attempt)
+                if status in (0, USER_ERROR) or self._signals or attempt == max_restarts:
                     return status
-                logging.warning("exit status %d: restarting (%d of %d)", status, self._attempt + 1, max_restarts)
+                logging.warning("exit status %d: restarting (%d of %d)", status, attempt + 1, max_restarts)
             raise AssertionError("unreachable")
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
 
-    def _run_once(self) -> int:
+    def _run_once(self, attempt: int) -> int:
         address = f"127.0.0.1:{find_free_port()}"
         self._running = {
-            index: self._start(index, address)
+            index: self._start(index, address, attempt)
             for index in range(self._num_processes)
             if self._slices is None or self._slices.index_of(index, self._num_processes) not in self._lost
         }
@@ -92,11 +92,11 @@ class LocalProcesses:
             reader.join()
         return status
 
-    def _start(self, index: int, address: str) -> "subprocess.Popen[bytes]":
+    def _start(self, index: int, address: str, attempt: int) -> "subprocess.Popen[bytes]":
         worker = ("--worker", f"{index}/{self._num_processes}") if self._independent else ()
         environment = process_environment(index, self._num_processes, self._devices, address)
         if self._slices:
-            environment |= self._slices.environment(index, self._num_processes, f"{self._run_id}-{self._attempt}")
+            environment |= self._slices.environment(index, self._num_processes, f"{self._run_id}-{attempt}")
         return subprocess.Popen(
             [*self._command, *worker],
             env=os.environ | environment,

@@ -50,3 +50,11 @@ class MeshConfig:
                 f"{found} needs {fixed} devices, but there are {num_devices}; set one axis to -1 to use them all"
             )
         return sizes
+
+
+def elastic_slice_counts(num_slices: int, minimum: int) -> list[int]:
+    """Return the numbers of slices, from ``minimum`` on, with which a run on ``num_slices`` can go on.
+
+    They divide the number of slices: then the global batch splits into whole micro-batches again.
+    """
+    return [count for count in range(minimum, num_slices + 1) if num_slices % count == 0]

@@ -1,4 +1,4 @@
-"""Which fields may change when a run resumes, the errors for those that may not, and the config of earlier steps."""
+"""Config changes at a resume: free, neutral and deciding fields, --force-change, and the config of earlier steps."""
 
 import dataclasses
 from pathlib import Path

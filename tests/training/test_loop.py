@@ -51,12 +51,19 @@ def with_a_broken_record(folder: Path, max_bad_fraction: float = 0.5) -> StreamC
     return StreamConfig(data=data, objectives={"mlm": 1.0})
 
 
+@pytest.fixture
+def phases(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, PhaseKind]]:
+    """Return the list that receives the phases of the watchdog."""
+    entered: list[tuple[str, PhaseKind]] = []
+    monkeypatch.setattr(Watchdog, "enter", lambda self, phase, kind="other": entered.append((phase, kind)))
+    return entered
+
+
 def test_a_run_logs_and_writes_what_happens(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch,
+    phases: list[tuple[str, PhaseKind]],
+) -> None:  # fmt: skip
     caplog.set_level(logging.INFO, logger="absl")
-    phases: list[tuple[str, PhaseKind]] = []
-    monkeypatch.setattr(Watchdog, "enter", lambda self, phase, kind="other": phases.append((phase, kind)))
     served: list[dict[tuple[str, ...], float]] = []
     close = TrainMonitor.close
     monkeypatch.setattr(TrainMonitor, "close", lambda self: (served.append(scrape(port)[1]), close(self))[1])
@@ -113,11 +120,10 @@ def test_a_run_logs_and_writes_what_happens(
 
 
 def test_a_ramp_of_the_batch_size_compiles_each_stage_and_resumes_inside_it(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch,
+    phases: list[tuple[str, PhaseKind]],
+) -> None:  # fmt: skip
     caplog.set_level(logging.INFO, logger="absl")
-    phases: list[tuple[str, PhaseKind]] = []
-    monkeypatch.setattr(Watchdog, "enter", lambda self, phase, kind="other": phases.append((phase, kind)))
     config = text_run(
         batch_size=16, batch_ramp=(BatchStage(last_step=3, batch_size=8),), steps=5, log_example_ids=True,
         schedule=ScheduleConfig(kind="constant", warmup_steps=1),

@@ -4,7 +4,7 @@
 ``MPLUG2_ATTEMPT``, which differs in each start of the run. Before a host connects to the others it announces itself by
 a file in ``slices/ATTEMPT/`` of the work directory. Once all slices are there, or the timeout has passed, one host
 creates ``members.json``, exclusively, so that all read the same list. The number of members divides the number of
-slices: then each step has the same global batch, in proportionally more micro-batches.
+slices, so each step has the same global batch, in proportionally more micro-batches.
 """
 
 import contextlib
@@ -19,6 +19,7 @@ from absl import logging
 from data_pipelines.storage.file_system import file_system, write_atomically
 from data_pipelines.storage.paths import RemotePath, remove_tree
 from mplug2_jax.errors import Preempted, UserError
+from mplug2_jax.parallel.config import elastic_slice_counts
 from mplug2_jax.parallel.processes import read_int, read_text
 from mplug2_jax.training.config import RunConfig
 from mplug2_jax.training.config_changes import depends_on_micro_batches
@@ -92,7 +93,7 @@ class Slices:
 
     def __init__(self, folder: Path, host: Host, attempt: str, minimum: int, timeout: int) -> None:
         self._folder, self._attempt, self._host = folder, folder / attempt, host
-        self._minimum, self._timeout = minimum, timeout
+        self._counts, self._timeout = elastic_slice_counts(host.num_slices, minimum), timeout
         self.members: tuple[int, ...] = ()
         self._leader = ""
 
@@ -142,9 +143,9 @@ class Slices:
             now = time.monotonic()
             if host.index == 0:  # one host of each slice looks for the others
                 present = self._present()
-                enough = self._minimum if now - since >= self._timeout else host.num_slices
-                if len(present) >= enough:
-                    self._create_members(present)
+                counts = [count for count in self._counts if count <= len(present)]
+                if len(present) == host.num_slices or (counts and now - since >= self._timeout):
+                    self._create_members(present[: counts[-1]])
                     continue
             if now - logged >= _LOG_SECONDS:
                 logging.warning("waiting for the other slices of %d, for %.0f s now", host.num_slices, now - since)
@@ -168,12 +169,10 @@ class Slices:
                 f"config.mesh.replica={replica} on {total} slices: only replicas may cross slices; set it to -1, or to "
                 f"a multiple of {total}"
             )
-        for count in range(self._minimum, total):  # found now, and not when a slice is lost
-            if not total % count:
-                self._scale_to(count, config)
+        configs = {count: self._scale_to(count, config) for count in self._counts}  # errors are found now, not later
+        scaled = configs[members]
         if members == total:
-            return config
-        scaled = self._scale_to(members, config)
+            return scaled
         fewer = ", in which contrast and hard negatives compare fewer examples" * depends_on_micro_batches(config)
         logging.warning("%d of %d slices: %d micro-batches a step%s", members, total, scaled.grad_accum_steps, fewer)
         return scaled
@@ -181,11 +180,20 @@ class Slices:
     def _scale_to(self, count: int, config: RunConfig) -> RunConfig:
         total, replica = self._host.num_slices, config.mesh.replica
         mesh = dataclasses.replace(config.mesh, replica=replica if replica < 0 else replica * count // total)
-        micro_batches = config.grad_accum_steps * total // count
         try:
-            return dataclasses.replace(config, mesh=mesh, grad_accum_steps=micro_batches)
+            return dataclasses.replace(config, mesh=mesh, grad_accum_steps=config.grad_accum_steps * total // count)
         except UserError as error:
-            raise UserError(f"--min-slices {self._minimum}: with {count} of {total} slices {error}") from error
+            raise UserError(f"--min-slices {self._counts[0]}: with {count} of {total} slices {error}") from error
+
+    def scales_to(self, config: RunConfig, previous: RunConfig) -> bool:
+        """Return whether an earlier start had ``previous`` micro-batches because of its number of slices alone.
+
+        Args:
+            config: of the run on all slices.
+            previous: the run's config until now.
+        """
+        steps = {config.grad_accum_steps * self._host.num_slices // count for count in self._counts}
+        return previous.grad_accum_steps in steps
 
     def remove_earlier(self) -> None:
         """Delete the files of earlier starts, after all members of this one have joined."""
@@ -216,13 +224,11 @@ class Slices:
         indices = range(self._host.num_hosts)
         return [s for s in range(self._host.num_slices) if all(self._path(s, i).name in names for i in indices)]
 
-    def _create_members(self, present: Sequence[int]) -> None:
+    def _create_members(self, slices: Sequence[int]) -> None:
         """Create the list of members, unless another host has done so."""
-        total = self._host.num_slices
-        count = max(count for count in range(1, len(present) + 1) if not total % count)
-        leader = json.loads(self._path(present[0], 0).read_text(encoding="utf-8"))["leader"]
+        leader = json.loads(self._path(slices[0], 0).read_text(encoding="utf-8"))["leader"]
         system, plain = file_system(str(self._attempt / _MEMBERS))
-        members = {"slices": present[:count], "leader": leader, "by": self._host.slice_index}
+        members = {"slices": slices, "leader": leader, "by": self._host.slice_index}
         system.create(plain, json.dumps(members).encode())
 
     def _read_members(self) -> bool:

@@ -54,9 +54,9 @@ class RunSources:
 
     def collect(self) -> Iterator[Metric]:
         """Yield the metrics of now, in which no series is twice: Prometheus would refuse all of them."""
-        own = list(self._collect_own())
-        yield from own
-        names = {sample.name for metric in own for sample in metric.samples}
+        run_metrics = list(self._collect_run_metrics())
+        yield from run_metrics
+        names = {sample.name for metric in run_metrics for sample in metric.samples}
         families: dict[str, dict[tuple[tuple[str, str], ...], float]] = {}
         for logged, value in self.metrics.latest.items():
             if not logged.startswith(_SERVED_OTHERWISE):
@@ -68,7 +68,7 @@ class RunSources:
                 metric.add_sample(name, dict(pairs), value)
             yield metric
 
-    def _collect_own(self) -> Iterator[Metric]:
+    def _collect_run_metrics(self) -> Iterator[Metric]:
         run = {"name": _valid(self.name), "version": __version__}
         yield InfoMetricFamily("mplug2_run", "The run and the version of mplug2_jax", run)
         yield GaugeMetricFamily("mplug2_step", "Last finished step", self.meter.step)

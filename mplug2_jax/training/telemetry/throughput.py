@@ -20,7 +20,7 @@ from mplug2_jax.training.telemetry.step_flops import count_gradient_flops, count
 
 
 class StepWork(NamedTuple):
-    """What a step computes on, and how much."""
+    """The examples, the tokens and the floating-point operations of one step."""
 
     examples: int = 0
     tokens: int = 0

@@ -115,6 +115,26 @@ def test_a_start_waits_for_the_least_number_of_slices(tmp_path: Path) -> None:
     assert cluster(few) == ("2", "0")
 
 
+def test_a_number_of_slices_that_does_not_divide_is_no_minimum(tmp_path: Path) -> None:
+    """Of four slices three are there, and at least two are needed: two go on, and never one."""
+    environments = [local(i, slices=4, hosts=1, MPLUG2_MIN_SLICES="2") for i in (1, 2, 3)]
+    assert {each.members for each in join(tmp_path, environments)} == {(1, 2)}
+    one = local(0, slices=4, hosts=1, attempt="b", MPLUG2_MIN_SLICES="2", MPLUG2_SLICE_TIMEOUT="0")
+    alone = threading.Thread(target=join, args=(tmp_path, [one]))
+    alone.start()
+    alone.join(0.3)
+    assert alone.is_alive()
+    join(tmp_path, [local(3, slices=4, hosts=1, attempt="b", MPLUG2_MIN_SLICES="2")])
+    alone.join(10)
+
+
+def test_only_a_change_of_micro_batches_by_slices_is_forced(tmp_path: Path) -> None:
+    slices = Slices(tmp_path, Host.detect(local(0, slices=4, hosts=1)), "a", 2, 1)
+    config = text_run(grad_accum_steps=2)
+    previous = [dataclasses.replace(config, grad_accum_steps=steps) for steps in (1, 2, 4, 8)]
+    assert [slices.scales_to(config, each) for each in previous] == [False, True, True, False]
+
+
 def test_pods_of_gke_get_the_variables_of_the_members(tmp_path: Path) -> None:
     one = [gke(1, host) for host in range(2)]
     join(tmp_path / "one", one)

@@ -1,4 +1,4 @@
-"""What is served to Prometheus: types, names, values; and a server that never stops a run."""
+"""The Prometheus endpoint: types, names and values of its metrics; a server that never stops a run."""
 
 import math
 import socket

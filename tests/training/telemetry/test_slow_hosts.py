@@ -60,7 +60,7 @@ def test_hosts_that_do_not_slow_the_others_down_are_not_named(values: HostTable)
     assert find_slow_host(values) is None
 
 
-def test_the_message_has_the_share_of_the_host_and_the_median_of_the_others() -> None:
+def test_the_message_names_the_straggler_its_share_of_the_step_and_the_median() -> None:
     assert str(SlowHost(1, "data", 0.912, 0.03)) == "waits for data for 91% of a step, the others 3%"
     assert str(SlowHost(1, "step", 0.7, 0.1)) == "works on the host for 70% of a step, the others 10%"
     assert str(SlowHost(1, "memory", 0.95, 0.3)) == "uses 95% of its memory, the others 30%"
