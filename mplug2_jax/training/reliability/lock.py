@@ -26,6 +26,7 @@ from data_pipelines.storage.retry import shorter_retries
 from mplug2_jax.config import build
 from mplug2_jax.errors import UserError
 from mplug2_jax.parallel.processes import allgather_objects, is_primary_process
+from mplug2_jax.training.reliability.process_age import start_ticks
 
 RENEW_SECONDS = 10.0
 STALE_SECONDS = 45.0
@@ -52,7 +53,7 @@ class Holder:
     def current(cls) -> "Holder":
         """Return this process as a holder."""
         process = os.getpid()
-        started = _start_ticks(process) or ""
+        started = start_ticks(process) or ""
         return cls(uuid.uuid4().hex, socket.gethostname(), process, _machine_id(), started, _now(), _now())
 
     def __str__(self) -> str:
@@ -64,7 +65,7 @@ class Holder:
 
     def is_dead(self) -> bool:
         """Return whether the process is known to have ended; False if that is unknown."""
-        return self.is_local() and _start_ticks(self.process) != self.started
+        return self.is_local() and start_ticks(self.process) != self.started
 
 
 @contextlib.contextmanager
@@ -233,11 +234,3 @@ def _machine_id() -> str:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
     return ""
-
-
-def _start_ticks(process: int) -> str | None:
-    """Return when a live process of this machine was started, in the system's ticks; None if there is none."""
-    with contextlib.suppress(OSError, IndexError):
-        state, *fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-        return None if state in "ZX" else fields[18]
-    return None

@@ -4,7 +4,6 @@ It imports no JAX, so that it watches from the start of the process on.
 """
 
 import collections
-import contextlib
 import faulthandler
 import os
 import re
@@ -12,13 +11,13 @@ import statistics
 import sys
 import threading
 import time
-from pathlib import Path
 from typing import Any, Literal
 
 from absl import logging
 
 from mplug2_jax import console
 from mplug2_jax.errors import STALLED
+from mplug2_jax.training.reliability.process_age import process_age
 
 PhaseKind = Literal["join", "compile", "step", "other"]
 _FACTORS = {"join": 1 / 3, "compile": 3.0}
@@ -28,18 +27,8 @@ MIN_STEP_SECONDS = 60.0
 _MIN_STEPS = 5
 _SHARED_AFTER = 10.0
 _PHASES_KEY = "mplug2/phases"
+_AGE_AT_IMPORT = process_age()
 _STEP_NUMBER = re.compile(r"(?:, and| of)? step \d+")
-
-
-def _process_age() -> float:
-    """Return the seconds since this process was started; 0 where the system does not say (Linux does)."""
-    with contextlib.suppress(OSError, IndexError, ValueError):
-        ticks = int(Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19])
-        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
-    return 0.0
-
-
-_AGE_AT_IMPORT = _process_age()
 
 
 class Watchdog:

@@ -190,7 +190,3 @@ def test_the_phases_of_a_start_are_timed_from_the_start_of_the_process(clock: Cl
     assert seconds == phases | {"the first step": 0.5}
     watch.enter("step 8", "step")
     assert watch.end_startup() == {}
-
-
-def test_the_age_of_the_process_is_known() -> None:
-    assert 0 < watchdog._AGE_AT_IMPORT <= watchdog._process_age()
