@@ -10,6 +10,7 @@ from data_pipelines.errors import DataError
 
 T = TypeVar("T")
 Free = Annotated[T, "free"]  # of fields that may change whenever a run resumes: they do not decide what it reads
+Steps = Annotated[int, "steps"]  # of the run; may be given as a duration: "5%", "3 epochs"
 
 Kind = Literal["image", "video", "text"]
 Format = Literal[
@@ -250,7 +251,7 @@ class ExampleConfig:
 class MixtureStage:
     """The weights of a stream's sources from a step on, up to the next stage."""
 
-    start_step: int  # the first step of the stage; a batch that a rollback skips counts as a step
+    start_step: Steps  # the first step of the stage; a batch that a rollback skips counts as a step
     weights: Mapping[str, float]  # by source, at least 0; sources that are not named have their own weight
 
 
@@ -258,7 +259,7 @@ class MixtureStage:
 class BatchStage:
     """The batch size of a stream up to a step."""
 
-    last_step: int  # the last step of the stage; a batch that a rollback skips counts as a step
+    last_step: Steps  # the last step of the stage; a batch that a rollback skips counts as a step
     batch_size: int  # examples per step, over all hosts
 
 

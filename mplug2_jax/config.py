@@ -56,7 +56,7 @@ def build(
         to_steps: converts texts in fields of ``Steps``; None: they are refused.
 
     Raises:
-        UserError: unknown or missing fields and wrong types, named by their path from ``where``.
+        UserError: unknown or missing fields, wrong types and invalid values, named by their path from ``where``.
     """
     hints = get_type_hints(cls, include_extras=True)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
@@ -71,7 +71,11 @@ def build(
     ]
     if required:
         raise UserError(f"{where} lacks {', '.join(required)}")
-    return cls(**{name: _convert(hints[name], value, f"{where}.{name}", to_steps) for name, value in values.items()})
+    converted = {name: _convert(hints[name], value, f"{where}.{name}", to_steps) for name, value in values.items()}
+    try:
+        return cls(**converted)
+    except DataError as error:  # of data_pipelines, whose configs do not know where they are
+        raise UserError(f"{where}: {error}") from error
 
 
 def _convert(hint: Any, value: Any, where: str, to_steps: ToSteps | None) -> Any:

@@ -5,6 +5,7 @@ Every field of type ``Steps`` takes a text in place of a number: ``"500 steps"``
 
 - **percent** are of ``config.steps``.
 - **examples** count the batches of all streams together, or those of a stream that is named: ``"1M examples of text"``.
+  Those of a stage of ``batch_ramp`` are always of its own stream.
 - **an epoch** is as many examples of a stream as its sources have records together, whatever their weights in the
   mixture; with ``drop_remainder``, which skips the last ones, the whole batches among them. With several streams, one
   is named: ``"2 epochs of image_text"``. Sources are opened to count their records.
@@ -17,17 +18,17 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from fractions import Fraction
+from typing import Any
 
 from absl import logging
 from ml_collections import ConfigDict
 
-from data_pipelines.config import DataConfig
+from data_pipelines.config import BatchStage, DataConfig
 from data_pipelines.errors import DataError
 from mplug2_jax.config import build, load_recipe
 from mplug2_jax.errors import UserError, did_you_mean
-from mplug2_jax.fields import Steps
 from mplug2_jax.training.config import RunConfig, StreamConfig
 
 _ALL_STEPS = range(2**62)
@@ -131,10 +132,7 @@ def count_epoch_examples(data: DataConfig) -> int:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _CountedFields:
-    """The fields of a run by which durations are counted."""
-
-    steps: Steps
+class _Streams:
     streams: Mapping[str, StreamConfig]
 
 
@@ -149,15 +147,74 @@ def build_run(recipe: ConfigDict) -> RunConfig:
     Raises:
         UserError: invalid fields, or durations that cannot be converted.
     """
+    values = recipe.to_dict()
+    for name, ramp in _find_ramps(values).items():
+        values["streams"][name]["data"]["batch_ramp"] = _convert_ramp(name, ramp, values)
 
     @functools.cache
     def durations() -> Durations:
-        fields = {field.name: recipe[field.name] for field in dataclasses.fields(_CountedFields)}
-        return Durations(build(_CountedFields, fields, to_steps=lambda text, where: 1).streams, fields["steps"])
+        return Durations(_build_streams(values, without=("mixture_stages",)), values.get("steps"))
 
-    def to_steps(text: str, where: str) -> int:
-        steps = durations().to_steps(text, where)
-        logging.info("%s = %s = %d steps", where, text, steps)
-        return steps
+    return build(RunConfig, values, to_steps=lambda text, where: _log(durations(), text, where))
 
-    return build(RunConfig, recipe, to_steps=to_steps)
+
+def _log(durations: Durations, text: str, where: str) -> int:
+    steps = durations.to_steps(text, where)
+    logging.info("%s = %s = %d steps", where, text, steps)
+    return steps
+
+
+def _build_streams(recipe: Mapping[str, Any], without: Collection[str]) -> Mapping[str, StreamConfig]:
+    """Build the streams of a recipe without these fields of their data; a duration of another field is one step."""
+
+    def strip(stream: Any) -> Any:
+        if not isinstance(stream, Mapping) or not isinstance(stream.get("data"), Mapping):
+            return stream  # is refused when it is built
+        return {**stream, "data": {name: value for name, value in stream["data"].items() if name not in without}}
+
+    streams = recipe["streams"]
+    if isinstance(streams, Mapping):
+        streams = {name: strip(stream) for name, stream in streams.items()}
+    return build(_Streams, {"streams": streams}, to_steps=lambda text, where: 1).streams
+
+
+def _find_ramps(recipe: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Return the batch ramps of a recipe that have durations, by stream."""
+    ramps, streams = {}, recipe.get("streams")
+    for name, stream in streams.items() if isinstance(streams, Mapping) else ():
+        data = stream.get("data") if isinstance(stream, Mapping) else None
+        ramp = data.get("batch_ramp") if isinstance(data, Mapping) else None
+        if isinstance(ramp, (list, tuple)) and any(
+            isinstance(stage, Mapping) and isinstance(stage.get("last_step"), str) for stage in ramp
+        ):
+            ramps[name] = list(ramp)
+    return ramps
+
+
+def _convert_ramp(name: str, ramp: list[Any], recipe: Mapping[str, Any]) -> list[BatchStage]:
+    """Convert the durations of a stream's batch ramp, stage by stage: each depends on the sizes before it.
+
+    Raises:
+        UserError: invalid stages, or a percentage where config.steps depends on the ramp.
+    """
+    where, steps = f"config.streams.{name}.data", recipe.get("steps")
+    stream = _build_streams(recipe, without=("mixture_stages", "batch_ramp"))[name]
+    stages: list[BatchStage] = []
+    for i, values in enumerate(ramp):
+        place = f"{where}.batch_ramp[{i}]"
+        stage = build(BatchStage, values, place, to_steps=lambda text, where: 1)
+        if isinstance(text := values["last_step"], str):
+            total = _DURATION.fullmatch(str(steps))
+            if "%" in text and total and total["unit"] in ("example", "epoch"):
+                raise UserError(
+                    f"{place}.last_step={text!r}: percentages are of config.steps={steps!r}, which depends on the "
+                    "ramp; give steps or examples in one of them"
+                )
+            try:
+                data = dataclasses.replace(stream.data, batch_ramp=tuple(stages), batch_size=stage.batch_size)
+            except DataError as error:
+                raise UserError(f"{where}: {error}") from error
+            durations = Durations({name: dataclasses.replace(stream, data=data)}, steps)
+            stage = dataclasses.replace(stage, last_step=_log(durations, text, f"{place}.last_step"))
+        stages.append(stage)
+    return stages

@@ -53,6 +53,7 @@ CONFIGS = {
     "checkpoint.keep_last=0": "config.checkpoint.keep_last=0 must be at least 1",
     "grad_accum_steps=3": "config.streams.text.data.batch_size=8 is not a multiple of config.grad_accum_steps=3",
     "model.heads=0": "config.model.heads=0 must be at least 1",
+    "streams.text.data.mixture_temperature=-1": "config.streams.text.data: mixture_temperature=-1.0 must be above 0",
     "model.dropout=2.0": "config.model.dropout=2.0 must be between 0 and 0.99",
     "optimizer.learning_rate=-1": "config.optimizer.learning_rate=-1.0 must be at least 0",
     "optimizer.b2=1.5": "config.optimizer.b2=1.5 must be between 0 and 1",

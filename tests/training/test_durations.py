@@ -167,6 +167,22 @@ def test_every_field_of_steps_takes_a_duration(caplog: pytest.LogCaptureFixture)
     assert "%" not in json.dumps(to_dict(run))
 
 
+def test_stages_of_a_stream_take_durations() -> None:
+    """A ramp counts the examples of its own stream, stage by stage; other fields count with the ramp."""
+    ramp = [{"last_step": "80 examples", "batch_size": 8}, {"last_step": "0.1k examples", "batch_size": 16}]
+    stages = [{"start_step": "200 examples of text", "weights": {}}, {"start_step": "50%", "weights": {}}]
+    data = "streams.text.data"
+    run = build_run(recipe(f"{data}.batch_ramp={ramp}", f"{data}.mixture_stages={stages}", f"{data}.batch_size=32"))
+    text = run.streams["text"].data
+    assert [stage.last_step for stage in text.batch_ramp] == [10, 12]  # 80 examples in 10 steps, 112 in 12
+    assert [stage.start_step for stage in text.mixture_stages] == [15, 100]  # 208 examples in 15 steps
+
+    of_steps = build_run(recipe(f"{data}.batch_ramp=[{{'last_step':'10%','batch_size':8}}]", "steps=30 steps"))
+    assert of_steps.streams["text"].data.batch_ramp[0].last_step == 3
+    with pytest.raises(UserError, match=r"percentages are of config\.steps='3k examples', which depends"):
+        build_run(recipe(f"{data}.batch_ramp=[{{'last_step':'10%','batch_size':8}}]", "steps=3k examples"))
+
+
 def test_the_last_override_wins_whichever_way_it_is_written() -> None:
     assert build_run(recipe("log_every=5%", "log_every=7")).log_every == 7
     assert build_run(recipe("log_every=7", "log_every=5%")).log_every == 10
@@ -186,6 +202,14 @@ def test_durations_are_read_by_the_old_names_of_fields() -> None:
             "config.steps='5%': percentages are of config.steps, which needs steps, epochs or examples itself",
         ),
         ("log_every=0%", "config.log_every=0 must be at least 1"),
+        (
+            "streams.text.data.batch_ramp=[{'last_step':'5 parsecs','batch_size':8}]",
+            "config.streams.text.data.batch_ramp[0].last_step='5 parsecs' is no duration",
+        ),
+        (
+            "streams.text.data.batch_ramp=[{'last_step':'9%','batch_size':8},{'last_step':'5%','batch_size':8}]",
+            "config.streams.text.data: batch_ramp[1].last_step=10 must be above 18, and rise by stage",
+        ),
         ("seed=5%", "config.seed='5%' is str, expected int"),
         ("log_every=soon", "config.log_every=soon is str, expected int"),
         ("log_every=3 epochs", "config.log_every='3 epochs' names no stream"),
