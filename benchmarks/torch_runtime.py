@@ -2,9 +2,11 @@
 
     python benchmarks/torch_runtime.py             # base, 1 clip of 4 frames at 224 px, float32
     python benchmarks/torch_runtime.py --size tiny --rounds 3
+    python benchmarks/torch_runtime.py --export exports/demo --files clips/*.mp4   # ways to serve an export
 
 Each framework runs in its own process with all cores; calls alternate between them, so that both see the same machine.
-Forward is the caption loss in evaluation mode; a training step adds dropout, the backward pass and AdamW.
+Forward is the caption loss in evaluation mode; a training step adds dropout, the backward pass and AdamW. With
+``--export``, texts of files per second by the program of an exported folder, and how many equal those of float32.
 """
 
 import argparse
@@ -15,6 +17,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")  # for both; speeds up XLA's scratch memory
@@ -123,6 +127,52 @@ def compare(call: str, frameworks: dict[str, Framework], rounds: int) -> dict[st
     return {name: statistics.median(seconds) for name, seconds in times.items()}
 
 
+WAYS: dict[str, dict[str, Any]] = {
+    "float32": {}, "float32, compiled": {"compiled": True}, "bfloat16": {"dtype": "bfloat16"},
+    "bfloat16, compiled": {"dtype": "bfloat16", "compiled": True}, "int8 weights": {"int8": True},
+    "int8 weights, compiled": {"int8": True, "compiled": True},
+}  # fmt: skip
+
+
+def serve_export(folder: Path, files: list[Path], rounds: int) -> None:
+    """Print the throughput of an exported folder by every way to compute, and its differences from float32."""
+    import numpy as np
+    import torch
+
+    from mplug2_jax.conversion.exported.model import ExportedModel
+
+    print(f"{folder}, {len(files)} files at once, {os.cpu_count()} cores, median of {rounds}\n")
+    print(
+        f"{'':<24} {'weights':>9} {'first':>8} {'files/s':>8} {'speed':>6} {'same texts':>11} {'features differ':>16}"
+    )
+    expected: tuple[list[str], Any, float] | None = None
+    for name, options in WAYS.items():
+        dtype = getattr(torch, options.get("dtype", "float32"))
+        model = ExportedModel(folder, **options | {"dtype": dtype})
+        seconds = []
+        for _ in range(rounds + 1):
+            start = time.perf_counter()
+            texts = [prediction.text for prediction in model.generate_batch(files)]
+            seconds.append(time.perf_counter() - start)
+        features = np.array([model.embed(path) for path in files])
+        median = statistics.median(seconds[1:])
+        expected = expected or (texts, features, median)
+        same = sum(ours == theirs for ours, theirs in zip(texts, expected[0], strict=True))
+        difference = np.abs(features - expected[1]).max() / np.abs(expected[1]).max()
+        size = sum(map(count_bytes, model.model.parameters())) / 2**20
+        print(
+            f"{name:<24} {size:>5.1f} MiB {seconds[0]:>6.1f} s {len(files) / median:>8.2f} "
+            f"{expected[2] / median:>5.2f}x {same:>7} / {len(files)} {difference:>15.1e}",
+            flush=True,
+        )
+
+
+def count_bytes(tensor: Any) -> int:
+    """Return the bytes of a tensor, or of the parts of a quantized one."""
+    names = tensor.__tensor_flatten__()[0] if hasattr(tensor, "__tensor_flatten__") else ()
+    return sum(count_bytes(getattr(tensor, name)) for name in names) or tensor.numel() * tensor.element_size()
+
+
 def main() -> None:
     """Measure and print."""
     from mplug2_jax.model.config import model_config
@@ -135,8 +185,15 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=20, help="caption length (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="calls measured of each (default: %(default)s)")
     parser.add_argument("--dropout", type=float, default=0.1, help="in the training step (default: %(default)s)")
+    parser.add_argument("--export", type=Path, metavar="DIR", help="measure this exported folder instead")
+    parser.add_argument("--files", nargs="+", type=Path, metavar="FILE", help="images or clips for --export")
     parser.add_argument("--serve", choices=PREPARE, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.export:
+        if not args.files:
+            parser.error("--export needs --files")
+        serve_export(args.export, args.files, args.rounds)
+        return
     args.image_size = args.image_size or model_config(args.size).image_size
     if args.serve:
         serve(PREPARE[args.serve](args))

@@ -14,7 +14,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 from tokenizers import Tokenizer as LibraryTokenizer
-from tokenizers import models, normalizers, pre_tokenizers, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from data_pipelines.arrays import Bool
 from data_pipelines.errors import DataError
@@ -139,6 +139,17 @@ class WordPieceTokenizer:
     def word_starts(self, ids: Sequence[int]) -> Bool[np.ndarray, " l"]:
         """See ``Tokenizer``."""
         return self._starts_word[np.asarray(ids, np.int64)]
+
+    def to_json(self) -> str:
+        """Return the ``tokenizer.json`` of Hugging Face's libraries.
+
+        It encodes a text to the same ids, unless the text contains the name of a special token.
+        """
+        library = _library_tokenizer(self._ids)
+        library.post_processor = processors.BertProcessing(("[SEP]", self.sep_id), ("[CLS]", self.cls_id))
+        library.decoder = decoders.WordPiece(cleanup=True)
+        library.add_special_tokens(list(SPECIAL_TOKENS))
+        return library.to_str(pretty=True)
 
     def save(self, directory: Path) -> Path:
         """See ``Tokenizer``: writes ``vocab.txt``, one token per line."""

@@ -62,6 +62,10 @@ def add_parsers(subcommands: Any) -> None:
     exporter.add_argument(
         "--shard-size", type=float, default=5.0, metavar="GB", help="split above this size (default: %(default)g)"
     )
+    exporter.add_argument(
+        "--base-model", action="append", default=[], metavar="NAME",
+        help="a model on the Hugging Face hub that training started from, for the model card; may be repeated",
+    )  # fmt: skip
     _add_common(exporter)
 
     verifier = add_command(
@@ -121,6 +125,7 @@ def run_export(args: argparse.Namespace) -> int:
     report = export(
         args.checkpoint, args.to, dtype=args.dtype, ema=args.ema, teacher=args.teacher, leftover=args.leftover,
         shard_bytes=int(args.shard_size * 1e9), overwrite=args.overwrite, verify=args.verify,
+        base_models=args.base_model,
     )  # fmt: skip
     print(report.summary())
     print(args.to)

@@ -20,7 +20,7 @@ from mplug2_jax.conversion.files.open import open_source
 from mplug2_jax.conversion.files.safetensors_writer import SafetensorsWriter
 from mplug2_jax.conversion.files.sources import HostArray
 from mplug2_jax.conversion.files.torch_files import TorchWriter
-from mplug2_jax.conversion.hub import WEIGHTS, write_companions
+from mplug2_jax.conversion.hub import WEIGHTS, check_base_models, write_companions
 from mplug2_jax.conversion.import_plan import StatePath, activation_notes
 from mplug2_jax.conversion.import_weights import check_finite
 from mplug2_jax.conversion.layouts import official
@@ -83,6 +83,7 @@ Writer = TorchWriter | _ShardedWriter
 def export(
     checkpoint: Path, to: Path, *, dtype: str = "float32", ema: bool | None = None, teacher: bool | None = None,
     leftover: Path | None = None, shard_bytes: int = 5_000_000_000, overwrite: bool = False, verify: bool = False,
+    base_models: Sequence[str] = (),
 ) -> Report:  # fmt: skip
     """Write a checkpoint as an official state dict, and its report: a file, or a folder by Hugging Face's conventions.
 
@@ -96,15 +97,17 @@ def export(
         shard_bytes: split safetensors above this size into several files and an index.
         overwrite: replace what exists.
         verify: compare both frameworks on the same inputs.
+        base_models: models on the Hugging Face hub that training started from, for the model card.
 
     Raises:
         UserError: as :func:`~mplug2_jax.conversion.export_plan.plan_export`; an output exists, an array is not finite,
-            or the disk is full.
+            the disk is full, or a base model is no name on the hub.
     """
     is_file = to.suffix in (".safetensors", *TORCH_SUFFIXES)
     outputs = (to, to.with_name(f"{to.name}.index.json"), to.parent / REPORT) if is_file else (to,)
     for path in outputs:
         check_not_existing(path, overwrite=overwrite)
+    check_base_models(base_models)
     if verify:
         check_torch()
     plan = plan_export(checkpoint, dtype=dtype, ema=ema, teacher=teacher, leftover=leftover)
@@ -114,7 +117,7 @@ def export(
         file = folder / (to.name if is_file else WEIGHTS)
         report = write_state(plan, file, shard_bytes)
         if not is_file:
-            write_companions(plan, folder)
+            write_companions(plan, folder, base_models)
         if verify:
             report.comparisons = _compare(plan, file, None if is_file else folder / SETTINGS)
         report.write(folder)

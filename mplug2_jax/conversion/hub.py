@@ -1,44 +1,85 @@
 """Write a folder by Hugging Face's conventions: weights, config, tokenizer, and a model card from the run's files."""
 
 import json
-from collections.abc import Mapping
+import math
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
 import mplug2_jax
+from data_pipelines.tokenizers import WordPieceTokenizer
 from mplug2_jax.conversion.export_plan import ExportPlan
 from mplug2_jax.conversion.exported import SETTINGS
 from mplug2_jax.conversion.layouts.official_config import to_config_json
-from mplug2_jax.conversion.runtime_files import write_inference, write_runtime
+from mplug2_jax.conversion.runtime_files import AUTO_MAP, write_inference, write_processor, write_runtime
+from mplug2_jax.errors import UserError
 from mplug2_jax.training.workdir import special_tokens
 
 WEIGHTS = "model.safetensors"
+_HUB_NAME = re.compile(r"(\w[\w.-]*/)?\w[\w.-]*")
 
 
-def write_companions(plan: ExportPlan, folder: Path) -> None:
+def check_base_models(names: Sequence[str]) -> None:
+    """Check that these are names of models on the hub, as "owner/name". Raises UserError."""
+    for name in names:
+        if not _HUB_NAME.fullmatch(name):
+            raise UserError(
+                f"--base-model {name!r} is no name on the hub, expected one as openai/clip-vit-large-patch14"
+            )
+
+
+def write_companions(plan: ExportPlan, folder: Path, base_models: Sequence[str] = ()) -> None:
     """Write ``config.json``, the tokenizer's files, the program and ``README.md`` next to the weights."""
     tokenizer = plan.tokenizer
     settings = to_config_json(
         plan.model.config, plan.fusion_start, task=plan.task, teacher=plan.teacher,
         tokens=special_tokens(tokenizer) if tokenizer else None,
     )  # fmt: skip
-    (folder / SETTINGS).write_text(json.dumps(settings, indent=1), encoding="utf-8")
     if tokenizer:
         for file in sorted(plan.workdir.tokenizer_folder.iterdir()):
             (folder / file.name).write_bytes(file.read_bytes())
     config = plan.workdir.read_config() if tokenizer and plan.workdir.exists() else None
-    if config:
+    if tokenizer and config:
         write_inference(config, folder)
+        write_processor(tokenizer, plan.model.config, folder)
+        settings |= {"architectures": ["Mplug2Model"], "auto_map": AUTO_MAP}
+    (folder / SETTINGS).write_text(json.dumps(settings, indent=1), encoding="utf-8")
     # The model card: recipe, data mixture, steps, and evaluation results if the work directory has them.
     workdir = plan.workdir.path
+    results = _results(workdir, plan.step)
     card = _CARD.render(
-        plan=plan, name=workdir.name, recipe=_read_json(workdir / "config.json"), results=_results(workdir, plan.step),
+        metadata=_card_metadata(plan, results, base_models, has_code=config is not None),
+        plan=plan, name=workdir.name, recipe=_read_json(workdir / "config.json"), results=results,
         config=plan.model.config, code=write_runtime(folder) if config else (), version=mplug2_jax.__version__,
-        is_sampled=bool(config and config.tasks.search.top_p),
+        is_wordpiece=isinstance(tokenizer, WordPieceTokenizer), is_sampled=bool(config and config.tasks.search.top_p),
     )  # fmt: skip
     (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _card_metadata(
+    plan: ExportPlan, results: Sequence[tuple[str, str, float, float, int]], base_models: Sequence[str], *,
+    has_code: bool,
+) -> dict[str, Any]:  # fmt: skip
+    """Return the card's metadata by the hub's conventions, with the results as its ``model-index``."""
+    task = "visual-question-answering" if plan.task == "videoqa" else "image-to-text"
+    metadata: dict[str, Any] = {"pipeline_tag": task, "tags": ["mplug2", "video", "image", "text"]}
+    if has_code:
+        metadata["library_name"] = "transformers"
+    if base_models:
+        metadata["base_model"] = list(base_models)
+    entries = [
+        {
+            "task": {"type": task}, "dataset": {"name": evaluation, "type": evaluation},
+            "metrics": [{"type": metric, "value": value}],
+        }
+        for evaluation, metric, value, _, _ in results if math.isfinite(value)
+    ]  # fmt: skip
+    if entries:
+        metadata["model-index"] = [{"name": plan.workdir.path.name, "results": entries}]
+    return metadata
 
 
 def _results(workdir: Path, step: int) -> list[tuple[str, str, float, float, int]]:

@@ -84,12 +84,22 @@ def test_an_export_to_a_folder_follows_hugging_face(imported: Path, source: Path
     assert {path.name for path in (tmp_path / "hub").iterdir()} == {
         "model.safetensors", "config.json", "vocab.txt", "README.md", "conversion-report.json",
         "conversion-report.html", "inference.json", "run.py", "requirements.txt", "mplug2_torch", "data_pipelines",
+        "mplug2_runtime.py", "configuration_mplug2.py", "modeling_mplug2.py", "processing_mplug2.py",
+        "preprocessor_config.json", "tokenizer_config.json", "tokenizer.json",
     }  # fmt: skip
     assert_same(tmp_path / "hub", source)
     settings, theirs = (json.loads((p / "config.json").read_text()) for p in (tmp_path / "hub", source.parent))
-    assert settings == theirs | {"bos_token_id": 2, "eos_token_id": 3}  # of its tokenizer
+    tokens = {"bos_token_id": 2, "eos_token_id": 3}  # of its tokenizer
+    assert settings == theirs | tokens | {"architectures": ["Mplug2Model"], "auto_map": settings["auto_map"]}
+    for reference in settings["auto_map"].values():
+        module, name = reference.split(".")
+        assert f"\nclass {name}(" in (tmp_path / "hub" / f"{module}.py").read_text()
     card = (tmp_path / "hub" / "README.md").read_text()
     assert "Recipe `released_videoqa`, step 0 of 40000, from imported weights" in card
+
+    failed = mplug2("convert", "export", imported, "--to", tmp_path / "other", "--base-model", "https://x/y")
+    assert (failed.status, (tmp_path / "other").exists()) == (2, False)
+    assert "--base-model 'https://x/y' is no name on the hub, expected one as openai/clip" in failed.err
 
 
 def test_the_model_card_lists_results_of_new_and_old_runs(imported: Path, tmp_path: Path) -> None:

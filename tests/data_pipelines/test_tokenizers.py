@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as LibraryTokenizer
 
 from data_pipelines.digitworld import vocabulary_texts
 from data_pipelines.errors import DataError
@@ -38,6 +39,14 @@ sentences = st.lists(st.sampled_from(WORDS), min_size=1, max_size=20).map(" ".jo
 def test_text_survives_the_round_trip(tokenizer: Tokenizer, text: str, question: bool) -> None:
     text += "?" * question
     assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@given(text=st.text() | sentences)
+def test_the_json_of_hugging_face_encodes_to_the_same_ids(text: str) -> None:
+    assume(not any(token in text for token in SPECIAL_TOKENS))
+    wordpiece = TOKENIZERS["wordpiece"]
+    assert isinstance(wordpiece, WordPieceTokenizer)
+    assert LibraryTokenizer.from_str(wordpiece.to_json()).encode(text).ids == wordpiece.encode(text)
 
 
 @both

@@ -5,3 +5,4 @@ An export copies this package and all that it imports under another name, so imp
 
 SETTINGS, INFERENCE = "config.json", "inference.json"
 """The sizes of the model; how it reads files and instructions, and how it searches."""
+REMEDY = "copy the whole folder of the export"

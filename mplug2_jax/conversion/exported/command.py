@@ -19,8 +19,10 @@ Run = Callable[["ExportedModel", argparse.Namespace], Iterator[str]]
 
 def caption(model: "ExportedModel", args: argparse.Namespace) -> Iterator[str]:
     """Yield a line per file, as ``mplug2 generate`` prints it."""
-    for path in args.files:
-        yield f"{path}: {model.generate(path).text}"
+    for start in range(0, len(args.files), args.batch_size):
+        paths = args.files[start : start + args.batch_size]
+        for path, prediction in zip(paths, model.generate_batch(paths), strict=True):
+            yield f"{path}: {prediction.text}"
 
 
 def answer(model: "ExportedModel", args: argparse.Namespace) -> Iterator[str]:
@@ -50,7 +52,8 @@ def main(folder: Path, words: Sequence[str] | None = None) -> int:
     torch.backends.cudnn.allow_tf32 = False  # or float32 would be rounded in convolutions on GPUs
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        for line in args.run(ExportedModel(folder, device=device, dtype=getattr(torch, args.dtype)), args):
+        options = {"dtype": getattr(torch, args.dtype), "compiled": args.compile, "int8": args.int8}
+        for line in args.run(ExportedModel(folder, device=device, **options), args):
             print(line, flush=True)
     except (UserError, DataError, StorageUnavailableError) as error:
         return _fail(" ".join(str(error).split()))
@@ -68,6 +71,13 @@ def _fail(message: str) -> int:
     return USER_ERROR
 
 
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} must be at least 1")
+    return number
+
+
 def _make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Ask the model in this folder about images and clips.",
@@ -75,7 +85,8 @@ def _make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add(commands, "caption", caption, "describe images and clips", "caption clip.mp4 photo.jpg", many=True)
+    command = _add(commands, "caption", caption, "describe images and clips", "caption clip.mp4 photo.jpg", many=True)
+    command.add_argument("--batch-size", type=_positive, default=1, help="files at once (default: %(default)s)")
     command = _add(commands, "answer", answer, "answer a question", 'answer clip.mp4 "who is singing?"')
     command.add_argument("question", metavar="QUESTION")
     command = _add(commands, "rank", rank, "rank captions or answers by probability", "rank clip.mp4 'a dog' 'a cat'")
@@ -97,4 +108,6 @@ def _add(
     command.add_argument("files" if many else "file", nargs="+" if many else None, type=Path, metavar="FILE")
     command.add_argument("--device", help="as cuda, cuda:1 or cpu (default: cuda if there is one)")
     command.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    command.add_argument("--compile", action="store_true", help="faster for many files; compiles for a minute first")
+    command.add_argument("--int8", action="store_true", help="round the weights to 8 bits (needs torchao)")
     return command

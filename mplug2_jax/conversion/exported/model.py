@@ -1,26 +1,22 @@
 """An exported folder, opened: predictions, ranks and features of images and clips, as the project computes them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipelines.config import ExampleConfig, VisualConfig
-from data_pipelines.examples import default_instruction, encode_answer, encode_instruction, make_detokenizer
 from data_pipelines.media import file_media
-from data_pipelines.tokenizers import load_tokenizer
-from data_pipelines.visual import load_visual
 
-from ...errors import UserError, check_range
-from ..torch_runtime import Caption, SearchConfig, VideoQA, normalize_pixels
+from ...errors import UserError
+from ..torch_runtime import Caption, VideoQA, normalize_pixels
 from ..torch_runtime.config import read_json
-from ..torch_runtime.search import generate, rank_answers
-from . import INFERENCE, SETTINGS
+from ..torch_runtime.search import beam_search, rank_answers
+from ..torch_runtime.steps import DecodeStep, Encode, Encoded, StaticCache
+from . import REMEDY, SETTINGS
+from .preprocessing import Preprocessor
 
-_REMEDY = "copy the whole folder of the export"
 KINDS: dict[str, type[Caption] | type[VideoQA]] = {"caption": Caption, "videoqa": VideoQA}
 
 
@@ -38,34 +34,43 @@ class ExportedModel:
         folder: written by ``mplug2 convert export``.
         device: to compute on, as "cuda" or "cpu".
         dtype: to compute in.
+        compiled: compile with ``torch.compile``, which takes a minute at the first file of each number of frames.
+        int8: round the weights of linear layers to 8 bits, with a scale per row; not the vision tower's fused ones.
 
     Raises:
-        UserError: a file is missing or damaged, the files do not match each other, or the device cannot be used.
+        UserError: a file is missing or damaged, the files do not match each other, the device cannot be used, or the
+            package for ``int8`` is not installed.
         DataError: the tokenizer is missing or damaged.
     """
 
-    def __init__(self, folder: Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> None:
-        task = read_json(folder / SETTINGS, _REMEDY).get("task")
+    def __init__(
+        self, folder: Path, *, device: str = "cpu", dtype: torch.dtype = torch.float32, compiled: bool = False,
+        int8: bool = False,
+    ) -> None:  # fmt: skip
+        task = read_json(folder / SETTINGS, REMEDY).get("task")
         if task not in KINDS:
             raise UserError(f"{folder / SETTINGS}: task is {task!r}, expected {' or '.join(KINDS)}; export again")
-        self._visual, self._examples, search = _read_inference(folder / INFERENCE)
-        self._tokenizer = load_tokenizer(folder)
+        self._preprocessor = Preprocessor(folder)
         model = KINDS[task].from_pretrained(folder)
-        if self._tokenizer.vocab_size > model.config.vocab_size:
+        if self._preprocessor.tokenizer.vocab_size > model.config.vocab_size:
             raise UserError(
-                f"the tokenizer in {folder} has {self._tokenizer.vocab_size} tokens, but the model has vocab_size="
-                f"{model.config.vocab_size}; copy both from the same export"
+                f"the tokenizer in {folder} has {self._preprocessor.tokenizer.vocab_size} tokens, but the model has "
+                f"vocab_size={model.config.vocab_size}; copy both from the same export"
             )
-        self._search = model.with_default_tokens(search)
-        self._decode = make_detokenizer(self._examples, self._tokenizer)
+        self._search = model.with_default_tokens(self._preprocessor.search)
         try:
             self._device = torch.device(device)
             self.model = model.to(self._device, dtype)
         except (RuntimeError, AssertionError) as error:  # the latter if PyTorch was built without CUDA
             reason = str(error).partition("\n")[0].rstrip(".")
             raise UserError(f"the device {device!r} cannot be used ({reason}); choose another, as 'cpu'") from error
+        if int8:
+            quantize_int8(self.model)
+        self._encode: Callable[..., Encoded] = Encode(self.model)
+        self._step: Callable[..., tuple[Tensor, ...]] = DecodeStep(self.model.text_decoder)
+        if compiled:
+            self._encode, self._step = (torch.compile(module, fullgraph=True) for module in (self._encode, self._step))
 
-    @torch.inference_mode()
     def generate(self, path: Path, instruction: str | None = None) -> Prediction:
         """Return a caption of an image or a clip, or an answer to an instruction about it.
 
@@ -73,10 +78,22 @@ class ExportedModel:
             UserError: the model captions only, and there is an instruction.
             DataError: the file is missing, damaged, or has no frame.
         """
-        memory, mask = self._memory(path, instruction)
-        output = generate(self.model.text_decoder, memory, mask, self._search)
-        ids = output.ids[0, 0, : int(output.lengths[0, 0])].tolist()
-        return Prediction(self._decode(ids), ids)
+        return self.generate_batch([path], instruction)[0]
+
+    @torch.inference_mode()
+    def generate_batch(self, paths: Sequence[Path], instruction: str | None = None) -> list[Prediction]:
+        """Return a prediction for each file, in a batch for each number of frames. Raises as :meth:`generate`."""
+        items = [self._read(path) for path in paths]
+        predictions: list[Prediction | None] = [None] * len(items)
+        for shape in dict.fromkeys(item.frames.shape for item in items):
+            rows = [i for i, item in enumerate(items) if item.frames.shape == shape]
+            encoded = self._encode_items([items[i] for i in rows], instruction)
+            cache = StaticCache(self._step, encoded, self._search.num_beams, self._search.max_length)
+            output = beam_search(cache, len(rows), self._search, self._device)
+            for i, ids, length in zip(rows, output.ids[:, 0], output.lengths[:, 0], strict=True):
+                tokens = ids[: int(length)].tolist()
+                predictions[i] = Prediction(self._preprocessor.decode(tokens), tokens)
+        return [prediction for prediction in predictions if prediction is not None]
 
     @torch.inference_mode()
     def rank(self, path: Path, candidates: Sequence[str], instruction: str | None = None) -> list[tuple[str, float]]:
@@ -86,50 +103,56 @@ class ExportedModel:
             UserError: as :meth:`generate`; or a candidate is longer than the decoder's position table.
             DataError: as :meth:`generate`.
         """
-        memory, mask = self._memory(path, instruction)
-        rows = [encode_answer(text, self._examples, self._tokenizer) for text in candidates]
-        length = max(map(len, rows))
-        answers = torch.tensor([[*row, *[0] * (length - len(row))] for row in rows], device=self._device)
+        encoded = self._encode_items([self._read(path)], instruction)
+        rows = [self._preprocessor.encode_answer(text) for text in candidates]
+        answers = pad(rows, self._device)
         order, probabilities = rank_answers(
-            self.model.text_decoder, memory, mask, answers, answers != 0, num_candidates=len(rows),
-            double_count_first_token=self._examples.tokenization == "released",
+            self.model.text_decoder, encoded.memory, encoded.mask, answers, answers != 0, num_candidates=len(rows),
+            double_count_first_token=self._preprocessor.double_count_first_token,
         )  # fmt: skip
         return [(candidates[i], p) for i, p in zip(order[0].tolist(), probabilities[0].tolist(), strict=True)]
 
     @torch.inference_mode()
     def embed(self, path: Path) -> list[float]:
         """Return the mean of the visual tokens, which is feature "pooled" of ``mplug2 embed``. Raises DataError."""
-        mean = self.model.encode_visual(self._read(path)[1]).float().mean(1)[0]
-        values: list[float] = mean.tolist()
+        frames = normalize_pixels(self._read(path).frames[None].to(self._device))
+        values: list[float] = self.model.encode_visual(frames).float().mean(1)[0].tolist()
         return values
 
-    def _read(self, path: Path) -> tuple[str, Tensor]:
-        """Return a file's default instruction and its normalized frames."""
-        media = file_media(path)
-        frames = load_visual(media, self._visual, np.random.default_rng(0)).frames
-        return default_instruction(media.kind), normalize_pixels(torch.tensor(frames[None], device=self._device))
+    def _read(self, path: Path) -> "_Item":
+        instruction, frames = self._preprocessor.read(file_media(path))
+        return _Item(instruction, torch.tensor(frames))
 
-    def _memory(self, path: Path, instruction: str | None) -> tuple[Tensor, Tensor]:
-        """Return the decoder's memory [1, s, d] and its mask [1, s]."""
+    def _encode_items(self, items: Sequence["_Item"], instruction: str | None) -> Encoded:
+        """Encode files of equally many frames."""
+        frames = torch.stack([item.frames for item in items]).to(self._device)
         if isinstance(self.model, VideoQA):
-            default, frames = self._read(path)
-            text = instruction or default
-            ids = encode_instruction(text, self._examples, self._tokenizer, self.model.config.max_positions)
-            question = torch.tensor([ids], device=self._device)
-            return self.model.instruction_memory(frames, question, torch.ones_like(question, dtype=torch.bool))
+            limit = self.model.config.max_positions
+            texts = [instruction or item.instruction for item in items]
+            ids = pad([self._preprocessor.encode_instruction(text, limit) for text in texts], self._device)
+            return self._encode(frames, ids, ids != 0)
         if instruction:
             raise UserError("this model captions, and has no part that reads a question; ask without one")
-        visual = self.model.encode_visual(self._read(path)[1])
-        return visual, torch.ones(visual.shape[:2], dtype=torch.bool, device=self._device)
+        return self._encode(frames)
 
 
-def _read_inference(path: Path) -> tuple[VisualConfig, ExampleConfig, SearchConfig]:
-    content = read_json(path, _REMEDY)
+class _Item(NamedTuple):
+    """A file: its default instruction, and its frames, uint8 [t, y, x, 3]."""
+
+    instruction: str
+    frames: Tensor
+
+
+def pad(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """Return rows of ids as a tensor [b, l], padded with 0."""
+    length = max(map(len, rows))
+    return torch.tensor([[*row, *[0] * (length - len(row))] for row in rows], device=device)
+
+
+def quantize_int8(model: torch.nn.Module) -> None:
+    """Round the weights of linear layers to 8 bits, in place. Raises UserError: torchao is not installed."""
     try:
-        visual, search = content["visual"], content["search"]
-        for name, minimum in (("num_beams", 1), ("min_length", 0), ("max_length", 1)):
-            check_range(f"search.{name}", search[name], minimum)
-        config = VisualConfig(**visual | {"background": tuple(visual["background"])})
-        return config, ExampleConfig(**content["examples"]), SearchConfig(**search)
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path} does not fit this version ({error!r}); copy it again") from error
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    except ImportError as error:
+        raise UserError(f"int8 needs the package torchao ({error}): pip install torchao") from error
+    quantize_(model, Int8WeightOnlyConfig())

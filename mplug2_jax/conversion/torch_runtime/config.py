@@ -51,7 +51,10 @@ class Config:
         return tuple(range(self.fusion_stride, self.fusion_layers, self.fusion_stride)) if self.fusion_stride else ()
 
 
-_OTHER_FIELDS = ("model_type", "architectures", "task", "teacher")  # of an export's config.json
+_OTHER_FIELDS = (  # of an export's config.json, or one that transformers saved
+    "model_type", "architectures", "task", "teacher", "auto_map", "dtype", "torch_dtype", "is_encoder_decoder",
+    "pad_token_id", "tie_word_embeddings", "transformers_version",
+)  # fmt: skip
 _MAY_BE_ZERO = ("text_layers", "fusion_start", "fusion_layers", "fusion_stride", "bos_token_id", "eos_token_id")
 _ACTIVATIONS = ("quick_gelu", "gelu")
 

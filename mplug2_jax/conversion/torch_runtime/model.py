@@ -16,7 +16,7 @@ from ...errors import UserError
 from .config import Config, read_config
 from .decoder import TextDecoder
 from .layers import BERT_EPS, Taps, tap
-from .loading import choose_weights, ignored_patterns, read_weights, select_state
+from .loading import NamePatterns, choose_weights, ignored_patterns, read_weights, select_state
 from .search import DecodeOutput, SearchConfig, generate, rank_answers
 from .text import FusionEncoder, TextEncoder
 from .vision import VisionTower
@@ -78,9 +78,14 @@ class Mplug2(nn.Module):
         Raises:
             UserError: the tensors do not match the model; ``where`` names their source in the message.
         """
-        ignored = ignored_patterns(self.config, text=self.encodes_text)
-        state, self.dropped = select_state(tensors, self.state_dict(), ignored, teacher=teacher, where=where)
+        state, self.dropped = select_state(
+            tensors, self.state_dict(), self.ignored_names(), teacher=teacher, where=where
+        )
         self.load_state_dict(state, strict=True)
+
+    def ignored_names(self) -> NamePatterns:
+        """Return patterns of the names of tensors that the model ignores, with reasons."""
+        return ignored_patterns(self.config, text=self.encodes_text)
 
     def with_default_tokens(self, search: SearchConfig) -> SearchConfig:
         """Return a search with the model's begin and end tokens, if it has none.
