@@ -1,12 +1,13 @@
-"""``mplug2 convert import | export | verify | inspect``: convert weights, and check them."""
+"""``mplug2 convert import | export | verify | inspect | diff``: convert weights, and check them."""
 
 import argparse
 import os
 from typing import Any
 
+from data_pipelines.storage.file_system import write_atomically
 from data_pipelines.storage.paths import to_path
 from mplug2_jax.cli.common import add_command
-from mplug2_jax.cli.parsing import output_path
+from mplug2_jax.cli.parsing import check_output, output_path
 from mplug2_jax.errors import UserError, check_range
 
 
@@ -87,6 +88,20 @@ def add_parsers(subcommands: Any) -> None:
     )
     inspector.add_argument("--depth", type=int, default=3, help="levels of the tree (default: %(default)s)")
 
+    differ = add_command(
+        subcommands, "diff", run_diff,
+        summary="Compare the weights of two checkpoints, tensor by tensor",
+        details="Lists what only one has and, tower by tower, what differs and by how much. The status is 0 if all "
+        "tensors are equal, 1 if not.\nOne of our checkpoints is compared with an official one as its export.",
+        example="mplug2 convert diff runs/demo exports/demo --out diff.html",
+    )  # fmt: skip
+    for name in ("a", "b"):
+        differ.add_argument(
+            name, type=to_path, metavar=name.upper(), help="official, CLIP, BERT or mplug2_jax checkpoint"
+        )
+    differ.add_argument("--out", type=output_path, metavar="FILE", help="also write an HTML page")
+    differ.add_argument("--json", type=output_path, metavar="FILE", help="also write everything that differs as JSON")
+
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--verify", action="store_true", help="compare JAX and PyTorch tap by tap (needs torch)")
@@ -158,3 +173,19 @@ def run_inspect(args: argparse.Namespace) -> int:
     for line in tree_lines(read_contents(args.path), args.depth):
         print(line)
     return 0
+
+
+def run_diff(args: argparse.Namespace) -> int:
+    """Print what differs; return 1 if anything does."""
+    _use_cpu()
+    from mplug2_jax.conversion.diff_weights import diff_checkpoints
+
+    check_output("--out", args.out)
+    check_output("--json", args.json)
+    diff = diff_checkpoints(args.a, args.b)
+    print(diff.summary())
+    if args.out:
+        write_atomically(str(args.out), diff.to_html().encode())
+    if args.json:
+        write_atomically(str(args.json), diff.to_json().encode())
+    return diff.status

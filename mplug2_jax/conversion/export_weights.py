@@ -7,7 +7,7 @@ import concurrent.futures
 import contextlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from mplug2_jax.conversion.exported import SETTINGS
 from mplug2_jax.conversion.files.atomic import atomic_files, atomic_folder, check_free_space, check_not_existing
 from mplug2_jax.conversion.files.open import open_source
 from mplug2_jax.conversion.files.safetensors_writer import SafetensorsWriter
-from mplug2_jax.conversion.files.sources import HostArray
+from mplug2_jax.conversion.files.sources import HostArray, TensorInfo
 from mplug2_jax.conversion.files.torch_files import TorchWriter
 from mplug2_jax.conversion.hub import WEIGHTS, check_base_models, write_companions
 from mplug2_jax.conversion.import_plan import StatePath, activation_notes
@@ -190,6 +190,88 @@ def batch_groups(mappings: Sequence[TensorMapping], sizes: Mapping[StatePath, in
     return [*batches]
 
 
+def _batches(plan: ExportPlan) -> list[Group]:
+    specs = plan.checkpoints.array_specs(plan.step)
+    return batch_groups(plan.mappings, {path: TensorInfo(*spec).nbytes for path, spec in specs.items()})
+
+
+def _group_ties(state: StateInfo, converted: Collection[str]) -> dict[str, list[str]]:
+    """Return the tensors that repeat a converted one, by its name."""
+    ties: dict[str, list[str]] = {}
+    for name in state:
+        tied = tied_to(name)
+        if tied is not None and tied in converted:
+            ties.setdefault(tied, []).append(name)
+    return ties
+
+
+def read_stored(plan: ExportPlan, paths: Sequence[StatePath]) -> dict[StatePath, HostArray]:
+    """Read arrays of the checkpoint, and the adapters of those that have one."""
+    factors = [factor for path in paths for factor in plan.adapters.get(path, {}).values()]
+    return plan.checkpoints.read_arrays([*paths, *factors], plan.step)
+
+
+def merge_adapters(
+    plan: ExportPlan, paths: Sequence[StatePath], stored: Mapping[StatePath, HostArray]
+) -> dict[StatePath, HostArray]:
+    """Return the arrays at ``paths`` of those that :func:`read_stored` returned, with their adapters merged."""
+    arrays = {path: stored[path] for path in paths}
+    for path in paths:
+        if adapter := plan.adapters.get(path):
+            factors = {name: stored[factor_path] for name, factor_path in adapter.items()}
+            arrays[path] = np.asarray(merge_adapter(arrays[path], factors, plan.model.lora_scale))
+    return arrays
+
+
+def layer_of(arrays: Mapping[StatePath, HostArray], mapping: TensorMapping) -> HostArray:
+    """Return the array of a mapping, or its layer of a stack."""
+    return arrays[mapping.path] if mapping.layer is None else arrays[mapping.path][mapping.layer]
+
+
+def to_tensor(
+    shape: tuple[int, ...], mappings: Sequence[TensorMapping], arrays: Mapping[StatePath, HostArray]
+) -> HostArray:
+    """Return the official tensor that these mappings fill, in float32."""
+    tensor = np.empty(shape, np.float32)
+    targets = [tensor] if mappings[0].qkv_index is None else np.split(tensor, 3)
+    for mapping, target in zip(mappings, targets, strict=True):
+        copy_into(target, mapping.to_tensor(layer_of(arrays, mapping), target.shape))
+    return tensor
+
+
+def ignored_tensor(plan: ExportPlan, name: str, leftover: Collection[str]) -> HostArray:
+    """Return a tensor that the model ignores: from the leftover file, if it is in there, or as the release's."""
+    original = original_name(name, leftover)
+    if plan.leftover is None or original is None:
+        return init_tensor(name, plan.state[name])
+    return plan.leftover.read(original)
+
+
+def exported_tensors(plan: ExportPlan, names: Collection[str]) -> Iterator[tuple[str, HostArray]]:
+    """Yield these tensors of an export's state dict, a batch of arrays in memory at a time, without writing them.
+
+    Their order is that in which the checkpoint is read.
+    """
+    mappings = group_by_name(plan.mappings)
+    ties = _group_ties(plan.state, mappings)
+    leftover = frozenset(plan.leftover.names() if plan.leftover else ())
+
+    def every_tensor() -> Iterator[tuple[str, HostArray]]:
+        for paths, batch in _batches(plan):
+            arrays = merge_adapters(plan, paths, read_stored(plan, paths))
+            for name in batch:
+                tensor = to_tensor(plan.state[name].shape, mappings[name], arrays)
+                yield from ((repeated, tensor) for repeated in (name, *ties.get(name, ())))
+            del arrays
+        for name in plan.state:
+            if name in names and name not in mappings and tied_to(name) not in mappings:
+                yield name, ignored_tensor(plan, name, leftover)
+
+    for name, tensor in every_tensor():
+        if name in names:
+            yield name, tensor.astype(plan.state[name].dtype, copy=False)
+
+
 class _Exporter:
     """Writes the tensors of a plan, and records them."""
 
@@ -198,17 +280,11 @@ class _Exporter:
         self._mappings = group_by_name(plan.mappings)
         self._leftover = frozenset(plan.leftover.names() if plan.leftover else ())
         self._rows: dict[str, Row] = {}
-        self._ties: dict[str, list[str]] = {}
-        for name in plan.state:
-            tied = tied_to(name)
-            if tied in self._mappings:
-                self._ties.setdefault(tied, []).append(name)
+        self._ties = _group_ties(plan.state, self._mappings)
 
     def run(self) -> None:
         """Write everything, batch by batch; the next one is read while one is written."""
-        specs = self._plan.checkpoints.array_specs(self._plan.step)
-        sizes = {path: math.prod(shape) * dtype.itemsize for path, (shape, dtype) in specs.items()}
-        batches = batch_groups(self._plan.mappings, sizes)
+        batches = _batches(self._plan)
         with concurrent.futures.ThreadPoolExecutor(1) as reader, concurrent.futures.ThreadPoolExecutor(2) as pool:
             pending = reader.submit(self._read, batches[0][0])
             for i, (_, names) in enumerate(batches):
@@ -220,41 +296,31 @@ class _Exporter:
             list(pool.map(self._fill, [name for name in self._plan.state if name not in self._rows]))
 
     def _read(self, paths: Sequence[StatePath]) -> dict[StatePath, HostArray]:
-        adapters = {path: self._plan.adapters[path] for path in paths if path in self._plan.adapters}
-        factor_paths = (path for adapter in adapters.values() for path in adapter.values())
-        stored = self._plan.checkpoints.read_arrays([*paths, *factor_paths], self._plan.step)
+        stored = read_stored(self._plan, paths)
         for path, array in stored.items():
             check_finite("/".join(path), array)
-        arrays = {path: stored[path] for path in paths}
-        for path, adapter in adapters.items():
-            factors = {name: stored[factor_path] for name, factor_path in adapter.items()}
-            arrays[path] = np.asarray(merge_adapter(arrays[path], factors, self._plan.model.lora_scale))
+        arrays = merge_adapters(self._plan, paths, stored)
         self._progress.add_read(sum(array.nbytes for array in arrays.values()))
         return arrays
 
     def _convert(self, name: str, arrays: Mapping[StatePath, HostArray]) -> None:
         """Write a tensor that parameters fill, and those that are tied to it."""
         info, mappings = self._plan.state[name], self._mappings[name]
-        tensor = np.empty(info.shape, np.float32)
-        targets = [tensor] if mappings[0].qkv_index is None else np.split(tensor, 3)
-        params = []
-        for mapping, target in zip(mappings, targets, strict=True):
-            param = arrays[mapping.path] if mapping.layer is None else arrays[mapping.path][mapping.layer]
-            params.append(ParamDigest("/".join(mapping.path), mapping.layer, digest(param)))
-            copy_into(target, mapping.to_tensor(param, target.shape))
+        params = tuple(ParamDigest("/".join(m.path), m.layer, digest(layer_of(arrays, m))) for m in mappings)
+        tensor = to_tensor(info.shape, mappings, arrays)
         stored = tensor.astype(info.dtype, copy=False)
         sha, rounding = digest(stored), max_difference(stored, tensor)
-        self._write(name, stored, Row(name, "converted", info.shape, info.dtype.name, sha, tuple(params), rounding))
+        self._write(name, stored, Row(name, "converted", info.shape, info.dtype.name, sha, params, rounding))
         for tied in self._ties.get(name, ()):
             row = Row(tied, "tied", info.shape, info.dtype.name, sha, reason=f"repeats {name}")
             self._write(tied, stored, row)
 
     def _fill(self, name: str) -> None:
         """Write a tensor that the model ignores."""
-        info, leftover = self._plan.state[name], self._plan.leftover
-        original = original_name(name, self._leftover)
-        disposition: Disposition = "filled" if original is None else "preserved"
-        value = init_tensor(name, info) if leftover is None or original is None else leftover.read(original)
+        info = self._plan.state[name]
+        is_preserved = original_name(name, self._leftover) is not None
+        disposition: Disposition = "preserved" if is_preserved else "filled"
+        value = ignored_tensor(self._plan, name, self._leftover)
         stored = value.astype(info.dtype, copy=False)
         row = Row(
             name, disposition, info.shape, info.dtype.name, digest(stored), max_difference=max_difference(stored, value)

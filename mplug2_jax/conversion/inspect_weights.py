@@ -12,7 +12,7 @@ from flax.traverse_util import unflatten_dict
 
 from mplug2_jax.conversion.files.sources import TensorInfo
 from mplug2_jax.conversion.layouts import official
-from mplug2_jax.conversion.layouts.identify import identify
+from mplug2_jax.conversion.layouts.identify import DetectedCheckpoint, identify
 from mplug2_jax.errors import UserError
 from mplug2_jax.training.checkpoint.checkpoints import open_checkpoint
 
@@ -24,6 +24,7 @@ class CheckpointContents:
     title: str
     parts: Sequence[str]
     tensors: Mapping[tuple[str, ...], TensorInfo]
+    source: DetectedCheckpoint | None = None  # another project's weights; None: one of our checkpoints
 
 
 def read_contents(path: Path) -> CheckpointContents:
@@ -43,7 +44,8 @@ def read_contents(path: Path) -> CheckpointContents:
     elif checkpoint.kind == "bert":
         parts = ("text", "universal", *(("mlm",) if checkpoint.has_mlm_head else ()))
     tensors = checkpoint.tensors
-    return CheckpointContents(title, parts, {tuple(name.split(".")): tensors.info(name) for name in tensors.names()})
+    infos = {tuple(name.split(".")): tensors.info(name) for name in tensors.names()}
+    return CheckpointContents(title, parts, infos, checkpoint)
 
 
 def _has_steps(path: Path) -> bool:

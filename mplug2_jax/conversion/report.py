@@ -17,6 +17,8 @@ from mplug2_jax.conversion.files.sources import HostArray
 from mplug2_jax.errors import UserError
 
 REPORT, PAGE = "conversion-report.json", "conversion-report.html"
+PAGES = jinja2.Environment(autoescape=True, loader=jinja2.PackageLoader("mplug2_jax", "conversion"))
+"""Templates of HTML pages."""
 FORMAT_VERSION = 2
 
 Disposition = Literal[
@@ -119,7 +121,7 @@ class Report:
             "format_version": FORMAT_VERSION, "tools": tool_versions(), "totals": self.totals(),
             "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }  # fmt: skip
-        page = _PAGE.render(report=self, content=content, dispositions=DISPOSITIONS)
+        page = PAGES.get_template("report.html").render(report=self, content=content, dispositions=DISPOSITIONS)
         (folder / PAGE).write_text(page, encoding="utf-8")
         (folder / REPORT).write_text(json.dumps(content, indent=1), encoding="utf-8")
 
@@ -198,8 +200,3 @@ def tool_versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return versions
-
-
-_PAGE = jinja2.Environment(autoescape=True).from_string(
-    (Path(__file__).parent / "report.html").read_text(encoding="utf-8")
-)

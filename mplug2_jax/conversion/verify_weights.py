@@ -39,7 +39,7 @@ def _verify_import(report: Report, folder: Path) -> Iterator[tuple[str, bool]]:
         specs = checkpoints.array_specs(step)
         stored = {"/".join(path): path for path in specs}
         sizes = {"/".join(path): math.prod(shape) * dtype.itemsize for path, (shape, dtype) in specs.items()}
-        for paths in _batches(list(by_path), sizes):
+        for paths in batch_by_size(list(by_path), sizes):
             arrays = checkpoints.read_arrays([stored[path] for path in paths if path in stored], step)
             for path in paths:
                 if path not in stored:
@@ -52,7 +52,7 @@ def _verify_import(report: Report, folder: Path) -> Iterator[tuple[str, bool]]:
         yield from _verify_tensors(open_source(folder / LEFTOVER_FILE), preserved)
 
 
-def _batches(paths: Sequence[str], sizes: Mapping[str, int]) -> Iterator[list[str]]:
+def batch_by_size(paths: Sequence[str], sizes: Mapping[str, int]) -> Iterator[list[str]]:
     """Yield arrays that are read together, because every read of a checkpoint has an overhead."""
     batch: list[str] = []
     room = _BATCH_BYTES

@@ -121,6 +121,7 @@ convert export ROOT/imported/checkpoints --to ROOT/out/qa.pth --leftover ROOT/im
 convert export ROOT/imported/checkpoints/0 --to ROOT/out/half/qa.safetensors --dtype bfloat16
 convert export ROOT/imported --to ROOT/out/half/qa.safetensors --dtype bfloat16 --overwrite
 convert verify ROOT/out/hub/conversion-report.json
+convert diff ROOT/out/imported ROOT/out/hub --out ROOT/out/diff.html --json ROOT/out/diff.json
 convert verify ROOT/out/half
 """
 
@@ -236,6 +237,8 @@ convert export BAD --to new
 convert export IMPORTED --to new --leftover BAD
 convert verify BAD
 convert inspect BAD
+convert diff BAD OFFICIAL
+convert diff OFFICIAL BAD
 convert parity BAD
 """
 OUTPUTS = """
@@ -251,6 +254,8 @@ data chunk TEXT --tokenizer VOCABULARY --out BAD/x.array_record
 convert import OFFICIAL --to BAD
 convert export IMPORTED --to BAD
 convert export IMPORTED --to BAD/x.pth
+convert diff OFFICIAL OFFICIAL --out BAD
+convert diff OFFICIAL OFFICIAL --json BAD
 plan --config RECIPE --topology cpu:8 --json BAD
 plan --config RECIPE --topology cpu:8 --html BAD
 plan --config RECIPE --topology cpu:8 --save-executable BAD

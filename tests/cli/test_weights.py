@@ -172,7 +172,33 @@ def test_inspect_shows_parts_and_shapes_of_every_layout(imported: Path, source: 
     assert "├─ visn_emb_norm  2 tensors, 128 elements, 0.5 kB, float32" in theirs.out
 
 
+def test_diff_compares_a_run_with_its_export_and_finds_what_changed(
+    imported: Path, source: Path, tmp_path: Path
+) -> None:
+    assert mplug2("convert", "export", imported, "--to", tmp_path / "hub").status == 0
+    equal = mplug2("convert", "diff", imported, tmp_path / "hub")
+    assert (equal.status, equal.err) == (0, "")
+    assert equal.out.startswith(f"A: {imported}: checkpoint of step 0, as official videoqa with its teacher\nB: ")
+    assert re.search(r"^text_encoder +\d+ +0 +0 +0 +0 +0 +0 +0$", equal.out, re.MULTILINE)
+    changed = write_changed(source, tmp_path / "changed", untie)
+    page, numbers = tmp_path / "page.html", tmp_path / "numbers.json"
+    different = mplug2("convert", "diff", imported, changed, "--out", page, "--json", numbers)
+    assert (different.status, different.err) == (1, "")
+    name = "text_decoder.cls.predictions.decoder.weight"
+    assert f"{name} differs: by 1.0e+00, " in different.out
+    assert different.out.endswith(" equal, 1 differ, 0 only in A, 0 only in B\n")
+    assert name in page.read_text()
+    assert json.loads(numbers.read_text())["towers"]["text_decoder"]["differing"][0]["name"] == name
+
+
 # Errors
+
+
+def test_diff_of_what_is_missing_or_holds_no_weights_is_an_error(source: Path, tmp_path: Path) -> None:
+    missing = tmp_path / "nothing.pth"
+    assert fail("diff", source, missing) == f"weights file {missing} does not exist"
+    assert fail("diff", tmp_path, source).startswith(f"{tmp_path} holds no weights;")
+    assert fail("diff", source, source, "--out", source).startswith(f"--out {source} exists;")
 
 
 def test_existing_files_are_replaced_only_with_overwrite(source: Path, imported: Path, tmp_path: Path) -> None:

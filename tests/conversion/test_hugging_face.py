@@ -1,6 +1,7 @@
 """CLIP and BERT from the transformers library: our hidden states equal the library's at every layer."""
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from mplug2_jax.errors import UserError
 from mplug2_jax.model.mplug2 import Mplug2, define_model
 from mplug2_jax.model.taps import Taps
 from mplug2_jax.training.checkpoint.checkpoints import open_checkpoint
-from tests.close import assert_close
+from tests.close import assert_close, assert_equal
 from tests.hugging_face import bert_model, clip_model
+from tests.weights import write_checkpoint
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed here")
 pytest.importorskip("transformers", reason="transformers is not installed here")
@@ -64,6 +66,16 @@ def save(model: Any, layout: str, folder: Path) -> Path:
     if layout == "hugging_face":
         model.save_pretrained(folder)
         return folder
+    if layout == "open_clip":
+        config = model.config
+        sizes = {
+            "layers": config.num_hidden_layers, "width": config.hidden_size, "patch_size": config.patch_size,
+            "image_size": config.image_size, "head_width": config.hidden_size // config.num_attention_heads,
+        }  # fmt: skip
+        settings = {"model_cfg": {"embed_dim": 16, "vision_cfg": sizes, "text_cfg": {"width": 8}}}
+        state = {re.sub("^(?!visual|logit)", "text.", n): t.numpy() for n, t in openai_state_dict(model).items()}
+        file = folder / "open_clip_model.safetensors"
+        return write_checkpoint(file, state | {"logit_bias": np.zeros(())}, {"open_clip_config.json": settings})
     torch.save(openai_state_dict(model), folder / "clip.pt")
     return folder / "clip.pt"
 
@@ -73,6 +85,9 @@ def save(model: Any, layout: str, folder: Path) -> Path:
     [
         ("hugging_face", 32, {"hidden_act": "gelu", "num_attention_heads": 4}),  # as LAION's
         ("hugging_face", 48, {}),
+        ("hugging_face", 336, {"image_size": 336, "patch_size": 14}),
+        ("open_clip", 32, {"hidden_act": "gelu", "num_attention_heads": 4}),  # the library's default without quick_gelu
+        ("openai", 336, {"image_size": 336, "patch_size": 14}),
         ("openai", 32, {}),
         ("openai", 48, {}),
     ],
@@ -81,9 +96,13 @@ def test_clip_equals_the_library_at_every_layer(
     tmp_path: Path, layout: str, size: int, settings: dict[str, Any]
 ) -> None:
     model = clip_model(**settings)
-    plan = plan_import([save(model, layout, tmp_path / "clip")], image_size=None if size == 32 else size)
+    is_resized = size != model.config.image_size
+    plan = plan_import([save(model, layout, tmp_path / "clip")], image_size=size if is_resized else None)
+    assert (plan.definition.config.image_size, plan.definition.config.vision_activation) == (
+        size, settings.get("hidden_act", "quick_gelu")
+    )  # fmt: skip
     run_import(plan, tmp_path / "ours")
-    if size != 32:  # the library's, resized by torch
+    if is_resized:  # the library's, resized by torch
         table = model.embeddings.position_embedding.weight.detach()
         grid = table[1:].reshape(1, 4, 4, -1).permute(0, 3, 1, 2)
         grid = torch.nn.functional.interpolate(grid, (size // 8, size // 8), mode="bilinear", align_corners=False)
@@ -172,9 +191,50 @@ def test_old_names_of_bert_are_accepted(tmp_path: Path) -> None:
     old |= {"bert.pooler.dense.weight": torch.zeros(128, 128), "cls.seq_relationship.bias": torch.zeros(2)}
     torch.save(old, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=False)
     report = run_import(plan_import([tmp_path]), tmp_path / "ours")
+    model.save_pretrained(tmp_path / "current")
+    run_import(plan_import([tmp_path / "current"]), tmp_path / "expected")
+    (_, ours), (_, expected) = load_model(tmp_path / "ours"), load_model(tmp_path / "expected")
+    assert_equal(ours, expected)
     reasons = {row.name: row.reason for row in report.rows if row.disposition == "ignored"}
     assert reasons["pooler.dense.weight"] == "BERT's pooler, which mPLUG-2 does not have"
     assert "cls.seq_relationship.bias" in reasons
+
+
+def tensorflow_tensors(state: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Return a BERT's tensors as Google's checkpoints have them: its names, kernels as [in, out], optimizer state."""
+    tensors = {"global_step": np.array(7)}
+    for name, tensor in state.items():
+        is_matrix = name.endswith(".weight") and not re.search(r"(LayerNorm|embeddings)\.weight$", name)
+        name = re.sub(r"_embeddings\.weight$", "_embeddings", name)
+        name = name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+        name = name.replace("predictions.bias", "predictions.output_bias").replace("layer.", "layer_")
+        name = re.sub(r"\.weight$", ".kernel", name).replace(".", "/")
+        if name.startswith("cls/predictions/decoder"):
+            continue  # tied, so not stored
+        tensors[name] = np.ascontiguousarray(tensor.numpy().T) if is_matrix else tensor.numpy()
+        tensors[f"{name}/adam_m"] = np.zeros_like(tensors[name])
+    assert "bert/encoder/layer_0/attention/self/query/kernel" in tensors
+    return tensors
+
+
+@pytest.mark.parametrize("suffix", ["", ":0"])
+def test_tensorflow_s_names_of_bert_fill_the_same_parameters(tmp_path: Path, suffix: str) -> None:
+    model = bert_model(head=True)
+    model.save_pretrained(tmp_path / "bert")
+    tensors = tensorflow_tensors(model.state_dict()) | {
+        "cls/seq_relationship/output_weights": np.zeros((2, 128)), "cls/seq_relationship/output_bias": np.zeros(2),
+    }  # fmt: skip
+    named = {f"{name}{suffix}": np.asarray(value) for name, value in tensors.items()}
+    stored = write_checkpoint(tmp_path / "tf" / "model.safetensors", named)
+    plan = plan_import([stored])
+    assert plan.definition == plan_import([tmp_path / "bert"]).definition
+    run_import(plan_import([tmp_path / "bert"]), tmp_path / "expected")
+    report = run_import(plan, tmp_path / "ours")
+    (_, ours), (_, expected) = load_model(tmp_path / "ours"), load_model(tmp_path / "expected")
+    assert_equal(ours, expected)
+    reasons = {row.reason for row in report.rows if row.disposition == "ignored"}
+    assert "state of TensorFlow's optimizer" in reasons
+    assert "next-sentence head, which mPLUG-2 does not have" in reasons
 
 
 def test_a_torchscript_archive_of_clip_is_accepted(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -158,10 +158,15 @@ class SafetensorsSource:
 
 
 class TensorView:
-    """Tensors of one or several sources by other names, ``tensors[name] = source, stored name``."""
+    """Tensors of one or several sources by other names, ``tensors[name] = source, stored name``.
 
-    def __init__(self, tensors: Mapping[str, tuple[TensorSource, str]]) -> None:
-        self._tensors = dict(tensors)
+    Matrices in ``transposed``, by their names here, are stored as their transposes.
+    """
+
+    def __init__(
+        self, tensors: Mapping[str, tuple[TensorSource, str]], transposed: Collection[str] = frozenset()
+    ) -> None:
+        self._tensors, self._transposed = dict(tensors), frozenset(transposed)
 
     def names(self) -> list[str]:
         """Return all names."""
@@ -170,14 +175,21 @@ class TensorView:
     def info(self, name: str) -> TensorInfo:
         """Return shape and dtype of one tensor, without reading it."""
         source, stored_name = self._tensors[name]
-        return source.info(stored_name)
+        shape, dtype = source.info(stored_name)
+        return TensorInfo(shape[::-1] if name in self._transposed else shape, dtype)
 
     def read(self, name: str) -> HostArray:
         """Read one tensor."""
         source, stored_name = self._tensors[name]
-        return source.read(stored_name)
+        tensor = source.read(stored_name)
+        return tensor.T if name in self._transposed else tensor
 
 
-def rename_tensors(source: TensorSource, names: Mapping[str, str]) -> TensorView:
-    """Return a source's tensors by other names, ``names[new] = old``; those that are not listed are hidden."""
-    return TensorView({new: (source, old) for new, old in names.items()})
+def rename_tensors(
+    source: TensorSource, names: Mapping[str, str], transposed: Collection[str] = frozenset()
+) -> TensorView:
+    """Return a source's tensors by other names, ``names[new] = old``; those that are not listed are hidden.
+
+    Those in ``transposed``, by their new names, are returned as their transposes.
+    """
+    return TensorView({new: (source, old) for new, old in names.items()}, transposed)

@@ -104,6 +104,7 @@ _DTYPES = (
 _ALLOWED: Mapping[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): collections.OrderedDict,
     ("collections", "Counter"): _Discarded,
+    ("torch._utils", "_rebuild_tensor"): _rebuild_tensor,  # before PyTorch 0.4
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
     ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
     ("torch._utils", "_rebuild_parameter_with_state"): _rebuild_parameter,
@@ -144,9 +145,11 @@ class _Unpickler(pickle.Unpickler):
         return _ALLOWED[module, name]
 
     def persistent_load(self, pid: Any) -> _Storage:
-        kind, dtype, key, _device, elements = pid[:5]
+        kind, dtype, key, _device, elements, *view = pid
         if kind != "storage" or not isinstance(dtype, np.dtype) or not isinstance(elements, int) or elements < 0:
             raise _ForbiddenPickleError("a storage with invalid metadata")
+        if any(view):  # the oldest files; a view begins at an offset into another storage
+            raise _ForbiddenPickleError("a view of another storage")
         return self.storages.setdefault(str(key), _Storage(dtype, str(key), elements))
 
 

@@ -1,7 +1,7 @@
 """BERT's names in Hugging Face's library and in the official release, and which of our modules BERT initializes."""
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from mplug2_jax.conversion.files.sources import TensorSource
 from mplug2_jax.conversion.layouts.name_mapping import NameMapping, compile_patterns, strip_wrappers
@@ -19,6 +19,13 @@ _LAYER = (
     r"encoder\.layer\.\d+\.(attention\.self\.(query|key|value)|attention\.output\.(dense|LayerNorm)|intermediate\.dense"
     r"|output\.(dense|LayerNorm))\.(weight|bias)"
 )
+
+_OLD_NAMES = (
+    (r":0$", ""), (r"/", "."), (r"\blayer_(\d+)", r"layer.\1"), (r"_embeddings$", "_embeddings.weight"),
+    (r"\.(kernel|output_weights)$", ".weight"), (r"\.output_bias$", ".bias"),
+    (r"\bLayerNorm\.gamma$", "LayerNorm.weight"), (r"\bLayerNorm\.beta$", "LayerNorm.bias"),
+)  # fmt: skip
+"""TensorFlow's names, and those of norms before 2019; patterns and replacements, in this order."""
 
 
 def _map_attention(name: str, path: Path, norm_path: Path, layer: int) -> Iterator[TensorMapping]:
@@ -59,13 +66,22 @@ def map_head(name: str, path: Path) -> Iterator[TensorMapping]:
 
 
 def canonical_names(names: Sequence[str]) -> dict[str, str]:
-    """Return Hugging Face's names, ``{canonical: stored}``: without ``bert.``, and norms as in current versions."""
+    """Return Hugging Face's names, ``{canonical: stored}``: without ``bert.``, and norms as in current versions.
+
+    Those of TensorFlow (``bert/encoder/layer_0/attention/self/query/kernel``) are accepted too.
+    """
 
     def rename(name: str) -> str:
-        name = re.sub(r"\bLayerNorm\.gamma$", "LayerNorm.weight", name.removeprefix("bert."))
-        return re.sub(r"\bLayerNorm\.beta$", "LayerNorm.bias", name)
+        for pattern, new in _OLD_NAMES:
+            name = re.sub(pattern, new, name)
+        return name.removeprefix("bert.")
 
     return strip_wrappers(names, ("bert",), rename)
+
+
+def find_transposed(names: Mapping[str, str]) -> set[str]:
+    """Return the canonical names of matrices that TensorFlow stores as [in, out]."""
+    return {canonical for canonical, stored in names.items() if re.search(r"/kernel(:0)?$", stored)}
 
 
 def find_variant(names: Sequence[str]) -> str:
@@ -125,6 +141,7 @@ def map_bert_names(config: ModelConfig, parts: Sequence[str], *, head: bool) -> 
         mappings += map_head(HEAD, ("mlm",))
     tied = {f"{HEAD}.decoder.weight": "embeddings.word_embeddings.weight", f"{HEAD}.decoder.bias": f"{HEAD}.bias"}
     ignored = compile_patterns(
+        (r".*\.adam_[mv]|global_step", "state of TensorFlow's optimizer"),
         (r"embeddings\.position_ids", "buffer: the positions 0, 1, 2, ..."),
         (r"pooler\..*", "BERT's pooler, which mPLUG-2 does not have"),
         (r"cls\.seq_relationship\..*", "next-sentence head, which mPLUG-2 does not have"),

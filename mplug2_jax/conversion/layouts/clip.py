@@ -1,11 +1,13 @@
 """CLIP's vision tower in OpenAI's names (also used by the official release) and in Hugging Face's."""
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from mplug2_jax.conversion.files.sources import TensorSource
 from mplug2_jax.conversion.layouts.name_mapping import NameMapping, compile_patterns, strip_wrappers
 from mplug2_jax.conversion.layouts.tensor_mapping import Path, TensorMapping, map_linear, map_norm
+from mplug2_jax.errors import UserError
 from mplug2_jax.model.config import ModelConfig
 
 _BLOCKS: Path = ("vision", "blocks")
@@ -53,6 +55,21 @@ def _map_hugging_face(layers: int) -> Iterator[TensorMapping]:
             yield from map_norm(f"{block}.layer_norm{n}", (*_BLOCKS, f"norm_{n}"), i)
 
 
+_OTHER_TOWERS = (
+    (r"visual\.trunk\.", "a tower of timm: SigLIP's has no class token, and EVA's and ConvNeXt's have other layers"),
+    (r"patch_embedding\.bias$", "SigLIP, whose tower has no class token"),
+    (r"visual\.blocks\.", "EVA-CLIP, whose layers have rotary positions and other norms"),
+    (r"visual\.layer1\.", "a CLIP with a ResNet, which has no patches"),
+    (r"visual\.attn_pool\.", "CoCa, whose tower ends in an attentional pooling instead of a norm of every patch"),
+)
+
+
+def find_other_tower(names: Sequence[str]) -> str:
+    """Return which vision tower the names are of, and why it does not map to ours; empty if none of those known."""
+    found = (reason for pattern, reason in _OTHER_TOWERS if any(re.search(rf"(?:^|\.){pattern}", n) for n in names))
+    return next(found, "")
+
+
 def openai_names(names: Sequence[str]) -> dict[str, str]:
     """Return OpenAI's names, ``{canonical: stored}``: those of a single tower as in a whole CLIP."""
     stored = strip_wrappers(names, ("visual", "transformer"), str)
@@ -74,10 +91,21 @@ def is_hugging_face(names: Sequence[str]) -> bool:
     return "embeddings.patch_embedding.weight" in names and "encoder.layers.0.self_attn.q_proj.weight" in names
 
 
-def _sizes(source: TensorSource, patch: str, positions: str, block: str) -> dict[str, Any]:
-    """Return the ModelConfig fields that a tower's shapes determine; ``block`` is a name prefix up to the index."""
+def _sizes(source: TensorSource, patch: str, positions: str, block: str, mlp: str) -> dict[str, Any]:
+    """Return the ModelConfig fields that a tower's shapes determine.
+
+    ``block`` is a name prefix up to the index, ``mlp`` the name in a block of the matrix to the hidden layer.
+
+    Raises:
+        UserError: the hidden layers of the MLPs are not four times as wide as the tower.
+    """
     kernel, table = source.info(patch).shape, source.info(positions).shape
     names = source.names()
+    if f"{block}0.{mlp}" in names and (hidden := source.info(f"{block}0.{mlp}").shape[0]) != 4 * kernel[0]:
+        raise UserError(
+            f"{block}0.{mlp} has {hidden} rows, expected 4 x {kernel[0]}: mPLUG-2's vision tower has no MLPs of other "
+            "widths, as ViT-g and ViT-bigG have; import another CLIP"
+        )
     depth = next(i for i in range(len(names) + 1) if not any(name.startswith(f"{block}{i}.") for name in names))
     side = round((table[0] - 1) ** 0.5)
     return {
@@ -89,15 +117,17 @@ def _sizes(source: TensorSource, patch: str, positions: str, block: str) -> dict
 def openai_sizes(source: TensorSource, prefix: str = "visual") -> dict[str, Any]:
     """Return the ModelConfig fields that the shapes of a tower in OpenAI's names determine."""
     return _sizes(
-        source, f"{prefix}.conv1.weight", f"{prefix}.positional_embedding", f"{prefix}.transformer.resblocks."
-    )
+        source, f"{prefix}.conv1.weight", f"{prefix}.positional_embedding", f"{prefix}.transformer.resblocks.",
+        "mlp.c_fc.weight",
+    )  # fmt: skip
 
 
 def hugging_face_sizes(source: TensorSource) -> dict[str, Any]:
     """Return the ModelConfig fields that the shapes of a tower in Hugging Face's names determine."""
     return _sizes(
-        source, "embeddings.patch_embedding.weight", "embeddings.position_embedding.weight", "encoder.layers."
-    )
+        source, "embeddings.patch_embedding.weight", "embeddings.position_embedding.weight", "encoder.layers.",
+        "mlp.fc1.weight",
+    )  # fmt: skip
 
 
 def map_openai_names(config: ModelConfig) -> NameMapping:

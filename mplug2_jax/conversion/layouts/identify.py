@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -89,9 +89,16 @@ class DetectedCheckpoint:
 
     @functools.cached_property
     def _sizes_from_shapes(self) -> dict[str, Any]:
-        if self.kind == "bert":
-            return dict(bert.sizes(self.tensors))
-        return clip.openai_sizes(self.tensors) if self.layout == "openai" else clip.hugging_face_sizes(self.tensors)
+        read_sizes: Mapping[str, Callable[[TensorSource], dict[str, Any]]] = {
+            "bert": bert.sizes, "openai": clip.openai_sizes, "hugging_face": clip.hugging_face_sizes
+        }  # fmt: skip
+        try:
+            return read_sizes[self.layout](self.tensors)
+        except (KeyError, ValueError, IndexError) as error:
+            raise UserError(
+                f"{self.path} is not a {self.title}, though some of its names are: a tensor is missing or of another "
+                f"shape ({error}); import another model"
+            ) from error
 
     @functools.cached_property
     def _architecture(self) -> Architecture:
@@ -113,9 +120,18 @@ def identify(path: Path) -> DetectedCheckpoint:
     """
     source = open_source(path)
     names = source.names()
+    if empty := [name for name in names if 0 in source.info(name).shape]:
+        raise UserError(
+            f"{path}: {len(empty)} of {len(names)} tensors are empty ({first_few(empty, 1)}), as in DeepSpeed's files "
+            "with ZeRO stage 3, which divides them between files: merge these with its zero_to_fp32.py"
+        )
     canonical = official.canonical_names(names)
     if official.is_official(list(canonical)):
         return DetectedCheckpoint(path, "official", "official mPLUG-2", rename_tensors(source, canonical), "official")
+    if tower := clip.find_other_tower(names):
+        raise UserError(
+            f"{path} holds weights of {tower}; expected CLIP's ViT, as OpenAI, open_clip and Hugging Face have it"
+        )
     openai = clip.openai_names(names)
     if clip.is_openai(list(openai)):
         return DetectedCheckpoint(path, "clip", "CLIP (OpenAI)", rename_tensors(source, openai), "openai")
@@ -131,7 +147,8 @@ def identify(path: Path) -> DetectedCheckpoint:
         )
     canonical = bert.canonical_names(names)
     if bert.is_bert(list(canonical)):
-        return DetectedCheckpoint(path, "bert", "BERT", rename_tensors(source, canonical), "bert")
+        tensors = rename_tensors(source, canonical, bert.find_transposed(canonical))
+        return DetectedCheckpoint(path, "bert", "BERT", tensors, "bert")
     raise UserError(
         f"{path} holds {len(names)} tensors ({first_few(names)}) of an unknown model; expected an official "
         "checkpoint, a CLIP or a BERT"

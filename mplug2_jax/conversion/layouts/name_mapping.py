@@ -53,7 +53,7 @@ def strip_wrappers(names: Collection[str], modules: Collection[str], rename: Cal
     """Return the canonical names of a layout, ``{canonical: stored}``: without the prefix that all share, then renamed.
 
     The prefix is ``module.``, ``model.``, ``state_dict.model.`` or any other up to a dot, but never one of the layout's
-    own ``modules``.
+    own ``modules``. ``model.`` is removed even if only some have it: Lightning stores the weights of a loss next to it.
 
     Raises:
         UserError: two tensors have one canonical name.
@@ -62,7 +62,7 @@ def strip_wrappers(names: Collection[str], modules: Collection[str], rename: Cal
     prefix = "".join(f"{module}." for module in itertools.takewhile(lambda module: module not in modules, shared))
     stored: dict[str, str] = {}
     for name in names:
-        canonical = rename(name.removeprefix(prefix))
+        canonical = rename(name.removeprefix(prefix).removeprefix("model."))
         if canonical in stored:
             raise UserError(
                 f"the checkpoint holds the same tensor as {stored[canonical]} and as {name}; remove one of them"

@@ -20,7 +20,10 @@ _TOWER_KEYS, _BERT_KEYS = ("patch_size", "vision_config"), ("num_attention_heads
 
 # The libraries' defaults for absent fields, and the values that our model supports.
 _CLIP_DEFAULTS: Mapping[str, Any] = {"num_attention_heads": 12, "hidden_act": "quick_gelu"}
-_CLIP_SUPPORTED: Mapping[str, tuple[Any, ...]] = {"hidden_act": ("quick_gelu", "gelu"), "layer_norm_eps": (1e-5,)}
+_CLIP_SUPPORTED: Mapping[str, tuple[Any, ...]] = {
+    "hidden_act": ("quick_gelu", "gelu"), "layer_norm_eps": (1e-5,), "act_kwargs": ({},),
+    "final_ln_after_pool": (False,),
+}  # fmt: skip
 _PIXELS_SUPPORTED: Mapping[str, tuple[Any, ...]] = {"image_mean": (list(PIXEL_MEAN),), "image_std": (list(PIXEL_STD),)}
 _BERT_DEFAULTS: Mapping[str, Any] = {"num_attention_heads": 12, "hidden_act": "gelu"}
 _BERT_SUPPORTED: Mapping[str, tuple[Any, ...]] = {
@@ -132,6 +135,8 @@ def _parse_open_clip(settings: Mapping[str, Any]) -> Mapping[str, Any] | None:
         "patch_size": vision.get("patch_size"),
         "num_attention_heads": width // head_width if valid else head_width,
         "layer_norm_eps": norm.get("eps") if isinstance(norm, dict) else None,
+        "act_kwargs": vision.get("act_kwargs"),
+        "final_ln_after_pool": vision.get("final_ln_after_pool"),
         "image_mean": preprocessing.get("mean") if isinstance(preprocessing, dict) else None,
         "image_std": preprocessing.get("std") if isinstance(preprocessing, dict) else None,
     }

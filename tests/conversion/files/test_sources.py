@@ -145,6 +145,16 @@ def test_a_folder_without_weights_and_a_file_of_another_format_are_errors(tmp_pa
         open_source(tmp_path / "nowhere.pth")
 
 
+@pytest.mark.parametrize(
+    "asked", ["", "bert_model.ckpt", "bert_model.ckpt.index", "bert_model.ckpt.data-00000-of-00001"]
+)
+def test_a_checkpoint_of_tensorflow_is_an_error_with_the_way_to_convert_it(tmp_path: Path, asked: str) -> None:
+    for name in ("bert_model.ckpt.index", "bert_model.ckpt.data-00000-of-00001", "vocab.txt"):
+        (tmp_path / name).write_bytes(b"\x00\x00\x01whatever else it holds")
+    with pytest.raises(UserError, match=r"is a checkpoint of TensorFlow, which we do not read: write its variables"):
+        open_source(tmp_path / asked)
+
+
 @pytest.mark.parametrize("name", ["x.safetensors", "x.pth"])
 def test_weights_in_a_bucket_are_read_in_small_ranges(
     name: str, tmp_path: Path, bucket: str, monkeypatch: pytest.MonkeyPatch

@@ -2,6 +2,7 @@
 
 import argparse
 import collections
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,32 @@ def test_what_torch_does_not_allow_is_rejected_by_name(tmp_path: Path, extra: An
         torch.load(path, weights_only=True)
     with pytest.raises(UserError, match="is rejected: its pickle contains"):
         TorchSource(path)
+
+
+def test_tensors_of_before_pytorch_0_4_are_read_and_views_of_storages_rejected(tmp_path: Path) -> None:
+    def write(path: Path, view: Any) -> Path:
+        class OldPickler(pickle.Pickler):
+            def persistent_id(self, value: Any) -> Any:
+                return ("storage", torch.FloatStorage, "7", "cpu", 6, view) if value == "the storage" else None
+
+            def reducer_override(self, value: Any) -> Any:
+                if isinstance(value, torch.Tensor):
+                    return torch._utils._rebuild_tensor, ("the storage", 1, (2, 2), (2, 1))
+                return NotImplemented
+
+        with path.open("wb") as file:
+            for header in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}):
+                pickle.dump(header, file, protocol=2)
+            OldPickler(file, protocol=2).dump({"x": torch.zeros(2, 2)})
+            pickle.dump(["7"], file, protocol=2)
+            file.write((6).to_bytes(8, "little") + np.arange(6, dtype=np.float32).tobytes())
+        return path
+
+    path = write(tmp_path / "old.pth", None)
+    np.testing.assert_array_equal(TorchSource(path).read("x"), [[1, 2], [3, 4]])
+    np.testing.assert_array_equal(torch.load(path, weights_only=True)["x"], [[1, 2], [3, 4]])
+    with pytest.raises(UserError, match="its pickle contains a view of another storage"):
+        TorchSource(write(tmp_path / "view.pth", ("8", 2, 4)))
 
 
 def test_several_unnamed_state_dicts_are_an_error(tmp_path: Path) -> None:

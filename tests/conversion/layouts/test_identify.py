@@ -83,9 +83,104 @@ def test_one_tensor_under_two_names_is_an_error(tmp_path: Path) -> None:
         identify(write_checkpoint(tmp_path / "x.safetensors", duplicated))
 
 
+TRAINING_CHECKPOINTS: dict[str, Any] = {
+    "DDP": lambda tensors: add_prefix(tensors, "module."),
+    "Lightning": lambda tensors: {
+        "epoch": 3, "pytorch-lightning_version": "2.5.0", "state_dict": add_prefix(tensors, "model."),
+        "hyper_parameters": {"lr": 1e-4, "betas": (0.9, 0.98), "name": "x"}, "hparams_name": "kwargs",
+        "optimizer_states": [{"state": {0: {"exp_avg": np.ones(2)}}, "param_groups": [{"lr": 1e-4}]}],
+        "callbacks": {"ModelCheckpoint": {"best_model_score": np.ones(())}}, "loops": {"fit_loop": {"state_dict": {}}},
+    },
+    "DeepSpeed": lambda tensors: {
+        "module": tensors, "buffer_names": ["x"], "optimizer": None, "sparse_tensor_module_names": {"a"},
+        "ds_config": {"zero_optimization": {"stage": 2}}, "ds_version": "0.15", "dp_world_size": 8,
+    },
+    "open_clip": lambda tensors: {
+        "epoch": 32, "name": "ViT-B-32", "state_dict": add_prefix(tensors, "module."), "optimizer": {"state": {}},
+        "scaler": {"scale": 65536.0},
+    },
+}  # fmt: skip
+"""What training libraries save, with arrays instead of tensors."""
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("library", TRAINING_CHECKPOINTS)
+@pytest.mark.parametrize("layout", SMALL)
+def test_checkpoints_of_training_libraries_hold_the_plain_tensors(
+    tmp_path: Path, layout: str, library: str, legacy: bool
+) -> None:
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed here")
+
+    def to_torch(node: Any) -> Any:
+        if isinstance(node, dict):
+            return {name: to_torch(child) for name, child in node.items()}
+        if isinstance(node, list):
+            return [to_torch(child) for child in node]
+        return torch.from_numpy(node.copy()) if isinstance(node, np.ndarray) else node
+
+    content = to_torch(TRAINING_CHECKPOINTS[library](SMALL[layout]))
+    torch.save(content, tmp_path / "last.ckpt", _use_new_zipfile_serialization=not legacy)
+    plain, detected = identify(write_checkpoint(tmp_path / "p" / "x.pth", SMALL[layout])), identify(tmp_path)
+    assert (detected.kind, detected.layout) == (plain.kind, plain.layout)
+    assert detected.tensors.names() == plain.tensors.names()
+    for name in plain.tensors.names():
+        np.testing.assert_array_equal(detected.tensors.read(name), plain.tensors.read(name))
+
+
+def test_weights_beside_lightning_s_model_are_listed(tmp_path: Path) -> None:
+    extra = {"criterion.weight": np.zeros(3, np.float32)}
+    bert = write_checkpoint(tmp_path / "bert.ckpt", add_prefix(SMALL["bert"], "model.") | extra)
+    assert plan_import([bert]).sources[0].dispositions["criterion.weight"][0] == "ignored"
+    clip = write_checkpoint(tmp_path / "clip.ckpt", add_prefix(SMALL["openai"], "model.") | extra)
+    with pytest.raises(UserError, match=r"1 unexpected \(criterion\.weight\)"):
+        plan_import([clip])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("vision_model.embeddings.patch_embedding.bias", "SigLIP, whose tower has no class token"),
+        ("module.visual.trunk.pos_embed", "a tower of timm: SigLIP's has no class token"),
+        ("visual.blocks.0.attn.q_bias", "EVA-CLIP, "),
+        ("visual.layer1.0.conv1.weight", "a CLIP with a ResNet, which has no patches"),
+        ("visual.attn_pool.query", "CoCa, "),
+    ],
+)
+def test_towers_that_do_not_map_are_errors_with_the_reason(tmp_path: Path, name: str, message: str) -> None:
+    layout = "hugging_face" if name.startswith("vision_model") else "openai"
+    prefix = "module." if name.startswith("module.") else ""
+    tensors = add_prefix(SMALL[layout], prefix) | {name: np.zeros(2, np.float32)}
+    with pytest.raises(UserError) as error:
+        plan_import([write_checkpoint(tmp_path / "x.pth", tensors)])
+    assert f"x.pth holds weights of {message}" in str(error.value)
+
+
+@pytest.mark.parametrize("layout", ["openai", "hugging_face"])
+def test_a_tower_with_wider_mlps_is_an_error(tmp_path: Path, layout: str) -> None:
+    wider = {
+        name: np.zeros((320, *value.shape[1:]), np.float32) if "mlp.c_fc" in name or "mlp.fc1" in name else value
+        for name, value in SMALL[layout].items()
+    }
+    with pytest.raises(UserError, match=r"has 320 rows, expected 4 x 64: .* as ViT-g and ViT-bigG have"):
+        plan_import([write_checkpoint(tmp_path / "x.pth", wider)])
+
+
+def test_a_bert_without_a_position_table_is_an_error(tmp_path: Path) -> None:
+    tensors = {name: value for name, value in SMALL["bert"].items() if "position" not in name}
+    with pytest.raises(UserError, match=r"is not a BERT, .* \('embeddings\.position_embeddings\.weight'\)"):
+        plan_import([write_checkpoint(tmp_path / "x.pth", tensors)])
+
+
+def test_weights_that_zero_stage_3_divided_are_an_error(tmp_path: Path) -> None:
+    tensors = dict.fromkeys(SMALL["bert"], np.zeros(0, np.float32)) | {"embeddings.position_ids": np.arange(16)}
+    with pytest.raises(UserError, match=r"tensors are empty .* ZeRO stage 3, .* merge these with its zero_to_fp32\.py"):
+        plan_import([write_checkpoint(tmp_path / "mp_rank_00_model_states.pt", tensors)])
+
+
 @pytest.mark.parametrize(
     "name",
-    ["open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin", "epoch_3.pt"],
+    ["open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin", "epoch_3.pt",
+     "mp_rank_00_model_states.pt"],
 )  # fmt: skip
 def test_open_clip_s_file_names_are_recognized_in_a_folder(tmp_path: Path, name: str) -> None:
     write_checkpoint(tmp_path / name, {"x": np.ones(2, np.float32)})

@@ -110,6 +110,12 @@ def test_a_tower_has_the_heads_and_the_activation_in_its_settings(
         ("open_clip_config.json", {"vision_cfg": OPEN_CLIP | {"head_width": "x"}}, "num_attention_heads='x' does not"),
         ("preprocessor_config.json", {"image_mean": [0.5, 0.5, 0.5]}, "image_mean=[0.5, 0.5, 0.5] is not"),
         ("open_clip_config.json", {"vision_cfg": {}, "preprocess_cfg": {"std": [1, 1, 1]}}, "image_std=[1, 1, 1] is"),
+        ("open_clip_config.json", {"vision_cfg": OPEN_CLIP | {"act_kwargs": {"approximate": "tanh"}}}, "act_kwargs={"),
+        (
+            "open_clip_config.json",
+            {"vision_cfg": OPEN_CLIP | {"final_ln_after_pool": True}},
+            "final_ln_after_pool=True",
+        ),
         ("open_clip_config.json", {"vision_cfg": {}}, "hidden_size=768, but the weights have 128"),
     ],
 )
