@@ -17,8 +17,8 @@ from mplug2_jax.training.workdir import special_tokens
 WEIGHTS = "model.safetensors"
 
 
-def write_companions(plan: ExportPlan, folder: Path) -> None:
-    """Write ``config.json``, the tokenizer's files, the program and ``README.md`` next to the weights."""
+def write_settings(plan: ExportPlan, folder: Path) -> None:
+    """Write ``config.json`` and the tokenizer's files."""
     tokenizer = plan.tokenizer
     settings = to_config_json(
         plan.model.config, plan.fusion_start, task=plan.task, teacher=plan.teacher,
@@ -28,7 +28,12 @@ def write_companions(plan: ExportPlan, folder: Path) -> None:
     if tokenizer:
         for file in sorted(plan.workdir.tokenizer_folder.iterdir()):
             (folder / file.name).write_bytes(file.read_bytes())
-    config = plan.workdir.read_config() if tokenizer and plan.workdir.exists() else None
+
+
+def write_companions(plan: ExportPlan, folder: Path) -> None:
+    """Write ``config.json``, the tokenizer's files, the program and ``README.md`` next to the weights."""
+    write_settings(plan, folder)
+    config = plan.workdir.read_config() if plan.tokenizer and plan.workdir.exists() else None
     if config:
         write_inference(config, folder)
     # The model card: recipe, data mixture, steps, and evaluation results if the work directory has them.

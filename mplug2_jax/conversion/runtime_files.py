@@ -41,10 +41,10 @@ def write_runtime(folder: Path) -> list[tuple[str, str]]:
     return rows
 
 
-def write_inference(config: RunConfig, folder: Path) -> None:
-    """Write how ``mplug2 generate`` reads files and instructions with a run, and how it searches."""
+def inference_settings(config: RunConfig) -> dict[str, dict[str, Any]]:
+    """Return how ``mplug2 generate`` reads files and instructions with a run, and how it searches."""
     examples, search = instruction_config(config), config.tasks.search
-    settings: dict[str, dict[str, Any]] = {
+    return {
         "visual": dataclasses.asdict(visual_config(config)),
         "examples": {name: getattr(examples, name) for name in ("tokenization", "prompt", "max_question_words")},
         "search": {
@@ -53,4 +53,8 @@ def write_inference(config: RunConfig, folder: Path) -> None:
             "extend_finished": search.extend_finished,
         },
     }  # fmt: skip
-    (folder / INFERENCE).write_text(json.dumps(settings, indent=1), encoding="utf-8")
+
+
+def write_inference(config: RunConfig, folder: Path) -> None:
+    """Write :func:`inference_settings` to a folder."""
+    (folder / INFERENCE).write_text(json.dumps(inference_settings(config), indent=1), encoding="utf-8")
