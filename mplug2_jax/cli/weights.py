@@ -71,9 +71,7 @@ def add_parsers(subcommands: Any) -> None:
         help="the tensors that the model ignores (default: official-rest.safetensors of the import)",
     )  # fmt: skip
     exporter.add_argument("--rest", dest="leftover", type=to_path, help=argparse.SUPPRESS)  # its old name
-    exporter.add_argument(
-        "--shard-size", type=float, metavar="GB", help="split above this size (default: 5)"
-    )
+    exporter.add_argument("--shard-size", type=float, metavar="GB", help="split above this size (default: 5)")
     _add_common(exporter, "compare with JAX: PyTorch tap by tap (needs torch), a program's outputs")
 
     verifier = add_command(

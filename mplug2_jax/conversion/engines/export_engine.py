@@ -1,4 +1,4 @@
-"""Export a run for another engine: a folder with the programs, the tokenizer, and ``engine.json``, which describes them."""
+"""Export a run for another engine: a folder with the programs, the tokenizer, and ``engine.json``."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ from mplug2_jax.conversion.layouts import official
 from mplug2_jax.conversion.report import Comparison
 from mplug2_jax.conversion.runtime_files import inference_settings
 from mplug2_jax.errors import UserError, check_range
-from mplug2_jax.model.mplug2 import define_model
+from mplug2_jax.model.mplug2 import Params, define_model
 from mplug2_jax.training.workdir import check_vocabulary, special_tokens
 
 Format = Literal["onnx", "stablehlo"]
@@ -48,8 +48,8 @@ class EngineReport:
             worst = max(self.comparisons, key=lambda c: c.relative)
             failed = sum(not c.passed for c in self.comparisons)
             lines.append(
-                f"  compared with our model: {failed} of {len(self.comparisons)} arrays differ; max relative difference "
-                f"{worst.relative:.1e} ({worst.path}: {worst.tap})"
+                f"  compared with our model: {failed} of {len(self.comparisons)} arrays differ; max relative "
+                f"difference {worst.relative:.1e} ({worst.path}: {worst.tap})"
             )
         return "\n".join(lines)
 
@@ -91,7 +91,7 @@ def export_engine(
     with atomic_folder(to, overwrite=overwrite) as folder:
         write_settings(plan, folder)
         parts = official.TASK_PARTS[plan.task]
-        params = None
+        params: Params = {}  # read where they are used
         if format == "stablehlo" or verify:
             shapes = define_model(plan.model.config, parts).shapes
             params, _ = plan.checkpoints.restore_params(shapes, plan.step, tree=plan.tree)
@@ -102,7 +102,12 @@ def export_engine(
                 onnx.export_onnx(Path(state) / WEIGHTS, plan.task, programs, folder, dtype=dtype)
         else:
             stablehlo.export_stablehlo(params, plan.model.config, parts, programs, folder, dtype=dtype)
-        content = {"format_version": FORMAT_VERSION, "format": format, "dtype": dtype, "task": plan.task}
+        content: dict[str, Any] = {
+            "format_version": FORMAT_VERSION,
+            "format": format,
+            "dtype": dtype,
+            "task": plan.task,
+        }
         content |= {"programs": {name: _describe_program(program) for name, program in programs.items()}, **settings}
         (folder / DESCRIPTION).write_text(json.dumps(content, indent=1), encoding="utf-8")
         comparisons = None

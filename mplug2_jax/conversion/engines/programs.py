@@ -10,8 +10,8 @@ beams            sequences that share one memory
 length           of the cache of past keys and values, in tokens; up to ``max_positions``
 ===============  ====================================================================================================
 
-Layers are stacked, and heads come before the sequence, as matmuls read them. ``decode_step`` writes at ``position``, and
-attends to the cache up to there.
+Layers are stacked, and heads come before the sequence, as matmuls read them. ``decode_step`` writes at ``position``,
+and attends to the cache up to there.
 """
 
 from collections.abc import Mapping

@@ -16,6 +16,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import export as jax_export
 from jaxtyping import Array
+from safetensors.numpy import load_file
 
 from mplug2_jax.conversion.engines.programs import Program
 from mplug2_jax.conversion.export_plan import EXPORT_DTYPES
@@ -54,8 +55,8 @@ def export_stablehlo(
         folder: to write to.
         dtype: of the weights and of what is computed; norms, softmax and logits are float32.
     """
-    precision = "highest" if dtype == "float32" else "default"
-    config = dataclasses.replace(config, dtype=dtype, attention="xla", matmul_precision=precision)
+    numerics = {"dtype": dtype, "matmul_precision": "highest" if dtype == "float32" else "default"}
+    config = dataclasses.replace(config, attention="xla", **numerics)  # type: ignore[arg-type]  # they are checked
     definition = define_model(config, parts)
     weights = {name: np.asarray(value, EXPORT_DTYPES[dtype]) for name, value in flatten_dict(params, sep="/").items()}
     writer = SafetensorsWriter(folder / WEIGHTS, {n: TensorInfo(x.shape, x.dtype) for n, x in weights.items()})
@@ -104,10 +105,9 @@ def decode_step(model: Mplug2, inputs: Arrays) -> Arrays:
     tokens, past = inputs["tokens"], inputs["past_keys"]
     layers, batch, beams, heads, length, width = past.shape
     rows = (layers, batch * beams, heads, length, width)
-    cache = DecoderCache(
-        *(inputs[name].reshape(rows).swapaxes(2, 3) for name in ("past_keys", "past_values")),
-        *(inputs[name].swapaxes(2, 3) for name in ("memory_keys", "memory_values")), inputs["memory_mask"],
-    )  # fmt: skip
+    keys, values = (inputs[name].reshape(rows).swapaxes(2, 3) for name in ("past_keys", "past_values"))
+    memory_keys, memory_values = (inputs[name].swapaxes(2, 3) for name in ("memory_keys", "memory_values"))
+    cache = DecoderCache(keys, values, memory_keys, memory_values, inputs["memory_mask"])
     logits, cache = model.decoder.decode_step(tokens.reshape(-1), inputs["position"], cache)
     keys, values = (x.swapaxes(2, 3).reshape(past.shape) for x in (cache.self_keys, cache.self_values))
     return {"logits": logits.reshape(*tokens.shape, -1), "keys": keys, "values": values}
@@ -115,9 +115,7 @@ def decode_step(model: Mplug2, inputs: Arrays) -> Arrays:
 
 def load_stablehlo(folder: Path) -> dict[str, Callable[[Mapping[str, HostArray]], dict[str, HostArray]]]:
     """Return the programs of a folder as functions of arrays by name."""
-    from safetensors.flax import load_file
-
-    weights = load_file(folder / WEIGHTS)
+    weights = jax.device_put(load_file(folder / WEIGHTS))
 
     def load(name: str) -> Callable[[Mapping[str, HostArray]], dict[str, HostArray]]:
         call = jax.jit(jax_export.deserialize(bytearray((folder / f"{name}.stablehlo").read_bytes())).call)
