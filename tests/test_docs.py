@@ -254,8 +254,8 @@ def captions(official: Path) -> Path:
 
 
 def programs(page: str) -> tuple[str, str, str]:
-    """Return the three programs of docs/weights.md."""
-    wrap, read, serve = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    """Return the three programs of docs/weights.md for PyTorch; tests/conversion/engines runs the others."""
+    wrap, read, serve, *_ = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     return wrap, read, serve
 
 

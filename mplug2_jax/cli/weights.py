@@ -2,13 +2,17 @@
 
 import argparse
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data_pipelines.storage.file_system import write_atomically
 from data_pipelines.storage.paths import to_path
 from mplug2_jax.cli.common import add_command
 from mplug2_jax.cli.parsing import check_output, output_path
 from mplug2_jax.errors import UserError, check_range
+
+if TYPE_CHECKING:
+    from mplug2_jax.conversion.engines.export_engine import EngineReport
+    from mplug2_jax.conversion.report import Report
 
 
 def add_parsers(subcommands: Any) -> None:
@@ -32,12 +36,12 @@ def add_parsers(subcommands: Any) -> None:
     importer.add_argument("--image-size", type=int, metavar="PX", help="resize the position table to this image size")
     importer.add_argument("--tokenizer", type=to_path, metavar="FILE", help="vocab.txt or SentencePiece model to copy")
     importer.add_argument("--seed", type=int, default=0, help="for arrays that no source fills (default: %(default)s)")
-    _add_common(importer)
+    _add_common(importer, "compare JAX and PyTorch tap by tap (needs torch)")
 
     exporter = add_command(
         subcommands, "export", run_export,
-        summary="Export a checkpoint as a complete official state dict",
-        details="To a file, or to a folder by Hugging Face's conventions.",
+        summary="Export a checkpoint as a complete official state dict, or as programs for other engines",
+        details="To a file, or to a folder by Hugging Face's conventions; programs to a folder.",
         example="mplug2 convert export runs/official --to exports/msrvtt_qa\n"
         "  mplug2 convert export runs/official/checkpoints/2000 --to qa.pth --dtype float16",
     )  # fmt: skip
@@ -46,6 +50,14 @@ def add_parsers(subcommands: Any) -> None:
         "--to", type=output_path, required=True, metavar="FILE",
         help="a .safetensors or .pth file, or a new folder: weights, tokenizer, model card, a program for PyTorch",
     )  # fmt: skip
+    exporter.add_argument(
+        "--format", choices=("torch", "onnx", "stablehlo"), default="torch",
+        help="torch: the official state dict; onnx, stablehlo: an encoder and a decode step with a cache, for ONNX "
+        "Runtime or JAX without this package (default: %(default)s)",
+    )  # fmt: skip
+    exporter.add_argument(
+        "--frames", type=int, metavar="N", help="of a clip, for programs; 1: images (default: as the run reads clips)"
+    )
     exporter.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
     exporter.add_argument(
         "--ema", action=argparse.BooleanOptionalAction,
@@ -60,14 +72,12 @@ def add_parsers(subcommands: Any) -> None:
         help="the tensors that the model ignores (default: official-rest.safetensors of the import)",
     )  # fmt: skip
     exporter.add_argument("--rest", dest="leftover", type=to_path, help=argparse.SUPPRESS)  # its old name
+    exporter.add_argument("--shard-size", type=float, metavar="GB", help="split above this size (default: 5)")
     exporter.add_argument(
-        "--shard-size", type=float, default=5.0, metavar="GB", help="split above this size (default: %(default)g)"
-    )
-    exporter.add_argument(
-        "--base-model", action="append", default=[], metavar="NAME",
+        "--base-model", action="append", metavar="NAME",
         help="a model on the Hugging Face hub that training started from, for the model card; may be repeated",
     )  # fmt: skip
-    _add_common(exporter)
+    _add_common(exporter, "compare with JAX: PyTorch tap by tap (needs torch), a program's outputs")
 
     verifier = add_command(
         subcommands, "verify", run_verify,
@@ -103,8 +113,8 @@ def add_parsers(subcommands: Any) -> None:
     differ.add_argument("--json", type=output_path, metavar="FILE", help="also write everything that differs as JSON")
 
 
-def _add_common(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--verify", action="store_true", help="compare JAX and PyTorch tap by tap (needs torch)")
+def _add_common(parser: argparse.ArgumentParser, verify: str) -> None:
+    parser.add_argument("--verify", action="store_true", help=verify)
     parser.add_argument("--overwrite", action="store_true", help="replace what exists")
 
 
@@ -134,17 +144,38 @@ def run_import(args: argparse.Namespace) -> int:
 def run_export(args: argparse.Namespace) -> int:
     """Export, and print the report's summary; return 1 if the frameworks differ."""
     _use_cpu()
-    from mplug2_jax.conversion.export_weights import export
-
-    check_range("--shard-size", args.shard_size, 1e-6)
-    report = export(
-        args.checkpoint, args.to, dtype=args.dtype, ema=args.ema, teacher=args.teacher, leftover=args.leftover,
-        shard_bytes=int(args.shard_size * 1e9), overwrite=args.overwrite, verify=args.verify,
-        base_models=args.base_model,
-    )  # fmt: skip
+    of_torch = {
+        "--teacher": args.teacher, "--leftover": args.leftover, "--shard-size": args.shard_size,
+        "--base-model": args.base_model,
+    }  # fmt: skip
+    foreign = {"--frames": args.frames} if args.format == "torch" else of_torch
+    if misplaced := next((option for option, value in foreign.items() if value is not None), None):
+        raise UserError(f"{misplaced} does not fit --format {args.format}; remove one of them")
+    report = _export_state(args) if args.format == "torch" else _export_programs(args)
     print(report.summary())
     print(args.to)
     return report.status
+
+
+def _export_state(args: argparse.Namespace) -> "Report":
+    from mplug2_jax.conversion.export_weights import export
+
+    shard_size = 5.0 if args.shard_size is None else args.shard_size
+    check_range("--shard-size", shard_size, 1e-6)
+    return export(
+        args.checkpoint, args.to, dtype=args.dtype, ema=args.ema, teacher=args.teacher, leftover=args.leftover,
+        shard_bytes=int(shard_size * 1e9), overwrite=args.overwrite, verify=args.verify,
+        base_models=args.base_model or (),
+    )  # fmt: skip
+
+
+def _export_programs(args: argparse.Namespace) -> "EngineReport":
+    from mplug2_jax.conversion.engines.export_engine import export_engine
+
+    return export_engine(
+        args.checkpoint, args.to, args.format, dtype=args.dtype, ema=args.ema, frames=args.frames,
+        overwrite=args.overwrite, verify=args.verify,
+    )  # fmt: skip
 
 
 def run_verify(args: argparse.Namespace) -> int:

@@ -31,8 +31,8 @@ def check_base_models(names: Sequence[str]) -> None:
             )
 
 
-def write_companions(plan: ExportPlan, folder: Path, base_models: Sequence[str] = ()) -> None:
-    """Write ``config.json``, the tokenizer's files, the program and ``README.md`` next to the weights."""
+def write_settings(plan: ExportPlan, folder: Path, *, has_code: bool = False) -> None:
+    """Write ``config.json``, with the classes of its code if there is one, and the tokenizer's files."""
     tokenizer = plan.tokenizer
     settings = to_config_json(
         plan.model.config, plan.fusion_start, task=plan.task, teacher=plan.teacher,
@@ -41,12 +41,19 @@ def write_companions(plan: ExportPlan, folder: Path, base_models: Sequence[str] 
     if tokenizer:
         for file in sorted(plan.workdir.tokenizer_folder.iterdir()):
             (folder / file.name).write_bytes(file.read_bytes())
+    if has_code:
+        settings |= {"architectures": ["Mplug2Model"], "auto_map": AUTO_MAP}
+    (folder / SETTINGS).write_text(json.dumps(settings, indent=1), encoding="utf-8")
+
+
+def write_companions(plan: ExportPlan, folder: Path, base_models: Sequence[str] = ()) -> None:
+    """Write ``config.json``, the tokenizer's files, the program and ``README.md`` next to the weights."""
+    tokenizer = plan.tokenizer
     config = plan.workdir.read_config() if tokenizer and plan.workdir.exists() else None
+    write_settings(plan, folder, has_code=config is not None)
     if tokenizer and config:
         write_inference(config, folder)
         write_processor(tokenizer, plan.model.config, folder)
-        settings |= {"architectures": ["Mplug2Model"], "auto_map": AUTO_MAP}
-    (folder / SETTINGS).write_text(json.dumps(settings, indent=1), encoding="utf-8")
     # The model card: recipe, data mixture, steps, and evaluation results if the work directory has them.
     workdir = plan.workdir.path
     results = _results(workdir, plan.step)

@@ -56,10 +56,10 @@ def write_runtime(folder: Path) -> list[tuple[str, str]]:
     return rows
 
 
-def write_inference(config: RunConfig, folder: Path) -> None:
-    """Write how ``mplug2 generate`` reads files and instructions with a run, and how it searches."""
+def inference_settings(config: RunConfig) -> dict[str, dict[str, Any]]:
+    """Return how ``mplug2 generate`` reads files and instructions with a run, and how it searches."""
     examples, search = instruction_config(config), config.tasks.search
-    settings: dict[str, dict[str, Any]] = {
+    return {
         "visual": dataclasses.asdict(visual_config(config)),
         "examples": {name: getattr(examples, name) for name in ("tokenization", "prompt", "max_question_words")},
         "search": {
@@ -68,7 +68,11 @@ def write_inference(config: RunConfig, folder: Path) -> None:
             "extend_finished": search.extend_finished,
         },
     }  # fmt: skip
-    _write_json(folder / INFERENCE, settings)
+
+
+def write_inference(config: RunConfig, folder: Path) -> None:
+    """Write :func:`inference_settings` to a folder."""
+    _write_json(folder / INFERENCE, inference_settings(config))
 
 
 def write_processor(tokenizer: Tokenizer, config: ModelConfig, folder: Path) -> None:

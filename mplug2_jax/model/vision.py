@@ -6,6 +6,7 @@ into the batch, so attention never crosses frames; only the temporal units and t
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -53,8 +54,10 @@ def resize_positions(table: Float[Array, "p w"], grid: int) -> Float[Array, "n w
     return jnp.concatenate([table[:1], patch_rows.reshape(grid * grid, -1)])
 
 
-def frame_sharding(clips: int, frames: int) -> tuple[str, int]:
+def frame_sharding(clips: Any, frames: int) -> tuple[str, int]:
     """Choose how frames, folded into the batch, are sharded: return their logical axis, and the shards of each clip.
+
+    ``clips`` is an int or, in a program for any batch, a symbolic dimension of ``jax.export``.
 
     If the mesh divides the number of clips, clips are not split and no frame is communicated. Otherwise they are split
     between frames if the mesh divides the number of frames, else not at all.

@@ -6,6 +6,7 @@ import io
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -131,15 +132,18 @@ def workdir(trained: TrainedRun, tmp_path: Path) -> Path:
     return shutil.copytree(trained.workdir, tmp_path / "run")
 
 
-def save_random_run(path: Path, config: RunConfig, scale: float = 0.1) -> Path:
-    """Return the work directory of a run with random parameters."""
+def save_random_run(path: Path, config: RunConfig, scale: float = 0.1, *, biases: bool = True) -> Path:
+    """Return the work directory of a run with random parameters, but with zeros for biases without ``biases``."""
     rng, workdir = np.random.default_rng(0), WorkDir(path)
     tokenizer = workdir.load_tokenizer(config)
     workdir.initialize(config, tokenizer)
     spec = make_run_spec(config, special_tokens(tokenizer), make_mesh(config.mesh))
-    state = jax.tree.map(
-        lambda s: jax.device_put(scale * rng.normal(size=s.shape).astype(s.dtype), s.sharding), spec.shapes
-    )
+
+    def draw(place: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        factor = scale if biases or jax.tree_util.keystr(place[-1:], simple=True) != "bias" else 0.0
+        return jax.device_put(factor * rng.normal(size=leaf.shape).astype(leaf.dtype), leaf.sharding)
+
+    state = jax.tree_util.tree_map_with_path(draw, spec.shapes)
     model = ModelMetadata(config.model, spec.definition.parts)
     checkpoints = Checkpoints(workdir.checkpoints, config.checkpoint, model=model)
     checkpoints.save(state, data_position(1, open_streams(config, tokenizer)))
