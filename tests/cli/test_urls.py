@@ -450,6 +450,8 @@ LOCAL = {
     "data_pipelines/storage/": "makes the paths",
     "mplug2_jax/cli/launch.py": "writes where it was started",
     "mplug2_jax/config.py": "recipes are programs of this machine",
+    "mplug2_jax/conversion/engines/export_engine.py": "a temporary folder",
+    "mplug2_jax/conversion/exported/": "exported folders, of machines without the data package's storage",
     "mplug2_jax/conversion/files/atomic.py": "temporary folders",
     "mplug2_jax/conversion/files/open.py": "names without folders",
     "mplug2_jax/conversion/torch_runtime/loading.py": "names without folders",
