@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,8 @@ import pytest
 
 from data_pipelines.media import write_video
 from data_pipelines.tokenizers import load_tokenizer
+from mplug2_jax.conversion.export_weights import export
+from mplug2_jax.conversion.exported.mplug2_runtime import find_old
 from tests.close import assert_close
 
 pytest.importorskip("transformers", reason="transformers is not installed here")
@@ -68,7 +71,7 @@ result = {
 }
 model.save_pretrained(given["saved"])
 result["saved"] = ask(given["saved"])
-result["downloaded"] = ask(given["repository"])
+result["downloaded"], result["sharded"] = ask(given["repository"]), ask(given["sharded"])
 half = AutoModel.from_pretrained(hub, trust_remote_code=True, dtype=torch.bfloat16)
 result["dtype"] = str({tensor.dtype for tensor in half.parameters()})
 for broken in given["broken"]:
@@ -98,11 +101,13 @@ def test_auto_classes_compute_what_the_project_computes(exported: Path, tmp_path
     shutil.copytree(hub, cache / "snapshots" / COMMIT)
     (cache / "refs").mkdir()
     (cache / "refs" / "main").write_text(COMMIT)
+    export(exported / "run", tmp_path / "sharded", shard_bytes=200_000)
+    assert (tmp_path / "sharded" / "model.safetensors.index.json").exists()
     labels = [[2, 7, 8, 9, 3], [2, 9, 3, 0, 0]]
     given = {
         "hub": str(hub), "clips": [str(exported / "a.mp4"), str(clip)], "picture": str(exported / "a.png"),
         "questions": QUESTIONS, "text": "a Digit moves, right?", "saved": str(tmp_path / "saved"), "labels": labels,
-        "repository": REPOSITORY, "sound": str(exported / "sound.wav"),
+        "repository": REPOSITORY, "sharded": str(tmp_path / "sharded"), "sound": str(exported / "sound.wav"),
         "broken": [
             broken(exported, "of_other_weights", "config.json", {"decoder_layers": 2}),
             broken(exported, "without_inference", "inference.json", None),
@@ -125,7 +130,7 @@ def test_auto_classes_compute_what_the_project_computes(exported: Path, tmp_path
     length = max(len(prediction.ids) for prediction in predictions)
     asked = [prediction.ids + [0] * (length - len(prediction.ids)) for prediction in predictions]
     assert result["asked"] == [asked, [prediction.text for prediction in predictions]]
-    assert result["saved"] == result["downloaded"] == result["asked"]
+    assert result["saved"] == result["downloaded"] == result["sharded"] == result["asked"]
     assert result["pictures"][0] == result["pictures"][1] != asked[0]
     assert result["tokens"] == load_tokenizer(hub).encode(given["text"])
     assert result["layers"] == ours.model.config.decoder_layers
@@ -142,6 +147,12 @@ def test_auto_classes_compute_what_the_project_computes(exported: Path, tmp_path
         "DataError: ", "ValueError: the weights of", "UserError: ", "ImportError: ",
     ], strict=True):  # fmt: skip
         assert (error or "").startswith(message), error
+
+
+def test_an_old_or_missing_package_is_named() -> None:
+    assert find_old("numpy", "1.0") == ""
+    assert re.fullmatch(r"numpy [\d.]+ is too old, expected at least 99\.1", find_old("numpy", "99.1"))
+    assert find_old("transformer5", "1") == "the package transformer5 is not installed"
 
 
 def test_the_card_is_valid_on_the_hub(exported: Path) -> None:

@@ -5,12 +5,16 @@ import importlib
 import importlib.metadata
 import importlib.util
 import re
+import shutil
 import sys
 from pathlib import Path
 
 PACKAGES = ("data_pipelines", "mplug2_torch")
-_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.pth", "*.bin")
-_OF_WEIGHTS = ("config.json", "README.md", "conversion-report.json", "conversion-report.html")
+COMPANIONS = (
+    "*.py", *(f"{package}/**/*.py" for package in PACKAGES), "requirements.txt", "inference.json",
+    "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt", "sentencepiece.model",
+)  # fmt: skip
+"""Patterns of the files that a model needs besides ``config.json`` and its weights."""
 
 
 def find_runtime(name: str | None, revision: str | None = None) -> Path:
@@ -28,21 +32,21 @@ def find_runtime(name: str | None, revision: str | None = None) -> Path:
         raise ImportError("this config has no folder; load the model by from_pretrained of a folder or a repository")
     if not folder.is_dir():
         hub = importlib.import_module("huggingface_hub")
-        folder = Path(hub.snapshot_download(name, revision=revision, ignore_patterns=list(_WEIGHTS)))
+        folder = Path(hub.snapshot_download(name, revision=revision, allow_patterns=[*COMPANIONS, "config.json"]))
     import_runtime(folder)
     return folder
 
 
 def copy_companions(folder: Path, target: Path) -> list[str]:
-    """Copy all files of a folder but weights and config, which say of what weights they are; return their paths."""
-    copied = []
-    for path in sorted(folder.rglob("*")):
+    """Copy the files of :data:`COMPANIONS` from a folder to another; return their new paths."""
+    copies = []
+    for path in sorted({path for pattern in COMPANIONS for path in folder.glob(pattern)}):
         copy = target / path.relative_to(folder)
-        if path.is_file() and path.name not in _OF_WEIGHTS and not any(map(path.match, (*_WEIGHTS, "*.pyc"))):
+        if copy.resolve() != path.resolve():
             copy.parent.mkdir(parents=True, exist_ok=True)
-            copy.write_bytes(path.read_bytes())
-            copied.append(str(copy))
-    return copied
+            shutil.copyfile(path, copy)
+        copies.append(str(copy))
+    return copies
 
 
 def import_runtime(folder: Path) -> None:
