@@ -138,14 +138,19 @@ class Report:
             f"{self.seconds:.1f} s ({rate:,.0f} MB/s)"
         )
         if self.comparisons is not None:
-            worst = max(self.comparisons, key=lambda c: c.relative)
-            failed = sum(not c.passed for c in self.comparisons)
-            lines.append(
-                f"  compared with PyTorch: {failed} of {len(self.comparisons)} taps differ; max relative difference "
-                f"{worst.relative:.1e} ({worst.path}: {worst.tap})"
-            )
+            lines.append(f"  compared with PyTorch: {summarize_comparisons(self.comparisons)}")
             lines += [f"  {c.path}: PyTorch generates {c.text!r}" for c in self.comparisons if c.text]
         return "\n".join(lines)
+
+
+def summarize_comparisons(comparisons: Sequence[Comparison]) -> str:
+    """Return how many taps differ, and the largest difference."""
+    worst = max(comparisons, key=lambda c: c.relative)
+    failed = sum(not c.passed for c in comparisons)
+    return (
+        f"{failed} of {len(comparisons)} taps differ; max relative difference {worst.relative:.1e} "
+        f"({worst.path}: {worst.tap})"
+    )
 
 
 def read_report(path: Path) -> Report:

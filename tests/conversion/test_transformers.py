@@ -66,7 +66,7 @@ result = {
     "errors": [
         error_of(processor), error_of(processor, images=picture, text=questions),
         error_of(model.generate, frames["pixel_values"]), error_of(model.generate, **frames, beams=3),
-        error_of(processor, videos=given["sound"]),
+        error_of(processor, videos=given["sound"]), error_of(processor, videos=torch.zeros(3, 4, 4, 3)),
     ],
 }
 model.save_pretrained(given["saved"])
@@ -144,7 +144,8 @@ def test_auto_classes_compute_what_the_project_computes(exported: Path, tmp_path
         "ValueError: expected either images or videos", "ValueError: 2 texts for 1 images or clips",
         "ValueError: input_ids are missing, expected the ids of a question",
         "ValueError: beams is not a setting of the search: expected begin, end,",
-        "DataError: ", "ValueError: the weights of", "UserError: ", "ImportError: ",
+        "DataError: ", "ValueError: videos hold a Tensor, expected paths",
+        "ValueError: the weights of", "UserError: ", "ImportError: ",
     ], strict=True):  # fmt: skip
         assert (error or "").startswith(message), error
 

@@ -15,7 +15,7 @@ from mplug2_jax.conversion.export_weights import TORCH_SUFFIXES, write_state
 from mplug2_jax.conversion.files.atomic import atomic_folder, check_free_space, check_not_existing
 from mplug2_jax.conversion.hub import WEIGHTS, write_settings
 from mplug2_jax.conversion.layouts import official
-from mplug2_jax.conversion.report import Comparison
+from mplug2_jax.conversion.report import Comparison, summarize_comparisons
 from mplug2_jax.conversion.runtime_files import inference_settings
 from mplug2_jax.errors import UserError, check_range
 from mplug2_jax.model.mplug2 import Params, define_model
@@ -45,12 +45,7 @@ class EngineReport:
         for name, program in self.programs.items():
             lines.append(f"  {name}: {', '.join(program.inputs)} -> {', '.join(program.outputs)}")
         if self.comparisons is not None:
-            worst = max(self.comparisons, key=lambda c: c.relative)
-            failed = sum(not c.passed for c in self.comparisons)
-            lines.append(
-                f"  compared with our model: {failed} of {len(self.comparisons)} arrays differ; max relative "
-                f"difference {worst.relative:.1e} ({worst.path}: {worst.tap})"
-            )
+            lines.append(f"  compared with our model: {summarize_comparisons(self.comparisons)}")
         return "\n".join(lines)
 
 

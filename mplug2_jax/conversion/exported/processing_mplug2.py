@@ -62,7 +62,8 @@ class Mplug2Processor(ProcessorMixin):
             unused: as ``return_tensors``; they are PyTorch's.
 
         Raises:
-            ValueError: images and clips together, neither, another number of questions, or questions to a captioner.
+            ValueError: images and clips together, neither, of another type; another number of questions, or questions
+                to a captioner.
             DataError: a file is missing or damaged.
         """
         if (images is None) == (videos is None):
@@ -86,16 +87,17 @@ class Mplug2Processor(ProcessorMixin):
     def _media(self, images: Any, videos: Any) -> list[Any]:
         """Return images and clips as the project's media; images of Pillow as PNG, which loses nothing."""
         media = importlib.import_module("data_pipelines.media")
-        if videos is not None:
-            return [media.Media("video", str(path), str(path)) for path in _as_list(videos)]
+        kind, items = ("image", images) if videos is None else ("video", videos)
         found = []
-        for image in _as_list(images):
-            data: str | bytes = str(image)
-            if isinstance(image, Image.Image):
+        for item in _as_list(items):
+            data: str | bytes = str(item)
+            if kind == "image" and isinstance(item, Image.Image):
                 file = io.BytesIO()
-                image.save(file, "PNG")
+                item.save(file, "PNG")
                 data = file.getvalue()
-            found.append(media.Media("image", data, str(image)))
+            elif not isinstance(item, str | Path):
+                raise ValueError(f"{kind}s hold a {type(item).__name__}, expected paths, or images of Pillow")
+            found.append(media.Media(kind, data, str(item)))
         return found
 
     def decode(self, ids: Any, **unused: Any) -> str:

@@ -82,7 +82,7 @@ def export(run: Path, format: str, *words: str) -> None:
         "convert", "export", run, "--to", run.parent / "exports" / format, "--format", format, "--verify", *words
     )
     assert outcome.status == 0, outcome
-    assert "compared with our model: 0 of 3 arrays differ" in outcome.out
+    assert "compared with our model: 0 of 3 taps differ" in outcome.out
 
 
 @pytest.mark.slow
