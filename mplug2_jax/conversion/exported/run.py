@@ -18,6 +18,8 @@ def main() -> int:
         problem = f"{FOLDER} is not complete, copy it again: {error}"
     except ImportError as error:
         problem = str(error)
+    except KeyboardInterrupt:
+        return 130
     print(f"error: {problem}", file=sys.stderr)
     return 2
 
