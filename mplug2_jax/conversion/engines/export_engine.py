@@ -28,7 +28,7 @@ FORMAT_VERSION = 1
 
 @dataclasses.dataclass(frozen=True)
 class EngineReport:
-    """What was exported, and how it compares with our model (None: not requested)."""
+    """The exported programs, and the comparisons of their outputs with our model's; None if not requested."""
 
     title: str
     programs: dict[str, Program]

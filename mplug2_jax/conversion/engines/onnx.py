@@ -34,7 +34,8 @@ def export_onnx(weights: Path, task: str, programs: Mapping[str, Program], folde
     import torch
 
     from mplug2_jax.conversion.exported.model import KINDS
-    from mplug2_jax.conversion.torch_runtime.steps import DecodeStep, Encode
+    from mplug2_jax.conversion.torch_runtime.decoder import DecodeStep
+    from mplug2_jax.conversion.torch_runtime.model import Encode
 
     model = KINDS[task].from_pretrained(weights).to(getattr(torch, dtype))
     modules = {"encode": Encode(model), "decode_step": DecodeStep(model.text_decoder)}

@@ -12,8 +12,9 @@ from data_pipelines.media import file_media
 from ...errors import UserError
 from ..torch_runtime import Caption, VideoQA, normalize_pixels
 from ..torch_runtime.config import read_json
-from ..torch_runtime.search import beam_search, rank_answers
-from ..torch_runtime.steps import DecodeStep, Encode, Encoded, StaticCache
+from ..torch_runtime.decoder import DecoderMemory, DecodeStep, Step
+from ..torch_runtime.model import Encode
+from ..torch_runtime.search import generate, rank_answers
 from . import REMEDY, SETTINGS
 from .preprocessing import Preprocessor
 
@@ -66,8 +67,8 @@ class ExportedModel:
             raise UserError(f"the device {device!r} cannot be used ({reason}); choose another, as 'cpu'") from error
         if int8:
             quantize_int8(self.model)
-        self._encode: Callable[..., Encoded] = Encode(self.model)
-        self._step: Callable[..., tuple[Tensor, ...]] = DecodeStep(self.model.text_decoder)
+        self._encode: Callable[..., DecoderMemory] = Encode(self.model)
+        self._step: Step = DecodeStep(self.model.text_decoder)
         if compiled:
             self._encode, self._step = (torch.compile(module, fullgraph=True) for module in (self._encode, self._step))
 
@@ -84,16 +85,15 @@ class ExportedModel:
     def generate_batch(self, paths: Sequence[Path], instruction: str | None = None) -> list[Prediction]:
         """Return a prediction for each file, in a batch for each number of frames. Raises as :meth:`generate`."""
         items = [self._read(path) for path in paths]
-        predictions: list[Prediction | None] = [None] * len(items)
+        predictions: dict[int, Prediction] = {}
         for shape in dict.fromkeys(item.frames.shape for item in items):
             rows = [i for i, item in enumerate(items) if item.frames.shape == shape]
-            encoded = self._encode_items([items[i] for i in rows], instruction)
-            cache = StaticCache(self._step, encoded, self._search.num_beams, self._search.max_length)
-            output = beam_search(cache, len(rows), self._search, self._device)
+            memory = self._encode_items([items[i] for i in rows], instruction)
+            output = generate(self.model.text_decoder, memory, self._search, self._step)
             for i, ids, length in zip(rows, output.ids[:, 0], output.lengths[:, 0], strict=True):
                 tokens = ids[: int(length)].tolist()
                 predictions[i] = Prediction(self._preprocessor.decode(tokens), tokens)
-        return [prediction for prediction in predictions if prediction is not None]
+        return [predictions[i] for i in range(len(items))]
 
     @torch.inference_mode()
     def rank(self, path: Path, candidates: Sequence[str], instruction: str | None = None) -> list[tuple[str, float]]:
@@ -103,11 +103,11 @@ class ExportedModel:
             UserError: as :meth:`generate`; or a candidate is longer than the decoder's position table.
             DataError: as :meth:`generate`.
         """
-        encoded = self._encode_items([self._read(path)], instruction)
+        memory = self._encode_items([self._read(path)], instruction)
         rows = [self._preprocessor.encode_answer(text) for text in candidates]
         answers = pad(rows, self._device)
         order, probabilities = rank_answers(
-            self.model.text_decoder, encoded.memory, encoded.mask, answers, answers != 0, num_candidates=len(rows),
+            self.model.text_decoder, memory.tokens, memory.mask, answers, answers != 0, num_candidates=len(rows),
             double_count_first_token=self._preprocessor.double_count_first_token,
         )  # fmt: skip
         return [(candidates[i], p) for i, p in zip(order[0].tolist(), probabilities[0].tolist(), strict=True)]
@@ -123,7 +123,7 @@ class ExportedModel:
         instruction, frames = self._preprocessor.read(file_media(path))
         return _Item(instruction, torch.tensor(frames))
 
-    def _encode_items(self, items: Sequence["_Item"], instruction: str | None) -> Encoded:
+    def _encode_items(self, items: Sequence["_Item"], instruction: str | None) -> DecoderMemory:
         """Encode files of equally many frames."""
         frames = torch.stack([item.frames for item in items]).to(self._device)
         if isinstance(self.model, VideoQA):

@@ -155,7 +155,7 @@ class Mplug2Model(PreTrainedModel):
         if unknown := sorted(settings.keys() - known):
             raise ValueError(f"{unknown[0]} is not a setting of the search: expected {', '.join(sorted(known))}")
         config = self._model.with_default_tokens(dataclasses.replace(self._search, **settings))
-        output = search.generate(
-            self._model.text_decoder, *self.encode(pixel_values, input_ids, attention_mask), config
-        )
+        decoder = self._model.text_decoder
+        memory = decoder.project(*self.encode(pixel_values, input_ids, attention_mask))
+        output = search.generate(decoder, memory, config)
         return output.ids[:, 0, : int(output.lengths[:, 0].max())]

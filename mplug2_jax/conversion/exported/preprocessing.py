@@ -1,4 +1,4 @@
-"""How an exported folder reads images, clips and instructions, and writes texts: as the project does."""
+"""Preprocessing of an exported folder: frames and token ids of images, clips and instructions; texts of ids."""
 
 from collections.abc import Sequence
 from pathlib import Path

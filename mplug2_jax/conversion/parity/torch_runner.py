@@ -208,5 +208,7 @@ def _run_searches(golden: Golden, model: Caption | VideoQA, memory: Tensor, mask
         config = SearchConfig(
             num_beams=width, begin=settings["bos"], end=settings["eos"], **settings[f"{golden.model}_generation"]
         )
-        ids, scores, lengths = (np.asarray(x) for x in generate(model.text_decoder, memory, mask, config))
+        ids, scores, lengths = (
+            np.asarray(x) for x in generate(model.text_decoder, model.text_decoder.project(memory, mask), config)
+        )
         yield from name_beam_arrays(golden, width, ids, lengths, scores)

@@ -4,6 +4,9 @@ Several sequences may share one memory (the candidate answers to a question, the
 [b*r, m], the memory is [b, s, d], and its keys and values are projected once for all r.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,7 +17,6 @@ from .layers import (
     BertLayer,
     Embeddings,
     Encoder,
-    KeysValues,
     Taps,
     broadcast_mask,
     tap,
@@ -68,6 +70,15 @@ class Cls(nn.Module):
         self.predictions = Predictions(words)
 
 
+class DecoderMemory(NamedTuple):
+    """The tokens that the decoder attends to, and the keys and values of its cross attention in every layer."""
+
+    tokens: Tensor  # [b, s, d]
+    keys: Tensor  # [i, b, h, s, k]
+    values: Tensor
+    mask: Tensor  # [b, s]
+
+
 class TextDecoder(nn.Module):
     """Embeddings, layers and head."""
 
@@ -93,26 +104,80 @@ class TextDecoder(nn.Module):
         logits: Tensor = self.cls.predictions(x)
         return logits
 
+    def project(self, tokens: Tensor, mask: Tensor) -> DecoderMemory:
+        """Project tokens [b, s, d] to keys and values, once for all tokens that are generated."""
+        layers = self.bert.encoder.layers
+        keys, values = zip(*(layer.crossattention.project(tokens) for layer in layers), strict=True)
+        return DecoderMemory(tokens, torch.stack(keys), torch.stack(values), mask)
+
+
+class DecodeStep(nn.Module):
+    """One token per sequence -> logits for the next one, and the cache with this token's keys and values.
+
+    The cache has a fixed length and is written at ``position``, so ``torch.export`` and ``torch.compile`` make one
+    program for all tokens.
+    """
+
+    def __init__(self, decoder: TextDecoder) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(
+        self, tokens: Tensor, position: Tensor, past_keys: Tensor, past_values: Tensor, memory_keys: Tensor,
+        memory_values: Tensor, memory_mask: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        """Decode tokens [b, r] at a position [], with a cache [i, b, r, h, m, k] and a memory [i, b, h, s, k]."""
+        positions = torch.arange(past_keys.shape[4], device=tokens.device)
+        is_current, is_seen = (positions == position)[:, None], (positions <= position)[None, None, None]
+        x = self.decoder.bert.embeddings(tokens.flatten()[:, None], position)
+        new_keys, new_values = [], []
+        for i, layer in enumerate(self.decoder.bert.encoder.layers):
+            key, value = layer.attention.project(x)
+            keys = torch.where(is_current, key, past_keys[i].flatten(0, 1))
+            values = torch.where(is_current, value, past_values[i].flatten(0, 1))
+            x = layer.attention.attend(x, (keys, values), is_seen)
+            x = layer.crossattention.attend(x, (memory_keys[i], memory_values[i]), broadcast_mask(memory_mask))
+            x = layer.mlp(x)
+            new_keys.append(keys)
+            new_values.append(values)
+        logits = self.decoder.cls.predictions(x)[:, 0].float()
+        return (
+            logits.unflatten(0, tokens.shape), torch.stack(new_keys).reshape(past_keys.shape),
+            torch.stack(new_values).reshape(past_values.shape),
+        )  # fmt: skip
+
+
+Step = Callable[..., tuple[Tensor, Tensor, Tensor]]
+"""A :class:`DecodeStep`, compiled or not."""
+
 
 class DecoderCache:
-    """The decoder, one token at a time: a :class:`~mplug2_jax.conversion.torch_runtime.search.IncrementalDecoder`."""
+    """The decoder, one token at a time: a :class:`~mplug2_jax.conversion.torch_runtime.search.IncrementalDecoder`.
 
-    def __init__(self, decoder: TextDecoder, memory: Tensor, memory_mask: Tensor) -> None:
-        """Project the memory [b, s, d] once for all tokens."""
-        self._decoder, self._memory_seen = decoder, broadcast_mask(memory_mask)
-        self._memory = [layer.crossattention.project(memory) for layer in decoder.bert.encoder.layers]
-        self._past: list[KeysValues | None] = [None] * len(self._memory)
-        self._length = 0
+    Args:
+        step: computes a token.
+        memory: what the sequences attend to.
+        num_sequences: of each example.
+        length: of the cache, in tokens.
+    """
+
+    def __init__(self, step: Step, memory: DecoderMemory, num_sequences: int, length: int) -> None:
+        self._step, self._memory = step, memory
+        layers, b, h, _, k = memory.keys.shape
+        self._keys, self._values = (memory.keys.new_zeros(layers, b, num_sequences, h, length, k) for _ in range(2))
+        self._position = 0
 
     def step(self, tokens: Tensor) -> Tensor:
         """Append a token to each sequence [b*r], and return logits [b*r, v] for the next one."""
-        x = self._decoder.bert.embeddings(tokens[:, None], start=self._length)
-        for i, layer in enumerate(self._decoder.bert.encoder.layers):
-            x, self._past[i] = layer.step(x, self._past[i], self._memory[i], self._memory_seen)
-        self._length += 1
-        logits: Tensor = self._decoder.cls.predictions(x)[:, 0]
-        return logits
+        position = torch.tensor(self._position, device=tokens.device)
+        memory = (self._memory.keys, self._memory.values, self._memory.mask)
+        tokens = tokens.unflatten(0, self._keys.shape[1:3])
+        logits, self._keys, self._values = self._step(tokens, position, self._keys, self._values, *memory)
+        self._position += 1
+        return logits.flatten(0, 1)
 
     def reorder(self, rows: Tensor) -> None:
         """Replace the sequences by ``rows`` of them [b*r]; the memory is shared by the rows of an example."""
-        self._past = [past and (past[0][rows], past[1][rows]) for past in self._past]
+        self._keys, self._values = (
+            cache.flatten(1, 2)[:, rows].reshape(cache.shape) for cache in (self._keys, self._values)
+        )

@@ -142,17 +142,6 @@ class BertLayer(nn.Module):
             x = self.crossattention(x, memory, memory_mask)
         return self.mlp(x)
 
-    def step(
-        self, x: Tensor, past: KeysValues | None, memory: KeysValues, memory_mask: Tensor
-    ) -> tuple[Tensor, KeysValues]:
-        """Run the layer on the next token of each sequence, ``x`` [b*r, 1, d], given past and memory keys, values."""
-        keys, values = self.attention.project(x)
-        if past is not None:
-            keys, values = torch.cat([past[0], keys], dim=2), torch.cat([past[1], values], dim=2)
-        x = self.attention.attend(x, (keys, values))
-        x = self.crossattention.attend(x, memory, memory_mask)
-        return self.mlp(x), (keys, values)
-
     def mlp(self, x: Tensor) -> Tensor:
         """Apply the MLP with its residual."""
         return self.output(self.intermediate(x), x)
@@ -183,15 +172,16 @@ class Embeddings(nn.Module):
         self.LayerNorm = nn.LayerNorm(config.width, BERT_EPS)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, ids: Tensor, start: int = 0) -> Tensor:
-        """Embed ids [b, l] at positions ``start``, ``start + 1``, ... -> [b, l, d].
+    def forward(self, ids: Tensor, position: Tensor | None = None) -> Tensor:
+        """Embed ids [b, l] at positions 0, 1, ..., or all at one position [] -> [b, l, d].
 
         Raises:
             UserError: the text is longer than the position table.
         """
-        stop, rows = start + ids.shape[1], self.position_embeddings.num_embeddings
-        if stop > rows:
-            raise UserError(f"a text of {stop} tokens exceeds max_positions={rows}; truncate it")
-        x = self.word_embeddings(ids) + self.position_embeddings.weight[start:stop]
+        length, rows = ids.shape[1], self.position_embeddings.num_embeddings
+        if length > rows:
+            raise UserError(f"a text of {length} tokens exceeds max_positions={rows}; truncate it")
+        table = self.position_embeddings.weight[:length] if position is None else self.position_embeddings(position)
+        x = self.word_embeddings(ids) + table
         out: Tensor = self.dropout(self.LayerNorm(x + self.token_type_embeddings.weight[0]))
         return out

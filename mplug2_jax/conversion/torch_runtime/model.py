@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from ...errors import UserError
 from .config import Config, read_config
-from .decoder import TextDecoder
+from .decoder import DecoderMemory, TextDecoder
 from .layers import BERT_EPS, Taps, tap
 from .loading import NamePatterns, choose_weights, ignored_patterns, read_weights, select_state
 from .search import DecodeOutput, SearchConfig, generate, rank_answers
 from .text import FusionEncoder, TextEncoder
-from .vision import VisionTower
+from .vision import VisionTower, normalize_pixels
 
 Model = TypeVar("Model", bound="Mplug2")  # not typing.Self, which the tests' run-time type checks do not support
 
@@ -136,7 +136,7 @@ class Caption(Mplug2):
         memory = self.encode_visual(frames)
         mask = torch.ones(memory.shape[:2], dtype=torch.bool, device=memory.device)
         search = self.with_default_tokens(search or SearchConfig(min_length=4, max_length=20))
-        return generate(self.text_decoder, memory, mask, search)
+        return generate(self.text_decoder, self.text_decoder.project(memory, mask), search)
 
 
 class VideoQA(Mplug2):
@@ -226,7 +226,7 @@ class VideoQA(Mplug2):
         """Generate answers by beam search; by default of 1 to 10 tokens, as in the release."""
         memory, mask = self.instruction_memory(frames, question, question_mask)
         search = self.with_default_tokens(search or SearchConfig(min_length=1, max_length=10))
-        return generate(self.text_decoder, memory, mask, search)
+        return generate(self.text_decoder, self.text_decoder.project(memory, mask), search)
 
     @torch.no_grad()
     def rank_answers(
@@ -246,6 +246,28 @@ class VideoQA(Mplug2):
             self.text_decoder, memory, mask, answers, answers != 0, num_candidates=num_candidates,
             double_count_first_token=double_count_first_token,
         )  # fmt: skip
+
+
+class Encode(nn.Module):
+    """Pixels, and a question's token ids if the model reads one -> the decoder's memory: a program of its own."""
+
+    def __init__(self, model: Caption | VideoQA) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, frames: Tensor, question: Tensor | None = None, question_mask: Tensor | None = None
+    ) -> DecoderMemory:
+        """Encode frames, uint8 [b, t, y, x, 3], and a question [b, l]."""
+        pixels = normalize_pixels(frames)
+        if isinstance(self.model, VideoQA):
+            assert question is not None
+            assert question_mask is not None
+            memory, mask = self.model.instruction_memory(pixels, question, question_mask)
+        else:
+            memory = self.model.encode_visual(pixels)
+            mask = torch.ones(memory.shape[:2], dtype=torch.bool, device=memory.device)
+        return self.model.text_decoder.project(memory, mask)
 
 
 def next_token_loss(logits: Tensor, target: Tensor) -> Tensor:

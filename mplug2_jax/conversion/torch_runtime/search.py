@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...errors import UserError
-from .decoder import DecoderCache, TextDecoder
+from .decoder import DecoderCache, DecoderMemory, DecodeStep, Step, TextDecoder
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,8 +114,16 @@ def _merge_best(old: DecodeOutput, new: DecodeOutput) -> DecodeOutput:
 
 
 @torch.no_grad()
-def generate(decoder: TextDecoder, memory: Tensor, memory_mask: Tensor, config: SearchConfig) -> DecodeOutput:
-    """Run beam search with a cache: the memory [b, s, d] is projected once per example and shared by its beams.
+def generate(
+    decoder: TextDecoder, memory: DecoderMemory, config: SearchConfig, step: Step | None = None
+) -> DecodeOutput:
+    """Run beam search with a cache; the memory is shared by the beams of an example.
+
+    Args:
+        decoder: projects the memory, see :meth:`TextDecoder.project`.
+        memory: what the texts are about.
+        config: of the search.
+        step: the decoder's, if it is compiled.
 
     Raises:
         UserError: ``max_length`` exceeds the position table.
@@ -123,7 +131,9 @@ def generate(decoder: TextDecoder, memory: Tensor, memory_mask: Tensor, config: 
     rows = decoder.bert.embeddings.position_embeddings.num_embeddings
     if config.max_length > rows:
         raise UserError(f"generating {config.max_length} tokens exceeds max_positions={rows}; lower max_length")
-    return beam_search(DecoderCache(decoder, memory, memory_mask), memory.shape[0], config, memory.device)
+    step = DecodeStep(decoder) if step is None else step
+    cache = DecoderCache(step, memory, config.num_beams, config.max_length)
+    return beam_search(cache, memory.mask.shape[0], config, memory.mask.device)
 
 
 @torch.no_grad()

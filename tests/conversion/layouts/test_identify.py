@@ -100,7 +100,7 @@ TRAINING_CHECKPOINTS: dict[str, Any] = {
         "scaler": {"scale": 65536.0},
     },
 }  # fmt: skip
-"""What training libraries save, with arrays instead of tensors."""
+"""Checkpoints as DDP, Lightning, DeepSpeed and open_clip lay them out, with arrays in place of tensors."""
 
 
 @pytest.mark.parametrize("legacy", [False, True])

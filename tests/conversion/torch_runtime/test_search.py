@@ -86,7 +86,7 @@ def decoder(small, lively):
 def test_a_cache_changes_nothing(decoder, config, seed):
     model, _, mask = decoder
     memory = torch.randn(3, 6, 24, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    cached = generate(model, memory, mask, config)
+    cached = generate(model, model.project(memory, mask), config)
     uncached = beam_search(UncachedDecoder(model, memory, mask, config.num_beams, config.begin), 3, config)
     assert torch.equal(cached.ids, uncached.ids)
     assert torch.equal(cached.lengths, uncached.lengths)
@@ -102,7 +102,7 @@ def test_the_memory_is_projected_once_and_shared_by_the_beams(decoder):
         )
         for layer in model.bert.encoder.layers
     ]
-    generate(model, memory, mask, search_config(num_beams=4, max_length=6))
+    generate(model, model.project(memory, mask), search_config(num_beams=4, max_length=6))
     for hook in hooks:
         hook.remove()
     assert shapes == [memory.shape] * len(hooks)
@@ -111,18 +111,20 @@ def test_the_memory_is_projected_once_and_shared_by_the_beams(decoder):
 def test_masked_memory_is_ignored_and_examples_are_independent(decoder):
     model, memory, mask = decoder
     config = search_config(num_beams=3, max_length=7)
-    together = generate(model, memory, mask, config)
+    together = generate(model, model.project(memory, mask), config)
     noisy = memory.where(mask[..., None], 50.0)
     for clip in range(3):
-        alone = generate(model, noisy[clip : clip + 1], mask[clip : clip + 1], config)
+        alone = generate(model, model.project(noisy[clip : clip + 1], mask[clip : clip + 1]), config)
         assert torch.equal(alone.ids[0], together.ids[clip])
         assert_close(alone.scores[0], together.scores[clip])
 
 
 def test_a_search_beyond_the_position_table_is_an_error(decoder):
-    generate(*decoder, search_config(num_beams=1, min_length=12, max_length=12))
+    model, memory, mask = decoder
+    memory = model.project(memory, mask)
+    generate(model, memory, search_config(num_beams=1, min_length=12, max_length=12))
     with pytest.raises(UserError, match=r"generating 13 tokens exceeds max_positions=12; lower max_length"):
-        generate(*decoder, search_config(num_beams=1, max_length=13))
+        generate(model, memory, search_config(num_beams=1, max_length=13))
 
 
 # Two begin with the same word, one is empty, one is long.
