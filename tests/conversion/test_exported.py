@@ -94,6 +94,8 @@ def test_the_program_computes_what_the_project_computes(exported: Path, monkeypa
     no_weights = variant(folder, "no_weights", "model.safetensors")
     no_code = variant(folder, "no_code", "mplug2_torch/conversion/torch_runtime/vision.py")
     no_settings = variant(folder, "no_settings", "inference.json")
+    search = json.loads((folder / "hub" / "inference.json").read_text())["search"]
+    too_long = variant(folder, "too_long", "inference.json", {"search": search | {"max_length": 999}})
     other = variant(folder, "other", "config.json", {"decoder_layers": 2})
     captioner = variant(folder, "captions", "config.json", {"task": "caption"})
     old = variant(folder, "old", "conversion-report.html")
@@ -111,6 +113,7 @@ def test_the_program_computes_what_the_project_computes(exported: Path, monkeypa
             (hub, "caption", clip, "--device", "abacus"), (captioner, "answer", clip, QUESTION),
             (no_weights, "caption", clip), (no_settings, "caption", clip), (no_code, "caption", clip),
             (other, "caption", clip), (old, "caption", clip), (hub, "caption", clip, "--int8"),
+            (too_long, "caption", clip),
         ],
     )  # fmt: skip
     assert good[0] == f"{clip}: {captions[0].text}\n{picture}: {captions[1].text}\n"
@@ -133,6 +136,7 @@ def test_the_program_computes_what_the_project_computes(exported: Path, monkeypa
         r".*model\.safetensors does not match the model: \d+ missing .*; nothing was loaded\. Check the sizes",
         r"torch [\d.+a-z]+ is too old, expected at least 99: pip install -r .*requirements\.txt",
         r"int8 needs the package torchao \(.*\): pip install torchao",
+        r"generating 999 tokens exceeds max_positions=\d+; lower max_length",
     ], strict=True):  # fmt: skip
         assert re.fullmatch(f"error: {message}\n", error)
 
