@@ -15,6 +15,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping
+from multiprocessing import shared_memory
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from data_pipelines.errors import DataError, DataWorkerError
 from data_pipelines.loader import EvaluationSet, LoadedBatch, Stream
 from data_pipelines.order import BatchSchedule, HostShards, HostSlice
 from data_pipelines.tokenizers import train_wordpiece
-from data_pipelines.workers import _group_size, check_workers, example_bytes, fit_prefetch, prefetch
+from data_pipelines.workers import _group_size, _initialize_worker, check_workers, example_bytes, fit_prefetch, prefetch
 
 from .worlds import encode_media, records, write_tar
 
@@ -161,23 +162,34 @@ def test_a_worker_imports_no_jax_ignores_signals_of_its_group_and_retries_like_i
     assert not has_workers()
 
 
-def test_arrays_are_freed_with_their_batch(config: DataConfig) -> None:
-    before = set(Path("/dev/shm").iterdir())
+def initialize_worker_with_prefix(prefix: str, *args: Any) -> None:
+    """Initialize a worker whose blocks of shared memory have names of their own."""
+    shared_memory._SHM_NAME_PREFIX = f"/{prefix}"  # type: ignore[attr-defined]
+    _initialize_worker(*args)
+
+
+def test_arrays_are_freed_with_their_batch(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    prefix = f"t{os.getpid() % 10**6}_"  # other processes of this machine have blocks too
+    initialize = functools.partial(initialize_worker_with_prefix, prefix)
+    monkeypatch.setattr("data_pipelines.workers._initialize_worker", initialize)
     stream = Stream(with_workers(config, 1, prefetch=2), TOKENIZER, name="s", seed=0)
     with contextlib.closing(stream.batches()) as batches:
         kept = list(itertools.islice(batches, 6))
-        wait_for_blocks(before, 2 + 4)  # kept ready, in progress and being freed
+        wait_for_blocks(prefix, 1, 2 + 4)  # kept ready, in progress and being freed
         assert all(type(row.example.arrays["frames"]) is np.ndarray for batch in kept for row in batch.rows)
-    wait_for_blocks(before, 0)
+    wait_for_blocks(prefix, 0, 0)
 
 
-def wait_for_blocks(before: set[Path], most: int) -> None:
-    """Wait until at most so many new blocks of shared memory are left: on a busy machine they are freed late."""
-    for _ in range(200):
-        if len(set(Path("/dev/shm").glob("psm_*")) - before) <= most:
-            return
+def wait_for_blocks(prefix: str, least: int, most: int) -> None:
+    """Wait for a number of blocks of shared memory: on a busy machine they are made and freed late."""
+
+    def count() -> int:
+        return len(list(Path("/dev/shm").glob(f"{prefix}*")))
+
+    deadline = time.monotonic() + 60
+    while not least <= count() <= most and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert len(set(Path("/dev/shm").glob("psm_*")) - before) <= most
+    assert least <= count() <= most
 
 
 def test_workers_end_with_their_parent(tmp_path: Path, repository: Path) -> None:
