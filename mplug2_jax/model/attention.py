@@ -23,6 +23,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 from mplug2_jax.model import kernels
 from mplug2_jax.model.config import AttentionKernel
 from mplug2_jax.model.fused_attention import MAX_HEAD_WIDTH, MAX_LENGTH, fused_attention
+from mplug2_jax.model.prng import bernoulli
 from mplug2_jax.model.sequence import REPLICATED, AttentionSharding, sequence_attention
 from mplug2_jax.parallel.sharding import activation_spec, num_shards, target_platform
 
@@ -61,9 +62,7 @@ def attention(
     """
     keep_mask = None
     if rng is not None and dropout > 0:  # sampled for the global shape, so that it does not depend on the mesh
-        keep_mask = jax.random.bernoulli(
-            rng, 1.0 - dropout, (query.shape[0], query.shape[2], query.shape[1], key.shape[1])
-        )
+        keep_mask = bernoulli(rng, 1.0 - dropout, (query.shape[0], query.shape[2], query.shape[1], key.shape[1]))
     if kernel == "auto":
         kernel = _choose_kernel(query, key, causal=causal, has_dropout=keep_mask is not None)
     if kernel in ("fused", "splash", "cudnn") and keep_mask is not None:

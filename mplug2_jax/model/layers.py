@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from mplug2_jax.model.attention import attention
 from mplug2_jax.model.config import AttentionKernel, ModelConfig, Remat
+from mplug2_jax.model.prng import bernoulli
 from mplug2_jax.model.sequence import REPLICATED, AttentionSharding
 from mplug2_jax.model.taps import Taps, tap
 from mplug2_jax.parallel.sharding import all_gather_param, params_are_gathered, reduce_scatter_grad, target_platform
@@ -39,7 +40,7 @@ def dropout(x: Float[Array, "..."], rate: float, rng: PRNGKeyArray | None) -> Fl
     """Apply inverted dropout; the identity without a key or with rate 0."""
     if rng is None or rate == 0.0:
         return x
-    keep = jax.random.bernoulli(rng, 1.0 - rate, x.shape)
+    keep = bernoulli(rng, 1.0 - rate, x.shape)
     return jnp.where(keep, x / (1.0 - rate), jnp.zeros((), x.dtype))
 
 

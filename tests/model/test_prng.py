@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mplug2_jax.model import prng
-from mplug2_jax.model.prng import random_key
+from mplug2_jax.model.prng import bernoulli, random_key
 from tests.close import assert_close
 
 SIGMAS = 5.0  # a fair generator fails one of some hundred such checks once in ten thousand runs; keys are fixed
@@ -100,3 +100,36 @@ def test_keys_pass_through_transformations() -> None:
     keys = jax.random.split(random_key(0), 2)
     expected = [sum(np.asarray(jax.random.normal(each, (3,))) for each in jax.random.split(key, 4)) for key in keys]
     assert_close(jax.jit(jax.vmap(total))(keys), np.stack(expected))
+
+
+@pytest.mark.parametrize("transform", ["none", "vmap", "scan", "gradient of remat"])
+def test_masks_are_those_of_jax_under_transformations(transform):
+    keys = jax.random.split(random_key(3), 4)
+    expected = jnp.stack([jax.random.bernoulli(key, 0.7, (5, 3)) for key in keys])
+
+    def mask(key):
+        return bernoulli(key, 0.7, (5, 3))
+
+    def gradient(key):
+        return jax.grad(jax.checkpoint(lambda x: (x * mask(key)).sum()))(jnp.ones((5, 3))) != 0
+
+    drawn = {
+        "none": lambda: jnp.stack([mask(keys[i]) for i in range(4)]),
+        "vmap": lambda: jax.vmap(mask)(keys),
+        "scan": lambda: jax.lax.scan(lambda carry, key: (carry, mask(key)), 0, keys)[1],
+        "gradient of remat": lambda: jnp.stack([gradient(keys[i]) for i in range(4)]),
+    }[transform]
+    assert np.array_equal(jax.jit(drawn)(), expected)
+
+
+def test_a_mask_with_several_readers_is_computed_once_on_cpus_and_costs_other_platforms_nothing(optimized):
+    def readers(key, x):
+        keep = bernoulli(key, 0.7, x.shape)
+        return [(jnp.where(keep, x * i, 0) @ x).sum(0) for i in range(1, 5)]  # matmuls separate the readers
+
+    traced = jax.jit(readers).trace(random_key(3), jnp.ones((64, 64)))
+    compiled = traced.lower().compile().as_text()
+    hashed = compiled.count("u32[64,64]{1,0} xor(")
+    once = jax.jit(lambda key: bernoulli(key, 0.7, (64, 64))).lower(random_key(3)).compile().as_text()
+    assert hashed == once.count("u32[64,64]{1,0} xor(") > 0
+    assert "divide" not in traced.lower(lowering_platforms=("tpu",)).as_text()
