@@ -182,7 +182,8 @@ def _num_updates(opt: optax.OptState) -> Int[Array, ""]:
 class Step:
     """The jitted step (state, batches) -> (state, metrics): the state is donated and keeps its shardings.
 
-    It has a program for each combination of batch sizes, compiled by :meth:`compile` or by the first call.
+    It has a program for each combination of batch sizes, compiled by :meth:`compile`, also before the first call: with
+    the same options, so that a replay computes the same bits and finds the program of the run in the compilation cache.
     """
 
     def __init__(self, jitted: Any, mesh: Mesh) -> None:
@@ -217,8 +218,10 @@ class Step:
 
     def __call__(self, state: TrainState, batches: StreamBatches) -> tuple[TrainState, Metrics]:
         """Run a step; the old state is deleted."""
+        if not self.is_compiled(batches):
+            self.compile(self.trace(state, batches), batches)
         with jax.set_mesh(self._mesh):
-            return self._programs.get(batch_sizes(batches), self._jitted)(state, batches)
+            return self._programs[batch_sizes(batches)](state, batches)
 
 
 def jit_train_step(spec: RunSpec) -> Any:

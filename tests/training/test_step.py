@@ -164,8 +164,10 @@ def test_the_step_compiles_once_and_donates_the_state(tokenizer: Tokenizer) -> N
     )
     try:
         old_state = state
-        state, _ = step(state, next(batches)[0])
+        batch = next(batches)[0]
+        state, _ = step(state, batch)
         assert len(compiled) >= 1
+        assert step.is_compiled(batch)  # with the options, so the bits, of the run's program
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old_state["params"]))
         compiled.clear()
         for _ in range(2):
