@@ -14,13 +14,14 @@ Steps = Annotated[int, "steps"]  # of the run; may be given as a duration: "5%",
 
 Kind = Literal["image", "video", "text"]
 Format = Literal[
-    "annotations", "array_record", "coco_captions", "digitworld", "files", "glue", "image_folder", "karpathy",
-    "kinetics", "ssv2", "tfds", "vqa_v2", "webdataset",
+    "annotations", "array_record", "captioned_folder", "coco_captions", "digitworld", "files", "glue", "image_folder",
+    "karpathy", "kinetics", "ssv2", "tfds", "vqa_v2", "webdataset",
 ]  # fmt: skip
 Color = tuple[int, int, int]  # red, green, blue, 0 to 255
 Transform = Literal["test", "resize", "train", "released_test", "released_train", "released_pretrain"]
 InstructionKind = Literal["caption", "question", "label", "box", "entailment"]
 
+ALL_RECORDS = (0.0, 1.0)
 WHITE: Color = (255, 255, 255)
 RELEASE_PROMPT = "a video of"
 MAX_MAGNITUDE = 10  # of an operation of RandAugment
@@ -32,6 +33,9 @@ class SourceConfig:
     """A source of records: the format, its path, and which part of it to read.
 
     A field that the format does not read must keep its default.
+
+    ``hash_range=(0.05, 1.0)`` trains on 95% of the records, of which ``(0.0, 0.05)`` are held out. The hash depends on
+    nothing but the ``visual_id``, else the key, so that new files move no old ones.
     """
 
     OLD_NAMES: ClassVar[Mapping[str, str]] = {"each": "expand", "size": "max_records"}
@@ -44,13 +48,27 @@ class SourceConfig:
     split: str = ""  # DigitWorld: "train" (default) or "heldout"; files: the name that they use
     seed: int = 0  # DigitWorld: its random seed
     label: str = ""  # DigitWorld: the attribute to label; empty: the digit in an image, the motion in a video
+    hash_range: tuple[float, float] = ALL_RECORDS  # read records whose key's hash, 0 to 1, is in [a, b), in its order
     max_records: int | None = None  # read only the first max_records; None: all (DigitWorld: 100,000)
     expand: Literal["record", "text"] = "record"  # "text": one record per caption or text; reads all records on opening
     weight: float = 1.0  # weight in the mixture of sources; mixture_stages may change it
 
+    def __post_init__(self) -> None:
+        """Check the range.
+
+        Raises:
+            DataError: it is not within 0 and 1, or empty.
+        """
+        if not 0 <= self.hash_range[0] < self.hash_range[1] <= 1:
+            raise DataError(f"hash_range is {self.hash_range}, expected two rising numbers from 0 to 1, as (0.05, 1.0)")
+
     def identity(self) -> dict[str, Any]:
-        """Return what determines the records: all fields but where the index is."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if name != "index"}
+        """Return what determines the records: all fields but where the index is.
+
+        Folders that older versions wrote have no ``hash_range``.
+        """
+        unused = {"index", *(["hash_range"] if self.hash_range == ALL_RECORDS else [])}
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in unused}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

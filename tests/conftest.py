@@ -90,7 +90,11 @@ def _train_tokenizers_once() -> Iterator[None]:
         def trained(source: Callable[[], Any], vocab_size: int) -> Any:  # tests may replace the source
             return train(workdir.tokenizer_training_texts(), vocab_size)
 
-        return lambda texts, vocab_size: trained(workdir.vocabulary_texts, vocab_size)
+        def train_or_reuse(texts: Iterator[str], vocab_size: int) -> Any:
+            is_default = getattr(texts, "__name__", "") == workdir.tokenizer_training_texts.__name__
+            return trained(workdir.vocabulary_texts, vocab_size) if is_default else train(texts, vocab_size)
+
+        return train_or_reuse
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(workdir, "train_wordpiece", once(workdir.train_wordpiece))

@@ -11,12 +11,12 @@ from typing import Any
 from data_pipelines.config import SourceConfig
 from data_pipelines.errors import DataError
 from data_pipelines.sources.file_source import kind_from_name
-from data_pipelines.sources.files import find_files, is_hidden, read_bytes
+from data_pipelines.sources.files import find_files, is_hidden, media_kind, read_bytes
 from data_pipelines.storage.file_system import file_system
 
 MAX_FILES, MAX_BYTES = 16, 2**20
 """Number of files to read, evenly spaced, and bytes of each."""
-_FOLDERS = {"files", "image_folder", "tfds"}
+_FOLDERS = {"captioned_folder", "files", "image_folder", "tfds"}
 """Formats whose records are all the files below a folder."""
 _SUFFIXES = {"array_record": (".array_record",), "webdataset": (".tar",)}
 _TABLES = (".csv", ".json", ".jsonl", ".tsv", ".txt")
@@ -71,6 +71,8 @@ def _is_read(name: str, config: SourceConfig) -> bool:
     """Return whether the format reads a file of a folder, by its name."""
     if is_hidden(name):
         return False
+    if config.format == "captioned_folder":
+        return media_kind(name) is not None or name.lower().endswith(_TABLES)
     if config.format in _FOLDERS:
         return config.format == "tfds" or kind_from_name(name) == config.kind
     return name.lower().endswith(_SUFFIXES.get(config.format, _TABLES))

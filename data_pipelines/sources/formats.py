@@ -5,7 +5,7 @@ import difflib
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
-from data_pipelines.config import Format, SourceConfig, VisualConfig
+from data_pipelines.config import ALL_RECORDS, Format, SourceConfig, VisualConfig
 from data_pipelines.digitworld.source import DigitWorld
 from data_pipelines.errors import DataError
 from data_pipelines.record import Record, Source, check_index
@@ -14,6 +14,8 @@ from data_pipelines.sources.annotations.source import AnnotationFormat, Annotati
 from data_pipelines.sources.array_record import ArrayRecordSource
 from data_pipelines.sources.expand import OneTextPerRecord
 from data_pipelines.sources.file_source import FileSource
+from data_pipelines.sources.folder import FolderSource
+from data_pipelines.sources.hash_range import HashRange
 from data_pipelines.sources.tfds import TfdsSource
 from data_pipelines.sources.webdataset import WebDatasetSource
 
@@ -34,8 +36,11 @@ def open_source(config: SourceConfig, visual: VisualConfig) -> Source:
     if "path" in spec.fields and not config.path:
         raise DataError(f"source.path is empty; format '{config.format}' needs the path of its files")
     source = spec.open(config, visual) if config.max_records != 0 else ()
+    if config.hash_range != ALL_RECORDS and len(source):
+        source = HashRange(source, *config.hash_range)
     if not len(source):
-        setting = "source.max_records=0" if config.max_records == 0 else f"no record in {config.path}"
+        part = "" if config.hash_range == ALL_RECORDS else f" with a hash of its key in {list(config.hash_range)}"
+        setting = "source.max_records=0" if config.max_records == 0 else f"no record{part} in {config.path}"
         raise DataError(
             f"the source {config.format} ({config.kind}{config.split and f', {config.split}'}) is empty: {setting}, "
             "expected at least 1"
@@ -104,6 +109,7 @@ _PATH = frozenset({"path"})
 FORMATS: Mapping[Format, FormatSpec] = {
     "annotations": _annotations(fields.FORMAT),
     "array_record": FormatSpec(lambda config, visual: ArrayRecordSource(config.path), _PATH),
+    "captioned_folder": FormatSpec(lambda config, visual: FolderSource(config.path, config.kind), _PATH),
     "coco_captions": _annotations(public_formats.COCO),
     "digitworld": FormatSpec(_digitworld, frozenset({"split", "seed", "label"})),
     "files": FormatSpec(lambda config, visual: FileSource(config.path, config.kind), _PATH),

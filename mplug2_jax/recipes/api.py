@@ -20,6 +20,7 @@ from mplug2_jax.recipes.base import (
 from mplug2_jax.recipes.captioning import caption_recipe
 from mplug2_jax.recipes.classification import classification_recipe, tfds_classification_recipe
 from mplug2_jax.recipes.corpora import corpus_sources
+from mplug2_jax.recipes.folder import split_folder
 from mplug2_jax.recipes.glue import glue_recipe
 from mplug2_jax.recipes.grounding import grounding_recipe
 from mplug2_jax.recipes.question_answering import vqa_recipe
@@ -49,5 +50,5 @@ __all__ = [
     "UserError", "VisualConfig", "VlcConfig", "VlmConfig", "as_recipe", "build", "caption_recipe", "check_size",
     "classification_recipe", "corpus_sources", "data_folder", "did_you_mean", "file_source", "glue_recipe",
     "grounding_recipe", "load_recipe", "model_config", "parse_variant", "read_class_names", "released_recipe",
-    "retrieval_recipe", "summarization_recipe", "tfds_classification_recipe", "vqa_recipe",
+    "retrieval_recipe", "split_folder", "summarization_recipe", "tfds_classification_recipe", "vqa_recipe",
 ]  # fmt: skip

@@ -5,7 +5,7 @@ import ipaddress
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
-from data_pipelines.config import DataConfig
+from data_pipelines.config import DataConfig, SourceConfig
 from mplug2_jax.errors import UserError, check_range, did_you_mean
 from mplug2_jax.evaluation.config import EvaluationConfig
 from mplug2_jax.fields import Free, Neutral, Steps
@@ -24,11 +24,12 @@ Dtype = Literal["float32", "bfloat16"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
-    """A tokenizer file, or a tokenizer that the run trains on DigitWorld's texts and stores in its work directory."""
+    """A tokenizer file, or a tokenizer that the run trains on texts and stores in its work directory."""
 
     path: Free[str] = ""  # a vocab.txt or a SentencePiece model; empty: train one
     kind: Literal["wordpiece", "sentencepiece"] = "wordpiece"  # of a trained tokenizer
     vocab_size: int = 512  # at most, of a trained tokenizer
+    source: SourceConfig | None = None  # of the texts to train on, of kind "text"; None: DigitWorld's
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -241,8 +242,8 @@ class RunConfig:
     freeze: tuple[str, ...] = ()  # parts of the model that are not trained; empty: none
     use_universal_layers: bool = True  # False: an ablation without the layers that text and vision share
     lora: LoraConfig = LoraConfig()  # parts that train low-rank adapters in place of their kernels (lora.py)
-    tokenizer: TokenizerConfig = TokenizerConfig()
     streams: Mapping[str, StreamConfig]
+    tokenizer: TokenizerConfig = TokenizerConfig()
     tasks: TaskSettings = TaskSettings()
     mesh: Neutral[MeshConfig] = MeshConfig()
     param_dtype: Dtype = "float32"  # of stored parameters and their gradients; a teacher stays float32

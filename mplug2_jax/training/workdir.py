@@ -1,5 +1,6 @@
 """A run's work directory: its config, tokenizer, checkpoints, metrics and evaluations."""
 
+import contextlib
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -7,7 +8,9 @@ from pathlib import Path
 
 from absl import logging
 
+from data_pipelines.config import SourceConfig, VisualConfig
 from data_pipelines.digitworld.source import vocabulary_texts
+from data_pipelines.errors import DataError
 from data_pipelines.storage.file_system import write_atomically
 from data_pipelines.storage.object_log import flush_logs
 from data_pipelines.storage.paths import RemotePath, to_path
@@ -143,7 +146,7 @@ class WorkDir:
     def load_tokenizer(self, config: RunConfig) -> Tokenizer:
         """Return the run's tokenizer: the one stored here or, for a new run, the one that the config asks for.
 
-        That is the file that it names, or that of the run whose word tables it loads, or one trained on DigitWorld.
+        That is the file that it names, or that of the run whose word tables it loads, or one that is trained.
 
         Raises:
             UserError: it has more tokens than the model's tables have rows.
@@ -185,17 +188,40 @@ def _inherited_tokenizer(config: RunConfig) -> Path | None:
 
 
 def load_or_train_tokenizer(config: TokenizerConfig) -> Tokenizer:
-    """Load or train the tokenizer that a config names. Raises DataError for a missing or damaged file."""
+    """Load or train the tokenizer that a config names.
+
+    Raises:
+        DataError: a missing or damaged file, or a source that cannot be opened.
+        UserError: a source without texts.
+    """
     if config.path:
         return load_tokenizer(to_path(config.path))
     train = train_wordpiece if config.kind == "wordpiece" else train_sentencepiece
-    return train(tokenizer_training_texts(), config.vocab_size)
+    return train(_texts_of(config.source) if config.source else tokenizer_training_texts(), config.vocab_size)
 
 
 def tokenizer_training_texts() -> Iterator[str]:
-    """Yield the texts that a tokenizer is trained on: DigitWorld's, and the numbers of boxes."""
+    """Yield the texts that a tokenizer is trained on by default: DigitWorld's, and the numbers of boxes."""
     yield from vocabulary_texts()
     yield from (str(number) for number in range(32) for _ in range(100))
+
+
+def _texts_of(source: SourceConfig) -> Iterator[str]:
+    """Yield the texts of a source's usable records; training reports the others."""
+    from data_pipelines.sources.formats import open_source  # imports every format's library
+
+    records, num_texts = open_source(source, VisualConfig()), 0
+    for index in range(len(records)):
+        with contextlib.suppress(DataError):
+            record = records[index]
+            for text in record.texts or record.captions:
+                num_texts += 1
+                yield text
+    if not num_texts:
+        raise UserError(
+            f"config.tokenizer.source: none of the {len(records):,} records of {source.path} has a text; check them "
+            "with mplug2 data validate"
+        )
 
 
 def check_vocabulary(tokenizer: Tokenizer, model: ModelConfig) -> None:

@@ -35,6 +35,14 @@ _SHAPE_ERRORS = (AttributeError, KeyError, IndexError, TypeError, ValueError, Re
 """Raised for JSON of an unexpected structure."""
 
 
+def read_rows(format: AnnotationFormat, files: Sequence[str], split: str) -> list[Row]:
+    """Return the rows of annotation files. Raises DataError for files that are not of the format."""
+    try:
+        return list(format.read(files, split))
+    except _SHAPE_ERRORS as error:
+        raise DataError(f"{files[0]} is not of this format ({type(error).__name__}: {error})") from error
+
+
 class AnnotationSource:
     """The records of annotation files.
 
@@ -51,10 +59,7 @@ class AnnotationSource:
 
     def __init__(self, format: AnnotationFormat, path: str, media: str, split: str, kind: Kind) -> None:
         files = [file.path for file in find_files(path, *format.suffixes)]
-        try:
-            self._rows = list(format.read(files, split))
-        except _SHAPE_ERRORS as error:
-            raise DataError(f"{path} is not of this format ({type(error).__name__}: {error})") from error
+        self._rows = read_rows(format, files, split)
         self._context = MediaContext(media.rstrip("/") or files[0].rpartition("/")[0] or ".", kind)
         self._to_record = format.to_record
 

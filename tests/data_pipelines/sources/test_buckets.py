@@ -35,6 +35,8 @@ CASES: dict[str, tuple[Format, Kind, dict[str, Any]]] = {
     "ssv2.json": ("ssv2", "video", {"media": "clips"}),
     "classes": ("image_folder", "image", {}),
     "images": ("files", "image", {}),
+    "captioned": ("captioned_folder", "image", {}),
+    "with_table": ("captioned_folder", "video", {}),
     "dev.tsv": ("glue", "text", {}),
     "tars/{0..1}.tar": ("webdataset", "image", {}),
     "a.array_record": ("array_record", "image", {}),
@@ -53,8 +55,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         data = content if isinstance(content, bytes | str) else json.dumps(content)
         (folder / name).write_bytes(data if isinstance(data, bytes) else data.encode())
 
-    for name in ("images/1.png", "images/000000000009.jpg", "classes/cat/1.png", "classes/dog/2.png"):
+    for name in (
+        "images/1.png",
+        "images/000000000009.jpg",
+        "classes/cat/1.png",
+        "classes/dog/2.png",
+        "captioned/1.png",
+        "captioned/2.png",
+    ):
         write(name, image)
+    write("captioned/1.txt", "one")
+    write("captioned/2.json", {"caption": "two"})
+    write("with_table/clips/1.mp4", clip)
+    write("with_table/captions.csv", "video,caption\nclips/1.mp4,one\n")
     for name in ("clips/1.mp4", "clips/abc_000003_000013.mkv", "clips/78.webm"):
         write(name, clip)
     write("captions.csv", "image,caption\n1.png,one\n")

@@ -40,12 +40,18 @@ def classes(folder: Path) -> Path:
     return folder
 
 
+def annotations_of_classes(folder: Path) -> Path:
+    (classes(folder) / "captions.csv").write_text("image,caption\ncat/1.jpg,a cat\n")
+    return folder
+
+
 CASES: dict[str, tuple[str, str, Callable[[Path], Path], str]] = {
     "a file": ("annotations", "text", annotations, "a.jsonl"),
     "annotation files": ("annotations", "text", several, "b.jsonl"),
     "tars": ("webdataset", "image", tars, "1.tar"),
     "classes": ("image_folder", "image", classes, "dog/1.jpg"),
     "loose files": ("files", "image", classes, "cat/2.jpg"),
+    "captions": ("captioned_folder", "image", annotations_of_classes, "captions.csv"),
 }
 
 
@@ -58,7 +64,8 @@ def test_the_fingerprint_covers_the_files_that_are_read_only(case: str, tmp_path
         return fingerprint(SourceConfig(format=format, kind=kind, path=str(at)))
 
     before = current()
-    assert before["files"] == {"a file": 1, "annotation files": 2, "tars": 2, "classes": 3, "loose files": 3}[case]
+    counts = {"a file": 1, "annotation files": 2, "tars": 2, "classes": 3, "loose files": 3, "captions": 4}
+    assert before["files"] == counts[case]
     # Another place and other times are the same data; so are what readers and systems leave beside it.
     moved = shutil.copytree(tmp_path / "data", tmp_path / "moved" / "data")
     for file in moved.rglob("*.*"):
