@@ -8,6 +8,8 @@ Three streams per step, as in pretraining: images with captions, videos with cap
 tokenizer is trained on the captions; to use BERT's set ``tokenizer.path`` and ``model.vocab_size=30522``.
 """
 
+import dataclasses
+
 from mplug2_jax.recipes.api import (
     CheckpointConfig,
     DataConfig,
@@ -63,11 +65,9 @@ def get_config(arg: str = "") -> RunConfig:
 
     # Data
     caption = InstructionConfig(templates=("describe it", "what do we see?"))
-    captions = ExampleConfig(instructions={"caption": caption}, instruction_length=8, target_length=TEXT_LENGTH)
     pairs = ExampleConfig(text_length=TEXT_LENGTH)
-    both = ExampleConfig(
-        text_length=TEXT_LENGTH, instructions={"caption": caption}, instruction_length=8, target_length=TEXT_LENGTH
-    )
+    captions = ExampleConfig(instructions={"caption": caption}, instruction_length=8, target_length=TEXT_LENGTH)
+    both = dataclasses.replace(captions, text_length=TEXT_LENGTH)
     sentences = ExampleConfig(text="sentence", text_length=TEXT_LENGTH, word_starts=True)
     num_frames = 4 if tiny else 16
     train_visual = VisualConfig(
@@ -77,7 +77,7 @@ def get_config(arg: str = "") -> RunConfig:
 
     def batch_size(kind: Kind) -> int:
         num_records = split.num_train.get(kind) or sum(split.num_train.values())
-        return min(BATCH_SIZES[size][kind], 1 << (num_records // 2).bit_length() - 1)
+        return min(BATCH_SIZES[size][kind], max(8, 1 << (num_records // 2).bit_length() - 1))
 
     def stream(kind: Kind, examples: ExampleConfig, **objectives: float) -> StreamConfig:
         data = DataConfig(

@@ -18,7 +18,6 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_t
 from ml_collections import ConfigDict
 
 from data_pipelines.errors import DataError, StorageUnavailableError
-from data_pipelines.storage.retry import is_url
 from mplug2_jax.errors import UserError, did_you_mean
 from mplug2_jax.fields import STEPS
 from mplug2_jax.renames import current_name, with_current_names
@@ -127,9 +126,9 @@ def load_recipe(spec: str, overrides: Sequence[str] = ()) -> ConfigDict:
     Raises:
         UserError: no such recipe, an error inside it, or an override that does not fit.
     """
-    if is_url(spec):
-        raise UserError(f"recipe {spec} is a URL, and recipes are programs, which are read from this machine: copy it")
     name, _, arg = spec.partition(":")
+    if arg.startswith("//"):  # not an argument that is a URL
+        raise UserError(f"recipe {spec} is a URL, and recipes are programs, which are read from this machine: copy it")
     path = find_recipe(name)
     try:
         get_config = runpy.run_path(str(path)).get("get_config")

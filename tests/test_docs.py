@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import socket
+import string
 import subprocess
 import sys
 import time
@@ -175,22 +176,14 @@ def test_data(repository: Path, world: Path) -> None:
 @pytest.fixture
 def ours(here: Path) -> Path:
     """Write the folder of docs/own-data.md."""
-    images, videos = records("image", 16), records("video", 12)
-    rows = [f'{i}.png,"{record.captions[0]}"' for i, record in enumerate(images)]
-    write_file("ours/captions.csv", "\n".join(["image,caption", *rows]))
-    for i, record in enumerate(images):
-        write_file(f"ours/pictures/{i}.png", encode_media(record))
-    rows = []
-    for name, record in zip("abcdefghijkl", videos, strict=True):
-        write_file(f"ours/clips/{name}.mp4", encode_media(record))
-        question = record.questions[0]
-        rows.append({
-            "video": f"{name}.mp4", "caption": record.captions[0], "question": question.question,
-            "answer": question.answer,
-        })  # fmt: skip
-    write_file("ours/clips.jsonl", tuple(rows[:8]))
-    write_file("ours/heldout.jsonl", tuple(rows[8:]))
-    for name in "abcdefghijklmnop":
+    rows = ["file_name,caption"]
+    names = {"image": "ours/pictures/{}.png", "video": "ours/clips/{}.mp4"}
+    for kind, name in names.items():
+        for letter, record in zip(string.ascii_lowercase[:20], records(kind, 20), strict=True):
+            write_file(name.format(letter), encode_media(record))
+            rows.append(f'{name.format(letter).removeprefix("ours/")},"{record.captions[0]}"')
+    write_file("ours/captions.csv", "\n".join(rows))
+    for name in "ab":
         write_file(f"ours/texts/{name}.txt", "a red four moves left quickly\n" * 3)
     return here
 
@@ -198,17 +191,22 @@ def ours(here: Path) -> Path:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_own_data(repository: Path, ours: Path) -> None:
-    """Use one layer per module."""
+    """Train two steps, with one layer per module."""
     page = (repository / "docs" / "own-data.md").read_text()
     recipe = re.search(r"```python\n(.*?)```", page, flags=re.DOTALL)
     assert recipe
     write_file("ours.py", recipe[1])
     outputs = {}
     for args in commands(page):
-        outputs[" ".join(args[:2])] = run([*args, *ONE_LAYER] if args[0] == "train" else args)
-    assert "OK: all 44 records are usable" in outputs["data validate"]
-    assert json.loads(Path("runs/ours/evaluations/2/captions.json").read_text())["num_examples"] == 4
-    assert re.search(r"PyTorch: 0 of \d+ taps differ", outputs["convert export"])
+        few = ["--config.steps=2", *ONE_LAYER] if args[0] == "train" else []
+        outputs[" ".join([*args[:2], args[-1]])] = run([*args, *few])
+    assert "OK: all 80 records are usable" in outputs["data validate folder:ours"]
+    assert "OK: all 74 records are usable" in outputs["data validate ours.py:tiny"]
+    for name in ("image_retrieval", "video_retrieval", "image_captions", "video_captions"):
+        num_heldout = {"image": 9, "video": 8}[name.partition("_")[0]]
+        assert json.loads(Path(f"runs/ours/evaluations/2/{name}.json").read_text())["num_examples"] == num_heldout
+    assert Path("runs/ours/report.html").is_file()
+    assert re.search(r"PyTorch: 0 of \d+ taps differ", outputs["convert export --verify"])
     assert Path("exports/ours/model.safetensors").is_file()
 
 

@@ -1,15 +1,17 @@
 """The recipe of a folder: its streams, its split, and the errors of folders that it cannot use."""
 
 import math
-import shutil
 from pathlib import Path
 
 import pytest
 
+from data_pipelines.storage.paths import to_path, upload_folder
+from data_pipelines.tokenizers import fingerprint
 from mplug2_jax.config import as_recipe, build, load_recipe
 from mplug2_jax.errors import UserError
 from mplug2_jax.recipes.folder import MIN_HELDOUT, MIN_RECORDS, split_folder
 from mplug2_jax.training.config import RunConfig
+from mplug2_jax.training.config_changes import find_changes
 from mplug2_jax.training.workdir import load_or_train_tokenizer
 
 WORDS = ("amber", "brass", "coral", "denim", "ebony")
@@ -60,7 +62,7 @@ def test_batches_and_steps_fit_the_folder(tmp_path: Path) -> None:
     run = run_of(make_folder(tmp_path / "a", images=20))
     num_train = split_folder(str(tmp_path / "a")).num_train["image"]
     batch_size = run.streams["image_text"].data.batch_size
-    assert 4 <= batch_size <= num_train // 2
+    assert batch_size == run.tasks.vlm.group_size
     assert run.steps == math.ceil(20 * num_train / batch_size)
     shorter = load_recipe(f"folder:{tmp_path / 'a'}", ["--config.steps=3"])
     assert build(RunConfig, shorter).steps == 3
@@ -79,13 +81,16 @@ def test_a_tokenizer_is_trained_on_the_captions(tmp_path: Path) -> None:
     assert tokenizer.decode(tokenizer.encode("mauve", 8)) != "mauve"
 
 
-def test_a_folder_that_moves_is_the_same_run(tmp_path: Path) -> None:
-    before = run_of(make_folder(tmp_path / "a", images=40))
-    shutil.move(tmp_path / "a", tmp_path / "b")
-    after = run_of(str(tmp_path / "b"))
-    assert after != before
-    assert load_or_train_tokenizer(after.tokenizer).vocab_size > 20
-    assert {s.data.batch_size for s in after.streams.values()} == {s.data.batch_size for s in before.streams.values()}
+def test_a_folder_in_a_bucket_is_the_same_run(tmp_path: Path, bucket: str) -> None:
+    local = run_of(make_folder(tmp_path / "a", images=20, videos=20))
+    upload_folder(str(tmp_path / "a"), to_path(f"{bucket}/a"))
+    remote = run_of(f"{bucket}/a,tiny")
+    assert remote.tokenizer.source
+    assert remote.tokenizer.source.path == f"{bucket}/a"
+    assert find_changes(local, remote)
+    assert {change.kind for change in find_changes(local, remote)} == {"free"}
+    texts = (load_or_train_tokenizer(run.tokenizer) for run in (local, remote))
+    assert len({fingerprint(tokenizer) for tokenizer in texts}) == 1
 
 
 @pytest.mark.parametrize(
