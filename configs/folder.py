@@ -82,7 +82,7 @@ def get_config(arg: str = "") -> RunConfig:
     def stream(kind: Kind, examples: ExampleConfig, **objectives: float) -> StreamConfig:
         data = DataConfig(
             sources={"folder": split.train(kind)}, visual=train_visual, examples=examples, batch_size=batch_size(kind),
-            num_workers=0 if tiny else 4,
+            num_workers=0 if tiny else 4, max_bad_fraction=0.05,
         )  # fmt: skip
         return StreamConfig(data=data, objectives=objectives)
 

@@ -81,6 +81,14 @@ def test_a_tokenizer_is_trained_on_the_captions(tmp_path: Path) -> None:
     assert tokenizer.decode(tokenizer.encode("mauve", 8)) != "mauve"
 
 
+def test_a_tokenizer_needs_a_caption(tmp_path: Path) -> None:
+    folder = Path(make_folder(tmp_path / "a", images=16))
+    for image in folder.glob("*.jpg"):
+        image.with_suffix(".txt").touch()
+    with pytest.raises(UserError, match=r"config\.tokenizer\.source: none of the \d+ records of .* has a text"):
+        load_or_train_tokenizer(run_of(str(folder)).tokenizer)
+
+
 def test_a_folder_in_a_bucket_is_the_same_run(tmp_path: Path, bucket: str) -> None:
     local = run_of(make_folder(tmp_path / "a", images=20, videos=20))
     upload_folder(str(tmp_path / "a"), to_path(f"{bucket}/a"))

@@ -352,8 +352,8 @@ def test_any_json_gives_records_or_a_data_error(content: Any, form: Any, as_line
 
 def test_every_format_that_reads_files_has_a_test() -> None:
     tested_elsewhere: Mapping[str, str] = {
-        "array_record": "test_array_record", "files": "test_file_source", "webdataset": "test_webdataset",
-        "tfds": "test_tfds",
+        "array_record": "test_array_record", "captioned_folder": "test_folder", "files": "test_file_source",
+        "webdataset": "test_webdataset", "tfds": "test_tfds",
     }  # fmt: skip
     here = Path(__file__).read_text()
     for format in set(FORMATS) - {"digitworld"}:

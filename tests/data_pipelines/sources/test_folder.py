@@ -1,10 +1,15 @@
 """A folder of images and videos, and where their captions come from."""
 
+import contextlib
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from data_pipelines.config import Kind, SourceConfig, VisualConfig
 from data_pipelines.errors import DataError
@@ -119,8 +124,30 @@ def test_an_unusable_caption_fails_one_record(
     assert sentence in str(caught.value)
 
 
-@pytest.mark.parametrize(("name", "fails"), [("a.txt", "record"), ("captions.csv", "folder")])
-def test_captions_are_not_read_from_outside(name: str, fails: str, tmp_path: Path) -> None:
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from(["a.jpg", "one"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["image", "caption", "captions", "text", "video", "raw"]), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+@given(content=VALUES, name=st.sampled_from(["a.json", "captions.json", "captions.jsonl"]))
+def test_any_json_gives_captions_or_a_data_error(
+    content: Any, name: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = write(tmp_path_factory.mktemp("any"), {"a.jpg": "", name: json.dumps(content)})
+    with contextlib.suppress(DataError):
+        source = open_folder(folder)
+        for index in range(len(source)):
+            with contextlib.suppress(DataError):
+                assert source[index].captions
+
+
+@pytest.mark.parametrize("name", ["a.txt", "captions.csv"])
+def test_captions_are_not_read_from_outside(name: str, tmp_path: Path) -> None:
     secret = tmp_path / "secret"
     secret.write_text("image,caption\na.jpg,password\n")
     folder = write(tmp_path / "folder", {"a.jpg": ""})
