@@ -108,9 +108,9 @@ def test_a_folder_in_a_bucket_is_the_same_run(tmp_path: Path, bucket: str) -> No
         ("{few}", f"few has 5 images with captions, expected at least {MIN_RECORDS} of a kind; add some"),
         ("{some},tny", "did you mean 'tiny'?"),
         ("{some},tiny,most", "'most' should be the fraction to hold out, as 0.05"),
-        ("{some},tiny,0.01", f"1% would hold out 1 of 30 images, expected at least {MIN_HELDOUT}"),
+        ("{some},tiny,0.01", f"the fraction 0.01 holds out 1 of 30 images, expected at least {MIN_HELDOUT}"),
         ("{some},tiny,nan", f"expected at least {MIN_HELDOUT}"),
-        ("{some},tiny,1", f"100% would hold out 30 of 30 images, expected at least {MIN_HELDOUT}"),
+        ("{some},tiny,1", f"the fraction 1 holds out 30 of 30 images, expected at least {MIN_HELDOUT}"),
         ("{some},tiny,0.2,x", "takes a folder, a size and a fraction"),
     ],
 )
