@@ -66,6 +66,6 @@ def split_folder(path: str, fraction: float | None = None) -> FolderSplit:
             return FolderSplit(path, heldout, {kind: totals[kind] - num_heldout[kind] for kind in used})
     found = " and ".join(f"{count:,} of {totals[kind]:,} {kind}s" for kind, count in num_heldout.items())
     raise UserError(
-        f"{path}: the fraction {heldout:g} holds out {found}, expected at least {MIN_HELDOUT} and as many to train on; add "
-        "files, or give another fraction, as folder:PATH,tiny,0.5"
+        f"{path}: the fraction {heldout:g} holds out {found}, expected at least {MIN_HELDOUT} and as many to train on; "
+        "add files, or give another fraction, as folder:PATH,tiny,0.5"
     )
