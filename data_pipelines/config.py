@@ -63,12 +63,13 @@ class SourceConfig:
             raise DataError(f"hash_range is {self.hash_range}, expected two rising numbers from 0 to 1, as (0.05, 1.0)")
 
     def identity(self) -> dict[str, Any]:
-        """Return what determines the records: all fields but where the index is.
+        """Return what determines the records, as JSON values: all fields but where the index is.
 
-        Folders that older versions wrote have no ``hash_range``.
+        The range of all records is left out, as it is in files of older versions.
         """
-        unused = {"index", *(["hash_range"] if self.hash_range == ALL_RECORDS else [])}
-        return {name: value for name, value in dataclasses.asdict(self).items() if name not in unused}
+        fields = dataclasses.asdict(self)
+        del fields["index"], fields["hash_range"]
+        return fields if self.hash_range == ALL_RECORDS else fields | {"hash_range": list(self.hash_range)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

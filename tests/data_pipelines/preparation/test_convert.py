@@ -1,6 +1,5 @@
 """Conversion to ArrayRecord: all records are written, complete shards kept, damaged ones rewritten."""
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from data_pipelines.record import Record
 from data_pipelines.sources.array_record import ArrayRecordSource
 from data_pipelines.visual import load_visual
 
-SETTINGS = dataclasses.asdict(SourceConfig())
+SETTINGS = SourceConfig().identity()
 
 
 class FaultySource:

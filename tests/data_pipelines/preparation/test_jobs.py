@@ -1,6 +1,5 @@
 """Work shared by workers: files do not depend on their number, and a folder belongs to one job."""
 
-import dataclasses
 import itertools
 import json
 import os
@@ -34,7 +33,7 @@ from data_pipelines.sources.files import read_lines
 from data_pipelines.tokenizers import train_wordpiece
 
 TOKENIZER = train_wordpiece(vocabulary_texts(60), 160)
-SETTINGS = dataclasses.asdict(SourceConfig())
+SETTINGS = SourceConfig().identity()
 COUNTS = (1, 2, 3, 8, 32)
 
 

@@ -99,4 +99,4 @@ def test_a_range_is_within_0_and_1(part: tuple[float, float]) -> None:
 
 def test_the_identity_of_a_whole_source_is_that_of_older_versions() -> None:
     assert "hash_range" not in SourceConfig().identity()
-    assert SourceConfig(hash_range=(0.0, 0.5)).identity()["hash_range"] == (0.0, 0.5)
+    assert SourceConfig(hash_range=(0.0, 0.5)).identity()["hash_range"] == [0.0, 0.5]
