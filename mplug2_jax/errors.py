@@ -12,6 +12,8 @@ UNAVAILABLE = 69
 """Exit status (EX_UNAVAILABLE): storage did not answer for too long; restart to continue."""
 STALLED = 79
 """Exit status: the watchdog ended a stalled run; restart to continue."""
+OUTPUT_CLOSED = 141
+"""Exit status (128 + SIGPIPE): who reads the output has gone."""
 
 
 class UserError(Exception):

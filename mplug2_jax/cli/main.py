@@ -1,7 +1,10 @@
 """``mplug2``: the commands, their help, and errors as one-line messages."""
 
 import argparse
+import errno
 import gc
+import os
+import select
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -31,7 +34,7 @@ from mplug2_jax.cli import (
 )
 from mplug2_jax.cli.parsing import SuggestingParser, add_verbosity, parse_words
 from mplug2_jax.console import configure_logging
-from mplug2_jax.errors import PREEMPTED, UNAVAILABLE, USER_ERROR, Preempted, UserError
+from mplug2_jax.errors import OUTPUT_CLOSED, PREEMPTED, UNAVAILABLE, USER_ERROR, Preempted, UserError
 
 # Each module adds one parser and sets its ``run``; a command imports heavy packages when it runs, to keep --help fast.
 COMMANDS = {
@@ -105,13 +108,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0 success, 1 a check failed, 2 an error that the user can fix, 69 storage did not answer or a
         data worker was killed, 75 preempted (after both, run the same command again), 130 interrupted.
+
+    Raises:
+        BrokenPipeError: the reader of the output has gone; see :func:`program`.
     """
     try:
         args = parse(argv)
         configure_logging(args.verbosity)
         run: Callable[[argparse.Namespace], int] = args.run
         with closing_logs():
-            return run(args)
+            status = run(args)
+        sys.stdout.flush()  # here, where its errors are caught
+        return status
     except (UserError, DataError) as error:
         return _exit_with(USER_ERROR, f"error: {' '.join(str(error).split())}")
     except (StorageUnavailableError, DataWorkerError) as error:
@@ -119,9 +127,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if is_transient(error) and not isinstance(error, BrokenPipeError):  # that is a reader of the output
             return _exit_with(UNAVAILABLE, f"error: {error}; start again later")
-        if error.filename is None:
+        if error.filename is None and error.errno != errno.ENOSPC:
             raise
-        return _exit_with(USER_ERROR, f"error: {error.filename}: {error.strerror}")
+        return _exit_with(USER_ERROR, f"error: {error.filename or 'writing'}: {error.strerror}")
     except Preempted as preempted:
         # All processes come here, so they can shut down in order.
         logging.warning("%s", preempted)
@@ -153,7 +161,24 @@ def program() -> None:
 
     sys.unraisablehook = report
     gc.set_threshold(20_000, 20, 20)  # tracing a step makes objects so fast that collections take 5 % of a short run
-    sys.exit(main())
+    try:
+        status = main()
+    except BrokenPipeError:
+        if not _is_output_closed():
+            raise
+        status = OUTPUT_CLOSED
+    sys.exit(status)
+
+
+def _is_output_closed() -> bool:
+    """Return whether the reader of the output has gone, as ``head`` does; then discard the rest of the output."""
+    output = sys.stdout.fileno()
+    poll = select.poll()
+    poll.register(output, select.POLLOUT)
+    closed = any(events & select.POLLERR for _, events in poll.poll(0))
+    if closed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output)  # or Python reports the rest once more on exit
+    return closed
 
 
 if __name__ == "__main__":

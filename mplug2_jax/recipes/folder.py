@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from absl import logging
 
 from data_pipelines.config import Kind, SourceConfig
-from data_pipelines.sources.folder import read_folder
-from data_pipelines.sources.hash_range import hash_of_key
 from mplug2_jax.errors import UserError
 
 FRACTIONS = (0.05, 0.1, 0.2, 0.4)
@@ -49,6 +47,9 @@ def split_folder(path: str, fraction: float | None = None) -> FolderSplit:
         DataError: as :func:`data_pipelines.sources.folder.read_folder`.
         UserError: too few images and videos, or a fraction that holds out too few.
     """
+    from data_pipelines.sources.folder import read_folder  # imports decoders, which most recipes do not need
+    from data_pipelines.sources.hash_range import hash_of_key
+
     kinds = read_folder(path).kinds
     totals = Counter(kinds.values())
     used = [kind for kind, total in totals.items() if total >= MIN_RECORDS]

@@ -218,3 +218,18 @@ def test_a_run_does_not_import_packages_that_it_does_not_use() -> None:
     assert len(Outcome.split(0, "", done.stderr).err.splitlines()) == len(REFUSED)
     assert (heavy, unused) == ("set()", "set()")
     assert other_data == "0 False"
+
+
+def test_a_full_disk_under_the_output_is_an_error_of_one_line():
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "mplug2_jax.cli.main", "tasks"]
+        process = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (process.stderr, process.returncode) == ("mplug2: error: writing: No space left on device\n", 2)
+
+
+def test_a_reader_that_has_read_enough_is_no_error():
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mplug2_jax.cli.main", "tasks"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.close()
+    assert (process.stderr.read(), process.wait()) == (b"", 141)

@@ -17,7 +17,7 @@ from mplug2_jax.training.step import jit_train_step
 from tests.runs import small_run, stream
 from tests.tpu import topology_mesh
 
-FRAMES = 256  # 4,097 tokens: activations outweigh gradients, as in a large model
+FRAMES = 128  # 2,049 tokens: activations outweigh gradients, as in a large model
 MODEL = model_config("tiny", vision_layers=2, decoder_layers=1, dropout=0.0, attention_dropout=0.0)
 
 
