@@ -1,12 +1,15 @@
-"""Benchmark the PyTorch runtime against our JAX model on this machine: a caption's forward pass and training step.
+"""Benchmark our JAX model against the PyTorch runtime on this machine: forward pass, training step and beam search.
 
     python benchmarks/torch_runtime.py             # base, 1 clip of 4 frames at 224 px, float32
     python benchmarks/torch_runtime.py --size tiny --rounds 3
     python benchmarks/torch_runtime.py --export exports/demo --files clips/*.mp4   # ways to serve an export
 
 Each framework runs in its own process with all cores; calls alternate between them, so that both see the same machine.
-Forward is the caption loss in evaluation mode; a training step adds dropout, the backward pass and AdamW. With
-``--export``, texts of files per second by the program of an exported folder, and how many equal those of float32.
+Forward is the caption loss in evaluation mode; a training step adds dropout, the backward pass and AdamW. A search
+starts from visual tokens and generates all of its tokens. The release's search has no cache: for each token it reads
+every beam's whole prefix, and projects the visual tokens again for each beam.
+
+With ``--export``, texts of files per second by the program of an exported folder, and how many equal those of float32.
 """
 
 import argparse
@@ -23,14 +26,19 @@ from typing import Any
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")  # for both; speeds up XLA's scratch memory
 
+CALLS = ("forward", "training step", "beam search", "release's search")
 Calls = dict[str, Callable[[], object]]
 
 
 def prepare_jax(args: argparse.Namespace) -> Calls:
     """Prepare our model: the compiled loss, and the training loop's step."""
     import jax
+    import jax.numpy as jnp
     from step import random_batch, run_spec
 
+    from mplug2_jax.generation.config import SearchConfig
+    from mplug2_jax.generation.decode import generate
+    from mplug2_jax.model.config import SpecialTokens
     from mplug2_jax.objectives.forward import ForwardPass
     from mplug2_jax.objectives.language import caption_loss
     from mplug2_jax.parallel.placement import put_batch
@@ -41,12 +49,25 @@ def prepare_jax(args: argparse.Namespace) -> Calls:
     step, state = make_step(spec), spec.init()
     loss = jax.jit(lambda params, batch: caption_loss(ForwardPass(spec.definition.bind(params), batch)).loss)
 
+    encode = jax.jit(lambda params, frames: spec.definition.bind(params).encode_visual(frames))
+    visual = encode(state["params"], batch["frames"])
+    config = SearchConfig(num_beams=args.beams, min_length=0, max_length=args.tokens)
+
+    @jax.jit
+    def search(params: Any, visual: jax.Array) -> Any:
+        mask, tokens = jnp.ones(visual.shape[:2], bool), SpecialTokens(end=-1)  # no token ends a beam
+        return generate(spec.definition.bind(params).decoder, visual, mask, config, tokens)
+
     def advance() -> None:
         nonlocal state
         state, metrics = step(state, {"video": batch})
         jax.block_until_ready((state, metrics))
 
-    return {"forward": lambda: loss(state["params"], batch).block_until_ready(), "training step": advance}
+    return {
+        "forward": lambda: loss(state["params"], batch).block_until_ready(),
+        "training step": advance,
+        "beam search": lambda: jax.block_until_ready(search(state["params"], visual)),
+    }
 
 
 def prepare_torch(args: argparse.Namespace) -> Calls:
@@ -54,7 +75,8 @@ def prepare_torch(args: argparse.Namespace) -> Calls:
     import torch
     from step import random_batch
 
-    from mplug2_jax.conversion.torch_runtime import Caption, Config, normalize_pixels, parameter_groups
+    from mplug2_jax.conversion.torch_runtime import Caption, Config, SearchConfig, normalize_pixels, parameter_groups
+    from mplug2_jax.conversion.torch_runtime.search import beam_search, generate
     from mplug2_jax.model.config import model_config
 
     sizes = dataclasses.asdict(
@@ -82,14 +104,48 @@ def prepare_torch(args: argparse.Namespace) -> Calls:
         loss().backward()
         optimizer.step()
 
-    return {"forward": forward, "training step": advance}
+    class PrefixDecoder:
+        """The prefixes of beams as the search's state, without a cache."""
+
+        def __init__(self) -> None:
+            self.ids = torch.empty(args.batch * args.beams, 0, dtype=torch.long)
+            self.memory = visual.repeat_interleave(args.beams, 0)
+
+        def step(self, tokens: torch.Tensor) -> torch.Tensor:
+            self.ids = torch.cat([self.ids, tokens[:, None]], 1)
+            logits: torch.Tensor = model.text_decoder(self.ids, None, self.memory)[:, -1]
+            return logits
+
+        def reorder(self, rows: torch.Tensor) -> None:
+            self.ids = self.ids[rows]
+
+    search = SearchConfig(num_beams=args.beams, min_length=0, max_length=args.tokens, begin=1, end=-1)
+    model.eval()
+    with torch.no_grad():
+        visual = model.encode_visual(normalize_pixels(batch["frames"]))
+    mask = torch.ones(visual.shape[:2], dtype=torch.bool)
+
+    @torch.no_grad()
+    def cached_search() -> object:
+        model.eval()
+        return generate(model.text_decoder, model.text_decoder.project(visual, mask), search)
+
+    @torch.no_grad()
+    def uncached_search() -> object:
+        model.eval()
+        return beam_search(PrefixDecoder(), args.batch, search)
+
+    return {
+        "forward": forward, "training step": advance, "beam search": cached_search, "release's search": uncached_search,
+    }  # fmt: skip
 
 
 PREPARE = {"jax": prepare_jax, "torch": prepare_torch}
 
 
 def serve(calls: Calls) -> None:
-    """Make the calls named on standard input, and print the seconds of each."""
+    """Print the names of the calls, then make those named on standard input, and print the seconds of each."""
+    print(*calls, sep=",", flush=True)
     for line in sys.stdin:
         call = calls[line.strip()]
         start = time.perf_counter()
@@ -103,13 +159,17 @@ class Framework:
     def __init__(self, name: str) -> None:
         command = [sys.executable, __file__, *sys.argv[1:], "--serve", name]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.calls = self._read_line().split(",")
 
     def seconds(self, call: str) -> float:
         """Return the seconds of one call."""
         assert self._process.stdin is not None
-        assert self._process.stdout is not None
         print(call, file=self._process.stdin, flush=True)
-        return float(self._process.stdout.readline())
+        return float(self._read_line())
+
+    def _read_line(self) -> str:
+        assert self._process.stdout is not None
+        return self._process.stdout.readline().strip()
 
     def close(self) -> None:
         """End the process."""
@@ -117,11 +177,11 @@ class Framework:
 
 
 def compare(call: str, frameworks: dict[str, Framework], rounds: int) -> dict[str, float]:
-    """Return the median seconds of a call in each framework; the first call, which compiles, does not count."""
-    times: dict[str, list[float]] = {name: [] for name in frameworks}
+    """Return the median seconds of a call in each framework that has it; the first, which compiles, does not count."""
+    times: dict[str, list[float]] = {name: [] for name, framework in frameworks.items() if call in framework.calls}
     for i in range(rounds + 1):
-        for name, framework in frameworks.items():
-            seconds = framework.seconds(call)
+        for name in times:
+            seconds = frameworks[name].seconds(call)
             if i:
                 times[name].append(seconds)
     return {name: statistics.median(seconds) for name, seconds in times.items()}
@@ -183,6 +243,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--frames", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=20, help="caption length (default: %(default)s)")
+    parser.add_argument("--beams", type=int, default=5, help="of the search (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="calls measured of each (default: %(default)s)")
     parser.add_argument("--dropout", type=float, default=0.1, help="in the training step (default: %(default)s)")
     parser.add_argument("--export", type=Path, metavar="DIR", help="measure this exported folder instead")
@@ -204,15 +265,13 @@ def main() -> None:
         f"{args.size}, caption, batch {args.batch} x {args.frames} frames x {args.image_size} px, float32, "
         f"{os.cpu_count()} cores, median of {args.rounds}\n"
     )
-    print(f"{'':<14} {'jax':>9} {'torch':>9}   {'jax clips/s':>11} {'torch clips/s':>13}   torch's throughput / jax's")
-    for call in ("forward", "training step"):
-        seconds = compare(call, frameworks, args.rounds)
-        jax_seconds, torch_seconds = seconds["jax"], seconds["torch"]
-        rates = f"{args.batch / jax_seconds:>11.3f} {args.batch / torch_seconds:>13.3f}"
-        print(
-            f"{call:<14} {jax_seconds:>7.3f} s {torch_seconds:>7.3f} s   {rates}   {jax_seconds / torch_seconds:.2f}",
-            flush=True,
-        )
+    print(f"{'':<16} {'jax':>9} {'torch':>9}   jax's speed / torch's")
+    seconds: dict[str, dict[str, float]] = {}
+    for call in CALLS:
+        seconds[call] = compare(call, frameworks, args.rounds)
+        times = "".join(f"{seconds[call][name]:>8.3f} s" if name in seconds[call] else f"{'-':>10}" for name in PREPARE)
+        ours = seconds["beam search" if call == "release's search" else call]["jax"]
+        print(f"{call:<16}{times}   {seconds[call]['torch'] / ours:.2f}", flush=True)
     for framework in frameworks.values():
         framework.close()
 
