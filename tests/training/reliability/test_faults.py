@@ -26,7 +26,7 @@ from mplug2_jax.training.checkpoint.metadata import DataPosition
 from mplug2_jax.training.config import CheckpointConfig, FaultConfig, RunConfig
 from mplug2_jax.training.loop import open_streams, train
 from mplug2_jax.training.reliability.faults import FaultDetector, apply_later_rollbacks
-from mplug2_jax.training.reliability.sdc_check import CorruptionError, check_same_bits, rotate_devices
+from mplug2_jax.training.reliability.sdc_check import CorruptionError, SdcCheck, check_same_bits, rotate_devices
 from mplug2_jax.training.state import make_run_spec
 from mplug2_jax.training.step import make_step
 from mplug2_jax.training.telemetry.events import EventLog, read_events
@@ -69,17 +69,14 @@ def inject_faults(monkeypatch: pytest.MonkeyPatch, seen: list[int], scales: dict
             batches.number = start + i
             yield batches, item[1]
 
-    def with_faults(spec: Any, run_step: Any, every: int) -> Any:
-        def call(step: int, state: Any, batch: Any) -> Any:
-            index = batch.number
-            seen.append(index)
-            state, metrics = run_step(state, dict(batch))
-            return state, metrics | {"loss": metrics["loss"] * scales.get(index, 1.0)}
-
-        return call
+    class FaultyStep(SdcCheck):
+        def __call__(self, step: int, state: Any, batches: Any) -> Any:
+            seen.append(batches.number)
+            state, metrics = super().__call__(step, state, dict(batches))
+            return state, metrics | {"loss": metrics["loss"] * scales.get(batches.number, 1.0)}
 
     monkeypatch.setattr(loop, "device_batches", numbered)
-    monkeypatch.setattr(loop, "SdcCheck", with_faults)
+    monkeypatch.setattr(loop, "SdcCheck", FaultyStep)
 
 
 @pytest.mark.slow
