@@ -33,7 +33,7 @@ from mplug2_jax.recipes.api import (
     split_folder,
 )
 
-EPOCHS = {"tiny": 20, "base": 20, "large": 20}
+EPOCHS = 20
 BATCH_SIZES: dict[str, dict[Kind, int]] = {  # at most: a small folder has smaller ones
     "tiny": {"image": 32, "video": 8, "text": 32},
     "base": {"image": 512, "video": 128, "text": 512},
@@ -95,7 +95,7 @@ def get_config(arg: str = "") -> RunConfig:
     kinds = sorted(split.num_train)
     streams = {f"{kind}_text": stream(kind, both, vlc=1.0, vlm=1.0, ilm=1.0) for kind in kinds}
     streams["text"] = stream("text", sentences, mlm=1.0)
-    steps = Durations(streams).to_steps(f"{EPOCHS[size]} epochs of {kinds[0]}_text")
+    steps = Durations(streams).to_steps(f"{EPOCHS} epochs of {kinds[0]}_text")
 
     # Optimizer
     learning_rate, vision_learning_rate = LEARNING_RATES[size]

@@ -110,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         data worker was killed, 75 preempted (after both, run the same command again), 130 interrupted.
 
     Raises:
-        BrokenPipeError: the reader of the output has gone; see :func:`program`.
+        BrokenPipeError: the reader of the output has gone; :func:`program` exits with 141.
     """
     try:
         args = parse(argv)
@@ -164,14 +164,14 @@ def program() -> None:
     try:
         status = main()
     except BrokenPipeError:
-        if not _is_output_closed():
+        if not _discard_closed_output():
             raise
         status = OUTPUT_CLOSED
     sys.exit(status)
 
 
-def _is_output_closed() -> bool:
-    """Return whether the reader of the output has gone, as ``head`` does; then discard the rest of the output."""
+def _discard_closed_output() -> bool:
+    """Discard the rest of the output if its reader has gone, as ``head`` does; return whether it has."""
     output = sys.stdout.fileno()
     poll = select.poll()
     poll.register(output, select.POLLOUT)

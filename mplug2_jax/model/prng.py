@@ -2,8 +2,8 @@
 
 Threefry, JAX's default, costs about a hundred operations per number and, on CPUs, a loop per call, which is half of the
 compile time of a small step with dropout. None of these uses needs a cryptographic permutation. Here a number is a hash
-of (key, position): four multiplications that fuse into their consumer, equal on every mesh and platform. Keys behave
-like all JAX keys: they can be split, folded, and passed through ``jit``, ``vmap`` and ``scan``.
+of (key, position): four multiplications, equal on every mesh and platform, which accelerators fuse into their consumer.
+Keys behave like all JAX keys: they can be split, folded, and passed through ``jit``, ``vmap`` and ``scan``.
 """
 
 import functools

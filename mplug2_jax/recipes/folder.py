@@ -1,4 +1,4 @@
-"""Which records of a folder are trained on, and which are held out."""
+"""The split of a folder into training and held-out records."""
 
 import dataclasses
 from collections import Counter

@@ -64,7 +64,7 @@ def test_captions_next_to_the_files(tmp_path: Path, caplog: pytest.LogCaptureFix
     assert "skipped 1 images without a caption; the first is 'b/c_d.png'" in caplog.text
 
 
-def test_names_are_captions_where_there_are_no_others(tmp_path: Path) -> None:
+def test_file_names_are_the_captions_of_a_folder_without_any(tmp_path: Path) -> None:
     folder = write(tmp_path, {**MEDIA, "7.jpg": ""})
     assert captions(folder) == {"a.jpg": ("a",), "b/c_d.png": ("c d",)}
     assert captions(folder, "video") == {"b/e.mp4": ("e",)}

@@ -56,7 +56,7 @@ def test_hashes_are_uniform_and_never_change() -> None:
     assert hashes[0] == 0.9296396487141791
 
 
-def test_rows_of_an_image_stay_together() -> None:
+def test_all_records_of_an_image_are_in_the_same_split() -> None:
     rows = [Record(f"{i}", visual_id=f"{i % 5}.jpg") for i in range(50)]
     first = HashRange(rows, 0.0, 0.5)
     assert 0 < len(first) < 50
