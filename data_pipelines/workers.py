@@ -76,13 +76,11 @@ def prefetch(items: grain.MapDataset[Item], config: DataConfig, multiple: int = 
     if not flags.FLAGS.is_parsed():  # Grain reads a flag of its own; this program does not use such flags
         flags.FLAGS.mark_as_parsed()
     threads = dataclasses.replace(threads, prefetch_buffer_size=max(1, config.num_threads))
-    size = _group_size(config, multiple)
+    size, num_buffered = _buffer_sizes(config, multiple)
     groups = grain.experimental.WithOptionsIterDataset(
         _Groups(items, size).to_iter_dataset(threads), grain.experimental.DatasetOptions(min_shm_size=MIN_SHARED_BYTES)
     )
-    processes = grain.MultiprocessingOptions(
-        num_workers=config.num_workers, per_worker_buffer_size=max(1, config.prefetch // (config.num_workers * size))
-    )
+    processes = grain.MultiprocessingOptions(num_workers=config.num_workers, per_worker_buffer_size=num_buffered)
     iterator = iter(groups.mp_prefetch(processes, functools.partial(_initialize_worker, retry_limit())))
     for arrays, group in _receive_all(iterator, config.num_workers):
         row = itertools.count()
@@ -90,11 +88,12 @@ def prefetch(items: grain.MapDataset[Item], config: DataConfig, multiple: int = 
             yield _attach(_arrays_of_row(arrays, next(row)), item) if has_arrays else item
 
 
-def check_workers(configs: Mapping[str, DataConfig]) -> None:
+def check_workers(configs: Mapping[str, DataConfig], num_hosts: int = 1) -> None:
     """Check that this machine can run the workers of all streams; log a warning if they are more than its cores.
 
     Args:
         configs: of the streams, by field.
+        num_hosts: number of hosts that share each batch.
 
     Raises:
         DataError: there is no shared memory, or less than the examples that workers keep ready need.
@@ -112,7 +111,7 @@ def check_workers(configs: Mapping[str, DataConfig]) -> None:
             f"{fields} need shared memory, which this machine does not give ({error.strerror or error}); mount "
             f"{SHARED_MEMORY}, or set num_workers to 0"
         ) from error
-    needed = sum((config.prefetch + config.num_workers) * example_bytes(config) for config in configs.values())
+    needed = sum(_max_shared(each, num_hosts) * example_bytes(each) for each in configs.values() if each.num_workers)
     if SHARED_MEMORY.is_dir() and needed > (free := shutil.disk_usage(SHARED_MEMORY).free):
         raise DataError(
             f"{SHARED_MEMORY} has {free / 2**20:,.0f} MiB free, and examples that workers keep ready need "
@@ -162,11 +161,25 @@ class _Groups(grain.MapDataset[Any]):
         return stacked, [(bool(row), item) for row, item in rows]
 
 
-def _group_size(config: DataConfig, multiple: int) -> int:
-    """Return how many items a worker sends at a time: a divisor of ``multiple`` that fits what is kept ready."""
+def _buffer_sizes(config: DataConfig, multiple: int) -> tuple[int, int]:
+    """Return how many items a worker sends at a time, a divisor of ``multiple``, and the size of each of its buffers.
+
+    Grain has two buffers per worker, one in each process, and beside each a group that waits for room in it. Together
+    they hold ``config.prefetch`` items, or one item each where that is more.
+    """
     fitting = MAX_GROUP_BYTES // max(1, example_bytes(config))
-    limit = min(multiple, MAX_GROUP_SIZE, fitting, config.prefetch // config.num_workers)
-    return max(size for size in range(1, max(1, limit) + 1) if multiple % size == 0)
+    limit = min(multiple, MAX_GROUP_SIZE, fitting, config.prefetch // (4 * config.num_workers))
+    size = max(size for size in range(1, max(1, limit) + 1) if multiple % size == 0)
+    return size, max(1, config.prefetch // (2 * config.num_workers * size) - 1)
+
+
+def _max_shared(config: DataConfig, num_hosts: int = 1) -> int:
+    """Return the largest number of a stream's examples in the shared memory of a host.
+
+    They are in the buffers, in the three groups that ``prefetch`` and ``_receive_all`` hold, and in the next batch.
+    """
+    size, _ = _buffer_sizes(config, config.batch_size)
+    return max(config.prefetch, 4 * config.num_workers) + 3 * size + -(-config.batch_size // num_hosts)
 
 
 def _detach(item: Any) -> tuple[Arrays, Any]:

@@ -335,7 +335,7 @@ def open_streams(config: RunConfig, tokenizer: Tokenizer) -> dict[str, Stream]:
     streams = {}
     data = {f"config.streams.{name}.data": stream.data for name, stream in config.streams.items()}
     data = fit_prefetch(data, int(config.prefetch_memory * 2**30))
-    check_workers(data)
+    check_workers(data, jax.process_count())
     for name, stream in config.streams.items():
         where = f"config.streams.{name}"
         try:

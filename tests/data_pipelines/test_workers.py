@@ -31,7 +31,15 @@ from data_pipelines.errors import DataError, DataWorkerError
 from data_pipelines.loader import EvaluationSet, LoadedBatch, Stream
 from data_pipelines.order import BatchSchedule, HostShards, HostSlice
 from data_pipelines.tokenizers import train_wordpiece
-from data_pipelines.workers import _group_size, _initialize_worker, check_workers, example_bytes, fit_prefetch, prefetch
+from data_pipelines.workers import (
+    _buffer_sizes,
+    _initialize_worker,
+    _max_shared,
+    check_workers,
+    example_bytes,
+    fit_prefetch,
+    prefetch,
+)
 
 from .worlds import encode_media, records, write_tar
 
@@ -172,10 +180,12 @@ def test_arrays_are_freed_with_their_batch(config: DataConfig, monkeypatch: pyte
     prefix = f"t{os.getpid() % 10**6}_"  # other processes of this machine have blocks too
     initialize = functools.partial(initialize_worker_with_prefix, prefix)
     monkeypatch.setattr("data_pipelines.workers._initialize_worker", initialize)
-    stream = Stream(with_workers(config, 1, prefetch=2), TOKENIZER, name="s", seed=0)
+    config = with_workers(config, 1, prefetch=2)
+    stream = Stream(config, TOKENIZER, name="s", seed=0)
     with contextlib.closing(stream.batches()) as batches:
-        kept = list(itertools.islice(batches, 6))
-        wait_for_blocks(prefix, 1, 2 + 4)  # kept ready, in progress and being freed
+        kept = list(itertools.islice(batches, 12))
+        assert sum(len(batch.rows) for batch in kept) > 2 * _max_shared(config)
+        wait_for_blocks(prefix, 1, _max_shared(config))
         assert all(type(row.example.arrays["frames"]) is np.ndarray for batch in kept for row in batch.rows)
     wait_for_blocks(prefix, 0, 0)
 
@@ -374,15 +384,25 @@ def test_examples_that_are_kept_ready_share_the_memory_of_a_host(config: DataCon
 
 
 @pytest.mark.parametrize(
-    ("multiple", "prefetch", "side", "size"),
-    [(12, 64, 96, 12), (64, 64, 96, 32), (64, 8, 96, 4), (12, 1, 96, 1), (12, 64, 512, 1), (7, 10, 96, 1)],
-    ids=["a batch", "half of what is kept ready", "little is kept ready", "nothing to spare", "large frames", "prime"],
+    ("multiple", "prefetch", "side", "sizes"),
+    [
+        (12, 96, 96, (12, 1)),
+        (64, 64, 96, (8, 1)),
+        (64, 8, 96, (1, 1)),
+        (12, 1, 96, (1, 1)),
+        (12, 64, 512, (1, 15)),
+        (7, 26, 96, (1, 5)),
+    ],
+    ids=["a batch", "a quarter per worker", "little is kept ready", "nothing to spare", "large frames", "prime"],
 )
 def test_groups_divide_a_batch_and_fit_what_is_kept_ready(
-    multiple: int, prefetch: int, side: int, size: int, config: DataConfig
+    multiple: int, prefetch: int, side: int, sizes: tuple[int, int], config: DataConfig
 ) -> None:
     visual = VisualConfig(image_size=side, num_frames=4)
-    assert _group_size(with_workers(config, 2, prefetch=prefetch, visual=visual), multiple) == size
+    config = with_workers(config, 2, prefetch=prefetch, visual=visual)
+    size, num_buffered = _buffer_sizes(config, multiple)
+    assert (size, num_buffered) == sizes
+    assert 2 * 2 * (num_buffered + 1) * size <= max(prefetch, 8)
 
 
 def test_workers_are_checked_against_the_machine(
@@ -400,8 +420,10 @@ def test_workers_are_checked_against_the_machine(
     usage = type(shutil.disk_usage("/"))(2**30, 2**30, 2**20)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     monkeypatch.setattr(Path, "is_dir", lambda path: True)
-    with pytest.raises(DataError, match=r"/dev/shm has 1 MiB free, and examples .* need 11 MiB; enlarge it"):
+    with pytest.raises(DataError, match=r"/dev/shm has 1 MiB free, and examples .* need 12 MiB; enlarge it"):
         check_workers({"a": with_workers(config, 2, prefetch=98)})
+    with pytest.raises(DataError, match=r"need 14 MiB"):
+        check_workers({"a": with_workers(config, 2, prefetch=98, batch_size=400)}, num_hosts=100)
 
     def refuse(**options: Any) -> None:
         raise FileNotFoundError(2, "No such file or directory")
