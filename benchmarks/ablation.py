@@ -25,16 +25,13 @@ from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from scipy.stats import t as student
-
 from mplug2_jax.cli.main import main as mplug2
 from mplug2_jax.config import build, load_recipe
+from mplug2_jax.experiments.runs import mean_interval, train_to_end
 from mplug2_jax.metrics.units import format_metric
 from mplug2_jax.recipes.digitworld import FINETUNES
 from mplug2_jax.training.config import RunConfig
 from mplug2_jax.training.initialization import with_init_from
-from mplug2_jax.training.loop import train
-from mplug2_jax.training.workdir import WorkDir
 
 MODELS: Mapping[str, Mapping[str, object]] = {
     "the full model": {},
@@ -65,33 +62,18 @@ def run(
         if name == FINETUNED:
             config = build(RunConfig, load_recipe(f"digitworld:{name}", [*model_overrides, *limits]))
             config = dataclasses.replace(config, steps=steps or config.steps, **changes)
-            results = train_to_end(with_init_from(pretrained, config), folder / name).evaluation_folder(config.steps)
+            results = train_to_end(with_init_from(pretrained, config), folder / name)
         else:
-            results = folder / name
-            if not all((results / f"{each}.json").exists() for each in evaluations):
-                words = ("--config", f"digitworld:{name}", "--checkpoint", str(pretrained), "--out", str(results))
+            files = {each: folder / name / f"{each}.json" for each in evaluations}
+            if not all(file.exists() for file in files.values()):
+                words = ("--config", f"digitworld:{name}", "--checkpoint", str(pretrained), "--out", str(folder / name))
                 if status := mplug2(["eval", *words, *limits]):
                     raise SystemExit(status)
+            results = {each: json.loads(file.read_text()) for each, file in files.items()}
         for each in evaluations:
-            values = json.loads((results / f"{each}.json").read_text())["metrics"]
+            values = results[each]["metrics"]
             metrics |= {f"{each}/{metric}": values[metric] for metric in METRICS if metric in values}
     return metrics
-
-
-def train_to_end(config: RunConfig, folder: Path) -> WorkDir:
-    """Train a run to its end unless it is finished, and return its work directory."""
-    workdir, ends = WorkDir(folder), [f"checkpoints/{config.steps}"]
-    ends += [f"evaluations/{config.steps}/{name}.json" for name in config.evaluations]
-    if not workdir.check_config(config) or not all((folder / end).exists() for end in ends):
-        train(config, folder)
-    return workdir
-
-
-def confidence_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Return the 95% CI of a mean, by Student's t."""
-    mean, error = statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5
-    half_width = float(student.ppf(0.975, len(values) - 1)) * error
-    return mean - half_width, mean + half_width
 
 
 def main() -> None:
@@ -135,7 +117,7 @@ def main() -> None:
             line = f"{name:36}{model:28}{format_metric(name, statistics.mean(values)):>8}{spread:>18}"
             if model != "the full model" and args.seeds > 1:
                 differences = [ablated - full for ablated, full in zip(values, full_model[name], strict=True)]
-                low, high = confidence_interval(differences)
+                low, high = mean_interval(differences)
                 span = f"{format_metric(name, low)} to {format_metric(name, high)}"
                 line += f"{format_metric(name, statistics.mean(differences)):>14}{span:>20}"
             print(line)

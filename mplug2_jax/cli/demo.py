@@ -1,68 +1,120 @@
-"""``mplug2 demo``: fine-tune the demo's model on every task of DigitWorld."""
+"""``mplug2 demo``: measure on every task of DigitWorld what pretraining is worth."""
 
 import argparse
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from absl import logging
 
-from mplug2_jax.cli.common import add_command, table
+from mplug2_jax.cli.common import add_command, add_group, table
 from mplug2_jax.cli.parsing import output_path
 from mplug2_jax.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
-    from mplug2_jax.evaluation.results import EvaluationResult
     from mplug2_jax.training.config import RunConfig
+
+STEPS, WARMUP_STEPS = 40, 8
+LEARNING_RATES = (3e-4, 1e-3, 3e-3)
+_OPTIONS = {"--config.optimizer.learning_rate": "--learning-rates", "--config.seed": "--seeds"}
 
 
 def add_parser(commands: Any) -> None:
-    """Add the command."""
-    parser = add_command(
-        commands, "demo", run, config=True,
-        summary="Fine-tune the demo's model on each task of DigitWorld, and print the scores",
-        details="Compares the pretrained model before and after fine-tuning with a baseline: chance, or a constant "
-        "answer. Pretrains the model first if necessary, and resumes interrupted runs. Takes about half an hour on two "
-        "CPU cores.",
+    """Add the commands."""
+    group = add_group(
+        commands, "demo", summary="Measure at the demo's scale what pretraining is worth", example="mplug2 demo tasks"
+    )
+    tasks = add_command(
+        group, "tasks", run_tasks, config=True,
+        summary="Train each task of DigitWorld from scratch and from the demo's model, and compare",
+        details="Both get the same steps, data and search of the learning rate; each row is a mean over seeds, with "
+        "the 95% CI of the difference. Pretrains the model first if necessary, reads finished runs and resumes "
+        "interrupted ones. Takes about 40 minutes on two CPU cores.",
         example="mplug2 demo tasks --only grounding --only action",
     )  # fmt: skip
-    parser.add_argument("what", choices=("tasks",), help="what to run")
-    parser.add_argument(
+    tasks.add_argument(
         "--pretrained", type=output_path, default=Path("runs/demo"), help="run of the demo (default: %(default)s)"
     )
-    parser.add_argument(
-        "--workdir", type=output_path, default=Path("runs/tasks"), help="folder of the runs (default: %(default)s)"
+    tasks.add_argument(
+        "--workdir", type=output_path, default=Path("runs/transfer"), help="folder of the runs (default: %(default)s)"
     )
-    parser.add_argument("--only", action="append", metavar="TASK", help="only this task; may be repeated")
+    tasks.add_argument("--only", action="append", metavar="TASK", help="only this task; may be repeated")
+    tasks.add_argument("--seeds", type=int, default=3, help="number of seeds (default: %(default)s)")
+    tasks.add_argument(
+        "--learning-rates", type=float, nargs="+", default=LEARNING_RATES, metavar="RATE",
+        help="rates to choose from (default: %(default)s)",
+    )  # fmt: skip
+    scaling = add_command(
+        group, "scaling", run_scaling, config=True,
+        summary="Pretrain in three widths and three lengths, and fit the losses to the compute",
+        details="Draws every loss and every held-out metric. Reads finished runs and resumes interrupted ones. Takes "
+        "one to two hours on two CPU cores.",
+        example="mplug2 demo scaling --png scaling.png",
+    )  # fmt: skip
+    scaling.add_argument(
+        "--workdir", type=output_path, default=Path("runs/scaling"), help="folder of the runs (default: %(default)s)"
+    )
+    scaling.add_argument("--png", type=output_path, help="the drawing (default: scaling.png in the folder of the runs)")
 
 
-def run(args: argparse.Namespace) -> int:
-    """Run the tasks one after the other and print a table of their scores."""
+def run_tasks(args: argparse.Namespace) -> int:
+    """Train the tasks one after the other; print a table and write a page."""
+    from mplug2_jax.experiments.transfer import HEADER, count_better, transfer, write_transfer_page
     from mplug2_jax.recipes.digitworld import FINETUNES
-    from mplug2_jax.report import write_report
-    from mplug2_jax.training.durations import load_run
-    from mplug2_jax.training.initialization import with_init_from
-    from mplug2_jax.training.loop import train
 
+    if args.seeds < 1:
+        raise UserError(f"--seeds {args.seeds} must be at least 1; one seed gives no confidence interval")
+    for rate in args.learning_rates:
+        if not 0 < rate < math.inf:
+            raise UserError(f"--learning-rates {rate:g} must be a positive number")
+    for word in args.overrides:
+        if option := _OPTIONS.get(word.partition("=")[0]):
+            raise UserError(f"{word}: each run has its own; use {option}")
     for name in args.only or ():
         if name not in FINETUNES:
             raise UserError(f"--only {name} is not a task of the demo: {did_you_mean(name, FINETUNES)}")
     # Check all recipes before spending minutes on the first.
-    configs = {name: load_run(f"digitworld:{name}", args.overrides) for name in args.only or FINETUNES}
+    configs = {name: _load_run(name, args.overrides) for name in args.only or FINETUNES}
     _pretrain(args.pretrained)
-    rows: list[Sequence[str]] = []
-    for i, (name, config) in enumerate(configs.items()):
-        logging.info("%s (task %d of %d)", name, i + 1, len(configs))
-        config = with_init_from(args.pretrained, config)
-        before = _zero_shot(name, args.pretrained, args.overrides)
-        after = {result.name: result for result in train(config, args.workdir / name)}
-        logging.info("report: %s", write_report(args.workdir / name))
-        evaluations = FINETUNES[name].evaluations
-        rows += [_row(config, spec.metric, before.get(key), after[key]) for key, spec in evaluations.items()]
-    header = ("task", "parts", "steps", "metric", "before", "after", "95% CI", "baseline")
-    print(table(rows, header, right=(2, 4, 5, 6, 7)))
+    tasks, page = [], args.workdir / "transfer.html"
+    rates = tuple(dict.fromkeys(args.learning_rates))
+    for task in transfer(
+        configs, args.pretrained, args.workdir, args.overrides, seeds=args.seeds, learning_rates=rates
+    ):
+        tasks.append(task)
+        write_transfer_page(tasks, args.pretrained, page)
+    rows = [row.cells() for task in tasks for row in task.rows]
+    print(table(rows, HEADER, right=range(2, len(HEADER))))
+    print(count_better(tasks))
+    logging.info("curves: %s", page)
     return 0
+
+
+def run_scaling(args: argparse.Namespace) -> int:
+    """Train the grid; print its losses, metrics and fits, and draw them."""
+    from mplug2_jax.experiments.scaling import draw, find_regressions, fit_all, grid_rows, train_grid
+    from mplug2_jax.training.durations import load_run
+
+    runs, png = train_grid(load_run("demo", args.overrides), args.workdir), args.png or args.workdir / "scaling.png"
+    header, *rows = grid_rows(runs)
+    print(table(rows, header, right=range(1, len(header))))
+    fits = [(name, f"{fit.exponent:.3f}", f"{fit.r2:.3f}") for name, fit in fit_all(runs).items()]
+    print(f"\n{table(fits, ('loss', 'exponent', 'R²'), right=(1, 2))}\n")
+    for regression in find_regressions(runs):
+        print(f"not monotone: {regression}")
+    draw(runs, png)
+    logging.info("drawing: %s", png)
+    return 0
+
+
+def _load_run(name: str, overrides: "Sequence[str]") -> "RunConfig":
+    """Return the run of a task, short unless the overrides say otherwise."""
+    from mplug2_jax.training.durations import load_run
+
+    short = (f"--config.steps={STEPS}", f"--config.schedule.warmup_steps={WARMUP_STEPS}", "--config.log_every=2")
+    return load_run(f"digitworld:{name}", [*short, *overrides])
 
 
 def _pretrain(path: Path) -> None:
@@ -92,35 +144,3 @@ def _last_step(path: Path) -> int:
         return 0
     checkpoints.close()
     return step
-
-
-def _zero_shot(name: str, path: Path, overrides: "Sequence[str]") -> "Mapping[str, EvaluationResult]":
-    """Evaluate the pretrained model on a task; return nothing if it lacks a part."""
-    from mplug2_jax.inference.checkpoint_eval import CheckpointUnderTest, Evaluator
-    from mplug2_jax.tasks.table import TASKS
-
-    checkpoint = CheckpointUnderTest.from_recipe(f"digitworld:{name}", path, overrides)
-    try:
-        evaluations = checkpoint.config.evaluations.values()
-        if not all(set(TASKS[evaluation.task].parts) <= set(checkpoint.parts) for evaluation in evaluations):
-            return {}
-        evaluator = Evaluator(checkpoint)
-        params, step = evaluator.read(checkpoint.step)
-        results = {}
-        for result in evaluator.run(params, step, list(evaluator.evaluations), lambda phase: None):
-            logging.info("before fine-tuning: %s", result.summary())
-            results[result.name] = result
-        return results
-    finally:
-        checkpoint.checkpoints.close()
-
-
-def _row(
-    config: "RunConfig", metric: str, before: "EvaluationResult | None", after: "EvaluationResult"
-) -> "Sequence[str]":
-    from mplug2_jax.metrics.units import format_metric
-
-    values = [format_metric(metric, result.metrics[metric]) if result else "-" for result in (before, after)]
-    interval = " to ".join(format_metric(metric, bound) for bound in after.confidence_intervals[metric])
-    parts, baseline = ", ".join(config.parts()), format_metric(metric, after.baselines[metric])
-    return (after.name, parts, str(config.steps), metric, *values, interval, baseline)

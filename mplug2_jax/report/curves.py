@@ -88,6 +88,11 @@ def draw_groups(
     return drawn
 
 
+def draw_panel(title: str, curves: Mapping[str, Curve]) -> Panel:
+    """Return a drawing of curves, by their labels."""
+    return _draw(_PanelSpec(title, [(label, label) for label in curves], compact), curves)
+
+
 def _layout(
     names: Mapping[str, Curve], baselines: Mapping[str, Mapping[str, float]], visuals: Mapping[str, str]
 ) -> Mapping[str, list[_PanelSpec]]:

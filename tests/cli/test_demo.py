@@ -32,26 +32,48 @@ def test_evaluation_names_are_unique_and_include_their_run() -> None:
     assert all(name in run.evaluations for name, run in FINETUNES.items())
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--seeds", "0"], "--seeds 0 must be at least 1"),
+        (["--learning-rates", "1e-3", "-1"], "--learning-rates -1 must be a positive number"),
+        (["--learning-rates", "nan"], "--learning-rates nan must be a positive number"),
+        (["--config.optimizer.learning_rate=1e-3"], "each run has its own; use --learning-rates"),
+        (["--config.seed=3"], "each run has its own; use --seeds"),
+    ],
+)
+def test_invalid_options_are_refused(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["demo", "tasks", "--pretrained", str(tmp_path / "new"), *words]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
-def test_scores_before_and_after_fine_tuning_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_both_arms_are_trained_once_and_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one_layer = [f"--config.model.{field}={value}" for field, value in ONE_LAYER.items()]
     pretrained, runs = tmp_path / "pretrained", tmp_path / "tasks"
     recipe = load_recipe("demo", ["--config.steps=1", *one_layer])
     del recipe.streams.video_text, recipe.streams.text
     recipe.evaluations = {}
     train(build(RunConfig, recipe), pretrained)
-    only = ["--only", "image_retrieval", "--only", "digit", "--only", "action"]
-    overrides = ["--config.steps=1", "--config.model.scan_unroll=1", *one_layer]
-    assert main(["demo", "tasks", "--pretrained", str(pretrained), "--workdir", str(runs), *only, *overrides]) == 0
+    args = ["demo", "tasks", "--pretrained", str(pretrained), "--workdir", str(runs), "--only", "image_retrieval"]
+    args += ["--only", "action", "--seeds", "1", "--learning-rates", "1e-3"]
+    args += ["--config.steps=1", "--config.model.scan_unroll=1", *one_layer]
+    assert main(args) == 0
     out, err = capsys.readouterr()
-    table = {line.split()[0]: line for line in out[out.index("task  ") :].splitlines()[2:]}
-    assert list(table) == ["image_retrieval", "image_colour_by_prompts", "digit", "action"]
-    for name, line in table.items():
-        scores = [cell.strip() for cell in line.split("  ")][-6:]
-        assert "vision" in line
-        assert ("-" in scores) == (name in ("digit", "action")), "heads are fresh, contrast is not"
+    table = {line.split()[0]: line for line in out[out.index("evaluation  ") :].splitlines()[2:-1]}
+    assert list(table) == ["image_retrieval", "image_colour_by_prompts", "action"]
+    zero_shot = {name: line.split()[3] for name, line in table.items()}
+    assert zero_shot["action"] == "–", "its head is fresh"
+    assert "–" not in (zero_shot["image_retrieval"], zero_shot["image_colour_by_prompts"]), "contrast is not"
+    assert "Pretraining is better on 0 of 3 evaluations" in out, "one seed has no interval"
     assert "initializing from" in err
-    assert "fresh: classifier" in err
     assert "fresh: classifier, temporal" in err
-    for name in ("image_retrieval", "digit", "action"):
-        assert (runs / name / "report.html").is_file()
+    page = (runs / "transfer.html").read_text()
+    assert page.count("<figure>") == 2
+    assert main(args) == 0
+    again, err = capsys.readouterr()
+    assert again == out
+    assert "step 1/1" not in err, "finished runs are read"

@@ -1,0 +1,186 @@
+"""Does more pretraining pay? The demo's pretraining in three widths and three lengths, against its compute.
+
+Examples of DigitWorld do not repeat, so a loss of the last steps is one on new examples, and of the same handwriting;
+the metrics are of held-out handwriting. A loss is fitted as a power law of the compute over the runs that no run with
+less compute beats.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from absl import logging
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from mplug2_jax.console import Progress
+from mplug2_jax.experiments.runs import train_to_end
+from mplug2_jax.metrics.units import format_metric
+from mplug2_jax.report.metrics import read_metrics
+from mplug2_jax.report.names import display_name
+from mplug2_jax.training.config import RunConfig
+from mplug2_jax.training.workdir import WorkDir
+
+WIDTHS = (0.5, 1.0, 2.0)  # of all towers, relative to the demo's
+BUDGETS = (0.5, 1.0, 2.0)  # steps, relative to the demo's
+LR_EXPONENT = 0.5  # learning rates are divided by the width to this power
+METRICS = {
+    "image_caption": "cider", "video_caption": "cider", "image_question": "accuracy", "video_question": "accuracy",
+    "image_retrieval": "text_to_visual_r1", "video_retrieval": "text_to_visual_r1", "masked_words": "accuracy",
+}  # fmt: skip
+_LAST = 0.1  # share of the steps over which a loss is averaged
+_COLORS = ("#8fb8de", "#2563ab", "#12305c")
+
+
+@dataclasses.dataclass(frozen=True)
+class ScalingRun:
+    """A run of the grid."""
+
+    width: float
+    steps: int
+    flops: float  # of all steps
+    losses: Mapping[str, float]  # by stream/objective
+    metrics: Mapping[str, float]  # of held-out examples, by evaluation/metric
+
+
+@dataclasses.dataclass(frozen=True)
+class PowerLaw:
+    """``loss = scale * (flops / 1e12) ** -exponent``, fitted to the logarithms; ``r2``: the share that it explains."""
+
+    scale: float
+    exponent: float
+    r2: float
+
+
+def scale_run(config: RunConfig, width: float, budget: float) -> RunConfig:
+    """Return the run with wider towers and more steps.
+
+    Args:
+        config: of the run at width 1.
+        width: factor of all widths; the number of heads stays.
+        budget: factor of the steps and of the warm-up.
+    """
+    model, optimizer = config.model, config.optimizer
+    fields = ("vision_width", "width", "mlp_width", "contrastive_width")
+    sizes = {field: round(getattr(model, field) * width) for field in fields}
+    vision_rate = optimizer.vision_learning_rate
+    return dataclasses.replace(
+        config,
+        steps=round(config.steps * budget),
+        # The variance of a product of a row and a column stays as it is.
+        model=dataclasses.replace(model, **sizes, init_std=model.init_std / math.sqrt(width)),
+        optimizer=dataclasses.replace(
+            optimizer, learning_rate=optimizer.learning_rate / width**LR_EXPONENT,
+            vision_learning_rate=None if vision_rate is None else vision_rate / width**LR_EXPONENT,
+        ),
+        schedule=dataclasses.replace(config.schedule, warmup_steps=round(config.schedule.warmup_steps * budget)),
+    )  # fmt: skip
+
+
+def train_grid(config: RunConfig, folder: Path) -> Sequence[ScalingRun]:
+    """Train all widths and budgets, the cheapest first; finished runs are read, interrupted ones resumed."""
+    grid = sorted(((w, b) for w in WIDTHS for b in BUDGETS), key=lambda run: run[0] ** 2 * run[1])
+    runs = []
+    with Progress(len(grid), "run", log_every=0) as progress:
+        for width, budget in grid:
+            run, path = scale_run(config, width, budget), folder / f"width{width:g}-budget{budget:g}"
+            logging.info("width x%g, %d steps", width, run.steps)
+            results = train_to_end(run, path, keep_checkpoints=False)
+            metrics = {
+                f"{name}/{METRICS[name]}": result["metrics"][METRICS[name]]
+                for name, result in results.items() if name in METRICS
+            }  # fmt: skip
+            runs.append(_read_run(path, width, run.steps, metrics))
+            progress.update(len(runs))
+    return runs
+
+
+def _read_run(path: Path, width: float, steps: int, metrics: Mapping[str, float]) -> ScalingRun:
+    curves = read_metrics(WorkDir(path).metrics).curves
+    flops = curves["flops_per_second"].means * curves["seconds_per_step"].means
+    losses = {}
+    for name, curve in curves.items():
+        if name.count("/") == 2 and name.endswith("/loss"):
+            last = curve.means[curve.steps > steps * (1 - _LAST)]
+            losses[name.removesuffix("/loss")] = float(last.mean())
+    return ScalingRun(width, steps, steps * float(np.median(flops)), losses, metrics)
+
+
+def find_regressions(runs: Sequence[ScalingRun]) -> Sequence[str]:
+    """Return a sentence for each loss that is higher after more steps of the same width."""
+    found = []
+    for width in sorted({run.width for run in runs}):
+        same = sorted((run for run in runs if run.width == width), key=lambda run: run.steps)
+        for short, long in itertools.pairwise(same):
+            found += [
+                f"width x{width:g}: {name} rises from {short.losses[name]:.4f} after {short.steps} steps to "
+                f"{long.losses[name]:.4f} after {long.steps}"
+                for name in short.losses
+                if long.losses[name] > short.losses[name]
+            ]
+    return found
+
+
+def fit_power_law(flops: Sequence[float], losses: Sequence[float]) -> PowerLaw:
+    """Fit the runs that no run with at most as much compute beats."""
+    points = sorted(zip(flops, losses, strict=True))
+    best = [points[0]]
+    for point in points[1:]:
+        if point[1] < best[-1][1]:
+            best.append(point)
+    x, y = np.log([flop / 1e12 for flop, _ in best]), np.log([loss for _, loss in best])
+    if len(best) == 1:
+        return PowerLaw(best[0][1], 0.0, math.nan)
+    slope, intercept = np.polyfit(x, y, 1)
+    residual, total = np.sum((y - slope * x - intercept) ** 2), np.sum((y - y.mean()) ** 2)
+    return PowerLaw(float(np.exp(intercept)), -float(slope), 1 - float(residual / total))
+
+
+def fit_all(runs: Sequence[ScalingRun]) -> Mapping[str, PowerLaw]:
+    """Return the fit of each loss."""
+    flops = [run.flops for run in runs]
+    return {name: fit_power_law(flops, [run.losses[name] for run in runs]) for name in runs[0].losses}
+
+
+def grid_rows(runs: Sequence[ScalingRun]) -> Sequence[Sequence[str]]:
+    """Return a header, and a row per loss and metric with its value in each run, as text."""
+    rows = [("", *(f"x{run.width:g}, {run.steps}" for run in runs))]
+    rows += [("TFLOP", *(f"{run.flops / 1e12:.1f}" for run in runs))]
+    rows += [(name, *(f"{run.losses[name]:.3f}" for run in runs)) for name in runs[0].losses]
+    rows += [
+        (name, *(format_metric(name.rpartition("/")[2], run.metrics[name]) for run in runs)) for name in runs[0].metrics
+    ]
+    return rows
+
+
+def draw(runs: Sequence[ScalingRun], path: Path) -> None:
+    """Draw every loss and every metric against compute as a PNG: a line per width, and the fit of each loss."""
+    fits, losses, metrics = fit_all(runs), list(runs[0].losses), list(runs[0].metrics)
+    columns = 4
+    rows = -(-(len(losses) + len(metrics)) // columns)
+    with matplotlib.rc_context({"font.size": 8}):
+        figure = Figure(figsize=(2.7 * columns, 2.1 * rows), layout="constrained")
+        FigureCanvasAgg(figure)
+        panels = figure.subplots(rows, columns, squeeze=False).ravel()
+        for axes, name in zip(panels, [*losses, *metrics], strict=False):
+            is_loss = name in fits
+            for width, color in zip(sorted({run.width for run in runs}), _COLORS, strict=False):
+                same = sorted((run for run in runs if run.width == width), key=lambda run: run.flops)
+                values = [(run.losses if is_loss else run.metrics)[name] for run in same]
+                axes.plot([run.flops / 1e12 for run in same], values, "o-", color=color, label=f"x{width:g}", ms=3)
+            if is_loss:
+                x = np.geomspace(min(run.flops for run in runs), max(run.flops for run in runs), 20) / 1e12
+                axes.plot(x, fits[name].scale * x ** -fits[name].exponent, ":", color="#555555", linewidth=1)
+                axes.set_yscale("log")
+            axes.set_xscale("log")
+            axes.set_title(" · ".join(display_name(part) for part in name.split("/")), fontsize=8)
+        for axes in panels[len(losses) + len(metrics) :]:
+            axes.axis("off")
+        panels[0].legend(title="width", frameon=False, fontsize=7)
+        figure.supxlabel("training compute, TFLOP", fontsize=8)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=110, metadata={"Software": None})
