@@ -162,4 +162,6 @@ class Progress:
         return f"{desc}{self._unit} {done:>{len(f'{self._total:,}')},}/{self._total:,}"
 
     def _rate(self, rate: float) -> str:
-        return f"{rate / 1e6:,.0f} MB/s" if self._unit == "B" else f"{rate:,.1f} {self._unit}s/s"
+        if self._unit == "B":
+            return f"{rate / 1e6:,.0f} MB/s"
+        return f"{rate:,.1f} {self._unit}s/s" if rate >= 1 or not rate else f"{1 / rate:,.1f} s/{self._unit}"

@@ -1,14 +1,13 @@
 """Fixtures for all tests. Types and shapes of every call into our packages are checked, unless CHECK_TYPES=0."""
 
 import collections
-import functools
 import gc
 import itertools
 import os
 import shutil
 import signal
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -78,28 +77,6 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _train_tokenizers_once() -> Iterator[None]:
-    """Train each tokenizer once: nearly all runs of tests use the same."""
-    from mplug2_jax.training import workdir
-
-    def once(train: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.cache
-        def trained(source: Callable[[], Any], vocab_size: int) -> Any:  # tests may replace the source
-            return train(workdir.tokenizer_training_texts(), vocab_size)
-
-        def train_or_reuse(texts: Iterator[str], vocab_size: int) -> Any:
-            is_default = getattr(texts, "__name__", "") == workdir.tokenizer_training_texts.__name__
-            return trained(workdir.vocabulary_texts, vocab_size) if is_default else train(texts, vocab_size)
-
-        return train_or_reuse
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(workdir, "train_wordpiece", once(workdir.train_wordpiece))
-        patch.setattr(workdir, "train_sentencepiece", once(workdir.train_sentencepiece))
-        yield
 
 
 @pytest.fixture(scope="session")

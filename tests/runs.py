@@ -24,8 +24,12 @@ from mplug2_jax.training.workdir import load_or_train_tokenizer
 
 QUESTION = {"question": InstructionConfig(templates=("{question}",))}
 SMALL = VisualConfig(image_size=16, num_frames=2)
-ONE_LAYER = ["--config.model.vision_layers=1", "--config.model.decoder_layers=1", "--config.model.scan_unroll=1"]
-"""Overrides of the tiny size, for tests whose subject is a command and not the model: a third of the compile time."""
+ONE_LAYER = [
+    "--config.model.vision_layers=1", "--config.model.decoder_layers=1", "--config.model.scan_unroll=1",
+    "--config.schedule.kind=constant", "--config.schedule.warmup_steps=0",
+]  # fmt: skip
+"""Overrides of the tiny size, for tests whose subject is a command and not the model: a third of the compile time, and
+the same program for every number of steps."""
 ENTAILMENT = {"entailment": InstructionConfig(templates=("{premise} means {hypothesis}?",))}
 
 
@@ -70,7 +74,8 @@ def small_run(**overrides: Any) -> RunConfig:
         },
         "tasks": TaskSettings(search=SearchConfig(num_beams=1, max_length=5)),
         "optimizer": OptimizerConfig(learning_rate=1e-3),
-        "schedule": ScheduleConfig(warmup_steps=1),
+        # Constant, as other numbers of steps would be other programs.
+        "schedule": ScheduleConfig(kind="constant", warmup_steps=1),
         "evaluations": {"questions": EvaluationConfig(task="answer", data=heldout, num_samples=2)},
         "checkpoint": CheckpointConfig(every_steps=2, keep_last=2),
         "log_every": 1,

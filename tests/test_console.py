@@ -75,11 +75,13 @@ def test_progress_without_a_terminal_is_log_lines_with_rate_and_eta(
         progress.update(500_000_000)
     with Progress(380, "step", log_every=0) as progress:
         progress.update(20, "loss 3.1250", seconds_per_unit=0.5)
+        progress.update(40, seconds_per_unit=4.0)
     assert [message for _, _, message in parse_lines(capsys.readouterr().err)] == [
         "record   400/1,200  2 skipped  20.0 records/s  eta 0:40",
         "record 1,200/1,200  2 skipped  50.0 records/s  eta 0:00",
         "reading  500/2,000 MB  50 MB/s  eta 0:30",
         "step  20/380  loss 3.1250  2.0 steps/s  eta 3:00",
+        "step  40/380  4.0 s/step  eta 22:40",
     ]
 
 

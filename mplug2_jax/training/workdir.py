@@ -1,6 +1,7 @@
 """A run's work directory: its config, tokenizer, checkpoints, metrics and evaluations."""
 
 import contextlib
+import functools
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -196,8 +197,19 @@ def load_or_train_tokenizer(config: TokenizerConfig) -> Tokenizer:
     """
     if config.path:
         return load_tokenizer(to_path(config.path))
-    train = train_wordpiece if config.kind == "wordpiece" else train_sentencepiece
-    return train(_texts_of(config.source) if config.source else tokenizer_training_texts(), config.vocab_size)
+    if config.source:
+        return _train_tokenizer(config.kind, config.vocab_size, _texts_of(config.source))
+    return _train_default_tokenizer(config.kind, config.vocab_size)
+
+
+@functools.cache
+def _train_default_tokenizer(kind: str, vocab_size: int) -> Tokenizer:
+    """Train a tokenizer on the default texts, once for all runs of a process."""
+    return _train_tokenizer(kind, vocab_size, tokenizer_training_texts())
+
+
+def _train_tokenizer(kind: str, vocab_size: int, texts: Iterator[str]) -> Tokenizer:
+    return (train_wordpiece if kind == "wordpiece" else train_sentencepiece)(texts, vocab_size)
 
 
 def tokenizer_training_texts() -> Iterator[str]:

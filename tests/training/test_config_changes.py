@@ -137,7 +137,9 @@ def test_a_config_must_keep_the_runs_tokenizer(tmp_path: Path) -> None:
 def test_every_step_has_the_config_of_its_last_time(workdir: WorkDir) -> None:
     """Step 6 and later ones were done with a first change, and again, from an older checkpoint, with a second."""
     longer = resume(workdir, dataclasses.replace(BASE, steps=12, log_every=3), 5)
-    warmer = dataclasses.replace(longer, schedule=ScheduleConfig(warmup_steps=2), mesh=MeshConfig(data=2))
+    warmer = dataclasses.replace(
+        longer, schedule=ScheduleConfig(kind="constant", warmup_steps=2), mesh=MeshConfig(data=2)
+    )
     config = resume(workdir, warmer, 7, "config.schedule")
     config, events = resume(workdir, config, 3), read_events(workdir.events)
     assert config_at(4, config, events) is config
