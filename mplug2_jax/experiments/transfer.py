@@ -103,6 +103,11 @@ class TaskTransfer:
     rows: Sequence[Difference]
 
     @property
+    def visual(self) -> str:
+        """Return what the examples show, for names of metrics."""
+        return "video" if FINETUNES[self.name].kind == "video" else "image"
+
+    @property
     def panel(self) -> Panel:
         """Return the curves of the training loss."""
         lines = {"from scratch": self.scratch.loss(), "pretrained": self.pretrained.loss()}

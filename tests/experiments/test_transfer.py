@@ -1,5 +1,6 @@
 """Transfer: the search of the learning rate, the data of validation and test, the table and the page."""
 
+import dataclasses
 import json
 import math
 from collections.abc import Mapping
@@ -92,11 +93,22 @@ def test_an_interval_with_zero_is_not_better() -> None:
 def test_the_page_has_the_table_and_a_curve_of_each_task(ran: list[tuple[str, RunConfig]], tmp_path: Path) -> None:
     task, page = run_digit(tmp_path / "runs"), tmp_path / "transfer.html"
     assert count_better([task]) == "Pretraining is better on 1 of 1 evaluations, by a 95% CI above 0."
-    write_transfer_page([task], Path("runs/<b>demo"), page)
+    retrieval = Difference("video_retrieval", "text_to_visual_r1", 0.004, 0.2, [0.1, 0.1], [0.3, 0.4])
+    clips = dataclasses.replace(task, name="video_retrieval", rows=[retrieval])
+    write_transfer_page([task, clips], Path("runs/<b>demo"), page)
     html = page.read_text()
     assert "&lt;b&gt;demo" in html
     assert "<b>demo" not in html
-    assert html.count("<figure>") == 1
+    assert html.count("<figure>") == 2
     assert "<path" in html
-    for cell in ("top-1 accuracy", "41.0%", "91.0%", "50.0% to 50.0%", "0.001", "0.003", count_better([task])):
+    for cell in (
+        "top-1 accuracy",
+        "41.0%",
+        "91.0%",
+        "50.0% to 50.0%",
+        "0.001",
+        "0.003",
+        "text → video R@1",
+        count_better([task, clips]),
+    ):
         assert cell in html
