@@ -16,10 +16,12 @@ import numpy as np
 from absl import logging
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 from mplug2_jax.console import Progress
 from mplug2_jax.experiments.runs import train_to_end
-from mplug2_jax.metrics.units import format_metric
+from mplug2_jax.metrics.units import format_metric, is_fraction
+from mplug2_jax.report.curves import compact, percent
 from mplug2_jax.report.metrics import read_metrics
 from mplug2_jax.report.names import display_name
 from mplug2_jax.training.config import RunConfig
@@ -175,9 +177,12 @@ def draw(runs: Sequence[ScalingRun], path: Path) -> None:
             if is_loss:
                 x = np.geomspace(min(run.flops for run in runs), max(run.flops for run in runs), 20) / 1e12
                 axes.plot(x, fits[name].scale * x ** -fits[name].exponent, ":", color="#555555", linewidth=1)
-                axes.set_yscale("log")
             axes.set_xscale("log")
-            axes.set_title(" · ".join(display_name(part) for part in name.split("/")), fontsize=8)
+            evaluation, _, metric = name.rpartition("/")
+            shown = percent if not is_loss and is_fraction(metric) else compact
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _, shown=shown: shown(value)))
+            visual = "video" if evaluation.startswith("video") else "image"
+            axes.set_title(f"{display_name(evaluation)}: {display_name(metric, visual)}", fontsize=8)
         for axes in panels[len(losses) + len(metrics) :]:
             axes.axis("off")
         panels[0].legend(title="width", frameon=False, fontsize=7)
