@@ -88,12 +88,13 @@ def prefetch(items: grain.MapDataset[Item], config: DataConfig, multiple: int = 
             yield _attach(_arrays_of_row(arrays, next(row)), item) if has_arrays else item
 
 
-def check_workers(configs: Mapping[str, DataConfig], num_hosts: int = 1) -> None:
+def check_workers(configs: Mapping[str, DataConfig], num_hosts: int = 1, num_batches: int = 1) -> None:
     """Check that this machine can run the workers of all streams; log a warning if they are more than its cores.
 
     Args:
         configs: of the streams, by field.
         num_hosts: number of hosts that share each batch.
+        num_batches: batches whose examples are in use at a time.
 
     Raises:
         DataError: there is no shared memory, or less than the examples that workers keep ready need.
@@ -111,7 +112,9 @@ def check_workers(configs: Mapping[str, DataConfig], num_hosts: int = 1) -> None
             f"{fields} need shared memory, which this machine does not give ({error.strerror or error}); mount "
             f"{SHARED_MEMORY}, or set num_workers to 0"
         ) from error
-    needed = sum(_max_shared(each, num_hosts) * example_bytes(each) for each in configs.values() if each.num_workers)
+    needed = sum(
+        _max_shared(each, num_hosts, num_batches) * example_bytes(each) for each in configs.values() if each.num_workers
+    )
     if SHARED_MEMORY.is_dir() and needed > (free := shutil.disk_usage(SHARED_MEMORY).free):
         raise DataError(
             f"{SHARED_MEMORY} has {free / 2**20:,.0f} MiB free, and examples that workers keep ready need "
@@ -173,13 +176,14 @@ def _buffer_sizes(config: DataConfig, multiple: int) -> tuple[int, int]:
     return size, max(1, config.prefetch // (2 * config.num_workers * size) - 1)
 
 
-def _max_shared(config: DataConfig, num_hosts: int = 1) -> int:
+def _max_shared(config: DataConfig, num_hosts: int = 1, num_batches: int = 1) -> int:
     """Return the largest number of a stream's examples in the shared memory of a host.
 
-    They are in the buffers, in the three groups that ``prefetch`` and ``_receive_all`` hold, and in the next batch.
+    They are in the buffers, in the three groups that ``prefetch`` and ``_receive_all`` hold, and in batches.
     """
     size, _ = _buffer_sizes(config, config.batch_size)
-    return max(config.prefetch, 4 * config.num_workers) + 3 * size + -(-config.batch_size // num_hosts)
+    rows = -(-config.batch_size // num_hosts)
+    return max(config.prefetch, 4 * config.num_workers) + 3 * size + num_batches * rows
 
 
 def _detach(item: Any) -> tuple[Arrays, Any]:

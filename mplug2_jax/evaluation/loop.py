@@ -59,7 +59,8 @@ class Evaluation:
         self._recipe, self._formats = recipe, tuple(sorted({source.format for source in config.data.sources.values()}))
         where = f"config.evaluations.{name}"
         check_batch_divisible(f"{where}.data.batch_size", config.data.batch_size, mesh)
-        check_workers({f"{where}.data": config.data}, jax.process_count())
+        # A batch is scored, with its examples, while the next one is put together.
+        check_workers({f"{where}.data": config.data}, jax.process_count(), num_batches=2)
         task, rows = TASKS[config.task], config.per_device_batch_size * num_batch_shards(mesh)
         try:
             data = dataclasses.replace(config.data, batch_size=-(-config.data.batch_size // rows) * rows)

@@ -424,6 +424,8 @@ def test_workers_are_checked_against_the_machine(
         check_workers({"a": with_workers(config, 2, prefetch=98)})
     with pytest.raises(DataError, match=r"need 14 MiB"):
         check_workers({"a": with_workers(config, 2, prefetch=98, batch_size=400)}, num_hosts=100)
+    with pytest.raises(DataError, match=r"need 56 MiB"):
+        check_workers({"a": with_workers(config, 2, prefetch=98, batch_size=200)}, num_batches=2)
 
     def refuse(**options: Any) -> None:
         raise FileNotFoundError(2, "No such file or directory")
