@@ -1,4 +1,4 @@
-"""``mplug2 demo``: measure on every task of DigitWorld what pretraining is worth."""
+"""``mplug2 demo tasks | scaling``: measure on DigitWorld what pretraining, and more of it, is worth."""
 
 import argparse
 import math
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from absl import logging
 
 from mplug2_jax.cli.common import add_command, add_group, table
-from mplug2_jax.cli.parsing import output_path
+from mplug2_jax.cli.parsing import check_output, output_path
 from mplug2_jax.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -56,7 +56,9 @@ def add_parser(commands: Any) -> None:
     scaling.add_argument(
         "--workdir", type=output_path, default=Path("runs/scaling"), help="folder of the runs (default: %(default)s)"
     )
-    scaling.add_argument("--png", type=output_path, help="the drawing (default: scaling.png in the folder of the runs)")
+    scaling.add_argument(
+        "--png", type=output_path, help="new file for the drawing (default: scaling.png in the folder of the runs)"
+    )
 
 
 def run_tasks(args: argparse.Namespace) -> int:
@@ -97,7 +99,9 @@ def run_scaling(args: argparse.Namespace) -> int:
     from mplug2_jax.experiments.scaling import draw, find_regressions, fit_all, grid_rows, train_grid
     from mplug2_jax.training.durations import load_run
 
-    runs, png = train_grid(load_run("demo", args.overrides), args.workdir), args.png or args.workdir / "scaling.png"
+    check_output("--png", args.png)
+    config = load_run("demo", ["--config.log_every=2", *args.overrides])
+    runs, png = train_grid(config, args.workdir), args.png or args.workdir / "scaling.png"
     header, *rows = grid_rows(runs)
     print(table(rows, header, right=range(1, len(header))))
     fits = [(name, f"{fit.exponent:.3f}", f"{fit.r2:.3f}") for name, fit in fit_all(runs).items()]

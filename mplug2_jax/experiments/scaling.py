@@ -6,6 +6,7 @@ less compute beats.
 """
 
 import dataclasses
+import io
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,9 @@ from absl import logging
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
+from scipy.stats import linregress
 
+from data_pipelines.storage.file_system import write_atomically
 from mplug2_jax.console import Progress
 from mplug2_jax.experiments.runs import train_to_end
 from mplug2_jax.metrics.units import format_metric, is_fraction
@@ -34,7 +37,7 @@ METRICS = {
     "image_caption": "cider", "video_caption": "cider", "image_question": "accuracy", "video_question": "accuracy",
     "image_retrieval": "text_to_visual_r1", "video_retrieval": "text_to_visual_r1", "masked_words": "accuracy",
 }  # fmt: skip
-_LAST = 0.1  # share of the steps over which a loss is averaged
+_LAST = 0.1  # share of the logged steps over which a loss is averaged
 _COLORS = ("#8fb8de", "#2563ab", "#12305c")
 
 
@@ -104,11 +107,10 @@ def train_grid(config: RunConfig, folder: Path) -> Sequence[ScalingRun]:
 def _read_run(path: Path, width: float, steps: int, metrics: Mapping[str, float]) -> ScalingRun:
     curves = read_metrics(WorkDir(path).metrics).curves
     flops = curves["flops_per_second"].means * curves["seconds_per_step"].means
-    losses = {}
-    for name, curve in curves.items():
-        if name.count("/") == 2 and name.endswith("/loss"):
-            last = curve.means[curve.steps > steps * (1 - _LAST)]
-            losses[name.removesuffix("/loss")] = float(last.mean())
+    losses = {
+        name.removesuffix("/loss"): float(curve.means[-max(1, round(len(curve) * _LAST)) :].mean())
+        for name, curve in curves.items() if name.count("/") == 2 and name.endswith("/loss")
+    }  # fmt: skip
     return ScalingRun(width, steps, steps * float(np.median(flops)), losses, metrics)
 
 
@@ -137,9 +139,8 @@ def fit_power_law(flops: Sequence[float], losses: Sequence[float]) -> PowerLaw:
     x, y = np.log([flop / 1e12 for flop, _ in best]), np.log([loss for _, loss in best])
     if len(best) == 1:
         return PowerLaw(best[0][1], 0.0, math.nan)
-    slope, intercept = np.polyfit(x, y, 1)
-    residual, total = np.sum((y - slope * x - intercept) ** 2), np.sum((y - y.mean()) ** 2)
-    return PowerLaw(float(np.exp(intercept)), -float(slope), 1 - float(residual / total))
+    line = linregress(x, y)
+    return PowerLaw(math.exp(line.intercept), -float(line.slope), float(line.rvalue**2))
 
 
 def fit_all(runs: Sequence[ScalingRun]) -> Mapping[str, PowerLaw]:
@@ -187,5 +188,7 @@ def draw(runs: Sequence[ScalingRun], path: Path) -> None:
             axes.axis("off")
         panels[0].legend(title="width", frameon=False, fontsize=7)
         figure.supxlabel("training compute, TFLOP", fontsize=8)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=110, metadata={"Software": None})
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(str(path), buffer.getvalue())

@@ -126,9 +126,9 @@ def transfer(
         folder: of the runs.
         overrides: of the recipes of the tasks, with which the pretrained model is evaluated as it is.
         seeds: number of seeds; the search of the learning rate has the first.
-        learning_rates: the rates to choose from.
+        learning_rates: the rates to choose from, each once.
     """
-    per_arm = len(set(learning_rates)) + seeds - 1
+    per_arm = len(learning_rates) + seeds - 1
     with Progress(2 * per_arm * len(configs), "run", log_every=0) as progress:
         done = itertools.count(1)
         for name, config in configs.items():
@@ -155,7 +155,7 @@ def _train_arm(
         on_run()
         return path, results
 
-    search = {rate: run(rate, 0) for rate in dict.fromkeys(learning_rates)}
+    search = {rate: run(rate, 0) for rate in learning_rates}
     best = max(search, key=lambda rate: search[rate][1][VALIDATION]["metrics"][metric])
     paths, results = zip(search[best], *(run(best, seed) for seed in range(1, seeds)), strict=True)
     return Arm(best, paths, results)

@@ -50,6 +50,14 @@ def test_invalid_options_are_refused(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_drawing_that_exists_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (png := tmp_path / "mine.png").write_bytes(b"mine")
+    assert main(["demo", "scaling", "--workdir", str(tmp_path / "runs"), "--png", str(png)]) == 2
+    assert f"--png {png} exists" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [png]
+    assert png.read_bytes() == b"mine"
+
+
 @pytest.mark.slow
 def test_both_arms_are_trained_once_and_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one_layer = [f"--config.model.{field}={value}" for field, value in ONE_LAYER.items()]

@@ -44,7 +44,7 @@ def test_a_power_law_is_recovered_from_the_runs_that_no_cheaper_one_beats() -> N
     assert np.isnan(flat.r2)
 
 
-def test_losses_that_rise_with_more_steps_are_found() -> None:
+def test_losses_that_increase_with_more_steps_are_reported() -> None:
     runs = [
         ScalingRun(1.0, 20, 2e12, {"images/vlc": 2.0, "text/mlm": 3.5}, {}),
         ScalingRun(1.0, 10, 1e12, {"images/vlc": 3.0, "text/mlm": 3.0}, {}),
