@@ -111,34 +111,3 @@ def test_throughput_with_and_without_a_cache_and_on_a_mesh(repository: Path) -> 
         r"^(\w.*?) +[\d.]+ +[\d.]+ +[\d.]+$", run_benchmark(repository, "throughput.py", *sizes), re.MULTILINE
     )
     assert [row.partition(",")[0] for row in rows] == ["with the cache", "without", "without", "with the cache"]
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1500)
-def test_ablation(repository: Path, tmp_path: Path) -> None:
-    """All models are evaluated on the same tasks, and a second call reads finished runs."""
-    args = [
-        "--tasks",
-        "video_retrieval",
-        "action",
-        "--seeds",
-        "1",
-        "--steps",
-        "1",
-        "--examples",
-        "8",
-        "--workers",
-        "2",
-        "--out",
-        str(tmp_path),
-    ]
-    args += [f"--config.model.{field}=1" for field in ("vision_layers", "fusion_layers", "decoder_layers")]
-    args.append("--config.model.scan_unroll=1")
-    out = run_benchmark(repository, "ablation.py", *args)
-    table = out[out.index("seeds: 1") :]
-    for figure in ("video_retrieval/text_to_visual_r1", "video_colour_by_prompts/top_1", "action/top_1"):
-        rows = re.findall(rf"^{figure} +(the full model|without \S+ \S+) ", table, re.MULTILINE)
-        assert rows == ["the full model", "without universal layers", "without temporal units"], out
-    again = run_benchmark(repository, "ablation.py", *args)
-    assert again[again.index("seeds: 1") :] == table
-    assert "compiling" not in again

@@ -19,6 +19,10 @@ _check_types = beartype.beartype(conf=beartype.BeartypeConf(violation_type=jaxty
 
 def _has_arrays(hint: Any) -> bool:
     """Return whether a type hint names an array's shape, or is the name of another hint, which may."""
+    if typing.get_origin(hint) is typing.Literal:
+        return False
+    if typing.get_origin(hint) is typing.Annotated:
+        return _has_arrays(hint.__origin__)
     if isinstance(hint, str | typing.ForwardRef):
         return True
     if isinstance(hint, type) and issubclass(hint, AbstractArray | jaxtyping.PyTree):

@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import functools
 import gc
 import os
 import select
@@ -84,8 +85,9 @@ class _Parser(SuggestingParser):
         return "\n".join(lines) + "\n"
 
 
+@functools.cache
 def make_parser() -> argparse.ArgumentParser:
-    """Return the parser of the whole command line."""
+    """Return the parser of the whole command line, which is made once."""
     return _Parser()
 
 

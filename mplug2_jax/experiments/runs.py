@@ -10,9 +10,32 @@ from typing import Any
 from scipy.stats import t as student
 
 from mplug2_jax.metrics.metric import CONFIDENCE_LEVEL
+from mplug2_jax.recipes.digitworld import ZERO_SHOT
 from mplug2_jax.training.config import RunConfig
 from mplug2_jax.training.loop import train
 from mplug2_jax.training.workdir import WorkDir
+
+METRICS: Mapping[str, Sequence[str]] = {
+    "image_caption": ("cider",),
+    "video_caption": ("cider",),
+    "image_question": ("accuracy",),
+    "video_question": ("accuracy",),
+    "image_retrieval": ("text_to_visual_r1", "visual_to_text_r1"),
+    "video_retrieval": ("text_to_visual_r1", "visual_to_text_r1"),
+    "masked_words": ("accuracy",),
+    "action": ("top_1",),
+    **{name: (spec.metric,) for name, (_, spec) in ZERO_SHOT.items()},
+}
+"""What experiments report of each evaluation on DigitWorld."""
+
+
+def select_metrics(results: Mapping[str, Mapping[str, Any]]) -> Mapping[str, float]:
+    """Return ``METRICS`` of the contents of ``NAME.json``, by evaluation/metric."""
+    return {
+        f"{name}/{metric}": result["metrics"][metric]
+        for name, result in results.items()
+        for metric in METRICS.get(name, ())
+    }
 
 
 def train_to_end(config: RunConfig, folder: Path, *, keep_checkpoints: bool = True) -> Mapping[str, Mapping[str, Any]]:

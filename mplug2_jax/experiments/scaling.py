@@ -6,37 +6,28 @@ less compute beats.
 """
 
 import dataclasses
-import io
 import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 from absl import logging
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 from scipy.stats import linregress
 
-from data_pipelines.storage.file_system import write_atomically
 from mplug2_jax.console import Progress
-from mplug2_jax.experiments.runs import train_to_end
+from mplug2_jax.experiments.drawing import metric_title, png_figure
+from mplug2_jax.experiments.runs import select_metrics, train_to_end
 from mplug2_jax.metrics.units import format_metric, is_fraction
 from mplug2_jax.report.curves import compact, percent
 from mplug2_jax.report.metrics import read_metrics
-from mplug2_jax.report.names import display_name
 from mplug2_jax.training.config import RunConfig
 from mplug2_jax.training.workdir import WorkDir
 
 WIDTHS = (0.5, 1.0, 2.0)  # of all towers, relative to the demo's
 BUDGETS = (0.5, 1.0, 2.0)  # steps, relative to the demo's
 LR_EXPONENT = 0.5  # learning rates are divided by the width to this power
-METRICS = {
-    "image_caption": "cider", "video_caption": "cider", "image_question": "accuracy", "video_question": "accuracy",
-    "image_retrieval": "text_to_visual_r1", "video_retrieval": "text_to_visual_r1", "masked_words": "accuracy",
-}  # fmt: skip
 _LAST = 0.1  # share of the logged steps over which a loss is averaged
 _COLORS = ("#8fb8de", "#2563ab", "#12305c")
 
@@ -95,11 +86,7 @@ def train_grid(config: RunConfig, folder: Path) -> Sequence[ScalingRun]:
             run, path = scale_run(config, width, budget), folder / f"width{width:g}-budget{budget:g}"
             logging.info("width x%g, %d steps", width, run.steps)
             results = train_to_end(run, path, keep_checkpoints=False)
-            metrics = {
-                f"{name}/{METRICS[name]}": result["metrics"][METRICS[name]]
-                for name, result in results.items() if name in METRICS
-            }  # fmt: skip
-            runs.append(_read_run(path, width, run.steps, metrics))
+            runs.append(_read_run(path, width, run.steps, select_metrics(results)))
             progress.update(len(runs))
     return runs
 
@@ -165,9 +152,7 @@ def draw(runs: Sequence[ScalingRun], path: Path) -> None:
     fits, losses, metrics = fit_all(runs), list(runs[0].losses), list(runs[0].metrics)
     columns = 4
     rows = -(-(len(losses) + len(metrics)) // columns)
-    with matplotlib.rc_context({"font.size": 8}):
-        figure = Figure(figsize=(2.7 * columns, 2.1 * rows), layout="constrained")
-        FigureCanvasAgg(figure)
+    with png_figure(path, 2.7 * columns, 2.1 * rows) as figure:
         panels = figure.subplots(rows, columns, squeeze=False).ravel()
         for axes, name in zip(panels, [*losses, *metrics], strict=False):
             is_loss = name in fits
@@ -179,16 +164,10 @@ def draw(runs: Sequence[ScalingRun], path: Path) -> None:
                 x = np.geomspace(min(run.flops for run in runs), max(run.flops for run in runs), 20) / 1e12
                 axes.plot(x, fits[name].scale * x ** -fits[name].exponent, ":", color="#555555", linewidth=1)
             axes.set_xscale("log")
-            evaluation, _, metric = name.rpartition("/")
-            shown = percent if not is_loss and is_fraction(metric) else compact
+            shown = percent if not is_loss and is_fraction(name.rpartition("/")[2]) else compact
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _, shown=shown: shown(value)))
-            visual = "video" if evaluation.startswith("video") else "image"
-            axes.set_title(f"{display_name(evaluation)}: {display_name(metric, visual)}", fontsize=8)
+            axes.set_title(metric_title(name))
         for axes in panels[len(losses) + len(metrics) :]:
             axes.axis("off")
         panels[0].legend(title="width", frameon=False, fontsize=7)
-        figure.supxlabel("training compute, TFLOP", fontsize=8)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(str(path), buffer.getvalue())
+        figure.supxlabel("training compute, TFLOP")

@@ -1,7 +1,7 @@
 """Downstream tasks of DigitWorld for the demo's model: short fine-tuning runs and their evaluations."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from data_pipelines.config import DataConfig, ExampleConfig, InstructionConfig, Kind, SourceConfig
@@ -62,17 +62,24 @@ def _class_labels(classes: tuple[str, ...]) -> Mapping[str, Any]:
     return {"instructions": {"label": InstructionConfig(templates=("",))}, "classes": classes}
 
 
+def _by_prompts(classes: tuple[str, ...], prompts: Iterable[str], *, label: str = "") -> EvalSpec:
+    """Return a classification by contrast with caption-like prompts; no training run has these classes as labels."""
+    examples = _class_labels(classes)
+    return EvalSpec(
+        task="zero_shot", metric="top_1", examples=examples, label=label, overrides={"prompts": tuple(prompts)}
+    )
+
+
+_COLOURS_BY_PROMPTS = _by_prompts(tuple(COLOURS), (f"a large {{label}} {digit}" for digit in DIGITS), label="colour")
+
+
 def _retrieval(kind: Kind, *, batch_size: int) -> FineTune:
-    """Return a retrieval run, also evaluated on colors, which are no classes in training, by caption-like prompts."""
+    """Return a retrieval run, also evaluated on colors by prompts."""
     examples, name = {"text_length": 24}, f"{kind}_retrieval"
-    prompts = tuple(f"a large {{label}} {digit}" for digit in DIGITS)
     evaluations = {
         name: EvalSpec(task="vlc", metric="text_to_visual_r1", examples=examples),
-        f"{kind}_colour_by_prompts": EvalSpec(
-            task="zero_shot", metric="top_1", examples=_class_labels(tuple(COLOURS)), label="colour",
-            overrides={"prompts": prompts},
-        ),
-    }  # fmt: skip
+        f"{kind}_colour_by_prompts": _COLOURS_BY_PROMPTS,
+    }
     return FineTune(
         name=name, kind=kind, objective="vlc", train_examples=examples, evaluations=evaluations, steps=600,
         batch_size=batch_size,
@@ -105,6 +112,17 @@ FINETUNES: Mapping[str, FineTune] = {
 }
 
 
+def _data(kind: Kind, examples: Mapping[str, Any], batch_size: int, **source: Any) -> DataConfig:
+    return DataConfig(
+        sources={"digits": SourceConfig(kind=kind, **source)}, examples=ExampleConfig(**examples), batch_size=batch_size
+    )
+
+
+def _heldout(kind: Kind, spec: EvalSpec) -> EvaluationConfig:
+    data = _data(kind, spec.examples, 64, split="heldout", max_records=256, label=spec.label)
+    return EvaluationConfig(task=spec.task, per_device_batch_size=32, data=data, **spec.overrides)
+
+
 def digitworld_recipe(name: str) -> RunConfig:
     """Return the fine-tuning run of a task.
 
@@ -115,14 +133,7 @@ def digitworld_recipe(name: str) -> RunConfig:
         raise UserError(f"recipe digitworld:{name}: {did_you_mean(name, FINETUNES)}")
     run = FINETUNES[name]
 
-    def data_config(examples: Mapping[str, Any], batch_size: int, **source: Any) -> DataConfig:
-        return DataConfig(
-            sources={"digits": SourceConfig(kind=run.kind, **source)},
-            examples=ExampleConfig(**examples),
-            batch_size=batch_size,
-        )
-
-    train_data = data_config(run.train_examples, run.batch_size)
+    train_data = _data(run.kind, run.train_examples, run.batch_size)
     return RunConfig(
         name=name,
         steps=run.steps,
@@ -137,11 +148,18 @@ def digitworld_recipe(name: str) -> RunConfig:
         optimizer=OptimizerConfig(learning_rate=5e-4, b2=0.98, weight_decay=0.05),
         schedule=ScheduleConfig(warmup_steps=20),
         checkpoint=CheckpointConfig(every_steps=1000, keep_last=1),
-        evaluations={
-            key: EvaluationConfig(
-                task=spec.task, per_device_batch_size=32, **spec.overrides,
-                data=data_config(spec.examples, 64, split="heldout", max_records=256, label=spec.label),
-            )
-            for key, spec in run.evaluations.items()
-        },
+        evaluations={key: _heldout(run.kind, spec) for key, spec in run.evaluations.items()},
     )  # fmt: skip
+
+
+# Classes that the model of ``configs/demo.py`` knows from captions alone.
+ZERO_SHOT: Mapping[str, tuple[Kind, EvalSpec]] = {
+    "image_colour_by_prompts": ("image", _COLOURS_BY_PROMPTS),
+    "video_colour_by_prompts": ("video", _COLOURS_BY_PROMPTS),
+    "image_digit_by_prompts": ("image", _by_prompts(DIGITS, (f"a large {colour} {{label}}" for colour in COLOURS))),
+}
+
+
+def zero_shot_evaluations() -> Mapping[str, EvaluationConfig]:
+    """Return the evaluations of ``ZERO_SHOT``."""
+    return {name: _heldout(kind, spec) for name, (kind, spec) in ZERO_SHOT.items()}

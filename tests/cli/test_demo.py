@@ -50,9 +50,29 @@ def test_invalid_options_are_refused(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_drawing_that_exists_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--seeds", "0"], "--seeds 0 must be at least 1"),
+        (["--only", "universal layers"], "--only 'universal layers' is not a variant: did you mean 'no universal"),
+        (["--config.seed=3"], "each model has its own; use --seeds"),
+        (["--config.modle.width=3"], "config.modle is not a field"),
+    ],
+)
+def test_invalid_options_of_the_ablation_are_refused(
+    words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["demo", "ablation", "--workdir", str(tmp_path / "new"), *words]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["scaling", "ablation"])
+def test_a_drawing_that_exists_is_not_overwritten(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (png := tmp_path / "mine.png").write_bytes(b"mine")
-    assert main(["demo", "scaling", "--workdir", str(tmp_path / "runs"), "--png", str(png)]) == 2
+    assert main(["demo", command, "--workdir", str(tmp_path / "runs"), "--png", str(png)]) == 2
     assert f"--png {png} exists" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == [png]
     assert png.read_bytes() == b"mine"

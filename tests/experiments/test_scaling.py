@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from mplug2_jax.experiments import scaling
+from mplug2_jax.experiments.runs import METRICS
 from mplug2_jax.experiments.scaling import (
     ScalingRun,
     draw,
@@ -70,10 +71,7 @@ def test_the_grid_is_trained_read_and_drawn(monkeypatch: pytest.MonkeyPatch, tmp
             for step in range(10, config.steps + 1, 10)
         ]
         (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-        return {
-            name: {"metrics": dict.fromkeys(("cider", "accuracy", "text_to_visual_r1"), 0.5)}
-            for name in config.evaluations
-        }
+        return {name: {"metrics": dict.fromkeys(METRICS[name], 0.5)} for name in config.evaluations}
 
     monkeypatch.setattr(scaling, "train_to_end", train_to_end)
     runs = train_grid(load_run("demo", ["--config.steps=100"]), tmp_path)
