@@ -47,7 +47,7 @@ def elastic(drills: Drills, times: int, seed: int) -> Iterator[tuple[str, Any]]:
     rng = random.Random(seed)
     for i in range(times):
         before = LAYOUTS[i // len(LAYOUTS) % len(LAYOUTS)]
-        after = LAYOUTS[i % len(LAYOUTS)]
+        after = LAYOUTS[(i + 1) % len(LAYOUTS)]
         step, delay = rng.randint(1, STEPS - 4), rng.uniform(0, 0.5)
 
         def drill(i: int = i, before: Layout = before, after: Layout = after, at: int = step, d: float = delay) -> str:
@@ -93,7 +93,7 @@ def preempt(drills: Drills, grace: float) -> Iterator[tuple[str, Any]]:
         yield f"preempt {layout}", drill
 
 
-def kill_one(drills: Drills, bound: float) -> Iterator[tuple[str, Any]]:
+def kill_one(drills: Drills, bound: float, *, quick: bool) -> Iterator[tuple[str, Any]]:
     """Yield drills that kill the first or the last process: the others exit, and a launcher restarts all."""
     layout = LAYOUTS[0]
     for victim in (0, -1):
@@ -118,7 +118,8 @@ def kill_one(drills: Drills, bound: float) -> Iterator[tuple[str, Any]]:
 
         which = "the first" if victim == 0 else "the last"
         yield f"kill {which} of {layout}", alone
-        yield f"kill {which} of {layout}, launcher", restarted
+        if victim == 0 or not quick:
+            yield f"kill {which} of {layout}, launcher", restarted
 
 
 def main() -> int:
@@ -127,7 +128,9 @@ def main() -> int:
     parser.add_argument("kind", choices=("elastic", "preempt", "kill-one", "all", "storage"))
     parser.add_argument("--times", type=int, default=4, help="number of elastic drills (default: 4)")
     parser.add_argument(
-        "--quick", action="store_true", help="storage: two processes, 40 steps, a short outage, no refusals"
+        "--quick",
+        action="store_true",
+        help="storage: two processes, 40 steps, a short outage, no refusals; kill-one: the launcher restarts once",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the elastic drills' kill points (default: 0)")
     parser.add_argument(
@@ -147,7 +150,7 @@ def main() -> int:
     kinds = {
         "elastic": elastic(drills, args.times, args.seed),
         "preempt": preempt(drills, args.bound),
-        "kill-one": kill_one(drills, args.bound),
+        "kill-one": kill_one(drills, args.bound, quick=args.quick),
     }
     return run_drills(itertools.chain(*kinds.values()) if args.kind == "all" else kinds[args.kind])
 

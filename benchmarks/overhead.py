@@ -40,7 +40,7 @@ def compile_bare(spec: RunSpec) -> Any:
     """Compile the step without metrics."""
 
     def bare(state: TrainState, batches: StreamBatches) -> tuple[TrainState, jax.Array]:
-        after, metrics = train_step(spec, state, batches)
+        after, metrics = train_step(spec, state, batches, spec.values)
         return after, metrics["loss"]
 
     return jax.jit(bare, donate_argnums=0, out_shardings=(spec.shardings, replicated_sharding(spec.mesh)))

@@ -83,9 +83,11 @@ def test_meshes_agree_with_one_device(repository: Path) -> None:
 @pytest.mark.timeout(1500)
 def test_drills(repository: Path, tmp_path: Path) -> None:
     """All drills run in one process because they share the undisturbed runs."""
-    out = run_benchmark(repository, "drills.py", "all", "--times", "3", "--bound", "90", "--work", str(tmp_path))
+    out = run_benchmark(
+        repository, "drills.py", "all", "--quick", "--times", "2", "--bound", "90", "--work", str(tmp_path)
+    )
     passed = re.findall(r"^(elastic|preempt|kill) .*  ok  ", out.rpartition("details")[2], re.MULTILINE)
-    assert collections.Counter(passed) == {"elastic": 3, "preempt": 2, "kill": 4}
+    assert collections.Counter(passed) == {"elastic": 2, "preempt": 2, "kill": 3}
 
 
 @pytest.mark.slow

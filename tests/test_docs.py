@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import json
-import os
 import re
 import shlex
 import socket
@@ -30,6 +29,7 @@ from mplug2_jax.training.config import RunConfig
 from mplug2_jax.training.telemetry.events import read_events
 from tests.cli.conftest import mplug2
 from tests.data_pipelines.worlds import encode_media, img2dataset, records
+from tests.processes import run_commands
 from tests.runs import ONE_LAYER, recipe_file, text_run
 from tests.weights import official_file
 
@@ -110,14 +110,10 @@ def test_runs(repository: Path, here: Path) -> None:
     run = text_run(evaluations=evaluations, mesh=MeshConfig(fsdp=-1))
     recipe = str(recipe_file(run, here / "recipe.py"))
     pages = [(repository / "docs" / name).read_text() for name in ("runs.md", "operations.md")]
-    for args in itertools.chain.from_iterable(map(commands, pages)):
-        args = [{"demo": recipe, "120": "3"}.get(arg, arg) for arg in args]
-        process = subprocess.run(
-            [sys.executable, "-m", "mplug2_jax.cli.main", *args], capture_output=True, text=True, timeout=300,
-            env=os.environ | {"JAX_NUM_CPU_DEVICES": "4", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
-        )  # fmt: skip
-        assert process.returncode == 0, f"mplug2 {shlex.join(args)}\n{process.stdout}\n{process.stderr}"
-        assert args[0] != "replay" or "bit for bit" in process.stdout
+    lines = itertools.chain.from_iterable(map(commands, pages))
+    words = [[{"demo": recipe, "120": "3"}.get(arg, arg) for arg in args] for args in lines]
+    printed = run_commands(words, here, JAX_NUM_CPU_DEVICES="4")
+    assert printed.count("bit for bit") == sum(args[0] == "replay" for args in words)
     events = read_events(here / "runs" / "two" / "events.jsonl")
     fields = [line["field"] for line in events if line["event"] == "config_changed"]
     assert fields == ["optimizer.learning_rate", "streams.text.data.num_threads"]
@@ -140,15 +136,12 @@ def test_tasks(repository: Path, here: Path) -> None:
 @pytest.mark.timeout(900)
 def test_plans(repository: Path, here: Path) -> None:
     """Search for 0 minutes, in which only the recipe's own layout is tried. Use one layer per module."""
-    for args in commands((repository / "docs" / "plans.md").read_text()):
+    words = commands((repository / "docs" / "plans.md").read_text())
+    for args in words:
         if "--minutes" in args:
             args[args.index("--minutes") + 1] = "0"
         args += ONE_LAYER if args[0] == "plan" else []
-        process = subprocess.run(
-            [sys.executable, "-m", "mplug2_jax.cli.main", *args], capture_output=True, text=True, timeout=600,
-            env=os.environ | {"HOME": str(here), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
-        )  # fmt: skip
-        assert process.returncode == 0, f"mplug2 {shlex.join(args)}\n{process.stdout}\n{process.stderr}"
+    run_commands(words, here, HOME=str(here))
     assert (here / "plan.html").exists()
     assert (here / "runs" / "planned" / "report.html").exists()
 

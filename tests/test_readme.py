@@ -1,16 +1,14 @@
 """The commands of the README work, in order, and documentation names files that exist."""
 
 import ast
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from mplug2_jax.training.telemetry.metric_log import read_train_metrics
+from tests.processes import run_commands
 
 ROOTS = "benchmarks|configs|data_pipelines|docs|launch|mplug2_jax|tests"
 # A path from the root of the repository.
@@ -28,22 +26,12 @@ def commands(repository: Path) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_every_command_of_the_readme_works(repository: Path, reference: Path, tmp_path: Path) -> None:
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-    lines = commands(repository)
+    lines = [shlex.split(line) for line in commands(repository)]
     assert len(lines) >= 7
-    for line in lines:
-        program, *args = shlex.split(line)
-        assert program == "mplug2"
-        # The golden folder is next to the checkout, and the tests may run anywhere.
-        args = [arg.replace("../shared/reference", str(reference)) for arg in args]
-        process = subprocess.run(
-            [sys.executable, "-m", "mplug2_jax.cli.main", *args],
-            cwd=tmp_path,
-            env=environment | {"PYTHONPATH": str(repository)},
-            capture_output=True,
-            text=True,
-        )
-        assert process.returncode == 0, f"{line}\n{process.stdout}\n{process.stderr}"
+    assert {program for program, *_ in lines} == {"mplug2"}
+    # The golden folder is next to the checkout, and the tests may run anywhere.
+    words = [[arg.replace("../shared/reference", str(reference)) for arg in args] for _, *args in lines]
+    run_commands(words, tmp_path)
     losses = [row["loss"] for row in read_train_metrics(tmp_path / "runs" / "short" / "metrics.jsonl")]
     assert losses[-1] < losses[0]
     assert (tmp_path / "runs" / "short" / "report.html").stat().st_size > 10_000

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import Primitive
 from jax.extend.random import define_prng_impl
 from jax.interpreters import batching, mlir
@@ -21,7 +22,7 @@ _GOLDEN = 0x9E3779B9  # 2**32 / golden ratio: spreads adjacent positions
 _KEY_WORDS = 2  # of 32 bits
 
 
-def random_key(seed: int) -> PRNGKeyArray:
+def random_key(seed: int | UInt32[Array | np.ndarray, ""]) -> PRNGKeyArray:
     """Return the root key of a seed."""
     return jax.random.key(seed, impl=HASH)
 

@@ -2,12 +2,14 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
+from jaxtyping import Array, Float, PRNGKeyArray, UInt32
 
 from mplug2_jax.model.config import SpecialTokens
 from mplug2_jax.model.mplug2 import ModelDef, Params, define_model
@@ -44,6 +46,23 @@ float32.
 """
 
 
+class RunValues(NamedTuple):
+    """Values of the config that are inputs of the compiled step, so that runs that differ in them share a program."""
+
+    seed: UInt32[Array | np.ndarray, ""]
+    learning_rates: Mapping[str, Float[Array | np.ndarray, ""]]  # peaks, by parameter group
+
+
+def run_values(config: RunConfig) -> RunValues:
+    """Return the values of a run."""
+    rate, vision_rate = config.optimizer.learning_rate, config.optimizer.vision_learning_rate
+    rates = {"rest": rate, "vision": rate if vision_rate is None else vision_rate}
+    return RunValues(
+        np.asarray(config.seed % 2**32, np.uint32),
+        {group: np.asarray(peak, np.float32) for group, peak in rates.items()},
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class RunSpec:
     """Everything about a run's arrays that is known before any is allocated."""
@@ -52,23 +71,33 @@ class RunSpec:
     context: TaskContext
     mesh: Mesh
     definition: ModelDef
-    optimizer: optax.GradientTransformation
-    schedules: Mapping[str, optax.Schedule]  # of learning rates, by parameter group
+    values: RunValues
+    lr_scales: Params | None  # factors of the learning rate of each trained parameter
     logical_axes: Params  # of the state's parameters, LoRA's adapters included
     placement: ParamShardings
     shapes: TrainState  # of jax.ShapeDtypeStruct with shardings
     shardings: TrainState
 
+    @property
+    def schedules(self) -> Mapping[str, optax.Schedule]:
+        """Return the learning rates, by parameter group."""
+        return _make_schedules(self.config, self.values)
+
+    @property
+    def optimizer(self) -> optax.GradientTransformation:
+        """Return the optimizer of the trained parameters."""
+        return _make_optimizer(self.config, self.values, self.lr_scales)
+
     def init(self) -> TrainState:
         """Initialize the state, every shard on its device; no array is ever whole on one host."""
 
-        def init_state() -> TrainState:
-            params = self.definition.init(random_key(self.config.seed))
-            return _init_state(params, self.config, self.optimizer)
+        def init_state(seed: UInt32[Array, ""]) -> TrainState:
+            key = random_key(seed)
+            return _init_state(self.definition.init(key), self.config, self.optimizer, key)
 
         init_on_devices = jax.jit(init_state, out_shardings=self.device_shardings)
         with jax.set_mesh(self.mesh):
-            return jax.device_put(init_on_devices(), self.shardings)
+            return jax.device_put(init_on_devices(self.values.seed), self.shardings)
 
     @property
     def device_shardings(self) -> TrainState:
@@ -90,28 +119,38 @@ def make_run_spec(
         UserError: parts and sizes that do not fit together.
     """
     definition = define_model(config.model, config.parts() if parts is None else parts)
-    peak = config.optimizer.learning_rate
-    vision_peak = config.optimizer.vision_learning_rate
-    schedules = {
-        group: make_schedule(config.schedule, rate, config.steps, config.grad_accum_steps)
-        for group, rate in (("rest", peak), ("vision", peak if vision_peak is None else vision_peak))
-    }
+    values = run_values(config)
     params = add_adapters(definition.shapes, config.lora.parts, adapter_shapes(config.lora))
     axes = add_adapters(definition.axes, config.lora.parts, adapter_axes)
     decay = config.optimizer.layer_decay
     scales = None if decay == 1 else partition(lr_scales(params, config.model, decay), config.frozen)[0]
-    optimizer = make_optimizer(config.optimizer, schedules["rest"], schedules["vision"], scales)
+    optimizer = _make_optimizer(config, values, scales)
     placement = make_param_shardings(params, axes, mesh)
-    shapes = jax.eval_shape(lambda params: _init_state(params, config, optimizer), definition.shapes)
+    shapes = jax.eval_shape(
+        lambda params: _init_state(params, config, optimizer, random_key(values.seed)), definition.shapes
+    )
     shardings = _state_shardings(config, shapes, placement, optimizer, mesh)
     shapes = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
     context = TaskContext(settings=config.tasks, tokens=tokens)
-    return RunSpec(config, context, mesh, definition, optimizer, schedules, axes, placement, shapes, shardings)
+    return RunSpec(config, context, mesh, definition, values, scales, axes, placement, shapes, shardings)
 
 
-def _init_state(params: Params, config: RunConfig, optimizer: optax.GradientTransformation) -> TrainState:
+def _make_schedules(config: RunConfig, values: RunValues) -> Mapping[str, optax.Schedule]:
+    return {
+        group: make_schedule(config.schedule, peak, config.steps, config.grad_accum_steps)
+        for group, peak in values.learning_rates.items()
+    }
+
+
+def _make_optimizer(config: RunConfig, values: RunValues, scales: Params | None) -> optax.GradientTransformation:
+    schedules = _make_schedules(config, values)
+    return make_optimizer(config.optimizer, schedules["rest"], schedules["vision"], scales)
+
+
+def _init_state(
+    params: Params, config: RunConfig, optimizer: optax.GradientTransformation, key: PRNGKeyArray
+) -> TrainState:
     """Return the initial state for initial float32 parameters."""
-    key = random_key(config.seed)
     params = jax.tree.map(lambda p: p.astype(config.param_dtype), params)
     adapted = add_adapters(params, config.lora.parts, init_adapters(config.lora, key))
     opt = optimizer.init(partition(adapted, config.frozen)[0])

@@ -1,6 +1,7 @@
 """One training step: a batch of every stream in, one update out, in one compiled program."""
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ from mplug2_jax.training.compilation import aot_cache_miss_reason, compiler_opti
 from mplug2_jax.training.config import RunConfig
 from mplug2_jax.training.optim.lora import merge_adapters
 from mplug2_jax.training.optim.partition import combine, partition
-from mplug2_jax.training.state import RunSpec, TrainState
+from mplug2_jax.training.state import RunSpec, RunValues, TrainState
 
 StreamBatches = Mapping[str, DeviceBatch]
 BatchSizes = tuple[tuple[str, int], ...]
@@ -95,12 +96,15 @@ def step_inputs(spec: RunSpec, state: TrainState) -> StepInputs:
     if teacher is not None and distillation is not None:
         student = merge_adapters(state["params"], config.lora.scale)
         teacher = ema_update(teacher, student, distillation.momentum, frozen=distillation.frozen)
-    rng = jax.random.fold_in(random_key(config.seed), state["step"])
+    rng = jax.random.fold_in(random_key(spec.values.seed), state["step"])
     return StepInputs(rng, teacher, _alpha(config, state["step"]), state.get("frequencies"))
 
 
-def train_step(spec: RunSpec, state: TrainState, batches: StreamBatches) -> tuple[TrainState, Metrics]:
-    """Map (state, batches) to (state, metrics). Pure; the randomness is a function of (seed, step)."""
+def train_step(
+    spec: RunSpec, state: TrainState, batches: StreamBatches, values: RunValues
+) -> tuple[TrainState, Metrics]:
+    """Map (state, batches, values) to (state, metrics). Pure; the randomness is a function of (seed, step)."""
+    spec = dataclasses.replace(spec, values=values)
     config = spec.config
     params, frozen = partition(state["params"], config.frozen)
     rng, teacher, alpha, frequencies = step_inputs(spec, state)
@@ -180,16 +184,19 @@ def _num_updates(opt: optax.OptState) -> Int[Array, ""]:
 
 
 class Step:
-    """The jitted step (state, batches) -> (state, metrics): the state is donated and keeps its shardings.
+    """The jitted step (state, batches) -> (state, metrics) of a run: the state is donated and keeps its shardings.
 
     It has a program for each combination of batch sizes, compiled by :meth:`compile`, also before the first call: with
     the same options, so that a replay computes the same bits and finds the program of the run in the compilation cache.
     """
 
-    def __init__(self, jitted: Any, mesh: Mesh) -> None:
+    def __init__(self, jitted: Any, mesh: Mesh, values: RunValues) -> None:
         self._jitted, self._mesh = jitted, mesh
+        replicated = replicated_sharding(mesh)
+        # On every device now, and not in every step; without the check of device_put that all processes agree.
+        self._values = jax.tree.map(lambda x: jax.make_array_from_callback((), replicated, lambda _: x), values)
         self.cache_miss_reason: str | None = None  # of the executable compiled ahead; empty: a hit; None: there is none
-        self._programs: dict[BatchSizes, Callable[[TrainState, StreamBatches], tuple[TrainState, Metrics]]] = {}
+        self._programs: dict[BatchSizes, Callable[..., tuple[TrainState, Metrics]]] = {}
 
     def is_compiled(self, batches: StreamBatches) -> bool:
         """Return whether batches of these sizes have a program."""
@@ -198,7 +205,7 @@ class Step:
     def trace(self, state: TrainState, batches: StreamBatches) -> Any:
         """Trace the step, for :meth:`compile` and for its ``jaxpr``."""
         with jax.set_mesh(self._mesh):
-            return self._jitted.trace(state, batches)
+            return self._jitted.trace(state, batches, self._values)
 
     def compile(self, traced: Any, batches: StreamBatches) -> dict[str, int]:
         """Compile before the first call with batches of these sizes.
@@ -221,13 +228,13 @@ class Step:
         if not self.is_compiled(batches):
             self.compile(self.trace(state, batches), batches)
         with jax.set_mesh(self._mesh):
-            return self._programs[batch_sizes(batches)](state, batches)
+            return self._programs[batch_sizes(batches)](state, batches, self._values)
 
 
 def jit_train_step(spec: RunSpec) -> Any:
-    """Return the step under ``jax.jit``, to be called or lowered with the mesh in context; the state is donated."""
+    """Return :func:`train_step` under ``jax.jit``, to be lowered with the mesh in context; the state is donated."""
     return jax.jit(
-        spec.definition.with_precision(lambda state, batches: train_step(spec, state, batches)),
+        spec.definition.with_precision(lambda state, batches, values: train_step(spec, state, batches, values)),
         donate_argnums=0,
         out_shardings=(spec.shardings, replicated_sharding(spec.mesh)),
     )
@@ -235,4 +242,4 @@ def jit_train_step(spec: RunSpec) -> Any:
 
 def make_step(spec: RunSpec) -> Step:
     """Return the step of a run; see :class:`Step`."""
-    return Step(jit_train_step(spec), spec.mesh)
+    return Step(jit_train_step(spec), spec.mesh, spec.values)

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.monitoring
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -17,10 +18,11 @@ from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.tasks.config import TaskSettings
 from mplug2_jax.training.checkpoint.checkpoints import Checkpoints
-from mplug2_jax.training.config import OptimizerConfig, RunConfig
+from mplug2_jax.training.config import OptimizerConfig, RunConfig, ScheduleConfig
 from mplug2_jax.training.loop import data_position, device_batches, open_streams
+from mplug2_jax.training.optim.schedule import make_schedule
 from mplug2_jax.training.state import RunSpec, make_run_spec
-from mplug2_jax.training.step import make_step
+from mplug2_jax.training.step import jit_train_step, make_step
 from mplug2_jax.training.workdir import special_tokens
 from tests.close import CHAIN, assert_close, assert_equal
 from tests.runs import QUESTION, small_model, small_run, stream, text_run
@@ -151,6 +153,25 @@ def test_shards_are_initialized_on_their_devices(tokenizer: Tokenizer) -> None:
     assert moment["decoder"]["layers"]["mlp"]["up"]["kernel"].sharding == kernel.sharding
     single = make_spec(answer_run(), tokenizer, ONE).init()
     assert_close(state["params"], single["params"])
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear", "rsqrt", "wsd", "released"])
+def test_runs_with_other_seeds_and_learning_rates_share_a_program(kind: Any, tokenizer: Tokenizer) -> None:
+    schedule = ScheduleConfig(
+        kind=kind, warmup_steps=1, decay_steps=2 * (kind == "wsd"), end_lr=1e-5 * (kind != "rsqrt")
+    )
+    programs = []
+    for seed, rate in ((0, 1e-3), (2**31 + 5, 2e-3)):
+        optimizer = OptimizerConfig(learning_rate=rate, vision_learning_rate=rate / 2)
+        config = text_run(seed=seed, optimizer=optimizer, schedule=schedule, steps=300)
+        spec = make_spec(config, tokenizer, MeshConfig())
+        batches = next(device_batches(open_streams(config, tokenizer), spec.mesh, 0))[0]
+        programs.append(jit_train_step(spec).lower(spec.shapes, batches, spec.values).as_text())
+        for group, peak in (("rest", rate), ("vision", rate / 2)):
+            expected = make_schedule(schedule, peak, 300)
+            for step in map(jnp.int32, (0, 2, 30, 299)):
+                assert_close(spec.schedules[group](step), expected(step))
+    assert programs[0] == programs[1]
 
 
 def test_the_step_compiles_once_and_donates_the_state(tokenizer: Tokenizer) -> None:

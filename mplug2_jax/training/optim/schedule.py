@@ -1,13 +1,16 @@
 """Learning-rate schedules: warm-up and a decay by optax, and the release's with its quirks."""
 
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
 from mplug2_jax.training.config import ScheduleConfig
 
+Rate = float | Float[Array | np.ndarray, ""]
 
-def make_schedule(config: ScheduleConfig, peak: float, steps: int, grad_accum_steps: int = 1) -> optax.Schedule:
+
+def make_schedule(config: ScheduleConfig, peak: Rate, steps: int, grad_accum_steps: int = 1) -> optax.Schedule:
     """Return a group's learning rate at the optimizer's step 0, 1, ..., each of ``grad_accum_steps`` micro-batches."""
     if not config.kind.startswith("released"):
         warmup = min(config.warmup_steps, max(steps - 1, 0))
@@ -33,12 +36,13 @@ def make_schedule(config: ScheduleConfig, peak: float, steps: int, grad_accum_st
     return released
 
 
-def _after_warmup(config: ScheduleConfig, peak: float, warmup: int, steps: int) -> optax.Schedule:
+def _after_warmup(config: ScheduleConfig, peak: Rate, warmup: int, steps: int) -> optax.Schedule:
     """Return the rate of the steps after the warm-up, counted from its end."""
     remaining = max(steps - warmup, 1)
     match config.kind:
         case "cosine":
-            return optax.cosine_decay_schedule(peak, remaining, config.end_lr / peak if peak else 0.0)
+            fall = optax.cosine_decay_schedule(1.0, remaining)
+            return lambda step: config.end_lr + (peak - config.end_lr) * fall(step)
         case "linear":
             return optax.linear_schedule(peak, config.end_lr, remaining)
         case "rsqrt":
