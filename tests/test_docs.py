@@ -189,17 +189,18 @@ def test_own_data(repository: Path, ours: Path) -> None:
     recipe = re.search(r"```python\n(.*?)```", page, flags=re.DOTALL)
     assert recipe
     write_file("ours.py", recipe[1])
-    outputs = {}
-    for args in commands(page):
-        few = ["--config.steps=2", *ONE_LAYER] if args[0] == "train" else []
-        outputs[" ".join([*args[:2], args[-1]])] = run([*args, *few])
-    assert "OK: all 80 records are usable" in outputs["data validate folder:ours"]
-    assert "OK: all 74 records are usable" in outputs["data validate ours.py:tiny"]
+    few = ["--config.steps=2", *ONE_LAYER]
+    printed = run_commands([[*args, *(few if args[0] == "train" else [])] for args in commands(page)], ours)
+    outputs = dict(re.findall(r"^\$ (.*)\n([^$]*)", printed, flags=re.MULTILINE))
+    assert "OK: all 80 records are usable" in outputs["mplug2 data validate folder:ours"]
+    assert "OK: all 74 records are usable" in outputs["mplug2 data validate ours.py:tiny"]
     for name in ("image_retrieval", "video_retrieval", "image_captions", "video_captions"):
         num_heldout = {"image": 9, "video": 8}[name.partition("_")[0]]
         assert json.loads(Path(f"runs/ours/evaluations/2/{name}.json").read_text())["num_examples"] == num_heldout
     assert Path("runs/ours/report.html").is_file()
-    assert re.search(r"PyTorch: 0 of \d+ taps differ", outputs["convert export --verify"])
+    assert re.search(
+        r"PyTorch: 0 of \d+ taps differ", outputs["mplug2 convert export runs/ours --to exports/ours --verify"]
+    )
     assert Path("exports/ours/model.safetensors").is_file()
 
 
@@ -209,7 +210,7 @@ def official(here: Path) -> Path:
     pytest.importorskip("torch", reason="PyTorch is not installed here")
     vocabulary = train_wordpiece(vocabulary_texts(60), 160).save(here / "tok")
     write_file("vocab.txt", vocabulary.read_bytes())
-    size = model_config("tiny", vocab_size=160)
+    size = model_config("tiny", vocab_size=160, vision_layers=1, decoder_layers=1)
     official_file(here / "mplug2_msrvtt_qa.pth", size, teacher=True)
     official_file(here / "captions" / "c.safetensors", size, task="caption")
     return here
@@ -229,9 +230,8 @@ def shrink(args: list[str]) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_weights(repository: Path, official: Path) -> None:
-    page = (repository / "docs" / "weights.md").read_text()
-    for args in commands(page):
-        run([arg.replace("/checkpoints/2000", "/checkpoints/1") for arg in shrink(args)])
+    words = map(shrink, commands((repository / "docs" / "weights.md").read_text()))
+    run_commands([[arg.replace("/checkpoints/2000", "/checkpoints/1") for arg in args] for args in words], official)
     assert Path("runs/tuned/tokenizer/vocab.txt").read_bytes() == Path("vocab.txt").read_bytes()
     assert {path.name for path in (official / "exports" / "qa").iterdir()} >= {"README.md", "model.safetensors"}
 
