@@ -10,7 +10,7 @@ from mplug2_jax.recipes.digitworld import FINETUNES
 from mplug2_jax.training.config import RunConfig
 
 SPECS = (
-    "demo", "released", "released:caption", "released:videoqa,base", "released:caption,tiny", "pretrain",
+    "demo", "demo:long", "released", "released:caption", "released:videoqa,base", "released:caption,tiny", "pretrain",
     "pretrain:tiny", "pretrain:base", "pretrain:large", "finetune", "finetune:caption", "finetune:videoqa,base",
     "finetune:caption,tiny", "finetune:videoqa,tiny,1", "finetune:caption,large,64", "imagenet:large,zero_shot",
     "kinetics400:large,zero_shot", "msrvtt_qa:large,released", "msvd_caption:base,released",

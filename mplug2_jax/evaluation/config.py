@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from data_pipelines.config import DataConfig
 from mplug2_jax.errors import UserError
+from mplug2_jax.tasks.config import PromptPooling
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,6 +43,7 @@ class EvaluationConfig:
     num_ranked: int = 0  # answers of the file that are scored in full; 0: search
     prompts: tuple[str, ...] = ()  # texts that represent a class, with {label}; empty: none
     class_names: tuple[str, ...] = ()  # names of the classes in the prompts; empty: the classes themselves
+    prompt_pooling: PromptPooling = "features"  # averaged over a class's wordings, or "probabilities" added over cases
     java_metrics: bool = False  # also compute METEOR and SPICE
     per_device_batch_size: int = 8  # examples predicted at a time on each device
 

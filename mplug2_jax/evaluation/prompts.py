@@ -22,15 +22,17 @@ def add_prompts(
         UserError: prompts or class names that do not fit the task or the classes.
     """
     if TASKS[config.task].precompute is None:
-        if config.prompts or config.class_names:
-            raise UserError(f"{where}.prompts and class_names are for the task 'zero_shot', not for '{config.task}'")
+        if config.prompts or config.class_names or config.prompt_pooling != "features":
+            raise UserError(
+                f"{where}.prompts, class_names and prompt_pooling are for the task 'zero_shot', not for '{config.task}'"
+            )
         return context
     classes = config.data.examples.classes
     names = config.class_names or classes
     if len(names) != len(classes):
         raise UserError(f"{where}.class_names has {len(names)} names, expected one for each of {len(classes)} classes")
     prompts = encode_prompts(where, config.prompts, names, tokenizer, definition.config.max_positions, rows)
-    return dataclasses.replace(context, prompts=prompts)
+    return dataclasses.replace(context, prompts=prompts._replace(pooling=config.prompt_pooling))
 
 
 def encode_prompts(

@@ -73,7 +73,7 @@ class ModelConfig:
     decoder_layers: int  # of the shared decoder
     vocab_size: int = 30522  # rows of the word embeddings, at least the tokenizer's vocabulary
     max_positions: int = 512  # largest text length
-    positions_init: Literal["normal", "zeros"] = "normal"  # of the vision tower; the release drops CLIP's: "zeros"
+    positions_init: Literal["normal", "sincos", "zeros"] = "normal"  # of vision; the release drops CLIP's: "zeros"
     temporal_downsampling: bool = False  # tubelets of 3 frames, stride 2; off in every released model
     contrastive_width: int = 256  # of the features that VLC compares
     num_classes: int = 0  # of the part "classifier"

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray, UInt8
 
@@ -42,6 +43,23 @@ VIT_INIT = nnx.initializers.xavier_uniform()
 def normalize_pixels(frames: UInt8[Array, "b t y x 3"]) -> Float[Array, "b t y x 3"]:
     """Apply CLIP's normalization on the device, so that bytes are transferred instead of floats."""
     return (frames.astype(jnp.float32) / 255.0 - jnp.asarray(PIXEL_MEAN)) / jnp.asarray(PIXEL_STD)
+
+
+def sincos_positions(key: PRNGKeyArray, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Float[Array, "p w"]:
+    """Return an initial position table: sines and cosines of x and y, as large as embedded patches; 0 for the class.
+
+    Chen et al. 2021, arXiv 2104.02057. A table of small random numbers is lost beside patches for thousands of steps.
+    """
+    del key
+    rows, width = shape
+    grid, num_frequencies = math.isqrt(rows - 1), width // 4
+    frequencies = 10_000.0 ** -np.linspace(0, 1, num_frequencies)
+    y, x = np.divmod(np.arange(grid * grid), grid)
+    phases = [np.outer(axis, frequencies) for axis in (x, y)]
+    waves = np.concatenate([wave(phase) for phase in phases for wave in (np.sin, np.cos)], axis=1)
+    table = np.zeros(shape)
+    table[1:, : waves.shape[1]] = waves
+    return jnp.asarray(table, dtype)
 
 
 def resize_positions(table: Float[Array, "p w"], grid: int) -> Float[Array, "n w"]:
@@ -168,8 +186,10 @@ class VisionTower(nnx.Module):
         )  # fmt: skip
         init = nnx.initializers.truncated_normal(0.02)
         self.class_token = make_param(rngs, init, (width,), ("norm",))
-        positions = init if config.positions_init == "normal" else nnx.initializers.zeros
-        self.positions = make_param(rngs, positions, (config.num_patches + 1, width), ("position", "embed"))
+        positions = {"normal": init, "sincos": sincos_positions, "zeros": nnx.initializers.zeros}
+        self.positions = make_param(
+            rngs, positions[config.positions_init], (config.num_patches + 1, width), ("position", "embed")
+        )
         self.norm_pre = LayerNorm(width, CLIP_EPS, rngs=rngs)
         self.blocks = stack_layers(lambda r: VisionBlock(config, temporal=temporal, rngs=r), config.vision_layers, rngs)
         self.norm_post = LayerNorm(width, CLIP_EPS, rngs=rngs)

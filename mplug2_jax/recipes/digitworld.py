@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from data_pipelines.config import DataConfig, ExampleConfig, InstructionConfig, Kind, SourceConfig
-from data_pipelines.digitworld.scene import COLOURS, DIGITS
+from data_pipelines.digitworld.scene import COLOURS, DIGITS, PLACES, SIZES
 from data_pipelines.digitworld.source import IMAGE_LABELS, VIDEO_LABELS
 from mplug2_jax.errors import UserError, did_you_mean
 from mplug2_jax.evaluation.config import EvaluationConfig
@@ -152,11 +152,20 @@ def digitworld_recipe(name: str) -> RunConfig:
     )  # fmt: skip
 
 
+_DIGITS_BY_PROMPTS = EvalSpec(
+    task="zero_shot", metric="top_1", examples=_class_labels(DIGITS),
+    overrides={
+        "prompts": tuple(
+            f"a {size} {colour} {{label}} at the {place}" for size in SIZES for colour in COLOURS for place in PLACES
+        ),
+        "prompt_pooling": "probabilities",  # a picture is like one of them
+    },
+)  # fmt: skip
 # Classes that the model of ``configs/demo.py`` knows from captions alone.
 ZERO_SHOT: Mapping[str, tuple[Kind, EvalSpec]] = {
     "image_colour_by_prompts": ("image", _COLOURS_BY_PROMPTS),
     "video_colour_by_prompts": ("video", _COLOURS_BY_PROMPTS),
-    "image_digit_by_prompts": ("image", _by_prompts(DIGITS, (f"a large {colour} {{label}}" for colour in COLOURS))),
+    "image_digit_by_prompts": ("image", _DIGITS_BY_PROMPTS),
 }
 
 

@@ -14,7 +14,7 @@ from mplug2_jax.metrics.metric import Metric
 from mplug2_jax.model.config import SpecialTokens
 from mplug2_jax.model.mplug2 import Mplug2
 from mplug2_jax.objectives.forward import DeviceBatch, ForwardPass, LossOutput
-from mplug2_jax.tasks.config import TaskSettings
+from mplug2_jax.tasks.config import PromptPooling, TaskSettings
 from mplug2_jax.tasks.contracts import Contract
 
 Predictions = dict[str, Any]  # arrays with a leading example axis
@@ -29,6 +29,7 @@ class Prompts(NamedTuple):
     ids: Int[np.ndarray, "k r l"]
     num_classes: int
     num_templates: int  # texts per class
+    pooling: PromptPooling = "features"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

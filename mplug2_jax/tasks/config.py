@@ -1,11 +1,14 @@
 """The settings that all tasks share."""
 
 import dataclasses
+from typing import Literal
 
 from mplug2_jax.errors import check_range
 from mplug2_jax.fields import Free
 from mplug2_jax.generation.config import SearchConfig
 from mplug2_jax.objectives.config import DistillationConfig, MlmConfig, ScstConfig, VlcConfig, VlmConfig
+
+PromptPooling = Literal["features", "probabilities"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,8 @@
 """Classification without a head: an image or video has the class whose prompts are nearest by contrast.
 
-Radford et al. 2021, arXiv 2103.00020, section 3.1.4: the unit vectors of a class's prompts are averaged and normalized
-again, once for all batches.
+Prompts are encoded once for all batches. Of wordings of one text, the unit vectors of a class are averaged and
+normalized again (Radford et al. 2021, arXiv 2103.00020, section 3.1.4). Where prompts describe different things, an
+example is near one of them and far from their average: then the probabilities of a class's prompts are added.
 """
 
 import jax
@@ -19,7 +20,7 @@ from mplug2_jax.tasks.contracts import CONTRACTS
 
 
 def precompute(model: Mplug2, context: TaskContext) -> Predictions:
-    """Return the unit vectors of the classes, ``class_features`` [c, e]."""
+    """Return ``class_features`` [c, r, e]: the unit vectors of each class's prompts, or of their mean with r = 1."""
     prompts = context.prompts
     assert prompts is not None
 
@@ -29,15 +30,20 @@ def precompute(model: Mplug2, context: TaskContext) -> Predictions:
 
     features = jax.lax.map(encode, jnp.asarray(prompts.ids))
     features = features.reshape(-1, features.shape[-1])[: prompts.num_classes * prompts.num_templates]
-    return {"class_features": l2_normalize(features.reshape(prompts.num_classes, prompts.num_templates, -1).mean(1))}
+    features = features.reshape(prompts.num_classes, prompts.num_templates, -1)
+    if prompts.pooling == "features":
+        features = l2_normalize(features.mean(1))[:, None]
+    return {"class_features": features}
 
 
 def predict(model: Mplug2, batch: DeviceBatch, context: TaskContext) -> Predictions:
     """Return the probability of each class."""
     del context
     visual = model.contrastive.visual_features(ForwardPass(model, batch).visual)
-    logits = matmul_float32(visual, batch["class_features"].T) / model.contrastive.temperature
-    return {"probabilities": jax.nn.softmax(logits, axis=-1)}
+    features = batch["class_features"]
+    logits = matmul_float32(visual, features.reshape(-1, features.shape[-1]).T) / model.contrastive.temperature
+    probabilities = jax.nn.softmax(logits, axis=-1).reshape(-1, *features.shape[:2])
+    return {"probabilities": probabilities.sum(-1)}
 
 
 TASK = Task(

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -8,7 +9,14 @@ from flax import nnx
 
 from mplug2_jax.errors import UserError
 from mplug2_jax.model.config import model_config
-from mplug2_jax.model.vision import LocalTemporal, VisionTower, frame_sharding, normalize_pixels, resize_positions
+from mplug2_jax.model.vision import (
+    LocalTemporal,
+    VisionTower,
+    frame_sharding,
+    normalize_pixels,
+    resize_positions,
+    sincos_positions,
+)
 from mplug2_jax.parallel.config import MeshConfig
 from mplug2_jax.parallel.mesh import make_mesh
 from mplug2_jax.parallel.placement import batch_sharding
@@ -35,6 +43,28 @@ def _run(graphdef, params, clip):
 
 def run(model, clip):
     return _run(*nnx.split(model, nnx.Param), clip)
+
+
+@pytest.mark.parametrize(("grid", "width"), [(4, 128), (3, 32), (16, 30)])
+def test_initial_sincos_positions_differ_by_row_and_column_and_are_of_unit_scale(grid, width):
+    table = np.asarray(sincos_positions(jax.random.key(0), (grid * grid + 1, width)))
+    assert not table[0].any(), "the class token has no place"
+    used = 4 * (width // 4)
+    assert not table[:, used:].any()
+    by_place = table[1:, :used].reshape(grid, grid, 2, used // 2)
+    assert_close(by_place[:, :, 0], np.broadcast_to(by_place[:1, :, 0], by_place[:, :, 0].shape))  # x
+    assert_close(by_place[:, :, 1], np.broadcast_to(by_place[:, :1, 1], by_place[:, :, 1].shape))  # y
+    assert_close(np.mean(table[1:, :used] ** 2, axis=1), np.full(grid * grid, 0.5))
+    assert len(np.unique(table.round(4), axis=0)) == len(table)
+
+
+def test_the_config_chooses_initial_positions():
+    tables = {
+        kind: np.asarray(tower(dataclasses.replace(CONFIG, positions_init=kind)).positions[...])
+        for kind in ("normal", "sincos", "zeros")
+    }
+    scales = {kind: float(table[1:].std()) for kind, table in tables.items()}  # perturbed by 0.02
+    assert scales["zeros"] < scales["normal"] < 0.05 < scales["sincos"]
 
 
 def frames_of(b, t):

@@ -67,24 +67,26 @@ def test_a_class_is_the_mean_direction_of_its_prompts(definition, params, tokeni
     model = definition.bind(params)
     context = TaskContext(settings=TaskSettings(), tokens=special_tokens(tokenizer), prompts=prompts)
     output = zero_shot.precompute(model, context)["class_features"]
-    assert output.shape == (len(NAMES), 16)
-    for name, features in zip(NAMES, output, strict=True):
+    each = zero_shot.precompute(model, dataclasses.replace(context, prompts=prompts._replace(pooling="probabilities")))
+    assert output.shape == (len(NAMES), 1, 16)
+    for i, (name, [features]) in enumerate(zip(NAMES, output, strict=True)):
         vectors = []
         for template in TEMPLATES:
             ids = jnp.asarray([tokenizer.encode(template.format(label=name), max_length=12)])
             vectors.append(model.contrastive.text_features(model.encode_text(ids, jnp.ones(ids.shape, bool)))[0])
         mean = sum(vectors) / len(vectors)
         assert_close(features, mean / jnp.linalg.norm(mean))
+        assert_close(each["class_features"][i], jnp.stack(vectors))
 
 
-def test_the_nearest_class_is_the_likeliest(definition, params):
+def test_a_class_is_as_likely_as_its_prompts_together(definition, params):
     frames = np.random.default_rng(1).integers(0, 256, (3, 1, 16, 16, 3)).astype(np.uint8)
-    batch = {"frames": jnp.asarray(frames), "class_features": jnp.eye(5, 16)}
+    batch = {"frames": jnp.asarray(frames), "class_features": jnp.eye(6, 16).reshape(3, 2, 16)}
     model = definition.bind(params)
     visual = model.contrastive.visual_features(ForwardPass(model, batch).visual)
     context = TaskContext(settings=TaskSettings(), tokens=special_tokens(load_or_train_tokenizer(TokenizerConfig())))
     output = zero_shot.predict(model, batch, context)["probabilities"]
-    assert_close(output, jax.nn.softmax(visual[:, :5] / 0.07))
+    assert_close(output, jax.nn.softmax(visual[:, :6] / 0.07).reshape(3, 3, 2).sum(-1))
 
 
 def test_neither_the_batch_size_nor_the_mesh_changes_the_classes(definition, params, tokenizer):
