@@ -64,7 +64,7 @@ def add_parser(commands: Any) -> None:
         group, "ablation", run_ablation, config=True,
         summary="Pretrain without universal layers, temporal units or a stream, and compare with the full model",
         details="Each row is a mean over seeds, with the 95% CI of the difference between models of the same seed. "
-        "Reads finished runs and resumes interrupted ones. A model takes about 5 minutes on two CPU cores.",
+        "Reads finished runs and resumes interrupted ones. Every model is pretrained as long as the demo.",
         example="mplug2 demo ablation --only 'no universal layers' --seeds 3",
     )  # fmt: skip
     ablation.add_argument(
