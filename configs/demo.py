@@ -28,7 +28,6 @@ from mplug2_jax.recipes.api import (
     did_you_mean,
     model_config,
 )
-from mplug2_jax.recipes.digitworld import zero_shot_evaluations
 
 # Model
 MODEL = model_config("tiny", dtype="float32", attention_dropout=0.0, dropout=0.0, scan_unroll=4)
@@ -112,6 +111,8 @@ def get_config(variant: str = "short") -> RunConfig:
 
 def prolong(run: RunConfig) -> RunConfig:
     """Return the long variant."""
+    from mplug2_jax.recipes.digitworld import zero_shot_evaluations  # imports codecs, which the demo does not need
+
     streams = {
         name: dataclasses.replace(
             stream, data=dataclasses.replace(stream.data, batch_size=LARGER_BATCHES * stream.data.batch_size)

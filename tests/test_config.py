@@ -221,11 +221,12 @@ def test_failing_recipes_are_refused_with_their_file(code: str, message: str, tm
     assert message in str(caught.value)
 
 
-def test_a_recipe_may_raise_its_own_user_errors() -> None:
+def test_a_recipe_may_raise_its_own_user_errors(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"recipe released:captoin: did you mean 'caption'"):
         load_recipe("released:captoin")
-    with pytest.raises(UserError, match=r"demo\.py fails with TypeError: get_config\(\) takes 0 positional arguments"):
-        load_recipe("demo:large")
+    (tmp_path / "mine.py").write_text("def get_config():\n    pass\n")
+    with pytest.raises(UserError, match=r"mine\.py fails with TypeError: get_config\(\) takes 0 positional arguments"):
+        load_recipe(f"{tmp_path}/mine.py:large")
 
 
 def test_recipes_are_found_by_file_and_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,6 @@
 
 import argparse
 import errno
-import functools
 import gc
 import os
 import select
@@ -85,9 +84,8 @@ class _Parser(SuggestingParser):
         return "\n".join(lines) + "\n"
 
 
-@functools.cache
 def make_parser() -> argparse.ArgumentParser:
-    """Return the parser of the whole command line, which is made once."""
+    """Return the parser of the whole command line."""
     return _Parser()
 
 

@@ -113,7 +113,7 @@ def test_a_wrong_config_is_refused_before_anything_is_written(
     [
         ("demmo", "recipe 'demmo' is neither a file nor a shipped recipe: did you mean 'demo'? "),
         ("runs/mine.py", "recipe 'runs/mine.py' is neither a file nor a shipped recipe: "),
-        ("demo:large", "demo.py fails with TypeError: get_config() takes 0 positional arguments but 1 was given"),
+        ("demo:large", "recipe demo:large: valid: long, short"),
     ],
 )
 def test_an_unknown_recipe_is_refused(name: str, message: str, refused: Refused, tmp_path: Path) -> None:
