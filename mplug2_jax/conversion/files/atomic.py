@@ -7,6 +7,7 @@ others come last, so that a copy that was interrupted is not taken for whole.
 import errno
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -92,7 +93,15 @@ def _new_folder(path: Path) -> Iterator[Path]:
             raise UserError(f"the disk of {partial.parent} is full, nothing was written; free some space") from error
         raise
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove(partial)
+
+
+def _remove(folder: Path, seconds: float = 5.0) -> None:
+    """Remove a folder into which writes that were in flight when another one failed may still add files."""
+    deadline = time.monotonic() + seconds
+    while folder.exists() and time.monotonic() < deadline:
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(0.02)
 
 
 def _replace(partial: Path, path: Path) -> None:
