@@ -153,7 +153,7 @@ def trace_training(config: RunConfig, topology: Topology) -> TracedProgram:
             TASKS[objective].check(set(batches[name]), f"config.streams.{name}")
     start = time.perf_counter()
     with jax.set_mesh(spec.mesh):
-        lowered = jit_train_step(spec).lower(spec.shapes, batches, spec.values)
+        lowered = jit_train_step(spec).lower(spec.shapes, batches, spec.value_shapes)
     return TracedProgram("train", spec, topology, lowered, spec.shapes, batches, time.perf_counter() - start)
 
 

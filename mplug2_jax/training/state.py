@@ -79,6 +79,12 @@ class RunSpec:
     shardings: TrainState
 
     @property
+    def value_shapes(self) -> RunValues:
+        """Return the shapes and shardings of ``values`` on the devices, for lowering the program that training runs."""
+        replicated = replicated_sharding(self.mesh)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), self.values)
+
+    @property
     def schedules(self) -> Mapping[str, optax.Schedule]:
         """Return the learning rates, by parameter group."""
         return _make_schedules(self.config, self.values)

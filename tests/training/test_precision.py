@@ -67,7 +67,7 @@ def test_every_matmul_of_a_step_and_of_its_evaluation_has_the_config_s_precision
     spec = make_spec(config, tokenizer)
     batch = abstract_batch(config.streams["text"].data, spec)
     with jax.set_mesh(spec.mesh):
-        step = jit_train_step(spec).lower(spec.shapes, {"text": batch}, spec.values)
+        step = jit_train_step(spec).lower(spec.shapes, {"text": batch}, spec.value_shapes)
         predict = jit_predict("mlm", spec.definition, spec.context, spec.mesh)
         masked = abstract_batch(config.streams["text"].data, spec, mask=True)
         predictions = predict.lower(spec.eval_param_shapes, masked)

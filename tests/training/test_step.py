@@ -166,12 +166,23 @@ def test_runs_with_other_seeds_and_learning_rates_share_a_program(kind: Any, tok
         config = text_run(seed=seed, optimizer=optimizer, schedule=schedule, steps=300)
         spec = make_spec(config, tokenizer, MeshConfig())
         batches = next(device_batches(open_streams(config, tokenizer), spec.mesh, 0))[0]
-        programs.append(jit_train_step(spec).lower(spec.shapes, batches, spec.values).as_text())
+        programs.append(jit_train_step(spec).lower(spec.shapes, batches, spec.value_shapes).as_text())
         for group, peak in (("rest", rate), ("vision", rate / 2)):
             expected = make_schedule(schedule, peak, 300)
             for step in map(jnp.int32, (0, 2, 30, 299)):
                 assert_close(spec.schedules[group](step), expected(step))
     assert programs[0] == programs[1]
+
+
+def test_the_program_of_shapes_is_the_program_of_a_run(tokenizer: Tokenizer) -> None:
+    """So plans can compile a run's program ahead of time."""
+    config = text_run()
+    spec = make_spec(config, tokenizer, EIGHT)
+    batches = next(device_batches(open_streams(config, tokenizer), spec.mesh, 0))[0]
+    with jax.set_mesh(spec.mesh):
+        planned = jit_train_step(spec).lower(spec.shapes, batches, spec.value_shapes).as_text()
+        assert make_step(spec).trace(spec.init(), batches).lower().as_text() == planned
+        assert jit_train_step(spec).lower(spec.shapes, batches, spec.values).as_text() != planned
 
 
 def test_the_step_compiles_once_and_donates_the_state(tokenizer: Tokenizer) -> None:

@@ -96,7 +96,7 @@ def flops(*frozen: str) -> float:
     spec = make_spec(mlm_run(freeze=frozen))
     batches = {name: abstract_batch(stream.data, spec) for name, stream in spec.config.streams.items()}
     with jax.set_mesh(spec.mesh):
-        analysis = jit_train_step(spec).lower(spec.shapes, batches, spec.values).compile().cost_analysis()
+        analysis = jit_train_step(spec).lower(spec.shapes, batches, spec.value_shapes).compile().cost_analysis()
     return analysis["flops"]
 
 
