@@ -3,7 +3,7 @@
 Three streams, as in the paper: images with text, videos with text, and text alone. Images and videos train contrast
 (VLC), matching (VLM) and instructions (ILM); text trains masked language modeling (MLM) and entailment (ILM).
 
-``demo:long`` takes a quarter of an hour: batches four times as large, and initial positions as large as patches. It is
+``demo:long`` takes some ten minutes more: batches four times as large, and initial positions as large as patches. It is
 evaluated on classes by prompts too.
 """
 

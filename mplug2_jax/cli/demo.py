@@ -54,12 +54,7 @@ def add_parser(commands: Any) -> None:
         "one to two hours on two CPU cores.",
         example="mplug2 demo scaling --png scaling.png",
     )  # fmt: skip
-    scaling.add_argument(
-        "--workdir", type=output_path, default=Path("runs/scaling"), help="folder of the runs (default: %(default)s)"
-    )
-    scaling.add_argument(
-        "--png", type=output_path, help="new file for the drawing (default: scaling.png in the folder of the runs)"
-    )
+    _add_outputs(scaling, "scaling")
     ablation = add_command(
         group, "ablation", run_ablation, config=True,
         summary="Pretrain without universal layers, temporal units or a stream, and compare with the full model",
@@ -67,15 +62,19 @@ def add_parser(commands: Any) -> None:
         "Reads finished runs and resumes interrupted ones. Every model is pretrained as long as the demo.",
         example="mplug2 demo ablation --only 'no universal layers' --seeds 3",
     )  # fmt: skip
-    ablation.add_argument(
-        "--workdir", type=output_path, default=Path("runs/ablation"), help="folder of the runs (default: %(default)s)"
-    )
+    _add_outputs(ablation, "ablation")
     ablation.add_argument(
         "--only", action="append", metavar="VARIANT", help="only this variant and the full model; may be repeated"
     )
     ablation.add_argument("--seeds", type=int, default=5, help="number of seeds (default: %(default)s)")
-    ablation.add_argument(
-        "--png", type=output_path, help="new file for the drawing (default: ablation.png in the folder of the runs)"
+
+
+def _add_outputs(parser: argparse.ArgumentParser, name: str) -> None:
+    parser.add_argument(
+        "--workdir", type=output_path, default=Path("runs", name), help="folder of the runs (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--png", type=output_path, help=f"new file for the drawing (default: {name}.png in the folder of the runs)"
     )
 
 
@@ -115,12 +114,9 @@ def run_tasks(args: argparse.Namespace) -> int:
 def run_scaling(args: argparse.Namespace) -> int:
     """Train the grid; print its losses, metrics and fits, and draw them."""
     from mplug2_jax.experiments.scaling import draw, find_regressions, fit_all, grid_rows, train_grid
-    from mplug2_jax.recipes.digitworld import zero_shot_evaluations
-    from mplug2_jax.training.durations import load_run
 
     check_output("--png", args.png)
-    config = load_run("demo", ["--config.log_every=2", *args.overrides])
-    config = dataclasses.replace(config, evaluations={**config.evaluations, **zero_shot_evaluations()})
+    config = _load_pretraining(["--config.log_every=2", *args.overrides])
     runs, png = train_grid(config, args.workdir), args.png or args.workdir / "scaling.png"
     header, *rows = grid_rows(runs)
     print(table(rows, header, right=range(1, len(header))))
@@ -136,7 +132,6 @@ def run_scaling(args: argparse.Namespace) -> int:
 def run_ablation(args: argparse.Namespace) -> int:
     """Train the variants; print their differences to the full model, and draw them."""
     from mplug2_jax.experiments.ablation import FINETUNED, FULL, HEADER, VARIANTS, draw, effects, run_variants
-    from mplug2_jax.recipes.digitworld import zero_shot_evaluations
     from mplug2_jax.training.durations import load_run
 
     if args.seeds < 1:
@@ -148,8 +143,7 @@ def run_ablation(args: argparse.Namespace) -> int:
     for name in args.only or ():
         if name not in VARIANTS:
             raise UserError(f"--only {name!r} is not a variant: {did_you_mean(name, VARIANTS)}")
-    config = load_run("demo", args.overrides)
-    config = dataclasses.replace(config, evaluations={**config.evaluations, **zero_shot_evaluations()})
+    config = _load_pretraining(args.overrides)
     model = [word for word in args.overrides if word.startswith("--config.model.")]
     finetuning = load_run(f"digitworld:{FINETUNED}", model)
     names = list(dict.fromkeys([FULL, *(args.only or VARIANTS)]))
@@ -161,6 +155,15 @@ def run_ablation(args: argparse.Namespace) -> int:
     draw(rows, png)
     logging.info("drawing: %s", png)
     return 0
+
+
+def _load_pretraining(overrides: "Sequence[str]") -> "RunConfig":
+    """Return the demo's run, evaluated on classes by prompts too."""
+    from mplug2_jax.recipes.digitworld import zero_shot_evaluations
+    from mplug2_jax.training.durations import load_run
+
+    config = load_run("demo", overrides)
+    return dataclasses.replace(config, evaluations={**config.evaluations, **zero_shot_evaluations()})
 
 
 def _load_run(name: str, overrides: "Sequence[str]") -> "RunConfig":

@@ -1,8 +1,8 @@
 """Do the parts of the paper do what it says? The demo's pretraining without one of them, over paired seeds.
 
 Each model is pretrained like the demo and evaluated without further training; the class of a motion takes a head, which
-is fine-tuned. A variant and the full model of the same seed see the same examples and start from the same numbers, so
-their differences are paired.
+is fine-tuned. A variant and the full model of the same seed see the same examples in the same order, so their
+differences are paired.
 """
 
 import dataclasses

@@ -26,7 +26,7 @@ METRICS: Mapping[str, Sequence[str]] = {
     "action": ("top_1",),
     **{name: (spec.metric,) for name, (_, spec) in ZERO_SHOT.items()},
 }
-"""What experiments report of each evaluation on DigitWorld."""
+"""Metrics of each evaluation on DigitWorld in the tables of experiments."""
 
 
 def select_metrics(results: Mapping[str, Mapping[str, Any]]) -> Mapping[str, float]:

@@ -19,7 +19,7 @@ def demo(*overrides: str) -> RunConfig:
     return dataclasses.replace(config, evaluations={**config.evaluations, **zero_shot_evaluations()})
 
 
-def test_variants_lack_what_they_are_named_after_and_are_evaluated_on_the_rest() -> None:
+def test_variants_drop_parts_or_streams_and_the_evaluations_that_need_them() -> None:
     config = demo()
     runs = {name: ablate(config, variant) for name, variant in VARIANTS.items()}
     assert runs[FULL] == config

@@ -79,7 +79,7 @@ def test_a_class_is_the_mean_direction_of_its_prompts(definition, params, tokeni
         assert_close(each["class_features"][i], jnp.stack(vectors))
 
 
-def test_a_class_is_as_likely_as_its_prompts_together(definition, params):
+def test_class_probability_is_the_sum_over_its_prompts(definition, params):
     frames = np.random.default_rng(1).integers(0, 256, (3, 1, 16, 16, 3)).astype(np.uint8)
     batch = {"frames": jnp.asarray(frames), "class_features": jnp.eye(6, 16).reshape(3, 2, 16)}
     model = definition.bind(params)
