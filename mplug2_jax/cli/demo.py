@@ -71,7 +71,7 @@ def add_parser(commands: Any) -> None:
 
 def _add_outputs(parser: argparse.ArgumentParser, name: str) -> None:
     parser.add_argument(
-        "--workdir", type=output_path, default=Path("runs", name), help="folder of the runs (default: %(default)s)"
+        "--workdir", type=output_path, default=Path("runs") / name, help="folder of the runs (default: %(default)s)"
     )
     parser.add_argument(
         "--png", type=output_path, help=f"new file for the drawing (default: {name}.png in the folder of the runs)"
