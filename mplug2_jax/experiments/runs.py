@@ -54,7 +54,7 @@ def train_to_end(config: RunConfig, folder: Path, *, keep_checkpoints: bool = Tr
     """
     workdir = WorkDir(folder)
     results = {name: workdir.evaluation_folder(config.steps) / f"{name}.json" for name in config.evaluations}
-    resumes = workdir.check_config(config)
+    resumes = workdir.check_config(config, force=None)
     ends = [*results.values(), *([workdir.checkpoints / str(config.steps)] if keep_checkpoints else [])]
     if not resumes or not all(end.exists() for end in ends):
         train(config, folder)

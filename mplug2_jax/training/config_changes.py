@@ -66,7 +66,7 @@ def _covers(forced: str, field: str) -> bool:
 
 
 def check_changes(
-    workdir: Path, old: RunConfig, new: RunConfig, force: Sequence[str], events: Sequence[Mapping[str, Any]]
+    workdir: Path, old: RunConfig, new: RunConfig, force: Sequence[str] | None, events: Sequence[Mapping[str, Any]]
 ) -> None:
     """Check that a run may resume with another config.
 
@@ -74,18 +74,18 @@ def check_changes(
         workdir: of the run, for messages.
         old: the run's config.
         new: the config that it is to resume with.
-        force: the fields or groups of ``--force-change``.
+        force: the fields or groups of ``--force-change``; None if the command has no such option.
         events: of the run. A change that it forced before needs no option, and may keep it: a preempted run is started
             again by the same command.
 
     Raises:
         UserError: a field that decides what is computed changes without force, or a force that names no such field.
     """
-    changes = find_changes(old, new, force)
+    changes = find_changes(old, new, force or ())
     leaves = [name.split(".") for name in {**flatten_config(old), **flatten_config(new)}]
     names = {".".join(["config", *path[:end]]) for path in leaves for end in range(1, len(path) + 1)}
     earlier = [line["field"] for line in events if line["event"] == "config_changed" and line["forced"]]
-    for name in force:
+    for name in force or ():
         if name not in names:
             raise UserError(f"--force-change {name} is not a field: {did_you_mean(name, names)}")
         if not any(_covers(name, field) for field in [*(change.field for change in changes), *earlier]):
@@ -96,10 +96,12 @@ def check_changes(
     if refused:
         more = f", and {len(refused) - _MAX_LISTED} more" if len(refused) > _MAX_LISTED else ""
         options = " ".join(f"--force-change config.{change.field}" for change in refused[:_MAX_LISTED])
+        choices = ["Use the same config to resume it", "or a new --workdir"]
+        if force is not None:
+            choices.append(f"or change the config from the last checkpoint on by {options}")
         raise UserError(
             f"--workdir {workdir} holds a run with another config: {'; '.join(map(str, refused[:_MAX_LISTED]))}{more}. "
-            "Use the same config to resume it, or a new --workdir, or change the config from the last checkpoint on by "
-            f"{options}"
+            f"{', '.join(choices)}"
         )
 
 

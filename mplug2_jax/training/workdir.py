@@ -100,12 +100,14 @@ class WorkDir:
         except UserError as error:
             raise UserError(f"{self._config} is damaged or of another version: {error}") from error
 
-    def check_config(self, config: RunConfig, force: Sequence[str] = ()) -> bool:
+    def check_config(self, config: RunConfig, force: Sequence[str] | None = ()) -> bool:
         """Return whether this run can resume here (True) or start here (False). Write nothing.
+
+        ``force`` are the fields that ``--force-change`` names; None if the command has no such option.
 
         Raises:
             UserError: the folder holds something else, or a run whose config differs in a field that must not change;
-                or ``force``, the fields that may, does not fit.
+                or ``force`` does not fit.
         """
         if not self.exists():
             if force:

@@ -42,7 +42,7 @@ def test_a_finished_run_is_read_and_an_unfinished_one_resumed(trained: list[Path
     assert trained == [folder]
     (WorkDir(folder).evaluation_folder(2) / "digit.json").unlink()
     assert train_to_end(config, folder) == {"digit": {"metrics": {"top_1": 0.5}}}
-    with pytest.raises(UserError, match="seed"):
+    with pytest.raises(UserError, match=r"seed was 0 and is 1\. Use the same config to resume it, or a new --workdir$"):
         train_to_end(dataclasses.replace(config, seed=1), folder)
 
 
