@@ -113,10 +113,11 @@ def run_tasks(args: argparse.Namespace) -> int:
 
 def run_scaling(args: argparse.Namespace) -> int:
     """Train the grid; print its losses, metrics and fits, and draw them."""
-    from mplug2_jax.experiments.scaling import draw, find_regressions, fit_all, grid_rows, train_grid
+    from mplug2_jax.experiments.scaling import BASE_STEPS, draw, find_regressions, fit_all, grid_rows, train_grid
+    from mplug2_jax.training.durations import load_run
 
     check_output("--png", args.png)
-    config = _load_pretraining(["--config.log_every=2", *args.overrides])
+    config = load_run("demo:long", [f"--config.steps={BASE_STEPS}", "--config.log_every=2", *args.overrides])
     runs, png = train_grid(config, args.workdir), args.png or args.workdir / "scaling.png"
     header, *rows = grid_rows(runs)
     print(table(rows, header, right=range(1, len(header))))

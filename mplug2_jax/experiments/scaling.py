@@ -26,7 +26,8 @@ from mplug2_jax.training.config import RunConfig
 from mplug2_jax.training.workdir import WorkDir
 
 WIDTHS = (0.5, 1.0, 2.0)  # of all towers, relative to the demo's
-BUDGETS = (0.5, 1.0, 2.0)  # steps, relative to the demo's
+BASE_STEPS = 200  # of the budget 1
+BUDGETS = (0.5, 1.0, 2.0)  # steps, relative to these
 LR_EXPONENT = 0.5  # learning rates are divided by the width to this power
 _LAST = 0.1  # share of the logged steps over which a loss is averaged
 _COLORS = ("#8fb8de", "#2563ab", "#12305c")
