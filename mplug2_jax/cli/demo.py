@@ -50,8 +50,8 @@ def add_parser(commands: Any) -> None:
     scaling = add_command(
         group, "scaling", run_scaling, config=True,
         summary="Pretrain in three widths and three lengths, and fit the losses to the compute",
-        details="Draws every loss and every held-out metric. Reads finished runs and resumes interrupted ones. Takes "
-        "one to two hours on two CPU cores.",
+        details="Width 1 is demo:long. Draws every loss and every held-out metric. Reads finished runs and resumes "
+        "interrupted ones. Takes one to two hours on two CPU cores.",
         example="mplug2 demo scaling --png scaling.png",
     )  # fmt: skip
     _add_outputs(scaling, "scaling")
@@ -133,6 +133,7 @@ def run_scaling(args: argparse.Namespace) -> int:
 def run_ablation(args: argparse.Namespace) -> int:
     """Train the variants; print their differences to the full model, and draw them."""
     from mplug2_jax.experiments.ablation import FINETUNED, FULL, HEADER, VARIANTS, draw, effects, run_variants
+    from mplug2_jax.recipes.digitworld import zero_shot_evaluations
     from mplug2_jax.training.durations import load_run
 
     if args.seeds < 1:
@@ -144,7 +145,8 @@ def run_ablation(args: argparse.Namespace) -> int:
     for name in args.only or ():
         if name not in VARIANTS:
             raise UserError(f"--only {name!r} is not a variant: {did_you_mean(name, VARIANTS)}")
-    config = _load_pretraining(args.overrides)
+    config = load_run("demo", args.overrides)
+    config = dataclasses.replace(config, evaluations={**config.evaluations, **zero_shot_evaluations()})
     model = [word for word in args.overrides if word.startswith("--config.model.")]
     finetuning = load_run(f"digitworld:{FINETUNED}", model)
     names = list(dict.fromkeys([FULL, *(args.only or VARIANTS)]))
@@ -156,15 +158,6 @@ def run_ablation(args: argparse.Namespace) -> int:
     draw(rows, png)
     logging.info("drawing: %s", png)
     return 0
-
-
-def _load_pretraining(overrides: "Sequence[str]") -> "RunConfig":
-    """Return the demo's run, evaluated on classes by prompts too."""
-    from mplug2_jax.recipes.digitworld import zero_shot_evaluations
-    from mplug2_jax.training.durations import load_run
-
-    config = load_run("demo", overrides)
-    return dataclasses.replace(config, evaluations={**config.evaluations, **zero_shot_evaluations()})
 
 
 def _load_run(name: str, overrides: "Sequence[str]") -> "RunConfig":

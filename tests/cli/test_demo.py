@@ -1,11 +1,14 @@
-"""``mplug2 demo tasks``: its table of scores before and after fine-tuning, and unknown names."""
+"""``mplug2 demo tasks | scaling | ablation``: what they print, and options that they refuse."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from mplug2_jax.cli.main import main
 from mplug2_jax.config import build, load_recipe
+from mplug2_jax.experiments import scaling
+from mplug2_jax.experiments.scaling import ScalingRun
 from mplug2_jax.recipes.digitworld import FINETUNES
 from mplug2_jax.training.config import RunConfig
 from mplug2_jax.training.loop import train
@@ -76,6 +79,29 @@ def test_a_drawing_that_exists_is_not_overwritten(
     assert f"--png {png} exists" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == [png]
     assert png.read_bytes() == b"mine"
+
+
+def test_the_scaling_grid_is_printed_and_drawn(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def train_grid(config: RunConfig, folder: Path) -> Sequence[ScalingRun]:
+        assert (config.steps, config.seed, config.streams["image_text"].data.batch_size) == (200, 3, 128)
+        assert folder == tmp_path / "runs"
+        return [
+            ScalingRun(1.0, steps, steps * 1e12, {"image_text/vlc": loss}, {"image_retrieval/text_to_visual_r1": 0.25})
+            for steps, loss in ((100, 2.0), (200, 2.5))
+        ]
+
+    monkeypatch.setattr(scaling, "train_grid", train_grid)
+    assert main(["demo", "scaling", "--workdir", str(tmp_path / "runs"), "--config.seed=3"]) == 0
+    out = capsys.readouterr().out
+    assert [line.split() for line in out.splitlines()[2:5]] == [
+        ["TFLOP", "100.0", "200.0"],
+        ["image_text/vlc", "2.000", "2.500"],
+        ["image_retrieval/text_to_visual_r1", "25.0%", "25.0%"],
+    ]
+    assert "not monotone: width x1: image_text/vlc rises from 2.0000 after 100 steps to 2.5000 after 200" in out
+    assert (tmp_path / "runs" / "scaling.png").is_file()
 
 
 @pytest.mark.slow
