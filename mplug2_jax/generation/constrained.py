@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Int
 from mplug2_jax.generation.beam import SearchState, State, Step
 from mplug2_jax.model.decoder import gather_beams
 
+Answers = Int[np.ndarray, "a m"] | Int[Array, "a m"]
 ANSWER_PAD = -1
 """Padding after the end token in a list of answers."""
 
@@ -27,12 +28,12 @@ class ConstraintState:
         return ConstraintState(self.inner.reorder(parents), gather_beams(self.matches, parents))
 
 
-def init_constraint(state: SearchState, answers: Int[np.ndarray, "a m"], num_sequences: int) -> ConstraintState:
+def init_constraint(state: SearchState, answers: Answers, num_sequences: int) -> ConstraintState:
     """Return the initial state: empty sequences, which are prefixes of all answers."""
     return ConstraintState(state, jnp.ones((num_sequences, len(answers)), bool))
 
 
-def constrain_step(step: Step[State], answers: Int[np.ndarray, "a m"]) -> Step[ConstraintState]:
+def constrain_step(step: Step[State], answers: Answers) -> Step[ConstraintState]:
     """Wrap a step so that every token that continues none of the answers has log-probability -inf.
 
     The other log-probabilities are the model's, not renormalized, so that scores compare answers as the model does.

@@ -1,5 +1,7 @@
 """Search constrained to a list of answers, against a plain reimplementation and on a real decoder."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +19,7 @@ from tests.close import CHAIN, assert_close, max_magnitude
 from tests.generation.test_beam import STATES, TOKENS, VOCABULARY, History, smallest_gap, toy_logits, toy_step
 
 LENGTH = 6
+MAX_ANSWERS = 30
 
 
 def make_answers(rng, count):
@@ -59,20 +62,27 @@ def search_one(start, table, answers, beams):
     return pool[0][1], pool[0][0], min(margin, smallest_gap([score for score, _ in pool[:2]]))
 
 
+@functools.partial(jax.jit, static_argnames="beams")
+def search(table, answers, starts, *, beams):
+    history = History(jnp.repeat(starts, beams), table)
+    state = init_constraint(history, answers, len(starts) * beams)
+    config = SearchConfig(num_beams=beams, min_length=0, max_length=LENGTH)
+    return beam_search(
+        constrain_step(toy_step, answers), state, len(starts), config, TOKENS, step_gives_log_probs=True
+    )
+
+
 @settings(max_examples=60)
-@given(seed=st.integers(0, 2**32 - 1), count=st.integers(1, 30), beams=st.sampled_from([1, 2, 5]))
+@given(seed=st.integers(0, 2**32 - 1), count=st.integers(1, MAX_ANSWERS), beams=st.sampled_from([1, 2, 5]))
 def test_search_matches_a_plain_one_over_prefixes_of_answers(seed, count, beams):
     rng = np.random.default_rng(seed)
     table, answers = rng.normal(size=(STATES, VOCABULARY)).astype(np.float32) * 2, make_answers(rng, count)
-    config = SearchConfig(num_beams=beams, min_length=0, max_length=LENGTH)
     starts = np.arange(4)
     expected = [search_one(int(start), table, answers, beams) for start in starts]
     assume(min(margin for _, _, margin in expected) > 1e-5 * max_magnitude(table))
-    history = History(jnp.repeat(jnp.asarray(starts), beams), jnp.asarray(table))
-    state = init_constraint(history, to_table(answers), 4 * beams)
-    found = beam_search(
-        constrain_step(toy_step, to_table(answers)), state, 4, config, TOKENS, step_gives_log_probs=True
-    )
+    empty_rows = ((0, MAX_ANSWERS - len(answers)), (0, 0))  # so that one program searches all tables
+    padded = np.pad(to_table(answers), empty_rows, constant_values=ANSWER_PAD)
+    found = search(table, padded, starts, beams=beams)
     for example, (best, score, _) in enumerate(expected):
         answer = tuple(np.asarray(found.ids[example, 0, 1 : found.lengths[example, 0]]).tolist())
         assert answer in answers

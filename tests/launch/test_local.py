@@ -21,8 +21,9 @@ def start_launcher(
 ) -> "subprocess.Popen[str]":
     """Start a launcher process that runs Python code as several processes."""
     start = (
-        "import sys\nfrom mplug2_jax.console import configure_logging\n"
+        "import sys\nfrom mplug2_jax.console import configure_logging\nfrom mplug2_jax.launch import local\n"
         "from mplug2_jax.launch.local import LocalProcesses, SimulatedSlices\nconfigure_logging()\n"
+        "local.CRASH_TIMEOUT = 0.5\n"  # these programs do not notice that another has crashed
         "command = [sys.executable, '-c', sys.argv[1]]\n"
         f"sys.exit(LocalProcesses(command, {processes}, 2, slices={slices}).run({restarts}))"
     )
