@@ -67,9 +67,7 @@ def search(table, answers, starts, *, beams):
     history = History(jnp.repeat(starts, beams), table)
     state = init_constraint(history, answers, len(starts) * beams)
     config = SearchConfig(num_beams=beams, min_length=0, max_length=LENGTH)
-    return beam_search(
-        constrain_step(toy_step, answers), state, len(starts), config, TOKENS, step_gives_log_probs=True
-    )
+    return beam_search(constrain_step(toy_step, answers), state, len(starts), config, TOKENS, step_gives_log_probs=True)
 
 
 @settings(max_examples=60)
