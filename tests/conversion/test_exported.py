@@ -75,6 +75,7 @@ def variant(folder: Path, name: str, file: str, changes: Mapping[str, Any] | Non
     return copy
 
 
+@pytest.mark.slow
 def test_the_program_computes_what_the_project_computes(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = exported
     from mplug2_jax.conversion.exported.model import ExportedModel

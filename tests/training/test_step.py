@@ -114,6 +114,7 @@ def test_gathering_per_step_equals_gathering_per_layer(tokenizer: Tokenizer, tim
     assert max(moves) > 0
 
 
+@pytest.mark.slow
 def test_muon_gives_the_losses_of_one_device_on_eight_and_continues_from_a_checkpoint(
     tokenizer: Tokenizer, tmp_path: Path
 ) -> None:

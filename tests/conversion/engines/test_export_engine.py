@@ -107,6 +107,7 @@ def test_onnx_gives_our_tokens(run: Path, exports: Path, monkeypatch: pytest.Mon
                 }
 
 
+@pytest.mark.slow
 def test_stablehlo_gives_our_tokens_in_a_process_with_jax_alone(run: Path, exports: Path) -> None:
     pytest.importorskip("flatbuffers", reason="flatbuffers is not installed here")
     export(run, "stablehlo")
