@@ -71,7 +71,7 @@ def test_splash_matches_xla_for_any_length(l, s):
         return jnp.sum(attention(*qkv, key_mask=mask, kernel="xla") ** 2)
 
     splash, xla = (
-        jax.value_and_grad(functools.partial(loss, kernel), argnums=(0, 1, 2))(query, key, value)
+        jax.jit(jax.value_and_grad(functools.partial(loss, kernel), argnums=(0, 1, 2)))(query, key, value)
         for kernel in ("splash", "xla")
     )
     assert_close(splash, xla)

@@ -64,19 +64,28 @@ def evaluation(definition, tokenizer, *, batch_size=8, mesh=None, names=(), prom
 def test_a_class_is_the_mean_direction_of_its_prompts(definition, params, tokenizer, rows):
     prompts = encode_prompts("here", TEMPLATES, NAMES, tokenizer, 12, rows)
     assert prompts.ids.shape[1] == rows
-    model = definition.bind(params)
     context = TaskContext(settings=TaskSettings(), tokens=special_tokens(tokenizer), prompts=prompts)
-    output = zero_shot.precompute(model, context)["class_features"]
-    each = zero_shot.precompute(model, dataclasses.replace(context, prompts=prompts._replace(pooling="probabilities")))
+    unpooled = dataclasses.replace(context, prompts=prompts._replace(pooling="probabilities"))
+
+    @jax.jit
+    def precompute(params):
+        return [zero_shot.precompute(definition.bind(params), each) for each in (context, unpooled)]
+
+    @jax.jit
+    def text_features(params, ids):
+        model = definition.bind(params)
+        return model.contrastive.text_features(model.encode_text(ids, jnp.ones(ids.shape, bool)))
+
+    output, each = (classes["class_features"] for classes in precompute(params))
     assert output.shape == (len(NAMES), 1, 16)
     for i, (name, [features]) in enumerate(zip(NAMES, output, strict=True)):
         vectors = []
         for template in TEMPLATES:
             ids = jnp.asarray([tokenizer.encode(template.format(label=name), max_length=12)])
-            vectors.append(model.contrastive.text_features(model.encode_text(ids, jnp.ones(ids.shape, bool)))[0])
+            vectors.append(text_features(params, ids)[0])
         mean = sum(vectors) / len(vectors)
         assert_close(features, mean / jnp.linalg.norm(mean))
-        assert_close(each["class_features"][i], jnp.stack(vectors))
+        assert_close(each[i], jnp.stack(vectors))
 
 
 def test_class_probability_is_the_sum_over_its_prompts(definition, params):
