@@ -305,11 +305,11 @@ def test_the_cache_has_no_effect_on_a_thousand_examples(decoder, beams, extend):
     # Sequences whose scores differ by rounding only may come in any order. Noise of either sign changes such a
     # difference in both directions, and so detects these examples.
     stable = np.ones(num_examples, bool)
-    for _ in range(2):
-        noise = 1e-5 * rng.normal(size=shape).astype(FLOAT)
+    for _ in range(4):
+        noise = 3e-6 * rng.normal(size=shape).astype(FLOAT)
         for offset in (noise, -noise):
             stable &= np.all(expected.ids == search(offset).ids, axis=(1, 2))
-    assert stable.sum() > 1000, stable.sum()
+    assert stable.sum() > 1000
     for found_array, expected_array in zip(found, expected, strict=True):
         assert_close(found_array[stable], expected_array[stable], CHAIN)
     assert len({tuple(ids) for ids in np.asarray(found.ids[:, 0]).tolist()}) > 10  # memories matter
