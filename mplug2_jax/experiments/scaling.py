@@ -1,4 +1,4 @@
-"""Does more pretraining pay? The demo's pretraining in three widths and three lengths, against its compute.
+"""Does more pretraining pay? The pretraining of ``demo:long`` in three widths and three lengths, against its compute.
 
 Examples of DigitWorld do not repeat, so a loss of the last steps is one on new examples, and of the same handwriting;
 the metrics are of held-out handwriting. A loss is fitted as a power law of the compute over the runs that no run with
@@ -25,7 +25,7 @@ from mplug2_jax.report.metrics import read_metrics
 from mplug2_jax.training.config import RunConfig
 from mplug2_jax.training.workdir import WorkDir
 
-WIDTHS = (0.5, 1.0, 2.0)  # of all towers, relative to the demo's
+WIDTHS = (0.5, 1.0, 2.0)  # of all towers, relative to those of the recipe
 BASE_STEPS = 200  # of the budget 1
 BUDGETS = (0.5, 1.0, 2.0)  # steps, relative to these
 LR_EXPONENT = 0.5  # learning rates are divided by the width to this power
