@@ -48,7 +48,8 @@ def normalize_pixels(frames: UInt8[Array, "b t y x 3"]) -> Float[Array, "b t y x
 def sincos_positions(key: PRNGKeyArray, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Float[Array, "p w"]:
     """Return an initial position table: sines and cosines of x and y, as large as embedded patches; 0 for the class.
 
-    Chen et al. 2021, arXiv 2104.02057. A table of small random numbers is lost beside patches for thousands of steps.
+    Chen et al. 2021, arXiv 2104.02057. In short runs from scratch a class head learns places from these and not from
+    small random numbers, which are lost beside patches; contrast learns more slowly from them.
     """
     del key
     rows, width = shape

@@ -121,7 +121,7 @@ def test_a_mixture_without_stages_is_grains(weights, start, records) -> None:
 
 
 STAGES = st.lists(
-    st.tuples(st.integers(0, 50), st.lists(st.integers(0, 9), min_size=3, max_size=3).filter(any)),
+    st.tuples(st.integers(0, 100), st.lists(st.integers(0, 9), min_size=3, max_size=3).filter(any)),
     min_size=1, max_size=4,
 )  # fmt: skip
 

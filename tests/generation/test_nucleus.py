@@ -45,6 +45,7 @@ def test_the_nucleus_is_the_smallest_set_with_that_much_probability(seed, size, 
 
 def test_equally_likely_tokens_are_in_the_nucleus_together():
     assert np.isfinite(top_p_filter(jnp.zeros(6), 0.5)).all()
+    assert np.isfinite(top_p_filter(jnp.zeros(1), 0.5)).all()
     assert np.isfinite(top_p_filter(jnp.asarray([3.0, 0.0, 0.0]), 0.5)).tolist() == [True, False, False]
 
 

@@ -100,7 +100,7 @@ def test_contrastive_features_are_those_of_a_direct_pass_in_any_batches_on_any_m
     assert_close(np.linalg.norm(expected, axis=1), np.ones(SIZE))
     assert np.ptp(np.asarray(expected), axis=0).max() > 1e-3  # examples have different features
     eight = make_mesh(MeshConfig(data=2, fsdp=4))
-    for batch_size, mesh in ((1, None), (3, None), (8, eight)):
+    for batch_size, mesh in ((1, None), (3, None), (8, None), (8, eight)):
         ids, arrays = extract(make_extractor(kind, batch_size=batch_size, mesh=mesh), params)
         assert ids == keys
         assert_close(arrays["features"], expected, CHAIN)
