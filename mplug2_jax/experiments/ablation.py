@@ -1,8 +1,8 @@
-"""Do the parts of the paper do what it says? The demo's pretraining without one of them, over paired seeds.
+"""Do the parts of the paper do what it says? The long demo's pretraining without one of them, over paired seeds.
 
-Each model is pretrained like the demo and evaluated without further training; the class of a motion takes a head, which
-is fine-tuned. A variant and the full model of the same seed see the same examples in the same order, so their
-differences are paired.
+Each model is pretrained and evaluated without further training; the class of a motion takes a head, which is
+fine-tuned. A variant and the full model of the same seed see the same examples in the same order, so their differences
+are paired.
 """
 
 import dataclasses
@@ -24,20 +24,22 @@ from mplug2_jax.training.config import RunConfig
 from mplug2_jax.training.initialization import with_init_from
 
 FULL, FINETUNED = "full model", "action"
+PRETRAINING_STEPS, FINETUNING_STEPS = 150, 100
 
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """The demo's pretraining without a part of it."""
+    """The demo's pretraining with other universal layers, or without a part."""
 
-    use_universal_layers: bool = True
+    universal_layers: int | None = None  # None: as the full model
     freeze: tuple[str, ...] = ()
     without: tuple[str, ...] = ()  # streams
 
 
 VARIANTS: Mapping[str, Variant] = {
     FULL: Variant(),
-    "no universal layers": Variant(use_universal_layers=False),
+    "no universal layers": Variant(universal_layers=0),
+    "two universal layers": Variant(universal_layers=2),  # latents see the frames, as in the base and large models
     "no temporal units": Variant(freeze=("temporal",)),  # fresh ones are the identity
     "no text stream": Variant(without=("text",)),
     "no video stream": Variant(without=("video_text",)),
@@ -49,9 +51,7 @@ Metrics = Mapping[str, float]  # by evaluation/metric
 def ablate(config: RunConfig, variant: Variant) -> RunConfig:
     """Return the pretraining of a variant, with the evaluations of which it has all parts and a stream of the kind."""
     streams = {name: stream for name, stream in config.streams.items() if name not in variant.without}
-    changed = dataclasses.replace(
-        config, streams=streams, use_universal_layers=variant.use_universal_layers, freeze=variant.freeze
-    )
+    changed = dataclasses.replace(_with_layers(config, variant), streams=streams)
     parts, kinds = changed.parts(), {stream.data.kind for stream in streams.values()}
     evaluations = {
         name: evaluation
@@ -59,6 +59,15 @@ def ablate(config: RunConfig, variant: Variant) -> RunConfig:
         if evaluation.data.kind in kinds and set(TASKS[evaluation.task].parts) - {"universal"} <= set(parts)
     }
     return dataclasses.replace(changed, evaluations=evaluations)
+
+
+def _with_layers(config: RunConfig, variant: Variant) -> RunConfig:
+    """Return a run with the universal layers and the trained parts of a variant."""
+    config = dataclasses.replace(config, freeze=variant.freeze)
+    if variant.universal_layers == 0:
+        return dataclasses.replace(config, use_universal_layers=False)
+    layers = variant.universal_layers or config.model.universal_layers
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, universal_layers=layers))
 
 
 def run_variants(
@@ -83,9 +92,7 @@ def run_variants(
                 config = dataclasses.replace(ablate(pretraining, variant), seed=seed)
                 results = dict(train_to_end(config, path / "pretrained"))
                 if "temporal" in config.parts():
-                    finetune = dataclasses.replace(
-                        finetuning, seed=seed, freeze=variant.freeze, use_universal_layers=variant.use_universal_layers
-                    )
+                    finetune = dataclasses.replace(_with_layers(finetuning, variant), seed=seed)
                     initialized = with_init_from(path / "pretrained", finetune)
                     results |= train_to_end(initialized, path / FINETUNED, keep_checkpoints=False)
                 progress.update(next(done))
